@@ -1,0 +1,171 @@
+"""What goes to the disk in one transaction, what comes back, and how a disk may fail: values and one protocol.
+
+The actor speaks to a Disk, not to SQLite; store.py is the real one, tests have others.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from msgspec import Struct
+
+from jobd.events import Change, Event
+from jobd.job import Job
+
+
+class DiskFull(Exception):
+    """SQLITE_FULL or ENOSPC: the transaction was rolled back, the disk is as before and may be read."""
+
+
+class BadRows(Exception):
+    """Payloads that the batch needed have a wrong checksum. Nothing was written. `jobs` maps job id to what is wrong."""
+
+    def __init__(self, jobs: dict[str, str]) -> None:
+        super().__init__(f"bad rows: {jobs}")
+        self.jobs = jobs
+
+
+class Numbers(Struct, frozen=True, gc=False):
+    """The high-water marks and clocks that are persisted with each commit. `next_*` is the next number to give."""
+
+    epoch: int = 1
+    next_token: int = 1  # the counter part; a fencing token is (epoch << 40) | counter
+    next_job: int = 1
+    next_event: int = 1
+    lease_ms: int = 0
+    wall_ms: int = 0
+
+
+class QueueRow(Struct, frozen=True, gc=False):
+    """What the store keeps of a queue: whether it is paused, and how many finished jobs it has, by status."""
+
+    paused: bool = False
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+class KeyRow(Struct, frozen=True, gc=False):
+    """A stored idempotent answer. `digest` is the hash of listener, method, path and key; `body_hash` that of the body.
+
+    Either `answer` is set (the encoded `data`, with its HTTP status), or `grants`: the (job id, lock id) of a start
+    or claim, replayed from the current state while one of them is current.
+    """
+
+    digest: str
+    body_hash: str
+    at: int
+    status: int = 200
+    answer: bytes | None = None
+    grants: list[tuple[str, str]] | None = None
+
+
+class Batch(Struct):
+    """One transaction. `queues` holds the rows of every queue whose pause or finished counts changed."""
+
+    changes: list[Change]
+    numbers: Numbers
+    queues: dict[str, QueueRow] = {}
+    keys: list[KeyRow] = []
+    forget_keys: list[str] = []
+    checked: list[int] = []  # job seqs whose rows were validated: no longer suspect
+    report: bytes | None = None
+    payloads: list[int] = []  # job seqs whose payload the answers show; read inside the transaction
+
+
+class Payload(Struct, frozen=True, gc=False):
+    body: bytes
+    request_hash: str
+
+
+class Loaded(Struct):
+    """What a look at the disk found. An id in neither `jobs` nor `bad` does not exist.
+
+    Rows with a wrong checksum are in `bad` (id to reason); the store has moved them to quarantine.
+    """
+
+    jobs: dict[str, Job] = {}
+    payloads: dict[int, Payload] = {}
+    answers: dict[str, KeyRow] = {}
+    bad: dict[str, str] = {}
+
+
+class Query(Struct, frozen=True):
+    """A page of jobs, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most."""
+
+    status: str | None = None
+    queue: str | None = None
+    kind: str | None = None
+    worker: str | None = None
+    limit: int = 50
+    before: int | None = None
+    scan: int = 5_000
+    payload_bytes: int = 4 << 20  # a page ends early rather than carry more payload than this
+
+
+class Page(Struct):
+    """`next_before` is the `before` of the next page, None at the end."""
+
+    jobs: list[tuple[Job, bytes]]
+    next_before: int | None
+    bad: dict[str, str] = {}
+
+
+class Opened(Struct):
+    """Everything the daemon needs in memory, as read and checked at start.
+
+    `quarantined` maps the ids of all quarantined jobs to what was wrong; `faults` are sentences for the log and health
+    (rows set aside, counts that do not match). `keys` come without their answers. `figures` is what save_figures kept.
+    """
+
+    numbers: Numbers
+    jobs: list[Job]
+    queues: dict[str, QueueRow]
+    keys: list[KeyRow]
+    quarantined: dict[str, str]
+    suspects: list[str]
+    faults: list[str]
+    figures: bytes | None = None
+    full: bool = False  # the disk was full already at start
+
+
+class Disk(Protocol):
+    """The durable half of the actor. Every method is one thread hop; every answer is from committed state."""
+
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+        """Jobs by id (live or finished), payloads by job seq, stored answers by digest."""
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        """Commit `batch` with fsync; gives the asked payloads. Raises DiskFull or BadRows with nothing written.
+
+        Any other exception means that what the disk holds is unknown.
+        """
+
+    async def find(self, query: Query) -> Page: ...
+
+    async def timeline(self, job_seq: int) -> list[Event]:
+        """The journal of one job, oldest first."""
+
+    async def expired(self, now: int, limit: int) -> list[str]:
+        """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first."""
+
+    async def reports(self, limit: int) -> list[bytes]:
+        """Kept cleanup reports, newest first."""
+
+    async def quarantine(self, job: Job, reason: str) -> None:
+        """Move the rows of `job` aside, out of every count."""
+
+    async def prune(self, before: int, limit: int) -> int:
+        """Delete up to `limit` journal rows of jobs deleted before wall time `before`; how many went."""
+
+    async def save_figures(self, body: bytes) -> None:
+        """Keep the counters that outlive a restart but no promise depends on."""
+
+    async def probe(self) -> None:
+        """A write and a read back, each committed. Raises DiskFull or anything else."""
+
+    async def drop_ballast(self) -> bool:
+        """Give up the ballast file so that endings and deletions have room; whether there was one."""
+
+    async def build_ballast(self) -> None:
+        """Make the ballast file again. Raises DiskFull where there is no room."""

@@ -1,0 +1,144 @@
+"""What can have happened: the facts that are journaled, streamed and shown, and how they fold into rows.
+
+An event carries the new values of every field it changed, so folding a job's events in order gives its row again.
+Nothing here decides anything: rules.py makes events, store.py keeps them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from jobd.job import Ended, Failure, Grant, Job, Lease, Options, Result
+
+EventType = Literal[
+    "created",
+    "imported",
+    "granted",
+    "progress",
+    "extended",
+    "lock_expired",
+    "completed",
+    "failed",
+    "retried",
+    "released",
+    "undelivered",
+    "cancelled",
+    "stalled",
+    "expired",
+    "force_failed",
+    "force_reset",
+    "transitioned",
+    "updated",
+    "fixed",
+    "resumed",
+    "deleted",
+    "queue_paused",
+    "queue_resumed",
+]
+
+# Signs of life come many to a grant: of each of these types the journal keeps the last KEEP_SIGNS per grant.
+SIGNS: Final = frozenset({"progress", "extended"})
+KEEP_SIGNS: Final = 100
+
+
+class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
+    """The fields of a job that an event set, with their new values; UNSET where it left them alone.
+
+    Its fields are those of Job (a test compares them).
+    """
+
+    seq: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    options: Options | UnsetType = UNSET
+    status: str | UnsetType = UNSET
+    created_at: int | UnsetType = UNSET
+    updated_at: int | UnsetType = UNSET
+    run_at: int | UnsetType = UNSET
+    progress: int | float | UnsetType = UNSET
+    progress_message: str | None | UnsetType = UNSET
+    attempt: int | UnsetType = UNSET
+    stalls: int | UnsetType = UNSET
+    started_at: int | None | UnsetType = UNSET
+    finished_at: int | None | UnsetType = UNSET
+    expires_at: int | None | UnsetType = UNSET
+    grant: Grant | None | UnsetType = UNSET
+    lease: Lease | None | UnsetType = UNSET
+    ended: Ended | None | UnsetType = UNSET
+    result: Result | None | UnsetType = UNSET
+    error: Failure | None | UnsetType = UNSET
+
+
+class Event(Struct, frozen=True, gc=False):
+    """One fact, in the order of `seq` over the whole store (unique, never used again; gaps are allowed).
+
+    `at` is wall time in Unix ms. `by` names who: `worker:NAME`, `client`, `admin`, `recovery`, `cleanup`, `daemon`.
+    `job_seq` 0 and an empty `job_id` mean that the event concerns a queue, not a job.
+    `details` is public; `changes` holds the lock_id and is shown to nobody.
+    """
+
+    seq: int
+    at: int
+    type: EventType
+    job_seq: int
+    job_id: str
+    queue: str
+    before: str | None  # status before, None where there was no job
+    after: str | None  # status after, None where the job is gone
+    by: str
+    reason: str | None = None
+    details: dict[str, Any] | None = None
+    changes: Changes | None = None
+
+
+class EventView(Struct, frozen=True, rename={"from_": "from"}):
+    """An event as timelines and streams show it."""
+
+    seq: int
+    at: int
+    type: str
+    from_: str | None
+    to: str | None
+    by: str
+    reason: str | None
+    details: dict[str, Any]
+
+
+class Change(Struct, frozen=True, gc=False):
+    """One step of one job: its row before and after, and the event that says so.
+
+    `before` is None for a new job, `after` is None for a deleted one. Both are None for an event of a queue.
+    `payload` (JSON text) and `request_hash` come with a new job and are written once.
+    """
+
+    before: Job | None
+    after: Job | None
+    event: Event
+    payload: bytes | None = None
+    request_hash: str | None = None
+
+
+def fold(job: Job | None, event: Event) -> Job | None:
+    """The row after `event`, given the row before it. Folding a job's whole journal from None gives its row."""
+    if event.type == "deleted":
+        return None
+    if event.changes is None:
+        return job
+    changed = {name: value for name in Changes.__struct_fields__ if (value := getattr(event.changes, name)) is not UNSET}
+    return Job(**changed) if job is None else msgspec.structs.replace(job, **changed)
+
+
+def view(event: Event) -> EventView:
+    """What anybody may see of `event`: everything but its raw changes (they hold the lock_id)."""
+    return EventView(
+        seq=event.seq,
+        at=event.at,
+        type=event.type,
+        from_=event.before,
+        to=event.after,
+        by=event.by,
+        reason=event.reason,
+        details=event.details or {},
+    )

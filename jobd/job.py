@@ -1,0 +1,234 @@
+"""The job record and its parts: what a job is, and the hard limits of its fields.
+
+Imports nothing of ours. How a job changes is in rules.py, where it is kept in store.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+Status = Literal["queued", "processing", "completed", "failed", "cancelled"]
+OnStall = Literal["auto", "requeue", "fail"]
+
+STATUSES: Final[tuple[Status, ...]] = ("queued", "processing", "completed", "failed", "cancelled")
+LIVE: Final = frozenset({"queued", "processing"})
+FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
+
+# Every way a status may change (SPEC 3). completed is final.
+TRANSITIONS: Final = frozenset(
+    {
+        ("queued", "processing"),
+        ("queued", "failed"),
+        ("queued", "cancelled"),
+        ("queued", "completed"),
+        ("processing", "completed"),
+        ("processing", "failed"),
+        ("processing", "queued"),
+        ("processing", "cancelled"),
+        ("failed", "queued"),
+        ("failed", "completed"),
+        ("cancelled", "queued"),
+        ("cancelled", "completed"),
+    }
+)
+
+SECOND_MS: Final = 1_000
+MINUTE_MS: Final = 60 * SECOND_MS
+HOUR_MS: Final = 60 * MINUTE_MS
+DAY_MS: Final = 24 * HOUR_MS
+YEAR_MS: Final = 365 * DAY_MS
+
+# A Unix time below this is in seconds, not milliseconds: 10^11 ms is March 1973.
+EARLIEST_MS: Final = 100_000_000_000
+LATEST_MS: Final = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
+
+ID_PATTERN: Final = r"^[A-Za-z0-9_.:\-]{1,200}$"
+TOKEN_COUNTER_BITS: Final = 40
+
+# Types of the wire and of the record: a value outside is 400 invalid_request, never clamped.
+JobId = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200)]
+QueueName = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200)]
+Kind = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
+Worker = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]+$", min_length=1, max_length=200)]
+LockId = Annotated[str, Meta(min_length=1, max_length=200)]
+Priority = Annotated[int, Meta(ge=-1000, le=1000)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
+Attempts = Annotated[int, Meta(ge=1, le=1000)]
+Stalls = Annotated[int, Meta(ge=0, le=1000)]
+LockTtlMs = Annotated[int, Meta(ge=SECOND_MS, le=DAY_MS)]
+StuckAfterMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
+MaxProcessingMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
+DelayMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
+UnixMs = Annotated[int, Meta(ge=EARLIEST_MS, le=LATEST_MS)]
+Text = Annotated[str, Meta(max_length=4096)]
+Place = Annotated[str, Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096)]  # URL or path of the caller
+Code = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
+MAX_PERCENT: Final = 100
+
+_ID = re.compile(ID_PATTERN)
+
+
+def is_job_id(text: str) -> bool:
+    """Whether `text` may be a job's id: 1-200 of A-Z a-z 0-9 . _ : -"""
+    return _ID.fullmatch(text) is not None
+
+
+def storage_key_fault(key: str) -> str | None:
+    """Why `key` may not name a stored object, in words, or None. It is relative, without `..` or NUL."""
+    if "\x00" in key:
+        return "contains NUL"
+    if key.startswith("/") or key.startswith("\\"):
+        return "must be relative: remove the leading slash"
+    if any(part == ".." for part in re.split(r"[/\\]", key)):
+        return "must not contain a '..' segment"
+    return None
+
+
+class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """How long a failed job waits before its next attempt (SPEC 4.6)."""
+
+    kind: Literal["exponential", "fixed"] = "exponential"
+    base_ms: Annotated[int, Meta(ge=0, le=YEAR_MS)] = 1_000
+    max_ms: Annotated[int, Meta(ge=0, le=YEAR_MS)] = HOUR_MS
+    jitter: bool = True
+
+
+class Options(Struct, frozen=True, gc=False):
+    """What the creator asked for. Jobs with equal options share one value in memory.
+
+    `stuck_after_ms` and `max_processing_ms` are None where the daemon's configuration decides.
+    """
+
+    queue: str = "default"
+    kind: str = ""
+    priority: int = 0
+    max_attempts: int = 1
+    backoff: Backoff = Backoff()
+    max_stalls: int = 3
+    on_stall: OnStall = "auto"
+    stuck_after_ms: int | None = None
+    max_processing_ms: int | None = None
+
+
+class Grant(Struct, frozen=True, gc=False):
+    """One act of handing a job to one worker: who, under which secret and which fencing token.
+
+    The durations were settled when the grant was made; a later change of configuration does not touch them.
+    `max_processing_ms` 0 means no ceiling.
+    """
+
+    lock_id: str
+    fencing_token: int
+    worker: str
+    acquired_at: int
+    ttl_ms: int
+    stuck_after_ms: int
+    max_processing_ms: int
+
+
+class Lease(Struct, frozen=True, gc=False):
+    """The deadlines of a grant, in lease time (milliseconds of clock.py, not wall time).
+
+    `expires`: the lock has expired at this time. `silent`: latest grant, progress or extend + stuck_after_ms.
+    `ceiling`: latest grant or progress + max_processing_ms, None without a ceiling.
+    `cleared`: recovery has noted the expiry; extend or progress of the holder sets it back.
+    """
+
+    expires: int
+    silent: int
+    ceiling: int | None
+    cleared: bool = False
+
+    def is_live(self, lease_ms: int) -> bool:
+        """At `expires` the lock has expired."""
+        return not self.cleared and lease_ms < self.expires
+
+    def is_past_ceiling(self, lease_ms: int) -> bool:
+        return self.ceiling is not None and lease_ms >= self.ceiling
+
+    @property
+    def stuck(self) -> int:
+        """From this lease time on the job counts as stuck (SPEC 4.5)."""
+        silent = max(self.expires, self.silent)
+        return silent if self.ceiling is None else min(silent, self.ceiling)
+
+
+class Ended(Struct, frozen=True, gc=False):
+    """The job's last ended grant: lets a repeated ending be answered and a late one be explained.
+
+    `verb` and `body_hash` are set where the holder itself ended it (complete, fail, release).
+    `rule` says which rule ended it, `reason` why, both in the words of a `lock_lost` answer.
+    """
+
+    lock_id: str
+    fencing_token: int
+    worker: str
+    at: int
+    rule: str
+    reason: str
+    verb: str | None = None
+    body_hash: str | None = None
+
+
+class Result(Struct, frozen=True, gc=False):
+    """What the worker left behind. `metadata` is any JSON, kept as it came."""
+
+    download_url: str | None = None
+    file_path: str | None = None
+    storage_key: str | None = None
+    metadata: msgspec.Raw | None = None
+
+
+class Failure(Struct, frozen=True, gc=False):
+    """The last error. It stays until the job completes or is force-reset."""
+
+    message: str | None
+    code: str | None = None
+
+
+class Job(Struct, frozen=True, gc=False):
+    """A unit of work. The payload is kept apart (store.py): memory holds what decisions need.
+
+    `seq` is the order of creation, unique in a store and never used again. `expires_at` of a live job is the
+    creator's (it fails then), of a finished one the time of its deletion. Times named `*_at` are wall time, Unix ms.
+    """
+
+    seq: int
+    id: str
+    options: Options
+    status: str
+    created_at: int
+    updated_at: int
+    run_at: int
+    progress: int | float = 0
+    progress_message: str | None = None
+    attempt: int = 0
+    stalls: int = 0
+    started_at: int | None = None
+    finished_at: int | None = None
+    expires_at: int | None = None
+    grant: Grant | None = None
+    lease: Lease | None = None
+    ended: Ended | None = None
+    result: Result | None = None
+    error: Failure | None = None
+
+
+class Policy(Struct, frozen=True):
+    """What the configuration decides for the rules: defaults, retention, limits. Times in ms, sizes in bytes."""
+
+    lock_ttl_ms: int = 15 * MINUTE_MS
+    max_processing_ms: int = 30 * MINUTE_MS
+    stuck_after_ms: int = 10 * MINUTE_MS
+    max_stalls: int = 3
+    on_stall: OnStall = "auto"
+    keep_completed_ms: int = 7 * DAY_MS
+    keep_failed_ms: int = 30 * DAY_MS
+    keep_cancelled_ms: int = 7 * DAY_MS
+    require_download_url: bool = False
+    live_jobs: int = 5_000_000
+    idempotency_keys: int = 200_000
