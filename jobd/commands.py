@@ -600,6 +600,108 @@ class Imported(Struct, frozen=True):
     skipped: bool
 
 
+class CleanupReport(Struct, frozen=True, rename="camel"):
+    """What was done since the previous report, in the names that existing dashboards expect. Times in ms."""
+
+    timestamp: int
+    stuck_jobs_recovered: int
+    expired_jobs_deleted: int
+    expired_locks_cleared: int
+    validation_issues_fixed: int
+    validation_issues_found: int
+    total_processing_time: int
+    errors: list[str]
+    forced: bool
+
+
+class CleanupState(Struct, frozen=True, rename="camel"):
+    last_report: CleanupReport | None
+    cleanup_running: bool
+    time_since_last_cleanup: int | None  # ms
+
+
+class RecoverStuckView(Struct, frozen=True, rename="camel"):
+    recovered_jobs: int
+    reset_jobs: int
+    failed_jobs: int
+    details: list[Recovery]
+    timestamp: int
+
+
+class ValidateJobView(Struct, frozen=True, rename="camel"):
+    job_id: str
+    job: JobView
+    validation: Validation
+    timestamp: int
+
+
+HealthStatus = Literal["healthy", "degraded", "unhealthy"]
+
+
+class DatabaseHealth(Struct, frozen=True, rename="camel"):
+    status: HealthStatus
+    message: str
+    total_jobs: int
+
+
+class PartHealth(Struct, frozen=True):
+    status: HealthStatus
+    message: str
+
+
+class CleanupHealth(Struct, frozen=True, rename="camel"):
+    running: bool
+    time_since_last_cleanup: int | None  # ms
+    message: str
+
+
+class HealthView(Struct, frozen=True, rename="camel"):
+    """Measured at `timestamp`, at most 5 s ago."""
+
+    status: HealthStatus
+    database: DatabaseHealth
+    cache: PartHealth
+    storage: PartHealth
+    cleanup_status: CleanupHealth
+    timestamp: int
+
+
+class AlertView(Struct, frozen=True):
+    """`since` is the Unix time in ms at which the alert began to fire, None while it does not."""
+
+    name: str
+    firing: bool
+    since: int | None
+    value: float
+    threshold: float
+    hint: str
+
+
+class AlertList(Struct):
+    alerts: list[AlertView]
+
+
+class ReportList(Struct):
+    reports: list[CleanupReport]
+
+
+class ClockView(Struct, frozen=True):
+    """`suspect` holds deletion by age back until an operator accepts the clock."""
+
+    now: int
+    suspect: bool
+    message: str
+
+
+class QuarantinedJob(Struct, frozen=True):
+    id: str
+    reason: str
+
+
+class QuarantineList(Struct):
+    jobs: list[QuarantinedJob]
+
+
 class Done(Struct, frozen=True):
     """The answer where there is nothing to say."""
 
@@ -613,6 +715,14 @@ class Answer(Struct):
     status: int = 200
     shows: list[tuple[int, JobView]] = []
     grants: list[tuple[str, str]] = []
+    replayed: bool = False  # a stored idempotent answer
+
+
+class KeyUse(Struct, frozen=True):
+    """An Idempotency-Key in use: `digest` of listener, method, path and key; `body_hash` of the body."""
+
+    digest: str
+    body_hash: str
 
 
 class Moment(Struct, frozen=True):
