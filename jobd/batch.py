@@ -18,7 +18,7 @@ class DiskFull(Exception):
 
 
 class BadRows(Exception):
-    """Payloads that the batch needed have a wrong checksum. Nothing was written. `jobs` maps job id to what is wrong."""
+    """Payloads that the batch needed have a wrong checksum; nothing was written. `jobs`: id to what is wrong."""
 
     def __init__(self, jobs: dict[str, str]) -> None:
         super().__init__(f"bad rows: {jobs}")

@@ -91,7 +91,7 @@ class Command(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A request to the actor, as a typed value. Decoded straight from a body; unknown fields are refused."""
 
 
-class Create(Command):
+class Create(Command, frozen=True, kw_only=True):
     id: JobId | None = None
     queue: QueueName = "default"
     kind: Kind = ""
@@ -108,33 +108,33 @@ class Create(Command):
     expires_at: UnixMs | None = None
 
 
-class Bulk(Command):
+class Bulk(Command, frozen=True, kw_only=True):
     jobs: Annotated[list[Create], Meta(min_length=1)]
 
 
-class OnJob(Command):
+class OnJob(Command, frozen=True, kw_only=True):
     """A command on one job; over HTTP the path gives its id."""
 
     id: JobId
 
 
-class Get(OnJob):
+class Get(OnJob, frozen=True, kw_only=True):
     pass
 
 
-class Timeline(OnJob):
+class Timeline(OnJob, frozen=True, kw_only=True):
     pass
 
 
-class Why(OnJob):
+class Why(OnJob, frozen=True, kw_only=True):
     pass
 
 
-class Validate(OnJob):
+class Validate(OnJob, frozen=True, kw_only=True):
     pass
 
 
-class List(Command):
+class List(Command, frozen=True, kw_only=True):
     """A page of jobs, newest first. `cursor` is the `next_cursor` of the page before."""
 
     status: Status | None = None
@@ -145,13 +145,13 @@ class List(Command):
     cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
 
 
-class Start(OnJob):
+class Start(OnJob, frozen=True, kw_only=True):
     worker: Worker
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: StuckAfterMs | None = None
 
 
-class Claim(Command):
+class Claim(Command, frozen=True, kw_only=True):
     worker: Worker
     queues: Annotated[list[QueueName], Meta(min_length=1, max_length=100)] = field(default_factory=lambda: ["default"])
     kinds: Annotated[list[Kind], Meta(min_length=1, max_length=100)] | None = None
@@ -161,18 +161,18 @@ class Claim(Command):
     stuck_after_ms: StuckAfterMs | None = None
 
 
-class Progress(OnJob):
+class Progress(OnJob, frozen=True, kw_only=True):
     lock_id: LockId
     progress: Percent
     message: Text | None = None
 
 
-class Extend(OnJob):
+class Extend(OnJob, frozen=True, kw_only=True):
     lock_id: LockId
     additional_ms: LockTtlMs | None = None
 
 
-class Complete(OnJob):
+class Complete(OnJob, frozen=True, kw_only=True):
     lock_id: LockId
     download_url: Place | None = None
     file_path: Place | None = None
@@ -181,7 +181,7 @@ class Complete(OnJob):
     expires_at: UnixMs | None = None
 
 
-class Fail(OnJob):
+class Fail(OnJob, frozen=True, kw_only=True):
     lock_id: LockId
     error_message: Annotated[str, Meta(min_length=1, max_length=4096)]
     error_code: Code | None = None
@@ -189,20 +189,20 @@ class Fail(OnJob):
     retry_after_ms: DelayMs | None = None
 
 
-class Release(OnJob):
+class Release(OnJob, frozen=True, kw_only=True):
     lock_id: LockId
     delay_ms: DelayMs | None = None
 
 
-class Cancel(OnJob):
+class Cancel(OnJob, frozen=True, kw_only=True):
     reason: Text | None = None
 
 
-class Queues(Command):
+class Queues(Command, frozen=True, kw_only=True):
     pass
 
 
-class Workers(Command):
+class Workers(Command, frozen=True, kw_only=True):
     pass
 
 
@@ -210,17 +210,17 @@ class Workers(Command):
 # Commands of operators (SPEC 6). `jobId` and its like are the names that existing dashboards send.
 
 
-class OnJobNamed(OnJob):
+class OnJobNamed(OnJob, frozen=True, kw_only=True):
     """A command whose body names the job as `jobId`."""
 
     id: JobId = field(name="jobId")
 
 
-class ForceFail(OnJobNamed):
+class ForceFail(OnJobNamed, frozen=True, kw_only=True):
     reason: Text | None = None
 
 
-class ForceReset(OnJobNamed):
+class ForceReset(OnJobNamed, frozen=True, kw_only=True):
     reason: Text | None = None
 
 
@@ -237,45 +237,45 @@ class Updates(Struct, frozen=True, forbid_unknown_fields=True):
     metadata: Raw | None = None
 
 
-class Transition(OnJobNamed):
+class Transition(OnJobNamed, frozen=True, kw_only=True):
     from_: Status = field(name="from")
     to: Status
     updates: Updates = Updates()
     reason: Text | None = None
 
 
-class ExtendLock(OnJobNamed):
+class ExtendLock(OnJobNamed, frozen=True, kw_only=True):
     lock_id: LockId = field(name="lockId")
     additional_ms: LockTtlMs | None = field(name="additionalTime", default=None)
 
 
-class ReleaseLock(OnJobNamed):
+class ReleaseLock(OnJobNamed, frozen=True, kw_only=True):
     lock_id: LockId = field(name="lockId")
 
 
-class RunNow(OnJob):
+class RunNow(OnJob, frozen=True, kw_only=True):
     pass
 
 
-class Update(OnJob):
+class Update(OnJob, frozen=True, kw_only=True):
     priority: Priority | None = None
     run_at: UnixMs | None = None
     max_attempts: Attempts | None = None
 
 
-class Delete(OnJob):
+class Delete(OnJob, frozen=True, kw_only=True):
     pass
 
 
-class Pause(Command):
+class Pause(Command, frozen=True, kw_only=True):
     name: QueueName
 
 
-class Resume(Command):
+class Resume(Command, frozen=True, kw_only=True):
     name: QueueName
 
 
-class Import(Command):
+class Import(Command, frozen=True, kw_only=True):
     """A job of any status, with its own times, moved in from elsewhere. Missing times become the time of import."""
 
     id: JobId
@@ -309,11 +309,11 @@ class Import(Command):
     error_code: Code | None = None
 
 
-class Stats(Command):
+class Stats(Command, frozen=True, kw_only=True):
     pass
 
 
-class Locks(Command):
+class Locks(Command, frozen=True, kw_only=True):
     pass
 
 
@@ -321,41 +321,41 @@ class Locks(Command):
 # Commands of the daemon's own parts: time, doors, probes.
 
 
-class Undelivered(OnJob):
+class Undelivered(OnJob, frozen=True, kw_only=True):
     """The connection closed before the first byte of the grant was written: the job goes back at once."""
 
     lock_id: LockId
 
 
-class Recover(Command):
+class Recover(Command, frozen=True, kw_only=True):
     """Recover up to `limit` stuck jobs and clear up to `limit` expired locks. Judged when it is applied."""
 
     limit: int
 
 
-class Expire(Command):
+class Expire(Command, frozen=True, kw_only=True):
     """Fail up to `limit` queued jobs whose `expires_at` has passed."""
 
     limit: int
 
 
-class DeleteExpired(Command):
+class DeleteExpired(Command, frozen=True, kw_only=True):
     """Delete those of `ids` that are finished and expired when the command is applied."""
 
     ids: list[str]
 
 
-class Mend(Command):
+class Mend(Command, frozen=True, kw_only=True):
     """Validate the jobs `ids` and apply the safe fixes."""
 
     ids: list[str]
 
 
-class Tick(Command):
+class Tick(Command, frozen=True, kw_only=True):
     """Persist lease time; changes no job."""
 
 
-class Report(Command):
+class Report(Command, frozen=True, kw_only=True):
     """Keep the report of a cleanup pass (JSON text)."""
 
     body: bytes

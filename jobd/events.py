@@ -126,7 +126,8 @@ def fold(job: Job | None, event: Event) -> Job | None:
         return None
     if event.changes is None:
         return job
-    changed = {name: value for name in Changes.__struct_fields__ if (value := getattr(event.changes, name)) is not UNSET}
+    named = ((name, getattr(event.changes, name)) for name in Changes.__struct_fields__)
+    changed = {name: value for name, value in named if value is not UNSET}
     return Job(**changed) if job is None else msgspec.structs.replace(job, **changed)
 
 
