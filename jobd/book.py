@@ -1,0 +1,356 @@
+"""Live jobs in memory and the orders in which we look for them: due, delayed, deadlines, counters.
+
+Pure: it is told of changes and of the time, decides nothing and reads no clock. Finished jobs pass through only.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from heapq import merge
+from typing import Final
+
+from jobd.batch import Numbers, QueueRow
+from jobd.events import Change
+from jobd.job import FINISHED, LIVE, STATUSES, TOKEN_COUNTER_BITS, Job, Options
+from jobd.orders import DueEntry, DueJobs, LazyHeap, TimeEntry
+
+FINISHED_KEPT: Final = 1_000  # finished jobs at hand, for repeated endings and quick reads
+WORKERS_KEPT: Final = 10_000  # workers without a job that are still listed
+OPTIONS_KEPT: Final = 10_000
+
+
+class WorkerSeen:
+    """What is known of a worker: the jobs that it holds and when it last spoke (wall time)."""
+
+    __slots__ = ("jobs", "last_seen_at")
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, None] = {}
+        self.last_seen_at = 0
+
+
+class Book:
+    """All live jobs. `swap` is the one way in and out, so that every order and counter follows the job itself."""
+
+    def __init__(self, numbers: Numbers | None = None) -> None:
+        numbers = numbers or Numbers()
+        self.epoch = numbers.epoch
+        self.next_token = numbers.next_token
+        self.next_job = numbers.next_job
+        self.next_event = numbers.next_event
+        self.jobs: dict[str, Job] = {}
+        self.finished: OrderedDict[str, Job] = OrderedDict()
+        self.quarantined: dict[str, str] = {}
+        self.request_hashes: dict[str, str] = {}  # of the jobs that the creates of this batch name
+        self.paused: set[str] = set()
+        self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs
+        self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
+        self.processing: dict[str, Job] = {}  # in the order of their grants
+        self.started_sum = 0  # of started_at over all processing jobs
+        self.workers: OrderedDict[str, WorkerSeen] = OrderedDict()
+        self.suspects: dict[str, None] = {}  # ids of imported or accepted rows that were not validated yet
+        self.expired_locks: dict[str, None] = {}  # expired, and recovery has not noted it yet
+        self.cleared_locks: dict[str, None] = {}  # expired and noted; the holder may still revive them
+        self.stuck: dict[str, None] = {}
+        self.overdue: dict[str, None] = {}  # queued jobs whose expires_at has passed
+        self.on_due: Callable[[str, str], None] = lambda queue, kind: None  # told of each job that becomes due
+        self._due: dict[str, DueJobs] = {}
+        self._delayed: LazyHeap[TimeEntry] = LazyHeap()
+        self._delayed_live: dict[str, int] = {}  # id -> run_at
+        self._expiries: LazyHeap[TimeEntry] = LazyHeap()
+        self._expiries_live: dict[str, int] = {}
+        self._deadlines: LazyHeap[TimeEntry] = LazyHeap()
+        self._deadline_of: dict[str, int] = {}  # id -> lease time of its one valid entry
+        self._now = 0
+        self._lease = 0
+        self._options: dict[Options, Options] = {}
+
+    @classmethod
+    def opened(cls, numbers: Numbers, jobs: Iterable[Job], queues: dict[str, QueueRow]) -> Book:
+        """The book as a start finds it: live jobs, and the finished counts that the store kept."""
+        book = cls(numbers)
+        book._now, book._lease = numbers.wall_ms, numbers.lease_ms
+        for name, row in queues.items():
+            kept = {"completed": row.completed, "failed": row.failed, "cancelled": row.cancelled}
+            book.counts[name] = dict.fromkeys(STATUSES, 0) | kept
+            for status, count in kept.items():
+                book.totals[status] += count
+            if row.paused:
+                book.paused.add(name)
+        for job in jobs:
+            book.swap(None, job)
+        return book
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def get(self, job_id: str) -> Job | None:
+        """The live job, or the finished one if it was loaded."""
+        return self.jobs.get(job_id) or self.finished.get(job_id)
+
+    def due(self, queues: Iterable[str], kinds: Iterable[str] | None) -> Iterator[Job]:
+        """Due jobs of unpaused `queues`, merged by priority, run_at, creation. The book must not change meanwhile."""
+        named = (self._due[queue] for queue in dict.fromkeys(queues) if queue in self._due and queue not in self.paused)
+        orders = [due.due(kinds) for due in named]
+        entries = orders[0] if len(orders) == 1 else merge(*orders)
+        return (self.jobs[entry[3]] for entry in entries)
+
+    def oldest_due_at(self, queue: str) -> int | None:
+        """`run_at` of the job of `queue` that has been due longest (Unix ms)."""
+        return self._due[queue].oldest_run_at() if queue in self._due else None
+
+    def next_run_at(self) -> int | None:
+        """When the next delayed job becomes due (Unix ms)."""
+        entry = self._delayed.first(self._is_delayed)
+        return None if entry is None else entry[0]
+
+    def next_deadline(self) -> int | None:
+        """The lease time at which the next lock expires or the next job becomes stuck."""
+        entry = self._deadlines.first(self._is_deadline)
+        return None if entry is None else entry[0]
+
+    def live_locks(self) -> int:
+        """Processing jobs whose lock has not expired, as of the last `advance`."""
+        return len(self.processing) - len(self.expired_locks) - len(self.cleared_locks) - len(self.stuck)
+
+    def total(self) -> int:
+        return sum(self.totals.values())
+
+    def queue_row(self, queue: str) -> QueueRow:
+        """What the store keeps of `queue`."""
+        counts = self.counts.get(queue, {})
+        finished = (counts.get(status, 0) for status in ("completed", "failed", "cancelled"))
+        return QueueRow(queue in self.paused, *finished)
+
+    def numbers(self, lease_ms: int, wall_ms: int) -> Numbers:
+        """The high-water marks as they are persisted with a commit."""
+        return Numbers(self.epoch, self.next_token, self.next_job, self.next_event, lease_ms, wall_ms)
+
+    def shared(self, options: Options) -> Options:
+        """One value for all equal options: a million jobs of a few kinds hold a few of them."""
+        if len(self._options) >= OPTIONS_KEPT:
+            self._options.clear()
+        return self._options.setdefault(options, options)
+
+    # -- changing -----------------------------------------------------------------------------------------------------
+
+    def put(self, change: Change) -> None:
+        """Take one decided step in, so that the next command of the batch sees it. Burns the numbers that it used."""
+        self.next_event = max(self.next_event, change.event.seq + 1)
+        if change.event.job_seq == 0:
+            self._set_paused(change.event.queue, change.event.type == "queue_paused")
+            return
+        self.next_job = max(self.next_job, change.event.job_seq + 1)
+        after = change.after
+        if after is not None and after.grant is not None:
+            counter = after.grant.fencing_token & ((1 << TOKEN_COUNTER_BITS) - 1)
+            self.next_token = max(self.next_token, counter + 1)
+        if change.request_hash is not None and after is not None:
+            self.request_hashes[after.id] = change.request_hash
+        if change.event.type == "imported":
+            self.suspects[change.event.job_id] = None
+        self.swap(change.before, after)
+
+    def swap(self, before: Job | None, after: Job | None) -> None:
+        """Replace a job's row by another in every order and counter. None: it did not exist, or is gone."""
+        if before is not None:
+            self._leave(before, after)
+        if after is not None:
+            self._enter(before, after)
+
+    def loaded(self, job: Job) -> None:
+        """A finished job was read from the disk: keep it at hand."""
+        self.finished[job.id] = job
+        self.finished.move_to_end(job.id)
+        while len(self.finished) > FINISHED_KEPT:
+            self.finished.popitem(last=False)
+
+    def quarantine(self, job_id: str, reason: str) -> None:
+        """The rows of this job are bad: it is out of every order and count, and only its name remains."""
+        self.quarantined[job_id] = reason
+        if (job := self.get(job_id)) is not None:
+            self.swap(job, None)
+        self.suspects.pop(job_id, None)
+
+    def saw(self, worker: str, now: int) -> None:
+        """A worker spoke at wall time `now`."""
+        seen = self.workers.get(worker)
+        if seen is None:
+            seen = self.workers[worker] = WorkerSeen()
+            if len(self.workers) > WORKERS_KEPT:
+                self._forget_worker()
+        else:
+            self.workers.move_to_end(worker)
+        seen.last_seen_at = max(seen.last_seen_at, now)
+
+    def advance(self, now: int, lease: int) -> None:
+        """Time passed: delayed jobs become due, locks expire, jobs become stuck, queued jobs overdue."""
+        if now < self._now:
+            self._rewind(now)
+        self._now, self._lease = now, lease
+        for entry in self._delayed.pop_until(now):
+            if self._is_delayed(entry):
+                del self._delayed_live[entry[2]]
+                self._add_due(self.jobs[entry[2]])
+        for entry in self._expiries.pop_until(now):
+            if self._is_expiry(entry):
+                self.overdue[entry[2]] = None
+        for entry in self._deadlines.pop_until(lease):
+            if self._is_deadline(entry):
+                self._schedule(self.processing[entry[2]])
+
+    # -- the job's way through the orders -----------------------------------------------------------------------------
+
+    def _leave(self, job: Job, after: Job | None) -> None:
+        self._count(job, -1)
+        if after is None or after.status not in LIVE:
+            self.jobs.pop(job.id, None)
+        if after is None or after.status not in FINISHED:
+            self.finished.pop(job.id, None)
+        if job.status == "queued":
+            if after is not None and after.status in LIVE:
+                self.jobs[job.id] = after  # its old entries are stale from here on
+            self._leave_queue(job)
+        elif job.status == "processing":
+            self.started_sum -= job.started_at or 0
+            if after is None or after.status != "processing":
+                self._end_processing(job)
+
+    def _enter(self, before: Job | None, job: Job) -> None:
+        self._count(job, +1)
+        if job.status in FINISHED:
+            self.loaded(job)
+            return
+        self.jobs[job.id] = job
+        if job.status == "queued":
+            self._enter_queue(job)
+        elif job.status == "processing":
+            self.started_sum += job.started_at or 0
+            self._hold(before, job)
+
+    def _enter_queue(self, job: Job) -> None:
+        if job.run_at <= self._now:
+            self._add_due(job)
+        else:
+            self._delayed_live[job.id] = job.run_at
+            self._delayed.push((job.run_at, job.seq, job.id))
+        if job.expires_at is not None:
+            self._expiries_live[job.id] = job.expires_at
+            self._expiries.push((job.expires_at, job.seq, job.id))
+
+    def _add_due(self, job: Job) -> None:
+        options = job.options
+        due = self._due.get(options.queue)
+        if due is None:
+            due = self._due[options.queue] = DueJobs(self._is_due)
+        due.add(options.kind, (options.priority, job.run_at, job.seq, job.id))
+        self.on_due(options.queue, options.kind)
+
+    def _leave_queue(self, job: Job) -> None:
+        if self._delayed_live.pop(job.id, None) is None:
+            due = self._due[job.options.queue]
+            due.remove(job.options.kind, job.options.priority)
+            if not due.lanes:
+                del self._due[job.options.queue]
+        else:
+            self._delayed.trim(len(self._delayed_live), self._is_delayed)
+        if job.expires_at is not None:
+            self.overdue.pop(job.id, None)
+            self._expiries_live.pop(job.id, None)
+            self._expiries.trim(len(self._expiries_live), self._is_expiry)
+
+    def _hold(self, before: Job | None, job: Job) -> None:
+        self.processing[job.id] = job
+        if job.grant is None or job.lease is None:
+            return  # a bad row; validation names it
+        if before is None or before.grant is None or before.grant.lock_id != job.grant.lock_id:
+            self.saw(job.grant.worker, self._now)
+            self.workers[job.grant.worker].jobs[job.id] = None
+            self._deadline_of.pop(job.id, None)
+        # An entry that is too early is looked at again when it comes up, so a moved deadline costs nothing here.
+        if job.id not in self._deadline_of or job.id in self.expired_locks or job.id in self.cleared_locks:
+            self._schedule(job)
+
+    def _end_processing(self, job: Job) -> None:
+        self.processing.pop(job.id, None)
+        self._unsort(job)
+        if self._deadline_of.pop(job.id, None) is not None:
+            self._deadlines.trim(len(self._deadline_of), self._is_deadline)
+        if job.grant is not None and (seen := self.workers.get(job.grant.worker)) is not None:
+            seen.jobs.pop(job.id, None)
+
+    def _schedule(self, job: Job) -> None:
+        """Sort a processing job into live, expired or stuck, and set its next deadline."""
+        lease = job.lease
+        assert lease is not None
+        self._unsort(job)
+        if self._lease >= lease.stuck:
+            self.stuck[job.id] = None
+            self._deadline_of.pop(job.id, None)
+            return
+        if lease.is_live(self._lease):
+            deadline = min(lease.expires, lease.stuck)
+        else:
+            (self.cleared_locks if lease.cleared else self.expired_locks)[job.id] = None
+            deadline = lease.stuck
+        self._deadline_of[job.id] = deadline
+        self._deadlines.push((deadline, job.seq, job.id))
+
+    def _unsort(self, job: Job) -> None:
+        for order in (self.expired_locks, self.cleared_locks, self.stuck):
+            order.pop(job.id, None)
+
+    def _rewind(self, now: int) -> None:
+        """The wall clock stepped back: what is not due any more waits again."""
+        self._now = now
+        ahead = [entry for due in self._due.values() for _, entry in due.entries() if entry[1] > now]
+        early = [job_id for job_id in self.overdue if (self.jobs[job_id].expires_at or 0) > now]
+        for job_id in [*(entry[3] for entry in ahead), *early]:
+            job = self.jobs[job_id]
+            self.swap(job, None)
+            self.swap(None, job)
+
+    # -- counters and validity ----------------------------------------------------------------------------------------
+
+    def _count(self, job: Job, step: int) -> None:
+        queue = job.options.queue
+        counts = self.counts.get(queue)
+        if counts is None:
+            counts = self.counts[queue] = dict.fromkeys(STATUSES, 0)
+        counts[job.status] = counts.get(job.status, 0) + step
+        self.totals[job.status] = self.totals.get(job.status, 0) + step
+
+    def _set_paused(self, queue: str, paused: bool) -> None:
+        if paused:
+            self.paused.add(queue)
+            return
+        self.paused.discard(queue)
+        if queue in self._due:
+            for kind in list(self._due[queue].lanes):
+                self.on_due(queue, kind)
+
+    def _forget_worker(self) -> None:
+        idle = next((name for name, seen in self.workers.items() if not seen.jobs), None)
+        if idle is not None:
+            del self.workers[idle]
+
+    def _is_due(self, kind: str, entry: DueEntry) -> bool:
+        job = self.jobs.get(entry[3])
+        return (
+            job is not None
+            and job.status == "queued"
+            and job.run_at == entry[1]
+            and job.seq == entry[2]
+            and job.options.priority == entry[0]
+            and job.options.kind == kind
+            and entry[3] not in self._delayed_live
+        )
+
+    def _is_delayed(self, entry: TimeEntry) -> bool:
+        return self._delayed_live.get(entry[2]) == entry[0] and self.jobs[entry[2]].seq == entry[1]
+
+    def _is_expiry(self, entry: TimeEntry) -> bool:
+        return self._expiries_live.get(entry[2]) == entry[0] and self.jobs[entry[2]].seq == entry[1]
+
+    def _is_deadline(self, entry: TimeEntry) -> bool:
+        return self._deadline_of.get(entry[2]) == entry[0] and self.processing[entry[2]].seq == entry[1]
