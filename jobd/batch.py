@@ -71,6 +71,7 @@ class Batch(Struct):
     checked: list[int] = []  # job seqs whose rows were validated: no longer suspect
     report: bytes | None = None
     payloads: list[int] = []  # job seqs whose payload the answers show; read inside the transaction
+    unmark: bool = False  # every grant of a marked file has been ended: clear its mark
 
 
 class Payload(Struct, frozen=True, gc=False):
@@ -127,6 +128,7 @@ class Opened(Struct):
     faults: list[str]
     figures: bytes | None = None
     full: bool = False  # the disk was full already at start
+    marked: bool = False  # a backup was put back: end every grant by its stall rule, then Batch.unmark
 
 
 class Disk(Protocol):
