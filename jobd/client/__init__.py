@@ -1,0 +1,107 @@
+"""Clients of a running daemon for Python programs: JobClient, AdminClient, their asyncio twins, and Worker.
+
+Knows nothing of the server: it speaks the wire of the worker and admin APIs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jobd.client.admin_calls import ImportResult, RefusedLine, ValidatedJob
+from jobd.client.endpoint import Endpoint, admin_endpoint, default_socket, parse_endpoint, worker_endpoint
+from jobd.client.errors import (
+    ERRORS,
+    AlreadyLocked,
+    BadAnswer,
+    EventsGone,
+    Forbidden,
+    IdempotencyKeyReused,
+    InternalError,
+    InvalidRequest,
+    InvalidTransition,
+    JobdError,
+    JobExists,
+    JobNotFound,
+    JobQuarantined,
+    LockLost,
+    MaxProcessingTimeExceeded,
+    MethodNotAllowed,
+    NotDue,
+    NotFound,
+    OutcomeUnknown,
+    Overloaded,
+    QueuePaused,
+    RequestTimeout,
+    ShuttingDown,
+    StorageFull,
+    TooLarge,
+    TooManyJobs,
+    Unauthorized,
+    Unreachable,
+    UnsupportedMediaType,
+)
+from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, RetryPolicy, uuid7
+from jobd.client.sync import AdminClient, JobClient
+
+if TYPE_CHECKING:
+    from jobd.client.aio import AsyncAdminClient, AsyncJobClient
+
+# aiohttp takes a fifth of a second to import: programs that block do without it.
+_LATER = {"AsyncAdminClient": "jobd.client.aio", "AsyncJobClient": "jobd.client.aio"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
+
+
+__all__ = [
+    "ERRORS",
+    "AdminClient",
+    "AlreadyLocked",
+    "AsyncAdminClient",
+    "AsyncJobClient",
+    "BadAnswer",
+    "Endpoint",
+    "EventsGone",
+    "Forbidden",
+    "GrantInfo",
+    "IdempotencyKeyReused",
+    "ImportResult",
+    "InternalError",
+    "InvalidRequest",
+    "InvalidTransition",
+    "JobClient",
+    "JobExists",
+    "JobInfo",
+    "JobInfoPage",
+    "JobNotFound",
+    "JobQuarantined",
+    "JobdError",
+    "LockLost",
+    "MaxProcessingTimeExceeded",
+    "MethodNotAllowed",
+    "NotDue",
+    "NotFound",
+    "OutcomeUnknown",
+    "Overloaded",
+    "QueuePaused",
+    "RefusedLine",
+    "RequestTimeout",
+    "RetryPolicy",
+    "ShuttingDown",
+    "StorageFull",
+    "TooLarge",
+    "TooManyJobs",
+    "Unauthorized",
+    "Unreachable",
+    "UnsupportedMediaType",
+    "ValidatedJob",
+    "admin_endpoint",
+    "default_socket",
+    "parse_endpoint",
+    "uuid7",
+    "worker_endpoint",
+]

@@ -1,0 +1,289 @@
+"""The calls of the admin API as requests: one function each, its signature and text are those of AdminClient's methods.
+
+Sends nothing. Names on the wire are those that dashboards use; here they are in snake case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from msgspec import Struct
+
+from jobd.client.calls import read_job, read_page, read_queues, read_timeline, read_why, read_workers
+from jobd.client.protocol import NDJSON_TYPE, JobInfo, JobInfoPage, Request, T, get, job_path, post, reader, uuid7
+from jobd.commands import (
+    AdminLock,
+    AlertList,
+    AlertView,
+    CleanupReport,
+    CleanupState,
+    ClockView,
+    Forced,
+    HealthView,
+    LockedJob,
+    LockList,
+    PausedView,
+    QuarantinedJob,
+    QuarantineList,
+    QueueView,
+    RecoverStuckView,
+    ReportList,
+    StatsView,
+    ValidateJobView,
+    WhyView,
+    WorkerView,
+)
+from jobd.events import EventView
+from jobd.job import Status
+
+BASE: Final = "/admin/job-management"
+JOBS: Final = f"{BASE}/jobs"
+
+
+class RefusedLine(Struct, frozen=True):
+    """A line of an import that was not taken. `line` counts from 1."""
+
+    line: int
+    reason: str
+    id: str | None = None
+
+
+class ImportResult(Struct, frozen=True):
+    """How many jobs of an import were created, how many ids existed already, and which lines were refused."""
+
+    imported: int
+    skipped: int
+    refused: list[RefusedLine] = []
+
+
+class ValidatedJob(ValidateJobView, frozen=True, rename="camel"):
+    """A job and what is wrong with it."""
+
+    job: JobInfo
+
+
+_read_stats = reader(StatsView)
+_read_health = reader(HealthView)
+_read_report = reader(CleanupReport)
+_read_cleanup = reader(CleanupState)
+_read_recovered = reader(RecoverStuckView)
+_read_validated = reader(ValidatedJob)
+_read_forced = reader(Forced)
+_read_lock = reader(AdminLock)
+_read_locks = reader(LockList)
+_read_reports = reader(ReportList)
+_read_alerts = reader(AlertList)
+_read_paused = reader(PausedView)
+_read_clock = reader(ClockView)
+_read_quarantine = reader(QuarantineList)
+read_imported = reader(ImportResult)
+
+
+def stats() -> Request[StatsView]:
+    """Counts of jobs by status, stuck and locked ones; the average processing time is in seconds."""
+    return get(f"{BASE}/stats", _read_stats)
+
+
+def health() -> Request[HealthView]:
+    """How the database, the memory and the artefact store are, measured at most 5 s ago.
+
+    Something unhealthy is a result, not an error: look at `status`.
+    """
+    return get(f"{BASE}/health", _read_health)
+
+
+def force_cleanup() -> Request[CleanupReport]:
+    """Run a cleanup pass now, or wait for the one that runs, and give its report."""
+    return post(f"{BASE}/cleanup", _read_report, {}, wait_ms=_PASS_MS)
+
+
+def cleanup_state() -> Request[CleanupState]:
+    """The last cleanup report, whether a pass runs now, and how long ago the last one was (ms)."""
+    return get(f"{BASE}/cleanup", _read_cleanup)
+
+
+def detect_and_recover_stuck_jobs() -> Request[RecoverStuckView]:
+    """Recover every job that is stuck now, and say what was done to each."""
+    return post(f"{BASE}/recover-stuck", _read_recovered, {}, wait_ms=_PASS_MS)
+
+
+_PASS_MS: Final = 5 * 60_000  # a pass over millions of jobs takes its time
+
+
+def validate_job(job_id: str) -> Request[ValidatedJob]:
+    """The job and what is wrong with its record. Raises JobNotFound."""
+    return get(f"{BASE}/validate-job", _read_validated, jobId=job_id)
+
+
+def force_fail(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> Request[Forced]:
+    """Fail a queued or processing job; a live grant is revoked. Raises JobNotFound, InvalidTransition."""
+    return _change("force-fail", _read_forced, {"jobId": job_id, "reason": reason}, idempotency_key)
+
+
+def force_reset(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> Request[Forced]:
+    """Put a processing, failed or cancelled job back into its queue as new: progress, attempt and stalls 0.
+
+    A live grant is revoked. Raises JobNotFound, InvalidTransition.
+    """
+    return _change("force-reset", _read_forced, {"jobId": job_id, "reason": reason}, idempotency_key)
+
+
+def transition_job_state(
+    job_id: str,
+    from_status: Status,
+    to_status: Status,
+    *,
+    updates: Mapping[str, Any] | None = None,
+    reason: str | None = None,
+    idempotency_key: str | None = None,
+) -> Request[Forced]:
+    """Change the status if it is `from_status` now; into processing there is no way but a grant.
+
+    `updates` may set error_message, priority, run_at, max_attempts, download_url, file_path, storage_key, metadata.
+    Raises JobNotFound, InvalidTransition.
+    """
+    body = {"jobId": job_id, "from": from_status, "to": to_status, "updates": updates, "reason": reason}
+    return _change("transition", _read_forced, body, idempotency_key)
+
+
+def extend_lock(
+    job_id: str, lock_id: str, additional_ms: int | None = None, *, idempotency_key: str | None = None
+) -> Request[AdminLock]:
+    """Extend a lock in its holder's place, to at least `additional_ms` from now. Raises LockLost, JobNotFound."""
+    body = {"jobId": job_id, "lockId": lock_id, "additionalTime": additional_ms}
+    return _change("extend-lock", _read_lock, body, idempotency_key)
+
+
+def release_lock(job_id: str, lock_id: str, *, idempotency_key: str | None = None) -> Request[AdminLock]:
+    """Release a lock in its holder's place: the job goes back to its queue. Raises LockLost, JobNotFound."""
+    return _change("release-lock", _read_lock, {"jobId": job_id, "lockId": lock_id}, idempotency_key)
+
+
+def _change(verb: str, read: Callable[[bytes], T], body: Mapping[str, Any], key: str | None) -> Request[T]:
+    return post(f"{BASE}/{verb}", read, body, key=key or uuid7())
+
+
+def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> Request[JobInfo]:
+    """Cancel a job that is not finished. Raises JobNotFound, InvalidTransition."""
+    return post(job_path(JOBS, job_id, "cancel"), read_job, {"reason": reason}, key=idempotency_key or uuid7())
+
+
+def run_now(job_id: str, *, idempotency_key: str | None = None) -> Request[JobInfo]:
+    """Make a queued job due now. Raises JobNotFound, InvalidTransition."""
+    return post(job_path(JOBS, job_id, "run-now"), read_job, {}, key=idempotency_key or uuid7())
+
+
+def update_job(
+    job_id: str,
+    *,
+    priority: int | None = None,
+    run_at: int | None = None,
+    max_attempts: int | None = None,
+    idempotency_key: str | None = None,
+) -> Request[JobInfo]:
+    """Change priority, due time (Unix ms) or the number of attempts. Raises JobNotFound, InvalidTransition."""
+    body = {"priority": priority, "run_at": run_at, "max_attempts": max_attempts}
+    return post(job_path(JOBS, job_id, "update"), read_job, body, key=idempotency_key or uuid7())
+
+
+def delete_job(job_id: str, *, idempotency_key: str | None = None) -> Request[JobInfo]:
+    """Delete a finished job with its history. Raises JobNotFound, InvalidTransition."""
+    headers = {"Idempotency-Key": idempotency_key or uuid7()}
+    return Request("DELETE", job_path(JOBS, job_id), read_job, headers=headers)
+
+
+def get_job(job_id: str) -> Request[JobInfo]:
+    """The job as it is now, with the `lock_id` of its holder. Raises JobNotFound."""
+    return get(job_path(JOBS, job_id), read_job)
+
+
+def list_jobs(
+    *,
+    status: Status | None = None,
+    queue: str | None = None,
+    kind: str | None = None,
+    worker: str | None = None,
+    limit: int | None = None,
+    cursor: str | None = None,
+) -> Request[JobInfoPage]:
+    """A page of the jobs that match, newest first: `limit` of them at most (50 by default, up to 200).
+
+    A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the page before.
+    """
+    return get(JOBS, read_page, status=status, queue=queue, kind=kind, worker=worker, limit=limit, cursor=cursor)
+
+
+def timeline(job_id: str) -> Request[list[EventView]]:
+    """What happened to the job, oldest first. Raises JobNotFound."""
+    return get(job_path(JOBS, job_id, "timeline"), read_timeline)
+
+
+def why(job_id: str) -> Request[WhyView]:
+    """Why the job is in its state, and what happens next, in plain words. Raises JobNotFound."""
+    return get(job_path(JOBS, job_id, "why"), read_why)
+
+
+def locks() -> Request[list[LockedJob]]:
+    """The current grants: who holds what, until when."""
+    return get(f"{BASE}/locks", lambda body: _read_locks(body).locks)
+
+
+def queues() -> Request[list[QueueView]]:
+    """The queues: counts by status, the oldest due job, whether they are paused."""
+    return get(f"{BASE}/queues", read_queues)
+
+
+def workers() -> Request[list[WorkerView]]:
+    """The workers: which jobs they hold, and when they were last heard of."""
+    return get(f"{BASE}/workers", read_workers)
+
+
+def reports() -> Request[list[CleanupReport]]:
+    """The kept reports of cleanup passes, newest first."""
+    return get(f"{BASE}/reports", lambda body: _read_reports(body).reports)
+
+
+def alerts() -> Request[list[AlertView]]:
+    """Every alert, firing or not, with its value and threshold."""
+    return get(f"{BASE}/alerts", lambda body: _read_alerts(body).alerts)
+
+
+def pause_queue(queue: str) -> Request[PausedView]:
+    """Grant nothing of this queue any more until it is resumed. Holders go on."""
+    return post(job_path(f"{BASE}/queues", queue, "pause"), _read_paused, {}, key=uuid7())
+
+
+def resume_queue(queue: str) -> Request[PausedView]:
+    """Grant jobs of this queue again."""
+    return post(job_path(f"{BASE}/queues", queue, "resume"), _read_paused, {}, key=uuid7())
+
+
+def clock() -> Request[ClockView]:
+    """The daemon's clock (Unix ms), and whether it holds back deletion by age because the clock is suspect."""
+    return get(f"{BASE}/clock", _read_clock)
+
+
+def accept_clock() -> Request[ClockView]:
+    """Say that the daemon's clock is right: deletion by age goes on."""
+    return post(f"{BASE}/clock/accept", _read_clock, {}, key=uuid7())
+
+
+def quarantine() -> Request[list[QuarantinedJob]]:
+    """The jobs whose rows are damaged, and how."""
+    return get(f"{BASE}/quarantine", lambda body: _read_quarantine(body).jobs)
+
+
+def metrics() -> Request[str]:
+    """The daemon's figures in Prometheus' text format."""
+    return get("/metrics", lambda body: body.decode())
+
+
+def import_jobs() -> Request[ImportResult]:
+    """Move jobs in; the body is a stream of JSON lines."""
+    return Request("POST", f"{BASE}/import", read_imported, headers={"Content-Type": NDJSON_TYPE}, repeatable=False)
+
+
+def backup() -> Request[bytes]:
+    """A copy of the database as it is now; the answer is the file."""
+    return Request("GET", f"{BASE}/backup", bytes)

@@ -1,0 +1,292 @@
+"""Clients for asyncio over aiohttp: AsyncJobClient for workers, AsyncAdminClient for operators.
+
+Says nothing about the calls themselves: those are in calls.py and admin_calls.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from types import TracebackType
+from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
+
+import aiohttp
+from yarl import URL
+
+from jobd.client import admin_calls, calls
+from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
+from jobd.client.errors import JobdError, Unreachable
+from jobd.client.protocol import (
+    JobInfo,
+    JobInfoPage,
+    Reply,
+    Request,
+    RetryPolicy,
+    Tries,
+    json_lines,
+    raise_refusal,
+    result,
+    signed,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_CONNECT_S: Final = 5.0
+_IDLE_S: Final = 60.0  # the daemon closes idle connections after 75 s
+_PIECE_BYTES: Final = 256 << 10
+
+# What aiohttp raises for a connection that cannot be made or breaks.
+_BROKEN: Final = (aiohttp.ClientError, OSError)
+# Among these, what an idle connection says that the daemon has closed meanwhile.
+_STALE: Final = (aiohttp.ServerDisconnectedError, ConnectionResetError, BrokenPipeError)
+
+
+class _AsyncClient:
+    """A pool of connections to one listener, and the calls over them. Belongs to the event loop of its first call."""
+
+    def __init__(self, endpoint: Endpoint, *, timeout_s: float, retry_for_s: float, tls: ssl.SSLContext | None) -> None:
+        self.endpoint: Final = endpoint
+        self._policy = RetryPolicy(total_s=retry_for_s, timeout_s=timeout_s)
+        self._tls = (tls or ssl.create_default_context()) if endpoint.tls else None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def send(
+        self,
+        request: Request[T],
+        policy: RetryPolicy | None = None,
+        on_retry: Callable[[JobdError], None] | None = None,
+    ) -> T:
+        """Send `request`, again by the retry policy where that is safe, and give its result. Raises JobdError.
+
+        `on_retry` hears of each error that leads to another try.
+        """
+        tries = Tries(policy or self._policy, request, time.monotonic())
+        while True:
+            try:
+                return result(request, await self._exchange(request, tries.timeout_s(time.monotonic())))
+            except JobdError as error:
+                wait_s = tries.wait_s(error, time.monotonic(), random.random())
+                if on_retry is not None:
+                    on_retry(error)
+            await asyncio.sleep(wait_s)
+
+    async def _exchange(self, request: Request[Any], timeout_s: float) -> Reply:
+        """One try. An idle connection that the daemon has closed meanwhile is replaced once, in silence."""
+        try:
+            return await self._talk(request, timeout_s)
+        except _STALE as error:
+            if not request.repeatable:
+                raise self._unreachable(error) from error
+        except _BROKEN as error:
+            raise self._unreachable(error) from error
+        try:
+            return await self._talk(request, timeout_s)
+        except _BROKEN as error:
+            raise self._unreachable(error) from error
+
+    async def _talk(self, request: Request[Any], timeout_s: float, data: AsyncIterator[bytes] | None = None) -> Reply:
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(_CONNECT_S, timeout_s))
+        async with self._open(request, timeout, data) as response:
+            return Reply(response.status, _lower(response), await response.read())
+
+    def _open(
+        self, request: Request[Any], timeout: aiohttp.ClientTimeout, data: AsyncIterator[bytes] | None = None
+    ) -> Any:
+        url = URL(f"{self.endpoint.origin}{request.path}", encoded=True)
+        headers = {**request.headers, **self.endpoint.headers}
+        return self._connected().request(
+            request.method, url, data=data or request.body, headers=headers, timeout=timeout, allow_redirects=False
+        )
+
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector: aiohttp.BaseConnector
+            # No limit: a hundred parked claims must not keep an extension waiting.
+            if self.endpoint.path is not None:
+                connector = aiohttp.UnixConnector(self.endpoint.path, limit=0, keepalive_timeout=_IDLE_S)
+            else:
+                connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S, ssl=self._tls or True)
+            self._session = aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+            )
+        return self._session
+
+    def _unreachable(self, error: BaseException) -> Unreachable:
+        said = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+        return Unreachable(f"The daemon at {self.endpoint} cannot be reached: {said}.")
+
+
+def _lower(response: aiohttp.ClientResponse) -> dict[str, str]:
+    return {name.lower(): value for name, value in response.headers.items()}
+
+
+def _method(build: Callable[P, Request[T]]) -> Callable[Concatenate[_AsyncClient, P], Coroutine[Any, Any, T]]:
+    """A client's method that sends what `build` makes: same arguments, same text, the result itself."""
+
+    @functools.wraps(build)
+    async def method(self: _AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.send(build(*args, **kwargs))
+
+    return signed(method, build)
+
+
+def _pages(build: Callable[P, Request[JobInfoPage]]) -> Callable[Concatenate[_AsyncClient, P], AsyncIterator[JobInfo]]:
+    """The method that walks through all pages of a list."""
+
+    async def method(self: _AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[JobInfo]:
+        """Every job that matches, newest first, page by page. Asks as `list_jobs` does; `limit` is that of a page."""
+        while True:
+            page = await self.send(build(*args, **kwargs))
+            for job in page.jobs:
+                yield job
+            if page.next_cursor is None:
+                return
+            kwargs["cursor"] = page.next_cursor
+
+    return signed(method, build)
+
+
+class AsyncJobClient(_AsyncClient):
+    """The worker API for asyncio: JobClient with every method a coroutine. See there for the arguments."""
+
+    def __init__(
+        self,
+        endpoint: str | Endpoint | None = None,
+        *,
+        token: str | None = None,
+        timeout_s: float = 30.0,
+        retry_for_s: float = 30.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(worker_endpoint(endpoint, token), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls)
+
+    create_job = _method(calls.create_job)
+    create_jobs = _method(calls.create_jobs)
+    get_job = _method(calls.get_job)
+    list_jobs = _method(calls.list_jobs)
+    timeline = _method(calls.timeline)
+    why = _method(calls.why)
+    validate_job_state = _method(calls.validate_job_state)
+    start_processing = _method(calls.start_processing)
+    claim = _method(calls.claim)
+    update_progress = _method(calls.update_progress)
+    extend_job_lock = _method(calls.extend_job_lock)
+    complete_job = _method(calls.complete_job)
+    fail_job = _method(calls.fail_job)
+    release_job = _method(calls.release_job)
+    cancel_job = _method(calls.cancel_job)
+    queues = _method(calls.queues)
+    workers = _method(calls.workers)
+    iterate_jobs = _pages(calls.list_jobs)
+
+
+class AsyncAdminClient(_AsyncClient):
+    """The admin API for asyncio: AdminClient with every method a coroutine. See there for the arguments."""
+
+    def __init__(
+        self,
+        endpoint: str | Endpoint | None = None,
+        *,
+        token: str | None = None,
+        timeout_s: float = 30.0,
+        retry_for_s: float = 30.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(admin_endpoint(endpoint, token), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls)
+
+    stats = _method(admin_calls.stats)
+    health = _method(admin_calls.health)
+    force_cleanup = _method(admin_calls.force_cleanup)
+    cleanup_state = _method(admin_calls.cleanup_state)
+    detect_and_recover_stuck_jobs = _method(admin_calls.detect_and_recover_stuck_jobs)
+    validate_job = _method(admin_calls.validate_job)
+    force_fail = _method(admin_calls.force_fail)
+    force_reset = _method(admin_calls.force_reset)
+    transition_job_state = _method(admin_calls.transition_job_state)
+    extend_lock = _method(admin_calls.extend_lock)
+    release_lock = _method(admin_calls.release_lock)
+    cancel_job = _method(admin_calls.cancel_job)
+    run_now = _method(admin_calls.run_now)
+    update_job = _method(admin_calls.update_job)
+    delete_job = _method(admin_calls.delete_job)
+    list_jobs = _method(admin_calls.list_jobs)
+    get_job = _method(admin_calls.get_job)
+    timeline = _method(admin_calls.timeline)
+    why = _method(admin_calls.why)
+    locks = _method(admin_calls.locks)
+    queues = _method(admin_calls.queues)
+    workers = _method(admin_calls.workers)
+    reports = _method(admin_calls.reports)
+    alerts = _method(admin_calls.alerts)
+    pause_queue = _method(admin_calls.pause_queue)
+    resume_queue = _method(admin_calls.resume_queue)
+    clock = _method(admin_calls.clock)
+    accept_clock = _method(admin_calls.accept_clock)
+    quarantine = _method(admin_calls.quarantine)
+    metrics = _method(admin_calls.metrics)
+    iterate_jobs = _pages(admin_calls.list_jobs)
+
+    async def import_jobs(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> admin_calls.ImportResult:
+        """Move jobs in, of any status and with their own times: mappings, or ready lines of JSON.
+
+        Each is created or refused by itself, an id that exists is skipped, so an import that broke off may simply be
+        run again. It is not tried again by itself.
+        """
+        request = admin_calls.import_jobs()
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self._policy.timeout_s)
+        try:
+            async with self._open(request, timeout, _poured(jobs)) as response:
+                reply = Reply(response.status, _lower(response), await response.read())
+        except _BROKEN as error:
+            raise self._unreachable(error) from error
+        return result(request, reply)
+
+    async def backup(self, file: BinaryIO) -> int:
+        """Write a copy of the database, as it is now, to `file` (in a thread); gives its bytes.
+
+        Raises Unreachable where the stream broke off: what was written is no backup then. An error of `file` is
+        raised as it is.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self._policy.timeout_s)
+        copied = 0
+        try:
+            response = await self._open(admin_calls.backup(), timeout)
+            piece = await response.read() if response.status >= 400 else await response.content.read(_PIECE_BYTES)
+        except _BROKEN as error:
+            raise self._unreachable(error) from error
+        async with response:
+            if response.status >= 400:
+                raise_refusal(Reply(response.status, _lower(response), piece))
+            while piece:
+                copied += await asyncio.to_thread(file.write, piece)
+                try:
+                    piece = await response.content.read(_PIECE_BYTES)
+                except _BROKEN as error:
+                    raise self._unreachable(error) from error
+        return copied
+
+
+async def _poured(jobs: Iterable[Mapping[str, Any] | bytes | str]) -> AsyncIterator[bytes]:
+    """The jobs as pieces of a body. They may come from a file, so they are read in a thread."""
+    pieces = json_lines(iter(jobs))
+    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        yield piece

@@ -1,0 +1,114 @@
+"""Where the daemon is and what token it wants: from an argument, the environment, or the daemon's own defaults.
+
+Opens no connection.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+DEFAULT_ADMIN_URL: Final = "http://127.0.0.1:8770"
+SYSTEM_DIRECTORY: Final = "/run/jobd"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One listener of a daemon: a Unix socket (`path`) or a TCP address, with `tls` or without.
+
+    `prefix` comes before every path (a proxy may want one). The token is shown nowhere.
+    """
+
+    path: str | None = None
+    host: str = "localhost"
+    port: int = 0
+    tls: bool = False
+    prefix: str = ""
+    token: str | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.path is not None else self.origin
+
+    @property
+    def origin(self) -> str:
+        """The part of a URL before the path. Over a Unix socket the host is only a name."""
+        if self.path is not None:
+            return "http://localhost"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+
+
+def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
+    """`unix:/path`, `/path`, `http://host:port` or `https://host:port`. Raises ValueError that says what is wrong."""
+    if text.startswith(("unix:", "/")):
+        path = text.removeprefix("unix:")
+        path = path.removeprefix("//") if path.startswith("///") else path
+        if not path.startswith("/"):
+            raise ValueError(f"{text!r}: the path of a Unix socket must be absolute, as in unix:/run/jobd/worker.sock")
+        return Endpoint(path=path, token=token)
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{text!r}: expected unix:/path, http://host:port or https://host:port")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("A daemon's URL has no user, query or fragment; the token comes from the environment.")
+    tls = parts.scheme == "https"
+    port = parts.port or (443 if tls else 80)
+    return Endpoint(host=parts.hostname, port=port, tls=tls, prefix=parts.path.rstrip("/"), token=token)
+
+
+def worker_endpoint(
+    where: str | Endpoint | None = None, token: str | None = None, environ: Mapping[str, str] = os.environ
+) -> Endpoint:
+    """The worker API: `where`, else $JOBD_SOCKET, else $JOBD_URL, else the daemon's default socket.
+
+    The token (TCP only) is `token`, else the first line of the file that $JOBD_WORKER_TOKEN_FILE names.
+    """
+    if isinstance(where, Endpoint):
+        return where
+    text = where or environ.get("JOBD_SOCKET") or environ.get("JOBD_URL") or default_socket(environ)
+    found = parse_endpoint(text)
+    if token is None and found.path is None:
+        token = _token_in(environ.get("JOBD_WORKER_TOKEN_FILE"))
+    return parse_endpoint(text, token=token)
+
+
+def admin_endpoint(
+    where: str | Endpoint | None = None, token: str | None = None, environ: Mapping[str, str] = os.environ
+) -> Endpoint:
+    """The admin API: `where`, else $JOBD_ADMIN_URL, else http://127.0.0.1:8770.
+
+    The token is `token`, else $ADMIN_TOKEN, else the first line of the file that $ADMIN_TOKEN_FILE names.
+    """
+    if isinstance(where, Endpoint):
+        return where
+    if token is None:
+        token = environ.get("ADMIN_TOKEN") or _token_in(environ.get("ADMIN_TOKEN_FILE"))
+    return parse_endpoint(where or environ.get("JOBD_ADMIN_URL") or DEFAULT_ADMIN_URL, token=token)
+
+
+def default_socket(environ: Mapping[str, str] = os.environ) -> str:
+    """Where a daemon that was told nothing listens for workers: the system's for root, else the user's own.
+
+    A user without a daemon of their own gets the system's, if there is one.
+    """
+    system = f"{SYSTEM_DIRECTORY}/worker.sock"
+    if os.geteuid() == 0:
+        return system
+    own = f"{environ.get('XDG_RUNTIME_DIR') or f'/run/user/{os.geteuid()}'}/jobd/worker.sock"
+    return system if not os.path.exists(own) and os.path.exists(system) else own
+
+
+def _token_in(file: str | None) -> str | None:
+    """The first line of `file`, which holds one token a line."""
+    if not file:
+        return None
+    lines = Path(file).read_text(encoding="utf-8").split()
+    return lines[0] if lines else None

@@ -1,0 +1,338 @@
+"""Blocking clients over http.client, safe to use from many threads: JobClient for workers, AdminClient for operators.
+
+Says nothing about the calls themselves: those are in calls.py and admin_calls.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import random
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
+
+from jobd.client import admin_calls, calls
+from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
+from jobd.client.errors import JobdError, Unreachable
+from jobd.client.protocol import (
+    JobInfo,
+    JobInfoPage,
+    Reply,
+    Request,
+    RetryPolicy,
+    Tries,
+    json_lines,
+    raise_refusal,
+    result,
+    signed,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_CONNECT_S: Final = 5.0
+_IDLE_S: Final = 60.0  # the daemon closes idle connections after 75 s
+_IDLE_CONNECTIONS: Final = 8
+_PIECE_BYTES: Final = 256 << 10
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection to `endpoint`: a Unix socket, TCP, or TLS."""
+
+    def __init__(self, endpoint: Endpoint, tls: ssl.SSLContext | None) -> None:
+        super().__init__(endpoint.host, endpoint.port or 80, timeout=_CONNECT_S)
+        self._endpoint = endpoint
+        self._tls = tls
+        self.idle_since_s = 0.0
+
+    def connect(self) -> None:
+        if self._endpoint.path is not None:
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sock.settimeout(_CONNECT_S)
+            self.sock.connect(self._endpoint.path)
+            return
+        super().connect()
+        if self._tls is not None:
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._endpoint.host)
+
+
+class _Client:
+    """Idle connections to one listener, and the calls over them. Every method may be called from any thread."""
+
+    def __init__(self, endpoint: Endpoint, *, timeout_s: float, retry_for_s: float, tls: ssl.SSLContext | None) -> None:
+        self.endpoint: Final = endpoint
+        self._policy = RetryPolicy(total_s=retry_for_s, timeout_s=timeout_s)
+        self._tls = (tls or ssl.create_default_context()) if endpoint.tls else None
+        self._guard = threading.Lock()
+        self._idle: list[_Connection] = []
+        self._is_closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the idle connections. Calls that are under way in other threads end by themselves."""
+        with self._guard:
+            idle, self._idle, self._is_closed = self._idle, [], True
+        for connection in idle:
+            connection.close()
+
+    def send(self, request: Request[T], policy: RetryPolicy | None = None) -> T:
+        """Send `request`, again by the retry policy where that is safe, and give its result. Raises JobdError."""
+        tries = Tries(policy or self._policy, request, time.monotonic())
+        while True:
+            try:
+                return result(request, self._exchange(request, tries.timeout_s(time.monotonic())))
+            except JobdError as error:
+                wait_s = tries.wait_s(error, time.monotonic(), random.random())
+            time.sleep(wait_s)
+
+    def _exchange(self, request: Request[Any], timeout_s: float) -> Reply:
+        """One try. An idle connection that the daemon has closed meanwhile is replaced once, in silence."""
+        connection = self._take_idle() if request.repeatable else None
+        if connection is not None:
+            try:
+                return self._talk(connection, request, timeout_s)
+            except ConnectionError:
+                pass
+            except (OSError, http.client.HTTPException) as error:
+                raise self._unreachable(error) from error
+        try:
+            return self._talk(_Connection(self.endpoint, self._tls), request, timeout_s)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+
+    def _talk(self, connection: _Connection, request: Request[Any], timeout_s: float) -> Reply:
+        try:
+            response = self._ask(connection, request, timeout_s)
+            reply = Reply(response.status, _lower(response), response.read())
+        except BaseException:  # an interrupt too: what comes next on this connection is not ours
+            connection.close()
+            raise
+        self._give_back(connection)
+        return reply
+
+    def _ask(
+        self, connection: _Connection, request: Request[Any], timeout_s: float, body: Iterator[bytes] | None = None
+    ) -> http.client.HTTPResponse:
+        if connection.sock is None:
+            connection.timeout = min(_CONNECT_S, timeout_s)
+            connection.connect()
+        connection.sock.settimeout(timeout_s)
+        headers = {**request.headers, **self.endpoint.headers}
+        path = self.endpoint.prefix + request.path
+        connection.request(request.method, path, body or request.body, headers, encode_chunked=body is not None)
+        return connection.getresponse()
+
+    def _take_idle(self) -> _Connection | None:
+        with self._guard:
+            while self._idle:
+                connection = self._idle.pop()
+                if time.monotonic() - connection.idle_since_s < _IDLE_S:
+                    return connection
+                connection.close()
+        return None
+
+    def _give_back(self, connection: _Connection) -> None:
+        """Keep the connection for the next call, unless the daemon closes it."""
+        connection.idle_since_s = time.monotonic()
+        with self._guard:
+            if connection.sock is not None and not self._is_closed and len(self._idle) < _IDLE_CONNECTIONS:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def _unreachable(self, error: Exception) -> Unreachable:
+        said = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+        return Unreachable(f"The daemon at {self.endpoint} cannot be reached: {said}.")
+
+
+def _lower(response: http.client.HTTPResponse) -> dict[str, str]:
+    return {name.lower(): value for name, value in response.getheaders()}
+
+
+def _method(build: Callable[P, Request[T]]) -> Callable[Concatenate[_Client, P], T]:
+    """A client's method that sends what `build` makes: same arguments, same text, the result itself."""
+
+    @functools.wraps(build)
+    def method(self: _Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.send(build(*args, **kwargs))
+
+    return signed(method, build)
+
+
+def _pages(build: Callable[P, Request[JobInfoPage]]) -> Callable[Concatenate[_Client, P], Iterator[JobInfo]]:
+    """The method that walks through all pages of a list."""
+
+    def method(self: _Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[JobInfo]:
+        """Every job that matches, newest first, page by page. Asks as `list_jobs` does; `limit` is that of a page."""
+        while True:
+            page = self.send(build(*args, **kwargs))
+            yield from page.jobs
+            if page.next_cursor is None:
+                return
+            kwargs["cursor"] = page.next_cursor
+
+    return signed(method, build)
+
+
+class JobClient(_Client):
+    """The worker API for blocking code. Times are Unix ms, durations `*_ms` milliseconds.
+
+    `endpoint` is `unix:/path`, `http://host:port`, or None for $JOBD_SOCKET, $JOBD_URL or the daemon's default.
+    A call is tried again, where that is safe, while the daemon is unreachable or overloaded, for `retry_for_s`
+    seconds in all (0: never); one answer may take `timeout_s`. Every method raises JobdError, most often one of its
+    subclasses: see each. Use it as a context manager, or close it.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | Endpoint | None = None,
+        *,
+        token: str | None = None,
+        timeout_s: float = 30.0,
+        retry_for_s: float = 30.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(worker_endpoint(endpoint, token), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls)
+
+    create_job = _method(calls.create_job)
+    create_jobs = _method(calls.create_jobs)
+    get_job = _method(calls.get_job)
+    list_jobs = _method(calls.list_jobs)
+    timeline = _method(calls.timeline)
+    why = _method(calls.why)
+    validate_job_state = _method(calls.validate_job_state)
+    start_processing = _method(calls.start_processing)
+    claim = _method(calls.claim)
+    update_progress = _method(calls.update_progress)
+    extend_job_lock = _method(calls.extend_job_lock)
+    complete_job = _method(calls.complete_job)
+    fail_job = _method(calls.fail_job)
+    release_job = _method(calls.release_job)
+    cancel_job = _method(calls.cancel_job)
+    queues = _method(calls.queues)
+    workers = _method(calls.workers)
+
+    iterate_jobs = _pages(calls.list_jobs)
+
+
+class AdminClient(_Client):
+    """The admin API for blocking code. Times are Unix ms; units of durations are with each result.
+
+    `endpoint` is `http://host:port`, `unix:/path`, or None for $JOBD_ADMIN_URL or http://127.0.0.1:8770; the token
+    is $ADMIN_TOKEN or the first line of $ADMIN_TOKEN_FILE if it is not given. Otherwise as JobClient.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | Endpoint | None = None,
+        *,
+        token: str | None = None,
+        timeout_s: float = 30.0,
+        retry_for_s: float = 30.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(admin_endpoint(endpoint, token), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls)
+
+    stats = _method(admin_calls.stats)
+    health = _method(admin_calls.health)
+    force_cleanup = _method(admin_calls.force_cleanup)
+    cleanup_state = _method(admin_calls.cleanup_state)
+    detect_and_recover_stuck_jobs = _method(admin_calls.detect_and_recover_stuck_jobs)
+    validate_job = _method(admin_calls.validate_job)
+    force_fail = _method(admin_calls.force_fail)
+    force_reset = _method(admin_calls.force_reset)
+    transition_job_state = _method(admin_calls.transition_job_state)
+    extend_lock = _method(admin_calls.extend_lock)
+    release_lock = _method(admin_calls.release_lock)
+    cancel_job = _method(admin_calls.cancel_job)
+    run_now = _method(admin_calls.run_now)
+    update_job = _method(admin_calls.update_job)
+    delete_job = _method(admin_calls.delete_job)
+    list_jobs = _method(admin_calls.list_jobs)
+    get_job = _method(admin_calls.get_job)
+    timeline = _method(admin_calls.timeline)
+    why = _method(admin_calls.why)
+    locks = _method(admin_calls.locks)
+    queues = _method(admin_calls.queues)
+    workers = _method(admin_calls.workers)
+    reports = _method(admin_calls.reports)
+    alerts = _method(admin_calls.alerts)
+    pause_queue = _method(admin_calls.pause_queue)
+    resume_queue = _method(admin_calls.resume_queue)
+    clock = _method(admin_calls.clock)
+    accept_clock = _method(admin_calls.accept_clock)
+    quarantine = _method(admin_calls.quarantine)
+    metrics = _method(admin_calls.metrics)
+
+    iterate_jobs = _pages(admin_calls.list_jobs)
+
+    def import_jobs(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> admin_calls.ImportResult:
+        """Move jobs in, of any status and with their own times: mappings, or ready lines of JSON.
+
+        Each is created or refused by itself, an id that exists is skipped, so an import that broke off may simply be
+        run again. It is not tried again by itself. `timeout_s` is the time that one piece may take.
+        """
+        request = admin_calls.import_jobs()
+        connection = _Connection(self.endpoint, self._tls)
+        try:
+            return result(request, self._pour(connection, request, json_lines(iter(jobs))))
+        finally:
+            connection.close()
+
+    def _pour(self, connection: _Connection, request: Request[Any], pieces: Iterator[bytes]) -> Reply:
+        """Send a stream. A daemon that refuses it may answer and close before the end: then that is the answer."""
+        try:
+            try:
+                response = self._ask(connection, request, self._policy.timeout_s, pieces)
+            except (BrokenPipeError, ConnectionResetError):
+                if connection.sock is None:
+                    raise
+                response = http.client.HTTPResponse(connection.sock, method=request.method)
+                response.begin()
+            return Reply(response.status, _lower(response), response.read())
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+
+    def backup(self, file: BinaryIO) -> int:
+        """Write a copy of the database, as it is now, to `file`; gives its bytes.
+
+        Raises Unreachable where the stream broke off: what was written is no backup then. An error of `file` is
+        raised as it is.
+        """
+        request = admin_calls.backup()
+        connection = _Connection(self.endpoint, self._tls)
+        try:
+            return self._copy(connection, request, file)
+        finally:
+            connection.close()
+
+    def _copy(self, connection: _Connection, request: Request[Any], file: BinaryIO) -> int:
+        copied = 0
+        try:
+            response = self._ask(connection, request, self._policy.timeout_s)
+            piece = response.read() if response.status >= 400 else response.read(_PIECE_BYTES)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        if response.status >= 400:
+            raise_refusal(Reply(response.status, _lower(response), piece))
+        while piece:
+            copied += file.write(piece)
+            try:
+                piece = response.read(_PIECE_BYTES)
+            except (OSError, http.client.HTTPException) as error:
+                raise self._unreachable(error) from error
+        if response.length:  # a stream with a length that ends early is no error to http.client
+            raise Unreachable(f"The daemon at {self.endpoint} broke the backup off after {copied} bytes.")
+        return copied
