@@ -1,0 +1,200 @@
+"""What lies beside the database: the lock file, the epoch file, the ballast; and how opening a store can be refused.
+
+Knows nothing of what is in the database. Everything here blocks: call it off the event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from jobd.batch import DiskFull
+
+BALLAST_BYTES: Final = 16 << 20
+NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_LOCK_BYTES: Final = 16
+
+
+class StoreError(Exception):
+    """A store that cannot be used as it is. `exit_code` is what a program ends with."""
+
+    exit_code = 78
+
+
+class StoreBusy(StoreError):
+    """Another process holds the store; `pid` is None where it cannot be told."""
+
+    exit_code = 75
+
+    def __init__(self, path: str, pid: int | None) -> None:
+        who = "another process" if pid is None else f"process {pid}"
+        super().__init__(f"{path} is in use by {who}: stop it first, or choose another store.path")
+        self.pid = pid
+
+
+class StoreTooNew(StoreError):
+    """The store was written by a newer version; it has not been touched."""
+
+
+class StoreUnreadable(StoreError):
+    """The store, or what it says about itself, cannot be read; starting again does not help."""
+
+
+class StoreBroken(StoreError):
+    """An earlier write failed and what the disk holds is unknown: nothing goes through this connection any more."""
+
+    exit_code = 74
+
+
+class FileLock:
+    """The exclusive right to a store, held by an open `<path>.lock` and lost with the process. The file stays."""
+
+    def __init__(self, path: str) -> None:
+        """Take the lock of the store at `path` or raise StoreBusy; nothing else of the store is touched."""
+        self._fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = os.pread(self._fd, _LOCK_BYTES, 0).split()
+            os.close(self._fd)
+            raise StoreBusy(path, int(pid[0]) if pid and pid[0].isdigit() else None) from error
+        # Written over the old number in place: that needs no new block, so a full disk is no hindrance.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._fd, str(os.getpid()).encode().ljust(_LOCK_BYTES - 1) + b"\n", 0)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@contextlib.contextmanager
+def room() -> Iterator[None]:
+    """Turn an OSError that says that there is no room into DiskFull."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise DiskFull(str(error)) from error
+        raise
+
+
+def has_room(directory: str) -> bool:
+    """Whether 64 KiB can be had in `directory`: what tells an exceeded quota from a broken disk."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, 64 << 10)
+    except OSError as error:
+        return error.errno not in NO_ROOM
+    return True
+
+
+def sync(path: str) -> None:
+    """Make the content of the file at `path`, and its name, durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    sync_directory(path)
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in the directory of `path` durable."""
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def create_private(path: str) -> bool:
+    """Make an empty file that only its owner may read, durably; whether it was new."""
+    with room():
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            return False
+        os.close(fd)
+        sync_directory(path)
+    return True
+
+
+def replace(path: str, content: bytes) -> None:
+    """Put `content` at `path` durably: after a crash there is the old file or the new one. Raises DiskFull."""
+    new = f"{path}.new"
+    with room():
+        try:
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, content)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(new, path)
+        except OSError:
+            Path(new).unlink(missing_ok=True)
+            raise
+        sync_directory(path)
+
+
+def read_epoch(path: str) -> int:
+    """The highest epoch ever used at `path`, from its epoch file; 0 where there is none.
+
+    Raises StoreUnreadable: to guess it could give a fencing token twice.
+    """
+    name = f"{path}.epoch"
+    try:
+        words = Path(name).read_bytes().split()
+    except FileNotFoundError:
+        return 0
+    if len(words) == 1 and words[0].isdigit():  # written by hand
+        return int(words[0])
+    if len(words) == 2 and words[1] == b"%08x" % zlib.crc32(words[0]):
+        return int(words[0])
+    raise StoreUnreadable(f"{name} is damaged: write a number into it that is higher than every epoch used here")
+
+
+def write_epoch(path: str, epoch: int) -> None:
+    """Keep `epoch` as the highest one used at `path`. Raises DiskFull."""
+    number = b"%d" % epoch
+    replace(f"{path}.epoch", b"%s %08x\n" % (number, zlib.crc32(number)))
+
+
+def build_ballast(path: str) -> None:
+    """Make sure that `<path>.ballast` takes up its whole size on the disk. Raises DiskFull."""
+    name = f"{path}.ballast"
+    with room():
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, BALLAST_BYTES)
+            os.fsync(fd)
+        except OSError:
+            Path(name).unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+        sync_directory(path)
+
+
+def drop_ballast(path: str) -> bool:
+    """Give the ballast up; whether there was any."""
+    try:
+        os.unlink(f"{path}.ballast")
+    except FileNotFoundError:
+        return False
+    sync_directory(path)
+    return True

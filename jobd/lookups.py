@@ -1,0 +1,203 @@
+"""Looks at what is committed: jobs by id, pages of jobs, journals, reports. Damaged rows met there are set aside.
+
+Changes nothing else. Plain calls, made from the store's thread.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Final
+
+from jobd import rows
+from jobd.batch import KeyRow, Loaded, Page, Query
+from jobd.events import Event
+from jobd.job import LIVE, Job
+from jobd.quarantine import set_jobs_aside, set_rows_aside
+from jobd.rows import EVENT_COLUMNS, KEY_COLUMNS, Row, fault
+from jobd.tables import BY_ID, BY_SEQ, EVENT_SQL, FINISHED_SQL, JOB_SQL, KEY_SQL, LIVE_SQL, Tables
+
+_NO_LIMIT: Final = 1 << 62
+
+
+def read_job(tables: Tables, row: Row) -> tuple[Job | None, str]:
+    """The job of a row, or None and what is wrong with it."""
+    wrong = fault(row)
+    if wrong is None:
+        try:
+            return tables.reader.job(row), ""
+        except rows.Unreadable as error:
+            wrong = str(error)
+    return None, wrong
+
+
+def load(tables: Tables, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+    """See Disk.load."""
+    tables.check()
+    loaded = Loaded()
+    damaged: list[tuple[Row, str]] = []
+    for id_ in ids:
+        row = _row_by_id(tables, id_)
+        if row is None:
+            if id_ in tables.quarantined:
+                loaded.bad[id_] = tables.quarantined[id_]
+            continue
+        job, wrong = read_job(tables, row)
+        if job is not None:
+            loaded.jobs[id_] = job
+        else:
+            loaded.bad[id_] = wrong
+            damaged.append((row, wrong))
+    for seq in payloads:
+        payload, wrong = tables.payload(seq)
+        if payload is not None:
+            loaded.payloads[seq] = payload
+        elif row_of := tables.rows(BY_SEQ, (seq,)):
+            damaged.append((row_of[0], wrong))
+    if damaged:
+        loaded.bad.update(set_jobs_aside(tables, damaged))
+        loaded.jobs = {id_: job for id_, job in loaded.jobs.items() if id_ not in loaded.bad}
+    for digest in digests:
+        if (key := _answer(tables, digest)) is not None:
+            loaded.answers[digest] = key
+    return loaded
+
+
+def _row_by_id(tables: Tables, id_: str) -> Row | None:
+    found = tables.rows(BY_ID, (id_,))
+    if found and found[0][1] != id_ and fault(found[0]) is None:
+        tables.rebuild_indexes()  # the index led to the whole row of another job
+        found = tables.rows(BY_ID, (id_,))
+    return found[0] if found else None
+
+
+def _answer(tables: Tables, digest: str) -> KeyRow | None:
+    """A stored answer. One that is damaged is set aside: the call is judged anew, as after 24 hours."""
+    found = tables.rows(f"SELECT rowid, {KEY_SQL}, answer FROM keys WHERE digest = ?", (digest,))
+    if not found:
+        return None
+    rowid, *columns, answer = found[0]
+    wrong = fault(tuple(columns))
+    if wrong is None and (None if answer is None else zlib.crc32(answer)) != columns[5]:
+        wrong = "the checksum of its answer is wrong"
+    if wrong is None:
+        return rows.key(tuple(columns), answer)
+    set_rows_aside(tables, "keys", (*KEY_COLUMNS, "crc", "answer"), [(rowid, found[0][1:], wrong)])
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages
+
+
+def find(tables: Tables, query: Query) -> Page:
+    """See Disk.find: newest first, at most `scan` rows looked at."""
+    tables.check()
+    scope, scope_args, filters, args = _conditions(query)
+    before = _NO_LIMIT if query.before is None else query.before
+    floor_sql = f"SELECT seq FROM jobs {scope} AND seq < ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
+    edge = tables.conn.execute(floor_sql, (*scope_args, before, query.scan - 1)).fetchone()
+    floor = 0 if edge is None else edge[0]
+    inner = f"SELECT seq AS found FROM jobs {scope} AND seq < ? AND seq >= ? ORDER BY seq DESC"
+    sql = (
+        f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found "
+        f"WHERE true{filters} ORDER BY found DESC LIMIT ?"
+    )
+    matched = tables.rows(sql, (*scope_args, before, floor, *args, query.limit + 1))
+    page = Page([], None)
+    last = _fill(tables, page, matched, query)
+    if last is not None:
+        page.next_before = last
+    elif edge is not None:
+        more = tables.conn.execute(f"SELECT 1 FROM jobs {scope} AND seq < ?", (*scope_args, floor)).fetchone()
+        page.next_before = None if more is None else floor
+    return page
+
+
+def _conditions(query: Query) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...]]:
+    """Which rows count as looked at (the live ones by their index, where the query allows it), and which match."""
+    status = "processing" if query.worker is not None and query.status is None else query.status
+    scope = "NOT INDEXED WHERE true"
+    scope_args: tuple[Any, ...] = ()
+    if status in LIVE:
+        scope, scope_args = f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?", (status,)
+    wanted = {"status": status, "queue": query.queue, "kind": query.kind, "worker": query.worker}
+    wanted = {column: value for column, value in wanted.items() if value is not None}
+    return scope, scope_args, "".join(f" AND {column} = ?" for column in wanted), tuple(wanted.values())
+
+
+def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int | None:
+    """Put the rows of a page in; gives the seq it ended with where rows are left for the next one."""
+    damaged: list[tuple[Row, str]] = []
+    size, last = 0, None
+    for row in matched:
+        if len(page.jobs) + len(damaged) >= query.limit:
+            break
+        job, wrong = read_job(tables, row)
+        payload, wrong = (None, wrong) if job is None else tables.payload(job.seq)
+        if job is None or payload is None:
+            damaged.append((row, wrong))
+        elif page.jobs and size + len(payload.body) > query.payload_bytes:
+            break
+        else:
+            page.jobs.append((job, payload.body))
+            size += len(payload.body)
+        last = row[0]
+    else:
+        last = None
+    if damaged:
+        page.bad = set_jobs_aside(tables, damaged)
+    return last
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Journals, ages, reports
+
+
+def timeline(tables: Tables, job_seq: int) -> list[Event]:
+    """The journal of one job, oldest first; of signs of life the last of each grant."""
+    events = _events(tables, f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq", (job_seq,))
+    gone, changed = rows.thin(events)
+    forgotten, new = set(gone), {event.seq: event for event in changed}
+    return [new.get(event.seq, event) for event in events if event.seq not in forgotten]
+
+
+def journal(tables: Tables, after: int, limit: int) -> list[Event]:
+    """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
+    return _events(tables, f"SELECT {EVENT_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
+
+
+def _events(tables: Tables, sql: str, args: tuple[Any, ...]) -> list[Event]:
+    tables.check()
+    found = tables.rows(sql, args)
+    damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
+    if damaged:
+        set_rows_aside(tables, "events", (*EVENT_COLUMNS, "crc"), damaged)
+        aside = {seq for seq, _, _ in damaged}
+        found = [row for row in found if row[0] not in aside]
+    return [rows.event(row) for row in found]
+
+
+def expired(tables: Tables, now: int, limit: int) -> list[str]:
+    """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first."""
+    tables.check()
+    inner = (
+        f"SELECT seq AS found, expires_at AS due FROM jobs INDEXED BY jobs_expiry "
+        f"WHERE expires_at IS NOT NULL AND {FINISHED_SQL} AND expires_at <= ? ORDER BY expires_at LIMIT ?"
+    )
+    sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
+    found = tables.rows(sql, (now, limit))
+    damaged = [(row, wrong) for row in found if (wrong := fault(row)) is not None]
+    if damaged:
+        set_jobs_aside(tables, damaged)
+        aside = {row[0] for row, _ in damaged}
+        found = [row for row in found if row[0] not in aside]
+    return [row[1] for row in found]
+
+
+def reports(tables: Tables, limit: int) -> list[bytes]:
+    """Kept cleanup reports, newest first."""
+    tables.check()
+    found = tables.rows("SELECT seq, body, crc FROM reports ORDER BY seq DESC LIMIT ?", (limit,))
+    damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
+    set_rows_aside(tables, "reports", ("seq", "body", "crc"), damaged)
+    return [body for _, body, _ in (row for row in found if fault(row) is None)]

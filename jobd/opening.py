@@ -1,0 +1,344 @@
+"""How a store is opened: the one connection, the schema, the epoch, and everything that is alive, checked row by row.
+
+Touches nothing before the lock is held and the schema version is known. Plain calls, made from the store's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from jobd import files, migrations, rows
+from jobd.batch import DiskFull, KeyRow, Numbers, Opened, QueueRow
+from jobd.files import StoreBusy, StoreTooNew, StoreUnreadable
+from jobd.job import Job
+from jobd.lookups import read_job
+from jobd.quarantine import set_jobs_aside, set_rows_aside
+from jobd.rows import KEY_COLUMNS, META_COLUMNS, QUEUE_COLUMNS, Row, fault
+from jobd.tables import (
+    FINISHED_SQL,
+    JOB_SQL,
+    KEY_SQL,
+    LIVE_SQL,
+    QUEUE_SQL,
+    Tables,
+    code_of,
+    is_undecodable,
+    lenient,
+    now_ms,
+    readable,
+)
+
+MEMORY: Final = ":memory:"
+PAGE_CACHE_KIB: Final = 64 << 10
+_WAL_PAGES: Final = 1000  # measured: fewer checkpoint too often, more make single commits wait longer
+_MAGIC: Final = b"SQLite format 3\0"
+_LIVE_JOBS: Final = (
+    f"SELECT {JOB_SQL} FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
+    f"CROSS JOIN jobs NOT INDEXED ON seq = found"
+)
+
+
+def connect(path: str, synchronous: str) -> sqlite3.Connection:
+    """The connection of a store, exclusive, before anything is read from it. The lock file is held already."""
+    if path != MEMORY and not files.create_private(path):
+        refuse_newer(path, peek(path))
+    conn = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=256)
+    try:
+        with refusals(path):
+            # EXCLUSIVE before WAL: no other connection, and no shared memory file, ever.
+            conn.execute("PRAGMA locking_mode = EXCLUSIVE")
+            conn.execute("PRAGMA journal_mode = WAL")
+            conn.execute(f"PRAGMA synchronous = {synchronous}")
+            conn.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+            conn.execute(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
+            conn.execute("PRAGMA temp_store = MEMORY")
+            conn.execute("PRAGMA cell_size_check = ON")
+            conn.execute("PRAGMA trusted_schema = OFF")
+            conn.execute("PRAGMA secure_delete = FAST")
+            conn.execute("BEGIN EXCLUSIVE")
+            conn.execute("COMMIT")
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
+@contextlib.contextmanager
+def refusals(path: str) -> Iterator[None]:
+    """Turn SQLite's errors at the opening of `path` into those of a store; an I/O error stays what it is."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = code_of(error) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise StoreBusy(path, None) from error
+        if code == sqlite3.SQLITE_FULL:
+            raise DiskFull(f"{path}: {error}") from error
+        if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH):
+            raise StoreUnreadable(
+                f"{path} cannot be read ({error}): see `jobd doctor`, or put a backup back with `jobd restore`"
+            ) from error
+        raise
+
+
+def peek(path: str) -> tuple[int, int]:
+    """Application id and schema version of the file at `path`, which is not written to; (0, 0) of an empty one."""
+    with open(path, "rb") as file:
+        header = file.read(100)
+    if not header:
+        return 0, 0
+    if len(header) < 100 or not header.startswith(_MAGIC):
+        raise StoreUnreadable(f"{path} is not a database: set store.path to another file")
+    in_file = int.from_bytes(header[68:72]), int.from_bytes(header[60:64])
+    if not os.path.exists(f"{path}-wal") or os.path.getsize(f"{path}-wal") == 0:
+        return in_file
+    return _peek_log(path, in_file)
+
+
+def _peek_log(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
+    """The same where the write-ahead log may hold a newer header. A read-only connection leaves file and log alone."""
+    shared = f"{path}-shm"
+    had_shared = os.path.exists(shared)
+    try:
+        conn = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, timeout=1.0)
+    except sqlite3.Error:
+        return in_file
+    try:
+        (application,) = conn.execute("PRAGMA application_id").fetchone()
+        (version,) = conn.execute("PRAGMA user_version").fetchone()
+    except sqlite3.Error:
+        return in_file  # a full disk, for one: the header of the file has to do
+    finally:
+        conn.close()
+        if not had_shared:
+            Path(shared).unlink(missing_ok=True)
+    return application, version
+
+
+def refuse_newer(path: str, found: tuple[int, int]) -> None:
+    """Raise for a file that is not ours or newer than this version."""
+    application, version = found
+    if application not in (0, migrations.APPLICATION_ID):
+        raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
+    if version > migrations.VERSION:
+        raise StoreTooNew(
+            f"{path} has schema version {version}, this jobd knows {migrations.VERSION}: "
+            "use the newer jobd, or a backup made by this one. The file was left as it is"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a connection to what the daemon needs in memory
+
+
+def start(conn: sqlite3.Connection, path: str) -> tuple[Tables, Opened]:
+    """Bring the schema up to date, settle the epoch, read and check everything that is alive."""
+    with refusals(path):
+        prepare_schema(conn, path)
+        tables = read_meta(conn, path)
+        marked = path != MEMORY and _settle_epoch(tables, path)
+        opened = _read_all(tables)
+        opened.marked = marked
+        if path != MEMORY:
+            _remove_leftovers(path)
+            opened.full = not _has_space(tables, path)
+        opened.faults = tables.faults.copy()
+        return tables, opened
+
+
+def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
+    """Lay out an empty file; migrate an older one, after a copy of it was put beside it."""
+    (application,) = conn.execute("PRAGMA application_id").fetchone()
+    (version,) = conn.execute("PRAGMA user_version").fetchone()
+    refuse_newer(path, (application, version))
+    (known,) = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if not known:
+        migrations.create(conn)
+    elif application != migrations.APPLICATION_ID:
+        raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
+    elif version < migrations.VERSION:
+        if path != MEMORY:
+            _copy_aside(conn, path, version)
+        migrations.migrate(conn, version)
+
+
+def _copy_aside(conn: sqlite3.Connection, path: str, version: int) -> None:
+    name = f"{path}.v{version}-{now_ms()}"
+    files.create_private(name)
+    copy = sqlite3.connect(name, isolation_level=None)
+    try:
+        conn.backup(copy)
+        copy.execute("PRAGMA journal_mode = DELETE")
+    finally:
+        copy.close()
+    files.sync(name)
+
+
+def read_meta(conn: sqlite3.Connection, path: str) -> Tables:
+    """The tables with their numbers and sums. Raises StoreUnreadable."""
+    found = conn.execute(f"SELECT {', '.join(META_COLUMNS)}, crc FROM meta WHERE id = 1").fetchone()
+    wrong = "it is missing" if found is None else fault(found)
+    if wrong is not None:
+        raise StoreUnreadable(
+            f"{path}: the meta row cannot be trusted ({wrong}): put a backup back with `jobd restore`"
+        )
+    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, *totals, marked, _ = found
+    numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms)
+    a, b, c, d = totals
+    return Tables(conn, os.path.dirname(path) or ".", numbers, (a, b, c, d), bool(marked))
+
+
+def _settle_epoch(tables: Tables, path: str) -> bool:
+    """Whether a backup was put back: then a new epoch begins, in the epoch file first."""
+    used = files.read_epoch(path)
+    own = tables.numbers.epoch
+    if not tables.marked and used <= own:
+        if used < own:
+            files.write_epoch(path, own)
+        return False
+    epoch = max(own, used) + 1
+    files.write_epoch(path, epoch)
+    tables.commit(_begin_epoch, tables, epoch)
+    return True
+
+
+def _begin_epoch(tables: Tables, epoch: int) -> None:
+    """The mark stays until every grant has been ended (Batch.unmark)."""
+    old = tables.numbers
+    tables.numbers = Numbers(epoch, 1, old.next_job, old.next_event, old.lease_ms, old.wall_ms)
+    tables.marked = True
+    tables.write_meta()
+
+
+def _remove_leftovers(path: str) -> None:
+    """Temporary files of backups that a crash cut short."""
+    for name in glob.glob(f"{glob.escape(path)}.backup-*"):
+        Path(name).unlink(missing_ok=True)
+
+
+def _has_space(tables: Tables, path: str) -> bool:
+    try:
+        tables.probe()
+        files.build_ballast(path)
+    except DiskFull:
+        return False
+    return True
+
+
+def _read_all(tables: Tables) -> Opened:
+    for id_, reason in tables.rows("SELECT id, reason FROM quarantined_jobs"):
+        tables.quarantined[readable(id_)] = reason
+    opened = Opened(
+        numbers=tables.numbers,
+        jobs=_live_jobs(tables),
+        queues=_queues(tables),
+        keys=_keys(tables),
+        quarantined={},
+        suspects=[i for (i,) in tables.rows("SELECT id FROM suspects JOIN jobs ON seq = job_seq ORDER BY seq")],
+        faults=[],
+        figures=_figures(tables),
+    )
+    opened.quarantined = tables.quarantined.copy()
+    aside = tables.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
+    tables.faults += [f"{count} damaged rows of {place} are set aside: see `jobd doctor`" for place, count in aside]
+    return opened
+
+
+def _live_jobs(tables: Tables) -> list[Job]:
+    """All queued and processing jobs, with the number and XOR of their checksums as they were kept."""
+    for rebuilt in (False, True):
+        jobs, damaged, total = _scan(tables)
+        named = set_jobs_aside(tables, damaged)
+        tables.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in named.items()]
+        if total == tables.totals[:2]:
+            return jobs
+        if not rebuilt:
+            tables.rebuild_indexes()
+    found, kept = total[0], tables.totals[0]
+    tables.faults.append(
+        f"{found} live jobs were found where {kept} had been written"
+        if found != kept
+        else f"the {found} live jobs are not those that had been written"
+    )
+    return jobs
+
+
+def _scan(tables: Tables) -> tuple[list[Job], list[tuple[Row, str]], tuple[int, int]]:
+    try:
+        return _scan_once(tables)
+    except sqlite3.OperationalError as error:
+        if not is_undecodable(error):
+            raise
+    with lenient(tables.conn):
+        return _scan_once(tables)
+
+
+def _scan_once(tables: Tables) -> tuple[list[Job], list[tuple[Row, str]], tuple[int, int]]:
+    jobs: list[Job] = []
+    damaged: list[tuple[Row, str]] = []
+    xor = 0
+    for row in tables.conn.execute(_LIVE_JOBS):
+        job, wrong = read_job(tables, row)
+        if job is None:
+            damaged.append((row, wrong))
+        else:
+            jobs.append(job)
+            xor ^= row[-1]
+    return jobs, damaged, (len(jobs), xor)
+
+
+def _queues(tables: Tables) -> dict[str, QueueRow]:
+    queues: dict[str, QueueRow] = {}
+    damaged: list[tuple[int, Row, str]] = []
+    for rowid, *columns in tables.rows(f"SELECT rowid, {QUEUE_SQL} FROM queues"):
+        row = tuple(columns)
+        if (wrong := fault(row)) is None:
+            queues[row[0]] = rows.queue(row)
+        else:
+            damaged.append((rowid, row, f"{wrong}: whether it was paused is not known, it is not now"))
+    set_rows_aside(tables, "queues", (*QUEUE_COLUMNS, "crc"), damaged)
+    if damaged:
+        for name, counts in recount_queues(tables.conn).items():
+            queues.setdefault(name, QueueRow(False, *counts))
+    return queues
+
+
+def recount_queues(conn: sqlite3.Connection) -> dict[str, tuple[int, int, int]]:
+    """How many completed, failed and cancelled jobs each queue has, counted. Reads every job."""
+    counts: dict[str, dict[str, int]] = {}
+    sql = f"SELECT queue, status, count(*) FROM jobs NOT INDEXED WHERE {FINISHED_SQL} GROUP BY queue, status"
+    for queue, status, count in conn.execute(sql):
+        counts.setdefault(queue, dict.fromkeys(("completed", "failed", "cancelled"), 0))[status] = count
+    return {queue: (c["completed"], c["failed"], c["cancelled"]) for queue, c in counts.items()}
+
+
+def _keys(tables: Tables) -> list[KeyRow]:
+    keys: list[KeyRow] = []
+    damaged: list[tuple[int, Row, str]] = []
+    for rowid, *columns in tables.rows(f"SELECT rowid, {KEY_SQL} FROM keys ORDER BY at"):
+        row = tuple(columns)
+        if (wrong := fault(row)) is None:
+            keys.append(rows.key(row))
+        else:
+            damaged.append((rowid, row, wrong))
+    set_rows_aside(tables, "keys", (*KEY_COLUMNS, "crc"), damaged)
+    return keys
+
+
+def _figures(tables: Tables) -> bytes | None:
+    found = tables.rows("SELECT rowid, id, body, crc FROM figures")
+    if not found:
+        return None
+    wrong = fault(found[0][1:])
+    if wrong is None:
+        body: bytes = found[0][2]
+        return body
+    set_rows_aside(tables, "figures", ("id", "body", "crc"), [(found[0][0], found[0][1:], wrong)])
+    return None

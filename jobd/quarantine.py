@@ -1,0 +1,102 @@
+"""Damaged rows are moved aside, named, and out of every count; nothing is thrown away.
+
+Decides nothing about rows that are whole. Each function is one transaction of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from msgspec import structs
+
+from jobd import rows
+from jobd.batch import DiskFull
+from jobd.job import FINISHED, Job, is_job_id
+from jobd.rows import JOB_COLUMNS, Row
+from jobd.tables import BY_SEQ, LIVE_SQL, QUEUE_SQL, REPLACE_QUEUE, Tables, insert, now_ms, readable
+
+_SET_ASIDE: Final = insert(
+    "quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE"
+)
+_WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AND seq = ?"
+
+
+def set_jobs_aside(tables: Tables, damaged: list[tuple[Row, str]]) -> dict[str, str]:
+    """Quarantine job rows (columns and checksum) with what is wrong with each; gives their ids and the reasons.
+
+    On a full disk they stay where they are, are named all the same, and are met again.
+    """
+    named: dict[str, str] = {}
+    for row, reason in damaged:
+        id_ = true_id(tables, row)
+        try:
+            tables.commit(_set_job_aside, tables, row, id_, reason)
+        except DiskFull:
+            tables.faults.append(f"job {id_} could not be quarantined: the disk is full")
+        tables.quarantined[id_] = named[id_] = reason
+    return named
+
+
+def true_id(tables: Tables, row: Row) -> str:
+    """The id that a damaged row was written with: what its columns, its journal and the index of ids agree on."""
+    seq, read = row[0], readable(row[1])
+    found = tables.rows("SELECT job_id FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
+    journaled = readable(found[0][0]) if found else read
+    if journaled == read or not is_job_id(journaled):
+        return read
+    indexed = tables.conn.execute("SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?", (journaled,)).fetchone()
+    return journaled if indexed == (seq,) else read
+
+
+def _set_job_aside(tables: Tables, row: Row, id_: str, reason: str) -> None:
+    run = tables.conn.execute
+    seq = row[0]
+    payload = tables.rows("SELECT body, request_hash FROM payloads WHERE job_seq = ?", (seq,))
+    body, request_hash = payload[0] if payload else (None, None)
+    shown = rows.as_text((*JOB_COLUMNS, "crc"), row)
+    was_live = run(_WAS_LIVE, (seq,)).fetchone() is not None
+    run(_SET_ASIDE, (seq, id_, reason, now_ms(), shown, body, None if body is None else readable(request_hash)))
+    if run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount:
+        _uncount(tables, row, was_live)
+    run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
+    run("DELETE FROM suspects WHERE job_seq = ?", (seq,))
+    tables.write_meta()
+
+
+def _uncount(tables: Tables, row: Row, was_live: bool) -> None:
+    live, live_xor, finished, finished_xor = tables.totals
+    crc = rows.first_checksum(row)
+    if was_live:
+        tables.totals = (live - 1, live_xor ^ crc, finished, finished_xor)
+        return
+    tables.totals = (live, live_xor, finished - 1, finished_xor ^ crc)
+    status, name = readable(row[2]), readable(row[4])
+    found = tables.rows(f"SELECT {QUEUE_SQL} FROM queues WHERE name = ?", (name,))
+    if status in FINISHED and found and rows.fault(found[0]) is None:
+        queue = rows.queue(found[0])
+        fewer = {status: max(0, getattr(queue, status) - 1)}
+        tables.conn.execute(REPLACE_QUEUE, rows.queue_row(name, structs.replace(queue, **fewer)))
+
+
+def quarantine(tables: Tables, job: Job, reason: str) -> None:
+    """Move the rows of `job` aside because of `reason`."""
+    found = tables.rows(BY_SEQ, (job.seq,))
+    set_jobs_aside(tables, [(found[0] if found else rows.sealed(rows.job_row(job)), reason)])
+
+
+def set_rows_aside(tables: Tables, table: str, columns: tuple[str, ...], damaged: list[tuple[int, Row, str]]) -> None:
+    """Move damaged rows (rowid, columns, what is wrong) of another table than jobs aside; name them in the faults."""
+    for rowid, row, reason in damaged:
+        name = f"{table} {readable(row[0])}"
+        try:
+            tables.commit(_set_row_aside, tables, table, columns, rowid, row, reason)
+            tables.faults.append(f"{name}: {reason}; the row was set aside")
+        except DiskFull:
+            tables.faults.append(f"{name}: {reason}; the row could not be set aside: the disk is full")
+
+
+def _set_row_aside(tables: Tables, table: str, columns: tuple[str, ...], rowid: int, row: Row, reason: str) -> None:
+    aside = insert("bad_rows", ("place", "what", "at", "row"))
+    what = f"{readable(row[0])}: {reason}"
+    tables.conn.execute(aside, (table, what, now_ms(), rows.as_text(columns, row)))
+    tables.conn.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))

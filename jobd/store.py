@@ -1,0 +1,136 @@
+"""The disk of the actor on SQLite: one connection in a thread of its own, one hop to it for each batch.
+
+Decides nothing. What goes over the connection is in tables.py, lookups.py and quarantine.py, its beginning in
+opening.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, Literal, TypeVar
+
+import aiosqlite
+
+from jobd import files, lookups, opening, quarantine
+from jobd.batch import Batch, Loaded, Opened, Page, Query
+from jobd.events import Event
+from jobd.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
+from jobd.job import Job
+from jobd.opening import MEMORY
+from jobd.tables import Tables
+
+__all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTooNew", "StoreUnreadable"]
+
+T = TypeVar("T")
+Synchronous = Literal["FULL", "EXTRA"]
+_CHUNK: Final = 64
+
+
+class Connection(aiosqlite.Connection):
+    """aiosqlite's connection with its thread, asked for whole pieces of work: it pays a hop for each call."""
+
+    async def hop(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run `fn` in the connection's thread, after everything that was asked before."""
+        result: T = await self._execute(fn, *args)  # type: ignore[no-untyped-call]
+        return result
+
+    @property
+    def raw(self) -> sqlite3.Connection:
+        """The connection itself, for work inside a hop (and for an online backup beside them)."""
+        return self._conn
+
+
+class Store:
+    """The durable half of the actor: see batch.Disk. Made by `open`, ended by `close` on every path."""
+
+    def __init__(self, path: str, db: Connection, tables: Tables, lock: FileLock | None) -> None:
+        self.path = path
+        self._db = db
+        self._tables = tables
+        self._lock = lock
+
+    @classmethod
+    async def open(cls, path: str, *, synchronous: Synchronous = "FULL") -> tuple[Store, Opened]:
+        """Open the store at `path` (or MEMORY), made with mode 0600 where there is none.
+
+        Raises StoreBusy (before anything is touched), StoreTooNew, StoreUnreadable, DiskFull where there is no room
+        even to begin, or an OSError.
+        """
+        if synchronous not in ("FULL", "EXTRA"):
+            raise ValueError("synchronous must be FULL or EXTRA: anything less loses acknowledged work")
+        lock = None if path == MEMORY else await asyncio.to_thread(FileLock, path)
+        db = Connection(partial(opening.connect, path, synchronous), _CHUNK)
+        try:
+            await db
+            tables, opened = await db.hop(opening.start, db.raw, path)
+        except BaseException:
+            await db.close()
+            if lock is not None:
+                lock.release()
+            raise
+        return cls(path, db, tables, lock), opened
+
+    async def close(self) -> None:
+        """End the connection and its thread and give the lock back. May be called again."""
+        try:
+            await self._db.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    async def __aenter__(self) -> Store:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def take_faults(self) -> list[str]:
+        """Sentences about damage that was met since the start or the last call."""
+        faults, self._tables.faults = self._tables.faults, []
+        return faults
+
+    # ------------------------------------------------------------------------------------------------ batch.Disk
+
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+        return await self._db.hop(lookups.load, self._tables, ids, payloads, digests)
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        return await self._db.hop(self._tables.write, batch)
+
+    async def find(self, query: Query) -> Page:
+        return await self._db.hop(lookups.find, self._tables, query)
+
+    async def timeline(self, job_seq: int) -> list[Event]:
+        return await self._db.hop(lookups.timeline, self._tables, job_seq)
+
+    async def journal(self, after: int, limit: int) -> list[Event]:
+        """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
+        return await self._db.hop(lookups.journal, self._tables, after, limit)
+
+    async def expired(self, now: int, limit: int) -> list[str]:
+        return await self._db.hop(lookups.expired, self._tables, now, limit)
+
+    async def reports(self, limit: int) -> list[bytes]:
+        return await self._db.hop(lookups.reports, self._tables, limit)
+
+    async def quarantine(self, job: Job, reason: str) -> None:
+        await self._db.hop(quarantine.quarantine, self._tables, job, reason)
+
+    async def prune(self, before: int, limit: int) -> int:
+        return await self._db.hop(self._tables.prune, before, limit)
+
+    async def save_figures(self, body: bytes) -> None:
+        await self._db.hop(self._tables.save_figures, body)
+
+    async def probe(self) -> None:
+        await self._db.hop(self._tables.probe)
+
+    async def drop_ballast(self) -> bool:
+        return self.path != MEMORY and await self._db.hop(files.drop_ballast, self.path)
+
+    async def build_ballast(self) -> None:
+        if self.path != MEMORY:
+            await self._db.hop(files.build_ballast, self.path)

@@ -1,0 +1,378 @@
+"""The tables of a store through one SQLite connection: every read and write of them, in plain calls.
+
+Opens nothing and knows no event loop: opening.py makes the connection, store.py calls this from its thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from jobd import files, rows
+from jobd.batch import BadRows, Batch, DiskFull, Numbers, Payload
+from jobd.events import KEEP_SIGNS, SIGNS, Change
+from jobd.files import StoreBroken
+from jobd.job import LIVE, Job
+from jobd.migrations import VERSION, meta_row
+from jobd.rows import EVENT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, META_COLUMNS, QUEUE_COLUMNS, Row, fault, sealed
+
+T = TypeVar("T")
+Totals = tuple[int, int, int, int]  # number and XOR of the checksums of the live jobs, then of the finished ones
+
+KEEP_REPORTS: Final = 500
+
+LIVE_SQL: Final = "status IN ('queued', 'processing')"
+FINISHED_SQL: Final = "status IN ('completed', 'failed', 'cancelled')"
+JOB_SQL: Final = f"{', '.join(JOB_COLUMNS)}, crc"
+EVENT_SQL: Final = f"{', '.join(EVENT_COLUMNS)}, crc"
+KEY_SQL: Final = f"{', '.join(KEY_COLUMNS)}, crc"
+QUEUE_SQL: Final = f"{', '.join(QUEUE_COLUMNS)}, crc"
+
+
+def insert(table: str, columns: Iterable[str], verb: str = "INSERT") -> str:
+    names = tuple(columns)
+    return f"{verb} INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+
+
+def _settings(columns: Iterable[str]) -> str:
+    return ", ".join(f"{column} = ?" for column in columns)
+
+
+_INSERT_JOB: Final = insert("jobs", (*JOB_COLUMNS, "crc"))
+_UPDATE_JOB: Final = f"UPDATE jobs SET {_settings((*JOB_COLUMNS[2:], 'crc'))} WHERE seq = ?"
+# Leaves status and expires_at alone, and with them every index.
+_UPDATE_SAME: Final = f"UPDATE jobs SET {_settings((*JOB_COLUMNS[4:], 'crc'))} WHERE seq = ?"
+_INSERT_PAYLOAD: Final = insert("payloads", ("job_seq", "body", "request_hash", "crc"))
+_INSERT_EVENT: Final = insert("events", (*EVENT_COLUMNS, "crc"))
+_UPDATE_EVENT: Final = "UPDATE events SET changes = ?, crc = ? WHERE seq = ?"
+_REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "answer"), "REPLACE")
+REPLACE_QUEUE: Final = insert("queues", (*QUEUE_COLUMNS, "crc"), "REPLACE")
+_UPDATE_META: Final = f"UPDATE meta SET {_settings((*META_COLUMNS, 'crc'))} WHERE id = 1"
+
+# A row is always read by its seq: read through an index, a column may come from the index instead of the row, and a
+# damaged row would look whole.
+BY_SEQ: Final = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?"
+BY_ID: Final = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = (SELECT seq FROM jobs WHERE id = ?)"
+_PAYLOAD: Final = "SELECT job_seq, body, request_hash, crc FROM payloads WHERE job_seq = ?"
+
+
+def code_of(error: BaseException) -> int:
+    """SQLite's extended result code of `error`, 0 where it has none."""
+    return getattr(error, "sqlite_errorcode", None) or 0
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def readable(text: Any) -> str:
+    """`text` as it may be shown and stored, whatever a damaged row holds."""
+    return str(text).encode(errors="surrogateescape").decode(errors="replace")
+
+
+def is_undecodable(error: sqlite3.OperationalError) -> bool:
+    """Whether `error` is Python's, about text that is no UTF-8."""
+    return "decode to UTF-8" in str(error)
+
+
+@contextlib.contextmanager
+def lenient(conn: sqlite3.Connection) -> Iterator[None]:
+    """Read text that is no UTF-8 with its bad bytes escaped."""
+    conn.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+    try:
+        yield
+    finally:
+        conn.text_factory = str
+
+
+class Tables:
+    """What is in the database, and the sums over it that are kept with each commit.
+
+    After an error that leaves the disk's content unknown every call raises StoreBroken.
+    """
+
+    def __init__(
+        self, conn: sqlite3.Connection, directory: str, numbers: Numbers, totals: Totals, marked: bool
+    ) -> None:
+        self.conn = conn
+        self.numbers = numbers
+        self.totals = totals
+        self.marked = marked
+        self.reader = rows.JobReader()
+        self.quarantined: dict[str, str] = {}
+        self.faults: list[str] = []
+        self._directory = directory
+        self._broken: BaseException | None = None
+        self._rebuilding = False
+        # Of each grant made or heard of since the start: seq of its event, signs of life since the last thinning.
+        self._signs: dict[int, tuple[int, int]] = {}
+
+    # ------------------------------------------------------------------------------------------- one transaction
+
+    def check(self) -> None:
+        """Raise StoreBroken where an earlier write left the disk's content unknown."""
+        if self._broken is not None:
+            raise StoreBroken(f"an earlier write failed: {self._broken!r}") from self._broken
+
+    def commit(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run `fn` in one transaction. Raises DiskFull or BadRows with nothing written; anything else breaks."""
+        self.check()
+        kept = (self.numbers, self.totals, self.marked)
+        for retried in (False, True):
+            try:
+                self.conn.execute("BEGIN IMMEDIATE")
+                result = fn(*args)
+                self.conn.execute("COMMIT")
+            except BaseException as error:
+                self.numbers, self.totals, self.marked = kept
+                self._roll_back(error)
+                if isinstance(error, BadRows):
+                    raise
+                if self._is_full(error):
+                    raise DiskFull(str(error)) from error
+                if code_of(error) != sqlite3.SQLITE_CORRUPT_INDEX or retried or self._rebuilding:
+                    self._broken = error
+                    raise
+            else:
+                return result
+            self.rebuild_indexes()
+        raise AssertionError("unreachable")
+
+    def _roll_back(self, error: BaseException) -> None:
+        """Undo the transaction that met `error`. If that fails too, nothing is known any more."""
+        try:
+            if self.conn.in_transaction:
+                self.conn.execute("ROLLBACK")
+        except sqlite3.Error as second:
+            self._broken = second
+            raise second from error
+        if self.conn.in_transaction:
+            self._broken = error
+            raise StoreBroken("the transaction could not be rolled back") from error
+
+    def _is_full(self, error: BaseException) -> bool:
+        """Whether there was no room. A failed fsync is never that: its frames may be on the disk or not."""
+        code = code_of(error)
+        if code & 0xFF == sqlite3.SQLITE_FULL:
+            return True
+        # SQLite tells an exceeded quota (EDQUOT) no better than a failed write: try it.
+        return code == sqlite3.SQLITE_IOERR_WRITE and not files.has_room(self._directory)
+
+    def rebuild_indexes(self) -> None:
+        """Make all indexes anew from the rows: they hold nothing of their own. Takes seconds for a million rows."""
+        self.faults.append("an index did not match its rows: all indexes were rebuilt; run `jobd doctor`")
+        self._rebuilding = True
+        try:
+            self.commit(self.conn.execute, "REINDEX")
+        finally:
+            self._rebuilding = False
+
+    def rows(self, sql: str, args: tuple[Any, ...] = ()) -> list[Row]:
+        """All rows of a query, also those whose text is no UTF-8 (rows.fault names them)."""
+        try:
+            return self.conn.execute(sql, args).fetchall()
+        except sqlite3.OperationalError as error:
+            if not is_undecodable(error):
+                raise
+        with lenient(self.conn):
+            return self.conn.execute(sql, args).fetchall()
+
+    # ------------------------------------------------------------------------------------------------ the batch
+
+    def write(self, batch: Batch) -> dict[int, bytes]:
+        """Commit `batch`; gives the asked payloads."""
+        return self.commit(self._apply, batch)
+
+    def _apply(self, batch: Batch) -> dict[int, bytes]:
+        if batch.changes:
+            created = self._write_jobs(batch.changes)
+            self._write_events(batch.changes)
+        else:
+            created = {}
+        self._write_rest(batch)
+        self.numbers = batch.numbers
+        self.marked = self.marked and not batch.unmark
+        self.write_meta()
+        return self._shown(batch, created)
+
+    def write_meta(self) -> None:
+        self.conn.execute(_UPDATE_META, meta_row(self.numbers, self.totals, int(self.marked), VERSION))
+
+    def _write_jobs(self, changes: list[Change]) -> dict[int, bytes]:
+        """Write the last row of each job once; gives the payloads of the new ones."""
+        spans: dict[int, tuple[Job | None, Job | None]] = {}
+        payloads: dict[int, Row] = {}
+        gone: list[tuple[int, str, int]] = []
+        suspects: list[tuple[int]] = []
+        for change in changes:
+            before, after = change.before, change.after
+            if after is not None:
+                seq = after.seq
+                if before is None:
+                    payloads[seq] = (seq, bytes(change.payload or b"null"), change.request_hash or "")
+                if change.event.type == "imported":
+                    suspects.append((seq,))
+            elif before is not None:
+                seq = before.seq
+                gone.append((seq, before.id, change.event.at))
+            else:
+                continue
+            span = spans.get(seq)
+            spans[seq] = (before if span is None else span[0], after)
+        if gone:
+            self._delete_jobs(gone)
+            for seq, _, _ in gone:
+                payloads.pop(seq, None)
+        self._write_spans(spans)
+        self.conn.executemany(_INSERT_PAYLOAD, map(sealed, payloads.values()))
+        if suspects:
+            self.conn.executemany("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", suspects)
+            if gone:
+                self.conn.execute("DELETE FROM suspects WHERE job_seq NOT IN (SELECT seq FROM jobs)")
+        return {seq: row[1] for seq, row in payloads.items()}
+
+    def _write_spans(self, spans: dict[int, tuple[Job | None, Job | None]]) -> None:
+        live, live_xor, finished, finished_xor = self.totals
+        new: list[Row] = []
+        moved: list[Row] = []
+        same: list[Row] = []
+        for seq, (before, after) in spans.items():
+            if before is not None:
+                old = rows.checksum(rows.job_row(before))
+                if before.status in LIVE:
+                    live, live_xor = live - 1, live_xor ^ old
+                else:
+                    finished, finished_xor = finished - 1, finished_xor ^ old
+            if after is None:
+                continue
+            row = rows.job_row(after)
+            crc = rows.checksum(row)
+            if after.status in LIVE:
+                live, live_xor = live + 1, live_xor ^ crc
+            else:
+                finished, finished_xor = finished + 1, finished_xor ^ crc
+            if before is None:
+                new.append((*row, crc))
+            elif before.status == after.status and before.expires_at == after.expires_at:
+                same.append((*row[4:], crc, seq))
+            else:
+                moved.append((*row[2:], crc, seq))
+        self._update(_UPDATE_SAME, same)
+        self._update(_UPDATE_JOB, moved)
+        self.conn.executemany(_INSERT_JOB, new)
+        self.totals = (live, live_xor, finished, finished_xor)
+
+    def _update(self, sql: str, values: list[Row]) -> None:
+        if values and self.conn.executemany(sql, values).rowcount != len(values):
+            raise sqlite3.IntegrityError("a job that is in memory has no row on the disk")
+
+    def _delete_jobs(self, gone: list[tuple[int, str, int]]) -> None:
+        seqs = [(seq,) for seq, _, _ in gone]
+        for table, column in (("jobs", "seq"), ("payloads", "job_seq"), ("suspects", "job_seq")):
+            self.conn.executemany(f"DELETE FROM {table} WHERE {column} = ?", seqs)
+        self.conn.executemany("INSERT INTO deleted_jobs (job_seq, id, at) VALUES (?, ?, ?)", gone)
+
+    def _write_events(self, changes: list[Change]) -> None:
+        self.conn.executemany(_INSERT_EVENT, [sealed(rows.event_row(change.event)) for change in changes])
+        full: set[int] = set()
+        for change in changes:
+            event = change.event
+            if event.type in SIGNS:
+                # Of a grant made before the start nothing is known: look at its journal once.
+                begin, signs = self._signs.get(event.job_seq, (0, KEEP_SIGNS))
+                self._signs[event.job_seq] = (begin, signs + 1)
+                if signs >= KEEP_SIGNS:
+                    full.add(event.job_seq)
+            elif event.type == "granted":
+                self._signs[event.job_seq] = (event.seq, 0)
+            elif event.after != "processing":
+                self._signs.pop(event.job_seq, None)
+        for job_seq in full:
+            self._thin(job_seq)
+
+    def _thin(self, job_seq: int) -> None:
+        begin, _ = self._signs.get(job_seq, (0, 0))
+        self._signs[job_seq] = (begin, 0)
+        sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq >= ? ORDER BY seq"
+        found = self.rows(sql, (job_seq, begin))
+        if any(fault(row) for row in found):
+            return  # timeline sets it aside and names it
+        gone, changed = rows.thin([rows.event(row) for row in found])
+        self.conn.executemany("DELETE FROM events WHERE seq = ?", [(seq,) for seq in gone])
+        merged = [sealed(rows.event_row(event)) for event in changed]
+        self.conn.executemany(_UPDATE_EVENT, [(*row[-2:], row[0]) for row in merged])
+
+    def _write_rest(self, batch: Batch) -> None:
+        many = self.conn.executemany
+        if batch.forget_keys:
+            many("DELETE FROM keys WHERE digest = ?", [(digest,) for digest in batch.forget_keys])
+        if batch.keys:
+            many(_REPLACE_KEY, map(rows.key_row, batch.keys))
+        if batch.queues:
+            many(REPLACE_QUEUE, [rows.queue_row(name, queue) for name, queue in batch.queues.items()])
+        if batch.checked:
+            many("DELETE FROM suspects WHERE job_seq = ?", [(seq,) for seq in batch.checked])
+        if batch.report is not None:
+            (last,) = self.conn.execute("SELECT ifnull(max(seq), 0) FROM reports").fetchone()
+            self.conn.execute(insert("reports", ("seq", "body", "crc")), sealed((last + 1, bytes(batch.report))))
+            self.conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))
+
+    def _shown(self, batch: Batch, created: dict[int, bytes]) -> dict[int, bytes]:
+        shown: dict[int, bytes] = {}
+        bad: dict[str, str] = {}
+        for seq in batch.payloads:
+            if seq in created:
+                shown[seq] = created[seq]
+                continue
+            payload, wrong = self.payload(seq)
+            if payload is not None:
+                shown[seq] = payload.body
+            else:
+                row = self.rows(BY_SEQ, (seq,))
+                bad[readable(row[0][1]) if row else f"seq {seq}"] = wrong
+        if bad:
+            raise BadRows(bad)
+        return shown
+
+    def payload(self, seq: int) -> tuple[Payload | None, str]:
+        """The payload of a job, or None and what is wrong with it."""
+        found = self.rows(_PAYLOAD, (seq,))
+        if not found:
+            return None, "its payload is missing"
+        wrong = fault(found[0])
+        return (Payload(found[0][1], found[0][2]), "") if wrong is None else (None, f"its payload is bad: {wrong}")
+
+    # ------------------------------------------------------------------------------------------- outside batches
+
+    def prune(self, before: int, limit: int) -> int:
+        """Delete up to `limit` journal rows of jobs deleted, and of queues changed, before wall time `before`."""
+        self.check()
+        return self.commit(self._prune, before, limit)
+
+    def _prune(self, before: int, limit: int) -> int:
+        run = self.conn.execute
+        old = "SELECT seq FROM events WHERE job_seq = 0 AND at < ? ORDER BY seq LIMIT ?"
+        pruned = run(f"DELETE FROM events WHERE seq IN ({old})", (before, limit)).rowcount
+        for (job_seq,) in run("SELECT job_seq FROM deleted_jobs WHERE at < ? ORDER BY at LIMIT ?", (before, limit)):
+            if pruned >= limit:
+                break
+            rest = "SELECT seq FROM events WHERE job_seq = ? ORDER BY seq LIMIT ?"
+            pruned += run(f"DELETE FROM events WHERE seq IN ({rest})", (job_seq, limit - pruned)).rowcount
+            if run("SELECT 1 FROM events WHERE job_seq = ?", (job_seq,)).fetchone() is None:
+                run("DELETE FROM deleted_jobs WHERE job_seq = ?", (job_seq,))
+        return pruned
+
+    def save_figures(self, body: bytes) -> None:
+        self.commit(self.conn.execute, insert("figures", ("id", "body", "crc"), "REPLACE"), sealed((1, body)))
+
+    def probe(self) -> None:
+        """Write a random value and read it back, each committed."""
+        value = os.urandom(16)
+        self.commit(self.conn.execute, "REPLACE INTO probes (id, value) VALUES (1, ?)", (value,))
+        if self.conn.execute("SELECT value FROM probes WHERE id = 1").fetchone() != (value,):
+            raise OSError("the probe read back something else than it had written")
