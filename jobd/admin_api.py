@@ -1,0 +1,174 @@
+"""The calls of operators: a table, and for what is no command to the actor one line of adapter each.
+
+No logic. Paths, names and units are those that existing dashboards call.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from msgspec import Meta
+from msgspec.structs import replace
+
+from jobd.commands import (
+    AdminLock,
+    AlertList,
+    Answer,
+    Cancel,
+    CleanupReport,
+    CleanupState,
+    ClockView,
+    Command,
+    Delete,
+    ExtendLock,
+    Forced,
+    ForceFail,
+    ForceReset,
+    Get,
+    HealthView,
+    Import,
+    JobPage,
+    JobView,
+    List,
+    LockList,
+    Locks,
+    OnJobNamed,
+    Pause,
+    PausedView,
+    QuarantineList,
+    QueueList,
+    Queues,
+    RecoverStuckView,
+    Refusal,
+    ReleaseLock,
+    ReportList,
+    Resume,
+    RunNow,
+    Stats,
+    StatsView,
+    Timeline,
+    TimelineView,
+    Transition,
+    Update,
+    Validate,
+    ValidateJobView,
+    Why,
+    WhyView,
+    WorkerList,
+    Workers,
+)
+from jobd.replies import Text
+from jobd.routes import Route, Who
+from jobd.streams import BACKUP_KIND, ImportReport, give_out, take_in
+from jobd.web import PROBES, Nothing, Visit, Web, ask
+
+MAX_REPORTS: Final = 500
+METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class ValidateJob(OnJobNamed, frozen=True, kw_only=True):
+    """Validate, with the job named as `jobId` in the query."""
+
+
+class Reports(Command, frozen=True, kw_only=True):
+    """The latest cleanup reports, newest first."""
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_REPORTS)] = 50
+
+
+async def _stats(site: Web, visit: Visit, asked: Stats) -> Answer | Refusal:
+    answer = await ask(site, visit, asked)
+    if isinstance(answer, Answer):
+        state = site.rooms.cleanup_state()
+        answer.data = replace(
+            answer.data,
+            cleanup_running=state.cleanup_running,
+            time_since_last_cleanup=state.time_since_last_cleanup,
+        )
+    return answer
+
+
+async def _health(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    view = await site.rooms.health()
+    return Answer(view, status=503 if view.status == "unhealthy" else 200)
+
+
+async def _validate_job(site: Web, visit: Visit, asked: ValidateJob) -> Answer | Refusal:
+    visit.job_id = asked.id
+    return await ask(site, visit, Validate(id=asked.id))
+
+
+async def _cleanup(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return Answer(await site.rooms.run_cleanup(forced=True))
+
+
+async def _cleanup_state(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return Answer(site.rooms.cleanup_state())
+
+
+async def _recover_stuck(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return Answer(await site.rooms.recover_stuck())
+
+
+async def _reports(site: Web, visit: Visit, asked: Reports) -> Answer:
+    return Answer(ReportList(await site.rooms.reports(asked.limit)))
+
+
+async def _alerts(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return Answer(AlertList(site.rooms.alerts()))
+
+
+async def _clock(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return Answer(site.rooms.clock())
+
+
+async def _accept_clock(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return Answer(await site.rooms.accept_clock())
+
+
+async def _quarantine(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return Answer(QuarantineList(site.rooms.quarantine()))
+
+
+async def _metrics(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return Answer(Text(METRICS_KIND, await site.rooms.metrics()))
+
+
+_A: Final[Who] = "admin"
+_P: Final = "/admin/job-management"
+
+ROUTES: Final = (
+    Route(method="GET", path=f"{_P}/stats", asks=Stats, gives=StatsView, who=_A, via=_stats),
+    Route(method="GET", path=f"{_P}/health", asks=Nothing, gives=HealthView, who=_A, via=_health),
+    Route(method="POST", path=f"{_P}/cleanup", asks=Nothing, gives=CleanupReport, who=_A, via=_cleanup),
+    Route(method="GET", path=f"{_P}/cleanup", asks=Nothing, gives=CleanupState, who=_A, via=_cleanup_state),
+    Route(method="POST", path=f"{_P}/recover-stuck", asks=Nothing, gives=RecoverStuckView, who=_A, via=_recover_stuck),
+    Route(method="GET", path=f"{_P}/validate-job", asks=ValidateJob, gives=ValidateJobView, who=_A, via=_validate_job),
+    Route(method="POST", path=f"{_P}/force-fail", asks=ForceFail, gives=Forced, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/force-reset", asks=ForceReset, gives=Forced, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/transition", asks=Transition, gives=Forced, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/extend-lock", asks=ExtendLock, gives=AdminLock, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/release-lock", asks=ReleaseLock, gives=AdminLock, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/import", asks=Import, gives=ImportReport, who=_A, via=take_in, reads="lines"),
+    Route(method="GET", path=f"{_P}/jobs", asks=List, gives=JobPage, who=_A),
+    Route(method="GET", path=f"{_P}/jobs/{{id}}", asks=Get, gives=JobView, who=_A),
+    Route(method="DELETE", path=f"{_P}/jobs/{{id}}", asks=Delete, gives=JobView, who=_A, key=True),
+    Route(method="GET", path=f"{_P}/jobs/{{id}}/timeline", asks=Timeline, gives=TimelineView, who=_A),
+    Route(method="GET", path=f"{_P}/jobs/{{id}}/why", asks=Why, gives=WhyView, who=_A),
+    Route(method="POST", path=f"{_P}/jobs/{{id}}/cancel", asks=Cancel, gives=JobView, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/jobs/{{id}}/run-now", asks=RunNow, gives=JobView, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/jobs/{{id}}/update", asks=Update, gives=JobView, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/queues/{{name}}/pause", asks=Pause, gives=PausedView, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/queues/{{name}}/resume", asks=Resume, gives=PausedView, who=_A, key=True),
+    Route(method="GET", path=f"{_P}/locks", asks=Locks, gives=LockList, who=_A),
+    Route(method="GET", path=f"{_P}/queues", asks=Queues, gives=QueueList, who=_A),
+    Route(method="GET", path=f"{_P}/workers", asks=Workers, gives=WorkerList, who=_A),
+    Route(method="GET", path=f"{_P}/reports", asks=Reports, gives=ReportList, who=_A, via=_reports),
+    Route(method="GET", path=f"{_P}/alerts", asks=Nothing, gives=AlertList, who=_A, via=_alerts),
+    Route(method="GET", path=f"{_P}/clock", asks=Nothing, gives=ClockView, who=_A, via=_clock),
+    Route(method="POST", path=f"{_P}/clock/accept", asks=Nothing, gives=ClockView, who=_A, via=_accept_clock),
+    Route(method="GET", path=f"{_P}/quarantine", asks=Nothing, gives=QuarantineList, who=_A, via=_quarantine),
+    Route(method="GET", path=f"{_P}/backup", asks=Nothing, gives=bytes, who=_A, via=give_out, sends=BACKUP_KIND),
+    Route(method="GET", path="/metrics", asks=Nothing, gives=bytes, who=_A, via=_metrics, sends=METRICS_KIND),
+    *PROBES,
+)

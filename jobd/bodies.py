@@ -1,0 +1,301 @@
+"""Between JSON text and commands: decode, and say in plain words what is wrong with a body or a query.
+
+Knows no connection and judges no job: what a job's state allows is in rules.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any, Final, Literal, get_args, get_origin
+from urllib.parse import parse_qsl
+
+import msgspec
+from msgspec import NODEFAULT, UNSET, Raw, Struct, UnsetType
+from msgspec.structs import FieldInfo
+
+from jobd.commands import Bulk, Command, Complete, Create, Import, Refusal, Transition
+from jobd.job import EARLIEST_MS, ID_PATTERN, Place, is_job_id, storage_key_fault
+
+MAX_QUERY_FIELDS: Final = 50
+SHOWN_NAME: Final = 80  # characters of a caller's own field name that an answer repeats
+
+_FAULT = re.compile(r"(?s)(?P<what>.*?)(?: - at `(?P<where>\$.*)`)?")
+_ABOUT_FIELD = re.compile(r"(?s)Object (?P<how>contains unknown|missing required) field `(?P<name>.*)`")
+_STEP = re.compile(r"\.([A-Za-z_]+)|\[[^]]*\]")
+_QUOTED = re.compile(r"`([a-z |]+)`")
+_TYPES: Final = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a JSON object",
+}
+_PATTERNS: Final = {
+    ID_PATTERN: "1 to 200 characters of A-Z a-z 0-9 . _ : -",
+    get_args(Place)[1].pattern: "text without NUL characters",
+    r"^[0-9]{1,18}$": "the next_cursor of the page before",
+}
+
+
+class Refused(Exception):
+    """Stops the walk of a request with a definite no."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.code)
+        self.refusal = refusal
+
+
+class Limits(Struct, frozen=True):
+    """What a request may cost. Sizes in bytes, times in seconds."""
+
+    body: int = 1 << 20
+    payload: int = 256 << 10
+    bulk: int = 1000
+    body_deadline_s: float = 10.0  # for a body, and for each line of a stream
+    idle_s: float = 75.0
+
+
+def refused(code: str, message: str, **details: Any) -> Refused:
+    """A refusal to raise; `details` are those of the answer."""
+    return Refused(Refusal(code, message, details))
+
+
+def invalid(field: str, message: str) -> Refused:
+    """400 invalid_request that names the path of the field."""
+    return refused("invalid_request", f"`{field}`: {message}", field=field)
+
+
+class Shape:
+    """How one command is read, from a body or from a query. Built once for each route.
+
+    `given` is the name of the field that the path gives ("id", "name"), None where the path gives nothing.
+    """
+
+    def __init__(self, command: type[Command], given: str | None, limits: Limits) -> None:
+        self.command = command
+        self.given = given
+        self.limits = limits
+        self.part = command if given is None else part_of(command, given)
+        self._names = tuple(info.name for info in msgspec.structs.fields(self.part) if info.name != given)
+        self._decode = msgspec.json.Decoder(self.part).decode
+
+    def from_body(self, body: bytes, value: str | None = None) -> Command:
+        """The command that `body` (empty: every field has its default) and the path's `value` ask for."""
+        try:
+            if not body.isascii():
+                body.decode()  # the decoder does not look into values that it keeps as they came
+            part = self._decode(body or b"{}")
+        except msgspec.ValidationError as fault:
+            raise explain(str(fault), self.part) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
+            raise malformed(fault) from None
+        command = self._joined(part, value)
+        check = _CHECKS.get(self.command)
+        if check is not None:
+            check(command, self.limits)
+        return command
+
+    def from_query(self, query: str, value: str | None = None) -> Command:
+        """The command of a GET: each parameter is a field, none may be unknown or come twice."""
+        fields = _parameters(query) if query else {}
+        try:
+            part = msgspec.convert(fields, self.part, strict=False)
+        except msgspec.ValidationError as fault:
+            raise explain(str(fault), self.part) from None
+        return self._joined(part, value)
+
+    def _joined(self, part: Any, value: str | None) -> Command:
+        """`part` as it is, or with the field that the path gives put in."""
+        if self.given is None:
+            command: Command = part
+            return command
+        own = getattr(part, self.given)
+        if own is not UNSET and own != value:
+            raise invalid(f"$.{self.given}", "differs from the one in the path. Leave it out of the body.")
+        named = {name: getattr(part, name) for name in self._names}
+        named[self.given] = value
+        return self.command(**named)
+
+
+def part_of(command: type[Command], given: str) -> type[Any]:
+    """`command` as its body has it where the path gives the field `given`: that field need not be there."""
+    fields: list[Any] = []
+    for info in msgspec.structs.fields(command):
+        if info.name == given:
+            fields.append((given, str | UnsetType, UNSET))
+        elif info.default_factory is not NODEFAULT:
+            fields.append((info.name, info.type, msgspec.field(default_factory=info.default_factory)))
+        else:
+            fields.append((info.name, info.type, msgspec.field(default=info.default)))
+    names = {info.name: info.encode_name for info in msgspec.structs.fields(command) if info.name != info.encode_name}
+    return msgspec.defstruct(
+        f"{command.__name__}Body",
+        fields,
+        rename=names or None,
+        frozen=True,
+        kw_only=True,
+        forbid_unknown_fields=True,
+        module=__name__,
+    )
+
+
+def path_value(name: str, value: str) -> str:
+    """A job's id or a queue's name as the path gives it (percent-decoded), checked."""
+    if not is_job_id(value):
+        raise invalid(f"$.{name}", f"the path must give {_PATTERNS[ID_PATTERN]} here.")
+    return value
+
+
+def _parameters(query: str) -> dict[str, str]:
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY_FIELDS)
+    except ValueError:
+        message = f"The query is not readable: up to {MAX_QUERY_FIELDS} name=value pairs in percent-encoded UTF-8."
+        raise refused("invalid_request", message, field="$") from None
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise invalid(f"$.{_shown(twice)}", "is given more than once. Give it once.")
+    return fields
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What types cannot say.
+
+
+def too_large(message: str, **details: Any) -> Refused:
+    """413, with what is too large and what the limit is."""
+    return refused("too_large", message, **details)
+
+
+def _check_payload(payload: Raw, field: str, limits: Limits) -> None:
+    size = memoryview(payload).nbytes
+    if size > limits.payload:
+        message = f"`{field}` has {size} bytes, the limit is {limits.payload}. Store the data elsewhere and put a "
+        raise too_large(f"{message}reference into the payload.", field=field, limit=limits.payload)
+
+
+def _check_bulk(command: Bulk, limits: Limits) -> None:
+    if len(command.jobs) > limits.bulk:
+        message = f"{len(command.jobs)} jobs in one bulk, the limit is {limits.bulk}. Send several bulks."
+        raise too_large(message, field="$.jobs", limit=limits.bulk)
+    for at, job in enumerate(command.jobs):
+        _check_payload(job.payload, f"$.jobs[{at}].payload", limits)
+
+
+def _check_import(command: Import, limits: Limits) -> None:
+    _check_payload(command.payload, "$.payload", limits)
+    _check_storage_key("$.storage_key", command.storage_key)
+
+
+def _check_storage_key(field: str, key: str | None) -> None:
+    fault = None if key is None else storage_key_fault(key)
+    if fault is not None:
+        raise invalid(field, f"{fault}.")
+
+
+_CHECKS: Final[dict[type[Command], Callable[[Any, Limits], None]]] = {
+    Create: lambda command, limits: _check_payload(command.payload, "$.payload", limits),
+    Bulk: _check_bulk,
+    Import: _check_import,
+    Complete: lambda command, _: _check_storage_key("$.storage_key", command.storage_key),
+    Transition: lambda command, _: _check_storage_key("$.updates.storage_key", command.updates.storage_key),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words for faults.
+
+
+def malformed(fault: Exception) -> Refused:
+    """400 for a body that is no JSON: the decoder's word and the byte, never the body's own text."""
+    if isinstance(fault, RecursionError):
+        why = "it is nested too deeply"
+    elif isinstance(fault, UnicodeDecodeError):
+        why = f"it is not UTF-8 (byte {fault.start})"
+    else:
+        why = str(fault).removeprefix("JSON is malformed: ").removeprefix("Input data was ") or "not readable"
+    return refused("invalid_request", f"The body is not valid JSON: {why}. Send one JSON object in UTF-8.", field="$")
+
+
+def explain(fault: str, shape: type[Any]) -> Refused:
+    """400 for well-formed JSON of the wrong shape: the field's path, what is expected, what to do."""
+    parts = _FAULT.fullmatch(fault)
+    assert parts is not None, fault  # the pattern takes any text
+    what, where = parts["what"], parts["where"] or "$"
+    about = _ABOUT_FIELD.fullmatch(what)
+    if about is not None:
+        name = _shown(about["name"])
+        return invalid(f"{where}.{name}", _field_fault(about["how"], name, _struct_at(shape, where)))
+    return invalid(where, _value_fault(what, _field_at(shape, where)))
+
+
+def _field_fault(how: str, name: str, struct: type[Any] | None) -> str:
+    fields = () if struct is None else msgspec.structs.fields(struct)
+    if how == "missing required":
+        return "is missing and has no default. Add it."
+    names = sorted(info.encode_name for info in fields)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    known = f" Known here: {', '.join(names)}." if names else " Nothing is taken here."
+    return f"is not a field of this request.{hint}{known}"
+
+
+def _value_fault(what: str, field: FieldInfo | None) -> str:
+    if what == f"Expected `int` >= {EARLIEST_MS}":
+        return "must be Unix time in milliseconds. The value looks like seconds: multiply it by 1000."
+    if what.startswith("Invalid enum value") and field is not None:
+        return f"must be one of {', '.join(_choices(field.type))}."
+    if "matching regex" in what and field is not None:
+        words = _pattern_words(field.type)
+        return f"must be {words}."
+    what = _QUOTED.sub(lambda quoted: " or ".join(_TYPES.get(name, name) for name in quoted[1].split(" | ")), what)
+    return f"{what[:1].lower()}{what[1:].removesuffix('.0')}."
+
+
+def _shown(name: str) -> str:
+    """A caller's own field name, short and printable."""
+    return "".join(char if char.isprintable() else "?" for char in name[:SHOWN_NAME])
+
+
+def _struct_at(shape: type[Any], where: str) -> type[Any] | None:
+    """The struct at a path like `$.jobs[3].backoff`, None where there is none."""
+    struct: type[Any] | None = shape
+    for step in _STEP.finditer(where):
+        if step[1] is None or struct is None:
+            continue
+        info = next((info for info in msgspec.structs.fields(struct) if info.encode_name == step[1]), None)
+        struct = None if info is None else _first(info.type, lambda part: issubclass(part, Struct))
+    return struct
+
+
+def _field_at(shape: type[Any], where: str) -> FieldInfo | None:
+    """What is declared for the field at a path like `$.jobs[3].priority`."""
+    above, _, name = where.rpartition(".")
+    struct = _struct_at(shape, above or "$")
+    name = name.partition("[")[0]
+    fields = () if struct is None else msgspec.structs.fields(struct)
+    return next((info for info in fields if info.encode_name == name), None)
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """`annotation` and everything that it is made of."""
+    return [annotation, *(deep for part in get_args(annotation) for deep in _parts(part))]
+
+
+def _first(annotation: Any, wanted: Any) -> Any:
+    return next((part for part in _parts(annotation) if isinstance(part, type) and wanted(part)), None)
+
+
+def _choices(annotation: Any) -> list[str]:
+    literals = [part for part in _parts(annotation) if get_origin(part) is Literal]
+    return [str(choice) for literal in literals for choice in get_args(literal)]
+
+
+def _pattern_words(annotation: Any) -> str:
+    metas = [part for part in _parts(annotation) if isinstance(part, msgspec.Meta) and part.pattern is not None]
+    return _PATTERNS.get(str(metas[0].pattern), "text without control characters") if metas else "other text"

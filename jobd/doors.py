@@ -1,0 +1,115 @@
+"""Who may come in, judged by the request's headers alone: bearer token, Host and Origin, kind of body, key.
+
+Reads no body and knows no job. A token is kept and compared as a digest; none ever appears in an answer or a log line.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from typing import Final
+
+from jobd.bodies import refused
+from jobd.commands import KeyUse
+
+JSON: Final = "application/json"
+LINES: Final = "application/x-ndjson"
+LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+ANY_ADDRESS: Final = frozenset({"", "0.0.0.0", "::"})
+
+_KEY = re.compile(r"[ -~]{1,200}")
+_HOST = re.compile(r"(\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^][:@/?#\s]*))(:[0-9]*)?")
+_PLAIN = {JSON: frozenset({"application/json", "application/json; charset=utf-8", "application/json;charset=utf-8"})}
+
+
+class Gate:
+    """The rules of one door. `name` is the scope of its idempotency keys ("worker", "admin", ...).
+
+    `tokens` None: no token is needed. `hosts` None: any Host and Origin is taken (a Unix socket).
+    """
+
+    def __init__(self, name: str, *, tokens: Iterable[str] | None = None, hosts: Iterable[str] | None = None) -> None:
+        self.name = name
+        self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
+        self._digests: tuple[bytes, ...] | None = None
+        if tokens is not None:
+            self.replace_tokens(tokens)
+
+    def replace_tokens(self, tokens: Iterable[str]) -> None:
+        """From now on these tokens are valid, and no others. Any of several will do."""
+        self._digests = tuple(sha256(token.encode()).digest() for token in tokens)
+
+    def admit(self, headers: Mapping[str, str]) -> None:
+        """401 unless the request carries a valid token. Takes the same time whichever token it is."""
+        if self._digests is None:
+            return
+        scheme, _, token = headers.get("Authorization", "").partition(" ")
+        given = sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
+        known = [hmac.compare_digest(given, digest) for digest in self._digests]
+        if not any(known) or scheme.lower() != "bearer":
+            raise refused("unauthorized", "A valid token is needed: send `Authorization: Bearer <token>`.")
+
+    def check_origin(self, headers: Mapping[str, str], address: object) -> None:
+        """403 where Host is not a name of this daemon or Origin is another site (DNS rebinding, cross-site requests).
+
+        `address` is the socket's own: a request to that very address is no rebinding.
+        """
+        if self.hosts is None:
+            return
+        host = headers.get("Host", "")
+        name = host_name(host)
+        if name not in self.hosts and not (isinstance(address, tuple) and name == address[0]):
+            raise refused("forbidden", "The Host header is not a name of this daemon. Add it to `admin.hosts`.")
+        origin = headers.get("Origin")
+        if origin is not None and not self._is_own(origin, host):
+            raise refused("forbidden", "Requests from other sites are not taken (Origin).")
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        """Whether `origin` is the site that the request went to, or one that the operator named."""
+        scheme, separator, netloc = origin.lower().partition("://")
+        if not separator or scheme not in {"http", "https"}:
+            return False
+        if netloc == host.lower():
+            return True
+        named = (self.hosts or frozenset()) - LOOPBACK  # a page on another port of this machine is another site
+        return host_name(netloc) in named
+
+    def key_use(self, key: str, method: str, path: str, body: bytes) -> KeyUse:
+        """The use of an Idempotency-Key: its scope is this door, the method and the path. 400 for a bad key."""
+        if _KEY.fullmatch(key) is None:
+            message = "Idempotency-Key must be 1 to 200 printable ASCII characters."
+            raise refused("invalid_request", message, field="Idempotency-Key")
+        scope = "\n".join((self.name, method, path, key))
+        return KeyUse(digest=sha256(scope.encode()).hexdigest(), body_hash=sha256(body).hexdigest())
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header, without its port: lower case, an IPv6 address without brackets; "" if unreadable."""
+    parts = _HOST.fullmatch(host.lower())
+    return "" if parts is None else (parts["v6"] or parts["name"]).removesuffix(".")
+
+
+def own_names(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
+    """The names under which a daemon that listens on the host `listen` may be called, with the operator's own."""
+    names = {listen.lower(), *(host.lower() for host in hosts)} - ANY_ADDRESS
+    return frozenset(names | LOOPBACK if names & LOOPBACK or listen in ANY_ADDRESS else names)
+
+
+def check_kind(headers: Mapping[str, str], wanted: str) -> None:
+    """415 unless the body is of the type `wanted`, in UTF-8 and not compressed."""
+    given = headers.get("Content-Type", "")
+    if given not in _PLAIN.get(wanted, ()) and not _is_kind(given, wanted):
+        raise refused("unsupported_media_type", f"The body must be {wanted}: send `Content-Type: {wanted}`.")
+    if headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise refused("unsupported_media_type", "Compressed bodies are not taken: send it as it is.")
+
+
+def _is_kind(given: str, wanted: str) -> bool:
+    kind, _, rest = given.partition(";")
+    if kind.strip().lower() != wanted:
+        return False
+    values = [value.partition("=") for value in rest.lower().split(";") if value.strip()]
+    charsets = [value.strip(' "') for name, _, value in values if name.strip() == "charset"]
+    return all(charset in {"utf-8", "utf8", "us-ascii"} for charset in charsets)

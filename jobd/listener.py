@@ -1,0 +1,164 @@
+"""Sockets: open them, hold connections to their deadlines, close them so that no request in flight is lost.
+
+Knows nothing of routes or jobs: every request goes to one `Web`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+import stat
+from typing import Any, Final
+
+import structlog
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.web_protocol import RequestHandler
+
+from jobd.commands import Refusal
+from jobd.web import Visit, Web
+
+BACKLOG: Final = 1024
+LINGER_S: Final = 5.0  # how long the rest of a refused body is read, so that the client gets to see the answer
+LAST_BREATH_S: Final = 0.1  # after the deadline of a stop, for cancelled handlers to end
+
+log = structlog.get_logger()
+
+
+class Connection(RequestHandler):
+    """aiohttp's connection, with our error object where it would send text, and without its tracebacks."""
+
+    __slots__ = ("_web",)
+
+    def __init__(self, manager: web.Server, site: Web, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._web = site
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what is not HTTP. Its own text stays out of it: it may hold a token."""
+        if isinstance(exc, LineTooLong):
+            why = f"a line of its head is over {self.max_line_size} bytes"
+        elif isinstance(exc, HttpProcessingError):
+            why = "its head or its framing is wrong"
+        else:
+            self.log_exception("bug in a connection", exc_info=exc)
+            why = "it could not be handled"
+        refusal = Refusal("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
+        reply = self._web.refuse(Visit(request, "client"), refusal)
+        reply.force_close()
+        return reply
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        exc = kw.get("exc_info")
+        log.error("bug in a connection", error=type(exc).__name__)
+
+    def log_debug(self, *args: Any, **kw: Any) -> None:
+        """aiohttp's own chatter about clients that went away."""
+
+
+class _Server(web.Server):
+    """Makes a Connection where aiohttp would make its own."""
+
+    def __init__(self, site: Web, **options: Any) -> None:
+        super().__init__(site.handle, handler_cancellation=True)
+        self._site = site
+        self._options = options
+
+    def __call__(self) -> RequestHandler:
+        return Connection(self, self._site, loop=self._loop, **self._options)
+
+
+class Listener:
+    """The sockets of one `Web`. Make it inside the event loop."""
+
+    def __init__(self, site: Web) -> None:
+        self.site = site
+        self._server = _Server(
+            site,
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=site.limits.idle_s,
+            lingering_time=LINGER_S,
+        )
+        self._sockets: list[asyncio.Server] = []
+        self._paths: list[str] = []
+
+    async def open_tcp(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> list[tuple[str, int]]:
+        """Listen on `host` and `port` (0: any free one). Gives the addresses. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(self._server, host, port, ssl=tls, backlog=BACKLOG)
+        self._sockets.append(server)
+        return [opened.getsockname()[:2] for opened in server.sockets]
+
+    async def open_unix(self, path: str, mode: int) -> None:
+        """Listen on the Unix socket `path` with the permissions `mode`. A socket left behind is replaced.
+
+        Raises OSError: the directory is missing, the path is over 107 bytes or names something that is no socket.
+        """
+        await self.open_socket(await asyncio.to_thread(_bind, path, mode))
+        self._paths.append(path)
+
+    async def open_socket(self, opened: socket.socket, *, tls: ssl.SSLContext | None = None) -> None:
+        """Listen on a bound socket, as systemd hands it over."""
+        loop = asyncio.get_running_loop()
+        if opened.family == socket.AF_UNIX:
+            server = await loop.create_unix_server(self._server, sock=opened, ssl=tls, backlog=BACKLOG)
+        else:
+            server = await loop.create_server(self._server, sock=opened, ssl=tls, backlog=BACKLOG)
+        self._sockets.append(server)
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._server.connections)
+
+    async def stop(self, deadline_s: float) -> None:
+        """Take no more requests, close idle connections, wait for the answers of those in flight, then close.
+
+        After `deadline_s` seconds the rest is cut off. Parked claims are in flight: the actor has to answer them.
+        """
+        self.site.closing = True
+        for server in self._sockets:
+            server.close()
+        await asyncio.to_thread(_unlink, self._paths)
+        self._server.pre_shutdown()
+        for _ in range(3):  # a request that has just been read gets as far as its handler
+            await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._server.shutdown(None)
+        except TimeoutError:
+            log.warning("requests cut off", door=self.site.gate.name, connections=self.connections)
+            await self._server.shutdown(LAST_BREATH_S)
+
+
+def _bind(path: str, mode: int) -> socket.socket:
+    """A bound Unix socket that has its permissions before anybody can connect, put in place in one step."""
+    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise OSError(f"{path} exists and is no socket: move it away or choose another path")
+    draft = f"{path}.{os.getpid()}"
+    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        opened.bind(draft)
+        os.chmod(draft, mode)
+        os.rename(draft, path)
+    except BaseException:
+        opened.close()
+        _unlink([draft])
+        raise
+    opened.setblocking(False)
+    return opened
+
+
+def _unlink(paths: list[str]) -> None:
+    for path in paths:
+        if os.path.lexists(path):
+            os.unlink(path)

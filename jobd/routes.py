@@ -1,0 +1,86 @@
+"""Routes as data, and how a path finds its route.
+
+Handles no request: that is web.py. The tables themselves are worker_api.py and admin_api.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote
+
+from aiohttp.web import StreamResponse
+from msgspec import Struct
+
+from jobd.bodies import Limits, Shape
+from jobd.commands import Answer, Command, Refusal
+from jobd.doors import JSON
+
+Who = Literal["anyone", "worker", "admin"]
+# How a call is answered that is not one command to the actor: given the Web, the Visit and what was decoded.
+Via = Callable[[Any, Any, Any], Awaitable[Answer | Refusal | StreamResponse]]
+
+
+class Route(Struct, frozen=True, kw_only=True):
+    """One call of an API, as data: the OpenAPI document is made from it.
+
+    `path` may have one part in braces, named like the field of `asks` that it gives. `asks` is what a body (or a
+    query, for GET) decodes to; where `reads` is "lines" it is one line of the stream. `gives` is the type of `data`
+    in the answer, `bytes` where the answer is not JSON but of the type `sends`. `status` is that of the usual success,
+    `key` says whether an Idempotency-Key counts. Without `via` the command goes to the actor.
+    """
+
+    method: str
+    path: str
+    asks: type[Command]
+    gives: Any
+    who: Who
+    via: Via | None = None
+    key: bool = False
+    status: int = 200
+    reads: Literal["json", "lines"] = "json"
+    sends: str = JSON
+
+    @property
+    def given(self) -> str | None:
+        """The name of the part of the path in braces."""
+        return self.path[self.path.index("{") + 1 : self.path.index("}")] if "{" in self.path else None
+
+
+class Way(NamedTuple):
+    """A route with the reader of its command."""
+
+    route: Route
+    shape: Shape
+
+
+class Table:
+    """Looks routes up: exact paths first, then those with a part in braces."""
+
+    def __init__(self, routes: Iterable[Route], limits: Limits) -> None:
+        self._exact: dict[str, dict[str, Way]] = {}
+        self._patterns: dict[str, dict[str, dict[str, Way]]] = {}  # what is before the braces, what is after them
+        for route in routes:
+            prefix, brace, rest = route.path.partition("{")
+            methods = (
+                self._patterns.setdefault(prefix, {}).setdefault(rest.partition("}")[2], {})
+                if brace
+                else self._exact.setdefault(prefix, {})
+            )
+            assert route.method not in methods, f"two routes for {route.method} {route.path}"
+            methods[route.method] = Way(route, Shape(route.asks, route.given, limits))
+
+    def find(self, method: str, path: str) -> tuple[Way | None, str | None, frozenset[str]]:
+        """The way, what the path gives for its part in braces (decoded), and the methods that this path takes."""
+        exact = self._exact.get(path, {})
+        if method in exact:
+            return exact[method], None, frozenset()
+        allowed = frozenset(exact)
+        for prefix, tails in self._patterns.items():
+            if path.startswith(prefix):
+                given, slash, rest = path[len(prefix) :].partition("/")
+                methods = tails.get(slash + rest, {}) if given else {}
+                if method in methods:
+                    return methods[method], unquote(given), frozenset()
+                allowed |= methods.keys()
+        return None, None, allowed

@@ -1,0 +1,232 @@
+"""What does not fit into one message: an import comes in line by line, a backup goes out piece by piece.
+
+Decides nothing about jobs: each line is one command to the actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any, Final
+
+import msgspec
+import structlog
+from aiohttp import web
+from aiohttp.streams import StreamReader
+from msgspec import Struct
+
+from jobd.bodies import Limits, Refused, Shape, refused
+from jobd.commands import Answer, Import, Imported, Refusal
+from jobd.job import is_job_id
+from jobd.replies import PATIENCE_S, SAFE
+from jobd.web import Visit, Web, welcome
+
+AHEAD_LINES: Final = 64  # commands of one import that wait for their commit at the same time
+AHEAD_BYTES: Final = 4 << 20
+SHOWN_REFUSALS: Final = 1_000
+BACKUP_KIND: Final = "application/vnd.sqlite3"
+# Refusals that the next line would meet as well: the import stops there, and can be sent again later.
+STOPPING: Final = frozenset({"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs"})
+
+log = structlog.get_logger()
+
+
+class RefusedLine(Struct, frozen=True):
+    """`line` counts from 1; `id` is null where the line does not tell it."""
+
+    line: int
+    id: str | None
+    reason: str
+
+
+class ImportReport(Struct, rename="camel"):
+    """What became of an import. `refused` shows the first SHOWN_REFUSALS of them, `refused_count` counts all."""
+
+    imported: int = 0
+    skipped: int = 0
+    refused_count: int = 0
+    refused: list[RefusedLine] = []
+
+    def refuse(self, line: int, job_id: str | None, reason: str) -> None:
+        self.refused_count += 1
+        if len(self.refused) < SHOWN_REFUSALS:
+            self.refused.append(RefusedLine(line, job_id, reason))
+
+
+class _Id(Struct):
+    id: str
+
+
+class _Ahead(Struct):
+    """A line on its way through the actor."""
+
+    line: int
+    job_id: str
+    size: int
+    task: asyncio.Task[Answer | Refusal]
+
+
+class Lines:
+    """The lines of a stream without their ends; None in place of one that is over `limits.body` bytes.
+
+    Raises Refused where a line does not arrive within its deadline (408) or the framing of the stream is broken (400).
+    """
+
+    def __init__(self, content: StreamReader, limits: Limits) -> None:
+        self._content = content
+        self._limits = limits
+        self._buffer = bytearray()
+        self._is_over = False
+        self._is_last = False
+
+    def __aiter__(self) -> Lines:
+        return self
+
+    async def __anext__(self) -> bytes | None:
+        if self._is_last and not self._buffer:
+            raise StopAsyncIteration
+        try:
+            async with asyncio.timeout(self._limits.body_deadline_s):
+                return await self._line()
+        except TimeoutError:
+            message = f"No whole line arrived within {self._limits.body_deadline_s:g} s."
+            raise refused("request_timeout", message) from None
+        except web.RequestPayloadError:
+            raise refused("invalid_request", "The stream is broken: its chunks or its length are wrong.") from None
+
+    async def _line(self) -> bytes | None:
+        while (end := self._buffer.find(b"\n")) < 0 and not self._is_last:
+            if len(self._buffer) > self._limits.body:
+                self._is_over = True
+                self._buffer.clear()
+            piece = await self._content.readany()
+            self._buffer += piece
+            self._is_last = not piece
+        line = bytes(self._buffer if end < 0 else self._buffer[:end])
+        del self._buffer[: len(line) + 1]
+        is_over = self._is_over or len(line) > self._limits.body
+        self._is_over = False
+        return None if is_over else line
+
+
+async def take_in(site: Web, visit: Visit, _: Any) -> Answer | Refusal:
+    """Import: each line of the body is created, skipped or refused by itself, in the order of the lines."""
+    welcome(visit.request)
+    return await _Import(site, visit).run()
+
+
+class _Import:
+    """One import: a few lines are on their way through the actor while the next ones are read."""
+
+    def __init__(self, site: Web, visit: Visit) -> None:
+        self._site = site
+        self._visit = visit
+        self._shape = Shape(Import, None, site.limits)
+        self._report = ImportReport()
+        self._ahead: deque[_Ahead] = deque()
+        self._bytes = 0
+        self._stop: Refusal | None = None
+
+    async def run(self) -> Answer | Refusal:
+        try:
+            await self._read()
+            await self._settle(0, 0)
+            return self._stop or Answer(self._report)
+        finally:
+            for ahead in self._ahead:
+                ahead.task.cancel()
+
+    async def _read(self) -> None:
+        number = 0
+        try:
+            async for line in Lines(self._visit.request.content, self._site.limits):
+                number += 1
+                self._send(number, line)
+                await self._settle(AHEAD_LINES, AHEAD_BYTES)
+                if self._stop is not None:
+                    return
+        except Refused as no:
+            await self._settle(0, 0)
+            self._stop = self._stop or self._stopped(no.refusal, number + 1)
+
+    def _send(self, number: int, line: bytes | None) -> None:
+        if line is None:
+            self._report.refuse(number, None, f"The line is over {self._site.limits.body} bytes.")
+            return
+        if not line.strip():
+            return
+        try:
+            command = self._shape.from_body(line)
+        except Refused as no:
+            self._report.refuse(number, _id_of(line), no.refusal.message)
+            return
+        assert isinstance(command, Import)
+        asked = self._site.actor.ask(command, by=self._visit.by, admin=True, size=len(line))
+        self._ahead.append(_Ahead(number, command.id, len(line), asyncio.ensure_future(asked)))
+        self._bytes += len(line)
+
+    async def _settle(self, lines: int, size: int) -> None:
+        """Take answers, oldest first, until at most `lines` lines of `size` bytes are on their way."""
+        while self._ahead and (len(self._ahead) > lines or self._bytes > size):
+            first = self._ahead.popleft()
+            self._bytes -= first.size
+            self._count(first, await first.task)
+
+    def _count(self, line: _Ahead, answer: Answer | Refusal) -> None:
+        if isinstance(answer, Answer):
+            done: Imported = answer.data
+            self._report.skipped += done.skipped
+            self._report.imported += not done.skipped
+        elif answer.code in STOPPING:
+            self._stop = self._stop or self._stopped(answer, line.line)
+        else:
+            self._report.refuse(line.line, line.job_id, answer.message)
+
+    def _stopped(self, why: Refusal, line: int) -> Refusal:
+        """The import ends early: what has been done stays, and a second run skips it."""
+        message = f"The import stopped at line {line}: {why.message} Send it again; what is there already is skipped."
+        return Refusal(why.code, message, {**why.details, "line": line})
+
+
+def _id_of(line: bytes) -> str | None:
+    """The id in a line that is no job, for the report."""
+    try:
+        job_id = msgspec.json.decode(line, type=_Id).id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return job_id if is_job_id(job_id) else None
+
+
+async def give_out(site: Web, visit: Visit, _: Any) -> web.StreamResponse:
+    """Backup: the pieces as they come. Where they stop half-way the connection is cut: nobody takes that for a whole."""
+    pieces = site.rooms.backup()
+    try:
+        first = await anext(pieces, b"")
+        response = web.StreamResponse(headers={"Content-Type": BACKUP_KIND, "Server": "jobd", **SAFE})
+        await response.prepare(visit.request)
+        await _pass_on(response, first, pieces, visit)
+        return response
+    finally:
+        if isinstance(pieces, AsyncGenerator):
+            await pieces.aclose()
+
+
+async def _pass_on(response: web.StreamResponse, first: bytes, pieces: AsyncIterator[bytes], visit: Visit) -> None:
+    transport = visit.request.transport
+    try:
+        await _write(response, first)
+        async for piece in pieces:
+            await _write(response, piece)
+        await response.write_eof()
+    except Exception as error:
+        log.error("backup cut off", error=type(error).__name__)
+        if transport is not None:
+            transport.abort()
+        raise ConnectionResetError("backup cut off") from None
+
+
+async def _write(response: web.StreamResponse, piece: bytes) -> None:
+    """Send `piece`; a client that does not read is waited for, but not for ever."""
+    async with asyncio.timeout(PATIENCE_S):
+        await response.write(piece)

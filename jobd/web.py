@@ -1,0 +1,287 @@
+"""Between HTTP and commands: find the route, let in or refuse, decode, ask, encode.
+
+Decides nothing about jobs. The walk of a request: `Web.handle` (bytes to command), the actor's `ask`, `Reply`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from functools import partial
+from typing import Any, Final, Literal, Protocol
+from urllib.parse import unquote
+
+import structlog
+from aiohttp import hdrs, web
+from msgspec import Struct
+
+from jobd.bodies import Limits, Refused, path_value, refused, too_large
+from jobd.commands import (
+    AlertView,
+    Answer,
+    Claim,
+    CleanupReport,
+    CleanupState,
+    ClockView,
+    Command,
+    HealthView,
+    KeyUse,
+    OnJobNamed,
+    QuarantinedJob,
+    RecoverStuckView,
+    Refusal,
+    Start,
+)
+from jobd.doors import JSON, LINES, Gate, check_kind
+from jobd.replies import Reply, accepted, refusing
+from jobd.routes import Route, Table, Way
+
+# After these the rest of the body is not wanted, or cannot be found.
+CLOSING: Final = frozenset({"too_large", "request_timeout"})
+
+log = structlog.get_logger()
+
+
+class Ask(Protocol):
+    """The actor as the doors see it: the only way to job state."""
+
+    async def ask(
+        self, command: Any, *, by: str = "client", admin: bool = False, key: KeyUse | None = None, size: int = 0
+    ) -> Answer | Refusal:
+        """`size` is what the command holds in memory while it waits, in bytes."""
+
+    def undelivered(self, answer: Answer) -> None:
+        """The reply could not be delivered: its grants are released."""
+
+
+class Rooms(Protocol):
+    """Everything of the daemon that a request may ask for and that is not one command to the actor."""
+
+    async def run_cleanup(self, *, forced: bool) -> CleanupReport: ...
+    def cleanup_state(self) -> CleanupState: ...
+    async def recover_stuck(self) -> RecoverStuckView: ...
+    async def health(self) -> HealthView: ...
+    def alerts(self) -> list[AlertView]: ...
+    async def metrics(self) -> bytes: ...  # Prometheus text
+    async def reports(self, limit: int) -> list[CleanupReport]: ...  # newest first
+    def clock(self) -> ClockView: ...
+    async def accept_clock(self) -> ClockView: ...
+    def quarantine(self) -> list[QuarantinedJob]: ...
+    def backup(self) -> AsyncIterator[bytes]: ...
+    def is_ready(self) -> bool: ...
+    def is_alive(self) -> bool: ...
+
+
+async def ask(site: Web, visit: Visit, command: Any) -> Answer | Refusal:
+    """The way of almost every route: one command to the actor."""
+    return await site.actor.ask(command, by=visit.by, admin=site.admin, key=visit.key, size=visit.size)
+
+
+class Visit:
+    """One request on its way: what the actor, and the log line of a refusal, need to know of it."""
+
+    __slots__ = ("allow", "by", "job_id", "key", "request", "route", "size")
+
+    def __init__(self, request: web.BaseRequest, by: str) -> None:
+        self.request = request
+        self.by = by
+        self.route: Route | None = None
+        self.allow: frozenset[str] = frozenset()
+        self.key: KeyUse | None = None
+        self.size = 0
+        self.job_id: str | None = None
+
+
+class Web:
+    """One API behind one door. `refusals` counts every refusal sent, by code.
+
+    `closing`: the daemon is going down; answers say `Connection: close`.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        routes: Iterable[Route],
+        actor: Ask,
+        rooms: Rooms,
+        *,
+        limits: Limits | None = None,
+        admin: bool = False,
+    ) -> None:
+        self.gate = gate
+        self.actor = actor
+        self.rooms = rooms
+        self.limits = limits or Limits()
+        self.admin = admin
+        self.closing = False
+        self.refusals: Counter[str] = Counter()
+        self._table = Table(routes, self.limits)
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The answer to `request`; a bug on the way is a 500 and one log line."""
+        visit = Visit(request, "admin" if self.admin else "client")
+        try:
+            answer = await self._answer(visit)
+        except Refused as no:
+            answer = no.refusal
+        except ConnectionError:
+            raise
+        except Exception as bug:
+            answer = self._confess(visit, bug)
+        if isinstance(answer, Answer):
+            lost = partial(self.actor.undelivered, answer) if answer.grants else None
+            return accepted(
+                request, answer.data, answer.status, replayed=answer.replayed, close=self.closing, lost=lost
+            )
+        return self.refuse(visit, answer) if isinstance(answer, Refusal) else answer
+
+    async def _answer(self, visit: Visit) -> Answer | Refusal | web.StreamResponse:
+        """From the request's bytes to the answer."""
+        request = visit.request
+        path, _, query = request.message.path.partition("?")
+        way, given = self._admit(visit, path)
+        shape, value = way.shape, None
+        if shape.given is not None:
+            value = path_value(shape.given, given or "")
+            visit.job_id = value if shape.given == "id" else None
+        if request.method == hdrs.METH_GET:
+            if request.body_exists:
+                raise refused("invalid_request", "A GET takes no body.", field="$")
+            command = shape.from_query(query, value)
+        elif query:
+            raise refused("invalid_request", "This call takes no query. Put the fields into the body.", field="$")
+        elif way.route.reads == "lines":
+            check_kind(request.headers, LINES)
+            return await (way.route.via or ask)(self, visit, None)
+        else:
+            body = await self._body(request) if request.body_exists else b""
+            self._note_key(visit, way.route, path, body)
+            command = shape.from_body(body, value)
+            self._note(visit, command, len(body))
+        return await (way.route.via or ask)(self, visit, command)
+
+    def _admit(self, visit: Visit, path: str) -> tuple[Way, str | None]:
+        """The way of a request that may come in. The token is judged first, then Host and Origin, then the path."""
+        request = visit.request
+        way, given, allowed = self._table.find(request.method, path)
+        if way is not None:
+            visit.route = way.route
+        if way is None or way.route.who != "anyone":
+            self.gate.admit(request.headers)
+        if self.gate.hosts is not None:
+            self.gate.check_origin(request.headers, request.get_extra_info("sockname"))
+        if way is not None:
+            return way, given
+        if not allowed:
+            raise refused("not_found", "There is no such path.")
+        visit.allow = allowed
+        raise refused("method_not_allowed", f"This path takes {', '.join(sorted(allowed))}.")
+
+    async def _body(self, request: web.BaseRequest) -> bytes:
+        """The whole body: of the right kind, within its size and its time."""
+        check_kind(request.headers, JSON)
+        payload = request.content
+        try:
+            body = payload.read_nowait() if payload.is_eof() else await self._slow_body(request)
+        except web.RequestPayloadError:
+            raise refused("invalid_request", "The body is broken: its chunks or its length are wrong.") from None
+        if len(body) > self.limits.body:
+            raise self._body_too_large()
+        return body
+
+    async def _slow_body(self, request: web.BaseRequest) -> bytes:
+        """A body that has not arrived yet, up to one piece over its limit."""
+        if int(request.headers.get(hdrs.CONTENT_LENGTH, 0)) > self.limits.body:
+            raise self._body_too_large()
+        welcome(request)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_deadline_s):
+                while len(body) <= self.limits.body and (piece := await request.content.readany()):
+                    body += piece
+        except TimeoutError:
+            message = f"The body did not arrive within {self.limits.body_deadline_s:g} s. Send it again."
+            raise refused("request_timeout", message) from None
+        return bytes(body)
+
+    def _body_too_large(self) -> Refused:
+        return too_large(f"The body is over {self.limits.body} bytes. Split it.", limit=self.limits.body)
+
+    def _note_key(self, visit: Visit, route: Route, path: str, body: bytes) -> None:
+        key = visit.request.headers.get("Idempotency-Key") if route.key else None
+        if key is not None:
+            visit.key = self.gate.key_use(key, route.method, unquote(path), body)
+
+    def _note(self, visit: Visit, command: Command, size: int) -> None:
+        """What the command says of itself: who asks, about which job."""
+        visit.size = size
+        if isinstance(command, Start | Claim):
+            visit.by = f"worker:{command.worker}"
+        elif isinstance(command, OnJobNamed):
+            visit.job_id = command.id
+
+    def refuse(self, visit: Visit, refusal: Refusal) -> Reply:
+        """The reply to a refused request: counted, and logged in one line without a secret."""
+        self.refusals[refusal.code] += 1
+        route = visit.route
+        log.info(
+            "refused",
+            method=visit.request.method,
+            path=None if route is None else route.path,
+            code=refusal.code,
+            by=visit.by,
+            job=visit.job_id,
+        )
+        close = self.closing or refusal.code in CLOSING
+        return refusing(visit.request, refusal, allow=visit.allow, close=close)
+
+    def _confess(self, visit: Visit, bug: Exception) -> Refusal:
+        """A bug costs one request. Its text may hold a secret, so the log names only its type and place."""
+        route = visit.route
+        at = traceback.extract_tb(bug.__traceback__)[-1]
+        log.error(
+            "bug in a request",
+            command=None if route is None else route.asks.__name__,
+            job=visit.job_id,
+            error=type(bug).__name__,
+            where=f"{at.filename}:{at.lineno} {at.name}",
+        )
+        return Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
+
+
+def welcome(request: web.BaseRequest) -> None:
+    """Tell a client that waits for leave to send its body (`Expect: 100-continue`) to go on."""
+    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Liveness and readiness: the same at every door, without a token.
+
+
+class Nothing(Command, frozen=True, kw_only=True):
+    """A call that takes no fields."""
+
+
+class Probe(Struct, frozen=True):
+    status: Literal["ok", "unavailable"]
+
+
+def _probe(is_well: bool) -> Answer:
+    return Answer(Probe("ok")) if is_well else Answer(Probe("unavailable"), status=503)
+
+
+async def _alive(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return _probe(site.rooms.is_alive())
+
+
+async def _ready(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return _probe(site.rooms.is_ready())
+
+
+PROBES: Final = (
+    Route(method="GET", path="/healthz", asks=Nothing, gives=Probe, who="anyone", via=_alive),
+    Route(method="GET", path="/readyz", asks=Nothing, gives=Probe, who="anyone", via=_ready),
+)

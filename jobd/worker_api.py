@@ -1,0 +1,61 @@
+"""The calls of workers and of those who create jobs: a table, no logic."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from jobd.commands import (
+    Bulk,
+    Cancel,
+    Claim,
+    Complete,
+    Create,
+    Extend,
+    Fail,
+    Get,
+    Grants,
+    GrantView,
+    JobList,
+    JobPage,
+    JobView,
+    List,
+    LockState,
+    Progress,
+    QueueList,
+    Queues,
+    Release,
+    Start,
+    Timeline,
+    TimelineView,
+    Validate,
+    Validation,
+    Why,
+    WhyView,
+    WorkerList,
+    Workers,
+)
+from jobd.routes import Route, Who
+from jobd.web import PROBES
+
+_W: Final[Who] = "worker"
+
+ROUTES: Final = (
+    Route(method="POST", path="/v1/jobs", asks=Create, gives=JobView, who=_W, key=True, status=201),
+    Route(method="POST", path="/v1/jobs/bulk", asks=Bulk, gives=JobList, who=_W, key=True, status=201),
+    Route(method="GET", path="/v1/jobs", asks=List, gives=JobPage, who=_W),
+    Route(method="GET", path="/v1/jobs/{id}", asks=Get, gives=JobView, who=_W),
+    Route(method="GET", path="/v1/jobs/{id}/timeline", asks=Timeline, gives=TimelineView, who=_W),
+    Route(method="GET", path="/v1/jobs/{id}/why", asks=Why, gives=WhyView, who=_W),
+    Route(method="GET", path="/v1/jobs/{id}/validate", asks=Validate, gives=Validation, who=_W),
+    Route(method="POST", path="/v1/jobs/{id}/start", asks=Start, gives=GrantView, who=_W, key=True),
+    Route(method="POST", path="/v1/claim", asks=Claim, gives=Grants, who=_W, key=True),
+    Route(method="POST", path="/v1/jobs/{id}/progress", asks=Progress, gives=LockState, who=_W),
+    Route(method="POST", path="/v1/jobs/{id}/extend", asks=Extend, gives=LockState, who=_W),
+    Route(method="POST", path="/v1/jobs/{id}/complete", asks=Complete, gives=JobView, who=_W),
+    Route(method="POST", path="/v1/jobs/{id}/fail", asks=Fail, gives=JobView, who=_W),
+    Route(method="POST", path="/v1/jobs/{id}/release", asks=Release, gives=JobView, who=_W),
+    Route(method="POST", path="/v1/jobs/{id}/cancel", asks=Cancel, gives=JobView, who=_W, key=True),
+    Route(method="GET", path="/v1/queues", asks=Queues, gives=QueueList, who=_W),
+    Route(method="GET", path="/v1/workers", asks=Workers, gives=WorkerList, who=_W),
+    *PROBES,
+)
