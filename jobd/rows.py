@@ -347,10 +347,10 @@ def event_row(event: Event) -> Row:
 
 def event(row: Row) -> Event:
     """The event of a row whose checksum is right."""
-    details = None if row[10] is None else _decode_json(row[10])
-    changes = None if row[11] is None else _changes(_decode_changes(row[11]))
-    plain: tuple[Any, ...] = row[:10]
-    return Event(*plain, details=details, changes=changes)
+    seq, at, type_, job_seq, job_id, queue_, before, after, by, reason, details, changes, _ = row
+    details = None if details is None else _decode_json(details)
+    changes = None if changes is None else _changes(_decode_changes(changes))
+    return Event(seq, at, type_, job_seq, job_id, queue_, before, after, by, reason, details, changes)
 
 
 def _changes(read: Any) -> Changes:
