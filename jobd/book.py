@@ -12,6 +12,7 @@ from typing import Final
 
 from jobd.batch import Numbers, QueueRow
 from jobd.events import Change
+from jobd.figures import Figures
 from jobd.job import FINISHED, LIVE, STATUSES, TOKEN_COUNTER_BITS, Job, Options
 from jobd.orders import DueEntry, DueJobs, LazyHeap, TimeEntry
 
@@ -46,10 +47,11 @@ class Book:
         self.paused: set[str] = set()
         self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
+        self.figures = Figures()  # filled by the actor from what was committed
         self.processing: dict[str, Job] = {}  # in the order of their grants
         self.started_sum = 0  # of started_at over all processing jobs
         self.workers: OrderedDict[str, WorkerSeen] = OrderedDict()
-        self.suspects: dict[str, None] = {}  # ids of imported or accepted rows that were not validated yet
+        self.suspects: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
         self.expired_locks: dict[str, None] = {}  # expired, and recovery has not noted it yet
         self.cleared_locks: dict[str, None] = {}  # expired and noted; the holder may still revive them
         self.stuck: dict[str, None] = {}
@@ -138,7 +140,7 @@ class Book:
         """Take one decided step in, so that the next command of the batch sees it. Burns the numbers that it used."""
         self.next_event = max(self.next_event, change.event.seq + 1)
         if change.event.job_seq == 0:
-            self._set_paused(change.event.queue, change.event.type == "queue_paused")
+            self.set_paused(change.event.queue, change.event.type == "queue_paused")
             return
         self.next_job = max(self.next_job, change.event.job_seq + 1)
         after = change.after
@@ -148,7 +150,9 @@ class Book:
         if change.request_hash is not None and after is not None:
             self.request_hashes[after.id] = change.request_hash
         if change.event.type == "imported":
-            self.suspects[change.event.job_id] = None
+            self.suspects[change.event.job_seq] = change.event.job_id
+        if change.event.by.startswith("worker:"):
+            self.saw(change.event.by.removeprefix("worker:"), change.event.at)
         self.swap(change.before, after)
 
     def swap(self, before: Job | None, after: Job | None) -> None:
@@ -162,6 +166,9 @@ class Book:
         """A finished job was read from the disk: keep it at hand."""
         self.finished[job.id] = job
         self.finished.move_to_end(job.id)
+
+    def trim_finished(self) -> None:
+        """Between batches: keep only the finished jobs that were named last."""
         while len(self.finished) > FINISHED_KEPT:
             self.finished.popitem(last=False)
 
@@ -170,7 +177,6 @@ class Book:
         self.quarantined[job_id] = reason
         if (job := self.get(job_id)) is not None:
             self.swap(job, None)
-        self.suspects.pop(job_id, None)
 
     def saw(self, worker: str, now: int) -> None:
         """A worker spoke at wall time `now`."""
@@ -320,7 +326,7 @@ class Book:
         counts[job.status] = counts.get(job.status, 0) + step
         self.totals[job.status] = self.totals.get(job.status, 0) + step
 
-    def _set_paused(self, queue: str, paused: bool) -> None:
+    def set_paused(self, queue: str, paused: bool) -> None:
         if paused:
             self.paused.add(queue)
             return

@@ -11,6 +11,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
 from jobd.events import EventView
 from jobd.job import (
+    AdditionalMs,
     Attempts,
     Backoff,
     Code,
@@ -169,7 +170,7 @@ class Progress(OnJob, frozen=True, kw_only=True):
 
 class Extend(OnJob, frozen=True, kw_only=True):
     lock_id: LockId
-    additional_ms: LockTtlMs | None = None
+    additional_ms: AdditionalMs | None = None
 
 
 class Complete(OnJob, frozen=True, kw_only=True):
@@ -246,7 +247,7 @@ class Transition(OnJobNamed, frozen=True, kw_only=True):
 
 class ExtendLock(OnJobNamed, frozen=True, kw_only=True):
     lock_id: LockId = field(name="lockId")
-    additional_ms: LockTtlMs | None = field(name="additionalTime", default=None)
+    additional_ms: AdditionalMs | None = field(name="additionalTime", default=None)
 
 
 class ReleaseLock(OnJobNamed, frozen=True, kw_only=True):
@@ -327,6 +328,23 @@ class Undelivered(OnJob, frozen=True, kw_only=True):
     lock_id: LockId
 
 
+class CreditAbsence(Command, frozen=True, kw_only=True):
+    """The daemon was away: for those of `ids` that are processing, nothing ends in the next `grace_ms`."""
+
+    ids: list[str]
+    grace_ms: int
+
+
+class EndGrants(Command, frozen=True, kw_only=True):
+    """A backup was put back: end the grants of those of `ids` that are processing by their stall rule.
+
+    With the `last` of them the store's mark as a backup goes, in the same transaction.
+    """
+
+    ids: list[str]
+    last: bool
+
+
 class Recover(Command, frozen=True, kw_only=True):
     """Recover up to `limit` stuck jobs and clear up to `limit` expired locks. Judged when it is applied."""
 
@@ -353,6 +371,10 @@ class Mend(Command, frozen=True, kw_only=True):
 
 class Tick(Command, frozen=True, kw_only=True):
     """Persist lease time; changes no job."""
+
+
+class Ping(Command, frozen=True, kw_only=True):
+    """A round trip through the mailbox; changes nothing."""
 
 
 class Report(Command, frozen=True, kw_only=True):
@@ -706,15 +728,23 @@ class Done(Struct, frozen=True):
     """The answer where there is nothing to say."""
 
 
+class Look(Struct, frozen=True):
+    """A read of history: the timeline of the job with this seq, or a page of the jobs that match."""
+
+    timeline: int | None = None
+    page: List | None = None
+
+
 class Answer(Struct):
     """A yes. `shows` are the job views whose payload is still to be read, with the job's seq; `grants` lets an
-    undelivered answer be taken back: (job id, lock id) of each grant in it.
+    undelivered answer be taken back: (job id, lock id) of each grant in it; `look` is answered from the disk.
     """
 
     data: Any
     status: int = 200
     shows: list[tuple[int, JobView]] = []
     grants: list[tuple[str, str]] = []
+    look: Look | None = None
     replayed: bool = False  # a stored idempotent answer
 
 
@@ -737,24 +767,54 @@ class Moment(Struct, frozen=True):
         return lease_ms + self.offset
 
 
+AnyCommand = (
+    Create
+    | Bulk
+    | Get
+    | Timeline
+    | Why
+    | Validate
+    | List
+    | Start
+    | Claim
+    | Progress
+    | Extend
+    | Complete
+    | Fail
+    | Release
+    | Cancel
+    | Queues
+    | Workers
+    | ForceFail
+    | ForceReset
+    | Transition
+    | ExtendLock
+    | ReleaseLock
+    | RunNow
+    | Update
+    | Delete
+    | Pause
+    | Resume
+    | Import
+    | Stats
+    | Locks
+    | Undelivered
+    | CreditAbsence
+    | EndGrants
+    | Recover
+    | Expire
+    | DeleteExpired
+    | Mend
+    | Tick
+    | Ping
+    | Report
+)
+
+
 class Call(Struct, frozen=True):
     """A command with who asked and the randomness it may use. `admin` callers see lock ids."""
 
-    command: Command
+    command: AnyCommand
     by: str = "client"
     seed: bytes = b""
     admin: bool = False
-
-
-def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
-    """The lock of `job` as shown: null once it is cleared or the job is not processing."""
-    if job.grant is None or job.lease is None or job.lease.cleared:
-        return None
-    grant = job.grant
-    return LockView(
-        worker=grant.worker,
-        fencing_token=grant.fencing_token,
-        acquired_at=grant.acquired_at,
-        expires_at=at.wall(job.lease.expires),
-        lock_id=grant.lock_id if admin else UNSET,
-    )

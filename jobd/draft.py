@@ -1,0 +1,137 @@
+"""What a decision is made of: rules write their steps into a draft, which numbers them and keeps rows and events equal.
+
+Pure. A draft reads the book and never changes it; `Book.put` takes the finished steps in.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any
+from uuid import UUID
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from jobd.book import Book
+from jobd.commands import Answer, Call, Moment, Refusal
+from jobd.events import Change, Changes, Event, EventType
+from jobd.job import TOKEN_COUNTER_BITS, Job, Policy
+
+
+class Decision(Struct):
+    """What a command comes to. A refusal has changes only where time itself had to act first (a stuck job)."""
+
+    answer: Answer | Refusal
+    changes: list[Change] = []
+    checked: list[int] = []  # seqs of jobs whose rows were validated
+    report: bytes | None = None
+
+
+class Draft:
+    """The steps of one decision so far, and the numbers that they use."""
+
+    __slots__ = ("_next_event", "_next_job", "_next_token", "at", "book", "call", "changes", "checked", "policy")
+
+    def __init__(self, book: Book, call: Call, at: Moment, policy: Policy) -> None:
+        self.book = book
+        self.call = call
+        self.at = at
+        self.policy = policy
+        self.changes: list[Change] = []
+        self.checked: list[int] = []
+        self._next_event = book.next_event
+        self._next_job = book.next_job
+        self._next_token = book.next_token
+
+    def step(
+        self,
+        job: Job,
+        event_type: EventType,
+        *,
+        by: str | None = None,
+        reason: str | None = None,
+        details: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> Job:
+        """Set `fields` of `job` (and `updated_at`), with the event that says so; gives the new row."""
+        fields["updated_at"] = max(self.at.now, fields.get("updated_at", 0))
+        after = replace(job, **fields)
+        self._note(job, after, event_type, by or self.call.by, reason, details, Changes(**fields))
+        return after
+
+    def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> Job:
+        """A new job. Its event carries every field."""
+        fields = {name: getattr(job, name) for name in Job.__struct_fields__}
+        event = self._event(job, None, job.status, event_type, self.call.by, None, None, Changes(**fields))
+        self.changes.append(Change(None, job, event, payload, request_hash))
+        return job
+
+    def delete(self, job: Job, by: str | None = None) -> None:
+        event = self._event(job, job.status, None, "deleted", by or self.call.by, None, None, None)
+        self.changes.append(Change(job, None, event))
+
+    def queue(self, name: str, event_type: EventType) -> None:
+        """A step of a queue, not of a job."""
+        event = Event(self._event_number(), self.at.now, event_type, 0, "", name, None, None, self.call.by)
+        self.changes.append(Change(None, None, event))
+
+    def job_number(self) -> int:
+        """The seq of a new job: the order of creation, never used again."""
+        number, self._next_job = self._next_job, self._next_job + 1
+        return number
+
+    def token(self) -> int:
+        """The fencing token of a new grant, greater than every one before."""
+        counter, self._next_token = self._next_token, self._next_token + 1
+        return (self.book.epoch << TOKEN_COUNTER_BITS) | counter
+
+    def secret(self, number: int) -> str:
+        """A lock id that nobody can guess: from the call's own randomness, so that a replay gives it again."""
+        return blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=16).hexdigest()
+
+    def job_id(self, number: int) -> str:
+        """A UUIDv7 (RFC 9562): 48 bits of Unix milliseconds, then bits from the call's own randomness."""
+        tail = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=10, person=b"job id").digest()
+        bits = (self.at.now & (2**48 - 1)) << 80 | int.from_bytes(tail, "big")
+        bits = bits & ~(0xF << 76) | 0x7 << 76  # version 7
+        bits = bits & ~(0x3 << 62) | 0x2 << 62  # variant of the RFC
+        return str(UUID(int=bits))
+
+    def fraction(self, number: int) -> float:
+        """A number in [0, 1) from the call's own randomness."""
+        digest = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=8, person=b"jitter").digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+    def _note(
+        self,
+        before: Job,
+        after: Job,
+        event_type: EventType,
+        by: str,
+        reason: str | None,
+        details: dict[str, Any] | None,
+        changes: Changes,
+    ) -> None:
+        event = self._event(before, before.status, after.status, event_type, by, reason, details, changes)
+        self.changes.append(Change(before, after, event))
+
+    def _event(
+        self,
+        job: Job,
+        before: str | None,
+        after: str | None,
+        event_type: EventType,
+        by: str,
+        reason: str | None,
+        details: dict[str, Any] | None,
+        changes: Changes | None,
+    ) -> Event:
+        number = self._event_number()
+        queue = job.options.queue
+        return Event(
+            number, self.at.now, event_type, job.seq, job.id, queue, before, after, by, reason, details, changes
+        )
+
+    def _event_number(self) -> int:
+        number, self._next_event = self._next_event, self._next_event + 1
+        return number

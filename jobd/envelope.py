@@ -1,0 +1,113 @@
+"""A command on its way: who waits for its answer, under which key, and which share of the mailbox it may use.
+
+Knows no rule and no disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from jobd.commands import (
+    Answer,
+    Bulk,
+    Call,
+    Cancel,
+    Claim,
+    Command,
+    Complete,
+    Create,
+    Delete,
+    DeleteExpired,
+    EndGrants,
+    Expire,
+    Fail,
+    ForceFail,
+    Get,
+    Import,
+    KeyUse,
+    List,
+    Locks,
+    Mend,
+    OnJob,
+    Ping,
+    Queues,
+    Recover,
+    Refusal,
+    Release,
+    ReleaseLock,
+    Start,
+    Stats,
+    Timeline,
+    Undelivered,
+    Validate,
+    Why,
+    Workers,
+)
+
+CREATES: Final = (Create, Bulk, Import)
+READS: Final = (Get, Timeline, Why, Validate, List, Queues, Workers, Stats, Locks, Ping)
+# What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
+ENDINGS: Final = (
+    Complete, Fail, Release, Cancel, ForceFail, ReleaseLock, Undelivered,
+    Recover, Expire, EndGrants, Delete, DeleteExpired,
+)  # fmt: skip
+
+
+def share(command: Command) -> float:
+    """How full the mailbox may be for `command` to come in: running work and operators come in last of all."""
+    if isinstance(command, CREATES):
+        return 0.70
+    if isinstance(command, (Start, Claim, *READS)) and not isinstance(command, Ping):
+        return 0.85
+    return 1.0
+
+
+def named_ids(command: Command) -> list[str]:
+    """The ids of the jobs that the decision about `command` will look up."""
+    if isinstance(command, Create):
+        return [command.id] if command.id is not None else []
+    if isinstance(command, (OnJob, Import)):
+        return [command.id]
+    if isinstance(command, Bulk):
+        return [job.id for job in command.jobs if job.id is not None]
+    if isinstance(command, (DeleteExpired, Mend)):
+        return command.ids
+    return []
+
+
+def weight(command: Command) -> int:
+    """Commands count by what they write, so that one batch stays a few milliseconds."""
+    if isinstance(command, Bulk):
+        return len(command.jobs)
+    if isinstance(command, Claim):
+        return command.limit
+    return 1
+
+
+class Asked:
+    """One call in the mailbox. Several connections may wait for its answer (a key repeated while it is parked)."""
+
+    __slots__ = ("call", "deadline", "futures", "key", "size", "ticket")
+
+    def __init__(self, call: Call, key: KeyUse | None, size: int, future: asyncio.Future[Answer | Refusal]) -> None:
+        self.call = call
+        self.key = key
+        self.size = size  # bytes, as they count towards limits.inflight_bytes
+        self.futures = [future]
+        self.ticket = 0  # order of arrival among the parked
+        self.deadline = 0.0  # loop time at which a parked claim is answered empty
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Nobody waits for the answer any more."""
+        return all(future.cancelled() for future in self.futures)
+
+    def reply(self, answer: Answer | Refusal) -> int:
+        """Answer everybody who still waits; how many there were."""
+        told = 0
+        for future in self.futures:
+            if not future.done():
+                future.set_result(answer)
+                told += 1
+        return told

@@ -1,0 +1,118 @@
+"""Figures that no promise depends on: what happened lately, counted from committed changes.
+
+Pure. They are kept across a restart (store.py) as far as the last save, and reset to zero costs nothing but history.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Final
+
+from msgspec import Struct, field
+
+from jobd.events import Change
+from jobd.job import HOUR_MS, MINUTE_MS
+
+# Upper bounds of the processing-time histogram, in seconds.
+PROCESSING_BUCKETS_S: Final = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1800, 3600, 14400)
+HISTOGRAM_QUEUES: Final = 200  # label values are capped; further queues share one
+
+
+class Histogram(Struct):
+    """Counts by upper bound (the last is above all bounds), with the sum."""
+
+    counts: list[int]
+    total: float = 0.0
+
+    @classmethod
+    def empty(cls, bounds: tuple[float, ...]) -> Histogram:
+        return cls([0] * (len(bounds) + 1))
+
+    def add(self, value: float, bounds: tuple[float, ...]) -> None:
+        self.counts[bisect_left(bounds, value)] += 1
+        self.total += value
+
+
+class SinceReport(Struct):
+    """What was done since the last cleanup report."""
+
+    recovered: int = 0
+    deleted: int = 0
+    locks_cleared: int = 0
+    fixed: int = 0
+
+
+class Figures(Struct):
+    """Counters and short histories, by wall time."""
+
+    completions: dict[int, tuple[int, int]] = field(default_factory=dict)  # minute -> jobs, ms of processing
+    recoveries: dict[int, int] = field(default_factory=dict)  # hour -> jobs
+    since_report: SinceReport = field(default_factory=SinceReport)
+    grants: dict[str, int] = field(default_factory=dict)  # queue -> grants
+    stalls: int = 0
+    reset: int = 0  # recovered, back to queued
+    failed: int = 0  # recovered, failed
+    processing: dict[str, Histogram] = field(default_factory=dict)  # queue -> seconds
+
+    def note(self, change: Change) -> None:
+        """Count one committed change."""
+        event, after = change.event, change.after
+        match event.type:
+            case "granted":
+                self._grant(event.queue)
+            case "completed":
+                if change.before is not None and change.before.started_at is not None:
+                    self._completed(event.queue, event.at, event.at - change.before.started_at)
+            case "stalled":
+                self._recovered(event.at, requeued=after is not None and after.status == "queued")
+            case "lock_expired":
+                self.since_report.locks_cleared += 1
+            case "deleted" if event.by == "cleanup":
+                self.since_report.deleted += 1
+            case _:
+                pass
+
+    def completed_last_hour(self, now: int) -> tuple[int, int]:
+        """Jobs completed in the last 60 minutes, and the milliseconds that they were processing."""
+        first = now // MINUTE_MS - 60
+        recent = [value for minute, value in self.completions.items() if minute > first]
+        return sum(count for count, _ in recent), sum(total_ms for _, total_ms in recent)
+
+    def recovered_last_day(self, now: int) -> int:
+        """Jobs recovered in the last 24 hours."""
+        first = now // HOUR_MS - 24
+        return sum(count for hour, count in self.recoveries.items() if hour > first)
+
+    def _grant(self, queue: str) -> None:
+        name = _label(queue, self.grants)
+        self.grants[name] = self.grants.get(name, 0) + 1
+
+    def _completed(self, queue: str, at: int, processing_ms: int) -> None:
+        minute = at // MINUTE_MS
+        count, total_ms = self.completions.get(minute, (0, 0))
+        self.completions[minute] = (count + 1, total_ms + processing_ms)
+        if len(self.completions) > 61:
+            self.completions = {key: value for key, value in self.completions.items() if key > minute - 60}
+        name = _label(queue, self.processing)
+        if name not in self.processing:
+            self.processing[name] = Histogram.empty(PROCESSING_BUCKETS_S)
+        self.processing[name].add(processing_ms / 1000, PROCESSING_BUCKETS_S)
+
+    def _recovered(self, at: int, *, requeued: bool) -> None:
+        hour = at // HOUR_MS
+        self.recoveries[hour] = self.recoveries.get(hour, 0) + 1
+        if len(self.recoveries) > 25:
+            self.recoveries = {key: value for key, value in self.recoveries.items() if key > hour - 24}
+        self.stalls += 1
+        self.since_report.recovered += 1
+        if requeued:
+            self.reset += 1
+        else:
+            self.failed += 1
+
+
+OTHER_QUEUES: Final = "(other)"
+
+
+def _label(queue: str, known: dict[str, int] | dict[str, Histogram]) -> str:
+    return queue if queue in known or len(known) < HISTOGRAM_QUEUES else OTHER_QUEUES

@@ -1,0 +1,72 @@
+"""Commands that only read: one job, its timeline, why it is where it is, lists, queues, workers, stats.
+
+Pure, and without changes: what history holds is fetched by the actor after the commit (`Answer.look`).
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from jobd import steps, views
+from jobd.commands import (
+    Answer,
+    Get,
+    JobPage,
+    List,
+    Locks,
+    Look,
+    Queues,
+    Refusal,
+    Stats,
+    Timeline,
+    TimelineView,
+    Validate,
+    ValidateJobView,
+    Why,
+    Workers,
+)
+from jobd.draft import Draft
+from jobd.validation import validate
+from jobd.why import explain
+
+Reading = Get | Timeline | Why | Validate | List | Queues | Workers | Stats | Locks
+
+
+def answer(draft: Draft, command: Reading) -> Answer | Refusal:
+    match command:
+        case Get() | Timeline() | Why() | Validate():
+            return _of_job(draft, command)
+        case List():
+            return Answer(JobPage([], None), look=Look(page=command))
+        case Queues():
+            return Answer(views.queues(draft.book))
+        case Workers():
+            return Answer(views.workers(draft.book))
+        case Stats():
+            return Answer(views.stats(draft.book, draft.book.figures, draft.at))
+        case Locks():
+            return Answer(views.locks(draft.book, draft.at))
+        case _:
+            assert_never(command)
+
+
+def _of_job(draft: Draft, command: Get | Timeline | Why | Validate) -> Answer | Refusal:
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    match command:
+        case Get():
+            return steps.job_answer(draft, job)
+        case Timeline():
+            return Answer(TimelineView([]), look=Look(timeline=job.seq))
+        case Why():
+            return Answer(explain(job, draft.book, draft.at, draft.policy))
+        case Validate():
+            found = validate(job, draft.at, draft.policy)
+            if not draft.call.admin:
+                return Answer(found)
+            shown = steps.job_answer(draft, job)
+            shown.data = ValidateJobView(job.id, shown.data, found, draft.at.now)
+            return shown
+        case _:
+            assert_never(command)

@@ -1,0 +1,539 @@
+"""The state machine: `decide`, and one function per command of creators and workers.
+
+Pure: no IO, clock, randomness, logging. A rule checks its guards in the documented order, then takes its steps
+(steps.py). Operators' rules are in operator_rules.py, those of time in time_rules.py, plain reading in reads.py.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any, assert_never
+
+import msgspec
+
+from jobd import operator_rules, reads, steps, time_rules, views
+from jobd.book import Book
+from jobd.commands import (
+    Answer,
+    AnyCommand,
+    Bulk,
+    Call,
+    Cancel,
+    Claim,
+    Complete,
+    Create,
+    CreditAbsence,
+    Delete,
+    DeleteExpired,
+    Done,
+    EndGrants,
+    Expire,
+    Extend,
+    ExtendLock,
+    Fail,
+    ForceFail,
+    ForceReset,
+    Get,
+    Grants,
+    Import,
+    JobList,
+    JobView,
+    List,
+    Locks,
+    Mend,
+    Moment,
+    Pause,
+    Ping,
+    Progress,
+    Queues,
+    Recover,
+    Refusal,
+    Release,
+    ReleaseLock,
+    Report,
+    Resume,
+    RunNow,
+    Start,
+    Stats,
+    Tick,
+    Timeline,
+    Transition,
+    Undelivered,
+    Update,
+    Validate,
+    Why,
+    Workers,
+)
+from jobd.draft import Decision, Draft
+from jobd.job import Backoff, Failure, Job, Policy, Result, storage_key_fault
+
+
+def decide(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
+    """What `call` comes to at `at`: an answer or a refusal, and the changes to write. The book is only read."""
+    draft = Draft(book, call, at, policy)
+    answer = _answer(draft, call.command)
+    report = call.command.body if isinstance(call.command, Report) else None
+    return Decision(answer, draft.changes, draft.checked, report)
+
+
+def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
+    match command:
+        case Claim():
+            return claim(draft, command)
+        case Create():
+            return create(draft, command)
+        case Start():
+            return start(draft, command)
+        case Complete():
+            return complete(draft, command)
+        case Progress():
+            return progress(draft, command)
+        case Extend():
+            return extend(draft, command)
+        case Fail():
+            return fail(draft, command)
+        case Release():
+            return release(draft, command)
+        case Cancel():
+            return cancel(draft, command)
+        case Bulk():
+            return bulk(draft, command)
+        case Undelivered():
+            return undelivered(draft, command)
+        case Get() | Timeline() | Why() | Validate() | List() | Queues() | Workers() | Stats() | Locks():
+            return reads.answer(draft, command)
+        case ForceFail():
+            return operator_rules.force_fail(draft, command)
+        case ForceReset():
+            return operator_rules.force_reset(draft, command)
+        case Transition():
+            return operator_rules.transition(draft, command)
+        case ExtendLock():
+            return extend_lock(draft, command)
+        case ReleaseLock():
+            return release_lock(draft, command)
+        case RunNow():
+            return operator_rules.run_now(draft, command)
+        case Update():
+            return operator_rules.update(draft, command)
+        case Delete():
+            return operator_rules.delete(draft, command)
+        case Pause():
+            return operator_rules.pause(draft, command)
+        case Resume():
+            return operator_rules.resume(draft, command)
+        case Import():
+            return operator_rules.import_job(draft, command)
+        case Recover():
+            return time_rules.recover(draft, command)
+        case Expire():
+            return time_rules.expire(draft, command)
+        case DeleteExpired():
+            return time_rules.delete_expired(draft, command)
+        case Mend():
+            return time_rules.mend(draft, command)
+        case CreditAbsence():
+            return time_rules.credit_absence(draft, command)
+        case EndGrants():
+            return time_rules.end_grants(draft, command)
+        case Tick() | Ping() | Report():
+            return Answer(Done())
+        case _:
+            assert_never(command)
+
+
+# -- create -----------------------------------------------------------------------------------------------------------
+
+
+def create(draft: Draft, command: Create) -> Answer | Refusal:
+    made = _create(draft, command)
+    if isinstance(made, Refusal):
+        return made
+    job, view, is_new = made
+    return Answer(view, status=201) if is_new else Answer(view, shows=[(job.seq, view)])
+
+
+def bulk(draft: Draft, command: Bulk) -> Answer | Refusal:
+    """All or nothing, in the order given. Jobs that the same request made before are answered as they are."""
+    ids = [asked.id for asked in command.jobs if asked.id is not None]
+    if len(ids) != len(set(ids)):
+        twice = next(job_id for job_id in ids if ids.count(job_id) > 1)
+        return invalid("jobs", f"The id {twice} is in the list twice; give each job its own.")
+    answer = Answer(JobList([]), status=201)
+    for index, asked in enumerate(command.jobs):
+        made = _create(draft, asked)
+        if isinstance(made, Refusal):
+            draft.changes.clear()
+            message = f"jobs[{index}]: {made.message} No job was created."
+            return Refusal(made.code, message, made.details | {"index": index})
+        job, view, is_new = made
+        answer.data.jobs.append(view)
+        if not is_new:
+            answer.shows.append((job.seq, view))
+    return answer
+
+
+def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | Refusal:
+    """The new job, or the one that the same request made before, its view, and whether it is new."""
+    request_hash = digest(command)
+    if command.id is not None and (existing := _existing(draft, command.id, request_hash)) is not None:
+        if isinstance(existing, Refusal):
+            return existing
+        return existing, views.job_view(existing, draft.at, draft.policy, admin=draft.call.admin), False
+    refusal = _refuse_times(draft, command) or _refuse_more(draft)
+    if refusal is not None:
+        return refusal
+    now = draft.at.now
+    number = draft.job_number()
+    job = Job(
+        seq=number,
+        id=command.id or draft.job_id(number),
+        options=steps.asked_options(draft, command),
+        status="queued",
+        created_at=now,
+        updated_at=now,
+        run_at=command.run_at or now + (command.delay_ms or 0),
+        expires_at=command.expires_at,
+    )
+    draft.create(job, "created", bytes(command.payload), request_hash)
+    return job, views.job_view(job, draft.at, draft.policy, admin=draft.call.admin, payload=command.payload), True
+
+
+def _existing(draft: Draft, job_id: str, request_hash: str) -> Job | Refusal | None:
+    if job_id in draft.book.quarantined:
+        return steps.find(draft, job_id)
+    job = draft.book.get(job_id)
+    if job is None or draft.book.request_hashes.get(job_id) == request_hash:
+        return job
+    message = f"Job {job_id} exists and was created by another request. Use another id, or none."
+    return Refusal("job_exists", message, {"job_id": job_id, "status": job.status})
+
+
+def _refuse_times(draft: Draft, command: Create) -> Refusal | None:
+    if command.run_at is not None and command.delay_ms is not None:
+        return invalid("run_at", "Give run_at or delay_ms, not both.")
+    if command.expires_at is not None and command.expires_at <= draft.at.now:
+        return invalid("expires_at", f"expires_at {command.expires_at} is not in the future; it is Unix milliseconds.")
+    return None
+
+
+def _refuse_more(draft: Draft) -> Refusal | None:
+    totals = draft.book.totals
+    if totals["queued"] + totals["processing"] + len(draft.changes) >= draft.policy.live_jobs:
+        return steps.too_many_jobs(draft)
+    return None
+
+
+# -- grants -----------------------------------------------------------------------------------------------------------
+
+
+def start(draft: Draft, command: Start) -> Answer | Refusal:
+    """Grant the named job: queued, due, its queue not paused. Time acts first: a stuck job is recovered before."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if steps.is_stuck(job, draft.at.lease):
+        job = steps.stall(draft, job, steps.silence(draft, job))
+    if steps.is_overdue(job, draft.at.now):
+        job = steps.expire(draft, job)
+    refusal = _refuse_start(draft, job)
+    if refusal is not None:
+        return refusal
+    job = steps.grant(draft, job, command.worker, command.lock_ttl_ms, command.stuck_after_ms)
+    answer = _granted(draft, [job])
+    answer.data = answer.data.grants[0]
+    return answer
+
+
+def _refuse_start(draft: Draft, job: Job) -> Refusal | None:
+    at = draft.at
+    if job.status == "processing":
+        return _already_locked(draft, job)
+    if job.status != "queued":
+        why = f" ({job.error.message})" if job.error and job.error.message else ""
+        return steps.refuse_transition(job, "processing", f"Only a queued job can be started{why}.")
+    if job.run_at > at.now:
+        wait_ms = job.run_at - at.now
+        message = f"Job {job.id} is not due for another {steps.in_words(wait_ms)}."
+        return Refusal("not_due", message, {"run_at": job.run_at, "retry_after_ms": wait_ms})
+    if job.options.queue in draft.book.paused:
+        message = f"Queue {job.options.queue} is paused. An operator resumes it: jobctl resume {job.options.queue}"
+        return Refusal("queue_paused", message, {"queue": job.options.queue})
+    return None
+
+
+def _already_locked(draft: Draft, job: Job) -> Refusal:
+    at = draft.at
+    assert job.grant is not None and job.lease is not None  # without them it would have been stuck
+    free_at = job.lease.expires if job.lease.is_live(at.lease) else job.lease.stuck
+    wait_ms = free_at - at.lease
+    details = {
+        "locked_by": job.grant.worker,
+        "lock_expires_at": at.wall(job.lease.expires),
+        "retry_after_ms": wait_ms,
+    }
+    message = f"Job {job.id} is held by worker {job.grant.worker}. Try again in {steps.in_words(wait_ms)}."
+    return Refusal("already_locked", message, details)
+
+
+def claim(draft: Draft, command: Claim) -> Answer:
+    """Grant the first due jobs of the queues, by priority, run_at, creation; overdue ones on the way expire."""
+    granted: list[Job] = []
+    for job in draft.book.due(command.queues, command.kinds):
+        if job.run_at > draft.at.now:
+            continue
+        if steps.is_overdue(job, draft.at.now):
+            steps.expire(draft, job)
+            continue
+        granted.append(steps.grant(draft, job, command.worker, command.lock_ttl_ms, command.stuck_after_ms))
+        if len(granted) == command.limit:
+            break
+    return _granted(draft, granted)
+
+
+def _granted(draft: Draft, jobs: list[Job]) -> Answer:
+    answer = Answer(Grants([]), shows=[], grants=[])
+    for job in jobs:
+        view = views.job_view(job, draft.at, draft.policy, admin=draft.call.admin)
+        answer.data.grants.append(views.grant_view(job, draft.at, view))
+        answer.shows.append((job.seq, view))
+        assert job.grant is not None
+        answer.grants.append((job.id, job.grant.lock_id))
+    return answer
+
+
+def undelivered(draft: Draft, command: Undelivered) -> Answer | Refusal:
+    """The grant never reached its worker: the job goes back to its place, and the attempt is given back."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if job.status != "processing" or job.grant is None or job.grant.lock_id != command.lock_id:
+        return _lock_lost(job, command.lock_id)
+    ended = steps.ended_by(job, draft.at.now, "undelivered", "undelivered")
+    reason = "The connection closed before the grant was sent."
+    attempt = steps.given_back(job)
+    return steps.job_answer(draft, steps.requeue(draft, job, "undelivered", ended, reason=reason, attempt=attempt))
+
+
+# -- the holder's commands: the latest grant wins ---------------------------------------------------------------------
+
+
+def progress(draft: Draft, command: Progress) -> Answer | Refusal:
+    """A report, and a sign of life: the lock is renewed and the ceiling moves."""
+    job = _held(draft, command, "progress")
+    if not isinstance(job, Job):
+        return job
+    assert job.grant is not None and job.lease is not None
+    if job.lease.is_past_ceiling(draft.at.lease):
+        return _past_ceiling(draft, job)
+    lease = steps.keep_alive(job.grant, job.lease, draft.at.lease, job.grant.ttl_ms, progressed=True)
+    value = steps.whole(command.progress)
+    details: dict[str, Any] = {"progress": value} if command.message is None else {
+        "progress": value,
+        "message": command.message,
+    }
+    draft.step(
+        job,
+        "progress",
+        by=f"worker:{job.grant.worker}",
+        details=details,
+        progress=value,
+        progress_message=command.message,
+        lease=lease,
+    )
+    return Answer(views.lock_state(job.grant, lease, draft.at))
+
+
+def extend(draft: Draft, command: Extend) -> Answer | Refusal:
+    return _extend(draft, command, command.additional_ms)
+
+
+def extend_lock(draft: Draft, command: ExtendLock) -> Answer | Refusal:
+    """As the holder's extend, by an operator."""
+    answer = _extend(draft, command, command.additional_ms)
+    if isinstance(answer, Refusal):
+        return answer
+    return operator_rules.lock_answer(draft, _latest(draft), answer.data)
+
+
+def _extend(draft: Draft, command: Extend | ExtendLock, additional_ms: int | None) -> Answer | Refusal:
+    """At least `additional_ms` from now, never shorter than before, cut to the ceiling."""
+    job = _held(draft, command, "extend")
+    if not isinstance(job, Job):
+        return job
+    assert job.grant is not None and job.lease is not None
+    if job.lease.is_past_ceiling(draft.at.lease):
+        return _past_ceiling(draft, job)
+    lease = steps.keep_alive(
+        job.grant, job.lease, draft.at.lease, additional_ms or job.grant.ttl_ms, progressed=False
+    )
+    extended = lease.expires > job.lease.expires
+    by = None if draft.call.admin else f"worker:{job.grant.worker}"
+    draft.step(job, "extended", by=by, details={"lock_expires_at": draft.at.wall(lease.expires)}, lease=lease)
+    return Answer(views.lock_state(job.grant, lease, draft.at, extended))
+
+
+def complete(draft: Draft, command: Complete) -> Answer | Refusal:
+    job = _held(draft, command, "complete")
+    if not isinstance(job, Job):
+        return job
+    refusal = _refuse_result(draft, command)
+    if refusal is not None:
+        return refusal
+    ended = _ended_by_holder(draft, job, command, "complete")
+    result = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
+    by = f"worker:{ended.worker}" if ended else None
+    job = steps.complete(draft, job, "completed", ended, result, by=by, expires_at=command.expires_at)
+    return steps.job_answer(draft, job)
+
+
+def _refuse_result(draft: Draft, command: Complete) -> Refusal | None:
+    if command.storage_key is not None and (fault := storage_key_fault(command.storage_key)) is not None:
+        return invalid("storage_key", f"storage_key {fault}.")
+    if command.expires_at is not None and command.expires_at <= draft.at.now:
+        return invalid("expires_at", f"expires_at {command.expires_at} is not in the future; it is Unix milliseconds.")
+    if draft.policy.require_download_url and not command.download_url:
+        return invalid("download_url", "download_url is missing; [validation] require_download_url asks for it.")
+    return None
+
+
+def fail(draft: Draft, command: Fail) -> Answer | Refusal:
+    """With attempts left, back to the queue after a delay; otherwise failed."""
+    job = _held(draft, command, "fail")
+    if not isinstance(job, Job):
+        return job
+    ended = _ended_by_holder(draft, job, command, "fail")
+    error = Failure(command.error_message, command.error_code)
+    by = f"worker:{ended.worker}" if ended else None
+    if not command.retry or job.attempt >= job.options.max_attempts:
+        job = steps.finish(draft, job, "failed", "failed", ended, by=by, reason=error.message, error=error)
+        return steps.job_answer(draft, job)
+    wait_ms = command.retry_after_ms
+    if wait_ms is None:
+        wait_ms = backoff_ms(job.options.backoff, job.attempt, draft.fraction(job.attempt))
+    run_at = draft.at.now + wait_ms
+    details = {"attempt": job.attempt, "run_at": run_at}
+    job = steps.requeue(
+        draft, job, "retried", ended, by=by, reason=error.message, details=details, run_at=run_at, error=error
+    )
+    return steps.job_answer(draft, job)
+
+
+def backoff_ms(backoff: Backoff, attempt: int, fraction: float) -> int:
+    """The wait after failed attempt number `attempt` (1 is the first). `fraction` in [0, 1) is the jitter's die.
+
+    Full jitter: anything from 0 to the full wait, so that jobs that failed together do not come back together.
+    """
+    full = backoff.base_ms
+    if backoff.kind == "exponential":
+        full = backoff.base_ms << min(attempt - 1, 62)
+    full = min(full, backoff.max_ms)
+    return int(full * fraction) if backoff.jitter else full
+
+
+def release(draft: Draft, command: Release) -> Answer | Refusal:
+    return _release(draft, command, command.delay_ms)
+
+
+def release_lock(draft: Draft, command: ReleaseLock) -> Answer | Refusal:
+    """As the holder's release, by an operator."""
+    answer = _release(draft, command, None)
+    if isinstance(answer, Refusal):
+        return answer
+    job = _latest(draft) if draft.changes else steps.find(draft, command.id)
+    assert isinstance(job, Job)
+    return operator_rules.lock_answer(draft, job, None)
+
+
+def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None) -> Answer | Refusal:
+    """Back to the job's place in the queue (or later, where the holder asks), the attempt given back."""
+    job = _held(draft, command, "release")
+    if not isinstance(job, Job):
+        return job
+    ended = _ended_by_holder(draft, job, command, "release")
+    by = f"worker:{ended.worker}" if ended and not draft.call.admin else None
+    fields: dict[str, Any] = {} if delay_ms is None else {"run_at": draft.at.now + delay_ms}
+    attempt = steps.given_back(job)
+    return steps.job_answer(draft, steps.requeue(draft, job, "released", ended, by=by, attempt=attempt, **fields))
+
+
+def cancel(draft: Draft, command: Cancel) -> Answer | Refusal:
+    """At once, also from under a holder: its next call is told so."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if job.status not in ("queued", "processing"):
+        return steps.refuse_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
+    ended = steps.ended_by(job, draft.at.now, "cancel", "cancelled")
+    return steps.job_answer(draft, steps.finish(draft, job, "cancelled", "cancelled", ended, reason=command.reason))
+
+
+# -- who may speak ----------------------------------------------------------------------------------------------------
+
+Holders = Progress | Extend | Complete | Fail | Release | ExtendLock | ReleaseLock
+
+
+def _held(draft: Draft, command: Holders, verb: str) -> Job | Answer | Refusal:
+    """The job, if `command` names its latest grant; else the answer to a repeated ending, or the refusal."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
+        # A job without a lease is a bad row until a pass has mended it; nobody holds it.
+        return job if job.lease is not None else _lock_lost(job, command.lock_id)
+    ended = job.ended
+    if ended is None or ended.lock_id != command.lock_id or ended.verb is None:
+        return _lock_lost(job, command.lock_id)
+    if verb == ended.verb and digest(command) == ended.body_hash:
+        return steps.job_answer(draft, job, repeated=True)
+    if verb == "release" and ended.verb in ("complete", "fail"):
+        return steps.job_answer(draft, job, repeated=True)
+    message = f"This grant of job {job.id} was ended by {ended.verb} already; {verb} changes nothing."
+    return Refusal("invalid_transition", message, {"status": job.status, "ended_by": ended.verb, "ended_at": ended.at})
+
+
+def _lock_lost(job: Job, lock_id: str) -> Refusal:
+    """What happened to an old grant, so that its worker can log it and stop."""
+    holder = job.grant.worker if job.grant else None
+    details: dict[str, Any] = {"status": job.status, "held_by": holder}
+    ended = job.ended
+    if ended is not None and ended.lock_id == lock_id:
+        details |= {"reason": ended.reason, "at": ended.at, "rule": ended.rule}
+        if ended.reason == "cancelled":
+            details["cancel_requested"] = True
+        what = f"it ended by {ended.rule}"
+    else:
+        details |= {"reason": "not_current", "at": job.updated_at, "rule": "the latest grant wins"}
+        what = "a later grant was made, or it never was one of this job"
+    now = f"worker {holder} holds the job now" if holder else f"the job is {job.status}"
+    return Refusal("lock_lost", f"This lock of job {job.id} is lost: {what}; {now}. Stop the work.", details)
+
+
+def _past_ceiling(draft: Draft, job: Job) -> Refusal:
+    assert job.grant is not None and job.lease is not None and job.lease.ceiling is not None
+    limit = job.grant.max_processing_ms
+    message = (
+        f"Job {job.id} had no progress report for {steps.in_words(limit)} (max_processing_ms {limit}). "
+        "Report progress now and then, or raise max_processing_ms of the job or max_processing under [locks]."
+    )
+    details = {"max_processing_ms": limit, "ceiling_at": draft.at.wall(job.lease.ceiling)}
+    return Refusal("max_processing_time_exceeded", message, details)
+
+
+def _ended_by_holder(draft: Draft, job: Job, command: Holders, verb: str) -> Any:
+    return steps.ended_by(job, draft.at.now, verb, verb, verb, digest(command))
+
+
+def _latest(draft: Draft) -> Job:
+    after = draft.changes[-1].after
+    assert after is not None
+    return after
+
+
+def digest(command: AnyCommand) -> str:
+    """A hash of what was asked, the same for the same request however it was spelled."""
+    return blake2b(msgspec.json.encode(command), digest_size=16).hexdigest()
+
+
+def invalid(field: str, message: str) -> Refusal:
+    return Refusal("invalid_request", message, {"field": f"$.{field}"})

@@ -1,0 +1,139 @@
+"""Rules of time: recovery, expiry, deletion by age, validation passes, the daemon's own absence.
+
+Pure. Whether they apply is judged here, when the command is applied, not when somebody looked.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Literal
+
+from msgspec.structs import replace
+
+from jobd import steps
+from jobd.commands import (
+    Answer,
+    CreditAbsence,
+    DeleteExpired,
+    EndGrants,
+    Expire,
+    Issue,
+    Mend,
+    Recover,
+    Recovered,
+    Recovery,
+    Worked,
+)
+from jobd.draft import Draft
+from jobd.job import FINISHED, Job, Lease
+from jobd.validation import counts, safe_fixes, validate
+
+
+def recover(draft: Draft, command: Recover) -> Answer:
+    """Recover stuck jobs by their stall rule and clear expired locks, up to `limit` of each."""
+    book, lease = draft.book, draft.at.lease
+    details = []
+    for job_id in islice(book.stuck, command.limit):
+        job = book.processing[job_id]
+        if steps.is_stuck(job, lease):
+            job = steps.stall(draft, job, steps.silence(draft, job))
+            action: Literal["reset", "failed"] = "reset" if job.status == "queued" else "failed"
+            details.append(Recovery(job_id, action, draft.changes[-1].event.reason or ""))
+    cleared = 0
+    for job_id in islice(book.expired_locks, command.limit):
+        job = book.processing[job_id]
+        if job.lease is not None and lease >= job.lease.expires and not steps.is_stuck(job, lease):
+            _clear_lock(draft, job, job.lease)
+            cleared += 1
+    more = len(book.stuck) > command.limit or len(book.expired_locks) > command.limit
+    return Answer(Recovered(details, cleared, more))
+
+
+def _clear_lock(draft: Draft, job: Job, lease: Lease) -> None:
+    """The lock has expired; the grant stays, and its holder may revive it until the job counts as stuck."""
+    details = {"worker": job.grant.worker if job.grant else None}
+    draft.step(job, "lock_expired", details=details, lease=replace(lease, cleared=True))
+
+
+def end_grants(draft: Draft, command: EndGrants) -> Answer:
+    """End grants that were made before the store was put back from a backup."""
+    done = 0
+    for job_id in command.ids:
+        job = draft.book.processing.get(job_id)
+        if job is not None:
+            steps.stall(draft, job, "The store was put back from a backup, which ends every grant in it.")
+            done += 1
+    return Answer(Worked(done))
+
+
+def credit_absence(draft: Draft, command: CreditAbsence) -> Answer:
+    """After a start nothing of a processing job ends within `grace_ms`: its worker needs time to find the daemon."""
+    until = draft.at.lease + command.grace_ms
+    done = 0
+    for job_id in command.ids:
+        job = draft.book.processing.get(job_id)
+        if job is None or job.lease is None:
+            continue
+        lease = _credited(job.lease, draft.at.lease, until)
+        if lease != job.lease:
+            draft.step(job, "resumed", details={"grace_ms": command.grace_ms}, lease=lease)
+            done += 1
+    return Answer(Worked(done))
+
+
+def _credited(lease: Lease, now: int, until: int) -> Lease:
+    """No lock that is live, no ceiling and no stuck time ends before `until`."""
+    expires = max(lease.expires, until) if lease.is_live(now) else lease.expires
+    ceiling = None if lease.ceiling is None else max(lease.ceiling, until)
+    return replace(lease, expires=expires, silent=max(lease.silent, until), ceiling=ceiling)
+
+
+def expire(draft: Draft, command: Expire) -> Answer:
+    """Fail queued jobs that their creators no longer want."""
+    overdue = list(islice(draft.book.overdue, command.limit))
+    jobs = [draft.book.jobs[job_id] for job_id in overdue]
+    late = [job for job in jobs if steps.is_overdue(job, draft.at.now)]
+    for job in late:
+        steps.expire(draft, job)
+    return Answer(Worked(len(late), more=len(draft.book.overdue) > command.limit))
+
+
+def delete_expired(draft: Draft, command: DeleteExpired) -> Answer:
+    """Delete those of the named jobs that are finished and past their `expires_at` now."""
+    keys, done = [], 0
+    for job_id in dict.fromkeys(command.ids):
+        job = draft.book.get(job_id)
+        if job is None or job.status not in FINISHED or job.expires_at is None or job.expires_at > draft.at.now:
+            continue
+        draft.delete(job)
+        done += 1
+        if job.result is not None and job.result.storage_key is not None:
+            keys.append(job.result.storage_key)
+    return Answer(Worked(done, storage_keys=keys))
+
+
+def mend(draft: Draft, command: Mend) -> Answer:
+    """Validate the named jobs and apply the safe fixes; what has none is reported and left."""
+    found: list[tuple[str, Issue]] = []
+    fixed = 0
+    for job_id in dict.fromkeys(command.ids):
+        job = draft.book.get(job_id)
+        if job is None:
+            continue
+        issues = [issue for issue in validate(job, draft.at, draft.policy).issues if counts(issue)]
+        found.extend((job_id, issue) for issue in issues)
+        if issues and _mend(draft, job):
+            fixed += len(issues)
+        draft.checked.append(job.seq)
+    return Answer(Worked(fixed, found=len(found), issues=found))
+
+
+def _mend(draft: Draft, job: Job) -> bool:
+    """Apply the safe fixes to one job; whether there was one."""
+    fixes = safe_fixes(job)
+    if fixes:
+        job = draft.step(job, "fixed", reason="validation", details={"fields": sorted(fixes)}, **fixes)
+    if job.status == "processing" and (job.grant is None or job.lease is None):
+        steps.stall(draft, job, steps.silence(draft, job))
+        return True
+    return bool(fixes)

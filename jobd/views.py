@@ -1,0 +1,174 @@
+"""What is shown of jobs, grants, queues, workers and the whole: the book's figures in the shapes of the wire.
+
+Pure reading: nothing here changes a job or decides about one.
+"""
+
+from __future__ import annotations
+
+from msgspec import UNSET, Raw, UnsetType
+
+from jobd.book import Book
+from jobd.commands import (
+    GrantView,
+    JobView,
+    LockedJob,
+    LockList,
+    LockState,
+    LockView,
+    Moment,
+    OldestProcessing,
+    QueueList,
+    QueueView,
+    StatsView,
+    WorkerList,
+    WorkerView,
+)
+from jobd.figures import Figures
+from jobd.job import STATUSES, Failure, Grant, Job, Lease, Policy, Result
+
+NO_RESULT = Result()
+NO_ERROR = Failure(None)
+
+
+def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
+    """The lock of `job`: null once it is cleared, or where the job is not processing."""
+    if job.grant is None or job.lease is None or job.lease.cleared:
+        return None
+    grant = job.grant
+    return LockView(
+        worker=grant.worker,
+        fencing_token=grant.fencing_token,
+        acquired_at=grant.acquired_at,
+        expires_at=at.wall(job.lease.expires),
+        lock_id=grant.lock_id if admin else UNSET,
+    )
+
+
+def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, payload: Raw | UnsetType = UNSET) -> JobView:
+    """The whole job. Durations that the creator left to the daemon are shown as they apply now."""
+    options, grant, result, error = job.options, job.grant, job.result or NO_RESULT, job.error or NO_ERROR
+    return JobView(
+        id=job.id,
+        queue=options.queue,
+        kind=options.kind,
+        payload=payload,
+        priority=options.priority,
+        status=job.status,
+        progress=job.progress,
+        progress_message=job.progress_message,
+        attempt=job.attempt,
+        max_attempts=options.max_attempts,
+        backoff=options.backoff,
+        stalls=job.stalls,
+        max_stalls=options.max_stalls,
+        on_stall=options.on_stall,
+        stuck_after_ms=grant.stuck_after_ms if grant else _settled(options.stuck_after_ms, policy.stuck_after_ms),
+        max_processing_ms=(
+            grant.max_processing_ms if grant else _settled(options.max_processing_ms, policy.max_processing_ms)
+        ),
+        created_at=job.created_at,
+        updated_at=job.updated_at,
+        run_at=job.run_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        expires_at=job.expires_at,
+        lock=None if grant is None else lock_view(job, at, admin=admin),
+        download_url=result.download_url,
+        file_path=result.file_path,
+        storage_key=result.storage_key,
+        metadata=result.metadata,
+        error_message=error.message,
+        error_code=error.code,
+    )
+
+
+def _settled(asked: int | None, default: int) -> int:
+    return default if asked is None else asked
+
+
+def ceiling_at(lease: Lease, at: Moment) -> int | None:
+    return None if lease.ceiling is None else at.wall(lease.ceiling)
+
+
+def lock_state(grant: Grant, lease: Lease, at: Moment, extended: bool | UnsetType = UNSET) -> LockState:
+    return LockState(at.wall(lease.expires), grant.ttl_ms, ceiling_at(lease, at), extended=extended)
+
+
+def grant_view(job: Job, at: Moment, view: JobView) -> GrantView:
+    """The current grant of `job`, for its holder."""
+    assert job.grant is not None and job.lease is not None
+    return GrantView(
+        job=view,
+        lock_id=job.grant.lock_id,
+        fencing_token=job.grant.fencing_token,
+        lock_expires_at=at.wall(job.lease.expires),
+        ttl_ms=job.grant.ttl_ms,
+        ceiling_at=ceiling_at(job.lease, at),
+    )
+
+
+def queues(book: Book) -> QueueList:
+    names = sorted(book.counts.keys() | book.paused)
+    return QueueList([_queue(book, name) for name in names])
+
+
+def _queue(book: Book, name: str) -> QueueView:
+    counts = book.counts.get(name, {})
+    by_status = {status: counts.get(status, 0) for status in STATUSES}
+    return QueueView(name=name, paused=name in book.paused, oldest_due_at=book.oldest_due_at(name), **by_status)
+
+
+def workers(book: Book) -> WorkerList:
+    """Workers that hold a job, and those without one that spoke lately; the latest first."""
+    seen = reversed(book.workers.items())
+    return WorkerList([WorkerView(name, list(worker.jobs), worker.last_seen_at) for name, worker in seen])
+
+
+def locks(book: Book, at: Moment) -> LockList:
+    """All current grants, the oldest first."""
+    held = (job for job in book.processing.values())
+    return LockList([_locked(job, job.grant, job.lease, at) for job in held if job.grant and job.lease])
+
+
+def _locked(job: Job, grant: Grant, lease: Lease, at: Moment) -> LockedJob:
+    return LockedJob(
+        id=job.id,
+        queue=job.options.queue,
+        kind=job.options.kind,
+        worker=grant.worker,
+        lock_id=grant.lock_id,
+        fencing_token=grant.fencing_token,
+        acquired_at=grant.acquired_at,
+        expires_at=at.wall(lease.expires),
+        live=lease.is_live(at.lease),
+        ceiling_at=ceiling_at(lease, at),
+        stuck_at=at.wall(lease.stuck),
+        progress=job.progress,
+    )
+
+
+def stats(book: Book, figures: Figures, at: Moment) -> StatsView:
+    oldest = next(iter(book.processing.values()), None)
+    shown = None if oldest is None else OldestProcessing(oldest.id, _age_s(oldest, at), oldest.progress)
+    return StatsView(
+        total_jobs=book.total(),
+        by_status={status: book.totals[status] for status in STATUSES},
+        stuck_jobs=len(book.stuck),
+        locked_jobs=book.live_locks(),
+        average_processing_time=average_processing_s(book, figures, at),
+        oldest_processing_job=shown,
+        stuck_jobs_recovered=figures.recovered_last_day(at.now),
+        timestamp=at.now,
+    )
+
+
+def average_processing_s(book: Book, figures: Figures, at: Moment) -> float:
+    """Seconds, over the completions of the last hour and the jobs that are processing now."""
+    count, total_ms = figures.completed_last_hour(at.now)
+    running = len(book.processing)
+    total_ms += running * at.now - book.started_sum
+    return round(max(total_ms, 0) / 1000 / (count + running), 3) if count + running else 0.0
+
+
+def _age_s(job: Job, at: Moment) -> float:
+    return round(max(at.now - (job.started_at or at.now), 0) / 1000, 3)

@@ -1,0 +1,114 @@
+"""Why a job is where it is and what happens next, in words for a tired operator.
+
+Pure reading. Every job that is not finished has a next thing that will happen to it, at a known time, by a named rule.
+"""
+
+from __future__ import annotations
+
+from jobd.book import Book
+from jobd.commands import Moment, Next, WhyView
+from jobd.job import Grant, Job, Lease, Policy
+from jobd.steps import in_words
+
+
+def explain(job: Job, book: Book, at: Moment, policy: Policy) -> WhyView:
+    match job.status:
+        case "queued":
+            return _queued(job, book, at)
+        case "processing":
+            return _processing(job, at)
+        case _:
+            return _finished(job, at)
+
+
+def _queued(job: Job, book: Book, at: Moment) -> WhyView:
+    queue, back = job.options.queue, _returned(job)
+    expires = None
+    if job.expires_at is not None:
+        expires = Next("It fails as expired, if no worker has taken it by then.", job.expires_at, "expires_at")
+    if queue in book.paused:
+        because = f"Queue {queue} is paused, so no job of it is handed out.{back}"
+        return WhyView("queued", because, expires, "queue_paused", [f"Resume the queue: jobctl resume {queue}"])
+    if job.run_at > at.now:
+        because = f"It is not due for another {in_words(job.run_at - at.now)}.{back}"
+        due = Next("It becomes due and is offered to workers.", job.run_at, "run_at")
+        return WhyView("queued", because, due, "run_at", [f"Run it now: jobctl run-now {job.id}"])
+    return _waiting(job, book, at, expires, back)
+
+
+def _waiting(job: Job, book: Book, at: Moment, expires: Next | None, back: str) -> WhyView:
+    queue, kind = job.options.queue, job.options.kind
+    waiting = in_words(at.now - job.run_at)
+    first = next(book.due([queue], [kind]), None)
+    ahead = "It is the next of its kind." if first is not None and first.id == job.id else "Other jobs are before it."
+    because = f"It has been due for {waiting} and waits for a worker that claims queue {queue}. {ahead}{back}"
+    do = [
+        f"See who works: jobctl workers. Queue {queue} has {book.counts[queue]['processing']} jobs in work.",
+        f"Start a worker: jobctl run --queue {queue} -- CMD",
+    ]
+    offered = Next("It is handed to the next worker that claims its queue.", job.run_at, "claim")
+    return WhyView("queued", because, expires or offered, "no free worker", do)
+
+
+def _returned(job: Job) -> str:
+    """What brought the job back to its queue, if something did."""
+    if job.error is not None and job.error.message:
+        return f" Its last attempt failed: {job.error.message}"
+    if job.ended is None:
+        return ""
+    return f" Its last grant, to worker {job.ended.worker}, ended by {job.ended.rule}."
+
+
+def _processing(job: Job, at: Moment) -> WhyView:
+    grant, lease = job.grant, job.lease
+    if grant is None or lease is None:
+        because = "The row says processing, but nobody holds the job. Such rows come from imports or from hands."
+        soon = Next("The next cleanup pass treats it as stalled.", at.now, "validation")
+        return WhyView("processing", because, soon, None, ["Run a pass now: jobctl cleanup"])
+    since = in_words(at.now - grant.acquired_at)
+    because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %."
+    if lease.is_live(at.lease):
+        until = in_words(lease.expires - at.lease)
+        because += f" Its lock is live for another {until}."
+    else:
+        because += " Its lock has expired; the worker may still end it or report."
+    return WhyView("processing", because, _next_of(grant, lease, at), None, _advice(job, grant))
+
+
+def _next_of(grant: Grant, lease: Lease, at: Moment) -> Next:
+    if at.lease >= lease.stuck:
+        return Next("Recovery acts on it: on_stall decides between its queue and failed.", at.now, "recovery")
+    if lease.is_live(at.lease) and lease.expires < lease.stuck:
+        what = f"The lock expires, unless worker {grant.worker} extends it or reports progress."
+        return Next(what, at.wall(lease.expires), "lock expiry")
+    rule = "stuck_after"
+    if lease.ceiling is not None and lease.stuck == lease.ceiling:
+        rule = "max_processing"
+    what = f"It counts as stuck and is recovered, unless worker {grant.worker} is heard of."
+    return Next(what, at.wall(lease.stuck), rule)
+
+
+def _advice(job: Job, grant: Grant) -> list[str]:
+    return [
+        f"Is the worker alive? Look at {grant.worker}.",
+        f"If it is dead and you cannot wait: jobctl force-reset {job.id} (runs it again) or jobctl force-fail {job.id}",
+    ]
+
+
+def _finished(job: Job, at: Moment) -> WhyView:
+    deleted = None
+    if job.expires_at is not None:
+        deleted = Next("A cleanup pass deletes it.", max(job.expires_at, at.now), "retention")
+    message = job.error.message if job.error and job.error.message else None
+    match job.status:
+        case "completed":
+            return WhyView("completed", "It was completed; that is final.", deleted, None, [])
+        case "failed":
+            do = [f"Mend the cause, then run it again: jobctl force-reset {job.id}"]
+            return WhyView("failed", f"It failed: {message or 'without a message.'}", deleted, None, do)
+        case "cancelled":
+            do = [f"If it is wanted after all: jobctl force-reset {job.id}"]
+            return WhyView("cancelled", "It was cancelled.", deleted, None, do)
+        case _:
+            do = ["Correct the row with the daemon stopped, then: jobd doctor --accept ID"]
+            return WhyView(job.status, f"Status {job.status} is unknown, so no rule applies to it.", None, None, do)
