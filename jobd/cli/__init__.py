@@ -1,0 +1,1 @@
+"""For people: verbs → client, `serve` → daemon. jobctl starts in ctl.py, jobd in daemon.py."""

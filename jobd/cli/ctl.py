@@ -1,0 +1,51 @@
+"""jobctl: the program. Its verbs are in ctl_submit.py, ctl_run.py, ctl_jobs.py (worker API) and ctl_admin.py.
+
+Imports only what the command line itself needs, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from jobd import __version__
+from jobd.cli import ctl_admin, ctl_change, ctl_jobs, ctl_run, ctl_submit, exits
+from jobd.cli.group import SETTINGS, Sections
+from jobd.cli.places import all_options
+
+
+@click.group(cls=Sections, context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="jobctl")
+@all_options
+def jobctl() -> None:
+    """Talk to a running jobd: submit, run and look at jobs, and operate the daemon.
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not reachable, 4 not found or refused,
+    5 not authorised, 74 I/O error, 75 try again, 78 configuration.
+    """
+
+
+jobctl.add_all(
+    "Jobs (worker socket)",
+    ctl_submit.submit,
+    ctl_run.run,
+    ctl_jobs.jobs,
+    ctl_jobs.job,
+    ctl_jobs.why,
+    ctl_jobs.timeline,
+    ctl_jobs.validate,
+    ctl_jobs.cancel,
+)
+jobctl.add_all("Operators (admin port)", *ctl_admin.VERBS, *ctl_change.VERBS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run jobctl; gives the exit code."""
+    return exits.run(jobctl, "jobctl", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""jobctl's verbs for operators, over the admin API: looking and housekeeping. What changes jobs is in ctl_change.py.
+
+Hold no logic of jobs: read the command line, ask the client, show the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Final
+
+import click
+
+from jobd.cli import exits, show
+from jobd.cli.group import json_option
+from jobd.cli.places import admin_client, admin_options
+from jobd.cli.waiting import Advance, bar, busy
+
+
+@click.command()
+@json_option
+@admin_options
+def stats(as_json: bool) -> None:
+    """Show how many jobs there are, and how long they take."""
+    from jobd.cli import tables
+
+    view = admin_client().stats()
+    show.emit_json(view) if as_json else tables.stats(view)
+
+
+@click.command()
+@json_option
+@admin_options
+def health(as_json: bool) -> int:
+    """Show how the daemon is; exit 1 if it is unhealthy."""
+    from jobd.cli import tables
+
+    view = admin_client().health()
+    show.emit_json(view) if as_json else tables.health(view)
+    return exits.FAILED if view.status == "unhealthy" else exits.DONE
+
+
+@click.command()
+@click.option("--last", is_flag=True, help="Run none: show the last pass.")
+@json_option
+@admin_options
+def cleanup(last: bool, as_json: bool) -> int:
+    """Run a cleanup pass now and show its report.
+
+    Exit 1 where a step of it failed.
+    """
+    from jobd.cli import tables
+
+    client = admin_client()
+    if last:
+        state = client.cleanup_state()
+        show.emit_json(state) if as_json else tables.cleanup_state(state)
+        return exits.DONE
+    with busy("cleanup pass"):
+        report = client.force_cleanup()
+    show.emit_json(report) if as_json else tables.report(report)
+    return exits.FAILED if report.errors else exits.DONE
+
+
+@click.command("recover-stuck")
+@json_option
+@admin_options
+def recover_stuck(as_json: bool) -> None:
+    """Recover the jobs that are stuck now.
+
+    Jobs with a live lock are left alone.
+    """
+    from jobd.cli import tables
+
+    with busy("recovery"):
+        view = admin_client().detect_and_recover_stuck_jobs()
+    show.emit_json(view) if as_json else tables.recovered(view)
+
+
+@click.command()
+@json_option
+@admin_options
+def locks(as_json: bool) -> None:
+    """List the current grants: who holds what, until when."""
+    from jobd.cli import tables
+
+    found = admin_client().locks()
+    show.emit_json({"locks": found}) if as_json else tables.locks(found)
+
+
+@click.command()
+@json_option
+@admin_options
+def queues(as_json: bool) -> None:
+    """List the queues with their counts."""
+    from jobd.cli import tables
+
+    found = admin_client().queues()
+    show.emit_json({"queues": found}) if as_json else tables.queues(found)
+
+
+@click.command()
+@json_option
+@admin_options
+def workers(as_json: bool) -> None:
+    """List the workers and the jobs that they hold."""
+    from jobd.cli import tables
+
+    found = admin_client().workers()
+    show.emit_json({"workers": found}) if as_json else tables.workers(found)
+
+
+@click.command()
+@click.argument("queue")
+@json_option
+@admin_options
+def pause(queue: str, as_json: bool) -> None:
+    """Grant no job of QUEUE until it is resumed.
+
+    Running jobs go on.
+    """
+    view = admin_client().pause_queue(queue)
+    show.emit_json(view) if as_json else show.emit(f"{view.queue} is paused")
+
+
+@click.command()
+@click.argument("queue")
+@json_option
+@admin_options
+def resume(queue: str, as_json: bool) -> None:
+    """Grant jobs of QUEUE again."""
+    view = admin_client().resume_queue(queue)
+    show.emit_json(view) if as_json else show.emit(f"{view.queue} is open")
+
+
+@click.command()
+@click.option("--firing", is_flag=True, help="Only those that fire; exit 1 where there is one.")
+@json_option
+@admin_options
+def alerts(firing: bool, as_json: bool) -> int:
+    """List the alerts with their values and thresholds."""
+    from jobd.cli import tables
+
+    found = [alert for alert in admin_client().alerts() if alert.firing or not firing]
+    show.emit_json({"alerts": found}) if as_json else tables.alerts(found, firing=firing)
+    return exits.FAILED if firing and found else exits.DONE
+
+
+@click.command()
+@click.argument("what", required=False, type=click.Choice(["accept"]))
+@json_option
+@admin_options
+def clock(what: str | None, as_json: bool) -> None:
+    """Show the daemon's clock, or accept it after a jump.
+
+    Where the clock stood far ahead at start, nothing is deleted by age until `clock accept` says that it is right.
+    """
+    from jobd.cli import tables
+
+    client = admin_client()
+    view = client.accept_clock() if what == "accept" else client.clock()
+    show.emit_json(view) if as_json else tables.clock(view)
+
+
+@click.command()
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="How many at most.")
+@json_option
+@admin_options
+def reports(limit: int, as_json: bool) -> None:
+    """List the reports of cleanup passes, newest first."""
+    from jobd.cli import tables
+
+    found = admin_client().reports()[:limit]
+    show.emit_json({"reports": found}) if as_json else tables.reports(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# import
+
+_MOVE_IN_S: Final = 120.0  # for one piece of the stream, on a slow disk
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@json_option
+@admin_options
+def import_(file: str, as_json: bool) -> int:
+    """Move jobs in from FILE (- for stdin), one JSON a line.
+
+    They may have any status and their own times.
+
+    An id that exists is skipped, so an import may be run again. Exit 1 where a line was refused.
+    """
+    client = admin_client(timeout_s=_MOVE_IN_S)
+    with click.open_file(file, "rb") as lines, bar("import") as advance:
+        result = client.import_jobs(_read(lines, file, advance))
+    if as_json:
+        show.emit_json(result)
+    else:
+        show.emit(f"{result.imported} imported, {result.skipped} skipped, {len(result.refused)} refused")
+        for line in result.refused:
+            show.say(f"line {line.line}{f' ({line.id})' if line.id else ''}: {line.reason}")
+    return exits.FAILED if result.refused else exits.DONE
+
+
+def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
+    total = None if name == "-" else Path(name).stat().st_size
+    done = 0
+    try:
+        for line in lines:
+            done += len(line)
+            yield line
+            advance(done, total)
+    except OSError as error:
+        raise exits.Problem(f"Cannot read {name}: {error.strerror or error}", exits.IO_ERROR) from error
+
+
+VERBS: Final = (
+    stats,
+    health,
+    alerts,
+    queues,
+    workers,
+    locks,
+    cleanup,
+    recover_stuck,
+    reports,
+    pause,
+    resume,
+    clock,
+    import_,
+)

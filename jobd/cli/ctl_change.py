@@ -1,0 +1,144 @@
+"""jobctl's verbs with which an operator changes jobs over the admin API: forced ends, resets, transitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from jobd.cli import show
+from jobd.cli.deeds import Deed, carry_out, destructive
+from jobd.cli.group import json_option
+from jobd.cli.kinds import MOMENT
+from jobd.cli.places import admin_client, admin_options
+
+if TYPE_CHECKING:
+    from jobd.job import Status
+
+_IDS: Final = click.argument("ids", metavar="ID...", nargs=-1, required=True)
+_REASON: Final = click.option("--reason", metavar="TEXT", help="Kept with the job.")
+_STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
+
+
+@click.command("force-fail")
+@_IDS
+@_REASON
+@destructive
+@admin_options
+def force_fail(ids: tuple[str, ...], reason: str | None, **how: bool) -> int:
+    """End jobs as failed, also while they are worked on.
+
+    The reason becomes their error message.
+    """
+    client = admin_client()
+    deed = Deed("force-fail", client.get_job, "failed", lambda job_id: client.force_fail(job_id, reason), _forced)
+    return carry_out(deed, ids, **how)
+
+
+@click.command("force-reset")
+@_IDS
+@_REASON
+@destructive
+@admin_options
+def force_reset(ids: tuple[str, ...], reason: str | None, **how: bool) -> int:
+    """Put jobs back into their queue as new.
+
+    They are due now; a worker that holds one loses it.
+    """
+    client = admin_client()
+    deed = Deed("force-reset", client.get_job, "queued", lambda job_id: client.force_reset(job_id, reason), _forced)
+    return carry_out(deed, ids, **how)
+
+
+def _forced(answer: Any) -> str:
+    return f"{answer.previous_status} → {answer.status}"
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@click.argument("from_status", metavar="FROM", type=_STATUS)
+@click.argument("to_status", metavar="TO", type=_STATUS)
+@click.option(
+    "--set", "updates", metavar="NAME=VALUE", multiple=True, help="A field to set too; VALUE is JSON or text."
+)
+@_REASON
+@destructive
+@admin_options
+def transition(
+    job_id: str, from_status: Status, to_status: Status, updates: tuple[str, ...], reason: str | None, **how: bool
+) -> int:
+    """Change a job's status from FROM to TO.
+
+    Refused where it is not FROM any more.
+
+    \b
+    Fields for --set: error_message, priority, run_at, max_attempts, download_url, file_path,
+    storage_key, metadata. Example: jobctl transition j1 queued completed --set file_path=/srv/out.mp4
+    """
+    client = admin_client()
+    fields = dict(_update(text) for text in updates)
+
+    def do(one: str) -> Any:
+        return client.transition_job_state(one, from_status, to_status, updates=fields or None, reason=reason)
+
+    deed = Deed(f"transition {from_status} → {to_status}", client.get_job, to_status, do, _forced, from_status)
+    return carry_out(deed, (job_id,), **how)
+
+
+def _update(text: str) -> tuple[str, Any]:
+    """`name=value`: the value as JSON where it is JSON, else as the text that it is."""
+    import msgspec
+
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise click.UsageError(f"--set {text!r}: it has to be NAME=VALUE")
+    try:
+        return name, msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return name, value
+
+
+@click.command()
+@_IDS
+@destructive
+@admin_options
+def delete(ids: tuple[str, ...], **how: bool) -> int:
+    """Delete finished jobs with their history."""
+    client = admin_client()
+    return carry_out(Deed("delete", client.get_job, None, client.delete_job, lambda job: "deleted"), ids, **how)
+
+
+@click.command("run-now")
+@click.argument("job_id", metavar="ID")
+@json_option
+@admin_options
+def run_now(job_id: str, as_json: bool) -> None:
+    """Make a queued job due now."""
+    _changed(lambda: admin_client().run_now(job_id), as_json)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@click.option("--priority", type=int, metavar="N", help="-1000 to 1000, smaller runs first.")
+@click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time, or this long from now.")
+@click.option("--max-attempts", type=int, metavar="N", help="How often it may be tried.")
+@json_option
+@admin_options
+def update(job_id: str, as_json: bool, priority: int | None, run_at: int | None, max_attempts: int | None) -> None:
+    """Change priority, due time or attempts of a job."""
+    if priority is run_at is max_attempts is None:
+        raise click.UsageError("nothing to change: give --priority, --run-at or --max-attempts")
+    client = admin_client()
+    _changed(lambda: client.update_job(job_id, priority=priority, run_at=run_at, max_attempts=max_attempts), as_json)
+
+
+def _changed(change: Callable[[], Any], as_json: bool) -> None:
+    job = change()
+    if as_json:
+        show.emit_json(job)
+    else:
+        show.emit(f"{job.id}: {job.status}, priority {job.priority}, due {show.when(job.run_at)}")
+
+
+VERBS: Final = (force_fail, force_reset, transition, run_now, update, delete)

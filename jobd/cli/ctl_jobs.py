@@ -1,0 +1,135 @@
+"""jobctl's verbs that look at jobs over the worker API, and cancel.
+
+Hold no logic of jobs: read the command line, ask the client, show the answer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from jobd.cli import exits, show
+from jobd.cli.deeds import Deed, carry_out, destructive
+from jobd.cli.group import json_option
+from jobd.cli.places import job_client, worker_options
+
+if TYPE_CHECKING:
+    from jobd.client.protocol import JobInfo
+
+STATUSES: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
+_PAGE: Final = 200
+
+
+@click.command()
+@click.option("--status", type=STATUSES, help="Only jobs with this status.")
+@click.option("--queue", metavar="NAME", help="Only jobs of this queue.")
+@click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
+@click.option("--worker", metavar="NAME", help="Only jobs that this worker holds.")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@click.option("--cursor", metavar="CURSOR", help="Go on where a page ended.")
+@click.option("-q", "--quiet", is_flag=True, help="Only the ids, one a line: for xargs.")
+@json_option
+@worker_options
+def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json: bool, **match: Any) -> None:
+    """List jobs, newest first."""
+    found, following = _pages(None if everything else limit, cursor, match)
+    if as_json:
+        show.emit_json({"jobs": found, "next_cursor": following})
+        return
+    if quiet:
+        for job in found:
+            show.emit(job.id)
+    else:
+        from jobd.cli import tables
+
+        tables.jobs(found)
+    if following is not None:
+        show.say(f"There are more: --cursor {following} goes on, --all shows all.")
+
+
+def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tuple[list[JobInfo], str | None]:
+    """Up to `limit` jobs (None: all) over as many pages as it takes, and the cursor of what follows."""
+    client = job_client()
+    found: list[JobInfo] = []
+    while True:
+        left = _PAGE if limit is None else min(_PAGE, limit - len(found))
+        page = client.list_jobs(limit=left, cursor=cursor, **match)
+        found += page.jobs
+        cursor = page.next_cursor
+        if cursor is None or (limit is not None and len(found) >= limit):
+            return found, cursor
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+@worker_options
+def job(job_id: str, as_json: bool) -> None:
+    """Show everything about one job."""
+    from jobd.cli import tables
+
+    view = job_client().get_job(job_id)
+    show.emit_json(view) if as_json else tables.job(view)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+@worker_options
+def why(job_id: str, as_json: bool) -> None:
+    """Say why a job is where it is, and what happens next."""
+    from jobd.cli import tables
+
+    view = job_client().why(job_id)
+    show.emit_json(view) if as_json else tables.why(view)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+@worker_options
+def timeline(job_id: str, as_json: bool) -> None:
+    """Show what happened to a job, oldest first."""
+    from jobd.cli import tables
+
+    events = job_client().timeline(job_id)
+    show.emit_json({"events": events}) if as_json else tables.timeline(events)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+@worker_options
+def validate(job_id: str, as_json: bool) -> int:
+    """Check a job's record: exit 0 if it is valid, 1 if not."""
+    from jobd.cli import tables
+
+    found = job_client().validate_job_state(job_id)
+    show.emit_json(found) if as_json else tables.validation(found)
+    return exits.DONE if found.is_valid else exits.FAILED
+
+
+@click.command()
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.option("--reason", metavar="TEXT", help="Kept with the job, and told to its holder.")
+@destructive
+@worker_options
+def cancel(ids: tuple[str, ...], reason: str | None, yes: bool, dry_run: bool, as_json: bool) -> int:
+    """Cancel jobs that are not finished.
+
+    A worker that holds one is told to stop.
+
+    \b
+    Example: jobctl jobs --queue video --status queued --all -q | xargs jobctl cancel --yes
+    """
+    client = job_client()
+    deed = Deed(
+        "cancel",
+        look=client.get_job,
+        to="cancelled",
+        do=lambda job_id: client.cancel_job(job_id, reason),
+        done=lambda job: str(job.status),
+    )
+    return carry_out(deed, ids, yes=yes, dry_run=dry_run, as_json=as_json)

@@ -1,0 +1,108 @@
+"""Doing something to jobs that cannot be taken back: look first (--dry-run), ask (or --yes), then do it to each.
+
+Knows no verb; the daemon judges, this only asks and reports.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobd.cli import exits, show
+
+if TYPE_CHECKING:
+    from jobd.commands import JobView
+
+
+@dataclass(frozen=True, slots=True)
+class Deed:
+    """`words` says what is done ("force-fail"), `to` is the status that it leads to, None where the job is deleted.
+
+    `only_from` is the one status from which it may be done, where there is one.
+    """
+
+    words: str
+    look: Callable[[str], JobView]
+    to: str | None
+    do: Callable[[str], Any]
+    done: Callable[[Any], str]
+    only_from: str | None = None
+
+
+def destructive(verb: Any) -> Any:
+    """--yes, --dry-run and --json for a verb that destroys something."""
+    verb = click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON, one a job.")(verb)
+    verb = click.option("--dry-run", is_flag=True, help="Only say what would be done.")(verb)
+    return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(verb)
+
+
+def carry_out(deed: Deed, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
+    """Do `deed` to each of `ids`, going on after a refusal; the exit code is that of the first refusal."""
+    if dry_run:
+        return _each(ids, lambda job_id: _would(deed, job_id))
+    if not yes:
+        _ask(deed, ids)
+    return _each(ids, lambda job_id: _do(deed, job_id, as_json))
+
+
+def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
+    from jobd.client.errors import JobdError
+
+    worst = exits.DONE
+    for job_id in ids:
+        try:
+            code = act(job_id)
+        except JobdError as error:
+            code = exits.of_refusal(error.code)
+            if len(ids) == 1 or code in (exits.UNREACHABLE, exits.UNAUTHORISED, exits.TRY_AGAIN):
+                raise  # the others would fare alike
+            show.say(f"{job_id}: {error.message} [{error.code}]")
+        worst = worst or code
+    return worst
+
+
+def _do(deed: Deed, job_id: str, as_json: bool) -> int:
+    answer = deed.do(job_id)
+    if as_json:
+        show.emit_json(answer)
+    else:
+        show.emit(f"{job_id}: {deed.done(answer)}")
+    return exits.DONE
+
+
+def _would(deed: Deed, job_id: str) -> int:
+    job = deed.look(job_id)
+    if not _allowed(job.status, deed):
+        show.say(f"{job_id}: {deed.words} would be refused: it is {state(job)}")
+        return exits.REFUSED
+    show.emit(f"{job_id}: would {deed.words}: it is {state(job)}")
+    return exits.DONE
+
+
+def _allowed(status: str, deed: Deed) -> bool:
+    from jobd.job import FINISHED, TRANSITIONS
+
+    if deed.only_from is not None and status != deed.only_from:
+        return False
+    return status in FINISHED if deed.to is None else (status, deed.to) in TRANSITIONS
+
+
+def _ask(deed: Deed, ids: Sequence[str]) -> None:
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        text = f"{deed.words} asks first, and here is no terminal: add --yes to do it, --dry-run to look first"
+        raise click.UsageError(text)
+    what = f"job {ids[0]}, which is {state(deed.look(ids[0]))}" if len(ids) == 1 else f"{len(ids)} jobs"
+    if not click.confirm(show.clean(f"{deed.words} {what}?"), default=False, err=True):
+        raise exits.Problem("nothing was done")
+
+
+def state(job: JobView) -> str:
+    """A job's status in a few words: `processing at 45 %, held by w-7`."""
+    if job.status != "processing":
+        return job.status
+    holder = f"held by {job.lock.worker}" if job.lock else "its lock has expired"
+    return f"processing at {show.cell(job.progress)} %, {holder}"

@@ -1,0 +1,37 @@
+"""What both programs' verbs share: the group whose help has sections, and the --json option."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import click
+
+SETTINGS: Final[dict[str, Any]] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class Sections(click.Group):
+    """A group whose help lists its verbs under titles, in the order in which they were added."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.titles: dict[str, str] = {}
+
+    def add_all(self, title: str, *verbs: click.Command) -> None:
+        for verb in verbs:
+            self.add_command(verb)
+            self.titles[str(verb.name)] = title
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title in dict.fromkeys(self.titles.values()):
+            rows = [
+                (name, self.commands[name].get_short_help_str(70)) for name in self.titles if self.titles[name] == title
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def json_option(verb: Any) -> Any:
+    return click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")(verb)

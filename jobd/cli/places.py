@@ -1,0 +1,139 @@
+"""Where the daemon is and which token opens it: options, environment, defaults; and the clients made from them.
+
+Reads no configuration file of the daemon: what it cannot reach by its default places has to be named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from jobd.cli import exits
+
+if TYPE_CHECKING:
+    from jobd.client import AdminClient, JobClient
+    from jobd.client.endpoint import Endpoint
+
+# Long enough for a daemon that is being restarted, short enough for somebody who waits at a prompt.
+PATIENCE_S: Final = 3.0
+
+
+class Places:
+    """The options as given, None where not. Kept in `ctx.obj`, so that they may stand before or after the verb."""
+
+    def __init__(self) -> None:
+        self.socket: str | None = None
+        self.url: str | None = None
+        self.admin_url: str | None = None
+        self.token_file: str | None = None
+
+
+def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None and param.name is not None:
+        setattr(ctx.ensure_object(Places), param.name, value)
+
+
+def _option(flag: str, metavar: str, text: str) -> Callable[[Any], Any]:
+    return click.option(flag, metavar=metavar, help=text, callback=_keep, expose_value=False)
+
+
+_SOCKET = _option("--socket", "PATH", "Worker socket of the daemon.  [env: JOBD_SOCKET]")
+_URL = _option("--url", "URL", "Worker API over TCP, instead of the socket.  [env: JOBD_URL]")
+_ADMIN = _option("--admin-url", "URL", "Admin API: http://HOST:PORT or unix:PATH.  [env: JOBD_ADMIN_URL]")
+_TOKEN = _option("--token-file", "FILE", "File with the token, one a line; the first is used.")
+
+
+def worker_options(verb: Any) -> Any:
+    """The options of a verb that talks to the worker API."""
+    return _SOCKET(_URL(_TOKEN(verb)))
+
+
+def admin_options(verb: Any) -> Any:
+    """The options of a verb that talks to the admin API."""
+    return _ADMIN(_TOKEN(verb))
+
+
+def all_options(verb: Any) -> Any:
+    return _SOCKET(_URL(_ADMIN(_TOKEN(verb))))
+
+
+def read_token(path: str) -> str:
+    """The first token in the file `path`. Problem (78) where there is none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not text"
+        raise exits.Problem(f"Cannot read the token file {path}: {why}", exits.CONFIG) from None
+    if not lines:
+        raise exits.Problem(f"The token file {path} is empty: write a token into it", exits.CONFIG)
+    return lines[0]
+
+
+def worker_endpoint(places: Places) -> Endpoint:
+    """Where the worker API is. --url and --socket win over the environment; without any of them the defaults."""
+    from jobd.client.endpoint import worker_endpoint as find
+
+    if places.url and places.socket:
+        raise click.UsageError("--socket and --url name two places: give one")
+    where = places.url or (os.path.abspath(places.socket) if places.socket else None)
+    return _found(lambda: find(where, worker_token(places)))
+
+
+def admin_endpoint(places: Places) -> Endpoint:
+    """Where the admin API is, with its token."""
+    from jobd.client.endpoint import admin_endpoint as find
+
+    token = admin_token(places)
+    return _found(lambda: find(places.admin_url, token))
+
+
+def _found(find: Callable[[], Endpoint]) -> Endpoint:
+    try:
+        return find()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def admin_token(places: Places) -> str:
+    """--token-file, else ADMIN_TOKEN, else ADMIN_TOKEN_FILE. Problem (5) where none of them is given."""
+    if places.token_file:
+        return read_token(places.token_file)
+    token = os.environ.get("ADMIN_TOKEN", "").strip()
+    if token:
+        return token
+    if path := os.environ.get("ADMIN_TOKEN_FILE"):
+        return read_token(path)
+    text = "No admin token: set ADMIN_TOKEN or ADMIN_TOKEN_FILE to the daemon's, or give --token-file FILE"
+    raise exits.Problem(text, exits.UNAUTHORISED)
+
+
+def worker_token(places: Places) -> str | None:
+    """The token for the worker API over TCP: --token-file, else the file of JOBD_WORKER_TOKEN_FILE, else none.
+
+    Never ADMIN_TOKEN: that would hand it to a listener that is not the admin's.
+    """
+    path = places.token_file or os.environ.get("JOBD_WORKER_TOKEN_FILE")
+    return read_token(path) if path else None
+
+
+def job_client(*, patience_s: float = PATIENCE_S) -> JobClient:
+    """A client of the worker API for the verb that is running."""
+    from jobd.client import JobClient
+
+    return JobClient(worker_endpoint(current()), retry_for_s=patience_s)
+
+
+def admin_client(*, timeout_s: float = 30.0) -> AdminClient:
+    """A client of the admin API for the verb that is running."""
+    from jobd.client import AdminClient
+
+    return AdminClient(admin_endpoint(current()), retry_for_s=PATIENCE_S, timeout_s=timeout_s)
+
+
+def current() -> Places:
+    """The places of the running verb."""
+    return click.get_current_context().ensure_object(Places)

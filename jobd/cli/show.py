@@ -1,0 +1,195 @@
+"""How things look on a terminal and in a pipe: times, spans, sizes, tables, JSON, one-line messages.
+
+Knows no verb and asks nobody. Everything that came from outside is escaped here, so that a job cannot draw on a screen.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SECOND_MS: Final = 1_000
+MINUTE_MS: Final = 60 * SECOND_MS
+HOUR_MS: Final = 60 * MINUTE_MS
+DAY_MS: Final = 24 * HOUR_MS
+
+# C0 and C1 controls (ESC, CSI …), line separators, and the marks that reorder text on screen; lone surrogates.
+_DANGEROUS: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+_SHORT: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_UNBOUNDED: Final = 1_000_000  # columns: a pipe has no width
+_STYLES: Final = {
+    "queued": "cyan",
+    "processing": "yellow",
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "magenta",
+    "healthy": "green",
+    "degraded": "yellow",
+    "unhealthy": "red",
+    "firing": "red",
+    "paused": "yellow",
+    "critical": "red",
+    "error": "red",
+    "warning": "yellow",
+}
+
+
+def clean(text: str) -> str:
+    """`text` with control characters written out (`\\x1b`, `\\n`, `\\u202e`): safe on a terminal, always one line."""
+    return _DANGEROUS.sub(_spell, text)
+
+
+def _spell(match: re.Match[str]) -> str:
+    char = match.group()
+    code = ord(char)
+    return _SHORT.get(char) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
+def clip(text: str, width: int = 100) -> str:
+    """`text` cleaned, and cut with an ellipsis where it is longer than `width` characters."""
+    text = clean(text)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def span(ms: int | float) -> str:
+    """A duration in two units at most: `850 ms`, `12 s`, `3 m 20 s`, `2 h 5 m`, `4 d`."""
+    if ms < 0:
+        return "-" + span(-ms)
+    if ms < SECOND_MS:
+        return f"{round(ms)} ms"
+    if ms < 10 * SECOND_MS:
+        return f"{ms / SECOND_MS:.1f} s"
+    for unit, small, name, small_name in ((DAY_MS, HOUR_MS, "d", "h"), (HOUR_MS, MINUTE_MS, "h", "m")):
+        if ms >= unit:
+            return _two(int(ms), unit, small, name, small_name)
+    if ms >= MINUTE_MS:
+        return _two(int(ms), MINUTE_MS, SECOND_MS, "m", "s")
+    return f"{int(ms // SECOND_MS)} s"
+
+
+def _two(ms: int, unit: int, small: int, name: str, small_name: str) -> str:
+    whole, rest = divmod(ms, unit)
+    return f"{whole} {name} {rest // small} {small_name}" if rest >= small else f"{whole} {name}"
+
+
+def age(at_ms: int, now_ms: int | None = None) -> str:
+    """How far `at_ms` (Unix ms) is from now: `12 m ago`, `in 3 s`."""
+    gap = (now_ms if now_ms is not None else round(time.time() * 1000)) - at_ms
+    return f"{_rough(gap)} ago" if gap >= 0 else f"in {_rough(-gap)}"
+
+
+def _rough(ms: int) -> str:
+    for unit, name in ((DAY_MS, "d"), (HOUR_MS, "h"), (MINUTE_MS, "m")):
+        if ms >= 2 * unit:
+            return f"{ms // unit} {name}"
+    return f"{ms // SECOND_MS} s"
+
+
+def when(at_ms: int | None, now_ms: int | None = None) -> str:
+    """A Unix time in ms as local time with its age: `2026-03-01 14:05:09 (12 m ago)`; `-` for None."""
+    if at_ms is None:
+        return "-"
+    return f"{local(at_ms)} ({age(at_ms, now_ms)})"
+
+
+def local(at_ms: int) -> str:
+    """A Unix time in ms as local time; the bare number where the calendar does not reach."""
+    try:
+        return datetime.fromtimestamp(at_ms / 1000).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError, OSError):
+        return f"{at_ms} ms"
+
+
+def size(count: int) -> str:
+    """Bytes for people: `512 B`, `1.5 MiB`."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def cell(value: object) -> str:
+    """One value as a table shows it: `-` for nothing, yes or no, numbers without a trailing `.0`."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.1f}".removesuffix(".0")
+    return clean(str(value))
+
+
+def as_json(value: Any) -> str:
+    """`value` (a typed answer or plain data) as JSON text: indented for a terminal, one line in a pipe."""
+    import msgspec
+
+    raw = msgspec.json.encode(value)
+    if sys.stdout.isatty():
+        raw = msgspec.json.format(raw, indent=2)
+    # Outside of strings JSON has only spaces and line ends, so what is escaped here is inside a string.
+    return _DANGEROUS.sub(lambda m: m.group() if m.group() == "\n" else f"\\u{ord(m.group()):04x}", raw.decode())
+
+
+def emit_json(value: Any) -> None:
+    sys.stdout.write(as_json(value) + "\n")
+
+
+def emit(line: str) -> None:
+    """One line of data on stdout."""
+    sys.stdout.write(clean(line) + "\n")
+
+
+def say(line: str) -> None:
+    """One line of message on stderr."""
+    sys.stderr.write(clean(line) + "\n")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console that leaves text alone; a pipe is not wrapped. NO_COLOR is honoured by rich itself."""
+    from rich.console import Console
+
+    file = sys.stderr if stderr else sys.stdout
+    width = None if file.isatty() else _UNBOUNDED
+    return Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "none") -> None:
+    """Print aligned columns on stdout, those named `>X` to the right. Without rows, say `empty` on stderr."""
+    body = [[cell(value) for value in row] for row in rows]
+    if not body:
+        say(empty)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        grid.add_column(name.removeprefix(">"), justify="right" if name[0] == ">" else "left", overflow="fold")
+    for row in body:
+        grid.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in row))
+    console().print(grid)
+
+
+def pairs(fields: Iterable[tuple[str, object]]) -> None:
+    """Print `name  value` lines on stdout, names aligned."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in fields:
+        text = cell(value)
+        grid.add_row(name, Text(text, style=_STYLES.get(text, "")))
+    console().print(grid)

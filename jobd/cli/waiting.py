@@ -1,0 +1,62 @@
+"""Waiting with something to see: a job's end, a long call, a stream. The display is on stderr, on a terminal alone."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from jobd.cli import show
+
+if TYPE_CHECKING:
+    from jobd.client import JobClient
+    from jobd.client.protocol import JobInfo
+
+_FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
+_FIRST_S: Final = 0.1
+_LONGEST_S: Final = 2.0
+
+Advance = Callable[[int, int | None], None]  # done so far, total where it is known
+
+
+def until_finished(client: JobClient, job_id: str) -> JobInfo:
+    """Look at the job, at growing intervals up to 2 s, until it is finished."""
+    pause = _FIRST_S
+    with bar(job_id, unit="%") as advance:
+        while True:
+            job = client.get_job(job_id)
+            if job.status in _FINISHED:
+                return job
+            advance(int(job.progress), 100)
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_S)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner while a call takes its time."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with show.console(stderr=True).status(show.clean(what)):
+        yield
+
+
+@contextmanager
+def bar(what: str, *, unit: str = "bytes") -> Iterator[Advance]:
+    """A progress bar; what it gives is called with how much is done. Bytes are shown with their rate."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TransferSpeedColumn
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
+    if unit == "bytes":
+        columns += [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+    else:
+        columns += [TextColumn("{task.completed} " + unit)]
+    with Progress(*columns, console=show.console(stderr=True), transient=True) as progress:
+        task = progress.add_task(show.clip(what, 60), total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
