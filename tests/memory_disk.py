@@ -1,0 +1,358 @@
+"""A whole Disk in memory that fails when a test asks for it: for tests of the actor and of what sends it commands.
+
+It shows only what was committed, and is strict: a batch that does not continue the committed rows is a failed test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from msgspec.structs import replace
+
+from jobd import rows
+from jobd.batch import BadRows, Batch, DiskFull, KeyRow, Loaded, Numbers, Opened, Page, Payload, Query, QueueRow
+from jobd.events import Change, Event
+from jobd.job import FINISHED, LIVE, Job
+
+KEPT_REPORTS: Final = 500
+
+
+class MemoryDisk:
+    """Committed rows in dicts. Every method gives way to the loop once, as the real disk does for its thread.
+
+    What may go wrong, and how a test asks for it:
+    - `write_errors`: the next writes raise these, in order, with nothing written (None: that write succeeds).
+    - `lost_answers`: so many next writes commit and raise OSError all the same, as a failed fsync may.
+    - `fits`: a batch for which it is false raises DiskFull; `fill` and `fill_nearly` set it, `free` clears it.
+    - `bad_jobs` (id to reason), `bad_payloads` (job seq to reason): rows whose checksum is wrong.
+    - `errors`: method name to what that method raises, as long as it is there.
+    - `gate`: cleared, writes wait for it (a slow disk); `at_gate` is set while one does.
+    """
+
+    def __init__(self, numbers: Numbers | None = None) -> None:
+        self.numbers = numbers or Numbers()
+        self.jobs: dict[int, Job] = {}  # seq -> row
+        self.payloads: dict[int, Payload] = {}
+        self.events: list[Event] = []
+        self.queues: dict[str, QueueRow] = {}
+        self.keys: dict[str, KeyRow] = {}
+        self.suspects: dict[int, str] = {}
+        self.quarantined: dict[str, str] = {}
+        self.deleted: dict[int, int] = {}  # seq -> wall time of the deletion
+        self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
+        self.figures: bytes | None = None
+        self.marked = False
+        self.has_ballast = True
+        self.batches: list[Batch] = []  # those that were committed
+        self.calls: dict[str, int] = {}
+        self.write_errors: deque[Exception | None] = deque()
+        self.lost_answers = 0
+        self.fits: Callable[[Batch], bool] = lambda batch: True
+        self.bad_jobs: dict[str, str] = {}
+        self.bad_payloads: dict[int, str] = {}
+        self.errors: dict[str, Exception] = {}
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.at_gate = asyncio.Event()
+        self._ids: dict[str, int] = {}  # id -> seq
+
+    # -- what a test does to it ---------------------------------------------------------------------------------------
+
+    def fill(self) -> None:
+        """Nothing fits any more; once the ballast is given up everything fits, as 16 MiB are a lot for a test."""
+        self.fits = lambda batch: not self.has_ballast
+
+    def fill_nearly(self) -> None:
+        """New jobs do not fit, everything else does."""
+        self.fits = lambda batch: all(change.payload is None for change in batch.changes)
+
+    def free(self) -> None:
+        self.fits = lambda batch: True
+
+    def put(self, job: Job, payload: bytes = b"null", request_hash: str = "") -> None:
+        """A row that hands or an import have left: it is there, and suspect."""
+        self.jobs[job.seq] = job
+        self._ids[job.id] = job.seq
+        self.payloads[job.seq] = Payload(payload, request_hash)
+        self.suspects[job.seq] = job.id
+        if job.status in FINISHED:
+            self._count(job, +1)
+        numbers = self.numbers
+        self.numbers = replace(numbers, next_job=max(numbers.next_job, job.seq + 1))
+
+    def job(self, job_id: str) -> Job | None:
+        """The committed row."""
+        seq = self._ids.get(job_id)
+        return None if seq is None else self.jobs[seq]
+
+    def opened(self) -> Opened:
+        """What a start finds."""
+        bad = {job_id: reason for job_id, reason in self.bad_jobs.items() if job_id in self._ids}
+        for job_id, reason in bad.items():
+            self._set_aside(self.jobs[self._ids[job_id]], reason)
+        return Opened(
+            numbers=self.numbers,
+            jobs=[job for _, job in sorted(self.jobs.items()) if job.status in LIVE],
+            queues=dict(self.queues),
+            keys=[replace(key, answer=None) for key in self.keys.values()],
+            quarantined=dict(self.quarantined),
+            suspects=list(self.suspects.values()),
+            faults=[],
+            figures=self.figures,
+            full=not self.fits(Batch([], self.numbers)),
+            marked=self.marked,
+        )
+
+    # -- batch.Disk ---------------------------------------------------------------------------------------------------
+
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+        await self._enter("load")
+        loaded = Loaded({}, {}, {}, {})
+        for job_id in ids:
+            self._load_job(job_id, loaded)
+        for seq in payloads:
+            if (reason := self._bad_payload(seq)) is not None:
+                loaded.bad[self.jobs[seq].id] = reason
+                self._set_aside(self.jobs[seq], reason)
+            elif seq in self.payloads:
+                loaded.payloads[seq] = self.payloads[seq]
+        loaded.answers = {digest: self.keys[digest] for digest in digests if digest in self.keys}
+        return loaded
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        await self._enter("write")
+        if not self.gate.is_set():
+            self.at_gate.set()
+            await self.gate.wait()
+            self.at_gate.clear()
+        if self.write_errors and (error := self.write_errors.popleft()) is not None:
+            raise error
+        if not self.fits(batch):
+            raise DiskFull("the disk of this test is full")
+        shown = self._commit(batch)
+        if self.lost_answers:
+            self.lost_answers -= 1
+            raise OSError("fsync failed; the batch may be there or not")
+        return shown
+
+    async def find(self, query: Query) -> Page:
+        await self._enter("find")
+        page = Page([], None, {})
+        size, looked = 0, 0
+        for seq in sorted((seq for seq in self.jobs if query.before is None or seq < query.before), reverse=True):
+            if looked == query.scan or len(page.jobs) == query.limit:
+                break
+            looked += 1
+            job = self.jobs[seq]
+            if not _matches(job, query):
+                page.next_before = seq
+                continue
+            if (reason := self._bad_row(job)) is not None:
+                page.bad[job.id] = reason
+                self._set_aside(job, reason)
+                continue
+            body = self.payloads[seq].body
+            if page.jobs and size + len(body) > query.payload_bytes:
+                break
+            page.jobs.append((job, body))
+            page.next_before = seq
+            size += len(body)
+        if page.next_before is not None and not any(seq < page.next_before for seq in self.jobs):
+            page.next_before = None
+        return page
+
+    async def timeline(self, job_seq: int) -> list[Event]:
+        await self._enter("timeline")
+        events = [event for event in self.events if event.job_seq == job_seq]
+        gone, changed = rows.thin(events)
+        new = {event.seq: event for event in changed}
+        return [new.get(event.seq, event) for event in events if event.seq not in gone]
+
+    async def journal(self, after: int, limit: int) -> list[Event]:
+        """Up to `limit` events with a seq above `after`, oldest first."""
+        await self._enter("journal")
+        return [event for event in self.events if event.seq > after][:limit]
+
+    async def expired(self, now: int, limit: int) -> list[str]:
+        await self._enter("expired")
+        old = [job for job in self.jobs.values() if job.status in FINISHED and _expires(job) <= now]
+        return [job.id for job in sorted(old, key=_expires)[:limit]]
+
+    async def reports(self, limit: int) -> list[bytes]:
+        await self._enter("reports")
+        return list(reversed(self.kept_reports))[:limit]
+
+    async def quarantine(self, job: Job, reason: str) -> None:
+        await self._enter("quarantine")
+        self._set_aside(self.jobs.get(job.seq, job), reason)
+
+    async def prune(self, before: int, limit: int) -> int:
+        await self._enter("prune")
+        old = {seq for seq, at in self.deleted.items() if at < before}
+        gone = [event for event in self.events if event.job_seq in old or (event.job_seq == 0 and event.at < before)]
+        numbers = {event.seq for event in gone[:limit]}
+        self.events = [event for event in self.events if event.seq not in numbers]
+        for seq in old - {event.job_seq for event in self.events}:
+            del self.deleted[seq]
+        return len(numbers)
+
+    async def save_figures(self, body: bytes) -> None:
+        await self._enter("save_figures")
+        self.figures = bytes(body)
+
+    async def probe(self) -> None:
+        await self._enter("probe")
+        if not self.fits(Batch([], self.numbers)):
+            raise DiskFull("the disk of this test is full")
+
+    async def drop_ballast(self) -> bool:
+        await self._enter("drop_ballast")
+        had, self.has_ballast = self.has_ballast, False
+        return had
+
+    async def build_ballast(self) -> None:
+        await self._enter("build_ballast")
+        self.has_ballast = True
+        if not self.fits(Batch([], self.numbers)):
+            self.has_ballast = False
+            raise DiskFull("there is no room for the ballast")
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    async def _enter(self, name: str) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        await asyncio.sleep(0)
+        if (error := self.errors.get(name)) is not None:
+            raise error
+
+    def _load_job(self, job_id: str, loaded: Loaded) -> None:
+        job = self.job(job_id)
+        if job is None:
+            if job_id in self.quarantined:
+                loaded.bad[job_id] = self.quarantined[job_id]
+        elif job_id in self.bad_jobs:
+            loaded.bad[job_id] = self.bad_jobs[job_id]
+            self._set_aside(job, self.bad_jobs[job_id])
+        else:
+            loaded.jobs[job_id] = job
+
+    def _commit(self, batch: Batch) -> dict[int, bytes]:
+        """All of `batch` or, where it raises, nothing of it."""
+        self._check_numbers(batch)
+        after = self._after(batch.changes)
+        new = {
+            c.event.job_seq: Payload(c.payload, c.request_hash or "") for c in batch.changes if c.payload is not None
+        }
+        self._check_payloads(batch, after, new)
+        shown = {seq: (new.get(seq) or self.payloads[seq]).body for seq in batch.payloads}
+        self.numbers = batch.numbers
+        self.payloads |= new
+        for seq, job in after.items():
+            self._replace(seq, job)
+        for change in batch.changes:
+            self._note(change)
+        self.queues |= batch.queues
+        for digest in batch.forget_keys:
+            self.keys.pop(digest, None)
+        self.keys |= {key.digest: key for key in batch.keys}
+        for seq in batch.checked:
+            self.suspects.pop(seq, None)
+        if batch.report is not None:
+            self.kept_reports.append(bytes(batch.report))
+        self.marked = self.marked and not batch.unmark
+        self.batches.append(batch)
+        return shown
+
+    def _check_numbers(self, batch: Batch) -> None:
+        """High-water marks and lease time never go back."""
+        for name in ("epoch", "next_job", "next_event", "lease_ms"):
+            assert getattr(batch.numbers, name) >= getattr(self.numbers, name), f"{name} went back"
+        if batch.numbers.epoch == self.numbers.epoch:
+            assert batch.numbers.next_token >= self.numbers.next_token, "next_token went back"
+
+    def _after(self, changes: list[Change]) -> dict[int, Job | None]:
+        """The rows that `changes` leave behind, by seq; each change has to go on from the one before."""
+        after: dict[int, Job | None] = {}
+        ids: dict[str, int | None] = {}
+        last = self.events[-1].seq if self.events else 0
+        for change in changes:
+            event, before, job = change.event, change.before, change.after
+            assert event.seq > last, f"event {event.seq} comes after {last}"
+            last = event.seq
+            if event.job_seq == 0:
+                continue
+            on_disk = after[event.job_seq] if event.job_seq in after else self.jobs.get(event.job_seq)
+            assert on_disk == before, f"job {event.job_id} is not on the disk as the batch has it"
+            if before is None:
+                taken = ids[event.job_id] if event.job_id in ids else self._ids.get(event.job_id)
+                assert taken is None, f"there is a job {event.job_id} already"
+                assert change.payload is not None, f"job {event.job_id} comes without its payload"
+            after[event.job_seq] = job
+            ids[event.job_id] = None if job is None else event.job_seq
+        return after
+
+    def _replace(self, seq: int, job: Job | None) -> None:
+        if (old := self.jobs.pop(seq, None)) is not None and self._ids.get(old.id) == seq:
+            del self._ids[old.id]
+        if job is None:
+            self.payloads.pop(seq, None)
+            self.suspects.pop(seq, None)
+            return
+        self.jobs[seq] = job
+        self._ids[job.id] = seq
+
+    def _check_payloads(self, batch: Batch, after: dict[int, Job | None], new: dict[int, Payload]) -> None:
+        bad = {}
+        for seq in batch.payloads:
+            reason = self._bad_payload(seq)
+            if reason is not None or (seq not in self.payloads and seq not in new):
+                job = after.get(seq) or self.jobs.get(seq)
+                bad[job.id if job else f"seq {seq}"] = reason or "its payload is missing"
+        if bad:
+            raise BadRows(bad)
+
+    def _note(self, change: Change) -> None:
+        event = change.event
+        self.events.append(event)
+        if event.type == "imported" and event.job_seq in self.jobs:
+            self.suspects[event.job_seq] = event.job_id
+        if event.job_seq and change.after is None:
+            self.deleted[event.job_seq] = event.at
+
+    def _bad_payload(self, seq: int) -> str | None:
+        return self.bad_payloads.get(seq) if seq in self.jobs else None
+
+    def _bad_row(self, job: Job) -> str | None:
+        return self.bad_jobs.get(job.id) or self._bad_payload(job.seq)
+
+    def _set_aside(self, job: Job, reason: str) -> None:
+        self.quarantined[job.id] = reason
+        if self.jobs.pop(job.seq, None) is None:
+            return
+        del self._ids[job.id]
+        self.payloads.pop(job.seq, None)
+        self.suspects.pop(job.seq, None)
+        if job.status in FINISHED:
+            self._count(job, -1)
+
+    def _count(self, job: Job, step: int) -> None:
+        queue = self.queues.get(job.options.queue, QueueRow())
+        count = max(getattr(queue, job.status) + step, 0)
+        self.queues[job.options.queue] = replace(queue, **{job.status: count})
+
+
+def _expires(job: Job) -> float:
+    return float("inf") if job.expires_at is None else job.expires_at
+
+
+def _matches(job: Job, query: Query) -> bool:
+    status = "processing" if query.worker is not None and query.status is None else query.status
+    return (
+        (status is None or job.status == status)
+        and (query.queue is None or job.options.queue == query.queue)
+        and (query.kind is None or job.options.kind == query.kind)
+        and (query.worker is None or (job.grant is not None and job.grant.worker == query.worker))
+    )
