@@ -11,7 +11,8 @@ from importlib.resources import files
 from typing import Final
 
 from jobd.batch import Numbers
-from jobd.rows import META_COLUMNS, sealed
+from jobd.files import StoreUnreadable
+from jobd.rows import META_COLUMNS, fault, sealed
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
 VERSION: Final = 1
@@ -73,7 +74,30 @@ def migrate(conn: sqlite3.Connection, found: int) -> None:
 
 def set_version(conn: sqlite3.Connection, version: int) -> None:
     """Note the schema version in the header and in the meta row."""
-    row = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
-    crc = sealed((version, *row[1:]))[-1]
-    conn.execute("UPDATE meta SET schema_version = ?, crc = ? WHERE id = 1", (version, crc))
+    change_meta(conn, schema_version=version)
     conn.execute(f"PRAGMA user_version = {version}")
+
+
+def read_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
+    """The meta row of any schema version, column to value, the checksum last; None where there is none."""
+    cursor = conn.execute("SELECT * FROM meta WHERE id = 1")
+    found = cursor.fetchone()
+    names = [column[0] for column in cursor.description]
+    return None if found is None else dict(zip(names[1:], found[1:], strict=True))
+
+
+def check_meta(conn: sqlite3.Connection, path: str) -> None:
+    """Raise StoreUnreadable where what the store says about itself is not what was written."""
+    found = read_meta(conn)
+    wrong = "it is missing" if found is None else fault(tuple(found.values()))
+    if wrong is not None:
+        raise StoreUnreadable(f"{path}: the meta row cannot be trusted, {wrong}: put a backup back with `jobd restore`")
+
+
+def change_meta(conn: sqlite3.Connection, **values: int) -> None:
+    """Set columns of the meta row, which was checked before, and its checksum."""
+    found = read_meta(conn)
+    assert found is not None
+    row = {**found, **values}
+    row["crc"] = sealed(tuple(row.values())[:-1])[-1]
+    conn.execute(f"UPDATE meta SET {', '.join(f'{name} = ?' for name in row)} WHERE id = 1", tuple(row.values()))

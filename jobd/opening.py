@@ -104,22 +104,30 @@ def peek(path: str) -> tuple[int, int]:
 
 def _peek_log(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
     """The same where the write-ahead log may hold a newer header. A read-only connection leaves file and log alone."""
-    shared = f"{path}-shm"
-    had_shared = os.path.exists(shared)
     try:
-        conn = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, timeout=1.0)
-    except sqlite3.Error:
-        return in_file
-    try:
-        (application,) = conn.execute("PRAGMA application_id").fetchone()
-        (version,) = conn.execute("PRAGMA user_version").fetchone()
+        with read_only(path) as conn:
+            (application,) = conn.execute("PRAGMA application_id").fetchone()
+            (version,) = conn.execute("PRAGMA user_version").fetchone()
+            return application, version
     except sqlite3.Error:
         return in_file  # a full disk, for one: the header of the file has to do
+
+
+@contextlib.contextmanager
+def read_only(path: str) -> Iterator[sqlite3.Connection]:
+    """A connection that writes nothing. Nobody else may write meanwhile: hold the lock, or own the file."""
+    log = f"{path}-wal"
+    shared = f"{path}-shm"
+    with_log = os.path.exists(log) and os.path.getsize(log) > 0
+    had_shared = os.path.exists(shared)
+    mode = "mode=ro" if with_log else "mode=ro&immutable=1"
+    conn = sqlite3.connect(f"file:{quote(path)}?{mode}", uri=True, timeout=1.0, isolation_level=None)
+    try:
+        yield conn
     finally:
         conn.close()
         if not had_shared:
             Path(shared).unlink(missing_ok=True)
-    return application, version
 
 
 def refuse_newer(path: str, found: tuple[int, int]) -> None:
@@ -161,12 +169,19 @@ def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
     (known,) = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if not known:
         migrations.create(conn)
-    elif application != migrations.APPLICATION_ID:
-        raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
-    elif version < migrations.VERSION:
+        return
+    check_ours(conn, path)
+    if version < migrations.VERSION:
         if path != MEMORY:
             _copy_aside(conn, path, version)
         migrations.migrate(conn, version)
+
+
+def check_ours(conn: sqlite3.Connection, path: str) -> None:
+    """Raise StoreUnreadable for a database of another program."""
+    (application,) = conn.execute("PRAGMA application_id").fetchone()
+    if application != migrations.APPLICATION_ID:
+        raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
 
 
 def _copy_aside(conn: sqlite3.Connection, path: str, version: int) -> None:
@@ -183,16 +198,13 @@ def _copy_aside(conn: sqlite3.Connection, path: str, version: int) -> None:
 
 def read_meta(conn: sqlite3.Connection, path: str) -> Tables:
     """The tables with their numbers and sums. Raises StoreUnreadable."""
-    found = conn.execute(f"SELECT {', '.join(META_COLUMNS)}, crc FROM meta WHERE id = 1").fetchone()
-    wrong = "it is missing" if found is None else fault(found)
-    if wrong is not None:
-        raise StoreUnreadable(
-            f"{path}: the meta row cannot be trusted ({wrong}): put a backup back with `jobd restore`"
-        )
-    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, *totals, marked, _ = found
+    migrations.check_meta(conn, path)
+    found = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
+    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, *sums, marked = found
     numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms)
-    a, b, c, d = totals
-    return Tables(conn, os.path.dirname(path) or ".", numbers, (a, b, c, d), bool(marked))
+    live, live_xor, finished, finished_xor = sums
+    totals = (live, live_xor, finished, finished_xor)
+    return Tables(conn, os.path.dirname(path) or ".", numbers, totals, bool(marked))
 
 
 def _settle_epoch(tables: Tables, path: str) -> bool:

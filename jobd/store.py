@@ -7,8 +7,10 @@ opening.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
@@ -51,6 +53,8 @@ class Store:
         self._db = db
         self._tables = tables
         self._lock = lock
+        self._closing = threading.Event()
+        self._beside = asyncio.Lock()
 
     @classmethod
     async def open(cls, path: str, *, synchronous: Synchronous = "FULL") -> tuple[Store, Opened]:
@@ -74,12 +78,25 @@ class Store:
         return cls(path, db, tables, lock), opened
 
     async def close(self) -> None:
-        """End the connection and its thread and give the lock back. May be called again."""
-        try:
-            await self._db.close()
-        finally:
-            if self._lock is not None:
-                self._lock.release()
+        """End the connection and its thread and give the lock back. A backup that is under way is cut short."""
+        self._closing.set()
+        async with self._beside:
+            try:
+                await self._db.close()
+            finally:
+                if self._lock is not None:
+                    self._lock.release()
+
+    @contextlib.asynccontextmanager
+    async def beside(self) -> AsyncIterator[tuple[sqlite3.Connection, threading.Event]]:
+        """The connection for an online backup from another thread, and the event that tells it to stop.
+
+        One at a time; `close` sets the event and waits for the end.
+        """
+        async with self._beside:
+            if self._closing.is_set():
+                raise StoreBroken("the store is closed")
+            yield self._db.raw, self._closing
 
     async def __aenter__(self) -> Store:
         return self

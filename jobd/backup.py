@@ -1,0 +1,206 @@
+"""A whole copy of a store: taken from the running daemon's own connection, and put back while no daemon runs.
+
+Neither touches the rows of the store itself. The copy is marked: who opens it takes a new epoch and ends its grants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from jobd import files, migrations, opening
+from jobd.batch import DiskFull
+from jobd.files import FileLock, StoreError, StoreUnreadable
+from jobd.store import MEMORY, Store
+
+Progress = Callable[[int, int], None]  # pages copied, pages in all
+
+CHUNK_BYTES: Final = 256 << 10
+_STEP_PAGES: Final = 100
+# In one go the copy would block every commit for as long as it takes.
+_PAUSE_S: Final = 0.002
+_SPARE_BYTES: Final = 32 << 20
+
+
+class BackupStopped(StoreError):
+    """The store was closed, or the one who asked went away, before the copy was whole."""
+
+    exit_code = 75
+
+
+async def stream(store: Store, progress: Progress | None = None) -> AsyncIterator[bytes]:
+    """A marked, checked copy of the store as it is at some moment during the call, in chunks.
+
+    `progress` is called from another thread. Raises DiskFull before anything is copied where there is no room for
+    the copy beside the store, StoreUnreadable where the copy does not pass its check, BackupStopped.
+    """
+    with await _copied(store, progress) as file:
+        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            yield chunk
+
+
+async def _copied(store: Store, progress: Progress | None) -> BinaryIO:
+    """Copy in a thread. When this task is cancelled the thread is told to stop, and waited for."""
+    async with store.beside() as (conn, closing):
+        gone = threading.Event()
+
+        def pause(_status: int, remaining: int, total: int) -> None:
+            if closing.is_set() or gone.is_set():
+                raise BackupStopped("the backup was cut short")
+            if progress is not None:
+                progress(total - remaining, total)
+            time.sleep(_PAUSE_S)
+
+        thread = asyncio.ensure_future(asyncio.to_thread(_copy_and_open, conn, store.path, pause))
+        try:
+            return await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            gone.set()
+            await asyncio.wait([thread])
+            if not thread.cancelled() and thread.exception() is None:
+                thread.result().close()
+            raise
+
+
+def _copy_and_open(conn: sqlite3.Connection, path: str, pause: Callable[[int, int, int], None]) -> BinaryIO:
+    """The copy as an open file that has no name any more: nothing is left behind, whatever happens."""
+    name = os.urandom(8).hex()
+    target = f"{tempfile.gettempdir()}/jobd-{name}" if path == MEMORY else f"{path}.backup-{name}"
+    try:
+        if path != MEMORY:
+            _need_room(path, target)
+        copy_marked(conn, target, pause)
+        return open(target, "rb")
+    finally:
+        for suffix in ("", "-journal", "-wal"):
+            Path(target + suffix).unlink(missing_ok=True)
+
+
+def copy_marked(source: sqlite3.Connection, target: str, pause: Callable[[int, int, int], None] | None = None) -> None:
+    """Copy a database into the new file `target`, mark it, check it and make it durable."""
+    files.create_private(target)
+    with _full_means_full(), contextlib.closing(_plain(target)) as copy:
+        copy.execute("PRAGMA journal_mode = OFF")
+        copy.execute("PRAGMA synchronous = OFF")
+        source.backup(copy, pages=_STEP_PAGES, progress=pause, sleep=0.001)
+    mark(target)
+    files.sync(target)
+
+
+def _need_room(path: str, target: str) -> None:
+    """A copy that fills the disk would stop the daemon from writing: see first."""
+    size = sum(os.path.getsize(name) for name in (path, f"{path}-wal") if os.path.exists(name))
+    disk = os.statvfs(os.path.dirname(target) or ".")
+    need, free = size + _SPARE_BYTES, disk.f_bavail * disk.f_frsize
+    if free < need:
+        raise DiskFull(f"a backup needs {need >> 20} MiB free beside the store, there are {free >> 20} MiB")
+
+
+@contextlib.contextmanager
+def _full_means_full() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        if (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF == sqlite3.SQLITE_FULL:
+            raise DiskFull(str(error)) from error
+        raise
+
+
+def mark(path: str) -> None:
+    """Mark the copy at `path` as one, in a file without a write-ahead log, and check it through."""
+    with _full_means_full(), opening.refusals(path), contextlib.closing(_plain(path)) as copy:
+        copy.execute("PRAGMA journal_mode = DELETE")
+        opening.check_ours(copy, path)
+        migrations.check_meta(copy, path)
+        copy.execute("BEGIN IMMEDIATE")
+        migrations.change_meta(copy, marked=1)
+        copy.execute("COMMIT")
+        wrong = [line for (line,) in copy.execute("PRAGMA integrity_check(10)")]
+    if wrong != ["ok"]:
+        raise StoreUnreadable(f"{path} is damaged: {'; '.join(wrong)}")
+
+
+def _plain(path: str) -> sqlite3.Connection:
+    return sqlite3.connect(path, isolation_level=None, timeout=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Putting back
+
+
+def restore(file: str, path: str) -> str | None:
+    """Put the database in `file` at `path`; gives the name under which the old one is kept, None where there was none.
+
+    Raises StoreBusy while a daemon holds the store, StoreTooNew or StoreUnreadable for a file that it could not use,
+    DiskFull; then the store is as before.
+    """
+    with FileLock(path):
+        used = files.read_epoch(path)
+        new = f"{path}.restoring"
+        Path(new).unlink(missing_ok=True)
+        try:
+            _check_and_copy(file, new)
+            epoch, aside = _keep_old(path)
+            if epoch > used:
+                files.write_epoch(path, epoch)
+            os.replace(new, path)
+            files.sync_directory(path)
+        finally:
+            Path(new).unlink(missing_ok=True)
+    return aside
+
+
+def _check_and_copy(file: str, new: str) -> None:
+    if not os.path.exists(file):
+        raise StoreUnreadable(f"{file} does not exist")
+    opening.refuse_newer(file, opening.peek(file))
+    with opening.refusals(file), opening.read_only(file) as source:
+        opening.check_ours(source, file)
+        copy_marked(source, new)
+
+
+def _keep_old(path: str) -> tuple[int, str | None]:
+    """Give the old database a second name; its epoch (0 where it cannot be read) and that name.
+
+    Its write-ahead log must not meet the new database: it is written back first, or moved along.
+    """
+    if not os.path.exists(path):
+        return 0, None
+    epoch = _settle_old(path)
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    aside = f"{path}.{stamp}"
+    number = 1
+    while os.path.exists(aside):
+        number += 1
+        aside = f"{path}.{stamp}-{number}"
+    os.link(path, aside)
+    for suffix in ("-wal", "-shm"):
+        if os.path.exists(path + suffix):
+            os.rename(path + suffix, aside + suffix)
+    files.sync_directory(path)
+    return epoch, aside
+
+
+def _settle_old(path: str) -> int:
+    try:
+        with contextlib.closing(_plain(path)) as old:
+            old.execute("PRAGMA locking_mode = EXCLUSIVE")
+            old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            (application,) = old.execute("PRAGMA application_id").fetchone()
+            if application != migrations.APPLICATION_ID:
+                return 0
+            (epoch,) = old.execute("SELECT epoch FROM meta").fetchone()
+            return int(epoch)
+    except sqlite3.Error as error:
+        if (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF == sqlite3.SQLITE_BUSY:
+            raise files.StoreBusy(path, None) from error
+        return 0  # it is being replaced because it cannot be read
