@@ -76,6 +76,14 @@ def named_ids(command: Command) -> list[str]:
     return []
 
 
+def needs_payload_first(asked: Asked) -> bool:
+    """Whether the decision needs the payload (or the request hash) of a job that exists: it is read beforehand."""
+    command = asked.call.command
+    if isinstance(command, (Create, Bulk, Delete)):
+        return True
+    return asked.key is not None and isinstance(command, OnJob) and not isinstance(command, Start)
+
+
 def weight(command: Command) -> int:
     """Commands count by what they write, so that one batch stays a few milliseconds."""
     if isinstance(command, Bulk):

@@ -48,6 +48,11 @@ class Keys:
             return None
         return row
 
+    def is_stored(self, digest: str, now: int) -> bool:
+        """Whether the answer of this key has to be read from the disk to be replayed."""
+        row = self.find(digest, now)
+        return row is not None and row.grants is None
+
     def has_room(self, now: int) -> bool:
         """Whether one more key can be kept, after dropping what is old enough."""
         for row in list(islice(self._answers.values(), 2)):  # two for each new one: the oldest never pile up

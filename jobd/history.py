@@ -1,0 +1,79 @@
+"""Looks at history: timelines and pages of jobs, read from the disk beside the batches, a few at a time.
+
+Changes nothing. What is read was committed: the commands before it were answered after their commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+from msgspec import Raw
+
+from jobd import views
+from jobd.batch import Disk, Page, Query
+from jobd.commands import Answer, JobPage, List, Look, Moment, Refusal, TimelineView
+from jobd.envelope import Asked
+from jobd.events import view
+from jobd.job import Policy
+
+log = structlog.get_logger("jobd.actor")
+
+AT_ONCE: Final = 4
+
+
+class History:
+    """Answers what the actor decided to be a look. `quarantine` is told of rows that turned out bad."""
+
+    def __init__(self, disk: Disk, moment: Callable[[], Moment], quarantine: Callable[[str, str], None]) -> None:
+        self._disk = disk
+        self._moment = moment
+        self._quarantine = quarantine
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._places = asyncio.Semaphore(AT_ONCE)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, asked: Asked, answer: Answer, policy: Policy) -> None:
+        """Read, then answer; the batches go on meanwhile."""
+        assert answer.look is not None
+        task = asyncio.create_task(self._look(asked, answer, answer.look, policy))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def finish(self) -> None:
+        """Wait until every look is answered."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _look(self, asked: Asked, answer: Answer, look: Look, policy: Policy) -> None:
+        async with self._places:
+            try:
+                answer.data = await self._seen(look, policy, admin=asked.call.admin)
+            except Exception:
+                log.exception("history_failed", command=type(asked.call.command).__name__)
+                asked.reply(Refusal("internal_error", "Reading the history failed. The log has the details."))
+                return
+        asked.reply(answer)
+
+    async def _seen(self, look: Look, policy: Policy, *, admin: bool) -> TimelineView | JobPage:
+        if look.timeline is not None:
+            return TimelineView([view(event) for event in await self._disk.timeline(look.timeline)])
+        assert look.page is not None
+        page = await self._disk.find(_query(look.page))
+        for job_id, reason in page.bad.items():
+            self._quarantine(job_id, reason)
+        return self._shown(page, policy, admin=admin)
+
+    def _shown(self, page: Page, policy: Policy, *, admin: bool) -> JobPage:
+        at = self._moment()
+        shown = [views.job_view(job, at, policy, admin=admin, payload=Raw(payload)) for job, payload in page.jobs]
+        return JobPage(shown, None if page.next_before is None else str(page.next_before))
+
+
+def _query(asked: List) -> Query:
+    before = None if asked.cursor is None else int(asked.cursor)
+    return Query(asked.status, asked.queue, asked.kind, asked.worker, asked.limit, before)
