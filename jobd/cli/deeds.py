@@ -92,11 +92,21 @@ def _allowed(status: str, deed: Deed) -> bool:
 
 
 def _ask(deed: Deed, ids: Sequence[str]) -> None:
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        text = f"{deed.words} asks first, and here is no terminal: add --yes to do it, --dry-run to look first"
-        raise click.UsageError(text)
+    need_terminal()
     what = f"job {ids[0]}, which is {state(deed.look(ids[0]))}" if len(ids) == 1 else f"{len(ids)} jobs"
-    if not click.confirm(show.clean(f"{deed.words} {what}?"), default=False, err=True):
+    confirm(f"{deed.words} {what}")
+
+
+def need_terminal() -> None:
+    """Usage error where nobody can be asked."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise click.UsageError("this asks first, and here is no terminal: add --yes to do it, --dry-run to look first")
+
+
+def confirm(what: str) -> None:
+    """Ask whether to do `what`. Problem (1) where the answer is no."""
+    need_terminal()
+    if not click.confirm(show.clean(f"{what}?"), default=False, err=True):
         raise exits.Problem("nothing was done")
 
 

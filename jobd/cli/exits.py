@@ -79,6 +79,9 @@ def _explained(error: BaseException, name: str) -> int:
             path = error.ctx.command_path if error.ctx else name
             show.say(f"{name}: {_sentence(error.format_message())}. See: {path} --help")
             return USAGE
+        case click.FileError():
+            show.say(f"{name}: {_sentence(error.format_message())}")
+            return IO_ERROR
         case click.Abort() | KeyboardInterrupt():
             show.say(f"{name}: interrupted")
             return INTERRUPTED
@@ -95,6 +98,9 @@ def _explained(error: BaseException, name: str) -> int:
         case OSError():
             show.say(f"{name}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
             return IO_ERROR
+        case Exception(exit_code=int(code)):  # of the store, of the configuration: they know their code
+            show.say(f"{name}: {_sentence(str(error))}")
+            return code
         case _:
             raise error
 

@@ -120,11 +120,11 @@ def worker_token(places: Places) -> str | None:
     return read_token(path) if path else None
 
 
-def job_client(*, patience_s: float = PATIENCE_S) -> JobClient:
+def job_client(*, patience_s: float | None = None) -> JobClient:
     """A client of the worker API for the verb that is running."""
     from jobd.client import JobClient
 
-    return JobClient(worker_endpoint(current()), retry_for_s=patience_s)
+    return JobClient(worker_endpoint(current()), retry_for_s=PATIENCE_S if patience_s is None else patience_s)
 
 
 def admin_client(*, timeout_s: float = 30.0) -> AdminClient:

@@ -1,0 +1,133 @@
+"""jobd's verbs on its files: backup (from the running daemon), restore and doctor (offline, or on the running one)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from jobd.cli import exits, show
+from jobd.cli.deeds import confirm
+from jobd.cli.group import json_option
+from jobd.cli.places import admin_client, admin_options
+
+BACKUP_S: Final = 300.0  # the daemon copies and checks everything before the first byte comes
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
+@admin_options
+def backup(file: Path, yes: bool) -> None:
+    """Copy the running daemon's database to FILE, while it works.
+
+    The copy is whole, checked and marked: whoever opens it takes a new epoch and ends the grants in it.
+    """
+    from jobd.cli.safe_file import whole_file
+    from jobd.cli.waiting import bar
+
+    if file.exists() and not yes:
+        raise click.UsageError(f"{file} exists: add --yes to overwrite it")
+    with bar("backup") as advance, whole_file(file, lambda done: advance(done, None)) as target:
+        count = admin_client(timeout_s=BACKUP_S).backup(target)
+    show.emit(f"{file}: {show.size(count)}")
+
+
+def store_options(verb: Any) -> Any:
+    """Where the database is: --store, else the configuration."""
+    verb = click.option("--config", metavar="FILE", help="Configuration that names the database.")(verb)
+    return click.option("--store", metavar="PATH", help="The database, instead of that of the configuration.")(verb)
+
+
+def store_path(store: str | None, config: str | None) -> str:
+    """The path of the database. Problem (78) where the configuration names none."""
+    if store is not None:
+        return store
+    from jobd.config import load
+
+    path = load(config).config.store.path
+    if path == ":memory:":
+        raise exits.Problem("The store of this configuration is in memory: name a database with --store", exits.CONFIG)
+    return path
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@store_options
+def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str | None) -> None:
+    """Put a backup in place of the database; jobd must be stopped.
+
+    The database that was there is kept beside it. Jobs that were being worked on when the backup was made are ended
+    by their stall rule, and no fencing token is given twice.
+    """
+    path = store_path(store, config)
+    if not file.exists():
+        raise exits.Problem(f"{file} does not exist: name a file that jobd backup has written", exits.IO_ERROR)
+    there = Path(path).exists()
+    if dry_run:
+        kept = "; the database that is there would be kept beside it" if there else ""
+        show.emit(f"would put {file} ({show.size(file.stat().st_size)}) in place as {path}{kept}")
+        return
+    if there and not yes:
+        confirm(f"put {file} in place of the database {path} (which is kept beside it)")
+    from jobd.backup import restore as put_back
+    from jobd.batch import DiskFull
+    from jobd.cli.waiting import busy
+
+    try:
+        with busy(f"checking and copying {file}"):
+            aside = put_back(str(file), path)
+    except DiskFull as error:
+        raise exits.Problem(f"No room for it: {error}. Free some and try again", exits.IO_ERROR) from None
+    show.emit(path)
+    if aside is not None:
+        show.say(f"The database that was there is kept as {aside}.")
+
+
+@click.command()
+@click.option("--running", is_flag=True, help="Check the running daemon over its admin API.")
+@click.option("--accept", metavar="ID", help="Take the edited row of this job as it is, and let validation judge it.")
+@click.option("--recount", is_flag=True, help="Take the rows that are there as all there are: counts are made anew.")
+@json_option
+@store_options
+@admin_options
+def doctor(
+    running: bool, accept: str | None, recount: bool, as_json: bool, store: str | None, config: str | None
+) -> int:
+    """Name every problem of a database, and its mend.
+
+    Reads all of a database that no daemon has open, or asks a running daemon. Exit 0 where nothing is wrong, else 1.
+    """
+    from jobd.cli.waiting import busy
+
+    if running + (accept is not None) + recount > 1 or (running and (store or config)):
+        raise click.UsageError("--running, --accept and --recount exclude each other; the first takes no database")
+    if running:
+        from jobd.cli.checkup import examine
+
+        return _diagnosis(examine(admin_client()), as_json)
+    from jobd import doctor as offline
+
+    path = store_path(store, config)
+    if accept is not None or recount:
+        show.emit(offline.accept(path, accept) if accept is not None else offline.recount(path))
+        return exits.DONE
+    with busy(f"checking {path}"):
+        problems = offline.check(path)
+    return _diagnosis(problems, as_json)
+
+
+def _diagnosis(problems: Sequence[Any], as_json: bool) -> int:
+    """Print problems (`where`, `what`, `mend`); 0 where there are none."""
+    if as_json:
+        show.emit_json({"problems": problems})
+    elif not problems:
+        show.emit("nothing is wrong")
+    for problem in () if as_json else problems:
+        show.emit(f"{problem.where}: {problem.what}")
+        show.emit(f"    mend: {problem.mend}")
+    return exits.FAILED if problems else exits.DONE

@@ -1,0 +1,405 @@
+"""The command lines without a daemon: what is refused, how it is said, which exit code, and how things are shown."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobd.cli import ctl, deeds, exits, places, safe_file, show
+from jobd.cli.kinds import duration_ms, moment_ms
+from jobd.commands import REFUSALS
+
+ROOT = Path(__file__).resolve().parent.parent
+NOW = 1_772_366_400_000
+
+
+@pytest.fixture(autouse=True)
+def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the machine, no daemon of the machine, no patience."""
+    for name in list(os.environ):
+        if name.startswith(("JOBD_", "ADMIN_TOKEN")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("JOBD_SOCKET", str(tmp_path / "nobody.sock"))
+    monkeypatch.setenv("JOBD_ADMIN_URL", f"unix:{tmp_path}/nobody.sock")
+    monkeypatch.setattr(places, "PATIENCE_S", 0.0)
+
+
+def run(*argv: str) -> int:
+    return ctl.main(list(argv))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ÄÖ 漢字", "plain ÄÖ 漢字"),
+        ("a\nb\tc\r", "a\\nb\\tc\\r"),
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("\x07\x7f\x9b2J", "\\x07\\x7f\\x9b2J"),
+        ("abc\u202edcba", "abc\\u202edcba"),
+        ("a\u2028b", "a\\u2028b"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_clean_writes_control_characters_out(text: str, shown: str) -> None:
+    assert show.clean(text) == shown
+    assert show.clean(shown) == shown
+
+
+@given(st.text())
+def test_clean_text_is_one_printable_line(text: str) -> None:
+    cleaned = show.clean(text)
+    assert cleaned.splitlines() in ([], [cleaned])
+    assert not any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in cleaned)
+
+
+@given(st.recursive(st.text() | st.integers(-(2**53), 2**53) | st.none(), lambda inner: st.lists(inner, max_size=3)))
+def test_json_holds_the_same_value_and_no_control_character(value: Any) -> None:
+    if _has_surrogate(value):
+        return
+    text = show.as_json(value)
+    assert json.loads(text) == value
+    assert show.clean(text) == text
+
+
+def _has_surrogate(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_has_surrogate, value))
+    return isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value)
+
+
+@pytest.mark.parametrize(
+    ("ms", "shown"),
+    [
+        (0, "0 ms"),
+        (999, "999 ms"),
+        (1_000, "1.0 s"),
+        (9_999, "10.0 s"),
+        (10_000, "10 s"),
+        (59_999, "59 s"),
+        (60_000, "1 m"),
+        (200_000, "3 m 20 s"),
+        (3_600_000, "1 h"),
+        (7_500_000, "2 h 5 m"),
+        (90_000_000, "1 d 1 h"),
+        (-5_000, "-5.0 s"),
+    ],
+)
+def test_span(ms: int, shown: str) -> None:
+    assert show.span(ms) == shown
+
+
+@pytest.mark.parametrize(
+    ("gap_ms", "shown"),
+    [(0, "0 s ago"), (119_000, "119 s ago"), (720_000, "12 m ago"), (-30_000, "in 30 s"), (-172_800_000, "in 2 d")],
+)
+def test_age(gap_ms: int, shown: str) -> None:
+    assert show.age(NOW - gap_ms, NOW) == shown
+
+
+def test_a_time_is_local_and_has_its_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert show.when(NOW - 720_000, NOW) == f"{show.local(NOW - 720_000)} (12 m ago)"
+    assert show.when(None) == "-"
+    assert show.local(10**18) == f"{10**18} ms"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (1 << 40, "1.0 TiB")]
+)
+def test_size(count: int, shown: str) -> None:
+    assert show.size(count) == shown
+
+
+def test_a_table_in_a_pipe_is_not_wrapped_or_cut_and_its_cells_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 500
+    show.table(["ID", ">N"], [("\x1b]0;evil\x07", 1), (long, 22)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "\\x1b]0;evil\\x07" in lines[1]
+    assert lines[2].split() == [long, "22"]
+
+
+def test_an_empty_table_says_so_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    show.table(["ID"], [], empty="No jobs.")
+    assert capsys.readouterr() == ("", "No jobs.\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values on the command line
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"),
+    [("0", 0), ("500ms", 500), ("10s", 10_000), ("1.5h", 5_400_000), ("1h30m", 5_400_000), ("7d", 604_800_000)],
+)
+def test_durations(text: str, ms: int) -> None:
+    assert duration_ms(text) == ms
+
+
+@pytest.mark.parametrize("text", ["", "10", "s", "10 s", "-1s", "1w", "10sx", "x10s", "99999999999d"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="duration"):
+        duration_ms(text)
+
+
+def test_points_in_time() -> None:
+    assert moment_ms("1772366400000", 5) == 1_772_366_400_000
+    assert moment_ms("2h", NOW) == NOW + 7_200_000
+    assert moment_ms("2026-03-01T12:00:00+00:00", 5) == 1_772_366_400_000
+    assert show.local(moment_ms("2026-03-01T12:00", 5)) == "2026-03-01 12:00:00"
+    with pytest.raises(ValueError, match="Unix milliseconds"):
+        moment_ms("1772366400", 5)  # seconds
+    with pytest.raises(ValueError, match="Unix milliseconds"):
+        moment_ms("tomorrow", 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exit codes and messages
+
+
+def test_every_refusal_of_the_daemon_has_its_exit_code() -> None:
+    again = {"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs", "request_timeout"}
+    special = {"unauthorized": 5, "forbidden": 5, "internal_error": 1, **dict.fromkeys(again, 75)}
+    assert {code: exits.of_refusal(code) for code in REFUSALS} == {code: special.get(code, 4) for code in REFUSALS}
+    assert exits.of_refusal("unreachable") == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["nonsense"], "nonsense"),
+        (["submit", "--delay", "soon"], "10s or 1h30m"),
+        (["submit", "{size: 3}"], "quote it for the shell"),
+        (["submit", "--url", "http://127.0.0.1:1", "--socket", "/x"], "give one"),
+        (["submit", "--url", "ftp://127.0.0.1"], "expected unix:/path"),
+        (["jobs", "--status", "lost"], "queued"),
+        (["jobs", "--limit", "0"], "0"),
+        (["transition", "j", "queued"], "TO"),
+        (["cancel"], "ID"),
+        (["run"], "CMD"),
+    ],
+)
+def test_usage_errors_are_2_and_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("jobctl: ")
+    assert said in err
+    assert "--help" in err
+
+
+@pytest.mark.parametrize("argv", [["jobs"], ["submit", "1"], ["why", "j"], ["job", "j"]])
+def test_no_daemon_at_the_socket_is_3(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*argv) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "nobody.sock" in err
+    assert "--socket" in err
+
+
+def test_no_daemon_at_the_admin_port_is_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
+    assert run("stats") == 3
+    assert "canary" not in "".join(capsys.readouterr())
+
+
+def test_without_a_token_an_operator_is_told_where_it_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("stats") == 5
+    assert "ADMIN_TOKEN_FILE" in capsys.readouterr().err
+
+
+def test_a_token_file_that_cannot_be_used_is_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("stats", "--token-file", str(tmp_path / "none")) == 78
+    (tmp_path / "empty").write_text("\n")
+    assert run("stats", "--token-file", str(tmp_path / "empty")) == 78
+    assert "empty" in capsys.readouterr().err
+
+
+def test_no_option_takes_a_token_as_its_value() -> None:
+    verbs = [ctl.jobctl, *ctl.jobctl.commands.values()]
+    assert not [option for verb in verbs for param in verb.params for option in param.opts if option == "--token"]
+
+
+def test_the_admin_token_never_goes_to_the_worker_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
+    assert places.worker_token(places.Places()) is None
+
+
+def test_the_token_file_may_hold_several_and_the_first_is_used(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("first-first-first-first\nsecond-second-second-s\n")
+    assert places.read_token(str(tmp_path / "token")) == "first-first-first-first"
+
+
+def test_options_may_stand_before_or_after_the_verb_and_the_nearer_wins(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--socket", "/before.sock", "jobs")
+    run("jobs", "--socket", "/after.sock")
+    run("--socket", "/before.sock", "jobs", "--socket", "/nearer.sock")
+    assert [
+        name for line in capsys.readouterr().err.splitlines() for name in ("before", "after", "nearer") if name in line
+    ] == [
+        "before",
+        "after",
+        "nearer",
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["cancel", "j"],
+        ["force-fail", "j"],
+        ["force-reset", "j"],
+        ["delete", "j"],
+        ["transition", "j", "queued", "failed"],
+    ],
+)
+def test_what_destroys_is_not_done_unasked(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
+    assert run(*argv) == 2
+    assert "--yes" in capsys.readouterr().err
+
+
+def test_help_names_every_verb_and_needs_neither_rich_nor_the_client() -> None:
+    code = (
+        "import sys; from jobd.cli import ctl; code = ctl.main(['--help'])\n"
+        "heavy = {'rich', 'msgspec', 'http.client', 'asyncio', 'aiohttp', 'jobd.client'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy)); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "HEAVY []" in done.stdout
+    verbs = (
+        "submit run jobs job why timeline validate cancel stats health cleanup recover-stuck force-fail force-reset "
+        "transition import locks queues workers pause resume alerts clock reports run-now update delete"
+    )
+    assert set(verbs.split()) <= {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")}
+
+
+def test_without_a_verb_the_help_is_shown_and_the_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "submit" in err
+
+
+def test_a_deed_is_allowed_where_the_table_of_transitions_says_so() -> None:
+    def deed(to: str | None, only_from: str | None = None) -> deeds.Deed:
+        return deeds.Deed("x", lambda _: None, to, lambda _: None, lambda _: "", only_from)  # type: ignore[arg-type, return-value]
+
+    assert deeds._allowed("processing", deed("failed"))
+    assert not deeds._allowed("completed", deed("queued"))
+    assert not deeds._allowed("queued", deed(None))
+    assert deeds._allowed("cancelled", deed(None))
+    assert not deeds._allowed("queued", deed("failed", only_from="processing"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_a_file_is_written_whole_and_for_its_owner_alone(tmp_path: Path) -> None:
+    told: list[int] = []
+    with safe_file.whole_file(tmp_path / "copy.db", told.append) as file:
+        file.write(b"12345")
+        file.write(b"678")
+        assert not (tmp_path / "copy.db").exists()
+    assert (tmp_path / "copy.db").read_bytes() == b"12345678"
+    assert (tmp_path / "copy.db").stat().st_mode & 0o777 == 0o600
+    assert told == [5, 8]
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.db"]
+
+
+def test_a_file_that_broke_off_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "copy.db").write_bytes(b"old")
+    (tmp_path / "copy.db.part").write_bytes(b"left over from a crash, longer than what comes now")
+    with pytest.raises(OSError, match="broke"):
+        _break_off(tmp_path / "copy.db")
+    assert (tmp_path / "copy.db").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.db"]
+
+
+def _break_off(path: Path) -> None:
+    with safe_file.whole_file(path, lambda _: None) as file:
+        file.write(b"new")
+        raise OSError("the stream broke")
+
+
+def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
+    with safe_file.whole_file(tmp_path / "copy.db", lambda _: None) as file:
+        file.write(b"first")
+        with pytest.raises(exits.Problem) as caught, safe_file.whole_file(tmp_path / "copy.db", lambda _: None):
+            pass
+        assert caught.value.code == 75
+    assert (tmp_path / "copy.db").read_bytes() == b"first"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The example that reads an old job table
+
+
+@pytest.fixture(scope="module")
+def old_jobs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("import_old_jobs", ROOT / "docs/examples/import_old_jobs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_old_table_becomes_lines_of_an_import(
+    old_jobs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with sqlite3.connect(tmp_path / "old.db") as db:
+        db.execute("CREATE TABLE jobs (id TEXT, type TEXT, status TEXT, progress INT, created_at TEXT, data TEXT)")
+        db.execute("INSERT INTO jobs VALUES ('a', 'video', 'running', 40, '2025-01-01 10:00:00', '{\"x\": 1}')")
+        db.execute("INSERT INTO jobs VALUES ('b', 'video', 'weird', 0, NULL, NULL)")
+        db.execute("INSERT INTO jobs VALUES ('c', NULL, 'done', 100, 1735725600, 'plain text')")
+    db.close()
+    assert old_jobs.main([str(tmp_path / "old.db")]) == 1
+    out, err = capsys.readouterr()
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {
+            "id": "a",
+            "kind": "video",
+            "status": "processing",
+            "progress": 40.0,
+            "created_at": 1_735_725_600_000,
+            "payload": {"x": 1},
+        },
+        {"id": "c", "status": "completed", "progress": 100.0, "created_at": 1_735_725_600_000, "payload": "plain text"},
+    ]
+    assert "row 2" in err
+    assert "--status weird=" in err
+
+
+def test_a_csv_with_other_names_is_mapped(
+    old_jobs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.csv").write_text("nr,what,state\n7,mail,parked\n")
+    argv = [str(tmp_path / "old.csv"), "--map", "id=nr", "--map", "kind=what", "--status", "parked=queued"]
+    assert old_jobs.main(argv) == 0
+    assert json.loads(capsys.readouterr().out) == {"id": "7", "kind": "mail", "status": "queued"}
+
+
+def test_the_example_only_names_fields_that_an_import_has(old_jobs: ModuleType) -> None:
+    from jobd.commands import Import
+
+    assert set(old_jobs.COLUMNS) <= set(Import.__struct_encode_fields__)
