@@ -10,6 +10,7 @@ import os
 import socket
 import ssl
 import stat
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -52,7 +53,8 @@ class Connection(RequestHandler):
             self.log_exception("bug in a connection", exc_info=exc)
             why = "it could not be handled"
         refusal = Refusal("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
-        reply = self._web.refuse(Visit(request, "client"), refusal)
+        assert isinstance(request, Visit)
+        reply = self._web.refuse(request, refusal)
         reply.force_close()
         return reply
 
@@ -68,7 +70,8 @@ class _Server(web.Server):
     """Makes a Connection where aiohttp would make its own."""
 
     def __init__(self, site: Web, **options: Any) -> None:
-        super().__init__(site.handle, handler_cancellation=True)
+        visit = partial(Visit, loop=asyncio.get_running_loop())
+        super().__init__(site.handle, request_factory=visit, handler_cancellation=True)
         self._site = site
         self._options = options
 

@@ -112,7 +112,7 @@ class Lines:
 
 async def take_in(site: Web, visit: Visit, _: Any) -> Answer | Refusal:
     """Import: each line of the body is created, skipped or refused by itself, in the order of the lines."""
-    welcome(visit.request)
+    welcome(visit)
     return await _Import(site, visit).run()
 
 
@@ -140,7 +140,7 @@ class _Import:
     async def _read(self) -> None:
         number = 0
         try:
-            async for line in Lines(self._visit.request.content, self._site.limits):
+            async for line in Lines(self._visit.content, self._site.limits):
                 number += 1
                 self._send(number, line)
                 await self._settle(AHEAD_LINES, AHEAD_BYTES)
@@ -199,12 +199,12 @@ def _id_of(line: bytes) -> str | None:
 
 
 async def give_out(site: Web, visit: Visit, _: Any) -> web.StreamResponse:
-    """Backup: the pieces as they come. Where they stop half-way the connection is cut: nobody takes that for a whole."""
+    """Backup: the pieces as they come. Where they stop half-way the connection is cut, and the client knows."""
     pieces = site.rooms.backup()
     try:
         first = await anext(pieces, b"")
         response = web.StreamResponse(headers={"Content-Type": BACKUP_KIND, "Server": "jobd", **SAFE})
-        await response.prepare(visit.request)
+        await response.prepare(visit)
         await _pass_on(response, first, pieces, visit)
         return response
     finally:
@@ -213,7 +213,7 @@ async def give_out(site: Web, visit: Visit, _: Any) -> web.StreamResponse:
 
 
 async def _pass_on(response: web.StreamResponse, first: bytes, pieces: AsyncIterator[bytes], visit: Visit) -> None:
-    transport = visit.request.transport
+    transport = visit.transport
     try:
         await _write(response, first)
         async for piece in pieces:

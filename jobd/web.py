@@ -15,6 +15,10 @@ from urllib.parse import unquote
 
 import structlog
 from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import RequestHandler
 from msgspec import Struct
 
 from jobd.bodies import Limits, Refused, path_value, refused, too_large
@@ -79,14 +83,21 @@ async def ask(site: Web, visit: Visit, command: Any) -> Answer | Refusal:
     return await site.actor.ask(command, by=visit.by, admin=site.admin, key=visit.key, size=visit.size)
 
 
-class Visit:
-    """One request on its way: what the actor, and the log line of a refusal, need to know of it."""
+class Visit(web.BaseRequest):
+    """One request on its way, with what the actor, and the log line of a refusal, need to know of it."""
 
-    __slots__ = ("allow", "by", "job_id", "key", "request", "route", "size")
-
-    def __init__(self, request: web.BaseRequest, by: str) -> None:
-        self.request = request
-        self.by = by
+    def __init__(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__(message, payload, protocol, writer, task, loop)
+        self.target = message.path  # path and query as they came
+        self.by = "client"
         self.route: Route | None = None
         self.allow: frozenset[str] = frozenset()
         self.key: KeyUse | None = None
@@ -119,9 +130,10 @@ class Web:
         self.refusals: Counter[str] = Counter()
         self._table = Table(routes, self.limits)
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The answer to `request`; a bug on the way is a 500 and one log line."""
-        visit = Visit(request, "admin" if self.admin else "client")
+    async def handle(self, visit: web.BaseRequest) -> web.StreamResponse:
+        """The answer to a request; a bug on the way is a 500 and one log line."""
+        assert isinstance(visit, Visit)
+        visit.by = "admin" if self.admin else "client"
         try:
             answer = await self._answer(visit)
         except Refused as no:
@@ -132,31 +144,28 @@ class Web:
             answer = self._confess(visit, bug)
         if isinstance(answer, Answer):
             lost = partial(self.actor.undelivered, answer) if answer.grants else None
-            return accepted(
-                request, answer.data, answer.status, replayed=answer.replayed, close=self.closing, lost=lost
-            )
+            return accepted(visit, answer.data, answer.status, replayed=answer.replayed, close=self.closing, lost=lost)
         return self.refuse(visit, answer) if isinstance(answer, Refusal) else answer
 
     async def _answer(self, visit: Visit) -> Answer | Refusal | web.StreamResponse:
         """From the request's bytes to the answer."""
-        request = visit.request
-        path, _, query = request.message.path.partition("?")
+        path, _, query = visit.target.partition("?")
         way, given = self._admit(visit, path)
         shape, value = way.shape, None
         if shape.given is not None:
             value = path_value(shape.given, given or "")
             visit.job_id = value if shape.given == "id" else None
-        if request.method == hdrs.METH_GET:
-            if request.body_exists:
+        if visit.method == hdrs.METH_GET:
+            if visit.body_exists:
                 raise refused("invalid_request", "A GET takes no body.", field="$")
             command = shape.from_query(query, value)
         elif query:
             raise refused("invalid_request", "This call takes no query. Put the fields into the body.", field="$")
         elif way.route.reads == "lines":
-            check_kind(request.headers, LINES)
+            check_kind(visit.headers, LINES)
             return await (way.route.via or ask)(self, visit, None)
         else:
-            body = await self._body(request) if request.body_exists else b""
+            body = await self._body(visit) if visit.body_exists else b""
             self._note_key(visit, way.route, path, body)
             command = shape.from_body(body, value)
             self._note(visit, command, len(body))
@@ -164,14 +173,13 @@ class Web:
 
     def _admit(self, visit: Visit, path: str) -> tuple[Way, str | None]:
         """The way of a request that may come in. The token is judged first, then Host and Origin, then the path."""
-        request = visit.request
-        way, given, allowed = self._table.find(request.method, path)
+        way, given, allowed = self._table.find(visit.method, path)
         if way is not None:
             visit.route = way.route
         if way is None or way.route.who != "anyone":
-            self.gate.admit(request.headers)
+            self.gate.admit(visit.headers)
         if self.gate.hosts is not None:
-            self.gate.check_origin(request.headers, request.get_extra_info("sockname"))
+            self.gate.check_origin(visit.headers, visit.get_extra_info("sockname"))
         if way is not None:
             return way, given
         if not allowed:
@@ -179,27 +187,27 @@ class Web:
         visit.allow = allowed
         raise refused("method_not_allowed", f"This path takes {', '.join(sorted(allowed))}.")
 
-    async def _body(self, request: web.BaseRequest) -> bytes:
+    async def _body(self, visit: Visit) -> bytes:
         """The whole body: of the right kind, within its size and its time."""
-        check_kind(request.headers, JSON)
-        payload = request.content
+        check_kind(visit.headers, JSON)
+        payload = visit.content
         try:
-            body = payload.read_nowait() if payload.is_eof() else await self._slow_body(request)
+            body = payload.read_nowait() if payload.is_eof() else await self._slow_body(visit)
         except web.RequestPayloadError:
             raise refused("invalid_request", "The body is broken: its chunks or its length are wrong.") from None
         if len(body) > self.limits.body:
             raise self._body_too_large()
         return body
 
-    async def _slow_body(self, request: web.BaseRequest) -> bytes:
+    async def _slow_body(self, visit: Visit) -> bytes:
         """A body that has not arrived yet, up to one piece over its limit."""
-        if int(request.headers.get(hdrs.CONTENT_LENGTH, 0)) > self.limits.body:
+        if int(visit.headers.get(hdrs.CONTENT_LENGTH, 0)) > self.limits.body:
             raise self._body_too_large()
-        welcome(request)
+        welcome(visit)
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_deadline_s):
-                while len(body) <= self.limits.body and (piece := await request.content.readany()):
+                while len(body) <= self.limits.body and (piece := await visit.content.readany()):
                     body += piece
         except TimeoutError:
             message = f"The body did not arrive within {self.limits.body_deadline_s:g} s. Send it again."
@@ -210,7 +218,7 @@ class Web:
         return too_large(f"The body is over {self.limits.body} bytes. Split it.", limit=self.limits.body)
 
     def _note_key(self, visit: Visit, route: Route, path: str, body: bytes) -> None:
-        key = visit.request.headers.get("Idempotency-Key") if route.key else None
+        key = visit.headers.get("Idempotency-Key") if route.key else None
         if key is not None:
             visit.key = self.gate.key_use(key, route.method, unquote(path), body)
 
@@ -228,17 +236,17 @@ class Web:
         route = visit.route
         log.info(
             "refused",
-            method=visit.request.method,
+            method=visit.method,
             path=None if route is None else route.path,
             code=refusal.code,
             by=visit.by,
             job=visit.job_id,
         )
         close = self.closing or refusal.code in CLOSING
-        return refusing(visit.request, refusal, allow=visit.allow, close=close)
+        return refusing(visit, refusal, allow=visit.allow, close=close)
 
     def _confess(self, visit: Visit, bug: Exception) -> Refusal:
-        """A bug costs one request. Its text may hold a secret, so the log names only its type and place."""
+        """A bug costs one visit. Its text may hold a secret, so the log names only its type and place."""
         route = visit.route
         at = traceback.extract_tb(bug.__traceback__)[-1]
         log.error(

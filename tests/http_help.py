@@ -1,0 +1,284 @@
+"""For tests of the doors: a desk in the actor's place, rooms with fixed figures, and a client that speaks raw HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from jobd.bodies import Limits
+from jobd.commands import (
+    AlertView,
+    Answer,
+    CleanupHealth,
+    CleanupReport,
+    CleanupState,
+    ClockView,
+    Command,
+    DatabaseHealth,
+    Done,
+    HealthStatus,
+    HealthView,
+    KeyUse,
+    PartHealth,
+    QuarantinedJob,
+    RecoverStuckView,
+    Recovery,
+    Refusal,
+)
+from jobd.doors import Gate
+from jobd.listener import Listener
+from jobd.routes import Route
+from jobd.web import Web
+
+TOKEN = "canary-token-0123456789abcdef"
+REPORT = CleanupReport(1_700_000_000_000, 1, 2, 3, 4, 5, 6, [], True)
+
+
+class Asked(Struct):
+    command: Any
+    by: str
+    admin: bool
+    key: KeyUse | None
+    size: int
+
+
+class Desk:
+    """Stands where the actor stands: notes what is asked, answers what the test says."""
+
+    def __init__(self, answer: Callable[[Any], Answer | Refusal | Awaitable[Answer | Refusal]] | None = None) -> None:
+        self.asked: list[Asked] = []
+        self.taken_back: list[Answer] = []
+        self.cancelled = asyncio.Event()
+        self.arrived = asyncio.Event()
+        self.answer = answer or (lambda command: Answer(Done()))
+
+    async def ask(
+        self,
+        command: Command,
+        *,
+        by: str = "client",
+        admin: bool = False,
+        key: KeyUse | None = None,
+        size: int = 0,
+    ) -> Answer | Refusal:
+        self.asked.append(Asked(command, by, admin, key, size))
+        self.arrived.set()
+        try:
+            answer = self.answer(command)
+            return answer if isinstance(answer, Answer | Refusal) else await answer
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    def undelivered(self, answer: Answer) -> None:
+        self.taken_back.append(answer)
+
+
+class Figures:
+    """Rooms with fixed figures."""
+
+    def __init__(self) -> None:
+        self.status: HealthStatus = "healthy"
+        self.forced: list[bool] = []
+        self.accepted = False
+        self.alive = True
+        self.ready = True
+        self.pieces: list[bytes | Exception] = [b"SQLite format 3\x00", b"x" * 100_000]
+        self.closed = asyncio.Event()
+
+    async def run_cleanup(self, *, forced: bool) -> CleanupReport:
+        self.forced.append(forced)
+        return REPORT
+
+    def cleanup_state(self) -> CleanupState:
+        return CleanupState(REPORT, True, 1234)
+
+    async def recover_stuck(self) -> RecoverStuckView:
+        return RecoverStuckView(1, 1, 0, [Recovery("a", "reset", "stalled")], 1_700_000_000_000)
+
+    async def health(self) -> HealthView:
+        part = PartHealth(self.status, "measured")
+        database = DatabaseHealth(self.status, "measured", 7)
+        return HealthView(self.status, database, part, part, CleanupHealth(False, None, "idle"), 1_700_000_000_000)
+
+    def alerts(self) -> list[AlertView]:
+        return [AlertView("stuck_jobs", False, None, 0, 5, "look at the workers")]
+
+    async def metrics(self) -> bytes:
+        return b"jobd_stuck_jobs 0\n"
+
+    async def reports(self, limit: int) -> list[CleanupReport]:
+        return [REPORT][:limit]
+
+    def clock(self) -> ClockView:
+        return ClockView(1_700_000_000_000, not self.accepted, "30 days ahead")
+
+    async def accept_clock(self) -> ClockView:
+        self.accepted = True
+        return self.clock()
+
+    def quarantine(self) -> list[QuarantinedJob]:
+        return [QuarantinedJob("bad-1", "checksum")]
+
+    async def backup(self) -> AsyncIterator[bytes]:
+        try:
+            for piece in self.pieces:
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+        finally:
+            self.closed.set()
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+
+class Heard(Struct):
+    """An answer as it came over the wire."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def data(self) -> Any:
+        assert self.json["success"] is True, self.json
+        return self.json["data"]
+
+    @property
+    def error(self) -> str:
+        assert self.json["success"] is False, self.json
+        return str(self.json["error"])
+
+
+class Line:
+    """One connection of a client that writes exactly the bytes that it is given."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def hear(self, *, head_only: bool = False) -> Heard:
+        """The next answer. Raises IncompleteReadError where the connection closes before its end."""
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        first, *lines = head.rstrip("\r\n").split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        body = b""
+        if head_only:
+            pass
+        elif headers.get("transfer-encoding") == "chunked":
+            while size := int(await self.reader.readuntil(b"\r\n"), 16):
+                body += await self.reader.readexactly(size)
+                await self.reader.readexactly(2)
+            await self.reader.readexactly(2)
+        else:
+            body = await self.reader.readexactly(int(headers.get("content-length", 0)))
+        return Heard(int(first.split(" ")[1]), headers, body)
+
+    async def ask(
+        self, method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
+    ) -> Heard:
+        self.send(message(method, target, body, headers))
+        return await self.hear(head_only=method == "HEAD")
+
+    async def is_closed(self) -> bool:
+        """Waits for the end of the connection; false where bytes come instead."""
+        try:
+            return await self.reader.read(1) == b""
+        except ConnectionError:
+            return True
+
+    async def close(self) -> None:
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+
+def message(
+    method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
+) -> bytes:
+    """A request as bytes, with the headers that a usual client sends."""
+    raw = body.encode() if isinstance(body, str) else body
+    fields = {"Host": "localhost"}
+    if raw is not None:
+        fields |= {"Content-Type": "application/json", "Content-Length": str(len(raw))}
+    fields |= headers or {}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode() + (raw or b"")
+
+
+class House:
+    """A Web behind a real listener, with a desk and figures, and clients that are closed at the end."""
+
+    def __init__(
+        self,
+        routes: tuple[Route, ...],
+        place: Path,
+        *,
+        gate: Gate | None = None,
+        limits: Limits | None = None,
+        admin: bool = False,
+        actor: Any = None,
+    ) -> None:
+        self.desk = actor or Desk()
+        self.figures = Figures()
+        self.site = Web(gate or Gate("worker"), routes, self.desk, self.figures, limits=limits, admin=admin)
+        self.listener = Listener(self.site)
+        self.path = str(place / "door.sock")
+        self.port = 0
+        self._lines: list[Line] = []
+        self._is_stopped = False
+
+    async def __aenter__(self) -> House:
+        if self.site.gate.hosts is None:
+            await self.listener.open_unix(self.path, 0o660)
+        else:
+            [(_, self.port)] = await self.listener.open_tcp("127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for line in self._lines:
+            await line.close()
+        if not self._is_stopped:
+            await self.stop(1.0)
+
+    async def stop(self, deadline_s: float) -> None:
+        self._is_stopped = True
+        await self.listener.stop(deadline_s)
+
+    async def line(self) -> Line:
+        if self.port:
+            pair = await asyncio.open_connection("127.0.0.1", self.port)
+        else:
+            pair = await asyncio.open_unix_connection(self.path)
+        self._lines.append(Line(*pair))
+        return self._lines[-1]
+
+    async def ask(
+        self, method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
+    ) -> Heard:
+        """One request on a connection of its own."""
+        line = await self.line()
+        return await line.ask(method, target, body, headers)
+
+    async def raw(self, data: bytes) -> Heard:
+        """The answer to exactly these bytes, on a connection of their own."""
+        line = await self.line()
+        line.send(data)
+        return await line.hear()

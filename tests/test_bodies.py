@@ -1,0 +1,319 @@
+"""Bodies and queries to commands: what is taken, and what is said about what is not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobd.bodies import Limits, Refused, Shape, part_of, path_value
+from jobd.commands import (
+    Bulk,
+    Cancel,
+    Claim,
+    Command,
+    Complete,
+    Create,
+    Extend,
+    Fail,
+    Import,
+    List,
+    Pause,
+    Progress,
+    Refusal,
+    Start,
+    Transition,
+    Update,
+)
+
+LIMITS = Limits()
+SHAPES: dict[str, Shape] = {
+    "create": Shape(Create, None, LIMITS),
+    "bulk": Shape(Bulk, None, LIMITS),
+    "claim": Shape(Claim, None, LIMITS),
+    "start": Shape(Start, "id", LIMITS),
+    "progress": Shape(Progress, "id", LIMITS),
+    "complete": Shape(Complete, "id", LIMITS),
+    "fail": Shape(Fail, "id", LIMITS),
+    "transition": Shape(Transition, None, LIMITS),
+    "import": Shape(Import, None, LIMITS),
+}
+
+
+def refusal(shape: Shape, body: bytes, value: str | None = None) -> Refusal:
+    with pytest.raises(Refused) as caught:
+        shape.from_body(body, value)
+    return caught.value.refusal
+
+
+def test_the_path_gives_the_id() -> None:
+    command = SHAPES["progress"].from_body(b'{"lock_id":"x","progress":1.5}', "job-1")
+    assert command == Progress(id="job-1", lock_id="x", progress=1.5)
+
+
+def test_an_equal_id_in_the_body_is_taken_and_another_is_refused() -> None:
+    shape = SHAPES["progress"]
+    assert shape.from_body(b'{"id":"a","lock_id":"x","progress":1}', "a") == Progress(id="a", lock_id="x", progress=1)
+    no = refusal(shape, b'{"id":"b","lock_id":"x","progress":1}', "a")
+    assert (no.code, no.details) == ("invalid_request", {"field": "$.id"})
+
+
+def test_the_path_gives_the_name_of_a_queue() -> None:
+    assert Shape(Pause, "name", LIMITS).from_body(b"", "mail") == Pause(name="mail")
+
+
+def test_an_empty_body_is_an_empty_object() -> None:
+    assert Shape(Cancel, "id", LIMITS).from_body(b"", "a") == Cancel(id="a")
+    assert SHAPES["create"].from_body(b"") == Create()
+    assert refusal(SHAPES["progress"], b"", "a").details == {"field": "$.lock_id"}
+
+
+def test_default_factories_survive_the_split() -> None:
+    part = part_of(Claim, "worker")
+    assert msgspec.json.decode(b"{}", type=part).queues == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "body", "field"),
+    [
+        ("progress", '{"lock_id":"x","progress":-0.1}', "$.progress"),
+        ("progress", '{"lock_id":"x","progress":100.1}', "$.progress"),
+        ("progress", '{"lock_id":"x","progress":"50"}', "$.progress"),
+        ("progress", '{"lock_id":"x","progress":1e999}', "$.progress"),
+        ("progress", '{"lock_id":"x","progress":' + "9" * 6000 + "}", "$.progress"),
+        ("progress", '{"lock_id":"","progress":1}', "$.lock_id"),
+        ("progress", '{"progress":1}', "$.lock_id"),
+        ("progress", '{"lock_id":"x","progres":1}', "$.progres"),
+        ("create", '{"priority":1001}', "$.priority"),
+        ("create", '{"priority":-1001}', "$.priority"),
+        ("create", '{"priority":1.5}', "$.priority"),
+        ("create", '{"priority":99999999999999999999999}', "$.priority"),
+        ("create", '{"priority":true}', "$.priority"),
+        ("create", '{"id":""}', "$.id"),
+        ("create", '{"id":"a b"}', "$.id"),
+        ("create", '{"id":"' + "a" * 201 + '"}', "$.id"),
+        ("create", '{"backoff":{"kind":"linear"}}', "$.backoff.kind"),
+        ("create", '{"max_attempts":0}', "$.max_attempts"),
+        ("create", "[]", "$"),
+        ("create", "null", "$"),
+        ("create", "3", "$"),
+        ("bulk", '{"jobs":[]}', "$.jobs"),
+        ("bulk", '{"jobs":[{},{"queue":""}]}', "$.jobs[1].queue"),
+        ("bulk", '{"jobs":[{"x":1}]}', "$.jobs[0].x"),
+        ("claim", '{"worker":""}', "$.worker"),
+        ("claim", '{"worker":"w","limit":101}', "$.limit"),
+        ("claim", '{"worker":"w","wait_ms":60001}', "$.wait_ms"),
+        ("claim", '{"worker":"w","queues":[]}', "$.queues"),
+        ("claim", '{"worker":"w","queues":["a/b"]}', "$.queues[0]"),
+        ("start", '{"worker":"w","lock_ttl_ms":999}', "$.lock_ttl_ms"),
+        ("start", '{"worker":"w","lock_ttl_ms":86400001}', "$.lock_ttl_ms"),
+        ("complete", '{"lock_id":"x","file_path":"a\\u0000b"}', "$.file_path"),
+        ("complete", '{"lock_id":"x","download_url":""}', "$.download_url"),
+        ("complete", '{"lock_id":"x","storage_key":"/etc/passwd"}', "$.storage_key"),
+        ("complete", '{"lock_id":"x","storage_key":"a/../b"}', "$.storage_key"),
+        ("complete", '{"lock_id":"x","storage_key":"a\\u0000"}', "$.storage_key"),
+        ("fail", '{"lock_id":"x","error_message":""}', "$.error_message"),
+        ("fail", '{"lock_id":"x"}', "$.error_message"),
+        ("transition", '{"from":"queued","to":"failed"}', "$.jobId"),
+        ("transition", '{"jobId":"a","from":"gone","to":"failed"}', "$.from"),
+        ("transition", '{"jobId":"a","from":"queued","to":"failed","updates":{"storage_key":"../x"}}',
+         "$.updates.storage_key"),
+        ("transition", '{"jobId":"a","from":"queued","to":"failed","updates":{"id":"b"}}', "$.updates.id"),
+        ("import", '{"id":"a","storage_key":"/x"}', "$.storage_key"),
+    ],
+)  # fmt: skip
+def test_a_field_out_of_its_bounds_is_named(shape: str, body: str, field: str) -> None:
+    given_id = "job-1" if SHAPES[shape].given else None
+    no = refusal(SHAPES[shape], body.encode(), given_id)
+    assert no.code == "invalid_request"
+    assert no.details == {"field": field}
+    assert field in no.message
+
+
+@pytest.mark.parametrize("progress", [0, 100, 0.0, 99.9])
+def test_the_bounds_themselves_are_taken(progress: float) -> None:
+    body = json.dumps({"lock_id": "x", "progress": progress}).encode()
+    command = SHAPES["progress"].from_body(body, "a")
+    assert isinstance(command, Progress)
+    assert command.progress == progress
+
+
+def test_a_time_in_seconds_is_told_so() -> None:
+    no = refusal(SHAPES["complete"], b'{"lock_id":"x","expires_at":1700000000}', "a")
+    assert no.details == {"field": "$.expires_at"}
+    assert "milliseconds" in no.message
+    assert "1000" in no.message
+    assert SHAPES["complete"].from_body(b'{"lock_id":"x","expires_at":100000000000}', "a")
+
+
+def test_the_message_helps() -> None:
+    assert "Did you mean `progress`?" in refusal(SHAPES["progress"], b'{"lock_id":"x","progres":1}', "a").message
+    assert "queued, processing" in refusal(SHAPES["transition"], b'{"jobId":"a","from":"x","to":"failed"}').message
+    assert "exponential, fixed" in refusal(SHAPES["create"], b'{"backoff":{"kind":"x"}}').message
+    assert "A-Z a-z 0-9" in refusal(SHAPES["create"], b'{"id":"a b"}').message
+    assert "control" in refusal(SHAPES["create"], b'{"kind":"a\\u0001"}').message
+    assert "NUL" in refusal(SHAPES["complete"], b'{"lock_id":"x","file_path":"\\u0000"}', "a").message
+    assert "a whole number or null" in refusal(Shape(Update, "id", LIMITS), b'{"priority":"x"}', "a").message
+    assert "is missing" in refusal(SHAPES["progress"], b"{}", "a").message
+
+
+def test_a_strange_field_name_comes_back_short_and_printable() -> None:
+    name = "\x1b[31m" + "x" * 500
+    no = refusal(SHAPES["create"], json.dumps({name: 1}).encode())
+    assert no.message.isprintable()
+    assert len(no.message) < 600
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"nonsense",
+        b'{"payload":NaN}',
+        b'{"payload":Infinity}',
+        b'{"payload":01}',
+        b"{'payload':1}",
+        b'{"payload":1}{}',
+        b'{"payload":1,}',
+        b'\xef\xbb\xbf{"payload":1}',
+        b'{"payload":"\xff"}',
+        b'{"payload":"\xed\xa0\x80"}',
+        b'{"kind":"\xff"}',
+        b'{"payload":"\\ud800"}',
+        b'{"kind":"\\ud800"}',
+        b'{"payload":"\\x"}',
+        b'{"payload":"a\x00b"}',
+        b'{"payload":' + b"[" * 200_000,
+        b'{"payload":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        b'{"payload":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+    ],
+)
+def test_no_json_is_a_400_about_the_whole_body(body: bytes) -> None:
+    no = refusal(SHAPES["create"], body)
+    assert (no.code, no.details) == ("invalid_request", {"field": "$"})
+    assert no.message.startswith("The body is not valid JSON")
+
+
+def test_the_body_is_not_repeated_in_the_answer() -> None:
+    assert "canary" not in refusal(SHAPES["create"], b'{"payload": canary}').message
+    assert "canary" not in refusal(SHAPES["progress"], b'{"lock_id":"canary","progress":"canary"}', "a").message
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_give_a_command_or_a_400(body: bytes) -> None:
+    try:
+        command = SHAPES["create"].from_body(body)
+    except Refused as no:
+        assert no.refusal.code == "invalid_request"
+    else:
+        assert isinstance(command, Create)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+_FIELDS = sorted({info.encode_name for shape in SHAPES.values() for info in msgspec.structs.fields(shape.part)})
+
+
+@given(st.sampled_from(sorted(SHAPES)), st.dictionaries(st.sampled_from(_FIELDS) | st.text(max_size=8), _JSON))
+def test_any_object_gives_a_command_or_a_400(name: str, fields: dict[str, Any]) -> None:
+    shape = SHAPES[name]
+    try:
+        command = shape.from_body(json.dumps(fields).encode(), "a" if shape.given else None)
+    except Refused as no:
+        assert no.refusal.code == "invalid_request"
+        assert no.refusal.details["field"].startswith("$")
+    else:
+        assert type(command) is shape.command
+
+
+def test_a_payload_at_its_limit_is_taken_and_one_byte_more_is_not() -> None:
+    shape = Shape(Create, None, Limits(payload=10))
+    assert shape.from_body(b'{"payload":"12345678"}')
+    no = refusal(shape, b'{"payload":"123456789"}')
+    assert (no.code, no.details) == ("too_large", {"field": "$.payload", "limit": 10})
+
+
+@pytest.mark.parametrize(("command", "field"), [(Bulk, "$.jobs[1].payload"), (Import, "$.payload")])
+def test_payloads_of_bulks_and_imports_have_the_same_limit(command: type[Command], field: str) -> None:
+    shape = Shape(command, None, Limits(payload=10))
+    body = b'{"id":"a","payload":"123456789"}'
+    no = refusal(shape, b'{"jobs":[{},%b]}' % body if command is Bulk else body)
+    assert (no.code, no.details["field"]) == ("too_large", field)
+
+
+def test_a_bulk_at_its_limit_is_taken_and_one_job_more_is_not() -> None:
+    shape = Shape(Bulk, None, Limits(bulk=3))
+    assert shape.from_body(b'{"jobs":[{},{},{}]}')
+    no = refusal(shape, b'{"jobs":[{},{},{},{}]}')
+    assert (no.code, no.details) == ("too_large", {"field": "$.jobs", "limit": 3})
+
+
+def test_the_payload_is_kept_as_it_came() -> None:
+    command = SHAPES["create"].from_body(b'{"payload": {"b": 1e5,  "a": [1.0]} }')
+    assert isinstance(command, Create)
+    assert bytes(command.payload) == b'{"b": 1e5,  "a": [1.0]}'
+
+
+# -- queries ----------------------------------------------------------------------------------------------------------
+
+
+def query_refusal(query: str) -> Refusal:
+    with pytest.raises(Refused) as caught:
+        Shape(List, None, LIMITS).from_query(query)
+    return caught.value.refusal
+
+
+def test_a_query_gives_a_command() -> None:
+    shape = Shape(List, None, LIMITS)
+    assert shape.from_query("") == List()
+    query = "status=queued&queue=mail&limit=200&cursor=17&worker=w%201&kind="
+    assert shape.from_query(query) == List(
+        status="queued", queue="mail", limit=200, cursor="17", worker="w 1", kind=""
+    )
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("limit=0", "$.limit"),
+        ("limit=201", "$.limit"),
+        ("limit=ten", "$.limit"),
+        ("limit=", "$.limit"),
+        ("limt=5", "$.limt"),
+        ("status=gone", "$.status"),
+        ("cursor=abc", "$.cursor"),
+        ("queue=a&queue=b", "$.queue"),
+        ("queue=a&queue=a", "$.queue"),
+        ("queue=%ff", "$"),
+        ("queue=a%00", "$.queue"),
+        ("&".join(f"a{n}=1" for n in range(60)), "$"),
+    ],
+)
+def test_a_parameter_that_is_not_taken_is_named(query: str, field: str) -> None:
+    no = query_refusal(query)
+    assert (no.code, no.details) == ("invalid_request", {"field": field})
+
+
+def test_a_query_cannot_give_what_the_path_gives() -> None:
+    shape = Shape(Extend, "id", LIMITS)
+    with pytest.raises(Refused):
+        shape.from_query("id=b&lock_id=x", "a")
+
+
+@pytest.mark.parametrize("value", ["", "a b", "a/b", "a\n", "ä", "a" * 201, "\x00", "\udcff"])
+def test_a_malformed_id_in_the_path_is_a_400(value: str) -> None:
+    with pytest.raises(Refused) as caught:
+        path_value("id", value)
+    assert caught.value.refusal.details == {"field": "$.id"}
+
+
+@pytest.mark.parametrize("value", ["a", "A.b_c:d-9", "a" * 200, ".."])
+def test_a_good_id_in_the_path_is_taken(value: str) -> None:
+    assert path_value("id", value) == value
