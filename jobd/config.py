@@ -1,0 +1,504 @@
+"""Configuration: config.toml, environment and flags become one frozen value that holds every default.
+
+Reads files and nothing else; it opens no socket and no store.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, OnStall, Policy
+
+EXIT_CONFIG: Final = 78
+DEFAULT_PATH: Final = "/etc/jobd/config.toml"
+MIN_TOKEN: Final = 24
+MAKE_TOKEN: Final = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+
+_UNITS: Final = {"ms": 1, "s": SECOND_MS, "m": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
+_DURATION: Final = re.compile(r"(\d{1,12})(ms|s|m|h|d)?")
+_LEFT_ALONE: Final = frozenset({"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL", "JOBD_WORKER_TOKEN_FILE"})
+
+
+class ConfigError(Exception):
+    """What is wrong, with file, key and what is expected. The daemon exits with 78."""
+
+
+class Duration(int):
+    """Milliseconds; in the file a string such as "15m" or "500ms"."""
+
+
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class WorkerSection(Struct, frozen=True, forbid_unknown_fields=True):
+    socket: str = ""
+    socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0660"
+    listen: str = ""
+    token_file: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+
+
+class AdminSection(Struct, frozen=True, forbid_unknown_fields=True):
+    listen: str = "127.0.0.1:8770"
+    token_file: str = ""
+    hosts: list[str] = []
+    tls_cert: str = ""
+    tls_key: str = ""
+
+
+class StoreSection(Struct, frozen=True, forbid_unknown_fields=True):
+    path: str = ""
+    synchronous: Literal["full", "extra"] = "full"
+
+
+class LocksSection(Struct, frozen=True, forbid_unknown_fields=True):
+    ttl: Duration = Duration(15 * MINUTE_MS)
+    max_processing: Duration = Duration(30 * MINUTE_MS)
+
+
+class StuckSection(Struct, frozen=True, forbid_unknown_fields=True):
+    after: Duration = Duration(10 * MINUTE_MS)
+    max_stalls: Annotated[int, Meta(ge=0, le=1000)] = 3
+    on_stall: OnStall = "auto"
+
+
+class CleanupSection(Struct, frozen=True, forbid_unknown_fields=True):
+    interval: Duration = Duration(5 * MINUTE_MS)
+    min_interval: Duration = Duration(2 * MINUTE_MS)
+    recover_every: Duration = Duration(10 * SECOND_MS)
+    batch: Annotated[int, Meta(ge=1, le=1000)] = 200
+
+
+class RetentionSection(Struct, frozen=True, forbid_unknown_fields=True):
+    completed: Duration = Duration(7 * DAY_MS)
+    failed: Duration = Duration(30 * DAY_MS)
+    cancelled: Duration = Duration(7 * DAY_MS)
+    journal: Duration = Duration(DAY_MS)
+
+
+class ValidationSection(Struct, frozen=True, forbid_unknown_fields=True):
+    require_download_url: bool = False
+
+
+class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
+    mailbox: Positive = 10_000
+    inflight_bytes: Positive = 64 << 20
+    body: Positive = 1 << 20
+    payload: Positive = 256 << 10
+    bulk: Annotated[int, Meta(ge=1, le=1000)] = 1000
+    claim_wait: Duration = Duration(MINUTE_MS)
+    parked_claims: Positive = 10_000
+    live_jobs: Positive = 5_000_000
+    idempotency_keys: Positive = 200_000
+
+
+class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
+    stuck_jobs: Annotated[int, Meta(ge=0)] = 5
+    processing_jobs: Annotated[int, Meta(ge=0)] = 20
+    average_processing: Duration = Duration(10 * MINUTE_MS)
+    pass_issues: Annotated[int, Meta(ge=0)] = 10
+
+
+class ArtefactsSection(Struct, frozen=True, forbid_unknown_fields=True):
+    url: str = ""
+
+
+class LogSection(Struct, frozen=True, forbid_unknown_fields=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "logfmt", "json"] = "auto"
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole configuration. Durations are milliseconds, sizes bytes."""
+
+    worker: WorkerSection = WorkerSection()
+    admin: AdminSection = AdminSection()
+    store: StoreSection = StoreSection()
+    locks: LocksSection = LocksSection()
+    stuck: StuckSection = StuckSection()
+    cleanup: CleanupSection = CleanupSection()
+    retention: RetentionSection = RetentionSection()
+    validation: ValidationSection = ValidationSection()
+    limits: LimitsSection = LimitsSection()
+    alerts: AlertsSection = AlertsSection()
+    artefacts: ArtefactsSection = ArtefactsSection()
+    log: LogSection = LogSection()
+
+    def policy(self) -> Policy:
+        """What the rules need of it."""
+        return Policy(
+            lock_ttl_ms=int(self.locks.ttl),
+            max_processing_ms=int(self.locks.max_processing),
+            stuck_after_ms=int(self.stuck.after),
+            max_stalls=self.stuck.max_stalls,
+            on_stall=self.stuck.on_stall,
+            keep_completed_ms=int(self.retention.completed),
+            keep_failed_ms=int(self.retention.failed),
+            keep_cancelled_ms=int(self.retention.cancelled),
+            require_download_url=self.validation.require_download_url,
+            live_jobs=self.limits.live_jobs,
+            idempotency_keys=self.limits.idempotency_keys,
+        )
+
+
+class Loaded(Struct, frozen=True):
+    """A configuration with where each value came from, the tokens, and what deserves a loud warning."""
+
+    config: Config
+    sources: dict[str, str]  # "section.key" -> default, file PATH, env NAME, flag
+    admin_tokens: tuple[str, ...]
+    worker_tokens: tuple[str, ...]
+    path: str | None = None
+    development: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+# What a running daemon takes over on SIGHUP; the rest is settled when its sockets and its store are opened.
+RELOADABLE: Final = frozenset(
+    {
+        *(f"locks.{name}" for name in LocksSection.__struct_fields__),
+        *(f"stuck.{name}" for name in StuckSection.__struct_fields__),
+        *(f"cleanup.{name}" for name in CleanupSection.__struct_fields__),
+        *(f"retention.{name}" for name in RetentionSection.__struct_fields__),
+        *(f"alerts.{name}" for name in AlertsSection.__struct_fields__),
+        "validation.require_download_url",
+        "limits.live_jobs",
+        "worker.token_file",
+        "admin.token_file",
+        "log.level",
+    }
+)
+
+_BOUNDS: Final[dict[str, tuple[int, int]]] = {
+    "locks.ttl": (SECOND_MS, DAY_MS),
+    "locks.max_processing": (0, YEAR_MS),
+    "stuck.after": (0, YEAR_MS),
+    "cleanup.interval": (100, DAY_MS),
+    "cleanup.min_interval": (0, DAY_MS),
+    "cleanup.recover_every": (0, HOUR_MS),
+    "retention.completed": (0, 100 * YEAR_MS),
+    "retention.failed": (0, 100 * YEAR_MS),
+    "retention.cancelled": (0, 100 * YEAR_MS),
+    "retention.journal": (0, 100 * YEAR_MS),
+    "limits.claim_wait": (0, MINUTE_MS),
+    "alerts.average_processing": (0, YEAR_MS),
+}
+
+
+def parse_duration(text: str) -> int:
+    """Milliseconds of "15m", "500ms", "10s", "7d", "0". Raises ValueError."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or (match[2] is None and int(match[1]) != 0):
+        raise ValueError(f'"{text}" is no duration: write a number and ms, s, m, h or d, such as "15m"')
+    return int(match[1]) * _UNITS[match[2] or "ms"]
+
+
+def show_duration(ms: int) -> str:
+    """The shortest text that `parse_duration` reads as `ms`."""
+    if ms == 0:
+        return "0"
+    unit = next(unit for unit in ("d", "h", "m", "s", "ms") if ms % _UNITS[unit] == 0)
+    return f"{ms // _UNITS[unit]}{unit}"
+
+
+def load(flags: Mapping[str, str], environ: Mapping[str, str], path: str | None = None) -> Loaded:
+    """The effective configuration. `flags` maps "section.key" to text; `path` is that of --config.
+
+    Raises ConfigError with file, key and what is expected.
+    """
+    found = _find_file(environ, path)
+    values: dict[str, dict[str, Any]] = {}
+    sources: dict[str, str] = {}
+    if found is not None:
+        for key, value in _read_file(found).items():
+            _set(values, sources, key, value, f"file {found}")
+    for name, key in _environment(environ).items():
+        _set(values, sources, key, environ[name], f"env {name}")
+    for key, text in flags.items():
+        _set(values, sources, key, text, "flag")
+    config = _settle(_convert(values, sources), environ, sources)
+    _check(config)
+    development = environ.get("ENVIRONMENT") == "development"
+    admin_tokens = _admin_tokens(config, environ)
+    if not admin_tokens and not development:
+        raise ConfigError(
+            "no admin token: set ADMIN_TOKEN, ADMIN_TOKEN_FILE or [admin] token_file (a systemd credential named "
+            f"admin_token works too). Make one with: {MAKE_TOKEN}"
+        )
+    return Loaded(
+        config,
+        {key: sources.get(key, "default") for key in KEYS},
+        admin_tokens,
+        _read_tokens(config.worker.token_file, "[worker] token_file") if config.worker.token_file else (),
+        None if found is None else str(found),
+        development,
+        _warnings(config),
+    )
+
+
+def effective(loaded: Loaded) -> str:
+    """The configuration as TOML, each line with the source of its value. No secret is in it."""
+    lines = []
+    for section in Config.__struct_fields__:
+        lines.append(f"[{section}]")
+        for name in getattr(loaded.config, section).__struct_fields__:
+            value = getattr(getattr(loaded.config, section), name)
+            lines.append(f"{name} = {show(value)}  # {loaded.sources[f'{section}.{name}']}")
+        lines.append("")
+    count = len(loaded.admin_tokens)
+    lines.append(f"# admin tokens: {count or 'a random one at start'}; worker tokens: {len(loaded.worker_tokens)}")
+    return "\n".join(lines)
+
+
+def show(value: object) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Duration):
+        return f'"{show_duration(value)}"'
+    if isinstance(value, int):
+        return str(int(value))
+    return msgspec.json.encode(value).decode()
+
+
+def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """The keys that differ: those that a running daemon takes over, and those that need a restart."""
+    differing = [key for key in KEYS if _get(old, key) != _get(new, key)]
+    return [key for key in differing if key in RELOADABLE], [key for key in differing if key not in RELOADABLE]
+
+
+def _get(config: Config, key: str) -> object:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _fields() -> dict[str, type]:
+    sections = get_type_hints(Config)
+    return {
+        f"{section}.{name}": hint
+        for section in Config.__struct_fields__
+        for name, hint in get_type_hints(sections[section], include_extras=True).items()
+    }
+
+
+KEYS: Final = _fields()
+
+
+def _find_file(environ: Mapping[str, str], path: str | None) -> Path | None:
+    named = path or environ.get("JOBD_CONFIG")
+    if named:
+        if not Path(named).is_file():
+            raise ConfigError(f"{named}: no such file. Give the path of a config.toml with --config or JOBD_CONFIG")
+        return Path(named)
+    return Path(DEFAULT_PATH) if Path(DEFAULT_PATH).is_file() else None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            tables = tomllib.load(file)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    values = {}
+    for section, table in tables.items():
+        if section not in Config.__struct_fields__:
+            raise ConfigError(f"{path}: unknown section [{section}]. Known: {', '.join(Config.__struct_fields__)}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {section} must be a section: write [{section}] on a line of its own")
+        for name, value in table.items():
+            values[f"{section}.{name}"] = value
+    return values
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Names JOBD_<SECTION>_<KEY> that are set, with the key that each means."""
+    found = {}
+    for name in environ:
+        if not name.startswith("JOBD_") or name in _LEFT_ALONE or name.startswith("JOBD_JOB_"):
+            continue
+        section, _, key = name.removeprefix("JOBD_").lower().partition("_")
+        if f"{section}.{key}" not in KEYS:
+            raise ConfigError(f"environment {name}: no such key. Names are JOBD_<SECTION>_<KEY>, as in config.toml")
+        found[name] = f"{section}.{key}"
+    return found
+
+
+def _set(values: dict[str, dict[str, Any]], sources: dict[str, str], key: str, value: Any, source: str) -> None:
+    if key not in KEYS:
+        section = key.partition(".")[0]
+        known = ", ".join(name.partition(".")[2] for name in KEYS if name.startswith(f"{section}."))
+        raise ConfigError(f"{source}: unknown key {key}. Known in [{section}]: {known}")
+    hint = KEYS[key]
+    try:
+        if hint is Duration:
+            value = _duration(key, value)
+        elif source.startswith(("env", "flag")):
+            value = _from_text(hint, value)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {key}: {error}") from None
+    section, _, name = key.partition(".")
+    values.setdefault(section, {})[name] = value
+    sources[key] = source
+
+
+def _duration(key: str, value: Any) -> int:
+    if not isinstance(value, str):
+        raise ValueError(f'expected a duration in quotes, such as "15m", not {value!r}')
+    ms = parse_duration(value)
+    least, most = _BOUNDS[key]
+    if not least <= ms <= most:
+        raise ValueError(f"{value} is outside {show_duration(least)} to {show_duration(most)}")
+    return ms
+
+
+def _from_text(hint: Any, text: str) -> Any:
+    if hint == list[str]:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if hint is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise ValueError(f"expected true or false, not {text!r}")
+        return text.lower() in ("true", "1", "yes")
+    try:
+        return msgspec.convert(text, hint, strict=False)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{error}{_choices(hint)}") from None
+
+
+def _choices(hint: object) -> str:
+    """The values that a key takes, where they are a few words."""
+    words = get_args(hint) if get_origin(hint) is Literal else ()
+    return f"; expected one of {', '.join(map(str, words))}" if words else ""
+
+
+def _convert(values: dict[str, dict[str, Any]], sources: Mapping[str, str]) -> Config:
+    try:
+        return msgspec.convert(values, Config, dec_hook=lambda hint, value: hint(value))
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$.")
+        key = where.rstrip("`").partition("[")[0]
+        message += _choices(KEYS.get(key))
+        raise ConfigError(f"{sources.get(key, 'configuration')}: {key}: {message}") from None
+
+
+def _settle(config: Config, environ: Mapping[str, str], sources: dict[str, str]) -> Config:
+    """Fill in the default places: systemd's directories, those of root, else the user's."""
+    worker, store = config.worker, config.store
+    if not worker.socket:
+        worker = msgspec.structs.replace(worker, socket=str(runtime_directory(environ) / "worker.sock"))
+    if not store.path:
+        in_memory = environ.get("ENVIRONMENT") == "development" and "store.path" not in sources
+        path = ":memory:" if in_memory else str(state_directory(environ) / "jobd.db")
+        store = msgspec.structs.replace(store, path=path)
+    return msgspec.structs.replace(config, worker=worker, store=store)
+
+
+def runtime_directory(environ: Mapping[str, str]) -> Path:
+    if environ.get("RUNTIME_DIRECTORY"):
+        return Path(environ["RUNTIME_DIRECTORY"].partition(":")[0])
+    if os.geteuid() == 0:
+        return Path("/run/jobd")
+    return Path(environ.get("XDG_RUNTIME_DIR") or f"/tmp/jobd-{os.geteuid()}") / "jobd"
+
+
+def state_directory(environ: Mapping[str, str]) -> Path:
+    if environ.get("STATE_DIRECTORY"):
+        return Path(environ["STATE_DIRECTORY"].partition(":")[0])
+    if os.geteuid() == 0:
+        return Path("/var/lib/jobd")
+    return Path(environ.get("XDG_STATE_HOME") or Path(environ.get("HOME", "/")) / ".local/state") / "jobd"
+
+
+def parse_listen(text: str, key: str) -> tuple[str, int] | str:
+    """("127.0.0.1", 8770) of "127.0.0.1:8770", or the path of "unix:/path"."""
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if not path.startswith("/"):
+            raise ConfigError(f'{key}: "{text}": the path of a Unix socket starts with /')
+        return path
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f'{key}: "{text}": expected HOST:PORT, such as 127.0.0.1:8770, or unix:/path')
+    return host.strip("[]"), int(port)
+
+
+def _check(config: Config) -> None:
+    """Combinations that cannot work."""
+    for name, section in (("worker", config.worker), ("admin", config.admin)):
+        if bool(section.tls_cert) != bool(section.tls_key):
+            raise ConfigError(f"{name}.tls_cert and {name}.tls_key go together: set both or none")
+    if isinstance(parse_listen(config.admin.listen, "admin.listen"), str) and config.admin.tls_cert:
+        raise ConfigError("admin.tls_cert: a Unix socket has no TLS; listen on HOST:PORT or remove it")
+    if config.worker.listen:
+        if isinstance(parse_listen(config.worker.listen, "worker.listen"), str):
+            raise ConfigError("worker.listen: expected HOST:PORT; the Unix socket is worker.socket")
+        if not config.worker.token_file:
+            raise ConfigError("worker.listen needs worker.token_file: a TCP port is never open without a token")
+    elif config.worker.tls_cert:
+        raise ConfigError("worker.tls_cert needs worker.listen: a Unix socket has no TLS")
+    if config.limits.payload > config.limits.body:
+        raise ConfigError("limits.payload must not be larger than limits.body")
+    if config.limits.inflight_bytes < 2 * config.limits.body:
+        raise ConfigError("limits.inflight_bytes must be at least twice limits.body, or no large request comes in")
+    if config.artefacts.url and not re.fullmatch(r"file:///.+", config.artefacts.url):
+        raise ConfigError(f'artefacts.url: "{config.artefacts.url}": expected file:///DIRECTORY')
+
+
+def _warnings(config: Config) -> tuple[str, ...]:
+    """A TCP address that others can reach, without TLS: the token travels in the clear."""
+    loud = []
+    for name, section in (("admin", config.admin), ("worker", config.worker)):
+        if not section.listen or section.tls_cert:
+            continue
+        place = parse_listen(section.listen, f"{name}.listen")
+        if not isinstance(place, str) and not _is_loopback(place[0]):
+            loud.append(f"[{name}] listens on {section.listen} WITHOUT TLS: tokens travel in the clear. Set tls_cert.")
+    return tuple(loud)
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def _admin_tokens(config: Config, environ: Mapping[str, str]) -> tuple[str, ...]:
+    if environ.get("ADMIN_TOKEN"):
+        return (check_token(environ["ADMIN_TOKEN"], "ADMIN_TOKEN"),)
+    if environ.get("ADMIN_TOKEN_FILE"):
+        return _read_tokens(environ["ADMIN_TOKEN_FILE"], "ADMIN_TOKEN_FILE")
+    if config.admin.token_file:
+        return _read_tokens(config.admin.token_file, "[admin] token_file")
+    credential = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent") / "admin_token"
+    return _read_tokens(str(credential), "credential admin_token") if credential.is_file() else ()
+
+
+def _read_tokens(path: str, where: str) -> tuple[str, ...]:
+    """One token a line; two may be valid at once, so that they can be rotated."""
+    try:
+        lines = Path(path).read_text("ascii").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: {path}: a token is printable ASCII") from None
+    except OSError as error:
+        raise ConfigError(f"{where}: {path}: cannot be read: {error.strerror}") from None
+    tokens = tuple(check_token(line.strip(), f"{where}: {path}") for line in lines if line.strip())
+    if not 1 <= len(tokens) <= 2:
+        raise ConfigError(f"{where}: {path}: expected one token, or two while you rotate them, one a line")
+    return tokens
+
+
+def check_token(token: str, where: str) -> str:
+    """A token is at least 24 printable ASCII characters. It is never part of a message."""
+    if len(token) < MIN_TOKEN:
+        raise ConfigError(f"{where}: the token is shorter than {MIN_TOKEN} characters. Make one with: {MAKE_TOKEN}")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError(f"{where}: a token is printable ASCII without spaces. Make one with: {MAKE_TOKEN}")
+    return token
