@@ -5,7 +5,7 @@ Commands are the typed bodies of both APIs. Nothing here decides: rules.py has o
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
@@ -34,6 +34,11 @@ from jobd.job import (
     UnixMs,
     Worker,
 )
+
+if TYPE_CHECKING:
+    Json = Raw | None
+else:
+    Json = Raw  # to msgspec `Raw | None` means null and nothing else; what is missing is None all the same
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals: a code with its status beside it.
@@ -178,7 +183,7 @@ class Complete(OnJob, frozen=True, kw_only=True):
     download_url: Place | None = None
     file_path: Place | None = None
     storage_key: Place | None = None
-    metadata: Raw | None = None
+    metadata: Json = None
     expires_at: UnixMs | None = None
 
 
@@ -235,7 +240,7 @@ class Updates(Struct, frozen=True, forbid_unknown_fields=True):
     download_url: Place | None = None
     file_path: Place | None = None
     storage_key: Place | None = None
-    metadata: Raw | None = None
+    metadata: Json = None
 
 
 class Transition(OnJobNamed, frozen=True, kw_only=True):
@@ -305,7 +310,7 @@ class Import(Command, frozen=True, kw_only=True):
     download_url: Place | None = None
     file_path: Place | None = None
     storage_key: Place | None = None
-    metadata: Raw | None = None
+    metadata: Json = None
     error_message: Text | None = None
     error_code: Code | None = None
 
@@ -424,7 +429,7 @@ class JobView(Struct):
     download_url: str | None
     file_path: str | None
     storage_key: str | None
-    metadata: Raw | None
+    metadata: Json
     error_message: str | None
     error_code: str | None
     repeated: bool | UnsetType = UNSET

@@ -164,10 +164,11 @@ def keep_ms(policy: Policy, status: str) -> int:
 
 
 def kept_result(result: Result) -> Result | None:
-    """None where nothing was given. The bytes are copied out of the request that they came in."""
-    if result == Result():
-        return None
-    return result if result.metadata is None else replace(result, metadata=Raw(bytes(result.metadata)))
+    """None where nothing was given; null is nothing. The bytes are copied out of the request that they came in."""
+    if result.metadata is not None:
+        body = bytes(result.metadata)
+        result = replace(result, metadata=None if body == b"null" else Raw(body))
+    return None if result == Result() else result
 
 
 def ended_by(
