@@ -1,0 +1,495 @@
+"""Time as one more sender of commands: fast recovery, ticks of lease time, cleanup passes and their reports.
+
+Decides nothing about a job: it only looks for work, and the rules judge each command when it is applied. Once running
+it is stopped by a message, never cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Final, Protocol, TypeVar
+
+import msgspec
+import structlog
+from msgspec import Struct, field
+
+from jobd.actor import Actor
+from jobd.commands import (
+    AnyCommand,
+    CleanupReport,
+    CleanupState,
+    DeleteExpired,
+    Expire,
+    Issue,
+    Mend,
+    Moment,
+    Recover,
+    Recovered,
+    RecoverStuckView,
+    Recovery,
+    Refusal,
+    Report,
+    Tick,
+    Worked,
+)
+from jobd.figures import PROCESSING_BUCKETS_S, Figures
+from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS
+from jobd.validation import counts, validate
+
+log = structlog.get_logger("jobd.cleanup")
+
+T = TypeVar("T")
+
+TICK_S: Final = 10.0
+PAUSE_S: Final = 0.002  # after each slice, so that workers get the loop and the disk in between
+SCAN: Final = 500  # jobs validated in one go: below a millisecond
+ISSUES_LOGGED: Final = 20  # of one pass; the rest is in the report's count
+LATE_AFTER: Final = 3  # periods without a pass that succeeded, before health complains
+
+
+class Schedule(Struct, frozen=True):
+    """When passes and recovery run, and in what slices. `recover_every_ms` 0 leaves recovery to the passes."""
+
+    interval_ms: int = 5 * MINUTE_MS
+    min_interval_ms: int = 2 * MINUTE_MS
+    recover_every_ms: int = 10 * SECOND_MS
+    batch: int = 200  # jobs of one command
+    journal_ms: int = DAY_MS  # how long the journal of a deleted job is kept
+
+
+class Clock(Protocol):
+    @property
+    def suspect(self) -> bool: ...
+    def moment(self) -> Moment: ...
+
+
+class Totals(Struct):
+    """What was done since the process started, for metrics."""
+
+    passes: int = 0
+    found: Counter[str] = field(default_factory=Counter)  # kind -> jobs
+    issues: Counter[str] = field(default_factory=Counter)  # type -> issues
+
+
+class Refused(Exception):
+    """The actor refused one of our commands."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+class Unfinished(Exception):
+    """A step could not do all of its work; the message says why."""
+
+
+class _Pass(Struct):
+    """A pass under way."""
+
+    forced: bool
+    errors: list[str] = field(default_factory=list)
+    found: int = 0
+    fixed: int = 0
+    logged: int = 0
+
+
+class Cleaner:
+    """Two loops beside each other, so that a long pass delays no recovery: `run` is both, until `stop`.
+
+    `drop_artefacts` is given the storage keys of deleted jobs and gives a sentence for each that could not be deleted;
+    it has to spare a key that another job still names.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        clock: Clock,
+        schedule: Schedule | None = None,
+        *,
+        drop_artefacts: Callable[[Sequence[str]], Awaitable[list[str]]] | None = None,
+    ) -> None:
+        self.schedule = schedule or Schedule()
+        self.last_report: CleanupReport | None = None
+        self.totals = Totals()
+        self.is_running = False  # a pass is under way
+        self._actor = actor
+        self._book = actor.book
+        self._disk = actor.disk
+        self._clock = clock
+        self._drop_artefacts = drop_artefacts
+        self._stopping = False
+        self._pass_wake = asyncio.Event()
+        self._time_wake = asyncio.Event()
+        self._asked: asyncio.Future[CleanupReport] | None = None  # the answer to who waits for the next, or this, pass
+        self._forced = False
+        self._last_begin = self._last_success = asyncio.get_running_loop().time()  # loop times, in seconds
+        self._last_end: float | None = None
+
+    # -- for others ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until `stop`. Survives any exception of a step; the counters are saved at the end."""
+        await self._restore()
+        try:
+            await asyncio.gather(self._keep_time(), self._keep_house())
+        finally:
+            self._answer(self._no_pass())
+
+    def stop(self) -> None:
+        """End after the slice that is under way. Call it while the actor still takes commands."""
+        self._stopping = True
+        self._pass_wake.set()
+        self._time_wake.set()
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """A new configuration, in force at once."""
+        self.schedule = schedule
+        self._pass_wake.set()
+        self._time_wake.set()
+
+    async def run_pass(self, *, forced: bool) -> CleanupReport:
+        """The report of the pass under way, or of a new one. Unforced within `min_interval_ms`: the last report."""
+        if self._asked is None:
+            if self._stopping:
+                return self._no_pass()
+            if not forced and self.last_report is not None and not self._may_run():
+                return self.last_report
+            self._asked = asyncio.get_running_loop().create_future()
+        if not self.is_running:
+            self._forced = self._forced or forced
+            self._pass_wake.set()
+        return await asyncio.shield(self._asked)
+
+    async def recover_stuck(self) -> RecoverStuckView | Refusal:
+        """Recover every stuck job now, for an operator. A refusal where nothing could be done."""
+        details: list[Recovery] = []
+        try:
+            await self._recover("admin", details)
+        except Refused as refused:
+            if not details:
+                return refused.refusal
+        except Unfinished:
+            log.info("recovery_unfinished", recovered=len(details))
+        reset = sum(recovery.action == "reset" for recovery in details)
+        return RecoverStuckView(
+            recovered_jobs=len(details),
+            reset_jobs=reset,
+            failed_jobs=len(details) - reset,
+            details=details,
+            timestamp=self._clock.moment().now,
+        )
+
+    def state(self) -> CleanupState:
+        return CleanupState(self.last_report, self.is_running, self._since_last_ms())
+
+    async def reports(self, limit: int) -> list[CleanupReport]:
+        """Kept reports, newest first; one that cannot be read is left out and logged."""
+        found = [_read(body, CleanupReport) for body in await self._disk.reports(limit)]
+        return [report for report in found if report is not None]
+
+    def complaint(self) -> str | None:
+        """What an operator should know of cleanup, or None where passes succeed in time."""
+        schedule = self.schedule
+        period_s = max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
+        silent_s = asyncio.get_running_loop().time() - self._last_success
+        if silent_s <= LATE_AFTER * period_s:
+            return None
+        errors = self.last_report.errors if self.last_report else []
+        why = f" The last one said: {' '.join(errors)}" if errors else ""
+        return f"No cleanup pass has succeeded for {silent_s:.0f} s (cleanup.interval {period_s:.0f} s).{why}"
+
+    # -- time: recovery and ticks -------------------------------------------------------------------------------------
+
+    async def _keep_time(self) -> None:
+        loop_time = asyncio.get_running_loop().time
+        next_recovery = next_tick = loop_time()
+        while not self._stopping:
+            every_s = self.schedule.recover_every_ms / SECOND_MS
+            next_recovery = min(next_recovery, loop_time() + every_s)
+            if every_s and loop_time() >= next_recovery:
+                next_recovery = loop_time() + every_s
+                await self._survive("recovery", self._recover_due)
+            if loop_time() >= next_tick:
+                next_tick = loop_time() + TICK_S
+                await self._survive("tick", self._tick)
+            upcoming = min(next_tick, next_recovery) if every_s else next_tick
+            await _pause(self._time_wake, upcoming - loop_time())
+
+    async def _recover_due(self) -> None:
+        if self._has_expired():
+            await self._recover("recovery", [])
+
+    def _has_expired(self) -> bool:
+        """Whether a lock has expired or a job become stuck: a look at three heads, whatever the number of jobs."""
+        if self._book.stuck or self._book.expired_locks:
+            return True
+        deadline = self._book.next_deadline()
+        return deadline is not None and deadline <= self._clock.moment().lease
+
+    async def _recover(self, by: str, details: list[Recovery]) -> None:
+        """All stuck jobs and expired locks, slice by slice; what was done goes into `details`."""
+        while True:
+            done: Recovered = await self._ask(Recover(limit=self.schedule.batch), by)
+            details += done.details
+            self.totals.found["stuck"] += len(done.details)
+            self.totals.found["expired_locks"] += done.locks_cleared
+            if not done.more or not (done.details or done.locks_cleared):
+                return
+            await self._breathe()
+
+    async def _tick(self) -> None:
+        """A crash shall not cost running grants their lease time: keep it on disk while there is one."""
+        if self._book.processing:
+            await self._actor.ask(Tick(), by="daemon")  # a refusal is no harm: on a full disk lease time stands still
+
+    # -- passes -------------------------------------------------------------------------------------------------------
+
+    async def _keep_house(self) -> None:
+        loop_time = asyncio.get_running_loop().time
+        while not self._stopping:
+            if self._asked is not None or loop_time() >= self._next_pass():
+                await self._one_pass()
+            await _pause(self._pass_wake, self._next_pass() - loop_time())
+        await self._survive("figures", self._save_figures)
+
+    def _next_pass(self) -> float:
+        """The loop time at which the next pass begins by itself: the first one at once."""
+        if self._last_end is None:
+            return self._last_begin
+        schedule = self.schedule
+        period_end = self._last_begin + schedule.interval_ms / SECOND_MS
+        return max(period_end, self._last_end + schedule.min_interval_ms / SECOND_MS)
+
+    async def _one_pass(self) -> None:
+        loop_time = asyncio.get_running_loop().time
+        now = _Pass(self._forced)
+        self._forced, self.is_running, self._last_begin = False, True, loop_time()
+        try:
+            report = await self._pass(now)
+        except Exception as error:
+            log.exception("cleanup_pass_failed")
+            report = self._no_pass(f"pass: {error}")
+        finally:
+            self.is_running, self._last_end = False, loop_time()
+        if not report.errors:
+            self._last_success = self._last_end
+        self.last_report = report
+        self._answer(report)
+
+    async def _pass(self, now: _Pass) -> CleanupReport:
+        for name, step in (
+            ("recovery", self._recovery_step),
+            ("expiry", self._expiry_step),
+            ("deletion", self._deletion_step),
+            ("validation", self._validation_step),
+            ("journal", self._journal_step),
+        ):
+            await self._step(now, name, step)
+        report = self._report(now)
+        await self._step(now, "report", lambda _: self._keep(report))
+        await self._step(now, "figures", lambda _: self._save_figures())
+        self.totals.passes += 1
+        log.info("cleanup_pass", **msgspec.to_builtins(report))
+        return report
+
+    async def _step(self, now: _Pass, name: str, step: Callable[[_Pass], Awaitable[None]]) -> None:
+        """One step; where it fails the pass goes on and its report says so."""
+        if self._stopping:
+            if "pass" not in {error.partition(":")[0] for error in now.errors}:
+                now.errors.append("pass: it was ended early because the daemon is stopping.")
+            return
+        try:
+            await step(now)
+        except (Refused, Unfinished) as refused:
+            log.warning("cleanup_step_failed", step=name, error=str(refused))
+            now.errors.append(f"{name}: {refused}")
+        except Exception as error:
+            log.exception("cleanup_step_failed", step=name)
+            now.errors.append(f"{name}: {type(error).__name__}: {error}")
+
+    async def _recovery_step(self, now: _Pass) -> None:
+        await self._recover("recovery", [])
+
+    async def _expiry_step(self, now: _Pass) -> None:
+        """Queued jobs that their creators no longer want."""
+        more = True
+        while more:
+            worked: Worked = await self._ask(Expire(limit=self.schedule.batch), "cleanup")
+            self.totals.found["expired"] += worked.done
+            more = worked.more and worked.done > 0
+            await self._breathe()
+
+    async def _deletion_step(self, now: _Pass) -> None:
+        """Finished jobs past their time, each with its artefact. Not while the wall clock is in doubt."""
+        failed: list[str] = []
+        while not self._clock.suspect:
+            ids = await self._disk.expired(self._clock.moment().now, self.schedule.batch)
+            if not ids:
+                break
+            worked: Worked = await self._ask(DeleteExpired(ids=ids), "cleanup")
+            self.totals.found["deleted"] += worked.done
+            if self._drop_artefacts is not None and worked.storage_keys:
+                failed += await self._drop_artefacts(worked.storage_keys)
+            if not worked.done:
+                failed.append(f"{len(ids)} expired jobs could not be deleted, the first is {ids[0]}.")
+                break
+            await self._breathe()
+        if failed:
+            raise Unfinished(" ".join(failed[:ISSUES_LOGGED]))
+
+    async def _validation_step(self, now: _Pass) -> None:
+        """Rows that hands or imports brought, and all that are alive; only what looks wrong costs a command."""
+        suspects = list(dict.fromkeys(self._book.suspects.values()))
+        for ids in _slices(suspects, self.schedule.batch):
+            await self._mend(now, ids)
+        looked_at = set(suspects)
+        for ids in _slices(list(self._book.jobs), SCAN):
+            wrong = [job_id for job_id in ids if job_id not in looked_at and self._looks_wrong(job_id)]
+            for some in _slices(wrong, self.schedule.batch):
+                await self._mend(now, some)
+            await self._breathe()
+
+    def _looks_wrong(self, job_id: str) -> bool:
+        job = self._book.jobs.get(job_id)
+        if job is None:
+            return False
+        return any(map(counts, validate(job, self._clock.moment(), self._actor.policy).issues))
+
+    async def _mend(self, now: _Pass, ids: list[str]) -> None:
+        worked: Worked = await self._ask(Mend(ids=ids), "cleanup")
+        now.found += worked.found
+        now.fixed += worked.done
+        self.totals.found["issues"] += worked.found
+        for job_id, issue in worked.issues:
+            self._note_issue(now, job_id, issue)
+        await self._breathe()
+
+    def _note_issue(self, now: _Pass, job_id: str, issue: Issue) -> None:
+        self.totals.issues[issue.type] += 1
+        if now.logged < ISSUES_LOGGED:
+            now.logged += 1
+            told = {"severity": issue.type, "field": issue.field, "problem": issue.message, "fix": issue.fix}
+            log.warning("validation_issue", job_id=job_id, **told)
+
+    async def _journal_step(self, now: _Pass) -> None:
+        """The journal of jobs that were deleted long enough ago."""
+        limit = self.schedule.batch
+        while not self._clock.suspect:
+            before = self._clock.moment().now - self.schedule.journal_ms
+            if await self._disk.prune(before, limit) < limit:
+                break
+            await self._breathe()
+
+    # -- reports ------------------------------------------------------------------------------------------------------
+
+    def _report(self, now: _Pass) -> CleanupReport:
+        since = self._book.figures.since_report
+        return CleanupReport(
+            timestamp=self._clock.moment().now,
+            stuck_jobs_recovered=since.recovered,
+            expired_jobs_deleted=since.deleted,
+            expired_locks_cleared=since.locks_cleared,
+            validation_issues_fixed=now.fixed,
+            validation_issues_found=now.found,
+            total_processing_time=round((asyncio.get_running_loop().time() - self._last_begin) * SECOND_MS),
+            errors=now.errors,
+            forced=now.forced,
+        )
+
+    async def _keep(self, report: CleanupReport) -> None:
+        """Store it; what it counted is then taken off, not what was done while it was written."""
+        await self._ask(Report(body=msgspec.json.encode(report)), "cleanup")
+        since = self._book.figures.since_report
+        since.recovered -= report.stuck_jobs_recovered
+        since.deleted -= report.expired_jobs_deleted
+        since.locks_cleared -= report.expired_locks_cleared
+
+    async def _save_figures(self) -> None:
+        await self._disk.save_figures(msgspec.json.encode(self._book.figures))
+
+    async def _restore(self) -> None:
+        try:
+            found = await self.reports(1)
+        except Exception:
+            log.exception("last_report_unreadable")
+            return
+        self.last_report = found[0] if found else None
+
+    def _no_pass(self, error: str = "pass: none was made, the daemon is stopping.") -> CleanupReport:
+        """The answer to who waits for a pass that cannot be made."""
+        return CleanupReport(self._clock.moment().now, 0, 0, 0, 0, 0, 0, [error], self._forced)
+
+    def _answer(self, report: CleanupReport) -> None:
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            asked.set_result(report)
+
+    # -- small things -------------------------------------------------------------------------------------------------
+
+    def _since_last_ms(self) -> int | None:
+        """Since the end of the last pass; of one before the start by its report, in wall time."""
+        if self._last_end is not None:
+            return round((asyncio.get_running_loop().time() - self._last_end) * SECOND_MS)
+        if self.last_report is not None:
+            return max(self._clock.moment().now - self.last_report.timestamp, 0)
+        return None
+
+    def _may_run(self) -> bool:
+        since_ms = self._since_last_ms()
+        return since_ms is None or since_ms >= self.schedule.min_interval_ms
+
+    async def _ask(self, command: AnyCommand, by: str) -> Any:
+        """The data of the answer. Raises Refused."""
+        answer = await self._actor.ask(command, by=by)
+        if isinstance(answer, Refusal):
+            raise Refused(answer)
+        return answer.data
+
+    async def _breathe(self) -> None:
+        await asyncio.sleep(PAUSE_S)
+        if self._stopping:
+            raise Unfinished("the daemon is stopping; the rest is for the next pass.")
+
+    async def _survive(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Time goes on whatever happens."""
+        try:
+            await work()
+        except (Refused, Unfinished) as refused:
+            log.warning("cleanup_refused", what=what, error=str(refused))
+        except Exception:
+            log.exception("cleanup_failed", what=what)
+
+
+def read_figures(body: bytes | None) -> Figures:
+    """The figures that the last run saved; fresh ones where there are none, or they cannot be read (logged)."""
+    figures = None if body is None else _read(body, Figures)
+    if figures is None:
+        return Figures()
+    places = len(PROCESSING_BUCKETS_S) + 1  # those of an older version may have had other bounds
+    figures.processing = {queue: found for queue, found in figures.processing.items() if len(found.counts) == places}
+    return figures
+
+
+def _read(body: bytes, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        log.warning("kept_value_unreadable", kind=kind.__name__, error=str(error))
+        return None
+
+
+def _slices(ids: list[str], size: int) -> Iterator[list[str]]:
+    left = iter(ids)
+    while some := list(islice(left, size)):
+        yield some
+
+
+async def _pause(wake: asyncio.Event, seconds: float) -> None:
+    """Until `wake` is set, or `seconds` have passed."""
+    timer = asyncio.get_running_loop().call_later(max(seconds, 0), wake.set)
+    await wake.wait()
+    timer.cancel()
+    wake.clear()
