@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from hashlib import sha256
 from typing import Final
+
+from multidict import MultiMapping
 
 from jobd.bodies import refused
 from jobd.commands import KeyUse
@@ -41,17 +43,17 @@ class Gate:
         """From now on these tokens are valid, and no others. Any of several will do."""
         self._digests = tuple(sha256(token.encode()).digest() for token in tokens)
 
-    def admit(self, headers: Mapping[str, str]) -> None:
-        """401 unless the request carries a valid token. Takes the same time whichever token it is."""
+    def admit(self, headers: MultiMapping[str]) -> None:
+        """401 unless the request carries one valid token. Takes the same time whichever token it is."""
         if self._digests is None:
             return
-        scheme, _, token = headers.get("Authorization", "").partition(" ")
+        scheme, _, token = ", ".join(headers.getall("Authorization", ())).partition(" ")
         given = sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
         known = [hmac.compare_digest(given, digest) for digest in self._digests]
         if not any(known) or scheme.lower() != "bearer":
             raise refused("unauthorized", "A valid token is needed: send `Authorization: Bearer <token>`.")
 
-    def check_origin(self, headers: Mapping[str, str], address: object) -> None:
+    def check_origin(self, headers: MultiMapping[str], address: object) -> None:
         """403 where Host is not a name of this daemon or Origin is another site (DNS rebinding, cross-site requests).
 
         `address` is the socket's own: a request to that very address is no rebinding.
@@ -97,7 +99,7 @@ def own_names(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
     return frozenset(names | LOOPBACK if names & LOOPBACK or listen in ANY_ADDRESS else names)
 
 
-def check_kind(headers: Mapping[str, str], wanted: str) -> None:
+def check_kind(headers: MultiMapping[str], wanted: str) -> None:
     """415 unless the body is of the type `wanted`, in UTF-8 and not compressed."""
     given = headers.get("Content-Type", "")
     if given not in _PLAIN.get(wanted, ()) and not _is_kind(given, wanted):

@@ -19,7 +19,7 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from jobd.commands import Refusal
-from jobd.web import Visit, Web
+from jobd.web import BUG, Visit, Web
 
 BACKLOG: Final = 1024
 LINGER_S: Final = 5.0  # how long the rest of a refused body is read, so that the client gets to see the answer
@@ -45,15 +45,14 @@ class Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """The answer to what is not HTTP. Its own text stays out of it: it may hold a token."""
-        if isinstance(exc, LineTooLong):
-            why = f"a line of its head is over {self.max_line_size} bytes"
-        elif isinstance(exc, HttpProcessingError):
-            why = "its head or its framing is wrong"
+        assert isinstance(request, Visit)
+        if isinstance(exc, HttpProcessingError):
+            line = f"a line of its head is over {self.max_line_size} bytes"
+            why = line if isinstance(exc, LineTooLong) else "its head or its framing is wrong"
+            refusal = Refusal("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
         else:
             self.log_exception("bug in a connection", exc_info=exc)
-            why = "it could not be handled"
-        refusal = Refusal("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
-        assert isinstance(request, Visit)
+            refusal = BUG
         reply = self._web.refuse(request, refusal)
         reply.force_close()
         return reply

@@ -76,7 +76,8 @@ _REPLAYED: Final = b"Idempotent-Replayed: true\r\n"
 class Reply(web.StreamResponse):
     """A whole answer, written in one piece. aiohttp's own Response spends more time on headers than all the rest.
 
-    `lost` is called where the connection is gone before the first byte was written.
+    `lost` is called where the connection is gone before the first byte was written. `close` ends the connection once
+    the rest of the request has been read and dropped, `hang_up` at once.
     """
 
     def __init__(
@@ -86,10 +87,12 @@ class Reply(web.StreamResponse):
         body: bytes,
         *,
         close: bool = False,
+        hang_up: bool = False,
         lost: Callable[[], None] | None = None,
     ) -> None:
         self._request = request
         self._lost = lost
+        self._hang_up = hang_up
         self._keep_alive = request.keep_alive and not close
         told = b"" if self._keep_alive and request.version >= (1, 1) else self._connection()
         length = b"Content-Length: %d\r\n\r\n" % len(body)
@@ -111,6 +114,8 @@ class Reply(web.StreamResponse):
         transport.write(self._bytes)
         if self._request.protocol.writing_paused:
             await self._drain(transport)
+        if self._hang_up:
+            transport.close()
 
     async def _drain(self, transport: asyncio.Transport) -> None:
         """Wait for a slow reader, but not for ever."""
@@ -151,4 +156,5 @@ def refusing(
     if refusal.code == "overloaded":
         more["Retry_After"] = str(RETRY_AFTER_S)
     body = ErrorBody(error=refusal.code, message=refusal.message, details=refusal.details)
-    return Reply(request, _head(refusal.status, JSON, **more), _encode(body), close=close)
+    late = refusal.code == "request_timeout"
+    return Reply(request, _head(refusal.status, JSON, **more), _encode(body), close=close or late, hang_up=late)

@@ -42,8 +42,7 @@ from jobd.doors import JSON, LINES, Gate, check_kind
 from jobd.replies import Reply, accepted, refusing
 from jobd.routes import Route, Table, Way
 
-# After these the rest of the body is not wanted, or cannot be found.
-CLOSING: Final = frozenset({"too_large", "request_timeout"})
+BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
 log = structlog.get_logger()
 
@@ -136,16 +135,19 @@ class Web:
         visit.by = "admin" if self.admin else "client"
         try:
             answer = await self._answer(visit)
+            if isinstance(answer, Answer):
+                return self._accept(visit, answer)
         except Refused as no:
             answer = no.refusal
         except ConnectionError:
             raise
         except Exception as bug:
             answer = self._confess(visit, bug)
-        if isinstance(answer, Answer):
-            lost = partial(self.actor.undelivered, answer) if answer.grants else None
-            return accepted(visit, answer.data, answer.status, replayed=answer.replayed, close=self.closing, lost=lost)
         return self.refuse(visit, answer) if isinstance(answer, Refusal) else answer
+
+    def _accept(self, visit: Visit, answer: Answer) -> Reply:
+        lost = partial(self.actor.undelivered, answer) if answer.grants else None
+        return accepted(visit, answer.data, answer.status, replayed=answer.replayed, close=self.closing, lost=lost)
 
     async def _answer(self, visit: Visit) -> Answer | Refusal | web.StreamResponse:
         """From the request's bytes to the answer."""
@@ -218,9 +220,9 @@ class Web:
         return too_large(f"The body is over {self.limits.body} bytes. Split it.", limit=self.limits.body)
 
     def _note_key(self, visit: Visit, route: Route, path: str, body: bytes) -> None:
-        key = visit.headers.get("Idempotency-Key") if route.key else None
-        if key is not None:
-            visit.key = self.gate.key_use(key, route.method, unquote(path), body)
+        keys = visit.headers.getall("Idempotency-Key", ()) if route.key else ()
+        if keys:
+            visit.key = self.gate.key_use(", ".join(keys), route.method, unquote(path), body)
 
     def _note(self, visit: Visit, command: Command, size: int) -> None:
         """What the command says of itself: who asks, about which job."""
@@ -242,7 +244,7 @@ class Web:
             by=visit.by,
             job=visit.job_id,
         )
-        close = self.closing or refusal.code in CLOSING
+        close = self.closing or refusal.code == "too_large"
         return refusing(visit, refusal, allow=visit.allow, close=close)
 
     def _confess(self, visit: Visit, bug: Exception) -> Refusal:
@@ -256,7 +258,7 @@ class Web:
             error=type(bug).__name__,
             where=f"{at.filename}:{at.lineno} {at.name}",
         )
-        return Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
+        return BUG
 
 
 def welcome(request: web.BaseRequest) -> None:
