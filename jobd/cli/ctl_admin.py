@@ -163,7 +163,7 @@ def clock(what: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="How many at most.")
+@click.option("--limit", type=click.IntRange(1, 50), default=20, show_default=True, help="How many at most.")
 @json_option
 @admin_options
 def reports(limit: int, as_json: bool) -> None:
@@ -197,10 +197,10 @@ def import_(file: str, as_json: bool) -> int:
     if as_json:
         show.emit_json(result)
     else:
-        show.emit(f"{result.imported} imported, {result.skipped} skipped, {len(result.refused)} refused")
+        show.emit(f"{result.imported} imported, {result.skipped} skipped, {result.refused_count} refused")
         for line in result.refused:
             show.say(f"line {line.line}{f' ({line.id})' if line.id else ''}: {line.reason}")
-    return exits.FAILED if result.refused else exits.DONE
+    return exits.FAILED if result.refused_count else exits.DONE
 
 
 def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:

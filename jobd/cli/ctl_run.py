@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import click
 
 from jobd.cli import exits
@@ -9,8 +11,54 @@ from jobd.cli.kinds import DURATION
 from jobd.cli.places import current, worker_endpoint, worker_options
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--queue", "queues", metavar="NAME", multiple=True, help="Queue to work on; may be repeated.  [default]")
+@click.option("--kind", "kinds", metavar="KIND", multiple=True, help="Only jobs of this kind; may be repeated.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Jobs at a time.")
+@click.option("--lock-ttl", type=DURATION, default="60s", show_default=True, help="Silence after which a job is lost.")
+@click.option("--grace", type=DURATION, default="30s", show_default=True, help="What SIGTERM leaves the running job.")
+@click.option("--once", is_flag=True, help="End after one job.")
+@click.option("--drain", is_flag=True, help="End when no job is due.")
+@click.option("--name", metavar="NAME", help="Name of this worker (default: host and pid).")
+@click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @worker_options
-def run() -> int:
-    """Work on jobs by running CMD for each."""
-    return 0
+def run(
+    queues: tuple[str, ...],
+    kinds: tuple[str, ...],
+    concurrency: int,
+    lock_ttl: int,
+    grace: int,
+    once: bool,
+    drain: bool,
+    name: str | None,
+    command: tuple[str, ...],
+) -> int:
+    """Work on jobs by running CMD for each.
+
+    CMD gets the payload as JSON on stdin and the job's fields as JOBD_JOB_* variables. Lines that it prints as
+    "::progress 42 text", "::meta key=value" and "::result file_path=value" are for jobd, all others pass through.
+    Exit 0 completes the job, anything else fails it. With --once and --drain: exit 0 if all jobs were completed.
+
+    \b
+    Example: jobctl run --queue video --concurrency 2 -- ./convert.sh --quality high
+    """
+    if once and drain:
+        raise click.UsageError("--once and --drain are two ways to end: give one")
+    if once and concurrency > 1:
+        raise click.UsageError("--once works on one job: leave out --concurrency")
+    from jobd.client.run import CommandWorker
+
+    worker = CommandWorker(
+        worker_endpoint(current()),
+        command,
+        queues=queues or ("default",),
+        kinds=kinds or None,
+        concurrency=concurrency,
+        lock_ttl_ms=lock_ttl,
+        grace_s=grace / 1000,
+        once=once,
+        drain=drain,
+        name=name,
+    )
+    code = asyncio.run(worker.run())
+    return exits.FAILED if code else exits.DONE

@@ -12,6 +12,7 @@ from jobd.cli import exits, show
 from jobd.cli.deeds import confirm
 from jobd.cli.group import json_option
 from jobd.cli.places import admin_client, admin_options
+from jobd.cli.settings import config_option, store_option, store_path
 
 BACKUP_S: Final = 300.0  # the daemon copies and checks everything before the first byte comes
 
@@ -35,29 +36,12 @@ def backup(file: Path, yes: bool) -> None:
     show.emit(f"{file}: {show.size(count)}")
 
 
-def store_options(verb: Any) -> Any:
-    """Where the database is: --store, else the configuration."""
-    verb = click.option("--config", metavar="FILE", help="Configuration that names the database.")(verb)
-    return click.option("--store", metavar="PATH", help="The database, instead of that of the configuration.")(verb)
-
-
-def store_path(store: str | None, config: str | None) -> str:
-    """The path of the database. Problem (78) where the configuration names none."""
-    if store is not None:
-        return store
-    from jobd.config import load
-
-    path = load(config).config.store.path
-    if path == ":memory:":
-        raise exits.Problem("The store of this configuration is in memory: name a database with --store", exits.CONFIG)
-    return path
-
-
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-@store_options
+@store_option
+@config_option
 def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str | None) -> None:
     """Put a backup in place of the database; jobd must be stopped.
 
@@ -93,7 +77,8 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
 @click.option("--accept", metavar="ID", help="Take the edited row of this job as it is, and let validation judge it.")
 @click.option("--recount", is_flag=True, help="Take the rows that are there as all there are: counts are made anew.")
 @json_option
-@store_options
+@store_option
+@config_option
 @admin_options
 def doctor(
     running: bool, accept: str | None, recount: bool, as_json: bool, store: str | None, config: str | None
@@ -111,13 +96,17 @@ def doctor(
 
         return _diagnosis(examine(admin_client()), as_json)
     from jobd import doctor as offline
+    from jobd.files import StoreBusy
 
     path = store_path(store, config)
     if accept is not None or recount:
         show.emit(offline.accept(path, accept) if accept is not None else offline.recount(path))
         return exits.DONE
-    with busy(f"checking {path}"):
-        problems = offline.check(path)
+    try:
+        with busy(f"checking {path}"):
+            problems = offline.check(path)
+    except StoreBusy as error:
+        raise exits.Problem(f"{error}; or check it as it runs: jobd doctor --running", exits.TRY_AGAIN) from None
     return _diagnosis(problems, as_json)
 
 

@@ -5,7 +5,6 @@ Only tells the story and judges it; the processes are demo_stage.py's, the files
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import time
@@ -137,7 +136,7 @@ def _tell(job: JobInfo, story: Story, out: Screen) -> None:
 
 def _said(job: JobInfo) -> dict[str, object]:
     """The metadata that the worker left."""
-    return json.loads(bytes(job.metadata)) if job.metadata is not None else {}
+    return job.metadata_value or {}
 
 
 def _kill_one(stage: Stage, client: JobClient, jobs: Sequence[JobInfo], story: Story, out: Screen) -> None:

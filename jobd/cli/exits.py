@@ -72,9 +72,6 @@ def _explained(error: BaseException, name: str) -> int:
     from jobd.client.errors import JobdError
 
     match error:
-        case click.exceptions.NoArgsIsHelpError():
-            click.echo(error.ctx.get_help() if error.ctx else error.format_message(), err=True)
-            return USAGE
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else name
             show.say(f"{name}: {_sentence(error.format_message())}. See: {path} --help")
@@ -98,7 +95,7 @@ def _explained(error: BaseException, name: str) -> int:
         case OSError():
             show.say(f"{name}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
             return IO_ERROR
-        case Exception(exit_code=int(code)):  # of the store, of the configuration: they know their code
+        case Exception() if isinstance(code := getattr(error, "exit_code", None), int):  # errors of the store know it
             show.say(f"{name}: {_sentence(str(error))}")
             return code
         case _:

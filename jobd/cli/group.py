@@ -21,6 +21,13 @@ class Sections(click.Group):
             self.add_command(verb)
             self.titles[str(verb.name)] = title
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Without a verb: the help, on stderr, and exit code 2 (older click makes it 0)."""
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 SECOND_MS: Final = 1_000
 MINUTE_MS: Final = 60 * SECOND_MS
@@ -90,7 +91,7 @@ def age(at_ms: int, now_ms: int | None = None) -> str:
 def _rough(ms: int) -> str:
     for unit, name in ((DAY_MS, "d"), (HOUR_MS, "h"), (MINUTE_MS, "m")):
         if ms >= 2 * unit:
-            return f"{ms // unit} {name}"
+            return f"{round(ms / unit)} {name}"
     return f"{ms // SECOND_MS} s"
 
 
@@ -178,7 +179,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: st
         grid.add_column(name.removeprefix(">"), justify="right" if name[0] == ">" else "left", overflow="fold")
     for row in body:
         grid.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in row))
-    console().print(grid)
+    _print(grid)
 
 
 def pairs(fields: Iterable[tuple[str, object]]) -> None:
@@ -192,4 +193,15 @@ def pairs(fields: Iterable[tuple[str, object]]) -> None:
     for name, value in fields:
         text = cell(value)
         grid.add_row(name, Text(text, style=_STYLES.get(text, "")))
-    console().print(grid)
+    _print(grid)
+
+
+def _print(grid: Table) -> None:
+    """A pipe gets no blanks at the ends of lines."""
+    out = console()
+    if out.is_terminal:
+        out.print(grid)
+        return
+    with out.capture() as held:
+        out.print(grid)
+    sys.stdout.write("".join(line.rstrip() + "\n" for line in held.get().splitlines()))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from jobd.cli import show
 from jobd.commands import (
     AlertView,
@@ -87,22 +89,17 @@ def job(view: JobView) -> None:
         ("file", view.file_path),
         ("storage key", view.storage_key),
         ("metadata", _json(view.metadata)),
-        ("payload", _json(getattr(view, "payload", None))),
+        ("payload", _json(view.payload)),
     ]
     show.pairs((name, value) for name, value in fields if value not in (None, ""))
 
 
 def _json(raw: Any) -> str | None:
-    if not isinstance(raw, bytes | memoryview) and not hasattr(raw, "__bytes__") and not _is_raw(raw):
+    """JSON text of a job as one line; None where there is none. Very long text is cut."""
+    if not isinstance(raw, msgspec.Raw) or bytes(raw) == b"null":
         return None
     text = bytes(raw).decode("utf-8", "replace")
     return text if len(text) <= _LONG else text[:_LONG] + "… (--json shows all)"
-
-
-def _is_raw(value: object) -> bool:
-    import msgspec
-
-    return isinstance(value, msgspec.Raw)
 
 
 def timeline(events: Sequence[EventView]) -> None:
@@ -146,7 +143,7 @@ def why(view: WhyView) -> None:
     """State, reason, what happens next, what to do: a few sentences."""
     show.emit(f"{view.state}: {view.because}")
     if view.next is not None:
-        show.emit(f"next: {view.next.what}, {show.when(view.next.at)} [{view.next.rule}]")
+        show.emit(f"next: {view.next.what.rstrip('.')}: {show.when(view.next.at)} [{view.next.rule}]")
     if view.blocked_by:
         show.emit(f"blocked by: {view.blocked_by}")
     for hint in view.do:

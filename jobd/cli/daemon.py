@@ -1,0 +1,106 @@
+"""jobd: the daemon's program. Its verbs on files are in daemon_files.py, the demo in demo.py.
+
+Imports only what the command line itself needs; `serve` brings in the daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from jobd import __version__
+from jobd.cli import daemon_files, exits, show
+from jobd.cli.demo import demo
+from jobd.cli.group import SETTINGS, Sections, json_option
+from jobd.cli.settings import config_option, read
+
+
+@click.group(cls=Sections, context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="jobd")
+def jobd() -> None:
+    """The daemon that owns all job state, and what works on its files.
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not reachable, 4 not found or refused,
+    5 not authorised, 74 I/O error, 75 try again, 78 configuration.
+    """
+
+
+@click.command()
+@config_option
+@click.option("--store", metavar="PATH", help="The database.  [store.path]")
+@click.option("--socket", metavar="PATH", help="Socket for workers.  [worker.socket]")
+@click.option("--listen", metavar="HOST:PORT", help="TCP address for workers, too.  [worker.listen]")
+@click.option("--admin-listen", metavar="ADDRESS", help="HOST:PORT or unix:PATH for operators.  [admin.listen]")
+@click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [log.level]")
+@click.option("--set", "others", metavar="KEY=VALUE", multiple=True, help="Any other key, as in locks.ttl=5m.")
+def serve(
+    config: str | None,
+    store: str | None,
+    socket: str | None,
+    listen: str | None,
+    admin_listen: str | None,
+    log_level: str | None,
+    others: tuple[str, ...],
+) -> int:
+    """Run the daemon in the foreground until SIGTERM.
+
+    Flags go over the environment (JOBD_SECTION_KEY), which goes over the configuration file. SIGTERM and SIGINT
+    drain, SIGHUP reloads the configuration, SIGUSR1 writes what is going on to the log.
+    """
+    named = {
+        "store.path": store,
+        "worker.socket": socket,
+        "worker.listen": listen,
+        "admin.listen": admin_listen,
+        "log.level": log_level,
+    }
+    flags = dict(map(_pair, others)) | {key: value for key, value in named.items() if value is not None}
+    loaded = read(config, flags)
+    from jobd.config import load
+    from jobd.daemon import serve as run
+
+    return run(loaded, lambda: load(flags, os.environ, config))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise click.UsageError(f"--set {text!r}: it has to be KEY=VALUE, as in locks.ttl=5m")
+    return key, value
+
+
+@click.command("check-config")
+@config_option
+@json_option
+def check_config(config: str | None, as_json: bool) -> None:
+    """Check the configuration and show what is in effect.
+
+    Every value is shown with where it comes from, no secret is. Exit 78 where `jobd serve` would not start with it.
+    """
+    from jobd.config import effective
+
+    loaded = read(config)
+    if as_json:
+        show.emit_json({"path": loaded.path, "config": loaded.config, "sources": loaded.sources})
+    else:
+        for line in effective(loaded).splitlines():
+            show.emit(line)
+    for warning in loaded.warnings:
+        show.say(f"jobd: {warning}")
+
+
+jobd.add_all("The daemon", serve, check_config, demo)
+jobd.add_all("Its files", daemon_files.backup, daemon_files.restore, daemon_files.doctor)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run jobd; gives the exit code."""
+    return exits.run(jobd, "jobd", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
