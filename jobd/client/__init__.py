@@ -46,9 +46,21 @@ from jobd.client.sync import AdminClient, JobClient
 
 if TYPE_CHECKING:
     from jobd.client.aio import AsyncAdminClient, AsyncJobClient
+    from jobd.client.run import CommandWorker
+    from jobd.client.worker import Discard, Retry, Stopped, SyncTask, Task, Worker
 
 # aiohttp takes a fifth of a second to import: programs that block do without it.
-_LATER = {"AsyncAdminClient": "jobd.client.aio", "AsyncJobClient": "jobd.client.aio"}
+_LATER = {
+    "AsyncAdminClient": "jobd.client.aio",
+    "AsyncJobClient": "jobd.client.aio",
+    "CommandWorker": "jobd.client.run",
+    "Discard": "jobd.client.worker",
+    "Retry": "jobd.client.worker",
+    "Stopped": "jobd.client.worker",
+    "SyncTask": "jobd.client.worker",
+    "Task": "jobd.client.worker",
+    "Worker": "jobd.client.worker",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -64,6 +76,8 @@ __all__ = [
     "AsyncAdminClient",
     "AsyncJobClient",
     "BadAnswer",
+    "CommandWorker",
+    "Discard",
     "Endpoint",
     "EventsGone",
     "Forbidden",
@@ -90,15 +104,20 @@ __all__ = [
     "QueuePaused",
     "RefusedLine",
     "RequestTimeout",
+    "Retry",
     "RetryPolicy",
     "ShuttingDown",
+    "Stopped",
     "StorageFull",
+    "SyncTask",
+    "Task",
     "TooLarge",
     "TooManyJobs",
     "Unauthorized",
     "Unreachable",
     "UnsupportedMediaType",
     "ValidatedJob",
+    "Worker",
     "admin_endpoint",
     "default_socket",
     "parse_endpoint",

@@ -49,11 +49,15 @@ class RefusedLine(Struct, frozen=True):
     id: str | None = None
 
 
-class ImportResult(Struct, frozen=True):
-    """How many jobs of an import were created, how many ids existed already, and which lines were refused."""
+class ImportResult(Struct, frozen=True, rename="camel"):
+    """How many jobs of an import were created, how many ids existed already, and how many lines were refused.
+
+    `refused` shows the first of them, `refused_count` counts all.
+    """
 
     imported: int
     skipped: int
+    refused_count: int = 0
     refused: list[RefusedLine] = []
 
 
@@ -239,9 +243,9 @@ def workers() -> Request[list[WorkerView]]:
     return get(f"{BASE}/workers", read_workers)
 
 
-def reports() -> Request[list[CleanupReport]]:
-    """The kept reports of cleanup passes, newest first."""
-    return get(f"{BASE}/reports", lambda body: _read_reports(body).reports)
+def reports(limit: int | None = None) -> Request[list[CleanupReport]]:
+    """The kept reports of cleanup passes, newest first: `limit` of them (50 by default, up to 500)."""
+    return get(f"{BASE}/reports", lambda body: _read_reports(body).reports, limit=limit)
 
 
 def alerts() -> Request[list[AlertView]]:
@@ -266,7 +270,7 @@ def clock() -> Request[ClockView]:
 
 def accept_clock() -> Request[ClockView]:
     """Say that the daemon's clock is right: deletion by age goes on."""
-    return post(f"{BASE}/clock/accept", _read_clock, {}, key=uuid7())
+    return post(f"{BASE}/clock/accept", _read_clock, {})
 
 
 def quarantine() -> Request[list[QuarantinedJob]]:

@@ -112,7 +112,7 @@ class _AsyncClient:
         self, request: Request[Any], timeout: aiohttp.ClientTimeout, data: AsyncIterator[bytes] | None = None
     ) -> Any:
         url = URL(f"{self.endpoint.origin}{request.path}", encoded=True)
-        headers = {**request.headers, **self.endpoint.headers}
+        headers = {"Accept-Encoding": "identity", **request.headers, **self.endpoint.headers}
         return self._connected().request(
             request.method, url, data=data or request.body, headers=headers, timeout=timeout, allow_redirects=False
         )

@@ -1,0 +1,26 @@
+"""Small ways of waiting that asyncio lacks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+
+async def first_of(*futures: asyncio.Future[Any]) -> None:
+    """Wait until one of them is done."""
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def within(time_s: float, event: asyncio.Event) -> bool:
+    """Wait for `event`, `time_s` at most; whether it came."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(time_s):
+            await event.wait()
+    return event.is_set()
+
+
+def settle(future: asyncio.Future[None]) -> None:
+    """Make it done, if it is not."""
+    if not future.done():
+        future.set_result(None)
