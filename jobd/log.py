@@ -1,0 +1,195 @@
+"""Logging, set up once: one line an event on stderr, whatever the values hold; lines of the standard library too.
+
+It decides nothing about what is worth a line, and lets no secret and no control character through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import MutableMapping
+from typing import Any, Final, TypeAlias
+
+import structlog
+from msgspec import Struct, structs
+
+Fields: TypeAlias = MutableMapping[str, Any]
+
+REDACTED: Final = "[redacted]"
+DEEPEST: Final = 6  # what is nested deeper is cut: a value may contain itself
+FRAMES: Final = 6  # innermost frames of an error, where a traceback has no place
+
+_SECRET: Final = frozenset({"lock_id", "lockid", "token", "authorization", "admin_token", "worker_token"})
+_BEARER: Final = re.compile(r"(bearer\s+)\S+", re.IGNORECASE)
+# C0, DEL and C1, line ends of Unicode, the marks that turn text round, and halves of surrogate pairs.
+_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_PLAIN: Final = re.compile(r"[^\s\"=\\]+")
+_NO_KEY: Final = re.compile(r"[^\w.-]")
+_COLOURS: Final = {"debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "1;31"}
+
+
+def configure(level: str, format: str) -> None:
+    """Send every event of `level` and above to stderr as `console`, `json` or `logfmt`.
+
+    `auto` is console on a terminal, else logfmt. Raises ValueError for another name. May be called again.
+    """
+    terminal = sys.stderr.isatty()
+    chosen = ("console" if terminal else "logfmt") if format == "auto" else format
+    render: dict[str, structlog.typing.Processor] = {
+        "console": _Console(terminal and not os.environ.get("NO_COLOR")),
+        "json": _json,
+        "logfmt": _logfmt,
+    }
+    if chosen not in render:
+        raise ValueError(f"log format {format!r}: expected auto, console, logfmt or json")
+    structlog.configure(
+        processors=[
+            _named,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _short_error if chosen == "logfmt" else _whole_error,
+            _safe,
+            render[chosen],
+        ],
+        logger_factory=_Stderr,
+        cache_logger_on_first_use=False,  # or set_level would not reach the loggers that have spoken
+    )
+    logging.captureWarnings(True)
+    logging.getLogger().handlers[:] = [_Standard()]
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """Drop what is below `level` (debug, info, warning, error, critical) from now on. Raises ValueError."""
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"log level {level!r}: expected debug, info, warning, error or critical")
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
+    logging.getLogger().setLevel(number)
+
+
+class _Stderr:
+    """Where lines end. Whatever becomes of stderr, the daemon goes on."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+
+    def msg(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+    debug = info = warning = error = critical = exception = msg
+
+
+class _Standard(logging.Handler):
+    """Lines of the standard library's loggers (aiohttp, asyncio, warnings), sent the same way."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            event = record.getMessage()
+        except (TypeError, ValueError):  # arguments that do not fit
+            event = str(record.msg)
+        level = min(max(record.levelno // 10 * 10, logging.DEBUG), logging.CRITICAL)
+        structlog.get_logger(record.name).log(level, event, exc_info=record.exc_info)
+
+
+def _named(logger: Any, _: str, event: Fields) -> Fields:
+    if logger.name:
+        event["logger"] = logger.name
+    return event
+
+
+def _error(event: Fields) -> BaseException | None:
+    given = event.pop("exc_info", None)
+    if given is True:
+        given = sys.exc_info()
+    found = given[1] if isinstance(given, tuple) else given
+    return found if isinstance(found, BaseException) else None
+
+
+def _whole_error(_: Any, __: str, event: Fields) -> Fields:
+    if (error := _error(event)) is not None:
+        event["traceback"] = "".join(traceback.format_exception(error)).rstrip()
+    return event
+
+
+def _short_error(_: Any, __: str, event: Fields) -> Fields:
+    """`exception` and `at`, innermost frame first: a traceback is no reading on one line of logfmt."""
+    if (error := _error(event)) is not None:
+        event["exception"] = "".join(traceback.format_exception_only(error)).rstrip()
+        frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
+        event["at"] = " < ".join(f"{os.path.basename(at.filename)}:{at.lineno} {at.name}" for at in reversed(frames))
+    return event
+
+
+def _safe(_: Any, __: str, event: Fields) -> Fields:
+    return {str(key): REDACTED if _secret(key) else _plain(value) for key, value in event.items()}
+
+
+def _secret(key: object) -> bool:
+    return str(key).lower().replace("-", "_") in _SECRET
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Only what JSON knows, with secrets hidden at every depth."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if depth > DEEPEST:
+        return "..."
+    if isinstance(value, Struct):
+        value = structs.asdict(value)
+    if isinstance(value, dict):
+        return {str(key): REDACTED if _secret(key) else _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, depth + 1) for item in value]
+    return _BEARER.sub(rf"\1{REDACTED}", str(value))
+
+
+def _value(value: Any) -> str:
+    """A word as it is, nothing for None, anything else as a JSON string."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text if _PLAIN.fullmatch(text) and not _CONTROL.search(text) else _json_text(text)
+
+
+def _json_text(value: Any) -> str:
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
+def _pairs(fields: Fields) -> list[str]:
+    return [f"{_NO_KEY.sub('_', key)}={_value(value)}" for key, value in fields.items()]
+
+
+def _ordered(event: Fields) -> Fields:
+    first = {key: event[key] for key in ("timestamp", "level", "event", "logger") if key in event}
+    return first | dict(event)
+
+
+def _logfmt(_: Any, __: str, event: Fields) -> str:
+    return " ".join(_pairs(_ordered(event)))
+
+
+def _json(_: Any, __: str, event: Fields) -> str:
+    return _json_text(_ordered(event))
+
+
+class _Console:
+    """For eyes: time, level, event, then the rest as in logfmt."""
+
+    def __init__(self, colours: bool) -> None:
+        self._colours = colours
+
+    def __call__(self, _: Any, __: str, event: Fields) -> str:
+        rest = dict(_ordered(event))
+        at, level, what = (str(rest.pop(key, "")) for key in ("timestamp", "level", "event"))
+        shown = f"{level:<8}"
+        if self._colours:
+            shown = f"\x1b[{_COLOURS.get(level, '0')}m{shown}\x1b[0m"
+        return " ".join([at, shown, _json_text(what)[1:-1], *_pairs(rest)])
