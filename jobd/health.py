@@ -1,0 +1,307 @@
+"""Measured health: the disk by a write and a read back, memory by a round trip and a recount, artefacts, cleanup.
+
+Changes no job and never raises: what cannot be measured is said to be so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Final, Protocol
+from urllib.parse import unquote, urlsplit
+
+import structlog
+
+from jobd.actor import Actor
+from jobd.batch import DiskFull
+from jobd.commands import (
+    CleanupHealth,
+    CleanupState,
+    DatabaseHealth,
+    HealthStatus,
+    HealthView,
+    Moment,
+    PartHealth,
+    Ping,
+    Refusal,
+)
+from jobd.full_disk import Closed
+from jobd.job import STATUSES, Job
+
+log = structlog.get_logger("jobd.health")
+
+MAX_AGE_S: Final = 5.0
+PATIENCE_S: Final = 2.0  # for one part; what takes longer is unhealthy, and is not asked a second time meanwhile
+SAMPLE: Final = 50  # jobs that are compared with the disk
+SAMPLED_FROM: Final = 10_000  # the oldest live jobs; a sample begins somewhere among them, the next one further on
+COMPARISONS: Final = 3
+FAULTS_KEPT: Final = 100
+NAMED: Final = 5  # jobs or faults that a message names
+_WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
+_REFUSED: Final = {
+    Closed.CREATES: "new jobs are refused",
+    Closed.ALL_BUT_ENDINGS: "only endings and deletions are taken",
+    Closed.ALL_WRITES: "every change is refused",
+}
+
+
+class Clock(Protocol):
+    @property
+    def suspect(self) -> bool: ...
+    def moment(self) -> Moment: ...
+
+
+class Cleanup(Protocol):
+    def state(self) -> CleanupState: ...
+    def complaint(self) -> str | None: ...
+
+
+class Health:
+    """`view` measures, or gives what was measured within the last 5 s; `last` is that or an older one.
+
+    `faults` are sentences about damage that the start found, `take_faults` gives (once) those met since.
+    `artefacts_url` is `file:///DIRECTORY`, or empty where there is no artefact store.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        clock: Clock,
+        cleanup: Cleanup,
+        *,
+        faults: Iterable[str] = (),
+        take_faults: Callable[[], Iterable[str]] = tuple,
+        artefacts_url: str = "",
+    ) -> None:
+        self.last: HealthView | None = None
+        self.artefacts_url = artefacts_url
+        self._actor = actor
+        self._clock = clock
+        self._cleanup = cleanup
+        self._faults: deque[str] = deque(faults, FAULTS_KEPT)
+        self._take_faults = take_faults
+        self._measured_at = 0.0  # loop time at the beginning of the measurement
+        self._measuring: asyncio.Task[HealthView] | None = None
+        self._open: dict[str, asyncio.Task[Any]] = {}  # what was asked and has not been answered yet
+        self._next_sample = 0
+
+    async def view(self) -> HealthView:
+        """The health of the daemon, at most 5 s old. Callers that come during a measurement share it."""
+        loop_time = asyncio.get_running_loop().time()
+        if self.last is not None and self._measuring is None and loop_time - self._measured_at < MAX_AGE_S:
+            return self.last
+        if self._measuring is None:
+            self._measured_at = loop_time
+            self._measuring = asyncio.create_task(self._measure())
+        return await asyncio.shield(self._measuring)
+
+    async def close(self) -> None:
+        """Wait for what was asked of the disk and the mailbox and has not been answered. Call it before they end."""
+        under_way = [*self._open.values(), *([self._measuring] if self._measuring else [])]
+        await asyncio.gather(*under_way, return_exceptions=True)
+
+    async def _measure(self) -> HealthView:
+        try:
+            timestamp = self._clock.moment().now
+            database, cache, storage = await asyncio.gather(
+                self._tried("database", self._database),
+                self._tried("cache", self._cache),
+                self._tried("storage", self._storage),
+            )
+            cleanup, cleanup_status = self._cleanup_health()
+            worst = max((database.status, cache.status, storage.status, cleanup_status), key=_WORST.index)
+            total = self._actor.book.total()
+            told = DatabaseHealth(database.status, database.message, total)
+            self.last = HealthView(worst, told, cache, storage, cleanup, timestamp)
+            return self.last
+        finally:
+            self._measuring = None
+
+    async def _tried(self, part: str, measure: Callable[[], Awaitable[PartHealth]]) -> PartHealth:
+        try:
+            return await measure()
+        except Exception as error:
+            log.exception("health_check_failed", part=part)
+            return PartHealth("unhealthy", f"It could not be measured: {type(error).__name__}: {error}")
+
+    async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]]) -> Any:
+        """The answer, or TimeoutError after PATIENCE_S; nothing is cancelled, a late answer is waited for next time."""
+        task = self._open.get(what)
+        if task is None:
+            task = self._open[what] = asyncio.create_task(_awaited(ask))
+        done, _ = await asyncio.wait({task}, timeout=PATIENCE_S)
+        if not done:
+            raise TimeoutError
+        del self._open[what]
+        return task.result()
+
+    # -- the database -------------------------------------------------------------------------------------------------
+
+    async def _database(self) -> PartHealth:
+        loop_time = asyncio.get_running_loop().time
+        began, damage = loop_time(), self._damage()
+        try:
+            await self._in_time("probe", self._actor.disk.probe)
+        except DiskFull:
+            return self._full("no write fits")
+        except TimeoutError:
+            return PartHealth("unhealthy", f"The disk has not answered a write for {PATIENCE_S:g} s. Is it overloaded?")
+        except Exception as error:
+            return PartHealth("unhealthy", f"A write and a read back failed ({error}). See the log; run: jobd doctor")
+        took_ms = (loop_time() - began) * 1000
+        closed = self._actor.full_disk.closed
+        if closed != Closed.NOTHING:
+            return self._full(_REFUSED[closed])
+        if damage is not None:
+            return PartHealth("degraded", damage)
+        return PartHealth("healthy", f"A write and a read back took {took_ms:.1f} ms.")
+
+    def _full(self, what: str) -> PartHealth:
+        message = f"The disk of the store is full: {what}. Free some space; it is tried again every second."
+        return PartHealth("degraded", message)
+
+    def _damage(self) -> str | None:
+        """What is known to be damaged, and how it is mended."""
+        for fault in self._take_faults():
+            log.error("store_fault", fault=fault)
+            if fault not in self._faults:
+                self._faults.append(fault)
+        said = []
+        if quarantined := self._actor.book.quarantined:
+            names = _some(list(islice(quarantined, NAMED)), len(quarantined))
+            said.append(f"Jobs in quarantine: {names}.")
+        if self._faults:
+            said.append(f"Damage: {_some(list(islice(self._faults, NAMED)), len(self._faults), '; ')}.")
+        return f"{' '.join(said)} Run: jobd doctor" if said else None
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    async def _cache(self) -> PartHealth:
+        loop_time = asyncio.get_running_loop().time
+        began = loop_time()
+        try:
+            answer = await self._in_time("ping", self._ping)
+        except TimeoutError:
+            waiting = f"{self._actor.waiting} commands wait"
+            return PartHealth("unhealthy", f"The mailbox has not answered for {PATIENCE_S:g} s; {waiting}.")
+        if isinstance(answer, Refusal):
+            status: HealthStatus = "degraded" if answer.code == "overloaded" else "unhealthy"
+            return PartHealth(status, answer.message)
+        took_ms = (loop_time() - began) * 1000
+        wrong = self._miscount()
+        if wrong is not None:
+            return PartHealth("unhealthy", f"{wrong} Restart the daemon: it counts anew.")
+        try:
+            differing, compared = await self._in_time("sample", self._recount)
+        except TimeoutError:
+            return PartHealth("degraded", f"The disk has not answered a read for {PATIENCE_S:g} s.")
+        if differing:
+            message = f"Memory and disk differ for {', '.join(differing)}."
+            return PartHealth("unhealthy", f"{message} Restart the daemon: in doubt the disk is right.")
+        return PartHealth("healthy", f"A round trip took {took_ms:.1f} ms; {compared} jobs are as on the disk.")
+
+    async def _ping(self) -> object:
+        return await self._actor.ask(Ping(), by="daemon")
+
+    def _miscount(self) -> str | None:
+        """Which counters do not agree with each other and with what they count."""
+        book = self._actor.book
+        for status in STATUSES:
+            total, by_queue = book.totals[status], sum(counts.get(status, 0) for counts in book.counts.values())
+            if total != by_queue:
+                return f"There are {total} {status} jobs by one counter and {by_queue} by another."
+        for status, held in (("processing", len(book.processing)), ("queued", len(book.jobs) - len(book.processing))):
+            if book.totals[status] != held and len(book.totals) == len(STATUSES):  # a row of another status is both
+                return f"{held} jobs are {status}, but the counter says {book.totals[status]}."
+        return None
+
+    async def _recount(self) -> tuple[list[str], int]:
+        """Ids of a sample of live jobs whose rows differ from the disk's, and how many were compared.
+
+        While a batch is written memory may be ahead of the disk, and after a refused one for a moment too. So a job
+        counts as differing only if it does so each time, as the very same row in memory, with a whole round trip
+        through the mailbox in between.
+        """
+        sample = self._sample()
+        compared = len(sample)
+        for _ in range(COMPARISONS):
+            sample = await self._differing(sample)
+            if not sample:
+                return [], compared
+            if isinstance(await self._ping(), Refusal):
+                return [], 0  # too busy, or stopping: the next measurement says more
+        return sorted(sample)[:NAMED], compared
+
+    def _sample(self) -> dict[str, Job]:
+        """Processing jobs and queued ones, from further on each time."""
+        book = self._actor.book
+        begin = self._next_sample if self._next_sample < min(len(book.jobs), SAMPLED_FROM) else 0
+        self._next_sample = begin + SAMPLE
+        held = islice(book.processing.values(), SAMPLE // 2)
+        window = islice(book.jobs.values(), begin, begin + SAMPLE)
+        return {job.id: job for job in islice(chain(held, window), SAMPLE)}
+
+    async def _differing(self, sample: dict[str, Job]) -> dict[str, Job]:
+        """Those of `sample` that are still the same in memory and are not so on the disk."""
+        book = self._actor.book
+        loaded = await self._actor.disk.load(list(sample), [], [])
+        for job_id, reason in loaded.bad.items():
+            log.error("job_quarantined", job_id=job_id, reason=reason)
+            book.quarantine(job_id, reason)
+        return {
+            job_id: job
+            for job_id, job in sample.items()
+            if book.jobs.get(job_id) is job and loaded.jobs.get(job_id) != job
+        }
+
+    # -- artefacts and cleanup ----------------------------------------------------------------------------------------
+
+    async def _storage(self) -> PartHealth:
+        if not self.artefacts_url:
+            return PartHealth("healthy", "not configured")
+        directory = unquote(urlsplit(self.artefacts_url).path)
+        try:
+            fault = await self._in_time("storage", lambda: asyncio.to_thread(directory_fault, directory))
+        except TimeoutError:
+            return PartHealth("unhealthy", f"{directory} has not answered for {PATIENCE_S:g} s.")
+        if fault is not None:
+            return PartHealth("unhealthy", fault)
+        return PartHealth("healthy", f"{directory} can be written to.")
+
+    def _cleanup_health(self) -> tuple[CleanupHealth, HealthStatus]:
+        state = self._cleanup.state()
+        said = [] if (complaint := self._cleanup.complaint()) is None else [complaint]
+        if self._clock.suspect:
+            said.append(
+                "The wall clock has jumped more than 30 days ahead, so nothing is deleted by age. "
+                "Check it, then confirm: jobctl clock accept"
+            )
+        message = " ".join(said) or "Passes run in time."
+        view = CleanupHealth(state.cleanup_running, state.time_since_last_cleanup, message)
+        return view, "degraded" if said else "healthy"
+
+
+def directory_fault(directory: str) -> str | None:
+    """Why artefacts cannot be kept in `directory`, or None. Touches the file system: call it off the event loop."""
+    path = Path(directory)
+    if not path.is_dir():
+        return f"{directory} is no directory. Make it, or change artefacts.url."
+    if not os.access(path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        return f"{directory} cannot be written to. Give the daemon's user the right to."
+    usage = os.statvfs(path)
+    if usage.f_bavail == 0 or (usage.f_files and usage.f_favail == 0):
+        return f"{directory} is full. Free some space."
+    return None
+
+
+async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:
+    return await ask()
+
+
+def _some(names: list[str], count: int, between: str = ", ") -> str:
+    more = count - len(names)
+    return between.join(names) + (f" and {more} more" if more > 0 else "")
