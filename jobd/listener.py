@@ -37,6 +37,11 @@ class Connection(RequestHandler):
         super().__init__(manager, **options)
         self._web = site
 
+    def close_if_idle(self) -> None:
+        """End the connection where no request, or only a part of its head, has come."""
+        if self._waiter is not None and not self._waiter.done():
+            self.force_close()
+
     def handle_error(
         self,
         request: web.BaseRequest,
@@ -131,11 +136,14 @@ class Listener:
         for server in self._sockets:
             server.close()
         await asyncio.to_thread(_unlink, self._paths)
-        self._server.pre_shutdown()
+        for connection in self._server.connections:
+            assert isinstance(connection, Connection)
+            connection.close_if_idle()
         for _ in range(3):  # a request that has just been read gets as far as its handler
             await asyncio.sleep(0)
         try:
             async with asyncio.timeout(deadline_s):
+                await self.site.quiet()
                 await self._server.shutdown(None)
         except TimeoutError:
             log.warning("requests cut off", door=self.site.gate.name, connections=self.connections)

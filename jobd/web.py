@@ -127,11 +127,27 @@ class Web:
         self.admin = admin
         self.closing = False
         self.refusals: Counter[str] = Counter()
+        self._in_flight = 0
+        self._quiet = asyncio.Event()
         self._table = Table(routes, self.limits)
 
     async def handle(self, visit: web.BaseRequest) -> web.StreamResponse:
         """The answer to a request; a bug on the way is a 500 and one log line."""
         assert isinstance(visit, Visit)
+        self._in_flight += 1
+        try:
+            return await self._handled(visit)
+        finally:
+            self._in_flight -= 1
+            if self.closing and not self._in_flight:
+                self._quiet.set()
+
+    async def quiet(self) -> None:
+        """Waits until no request is being handled. Only for a door that is closing."""
+        if self._in_flight:
+            await self._quiet.wait()
+
+    async def _handled(self, visit: Visit) -> web.StreamResponse:
         visit.by = "admin" if self.admin else "client"
         try:
             answer = await self._answer(visit)

@@ -1,0 +1,367 @@
+"""Sockets and connections: hostile bytes, idle clients, a stop with requests in flight, TLS, Unix sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from http_help import TOKEN, House, Line, message
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from jobd.bodies import Limits
+from jobd.commands import Answer, Done
+from jobd.doors import Gate, own_names
+from jobd.worker_api import ROUTES
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with House(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
+        yield opened
+
+
+class Held:
+    """Answers of a desk that come when the test says so."""
+
+    def __init__(self, house: House) -> None:
+        self.go = asyncio.Event()
+        house.desk.answer = self.answer
+
+    async def answer(self, _: Any) -> Answer:
+        await self.go.wait()
+        return Answer(Done())
+
+
+async def emptied(house: House) -> None:
+    """Until the last connection is gone."""
+    while house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0.001)
+
+
+POST = b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+GET = b"GET /v1/jobs HTTP/1.1\r\nHost: x\r\n"
+HOSTILE = {
+    "both lengths": POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "both lengths, turned": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n{}",
+    "doubled lengths": POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}",
+    "different lengths": POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    "list of lengths": POST + b"Content-Length: 2, 2\r\n\r\n{}",
+    "negative length": POST + b"Content-Length: -1\r\n\r\n{}",
+    "signed length": POST + b"Content-Length: +2\r\n\r\n{}",
+    "hex length": POST + b"Content-Length: 0x2\r\n\r\n{}",
+    "length over 64 bits": POST + b"Content-Length: 99999999999999999999999\r\n\r\n{}",
+    "doubled coding": POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "coding not last": POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    "coding in disguise": POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "bad chunk size": POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+    "chunk size over 64 bits": POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n{}\r\n0\r\n\r\n",
+    "chunk longer than said": POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{}\r\n0\r\n\r\n",
+    "space before the colon": POST + b"Content-Length : 2\r\n\r\n{}",
+    "folded header": GET + b"X-A: a\r\n b\r\n\r\n",
+    "bare line feeds": b"GET /v1/jobs HTTP/1.1\nHost: x\n\n",
+    "NUL in a header": GET + b"X-A: a\x00b\r\n\r\n",
+    "NUL in the path": b"GET /v1/\x00jobs HTTP/1.1\r\nHost: x\r\n\r\n",
+    "control in a header name": GET + b"X\x01A: a\r\n\r\n",
+    "no Host": b"GET /v1/jobs HTTP/1.1\r\n\r\n",
+    "two Hosts": GET + b"Host: y\r\n\r\n",
+    "huge header": GET + b"X-A: " + b"a" * 100_000 + b"\r\n\r\n",
+    "huge header name": GET + b"x" * 100_000 + b": a\r\n\r\n",
+    "many headers": GET + b"".join(b"X-%d: a\r\n" % n for n in range(2000)) + b"\r\n",
+    "huge path": b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
+    "SSH": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "unknown method": b"BREW /v1/jobs HTTP/1.1\r\nHost: x\r\n\r\n",
+    "lower-case method": b"get /v1/jobs HTTP/1.1\r\nHost: x\r\n\r\n",
+    "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "HTTP/3.0": b"GET /v1/jobs HTTP/3.0\r\nHost: x\r\n\r\n",
+    "no path": b"GET  HTTP/1.1\r\nHost: x\r\n\r\n",
+    "bad URL": b"GET http://[::1/v1/jobs HTTP/1.1\r\nHost: x\r\n\r\n",
+    "CONNECT": b"CONNECT evil.example:443 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "asterisk": b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
+    "upgrade": GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\nX: \x01\r\n\r\n",
+    "old websocket": GET + b"Sec-WebSocket-Key1: x\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile_bytes_get_a_4xx_in_json_and_never_reach_the_actor(house: House, name: str) -> None:
+    with capture_logs() as logs:
+        heard = await house.raw(HOSTILE[name])
+    assert 400 <= heard.status < 500
+    assert heard.headers["content-type"] == "application/json"
+    assert heard.json["success"] is False
+    assert house.desk.asked == []
+    assert [entry["event"] for entry in logs] == ["refused"]
+    assert sum(house.site.refusals.values()) == 1
+    assert (await house.ask("GET", "/v1/jobs")).status == 200  # for everybody else the door is open
+
+
+async def test_after_bytes_that_are_no_http_the_connection_ends(house: House) -> None:
+    line = await house.line()
+    line.send(HOSTILE["doubled lengths"] + message("GET", "/v1/jobs"))
+    assert (await line.hear()).headers["connection"] == "close"
+    assert await line.is_closed()
+    assert house.desk.asked == []
+
+
+async def test_a_smuggled_request_is_not_run(house: House) -> None:
+    line = await house.line()
+    line.send(POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + message("GET", "/v1/jobs"))
+    assert (await line.hear()).status == 400
+    assert await line.is_closed()
+    assert house.desk.asked == []
+
+
+async def test_an_upgrade_is_answered_like_any_other_request(house: House) -> None:
+    line = await house.line()
+    assert (await line.ask("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "websocket"})).status == 200
+    assert (await line.ask("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "h2c"})).status == 200
+
+
+async def test_the_answer_to_no_http_does_not_repeat_it(house: House) -> None:
+    with capture_logs() as logs:
+        heard = await house.raw(GET + f"Authorization: Bearer {TOKEN}\x00\r\n\r\n".encode())
+    assert heard.status == 400
+    assert TOKEN not in str(logs)
+    assert TOKEN not in heard.body.decode()
+
+
+@pytest.mark.parametrize("sent", [b"", b"G", b"GET /v1/jobs HTTP/1.1\r\nHo", POST + b"Content-Length: 9\r\n\r\n{"])
+async def test_a_client_that_goes_half_way_leaves_nothing_behind(house: House, sent: bytes) -> None:
+    with capture_logs() as logs:
+        line = await house.line()
+        line.send(sent)
+        await line.close()
+        await emptied(house)
+    assert house.desk.asked == []
+    assert logs == []
+
+
+async def test_a_client_that_resets_the_connection_leaves_nothing_behind(house: House) -> None:
+    held = Held(house)
+    line = await house.line()
+    line.send(message("POST", "/v1/jobs", "{}"))
+    await house.desk.arrived.wait()
+    line.writer.transport.abort()
+    await house.desk.cancelled.wait()
+    held.go.set()
+    await emptied(house)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    junk=st.binary(min_size=1, max_size=300),
+    start=st.sampled_from(
+        [b"", GET, POST, POST + b"Content-Length: 40\r\n\r\n", POST + b"Transfer-Encoding: chunked\r\n\r\n"]
+    ),
+)
+def test_any_bytes_get_an_answer_below_500_or_none(junk: bytes, start: bytes, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with House(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.01, idle_s=0.01)) as house:
+            line = await house.line()
+            line.send(start + junk + b"\r\n\r\n")
+            heard = await line.reader.read()
+            assert b"HTTP/1.1 5" not in heard
+            assert house.site.refusals["internal_error"] == 0
+
+    asyncio.run(run())
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /v1/jobs HT", GET + b"X-A: a"])
+async def test_an_idle_or_half_sent_request_is_closed(tmp_path: Path, sent: bytes) -> None:
+    async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
+        fresh = await house.line()
+        fresh.send(sent)
+        used = await house.line()
+        assert (await used.ask("GET", "/v1/jobs")).status == 200
+        used.send(sent)
+        assert await fresh.is_closed()
+        assert await used.is_closed()
+
+
+async def test_a_waiting_call_is_not_idle(tmp_path: Path) -> None:
+    async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
+        held = Held(house)
+        parked = await house.line()
+        parked.send(message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
+        await house.desk.arrived.wait()
+        for _ in range(2):  # two connections that came later have been closed for idleness
+            assert await (await house.line()).is_closed()
+        held.go.set()
+        assert (await parked.hear()).status == 200
+        assert await parked.is_closed()
+
+
+async def test_a_slow_reader_keeps_its_answer_and_nobody_else_waits(house: House) -> None:
+    house.desk.answer = lambda _: Answer("x" * 3_000_000)
+    slow = await house.line()
+    slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    slow.send(message("GET", "/v1/jobs") * 3)
+    await house.desk.arrived.wait()
+    house.desk.answer = lambda _: Answer(Done())
+    assert (await house.ask("GET", "/v1/jobs")).status == 200
+    slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    assert len((await slow.hear()).data) == 3_000_000
+    assert [(await slow.hear()).status for _ in range(2)] == [200, 200]
+
+
+async def test_a_client_that_never_reads_is_cut_off(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobd.replies.PATIENCE_S", 0.05)
+    house.desk.answer = lambda _: Answer("x" * 3_000_000)
+    slow = await house.line()
+    slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    slow.send(message("GET", "/v1/jobs"))
+    await house.desk.arrived.wait()
+    await emptied(house)
+
+
+# -- stop -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_stop_answers_what_is_in_flight_and_takes_nothing_more(house: House) -> None:
+    held = Held(house)
+    busy, idle, half = await house.line(), await house.line(), await house.line()
+    assert (await idle.ask("GET", "/healthz")).status == 200
+    half.send(b"GET /v1/jobs HTTP/1.1\r\nHost: x\r\n")
+    busy.send(message("POST", "/v1/jobs", "{}") + message("POST", "/v1/jobs", '{"queue":"second"}'))
+    await house.desk.arrived.wait()
+    stopping = asyncio.ensure_future(house.stop(30))
+    assert await idle.is_closed()
+    assert await half.is_closed()
+    with pytest.raises(OSError, match=r".*"):
+        await house.line()
+    assert not stopping.done()
+    held.go.set()
+    heard = await busy.hear()
+    assert (heard.status, heard.headers["connection"]) == (200, "close")
+    assert await busy.is_closed()
+    await stopping
+    assert len(house.desk.asked) == 1  # what was not begun is not run; its client sees the end of the connection
+    assert house.listener.connections == 0
+
+
+async def test_a_request_that_has_just_arrived_is_answered(house: House) -> None:
+    line = await house.line()
+    assert (await line.ask("GET", "/healthz")).status == 200
+    line.send(message("POST", "/v1/jobs", "{}"))
+    await asyncio.sleep(0)  # written, perhaps not yet read
+    stopping = asyncio.ensure_future(house.stop(30))
+    try:
+        heard = await line.hear()
+    except asyncio.IncompleteReadError:
+        assert house.desk.asked == []  # never begun
+    else:
+        assert heard.status == 200
+    await stopping
+
+
+async def test_a_stop_waits_for_a_body_on_its_way(house: House) -> None:
+    line = await house.line()
+    whole = message("POST", "/v1/jobs", '{"queue":"mail"}', {"Expect": "100-continue"})
+    line.send(whole[:-3])
+    assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    stopping = asyncio.ensure_future(house.stop(30))
+    await asyncio.sleep(0)
+    line.send(whole[-3:])
+    heard = await line.hear()
+    assert (heard.status, heard.headers["connection"]) == (200, "close")
+    await stopping
+
+
+async def test_after_the_deadline_the_rest_is_cut_off(house: House) -> None:
+    Held(house)
+    line = await house.line()
+    line.send(message("POST", "/v1/jobs", "{}"))
+    await house.desk.arrived.wait()
+    with capture_logs() as logs:
+        await house.stop(0.05)
+    assert house.desk.cancelled.is_set()
+    assert await line.is_closed()
+    assert [entry["event"] for entry in logs] == ["requests cut off"]
+
+
+# -- sockets ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_unix_socket_has_its_permissions_and_goes_with_the_stop(house: House) -> None:
+    directory = os.path.dirname(house.path)
+    assert stat.S_IMODE(os.stat(house.path).st_mode) == 0o660
+    assert os.listdir(directory) == ["door.sock"]
+    await house.stop(1)
+    assert os.listdir(directory) == []
+
+
+async def test_a_socket_left_behind_is_replaced(tmp_path: Path) -> None:
+    left = socket.socket(socket.AF_UNIX)
+    left.bind(str(tmp_path / "door.sock"))
+    left.close()
+    async with House(ROUTES, tmp_path) as house:
+        assert (await house.ask("GET", "/v1/jobs")).status == 200
+
+
+async def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "door.sock").write_text("precious")
+    with pytest.raises(OSError, match="is no socket"):
+        async with House(ROUTES, tmp_path):
+            pass
+    assert (tmp_path / "door.sock").read_text() == "precious"
+
+
+async def test_a_missing_directory_and_a_long_path_are_told(tmp_path: Path) -> None:
+    for place in (tmp_path / "missing", tmp_path / ("x" * 120)):
+        with pytest.raises(OSError, match=r"."):
+            async with House(ROUTES, place):
+                pass
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_socket_that_systemd_opened(house: House, tmp_path: Path) -> None:
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(str(tmp_path / "given.sock"))
+    tcp = socket.socket()
+    tcp.bind(("127.0.0.1", 0))
+    await house.listener.open_socket(unix)
+    await house.listener.open_socket(tcp)
+    for pair in (
+        await asyncio.open_unix_connection(str(tmp_path / "given.sock")),
+        await asyncio.open_connection("127.0.0.1", tcp.getsockname()[1]),
+    ):
+        line = Line(*pair)
+        assert (await line.ask("GET", "/v1/jobs")).status == 200
+        await line.close()
+
+
+async def test_the_address_of_a_connection_is_a_name_of_the_daemon(tmp_path: Path) -> None:
+    gate = Gate("tcp", hosts=["jobs.example"])
+    async with House(ROUTES, tmp_path, gate=gate) as house:
+        assert (await house.ask("GET", "/v1/jobs", headers={"Host": f"127.0.0.1:{house.port}"})).status == 200
+        assert (await house.ask("GET", "/v1/jobs", headers={"Host": "127.0.0.2"})).status == 403
+
+
+async def test_tls(tmp_path: Path) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "1", "-nodes"]
+    files = ["-keyout", str(key), "-out", str(cert), "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    done = await asyncio.create_subprocess_exec("openssl", "req", "-x509", *files, *subject, stderr=-3)
+    assert await done.wait() == 0
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(cert, key)
+    client = ssl.create_default_context(cafile=str(cert))
+    gate = Gate("tcp", tokens=[TOKEN], hosts=own_names("127.0.0.1"))
+    async with House(ROUTES, tmp_path, gate=gate) as house:
+        [(_, port)] = await house.listener.open_tcp("127.0.0.1", 0, tls=server)
+        line = Line(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
+        assert (await line.ask("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
+        await line.close()
