@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,23 @@ import msgspec
 from aiohttp import web
 
 Step = Callable[[web.BaseRequest], web.StreamResponse | None]
+EarlyStep = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 def ok(data: Any, status: int = 200) -> Step:
     """Answer with success."""
     return lambda request: _json({"success": True, "data": data}, status)
+
+
+def early(step: Step) -> EarlyStep:
+    """Answer before the body was read."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = step(request)
+        assert response is not None
+        return response
+
+    return answer
 
 
 def no(code: str, status: int, message: str = "No.", *, headers: dict[str, str] | None = None, **details: Any) -> Step:
@@ -38,17 +50,14 @@ def drop(request: web.BaseRequest) -> None:
     """Take the request and close the connection without a word."""
 
 
-def closing(step: Step) -> Step:
+class closing:
     """Answer, and close the connection afterwards without having said so: an idle connection that went stale."""
 
-    def answer(request: web.BaseRequest) -> web.StreamResponse | None:
-        response = step(request)
-        transport = request.transport
-        assert transport is not None
-        asyncio.get_running_loop().call_later(0.02, transport.close)
-        return response
+    def __init__(self, step: Step) -> None:
+        self.step = step
 
-    return answer
+    def __call__(self, request: web.BaseRequest) -> web.StreamResponse | None:
+        return self.step(request)
 
 
 def _json(body: Any, status: int, headers: dict[str, str] | None = None) -> web.Response:
@@ -75,22 +84,56 @@ class Peer:
     def __init__(self, *script: Step) -> None:
         self.script = list(script)
         self.always: Callable[[Asked], Step] | None = None
+        self.early: list[EarlyStep] = []  # answers before the body was read
         self.asked: list[Asked] = []
+        self.closed = threading.Event()  # a `closing` step has closed its connection
+        self.hanging = asyncio.Event()
         self._connections: dict[Any, int] = {}
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         transport = request.transport
         connection = self._connections.setdefault(request.protocol, len(self._connections))
+        if self.early:
+            return await self.early.pop(0)(request)
         body = await request.read()
         asked = Asked(request.method, request.path_qs, dict(request.headers), body, connection)
         self.asked.append(asked)
         step = self.script.pop(0) if self.script else self.always(asked) if self.always else no("not_found", 404)
+        if step == self.hang:
+            await self.hanging.wait()
+            return web.Response()
         response = step(request)
+        assert transport is not None
         if response is None:
-            assert transport is not None
             transport.abort()
             return web.Response()
+        if isinstance(step, closing):
+            await response.prepare(request)
+            await response.write_eof()
+            transport.close()
+            self.closed.set()
         return response
+
+    def hang(self, request: web.BaseRequest) -> None:
+        """Take the request and never answer."""
+
+    @staticmethod
+    def cut(start: bytes, chunked: bool) -> EarlyStep:
+        """Send a part of a file, then break off."""
+
+        async def step(request: web.BaseRequest) -> web.StreamResponse:
+            response = web.StreamResponse()
+            if chunked:
+                response.enable_chunked_encoding()
+            else:
+                response.content_length = 2 * len(start)
+            await response.prepare(request)
+            await response.write(start)
+            assert request.transport is not None
+            request.transport.close()
+            return response
+
+        return step
 
 
 @contextmanager
@@ -112,6 +155,7 @@ def serving(peer: Peer, path: Path | None = None) -> Iterator[str]:
             ready.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
         started.set()
         await stop.wait()
+        peer.hanging.set()
         await runner.cleanup()
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(run()))
