@@ -127,11 +127,15 @@ class Actor:
         for command in self._decider.undelivered(answer):
             self._post(command)
 
-    def stop(self) -> None:
-        """No more commands come in; parked claims are answered empty; `run` ends when the mailbox is empty."""
-        self._stopping = True
+    def stop_parking(self) -> None:
+        """Claims do not wait any more; those that do are answered empty."""
         self._decider.parking = False
         self._wake.set()
+
+    def stop(self) -> None:
+        """No more commands come in; `run` ends when the mailbox is empty."""
+        self._stopping = True
+        self.stop_parking()
 
     @property
     def waiting(self) -> int:
@@ -296,8 +300,8 @@ class Actor:
                 listener(plan.changes)
 
     def _answer_late_claims(self) -> None:
-        """Claims whose wait is over, or all of them when we stop, are answered empty."""
-        late = self.parked.take_all() if self._stopping else self.parked.take_late(self._loop_time())
+        """Claims whose wait is over, or all of them when nobody may wait any more, are answered empty."""
+        late = self.parked.take_late(self._loop_time()) if self._decider.parking else self.parked.take_all()
         for asked in late:
             asked.reply(Answer(Grants([])))
 

@@ -106,8 +106,9 @@ async def _cleanup_state(site: Web, visit: Visit, asked: Nothing) -> Answer:
     return Answer(site.rooms.cleanup_state())
 
 
-async def _recover_stuck(site: Web, visit: Visit, asked: Nothing) -> Answer:
-    return Answer(await site.rooms.recover_stuck())
+async def _recover_stuck(site: Web, visit: Visit, asked: Nothing) -> Answer | Refusal:
+    done = await site.rooms.recover_stuck()
+    return done if isinstance(done, Refusal) else Answer(done)
 
 
 async def _reports(site: Web, visit: Visit, asked: Reports) -> Answer:

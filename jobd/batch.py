@@ -124,7 +124,7 @@ class Opened(Struct):
     queues: dict[str, QueueRow]
     keys: list[KeyRow]
     quarantined: dict[str, str]
-    suspects: list[str]
+    suspects: dict[int, str]  # job seq to id of rows to be validated
     faults: list[str]
     figures: bytes | None = None
     full: bool = False  # the disk was full already at start

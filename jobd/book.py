@@ -90,6 +90,11 @@ class Book:
         """The live job, or the finished one if it was loaded."""
         return self.jobs.get(job_id) or self.finished.get(job_id)
 
+    def holds(self, job_id: str, lock_id: str) -> bool:
+        """Whether `lock_id` is that of the job's current grant."""
+        job = self.jobs.get(job_id)
+        return job is not None and job.grant is not None and job.grant.lock_id == lock_id
+
     def due(self, queues: Iterable[str], kinds: Iterable[str] | None) -> Iterator[Job]:
         """Due jobs of unpaused `queues`, merged by priority, run_at, creation. The book must not change meanwhile."""
         named = (self._due[queue] for queue in dict.fromkeys(queues) if queue in self._due and queue not in self.paused)

@@ -47,13 +47,15 @@ class Clock:
         self._offset = wall() - lease_ms
         self._held = False
         self.suspect = wall_ms > 0 and wall() - wall_ms > SUSPECT_AHEAD_MS
+        self._last_wall = wall_ms
 
     def moment(self) -> Moment:
         """The time now. `offset` changes only when the wall clock has moved against lease time."""
         now, lease = self._wall(), self._advance()
         if abs(now - lease - self._offset) > _FLICKER_MS:
             self._offset = now - lease
-        return Moment(now=now, lease=lease, offset=self._offset)
+        trusted = self._last_wall if self.suspect else None  # or a restart would take the jump for granted
+        return Moment(now=now, lease=lease, offset=self._offset, trusted=trusted)
 
     def hold(self) -> None:
         """Stop lease time: the disk refuses writes, so no sign of life can be taken. Again is no harm."""

@@ -766,6 +766,7 @@ class Moment(Struct, frozen=True):
     now: int
     lease: int
     offset: int  # wall minus lease, steady between steps of the wall clock, so that shown times do not flicker
+    trusted: int | None = None  # the wall time to persist, where `now` is not believed yet
 
     def wall(self, lease_ms: int) -> int:
         """The wall time at which lease time will be `lease_ms`."""

@@ -210,10 +210,12 @@ def show_duration(ms: int) -> str:
     return f"{ms // _UNITS[unit]}{unit}"
 
 
-def load(flags: Mapping[str, str], environ: Mapping[str, str], path: str | None = None) -> Loaded:
+def load(
+    flags: Mapping[str, str], environ: Mapping[str, str], path: str | None = None, *, need_token: bool = True
+) -> Loaded:
     """The effective configuration. `flags` maps "section.key" to text; `path` is that of --config.
 
-    Raises ConfigError with file, key and what is expected.
+    `need_token` is off for work on files, which no token guards. Raises ConfigError with file, key and what is expected.
     """
     found = _find_file(environ, path)
     values: dict[str, dict[str, Any]] = {}
@@ -229,7 +231,7 @@ def load(flags: Mapping[str, str], environ: Mapping[str, str], path: str | None 
     _check(config)
     development = environ.get("ENVIRONMENT") == "development"
     admin_tokens = _admin_tokens(config, environ)
-    if not admin_tokens and not development:
+    if not admin_tokens and need_token and not development:
         raise ConfigError(
             "no admin token: set ADMIN_TOKEN, ADMIN_TOKEN_FILE or [admin] token_file (a systemd credential named "
             f"admin_token works too). Make one with: {MAKE_TOKEN}"

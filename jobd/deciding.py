@@ -133,7 +133,7 @@ class Decider:
         queues |= {change.event.queue for change in plan.changes if change.event.job_seq == 0}
         return Batch(
             changes=plan.changes,
-            numbers=self.book.numbers(plan.at.lease, plan.at.now),
+            numbers=self.book.numbers(plan.at.lease, plan.at.now if plan.at.trusted is None else plan.at.trusted),
             queues={queue: self.book.queue_row(queue) for queue in queues},
             keys=keys,
             forget_keys=forgotten,
@@ -290,8 +290,8 @@ class Decider:
         """The grants of the first call that are still current; None where none is: the call is judged anew."""
         answer = Answer(Grants([]), shows=[], grants=[], replayed=True)
         for job_id, lock_id in grants:
-            job = self.book.jobs.get(job_id)
-            if job is not None and job.grant is not None and job.grant.lock_id == lock_id:
+            if self.book.holds(job_id, lock_id):
+                job = self.book.jobs[job_id]
                 shown = views.job_view(job, plan.at, policy, admin=asked.call.admin)
                 answer.data.grants.append(views.grant_view(job, plan.at, shown))
                 answer.shows.append((job.seq, shown))

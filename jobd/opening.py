@@ -82,10 +82,14 @@ def refusals(path: str) -> Iterator[None]:
         if code == sqlite3.SQLITE_FULL:
             raise DiskFull(f"{path}: {error}") from error
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH):
-            raise StoreUnreadable(
-                f"{path} cannot be read ({error}): see `jobd doctor`, or put a backup back with `jobd restore`"
-            ) from error
+            raise StoreUnreadable(_unreadable(path, error)) from error
         raise
+    except UnicodeDecodeError as error:  # a name in the schema
+        raise StoreUnreadable(_unreadable(path, error)) from error
+
+
+def _unreadable(path: str, error: Exception) -> str:
+    return f"{path} cannot be read ({error}): see `jobd doctor`, or put a backup back with `jobd restore`"
 
 
 def peek(path: str) -> tuple[int, int]:
@@ -247,39 +251,42 @@ def _has_space(tables: Tables, path: str) -> bool:
 def _read_all(tables: Tables) -> Opened:
     for id_, reason in tables.rows("SELECT id, reason FROM quarantined_jobs"):
         tables.quarantined[readable(id_)] = reason
+    aside = tables.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
+    tables.faults += [f"{count} damaged rows of {place} are set aside: see `jobd doctor`" for place, count in aside]
     opened = Opened(
         numbers=tables.numbers,
         jobs=_live_jobs(tables),
         queues=_queues(tables),
         keys=_keys(tables),
         quarantined={},
-        suspects=[i for (i,) in tables.rows("SELECT id FROM suspects JOIN jobs ON seq = job_seq ORDER BY seq")],
+        suspects=dict(tables.rows("SELECT seq, id FROM suspects JOIN jobs ON seq = job_seq ORDER BY seq")),
         faults=[],
         figures=_figures(tables),
     )
     opened.quarantined = tables.quarantined.copy()
-    aside = tables.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
-    tables.faults += [f"{count} damaged rows of {place} are set aside: see `jobd doctor`" for place, count in aside]
     return opened
 
 
 def _live_jobs(tables: Tables) -> list[Job]:
-    """All queued and processing jobs, with the number and XOR of their checksums as they were kept."""
+    """All queued and processing jobs. Their number and the XOR of their checksums must be those that were kept."""
     for rebuilt in (False, True):
-        jobs, damaged, total = _scan(tables)
+        kept = tables.totals[:2]
+        jobs, damaged, found = _scan(tables)
         named = set_jobs_aside(tables, damaged)
         tables.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in named.items()]
-        if total == tables.totals[:2]:
+        if found == kept:
             return jobs
         if not rebuilt:
-            tables.rebuild_indexes()
-    found, kept = total[0], tables.totals[0]
+            try:
+                tables.rebuild_indexes()
+            except DiskFull:
+                break
     tables.faults.append(
-        f"{found} live jobs were found where {kept} had been written"
-        if found != kept
-        else f"the {found} live jobs are not those that had been written"
+        f"{found[0]} live jobs were found where {kept[0]} had been written"
+        if found[0] != kept[0]
+        else f"the {found[0]} live jobs are not those that had been written"
     )
-    return jobs
+    return list({job.seq: job for job in jobs}.values())  # a damaged tree may give a row twice
 
 
 def _scan(tables: Tables) -> tuple[list[Job], list[tuple[Row, str]], tuple[int, int]]:
@@ -293,6 +300,7 @@ def _scan(tables: Tables) -> tuple[list[Job], list[tuple[Row, str]], tuple[int, 
 
 
 def _scan_once(tables: Tables) -> tuple[list[Job], list[tuple[Row, str]], tuple[int, int]]:
+    """The live jobs, the damaged rows among them, and the number and XOR of all, as they were written."""
     jobs: list[Job] = []
     damaged: list[tuple[Row, str]] = []
     xor = 0
@@ -300,10 +308,11 @@ def _scan_once(tables: Tables) -> tuple[list[Job], list[tuple[Row, str]], tuple[
         job, wrong = read_job(tables, row)
         if job is None:
             damaged.append((row, wrong))
+            xor ^= rows.first_checksum(row)
         else:
             jobs.append(job)
             xor ^= row[-1]
-    return jobs, damaged, (len(jobs), xor)
+    return jobs, damaged, (len(jobs) + len(damaged), xor)
 
 
 def _queues(tables: Tables) -> dict[str, QueueRow]:

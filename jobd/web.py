@@ -64,7 +64,7 @@ class Rooms(Protocol):
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport: ...
     def cleanup_state(self) -> CleanupState: ...
-    async def recover_stuck(self) -> RecoverStuckView: ...
+    async def recover_stuck(self) -> RecoverStuckView | Refusal: ...
     async def health(self) -> HealthView: ...
     def alerts(self) -> list[AlertView]: ...
     async def metrics(self) -> bytes: ...  # Prometheus text
@@ -155,9 +155,9 @@ class Web:
                 return self._accept(visit, answer)
         except Refused as no:
             answer = no.refusal
-        except ConnectionError:
-            raise
         except Exception as bug:
+            if isinstance(bug, ConnectionError) and (visit.transport is None or visit.transport.is_closing()):
+                raise
             answer = self._confess(visit, bug)
         return self.refuse(visit, answer) if isinstance(answer, Refusal) else answer
 

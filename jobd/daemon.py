@@ -1,0 +1,433 @@
+"""The wiring: put together in order, taken apart in the opposite order. The only place that knows all rooms.
+
+No rule and no SQL. Exit codes: 0 stopped, 74 the disk failed, 75 another daemon has the store, 78 configuration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import secrets
+import signal
+import socket
+import ssl
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+import structlog
+
+from jobd import admin_api, config, facts, log, systemd, worker_api
+from jobd.actor import Actor, Bounds, DiskBroken
+from jobd.alerts import Alerts, Thresholds
+from jobd.batch import DiskFull, KeyRow, Opened
+from jobd.bodies import Limits
+from jobd.book import Book
+from jobd.cleanup import Cleaner, Schedule, read_figures
+from jobd.clock import Clock
+from jobd.commands import Answer, AnyCommand, CreditAbsence, EndGrants, Ping
+from jobd.config import Config, ConfigError, Loaded
+from jobd.doors import Gate, own_names
+from jobd.files import StoreBusy, StoreError
+from jobd.health import Health
+from jobd.job import SECOND_MS
+from jobd.keys import Keys
+from jobd.listener import Listener
+from jobd.metrics import Metrics
+from jobd.rooms import Rooms
+from jobd.store import Store, Synchronous
+from jobd.web import Web
+
+EXIT_OK: Final = 0
+EXIT_IO: Final = 74
+EXIT_BUSY: Final = 75
+EXIT_CONFIG: Final = 78
+
+GRACE_MS: Final = 30 * SECOND_MS  # after a start nothing of a processing job ends sooner
+STOP_S: Final = 20.0  # for requests in flight; systemd waits longer
+SLICE: Final = 500
+
+line = structlog.get_logger("jobd.daemon")
+
+
+class CannotStart(Exception):
+    """Why the daemon does not start, with its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def serve(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
+    """Run the daemon until it is told to stop; gives the exit code. `reload` reads the configuration again."""
+    log.configure(loaded.config.log.level, loaded.config.log.format)
+    try:
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(loaded, reload))
+    except CannotStart as error:
+        line.critical("cannot_start", reason=str(error), exit_code=error.code)
+        return error.code
+    except DiskBroken as error:
+        line.critical("stopped_by_disk", reason=str(error), exit_code=EXIT_IO)
+        return EXIT_IO
+
+
+async def _serve(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
+    async with contextlib.AsyncExitStack() as stack:
+        daemon = Daemon(loaded, reload)
+        await daemon.start(stack)
+        await daemon.until_stopped()
+    line.info("stopped")
+    return EXIT_OK
+
+
+class Daemon:
+    """A daemon on its way up, at work and down again."""
+
+    def __init__(self, loaded: Loaded, reload: Callable[[], Loaded]) -> None:
+        self._loaded = loaded
+        self._reload = reload
+        self._stop = asyncio.Event()
+        self._webs: list[Web] = []
+
+    async def start(self, stack: contextlib.AsyncExitStack) -> None:
+        """Disk, actor, time, doors: each is taken down by `stack` in the opposite order."""
+        settings = self._loaded.config
+        for warning in self._loaded.warnings:
+            line.warning("insecure", message=warning)
+        store, opened = await self._open_store(stack)
+        self.clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
+        self.actor = _actor(store, opened, self.clock, settings)
+        self._running = asyncio.create_task(self.actor.run(), name="actor")
+        self._running.add_done_callback(lambda _: self._stop.set())
+        stack.push_async_callback(self._stop_actor)
+        await self._settle(opened)
+        self.cleaner = Cleaner(self.actor, self.clock, _schedule(settings))
+        _run_beside(stack, "cleanup", self.cleaner)
+        self.rooms = self._rooms(store, opened, stack)
+        await self._open_doors(stack)
+        self._listen_to_signals()
+        self._watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
+        stack.push_async_callback(_cancel, self._watchdog)
+        self.rooms.is_open = True
+        systemd.ready()
+        line.info("ready", jobs=self.actor.book.total(), store=settings.store.path, pid=os.getpid())
+
+    async def until_stopped(self) -> None:
+        """Until a signal, or until the actor has ended by itself (the disk failed)."""
+        await self._stop.wait()
+        self.rooms.is_open = False
+        if self._running.done():
+            await self._running
+        systemd.stopping()
+        line.info("stopping")
+
+    # -- up -----------------------------------------------------------------------------------------------------------
+
+    async def _open_store(self, stack: contextlib.AsyncExitStack) -> tuple[Store, Opened]:
+        settings = self._loaded.config.store
+        synchronous: Synchronous = "EXTRA" if settings.synchronous == "extra" else "FULL"
+        try:
+            if settings.path != ":memory:":
+                Path(settings.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            store, opened = await Store.open(settings.path, synchronous=synchronous)
+        except StoreBusy as error:
+            raise CannotStart(str(error), EXIT_BUSY) from None
+        except StoreError as error:
+            raise CannotStart(str(error), EXIT_CONFIG) from None
+        except (OSError, DiskFull) as error:
+            raise CannotStart(f"{settings.path}: {error}", EXIT_IO) from None
+        stack.push_async_callback(store.close)
+        for fault in opened.faults:
+            line.error("store_fault", message=fault)
+        return store, opened
+
+    async def _settle(self, opened: Opened) -> None:
+        """What a start owes the jobs that were processing: time to be heard of, or an end after a restore."""
+        held = list(self.actor.book.processing)
+        slices = [held[first : first + SLICE] for first in range(0, len(held), SLICE)]
+        if opened.marked:
+            for index, ids in enumerate(slices or [[]]):
+                await self._own(EndGrants(ids=ids, last=index + 1 >= len(slices)), "daemon")
+            line.warning("backup_put_back", ended_grants=len(held), epoch=self.actor.book.epoch)
+            return
+        for ids in slices:
+            await self._own(CreditAbsence(ids=ids, grace_ms=GRACE_MS), "daemon")
+
+    async def _own(self, command: AnyCommand, by: str) -> None:
+        answer = await self.actor.ask(command, by=by)
+        if not isinstance(answer, Answer):
+            line.error("start_step_refused", command=type(command).__name__, code=answer.code, message=answer.message)
+
+    def _rooms(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Rooms:
+        settings = self._loaded.config
+        health = Health(
+            self.actor,
+            self.clock,
+            self.cleaner,
+            faults=opened.faults,
+            take_faults=store.take_faults,
+            artefacts_url=settings.artefacts.url,
+        )
+        stack.push_async_callback(health.close)
+        self.alerts = Alerts(self.actor.book, self.clock, health, self.cleaner, _thresholds(settings))
+        _run_beside(stack, "alerts", self.alerts)
+        metrics = Metrics(self.actor, self.clock, self.cleaner, self.alerts, store.path, self._webs)
+        _run_beside(stack, "metrics", metrics)
+        return Rooms(
+            self.actor, store, self.clock, self.cleaner, health, self.alerts, metrics, lambda: not self._running.done()
+        )
+
+    async def _open_doors(self, stack: contextlib.AsyncExitStack) -> None:
+        settings, given = self._loaded.config, systemd.sockets()
+        limits = Limits(body=settings.limits.body, payload=settings.limits.payload, bulk=settings.limits.bulk)
+        place = f"unix:{settings.worker.socket}"
+        doors = [Door("worker", Web(Gate("worker"), worker_api.ROUTES, self.actor, self.rooms, limits=limits), place)]
+        if settings.worker.listen:
+            self._worker_gate = Gate(
+                "worker-tcp", tokens=self._loaded.worker_tokens, hosts=own_names(settings.worker.listen)
+            )
+            remote = Web(self._worker_gate, worker_api.ROUTES, self.actor, self.rooms, limits=limits)
+            doors.append(Door("worker-tcp", remote, settings.worker.listen))
+        self._admin_gate = Gate("admin", tokens=self._admin_tokens(), hosts=_admin_hosts(settings, given.get("admin")))
+        admin = Web(self._admin_gate, admin_api.ROUTES, self.actor, self.rooms, limits=limits, admin=True)
+        doors.append(Door("admin", admin, settings.admin.listen))
+        self._webs += [door.web for door in doors]
+        listeners: list[Listener] = []
+        stack.push_async_callback(_close_doors, listeners, self.actor)
+        for door in doors:
+            listeners.append(await door.open(given.get(door.name), settings))
+
+    def _admin_tokens(self) -> tuple[str, ...]:
+        """The configured ones; in development, where there are none, a random one that is printed."""
+        if self._loaded.admin_tokens:
+            return self._loaded.admin_tokens
+        if not hasattr(self, "_made_token"):
+            self._made_token = secrets.token_urlsafe(32)
+            print(f"ENVIRONMENT=development: admin token for this run: {self._made_token}", file=sys.stderr, flush=True)
+        return (self._made_token,)
+
+    # -- at work ------------------------------------------------------------------------------------------------------
+
+    def _listen_to_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._asked_to_stop, number.name)
+        loop.add_signal_handler(signal.SIGHUP, self._asked_to_reload)
+        loop.add_signal_handler(signal.SIGUSR1, self._dump)
+
+    def _asked_to_stop(self, name: str) -> None:
+        if self._stop.is_set():
+            line.critical("aborted", signal=name)
+            os._exit(1)  # whatever was answered is on disk
+        line.info("asked_to_stop", signal=name)
+        self._stop.set()
+
+    def _asked_to_reload(self) -> None:
+        """Take over what can change at work; on an error the old configuration stays."""
+        systemd.reloading()
+        try:
+            new = self._reload()
+        except ConfigError as error:
+            line.error("reload_failed", reason=str(error), kept="the old configuration")
+        else:
+            self._take_over(new)
+        systemd.ready()
+
+    def _take_over(self, new: Loaded) -> None:
+        taken, refused = config.changes(self._loaded.config, new.config)
+        settings = _merged(self._loaded.config, new.config, taken)
+        if new.admin_tokens != self._loaded.admin_tokens:
+            taken.append("admin tokens")
+        if new.worker_tokens != self._loaded.worker_tokens:
+            taken.append("worker tokens")
+        self._loaded = msgspec.structs.replace(
+            self._loaded, config=settings, admin_tokens=new.admin_tokens, worker_tokens=new.worker_tokens
+        )
+        self.actor.policy = settings.policy()
+        self.cleaner.set_schedule(_schedule(settings))
+        self.alerts.thresholds = _thresholds(settings)
+        self._admin_gate.replace_tokens(self._admin_tokens())
+        if settings.worker.listen:
+            self._worker_gate.replace_tokens(new.worker_tokens)
+        log.set_level(settings.log.level)
+        line.info("reloaded", changed=taken, need_restart=refused)
+
+    def _dump(self) -> None:
+        """Mailbox, tasks and stacks, for a look at a daemon that does not move."""
+        line.info("dump", mailbox=self.actor.waiting, parked=len(self.actor.parked), jobs=self.actor.book.totals)
+        for task in asyncio.all_tasks():
+            stack = " < ".join(f"{frame.f_code.co_name}:{frame.f_lineno}" for frame in task.get_stack())
+            line.info("dump_task", task=task.get_name(), stack=stack)
+        for number, frame in sys._current_frames().items():
+            line.info("dump_thread", thread=number, stack=" < ".join(traceback.format_stack(frame)[-3:]))
+
+    async def _feed_watchdog(self) -> None:
+        """systemd is told that we live by the actor: only an answer through the mailbox counts."""
+        interval_s = systemd.watchdog_s()
+        while interval_s is not None:
+            if isinstance(await self.actor.ask(Ping(), by="daemon"), Answer):
+                systemd.alive()
+            await asyncio.sleep(interval_s / 2)
+
+    # -- down ---------------------------------------------------------------------------------------------------------
+
+    async def _stop_actor(self) -> None:
+        self.actor.stop()
+        with contextlib.suppress(DiskBroken):  # said already, by until_stopped
+            await self._running
+
+
+class Door(msgspec.Struct):
+    """One API and where it listens, unless systemd has opened its socket already."""
+
+    name: str
+    web: Web
+    listen: str
+
+    async def open(self, given: list[socket.socket] | None, settings: Config) -> Listener:
+        listener = Listener(self.web)
+        section = settings.admin if self.name == "admin" else settings.worker
+        tls = None if self.name == "worker" else _tls(section.tls_cert, section.tls_key)
+        try:
+            if given:
+                for opened in given:
+                    await listener.open_socket(opened, tls=tls)
+                return listener
+            place = config.parse_listen(self.listen, self.name)
+            if isinstance(place, str):
+                await asyncio.to_thread(_make_way, place)
+                await listener.open_unix(place, int(settings.worker.socket_mode, 8))
+            else:
+                await listener.open_tcp(*place, tls=tls)
+        except OSError as error:
+            code = EXIT_BUSY if error.errno == errno.EADDRINUSE else EXIT_CONFIG
+            raise CannotStart(f"[{self.name}] cannot listen on {self.listen}: {error}", code) from None
+        line.info("listening", door=self.name, at=self.listen)
+        return listener
+
+
+def _make_way(path: str) -> None:
+    """The directory of a socket; raises OSError where somebody listens on it already."""
+    Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(
+        FileNotFoundError, ConnectionRefusedError
+    ):
+        probe.connect(path)
+        raise OSError(errno.EADDRINUSE, "another process listens there")
+
+
+def _tls(cert: str, key: str) -> ssl.SSLContext | None:
+    if not cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        raise CannotStart(f"tls_cert {cert}, tls_key {key}: {error}", EXIT_CONFIG) from None
+    return context
+
+
+def _admin_hosts(settings: Config, given: list[socket.socket] | None) -> frozenset[str] | None:
+    """The names that the admin listener answers to; None on a Unix socket, which no browser reaches."""
+    if given:
+        names = [opened.getsockname() for opened in given if opened.family != socket.AF_UNIX]
+        if not names:
+            return None
+        return frozenset().union(*(own_names(f"{name[0]}:{name[1]}", settings.admin.hosts) for name in names))
+    if settings.admin.listen.startswith("unix:"):
+        return None
+    return own_names(settings.admin.listen, settings.admin.hosts)
+
+
+def _actor(store: Store, opened: Opened, clock: Clock, settings: Config) -> Actor:
+    book = Book.opened(opened.numbers, opened.jobs, opened.queues)
+    book.quarantined = dict(opened.quarantined)
+    book.suspects = dict(opened.suspects)
+    book.figures = read_figures(opened.figures)
+    limits = settings.limits
+    bounds = Bounds(limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait))
+    keys = Keys(_current_keys(opened.keys, book), limits.idempotency_keys)
+    actor = Actor(
+        store, book, keys, clock, settings.policy(), random=os.urandom, bounds=bounds, is_full=opened.full
+    )
+    actor.on_commit.append(facts.write_lines)
+    return actor
+
+
+def _current_keys(rows: list[KeyRow], book: Book) -> list[KeyRow]:
+    """Of a start or claim only the grants that are still current keep its key alive."""
+    kept = []
+    for row in rows:
+        if row.grants is not None:
+            current = [(job_id, lock_id) for job_id, lock_id in row.grants if book.holds(job_id, lock_id)]
+            row = msgspec.structs.replace(row, grants=current)
+        if row.grants is None or row.grants:
+            kept.append(row)
+    return kept
+
+
+def _schedule(settings: Config) -> Schedule:
+    cleanup = settings.cleanup
+    return Schedule(
+        interval_ms=int(cleanup.interval),
+        min_interval_ms=int(cleanup.min_interval),
+        recover_every_ms=int(cleanup.recover_every),
+        batch=cleanup.batch,
+        journal_ms=int(settings.retention.journal),
+    )
+
+
+def _thresholds(settings: Config) -> Thresholds:
+    alerts = settings.alerts
+    return Thresholds(
+        stuck_jobs=alerts.stuck_jobs,
+        processing_jobs=alerts.processing_jobs,
+        average_processing_ms=int(alerts.average_processing),
+        pass_issues=alerts.pass_issues,
+    )
+
+
+def _merged(old: Config, new: Config, taken: list[str]) -> Config:
+    """The old configuration with the `taken` keys of the new one."""
+    for key in taken:
+        section, name = key.split(".")
+        value = getattr(getattr(new, section), name)
+        old = msgspec.structs.replace(
+            old, **{section: msgspec.structs.replace(getattr(old, section), **{name: value})}
+        )
+    return old
+
+
+class Beside(Protocol):
+    async def run(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+def _run_beside(stack: contextlib.AsyncExitStack, name: str, part: Beside) -> None:
+    """Run a part until it is stopped, by a message; then wait for its end."""
+    task = asyncio.create_task(part.run(), name=name)
+
+    async def end() -> None:
+        part.stop()
+        await task
+
+    stack.push_async_callback(end)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def _close_doors(listeners: list[Listener], actor: Actor) -> None:
+    """No new requests; those in flight are answered, parked claims with nothing."""
+    actor.stop_parking()
+    await asyncio.gather(*(listener.stop(STOP_S) for listener in listeners))

@@ -1,0 +1,95 @@
+"""What a request may ask of the daemon beside the actor: cleanup, health, alerts, metrics, the clock, a backup.
+
+Wires; decides nothing. web.py has the protocol that this fulfils.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+import structlog
+from msgspec import Struct
+
+from jobd import backup
+from jobd.actor import Actor
+from jobd.alerts import Alerts
+from jobd.cleanup import Cleaner
+from jobd.clock import Clock
+from jobd.commands import (
+    AlertView,
+    CleanupReport,
+    CleanupState,
+    ClockView,
+    HealthView,
+    QuarantinedJob,
+    RecoverStuckView,
+    Refusal,
+)
+from jobd.health import Health
+from jobd.metrics import Metrics
+from jobd.store import Store
+
+log = structlog.get_logger("jobd.daemon")
+
+
+class Rooms(Struct):
+    """The parts of a running daemon. `is_open` is false before the doors are open and once they close."""
+
+    actor: Actor
+    store: Store
+    clock_: Clock
+    cleaner: Cleaner
+    health_: Health
+    alerts_: Alerts
+    metrics_: Metrics
+    runs: Callable[[], bool]
+    is_open: bool = False
+
+    async def run_cleanup(self, *, forced: bool) -> CleanupReport:
+        return await self.cleaner.run_pass(forced=forced)
+
+    def cleanup_state(self) -> CleanupState:
+        return self.cleaner.state()
+
+    async def recover_stuck(self) -> RecoverStuckView | Refusal:
+        return await self.cleaner.recover_stuck()
+
+    async def health(self) -> HealthView:
+        return await self.health_.view()
+
+    def alerts(self) -> list[AlertView]:
+        return self.alerts_.evaluate()
+
+    async def metrics(self) -> bytes:
+        return await self.metrics_.render()
+
+    async def reports(self, limit: int) -> list[CleanupReport]:
+        return await self.cleaner.reports(limit)
+
+    def clock(self) -> ClockView:
+        at = self.clock_.moment()
+        if not self.clock_.suspect:
+            return ClockView(at.now, False, "The wall clock is in step with the store.")
+        message = (
+            "At the start the wall clock was more than 30 days ahead of the store, so nothing is deleted by age. "
+            "Check the date of this machine; if it is right: jobctl clock accept"
+        )
+        return ClockView(at.now, True, message)
+
+    async def accept_clock(self) -> ClockView:
+        self.clock_.accept()
+        log.info("clock_accepted", by="admin")
+        return self.clock()
+
+    def quarantine(self) -> list[QuarantinedJob]:
+        return [QuarantinedJob(job_id, reason) for job_id, reason in sorted(self.actor.book.quarantined.items())]
+
+    def backup(self) -> AsyncIterator[bytes]:
+        log.info("backup_started", by="admin")
+        return backup.stream(self.store)
+
+    def is_ready(self) -> bool:
+        return self.is_open and self.runs()
+
+    def is_alive(self) -> bool:
+        return self.runs()
