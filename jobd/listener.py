@@ -51,6 +51,8 @@ class Connection(RequestHandler):
     ) -> web.StreamResponse:
         """The answer to what is not HTTP. Its own text stays out of it: it may hold a token."""
         assert isinstance(request, Visit)
+        if isinstance(exc, ConnectionError):
+            raise exc
         if isinstance(exc, HttpProcessingError):
             line = f"a line of its head is over {self.max_line_size} bytes"
             why = line if isinstance(exc, LineTooLong) else "its head or its framing is wrong"

@@ -132,6 +132,7 @@ class _Import:
         try:
             await self._read()
             await self._settle(0, 0)
+            self._report.refused.sort(key=lambda no: no.line)
             return self._stop or Answer(self._report)
         finally:
             for ahead in self._ahead:

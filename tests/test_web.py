@@ -472,6 +472,14 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(house: H
     assert (await line.ask("GET", "/v1/jobs")).status == 200
 
 
+async def test_a_connection_that_fails_behind_the_door_is_not_the_client_s(house: House) -> None:
+    def fail(_: Any) -> Answer:
+        raise ConnectionRefusedError("the artefact store is down")
+
+    house.desk.answer = fail
+    assert (await house.ask("GET", "/v1/jobs")).status == 500
+
+
 async def test_an_answer_that_cannot_be_written_as_json_is_a_500(house: House) -> None:
     house.desk.answer = lambda _: Answer(object())
     line = await house.line()

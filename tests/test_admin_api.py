@@ -1,0 +1,216 @@
+"""The table of the admin API: every call with an example, over a real socket."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import msgspec.inspect
+import pytest
+from http_help import TOKEN, House
+
+from jobd.admin_api import ROUTES
+from jobd.commands import (
+    Answer,
+    Cancel,
+    Command,
+    Delete,
+    ExtendLock,
+    ForceFail,
+    ForceReset,
+    Get,
+    List,
+    Locks,
+    Pause,
+    Queues,
+    Refusal,
+    ReleaseLock,
+    Resume,
+    RunNow,
+    Stats,
+    StatsView,
+    Timeline,
+    Transition,
+    Update,
+    Updates,
+    Validate,
+    Why,
+    Workers,
+)
+from jobd.doors import Gate
+
+P = "/admin/job-management"
+AUTH = {"Authorization": f"Bearer {TOKEN}"}
+REPORT = {
+    "timestamp": 1_700_000_000_000,
+    "stuckJobsRecovered": 1,
+    "expiredJobsDeleted": 2,
+    "expiredLocksCleared": 3,
+    "validationIssuesFixed": 4,
+    "validationIssuesFound": 5,
+    "totalProcessingTime": 6,
+    "errors": [],
+    "forced": True,
+}
+STATS = StatsView(3, {"queued": 3}, 0, 0, 0.0, None, 0, 1_700_000_000_000)
+
+# Calls that are one command to the actor: call, example of a body (or query), the command, whether a key counts.
+COMMANDS: list[tuple[str, str, str, Command, bool]] = [
+    ("GET", f"{P}/validate-job", "jobId=j", Validate(id="j"), False),
+    ("POST", f"{P}/force-fail", '{"jobId":"j","reason":"r"}', ForceFail(id="j", reason="r"), True),
+    ("POST", f"{P}/force-reset", '{"jobId":"j"}', ForceReset(id="j"), True),
+    ("POST", f"{P}/transition", '{"jobId":"j","from":"failed","to":"queued","updates":{"priority":1},"reason":"r"}',
+     Transition(id="j", from_="failed", to="queued", updates=Updates(priority=1), reason="r"), True),
+    ("POST", f"{P}/extend-lock", '{"jobId":"j","lockId":"x","additionalTime":60000}',
+     ExtendLock(id="j", lock_id="x", additional_ms=60000), True),
+    ("POST", f"{P}/release-lock", '{"jobId":"j","lockId":"x"}', ReleaseLock(id="j", lock_id="x"), True),
+    ("GET", f"{P}/jobs", "status=queued&worker=w&limit=5", List(status="queued", worker="w", limit=5), False),
+    ("GET", f"{P}/jobs/{{id}}", "", Get(id="j"), False),
+    ("DELETE", f"{P}/jobs/{{id}}", "", Delete(id="j"), True),
+    ("GET", f"{P}/jobs/{{id}}/timeline", "", Timeline(id="j"), False),
+    ("GET", f"{P}/jobs/{{id}}/why", "", Why(id="j"), False),
+    ("POST", f"{P}/jobs/{{id}}/cancel", "", Cancel(id="j"), True),
+    ("POST", f"{P}/jobs/{{id}}/run-now", "", RunNow(id="j"), True),
+    ("POST", f"{P}/jobs/{{id}}/update", '{"priority":-5,"max_attempts":3}',
+     Update(id="j", priority=-5, max_attempts=3), True),
+    ("POST", f"{P}/queues/{{name}}/pause", "", Pause(name="q"), True),
+    ("POST", f"{P}/queues/{{name}}/resume", "{}", Resume(name="q"), True),
+    ("GET", f"{P}/locks", "", Locks(), False),
+    ("GET", f"{P}/queues", "", Queues(), False),
+    ("GET", f"{P}/workers", "", Workers(), False),
+]  # fmt: skip
+
+# Calls that the daemon's rooms answer: call, data.
+ROOMS: list[tuple[str, str, Any]] = [
+    ("POST", f"{P}/cleanup", REPORT),
+    ("GET", f"{P}/cleanup", {"lastReport": REPORT, "cleanupRunning": True, "timeSinceLastCleanup": 1234}),
+    ("POST", f"{P}/recover-stuck",
+     {"recoveredJobs": 1, "resetJobs": 1, "failedJobs": 0, "timestamp": 1_700_000_000_000,
+      "details": [{"jobId": "a", "action": "reset", "reason": "stalled"}]}),
+    ("GET", f"{P}/reports", {"reports": [REPORT]}),
+    ("GET", f"{P}/alerts", {"alerts": [{"name": "stuck_jobs", "firing": False, "since": None, "value": 0.0,
+                                        "threshold": 5.0, "hint": "look at the workers"}]}),
+    ("GET", f"{P}/clock", {"now": 1_700_000_000_000, "suspect": True, "message": "30 days ahead"}),
+    ("POST", f"{P}/clock/accept", {"now": 1_700_000_000_000, "suspect": False, "message": "30 days ahead"}),
+    ("GET", f"{P}/quarantine", {"jobs": [{"id": "bad-1", "reason": "checksum"}]}),
+]  # fmt: skip
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with House(ROUTES, tmp_path, gate=Gate("admin", tokens=[TOKEN]), admin=True) as opened:
+        yield opened
+
+
+def plain(command: Any) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(command))
+
+
+@pytest.mark.parametrize(("method", "path", "body", "command", "keyed"), COMMANDS)
+async def test_a_call_is_its_command(
+    house: House, method: str, path: str, body: str, command: Command, keyed: bool
+) -> None:
+    target = path.replace("{id}", "j").replace("{name}", "q")
+    headers = {**AUTH, "Idempotency-Key": "k"}
+    if method == "GET":
+        heard = await house.ask("GET", f"{target}?{body}" if body else target, headers=headers)
+    else:
+        heard = await house.ask(method, target, body or None, headers)
+    assert heard.status == 200, heard.json
+    [asked] = house.desk.asked
+    assert type(asked.command) is type(command)
+    assert plain(asked.command) == plain(command)
+    assert (asked.by, asked.admin) == ("admin", True)
+    assert (asked.key is not None) == keyed
+
+
+@pytest.mark.parametrize(("method", "path", "data"), ROOMS)
+async def test_a_call_of_the_rooms_gives_their_figures(house: House, method: str, path: str, data: Any) -> None:
+    assert (await house.ask(method, path, headers=AUTH)).data == data
+    if method == "POST":
+        assert (await house.ask(method, path, "{}", AUTH)).data == data
+        assert (await house.ask(method, path, '{"x":1}', AUTH)).status == 400
+    assert house.desk.asked == []
+
+
+async def test_a_cleanup_that_is_asked_for_is_forced(house: House) -> None:
+    await house.ask("POST", f"{P}/cleanup", headers=AUTH)
+    assert house.figures.forced == [True]
+
+
+def test_every_call_has_an_example_and_no_route_is_missing() -> None:
+    others = {("GET", f"{P}/stats"), ("GET", f"{P}/health"), ("POST", f"{P}/import"), ("GET", f"{P}/backup")}
+    others |= {("GET", "/metrics"), ("GET", "/healthz"), ("GET", "/readyz")}
+    examples = {call[:2] for call in COMMANDS} | {call[:2] for call in ROOMS} | others
+    assert {(route.method, route.path) for route in ROUTES} == examples
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+async def test_every_call_but_the_probes_needs_the_token(house: House, route: Any) -> None:
+    heard = await house.ask(route.method, route.path.replace("{id}", "j").replace("{name}", "q"))
+    assert heard.status == (200 if route.who == "anyone" else 401)
+    assert house.desk.asked == []
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+def test_what_a_route_takes_and_gives_can_be_described(route: Any) -> None:
+    assert len(msgspec.inspect.multi_type_info([route.asks, route.gives])) == 2
+    assert route.who == ("anyone" if route.path in {"/healthz", "/readyz"} else "admin")
+
+
+async def test_stats_say_whether_a_pass_is_running(house: House) -> None:
+    house.desk.answer = lambda _: Answer(STATS)
+    data = (await house.ask("GET", f"{P}/stats", headers=AUTH)).data
+    assert (data["totalJobs"], data["cleanupRunning"], data["timeSinceLastCleanup"]) == (3, True, 1234)
+    assert house.desk.asked[0].command == Stats()
+    house.desk.answer = lambda _: Refusal("overloaded", "Too much.")
+    assert (await house.ask("GET", f"{P}/stats", headers=AUTH)).status == 503
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "success"), [("healthy", 200, True), ("degraded", 200, True), ("unhealthy", 503, False)]
+)
+async def test_health_has_the_same_body_whatever_its_status(
+    house: House, status: Any, code: int, success: bool
+) -> None:
+    house.figures.status = status
+    heard = await house.ask("GET", f"{P}/health", headers=AUTH)
+    assert (heard.status, heard.json["success"]) == (code, success)
+    data = heard.json["data"]
+    assert data["database"] == {"status": status, "message": "measured", "totalJobs": 7}
+    assert data["cleanupStatus"] == {"running": False, "timeSinceLastCleanup": None, "message": "idle"}
+
+
+@pytest.mark.parametrize(
+    ("target", "field"),
+    [
+        (f"{P}/validate-job", "$.jobId"),
+        (f"{P}/validate-job?jobId=", "$.jobId"),
+        (f"{P}/validate-job?id=j", "$.id"),
+        (f"{P}/validate-job?jobId=a&jobId=b", "$.jobId"),
+        (f"{P}/stats?x=1", "$.x"),
+        (f"{P}/reports?limit=0", "$.limit"),
+        (f"{P}/reports?limit=501", "$.limit"),
+    ],
+)
+async def test_a_query_out_of_its_bounds_is_named(house: House, target: str, field: str) -> None:
+    heard = await house.ask("GET", target, headers=AUTH)
+    assert (heard.status, heard.json["details"]) == (400, {"field": field})
+
+
+async def test_reports_are_as_many_as_asked_for(house: House) -> None:
+    assert len((await house.ask("GET", f"{P}/reports?limit=500", headers=AUTH)).data["reports"]) == 1
+
+
+@pytest.mark.parametrize("name", ["a b", "a%2Fb", "%0a"])
+async def test_a_malformed_queue_name_is_a_400(house: House, name: str) -> None:
+    heard = await house.ask("POST", f"{P}/queues/{name.replace(' ', '%20')}/pause", headers=AUTH)
+    assert (heard.status, heard.json["details"]) == (400, {"field": "$.name"})
+
+
+async def test_metrics_are_text(house: House) -> None:
+    heard = await house.ask("GET", "/metrics", headers=AUTH)
+    assert (heard.status, heard.body) == (200, b"jobd_stuck_jobs 0\n")
+    assert heard.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
