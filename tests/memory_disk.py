@@ -99,7 +99,7 @@ class MemoryDisk:
             queues=dict(self.queues),
             keys=[replace(key, answer=None) for key in self.keys.values()],
             quarantined=dict(self.quarantined),
-            suspects=list(self.suspects.values()),
+            suspects=dict(self.suspects),
             faults=[],
             figures=self.figures,
             full=not self.fits(Batch([], self.numbers)),
