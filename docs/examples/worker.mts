@@ -69,6 +69,8 @@ async function untilAnswered<T>(path: string, body: object): Promise<T> {
   }
 }
 
+const said = (error: unknown) => (error instanceof Error && error.message) || String(error);
+
 /** Your work. `report` tells how far it is; `lost` fires when the job is no longer ours: stop, write nothing more. */
 async function work(job: Job, report: (percent: number, message?: string) => Promise<void>, lost: AbortSignal) {
   const numbers = Array.isArray(job.payload) ? job.payload.map(Number) : [];
@@ -100,11 +102,11 @@ async function run(grant: Grant) {
     console.log(`${job.id} completed`);
   } catch (error) {
     if (lost.signal.aborted || (error instanceof Refused && error.code === "lock_lost")) {
-      console.error(`${job.id} is no longer ours: ${String(error)}`);
+      console.error(`${job.id} is no longer ours: ${said(error)}`);
       return;
     }
-    await untilAnswered(`${at}/fail`, { lock_id, error_message: String(error).slice(0, 4096) });
-    console.error(`${job.id} failed: ${String(error)}`);
+    await untilAnswered(`${at}/fail`, { lock_id, error_message: said(error).slice(0, 4096) });
+    console.error(`${job.id} failed: ${said(error)}`);
   } finally {
     clearInterval(timer);
   }
@@ -124,7 +126,7 @@ while (!stopping) {
     for (const grant of grants) await run(grant);
     if (process.env.ONCE && grants.length) break;
   } catch (error) {
-    console.error(`cannot claim: ${String(error)}`);
+    console.error(`cannot claim: ${said(error)}`);
     await new Promise((resume) => setTimeout(resume, 1_000));
   }
 }

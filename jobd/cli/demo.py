@@ -124,8 +124,8 @@ def _tell(job: JobInfo, story: Story, out: Screen) -> None:
         return
     story.seen[job.id] = state
     if job.status == "processing" and job.lock:
-        again = f", attempt {job.attempt}" if job.attempt > 1 else ""
-        out.say(f"{job.lock.worker} works on {job.id}{again}")
+        if job.kind == "film":  # the others are done before anybody has read that they began
+            out.say(f"{job.lock.worker} works on {job.id}, attempt {job.attempt} of {job.max_attempts}")
     elif job.status == "completed":
         out.say(f"{_said(job).get('worker', 'somebody')} completed {job.id} → {Path(job.file_path or '?').name}")
     elif job.status == "processing":
@@ -150,7 +150,7 @@ def _kill_one(stage: Stage, client: JobClient, jobs: Sequence[JobInfo], story: S
             why = client.why(job.id)
             out.say(f"  why {job.id}? {why.because}")
             if why.next is not None:
-                out.say(f"  next: {why.next.what} {show.age(why.next.at)}")
+                out.say(f"  next: {why.next.what.rstrip('.')}: {show.age(why.next.at)}")
             return
 
 
@@ -159,6 +159,7 @@ def _tell_recovery(client: JobClient, story: Story, out: Screen) -> None:
     if stalled is not None:
         story.told_recovery = True
         out.say(f"{stalled.by} took {story.killed_job} back: {stalled.from_} → {stalled.to}. {stalled.reason or ''}")
+        out.say(f"  why {story.killed_job}? {client.why(story.killed_job).because}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,14 +171,16 @@ def _judge(stage: Stage, story: Story, keep: Path | None) -> int:
     from jobd.cli import tables
 
     with stage.jobs() as client:
-        jobs = sorted(client.iterate_jobs(limit=200), key=lambda job: job.created_at)
+        jobs = list(reversed(list(client.iterate_jobs(limit=200))))
         lines = {job.id: client.timeline(job.id) for job in jobs}
         why = client.why(story.killed_job) if story.killed_job else None
     faults = {job.id: _fault(stage, story, job) for job in jobs}
     _show_jobs(jobs, lines, faults)
     if why is not None:
         show.emit("")
-        show.emit(f"What happened to {story.killed_job}, whose worker {story.killed_worker} was killed:")
+        show.emit(
+            f"What happened to {story.killed_job}, whose worker {story.killed_worker} was killed (progress left out):"
+        )
         tables.timeline([event for event in lines[story.killed_job] if event.type not in ("progress", "extended")])
         tables.why(why)
     checks = _checks(story, jobs, lines, faults)
@@ -252,4 +255,6 @@ def _verdict(checks: Sequence[tuple[str, bool]]) -> int:
     failed = sum(not is_true for _, is_true in checks)
     if failed:
         show.say(f"jobd demo: {failed} of {len(checks)} claims were not seen to be true")
+    else:
+        show.emit("All of it was seen, and nothing is left behind.")
     return exits.FAILED if failed else exits.DONE

@@ -146,7 +146,7 @@ def _to_png(source: Path, part: Path, report: Report) -> dict[str, Any]:
             else:
                 file.write(_chunk(b"fdAT", struct.pack(">I", number) + packed))
                 number += 1
-            report(100 * (index + 1) / frames * 0.99, f"frame {index + 1} of {frames}")
+            report(99 * (index + 1) // frames, f"frame {index + 1} of {frames}")
         file.write(_chunk(b"IEND", b""))
     return {"frames": frames}
 
@@ -189,7 +189,7 @@ def _to_gzip(source: Path, part: Path, report: Report) -> dict[str, Any]:
     with source.open("rb") as plain, gzip.open(part, "wb", compresslevel=9) as packed:
         while block := plain.read(1 << 16):
             packed.write(block)
-            report(95 * plain.tell() / source.stat().st_size, "packing")
+            report(95 * plain.tell() // source.stat().st_size, "packing")
     return {"source_sha256": sha256(source)}
 
 

@@ -1,0 +1,525 @@
+"""The command lines against a real daemon: what they print, in which shape, with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from jobd import commands
+from jobd.cli import ctl
+from jobd.cli import daemon as jobd_cli
+from jobd.client import JobClient, JobdError
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = "canary-token-0123456789abcdef"
+READY_S = 20.0
+
+
+class Running:
+    """A daemon of `python -m jobd serve` with its places."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = folder / "jobs.db"
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("JOBD_", "ADMIN_"))}
+        self.places = {
+            "JOBD_SOCKET": str(folder / "worker.sock"),
+            "JOBD_ADMIN_URL": f"unix:{folder}/admin.sock",
+            "ADMIN_TOKEN": TOKEN,
+        }
+        self.argv = ["serve", "--store", str(self.store), "--socket", str(folder / "worker.sock")]
+        self.argv += ["--admin-listen", f"unix:{folder}/admin.sock"]
+        with (folder / "log").open("wb") as log:
+            self.process = self.start("jobd", *self.argv, stdout=log, stderr=log)
+        self.client = JobClient(f"unix:{folder}/worker.sock", retry_for_s=0)
+        self._until_ready()
+
+    def start(self, module: str, *argv: str, **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *argv], env={**self.env, **self.places}, cwd=ROOT, text=True, **options
+        )
+
+    def done(self, module: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        env = {**self.env, **self.places}
+        return subprocess.run(
+            [sys.executable, "-m", module, *argv], env=env, cwd=ROOT, text=True, capture_output=True, **options
+        )
+
+    def _until_ready(self) -> None:
+        until = time.monotonic() + READY_S
+        while True:
+            try:
+                self.client.list_jobs(limit=1)
+                return
+            except JobdError:
+                assert self.process.poll() is None, (self.folder / "log").read_text()
+                assert time.monotonic() < until, (self.folder / "log").read_text()
+            time.sleep(0.05)
+
+    def stop(self) -> int:
+        self.client.close()
+        self.process.terminate()
+        return self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    daemon = Running(tmp_path_factory.mktemp("d"))
+    yield daemon
+    assert daemon.stop() == 0, (daemon.folder / "log").read_text()
+    assert TOKEN not in (daemon.folder / "log").read_text()
+
+
+@pytest.fixture
+def jobctl(running: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ctl:
+    for name in list(os.environ):
+        if name.startswith(("JOBD_", "ADMIN_")):
+            monkeypatch.delenv(name)
+    for name, value in running.places.items():
+        monkeypatch.setenv(name, value)
+    return Ctl(capsys)
+
+
+class Ctl:
+    """jobctl in this process: `ok` expects exit 0 and gives stdout, `json` its value, `no` gives (code, stderr)."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def run(self, *argv: str) -> tuple[int, str, str]:
+        self._capsys.readouterr()
+        code = ctl.main(list(argv))
+        return code, *self._capsys.readouterr()
+
+    def ok(self, *argv: str) -> str:
+        code, out, err = self.run(*argv)
+        assert code == 0, err
+        return out
+
+    def json(self, *argv: str) -> Any:
+        return json.loads(self.ok(*argv, "--json"))
+
+    def no(self, *argv: str) -> tuple[int, str]:
+        code, out, err = self.run(*argv)
+        assert out == ""
+        assert len(err.splitlines()) == 1
+        return code, err
+
+
+def _fields(shape: type[msgspec.Struct]) -> set[str]:
+    return set(shape.__struct_encode_fields__)
+
+
+JOB_FIELDS = _fields(commands.JobView) - {"repeated"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# submit, and looking
+
+
+def test_submit_prints_the_id_and_nothing_else(jobctl: Ctl, running: Running) -> None:
+    job_id = jobctl.ok("submit", "--queue", "s1", "--kind", "k", '{"a": [1, 2.50, "ü"]}').strip()
+    job = running.client.get_job(job_id)
+    assert (job.queue, job.kind, job.payload_value) == ("s1", "k", {"a": [1, 2.5, "ü"]})
+
+
+def test_submit_takes_every_option(jobctl: Ctl) -> None:
+    options = "--id s2 --priority -5 --delay 1h --expires 2h --max-attempts 4 --max-stalls 1 --on-stall fail "
+    options += "--stuck-after 90s --max-processing 0 --backoff fixed --backoff-base 5s --backoff-max 1m --no-jitter"
+    job = jobctl.json("submit", *options.split())
+    assert set(job) == JOB_FIELDS
+    named = (
+        "id",
+        "priority",
+        "max_attempts",
+        "max_stalls",
+        "on_stall",
+        "stuck_after_ms",
+        "max_processing_ms",
+        "payload",
+    )
+    assert [job[name] for name in named] == ["s2", -5, 4, 1, "fail", 90_000, 0, None]
+    assert job["backoff"] == {"kind": "fixed", "base_ms": 5_000, "max_ms": 60_000, "jitter": False}
+    assert abs(job["run_at"] - job["created_at"] - 3_600_000) < 60_000
+    assert abs(job["expires_at"] - job["run_at"] - 3_600_000) < 60_000
+
+
+def test_submit_reads_the_payload_from_stdin(running: Running) -> None:
+    done = running.done("jobd.cli.ctl", "submit", "--json", "-", input='["from stdin"]')
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["payload"] == ["from stdin"]
+    assert running.done("jobd.cli.ctl", "submit", "-", input="not json").returncode == 2
+
+
+def test_the_same_job_again_is_the_same_and_another_is_refused(jobctl: Ctl) -> None:
+    assert jobctl.ok("submit", "--id", "s3", "1") == jobctl.ok("submit", "--id", "s3", "1") == "s3\n"
+    code, err = jobctl.no("submit", "--id", "s3", "2")
+    assert code == 4
+    assert "job_exists" in err
+
+
+def test_what_the_daemon_refuses_is_4_and_names_the_field(jobctl: Ctl) -> None:
+    code, err = jobctl.no("submit", "--priority", "5000")
+    assert code == 4
+    assert "priority" in err
+    assert jobctl.no("job", "never-was")[0] == 4
+
+
+def test_jobs_are_paged_and_the_cursor_goes_on(jobctl: Ctl) -> None:
+    for number in range(7):
+        jobctl.ok("submit", "--queue", "s4", "--id", f"s4-{number}")
+    first = jobctl.json("jobs", "--queue", "s4", "--limit", "3")
+    assert [job["id"] for job in first["jobs"]] == ["s4-6", "s4-5", "s4-4"]
+    rest = jobctl.json("jobs", "--queue", "s4", "--cursor", first["next_cursor"])
+    assert [job["id"] for job in rest["jobs"]] == ["s4-3", "s4-2", "s4-1", "s4-0"]
+    assert rest["next_cursor"] is None
+    assert jobctl.ok("jobs", "--queue", "s4", "--all", "-q").split() == [f"s4-{number}" for number in range(6, -1, -1)]
+    code, out, err = jobctl.run("jobs", "--queue", "s4", "--limit", "3")
+    assert code == 0
+    assert len(out.splitlines()) == 4
+    assert first["next_cursor"] in err
+
+
+def test_one_job_its_reasons_and_its_history(jobctl: Ctl) -> None:
+    jobctl.ok("submit", "--id", "s5", "--delay", "1h", '{"x": 1}')
+    assert set(jobctl.json("job", "s5")) == JOB_FIELDS
+    assert re.search(
+        r"^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(in (59|60) m|^due .*\(in 1 h", jobctl.ok("job", "s5"), re.M
+    )
+    assert set(jobctl.json("why", "s5")) == {"state", "because", "next", "blocked_by", "do"}
+    assert jobctl.ok("why", "s5").startswith("queued: ")
+    events = jobctl.json("timeline", "s5")["events"]
+    assert [set(event) for event in events] == [{"seq", "at", "type", "from", "to", "by", "reason", "details"}]
+    assert "created" in jobctl.ok("timeline", "s5")
+    assert set(jobctl.json("validate", "s5")) == {"isValid", "issues", "canProceed"}
+
+
+def test_what_a_job_says_cannot_reach_the_terminal(jobctl: Ctl, running: Running) -> None:
+    evil = "\x1b]0;owned\x07 \x9b31m line\nbreak \u202eback"
+    jobctl.ok("submit", "--id", "s6", "--queue", "s6", json.dumps({"evil": evil}, ensure_ascii=False))
+    grant = running.client.claim("evil-worker", queues=["s6"])[0]
+    running.client.update_progress("s6", grant.lock_id, 1, evil)
+    running.client.fail_job("s6", grant.lock_id, evil, error_code="e")
+    for argv in (["job", "s6"], ["jobs", "--queue", "s6"], ["timeline", "s6"], ["why", "s6"]):
+        for text in (jobctl.ok(*argv), jobctl.ok(*argv, "--json")):
+            assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text), argv
+    assert jobctl.json("job", "s6")["error_message"] == evil
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(running: Running) -> None:
+    for number in range(300):
+        running.client.create_job("x" * 400, queue="s7", id=f"s7-{number}")
+    with running.start(
+        "jobd.cli.ctl", "jobs", "--queue", "s7", "--all", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What changes jobs
+
+
+def test_a_dry_run_changes_nothing_and_yes_does_it(jobctl: Ctl) -> None:
+    jobctl.ok("submit", "--id", "c1")
+    assert "would cancel" in jobctl.ok("cancel", "c1", "--dry-run")
+    assert jobctl.json("job", "c1")["status"] == "queued"
+    assert jobctl.ok("cancel", "c1", "--yes") == "c1: cancelled\n"
+    assert jobctl.no("cancel", "c1", "--yes")[0] == 4
+    assert jobctl.no("cancel", "c1", "--dry-run")[0] == 4
+
+
+def test_of_many_jobs_the_refused_are_named_and_the_others_done(jobctl: Ctl) -> None:
+    jobctl.ok("submit", "--id", "c2")
+    jobctl.ok("submit", "--id", "c3")
+    code, out, err = jobctl.run("cancel", "c2", "no-such-job", "c3", "--yes")
+    assert code == 4
+    assert out == "c2: cancelled\nc3: cancelled\n"
+    assert err.startswith("no-such-job: ")
+
+
+def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Running) -> None:
+    jobctl.ok("submit", "--id", "c4", "--queue", "c4", "--delay", "1h")
+    assert set(jobctl.json("run-now", "c4")) == JOB_FIELDS
+    grant = running.client.claim("w", queues=["c4"])[0]
+    assert "held by w" in jobctl.ok("force-fail", "c4", "--dry-run")
+    forced = jobctl.json("force-fail", "c4", "--yes", "--reason", "hung")
+    assert set(forced) == _fields(commands.Forced)
+    assert (forced["previousStatus"], forced["reason"]) == ("processing", "hung")
+    with pytest.raises(JobdError, match="lock_lost"):
+        running.client.complete_job("c4", grant.lock_id)
+    assert jobctl.ok("force-reset", "c4", "-y") == "c4: failed → queued\n"
+    assert jobctl.json("update", "c4", "--priority", "7", "--max-attempts", "2")["priority"] == 7
+    set_ = ["--set", "file_path=/srv/out", "--set", 'metadata={"a": [1]}']
+    assert jobctl.no("transition", "c4", "failed", "completed", "-y")[0] == 4
+    jobctl.ok("transition", "c4", "queued", "completed", "-y", *set_)
+    job = jobctl.json("job", "c4")
+    assert (job["status"], job["file_path"], job["metadata"]) == ("completed", "/srv/out", {"a": [1]})
+    assert jobctl.ok("delete", "c4", "--dry-run").startswith("c4: would delete")
+    assert jobctl.ok("delete", "c4", "-y") == "c4: deleted\n"
+    assert jobctl.no("job", "c4")[0] == 4
+
+
+def test_a_queue_is_paused_and_resumed(jobctl: Ctl) -> None:
+    jobctl.ok("submit", "--queue", "c5")
+    assert jobctl.json("pause", "c5") == {"queue": "c5", "paused": True}
+    listed = {queue["name"]: queue for queue in jobctl.json("queues")["queues"]}
+    assert listed["c5"]["paused"] is True
+    assert set(listed["c5"]) == _fields(commands.QueueView)
+    assert jobctl.ok("resume", "c5") == "c5 is open\n"
+
+
+def test_an_old_job_table_moves_in(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
+    (tmp_path / "old.csv").write_text("id,status,progress\ni1,running,40\ni2,done,100\ni3,pending,0\n")
+    example = [sys.executable, str(ROOT / "docs/examples/import_old_jobs.py"), str(tmp_path / "old.csv")]
+    lines = subprocess.run(example, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "jobs.jsonl").write_text(lines)
+    assert jobctl.ok("import", str(tmp_path / "jobs.jsonl")) == "3 imported, 0 skipped, 0 refused\n"
+    assert [running.client.get_job(name).status for name in ("i1", "i2", "i3")] == ["failed", "completed", "queued"]
+    (tmp_path / "jobs.jsonl").write_text(lines + '{"id": "not valid"}\nno json\n')
+    code, out, _ = jobctl.run("import", str(tmp_path / "jobs.jsonl"), "--json")
+    assert code == 1
+    result = json.loads(out)
+    assert (result["imported"], result["skipped"], [line["line"] for line in result["refused"]]) == (0, 3, [4, 5])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The daemon itself
+
+
+def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Ctl) -> None:
+    assert set(jobctl.json("stats")) == _fields(commands.StatsView)
+    assert set(jobctl.json("health")) == _fields(commands.HealthView)
+    assert set(jobctl.json("cleanup")) == _fields(commands.CleanupReport)
+    assert set(jobctl.json("cleanup", "--last")) == _fields(commands.CleanupState)
+    assert set(jobctl.json("recover-stuck")) == _fields(commands.RecoverStuckView)
+    assert set(jobctl.json("clock")) == _fields(commands.ClockView)
+    assert set(jobctl.json("reports")["reports"][0]) == _fields(commands.CleanupReport)
+    assert set(jobctl.json("alerts")["alerts"][0]) == _fields(commands.AlertView)
+    assert jobctl.json("workers")["workers"]
+    assert "locks" in jobctl.json("locks")
+
+
+@pytest.mark.parametrize(
+    "verb", ["stats", "health", "cleanup", "recover-stuck", "locks", "queues", "workers", "alerts", "clock", "reports"]
+)
+def test_every_list_has_a_table_for_people(verb: str, jobctl: Ctl) -> None:
+    code, out, err = jobctl.run(verb)
+    assert code == 0, err
+    assert out or err
+
+
+def test_a_wrong_token_is_5_and_is_not_repeated(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "wrong-wrong-wrong-wrong-wrong")
+    code, err = jobctl.no("stats")
+    assert code == 5
+    assert "wrong" not in err
+
+
+def _jobd(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = jobd_cli.main(list(argv))
+    return code, *capsys.readouterr()
+
+
+def test_backup_restore_and_doctor(
+    jobctl: Ctl, running: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobctl.ok("submit", "--id", "b1", "--queue", "b1")
+    copy, restored = tmp_path / "copy.db", tmp_path / "restored.db"
+    assert _jobd(capsys, "backup", str(copy))[0] == 0
+    assert _jobd(capsys, "backup", str(copy))[0] == 2
+    assert _jobd(capsys, "backup", str(copy), "--yes")[0] == 0
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert _jobd(capsys, "restore", str(copy), "--store", str(restored), "--dry-run")[0] == 0
+    assert not restored.exists()
+    assert _jobd(capsys, "restore", str(copy), "--store", str(restored))[0] == 0
+    with sqlite3.connect(restored) as db:
+        assert db.execute("SELECT count(*) FROM jobs WHERE id = 'b1'").fetchone() == (1,)
+    db.close()
+    assert _jobd(capsys, "restore", str(copy), "--store", str(restored))[0] == 2
+    code, _, err = _jobd(capsys, "restore", str(copy), "--store", str(restored), "--yes")
+    assert code == 0
+    assert "kept as" in err
+    assert _jobd(capsys, "doctor", "--store", str(restored)) == (0, "nothing is wrong\n", "")
+    code, _, err = _jobd(capsys, "doctor", "--store", str(running.store))
+    assert code == 75
+    assert "--running" in err
+    assert _jobd(capsys, "restore", str(copy), "--store", str(running.store), "--yes")[0] == 75
+
+
+def test_a_damaged_row_is_named_with_its_mend(jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobctl.ok("submit", "--id", "b2")
+    copy = tmp_path / "copy.db"
+    assert _jobd(capsys, "backup", str(copy))[0] == 0
+    with sqlite3.connect(copy) as db:
+        db.execute("UPDATE jobs SET priority = priority + 1 WHERE id = 'b2'")
+    db.close()
+    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy))
+    assert code == 1
+    assert "job b2: " in out
+    assert "mend: " in out
+    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--json")
+    assert {"where", "what", "mend"} == set(json.loads(out)["problems"][0])
+    assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "nobody")[0] == 4
+    assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2")[0] == 0
+
+
+def test_the_doctor_looks_at_the_running_daemon(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+    jobctl.ok("cleanup")
+    code, out, err = _jobd(capsys, "doctor", "--running", "--json")
+    problems = json.loads(out)["problems"]
+    assert code == (1 if problems else 0), err
+    assert _jobd(capsys, "doctor", "--running", "--accept", "x")[0] == 2
+
+
+def test_a_second_daemon_on_the_same_store_is_75(running: Running) -> None:
+    second = running.done("jobd", *running.argv[:3], "--socket", f"{running.folder}/other.sock")
+    assert second.returncode == 75
+    assert str(running.process.pid) in second.stderr + second.stdout
+
+
+def test_check_config_shows_each_value_with_its_source(
+    jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.toml").write_text('[locks]\nttl = "5m"\n')
+    monkeypatch.delenv("JOBD_SOCKET")
+    code, out, err = _jobd(capsys, "check-config", "--config", str(tmp_path / "config.toml"))
+    assert code == 0, err
+    assert f'ttl = "5m"  # file {tmp_path}/config.toml' in out
+    assert TOKEN not in out
+    code, out, err = _jobd(capsys, "check-config", "--config", str(tmp_path / "config.toml"), "--json")
+    assert json.loads(out)["sources"]["locks.ttl"].startswith("file ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["check-config", "--config", "/nowhere.toml"], "/nowhere.toml"),
+        (["serve", "--set", "locks.tl=5m"], "locks.tl"),
+        (["serve", "--set", "locks.ttl=5"], "15m"),
+        (["serve", "--log-level", "loud"], "warning"),
+        (["serve", "--listen", "127.0.0.1:0"], "token_file"),
+    ],
+)
+def test_a_bad_configuration_is_78_in_one_line(
+    argv: list[str], said: str, jobctl: Ctl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = _jobd(capsys, *argv)
+    assert (code, out) == (78, "")
+    assert len(err.splitlines()) == 1
+    assert said in err
+
+
+def test_set_without_a_value_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _jobd(capsys, "serve", "--set", "locks.ttl")[0] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run, --wait and the example workers
+
+
+def test_run_works_off_a_queue_and_its_exit_code_says_how(running: Running) -> None:
+    for number in (1, 2, 0):
+        running.client.create_job(number, queue="r1", id=f"r1-{number}")
+    script = 'read n; echo "::result file_path=/srv/$n"; echo "::meta n=$n"; test "$n" != 0'
+    done = running.done("jobd.cli.ctl", "run", "--queue", "r1", "--drain", "--", "sh", "-c", script)
+    assert done.returncode == 1, done.stderr
+    jobs = {job.id: job for job in running.client.list_jobs(queue="r1").jobs}
+    assert {name: job.status for name, job in jobs.items()} == {
+        "r1-1": "completed",
+        "r1-2": "completed",
+        "r1-0": "failed",
+    }
+    assert (jobs["r1-2"].file_path, jobs["r1-2"].metadata_value) == ("/srv/2", {"n": 2})
+    assert jobs["r1-0"].error_code == "exit:1"
+    assert running.done("jobd.cli.ctl", "run", "--queue", "r1", "--drain", "true").returncode == 0
+
+
+def test_options_after_the_command_belong_to_it(running: Running) -> None:
+    running.client.create_job(None, queue="r2", id="r2")
+    done = running.done("jobd.cli.ctl", "run", "--queue", "r2", "--once", "echo", "--drain", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "--drain --json" in done.stdout
+
+
+@pytest.mark.parametrize(("command", "code"), [("true", 0), ("false", 1)])
+def test_submit_waits_for_the_end(command: str, code: int, running: Running) -> None:
+    queue = f"r3-{command}"
+    waiting = running.start(
+        "jobd.cli.ctl", "submit", "--queue", queue, "--wait", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert running.done("jobd.cli.ctl", "run", "--queue", queue, "--once", command).returncode == code
+    out, err = waiting.communicate()
+    assert waiting.returncode == code, err
+    assert json.loads(out)["status"] == ("completed" if code == 0 else "failed")
+
+
+def test_who_stops_waiting_leaves_the_job_alone(running: Running) -> None:
+    waiting = running.start(
+        "jobd.cli.ctl",
+        "submit",
+        "--id",
+        "r4",
+        "--queue",
+        "r4",
+        "--wait",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline() == "r4\n"
+    waiting.send_signal(signal.SIGINT)
+    waiting.communicate()
+    assert waiting.returncode == 130
+    assert running.client.get_job("r4").status == "queued"
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="the shell example uses jq")
+def test_the_shell_worker_of_the_docs(running: Running, tmp_path: Path) -> None:
+    (tmp_path / "cat.txt").write_text("miaow\n" * 1000)
+    payload = {"source": str(tmp_path / "cat.txt"), "target": str(tmp_path / "cat.txt.gz")}
+    running.client.create_job(payload, queue="r5", id="r5")
+    example = str(ROOT / "docs/examples/worker.sh")
+    done = running.done("jobd.cli.ctl", "run", "--queue", "r5", "--once", "--", example)
+    assert done.returncode == 0, done.stderr
+    job = running.client.get_job("r5")
+    assert job.file_path == str(tmp_path / "cat.txt.gz")
+    assert job.metadata_value == {"bytes": (tmp_path / "cat.txt.gz").stat().st_size}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.txt", "cat.txt.gz"]
+
+
+def _node_runs_typescript() -> bool:
+    """node 22.18 and later run TypeScript as it is."""
+    node = shutil.which("node")
+    if node is None:
+        return False
+    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout
+    numbers = re.match(r"v(\d+)\.(\d+)", version)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (22, 18)
+
+
+@pytest.mark.skipif(not _node_runs_typescript(), reason="the TypeScript example runs on node 22.18 and later")
+def test_the_typescript_worker_of_the_docs(running: Running) -> None:
+    running.client.create_job([1, 2, 3.5], id="r6")
+    env = {**running.env, **running.places, "ONCE": "1"}
+    subprocess.run(["node", str(ROOT / "docs/examples/worker.mts")], env=env, check=True, capture_output=True)
+    job = running.client.get_job("r6")
+    assert (job.status, job.metadata_value) == ("completed", {"sum": 6.5, "count": 3})
