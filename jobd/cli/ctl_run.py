@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import click
 
 from jobd.cli import exits
@@ -46,6 +44,8 @@ def run(
         raise click.UsageError("--once and --drain are two ways to end: give one")
     if once and concurrency > 1:
         raise click.UsageError("--once works on one job: leave out --concurrency")
+    import asyncio
+
     from jobd.client.run import CommandWorker
 
     worker = CommandWorker(
