@@ -1,0 +1,136 @@
+"""Who may import whom, and what the pure rooms may not touch. A new module must be given its room here."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+import jobd
+
+PACKAGE: Final = Path(jobd.__file__).parent
+
+# A room: its modules, and the rooms that they may import beside their own.
+ROOMS: Final[dict[str, tuple[str, str]]] = {
+    "nouns": ("job events commands batch", ""),
+    "book": ("book orders figures", "nouns"),
+    "judging": ("views validation", "nouns book"),
+    "rules": ("rules operator_rules time_rules reads steps draft why", "nouns book judging"),
+    "clock": ("clock", "nouns"),
+    "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
+    "store": ("store tables rows lookups opening migrations quarantine files backup doctor", "nouns"),
+    "web": ("web bodies doors routes replies streams listener", "nouns actor"),
+    "feed": ("feed", "nouns web actor"),
+    "time": ("cleanup health artefacts", "nouns book judging actor clock"),
+    "watch": ("metrics alerts facts", "nouns book judging actor clock time"),
+    "rooms": ("rooms", "nouns actor clock store time watch"),  # what requests may ask of the daemon beside the actor
+    "apis": ("worker_api admin_api openapi", "nouns web feed"),
+    "settings": ("config", "nouns"),
+    "system": ("log systemd", ""),
+    "wiring": ("daemon", "nouns book rules clock actor store web feed time watch rooms apis settings system dashboard"),
+    "dashboard": ("dashboard", "nouns web"),
+    "client": ("client", "nouns"),
+    # The daemon's own verbs work on its files; jobctl's get no further than the client (see below).
+    "cli": ("cli __main__", "nouns client store settings wiring system"),
+}
+ROOM_OF: Final = {module: room for room, (modules, _) in ROOMS.items() for module in modules.split()}
+
+# Finer arrows among the nouns.
+NOUNS: Final = {"job": set(), "events": {"job"}, "commands": {"job", "events"}, "batch": {"job", "events"}}
+
+PURE: Final = frozenset(module for room in ("nouns", "book", "judging", "rules") for module in ROOMS[room][0].split())
+# All that the pure rooms may use of Python and of others: no IO, no asyncio, no clock, no randomness, no logging.
+HARMLESS: Final = frozenset(
+    {"__future__", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools"}
+    | {"math", "msgspec", "operator", "re", "types", "typing", "uuid", "zlib"}
+)
+
+SOURCES: Final = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(source: Path) -> set[str]:
+    """Dotted names that `source` imports, wherever in the file: `from a import b` gives a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(source: Path) -> set[str]:
+    """The modules and packages directly under jobd that `source` imports."""
+    under = {name.split(".")[1] for name in imports(source) if name.startswith("jobd.")}
+    return under - {"__version__", "__file__"}
+
+
+def module_of(source: Path) -> str:
+    return source.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_imports_only_downwards(source: Path) -> None:
+    module = module_of(source)
+    if module == "__init__":
+        assert not ours(source)
+        return
+    assert module in ROOM_OF, f"{module}: give it a room in {Path(__file__).name}"
+    room = ROOM_OF[module]
+    allowed = {room, *ROOMS[room][1].split()}
+    strangers = {name for name in ours(source) if ROOM_OF.get(name) not in allowed}
+    assert not strangers, f"{module} ({room}) may import {sorted(allowed)}, not {sorted(strangers)}"
+    if module in NOUNS:
+        assert ours(source) <= NOUNS[module]
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_pure_rooms_touch_nothing_outside(module: str) -> None:
+    used = {name.partition(".")[0] for name in imports(PACKAGE / f"{module}.py")} - {"jobd"}
+    assert used <= HARMLESS, f"{module}.py is pure and may not import {sorted(used - HARMLESS)}"
+
+
+def test_pure_rooms_draw_no_random_ids() -> None:
+    """uuid is harmless only as a way to write one."""
+    for module in PURE:
+        names = {name for name in imports(PACKAGE / f"{module}.py") if name.startswith("uuid")}
+        assert names <= {"uuid.UUID"}, module
+
+
+def test_the_store_decides_nothing() -> None:
+    """The store knows jobs, events and batches: it reads no command and gives no answer."""
+    for module in ROOMS["store"][0].split():
+        assert "commands" not in ours(PACKAGE / f"{module}.py"), module
+
+
+@pytest.mark.parametrize("source", sorted((PACKAGE / "client").rglob("*.py")), ids=lambda source: source.name)
+def test_the_client_knows_nothing_of_the_server(source: Path) -> None:
+    assert ours(source) <= {"job", "events", "commands", "client"}
+
+
+@pytest.mark.parametrize("source", sorted((PACKAGE / "cli").glob("ctl*.py")), ids=lambda source: source.name)
+def test_jobctl_is_a_client(source: Path) -> None:
+    assert ours(source) <= {"job", "commands", "client", "cli"}
+
+
+def test_only_the_daemon_is_wired_by_hand() -> None:
+    """No room but the command line knows the wiring, and it only starts it."""
+    for source in SOURCES:
+        if "daemon" in ours(source):
+            assert module_of(source) in {"cli", "__main__", "daemon"}, source
+
+
+def test_every_import_of_others_is_declared() -> None:
+    """What is imported and neither ours nor Python's is a dependency of the package."""
+    import tomllib
+
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {line.split(">")[0].replace("-", "_") for line in project["dependencies"]}
+    brought = {"multidict", "yarl"}  # by aiohttp, whose interface they are part of
+    for source in SOURCES:
+        used = {name.partition(".")[0] for name in imports(source)} - {"jobd"} - sys.stdlib_module_names
+        assert used <= declared | brought, source
