@@ -1,0 +1,59 @@
+"""The alarm for blocking calls itself: what it must catch and what it must let pass."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blockbuster import BlockingError
+
+import jobd
+
+SOURCE = """
+async def asked(): time.sleep(0)
+def plain(): time.sleep(0)
+async def through_plain(): plain()
+"""
+
+
+@pytest.fixture
+def ours() -> dict[str, Any]:
+    """Functions that block, as if they were in a module of the package."""
+    made: dict[str, Any] = {"time": time}
+    exec(compile(SOURCE, str(Path(jobd.__file__).with_name("imagined.py")), "exec"), made)
+    return made
+
+
+@pytest.mark.parametrize("name", ["asked", "through_plain"])
+async def test_a_coroutine_of_ours_that_blocks_is_caught(ours: dict[str, Any], name: str) -> None:
+    with pytest.raises(BlockingError):
+        await ours[name]()
+    with pytest.raises(BlockingError):
+        await asyncio.create_task(ours[name]())
+
+
+async def test_a_callback_of_ours_that_blocks_is_caught(ours: dict[str, Any]) -> None:
+    loop, caught = asyncio.get_running_loop(), asyncio.Event()
+    failures: list[dict[str, Any]] = []
+
+    def note(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        failures.append(context)
+        caught.set()
+
+    loop.set_exception_handler(note)
+    loop.call_soon(ours["plain"])
+    await caught.wait()
+    assert isinstance(failures[0]["exception"], BlockingError)
+
+
+async def test_what_a_test_calls_or_sends_to_a_thread_may_block(ours: dict[str, Any]) -> None:
+    ours["plain"]()
+    time.sleep(0)
+    await asyncio.to_thread(ours["plain"])
+
+
+def test_without_a_loop_anything_may_block(ours: dict[str, Any]) -> None:
+    ours["plain"]()
