@@ -1,0 +1,150 @@
+"""Conditions that an operator is told of: when they hold, since when, and what to do.
+
+Reads figures and the last measured health; changes nothing. Firing and resolving are logged here, once each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Final, Protocol
+
+import structlog
+from msgspec import Struct
+
+from jobd.book import Book
+from jobd.commands import AlertView, CleanupReport, DatabaseHealth, HealthView, Moment, PartHealth
+from jobd.job import MINUTE_MS, SECOND_MS
+from jobd.views import average_processing_s
+
+log = structlog.get_logger("jobd.alerts")
+
+NAMES: Final = ("stuck_jobs", "processing_jobs", "average_processing", "pass_issues", "database", "cache")
+EVALUATE_EVERY_S: Final = 5.0
+MEASURE_EVERY_S: Final = 30.0  # health costs a write and an fsync; whoever asks for it gets it sooner
+
+
+class Thresholds(Struct, frozen=True):
+    """An alert fires above its threshold, not at it."""
+
+    stuck_jobs: int = 5
+    processing_jobs: int = 20
+    average_processing_ms: int = 10 * MINUTE_MS
+    pass_issues: int = 10
+
+
+class Clock(Protocol):
+    def moment(self) -> Moment: ...
+
+
+class Health(Protocol):
+    last: HealthView | None
+
+    async def view(self) -> HealthView: ...
+
+
+class Cleanup(Protocol):
+    @property
+    def last_report(self) -> CleanupReport | None: ...
+
+
+class Condition(Struct, frozen=True):
+    """One alert as it is now. `value` and `threshold` are numbers of jobs or issues, seconds, or 1 for not healthy."""
+
+    name: str
+    value: float
+    threshold: float
+    hint: str
+
+
+class Alerts:
+    """`evaluate` is cheap and may be called at any time; `run` does so every few seconds, until `stop`."""
+
+    def __init__(
+        self, book: Book, clock: Clock, health: Health, cleanup: Cleanup, thresholds: Thresholds | None = None
+    ) -> None:
+        self.thresholds = thresholds or Thresholds()
+        self._book = book
+        self._clock = clock
+        self._health = health
+        self._cleanup = cleanup
+        self._since: dict[str, int] = {}  # of those that fire: wall time, Unix ms
+        self._stop = asyncio.Event()
+
+    def evaluate(self) -> list[AlertView]:
+        """All alerts, in the order of NAMES."""
+        at = self._clock.moment()
+        return [self._judge(condition, at.now) for condition in self._conditions(at)]
+
+    async def run(self) -> None:
+        """Look at the figures every few seconds, and at health now and then. Survives whatever fails."""
+        loop_time = asyncio.get_running_loop().time
+        next_measurement = loop_time()
+        while not self._stop.is_set():
+            try:
+                if loop_time() >= next_measurement:
+                    next_measurement = loop_time() + MEASURE_EVERY_S
+                    await self._health.view()
+                self.evaluate()
+            except Exception:
+                log.exception("alerts_failed")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), EVALUATE_EVERY_S)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _judge(self, condition: Condition, now: int) -> AlertView:
+        """Firing or not; a change of that is logged."""
+        name, firing = condition.name, condition.value > condition.threshold
+        told = {"alert": name, "value": condition.value, "threshold": condition.threshold}
+        if firing and name not in self._since:
+            self._since[name] = now
+            log.warning("alert_firing", **told, hint=condition.hint)
+        elif not firing and name in self._since:
+            log.info("alert_resolved", **told, since=self._since.pop(name))
+        return AlertView(name, firing, self._since.get(name), condition.value, condition.threshold, condition.hint)
+
+    def _conditions(self, at: Moment) -> Iterator[Condition]:
+        yield self._stuck()
+        yield self._processing()
+        yield self._average(at)
+        yield self._pass_issues()
+        yield from self._unhealthy()
+
+    def _stuck(self) -> Condition:
+        recovered = self._book.figures.since_report.recovered
+        hint = (
+            f"{len(self._book.stuck)} jobs are stuck now, {recovered} were recovered since the last pass. "
+            "Look for workers that crash or hang: jobctl workers, jobctl timeline ID"
+        )
+        return Condition("stuck_jobs", len(self._book.stuck) + recovered, self.thresholds.stuck_jobs, hint)
+
+    def _processing(self) -> Condition:
+        hint = "More work runs at once than is usual here. Compare with your workers: jobctl workers, jobctl locks"
+        value, threshold = self._book.totals["processing"], self.thresholds.processing_jobs
+        return Condition("processing_jobs", value, threshold, hint)
+
+    def _average(self, at: Moment) -> Condition:
+        value = average_processing_s(self._book, self._book.figures, at)
+        threshold = self.thresholds.average_processing_ms / SECOND_MS
+        hint = "Jobs take longer than is usual here (seconds on average, last hour). Look at the oldest: jobctl stats"
+        return Condition("average_processing", value, threshold, hint)
+
+    def _pass_issues(self) -> Condition:
+        report = self._cleanup.last_report
+        value = 0 if report is None else report.validation_issues_found
+        hint = "The last cleanup pass found many bad rows. The log names them; see one with: jobctl validate ID"
+        return Condition("pass_issues", value, self.thresholds.pass_issues, hint)
+
+    def _unhealthy(self) -> Iterator[Condition]:
+        """By the last measured health; while there is none, nothing is known to be wrong."""
+        view = self._health.last
+        parts: dict[str, DatabaseHealth | PartHealth | None] = {
+            "database": None if view is None else view.database,
+            "cache": None if view is None else view.cache,
+        }
+        for name, part in parts.items():
+            wrong = part is not None and part.status != "healthy"
+            yield Condition(name, int(wrong), 0, "It was not measured yet." if part is None else part.message)

@@ -1,0 +1,248 @@
+"""Figures as Prometheus text: plain numbers are copied on the event loop, the text is made of them in a thread.
+
+Counts nothing itself but the lag of the loop; all other numbers are kept by those who know them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Final
+
+from msgspec import Struct
+from prometheus_client import generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.utils import floatToGoString
+
+from jobd import __version__
+from jobd.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
+from jobd.alerts import Alerts
+from jobd.cleanup import Cleaner
+from jobd.commands import REFUSALS
+from jobd.figures import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram
+from jobd.job import SECOND_MS, STATUSES
+
+QUEUES_SHOWN: Final = 200  # those that were seen first; the rest is summed up under OTHER_QUEUES
+LAG_EVERY_S: Final = 1.0
+LAGS_KEPT: Final = 20  # the worst of them is shown, so that a scrape every 15 s misses none
+FOUND_KINDS: Final = ("stuck", "expired_locks", "expired", "deleted", "issues")
+ISSUE_TYPES: Final = ("error", "critical")  # warnings are not counted by passes
+
+Counts = tuple[list[int], float]  # of a histogram: by bucket, and the sum
+
+
+class Snapshot(Struct, frozen=True):
+    """Every number of one moment, shared with nobody."""
+
+    jobs: dict[str, int]  # status -> jobs
+    queues: list[tuple[str, dict[str, int]]]
+    stuck: int
+    locked: int
+    grants: dict[str, int]  # queue -> grants
+    refusals: dict[str, int]  # code -> answers
+    stalls: int
+    recovered: dict[str, int]  # action -> jobs
+    passes: int
+    found: dict[str, int]  # kind -> jobs
+    last_pass_at: int | None  # Unix ms
+    issues: dict[str, int]  # type -> issues
+    processing: dict[str, Counts]  # queue -> seconds
+    commit_seconds: Counts
+    batch_commands: Counts
+    mailbox: int
+    parked: int
+    lag_s: float
+    alerts: dict[str, bool]
+
+
+class Metrics:
+    """`render` gives the text; `run` measures the lag of the loop until `stop`.
+
+    `refusals` are the counters of the doors, by code; `store_path` is None where the store is in memory.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        cleaner: Cleaner,
+        alerts: Alerts,
+        *,
+        refusals: Sequence[Mapping[str, int]] = (),
+        store_path: str | None = None,
+    ) -> None:
+        self._actor = actor
+        self._cleaner = cleaner
+        self._alerts = alerts
+        self._refusals = refusals
+        self._store_path = store_path
+        self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
+        self._stop = asyncio.Event()
+
+    async def render(self) -> bytes:
+        """Prometheus text, format 0.0.4."""
+        return await asyncio.to_thread(text, self.snapshot(), self._store_path)
+
+    def snapshot(self) -> Snapshot:
+        """Copies only, nothing is formatted: it takes the loop for well under a millisecond."""
+        actor, book, cleaner = self._actor, self._actor.book, self._cleaner
+        figures, report = book.figures, cleaner.last_report
+        return Snapshot(
+            jobs=dict(book.totals),
+            queues=[(name, counts.copy()) for name, counts in book.counts.items()],
+            stuck=len(book.stuck),
+            locked=book.live_locks(),
+            grants=dict(figures.grants),
+            refusals=dict(sum((Counter(counts) for counts in self._refusals), Counter[str]())),
+            stalls=figures.stalls,
+            recovered={"reset": figures.reset, "failed": figures.failed},
+            passes=cleaner.totals.passes,
+            found=dict(cleaner.totals.found),
+            last_pass_at=None if report is None else report.timestamp,
+            issues=dict(cleaner.totals.issues),
+            processing={queue: _copy(histogram) for queue, histogram in figures.processing.items()},
+            commit_seconds=_copy(actor.commit_seconds),
+            batch_commands=_copy(actor.batch_commands),
+            mailbox=actor.waiting,
+            parked=len(actor.parked),
+            lag_s=max(self._lags, default=0.0),
+            alerts={alert.name: alert.firing for alert in self._alerts.evaluate()},
+        )
+
+    async def run(self) -> None:
+        """How much later than asked for the loop comes back to us, once a second."""
+        while not self._stop.is_set():
+            began = time.perf_counter()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), LAG_EVERY_S)
+            self._lags.append(max(time.perf_counter() - began - LAG_EVERY_S, 0.0))
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+def text(now: Snapshot, store_path: str | None) -> bytes:
+    """The exposition of `now` and of the sizes of the store's files. Reads the file system: call it off the loop."""
+    registry = CollectorRegistry(auto_describe=False)  # our own: nothing of the process comes in by itself
+    registry.register(_Collected([*_jobs(now), *_cleanup(now), *_machine(now), *_files(store_path)]))
+    return generate_latest(registry)
+
+
+class _Collected(Collector):
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _jobs(now: Snapshot) -> Iterator[Metric]:
+    by_status = ((status, now.jobs.get(status, 0)) for status in STATUSES)
+    yield _gauges("jobs", "Jobs by status.", ["status"], by_status)
+    queues = ((name, status, counts.get(status, 0)) for name, counts in capped(now.queues) for status in STATUSES)
+    yield _gauges("queue_jobs", "Jobs by queue and status.", ["queue", "status"], queues)
+    yield _gauge("stuck_jobs", "Jobs whose worker went silent for too long.", now.stuck)
+    yield _gauge("locked_jobs", "Jobs with a live lock.", now.locked)
+    yield _counters("grants", "Jobs handed to workers, by queue.", ["queue"], now.grants.items())
+    refusals = ((code, now.refusals.get(code, 0)) for code in REFUSALS)
+    yield _counters("refusals", "Requests refused, by code; already_locked is lock contention.", ["code"], refusals)
+    yield _counter("stalls", "Grants that ended because the worker went silent.", now.stalls)
+    yield _counters("recovered", "Stuck jobs recovered: reset to queued, or failed.", ["action"], now.recovered.items())
+    help_ = "Time from grant to completion, by queue."
+    seconds = HistogramMetricFamily("jobd_processing_seconds", help_, labels=["queue"])
+    for queue, counts in now.processing.items():
+        seconds.add_metric([queue], _buckets(counts[0], PROCESSING_BUCKETS_S), counts[1])
+    yield seconds
+
+
+def _cleanup(now: Snapshot) -> Iterator[Metric]:
+    yield _counter("cleanup_passes", "Cleanup passes since the start.", now.passes)
+    found = ((kind, now.found.get(kind, 0)) for kind in FOUND_KINDS)
+    yield _counters("cleanup_found", "What recovery and passes found and acted on since the start.", ["kind"], found)
+    last = [] if now.last_pass_at is None else [(now.last_pass_at / SECOND_MS,)]
+    yield _gauges("cleanup_last_timestamp_seconds", "When the last cleanup pass ended (Unix time).", [], last)
+    issues = ((kind, now.issues.get(kind, 0)) for kind in ISSUE_TYPES)
+    yield _counters("validation_issues", "Issues that passes found since the start, by type.", ["type"], issues)
+    firing = ((name, int(is_firing)) for name, is_firing in now.alerts.items())
+    yield _gauges("alert_firing", "1 while the alert fires.", ["alert"], firing)
+
+
+def _machine(now: Snapshot) -> Iterator[Metric]:
+    for name, help_, counts, bounds in (
+        ("commit_seconds", "Time of one commit with its fsync.", now.commit_seconds, COMMIT_BUCKETS_S),
+        ("batch_commands", "Commands of one commit.", now.batch_commands, BATCH_BUCKETS),
+    ):
+        family = HistogramMetricFamily(f"jobd_{name}", help_)
+        family.add_metric([], _buckets(counts[0], bounds), counts[1])
+        yield family
+    yield _gauge("mailbox_commands", "Commands that wait to be decided.", now.mailbox)
+    yield _gauge("parked_claims", "Claims that wait for work.", now.parked)
+    yield _gauge("loop_lag_seconds", "The worst lag of the event loop in the last 20 s.", now.lag_s)
+    build = [(__version__, platform.python_version(), 1)]
+    yield _gauges("build_info", "Which jobd this is.", ["version", "python"], build)
+
+
+def _files(store_path: str | None) -> Iterator[Metric]:
+    yield _gauge("wal_bytes", "Size of the write-ahead log.", _size(store_path, "-wal"))
+    yield _gauge("database_bytes", "Size of the database file.", _size(store_path, ""))
+
+
+def capped(queues: list[tuple[str, dict[str, int]]]) -> list[tuple[str, dict[str, int]]]:
+    """Label values have a limit: beyond it, all further queues are one."""
+    if len(queues) <= QUEUES_SHOWN:
+        return queues
+    rest: Counter[str] = Counter()
+    for _, counts in queues[QUEUES_SHOWN:]:
+        rest.update(counts)
+    return [*queues[:QUEUES_SHOWN], (OTHER_QUEUES, dict(rest))]
+
+
+def _copy(histogram: Histogram) -> Counts:
+    return histogram.counts.copy(), histogram.total
+
+
+def _buckets(counts: list[int], bounds: Sequence[float]) -> list[tuple[str, float]]:
+    """Upper bound and how many were at or below it, as Prometheus wants them."""
+    names = [*map(floatToGoString, bounds), "+Inf"]
+    return list(zip(names, accumulate(counts), strict=True))
+
+
+def _size(store_path: str | None, suffix: str) -> int:
+    try:
+        return 0 if store_path is None else os.stat(store_path + suffix).st_size
+    except FileNotFoundError:  # no log yet
+        return 0
+
+
+def _gauge(name: str, help_: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"jobd_{name}", help_, value=value)
+
+
+def _counter(name: str, help_: str, value: float) -> Metric:
+    """Shown as `jobd_<name>_total`."""
+    return CounterMetricFamily(f"jobd_{name}", help_, value=value)
+
+
+def _gauges(name: str, help_: str, labels: list[str], rows: Iterable[tuple[str | float, ...]]) -> Metric:
+    """A row is its label values and the number."""
+    family = GaugeMetricFamily(f"jobd_{name}", help_, labels=labels)
+    for *values, number in rows:
+        family.add_metric([str(value) for value in values], float(number))
+    return family
+
+
+def _counters(name: str, help_: str, labels: list[str], rows: Iterable[tuple[str, float]]) -> Metric:
+    family = CounterMetricFamily(f"jobd_{name}", help_, labels=labels)
+    for value, number in rows:
+        family.add_metric([value], number)
+    return family
