@@ -42,7 +42,9 @@ class Wire:
 
     async def call(self, path: str, body: bytes) -> Any:
         """The `data` of a POST; anything but success ends the run."""
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         self._writer.write(head.encode() + body)
         head_bytes = await self._reader.readuntil(b"\r\n\r\n")
         length = int(head_bytes.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
@@ -169,7 +171,11 @@ def measure(directory: Path, seconds: float, runs: int, live: int) -> dict[str, 
     finally:
         daemon.stop()
     return {
-        "lifecycles_per_s": {"median": round(statistics.median(rates)), "min": round(min(rates)), "max": round(max(rates))},
+        "lifecycles_per_s": {
+            "median": round(statistics.median(rates)),
+            "min": round(min(rates)),
+            "max": round(max(rates)),
+        },
         "cpu_cores": used,
         "one_connection": one,
         "live_jobs": live,

@@ -1,0 +1,253 @@
+"""The real process on a real disk: races, kill -9 under load, SIGTERM with requests in flight, signals, exit codes."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.process import TOKEN, Daemon, call
+
+RACERS = 16
+
+
+def test_sixteen_processes_race_for_one_job_and_one_gets_it(tmp_path: Path) -> None:
+    racer = (
+        "import sys; from tests.process import OverUnix, call\n"
+        "reply = call(OverUnix(sys.argv[1]), 'POST', '/v1/jobs/prize/start', {'worker': sys.argv[2]})\n"
+        "print(reply.status, reply.body.get('error'))"
+    )
+    with Daemon(tmp_path) as daemon:
+        daemon.post("/v1/jobs", {"id": "prize"})
+        runs = [
+            subprocess.Popen([sys.executable, "-c", racer, daemon.socket, f"w-{n}"], stdout=subprocess.PIPE, text=True)
+            for n in range(RACERS)
+        ]
+        outcomes = [run.communicate(timeout=50)[0].strip() for run in runs]
+    assert sorted(outcomes) == ["200 None"] + ["409 already_locked"] * (RACERS - 1)
+
+
+def test_many_claimers_get_every_job_once(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{n}"} for n in range(300)]})
+
+        def claim_all(number: int) -> list[tuple[str, int]]:
+            connection, mine = daemon.worker(), []
+            while grants := call(connection, "POST", "/v1/claim", {"worker": f"w-{number}"}).data["grants"]:
+                mine += [(grant["job"]["id"], grant["fencing_token"]) for grant in grants]
+            connection.close()
+            return mine
+
+        with ThreadPoolExecutor(8) as pool:
+            granted = [grant for mine in pool.map(claim_all, range(8)) for grant in mine]
+    assert sorted(job_id for job_id, _ in granted) == sorted(f"job-{n}" for n in range(300))
+    assert len({token for _, token in granted}) == 300
+
+
+class Load:
+    """Lifecycles from several threads; every acknowledgement is remembered, whatever is cut off is not."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._lock = threading.Lock()
+        self.created: set[str] = set()
+        self.completed: set[str] = set()
+        self.tokens: list[int] = []
+        self.enough = threading.Event()
+
+    def work(self, number: int) -> None:
+        try:
+            connection = self._daemon.worker()
+            for step in range(10_000):
+                self._lifecycle(connection, f"{os.getpid()}-{number}-{step}-{len(self.tokens)}")
+        except (OSError, http.client.HTTPException):
+            return  # the daemon was killed: what was under way is unknown
+
+    def _lifecycle(self, connection: http.client.HTTPConnection, job_id: str) -> None:
+        assert call(connection, "POST", "/v1/jobs", {"id": job_id, "payload": {"n": job_id}}).status == 201
+        self._note(created=job_id)
+        grant = call(connection, "POST", f"/v1/jobs/{job_id}/start", {"worker": "w"}).data
+        self._note(token=grant["fencing_token"])
+        done = call(connection, "POST", f"/v1/jobs/{job_id}/complete", {"lock_id": grant["lock_id"]})
+        assert done.data["status"] == "completed"
+        self._note(completed=job_id)
+
+    def _note(self, created: str | None = None, completed: str | None = None, token: int | None = None) -> None:
+        with self._lock:
+            self.created |= {created} - {None}
+            self.completed |= {completed} - {None}
+            self.tokens += [token] if token is not None else []
+            if len(self.completed) >= 60:
+                self.enough.set()
+
+
+def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        highest = 0
+        loads = []
+        for _ in range(3):
+            load = Load(daemon)
+            loads.append(load)
+            with ThreadPoolExecutor(6) as pool:
+                for number in range(6):
+                    pool.submit(load.work, number)
+                assert load.enough.wait(40)
+                daemon.kill()
+            daemon.start()
+            assert min(load.tokens) > highest  # no token is given twice, over restarts either
+            highest = max(load.tokens)
+        for load in loads:
+            for job_id in load.created:
+                job = daemon.get(f"/v1/jobs/{job_id}").data
+                assert job["payload"] == {"n": job_id}
+                assert job["status"] == "completed" or job_id not in load.completed
+        stats = daemon.admin("GET", "stats").data
+        assert stats["totalJobs"] == sum(stats["byStatus"].values()) >= sum(len(load.created) for load in loads)
+        assert daemon.admin("GET", "health").data["database"]["status"] == "healthy"
+        assert daemon.stop() == 0
+
+
+def test_sigterm_answers_what_is_in_flight_and_parked(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        parked = daemon.worker()
+        parked.request("POST", "/v1/claim", '{"worker": "w-1", "wait_ms": 60000}', {"Content-Type": "application/json"})
+        _wait_for(daemon, "jobd_parked_claims 1.0")
+        load = Load(daemon)
+        with ThreadPoolExecutor(4) as pool:
+            for number in range(4):
+                pool.submit(load.work, number)
+            assert load.enough.wait(40)
+            assert daemon.stop() == 0
+        answer = parked.getresponse()
+        assert answer.status == 200
+        assert answer.read() == b'{"success":true,"data":{"grants":[]}}'
+        daemon.start()
+        for job_id in load.completed:
+            assert daemon.get(f"/v1/jobs/{job_id}").data["status"] == "completed"
+
+
+def _wait_for(daemon: Daemon, metric: str) -> None:
+    """Until a metric says so; the test's own timeout ends the wait."""
+    connection = http.client.HTTPConnection("jobd")
+    while True:
+        from tests.process import OverUnix
+
+        connection = OverUnix(daemon.admin_socket)
+        text = call(connection, "GET", "/metrics", Authorization=f"Bearer {TOKEN}").body.decode()
+        connection.close()
+        if metric in text.splitlines():
+            return
+
+
+def test_a_restart_keeps_the_lock_and_the_time_it_had_left(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        daemon.post("/v1/jobs", {"id": "a"})
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 1000, "stuck_after_ms": 0}).data
+        daemon.kill()
+        daemon.start()
+        job = daemon.get("/v1/jobs/a").data
+        assert job["status"] == "processing"
+        # Nothing of a job that was processing ends within the first 30 s after a start.
+        assert job["lock"]["expires_at"] > job["updated_at"] + 25_000
+        done = daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]})
+        assert done.data["status"] == "completed"
+
+
+def test_a_second_daemon_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        assert daemon.process is not None
+        before = os.stat(daemon.socket).st_ino
+        second = daemon.spawn()
+        _, log = second.communicate(timeout=30)
+        assert second.returncode == 75
+        assert f"process {daemon.process.pid}".encode() in log
+        assert os.stat(daemon.socket).st_ino == before
+        assert daemon.get("/readyz").status == 200
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("[locks]\nttl = 15\n", "locks.ttl"),
+        ("[lock]\nttl = '15m'\n", "unknown section [lock]"),
+        ("[locks]\nttk = '15m'\n", "unknown key locks.ttk"),
+        ("[worker]\nlisten = '127.0.0.1:0'\n", "worker.token_file"),
+        ("[store]\nsynchronous = 'off'\n", "store.synchronous"),
+    ],
+)
+def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, said: str) -> None:
+    run = Daemon(tmp_path, config).spawn()
+    _, log = run.communicate(timeout=30)
+    assert run.returncode == 78
+    assert said in log.decode()
+
+
+def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> None:
+    run = Daemon(tmp_path, ADMIN_TOKEN="hunter2").spawn()
+    _, log = run.communicate(timeout=30)
+    assert run.returncode == 78
+    assert "24 characters" in log.decode()
+    assert "hunter2" not in log.decode()
+
+
+def test_sighup_takes_over_what_it_can_and_keeps_the_old_on_error(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        assert daemon.process is not None
+        assert daemon.process.stderr is not None
+
+        def reload(config: str) -> str:
+            daemon.config.write_text(config)
+            daemon.process.send_signal(signal.SIGHUP)  # type: ignore[union-attr]
+            return _line_with(daemon, b"reload")
+
+        said = reload("[locks]\nttl = '5m'\n[limits]\nbody = 2000000\n")
+        assert "locks.ttl" in said
+        assert "limits.body" in said
+        daemon.post("/v1/jobs", {"id": "a"})
+        assert daemon.post("/v1/jobs/a/start", {"worker": "w"}).data["ttl_ms"] == 300_000
+        assert "reload_failed" in reload("[locks]\nttl = 'soon'\n")
+        daemon.post("/v1/jobs", {"id": "b"})
+        assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["ttl_ms"] == 300_000
+
+
+def _line_with(daemon: Daemon, text: bytes) -> str:
+    assert daemon.process is not None
+    assert daemon.process.stderr is not None
+    for line in daemon.process.stderr:
+        if text in line:
+            return line.decode()
+    raise AssertionError("the log ended")
+
+
+def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGUSR1)
+        assert "mailbox=" in _line_with(daemon, b"event=dump ")
+
+
+def test_a_zombie_worker_is_taken_until_recovery_has_acted_then_refused(tmp_path: Path) -> None:
+    with Daemon(tmp_path, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
+        daemon.post("/v1/jobs", {"id": "a", "max_processing_ms": 1})
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
+        recovered: dict[str, Any] = {"recoveredJobs": 0}
+        while not recovered["recoveredJobs"]:
+            recovered = daemon.admin("POST", "recover-stuck", {}).data
+        assert recovered["details"][0]["jobId"] == "a"
+        assert recovered["details"][0]["action"] == "reset"
+        late = daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]})
+        assert late.status == 409
+        assert late.error == "lock_lost"
+        assert late.body["details"]["reason"] == "stalled"
+        assert late.body["details"]["rule"] == "recovery"
+        assert daemon.get("/v1/jobs/a").data["status"] == "queued"
+        again = daemon.post("/v1/jobs/a/start", {"worker": "w-2"}).data
+        assert again["fencing_token"] > grant["fencing_token"]
