@@ -1,0 +1,56 @@
+# jobd for developers. `make` alone says what there is.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+PARALLEL ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test check format demo bench pins clean
+
+help:  ## what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  Another Python: make check PYTHON=python3.13 VENV=.venv-313"
+
+venv: $(READY)  ## a virtual environment in .venv with jobd and its tools, in the pinned versions
+
+# The pins carry hashes, so everything in them is checked; jobd itself has none and is installed by itself.
+$(READY): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "jobd needs Python 3.11 or newer: make PYTHON=python3.13"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments. On Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --require-hashes --requirement .ci/constraints.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test: $(READY)  ## the tests (ARGS="-k name" for some of them)
+	$(BIN)/pytest $(ARGS)
+
+check: $(READY)  ## all that CI runs: format, lint, types, tests on both event loops, the demo
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest --loop both --numprocesses $(PARALLEL)
+	$(BIN)/jobd demo
+
+format: $(READY)  ## put the code into its usual form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(READY)  ## a daemon, workers and a worker's death, in half a minute
+	$(BIN)/jobd demo
+
+bench: $(READY)  ## how fast it is on this machine (ARGS for `jobd bench`)
+	$(BIN)/jobd bench $(ARGS)
+
+pins:  ## write .ci/constraints.txt anew from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
+		--generate-hashes --no-emit-index-url --no-emit-package colorama --no-annotate --quiet \
+		--custom-compile-command 'make pins' --output-file .ci/constraints.txt
+
+clean:  ## remove what the other targets have made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
