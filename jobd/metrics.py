@@ -11,9 +11,9 @@ import os
 import platform
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Final
+from typing import Final, Protocol
 
 from msgspec import Struct
 from prometheus_client import generate_latest
@@ -63,10 +63,14 @@ class Snapshot(Struct, frozen=True):
     alerts: dict[str, bool]
 
 
+class Door(Protocol):
+    refusals: Counter[str]  # code -> answers
+
+
 class Metrics:
     """`render` gives the text; `run` measures the lag of the loop until `stop`.
 
-    `refusals` are the counters of the doors, by code; `store_path` is None where the store is in memory.
+    `doors` may be opened later: the list is read anew each time. A store in memory has no files, and no sizes.
     """
 
     def __init__(
@@ -74,14 +78,13 @@ class Metrics:
         actor: Actor,
         cleaner: Cleaner,
         alerts: Alerts,
-        *,
-        refusals: Sequence[Mapping[str, int]] = (),
-        store_path: str | None = None,
+        store_path: str,
+        doors: Sequence[Door],
     ) -> None:
         self._actor = actor
         self._cleaner = cleaner
         self._alerts = alerts
-        self._refusals = refusals
+        self._doors = doors
         self._store_path = store_path
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
         self._stop = asyncio.Event()
@@ -100,7 +103,7 @@ class Metrics:
             stuck=len(book.stuck),
             locked=book.live_locks(),
             grants=dict(figures.grants),
-            refusals=dict(sum((Counter(counts) for counts in self._refusals), Counter[str]())),
+            refusals=dict(sum((door.refusals for door in self._doors), Counter[str]())),
             stalls=figures.stalls,
             recovered={"reset": figures.reset, "failed": figures.failed},
             passes=cleaner.totals.passes,
@@ -128,7 +131,7 @@ class Metrics:
         self._stop.set()
 
 
-def text(now: Snapshot, store_path: str | None) -> bytes:
+def text(now: Snapshot, store_path: str) -> bytes:
     """The exposition of `now` and of the sizes of the store's files. Reads the file system: call it off the loop."""
     registry = CollectorRegistry(auto_describe=False)  # our own: nothing of the process comes in by itself
     registry.register(_Collected([*_jobs(now), *_cleanup(now), *_machine(now), *_files(store_path)]))
@@ -192,9 +195,9 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
     yield _gauges("build_info", "Which jobd this is.", ["version", "python"], build)
 
 
-def _files(store_path: str | None) -> Iterator[Metric]:
-    yield _gauge("wal_bytes", "Size of the write-ahead log.", _size(store_path, "-wal"))
-    yield _gauge("database_bytes", "Size of the database file.", _size(store_path, ""))
+def _files(store_path: str) -> Iterator[Metric]:
+    yield _gauge("wal_bytes", "Size of the write-ahead log.", _size(f"{store_path}-wal"))
+    yield _gauge("database_bytes", "Size of the database file.", _size(store_path))
 
 
 def capped(queues: list[tuple[str, dict[str, int]]]) -> list[tuple[str, dict[str, int]]]:
@@ -217,10 +220,10 @@ def _buckets(counts: list[int], bounds: Sequence[float]) -> list[tuple[str, floa
     return list(zip(names, accumulate(counts), strict=True))
 
 
-def _size(store_path: str | None, suffix: str) -> int:
+def _size(path: str) -> int:
     try:
-        return 0 if store_path is None else os.stat(store_path + suffix).st_size
-    except FileNotFoundError:  # no log yet
+        return os.stat(path).st_size
+    except FileNotFoundError:  # no log yet, or a store in memory
         return 0
 
 
