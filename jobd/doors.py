@@ -94,9 +94,13 @@ def host_name(host: str) -> str:
 
 
 def own_names(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
-    """The names under which a daemon that listens on the host `listen` may be called, with the operator's own."""
-    names = {listen.lower(), *(host.lower() for host in hosts)} - ANY_ADDRESS
-    return frozenset(names | LOOPBACK if names & LOOPBACK or listen in ANY_ADDRESS else names)
+    """The names under which a daemon that listens on `listen` (with or without its port) may be called.
+
+    `hosts` are the operator's own. A daemon that listens on every address is called localhost as well.
+    """
+    name = host_name(listen) or listen.lower()
+    names = {name, *(host.lower() for host in hosts)} - ANY_ADDRESS
+    return frozenset(names | LOOPBACK if names & LOOPBACK or name in ANY_ADDRESS else names)
 
 
 def check_kind(headers: MultiMapping[str], wanted: str) -> None:

@@ -46,27 +46,29 @@ YEAR_MS: Final = 365 * DAY_MS
 EARLIEST_MS: Final = 100_000_000_000
 LATEST_MS: Final = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 
-ID_PATTERN: Final = r"^[A-Za-z0-9_.:\-]{1,200}$"
+# `$` alone would let a line end through that comes last.
+ID_PATTERN: Final = r"^[A-Za-z0-9_.:\-]{1,200}$(?!\n)"
 TOKEN_COUNTER_BITS: Final = 40
 
 # Types of the wire and of the record: a value outside is 400 invalid_request, never clamped.
 JobId = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200)]
 QueueName = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200)]
-Kind = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
-Worker = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]+$", min_length=1, max_length=200)]
+Kind = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200)]
+Worker = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)", min_length=1, max_length=200)]
 LockId = Annotated[str, Meta(min_length=1, max_length=200)]
 Priority = Annotated[int, Meta(ge=-1000, le=1000)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
 Attempts = Annotated[int, Meta(ge=1, le=1000)]
 Stalls = Annotated[int, Meta(ge=0, le=1000)]
 LockTtlMs = Annotated[int, Meta(ge=SECOND_MS, le=DAY_MS)]
+AdditionalMs = Annotated[int, Meta(ge=1, le=DAY_MS)]
 StuckAfterMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
 MaxProcessingMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
 DelayMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
 UnixMs = Annotated[int, Meta(ge=EARLIEST_MS, le=LATEST_MS)]
 Text = Annotated[str, Meta(max_length=4096)]
 Place = Annotated[str, Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096)]  # URL or path of the caller
-Code = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
+Code = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200)]
 MAX_PERCENT: Final = 100
 
 _ID = re.compile(ID_PATTERN)

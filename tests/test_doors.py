@@ -117,6 +117,11 @@ def test_a_missing_host_is_refused_on_tcp_only() -> None:
         ("::", ["A.example"], {"localhost", "127.0.0.1", "::1", "a.example"}),
         ("10.0.0.7", [], {"10.0.0.7"}),
         ("Jobs.example", ["other"], {"jobs.example", "other"}),
+        ("127.0.0.1:8770", [], {"localhost", "127.0.0.1", "::1"}),
+        ("[::1]:8770", [], {"localhost", "127.0.0.1", "::1"}),
+        ("[::]:8770", [], {"localhost", "127.0.0.1", "::1"}),
+        ("", [], {"localhost", "127.0.0.1", "::1"}),
+        ("10.0.0.7:8770", ["a"], {"10.0.0.7", "a"}),
     ],
 )
 def test_the_names_of_a_listener(listen: str, hosts: list[str], names: set[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import ssl
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tool_missing
 from http_help import TOKEN, House, Line, message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -351,6 +353,8 @@ async def test_the_address_of_a_connection_is_a_name_of_the_daemon(tmp_path: Pat
 
 
 async def test_tls(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        tool_missing("openssl", "openssl")
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "1", "-nodes"]
     files = ["-keyout", str(key), "-out", str(cert), "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
