@@ -92,7 +92,7 @@ def _limited(problems: Iterator[Problem]) -> list[Problem]:
                 named.append(problem)
             else:
                 more += 1
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         named.append(Problem("file", f"it cannot be read through: {error}", _RESTORE))
     if more:
         named.append(Problem(named[-1].where.split()[0], f"and {more} more of this kind", named[-1].mend))

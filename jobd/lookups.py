@@ -5,6 +5,7 @@ Changes nothing else. Plain calls, made from the store's thread.
 
 from __future__ import annotations
 
+import sqlite3
 import zlib
 from typing import Any, Final
 
@@ -14,9 +15,10 @@ from jobd.events import Event
 from jobd.job import LIVE, Job
 from jobd.quarantine import set_jobs_aside, set_rows_aside
 from jobd.rows import EVENT_COLUMNS, KEY_COLUMNS, Row, fault
-from jobd.tables import BY_ID, BY_SEQ, EVENT_SQL, FINISHED_SQL, JOB_SQL, KEY_SQL, LIVE_SQL, Tables
+from jobd.tables import BY_ID, BY_SEQ, EVENT_SQL, FINISHED_SQL, JOB_SQL, KEY_SQL, LIVE_SQL, Tables, is_corrupt
 
 _NO_LIMIT: Final = 1 << 62
+_EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
 
 
 def read_job(tables: Tables, row: Row) -> tuple[Job | None, str]:
@@ -36,17 +38,16 @@ def load(tables: Tables, ids: list[str], payloads: list[int], digests: list[str]
     loaded = Loaded()
     damaged: list[tuple[Row, str]] = []
     for id_ in ids:
-        row = _row_by_id(tables, id_)
-        if row is None:
-            if id_ in tables.quarantined:
-                loaded.bad[id_] = tables.quarantined[id_]
-            continue
-        job, wrong = read_job(tables, row)
+        row, wrong = _row_by_id(tables, id_)
+        job = None
+        if row is not None:
+            job, wrong = read_job(tables, row)
         if job is not None:
             loaded.jobs[id_] = job
-        else:
+        elif wrong:
             loaded.bad[id_] = wrong
-            damaged.append((row, wrong))
+            if row is not None:
+                damaged.append((row, wrong))
     for seq in payloads:
         payload, wrong = tables.payload(seq)
         if payload is not None:
@@ -62,12 +63,34 @@ def load(tables: Tables, ids: list[str], payloads: list[int], digests: list[str]
     return loaded
 
 
-def _row_by_id(tables: Tables, id_: str) -> Row | None:
-    found = tables.rows(BY_ID, (id_,))
-    if found and found[0][1] != id_ and fault(found[0]) is None:
-        tables.rebuild_indexes()  # the index led to the whole row of another job
+def _row_by_id(tables: Tables, id_: str) -> tuple[Row | None, str]:
+    """The row of a job, or None and why it cannot be had ("" where there is none)."""
+    try:
         found = tables.rows(BY_ID, (id_,))
-    return found[0] if found else None
+        if found and _is_of_another(found[0], id_):
+            tables.rebuild_indexes()
+            found = tables.rows(BY_ID, (id_,))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        return None, _lost(tables, id_, f"its row cannot be read: {error}")
+    if not found:
+        return None, tables.quarantined.get(id_, "")
+    if _is_of_another(found[0], id_):
+        return None, _lost(tables, id_, "its row cannot be found: the table is damaged")
+    return found[0], ""
+
+
+def _is_of_another(row: Row, id_: str) -> bool:
+    """Whether the index of ids led to the whole row of another job."""
+    return bool(row[1] != id_) and fault(row) is None
+
+
+def _lost(tables: Tables, id_: str, reason: str) -> str:
+    """Name a job whose row cannot even be moved aside."""
+    tables.quarantined[id_] = reason
+    tables.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
+    return reason
 
 
 def _answer(tables: Tables, digest: str) -> KeyRow | None:
@@ -92,6 +115,15 @@ def _answer(tables: Tables, digest: str) -> KeyRow | None:
 def find(tables: Tables, query: Query) -> Page:
     """See Disk.find: newest first, at most `scan` rows looked at."""
     tables.check()
+    try:
+        return _page(tables, query)
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+    return _page_one_by_one(tables, query)
+
+
+def _page(tables: Tables, query: Query) -> Page:
     scope, scope_args, filters, args = _conditions(query)
     before = _NO_LIMIT if query.before is None else query.before
     floor_sql = f"SELECT seq FROM jobs {scope} AND seq < ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
@@ -110,6 +142,19 @@ def find(tables: Tables, query: Query) -> Page:
     elif edge is not None:
         more = tables.conn.execute(f"SELECT 1 FROM jobs {scope} AND seq < ?", (*scope_args, floor)).fetchone()
         page.next_before = None if more is None else floor
+    return page
+
+
+def _page_one_by_one(tables: Tables, query: Query) -> Page:
+    """The page of a damaged table: each seq is asked for, those that cannot be read are named and left out."""
+    _, _, filters, args = _conditions(query)
+    top = tables.numbers.next_job if query.before is None else query.before
+    floor = max(0, top - query.scan)
+    sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?{filters}"
+    seqs = range(top - 1, max(floor - 1, 0), -1)
+    page = Page([], None)
+    last = _fill(tables, page, tables.each(sql, seqs, "jobs", args), query)
+    page.next_before = last if last is not None else floor if floor > 1 else None
     return page
 
 
@@ -155,7 +200,15 @@ def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int |
 
 def timeline(tables: Tables, job_seq: int) -> list[Event]:
     """The journal of one job, oldest first; of signs of life the last of each grant."""
-    events = _events(tables, f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq", (job_seq,))
+    tables.check()
+    try:
+        found = tables.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq", (job_seq,))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        seqs = tables.rows("SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq", (job_seq,))
+        found = tables.each(_EVENT, [seq for (seq,) in seqs], "events")
+    events = _events(tables, found)
     gone, changed = rows.thin(events)
     forgotten, new = set(gone), {event.seq: event for event in changed}
     return [new.get(event.seq, event) for event in events if event.seq not in forgotten]
@@ -163,12 +216,14 @@ def timeline(tables: Tables, job_seq: int) -> list[Event]:
 
 def journal(tables: Tables, after: int, limit: int) -> list[Event]:
     """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
-    return _events(tables, f"SELECT {EVENT_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
-
-
-def _events(tables: Tables, sql: str, args: tuple[Any, ...]) -> list[Event]:
     tables.check()
-    found = tables.rows(sql, args)
+    return _events(
+        tables, tables.rows(f"SELECT {EVENT_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
+    )
+
+
+def _events(tables: Tables, found: list[Row]) -> list[Event]:
+    """The events of rows; damaged ones are set aside."""
     damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
     if damaged:
         set_rows_aside(tables, "events", (*EVENT_COLUMNS, "crc"), damaged)

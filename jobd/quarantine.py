@@ -5,6 +5,7 @@ Decides nothing about rows that are whole. Each function is one transaction of i
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Final
 
 from msgspec import structs
@@ -13,7 +14,19 @@ from jobd import rows
 from jobd.batch import DiskFull
 from jobd.job import FINISHED, Job, is_job_id
 from jobd.rows import JOB_COLUMNS, Row
-from jobd.tables import BY_SEQ, LIVE_SQL, QUEUE_SQL, REPLACE_QUEUE, Tables, insert, now_ms, readable
+from jobd.tables import (
+    BY_SEQ,
+    LIVE_SQL,
+    QUEUE_SQL,
+    REPLACE_QUEUE,
+    CannotMove,
+    Tables,
+    code_of,
+    insert,
+    is_corrupt,
+    now_ms,
+    readable,
+)
 
 _SET_ASIDE: Final = insert(
     "quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE"
@@ -24,7 +37,7 @@ _WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AN
 def set_jobs_aside(tables: Tables, damaged: list[tuple[Row, str]]) -> dict[str, str]:
     """Quarantine job rows (columns and checksum) with what is wrong with each; gives their ids and the reasons.
 
-    On a full disk they stay where they are, are named all the same, and are met again.
+    On a full disk, or in a damaged tree, they stay where they are, are named all the same, and are met again.
     """
     named: dict[str, str] = {}
     for row, reason in damaged:
@@ -33,6 +46,8 @@ def set_jobs_aside(tables: Tables, damaged: list[tuple[Row, str]]) -> dict[str, 
             tables.commit(_set_job_aside, tables, row, id_, reason)
         except DiskFull:
             tables.faults.append(f"job {id_} could not be quarantined: the disk is full")
+        except CannotMove as error:
+            tables.faults.append(f"job {id_} could not be quarantined: {error}; run `jobd doctor`")
         tables.quarantined[id_] = named[id_] = reason
     return named
 
@@ -40,27 +55,46 @@ def set_jobs_aside(tables: Tables, damaged: list[tuple[Row, str]]) -> dict[str, 
 def true_id(tables: Tables, row: Row) -> str:
     """The id that a damaged row was written with: what its columns, its journal and the index of ids agree on."""
     seq, read = row[0], readable(row[1])
-    found = tables.rows("SELECT job_id FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
-    journaled = readable(found[0][0]) if found else read
-    if journaled == read or not is_job_id(journaled):
+    try:
+        found = tables.rows("SELECT job_id FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
+        journaled = readable(found[0][0]) if found else read
+        if journaled == read or not is_job_id(journaled):
+            return read
+        indexed = tables.rows("SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?", (journaled,))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
         return read
-    indexed = tables.conn.execute("SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?", (journaled,)).fetchone()
-    return journaled if indexed == (seq,) else read
+    return journaled if indexed == [(seq,)] else read
 
 
 def _set_job_aside(tables: Tables, row: Row, id_: str, reason: str) -> None:
+    try:
+        _move_job(tables, row, id_, reason)
+    except sqlite3.DatabaseError as error:
+        if is_corrupt(error) and code_of(error) != sqlite3.SQLITE_CORRUPT_INDEX:
+            raise CannotMove(str(error)) from error
+        raise
+
+
+def _move_job(tables: Tables, row: Row, id_: str, reason: str) -> None:
     run = tables.conn.execute
     seq = row[0]
-    payload = tables.rows("SELECT body, request_hash FROM payloads WHERE job_seq = ?", (seq,))
-    body, request_hash = payload[0] if payload else (None, None)
+    body, request_hash = _payload_columns(tables, seq)
     shown = rows.as_text((*JOB_COLUMNS, "crc"), row)
     was_live = run(_WAS_LIVE, (seq,)).fetchone() is not None
-    run(_SET_ASIDE, (seq, id_, reason, now_ms(), shown, body, None if body is None else readable(request_hash)))
+    run(_SET_ASIDE, (seq, id_, reason, now_ms(), shown, body, request_hash))
     if run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount:
         _uncount(tables, row, was_live)
-    run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
     run("DELETE FROM suspects WHERE job_seq = ?", (seq,))
+    tables.each("DELETE FROM payloads WHERE job_seq = ?", [seq], "payloads")  # on a damaged page it stays behind
     tables.write_meta()
+
+
+def _payload_columns(tables: Tables, seq: int) -> tuple[bytes | None, str | None]:
+    sql = "SELECT CAST(body AS BLOB), request_hash FROM payloads WHERE job_seq = ?"
+    found = tables.each(sql, [seq], "payloads")
+    return (found[0][0], readable(found[0][1])) if found else (None, None)
 
 
 def _uncount(tables: Tables, row: Row, was_live: bool) -> None:
@@ -93,10 +127,17 @@ def set_rows_aside(tables: Tables, table: str, columns: tuple[str, ...], damaged
             tables.faults.append(f"{name}: {reason}; the row was set aside")
         except DiskFull:
             tables.faults.append(f"{name}: {reason}; the row could not be set aside: the disk is full")
+        except CannotMove as error:
+            tables.faults.append(f"{name}: {reason}; the row could not be set aside: {error}")
 
 
 def _set_row_aside(tables: Tables, table: str, columns: tuple[str, ...], rowid: int, row: Row, reason: str) -> None:
     aside = insert("bad_rows", ("place", "what", "at", "row"))
     what = f"{readable(row[0])}: {reason}"
     tables.conn.execute(aside, (table, what, now_ms(), rows.as_text(columns, row)))
-    tables.conn.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
+    try:
+        tables.conn.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
+    except sqlite3.DatabaseError as error:
+        if is_corrupt(error) and code_of(error) != sqlite3.SQLITE_CORRUPT_INDEX:
+            raise CannotMove(str(error)) from error
+        raise

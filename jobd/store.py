@@ -39,6 +39,11 @@ class Connection(aiosqlite.Connection):
         result: T = await self._execute(fn, *args)  # type: ignore[no-untyped-call]
         return result
 
+    async def ended(self) -> None:
+        """Close, and wait for the end of the thread also where the connection never came to be."""
+        await self.close()
+        await asyncio.to_thread(self._thread.join)
+
     @property
     def raw(self) -> sqlite3.Connection:
         """The connection itself, for work inside a hop (and for an online backup beside them)."""
@@ -71,7 +76,7 @@ class Store:
             await db
             tables, opened = await db.hop(opening.start, db.raw, path)
         except BaseException:
-            await db.close()
+            await db.ended()
             if lock is not None:
                 lock.release()
             raise

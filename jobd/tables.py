@@ -66,6 +66,11 @@ def code_of(error: BaseException) -> int:
     return getattr(error, "sqlite_errorcode", None) or 0
 
 
+def is_corrupt(error: sqlite3.Error) -> bool:
+    """Whether the structure of the file is damaged where `error` was met."""
+    return code_of(error) & 0xFF == sqlite3.SQLITE_CORRUPT
+
+
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
@@ -88,6 +93,10 @@ def lenient(conn: sqlite3.Connection) -> Iterator[None]:
         yield
     finally:
         conn.text_factory = str
+
+
+class CannotMove(Exception):
+    """Rows cannot be moved aside, as the structure of the file around them is damaged. Nothing was written."""
 
 
 class Tables:
@@ -131,7 +140,7 @@ class Tables:
             except BaseException as error:
                 self.numbers, self.totals, self.marked = kept
                 self._roll_back(error)
-                if isinstance(error, BadRows):
+                if isinstance(error, BadRows | CannotMove):
                     raise
                 if self._is_full(error):
                     raise DiskFull(str(error)) from error
@@ -181,6 +190,21 @@ class Tables:
                 raise
         with lenient(self.conn):
             return self.conn.execute(sql, args).fetchall()
+
+    def each(self, sql: str, keys: Iterable[int], what: str, args: tuple[Any, ...] = ()) -> list[Row]:
+        """The rows of a query asked once for each key, where a damaged page hides some of them; those are named."""
+        found: list[Row] = []
+        lost: list[int] = []
+        for key in keys:
+            try:
+                found += self.rows(sql, (key, *args))
+            except sqlite3.DatabaseError as error:
+                if not is_corrupt(error):
+                    raise
+                lost.append(key)
+        if lost:
+            self.faults.append(f"{what} {min(lost)} to {max(lost)}: {len(lost)} cannot be read; run `jobd doctor`")
+        return found
 
     # ------------------------------------------------------------------------------------------------ the batch
 
@@ -341,7 +365,12 @@ class Tables:
 
     def payload(self, seq: int) -> tuple[Payload | None, str]:
         """The payload of a job, or None and what is wrong with it."""
-        found = self.rows(_PAYLOAD, (seq,))
+        try:
+            found = self.rows(_PAYLOAD, (seq,))
+        except sqlite3.DatabaseError as error:
+            if not is_corrupt(error):
+                raise
+            return None, f"its payload cannot be read: {error}"
         if not found:
             return None, "its payload is missing"
         wrong = fault(found[0])

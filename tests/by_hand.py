@@ -1,0 +1,249 @@
+"""Jobs, changes and batches made by hand, as the rules would make them; and what a store must hold after them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, Final
+
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd.batch import Batch, KeyRow, Numbers, QueueRow
+from jobd.events import Change, Changes, Event
+from jobd.job import FINISHED, LIVE, Backoff, Ended, Failure, Grant, Job, Lease, Options, Result
+
+NOW: Final = 1_700_000_000_000
+OPTIONS: Final = (
+    Options(),
+    Options(queue="video", kind="convert", priority=-5, max_attempts=3),
+    Options(queue="mail", backoff=Backoff("fixed", 5, 10, False), on_stall="requeue", stuck_after_ms=0),
+    Options(queue="video", max_processing_ms=0, max_stalls=0, on_stall="fail"),
+)
+
+
+def full_job(seq: int = 7) -> Job:
+    """A job with every part and every field set, unlike its defaults."""
+    return Job(
+        seq=seq,
+        id=f"job-{seq}",
+        options=replace(OPTIONS[1], stuck_after_ms=60_000, max_processing_ms=90_000),
+        status="processing",
+        created_at=NOW,
+        updated_at=NOW + 1,
+        run_at=NOW + 2,
+        progress=12.5,
+        progress_message="scène 3\x00",
+        attempt=2,
+        stalls=1,
+        started_at=NOW + 3,
+        finished_at=NOW + 4,
+        expires_at=NOW + 5,
+        grant=Grant("lock", (1 << 40) | 9, "w-1", NOW + 3, 60_000, 0, 90_000),
+        lease=Lease(1_000, 2_000, 3_000, True),
+        ended=Ended("old", (1 << 40) | 3, "w-0", NOW, "stall", "silent", "fail", "abc"),
+        result=Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}')),
+        error=Failure("it broke", "E1"),
+    )
+
+
+def all_of(job: Job) -> Changes:
+    """Changes that set every field of `job`."""
+    return Changes(**{name: getattr(job, name) for name in Job.__struct_fields__})
+
+
+def between(before: Job, after: Job) -> Changes:
+    """Only the fields that differ: the least that an event may carry."""
+    names = (name for name in Job.__struct_fields__ if getattr(before, name) != getattr(after, name))
+    return Changes(**{name: getattr(after, name) for name in names})
+
+
+class Maker:
+    """Makes changes that continue one another, and keeps what they add up to."""
+
+    def __init__(self, seed: int = 0, numbers: Numbers | None = None) -> None:
+        self.random = random.Random(seed)
+        self.numbers = numbers or Numbers()
+        self.jobs: dict[int, Job] = {}
+        self.payloads: dict[int, bytes] = {}
+        self.suspects: set[int] = set()
+        self.queues: dict[str, QueueRow] = {}
+        self.deleted: dict[int, str] = {}
+        self.now = NOW
+
+    # -- single changes -----------------------------------------------------------------------------------------------
+
+    def create(self, job_id: str | None = None, *, type_: str = "created", **fields: Any) -> Change:
+        seq = self.numbers.next_job
+        self.numbers = replace(self.numbers, next_job=seq + 1)
+        options = fields.pop("options", None) or self.random.choice(OPTIONS)
+        job = Job(seq, job_id or f"job-{seq}", options, "queued", self.now, self.now, self.now)
+        job = replace(job, **fields)
+        payload = b'{"n":%d,"fill":"%s"}' % (seq, b"x" * self.random.randrange(60))
+        self.payloads[seq] = payload
+        if type_ == "imported":
+            self.suspects.add(seq)
+        return self._step(None, job, type_, payload=payload, request_hash=f"hash-{seq}")
+
+    def grant(self, job: Job, *, stuck_after_ms: int = 600_000) -> Change:
+        token = (self.numbers.epoch << 40) | self.numbers.next_token
+        self.numbers = replace(self.numbers, next_token=self.numbers.next_token + 1)
+        worker = f"w-{self.random.randrange(4)}"
+        grant = Grant(f"lock-{token}", token, worker, self.now, 900_000, stuck_after_ms, 1_800_000)
+        lease = Lease(self.now + 900_000, self.now + stuck_after_ms, self.now + 1_800_000)
+        after = replace(
+            job,
+            status="processing",
+            grant=grant,
+            lease=lease,
+            attempt=job.attempt + 1,
+            started_at=self.now,
+            updated_at=self.now,
+            progress=0,
+        )
+        return self._step(job, after, "granted")
+
+    def progress(self, job: Job, progress: float | None = None, message: str | None = None) -> Change:
+        self.now += 1
+        value = round(self.random.uniform(0, 100), 1) if progress is None else progress
+        assert job.lease is not None
+        lease = replace(job.lease, expires=job.lease.expires + 1, ceiling=self.now + 1_800_000)
+        message = message or job.progress_message
+        after = replace(job, progress=value, progress_message=message, lease=lease, updated_at=self.now)
+        return self._step(job, after, "progress")
+
+    def extend(self, job: Job) -> Change:
+        self.now += 1
+        assert job.lease is not None
+        lease = replace(job.lease, expires=job.lease.expires + 10)
+        return self._step(job, replace(job, lease=lease, updated_at=self.now), "extended")
+
+    def finish(self, job: Job, status: str = "completed") -> Change:
+        fields: dict[str, Any] = {"status": status, "finished_at": self.now, "expires_at": self.now + 1_000}
+        if status == "completed":
+            fields |= {"progress": 100, "result": Result(file_path="/out", metadata=Raw(b'{"size":3}'))}
+        elif status == "failed":
+            fields |= {"error": Failure("boom", "E2")}
+        if job.grant is not None:
+            grant = job.grant
+            ended = Ended(grant.lock_id, grant.fencing_token, grant.worker, self.now, "holder", "done", "complete", "h")
+            fields |= {"grant": None, "lease": None, "ended": ended}
+        return self._step(job, replace(job, **fields), status)
+
+    def requeue(self, job: Job) -> Change:
+        after = replace(job, status="queued", progress=0, grant=None, lease=None, finished_at=None, expires_at=None)
+        return self._step(job, after, "released" if job.status == "processing" else "force_reset")
+
+    def delete(self, job: Job) -> Change:
+        return self._step(job, None, "deleted")
+
+    def queue_event(self, queue: str, paused: bool) -> Change:
+        self.queues[queue] = replace(self.queues.get(queue, QueueRow()), paused=paused)
+        type_ = "queue_paused" if paused else "queue_resumed"
+        return Change(None, None, Event(self._event(), self.now, type_, 0, "", queue, None, None, "admin"))  # type: ignore[arg-type]
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def batch(self, changes: list[Change], **fields: Any) -> Batch:
+        """A batch of `changes` with the rows of every queue, as they are now."""
+        self.numbers = replace(self.numbers, lease_ms=self.now - NOW, wall_ms=self.now)
+        return Batch(changes, self.numbers, queues=dict(self.queues), **fields)
+
+    def any_change(self) -> Change:
+        """Some change that is possible now."""
+        live = [job for job in self.jobs.values() if job.status in LIVE]
+        choices: list[Callable[[], Change]] = [self.create]
+        if self.jobs:
+            job = self.random.choice(live or list(self.jobs.values()))
+            if self.random.random() < 0.2:
+                job = self.random.choice(list(self.jobs.values()))
+            choices += self._choices(job)
+        return self.random.choice(choices)()
+
+    def any_batch(self, size: int) -> Batch:
+        """A batch of `size` changes; it also stores, forgets and asks for things now and then."""
+        changes = [self.any_change() for _ in range(size)]
+        batch = self.batch(changes)
+        if self.random.random() < 0.3 and self.jobs:
+            batch.payloads = [self.random.choice(list(self.jobs))]
+        if self.random.random() < 0.3:
+            batch.keys = [KeyRow(f"digest-{self.random.randrange(50)}", "body", self.now, 201, b'{"a":1}')]
+        if self.random.random() < 0.1:
+            batch.forget_keys = [f"digest-{self.random.randrange(50)}"]
+        if self.random.random() < 0.1 and self.suspects:
+            batch.checked = [self.suspects.pop()]
+        return batch
+
+    def _choices(self, job: Job) -> list[Callable[[], Change]]:
+        if job.status == "processing":
+            return [
+                lambda: self.progress(job),
+                lambda: self.progress(job, float(self.random.randrange(101)), f"step {self.now}"),
+                lambda: self.extend(job),
+                lambda: self.finish(job, self.random.choice(sorted(FINISHED))),
+                lambda: self.requeue(job),
+            ]
+        if job.status == "queued":
+            return [
+                lambda: self.grant(job),
+                lambda: self.grant(job),
+                lambda: self.finish(job, "cancelled"),
+                lambda: self.create(type_="imported"),
+            ]
+        return [lambda: self.delete(job), lambda: self.requeue(job)]
+
+    def kept(self) -> Callable[[], None]:
+        """What takes the model back to what it is now. Numbers that were given stay given."""
+        jobs, payloads, queues = dict(self.jobs), dict(self.payloads), dict(self.queues)
+        suspects, deleted = set(self.suspects), dict(self.deleted)
+
+        def back() -> None:
+            self.jobs, self.payloads, self.queues = jobs, payloads, queues
+            self.suspects, self.deleted = suspects, deleted
+
+        return back
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def _event(self) -> int:
+        seq = self.numbers.next_event
+        self.numbers = replace(self.numbers, next_event=seq + 1)
+        return seq
+
+    def _step(
+        self, before: Job | None, after: Job | None, type_: str, *, payload: bytes | None = None, request_hash: str = ""
+    ) -> Change:
+        job = after or before
+        assert job is not None
+        if before is None or after is None:
+            changes = None if after is None else all_of(after)
+        else:
+            changes = between(before, after)
+        event = Event(
+            seq=self._event(),
+            at=self.now,
+            type=type_,  # type: ignore[arg-type]
+            job_seq=job.seq,
+            job_id=job.id,
+            queue=job.options.queue,
+            before=None if before is None else before.status,
+            after=None if after is None else after.status,
+            by="client",
+            details={"attempt": job.attempt},
+            changes=changes,
+        )
+        self._count(before, -1)
+        self._count(after, +1)
+        if after is None:
+            del self.jobs[job.seq], self.payloads[job.seq]
+            self.suspects.discard(job.seq)
+            self.deleted[job.seq] = job.id
+        else:
+            self.jobs[job.seq] = after
+        return Change(before, after, event, payload, request_hash or None)
+
+    def _count(self, job: Job | None, by: int) -> None:
+        if job is None or job.status not in FINISHED:
+            return
+        row = self.queues.get(job.options.queue, QueueRow())
+        self.queues[job.options.queue] = replace(row, **{job.status: getattr(row, job.status) + by})

@@ -1,0 +1,197 @@
+"""Opening a store: who may, which epoch begins, what cannot be used is refused and left as it is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from by_hand import Maker
+from msgspec.structs import replace
+from store_help import (
+    edited,
+    opened,
+    read,
+    write,
+)
+
+from jobd import files, migrations
+from jobd.batch import Batch
+from jobd.store import Store, StoreBusy, StoreTooNew, StoreUnreadable
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+@pytest.fixture
+async def store(path: str) -> AsyncIterator[Store]:
+    store, _ = await Store.open(path)
+    async with store:
+        yield store
+
+
+def untouched(path: str) -> dict[str, bytes]:
+    """Every file of the store but its lock, by name."""
+    beside = Path(path).parent.iterdir()
+    return {p.name: p.read_bytes() for p in beside if not p.name.endswith((".lock", ".ballast"))}
+
+
+async def test_a_second_store_is_refused_and_names_the_process(store: Store, path: str) -> None:
+    before = untouched(path)
+    code = "import asyncio, sys\nfrom jobd.store import Store\nasyncio.run(Store.open(sys.argv[1]))"
+    other = await asyncio.create_subprocess_exec(sys.executable, "-c", code, path, stderr=subprocess.PIPE)
+    _, errors = await other.communicate()
+    assert other.returncode == 1
+    assert f"StoreBusy: {path} is in use by process {os.getpid()}" in errors.decode()
+    with pytest.raises(StoreBusy) as caught:
+        await Store.open(path)
+    assert caught.value.pid == os.getpid()
+    assert caught.value.exit_code == 75
+    assert before == untouched(path)
+
+
+async def test_the_lock_is_free_again_after_close_and_after_a_refusal(path: str) -> None:
+    async with opened(path):
+        pass
+    async with opened(path):
+        pass
+    write(path, b"no database " * 100)
+    for _ in range(2):
+        with pytest.raises(StoreUnreadable, match="is not a database"):
+            await Store.open(path)
+
+
+async def test_a_database_that_another_program_holds_is_busy(path: str) -> None:
+    async with opened(path):
+        pass
+    with edited(path) as conn:
+        conn.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreBusy):
+            await Store.open(path)
+
+
+@pytest.mark.parametrize("in_log", [False, True])
+async def test_a_newer_store_is_refused_and_left_as_it_is(path: str, in_log: bool) -> None:
+    async with opened(path) as (store, _):
+        await store.write(Maker().any_batch(3))
+    conn = sqlite3.connect(path, isolation_level=None)
+    conn.execute(f"PRAGMA user_version = {migrations.VERSION + 1}")
+    if in_log:  # as after a crash of the newer one: the version stands in the log only
+        copies = {suffix: read(path + suffix) for suffix in ("", "-wal")}
+        conn.close()
+        for suffix, content in copies.items():
+            write(path + suffix, content)
+    else:
+        conn.close()
+    before = untouched(path)
+    with pytest.raises(StoreTooNew, match="use the newer jobd") as caught:
+        await Store.open(path)
+    assert caught.value.exit_code == 78
+    assert before == untouched(path)
+
+
+async def test_the_database_of_another_program_is_refused(path: str) -> None:
+    with edited(path) as conn:
+        conn.execute("CREATE TABLE mine (a)")
+    before = read(path)
+    with pytest.raises(StoreUnreadable, match="another program"):
+        await Store.open(path)
+    with edited(path) as conn:
+        assert conn.execute("SELECT count(*) FROM mine").fetchone() == (0,)
+        conn.execute("PRAGMA application_id = 77")
+    assert len(before) == len(read(path))
+    with pytest.raises(StoreUnreadable, match="another program"):
+        await Store.open(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM meta",
+        "UPDATE meta SET next_token = next_token + 1",
+        "UPDATE meta SET crc = crc + 1",
+        "DROP TABLE meta",
+    ],
+)
+async def test_meta_data_that_cannot_be_trusted_stop_the_start(path: str, damage: str) -> None:
+    async with opened(path):
+        pass
+    with edited(path) as conn:
+        conn.execute(damage)
+    with pytest.raises(StoreUnreadable) as caught:
+        await Store.open(path)
+    assert caught.value.exit_code == 78
+
+
+async def test_a_place_that_does_not_exist_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await Store.open(str(tmp_path / "nowhere" / "jobd.db"))
+
+
+async def test_no_thread_is_left_behind(path: str, tmp_path: Path) -> None:
+    before = threading.active_count()
+    async with opened(path) as (store, _):
+        with pytest.raises(StoreBusy):
+            await Store.open(path)
+    await store.close()
+    (tmp_path / "x").write_bytes(b"x" * 200)
+    with pytest.raises(StoreUnreadable):
+        await Store.open(str(tmp_path / "x"))
+    names = [t.name for t in threading.enumerate() if not t.name.startswith(("asyncio", "uvloop"))]
+    assert len(names) <= before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Epochs
+
+
+async def test_a_marked_file_takes_a_new_epoch_until_its_grants_were_ended(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, found):
+        assert (found.marked, found.numbers.epoch) == (False, 1)
+        await store.write(maker.batch([maker.create()]))
+    with edited(path) as conn:
+        migrations.change_meta(conn, marked=1)
+    async with opened(path) as (_, found):
+        assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (True, 2, 1)
+        assert found.numbers.next_job == 2
+        assert files.read_epoch(path) == 2
+    async with opened(path) as (store, found):  # a crash before the grants were ended: again, with another epoch
+        assert (found.marked, found.numbers.epoch) == (True, 3)
+        await store.write(Batch([], replace(found.numbers, next_token=7)))
+    async with opened(path) as (store, found):
+        assert (found.marked, found.numbers.epoch) == (True, 4)
+        await store.write(Batch([], found.numbers, unmark=True))
+    async with opened(path) as (_, found):
+        assert (found.marked, found.numbers.epoch) == (False, 4)
+
+
+async def test_an_older_copy_without_a_mark_is_known_by_the_epoch_file(path: str) -> None:
+    async with opened(path):
+        pass
+    files.write_epoch(path, 5)
+    async with opened(path) as (store, found):
+        assert (found.marked, found.numbers.epoch) == (True, 6)
+        await store.write(Batch([], found.numbers, unmark=True))
+    os.unlink(f"{path}.epoch")
+    async with opened(path) as (_, found):  # moved without its file: the own epoch counts, and is kept anew
+        assert (found.marked, found.numbers.epoch) == (False, 6)
+    assert files.read_epoch(path) == 6
+
+
+async def test_a_damaged_epoch_file_stops_the_start(path: str) -> None:
+    async with opened(path):
+        pass
+    content = bytearray(read(f"{path}.epoch"))
+    content[0] ^= 1
+    write(f"{path}.epoch", content)
+    with pytest.raises(StoreUnreadable, match="epoch is damaged"):
+        await Store.open(path)

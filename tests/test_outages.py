@@ -1,0 +1,329 @@
+"""A full disk, a broken disk, a killed process: what was acknowledged is there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from by_hand import Maker, full_job
+from msgspec.structs import replace
+from store_help import (
+    assert_holds,
+    exists,
+    flip,
+    made,
+    make_store,
+    opened,
+    pick,
+    remove,
+    seqs,
+)
+
+from jobd.batch import DiskFull, Query
+from jobd.job import LIVE
+from jobd.store import Store, StoreBroken, StoreBusy
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=20m,mode=0700", "jobd-test", str(place)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"test of a full disk: mounting a tmpfs is not permitted here ({error})")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(place: Path) -> Path:
+    """Take up all room of the disk."""
+    name = place / "filler"
+    with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    return name
+
+
+def descriptor_of(name: str) -> int:
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/self/fd/{number}") == name:
+                return int(number)
+    raise AssertionError(f"{name} is not open")
+
+
+async def test_after_an_unknown_outcome_nothing_goes_through_any_more(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        first = maker.create("a")
+        await store.write(maker.batch([first]))
+        log = os.open("/dev/null", os.O_RDONLY)
+        number = descriptor_of(f"{path}-wal")
+        kept = os.dup(number)
+        os.dup2(log, number)  # the log cannot be written any more, for a reason that is not room
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+            await store.write(maker.batch([maker.create("b")]))
+        os.dup2(kept, number)
+        os.close(kept)
+        os.close(log)
+        for call in (store.write(maker.batch([])), store.find(Query()), store.load(["a"], [], []), store.probe()):
+            with pytest.raises(StoreBroken) as caught:
+                await call
+        assert caught.value.exit_code == 74
+    async with opened(path) as (_, found):
+        assert [job.id for job in found.jobs] == ["a"]
+
+
+async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        first = maker.create("a")
+        await store.write(maker.batch([first]))
+        with pytest.raises(sqlite3.IntegrityError):
+            await store.write(maker.batch([maker.create("a")]))
+        with pytest.raises(StoreBroken):
+            await store.timeline(1)
+    async with opened(path) as (store, found):
+        assert [job.seq for job in found.jobs] == [1]
+        with pytest.raises(sqlite3.IntegrityError, match="no row on the disk"):
+            await store.write(maker.batch([maker.grant(replace(full_job(99), status="queued"))]))
+
+
+async def test_a_log_that_has_no_room_is_a_full_disk_and_the_store_goes_on(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        first = maker.create("a")
+        await store.write(maker.batch([first]))
+        before = store._tables.totals
+        number = descriptor_of(f"{path}-wal")
+        kept, full = os.dup(number), os.open("/dev/full", os.O_RDWR)
+        os.dup2(full, number)
+        os.close(full)
+        with pytest.raises(DiskFull):
+            await store.write(maker.batch([maker.grant(made(first))]))
+        with pytest.raises(DiskFull):
+            await store.probe()
+        assert store._tables.totals == before
+        os.dup2(kept, number)
+        os.close(kept)
+        assert (await store.load(["a"], [], [])).jobs == {"a": made(first)}
+        await store.write(maker.batch([maker.create("b")]))
+    async with opened(path) as (_, found):
+        assert found.faults == []
+        assert [job.id for job in found.jobs] == ["a", "b"]
+
+
+async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path) -> None:
+    path = str(small_disk / "jobd.db")
+    maker = Maker(4)
+    store, found = await Store.open(path)
+    async with store:
+        assert not found.full
+        for _ in range(10):
+            await store.write(maker.any_batch(20))
+        filler = fill(small_disk)
+        refused = 0
+        while refused < 3:
+            back = maker.kept()
+            try:
+                await store.write(maker.any_batch(20))
+            except DiskFull:
+                refused += 1
+                back()
+        with pytest.raises(DiskFull):
+            await store.probe()
+        assert store._tables.totals == before
+        os.dup2(kept, number)
+        os.close(kept)
+        assert (await store.load(["a"], [], [])).jobs == {"a": made(first)}
+        await store.write(maker.batch([maker.create("b")]))
+    async with opened(path) as (_, found):
+        assert found.faults == []
+        assert [job.id for job in found.jobs] == ["a", "b"]
+
+
+async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path) -> None:
+    path = str(small_disk / "jobd.db")
+    maker = Maker(4)
+    store, found = await Store.open(path)
+    async with store:
+        assert not found.full
+        for _ in range(10):
+            await store.write(maker.any_batch(20))
+        state = (dict(maker.jobs), dict(maker.payloads), dict(maker.queues), set(maker.suspects), dict(maker.deleted))
+        numbers = maker.numbers
+        filler = fill(small_disk)
+        full = 0
+        while full < 3:
+            try:
+                batch = maker.any_batch(20)
+                await store.write(batch)
+            except DiskFull:
+                full += 1
+                maker.jobs, maker.payloads, maker.queues, maker.suspects, maker.deleted = state
+                maker.numbers = replace(maker.numbers, next_job=maker.numbers.next_job)
+                state = tuple(type(part)(part) for part in state)  # type: ignore[assignment]
+            else:
+                state = (
+                    dict(maker.jobs),
+                    dict(maker.payloads),
+                    dict(maker.queues),
+                    set(maker.suspects),
+                    dict(maker.deleted),
+                )
+        with pytest.raises(DiskFull):
+            await store.probe()
+        assert (await store.find(Query(limit=200))).bad == {}
+        assert await store.drop_ballast()
+        assert not await store.drop_ballast()
+        await store.probe()
+        await store.write(maker.any_batch(20))
+        fill(small_disk)
+        with pytest.raises(DiskFull):
+            await store.build_ballast()
+        assert not exists(f"{path}.ballast")
+        filler.unlink()
+        await store.build_ballast()
+        await store.write(maker.batch([]))
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+        assert not found.full
+
+
+async def test_a_start_on_a_full_disk_opens_and_says_so(small_disk: Path) -> None:
+    path = str(small_disk / "jobd.db")
+    maker = Maker(4)
+    async with opened(path) as (store, _):
+        for _ in range(10):
+            await store.write(maker.any_batch(20))
+    filler = fill(small_disk)
+    async with opened(path) as (store, found):
+        assert found.full
+        found.full = False
+        await assert_holds(store, found, maker)
+        with pytest.raises(StoreBusy) as caught:
+            await Store.open(path)
+        assert caught.value.pid == os.getpid()
+        filler.unlink()
+        await store.probe()
+        await store.build_ballast()
+    os.unlink(f"{path}.ballast")
+    fill(small_disk)
+    async with opened(path) as (_, found):
+        assert found.full
+        assert not exists(f"{path}.ballast")
+
+
+async def test_a_damaged_row_on_a_full_disk_is_named_all_the_same(small_disk: Path) -> None:
+    path = str(small_disk / "jobd.db")
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    flip(path, "jobs", "queue", "seq", job.seq)
+    fill(small_disk)
+    async with opened(path) as (store, found):
+        assert found.full
+        assert list(found.quarantined) == [job.id]
+        assert job.seq not in seqs(found.jobs)
+        assert list((await store.load([job.id], [], [])).bad) == [job.id]
+
+
+async def test_a_new_store_on_a_full_disk_is_refused(small_disk: Path) -> None:
+    fill(small_disk)
+    with pytest.raises(DiskFull):
+        await Store.open(str(small_disk / "jobd.db"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Crashes
+
+WRITER = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[3])
+from by_hand import Maker
+from jobd.store import Store
+
+async def main():
+    maker = Maker(int(sys.argv[2]))
+    store, _ = await Store.open(sys.argv[1])
+    while True:
+        await store.write(maker.any_batch(maker.random.choice((1, 5, 40))))
+        print(maker.numbers.next_event, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def start_writer(path: str, seed: int) -> asyncio.subprocess.Process:
+    here = os.path.dirname(__file__)
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-c", WRITER, path, str(seed), here, stdout=subprocess.PIPE
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_what_a_killed_process_had_acknowledged_is_there(path: str, seed: int) -> None:
+    writer = await start_writer(path, seed)
+    assert writer.stdout is not None
+    acknowledged = 0
+    for _ in range(30 + 17 * seed):
+        acknowledged = int(await writer.stdout.readline())
+    writer.send_signal(signal.SIGKILL)
+    while line := await writer.stdout.readline():
+        acknowledged = int(line) if line.endswith(b"\n") else acknowledged
+    assert await writer.wait() == -signal.SIGKILL
+    async with opened(path) as (store, found):
+        assert found.numbers.next_event >= acknowledged
+        maker = Maker(seed)
+        while maker.numbers.next_event < found.numbers.next_event:
+            maker.any_batch(maker.random.choice((1, 5, 40)))
+        await assert_holds(store, found, maker)
+
+
+async def test_a_kill_between_write_and_fsync_leaves_whole_batches(path: str) -> None:
+    if not exists("/usr/bin/strace"):
+        pytest.skip("test of a kill at a system call: there is no strace here")
+    here = os.path.dirname(__file__)
+    for when in (9, 10, 11):
+        remove(path)
+        inject = [
+            "-f",
+            "-o",
+            "/dev/null",
+            "-e",
+            "trace=fdatasync",
+            "-e",
+            f"inject=fdatasync:signal=SIGKILL:when={when}",
+        ]
+        writer = await asyncio.create_subprocess_exec(
+            "strace", *inject, sys.executable, "-c", WRITER, path, "5", here, stdout=subprocess.PIPE
+        )
+        assert writer.stdout is not None
+        acknowledged = 0
+        while line := await writer.stdout.readline():
+            acknowledged = int(line) if line.endswith(b"\n") else acknowledged
+        await writer.wait()
+        async with opened(path) as (store, found):
+            assert found.numbers.next_event >= acknowledged
+            maker = Maker(5)
+            while maker.numbers.next_event < found.numbers.next_event:
+                maker.any_batch(maker.random.choice((1, 5, 40)))
+            await assert_holds(store, found, maker)

@@ -1,0 +1,295 @@
+"""Damage: a row that is not as it was written is named and set aside, never served."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from pathlib import Path
+
+import pytest
+from by_hand import NOW, Maker
+from msgspec.structs import replace
+from store_help import (
+    assert_holds,
+    edited,
+    flip,
+    lose,
+    made,
+    make_store,
+    opened,
+    pick,
+    read,
+    recounted,
+    remove,
+    seqs,
+    write,
+)
+
+from jobd.batch import BadRows, KeyRow, Loaded, Opened, Query
+from jobd.job import FINISHED, LIVE, Job
+from jobd.store import Store, StoreTooNew, StoreUnreadable
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+@pytest.mark.parametrize("bit", [0, 7])
+@pytest.mark.parametrize("column", ["queue", "lock_id", "status", "id", "run_at", "crc"])
+async def test_a_live_row_that_is_not_as_written_is_quarantined_at_start(path: str, column: str, bit: int) -> None:
+    maker = await make_store(path)
+    job = pick(maker, frozenset({"processing"}))
+    flip(path, "jobs", column, "seq", job.seq, bit)
+    reason = "its text is not readable" if bit == 7 and column not in ("run_at", "crc") else "its checksum is wrong"
+    async with opened(path) as (store, found):
+        assert found.quarantined == {job.id: reason}
+        assert any(f"job {job.id} was quarantined" in fault for fault in found.faults)
+        assert job.seq not in seqs(found.jobs)
+        assert (await store.load([job.id], [], [])) == Loaded(bad={job.id: reason})
+        assert store._tables.totals == recounted(store)
+        aside = store._db.raw.execute("SELECT id, payload FROM quarantined_jobs").fetchall()
+        assert aside == [(job.id, maker.payloads[job.seq])]
+    lose(maker, job)
+    async with opened(path) as (store, found):
+        assert found.quarantined == {job.id: reason}
+        await assert_holds(store, found, maker)
+
+
+@pytest.mark.parametrize("column", ["queue", "id", "error_code", "ended_reason", "expires_at", "created_at", "crc"])
+@pytest.mark.parametrize("how", ["load", "find", "expired"])
+async def test_a_finished_row_that_is_not_as_written_is_quarantined_when_met(path: str, column: str, how: str) -> None:
+    maker = await make_store(path)
+    job = next(j for j in maker.jobs.values() if j.status == "failed" and j.ended is not None)
+    flip(path, "jobs", column, "seq", job.seq)
+    async with opened(path) as (store, found):
+        assert found.quarantined == {}
+        if how == "load":
+            assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
+        elif how == "find":
+            page = await store.find(Query(limit=200))
+            assert page.bad == {job.id: "its checksum is wrong"}
+            assert {j.seq for j, _ in page.jobs} == maker.jobs.keys() - {job.seq}
+        else:
+            assert job.id not in await store.expired(maker.now * 2, 1_000)
+        assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
+        assert store._tables.totals == recounted(store)
+    if column == "queue":
+        return  # which queue had counted it is not known any more: the doctor counts anew
+    lose(maker, job)
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+@pytest.mark.parametrize(
+    "damage", ["UPDATE payloads SET body = '1' WHERE job_seq = ?", "DELETE FROM payloads WHERE job_seq = ?"]
+)
+async def test_a_bad_payload_is_never_shown_and_quarantines_its_job(path: str, damage: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    with edited(path) as conn:
+        conn.execute(damage.replace("'1'", "X'31'"), (job.seq,))
+    async with opened(path) as (store, found):
+        assert found.faults == []
+        other = maker.create()
+        with pytest.raises(BadRows) as caught:
+            await store.write(maker.batch([other], payloads=[job.seq]))
+        assert list(caught.value.jobs) == [job.id]
+        assert (await store.load([made(other).id], [], [])).jobs == {}  # nothing of the batch was written
+        await store.quarantine(job, caught.value.jobs[job.id])
+        assert list((await store.load([job.id], [], [])).bad) == [job.id]
+        await store.write(maker.batch([other]))
+    lose(maker, job)
+    async with opened(path) as (store, found):
+        assert list(found.quarantined) == [job.id]
+        await assert_holds(store, found, maker)
+
+
+async def test_a_bad_payload_that_is_loaded_quarantines_its_job(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, FINISHED)
+    flip(path, "payloads", "body", "job_seq", job.seq)
+    async with opened(path) as (store, _):
+        loaded = await store.load([job.id], [job.seq], [])
+        assert loaded == Loaded(bad={job.id: "its payload is bad: its checksum is wrong"})
+        assert job.seq not in [j.seq for j, _ in (await store.find(Query(limit=200))).jobs]
+
+
+async def test_a_bad_journal_row_is_set_aside_and_named(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    with edited(path) as conn:
+        (seq,) = conn.execute("SELECT max(seq) FROM events WHERE job_seq = ?", (job.seq,)).fetchone()
+    flip(path, "events", "changes", "seq", seq)
+    async with opened(path) as (store, found):
+        assert found.faults == []
+        events = await store.timeline(job.seq)
+        assert seq not in [event.seq for event in events]
+        assert store.take_faults() == [f"events {seq}: its checksum is wrong; the row was set aside"]
+        assert store.take_faults() == []
+    async with opened(path) as (_, found):
+        assert found.faults == ["1 damaged rows of events are set aside: see `jobd doctor`"]
+
+
+async def test_bad_keys_are_set_aside_and_named(path: str) -> None:
+    maker = Maker()
+    keys = [KeyRow(f"d{number}", "b", NOW + number, 200, b'{"n":1}') for number in range(4)]
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([], keys=keys))
+    with edited(path) as conn:
+        conn.execute("UPDATE keys SET status = 201 WHERE digest = 'd1'")
+        conn.execute("UPDATE keys SET answer = X'31' WHERE digest = 'd2'")
+    async with opened(path) as (store, found):
+        assert [key.digest for key in found.keys] == ["d0", "d2", "d3"]
+        assert found.faults[0] == "keys d1: its checksum is wrong; the row was set aside"
+        assert list((await store.load([], [], ["d0", "d1", "d2", "d3"])).answers) == ["d0", "d3"]
+        assert "keys d2: the checksum of its answer is wrong; the row was set aside" in store.take_faults()
+
+
+async def test_bad_queues_figures_and_reports_are_set_aside_and_counted_anew(path: str) -> None:
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        await store.save_figures(b"{}")
+        await store.write(maker.batch([maker.queue_event("video", True)], report=b"r1"))
+        await store.write(maker.batch([], report=b"r2"))
+    with edited(path) as conn:
+        conn.execute("UPDATE queues SET paused = 0 WHERE name = 'video'")
+        conn.execute("UPDATE figures SET body = X'31'")
+        conn.execute("UPDATE reports SET body = X'31' WHERE seq = 1")
+    async with opened(path) as (store, found):
+        assert found.figures is None
+        assert found.queues == {**maker.queues, "video": replace(maker.queues["video"], paused=False)}
+        assert len(found.faults) == 2
+        assert any("queues video: its checksum is wrong: whether it was paused" in fault for fault in found.faults)
+        assert await store.reports(9) == [b"r2"]
+
+
+async def test_a_live_row_that_vanished_is_noticed_at_every_start(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    live = sum(j.status in LIVE for j in maker.jobs.values())
+    with edited(path) as conn:
+        conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
+    for _ in range(2):
+        async with opened(path) as (store, found):
+            assert f"{live - 1} live jobs were found where {live} had been written" in found.faults
+            await store.write(maker.batch([maker.create()]))
+            live += 1
+
+
+async def test_an_older_version_of_a_row_is_noticed(path: str) -> None:
+    maker = Maker()
+    change = maker.create("a")
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([change]))
+        old = store._db.raw.execute("SELECT * FROM jobs").fetchone()
+        await store.write(maker.batch([maker.grant(made(change))]))
+    with edited(path) as conn:
+        conn.execute(f"REPLACE INTO jobs VALUES ({', '.join('?' * len(old))})", old)
+    async with opened(path) as (_, found):
+        assert "the 1 live jobs are not those that had been written" in found.faults
+
+
+async def test_a_damaged_index_of_live_jobs_is_rebuilt_at_start(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    with edited(path) as conn:  # an index entry that leads nowhere useful: the row is there, the index does not say so
+        conn.execute("PRAGMA writable_schema = ON")
+        (sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'jobs_live'").fetchone()
+        less = sql.replace("WHERE", f"WHERE seq <> {job.seq} AND")
+        conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_live'", (less,))
+    with edited(path) as conn:
+        conn.execute("REINDEX")
+        conn.execute("PRAGMA writable_schema = ON")
+        conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_live'", (sql,))
+    async with opened(path) as (store, found):
+        assert found.faults == ["an index did not match its rows: all indexes were rebuilt; run `jobd doctor`"]
+        found.faults.clear()
+        await assert_holds(store, found, maker)
+
+
+async def test_an_index_that_leads_to_another_job_is_rebuilt(path: str) -> None:
+    maker = await make_store(path)
+    one, two = [job for job in maker.jobs.values() if job.status in FINISHED and 10 <= job.seq < 100][:2]
+    with edited(path) as conn:  # swap what the index of ids leads to
+        conn.execute("PRAGMA writable_schema = ON")
+        sql = "SELECT rootpage, sql FROM sqlite_schema WHERE name = 'jobs_id'"
+        root, _ = conn.execute(sql).fetchone()
+    swap_index_entries(path, root, one, two)
+    async with opened(path) as (store, _):
+        loaded = await store.load([one.id, two.id], [], [])
+        assert loaded.jobs == {one.id: one, two.id: two}
+        assert any("rebuilt" in fault for fault in store.take_faults())
+
+
+def swap_index_entries(path: str, root: int, one: Job, two: Job) -> None:
+    """Make the index say `one`'s id where `two`'s was and the other way round, by editing equally long ids."""
+    assert len(one.id) == len(two.id)
+    content = bytearray(read(path))
+    begin, end = (root - 1) * 4096, root * 4096
+    page = content[begin:end]
+    first, second = page.find(one.id.encode()), page.find(two.id.encode())
+    assert first > 0
+    assert second > 0
+    # The keys stay in order; the row numbers behind them change places.
+    a, b = first + len(one.id), second + len(two.id)
+    page[a], page[b] = page[b], page[a]
+    content[begin:end] = page
+    write(path, content)
+
+
+async def test_single_flipped_bits_all_over_the_file_never_give_a_wrong_answer(path: str) -> None:
+    from jobd import doctor
+
+    maker = await make_store(path)
+    whole = read(path)
+    pick_bit = random.Random(1)
+    seen: dict[str, int] = {"refused": 0, "noticed": 0, "nothing": 0}
+    for _ in range(150):
+        content = bytearray(whole)
+        place = pick_bit.randrange(len(content))
+        content[place] ^= 1 << pick_bit.randrange(8)
+        write(path, content)
+        problems = _examined(path)
+        try:
+            async with opened(path) as (store, found):
+                noticed = bool(found.faults or found.quarantined)
+                noticed |= await assert_never_wrong(store, found, maker, noticed or problems)
+                seen["noticed" if noticed else "nothing"] += 1
+        except (StoreUnreadable, StoreTooNew, sqlite3.DatabaseError):
+            seen["refused"] += 1
+        remove(f"{path}-wal", f"{path}-shm")
+    assert doctor.NAMED > 0
+    assert min(seen.values()) > 0, seen
+
+
+def _examined(path: str) -> bool:
+    """Whether the doctor names anything."""
+    from jobd import doctor
+
+    try:
+        return bool(doctor.check(path))
+    except (StoreUnreadable, StoreTooNew):
+        return True
+
+
+async def assert_never_wrong(store: Store, found: Opened, maker: Maker, excused: bool) -> bool:
+    """All that is served is as it was written; what is missing is named, here or by the doctor. Whether it was here."""
+    for job in found.jobs:
+        assert maker.jobs[job.seq] == job
+    loaded = await store.load([job.id for job in maker.jobs.values()], [], [])
+    for id_, job in loaded.jobs.items():
+        assert maker.jobs[job.seq] == job
+        assert job.id == id_
+    missing = {job.id for job in maker.jobs.values()} - loaded.jobs.keys() - loaded.bad.keys()
+    assert not missing or excused
+    some = await store.load([], [job.seq for job in loaded.jobs.values()], [])
+    for seq, payload in some.payloads.items():
+        assert payload.body == maker.payloads[seq]
+    page = await store.find(Query(limit=200))
+    for job, body in page.jobs:
+        assert maker.jobs[job.seq] == job
+        assert maker.payloads[job.seq] == body
+    for job in loaded.jobs.values():
+        await store.timeline(job.seq)
+    return bool(loaded.bad or some.bad or page.bad or store.take_faults())

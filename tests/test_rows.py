@@ -1,0 +1,230 @@
+"""Rows and values: nothing is lost on the way to columns and back, and a checksum tells every flipped bit."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from typing import Any
+
+import msgspec
+import pytest
+from by_hand import NOW, OPTIONS, Maker, all_of, full_job
+from msgspec import UNSET, Raw
+from msgspec.structs import replace
+
+from jobd import migrations, rows
+from jobd.batch import KeyRow, Numbers, QueueRow
+from jobd.events import KEEP_SIGNS, Changes, Event, fold
+from jobd.job import Failure, Job, Result
+
+
+def columns_of(table: str) -> tuple[str, ...]:
+    conn = sqlite3.connect(":memory:", isolation_level=None)
+    migrations.create(conn)
+    names = tuple(row[1] for row in conn.execute(f"PRAGMA table_info({table})"))
+    conn.close()
+    return names
+
+
+def test_the_fields_of_the_record_are_the_columns_of_the_table() -> None:
+    assert set(rows.JOB_FIELDS) == set(Job.__struct_fields__)
+    assert columns_of("jobs") == (*rows.JOB_COLUMNS, "crc")
+    assert set(Changes.__struct_fields__) == set(Job.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("table", "columns"),
+    [
+        ("events", (*Event.__struct_fields__, "crc")),
+        ("keys", (*rows.KEY_COLUMNS, "crc", "answer")),
+        ("queues", ("name", *QueueRow.__struct_fields__, "crc")),
+        ("meta", ("id", *rows.META_COLUMNS, "crc")),
+    ],
+)
+def test_the_other_tables_have_the_columns_of_their_values(table: str, columns: tuple[str, ...]) -> None:
+    assert columns_of(table) == columns
+
+
+def test_the_meta_row_holds_every_number() -> None:
+    row = migrations.meta_row(Numbers(2, 3, 4, 5, 6, 7), (8, 9, 10, 11), 1, 12)
+    assert row[:-1] == (12, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1)
+    assert rows.fault(row) is None
+
+
+@pytest.mark.parametrize("part", ["", "grant", "lease", "ended", "result", "error"])
+def test_a_job_comes_back_from_its_columns_as_it_was(part: str) -> None:
+    job = replace(full_job(), **{part: None}) if part else full_job()
+    row = rows.job_row(job)
+    assert len(row) == len(rows.JOB_COLUMNS)
+    assert rows.JobReader().job(rows.sealed(row)) == job
+    assert all(type(value) in (int, float, str, bytes, type(None)) for value in row)
+
+
+def test_progress_has_one_form_on_the_disk_and_is_whole_where_it_can_be() -> None:
+    whole, real, negative = (rows.job_row(replace(full_job(), progress=p)) for p in (45, 45.0, -0.0))
+    assert rows.checksum(whole) == rows.checksum(real)
+    assert type(rows.JobReader().job((*whole, 0)).progress) is int
+    assert rows.checksum(negative) == rows.checksum(rows.job_row(replace(full_job(), progress=0)))
+    assert rows.JobReader().job((*rows.job_row(full_job()), 0)).progress == 12.5
+
+
+def test_what_says_nothing_comes_back_as_none() -> None:
+    job = replace(full_job(), result=Result(metadata=Raw(b"null")), error=Failure(None))
+    back = rows.JobReader().job(rows.sealed(rows.job_row(job)))
+    assert back.result is None
+    assert back.error is None
+    assert rows.job_row(back) == rows.job_row(job)
+
+
+def test_what_jobs_have_in_common_exists_once() -> None:
+    reader = rows.JobReader()
+    maker = Maker()
+    made = [maker.create(options=OPTIONS[1]).after for _ in range(2)]
+    back = [reader.job(rows.sealed(rows.job_row(job))) for job in made if job is not None]
+    assert back[0].options is back[1].options
+    assert back[0].created_at is back[0].updated_at is back[0].run_at
+
+
+def test_a_reader_forgets_options_that_have_no_end() -> None:
+    reader = rows.JobReader()
+    for priority in range(10_050):
+        job = replace(full_job(), options=replace(OPTIONS[0], priority=priority, kind=f"k{priority}"))
+        assert reader.job((*rows.job_row(job), 0)) == job
+    assert len(reader._options) < 100
+
+
+@pytest.mark.parametrize("column", ["fencing_token", "lock_max_processing_ms", "silent_lease_ms", "ended_reason"])
+def test_half_a_part_is_unreadable_and_the_message_names_the_column(column: str) -> None:
+    row = list(rows.job_row(full_job()))
+    row[rows.JOB_COLUMNS.index(column)] = None
+    with pytest.raises(rows.Unreadable, match=column):
+        rows.JobReader().job((*row, 0))
+
+
+def test_every_single_flipped_bit_is_told() -> None:
+    row = rows.sealed(rows.job_row(full_job()))
+    assert rows.fault(row) is None
+    for place, value in enumerate(row):
+        for other in _flipped(value):
+            changed = (*row[:place], other, *row[place + 1 :])
+            assert rows.fault(changed) is not None, rows.JOB_COLUMNS[place]
+            # The checksum that it was written with can be told, whichever column was hit.
+            assert rows.first_checksum(changed) == row[-1]
+
+
+def _flipped(value: Any) -> list[Any]:
+    """`value` with single bits flipped, as SQLite would give it back."""
+    if isinstance(value, int):
+        return [value ^ (1 << bit) for bit in (0, 7, 31)]
+    if isinstance(value, float):
+        return [value + 1, None]
+    if isinstance(value, str | bytes):
+        raw = value.encode() if isinstance(value, str) else value
+        hit = [bytes((*raw[:i], raw[i] ^ bit, *raw[i + 1 :])) for i in range(len(raw)) for bit in (1, 64, 128)]
+        return [item.decode(errors="surrogateescape") for item in hit] if isinstance(value, str) else hit
+    return [0, "", b""]
+
+
+def test_none_zero_and_empty_are_not_the_same_to_a_checksum() -> None:
+    forms: list[Any] = [None, 0, 0.0, "", b"", "0", b"0", -1]
+    assert len({rows.checksum((form,)) for form in forms}) == len(forms)
+
+
+def test_an_event_comes_back_as_it_was() -> None:
+    job = full_job()
+    event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", "why", {"a": [1, None]}, all_of(job))
+    row = rows.sealed(rows.event_row(event))
+    assert rows.fault(row) is None
+    assert rows.event(row) == event
+    assert fold(None, rows.event(row)) == job
+
+
+def test_changes_that_clear_a_field_are_not_those_that_leave_it_alone() -> None:
+    changes = Changes(grant=None, result=None, error=None, expires_at=None)
+    event = Event(1, NOW, "force_reset", 7, "a", "q", None, None, "admin", None, None, changes)
+    back = rows.event(rows.sealed(rows.event_row(event)))
+    assert back.changes == changes
+    assert back.changes is not None
+    assert back.changes.lease is UNSET
+
+
+@pytest.mark.parametrize("metadata", [b'{"x":1}', b'"text"', b"[]", b"0", None])
+def test_metadata_of_any_json_goes_through_the_journal(metadata: bytes | None) -> None:
+    result = Result(file_path="/f", metadata=None if metadata is None else Raw(metadata))
+    event = Event(1, NOW, "completed", 7, "a", "q", None, None, "w", None, None, Changes(result=result))
+    back = rows.event(rows.sealed(rows.event_row(event)))
+    assert back.changes == Changes(result=result)
+
+
+def test_keys_and_queues_come_back_as_they_were() -> None:
+    answered = KeyRow("d", "b", NOW, 201, b'{"x":1}')
+    *columns, answer = rows.key_row(answered)
+    assert rows.fault(tuple(columns)) is None
+    assert rows.key(tuple(columns), answer) == answered
+    granted = KeyRow("d", "b", NOW, 200, None, [("job", "lock")])
+    assert rows.key(rows.key_row(granted)[:-1]) == granted
+    queue = QueueRow(True, 1, 2, 3)
+    assert rows.queue(rows.queue_row("q", queue)) == queue
+
+
+def test_a_row_set_aside_can_be_read_and_edited_by_people() -> None:
+    row = rows.sealed(rows.job_row(full_job()))
+    columns = (*rows.JOB_COLUMNS, "crc")
+    assert rows.from_text(columns, rows.as_text(columns, row)) == row
+    broken = (*row[:1], "j\udcffb", *row[2:])
+    assert msgspec.json.decode(rows.as_text(columns, broken))["id"] == {"hex": "6aff62"}
+    with pytest.raises(rows.Unreadable, match="column seq is missing"):
+        rows.from_text(columns, "{}")
+    with pytest.raises(rows.Unreadable, match="not the JSON"):
+        rows.from_text(columns, "[1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signs of life
+
+
+def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:
+    maker = Maker(seed)
+    change = maker.create(options=OPTIONS[1])
+    events = [change.event]
+    pick = random.Random(seed)
+    for grant in range(2):
+        assert change.after is not None
+        change = maker.grant(change.after)
+        events.append(change.event)
+        for number in range(signs):
+            assert change.after is not None
+            if number == 1 and grant == 0:
+                change = maker.progress(change.after, None, "step 1")
+            else:
+                change = (maker.extend if pick.random() < 0.5 else maker.progress)(change.after)
+            events.append(change.event)
+        assert change.after is not None
+        change = maker.requeue(change.after)
+        events.append(change.event)
+    assert change.after is not None
+    return change.after, events
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_forgotten_signs_of_life_leave_the_same_row(seed: int) -> None:
+    job, events = journal_with(350, seed)
+    gone, changed = rows.thin(events)
+    new = {event.seq: event for event in changed}
+    left = [new.get(event.seq, event) for event in events if event.seq not in set(gone)]
+    row = None
+    for event in left:
+        row = fold(row, event)
+    assert row == job
+    assert job.progress_message == "step 1"  # set by an event that was forgotten
+    for begin, end in ((0, 1), (1, 2)):
+        grants = [place for place, event in enumerate(left) if event.type == "granted"] + [len(left)]
+        part = left[grants[begin] : grants[end]]
+        assert sum(event.type == "progress" for event in part) == KEEP_SIGNS
+        assert sum(event.type == "extended" for event in part) == KEEP_SIGNS
+    assert rows.thin(left) == ([], [])
+
+
+def test_few_signs_of_life_are_all_kept() -> None:
+    _, events = journal_with(KEEP_SIGNS, 1)
+    assert rows.thin(events) == ([], [])

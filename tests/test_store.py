@@ -1,0 +1,321 @@
+"""The store on real files: what was written is read back, page by page and event by event."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from by_hand import NOW, OPTIONS, Maker
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from store_help import (
+    assert_holds,
+    exists,
+    made,
+    opened,
+    recounted,
+)
+
+from jobd import files
+from jobd.batch import Batch, KeyRow, Loaded, Numbers, Opened, Query
+from jobd.events import KEEP_SIGNS, Change, Event
+from jobd.job import Job
+from jobd.store import MEMORY, Store
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+@pytest.fixture
+async def store(path: str) -> AsyncIterator[Store]:
+    store, _ = await Store.open(path)
+    async with store:
+        yield store
+
+
+async def test_a_new_store_is_empty_private_and_durable(path: str) -> None:
+    async with opened(path) as (store, found):
+        assert found == Opened(Numbers(), [], {}, [], {}, {}, [])
+        for name in (path, f"{path}.lock", f"{path}.epoch", f"{path}.ballast"):
+            assert stat.S_IMODE(os.stat(name).st_mode) == 0o600, name
+        assert os.stat(f"{path}.ballast").st_blocks * 512 >= files.BALLAST_BYTES
+        pragmas = ("journal_mode", "synchronous", "locking_mode")
+        raw = store._db.raw
+        assert [raw.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas] == ["wal", 2, "exclusive"]
+        assert not exists(f"{path}-shm")
+
+
+async def test_extra_is_stricter_and_less_than_full_is_refused(path: str) -> None:
+    store, _ = await Store.open(path, synchronous="EXTRA")
+    async with store:
+        assert store._db.raw.execute("PRAGMA synchronous").fetchone() == (3,)
+    with pytest.raises(ValueError, match="loses acknowledged work"):
+        await Store.open(path, synchronous="NORMAL")  # type: ignore[arg-type]
+
+
+async def test_a_batch_is_read_back_after_a_restart(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        first = maker.create("a")
+        second = maker.create("b", type_="imported")
+        await store.write(maker.batch([first, second]))
+        grant = maker.grant(made(first))
+        report = maker.progress(made(grant), 45.0, "half")
+        ended = maker.finish(made(second), "failed")
+        shown = await store.write(maker.batch([grant, report, ended], payloads=[1, 2], report=b'{"r":1}'))
+        assert shown == maker.payloads
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+        assert await store.reports(5) == [b'{"r":1}']
+        loaded = await store.load(["b", "nobody"], [2, 99], ["nothing"])
+        assert loaded == Loaded({"b": maker.jobs[2]}, {2: loaded.payloads[2]}, {}, {})
+        assert loaded.payloads[2].request_hash == "hash-2"
+
+
+async def test_a_batch_shows_the_payload_of_a_job_that_it_makes(store: Store) -> None:
+    maker = Maker()
+    assert await store.write(maker.batch([maker.create()], payloads=[1])) == {1: maker.payloads[1]}
+
+
+async def test_an_empty_batch_keeps_the_numbers(path: str) -> None:
+    numbers = Numbers(1, 2, 3, 4, 5, 6)
+    async with opened(path) as (store, _):
+        assert await store.write(Batch([], numbers)) == {}
+    async with opened(path) as (_, found):
+        assert found.numbers == numbers
+
+
+async def test_a_job_that_comes_and_goes_in_one_batch_leaves_its_journal(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        first = maker.create("a", type_="imported")
+        ended = maker.finish(made(first), "cancelled")
+        gone = maker.delete(made(ended))
+        again = maker.create("a")
+        await store.write(maker.batch([first, ended, gone, again]))
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+        assert [job.seq for job in found.jobs] == [2]
+        assert [event.type for event in await store.timeline(1)] == ["imported", "cancelled", "deleted"]
+        assert (await store.load(["a"], [1], [])).payloads == {}
+
+
+async def test_stored_answers_are_kept_replaced_and_forgotten(path: str) -> None:
+    answer, grant = KeyRow("d1", "b1", NOW, 201, b'{"x":1}'), KeyRow("d2", "b2", NOW + 1, 200, None, [("a", "lock")])
+    maker = Maker()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([], keys=[answer, grant]))
+    async with opened(path) as (store, found):
+        assert found.keys == [replace(answer, answer=None), grant]
+        assert (await store.load([], [], ["d1", "d2"])).answers == {"d1": answer, "d2": grant}
+        newer = replace(answer, answer=b"[]", at=NOW + 2)
+        await store.write(maker.batch([], keys=[newer], forget_keys=["d2"]))
+        assert (await store.load([], [], ["d1", "d2"])).answers == {"d1": newer}
+
+
+async def test_the_last_500_reports_are_kept(store: Store) -> None:
+    maker = Maker()
+    for number in range(503):
+        await store.write(maker.batch([], report=b"%d" % number))
+    kept = await store.reports(1_000)
+    assert kept == [b"%d" % number for number in range(502, 2, -1)]
+    assert await store.reports(2) == [b"502", b"501"]
+
+
+async def test_figures_outlive_a_restart(path: str) -> None:
+    async with opened(path) as (store, found):
+        assert found.figures is None
+        await store.save_figures(b"1")
+        await store.save_figures(b"2")
+    async with opened(path) as (_, found):
+        assert found.figures == b"2"
+
+
+async def test_a_store_in_memory_works_alike() -> None:
+    maker = Maker(3)
+    async with opened(MEMORY) as (store, found):
+        assert found.jobs == []
+        for _ in range(30):
+            await store.write(maker.any_batch(10))
+        assert len((await store.find(Query(limit=200))).jobs) == len(maker.jobs)
+        assert await store.drop_ballast() is False
+        await store.build_ballast()
+        await store.probe()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 32), sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12))
+def test_whatever_is_written_rows_journal_sums_and_counts_agree(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, sizes: list[int]
+) -> None:
+    async def run() -> None:
+        path = str(tmp_path_factory.mktemp("any") / "jobd.db")
+        maker = Maker(seed)
+        for part in (sizes[: len(sizes) // 2], sizes[len(sizes) // 2 :]):
+            async with opened(path) as (store, _):
+                for size in part:
+                    batch = maker.any_batch(size)
+                    shown = await store.write(batch)
+                    assert shown == {seq: maker.payloads[seq] for seq in batch.payloads}
+            async with opened(path) as (store, found):
+                await assert_holds(store, found, maker)
+                assert store._tables.totals == recounted(store)
+
+    asyncio.run(run())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The journal
+
+
+async def test_of_signs_of_life_the_last_of_each_grant_are_kept(path: str) -> None:
+    maker = Maker(1)
+    job = made(maker.create(options=OPTIONS[1]))
+    async with opened(path) as (store, _):
+        await store.write(
+            Batch([Change(None, job, Event(1, NOW, "created", 1, job.id, "video", None, "queued", "c"))], maker.numbers)
+        )
+        change = maker.grant(job)
+        await store.write(maker.batch([change]))
+        for number in range(450):
+            change = (
+                maker.extend(made(change))
+                if number % 3
+                else maker.progress(made(change), None, "x" if number == 6 else None)
+            )
+            await store.write(maker.batch([change]))
+        (rows_kept,) = store._db.raw.execute("SELECT count(*) FROM events").fetchone()
+        assert rows_kept <= 2 + 3 * KEEP_SIGNS
+        types = [event.type for event in await store.timeline(1)]
+        assert types.count("progress") == types.count("extended") == KEEP_SIGNS
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.extend(made(change))]))  # a grant of before the start: thinned at once
+        (rows_kept,) = store._db.raw.execute("SELECT count(*) FROM events").fetchone()
+        assert rows_kept == 2 + 2 * KEEP_SIGNS
+        assert maker.jobs[1].progress_message == "x"
+
+
+async def test_journals_of_deleted_jobs_go_when_they_are_old(store: Store) -> None:
+    maker = Maker()
+    first, second = maker.create(), maker.create()
+    ended = maker.finish(made(first))
+    await store.write(maker.batch([first, second, ended, maker.queue_event("video", True)]))
+    maker.now += 1_000
+    await store.write(maker.batch([maker.delete(made(ended))]))
+    assert await store.prune(NOW, 100) == 0
+    assert await store.prune(NOW + 1, 100) == 1  # of the queue
+    assert await store.prune(NOW + 1_000, 100) == 0  # at that very time it is not yet past
+    assert await store.prune(NOW + 1_001, 2) == 2
+    assert [event.type for event in await store.timeline(1)] == ["deleted"]
+    assert await store.prune(NOW + 1_001, 2) == 1
+    assert await store.timeline(1) == []
+    assert await store.prune(NOW + 1_001, 2) == 0
+    assert len(await store.timeline(2)) == 1
+    assert store._db.raw.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (0,)
+
+
+async def test_the_journal_of_the_whole_store_goes_on_after_a_position(store: Store) -> None:
+    maker = Maker()
+    await store.write(maker.batch([maker.create() for _ in range(5)]))
+    assert [event.seq for event in await store.journal(2, 2)] == [3, 4]
+    assert await store.journal(5, 2) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages
+
+
+async def fill_for_pages(store: Store) -> Maker:
+    maker = Maker(5)
+    changes = [maker.create(options=OPTIONS[number % 2]) for number in range(60)]
+    await store.write(maker.batch(changes))
+    jobs = list(maker.jobs.values())
+    await store.write(maker.batch([maker.grant(job) for job in jobs if job.seq % 3 == 0]))
+    await store.write(maker.batch([maker.finish(job) for job in list(maker.jobs.values()) if job.seq % 4 == 0]))
+    return maker
+
+
+async def all_pages(store: Store, query: Query) -> tuple[list[Job], int]:
+    found: list[Job] = []
+    pages = 0
+    while True:
+        page = await store.find(query)
+        assert page.bad == {}
+        found += [job for job, _ in page.jobs]
+        pages += 1
+        if page.next_before is None:
+            return found, pages
+        query = replace(query, before=page.next_before)
+
+
+@pytest.mark.parametrize("scan", [1, 7, 5_000])
+@pytest.mark.parametrize("limit", [1, 10, 200])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {},
+        {"status": "queued"},
+        {"status": "processing"},
+        {"status": "completed"},
+        {"queue": "video"},
+        {"kind": "convert", "status": "processing"},
+        {"worker": "w-1"},
+        {"worker": "w-1", "queue": "default"},
+        {"worker": "w-1", "status": "completed"},
+        {"queue": "nowhere"},
+    ],
+)
+async def test_pages_give_every_match_once_newest_first(
+    store: Store, scan: int, limit: int, wanted: dict[str, str]
+) -> None:
+    maker = await fill_for_pages(store)
+    matches = [job for job in maker.jobs.values() if _matches(job, wanted)]
+    found, pages = await all_pages(store, Query(limit=limit, scan=scan, **wanted))  # type: ignore[arg-type]
+    assert found == sorted(matches, key=lambda job: -job.seq)
+    if scan > 60:
+        assert pages == max(1, -(-len(matches) // limit))
+
+
+def _matches(job: Job, wanted: dict[str, str]) -> bool:
+    has = {
+        "status": job.status,
+        "queue": job.options.queue,
+        "kind": job.options.kind,
+        "worker": job.grant.worker if job.grant else None,
+    }
+    return all(has[name] == value for name, value in wanted.items())
+
+
+async def test_a_page_carries_no_more_payload_than_asked(store: Store) -> None:
+    maker = Maker()
+    changes = [replace(maker.create(), payload=b'"%s"' % (b"y" * 998)) for _ in range(10)]
+    await store.write(maker.batch(changes))
+    page = await store.find(Query(payload_bytes=3_000))
+    assert [job.seq for job, _ in page.jobs] == [10, 9, 8]
+    assert page.next_before == 8
+    page = await store.find(Query(payload_bytes=10, before=2))  # one that is larger than that is a page of its own
+    assert [(job.seq, len(body)) for job, body in page.jobs] == [(1, 1_000)]
+    assert page.next_before is None
+
+
+async def test_expired_names_finished_jobs_only_oldest_first(store: Store) -> None:
+    maker = Maker()
+    first, second, third = (maker.create(expires_at=NOW - 5) for _ in range(3))
+    await store.write(maker.batch([first, second, third]))
+    late = maker.finish(made(second))
+    maker.now -= 500
+    soon = maker.finish(made(first))
+    await store.write(maker.batch([late, soon]))
+    assert await store.expired(NOW + 499, 10) == []
+    assert await store.expired(NOW + 500, 10) == ["job-1"]
+    assert await store.expired(NOW + 1_000, 10) == ["job-1", "job-2"]
+    assert await store.expired(NOW + 1_000, 1) == ["job-1"]
+    await store.write(maker.batch([maker.requeue(made(soon))]))
+    assert await store.expired(NOW + 1_000, 10) == ["job-2"]
