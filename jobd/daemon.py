@@ -179,7 +179,7 @@ class Daemon:
         stack.push_async_callback(health.close)
         self.alerts = Alerts(self.actor.book, self.clock, health, self.cleaner, _thresholds(settings))
         _run_beside(stack, "alerts", self.alerts)
-        metrics = Metrics(self.actor, self.clock, self.cleaner, self.alerts, store.path, self._webs)
+        metrics = Metrics(self.actor, self.cleaner, self.alerts, store.path, self._webs)
         _run_beside(stack, "metrics", metrics)
         return Rooms(
             self.actor, store, self.clock, self.cleaner, health, self.alerts, metrics, lambda: not self._running.done()
@@ -317,8 +317,9 @@ class Door(msgspec.Struct):
 def _make_way(path: str) -> None:
     """The directory of a socket; raises OSError where somebody listens on it already."""
     Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(
-        FileNotFoundError, ConnectionRefusedError
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe,
+        contextlib.suppress(FileNotFoundError, ConnectionRefusedError),
     ):
         probe.connect(path)
         raise OSError(errno.EADDRINUSE, "another process listens there")
@@ -355,9 +356,7 @@ def _actor(store: Store, opened: Opened, clock: Clock, settings: Config) -> Acto
     limits = settings.limits
     bounds = Bounds(limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait))
     keys = Keys(_current_keys(opened.keys, book), limits.idempotency_keys)
-    actor = Actor(
-        store, book, keys, clock, settings.policy(), random=os.urandom, bounds=bounds, is_full=opened.full
-    )
+    actor = Actor(store, book, keys, clock, settings.policy(), random=os.urandom, bounds=bounds, is_full=opened.full)
     actor.on_commit.append(facts.write_lines)
     return actor
 
@@ -400,9 +399,7 @@ def _merged(old: Config, new: Config, taken: list[str]) -> Config:
     for key in taken:
         section, name = key.split(".")
         value = getattr(getattr(new, section), name)
-        old = msgspec.structs.replace(
-            old, **{section: msgspec.structs.replace(getattr(old, section), **{name: value})}
-        )
+        old = msgspec.structs.replace(old, **{section: msgspec.structs.replace(getattr(old, section), **{name: value})})
     return old
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,16 @@ class Daemon:
         return OverUnix(self.socket)
 
     def post(self, path: str, body: Any = None, **headers: str) -> Reply:
-        return call(self.worker(), "POST", path, {} if body is None else body, **headers)
+        with closing(self.worker()) as connection:
+            return call(connection, "POST", path, {} if body is None else body, **headers)
 
     def get(self, path: str) -> Reply:
-        return call(self.worker(), "GET", path)
+        with closing(self.worker()) as connection:
+            return call(connection, "GET", path)
 
     def admin(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        """A path of /admin/job-management, or one that starts with a slash as it is."""
         headers.setdefault("Authorization", f"Bearer {TOKEN}")
-        return call(OverUnix(self.admin_socket), method, f"/admin/job-management/{path}", body, **headers)
+        path = path if path.startswith("/") else f"/admin/job-management/{path}"
+        with closing(OverUnix(self.admin_socket)) as connection:
+            return call(connection, method, path, body, **headers)

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.process import TOKEN, Daemon, call
+from tests.process import Daemon, call
 
 RACERS = 16
 
@@ -22,7 +23,9 @@ RACERS = 16
 def test_sixteen_processes_race_for_one_job_and_one_gets_it(tmp_path: Path) -> None:
     racer = (
         "import sys; from tests.process import OverUnix, call\n"
-        "reply = call(OverUnix(sys.argv[1]), 'POST', '/v1/jobs/prize/start', {'worker': sys.argv[2]})\n"
+        "connection = OverUnix(sys.argv[1])\n"
+        "reply = call(connection, 'POST', '/v1/jobs/prize/start', {'worker': sys.argv[2]})\n"
+        "connection.close()\n"
         "print(reply.status, reply.body.get('error'))"
     )
     with Daemon(tmp_path) as daemon:
@@ -40,16 +43,27 @@ def test_many_claimers_get_every_job_once(tmp_path: Path) -> None:
         daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{n}"} for n in range(300)]})
 
         def claim_all(number: int) -> list[tuple[str, int]]:
-            connection, mine = daemon.worker(), []
-            while grants := call(connection, "POST", "/v1/claim", {"worker": f"w-{number}"}).data["grants"]:
-                mine += [(grant["job"]["id"], grant["fencing_token"]) for grant in grants]
-            connection.close()
+            mine: list[tuple[str, int]] = []
+            with closing(daemon.worker()) as connection:
+                while grants := call(connection, "POST", "/v1/claim", {"worker": f"w-{number}"}).data["grants"]:
+                    mine += [(grant["job"]["id"], grant["fencing_token"]) for grant in grants]
             return mine
 
         with ThreadPoolExecutor(8) as pool:
             granted = [grant for mine in pool.map(claim_all, range(8)) for grant in mine]
     assert sorted(job_id for job_id, _ in granted) == sorted(f"job-{n}" for n in range(300))
     assert len({token for _, token in granted}) == 300
+
+
+class Stopping(Exception):
+    """The daemon said that it is going down: a definite no."""
+
+
+def _ask(connection: http.client.HTTPConnection, path: str, body: Any) -> Any:
+    reply = call(connection, "POST", path, body)
+    if reply.status == 503 and reply.error == "shutting_down":
+        raise Stopping
+    return reply.data
 
 
 class Load:
@@ -64,20 +78,18 @@ class Load:
         self.enough = threading.Event()
 
     def work(self, number: int) -> None:
-        try:
-            connection = self._daemon.worker()
+        # Where the daemon is killed, what was under way is unknown.
+        with suppress(OSError, http.client.HTTPException, Stopping), closing(self._daemon.worker()) as connection:
             for step in range(10_000):
-                self._lifecycle(connection, f"{os.getpid()}-{number}-{step}-{len(self.tokens)}")
-        except (OSError, http.client.HTTPException):
-            return  # the daemon was killed: what was under way is unknown
+                self._lifecycle(connection, f"{id(self)}-{number}-{step}")
 
     def _lifecycle(self, connection: http.client.HTTPConnection, job_id: str) -> None:
-        assert call(connection, "POST", "/v1/jobs", {"id": job_id, "payload": {"n": job_id}}).status == 201
+        _ask(connection, "/v1/jobs", {"id": job_id, "payload": {"n": job_id}})
         self._note(created=job_id)
-        grant = call(connection, "POST", f"/v1/jobs/{job_id}/start", {"worker": "w"}).data
+        grant = _ask(connection, f"/v1/jobs/{job_id}/start", {"worker": "w"})
         self._note(token=grant["fencing_token"])
-        done = call(connection, "POST", f"/v1/jobs/{job_id}/complete", {"lock_id": grant["lock_id"]})
-        assert done.data["status"] == "completed"
+        done = _ask(connection, f"/v1/jobs/{job_id}/complete", {"lock_id": grant["lock_id"]})
+        assert done["status"] == "completed"
         self._note(completed=job_id)
 
     def _note(self, created: str | None = None, completed: str | None = None, token: int | None = None) -> None:
@@ -97,10 +109,11 @@ def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -
             load = Load(daemon)
             loads.append(load)
             with ThreadPoolExecutor(6) as pool:
-                for number in range(6):
-                    pool.submit(load.work, number)
+                threads = [pool.submit(load.work, number) for number in range(6)]
                 assert load.enough.wait(40)
                 daemon.kill()
+            for thread in threads:
+                thread.result()  # nothing but the kill has stopped it
             daemon.start()
             assert min(load.tokens) > highest  # no token is given twice, over restarts either
             highest = max(load.tokens)
@@ -116,16 +129,17 @@ def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -
 
 
 def test_sigterm_answers_what_is_in_flight_and_parked(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon:
-        parked = daemon.worker()
-        parked.request("POST", "/v1/claim", '{"worker": "w-1", "wait_ms": 60000}', {"Content-Type": "application/json"})
+    with Daemon(tmp_path) as daemon, closing(daemon.worker()) as parked:
+        body = '{"worker": "w-1", "wait_ms": 60000, "queues": ["idle"]}'
+        parked.request("POST", "/v1/claim", body, {"Content-Type": "application/json"})
         _wait_for(daemon, "jobd_parked_claims 1.0")
         load = Load(daemon)
         with ThreadPoolExecutor(4) as pool:
-            for number in range(4):
-                pool.submit(load.work, number)
+            threads = [pool.submit(load.work, number) for number in range(4)]
             assert load.enough.wait(40)
             assert daemon.stop() == 0
+        for thread in threads:
+            thread.result()
         answer = parked.getresponse()
         assert answer.status == 200
         assert answer.read() == b'{"success":true,"data":{"grants":[]}}'
@@ -136,15 +150,8 @@ def test_sigterm_answers_what_is_in_flight_and_parked(tmp_path: Path) -> None:
 
 def _wait_for(daemon: Daemon, metric: str) -> None:
     """Until a metric says so; the test's own timeout ends the wait."""
-    connection = http.client.HTTPConnection("jobd")
-    while True:
-        from tests.process import OverUnix
-
-        connection = OverUnix(daemon.admin_socket)
-        text = call(connection, "GET", "/metrics", Authorization=f"Bearer {TOKEN}").body.decode()
-        connection.close()
-        if metric in text.splitlines():
-            return
+    while metric not in daemon.admin("GET", "/metrics").body.decode().splitlines():
+        pass
 
 
 def test_a_restart_keeps_the_lock_and_the_time_it_had_left(tmp_path: Path) -> None:
