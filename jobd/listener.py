@@ -60,9 +60,7 @@ class Connection(RequestHandler):
         else:
             self.log_exception("bug in a connection", exc_info=exc)
             refusal = BUG
-        reply = self._web.refuse(request, refusal)
-        reply.force_close()
-        return reply
+        return self._web.refuse(request, refusal, close=True)
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
         exc = kw.get("exc_info")

@@ -248,7 +248,7 @@ class Web:
         elif isinstance(command, OnJobNamed):
             visit.job_id = command.id
 
-    def refuse(self, visit: Visit, refusal: Refusal) -> Reply:
+    def refuse(self, visit: Visit, refusal: Refusal, *, close: bool = False) -> Reply:
         """The reply to a refused request: counted, and logged in one line without a secret."""
         self.refusals[refusal.code] += 1
         route = visit.route
@@ -260,7 +260,7 @@ class Web:
             by=visit.by,
             job=visit.job_id,
         )
-        close = self.closing or refusal.code == "too_large"
+        close = close or self.closing or refusal.code == "too_large"
         return refusing(visit, refusal, allow=visit.allow, close=close)
 
     def _confess(self, visit: Visit, bug: Exception) -> Refusal:

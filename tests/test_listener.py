@@ -137,6 +137,34 @@ async def test_the_answer_to_no_http_does_not_repeat_it(house: House) -> None:
     assert TOKEN not in heard.body.decode()
 
 
+@pytest.mark.parametrize("rest", [b"zz\r\n", b"3\r\n{}", b"1\r\n{}\r\n0\r\n\r\n"])
+async def test_chunks_that_break_off_later_are_a_4xx_too(tmp_path: Path, rest: bytes) -> None:
+    async with House(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as house:
+        line = await house.line()
+        line.send(POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        line.send(rest)
+        assert (await line.hear()).status in {400, 408}
+        assert await line.is_closed()
+        assert house.desk.asked == []
+
+
+async def test_a_bug_beyond_the_walk_ends_one_connection(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("canary")
+
+    house.desk.answer = fail
+    monkeypatch.setattr(house.site, "_confess", fail)
+    line = await house.line()
+    with capture_logs() as logs:
+        heard = await line.ask("GET", "/v1/jobs")
+    assert (heard.status, heard.error, heard.headers["connection"]) == (500, "internal_error", "close")
+    assert [entry["event"] for entry in logs] == ["bug in a connection", "refused"]
+    assert "canary" not in str(logs) + heard.body.decode()
+    assert await line.is_closed()
+    assert (await house.ask("GET", "/healthz")).status == 200
+
+
 @pytest.mark.parametrize("sent", [b"", b"G", b"GET /v1/jobs HTTP/1.1\r\nHo", POST + b"Content-Length: 9\r\n\r\n{"])
 async def test_a_client_that_goes_half_way_leaves_nothing_behind(house: House, sent: bytes) -> None:
     with capture_logs() as logs:
