@@ -1,9 +1,11 @@
-"""The talk with systemd, over real sockets and real descriptors; the units are in test_units.py."""
+"""The talk with systemd, over real sockets and real descriptors; the units, as systemd itself judges them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,8 +15,11 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from conftest import tool_missing
 
 from jobd import systemd
+
+UNITS = Path(__file__).parent.parent / "systemd"
 
 SAID: list[tuple[Callable[[], bool], str]] = [
     (systemd.ready, "READY=1"),
@@ -186,3 +191,65 @@ def test_a_descriptor_that_is_no_socket_is_said(tmp_path: Path) -> None:
         done = started([file], "ours", LISTEN_FDS="1")
     assert done.returncode == 1
     assert "OSError" in done.stderr
+
+
+# -- the units ---------------------------------------------------------------------------------------------------------
+
+
+def analyze(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    if shutil.which("systemd-analyze") is None:
+        tool_missing("systemd-analyze", "systemd")
+    return subprocess.run(["systemd-analyze", *argv], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(params=["tcp", "unix-only"])
+def installed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A directory of units, with and without the drop-ins, for a jobd that is here."""
+    for unit in (*UNITS.glob("*.service"), *UNITS.glob("*.socket")):
+        here = unit.read_text(encoding="utf-8").replace("/opt/jobd/bin/jobd", "/bin/true")
+        (tmp_path / unit.name).write_text(here, encoding="utf-8")
+    if request.param == "unix-only":
+        shutil.copytree(UNITS / "unix-only", tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(installed: Path) -> None:
+    done = analyze("verify", "--man=no", *sorted(installed.glob("jobd*.s*[te]")))
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("installed", "most"), [("tcp", 1.1), ("unix-only", 0.4)], indirect=["installed"])
+def test_the_sandbox_is_tight(installed: Path, most: float) -> None:
+    done = analyze("security", "--offline=true", "--no-pager", installed / "jobd.service")
+    level = re.search(r"Overall exposure level for jobd\.service: (\d+\.\d+)", done.stdout)
+    assert level is not None, done.stdout + done.stderr
+    assert float(level[1]) <= most, done.stdout
+
+
+def settings_of(path: Path) -> list[tuple[str, str]]:
+    pairs = [line.partition("=") for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(name, value) for name, equals, value in pairs if equals and not name.startswith("#")]
+
+
+def test_it_comes_up_again_for_ever_but_not_with_a_bad_configuration() -> None:
+    unit = dict(settings_of(UNITS / "jobd.service"))
+    assert unit["Type"] == "notify-reload"
+    assert unit["Restart"] == "always"
+    assert unit["StartLimitIntervalSec"] == "0"
+    assert unit["RestartPreventExitStatus"] == "78"
+    assert {"WatchdogSec", "RestartSteps", "RestartMaxDelaySec"} <= set(unit)
+
+
+def test_the_sockets_outlive_the_daemon_and_have_the_names_of_its_doors() -> None:
+    """A RuntimeDirectory= would take the sockets in it along when the daemon stops."""
+    service = dict(settings_of(UNITS / "jobd.service"))
+    assert "RuntimeDirectory" not in service
+    for name in ("worker", "admin"):
+        unit = dict(settings_of(UNITS / f"jobd-{name}.socket"))
+        assert unit["FileDescriptorName"] == name
+        assert f"jobd-{name}.socket" in service["Requires"]
+    assert dict(settings_of(UNITS / "jobd-worker.socket"))["SocketMode"] == "0660"
+    groups = (UNITS / "jobd.sysusers").read_text(encoding="utf-8")
+    sockets = [*UNITS.glob("*.socket"), UNITS / "unix-only/jobd-admin.socket.d/unix-only.conf"]
+    for group in (dict(settings_of(path)).get("SocketGroup") for path in sockets):
+        assert group is None or f"g {group} -" in groups
