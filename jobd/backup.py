@@ -80,6 +80,8 @@ def _copy_and_open(conn: sqlite3.Connection, path: str, pause: Callable[[int, in
             _need_room(path, target)
         copy_marked(conn, target, pause)
         return open(target, "rb")
+    except StoreUnreadable as error:
+        raise StoreUnreadable(f"the copy of {path} does not pass its check: {error}") from error
     finally:
         for suffix in ("", "-journal", "-wal"):
             Path(target + suffix).unlink(missing_ok=True)
@@ -191,6 +193,11 @@ def _keep_old(path: str) -> tuple[int, str | None]:
 
 
 def _settle_old(path: str) -> int:
+    """Write the log of the old database back; its epoch, 0 where it cannot be read."""
+    try:
+        opening.peek(path)
+    except StoreUnreadable:
+        return 0  # no database at all: SQLite would throw its log away
     try:
         with contextlib.closing(_plain(path)) as old:
             old.execute("PRAGMA locking_mode = EXCLUSIVE")

@@ -1,0 +1,103 @@
+"""What lies beside the database: the lock names its holder, the epoch is never guessed, the ballast is really there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobd import files
+from jobd.batch import DiskFull
+from jobd.files import FileLock, StoreBusy, StoreUnreadable
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+def test_a_lock_is_exclusive_named_and_gone_with_its_process(path: str) -> None:
+    code = "import sys\nfrom jobd.files import FileLock\nlock = FileLock(sys.argv[1])\nprint(1, flush=True)\nsys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(StoreBusy, match=f"process {other.pid}:") as caught:
+            FileLock(path)
+        assert caught.value.pid == other.pid
+        other.kill()
+    with FileLock(path) as lock:
+        assert Path(f"{path}.lock").read_text().split() == [str(os.getpid())]
+        assert not os.path.exists(path)
+    lock.release()
+    FileLock(path).release()
+
+
+def test_a_holder_that_could_not_write_its_number_is_another_process(path: str) -> None:
+    with FileLock(path):
+        Path(f"{path}.lock").write_bytes(b"")
+        with pytest.raises(StoreBusy, match="another process") as caught:
+            FileLock(path)
+    assert caught.value.pid is None
+
+
+def test_the_epoch_is_kept_and_read_back(path: str) -> None:
+    assert files.read_epoch(path) == 0
+    for epoch in (1, 2, 1 << 22):
+        files.write_epoch(path, epoch)
+        assert files.read_epoch(path) == epoch
+    assert not os.path.exists(f"{path}.epoch.new")
+
+
+def test_every_flipped_bit_of_the_epoch_file_is_told(path: str) -> None:
+    files.write_epoch(path, 12)
+    whole = Path(f"{path}.epoch").read_bytes()
+    for place in range(len(whole) - 1):
+        for bit in range(8):
+            content = bytearray(whole)
+            content[place] ^= 1 << bit
+            Path(f"{path}.epoch").write_bytes(content)
+            with contextlib.suppress(StoreUnreadable):
+                assert files.read_epoch(path) == 12  # of the space between them became another one
+
+
+def test_a_number_written_by_hand_is_taken(path: str) -> None:
+    Path(f"{path}.epoch").write_text("17\n")
+    assert files.read_epoch(path) == 17
+    Path(f"{path}.epoch").write_text("")
+    with pytest.raises(StoreUnreadable):
+        files.read_epoch(path)
+
+
+def test_the_ballast_takes_up_its_room_and_gives_it_back(path: str) -> None:
+    assert files.drop_ballast(path) is False
+    files.build_ballast(path)
+    files.build_ballast(path)
+    assert os.stat(f"{path}.ballast").st_blocks * 512 >= files.BALLAST_BYTES
+    assert files.drop_ballast(path) is True
+    assert not os.path.exists(f"{path}.ballast")
+
+
+def test_a_new_file_is_private_and_an_old_one_is_left_alone(path: str) -> None:
+    assert files.create_private(path) is True
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    os.chmod(path, 0o640)
+    assert files.create_private(path) is False
+    assert os.stat(path).st_mode & 0o777 == 0o640
+
+
+def test_only_no_room_is_a_full_disk() -> None:
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(DiskFull), files.room():
+            raise OSError(number, os.strerror(number))
+    with pytest.raises(PermissionError), files.room():
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_there_is_room_here(tmp_path: Path) -> None:
+    assert files.has_room(str(tmp_path))
+    assert files.has_room(str(tmp_path / "nowhere"))  # what is wrong there is not room

@@ -1,0 +1,148 @@
+"""Schema versions: an older store is copied aside and migrated in one transaction, or left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from by_hand import Maker
+from store_help import assert_holds, edited, make_store, opened, read
+
+from jobd import migrations, rows
+from jobd.store import Store, StoreTooNew
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+def add_table(conn: sqlite3.Connection) -> None:
+    conn.execute("CREATE TABLE notes (seq INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT")
+    conn.execute("INSERT INTO notes SELECT seq, id FROM jobs")
+
+
+def fail(conn: sqlite3.Connection) -> None:
+    conn.execute("DELETE FROM events")
+    raise sqlite3.OperationalError("the second step fails")
+
+
+@pytest.fixture
+def next_version(monkeypatch: pytest.MonkeyPatch) -> int:
+    """As if this were a later version of jobd with two steps to it."""
+    version = migrations.VERSION + 2
+    steps = {migrations.VERSION: add_table, migrations.VERSION + 1: lambda conn: None}
+    monkeypatch.setattr(migrations, "VERSION", version)
+    monkeypatch.setattr(migrations, "MIGRATIONS", steps)
+    return version
+
+
+def test_there_is_a_step_for_every_older_version() -> None:
+    assert sorted(migrations.MIGRATIONS) == list(range(1, migrations.VERSION))
+
+
+async def test_an_older_store_is_copied_aside_and_migrated(path: str, request: pytest.FixtureRequest) -> None:
+    maker = await make_store(path)
+    before = migrations.VERSION
+    version = request.getfixturevalue("next_version")
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+    with edited(path) as conn:
+        assert conn.execute("PRAGMA user_version").fetchone() == (version,)
+        assert conn.execute("SELECT schema_version FROM meta").fetchone() == (version,)
+        assert conn.execute("SELECT count(*) FROM notes").fetchone() == (len(maker.jobs),)
+        migrations.check_meta(conn, path)
+    (copy,) = glob.glob(f"{path}.v{before}-*")
+    assert os.stat(copy).st_mode & 0o777 == 0o600
+    with edited(copy) as conn:
+        assert conn.execute("PRAGMA user_version").fetchone() == (before,)
+        assert conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert conn.execute("SELECT count(*) FROM jobs").fetchone() == (len(maker.jobs),)
+    async with opened(path) as (store, found):  # once
+        await assert_holds(store, found, maker)
+    assert glob.glob(f"{path}.v{before}-*") == [copy]
+
+
+async def test_a_step_that_fails_leaves_the_store_as_it_was(
+    path: str, next_version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as now:
+        now.setattr(migrations, "VERSION", next_version - 2)
+        maker = await make_store(path)
+    with monkeypatch.context() as now:
+        now.setitem(migrations.MIGRATIONS, next_version - 1, fail)
+        with pytest.raises(sqlite3.OperationalError, match="second step"):
+            await Store.open(path)
+    with edited(path) as conn:
+        assert conn.execute("PRAGMA user_version").fetchone() == (next_version - 2,)
+        assert conn.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'notes'").fetchone() == (0,)
+        assert conn.execute("SELECT count(*) FROM events").fetchone() != (0,)
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+MIGRATOR = """
+import asyncio, os, signal, sys
+from jobd import migrations
+from jobd.store import Store
+
+def step(conn):
+    conn.execute("CREATE TABLE notes (a ANY) STRICT")
+    conn.execute("DELETE FROM jobs")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+migrations.MIGRATIONS = {migrations.VERSION: step}
+migrations.VERSION += 1
+asyncio.run(Store.open(sys.argv[1]))
+"""
+
+
+async def test_a_kill_in_the_midst_of_a_migration_leaves_the_store_as_it_was(path: str) -> None:
+    maker = await make_store(path)
+    done = subprocess.run([sys.executable, "-c", MIGRATOR, path], check=False)  # noqa: ASYNC221
+    assert done.returncode == -signal.SIGKILL
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+async def test_a_migrated_store_is_too_new_for_the_older_version(path: str, next_version: int) -> None:
+    async with opened(path) as (store, _):
+        await store.write(Maker().any_batch(3))
+    before = read(path)
+    with pytest.MonkeyPatch.context() as now:
+        now.setattr(migrations, "VERSION", next_version - 2)
+        with pytest.raises(StoreTooNew, match=f"schema version {next_version}"):
+            await Store.open(path)
+    assert read(path) == before
+
+
+def test_statements_are_told_apart_with_their_comments() -> None:
+    script = "-- a; comment\nCREATE TABLE a (\n  b INTEGER -- with; this\n) STRICT;\nCREATE TABLE c (d TEXT) STRICT;\n"
+    assert len(list(migrations.statements(script))) == 2
+
+
+def test_every_table_is_strict_and_every_row_of_promise_has_a_checksum() -> None:
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as conn:
+        migrations.create(conn)
+        tables = conn.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
+        assert all(strict for name, strict in tables if not name.startswith("sqlite_"))
+        for table in ("jobs", "payloads", "events", "keys", "queues", "meta", "reports", "figures"):
+            assert "crc" in [row[1] for row in conn.execute(f"PRAGMA table_info({table})")], table
+        assert conn.execute("PRAGMA application_id").fetchone() == (migrations.APPLICATION_ID,)
+
+
+def test_changing_the_meta_row_seals_it_again() -> None:
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as conn:
+        migrations.create(conn)
+        migrations.change_meta(conn, marked=1, epoch=9)
+        found = migrations.read_meta(conn)
+        assert found is not None
+        assert (found["marked"], found["epoch"], found["schema_version"]) == (1, 9, migrations.VERSION)
+        assert rows.fault(tuple(found.values())) is None
