@@ -304,7 +304,10 @@ def _in_place(tables: Tables, id_: str) -> tuple[Row, Any, Any]:
 
 
 def _row_aside(aside: Row) -> tuple[Row, Any]:
-    row = rows.from_text(JOB_COLUMNS, aside[1])
+    try:
+        row = rows.from_text(JOB_COLUMNS, aside[1])
+    except rows.Unreadable as error:
+        raise Refused(f"quarantined_jobs: {error}") from error
     return row, b"null" if aside[2] is None else aside[2]
 
 

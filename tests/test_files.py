@@ -22,7 +22,7 @@ def path(tmp_path: Path) -> str:
 
 
 def test_a_lock_is_exclusive_named_and_gone_with_its_process(path: str) -> None:
-    code = "import sys\nfrom jobd.files import FileLock\nlock = FileLock(sys.argv[1])\nprint(1, flush=True)\nsys.stdin.read()"
+    code = "import sys\nfrom jobd.files import FileLock\nheld = FileLock(sys.argv[1])\nprint(1, flush=True)\ninput()"
     with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"1\n"
