@@ -253,3 +253,9 @@ def test_the_sockets_outlive_the_daemon_and_have_the_names_of_its_doors() -> Non
     sockets = [*UNITS.glob("*.socket"), UNITS / "unix-only/jobd-admin.socket.d/unix-only.conf"]
     for group in (dict(settings_of(path)).get("SocketGroup") for path in sockets):
         assert group is None or f"g {group} -" in groups
+
+
+@pytest.mark.parametrize("name", ["worker", "admin"])
+def test_a_daemon_that_refuses_its_configuration_is_not_started_for_every_client(name: str) -> None:
+    unit = dict(settings_of(UNITS / f"jobd-{name}.socket"))
+    assert (unit["TriggerLimitIntervalSec"], unit["TriggerLimitBurst"]) == ("10s", "5")
