@@ -406,7 +406,9 @@ def test_check_config_shows_each_value_with_its_source(
     assert f'ttl = "5m"  # file {tmp_path}/config.toml' in out
     assert TOKEN not in out
     code, out, err = _jobd(capsys, "check-config", "--config", str(tmp_path / "config.toml"), "--json")
-    assert json.loads(out)["sources"]["locks.ttl"].startswith("file ")
+    values = json.loads(out)["values"]
+    assert values["locks.ttl"] == {"value": "5m", "source": f"file {tmp_path}/config.toml"}
+    assert values["limits.bulk"] == {"value": 1000, "source": "default"}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from jobd.cli import daemon_files, exits, show
 from jobd.cli.demo import demo
 from jobd.cli.group import SETTINGS, Sections, json_option
 from jobd.cli.settings import config_option, read
+
+if TYPE_CHECKING:
+    from jobd.config import Loaded
 
 
 @click.group(cls=Sections, context_settings=SETTINGS)
@@ -85,12 +89,24 @@ def check_config(config: str | None, as_json: bool) -> None:
 
     loaded = read(config)
     if as_json:
-        show.emit_json({"path": loaded.path, "config": loaded.config, "sources": loaded.sources})
+        show.emit_json({"path": loaded.path, "values": _values(loaded)})
     else:
         for line in effective(loaded).splitlines():
             show.emit(line)
     for warning in loaded.warnings:
         show.say(f"jobd: {warning}")
+
+
+def _values(loaded: Loaded) -> dict[str, dict[str, object]]:
+    """Every key with its value, a duration as the file would say it, and where the value comes from."""
+    from jobd.config import Duration, show_duration
+
+    found: dict[str, dict[str, object]] = {}
+    for key, source in loaded.sources.items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(loaded.config, section), name)
+        found[key] = {"value": show_duration(value) if isinstance(value, Duration) else value, "source": source}
+    return found
 
 
 jobd.add_all("The daemon", serve, check_config, demo)

@@ -121,17 +121,19 @@ def worker_token(places: Places) -> str | None:
 
 
 def job_client(*, patience_s: float | None = None) -> JobClient:
-    """A client of the worker API for the verb that is running."""
+    """A client of the worker API for the verb that is running; it is closed at the verb's end."""
     from jobd.client import JobClient
 
-    return JobClient(worker_endpoint(current()), retry_for_s=PATIENCE_S if patience_s is None else patience_s)
+    patience_s = PATIENCE_S if patience_s is None else patience_s
+    return click.get_current_context().with_resource(JobClient(worker_endpoint(current()), retry_for_s=patience_s))
 
 
 def admin_client(*, timeout_s: float = 30.0) -> AdminClient:
-    """A client of the admin API for the verb that is running."""
+    """A client of the admin API for the verb that is running; it is closed at the verb's end."""
     from jobd.client import AdminClient
 
-    return AdminClient(admin_endpoint(current()), retry_for_s=PATIENCE_S, timeout_s=timeout_s)
+    client = AdminClient(admin_endpoint(current()), retry_for_s=PATIENCE_S, timeout_s=timeout_s)
+    return click.get_current_context().with_resource(client)
 
 
 def current() -> Places:
