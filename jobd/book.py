@@ -49,7 +49,8 @@ class Book:
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
         self.figures = Figures()  # filled by the actor from what was committed
         self.processing: dict[str, Job] = {}  # in the order of their grants
-        self.started_sum = 0  # of started_at over all processing jobs
+        self.started_sum = 0  # over all processing jobs, of when they began
+        self.unheld: dict[str, None] = {}  # processing rows without a grant: left by hands, mended by a pass
         self.workers: OrderedDict[str, WorkerSeen] = OrderedDict()
         self.suspects: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
         self.expired_locks: dict[str, None] = {}  # expired, and recovery has not noted it yet
@@ -118,7 +119,8 @@ class Book:
 
     def live_locks(self) -> int:
         """Processing jobs whose lock has not expired, as of the last `advance`."""
-        return len(self.processing) - len(self.expired_locks) - len(self.cleared_locks) - len(self.stuck)
+        dead = (self.expired_locks, self.cleared_locks, self.stuck, self.unheld)
+        return len(self.processing) - sum(map(len, dead))
 
     def total(self) -> int:
         return sum(self.totals.values())
@@ -181,6 +183,7 @@ class Book:
         """The rows of this job are bad: it is out of every order and count, and only its name remains."""
         self.quarantined[job_id] = reason
         if (job := self.get(job_id)) is not None:
+            self.suspects.pop(job.seq, None)
             self.swap(job, None)
 
     def saw(self, worker: str, now: int) -> None:
@@ -189,7 +192,7 @@ class Book:
         if seen is None:
             seen = self.workers[worker] = WorkerSeen()
             if len(self.workers) > WORKERS_KEPT:
-                self._forget_worker()
+                self._forget_worker(worker)
         else:
             self.workers.move_to_end(worker)
         seen.last_seen_at = max(seen.last_seen_at, now)
@@ -223,7 +226,7 @@ class Book:
                 self.jobs[job.id] = after  # its old entries are stale from here on
             self._leave_queue(job)
         elif job.status == "processing":
-            self.started_sum -= job.started_at or 0
+            self.started_sum -= job.started_at or job.created_at
             if after is None or after.status != "processing":
                 self._end_processing(job)
 
@@ -236,7 +239,7 @@ class Book:
         if job.status == "queued":
             self._enter_queue(job)
         elif job.status == "processing":
-            self.started_sum += job.started_at or 0
+            self.started_sum += job.started_at or job.created_at
             self._hold(before, job)
 
     def _enter_queue(self, job: Job) -> None:
@@ -273,7 +276,9 @@ class Book:
     def _hold(self, before: Job | None, job: Job) -> None:
         self.processing[job.id] = job
         if job.grant is None or job.lease is None:
-            return  # a bad row; validation names it
+            self._unsort(job)
+            self.unheld[job.id] = None  # a bad row; validation names it
+            return
         if before is None or before.grant is None or before.grant.lock_id != job.grant.lock_id:
             self.saw(job.grant.worker, self._now)
             self.workers[job.grant.worker].jobs[job.id] = None
@@ -308,7 +313,7 @@ class Book:
         self._deadlines.push((deadline, job.seq, job.id))
 
     def _unsort(self, job: Job) -> None:
-        for order in (self.expired_locks, self.cleared_locks, self.stuck):
+        for order in (self.expired_locks, self.cleared_locks, self.stuck, self.unheld):
             order.pop(job.id, None)
 
     def _rewind(self, now: int) -> None:
@@ -340,8 +345,9 @@ class Book:
             for kind in list(self._due[queue].lanes):
                 self.on_due(queue, kind)
 
-    def _forget_worker(self) -> None:
-        idle = next((name for name, seen in self.workers.items() if not seen.jobs), None)
+    def _forget_worker(self, new: str) -> None:
+        """Drop the worker without a job that spoke first; `new` is about to get one."""
+        idle = next((name for name, seen in self.workers.items() if not seen.jobs and name != new), None)
         if idle is not None:
             del self.workers[idle]
 

@@ -54,8 +54,11 @@ class Draft:
         **fields: Any,
     ) -> Job:
         """Set `fields` of `job` (and `updated_at`), with the event that says so; gives the new row."""
-        fields["updated_at"] = max(self.at.now, fields.get("updated_at", 0))
         after = replace(job, **fields)
+        # Where the wall clock stepped back, a job's times stay in order all the same.
+        latest = max(job.created_at, after.started_at or 0, after.finished_at or 0)
+        fields["updated_at"] = max(self.at.now, latest, fields.get("updated_at", 0))
+        after = replace(after, updated_at=fields["updated_at"])
         self._note(job, after, event_type, by or self.call.by, reason, details, Changes(**fields))
         return after
 

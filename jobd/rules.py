@@ -65,7 +65,7 @@ from jobd.commands import (
     Workers,
 )
 from jobd.draft import Decision, Draft
-from jobd.job import Backoff, Failure, Job, Policy, Result, storage_key_fault
+from jobd.job import Backoff, Ended, Failure, Job, Policy, Result, storage_key_fault
 
 
 def decide(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
@@ -382,7 +382,7 @@ def complete(draft: Draft, command: Complete) -> Answer | Refusal:
         return refusal
     ended = _ended_by_holder(draft, job, command, "complete")
     result = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
-    by = f"worker:{ended.worker}" if ended else None
+    by = f"worker:{ended.worker}"
     job = steps.complete(draft, job, "completed", ended, result, by=by, expires_at=command.expires_at)
     return steps.job_answer(draft, job)
 
@@ -404,7 +404,7 @@ def fail(draft: Draft, command: Fail) -> Answer | Refusal:
         return job
     ended = _ended_by_holder(draft, job, command, "fail")
     error = Failure(command.error_message, command.error_code)
-    by = f"worker:{ended.worker}" if ended else None
+    by = f"worker:{ended.worker}"
     if not command.retry or job.attempt >= job.options.max_attempts:
         job = steps.finish(draft, job, "failed", "failed", ended, by=by, reason=error.message, error=error)
         return steps.job_answer(draft, job)
@@ -426,7 +426,7 @@ def backoff_ms(backoff: Backoff, attempt: int, fraction: float) -> int:
     """
     full = backoff.base_ms
     if backoff.kind == "exponential":
-        full = backoff.base_ms << min(attempt - 1, 62)
+        full = backoff.base_ms << min(max(attempt - 1, 0), 62)
     full = min(full, backoff.max_ms)
     return int(full * fraction) if backoff.jitter else full
 
@@ -450,8 +450,12 @@ def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None)
     job = _held(draft, command, "release")
     if not isinstance(job, Job):
         return job
-    ended = _ended_by_holder(draft, job, command, "release")
-    by = f"worker:{ended.worker}" if ended and not draft.call.admin else None
+    if isinstance(command, ReleaseLock):
+        # The holder did not end it: its next call is told that the lock is lost.
+        ended, by = steps.ended_by(job, draft.at.now, "release-lock", "released"), None
+    else:
+        ended = _ended_by_holder(draft, job, command, "release")
+        by = f"worker:{ended.worker}"
     fields: dict[str, Any] = {} if delay_ms is None else {"run_at": draft.at.now + delay_ms}
     attempt = steps.given_back(job)
     return steps.job_answer(draft, steps.requeue(draft, job, "released", ended, by=by, attempt=attempt, **fields))
@@ -520,8 +524,10 @@ def _past_ceiling(draft: Draft, job: Job) -> Refusal:
     return Refusal("max_processing_time_exceeded", message, details)
 
 
-def _ended_by_holder(draft: Draft, job: Job, command: Holders, verb: str) -> Any:
-    return steps.ended_by(job, draft.at.now, verb, verb, verb, digest(command))
+def _ended_by_holder(draft: Draft, job: Job, command: Holders, verb: str) -> Ended:
+    ended = steps.ended_by(job, draft.at.now, verb, verb, verb, digest(command))
+    assert ended is not None  # only a held job comes here
+    return ended
 
 
 def _latest(draft: Draft) -> Job:

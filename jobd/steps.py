@@ -93,7 +93,7 @@ def grant(draft: Draft, job: Job, worker: str, ttl_ms: int | None, stuck_after_m
         by=f"worker:{worker}",
         details={"worker": worker, "fencing_token": token, "attempt": job.attempt + 1, "ttl_ms": made.ttl_ms},
         status="processing",
-        started_at=draft.at.now,
+        started_at=max(draft.at.now, job.created_at),
         progress=0,
         progress_message=None,
         attempt=job.attempt + 1,
@@ -146,7 +146,8 @@ def finish(
     now = draft.at.now
     if fields.get("expires_at") is None:
         fields["expires_at"] = now + keep_ms(draft.policy, status)
-    fields |= {"status": status, "finished_at": now} | _without_grant(job, ended)
+    finished_at = max(now, job.created_at, job.started_at or 0)  # in order, also where the wall clock stepped back
+    fields |= {"status": status, "finished_at": finished_at} | _without_grant(job, ended)
     return draft.step(job, event_type, by=by, reason=reason, **fields)
 
 

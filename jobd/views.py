@@ -171,4 +171,4 @@ def average_processing_s(book: Book, figures: Figures, at: Moment) -> float:
 
 
 def _age_s(job: Job, at: Moment) -> float:
-    return round(max(at.now - (job.started_at or at.now), 0) / 1000, 3)
+    return round(max(at.now - (job.started_at or job.created_at), 0) / 1000, 3)

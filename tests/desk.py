@@ -1,0 +1,266 @@
+"""A book, a time and the real rules, for tests: every command is decided, put and compared with a naive recount.
+
+No disk and no event loop: what the actor adds is tested in test_actor.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, Final
+
+from jobd import rules, steps
+from jobd.book import Book
+from jobd.commands import Answer, AnyCommand, Call, Claim, Complete, Create, GrantView, Moment, Progress, Refusal, Start
+from jobd.draft import Decision
+from jobd.events import Change, Event, fold
+from jobd.job import LIVE, STATUSES, Job, Policy
+
+NOW: Final = 1_700_000_000_000
+SEED: Final = b"0123456789abcdef"
+
+# What of a book is compared as it is; its heaps are compared by what they give.
+PLAIN: Final = [
+    "epoch",
+    "next_token",
+    "next_job",
+    "next_event",
+    "jobs",
+    "finished",
+    "quarantined",
+    "request_hashes",
+    "paused",
+    "counts",
+    "totals",
+    "processing",
+    "started_sum",
+    "unheld",
+    "suspects",
+    "expired_locks",
+    "cleared_locks",
+    "stuck",
+    "overdue",
+]
+
+
+class Desk:
+    """`rows` are the jobs as folding the events gives them; they have to be those of the book at every step."""
+
+    def __init__(self, policy: Policy | None = None, *, now: int = NOW, lease: int = 1_000) -> None:
+        self.policy = policy or Policy()
+        self.book = Book()
+        self.now = now
+        self.lease = lease
+        self.rows: dict[str, Job] = {}
+        self.events: list[Event] = []
+        self.checked: list[int] = []
+        self.reports: list[bytes] = []
+        self.requests: dict[str, str] = {}
+        self.tokens: list[int] = []
+
+    @property
+    def at(self) -> Moment:
+        return Moment(self.now, self.lease, self.now - self.lease)
+
+    def passes(self, ms: int) -> None:
+        """Time passes, on both clocks."""
+        self.now += ms
+        self.lease += ms
+        self.book.advance(self.now, self.lease)
+
+    def decide(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Decision:
+        """Decide, see that the book was only read, take the steps in and compare everything with a recount."""
+        self.book.advance(self.now, self.lease)
+        self.book.request_hashes = dict(self.requests)  # as the actor reads them from the disk
+        before = picture(self.book)
+        decision = rules.decide(self.book, Call(command, by, SEED, admin), self.at, self.policy)
+        assert picture(self.book) == before, "decide changed the book"
+        for change in decision.changes:
+            self._put(change)
+        self.checked += decision.checked
+        if decision.report is not None:
+            self.reports.append(decision.report)
+        compare(self.book, self.rows, self.at)
+        return decision
+
+    def ask(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Answer | Refusal:
+        return self.decide(command, admin=admin, by=by).answer
+
+    def yes(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Any:
+        """The data of an answer that is a yes."""
+        answer = self.ask(command, admin=admin, by=by)
+        assert isinstance(answer, Answer), answer
+        return answer.data
+
+    def no(self, command: AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> Refusal:
+        """A refusal with this code that changed nothing."""
+        decision = self.decide(command, admin=admin, by=by)
+        assert isinstance(decision.answer, Refusal), decision.answer
+        assert decision.answer.code == code, decision.answer
+        assert not decision.changes
+        return decision.answer
+
+    # -- short words --------------------------------------------------------------------------------------------------
+
+    def job(self, job_id: str = "a") -> Job:
+        return self.rows[job_id]
+
+    def create(self, job_id: str = "a", **fields: Any) -> Job:
+        self.yes(Create(id=job_id, **fields))
+        return self.job(job_id)
+
+    def start(self, job_id: str = "a", *, worker: str = "w-1", **fields: Any) -> str:
+        """The lock id of a new grant."""
+        granted: GrantView = self.yes(Start(id=job_id, worker=worker, **fields))
+        return granted.lock_id
+
+    def held(self, job_id: str = "a", *, worker: str = "w-1", **fields: Any) -> str:
+        """A new job in the hands of a worker: its lock id."""
+        self.create(job_id, **fields)
+        return self.start(job_id, worker=worker)
+
+    def claim(self, **fields: Any) -> list[str]:
+        """Ids of the jobs that a claim gets."""
+        return [granted.job.id for granted in self.yes(Claim(worker="w-1", **fields)).grants]
+
+    def progress(self, lock_id: str, progress: float = 50, job_id: str = "a") -> Any:
+        return self.yes(Progress(id=job_id, lock_id=lock_id, progress=progress))
+
+    def completed(self, job_id: str = "a", **fields: Any) -> Job:
+        self.yes(Complete(id=job_id, lock_id=self.held(job_id), **fields))
+        return self.job(job_id)
+
+    def types(self, job_id: str = "a") -> list[str]:
+        """The job's timeline, by event type."""
+        return [event.type for event in self.events if event.job_id == job_id]
+
+    def last(self) -> Event:
+        return self.events[-1]
+
+    def row(self, job: Job) -> Job:
+        """A row that hands have left behind: in the book without any rule."""
+        self.book.swap(self.rows.get(job.id), None)
+        self.book.swap(None, job)
+        self.rows[job.id] = job
+        return job
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _put(self, change: Change) -> None:
+        event = change.event
+        if self.events:
+            assert event.seq > self.events[-1].seq
+        self.events.append(event)
+        if event.job_seq:
+            assert self.rows.get(event.job_id) == change.before, "a step does not go on from the one before"
+            folded = fold(change.before, event)
+            assert folded == change.after, "the event does not say what happened"
+            assert change.before is None or event.before == change.before.status
+            assert event.after == (None if folded is None else folded.status)
+            if folded is None:
+                del self.rows[event.job_id]
+                self.requests.pop(event.job_id, None)
+            else:
+                self.rows[event.job_id] = folded
+        if change.request_hash:
+            self.requests[event.job_id] = change.request_hash
+        self._note_token(change)
+        self.book.put(change)
+
+    def _note_token(self, change: Change) -> None:
+        grant = change.after.grant if change.after is not None else None
+        if grant is None or (change.before is not None and change.before.grant == grant):
+            return
+        assert not self.tokens or grant.fencing_token > self.tokens[-1], "a token does not rise"
+        self.tokens.append(grant.fencing_token)
+
+
+def picture(book: Book) -> dict[str, Any]:
+    """Everything of a book that a decision must leave alone (caches and stale entries of heaps aside)."""
+    shown = {name: copy.deepcopy(getattr(book, name)) for name in PLAIN}
+    shown["order"] = [job.id for job in book.due(list(book.counts), None)]
+    shown["workers"] = {name: (list(seen.jobs), seen.last_seen_at) for name, seen in book.workers.items()}
+    return shown
+
+
+def due_order(
+    rows: Iterable[Job], now: int, queues: Iterable[str], kinds: Iterable[str] | None, paused: Iterable[str]
+) -> list[str]:
+    """The order of claims by a plain sort."""
+    allowed, wanted = set(queues) - set(paused), None if kinds is None else set(kinds)
+    due = [
+        job
+        for job in rows
+        if job.status == "queued"
+        and job.run_at <= now
+        and job.options.queue in allowed
+        and (wanted is None or job.options.kind in wanted)
+    ]
+    return [job.id for job in sorted(due, key=lambda job: (job.options.priority, job.run_at, job.seq))]
+
+
+def compare(book: Book, rows: dict[str, Job], at: Moment) -> None:
+    """Every order and counter of the book against a recount over all rows."""
+    book.advance(at.now, at.lease)
+    _compare_counts(book, rows)
+    _compare_orders(book, rows, at)
+    _compare_locks(book, rows, at)
+    for job in rows.values():
+        assert book.get(job.id) == job
+        if job.status == "processing":
+            continue
+        assert job.grant is None or job.seq in book.suspects, "a lock on a job that nobody processes"
+
+
+def _compare_counts(book: Book, rows: dict[str, Job]) -> None:
+    counts: dict[str, dict[str, int]] = {name: dict.fromkeys(STATUSES, 0) for name in book.counts}
+    for job in rows.values():
+        counts[job.options.queue][job.status] = counts[job.options.queue].get(job.status, 0) + 1
+    assert book.counts == counts
+    assert book.total() == len(rows)
+    for status in STATUSES:
+        assert book.totals[status] == sum(job.status == status for job in rows.values())
+    for name, count in counts.items():
+        row = book.queue_row(name)
+        assert (row.completed, row.failed, row.cancelled) == (count["completed"], count["failed"], count["cancelled"])
+        assert row.paused == (name in book.paused)
+
+
+def _compare_orders(book: Book, rows: dict[str, Job], at: Moment) -> None:
+    jobs = rows.values()
+    assert book.jobs == {job.id: job for job in jobs if job.status in LIVE or job.status not in STATUSES}
+    queues = sorted(book.counts)
+    kinds = sorted({job.options.kind for job in jobs})
+    assert [job.id for job in book.due(queues, None)] == due_order(jobs, at.now, queues, None, book.paused)
+    for queue in queues:
+        assert [job.id for job in book.due([queue], kinds[:1])] == due_order(
+            jobs, at.now, [queue], kinds[:1], book.paused
+        )
+        queued = [job for job in jobs if job.status == "queued" and job.options.queue == queue]
+        assert book.oldest_due_at(queue) == min((j.run_at for j in queued if j.run_at <= at.now), default=None)
+    waiting = [job.run_at for job in jobs if job.status == "queued" and job.run_at > at.now]
+    assert book.next_run_at() == min(waiting, default=None)
+
+
+def _compare_locks(book: Book, rows: dict[str, Job], at: Moment) -> None:
+    processing = {job.id: job for job in rows.values() if job.status == "processing"}
+    assert book.processing == processing
+    leases = {job.id: job.lease for job in processing.values() if job.lease is not None and job.grant is not None}
+    stuck = {job_id for job_id, lease in leases.items() if at.lease >= lease.stuck}
+    dead = {job_id for job_id, lease in leases.items() if not lease.is_live(at.lease)} - stuck
+    assert set(book.stuck) == stuck
+    assert set(book.expired_locks) == {job_id for job_id in dead if not leases[job_id].cleared}
+    assert set(book.cleared_locks) == {job_id for job_id in dead if leases[job_id].cleared}
+    assert book.live_locks() == len(leases) - len(stuck) - len(dead)
+    assert set(book.overdue) == {job.id for job in rows.values() if steps.is_overdue(job, at.now)}
+    ahead = [lease.stuck for job_id, lease in leases.items() if job_id in dead]
+    ahead += [min(leases[job_id].expires, leases[job_id].stuck) for job_id in leases.keys() - dead - stuck]
+    first = book.next_deadline()
+    assert first is None or first > at.lease
+    assert (first is None) == (not ahead)
+    assert first is None or first <= min(ahead), "a deadline would be missed"
+    holders: dict[str, set[str]] = {}
+    for job in processing.values():
+        if job.grant is not None and job.lease is not None:
+            holders.setdefault(job.grant.worker, set()).add(job.id)
+    assert {name: set(seen.jobs) for name, seen in book.workers.items() if seen.jobs} == holders
