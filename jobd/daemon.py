@@ -342,7 +342,7 @@ def _admin_hosts(settings: Config, given: list[socket.socket] | None) -> frozens
         names = [opened.getsockname() for opened in given if opened.family != socket.AF_UNIX]
         if not names:
             return None
-        return frozenset().union(*(own_names(f"{name[0]}:{name[1]}", settings.admin.hosts) for name in names))
+        return frozenset().union(*(own_names(name[0], settings.admin.hosts) for name in names))
     if settings.admin.listen.startswith("unix:"):
         return None
     return own_names(settings.admin.listen, settings.admin.hosts)

@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,11 @@ class Daemon:
 
     def worker(self) -> OverUnix:
         return OverUnix(self.socket)
+
+    @contextmanager
+    def admin_connection(self) -> Iterator[OverUnix]:
+        with closing(OverUnix(self.admin_socket)) as connection:
+            yield connection
 
     def post(self, path: str, body: Any = None, **headers: str) -> Reply:
         with closing(self.worker()) as connection:
