@@ -16,13 +16,17 @@ SUSPECT_AHEAD_MS: Final = 30 * DAY_MS
 _FLICKER_MS: Final = 1  # two clocks read one after the other, each cut to a millisecond, differ by that much
 
 
+# Both clocks turn to their next millisecond at the same instant, so that a time of one is exactly one of the other.
+_PHASE_NS: Final = (time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)) % 1_000_000
+
+
 def wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
 def boot_clock_ms() -> int:
     """Milliseconds since boot; it counts suspend and no step of the wall clock reaches it."""
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+    return (time.clock_gettime_ns(time.CLOCK_BOOTTIME) + _PHASE_NS) // 1_000_000
 
 
 class Clock:
