@@ -10,7 +10,7 @@ import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from memory_disk import MemoryDisk
+from tests.memory_disk import MemoryDisk
 
 from jobd.actor import Actor, Bounds
 from jobd.book import Book

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from by_hand import Maker
+from tests.by_hand import Maker
 from msgspec.structs import replace
 
 from jobd.batch import Opened

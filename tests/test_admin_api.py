@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import msgspec.inspect
 import pytest
-from http_help import TOKEN, House
+from tests.http_help import TOKEN, House
 
 from jobd.admin_api import ROUTES
 from jobd.commands import (

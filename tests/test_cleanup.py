@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
-from household import WALL, Household, in_virtual_time, row, seconds, until
-from memory_disk import MemoryDisk
+from tests.household import WALL, Household, in_virtual_time, row, seconds, until
+from tests.memory_disk import MemoryDisk
 from msgspec.structs import replace
 
 from jobd.batch import DiskFull

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from peer import Peer, closing, drop, early, no, ok, raw, serving
+from tests.peer import Peer, closing, drop, early, no, ok, raw, serving
 
 import jobd.client
 from jobd import admin_api, worker_api
@@ -393,9 +393,7 @@ def test_no_retries_means_one_try() -> None:
         Tries(RetryPolicy(total_s=0), READ, 0).wait_s(Unreachable("x"), 0, 0)
 
 
-@pytest.mark.parametrize(
-    "code", sorted(set(ERRORS) - RETRIED)
-)
+@pytest.mark.parametrize("code", sorted(set(ERRORS) - RETRIED))
 def test_a_definite_answer_is_not_asked_for_again(code: str) -> None:
     with pytest.raises(ERRORS[code]):
         Tries(RetryPolicy(total_s=None), READ, 0).wait_s(ERRORS[code]("No."), 0, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from by_hand import NOW, Maker
+from tests.by_hand import NOW, Maker
 from msgspec.structs import replace
 from store_help import assert_holds, edited, exists, flip, lose, make_store, opened, pick, read, remove, write
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tool_missing
-from http_help import TOKEN, House, Line, message
+from tests.conftest import tool_missing
+from tests.http_help import TOKEN, House, Line, message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from by_hand import Maker
+from tests.by_hand import Maker
 from store_help import assert_holds, edited, make_store, opened, read
 
 from jobd import migrations, rows

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from by_hand import Maker
+from tests.by_hand import Maker
 from msgspec.structs import replace
 from store_help import (
     edited,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from by_hand import Maker, full_job
+from tests.by_hand import Maker, full_job
 from msgspec.structs import replace
 from store_help import (
     assert_holds,
@@ -217,7 +217,7 @@ async def test_a_new_store_on_a_full_disk_is_refused(small_disk: Path) -> None:
 WRITER = """
 import asyncio, sys
 sys.path.insert(0, sys.argv[3])
-from by_hand import Maker
+from tests.by_hand import Maker
 from jobd.store import Store
 
 async def main():

@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from by_hand import NOW, Maker
+from tests.by_hand import NOW, Maker
 from msgspec.structs import replace
 from store_help import (
     assert_holds,

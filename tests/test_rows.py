@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from by_hand import NOW, OPTIONS, Maker, all_of, full_job
+from tests.by_hand import NOW, OPTIONS, Maker, all_of, full_job
 from msgspec import UNSET, Raw
 from msgspec.structs import replace
 

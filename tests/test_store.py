@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from by_hand import NOW, OPTIONS, Maker
+from tests.by_hand import NOW, OPTIONS, Maker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -22,7 +22,7 @@ from store_help import (
 )
 
 from jobd import files
-from jobd.batch import Batch, KeyRow, Loaded, Numbers, Opened, Query
+from jobd.batch import Batch, Disk, KeyRow, Loaded, Numbers, Opened, Query
 from jobd.events import KEEP_SIGNS, Change, Event
 from jobd.job import Job
 from jobd.store import MEMORY, Store
@@ -50,6 +50,11 @@ async def test_a_new_store_is_empty_private_and_durable(path: str) -> None:
         raw = store._db.raw
         assert [raw.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas] == ["wal", 2, "exclusive"]
         assert not exists(f"{path}-shm")
+
+
+async def test_it_is_the_disk_of_the_actor(store: Store) -> None:
+    disk: Disk = store  # held by the type checker
+    await disk.probe()
 
 
 async def test_extra_is_stricter_and_less_than_full_is_refused(path: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_help import TOKEN, Heard, House, Line, message
+from tests.http_help import TOKEN, Heard, House, Line, message
 from structlog.testing import capture_logs
 
 from jobd import streams

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from conftest import tool_missing
+from tests.conftest import tool_missing
 
 from jobd import systemd
 

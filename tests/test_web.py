@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_help import TOKEN, House, message
+from tests.http_help import TOKEN, House, message
 from msgspec import Raw
 from structlog.testing import capture_logs
 

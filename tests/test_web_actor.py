@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_help import TOKEN, House, message
-from memory_disk import MemoryDisk
+from tests.http_help import TOKEN, House, message
+from tests.memory_disk import MemoryDisk
 
 from jobd import admin_api, worker_api
 from jobd.actor import Actor

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import msgspec.inspect
 import pytest
-from http_help import House
+from tests.http_help import House
 
 from jobd.commands import (
     Bulk,

@@ -1,0 +1,163 @@
+"""Heaps whose entries go stale: what they find, in which order, and that they do not grow without end."""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+
+import pytest
+
+from jobd.orders import SLACK, DueEntry, DueJobs, LazyHeap
+
+Timed = tuple[int, int, str]
+
+
+def entry(time: int, name: str = "") -> Timed:
+    return (time, time, name or f"{time}")
+
+
+@pytest.fixture
+def heap() -> LazyHeap[Timed]:
+    return LazyHeap()
+
+
+def valid(_: Timed) -> bool:
+    return True
+
+
+def test_an_empty_heap_has_nothing(heap: LazyHeap[Timed]) -> None:
+    assert heap.first(valid) is None
+    assert list(heap.ordered(valid)) == []
+    assert list(heap.pop_until(10)) == []
+    heap.trim(0, valid)
+
+
+def test_first_drops_what_is_stale_above_it(heap: LazyHeap[Timed]) -> None:
+    for time in (3, 1, 2):
+        heap.push(entry(time))
+    assert heap.first(lambda found: found[0] != 1) == entry(2)
+    assert len(heap.entries) == 2
+    assert heap.first(lambda found: False) is None
+    assert heap.entries == []
+
+
+def test_ordered_gives_valid_entries_once_and_takes_nothing_out(heap: LazyHeap[Timed]) -> None:
+    numbers = list(range(50)) + list(range(0, 50, 3))  # every third twice: it went and came back
+    random.Random(1).shuffle(numbers)
+    for time in numbers:
+        heap.push(entry(time))
+    odd = [entry(time) for time in range(50) if time % 2]
+    assert list(heap.ordered(lambda found: found[0] % 2 == 1)) == odd
+    assert list(islice(heap.ordered(valid), 3)) == [entry(1), entry(2), entry(3)]  # 0 was stale and on top
+    assert list(heap.ordered(lambda found: found[0] % 2 == 1)) == odd
+
+
+def test_pop_until_takes_out_what_is_due_by_then(heap: LazyHeap[Timed]) -> None:
+    for time in (5, 4, 6):
+        heap.push(entry(time))
+    assert list(heap.pop_until(3)) == []
+    assert list(heap.pop_until(5)) == [entry(4), entry(5)]
+    assert heap.entries == [entry(6)]
+
+
+def test_trim_waits_until_the_stale_outnumber_the_live(heap: LazyHeap[Timed]) -> None:
+    for time in range(SLACK + 2):
+        heap.push(entry(time))
+    heap.trim(1, lambda found: found[0] == 7)
+    assert len(heap.entries) == SLACK + 2
+    heap.push(entry(7))
+    heap.trim(1, lambda found: found[0] == 7)
+    assert heap.entries == [entry(7)]
+
+
+class Model:
+    """Due jobs as a plain set, beside the real thing."""
+
+    def __init__(self) -> None:
+        self.live: set[tuple[str, DueEntry]] = set()
+        self.due = DueJobs(lambda kind, found: (kind, found) in self.live)
+
+    def add(self, kind: str, *found: int) -> tuple[str, DueEntry]:
+        priority, run_at, seq = found
+        item = (kind, (priority, run_at, seq, f"{seq}"))
+        self.live.add(item)
+        self.due.add(*item)
+        return item
+
+    def remove(self, item: tuple[str, DueEntry]) -> None:
+        self.live.remove(item)
+        self.due.remove(item[0], item[1][0])
+
+    def check(self) -> None:
+        for kinds in (None, ["a"], ["b", "a", "b"], ["none"], []):
+            expected = sorted(found for kind, found in self.live if kinds is None or kind in kinds)
+            assert list(self.due.due(kinds)) == expected
+            assert list(islice(self.due.due(kinds), 2)) == expected[:2]
+        assert self.due.live == len(self.live)
+        assert sorted(self.due.entries()) == sorted(self.live)
+        assert self.due.oldest_run_at() == min((found[1] for _, found in self.live), default=None)
+
+
+def test_due_jobs_come_in_exact_order_over_kinds_and_priorities() -> None:
+    model = Model()
+    model.check()
+    for kind, priority, run_at, seq in [("a", 0, 5, 1), ("b", 0, 4, 2), ("a", -1, 9, 3), ("b", 1, 1, 4), ("a", 0, 4, 5)]:
+        model.add(kind, priority, run_at, seq)
+        model.check()
+    assert [found[2] for found in model.due.due(None)] == [3, 2, 5, 1, 4]
+
+
+def test_a_lane_goes_with_its_last_job() -> None:
+    model = Model()
+    first, second, third = model.add("a", 0, 1, 1), model.add("a", 5, 1, 2), model.add("b", 0, 1, 3)
+    model.remove(first)
+    assert list(model.due.lanes["a"]) == [5]
+    model.remove(second)
+    assert list(model.due.lanes) == ["b"]
+    model.remove(third)
+    assert not model.due.lanes
+    model.check()
+
+
+def test_a_job_that_comes_back_is_given_once() -> None:
+    model = Model()
+    kept = model.add("a", 0, 1, 1)
+    item = model.add("a", 0, 2, 2)
+    for _ in range(3):
+        model.remove(item)
+        model.add("a", 0, 2, 2)
+        model.check()
+    model.remove(kept)
+    model.check()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_sequence_of_adds_and_removes_matches_a_sort(seed: int) -> None:
+    dice = random.Random(seed)
+    model = Model()
+    gone: list[tuple[str, DueEntry]] = []
+    for seq in range(400):
+        action = dice.random()
+        if action < 0.5 or not model.live:
+            model.add(dice.choice("ab"), dice.randint(-1, 1), dice.randint(0, 9), seq)
+        elif action < 0.9:
+            gone.append(dice.choice(sorted(model.live)))
+            model.remove(gone[-1])
+        elif gone:
+            kind, found = gone.pop()
+            model.add(kind, *found[:3])
+        if seq % 10 == 0:
+            model.check()
+    model.check()
+
+
+def test_heaps_stay_small_while_jobs_come_and_go() -> None:
+    model = Model()
+    model.add("a", 0, 0, 0)
+    for seq in range(1, 2_000):
+        model.remove(model.add("a", 0, seq, seq))
+        model.remove(model.add("b", seq % 7, 1, seq))
+    (lane,) = model.due.lanes["a"].values()
+    assert len(lane.heap.entries) <= 2 + SLACK + 1
+    assert len(model.due.heads.entries) <= 2 + SLACK + 1
+    model.check()
