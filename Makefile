@@ -1,6 +1,8 @@
 # jobd for developers. `make` alone says what there is.
 
-PYTHON ?= python3
+# The first Python that is new enough, where none is named.
+PYTHON ?= $(shell for each in python3 python3.13 python3.12 python3.11; do \
+	$$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$each && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -18,8 +20,8 @@ venv: $(READY)  ## a virtual environment in .venv with jobd and its tools, in th
 
 # The pins carry hashes, so everything in them is checked; jobd itself has none and is installed by itself.
 $(READY): pyproject.toml .ci/constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "jobd needs Python 3.11 or newer: make PYTHON=python3.13"; exit 1; }
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "jobd needs Python 3.11 or newer; name yours: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make virtual environments. On Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
