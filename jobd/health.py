@@ -112,7 +112,7 @@ class Health:
                 self._tried("cache", self._cache),
                 self._tried("storage", self._storage),
             )
-            cleanup, cleanup_status = self._cleanup_health()
+            cleanup, cleanup_status = self._tried_cleanup()
             worst = max((database.status, cache.status, storage.status, cleanup_status), key=_WORST.index)
             total = self._actor.book.total()
             told = DatabaseHealth(database.status, database.message, total)
@@ -272,6 +272,13 @@ class Health:
             return PartHealth("unhealthy", fault)
         return PartHealth("healthy", f"{directory} can be written to.")
 
+    def _tried_cleanup(self) -> tuple[CleanupHealth, HealthStatus]:
+        try:
+            return self._cleanup_health()
+        except Exception as error:
+            log.exception("health_check_failed", part="cleanup")
+            return CleanupHealth(False, None, f"It could not be measured: {type(error).__name__}: {error}"), "unhealthy"
+
     def _cleanup_health(self) -> tuple[CleanupHealth, HealthStatus]:
         state = self._cleanup.state()
         said = [] if (complaint := self._cleanup.complaint()) is None else [complaint]
@@ -287,12 +294,14 @@ class Health:
 
 def directory_fault(directory: str) -> str | None:
     """Why artefacts cannot be kept in `directory`, or None. Touches the file system: call it off the event loop."""
-    path = Path(directory)
-    if not path.is_dir():
-        return f"{directory} is no directory. Make it, or change artefacts.url."
-    if not os.access(path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        return f"{directory} cannot be written to. Give the daemon's user the right to."
-    usage = os.statvfs(path)
+    try:
+        if not Path(directory).is_dir():
+            return f"{directory} is no directory. Make it, or change artefacts.url."
+        if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            return f"{directory} cannot be written to. Give the daemon's user the right to."
+        usage = os.statvfs(directory)
+    except OSError as error:
+        return f"{directory} cannot be looked at ({error.strerror}). Give the daemon's user the right to."
     if usage.f_bavail == 0 or (usage.f_files and usage.f_favail == 0):
         return f"{directory} is full. Free some space."
     return None

@@ -1,0 +1,445 @@
+"""Health: measured, not remembered; every kind of trouble named with what to do; never fooled by work under way."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.actor import Bounds
+from jobd.batch import DiskFull, Loaded
+from jobd.commands import CleanupState, Create, Get, HealthView, Progress
+from jobd.full_disk import Closed
+from jobd.health import FAULTS_KEPT, MAX_AGE_S, PATIENCE_S, SAMPLE, SAMPLED_FROM, Health, directory_fault
+from tests.household import Household, in_virtual_time, row, seconds
+from tests.memory_disk import MemoryDisk
+
+
+def health_of(
+    house: Household, faults: Iterable[str] = (), take_faults: Callable[[], Iterable[str]] = tuple, url: str = ""
+) -> Health:
+    return Health(house.actor, house.clock, house.cleaner, faults=faults, take_faults=take_faults, artefacts_url=url)
+
+
+async def measured(house: Household) -> HealthView:
+    return await health_of(house).view()
+
+
+class SlowDisk(MemoryDisk):
+    """Probes and loads wait while `answers` is cleared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def probe(self) -> None:
+        await super().probe()
+        await self.answers.wait()
+
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+        await self.answers.wait()
+        return await super().load(ids, payloads, digests)
+
+
+class StaleOnce(MemoryDisk):
+    """The next load shows job `a` as it was in `stale`."""
+
+    stale: object = None
+
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+        loaded = await super().load(ids, payloads, digests)
+        if self.stale is not None:
+            loaded.jobs["a"], self.stale = self.stale, None  # type: ignore[assignment]
+        return loaded
+
+
+# -- all is well ------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_daemon_at_work_is_healthy() -> None:
+    async with Household() as house:
+        await house.held("a")
+        await house.yes(Create(id="b"))
+        house.keep()
+        await seconds(1)
+        view = await measured(house)
+        statuses = (view.status, view.database.status, view.cache.status, view.storage.status)
+        assert statuses == ("healthy",) * 4
+        assert view.database.total_jobs == 2
+        assert view.database.message.startswith("A write and a read back took ")
+        assert view.cache.message.endswith(" 2 jobs are as on the disk.")
+        assert view.storage.message == "not configured"
+        assert view.cleanup_status.message == "Passes run in time."
+        assert not view.cleanup_status.running
+        assert view.cleanup_status.time_since_last_cleanup == house.cleaner.state().time_since_last_cleanup
+        assert view.timestamp == house.now
+
+
+@in_virtual_time
+async def test_health_is_measured_anew_after_five_seconds() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        first = await health.view()
+        await seconds(MAX_AGE_S - 0.1)
+        assert await health.view() is first is health.last
+        assert house.disk.calls["probe"] == 1
+        await seconds(0.2)
+        assert await health.view() is not first
+        assert house.disk.calls["probe"] == 2
+
+
+@in_virtual_time
+async def test_callers_share_one_measurement() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        views = await asyncio.gather(*(health.view() for _ in range(10)))
+        assert all(view is views[0] for view in views)
+        assert house.disk.calls["probe"] == 1
+
+
+@in_virtual_time
+async def test_a_caller_that_goes_away_does_not_end_the_measurement() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        callers = [asyncio.create_task(health.view()) for _ in range(2)]
+        await seconds(0)
+        callers[0].cancel()
+        assert (await callers[1]).status == "healthy"
+
+
+# -- the database -----------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_failing_disk_is_unhealthy() -> None:
+    async with Household() as house:
+        house.disk.errors["probe"] = OSError("I/O error")
+        view = await measured(house)
+        assert view.status == view.database.status == "unhealthy"
+        assert "I/O error" in view.database.message
+
+
+@in_virtual_time
+async def test_a_full_disk_is_degraded_and_says_what_to_do() -> None:
+    async with Household() as house:
+        house.disk.errors["probe"] = DiskFull("full")
+        view = await measured(house)
+        assert view.status == view.database.status == "degraded"
+        assert "Free some space" in view.database.message
+
+
+@pytest.mark.parametrize(
+    ("closed", "said"),
+    [
+        (Closed.CREATES, "new jobs are refused"),
+        (Closed.ALL_BUT_ENDINGS, "only endings and deletions are taken"),
+        (Closed.ALL_WRITES, "every change is refused"),
+    ],
+)
+def test_what_a_full_disk_closes_is_told(closed: Closed, said: str) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        async with Household() as house:
+            house.actor.full_disk.closed = closed
+            house.actor.full_disk.next_probe = asyncio.get_running_loop().time() + 60
+            view = await measured(house)
+            assert view.database.status == "degraded"
+            assert said in view.database.message
+            assert view.cache.status == "healthy"
+
+    test()
+
+
+@in_virtual_time
+async def test_a_disk_that_does_not_answer_is_unhealthy_and_not_asked_again() -> None:
+    disk = SlowDisk()
+    async with Household(disk) as house:
+        health = health_of(house)
+        disk.answers.clear()
+        began = asyncio.get_running_loop().time()
+        view = await health.view()
+        assert asyncio.get_running_loop().time() - began < 3 * PATIENCE_S
+        assert view.database.status == "unhealthy"
+        assert view.cache.status == "degraded"
+        await seconds(MAX_AGE_S)
+        assert (await health.view()).database.status == "unhealthy"
+        assert disk.calls["probe"] == 1
+        disk.answers.set()
+        await seconds(MAX_AGE_S)
+        assert (await health.view()).status == "healthy"
+
+
+@in_virtual_time
+async def test_close_waits_for_what_was_asked() -> None:
+    disk = SlowDisk()
+    async with Household(disk) as house:
+        health = health_of(house)
+        disk.answers.clear()
+        await health.view()
+        closing = asyncio.create_task(health.close())
+        await seconds(60)
+        assert not closing.done()
+        disk.answers.set()
+        await closing
+
+
+@in_virtual_time
+async def test_damage_is_named_with_its_mend() -> None:
+    disk = MemoryDisk()
+    for number in range(7):
+        disk.put(row(number + 1, f"job-{number}"))
+        disk.bad_jobs[f"job-{number}"] = "its checksum is wrong"
+    async with Household(disk) as house:
+        later = [["keys k: the row was set aside"], ["keys k: the row was set aside"]]
+        health = health_of(house, ["2 jobs have vanished"], lambda: later.pop() if later else [])
+        for _ in range(3):
+            view = await health.view()
+            assert view.status == view.database.status == "degraded"
+            assert view.database.message == (
+                "Jobs in quarantine: job-0, job-1, job-2, job-3, job-4 and 2 more. "
+                "Damage: 2 jobs have vanished; keys k: the row was set aside. Run: jobd doctor"
+            )
+            await seconds(MAX_AGE_S)
+
+
+@in_virtual_time
+async def test_faults_are_kept_in_bounds() -> None:
+    async with Household() as house:
+        health = health_of(house, (f"fault {number}" for number in range(10 * FAULTS_KEPT)))
+        assert f"and {FAULTS_KEPT - 5} more" in (await health.view()).database.message
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_mailbox_that_does_not_answer_is_unhealthy() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        house.disk.gate.clear()
+        asked = asyncio.create_task(house.yes(Create(id="a")))
+        await house.disk.at_gate.wait()
+        view = await health.view()
+        assert view.status == view.cache.status == "unhealthy"
+        assert "1 commands wait" in view.cache.message
+        house.disk.gate.set()
+        await asked
+        await seconds(MAX_AGE_S)
+        assert (await health.view()).cache.status == "healthy"
+
+
+@in_virtual_time
+async def test_a_full_mailbox_is_degraded_a_stopped_one_unhealthy() -> None:
+    async with Household(bounds=Bounds(mailbox=0)) as house:
+        health = health_of(house)
+        assert (await health.view()).cache.status == "degraded"
+        house.actor.stop()
+        await seconds(MAX_AGE_S)
+        assert (await health.view()).cache.status == "unhealthy"
+
+
+@pytest.mark.parametrize(("status", "name"), [("queued", "a"), ("processing", "b"), ("completed", "c")])
+def test_counters_that_do_not_agree_are_unhealthy(status: str, name: str) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        async with Household() as house:
+            await house.yes(Create(id="a"))
+            await house.held("b")
+            assert (await measured(house)).status == "healthy"
+            house.book.totals[status] += 1
+            one = (await measured(house)).cache
+            assert one.status == "unhealthy"
+            assert f"{status} jobs by one counter" in one.message
+            house.book.counts["default"][status] += 1
+            both = (await measured(house)).cache
+            if status == "completed":  # finished jobs are not in memory: nothing to compare with
+                assert both.status == "healthy"
+            else:
+                assert f"jobs are {status}, but the counter says" in both.message
+
+    test()
+
+
+@in_virtual_time
+async def test_memory_that_differs_from_the_disk_is_unhealthy() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a"))
+        await house.held("b")
+        house.disk.jobs[2] = replace(house.disk.jobs[2], progress=7)
+        view = await measured(house)
+        assert view.status == view.cache.status == "unhealthy"
+        assert view.cache.message.startswith("Memory and disk differ for b.")
+
+
+@in_virtual_time
+async def test_a_row_that_is_missing_on_the_disk_is_noticed() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a"))
+        house.disk._replace(1, None)
+        assert (await measured(house)).cache.message.startswith("Memory and disk differ for a.")
+
+
+@in_virtual_time
+async def test_a_look_that_was_too_early_is_taken_again() -> None:
+    disk = StaleOnce()
+    async with Household(disk) as house:
+        await house.held("a")
+        disk.stale = row(1, "a", progress=9)
+        assert (await measured(house)).status == "healthy"
+        assert disk.stale is None
+
+
+@in_virtual_time
+async def test_work_under_way_never_looks_like_damage() -> None:
+    """Commits, refused commits and refusals, all the while that health is measured."""
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        locks = {f"job-{number}": await house.held(f"job-{number}") for number in range(8)}
+        stop = asyncio.Event()
+
+        async def work(job_id: str) -> None:
+            for turn in range(1_000_000):
+                if stop.is_set():
+                    return
+                if turn % 5 == 0:
+                    disk.write_errors.append(DiskFull("now and then"))
+                await house.actor.ask(Progress(id=job_id, lock_id=locks[job_id], progress=turn % 100))
+                await house.actor.ask(Create(id=f"{job_id}-{turn}"))
+
+        working = [asyncio.create_task(work(job_id)) for job_id in locks]
+        for _ in range(40):
+            view = await measured(house)
+            assert view.cache.status == "healthy", view.cache
+        stop.set()
+        disk.write_errors.clear()
+        await asyncio.gather(*working)
+
+
+@in_virtual_time
+async def test_a_bad_row_met_by_the_recount_goes_to_quarantine() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        await house.yes(Create(id="a"))
+        house.disk.bad_jobs["a"] = "its checksum is wrong"
+        assert (await health.view()).cache.status == "healthy"
+        assert (await house.no(Get(id="a"))).code == "job_quarantined"
+        await seconds(MAX_AGE_S)
+        assert "quarantine: a." in (await health.view()).database.message
+
+
+@in_virtual_time
+async def test_samples_move_on_over_the_oldest_jobs() -> None:
+    async with Household() as house:
+        for number in range(3 * SAMPLE):
+            await house.yes(Create(id=f"job-{number}"))
+        health = health_of(house)
+        seen = [set(health._sample()) for _ in range(3)]
+        assert len(set.union(*seen)) == 3 * SAMPLE
+        assert set(health._sample()) == seen[0]
+        assert SAMPLED_FROM > SAMPLE
+
+
+@in_virtual_time
+async def test_a_part_that_cannot_be_measured_is_unhealthy_and_nothing_is_raised() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a"))
+        house.disk.errors["load"] = OSError("broken")
+        view = await measured(house)
+        assert view.cache.status == "unhealthy"
+        assert "OSError: broken" in view.cache.message
+        assert view.database.status == "healthy"
+
+
+# -- storage and cleanup ----------------------------------------------------------------------------------------------
+
+
+def test_where_artefacts_can_be_kept(tmp_path: Path) -> None:
+    assert directory_fault(str(tmp_path)) is None
+    missing = tmp_path / "none"
+    assert directory_fault(str(missing)) == f"{missing} is no directory. Make it, or change artefacts.url."
+    missing.write_text("a file")
+    assert "is no directory" in (directory_fault(str(missing)) or "")
+
+
+def test_a_directory_of_others_is_no_place_for_artefacts(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    tmp_path.chmod(0o700)
+    nobody = 65534
+    if os.geteuid() == 0:
+        os.seteuid(nobody)
+    try:
+        assert "cannot be written to" in (directory_fault("/") or "")
+        if os.geteuid() == nobody:
+            assert "cannot be looked at (Permission denied)" in (directory_fault(str(inside)) or "")
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize(("blocks", "files", "free", "full"), [(0, 9, 9, True), (9, 9, 0, True), (9, 0, 0, False)])
+def test_a_full_file_system_is_no_place_for_artefacts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, files: int, free: int, full: bool
+) -> None:
+    usage = SimpleNamespace(f_bavail=blocks, f_files=files, f_favail=free)
+    monkeypatch.setattr(os, "statvfs", lambda path: usage)
+    assert (directory_fault(str(tmp_path)) is not None) == full
+
+
+async def test_the_artefact_store_is_looked_at_off_the_loop(tmp_path: Path) -> None:
+    place = tmp_path / "a b"
+    async with Household() as house:
+        health = health_of(house, url=place.as_uri())
+        view = await health.view()
+        assert view.status == view.storage.status == "unhealthy"
+        place.mkdir()
+        again = await health_of(house, url=place.as_uri()).view()
+        assert again.storage.status == "healthy"
+        assert again.storage.message == f"{place} can be written to."
+
+
+@in_virtual_time
+async def test_a_clock_in_doubt_is_degraded_until_it_is_accepted() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        house.clock.suspect = True
+        view = await health.view()
+        assert view.status == "degraded"
+        assert "jobctl clock accept" in view.cleanup_status.message
+        house.clock.accept()
+        await seconds(MAX_AGE_S)
+        assert (await health.view()).status == "healthy"
+
+
+@in_virtual_time
+async def test_late_cleanup_is_degraded() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        await seconds(3 * 3600 + 1)
+        view = await health.view()
+        assert view.status == "degraded"
+        assert view.cleanup_status.message.startswith("No cleanup pass has succeeded for 10801 s")
+        assert view.cleanup_status.time_since_last_cleanup is None
+
+
+@in_virtual_time
+async def test_a_bug_in_cleanup_is_unhealthy_and_nothing_is_raised() -> None:
+    class Broken:
+        def state(self) -> CleanupState:
+            raise ValueError("a bug")
+
+        def complaint(self) -> str | None:
+            return None
+
+    async with Household() as house:
+        view = await Health(house.actor, house.clock, Broken()).view()
+        assert view.status == "unhealthy"
+        assert "ValueError: a bug" in view.cleanup_status.message
+        assert view.timestamp == house.now
