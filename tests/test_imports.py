@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 from pathlib import Path
 from typing import Final
@@ -41,7 +42,8 @@ ROOM_OF: Final = {module: room for room, (modules, _) in ROOMS.items() for modul
 # Finer arrows among the nouns.
 NOUNS: Final = {"job": set(), "events": {"job"}, "commands": {"job", "events"}, "batch": {"job", "events"}}
 
-PURE: Final = frozenset(module for room in ("nouns", "book", "judging", "rules") for module in ROOMS[room][0].split())
+PURE_ROOMS: Final = ("nouns", "book", "judging", "rules")
+PURE: Final = frozenset({"keys", *(module for room in PURE_ROOMS for module in ROOMS[room][0].split())})
 # All that the pure rooms may use of Python and of others: no IO, no asyncio, no clock, no randomness, no logging.
 HARMLESS: Final = frozenset(
     {"__future__", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools"}
@@ -86,6 +88,21 @@ def test_imports_only_downwards(source: Path) -> None:
     assert not strangers, f"{module} ({room}) may import {sorted(allowed)}, not {sorted(strangers)}"
     if module in NOUNS:
         assert ours(source) <= NOUNS[module]
+
+
+def test_no_module_needs_itself() -> None:
+    """No circle of imports, not even within a room or by way of imports inside functions."""
+    names = {source: ".".join(source.relative_to(PACKAGE.parent).with_suffix("").parts) for source in SOURCES}
+    modules = {name.removesuffix(".__init__") for name in names.values()}
+
+    def module(imported: str) -> str | None:
+        return next((name for name in (imported, imported.rpartition(".")[0]) if name in modules), None)
+
+    needs = {name.removesuffix(".__init__"): {module(each) for each in imports(at)} for at, name in names.items()}
+    try:
+        graphlib.TopologicalSorter({name: those - {None} for name, those in needs.items()}).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("module", sorted(PURE))
