@@ -62,7 +62,7 @@ class Figures(Struct):
                 self._grant(event.queue)
             case "completed":
                 if change.before is not None and change.before.started_at is not None:
-                    self._completed(event.queue, event.at, event.at - change.before.started_at)
+                    self._completed(event.queue, event.at, max(event.at - change.before.started_at, 0))
             case "stalled":
                 self._recovered(event.at, requeued=after is not None and after.status == "queued")
             case "lock_expired":

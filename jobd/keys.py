@@ -100,8 +100,10 @@ class Keys:
             self._drop(row)
         for row in removed.values():
             self._insert(row)
+            if row.grants is not None:
+                self._current[row.digest] = {}  # those that ended since the last commit come back, no earlier ones
         for digest, lock_id in ended:
-            if digest in self._current:
+            if self._by_lock.get(lock_id) == digest:
                 self._current[digest][lock_id] = None
         if removed:  # they were the oldest
             self._answers = dict(sorted(self._answers.items(), key=lambda item: item[1].at))

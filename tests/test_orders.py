@@ -101,8 +101,8 @@ class Model:
 def test_due_jobs_come_in_exact_order_over_kinds_and_priorities() -> None:
     model = Model()
     model.check()
-    for kind, priority, run_at, seq in [("a", 0, 5, 1), ("b", 0, 4, 2), ("a", -1, 9, 3), ("b", 1, 1, 4), ("a", 0, 4, 5)]:
-        model.add(kind, priority, run_at, seq)
+    for kind, *found in [("a", 0, 5, 1), ("b", 0, 4, 2), ("a", -1, 9, 3), ("b", 1, 1, 4), ("a", 0, 4, 5)]:
+        model.add(kind, *found)
         model.check()
     assert [found[2] for found in model.due.due(None)] == [3, 2, 5, 1, 4]
 

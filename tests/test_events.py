@@ -1,0 +1,92 @@
+"""Events: that they carry what happened, fold into rows, and show no secret."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import msgspec
+import pytest
+from msgspec import UNSET, Raw
+
+from jobd import rows
+from jobd.commands import Complete, Delete, Extend, Fail, Pause
+from jobd.events import SIGNS, Changes, Event, EventType, fold, view
+from jobd.job import Grant, Job, Lease, Options, Result
+from tests.desk import NOW, Desk
+
+GRANT = Grant("secret", 1, "w", NOW, 1, 2, 3)
+JOB = Job(1, "a", Options(), "queued", NOW, NOW, NOW)
+
+
+def event(changes: Changes | None, event_type: EventType = "updated") -> Event:
+    return Event(5, NOW, event_type, 1, "a", "q", "queued", "processing", "client", None, None, changes)
+
+
+def test_changes_have_the_fields_of_a_job() -> None:
+    assert Changes.__struct_fields__ == Job.__struct_fields__
+    assert all(getattr(Changes(), name) is UNSET for name in Changes.__struct_fields__)
+
+
+def test_fold_sets_only_what_the_event_names() -> None:
+    changed = fold(JOB, event(Changes(status="processing", grant=GRANT, lease=Lease(1, 2, None))))
+    assert changed == msgspec.structs.replace(JOB, status="processing", grant=GRANT, lease=Lease(1, 2, None))
+    assert fold(changed, event(Changes(grant=None, lease=None, status="queued"))) == JOB
+
+
+def test_fold_begins_with_a_row_and_ends_with_none() -> None:
+    whole = Changes(**{name: getattr(JOB, name) for name in Job.__struct_fields__})
+    assert fold(None, event(whole, "created")) == JOB
+    assert fold(JOB, event(None)) == JOB
+    assert fold(JOB, event(None, "deleted")) is None
+
+
+def test_an_event_survives_its_way_to_the_disk_and_back() -> None:
+    changes = Changes(
+        status="completed",
+        progress=100,
+        error=None,
+        result=Result("u", metadata=Raw(b'{"a":1}')),
+        ended=None,
+        finished_at=NOW,
+    )
+    happened = event(changes)
+    again = rows.event(rows.event_row(happened))
+    assert again == happened
+    assert again.changes is not None
+    assert again.changes.error is None
+    assert again.changes.grant is UNSET
+
+
+def test_what_is_shown_holds_no_raw_change() -> None:
+    shown = view(event(Changes(grant=GRANT)))
+    assert "secret" not in msgspec.json.encode(shown).decode()
+    assert msgspec.to_builtins(shown) == {
+        "seq": 5, "at": NOW, "type": "updated", "from": "queued", "to": "processing", "by": "client", "reason": None,
+        "details": {},
+    }  # fmt: skip
+
+
+def test_a_whole_life_folds_into_the_row_and_names_no_secret() -> None:
+    desk = Desk()
+    first = desk.held(max_attempts=2)
+    desk.progress(first, 30)
+    desk.yes(Extend(id="a", lock_id=first, additional_ms=5))
+    desk.yes(Fail(id="a", lock_id=first, error_message="e", retry_after_ms=0))
+    second = desk.start()
+    desk.yes(Complete(id="a", lock_id=second, metadata=Raw(b"[1]")))
+    desk.yes(Pause(name="q"))
+    row: Job | None = None
+    for happened in desk.events:
+        if happened.job_seq:
+            row = fold(row, happened)
+        shown = msgspec.json.encode(view(happened)).decode()
+        assert first not in shown
+        assert second not in shown
+    assert row == desk.job()
+    desk.yes(Delete(id="a"))
+    assert fold(row, desk.last()) is None
+
+
+@pytest.mark.parametrize("sign", sorted(SIGNS))
+def test_signs_of_life_are_types_of_events(sign: str) -> None:
+    assert sign in get_args(EventType)

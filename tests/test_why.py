@@ -1,0 +1,152 @@
+"""Why a job is where it is: the state, the reason, what happens next and when, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.commands import Cancel, Fail, Import, Next, Pause, Recover, Release, Why, WhyView
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Lease
+from tests.desk import NOW, Desk
+
+TTL = 15 * MINUTE_MS
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def why(desk: Desk, job_id: str = "a") -> WhyView:
+    view: WhyView = desk.yes(Why(id=job_id))
+    return view
+
+
+def at_and_rule(view: WhyView) -> tuple[Any, ...]:
+    assert view.next is not None
+    assert view.next.what.endswith(".")
+    return view.next.at, view.next.rule
+
+
+def test_waiting_for_a_worker(desk: Desk) -> None:
+    desk.create("a", queue="q", kind="k")
+    desk.create("b", queue="q", kind="k")
+    desk.passes(5_000)
+    view = why(desk)
+    assert (view.state, view.blocked_by) == ("queued", "no free worker")
+    assert "due for 5 s" in view.because
+    assert "It is the next of its kind." in view.because
+    assert at_and_rule(view) == (NOW, "claim")
+    assert view.do[1] == "Start a worker: jobctl run --queue q -- CMD"
+    assert "Other jobs are before it." in why(desk, "b").because
+
+
+def test_an_expiry_comes_before_the_claim_that_may_never_come(desk: Desk) -> None:
+    desk.create(expires_at=NOW + 7)
+    assert at_and_rule(why(desk)) == (NOW + 7, "expires_at")
+
+
+def test_not_due(desk: Desk) -> None:
+    desk.create(delay_ms=3 * MINUTE_MS)
+    view = why(desk)
+    assert (view.blocked_by, at_and_rule(view)) == ("run_at", (NOW + 3 * MINUTE_MS, "run_at"))
+    assert "3 min" in view.because
+    assert view.do == ["Run it now: jobctl run-now a"]
+
+
+def test_paused(desk: Desk) -> None:
+    desk.create()
+    desk.yes(Pause(name="default"))
+    view = why(desk)
+    assert (view.blocked_by, view.next) == ("queue_paused", None)
+    assert view.do == ["Resume the queue: jobctl resume default"]
+    desk.create("b", expires_at=NOW + 9)
+    assert at_and_rule(why(desk, "b")) == (NOW + 9, "expires_at")
+
+
+def test_what_brought_it_back(desk: Desk) -> None:
+    lock_id = desk.held(max_attempts=2)
+    desk.yes(Release(id="a", lock_id=lock_id))
+    assert why(desk).because.endswith("Its last grant, to worker w-1, ended by release.")
+    desk.yes(Fail(id="a", lock_id=desk.start(), error_message="out of memory", retry_after_ms=0))
+    assert why(desk).because.endswith("Its last attempt failed: out of memory")
+
+
+def test_in_the_hands_of_a_worker(desk: Desk) -> None:
+    lock_id = desk.held(worker="w-7")
+    desk.progress(lock_id, 45)
+    desk.passes(MINUTE_MS)
+    view = why(desk)
+    assert (view.state, view.blocked_by) == ("processing", None)
+    assert view.because.startswith("Worker w-7 has held it for 60 s, at 45 %. Its lock is live for another 14 min")
+    assert at_and_rule(view) == (NOW + TTL, "stuck_after")  # stuck at the very moment of the expiry
+    assert "jobctl force-reset a" in view.do[1]
+
+
+def test_a_lock_that_expires_before_the_job_is_stuck(desk: Desk) -> None:
+    desk.held(stuck_after_ms=20 * MINUTE_MS)
+    assert at_and_rule(why(desk)) == (NOW + TTL, "lock expiry")
+    desk.passes(TTL)
+    view = why(desk)
+    assert "Its lock has expired" in view.because
+    assert at_and_rule(view) == (NOW + 20 * MINUTE_MS, "stuck_after")
+    desk.yes(Recover(limit=1))
+    assert at_and_rule(why(desk)) == (NOW + 20 * MINUTE_MS, "stuck_after")
+    desk.passes(5 * MINUTE_MS)
+    assert at_and_rule(why(desk)) == (desk.now, "recovery")
+
+
+def test_the_ceiling_is_named(desk: Desk) -> None:
+    desk.held(stuck_after_ms=HOUR_MS, max_processing_ms=TTL + 1)
+    desk.passes(TTL)
+    assert at_and_rule(why(desk)) == (NOW + TTL + 1, "max_processing")
+
+
+def test_a_processing_row_that_nobody_holds(desk: Desk) -> None:
+    desk.held()
+    desk.row(replace(desk.job(), grant=None, lease=None))
+    view = why(desk)
+    assert at_and_rule(view) == (NOW, "validation")
+    assert view.do == ["Run a pass now: jobctl cleanup"]
+    desk.row(replace(desk.job(), lease=Lease(1, 1, None)))
+    assert why(desk) == view
+
+
+def test_finished(desk: Desk) -> None:
+    desk.completed()
+    view = why(desk)
+    assert (view.state, view.because, view.do) == ("completed", "It was completed; that is final.", [])
+    assert at_and_rule(view) == (NOW + 7 * DAY_MS, "retention")
+    desk.passes(8 * DAY_MS)
+    assert at_and_rule(why(desk)) == (desk.now, "retention")
+    desk.yes(Fail(id="b", lock_id=desk.held("b"), error_message="boom"))
+    view = why(desk, "b")
+    assert (view.because, view.do[0][-20:]) == ("It failed: boom", "jobctl force-reset b")
+    desk.create("c")
+    desk.yes(Cancel(id="c"))
+    assert why(desk, "c").because == "It was cancelled."
+
+
+def test_rows_from_elsewhere(desk: Desk) -> None:
+    desk.yes(Import(id="a", status="failed"))
+    assert why(desk).because == "It failed: without a message."
+    desk.row(replace(desk.job(), expires_at=None))
+    assert why(desk).next is None
+    desk.row(replace(desk.job(), status="paused"))
+    view = why(desk)
+    assert (view.state, view.next) == ("paused", None)
+    assert "doctor --accept" in view.do[0]
+
+
+def test_every_unfinished_job_has_a_next_thing(desk: Desk) -> None:
+    """Nothing is stuck for ever: at a known time, by a named rule; an operator's pause is the one exception."""
+    desk.create("waiting")
+    desk.create("delayed", delay_ms=5)
+    desk.held("held")
+    desk.held("silent", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    for _ in range(8):
+        for job_id in ("waiting", "delayed", "held", "silent"):
+            assert isinstance(why(desk, job_id).next, Next)
+        desk.passes(10 * MINUTE_MS)
