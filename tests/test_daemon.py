@@ -94,9 +94,12 @@ class Load:
 
     def _note(self, created: str | None = None, completed: str | None = None, token: int | None = None) -> None:
         with self._lock:
-            self.created |= {created} - {None}
-            self.completed |= {completed} - {None}
-            self.tokens += [token] if token is not None else []
+            if created is not None:
+                self.created.add(created)
+            if completed is not None:
+                self.completed.add(completed)
+            if token is not None:
+                self.tokens.append(token)
             if len(self.completed) >= 60:
                 self.enough.set()
 
