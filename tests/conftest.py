@@ -1,4 +1,4 @@
-"""What every test has: the event loop of the daemon, and an alarm for code of ours that blocks it."""
+"""What every test has: the event loop of the daemon, an alarm for code of ours that blocks it, no skipping in CI."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,12 @@ def _called_by_the_test() -> bool:
     return False
 
 
-def tool_missing(name: str, package: str) -> None:
-    """Skip a test that needs a program that is not here; where all tests must run (CI) fail instead."""
-    message = f"{name} is missing: install the package {package}"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where all tests must run (CI) a skipped one has failed: something that it needs is missing."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"{reason} (CI is set: nothing may be skipped)"
+    return report
