@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import uvloop
@@ -79,3 +79,8 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         report.outcome = "failed"
         report.longrepr = f"{reason} (CI is set: nothing may be skipped)"
     return report
+
+
+def tool_missing(name: str, package: str) -> NoReturn:
+    """Skip a test that needs a program that is not here."""
+    pytest.skip(f"{name} is missing: install the package {package}")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from tests.conftest import tool_missing
 
 from jobd import systemd
+from tests.conftest import tool_missing
 
 UNITS = Path(__file__).parent.parent / "systemd"
 
@@ -198,7 +198,7 @@ def test_a_descriptor_that_is_no_socket_is_said(tmp_path: Path) -> None:
 
 def analyze(*argv: str | Path) -> subprocess.CompletedProcess[str]:
     if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is missing: install the package systemd")
+        tool_missing("systemd-analyze", "systemd")
     return subprocess.run(["systemd-analyze", *argv], capture_output=True, text=True, check=False)
 
 
