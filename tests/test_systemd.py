@@ -204,12 +204,12 @@ def analyze(*argv: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(params=["tcp", "unix-only"])
 def installed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A directory of units, with and without the drop-in, for a jobd that is here."""
+    """A directory of units, with and without the drop-ins, for a jobd that is here."""
     for unit in (*UNITS.glob("*.service"), *UNITS.glob("*.socket")):
         here = unit.read_text(encoding="utf-8").replace("/opt/jobd/bin/jobd", "/bin/true")
         (tmp_path / unit.name).write_text(here, encoding="utf-8")
     if request.param == "unix-only":
-        shutil.copytree(UNITS / "jobd.service.d", tmp_path / "jobd.service.d")
+        shutil.copytree(UNITS / "unix-only", tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -242,13 +242,17 @@ def test_it_comes_up_again_for_ever_but_not_with_a_bad_configuration() -> None:
 
 def test_the_sockets_outlive_the_daemon_and_have_the_names_of_its_doors() -> None:
     """A RuntimeDirectory= would take the sockets in it along when the daemon stops."""
-    assert "RuntimeDirectory" not in dict(settings_of(UNITS / "jobd.service"))
-    groups = (UNITS / "jobd.sysusers").read_text(encoding="utf-8")
-    for name, user in (("worker", "jobd.service"), ("admin", "jobd.service.d/unix-only.conf")):
+    service = dict(settings_of(UNITS / "jobd.service"))
+    assert "RuntimeDirectory" not in service
+    for name in ("worker", "admin"):
         unit = dict(settings_of(UNITS / f"jobd-{name}.socket"))
-        assert (unit["FileDescriptorName"], unit["SocketMode"]) == (name, "0660")
-        assert f"g {unit['SocketGroup']} -" in groups
-        assert ("Requires", f"jobd-{name}.socket") in settings_of(UNITS / user)
+        assert unit["FileDescriptorName"] == name
+        assert f"jobd-{name}.socket" in service["Requires"]
+    assert dict(settings_of(UNITS / "jobd-worker.socket"))["SocketMode"] == "0660"
+    groups = (UNITS / "jobd.sysusers").read_text(encoding="utf-8")
+    sockets = [*UNITS.glob("*.socket"), UNITS / "unix-only/jobd-admin.socket.d/unix-only.conf"]
+    for group in (dict(settings_of(path)).get("SocketGroup") for path in sockets):
+        assert group is None or f"g {group} -" in groups
 
 
 @pytest.mark.parametrize("name", ["worker", "admin"])
