@@ -78,7 +78,7 @@ def _copy_and_open(conn: sqlite3.Connection, path: str, pause: Callable[[int, in
     try:
         if path != MEMORY:
             _need_room(path, target)
-        copy_marked(conn, target, pause)
+        copy_marked(conn, target, pause, durable=False)
         return open(target, "rb")
     except StoreUnreadable as error:
         raise StoreUnreadable(f"the copy of {path} does not pass its check: {error}") from error
@@ -87,15 +87,25 @@ def _copy_and_open(conn: sqlite3.Connection, path: str, pause: Callable[[int, in
             Path(target + suffix).unlink(missing_ok=True)
 
 
-def copy_marked(source: sqlite3.Connection, target: str, pause: Callable[[int, int, int], None] | None = None) -> None:
-    """Copy a database into the new file `target`, mark it, check it and make it durable."""
+def copy_marked(
+    source: sqlite3.Connection,
+    target: str,
+    pause: Callable[[int, int, int], None] | None = None,
+    *,
+    durable: bool = True,
+) -> None:
+    """Copy a database into the new file `target`, mark it and check it; also make it durable.
+
+    A copy that is only read out and forgotten need not be durable: to flush it would hold up the store's own commits.
+    """
     files.create_private(target)
     with _full_means_full(), contextlib.closing(_plain(target)) as copy:
         copy.execute("PRAGMA journal_mode = OFF")
         copy.execute("PRAGMA synchronous = OFF")
         source.backup(copy, pages=_STEP_PAGES, progress=pause, sleep=0.001)
     mark(target)
-    files.sync(target)
+    if durable:
+        files.sync(target)
 
 
 def _need_room(path: str, target: str) -> None:
@@ -121,6 +131,7 @@ def mark(path: str) -> None:
     """Mark the copy at `path` as one, in a file without a write-ahead log, and check it through."""
     with _full_means_full(), opening.refusals(path), contextlib.closing(_plain(path)) as copy:
         copy.execute("PRAGMA journal_mode = DELETE")
+        copy.execute("PRAGMA synchronous = OFF")  # nobody else knows the file yet
         opening.check_ours(copy, path)
         migrations.check_meta(copy, path)
         copy.execute("BEGIN IMMEDIATE")

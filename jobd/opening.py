@@ -191,13 +191,14 @@ def check_ours(conn: sqlite3.Connection, path: str) -> None:
 def _copy_aside(conn: sqlite3.Connection, path: str, version: int) -> None:
     name = f"{path}.v{version}-{now_ms()}"
     files.create_private(name)
-    copy = sqlite3.connect(name, isolation_level=None)
     try:
-        conn.backup(copy)
-        copy.execute("PRAGMA journal_mode = DELETE")
-    finally:
-        copy.close()
-    files.sync(name)
+        with contextlib.closing(sqlite3.connect(name, isolation_level=None)) as copy:
+            conn.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+        files.sync(name)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def read_meta(conn: sqlite3.Connection, path: str) -> Tables:

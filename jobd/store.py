@@ -42,7 +42,8 @@ class Connection(aiosqlite.Connection):
     async def ended(self) -> None:
         """Close, and wait for the end of the thread also where the connection never came to be."""
         await self.close()
-        await asyncio.to_thread(self._thread.join)
+        thread: Any = getattr(self, "_thread", self)  # before aiosqlite 0.22 the connection is the thread
+        await asyncio.to_thread(thread.join)
 
     @property
     def raw(self) -> sqlite3.Connection:

@@ -8,13 +8,13 @@ import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from tests.by_hand import Maker
 from msgspec.structs import replace
 
 from jobd.batch import Opened
 from jobd.events import Change, fold
 from jobd.job import FINISHED, LIVE, Job
 from jobd.store import Store
+from tests.by_hand import Maker
 
 
 def read(path: str) -> bytes:

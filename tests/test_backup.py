@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.by_hand import Maker
 from msgspec.structs import replace
-from store_help import assert_holds, edited, exists, make_store, opened, read, remove, write
 
 from jobd import backup, files, migrations
 from jobd.backup import BackupStopped, restore, stream
@@ -22,6 +20,8 @@ from jobd.batch import Batch, DiskFull
 from jobd.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.job import FINISHED, LIVE
 from jobd.store import MEMORY, Store, StoreBroken
+from tests.by_hand import Maker
+from tests.store_help import assert_holds, edited, exists, make_store, opened, read, remove, write
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.by_hand import NOW, Maker
 from msgspec.structs import replace
-from store_help import assert_holds, edited, exists, flip, lose, make_store, opened, pick, read, remove, write
 
 from jobd import doctor, migrations
 from jobd.batch import KeyRow
 from jobd.doctor import Problem, Refused, accept, check, recount
 from jobd.job import FINISHED, LIVE
 from jobd.store import StoreBusy, StoreTooNew, StoreUnreadable
+from tests.by_hand import NOW, Maker
+from tests.store_help import assert_holds, edited, exists, flip, lose, make_store, opened, pick, read, remove, write
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.by_hand import Maker
-from store_help import assert_holds, edited, make_store, opened, read
 
 from jobd import migrations, rows
 from jobd.store import Store, StoreTooNew
+from tests.by_hand import Maker
+from tests.store_help import assert_holds, edited, make_store, opened, read
 
 
 @pytest.fixture

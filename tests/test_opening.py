@@ -12,18 +12,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.by_hand import Maker
 from msgspec.structs import replace
-from store_help import (
+
+from jobd import files, migrations
+from jobd.batch import Batch
+from jobd.store import Store, StoreBusy, StoreTooNew, StoreUnreadable
+from tests.by_hand import Maker
+from tests.store_help import (
     edited,
     opened,
     read,
     write,
 )
-
-from jobd import files, migrations
-from jobd.batch import Batch
-from jobd.store import Store, StoreBusy, StoreTooNew, StoreUnreadable
 
 
 @pytest.fixture

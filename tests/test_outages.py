@@ -13,9 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.by_hand import Maker, full_job
 from msgspec.structs import replace
-from store_help import (
+
+from jobd.batch import DiskFull, Query
+from jobd.job import LIVE
+from jobd.store import Store, StoreBroken, StoreBusy
+from tests.by_hand import Maker, full_job
+from tests.store_help import (
     assert_holds,
     exists,
     flip,
@@ -26,10 +30,6 @@ from store_help import (
     remove,
     seqs,
 )
-
-from jobd.batch import DiskFull, Query
-from jobd.job import LIVE
-from jobd.store import Store, StoreBroken, StoreBusy
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ asyncio.run(main())
 
 
 async def start_writer(path: str, seed: int) -> asyncio.subprocess.Process:
-    here = os.path.dirname(__file__)
+    here = os.path.dirname(os.path.dirname(__file__))
     return await asyncio.create_subprocess_exec(
         sys.executable, "-c", WRITER, path, str(seed), here, stdout=subprocess.PIPE
     )
@@ -260,7 +260,7 @@ async def test_what_a_killed_process_had_acknowledged_is_there(path: str, seed: 
 async def test_a_kill_between_write_and_fsync_leaves_whole_batches(path: str) -> None:
     if not exists("/usr/bin/strace"):
         pytest.skip("test of a kill at a system call: there is no strace here")
-    here = os.path.dirname(__file__)
+    here = os.path.dirname(os.path.dirname(__file__))
     for when in (9, 10, 11):
         remove(path)
         inject = [

@@ -7,9 +7,13 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from tests.by_hand import NOW, Maker
 from msgspec.structs import replace
-from store_help import (
+
+from jobd.batch import BadRows, KeyRow, Loaded, Opened, Query
+from jobd.job import FINISHED, LIVE, Job
+from jobd.store import Store, StoreTooNew, StoreUnreadable
+from tests.by_hand import NOW, Maker
+from tests.store_help import (
     assert_holds,
     edited,
     flip,
@@ -24,10 +28,6 @@ from store_help import (
     seqs,
     write,
 )
-
-from jobd.batch import BadRows, KeyRow, Loaded, Opened, Query
-from jobd.job import FINISHED, LIVE, Job
-from jobd.store import Store, StoreTooNew, StoreUnreadable
 
 
 @pytest.fixture

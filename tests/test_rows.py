@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.by_hand import NOW, OPTIONS, Maker, all_of, full_job
 from msgspec import UNSET, Raw
 from msgspec.structs import replace
 
@@ -16,6 +15,7 @@ from jobd import migrations, rows
 from jobd.batch import KeyRow, Numbers, QueueRow
 from jobd.events import KEEP_SIGNS, Changes, Event, fold
 from jobd.job import Failure, Job, Result
+from tests.by_hand import NOW, OPTIONS, Maker, all_of, full_job
 
 
 def columns_of(table: str) -> tuple[str, ...]:
@@ -197,7 +197,7 @@ def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:
             if number == 1 and grant == 0:
                 change = maker.progress(change.after, None, "step 1")
             else:
-                change = (maker.extend if pick.random() < 0.5 else maker.progress)(change.after)
+                change = maker.extend(change.after) if pick.random() < 0.5 else maker.progress(change.after)
             events.append(change.event)
         assert change.after is not None
         change = maker.requeue(change.after)

@@ -9,23 +9,23 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.by_hand import NOW, OPTIONS, Maker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from store_help import (
-    assert_holds,
-    exists,
-    made,
-    opened,
-    recounted,
-)
 
 from jobd import files
 from jobd.batch import Batch, Disk, KeyRow, Loaded, Numbers, Opened, Query
 from jobd.events import KEEP_SIGNS, Change, Event
 from jobd.job import Job
 from jobd.store import MEMORY, Store
+from tests.by_hand import NOW, OPTIONS, Maker
+from tests.store_help import (
+    assert_holds,
+    exists,
+    made,
+    opened,
+    recounted,
+)
 
 
 @pytest.fixture
