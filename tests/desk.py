@@ -216,7 +216,8 @@ def _compare_counts(book: Book, rows: dict[str, Job]) -> None:
     counts: dict[str, dict[str, int]] = {name: dict.fromkeys(STATUSES, 0) for name in book.counts}
     for job in rows.values():
         counts[job.options.queue][job.status] = counts[job.options.queue].get(job.status, 0) + 1
-    assert book.counts == counts
+    # A status that nobody knows is counted too, and its 0 may stay.
+    assert book.counts == {name: dict.fromkeys(book.counts[name], 0) | count for name, count in counts.items()}
     assert book.total() == len(rows)
     for status in STATUSES:
         assert book.totals[status] == sum(job.status == status for job in rows.values())

@@ -50,7 +50,7 @@ def test_an_event_survives_its_way_to_the_disk_and_back() -> None:
         finished_at=NOW,
     )
     happened = event(changes)
-    again = rows.event(rows.event_row(happened))
+    again = rows.event(rows.sealed(rows.event_row(happened)))
     assert again == happened
     assert again.changes is not None
     assert again.changes.error is None

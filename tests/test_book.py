@@ -1,0 +1,321 @@
+"""The book: live jobs in every order and counter, as time passes, as the wall clock steps back, as rows go bad."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from jobd import book as book_module
+from jobd.batch import Numbers, QueueRow
+from jobd.book import FINISHED_KEPT, Book
+from jobd.commands import Cancel, Create, Delete, Import, Pause, Recover, Release, Resume, Update
+from jobd.events import Change, Event
+from jobd.job import HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options
+from jobd.orders import SLACK
+from tests.desk import NOW, Desk, compare
+
+TTL = 15 * MINUTE_MS
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def queued(seq: int, **fields: Any) -> Job:
+    return replace(Job(seq, f"job-{seq}", Options(), "queued", NOW, NOW, NOW), **fields)
+
+
+def held(seq: int, worker: str, expires: int = 500) -> Job:
+    grant = Grant(f"lock-{seq}", seq, worker, NOW, 1, 1, 0)
+    return replace(queued(seq), status="processing", started_at=NOW, grant=grant, lease=Lease(expires, expires, None))
+
+
+def test_an_empty_book() -> None:
+    book = Book()
+    assert (book.total(), book.live_locks(), book.get("a"), book.oldest_due_at("q")) == (0, 0, None, None)
+    assert (book.next_run_at(), book.next_deadline()) == (None, None)
+    assert list(book.due(["q"], None)) == []
+    assert book.queue_row("q") == QueueRow()
+    assert book.numbers(7, 9) == Numbers(lease_ms=7, wall_ms=9)
+
+
+def test_a_start_finds_live_jobs_and_the_counts_of_finished_ones() -> None:
+    numbers = Numbers(3, 11, 12, 13, 400, NOW)
+    jobs = [queued(1), queued(2, run_at=NOW + 1), held(3, "w-1"), held(4, "w-2", expires=400)]
+    queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, cancelled=1)}
+    book = Book.opened(numbers, jobs, queues)
+    assert book.numbers(400, NOW) == numbers
+    assert book.total() == 12
+    assert book.counts["default"] == {"queued": 2, "processing": 2, "completed": 5, "failed": 2, "cancelled": 0}
+    assert book.totals["cancelled"] == 1
+    assert book.paused == {"idle"}
+    assert [job.seq for job in book.due(["default"], None)] == [1]
+    assert (book.live_locks(), list(book.stuck)) == (1, ["job-4"])
+    assert (book.next_run_at(), book.next_deadline()) == (NOW + 1, 500)
+    assert {name: row for name in queues for row in [book.queue_row(name)]} == queues
+
+
+def test_numbers_are_burnt_as_they_are_used() -> None:
+    book = Book(Numbers(epoch=2))
+    job = replace(held(7, "w"), grant=Grant("l", (2 << TOKEN_COUNTER_BITS) | 40, "w", NOW, 1, 1, 0))
+    book.put(Change(None, job, Event(9, NOW, "imported", 7, job.id, "default", None, "processing", "admin")))
+    assert (book.next_event, book.next_job, book.next_token) == (10, 8, 41)
+    assert book.suspects == {7: job.id}
+    earlier = queued(3)
+    book.put(Change(None, earlier, Event(5, NOW, "created", 3, earlier.id, "default", None, "queued", "client")))
+    assert (book.next_event, book.next_job, book.next_token) == (10, 8, 41)
+
+
+def test_the_request_that_made_a_job_is_known_for_the_rest_of_the_batch(desk: Desk) -> None:
+    desk.create("a")
+    assert set(desk.book.request_hashes) == {"a"}
+    desk.yes(Import(id="b"))
+    assert desk.book.request_hashes.get("b", "") == ""
+
+
+def test_equal_options_are_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book_module, "OPTIONS_KEPT", 2)
+    book = Book()
+    first = book.shared(Options(queue="a"))
+    assert book.shared(Options(queue="a")) is first
+    book.shared(Options(queue="b"))
+    assert book.shared(Options(queue="c")) == Options(queue="c")  # begins anew
+    assert book.shared(Options(queue="a")) is not first
+
+
+def test_finished_jobs_pass_through(desk: Desk) -> None:
+    for number in range(FINISHED_KEPT + 2):
+        desk.book.loaded(replace(queued(number + 1), status="cancelled"))
+    desk.book.loaded(replace(queued(1), status="cancelled"))  # named again: the last to go
+    desk.book.trim_finished()
+    assert len(desk.book.finished) == FINISHED_KEPT
+    assert desk.book.get("job-1") is not None
+    assert desk.book.get("job-2") is None
+    assert desk.book.total() == 0  # those of the disk are counted by the store
+
+
+def test_a_deleted_job_is_gone_from_everything(desk: Desk) -> None:
+    desk.completed()
+    desk.yes(Delete(id="a"))
+    assert (desk.book.get("a"), desk.book.total(), desk.book.finished) == (None, 0, {})
+
+
+@pytest.mark.parametrize("status", ["queued", "processing", "completed"])
+def test_a_quarantined_job_leaves_every_order(desk: Desk, status: str) -> None:
+    desk.create()
+    if status != "queued":
+        lock_id = desk.start()
+        if status == "completed":
+            desk.row(replace(desk.job(), status="completed", grant=None, lease=None))
+        assert lock_id
+    desk.book.suspects[1] = "a"
+    desk.book.quarantine("a", "bad")
+    del desk.rows["a"]
+    assert desk.book.quarantined == {"a": "bad"}
+    assert desk.book.suspects == {}
+    desk.passes(HOUR_MS)
+    compare(desk.book, {}, desk.at)
+    desk.book.quarantine("never", "bad")
+
+
+def test_who_holds_what() -> None:
+    book = Book()
+    assert not book.holds("a", "l")
+    job = held(1, "w")
+    book.swap(None, job)
+    assert book.holds(job.id, "lock-1")
+    assert not book.holds(job.id, "lock-2")
+    book.swap(job, queued(1))
+    assert not book.holds(job.id, "lock-1")
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_delayed_jobs_become_due_and_somebody_is_told(desk: Desk) -> None:
+    told: list[tuple[str, str]] = []
+    desk.book.on_due = lambda queue, kind: told.append((queue, kind))
+    desk.create("a", delay_ms=5, kind="k")
+    desk.create("b", delay_ms=5, kind="k")
+    desk.create("c", queue="q")
+    assert told == [("q", "")]
+    desk.passes(4)
+    assert len(told) == 1
+    desk.passes(1)
+    assert told[1:] == [("default", "k"), ("default", "k")]
+    assert desk.claim(limit=9) == ["a", "b"]
+
+
+def test_a_delayed_job_that_is_gone_does_not_become_due(desk: Desk) -> None:
+    desk.create("a", delay_ms=5)
+    desk.yes(Cancel(id="a"))
+    desk.create("b", delay_ms=5)
+    desk.yes(Update(id="b", run_at=NOW + 9))
+    desk.passes(5)
+    assert desk.claim() == []
+    desk.passes(4)
+    assert desk.claim() == ["b"]
+
+
+def test_an_id_that_is_used_again_does_not_inherit_the_times_of_the_first(desk: Desk) -> None:
+    desk.create("a", delay_ms=5, expires_at=NOW + 7)
+    desk.yes(Cancel(id="a"))
+    desk.yes(Delete(id="a"))
+    desk.create("a", delay_ms=5, expires_at=NOW + 7)
+    desk.passes(7)
+    assert list(desk.book.overdue) == ["a"]
+    desk.yes(Cancel(id="a"))
+    desk.yes(Delete(id="a"))
+    desk.held("a")
+    desk.passes(TTL)
+    desk.yes(Recover(limit=1))
+    assert desk.claim() == ["a"]
+
+
+def test_the_wall_clock_steps_back(desk: Desk) -> None:
+    desk.create("a", expires_at=NOW + 10)
+    desk.create("b", delay_ms=10)
+    desk.create("c", delay_ms=10)
+    desk.passes(10)
+    assert desk.claim() == ["b"]
+    assert not desk.book.overdue  # the claim met it
+    desk.create("d", expires_at=NOW + 20)
+    desk.passes(10)
+    assert list(desk.book.overdue) == ["d"]
+    desk.now = NOW + 9
+    compare(desk.book, desk.rows, desk.at)
+    assert (list(desk.book.overdue), desk.book.next_run_at()) == ([], NOW + 10)
+    desk.now = NOW + 20
+    compare(desk.book, desk.rows, desk.at)
+    assert list(desk.book.overdue) == ["d"]
+
+
+def test_resuming_tells_of_every_kind_that_is_due(desk: Desk) -> None:
+    desk.create("a", kind="x")
+    desk.create("b", kind="y")
+    desk.yes(Pause(name="default"))
+    desk.yes(Pause(name="empty"))
+    told: list[tuple[str, str]] = []
+    desk.book.on_due = lambda queue, kind: told.append((queue, kind))
+    desk.yes(Resume(name="empty"))
+    assert told == []
+    desk.yes(Resume(name="default"))
+    assert sorted(told) == [("default", "x"), ("default", "y")]
+
+
+def test_a_moved_deadline_is_looked_at_when_the_old_one_comes_up(desk: Desk) -> None:
+    lock_id = desk.held()
+    first = desk.book.next_deadline()
+    desk.passes(5 * MINUTE_MS)
+    desk.progress(lock_id)
+    assert desk.book.next_deadline() == first  # early is no harm
+    desk.passes(10 * MINUTE_MS)
+    assert desk.book.next_deadline() == desk.lease + 5 * MINUTE_MS
+    assert desk.book.live_locks() == 1
+    desk.passes(5 * MINUTE_MS)
+    assert (desk.book.next_deadline(), list(desk.book.stuck)) == (None, ["a"])
+
+
+def test_heaps_do_not_grow_while_jobs_come_and_go(desk: Desk) -> None:
+    book = desk.book
+    for number in range(1, 500):
+        job = queued(number, run_at=NOW + number, expires_at=NOW + 1_000)
+        book.swap(None, job)
+        taken = held(number, "w")
+        book.swap(job, taken)
+        book.swap(taken, None)
+    for heap in (book._delayed, book._expiries, book._deadlines):
+        assert len(heap.entries) <= SLACK + 2
+    compare(book, {}, desk.at)
+
+
+# -- workers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_known_by_its_jobs_and_its_last_word(desk: Desk) -> None:
+    lock_id = desk.held(worker="w-1")
+    desk.passes(7)
+    desk.progress(lock_id)
+    seen = desk.book.workers["w-1"]
+    assert (list(seen.jobs), seen.last_seen_at) == (["a"], NOW + 7)
+    desk.now -= 5
+    desk.yes(Release(id="a", lock_id=lock_id))
+    assert (list(seen.jobs), seen.last_seen_at) == ([], NOW + 7)
+
+
+def test_idle_workers_are_forgotten_the_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book_module, "WORKERS_KEPT", 2)
+    book = Book()
+    book.saw("idle", NOW)
+    book.swap(None, held(1, "busy"))
+    book.saw("idle", NOW + 1)
+    book.saw("new", NOW)
+    assert list(book.workers) == ["busy", "new"]
+
+
+def test_a_worker_with_a_job_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the one that is about to get its first job while all others hold one."""
+    monkeypatch.setattr(book_module, "WORKERS_KEPT", 2)
+    book = Book()
+    for number in range(1, 5):
+        book.swap(None, held(number, f"w-{number}"))
+    assert {name: list(seen.jobs) for name, seen in book.workers.items()} == {
+        f"w-{number}": [f"job-{number}"] for number in range(1, 5)
+    }
+
+
+def test_a_worker_that_was_forgotten_may_lose_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    book = Book()
+    book.swap(None, held(1, "w"))
+    del book.workers["w"]
+    book.swap(held(1, "w"), queued(1))
+    assert book.live_locks() == 0
+
+
+# -- all at once ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_hands_do_not_break_the_counts(desk: Desk) -> None:
+    desk.row(queued(1, status="odd"))
+    desk.row(queued(2, status="processing"))
+    desk.row(replace(held(3, "w"), lease=None))
+    compare(desk.book, desk.rows, desk.at)
+    assert (desk.book.live_locks(), desk.book.total()) == (0, 3)
+    for job_id in list(desk.rows):
+        desk.book.swap(desk.rows.pop(job_id), None)
+    compare(desk.book, {}, desk.at)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_rows_in_any_order_match_a_recount(desk: Desk, seed: int) -> None:
+    """Rows come, change and go without rules, as after a refused batch or a start."""
+    dice = random.Random(seed)
+    for seq in range(300):
+        known = list(desk.rows)
+        if known and dice.random() < 0.5:
+            job_id = dice.choice(known)
+            desk.book.swap(desk.rows.pop(job_id), None)
+        else:
+            shift = dice.randint(-20, 20)
+            options = Options(queue=dice.choice("qr"), kind=dice.choice("kl"), priority=dice.randint(-1, 1))
+            job = replace(
+                dice.choice([queued(seq + 1), held(seq + 1, dice.choice("vw"), expires=desk.lease + shift)]),
+                options=options,
+                run_at=desk.now + shift,
+                expires_at=dice.choice([None, desk.now + dice.randint(-5, 20)]),
+            )
+            desk.row(job)
+        if dice.random() < 0.3:
+            desk.now += dice.randint(-15, 20)
+            desk.lease += dice.randint(0, 10)
+        compare(desk.book, desk.rows, desk.at)
+
+
+def test_creation_order_decides_among_equals(desk: Desk) -> None:
+    for name in "cab":
+        desk.yes(Create(id=name))
+    assert desk.claim(limit=3) == ["c", "a", "b"]
