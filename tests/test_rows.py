@@ -193,11 +193,12 @@ def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:
         change = maker.grant(change.after)
         events.append(change.event)
         for number in range(signs):
-            assert change.after is not None
+            job = change.after
+            assert job is not None
             if number == 1 and grant == 0:
-                change = maker.progress(change.after, None, "step 1")
+                change = maker.progress(job, None, "step 1")
             else:
-                change = maker.extend(change.after) if pick.random() < 0.5 else maker.progress(change.after)
+                change = maker.extend(job) if pick.random() < 0.5 else maker.progress(job)
             events.append(change.event)
         assert change.after is not None
         change = maker.requeue(change.after)
