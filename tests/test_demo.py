@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -194,9 +193,15 @@ def test_the_demo_kills_a_worker_and_proves_the_recovery(temporary: dict[str, st
     assert len(list((tmp_path / "kept").glob("*.png"))) == demo.FILES["pictures"] + demo.FILES["films"]
 
 
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
+def _until_at_work(process: subprocess.Popen[str]) -> str:
+    """What the demo has said until its workers are at work."""
     assert process.stdout is not None
-    yield from process.stdout
+    seen = ""
+    while "completed" not in seen:
+        line = process.stdout.readline()
+        assert line, seen
+        seen += line
+    return seen
 
 
 @pytest.mark.timeout(120)
@@ -205,11 +210,7 @@ def test_a_demo_that_is_stopped_takes_its_processes_along(
     temporary: dict[str, str], tmp_path: Path, number: signal.Signals
 ) -> None:
     process = _start(temporary)
-    seen = ""
-    for line in _lines(process):
-        seen += line
-        if "works on" in line or "completed" in line:
-            break
+    seen = _until_at_work(process)
     process.send_signal(number)
     rest, _ = process.communicate()
     assert process.returncode in (128 + number, 130), seen + rest
@@ -222,11 +223,7 @@ def test_a_demo_that_is_stopped_takes_its_processes_along(
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
 def test_a_demo_that_is_killed_leaves_no_process(temporary: dict[str, str]) -> None:
     process = _start(temporary)
-    seen = ""
-    for line in _lines(process):
-        seen += line
-        if "works on" in line or "completed" in line:
-            break
+    seen = _until_at_work(process)
     process.kill()
     process.communicate()
     assert len(_pids(seen)) == 4

@@ -60,6 +60,11 @@ class Stage:
     ) -> None:
         try:
             for worker in self.workers.values():
+                if kind is None:
+                    worker.terminate()
+                else:
+                    worker.kill()  # nobody waits for what it was doing
+            for worker in self.workers.values():
                 _end(worker)
             if self.daemon is not None:
                 _end(self.daemon)
@@ -145,7 +150,7 @@ def _start(module_and_arguments: list[str], log: Path, secret: dict[str, str]) -
 def _die_with_parent() -> None:
     """Linux ends the child when we are gone, even by SIGKILL. Elsewhere this is not there, and only that is lost."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
