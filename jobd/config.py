@@ -5,6 +5,7 @@ Reads files and nothing else; it opens no socket and no store.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tomllib
@@ -23,8 +24,8 @@ MIN_TOKEN: Final = 24
 MAKE_TOKEN: Final = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
 
 _UNITS: Final = {"ms": 1, "s": SECOND_MS, "m": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
-_DURATION: Final = re.compile(r"(\d{1,12})(ms|s|m|h|d)?")
-_LEFT_ALONE: Final = frozenset({"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL", "JOBD_WORKER_TOKEN_FILE"})
+_DURATION: Final = re.compile(r"([0-9]{1,12})(ms|s|m|h|d)?")
+_LEFT_ALONE: Final = frozenset({"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL"})
 
 
 class ConfigError(Exception):
@@ -215,7 +216,7 @@ def load(
 ) -> Loaded:
     """The effective configuration. `flags` maps "section.key" to text; `path` is that of --config.
 
-    `need_token` is off for work on files, which no token guards. Raises ConfigError with file, key and what is expected.
+    `need_token` is off for work on files, which no token guards. Raises ConfigError: file, key and what is expected.
     """
     found = _find_file(environ, path)
     values: dict[str, dict[str, Any]] = {}
@@ -469,7 +470,10 @@ def _warnings(config: Config) -> tuple[str, ...]:
 
 
 def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name: whoever runs the name server says where it points
 
 
 def _admin_tokens(config: Config, environ: Mapping[str, str]) -> tuple[str, ...]:

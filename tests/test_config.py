@@ -1,0 +1,446 @@
+"""Configuration: every default, the order of its sources, tokens, refusals that name file and key, config.toml."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobd import config
+from jobd.config import KEYS, Config, ConfigError, Loaded, changes, effective, load, parse_duration, show_duration
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, Policy
+
+TOKEN = "canary-admin-0123456789abcdef"
+OTHER = "canary-other-0123456789abcdef"
+SHIPPED = Path(__file__).parent.parent / "config.toml"
+
+Write = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def no_system_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has in /etc is not ours."""
+    monkeypatch.setattr(config, "DEFAULT_PATH", str(tmp_path / "etc.toml"))
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def file(text: str, name: str = "config.toml") -> str:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return file
+
+
+def loaded(path: str | None = None, flags: dict[str, str] | None = None, **environ: str) -> Loaded:
+    return load(flags or {}, {"ADMIN_TOKEN": TOKEN, **environ}, path)
+
+
+def refusal(path: str | None = None, flags: dict[str, str] | None = None, **environ: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        loaded(path, flags, **environ)
+    assert "canary" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- defaults and config.toml ------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    found = Config()
+    assert found.policy() == Policy(), "the rules' own defaults and those of the configuration are one"
+    assert found.admin.listen == "127.0.0.1:8770"
+    assert found.worker.socket_mode == "0660"
+    assert found.store.synchronous == "full"
+    cleanup = found.cleanup
+    assert (cleanup.interval, cleanup.min_interval, cleanup.recover_every) == (
+        5 * MINUTE_MS,
+        2 * MINUTE_MS,
+        10 * SECOND_MS,
+    )
+    limits = found.limits
+    assert (limits.mailbox, limits.inflight_bytes, limits.parked_claims) == (10_000, 64 << 20, 10_000)
+    assert (limits.body, limits.payload, limits.bulk, limits.claim_wait) == (1 << 20, 256 << 10, 1000, MINUTE_MS)
+    assert (limits.live_jobs, limits.idempotency_keys) == (5_000_000, 200_000)
+    alerts = found.alerts
+    assert (alerts.stuck_jobs, alerts.processing_jobs, alerts.pass_issues) == (5, 20, 10)
+    assert alerts.average_processing == 10 * MINUTE_MS
+    assert found.retention.journal == DAY_MS
+
+
+def shipped_keys(text: str) -> list[str]:
+    """The keys that config.toml shows, commented out."""
+    keys, section = [], ""
+    for line in text.splitlines():
+        if head := re.fullmatch(r"\[(\w+)\]", line):
+            section = head[1]
+        elif key := re.match(r"#(\w+) = ", line):
+            keys.append(f"{section}.{key[1]}")
+    return keys
+
+
+def test_config_toml_shows_every_key_once_in_order() -> None:
+    assert shipped_keys(SHIPPED.read_text(encoding="utf-8")) == list(KEYS)
+
+
+def test_config_toml_sets_nothing() -> None:
+    tables = tomllib.loads(SHIPPED.read_text(encoding="utf-8"))
+    assert {name: dict(table) for name, table in tables.items()} == {name: {} for name in Config.__struct_fields__}
+
+
+def test_config_toml_uncommented_is_the_defaults(write: Write) -> None:
+    text = re.sub(r"(?m)^#(\w+ = )", r"\1", SHIPPED.read_text(encoding="utf-8"))
+    assert len(tomllib.loads(text)) == len(Config.__struct_fields__)
+    assert loaded(write(text)).config == loaded().config
+
+
+def test_config_toml_explains_every_key_in_one_line() -> None:
+    lines = SHIPPED.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        assert len(line) <= 120
+        if re.match(r"#\w+ = ", line):
+            assert re.match(r"# .+\.$", lines[number - 1]), line
+            assert not re.match(r"# ", lines[number - 2]), f"{line}: one line of comment"
+
+
+def test_nothing_given_is_all_defaults() -> None:
+    found = loaded()
+    assert set(found.sources) == set(KEYS)
+    assert set(found.sources.values()) == {"default"}
+    assert found.path is None
+    assert found.warnings == ()
+
+
+# -- durations ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"),
+    [("0", 0), ("500ms", 500), ("10s", 10_000), ("15m", 900_000), ("1h", HOUR_MS), ("7d", 7 * DAY_MS), (" 1s ", 1000)],
+)
+def test_durations(text: str, ms: int) -> None:
+    assert parse_duration(text) == ms
+
+
+@pytest.mark.parametrize("text", ["", "15", "m", "1.5h", "-1s", "1w", "15 m", "1h30m", "9" * 13 + "s", "\u0661s"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="is no duration"):
+        parse_duration(text)
+
+
+@given(st.integers(0, 10 * YEAR_MS))
+def test_durations_survive_being_shown(ms: int) -> None:
+    assert parse_duration(show_duration(ms)) == ms
+
+
+def test_a_duration_is_shown_in_its_largest_unit() -> None:
+    shown = [show_duration(ms) for ms in (0, 1, 1000, 90_000, HOUR_MS, 2 * DAY_MS)]
+    assert shown == ["0", "1ms", "1s", "90s", "1h", "2d"]
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+def test_flags_over_environment_over_file(write: Write) -> None:
+    path = write('[locks]\nttl = "1m"\nmax_processing = "2m"\n[stuck]\nafter = "3m"\n')
+    found = loaded(path, {"locks.ttl": "5m"}, JOBD_LOCKS_TTL="4m", JOBD_LOCKS_MAX_PROCESSING="6m")
+    assert (found.config.locks.ttl, found.config.locks.max_processing) == (5 * MINUTE_MS, 6 * MINUTE_MS)
+    assert found.config.stuck.after == 3 * MINUTE_MS
+    assert found.sources["locks.ttl"] == "flag"
+    assert found.sources["locks.max_processing"] == "env JOBD_LOCKS_MAX_PROCESSING"
+    assert found.sources["stuck.after"] == f"file {path}"
+    assert found.sources["log.level"] == "default"
+    assert found.path == path
+
+
+def test_which_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, named, given_ = (write(f"[stuck]\nmax_stalls = {count}\n", f"{count}.toml") for count in (1, 2, 4))
+    assert loaded().config.stuck.max_stalls == 3
+    monkeypatch.setattr(config, "DEFAULT_PATH", system)
+    assert loaded().config.stuck.max_stalls == 1
+    assert loaded(JOBD_CONFIG=named).config.stuck.max_stalls == 2
+    assert loaded(given_, JOBD_CONFIG=named).config.stuck.max_stalls == 4
+
+
+def test_a_named_file_has_to_be_there(tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone.toml")
+    assert gone in refusal(gone)
+    assert gone in refusal(JOBD_CONFIG=gone)
+
+
+def test_environment_is_read_by_type() -> None:
+    found = loaded(
+        JOBD_ADMIN_HOSTS="jobs.example, other.example",
+        JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL="true",
+        JOBD_LIMITS_LIVE_JOBS="7",
+        JOBD_STORE_SYNCHRONOUS="extra",
+        JOBD_CLEANUP_RECOVER_EVERY="0",
+    ).config
+    assert found.admin.hosts == ["jobs.example", "other.example"]
+    assert found.validation.require_download_url is True
+    assert found.limits.live_jobs == 7
+    assert found.store.synchronous == "extra"
+    assert found.cleanup.recover_every == 0
+
+
+def test_what_belongs_to_workers_and_clients_is_left_alone() -> None:
+    names = ("JOBD_JOB_ID", "JOBD_JOB_FENCING_TOKEN", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL")
+    assert loaded(None, None, **dict.fromkeys(names, "whatever")) == loaded()
+
+
+@pytest.mark.parametrize(
+    ("environ", "runtime", "state"),
+    [
+        ({"RUNTIME_DIRECTORY": "/run/a", "STATE_DIRECTORY": "/var/lib/b"}, "/run/a", "/var/lib/b"),
+        ({"RUNTIME_DIRECTORY": "/run/a:/run/c", "STATE_DIRECTORY": "/var/lib/b:/x"}, "/run/a", "/var/lib/b"),
+    ],
+)
+def test_places_of_systemd(environ: dict[str, str], runtime: str, state: str) -> None:
+    found = loaded(None, None, **environ).config
+    assert (found.worker.socket, found.store.path) == (f"{runtime}/worker.sock", f"{state}/jobd.db")
+
+
+def test_places_of_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    found = loaded().config
+    assert (found.worker.socket, found.store.path) == ("/run/jobd/worker.sock", "/var/lib/jobd/jobd.db")
+
+
+def test_places_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    found = loaded(XDG_RUNTIME_DIR="/run/user/1000", XDG_STATE_HOME="/home/u/state").config
+    assert (found.worker.socket, found.store.path) == ("/run/user/1000/jobd/worker.sock", "/home/u/state/jobd/jobd.db")
+    assert loaded(HOME="/home/u").config.store.path == "/home/u/.local/state/jobd/jobd.db"
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def test_where_the_admin_token_comes_from(write: Write, tmp_path: Path) -> None:
+    one, two, three = (write(f"canary-{name}-0123456789abcdef\n", name) for name in ("file", "toml", "admin_token"))
+    path = write(f'[admin]\ntoken_file = "{two}"\n')
+    environ = {"CREDENTIALS_DIRECTORY": str(Path(three).parent), "ADMIN_TOKEN_FILE": one, "ADMIN_TOKEN": TOKEN}
+    given_ = []
+    for name in ("ADMIN_TOKEN", "ADMIN_TOKEN_FILE", "", "CREDENTIALS_DIRECTORY"):
+        given_.append(load({}, environ, path if name != "CREDENTIALS_DIRECTORY" else None).admin_tokens)
+        environ.pop(name, None)
+    expected = [TOKEN, "canary-file-0123456789abcdef", "canary-toml-0123456789abcdef"]
+    assert given_ == [(token,) for token in [*expected, "canary-admin_token-0123456789abcdef"]]
+
+
+def test_two_tokens_while_they_are_rotated(write: Write) -> None:
+    path = write(f"{TOKEN}\n\n  {OTHER}  \n", "tokens")
+    assert load({}, {"ADMIN_TOKEN_FILE": path}).admin_tokens == (TOKEN, OTHER)
+    with pytest.raises(ConfigError, match="expected one token, or two"):
+        load({}, {"ADMIN_TOKEN_FILE": write(f"{TOKEN}\n" * 3, "three")})
+    with pytest.raises(ConfigError, match="expected one token"):
+        load({}, {"ADMIN_TOKEN_FILE": write("\n", "none")})
+
+
+@pytest.mark.parametrize(
+    "token", ["canary-too-short-012345", "canary-with-é-0123456789abcdef", "canary with spaces in it 0123"]
+)
+def test_a_bad_token_is_refused_and_never_shown(token: str, write: Write) -> None:
+    message = refusal(ADMIN_TOKEN=token)
+    assert message.startswith("ADMIN_TOKEN: ")
+    assert "token_urlsafe" in message or "ASCII" in message
+    with pytest.raises(ConfigError) as caught:
+        load({}, {"ADMIN_TOKEN_FILE": write(token, "token")})
+    assert "canary" not in str(caught.value)
+
+
+def test_the_shortest_token_has_24_characters() -> None:
+    assert loaded(ADMIN_TOKEN="x" * 24).admin_tokens == ("x" * 24,)
+    assert "24" in refusal(ADMIN_TOKEN="x" * 23)
+
+
+def test_without_a_token_it_does_not_start() -> None:
+    with pytest.raises(ConfigError, match=r"ADMIN_TOKEN.*token_urlsafe"):
+        load({}, {})
+    assert load({}, {}, need_token=False).admin_tokens == ()
+
+
+def test_development(write: Write) -> None:
+    found = load({}, {"ENVIRONMENT": "development"})
+    assert (found.development, found.admin_tokens, found.config.store.path) == (True, (), ":memory:")
+    path = write('[store]\npath = "/srv/jobs.db"\n')
+    assert load({}, {"ENVIRONMENT": "development"}, path).config.store.path == "/srv/jobs.db"
+    assert load({}, {"ENVIRONMENT": "production", "ADMIN_TOKEN": TOKEN}).config.store.path != ":memory:"
+
+
+def test_worker_tokens_may_be_named_by_the_environment(write: Write) -> None:
+    token = write(f"{TOKEN}\n{OTHER}\n", "worker-token")
+    found = loaded(JOBD_WORKER_LISTEN="127.0.0.1:8771", JOBD_WORKER_TOKEN_FILE=token)
+    assert found.worker_tokens == (TOKEN, OTHER)
+
+
+def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    assert gone in refusal(flags={"worker.listen": "127.0.0.1:1", "worker.token_file": gone})
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[lock]\n", ["unknown section [lock]", "locks"]),
+        ("locks = 1\n", ["[locks]"]),
+        ('[locks]\ntll = "1m"\n', ["locks.tll", "ttl, max_processing"]),
+        ("[locks]\nttl = 15\n", ["locks.ttl", '"15m"']),
+        ('[locks]\nttl = "15"\n', ["locks.ttl", '"15m"']),
+        ('[locks]\nttl = "999ms"\n', ["locks.ttl", "1s to 1d"]),
+        ('[limits]\nmailbox = "many"\n', ["limits.mailbox", "int"]),
+        ("[limits]\nmailbox = 0\n", ["limits.mailbox", ">= 1"]),
+        ("[limits]\nmailbox = true\n", ["limits.mailbox", "int"]),
+        ("[limits]\nbulk = 1001\n", ["limits.bulk", "1000"]),
+        ('[stuck]\non_stall = "retry"\n', ["stuck.on_stall", "auto, requeue, fail"]),
+        ('[store]\nsynchronous = "normal"\n', ["store.synchronous", "full, extra"]),
+        ('[worker]\nsocket_mode = "0999"\n', ["worker.socket_mode"]),
+        ("[admin]\nhosts = [1]\n", ["admin.hosts", "str"]),
+        ('[log]\nlevel = "loud"\n', ["log.level", "debug"]),
+        ("[locks\n", ["not valid TOML"]),
+    ],
+)
+def test_a_bad_file_is_refused_by_file_and_key(text: str, parts: list[str], write: Write) -> None:
+    path = write(text)
+    message = refusal(path)
+    for part in [path, *parts]:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parts"),
+    [
+        ("JOBD_LOCKS_TLL", "1m", ["JOBD_LOCKS_TLL", "JOBD_<SECTION>_<KEY>"]),
+        ("JOBD_NONSENSE", "1", ["JOBD_NONSENSE"]),
+        ("JOBD_LOCKS_TTL", "soon", ["JOBD_LOCKS_TTL", "locks.ttl", '"15m"']),
+        ("JOBD_LIMITS_MAILBOX", "many", ["JOBD_LIMITS_MAILBOX", "limits.mailbox", "int"]),
+        ("JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL", "perhaps", ["validation.require_download_url", "true or false"]),
+        ("JOBD_STORE_SYNCHRONOUS", "off", ["JOBD_STORE_SYNCHRONOUS", "full, extra"]),
+    ],
+)
+def test_a_bad_variable_is_refused_by_name(name: str, value: str, parts: list[str]) -> None:
+    message = refusal(None, None, **{name: value})
+    for part in parts:
+        assert part in message, message
+
+
+def test_a_bad_flag_is_refused_by_key() -> None:
+    assert "locks.tll" in refusal(flags={"locks.tll": "1m"})
+    assert "limits.mailbox" in refusal(flags={"limits.mailbox": "0"})
+
+
+COMBINATIONS: list[tuple[dict[str, str], str]] = [
+    ({"worker.listen": "127.0.0.1:8771"}, "worker.token_file"),
+    ({"worker.listen": "unix:/run/w.sock"}, "worker.socket"),
+    ({"worker.tls_cert": "a", "worker.tls_key": "b"}, "worker.listen"),
+    ({"admin.tls_cert": "a"}, "admin.tls_key"),
+    ({"admin.tls_key": "a"}, "admin.tls_cert"),
+    ({"admin.listen": "unix:/a", "admin.tls_cert": "a", "admin.tls_key": "b"}, "admin.tls_cert"),
+    ({"admin.listen": "unix:a"}, "admin.listen"),
+    ({"admin.listen": "8770"}, "admin.listen"),
+    ({"admin.listen": "localhost:65536"}, "admin.listen"),
+    ({"limits.payload": "2000000"}, "limits.payload"),
+    ({"limits.inflight_bytes": "1048576"}, "limits.inflight_bytes"),
+    ({"artefacts.url": "s3://bucket"}, "artefacts.url"),
+    ({"artefacts.url": "file://relative"}, "artefacts.url"),
+    ({"artefacts.url": "/srv/results"}, "artefacts.url"),
+]
+
+
+@pytest.mark.parametrize(("flags", "named"), COMBINATIONS, ids=lambda value: str(value))
+def test_combinations_that_cannot_work(flags: dict[str, str], named: str) -> None:
+    assert named in refusal(flags=flags)
+
+
+def test_what_may_be_combined(write: Write) -> None:
+    token = write(OTHER, "worker-token")
+    flags = {"worker.listen": "0.0.0.0:8771", "worker.token_file": token, "worker.tls_cert": "c", "worker.tls_key": "k"}
+    found = loaded(flags=flags)
+    assert found.worker_tokens == (OTHER,)
+    assert found.warnings == ()
+    assert loaded(flags={"artefacts.url": "file:///srv/results"}).config.artefacts.url == "file:///srv/results"
+    assert loaded(flags={"cleanup.min_interval": "10m"}).config.cleanup.min_interval == 10 * MINUTE_MS
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("127.0.0.1:8770", ("127.0.0.1", 8770)),
+        ("[::1]:8770", ("::1", 8770)),
+        ("localhost:0", ("localhost", 0)),
+        ("unix:/run/jobd/admin.sock", "/run/jobd/admin.sock"),
+    ],
+)
+def test_addresses(text: str, place: object) -> None:
+    assert config.parse_listen(text, "admin.listen") == place
+    assert loaded(flags={"admin.listen": text}).warnings == ()
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:8770", "[::]:8770", "192.0.2.1:8770", "127.0.0.1.example:8770"])
+def test_an_open_address_without_tls_is_a_loud_warning(address: str) -> None:
+    (warning,) = loaded(flags={"admin.listen": address}).warnings
+    assert address in warning
+    assert "WITHOUT TLS" in warning
+    assert loaded(flags={"admin.listen": address, "admin.tls_cert": "c", "admin.tls_key": "k"}).warnings == ()
+
+
+# -- what is in force, and what can change at work ---------------------------------------------------------------------
+
+
+def test_the_effective_configuration_reads_as_itself(write: Write) -> None:
+    token = write(OTHER, "worker-token")
+    path = write(f'[worker]\nlisten = "127.0.0.1:1"\ntoken_file = "{token}"\n[admin]\nhosts = ["a", "b \\" c"]\n')
+    found = loaded(path, {"locks.ttl": "90s"}, JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL="yes")
+    text = effective(found)
+    assert loaded(write(text, "again.toml")).config == found.config
+    assert 'ttl = "90s"  # flag' in text
+    assert "require_download_url = true  # env JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL" in text
+    assert f'listen = "127.0.0.1:1"  # file {path}' in text
+    assert "max_stalls = 3  # default" in text
+    assert "canary" not in text
+
+
+def test_reload() -> None:
+    old = Config()
+    new = loaded(
+        flags={
+            "locks.ttl": "1m",
+            "alerts.stuck_jobs": "9",
+            "log.level": "debug",
+            "store.path": "/b",
+            "limits.body": "9999999",
+        }
+    ).config
+    new = msgspec.structs.replace(new, worker=old.worker)
+    taken, refused = changes(old, new)
+    assert taken == ["locks.ttl", "alerts.stuck_jobs", "log.level"]
+    assert refused == ["store.path", "limits.body"]
+    assert changes(old, old) == ([], [])
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_every_change_is_either_taken_or_refused_by_name(key: str) -> None:
+    section, name = key.split(".")
+    other: Any = object()
+    table = getattr(Config(), section)
+    new = msgspec.structs.replace(Config(), **{section: msgspec.structs.replace(table, **{name: other})})
+    taken, refused = changes(Config(), new)
+    assert taken + refused == [key]
+    fixed = section in {"artefacts"} or key in {"store.path", "admin.listen", "worker.socket", "worker.listen"}
+    assert not fixed or refused == [key]
+
+
+def test_durations_of_the_configuration_have_bounds() -> None:
+    """A duration without bounds would be a KeyError in the face of an operator."""
+    assert {key for key, hint in KEYS.items() if hint is config.Duration} == set(config._BOUNDS)
