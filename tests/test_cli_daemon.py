@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -11,17 +12,19 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from jobd import commands
+from jobd import admin_api, commands
 from jobd.cli import ctl
 from jobd.cli import daemon as jobd_cli
-from jobd.client import JobClient, JobdError
+from jobd.cli.checkup import examine
+from jobd.client import AdminClient, JobClient, JobdError
+from tests.http_help import Desk, House
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "canary-token-0123456789abcdef"
@@ -525,3 +528,35 @@ def test_the_typescript_worker_of_the_docs(running: Running) -> None:
     subprocess.run(["node", str(ROOT / "docs/examples/worker.mts")], env=env, check=True, capture_output=True)
     job = running.client.get_job("r6")
     assert (job.status, job.metadata_value) == ("completed", {"sum": 6.5, "count": 3})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The doctor of a running daemon: each figure that is wrong is a problem with its mend
+
+
+async def _findings(place: Path, prepare: Callable[[House], None]) -> dict[str, str]:
+    """What `jobd doctor --running` finds at a real door behind which the figures are ours."""
+    stats = commands.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
+    async with House(admin_api.ROUTES, place, admin=True, actor=Desk(lambda _: commands.Answer(stats))) as house:
+        prepare(house)
+        with AdminClient(f"unix:{house.path}", token="canary-token-0123456789", retry_for_s=0) as client:
+            found = await asyncio.to_thread(examine, client)
+    assert all(finding.what and finding.mend for finding in found)
+    return {finding.where: finding.what for finding in found}
+
+
+async def test_the_doctor_names_everything_that_is_wrong(tmp_path: Path) -> None:
+    def prepare(house: House) -> None:
+        house.figures.status = "degraded"
+
+    found = await _findings(tmp_path, prepare)
+    assert set(found) == {"database", "cache", "storage", "clock", "job bad-1", "validation", "jobs"}
+    assert found["database"].startswith("degraded: ")
+    assert found["jobs"] == "2 stuck now"
+
+
+async def test_the_doctor_is_silent_about_what_is_well(tmp_path: Path) -> None:
+    def prepare(house: House) -> None:
+        house.figures.accepted = True
+
+    assert set(await _findings(tmp_path, prepare)) == {"job bad-1", "validation", "jobs"}
