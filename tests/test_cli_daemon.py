@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -560,3 +561,33 @@ async def test_the_doctor_is_silent_about_what_is_well(tmp_path: Path) -> None:
         house.figures.accepted = True
 
     assert set(await _findings(tmp_path, prepare)) == {"job bad-1", "validation", "jobs"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a terminal
+
+
+def _on_a_terminal(running: Running, answer: bytes, *argv: str) -> tuple[int, str, str]:
+    """jobctl with a terminal as stdin and stderr that answers `answer`: exit code, stdout, what the terminal showed."""
+    ours, theirs = pty.openpty()
+    try:
+        process = running.start("jobd.cli.ctl", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
+        os.close(theirs)
+        shown = b""
+        while b"[y/N]" not in shown:
+            shown += os.read(ours, 1024)
+        os.write(ours, answer)
+        out, _ = process.communicate()
+        return process.returncode, out, shown.decode()
+    finally:
+        os.close(ours)
+
+
+def test_a_person_is_asked_and_the_answer_counts(running: Running) -> None:
+    running.client.create_job(id="t1", queue="t1")
+    code, out, shown = _on_a_terminal(running, b"n\n", "cancel", "t1")
+    assert (code, out) == (1, "")
+    assert "cancel job t1, which is queued?" in shown
+    assert running.client.get_job("t1").status == "queued"
+    assert _on_a_terminal(running, b"y\n", "cancel", "t1")[:2] == (0, "t1: cancelled\n")
+    assert running.client.get_job("t1").status == "cancelled"

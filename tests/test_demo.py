@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd.cli import demo, demo_files
+from jobd.cli import demo_checks, demo_files, demo_play, demo_verdict
 from jobd.events import EventView
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def _convert(kind: str, source: Path, tmp_path: Path) -> tuple[Path, dict[str, o
 @pytest.mark.parametrize("kind", ["picture", "film", "sales", "log"])
 def test_each_conversion_is_right_and_leaves_no_part(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
     target, figures, reported = _convert(kind, sources[kind], tmp_path)
-    demo_files.check(kind, sources[kind], target, figures)
+    demo_checks.check(kind, sources[kind], target, figures)
     assert reported == sorted(reported)
     assert all(0 < percent < 100 for percent in reported)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in", target.name])
@@ -52,7 +52,7 @@ def test_each_conversion_is_right_and_leaves_no_part(kind: str, sources: dict[st
 def test_a_film_reports_each_frame_and_is_an_animated_png(sources: dict[str, Path], tmp_path: Path) -> None:
     target, figures, reported = _convert("film", sources["film"], tmp_path)
     assert len(reported) == figures["frames"] == demo_files.FILM_FRAMES
-    kinds = [kind for kind, _ in demo_files._chunks(target)]
+    kinds = [kind for kind, _ in demo_checks.chunks(target)]
     assert kinds[:3] == [b"IHDR", b"acTL", b"fcTL"]
     assert kinds.count(b"fdAT") == demo_files.FILM_FRAMES - 1
     assert kinds[-1] == b"IEND"
@@ -64,7 +64,7 @@ def test_a_result_of_another_source_is_found_out(kind: str, sources: dict[str, P
     (tmp_path / "other").mkdir()
     demo_files.make_sources(tmp_path / "other", 8, pictures=1, films=1, sales=1, logs=1)
     with pytest.raises(demo_files.Broken):
-        demo_files.check(kind, tmp_path / "other" / sources[kind].name, target, figures)
+        demo_checks.check(kind, tmp_path / "other" / sources[kind].name, target, figures)
 
 
 @pytest.mark.parametrize("kind", ["picture", "sales", "log"])
@@ -74,12 +74,12 @@ def test_a_flipped_bit_or_a_missing_file_is_found_out(kind: str, sources: dict[s
     data[len(data) // 2] ^= 1
     target.write_bytes(data)
     with pytest.raises(demo_files.Broken, match="checksum"):
-        demo_files.check(kind, sources[kind], target, figures)
+        demo_checks.check(kind, sources[kind], target, figures)
     with pytest.raises((demo_files.Broken, gzip.BadGzipFile, EOFError, OSError, ValueError)):
-        demo_files.check(kind, sources[kind], target, {"sha256": demo_files.sha256(target)})
+        demo_checks.check(kind, sources[kind], target, {"sha256": demo_files.sha256(target)})
     target.unlink()
     with pytest.raises(demo_files.Broken, match="not there"):
-        demo_files.check(kind, sources[kind], target, figures)
+        demo_checks.check(kind, sources[kind], target, figures)
 
 
 def test_a_source_that_is_no_picture_fails_and_leaves_nothing(tmp_path: Path) -> None:
@@ -106,14 +106,14 @@ SEEN = (
 )
 
 
-def _story() -> demo.Story:
-    return demo.Story(
+def _story() -> demo_play.Story:
+    return demo_play.Story(
         killed_worker="w-2", killed_job="film-1.ppm", killed_token=7, killed_progress=25, killed_code=-signal.SIGKILL
     )
 
 
-def _told(story: demo.Story, events: list[EventView]) -> list[bool]:
-    return [is_true for _, is_true in demo._checks(story, [], {"film-1.ppm": events}, {})][:4]
+def _told(story: demo_play.Story, events: list[EventView]) -> list[bool]:
+    return [is_true for _, is_true in demo_verdict.checks(story, [], {"film-1.ppm": events}, {})][:4]
 
 
 def test_the_judgement_is_yes_where_everything_was_seen() -> None:
@@ -135,7 +135,7 @@ def test_the_judgement_is_no_where_the_token_did_not_rise_or_nobody_was_killed()
     story = _story()
     story.killed_code = 0
     assert _told(story, list(SEEN))[0] is False
-    assert _told(demo.Story(), []) == [False, False, False, False]
+    assert _told(demo_play.Story(), []) == [False, False, False, False]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_the_demo_kills_a_worker_and_proves_the_recovery(temporary: dict[str, st
     assert len(_pids(text)) == 4
     assert not any(map(_is_there, _pids(text)))
     assert list((tmp_path / "t").iterdir()) == []
-    assert len(list((tmp_path / "kept").glob("*.png"))) == demo.FILES["pictures"] + demo.FILES["films"]
+    assert len(list((tmp_path / "kept").glob("*.png"))) == demo_play.FILES["pictures"] + demo_play.FILES["films"]
 
 
 def _until_at_work(process: subprocess.Popen[str]) -> str:

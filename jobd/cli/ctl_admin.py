@@ -22,10 +22,10 @@ from jobd.cli.waiting import Advance, bar, busy
 @admin_options
 def stats(as_json: bool) -> None:
     """Show how many jobs there are, and how long they take."""
-    from jobd.cli import tables
+    from jobd.cli import tables_admin
 
     view = admin_client().stats()
-    show.emit_json(view) if as_json else tables.stats(view)
+    show.emit_json(view) if as_json else tables_admin.stats(view)
 
 
 @click.command()
@@ -33,10 +33,10 @@ def stats(as_json: bool) -> None:
 @admin_options
 def health(as_json: bool) -> int:
     """Show how the daemon is; exit 1 if it is unhealthy."""
-    from jobd.cli import tables
+    from jobd.cli import tables_admin
 
     view = admin_client().health()
-    show.emit_json(view) if as_json else tables.health(view)
+    show.emit_json(view) if as_json else tables_admin.health(view)
     return exits.FAILED if view.status == "unhealthy" else exits.DONE
 
 
@@ -49,16 +49,16 @@ def cleanup(last: bool, as_json: bool) -> int:
 
     Exit 1 where a step of it failed.
     """
-    from jobd.cli import tables
+    from jobd.cli import tables_admin
 
     client = admin_client()
     if last:
         state = client.cleanup_state()
-        show.emit_json(state) if as_json else tables.cleanup_state(state)
+        show.emit_json(state) if as_json else tables_admin.cleanup_state(state)
         return exits.DONE
     with busy("cleanup pass"):
         report = client.force_cleanup()
-    show.emit_json(report) if as_json else tables.report(report)
+    show.emit_json(report) if as_json else tables_admin.report(report)
     return exits.FAILED if report.errors else exits.DONE
 
 
@@ -70,11 +70,11 @@ def recover_stuck(as_json: bool) -> None:
 
     Jobs with a live lock are left alone.
     """
-    from jobd.cli import tables
+    from jobd.cli import tables_admin
 
     with busy("recovery"):
         view = admin_client().detect_and_recover_stuck_jobs()
-    show.emit_json(view) if as_json else tables.recovered(view)
+    show.emit_json(view) if as_json else tables_admin.recovered(view)
 
 
 @click.command()
@@ -82,10 +82,10 @@ def recover_stuck(as_json: bool) -> None:
 @admin_options
 def locks(as_json: bool) -> None:
     """List the current grants: who holds what, until when."""
-    from jobd.cli import tables
+    from jobd.cli import tables_admin
 
     found = admin_client().locks()
-    show.emit_json({"locks": found}) if as_json else tables.locks(found)
+    show.emit_json({"locks": found}) if as_json else tables_admin.locks(found)
 
 
 @click.command()
@@ -93,10 +93,10 @@ def locks(as_json: bool) -> None:
 @admin_options
 def queues(as_json: bool) -> None:
     """List the queues with their counts."""
-    from jobd.cli import tables
+    from jobd.cli import tables_admin
 
     found = admin_client().queues()
-    show.emit_json({"queues": found}) if as_json else tables.queues(found)
+    show.emit_json({"queues": found}) if as_json else tables_admin.queues(found)
 
 
 @click.command()
@@ -104,10 +104,10 @@ def queues(as_json: bool) -> None:
 @admin_options
 def workers(as_json: bool) -> None:
     """List the workers and the jobs that they hold."""
-    from jobd.cli import tables
+    from jobd.cli import tables_admin
 
     found = admin_client().workers()
-    show.emit_json({"workers": found}) if as_json else tables.workers(found)
+    show.emit_json({"workers": found}) if as_json else tables_admin.workers(found)
 
 
 @click.command()
@@ -139,10 +139,10 @@ def resume(queue: str, as_json: bool) -> None:
 @admin_options
 def alerts(firing: bool, as_json: bool) -> int:
     """List the alerts with their values and thresholds."""
-    from jobd.cli import tables
+    from jobd.cli import tables_admin
 
     found = [alert for alert in admin_client().alerts() if alert.firing or not firing]
-    show.emit_json({"alerts": found}) if as_json else tables.alerts(found, firing=firing)
+    show.emit_json({"alerts": found}) if as_json else tables_admin.alerts(found, firing=firing)
     return exits.FAILED if firing and found else exits.DONE
 
 
@@ -155,11 +155,11 @@ def clock(what: str | None, as_json: bool) -> None:
 
     Where the clock stood far ahead at start, nothing is deleted by age until `clock accept` says that it is right.
     """
-    from jobd.cli import tables
+    from jobd.cli import tables_admin
 
     client = admin_client()
     view = client.accept_clock() if what == "accept" else client.clock()
-    show.emit_json(view) if as_json else tables.clock(view)
+    show.emit_json(view) if as_json else tables_admin.clock(view)
 
 
 @click.command()
@@ -168,10 +168,10 @@ def clock(what: str | None, as_json: bool) -> None:
 @admin_options
 def reports(limit: int, as_json: bool) -> None:
     """List the reports of cleanup passes, newest first."""
-    from jobd.cli import tables
+    from jobd.cli import tables_admin
 
     found = admin_client().reports()[:limit]
-    show.emit_json({"reports": found}) if as_json else tables.reports(found)
+    show.emit_json({"reports": found}) if as_json else tables_admin.reports(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

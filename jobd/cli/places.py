@@ -79,7 +79,7 @@ def worker_endpoint(places: Places) -> Endpoint:
 
     if places.url and places.socket:
         raise click.UsageError("--socket and --url name two places: give one")
-    where = places.url or (os.path.abspath(places.socket) if places.socket else None)
+    where = places.url or (os.path.abspath(places.socket.removeprefix("unix:")) if places.socket else None)
     return _found(lambda: find(where, worker_token(places)))
 
 

@@ -1,0 +1,168 @@
+"""What answers about the daemon look like for operators. One function an answer, data on stdout.
+
+Asks nobody and decides nothing; the words for times and spans are those of show.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jobd.cli import show
+from jobd.commands import (
+    AlertView,
+    CleanupReport,
+    CleanupState,
+    ClockView,
+    HealthView,
+    LockedJob,
+    QueueView,
+    RecoverStuckView,
+    StatsView,
+    WorkerView,
+)
+
+
+def queues(views: Sequence[QueueView]) -> None:
+    rows = [
+        (
+            queue.name,
+            "paused" if queue.paused else "open",
+            queue.queued,
+            queue.processing,
+            queue.completed,
+            queue.failed,
+            queue.cancelled,
+            show.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
+        )
+        for queue in views
+    ]
+    columns = ["QUEUE", "STATE", ">QUEUED", ">PROCESSING", ">COMPLETED", ">FAILED", ">CANCELLED", "OLDEST DUE"]
+    show.table(columns, rows, empty="No queues: no job was ever submitted.")
+
+
+def workers(views: Sequence[WorkerView]) -> None:
+    rows = [(worker.worker, len(worker.jobs), show.age(worker.last_seen_at), " ".join(worker.jobs)) for worker in views]
+    show.table(["WORKER", ">HOLDS", "LAST SEEN", "JOBS"], rows, empty="No workers were seen.")
+
+
+def stats(view: StatsView) -> None:
+    oldest = view.oldest_processing_job
+    fields: list[tuple[str, object]] = [("jobs", view.total_jobs)]
+    fields += [(f"  {status}", count) for status, count in view.by_status.items()]
+    fields += [
+        ("stuck now", view.stuck_jobs),
+        ("recovered in 24 h", view.stuck_jobs_recovered),
+        ("locked", view.locked_jobs),
+        ("average processing", show.span(view.average_processing_time * 1000)),
+    ]
+    if oldest is not None:
+        fields.append(
+            ("longest running", f"{oldest.id}, {show.span(oldest.age * 1000)}, {show.cell(oldest.progress)} %")
+        )
+    fields.append(("cleanup", _cleanup(view.cleanup_running, view.time_since_last_cleanup)))
+    show.pairs(fields)
+
+
+def _cleanup(running: bool, since_ms: int | None) -> str:
+    last = "no pass yet" if since_ms is None else f"last pass {show.span(since_ms)} ago"
+    return f"{last}, one is running now" if running else last
+
+
+def health(view: HealthView) -> None:
+    clean = view.cleanup_status
+    rows = [
+        ("database", view.database.status, view.database.message),
+        ("cache", view.cache.status, view.cache.message),
+        ("storage", view.storage.status, view.storage.message),
+        (
+            "cleanup",
+            "running" if clean.running else "idle",
+            clean.message or _cleanup(False, clean.time_since_last_cleanup),
+        ),
+        ("all", view.status, f"measured {show.age(view.timestamp)}"),
+    ]
+    show.table(["PART", "STATUS", "MESSAGE"], rows)
+
+
+def report(view: CleanupReport) -> None:
+    show.pairs(
+        [
+            ("at", show.when(view.timestamp)),
+            ("stuck jobs recovered", view.stuck_jobs_recovered),
+            ("expired locks cleared", view.expired_locks_cleared),
+            ("expired jobs deleted", view.expired_jobs_deleted),
+            ("issues found", view.validation_issues_found),
+            ("issues fixed", view.validation_issues_fixed),
+            ("took", show.span(view.total_processing_time)),
+            ("errors", "; ".join(view.errors) or "none"),
+        ]
+    )
+
+
+def cleanup_state(view: CleanupState) -> None:
+    show.emit(_cleanup(view.cleanup_running, view.time_since_last_cleanup))
+    if view.last_report is not None:
+        report(view.last_report)
+
+
+def reports(views: Sequence[CleanupReport]) -> None:
+    columns = ["AT", ">RECOVERED", ">LOCKS", ">DELETED", ">FOUND", ">FIXED", ">TOOK", "FORCED", "ERRORS"]
+    rows = [
+        (
+            show.when(view.timestamp),
+            view.stuck_jobs_recovered,
+            view.expired_locks_cleared,
+            view.expired_jobs_deleted,
+            view.validation_issues_found,
+            view.validation_issues_fixed,
+            show.span(view.total_processing_time),
+            view.forced,
+            "; ".join(view.errors),
+        )
+        for view in views
+    ]
+    show.table(columns, rows, empty="No cleanup pass has run yet.")
+
+
+def recovered(view: RecoverStuckView) -> None:
+    show.emit(f"{view.recovered_jobs} recovered: {view.reset_jobs} back in their queue, {view.failed_jobs} failed")
+    if view.details:
+        show.table(["JOB", "ACTION", "REASON"], [(item.job_id, item.action, item.reason) for item in view.details])
+
+
+def locks(views: Sequence[LockedJob]) -> None:
+    rows = [
+        (
+            lock.id,
+            lock.worker,
+            "live" if lock.live else "expired",
+            show.age(lock.expires_at),
+            show.age(lock.stuck_at),
+            show.age(lock.ceiling_at) if lock.ceiling_at is not None else "none",
+            lock.progress,
+            lock.fencing_token,
+        )
+        for lock in views
+    ]
+    columns = ["JOB", "WORKER", "LOCK", "EXPIRES", "STUCK", "CEILING", ">%", ">TOKEN"]
+    show.table(columns, rows, empty="No locks.")
+
+
+def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
+    rows = [
+        (
+            alert.name,
+            "firing" if alert.firing else "quiet",
+            show.when(alert.since),
+            round(alert.value, 2),
+            round(alert.threshold, 2),
+            alert.hint,
+        )
+        for alert in views
+    ]
+    empty = "No alert is firing." if firing else "No alerts are defined."
+    show.table(["ALERT", "STATE", "SINCE", ">VALUE", ">THRESHOLD", "HINT"], rows, empty=empty)
+
+
+def clock(view: ClockView) -> None:
+    show.pairs([("daemon's time", show.local(view.now)), ("suspect", view.suspect), ("", view.message)])
