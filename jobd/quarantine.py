@@ -43,7 +43,9 @@ def set_jobs_aside(tables: Tables, damaged: list[tuple[Row, str]]) -> dict[str, 
     for row, reason in damaged:
         id_ = true_id(tables, row)
         try:
-            tables.commit(_set_job_aside, tables, row, id_, reason)
+            # Read before the transaction: after it has met a damaged page SQLite lets it write no more.
+            payload = _payload_columns(tables, row[0])
+            tables.commit(_set_job_aside, tables, row, payload, id_, reason)
         except DiskFull:
             tables.faults.append(f"job {id_} could not be quarantined: the disk is full")
         except CannotMove as error:
@@ -68,33 +70,33 @@ def true_id(tables: Tables, row: Row) -> str:
     return journaled if indexed == [(seq,)] else read
 
 
-def _set_job_aside(tables: Tables, row: Row, id_: str, reason: str) -> None:
+def _set_job_aside(tables: Tables, row: Row, payload: Row | None, id_: str, reason: str) -> None:
     try:
-        _move_job(tables, row, id_, reason)
+        _move_job(tables, row, payload, id_, reason)
     except sqlite3.DatabaseError as error:
         if is_corrupt(error) and code_of(error) != sqlite3.SQLITE_CORRUPT_INDEX:
             raise CannotMove(str(error)) from error
         raise
 
 
-def _move_job(tables: Tables, row: Row, id_: str, reason: str) -> None:
+def _move_job(tables: Tables, row: Row, payload: Row | None, id_: str, reason: str) -> None:
     run = tables.conn.execute
     seq = row[0]
-    body, request_hash = _payload_columns(tables, seq)
     shown = rows.as_text((*JOB_COLUMNS, "crc"), row)
     was_live = run(_WAS_LIVE, (seq,)).fetchone() is not None
-    run(_SET_ASIDE, (seq, id_, reason, now_ms(), shown, body, request_hash))
+    run(_SET_ASIDE, (seq, id_, reason, now_ms(), shown, *(payload or (None, None))))
     if run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount:
         _uncount(tables, row, was_live)
     run("DELETE FROM suspects WHERE job_seq = ?", (seq,))
-    tables.each("DELETE FROM payloads WHERE job_seq = ?", [seq], "payloads")  # on a damaged page it stays behind
+    if payload is not None:  # one that cannot be read stays where it is
+        run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
     tables.write_meta()
 
 
-def _payload_columns(tables: Tables, seq: int) -> tuple[bytes | None, str | None]:
+def _payload_columns(tables: Tables, seq: int) -> Row | None:
     sql = "SELECT CAST(body AS BLOB), request_hash FROM payloads WHERE job_seq = ?"
     found = tables.each(sql, [seq], "payloads")
-    return (found[0][0], readable(found[0][1])) if found else (None, None)
+    return (found[0][0], readable(found[0][1])) if found else None
 
 
 def _uncount(tables: Tables, row: Row, was_live: bool) -> None:

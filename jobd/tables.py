@@ -120,6 +120,7 @@ class Tables:
         self._rebuilding = False
         # Of each grant made or heard of since the start: seq of its event, signs of life since the last thinning.
         self._signs: dict[int, tuple[int, int]] = {}
+        self._crowded: set[int] = set()  # jobs whose journals are to be thinned after this batch
 
     # ------------------------------------------------------------------------------------------- one transaction
 
@@ -210,7 +211,13 @@ class Tables:
 
     def write(self, batch: Batch) -> dict[int, bytes]:
         """Commit `batch`; gives the asked payloads."""
-        return self.commit(self._apply, batch)
+        shown = self.commit(self._apply, batch)
+        for job_seq in self._crowded:
+            # In a transaction of its own: it is no part of the promise and must not undo it.
+            with contextlib.suppress(DiskFull, CannotMove):
+                self.commit(self._thin, job_seq)
+        self._crowded.clear()
+        return shown
 
     def _apply(self, batch: Batch) -> dict[int, bytes]:
         if batch.changes:
@@ -303,7 +310,6 @@ class Tables:
 
     def _write_events(self, changes: list[Change]) -> None:
         self.conn.executemany(_INSERT_EVENT, [sealed(rows.event_row(change.event)) for change in changes])
-        full: set[int] = set()
         for change in changes:
             event = change.event
             if event.type in SIGNS:
@@ -311,19 +317,22 @@ class Tables:
                 begin, signs = self._signs.get(event.job_seq, (0, KEEP_SIGNS))
                 self._signs[event.job_seq] = (begin, signs + 1)
                 if signs >= KEEP_SIGNS:
-                    full.add(event.job_seq)
+                    self._crowded.add(event.job_seq)
             elif event.type == "granted":
                 self._signs[event.job_seq] = (event.seq, 0)
             elif event.after != "processing":
                 self._signs.pop(event.job_seq, None)
-        for job_seq in full:
-            self._thin(job_seq)
 
     def _thin(self, job_seq: int) -> None:
         begin, _ = self._signs.get(job_seq, (0, 0))
         self._signs[job_seq] = (begin, 0)
         sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq >= ? ORDER BY seq"
-        found = self.rows(sql, (job_seq, begin))
+        try:
+            found = self.rows(sql, (job_seq, begin))
+        except sqlite3.DatabaseError as error:
+            if is_corrupt(error):
+                raise CannotMove(str(error)) from error
+            raise
         if any(fault(row) for row in found):
             return  # timeline sets it aside and names it
         gone, changed = rows.thin([rows.event(row) for row in found])

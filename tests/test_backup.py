@@ -351,5 +351,9 @@ async def test_a_restore_without_room_leaves_the_store(small_disk: Path, copy: s
 
 
 def test_an_error_that_is_not_room_stays_what_it_is() -> None:
-    with pytest.raises(sqlite3.OperationalError, match="syntax"), backup._full_means_full():
-        sqlite3.connect(":memory:").execute("no sql")
+    with (
+        contextlib.closing(sqlite3.connect(":memory:")) as conn,
+        pytest.raises(sqlite3.OperationalError, match="syntax"),
+        backup._full_means_full(),
+    ):
+        conn.execute("no sql")

@@ -238,6 +238,85 @@ def swap_index_entries(path: str, root: int, one: Job, two: Job) -> None:
     write(path, content)
 
 
+def spoil_page(path: str, mark: bytes) -> None:
+    """Make the page that holds `mark` unreadable: its type is none that there is."""
+    content = bytearray(read(path))
+    place = content.find(mark)
+    assert place > 0
+    content[place // 4096 * 4096] = 0x77
+    write(path, content)
+
+
+async def make_long_store(path: str) -> Maker:
+    """A store whose first jobs, on pages of their own, are finished, and whose last are live."""
+    maker = Maker(2)
+    async with opened(path) as (store, _):
+        changes = [maker.create() for _ in range(300)]
+        await store.write(maker.batch(changes))
+        await store.write(maker.batch([maker.finish(job) for job in list(maker.jobs.values())[:250]]))
+    with edited(path) as conn:
+        conn.execute("VACUUM")  # nothing of old rows is left between the new ones
+    return maker
+
+
+async def test_a_page_of_jobs_that_cannot_be_read_is_worked_around(path: str) -> None:
+    maker = await make_long_store(path)
+    spoil_page(path, b"job-100completed")
+    async with opened(path) as (store, found):
+        assert found.faults == []
+        assert list((await store.load(["job-100"], [], [])).bad) == ["job-100"]
+        assert (await store.load(["job-1"], [], [])).jobs == {"job-1": maker.jobs[1]}
+        assert any("job job-100: its row cannot be read" in fault for fault in store.take_faults())
+        seen: list[int] = []
+        query = Query(limit=200)
+        while True:
+            page = await store.find(query)
+            assert all(maker.jobs[job.seq] == job for job, _ in page.jobs)
+            seen += [job.seq for job, _ in page.jobs]
+            if page.next_before is None:
+                break
+            query = replace(query, before=page.next_before)
+        assert seen == sorted(set(seen), reverse=True)
+        assert {1, 250, 300} < set(seen)
+        assert 100 not in seen
+        assert any(fault.startswith("jobs ") and "cannot be read" in fault for fault in store.take_faults())
+        await store.write(maker.batch([maker.create()]))
+
+
+async def test_a_page_of_live_jobs_that_cannot_be_read_stops_the_start(path: str) -> None:
+    await make_long_store(path)
+    spoil_page(path, b"job-300queued")
+    with pytest.raises(StoreUnreadable, match="jobd restore"):
+        await Store.open(path)
+
+
+async def test_a_page_of_payloads_that_cannot_be_read_quarantines_their_jobs(path: str) -> None:
+    maker = await make_long_store(path)
+    spoil_page(path, maker.payloads[300])
+    async with opened(path) as (store, found):
+        assert len(found.jobs) == 50
+        with pytest.raises(BadRows):
+            await store.write(maker.batch([], payloads=[300]))
+        loaded = await store.load(["job-300", "job-1"], [300, 1], [])
+        assert list(loaded.jobs) == ["job-1"]
+        assert "its payload cannot be read" in loaded.bad["job-300"]
+        assert loaded.payloads[1].body == maker.payloads[1]
+    async with opened(path) as (_, found):
+        assert "job-300" in found.quarantined
+        assert len(found.jobs) == 49
+
+
+async def test_a_page_of_the_journal_that_cannot_be_read_is_left_out(path: str) -> None:
+    maker = await make_long_store(path)
+    queue = maker.jobs[300].options.queue.encode()
+    spoil_page(path, b"job-300" + queue)
+    async with opened(path) as (store, _):
+        assert await store.timeline(300) == []
+        assert [event.type for event in await store.timeline(200)] == ["created", "completed"]
+        (fault,) = store.take_faults()
+        assert fault.startswith("events 300 to 300: 1 cannot be read")
+
+
 async def test_single_flipped_bits_all_over_the_file_never_give_a_wrong_answer(path: str) -> None:
     from jobd import doctor
 
@@ -293,3 +372,22 @@ async def assert_never_wrong(store: Store, found: Opened, maker: Maker, excused:
     for job in loaded.jobs.values():
         await store.timeline(job.seq)
     return bool(loaded.bad or some.bad or page.bad or store.take_faults())
+
+
+async def test_a_journal_that_cannot_be_thinned_does_not_stop_a_sign_of_life(path: str) -> None:
+    maker = Maker(2)
+    async with opened(path) as (store, _):
+        change = maker.grant(made(maker.create()))
+        first = maker.jobs[1]
+        await store.write(maker.batch([replace(change, before=None, payload=b"1", request_hash="h")]))
+        for _ in range(50):
+            change = maker.extend(made(change))
+            await store.write(maker.batch([change]))
+    with edited(path) as conn:
+        conn.execute("VACUUM")
+    spoil_page(path, b"extended")
+    async with opened(path) as (store, found):
+        assert [job.id for job in found.jobs] == [first.id]
+        change = maker.extend(made(change))
+        await store.write(maker.batch([change]))  # the first since the start: its journal is looked at
+        assert (await store.load([first.id], [], [])).jobs == {first.id: made(change)}
