@@ -411,7 +411,7 @@ def runtime_directory(environ: Mapping[str, str]) -> Path:
         return Path(environ["RUNTIME_DIRECTORY"].partition(":")[0])
     if os.geteuid() == 0:
         return Path("/run/jobd")
-    return Path(environ.get("XDG_RUNTIME_DIR") or f"/tmp/jobd-{os.geteuid()}") / "jobd"
+    return Path(environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}") / "jobd"
 
 
 def state_directory(environ: Mapping[str, str]) -> Path:

@@ -135,11 +135,10 @@ def accepted(
     close: bool = False,
     lost: Callable[[], None] | None = None,
 ) -> Reply:
-    """The answer `{"success": …, "data": …}`, or the text as it is; `success` is false from status 400 on."""
+    """The answer `{"success": true, "data": …}`, or the text as it is. It was answered, whatever it says: 503 too."""
     if type(data) is Text:
         return Reply(request, _head(status, data.kind), data.body, close=close)
-    success = b"true" if status < HTTPStatus.BAD_REQUEST else b"false"
-    body = b'{"success":%b,"data":%b}' % (success, _encode(data))
+    body = b'{"success":true,"data":%b}' % _encode(data)
     head = _HEADS[status] + _REPLAYED if replayed else _HEADS[status]
     return Reply(request, head, body, close=close, lost=lost)
 

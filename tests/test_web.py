@@ -183,7 +183,7 @@ async def test_probes_need_no_token(guarded: House) -> None:
     guarded.figures.alive = guarded.figures.ready = False
     for target in ("/healthz", "/readyz"):
         heard = await guarded.ask("GET", target)
-        assert (heard.status, heard.json) == (503, {"success": False, "data": {"status": "unavailable"}})
+        assert (heard.status, heard.json) == (503, {"success": True, "data": {"status": "unavailable"}})
 
 
 # -- bodies -----------------------------------------------------------------------------------------------------------
