@@ -38,6 +38,7 @@ from jobd.tables import (
 MEMORY: Final = ":memory:"
 PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows at work; more is memory that no job uses
 _WAL_PAGES: Final = 1000  # measured: fewer checkpoint too often, more make single commits wait longer
+_LOG_BYTES: Final = 32 << 20  # what is left of a log that one large transaction made longer
 _MAGIC: Final = b"SQLite format 3\0"
 _LIVE_JOBS: Final = (
     f"SELECT {JOB_SQL} FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
@@ -57,6 +58,7 @@ def connect(path: str, synchronous: str) -> sqlite3.Connection:
             conn.execute("PRAGMA journal_mode = WAL")
             conn.execute(f"PRAGMA synchronous = {synchronous}")
             conn.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+            conn.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
             conn.execute(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
             conn.execute("PRAGMA temp_store = MEMORY")
             conn.execute("PRAGMA cell_size_check = ON")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -130,6 +131,60 @@ async def test_a_log_that_has_no_room_is_a_full_disk_and_the_store_goes_on(path:
     async with opened(path) as (_, found):
         assert found.faults == []
         assert [job.id for job in found.jobs] == ["a", "b"]
+
+
+async def test_an_exceeded_quota_is_told_from_a_broken_disk_by_trying(small_disk: Path) -> None:
+    path = str(small_disk / "jobd.db")
+    maker = Maker()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create("a")]))
+        fill(small_disk)
+        number = descriptor_of(f"{path}-wal")
+        kept, closed = os.dup(number), os.open("/dev/null", os.O_RDONLY)
+        os.dup2(closed, number)  # SQLite says no more than that the write failed, as it does for a quota
+        os.close(closed)
+        with pytest.raises(DiskFull):
+            await store.probe()
+        os.dup2(kept, number)
+        os.close(kept)
+        assert list((await store.load(["a"], [], [])).jobs) == ["a"]
+
+
+FAILING = """
+import asyncio, sys
+from jobd.batch import DiskFull
+from jobd.store import Store, StoreBroken
+
+async def main():
+    store, _ = await Store.open(sys.argv[1])
+    try:
+        for _ in range(100):
+            await store.probe()
+    except DiskFull:
+        print("full")
+    except Exception as error:
+        print(type(error).__name__)
+        try:
+            await store.probe()
+        except StoreBroken:
+            print("broken")
+    await store.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+async def test_a_failed_fsync_is_an_unknown_outcome_whatever_it_says(path: str, error: str) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("test of a failed fsync: there is no strace here")
+    inject = ["-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", f"inject=fdatasync:error={error}:when=20+"]
+    process = await asyncio.create_subprocess_exec(
+        "strace", *inject, sys.executable, "-c", FAILING, path, stdout=subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    assert out.split() == [b"OperationalError", b"broken"]
+    assert process.returncode == 0
 
 
 async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path) -> None:
@@ -258,7 +313,7 @@ async def test_what_a_killed_process_had_acknowledged_is_there(path: str, seed: 
 
 
 async def test_a_kill_between_write_and_fsync_leaves_whole_batches(path: str) -> None:
-    if not exists("/usr/bin/strace"):
+    if shutil.which("strace") is None:
         pytest.skip("test of a kill at a system call: there is no strace here")
     here = os.path.dirname(os.path.dirname(__file__))
     for when in (9, 10, 11):
