@@ -6,12 +6,15 @@ Decides nothing about jobs; what the daemon does is tested against the daemon.
 from __future__ import annotations
 
 import asyncio
+import functools
+import queue
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 from aiohttp import web
 
@@ -81,8 +84,11 @@ class Asked(msgspec.Struct):
 class Peer:
     """Answers requests by its script, step by step; a route in `always` answers what the script does not."""
 
-    def __init__(self, *script: Step) -> None:
+    def __init__(self, *script: Step, behind: str | None = None) -> None:
         self.script = list(script)
+        self.behind = behind  # the Unix socket of a daemon that answers what the script does not
+        self.loses: Callable[[Asked], bool] = lambda asked: False  # whose answers from there get lost
+        self.lost: list[Asked] = []
         self.always: Callable[[Asked], Step] | None = None
         self.early: list[EarlyStep] = []  # answers before the body was read
         self.asked: list[Asked] = []
@@ -98,6 +104,8 @@ class Peer:
         body = await request.read()
         asked = Asked(request.method, request.path_qs, dict(request.headers), body, connection)
         self.asked.append(asked)
+        if self.behind is not None and not self.script:
+            return await self._forward(request, asked)
         step = self.script.pop(0) if self.script else self.always(asked) if self.always else no("not_found", 404)
         if step == self.hang:
             await self.hanging.wait()
@@ -113,6 +121,18 @@ class Peer:
             transport.close()
             self.closed.set()
         return response
+
+    async def _forward(self, request: web.BaseRequest, asked: Asked) -> web.StreamResponse:
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(self.behind or "")) as session,
+            session.request(asked.method, f"http://jobd{asked.path}", data=asked.body, headers=asked.headers) as answer,
+        ):
+            content = await answer.read()
+        if self.loses(asked):
+            self.lost.append(asked)
+            assert request.transport is not None
+            request.transport.abort()
+        return web.Response(body=content, status=answer.status, content_type="application/json")
 
     def hang(self, request: web.BaseRequest) -> None:
         """Take the request and never answer."""
@@ -139,31 +159,44 @@ class Peer:
 @contextmanager
 def serving(peer: Peer, path: Path | None = None) -> Iterator[str]:
     """Serve `peer` from a thread: on the Unix socket `path`, or on a loopback port. Gives its endpoint."""
-    ready: list[str] = []
-    started = threading.Event()
-    loop = asyncio.new_event_loop()
-    stop = asyncio.Event()
-
-    async def run() -> None:
-        runner = web.ServerRunner(web.Server(peer.handle))
-        await runner.setup()
-        if path is not None:
-            await web.UnixSite(runner, str(path)).start()
-            ready.append(f"unix:{path}")
-        else:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            ready.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
-        started.set()
-        await stop.wait()
-        peer.hanging.set()
-        await runner.cleanup()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(run()))
+    ready: queue.SimpleQueue[tuple[str, Callable[[], object]]] = queue.SimpleQueue()
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(peer, path, ready)))
     thread.start()
+    endpoint, stop = ready.get(timeout=10)
     try:
-        assert started.wait(10)
-        yield ready[0]
+        yield endpoint
     finally:
-        loop.call_soon_threadsafe(stop.set)
+        stop()
         thread.join(10)
-        loop.close()
+        assert not thread.is_alive()
+
+
+async def _serve(peer: Peer, path: Path | None, ready: queue.SimpleQueue[tuple[str, Callable[[], object]]]) -> None:
+    stop = asyncio.Event()
+    runner = web.ServerRunner(web.Server(peer.handle), shutdown_timeout=0.1)
+    await runner.setup()
+    if path is not None:
+        await web.UnixSite(runner, str(path)).start()
+        endpoint = f"unix:{path}"
+    else:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    ready.put((endpoint, functools.partial(asyncio.get_running_loop().call_soon_threadsafe, stop.set)))
+    await stop.wait()
+    peer.hanging.set()
+    await runner.cleanup()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    for _ in range(5):  # connections are closed in the next turns of the loop
+        await asyncio.sleep(0)
+
+
+async def until(is_so: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Wait for something that nobody tells us about; the test's own timeout bounds it."""
+    while True:
+        answer = is_so()
+        if answer if isinstance(answer, bool) else await answer:
+            return
+        await asyncio.sleep(0.01)

@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.peer import Peer, closing, drop, early, no, ok, raw, serving
 
 import jobd.client
 from jobd import admin_api, worker_api
@@ -44,6 +43,7 @@ from jobd.client import (
 )
 from jobd.client.protocol import RETRIED, Reply, Request, Tries, get, job_path, json_lines, reader, result
 from jobd.commands import REFUSALS, JobView, LockState
+from tests.peer import Peer, closing, drop, early, no, ok, raw, serving
 
 JOB: dict[str, Any] = {
     "id": "j1",

@@ -201,7 +201,7 @@ class Keeper:
     async def _end(self, verb: str, request: Request[JobInfo], give_up: asyncio.Event) -> bool:
         """Say how the job ended, again and again until the daemon answers or `give_up` is set."""
         await self.stop()
-        bugs = 0
+        bugs, is_said = 0, False
         while not self._is_gone:
             try:
                 await self._client.send(request, ONE_TRY)
@@ -215,6 +215,9 @@ class Keeper:
                 bugs += isinstance(error, InternalError)
                 if isinstance(error, _REFUSED) or bugs >= _BUGS_BORNE:
                     return await self._refused(verb, error, give_up)
+                if not is_said:
+                    is_said = True
+                    self._say(f"job {self.id}: cannot {verb} it yet: {error.message} Trying until there is an answer.")
                 if not await self._again(verb, error, give_up):
                     return False
                 await self._hold_on()
@@ -226,9 +229,7 @@ class Keeper:
 
     async def _again(self, verb: str, error: JobdError, give_up: asyncio.Event) -> bool:
         """Wait for the next try of an ending; False where there is to be none."""
-        if self._is_reachable:
-            self._is_reachable = False
-            self._say(f"job {self.id}: cannot {verb} it yet: {error.message} Trying again until there is an answer.")
+        self._is_reachable = False
         if give_up.is_set():
             self._say(f"job {self.id}: could not {verb} it: {error.message} Its lock will run out.")
             return False

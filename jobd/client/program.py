@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -44,6 +45,7 @@ class Program:
         self._kill_at: float | None = None  # loop time; set with the first SIGTERM
         self._readers: list[asyncio.Task[None]] = []
         self._read_bytes = 0
+        self._enough_bytes = math.inf
         self._feeding = 0
         self._pipes = contextlib.ExitStack()
         self._ending: asyncio.Task[None] | None = None
@@ -76,19 +78,16 @@ class Program:
         await program._write(stdin)
         await program._read(process.stdout, on_stdout)
         await program._read(process.stderr, on_stderr)
-        program._ending = asyncio.ensure_future(program._end(exited))
+        program._ending = asyncio.ensure_future(program._see_out(exited))
         return program
 
     async def stop(self, at_once: asyncio.Event) -> None:
         """SIGTERM to the whole group, SIGKILL after `kill_after_s` or `at_once`; returns when it is gone, or stuck."""
         self._terminate()
-        for patience in (within(self._kill_after_s, at_once), asyncio.sleep(KILLED_S)):
-            waiting = asyncio.ensure_future(patience)
-            await first_of(self.done, waiting)
-            waiting.cancel()
-            if self.done.done():
-                return
+        await self._gone(self._kill_after_s, at_once)
+        if not self.done.done():
             self.abort()
+            await self._gone(KILLED_S, asyncio.Event())
 
     def abort(self) -> None:
         """SIGKILL to the whole group."""
@@ -96,11 +95,17 @@ class Program:
 
     # -----------------------------------------------------------------------------------------------------------------
 
+    async def _gone(self, time_s: float, event: asyncio.Event) -> None:
+        """Wait until it is gone, but neither longer than `time_s` nor after `event`."""
+        patience = asyncio.ensure_future(within(time_s, event))
+        await first_of(self.done, patience)
+        patience.cancel()
+
     async def _write(self, data: bytes) -> None:
         """Give the program its input; one that does not read it is not waited for."""
         loop = asyncio.get_running_loop()
-        transport, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, self._process.stdin)
-        self._pipes.callback(transport.abort)
+        transport, pipe = await loop.connect_write_pipe(_Input, self._process.stdin)
+        self._pipes.callback(pipe.abort)
         transport.write(data)
         transport.write_eof()
 
@@ -113,12 +118,21 @@ class Program:
 
     async def _pass_on(self, reader: asyncio.StreamReader, feed: Feed) -> None:
         piece = b"-"
-        while piece:
+        while piece and self._read_bytes < self._enough_bytes:
             piece = await reader.read(PIECE_BYTES)
             self._read_bytes += len(piece)
             self._feeding += 1
             await feed(piece)
             self._feeding -= 1
+
+    async def _see_out(self, exited: asyncio.Future[None]) -> None:
+        try:
+            await self._end(exited)
+        except Exception as bug:
+            self.abort()
+            self.done.set_exception(bug)
+        else:
+            self.done.set_result(None)
 
     async def _end(self, exited: asyncio.Future[None]) -> None:
         """From the program's exit until nothing of it is left."""
@@ -127,7 +141,6 @@ class Program:
         await self._end_output()
         self._pipes.close()
         self.returncode = self._process.wait()
-        self.done.set_result(None)
 
     async def _end_group(self) -> None:
         """Stop the children that outlived the program: the next attempt must not meet them."""
@@ -140,17 +153,15 @@ class Program:
             await asyncio.sleep(POLL_S)
 
     async def _end_output(self) -> None:
-        before = self._read_bytes
-        while True:
+        self._enough_bytes = self._read_bytes + LINGER_BYTES
+        pending: set[asyncio.Task[None]] = set(self._readers)
+        seen = -1
+        while pending and (self._feeding or seen != self._read_bytes):
             seen = self._read_bytes
-            _, pending = await asyncio.wait(self._readers, timeout=LINGER_S)
-            is_silent = self._read_bytes == seen and not self._feeding
-            if pending and (is_silent or self._read_bytes - before > LINGER_BYTES):
-                for reader in pending:
-                    reader.cancel()
-                await asyncio.gather(*pending, return_exceptions=True)
-            if not pending or all(reader.done() for reader in pending):
-                return
+            _, pending = await asyncio.wait(pending, timeout=LINGER_S)
+        for reader in pending:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
 
     def _terminate(self) -> None:
         if self._kill_at is None:
@@ -164,6 +175,25 @@ class Program:
                 os.killpg(self._process.pid, number)
 
 
+class _Input(asyncio.BaseProtocol):
+    """The program's stdin, as seen from here."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.WriteTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+
+    def abort(self) -> None:
+        """Close it, whatever is left to be written; once it is closed there is nothing to do."""
+        if self._transport is not None:
+            self._transport.abort()
+
+
 def _wait_for(pid: int, exited: asyncio.Future[None]) -> None:
     """Wait, in a thread, until the child has ended, and leave it unreaped."""
     with contextlib.suppress(ChildProcessError):
@@ -174,14 +204,14 @@ def _wait_for(pid: int, exited: asyncio.Future[None]) -> None:
 
 def has_members(group: int) -> bool:
     """Whether a process of this group is alive. Zombies are not: they wait for their parent only."""
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = Path(entry.path, "stat").read_bytes()
-        except OSError:
-            continue
-        state, _, pgrp = stat[stat.rindex(b")") + 2 :].split(b" ", 3)[:3]
-        if int(pgrp) == group and state not in b"ZX":
-            return True
-    return False
+    with os.scandir("/proc") as entries:
+        return any(entry.name.isdigit() and _is_alive_in(group, entry.path) for entry in entries)
+
+
+def _is_alive_in(group: int, directory: str) -> bool:
+    try:
+        stat = Path(directory, "stat").read_bytes()
+    except OSError:  # it has just ended
+        return False
+    state, _, pgrp = stat[stat.rindex(b")") + 2 :].split(b" ", 3)[:3]
+    return int(pgrp) == group and state not in b"ZX"

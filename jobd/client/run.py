@@ -180,6 +180,7 @@ class _Run:
 
     async def finish(self, keeper: Keeper, give_up: asyncio.Event) -> bool:
         """Complete the job where the program ended with 0, else fail it."""
+        self.done.result()  # raises what went wrong on our side
         code = self._program.returncode
         if code == 0:
             return await keeper.complete(give_up, **self._said.result)

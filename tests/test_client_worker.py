@@ -1,0 +1,766 @@
+"""The Worker against a real daemon: handlers, locks that are kept and lost, drains; and a daemon that is away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import jobd
+from jobd.client import (
+    AsyncAdminClient,
+    AsyncJobClient,
+    Discard,
+    InvalidRequest,
+    JobInfo,
+    LockLost,
+    Retry,
+    Stopped,
+    SyncTask,
+    Task,
+    Unauthorized,
+    Worker,
+    uuid7,
+)
+from jobd.client.worker import _described, _how, _result
+from tests.peer import Asked, Peer, no, ok, serving, until
+from tests.process import TOKEN, Daemon
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with Daemon(tmp_path_factory.mktemp("d")) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(daemon: Daemon) -> AsyncIterator[AsyncJobClient]:
+    async with AsyncJobClient(f"unix:{daemon.socket}") as client:
+        yield client
+
+
+@pytest.fixture
+async def admin(daemon: Daemon) -> AsyncIterator[AsyncAdminClient]:
+    async with AsyncAdminClient(f"unix:{daemon.admin_socket}", token=TOKEN) as client:
+        yield client
+
+
+@pytest.fixture
+def queue() -> str:
+    """A queue that no other test uses."""
+    return uuid7()
+
+
+@contextlib.asynccontextmanager
+async def at_work(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
+    """The worker serves meanwhile, and is drained at the end."""
+    serving = asyncio.create_task(worker.serve())
+    try:
+        yield serving
+        worker.stop()
+        await serving
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+async def when(client: AsyncJobClient, job_id: str, is_so: Callable[[JobInfo], bool]) -> JobInfo:
+    """The job, once it is so."""
+    seen: list[JobInfo] = []
+
+    async def look() -> bool:
+        seen.append(await client.get_job(job_id))
+        return is_so(seen[-1])
+
+    await until(look)
+    return seen[-1]
+
+
+async def finished(client: AsyncJobClient, job_id: str) -> JobInfo:
+    return await when(client, job_id, lambda job: job.finished_at is not None)
+
+
+async def types(client: AsyncJobClient, job_id: str) -> list[str]:
+    return [event.type for event in await client.timeline(job_id)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Handlers and their results.
+
+
+async def test_an_async_handler_completes_its_job_with_what_it_returns(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], name="w-async")
+    tokens: list[int] = []
+
+    @worker.handler("add")
+    async def add(task: Task) -> dict[str, Any]:
+        await task.progress(50, "half way")
+        task.set_result(download_url="https://files/1", metadata={"from": "set"})
+        tokens.append(task.fencing_token)
+        return {"sum": sum(task.payload), "file_path": "/f"}
+
+    job = await client.create_job([1, 2, 3], queue=queue, kind="add")
+    async with at_work(worker):
+        done = await finished(client, job.id)
+    assert (done.status, done.progress, done.download_url, done.file_path) == (
+        "completed",
+        100,
+        "https://files/1",
+        "/f",
+    )
+    assert done.metadata_value == {"from": "set", "sum": 6}
+    events = await client.timeline(job.id)
+    assert [event.type for event in events] == ["created", "granted", "progress", "completed"]
+    assert events[1].by == "worker:w-async"
+    assert tokens[0] == events[1].details["fencing_token"]
+
+
+async def test_a_plain_handler_runs_in_a_thread(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+    threads: list[threading.Thread] = []
+
+    @worker.handler()
+    def work(task: SyncTask) -> list[Any]:
+        threads.append(threading.current_thread())
+        task.progress(10)
+        task.raise_if_lost()
+        return [task.job.id, task.payload]
+
+    job = await client.create_job("p", queue=queue)
+    async with at_work(worker):
+        done = await finished(client, job.id)
+    assert done.metadata_value == [job.id, "p"]
+    assert threads[0] is not threading.main_thread()
+    assert await types(client, job.id) == ["created", "granted", "progress", "completed"]
+
+
+async def test_callable_objects_may_be_handlers(client: AsyncJobClient, queue: str) -> None:
+    class Adder:
+        async def __call__(self, task: Task) -> int:
+            return int(task.payload) + 1
+
+    worker = Worker(client, queues=[queue])
+    worker.handler()(Adder())
+    job = await client.create_job(1, queue=queue)
+    async with at_work(worker):
+        assert (await finished(client, job.id)).metadata_value == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "returned", "result"),
+    [
+        ({}, None, {}),
+        ({"file_path": "/a"}, None, {"file_path": "/a"}),
+        ({}, {}, {}),
+        ({"file_path": "/a"}, {"file_path": "/b"}, {"file_path": "/b"}),
+        ({}, {"n": 1}, {"metadata": {"n": 1}}),
+        ({}, {"metadata": [1]}, {"metadata": [1]}),
+        ({}, {"metadata": {"a": 1}, "b": 2}, {"metadata": {"a": 1, "b": 2}}),
+        ({"metadata": {"a": 1}}, {"a": 2}, {"metadata": {"a": 2}}),
+        ({}, "text", {"metadata": "text"}),
+        ({}, 0, {"metadata": 0}),
+    ],
+)
+def test_what_a_handler_returns_is_the_result(given: dict[str, Any], returned: Any, result: dict[str, Any]) -> None:
+    assert _result(given, returned) == result
+
+
+def test_keys_cannot_be_added_to_metadata_that_is_no_dict() -> None:
+    with pytest.raises(TypeError, match="needs a dict"):
+        _result({}, {"metadata": [1], "other": 2})
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
+async def test_an_exception_fails_the_job_with_its_class_and_traceback(
+    client: AsyncJobClient, queue: str, is_async: bool
+) -> None:
+    worker = Worker(client, queues=[queue])
+
+    def burst() -> None:
+        raise ZeroDivisionError("no more numbers")
+
+    if is_async:
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            burst()
+    else:
+
+        @worker.handler()
+        def plain(task: SyncTask) -> None:
+            burst()
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker):
+        failed = await finished(client, job.id)
+    assert (failed.status, failed.error_code) == ("failed", "ZeroDivisionError")
+    assert failed.error_message is not None
+    assert failed.error_message.endswith("ZeroDivisionError: no more numbers")
+    assert "in burst" in failed.error_message
+
+
+async def test_a_failed_attempt_is_followed_by_the_next(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler()
+    async def work(task: Task) -> int:
+        if task.job.attempt < 3:
+            raise Retry("not yet", after_ms=0)
+        return task.job.attempt
+
+    job = await client.create_job(queue=queue, max_attempts=3)
+    async with at_work(worker):
+        done = await finished(client, job.id)
+    assert (done.status, done.metadata_value) == ("completed", 3)
+    assert (await types(client, job.id)).count("retried") == 2
+
+
+async def test_retry_says_when(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        raise Retry(after_ms=3_600_000)
+
+    job = await client.create_job(queue=queue, max_attempts=2)
+    async with at_work(worker):
+        waiting = await when(client, job.id, lambda job: job.error_code is not None)
+    assert (waiting.status, waiting.error_code) == ("queued", "Retry")
+    assert waiting.run_at - waiting.updated_at == 3_600_000
+
+
+async def test_discard_fails_for_good(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler()
+    def work(task: SyncTask) -> None:
+        raise Discard("nobody needs it")
+
+    job = await client.create_job(queue=queue, max_attempts=5)
+    async with at_work(worker):
+        failed = await finished(client, job.id)
+    assert (failed.status, failed.error_message, failed.error_code) == ("failed", "nobody needs it", "Discard")
+
+
+def test_the_message_of_an_error_is_bounded_and_its_end_is_kept() -> None:
+    try:
+        raise ValueError("x" * 10_000 + " the end")
+    except ValueError as error:
+        message = _described(error)
+    assert len(message) == 4096
+    assert message.endswith("the end")
+    assert _described(Discard("")) == "Discard"
+    assert _how(Retry(after_ms=5)) == {"error_code": "Retry", "retry_after_ms": 5}
+
+
+async def test_sys_exit_in_a_handler_fails_the_job_not_the_worker(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler("plain")
+    def plain(task: SyncTask) -> None:
+        sys.exit(3)
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        sys.exit(3)
+
+    jobs = [await client.create_job(queue=queue, kind=kind) for kind in ("plain", "other")]
+    async with at_work(worker):
+        for job in jobs:
+            assert (await finished(client, job.id)).error_code == "SystemExit"
+
+
+async def test_a_result_that_is_no_json_fails_the_job(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler()
+    async def work(task: Task) -> Any:
+        return {"it": object()}
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker):
+        failed = await finished(client, job.id)
+    assert (failed.status, failed.error_code) == ("failed", "TypeError")
+
+
+async def test_a_result_that_the_daemon_refuses_fails_the_job_and_says_why(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler()
+    async def work(task: Task) -> Any:
+        return {"storage_key": "../outside"}
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker):
+        failed = await finished(client, job.id)
+    assert (failed.status, failed.error_code) == ("failed", "complete:invalid_request")
+    assert "its result was refused" in (failed.error_message or "")
+
+
+async def test_a_payload_that_python_cannot_hold_fails_its_job_alone(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], concurrency=2)
+
+    @worker.handler()
+    async def work(task: Task) -> Any:
+        return task.payload
+
+    bad = await client.create_job(msgspec.Raw(b"[1e999]"), queue=queue)
+    good = await client.create_job(1, queue=queue)
+    async with at_work(worker):
+        assert (await finished(client, bad.id)).error_code == "ValidationError"
+        assert (await finished(client, good.id)).metadata_value == 1
+
+
+async def test_progress_out_of_bounds_is_raised_in_the_handler(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+    caught: list[Exception] = []
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        try:
+            await task.progress(101)
+        except InvalidRequest as error:
+            caught.append(error)
+        await task.progress(5)
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker):
+        done = await finished(client, job.id)
+    assert (done.status, len(caught)) == ("completed", 1)
+
+
+async def test_only_jobs_that_have_a_handler_are_claimed(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], concurrency=3)
+
+    @worker.handler("a", "b")
+    async def work(task: Task) -> str:
+        return task.job.kind
+
+    jobs = [await client.create_job(queue=queue, kind=kind) for kind in ("c", "a", "b")]
+    async with at_work(worker):
+        assert [(await finished(client, job.id)).metadata_value for job in jobs[1:]] == ["a", "b"]
+    assert (await client.get_job(jobs[0].id)).status == "queued"
+
+
+async def test_jobs_run_side_by_side_up_to_the_concurrency(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=queue, concurrency=2)
+    running, most = 0, 0
+    together = asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        if running == 2:
+            together.set()
+        await together.wait()
+        running -= 1
+
+    jobs = await client.create_jobs({"queue": queue} for _ in range(6))
+    async with at_work(worker):
+        for job in jobs:
+            assert (await finished(client, job.id)).status == "completed"
+    assert most == 2
+
+
+def test_a_worker_wants_handlers_one_for_each_kind_and_room() -> None:
+    worker = Worker("unix:/nowhere")
+    with pytest.raises(ValueError, match="needs a handler"):
+        asyncio.run(worker.serve())
+    worker.handler("a")(print)
+    with pytest.raises(ValueError, match="handler for a already"):
+        worker.handler("b", "a")(print)
+    worker.handler()(print)
+    with pytest.raises(ValueError, match="every other kind"):
+        worker.handler()(print)
+    with pytest.raises(ValueError, match="concurrency"):
+        Worker(concurrency=0)
+    assert Worker().name.endswith(f"-{os.getpid()}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks that are kept, and lost.
+
+
+async def test_the_lock_is_kept_as_long_as_the_handler_runs(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    go = asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        await go.wait()
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker):
+
+        async def is_older_than_one_ttl() -> bool:
+            return (await types(client, job.id)).count("extended") >= 4
+
+        await until(is_older_than_one_ttl)
+        held = await client.get_job(job.id)
+        assert held.lock is not None
+        assert held.stalls == 0
+        go.set()
+        assert (await finished(client, job.id)).attempt == 1
+
+
+async def test_a_cancelled_job_cancels_its_async_handler_and_the_worker_goes_on(
+    client: AsyncJobClient, queue: str
+) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    started, stopped = asyncio.Event(), asyncio.Event()
+    tasks: list[Task] = []
+
+    @worker.handler("long")
+    async def long(task: Task) -> None:
+        tasks.append(task)
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    @worker.handler()
+    async def short(task: Task) -> None:
+        pass
+
+    job = await client.create_job(queue=queue, kind="long")
+    after = await client.create_job(queue=queue)
+    async with at_work(worker):
+        await started.wait()
+        await client.cancel_job(job.id, "not needed")
+        await stopped.wait()
+        assert (await finished(client, after.id)).status == "completed"
+    assert tasks[0].cancelled.is_set()
+    with pytest.raises(LockLost) as caught:
+        tasks[0].raise_if_lost()
+    assert caught.value.cancel_requested
+    assert (await client.get_job(job.id)).status == "cancelled"
+
+
+async def test_a_lost_job_tells_its_plain_handler_and_reports_nothing(
+    client: AsyncJobClient, admin: AsyncAdminClient, queue: str
+) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    started = threading.Event()
+    outcome: list[Any] = []
+
+    @worker.handler()
+    def work(task: SyncTask) -> str:
+        if started.is_set():
+            return "second"
+        started.set()
+        task.cancelled.wait()
+        try:
+            task.raise_if_lost()
+        except LockLost as error:
+            outcome.append(error)
+        return "first"
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker):
+        await asyncio.to_thread(started.wait)
+        await admin.force_reset(job.id)
+        done = await finished(client, job.id)
+    assert done.metadata_value == "second"
+    assert len(outcome) == 1
+
+
+async def test_a_handler_learns_of_the_loss_when_it_reports_progress(
+    client: AsyncJobClient, admin: AsyncAdminClient, queue: str
+) -> None:
+    worker = Worker(client, queues=[queue])
+    started, go = asyncio.Event(), asyncio.Event()
+    caught: list[Exception] = []
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        started.set()
+        try:
+            await go.wait()
+            await task.progress(50)
+        except LockLost as error:
+            caught.append(error)
+            raise
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker):
+        await started.wait()
+        await admin.force_fail(job.id, "by hand")
+        go.set()
+        await until(lambda: bool(caught))
+    assert (await client.get_job(job.id)).error_message == "by hand"
+
+
+async def test_a_handler_past_its_processing_time_is_stopped(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    stopped = asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    job = await client.create_job(queue=queue, max_processing_ms=100, on_stall="fail")
+    async with at_work(worker):
+        await stopped.wait()
+    assert await types(client, job.id)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Draining.
+
+
+async def test_stop_lets_a_running_handler_end_and_claims_no_more(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+    started, go = asyncio.Event(), asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        started.set()
+        await go.wait()
+
+    first, second = await client.create_jobs([{"queue": queue}, {"queue": queue}])
+    async with at_work(worker) as serving:
+        await started.wait()
+        worker.stop()
+        go.set()
+        await serving
+    assert (await client.get_job(first.id)).status == "completed"
+    assert (await client.get_job(second.id)).attempt == 0
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
+async def test_after_the_grace_a_handler_is_stopped_and_its_job_released(
+    client: AsyncJobClient, queue: str, is_async: bool
+) -> None:
+    worker = Worker(client, queues=[queue], grace_s=0.05)
+    started = threading.Event()
+    raised: list[BaseException] = []
+
+    if is_async:
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            started.set()
+            with contextlib.suppress(asyncio.CancelledError):  # it has not done its work all the same
+                await asyncio.Event().wait()
+
+    else:
+
+        @worker.handler()
+        def plain(task: SyncTask) -> None:
+            started.set()
+            try:
+                while True:
+                    task.progress(1)
+            except Stopped as error:
+                raised.append(error)
+                raise
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker) as serving:
+        await asyncio.to_thread(started.wait)
+        worker.stop()
+        await serving
+    back = await client.get_job(job.id)
+    assert (back.status, back.attempt, back.progress) == ("queued", 0, 0)
+    assert (await types(client, job.id))[-1] == "released"
+    assert len(raised) == (0 if is_async else 1)
+
+
+async def test_a_second_stop_ends_the_grace(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], grace_s=10_000)
+    started = asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker) as serving:
+        await started.wait()
+        worker.stop()
+        worker.stop()
+        await serving
+    assert (await client.get_job(job.id)).status == "queued"
+
+
+async def test_a_third_stop_leaves_a_thread_that_does_not_end(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], grace_s=10_000)
+    started, go = threading.Event(), threading.Event()
+
+    @worker.handler()
+    def work(task: SyncTask) -> None:
+        started.set()
+        go.wait()
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker) as serving:
+        await asyncio.to_thread(started.wait)
+        for _ in range(3):
+            worker.stop()
+        await serving
+    assert (await client.get_job(job.id)).status == "processing"  # the thread may still be at it: its lock runs out
+    go.set()
+
+
+async def test_cancelling_serve_stops_handlers_and_releases(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+    started = asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    job = await client.create_job(queue=queue)
+    serving = asyncio.create_task(worker.serve())
+    await started.wait()
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    assert (await client.get_job(job.id)).status == "queued"
+
+
+SCRIPT = """
+import sys
+from jobd.client import Worker
+worker = Worker(sys.argv[1], queues=[sys.argv[2]])
+
+@worker.handler()
+def work(task):
+    task.progress(1)
+    sys.stdin.read()
+    return "done"
+
+worker.run()
+"""
+
+
+async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: Daemon, queue: str) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(Path(jobd.__file__).parents[1])}
+    command = [sys.executable, "-c", SCRIPT, f"unix:{daemon.socket}", queue]
+    job = await client.create_job(queue=queue)
+    start = functools.partial(subprocess.Popen, command, env=environ, stdin=subprocess.PIPE)
+    process = await asyncio.to_thread(start)
+    try:
+        await when(client, job.id, lambda job: job.progress == 1)
+        process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(process.communicate)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+    assert (await client.get_job(job.id)).metadata_value == "done"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A daemon that is away, and answers that get lost.
+
+
+async def test_work_goes_on_while_the_daemon_is_away(
+    tmp_path: Path, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "jobd.client")
+    started, go = asyncio.Event(), asyncio.Event()
+    with Daemon(tmp_path) as daemon:
+        async with AsyncJobClient(f"unix:{daemon.socket}") as client:
+            worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+
+            @worker.handler()
+            async def work(task: Task) -> str:
+                started.set()
+                await go.wait()
+                await task.progress(50, "on my own")
+                await task.progress(60, "still on my own")
+                return "done without you"
+
+            job = await client.create_job(queue=queue)
+            async with at_work(worker) as serving:
+                await started.wait()
+                await asyncio.to_thread(daemon.kill)
+                await until(lambda: "The work goes on" in caplog.text)
+                go.set()
+                await until(lambda: "cannot complete it yet" in caplog.text)
+                assert not serving.done()
+                await asyncio.to_thread(daemon.start)
+                done = await finished(client, job.id)
+                assert (done.metadata_value, done.attempt, done.stalls) == ("done without you", 1, 0)
+                after = await client.create_job(queue=queue)
+                assert (await finished(client, after.id)).status == "completed"  # claims are made again
+
+
+@pytest.mark.parametrize("what", ["claim", "progress", "complete", "fail"])
+async def test_a_lost_answer_is_asked_for_again_and_the_job_is_worked_on_once(
+    daemon: Daemon, client: AsyncJobClient, queue: str, tmp_path: Path, what: str
+) -> None:
+    peer = Peer(behind=daemon.socket)
+    peer.loses = lambda asked: asked.path.endswith(f"/{what}") and not _seen(peer, asked)
+    runs: list[int] = []
+    with serving(peer, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint, queues=[queue])
+
+        @worker.handler()
+        async def work(task: Task) -> str:
+            runs.append(task.fencing_token)
+            await task.progress(50)
+            if what == "fail":
+                raise Discard("no")
+            return "once"
+
+        job = await client.create_job(queue=queue)
+        async with at_work(worker):
+            done = await finished(client, job.id)
+            await until(lambda: any(asked.path.endswith(("/complete", "/fail")) for asked in peer.asked))
+    assert done.status == ("failed" if what == "fail" else "completed")
+    assert len(runs) == 1
+    assert len(peer.lost) >= 1
+    events = await types(client, job.id)
+    assert events.count("completed") + events.count("failed") == 1
+
+
+def _seen(peer: Peer, asked: Asked) -> bool:
+    """Whether the answer to the same request has been lost once already."""
+    return any(lost.path == asked.path and lost.body == asked.body for lost in peer.lost)
+
+
+async def test_an_invalid_token_ends_the_worker_after_its_jobs(tmp_path: Path) -> None:
+    peer = Peer()
+    peer.always = lambda asked: no("unauthorized", 401) if asked.path == "/v1/claim" else ok({})
+    with serving(peer, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        worker.handler()(print)
+        with pytest.raises(Unauthorized):
+            await worker.serve()
+
+
+async def test_an_idle_worker_ends_though_its_claim_is_parked(tmp_path: Path) -> None:
+    peer = Peer()
+    peer.script = [peer.hang]
+    with serving(peer, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint, grace_s=10_000)
+        worker.handler()(print)
+        async with at_work(worker) as serving_:
+            await until(lambda: bool(peer.asked))
+            worker.stop()
+            await serving_
+    assert [asked.path for asked in peer.asked] == ["/v1/claim"]
+    assert peer.asked[0].json["stuck_after_ms"] == 0
+    assert peer.asked[0].json["lock_ttl_ms"] == 60_000
