@@ -152,9 +152,9 @@ class DueJobs:
 
     def _offer_head(self, kind: str, lane: Lane) -> None:
         first = self._first(kind, lane)
-        if first is not None:
-            self.heads.push((*first, kind))
-            self._trim_heads()
+        assert first is not None  # the lane has a job that is due
+        self.heads.push((*first, kind))
+        self._trim_heads()
 
     def _is_head(self, head: tuple[int, int, int, str, str]) -> bool:
         lane = self.lanes.get(head[4], {}).get(head[0])

@@ -11,19 +11,8 @@ from typing import Literal
 from msgspec.structs import replace
 
 from jobd import steps
-from jobd.commands import (
-    Answer,
-    CreditAbsence,
-    DeleteExpired,
-    EndGrants,
-    Expire,
-    Issue,
-    Mend,
-    Recover,
-    Recovered,
-    Recovery,
-    Worked,
-)
+from jobd.answers import Answer, Issue, Recovered, Recovery, Worked
+from jobd.commands import CreditAbsence, DeleteExpired, EndGrants, Expire, Mend, Recover
 from jobd.draft import Draft
 from jobd.job import FINISHED, Job, Lease
 from jobd.validation import counts, safe_fixes, validate
@@ -58,7 +47,7 @@ def _clear_lock(draft: Draft, job: Job, lease: Lease) -> None:
 def end_grants(draft: Draft, command: EndGrants) -> Answer:
     """End grants that were made before the store was put back from a backup."""
     done = 0
-    for job_id in command.ids:
+    for job_id in dict.fromkeys(command.ids):
         job = draft.book.processing.get(job_id)
         if job is not None:
             steps.stall(draft, job, "The store was put back from a backup, which ends every grant in it.")
@@ -70,7 +59,7 @@ def credit_absence(draft: Draft, command: CreditAbsence) -> Answer:
     """After a start nothing of a processing job ends within `grace_ms`: its worker needs time to find the daemon."""
     until = draft.at.lease + command.grace_ms
     done = 0
-    for job_id in command.ids:
+    for job_id in dict.fromkeys(command.ids):
         job = draft.book.processing.get(job_id)
         if job is None or job.lease is None:
             continue

@@ -11,6 +11,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd import rules, steps
+from jobd.answers import Done, Grants, Imported, JobView, Look, Recovered
 from jobd.commands import (
     AnyCommand,
     Bulk,
@@ -22,7 +23,6 @@ from jobd.commands import (
     CreditAbsence,
     Delete,
     DeleteExpired,
-    Done,
     EndGrants,
     Expire,
     Extend,
@@ -31,13 +31,9 @@ from jobd.commands import (
     ForceFail,
     ForceReset,
     Get,
-    Grants,
     Import,
-    Imported,
-    JobView,
     List,
     Locks,
-    Look,
     Mend,
     Moment,
     Pause,
@@ -45,7 +41,6 @@ from jobd.commands import (
     Progress,
     Queues,
     Recover,
-    Recovered,
     Refusal,
     Release,
     ReleaseLock,
@@ -820,8 +815,10 @@ def test_past_the_ceiling_a_job_is_stuck_at_once_and_says_so(desk: Desk) -> None
     lock_id = desk.held(max_processing_ms=60_000, stuck_after_ms=HOUR_MS)
     desk.yes(Extend(id="a", lock_id=lock_id))
     desk.passes(60_000)
-    assert desk.yes(Recover(limit=1)).details[0].reason.startswith(
-        "Worker w-1 reported no progress for 60 s (max_processing_ms)"
+    assert (
+        desk.yes(Recover(limit=1))
+        .details[0]
+        .reason.startswith("Worker w-1 reported no progress for 60 s (max_processing_ms)")
     )
 
 
@@ -878,7 +875,7 @@ def test_the_daemons_absence_is_credited(desk: Desk) -> None:
     desk.create("queued")
     desk.passes(999)
     desk.row(replace(desk.job("dead"), lease=Lease(desk.lease, desk.lease + 1, None)))
-    assert desk.yes(CreditAbsence(ids=["live", "dead", "calm", "queued", "gone"], grace_ms=30_000)).done == 2
+    assert desk.yes(CreditAbsence(ids=["live", "live", "dead", "calm", "queued", "gone"], grace_ms=30_000)).done == 2
     until = desk.lease + 30_000
     assert desk.job("live").lease == Lease(until, desk.lease - 999 + STUCK, until)
     assert desk.job("dead").lease == Lease(desk.lease, until, None)  # an expired lock does not come back to life
@@ -892,7 +889,7 @@ def test_a_restored_backup_ends_its_grants(desk: Desk) -> None:
     lock_id = desk.held("a")
     desk.progress(lock_id, 10)
     desk.create("b")
-    assert desk.yes(EndGrants(ids=["a", "b", "c"], last=True)).done == 1
+    assert desk.yes(EndGrants(ids=["a", "b", "c", "a"], last=True)).done == 1
     assert desk.job("a").status == "failed"
     assert desk.job("b").status == "queued"
 
