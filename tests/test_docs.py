@@ -24,7 +24,7 @@ from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
-from jobd import admin_api, alerts, commands, config, events, worker_api
+from jobd import admin_api, alerts, answers, commands, config, events, worker_api
 from jobd.cli import exits
 from jobd.cli.ctl import jobctl as jobctl_program
 from jobd.cli.daemon import jobd as jobd_program
@@ -142,41 +142,41 @@ def asked(shape: Any, given: str | None = None) -> list[str]:
 
 
 SHAPES: Final[dict[str, Any]] = {
-    "job": commands.JobView,
-    "lock": commands.LockView,
-    "grant": commands.GrantView,
-    "lock state": commands.LockState,
-    "jobs": commands.JobList,
-    "page": commands.JobPage,
-    "grants": commands.Grants,
-    "timeline": commands.TimelineView,
+    "job": answers.JobView,
+    "lock": answers.LockView,
+    "grant": answers.GrantView,
+    "lock state": answers.LockState,
+    "jobs": answers.JobList,
+    "page": answers.JobPage,
+    "grants": answers.Grants,
+    "timeline": answers.TimelineView,
     "event": events.EventView,
-    "why": commands.WhyView,
-    "next": commands.Next,
-    "validation": commands.Validation,
-    "issue": commands.Issue,
-    "queues": commands.QueueList,
-    "queue": commands.QueueView,
-    "workers": commands.WorkerList,
-    "worker": commands.WorkerView,
-    "stats": commands.StatsView,
-    "health": commands.HealthView,
-    "report": commands.CleanupReport,
-    "cleanup state": commands.CleanupState,
-    "recovered": commands.RecoverStuckView,
-    "recovery": commands.Recovery,
-    "validated job": commands.ValidateJobView,
-    "forced": commands.Forced,
-    "admin lock": commands.AdminLock,
+    "why": answers.WhyView,
+    "next": answers.Next,
+    "validation": answers.Validation,
+    "issue": answers.Issue,
+    "queues": answers.QueueList,
+    "queue": answers.QueueView,
+    "workers": answers.WorkerList,
+    "worker": answers.WorkerView,
+    "stats": answers.StatsView,
+    "health": answers.HealthView,
+    "report": answers.CleanupReport,
+    "cleanup state": answers.CleanupState,
+    "recovered": answers.RecoverStuckView,
+    "recovery": answers.Recovery,
+    "validated job": answers.ValidateJobView,
+    "forced": answers.Forced,
+    "admin lock": answers.AdminLock,
     "import report": ImportReport,
-    "locks": commands.LockList,
-    "locked job": commands.LockedJob,
-    "reports": commands.ReportList,
-    "alerts": commands.AlertList,
-    "alert": commands.AlertView,
-    "clock": commands.ClockView,
-    "quarantine": commands.QuarantineList,
-    "paused": commands.PausedView,
+    "locks": answers.LockList,
+    "locked job": answers.LockedJob,
+    "reports": answers.ReportList,
+    "alerts": answers.AlertList,
+    "alert": answers.AlertView,
+    "clock": answers.ClockView,
+    "quarantine": answers.QuarantineList,
+    "paused": answers.PausedView,
 }
 
 
@@ -340,6 +340,22 @@ def test_make_targets_files_and_variables_exist(document: Path) -> None:
     known |= {"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL", "JOBD_WORKER_TOKEN_FILE"}
     known |= {PREFIX, *(PREFIX + field.upper() for field in (*FIELDS, "fencing_token", "worker"))}
     assert set(re.findall(r"\bJOBD_\w+", text)) <= known, document.name
+
+
+def test_the_readme_installs_as_the_page_beside_the_units_does() -> None:
+    steps = next(block.text for block in blocks(README) if "systemd-sysusers" in block.text)
+    there = (ROOT / "systemd/README.md").read_text(encoding="utf-8")
+    for line in steps.splitlines():
+        command = re.split(r" {2,}#", line)[0].strip()
+        assert command in there or command.startswith("usermod"), command
+
+
+def test_what_is_shown_follows_what_is_run() -> None:
+    for document in DOCUMENTS:
+        marks = [block.mark for block in blocks(document)]
+        for number, mark in enumerate(marks):
+            assert mark in ("", "run", "shows") or mark.startswith("file: "), f"{document.name}: {mark}"
+            assert mark != "shows" or marks[number - 1] == "run", f"{document.name}: block {number}"
 
 
 def test_metrics_and_keys_in_the_prose_exist() -> None:
