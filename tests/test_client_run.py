@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
+import jobd
+from jobd.client import AsyncJobClient, CommandWorker, JobInfo, Unreachable, shift, uuid7
 from jobd.client.output import LINE_BYTES, BadDirective, Filter, Said, Sink, Tail
 from jobd.client.program import Program, has_members
 from jobd.client.run import describe
+from tests.peer import Peer, serving, until
+from tests.process import Daemon
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a program says.
@@ -368,3 +378,384 @@ async def test_output_after_a_slow_reader_is_not_lost() -> None:
     asyncio.get_running_loop().call_later(1.2, gate.set)  # longer than a silent pipe is waited for
     await program.done
     assert got == b"".join(b"%d\n" % number for number in range(1, 20001))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs and their programs, against a real daemon.
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with Daemon(tmp_path_factory.mktemp("d")) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(daemon: Daemon) -> AsyncIterator[AsyncJobClient]:
+    async with AsyncJobClient(f"unix:{daemon.socket}") as client:
+        yield client
+
+
+@pytest.fixture
+def queue() -> str:
+    """A queue that no other test uses."""
+    return uuid7()
+
+
+class Bench:
+    """A CommandWorker whose output goes into files and whose messages are kept."""
+
+    def __init__(self, client: Any, directory: Path, queue: str, script: str, **options: Any) -> None:
+        self.said: list[str] = []
+        self._out, self._err = directory / "out", directory / "err"
+        self._fds = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in (self._out, self._err)]
+        self.worker = CommandWorker(
+            client,
+            ["sh", "-c", script],
+            queues=[queue],
+            say=self.said.append,
+            stdout_fd=self._fds[0],
+            stderr_fd=self._fds[1],
+            **{"name": "bench", **options},
+        )
+
+    async def run(self) -> int:
+        try:
+            return await self.worker.run(signals=False)
+        finally:
+            for fd in self._fds:
+                os.close(fd)
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+
+async def when(client: AsyncJobClient, job_id: str, is_so: Callable[[JobInfo], bool]) -> JobInfo:
+    """The job, once it is so."""
+    seen: list[JobInfo] = []
+
+    async def look() -> bool:
+        seen.append(await client.get_job(job_id))
+        return is_so(seen[-1])
+
+    await until(look)
+    return seen[-1]
+
+
+async def test_exit_0_completes_the_job_with_what_the_program_said(
+    client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    script = """
+    payload=$(cat)
+    echo "payload $payload"
+    echo "::progress 40 reading"
+    echo "::meta pages=12"
+    echo "::meta title=A text"
+    echo "::result file_path=/tmp/x.pdf"
+    echo "::progress many"
+    echo to-stderr >&2
+    """
+    job = await client.create_job(msgspec.Raw(b'{"a" : 1.0}'), queue=queue)
+    bench = Bench(client, tmp_path, queue, script, once=True)
+    assert await bench.run() == 0
+    done = await client.get_job(job.id)
+    assert (done.status, done.file_path) == ("completed", "/tmp/x.pdf")
+    assert done.metadata_value == {"pages": 12, "title": "A text"}
+    assert bench.out == 'payload {"a" : 1.0}\n::progress many\n'
+    assert bench.err == "to-stderr\n"
+    assert len(bench.said) == 1
+    assert "not a directive" in bench.said[0]
+
+
+async def test_progress_reaches_the_daemon(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    script = f"echo '::progress 40 reading'; while [ ! -e {go} ]; do sleep 0.01; done"
+    job = await client.create_job(queue=queue)
+    running = asyncio.create_task(Bench(client, tmp_path, queue, script, once=True).run())
+    seen = await when(client, job.id, lambda job: job.progress == 40)
+    assert seen.progress_message == "reading"
+    go.touch()
+    assert await running == 0
+
+
+async def test_the_program_finds_its_job_in_the_environment(
+    client: AsyncJobClient, queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOBD_JOB_LEFTOVER", "of an outer run")
+    job = await client.create_job(queue=queue, kind="k", priority=-3, max_attempts=2)
+    bench = Bench(client, tmp_path, queue, "env | grep ^JOBD_JOB_ | sort", once=True)
+    assert await bench.run() == 0
+    found = dict(line.split("=", 1) for line in bench.out.splitlines())
+    done = await client.get_job(job.id)
+    granted = (await client.timeline(job.id))[1]
+    assert found == {
+        "JOBD_JOB_ID": job.id,
+        "JOBD_JOB_QUEUE": queue,
+        "JOBD_JOB_KIND": "k",
+        "JOBD_JOB_PRIORITY": "-3",
+        "JOBD_JOB_ATTEMPT": "1",
+        "JOBD_JOB_MAX_ATTEMPTS": "2",
+        "JOBD_JOB_STALLS": "0",
+        "JOBD_JOB_MAX_STALLS": "3",
+        "JOBD_JOB_CREATED_AT": str(job.created_at),
+        "JOBD_JOB_RUN_AT": str(job.run_at),
+        "JOBD_JOB_STARTED_AT": str(done.started_at),
+        "JOBD_JOB_FENCING_TOKEN": str(granted.details["fencing_token"]),
+        "JOBD_JOB_WORKER": "bench",
+    }
+
+
+@pytest.mark.parametrize(
+    ("script", "error_code", "message"),
+    [
+        ("echo one >&2; echo two >&2; exit 3", "exit:3", "exit status 3. Last lines of stderr:\none\ntwo"),
+        ("kill -KILL $$", "signal:SIGKILL", "The program was ended by SIGKILL."),
+        ("exit 127", "exit:127", "The program ended with exit status 127."),
+    ],
+)
+async def test_any_other_end_fails_the_job(
+    client: AsyncJobClient, queue: str, tmp_path: Path, script: str, error_code: str, message: str
+) -> None:
+    job = await client.create_job(queue=queue)
+    assert await Bench(client, tmp_path, queue, script, once=True).run() == 1
+    failed = await client.get_job(job.id)
+    assert (failed.status, failed.error_code) == ("failed", error_code)
+    assert (failed.error_message or "").endswith(message)
+
+
+async def test_the_last_progress_is_sent_before_the_failure(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    script = "for n in 1 2 3 4 5; do echo ::progress $n; done; exit 1"
+    job = await client.create_job(queue=queue)
+    await Bench(client, tmp_path, queue, script, once=True).run()
+    events = await client.timeline(job.id)
+    assert events[-2].type == "progress"
+    assert events[-2].details["progress"] == 5
+
+
+async def test_drain_works_on_all_due_jobs_and_ends(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    jobs = await client.create_jobs({"queue": queue, "payload": n} for n in range(5))
+    later = await client.create_job(queue=queue, delay_ms=3_600_000)
+    bench = Bench(client, tmp_path, queue, "cat", drain=True, concurrency=2)
+    assert await bench.run() == 0
+    assert {(await client.get_job(job.id)).status for job in jobs} == {"completed"}
+    assert sorted(bench.out.split()) == ["0", "1", "2", "3", "4"]
+    assert (await client.get_job(later.id)).status == "queued"
+
+
+async def test_drain_takes_retries_that_are_due_and_says_that_not_all_was_well(
+    client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    backoff = {"kind": "fixed", "base_ms": 0, "jitter": False}
+    job = await client.create_job(queue=queue, max_attempts=2, backoff=backoff)
+    bench = Bench(client, tmp_path, queue, '[ "$JOBD_JOB_ATTEMPT" = 2 ]', drain=True)
+    assert await bench.run() == 1
+    assert (await client.get_job(job.id)).status == "completed"
+
+
+async def test_drain_of_an_empty_queue_is_done(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    assert await Bench(client, tmp_path, queue, "false", drain=True).run() == 0
+
+
+async def test_once_takes_one_job(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    first, second = await client.create_jobs([{"queue": queue}, {"queue": queue}])
+    assert await Bench(client, tmp_path, queue, "true", once=True).run() == 0
+    assert (await client.get_job(first.id)).status == "completed"
+    assert (await client.get_job(second.id)).status == "queued"
+
+
+async def test_only_the_kinds_asked_for(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    other = await client.create_job(queue=queue, kind="other")
+    mine = await client.create_job(queue=queue, kind="mine")
+    assert await Bench(client, tmp_path, queue, "true", drain=True, kinds=["mine"]).run() == 0
+    assert (await client.get_job(mine.id)).status == "completed"
+    assert (await client.get_job(other.id)).status == "queued"
+
+
+async def test_a_cancelled_job_ends_its_whole_process_group(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    script = (
+        "trap 'echo asked to stop; exit 0' TERM; sleep 1000 & echo ::progress 1; echo $$; while :; do sleep 0.01; done"
+    )
+    job = await client.create_job(queue=queue)
+    bench = Bench(client, tmp_path, queue, script, once=True, lock_ttl_ms=1000)
+    running = asyncio.create_task(bench.run())
+    await when(client, job.id, lambda job: job.progress == 1)
+    await client.cancel_job(job.id)
+    assert await running == 1
+    group, said = bench.out.splitlines()
+    assert said == "asked to stop"
+    assert not has_members(int(group))
+    assert (await client.get_job(job.id)).status == "cancelled"
+    assert any("stopping its work" in text for text in bench.said)
+
+
+async def test_the_lock_is_kept_while_the_program_runs(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    job = await client.create_job(queue=queue)
+    script = f"while [ ! -e {go} ]; do sleep 0.01; done"
+    running = asyncio.create_task(Bench(client, tmp_path, queue, script, once=True, lock_ttl_ms=1000).run())
+
+    async def is_older_than_one_ttl() -> bool:
+        return [event.type for event in await client.timeline(job.id)].count("extended") >= 4
+
+    await until(is_older_than_one_ttl)
+    go.touch()
+    assert await running == 0
+    assert (await client.get_job(job.id)).attempt == 1
+
+
+async def test_stop_lets_the_running_program_end(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    first, second = await client.create_jobs([{"queue": queue}, {"queue": queue}])
+    bench = Bench(client, tmp_path, queue, f"echo ::progress 1; while [ ! -e {go} ]; do sleep 0.01; done")
+    running = asyncio.create_task(bench.run())
+    await when(client, first.id, lambda job: job.progress == 1)
+    bench.worker.stop()
+    go.touch()
+    assert await running == 0
+    assert (await client.get_job(first.id)).status == "completed"
+    assert (await client.get_job(second.id)).attempt == 0
+
+
+@pytest.mark.parametrize("stops", [1, 2], ids=["grace over", "second signal"])
+async def test_after_the_grace_the_group_is_stopped_and_then_the_job_released(
+    client: AsyncJobClient, queue: str, tmp_path: Path, stops: int
+) -> None:
+    script = "trap '' TERM; echo ::progress 1; echo $$; while :; do sleep 0.01; done"
+    job = await client.create_job(queue=queue)
+    bench = Bench(client, tmp_path, queue, script, grace_s=0.05 if stops == 1 else 10_000, kill_after_s=0.2)
+    running = asyncio.create_task(bench.run())
+    await when(client, job.id, lambda job: job.progress == 1)
+    for _ in range(stops):
+        bench.worker.stop()
+    assert await running == 0
+    assert not has_members(int(bench.out))
+    back = await client.get_job(job.id)
+    assert (back.status, back.attempt) == ("queued", 0)
+    assert [event.type for event in await client.timeline(job.id)][-1] == "released"
+
+
+async def test_a_third_signal_kills_at_once(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    script = "trap '' TERM; echo ::progress 1; echo $$; while :; do sleep 0.01; done"
+    job = await client.create_job(queue=queue)
+    bench = Bench(client, tmp_path, queue, script, grace_s=10_000, kill_after_s=10_000)
+    running = asyncio.create_task(bench.run())
+    await when(client, job.id, lambda job: job.progress == 1)
+    for _ in range(3):
+        bench.worker.stop()
+    assert await running == 0
+    assert not has_members(int(bench.out))
+    assert (await client.get_job(job.id)).status == "queued"
+
+
+async def test_a_program_that_does_not_exist_is_refused_before_any_claim(
+    client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    job = await client.create_job(queue=queue)
+    said: list[str] = []
+    worker = CommandWorker(client, ["/nonexistent/program"], queues=[queue], say=said.append, drain=True)
+    assert await worker.run(signals=False) == 1
+    assert "no such program" in said[0]
+    assert (await client.timeline(job.id))[-1].type == "created"
+
+
+async def test_a_program_that_cannot_be_started_costs_no_job(
+    client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/nonexistent/interpreter\n")
+    program.chmod(0o755)
+    job = await client.create_job(queue=queue)
+    said: list[str] = []
+    worker = CommandWorker(client, [str(program)], queues=[queue], say=said.append)
+    assert await worker.run(signals=False) == 1
+    assert "Its job was given back" in said[0]
+    back = await client.get_job(job.id)
+    assert (back.status, back.attempt) == ("queued", 0)
+
+
+async def test_no_daemon_is_unreachable_once_patience_is_over(
+    queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shift, "PATIENCE_S", 0.1)
+    bench = Bench(f"unix:{tmp_path}/none", tmp_path, queue, "true", drain=True)
+    with pytest.raises(Unreachable):
+        await bench.run()
+
+
+def test_a_command_and_room_are_needed() -> None:
+    with pytest.raises(ValueError, match="a command is needed"):
+        CommandWorker("unix:/x", [])
+    with pytest.raises(ValueError, match="concurrency"):
+        CommandWorker("unix:/x", ["true"], concurrency=0)
+
+
+async def test_the_program_works_on_while_the_daemon_is_away(queue: str, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    with Daemon(tmp_path) as daemon:
+        async with AsyncJobClient(f"unix:{daemon.socket}") as client:
+            job = await client.create_job(queue=queue)
+            script = f"echo ::progress 1; while [ ! -e {go} ]; do sleep 0.01; done; echo ::meta done=true"
+            bench = Bench(f"unix:{daemon.socket}", tmp_path, queue, script, once=True, lock_ttl_ms=1000)
+            running = asyncio.create_task(bench.run())
+            await when(client, job.id, lambda job: job.progress == 1)
+            await asyncio.to_thread(daemon.kill)
+            await until(lambda: any("The work goes on" in text for text in bench.said))
+            go.touch()
+            await until(lambda: any("cannot complete it yet" in text for text in bench.said))
+            await asyncio.to_thread(daemon.start)
+            assert await running == 0
+            done = await client.get_job(job.id)
+            assert (done.status, done.metadata_value, done.stalls) == ("completed", {"done": True}, 0)
+
+
+@pytest.mark.parametrize("what", ["claim", "progress", "complete"])
+async def test_lost_answers_make_no_second_run(
+    daemon: Daemon, client: AsyncJobClient, queue: str, tmp_path: Path, what: str
+) -> None:
+    peer = Peer(behind=daemon.socket)
+    peer.loses = lambda asked: asked.path.endswith(f"/{what}") and asked.body not in [lost.body for lost in peer.lost]
+    job = await client.create_job(queue=queue)
+    with serving(peer, tmp_path / "p") as endpoint:
+        bench = Bench(endpoint, tmp_path, queue, "echo ::progress 5; echo ran", once=True)
+        assert await bench.run() == 0
+    assert bench.out == "ran\n"
+    assert peer.lost
+    assert [event.type for event in await client.timeline(job.id)].count("completed") == 1
+
+
+async def test_a_result_that_the_daemon_refuses_fails_the_job(
+    client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    job = await client.create_job(queue=queue)
+    script = 'big=$(head -c 60000 /dev/zero | tr "\\0" x); for n in $(seq 20); do echo "::meta k$n=$big"; done'
+    assert await Bench(client, tmp_path, queue, script, once=True).run() == 1
+    failed = await client.get_job(job.id)
+    assert (failed.status, failed.error_code) == ("failed", "complete:too_large")
+
+
+async def test_jobctl_run_is_this_worker_and_sigterm_gives_the_job_back(
+    client: AsyncJobClient, daemon: Daemon, queue: str
+) -> None:
+    job = await client.create_job(queue=queue)
+    script = "echo ::progress 1; echo $$; sleep 1000"
+    command = [sys.executable, "-m", "jobd.cli.ctl", "--socket", daemon.socket, "run", "--queue", queue]
+    command += ["--grace", "50ms", "--", "sh", "-c", script]
+    environ = {**os.environ, "PYTHONPATH": str(Path(jobd.__file__).parents[1])}
+    start = functools.partial(subprocess.Popen, command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = await asyncio.to_thread(start)
+    try:
+        await when(client, job.id, lambda job: job.progress == 1)
+        process.send_signal(signal.SIGTERM)
+        out, err = await asyncio.to_thread(process.communicate)
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+    assert process.returncode == 0, err
+    assert not has_members(int(out))
+    back = await client.get_job(job.id)
+    assert (back.status, back.attempt) == ("queued", 0)

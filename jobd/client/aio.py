@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import io
 import random
 import ssl
 import time
@@ -113,8 +114,9 @@ class _AsyncClient:
     ) -> Any:
         url = URL(f"{self.endpoint.origin}{request.path}", encoded=True)
         headers = {"Accept-Encoding": "identity", **request.headers, **self.endpoint.headers}
+        body = None if request.body is None else io.BytesIO(request.body)  # bytes of over 1 MiB make aiohttp warn
         return self._connected().request(
-            request.method, url, data=data or request.body, headers=headers, timeout=timeout, allow_redirects=False
+            request.method, url, data=data or body, headers=headers, timeout=timeout, allow_redirects=False
         )
 
     def _connected(self) -> aiohttp.ClientSession:

@@ -36,8 +36,8 @@ class Wanted:
 class Claims:
     """The loop of a worker: `work` is called with each grant, at most `concurrency` of them at a time.
 
-    `once` ends after one job, `drain` when there is no due job and none is running. Without the two an unreachable
-    daemon is waited for; with one of them for `patience_s` at most.
+    `once` ends after one job, `drain` when there is no due job and none is running. An unreachable daemon is waited for
+    `patience_s`, for ever where that is None.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Claims:
         concurrency: int = 1,
         once: bool = False,
         drain: bool = False,
-        patience_s: float = 30.0,
+        patience_s: float | None = None,
     ) -> None:
         self._client = client
         self._wanted = wanted
@@ -59,7 +59,7 @@ class Claims:
         self._concurrency = 1 if once else concurrency
         self._once = once
         self._drain = drain
-        self._patience_s = patience_s if once or drain else None
+        self._patience_s = patience_s
         self._stopping = asyncio.Event()
         self._running: set[asyncio.Future[None]] = set()
         self._is_resent = False

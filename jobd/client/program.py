@@ -47,7 +47,7 @@ class Program:
         self._read_bytes = 0
         self._enough_bytes = math.inf
         self._feeding = 0
-        self._pipes = contextlib.ExitStack()
+        self._writer: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
 
     @classmethod
@@ -73,13 +73,22 @@ class Program:
             start_new_session=True,
         )
         program = cls(process, kill_after_s)
+        program._attend(stdin, on_stdout, on_stderr)
+        return program
+
+    def _attend(self, stdin: bytes, on_stdout: Feed, on_stderr: Feed) -> None:
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            os.set_blocking(pipe.fileno(), False)
+        self._writer = asyncio.ensure_future(self._write(process.stdin, stdin))
+        self._readers = [
+            asyncio.ensure_future(self._read(process.stdout, on_stdout)),
+            asyncio.ensure_future(self._read(process.stderr, on_stderr)),
+        ]
         exited = asyncio.get_running_loop().create_future()
         threading.Thread(target=_wait_for, args=(process.pid, exited), daemon=True).start()
-        await program._write(stdin)
-        await program._read(process.stdout, on_stdout)
-        await program._read(process.stderr, on_stderr)
-        program._ending = asyncio.ensure_future(program._see_out(exited))
-        return program
+        self._ending = asyncio.ensure_future(self._see_out(exited))
 
     async def stop(self, at_once: asyncio.Event) -> None:
         """SIGTERM to the whole group, SIGKILL after `kill_after_s` or `at_once`; returns when it is gone, or stuck."""
@@ -101,29 +110,29 @@ class Program:
         await first_of(self.done, patience)
         patience.cancel()
 
-    async def _write(self, data: bytes) -> None:
-        """Give the program its input; one that does not read it is not waited for."""
-        loop = asyncio.get_running_loop()
-        transport, pipe = await loop.connect_write_pipe(_Input, self._process.stdin)
-        self._pipes.callback(pipe.abort)
-        transport.write(data)
-        transport.write_eof()
+    async def _write(self, pipe: IO[bytes], data: bytes) -> None:
+        """Give the program its input. It need not read it."""
+        rest = memoryview(data)
+        with pipe, contextlib.suppress(BrokenPipeError):
+            while rest:
+                await _ready(pipe, to_write=True)
+                with contextlib.suppress(BlockingIOError):
+                    rest = rest[os.write(pipe.fileno(), rest) :]
 
-    async def _read(self, pipe: IO[bytes] | None, feed: Feed) -> None:
-        reader = asyncio.StreamReader(limit=PIECE_BYTES)
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
-        self._pipes.callback(transport.close)
-        self._readers.append(asyncio.ensure_future(self._pass_on(reader, feed)))
-
-    async def _pass_on(self, reader: asyncio.StreamReader, feed: Feed) -> None:
+    async def _read(self, pipe: IO[bytes], feed: Feed) -> None:
+        """Pass on what the program says, no faster than it is taken."""
         piece = b"-"
-        while piece and self._read_bytes < self._enough_bytes:
-            piece = await reader.read(PIECE_BYTES)
-            self._read_bytes += len(piece)
-            self._feeding += 1
-            await feed(piece)
-            self._feeding -= 1
+        with pipe:
+            while piece and self._read_bytes < self._enough_bytes:
+                await _ready(pipe)
+                try:
+                    piece = os.read(pipe.fileno(), PIECE_BYTES)
+                except BlockingIOError:
+                    continue
+                self._read_bytes += len(piece)
+                self._feeding += 1
+                await feed(piece)
+                self._feeding -= 1
 
     async def _see_out(self, exited: asyncio.Future[None]) -> None:
         try:
@@ -139,7 +148,8 @@ class Program:
         await exited  # not reaped yet: as long as it is not, nobody else gets the number of its group
         await self._end_group()
         await self._end_output()
-        self._pipes.close()
+        if self._writer is not None:
+            self._writer.cancel()
         self.returncode = self._process.wait()
 
     async def _end_group(self) -> None:
@@ -175,23 +185,20 @@ class Program:
                 os.killpg(self._process.pid, number)
 
 
-class _Input(asyncio.BaseProtocol):
-    """The program's stdin, as seen from here."""
+async def _ready(pipe: IO[bytes], *, to_write: bool = False) -> None:
+    """Wait until `pipe` can be read or written.
 
-    def __init__(self) -> None:
-        self._transport: asyncio.WriteTransport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-
-    def abort(self) -> None:
-        """Close it, whatever is left to be written; once it is closed there is nothing to do."""
-        if self._transport is not None:
-            self._transport.abort()
+    The loop's own pipe transports are not for us: uvloop closes their descriptors twice, the second time perhaps one
+    that another thread has just opened.
+    """
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    add, remove = (loop.add_writer, loop.remove_writer) if to_write else (loop.add_reader, loop.remove_reader)
+    add(pipe.fileno(), settle, ready)
+    try:
+        await ready
+    finally:
+        remove(pipe.fileno())
 
 
 def _wait_for(pid: int, exited: asyncio.Future[None]) -> None:

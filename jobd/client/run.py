@@ -104,7 +104,7 @@ class CommandWorker:
         0, or 1 where the program could not be started, or, with `once` and `drain`, not every job was completed.
         Raises the JobdError that made claiming impossible.
         """
-        if shutil.which(self._command[0]) is None:
+        if await asyncio.to_thread(shutil.which, self._command[0]) is None:
             self._say(f"cannot run {self._command[0]!r}: there is no such program. No job was claimed.")
             return 1
         async with contextlib.AsyncExitStack() as stack:

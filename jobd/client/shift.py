@@ -18,6 +18,7 @@ from jobd.client.protocol import GrantInfo
 from jobd.client.waiting import first_of, within
 
 STOP_S: Final = 10.0  # what work that was told to stop gets to do so
+PATIENCE_S: Final = 30.0  # how long a daemon that is not there is waited for where an end is wanted (once, drain)
 ENDING_S: Final = 10.0  # how long a stopping worker goes on telling an unreachable daemon how its jobs ended
 
 
@@ -71,7 +72,16 @@ class Shift:
         self._grace_s = grace_s
         self._stop_s = stop_s
         self._progress_every_s = progress_every_s
-        self._claims = Claims(client, wanted, self._work, say, concurrency=concurrency, once=once, drain=drain)
+        self._claims = Claims(
+            client,
+            wanted,
+            self._work,
+            say,
+            concurrency=concurrency,
+            once=once,
+            drain=drain,
+            patience_s=PATIENCE_S if once or drain else None,
+        )
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()  # the grace is over: work is stopped
         self._give_up = asyncio.Event()  # neither work nor an unreachable daemon is waited for any longer
