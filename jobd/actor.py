@@ -14,11 +14,12 @@ from typing import Final, Protocol
 import structlog
 from msgspec import Struct
 
+from jobd.answers import Answer, Grants
 from jobd.batch import BadRows, Disk, DiskFull
 from jobd.book import Book
-from jobd.commands import Answer, AnyCommand, Call, Claim, Grants, KeyUse, Moment, Refusal
+from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Refusal
 from jobd.deciding import Decider, Known, Plan
-from jobd.envelope import Asked, named_ids, needs_payload_first, share, weight
+from jobd.envelope import Asked, deleted_ids, named_ids, needs_payload_first, share, weight
 from jobd.events import Change
 from jobd.figures import Histogram
 from jobd.full_disk import Closed, FullDisk
@@ -168,8 +169,9 @@ class Actor:
 
     def _abandoned(self, asked: Asked, future: asyncio.Future[Answer | Refusal]) -> None:
         """The caller was cancelled: nobody waits any more, or the answer was set and will not be read."""
-        if asked.ticket and asked.is_abandoned:
-            self.parked.remove(asked)
+        first = self.parked.waiting_with(asked.key.digest) if asked.key is not None else asked
+        if first is not None and first.is_abandoned:
+            self.parked.remove(first)
         if future.done() and not future.cancelled() and isinstance(answer := future.result(), Answer):
             self.undelivered(answer)
 
@@ -256,7 +258,8 @@ class Actor:
             for job in loaded.jobs.values():
                 book.loaded(job)
             self._quarantine_all(loaded.bad)
-        firsts = (asked for asked in batch if needs_payload_first(asked))
+        doomed = {job_id for asked in batch for job_id in deleted_ids(asked.call.command)}
+        firsts = (asked for asked in batch if needs_payload_first(asked, doomed))
         named = (book.get(job_id) for asked in firsts for job_id in named_ids(asked.call.command))
         wanted = {job.seq: job.id for job in named if job is not None}
         if wanted:

@@ -13,8 +13,9 @@ from typing import Final, Protocol
 import structlog
 from msgspec import Struct
 
+from jobd.answers import AlertView, CleanupReport, DatabaseHealth, HealthView, PartHealth
 from jobd.book import Book
-from jobd.commands import AlertView, CleanupReport, DatabaseHealth, HealthView, Moment, PartHealth
+from jobd.commands import Moment
 from jobd.job import MINUTE_MS, SECOND_MS
 from jobd.views import average_processing_s
 

@@ -17,24 +17,8 @@ import structlog
 from msgspec import Struct, field
 
 from jobd.actor import Actor
-from jobd.commands import (
-    AnyCommand,
-    CleanupReport,
-    CleanupState,
-    DeleteExpired,
-    Expire,
-    Issue,
-    Mend,
-    Moment,
-    Recover,
-    Recovered,
-    RecoverStuckView,
-    Recovery,
-    Refusal,
-    Report,
-    Tick,
-    Worked,
-)
+from jobd.answers import CleanupReport, CleanupState, Issue, Recovered, RecoverStuckView, Recovery, Worked
+from jobd.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Recover, Refusal, Report, Tick
 from jobd.figures import PROCESSING_BUCKETS_S, Figures
 from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS
 from jobd.validation import counts, validate

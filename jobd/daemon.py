@@ -25,12 +25,13 @@ import structlog
 from jobd import admin_api, config, facts, log, systemd, worker_api
 from jobd.actor import Actor, Bounds, DiskBroken
 from jobd.alerts import Alerts, Thresholds
+from jobd.answers import Answer
 from jobd.batch import DiskFull, KeyRow, Opened
 from jobd.bodies import Limits
 from jobd.book import Book
 from jobd.cleanup import Cleaner, Schedule, read_figures
 from jobd.clock import Clock
-from jobd.commands import Answer, AnyCommand, CreditAbsence, EndGrants, Ping
+from jobd.commands import AnyCommand, CreditAbsence, EndGrants, Ping
 from jobd.config import Config, ConfigError, Loaded
 from jobd.doors import Gate, own_names
 from jobd.files import StoreBusy, StoreError

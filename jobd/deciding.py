@@ -13,21 +13,10 @@ import structlog
 from msgspec import Raw, Struct, field
 
 from jobd import rules, views
+from jobd.answers import Answer, Grants
 from jobd.batch import Batch, KeyRow, Loaded
 from jobd.book import Book
-from jobd.commands import (
-    Answer,
-    Call,
-    Claim,
-    EndGrants,
-    Grants,
-    KeyUse,
-    Moment,
-    Refusal,
-    Start,
-    Tick,
-    Undelivered,
-)
+from jobd.commands import Call, Claim, EndGrants, KeyUse, Moment, Refusal, Start, Tick, Undelivered
 from jobd.draft import Decision
 from jobd.envelope import Asked
 from jobd.events import Change
@@ -149,12 +138,20 @@ class Decider:
         for change in plan.changes:
             if change.before is not None and change.before.grant is not None and grant_ended(change):
                 self._handed.pop(change.before.grant.lock_id, None)
+            if change.after is None:
+                self.book.suspects.pop(change.event.job_seq, None)
         for seq in plan.checked:
             self.book.suspects.pop(seq, None)
 
     def take_back(self, plan: Plan, loaded: Loaded) -> None:
         """The plan was not written: its jobs are what the disk says (`loaded`). Numbers that it used stay used."""
         self.keys.rollback()
+        # First the claims that wait: the jobs that come back below may be due for them.
+        for asked in plan.parked:
+            self.parked.remove(asked)
+        for asked in plan.served:
+            if asked not in plan.parked:
+                self.parked.add(asked)
         for job_id in {change.event.job_id: None for change in plan.changes if change.event.job_seq}:
             self.book.swap(self.book.get(job_id), loaded.jobs.get(job_id))
         for change in reversed(plan.changes):
@@ -165,11 +162,6 @@ class Decider:
         for asked, answer in plan.replies:
             if asked.key is not None and isinstance(answer, Answer):
                 self._hand(asked, answer, -len(asked.futures))
-        for asked in plan.parked:
-            self.parked.remove(asked)
-        for asked in plan.served:
-            if asked not in plan.parked:
-                self.parked.add(asked)
 
     def not_told(self, asked: Asked, answer: Answer, told: int) -> list[Undelivered]:
         """Of those who asked only `told` still waited: the grants that nobody has received go back."""
@@ -191,18 +183,18 @@ class Decider:
     def _decide_one(self, plan: Plan, asked: Asked, policy: Policy) -> Answer | Refusal | None:
         """The answer to one command, or None where it waits: parked, or for its first call that is parked."""
         command = asked.call.command
-        refusal = self._refuse(command)
-        if refusal is not None:
-            return refusal
-        if isinstance(command, Undelivered) and self._handed.get(command.lock_id, 0) > 0:
-            return Refusal("lock_lost", "Another connection has received this grant.")
         if asked.key is not None:
             first = self.parked.waiting_with(asked.key.digest)
             if first is not None and first is not asked:
                 return _join(first, asked)
             known = self._known_answer(plan, asked, asked.key, policy)
             if known is not None:
-                return known
+                return known  # on a full disk too: what was done is not refused afterwards
+        refusal = self._refuse(command)
+        if refusal is not None:
+            return refusal
+        if isinstance(command, Undelivered) and self._handed.get(command.lock_id, 0) > 0:
+            return Refusal("lock_lost", "Another connection has received this grant.")
         if isinstance(command, (Start, Claim)):
             self.book.saw(command.worker, plan.at.now)
         decision = self._decided(plan, asked.call, policy)
@@ -250,14 +242,15 @@ class Decider:
         """Jobs became due while claims wait for them: those that wait longest get them, before anybody new."""
         while self._became_due:
             queue, kind = next(iter(self._became_due))
+            asked = self.parked.first(queue, kind)
+            if asked is not None and self._refuse(asked.call.command) is not None:
+                return  # they stay due for whoever waits, until the disk has room
             del self._became_due[(queue, kind)]
-            while (asked := self.parked.first(queue, kind)) is not None and self._serve(plan, asked, policy):
-                pass
+            while asked is not None and self._serve(plan, asked, policy):
+                asked = self.parked.first(queue, kind)
 
     def _serve(self, plan: Plan, asked: Asked, policy: Policy) -> bool:
         """Whether the parked claim got something."""
-        if self._refuse(asked.call.command) is not None:
-            return False
         decision = self._decided(plan, asked.call, policy)
         if not isinstance(decision.answer, Answer) or not decision.answer.grants:
             return False
@@ -282,7 +275,9 @@ class Decider:
             return self._current_grants(plan, asked, row.grants, policy)
         stored = row if row.answer is not None else plan.known.answers.get(key.digest)
         if stored is None or stored.answer is None:
-            message = "The stored answer of this Idempotency-Key is damaged. See what the first call did, use a new key."
+            message = (
+                "The stored answer of this Idempotency-Key is damaged. See what the first call did, use a new key."
+            )
             return Refusal("internal_error", message)
         return Answer(Raw(stored.answer), status=stored.status, replayed=True)
 
@@ -308,6 +303,8 @@ class Decider:
         key, answer = asked.key, decision.answer
         if key is None or not decision.changes or not isinstance(answer, Answer):
             return
+        if isinstance(asked.call.command, Claim) and not answer.grants:
+            return  # it only met jobs that had expired
         if answer.grants:
             self._hand(asked, answer, len(asked.futures))
             self.keys.add(KeyRow(key.digest, key.body_hash, plan.at.now, grants=list(answer.grants)))

@@ -12,8 +12,9 @@ from uuid import UUID
 from msgspec import Struct
 from msgspec.structs import replace
 
+from jobd.answers import Answer
 from jobd.book import Book
-from jobd.commands import Answer, Call, Moment, Refusal
+from jobd.commands import Call, Moment, Refusal
 from jobd.events import Change, Changes, Event, EventType
 from jobd.job import TOKEN_COUNTER_BITS, Job, Policy
 

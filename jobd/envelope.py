@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from jobd.answers import Answer
 from jobd.commands import (
-    Answer,
     Bulk,
     Call,
     Cancel,
@@ -76,10 +76,20 @@ def named_ids(command: Command) -> list[str]:
     return []
 
 
-def needs_payload_first(asked: Asked) -> bool:
-    """Whether the decision needs the payload (or the request hash) of a job that exists: it is read beforehand."""
+def deleted_ids(command: Command) -> list[str]:
+    """The ids of the jobs that `command` may delete."""
+    return command.ids if isinstance(command, DeleteExpired) else []
+
+
+def needs_payload_first(asked: Asked, doomed: set[str]) -> bool:
+    """Whether the payload (or the request hash) of a job that exists is read before the decision.
+
+    It has to be where the decision needs it, or where the job may be gone (`doomed`) when the answer shows it.
+    """
     command = asked.call.command
     if isinstance(command, (Create, Bulk, Delete)):
+        return True
+    if isinstance(command, OnJob) and command.id in doomed:
         return True
     return asked.key is not None and isinstance(command, OnJob) and not isinstance(command, Start)
 

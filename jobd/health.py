@@ -17,18 +17,9 @@ from urllib.parse import unquote, urlsplit
 import structlog
 
 from jobd.actor import Actor
+from jobd.answers import CleanupHealth, CleanupState, DatabaseHealth, HealthStatus, HealthView, PartHealth
 from jobd.batch import DiskFull
-from jobd.commands import (
-    CleanupHealth,
-    CleanupState,
-    DatabaseHealth,
-    HealthStatus,
-    HealthView,
-    Moment,
-    PartHealth,
-    Ping,
-    Refusal,
-)
+from jobd.commands import Moment, Ping, Refusal
 from jobd.full_disk import Closed
 from jobd.job import STATUSES, Job
 

@@ -13,8 +13,9 @@ import structlog
 from msgspec import Raw
 
 from jobd import views
+from jobd.answers import Answer, JobPage, Look, TimelineView
 from jobd.batch import Disk, Page, Query
-from jobd.commands import Answer, JobPage, List, Look, Moment, Refusal, TimelineView
+from jobd.commands import List, Moment, Refusal
 from jobd.envelope import Asked
 from jobd.events import view
 from jobd.job import Policy

@@ -18,7 +18,7 @@ STATUSES: Final[tuple[Status, ...]] = ("queued", "processing", "completed", "fai
 LIVE: Final = frozenset({"queued", "processing"})
 FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
 
-# Every way a status may change (SPEC 3). completed is final.
+# Every way a status may change. completed is final.
 TRANSITIONS: Final = frozenset(
     {
         ("queued", "processing"),
@@ -91,7 +91,7 @@ def storage_key_fault(key: str) -> str | None:
 
 
 class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
-    """How long a failed job waits before its next attempt (SPEC 4.6)."""
+    """How long a failed job waits before its next attempt."""
 
     kind: Literal["exponential", "fixed"] = "exponential"
     base_ms: Annotated[int, Meta(ge=0, le=YEAR_MS)] = 1_000
@@ -154,7 +154,7 @@ class Lease(Struct, frozen=True, gc=False):
 
     @property
     def stuck(self) -> int:
-        """From this lease time on the job counts as stuck (SPEC 4.5)."""
+        """From this lease time on the job counts as stuck."""
         silent = max(self.expires, self.silent)
         return silent if self.ceiling is None else min(silent, self.ceiling)
 

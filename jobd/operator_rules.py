@@ -10,18 +10,13 @@ from typing import Any
 from msgspec.structs import replace
 
 from jobd import steps, views
+from jobd.answers import AdminLock, Answer, Forced, Imported, LockState, PausedView
 from jobd.commands import (
-    AdminLock,
-    Answer,
     Delete,
-    Forced,
     ForceFail,
     ForceReset,
     Import,
-    Imported,
-    LockState,
     Pause,
-    PausedView,
     Refusal,
     Resume,
     RunNow,
@@ -81,9 +76,7 @@ def _moved(draft: Draft, job: Job, command: Transition) -> Job:
     fields = _updated(draft, job, updates)
     if command.to == "queued":
         # Back by an operator's hand: the last attempt does not count.
-        return steps.requeue(
-            draft, job, "transitioned", ended, reason=reason, attempt=steps.given_back(job), **fields
-        )
+        return steps.requeue(draft, job, "transitioned", ended, reason=reason, attempt=steps.given_back(job), **fields)
     if command.to == "completed":
         result = fields.pop("result", job.result) or Result()
         return steps.complete(draft, job, "transitioned", ended, result, reason=reason, **fields)

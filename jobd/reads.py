@@ -8,23 +8,8 @@ from __future__ import annotations
 from typing import assert_never
 
 from jobd import steps, views
-from jobd.commands import (
-    Answer,
-    Get,
-    JobPage,
-    List,
-    Locks,
-    Look,
-    Queues,
-    Refusal,
-    Stats,
-    Timeline,
-    TimelineView,
-    Validate,
-    ValidateJobView,
-    Why,
-    Workers,
-)
+from jobd.answers import Answer, JobPage, Look, TimelineView, ValidateJobView
+from jobd.commands import Get, List, Locks, Queues, Refusal, Stats, Timeline, Validate, Why, Workers
 from jobd.draft import Draft
 from jobd.validation import validate
 from jobd.why import explain

@@ -13,18 +13,10 @@ from msgspec import Struct
 from jobd import backup
 from jobd.actor import Actor
 from jobd.alerts import Alerts
+from jobd.answers import AlertView, CleanupReport, CleanupState, ClockView, HealthView, QuarantinedJob, RecoverStuckView
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
-from jobd.commands import (
-    AlertView,
-    CleanupReport,
-    CleanupState,
-    ClockView,
-    HealthView,
-    QuarantinedJob,
-    RecoverStuckView,
-    Refusal,
-)
+from jobd.commands import Refusal
 from jobd.health import Health
 from jobd.metrics import Metrics
 from jobd.store import Store

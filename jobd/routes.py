@@ -12,8 +12,9 @@ from urllib.parse import unquote
 from aiohttp.web import StreamResponse
 from msgspec import Struct
 
+from jobd.answers import Answer
 from jobd.bodies import Limits, Shape
-from jobd.commands import Answer, Command, Refusal
+from jobd.commands import Command, Refusal
 from jobd.doors import JSON
 
 Who = Literal["anyone", "worker", "admin"]

@@ -12,9 +12,9 @@ from typing import Any, assert_never
 import msgspec
 
 from jobd import operator_rules, reads, steps, time_rules, views
+from jobd.answers import Answer, Done, Grants, JobList, JobView
 from jobd.book import Book
 from jobd.commands import (
-    Answer,
     AnyCommand,
     Bulk,
     Call,
@@ -25,7 +25,6 @@ from jobd.commands import (
     CreditAbsence,
     Delete,
     DeleteExpired,
-    Done,
     EndGrants,
     Expire,
     Extend,
@@ -34,10 +33,7 @@ from jobd.commands import (
     ForceFail,
     ForceReset,
     Get,
-    Grants,
     Import,
-    JobList,
-    JobView,
     List,
     Locks,
     Mend,
@@ -328,10 +324,14 @@ def progress(draft: Draft, command: Progress) -> Answer | Refusal:
         return _past_ceiling(draft, job)
     lease = steps.keep_alive(job.grant, job.lease, draft.at.lease, job.grant.ttl_ms, progressed=True)
     value = steps.whole(command.progress)
-    details: dict[str, Any] = {"progress": value} if command.message is None else {
-        "progress": value,
-        "message": command.message,
-    }
+    details: dict[str, Any] = (
+        {"progress": value}
+        if command.message is None
+        else {
+            "progress": value,
+            "message": command.message,
+        }
+    )
     draft.step(
         job,
         "progress",
@@ -364,9 +364,7 @@ def _extend(draft: Draft, command: Extend | ExtendLock, additional_ms: int | Non
     assert job.grant is not None and job.lease is not None
     if job.lease.is_past_ceiling(draft.at.lease):
         return _past_ceiling(draft, job)
-    lease = steps.keep_alive(
-        job.grant, job.lease, draft.at.lease, additional_ms or job.grant.ttl_ms, progressed=False
-    )
+    lease = steps.keep_alive(job.grant, job.lease, draft.at.lease, additional_ms or job.grant.ttl_ms, progressed=False)
     extended = lease.expires > job.lease.expires
     by = None if draft.call.admin else f"worker:{job.grant.worker}"
     draft.step(job, "extended", by=by, details={"lock_expires_at": draft.at.wall(lease.expires)}, lease=lease)

@@ -11,7 +11,8 @@ from msgspec import UNSET, Raw, UnsetType
 from msgspec.structs import replace
 
 from jobd import views
-from jobd.commands import Answer, Create, Import, Refusal
+from jobd.answers import Answer
+from jobd.commands import Create, Import, Refusal
 from jobd.draft import Draft
 from jobd.events import EventType
 from jobd.job import MAX_PERCENT, MINUTE_MS, SECOND_MS, Ended, Failure, Grant, Job, Lease, Options, Policy, Result
@@ -197,9 +198,7 @@ def stall(draft: Draft, job: Job, cause: str) -> Job:
     elif options.on_stall == "requeue" or (
         options.on_stall == "auto" and (job.progress == 0 or job.attempt < options.max_attempts)
     ):
-        return requeue(
-            draft, job, "stalled", ended, reason=cause, attempt=attempt, stalls=stalls, details=details
-        )
+        return requeue(draft, job, "stalled", ended, reason=cause, attempt=attempt, stalls=stalls, details=details)
     elif options.on_stall == "fail":
         advice = "Its on_stall is fail; force-reset the job to run it again."
     else:

@@ -16,8 +16,9 @@ from aiohttp import web
 from aiohttp.streams import StreamReader
 from msgspec import Struct
 
+from jobd.answers import Answer, Imported
 from jobd.bodies import Limits, Refused, Shape, refused
-from jobd.commands import Answer, Import, Imported, Refusal
+from jobd.commands import Import, Refusal
 from jobd.job import is_job_id
 from jobd.replies import PATIENCE_S, SAFE
 from jobd.web import Visit, Web, welcome

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from jobd.commands import Issue, Moment, Validation
+from jobd.answers import Issue, Validation
+from jobd.commands import Moment
 from jobd.job import FINISHED, MAX_PERCENT, STATUSES, Failure, Job, Policy
 
 NO_MESSAGE: Final = "No error message was recorded."
@@ -94,7 +95,9 @@ def _ending(job: Job, policy: Policy) -> list[Issue]:
     result = job.result
     if policy.require_download_url and (result is None or not result.download_url):
         message = "The job is completed without a download_url, which [validation] require_download_url asks for."
-        return [Issue("error", "download_url", message, "Force-fail is not possible any more: delete it and run it anew.")]
+        return [
+            Issue("error", "download_url", message, "Force-fail is not possible any more: delete it and run it anew.")
+        ]
     if result is None or not (result.download_url or result.file_path or result.storage_key or result.metadata):
         message = "The job is completed without download_url, file_path, storage_key or metadata."
         return [Issue("warning", "download_url", message, "Pass what the work produced to complete.")]

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from msgspec import UNSET, Raw, UnsetType
 
-from jobd.book import Book
-from jobd.commands import (
+from jobd.answers import (
     GrantView,
     JobView,
     LockedJob,
     LockList,
     LockState,
     LockView,
-    Moment,
     OldestProcessing,
     QueueList,
     QueueView,
@@ -23,6 +21,8 @@ from jobd.commands import (
     WorkerList,
     WorkerView,
 )
+from jobd.book import Book
+from jobd.commands import Moment
 from jobd.figures import Figures
 from jobd.job import STATUSES, Failure, Grant, Job, Lease, Policy, Result
 

@@ -21,23 +21,18 @@ from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 from msgspec import Struct
 
-from jobd.bodies import Limits, Refused, path_value, refused, too_large
-from jobd.commands import (
+from jobd.answers import (
     AlertView,
     Answer,
-    Claim,
     CleanupReport,
     CleanupState,
     ClockView,
-    Command,
     HealthView,
-    KeyUse,
-    OnJobNamed,
     QuarantinedJob,
     RecoverStuckView,
-    Refusal,
-    Start,
 )
+from jobd.bodies import Limits, Refused, path_value, refused, too_large
+from jobd.commands import Claim, Command, KeyUse, OnJobNamed, Refusal, Start
 from jobd.doors import JSON, LINES, Gate, check_kind
 from jobd.replies import Reply, accepted, refusing
 from jobd.routes import Route, Table, Way

@@ -5,8 +5,9 @@ Pure reading. Every job that is not finished has a next thing that will happen t
 
 from __future__ import annotations
 
+from jobd.answers import Next, WhyView
 from jobd.book import Book
-from jobd.commands import Moment, Next, WhyView
+from jobd.commands import Moment
 from jobd.job import Grant, Job, Lease, Policy
 from jobd.steps import in_words
 

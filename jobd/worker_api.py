@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from typing import Final
 
+from jobd.answers import (
+    Grants,
+    GrantView,
+    JobList,
+    JobPage,
+    JobView,
+    LockState,
+    QueueList,
+    TimelineView,
+    Validation,
+    WhyView,
+    WorkerList,
+)
 from jobd.commands import (
     Bulk,
     Cancel,
@@ -13,25 +26,14 @@ from jobd.commands import (
     Extend,
     Fail,
     Get,
-    Grants,
-    GrantView,
-    JobList,
-    JobPage,
-    JobView,
     List,
-    LockState,
     Progress,
-    QueueList,
     Queues,
     Release,
     Start,
     Timeline,
-    TimelineView,
     Validate,
-    Validation,
     Why,
-    WhyView,
-    WorkerList,
     Workers,
 )
 from jobd.routes import Route, Who

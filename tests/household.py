@@ -10,15 +10,15 @@ import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from tests.memory_disk import MemoryDisk
-
 from jobd.actor import Actor, Bounds
+from jobd.answers import Answer, GrantView
 from jobd.book import Book
 from jobd.cleanup import Cleaner, Schedule, read_figures
 from jobd.clock import Clock
-from jobd.commands import Answer, AnyCommand, Create, GrantView, Refusal, Start
+from jobd.commands import AnyCommand, Create, Refusal, Start
 from jobd.job import HOUR_MS, Job, Options, Policy
 from jobd.keys import Keys
+from tests.memory_disk import MemoryDisk
 
 WALL: Final = 1_700_000_000_000
 QUIET: Final = Schedule(interval_ms=HOUR_MS, min_interval_ms=HOUR_MS, recover_every_ms=0)

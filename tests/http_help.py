@@ -11,26 +11,24 @@ from typing import Any
 
 from msgspec import Struct
 
-from jobd.bodies import Limits
-from jobd.commands import (
+from jobd.answers import (
     AlertView,
     Answer,
     CleanupHealth,
     CleanupReport,
     CleanupState,
     ClockView,
-    Command,
     DatabaseHealth,
     Done,
     HealthStatus,
     HealthView,
-    KeyUse,
     PartHealth,
     QuarantinedJob,
     RecoverStuckView,
     Recovery,
-    Refusal,
 )
+from jobd.bodies import Limits
+from jobd.commands import Command, KeyUse, Refusal
 from jobd.doors import Gate
 from jobd.listener import Listener
 from jobd.routes import Route

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import queue
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -157,10 +158,10 @@ class Peer:
 
 
 @contextmanager
-def serving(peer: Peer, path: Path | None = None) -> Iterator[str]:
+def serving(peer: Peer, path: Path | None = None, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """Serve `peer` from a thread: on the Unix socket `path`, or on a loopback port. Gives its endpoint."""
     ready: queue.SimpleQueue[tuple[str, Callable[[], object]]] = queue.SimpleQueue()
-    thread = threading.Thread(target=lambda: asyncio.run(_serve(peer, path, ready)))
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(peer, path, tls, ready)))
     thread.start()
     endpoint, stop = ready.get(timeout=10)
     try:
@@ -171,7 +172,12 @@ def serving(peer: Peer, path: Path | None = None) -> Iterator[str]:
         assert not thread.is_alive()
 
 
-async def _serve(peer: Peer, path: Path | None, ready: queue.SimpleQueue[tuple[str, Callable[[], object]]]) -> None:
+async def _serve(
+    peer: Peer,
+    path: Path | None,
+    tls: ssl.SSLContext | None,
+    ready: queue.SimpleQueue[tuple[str, Callable[[], object]]],
+) -> None:
     stop = asyncio.Event()
     runner = web.ServerRunner(web.Server(peer.handle), shutdown_timeout=0.1)
     await runner.setup()
@@ -179,8 +185,8 @@ async def _serve(peer: Peer, path: Path | None, ready: queue.SimpleQueue[tuple[s
         await web.UnixSite(runner, str(path)).start()
         endpoint = f"unix:{path}"
     else:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        endpoint = f"{'http' if tls is None else 'https'}://127.0.0.1:{runner.addresses[0][1]}"
     ready.put((endpoint, functools.partial(asyncio.get_running_loop().call_soon_threadsafe, stop.set)))
     await stop.wait()
     peer.hanging.set()

@@ -9,11 +9,10 @@ from typing import Any
 import msgspec
 import msgspec.inspect
 import pytest
-from tests.http_help import TOKEN, House
 
 from jobd.admin_api import ROUTES
+from jobd.answers import Answer, StatsView
 from jobd.commands import (
-    Answer,
     Cancel,
     Command,
     Delete,
@@ -30,7 +29,6 @@ from jobd.commands import (
     Resume,
     RunNow,
     Stats,
-    StatsView,
     Timeline,
     Transition,
     Update,
@@ -40,6 +38,7 @@ from jobd.commands import (
     Workers,
 )
 from jobd.doors import Gate
+from tests.http_help import TOKEN, House
 
 P = "/admin/job-management"
 AUTH = {"Authorization": f"Bearer {TOKEN}"}

@@ -8,7 +8,8 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from jobd.alerts import EVALUATE_EVERY_S, MEASURE_EVERY_S, NAMES, Alerts, Thresholds
-from jobd.commands import AlertView, Complete, Create, Progress
+from jobd.answers import AlertView
+from jobd.commands import Complete, Create, Progress
 from jobd.health import Health
 from jobd.job import HOUR_MS, MINUTE_MS
 from tests.household import Household, in_virtual_time, row, seconds

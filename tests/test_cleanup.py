@@ -8,29 +8,18 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
-from tests.household import WALL, Household, in_virtual_time, row, seconds, until
-from tests.memory_disk import MemoryDisk
 from msgspec.structs import replace
 
+from jobd.answers import CleanupReport, RecoverStuckView
 from jobd.batch import DiskFull
 from jobd.cleanup import TICK_S, Schedule, read_figures
-from jobd.commands import (
-    CleanupReport,
-    Complete,
-    Create,
-    Delete,
-    Extend,
-    ForceFail,
-    Get,
-    Progress,
-    RecoverStuckView,
-    Refusal,
-    Timeline,
-)
+from jobd.commands import Complete, Create, Delete, Extend, ForceFail, Get, Progress, Refusal, Timeline
 from jobd.events import Event
 from jobd.figures import Figures, Histogram
 from jobd.full_disk import Closed
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy
+from tests.household import WALL, Household, in_virtual_time, row, seconds, until
+from tests.memory_disk import MemoryDisk
 
 RECOVERING = Schedule(interval_ms=DAY_MS, min_interval_ms=DAY_MS)
 PASSES = Schedule(recover_every_ms=0)

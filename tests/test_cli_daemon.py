@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobd import admin_api, commands
+from jobd import admin_api, answers
 from jobd.cli import ctl
 from jobd.cli import daemon as jobd_cli
 from jobd.cli.checkup import examine
@@ -127,7 +127,7 @@ def _fields(shape: type[msgspec.Struct]) -> set[str]:
     return set(shape.__struct_encode_fields__)
 
 
-JOB_FIELDS = _fields(commands.JobView) - {"repeated"}
+JOB_FIELDS = _fields(answers.JobView) - {"repeated"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Runni
     grant = running.client.claim("w", queues=["c4"])[0]
     assert "held by w" in jobctl.ok("force-fail", "c4", "--dry-run")
     forced = jobctl.json("force-fail", "c4", "--yes", "--reason", "hung")
-    assert set(forced) == _fields(commands.Forced)
+    assert set(forced) == _fields(answers.Forced)
     assert (forced["previousStatus"], forced["reason"]) == ("processing", "hung")
     with pytest.raises(JobdError, match="lock_lost"):
         running.client.complete_job("c4", grant.lock_id)
@@ -286,7 +286,7 @@ def test_a_queue_is_paused_and_resumed(jobctl: Ctl) -> None:
     assert jobctl.json("pause", "c5") == {"queue": "c5", "paused": True}
     listed = {queue["name"]: queue for queue in jobctl.json("queues")["queues"]}
     assert listed["c5"]["paused"] is True
-    assert set(listed["c5"]) == _fields(commands.QueueView)
+    assert set(listed["c5"]) == _fields(answers.QueueView)
     assert jobctl.ok("resume", "c5") == "c5 is open\n"
 
 
@@ -309,14 +309,14 @@ def test_an_old_job_table_moves_in(jobctl: Ctl, running: Running, tmp_path: Path
 
 
 def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Ctl) -> None:
-    assert set(jobctl.json("stats")) == _fields(commands.StatsView)
-    assert set(jobctl.json("health")) == _fields(commands.HealthView)
-    assert set(jobctl.json("cleanup")) == _fields(commands.CleanupReport)
-    assert set(jobctl.json("cleanup", "--last")) == _fields(commands.CleanupState)
-    assert set(jobctl.json("recover-stuck")) == _fields(commands.RecoverStuckView)
-    assert set(jobctl.json("clock")) == _fields(commands.ClockView)
-    assert set(jobctl.json("reports")["reports"][0]) == _fields(commands.CleanupReport)
-    assert set(jobctl.json("alerts")["alerts"][0]) == _fields(commands.AlertView)
+    assert set(jobctl.json("stats")) == _fields(answers.StatsView)
+    assert set(jobctl.json("health")) == _fields(answers.HealthView)
+    assert set(jobctl.json("cleanup")) == _fields(answers.CleanupReport)
+    assert set(jobctl.json("cleanup", "--last")) == _fields(answers.CleanupState)
+    assert set(jobctl.json("recover-stuck")) == _fields(answers.RecoverStuckView)
+    assert set(jobctl.json("clock")) == _fields(answers.ClockView)
+    assert set(jobctl.json("reports")["reports"][0]) == _fields(answers.CleanupReport)
+    assert set(jobctl.json("alerts")["alerts"][0]) == _fields(answers.AlertView)
     assert jobctl.json("workers")["workers"]
     assert "locks" in jobctl.json("locks")
 
@@ -537,8 +537,8 @@ def test_the_typescript_worker_of_the_docs(running: Running) -> None:
 
 async def _findings(place: Path, prepare: Callable[[House], None]) -> dict[str, str]:
     """What `jobd doctor --running` finds at a real door behind which the figures are ours."""
-    stats = commands.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
-    async with House(admin_api.ROUTES, place, admin=True, actor=Desk(lambda _: commands.Answer(stats))) as house:
+    stats = answers.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
+    async with House(admin_api.ROUTES, place, admin=True, actor=Desk(lambda _: answers.Answer(stats))) as house:
         prepare(house)
         with AdminClient(f"unix:{house.path}", token="canary-token-0123456789", retry_for_s=0) as client:
             found = await asyncio.to_thread(examine, client)

@@ -7,6 +7,9 @@ import inspect
 import io
 import os
 import pickle
+import shutil
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ import pytest
 
 import jobd.client
 from jobd import admin_api, worker_api
+from jobd.answers import JobView, LockState
 from jobd.client import (
     ERRORS,
     AdminClient,
@@ -42,7 +46,8 @@ from jobd.client import (
     worker_endpoint,
 )
 from jobd.client.protocol import RETRIED, Reply, Request, Tries, get, job_path, json_lines, reader, result
-from jobd.commands import REFUSALS, JobView, LockState
+from jobd.commands import REFUSALS
+from tests.conftest import tool_missing
 from tests.peer import Peer, closing, drop, early, no, ok, raw, serving
 
 JOB: dict[str, Any] = {
@@ -546,6 +551,40 @@ def test_over_tcp_the_token_is_sent(peer: Peer) -> None:
         peer.script = [EMPTY_PAGE]
         client.list_jobs()
         assert peer.asked[0].headers["Authorization"] == "Bearer " + "t" * 24
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and its key."""
+    if shutil.which("openssl") is None:
+        tool_missing("openssl", "openssl")
+    files = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=jobd", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "1"]
+    subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
+    return files
+
+
+def test_tls_is_spoken_and_the_certificate_checked(peer: Peer, certificate: tuple[Path, Path]) -> None:
+    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.load_cert_chain(*certificate)
+    trusting = ssl.create_default_context(cafile=certificate[0])
+    peer.script = [EMPTY_PAGE, EMPTY_PAGE]
+
+    async def ask(url: str, tls: ssl.SSLContext | None) -> Any:
+        async with AsyncJobClient(url, token="t" * 24, tls=tls, retry_for_s=0) as client:
+            return await client.list_jobs()
+
+    with serving(peer, tls=ours) as url:
+        assert url.startswith("https://")
+        with JobClient(url, token="t" * 24, tls=trusting, retry_for_s=0) as client:
+            assert client.list_jobs().jobs == []
+        assert asyncio.run(ask(url, trusting)).jobs == []
+        with JobClient(url, token="t" * 24, retry_for_s=0) as client, pytest.raises(Unreachable, match="certificate"):
+            client.list_jobs()
+        with pytest.raises(Unreachable, match="certificate"):
+            asyncio.run(ask(url, None))
+    assert len(peer.asked) == 2
 
 
 async def test_an_answer_to_a_dotted_id_reaches_the_peer_as_it_was_meant(peer: Peer, endpoint: str) -> None:

@@ -35,8 +35,9 @@ from jobd.client import (
     uuid7,
 )
 from jobd.client.worker import _described, _how, _result
-from tests.peer import Asked, Peer, no, ok, serving, until
+from tests.peer import Asked, Peer, Step, drop, no, ok, serving, until
 from tests.process import TOKEN, Daemon
+from tests.test_client import JOB
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +307,7 @@ async def test_a_result_that_the_daemon_refuses_fails_the_job_and_says_why(clien
     async with at_work(worker):
         failed = await finished(client, job.id)
     assert (failed.status, failed.error_code) == ("failed", "complete:invalid_request")
-    assert "its result was refused" in (failed.error_message or "")
+    assert "refused its `complete`" in (failed.error_message or "")
 
 
 async def test_a_payload_that_python_cannot_hold_fails_its_job_alone(client: AsyncJobClient, queue: str) -> None:
@@ -739,6 +740,152 @@ async def test_a_lost_answer_is_asked_for_again_and_the_job_is_worked_on_once(
 def _seen(peer: Peer, asked: Asked) -> bool:
     """Whether the answer to the same request has been lost once already."""
     return any(lost.path == asked.path and lost.body == asked.body for lost in peer.lost)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers that a healthy daemon does not give, from a scripted one.
+
+
+class Scripted:
+    """A daemon that grants one job and answers the calls on it as it is told, the last answer again and again."""
+
+    def __init__(self, **answers: list[Step]) -> None:
+        self.peer = Peer()
+        self.peer.always = self._answer
+        self._answers = {"claim": [ok({"grants": [GRANT]}), ok({"grants": []})]} | answers
+        self._state = ok({"lock_expires_at": 1, "ttl_ms": 1000, "ceiling_at": None})
+
+    def _answer(self, asked: Asked) -> Step:
+        verb = asked.path.rsplit("/", 1)[-1]
+        answers = self._answers.get(verb, [self._state if verb in ("extend", "progress") else ok(JOB)])
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    def bodies(self, verb: str) -> list[Any]:
+        return [asked.json for asked in self.peer.asked if asked.path.endswith(f"/{verb}")]
+
+    async def hear(self, verb: str, count: int = 1) -> None:
+        """Wait until it was asked for this."""
+        await until(lambda: len(self.bodies(verb)) >= count)
+
+
+GRANT = {
+    "job": JOB,
+    "lock_id": "secret",
+    "fencing_token": 1,
+    "lock_expires_at": 1,
+    "ttl_ms": 1000,
+    "ceiling_at": None,
+}
+
+
+@pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown", "storage_full", "unauthorized"])
+async def test_an_ending_is_said_until_it_is_taken_and_the_lock_kept_meanwhile(tmp_path: Path, code: str) -> None:
+    daemon = Scripted(complete=[*[no(code, 503)] * 4, ok(JOB)])
+    with serving(daemon.peer, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint, lock_ttl_ms=1000)
+
+        @worker.handler()
+        async def work(task: Task) -> str:
+            return "result"
+
+        async with at_work(worker):
+            await daemon.hear("complete", 5)
+    assert daemon.bodies("complete") == [{"lock_id": "secret", "metadata": "result"}] * 5
+    assert daemon.bodies("extend")
+    assert daemon.bodies("fail") == daemon.bodies("release") == []
+
+
+async def test_a_daemon_that_fails_at_every_complete_gets_a_plain_failure(tmp_path: Path) -> None:
+    daemon = Scripted(complete=[no("internal_error", 500, "A bug.")])
+    with serving(daemon.peer, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        worker.handler()(lambda task: None)
+        async with at_work(worker):
+            await daemon.hear("fail")
+    assert len(daemon.bodies("complete")) == 5
+    (fail,) = daemon.bodies("fail")
+    assert fail["error_code"] == "complete:internal_error"
+    assert "A bug." in fail["error_message"]
+
+
+async def test_a_refused_failure_is_said_again_in_plain_words(tmp_path: Path) -> None:
+    daemon = Scripted(fail=[no("invalid_request", 400, "`retry_after_ms` is too much."), ok(JOB)])
+    with serving(daemon.peer, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            raise Retry(after_ms=10**15)
+
+        async with at_work(worker):
+            await daemon.hear("fail", 2)
+    assert daemon.bodies("fail")[1]["error_code"] == "fail:invalid_request"
+    assert "retry_after_ms" not in daemon.bodies("fail")[1]
+
+
+@pytest.mark.parametrize("code", ["lock_lost", "invalid_transition", "job_not_found", "job_quarantined"])
+async def test_an_ending_that_comes_too_late_is_said_once(
+    tmp_path: Path, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    daemon = Scripted(complete=[no(code, 409, "Too late.")])
+    with serving(daemon.peer, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        worker.handler()(lambda task: None)
+        async with at_work(worker):
+            await daemon.hear("claim", 2)
+    assert len(daemon.bodies("complete")) == 1
+    assert daemon.bodies("fail") == []
+    assert "Too late." in caplog.text
+
+
+async def test_only_an_answer_about_the_lock_stops_the_work(tmp_path: Path) -> None:
+    daemon = Scripted(extend=[no("unauthorized", 401), no("internal_error", 500), no("lock_lost", 409)])
+    stopped = asyncio.Event()
+    with serving(daemon.peer, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                stopped.set()
+
+        async with at_work(worker):
+            await stopped.wait()
+    assert len(daemon.bodies("extend")) == 3
+    assert daemon.bodies("complete") == daemon.bodies("fail") == daemon.bodies("release") == []
+
+
+@pytest.mark.parametrize("code", ["storage_full", "internal_error", "overloaded"])
+async def test_claims_outlast_what_the_daemon_gets_over(tmp_path: Path, code: str) -> None:
+    daemon = Scripted(claim=[no(code, 500), ok({"grants": [GRANT]}), ok({"grants": []})])
+    with serving(daemon.peer, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        go = asyncio.Event()
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            await go.wait()
+
+        async with at_work(worker):
+            await daemon.hear("extend")  # at once: the grant may be an old one
+            go.set()
+            await daemon.hear("complete")
+    keys = [asked.headers["Idempotency-Key"] for asked in daemon.peer.asked if asked.path == "/v1/claim"]
+    assert keys[0] == keys[1] != keys[2]
+
+
+async def test_a_stopped_worker_does_not_wait_for_ever_to_say_how_its_job_ended(tmp_path: Path) -> None:
+    daemon = Scripted(complete=[drop], extend=[drop])
+    with serving(daemon.peer, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        worker.handler()(lambda task: None)
+        async with at_work(worker) as serving_:
+            await daemon.hear("complete", 2)
+            for _ in range(3):
+                worker.stop()
+            await serving_
 
 
 async def test_an_invalid_token_ends_the_worker_after_its_jobs(tmp_path: Path) -> None:

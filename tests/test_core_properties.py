@@ -178,9 +178,7 @@ grants = st.one_of(
 operators = st.one_of(
     st.builds(ForceFail, id=ids, reason=maybe_text),
     st.builds(ForceReset, id=ids),
-    st.builds(
-        Transition, id=ids, from_=st.sampled_from(STATUSES), to=st.sampled_from(STATUSES), updates=updates
-    ),
+    st.builds(Transition, id=ids, from_=st.sampled_from(STATUSES), to=st.sampled_from(STATUSES), updates=updates),
     st.builds(RunNow, id=ids),
     st.builds(
         Update, id=ids, priority=st.none() | priorities, run_at=maybe_time, max_attempts=st.none() | st.integers(1, 3)
@@ -386,9 +384,7 @@ def test_nothing_stays_for_ever_once_time_passes(sequence: list[tuple[Any, bool]
 
 
 odd_times = st.sampled_from([0, 1, 999, 1_000, 1_001, 5_000])
-leases = st.builds(
-    Lease, expires=odd_times, silent=odd_times, ceiling=st.none() | odd_times, cleared=st.booleans()
-)
+leases = st.builds(Lease, expires=odd_times, silent=odd_times, ceiling=st.none() | odd_times, cleared=st.booleans())
 hand_made = st.builds(
     Job,
     seq=st.just(900),

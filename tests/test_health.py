@@ -12,8 +12,9 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.actor import Bounds
+from jobd.answers import CleanupState, HealthView
 from jobd.batch import DiskFull, Loaded
-from jobd.commands import CleanupState, Create, Get, HealthView, Progress
+from jobd.commands import Create, Get, Progress
 from jobd.full_disk import Closed
 from jobd.health import FAULTS_KEPT, MAX_AGE_S, PATIENCE_S, SAMPLE, SAMPLED_FROM, Health, directory_fault
 from tests.household import Household, in_virtual_time, row, seconds

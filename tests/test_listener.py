@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import tool_missing
-from tests.http_help import TOKEN, House, Line, message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from jobd.answers import Answer, Done
 from jobd.bodies import Limits
-from jobd.commands import Answer, Done
 from jobd.doors import Gate, own_names
 from jobd.worker_api import ROUTES
+from tests.conftest import tool_missing
+from tests.http_help import TOKEN, House, Line, message
 
 
 @pytest.fixture

@@ -19,10 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 import jobd
 from jobd.actor import Actor
 from jobd.alerts import NAMES, Alerts
+from jobd.answers import Answer
 from jobd.book import Book
 from jobd.cleanup import Cleaner, Schedule
 from jobd.clock import Clock
-from jobd.commands import REFUSALS, Answer, AnyCommand, Claim, Complete, Create, Start
+from jobd.commands import REFUSALS, AnyCommand, Claim, Complete, Create, Start
 from jobd.figures import OTHER_QUEUES
 from jobd.health import Health
 from jobd.job import STATUSES, Policy

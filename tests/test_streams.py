@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.http_help import TOKEN, Heard, House, Line, message
 from structlog.testing import capture_logs
 
 from jobd import streams
 from jobd.admin_api import ROUTES
+from jobd.answers import Answer, Imported
 from jobd.bodies import Limits
-from jobd.commands import Answer, Import, Imported, Refusal
+from jobd.commands import Import, Refusal
 from jobd.doors import Gate
+from tests.http_help import TOKEN, Heard, House, Line, message
 
 IMPORT = "/admin/job-management/import"
 BACKUP = "/admin/job-management/backup"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.commands import Issue, Moment
+from jobd.answers import Issue
+from jobd.commands import Moment
 from jobd.job import STATUSES, Failure, Grant, Job, Lease, Options, Policy, Result
 from jobd.validation import NO_MESSAGE, counts, safe_fixes, validate
 from tests.desk import NOW

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.http_help import TOKEN, House, message
 from msgspec import Raw
 from structlog.testing import capture_logs
 
+from jobd.answers import Answer, Done, LockState
 from jobd.bodies import Limits
-from jobd.commands import Answer, Cancel, Claim, Create, Done, Get, List, LockState, Progress, Refusal, Start
+from jobd.commands import Cancel, Claim, Create, Get, List, Progress, Refusal, Start
 from jobd.doors import Gate, own_names
 from jobd.routes import Route, Table
 from jobd.worker_api import ROUTES
+from tests.http_help import TOKEN, House, message
 
 PROGRESS = '{"lock_id":"canary-lock","progress":50}'
 

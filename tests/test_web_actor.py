@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.http_help import TOKEN, House, message
-from tests.memory_disk import MemoryDisk
 
 from jobd import admin_api, worker_api
 from jobd.actor import Actor
@@ -20,6 +18,8 @@ from jobd.clock import Clock
 from jobd.doors import Gate
 from jobd.job import Policy
 from jobd.keys import Keys
+from tests.http_help import TOKEN, House, message
+from tests.memory_disk import MemoryDisk
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 ADMIN = "/admin/job-management"

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd.commands import Cancel, Fail, Import, Next, Pause, Recover, Release, Why, WhyView
+from jobd.answers import Next, WhyView
+from jobd.commands import Cancel, Fail, Import, Pause, Recover, Release, Why
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Lease
 from tests.desk import NOW, Desk
 

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 import msgspec.inspect
 import pytest
-from tests.http_help import House
 
 from jobd.commands import (
     Bulk,
@@ -32,6 +31,7 @@ from jobd.commands import (
     Workers,
 )
 from jobd.worker_api import ROUTES
+from tests.http_help import House
 
 # Call, example of a body (or query), the command that it is.
 CALLS: list[tuple[str, str, str, Command]] = [

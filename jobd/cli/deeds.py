@@ -15,7 +15,7 @@ import click
 from jobd.cli import exits, show
 
 if TYPE_CHECKING:
-    from jobd.commands import JobView
+    from jobd.answers import JobView
 
 
 @dataclass(frozen=True, slots=True)

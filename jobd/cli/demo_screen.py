@@ -15,7 +15,7 @@ from jobd.cli import show
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from jobd.commands import JobView
+    from jobd.answers import JobView
 
 _FINISHED = frozenset({"completed", "failed", "cancelled"})
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
+from jobd.answers import JobView, Validation, WhyView
 from jobd.cli import show
-from jobd.commands import JobView, Validation, WhyView
 from jobd.events import EventView
 
 _LONG = 4_000

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobd.cli import show
-from jobd.commands import (
+from jobd.answers import (
     AlertView,
     CleanupReport,
     CleanupState,
@@ -20,6 +19,7 @@ from jobd.commands import (
     StatsView,
     WorkerView,
 )
+from jobd.cli import show
 
 
 def queues(views: Sequence[QueueView]) -> None:

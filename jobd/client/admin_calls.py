@@ -10,9 +10,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from jobd.client.calls import read_job, read_page, read_queues, read_timeline, read_why, read_workers
-from jobd.client.protocol import NDJSON_TYPE, JobInfo, JobInfoPage, Request, T, get, job_path, post, reader, uuid7
-from jobd.commands import (
+from jobd.answers import (
     AdminLock,
     AlertList,
     AlertView,
@@ -34,6 +32,8 @@ from jobd.commands import (
     WhyView,
     WorkerView,
 )
+from jobd.client.calls import read_job, read_page, read_queues, read_timeline, read_why, read_workers
+from jobd.client.protocol import NDJSON_TYPE, JobInfo, JobInfoPage, Request, T, get, job_path, post, reader, uuid7
 from jobd.events import EventView
 from jobd.job import Status
 

@@ -10,17 +10,8 @@ from typing import Any, Final
 
 from msgspec import Struct
 
+from jobd.answers import LockState, QueueList, QueueView, TimelineView, Validation, WhyView, WorkerList, WorkerView
 from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, Request, get, job_path, post, reader, uuid7
-from jobd.commands import (
-    LockState,
-    QueueList,
-    QueueView,
-    TimelineView,
-    Validation,
-    WhyView,
-    WorkerList,
-    WorkerView,
-)
 from jobd.events import EventView
 from jobd.job import Backoff, OnStall, Status
 

@@ -16,11 +16,13 @@ from jobd.client import calls
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import JobdError
 from jobd.client.keeper import Say
-from jobd.client.protocol import GrantInfo, RetryPolicy
+from jobd.client.protocol import RETRIED, GrantInfo, RetryPolicy
 from jobd.client.waiting import first_of
 
 POLL_MS: Final = 30_000
 LOCK_TTL_MS: Final = 60_000
+# A worker outlasts whatever the daemon may get over: a full disk, a fault of its own.
+PASSING: Final = RETRIED | {"storage_full", "internal_error", "request_timeout"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +125,7 @@ class Claims:
             stuck_after_ms=0,
         )
         self._is_resent = False
-        policy = RetryPolicy(total_s=self._patience_s, timeout_s=10.0)
+        policy = RetryPolicy(total_s=self._patience_s, timeout_s=10.0, codes=PASSING)
         claim = asyncio.ensure_future(self._client.send(request, policy, self._resend))
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:

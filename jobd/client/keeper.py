@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from jobd.answers import LockState
 from jobd.client import calls
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import (
@@ -28,7 +29,7 @@ from jobd.client.errors import (
     TooLarge,
 )
 from jobd.client.protocol import RETRIED, GrantInfo, JobInfo, Request, RetryPolicy
-from jobd.commands import LockState
+from jobd.client.waiting import within
 
 # A call on a held job is tried again at least every 5 s: one try takes 4 s at most, the wait after it 1 s.
 TRY_S: Final = 4.0
@@ -104,7 +105,7 @@ class Keeper:
         return told
 
     async def complete(self, give_up: asyncio.Event, **result: Any) -> bool:
-        """Complete the job; whether that was accepted. Where its result is refused, the job is failed with that."""
+        """Complete the job; whether that was accepted. Where its result is refused, the job fails and says so."""
         return await self._end("complete", calls.complete_job(self.id, self.grant.lock_id, **result), give_up)
 
     async def fail(self, give_up: asyncio.Event, message: str, **how: Any) -> bool:
@@ -132,7 +133,7 @@ class Keeper:
 
     async def _keep(self, first_s: float) -> None:
         loop = asyncio.get_running_loop()
-        due = loop.time() + first_s
+        due, failures = loop.time() + first_s, 0
         while not self.lost.done():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(due):
@@ -146,11 +147,12 @@ class Keeper:
                 self._pending = self._pending or report
                 raise
             if state is not None:
-                self._heard_s, self._ttl_s = sent, state.ttl_ms / 1000
+                failures, self._heard_s, self._ttl_s = 0, sent, state.ttl_ms / 1000
                 due = sent + self._ttl_s / 3
                 await asyncio.sleep(self._gap_s)
             else:
-                due = loop.time() + random.uniform(WAIT_S / 2, WAIT_S)
+                failures += 1
+                due = loop.time() + _wait_s(failures)
 
     async def _try(self, report: _Report | None) -> LockState | None:
         """One sign of life: the progress that waits, or an extension. None where it was not accepted."""
@@ -201,7 +203,7 @@ class Keeper:
     async def _end(self, verb: str, request: Request[JobInfo], give_up: asyncio.Event) -> bool:
         """Say how the job ended, again and again until the daemon answers or `give_up` is set."""
         await self.stop()
-        bugs, is_said = 0, False
+        bugs, failures = 0, 0
         while not self._is_gone:
             try:
                 await self._client.send(request, ONE_TRY)
@@ -215,10 +217,10 @@ class Keeper:
                 bugs += isinstance(error, InternalError)
                 if isinstance(error, _REFUSED) or bugs >= _BUGS_BORNE:
                     return await self._refused(verb, error, give_up)
-                if not is_said:
-                    is_said = True
+                failures += 1
+                if failures == 1:
                     self._say(f"job {self.id}: cannot {verb} it yet: {error.message} Trying until there is an answer.")
-                if not await self._again(verb, error, give_up):
+                if not await self._again(verb, error, give_up, failures):
                     return False
                 await self._hold_on()
             else:
@@ -227,15 +229,13 @@ class Keeper:
         self._say(f"job {self.id}: {verb} comes too late: {self.lost.result().message}")
         return False
 
-    async def _again(self, verb: str, error: JobdError, give_up: asyncio.Event) -> bool:
+    async def _again(self, verb: str, error: JobdError, give_up: asyncio.Event, failures: int) -> bool:
         """Wait for the next try of an ending; False where there is to be none."""
         self._is_reachable = False
         if give_up.is_set():
             self._say(f"job {self.id}: could not {verb} it: {error.message} Its lock will run out.")
             return False
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(random.uniform(WAIT_S / 2, WAIT_S)):
-                await give_up.wait()
+        await within(_wait_s(failures), give_up)
         return True
 
     async def _hold_on(self) -> None:
@@ -248,12 +248,18 @@ class Keeper:
             self._heard_s = now
 
     async def _refused(self, verb: str, error: JobdError, give_up: asyncio.Event) -> bool:
-        """The daemon will not take this ending: a refused result makes a failed job, not a stuck one."""
+        """The daemon will not take this ending. A plain failure that says so is better than a job that gets stuck."""
         self._say(f"job {self.id}: {verb} was refused: {error.message}")
-        if verb == "complete":
-            message = f"The work was done, but its result was refused: {error.message}"[:4096]
-            await self.fail(give_up, message, error_code=f"complete:{error.code}")
+        if verb in ("complete", "fail"):
+            message = f"The work has ended, but the daemon refused its `{verb}`: {error.message}"[:4096]
+            plain = calls.fail_job(self.id, self.grant.lock_id, message, error_code=f"{verb}:{error.code}")
+            await self._end("the plain failure", plain, give_up)
         return False
+
+
+def _wait_s(failures: int) -> float:
+    """The wait after that many tries in a row without an answer."""
+    return random.uniform(0.5, 1) * min(WAIT_S, 0.1 * 2.0 ** min(failures, 10))
 
 
 def _settle(told: asyncio.Future[None], error: JobdError | None = None) -> None:

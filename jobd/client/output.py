@@ -108,39 +108,45 @@ class Filter:
         self._said = said
         self._warn = warn
         self._whole_lines = whole_lines
-        self._held = bytearray()
+        self._held = b""
         self._is_inside = False  # the start of the current line has left already
 
     def feed(self, data: bytes) -> bytes:
         """What is to be passed on of `data`, and of what was held back."""
-        passed = bytearray()
-        self._held += data
-        while (end := self._held.find(b"\n")) >= 0:
-            line = bytes(self._held[: end + 1])
-            del self._held[: end + 1]
-            if self._is_inside or not self._is_directive(line):
-                passed += line
-            self._is_inside = False
+        text = self._held + data
+        end = text.rfind(b"\n") + 1
+        passed, self._held = self._without_directives(text[:end]), text[end:]
+        self._is_inside = self._is_inside and not end
         if len(self._held) > LINE_BYTES or not (self._whole_lines or self._may_be_directive()):
             passed += self._held
             self._is_inside = self._is_inside or bool(self._held)
-            self._held.clear()
-        return bytes(passed)
+            self._held = b""
+        return passed
+
+    def _without_directives(self, lines: bytes) -> bytes:
+        """Whole lines, less those that are directives. The first one is none if its start has left already."""
+        if b"::" not in lines:
+            return lines
+        kept = [
+            line
+            for number, line in enumerate(lines[:-1].split(b"\n"))
+            if (number == 0 and self._is_inside) or not self._is_directive(line)
+        ]
+        return b"".join(line + b"\n" for line in kept)
 
     def end(self) -> bytes:
         """What is left when the stream ends: its last line may have no end."""
-        left = bytes(self._held)
-        self._held.clear()
+        left, self._held = self._held, b""
         return b"" if not self._is_inside and self._is_directive(left) else left
 
     def _may_be_directive(self) -> bool:
         if self._said is None:
             return False
-        start = bytes(self._held[:12])
+        start = self._held[:12]
         return not self._is_inside and any(start.startswith(verb) or verb.startswith(start) for verb in _VERBS)
 
     def _is_directive(self, line: bytes) -> bool:
-        if self._said is None or len(line) > LINE_BYTES:
+        if self._said is None or len(line) > LINE_BYTES or not line.startswith(b"::"):
             return False
         try:
             return self._said.take(line.rstrip(b"\r\n"))

@@ -16,8 +16,8 @@ from urllib.parse import quote, urlencode
 import msgspec
 from msgspec import UNSET, Struct
 
+from jobd.answers import GrantView, JobView
 from jobd.client.errors import ERRORS, BadAnswer, InvalidRequest, JobdError, Unreachable
-from jobd.commands import GrantView, JobView
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Callable[..., Any])
@@ -218,12 +218,14 @@ class RetryPolicy:
 
     The wait before a try is random between 0 and `base_s`, twice that, ... up to `max_s` (full jitter), and not
     shorter than a Retry-After. `timeout_s` is the time for one answer, beside what the daemon may hold it back.
+    `codes` are the errors after which there is another try.
     """
 
     total_s: float | None = 30.0
     base_s: float = 0.1
     max_s: float = 5.0
     timeout_s: float = 30.0
+    codes: frozenset[str] = RETRIED
 
 
 class Tries:
@@ -244,7 +246,7 @@ class Tries:
 
     def wait_s(self, error: JobdError, now_s: float, chance: float) -> float:
         """How long to wait before the next try. Raises `error` where there is to be none."""
-        if error.code not in RETRIED or not self._request.repeatable:
+        if error.code not in self._policy.codes or not self._request.repeatable:
             raise error
         wait_s: float = chance * min(self._policy.max_s, self._policy.base_s * 2.0 ** min(self._count, 32))
         if error.retry_after_ms is not None:

@@ -1,0 +1,375 @@
+"""What is answered: the shapes of the wire, and the answer as the actor gives it.
+
+Shapes only: views.py and reads.py fill them. Their field names are the contract of both APIs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from jobd.commands import Json, List
+from jobd.events import EventView
+from jobd.job import Backoff
+
+
+class LockView(Struct, frozen=True):
+    worker: str
+    fencing_token: int
+    acquired_at: int
+    expires_at: int
+    lock_id: str | UnsetType = UNSET  # admins only
+
+
+class JobView(Struct):
+    """A job as everybody sees it. `payload` is filled in from the disk before the answer leaves."""
+
+    id: str
+    queue: str
+    kind: str
+    payload: Raw | UnsetType
+    priority: int
+    status: str
+    progress: int | float
+    progress_message: str | None
+    attempt: int
+    max_attempts: int
+    backoff: Backoff
+    stalls: int
+    max_stalls: int
+    on_stall: str
+    stuck_after_ms: int
+    max_processing_ms: int
+    created_at: int
+    updated_at: int
+    run_at: int
+    started_at: int | None
+    finished_at: int | None
+    expires_at: int | None
+    lock: LockView | None
+    download_url: str | None
+    file_path: str | None
+    storage_key: str | None
+    metadata: Json
+    error_message: str | None
+    error_code: str | None
+    repeated: bool | UnsetType = UNSET
+
+
+class JobPage(Struct):
+    jobs: list[JobView]
+    next_cursor: str | None
+
+
+class JobList(Struct):
+    jobs: list[JobView]
+
+
+class TimelineView(Struct):
+    events: list[EventView]
+
+
+class GrantView(Struct):
+    job: JobView
+    lock_id: str
+    fencing_token: int
+    lock_expires_at: int
+    ttl_ms: int
+    ceiling_at: int | None
+
+
+class Grants(Struct):
+    grants: list[GrantView]
+
+
+class LockState(Struct):
+    """The answer to a sign of life. `extended` is false where an extension changed nothing."""
+
+    lock_expires_at: int
+    ttl_ms: int
+    ceiling_at: int | None
+    cancel_requested: bool = False
+    extended: bool | UnsetType = UNSET
+
+
+class Next(Struct, frozen=True):
+    """The next thing that will happen to a job by itself."""
+
+    what: str
+    at: int
+    rule: str
+
+
+class WhyView(Struct, frozen=True):
+    state: str
+    because: str
+    next: Next | None
+    blocked_by: str | None
+    do: list[str]
+
+
+class Issue(Struct, frozen=True):
+    type: Literal["warning", "error", "critical"]
+    field: str
+    message: str
+    fix: str
+
+
+class Validation(Struct, frozen=True, rename="camel"):
+    is_valid: bool
+    issues: list[Issue]
+    can_proceed: bool
+
+
+class QueueView(Struct, frozen=True):
+    name: str
+    paused: bool
+    queued: int
+    processing: int
+    completed: int
+    failed: int
+    cancelled: int
+    oldest_due_at: int | None
+
+
+class QueueList(Struct):
+    queues: list[QueueView]
+
+
+class WorkerView(Struct, frozen=True):
+    worker: str
+    jobs: list[str]
+    last_seen_at: int
+
+
+class WorkerList(Struct):
+    workers: list[WorkerView]
+
+
+class LockedJob(Struct, frozen=True):
+    """A current grant, for operators. `stuck_at` is when the job will count as stuck if nothing is heard."""
+
+    id: str
+    queue: str
+    kind: str
+    worker: str
+    lock_id: str
+    fencing_token: int
+    acquired_at: int
+    expires_at: int
+    live: bool
+    ceiling_at: int | None
+    stuck_at: int
+    progress: int | float
+
+
+class LockList(Struct):
+    locks: list[LockedJob]
+
+
+class OldestProcessing(Struct, frozen=True):
+    id: str
+    age: float
+    progress: int | float
+
+
+class StatsView(Struct, frozen=True, rename="camel"):
+    """Times in seconds where a dashboard expects them so; `time_since_last_cleanup` in ms."""
+
+    total_jobs: int
+    by_status: dict[str, int]
+    stuck_jobs: int
+    locked_jobs: int
+    average_processing_time: float
+    oldest_processing_job: OldestProcessing | None
+    stuck_jobs_recovered: int
+    timestamp: int
+    cleanup_running: bool = False
+    time_since_last_cleanup: int | None = None
+
+
+class Forced(Struct, frozen=True, rename="camel"):
+    """The answer to force-fail, force-reset and transition."""
+
+    job_id: str
+    previous_status: str
+    status: str
+    reason: str | None
+    timestamp: int
+
+
+class AdminLock(Struct, frozen=True, rename="camel"):
+    """The answer to extend-lock and release-lock. `lock` is null once the job is back in its queue."""
+
+    job_id: str
+    status: str
+    lock: LockView | None
+    lock_expires_at: int | None
+    ceiling_at: int | None
+    extended: bool
+    timestamp: int
+
+
+class Recovery(Struct, frozen=True, rename="camel"):
+    """What recovery did to one job."""
+
+    job_id: str
+    action: Literal["reset", "failed"]
+    reason: str
+
+
+class Recovered(Struct, frozen=True):
+    """The answer to Recover. `more` says that stuck jobs or expired locks are left for the next slice."""
+
+    details: list[Recovery]
+    locks_cleared: int
+    more: bool
+
+
+class Worked(Struct, frozen=True):
+    """The answer to Expire, DeleteExpired and Mend: how many jobs changed and what was found."""
+
+    done: int
+    found: int = 0
+    issues: list[tuple[str, Issue]] = []
+    storage_keys: list[str] = []
+    more: bool = False
+
+
+class PausedView(Struct, frozen=True):
+    queue: str
+    paused: bool
+
+
+class Imported(Struct, frozen=True):
+    """The answer to one line of an import. `job_id` exists afterwards in both cases."""
+
+    job_id: str
+    skipped: bool
+
+
+class CleanupReport(Struct, frozen=True, rename="camel"):
+    """What was done since the previous report, in the names that existing dashboards expect. Times in ms."""
+
+    timestamp: int
+    stuck_jobs_recovered: int
+    expired_jobs_deleted: int
+    expired_locks_cleared: int
+    validation_issues_fixed: int
+    validation_issues_found: int
+    total_processing_time: int
+    errors: list[str]
+    forced: bool
+
+
+class CleanupState(Struct, frozen=True, rename="camel"):
+    last_report: CleanupReport | None
+    cleanup_running: bool
+    time_since_last_cleanup: int | None  # ms
+
+
+class RecoverStuckView(Struct, frozen=True, rename="camel"):
+    recovered_jobs: int
+    reset_jobs: int
+    failed_jobs: int
+    details: list[Recovery]
+    timestamp: int
+
+
+class ValidateJobView(Struct, frozen=True, rename="camel"):
+    job_id: str
+    job: JobView
+    validation: Validation
+    timestamp: int
+
+
+HealthStatus = Literal["healthy", "degraded", "unhealthy"]
+
+
+class DatabaseHealth(Struct, frozen=True, rename="camel"):
+    status: HealthStatus
+    message: str
+    total_jobs: int
+
+
+class PartHealth(Struct, frozen=True):
+    status: HealthStatus
+    message: str
+
+
+class CleanupHealth(Struct, frozen=True, rename="camel"):
+    running: bool
+    time_since_last_cleanup: int | None  # ms
+    message: str
+
+
+class HealthView(Struct, frozen=True, rename="camel"):
+    """Measured at `timestamp`, at most 5 s ago."""
+
+    status: HealthStatus
+    database: DatabaseHealth
+    cache: PartHealth
+    storage: PartHealth
+    cleanup_status: CleanupHealth
+    timestamp: int
+
+
+class AlertView(Struct, frozen=True):
+    """`since` is the Unix time in ms at which the alert began to fire, None while it does not."""
+
+    name: str
+    firing: bool
+    since: int | None
+    value: float
+    threshold: float
+    hint: str
+
+
+class AlertList(Struct):
+    alerts: list[AlertView]
+
+
+class ReportList(Struct):
+    reports: list[CleanupReport]
+
+
+class ClockView(Struct, frozen=True):
+    """`suspect` holds deletion by age back until an operator accepts the clock."""
+
+    now: int
+    suspect: bool
+    message: str
+
+
+class QuarantinedJob(Struct, frozen=True):
+    id: str
+    reason: str
+
+
+class QuarantineList(Struct):
+    jobs: list[QuarantinedJob]
+
+
+class Done(Struct, frozen=True):
+    """The answer where there is nothing to say."""
+
+
+class Look(Struct, frozen=True):
+    """A read of history: the timeline of the job with this seq, or a page of the jobs that match."""
+
+    timeline: int | None = None
+    page: List | None = None
+
+
+class Answer(Struct):
+    """A yes. `shows` are the job views whose payload is still to be read, with the job's seq; `grants` lets an
+    undelivered answer be taken back: (job id, lock id) of each grant in it; `look` is answered from the disk.
+    """
+
+    data: Any
+    status: int = 200
+    shows: list[tuple[int, JobView]] = []
+    grants: list[tuple[str, str]] = []
+    look: Look | None = None
+    replayed: bool = False  # a stored idempotent answer
