@@ -321,6 +321,8 @@ class Actor:
         for job_id in bad:
             if (job := self.book.get(job_id)) is not None:
                 await self.disk.quarantine(job, bad[job_id])
+            elif job_id not in self.book.quarantined:
+                raise LookupError(f"the disk has bad rows of {job_id}, which is no job: {bad[job_id]}")
         self._quarantine_all(bad)
 
     def _quarantine_all(self, bad: dict[str, str]) -> None:

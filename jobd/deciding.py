@@ -5,7 +5,7 @@ Uses the rules and the book, touches no disk: what it needs from there is handed
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable
 
 import msgspec
@@ -62,15 +62,11 @@ class Plan(Struct):
 
     def fill(self, read: dict[int, bytes]) -> None:
         """Put the payloads into the job views of the answers."""
+        payloads = ChainMap(read, self.payloads, self.known.payloads)
         for _, answer in self.replies:
             if isinstance(answer, Answer):
                 for seq, shown in answer.shows:
-                    payload = self._payload(seq, read)
-                    if payload is not None:
-                        shown.payload = Raw(payload)
-
-    def _payload(self, seq: int, read: dict[int, bytes]) -> bytes | None:
-        return next((source[seq] for source in (read, self.payloads, self.known.payloads) if seq in source), None)
+                    shown.payload = Raw(payloads[seq])
 
 
 class Decider:

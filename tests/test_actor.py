@@ -1,0 +1,1323 @@
+"""The actor on a disk that fails when asked: batches, shares, parked claims, keys, lost connections, a full disk.
+
+In virtual time: what waits for a second waits no longer than its commands take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from msgspec import UNSET, Raw
+
+from jobd import rules
+from jobd.actor import BATCH_WEIGHT, Bounds, DiskBroken
+from jobd.answers import Answer, Done, JobView
+from jobd.batch import BadRows, DiskFull, KeyRow
+from jobd.book import Book
+from jobd.commands import (
+    AnyCommand,
+    Bulk,
+    Call,
+    Cancel,
+    Claim,
+    Complete,
+    Create,
+    Delete,
+    DeleteExpired,
+    EndGrants,
+    ForceFail,
+    ForceReset,
+    Get,
+    Import,
+    KeyUse,
+    List,
+    Mend,
+    Moment,
+    Pause,
+    Ping,
+    Progress,
+    Refusal,
+    Release,
+    Report,
+    Resume,
+    RunNow,
+    Start,
+    Stats,
+    Tick,
+    Timeline,
+    Update,
+    Why,
+)
+from jobd.draft import Decision
+from jobd.envelope import Asked
+from jobd.events import Change, fold
+from jobd.job import DAY_MS, MINUTE_MS, Job, Policy
+from jobd.keys import KEPT_MS
+from jobd.parked import Parked
+from tests.household import Household, in_virtual_time
+from tests.memory_disk import MemoryDisk
+
+TTL = 15 * MINUTE_MS
+
+
+def key(name: str, body: str = "body") -> KeyUse:
+    return KeyUse(name, body)
+
+
+def begin(ask: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    return asyncio.create_task(ask)
+
+
+async def settle() -> None:
+    """Let everything happen that needs no time to pass."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def parked(house: Household, worker: str, **fields: Any) -> asyncio.Task[Any]:
+    """A claim that waits for work."""
+    waiting = {"wait_ms": 30_000} | fields
+    name = waiting.pop("key", None)
+    task = begin(house.actor.ask(Claim(worker=worker, **waiting), key=name))
+    await settle()
+    assert not task.done()
+    return task
+
+
+def ids_of(answer: Any) -> list[str]:
+    assert isinstance(answer, Answer), answer
+    return [granted.job.id for granted in answer.data.grants]
+
+
+def compare(house: Household) -> None:
+    """Memory is what a start would load, and both are what the journal folds into."""
+    opened = house.disk.opened()
+    fresh = Book.opened(opened.numbers, opened.jobs, opened.queues)
+    assert house.book.jobs == fresh.jobs
+    counts = {name: count for name, count in house.book.counts.items() if any(count.values())}
+    assert counts == {name: count for name, count in fresh.counts.items() if any(count.values())}
+    assert house.book.totals == fresh.totals
+    assert house.book.paused == fresh.paused
+    assert house.book.suspects == house.disk.suspects
+    for job in house.book.finished.values():
+        assert house.disk.job(job.id) == job
+    folded: dict[int, Job | None] = {}
+    for event in house.disk.events:
+        if event.job_seq:
+            folded[event.job_seq] = fold(folded.get(event.job_seq), event)
+    for seq, row in folded.items():
+        if seq in house.disk.jobs:
+            assert row == house.disk.jobs[seq]
+
+
+@asynccontextmanager
+async def household(disk: MemoryDisk | None = None, **parts: Any) -> AsyncIterator[Household]:
+    """A household whose memory and disk agree at the end."""
+    async with Household(disk, **parts) as house:
+        yield house
+        await settle()
+        compare(house)
+
+
+# -- the mailbox ------------------------------------------------------------------------------------------------------
+
+
+def fill(house: Household, commands: Iterable[AnyCommand], size: int = 0) -> list[asyncio.Task[Any]]:
+    return [begin(house.actor.ask(command, size=size)) for command in commands]
+
+
+@in_virtual_time
+async def test_shares_of_the_mailbox() -> None:
+    """Under a flood of creates there is room for starts and reads, and in the end for running work alone."""
+    house = Household(bounds=Bounds(mailbox=20))
+    tasks = fill(house, [Create() for _ in range(20)])
+    await settle()
+    assert [task.result().code for task in tasks if task.done()] == ["overloaded"] * 6
+    tasks += fill(house, [Get(id="x"), Claim(worker="w"), Start(id="x", worker="w"), Stats(), List(), Why(id="x")])
+    await settle()
+    assert house.actor.waiting == 17
+    assert (await house.actor.ask(Import(id="x"))).code == "overloaded"  # type: ignore[union-attr]
+    last: list[AnyCommand] = [Ping(), Progress(id="x", lock_id="l", progress=1), ForceFail(id="x"), Tick()]
+    tasks += fill(house, last)
+    await settle()
+    assert house.actor.waiting == 20
+    refusal = tasks[-1].result()
+    assert (refusal.code, refusal.status) == ("overloaded", 503)
+    async with house:
+        await settle()
+        assert all(task.done() for task in tasks)
+    assert house.actor.waiting == 0
+    assert (house.book.totals["queued"], house.book.totals["processing"]) == (13, 1)
+
+
+@in_virtual_time
+async def test_shares_of_the_bytes_in_flight() -> None:
+    house = Household(bounds=Bounds(inflight_bytes=100))
+    assert (await house.actor.ask(Create(), size=71)).code == "overloaded"  # type: ignore[union-attr]
+    first = begin(house.actor.ask(Create(), size=70))
+    await settle()
+    assert (await house.actor.ask(Get(id="x"), size=16)).code == "overloaded"  # type: ignore[union-attr]
+    second = begin(house.actor.ask(Complete(id="x", lock_id="l"), size=30))
+    await settle()
+    assert (await house.actor.ask(Tick(), size=1)).code == "overloaded"  # type: ignore[union-attr]
+    async with house:
+        assert isinstance(await first, Answer)
+        assert (await second).code == "job_not_found"
+        assert isinstance(await house.actor.ask(Create(), size=70), Answer)  # the bytes are given back
+
+
+@in_virtual_time
+async def test_waits_have_limits() -> None:
+    async with household(bounds=Bounds(parked_claims=1, claim_wait_ms=1_000)) as house:
+        refusal = await house.no(Claim(worker="w", wait_ms=1_001))
+        assert (refusal.code, refusal.details) == ("invalid_request", {"field": "$.wait_ms"})
+        waiting = await parked(house, "w", wait_ms=1_000)
+        assert (await house.no(Claim(worker="w", wait_ms=1))).code == "overloaded"
+        assert (await house.yes(Claim(worker="w"))).grants == []
+        assert ids_of(await waiting) == []
+
+
+@in_virtual_time
+async def test_what_waits_is_one_batch() -> None:
+    """Command 2 sees what command 1 did, and one transaction holds all of it."""
+    house = Household()
+    tasks = fill(house, [Create(id="a", payload=Raw(b"7")), Start(id="a", worker="w"), Create(id="a"), Get(id="a")])
+    async with house:
+        created, started, twice, got = [await task for task in tasks]
+        assert (created.status, created.data.status) == (201, "queued")
+        assert started.data.job.payload == got.data.payload == Raw(b"7")
+        assert twice.code == "job_exists"
+        assert got.data.status == "processing"
+        assert [len(batch.changes) for batch in house.disk.batches] == [2]
+        compare(house)
+
+
+@in_virtual_time
+async def test_a_batch_is_bounded_by_what_it_writes() -> None:
+    house = Household()
+    bulk = Bulk(jobs=[Create() for _ in range(BATCH_WEIGHT)])
+    tasks = fill(house, [bulk, bulk, *(Claim(worker="w", limit=100) for _ in range(11))])
+    async with house:
+        for task in tasks:
+            await task
+        assert [len(batch.changes) for batch in house.disk.batches] == [1_000, 1_000, 1_000, 100]
+
+
+@in_virtual_time
+async def test_nobody_is_told_before_the_commit() -> None:
+    async with household() as house:
+        house.disk.gate.clear()
+        creating = begin(house.actor.ask(Create(id="a")))
+        await house.disk.at_gate.wait()
+        reading = begin(house.actor.ask(Get(id="a")))
+        await settle()
+        assert not creating.done()
+        assert not reading.done()
+        heard: list[str] = []
+        house.actor.on_commit.append(lambda changes: heard.extend(change.event.type for change in changes))
+        house.disk.gate.set()
+        assert isinstance(await creating, Answer)
+        assert (await reading).data.id == "a"
+        assert heard == ["created"]
+        assert sum(house.actor.commit_seconds.counts) == 1
+        assert house.actor.batch_commands.total == 1
+
+
+@in_virtual_time
+async def test_a_bug_in_a_rule_costs_one_command() -> None:
+    house = Household()
+    decide = rules.decide
+
+    def broken(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
+        if isinstance(call.command, Pause):
+            raise ZeroDivisionError
+        return decide(book, call, at, policy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "decide", broken)
+        tasks = fill(house, [Create(id="a"), Pause(name="q"), Create(id="b")])
+        async with house:
+            answers = [await task for task in tasks]
+            compare(house)
+    assert [answer.status for answer in answers] == [201, 500, 201]
+    assert answers[1].code == "internal_error"
+
+
+@in_virtual_time
+async def test_what_the_daemon_itself_writes() -> None:
+    disk = MemoryDisk()
+    disk.marked = True
+    async with household(disk) as house:
+        before = disk.numbers.lease_ms
+        await asyncio.sleep(2)
+        assert await house.yes(Tick()) == Done()
+        assert disk.numbers.lease_ms == before + 2_000
+        assert await house.yes(Report(body=b"{}")) == Done()
+        assert list(disk.kept_reports) == [b"{}"]
+        await house.yes(EndGrants(ids=[], last=False))
+        assert disk.marked
+        await house.yes(EndGrants(ids=[], last=True))
+        assert not disk.marked
+        written = len(disk.batches)
+        await house.yes(Ping())
+        await house.yes(Stats())
+        assert len(disk.batches) == written
+
+
+# -- what lies on the disk --------------------------------------------------------------------------------------------
+
+
+async def finished_disk() -> MemoryDisk:
+    """A disk that holds one completed job, `done`, and nothing in memory."""
+    async with household() as house:
+        await house.yes(Create(id="done", payload=Raw(b'"p"')))
+        granted = await house.yes(Start(id="done", worker="w"))
+        await house.yes(Complete(id="done", lock_id=granted.lock_id, file_path="/f"))
+        return house.disk
+
+
+@in_virtual_time
+async def test_finished_jobs_are_read_when_they_are_named() -> None:
+    async with household(await finished_disk()) as house:
+        assert house.book.get("done") is None
+        assert house.book.total() == 1
+        view: JobView = await house.yes(Get(id="done"))
+        assert (view.status, view.payload, view.file_path) == ("completed", Raw(b'"p"'), "/f")
+        assert (await house.no(Get(id="never"))).code == "job_not_found"
+        assert (await house.no(Create(id="done"))).code == "job_exists"
+        assert (await house.yes(Import(id="done"))).skipped
+        same = await house.actor.ask(Create(id="done", payload=Raw(b'"p"')))
+        assert isinstance(same, Answer)
+        assert (same.status, same.data.status, same.data.payload) == (200, "completed", Raw(b'"p"'))
+        assert (await house.yes(Delete(id="done"))).payload == Raw(b'"p"')
+        assert house.disk.jobs == {}
+
+
+@in_virtual_time
+async def test_a_bulk_finds_jobs_of_the_disk() -> None:
+    async with household(await finished_disk()) as house:
+        made = await house.yes(Bulk(jobs=[Create(), Create(id="done", payload=Raw(b'"p"'))]))
+        assert (made.jobs[1].status, made.jobs[1].payload) == ("completed", Raw(b'"p"'))
+
+
+@in_virtual_time
+async def test_history_is_read_beside_the_batches() -> None:
+    async with household(await finished_disk()) as house:
+        events = (await house.yes(Timeline(id="done"))).events
+        assert [event.type for event in events] == ["created", "granted", "completed"]
+        for number in range(3):
+            await house.yes(Create(id=f"{number}"))
+        page = await house.yes(List(limit=2))
+        assert [job.id for job in page.jobs] == ["2", "1"]
+        page = await house.yes(List(limit=2, cursor=page.next_cursor))
+        assert ([job.id for job in page.jobs], page.next_cursor) == (["0", "done"], None)
+        assert page.jobs[1].payload == Raw(b'"p"')
+        assert [job.id for job in (await house.yes(List(status="completed", queue="default"))).jobs] == ["done"]
+        house.disk.errors["timeline"] = OSError("unreadable")
+        assert (await house.no(Timeline(id="done"))).code == "internal_error"
+        assert (await house.yes(Get(id="0"))).id == "0"
+
+
+@in_virtual_time
+async def test_what_was_asked_of_history_is_answered_before_the_end() -> None:
+    house = Household(await finished_disk())
+    async with house:
+        tasks = fill(house, [Timeline(id="done") for _ in range(10)])
+        await asyncio.sleep(0)
+    assert [len((await task).data.events) for task in tasks] == [3] * 10
+
+
+@in_virtual_time
+async def test_a_job_may_be_shown_and_deleted_in_one_batch() -> None:
+    disk = await finished_disk()
+    house = Household(disk)
+    house.step_ms = 8 * DAY_MS
+    tasks = fill(house, [Get(id="done"), DeleteExpired(ids=["done"]), Get(id="done")])
+    async with house:
+        shown, deleted, gone = [await task for task in tasks]
+        assert shown.data.payload == Raw(b'"p"')
+        assert deleted.data.done == 1
+        assert gone.code == "job_not_found"
+        assert disk.batches[-1].payloads == []  # it would be looked for among rows that are gone
+        compare(house)
+
+
+# -- parked claims ----------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_waiting_claims_are_served_in_order_of_arrival() -> None:
+    async with household() as house:
+        waiting = [await parked(house, f"w-{number}", limit=limit) for number, limit in enumerate((1, 2, 1))]
+        await house.yes(Bulk(jobs=[Create(id=name) for name in "abcde"]))
+        assert [ids_of(await task) for task in waiting] == [["a"], ["b", "c"], ["d"]]
+        assert len(house.actor.parked) == 0
+        assert house.disk.batches[0].changes[0].event.type == "created"  # and all in one transaction
+        assert len(house.disk.batches) == 1
+
+
+@in_virtual_time
+async def test_a_waiting_claim_comes_before_a_new_one() -> None:
+    async with household() as house:
+        waiting = await parked(house, "first")
+        tasks = fill(house, [Create(id="a"), Claim(worker="second")])
+        assert ids_of(await waiting) == ["a"]
+        assert ids_of(await tasks[1]) == []
+
+
+@in_virtual_time
+async def test_claims_wait_for_their_queues_and_kinds() -> None:
+    async with household() as house:
+        one = await parked(house, "one", queues=["q", "r", "q"], kinds=["k", "l", "k"])
+        any_kind = await parked(house, "any", queues=["q"])
+        two = await parked(house, "two", queues=["q"], kinds=["k"])
+        await house.yes(Create(id="a", queue="elsewhere", kind="k"))
+        await house.yes(Create(id="b", queue="r", kind="m"))
+        await settle()
+        assert len(house.actor.parked) == 3
+        await house.yes(Create(id="c", queue="q", kind="m"))
+        assert ids_of(await any_kind) == ["c"]
+        await house.yes(Create(id="d", queue="r", kind="l"))
+        assert ids_of(await one) == ["d"]
+        await house.yes(Create(id="e", queue="q", kind="k"))
+        assert ids_of(await two) == ["e"]
+
+
+@in_virtual_time
+async def test_what_brings_work_to_a_waiting_claim() -> None:
+    async with household() as house:
+        lock_id = await house.held("a", lock_ttl_ms=60_000)
+        waiting = await parked(house, "w")
+        await house.yes(Release(id="a", lock_id=lock_id))
+        assert ids_of(await waiting) == ["a"]
+        waiting = await parked(house, "w")
+        await house.yes(ForceReset(id="a"))
+        assert ids_of(await waiting) == ["a"]
+        await house.yes(Pause(name="default"))
+        await house.yes(Create(id="b"))
+        waiting = await parked(house, "w")
+        await house.yes(Resume(name="default"))
+        assert ids_of(await waiting) == ["b"]
+        await house.yes(Create(id="c", delay_ms=DAY_MS))
+        waiting = await parked(house, "w")
+        await house.yes(RunNow(id="c"))
+        assert ids_of(await waiting) == ["c"]
+
+
+@in_virtual_time
+async def test_a_delayed_job_goes_to_who_waits_when_it_is_due() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a", delay_ms=2_000))
+        waiting = await parked(house, "w")
+        begun = house.now
+        assert ids_of(await waiting) == ["a"]
+        assert house.now == begun + 2_000
+
+
+@in_virtual_time
+async def test_a_wait_that_is_over_is_answered_empty() -> None:
+    async with household() as house:
+        short = await parked(house, "short", wait_ms=1_000)
+        long = await parked(house, "long", wait_ms=2_000)
+        begun = house.now
+        answer = await short
+        assert (ids_of(answer), house.now - begun) == ([], 1_000)
+        assert len(house.actor.parked) == 1
+        assert (ids_of(await long), house.now - begun) == ([], 2_000)
+        assert house.disk.batches == []
+
+
+@in_virtual_time
+async def test_a_claim_whose_caller_has_gone_gets_nothing() -> None:
+    async with household() as house:
+        gone, waiting = await parked(house, "gone"), await parked(house, "here")
+        gone.cancel()
+        await settle()
+        assert len(house.actor.parked) == 1
+        await house.yes(Create(id="a"))
+        assert ids_of(await waiting) == ["a"]
+
+
+@in_virtual_time
+async def test_a_claim_that_meets_only_overdue_jobs_fails_them_and_waits() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a", expires_at=house.now + 1_000))
+        await asyncio.sleep(1)
+        waiting = await parked(house, "w")
+        assert (await house.yes(Get(id="a"))).error_code == "expired"
+        await house.yes(Create(id="b", expires_at=house.now + 1_000, delay_ms=1_000))
+        await asyncio.sleep(1)
+        await settle()
+        assert (await house.yes(Get(id="b"))).error_code == "expired"
+        await house.yes(Create(id="c"))
+        assert ids_of(await waiting) == ["c"]
+
+
+@in_virtual_time
+async def test_stop_parking_answers_everybody_and_lets_nobody_wait() -> None:
+    async with household() as house:
+        waiting = [await parked(house, "w"), await parked(house, "w", key=key("k"))]
+        house.actor.stop_parking()
+        assert [ids_of(await task) for task in waiting] == [[], []]
+        assert ids_of(await house.actor.ask(Claim(worker="w", wait_ms=30_000))) == []
+        await house.yes(Create())  # all else goes on
+
+
+@in_virtual_time
+async def test_stop_empties_the_mailbox_and_ends() -> None:
+    house = Household()
+    running = begin(house.actor.run())
+    waiting = await parked(house, "w")
+    house.disk.gate.clear()
+    under_way = begin(house.actor.ask(Create(id="a", queue="q")))
+    await house.disk.at_gate.wait()
+    in_mailbox = begin(house.actor.ask(Create(id="b", queue="q")))
+    await settle()
+    house.actor.stop()
+    assert (await house.actor.ask(Ping())).code == "shutting_down"  # type: ignore[union-attr]
+    house.disk.gate.set()
+    await running
+    assert [(await task).status for task in (under_way, in_mailbox)] == [201, 201]
+    assert ids_of(await waiting) == []
+    compare(house)
+
+
+@in_virtual_time
+async def test_stop_wakes_an_idle_actor() -> None:
+    house = Household()
+    running = begin(house.actor.run())
+    await settle()
+    house.actor.stop()
+    await running
+
+
+# -- idempotency keys -------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_the_same_key_gets_the_same_answer_once() -> None:
+    async with household() as house:
+        create = Create(payload=Raw(b"[1]"))
+        first = await house.actor.ask(create, key=key("k"))
+        second = await house.actor.ask(create, key=key("k"))
+        assert isinstance(first, Answer)
+        assert isinstance(second, Answer)
+        assert (first.replayed, second.replayed) == (False, True)
+        assert (first.status, second.status) == (201, 201)
+        assert first.data.id.encode() in bytes(second.data)
+        assert b'"payload":[1]' in bytes(second.data)
+        assert len(house.disk.jobs) == 1
+        other = await house.no(create, key=key("k", "another body"))
+        assert (other.code, other.status) == ("idempotency_key_reused", 422)
+        await asyncio.sleep(KEPT_MS / 1000)
+        again = await house.actor.ask(create, key=key("k"))
+        assert isinstance(again, Answer)
+        assert not again.replayed
+        assert len(house.disk.jobs) == 2
+
+
+@in_virtual_time
+async def test_a_repeat_while_the_first_is_in_flight_waits_for_it() -> None:
+    house = Household()
+    create = Create(id="a", payload=Raw(b"[1]"))
+    tasks = [begin(house.actor.ask(create, key=key("k"))) for _ in range(3)]
+    tasks.append(begin(house.actor.ask(create, key=key("k", "other"))))
+    async with house:
+        first, second, third, other = [await task for task in tasks]
+        assert (first.replayed, second.replayed, third.replayed) == (False, True, True)
+        assert bytes(second.data) == bytes(third.data)
+        assert other.code == "idempotency_key_reused"
+        house.disk.gate.clear()
+        slow = begin(house.actor.ask(Create(), key=key("l")))
+        await house.disk.at_gate.wait()
+        repeat = begin(house.actor.ask(Create(), key=key("l")))
+        await settle()
+        assert not repeat.done()
+        house.disk.gate.set()
+        assert not (await slow).replayed
+        assert (await repeat).replayed
+        compare(house)
+
+
+@in_virtual_time
+async def test_keys_outlive_a_restart() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"), key=key("create"))
+        await house.yes(Start(id="a", worker="w"), key=key("start"))
+        disk = house.disk
+    async with household(disk) as house:
+        again = await house.actor.ask(Create(id="a"), key=key("create"))
+        assert isinstance(again, Answer)
+        assert (again.replayed, again.status) == (True, 201)
+        again = await house.actor.ask(Start(id="a", worker="w"), key=key("start"))
+        assert isinstance(again, Answer)
+        assert again.replayed
+        assert again.data.job.lock.worker == "w"
+
+
+@in_virtual_time
+async def test_an_answer_that_is_damaged_says_so() -> None:
+    async with household() as house:
+        await house.yes(Create(), key=key("k"))
+        house.disk.keys.clear()
+        assert (await house.no(Create(), key=key("k"))).code == "internal_error"
+        assert len(house.disk.jobs) == 1
+
+
+@in_virtual_time
+async def test_a_key_whose_grants_are_no_longer_current_is_judged_anew() -> None:
+    """Such a row is left where a start finds a key whose grants ended while nobody looked: in a restored backup."""
+    disk = MemoryDisk()
+    disk.keys["k"] = KeyRow("k", "body", 0, grants=[("a", "old")])
+    async with household(disk) as house:
+        await house.yes(Create(id="a"))
+        answer = await house.actor.ask(Start(id="a", worker="w"), key=key("k"))
+        assert isinstance(answer, Answer)
+        assert not answer.replayed
+        assert disk.keys["k"].grants == [("a", answer.data.lock_id)]
+
+
+@in_virtual_time
+async def test_what_changed_nothing_is_not_stored() -> None:
+    async with household() as house:
+        assert (await house.no(Cancel(id="a"), key=key("k"))).code == "job_not_found"
+        await house.yes(Create(id="a"))
+        assert (await house.yes(Cancel(id="a"), key=key("k"))).status == "cancelled"
+        again = await house.actor.ask(Cancel(id="a"), key=key("k"))
+        assert isinstance(again, Answer)
+        assert again.replayed
+        await house.yes(Claim(worker="w"), key=key("empty"))
+        await house.yes(Create(id="b"))
+        assert ids_of(await house.actor.ask(Claim(worker="w"), key=key("empty"))) == ["b"]
+
+
+@in_virtual_time
+async def test_an_empty_claim_is_never_stored_even_where_jobs_expired_on_its_way() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a", expires_at=house.now + 1_000))
+        await asyncio.sleep(1)
+        assert ids_of(await house.actor.ask(Claim(worker="w"), key=key("k"))) == []
+        await house.yes(Create(id="b"))
+        assert ids_of(await house.actor.ask(Claim(worker="w"), key=key("k"))) == ["b"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        Update(id="a", priority=3),
+        Cancel(id="a", reason="r"),
+        ForceFail(id="a"),
+        Delete(id="done"),
+        Pause(name="q"),
+        Bulk(jobs=[Create(id="x", payload=Raw(b"5")), Create(id="done", payload=Raw(b'"p"'))]),
+        RunNow(id="a"),
+    ],
+    ids=lambda command: type(command).__name__,
+)
+def test_a_stored_answer_is_the_whole_answer(command: AnyCommand) -> None:
+    async def test() -> None:
+        disk = await finished_disk()
+        async with household(disk) as house:
+            await house.yes(Create(id="a", payload=Raw(b"[9]"), delay_ms=5))
+            first = await house.actor.ask(command, key=key("k"))
+            again = await house.actor.ask(command, key=key("k"))
+            assert isinstance(first, Answer)
+            assert isinstance(again, Answer)
+            assert again.replayed
+            assert again.status == first.status
+            body = bytes(again.data)
+            if isinstance(first.data, JobView):
+                assert first.data.payload is not UNSET
+                assert bytes(first.data.payload) in body
+
+    in_virtual_time(test)()
+
+
+@in_virtual_time
+async def test_a_started_job_is_given_again_while_its_grant_is_current() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a", payload=Raw(b"1")))
+        start = Start(id="a", worker="w")
+        first = await house.actor.ask(start, key=key("k"))
+        assert isinstance(first, Answer)
+        await house.yes(Progress(id="a", lock_id=first.data.lock_id, progress=40))
+        again = await house.actor.ask(start, key=key("k"))
+        assert isinstance(again, Answer)
+        assert (again.replayed, again.data.lock_id) == (True, first.data.lock_id)
+        assert (again.data.job.progress, again.data.job.payload) == (40, Raw(b"1"))
+        await house.yes(Release(id="a", lock_id=first.data.lock_id))
+        assert house.disk.keys == {}
+        anew = await house.actor.ask(start, key=key("k"))
+        assert isinstance(anew, Answer)
+        assert not anew.replayed
+        assert anew.data.fencing_token == first.data.fencing_token + 1
+        await house.yes(ForceReset(id="a"))
+        await house.yes(Start(id="a", worker="other"))
+        refusal = await house.no(start, key=key("k"))
+        assert (refusal.code, refusal.details["locked_by"]) == ("already_locked", "other")
+
+
+@in_virtual_time
+async def test_a_repeated_claim_gives_the_grants_that_are_left() -> None:
+    async with household() as house:
+        for name in "abc":
+            await house.yes(Create(id=name))
+        claim = Claim(worker="w", limit=2)
+        first = await house.actor.ask(claim, key=key("k"))
+        assert ids_of(first) == ["a", "b"]
+        assert isinstance(first, Answer)
+        await house.yes(Complete(id="a", lock_id=first.data.grants[0].lock_id))
+        assert ids_of(await house.actor.ask(claim, key=key("k"))) == ["b"]
+        await house.yes(Complete(id="b", lock_id=first.data.grants[1].lock_id))
+        assert house.disk.keys == {}
+        assert ids_of(await house.actor.ask(claim, key=key("k"))) == ["c"]
+
+
+@in_virtual_time
+async def test_a_parked_claim_that_is_repeated_waits_once() -> None:
+    async with household() as house:
+        first = await parked(house, "w", key=key("k"))
+        repeat = await parked(house, "w", key=key("k"))
+        other = await house.no(Claim(worker="w", wait_ms=30_000), key=key("k", "other"))
+        assert other.code == "idempotency_key_reused"
+        assert len(house.actor.parked) == 1
+        await house.yes(Create(id="a"))
+        assert ids_of(await first) == ids_of(await repeat) == ["a"]
+        assert house.book.totals["processing"] == 1
+        house.actor.undelivered(await first)
+        await settle()
+        assert house.book.totals["processing"] == 1  # the other connection has it
+        house.actor.undelivered(await repeat)
+        await settle()
+        assert house.book.totals["processing"] == 0
+        assert house.disk.keys == {}
+
+
+@in_virtual_time
+async def test_a_parked_claim_goes_when_all_who_asked_have_gone() -> None:
+    async with household() as house:
+        first = await parked(house, "w", key=key("k"))
+        repeat = await parked(house, "w", key=key("k"))
+        first.cancel()
+        await settle()
+        assert len(house.actor.parked) == 1
+        repeat.cancel()
+        await settle()
+        assert len(house.actor.parked) == 0
+        await house.yes(Create(id="a"))
+        assert house.book.totals["queued"] == 1
+
+
+@in_virtual_time
+async def test_a_repeat_gets_the_grant_that_the_first_did_not_wait_for() -> None:
+    async with household() as house:
+        first = await parked(house, "w", key=key("k"))
+        repeat = await parked(house, "w", key=key("k"))
+        first.cancel()
+        await house.yes(Create(id="a"))
+        assert ids_of(await repeat) == ["a"]
+        await settle()
+        assert house.book.totals["processing"] == 1
+
+
+@in_virtual_time
+async def test_at_the_cap_keyed_calls_are_refused() -> None:
+    house = Household()
+    house.actor._decider.keys.limit = 1
+    async with house:
+        await house.yes(Create(), key=key("k"))
+        refusal = await house.no(Create(), key=key("l"))
+        assert (refusal.code, refusal.status) == ("overloaded", 503)
+        await house.yes(Create())
+        await asyncio.sleep(600)
+        await house.yes(Create(), key=key("l"))
+        assert set(house.disk.keys) == {"l"}
+
+
+# -- grants that nobody received --------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_an_undelivered_grant_goes_back() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        answer = await house.actor.ask(Start(id="a", worker="w"))
+        assert isinstance(answer, Answer)
+        house.actor.undelivered(answer)
+        await settle()
+        view = await house.yes(Get(id="a"))
+        assert (view.status, view.attempt) == ("queued", 0)
+        assert [event.type for event in house.disk.events] == ["created", "granted", "undelivered"]
+        again = await house.actor.ask(Start(id="a", worker="w"))
+        house.actor.undelivered(answer)  # an old answer ends no newer grant
+        await settle()
+        assert isinstance(again, Answer)
+        assert house.book.holds("a", again.data.lock_id)
+
+
+@in_virtual_time
+async def test_a_caller_that_has_gone_before_the_batch_gets_no_grant() -> None:
+    house = Household()
+    await asyncio.sleep(0)
+    created = begin(house.actor.ask(Create(id="a")))
+    gone = begin(house.actor.ask(Start(id="a", worker="w")))
+    await settle()
+    gone.cancel()
+    await settle()
+    async with house:
+        await created
+        await settle()
+        assert [event.type for event in house.disk.events] == ["created"]
+
+
+@in_virtual_time
+async def test_a_caller_that_goes_during_the_commit_gives_its_grant_back() -> None:
+    for name in (None, key("k")):
+        async with household() as house:
+            await house.yes(Create(id="a"))
+            house.disk.gate.clear()
+            gone = begin(house.actor.ask(Claim(worker="w"), key=name))
+            await house.disk.at_gate.wait()
+            gone.cancel()
+            await settle()
+            house.disk.gate.set()
+            await settle()
+            assert [event.type for event in house.disk.events] == ["created", "granted", "undelivered"]
+            assert house.disk.keys == {}
+
+
+@in_virtual_time
+async def test_a_caller_that_goes_after_the_commit_gives_its_grant_back() -> None:
+    """The answer is set, but the task that waits for it is cancelled before it could read it."""
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        gone = begin(house.actor.ask(Start(id="a", worker="w")))
+
+        def hang_up(changes: Sequence[Change]) -> None:
+            gone.cancel()
+
+        house.actor.on_commit.append(hang_up)
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        house.actor.on_commit.pop()
+        await settle()
+        assert house.book.totals == {"queued": 1, "processing": 0, "completed": 0, "failed": 0, "cancelled": 0}
+
+
+@in_virtual_time
+async def test_a_keyed_grant_stays_while_one_connection_has_it() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        start = Start(id="a", worker="w")
+        first = await house.actor.ask(start, key=key("k"))
+        second = await house.actor.ask(start, key=key("k"))
+        assert isinstance(first, Answer)
+        assert isinstance(second, Answer)
+        house.actor.undelivered(first)
+        await settle()
+        assert house.book.totals["processing"] == 1
+        house.actor.undelivered(second)
+        await settle()
+        assert house.book.totals["queued"] == 1
+        assert house.disk.keys == {}
+        # The stored answer went in the same transaction as the grant.
+        assert house.disk.batches[-1].forget_keys == ["k"]
+
+
+@in_virtual_time
+async def test_a_repeat_that_overtakes_the_release_keeps_the_grant() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        start = Start(id="a", worker="w")
+        first = await house.actor.ask(start, key=key("k"))
+        repeat = begin(house.actor.ask(start, key=key("k")))
+        await asyncio.sleep(0)  # it is in the mailbox
+        assert isinstance(first, Answer)
+        house.actor.undelivered(first)
+        again = await repeat
+        await settle()
+        assert again.replayed
+        assert house.book.holds("a", again.data.lock_id)
+
+
+@in_virtual_time
+async def test_a_repeat_whose_caller_has_gone_does_not_take_the_grant_from_the_first() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        start = Start(id="a", worker="w")
+        house.disk.gate.clear()
+        first = begin(house.actor.ask(start, key=key("k")))
+        await house.disk.at_gate.wait()
+        repeat = begin(house.actor.ask(start, key=key("k")))
+        await settle()
+        repeat.cancel()
+        await settle()
+        house.disk.gate.set()
+        answer = await first
+        await settle()
+        assert house.book.holds("a", answer.data.lock_id)
+        house.actor.undelivered(answer)
+        await settle()
+        assert house.book.totals["queued"] == 1
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def closed(house: Household) -> str:
+    return house.actor.full_disk.closed.name
+
+
+@in_virtual_time
+async def test_first_only_creates_are_refused() -> None:
+    async with household() as house:
+        lock_id = await house.held("a")
+        house.disk.fill_nearly()
+        tasks = fill(house, [Create(id="b"), Progress(id="a", lock_id=lock_id, progress=5), Bulk(jobs=[Create()])])
+        created, reported, bulk = [await task for task in tasks]
+        assert (created.code, created.status, bulk.code) == ("storage_full", 507, "storage_full")
+        assert isinstance(reported, Answer)
+        assert closed(house) == "CREATES"
+        assert not house.clock.held
+        assert (await house.no(Import(id="c"))).code == "storage_full"
+        await house.yes(Get(id="a"))
+        writes = house.disk.calls["write"]
+        await house.no(Create())
+        assert house.disk.calls["write"] == writes  # refused before it is decided
+
+
+@in_virtual_time
+async def test_a_probe_once_a_second_finds_the_room_again() -> None:
+    async with household() as house:
+        house.disk.fits = lambda batch: False
+        assert (await house.no(Create(id="a"))).code == "storage_full"
+        assert closed(house) == "CREATES"
+        probes = house.disk.calls.get("probe", 0)
+        await asyncio.sleep(3.5)
+        assert house.disk.calls["probe"] == probes + 3
+        assert closed(house) == "CREATES"
+        house.disk.free()
+        await asyncio.sleep(1)
+        assert closed(house) == "NOTHING"
+        assert (await house.yes(Create(id="a"))).id == "a"
+        probes = house.disk.calls["probe"]
+        await asyncio.sleep(10)
+        assert house.disk.calls["probe"] == probes
+
+
+@in_virtual_time
+async def test_then_the_ballast_goes_and_only_endings_are_taken() -> None:
+    async with household() as house:
+        ending, signing = await house.held("a"), await house.held("b")
+        house.disk.fill()
+        tasks = fill(house, [
+            Complete(id="a", lock_id=ending), Progress(id="b", lock_id=signing, progress=5), Create(), Tick(),
+            Claim(worker="w", wait_ms=1_000), Get(id="b"), Pause(name="q"),
+        ])  # fmt: skip
+        answers = [await task for task in tasks]
+        assert [answer.status for answer in answers] == [200, 507, 507, 507, 507, 200, 507]
+        assert closed(house) == "ALL_BUT_ENDINGS"
+        assert not house.disk.has_ballast
+        assert house.clock.held
+        lease = house.clock.moment().lease
+        await asyncio.sleep(3.5)
+        assert house.clock.moment().lease == lease  # no sign of life can be taken, so no lock ages
+        assert closed(house) == "ALL_BUT_ENDINGS"
+        assert not house.disk.has_ballast
+        house.disk.free()
+        await asyncio.sleep(1)
+        assert closed(house) == "NOTHING"
+        assert house.disk.has_ballast
+        assert not house.clock.held
+        await house.yes(Progress(id="b", lock_id=signing, progress=5))
+
+
+@in_virtual_time
+async def test_at_worst_every_write_is_refused_and_reads_go_on() -> None:
+    async with household() as house:
+        lock_id = await house.held("a")
+        house.disk.fits = lambda batch: False
+        tasks = fill(house, [Complete(id="a", lock_id=lock_id), Get(id="a"), Stats(), Timeline(id="a"), List()])
+        answers = [await task for task in tasks]
+        assert [answer.status for answer in answers] == [507, 200, 200, 200, 200]
+        assert answers[1].data.status == "processing"
+        assert closed(house) == "ALL_WRITES"
+        assert (await house.no(Delete(id="a"))).code == "storage_full"
+        house.disk.free()
+        await asyncio.sleep(1)
+        assert (await house.yes(Complete(id="a", lock_id=lock_id))).status == "completed"
+
+
+@in_virtual_time
+async def test_room_for_the_ballast_alone_is_missing() -> None:
+    async with household() as house:
+        lock_id = await house.held("a")
+        house.disk.fill()
+        await house.no(Progress(id="a", lock_id=lock_id, progress=1))
+        house.disk.errors["build_ballast"] = DiskFull("no room for 16 MiB")
+        house.disk.free()
+        await asyncio.sleep(2)
+        assert closed(house) == "ALL_BUT_ENDINGS"
+        assert house.clock.held
+        del house.disk.errors["build_ballast"]
+        await asyncio.sleep(1)
+        assert closed(house) == "NOTHING"
+
+
+@in_virtual_time
+async def test_a_start_on_a_full_disk() -> None:
+    disk = await finished_disk()
+    disk.fits = lambda batch: False
+    async with household(disk) as house:
+        assert closed(house) == "CREATES"
+        assert (await house.no(Create())).code == "storage_full"
+        assert disk.calls.get("write", 0) == 3  # none since
+        await house.yes(Get(id="done"))
+
+
+@in_virtual_time
+async def test_a_refused_batch_leaves_nothing_behind() -> None:
+    async with household() as house:
+        lock_id = await house.held("a")
+        await house.yes(Create(id="b"))
+        token = (await house.yes(Start(id="b", worker="w"))).fencing_token
+        await house.yes(Complete(id="b", lock_id=house.book.jobs["b"].grant.lock_id))  # type: ignore[union-attr]
+        await house.yes(Pause(name="paused"))
+        keys = dict(house.disk.keys)
+        house.disk.fits = lambda batch: False
+        tasks = fill(house, [
+            Create(id="c"), Import(id="d", status="failed", error_message="e"), Delete(id="b"), Create(id="b"),
+            Release(id="a", lock_id=lock_id), Start(id="a", worker="w"), Pause(name="q"), Resume(name="paused"),
+        ])  # fmt: skip
+        keyed = begin(house.actor.ask(Claim(worker="w"), key=key("k")))
+        assert {(await task).code for task in tasks} == {"storage_full"}
+        assert (await keyed).code == "storage_full"
+        compare(house)
+        assert house.disk.keys == keys
+        assert (house.book.paused, house.book.suspects) == ({"paused"}, {})
+        assert house.book.holds("a", lock_id)
+        house.disk.free()
+        await asyncio.sleep(1)
+        await house.yes(Release(id="a", lock_id=lock_id))
+        assert (await house.yes(Start(id="a", worker="w"))).fencing_token > token + 1  # what was handed out is burnt
+
+
+@in_virtual_time
+async def test_a_keyed_start_whose_batch_is_refused_is_judged_anew() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        house.disk.write_errors.append(DiskFull("once"))
+        answer = await house.actor.ask(Start(id="a", worker="w"), key=key("k"))
+        assert isinstance(answer, Answer)
+        assert not answer.replayed
+        house.actor.undelivered(answer)
+        await settle()
+        assert house.book.totals["queued"] == 1  # counted once, so one lost connection is enough
+
+
+@in_virtual_time
+async def test_a_repeat_on_a_full_disk_gets_its_answer() -> None:
+    """What was done is not refused a second time: the client would take it for not done."""
+    async with household() as house:
+        await house.yes(Create(id="a"), key=key("create"))
+        await house.yes(Start(id="a", worker="w"), key=key("start"))
+        house.disk.fits = lambda batch: False
+        await house.no(Complete(id="a", lock_id=house.book.jobs["a"].grant.lock_id))  # type: ignore[union-attr]
+        assert closed(house) == "ALL_WRITES"
+        for command, name in ((Create(id="a"), "create"), (Start(id="a", worker="w"), "start")):
+            again = await house.actor.ask(command, key=key(name))
+            assert isinstance(again, Answer)
+            assert again.replayed
+        assert (await house.no(Create(id="b"), key=key("new"))).code == "storage_full"
+
+
+@in_virtual_time
+async def test_waiting_claims_keep_their_place_over_a_refused_batch() -> None:
+    async with household() as house:
+        first, second = await parked(house, "first"), await parked(house, "second")
+        house.disk.write_errors.append(DiskFull("once"))
+        await house.no(Create(id="a"))
+        assert len(house.actor.parked) == 2
+        await asyncio.sleep(1)
+        await house.yes(Create(id="b"))
+        assert ids_of(await first) == ["b"]
+        await house.yes(Create(id="c"))
+        assert ids_of(await second) == ["c"]
+
+
+@in_virtual_time
+async def test_a_claim_that_was_parked_by_a_refused_batch_is_parked_once() -> None:
+    house = Household()
+    house.disk.write_errors.append(DiskFull("once"))
+    claim = Claim(worker="w", wait_ms=30_000)
+    tasks = [begin(house.actor.ask(claim, key=key("k"))) for _ in range(2)]
+    tasks += fill(house, [Tick()])
+    async with house:
+        assert isinstance(await tasks[2], Answer)
+        assert len(house.actor.parked) == 1
+        await asyncio.sleep(1)
+        await house.yes(Create(id="a"))
+        assert [ids_of(await task) for task in tasks[:2]] == [["a"], ["a"]]
+        await settle()
+        assert house.book.totals["processing"] == 1
+        compare(house)
+
+
+@in_virtual_time
+async def test_a_claim_that_a_refused_batch_both_parked_and_served_is_decided_anew() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a", delay_ms=DAY_MS))
+        house.disk.gate.clear()
+        slow = begin(house.actor.ask(Tick()))
+        await house.disk.at_gate.wait()
+        house.disk.write_errors += [None, DiskFull("once")]
+        tasks = fill(house, [Claim(worker="w", wait_ms=30_000), RunNow(id="a")])
+        await settle()
+        house.disk.gate.set()
+        assert ids_of(await tasks[0]) == ["a"]
+        assert isinstance(await tasks[1], Answer)
+        await slow
+        assert closed(house) == "CREATES"
+        assert [event.type for event in house.disk.events] == ["created", "updated", "granted"]
+
+
+@in_virtual_time
+async def test_a_due_job_goes_to_who_waits_after_its_batch_was_refused_once() -> None:
+    """The claim was served in a batch that the disk refused: it must not wait on beside a job that is due."""
+    async with household() as house:
+        await house.yes(Create(id="a", delay_ms=2_000))
+        waiting = await parked(house, "w")
+        house.disk.write_errors.append(DiskFull("once"))
+        begun = house.now
+        assert ids_of(await waiting) == ["a"]
+        assert house.now == begun + 2_000
+
+
+@in_virtual_time
+async def test_jobs_that_became_due_on_a_full_disk_are_handed_out_once_there_is_room() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a", delay_ms=2_000))
+        waiting = await parked(house, "w")
+        house.disk.fill()
+        await house.no(Tick())
+        assert closed(house) == "ALL_BUT_ENDINGS"
+        await asyncio.sleep(5)
+        assert not waiting.done()
+        house.disk.free()
+        await asyncio.sleep(1.1)
+        assert waiting.done()
+        assert ids_of(await waiting) == ["a"]
+
+
+@in_virtual_time
+async def test_a_release_that_is_undelivered_on_a_full_disk_is_not_lost() -> None:
+    """Giving a grant back frees nothing, but ends a grant: it is taken with the ballast given up."""
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        answer = await house.actor.ask(Start(id="a", worker="w"))
+        assert isinstance(answer, Answer)
+        house.disk.fill()
+        house.actor.undelivered(answer)
+        await settle()
+        assert house.book.totals["queued"] == 1
+
+
+# -- rows that are bad ------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_bad_payload_costs_its_own_job_only() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        await house.yes(Create(id="b"))
+        house.disk.bad_payloads[1] = "checksum"
+        tasks = fill(house, [Get(id="a"), Get(id="b"), Create(id="c")])
+        bad, good, made = [await task for task in tasks]
+        assert (bad.code, bad.details) == ("job_quarantined", {"job_id": "a", "reason": "checksum"})
+        assert isinstance(good, Answer)
+        assert made.status == 201
+        assert house.disk.quarantined == house.book.quarantined == {"a": "checksum"}
+        assert ids_of(await house.actor.ask(Claim(worker="w", limit=9))) == ["b", "c"]
+
+
+@in_virtual_time
+async def test_a_bad_payload_is_never_served_by_a_read() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        house.disk.bad_payloads[1] = "checksum"
+        assert (await house.no(Get(id="a"))).code == "job_quarantined"
+        assert ids_of(await house.actor.ask(Claim(worker="w"))) == []
+
+
+@in_virtual_time
+async def test_a_bad_payload_that_a_grant_would_show() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        await house.yes(Create(id="b"))
+        house.disk.bad_payloads[1] = "checksum"
+        assert ids_of(await house.actor.ask(Claim(worker="w"))) == ["b"]
+
+
+@in_virtual_time
+async def test_a_bad_payload_that_a_decision_needs() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        house.disk.bad_payloads[1] = "checksum"
+        assert (await house.no(Create(id="a"))).code == "job_quarantined"
+
+
+@in_virtual_time
+async def test_a_row_that_goes_bad_while_the_daemon_runs() -> None:
+    async with Household(await finished_disk()) as house:
+        house.disk.bad_jobs["done"] = "checksum"
+        assert (await house.no(Get(id="done"))).code == "job_quarantined"
+        assert (await house.no(Get(id="done"))).code == "job_quarantined"
+        assert house.disk.quarantined == house.book.quarantined == {"done": "checksum"}
+
+
+@in_virtual_time
+async def test_a_page_leaves_bad_rows_out() -> None:
+    async with household() as house:
+        for name in "abc":
+            await house.yes(Create(id=name))
+        house.disk.bad_payloads[2] = "checksum"
+        assert [job.id for job in (await house.yes(List())).jobs] == ["c", "a"]
+        assert house.book.quarantined == {"b": "checksum"}
+        assert (await house.no(Start(id="b", worker="w"))).code == "job_quarantined"
+
+
+@in_virtual_time
+async def test_a_job_that_is_deleted_or_set_aside_is_no_suspect_any_more() -> None:
+    async with household() as house:
+        for name in "ab":
+            await house.yes(Import(id=name, status="failed", error_message="e"))
+        assert set(house.book.suspects.values()) == {"a", "b"}
+        await house.yes(Delete(id="a"))
+        assert house.book.suspects == house.disk.suspects == {2: "b"}
+        await house.yes(Mend(ids=["b"]))
+        assert house.book.suspects == house.disk.suspects == {}
+
+
+# -- an unknown outcome -----------------------------------------------------------------------------------------------
+
+
+async def broken(house: Household, running: asyncio.Task[None]) -> None:
+    with pytest.raises(DiskBroken):
+        await running
+    refusal = await house.actor.ask(Ping())
+    assert isinstance(refusal, Refusal)
+    assert refusal.code == "shutting_down"
+
+
+@in_virtual_time
+async def test_an_unknown_outcome_is_told_and_ends_everything() -> None:
+    house = Household()
+    running = begin(house.actor.run())
+    waiting = await parked(house, "w", queues=["other"])
+    house.disk.lost_answers = 1
+    house.disk.gate.clear()
+    tasks = fill(house, [Create(id="a"), Get(id="a")])
+    await house.disk.at_gate.wait()
+    later = begin(house.actor.ask(Create(id="b")))
+    await settle()
+    house.disk.gate.set()
+    for task in [*tasks, waiting]:
+        refusal = await task
+        assert (refusal.code, refusal.status, refusal.details) == ("outcome_unknown", 503, {"outcome": "unknown"})
+    assert (await later).code == "shutting_down"
+    await broken(house, running)
+    assert house.disk.job("a") is not None  # it was done after all; a start finds it
+    assert house.disk.job("b") is None
+
+
+@pytest.mark.parametrize("method", ["write", "load"])
+def test_any_error_of_the_disk_ends_everything(method: str) -> None:
+    async def test() -> None:
+        house = Household(await finished_disk())
+        running = begin(house.actor.run())
+        house.disk.errors[method] = OSError("EIO")
+        tasks = fill(house, [Get(id="done"), Create(id="a")])
+        assert {(await task).code for task in tasks} == {"outcome_unknown"}
+        await broken(house, running)
+
+    in_virtual_time(test)()
+
+
+@in_virtual_time
+async def test_bad_rows_of_jobs_that_nobody_knows_end_everything() -> None:
+    """Nothing could be set aside, so deciding again would come to the same, for ever."""
+    house = Household()
+    running = begin(house.actor.run())
+    house.disk.write_errors.append(BadRows({"seq 7": "its payload is missing"}))
+    assert (await house.no(Create())).code == "outcome_unknown"
+    await broken(house, running)
+
+
+@in_virtual_time
+async def test_bad_rows_that_were_set_aside_already_are_no_harm() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        house.disk.bad_jobs["a"] = "checksum"
+        house.disk.write_errors.append(BadRows({"a": "its payload is bad"}))
+        # Taking the batch back reads the row, finds it bad and sets it aside.
+        assert (await house.no(Start(id="a", worker="w"))).code == "job_quarantined"
+
+
+@in_virtual_time
+async def test_a_probe_that_fails_otherwise_ends_everything() -> None:
+    house = Household()
+    running = begin(house.actor.run())
+    house.disk.fits = lambda batch: False
+    assert (await house.no(Create())).code == "storage_full"
+    house.disk.errors["probe"] = OSError("EIO")
+    await broken(house, running)
+
+
+@in_virtual_time
+async def test_a_ballast_that_cannot_be_dropped_ends_everything() -> None:
+    house = Household()
+    running = begin(house.actor.run())
+    house.disk.errors["drop_ballast"] = OSError("EIO")
+    house.disk.fits = lambda batch: False
+    assert (await house.no(Tick())).code == "outcome_unknown"
+    await broken(house, running)
+
+
+# -- small parts ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_name_their_jobs() -> None:
+    assert BadRows({"a": "checksum"}).jobs == {"a": "checksum"}
+
+
+def test_a_claim_is_found_by_who_waited_longest() -> None:
+    async def test() -> None:
+        lot = Parked()
+        loop = asyncio.get_running_loop()
+
+        def claim(deadline: float, **fields: Any) -> Asked:
+            asked = Asked(Call(Claim(worker="w", **fields)), None, 0, loop.create_future())
+            asked.deadline = deadline
+            return asked
+
+        first, second, third = claim(5, kinds=["k"]), claim(3), claim(4, kinds=["k", "l"])
+        for asked in (first, second, third):
+            lot.add(asked)
+        assert (lot.first("default", "k"), lot.first("default", "l")) == (first, second)
+        assert lot.first("other", "k") is None
+        assert lot.next_deadline() == 3
+        assert lot.remove(first)
+        assert not lot.remove(first)
+        assert lot.first("default", "k") is second
+        lot.add(first)  # its batch was refused: it has its old place again
+        assert lot.first("default", "k") is first
+        assert list(lot.take_late(4)) == [second, third]
+        assert (len(lot), lot.next_deadline()) == (1, 5)
+        assert lot.take_all() == [first]
+        assert lot.next_deadline() is None
+
+    in_virtual_time(test)()

@@ -1,0 +1,128 @@
+"""Figures from committed changes: what counts, for how long, and under which label."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from jobd import figures as figures_module
+from jobd.commands import Cancel, Complete, Delete, DeleteExpired, Fail, Recover
+from jobd.events import Change, Event
+from jobd.figures import OTHER_QUEUES, PROCESSING_BUCKETS_S, Figures, Histogram
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Job
+from tests.desk import NOW, Desk
+
+
+class CountingDesk(Desk):
+    """A desk whose figures see every committed change, as the actor's do."""
+
+    def decide(self, command, *, admin=False, by="client"):  # type: ignore[no-untyped-def]
+        decision = super().decide(command, admin=admin, by=by)
+        for change in decision.changes:
+            self.book.figures.note(change)
+        return decision
+
+
+@pytest.fixture
+def desk() -> CountingDesk:
+    return CountingDesk()
+
+
+def work(desk: Desk, job_id: str, ms: int) -> None:
+    lock_id = desk.held(job_id)
+    desk.passes(ms)
+    desk.yes(Complete(id=job_id, lock_id=lock_id))
+
+
+def test_completions_of_the_last_hour(desk: Desk) -> None:
+    figures = desk.book.figures
+    work(desk, "a", 2_000)
+    work(desk, "b", 4_000)
+    assert figures.completed_last_hour(desk.now) == (2, 6_000)
+    desk.passes(59 * MINUTE_MS)
+    work(desk, "c", 0)
+    assert figures.completed_last_hour(desk.now) == (3, 6_000)
+    assert figures.completed_last_hour(desk.now + MINUTE_MS)[0] == 1
+    assert figures.completed_last_hour(desk.now + HOUR_MS) == (0, 0)
+
+
+def test_old_minutes_and_hours_are_dropped() -> None:
+    figures = Figures()
+    for minute in range(200):
+        figures._completed("q", NOW + minute * MINUTE_MS, 1)
+    assert len(figures.completions) <= 61
+    assert figures.completed_last_hour(NOW + 199 * MINUTE_MS) == (60, 60)
+    for hour in range(100):
+        figures._recovered(NOW + hour * HOUR_MS, requeued=bool(hour % 2))
+    assert len(figures.recoveries) <= 25
+    assert figures.recovered_last_day(NOW + 99 * HOUR_MS) == 24
+    assert (figures.stalls, figures.reset, figures.failed) == (100, 50, 50)
+
+
+def test_recoveries_of_the_last_day(desk: Desk) -> None:
+    lock_id = desk.held("a")
+    desk.progress(lock_id, 10)
+    desk.held("b")
+    desk.passes(HOUR_MS)
+    desk.yes(Recover(limit=9))
+    figures = desk.book.figures
+    assert figures.recovered_last_day(desk.now) == 2
+    assert figures.recovered_last_day(desk.now + DAY_MS) == 0
+    assert (figures.stalls, figures.reset, figures.failed, figures.since_report.recovered) == (2, 1, 1, 2)
+
+
+def test_what_was_done_since_the_last_report(desk: Desk) -> None:
+    desk.held("a", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    desk.passes(15 * MINUTE_MS)
+    desk.yes(Recover(limit=9))
+    desk.completed("b", expires_at=desk.now + 1)
+    desk.completed("c")
+    desk.passes(1)
+    desk.yes(DeleteExpired(ids=["b"]), by="cleanup")
+    desk.yes(Delete(id="c"), by="admin")  # an operator's deletion is not the pass's work
+    since = desk.book.figures.since_report
+    assert (since.locks_cleared, since.deleted, since.recovered) == (1, 1, 0)
+
+
+def test_other_endings_are_not_counted(desk: Desk) -> None:
+    desk.yes(Fail(id="a", lock_id=desk.held("a"), error_message="e"))
+    desk.create("b")
+    desk.yes(Cancel(id="b"))
+    figures = desk.book.figures
+    assert figures.completed_last_hour(desk.now) == (0, 0)
+    assert figures.grants == {"default": 1}
+    assert figures.processing == {}
+
+
+def test_a_completion_without_a_start_or_before_it_is_no_negative_time() -> None:
+    figures = Figures()
+    job = Job(1, "a", msgspec.UNSET, "processing", NOW, NOW, NOW)  # type: ignore[arg-type]
+    done = Event(1, NOW, "completed", 1, "a", "q", "processing", "completed", "worker:w")
+    figures.note(Change(job, None, done))
+    assert figures.completed_last_hour(NOW) == (0, 0)
+    figures.note(Change(msgspec.structs.replace(job, started_at=NOW + 5_000), None, done))  # the wall clock stepped
+    assert figures.completed_last_hour(NOW) == (1, 0)
+    assert figures.processing["q"].total == 0
+
+
+def test_a_histogram_counts_up_to_and_with_each_bound() -> None:
+    histogram = Histogram.empty(PROCESSING_BUCKETS_S)
+    for value in (0.1, 0.11, 14_400, 14_401):
+        histogram.add(value, PROCESSING_BUCKETS_S)
+    assert histogram.counts[:2] == [1, 1]
+    assert histogram.counts[-2:] == [1, 1]
+    assert histogram.total == pytest.approx(28_801.21)
+
+
+def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures_module, "HISTOGRAM_QUEUES", 2)
+    figures = Figures()
+    for queue in ("a", "b", "c", "d", "a"):
+        figures._grant(queue)
+        figures._completed(queue, NOW, 1_000)
+    assert figures.grants == {"a": 2, "b": 1, OTHER_QUEUES: 2}
+    assert {name: sum(found.counts) for name, found in figures.processing.items()} == {
+        "a": 2,
+        "b": 1,
+        OTHER_QUEUES: 2,
+    }
