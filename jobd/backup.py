@@ -165,6 +165,7 @@ def restore(file: str, path: str) -> str | None:
             epoch, aside = _keep_old(path)
             if epoch > used:
                 files.write_epoch(path, epoch)
+            _give_to_owner(path, aside)
             os.replace(new, path)
             files.sync_directory(path)
         finally:
@@ -179,6 +180,16 @@ def _check_and_copy(file: str, new: str) -> None:
     with opening.refusals(file), opening.read_only(file) as source:
         opening.check_ours(source, file)
         copy_marked(source, new)
+
+
+def _give_to_owner(path: str, aside: str | None) -> None:
+    """Root puts backups back for daemons that are not root: what it writes belongs to whom the store belongs to."""
+    if os.geteuid() != 0:
+        return
+    model = os.stat(aside or Path(path).resolve().parent)
+    for name in (f"{path}.restoring", f"{path}.lock", f"{path}.epoch"):
+        if os.path.exists(name):
+            os.chown(name, model.st_uid, model.st_gid)
 
 
 def _keep_old(path: str) -> tuple[int, str | None]:

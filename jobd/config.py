@@ -403,6 +403,9 @@ def _settle(config: Config, environ: Mapping[str, str], sources: dict[str, str])
         in_memory = environ.get("ENVIRONMENT") == "development" and "store.path" not in sources
         path = ":memory:" if in_memory else str(state_directory(environ) / "jobd.db")
         store = msgspec.structs.replace(store, path=path)
+    worker = msgspec.structs.replace(worker, socket=os.path.abspath(worker.socket))
+    if store.path != ":memory:":
+        store = msgspec.structs.replace(store, path=os.path.abspath(store.path))
     return msgspec.structs.replace(config, worker=worker, store=store)
 
 

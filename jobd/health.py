@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 from urllib.parse import unquote, urlsplit
 
 import structlog
+from msgspec.structs import replace
 
 from jobd.actor import Actor
 from jobd.answers import CleanupHealth, CleanupState, DatabaseHealth, HealthStatus, HealthView, PartHealth
@@ -75,6 +76,7 @@ class Health:
         self._cleanup = cleanup
         self._faults: deque[str] = deque(faults, FAULTS_KEPT)
         self._take_faults = take_faults
+        self._closed = Closed.NOTHING  # how far a full disk had closed the daemon then
         self._measured_at = 0.0  # loop time at the beginning of the measurement
         self._measuring: asyncio.Task[HealthView] | None = None
         self._open: dict[str, asyncio.Task[Any]] = {}  # what was asked and has not been answered yet
@@ -83,12 +85,19 @@ class Health:
     async def view(self) -> HealthView:
         """The health of the daemon, at most 5 s old. Callers that come during a measurement share it."""
         loop_time = asyncio.get_running_loop().time()
-        if self.last is not None and self._measuring is None and loop_time - self._measured_at < MAX_AGE_S:
-            return self.last
+        is_fresh = loop_time - self._measured_at < MAX_AGE_S and self._closed == self._actor.full_disk.closed
+        if self.last is not None and self._measuring is None and is_fresh:
+            return self._as_of_now(self.last)
         if self._measuring is None:
-            self._measured_at = loop_time
+            self._measured_at, self._closed = loop_time, self._actor.full_disk.closed
             self._measuring = asyncio.create_task(self._measure())
         return await asyncio.shield(self._measuring)
+
+    def _as_of_now(self, last: HealthView) -> HealthView:
+        """What was measured; whether a pass runs costs nothing to know, so it is never old."""
+        state, cleanup = self._cleanup.state(), last.cleanup_status
+        now = replace(cleanup, running=state.cleanup_running, time_since_last_cleanup=state.time_since_last_cleanup)
+        return replace(last, cleanup_status=now)
 
     async def close(self) -> None:
         """Wait for what was asked of the disk and the mailbox and has not been answered. Call it before they end."""
@@ -138,7 +147,8 @@ class Health:
         try:
             await self._in_time("probe", self._actor.disk.probe)
         except DiskFull:
-            return self._full("no write fits")
+            closed = self._actor.full_disk.closed
+            return self._full(_REFUSED[closed] if closed != Closed.NOTHING else "no write fits")
         except TimeoutError:
             return PartHealth("unhealthy", f"The disk has not answered a write for {PATIENCE_S:g} s. Is it overloaded?")
         except Exception as error:

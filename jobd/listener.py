@@ -10,6 +10,7 @@ import os
 import socket
 import ssl
 import stat
+import sys
 from functools import partial
 from typing import Any, Final
 
@@ -117,7 +118,9 @@ class Listener:
         """Listen on a bound socket, as systemd hands it over."""
         loop = asyncio.get_running_loop()
         if opened.family == socket.AF_UNIX:
-            server = await loop.create_unix_server(self._server, sock=opened, ssl=tls, backlog=BACKLOG)
+            # From Python 3.13 on a loop unlinks the socket when it closes; what is systemd's has to stay.
+            keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+            server = await loop.create_unix_server(self._server, sock=opened, ssl=tls, backlog=BACKLOG, **keep)
         else:
             server = await loop.create_server(self._server, sock=opened, ssl=tls, backlog=BACKLOG)
         self._sockets.append(server)

@@ -47,7 +47,7 @@ def _waiting(job: Job, book: Book, at: Moment, expires: Next | None, back: str) 
         f"See who works: jobctl workers. Queue {queue} has {book.counts[queue]['processing']} jobs in work.",
         f"Start a worker: jobctl run --queue {queue} -- CMD",
     ]
-    offered = Next("It is handed to the next worker that claims its queue.", job.run_at, "claim")
+    offered = Next("It is handed to the next worker that claims its queue.", at.now, "claim")
     return WhyView("queued", because, expires or offered, "no free worker", do)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import glob
 import os
+import shutil
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -357,3 +358,24 @@ def test_an_error_that_is_not_room_stays_what_it_is() -> None:
         backup._full_means_full(),
     ):
         conn.execute("no sql")
+
+
+def test_what_root_puts_back_belongs_to_the_stores_owner(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may give files away")
+    store, copy = tmp_path / "store", tmp_path / "copy.db"
+    store.mkdir()
+    asyncio.run(_made(str(store / "jobd.db")))
+    shutil.copy(store / "jobd.db", copy)
+    for entry in [store, *store.iterdir()]:
+        os.chown(entry, 12345, 12346)
+    restore(str(copy), str(store / "jobd.db"))
+    (store / "jobd.db").unlink()
+    restore(str(copy), str(store / "jobd.db"))  # nothing is there: the directory says whose it is
+    owners = {entry.name: (entry.stat().st_uid, entry.stat().st_gid) for entry in store.iterdir()}
+    assert set(owners.values()) == {(12345, 12346)}, owners
+
+
+async def _made(path: str) -> None:
+    store, _ = await Store.open(path)
+    await store.close()

@@ -39,7 +39,7 @@ def test_waiting_for_a_worker(desk: Desk) -> None:
     assert (view.state, view.blocked_by) == ("queued", "no free worker")
     assert "due for 5 s" in view.because
     assert "It is the next of its kind." in view.because
-    assert at_and_rule(view) == (NOW, "claim")
+    assert at_and_rule(view) == (NOW + 5_000, "claim")
     assert view.do[1] == "Start a worker: jobctl run --queue q -- CMD"
     assert "Other jobs are before it." in why(desk, "b").because
 
