@@ -17,7 +17,7 @@ from msgspec import Struct
 from jobd.answers import Answer, Grants
 from jobd.batch import BadRows, Disk, DiskFull
 from jobd.book import Book
-from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Refusal
+from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Refusal, Undelivered
 from jobd.deciding import Decider, Known, Plan
 from jobd.envelope import Asked, deleted_ids, named_ids, needs_payload_first, share, weight
 from jobd.events import Change
@@ -90,6 +90,8 @@ class Actor:
         self._bytes = 0
         self._wake = asyncio.Event()
         self._stopping = False
+        self._owed: list[Asked] = []
+        self._lost_disk: Exception | None = None
         self._decider = Decider(
             book,
             keys,
@@ -126,7 +128,17 @@ class Actor:
     def undelivered(self, answer: Answer) -> None:
         """A connection closed before the first byte of `answer`: its grants go back, if nobody else has them."""
         for command in self._decider.undelivered(answer):
-            self._post(command)
+            self._put(self._own(command))
+
+    def owe(self, command: AnyCommand) -> None:
+        """A command of the daemon itself that comes before every other, and stays until the disk has room for it."""
+        self._owed.append(self._own(command))
+        self._wake.set()
+
+    def lose_disk(self, error: Exception) -> None:
+        """A commit beside ours has failed: what the disk holds is unknown, so `run` ends."""
+        self._lost_disk = error
+        self._wake.set()
 
     def stop_parking(self) -> None:
         """Claims do not wait any more; those that do are answered empty."""
@@ -157,15 +169,15 @@ class Actor:
                 return Refusal("overloaded", "Too many claims wait for work already; ask again without wait_ms.")
         return None
 
+    def _own(self, command: AnyCommand) -> Asked:
+        """A command of our own, whose answer nobody waits for."""
+        future: asyncio.Future[Answer | Refusal] = asyncio.get_running_loop().create_future()
+        return Asked(Call(command, "daemon", self._random(16)), None, 0, future)
+
     def _put(self, asked: Asked) -> None:
         self._mailbox.append(asked)
         self._bytes += asked.size
         self._wake.set()
-
-    def _post(self, command: AnyCommand) -> None:
-        """A command of our own, whose answer nobody needs."""
-        future: asyncio.Future[Answer | Refusal] = asyncio.get_running_loop().create_future()
-        self._put(Asked(Call(command, "daemon", self._random(16)), None, 0, future))
 
     def _abandoned(self, asked: Asked, future: asyncio.Future[Answer | Refusal]) -> None:
         """The caller was cancelled: nobody waits any more, or the answer was set and will not be read."""
@@ -179,10 +191,12 @@ class Actor:
 
     async def run(self) -> None:
         """Serve the mailbox until `stop`. Raises DiskBroken where the outcome of a commit is unknown."""
-        while not (self._stopping and not self._mailbox and not self.parked):
+        while not (self._stopping and not self._mailbox and not self.parked and not self._owes()):
             await self._something_to_do()
             batch = self._take()
             try:
+                if self._lost_disk is not None:
+                    raise self._lost_disk
                 await self.full_disk.probe()
                 if batch or self._decider.has_due:
                     await self._turn(batch)
@@ -194,7 +208,7 @@ class Actor:
 
     async def _something_to_do(self) -> None:
         """Until a command waits, or time itself gives us something to do."""
-        if not (self._mailbox or self._stopping):
+        if not (self._mailbox or self._stopping or self._owes() or self._lost_disk):
             timer = None
             if (wait_s := self._wait_s()) is not None:
                 timer = asyncio.get_running_loop().call_later(max(wait_s, 0), self._wake.set)
@@ -204,6 +218,10 @@ class Actor:
                 at = self._clock.moment()
                 self.book.advance(at.now, at.lease)
         self._wake.clear()
+
+    def _owes(self) -> bool:
+        """Whether something of our own can be done at once."""
+        return bool(self._owed) and self.full_disk.closed != Closed.ALL_WRITES
 
     def _wait_s(self) -> float | None:
         """Seconds until a claim's wait ends, a job becomes due that somebody may wait for, or a probe is due."""
@@ -217,8 +235,8 @@ class Actor:
         return min(waits, default=None)
 
     def _take(self) -> list[Asked]:
-        """What waits, up to a batch that takes a few milliseconds."""
-        batch: list[Asked] = []
+        """What we owe, and what waits, up to a batch that takes a few milliseconds."""
+        batch = list(self._owed)
         weights = 0
         while self._mailbox and weights < BATCH_WEIGHT:
             asked = self._mailbox.popleft()
@@ -247,7 +265,7 @@ class Actor:
 
     async def _load(self, batch: list[Asked]) -> Known:
         """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""
-        known, book, now = Known(), self.book, self._clock.moment().now
+        known, book, now = Known(), self.book, self._clock.moment().believed
         ids = dict.fromkeys(job_id for asked in batch for job_id in named_ids(asked.call.command))
         unknown = [job_id for job_id in ids if book.get(job_id) is None and job_id not in book.quarantined]
         digests = [asked.key.digest for asked in batch if asked.key is not None]
@@ -294,13 +312,26 @@ class Actor:
             if isinstance(answer, Answer) and answer.look is not None:
                 self._history.start(asked, answer, self.policy)
                 continue
+            if self._stays_owed(asked, answer):
+                continue
             told = asked.reply(answer)
             if told < len(asked.futures) and isinstance(answer, Answer) and answer.grants:
                 for command in self._decider.not_told(asked, answer, told):
-                    self._post(command)
+                    self._put(self._own(command))
         if plan.changes:
             for listener in self.on_commit:
                 listener(plan.changes)
+
+    def _stays_owed(self, asked: Asked, answer: Answer | Refusal) -> bool:
+        """Whether a command of our own was refused by the full disk: then it is the first once there is room."""
+        is_owed = asked in self._owed
+        if isinstance(answer, Refusal) and answer.code == "storage_full":
+            if not is_owed and isinstance(asked.call.command, Undelivered):
+                self._owed.append(asked)
+            return is_owed or isinstance(asked.call.command, Undelivered)
+        if is_owed:
+            self._owed.remove(asked)
+        return False
 
     def _answer_late_claims(self) -> None:
         """Claims whose wait is over, or all of them when nobody may wait any more, are answered empty."""

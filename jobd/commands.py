@@ -405,6 +405,11 @@ class Moment(Struct, frozen=True):
     offset: int  # wall minus lease, steady between steps of the wall clock, so that shown times do not flicker
     trusted: int | None = None  # the wall time to persist, where `now` is not believed yet
 
+    @property
+    def believed(self) -> int:
+        """The wall time by which things grow old: a jump that nobody has confirmed ages nothing."""
+        return self.now if self.trusted is None else self.trusted
+
     def wall(self, lease_ms: int) -> int:
         """The wall time at which lease time will be `lease_ms`."""
         return lease_ms + self.offset

@@ -31,7 +31,7 @@ from jobd.bodies import Limits
 from jobd.book import Book
 from jobd.cleanup import Cleaner, Schedule, read_figures
 from jobd.clock import Clock
-from jobd.commands import AnyCommand, CreditAbsence, EndGrants, Ping
+from jobd.commands import CreditAbsence, EndGrants, Ping
 from jobd.config import Config, ConfigError, Loaded
 from jobd.doors import Gate, own_names
 from jobd.files import StoreBusy, StoreError
@@ -106,10 +106,11 @@ class Daemon:
         store, opened = await self._open_store(stack)
         self.clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
         self.actor = _actor(store, opened, self.clock, settings)
+        store.on_broken = self.actor.lose_disk
+        self._settle(opened)
         self._running = asyncio.create_task(self.actor.run(), name="actor")
         self._running.add_done_callback(lambda _: self._stop.set())
         stack.push_async_callback(self._stop_actor)
-        await self._settle(opened)
         self.cleaner = Cleaner(self.actor, self.clock, _schedule(settings))
         _run_beside(stack, "cleanup", self.cleaner)
         self.rooms = self._rooms(store, opened, stack)
@@ -150,22 +151,20 @@ class Daemon:
             line.error("store_fault", message=fault)
         return store, opened
 
-    async def _settle(self, opened: Opened) -> None:
-        """What a start owes the jobs that were processing: time to be heard of, or an end after a restore."""
+    def _settle(self, opened: Opened) -> None:
+        """What a start owes the jobs that were processing: time to be heard of, or an end after a restore.
+
+        The actor does it before anything else; on a full disk, as soon as there is room.
+        """
         held = list(self.actor.book.processing)
         slices = [held[first : first + SLICE] for first in range(0, len(held), SLICE)]
-        if opened.marked:
-            for index, ids in enumerate(slices or [[]]):
-                await self._own(EndGrants(ids=ids, last=index + 1 >= len(slices)), "daemon")
-            line.warning("backup_put_back", ended_grants=len(held), epoch=self.actor.book.epoch)
+        if not opened.marked:
+            for ids in slices:
+                self.actor.owe(CreditAbsence(ids=ids, grace_ms=GRACE_MS))
             return
-        for ids in slices:
-            await self._own(CreditAbsence(ids=ids, grace_ms=GRACE_MS), "daemon")
-
-    async def _own(self, command: AnyCommand, by: str) -> None:
-        answer = await self.actor.ask(command, by=by)
-        if not isinstance(answer, Answer):
-            line.error("start_step_refused", command=type(command).__name__, code=answer.code, message=answer.message)
+        for index, ids in enumerate(slices or [[]]):
+            self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))
+        line.warning("backup_put_back", grants_to_end=len(held), epoch=self.actor.book.epoch)
 
     def _rooms(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Rooms:
         settings = self._loaded.config

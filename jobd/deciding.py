@@ -118,7 +118,7 @@ class Decider:
         queues |= {change.event.queue for change in plan.changes if change.event.job_seq == 0}
         return Batch(
             changes=plan.changes,
-            numbers=self.book.numbers(plan.at.lease, plan.at.now if plan.at.trusted is None else plan.at.trusted),
+            numbers=self.book.numbers(plan.at.lease, plan.at.believed),
             queues={queue: self.book.queue_row(queue) for queue in queues},
             keys=keys,
             forget_keys=forgotten,
@@ -260,9 +260,9 @@ class Decider:
 
     def _known_answer(self, plan: Plan, asked: Asked, key: KeyUse, policy: Policy) -> Answer | Refusal | None:
         """The stored answer of a repeated call; None where it has to be judged."""
-        row = self.keys.find(key.digest, plan.at.now)
+        row = self.keys.find(key.digest, plan.at.believed)
         if row is None:
-            if self.keys.has_room(plan.at.now):
+            if self.keys.has_room(plan.at.believed):
                 return None
             return Refusal("overloaded", "Too many idempotency keys are in use; try again later, or without a key.")
         if row.body_hash != key.body_hash:
@@ -303,14 +303,14 @@ class Decider:
             return  # it only met jobs that had expired
         if answer.grants:
             self._hand(asked, answer, len(asked.futures))
-            self.keys.add(KeyRow(key.digest, key.body_hash, plan.at.now, grants=list(answer.grants)))
+            self.keys.add(KeyRow(key.digest, key.body_hash, plan.at.believed, grants=list(answer.grants)))
             return
         known = plan.known.payloads | plan.payloads
         for seq, shown in answer.shows:
             shown.payload = Raw(known[seq])
         answer.shows = []
         body = msgspec.json.encode(answer.data)
-        self.keys.add(KeyRow(key.digest, key.body_hash, plan.at.now, answer.status, body))
+        self.keys.add(KeyRow(key.digest, key.body_hash, plan.at.believed, answer.status, body))
 
     def _hand(self, asked: Asked, answer: Answer, connections: int) -> None:
         if asked.key is not None:

@@ -17,6 +17,7 @@ from jobd.commands import (
     Command,
     Complete,
     Create,
+    CreditAbsence,
     Delete,
     DeleteExpired,
     EndGrants,
@@ -50,7 +51,7 @@ READS: Final = (Get, Timeline, Why, Validate, List, Queues, Workers, Stats, Lock
 # What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
 ENDINGS: Final = (
     Complete, Fail, Release, Cancel, ForceFail, ReleaseLock, Undelivered,
-    Recover, Expire, EndGrants, Delete, DeleteExpired,
+    Recover, Expire, EndGrants, CreditAbsence, Delete, DeleteExpired,
 )  # fmt: skip
 
 

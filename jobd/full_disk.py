@@ -41,6 +41,7 @@ class FullDisk:
     def __init__(self, disk: Disk, lease: LeaseTime, loop_time: Callable[[], float], *, is_full: bool) -> None:
         self.closed = Closed.CREATES if is_full else Closed.NOTHING
         self.next_probe = loop_time()
+        self._has_ballast = False  # one was given up, and has to be there again before we open
         self._disk = disk
         self._lease = lease
         self._loop_time = loop_time
@@ -62,7 +63,7 @@ class FullDisk:
         self.next_probe = self._loop_time() + PROBE_EVERY_S
         if self.closed == Closed.ALL_BUT_ENDINGS:
             self._lease.hold()
-            await self._disk.drop_ballast()
+            self._has_ballast = await self._disk.drop_ballast() or self._has_ballast
         log.error("disk_full", refused=self.closed.name.lower())
 
     async def probe(self) -> None:
@@ -77,10 +78,18 @@ class FullDisk:
             await self._disk.probe()
             if self.closed >= Closed.ALL_BUT_ENDINGS:
                 self.closed = Closed.ALL_BUT_ENDINGS
-                await self._disk.build_ballast()
+                await self._rebuild_ballast()
         except DiskFull:
             return
         if self.closed >= Closed.ALL_BUT_ENDINGS:
             self._lease.resume()
         self.closed = Closed.NOTHING
         log.info("disk_has_room", message="writes are taken again")
+
+    async def _rebuild_ballast(self) -> None:
+        """A store that was too small for a ballast from the start opens without one. Raises DiskFull."""
+        try:
+            await self._disk.build_ballast()
+        except DiskFull:
+            if self._has_ballast:
+                raise

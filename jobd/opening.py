@@ -245,8 +245,13 @@ def _remove_leftovers(path: str) -> None:
 def _has_space(tables: Tables, path: str) -> bool:
     try:
         tables.probe()
+    except DiskFull:
+        return False
+    try:
         files.build_ballast(path)
     except DiskFull:
+        room = f"there was no room for the ballast of {files.BALLAST_BYTES >> 20} MiB beside the store"
+        tables.faults.append(f"{room}: on a full disk nothing could be ended either; free some space and restart")
         return False
     return True
 

@@ -174,8 +174,9 @@ def import_job(draft: Draft, command: Import) -> Answer | Refusal:
 
 def _imported(draft: Draft, command: Import) -> Job:
     now = draft.at.now
-    created = command.created_at or now
-    updated = command.updated_at or max(created, now)
+    given = (command.started_at, command.finished_at, command.updated_at)
+    created = command.created_at or min([now, *(time for time in given if time is not None)])
+    updated = command.updated_at or max(created, command.finished_at or now)
     finished = (command.finished_at or updated) if command.status in FINISHED else command.finished_at
     expires = command.expires_at
     if expires is None and command.status in FINISHED:

@@ -106,13 +106,14 @@ def grant(draft: Draft, job: Job, worker: str, ttl_ms: int | None, stuck_after_m
 def keep_alive(made: Grant, lease: Lease, now: int, additional_ms: int, *, progressed: bool) -> Lease:
     """The lease after a sign of life at lease time `now`: at least `additional_ms` from now, never shorter.
 
-    Only progress moves the ceiling; an extension is cut to it.
+    Only progress moves the ceiling; an extension is cut to it. No deadline goes back: after a start each may be later
+    than the grant itself would have it, and who reports must not lose that.
     """
     ceiling = lease.ceiling
     if progressed and made.max_processing_ms:
-        ceiling = now + made.max_processing_ms
+        ceiling = max(now + made.max_processing_ms, ceiling or 0)
     expires = max(lease.expires, _cut(now + additional_ms, ceiling))
-    return Lease(expires, now + made.stuck_after_ms, ceiling)
+    return Lease(expires, max(lease.silent, now + made.stuck_after_ms), ceiling)
 
 
 def requeue(
@@ -187,11 +188,14 @@ def given_back(job: Job) -> int:
     return max(job.attempt - 1, 0)
 
 
-def stall(draft: Draft, job: Job, cause: str) -> Job:
-    """End the grant of a job whose worker went silent, as its `on_stall` says. `cause` is a sentence."""
+def stall(draft: Draft, job: Job, cause: str, *, rule: str = "recovery", why: str = STALLED) -> Job:
+    """End the grant of a job whose worker went silent, as its `on_stall` says. `cause` is a sentence.
+
+    `rule` and `why` are what the holder is told, should it come back.
+    """
     options, stalls = job.options, job.stalls + 1
     attempt = given_back(job) if job.progress == 0 else job.attempt
-    ended = ended_by(job, draft.at.now, "recovery", STALLED)
+    ended = ended_by(job, draft.at.now, rule, why)
     details = {"worker": job.grant.worker if job.grant else None, "progress": job.progress, "stalls": stalls}
     if stalls > options.max_stalls:
         advice = f"It stalled {stalls} times (max_stalls {options.max_stalls}); look for what kills its workers."

@@ -59,6 +59,7 @@ class Store:
         self._db = db
         self._tables = tables
         self._lock = lock
+        self.on_broken: Callable[[Exception], None] = lambda error: None
         self._closing = threading.Event()
         self._beside = asyncio.Lock()
 
@@ -110,6 +111,15 @@ class Store:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    async def _hop(self, fn: Callable[..., T], *args: Any) -> T:
+        """One function in the connection's thread; a failure that leaves the disk unknown is told, whoever called."""
+        try:
+            return await self._db.hop(fn, *args)
+        except Exception as error:
+            if self._tables.is_broken:
+                self.on_broken(error)
+            raise
+
     def take_faults(self) -> list[str]:
         """Sentences about damage that was met since the start or the last call."""
         faults, self._tables.faults = self._tables.faults, []
@@ -118,42 +128,42 @@ class Store:
     # ------------------------------------------------------------------------------------------------ batch.Disk
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
-        return await self._db.hop(lookups.load, self._tables, ids, payloads, digests)
+        return await self._hop(lookups.load, self._tables, ids, payloads, digests)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        return await self._db.hop(self._tables.write, batch)
+        return await self._hop(self._tables.write, batch)
 
     async def find(self, query: Query) -> Page:
-        return await self._db.hop(lookups.find, self._tables, query)
+        return await self._hop(lookups.find, self._tables, query)
 
     async def timeline(self, job_seq: int) -> list[Event]:
-        return await self._db.hop(lookups.timeline, self._tables, job_seq)
+        return await self._hop(lookups.timeline, self._tables, job_seq)
 
     async def journal(self, after: int, limit: int) -> list[Event]:
         """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
-        return await self._db.hop(lookups.journal, self._tables, after, limit)
+        return await self._hop(lookups.journal, self._tables, after, limit)
 
     async def expired(self, now: int, limit: int) -> list[str]:
-        return await self._db.hop(lookups.expired, self._tables, now, limit)
+        return await self._hop(lookups.expired, self._tables, now, limit)
 
     async def reports(self, limit: int) -> list[bytes]:
-        return await self._db.hop(lookups.reports, self._tables, limit)
+        return await self._hop(lookups.reports, self._tables, limit)
 
     async def quarantine(self, job: Job, reason: str) -> None:
-        await self._db.hop(quarantine.quarantine, self._tables, job, reason)
+        await self._hop(quarantine.quarantine, self._tables, job, reason)
 
     async def prune(self, before: int, limit: int) -> int:
-        return await self._db.hop(self._tables.prune, before, limit)
+        return await self._hop(self._tables.prune, before, limit)
 
     async def save_figures(self, body: bytes) -> None:
-        await self._db.hop(self._tables.save_figures, body)
+        await self._hop(self._tables.save_figures, body)
 
     async def probe(self) -> None:
-        await self._db.hop(self._tables.probe)
+        await self._hop(self._tables.probe)
 
     async def drop_ballast(self) -> bool:
-        return self.path != MEMORY and await self._db.hop(files.drop_ballast, self.path)
+        return self.path != MEMORY and await self._hop(files.drop_ballast, self.path)
 
     async def build_ballast(self) -> None:
         if self.path != MEMORY:
-            await self._db.hop(files.build_ballast, self.path)
+            await self._hop(files.build_ballast, self.path)

@@ -124,6 +124,11 @@ class Tables:
 
     # ------------------------------------------------------------------------------------------- one transaction
 
+    @property
+    def is_broken(self) -> bool:
+        """An earlier write failed in a way that leaves the disk's content unknown."""
+        return self._broken is not None
+
     def check(self) -> None:
         """Raise StoreBroken where an earlier write left the disk's content unknown."""
         if self._broken is not None:

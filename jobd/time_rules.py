@@ -50,7 +50,8 @@ def end_grants(draft: Draft, command: EndGrants) -> Answer:
     for job_id in dict.fromkeys(command.ids):
         job = draft.book.processing.get(job_id)
         if job is not None:
-            steps.stall(draft, job, "The store was put back from a backup, which ends every grant in it.")
+            cause = "The store was put back from a backup, which ends every grant in it."
+            steps.stall(draft, job, cause, rule="restore", why="restored")
             done += 1
     return Answer(Worked(done))
 
@@ -111,18 +112,18 @@ def mend(draft: Draft, command: Mend) -> Answer:
             continue
         issues = [issue for issue in validate(job, draft.at, draft.policy).issues if counts(issue)]
         found.extend((job_id, issue) for issue in issues)
-        if issues and _mend(draft, job):
-            fixed += len(issues)
+        if issues and (mended := _mend(draft, job)) is not None:
+            left = [issue for issue in validate(mended, draft.at, draft.policy).issues if counts(issue)]
+            fixed += len(issues) - len(left)
         draft.checked.append(job.seq)
     return Answer(Worked(fixed, found=len(found), issues=found))
 
 
-def _mend(draft: Draft, job: Job) -> bool:
-    """Apply the safe fixes to one job; whether there was one."""
-    fixes = safe_fixes(job)
+def _mend(draft: Draft, job: Job) -> Job | None:
+    """Apply the safe fixes to one job; its new row, None where there was none to apply."""
+    fixes, before = safe_fixes(job), len(draft.changes)
     if fixes:
         job = draft.step(job, "fixed", reason="validation", details={"fields": sorted(fixes)}, **fixes)
     if job.status == "processing" and (job.grant is None or job.lease is None):
-        steps.stall(draft, job, steps.silence(draft, job))
-        return True
-    return bool(fixes)
+        job = steps.stall(draft, job, steps.silence(draft, job))
+    return job if len(draft.changes) > before else None

@@ -33,7 +33,8 @@ def _queued(job: Job, book: Book, at: Moment) -> WhyView:
     if job.run_at > at.now:
         because = f"It is not due for another {in_words(job.run_at - at.now)}.{back}"
         due = Next("It becomes due and is offered to workers.", job.run_at, "run_at")
-        return WhyView("queued", because, due, "run_at", [f"Run it now: jobctl run-now {job.id}"])
+        first = due if expires is None or job.run_at < expires.at else expires
+        return WhyView("queued", because, first, "run_at", [f"Run it now: jobctl run-now {job.id}"])
     return _waiting(job, book, at, expires, back)
 
 

@@ -26,6 +26,7 @@ from jobd.commands import (
     Claim,
     Complete,
     Create,
+    CreditAbsence,
     Delete,
     DeleteExpired,
     EndGrants,
@@ -1124,6 +1125,94 @@ async def test_a_release_that_is_undelivered_on_a_full_disk_is_not_lost() -> Non
         house.actor.undelivered(answer)
         await settle()
         assert house.book.totals["queued"] == 1
+
+
+@in_virtual_time
+async def test_what_a_start_owes_on_a_full_disk_comes_before_all_else_once_there_is_room() -> None:
+    """A backup was put back: until its grants are ended nobody is taken for their holder."""
+    async with household() as house:
+        lock_id = await house.held("a")
+        house.disk.fits = lambda batch: False
+        house.actor.owe(EndGrants(ids=["a"], last=True))
+        await settle()
+        assert closed(house) == "ALL_WRITES"
+        assert (await house.no(Complete(id="a", lock_id=lock_id))).code == "storage_full"
+        assert house.clock.held
+        house.disk.free()
+        ending = begin(house.actor.ask(Complete(id="a", lock_id=lock_id)))
+        assert (await ending).code == "storage_full"
+        await asyncio.sleep(1.1)
+        assert house.book.totals["queued"] == 1
+        late = await house.no(Complete(id="a", lock_id=lock_id))
+        assert (late.code, late.details["rule"]) == ("lock_lost", "restore")
+
+
+@in_virtual_time
+async def test_the_grace_after_a_start_is_owed_on_a_full_disk() -> None:
+    async with household() as house:
+        await house.held("a")
+        house.disk.fits = lambda batch: False
+        house.actor.owe(CreditAbsence(ids=["a"], grace_ms=30 * MINUTE_MS))
+        await asyncio.sleep(20)  # lease time stands still meanwhile
+        house.disk.free()
+        await asyncio.sleep(1.1)
+        lease = house.book.jobs["a"].lease
+        assert lease is not None
+        assert lease.expires >= house.clock.moment().lease + 30 * MINUTE_MS - 2_000
+
+
+@in_virtual_time
+async def test_a_grant_that_nobody_got_is_given_back_once_there_is_room() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        answer = await house.actor.ask(Start(id="a", worker="w"))
+        assert isinstance(answer, Answer)
+        house.disk.fits = lambda batch: False
+        house.actor.undelivered(answer)
+        await settle()
+        assert house.book.totals["processing"] == 1
+        house.disk.free()
+        await asyncio.sleep(1.1)
+        assert house.book.totals["queued"] == 1
+
+
+@in_virtual_time
+async def test_a_store_too_small_for_its_ballast_opens_again_without() -> None:
+    async with household() as house:
+        house.disk.errors["build_ballast"] = DiskFull("too small")
+        house.disk.has_ballast = False
+        house.disk.fits = lambda batch: False
+        await house.no(Tick())
+        assert closed(house) == "ALL_BUT_ENDINGS"
+        house.disk.free()
+        await asyncio.sleep(1.1)
+        assert closed(house) == "NOTHING"
+        assert not house.clock.held
+
+
+@in_virtual_time
+async def test_keys_do_not_grow_old_by_a_clock_that_nobody_believes() -> None:
+    async with household() as house:
+        first = await house.actor.ask(Create(), key=key("k"))
+        house.clock.suspect = True
+        house.step_ms = 40 * DAY_MS
+        again = await house.actor.ask(Create(), key=key("k"))
+        assert isinstance(first, Answer)
+        assert isinstance(again, Answer)
+        assert again.replayed
+        house.clock.accept()
+        anew = await house.actor.ask(Create(), key=key("k"))
+        assert isinstance(anew, Answer)
+        assert not anew.replayed
+
+
+@in_virtual_time
+async def test_a_commit_of_others_that_failed_ends_everything() -> None:
+    house = Household()
+    running = begin(house.actor.run())
+    await house.yes(Create(id="a"))
+    house.actor.lose_disk(OSError("EIO"))
+    await broken(house, running)
 
 
 # -- rows that are bad ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import tool_missing
 from tests.process import Daemon, call
 
 RACERS = 16
@@ -261,3 +263,27 @@ def test_a_zombie_worker_is_taken_until_recovery_has_acted_then_refused(tmp_path
         assert daemon.get("/v1/jobs/a").data["status"] == "queued"
         again = daemon.post("/v1/jobs/a/start", {"worker": "w-2"}).data
         assert again["fencing_token"] > grant["fencing_token"]
+
+
+def test_a_failed_fsync_ends_the_daemon_whoever_asked_for_it(tmp_path: Path) -> None:
+    """The health probe writes beside the actor: after its fsync failed nothing may be acknowledged any more."""
+    if shutil.which("strace") is None:
+        tool_missing("strace", "strace")
+    with Daemon(tmp_path) as daemon:
+        assert daemon.process is not None
+        assert daemon.post("/v1/jobs", {"id": "a"}).status == 201
+        inject = ["-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:error=EIO"]
+        with subprocess.Popen(
+            ["strace", "-f", "-p", str(daemon.process.pid), *inject], stderr=subprocess.PIPE
+        ) as strace:
+            assert strace.stderr is not None
+            strace.stderr.readline()  # attached
+            with suppress(OSError, http.client.HTTPException):
+                while True:
+                    if daemon.admin("GET", "health").status == 503:
+                        break
+            assert daemon.process.wait(30) == 74
+            strace.stderr.read()
+        daemon.kill()
+        daemon.start()
+        assert daemon.get("/v1/jobs/a").data["status"] == "queued"

@@ -651,7 +651,7 @@ def test_a_queued_job_has_no_holder(desk: Desk) -> None:
         (ForceReset(id="a"), "force_reset", "force-reset"),
         (Transition(id="a", from_="processing", to="queued"), "transitioned", "transition"),
         (Cancel(id="a"), "cancelled", "cancel"),
-        (EndGrants(ids=["a"], last=True), "stalled", "recovery"),
+        (EndGrants(ids=["a"], last=True), "restored", "restore"),
     ],
 )
 def test_a_grant_that_others_ended_is_lost(desk: Desk, end: Any, reason: str, rule: str) -> None:
