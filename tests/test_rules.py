@@ -1190,6 +1190,13 @@ def test_missing_times_of_an_import_become_now(desk: Desk) -> None:
     assert desk.job("b").error == Failure(None, "E")
 
 
+def test_an_import_without_a_creation_was_created_before_all_that_is_given(desk: Desk) -> None:
+    desk.yes(Import(id="a", status="completed", started_at=NOW - 5_000, finished_at=NOW - 1_000))
+    job = desk.job("a")
+    assert (job.created_at, job.finished_at, job.updated_at) == (NOW - 5_000, NOW - 1_000, NOW - 1_000)
+    assert desk.yes(Mend(ids=["a"])).found == 0
+
+
 @pytest.mark.parametrize(("progress", "status"), [(0, "queued"), (45, "failed")])
 def test_an_imported_grant_ends_by_its_stall_rule(desk: Desk, progress: float, status: str) -> None:
     desk.yes(Import(id="a", status="processing", progress=progress, worker="there", started_at=NOW - 5))

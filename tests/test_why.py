@@ -151,3 +151,10 @@ def test_every_unfinished_job_has_a_next_thing(desk: Desk) -> None:
         for job_id in ("waiting", "delayed", "held", "silent"):
             assert isinstance(why(desk, job_id).next, Next)
         desk.passes(10 * MINUTE_MS)
+
+
+def test_a_delayed_job_that_expires_before_it_is_due(desk: Desk) -> None:
+    desk.create("a", run_at=NOW + 3 * MINUTE_MS, expires_at=NOW + MINUTE_MS)
+    assert at_and_rule(why(desk)) == (NOW + MINUTE_MS, "expires_at")
+    desk.create("b", run_at=NOW + MINUTE_MS, expires_at=NOW + 3 * MINUTE_MS)
+    assert at_and_rule(why(desk, "b")) == (NOW + MINUTE_MS, "run_at")
