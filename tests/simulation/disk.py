@@ -1,0 +1,169 @@
+"""The disk of a simulated machine: MemoryDisk with seeded delays, every kind of failure, and crashes in mid-write.
+
+A write is written, then flushed, then answered. A crash after the first step may keep it (the process was killed) or
+lose it (the power was cut); after the second it is kept. What was committed is never touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import errno
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+from typing import Any, Final
+
+from jobd.batch import BadRows, Batch, DiskFull, Numbers, Opened
+from tests.memory_disk import MemoryDisk
+
+STATE: Final = (
+    "numbers", "jobs", "payloads", "events", "queues", "keys", "suspects", "quarantined", "deleted", "kept_reports",
+    "figures", "bad_jobs", "bad_payloads", "_ids",
+)  # fmt: skip
+COMMITS: Final = frozenset({"prune", "save_figures"})  # beside the batches
+
+Snapshot = dict[str, Any]
+
+
+class Injected(OSError):
+    """A failure that the simulation asked for."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(errno.EIO, f"simulated: {what}")
+
+
+class SimDisk(MemoryDisk):
+    """`dice` decides delays and failures. `full`: 0 has room, 1 no new jobs, 2 until the ballast goes, 3 nothing fits.
+
+    `failing` names methods that raise with a chance of one half. `write_fault` of the next write: `refused` and
+    `unknown` raise with nothing written, `lost_answer` raises although it was. `committed` is told of each batch.
+    """
+
+    def __init__(self, dice: Random, fired: Counter[str]) -> None:
+        super().__init__()
+        self.full = 0
+        self.slowness_s = 0.0
+        self.failing: frozenset[str] = frozenset()
+        self.write_fault: str | None = None
+        self.epoch_file = 1
+        self.had_no_room = False
+        self.committed: Callable[[Batch], None] = lambda batch: None
+        self.broken: Callable[[str], None] = lambda message: None
+        self._dice = dice
+        self._fired = fired
+        self._written: Batch | None = None  # not flushed yet
+        self._is_broken = False
+        self.on_broken: Callable[[Exception], None] = lambda error: None
+        self.fits = self._fits
+
+    def _fits(self, batch: Batch) -> bool:
+        if self.full == 1:
+            return all(change.payload is None for change in batch.changes)
+        return self.full == 0 or (self.full == 2 and not self.has_ballast)
+
+    # -- what happens to it -------------------------------------------------------------------------------------------
+
+    def heal(self) -> None:
+        """No more faults."""
+        self.full, self.slowness_s, self.failing, self.write_fault = 0, 0.0, frozenset(), None
+
+    def crash(self, *, power_cut: bool) -> None:
+        """Nobody uses it any more; what was written and not flushed is kept or lost as a whole."""
+        batch, self._written = self._written, None
+        if batch is None:
+            return
+        kept = not power_cut or self._dice.random() < 0.3
+        self._fired["crash: unflushed write " + ("kept" if kept else "lost")] += 1
+        if kept:
+            with contextlib.suppress(BadRows):
+                self._keep(batch)
+
+    def snapshot(self) -> Snapshot:
+        """A copy, as a backup takes it."""
+        return {name: copy.copy(getattr(self, name)) for name in STATE}
+
+    def put_back(self, snapshot: Snapshot) -> None:
+        """An older copy in its place, marked as one. Numbers of the epoch file stay."""
+        self.epoch_file = max(self.epoch_file, self.numbers.epoch)
+        for name, value in snapshot.items():
+            setattr(self, name, copy.copy(value))
+        self.marked = True
+
+    def opened(self) -> Opened:
+        """What a start finds; where a copy was put back a new epoch begins."""
+        if self.marked or self.epoch_file > self.numbers.epoch:
+            epoch = max(self.epoch_file, self.numbers.epoch) + 1
+            old, self.epoch_file, self.marked = self.numbers, epoch, True
+            self.numbers = Numbers(epoch, 1, old.next_job, old.next_event, old.lease_ms, old.wall_ms)
+        self._is_broken = False
+        opened = super().opened()
+        opened.full = self.full >= 2
+        self.has_ballast = not opened.full
+        return opened
+
+    # -- batch.Disk ---------------------------------------------------------------------------------------------------
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        await self._enter("write")
+        fault, self.write_fault = self.write_fault, None
+        if fault == "unknown":
+            self._fired["write failed, nothing written"] += 1
+            raise self._break("write")
+        if not self.fits(batch):
+            self.had_no_room = self.had_no_room or not self.has_ballast
+            self._fired[f"write on a full disk ({self.full})"] += 1
+            raise DiskFull("the simulated disk is full")
+        self._written = batch
+        await self._pause()
+        self._written = None
+        shown = self._keep(batch)
+        await self._pause()
+        if fault == "lost_answer":
+            self._fired["write failed, yet written"] += 1
+            raise self._break("fsync")
+        return shown
+
+    def _keep(self, batch: Batch) -> dict[int, bytes]:
+        try:
+            shown = self._commit(batch)
+        except AssertionError as error:
+            self.broken(str(error))
+            raise
+        self.batches.clear()
+        self.committed(batch)
+        return shown
+
+    async def _enter(self, name: str) -> None:
+        await self._pause()
+        if self._is_broken:
+            raise Injected("an earlier write failed")
+        if name in COMMITS and self.full == 3:
+            raise DiskFull("the simulated disk is full")
+        if name in self.failing and self._dice.random() < 0.5:
+            self._fired[f"{name} failed"] += 1
+            raise self._break(name) if name in COMMITS else Injected(name)
+
+    def _break(self, what: str) -> Injected:
+        """A commit has failed: what the disk holds is unknown, and nothing is done with it any more."""
+        error = Injected(what)
+        self._is_broken = True
+        self.on_broken(error)
+        return error
+
+    async def _pause(self) -> None:
+        roll = self._dice.random()
+        if roll < 0.5 and not self.slowness_s:
+            await asyncio.sleep(0)
+        else:
+            await asyncio.sleep(roll * (self.slowness_s or 0.002))
+
+    # -- damage -------------------------------------------------------------------------------------------------------
+
+    def rot(self, seq: int, *, payload: bool) -> None:
+        """A bit flips in the row or in the payload of a job."""
+        if payload:
+            self.bad_payloads[seq] = "the checksum of its payload is wrong"
+        else:
+            self.bad_jobs[self.jobs[seq].id] = "the checksum of its row is wrong"

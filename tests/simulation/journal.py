@@ -1,0 +1,40 @@
+"""What happened, line by line: a running checksum always, the lines themselves where somebody wants the story.
+
+The same seed gives the same lines, byte for byte: nothing in them may depend on chance, real time or hash order.
+"""
+
+from __future__ import annotations
+
+import re
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+
+class Journal:
+    def __init__(self, *, tell: bool = False) -> None:
+        self.lines: list[str] = []
+        self._tell = tell
+        self._sum = blake2b(digest_size=16)
+        self._encode = msgspec.json.Encoder().encode
+
+    def note(self, at_s: float, what: str, *facts: Any) -> None:
+        """One line: loop time in seconds, what it is, and values that can be written as JSON."""
+        line = self._encode((round(at_s, 6), what, facts))
+        self._sum.update(line)
+        self._sum.update(b"\n")
+        if self._tell:
+            self.lines.append(line.decode())
+
+    @property
+    def digest(self) -> str:
+        return self._sum.hexdigest()
+
+    def story(self, job_id: str | None, length: int = 40) -> list[str]:
+        """The last lines that concern a job, with the faults between them; of all where no job is named."""
+        lines = self.lines
+        if job_id:
+            concerned = re.compile(rf'"{re.escape(job_id)}"|,"(fault|machine|broken)"')
+            lines = [line for line in lines if concerned.search(line)]
+        return [line if len(line) <= 400 else f"{line[:400]}…" for line in lines[-length:]]

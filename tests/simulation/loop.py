@@ -1,0 +1,67 @@
+"""An event loop whose time moves only when nobody has anything left to do, and whose order is drawn by a die.
+
+It waits for nothing real: no sockets, no threads, no signals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import selectors
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+Owner = list["asyncio.Task[Any]"]
+
+
+class _NoWait(selectors.DefaultSelector):
+    """Nothing ever arrives from outside."""
+
+    def select(self, timeout: float | None = None) -> Any:
+        return []
+
+
+class SimLoop(asyncio.SelectorEventLoop):
+    """`now_s` is its time. Callbacks that are ready together run in any order; a freeze lets timers pile up."""
+
+    def __init__(self, dice: Random) -> None:
+        self.now_s = 1_000.0
+        self.on_error: Callable[[str], None] = lambda message: None
+        self._dice = dice
+        super().__init__(_NoWait())
+        self.set_exception_handler(self._failed)
+
+    def time(self) -> float:
+        return self.now_s
+
+    def freeze(self, seconds: float) -> None:
+        """The process is stopped for a while and goes on: everything that was due meanwhile is due at once."""
+        self.now_s += seconds
+
+    def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self.on_error(f"{context.get('message')}: {context.get('exception')!r}")
+
+    def _run_once(self) -> None:
+        """As the loop of asyncio, but that time jumps to the next timer and the order is drawn."""
+        timers: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        ready = self._ready  # type: ignore[attr-defined]
+        while timers and timers[0]._cancelled:  # type: ignore[attr-defined]
+            self._drop(heapq.heappop(timers))
+            self._timer_cancelled_count -= 1
+        if not ready:
+            if not timers:
+                raise RuntimeError("everybody waits for something that will never happen")
+            self.now_s = max(self.now_s, timers[0].when())
+        while timers and timers[0].when() <= self.now_s:
+            timer = heapq.heappop(timers)
+            if timer._cancelled:  # type: ignore[attr-defined]
+                self._timer_cancelled_count -= 1
+            self._drop(timer)
+            ready.append(timer)
+        if len(ready) > 1:
+            self._dice.shuffle(ready)
+        super()._run_once()  # type: ignore[misc]
+
+    def _drop(self, timer: asyncio.TimerHandle) -> None:
+        timer._scheduled = False  # type: ignore[attr-defined]

@@ -1,0 +1,128 @@
+"""What one seed plays: which faults there are, who takes part, and under which limits. Drawn once, before the start.
+
+Each seed has its own selection, so that rare things also happen alone, undisturbed by the common ones.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Final
+
+from msgspec import Struct
+
+from jobd.actor import Bounds
+from jobd.cleanup import Schedule
+from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS, Policy
+
+FAULTS: Final = (
+    "kill",
+    "power cut",
+    "stop",
+    "restore",
+    "reboot",
+    "slow disk",
+    "full disk",
+    "write error",
+    "lost fsync answer",
+    "read error",
+    "upkeep error",
+    "rot",
+    "wall step",
+    "long wall step",
+    "suspend",
+    "freeze",
+    "reload",
+    "backup",
+)
+MISHAPS: Final = (
+    "answer unread",
+    "hang up",
+    "asked twice at once",
+    "key of another",
+    "worker dies",
+    "worker sleeps",
+    "worker talks on",
+    "ended twice",
+    "clock of another",
+)
+RARE: Final = frozenset({"rot", "restore", "long wall step", "read error", "lost fsync answer", "write error"})
+
+
+class Plan(Struct, frozen=True):
+    """`faults` come from outside, `mishaps` from the people. `pace_s`: a fault about every so many seconds."""
+
+    faults: tuple[str, ...]
+    mishaps: tuple[str, ...]
+    workers: int
+    creators: int
+    operators: int
+    ids: int  # names of jobs in use
+    queues: tuple[str, ...]
+    kinds: tuple[str, ...]
+    pace_s: float
+    think_s: float
+    policy: Policy
+    schedule: Schedule
+    bounds: Bounds
+    keys: int
+
+
+def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
+    """The plan of `seed`, less the faults and mishaps that are left out (to find those that matter)."""
+    dice = Random(f"{seed}: plan")
+    faults = [name for name in FAULTS if dice.random() < (0.15 if name in RARE else 0.45)]
+    mishaps = [name for name in MISHAPS if dice.random() < 0.6]
+    return Plan(
+        faults=tuple(name for name in faults if name not in without),
+        mishaps=tuple(name for name in mishaps if name not in without),
+        workers=dice.randint(1, 5),
+        creators=dice.randint(1, 2),
+        operators=dice.randint(0, 2),
+        ids=dice.choice((2, 6, 20)),
+        queues=("default", "q2", "q3")[: dice.randint(1, 3)],
+        kinds=("", "k1", "k2")[: dice.randint(1, 3)],
+        pace_s=dice.choice((1.0, 5.0, 20.0)),
+        think_s=dice.choice((0.02, 0.3, 1.0)),
+        policy=policy(dice),
+        schedule=_schedule(dice),
+        bounds=_bounds(dice),
+        keys=dice.choice((3, 30, 1000)),
+    )
+
+
+def policy(dice: Random) -> Policy:
+    """What a configuration, or a new one at work, may say."""
+    if dice.random() < 0.2:
+        return Policy(live_jobs=dice.choice((8, 5000)))
+    return Policy(
+        lock_ttl_ms=dice.choice((1_000, 3_000, 10_000, 60_000)),
+        max_processing_ms=dice.choice((0, 2_000, 20_000, 50_000, 30 * MINUTE_MS)),
+        stuck_after_ms=dice.choice((0, 500, 5_000, 40_000)),
+        max_stalls=dice.choice((0, 1, 3)),
+        on_stall=dice.choice(("auto", "auto", "requeue", "fail")),
+        keep_completed_ms=dice.choice((1, 20_000, 7 * DAY_MS)),
+        keep_failed_ms=dice.choice((1_000, 60_000, 30 * DAY_MS)),
+        keep_cancelled_ms=dice.choice((0, 30_000, 7 * DAY_MS)),
+        require_download_url=dice.random() < 0.1,
+        live_jobs=dice.choice((4, 12, 5_000_000, 5_000_000)),
+    )
+
+
+def _schedule(dice: Random) -> Schedule:
+    interval_ms = dice.choice((10 * SECOND_MS, 30 * SECOND_MS, 5 * MINUTE_MS))
+    return Schedule(
+        interval_ms=interval_ms,
+        min_interval_ms=dice.choice((0, 5 * SECOND_MS, interval_ms)),
+        recover_every_ms=dice.choice((0, 500, 2_000, 10_000, 10_000)),
+        batch=dice.choice((1, 3, 200)),
+        journal_ms=dice.choice((0, MINUTE_MS, DAY_MS)),
+    )
+
+
+def _bounds(dice: Random) -> Bounds:
+    return Bounds(
+        mailbox=dice.choice((4, 10_000, 10_000)),
+        inflight_bytes=dice.choice((500, 1 << 20, 1 << 20)),
+        parked_claims=dice.choice((1, 10_000, 10_000)),
+        claim_wait_ms=dice.choice((10_000, 60_000)),
+    )
