@@ -329,7 +329,9 @@ async def test_what_was_asked_of_history_is_answered_before_the_end() -> None:
     async with house:
         tasks = fill(house, [Timeline(id="done") for _ in range(10)])
         await asyncio.sleep(0)
-    assert [len((await task).data.events) for task in tasks] == [3] * 10
+        house.actor.stop()
+    await asyncio.sleep(0)
+    assert [len(task.result().data.events) for task in tasks] == [3] * 10
 
 
 @in_virtual_time
@@ -1018,6 +1020,34 @@ async def test_a_keyed_start_whose_batch_is_refused_is_judged_anew() -> None:
         house.actor.undelivered(answer)
         await settle()
         assert house.book.totals["queued"] == 1  # counted once, so one lost connection is enough
+
+
+@in_virtual_time
+async def test_a_repeat_in_a_refused_batch_counts_as_one_connection() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        start = Start(id="a", worker="w")
+        first = await house.actor.ask(start, key=key("k"))
+        house.disk.gate.clear()
+        slow = begin(house.actor.ask(Tick()))
+        await house.disk.at_gate.wait()
+        house.disk.write_errors += [None, DiskFull("once")]
+        repeat = begin(house.actor.ask(start, key=key("k")))
+        await settle()
+        tick = begin(house.actor.ask(Tick()))
+        await settle()
+        house.disk.gate.set()
+        await slow
+        second = await repeat
+        assert second.replayed
+        await tick
+        house.actor.undelivered(second)
+        await settle()
+        assert house.book.totals["processing"] == 1
+        assert isinstance(first, Answer)
+        house.actor.undelivered(first)
+        await settle()
+        assert house.book.totals["queued"] == 1
 
 
 @in_virtual_time
