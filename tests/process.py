@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,6 +18,16 @@ from typing import Any
 
 TOKEN = "token-for-tests-0123456789abcdef"
 READY = b"event=ready"
+SAID_S = 60.0  # as long as a test may take
+
+_LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec should do next to nothing
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_us() -> None:
+    """For `preexec_fn`: Linux kills the child when the thread that started it is gone, even when pytest was killed."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class OverUnix(http.client.HTTPConnection):
@@ -71,7 +83,7 @@ class Daemon:
         self.store = directory / "jobd.db"
         self.config = directory / "config.toml"
         self.config.write_text(config)
-        self._environ = {
+        self.environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("JOBD_")},
             "ADMIN_TOKEN": TOKEN,
             "JOBD_WORKER_SOCKET": self.socket,
@@ -81,7 +93,10 @@ class Daemon:
             **environ,
         }
         self.process: subprocess.Popen[bytes] | None = None
-        self.log = b""
+        self._heard = threading.Condition()
+        self._lines: list[bytes] = []
+        self._looked_at = 0
+        self._listener: threading.Thread | None = None
 
     def __enter__(self) -> Daemon:
         self.start()
@@ -91,41 +106,66 @@ class Daemon:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        if self.process is not None and self.process.stderr is not None:
-            self.process.stderr.close()
+        self._hear_out()
 
-    def spawn(self) -> subprocess.Popen[bytes]:
+    def spawn(self, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "jobd", "serve", "--config", str(self.config)]
-        return subprocess.Popen(command, env=self._environ, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, env=self.environ, stderr=stderr, preexec_fn=die_with_us)
 
     def start(self) -> None:
         """Returns when the log says that the daemon is ready; whoever waits sees its log if it ends instead."""
         self.process = self.spawn()
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log += line
-            if READY in line:
-                return
-        raise AssertionError(f"the daemon ended with {self.process.wait()}:\n{self.log.decode()}")
+        self._listener = threading.Thread(target=self._listen, args=(self.process,))
+        self._listener.start()
+        self.until_said(READY)
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        """Everything that the daemon says, as it says it: a pipe that nobody reads would fill."""
+        assert process.stderr is not None
+        for line in process.stderr:
+            with self._heard:
+                self._lines.append(line)
+                self._heard.notify_all()
+        process.stderr.close()
+        with self._heard:
+            self._listener = None
+            self._heard.notify_all()
+
+    def _hear_out(self) -> None:
+        if (listener := self._listener) is not None:
+            listener.join()
+
+    @property
+    def log(self) -> bytes:
+        """All that was said until now; after `stop` or `kill` all that was said."""
+        with self._heard:
+            return b"".join(self._lines)
+
+    def until_said(self, text: bytes) -> str:
+        """The next line with `text`, counted from the one that the last call gave."""
+        with self._heard:
+            while True:
+                while self._looked_at < len(self._lines):
+                    line = self._lines[self._looked_at]
+                    self._looked_at += 1
+                    if text in line:
+                        return line.decode()
+                assert self._listener is not None, f"the daemon has ended:\n{b''.join(self._lines).decode()}"
+                assert self._heard.wait(SAID_S), f"not said: {text!r}"
 
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
-        self._drain()
+        self._hear_out()
 
     def stop(self, signal_number: signal.Signals = signal.SIGTERM) -> int:
         """Ask it to stop; gives the exit code."""
         assert self.process is not None
         self.process.send_signal(signal_number)
-        self._drain()
-        return self.process.wait(30)
-
-    def _drain(self) -> None:
-        assert self.process is not None
-        assert self.process.stderr is not None
-        self.log += self.process.stderr.read()
-        self.process.stderr.close()
+        code = self.process.wait(30)
+        self._hear_out()
+        return code
 
     def worker(self) -> OverUnix:
         return OverUnix(self.socket)

@@ -213,12 +213,11 @@ def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> 
 def test_sighup_takes_over_what_it_can_and_keeps_the_old_on_error(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         assert daemon.process is not None
-        assert daemon.process.stderr is not None
 
         def reload(config: str) -> str:
             daemon.config.write_text(config)
             daemon.process.send_signal(signal.SIGHUP)  # type: ignore[union-attr]
-            return _line_with(daemon, b"reload")
+            return daemon.until_said(b"reload")
 
         said = reload("[locks]\nttl = '5m'\n[limits]\nbody = 2000000\n")
         assert "locks.ttl" in said
@@ -230,20 +229,11 @@ def test_sighup_takes_over_what_it_can_and_keeps_the_old_on_error(tmp_path: Path
         assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["ttl_ms"] == 300_000
 
 
-def _line_with(daemon: Daemon, text: bytes) -> str:
-    assert daemon.process is not None
-    assert daemon.process.stderr is not None
-    for line in daemon.process.stderr:
-        if text in line:
-            return line.decode()
-    raise AssertionError("the log ended")
-
-
 def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         assert daemon.process is not None
         daemon.process.send_signal(signal.SIGUSR1)
-        assert "mailbox=" in _line_with(daemon, b"event=dump ")
+        assert "mailbox=" in daemon.until_said(b"event=dump ")
 
 
 def test_a_zombie_worker_is_taken_until_recovery_has_acted_then_refused(tmp_path: Path) -> None:
