@@ -5,7 +5,6 @@ It decides nothing about what is worth a line, and lets no secret and no control
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -18,11 +17,14 @@ from typing import Any, Final, TypeAlias
 import structlog
 from msgspec import Struct, structs
 
+from jobd.outlet import Outlet
+
 Fields: TypeAlias = MutableMapping[str, Any]
 
 REDACTED: Final = "[redacted]"
 DEEPEST: Final = 6  # what is nested deeper is cut: a value may contain itself
 FRAMES: Final = 6  # innermost frames of an error, where a traceback has no place
+LAST_WORDS_S: Final = 1.0  # how long a critical line waits to be written: the process may end right after it
 
 _SECRET: Final = frozenset({"lock_id", "lockid", "token", "authorization", "admin_token", "worker_token"})
 _BEARER: Final = re.compile(r"(bearer\s+)\S+", re.IGNORECASE)
@@ -38,7 +40,7 @@ def configure(level: str, format: str) -> None:
 
     `auto` is console on a terminal, else logfmt. Raises ValueError for another name. May be called again.
     """
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr is not None and sys.stderr.isatty()  # None: the process was started without one
     chosen = ("console" if terminal else "logfmt") if format == "auto" else format
     render: dict[str, structlog.typing.Processor] = {
         "console": _Console(terminal and not os.environ.get("NO_COLOR")),
@@ -65,26 +67,47 @@ def configure(level: str, format: str) -> None:
 
 
 def set_level(level: str) -> None:
-    """Drop what is below `level` (debug, info, warning, error, critical) from now on. Raises ValueError."""
+    """Drop what is below `level` (debug, info, warning, error, critical) from now on. Raises ValueError.
+
+    Of other packages warnings at least: below, they write whole calls with payloads and lock ids.
+    """
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise ValueError(f"log level {level!r}: expected debug, info, warning, error or critical")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
-    logging.getLogger().setLevel(number)
+    logging.getLogger("jobd").setLevel(number)
+    others = logging.getLogger()
+    others.setLevel(max(number, logging.WARNING))
+    for handler in others.handlers:
+        handler.setLevel(others.level)  # a package may have given its own logger a level
+
+
+def flush(patience_s: float = LAST_WORDS_S) -> bool:
+    """Wait until every line is written; false where stderr does not take them within `patience_s`."""
+    return _outlet.flush(patience_s)
+
+
+def _confess(dropped: int) -> None:
+    structlog.get_logger("jobd.log").error("log_lines_dropped", count=dropped, why="nobody read stderr")
+
+
+_outlet: Final = Outlet(_confess)
 
 
 class _Stderr:
-    """Where lines end. Whatever becomes of stderr, the daemon goes on."""
+    """Where lines leave. Nobody who logs waits for stderr, except with the last words."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name
 
     def msg(self, line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+        _outlet.put(line)
 
-    debug = info = warning = error = critical = exception = msg
+    def critical(self, line: str) -> None:
+        _outlet.put(line)
+        _outlet.flush(LAST_WORDS_S)
+
+    debug = info = warning = error = exception = msg
 
 
 class _Standard(logging.Handler):

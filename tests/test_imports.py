@@ -30,7 +30,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "rooms": ("rooms", "nouns actor clock store time watch"),  # what requests may ask of the daemon beside the actor
     "apis": ("worker_api admin_api openapi", "nouns web feed"),
     "settings": ("config", "nouns"),
-    "system": ("log systemd", ""),
+    "system": ("log outlet systemd", ""),
     "wiring": ("daemon", "nouns book rules clock actor store web feed time watch rooms apis settings system dashboard"),
     "dashboard": ("dashboard", "nouns web"),
     "client": ("client", "nouns"),
