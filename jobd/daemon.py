@@ -285,6 +285,21 @@ class Daemon:
             await self._running
 
 
+class Randomness:
+    """The system's randomness, drawn in large pieces: each draw gives up the interpreter's lock to the disk's thread."""
+
+    def __init__(self) -> None:
+        self._drawn = b""
+        self._used = 0
+
+    def __call__(self, size: int) -> bytes:
+        """`size` bytes (16 or so), none of them given before."""
+        start, self._used = self._used, self._used + size
+        if self._used > len(self._drawn):
+            self._drawn, start, self._used = os.urandom(8192), 0, size
+        return self._drawn[start : self._used]
+
+
 class Door(msgspec.Struct):
     """One API and where it listens, unless systemd has opened its socket already."""
 
@@ -356,7 +371,7 @@ def _actor(store: Store, opened: Opened, clock: Clock, settings: Config) -> Acto
     limits = settings.limits
     bounds = Bounds(limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait))
     keys = Keys(_current_keys(opened.keys, book), limits.idempotency_keys)
-    actor = Actor(store, book, keys, clock, settings.policy(), random=os.urandom, bounds=bounds, is_full=opened.full)
+    actor = Actor(store, book, keys, clock, settings.policy(), random=Randomness(), bounds=bounds, is_full=opened.full)
     actor.on_commit.append(facts.write_lines)
     return actor
 
