@@ -351,7 +351,7 @@ def test_any_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
         run.step(command, admin=admin)
 
 
-@settings(max_examples=20, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(long_sequences)
 def test_any_long_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
     run = Run()
@@ -369,7 +369,7 @@ def test_the_same_commands_at_the_same_times_give_the_same_events(sequence: list
     assert first.events == second.events
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sequences, st.integers(0, 10_000))
 def test_nothing_stays_for_ever_once_time_passes(sequence: list[tuple[Any, bool]], away: int) -> None:
     """When everybody has gone, recovery alone ends every grant, and no job is left in nobody's hands."""
