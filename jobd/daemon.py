@@ -286,7 +286,7 @@ class Daemon:
 
 
 class Randomness:
-    """The system's randomness, drawn in large pieces: each draw gives up the interpreter's lock to the disk's thread."""
+    """The system's randomness in large pieces: each draw gives the interpreter's lock up to the disk's thread."""
 
     def __init__(self) -> None:
         self._drawn = b""

@@ -7,7 +7,7 @@ Pure: no IO, clock, randomness, logging. A rule checks its guards in the documen
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Any, assert_never
+from typing import Any, Final, assert_never
 
 import msgspec
 
@@ -62,6 +62,9 @@ from jobd.commands import (
 )
 from jobd.draft import Decision, Draft
 from jobd.job import Backoff, Ended, Failure, Job, Policy, Result, storage_key_fault
+
+
+EXPIRED_BY_CLAIM: Final = 200  # overdue jobs that one claim fails on its way; the others are left to cleanup
 
 
 def decide(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
@@ -279,7 +282,8 @@ def claim(draft: Draft, command: Claim) -> Answer:
         if job.run_at > draft.at.now:
             continue
         if steps.is_overdue(job, draft.at.now):
-            steps.expire(draft, job)
+            if len(draft.changes) < EXPIRED_BY_CLAIM:
+                steps.expire(draft, job)
             continue
         granted.append(steps.grant(draft, job, command.worker, command.lock_ttl_ms, command.stuck_after_ms))
         if len(granted) == command.limit:
