@@ -63,7 +63,6 @@ from jobd.commands import (
 from jobd.draft import Decision, Draft
 from jobd.job import Backoff, Ended, Failure, Job, Policy, Result, storage_key_fault
 
-
 EXPIRED_BY_CLAIM: Final = 200  # overdue jobs that one claim fails on its way; the others are left to cleanup
 
 

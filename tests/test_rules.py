@@ -1190,6 +1190,16 @@ def test_missing_times_of_an_import_become_now(desk: Desk) -> None:
     assert desk.job("b").error == Failure(None, "E")
 
 
+def test_a_claim_fails_a_bounded_number_of_overdue_jobs(desk: Desk) -> None:
+    for number in range(rules.EXPIRED_BY_CLAIM + 5):
+        desk.create(f"late-{number}", expires_at=NOW + 1)
+    desk.create("good")
+    desk.passes(1)
+    granted = desk.yes(Claim(worker="w"))
+    assert [grant.job.id for grant in granted.grants] == ["good"]
+    assert desk.book.totals["failed"] == rules.EXPIRED_BY_CLAIM
+
+
 def test_an_import_without_a_creation_was_created_before_all_that_is_given(desk: Desk) -> None:
     desk.yes(Import(id="a", status="completed", started_at=NOW - 5_000, finished_at=NOW - 1_000))
     job = desk.job("a")
