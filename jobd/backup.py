@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from jobd import files, migrations, opening
-from jobd.batch import DiskFull
+from jobd.batch import DiskFull, NoBackup
 from jobd.files import FileLock, StoreError, StoreUnreadable
 from jobd.store import MEMORY, Store
 
@@ -31,17 +31,21 @@ _PAUSE_S: Final = 0.002
 _SPARE_BYTES: Final = 32 << 20
 
 
-class BackupStopped(StoreError):
+class BackupStopped(StoreError, NoBackup):
     """The store was closed, or the one who asked went away, before the copy was whole."""
 
     exit_code = 75
+
+
+class BadCopy(StoreUnreadable, NoBackup):
+    """The copy does not pass its check, so the store that it was taken from would not either."""
 
 
 async def stream(store: Store, progress: Progress | None = None) -> AsyncIterator[bytes]:
     """A marked, checked copy of the store as it is at some moment during the call, in chunks.
 
     `progress` is called from another thread. Raises DiskFull before anything is copied where there is no room for
-    the copy beside the store, StoreUnreadable where the copy does not pass its check, BackupStopped.
+    the copy beside the store, BadCopy where the copy does not pass its check, BackupStopped.
     """
     with await _copied(store, progress) as file:
         while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
@@ -81,7 +85,7 @@ def _copy_and_open(conn: sqlite3.Connection, path: str, pause: Callable[[int, in
         copy_marked(conn, target, pause, durable=False)
         return open(target, "rb")
     except StoreUnreadable as error:
-        raise StoreUnreadable(f"the copy of {path} does not pass its check: {error}") from error
+        raise BadCopy(f"the copy of {path} does not pass its check: {error}") from error
     finally:
         for suffix in ("", "-journal", "-wal"):
             Path(target + suffix).unlink(missing_ok=True)

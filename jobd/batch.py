@@ -25,6 +25,10 @@ class BadRows(Exception):
         self.jobs = jobs
 
 
+class NoBackup(Exception):
+    """No copy of the store could be made; the text is a sentence for the operator."""
+
+
 class Numbers(Struct, frozen=True, gc=False):
     """The high-water marks and clocks that are persisted with each commit. `next_*` is the next number to give."""
 

@@ -17,6 +17,7 @@ from aiohttp.streams import StreamReader
 from msgspec import Struct
 
 from jobd.answers import Answer, Imported
+from jobd.batch import DiskFull, NoBackup
 from jobd.bodies import Limits, Refused, Shape, refused
 from jobd.commands import Import, Refusal
 from jobd.job import is_job_id
@@ -200,7 +201,7 @@ def _id_of(line: bytes) -> str | None:
     return job_id if is_job_id(job_id) else None
 
 
-async def give_out(site: Web, visit: Visit, _: Any) -> web.StreamResponse:
+async def give_out(site: Web, visit: Visit, _: Any) -> web.StreamResponse | Refusal:
     """Backup: the pieces as they come. Where they stop half-way the connection is cut, and the client knows."""
     pieces = site.rooms.backup()
     try:
@@ -209,6 +210,11 @@ async def give_out(site: Web, visit: Visit, _: Any) -> web.StreamResponse:
         await response.prepare(visit)
         await _pass_on(response, first, pieces, visit)
         return response
+    except DiskFull as full:
+        return Refusal("storage_full", f"No backup: {full}. Free some and try again.")
+    except NoBackup as why:
+        log.error("no backup", reason=str(why))
+        return Refusal("shutting_down" if site.closing else "internal_error", f"No backup: {why}.")
     finally:
         if isinstance(pieces, AsyncGenerator):
             await pieces.aclose()

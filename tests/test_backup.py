@@ -9,6 +9,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from jobd.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.job import FINISHED, LIVE
 from jobd.store import MEMORY, Store, StoreBroken
 from tests.by_hand import Maker
+from tests.process import Daemon
 from tests.store_help import assert_holds, edited, exists, make_store, opened, read, remove, write
 
 
@@ -337,6 +339,20 @@ async def test_a_copy_never_fills_the_disk_of_the_store(small_disk: Path, copy: 
             await take(store, copy)
         await store.write(maker.any_batch(5))
     assert not glob.glob(f"{path}.backup-*")
+
+
+def test_without_room_jobd_backup_says_so_and_ends_with_75(small_disk: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy.db"
+    with Daemon(tmp_path, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
+        command = [sys.executable, "-m", "jobd", "backup", str(target), "--admin-url", f"unix:{daemon.admin_socket}"]
+        done = subprocess.run(command, env=daemon.environ, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (75, "")
+        assert "MiB free beside the store, there are" in done.stderr
+        assert "[storage_full]" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert daemon.post("/v1/jobs", {"id": "a"}).status == 201  # nothing of the store's own room was taken
+    assert not target.exists()
+    assert not glob.glob(f"{small_disk}/jobd.db.backup-*")
 
 
 async def test_a_restore_without_room_leaves_the_store(small_disk: Path, copy: str) -> None:

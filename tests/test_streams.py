@@ -14,6 +14,8 @@ from structlog.testing import capture_logs
 from jobd import streams
 from jobd.admin_api import ROUTES
 from jobd.answers import Answer, Imported
+from jobd.backup import BackupStopped, BadCopy
+from jobd.batch import DiskFull
 from jobd.bodies import Limits
 from jobd.commands import Import, Refusal
 from jobd.doors import Gate
@@ -228,6 +230,32 @@ async def test_a_backup_that_cannot_begin_is_a_500(house: House) -> None:
     heard = await house.ask("GET", BACKUP, headers=AUTH)
     assert (heard.status, heard.error) == (500, "internal_error")
     assert "canary" not in heard.body.decode()
+
+
+async def test_a_backup_without_room_is_a_507_that_says_how_much_it_needs(house: House) -> None:
+    house.figures.pieces = [DiskFull("a backup needs 48 MiB free beside the store, there are 3 MiB")]
+    heard = await house.ask("GET", BACKUP, headers=AUTH)
+    assert (heard.status, heard.error) == (507, "storage_full")
+    assert "needs 48 MiB free beside the store, there are 3 MiB. Free some" in heard.json["message"]
+    assert house.site.refusals == {"storage_full": 1}
+    assert house.figures.closed.is_set()
+
+
+async def test_a_backup_of_a_damaged_store_says_what_is_wrong_and_is_no_bug(house: House) -> None:
+    house.figures.pieces = [BadCopy("the copy of jobd.db does not pass its check: row 5 missing from index")]
+    with capture_logs() as logs:
+        heard = await house.ask("GET", BACKUP, headers=AUTH)
+    assert (heard.status, heard.error) == (500, "internal_error")
+    assert "row 5 missing from index" in heard.json["message"]
+    assert "bug" not in heard.json["message"]
+    assert [entry["event"] for entry in logs] == ["no backup", "refused"]
+
+
+async def test_a_backup_that_the_end_of_the_daemon_cuts_short_is_a_503(house: House) -> None:
+    house.figures.pieces = [BackupStopped("the backup was cut short")]
+    house.site.closing = True
+    heard = await house.ask("GET", BACKUP, headers=AUTH)
+    assert (heard.status, heard.error) == (503, "shutting_down")
 
 
 async def test_a_backup_that_fails_half_way_never_looks_whole(house: House) -> None:
