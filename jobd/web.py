@@ -32,10 +32,11 @@ from jobd.answers import (
     RecoverStuckView,
 )
 from jobd.bodies import Limits, Refused, path_value, refused, too_large
-from jobd.commands import Claim, Command, KeyUse, OnJobNamed, Refusal, Start
+from jobd.commands import Claim, Command, Create, KeyUse, OnJobNamed, Refusal, Start
 from jobd.doors import JSON, LINES, Gate, check_kind
 from jobd.replies import Reply, accepted, refusing
 from jobd.routes import Route, Table, Way
+from jobd.sparing import Sparing
 
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
@@ -125,6 +126,7 @@ class Web:
         self._in_flight = 0
         self._quiet = asyncio.Event()
         self._table = Table(routes, self.limits)
+        self._sparing = Sparing()
 
     async def handle(self, visit: web.BaseRequest) -> web.StreamResponse:
         """The answer to a request; a bug on the way is a 500 and one log line."""
@@ -240,12 +242,19 @@ class Web:
         visit.size = size
         if isinstance(command, Start | Claim):
             visit.by = f"worker:{command.worker}"
-        elif isinstance(command, OnJobNamed):
+        elif isinstance(command, Create | OnJobNamed):
             visit.job_id = command.id
 
     def refuse(self, visit: Visit, refusal: Refusal, *, close: bool = False) -> Reply:
         """The reply to a refused request: counted, and logged in one line without a secret."""
         self.refusals[refusal.code] += 1
+        # Any client can be refused as often as it likes: that must not fill the log.
+        if (left_out := self._sparing.left_out(refusal.code)) is not None:
+            self._log_refusal(visit, refusal, {"left_out": left_out} if left_out else {})
+        close = close or self.closing or refusal.code == "too_large"
+        return refusing(visit, refusal, allow=visit.allow, close=close)
+
+    def _log_refusal(self, visit: Visit, refusal: Refusal, more: dict[str, int]) -> None:
         route = visit.route
         log.info(
             "refused",
@@ -254,9 +263,8 @@ class Web:
             code=refusal.code,
             by=visit.by,
             job=visit.job_id,
+            **more,
         )
-        close = close or self.closing or refusal.code == "too_large"
-        return refusing(visit, refusal, allow=visit.allow, close=close)
 
     def _confess(self, visit: Visit, bug: Exception) -> Refusal:
         """A bug costs one visit. Its text may hold a secret, so the log names only its type and place."""

@@ -18,6 +18,7 @@ from jobd.bodies import Limits
 from jobd.commands import Cancel, Claim, Create, Get, List, Progress, Refusal, Start
 from jobd.doors import Gate, own_names
 from jobd.routes import Route, Table
+from jobd.sparing import MOST_A_SECOND, Sparing
 from jobd.worker_api import ROUTES
 from tests.http_help import TOKEN, House, message
 
@@ -509,3 +510,30 @@ async def test_refusals_are_counted_and_logged_in_one_line_without_secrets(guard
     assert [entry["path"] for entry in logs[1:]] == ["/v1/jobs/{id}/progress", None, "/v1/jobs/{id}"]
     assert TOKEN not in str(logs)
     assert "canary" not in str(logs)
+
+
+async def test_the_log_names_the_job_that_the_body_of_a_refused_create_names(house: House) -> None:
+    house.desk.answer = lambda _: Refusal("job_exists", "There is such a job.")
+    with capture_logs() as logs:
+        await house.ask("POST", "/v1/jobs", '{"id": "job-7"}')
+        await house.ask("POST", "/v1/jobs", "{}")
+    assert [(entry["code"], entry["job"]) for entry in logs] == [("job_exists", "job-7"), ("job_exists", None)]
+
+
+async def test_a_flood_of_refusals_is_counted_but_not_written_out(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(house.site, "_sparing", Sparing(lambda: now_s))
+    line = await house.line()
+    with capture_logs() as logs:
+        for _ in range(MOST_A_SECOND + 30):
+            await line.ask("GET", "/v1/nothing")
+        await line.ask("GET", "/v1/jobs", "{}")
+        now_s = 1.0
+        await line.ask("GET", "/v1/nothing")
+    codes = [entry["code"] for entry in logs]
+    assert codes == ["not_found"] * MOST_A_SECOND + ["invalid_request", "not_found"]
+    assert logs[-1]["left_out"] == 30
+    assert all("left_out" not in entry for entry in logs[:-1])
+    assert house.site.refusals == {"not_found": MOST_A_SECOND + 31, "invalid_request": 1}
