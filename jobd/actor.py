@@ -369,7 +369,7 @@ class Actor:
         self._stopping = True
         log.critical("commit_failed", error=str(error), kind=type(error).__name__, commands=len(batch))
         message = "It is not known whether this was done: the disk failed. Ask again, with the same id or key."
-        for asked in [*batch, *self.parked.take_all()]:
+        for asked in [*batch, *self._decider.served, *self.parked.take_all()]:
             asked.reply(Refusal("outcome_unknown", message, {"outcome": "unknown"}))
         for asked in self._mailbox:
             asked.reply(_stopping())

@@ -83,6 +83,7 @@ class Book:
                 book.paused.add(name)
         for job in jobs:
             book.swap(None, job)
+        book.order_processing()
         return book
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -169,6 +170,11 @@ class Book:
         if after is not None:
             self._enter(before, after)
 
+    def order_processing(self) -> None:
+        """The oldest grant first again, where rows came in another order: at a start, or from a batch taken back."""
+        by_token = sorted(self.processing.items(), key=lambda item: item[1].grant.fencing_token if item[1].grant else 0)
+        self.processing = dict(by_token)
+
     def loaded(self, job: Job) -> None:
         """A finished job was read from the disk: keep it at hand."""
         self.finished[job.id] = job
@@ -227,8 +233,8 @@ class Book:
             self._leave_queue(job)
         elif job.status == "processing":
             self.started_sum -= job.started_at or job.created_at
-            if after is None or after.status != "processing":
-                self._end_processing(job)
+            if after is None or after.status != "processing" or _lock(after) != _lock(job):
+                self._end_processing(job)  # to another grant only where a batch was taken back
 
     def _enter(self, before: Job | None, job: Job) -> None:
         self._count(job, +1)
@@ -371,3 +377,7 @@ class Book:
 
     def _is_deadline(self, entry: TimeEntry) -> bool:
         return self._deadline_of.get(entry[2]) == entry[0] and self.processing[entry[2]].seq == entry[1]
+
+
+def _lock(job: Job) -> str | None:
+    return None if job.grant is None else job.grant.lock_id

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import ChainMap, Counter
 from collections.abc import Callable
+from heapq import heappop, heappush
 
 import msgspec
 import structlog
@@ -85,6 +86,7 @@ class Decider:
         self.keys = keys
         self.parked = parked
         self.parking = True  # off once the daemon stops
+        self.served: list[Asked] = []  # parked claims of the latest plan: until it is on disk nobody else has them
         self._refuse = refuse
         self._loop_time = loop_time
         self._became_due: dict[tuple[str, str], None] = {}
@@ -98,6 +100,7 @@ class Decider:
 
     def decide(self, batch: list[Asked], at: Moment, known: Known, policy: Policy) -> Plan:
         plan = Plan(at, known)
+        self.served = plan.served
         self.book.request_hashes = dict(known.hashes)
         self.book.advance(at.now, at.lease)
         self._serve_parked(plan, policy)
@@ -150,6 +153,7 @@ class Decider:
                 self.parked.add(asked)
         for job_id in {change.event.job_id: None for change in plan.changes if change.event.job_seq}:
             self.book.swap(self.book.get(job_id), loaded.jobs.get(job_id))
+        self.book.order_processing()
         for change in reversed(plan.changes):
             if change.event.type == "imported":
                 self.book.suspects.pop(change.event.job_seq, None)
@@ -235,15 +239,29 @@ class Decider:
             self._became_due[(queue, kind)] = None
 
     def _serve_parked(self, plan: Plan, policy: Policy) -> None:
-        """Jobs became due while claims wait for them: those that wait longest get them, before anybody new."""
-        while self._became_due:
-            queue, kind = next(iter(self._became_due))
+        """Jobs became due while claims wait for them: who has waited longest is served first, before anybody new.
+
+        Longest over all queues at once: a claim may take jobs of a queue for which another has waited longer.
+        """
+        waiting: list[tuple[int, str, str]] = []  # ticket of the first who waits, queue, kind
+        while self._became_due or waiting:
+            lanes, self._became_due = self._became_due, {}
+            for queue, kind in lanes:
+                self._line_up(waiting, queue, kind)
+            if not waiting:
+                return
+            ticket, queue, kind = heappop(waiting)
             asked = self.parked.first(queue, kind)
             if asked is not None and self._refuse(asked.call.command) is not None:
-                return  # they stay due for whoever waits, until the disk has room
-            del self._became_due[(queue, kind)]
-            while asked is not None and self._serve(plan, asked, policy):
-                asked = self.parked.first(queue, kind)
+                # They stay due for whoever waits, until the disk has room.
+                self._became_due = dict.fromkeys([(queue, kind), *((queue, kind) for _, queue, kind in waiting)])
+                return
+            if asked is not None and (asked.ticket != ticket or self._serve(plan, asked, policy)):
+                self._line_up(waiting, queue, kind)
+
+    def _line_up(self, waiting: list[tuple[int, str, str]], queue: str, kind: str) -> None:
+        if (asked := self.parked.first(queue, kind)) is not None:
+            heappush(waiting, (asked.ticket, queue, kind))
 
     def _serve(self, plan: Plan, asked: Asked, policy: Policy) -> bool:
         """Whether the parked claim got something."""

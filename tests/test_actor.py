@@ -364,6 +364,32 @@ async def test_waiting_claims_are_served_in_order_of_arrival() -> None:
 
 
 @in_virtual_time
+async def test_the_order_of_arrival_holds_over_all_queues() -> None:
+    """Who waits for several queues does not take a job for which another has waited longer."""
+    async with household() as house:
+        first = await parked(house, "first", queues=["q"])
+        second = await parked(house, "second", queues=["default", "q"])
+        await house.yes(Bulk(jobs=[Create(id="a"), Create(id="b", queue="q", priority=-1)]))
+        assert ids_of(await first) == ["b"]
+        assert ids_of(await second) == ["a"]
+
+
+@in_virtual_time
+async def test_a_waiting_claim_that_was_nearly_served_is_answered_where_the_disk_fails() -> None:
+    house = Household()
+    running = asyncio.create_task(house.actor.run())
+    waiting = await parked(house, "w")
+    house.disk.write_errors.append(OSError("EIO"))
+    refusal = await house.no(Create(id="a"))
+    assert refusal.code == "outcome_unknown"
+    answer = await waiting
+    assert isinstance(answer, Refusal)
+    assert answer.code == "outcome_unknown"
+    with pytest.raises(DiskBroken):
+        await running
+
+
+@in_virtual_time
 async def test_a_waiting_claim_comes_before_a_new_one() -> None:
     async with household() as house:
         waiting = await parked(house, "first")

@@ -236,6 +236,25 @@ def test_heaps_do_not_grow_while_jobs_come_and_go(desk: Desk) -> None:
 # -- workers ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_start_knows_which_grant_is_the_oldest() -> None:
+    book = Book.opened(Numbers(), [held(1, "w-1"), replace(held(2, "w-2"), seq=3), queued(4)], {})
+    late = replace(held(9, "w-9"), seq=2, id="made first, granted last")
+    book = Book.opened(Numbers(), [late, *book.processing.values()], {})
+    assert list(book.processing) == ["job-1", "job-2", "made first, granted last"]
+
+
+def test_a_grant_that_is_taken_back_leaves_the_job_to_its_former_holder() -> None:
+    book = Book()
+    former, new = held(1, "w-1"), replace(held(2, "w-2"), seq=1, id="job-1")
+    book.swap(None, former)
+    book.swap(former, replace(queued(1)))
+    book.swap(book.get("job-1"), new)
+    book.swap(new, former)  # the disk was full: nothing of it has happened
+    holders = {name: list(seen.jobs) for name, seen in book.workers.items()}
+    assert holders == {"w-1": ["job-1"], "w-2": []}
+    assert (book.live_locks(), book.next_deadline()) == (1, 500)
+
+
 def test_a_worker_is_known_by_its_jobs_and_its_last_word(desk: Desk) -> None:
     lock_id = desk.held(worker="w-1")
     desk.passes(7)

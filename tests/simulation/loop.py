@@ -40,7 +40,8 @@ class SimLoop(asyncio.SelectorEventLoop):
         self.now_s += seconds
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        self.on_error(f"{context.get('message')}: {context.get('exception')!r}")
+        about = context.get("exception") or context.get("task") or context.get("future")
+        self.on_error(f"{context.get('message')}: {about!r}")
 
     def _run_once(self) -> None:
         """As the loop of asyncio, but that time jumps to the next timer and the order is drawn."""

@@ -304,11 +304,12 @@ class Daemon:
             self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))
 
     async def _answer_the_rest(self) -> None:
-        """Requests in flight are answered before the rest is taken down."""
-        loop = self.machine.loop
-        until = loop.now_s + STOP_S
-        while any(not line.reply.done() for line in self.lines) and loop.now_s < until:
-            await asyncio.sleep(0.01)
+        """Requests in flight are answered before the rest is taken down: L1."""
+        for _ in range(int(STOP_S / 0.02)):
+            if all(line.reply.done() for line in self.lines):
+                return
+            await asyncio.sleep(0.02)
+        self.machine.watch.fail("L1", f"{len(self.lines)} requests in flight were not answered before the end")
 
     def _drop_lines(self) -> None:
         for line in self.lines:

@@ -334,8 +334,8 @@ class Watch:
     def recount(self, book: Book) -> None:
         """Every order and counter of the book against the rows of the disk."""
         disk = self.machine.disk
-        if book.quarantined.keys() != disk.quarantined.keys():
-            return  # the disk has just set a row aside, and the book is about to be told
+        if disk.quarantined:
+            return  # the book does not know the queue of a finished job that was not at hand when its row was set aside
         rows = {job.id: job for job in disk.jobs.values()}
         at = Moment(book._now, book._lease, book._now - book._lease)
         try:
