@@ -81,4 +81,4 @@ class LiveScreen(Screen):
 
 def screen() -> Screen:
     """The moving one where stdout is a terminal that can move, else the plain one."""
-    return LiveScreen() if sys.stdout.isatty() and not show.console().is_dumb_terminal else Screen()
+    return LiveScreen() if show.may_draw(sys.stdout) and not show.console().is_dumb_terminal else Screen()

@@ -5,12 +5,13 @@ Knows no verb and asks nobody. Everything that came from outside is escaped here
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,13 +157,20 @@ def say(line: str) -> None:
     sys.stderr.write(clean(line) + "\n")
 
 
+def may_draw(stream: IO[str]) -> bool:
+    """Whether `stream` is a terminal that may be sent escape sequences: NO_COLOR forbids them all, bars too."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
 def console(*, stderr: bool = False) -> Console:
-    """A rich console that leaves text alone; a pipe is not wrapped. NO_COLOR is honoured by rich itself."""
+    """A rich console that leaves text alone; a pipe is not wrapped."""
     from rich.console import Console
 
     file = sys.stderr if stderr else sys.stdout
     width = None if file.isatty() else _UNBOUNDED
-    return Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+    # Of NO_COLOR rich takes colours only: bold and the like it would still send to a terminal.
+    force = False if os.environ.get("NO_COLOR") else None
+    return Console(file=file, width=width, force_terminal=force, highlight=False, markup=False, emoji=False)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "none") -> None:

@@ -37,7 +37,7 @@ def until_finished(client: JobClient, job_id: str) -> JobInfo:
 @contextmanager
 def busy(what: str) -> Iterator[None]:
     """A spinner while a call takes its time."""
-    if not sys.stderr.isatty():
+    if not show.may_draw(sys.stderr):
         yield
         return
     with show.console(stderr=True).status(show.clean(what)):
@@ -47,7 +47,7 @@ def busy(what: str) -> Iterator[None]:
 @contextmanager
 def bar(what: str, *, unit: str = "bytes") -> Iterator[Advance]:
     """A progress bar; what it gives is called with how much is done. Bytes are shown with their rate."""
-    if not sys.stderr.isatty():
+    if not show.may_draw(sys.stderr):
         yield lambda done, total: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TransferSpeedColumn
