@@ -16,8 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobd.cli import ctl, deeds, exits, places, safe_file, show
+from jobd import config
+from jobd.cli import ctl, deeds, exits, own_daemon, places, safe_file, show
 from jobd.cli.kinds import duration_ms, moment_ms
+from jobd.client.endpoint import default_socket
 from jobd.commands import REFUSALS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,6 +246,74 @@ def test_the_admin_token_never_goes_to_the_worker_api(monkeypatch: pytest.Monkey
 def test_the_token_file_may_hold_several_and_the_first_is_used(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("first-first-first-first\nsecond-second-second-s\n")
     assert places.read_token(str(tmp_path / "token")) == "first-first-first-first"
+
+
+@pytest.fixture
+def untold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Nothing says where the daemon is; gives the place of its configuration file, which is not there."""
+    for name in ("JOBD_SOCKET", "JOBD_ADMIN_URL"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
+    monkeypatch.setattr(own_daemon, "CONFIG_PATH", str(tmp_path / "config.toml"))
+    return tmp_path / "config.toml"
+
+
+def found(**given: str) -> tuple[str, str]:
+    """Where the worker API and the admin API are found."""
+    told = places.Places()
+    for name, value in given.items():
+        setattr(told, name, value)
+    return str(places.worker_endpoint(told)), str(places.admin_endpoint(told))
+
+
+def test_the_nearer_word_on_where_the_daemon_is_wins(untold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = (f"unix:{default_socket()}", "http://127.0.0.1:8770")
+    assert found() == defaults
+    untold.write_text('[worker]\nsocket = "/file/w"\n[admin]\nlisten = "unix:/file/a"\n')
+    assert found() == ("unix:/file/w", "unix:/file/a")
+    other = untold.with_name("other.toml")
+    other.write_text('[worker]\nsocket = "/other/w"\n')
+    monkeypatch.setenv("JOBD_CONFIG", str(other))
+    assert found() == ("unix:/other/w", defaults[1])
+    monkeypatch.setenv("JOBD_WORKER_SOCKET", "/env/w")
+    monkeypatch.setenv("JOBD_ADMIN_LISTEN", "127.0.0.1:9999")
+    assert found() == ("unix:/env/w", "http://127.0.0.1:9999")
+    monkeypatch.setenv("JOBD_URL", "http://there:1")
+    monkeypatch.setenv("JOBD_ADMIN_URL", "http://there:2")
+    assert found() == ("http://there:1", "http://there:2")
+    monkeypatch.setenv("JOBD_SOCKET", "/told/w")
+    assert found()[0] == "unix:/told/w"
+    assert found(socket="/flag/w", admin_url="unix:/flag/a") == ("unix:/flag/w", "unix:/flag/a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "url"),
+    [
+        ('listen = "0.0.0.0:8771"', "http://127.0.0.1:8771"),
+        ('listen = "[::]:8771"', "http://[::1]:8771"),
+        ('listen = "::1:8771"', "http://[::1]:8771"),
+        ('listen = "jobs.example:443"\ntls_cert = "/c"\ntls_key = "/k"', "https://jobs.example:443"),
+        ('tls_cert = "/c"', "https://127.0.0.1:8770"),
+        ('listen = "8771"', "http://127.0.0.1:8770"),
+        ("listen = 8771", "http://127.0.0.1:8770"),
+        ("listen = ", "http://127.0.0.1:8770"),
+        ('listen = "\\ud800"', "http://127.0.0.1:8770"),
+    ],
+)
+def test_the_admin_api_is_where_the_configuration_says(untold: Path, settings: str, url: str) -> None:
+    untold.write_text(f"[admin]\n{settings}\n")
+    assert found()[1] == url
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"admin = 1\nworker = []\n", None])
+def test_a_configuration_that_cannot_be_read_is_passed_over(untold: Path, content: bytes | None) -> None:
+    untold.write_bytes(content) if content is not None else untold.mkdir()
+    assert found() == (f"unix:{default_socket()}", "http://127.0.0.1:8770")
+
+
+def test_the_daemon_is_looked_for_where_its_own_defaults_are() -> None:
+    assert own_daemon.CONFIG_PATH == config.DEFAULT_PATH
+    assert config.Config().admin.listen == own_daemon.DEFAULT_LISTEN
 
 
 def test_options_may_stand_before_or_after_the_verb_and_the_nearer_wins(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from jobd.cli import daemon as jobd_cli
 from jobd.cli.checkup import examine
 from jobd.client import AdminClient, JobClient, JobdError
 from tests.http_help import Desk, House
+from tests.process import Daemon, die_with_us
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "canary-token-0123456789abcdef"
@@ -52,9 +54,8 @@ class Running:
         self._until_ready()
 
     def start(self, module: str, *argv: str, **options: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *argv], env={**self.env, **self.places}, cwd=ROOT, text=True, **options
-        )
+        command, env = [sys.executable, "-m", module, *argv], {**self.env, **self.places}
+        return subprocess.Popen(command, env=env, cwd=ROOT, text=True, preexec_fn=die_with_us, **options)
 
     def done(self, module: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
         env = {**self.env, **self.places}
@@ -591,3 +592,59 @@ def test_a_person_is_asked_and_the_answer_counts(running: Running) -> None:
     assert running.client.get_job("t1").status == "queued"
     assert _on_a_terminal(running, b"y\n", "cancel", "t1")[:2] == (0, "t1: cancelled\n")
     assert running.client.get_job("t1").status == "cancelled"
+
+
+def _drawn(running: Running, module: str, *argv: str, no_color: str) -> str:
+    """What a terminal as stdout and stderr is sent."""
+    ours, theirs = pty.openpty()
+    env = {**running.env, **running.places, "NO_COLOR": no_color, "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", module, *argv]
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=theirs, stderr=theirs, preexec_fn=die_with_us)
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # Linux's word for a terminal that all others have closed
+            while piece := terminal.read(4096):
+                shown += piece
+        assert process.wait() == 0, shown
+    return shown.decode()
+
+
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [
+        ("jobd.cli.ctl", ("jobs", "--queue", "t2")),
+        ("jobd.cli.ctl", ("job", "t2")),
+        ("jobd.cli.ctl", ("health",)),
+        ("jobd.cli.ctl", ("--help",)),
+        ("jobd", ("backup", "--yes", "COPY")),
+        ("jobd", ("check-config",)),
+    ],
+)
+def test_with_no_color_a_terminal_is_sent_no_escape_sequence(
+    running: Running, tmp_path: Path, module: str, argv: tuple[str, ...]
+) -> None:
+    if "t2" in argv and not [job for job in running.client.list_jobs(queue="t2").jobs if job.id == "t2"]:
+        running.client.create_job(id="t2", queue="t2")
+    argv = tuple(str(tmp_path / "copy.db") if word == "COPY" else word for word in argv)
+    plain = _drawn(running, module, *argv, no_color="1")
+    assert "\x1b" not in plain
+    assert plain.strip()
+    if argv[0] in ("jobs", "job", "health", "backup"):
+        assert "\x1b[" in _drawn(running, module, *argv, no_color="")  # an empty one means nothing
+
+
+def test_jobctl_and_backup_find_a_daemon_by_its_own_settings(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        for command in ("jobd.cli.ctl submit --id a", "jobd.cli.ctl stats", f"jobd backup {tmp_path / 'copy.db'}"):
+            argv = [sys.executable, "-m", *command.split()]
+            done = subprocess.run(argv, env=daemon.environ, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+    settings = f'[worker]\nsocket = "{daemon.socket}"\n[admin]\nlisten = "unix:{daemon.admin_socket}"\n'
+    with Daemon(tmp_path, settings) as daemon:
+        told = {"ADMIN_TOKEN": daemon.environ["ADMIN_TOKEN"], "JOBD_CONFIG": str(daemon.config)}
+        env = {name: value for name, value in daemon.environ.items() if not name.startswith("JOBD_")} | told
+        for command in ("jobd.cli.ctl job a", "jobd.cli.ctl stats"):
+            argv = [sys.executable, "-m", *command.split()]
+            done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr

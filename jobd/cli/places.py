@@ -1,6 +1,6 @@
 """Where the daemon is and which token opens it: options, environment, defaults; and the clients made from them.
 
-Reads no configuration file of the daemon: what it cannot reach by its default places has to be named.
+Opens no connection itself. What the daemon's own settings say is in own_daemon.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import exits
+from jobd.cli import exits, own_daemon
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient, JobClient
@@ -74,21 +74,24 @@ def read_token(path: str) -> str:
 
 
 def worker_endpoint(places: Places) -> Endpoint:
-    """Where the worker API is. --url and --socket win over the environment; without any of them the defaults."""
+    """Where the worker API is: by option, else by the environment, else by the daemon's settings, else its default."""
     from jobd.client.endpoint import worker_endpoint as find
 
     if places.url and places.socket:
         raise click.UsageError("--socket and --url name two places: give one")
     where = places.url or (os.path.abspath(places.socket.removeprefix("unix:")) if places.socket else None)
+    if where is None and not (os.environ.get("JOBD_SOCKET") or os.environ.get("JOBD_URL")):
+        where = own_daemon.worker_socket()
     return _found(lambda: find(where, worker_token(places)))
 
 
 def admin_endpoint(places: Places) -> Endpoint:
-    """Where the admin API is, with its token."""
+    """Where the admin API is, with its token: found like the worker API."""
     from jobd.client.endpoint import admin_endpoint as find
 
     token = admin_token(places)
-    return _found(lambda: find(places.admin_url, token))
+    where = places.admin_url or os.environ.get("JOBD_ADMIN_URL") or own_daemon.admin_url()
+    return _found(lambda: find(where, token))
 
 
 def _found(find: Callable[[], Endpoint]) -> Endpoint:
