@@ -25,6 +25,8 @@ from typing import Any
 
 import uvloop
 
+from tests.process import die_with_us
+
 PAYLOAD = "x" * 198  # 200 bytes as JSON
 CONNECTIONS = 16
 
@@ -124,7 +126,9 @@ class Daemon:
     def start(self) -> float:
         """Seconds until the socket answers."""
         started = time.perf_counter()
-        self.process = subprocess.Popen([sys.executable, "-m", "jobd", "serve"], env=self._environ)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jobd", "serve"], env=self._environ, preexec_fn=die_with_us
+        )
         while subprocess.run(self._probe(), capture_output=True, check=False).returncode:
             if self.process.poll() is not None:
                 raise SystemExit("the daemon ended")

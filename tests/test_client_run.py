@@ -21,7 +21,7 @@ from jobd.client.output import LINE_BYTES, BadDirective, Filter, Said, Sink, Tai
 from jobd.client.program import Program, has_members
 from jobd.client.run import describe
 from tests.peer import Peer, serving, until
-from tests.process import Daemon
+from tests.process import Daemon, die_with_us
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a program says.
@@ -746,7 +746,9 @@ async def test_jobctl_run_is_this_worker_and_sigterm_gives_the_job_back(
     command = [sys.executable, "-m", "jobd.cli.ctl", "--socket", daemon.socket, "run", "--queue", queue]
     command += ["--grace", "50ms", "--", "sh", "-c", script]
     environ = {**os.environ, "PYTHONPATH": str(Path(jobd.__file__).parents[1])}
-    start = functools.partial(subprocess.Popen, command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    start = functools.partial(
+        subprocess.Popen, command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=die_with_us
+    )
     process = await asyncio.to_thread(start)
     try:
         await when(client, job.id, lambda job: job.progress == 1)

@@ -36,7 +36,7 @@ from jobd.client import (
 )
 from jobd.client.worker import _described, _how, _result
 from tests.peer import Asked, Peer, Step, drop, no, ok, serving, until
-from tests.process import TOKEN, Daemon
+from tests.process import TOKEN, Daemon, die_with_us
 from tests.test_client import JOB
 
 
@@ -659,7 +659,7 @@ async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: D
     environ = {**os.environ, "PYTHONPATH": str(Path(jobd.__file__).parents[1])}
     command = [sys.executable, "-c", SCRIPT, f"unix:{daemon.socket}", queue]
     job = await client.create_job(queue=queue)
-    start = functools.partial(subprocess.Popen, command, env=environ, stdin=subprocess.PIPE)
+    start = functools.partial(subprocess.Popen, command, env=environ, stdin=subprocess.PIPE, preexec_fn=die_with_us)
     process = await asyncio.to_thread(start)
     try:
         await when(client, job.id, lambda job: job.progress == 1)

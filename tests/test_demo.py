@@ -17,6 +17,7 @@ import pytest
 
 from jobd.cli import demo_checks, demo_files, demo_play, demo_verdict
 from jobd.events import EventView
+from tests.process import die_with_us
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,6 +161,7 @@ def _start(env: dict[str, str], *argv: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=die_with_us,
     )
 
 

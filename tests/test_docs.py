@@ -32,7 +32,7 @@ from jobd.client.run import FIELDS, PREFIX
 from jobd.routes import Route
 from jobd.streams import ImportReport
 from tests.conftest import tool_missing
-from tests.process import TOKEN, Daemon
+from tests.process import TOKEN, Daemon, die_with_us
 
 ROOT: Final = Path(__file__).parent.parent
 PACKAGE: Final = Path(jobd.__file__).parent
@@ -389,9 +389,11 @@ def place(tmp_path: Path) -> Told:
             tool_missing(name, name)
     tools = tmp_path / "bin"
     tools.mkdir()
+    # The daemon of a document is a child of its shell: it goes with it, and that with us.
+    mortal = "setpriv --pdeathsig KILL -- " if shutil.which("setpriv") else ""
     for name, started in (("jobd", "-m jobd"), ("jobctl", "-m jobd.cli.ctl"), ("python3", "")):
         tool = tools / name
-        tool.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {started} "$@"\n')
+        tool.write_text(f'#!/bin/sh\nexec {mortal}{shlex.quote(sys.executable)} {started} "$@"\n')
         tool.chmod(0o755)
     home = tmp_path / "home"
     home.mkdir()
@@ -425,7 +427,7 @@ def run(document: Path, told: Told, directory: Path, *, cleanup: str = "") -> No
             script += [block.text, f"echo; echo '{_END}'"]
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)],
-        cwd=told.directory, env=dict(told.environ), capture_output=True, text=True, timeout=55,
+        cwd=told.directory, env=dict(told.environ), capture_output=True, text=True, timeout=55, preexec_fn=die_with_us,
     )  # fmt: skip
     story = f"{done.stdout}\n--- stderr:\n{done.stderr}"
     assert done.returncode == 0, story
