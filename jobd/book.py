@@ -289,8 +289,11 @@ class Book:
             self.saw(job.grant.worker, self._now)
             self.workers[job.grant.worker].jobs[job.id] = None
             self._deadline_of.pop(job.id, None)
-        # An entry that is too early is looked at again when it comes up, so a moved deadline costs nothing here.
-        if job.id not in self._deadline_of or job.id in self.expired_locks or job.id in self.cleared_locks:
+        # An entry that is too early is looked at again when it comes up, so a moved deadline costs nothing here. It moves
+        # back only where a batch is taken back.
+        known = self._deadline_of.get(job.id)
+        too_late = known is None or known > job.lease.expires or known > job.lease.stuck
+        if too_late or job.id in self.expired_locks or job.id in self.cleared_locks:
             self._schedule(job)
 
     def _end_processing(self, job: Job) -> None:

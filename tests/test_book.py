@@ -255,6 +255,23 @@ def test_a_grant_that_is_taken_back_leaves_the_job_to_its_former_holder() -> Non
     assert (book.live_locks(), book.next_deadline()) == (1, 500)
 
 
+def test_an_extension_that_is_taken_back_leaves_the_former_deadline() -> None:
+    book = Book()
+    job = held(1, "w-1", expires=500)
+    assert job.lease is not None
+    stays = replace(job, lease=replace(job.lease, silent=900))
+    extended = replace(job, lease=replace(job.lease, expires=99_000))
+    book.swap(None, stays)
+    book.advance(NOW, 600)
+    assert list(book.expired_locks) == ["job-1"]
+    book.swap(stays, extended)
+    assert book.next_deadline() == 99_000
+    book.swap(extended, stays)  # the disk was full: nothing of it has happened
+    assert list(book.expired_locks) == ["job-1"]
+    book.advance(NOW, 900)
+    assert list(book.stuck) == ["job-1"]
+
+
 def test_a_worker_is_known_by_its_jobs_and_its_last_word(desk: Desk) -> None:
     lock_id = desk.held(worker="w-1")
     desk.passes(7)

@@ -14,6 +14,7 @@ from tests.simulation.plan import policy
 
 BACKUPS: Final = 3
 STEPS_MS: Final = (1, 40, 2_000, 30_000, 700_000)
+UPKEEP: Final = ("find", "timeline", "expired", "reports", "prune", "save_figures")
 LONG_STEPS_MS: Final = (25 * 3_600_000, 8 * 86_400_000, 45 * 86_400_000)
 
 
@@ -133,17 +134,15 @@ class Chaos:
         machine = self.machine
         machine.disk.failing = methods
         machine.had_read_errors = True
-        machine.fault(f"failing {', '.join(sorted(methods))}")
+        machine.note("fault", "failing", sorted(methods))
+        for method in sorted(methods):
+            machine.fired[f"fault failing {method}"] += 1
         await asyncio.sleep(self.dice.uniform(0.05, longest_s))
         machine.disk.failing = frozenset()
 
     async def _upkeep(self) -> None:
-        await self._failing(
-            frozenset(
-                self.dice.sample(("find", "timeline", "expired", "reports", "prune", "save_figures"), self.dice.randint(1, 6))
-            ),
-            8,
-        )
+        """What cleanup and the lists of history do beside the batches fails, one thing or several."""
+        await self._failing(frozenset(self.dice.sample(UPKEEP, self.dice.randint(1, len(UPKEEP)))), 8)
 
     def _rot(self) -> None:
         machine = self.machine

@@ -157,4 +157,3 @@ class Closing:
     def _may_refuse(self, answer: Refusal) -> bool:
         """A row that was damaged before is found out now; a job may expire, or be past a very short ceiling."""
         return answer.code in ("job_quarantined", "invalid_transition", "job_not_found")
-

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-Owner = list["asyncio.Task[Any]"]
-
 
 class _NoWait(selectors.DefaultSelector):
     """Nothing ever arrives from outside."""
@@ -45,24 +43,24 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     def _run_once(self) -> None:
         """As the loop of asyncio, but that time jumps to the next timer and the order is drawn."""
-        timers: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
-        ready = self._ready  # type: ignore[attr-defined]
-        while timers and timers[0]._cancelled:  # type: ignore[attr-defined]
-            self._drop(heapq.heappop(timers))
-            self._timer_cancelled_count -= 1
-        if not ready:
+        loop: Any = self  # these are its own parts, which have no public name
+        timers: list[Any] = loop._scheduled
+        while timers and timers[0]._cancelled:
+            self._take(timers)
+        if not loop._ready:
             if not timers:
                 raise RuntimeError("everybody waits for something that will never happen")
             self.now_s = max(self.now_s, timers[0].when())
         while timers and timers[0].when() <= self.now_s:
-            timer = heapq.heappop(timers)
-            if timer._cancelled:  # type: ignore[attr-defined]
-                self._timer_cancelled_count -= 1
-            self._drop(timer)
-            ready.append(timer)
-        if len(ready) > 1:
-            self._dice.shuffle(ready)
+            loop._ready.append(self._take(timers))
+        if len(loop._ready) > 1:
+            self._dice.shuffle(loop._ready)
         super()._run_once()  # type: ignore[misc]
 
-    def _drop(self, timer: asyncio.TimerHandle) -> None:
-        timer._scheduled = False  # type: ignore[attr-defined]
+    def _take(self, timers: list[Any]) -> Any:
+        timer = heapq.heappop(timers)
+        timer._scheduled = False
+        if timer._cancelled:
+            loop: Any = self
+            loop._timer_cancelled_count -= 1
+        return timer

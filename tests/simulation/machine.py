@@ -81,6 +81,7 @@ class Machine:
         loop.on_error = lambda message: self.watch.fail("loop", message)
         self.daemon: Daemon | None = None
         self.closing = False
+        self.enough = 0  # steps
         self.closing_since: int | None = None  # lease time at which the faults had stopped
         self.had_read_errors = False
         self.backups: list[Backup] = []
@@ -200,10 +201,13 @@ class Machine:
             return
         self.fired["mishap hang up"] += 1
         line.close()
-        if self.dice.random() < 0.5:
+        roll = self.dice.random()
+        if roll < 0.3:
             handler.cancel()
-        else:
+        elif roll < 0.6:
             self.loop.call_soon(handler.cancel)
+        else:
+            self.loop.call_later(roll / 100, handler.cancel)  # a writer sees it before the handler is told
 
 
 class Daemon:
@@ -314,4 +318,3 @@ class Daemon:
     def _drop_lines(self) -> None:
         for line in self.lines:
             line.close()
-

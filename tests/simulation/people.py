@@ -226,7 +226,8 @@ class Worker(Person):
         ending = self._ending(job_id, lock_id)
         await self.ask(ending)
         if self.has("ended twice", 0.2):
-            await self.ask(self.dice.choice((ending, ending, Release(id=job_id, lock_id=lock_id), self._ending(job_id, lock_id))))
+            release = Release(id=job_id, lock_id=lock_id)  # as a `finally` block does
+            await self.ask(self.dice.choice((ending, ending, release, self._ending(job_id, lock_id))))
 
     async def _toil(self, granted: GrantView) -> None:
         ttl_s = granted.ttl_ms / SECOND_MS

@@ -43,7 +43,6 @@ MISHAPS: Final = (
     "worker sleeps",
     "worker talks on",
     "ended twice",
-    "clock of another",
 )
 RARE: Final = frozenset({"rot", "restore", "long wall step", "read error", "lost fsync answer", "write error"})
 

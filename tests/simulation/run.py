@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from random import Random
 from typing import Any, Final
 
@@ -25,7 +26,6 @@ from tests.simulation.loop import SimLoop
 from tests.simulation.machine import Machine
 from tests.simulation.people import Creator, Operator, Person, Worker
 from tests.simulation.plan import FAULTS, MISHAPS, draw
-from tests.simulation.watch import Broken
 
 LONGEST_S: Final = 24 * 3_600.0  # of virtual time, for seeds in which little happens
 
@@ -62,14 +62,17 @@ def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), te
 
 async def _play(seed: int, steps: int, loop: SimLoop, journal: Journal, without: frozenset[str]) -> Machine:
     machine = Machine(seed, draw(seed, without), loop, journal)
+    machine.enough = steps
     with _watched(machine):
         supervisor = asyncio.create_task(machine.keep_running())
         chaos = Chaos(machine)
-        others = [asyncio.create_task(chaos.live()), asyncio.create_task(_until_enough(machine, steps))]
+        others = [asyncio.create_task(chaos.live())]
         people = [asyncio.create_task(person.live()) for person in _people(machine)]
+        enough = loop.call_later(LONGEST_S, machine.finished.set)
         await machine.finished.wait()
+        enough.cancel()
         if machine.watch.first is None:
-            closing = asyncio.create_task(Closing(machine).play([*people, others[0]]))
+            closing = asyncio.create_task(Closing(machine).play([*people, *others]))
             await _first_of(closing, machine)
             others.append(closing)
         await _end(machine, [*people, *others, supervisor])
@@ -83,13 +86,6 @@ def _people(machine: Machine) -> list[Person]:
         *(Worker(machine, f"w-{number}") for number in range(plan.workers)),
         *(Operator(machine, f"o-{number}") for number in range(plan.operators)),
     ]
-
-
-async def _until_enough(machine: Machine, steps: int) -> None:
-    began_s = machine.loop.now_s
-    while machine.watch.steps < steps and machine.loop.now_s < began_s + LONGEST_S:
-        await asyncio.sleep(0.25)
-    machine.finished.set()
 
 
 async def _first_of(closing: asyncio.Task[None], machine: Machine) -> None:
@@ -118,13 +114,12 @@ async def _end(machine: Machine, tasks: list[asyncio.Task[Any]]) -> None:
 @contextlib.contextmanager
 def _watched(machine: Machine) -> Iterator[None]:
     """Decisions go through the watch; the log is silent, but for a failure that nobody asked for."""
-    before, decide, level = structlog.get_config(), rules.decide, logging.root.manager.disable
+    before, decide = structlog.get_config(), rules.decide
 
-    def listen(_: Any, __: str, entry: dict[str, Any]) -> Any:
-        error = entry.get("exc_info")
-        if error:
+    def listen(_: Any, __: str, entry: MutableMapping[str, Any]) -> str:
+        if entry.get("exc_info"):
             machine.note("log", entry["event"])
-            _judge(machine, entry)
+            _judge(machine, entry["event"], sys.exc_info()[1])
         raise structlog.DropEvent
 
     structlog.configure(
@@ -138,16 +133,12 @@ def _watched(machine: Machine) -> Iterator[None]:
     finally:
         rules.decide = decide
         structlog.configure(**before)
-        logging.disable(level)
 
 
-def _judge(machine: Machine, entry: dict[str, Any]) -> None:
+def _judge(machine: Machine, event: str, error: BaseException | None) -> None:
     """A failure in the log has to be one that was asked for."""
-    import sys
-
-    error = sys.exc_info()[1]
     if error is not None and not isinstance(error, (OSError, DiskFull)):
-        machine.watch.fail("log", f"{entry['event']}: {error!r}")
+        machine.watch.fail("log", f"{event}: {error!r}")
 
 
 # -- when something broke ---------------------------------------------------------------------------------------------
@@ -168,6 +159,3 @@ def total(outcomes: list[Outcome]) -> Counter[str]:
     for outcome in outcomes:
         fired.update(outcome.fired)
     return fired
-
-
-__all__ = ["Broken", "Outcome", "explain", "simulate", "total"]

@@ -1,4 +1,4 @@
-"""The promises, checked at every decision, every commit, every answer and every start. Changes nothing, decides nothing.
+"""The promises, checked at every decision, commit, answer and start. Changes nothing, decides nothing.
 
 S1 to S14 are the names under which a broken one is told:
 
@@ -117,9 +117,9 @@ class Watch:
         self._last_token = self._latest_wall = 0
         lease = self._last_lease = daemon.clock.moment().lease
         book = daemon.book
-        held = [job for job in book.processing.values() if job.grant is not None and job.lease is not None]
-        self.held_at_start = {job.grant.lock_id for job in held if job.grant}
-        self._live_at_start = {job.grant.lock_id for job in held if job.grant and job.lease and job.lease.is_live(lease)}
+        held = [(job.grant.lock_id, job.lease) for job in book.processing.values() if job.grant and job.lease]
+        self.held_at_start = {lock_id for lock_id, _ in held}
+        self._live_at_start = {lock_id for lock_id, until in held if until.is_live(lease)}
         self._until = lease + grace_ms
         self.recount(book)
         self.whole()
@@ -154,6 +154,8 @@ class Watch:
     def decide(self, book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
         """The real `decide`, with everything looked at before and after."""
         self.steps += 1
+        if self.steps == self.machine.enough:
+            self.machine.finished.set()
         command = call.command
         job_id = getattr(command, "id", None)
         before = book.get(job_id) if job_id is not None else None
@@ -192,7 +194,7 @@ class Watch:
     def _check_claim(self, command: AnyCommand, decision: Decision, expected: list[str]) -> None:
         assert isinstance(command, Claim)
         granted = [change.event.job_id for change in decision.changes if change.event.type == "granted"]
-        self._must(granted == expected, "S14", f"a claim got {granted}, its order is {expected}", (granted or [None])[0])
+        self._must(granted == expected, "S14", f"a claim got {granted}, its order is {expected}", _first(granted))
         if not granted or self.daemon is None:
             return
         parked = self.daemon.actor.parked
@@ -206,12 +208,13 @@ class Watch:
 
     def _check_holder(self, command: Any, decision: Decision, job: Job | None, at: Moment) -> None:
         verb, lock_id = type(command).__name__, command.lock_id
-        is_latest = job is not None and job.status == "processing" and job.grant is not None and (
-            job.grant.lock_id == lock_id
+        is_latest = (
+            job is not None and job.status == "processing" and job.grant is not None and (job.grant.lock_id == lock_id)
         )
         if decision.changes:
             changed = [change.event.job_id for change in decision.changes]
-            self._must(is_latest and changed == [command.id], "S3", f"{verb} of an old grant changed {changed}", command.id)
+            right = is_latest and changed == [command.id]
+            self._must(right, "S3", f"{verb} of an old grant changed {changed}", command.id)
             self._must(isinstance(decision.answer, Answer), "S3", f"a refused {verb} changed {changed}", command.id)
         elif isinstance(decision.answer, Answer):
             ended = job is not None and job.ended is not None and job.ended.lock_id == lock_id
@@ -241,7 +244,8 @@ class Watch:
             final = after is None or (event.type == "fixed" and after.status == "completed")
             self._must(final, "S4", f"{event.type} changed a completed job", event.job_id)
         if before is not None and event.type in ENDINGS:
-            self._must(before.status == "processing", "S4", f"{event.type} ended a job that was {before.status}", before.id)
+            ran = before.status == "processing"
+            self._must(ran, "S4", f"{event.type} ended a job that was {before.status}", before.id)
 
     def _check_stall(self, before: Job, command: AnyCommand, at: Moment) -> None:
         if isinstance(command, (EndGrants, Import)):
@@ -273,18 +277,21 @@ class Watch:
         if lease is not None:
             self._check_lease(before.lease if before is not None else None, job, event, at)
         if event.type == "granted" and before is not None:
-            self._must(before.status == "queued" and before.run_at <= at.now, "S14", "granted before it was due", job.id)
+            due = before.status == "queued" and before.run_at <= at.now
+            self._must(due, "S14", "granted before it was due", job.id)
             self._must(job.attempt == before.attempt + 1, "S4", "a grant is one attempt", job.id)
         if event.type == "lock_expired" and job.grant is not None and job.grant.lock_id in self._live_at_start:
             self._must(at.lease >= self._until, "S5", "a live lock ended within the grace after a start", job.id)
 
     def _check_lease(self, before: Any, job: Job, event: Event, at: Moment) -> None:
         lease, grant = job.lease, job.grant
-        assert lease is not None and grant is not None
+        assert lease is not None
+        assert grant is not None
         if event.type == "imported":
             return
         within = lease.ceiling is None or lease.expires <= lease.ceiling
-        self._must(within, "S11", f"{event.type}: the lock ends at {lease.expires}, its ceiling is {lease.ceiling}", job.id)
+        ends = f"the lock ends at {lease.expires}, its ceiling is {lease.ceiling}"
+        self._must(within, "S11", f"{event.type}: {ends}", job.id)
         limit = grant.max_processing_ms
         if event.type in ("granted", "progress"):
             earliest = at.lease + limit if limit else None
@@ -340,6 +347,8 @@ class Watch:
         at = Moment(book._now, book._lease, book._now - book._lease)
         try:
             compare(book, rows, at, finished_at_hand=False)
+            tokens = [job.grant.fencing_token for job in book.processing.values() if job.grant is not None]
+            assert tokens == sorted(tokens), f"the oldest grant is not the first: {tokens}"
         except AssertionError as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             self.fail("S10", f"the book is not a recount: {place.line} {str(error)[:600]}")
@@ -355,7 +364,7 @@ class Watch:
                 continue
             if old.grants is not None:
                 current = [job_id for job_id, lock_id in old.grants if self._holds(job_id, lock_id)]
-                self._must(not current, "S9", f"the key of a current grant was forgotten: {current}", (current or [None])[0])
+                self._must(not current, "S9", f"the key of a current grant was forgotten: {current}", _first(current))
             else:
                 kept_ms = SAFE_MS if len(rows) >= limit - len(batch.keys) else KEPT_MS
                 suspect = self.daemon is not None and self.daemon.clock.suspect
@@ -400,7 +409,8 @@ class Watch:
             self._check_undone(name, decision, "answered otherwise", job_id)
         for _, granted in _grants(answer):
             token = granted.fencing_token
-            self._must(token <= self.highest_token, "S6", f"grant {token} was answered before its commit", granted.job.id)
+            committed = token <= self.highest_token
+            self._must(committed, "S6", f"grant {token} was answered before its commit", granted.job.id)
 
     def _check_refusal(self, name: str, answer: Refusal, decision: Decision | None, job_id: str | None) -> None:
         if answer.code == "internal_error":
@@ -449,3 +459,6 @@ def _brief(book: Book, job: Job | None) -> tuple[Any, ...]:
     same = job_id is None or book.get(job_id) is job
     return book.next_event, book.next_token, book.next_job, *book.totals.values(), len(book.jobs), same, len(book.stuck)
 
+
+def _first(ids: list[str]) -> str | None:
+    return ids[0] if ids else None

@@ -1,0 +1,81 @@
+"""Everything that has to happen in some seed: each rule, refusal and fault, by the name under which it is counted.
+
+What never happens is not tested, however many seeds pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, get_args
+
+from jobd.commands import REFUSALS, AnyCommand
+from jobd.events import EventType
+from tests.simulation.plan import FAULTS, MISHAPS
+
+# These are the doors' words, not the core's.
+OF_THE_DOORS: Final = frozenset(
+    {
+        "unauthorized",
+        "forbidden",
+        "not_found",
+        "method_not_allowed",
+        "request_timeout",
+        "events_gone",
+        "too_large",
+        "unsupported_media_type",
+    }
+)
+# Counted by what they do, in more than one way.
+IN_PARTS: Final = {
+    "full disk": ("full disk 1", "full disk 2", "full disk 3"),
+    "write error": (),
+    "lost fsync answer": (),
+    "read error": ("failing load",),
+    "upkeep error": tuple(
+        f"failing {what}" for what in ("find", "timeline", "expired", "reports", "prune", "save_figures")
+    ),
+    "rot": ("rot row", "rot payload"),
+}
+ON_DISK: Final = (
+    "crash: unflushed write kept",
+    "crash: unflushed write lost",
+    "write failed, nothing written",
+    "write failed, yet written",
+    "write on a full disk (1)",
+    "write on a full disk (2)",
+    "write on a full disk (3)",
+    "load failed",
+    "find failed",
+    "timeline failed",
+    "expired failed",
+    "reports failed",
+    "prune failed",
+    "save_figures failed",
+)
+OTHERS: Final = (
+    "answer replayed",
+    "grant undelivered",
+    "operator cleanup",
+    "operator recover-stuck",
+    "daemon ended: killed",
+    "daemon ended: stopped",
+    "daemon ended: disk broken",
+)
+
+
+def names() -> list[str]:
+    faults = [part for fault in FAULTS for part in IN_PARTS.get(fault, (fault,))]
+    return [
+        *(f"command {kind.__name__}" for kind in get_args(AnyCommand)),
+        *(f"event {kind}" for kind in get_args(EventType)),
+        *(f"refusal {code}" for code in REFUSALS if code not in OF_THE_DOORS),
+        *(f"fault {name}" for name in faults),
+        *(f"mishap {name}" for name in MISHAPS),
+        *ON_DISK,
+        *OTHERS,
+    ]
+
+
+def never(fired: Mapping[str, int]) -> list[str]:
+    """What should have happened and did not."""
+    return [name for name in names() if not fired.get(name)]

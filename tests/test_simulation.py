@@ -1,0 +1,124 @@
+"""A few hundred seeds of the simulation, and the simulation itself: same seed, same journal; nothing left unplayed.
+
+The long run is `python -m tests.simulation --seeds 20000 --jobs 2`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from jobd.actor import Actor
+from jobd.deciding import Plan
+from tests.simulation import __main__ as program
+from tests.simulation.expected import never
+from tests.simulation.run import Outcome, explain, simulate
+
+CHUNKS: Final = 8
+SEEDS: Final = 40  # of each chunk
+STEPS: Final = 300
+
+
+def held(outcome: Outcome) -> str:
+    """Empty, or what to do to see what happened."""
+    if outcome.broken is None:
+        return ""
+    return f"{outcome.broken[:2]}: python -m tests.simulation --seed {outcome.seed} --seeds 1 --steps {STEPS}"
+
+
+def play(chunk: int) -> Counter[str]:
+    fired: Counter[str] = Counter()
+    for seed in range(chunk * SEEDS, (chunk + 1) * SEEDS):
+        outcome = simulate(seed, STEPS)
+        assert not held(outcome)
+        fired.update(outcome.fired)
+    return fired
+
+
+_fired: dict[int, Counter[str]] = {}
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_every_promise_holds(chunk: int) -> None:
+    _fired[chunk] = play(chunk)
+
+
+def test_every_rule_refusal_and_fault_was_met() -> None:
+    """Over the seeds above, played here again where another process has them."""
+    fired: Counter[str] = Counter()
+    for chunk in range(CHUNKS):
+        fired.update(_fired.get(chunk) or play(chunk))
+        if not never(fired):
+            break
+    assert never(fired) == []
+
+
+def test_the_same_seed_gives_the_same_journal() -> None:
+    first, second = simulate(7, 400, tell=True), simulate(7, 400)
+    assert first.digest == second.digest
+    assert (first.steps, first.fired) == (second.steps, second.fired)
+    assert simulate(8, 400).digest != first.digest
+
+
+def test_the_journal_does_not_depend_on_hash_order() -> None:
+    """Byte for byte, in processes whose sets and dicts of strings are laid out differently."""
+    code = "from tests.simulation.run import simulate; print([simulate(seed, 300).digest for seed in (1, 2, 3)])"
+    root = Path(__file__).parent.parent
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(root)},
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2", "77")
+    }
+    assert len(told) == 1
+
+
+def test_a_bug_is_found_and_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An actor that answers although nothing was written."""
+
+    async def write(self: Actor, plan: Plan) -> dict[int, bytes]:
+        self._decider.committed(plan)
+        return {}
+
+    monkeypatch.setattr(Actor, "_write", write)
+    assert program.main(["--seeds", "3", "--steps", "50"]) == 1
+    told = capsys.readouterr().out
+    assert "S6 broke" in told
+    assert "With nothing but the faults [] and the mishaps []" in told
+    assert "is not on the disk" in told
+
+
+def test_what_matters_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that goes wrong in a seed only that is left without which the promise holds."""
+
+    async def take_back(self: Actor, plan: Plan) -> None:
+        self._decider.keys.rollback()  # and the jobs stay as the refused batch had them
+
+    monkeypatch.setattr(Actor, "_take_back", take_back)
+    found = next(outcome for seed in range(50) if (outcome := simulate(seed, 300)).broken is not None)
+    assert found.broken is not None
+    least = explain(found.seed, 300, found.broken)
+    assert least.broken is not None
+    assert least.story
+    from tests.simulation.plan import draw
+
+    assert set(draw(found.seed, frozenset(least.without)).faults) & {"full disk", "rot"}
+
+
+def test_the_program_counts_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--seeds", "12", "--steps", "60", "--jobs", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "12 seeds" in told
+    assert "never happened: " in told
+    assert "event created" in told
