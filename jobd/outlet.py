@@ -11,10 +11,11 @@ import select
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 MOST_CHARS: Final = 1 << 20  # what may wait while nobody reads; what comes on top of it is dropped and counted
+PIECE_CHARS: Final = 64 << 10  # lines go out by the piece: for each write the thread must get its turn from the loop
 LAST_S: Final = 2.0  # how long the end of the process waits for a reader
 
 
@@ -64,12 +65,25 @@ class Outlet:
                 dropped, self._dropped = self._dropped, 0
                 if dropped:
                     self._confess(dropped)  # the first of the lines to come: what was dropped came before them
-            for line in lines:
-                _write(line)
+            for piece in _pieces(lines):
+                _write(piece)
 
 
-def _write(line: str) -> None:
-    """One line to stderr, past Python's buffers: at the end of the process nobody may wait for their locks.
+def _pieces(lines: deque[str]) -> Iterator[str]:
+    """Whole lines in pieces of about PIECE_CHARS."""
+    piece: list[str] = []
+    chars = 0
+    for line in lines:
+        piece.append(f"{line}\n")
+        chars += len(line)
+        if chars >= PIECE_CHARS:
+            yield "".join(piece)
+            piece, chars = [], 0
+    yield "".join(piece)
+
+
+def _write(text: str) -> None:
+    """Text to stderr, past Python's buffers: at the end of the process nobody may wait for their locks.
 
     Whatever has become of stderr, the daemon goes on.
     """
@@ -77,7 +91,7 @@ def _write(line: str) -> None:
         return
     with contextlib.suppress(OSError, ValueError):
         stream: Any = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)
-        rest = memoryview(f"{line}\n".encode(errors="backslashreplace"))
+        rest = memoryview(text.encode(errors="backslashreplace"))
         while rest:
             written = stream.write(rest)
             if written is None:  # somebody who has the same terminal has made it non-blocking

@@ -68,6 +68,13 @@ def test_nobody_waits_and_what_is_dropped_is_counted_where_it_is_missing(monkeyp
     assert lost > 9_000
 
 
+def test_many_lines_at_once_are_all_written_where_somebody_reads() -> None:
+    """While the loop is busy the writer gets few turns: they must be enough."""
+    done = subprocess.run([sys.executable, "-c", SAY, "50000"], capture_output=True, text=True, check=True)
+    assert "log_lines_dropped" not in done.stderr
+    assert len(done.stderr.splitlines()) == 50_000
+
+
 def test_a_line_larger_than_all_that_may_wait_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outlet, "MOST_CHARS", 10)
     pipe = Pipe(monkeypatch)
