@@ -289,8 +289,8 @@ class Book:
             self.saw(job.grant.worker, self._now)
             self.workers[job.grant.worker].jobs[job.id] = None
             self._deadline_of.pop(job.id, None)
-        # An entry that is too early is looked at again when it comes up, so a moved deadline costs nothing here. It moves
-        # back only where a batch is taken back.
+        # An entry that is too early is looked at again when it comes up, so a moved deadline costs nothing here.
+        # One moves back only with a batch that is taken back.
         known = self._deadline_of.get(job.id)
         too_late = known is None or known > job.lease.expires or known > job.lease.stuck
         if too_late or job.id in self.expired_locks or job.id in self.cleared_locks:
