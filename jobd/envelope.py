@@ -6,10 +6,11 @@ Knows no rule and no disk.
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Any, Final, get_args
 
 from jobd.answers import Answer
 from jobd.commands import (
+    AnyCommand,
     Bulk,
     Call,
     Cancel,
@@ -55,26 +56,32 @@ ENDINGS: Final = (
 )  # fmt: skip
 
 
+def _room(kind: type) -> float:
+    if kind in CREATES:
+        return 0.70
+    return 0.85 if kind in (Start, Claim, *READS) and kind is not Ping else 1.0
+
+
+# By type, once: every command asks for these on its way.
+_ROOM: Final[dict[type, float]] = {kind: _room(kind) for kind in get_args(AnyCommand)}
+_ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, OnJob | Import))
+
+
 def share(command: Command) -> float:
     """How full the mailbox may be for `command` to come in: running work and operators come in last of all."""
-    if isinstance(command, CREATES):
-        return 0.70
-    if isinstance(command, (Start, Claim, *READS)) and not isinstance(command, Ping):
-        return 0.85
-    return 1.0
+    return _ROOM[type(command)]
 
 
-def named_ids(command: Command) -> list[str]:
+def named_ids(command: Any) -> list[str]:
     """The ids of the jobs that the decision about `command` will look up."""
-    if isinstance(command, Create):
-        return [command.id] if command.id is not None else []
-    if isinstance(command, (OnJob, Import)):
+    kind = type(command)
+    if kind in _ON_JOB:
         return [command.id]
-    if isinstance(command, Bulk):
+    if kind is Create:
+        return [command.id] if command.id is not None else []
+    if kind is Bulk:
         return [job.id for job in command.jobs if job.id is not None]
-    if isinstance(command, (DeleteExpired, Mend)):
-        return command.ids
-    return []
+    return command.ids if kind in (DeleteExpired, Mend) else []
 
 
 def deleted_ids(command: Command) -> list[str]:
@@ -120,6 +127,8 @@ class Asked:
     @property
     def is_abandoned(self) -> bool:
         """Nobody waits for the answer any more."""
+        if len(self.futures) == 1:
+            return self.futures[0].cancelled()
         return all(future.cancelled() for future in self.futures)
 
     def reply(self, answer: Answer | Refusal) -> int:
