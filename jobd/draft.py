@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from hashlib import blake2b
 from typing import Any
-from uuid import UUID
 
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 from jobd.answers import Answer
 from jobd.book import Book
@@ -65,8 +64,8 @@ class Draft:
 
     def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> Job:
         """A new job. Its event carries every field."""
-        fields = {name: getattr(job, name) for name in Job.__struct_fields__}
-        event = self._event(job, None, job.status, event_type, self.call.by, None, None, Changes(**fields))
+        changes = Changes(*astuple(job))  # the same fields, in the same order
+        event = self._event(job, None, job.status, event_type, self.call.by, None, None, changes)
         self.changes.append(Change(None, job, event, payload, request_hash))
         return job
 
@@ -99,7 +98,8 @@ class Draft:
         bits = (self.at.now & (2**48 - 1)) << 80 | int.from_bytes(tail, "big")
         bits = bits & ~(0xF << 76) | 0x7 << 76  # version 7
         bits = bits & ~(0x3 << 62) | 0x2 << 62  # variant of the RFC
-        return str(UUID(int=bits))
+        text = f"{bits:032x}"
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
     def fraction(self, number: int) -> float:
         """A number in [0, 1) from the call's own randomness."""
