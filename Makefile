@@ -36,7 +36,7 @@ check: $(READY)  ## all that CI runs: format, lint, types, tests on both event l
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --loop both --numprocesses $(PARALLEL)
+	$(MAKE) test ARGS="--loop both --numprocesses $(PARALLEL)"
 	$(BIN)/jobd demo
 
 format: $(READY)  ## put the code into its usual form

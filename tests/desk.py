@@ -201,7 +201,7 @@ def due_order(
 
 
 def compare(book: Book, rows: dict[str, Job], at: Moment, *, finished_at_hand: bool = True) -> None:
-    """Every order and counter of the book against a recount over all rows. After a start finished jobs are not at hand."""
+    """Every order and counter of the book against a recount over all rows. A start has no finished jobs at hand."""
     book.advance(at.now, at.lease)
     _compare_counts(book, rows)
     _compare_orders(book, rows, at)
