@@ -193,6 +193,7 @@ class Actor:
         """Serve the mailbox until `stop`. Raises DiskBroken where the outcome of a commit is unknown."""
         while not (self._stopping and not self._mailbox and not self.parked and not self._owes()):
             await self._something_to_do()
+            await self._let_in()
             batch = self._take()
             try:
                 if self._lost_disk is not None:
@@ -218,6 +219,13 @@ class Actor:
                 at = self._clock.moment()
                 self.book.advance(at.now, at.lease)
         self._wake.clear()
+
+    async def _let_in(self) -> None:
+        """What has arrived already is read before a batch is taken: one commit for all of it. Nothing is waited for."""
+        waiting = -1
+        while waiting < len(self._mailbox) < BATCH_WEIGHT:
+            waiting = len(self._mailbox)
+            await asyncio.sleep(0)
 
     def _owes(self) -> bool:
         """Whether something of our own can be done at once."""
