@@ -14,6 +14,7 @@ import signal
 import socket
 import ssl
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,7 @@ EXIT_BUSY: Final = 75
 EXIT_CONFIG: Final = 78
 
 GRACE_MS: Final = 30 * SECOND_MS  # after a start nothing of a processing job ends sooner
+SAME_MOMENT_S: Final = 0.05
 STOP_S: Final = 20.0  # for requests in flight; systemd waits longer
 SLICE: Final = 500
 
@@ -96,6 +98,7 @@ class Daemon:
         self._loaded = loaded
         self._reload = reload
         self._stop = asyncio.Event()
+        self._asked_at = 0.0
         self._webs: list[Web] = []
 
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
@@ -144,7 +147,9 @@ class Daemon:
             raise CannotStart(str(error), EXIT_BUSY) from None
         except StoreError as error:
             raise CannotStart(str(error), EXIT_CONFIG) from None
-        except (OSError, DiskFull) as error:
+        except OSError as error:
+            raise CannotStart(*_why_not_opened(settings.path, error)) from None
+        except DiskFull as error:
             raise CannotStart(f"{settings.path}: {error}", EXIT_IO) from None
         stack.push_async_callback(store.close)
         for fault in opened.faults:
@@ -224,6 +229,10 @@ class Daemon:
         loop.add_signal_handler(signal.SIGUSR1, self._dump)
 
     def _asked_to_stop(self, name: str) -> None:
+        now = time.monotonic()
+        if self._stop.is_set() and now - self._asked_at < SAME_MOMENT_S:
+            return  # one wish, told twice: to the process and to its group
+        self._asked_at = now
         if self._stop.is_set():
             line.critical("aborted", signal=name)
             os._exit(1)  # whatever was answered is on disk
@@ -283,6 +292,16 @@ class Daemon:
         self.actor.stop()
         with contextlib.suppress(DiskBroken):  # said already, by until_stopped
             await self._running
+
+
+def _why_not_opened(path: str, error: OSError) -> tuple[str, int]:
+    """A sentence and the exit code: a place where this user cannot keep a store is a matter of configuration."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        hint = f"user {os.geteuid()} may not keep a store there; give it the directory, or choose another store.path"
+        return f"{path}: {error.strerror}: {hint}", EXIT_CONFIG
+    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        return f"{path}: {error.strerror}: store.path has to name a file in a directory", EXIT_CONFIG
+    return f"{path}: {error}", EXIT_IO
 
 
 class Randomness:

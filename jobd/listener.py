@@ -26,7 +26,7 @@ BACKLOG: Final = 1024
 LINGER_S: Final = 5.0  # how long the rest of a refused body is read, so that the client gets to see the answer
 LAST_BREATH_S: Final = 0.1  # after the deadline of a stop, for cancelled handlers to end
 
-log = structlog.get_logger()
+log = structlog.get_logger("jobd.web")
 
 
 class Connection(RequestHandler):
@@ -59,13 +59,13 @@ class Connection(RequestHandler):
             why = line if isinstance(exc, LineTooLong) else "its head or its framing is wrong"
             refusal = Refusal("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
         else:
-            self.log_exception("bug in a connection", exc_info=exc)
+            self.log_exception("connection_bug", exc_info=exc)
             refusal = BUG
         return self._web.refuse(request, refusal, close=True)
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
         exc = kw.get("exc_info")
-        log.error("bug in a connection", error=type(exc).__name__)
+        log.error("connection_bug", error=type(exc).__name__)
 
     def log_debug(self, *args: Any, **kw: Any) -> None:
         """aiohttp's own chatter about clients that went away."""
@@ -149,7 +149,7 @@ class Listener:
                 await self.site.quiet()
                 await self._server.shutdown(None)
         except TimeoutError:
-            log.warning("requests cut off", door=self.site.gate.name, connections=self.connections)
+            log.warning("requests_cut_off", door=self.site.gate.name, connections=self.connections)
             await self._server.shutdown(LAST_BREATH_S)
 
 

@@ -31,7 +31,7 @@ BACKUP_KIND: Final = "application/vnd.sqlite3"
 # Refusals that the next line would meet as well: the import stops there, and can be sent again later.
 STOPPING: Final = frozenset({"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs"})
 
-log = structlog.get_logger()
+log = structlog.get_logger("jobd.web")
 
 
 class RefusedLine(Struct, frozen=True):

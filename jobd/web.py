@@ -40,7 +40,7 @@ from jobd.sparing import Sparing
 
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
-log = structlog.get_logger()
+log = structlog.get_logger("jobd.web")
 
 
 class Ask(Protocol):
@@ -271,7 +271,7 @@ class Web:
         route = visit.route
         at = traceback.extract_tb(bug.__traceback__)[-1]
         log.error(
-            "bug in a request",
+            "request_bug",
             command=None if route is None else route.asks.__name__,
             job=visit.job_id,
             error=type(bug).__name__,

@@ -277,3 +277,13 @@ def test_a_failed_fsync_ends_the_daemon_whoever_asked_for_it(tmp_path: Path) -> 
         daemon.kill()
         daemon.start()
         assert daemon.get("/v1/jobs/a").data["status"] == "queued"
+
+
+@pytest.mark.parametrize("place", ["a-directory", "a-file/jobd.db"])
+def test_a_store_that_cannot_be_there_is_a_matter_of_configuration(tmp_path: Path, place: str) -> None:
+    (tmp_path / "a-directory").mkdir()
+    (tmp_path / "a-file").touch()
+    run = Daemon(tmp_path, JOBD_STORE_PATH=str(tmp_path / place)).spawn()
+    _, log = run.communicate(timeout=30)
+    assert run.returncode == 78, log
+    assert "store.path has to name a file in a directory" in log.decode()

@@ -159,7 +159,7 @@ async def test_a_bug_beyond_the_walk_ends_one_connection(house: House, monkeypat
     with capture_logs() as logs:
         heard = await line.ask("GET", "/v1/jobs")
     assert (heard.status, heard.error, heard.headers["connection"]) == (500, "internal_error", "close")
-    assert [entry["event"] for entry in logs] == ["bug in a connection", "refused"]
+    assert [entry["event"] for entry in logs] == ["connection_bug", "refused"]
     assert "canary" not in str(logs) + heard.body.decode()
     assert await line.is_closed()
     assert (await house.ask("GET", "/healthz")).status == 200
@@ -319,7 +319,7 @@ async def test_after_the_deadline_the_rest_is_cut_off(house: House) -> None:
         await house.stop(0.05)
     assert house.desk.cancelled.is_set()
     assert await line.is_closed()
-    assert [entry["event"] for entry in logs] == ["requests cut off"]
+    assert [entry["event"] for entry in logs] == ["requests_cut_off"]
 
 
 # -- sockets ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""Every command has its place: a share of the mailbox, the jobs that it names, its standing on a full disk."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+from msgspec.structs import fields
+
+from jobd.commands import AnyCommand, Bulk, Create, DeleteExpired, EndGrants, Mend, Ping, Recover
+from jobd.commands import CreditAbsence as Credit
+from jobd.envelope import CREATES, ENDINGS, READS, named_ids, share
+
+COMMANDS = get_args(AnyCommand)
+
+# Neither new work, nor reading, nor an ending: refused while a full disk leaves room for endings alone.
+OTHERS = {
+    "Claim", "Start", "Progress", "Extend", "ExtendLock", "ForceReset", "Transition", "RunNow", "Update", "Pause",
+    "Resume", "Mend", "Tick", "Report",
+}  # fmt: skip
+
+
+def test_every_command_is_of_one_kind() -> None:
+    """A new command has to be told what it is: a default would refuse a read on a full disk, or let a create in."""
+    kinds = [*CREATES, *READS, *ENDINGS, *(kind for kind in COMMANDS if kind.__name__ in OTHERS)]
+    assert sorted(kind.__name__ for kind in kinds) == sorted(kind.__name__ for kind in COMMANDS)
+
+
+@pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
+def test_every_command_has_a_share_of_the_mailbox(kind: Any) -> None:
+    room = 1.0
+    if kind in CREATES:
+        room = 0.70
+    elif kind.__name__ in ("Start", "Claim") or (kind in READS and kind is not Ping):
+        room = 0.85
+    assert share(_made(kind)) == room
+
+
+@pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
+def test_the_jobs_that_a_command_names_are_looked_up_before_it_is_decided(kind: Any) -> None:
+    """Those that end or credit grants name live jobs, which memory holds."""
+    names = {field.name for field in fields(kind)}
+    named = named_ids(_made(kind))
+    if kind is Bulk:
+        assert named == ["a", "b"]
+    elif kind in (Credit, EndGrants, Recover):
+        assert named == []
+    elif "ids" in names:
+        assert kind in (DeleteExpired, Mend)
+        assert named == ["a", "b"]
+    else:
+        assert named == (["a"] if "id" in names else [])
+
+
+def _made(kind: Any) -> Any:
+    """A command of this kind, made without looking at its values."""
+    given: dict[str, Any] = {field.name: None for field in fields(kind) if field.required}
+    if "id" in kind.__struct_fields__:
+        given["id"] = "a"
+    if "ids" in kind.__struct_fields__:
+        given["ids"] = ["a", "b"]
+    if kind is Bulk:
+        given["jobs"] = [Create(id="a"), Create(), Create(id="b")]
+    return kind(**given)
