@@ -2,10 +2,11 @@
 """Turn an old, hand-written job table (a SQLite file or a CSV dump) into lines for `jobctl import`.
 
     python3 import_old_jobs.py old.db --table jobs | jobctl import -
-    python3 import_old_jobs.py jobs.csv --map kind=type --status running=processing --timezone local | jobctl import -
+    python3 import_old_jobs.py jobs.csv --map kind=task --status parked=queued --timezone local | jobctl import -
 
-Nothing is changed in the old table. Lines go to stdout; rows that cannot be read are named on stderr and left out
-(the exit code is 1 then). Run it as often as you like: an id that exists in jobd already is skipped by the import.
+Nothing is changed in the old table. Lines go to stdout. Columns that no field takes are named on stderr; so are rows
+that cannot be read, which are left out (the exit code is 1 then). A BLOB that holds text is read as text; other bytes
+become base64 in payload and metadata. Run it as often as you like: an id that exists in jobd already is skipped by the import.
 
 Uses the standard library alone, so that you can copy it and bend it to your table.
 """
@@ -13,12 +14,14 @@ Uses the standard library alone, so that you can copy it and bend it to your tab
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
 import json
 import re
+import signal
 import sqlite3
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +48,7 @@ COLUMNS = {
     "worker": ["worker", "locked_by", "lockedBy", "worker_id"],
     "download_url": ["download_url", "downloadUrl", "result_url"],
     "file_path": ["file_path", "filePath", "output_path"],
-    "storage_key": ["storage_key", "storageKey"],
+    "storage_key": ["storage_key", "storageKey", "r2Key", "r2_key"],
     "metadata": ["metadata", "meta", "result"],
     "error_message": ["error_message", "errorMessage", "error"],
     "error_code": ["error_code", "errorCode"],
@@ -72,18 +75,36 @@ JSON_FIELDS = {"payload", "metadata"}
 WHOLE_NUMBERS = {"attempt", "max_attempts", "priority"}
 
 
-def read_sqlite(path: Path, table: str) -> Iterator[dict[str, Any]]:
+def read(source: Path, table: str) -> Iterator[Sequence[Any]]:
+    """The names of the columns first, then the values of each row. Ends the program where the source cannot be read."""
+    try:
+        yield from read_csv(source) if source.suffix.lower() == ".csv" else read_sqlite(source, table)
+    except (OSError, sqlite3.Error, csv.Error, UnicodeError) as error:
+        sys.exit(f"import_old_jobs: cannot read {source}: {error}")
+
+
+def read_sqlite(path: Path, table: str) -> Iterator[Sequence[Any]]:
     with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
-        db.row_factory = sqlite3.Row
+        db.text_factory = bytes  # a text that is no UTF-8 costs its row, not the run
         quoted = table.replace('"', '""')
-        for row in db.execute(f'SELECT * FROM "{quoted}"'):  # an identifier cannot be a parameter
-            yield dict(row)
+        rows = db.execute(f'SELECT * FROM "{quoted}"')  # an identifier cannot be a parameter
+        yield [column[0] for column in rows.description]
+        yield from rows
 
 
-def read_csv(path: Path) -> Iterator[dict[str, Any]]:
+def read_csv(path: Path) -> Iterator[Sequence[Any]]:
     csv.field_size_limit(1 << 24)
     with path.open(newline="", encoding="utf-8-sig") as file:
-        yield from csv.DictReader(file)
+        yield from filter(None, csv.reader(file))  # without blank lines
+
+
+def as_text(value: bytes) -> str | None:
+    """The text that these bytes hold, None where they hold none."""
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
 
 
 def to_ms(value: Any, zone: str) -> int:
@@ -103,24 +124,39 @@ def to_json(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, parse_constant=_no_json)
     except ValueError:
         return value
 
 
-def convert(row: Mapping[str, Any], columns: Mapping[str, list[str]], statuses: Mapping[str, str], zone: str) -> dict:
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def to_whole(value: Any) -> int:
+    """A whole number, also where a dump has written it as 3.0."""
+    try:
+        return int(str(value))
+    except ValueError:
+        number = float(value)
+    if not number.is_integer():
+        raise ValueError("it is not whole")
+    return int(number)
+
+
+def convert(row: Mapping[str, Any], taken: Mapping[str, str], statuses: Mapping[str, str], zone: str) -> dict[str, Any]:
     """One old row as one line of an import. ValueError says what is wrong with it."""
     job: dict[str, Any] = {}
-    for field, names in columns.items():
-        value = next((row[name] for name in names if name in row), None)
-        if value is None or value == "":
+    for field, column in taken.items():
+        value = row.get(column)
+        if value is None or value in ("", b""):
             continue
         try:
             job[field] = _value(field, value, zone)
-        except ValueError as error:
-            raise ValueError(f"{field}: {value!r} cannot be read ({error})") from None
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{field}: {value!r:.80} cannot be read ({error})") from None
     if "id" not in job:
-        raise ValueError("no id: name its column with --map id=COLUMN")
+        raise ValueError("it has no id")
     old = str(job.get("status", "queued"))
     if old.lower() not in statuses:
         raise ValueError(f"unknown status {old!r}: add --status {old}=queued (or what it means)")
@@ -129,10 +165,17 @@ def convert(row: Mapping[str, Any], columns: Mapping[str, list[str]], statuses: 
 
 
 def _value(field: str, value: Any, zone: str) -> Any:
+    if isinstance(value, bytes):
+        text = as_text(value)
+        if text is None and field not in JSON_FIELDS:
+            raise ValueError("it is no text")
+        if text is None:
+            return base64.b64encode(value).decode()
+        value = text
     if field.endswith("_at"):
         return to_ms(value, zone)
     if field in WHOLE_NUMBERS:
-        return int(value)
+        return to_whole(value)
     if field == "progress":
         return float(value)
     if field in JSON_FIELDS:
@@ -157,26 +200,54 @@ def split_pairs(pairs: list[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    columns = {**COLUMNS, **{field: [column] for field, column in split_pairs(args.map).items()}}
-    unknown = set(columns) - set(COLUMNS)
+def take(names: Sequence[str], mapped: dict[str, str]) -> dict[str, str]:
+    """Which column each field is taken from; the columns that are left over are named on stderr."""
+    unknown = set(mapped) - set(COLUMNS)
     if unknown:
         sys.exit(f"import_old_jobs: jobd has no field {', '.join(sorted(unknown))}; it has {', '.join(COLUMNS)}")
+    absent = [column for column in mapped.values() if column not in names]
+    if absent:
+        sys.exit(f"import_old_jobs: there is no column {', '.join(absent)}; there are: {', '.join(names)}")
+    taken = {field: name for field, known in COLUMNS.items() for name in reversed(known) if name in names} | mapped
+    if "id" not in taken:
+        sys.exit(f"import_old_jobs: no column is the id: add --map id=COLUMN; there are: {', '.join(names)}")
+    ignored = [name for name in names if name not in taken.values()]
+    if ignored:
+        print(f"columns ignored: {', '.join(ignored)}", file=sys.stderr)
+    return taken
+
+
+def line_of(names: Sequence[str], values: Sequence[Any], *how: Any) -> str:
+    """One row as a line of JSON. ValueError says what is wrong with it."""
+    if len(values) > len(names):
+        raise ValueError("it has more values than there are columns")
+    return json.dumps(convert(dict(zip(names, values, strict=False)), *how), allow_nan=False)
+
+
+def shown_id(names: Sequence[str], values: Sequence[Any], column: str) -> str:
+    value = dict(zip(names, values, strict=False)).get(column)
+    if isinstance(value, bytes):
+        value = as_text(value) or value.hex()
+    return "no id" if value in (None, "") else f"id {value}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    mapped = split_pairs(args.map)
     statuses = {**STATUSES, **{old.lower(): new for old, new in split_pairs(args.status).items()}}
-    rows = read_csv(args.source) if args.source.suffix.lower() == ".csv" else read_sqlite(args.source, args.table)
+    rows = read(args.source, args.table)
+    names = next(rows, [])
+    taken = take(names, mapped)
     left_out = 0
-    try:
-        for number, row in enumerate(rows, start=1):
-            try:
-                print(json.dumps(convert(row, columns, statuses, args.timezone)))
-            except ValueError as error:
-                left_out += 1
-                print(f"row {number} is left out: {error}", file=sys.stderr)
-    except (OSError, sqlite3.Error, csv.Error) as error:
-        sys.exit(f"import_old_jobs: cannot read {args.source}: {error}")
+    for number, values in enumerate(rows, start=1):
+        try:
+            print(line_of(names, values, taken, statuses, args.timezone))
+        except ValueError as error:
+            left_out += 1
+            print(f"row {number} ({shown_id(names, values, taken['id'])}) is left out: {error}", file=sys.stderr)
     return 1 if left_out else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly, as it does other tools
     sys.exit(main())
