@@ -1,4 +1,4 @@
-"""Time as one more sender of commands: fast recovery, ticks of lease time, cleanup passes and their reports.
+"""Time as one more sender of commands: when to recover, to keep lease time, to make a pass (passes.py).
 
 Decides nothing about a job: it only looks for work, and the rules judge each command when it is applied. Once running
 it is stopped by a message, never cancelled.
@@ -7,77 +7,25 @@ it is stopped by a message, never cancelled.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from itertools import islice
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
 
 import msgspec
 import structlog
-from msgspec import Struct, field
 
 from jobd.actor import Actor
-from jobd.answers import CleanupReport, CleanupState, Issue, Recovered, RecoverStuckView, Recovery, Worked
-from jobd.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Recover, Refusal, Report, Tick
+from jobd.answers import CleanupReport, CleanupState, RecoverStuckView, Recovery
+from jobd.commands import Refusal, Report, Tick
 from jobd.figures import PROCESSING_BUCKETS_S, Figures
-from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS
-from jobd.validation import counts, validate
+from jobd.job import SECOND_MS
+from jobd.passes import Clock, DropArtefacts, Hands, Pass, Refused, Schedule, Unfinished
 
 log = structlog.get_logger("jobd.cleanup")
 
 T = TypeVar("T")
 
 TICK_S: Final = 10.0
-PAUSE_S: Final = 0.002  # after each slice, so that workers get the loop and the disk in between
-SCAN: Final = 500  # jobs validated in one go: below a millisecond
-ISSUES_LOGGED: Final = 20  # of one pass; the rest is in the report's count
 LATE_AFTER: Final = 3  # periods without a pass that succeeded, before health complains
-
-
-class Schedule(Struct, frozen=True):
-    """When passes and recovery run, and in what slices. `recover_every_ms` 0 leaves recovery to the passes."""
-
-    interval_ms: int = 5 * MINUTE_MS
-    min_interval_ms: int = 2 * MINUTE_MS
-    recover_every_ms: int = 10 * SECOND_MS
-    batch: int = 200  # jobs of one command
-    journal_ms: int = DAY_MS  # how long the journal of a deleted job is kept
-
-
-class Clock(Protocol):
-    @property
-    def suspect(self) -> bool: ...
-    def moment(self) -> Moment: ...
-
-
-class Totals(Struct):
-    """What was done since the process started, for metrics."""
-
-    passes: int = 0
-    found: Counter[str] = field(default_factory=Counter)  # kind -> jobs
-    issues: Counter[str] = field(default_factory=Counter)  # type -> issues
-
-
-class Refused(Exception):
-    """The actor refused one of our commands."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
-
-
-class Unfinished(Exception):
-    """A step could not do all of its work; the message says why."""
-
-
-class _Pass(Struct):
-    """A pass under way."""
-
-    forced: bool
-    errors: list[str] = field(default_factory=list)
-    found: int = 0
-    fixed: int = 0
-    logged: int = 0
 
 
 class Cleaner:
@@ -93,24 +41,27 @@ class Cleaner:
         clock: Clock,
         schedule: Schedule | None = None,
         *,
-        drop_artefacts: Callable[[Sequence[str]], Awaitable[list[str]]] | None = None,
+        drop_artefacts: DropArtefacts | None = None,
     ) -> None:
-        self.schedule = schedule or Schedule()
+        self._hands = Hands(actor, clock, schedule or Schedule())
         self.last_report: CleanupReport | None = None
-        self.totals = Totals()
+        self.totals = self._hands.totals
         self.is_running = False  # a pass is under way
         self._actor = actor
         self._book = actor.book
         self._disk = actor.disk
         self._clock = clock
         self._drop_artefacts = drop_artefacts
-        self._stopping = False
         self._pass_wake = asyncio.Event()
         self._time_wake = asyncio.Event()
         self._asked: asyncio.Future[CleanupReport] | None = None  # the answer to who waits for the next, or this, pass
         self._forced = False
         self._last_begin = self._last_success = asyncio.get_running_loop().time()  # loop times, in seconds
         self._last_end: float | None = None
+
+    @property
+    def schedule(self) -> Schedule:
+        return self._hands.schedule
 
     # -- for others ---------------------------------------------------------------------------------------------------
 
@@ -124,20 +75,20 @@ class Cleaner:
 
     def stop(self) -> None:
         """End after the slice that is under way. Call it while the actor still takes commands."""
-        self._stopping = True
+        self._hands.stopping = True
         self._pass_wake.set()
         self._time_wake.set()
 
     def set_schedule(self, schedule: Schedule) -> None:
         """A new configuration, in force at once."""
-        self.schedule = schedule
+        self._hands.schedule = schedule
         self._pass_wake.set()
         self._time_wake.set()
 
     async def run_pass(self, *, forced: bool) -> CleanupReport:
         """The report of the pass under way, or of a new one. Unforced within `min_interval_ms`: the last report."""
         if self._asked is None:
-            if self._stopping:
+            if self._hands.stopping:
                 return self._no_pass()
             if not forced and self.last_report is not None and not self._may_run():
                 return self.last_report
@@ -151,7 +102,7 @@ class Cleaner:
         """Recover every stuck job now, for an operator. A refusal where nothing could be done."""
         details: list[Recovery] = []
         try:
-            await self._recover("admin", details)
+            await self._hands.recover("admin", details)
         except Refused as refused:
             if not details:
                 return refused.refusal
@@ -190,7 +141,7 @@ class Cleaner:
     async def _keep_time(self) -> None:
         loop_time = asyncio.get_running_loop().time
         next_recovery = next_tick = loop_time()
-        while not self._stopping:
+        while not self._hands.stopping:
             every_s = self.schedule.recover_every_ms / SECOND_MS
             next_recovery = min(next_recovery, loop_time() + every_s)
             if every_s and loop_time() >= next_recovery:
@@ -204,7 +155,7 @@ class Cleaner:
 
     async def _recover_due(self) -> None:
         if self._has_expired():
-            await self._recover("recovery", [])
+            await self._hands.recover("recovery", [])
 
     def _has_expired(self) -> bool:
         """Whether a lock has expired or a job become stuck: a look at three heads, whatever the number of jobs."""
@@ -212,17 +163,6 @@ class Cleaner:
             return True
         deadline = self._book.next_deadline()
         return deadline is not None and deadline <= self._clock.moment().lease
-
-    async def _recover(self, by: str, details: list[Recovery]) -> None:
-        """All stuck jobs and expired locks, slice by slice; what was done goes into `details`."""
-        while True:
-            done: Recovered = await self._ask(Recover(limit=self.schedule.batch), by)
-            details += done.details
-            self.totals.found["stuck"] += len(done.details)
-            self.totals.found["expired_locks"] += done.locks_cleared
-            if not done.more or not (done.details or done.locks_cleared):
-                return
-            await self._breathe()
 
     async def _tick(self) -> None:
         """A crash shall not cost running grants their lease time: keep it on disk while there is one."""
@@ -233,7 +173,7 @@ class Cleaner:
 
     async def _keep_house(self) -> None:
         loop_time = asyncio.get_running_loop().time
-        while not self._stopping:
+        while not self._hands.stopping:
             if self._asked is not None or loop_time() >= self._next_pass():
                 await self._one_pass()
             await _pause(self._pass_wake, self._next_pass() - loop_time())
@@ -249,10 +189,9 @@ class Cleaner:
 
     async def _one_pass(self) -> None:
         loop_time = asyncio.get_running_loop().time
-        now = _Pass(self._forced)
-        self._forced, self.is_running, self._last_begin = False, True, loop_time()
+        self.is_running, self._last_begin = True, loop_time()
         try:
-            report = await self._pass(now)
+            report = await self._pass()
         except Exception as error:
             log.exception("cleanup_pass_failed")
             report = self._no_pass(f"pass: {error}")
@@ -263,129 +202,21 @@ class Cleaner:
         self.last_report = report
         self._answer(report)
 
-    async def _pass(self, now: _Pass) -> CleanupReport:
-        for name, step in (
-            ("recovery", self._recovery_step),
-            ("expiry", self._expiry_step),
-            ("deletion", self._deletion_step),
-            ("validation", self._validation_step),
-            ("journal", self._journal_step),
-        ):
-            await self._step(now, name, step)
-        report = self._report(now)
-        await self._step(now, "report", lambda _: self._keep(report))
-        await self._step(now, "figures", lambda _: self._save_figures())
+    async def _pass(self) -> CleanupReport:
+        now = Pass(self._hands, forced=self._forced, drop_artefacts=self._drop_artefacts)
+        self._forced = False
+        report = await now.run()
+        await now.step("report", lambda: self._keep(report))
+        await now.step("figures", self._save_figures)
         self.totals.passes += 1
         log.info("cleanup_pass", **msgspec.to_builtins(report))
         return report
 
-    async def _step(self, now: _Pass, name: str, step: Callable[[_Pass], Awaitable[None]]) -> None:
-        """One step; where it fails the pass goes on and its report says so."""
-        if self._stopping:
-            if "pass" not in {error.partition(":")[0] for error in now.errors}:
-                now.errors.append("pass: it was ended early because the daemon is stopping.")
-            return
-        try:
-            await step(now)
-        except (Refused, Unfinished) as refused:
-            log.warning("cleanup_step_failed", step=name, error=str(refused))
-            now.errors.append(f"{name}: {refused}")
-        except Exception as error:
-            log.exception("cleanup_step_failed", step=name)
-            now.errors.append(f"{name}: {type(error).__name__}: {error}")
-
-    async def _recovery_step(self, now: _Pass) -> None:
-        await self._recover("recovery", [])
-
-    async def _expiry_step(self, now: _Pass) -> None:
-        """Queued jobs that their creators no longer want."""
-        more = True
-        while more:
-            worked: Worked = await self._ask(Expire(limit=self.schedule.batch), "cleanup")
-            self.totals.found["expired"] += worked.done
-            more = worked.more and worked.done > 0
-            await self._breathe()
-
-    async def _deletion_step(self, now: _Pass) -> None:
-        """Finished jobs past their time, each with its artefact. Not while the wall clock is in doubt."""
-        failed: list[str] = []
-        while not self._clock.suspect:
-            ids = await self._disk.expired(self._clock.moment().now, self.schedule.batch)
-            if not ids:
-                break
-            worked: Worked = await self._ask(DeleteExpired(ids=ids), "cleanup")
-            self.totals.found["deleted"] += worked.done
-            if self._drop_artefacts is not None and worked.storage_keys:
-                failed += await self._drop_artefacts(worked.storage_keys)
-            if not worked.done:
-                failed.append(f"{len(ids)} expired jobs could not be deleted, the first is {ids[0]}.")
-                break
-            await self._breathe()
-        if failed:
-            raise Unfinished(" ".join(failed[:ISSUES_LOGGED]))
-
-    async def _validation_step(self, now: _Pass) -> None:
-        """Rows that hands or imports brought, and all that are alive; only what looks wrong costs a command."""
-        suspects = list(dict.fromkeys(self._book.suspects.values()))
-        for ids in _slices(suspects, self.schedule.batch):
-            await self._mend(now, ids)
-        looked_at = set(suspects)
-        for ids in _slices(list(self._book.jobs), SCAN):
-            wrong = [job_id for job_id in ids if job_id not in looked_at and self._looks_wrong(job_id)]
-            for some in _slices(wrong, self.schedule.batch):
-                await self._mend(now, some)
-            await self._breathe()
-
-    def _looks_wrong(self, job_id: str) -> bool:
-        job = self._book.jobs.get(job_id)
-        if job is None:
-            return False
-        return any(map(counts, validate(job, self._clock.moment(), self._actor.policy).issues))
-
-    async def _mend(self, now: _Pass, ids: list[str]) -> None:
-        worked: Worked = await self._ask(Mend(ids=ids), "cleanup")
-        now.found += worked.found
-        now.fixed += worked.done
-        self.totals.found["issues"] += worked.found
-        for job_id, issue in worked.issues:
-            self._note_issue(now, job_id, issue)
-        await self._breathe()
-
-    def _note_issue(self, now: _Pass, job_id: str, issue: Issue) -> None:
-        self.totals.issues[issue.type] += 1
-        if now.logged < ISSUES_LOGGED:
-            now.logged += 1
-            told = {"severity": issue.type, "field": issue.field, "problem": issue.message, "fix": issue.fix}
-            log.warning("validation_issue", job_id=job_id, **told)
-
-    async def _journal_step(self, now: _Pass) -> None:
-        """The journal of jobs that were deleted long enough ago."""
-        limit = self.schedule.batch
-        while not self._clock.suspect:
-            before = self._clock.moment().now - self.schedule.journal_ms
-            if await self._disk.prune(before, limit) < limit:
-                break
-            await self._breathe()
-
     # -- reports ------------------------------------------------------------------------------------------------------
-
-    def _report(self, now: _Pass) -> CleanupReport:
-        since = self._book.figures.since_report
-        return CleanupReport(
-            timestamp=self._clock.moment().now,
-            stuck_jobs_recovered=since.recovered,
-            expired_jobs_deleted=since.deleted,
-            expired_locks_cleared=since.locks_cleared,
-            validation_issues_fixed=now.fixed,
-            validation_issues_found=now.found,
-            total_processing_time=round((asyncio.get_running_loop().time() - self._last_begin) * SECOND_MS),
-            errors=now.errors,
-            forced=now.forced,
-        )
 
     async def _keep(self, report: CleanupReport) -> None:
         """Store it; what it counted is then taken off, not what was done while it was written."""
-        await self._ask(Report(body=msgspec.json.encode(report)), "cleanup")
+        await self._hands.ask(Report(body=msgspec.json.encode(report)), "cleanup")
         since = self._book.figures.since_report
         since.recovered -= report.stuck_jobs_recovered
         since.deleted -= report.expired_jobs_deleted
@@ -425,18 +256,6 @@ class Cleaner:
         since_ms = self._since_last_ms()
         return since_ms is None or since_ms >= self.schedule.min_interval_ms
 
-    async def _ask(self, command: AnyCommand, by: str) -> Any:
-        """The data of the answer. Raises Refused."""
-        answer = await self._actor.ask(command, by=by)
-        if isinstance(answer, Refusal):
-            raise Refused(answer)
-        return answer.data
-
-    async def _breathe(self) -> None:
-        await asyncio.sleep(PAUSE_S)
-        if self._stopping:
-            raise Unfinished("the daemon is stopping; the rest is for the next pass.")
-
     async def _survive(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         """Time goes on whatever happens."""
         try:
@@ -463,12 +282,6 @@ def _read(body: bytes, kind: type[T]) -> T | None:
     except msgspec.MsgspecError as error:
         log.warning("kept_value_unreadable", kind=kind.__name__, error=str(error))
         return None
-
-
-def _slices(ids: list[str], size: int) -> Iterator[list[str]]:
-    left = iter(ids)
-    while some := list(islice(left, size)):
-        yield some
 
 
 async def _pause(wake: asyncio.Event, seconds: float) -> None:

@@ -30,7 +30,7 @@ from jobd.answers import Answer
 from jobd.batch import DiskFull, KeyRow, Opened
 from jobd.bodies import Limits
 from jobd.book import Book
-from jobd.cleanup import Cleaner, Schedule, read_figures
+from jobd.cleanup import Cleaner, read_figures
 from jobd.clock import Clock
 from jobd.commands import CreditAbsence, EndGrants, Ping
 from jobd.config import Config, ConfigError, Loaded
@@ -41,6 +41,7 @@ from jobd.job import SECOND_MS
 from jobd.keys import Keys
 from jobd.listener import Listener
 from jobd.metrics import Metrics
+from jobd.passes import Schedule
 from jobd.rooms import Rooms
 from jobd.store import Store, Synchronous
 from jobd.web import Web

@@ -13,11 +13,12 @@ from typing import Any, Final
 from jobd.actor import Actor, Bounds
 from jobd.answers import Answer, GrantView
 from jobd.book import Book
-from jobd.cleanup import Cleaner, Schedule, read_figures
+from jobd.cleanup import Cleaner, read_figures
 from jobd.clock import Clock
 from jobd.commands import AnyCommand, Create, Refusal, Start
 from jobd.job import HOUR_MS, Job, Options, Policy
 from jobd.keys import Keys
+from jobd.passes import Schedule
 from tests.memory_disk import MemoryDisk
 
 WALL: Final = 1_700_000_000_000

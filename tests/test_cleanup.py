@@ -12,12 +12,13 @@ from msgspec.structs import replace
 
 from jobd.answers import CleanupReport, RecoverStuckView
 from jobd.batch import DiskFull
-from jobd.cleanup import TICK_S, Schedule, read_figures
+from jobd.cleanup import TICK_S, read_figures
 from jobd.commands import Complete, Create, Delete, Extend, ForceFail, Get, Progress, Refusal, Timeline
 from jobd.events import Event
 from jobd.figures import Figures, Histogram
 from jobd.full_disk import Closed
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy
+from jobd.passes import Schedule
 from tests.household import WALL, Household, in_virtual_time, row, seconds, until
 from tests.memory_disk import MemoryDisk
 

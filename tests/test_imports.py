@@ -25,7 +25,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "store": ("store tables rows lookups opening migrations quarantine files backup doctor", "nouns"),
     "web": ("web bodies doors routes replies sparing streams listener", "nouns actor"),
     "feed": ("feed", "nouns web actor"),
-    "time": ("cleanup health artefacts", "nouns book judging actor clock"),
+    "time": ("cleanup passes health artefacts", "nouns book judging actor clock"),
     "watch": ("metrics alerts facts", "nouns book judging actor clock time"),
     "rooms": ("rooms", "nouns actor clock store time watch"),  # what requests may ask of the daemon beside the actor
     "apis": ("worker_api admin_api openapi", "nouns web feed"),

@@ -21,7 +21,7 @@ from jobd.actor import Actor
 from jobd.alerts import NAMES, Alerts
 from jobd.answers import Answer
 from jobd.book import Book
-from jobd.cleanup import Cleaner, Schedule
+from jobd.cleanup import Cleaner
 from jobd.clock import Clock
 from jobd.commands import REFUSALS, AnyCommand, Claim, Complete, Create, Start
 from jobd.figures import OTHER_QUEUES
@@ -29,6 +29,7 @@ from jobd.health import Health
 from jobd.job import STATUSES, Policy
 from jobd.keys import Keys
 from jobd.metrics import LAG_EVERY_S, QUEUES_SHOWN, Metrics, Snapshot, capped, text
+from jobd.passes import Schedule
 from jobd.store import Store
 from tests.household import Household, in_virtual_time, row, seconds
 from tests.memory_disk import MemoryDisk

@@ -11,8 +11,8 @@ from typing import Final
 from msgspec import Struct
 
 from jobd.actor import Bounds
-from jobd.cleanup import Schedule
 from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS, Policy
+from jobd.passes import Schedule
 
 FAULTS: Final = (
     "kill",
