@@ -2,6 +2,7 @@
 
 Judges no prose. In a document `<!-- run -->` marks a shell block that is run, `<!-- shows -->` what it prints (… stands
 for anything, a line of it alone for any number of lines), `<!-- file: NAME -->` a block that is saved as NAME first.
+The README has two more: `<!-- node -->` runs where Node.js is, `<!-- clean -->` removes what the others have made.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -354,7 +354,9 @@ def test_what_is_shown_follows_what_is_run() -> None:
     for document in DOCUMENTS:
         marks = [block.mark for block in blocks(document)]
         for number, mark in enumerate(marks):
-            assert mark in ("", "run", "shows") or mark.startswith("file: "), f"{document.name}: {mark}"
+            assert mark in ("", "run", "shows", "node", "clean") or mark.startswith("file: "), (
+                f"{document.name}: {mark}"
+            )
             assert mark != "shows" or marks[number - 1] == "run", f"{document.name}: block {number}"
 
 
@@ -469,6 +471,9 @@ def test_the_readme_from_top_to_bottom(place: Told) -> None:
     directory = place.directory / "jobd-try"
     run(README, place, directory, cleanup='kill $(cat "$HOME"/jobd-try/*.pid) 2>/dev/null || true')
     assert "event=stopped" in (directory / "jobd.log").read_text()
+    [clean] = (block.text for block in blocks(README) if block.mark == "clean")
+    subprocess.run(["bash", "-euc", clean], cwd=directory, env=dict(place.environ), check=True, timeout=30)
+    assert not directory.exists()
 
 
 @pytest.mark.parametrize("name", ["troubleshooting.md", "migration.md"])
@@ -510,19 +515,23 @@ def test_the_typescript_example(place: Told) -> None:
     example = next(block for block in blocks(README) if block.language == "ts")
     file = place.directory / example.mark.removeprefix("file: ")
     file.write_text(example.text)
-    token = place.directory / "worker_token"
-    token.write_text(TOKEN)
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    address = f"127.0.0.1:{port}"
-    with Daemon(place.directory, f'[worker]\nlisten = "{address}"\ntoken_file = "{token}"\n') as daemon:
-        environ = {**place.environ, "JOBD_URL": f"http://{address}", "WORKER_TOKEN": TOKEN}
-        done = subprocess.run(["node", str(file)], env=environ, capture_output=True, text=True, timeout=30)
-        assert (done.returncode, done.stdout) == (0, "sum-1 completed 6.5\ninvalid_transition\n"), done.stderr
-        assert daemon.stop(signal.SIGTERM) == 0
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    [steps] = (block.text for block in blocks(README) if block.mark == "node")
+    assert "127.0.0.1:8771" in steps
+    script = "trap 'kill $(cat sums.pid) 2>/dev/null || true' EXIT\n" + steps.replace("127.0.0.1:8771", address)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=place.directory, env={**place.environ, "JOBD_URL": f"http://{address}", "ADMIN_TOKEN": TOKEN},
+        capture_output=True, text=True, timeout=55, preexec_fn=die_with_us,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ready, _, printed = done.stdout.partition("\n")
+    assert ready == '{"success":true,"data":{"status":"ok"}}'
+    assert (place.directory / "worker_token").stat().st_mode & 0o777 == 0o600
     said = re.search(r"It prints `(.+?)` and then `(.+?)`", README.read_text(encoding="utf-8"))
     assert said is not None
-    assert f"{said[1]}\n{said[2]}\n" == done.stdout
+    assert f"{said[1]}\n{said[2]}\n" == printed == "sum-1 completed 6.5\ninvalid_transition\n"
 
 
 def test_the_documents_do_not_speak_of_where_they_were_written() -> None:

@@ -6,7 +6,7 @@
 
 Nothing is changed in the old table. Lines go to stdout. Columns that no field takes are named on stderr; so are rows
 that cannot be read, which are left out (the exit code is 1 then). A BLOB that holds text is read as text; other bytes
-become base64 in payload and metadata. Run it as often as you like: an id that exists in jobd already is skipped by the import.
+become base64 in payload and metadata. Run it as often as you like: the import skips an id that jobd has already.
 
 Uses the standard library alone, so that you can copy it and bend it to your table.
 """
