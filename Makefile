@@ -43,7 +43,7 @@ format: $(READY)  ## put the code into its usual form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(READY)  ## a daemon, workers and a worker's death, in half a minute
+demo: $(READY)  ## a daemon, workers and a worker's death, in ten seconds
 	$(BIN)/jobd demo
 
 bench: $(READY)  ## how fast it is on this machine (ARGS for tests/bench.py)

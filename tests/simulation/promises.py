@@ -121,7 +121,12 @@ class Promises:
         self.must(at.lease >= self._last_lease, "S12", f"lease time went from {self._last_lease} to {at.lease}")
         self._last_lease = at.lease
         self._check_answer(book, command, decision, job, at)
+        rows: dict[str, Job | None] = {}
         for change in decision.changes:
+            changed = change.event.job_id
+            goes_on = change.before == (rows[changed] if changed in rows else book.get(changed))
+            self.must(goes_on, "S7", f"{change.event.type} does not go on from the row before it", changed)
+            rows[changed] = change.after
             self._check_change(change, command, at)
         return decision
 
