@@ -41,7 +41,7 @@ class Chaos:
             case "restore":
                 self._restore()
             case "reboot":
-                self._die("power cut")
+                machine.crash(power_cut=True)
                 machine.boot_shift_ms = dice.uniform(0, 5_000) - machine.loop.now_s * 1000
                 machine.fault("reboot")
             case "slow disk":
@@ -78,10 +78,19 @@ class Chaos:
                 self._backup()
 
     def _die(self, name: str) -> None:
+        """At once, or at a stage of the next write."""
         machine = self.machine
-        machine.downtime_s = self.dice.choice((0.0, 0.3, 20.0))
-        machine.fault(name, machine.downtime_s)
-        machine.crash(power_cut=name == "power cut")
+        downtime_s = self.dice.choice((0.0, 0.3, 20.0))
+
+        def strike() -> None:
+            machine.downtime_s = downtime_s
+            machine.fault(name, downtime_s)
+            machine.crash(power_cut=name == "power cut")
+
+        if self.dice.random() < 0.6:
+            machine.disk.armed = (self.dice.choice(("entered", "written", "written", "flushed")), strike)
+        else:
+            strike()
 
     async def _stop(self) -> None:
         machine, daemon = self.machine, self.machine.daemon

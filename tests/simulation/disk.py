@@ -47,6 +47,7 @@ class SimDisk(MemoryDisk):
         self.slowness_s = 0.0
         self.failing: frozenset[str] = frozenset()
         self.write_fault: str | None = None
+        self.armed: tuple[str, Callable[[], None]] | None = None  # a crash at that stage of the next write
         self.epoch_file = 1
         self.had_no_room = False
         self.committed: Callable[[Batch], None] = lambda batch: None
@@ -67,7 +68,7 @@ class SimDisk(MemoryDisk):
 
     def heal(self) -> None:
         """No more faults."""
-        self.full, self.slowness_s, self.failing, self.write_fault = 0, 0.0, frozenset(), None
+        self.full, self.slowness_s, self.failing, self.write_fault, self.armed = 0, 0.0, frozenset(), None, None
 
     def crash(self, *, power_cut: bool) -> None:
         """Nobody uses it any more; what was written and not flushed is kept or lost as a whole."""
@@ -107,6 +108,7 @@ class SimDisk(MemoryDisk):
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
         await self._enter("write")
+        await self._reach("entered")
         fault, self.write_fault = self.write_fault, None
         if fault == "unknown":
             self._fired["write failed, nothing written"] += 1
@@ -116,14 +118,25 @@ class SimDisk(MemoryDisk):
             self._fired[f"write on a full disk ({self.full})"] += 1
             raise DiskFull("the simulated disk is full")
         self._written = batch
+        await self._reach("written")
         await self._pause()
         self._written = None
         shown = self._keep(batch)
+        await self._reach("flushed")
         await self._pause()
         if fault == "lost_answer":
             self._fired["write failed, yet written"] += 1
             raise self._break("fsync")
         return shown
+
+    async def _reach(self, stage: str) -> None:
+        """Where a crash waits for this stage it happens now, and nothing after it."""
+        if self.armed is not None and self.armed[0] == stage:
+            _, strike = self.armed
+            self.armed = None
+            self._fired[f"crash: write {stage}"] += 1
+            strike()
+            await asyncio.sleep(0)  # whoever was writing is gone
 
     def _keep(self, batch: Batch) -> dict[int, bytes]:
         try:

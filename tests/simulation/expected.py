@@ -37,6 +37,9 @@ IN_PARTS: Final = {
     "rot": ("rot row", "rot payload"),
 }
 ON_DISK: Final = (
+    "crash: write entered",
+    "crash: write written",
+    "crash: write flushed",
     "crash: unflushed write kept",
     "crash: unflushed write lost",
     "write failed, nothing written",
