@@ -49,6 +49,7 @@ class SimDisk(MemoryDisk):
         self.write_fault: str | None = None
         self.armed: tuple[str, Callable[[], None]] | None = None  # a crash at that stage of the next write
         self.epoch_file = 1
+        self.had_no_room = False
         self.committed: Callable[[Batch], None] = lambda batch: None
         self.broken: Callable[[str], None] = lambda message: None
         self._dice = dice
@@ -113,6 +114,7 @@ class SimDisk(MemoryDisk):
             self._fired["write failed, nothing written"] += 1
             raise self._break("write")
         if not self.fits(batch):
+            self.had_no_room = self.had_no_room or not self.has_ballast
             self._fired[f"write on a full disk ({self.full})"] += 1
             raise DiskFull("the simulated disk is full")
         self._written = batch

@@ -21,7 +21,7 @@ from jobd.book import Book
 from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Refusal
 from jobd.draft import Decision
 from jobd.events import fold
-from jobd.job import TOKEN_COUNTER_BITS, Grant, Job, Policy
+from jobd.job import TOKEN_COUNTER_BITS, Job, Policy
 from jobd.keys import KEPT_MS, SAFE_MS
 from tests.desk import compare, picture
 from tests.simulation.promises import BY_TIME, Broken, Decide, Promises
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from tests.simulation.machine import Daemon, Machine
 
 RECOUNT_EVERY: Final = 25  # commits
-LOOKS: Final = 2
-LOOK_EVERY_S: Final = 0.8
 PICTURE_EVERY: Final = 500  # decisions
 
 
@@ -159,8 +157,6 @@ class Watch(Promises):
                 token = after.grant.fencing_token
                 self.must(token > self.highest_token, "S2", f"token {token} after {self.highest_token}", after.id)
                 self.highest_token = max(token, self.highest_token)
-                if daemon is not None:
-                    self._expect_delivery(daemon, after.id, after.grant, LOOKS)
         counter = self.highest_token & ((1 << TOKEN_COUNTER_BITS) - 1)
         if self.highest_token >> TOKEN_COUNTER_BITS == batch.numbers.epoch:
             self.must(batch.numbers.next_token > counter, "S13", "the mark of the tokens went back")
@@ -224,21 +220,6 @@ class Watch(Promises):
             yield
         finally:
             del self._decided[id(command)]
-
-    def _expect_delivery(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
-        """A grant that nobody has received goes back, once it was seen that nobody will."""
-        self.machine.loop.call_later(LOOK_EVERY_S, self._look_for_leak, daemon, job_id, grant, looks)
-
-    def _look_for_leak(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
-        disk = self.machine.disk
-        if self.daemon is not daemon or not daemon.is_open or grant.fencing_token in self.received:
-            return
-        if not daemon.book.holds(job_id, grant.lock_id) or daemon.actor._decider._handed.get(grant.lock_id):
-            return
-        if looks or disk.full or disk.slowness_s:
-            self._expect_delivery(daemon, job_id, grant, max(looks - 1, 0))
-            return
-        self.fail("S1", f"nobody has received grant {grant.fencing_token}, and it was not taken back", job_id)
 
     def answered(self, command: AnyCommand, key: KeyUse | None, answer: Answer | Refusal) -> None:
         """The actor has answered; in a moment the answer is on the wire."""
