@@ -332,10 +332,15 @@ class Undelivered(OnJob, frozen=True, kw_only=True):
 
 
 class CreditAbsence(Command, frozen=True, kw_only=True):
-    """The daemon was away: for those of `ids` that are processing, nothing ends in the next `grace_ms`."""
+    """The daemon was away: for those of `ids` that are processing, nothing ends in the next `grace_ms`.
+
+    `since` is the lease time of the start (None: now): a lock that was live then is not lost while this waits for a
+    slow disk.
+    """
 
     ids: list[str]
     grace_ms: int
+    since: int | None = None
 
 
 class EndGrants(Command, frozen=True, kw_only=True):

@@ -145,7 +145,7 @@ class DueJobs:
         """Every valid entry with its kind, in no order."""
         for kind, lanes in self.lanes.items():
             for lane in lanes.values():
-                yield from ((kind, entry) for entry in set(lane.heap.entries) if self._valid(kind, entry))
+                yield from ((kind, entry) for entry in dict.fromkeys(lane.heap.entries) if self._valid(kind, entry))
 
     def _first(self, kind: str, lane: Lane) -> DueEntry | None:
         return lane.heap.first(lambda entry: self._valid(kind, entry))

@@ -59,21 +59,22 @@ def end_grants(draft: Draft, command: EndGrants) -> Answer:
 def credit_absence(draft: Draft, command: CreditAbsence) -> Answer:
     """After a start nothing of a processing job ends within `grace_ms`: its worker needs time to find the daemon."""
     until = draft.at.lease + command.grace_ms
+    since = draft.at.lease if command.since is None else command.since
     done = 0
     for job_id in dict.fromkeys(command.ids):
         job = draft.book.processing.get(job_id)
         if job is None or job.lease is None:
             continue
-        lease = _credited(job.lease, draft.at.lease, until)
+        lease = _credited(job.lease, since, until)
         if lease != job.lease:
             draft.step(job, "resumed", details={"grace_ms": command.grace_ms}, lease=lease)
             done += 1
     return Answer(Worked(done))
 
 
-def _credited(lease: Lease, now: int, until: int) -> Lease:
-    """No lock that is live, no ceiling and no stuck time ends before `until`."""
-    expires = max(lease.expires, until) if lease.is_live(now) else lease.expires
+def _credited(lease: Lease, since: int, until: int) -> Lease:
+    """No lock that was live at `since`, no ceiling and no stuck time ends before `until`."""
+    expires = max(lease.expires, until) if lease.is_live(since) else lease.expires
     ceiling = None if lease.ceiling is None else max(lease.ceiling, until)
     return replace(lease, expires=expires, silent=max(lease.silent, until), ceiling=ceiling)
 

@@ -885,6 +885,16 @@ def test_the_daemons_absence_is_credited(desk: Desk) -> None:
     assert desk.yes(CreditAbsence(ids=["calm"], grace_ms=30_000)).done == 0
 
 
+def test_a_lock_that_was_live_at_the_start_is_credited_however_long_the_disk_takes(desk: Desk) -> None:
+    desk.held("a")
+    desk.row(replace(desk.job("a"), lease=Lease(desk.lease + 5, desk.lease, None)))
+    started = desk.lease
+    desk.passes(2_000)
+    assert desk.yes(CreditAbsence(ids=["a"], grace_ms=30_000, since=started)).done == 1
+    assert desk.job("a").lease == Lease(desk.lease + 30_000, desk.lease + 30_000, None)
+    assert desk.book.live_locks() == 1
+
+
 def test_a_restored_backup_ends_its_grants(desk: Desk) -> None:
     lock_id = desk.held("a")
     desk.progress(lock_id, 10)

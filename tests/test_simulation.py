@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_journal() -> None:
 
 def test_the_journal_does_not_depend_on_hash_order() -> None:
     """Byte for byte, in processes whose sets and dicts of strings are laid out differently."""
-    code = "from tests.simulation.run import simulate; print([simulate(seed, 300).digest for seed in (1, 2, 3)])"
+    code = "from tests.simulation.run import simulate; print([simulate(seed, 200).digest for seed in range(20, 40)])"
     root = Path(__file__).parent.parent
     told = {
         subprocess.run(
@@ -71,7 +71,7 @@ def test_the_journal_does_not_depend_on_hash_order() -> None:
             text=True,
             check=True,
         ).stdout
-        for hash_seed in ("1", "2", "77")
+        for hash_seed in ("1", "2")
     }
     assert len(told) == 1
 

@@ -49,13 +49,12 @@ class SimDisk(MemoryDisk):
         self.write_fault: str | None = None
         self.armed: tuple[str, Callable[[], None]] | None = None  # a crash at that stage of the next write
         self.epoch_file = 1
-        self.had_no_room = False
         self.committed: Callable[[Batch], None] = lambda batch: None
         self.broken: Callable[[str], None] = lambda message: None
         self._dice = dice
         self._fired = fired
         self._written: Batch | None = None  # not flushed yet
-        self._is_broken = False
+        self.is_broken = False
         self.on_broken: Callable[[Exception], None] = lambda error: None
         self.fits = self._fits
 
@@ -98,7 +97,7 @@ class SimDisk(MemoryDisk):
             epoch = max(self.epoch_file, self.numbers.epoch) + 1
             old, self.epoch_file, self.marked = self.numbers, epoch, True
             self.numbers = Numbers(epoch, 1, old.next_job, old.next_event, old.lease_ms, old.wall_ms)
-        self._is_broken = False
+        self.is_broken = False
         opened = super().opened()
         opened.full = self.full >= 2
         self.has_ballast = not opened.full
@@ -114,7 +113,6 @@ class SimDisk(MemoryDisk):
             self._fired["write failed, nothing written"] += 1
             raise self._break("write")
         if not self.fits(batch):
-            self.had_no_room = self.had_no_room or not self.has_ballast
             self._fired[f"write on a full disk ({self.full})"] += 1
             raise DiskFull("the simulated disk is full")
         self._written = batch
@@ -150,7 +148,7 @@ class SimDisk(MemoryDisk):
 
     async def _enter(self, name: str) -> None:
         await self._pause()
-        if self._is_broken:
+        if self.is_broken:
             raise Injected("an earlier write failed")
         if name in COMMITS and self.full == 3:
             raise DiskFull("the simulated disk is full")
@@ -161,7 +159,7 @@ class SimDisk(MemoryDisk):
     def _break(self, what: str) -> Injected:
         """A commit has failed: what the disk holds is unknown, and nothing is done with it any more."""
         error = Injected(what)
-        self._is_broken = True
+        self.is_broken = True
         self.on_broken(error)
         return error
 

@@ -10,7 +10,9 @@ import heapq
 import selectors
 from collections.abc import Callable
 from random import Random
-from typing import Any
+from typing import Any, Final
+
+BUSY: Final = 50_000  # turns of the loop without any time passing
 
 
 class _NoWait(selectors.DefaultSelector):
@@ -25,6 +27,7 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     def __init__(self, dice: Random) -> None:
         self.now_s = 1_000.0
+        self._turns = 0  # since time moved last
         self.on_error: Callable[[str], None] = lambda message: None
         self._dice = dice
         super().__init__(_NoWait())
@@ -50,7 +53,12 @@ class SimLoop(asyncio.SelectorEventLoop):
         if not loop._ready:
             if not timers:
                 raise RuntimeError("everybody waits for something that will never happen")
+            self._turns = self._turns + 1 if self.now_s >= timers[0].when() else 0
             self.now_s = max(self.now_s, timers[0].when())
+        else:
+            self._turns += 1
+        if self._turns == BUSY:
+            self.on_error(f"busy: nobody waits for anything, {BUSY} turns of the loop at one time")
         while timers and timers[0].when() <= self.now_s:
             loop._ready.append(self._take(timers))
         if len(loop._ready) > 1:

@@ -301,8 +301,9 @@ class Daemon:
         held = list(self.book.processing)
         slices = [held[first : first + SLICE] for first in range(0, len(held), SLICE)]
         if not self.opened.marked:
+            since = self.clock.moment().lease
             for ids in slices:
-                self.actor.owe(CreditAbsence(ids=ids, grace_ms=GRACE_MS))
+                self.actor.owe(CreditAbsence(ids=ids, grace_ms=GRACE_MS, since=since))
             return
         for index, ids in enumerate(slices or [[]]):
             self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))

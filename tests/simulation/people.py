@@ -97,7 +97,9 @@ class Person:
 
     async def _once(self, command: AnyCommand, key: KeyUse | None) -> Answer | Refusal | None:
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "admin" if self.admin else "client"
-        hang_up_s = self.dice.expovariate(200 if self.dice.random() < 0.5 else 1) if self.has("hang up", 0.08) else None
+        hang_up_s = None
+        if self.has("hang up", 0.25 if isinstance(command, (Start, Claim)) else 0.05):
+            hang_up_s = self.dice.expovariate(self.dice.choice((800, 800, 100, 1)))  # at best while it is written
         unread = self.has("answer unread", 0.08)
         return await self.machine.call(
             self.name, command, by=by, admin=self.admin, key=key, hang_up_s=hang_up_s, unread=unread
@@ -136,8 +138,10 @@ class Operator(Person):
         roll = self.dice.random()
         if roll < 0.7:
             await self.ask(self.requests.operation(self.machine.wall()))
-        elif roll < 0.9:
+        elif roll < 0.85:
             await self.ask(self.requests.read())
+        elif roll < 0.9:
+            await self.machine.call("cleanup", self.requests.of_time(), by="cleanup")
         else:
             await self._by_cleaner(roll)
 

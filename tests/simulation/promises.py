@@ -240,7 +240,19 @@ class Promises:
         if event.type == "granted" and before is not None:
             due = before.status == "queued" and before.run_at <= at.now and not is_overdue(before, at.now)
             self.must(due, "S14", "granted before it was due, or after it had expired", job.id)
-            self.must(job.attempt == before.attempt + 1, "S4", "a grant is one attempt", job.id)
+        if before is not None:
+            self._check_attempt(before, job, event)
+
+    def _check_attempt(self, before: Job, job: Job, event: Event) -> None:
+        """A grant is one attempt; only `fail` and a stall with progress use it up, the other ends give it back."""
+        given_back = event.type in ("released", "undelivered") or (event.type == "stalled" and before.progress == 0)
+        if given_back:
+            expected = max(before.attempt - 1, 0)
+        elif event.type in ("force_reset", "transitioned"):
+            return
+        else:
+            expected = before.attempt + (event.type == "granted")
+        self.must(job.attempt == expected, "S4", f"{event.type}: attempt {before.attempt} became {job.attempt}", job.id)
 
     def _check_lease(self, before: Lease | None, job: Job, event: Event, command: AnyCommand, at: Moment) -> None:
         """The deadlines after one event: never beyond the ceiling, never back, at least what was asked for."""

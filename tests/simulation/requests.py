@@ -17,6 +17,8 @@ from jobd.commands import (
     Claim,
     Create,
     Delete,
+    DeleteExpired,
+    Expire,
     ExtendLock,
     ForceFail,
     ForceReset,
@@ -24,9 +26,11 @@ from jobd.commands import (
     Import,
     List,
     Locks,
+    Mend,
     Pause,
     Ping,
     Queues,
+    Recover,
     ReleaseLock,
     Resume,
     RunNow,
@@ -198,6 +202,11 @@ class Requests:
             worker=self.maybe(0.3, "w-old"),
             error_message=self.maybe(0.3, "once"),
         )
+
+    def of_time(self) -> AnyCommand:
+        """As cleanup would ask, but about any job and at any time: each is judged when it is applied."""
+        ids = [self.job_id() for _ in range(self.dice.randint(1, 3))]
+        return self.dice.choice((Recover(limit=1), Expire(limit=1), DeleteExpired(ids=ids), Mend(ids=ids)))
 
     # -- everybody ----------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from jobd.book import Book
 from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Refusal
 from jobd.draft import Decision
 from jobd.events import fold
-from jobd.job import TOKEN_COUNTER_BITS, Job, Policy
+from jobd.job import TOKEN_COUNTER_BITS, Grant, Job, Policy
 from jobd.keys import KEPT_MS, SAFE_MS
 from tests.desk import compare, picture
 from tests.simulation.promises import BY_TIME, Broken, Decide, Promises
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tests.simulation.machine import Daemon, Machine
 
 RECOUNT_EVERY: Final = 25  # commits
+LOOKS: Final = 2
+LOOK_EVERY_S: Final = 0.8
 PICTURE_EVERY: Final = 500  # decisions
 
 
@@ -157,6 +159,8 @@ class Watch(Promises):
                 token = after.grant.fencing_token
                 self.must(token > self.highest_token, "S2", f"token {token} after {self.highest_token}", after.id)
                 self.highest_token = max(token, self.highest_token)
+                if daemon is not None:
+                    self._expect_delivery(daemon, after.id, after.grant, LOOKS)
         counter = self.highest_token & ((1 << TOKEN_COUNTER_BITS) - 1)
         if self.highest_token >> TOKEN_COUNTER_BITS == batch.numbers.epoch:
             self.must(batch.numbers.next_token > counter, "S13", "the mark of the tokens went back")
@@ -221,6 +225,21 @@ class Watch(Promises):
         finally:
             del self._decided[id(command)]
 
+    def _expect_delivery(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
+        """A grant that nobody has received goes back, once it was seen that nobody will."""
+        self.machine.loop.call_later(LOOK_EVERY_S, self._look_for_leak, daemon, job_id, grant, looks)
+
+    def _look_for_leak(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
+        disk = self.machine.disk
+        if self.daemon is not daemon or not daemon.is_open or grant.fencing_token in self.received:
+            return
+        if not daemon.book.holds(job_id, grant.lock_id) or daemon.actor._decider._handed.get(grant.lock_id):
+            return
+        if looks or disk.full or disk.slowness_s:
+            self._expect_delivery(daemon, job_id, grant, max(looks - 1, 0))
+            return
+        self.fail("S1", f"nobody has received grant {grant.fencing_token}, and it was not taken back", job_id)
+
     def answered(self, command: AnyCommand, key: KeyUse | None, answer: Answer | Refusal) -> None:
         """The actor has answered; in a moment the answer is on the wire."""
         decision = self._decided[id(command)]
@@ -246,7 +265,8 @@ class Watch(Promises):
 
     def _check_refusal(self, name: str, answer: Refusal, decision: Decision | None, job_id: str | None) -> None:
         if answer.code == "internal_error":
-            failing = self.machine.disk.failing & {"find", "timeline"} or self.machine.had_read_errors
+            disk = self.machine.disk
+            failing = disk.failing & {"find", "timeline"} or self.machine.had_read_errors or disk.is_broken
             self.must(failing, "S8", f"{name}: {answer.message}", job_id)
         if decision is None or answer.code in ("outcome_unknown", "shutting_down"):
             return
