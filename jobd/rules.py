@@ -1,4 +1,4 @@
-"""The state machine: `decide`, and one function per command of creators and workers.
+"""The state machine: `decide`, and one function per command of creators and holders (operators in their place, too).
 
 Pure: no IO, clock, randomness, logging. A rule checks its guards in the documented order, then takes its steps
 (steps.py). Operators' rules are in operator_rules.py, those of time in time_rules.py, plain reading in reads.py.
@@ -210,8 +210,12 @@ def _existing(draft: Draft, job_id: str, request_hash: str) -> Job | Refusal | N
 def _refuse_times(draft: Draft, command: Create) -> Refusal | None:
     if command.run_at is not None and command.delay_ms is not None:
         return invalid("run_at", "Give run_at or delay_ms, not both.")
-    if command.expires_at is not None and command.expires_at <= draft.at.now:
-        return invalid("expires_at", f"expires_at {command.expires_at} is not in the future; it is Unix milliseconds.")
+    return _refuse_expiry(draft, command.expires_at)
+
+
+def _refuse_expiry(draft: Draft, expires_at: int | None) -> Refusal | None:
+    if expires_at is not None and expires_at <= draft.at.now:
+        return invalid("expires_at", f"expires_at {expires_at} is not in the future; it is Unix milliseconds.")
     return None
 
 
@@ -327,14 +331,9 @@ def progress(draft: Draft, command: Progress) -> Answer | Refusal:
         return _past_ceiling(draft, job)
     lease = steps.keep_alive(job.grant, job.lease, draft.at.lease, job.grant.ttl_ms, progressed=True)
     value = steps.whole(command.progress)
-    details: dict[str, Any] = (
-        {"progress": value}
-        if command.message is None
-        else {
-            "progress": value,
-            "message": command.message,
-        }
-    )
+    details: dict[str, Any] = {"progress": value}
+    if command.message is not None:
+        details["message"] = command.message
     draft.step(
         job,
         "progress",
@@ -391,8 +390,8 @@ def complete(draft: Draft, command: Complete) -> Answer | Refusal:
 def _refuse_result(draft: Draft, command: Complete) -> Refusal | None:
     if command.storage_key is not None and (fault := storage_key_fault(command.storage_key)) is not None:
         return invalid("storage_key", f"storage_key {fault}.")
-    if command.expires_at is not None and command.expires_at <= draft.at.now:
-        return invalid("expires_at", f"expires_at {command.expires_at} is not in the future; it is Unix milliseconds.")
+    if (refusal := _refuse_expiry(draft, command.expires_at)) is not None:
+        return refusal
     if draft.policy.require_download_url and not command.download_url:
         return invalid("download_url", "download_url is missing; [validation] require_download_url asks for it.")
     return None
