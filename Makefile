@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format demo bench pins clean
+.PHONY: help venv test check faults format demo bench pins clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ check: $(READY)  ## all that CI runs: format, lint, types, tests on both event l
 	$(BIN)/mypy
 	$(MAKE) test ARGS="--loop both --numprocesses $(PARALLEL)"
 	$(BIN)/jobd demo
+
+faults: $(READY)  ## real faults on the real daemon, as root: what is promised, and what came of it (ARGS="NAME --rounds N")
+	$(BIN)/python -m tests.faults $(or $(ARGS),--report)
 
 format: $(READY)  ## put the code into its usual form
 	$(BIN)/ruff check --fix .

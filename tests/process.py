@@ -92,6 +92,7 @@ class Daemon:
             "JOBD_LOG_FORMAT": "logfmt",
             **environ,
         }
+        self.prefix: list[str] = []  # what the daemon is started with: strace, say
         self.process: subprocess.Popen[bytes] | None = None
         self._heard = threading.Condition()
         self._lines: list[bytes] = []
@@ -109,15 +110,23 @@ class Daemon:
         self._hear_out()
 
     def spawn(self, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "jobd", "serve", "--config", str(self.config)]
+        command = [*self.prefix, sys.executable, "-m", "jobd", "serve", "--config", str(self.config)]
         return subprocess.Popen(command, env=self.environ, stderr=stderr, preexec_fn=die_with_us)
 
     def start(self) -> None:
         """Returns when the log says that the daemon is ready; whoever waits sees its log if it ends instead."""
+        self.launch()
+        self.until_said(READY)
+
+    def launch(self) -> None:
+        """Start it and wait for nothing."""
         self.process = self.spawn()
         self._listener = threading.Thread(target=self._listen, args=(self.process,))
         self._listener.start()
-        self.until_said(READY)
+
+    def gets_ready(self) -> bool:
+        """Whether it got ready; False where it ended instead."""
+        return self._next_line(READY) is not None
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         """Everything that the daemon says, as it says it: a pipe that nobody reads would fill."""
@@ -143,6 +152,12 @@ class Daemon:
 
     def until_said(self, text: bytes) -> str:
         """The next line with `text`, counted from the one that the last call gave."""
+        line = self._next_line(text)
+        assert line is not None, f"the daemon has ended:\n{self.log.decode()}"
+        return line
+
+    def _next_line(self, text: bytes) -> str | None:
+        """The same; None where the daemon ended without it."""
         with self._heard:
             while True:
                 while self._looked_at < len(self._lines):
@@ -150,7 +165,8 @@ class Daemon:
                     self._looked_at += 1
                     if text in line:
                         return line.decode()
-                assert self._listener is not None, f"the daemon has ended:\n{b''.join(self._lines).decode()}"
+                if self._listener is None:
+                    return None
                 assert self._heard.wait(SAID_S), f"not said: {text!r}"
 
     def kill(self) -> None:

@@ -1,0 +1,74 @@
+"""What a store that nobody has open holds: the offline doctor finds nothing, the journal folds to the rows.
+
+Reads only, row by row, with the reader of the daemon; judges by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from jobd import doctor, opening, rows
+from jobd.events import Event, fold
+from jobd.job import Grant, Job
+from jobd.tables import EVENT_SQL, JOB_SQL
+
+
+@dataclass
+class Contents:
+    """All rows, by job id; `tokens` of all grants in the journal, in the order in which they were made."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    payloads: dict[str, Any] = field(default_factory=dict)
+    events: dict[str, list[Event]] = field(default_factory=dict)
+    tokens: dict[int, str] = field(default_factory=dict)
+
+
+def examined(path: str | Path) -> Contents:
+    """The contents of a store in which nothing is wrong; AssertionError where something is."""
+    problems = doctor.check(str(path))
+    assert not problems, f"the doctor finds: {[f'{one.where}: {one.what}' for one in problems[:5]]}"
+    return contents(path)
+
+
+def contents(path: str | Path) -> Contents:
+    """Everything, read and compared: each journal folds to its row, tokens rise, only who is processed has a lock."""
+    found = Contents()
+    reader = rows.JobReader()
+    with opening.read_only(str(path)) as conn:
+        for row in conn.execute(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED"):
+            job = reader.job(row)
+            found.jobs[job.id] = job
+        by_seq = {job.seq: job.id for job in found.jobs.values()}
+        for seq, body in conn.execute("SELECT job_seq, body FROM payloads"):
+            found.payloads[by_seq[seq]] = msgspec.json.decode(body)
+        for row in conn.execute(f"SELECT {EVENT_SQL} FROM events NOT INDEXED ORDER BY seq"):
+            _note(found, rows.event(row))
+    _compare(found)
+    return found
+
+
+def _note(found: Contents, event: Event) -> None:
+    if event.job_seq == 0:
+        return
+    found.events.setdefault(event.job_id, []).append(event)
+    if event.type == "granted":
+        assert event.changes is not None
+        assert isinstance(event.changes.grant, Grant)
+        token = event.changes.grant.fencing_token
+        last = next(reversed(found.tokens), 0)
+        assert token > last, f"token {token} of {event.job_id} was given after {last}"
+        found.tokens[token] = event.job_id
+
+
+def _compare(found: Contents) -> None:
+    for job_id, job in found.jobs.items():
+        row: Job | None = None
+        for event in found.events.get(job_id, []):
+            row = fold(row, event)
+        assert row == job, f"the journal of {job_id} says {row}, its row is {job}"
+        held = job.grant is not None and job.lease is not None
+        assert held == (job.status == "processing"), f"{job_id} is {job.status} and its grant is {job.grant}"

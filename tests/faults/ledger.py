@@ -1,0 +1,142 @@
+"""What clients were told: every acknowledgement, what is still open, and whether a store or a daemon agrees with it.
+
+Asks nothing of its own accord but what `settle` repeats. How the load is made is in load.py.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from jobd.events import Event
+from tests.faults.examine import Contents
+from tests.process import Daemon
+
+# What the daemon does by itself may stand between the things that clients asked for.
+OWN_DOING: Final = frozenset({"daemon", "recovery", "cleanup"})
+_SETTLED: Final = frozenset({200, 201})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, as it can be sent again: `event` is what the journal says where it was taken."""
+
+    event: str
+    path: str
+    body: dict[str, Any]
+    key: str | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.key is None else {"Idempotency_Key": self.key}
+
+
+@dataclass
+class Told:
+    """One job, as its client knows it. `open` was asked and not answered; `events` are patterns for its journal."""
+
+    job_id: str
+    payload: Any
+    events: list[str] = field(default_factory=list)
+    open: Asked | None = None
+    answered_s: float = 0.0  # time.monotonic() of the last answer
+
+    def pattern(self) -> str:
+        maybe = [] if self.open is None else [f"({self.open.event};)?"]
+        return "".join([*(f"{event};" for event in self.events), *maybe])
+
+
+class Ledger:
+    """All jobs of all clients. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.jobs: dict[str, Told] = {}
+        self.tokens: dict[int, str] = {}
+        self.codes: Counter[str] = Counter()
+        self.acknowledged = 0
+        self._enough = 0
+        self._got_enough = threading.Event()
+
+    def until(self, more: int, timeout_s: float = 60.0) -> bool:
+        """Wait for so many more acknowledgements; whether they came."""
+        with self._lock:
+            self._enough = self.acknowledged + more
+            self._got_enough.clear()
+        return self._got_enough.wait(timeout_s)
+
+    def begin(self, job_id: str, payload: Any) -> Told:
+        with self._lock:
+            return self.jobs.setdefault(job_id, Told(job_id, payload))
+
+    def yes(self, told: Told, asked: Asked, data: Any) -> None:
+        """An answer of success came."""
+        with self._lock:
+            told.open = None
+            told.events.append(asked.event)
+            told.answered_s = time.monotonic()
+            self._count(1)
+            if asked.event == "granted":
+                self._note_token(told, data["fencing_token"])
+
+    def no(self, told: Told, asked: Asked, code: str) -> None:
+        """A definite refusal came: nothing was changed."""
+        with self._lock:
+            told.open = None
+            self.codes[code] += 1
+
+    def _count(self, more: int) -> None:
+        self.acknowledged += more
+        if self.acknowledged >= self._enough:
+            self._got_enough.set()
+
+    def _note_token(self, told: Told, token: int) -> None:
+        holder = self.tokens.setdefault(token, told.job_id)
+        assert holder == told.job_id, f"token {token} was given for {holder} and again for {told.job_id}"
+
+    # -- afterwards ---------------------------------------------------------------------------------------------------
+
+    def settle(self, daemon: Daemon) -> int:
+        """Repeat what was not answered, under the same key: each is taken now or was taken then. Gives their number."""
+        settled = 0
+        for told in [told for told in self.jobs.values() if told.open is not None]:
+            asked = told.open
+            assert asked is not None
+            reply = daemon.post(asked.path, asked.body, **asked.headers)
+            assert reply.status in _SETTLED, f"{told.job_id}: {asked} was repeated and refused: {reply.body}"
+            if asked.event in ("progress", "extended"):  # these happen again
+                told.events.append(f"({asked.event};)?{asked.event}")
+                told.open = None
+            else:
+                self.yes(told, asked, reply.data)
+            settled += 1
+        return settled
+
+    def check(self, store: Contents, *, until_s: float | None = None) -> int:
+        """Every acknowledgement is in the store, each once, and nothing that was refused; how many were checked.
+
+        With `until_s` (time.monotonic()) only jobs whose last answer came before count in full.
+        """
+        checked = 0
+        for told in self.jobs.values():
+            events = _asked_for(store.events.get(told.job_id, []))
+            if until_s is not None and told.answered_s >= until_s:
+                continue
+            seen = "".join(f"{event};" for event in events)
+            assert re.fullmatch(told.pattern(), seen), f"{told.job_id}: told {told.pattern()}, the store has {seen}"
+            if told.events:
+                assert store.payloads[told.job_id] == told.payload, f"{told.job_id} has another payload"
+            checked += len(told.events)
+        if until_s is None:
+            for token, job_id in self.tokens.items():
+                assert store.tokens.get(token) == job_id, f"token {token} of {job_id} is not in the journal"
+        return checked
+
+
+def _asked_for(events: Iterable[Event]) -> list[str]:
+    return [event.type for event in events if event.by not in OWN_DOING]
