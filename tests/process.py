@@ -73,7 +73,37 @@ def call(connection: http.client.HTTPConnection, method: str, path: str, body: A
     return Reply(connection.getresponse())
 
 
-class Daemon:
+class Doors:
+    """A daemon's two Unix sockets, and calls over them."""
+
+    socket: str
+    admin_socket: str
+
+    def worker(self) -> OverUnix:
+        return OverUnix(self.socket)
+
+    @contextmanager
+    def admin_connection(self) -> Iterator[OverUnix]:
+        with closing(OverUnix(self.admin_socket)) as connection:
+            yield connection
+
+    def post(self, path: str, body: Any = None, **headers: str) -> Reply:
+        with closing(self.worker()) as connection:
+            return call(connection, "POST", path, {} if body is None else body, **headers)
+
+    def get(self, path: str) -> Reply:
+        with closing(self.worker()) as connection:
+            return call(connection, "GET", path)
+
+    def admin(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        """A path of /admin/job-management, or one that starts with a slash as it is."""
+        headers.setdefault("Authorization", f"Bearer {TOKEN}")
+        path = path if path.startswith("/") else f"/admin/job-management/{path}"
+        with closing(OverUnix(self.admin_socket)) as connection:
+            return call(connection, method, path, body, **headers)
+
+
+class Daemon(Doors):
     """`with Daemon(tmp_path) as daemon`: ready on entry, stopped by its own pid on exit."""
 
     def __init__(self, directory: Path, config: str = "", **environ: str) -> None:
@@ -182,26 +212,3 @@ class Daemon:
         code = self.process.wait(30)
         self._hear_out()
         return code
-
-    def worker(self) -> OverUnix:
-        return OverUnix(self.socket)
-
-    @contextmanager
-    def admin_connection(self) -> Iterator[OverUnix]:
-        with closing(OverUnix(self.admin_socket)) as connection:
-            yield connection
-
-    def post(self, path: str, body: Any = None, **headers: str) -> Reply:
-        with closing(self.worker()) as connection:
-            return call(connection, "POST", path, {} if body is None else body, **headers)
-
-    def get(self, path: str) -> Reply:
-        with closing(self.worker()) as connection:
-            return call(connection, "GET", path)
-
-    def admin(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
-        """A path of /admin/job-management, or one that starts with a slash as it is."""
-        headers.setdefault("Authorization", f"Bearer {TOKEN}")
-        path = path if path.startswith("/") else f"/admin/job-management/{path}"
-        with closing(OverUnix(self.admin_socket)) as connection:
-            return call(connection, method, path, body, **headers)

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from jobd.events import Event
 from tests.faults.examine import Contents
-from tests.process import Daemon
+from tests.process import Doors
 
 # What the daemon does by itself may stand between the things that clients asked for.
 OWN_DOING: Final = frozenset({"daemon", "recovery", "cleanup"})
@@ -101,7 +101,7 @@ class Ledger:
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
-    def settle(self, daemon: Daemon) -> int:
+    def settle(self, daemon: Doors) -> int:
         """Repeat what was not answered, under the same key: each is taken now or was taken then. Gives their number."""
         settled = 0
         for told in [told for told in self.jobs.values() if told.open is not None]:

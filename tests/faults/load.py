@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from typing import Any, Final
 
 from tests.faults.ledger import Asked, Ledger, Told
-from tests.process import Daemon, Reply, call
+from tests.process import Doors, Reply, call
 
 CLIENTS: Final = 6
 ENDINGS: Final = ("completed", "failed", "retried", "released", "cancelled", "held")
@@ -95,7 +95,7 @@ class Client:
 
 
 @contextmanager
-def load(daemon: Daemon, ledger: Ledger, name: str, clients: int = CLIENTS) -> Iterator[list[Future[None]]]:
+def load(daemon: Doors, ledger: Ledger, name: str, clients: int = CLIENTS) -> Iterator[list[Future[None]]]:
     """Clients at work while the block runs; they are done when it ends. `name` is used once for a store."""
     stop = threading.Event()
     with ThreadPoolExecutor(clients) as pool:
