@@ -59,6 +59,8 @@ from jobd.commands import (
     Why,
     Workers,
 )
+from jobd.glossary import ADMIN_TITLE
+from jobd.openapi import with_document
 from jobd.replies import Text
 from jobd.routes import Route, Who
 from jobd.streams import BACKUP_KIND, ImportReport, give_out, take_in
@@ -140,7 +142,7 @@ async def _metrics(site: Web, visit: Visit, asked: Nothing) -> Answer:
 _A: Final[Who] = "admin"
 _P: Final = "/admin/job-management"
 
-ROUTES: Final = (
+_ROUTES: Final = (
     Route(method="GET", path=f"{_P}/stats", asks=Stats, gives=StatsView, who=_A, via=_stats),
     Route(method="GET", path=f"{_P}/health", asks=Nothing, gives=HealthView, who=_A, via=_health),
     Route(method="POST", path=f"{_P}/cleanup", asks=Nothing, gives=CleanupReport, who=_A, via=_cleanup),
@@ -175,3 +177,4 @@ ROUTES: Final = (
     Route(method="GET", path="/metrics", asks=Nothing, gives=bytes, who=_A, via=_metrics, sends=METRICS_KIND),
     *PROBES,
 )
+ROUTES: Final = with_document(ADMIN_TITLE, _ROUTES)

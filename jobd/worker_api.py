@@ -36,12 +36,14 @@ from jobd.commands import (
     Why,
     Workers,
 )
+from jobd.glossary import WORKER_TITLE
+from jobd.openapi import with_document
 from jobd.routes import Route, Who
 from jobd.web import PROBES
 
 _W: Final[Who] = "worker"
 
-ROUTES: Final = (
+_ROUTES: Final = (
     Route(method="POST", path="/v1/jobs", asks=Create, gives=JobView, who=_W, key=True, status=201),
     Route(method="POST", path="/v1/jobs/bulk", asks=Bulk, gives=JobList, who=_W, key=True, status=201),
     Route(method="GET", path="/v1/jobs", asks=List, gives=JobPage, who=_W),
@@ -61,3 +63,4 @@ ROUTES: Final = (
     Route(method="GET", path="/v1/workers", asks=Workers, gives=WorkerList, who=_W),
     *PROBES,
 )
+ROUTES: Final = with_document(WORKER_TITLE, _ROUTES)

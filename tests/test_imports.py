@@ -28,7 +28,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "time": ("cleanup passes health artefacts", "nouns book judging actor clock"),
     "watch": ("metrics alerts facts", "nouns book judging actor clock time"),
     "rooms": ("rooms", "nouns actor clock store time watch"),  # what requests may ask of the daemon beside the actor
-    "apis": ("worker_api admin_api openapi", "nouns web feed"),
+    "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed"),
     "settings": ("config", "nouns"),
     "system": ("log outlet systemd", ""),
     "wiring": ("daemon", "nouns book rules clock actor store web feed time watch rooms apis settings system dashboard"),

@@ -85,7 +85,7 @@ async def test_a_call_is_its_command(tmp_path: Path, method: str, path: str, bod
 
 
 def test_every_call_has_an_example_and_no_route_is_missing() -> None:
-    probes = {("GET", "/healthz"), ("GET", "/readyz")}
+    probes = {("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/openapi.json")}
     assert {(route.method, route.path) for route in ROUTES} == {call[:2] for call in CALLS} | probes
 
 
@@ -94,5 +94,5 @@ def test_what_a_route_takes_and_gives_can_be_described(route: Any) -> None:
     assert len(msgspec.inspect.multi_type_info([route.asks, route.gives])) == 2
     if issubclass(route.asks, OnJob):
         assert route.given == "id"
-    assert route.who == ("anyone" if route.path in {"/healthz", "/readyz"} else "worker")
+    assert route.who == ("anyone" if route.path in {"/healthz", "/readyz", "/openapi.json"} else "worker")
     assert route.status == (201 if route.asks in {Create, Bulk} else 200)

@@ -1,0 +1,197 @@
+"""The OpenAPI documents: valid, complete, in words, given out at both doors, and their bodies those of the decoders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema_rs import Draft202012Validator
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from jobd import admin_api, commands, glossary, worker_api
+from jobd.bodies import Limits, Refused, Shape
+from jobd.doors import Gate, own_names
+from jobd.openapi import call_of, document, refusals
+from jobd.routes import Route
+from tests.http_help import TOKEN, House
+
+TABLES: dict[str, Sequence[Route]] = {"worker": worker_api.ROUTES, "admin": admin_api.ROUTES}
+DOCUMENTS: dict[str, dict[str, Any]] = {name: document(name, table) for name, table in TABLES.items()}
+BY_DOCUMENT = pytest.mark.parametrize("name", TABLES)
+
+
+def operations(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every call of a document with what is said of it."""
+    for path, methods in DOCUMENTS[name]["paths"].items():
+        for method, said in methods.items():
+            yield f"{method.upper()} {path}", said
+
+
+def resolved(name: str, said: dict[str, Any]) -> dict[str, Any]:
+    """`said`, or what it refers to."""
+    found: dict[str, Any] = DOCUMENTS[name]
+    if "$ref" not in said:
+        return said
+    for step in said["$ref"].removeprefix("#/").split("/"):
+        found = found[step]
+    return found
+
+
+@BY_DOCUMENT
+def test_a_document_is_valid_openapi(name: str) -> None:
+    OpenAPIV31SpecValidator(json.loads(json.dumps(DOCUMENTS[name]))).validate()
+    assert DOCUMENTS[name]["openapi"].startswith("3.1.")
+
+
+@BY_DOCUMENT
+def test_every_route_is_in_its_document_and_nothing_else(name: str) -> None:
+    assert [call for call, _ in operations(name)] == [
+        call_of(route) for route in sorted(TABLES[name], key=lambda route: list(_paths(name)).index(route.path))
+    ]
+    ids = [said["operationId"] for _, said in operations(name)]
+    assert len(ids) == len(set(ids))
+
+
+def _paths(name: str) -> dict[str, None]:
+    return dict.fromkeys(route.path for route in TABLES[name])
+
+
+@BY_DOCUMENT
+def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
+    said = dict(operations(name))
+    for route in TABLES[name]:
+        responses = said[call_of(route)]["responses"]
+        wanted = {route.status, *glossary.ALSO.get(call_of(route), {})}
+        wanted |= {commands.REFUSALS[code] for code in refusals(route)}
+        assert {int(status) for status in responses} == wanted
+        kinds = resolved(name, responses[str(route.status)])["content"]
+        assert list(kinds) == [route.sends]
+        for code in refusals(route):
+            assert f"`{code}`" in resolved(name, responses[str(commands.REFUSALS[code])])["description"]
+        headers = {each["name"] for each in said[call_of(route)]["parameters"] if each["in"] == "header"}
+        assert headers == ({"Idempotency-Key"} if route.key else set())
+        assert (said[call_of(route)]["security"] == [{"token": []}]) == (route.who == "admin")
+        assert ("requestBody" in said[call_of(route)]) == (route.method != "GET")
+
+
+def test_the_glossary_has_a_word_for_everything_and_none_too_many() -> None:
+    routes = [route for table in TABLES.values() for route in table]
+    calls = {call_of(route) for route in routes}
+    assert set(glossary.CALLS) == calls
+    assert set(glossary.ALSO) | set(glossary.REFUSED_TOO) <= calls
+    assert set(glossary.REFUSED) <= {route.asks for route in routes}
+    assert set(glossary.REFUSALS) == set(commands.REFUSALS)
+    assert all(code in commands.REFUSALS for codes in glossary.REFUSED.values() for code in codes)
+    said = {field for name in TABLES for field in _fields(DOCUMENTS[name])}
+    assert set(glossary.FIELDS) == said
+
+
+def _fields(said: Any) -> set[str]:
+    """Every field that a document names, in bodies, answers and queries, each with its sentence."""
+    found: set[str] = set()
+    if isinstance(said, dict):
+        for field, schema in said.get("properties", {}).items():
+            found |= {field} if "description" in schema else set()
+        if said.get("in") == "query":
+            assert said["schema"]["description"]
+            found.add(said["name"])
+    for part in said.values() if isinstance(said, dict) else said if isinstance(said, list) else ():
+        found |= _fields(part)
+    return found
+
+
+def test_every_refusal_is_somewhere_but_for_those_of_unknown_paths() -> None:
+    told = {code for table in TABLES.values() for route in table for code in refusals(route)}
+    assert set(commands.REFUSALS) - told == {"not_found", "method_not_allowed", "events_gone"}
+
+
+@pytest.fixture(params=TABLES)
+async def door(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[str, House]]:
+    gate = Gate(request.param, tokens=[TOKEN], hosts=own_names("127.0.0.1"))
+    async with House(tuple(TABLES[request.param]), tmp_path, gate=gate) as opened:
+        yield request.param, opened
+
+
+async def test_a_document_is_given_out_without_a_token(door: tuple[str, House]) -> None:
+    name, house = door
+    for _ in range(2):
+        heard = await house.ask("GET", "/openapi.json")
+        assert (heard.status, heard.headers["content-type"]) == (200, "application/json")
+        assert heard.json["paths"] == json.loads(json.dumps(DOCUMENTS[name]["paths"]))
+        assert heard.json["info"]["title"] == f"jobd {name} API"
+    assert (await house.ask("GET", "/openapi.json?x=1")).status == 400
+    assert (await house.ask("GET", "/openapi.json", headers={"Host": "evil.example"})).status == 403
+    assert house.desk.asked == []
+
+
+# -- bodies: what the schema takes, the decoder takes ------------------------------------------------------------------
+
+READERS = {
+    call_of(route): (name, route, Shape(route.asks, route.given, Limits()))
+    for name, table in TABLES.items()
+    for route in table
+    if route.method != "GET"
+}
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def near(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values that a schema takes, and some that it just does not."""
+    schema = resolved(name, schema) | {key: value for key, value in schema.items() if key != "$ref"}
+    if "anyOf" in schema:
+        return st.one_of([near(name, choice) for choice in schema["anyOf"]])
+    if "enum" in schema:
+        return st.sampled_from([*schema["enum"], "", schema["enum"][0].upper()])
+    kind = schema.get("type")
+    if kind == "object" and "properties" in schema:
+        fields = {field: near(name, part) | JSON_VALUES for field, part in schema["properties"].items()}
+        optional = {field: part for field, part in fields.items() if field not in schema["required"]}
+        needed = {field: near(name, schema["properties"][field]) for field in schema["required"]}
+        return st.fixed_dictionaries(needed, optional={**optional, "stranger": JSON_VALUES})
+    if kind == "array":
+        return st.lists(near(name, schema["items"]), max_size=schema.get("maxItems", 3) + 1)
+    if kind in ("integer", "number"):
+        low, high = schema.get("minimum", -10), schema.get("maximum", 10)
+        edges = st.sampled_from([low - 1, low, high, high + 1, low + 0.5])  # 5.0 is integer to JSON Schema, not to us
+        return st.integers(low, high) | edges
+    if kind == "string":
+        return st.text(st.sampled_from("aZ9.:-_/ \n\x00\x7fé"), max_size=12) | st.sampled_from(["job-1", "a" * 201])
+    return {"null": st.none(), "boolean": st.booleans()}.get(str(kind), JSON_VALUES)
+
+
+@cache
+def body_of(call: str) -> tuple[st.SearchStrategy[Any], Draft202012Validator]:
+    """Bodies for a call, and what tells which of them its schema takes."""
+    name, route, _ = READERS[call]
+    schema = {"$ref": f"#/components/schemas/{route.asks.__name__}"}
+    return near(name, schema), Draft202012Validator(schema | {"components": DOCUMENTS[name]["components"]})
+
+
+@pytest.mark.parametrize("call", READERS)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_body_is_taken_by_the_decoder_just_where_its_schema_takes_it(call: str, data: st.DataObject) -> None:
+    """Rules about values beside their types (a storage key's segments, the size of a payload) come on top."""
+    _, route, shape = READERS[call]
+    strategy, schema = body_of(call)
+    body = data.draw(strategy)
+    try:
+        taken: object = shape.from_body(json.dumps(body).encode(), "a" if route.given else None)
+    except Refused as no:
+        taken = no.refusal
+    if isinstance(taken, commands.Refusal):
+        assert taken.code == "invalid_request"
+        assert "storage_key" in taken.message or not schema.is_valid(body), taken.message
+    else:
+        assert type(taken) is route.asks
+        assert schema.is_valid(body)
