@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check faults format demo bench pins clean
+.PHONY: help venv test check faults format demo bench linearizability pins clean
 
 help:  ## what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Another Python: make check PYTHON=python3.13 VENV=.venv-313"
 
 venv: $(READY)  ## a virtual environment in .venv with jobd and its tools, in the pinned versions
@@ -41,6 +41,9 @@ check: $(READY)  ## all that CI runs: format, lint, types, tests on both event l
 
 faults: $(READY)  ## real faults on the real daemon, as root: what is promised, and what came of it (ARGS="NAME --rounds N")
 	$(BIN)/python -m tests.faults $(or $(ARGS),--report)
+
+linearizability: $(READY)  ## histories of contending clients under faults, each explained by some order (ARGS: --seed K)
+	$(BIN)/python -m tests.linearizability --histories 500 $(ARGS)
 
 format: $(READY)  ## put the code into its usual form
 	$(BIN)/ruff check --fix .

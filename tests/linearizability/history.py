@@ -1,0 +1,144 @@
+"""What clients did and saw: one record for each call on a job, with the times between which it took effect.
+
+Knows no daemon and judges nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+GRANTING: Final = ("start", "claim")
+
+
+class Said(Struct, frozen=True):
+    """An answer: `code` says which, `seen` what it showed of the job."""
+
+    code: str
+    seen: dict[str, Any] = {}
+
+
+class Operation(Struct, frozen=True):
+    """One call on one job. Times are nanoseconds since boot.
+
+    `said` is None where the outcome is unknown: it may have happened at any time from the call until `latest_ns` (None:
+    at any later time), or not at all. `key` is its Idempotency-Key; `replayed` says that the answer was a stored one.
+    """
+
+    client: int
+    verb: str
+    job: str
+    body: dict[str, Any]
+    call_ns: int
+    return_ns: int | None = None
+    said: Said | None = None
+    key: str | None = None
+    replayed: bool = False
+    latest_ns: int | None = None
+
+    @property
+    def lock(self) -> str:
+        """The lock that a call of a holder names, or that an answer granted."""
+        granted = self.said.seen.get("lock") if self.said else None
+        return str(self.body.get("lock_id", granted))
+
+    @property
+    def asked(self) -> str:
+        """What was asked, without the lock: two calls of one verb that ask the same are repeats."""
+        return json.dumps({name: self.body[name] for name in sorted(self.body) if name != "lock_id"})
+
+
+class Terms(Struct, frozen=True):
+    """What the creators of a job ask for. `max_processing_ms` 0: its locks outlive the history."""
+
+    max_attempts: int = 1
+    max_processing_ms: int = 0
+    on_stall: str = "auto"
+
+
+class Outage(Struct, frozen=True):
+    """The daemon was gone for certain from `down_ns` until `up_ns`, when it was started again."""
+
+    down_ns: int
+    up_ns: int
+
+
+class History(Struct):
+    """All that happened to a few jobs."""
+
+    terms: dict[str, Terms]
+    operations: list[Operation] = field(default_factory=list)
+    outages: list[Outage] = field(default_factory=list)
+
+    def of(self, job: str) -> list[Operation]:
+        """What happened to `job`, in order of the calls, one operation for each effect."""
+        mine = [operation for operation in self.operations if operation.job == job]
+        by_key: dict[str, list[Operation]] = {}
+        for operation in mine:
+            if operation.key is not None:
+                by_key.setdefault(operation.key, []).append(operation)
+        settled = [operation for operation in mine if operation.key is None]
+        for tries in by_key.values():
+            settled += _settled(sorted(tries, key=lambda each: each.call_ns))
+        settled = [operation for operation in settled if operation.said or operation.verb != "get"]
+        return sorted((self._bounded(operation) for operation in settled), key=lambda each: each.call_ns)
+
+    def _bounded(self, operation: Operation) -> Operation:
+        """A daemon that died does nothing any more."""
+        if operation.said is not None:
+            return operation
+        ends = (outage.down_ns for outage in self.outages if outage.down_ns > operation.call_ns)
+        return replace(operation, latest_ns=min(ends, default=None))
+
+
+def _settled(tries: list[Operation]) -> Iterator[Operation]:
+    """Calls with one key. A stored answer tells what became of the first call whose own answer was lost."""
+    known = [each for each in tries if each.said and not each.replayed]
+    replays = sorted((each for each in tries if each.replayed), key=lambda each: each.return_ns or 0)
+    unknown = [each for each in tries if each.said is None]
+    # Which of the lost calls it was nobody can tell: from here on each counts as made when the first was.
+    unknown = [replace(each, call_ns=unknown[0].call_ns) for each in unknown]
+    for replay in replays:
+        assert replay.said is not None
+        told = next((each for each in known if _is_same(each, replay)), None)
+        if told is None and unknown:
+            lost, *unknown = unknown
+            told = replace(lost, return_ns=replay.return_ns, said=_effect(replay))
+            known.append(told)
+        yield replace(replay, verb="replay", said=replay.said if told else Said("answered_by_nobody"))
+    yield from known
+    yield from unknown
+
+
+def _is_same(first: Operation, replay: Operation) -> bool:
+    if first.verb in GRANTING:
+        return first.lock == replay.lock
+    return first.said == replay.said
+
+
+def _effect(replay: Operation) -> Said:
+    """What the first call did, as its repeat tells: of a grant it shows the job as it is by then."""
+    assert replay.said is not None
+    if replay.verb not in GRANTING:
+        return replay.said
+    return Said(replay.said.code, {name: replay.said.seen[name] for name in ("lock", "token")})
+
+
+def overlapping(operations: Iterable[Operation]) -> int:
+    """How many of these calls overlap in time with another one on the same job; a lost one by its call."""
+    by_job: dict[str, list[tuple[int, int]]] = {}
+    for each in operations:
+        by_job.setdefault(each.job, []).append((each.call_ns, each.return_ns or each.call_ns))
+    count = 0
+    for spans in map(sorted, by_job.values()):
+        ends = [-1]  # the latest end of all that began before
+        for _, end in spans:
+            ends.append(max(ends[-1], end))
+        for index, (begin, end) in enumerate(spans):
+            next_begin = spans[index + 1][0] if index + 1 < len(spans) else end + 1
+            count += ends[index] >= begin or next_begin <= end
+    return count
