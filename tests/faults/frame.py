@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 # Each has a tuple of its checks, CHECKS.
-MODULES: Final = ("kills",)
+MODULES: Final = ("kills", "fuzz")
 
 Counts = dict[str, int]
 Verdict = Literal["passed", "FAILED", "skipped"]
