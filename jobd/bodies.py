@@ -15,13 +15,14 @@ import msgspec
 from msgspec import NODEFAULT, UNSET, Raw, Struct, UnsetType
 from msgspec.structs import FieldInfo
 
-from jobd.commands import Bulk, Command, Complete, Create, Import, Refusal, Transition
+from jobd.commands import MAX_NAMES, Bulk, Claim, Command, Complete, Create, Import, Refusal, Transition
 from jobd.job import EARLIEST_MS, ID_PATTERN, Place, is_job_id, storage_key_fault
+from jobd.weighing import Scale, TooLong, TooMuch
 
 MAX_QUERY_FIELDS: Final = 50
 SHOWN_NAME: Final = 80  # characters of a caller's own field name that an answer repeats
 
-_FAULT = re.compile(r"(?s)(?P<what>.*?)(?: - at `(?P<where>\$.*)`)?")
+_WHERE = re.compile(r"\$[^ `]{0,200}`")
 _ABOUT_FIELD = re.compile(r"(?s)Object (?P<how>contains unknown|missing required) field `(?P<name>.*)`")
 _STEP = re.compile(r"\.([A-Za-z_]+)|\[[^]]*\]")
 _QUOTED = re.compile(r"`([a-z |]+)`")
@@ -81,13 +82,19 @@ class Shape:
         self.part = command if given is None else part_of(command, given)
         self._names = tuple(info.name for info in msgspec.structs.fields(self.part) if info.name != given)
         self._decode = msgspec.json.Decoder(self.part).decode
+        self._scale = Scale(self.part, {name: most(limits) for name, most in _LISTS.get(command, {}).items()})
 
     def from_body(self, body: bytes, value: str | None = None) -> Command:
         """The command that `body` (empty: every field has its default) and the path's `value` ask for."""
         try:
             if not body.isascii():
                 body.decode()  # the decoder does not look into values that it keeps as they came
+            self._scale.check(body)
             part = self._decode(body or b"{}")
+        except TooLong as fault:
+            raise _too_many(fault.name, fault.most) from None
+        except TooMuch:
+            raise invalid("$", "is mostly blanks or fields that are said again and again. Say each once.") from None
         except msgspec.ValidationError as fault:
             raise explain(str(fault), self.part) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
@@ -179,10 +186,21 @@ def _check_payload(payload: Raw, field: str, limits: Limits) -> None:
         raise too_large(f"{message}reference into the payload.", field=field, limit=limits.payload)
 
 
+def _too_many(name: str, most: int) -> Refused:
+    if name == "jobs":
+        return too_large(f"Over {most} jobs in one bulk. Send several bulks.", field="$.jobs", limit=most)
+    return invalid(f"$.{name}", f"expected a list of length <= {most}.")
+
+
+_LISTS: Final[dict[type[Command], dict[str, Callable[[Limits], int]]]] = {
+    Bulk: {"jobs": lambda limits: limits.bulk},
+    Claim: {"queues": lambda _: MAX_NAMES, "kinds": lambda _: MAX_NAMES},
+}
+
+
 def _check_bulk(command: Bulk, limits: Limits) -> None:
     if len(command.jobs) > limits.bulk:
-        message = f"{len(command.jobs)} jobs in one bulk, the limit is {limits.bulk}. Send several bulks."
-        raise too_large(message, field="$.jobs", limit=limits.bulk)
+        raise _too_many("jobs", limits.bulk)
     for at, job in enumerate(command.jobs):
         _check_payload(job.payload, f"$.jobs[{at}].payload", limits)
 
@@ -224,14 +242,20 @@ def malformed(fault: Exception) -> Refused:
 
 def explain(fault: str, shape: type[Any]) -> Refused:
     """400 for well-formed JSON of the wrong shape: the field's path, what is expected, what to do."""
-    parts = _FAULT.fullmatch(fault)
-    assert parts is not None, fault  # the pattern takes any text
-    what, where = parts["what"], parts["where"] or "$"
+    what, where = _place(fault)
     about = _ABOUT_FIELD.fullmatch(what)
+    if about is None and (about := _ABOUT_FIELD.fullmatch(fault)) is not None:
+        where = "$"  # what looked like a place was a part of the name
     if about is not None:
         name = _shown(about["name"])
         return invalid(f"{where}.{name}", _field_fault(about["how"], name, _struct_at(shape, where)))
     return invalid(where, _value_fault(what, _field_at(shape, where)))
+
+
+def _place(fault: str) -> tuple[str, str]:
+    """What is wrong, and the path of where: a name in it is the caller's, as long and as odd as he likes."""
+    what, mark, where = fault.rpartition(" - at `")
+    return (what, where[:-1]) if mark and _WHERE.fullmatch(where) else (fault, "$")
 
 
 def _field_fault(how: str, name: str, struct: type[Any] | None) -> str:
@@ -253,7 +277,9 @@ def _value_fault(what: str, field: FieldInfo | None) -> str:
     if "matching regex" in what and field is not None:
         words = _pattern_words(field.type)
         return f"must be {words}."
-    what = _QUOTED.sub(lambda quoted: " or ".join(_TYPES.get(name, name) for name in quoted[1].split(" | ")), what)
+    what = _QUOTED.sub(
+        lambda quoted: " or ".join(_TYPES.get(name, name) for name in quoted[1].split(" | ")), what[:300]
+    )
     return f"{what[:1].lower()}{what[1:].removesuffix('.0')}."
 
 

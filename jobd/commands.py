@@ -87,6 +87,8 @@ class Refusal(Struct, frozen=True):
 
 MAX_BULK: Final = 1000
 MAX_CLAIM: Final = 100
+MAX_NAMES: Final = 100  # queues or kinds of one claim
+_NAMES: Final = Meta(min_length=1, max_length=MAX_NAMES)
 MAX_WAIT_MS: Final = 60_000
 MAX_PAGE: Final = 200
 
@@ -157,8 +159,10 @@ class Start(OnJob, frozen=True, kw_only=True):
 
 class Claim(Command, frozen=True, kw_only=True):
     worker: Worker
-    queues: Annotated[list[QueueName], Meta(min_length=1, max_length=100)] = field(default_factory=lambda: ["default"])
-    kinds: Annotated[list[Kind], Meta(min_length=1, max_length=100)] | None = None
+    queues: Annotated[list[QueueName], Meta(min_length=1, max_length=MAX_NAMES)] = field(
+        default_factory=lambda: ["default"]
+    )
+    kinds: Annotated[list[Kind], Meta(min_length=1, max_length=MAX_NAMES)] | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_CLAIM)] = 1
     wait_ms: Annotated[int, Meta(ge=0, le=MAX_WAIT_MS)] = 0
     lock_ttl_ms: LockTtlMs | None = None

@@ -29,6 +29,7 @@ from jobd.commands import (
     Transition,
     Update,
 )
+from jobd.weighing import MANY_KEYS
 
 LIMITS = Limits()
 SHAPES: dict[str, Shape] = {
@@ -180,6 +181,15 @@ def test_a_strange_field_name_comes_back_short_and_printable() -> None:
     assert len(no.message) < 600
 
 
+@pytest.mark.parametrize("name", ["a" * 900_000, " - at `$" * 100_000, "x` - at `$.y", "x` - at `$." + "y" * 900_000])
+def test_whatever_a_field_is_called_the_answer_is_short(name: str) -> None:
+    no = refusal(SHAPES["create"], json.dumps({name: 1}).encode())
+    assert len(no.message) + len(no.details["field"]) < 900
+    no = refusal(SHAPES["bulk"], json.dumps({"jobs": [{name: 1}]}).encode())
+    assert no.details["field"].startswith("$.jobs[0].")
+    assert len(no.message) + len(no.details["field"]) < 900
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -261,6 +271,64 @@ def test_a_bulk_at_its_limit_is_taken_and_one_job_more_is_not() -> None:
     assert shape.from_body(b'{"jobs":[{},{},{}]}')
     no = refusal(shape, b'{"jobs":[{},{},{},{}]}')
     assert (no.code, no.details) == ("too_large", {"field": "$.jobs", "limit": 3})
+
+
+@pytest.mark.parametrize(
+    ("shape", "field", "one", "code"),
+    [
+        ("bulk", "jobs", "{}", "too_large"),
+        ("claim", "queues", '"a"', "invalid_request"),
+        ("claim", "kinds", '"a"', "invalid_request"),
+    ],
+)
+def test_a_list_that_is_too_long_is_not_read_to_its_end(shape: str, field: str, one: str, code: str) -> None:
+    """What is wrong behind its last place is not seen any more, so however long it is, it costs the same."""
+    body = f'{{"{field}":[' + ",".join([one] * 30_000) + ", nonsense"
+    no = refusal(SHAPES[shape], body.encode())
+    assert (no.code, no.details["field"]) == (code, f"$.{field}")
+
+
+def test_a_large_body_whose_lists_are_short_is_read_as_ever() -> None:
+    jobs = [{"payload": "x" * 200} for _ in range(1000)]
+    command = SHAPES["bulk"].from_body(json.dumps({"jobs": jobs}).encode())
+    assert isinstance(command, Bulk)
+    assert len(command.jobs) == 1000
+    blank = b" " * 100_000
+    assert refusal(SHAPES["bulk"], blank + b'{"jobs":1}').details["field"] == "$.jobs"
+    assert refusal(SHAPES["bulk"], blank + b'{"jobs":[{}],').message.startswith("The body is not valid JSON")
+    assert isinstance(SHAPES["claim"].from_body(blank + b'{"worker":"w"}'), Claim)
+
+
+@pytest.mark.parametrize(
+    ("shape", "body"),
+    [
+        ("create", "{" + ",".join(['"queue":"a"'] * 50_000) + "}"),
+        ("create", '{"backoff":{' + ",".join(['"jitter":true'] * 50_000) + "}}"),
+        ("bulk", '{"jobs":[{' + ",".join(['"kind":"a"'] * 50_000) + "}]}"),
+        ("transition", '{"jobId":"a","from":"queued","to":"failed",' + ",".join(['"reason":"a"'] * 50_000) + "}"),
+    ],
+)
+def test_a_large_body_that_says_its_fields_again_and_again_is_refused(shape: str, body: str) -> None:
+    no = refusal(SHAPES[shape], body.encode())
+    assert (no.code, no.details) == ("invalid_request", {"field": "$"})
+    assert "again and again" in no.message
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_large_bodies_with_many_fields_of_their_own_are_taken(indent: int | None) -> None:
+    """A thousand jobs that say all that they may, and payloads of many small fields."""
+    limits = Limits(body=4 << 20)
+    every: dict[str, Any] = {info.encode_name: 1 for info in msgspec.structs.fields(Create)}
+    every |= {"queue": "q", "kind": "k", "on_stall": "auto", "run_at": None, "expires_at": None, "delay_ms": None}
+    every |= {"payload": {f"f{n}": n for n in range(30)}, "backoff": {"kind": "fixed", "base_ms": 1}}
+    jobs = [every | {"id": f"job-{number}"} for number in range(1000)]
+    body = json.dumps({"jobs": jobs}, indent=indent).encode()
+    assert body.count(b'":') > MANY_KEYS
+    command = Shape(Bulk, None, limits).from_body(body)
+    assert isinstance(command, Bulk)
+    assert command.jobs[999].id == "job-999"
+    large = {"lock_id": "l", "metadata": {str(number): {"a": number} for number in range(30_000)}}
+    assert isinstance(SHAPES["complete"].from_body(json.dumps(large, indent=indent).encode(), "a"), Complete)
 
 
 def test_the_payload_is_kept_as_it_came() -> None:
