@@ -5,7 +5,7 @@ Pure: it is told of changes and of the time, decides nothing and reads no clock.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
 from typing import Final
@@ -13,7 +13,8 @@ from typing import Final
 from jobd.batch import Numbers, QueueRow
 from jobd.events import Change
 from jobd.figures import Figures
-from jobd.job import FINISHED, LIVE, STATUSES, TOKEN_COUNTER_BITS, Job, Options
+from jobd.job import FINISHED, LIVE, STATUSES, TOKEN_COUNTER_BITS, Job, Options, Untouched, untouched
+from jobd.live_jobs import LiveJobs
 from jobd.orders import DueEntry, DueJobs, LazyHeap, TimeEntry
 
 FINISHED_KEPT: Final = 1_000  # finished jobs at hand, for repeated endings and quick reads
@@ -40,7 +41,7 @@ class Book:
         self.next_token = numbers.next_token
         self.next_job = numbers.next_job
         self.next_event = numbers.next_event
-        self.jobs: dict[str, Job] = {}
+        self.jobs = LiveJobs()
         self.finished: OrderedDict[str, Job] = OrderedDict()
         self.quarantined: dict[str, str] = {}
         self.request_hashes: dict[str, str] = {}  # of the jobs that the creates of this batch name
@@ -70,8 +71,10 @@ class Book:
         self._options: dict[Options, Options] = {}
 
     @classmethod
-    def opened(cls, numbers: Numbers, jobs: Iterable[Job], queues: dict[str, QueueRow]) -> Book:
-        """The book as a start finds it: live jobs, and the finished counts that the store kept."""
+    def opened(
+        cls, numbers: Numbers, jobs: Iterable[Job], queues: dict[str, QueueRow], in_short: Iterable[Untouched] = ()
+    ) -> Book:
+        """The book as a start finds it: live jobs, some of them in short, and the finished counts that were kept."""
         book = cls(numbers)
         book._now, book._lease = numbers.wall_ms, numbers.lease_ms
         for name, row in queues.items():
@@ -81,6 +84,7 @@ class Book:
                 book.totals[status] += count
             if row.paused:
                 book.paused.add(name)
+        book._enter_all(in_short)
         for job in jobs:
             book.swap(None, job)
         book.order_processing()
@@ -90,11 +94,11 @@ class Book:
 
     def get(self, job_id: str) -> Job | None:
         """The live job, or the finished one if it was loaded."""
-        return self.jobs.get(job_id) or self.finished.get(job_id)
+        return self.jobs.find(job_id) or self.finished.get(job_id)
 
     def holds(self, job_id: str, lock_id: str) -> bool:
         """Whether `lock_id` is that of the job's current grant."""
-        job = self.jobs.get(job_id)
+        job = self.jobs.find(job_id)
         return job is not None and job.grant is not None and job.grant.lock_id == lock_id
 
     def due(self, queues: Iterable[str], kinds: Iterable[str] | None) -> Iterator[Job]:
@@ -224,12 +228,12 @@ class Book:
     def _leave(self, job: Job, after: Job | None) -> None:
         self._count(job, -1)
         if after is None or after.status not in LIVE:
-            self.jobs.pop(job.id, None)
+            self.jobs.drop(job.id)
         if after is None or after.status not in FINISHED:
             self.finished.pop(job.id, None)
         if job.status == "queued":
             if after is not None and after.status in LIVE:
-                self.jobs[job.id] = after  # its old entries are stale from here on
+                self.jobs.keep(after)  # its old entries are stale from here on
             self._leave_queue(job)
         elif job.status == "processing":
             self.started_sum -= job.started_at or job.created_at
@@ -241,16 +245,38 @@ class Book:
         if job.status in FINISHED:
             self.loaded(job)
             return
-        self.jobs[job.id] = job
+        short = untouched(job) if before is None and job.status == "queued" else None
+        if short is None:
+            self.jobs.keep(job)
+        else:
+            self.jobs.keep_short(short)
         if job.status == "queued":
-            self._enter_queue(job)
+            self._enter_queue(job, short)
         elif job.status == "processing":
             self.started_sum += job.started_at or job.created_at
             self._hold(before, job)
 
-    def _enter_queue(self, job: Job) -> None:
+    def _enter_all(self, jobs: Iterable[Untouched]) -> None:
+        """What swapping each in would do to an empty book, at a quarter of the cost."""
+        groups: defaultdict[int, list[Untouched]] = defaultdict(list)
+        lanes: defaultdict[tuple[str, str, int], list[Untouched]] = defaultdict(list)
+        for job in jobs:
+            if job.created_at <= self._now:
+                groups[id(job.options)].append(job)  # by the value that they share: to compare values takes longer
+            else:
+                self.swap(None, job.whole())
+        for group in groups.values():
+            options = group[0].options
+            lanes[(options.queue, options.kind, options.priority)] += group
+            self._count(group[0].whole(), len(group))
+            self.jobs.keep_all_short(group)
+        for (queue, kind, priority), group in lanes.items():
+            self._due_of(queue).join_all(kind, priority, group)
+            self.on_due(queue, kind)
+
+    def _enter_queue(self, job: Job, short: Untouched | None) -> None:
         if job.run_at <= self._now:
-            self._add_due(job)
+            self._add_due(job, short)
         else:
             self._delayed_live[job.id] = job.run_at
             self._delayed.push((job.run_at, job.seq, job.id))
@@ -258,13 +284,20 @@ class Book:
             self._expiries_live[job.id] = job.expires_at
             self._expiries.push((job.expires_at, job.seq, job.id))
 
-    def _add_due(self, job: Job) -> None:
+    def _add_due(self, job: Job, short: Untouched | None = None) -> None:
         options = job.options
-        due = self._due.get(options.queue)
-        if due is None:
-            due = self._due[options.queue] = DueJobs(self._is_due)
-        due.add(options.kind, (options.priority, job.run_at, job.seq, job.id))
+        due = self._due_of(options.queue)
+        if short is not None:
+            due.join(short)
+        else:
+            due.add(options.kind, (options.priority, job.run_at, job.seq, job.id))
         self.on_due(options.queue, options.kind)
+
+    def _due_of(self, queue: str) -> DueJobs:
+        due = self._due.get(queue)
+        if due is None:
+            due = self._due[queue] = DueJobs(self._is_due, self.jobs.waits)
+        return due
 
     def _leave_queue(self, job: Job) -> None:
         if self._delayed_live.pop(job.id, None) is None:
@@ -361,7 +394,7 @@ class Book:
             del self.workers[idle]
 
     def _is_due(self, kind: str, entry: DueEntry) -> bool:
-        job = self.jobs.get(entry[3])
+        job = self.jobs.find(entry[3])
         return (
             job is not None
             and job.status == "queued"

@@ -224,7 +224,7 @@ class Health:
         """Ids of a sample of live jobs whose rows differ from the disk's, and how many were compared.
 
         While a batch is written memory may be ahead of the disk, and after a refused one for a moment too. So a job
-        counts as differing only if it does so each time, as the very same row in memory, with a whole round trip
+        counts as differing only if it does so each time, unchanged in memory, with a whole round trip
         through the mailbox in between.
         """
         sample = self._sample()
@@ -243,7 +243,7 @@ class Health:
         begin = self._next_sample if self._next_sample < min(len(book.jobs), SAMPLED_FROM) else 0
         self._next_sample = begin + SAMPLE
         held = islice(book.processing.values(), SAMPLE // 2)
-        window = islice(book.jobs.values(), begin, begin + SAMPLE)
+        window = (book.jobs[job_id] for job_id in islice(book.jobs, begin, begin + SAMPLE))
         return {job.id: job for job in islice(chain(held, window), SAMPLE)}
 
     async def _differing(self, sample: dict[str, Job]) -> dict[str, Job]:
@@ -256,7 +256,7 @@ class Health:
         return {
             job_id: job
             for job_id, job in sample.items()
-            if book.jobs.get(job_id) is job and loaded.jobs.get(job_id) != job
+            if book.jobs.find(job_id) == job and loaded.jobs.get(job_id) != job
         }
 
     # -- artefacts and cleanup ----------------------------------------------------------------------------------------

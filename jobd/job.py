@@ -220,6 +220,28 @@ class Job(Struct, frozen=True, gc=False):
     error: Failure | None = None
 
 
+class Untouched(Struct, frozen=True, gc=False):
+    """A queued job that was due when it was created, and to which nothing has happened since: all there is to know.
+
+    Of the jobs that wait nearly all are such. Memory keeps them in 48 bytes, where a Job takes 176 (live_jobs.py).
+    """
+
+    seq: int
+    id: str
+    options: Options
+    created_at: int
+
+    def whole(self) -> Job:
+        """The job itself."""
+        return Job(self.seq, self.id, self.options, "queued", self.created_at, self.created_at, self.created_at)
+
+
+def untouched(job: Job) -> Untouched | None:
+    """`job` in short. None where it says more than that, or lacks a name that validation would miss."""
+    short = Untouched(job.seq, job.id, job.options, job.created_at)
+    return short if job.id and job.options.queue and short.whole() == job else None
+
+
 class Policy(Struct, frozen=True):
     """What the configuration decides for the rules: defaults, retention, limits. Times in ms, sizes in bytes."""
 

@@ -6,8 +6,15 @@ Pure structures. What makes an entry valid is the book's business, handed in as 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from heapq import merge
+from itertools import groupby
+from operator import attrgetter
 from typing import Generic, TypeVar
+
+from jobd.job import Untouched
 
 Entry = TypeVar("Entry", bound=tuple[object, ...])
 
@@ -15,6 +22,11 @@ DueEntry = tuple[int, int, int, str]  # priority, run_at, job seq, job id: the o
 TimeEntry = tuple[int, int, str]  # time, job seq, job id
 
 SLACK = 64  # stale entries that a heap may always hold; beyond, at most as many as it has valid ones
+
+
+def entry_of(job: Untouched) -> DueEntry:
+    """The place of an untouched job: due since its creation."""
+    return (job.options.priority, job.created_at, job.seq, job.id)
 
 
 class LazyHeap(Generic[Entry]):
@@ -71,29 +83,90 @@ class LazyHeap(Generic[Entry]):
             self.entries = sorted({entry for entry in self.entries if valid(entry)})
 
 
-class Lane:
-    """The due jobs of one queue, kind and priority. `live` counts them; the heap may hold stale ones beside."""
+class Line:
+    """Jobs to which nothing has happened, in order of creation: 8 bytes for each, where an entry of a heap takes 90.
 
-    __slots__ = ("heap", "live")
+    One joins at the end, and only where it belongs there. As in a heap, those that are gone stay until they come to
+    the front or `trim` finds too many of them.
+    """
+
+    __slots__ = ("jobs",)
 
     def __init__(self) -> None:
+        self.jobs: deque[Untouched] = deque()
+
+    def takes(self, job: Untouched) -> bool:
+        """Whether `job` comes after all that are in line."""
+        if not self.jobs:
+            return True
+        last = self.jobs[-1]
+        return last.created_at <= job.created_at and last.seq < job.seq
+
+    def first(self, waits: Callable[[Untouched], bool]) -> Untouched | None:
+        """The first that still waits; those before it are dropped."""
+        jobs = self.jobs
+        while jobs:
+            if waits(jobs[0]):
+                return jobs[0]
+            jobs.popleft()
+        return None
+
+    def trim(self, live: int, waits: Callable[[Untouched], bool]) -> None:
+        """Drop those that are gone where they outnumber the `live` ones."""
+        if len(self.jobs) > 2 * live + SLACK:
+            self.jobs = deque(filter(waits, self.jobs))
+
+
+class Lane:
+    """The due jobs of one queue, kind and priority: new ones in line, all others in a heap.
+
+    `live` counts them; beside them either may hold what is stale.
+    """
+
+    __slots__ = ("heap", "line", "live", "valid", "waits")
+
+    def __init__(self, valid: Callable[[DueEntry], bool], waits: Callable[[Untouched], bool]) -> None:
         self.heap: LazyHeap[DueEntry] = LazyHeap()
+        self.line = Line()
         self.live = 0
+        self.valid = valid
+        self.waits = waits
+
+    def first(self) -> DueEntry | None:
+        """The entry of the job that comes first."""
+        in_line, in_heap = self.line.first(self.waits), self.heap.first(self.valid)
+        if in_line is None:
+            return in_heap
+        entry = entry_of(in_line)
+        return entry if in_heap is None or entry <= in_heap else in_heap
+
+    def entries(self) -> Iterator[DueEntry]:
+        """Every valid entry once, in order, cost by the number taken. Nothing may change while it is read."""
+        in_line = map(entry_of, filter(self.waits, self.line.jobs))
+        if not self.heap.entries:
+            return in_line
+        # A job that left and came back in another way may be in both, with equal entries: give it once.
+        return (entry for entry, _ in groupby(merge(in_line, self.heap.ordered(self.valid))))
+
+    def trim(self) -> None:
+        self.heap.trim(self.live, self.valid)
+        self.line.trim(self.live, self.waits)
 
 
 class DueJobs:
     """The due jobs of one queue, in exact order over all kinds or over some of them.
 
     One lane for each kind and priority; `heads` orders the lanes by their first job, so that the cost of a claim does
-    not grow with their number.
+    not grow with their number. `valid` knows stale entries of a kind, `waits` untouched jobs that are gone.
     """
 
-    __slots__ = ("_valid", "heads", "lanes")
+    __slots__ = ("_valid", "_waits", "heads", "lanes")
 
-    def __init__(self, valid: Callable[[str, DueEntry], bool]) -> None:
+    def __init__(self, valid: Callable[[str, DueEntry], bool], waits: Callable[[Untouched], bool]) -> None:
         self.lanes: dict[str, dict[int, Lane]] = {}  # kind -> priority -> lane
         self.heads: LazyHeap[tuple[int, int, int, str, str]] = LazyHeap()  # a due entry and its kind
         self._valid = valid
+        self._waits = waits
 
     @property
     def live(self) -> int:
@@ -101,12 +174,33 @@ class DueJobs:
         return sum(lane.live for lanes in self.lanes.values() for lane in lanes.values())
 
     def add(self, kind: str, entry: DueEntry) -> None:
-        lane = self.lanes.setdefault(kind, {}).setdefault(entry[0], Lane())
+        """One more due job of this kind, whatever has happened to it."""
+        lane = self._lane(kind, entry[0])
         lane.live += 1
         lane.heap.push(entry)
         if lane.heap.entries[0] is entry:
             self.heads.push((*entry, kind))
             self._trim_heads()
+
+    def join(self, job: Untouched) -> None:
+        """One more due job, which `waits` knows already."""
+        kind, lane = job.options.kind, self._lane(job.options.kind, job.options.priority)
+        if not lane.line.takes(job):
+            self.add(kind, entry_of(job))
+            return
+        lane.live += 1
+        lane.line.jobs.append(job)
+        if lane.line.first(self._waits) is job:
+            self.heads.push((*entry_of(job), kind))
+            self._trim_heads()
+
+    def join_all(self, kind: str, priority: int, jobs: Iterable[Untouched]) -> None:
+        """The first jobs of a lane, all at once, in any order."""
+        lane = self._lane(kind, priority)
+        assert not lane.live, "only the first jobs of a lane come all at once"
+        lane.line.jobs.extend(sorted(jobs, key=attrgetter("created_at", "seq")))
+        lane.live = len(lane.line.jobs)
+        self._offer_head(kind, lane)
 
     def remove(self, kind: str, priority: int) -> None:
         """One job of this lane is no longer due; its entry is stale already."""
@@ -117,7 +211,7 @@ class DueJobs:
             if not self.lanes[kind]:
                 del self.lanes[kind]
         else:
-            lane.heap.trim(lane.live, lambda entry: self._valid(kind, entry))
+            lane.trim()
             self._offer_head(kind, lane)
 
     def due(self, kinds: Iterable[str] | None) -> Iterator[DueEntry]:
@@ -127,8 +221,7 @@ class DueJobs:
         frontier: list[tuple[DueEntry, Iterator[DueEntry]]] = []
         while upcoming is not None or frontier:
             if upcoming is not None and (not frontier or upcoming[:4] <= frontier[0][0]):
-                lane, kind = self.lanes[upcoming[4]][upcoming[0]], upcoming[4]
-                following = lane.heap.ordered(lambda entry, kind=kind: self._valid(kind, entry))  # type: ignore[misc]
+                following = self.lanes[upcoming[4]][upcoming[0]].entries()
                 upcoming = next(heads, None)
             else:
                 entry, following = heapq.heappop(frontier)
@@ -138,27 +231,31 @@ class DueJobs:
 
     def oldest_run_at(self) -> int | None:
         """When the job that has been due longest became due; the first of each lane is its oldest."""
-        firsts = (self._first(kind, lane) for kind, lanes in self.lanes.items() for lane in lanes.values())
+        firsts = (lane.first() for lanes in self.lanes.values() for lane in lanes.values())
         return min((entry[1] for entry in firsts if entry is not None), default=None)
 
     def entries(self) -> Iterator[tuple[str, DueEntry]]:
         """Every valid entry with its kind, in no order."""
         for kind, lanes in self.lanes.items():
             for lane in lanes.values():
-                yield from ((kind, entry) for entry in dict.fromkeys(lane.heap.entries) if self._valid(kind, entry))
+                yield from ((kind, entry) for entry in lane.entries())
 
-    def _first(self, kind: str, lane: Lane) -> DueEntry | None:
-        return lane.heap.first(lambda entry: self._valid(kind, entry))
+    def _lane(self, kind: str, priority: int) -> Lane:
+        lanes = self.lanes.setdefault(kind, {})
+        lane = lanes.get(priority)
+        if lane is None:
+            lane = lanes[priority] = Lane(partial(self._valid, kind), self._waits)
+        return lane
 
     def _offer_head(self, kind: str, lane: Lane) -> None:
-        first = self._first(kind, lane)
+        first = lane.first()
         assert first is not None  # the lane has a job that is due
         self.heads.push((*first, kind))
         self._trim_heads()
 
     def _is_head(self, head: tuple[int, int, int, str, str]) -> bool:
         lane = self.lanes.get(head[4], {}).get(head[0])
-        return lane is not None and self._first(head[4], lane) == head[:4]
+        return lane is not None and lane.first() == head[:4]
 
     def _trim_heads(self) -> None:
         self.heads.trim(sum(map(len, self.lanes.values())), self._is_head)
@@ -168,5 +265,5 @@ class DueJobs:
 
     def _heads_of(self, kinds: Iterable[str]) -> Iterator[tuple[int, int, int, str, str]]:
         lanes = ((kind, lane) for kind in set(kinds) for lane in self.lanes.get(kind, {}).values())
-        firsts = ((self._first(kind, lane), kind) for kind, lane in lanes)
+        firsts = ((lane.first(), kind) for kind, lane in lanes)
         return iter(sorted((*first, kind) for first, kind in firsts if first is not None))

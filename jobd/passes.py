@@ -178,14 +178,15 @@ class Pass:
         for ids in _slices(suspects, self._batch):
             await self._mend(ids)
         looked_at = set(suspects)
-        for ids in _slices(list(self._book.jobs), SCAN):
+        # Untouched jobs hold nothing that could be wrong (job.untouched); there may be millions of them.
+        for ids in _slices(list(self._book.jobs.touched()), SCAN):
             wrong = [job_id for job_id in ids if job_id not in looked_at and self._looks_wrong(job_id)]
             for some in _slices(wrong, self._batch):
                 await self._mend(some)
             await self._hands.breathe()
 
     def _looks_wrong(self, job_id: str) -> bool:
-        job = self._book.jobs.get(job_id)
+        job = self._book.jobs.find(job_id)
         if job is None:
             return False
         return any(map(counts, validate(job, self._clock.moment(), self._hands.actor.policy).issues))

@@ -207,7 +207,7 @@ def compare(book: Book, rows: dict[str, Job], at: Moment, *, finished_at_hand: b
     _compare_orders(book, rows, at)
     _compare_locks(book, rows, at)
     for job in rows.values():
-        assert book.get(job.id) == job or (not finished_at_hand and job.id not in book.jobs | book.finished)
+        assert book.get(job.id) == job or (not finished_at_hand and job.id not in {*book.jobs, *book.finished})
         if job.status == "processing":
             continue
         assert job.grant is None or job.seq in book.suspects, "a lock on a job that nobody processes"

@@ -13,9 +13,9 @@ from jobd.batch import Numbers, QueueRow
 from jobd.book import FINISHED_KEPT, Book
 from jobd.commands import Cancel, Create, Delete, Import, Pause, Recover, Release, Resume, Update
 from jobd.events import Change, Event
-from jobd.job import HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options
+from jobd.job import HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options, Untouched
 from jobd.orders import SLACK
-from tests.desk import NOW, Desk, compare
+from tests.desk import NOW, Desk, compare, picture
 
 TTL = 15 * MINUTE_MS
 
@@ -57,6 +57,55 @@ def test_a_start_finds_live_jobs_and_the_counts_of_finished_ones() -> None:
     assert (book.live_locks(), list(book.stuck)) == (1, ["job-4"])
     assert (book.next_run_at(), book.next_deadline()) == (NOW + 1, 500)
     assert {name: row for name in queues for row in [book.queue_row(name)]} == queues
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_jobs_in_short_enter_all_at_once_as_one_by_one(seed: int) -> None:
+    dice = random.Random(seed)
+    shared = [
+        Options(queue=queue, kind=kind, priority=priority) for queue in "qr" for kind in "kl" for priority in (0, 1)
+    ]
+    jobs = []
+    for seq in dice.sample(range(1, 1_000), 300):
+        options = dice.choice(shared)
+        jobs.append(Untouched(seq, f"job-{seq}", replace(options), NOW + dice.randint(-30, 5)))  # equal, not identical
+        if dice.random() < 0.9:
+            jobs[-1] = replace(jobs[-1], options=options)
+    touched = [held(seq, f"w-{seq % 3}") for seq in range(2_000, 2_020)]
+    queues = {"q": QueueRow(paused=True, failed=2)}
+    numbers = Numbers(wall_ms=NOW)
+    at_once = Book.opened(numbers, touched, queues, jobs)
+    one_by_one = Book.opened(numbers, [*(job.whole() for job in jobs), *touched], queues)
+    rows = {job.id: job for job in [*(job.whole() for job in jobs), *touched]}
+    for step_ms in (0, 3, -20, 30):
+        for book in (at_once, one_by_one):
+            book.set_paused("q", False)
+            book.advance(book._now + step_ms, 0)
+        assert picture(at_once) == picture(one_by_one)
+        assert at_once.next_run_at() == one_by_one.next_run_at()
+        assert [due.live for _, due in sorted(at_once._due.items())] == [
+            due.live for _, due in sorted(one_by_one._due.items())
+        ]
+    for book in (at_once, one_by_one):
+        for job in rows.values():
+            book.swap(job, None)
+        compare_nothing_left(book)
+
+
+def compare_nothing_left(book: Book) -> None:
+    assert (len(book.jobs), book._due, book._delayed_live) == (0, {}, {})
+    assert {status: count for status, count in book.totals.items() if count} == {"failed": 2}
+
+
+def test_only_new_jobs_are_kept_in_short(desk: Desk) -> None:
+    desk.create("a")
+    desk.create("b", delay_ms=5)
+    lock_id = desk.held("c")
+    assert desk.book.jobs.touched() == {"b", "c"}
+    desk.yes(Release(id="c", lock_id=lock_id))
+    desk.yes(Update(id="a", priority=1))
+    assert desk.book.jobs.touched() == {"a", "b", "c"}
+    assert desk.claim(limit=9) == ["c", "a"]
 
 
 def test_numbers_are_burnt_as_they_are_used() -> None:

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from jobd.job import FINISHED, LIVE, STATUSES, TRANSITIONS, Lease, is_job_id, storage_key_fault
+import pytest
+from msgspec.structs import fields, replace
+
+from jobd.commands import Moment
+from jobd.job import (
+    FINISHED,
+    LIVE,
+    STATUSES,
+    TRANSITIONS,
+    Ended,
+    Failure,
+    Grant,
+    Job,
+    Lease,
+    Options,
+    Policy,
+    Result,
+    is_job_id,
+    storage_key_fault,
+    untouched,
+)
+from jobd.validation import validate
+
+NEW = Job(3, "a", Options(queue="q", kind="k"), "queued", 1_000, 1_000, 1_000)
 
 
 @pytest.mark.parametrize("text", ["a", "A-z_0.9:", "x" * 200])
@@ -57,3 +80,42 @@ def test_at_its_ceiling_a_lease_is_past_it() -> None:
     lease = Lease(10, 20, 15)
     assert (lease.is_past_ceiling(14), lease.is_past_ceiling(15)) == (False, True)
     assert not Lease(10, 20, None).is_past_ceiling(10**15)
+
+
+def test_a_new_job_in_short_is_the_whole_job() -> None:
+    short = untouched(NEW)
+    assert short is not None
+    assert short.whole() == NEW
+    assert validate(short.whole(), Moment(1_000, 5, 0), Policy()).issues == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": ""},
+        {"options": Options(queue="")},
+        {"status": "odd"},
+        {"updated_at": 1_001},
+        {"run_at": 1_001},
+        {"progress": 0.5},
+        {"progress_message": ""},
+        {"attempt": 1},
+        {"stalls": 1},
+        {"started_at": 0},
+        {"finished_at": 0},
+        {"expires_at": 2_000},
+        {"grant": Grant("l", 1, "w", 1, 1, 1, 0)},
+        {"lease": Lease(1, 1, None)},
+        {"ended": Ended("l", 1, "w", 1, "", "")},
+        {"result": Result()},
+        {"error": Failure(None)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_job_that_says_more_is_never_kept_in_short(change: dict[str, Any]) -> None:
+    assert untouched(replace(NEW, **change)) is None
+
+
+def test_every_field_of_a_job_was_thought_of() -> None:
+    """A new field has to be among those that are tried above, or be one that says nothing."""
+    assert len(fields(Job)) == 19

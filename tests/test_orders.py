@@ -7,7 +7,8 @@ from itertools import islice
 
 import pytest
 
-from jobd.orders import SLACK, DueEntry, DueJobs, LazyHeap
+from jobd.job import Options, Untouched
+from jobd.orders import SLACK, DueEntry, DueJobs, LazyHeap, entry_of
 
 Timed = tuple[int, int, str]
 
@@ -70,12 +71,20 @@ def test_trim_waits_until_the_stale_outnumber_the_live(heap: LazyHeap[Timed]) ->
     assert heap.entries == [entry(7)]
 
 
+def untouched(kind: str, priority: int, created_at: int, seq: int) -> Untouched:
+    return Untouched(seq, f"{seq}", Options(kind=kind, priority=priority), created_at)
+
+
 class Model:
     """Due jobs as a plain set, beside the real thing."""
 
     def __init__(self) -> None:
         self.live: set[tuple[str, DueEntry]] = set()
-        self.due = DueJobs(lambda kind, found: (kind, found) in self.live)
+        self.short: dict[DueEntry, Untouched] = {}  # those that joined and have not left
+        self.due = DueJobs(lambda kind, found: (kind, found) in self.live, self._waits)
+
+    def _waits(self, job: Untouched) -> bool:
+        return self.short.get(entry_of(job)) is job
 
     def add(self, kind: str, *found: int) -> tuple[str, DueEntry]:
         priority, run_at, seq = found
@@ -84,8 +93,17 @@ class Model:
         self.due.add(*item)
         return item
 
+    def join(self, kind: str, *found: int) -> tuple[str, DueEntry]:
+        job = untouched(kind, *found)
+        item = (kind, entry_of(job))
+        self.live.add(item)
+        self.short[entry_of(job)] = job
+        self.due.join(job)
+        return item
+
     def remove(self, item: tuple[str, DueEntry]) -> None:
         self.live.remove(item)
+        self.short.pop(item[1], None)
         self.due.remove(item[0], item[1][0])
 
     def check(self) -> None:
@@ -139,15 +157,68 @@ def test_any_sequence_of_adds_and_removes_matches_a_sort(seed: int) -> None:
     for seq in range(400):
         action = dice.random()
         if action < 0.5 or not model.live:
-            model.add(dice.choice("ab"), dice.randint(-1, 1), dice.randint(0, 9), seq)
+            enter = dice.choice([model.add, model.join])
+            enter(dice.choice("ab"), dice.randint(-1, 1), dice.choice([dice.randint(0, 9), 10 + seq]), seq)
         elif action < 0.9:
             gone.append(dice.choice(sorted(model.live)))
             model.remove(gone[-1])
         elif gone:
             kind, found = gone.pop()
-            model.add(kind, *found[:3])
+            dice.choice([model.add, model.join])(kind, *found[:3])
         if seq % 10 == 0:
             model.check()
+    model.check()
+
+
+def test_a_job_that_comes_back_in_another_way_is_given_once() -> None:
+    model = Model()
+    item = model.add("a", 0, 1, 1)
+    model.remove(item)
+    model.join("a", 0, 1, 1)  # its first entry is right again
+    model.check()
+    model.join("a", 0, 2, 2)
+    model.check()
+
+
+def test_a_new_job_is_the_first_where_all_before_it_are_gone() -> None:
+    model = Model()
+    gone = model.join("a", 0, 5, 1)
+    model.add("a", 0, 9, 2)
+    model.remove(gone)
+    model.join("a", 0, 6, 3)
+    model.join("b", 0, 7, 4)
+    model.check()
+
+
+def test_a_job_joins_the_line_only_at_its_end() -> None:
+    model = Model()
+    for found in [(0, 5, 2), (0, 4, 3), (0, 5, 1), (0, 5, 4)]:
+        model.join("a", *found)
+        model.check()
+    (lane,) = model.due.lanes["a"].values()
+    assert [job.seq for job in lane.line.jobs] == [2, 4]
+    assert len(lane.heap.entries) == 2
+
+
+def test_the_first_jobs_of_a_lane_come_all_at_once_in_any_order() -> None:
+    model = Model()
+    jobs = [untouched("a", 3, created_at, seq) for created_at, seq in [(5, 2), (4, 3), (5, 1), (5, 4)]]
+    for job in jobs:
+        model.live.add(("a", entry_of(job)))
+        model.short[entry_of(job)] = job
+    model.due.join_all("a", 3, jobs)
+    model.join("a", 3, 6, 5)
+    model.join("b", 2, 7, 6)
+    model.check()
+
+
+def test_lines_stay_small_while_jobs_come_and_go() -> None:
+    model = Model()
+    model.join("a", 0, 0, 0)
+    for seq in range(1, 2_000):
+        model.remove(model.join("a", 0, seq, seq))
+    (lane,) = model.due.lanes["a"].values()
+    assert len(lane.line.jobs) <= 2 + SLACK + 1
     model.check()
 
 

@@ -290,5 +290,5 @@ def _ids(changes: Iterable[Change], kind: str) -> list[str]:
 
 def _brief(book: Book, job: Job | None) -> tuple[Any, ...]:
     """Enough of a book to see most changes at a small price; the whole is compared now and then."""
-    same = job is None or book.get(job.id) is job
+    same = job is None or book.get(job.id) == job
     return book.next_event, book.next_token, book.next_job, *book.totals.values(), len(book.jobs), same, len(book.stuck)
