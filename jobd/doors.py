@@ -108,7 +108,8 @@ def check_kind(headers: MultiMapping[str], wanted: str) -> None:
     given = headers.get("Content-Type", "")
     if given not in _PLAIN.get(wanted, ()) and not _is_kind(given, wanted):
         raise refused("unsupported_media_type", f"The body must be {wanted}: send `Content-Type: {wanted}`.")
-    if headers.get("Content-Encoding", "identity").lower() != "identity":
+    codings = headers.get("Content-Encoding", "identity").lower(), headers.get("Transfer-Encoding", "chunked").lower()
+    if codings != ("identity", "chunked"):
         raise refused("unsupported_media_type", "Compressed bodies are not taken: send it as it is.")
 
 

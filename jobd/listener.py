@@ -23,6 +23,8 @@ from jobd.commands import Refusal
 from jobd.web import BUG, Visit, Web
 
 BACKLOG: Final = 1024
+PIECE: Final = 16 << 10  # bytes that are parsed in one turn of the loop, where they have
+PIECE_LINES: Final = 2_000  # more lines than this
 LINGER_S: Final = 5.0  # how long the rest of a refused body is read, so that the client gets to see the answer
 LAST_BREATH_S: Final = 0.1  # after the deadline of a stop, for cancelled handlers to end
 
@@ -32,11 +34,36 @@ log = structlog.get_logger("jobd.web")
 class Connection(RequestHandler):
     """aiohttp's connection, with our error object where it would send text, and without its tracebacks."""
 
-    __slots__ = ("_web",)
+    __slots__ = ("_rest", "_web")
 
     def __init__(self, manager: web.Server, site: Web, **options: Any) -> None:
         super().__init__(manager, **options)
         self._web = site
+        self._rest = bytearray()  # has been read, and is parsed in the next turns of the loop
+
+    def data_received(self, data: bytes) -> None:
+        """What is made of ever so many lines (chunks of one byte) is parsed piece by piece: others get their turns."""
+        if not data or (not self._rest and (len(data) <= PIECE or data.count(b"\r\n") <= PIECE_LINES)):
+            super().data_received(data)
+            return
+        is_first = not self._rest
+        self._rest += data
+        if is_first:
+            self._feed()
+
+    def _feed(self) -> None:
+        transport = self.transport
+        piece = bytes(self._rest[:PIECE])
+        del self._rest[:PIECE]
+        if transport is not None:
+            super().data_received(piece)
+        if transport is None or transport.is_closing():
+            self._rest.clear()
+        elif self._rest:
+            transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._feed)
+        elif not (self._reading_paused or self._buffer_paused):
+            transport.resume_reading()
 
     def close_if_idle(self) -> None:
         """End the connection where no request, or only a part of its head, has come."""

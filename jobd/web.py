@@ -188,6 +188,8 @@ class Web:
 
     def _admit(self, visit: Visit, path: str) -> tuple[Way, str | None]:
         """The way of a request that may come in. The token is judged first, then Host and Origin, then the path."""
+        if visit.version[0] != 1:
+            raise refused("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are spoken here.", field="$")
         way, given, allowed = self._table.find(visit.method, path)
         if way is not None:
             visit.route = way.route

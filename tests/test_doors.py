@@ -176,6 +176,9 @@ def test_compressed_bodies_are_refused(coding: str) -> None:
     given = headers(Content_Type="application/json", Content_Encoding=coding)
     assert code(check_kind, given, JSON) == "unsupported_media_type"
     assert code(check_kind, headers(Content_Type="application/json", Content_Encoding="Identity"), JSON) is None
+    on_its_way = headers(Content_Type="application/json", Transfer_Encoding=f"{coding}, chunked")
+    assert code(check_kind, on_its_way, JSON) == "unsupported_media_type"
+    assert code(check_kind, headers(Content_Type="application/json", Transfer_Encoding="Chunked"), JSON) is None
 
 
 def test_the_scope_of_a_key() -> None:

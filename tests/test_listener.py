@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.web_protocol import RequestHandler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -20,8 +21,10 @@ from structlog.testing import capture_logs
 from jobd.answers import Answer, Done
 from jobd.bodies import Limits
 from jobd.doors import Gate, own_names
+from jobd.listener import PIECE
 from jobd.worker_api import ROUTES
 from tests.conftest import tool_missing
+from tests.hostile_bytes import CHUNKED, GET, HOSTILE, POST
 from tests.http_help import TOKEN, House, Line, message
 
 
@@ -47,51 +50,6 @@ async def emptied(house: House) -> None:
     """Until the last connection is gone."""
     while house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
-
-
-POST = b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-GET = b"GET /v1/jobs HTTP/1.1\r\nHost: x\r\n"
-HOSTILE = {
-    "both lengths": POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "both lengths, turned": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n{}",
-    "doubled lengths": POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}",
-    "different lengths": POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
-    "list of lengths": POST + b"Content-Length: 2, 2\r\n\r\n{}",
-    "negative length": POST + b"Content-Length: -1\r\n\r\n{}",
-    "signed length": POST + b"Content-Length: +2\r\n\r\n{}",
-    "hex length": POST + b"Content-Length: 0x2\r\n\r\n{}",
-    "length over 64 bits": POST + b"Content-Length: 99999999999999999999999\r\n\r\n{}",
-    "doubled coding": POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "coding not last": POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
-    "coding in disguise": POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
-    "bad chunk size": POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
-    "chunk size over 64 bits": POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n{}\r\n0\r\n\r\n",
-    "chunk longer than said": POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{}\r\n0\r\n\r\n",
-    "space before the colon": POST + b"Content-Length : 2\r\n\r\n{}",
-    "folded header": GET + b"X-A: a\r\n b\r\n\r\n",
-    "bare line feeds": b"GET /v1/jobs HTTP/1.1\nHost: x\n\n",
-    "NUL in a header": GET + b"X-A: a\x00b\r\n\r\n",
-    "NUL in the path": b"GET /v1/\x00jobs HTTP/1.1\r\nHost: x\r\n\r\n",
-    "control in a header name": GET + b"X\x01A: a\r\n\r\n",
-    "no Host": b"GET /v1/jobs HTTP/1.1\r\n\r\n",
-    "two Hosts": GET + b"Host: y\r\n\r\n",
-    "huge header": GET + b"X-A: " + b"a" * 100_000 + b"\r\n\r\n",
-    "huge header name": GET + b"x" * 100_000 + b": a\r\n\r\n",
-    "many headers": GET + b"".join(b"X-%d: a\r\n" % n for n in range(2000)) + b"\r\n",
-    "huge path": b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-    "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
-    "SSH": b"SSH-2.0-OpenSSH_9.2\r\n",
-    "unknown method": b"BREW /v1/jobs HTTP/1.1\r\nHost: x\r\n\r\n",
-    "lower-case method": b"get /v1/jobs HTTP/1.1\r\nHost: x\r\n\r\n",
-    "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "HTTP/3.0": b"GET /v1/jobs HTTP/3.0\r\nHost: x\r\n\r\n",
-    "no path": b"GET  HTTP/1.1\r\nHost: x\r\n\r\n",
-    "bad URL": b"GET http://[::1/v1/jobs HTTP/1.1\r\nHost: x\r\n\r\n",
-    "CONNECT": b"CONNECT evil.example:443 HTTP/1.1\r\nHost: x\r\n\r\n",
-    "asterisk": b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
-    "upgrade": GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\nX: \x01\r\n\r\n",
-    "old websocket": GET + b"Sec-WebSocket-Key1: x\r\n\r\n",
-}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -204,6 +162,38 @@ def test_any_bytes_get_an_answer_below_500_or_none(junk: bytes, start: bytes, tm
             assert house.site.refusals["internal_error"] == 0
 
     asyncio.run(run())
+
+
+async def test_a_flood_of_chunks_is_parsed_in_pieces(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    parse = RequestHandler.data_received
+
+    def noted(handler: RequestHandler, data: bytes) -> None:
+        sizes.append(len(data))
+        parse(handler, data)
+
+    monkeypatch.setattr(RequestHandler, "data_received", noted)
+    line = await house.line()
+    line.send(CHUNKED + b"1\r\n \r\n" * 20_000 + b"2\r\n{}\r\n0\r\n\r\n")
+    assert (await line.hear()).error == "too_large"
+    assert await line.is_closed()
+    assert max(sizes) <= PIECE
+    assert house.desk.asked == []
+
+
+async def test_a_flood_of_chunks_within_its_limit_is_a_request_like_any_other(tmp_path: Path) -> None:
+    async with House(ROUTES, tmp_path) as house:
+        line = await house.line()
+        body = b'{"queue":"mail"}'.rjust(30_000)
+        chunks = b"".join(b"1\r\n%b\r\n" % body[at : at + 1] for at in range(len(body)))
+        line.send((CHUNKED + chunks + b"0\r\n\r\n") * 2 + message("POST", "/v1/jobs", '{"queue":"next"}'))
+        assert [(await line.hear()).status for _ in range(3)] == [200] * 3
+        assert [asked.command.queue for asked in house.desk.asked] == ["mail", "mail", "next"]
+        line.send(CHUNKED + chunks)
+        await asyncio.sleep(0)
+        line.writer.transport.abort()
+        await emptied(house)
+        assert len(house.desk.asked) == 3
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

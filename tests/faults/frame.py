@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 # Each has a tuple of its checks, CHECKS.
-MODULES: Final = ("kills", "fuzz")
+MODULES: Final = ("kills", "fuzz", "hostile_http")
 
 Counts = dict[str, int]
 Verdict = Literal["passed", "FAILED", "skipped"]
