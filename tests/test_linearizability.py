@@ -226,6 +226,23 @@ def test_a_stored_answer_tells_what_became_of_the_first_call() -> None:
     assert not judge(other.of("a"), ENDLESS).is_explained
 
 
+def test_a_key_is_not_judged_anew() -> None:
+    def is_explained(*operations: Operation) -> bool:
+        keyed = [replace(each, key="k") if each.verb in ("start", "cancel") else each for each in operations]
+        return judge(History({"a": Terms()}, keyed).of("a"), ENDLESS).is_explained
+
+    own = granted(2, 3, "L1")
+    assert not is_explained(created(), own, op("start", 4, 5, "already_locked"))
+    assert is_explained(created(), own, held("release", 4, 5, "L1", "done"), granted(6, 7, "L2", 2))
+    assert not is_explained(created(), op("cancel", 2, 3, "done"), op("cancel", 4, 5, "invalid_transition"))
+    lost, refused = op("cancel", 2, None), op("cancel", 4, 5, "invalid_transition")
+    assert not is_explained(created(), lost, refused)  # it had not happened by then: the key would have told
+    assert is_explained(created(0, 9), lost, op("cancel", 4, 5, "job_not_found"), got(20, 21, status="cancelled"))
+    assert not is_explained(
+        created(), lost, op("cancel", 4, 5, "done"), op("force-reset", 6, 7, "done"), got(8, 9, status="cancelled")
+    )
+
+
 def test_overlapping_operations_are_counted() -> None:
     """The first two overlap, the third touches nobody, and another job is no neighbour."""
     calls = [got(0, 5), got(4, 8), got(9, 10), replace(got(9, 10), job="b"), replace(got(0, 1), job="b")]
@@ -247,11 +264,13 @@ def plainly(
     left: frozenset[int], operations: Sequence[Operation], state: State, world: World, drifted: int = 0
 ) -> bool:
     """Every order, tried one after the other."""
+    began = max((each.call_ns for index, each in enumerate(operations) if index not in left), default=0)
     ends = [operations[index].return_ns or NEVER for index in left if operations[index].said]
     if not ends:
         return True
     for index in left:
-        after = step(state, operations[index], world) if operations[index].call_ns <= min(ends) else None
+        may_come = operations[index].call_ns <= min(ends) and (operations[index].latest_ns or NEVER) >= began
+        after = step(state, operations[index], world) if may_come else None
         if after is not None and plainly(left - {index}, operations, after, world):
             return True
     return drifted < 2 and any(
@@ -285,7 +304,10 @@ def drawn(dice: Random) -> tuple[list[Operation], World]:
         after = step(state, asked, world)
         assert after is not None
         state = after
-        calls.append(replace(asked, said=None, return_ns=None) if dice.random() < 0.2 else asked)
+        if dice.random() < 0.25:  # its answer is lost, with the daemon or without
+            latest_ns = dice.choice([None, call_ns + dice.randint(0, 12) * MS])
+            asked = replace(asked, said=None, return_ns=None, latest_ns=latest_ns)
+        calls.append(asked)
     answered = [index for index, each in enumerate(calls) if each.said]
     if len(answered) > 1 and dice.random() < 0.6:
         first, second = dice.sample(answered, 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from random import Random
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from tests.linearizability.talk import Away, Exchange, Fate, Line, Request, clai
 from tests.process import Daemon
 
 READY_S: Final = 40.0
+TRIES: Final = 5
 ADMIN: Final = "/admin/job-management"
 KEYED: Final = frozenset({"create", "start", "claim", "cancel", "force-fail", "force-reset", "transition"})
 CROWD: Final = {
@@ -185,21 +187,28 @@ class Client:
     def _ask(self, verb: str, job: str, body: dict[str, Any], *, fate: Fate, key: str | None = None) -> bool:
         """Whether there was an answer."""
         request = _request(verb, job, body, key)
-        while True:
-            try:
-                exchange = self._line.ask(request, fate)
-                break
-            except Away:
-                self._line.close()
-                assert self._scene.up.wait(READY_S), "the daemon does not come back"
-                if fate == "cut":
-                    self._scene.count("request cut off")
-                    fate = "answered"
+        if fate == "cut":
+            with suppress(Away):
+                self._line.ask(request, fate)
+            self._line.close()
+            self._scene.count("request cut off")
+            fate = "answered"
+        exchange = self._exchange(request, fate)
         if exchange.reply is None:
             self._scene.count({"answered": "answer lost with the daemon", "hung up": "hung up"}.get(fate, "unread"))
         self._asked += 1
         self._scene.note(self._records(verb, job, request, exchange))
         return exchange.reply is not None
+
+    def _exchange(self, request: Request, fate: Fate) -> Exchange:
+        """Asked again until something may have been done; a daemon that is away comes back."""
+        for _ in range(TRIES):
+            try:
+                return self._line.ask(request, fate)
+            except Away:
+                self._line.close()
+                assert self._scene.up.wait(READY_S), "the daemon does not come back"
+        raise AssertionError("the daemon is gone, and nobody has ended it")
 
     def _records(self, verb: str, job: str, request: Request, exchange: Exchange) -> list[Operation]:
         jobs = list(self._scene.history.terms) if verb == "claim-all" else [job]

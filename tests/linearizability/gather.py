@@ -49,11 +49,11 @@ def a_daemon() -> Iterator[Daemon]:
 def gather(daemon: Daemon, seed: int, number: int) -> Gathered:
     """History `number` of `seed`: new jobs on a daemon that is ready, and will be."""
     dice = Random(f"{seed}-{number}")
-    alone = dice.random() < 0.3
-    terms = {f"h{number}-{letter}": _terms(dice, alone) for letter in "abc"[: dice.randint(2, 3)]}
+    kills = number % KILLS_EVERY == KILLS_EVERY - 1
+    alone = dice.random() < (0.6 if kills else 0.3)
+    terms = {f"h{number}-{letter}": _terms(dice, alone, kills) for letter in "abc"[: dice.randint(2, 3)]}
     scene = Scene(daemon, History(terms), lossy=dice.random() < 0.6, alone=alone)
     clients = [Client(scene, index, Random(f"{seed}-{number}-{index}")) for index in range(dice.randint(4, 6))]
-    kills = number % KILLS_EVERY == KILLS_EVERY - 1
     kill_at = dice.randint(10, CALLS * len(clients) * 3 // 4) if kills else None
     with ThreadPoolExecutor(len(clients)) as pool:
         done = [pool.submit(client.play, CALLS) for client in clients]
@@ -67,9 +67,12 @@ def gather(daemon: Daemon, seed: int, number: int) -> Gathered:
     return Gathered(number, scene.history, scene.faults)
 
 
-def _terms(dice: Random, alone: bool) -> Terms:
-    """Most locks outlive the history; of some jobs they end within it, of all where only time ends them."""
-    patience_ms = dice.randint(4, 15) if alone or dice.random() < 0.2 else 0
+def _terms(dice: Random, alone: bool, kills: bool) -> Terms:
+    """Most locks outlive the history; of some jobs they end within it, of all where only time ends them.
+
+    Where the daemon dies they are longer, so that some still live then: its absence must not age them.
+    """
+    patience_ms = dice.randint(4, 15) + 40 * kills if alone or dice.random() < 0.2 else 0
     return Terms(dice.randint(1, 3), patience_ms, dice.choice(["auto", "requeue", "fail"]))
 
 

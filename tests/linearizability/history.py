@@ -76,7 +76,7 @@ class History(Struct):
 
     def of(self, job: str) -> list[Operation]:
         """What happened to `job`, in order of the calls, one operation for each effect."""
-        mine = [operation for operation in self.operations if operation.job == job]
+        mine = [self._bounded(operation) for operation in self.operations if operation.job == job]
         by_key: dict[str, list[Operation]] = {}
         for operation in mine:
             if operation.key is not None:
@@ -85,7 +85,7 @@ class History(Struct):
         for tries in by_key.values():
             settled += _settled(sorted(tries, key=lambda each: each.call_ns))
         settled = [operation for operation in settled if operation.said or operation.verb != "get"]
-        return sorted((self._bounded(operation) for operation in settled), key=lambda each: each.call_ns)
+        return sorted(settled, key=lambda each: each.call_ns)
 
     def _bounded(self, operation: Operation) -> Operation:
         """A daemon that died does nothing any more."""
@@ -100,8 +100,10 @@ def _settled(tries: list[Operation]) -> Iterator[Operation]:
     known = [each for each in tries if each.said and not each.replayed]
     replays = sorted((each for each in tries if each.replayed), key=lambda each: each.return_ns or 0)
     unknown = [each for each in tries if each.said is None]
-    # Which of the lost calls it was nobody can tell: from here on each counts as made when the first was.
-    unknown = [replace(each, call_ns=unknown[0].call_ns) for each in unknown]
+    # Which of the lost calls it was nobody can tell: each counts as made with the first, and on its way with the last.
+    ends = [each.latest_ns for each in unknown]
+    latest_ns = None if None in ends else max((end for end in ends if end is not None), default=None)
+    unknown = [replace(each, call_ns=unknown[0].call_ns, latest_ns=latest_ns) for each in unknown]
     for replay in replays:
         assert replay.said is not None
         told = next((each for each in known if _is_same(each, replay)), None)
@@ -110,8 +112,24 @@ def _settled(tries: list[Operation]) -> Iterator[Operation]:
             told = replace(lost, return_ns=replay.return_ns, said=_effect(replay))
             known.append(told)
         yield replace(replay, verb="replay", said=replay.said if told else Said("answered_by_nobody"))
+    if not any(each.verb in GRANTING for each in tries):
+        if any(map(_is_stored, known)):
+            unknown = []  # the key tells of the one call that did something; no other did, or will
+        known = [_judged_anew(each, known) for each in known]
     yield from known
     yield from unknown
+
+
+def _judged_anew(operation: Operation, known: list[Operation]) -> Operation:
+    """Where an answer was stored and told before this call, it is to be told again: nothing explains another."""
+    told = (each.return_ns for each in known if _is_stored(each) and each is not operation)
+    if any(end is not None and end < operation.call_ns for end in told):
+        return replace(operation, said=Said("a stored answer, judged anew"))
+    return operation
+
+
+def _is_stored(operation: Operation) -> bool:
+    return operation.said is not None and operation.said.code in ("created", "done")
 
 
 def _is_same(first: Operation, replay: Operation) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
-from tests.linearizability.history import Operation, Outage, Terms
+from tests.linearizability.history import GRANTING, Operation, Outage, Terms
 
 NEVER: Final = 1 << 80
 MS: Final = 1_000_000
@@ -34,7 +34,8 @@ class Ended(NamedTuple):
 
 
 class State(NamedTuple):
-    """A job. `lock` is "?…" where the answer to the grant was lost, and nobody knows it.
+    """A job. `lock` is "?…" where the answer to the grant was lost, and nobody knows it; `key` is that
+    under which it was granted.
 
     `safe_until` is the time (ns) before which its lock cannot have ended by itself. `last_token` outlives the job.
     """
@@ -43,6 +44,7 @@ class State(NamedTuple):
     lock: str | None = None
     worker: str | None = None
     token: int | None = None
+    key: str | None = None
     attempt: int = 0
     progress: int = 0
     stalls: int = 0
@@ -90,6 +92,13 @@ def may_change(operation: Operation) -> bool:
     if operation.verb in ("get", "extend", "replay"):
         return False
     return operation.said.code in ("created", "granted", "alive", "done")
+
+
+def comes_after(lost: Operation, other: Operation) -> bool:
+    """A lost call that does something does it after `other`, which was judged under its key: else that had told."""
+    if lost.said is not None or lost.key is None or lost.verb in GRANTING:
+        return False  # of a grant the key tells while it is current; `_is_repeat` sees to that
+    return lost.key == other.key and other.said is not None and other.verb != "replay"
 
 
 def drifts(state: State, operation_must_end_ns: int, world: World) -> Iterator[State]:
@@ -144,7 +153,7 @@ def _gone(state: State) -> Expected:
 
 def _without_grant(state: State, reason: str, verb: str | None = None, asked: str = "") -> State:
     ended = state.ended if state.lock is None else Ended(state.lock, verb, asked, reason)
-    return state._replace(lock=None, worker=None, token=None, safe_until=NEVER, ended=ended)
+    return state._replace(lock=None, worker=None, token=None, key=None, safe_until=NEVER, ended=ended)
 
 
 def _queued(state: State, reason: str, **fields: Any) -> State:
@@ -202,6 +211,8 @@ def _start(state: State, operation: Operation, world: World) -> Expected:
     if state.status == "absent":
         return _gone(state)
     if state.status == "processing":
+        if _is_repeat(state, operation):
+            return _no(state, "the grant of its first call")
         return _no(state, "already_locked", worker=state.worker)
     if state.status != "queued":
         return _no(state, "invalid_transition", status=state.status)
@@ -209,7 +220,14 @@ def _start(state: State, operation: Operation, world: World) -> Expected:
 
 
 def _claim(state: State, operation: Operation, world: World) -> Expected:
-    return _granted(state, operation, world) if state.status == "queued" else _no(state, "nothing")
+    if state.status == "queued":
+        return _granted(state, operation, world)
+    return _no(state, "the grant of its first call" if _is_repeat(state, operation) else "nothing")
+
+
+def _is_repeat(state: State, operation: Operation) -> bool:
+    """The current grant was made under this key: whoever uses it again is told of that (`_replay`)."""
+    return operation.key is not None and operation.key == state.key
 
 
 def _granted(state: State, operation: Operation, world: World) -> Expected:
@@ -222,6 +240,7 @@ def _granted(state: State, operation: Operation, world: World) -> Expected:
         lock=seen.get("lock", f"?{operation.client}-{operation.call_ns}"),
         worker=operation.body["worker"],
         token=token,
+        key=operation.key,
         attempt=state.attempt + 1,
         progress=0,
         safe_until=_safe_until(operation, world),

@@ -12,7 +12,7 @@ from typing import Final
 from msgspec import Struct, field
 
 from tests.linearizability.history import Operation
-from tests.linearizability.model import NEVER, State, World, drifts, may_change, step
+from tests.linearizability.model import NEVER, State, World, comes_after, drifts, may_change, step
 
 MOST_STEPS: Final = 2_000_000  # beyond this a history is neither good nor bad, and that is an error
 
@@ -48,6 +48,11 @@ class _Search(Struct):
     best: list[int] = field(default_factory=list)
     best_state: State = State()
     tried: set[tuple[int, State]] = field(default_factory=set)
+    needs: list[int] = field(default_factory=list)  # of each operation what has to come before it, by its key
+
+    def __post_init__(self) -> None:
+        bits = [(1 << index, each) for index, each in enumerate(self.operations)]
+        self.needs = [sum(bit for bit, other in bits if comes_after(each, other)) for each in self.operations]
 
     def explore(self, done: int, state: State) -> bool:
         """Whether what is not `done` has an order from `state` on."""
@@ -78,12 +83,17 @@ class _Search(Struct):
         return any(self.explore(done, drifted) for drifted in drifts(state, ends_ns, self.world))
 
     def _take_what_changes_nothing(self, done: int, state: State) -> int:
-        """An answer that never changes anything and fits here need not be tried later: no order is lost by that."""
+        """An answer that never changes anything and fits here need not be tried later: no order is lost by that.
+
+        Unless a lost call would come too late by it: one that had to happen before the daemon died.
+        """
         found = True
         while found:
             found = False
+            until_ns = self._until_ns(done)
             for index in self._next(done, self._next_end_ns(done)):
-                if not may_change(self.operations[index]) and self._step(state, index) == state:
+                each = self.operations[index]
+                if not may_change(each) and each.call_ns <= until_ns and self._step(state, index) == state:
                     self.path.append(index)
                     done, found = done | 1 << index, True
         return done
@@ -101,9 +111,21 @@ class _Search(Struct):
 
     def _next(self, done: int, ends_ns: int) -> Iterator[int]:
         """What may come next: begun before anything left has ended, and a lost one not after its daemon died."""
-        began_ns = max((self.operations[index].call_ns for index in self.path), default=0)
+        began_ns = self._began_ns(done)
         for index, each in enumerate(self.operations):
             if each.call_ns > ends_ns:
                 return
-            if not done >> index & 1 and (each.latest_ns is None or each.latest_ns >= began_ns):
+            if done >> index & 1 or done & self.needs[index] != self.needs[index]:
+                continue
+            if each.latest_ns is None or each.latest_ns >= began_ns:
                 yield index
+
+    def _began_ns(self, done: int) -> int:
+        """The latest call of all that are done: whatever comes next comes after it."""
+        return self.operations[done.bit_length() - 1].call_ns if done else 0  # they are in order of their calls
+
+    def _until_ns(self, done: int) -> int:
+        """The first end of a lost call that may still happen."""
+        began_ns = self._began_ns(done)
+        left = (each.latest_ns for index, each in enumerate(self.operations) if not done >> index & 1)
+        return min((end for end in left if end is not None and end >= began_ns), default=NEVER)
