@@ -23,13 +23,19 @@ DEFAULT_PATH: Final = "/etc/jobd/config.toml"
 MIN_TOKEN: Final = 24
 MAKE_TOKEN: Final = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
 
+SHOWN: Final = 500  # characters of a message; a value in it may be of any length
+
 _UNITS: Final = {"ms": 1, "s": SECOND_MS, "m": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
 _DURATION: Final = re.compile(r"([0-9]{1,12})(ms|s|m|h|d)?")
 _LEFT_ALONE: Final = frozenset({"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL"})
 
 
 class ConfigError(Exception):
-    """What is wrong, with file, key and what is expected. The daemon exits with 78."""
+    """What is wrong, with file, key and what is expected, in one line. The daemon exits with 78."""
+
+    def __init__(self, message: str) -> None:
+        plain = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+        super().__init__(plain if len(plain) <= SHOWN else f"{plain[: SHOWN - 150]} … {plain[-140:]}")
 
 
 class Duration(int):
@@ -311,7 +317,9 @@ def _read_file(path: Path) -> dict[str, Any]:
             tables = tomllib.load(file)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: it is nested too deeply") from None
+    except (OSError, ValueError) as error:  # no UTF-8, or a number of thousands of digits
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     values = {}
     for section, table in tables.items():
@@ -433,13 +441,17 @@ def parse_listen(text: str, key: str) -> tuple[str, int] | str:
             raise ConfigError(f'{key}: "{text}": the path of a Unix socket starts with /')
         return path
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ConfigError(f'{key}: "{text}": expected HOST:PORT, such as 127.0.0.1:8770, or unix:/path')
     return host.strip("[]"), int(port)
 
 
 def _check(config: Config) -> None:
-    """Combinations that cannot work."""
+    """Values and combinations that cannot work."""
+    for key in KEYS:
+        value = _get(config, key)
+        if "\0" in (value if isinstance(value, str) else "".join(value) if isinstance(value, list) else ""):
+            raise ConfigError(f"{key}: there is a NUL in it, which no name has")
     for name, section in (("worker", config.worker), ("admin", config.admin)):
         if bool(section.tls_cert) != bool(section.tls_key):
             raise ConfigError(f"{name}.tls_cert and {name}.tls_key go together: set both or none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobd import config
@@ -444,3 +445,95 @@ def test_every_change_is_either_taken_or_refused_by_name(key: str) -> None:
 def test_durations_of_the_configuration_have_bounds() -> None:
     """A duration without bounds would be a KeyError in the face of an operator."""
     assert {key for key, hint in KEYS.items() if hint is config.Duration} == set(config._BOUNDS)
+
+
+# -- whatever a file says ----------------------------------------------------------------------------------------------
+
+_ODD = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(
+        ["unix:", "unix:/a\x00b", ":", "a:", "[::1]:1", "a:\u0662", "a:\u00b2", "127.0.0.1:8771", "a" * 5_000]
+    ),
+    st.sampled_from(
+        ["1m", "0", "9" * 40 + "d", "1\u0661s", "file:///", "file:///a", "/a\x00b", "\x1b[2J", "a\nb", "a" * 5_000]
+    ),
+    st.integers(),
+    st.integers(0, 2_000),
+    st.booleans(),
+    st.floats(),
+    st.lists(st.text(max_size=3) | st.integers(), max_size=3),
+    st.dictionaries(st.text("ab", min_size=1, max_size=2), st.integers(), max_size=2),
+    st.datetimes().map(lambda at: at.isoformat()),
+)
+_NAMES = st.sampled_from([*KEYS, "locks.tll", "lock.ttl", "alerts.\u00e9"])
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_toml(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, float):
+        return {"inf": "inf", "-inf": "-inf", "nan": "nan"}.get(str(value), repr(value))
+    return json.dumps(value)
+
+
+def _text_of(values: dict[str, object]) -> str:
+    return "".join(
+        f'"{key.partition(".")[0]}"."{key.partition(".")[2]}" = {_toml(value)}\n' for key, value in values.items()
+    )
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(_NAMES, _ODD, max_size=3).map(_text_of) | st.text(max_size=60) | st.just("a = " + "[" * 50_000))
+def test_whatever_a_file_says_it_is_a_configuration_or_one_clear_message(write: Write, text: str) -> None:
+    path = write(text)
+    try:
+        found = loaded(path)
+    except ConfigError as error:
+        _is_clear(str(error), path)
+    else:
+        again = loaded(write(effective(found), "again.toml"))
+        assert again.config == found.config
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(list(KEYS)), st.text(max_size=8) | st.sampled_from(["a:\u00b2", "9" * 5_000]), max_size=3
+    )
+)
+def test_whatever_the_environment_says_it_is_a_configuration_or_one_clear_message(values: dict[str, str]) -> None:
+    environ = {f"JOBD_{key.replace('.', '_').upper()}": value for key, value in values.items()}
+    try:
+        loaded(None, None, **environ)
+    except ConfigError as error:
+        _is_clear(str(error), *environ, *values)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a = " + "[" * 50_000, "nested too deeply"),
+        (f"[limits]\nbody = {'9' * 5_000}\n", "limit"),
+        ('[admin]\nlisten = "127.0.0.1:\u00b2"\n', "admin.listen"),
+        ('[store]\npath = "/a\\u0000b"\n', "store.path: there is a NUL"),
+        ('[worker]\nlisten = "127.0.0.1:1"\ntoken_file = "/a\\u0000b"\n', "worker.token_file: there is a NUL"),
+        ('[admin]\nhosts = ["a\\u0000b"]\n', "admin.hosts: there is a NUL"),
+        ('[locks]\nttl = "\\u001b[2J\\nnow"\n', "locks.ttl"),
+        (f'[locks]\nttl = "{"a" * 100_000}"\n', "such as"),
+    ],
+)
+def test_what_once_was_a_traceback_or_no_clear_line(text: str, part: str, write: Write) -> None:
+    path = write(text)
+    message = refusal(path)
+    assert part in message
+    _is_clear(message, path)
+
+
+def _is_clear(message: str, *places: str) -> None:
+    """One line that a terminal can show, not too long, that names the file or what in it is wrong."""
+    assert message.isprintable()
+    assert len(message) < 600
+    named = [*places, *KEYS, *(f"[{key.replace('.', '] ')}" for key in KEYS)]
+    assert any(place in message for place in named), message
