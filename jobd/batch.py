@@ -10,7 +10,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from jobd.events import Change, Event
-from jobd.job import Job
+from jobd.job import Job, Untouched
 
 
 class DiskFull(Exception):
@@ -124,15 +124,20 @@ class Opened(Struct):
     """
 
     numbers: Numbers
-    jobs: list[Job]
-    queues: dict[str, QueueRow]
-    keys: list[KeyRow]
-    quarantined: dict[str, str]
-    suspects: dict[int, str]  # job seq to id of rows to be validated
-    faults: list[str]
+    jobs: list[Job] = []
+    in_short: list[Untouched] = []  # all other live jobs
+    queues: dict[str, QueueRow] = {}
+    keys: list[KeyRow] = []
+    quarantined: dict[str, str] = {}
+    suspects: dict[int, str] = {}  # job seq to id of rows to be validated
+    faults: list[str] = []
     figures: bytes | None = None
     full: bool = False  # the disk was full already at start
     marked: bool = False  # a backup was put back: end every grant by its stall rule, then Batch.unmark
+
+    def live(self) -> list[Job]:
+        """All live jobs, whole."""
+        return [*(job.whole() for job in self.in_short), *self.jobs]
 
 
 class Disk(Protocol):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
 from typing import Final
 
-from jobd.batch import Numbers, QueueRow
+from jobd.batch import Numbers, Opened, QueueRow
 from jobd.events import Change
 from jobd.figures import Figures
 from jobd.job import FINISHED, LIVE, STATUSES, TOKEN_COUNTER_BITS, Job, Options, Untouched, untouched
@@ -71,21 +71,19 @@ class Book:
         self._options: dict[Options, Options] = {}
 
     @classmethod
-    def opened(
-        cls, numbers: Numbers, jobs: Iterable[Job], queues: dict[str, QueueRow], in_short: Iterable[Untouched] = ()
-    ) -> Book:
-        """The book as a start finds it: live jobs, some of them in short, and the finished counts that were kept."""
-        book = cls(numbers)
-        book._now, book._lease = numbers.wall_ms, numbers.lease_ms
-        for name, row in queues.items():
+    def opened(cls, found: Opened) -> Book:
+        """The book as a start finds it: live jobs, and the counts of finished ones that the store kept."""
+        book = cls(found.numbers)
+        book._now, book._lease = found.numbers.wall_ms, found.numbers.lease_ms
+        for name, row in found.queues.items():
             kept = {"completed": row.completed, "failed": row.failed, "cancelled": row.cancelled}
             book.counts[name] = dict.fromkeys(STATUSES, 0) | kept
             for status, count in kept.items():
                 book.totals[status] += count
             if row.paused:
                 book.paused.add(name)
-        book._enter_all(in_short)
-        for job in jobs:
+        book._enter_all(found.in_short)
+        for job in found.jobs:
             book.swap(None, job)
         book.order_processing()
         return book

@@ -385,7 +385,7 @@ def _admin_hosts(settings: Config, given: list[socket.socket] | None) -> frozens
 
 
 def _actor(store: Store, opened: Opened, clock: Clock, settings: Config) -> Actor:
-    book = Book.opened(opened.numbers, opened.jobs, opened.queues)
+    book = Book.opened(opened)
     book.quarantined = dict(opened.quarantined)
     book.suspects = dict(opened.suspects)
     book.figures = read_figures(opened.figures)

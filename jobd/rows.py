@@ -14,7 +14,7 @@ from msgspec import UNSET, Raw, Struct
 
 from jobd.batch import KeyRow, Numbers, QueueRow
 from jobd.events import KEEP_SIGNS, SIGNS, Changes, Event
-from jobd.job import Backoff, Ended, Failure, Grant, Job, Lease, Options, Result
+from jobd.job import Backoff, Ended, Failure, Grant, Job, Lease, Options, Result, Untouched
 
 Row = tuple[Any, ...]
 
@@ -77,6 +77,16 @@ _NEEDED: Final = {
     "lease": ("lock_expires_lease_ms", "silent_lease_ms", "lock_cleared"),
     "ended": JOB_FIELDS["ended"][:6],
 }
+
+# Of a job to which nothing has happened since its creation these columns say all: updated_at is created_at, and the
+# others hold what they hold in every such job.
+NEW_COLUMNS: Final = ("seq", "id", "expires_at", *JOB_FIELDS["options"], "created_at", "run_at")
+AS_CREATED: Final[dict[str, Any]] = {
+    column: {"status": "queued", "progress": 0.0, "attempt": 0, "stalls": 0}.get(column)
+    for column in JOB_COLUMNS
+    if column not in (*NEW_COLUMNS, "updated_at")
+}
+_NEW_END: Final = tuple(AS_CREATED[column] for column in JOB_COLUMNS[JOB_COLUMNS.index("progress") :])
 
 EVENT_COLUMNS: Final = Event.__struct_fields__
 KEY_COLUMNS: Final = ("digest", "body_hash", "at", "status", "grants", "answer_crc")
@@ -219,6 +229,7 @@ class JobReader:
 
     def __init__(self) -> None:
         self._options: dict[Row, Options] = {}
+        self._last: tuple[Row, Options] = (), Options()
         self._words: Any = {}  # text to itself; not typed, as some words are literals
 
     def job(self, row: Row) -> Job:
@@ -249,6 +260,27 @@ class JobReader:
             None if result == _NO_RESULT else _result(result),
             None if error == _NO_ERROR else Failure(*error),
         )
+
+    def new(self, row: Row) -> Job | Untouched | None:
+        """The job of a row of NEW_COLUMNS and its checksum, whose other columns are AS_CREATED.
+
+        None where the checksum is wrong: fault says more of the whole row.
+        """
+        seq, id_, expires_at = row[:3]
+        columns = row[3:15]
+        created_at, run_at, crc = row[15:18]
+        whole = (seq, id_, "queued", expires_at, *columns, created_at, created_at, run_at, *_NEW_END)
+        try:
+            if zlib.crc32(_pack(whole)) != crc:
+                return None
+        except (UnicodeEncodeError, OverflowError):
+            return None
+        if columns != self._last[0]:  # neighbours are often alike, and to compare is quicker than to look up
+            self._last = columns, self._options.get(columns) or self._new_options(columns)
+        options = self._last[1]
+        if run_at == created_at and expires_at is None and id_ and options.queue:
+            return Untouched(seq, id_, options, created_at)
+        return Job(seq, id_, options, "queued", created_at, created_at, run_at, expires_at=expires_at)
 
     def _new_options(self, columns: Row) -> Options:
         (queue, kind, priority, max_attempts, shape, base_ms, max_ms, jitter, *rest) = columns

@@ -82,7 +82,7 @@ class Household:
             wall=lambda: WALL + self.step_ms + round(loop_time() * 1000),
             boot=lambda: round(loop_time() * 1000),
         )
-        self.book = Book.opened(opened.numbers, opened.jobs, opened.queues)
+        self.book = Book.opened(opened)
         self.book.suspects = dict(opened.suspects)
         self.book.quarantined = dict(opened.quarantined)
         self.book.figures = read_figures(opened.figures)

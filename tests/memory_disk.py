@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from jobd import rows
 from jobd.batch import BadRows, Batch, DiskFull, KeyRow, Loaded, Numbers, Opened, Page, Payload, Query, QueueRow
 from jobd.events import Change, Event
-from jobd.job import FINISHED, LIVE, Job
+from jobd.job import FINISHED, LIVE, Job, untouched
 
 KEPT_REPORTS: Final = 500
 
@@ -93,9 +93,11 @@ class MemoryDisk:
         bad = {job_id: reason for job_id, reason in self.bad_jobs.items() if job_id in self._ids}
         for job_id, reason in bad.items():
             self._set_aside(self.jobs[self._ids[job_id]], reason)
+        live = [(untouched(job), job) for _, job in sorted(self.jobs.items()) if job.status in LIVE]
         return Opened(
             numbers=self.numbers,
-            jobs=[job for _, job in sorted(self.jobs.items()) if job.status in LIVE],
+            jobs=[job for short, job in live if short is None],
+            in_short=[short for short, _ in live if short is not None],
             queues=dict(self.queues),
             keys=[replace(key, answer=None) for key in self.keys.values()],
             quarantined=dict(self.quarantined),

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from jobd import rules
 from jobd.answers import Answer, Validation, WhyView
-from jobd.batch import Numbers
+from jobd.batch import Numbers, Opened
 from jobd.book import Book
 from jobd.commands import (
     AnyCommand,
@@ -128,7 +128,7 @@ class State(Struct, frozen=True):
 
     def book(self) -> Book:
         numbers = Numbers(next_token=self.next_token, next_job=2, next_event=1, lease_ms=self.lease, wall_ms=self.now)
-        book = Book.opened(numbers, [], {})
+        book = Book.opened(Opened(numbers))
         if self.job is not None:
             book.swap(None, self.job)
         if self.paused:

@@ -61,7 +61,7 @@ async def assert_holds(store: Store, found: Opened, maker: Maker) -> None:
     """The store, just opened, holds what `maker` made: rows, payloads, journals, counts."""
     live = {seq: job for seq, job in maker.jobs.items() if job.status in LIVE}
     assert found.faults == []
-    assert {job.seq: job for job in found.jobs} == live
+    assert {job.seq: job for job in found.live()} == live
     assert found.numbers == maker.numbers
     assert found.queues == maker.queues
     assert sorted(found.suspects.values()) == sorted(maker.jobs[seq].id for seq in maker.suspects)

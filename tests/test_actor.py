@@ -97,7 +97,7 @@ def ids_of(answer: Any) -> list[str]:
 def compare(house: Household) -> None:
     """Memory is what a start would load, and both are what the journal folds into."""
     opened = house.disk.opened()
-    fresh = Book.opened(opened.numbers, opened.jobs, opened.queues)
+    fresh = Book.opened(opened)
     assert house.book.jobs == fresh.jobs
     counts = {name: count for name, count in house.book.counts.items() if any(count.values())}
     assert counts == {name: count for name, count in fresh.counts.items() if any(count.values())}

@@ -87,7 +87,7 @@ async def test_a_copy_under_load_is_the_store_at_one_moment(path: str, copy: str
         count = {status: 0 for status in (*LIVE, *FINISHED)}
         for (status,) in store._db.raw.execute("SELECT status FROM jobs"):
             count[status] += 1
-        assert len(found.jobs) == count["queued"] + count["processing"]
+        assert len(found.live()) == count["queued"] + count["processing"]
         (events,) = store._db.raw.execute("SELECT max(seq) FROM events").fetchone()
         assert events == found.numbers.next_event - 1
 
@@ -103,7 +103,7 @@ async def test_a_store_in_memory_can_be_copied(copy: str) -> None:
         await take(store, copy)
     async with opened(copy) as (_, found):
         assert found.marked
-        assert len(found.jobs) == sum(job.status in LIVE for job in maker.jobs.values())
+        assert len(found.live()) == sum(job.status in LIVE for job in maker.jobs.values())
 
 
 async def test_closing_the_store_cuts_a_copy_short_and_leaves_nothing(path: str, copy: str) -> None:
@@ -200,7 +200,7 @@ async def test_a_backup_is_put_back_and_the_old_store_kept(path: str, copy: str)
     assert os.path.dirname(aside) == os.path.dirname(path)
     async with opened(path) as (store, found):
         assert (found.marked, found.numbers.epoch, found.numbers.next_event) == (True, 2, kept.next_event)
-        assert {job.seq for job in found.jobs} == {seq for seq, job in jobs.items() if job.status in LIVE}
+        assert {job.seq for job in found.live()} == {seq for seq, job in jobs.items() if job.status in LIVE}
         await store.write(Batch([], found.numbers, unmark=True))
     async with opened(aside) as (_, found):  # nothing of the old one is lost
         assert found.numbers == maker.numbers

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd import book as book_module
-from jobd.batch import Numbers, QueueRow
+from jobd.batch import Numbers, Opened, QueueRow
 from jobd.book import FINISHED_KEPT, Book
 from jobd.commands import Cancel, Create, Delete, Import, Pause, Recover, Release, Resume, Update
 from jobd.events import Change, Event
@@ -47,7 +47,7 @@ def test_a_start_finds_live_jobs_and_the_counts_of_finished_ones() -> None:
     numbers = Numbers(3, 11, 12, 13, 400, NOW)
     jobs = [queued(1), queued(2, run_at=NOW + 1), held(3, "w-1"), held(4, "w-2", expires=400)]
     queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, cancelled=1)}
-    book = Book.opened(numbers, jobs, queues)
+    book = Book.opened(Opened(numbers, jobs, queues=queues))
     assert book.numbers(400, NOW) == numbers
     assert book.total() == 12
     assert book.counts["default"] == {"queued": 2, "processing": 2, "completed": 5, "failed": 2, "cancelled": 0}
@@ -74,8 +74,8 @@ def test_jobs_in_short_enter_all_at_once_as_one_by_one(seed: int) -> None:
     touched = [held(seq, f"w-{seq % 3}") for seq in range(2_000, 2_020)]
     queues = {"q": QueueRow(paused=True, failed=2)}
     numbers = Numbers(wall_ms=NOW)
-    at_once = Book.opened(numbers, touched, queues, jobs)
-    one_by_one = Book.opened(numbers, [*(job.whole() for job in jobs), *touched], queues)
+    at_once = Book.opened(Opened(numbers, touched, jobs, queues))
+    one_by_one = Book.opened(Opened(numbers, [*(job.whole() for job in jobs), *touched], queues=queues))
     rows = {job.id: job for job in [*(job.whole() for job in jobs), *touched]}
     for step_ms in (0, 3, -20, 30):
         for book in (at_once, one_by_one):
@@ -286,9 +286,9 @@ def test_heaps_do_not_grow_while_jobs_come_and_go(desk: Desk) -> None:
 
 
 def test_a_start_knows_which_grant_is_the_oldest() -> None:
-    book = Book.opened(Numbers(), [held(1, "w-1"), replace(held(2, "w-2"), seq=3), queued(4)], {})
+    book = Book.opened(Opened(Numbers(), [held(1, "w-1"), replace(held(2, "w-2"), seq=3), queued(4)]))
     late = replace(held(9, "w-9"), seq=2, id="made first, granted last")
-    book = Book.opened(Numbers(), [late, *book.processing.values()], {})
+    book = Book.opened(Opened(Numbers(), [late, *book.processing.values()]))
     assert list(book.processing) == ["job-1", "job-2", "made first, granted last"]
 
 

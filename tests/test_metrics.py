@@ -112,7 +112,7 @@ async def real(path: Path) -> AsyncIterator[Real]:
     store, opened = await Store.open(str(path))
     async with store:
         clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
-        book = Book.opened(opened.numbers, opened.jobs, opened.queues)
+        book = Book.opened(opened)
         actor = Actor(store, book, Keys(opened.keys, 1000), clock, Policy(), random=os.urandom)
         cleaner = Cleaner(actor, clock, Schedule(batch=2))
         health = Health(actor, clock, cleaner, take_faults=store.take_faults)

@@ -91,7 +91,7 @@ async def test_after_an_unknown_outcome_nothing_goes_through_any_more(path: str)
                 await call
         assert caught.value.exit_code == 74
     async with opened(path) as (_, found):
-        assert [job.id for job in found.jobs] == ["a"]
+        assert [job.id for job in found.live()] == ["a"]
 
 
 async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: str) -> None:
@@ -104,7 +104,7 @@ async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: st
         with pytest.raises(StoreBroken):
             await store.timeline(1)
     async with opened(path) as (store, found):
-        assert [job.seq for job in found.jobs] == [1]
+        assert [job.seq for job in found.live()] == [1]
         with pytest.raises(sqlite3.IntegrityError, match="no row on the disk"):
             await store.write(maker.batch([maker.grant(replace(full_job(99), status="queued"))]))
 
@@ -130,7 +130,7 @@ async def test_a_log_that_has_no_room_is_a_full_disk_and_the_store_goes_on(path:
         await store.write(maker.batch([maker.create("b")]))
     async with opened(path) as (_, found):
         assert found.faults == []
-        assert [job.id for job in found.jobs] == ["a", "b"]
+        assert [job.id for job in found.live()] == ["a", "b"]
 
 
 async def test_an_exceeded_quota_is_told_from_a_broken_disk_by_trying(small_disk: Path) -> None:
@@ -256,7 +256,7 @@ async def test_a_damaged_row_on_a_full_disk_is_named_all_the_same(small_disk: Pa
     async with opened(path) as (store, found):
         assert found.full
         assert list(found.quarantined) == [job.id]
-        assert job.seq not in seqs(found.jobs)
+        assert job.seq not in seqs(found.live())
         assert list((await store.load([job.id], [], [])).bad) == [job.id]
 
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from jobd import migrations, rows
 from jobd.batch import KeyRow, Numbers, QueueRow
 from jobd.events import KEEP_SIGNS, Changes, Event, fold
-from jobd.job import Failure, Job, Result
+from jobd.job import Failure, Job, Result, untouched
 from tests.by_hand import NOW, OPTIONS, Maker, all_of, full_job
 
 
@@ -74,6 +74,34 @@ def test_what_says_nothing_comes_back_as_none() -> None:
     assert back.result is None
     assert back.error is None
     assert rows.job_row(back) == rows.job_row(job)
+
+
+def new_row(job: Job) -> rows.Row:
+    """What a start reads of `job` first."""
+    row = dict(zip(rows.JOB_COLUMNS, rows.job_row(job), strict=True))
+    assert (rows.AS_CREATED | {"updated_at": job.created_at}).items() <= row.items()
+    return (*(row[column] for column in rows.NEW_COLUMNS), rows.checksum(rows.job_row(job)), 1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"run_at": NOW + 5}, {"expires_at": NOW + 9}, {"id": ""}])
+def test_a_new_job_comes_back_from_a_third_of_its_columns(fields: dict[str, Any]) -> None:
+    reader = rows.JobReader()
+    for options in (*OPTIONS, OPTIONS[0]):
+        job = replace(Job(3, "a", options, "queued", NOW, NOW, NOW), **fields)
+        back = reader.new(new_row(job))
+        assert back == (untouched(job) or job)
+        whole = reader.job(rows.sealed(rows.job_row(job)))
+        assert back is not None
+        assert whole == job
+        assert whole.options is back.options
+
+
+def test_every_single_flipped_bit_of_a_new_job_is_told() -> None:
+    job = Job(3, "a", OPTIONS[1], "queued", NOW, NOW, NOW, expires_at=NOW + 9)
+    row, reader = new_row(job), rows.JobReader()
+    for place, value in enumerate(row[:-1]):
+        for other in _flipped(value):
+            assert reader.new((*row[:place], other, *row[place + 1 :])) is None
 
 
 def test_what_jobs_have_in_common_exists_once() -> None:

@@ -42,7 +42,7 @@ async def store(path: str) -> AsyncIterator[Store]:
 
 async def test_a_new_store_is_empty_private_and_durable(path: str) -> None:
     async with opened(path) as (store, found):
-        assert found == Opened(Numbers(), [], {}, [], {}, {}, [])
+        assert found == Opened(Numbers())
         for name in (path, f"{path}.lock", f"{path}.epoch", f"{path}.ballast"):
             assert stat.S_IMODE(os.stat(name).st_mode) == 0o600, name
         assert os.stat(f"{path}.ballast").st_blocks * 512 >= files.BALLAST_BYTES
@@ -107,7 +107,7 @@ async def test_a_job_that_comes_and_goes_in_one_batch_leaves_its_journal(path: s
         await store.write(maker.batch([first, ended, gone, again]))
     async with opened(path) as (store, found):
         await assert_holds(store, found, maker)
-        assert [job.seq for job in found.jobs] == [2]
+        assert [job.seq for job in found.live()] == [2]
         assert [event.type for event in await store.timeline(1)] == ["imported", "cancelled", "deleted"]
         assert (await store.load(["a"], [1], [])).payloads == {}
 
@@ -146,7 +146,7 @@ async def test_figures_outlive_a_restart(path: str) -> None:
 async def test_a_store_in_memory_works_alike() -> None:
     maker = Maker(3)
     async with opened(MEMORY) as (store, found):
-        assert found.jobs == []
+        assert found.live() == []
         for _ in range(30):
             await store.write(maker.any_batch(10))
         assert len((await store.find(Query(limit=200))).jobs) == len(maker.jobs)

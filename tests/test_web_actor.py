@@ -48,7 +48,7 @@ class Town:
 async def town(tmp_path: Path) -> AsyncIterator[Town]:
     disk = MemoryDisk()
     opened = disk.opened()
-    book = Book.opened(opened.numbers, opened.jobs, opened.queues)
+    book = Book.opened(opened)
     actor = Actor(disk, book, Keys([], 100), Clock(), Policy(), random=os.urandom)
     running = asyncio.create_task(actor.run())
     (tmp_path / "admin").mkdir()

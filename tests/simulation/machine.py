@@ -255,7 +255,7 @@ class Daemon:
         machine = self.machine
         self.opened = opened
         self.clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms, wall=machine.wall, boot=machine.boot)
-        self.book = Book.opened(opened.numbers, opened.jobs, opened.queues)
+        self.book = Book.opened(opened)
         self.book.quarantined = dict(opened.quarantined)
         self.book.suspects = dict(opened.suspects)
         self.book.figures = read_figures(opened.figures)
