@@ -31,6 +31,7 @@ from jobd.parked import Parked
 log = structlog.get_logger("jobd.actor")
 
 BATCH_WEIGHT: Final = 1_000  # commands of one batch, bulk creates and claims counted by their jobs
+TELL_LATER: Final = 64  # where at most so many commands wait, they go to the disk before the last answers leave
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -91,6 +92,7 @@ class Actor:
         self._wake = asyncio.Event()
         self._stopping = False
         self._owed: list[Asked] = []
+        self._untold: Plan | None = None  # committed; its answers leave while the next batch is being written
         self._lost_disk: Exception | None = None
         self._decider = Decider(
             book,
@@ -222,6 +224,8 @@ class Actor:
 
     async def _let_in(self) -> None:
         """What has arrived already is read before a batch is taken: one commit for all of it. Nothing is waited for."""
+        if self._untold is not None:
+            return  # answers wait for this batch to be on its way
         waiting = -1
         while waiting < len(self._mailbox) < BATCH_WEIGHT:
             waiting = len(self._mailbox)
@@ -257,6 +261,7 @@ class Actor:
         """One batch, from the mailbox to its answers: again where the disk names a reason, else once."""
         while True:
             plan = self._decider.decide(batch, self._clock.moment(), await self._load(batch), self.policy)
+            self._tell_meanwhile()
             try:
                 plan.fill(await self._write(plan))
                 break
@@ -268,8 +273,22 @@ class Actor:
                 await self._set_aside(bad.jobs)
             except _Again:
                 await self._take_back(plan)
-        self._answer(plan)
+        self._tell()  # of the batch before, where this one had nothing to wait for
+        self._untold = plan
         self.book.trim_finished()
+        if not 0 < len(self._mailbox) <= TELL_LATER or self.full_disk.closed != Closed.NOTHING or self._owed:
+            self._tell()
+
+    def _tell(self) -> None:
+        """The answers of the last commit leave."""
+        plan, self._untold = self._untold, None
+        if plan is not None:
+            self._answer(plan)
+
+    def _tell_meanwhile(self) -> None:
+        """The answers of the last commit leave as soon as the disk has its next work: both run side by side."""
+        if self._untold is not None:
+            asyncio.get_running_loop().call_soon(self._tell)
 
     async def _load(self, batch: list[Asked]) -> Known:
         """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""
@@ -279,6 +298,7 @@ class Actor:
         digests = [asked.key.digest for asked in batch if asked.key is not None]
         stored = [digest for digest in digests if self._decider.keys.is_stored(digest, now)]
         if unknown or stored:
+            self._tell_meanwhile()
             loaded = await self.disk.load(unknown, [], stored)
             known.answers = loaded.answers
             for job in loaded.jobs.values():
@@ -289,6 +309,7 @@ class Actor:
         named = (book.get(job_id) for asked in firsts for job_id in named_ids(asked.call.command))
         wanted = {job.seq: job.id for job in named if job is not None}
         if wanted:
+            self._tell_meanwhile()
             loaded = await self.disk.load([], list(wanted), [])
             self._quarantine_all(loaded.bad)
             known.payloads = {seq: payload.body for seq, payload in loaded.payloads.items()}
@@ -375,6 +396,7 @@ class Actor:
     def _fail(self, batch: list[Asked], error: Exception) -> None:
         """What the disk holds is unknown: say so to those whose commands were under way, and let nobody else in."""
         self._stopping = True
+        self._tell()
         log.critical("commit_failed", error=str(error), kind=type(error).__name__, commands=len(batch))
         message = "It is not known whether this was done: the disk failed. Ask again, with the same id or key."
         for asked in [*batch, *self._decider.served, *self.parked.take_all()]:

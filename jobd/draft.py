@@ -54,23 +54,24 @@ class Draft:
         **fields: Any,
     ) -> Job:
         """Set `fields` of `job` (and `updated_at`), with the event that says so; gives the new row."""
-        after = replace(job, **fields)
         # Where the wall clock stepped back, a job's times stay in order all the same.
-        latest = max(job.created_at, after.started_at or 0, after.finished_at or 0)
-        fields["updated_at"] = max(self.at.now, latest, fields.get("updated_at", 0))
-        after = replace(after, updated_at=fields["updated_at"])
-        self._note(job, after, event_type, by or self.call.by, reason, details, Changes(**fields))
+        started_at, finished_at = fields.get("started_at", job.started_at), fields.get("finished_at", job.finished_at)
+        latest = max(self.at.now, job.created_at, started_at or 0, finished_at or 0)
+        fields["updated_at"] = max(latest, fields.get("updated_at", 0))
+        after = replace(job, **fields)
+        event = self._event(job, job.status, after.status, event_type, by, reason, details, Changes(**fields))
+        self.changes.append(Change(job, after, event))
         return after
 
     def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> Job:
         """A new job. Its event carries every field."""
         changes = Changes(*astuple(job))  # the same fields, in the same order
-        event = self._event(job, None, job.status, event_type, self.call.by, None, None, changes)
+        event = self._event(job, None, job.status, event_type, None, None, None, changes)
         self.changes.append(Change(None, job, event, payload, request_hash))
         return job
 
     def delete(self, job: Job, by: str | None = None) -> None:
-        event = self._event(job, job.status, None, "deleted", by or self.call.by, None, None, None)
+        event = self._event(job, job.status, None, "deleted", by, None, None, None)
         self.changes.append(Change(job, None, event))
 
     def queue(self, name: str, event_type: EventType) -> None:
@@ -106,34 +107,30 @@ class Draft:
         digest = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=8, person=b"jitter").digest()
         return int.from_bytes(digest, "big") / 2**64
 
-    def _note(
-        self,
-        before: Job,
-        after: Job,
-        event_type: EventType,
-        by: str,
-        reason: str | None,
-        details: dict[str, Any] | None,
-        changes: Changes,
-    ) -> None:
-        event = self._event(before, before.status, after.status, event_type, by, reason, details, changes)
-        self.changes.append(Change(before, after, event))
-
     def _event(
         self,
         job: Job,
         before: str | None,
         after: str | None,
         event_type: EventType,
-        by: str,
+        by: str | None,
         reason: str | None,
         details: dict[str, Any] | None,
         changes: Changes | None,
     ) -> Event:
-        number = self._event_number()
-        queue = job.options.queue
         return Event(
-            number, self.at.now, event_type, job.seq, job.id, queue, before, after, by, reason, details, changes
+            self._event_number(),
+            self.at.now,
+            event_type,
+            job.seq,
+            job.id,
+            job.options.queue,
+            before,
+            after,
+            by or self.call.by,
+            reason,
+            details,
+            changes,
         )
 
     def _event_number(self) -> int:
