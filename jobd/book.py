@@ -20,6 +20,7 @@ from jobd.orders import DueEntry, DueJobs, LazyHeap, TimeEntry
 FINISHED_KEPT: Final = 1_000  # finished jobs at hand, for repeated endings and quick reads
 WORKERS_KEPT: Final = 10_000  # workers without a job that are still listed
 OPTIONS_KEPT: Final = 10_000
+COUNTER_MASK: Final = (1 << TOKEN_COUNTER_BITS) - 1
 
 
 class WorkerSeen:
@@ -148,25 +149,26 @@ class Book:
 
     def put(self, change: Change) -> None:
         """Take one decided step in, so that the next command of the batch sees it. Burns the numbers that it used."""
-        self.next_event = max(self.next_event, change.event.seq + 1)
-        if change.event.job_seq == 0:
-            self.set_paused(change.event.queue, change.event.type == "queue_paused")
+        event, after = change.event, change.after
+        self.next_event = max(self.next_event, event.seq + 1)
+        if event.job_seq == 0:
+            self.set_paused(event.queue, event.type == "queue_paused")
             return
-        self.next_job = max(self.next_job, change.event.job_seq + 1)
-        after = change.after
+        if change.before is None and after is not None:
+            self.next_job = max(self.next_job, event.job_seq + 1)
+            if change.request_hash is not None:
+                self.request_hashes[after.id] = change.request_hash
+            if event.type == "imported":
+                self.suspects[event.job_seq] = event.job_id
         if after is not None and after.grant is not None:
-            counter = after.grant.fencing_token & ((1 << TOKEN_COUNTER_BITS) - 1)
-            self.next_token = max(self.next_token, counter + 1)
-        if change.request_hash is not None and after is not None:
-            self.request_hashes[after.id] = change.request_hash
-        if change.event.type == "imported":
-            self.suspects[change.event.job_seq] = change.event.job_id
-        if change.event.by.startswith("worker:"):
-            self.saw(change.event.by.removeprefix("worker:"), change.event.at)
+            self.next_token = max(self.next_token, (after.grant.fencing_token & COUNTER_MASK) + 1)
+        if event.by.startswith("worker:"):
+            self.saw(event.by[7:], event.at)
         self.swap(change.before, after)
 
     def swap(self, before: Job | None, after: Job | None) -> None:
         """Replace a job's row by another in every order and counter. None: it did not exist, or is gone."""
+        self._count(before, after)
         if before is not None:
             self._leave(before, after)
         if after is not None:
@@ -224,10 +226,9 @@ class Book:
     # -- the job's way through the orders -----------------------------------------------------------------------------
 
     def _leave(self, job: Job, after: Job | None) -> None:
-        self._count(job, -1)
         if after is None or after.status not in LIVE:
             self.jobs.drop(job.id)
-        if after is None or after.status not in FINISHED:
+        if job.status in FINISHED and (after is None or after.status not in FINISHED):
             self.finished.pop(job.id, None)
         if job.status == "queued":
             if after is not None and after.status in LIVE:
@@ -239,7 +240,6 @@ class Book:
                 self._end_processing(job)  # to another grant only where a batch was taken back
 
     def _enter(self, before: Job | None, job: Job) -> None:
-        self._count(job, +1)
         if job.status in FINISHED:
             self.loaded(job)
             return
@@ -266,7 +266,8 @@ class Book:
         for group in groups.values():
             options = group[0].options
             lanes[(options.queue, options.kind, options.priority)] += group
-            self._count(group[0].whole(), len(group))
+            self._counts_of(options.queue)["queued"] += len(group)
+            self.totals["queued"] += len(group)
             self.jobs.keep_all_short(group)
         for (queue, kind, priority), group in lanes.items():
             self._due_of(queue).join_all(kind, priority, group)
@@ -317,7 +318,8 @@ class Book:
             self.unheld[job.id] = None  # a bad row; validation names it
             return
         if before is None or before.grant is None or before.grant.lock_id != job.grant.lock_id:
-            self.saw(job.grant.worker, self._now)
+            if job.grant.worker not in self.workers:
+                self.saw(job.grant.worker, self._now)
             self.workers[job.grant.worker].jobs[job.id] = None
             self._deadline_of.pop(job.id, None)
         # An entry that is too early is looked at again when it comes up, so a moved deadline costs nothing here.
@@ -368,13 +370,22 @@ class Book:
 
     # -- counters and validity ----------------------------------------------------------------------------------------
 
-    def _count(self, job: Job, step: int) -> None:
-        queue = job.options.queue
+    def _count(self, before: Job | None, after: Job | None) -> None:
+        if before is not None and after is not None and before.status == after.status:
+            return  # a job never changes its queue
+        if before is not None:
+            self._counts_of(before.options.queue)[before.status] -= 1
+            self.totals[before.status] -= 1
+        if after is not None:
+            counts = self._counts_of(after.options.queue)
+            counts[after.status] = counts.get(after.status, 0) + 1
+            self.totals[after.status] = self.totals.get(after.status, 0) + 1
+
+    def _counts_of(self, queue: str) -> dict[str, int]:
         counts = self.counts.get(queue)
         if counts is None:
             counts = self.counts[queue] = dict.fromkeys(STATUSES, 0)
-        counts[job.status] = counts.get(job.status, 0) + step
-        self.totals[job.status] = self.totals.get(job.status, 0) + step
+        return counts
 
     def set_paused(self, queue: str, paused: bool) -> None:
         if paused:

@@ -256,3 +256,8 @@ class Policy(Struct, frozen=True):
     require_download_url: bool = False
     live_jobs: int = 5_000_000
     idempotency_keys: int = 200_000
+
+
+def settled(asked: int | None, default: int) -> int:
+    """What was asked for, where anything was; 0 is a value."""
+    return default if asked is None else asked

@@ -216,6 +216,9 @@ class DueJobs:
 
     def due(self, kinds: Iterable[str] | None) -> Iterator[DueEntry]:
         """Entries of due jobs of `kinds` (None: of all), in order. Nothing may change while it is read."""
+        if kinds is None and (only := self._only_lane()) is not None:
+            yield from only.entries()
+            return
         heads = self._all_heads() if kinds is None else self._heads_of(kinds)
         upcoming = next(heads, None)
         frontier: list[tuple[DueEntry, Iterator[DueEntry]]] = []
@@ -239,6 +242,13 @@ class DueJobs:
         for kind, lanes in self.lanes.items():
             for lane in lanes.values():
                 yield from ((kind, entry) for entry in lane.entries())
+
+    def _only_lane(self) -> Lane | None:
+        """The lane of a queue that has but one: its order is the order of the queue."""
+        if len(self.lanes) != 1:
+            return None
+        (lanes,) = self.lanes.values()
+        return next(iter(lanes.values())) if len(lanes) == 1 else None
 
     def _lane(self, kind: str, priority: int) -> Lane:
         lanes = self.lanes.setdefault(kind, {})

@@ -15,7 +15,20 @@ from jobd.answers import Answer
 from jobd.commands import Create, Import, Refusal
 from jobd.draft import Draft
 from jobd.events import EventType
-from jobd.job import MAX_PERCENT, MINUTE_MS, SECOND_MS, Ended, Failure, Grant, Job, Lease, Options, Policy, Result
+from jobd.job import (
+    MAX_PERCENT,
+    MINUTE_MS,
+    SECOND_MS,
+    Ended,
+    Failure,
+    Grant,
+    Job,
+    Lease,
+    Options,
+    Policy,
+    Result,
+    settled,
+)
 
 STALLED: Final = "stalled"
 EXPIRED: Final = "expired"
@@ -84,8 +97,8 @@ def grant(draft: Draft, job: Job, worker: str, ttl_ms: int | None, stuck_after_m
         worker=worker,
         acquired_at=draft.at.now,
         ttl_ms=ttl_ms or policy.lock_ttl_ms,
-        stuck_after_ms=_first(stuck_after_ms, options.stuck_after_ms, policy.stuck_after_ms),
-        max_processing_ms=_first(options.max_processing_ms, policy.max_processing_ms),
+        stuck_after_ms=settled(stuck_after_ms, settled(options.stuck_after_ms, policy.stuck_after_ms)),
+        max_processing_ms=settled(options.max_processing_ms, policy.max_processing_ms),
     )
     ceiling = lease + made.max_processing_ms if made.max_processing_ms else None
     return draft.step(
@@ -130,7 +143,8 @@ def requeue(
     fields = {"progress": 0, "progress_message": None, "started_at": None, "finished_at": None} | fields
     if job.status != "processing":
         fields.setdefault("expires_at", None)  # it was the time of deletion of a finished job
-    return draft.step(job, event_type, by=by, reason=reason, status="queued", **_without_grant(job, ended), **fields)
+    _end_grant(fields, job, ended)
+    return draft.step(job, event_type, by=by, reason=reason, status="queued", **fields)
 
 
 def finish(
@@ -148,15 +162,25 @@ def finish(
     now = draft.at.now
     if fields.get("expires_at") is None:
         fields["expires_at"] = now + keep_ms(draft.policy, status)
-    finished_at = max(now, job.created_at, job.started_at or 0)  # in order, also where the wall clock stepped back
-    fields |= {"status": status, "finished_at": finished_at} | _without_grant(job, ended)
+    fields["status"] = status
+    fields["finished_at"] = max(now, job.created_at, job.started_at or 0)  # also where the wall clock stepped back
+    _end_grant(fields, job, ended)
     return draft.step(job, event_type, by=by, reason=reason, **fields)
 
 
 def complete(draft: Draft, job: Job, event_type: EventType, ended: Ended | None, result: Result, **fields: Any) -> Job:
     """To `completed`, which is final: progress 100, no error."""
-    fields |= {"progress": MAX_PERCENT, "result": kept_result(result), "error": None}
-    return finish(draft, job, event_type, "completed", ended, **fields)
+    return finish(
+        draft,
+        job,
+        event_type,
+        "completed",
+        ended,
+        progress=MAX_PERCENT,
+        result=kept_result(result),
+        error=None,
+        **fields,
+    )
 
 
 def keep_ms(policy: Policy, status: str) -> int:
@@ -256,19 +280,12 @@ def in_words(ms: int) -> str:
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
-def _without_grant(job: Job, ended: Ended | None) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+def _end_grant(fields: dict[str, Any], job: Job, ended: Ended | None) -> None:
     if job.grant is not None or job.lease is not None:
-        fields = {"grant": None, "lease": None}
+        fields["grant"] = fields["lease"] = None
     if ended != job.ended:
         fields["ended"] = ended
-    return fields
 
 
 def _cut(expires: int, ceiling: int | None) -> int:
     return expires if ceiling is None else min(expires, ceiling)
-
-
-def _first(*values: int | None) -> int:
-    """The first that is given; 0 is a value."""
-    return next(value for value in values if value is not None)

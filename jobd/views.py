@@ -24,7 +24,7 @@ from jobd.answers import (
 from jobd.book import Book
 from jobd.commands import Moment
 from jobd.figures import Figures
-from jobd.job import STATUSES, Failure, Grant, Job, Lease, Policy, Result
+from jobd.job import STATUSES, Failure, Grant, Job, Lease, Policy, Result, settled
 
 NO_RESULT = Result()
 NO_ERROR = Failure(None)
@@ -63,10 +63,8 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         job.stalls,
         options.max_stalls,
         options.on_stall,
-        grant.stuck_after_ms if grant else _settled(options.stuck_after_ms, policy.stuck_after_ms),
-        (
-            grant.max_processing_ms if grant else _settled(options.max_processing_ms, policy.max_processing_ms)
-        ),
+        grant.stuck_after_ms if grant else settled(options.stuck_after_ms, policy.stuck_after_ms),
+        grant.max_processing_ms if grant else settled(options.max_processing_ms, policy.max_processing_ms),
         job.created_at,
         job.updated_at,
         job.run_at,
@@ -83,10 +81,6 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
     )
 
 
-def _settled(asked: int | None, default: int) -> int:
-    return default if asked is None else asked
-
-
 def ceiling_at(lease: Lease, at: Moment) -> int | None:
     return None if lease.ceiling is None else at.wall(lease.ceiling)
 
@@ -99,7 +93,9 @@ def grant_view(job: Job, at: Moment, view: JobView) -> GrantView:
     """The current grant of `job`, for its holder."""
     assert job.grant is not None and job.lease is not None
     grant, lease = job.grant, job.lease
-    return GrantView(view, grant.lock_id, grant.fencing_token, at.wall(lease.expires), grant.ttl_ms, ceiling_at(lease, at))
+    return GrantView(
+        view, grant.lock_id, grant.fencing_token, at.wall(lease.expires), grant.ttl_ms, ceiling_at(lease, at)
+    )
 
 
 def queues(book: Book) -> QueueList:
