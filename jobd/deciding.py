@@ -105,12 +105,13 @@ class Decider:
         self.book.advance(at.now, at.lease)
         self._serve_parked(plan, policy)
         for asked in batch:
-            if asked.is_abandoned and asked.key is None and isinstance(asked.call.command, (Start, Claim)):
+            if asked.key is None and asked.is_abandoned and isinstance(asked.call.command, (Start, Claim)):
                 continue  # nobody is left to take the grant
             answer = self._decide_one(plan, asked, policy)
             if answer is not None:
                 plan.replies.append((asked, answer))
-            self._serve_parked(plan, policy)
+            if self._became_due:
+                self._serve_parked(plan, policy)
         return plan
 
     def batch(self, plan: Plan) -> Batch:
@@ -193,19 +194,22 @@ class Decider:
         refusal = self._refuse(command)
         if refusal is not None:
             return refusal
-        if isinstance(command, Undelivered) and self._handed.get(command.lock_id, 0) > 0:
-            return Refusal("lock_lost", "Another connection has received this grant.")
         if isinstance(command, (Start, Claim)):
             self.book.saw(command.worker, plan.at.now)
+        elif isinstance(command, Undelivered) and self._handed.get(command.lock_id, 0) > 0:
+            return Refusal("lock_lost", "Another connection has received this grant.")
+        elif isinstance(command, Tick):
+            plan.tick = True
+        elif isinstance(command, EndGrants):
+            plan.unmark = plan.unmark or command.last
         decision = self._decided(plan, asked.call, policy)
-        plan.tick = plan.tick or isinstance(command, Tick)
-        plan.unmark = plan.unmark or (isinstance(command, EndGrants) and command.last)
         if isinstance(command, Claim) and self._parks(command, decision):
             asked.deadline = self._loop_time() + command.wait_ms / 1000
             self.parked.add(asked)
             plan.parked.append(asked)
             return None
-        self._keep_answer(plan, asked, decision)
+        if asked.key is not None:
+            self._keep_answer(plan, asked, asked.key, decision)
         return decision.answer
 
     def _decided(self, plan: Plan, call: Call, policy: Policy) -> Decision:
@@ -271,7 +275,8 @@ class Decider:
         self.parked.remove(asked)
         plan.served.append(asked)
         plan.replies.append((asked, decision.answer))
-        self._keep_answer(plan, asked, decision)
+        if asked.key is not None:
+            self._keep_answer(plan, asked, asked.key, decision)
         return True
 
     # -- idempotency keys ---------------------------------------------------------------------------------------------
@@ -312,10 +317,10 @@ class Decider:
         self._hand(asked, answer, len(asked.futures))
         return answer
 
-    def _keep_answer(self, plan: Plan, asked: Asked, decision: Decision) -> None:
+    def _keep_answer(self, plan: Plan, asked: Asked, key: KeyUse, decision: Decision) -> None:
         """The answer to a keyed call that changed something is stored in the transaction of the change."""
-        key, answer = asked.key, decision.answer
-        if key is None or not decision.changes or not isinstance(answer, Answer):
+        answer = decision.answer
+        if not decision.changes or not isinstance(answer, Answer):
             return
         if isinstance(asked.call.command, Claim) and not answer.grants:
             return  # it only met jobs that had expired
