@@ -170,17 +170,8 @@ def finish(
 
 def complete(draft: Draft, job: Job, event_type: EventType, ended: Ended | None, result: Result, **fields: Any) -> Job:
     """To `completed`, which is final: progress 100, no error."""
-    return finish(
-        draft,
-        job,
-        event_type,
-        "completed",
-        ended,
-        progress=MAX_PERCENT,
-        result=kept_result(result),
-        error=None,
-        **fields,
-    )
+    fields["progress"], fields["result"], fields["error"] = MAX_PERCENT, kept_result(result), None
+    return finish(draft, job, event_type, "completed", ended, **fields)
 
 
 def keep_ms(policy: Policy, status: str) -> int:
