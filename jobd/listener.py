@@ -65,6 +65,11 @@ class Connection(RequestHandler):
         elif not (self._reading_paused or self._buffer_paused):
             transport.resume_reading()
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """A body that is read asks for more each time: that costs a turn of the parser, so only where it has paused."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def close_if_idle(self) -> None:
         """End the connection where no request, or only a part of its head, has come."""
         if self._waiter is not None and not self._waiter.done():
