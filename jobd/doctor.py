@@ -18,6 +18,7 @@ from jobd import files, migrations, opening, rows
 from jobd.batch import Numbers, QueueRow
 from jobd.files import FileLock, StoreError
 from jobd.job import LIVE, TOKEN_COUNTER_BITS, is_job_id
+from jobd.job_writer import insert
 from jobd.lookups import read_job
 from jobd.quarantine import true_id
 from jobd.rows import JOB_COLUMNS, Row, fault
@@ -28,7 +29,6 @@ from jobd.tables import (
     QUEUE_SQL,
     REPLACE_QUEUE,
     Tables,
-    insert,
     lenient,
     readable,
 )

@@ -13,6 +13,7 @@ from msgspec import structs
 from jobd import rows
 from jobd.batch import DiskFull
 from jobd.job import FINISHED, Job, is_job_id
+from jobd.job_writer import insert
 from jobd.rows import JOB_COLUMNS, Row
 from jobd.tables import (
     BY_SEQ,
@@ -22,7 +23,6 @@ from jobd.tables import (
     CannotMove,
     Tables,
     code_of,
-    insert,
     is_corrupt,
     now_ms,
     readable,

@@ -360,7 +360,10 @@ _decode_grants = msgspec.json.Decoder(list[tuple[str, str]]).decode
 
 
 def event_row(event: Event) -> Row:
-    """The columns of `event` in the order of EVENT_COLUMNS, without the checksum."""
+    """The columns of `event` in the order of EVENT_COLUMNS, without the checksum.
+
+    JSON as bytearray, which sqlite3 takes as it is; for bytes it would first look for a way to adapt them.
+    """
     return (
         event.seq,
         event.at,
@@ -372,8 +375,8 @@ def event_row(event: Event) -> Row:
         event.after,
         event.by,
         event.reason,
-        None if event.details is None else _json(event.details),
-        None if event.changes is None else _json(event.changes),
+        None if event.details is None else bytearray(_json(event.details)),
+        None if event.changes is None else bytearray(_json(event.changes)),
     )
 
 

@@ -17,12 +17,11 @@ from jobd import files, rows
 from jobd.batch import BadRows, Batch, DiskFull, Numbers, Payload
 from jobd.events import KEEP_SIGNS, SIGNS, Change
 from jobd.files import StoreBroken
-from jobd.job import LIVE, Job
+from jobd.job_writer import JobWriter, Totals, insert
 from jobd.migrations import VERSION, meta_row
 from jobd.rows import EVENT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, META_COLUMNS, QUEUE_COLUMNS, Row, fault, sealed
 
 T = TypeVar("T")
-Totals = tuple[int, int, int, int]  # number and XOR of the checksums of the live jobs, then of the finished ones
 
 KEEP_REPORTS: Final = 500
 
@@ -34,20 +33,10 @@ KEY_SQL: Final = f"{', '.join(KEY_COLUMNS)}, crc"
 QUEUE_SQL: Final = f"{', '.join(QUEUE_COLUMNS)}, crc"
 
 
-def insert(table: str, columns: Iterable[str], verb: str = "INSERT") -> str:
-    names = tuple(columns)
-    return f"{verb} INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
-
-
 def _settings(columns: Iterable[str]) -> str:
     return ", ".join(f"{column} = ?" for column in columns)
 
 
-_INSERT_JOB: Final = insert("jobs", (*JOB_COLUMNS, "crc"))
-_UPDATE_JOB: Final = f"UPDATE jobs SET {_settings((*JOB_COLUMNS[2:], 'crc'))} WHERE seq = ?"
-# Leaves status and expires_at alone, and with them every index.
-_UPDATE_SAME: Final = f"UPDATE jobs SET {_settings((*JOB_COLUMNS[4:], 'crc'))} WHERE seq = ?"
-_INSERT_PAYLOAD: Final = insert("payloads", ("job_seq", "body", "request_hash", "crc"))
 _INSERT_EVENT: Final = insert("events", (*EVENT_COLUMNS, "crc"))
 _UPDATE_EVENT: Final = "UPDATE events SET changes = ?, crc = ? WHERE seq = ?"
 _REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "answer"), "REPLACE")
@@ -113,6 +102,7 @@ class Tables:
         self.totals = totals
         self.marked = marked
         self.reader = rows.JobReader()
+        self._jobs = JobWriter(conn)
         self.quarantined: dict[str, str] = {}
         self.faults: list[str] = []
         self._directory = directory
@@ -226,92 +216,16 @@ class Tables:
 
     def _apply(self, batch: Batch) -> dict[int, bytes]:
         if batch.changes:
-            created = self._write_jobs(batch.changes)
+            self.totals = self._jobs.write(batch.changes, self.totals)
             self._write_events(batch.changes)
-        else:
-            created = {}
         self._write_rest(batch)
         self.numbers = batch.numbers
         self.marked = self.marked and not batch.unmark
         self.write_meta()
-        return self._shown(batch, created)
+        return self._shown(batch)
 
     def write_meta(self) -> None:
         self.conn.execute(_UPDATE_META, meta_row(self.numbers, self.totals, int(self.marked), VERSION))
-
-    def _write_jobs(self, changes: list[Change]) -> dict[int, bytes]:
-        """Write the last row of each job once; gives the payloads of the new ones."""
-        spans: dict[int, tuple[Job | None, Job | None]] = {}
-        payloads: dict[int, Row] = {}
-        gone: list[tuple[int, str, int]] = []
-        suspects: list[tuple[int]] = []
-        for change in changes:
-            before, after = change.before, change.after
-            if after is not None:
-                seq = after.seq
-                if before is None:
-                    payloads[seq] = (seq, bytes(change.payload or b"null"), change.request_hash or "")
-                if change.event.type == "imported":
-                    suspects.append((seq,))
-            elif before is not None:
-                seq = before.seq
-                gone.append((seq, before.id, change.event.at))
-            else:
-                continue
-            span = spans.get(seq)
-            spans[seq] = (before if span is None else span[0], after)
-        if gone:
-            self._delete_jobs(gone)
-            for seq, _, _ in gone:
-                payloads.pop(seq, None)
-        self._write_spans(spans)
-        self.conn.executemany(_INSERT_PAYLOAD, map(sealed, payloads.values()))
-        if suspects:
-            self.conn.executemany("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", suspects)
-            if gone:
-                self.conn.execute("DELETE FROM suspects WHERE job_seq NOT IN (SELECT seq FROM jobs)")
-        return {seq: row[1] for seq, row in payloads.items()}
-
-    def _write_spans(self, spans: dict[int, tuple[Job | None, Job | None]]) -> None:
-        live, live_xor, finished, finished_xor = self.totals
-        new: list[Row] = []
-        moved: list[Row] = []
-        same: list[Row] = []
-        for seq, (before, after) in spans.items():
-            if before is not None:
-                old = rows.checksum(rows.job_row(before))
-                if before.status in LIVE:
-                    live, live_xor = live - 1, live_xor ^ old
-                else:
-                    finished, finished_xor = finished - 1, finished_xor ^ old
-            if after is None:
-                continue
-            row = rows.job_row(after)
-            crc = rows.checksum(row)
-            if after.status in LIVE:
-                live, live_xor = live + 1, live_xor ^ crc
-            else:
-                finished, finished_xor = finished + 1, finished_xor ^ crc
-            if before is None:
-                new.append((*row, crc))
-            elif before.status == after.status and before.expires_at == after.expires_at:
-                same.append((*row[4:], crc, seq))
-            else:
-                moved.append((*row[2:], crc, seq))
-        self._update(_UPDATE_SAME, same)
-        self._update(_UPDATE_JOB, moved)
-        self.conn.executemany(_INSERT_JOB, new)
-        self.totals = (live, live_xor, finished, finished_xor)
-
-    def _update(self, sql: str, values: list[Row]) -> None:
-        if values and self.conn.executemany(sql, values).rowcount != len(values):
-            raise sqlite3.IntegrityError("a job that is in memory has no row on the disk")
-
-    def _delete_jobs(self, gone: list[tuple[int, str, int]]) -> None:
-        seqs = [(seq,) for seq, _, _ in gone]
-        for table, column in (("jobs", "seq"), ("payloads", "job_seq"), ("suspects", "job_seq")):
-            self.conn.executemany(f"DELETE FROM {table} WHERE {column} = ?", seqs)
-        self.conn.executemany("INSERT INTO deleted_jobs (job_seq, id, at) VALUES (?, ?, ?)", gone)
 
     def _write_events(self, changes: list[Change]) -> None:
         self.conn.executemany(_INSERT_EVENT, [sealed(rows.event_row(change.event)) for change in changes])
@@ -360,12 +274,13 @@ class Tables:
             self.conn.execute(insert("reports", ("seq", "body", "crc")), sealed((last + 1, bytes(batch.report))))
             self.conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))
 
-    def _shown(self, batch: Batch, created: dict[int, bytes]) -> dict[int, bytes]:
+    def _shown(self, batch: Batch) -> dict[int, bytes]:
         shown: dict[int, bytes] = {}
         bad: dict[str, str] = {}
         for seq in batch.payloads:
-            if seq in created:
-                shown[seq] = created[seq]
+            known = self._jobs.payload(seq)
+            if known is not None:
+                shown[seq] = known
                 continue
             payload, wrong = self.payload(seq)
             if payload is not None:

@@ -1,0 +1,96 @@
+"""Rows of jobs on their way to the disk: what a statement names, and what is kept at hand."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sized
+from pathlib import Path
+
+import pytest
+
+from jobd import job_writer
+from jobd.batch import BadRows
+from jobd.events import Change
+from jobd.opening import connect, start
+from jobd.rows import checksum, job_row
+from jobd.tables import BY_SEQ, Tables
+from tests.by_hand import Maker
+from tests.store_help import made
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Iterator[Tables]:
+    path = str(tmp_path / "jobd.db")
+    conn = connect(path, "FULL")
+    yield start(conn, path)[0]
+    conn.close()
+
+
+def statements(tables: Tables, maker: Maker, *changes: Change) -> list[str]:
+    """What is said to the table of jobs while `changes` are written."""
+    said: list[str] = []
+    tables.conn.set_trace_callback(said.append)
+    tables.write(maker.batch(list(changes)))
+    tables.conn.set_trace_callback(None)
+    return [sql for sql in said if sql.startswith(("UPDATE jobs", "INSERT INTO jobs"))]
+
+
+def row_of(tables: Tables, seq: int) -> tuple[object, ...]:
+    (row,) = tables.rows(BY_SEQ, (seq,))
+    return row
+
+
+def test_an_update_names_only_what_has_changed(tables: Tables) -> None:
+    maker = Maker()
+    first = maker.create()
+    (said,) = statements(tables, maker, first)
+    assert "id" in said
+    assert "lock_id" not in said
+    assert "NULL" not in said
+    (said,) = statements(tables, maker, maker.grant(made(first)))
+    assert "lock_id" in said
+    assert "status" in said
+    assert "queue" not in said
+    assert "created_at" not in said
+    assert "NULL" not in said
+    (said,) = statements(tables, maker, maker.finish(maker.jobs[1]))
+    assert "lock_id = NULL" in said
+    assert "ended_lock_id" in said
+    job = maker.jobs[1]
+    assert row_of(tables, 1) == (*job_row(job), checksum(job_row(job)))
+
+
+def test_a_row_that_is_not_there_is_not_made_by_an_update(tables: Tables) -> None:
+    maker = Maker()
+    grant = maker.grant(made(maker.create()))
+    with pytest.raises(sqlite3.IntegrityError):
+        tables.write(maker.batch([grant]))
+    assert tables.is_broken
+
+
+def test_a_batch_that_was_taken_back_leaves_nothing_at_hand(tables: Tables) -> None:
+    maker = Maker()
+    tables.write(maker.batch([maker.create()]))
+    back = maker.kept()
+    with pytest.raises(BadRows):
+        tables.write(maker.batch([maker.grant(maker.jobs[1])], payloads=[99]))
+    back()
+    tables.write(maker.batch([maker.finish(maker.jobs[1], "cancelled")]))
+    job = maker.jobs[1]
+    assert row_of(tables, 1) == (*job_row(job), checksum(job_row(job)))
+    assert tables.totals == (0, 0, 1, checksum(job_row(job)))
+
+
+@pytest.mark.parametrize("limit", ["KEEP_ROWS", "_SHAPES", "KEEP_PAYLOAD_BYTES"])
+def test_what_is_kept_at_hand_has_a_limit(tables: Tables, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(job_writer, limit, 1)
+    maker = Maker(3)
+    for _ in range(20):
+        batch = maker.any_batch(15)
+        assert tables.write(batch) == {seq: maker.payloads[seq] for seq in batch.payloads}
+    kept = tables._jobs
+    held: dict[str, Sized] = {"KEEP_ROWS": kept._rows, "_SHAPES": kept._sql, "KEEP_PAYLOAD_BYTES": kept._payloads}
+    assert len(held[limit]) <= 1
+    for seq, job in maker.jobs.items():
+        assert row_of(tables, seq) == (*job_row(job), checksum(job_row(job)))
+    tables.write(maker.batch([], payloads=list(maker.payloads)))
