@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check faults format demo bench linearizability pins clean
+.PHONY: help venv test check faults planted format demo bench linearizability pins clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ faults: $(READY)  ## real faults on the real daemon, as root: what is promised, 
 
 linearizability: $(READY)  ## histories of contending clients under faults, each explained by some order (ARGS: --seed K)
 	$(BIN)/python -m tests.linearizability --histories 500 $(ARGS)
+
+planted: $(READY)  ## planted bugs, each put into a copy: which tests find it, and how fast (ARGS: NAME ..., --promises)
+	$(BIN)/python -m tests.planted --jobs $(PARALLEL) $(ARGS)
 
 format: $(READY)  ## put the code into its usual form
 	$(BIN)/ruff check --fix .

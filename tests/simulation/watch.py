@@ -163,7 +163,7 @@ class Watch(Promises):
                     self._expect_delivery(daemon, after.id, after.grant, LOOKS)
         counter = self.highest_token & ((1 << TOKEN_COUNTER_BITS) - 1)
         if self.highest_token >> TOKEN_COUNTER_BITS == batch.numbers.epoch:
-            self.must(batch.numbers.next_token > counter, "S13", "the mark of the tokens went back")
+            self.must(batch.numbers.next_token > counter, "S2", "the mark of the tokens went back")
         self._check_keys(batch)
         if daemon is not None:
             for change in batch.changes:

@@ -1,0 +1,115 @@
+"""The levels at which a bug can be found, cheapest first: what of the test suite belongs to each, and one run of it.
+
+What a level cannot see is not run: a change of the store is nothing to the table of the rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, get_args
+
+from msgspec import Struct
+
+from tests.planted.bugs import Bug, Level
+from tests.process import die_with_us
+from tests.test_imports import PURE, ROOM_OF
+
+LEVELS: Final[tuple[Level, ...]] = get_args(Level)
+TOO_LONG_S: Final = 600
+
+
+def _files(names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{name}.py" for name in names.split())
+
+
+# What pytest runs at each level; the doors are those of one process, without a daemon.
+TESTS: Final[dict[Level, tuple[str, ...]]] = {
+    "rules": _files("rules book orders live_jobs keys clock job events validation why figures envelope"),
+    "world": _files("core_properties small_world"),
+    "simulation": ("tests/test_simulation.py::test_every_promise_holds",),
+    "actor": _files("actor cleanup health"),
+    "store": _files("store rows files opening migrations quarantine backup outages doctor"),
+    "doors": _files("doors bodies web worker_api admin_api web_actor listener streams contract"),
+    "process": _files("daemon systemd secrets faults"),
+}
+
+# The rooms of tests/test_imports.py that the levels from here on can see; what is in none of these only a process can.
+_CORE: Final = frozenset({"actor", "time", "watch", "wiring"})
+_SEEN_FROM: Final[dict[str, Level]] = {
+    **dict.fromkeys(_CORE, "simulation"),
+    "store": "store",
+    **dict.fromkeys(("web", "apis", "settings"), "doors"),
+}
+_PURE: Final = PURE | {"envelope", "clock"}  # those of the actor's parts that are tested by themselves
+
+_FAILED: Final = re.compile(r"^(?:FAILED|ERROR) (.*)$", re.M)
+_BROKEN: Final = re.compile(r"""\(\\?'(?P<promise>[SL]\d+|loop|log)\\?', \\?["'](?P<what>.*?)\\?["']\): python -m""")
+
+
+class Found(Struct, frozen=True):
+    """What a level said: `failed` names the test and what was wrong, `promise` what the simulation saw broken."""
+
+    level: Level
+    seconds: float
+    failed: str | None = None
+    promise: str | None = None
+
+
+def fitting(bug: Bug) -> list[Level]:
+    """The levels that can see `bug`, cheapest first."""
+    first = min(LEVELS.index(_first(Path(edit.file))) for edit in bug.edits)
+    return list(LEVELS[first:])
+
+
+def _first(file: Path) -> Level:
+    module = file.parts[1].removesuffix(".py") if file.parts[0] == "jobd" else ""
+    return "rules" if module in _PURE else _SEEN_FROM.get(ROOM_OF.get(module, ""), "process")
+
+
+def run(level: Level, root: Path) -> Found:
+    """Run `level` in the copy of the repository at `root`."""
+    began_s = time.monotonic()
+    code, said = _pytest(TESTS[level], root)
+    seconds = round(time.monotonic() - began_s, 1)
+    if code == 0:
+        return Found(level, seconds)
+    failed = next(iter(_FAILED.findall(said)), None) or f"pytest ended with {code}: {' '.join(said.split())[-300:]}"
+    broken = _BROKEN.search(failed)
+    if broken is None:
+        return Found(level, seconds, failed.removeprefix("tests/"))
+    return Found(level, seconds, f"{broken['promise']}: {broken['what']}", broken["promise"])
+
+
+def _pytest(tests: Iterable[str], root: Path) -> tuple[int, str]:
+    """Exit code and output. The copy comes before whatever is installed, also for what the tests start."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", *tests]
+    environ = os.environ | {"PYTHONPATH": str(root), "COLUMNS": "1000"}
+    run = subprocess.Popen(
+        command,
+        cwd=root,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=die_with_us,
+    )
+    try:
+        said, _ = run.communicate(timeout=TOO_LONG_S)
+        return run.returncode, said
+    except subprocess.TimeoutExpired:
+        return 1, f"FAILED {TOO_LONG_S} s were not enough"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)  # a spoiled daemon may have stayed behind
+        run.wait()
