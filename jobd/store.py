@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
@@ -29,6 +29,7 @@ __all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTo
 T = TypeVar("T")
 Synchronous = Literal["FULL", "EXTRA"]
 _CHUNK: Final = 64
+LEND_S: Final = 0.002  # a batch of a dozen commands is at its COMMIT after a fifth of that
 
 
 class Connection(aiosqlite.Connection):
@@ -38,6 +39,18 @@ class Connection(aiosqlite.Connection):
         """Run `fn` in the connection's thread, after everything that was asked before."""
         result: T = await self._execute(fn, *args)  # type: ignore[no-untyped-call]
         return result
+
+    async def lent_hop(self, until: threading.Event, fn: Callable[..., T], *args: Any) -> T:
+        """As `hop`; the event loop stands still until `fn` has set `until`, or for LEND_S.
+
+        Two threads that both want the interpreter get in each other's way: the transaction would crawl while the loop
+        has work, and the loop would have none left while the disk writes. So the thread has it alone at first.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        until.clear()
+        self._tx.put_nowait((future, partial(fn, *args)))
+        until.wait(LEND_S)
+        return await future
 
     async def ended(self) -> None:
         """Close, and wait for the end of the thread also where the connection never came to be."""
@@ -60,6 +73,8 @@ class Store:
         self._tables = tables
         self._lock = lock
         self.on_broken: Callable[[Exception], None] = lambda error: None
+        self._committing = threading.Event()
+        tables.at_commit = self._committing.set
         self._closing = threading.Event()
         self._beside = asyncio.Lock()
 
@@ -113,8 +128,11 @@ class Store:
 
     async def _hop(self, fn: Callable[..., T], *args: Any) -> T:
         """One function in the connection's thread; a failure that leaves the disk unknown is told, whoever called."""
+        return await self._watched(self._db.hop(fn, *args))
+
+    async def _watched(self, hop: Awaitable[T]) -> T:
         try:
-            return await self._db.hop(fn, *args)
+            return await hop
         except Exception as error:
             if self._tables.is_broken:
                 self.on_broken(error)
@@ -131,7 +149,7 @@ class Store:
         return await self._hop(lookups.load, self._tables, ids, payloads, digests)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        return await self._hop(self._tables.write, batch)
+        return await self._watched(self._db.lent_hop(self._committing, self._tables.write, batch))
 
     async def find(self, query: Query) -> Page:
         return await self._hop(lookups.find, self._tables, query)

@@ -103,6 +103,7 @@ class Tables:
         self.marked = marked
         self.reader = rows.JobReader()
         self._jobs = JobWriter(conn)
+        self.at_commit: Callable[[], object] = lambda: None  # called when all is said and the disk comes next
         self.quarantined: dict[str, str] = {}
         self.faults: list[str] = []
         self._directory = directory
@@ -132,6 +133,7 @@ class Tables:
             try:
                 self.conn.execute("BEGIN IMMEDIATE")
                 result = fn(*args)
+                self.at_commit()
                 self.conn.execute("COMMIT")
             except BaseException as error:
                 self.numbers, self.totals, self.marked = kept

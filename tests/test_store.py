@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -87,6 +88,16 @@ async def test_a_batch_is_read_back_after_a_restart(path: str) -> None:
 async def test_a_batch_shows_the_payload_of_a_job_that_it_makes(store: Store) -> None:
     maker = Maker()
     assert await store.write(maker.batch([maker.create()], payloads=[1])) == {1: maker.payloads[1]}
+
+
+async def test_a_batch_behind_other_work_of_the_thread_does_not_hold_the_loop(store: Store) -> None:
+    maker, busy = Maker(), threading.Event()
+    other = asyncio.create_task(store._db.hop(busy.wait))
+    writing = asyncio.create_task(store.write(maker.batch([maker.create()])))
+    await asyncio.sleep(0)
+    busy.set()  # nobody would, if the loop waited for the thread
+    assert await other is True
+    assert await writing == {}
 
 
 async def test_an_empty_batch_keeps_the_numbers(path: str) -> None:
