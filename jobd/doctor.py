@@ -26,8 +26,8 @@ from jobd.tables import (
     EVENT_SQL,
     JOB_SQL,
     KEY_SQL,
+    PUT_QUEUE,
     QUEUE_SQL,
-    REPLACE_QUEUE,
     Tables,
     lenient,
     readable,
@@ -348,9 +348,9 @@ def _recount(tables: Tables) -> str:
         if fault(row) is None:
             kept = rows.queue(row)
             counts = counted.pop(row[0], (0, 0, 0))
-            tables.conn.execute(REPLACE_QUEUE, rows.queue_row(row[0], QueueRow(kept.paused, *counts)))
+            tables.conn.execute(PUT_QUEUE, rows.queue_row(row[0], QueueRow(kept.paused, *counts)))
     for name, counts in counted.items():
-        tables.conn.execute(REPLACE_QUEUE, rows.queue_row(name, QueueRow(False, *counts)))
+        tables.conn.execute(PUT_QUEUE, rows.queue_row(name, QueueRow(False, *counts)))
     tables.write_meta()
     jobs = f"{sums[True][0]} live and {sums[False][0]} finished jobs"
     return f"Counted: {jobs} (before: {before[0]} and {before[2]})."

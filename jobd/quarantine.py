@@ -18,8 +18,8 @@ from jobd.rows import JOB_COLUMNS, Row
 from jobd.tables import (
     BY_SEQ,
     LIVE_SQL,
+    PUT_QUEUE,
     QUEUE_SQL,
-    REPLACE_QUEUE,
     CannotMove,
     Tables,
     code_of,
@@ -111,7 +111,7 @@ def _uncount(tables: Tables, row: Row, was_live: bool) -> None:
     if status in FINISHED and found and rows.fault(found[0]) is None:
         queue = rows.queue(found[0])
         fewer = {status: max(0, getattr(queue, status) - 1)}
-        tables.conn.execute(REPLACE_QUEUE, rows.queue_row(name, structs.replace(queue, **fewer)))
+        tables.conn.execute(PUT_QUEUE, rows.queue_row(name, structs.replace(queue, **fewer)))
 
 
 def quarantine(tables: Tables, job: Job, reason: str) -> None:

@@ -173,7 +173,8 @@ def bulk(draft: Draft, command: Bulk) -> Answer | Refusal:
 
 def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | Refusal:
     """The new job, or the one that the same request made before, its view, and whether it is new."""
-    request_hash = digest(command)
+    # A job whose id is ours cannot be asked for again: who names its id asks for something else.
+    request_hash = "" if command.id is None else digest(command)
     if command.id is not None and (existing := _existing(draft, command.id, request_hash)) is not None:
         if isinstance(existing, Refusal):
             return existing

@@ -40,7 +40,12 @@ def _settings(columns: Iterable[str]) -> str:
 _INSERT_EVENT: Final = insert("events", (*EVENT_COLUMNS, "crc"))
 _UPDATE_EVENT: Final = "UPDATE events SET changes = ?, crc = ? WHERE seq = ?"
 _REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "answer"), "REPLACE")
-REPLACE_QUEUE: Final = insert("queues", (*QUEUE_COLUMNS, "crc"), "REPLACE")
+# Not REPLACE, which deletes and inserts: a row that stays where it is leaves the index of names alone.
+PUT_QUEUE: Final = (
+    insert("queues", (*QUEUE_COLUMNS, "crc"))
+    + " ON CONFLICT (name) DO UPDATE SET "
+    + ", ".join(f"{column} = excluded.{column}" for column in (*QUEUE_COLUMNS[1:], "crc"))
+)
 _UPDATE_META: Final = f"UPDATE meta SET {_settings((*META_COLUMNS, 'crc'))} WHERE id = 1"
 
 # A row is always read by its seq: read through an index, a column may come from the index instead of the row, and a
@@ -268,7 +273,7 @@ class Tables:
         if batch.keys:
             many(_REPLACE_KEY, map(rows.key_row, batch.keys))
         if batch.queues:
-            many(REPLACE_QUEUE, [rows.queue_row(name, queue) for name, queue in batch.queues.items()])
+            many(PUT_QUEUE, [rows.queue_row(name, queue) for name, queue in batch.queues.items()])
         if batch.checked:
             many("DELETE FROM suspects WHERE job_seq = ?", [(seq,) for seq in batch.checked])
         if batch.report is not None:
