@@ -11,7 +11,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd import rules, steps
-from jobd.answers import Done, Grants, Imported, JobView, Look, Recovered
+from jobd.answers import Answer, Done, Grants, Imported, JobView, Look, Recovered
 from jobd.commands import (
     AnyCommand,
     Bulk,
@@ -158,7 +158,8 @@ def test_the_same_request_again_gives_the_job_as_it_is(desk: Desk) -> None:
     assert (decision.answer.status, decision.answer.data.status) == (200, "processing")
     assert decision.answer.shows == [(1, decision.answer.data)]
     assert not decision.changes
-    assert desk.no(Create(id="a", payload=Raw(b"2")), "job_exists").details["status"] == "processing"
+    refusal = desk.no(Create(id="a", payload=Raw(b"2")), "job_exists")
+    assert refusal.details == {"job_id": "a", "status": "processing"}
 
 
 def test_a_quarantined_id_is_refused_by_every_command_that_names_it(desk: Desk) -> None:
@@ -184,15 +185,18 @@ def test_the_number_of_live_jobs_is_bounded() -> None:
 
 
 def test_bulk_creates_in_order_all_or_nothing(desk: Desk) -> None:
-    made = desk.yes(Bulk(jobs=[Create(id="a"), Create(), Create(id="c")]))
-    assert [job.id for job in made.jobs][::2] == ["a", "c"]
+    answer = desk.ask(Bulk(jobs=[Create(id="a"), Create(), Create(id="c")]))
+    assert isinstance(answer, Answer)
+    assert answer.status == 201
+    assert [job.id for job in answer.data.jobs][::2] == ["a", "c"]
     assert [job.seq for job in desk.rows.values()] == [1, 2, 3]
     refusal = desk.no(Bulk(jobs=[Create(id="d"), Create(id="a", queue="other")]), "job_exists")
     assert refusal.details["index"] == 1
     assert refusal.message.startswith("jobs[1]: ")
     assert "d" not in desk.rows
-    refusal = desk.no(Bulk(jobs=[Create(), Create(id="e"), Create(id="e")]), "invalid_request")
+    refusal = desk.no(Bulk(jobs=[Create(id="d"), Create(), Create(id="e"), Create(id="e")]), "invalid_request")
     assert refusal.details == {"field": "$.jobs"}
+    assert refusal.message.startswith("The id e is in the list twice")
 
 
 def test_a_repeated_bulk_shows_what_it_made(desk: Desk) -> None:
@@ -237,6 +241,15 @@ def test_an_admin_sees_the_lock_id(desk: Desk) -> None:
     assert desk.yes(Get(id="a")).lock.lock_id is msgspec.UNSET
 
 
+def test_an_admin_sees_it_in_every_answer_with_the_job(desk: Desk) -> None:
+    lock_id = desk.yes(Bulk(jobs=[Create(id="a")])) and desk.start()
+    assert desk.yes(Create(id="a"), admin=True).lock.lock_id == lock_id
+    assert desk.yes(Bulk(jobs=[Create(id="a")]), admin=True).jobs[0].lock.lock_id == lock_id
+    desk.yes(Release(id="a", lock_id=lock_id))
+    (granted,) = desk.yes(Claim(worker="w"), admin=True).grants
+    assert granted.job.lock.lock_id == granted.lock_id
+
+
 def test_a_grant_takes_its_own_times_before_those_of_job_and_policy(desk: Desk) -> None:
     desk.create(stuck_after_ms=7, max_processing_ms=2_000)
     desk.start(lock_ttl_ms=1_000, stuck_after_ms=0)
@@ -249,6 +262,11 @@ def test_a_grant_takes_its_own_times_before_those_of_job_and_policy(desk: Desk) 
     grant = desk.job("b").grant
     assert grant is not None
     assert grant.stuck_after_ms == 7
+    desk.create("c")
+    desk.claim(lock_ttl_ms=1_000, stuck_after_ms=2)
+    grant = desk.job("c").grant
+    assert grant is not None
+    assert (grant.ttl_ms, grant.stuck_after_ms) == (1_000, 2)
 
 
 def test_a_lock_is_cut_to_its_ceiling(desk: Desk) -> None:
@@ -325,7 +343,13 @@ def test_a_finished_job_is_not_started(desk: Desk, status: Any) -> None:
     desk.yes(Import(id="a", status=status, error_message="why" if status == "failed" else None))
     refusal = desk.no(Start(id="a", worker="w"), "invalid_transition")
     assert refusal.details == {"status": status, "to": "processing"}
-    assert ("(why)" in refusal.message) == (status == "failed")
+    why = " (why)" if status == "failed" else ""
+    assert refusal.message == f"Job a is {status}. Only a queued job can be started{why}."
+
+
+def test_a_job_that_failed_without_words_is_not_started_either(desk: Desk) -> None:
+    desk.yes(Import(id="a", status="failed", error_code="E"))
+    assert desk.no(Start(id="a", worker="w"), "invalid_transition").message.endswith("can be started.")
 
 
 def test_an_unknown_job_is_not_found(desk: Desk) -> None:
@@ -505,7 +529,8 @@ def test_a_storage_key_is_relative(desk: Desk, key: str) -> None:
 def test_a_download_url_may_be_required() -> None:
     desk = Desk(Policy(require_download_url=True))
     lock_id = desk.held()
-    assert desk.no(Complete(id="a", lock_id=lock_id, file_path="/f"), "invalid_request").status == 400
+    refusal = desk.no(Complete(id="a", lock_id=lock_id, file_path="/f"), "invalid_request")
+    assert (refusal.status, refusal.details) == (400, {"field": "$.download_url"})
     desk.yes(Complete(id="a", lock_id=lock_id, download_url="u"))
 
 
@@ -604,6 +629,91 @@ def test_cancel_ends_a_grant_at_once(desk: Desk) -> None:
         assert desk.no(Cancel(id=name), "invalid_transition").details["to"] == "cancelled"
 
 
+# -- what the journal says --------------------------------------------------------------------------------------------
+
+LOCKED_UNTIL = {"lock_expires_at": NOW + TTL}
+UNSENT = "The connection closed before the grant was sent."
+
+# What is done with a job that worker w-1 holds in its first of two attempts, by whom, and what the journal says of it.
+WRITTEN: list[tuple[Any, str, tuple[Any, ...]]] = [
+    (
+        Progress(id="a", lock_id="L", progress=1),
+        "client",
+        ("progress", "processing", "worker:w-1", None, {"progress": 1}),
+    ),
+    (Extend(id="a", lock_id="L"), "client", ("extended", "processing", "worker:w-1", None, LOCKED_UNTIL)),
+    (ExtendLock(id="a", lock_id="L"), "admin", ("extended", "processing", "admin", None, LOCKED_UNTIL)),
+    (Complete(id="a", lock_id="L"), "client", ("completed", "completed", "worker:w-1", None, None)),
+    (
+        Fail(id="a", lock_id="L", error_message="e", retry_after_ms=5),
+        "client",
+        ("retried", "queued", "worker:w-1", "e", {"attempt": 1, "run_at": NOW + 5}),
+    ),
+    (
+        Fail(id="a", lock_id="L", error_message="e", retry=False),
+        "client",
+        ("failed", "failed", "worker:w-1", "e", None),
+    ),
+    (Release(id="a", lock_id="L"), "client", ("released", "queued", "worker:w-1", None, None)),
+    (ReleaseLock(id="a", lock_id="L"), "admin", ("released", "queued", "admin", None, None)),
+    (Undelivered(id="a", lock_id="L"), "daemon", ("undelivered", "queued", "daemon", UNSENT, None)),
+    (Cancel(id="a", reason="r"), "client", ("cancelled", "cancelled", "client", "r", None)),
+    (ForceFail(id="a", reason="r"), "admin", ("force_failed", "failed", "admin", "r", None)),
+    (ForceReset(id="a", reason="r"), "admin", ("force_reset", "queued", "admin", "r", None)),
+    (
+        Transition(id="a", from_="processing", to="queued", reason="r"),
+        "admin",
+        ("transitioned", "queued", "admin", "r", None),
+    ),
+    (
+        Transition(id="a", from_="processing", to="failed", reason="r"),
+        "admin",
+        ("transitioned", "failed", "admin", "r", None),
+    ),
+    (
+        Transition(id="a", from_="processing", to="completed", reason="r"),
+        "admin",
+        ("transitioned", "completed", "admin", "r", None),
+    ),
+    (
+        Update(id="a", priority=3, run_at=9),
+        "admin",
+        ("updated", "processing", "admin", None, {"priority": 3, "run_at": 9}),
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "by", "written"), WRITTEN, ids=lambda part: type(part).__name__)
+def test_the_journal_says_what_was_done_by_whom_and_why(desk: Desk, command: Any, by: str, written: Any) -> None:
+    lock_id = desk.held(max_attempts=2)
+    if hasattr(command, "lock_id"):
+        command = replace(command, lock_id=lock_id)
+    event = desk.decide(command, admin=by == "admin", by=by).changes[-1].event
+    assert (event.type, event.after, event.by, event.reason, event.details) == written
+    assert (event.at, event.job_seq, event.job_id, event.queue, event.before) == (NOW, 1, "a", "default", "processing")
+
+
+def test_the_journal_says_how_a_job_began_waited_and_went(desk: Desk) -> None:
+    desk.yes(Create(id="a", queue="q", delay_ms=5), by="client")
+    desk.yes(RunNow(id="a"), by="admin")
+    desk.yes(Start(id="a", worker="w-1", lock_ttl_ms=3_000))
+    desk.yes(Cancel(id="a"))
+    desk.yes(Delete(id="a"), by="admin")
+    desk.yes(Pause(name="q"), by="admin")
+    desk.yes(Resume(name="q"), by="admin")
+    granted = {"worker": "w-1", "fencing_token": 1 << TOKEN_COUNTER_BITS | 1, "attempt": 1, "ttl_ms": 3_000}
+    told = [(e.type, e.before, e.after, e.by, e.reason, e.details, e.queue) for e in desk.events]
+    assert told == [
+        ("created", None, "queued", "client", None, None, "q"),
+        ("updated", "queued", "queued", "admin", "run now", {"run_at": NOW}, "q"),
+        ("granted", "queued", "processing", "worker:w-1", None, granted, "q"),
+        ("cancelled", "processing", "cancelled", "client", None, None, "q"),
+        ("deleted", "cancelled", None, "admin", None, None, "q"),
+        ("queue_paused", None, None, "admin", None, None, "q"),
+        ("queue_resumed", None, None, "admin", None, None, "q"),
+    ]
+
+
 # -- who may speak ----------------------------------------------------------------------------------------------------
 
 
@@ -633,7 +743,15 @@ def test_an_older_grant_is_refused(desk: Desk) -> None:
             "rule": "recovery",
         }
     for command in holder_commands("never-one"):
-        assert desk.no(command, "lock_lost").details["reason"] == "not_current"
+        refusal = desk.no(command, "lock_lost")
+        assert refusal.details == {
+            "status": "processing",
+            "held_by": "w-2",
+            "reason": "not_current",
+            "at": desk.job().updated_at,
+            "rule": "the latest grant wins",
+        }
+        assert "worker w-2 holds the job now" in refusal.message
 
 
 def test_a_queued_job_has_no_holder(desk: Desk) -> None:
@@ -701,7 +819,8 @@ def test_another_ending_after_the_first_changes_nothing(desk: Desk, verb: str, s
         assert desk.job().status == ("completed" if verb == "complete" else "queued")
         return
     refusal = desk.no(others[second], "invalid_transition")
-    assert refusal.details["ended_by"] == verb
+    assert refusal.details == {"status": desk.job().status, "ended_by": verb, "ended_at": NOW}
+    assert refusal.message == f"This grant of job a was ended by {verb} already; {second} changes nothing."
 
 
 def test_the_next_ended_grant_takes_the_place_of_the_last(desk: Desk) -> None:
@@ -726,13 +845,29 @@ def test_completed_is_final(desk: Desk) -> None:
         desk.no(command, "invalid_transition")
 
 
-def test_a_processing_row_without_a_lease_is_held_by_nobody(desk: Desk) -> None:
-    desk.held()
-    job = desk.job()
-    assert job.grant is not None
-    desk.row(replace(job, lease=None))
-    for command in holder_commands(job.grant.lock_id):
+@pytest.mark.parametrize("missing", [{"lease": None}, {"grant": None}, {"grant": None, "lease": None}])
+def test_a_processing_row_without_all_of_its_lock_is_held_by_nobody(desk: Desk, missing: dict[str, Any]) -> None:
+    lock_id = desk.held()
+    desk.row(replace(desk.job(), **missing))
+    for command in holder_commands(lock_id):
         desk.no(command, "lock_lost")
+    if "grant" in missing:
+        desk.no(Undelivered(id="a", lock_id=lock_id), "lock_lost")
+
+
+def test_a_lock_on_a_job_that_nobody_processes_lets_nobody_speak(desk: Desk) -> None:
+    lock_id = desk.held()
+    desk.book.suspects[1] = "a"
+    desk.row(replace(desk.job(), status="queued"))
+    for command in [*holder_commands(lock_id), Undelivered(id="a", lock_id=lock_id)]:
+        desk.no(command, "lock_lost")
+
+
+def test_a_request_is_told_from_others_by_a_hash_of_all_that_it_says() -> None:
+    hashes = {rules.digest(Create(**fields)) for fields in ({}, {"id": "a"}, {"id": "b"}, {"priority": 1})}
+    assert len(hashes) == 4
+    assert rules.digest(Create(id="a")) == rules.digest(Create(id="a", queue="default"))
+    assert {len(each) for each in hashes} == {32}  # as in the store
 
 
 def test_undelivered_puts_the_job_back(desk: Desk) -> None:

@@ -1,0 +1,46 @@
+"""Which tests a mutant has to get past: those that mirror its module, those beside them, then those that go deep.
+
+Names only; nothing is imported or run here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Pure module -> the tests that mirror it, which are asked first.
+MIRRORS: Final[dict[str, tuple[str, ...]]] = {
+    "job": ("job", "bodies"),
+    "events": ("events",),
+    "commands": ("bodies", "envelope"),
+    "answers": ("rules", "worker_api"),
+    "batch": ("batch", "rows"),
+    "book": ("book",),
+    "live_jobs": ("live_jobs", "book"),
+    "orders": ("orders", "book"),
+    "figures": ("figures",),
+    "views": ("rules",),
+    "validation": ("validation",),
+    "rules": ("rules",),
+    "operator_rules": ("rules",),
+    "time_rules": ("rules",),
+    "reads": ("rules",),
+    "steps": ("rules",),
+    "draft": ("rules",),
+    "why": ("why",),
+    "keys": ("keys",),
+}
+MODULES: Final = tuple(MIRRORS)
+
+# All tests of the first level: in one process, quick, and the same each time.
+NEAR: Final = (
+    "rules", "book", "orders", "live_jobs", "figures", "validation", "why", "keys", "envelope", "events", "job",
+    "batch", "bodies", "rows", "actor", "cleanup", "alerts", "worker_api", "admin_api",
+)  # fmt: skip
+
+# The second level, from cheap to dear: any sequence of commands, small worlds, simulated days.
+DEEP: Final = ("tests/mutation/deep.py",)
+
+
+def files(names: tuple[str, ...]) -> list[str]:
+    """Test files by what they mirror."""
+    return [f"tests/test_{name}.py" for name in names]

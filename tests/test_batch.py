@@ -1,0 +1,15 @@
+"""What goes to the disk and what comes back from it: the small things that the shapes themselves know."""
+
+from __future__ import annotations
+
+from jobd.batch import Numbers, Opened
+from jobd.job import Job, Options, Untouched
+
+SHORT = Untouched(1, "a", Options(), 1_000)
+WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)
+
+
+def test_what_a_start_finds_is_every_live_job_in_either_form() -> None:
+    found = Opened(Numbers(), jobs=[WHOLE], in_short=[SHORT])
+    assert found.live() == [SHORT.whole(), WHOLE]
+    assert Opened(Numbers()).live() == []
