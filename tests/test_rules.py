@@ -69,6 +69,7 @@ from jobd.job import (
     TRANSITIONS,
     Backoff,
     Failure,
+    Grant,
     Job,
     Lease,
     Policy,
@@ -179,6 +180,8 @@ def test_the_number_of_live_jobs_is_bounded() -> None:
     desk.held("b")
     assert desk.no(Create(), "too_many_jobs").status == 507
     desk.no(Import(id="c"), "too_many_jobs")
+    desk.yes(Release(id="b", lock_id=desk.job("b").grant.lock_id))  # type: ignore[union-attr]
+    desk.no(Import(id="c"), "too_many_jobs")  # it waits, and counts all the same
     desk.yes(Import(id="c", status="failed", error_message="x"))
     desk.yes(Cancel(id="a"))
     desk.create("d")
@@ -334,6 +337,7 @@ def test_an_overdue_job_fails_by_the_command_that_meets_it(desk: Desk) -> None:
     job = desk.job("a")
     assert job.error is not None
     assert (job.status, job.error.code, job.expires_at) == ("failed", "expired", desk.now + 30 * DAY_MS)
+    assert (desk.last().type, desk.last().reason) == ("expired", job.error.message)
     assert desk.claim(limit=5) == ["c"]
     assert desk.job("b").status == "failed"
 
@@ -605,6 +609,54 @@ def test_release_gives_the_place_and_the_attempt_back(desk: Desk) -> None:
     view = desk.yes(Release(id="a", lock_id=lock_id))
     assert (view.status, view.run_at, view.attempt, view.progress) == ("queued", NOW, 0, 0)
     assert desk.claim() == ["a"]
+
+
+def test_only_the_attempt_of_the_current_grant_is_given_back(desk: Desk) -> None:
+    lock_id = desk.held(max_attempts=3)
+    desk.yes(Fail(id="a", lock_id=lock_id, error_message="e", retry_after_ms=0))
+    assert desk.yes(Release(id="a", lock_id=desk.start())).attempt == 1
+
+
+def test_what_was_reported_goes_with_its_grant(desk: Desk) -> None:
+    lock_id = desk.held()
+    desk.yes(Progress(id="a", lock_id=lock_id, progress=50, message="half"))
+    view = desk.yes(Release(id="a", lock_id=lock_id))
+    assert (view.progress, view.progress_message) == (0, None)
+    desk.yes(Import(id="b", progress=50, progress_message="half"))
+    desk.start("b")
+    assert (desk.job("b").progress, desk.job("b").progress_message) == (0, None)
+
+
+def test_the_last_ended_grant_is_known_until_another_ends(desk: Desk) -> None:
+    lock_id = desk.held()
+    desk.yes(Release(id="a", lock_id=lock_id))
+    desk.yes(Cancel(id="a"))
+    assert desk.yes(Release(id="a", lock_id=lock_id)).repeated is True
+
+
+def test_an_event_names_only_what_changes(desk: Desk) -> None:
+    desk.create()
+    desk.yes(Cancel(id="a"))
+    changes = desk.last().changes
+    assert changes is not None
+    named = {name for name in changes.__struct_fields__ if getattr(changes, name) is not msgspec.UNSET}
+    assert named == {"status", "finished_at", "expires_at", "updated_at"}
+
+
+@pytest.mark.parametrize("left", [{"lease": None}, {"grant": None}])
+def test_half_a_lock_goes_with_the_job_that_it_is_on(desk: Desk, left: dict[str, Any]) -> None:
+    desk.held()
+    desk.row(replace(desk.job(), **left))
+    desk.yes(Cancel(id="a"))
+    assert (desk.job().grant, desk.job().lease) == (None, None)
+
+
+def test_a_job_ends_after_it_began_whatever_the_wall_clock_says(desk: Desk) -> None:
+    desk.create()
+    desk.passes(10)
+    lock_id = desk.start()
+    desk.now -= 5
+    assert desk.yes(Complete(id="a", lock_id=lock_id)).finished_at == NOW + 10
 
 
 def test_release_may_ask_for_a_delay(desk: Desk) -> None:
@@ -917,7 +969,8 @@ def test_how_a_stall_ends(
         assert job.error.message == recovered.details[0].reason
 
 
-def test_the_words_of_a_stall(desk: Desk) -> None:
+def test_the_words_of_a_stall() -> None:
+    desk = Desk(lease=DAY_MS)
     desk.create()
     lock_id = desk.start(worker="w-7", lock_ttl_ms=1_000)
     desk.progress(lock_id, 45)
@@ -928,6 +981,37 @@ def test_the_words_of_a_stall(desk: Desk) -> None:
         "done; check it, then force-reset the job to run it again.",
         "stalled",
     )
+    assert (desk.last().by, desk.last().reason) == ("client", desk.job().error.message)  # type: ignore[union-attr]
+    assert desk.last().details == {"worker": "w-7", "progress": 45, "stalls": 1}
+
+
+def test_a_stall_that_goes_back_says_why_too(desk: Desk) -> None:
+    desk.held(max_attempts=2)
+    desk.passes(TTL)
+    desk.yes(Recover(limit=1))
+    assert desk.last().reason == "No update from worker w-1 for 15 min at 0 % (attempt 1 of 2). The lock had expired."
+    assert desk.last().details == {"worker": "w-1", "progress": 0, "stalls": 1}
+
+
+def test_a_stall_that_has_to_fail_says_so(desk: Desk) -> None:
+    desk.held(on_stall="fail")
+    desk.passes(TTL)
+    desk.yes(Recover(limit=1))
+    error = desk.job().error
+    assert error is not None
+    assert error.message is not None
+    assert error.message.endswith("Its on_stall is fail; force-reset the job to run it again.")
+
+
+@pytest.mark.parametrize("missing", ["lease", "grant"])
+def test_without_a_grant_or_its_lease_a_job_is_stuck_at_once(desk: Desk, missing: str) -> None:
+    desk.held()
+    desk.row(replace(desk.job(), **{missing: None}))
+    assert steps.is_stuck(desk.job(), desk.lease)
+    desk.start(worker="w-2")
+    stalled = desk.events[-2]
+    assert (stalled.type, stalled.reason) == ("stalled", "The job was processing, but nobody held it.")
+    assert stalled.details == {"worker": None if missing == "grant" else "w-1", "progress": 0, "stalls": 1}
 
 
 def test_a_poison_job_cannot_loop_for_ever(desk: Desk) -> None:
@@ -1016,6 +1100,10 @@ def test_the_daemons_absence_is_credited(desk: Desk) -> None:
     assert desk.job("dead").lease == Lease(desk.lease, until, None)  # an expired lock does not come back to life
     assert desk.types("live")[-1] == "resumed"
     assert desk.types("calm")[-1] == "granted"
+    grant = desk.job("live").grant
+    assert grant is not None
+    desk.progress(grant.lock_id, 1, "live")
+    assert desk.job("live").lease.ceiling == until  # type: ignore[union-attr]  # no report takes it back
     desk.row(replace(desk.job("calm"), lease=None))
     assert desk.yes(CreditAbsence(ids=["calm"], grace_ms=30_000)).done == 0
 
@@ -1147,6 +1235,25 @@ def test_force_reset_starts_anew(desk: Desk) -> None:
     desk.no(ForceReset(id="a"), "invalid_transition")
 
 
+@pytest.mark.parametrize(
+    ("status", "command", "to", "words"),
+    [
+        ("completed", ForceFail(id="a"), "failed", "Only a queued or processing job can be failed."),
+        ("queued", ForceReset(id="a"), "queued", "It waits already."),
+        ("completed", ForceReset(id="a"), "queued", "completed is final; create a new job instead."),
+        ("processing", RunNow(id="a"), "queued", "Only a queued job can be run now."),
+        ("completed", Update(id="a", priority=1), "completed", "completed is final: nothing of it can be changed."),
+        ("queued", Delete(id="a"), "deleted", "Only a finished job can be deleted: cancel it first."),
+        ("failed", Cancel(id="a"), "cancelled", "Only a queued or processing job can be cancelled."),
+    ],
+)
+def test_what_an_operator_is_refused_and_why(desk: Desk, status: str, command: Any, to: str, words: str) -> None:
+    at_status(desk, status)
+    refusal = desk.no(command, "invalid_transition")
+    assert refusal.details == {"status": status, "to": to}
+    assert refusal.message == f"Job a is {status}. {words}"
+
+
 def at_status(desk: Desk, status: str) -> None:
     desk.create()
     match status:
@@ -1208,9 +1315,10 @@ def test_a_late_result_is_adopted(desk: Desk) -> None:
     desk.progress(lock_id, 45)
     desk.passes(TTL)
     desk.yes(Recover(limit=1))
-    adopted = Transition(id="a", from_="failed", to="completed", updates=Updates(storage_key="k"))
+    adopted = Transition(id="a", from_="failed", to="completed", updates=Updates(storage_key="k", priority=3))
     assert admin(desk, adopted).status == "completed"
     assert desk.job().result == Result(storage_key="k")
+    assert desk.job().options.priority == 3
     desk.create("b")
     desk.row(replace(desk.job("b"), result=Result("kept")))
     admin(desk, Transition(id="b", from_="queued", to="completed"))
@@ -1311,6 +1419,9 @@ def test_an_import_keeps_what_it_is_given(desk: Desk) -> None:
         finished_at=NOW - 2,
         expires_at=NOW + 9,
         download_url="u",
+        file_path="f",
+        storage_key="s",
+        metadata=Raw(b"1"),
         error_message="e",
         error_code="E",
     )
@@ -1321,7 +1432,7 @@ def test_an_import_keeps_what_it_is_given(desk: Desk) -> None:
     assert (job.status, job.progress, job.progress_message, job.attempt, job.stalls) == ("failed", 33, "m", 2, 1)
     assert (job.created_at, job.updated_at, job.run_at) == (NOW - 9, NOW - 1, NOW - 8)
     assert (job.started_at, job.finished_at, job.expires_at) == (NOW - 7, NOW - 2, NOW + 9)
-    assert (job.result, job.error) == (Result("u"), Failure("e", "E"))
+    assert (job.result, job.error) == (Result("u", "f", "s", Raw(b"1")), Failure("e", "E"))
     assert desk.book.suspects == {1: "a"}
     assert desk.yes(asked) == Imported("a", skipped=True)
 
@@ -1332,7 +1443,9 @@ def test_missing_times_of_an_import_become_now(desk: Desk) -> None:
     assert (job.created_at, job.updated_at, job.run_at, job.finished_at) == (NOW, NOW, NOW, NOW)
     assert (job.progress, job.expires_at, job.error) == (100, NOW + 7 * DAY_MS, None)
     desk.yes(Import(id="b", error_code="E"))
-    assert desk.job("b").error == Failure(None, "E")
+    job = desk.job("b")
+    assert job.error == Failure(None, "E")
+    assert (job.progress, job.started_at, job.finished_at, job.expires_at) == (0, None, None, None)
 
 
 def test_a_claim_fails_a_bounded_number_of_overdue_jobs(desk: Desk) -> None:
@@ -1357,11 +1470,29 @@ def test_an_imported_grant_ends_by_its_stall_rule(desk: Desk, progress: float, s
     desk.yes(Import(id="a", status="processing", progress=progress, worker="there", started_at=NOW - 5))
     job = desk.job()
     assert (job.status, job.stalls, job.grant) == (status, 1, None)
+    assert job.attempt == (0 if progress == 0 else 1)
     assert desk.types() == ["imported", "stalled"]
     assert job.ended is not None
     assert job.ended.worker == "there"
     assert desk.create("b")
     assert desk.yes(Start(id="b", worker="w")).fencing_token & 0xFF == 2
+
+
+@pytest.mark.parametrize(
+    ("started_at", "updated_at", "began"),
+    [(NOW - 5, NOW - 3, NOW - 5), (None, NOW - 3, NOW - 3), (NOW + 5, NOW + 5, NOW)],
+)
+def test_an_imported_grant_is_made_up_as_far_as_it_can_be_known(
+    desk: Desk, started_at: int | None, updated_at: int, began: int
+) -> None:
+    desk.yes(Import(id="a", status="processing", started_at=started_at, updated_at=updated_at))
+    changes = desk.events[0].changes
+    assert changes is not None
+    assert isinstance(changes.grant, Grant)
+    assert changes.started_at == began
+    assert changes.lease == Lease(desk.lease, desk.lease, None)
+    assert (changes.grant.worker, changes.grant.acquired_at) == ("unknown", started_at or updated_at)
+    assert (changes.grant.ttl_ms, changes.grant.stuck_after_ms, changes.grant.max_processing_ms) == (TTL, STUCK, 0)
 
 
 # -- reads and the daemon's own ---------------------------------------------------------------------------------------

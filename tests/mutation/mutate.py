@@ -81,7 +81,10 @@ def mutants(module: str, source: str) -> list[Mutant]:
             in_function = _in_function(scope)
             place = -1 if in_function else tree.body.index(root)  # type: ignore[arg-type]
             qualified = ".".join(each.name for each in scope) if in_function else ""
-            found.append(Mutant(module, name, change.operator, *_lines(node), qualified, place, text))
+            first, last = _lines(node)
+            if in_function and first < root.body[0].lineno:  # type: ignore[attr-defined]
+                first, last = root.lineno, root.end_lineno or first  # type: ignore[attr-defined]  # a default value
+            found.append(Mutant(module, name, change.operator, first, last, qualified, place, text))
     return found
 
 
