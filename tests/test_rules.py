@@ -434,6 +434,12 @@ def test_progress_renews_lock_silence_and_ceiling(desk: Desk) -> None:
     assert desk.job().progress_message is None
 
 
+def test_progress_gives_a_ceiling_to_a_row_that_lacks_it(desk: Desk) -> None:
+    lock_id = desk.held()
+    desk.row(replace(desk.job(), lease=Lease(desk.lease + 5, desk.lease + 5, None)))
+    assert desk.progress(lock_id).ceiling_at == NOW + CEILING
+
+
 def test_progress_never_shortens_a_lock(desk: Desk) -> None:
     lock_id = desk.held()
     desk.yes(Extend(id="a", lock_id=lock_id, additional_ms=20 * MINUTE_MS))
