@@ -19,7 +19,7 @@ from jobd.batch import BadRows, Disk, DiskFull
 from jobd.book import Book
 from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Refusal, Undelivered
 from jobd.deciding import Decider, Known, Plan
-from jobd.envelope import Asked, deleted_ids, named_ids, needs_payload_first, share, weight
+from jobd.envelope import Asked, Waiter, deleted_ids, named_ids, needs_payload_first, share, weight
 from jobd.events import Change
 from jobd.figures import Histogram
 from jobd.full_disk import Closed, FullDisk
@@ -115,17 +115,41 @@ class Actor:
         size: int = 0,
     ) -> Answer | Refusal:
         """Put `command` into the mailbox; the answer comes after its commit. `size` is that of its body, in bytes."""
-        refusal = self._refuse_entry(command, size)
-        if refusal is not None:
-            return refusal
         future: asyncio.Future[Answer | Refusal] = asyncio.get_running_loop().create_future()
-        asked = Asked(Call(command, by, self._random(16), admin), key, size, future)
-        self._put(asked)
+        asked = self.send(command, future, by=by, admin=admin, key=key, size=size)
+        if isinstance(asked, Refusal):
+            return asked
         try:
             return await future
         except asyncio.CancelledError:
-            self._abandoned(asked, future)
+            self.abandon(asked)
+            if future.done() and not future.cancelled() and isinstance(answer := future.result(), Answer):
+                self.undelivered(answer)  # it was set, and nobody will read it
             raise
+
+    def send(
+        self,
+        command: AnyCommand,
+        waiter: Waiter,
+        *,
+        by: str = "client",
+        admin: bool = False,
+        key: KeyUse | None = None,
+        size: int = 0,
+    ) -> Asked | Refusal:
+        """As `ask`, for a caller who does not wait: `waiter` gets the answer, from within the actor's turn."""
+        refusal = self._refuse_entry(command, size)
+        if refusal is not None:
+            return refusal
+        asked = Asked(Call(command, by, self._random(16), admin), key, size, waiter)
+        self._put(asked)
+        return asked
+
+    def abandon(self, asked: Asked) -> None:
+        """Who sent `asked` waits no more: a claim of his does not stay parked."""
+        first = self.parked.waiting_with(asked.key.digest) if asked.key is not None else asked
+        if first is not None and first.is_abandoned:
+            self.parked.remove(first)
 
     def undelivered(self, answer: Answer) -> None:
         """A connection closed before the first byte of `answer`: its grants go back, if nobody else has them."""
@@ -180,14 +204,6 @@ class Actor:
         self._mailbox.append(asked)
         self._bytes += asked.size
         self._wake.set()
-
-    def _abandoned(self, asked: Asked, future: asyncio.Future[Answer | Refusal]) -> None:
-        """The caller was cancelled: nobody waits any more, or the answer was set and will not be read."""
-        first = self.parked.waiting_with(asked.key.digest) if asked.key is not None else asked
-        if first is not None and first.is_abandoned:
-            self.parked.remove(first)
-        if future.done() and not future.cancelled() and isinstance(answer := future.result(), Answer):
-            self.undelivered(answer)
 
     # -- the consumer -------------------------------------------------------------------------------------------------
 

@@ -64,7 +64,8 @@ from jobd.openapi import with_document
 from jobd.replies import Text
 from jobd.routes import Route, Who
 from jobd.streams import BACKUP_KIND, ImportReport, give_out, take_in
-from jobd.web import PROBES, Nothing, Visit, Web, ask
+from jobd.visits import Visit
+from jobd.web import PROBES, Nothing, Web, ask
 
 MAX_REPORTS: Final = 500
 METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"

@@ -5,8 +5,7 @@ Knows no rule and no disk.
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any, Final, get_args
+from typing import Any, Final, Protocol, get_args
 
 from jobd.answers import Answer
 from jobd.commands import (
@@ -111,16 +110,24 @@ def weight(command: Command) -> int:
     return 1
 
 
+class Waiter(Protocol):
+    """Who gets an answer: a future, or what a door has in its place. `set_result` is called once, and never raises."""
+
+    def done(self) -> bool: ...
+    def cancelled(self) -> bool: ...
+    def set_result(self, answer: Answer | Refusal, /) -> None: ...
+
+
 class Asked:
     """One call in the mailbox. Several connections may wait for its answer (a key repeated while it is parked)."""
 
     __slots__ = ("call", "deadline", "futures", "key", "size", "ticket")
 
-    def __init__(self, call: Call, key: KeyUse | None, size: int, future: asyncio.Future[Answer | Refusal]) -> None:
+    def __init__(self, call: Call, key: KeyUse | None, size: int, waiter: Waiter) -> None:
         self.call = call
         self.key = key
         self.size = size  # bytes, as they count towards limits.inflight_bytes
-        self.futures = [future]
+        self.futures = [waiter]
         self.ticket = 0  # order of arrival among the parked
         self.deadline = 0.0  # loop time at which a parked claim is answered empty
 

@@ -1,4 +1,4 @@
-"""Sockets: open them, hold connections to their deadlines, close them so that no request in flight is lost.
+"""Sockets: open them, close them so that no request in flight is lost.
 
 Knows nothing of routes or jobs: every request goes to one `Web`.
 """
@@ -11,104 +11,27 @@ import socket
 import ssl
 import stat
 import sys
-from functools import partial
 from typing import Any, Final
 
 import structlog
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
-from jobd.commands import Refusal
-from jobd.web import BUG, Visit, Web
+from jobd.connection import Connection, begin
+from jobd.web import Web
 
 BACKLOG: Final = 1024
-PIECE: Final = 16 << 10  # bytes that are parsed in one turn of the loop, where they have
-PIECE_LINES: Final = 2_000  # more lines than this
 LINGER_S: Final = 5.0  # how long the rest of a refused body is read, so that the client gets to see the answer
 LAST_BREATH_S: Final = 0.1  # after the deadline of a stop, for cancelled handlers to end
 
 log = structlog.get_logger("jobd.web")
 
 
-class Connection(RequestHandler):
-    """aiohttp's connection, with our error object where it would send text, and without its tracebacks."""
-
-    __slots__ = ("_rest", "_web")
-
-    def __init__(self, manager: web.Server, site: Web, **options: Any) -> None:
-        super().__init__(manager, **options)
-        self._web = site
-        self._rest = bytearray()  # has been read, and is parsed in the next turns of the loop
-
-    def data_received(self, data: bytes) -> None:
-        """What is made of ever so many lines (chunks of one byte) is parsed piece by piece: others get their turns."""
-        if not data or (not self._rest and (len(data) <= PIECE or data.count(b"\r\n") <= PIECE_LINES)):
-            super().data_received(data)
-            return
-        is_first = not self._rest
-        self._rest += data
-        if is_first:
-            self._feed()
-
-    def _feed(self) -> None:
-        transport = self.transport
-        piece = bytes(self._rest[:PIECE])
-        del self._rest[:PIECE]
-        if transport is not None:
-            super().data_received(piece)
-        if transport is None or transport.is_closing():
-            self._rest.clear()
-        elif self._rest:
-            transport.pause_reading()
-            asyncio.get_running_loop().call_soon(self._feed)
-        elif not (self._reading_paused or self._buffer_paused):
-            transport.resume_reading()
-
-    def resume_reading(self, resume_parser: bool = True) -> None:
-        """A body that is read asks for more each time: that costs a turn of the parser, so only where it has paused."""
-        if self._reading_paused:
-            super().resume_reading(resume_parser)
-
-    def close_if_idle(self) -> None:
-        """End the connection where no request, or only a part of its head, has come."""
-        if self._waiter is not None and not self._waiter.done():
-            self.force_close()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """The answer to what is not HTTP. Its own text stays out of it: it may hold a token."""
-        assert isinstance(request, Visit)
-        if isinstance(exc, ConnectionError):
-            raise exc
-        if isinstance(exc, HttpProcessingError):
-            line = f"a line of its head is over {self.max_line_size} bytes"
-            why = line if isinstance(exc, LineTooLong) else "its head or its framing is wrong"
-            refusal = Refusal("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
-        else:
-            self.log_exception("connection_bug", exc_info=exc)
-            refusal = BUG
-        return self._web.refuse(request, refusal, close=True)
-
-    def log_exception(self, *args: Any, **kw: Any) -> None:
-        exc = kw.get("exc_info")
-        log.error("connection_bug", error=type(exc).__name__)
-
-    def log_debug(self, *args: Any, **kw: Any) -> None:
-        """aiohttp's own chatter about clients that went away."""
-
-
 class _Server(web.Server):
     """Makes a Connection where aiohttp would make its own."""
 
     def __init__(self, site: Web, **options: Any) -> None:
-        visit = partial(Visit, loop=asyncio.get_running_loop())
-        super().__init__(site.handle, request_factory=visit, handler_cancellation=True)
+        super().__init__(site.handle, request_factory=begin, handler_cancellation=True)
         self._site = site
         self._options = options
 

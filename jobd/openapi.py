@@ -23,7 +23,8 @@ from jobd.job import ID_PATTERN
 from jobd.replies import ErrorBody, Text
 from jobd.routes import Route
 from jobd.schemas import Schemas, not_null
-from jobd.web import Nothing, Visit, Web
+from jobd.visits import Visit
+from jobd.web import Nothing, Web
 
 Json = dict[str, Any]
 PATH: Final = "/openapi.json"

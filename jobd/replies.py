@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from jobd.commands import Refusal
 from jobd.doors import JSON
+from jobd.visits import Visit
 
 PATIENCE_S: Final = 75.0  # how long an answer may wait for a client that does not read it
 RETRY_AFTER_S: Final = 1
@@ -73,16 +74,18 @@ _HEADS: Final = {int(status): _head(status, JSON) for status in HTTPStatus}
 _REPLAYED: Final = b"Idempotent-Replayed: true\r\n"
 
 
-class Reply(web.StreamResponse):
-    """A whole answer, written in one piece. aiohttp's own Response spends more time on headers than all the rest.
+class Reply:
+    """A whole answer in one piece of bytes. aiohttp's own Response spends more time on headers than all the rest.
 
     `lost` is called where the connection is gone before the first byte was written. `close` ends the connection once
     the rest of the request has been read and dropped, `hang_up` at once.
     """
 
+    __slots__ = ("close", "data", "hang_up", "lost")
+
     def __init__(
         self,
-        request: web.BaseRequest,
+        visit: Visit,
         head: bytes,
         body: bytes,
         *,
@@ -90,31 +93,45 @@ class Reply(web.StreamResponse):
         hang_up: bool = False,
         lost: Callable[[], None] | None = None,
     ) -> None:
-        self._request = request
-        self._lost = lost
-        self._hang_up = hang_up
-        self._keep_alive = request.keep_alive and not close
-        told = b"" if self._keep_alive and request.version >= (1, 1) else self._connection()
+        self.lost = lost
+        self.hang_up = hang_up
+        self.close = close or not visit.keep_alive
+        told = b"" if not self.close and visit.version >= (1, 1) else self._connection()
         length = b"Content-Length: %d\r\n\r\n" % len(body)
-        parts = (head, _date.line(), told, length, b"" if request.method == hdrs.METH_HEAD else body)
-        self._bytes = b"".join(parts)
+        self.data = b"".join((head, _date.line(), told, length, b"" if visit.method == hdrs.METH_HEAD else body))
 
     def _connection(self) -> bytes:
-        return b"Connection: keep-alive\r\n" if self._keep_alive else b"Connection: close\r\n"
+        return b"Connection: close\r\n" if self.close else b"Connection: keep-alive\r\n"
+
+    def write(self, transport: asyncio.Transport | None) -> bool:
+        """Whether it could be written; where it could not, `lost` has been called."""
+        if transport is None or transport.is_closing():
+            if self.lost is not None:
+                self.lost()
+            return False
+        transport.write(self.data)
+        return True
+
+
+class Letter(web.StreamResponse):
+    """A reply as aiohttp takes it from a handler."""
+
+    def __init__(self, reply: Reply, request: web.BaseRequest) -> None:
+        self._reply = reply
+        self._request = request
+        self._keep_alive = not reply.close
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         return request.writer
 
     async def write_eof(self, data: bytes = b"") -> None:
         transport = self._request.transport
-        if transport is None or transport.is_closing():
-            if self._lost is not None:
-                self._lost()
+        if not self._reply.write(transport):
             raise ConnectionResetError("the client is gone")
-        transport.write(self._bytes)
+        assert transport is not None
         if self._request.protocol.writing_paused:
             await self._drain(transport)
-        if self._hang_up:
+        if self._reply.hang_up:
             transport.close()
 
     async def _drain(self, transport: asyncio.Transport) -> None:
@@ -126,8 +143,13 @@ class Reply(web.StreamResponse):
             transport.abort()
 
 
+def cut_off_later(transport: asyncio.Transport) -> asyncio.TimerHandle:
+    """Ends the connection of a slow reader, unless the timer is cancelled in time."""
+    return asyncio.get_running_loop().call_later(PATIENCE_S, transport.abort)
+
+
 def accepted(
-    request: web.BaseRequest,
+    visit: Visit,
     data: Any,
     status: int,
     *,
@@ -137,15 +159,13 @@ def accepted(
 ) -> Reply:
     """The answer `{"success": true, "data": …}`, or the text as it is. It was answered, whatever it says: 503 too."""
     if type(data) is Text:
-        return Reply(request, _head(status, data.kind), data.body, close=close)
+        return Reply(visit, _head(status, data.kind), data.body, close=close)
     body = b'{"success":true,"data":%b}' % _encode(data)
     head = _HEADS[status] + _REPLAYED if replayed else _HEADS[status]
-    return Reply(request, head, body, close=close, lost=lost)
+    return Reply(visit, head, body, close=close, lost=lost)
 
 
-def refusing(
-    request: web.BaseRequest, refusal: Refusal, *, allow: frozenset[str] = frozenset(), close: bool = False
-) -> Reply:
+def refusing(visit: Visit, refusal: Refusal, *, allow: frozenset[str] = frozenset(), close: bool = False) -> Reply:
     """The error object, with the headers that its status asks for."""
     more: dict[str, str] = {}
     if allow:
@@ -156,4 +176,4 @@ def refusing(
         more["Retry_After"] = str(RETRY_AFTER_S)
     body = ErrorBody(error=refusal.code, message=refusal.message, details=refusal.details)
     late = refusal.code == "request_timeout"
-    return Reply(request, _head(refusal.status, JSON, **more), _encode(body), close=close or late, hang_up=late)
+    return Reply(visit, _head(refusal.status, JSON, **more), _encode(body), close=close or late, hang_up=late)

@@ -22,7 +22,8 @@ from jobd.bodies import Limits, Refused, Shape, refused
 from jobd.commands import Import, Refusal
 from jobd.job import is_job_id
 from jobd.replies import PATIENCE_S, SAFE
-from jobd.web import Visit, Web, welcome
+from jobd.visits import Visit
+from jobd.web import Web, welcome
 
 AHEAD_LINES: Final = 64  # commands of one import that wait for their commit at the same time
 AHEAD_BYTES: Final = 4 << 20
@@ -123,7 +124,9 @@ class _Import:
 
     def __init__(self, site: Web, visit: Visit) -> None:
         self._site = site
-        self._visit = visit
+        assert visit.request is not None
+        self._content = visit.request.content
+        self._by = visit.by
         self._shape = Shape(Import, None, site.limits)
         self._report = ImportReport()
         self._ahead: deque[_Ahead] = deque()
@@ -143,7 +146,7 @@ class _Import:
     async def _read(self) -> None:
         number = 0
         try:
-            async for line in Lines(self._visit.content, self._site.limits):
+            async for line in Lines(self._content, self._site.limits):
                 number += 1
                 self._send(number, line)
                 await self._settle(AHEAD_LINES, AHEAD_BYTES)
@@ -165,7 +168,7 @@ class _Import:
             self._report.refuse(number, _id_of(line), no.refusal.message)
             return
         assert isinstance(command, Import)
-        asked = self._site.actor.ask(command, by=self._visit.by, admin=True, size=len(line))
+        asked = self._site.actor.ask(command, by=self._by, admin=True, size=len(line))
         self._ahead.append(_Ahead(number, command.id, len(line), asyncio.ensure_future(asked)))
         self._bytes += len(line)
 
@@ -207,7 +210,8 @@ async def give_out(site: Web, visit: Visit, _: Any) -> web.StreamResponse | Refu
     try:
         first = await anext(pieces, b"")
         response = web.StreamResponse(headers={"Content-Type": BACKUP_KIND, "Server": "jobd", **SAFE})
-        await response.prepare(visit)
+        assert visit.request is not None
+        await response.prepare(visit.request)
         await _pass_on(response, first, pieces, visit)
         return response
     except DiskFull as full:
@@ -221,7 +225,7 @@ async def give_out(site: Web, visit: Visit, _: Any) -> web.StreamResponse | Refu
 
 
 async def _pass_on(response: web.StreamResponse, first: bytes, pieces: AsyncIterator[bytes], visit: Visit) -> None:
-    transport = visit.transport
+    transport = visit.connection.transport
     try:
         await _write(response, first)
         async for piece in pieces:

@@ -1,6 +1,7 @@
 """Between HTTP and commands: find the route, let in or refuse, decode, ask, encode.
 
-Decides nothing about jobs. The walk of a request: `Web.handle` (bytes to command), the actor's `ask`, `Reply`.
+Decides nothing about jobs. The walk of a request: `Web.send` (bytes to command), the actor, `Web.reply`; or all of
+that in `Web.handle`, for a request that has to be waited for.
 """
 
 from __future__ import annotations
@@ -10,15 +11,12 @@ import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from functools import partial
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 from urllib.parse import unquote
 
 import structlog
 from aiohttp import hdrs, web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import RawRequestMessage
 from aiohttp.streams import StreamReader
-from aiohttp.web_protocol import RequestHandler
 from msgspec import Struct
 
 from jobd.answers import (
@@ -34,11 +32,15 @@ from jobd.answers import (
 from jobd.bodies import Limits, Refused, path_value, refused, too_large
 from jobd.commands import Claim, Command, Create, KeyUse, OnJobNamed, Refusal, Start
 from jobd.doors import JSON, LINES, Gate, check_kind
-from jobd.replies import Reply, accepted, refusing
+from jobd.envelope import Asked, Waiter
+from jobd.replies import Letter, Reply, accepted, refusing
 from jobd.routes import Route, Table, Way
 from jobd.sparing import Sparing
+from jobd.visits import Request, Visit
 
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
+
+KINDS: Final = {"json": JSON, "lines": LINES}
 
 log = structlog.get_logger("jobd.web")
 
@@ -50,6 +52,14 @@ class Ask(Protocol):
         self, command: Any, *, by: str = "client", admin: bool = False, key: KeyUse | None = None, size: int = 0
     ) -> Answer | Refusal:
         """`size` is what the command holds in memory while it waits, in bytes."""
+
+    def send(
+        self, command: Any, waiter: Waiter, *, by: str = "client", admin: bool = False, key: KeyUse | None, size: int
+    ) -> Asked | Refusal:
+        """As `ask`, for those who do not wait for the answer but are called with it."""
+
+    def abandon(self, asked: Asked) -> None:
+        """Nobody waits any more for what was sent."""
 
     def undelivered(self, answer: Answer) -> None:
         """The reply could not be delivered: its grants are released."""
@@ -78,26 +88,13 @@ async def ask(site: Web, visit: Visit, command: Any) -> Answer | Refusal:
     return await site.actor.ask(command, by=visit.by, admin=site.admin, key=visit.key, size=visit.size)
 
 
-class Visit(web.BaseRequest):
-    """One request on its way, with what the actor, and the log line of a refusal, need to know of it."""
+class Entry(NamedTuple):
+    """A request that may come in: its way, what its path gives, and the path and the query that say so."""
 
-    def __init__(
-        self,
-        message: RawRequestMessage,
-        payload: StreamReader,
-        protocol: RequestHandler,
-        writer: AbstractStreamWriter,
-        task: asyncio.Task[None],
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        super().__init__(message, payload, protocol, writer, task, loop)
-        self.target = message.path  # path and query as they came
-        self.by = "client"
-        self.route: Route | None = None
-        self.allow: frozenset[str] = frozenset()
-        self.key: KeyUse | None = None
-        self.size = 0
-        self.job_id: str | None = None
+    way: Way
+    value: str | None
+    path: str
+    query: str
 
 
 class Web:
@@ -128,42 +125,89 @@ class Web:
         self._table = Table(routes, self.limits)
         self._sparing = Sparing()
 
-    async def handle(self, visit: web.BaseRequest) -> web.StreamResponse:
+    # -- the short way: a whole request, answered without a task of its own -------------------------------------------
+
+    def takes(self, visit: Visit) -> bool:
+        """Whether the request is one command to the actor, or can be refused at once."""
+        way, _, _ = self._table.find(visit.method, visit.target.partition("?")[0])
+        return way is None or way.route.via is None
+
+    def send(self, visit: Visit, body: bytes, waiter: Waiter) -> Asked | Reply:
+        """The request on its way to the actor, whose answer `waiter` gets; or the reply, where it comes no further.
+
+        Between `send` and `landed` the request counts as one that is being handled.
+        """
+        self._in_flight += 1
+        visit.by = "admin" if self.admin else "client"
+        try:
+            command = self._command(visit, self._enter(visit), body)
+            asked = self.actor.send(command, waiter, by=visit.by, admin=self.admin, key=visit.key, size=visit.size)
+        except Refused as no:
+            asked = no.refusal
+        except Exception as bug:
+            asked = self._confess(visit, bug)
+        return self.refuse(visit, asked) if isinstance(asked, Refusal) else asked
+
+    def reply(self, visit: Visit, answer: Answer | Refusal) -> Reply:
+        """The actor's answer as it leaves."""
+        if isinstance(answer, Answer):
+            try:
+                return self._accept(visit, answer)
+            except Exception as bug:
+                answer = self._confess(visit, bug)
+        return self.refuse(visit, answer)
+
+    def landed(self) -> None:
+        """A request has its answer, or will have none."""
+        self._in_flight -= 1
+        if self.closing and not self._in_flight:
+            self._quiet.set()
+
+    # -- the long way: aiohttp's ---------------------------------------------------------------------------------------
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The answer to a request; a bug on the way is a 500 and one log line."""
-        assert isinstance(visit, Visit)
+        assert isinstance(request, Request)
         self._in_flight += 1
         try:
-            return await self._handled(visit)
+            answer = await self._handled(request.visit)
         finally:
-            self._in_flight -= 1
-            if self.closing and not self._in_flight:
-                self._quiet.set()
+            self.landed()
+        return Letter(answer, request) if isinstance(answer, Reply) else answer
 
     async def quiet(self) -> None:
         """Waits until no request is being handled. Only for a door that is closing."""
         if self._in_flight:
             await self._quiet.wait()
 
-    async def _handled(self, visit: Visit) -> web.StreamResponse:
+    async def _handled(self, visit: Visit) -> Reply | web.StreamResponse:
         visit.by = "admin" if self.admin else "client"
         try:
             answer = await self._answer(visit)
-            if isinstance(answer, Answer):
-                return self._accept(visit, answer)
         except Refused as no:
             answer = no.refusal
         except Exception as bug:
-            if isinstance(bug, ConnectionError) and (visit.transport is None or visit.transport.is_closing()):
+            if isinstance(bug, ConnectionError) and visit.is_cut:
                 raise
             answer = self._confess(visit, bug)
-        return self.refuse(visit, answer) if isinstance(answer, Refusal) else answer
+        return self.reply(visit, answer) if isinstance(answer, Answer | Refusal) else answer
+
+    async def _answer(self, visit: Visit) -> Answer | Refusal | web.StreamResponse:
+        entry = self._enter(visit)
+        via = entry.way.route.via or ask
+        if entry.way.route.reads == "lines":
+            return await via(self, visit, None)
+        body = await self._body(visit) if visit.has_body else b""
+        return await via(self, visit, self._command(visit, entry, body))
+
+    # -- steps of both -------------------------------------------------------------------------------------------------
 
     def _accept(self, visit: Visit, answer: Answer) -> Reply:
         lost = partial(self.actor.undelivered, answer) if answer.grants else None
         return accepted(visit, answer.data, answer.status, replayed=answer.replayed, close=self.closing, lost=lost)
 
-    async def _answer(self, visit: Visit) -> Answer | Refusal | web.StreamResponse:
-        """From the request's bytes to the answer."""
+    def _enter(self, visit: Visit) -> Entry:
+        """All that is judged before the body: who asks, and for what."""
         path, _, query = visit.target.partition("?")
         way, given = self._admit(visit, path)
         shape, value = way.shape, None
@@ -171,20 +215,29 @@ class Web:
             value = path_value(shape.given, given or "")
             visit.job_id = value if shape.given == "id" else None
         if visit.method == hdrs.METH_GET:
-            if visit.body_exists:
+            if visit.has_body:
                 raise refused("invalid_request", "A GET takes no body.", field="$")
-            command = shape.from_query(query, value)
         elif query:
             raise refused("invalid_request", "This call takes no query. Put the fields into the body.", field="$")
-        elif way.route.reads == "lines":
-            check_kind(visit.headers, LINES)
-            return await (way.route.via or ask)(self, visit, None)
-        else:
-            body = await self._body(visit) if visit.body_exists else b""
-            self._note_key(visit, way.route, path, body)
-            command = shape.from_body(body, value)
-            self._note(visit, command, len(body))
-        return await (way.route.via or ask)(self, visit, command)
+        elif visit.has_body or way.route.reads == "lines":
+            check_kind(visit.headers, KINDS[way.route.reads])
+        return Entry(way, value, path, query)
+
+    def _command(self, visit: Visit, entry: Entry, body: bytes) -> Command:
+        """What the request asks for, and what that says of itself: who asks, about which job."""
+        way = entry.way
+        if visit.method == hdrs.METH_GET:
+            return way.shape.from_query(entry.query, entry.value)
+        if len(body) > self.limits.body:
+            raise self._body_too_large()
+        self._note_key(visit, way.route, entry.path, body)
+        command = way.shape.from_body(body, entry.value)
+        visit.size = len(body)
+        if isinstance(command, Start | Claim):
+            visit.by = f"worker:{command.worker}"
+        elif isinstance(command, Create | OnJobNamed):
+            visit.job_id = command.id
+        return command
 
     def _admit(self, visit: Visit, path: str) -> tuple[Way, str | None]:
         """The way of a request that may come in. The token is judged first, then Host and Origin, then the path."""
@@ -196,7 +249,7 @@ class Web:
         if way is None or way.route.who != "anyone":
             self.gate.admit(visit.headers)
         if self.gate.hosts is not None:
-            self.gate.check_origin(visit.headers, visit.get_extra_info("sockname"))
+            self.gate.check_origin(visit.headers, visit.connection.sockname)
         if way is not None:
             return way, given
         if not allowed:
@@ -205,18 +258,15 @@ class Web:
         raise refused("method_not_allowed", f"This path takes {', '.join(sorted(allowed))}.")
 
     async def _body(self, visit: Visit) -> bytes:
-        """The whole body: of the right kind, within its size and its time."""
-        check_kind(visit.headers, JSON)
-        payload = visit.content
+        """The whole body, within its size and its time."""
+        assert visit.request is not None
+        payload = visit.request.content
         try:
-            body = payload.read_nowait() if payload.is_eof() else await self._slow_body(visit)
+            return payload.read_nowait() if payload.is_eof() else await self._slow_body(visit, payload)
         except web.RequestPayloadError:
             raise refused("invalid_request", "The body is broken: its chunks or its length are wrong.") from None
-        if len(body) > self.limits.body:
-            raise self._body_too_large()
-        return body
 
-    async def _slow_body(self, visit: Visit) -> bytes:
+    async def _slow_body(self, visit: Visit, payload: StreamReader) -> bytes:
         """A body that has not arrived yet, up to one piece over its limit."""
         if int(visit.headers.get(hdrs.CONTENT_LENGTH, 0)) > self.limits.body:
             raise self._body_too_large()
@@ -224,7 +274,7 @@ class Web:
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_deadline_s):
-                while len(body) <= self.limits.body and (piece := await visit.content.readany()):
+                while len(body) <= self.limits.body and (piece := await payload.readany()):
                     body += piece
         except TimeoutError:
             message = f"The body did not arrive within {self.limits.body_deadline_s:g} s. Send it again."
@@ -238,14 +288,6 @@ class Web:
         keys = visit.headers.getall("Idempotency-Key", ()) if route.key else ()
         if keys:
             visit.key = self.gate.key_use(", ".join(keys), route.method, unquote(path), body)
-
-    def _note(self, visit: Visit, command: Command, size: int) -> None:
-        """What the command says of itself: who asks, about which job."""
-        visit.size = size
-        if isinstance(command, Start | Claim):
-            visit.by = f"worker:{command.worker}"
-        elif isinstance(command, Create | OnJobNamed):
-            visit.job_id = command.id
 
     def refuse(self, visit: Visit, refusal: Refusal, *, close: bool = False) -> Reply:
         """The reply to a refused request: counted, and logged in one line without a secret."""
@@ -282,10 +324,11 @@ class Web:
         return BUG
 
 
-def welcome(request: web.BaseRequest) -> None:
+def welcome(visit: Visit) -> None:
     """Tell a client that waits for leave to send its body (`Expect: 100-continue`) to go on."""
-    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    transport = visit.connection.transport
+    if visit.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and transport is not None:
+        transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from msgspec import Struct
 
+from jobd import envelope
 from jobd.answers import (
     AlertView,
     Answer,
@@ -28,8 +29,9 @@ from jobd.answers import (
     Recovery,
 )
 from jobd.bodies import Limits
-from jobd.commands import Command, KeyUse, Refusal
+from jobd.commands import Call, Command, KeyUse, Refusal
 from jobd.doors import Gate
+from jobd.envelope import Waiter
 from jobd.listener import Listener
 from jobd.routes import Route
 from jobd.web import Web
@@ -55,6 +57,7 @@ class Desk:
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
         self.answer = answer or (lambda command: Answer(Done()))
+        self._tasks: dict[envelope.Asked, asyncio.Task[None]] = {}
 
     async def ask(
         self,
@@ -73,6 +76,36 @@ class Desk:
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
+
+    def send(
+        self,
+        command: Command,
+        waiter: Waiter,
+        *,
+        by: str = "client",
+        admin: bool = False,
+        key: KeyUse | None = None,
+        size: int = 0,
+    ) -> envelope.Asked:
+        self.asked.append(Asked(command, by, admin, key, size))
+        self.arrived.set()
+        asked = envelope.Asked(Call(cast("Any", command), by, b"", admin), key, size, waiter)
+        self._tasks[asked] = asyncio.ensure_future(self._tell(waiter, self.answer(command)))
+        return asked
+
+    async def _tell(self, waiter: Waiter, answer: Answer | Refusal | Awaitable[Answer | Refusal]) -> None:
+        try:
+            told = answer if isinstance(answer, Answer | Refusal) else await answer
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        if not waiter.done():
+            waiter.set_result(told)
+        elif isinstance(told, Answer) and told.grants:
+            self.taken_back.append(told)
+
+    def abandon(self, asked: envelope.Asked) -> None:
+        self._tasks[asked].cancel()
 
     def undelivered(self, answer: Answer) -> None:
         self.taken_back.append(answer)

@@ -20,8 +20,8 @@ from structlog.testing import capture_logs
 
 from jobd.answers import Answer, Done
 from jobd.bodies import Limits
+from jobd.connection import PIECE
 from jobd.doors import Gate, own_names
-from jobd.listener import PIECE
 from jobd.worker_api import ROUTES
 from tests.conftest import tool_missing
 from tests.hostile_bytes import CHUNKED, GET, HOSTILE, POST

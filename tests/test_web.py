@@ -405,7 +405,7 @@ def granted() -> Answer:
 async def test_an_answer_is_undelivered_where_the_connection_closed_before_its_first_byte(house: House) -> None:
     answer = granted()
 
-    def close_then_answer(_: Any) -> Answer:
+    async def close_then_answer(_: Any) -> Answer:
         [connection] = house.listener._server.connections
         assert connection.transport is not None
         connection.transport.close()
@@ -428,7 +428,7 @@ async def test_a_delivered_answer_is_not_taken_back(house: House) -> None:
 
 
 async def test_an_answer_without_grants_needs_no_taking_back(house: House) -> None:
-    def close_then_answer(_: Any) -> Answer:
+    async def close_then_answer(_: Any) -> Answer:
         house.listener._server.connections[0].transport.close()  # type: ignore[union-attr]
         return Answer(Done())
 

@@ -1,0 +1,277 @@
+"""One connection: from bytes to requests, and the answers back in their order.
+
+Knows nothing of routes or jobs: every request goes to one `Web`. A request that is there as a whole goes the short way:
+it is put into the actor's mailbox as soon as it has been parsed, and the answer is written as soon as the actor has it.
+aiohttp's own loop for each connection, with a task for each request, costs twice as much; it gets what takes its time:
+bodies that are still on their way, streams, requests that came before the last one was answered, what is no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+import structlog
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import RequestHandler
+
+from jobd.answers import Answer
+from jobd.commands import Refusal
+from jobd.envelope import Asked
+from jobd.replies import Letter, Reply, cut_off_later
+from jobd.visits import Request, Visit
+from jobd.web import BUG, Web
+
+PIECE: Final = 16 << 10  # bytes that are parsed in one turn of the loop, where they have
+PIECE_LINES: Final = 2_000  # more lines than this
+
+log = structlog.get_logger("jobd.web")
+
+
+def begin(
+    message: RawRequestMessage,
+    payload: StreamReader,
+    connection: RequestHandler,
+    writer: AbstractStreamWriter,
+    task: asyncio.Task[None],
+) -> Request:
+    """A request as aiohttp's loop hands it on."""
+    assert isinstance(connection, Connection)
+    if not payload.is_eof():
+        payload.on_eof(connection.free_place_soon)
+    return Request(message, payload, connection, writer, task, asyncio.get_running_loop())
+
+
+class Flight:
+    """A request on its short way. The actor takes it for the future that waits for the answer."""
+
+    __slots__ = ("_connection", "_is_cancelled", "_is_over", "asked", "idle", "reply", "unread", "visit")
+
+    def __init__(self, connection: Connection, visit: Visit, idle: asyncio.Future[None]) -> None:
+        self.visit = visit
+        self.idle = idle  # what aiohttp's loop waits for meanwhile
+        self.asked: Asked | None = None
+        self.reply: Reply | None = None
+        self.unread: asyncio.TimerHandle | None = None  # runs while the client does not read the reply
+        self._connection = connection
+        self._is_over = False
+        self._is_cancelled = False
+
+    def done(self) -> bool:
+        return self._is_over
+
+    def cancelled(self) -> bool:
+        return self._is_cancelled
+
+    def set_result(self, answer: Answer | Refusal, /) -> None:
+        self._is_over = True
+        self._connection.answer(self, answer)
+
+    def cancel(self) -> None:
+        """The connection is gone."""
+        self._is_cancelled = not self._is_over
+        self._is_over = True
+        if self.unread is not None:
+            self.unread.cancel()
+
+
+class Connection(RequestHandler):
+    """aiohttp's connection with a short way, our error object where it would send text, and without its tracebacks.
+
+    `_waiter` is aiohttp's: the future that its loop waits for while nothing is to be done, None while something is.
+    """
+
+    __slots__ = ("_flight", "_rest", "_web")
+
+    def __init__(self, manager: web.Server, site: Web, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._web = site
+        self._flight: Flight | None = None
+        self._rest = bytearray()  # has been read, and is parsed in the next turns of the loop
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """What is made of ever so many lines (chunks of one byte) is parsed piece by piece: others get their turns."""
+        if not data or (not self._rest and (len(data) <= PIECE or data.count(b"\r\n") <= PIECE_LINES)):
+            self._parse(data)
+            return
+        is_first = not self._rest
+        self._rest += data
+        if is_first:
+            self._feed()
+
+    def _feed(self) -> None:
+        transport = self.transport
+        piece = bytes(self._rest[:PIECE])
+        del self._rest[:PIECE]
+        if transport is not None:
+            self._parse(piece)
+        if transport is None or transport.is_closing():
+            self._rest.clear()
+        elif self._rest:
+            transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._feed)
+        elif not (self._reading_paused or self._buffer_paused):
+            transport.resume_reading()
+
+    def _parse(self, data: bytes) -> None:
+        """aiohttp's loop is woken only for what does not go the short way."""
+        idle, self._waiter = self._waiter, None
+        super().data_received(data)
+        self._waiter = idle
+        if self._messages and idle is not None and not idle.done() and not self._depart(idle):
+            idle.set_result(None)
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """A body that is read asks for more each time: that costs a turn of the parser, so only where it has paused."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
+    def free_place_soon(self) -> None:
+        """The last of a body is being parsed, which had not come when its request was begun."""
+        self._loop.call_soon(self._free_place)
+
+    def _free_place(self) -> None:
+        """The body has come of a request that was begun before it had.
+
+        aiohttp's parser stops where 32 requests wait. It counts one when its body has come, and counts it back when it
+        is begun: this one would count for ever, and in the end one request would wait for the bytes of the next.
+        """
+        if self._parser is not None:
+            self._parser.message_consumed()
+            self._parse(b"")
+
+    # -- the short way -------------------------------------------------------------------------------------------------
+
+    def _depart(self, idle: asyncio.Future[None]) -> bool:
+        """Send what has come on its short way, if it is one whole request that may go it."""
+        message, payload = self._messages[0]
+        if len(self._messages) > 1 or not isinstance(message, RawRequestMessage) or message.upgrade:
+            return False
+        if not payload.is_eof() or payload.exception() is not None:
+            return False
+        visit = Visit(message, payload, self)
+        if not self._web.takes(visit):
+            return False
+        self._messages.popleft()
+        assert self._parser is not None
+        self._parser.message_consumed()
+        self._send(Flight(self, visit, idle), payload.read_nowait())
+        return True
+
+    def _send(self, flight: Flight, body: bytes) -> None:
+        self._flight = flight
+        self._waiter = None
+        self._request_in_progress = True
+        try:
+            sent = self._web.send(flight.visit, body, flight)
+        except Exception as bug:
+            sent = self._refusal(flight.visit, bug)
+        if isinstance(sent, Asked):
+            flight.asked = sent
+        else:
+            self._leave(flight, sent)
+
+    def answer(self, flight: Flight, answer: Answer | Refusal) -> None:
+        """The actor's answer leaves. Raises nothing: the actor has nothing to do with what goes wrong here."""
+        try:
+            reply = self._web.reply(flight.visit, answer)
+        except Exception as bug:
+            reply = self._refusal(flight.visit, bug)
+        self._leave(flight, reply)
+
+    def _leave(self, flight: Flight, reply: Reply) -> None:
+        flight.reply = reply
+        transport = self.transport
+        if reply.write(transport) and self.writing_paused:
+            assert transport is not None
+            flight.unread = cut_off_later(transport)
+        else:
+            self._land(flight)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        flight = self._flight
+        if flight is not None and flight.unread is not None:
+            flight.unread.cancel()
+            self._land(flight)
+
+    def _land(self, flight: Flight) -> None:
+        """The request is done with: aiohttp's loop has the connection again, with what has come meanwhile."""
+        self._end_flight(flight)
+        self._waiter = flight.idle
+        if flight.reply is None or flight.reply.close or self._close or self._force_close:
+            self.force_close()
+        elif self._messages:
+            flight.idle.set_result(None)
+        else:
+            self._stay()
+
+    def _stay(self) -> None:
+        """Wait for the next request, but not for ever."""
+        closes_at = self._loop.time() + self._keepalive_timeout
+        self._next_keepalive_close_time = closes_at
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(closes_at, self._process_keepalive)
+
+    def _end_flight(self, flight: Flight) -> None:
+        self._flight = None
+        self._request_in_progress = False
+        if self._handler_waiter is not None:
+            self._handler_waiter.set_result(None)
+        self._web.landed()
+
+    # -- ends ----------------------------------------------------------------------------------------------------------
+
+    def force_close(self) -> None:
+        """The end, also for a request that is on its short way. aiohttp calls this where the client has gone, too."""
+        flight = self._flight
+        if flight is not None:
+            flight.cancel()
+            self._end_flight(flight)
+            if flight.cancelled() and flight.asked is not None:
+                self._web.actor.abandon(flight.asked)
+        super().force_close()
+
+    def close_if_idle(self) -> None:
+        """End the connection where no request, or only a part of its head, has come."""
+        if self._waiter is not None and not self._waiter.done():
+            self.force_close()
+
+    # -- what is wrong -------------------------------------------------------------------------------------------------
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what is not HTTP, and to a bug."""
+        assert isinstance(request, Request)
+        if isinstance(exc, ConnectionError):
+            raise exc
+        return Letter(self._refusal(request.visit, exc), request)
+
+    def _refusal(self, visit: Visit, exc: BaseException | None) -> Reply:
+        """Its own text stays out of it: it may hold a token."""
+        if isinstance(exc, HttpProcessingError):
+            line = f"a line of its head is over {self.max_line_size} bytes"
+            why = line if isinstance(exc, LineTooLong) else "its head or its framing is wrong"
+            refusal = Refusal("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
+        else:
+            self.log_exception("connection_bug", exc_info=exc)
+            refusal = BUG
+        return self._web.refuse(visit, refusal, close=True)
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        exc = kw.get("exc_info")
+        log.error("connection_bug", error=type(exc).__name__)
+
+    def log_debug(self, *args: Any, **kw: Any) -> None:
+        """aiohttp's own chatter about clients that went away."""

@@ -1,0 +1,263 @@
+"""The two ways of a request: at once from where it was parsed, or through aiohttp's loop. Both keep every promise."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE
+from structlog.testing import capture_logs
+
+from jobd.answers import Answer, Done
+from jobd.bodies import Limits
+from jobd.commands import Refusal
+from jobd.doors import Gate
+from jobd.worker_api import ROUTES
+from tests.hostile_bytes import CHUNKED
+from tests.http_help import TOKEN, House, Line, message
+
+CLAIM = message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with House(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
+        yield opened
+
+
+class Held:
+    """Answers of a desk that come when the test says so."""
+
+    def __init__(self, house: House, answer: Answer | Refusal | None = None) -> None:
+        self.go = asyncio.Event()
+        self._answer = answer or Answer(Done())
+        house.desk.answer = self.answer
+
+    async def answer(self, _: Any) -> Answer | Refusal:
+        await self.go.wait()
+        return self._answer
+
+
+async def arrived(house: House, count: int) -> None:
+    """Until so many commands have come to the desk."""
+    while len(house.desk.asked) < count:
+        house.desk.arrived.clear()
+        await house.desk.arrived.wait()
+
+
+async def whole(line: Line, request: bytes) -> None:
+    line.send(request)
+
+
+async def in_two(line: Line, request: bytes) -> None:
+    """The body comes after its head has been taken in."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    line.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
+    assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    line.send(body)
+
+
+WAYS = pytest.mark.parametrize("send", [whole, in_two])
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (message("POST", "/v1/jobs", "{}"), 200),
+        (message("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"}), 200),
+        (message("POST", "/v1/jobs", "{}", {"Connection": "close"}), 200),
+        (message("POST", "/v1/jobs/a/cancel"), 200),
+        (message("GET", "/v1/jobs?queue=a"), 200),
+        (message("GET", "/v1/jobs", "{}"), 400),
+        (message("GET", "/nowhere"), 404),
+        (message("PUT", "/v1/jobs", "{}"), 405),
+        (message("POST", "/v1/jobs", "{}".ljust(1001)), 413),
+        (message("POST", "/v1/jobs", "{}", {"Content-Type": "text/plain"}), 415),
+    ],
+)
+async def test_a_whole_request_needs_no_task(
+    house: House, monkeypatch: pytest.MonkeyPatch, request_: bytes, status: int
+) -> None:
+    handled: list[web.BaseRequest] = []
+    monkeypatch.setattr(house.listener._server, "request_handler", handled.append)
+    assert (await house.raw(request_)).status == status
+    assert handled == []
+
+
+async def test_a_whole_request_without_its_token_is_refused(tmp_path: Path) -> None:
+    async with House(ROUTES, tmp_path, gate=Gate("worker", tokens=[TOKEN], hosts=["localhost"])) as house:
+        line = await house.line()
+        assert (await line.ask("GET", "/v1/jobs")).status == 401
+        assert (await line.ask("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
+        stranger = {"Authorization": f"Bearer {TOKEN}", "Origin": "http://elsewhere"}
+        assert (await line.ask("GET", "/v1/jobs", headers=stranger)).status == 403
+
+
+@WAYS
+async def test_what_comes_during_a_request_is_answered_after_it(house: House, send: Any) -> None:
+    held = Held(house)
+    line = await house.line()
+    await send(line, message("POST", "/v1/jobs", '{"queue":"first"}'))
+    await arrived(house, 1)
+    house.desk.answer = lambda command: Answer(command.queue)
+    line.send(message("POST", "/v1/jobs", '{"queue":"second"}'))
+    await asyncio.sleep(0)
+    line.send(b"".join(message("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
+    assert (await house.ask("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
+    assert len(house.desk.asked) == 2
+    held.go.set()
+    heard = [(await line.hear()).data for _ in range(2 + MAX_MSG_QUEUE_SIZE * 2)]
+    assert heard[1:] == ["second", *(str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2))]
+    assert (await line.ask("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
+
+
+async def test_requests_whose_bodies_came_late_leave_their_places_to_others(house: House) -> None:
+    line = await house.line()
+    for _ in range(MAX_MSG_QUEUE_SIZE):
+        await in_two(line, message("POST", "/v1/jobs", "{}"))
+        assert (await line.hear()).status == 200
+    line.send(message("GET", "/v1/jobs") * 3 + message("POST", "/v1/jobs", "{}") * 3)
+    assert [(await line.hear()).status for _ in range(6)] == [200] * 6
+
+
+@WAYS
+async def test_a_client_that_goes_abandons_what_it_asked(house: House, send: Any) -> None:
+    Held(house)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    await line.close()
+    await house.desk.cancelled.wait()
+    await house.site.quiet()  # nothing counts as in flight any more
+
+
+@WAYS
+async def test_an_answer_to_a_connection_that_is_closing_is_undelivered(house: House, send: Any) -> None:
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(house, answer)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    [connection] = house.listener._server.connections
+    assert connection.transport is not None
+    held.go.set()  # the answer leaves in the next turn of the loop,
+    connection.transport.close()  # and only then the connection is told that it has been lost
+    assert await line.is_closed()
+    await house.site.quiet()
+    assert house.desk.taken_back == [answer]
+
+
+@WAYS
+async def test_a_reader_that_takes_its_time_keeps_its_answer_and_its_connection(house: House, send: Any) -> None:
+    house.desk.answer = lambda _: Answer("x" * 3_000_000)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    house.desk.answer = lambda _: Answer(Done())
+    line.send(CLAIM)
+    assert (await house.ask("GET", "/v1/jobs")).status == 200  # nobody else waits
+    line.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    assert len((await line.hear()).data) == 3_000_000
+    assert (await line.hear()).status == 200
+    assert (await line.ask("GET", "/v1/jobs")).status == 200
+
+
+@WAYS
+@pytest.mark.parametrize("end", ["patience", "client", "stop"])
+async def test_a_reader_that_takes_too_long_is_cut_off(
+    house: House, monkeypatch: pytest.MonkeyPatch, send: Any, end: str
+) -> None:
+    if end == "patience":
+        monkeypatch.setattr("jobd.replies.PATIENCE_S", 0.05)
+    answer = Answer("x" * 3_000_000, grants=[("a", "lock")])
+    house.desk.answer = lambda _: answer
+    line = await house.line()
+    line.writer.transport.set_write_buffer_limits(0)
+    await send(line, CLAIM)
+    line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await arrived(house, 1)
+    await asyncio.sleep(0)
+    if end == "client":
+        line.writer.transport.abort()
+    elif end == "stop":
+        with capture_logs():
+            await house.stop(0.01)
+    while house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0.001)
+    await house.site.quiet()
+    assert house.desk.taken_back == []  # its first byte has been written
+
+
+@WAYS
+async def test_a_stop_waits_for_the_answer_and_says_that_the_connection_ends(house: House, send: Any) -> None:
+    held = Held(house)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    line.send(message("GET", "/v1/jobs"))  # has not been begun, and will not be
+    stopping = asyncio.ensure_future(house.stop(30))
+    while not house.site.closing:  # noqa: ASYNC110 - it is in the first step of the stop
+        await asyncio.sleep(0)
+    held.go.set()
+    assert (await line.hear()).headers["connection"] == "close"
+    assert await line.is_closed()
+    await stopping
+    assert len(house.desk.asked) == 1
+
+
+@WAYS
+async def test_after_the_deadline_of_a_stop_a_request_is_abandoned(house: House, send: Any) -> None:
+    Held(house)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    with capture_logs() as logs:
+        await house.stop(0.01)
+    assert house.desk.cancelled.is_set()
+    assert await line.is_closed()
+    assert [entry["event"] for entry in logs] == ["requests_cut_off"]
+
+
+@WAYS
+async def test_a_bug_behind_an_answer_costs_one_connection(
+    house: House, monkeypatch: pytest.MonkeyPatch, send: Any
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("canary")
+
+    house.desk.answer = lambda _: Answer(object())  # cannot be written as JSON
+    monkeypatch.setattr(house.site, "_confess", fail)
+    line = await house.line()
+    with capture_logs() as logs:
+        await send(line, CLAIM)
+        heard = await line.hear()
+    assert (heard.status, heard.headers["connection"]) == (500, "close")
+    assert "canary" not in str(logs) + heard.body.decode()
+    assert await line.is_closed()
+    await house.site.quiet()
+
+
+async def test_after_a_request_on_its_way_the_connection_is_idle_again(tmp_path: Path) -> None:
+    async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
+        held = Held(house)
+        line = await house.line()
+        line.send(CLAIM)
+        await arrived(house, 1)
+        for _ in range(2):  # others that came later have been closed for idleness
+            assert await (await house.line()).is_closed()
+        held.go.set()
+        assert (await line.hear()).status == 200
+        assert await line.is_closed()
+
+
+async def test_chunks_of_one_piece_are_whole(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    handled: list[web.BaseRequest] = []
+    monkeypatch.setattr(house.listener._server, "request_handler", handled.append)
+    heard = await house.raw(CHUNKED + b'8\r\n{"queue"\r\n8\r\n:"mail"}\r\n0\r\n\r\n')
+    assert (heard.status, house.desk.asked[0].command.queue) == (200, "mail")
+    assert handled == []
