@@ -13,11 +13,11 @@ from urllib.parse import parse_qsl
 
 import msgspec
 from msgspec import NODEFAULT, UNSET, Raw, Struct, UnsetType
-from msgspec.structs import FieldInfo
+from msgspec.structs import FieldInfo, asdict
 
 from jobd.commands import MAX_NAMES, Bulk, Claim, Command, Complete, Create, Import, Refusal, Transition
 from jobd.job import EARLIEST_MS, ID_PATTERN, Place, is_job_id, storage_key_fault
-from jobd.weighing import Scale, TooLong, TooMuch
+from jobd.weighing import BIG_BODY, Scale, TooLong, TooMuch
 
 MAX_QUERY_FIELDS: Final = 50
 SHOWN_NAME: Final = 80  # characters of a caller's own field name that an answer repeats
@@ -80,7 +80,7 @@ class Shape:
         self.given = given
         self.limits = limits
         self.part = command if given is None else part_of(command, given)
-        self._names = tuple(info.name for info in msgspec.structs.fields(self.part) if info.name != given)
+        self._check = _CHECKS.get(command)
         self._decode = msgspec.json.Decoder(self.part).decode
         self._scale = Scale(self.part, {name: most(limits) for name, most in _LISTS.get(command, {}).items()})
 
@@ -89,7 +89,8 @@ class Shape:
         try:
             if not body.isascii():
                 body.decode()  # the decoder does not look into values that it keeps as they came
-            self._scale.check(body)
+            if len(body) > BIG_BODY:
+                self._scale.check(body)
             part = self._decode(body or b"{}")
         except TooLong as fault:
             raise _too_many(fault.name, fault.most) from None
@@ -100,9 +101,8 @@ class Shape:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
             raise malformed(fault) from None
         command = self._joined(part, value)
-        check = _CHECKS.get(self.command)
-        if check is not None:
-            check(command, self.limits)
+        if self._check is not None:
+            self._check(command, self.limits)
         return command
 
     def from_query(self, query: str, value: str | None = None) -> Command:
@@ -119,10 +119,10 @@ class Shape:
         if self.given is None:
             command: Command = part
             return command
-        own = getattr(part, self.given)
+        named = asdict(part)
+        own = named[self.given]
         if own is not UNSET and own != value:
             raise invalid(f"$.{self.given}", "differs from the one in the path. Leave it out of the body.")
-        named = {name: getattr(part, name) for name in self._names}
         named[self.given] = value
         return self.command(**named)
 

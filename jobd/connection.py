@@ -23,6 +23,7 @@ from jobd.answers import Answer
 from jobd.commands import Refusal
 from jobd.envelope import Asked
 from jobd.replies import Letter, Reply, cut_off_later
+from jobd.routes import Found
 from jobd.visits import Request, Visit
 from jobd.web import BUG, Web
 
@@ -156,20 +157,21 @@ class Connection(RequestHandler):
         if not payload.is_eof() or payload.exception() is not None:
             return False
         visit = Visit(message, payload, self)
-        if not self._web.takes(visit):
+        found = self._web.find(visit)
+        if found.way is not None and found.way.route.via is not None:
             return False
         self._messages.popleft()
         assert self._parser is not None
         self._parser.message_consumed()
-        self._send(Flight(self, visit, idle), payload.read_nowait())
+        self._send(Flight(self, visit, idle), found, payload.read_nowait())
         return True
 
-    def _send(self, flight: Flight, body: bytes) -> None:
+    def _send(self, flight: Flight, found: Found, body: bytes) -> None:
         self._flight = flight
         self._waiter = None
         self._request_in_progress = True
         try:
-            sent = self._web.send(flight.visit, body, flight)
+            sent = self._web.send(flight.visit, found, body, flight)
         except Exception as bug:
             sent = self._refusal(flight.visit, bug)
         if isinstance(sent, Asked):

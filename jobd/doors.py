@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from hashlib import sha256
 from typing import Final
 
+from aiohttp.hdrs import CONTENT_ENCODING, CONTENT_TYPE, TRANSFER_ENCODING
 from multidict import MultiMapping
 
 from jobd.bodies import refused
@@ -105,12 +106,15 @@ def own_names(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
 
 def check_kind(headers: MultiMapping[str], wanted: str) -> None:
     """415 unless the body is of the type `wanted`, in UTF-8 and not compressed."""
-    given = headers.get("Content-Type", "")
+    given = headers.get(CONTENT_TYPE, "")
     if given not in _PLAIN.get(wanted, ()) and not _is_kind(given, wanted):
         raise refused("unsupported_media_type", f"The body must be {wanted}: send `Content-Type: {wanted}`.")
-    codings = headers.get("Content-Encoding", "identity").lower(), headers.get("Transfer-Encoding", "chunked").lower()
-    if codings != ("identity", "chunked"):
+    if _is_coded(headers, CONTENT_ENCODING, "identity") or _is_coded(headers, TRANSFER_ENCODING, "chunked"):
         raise refused("unsupported_media_type", "Compressed bodies are not taken: send it as it is.")
+
+
+def _is_coded(headers: MultiMapping[str], name: str, plain: str) -> bool:
+    return name in headers and headers[name].lower() != plain
 
 
 def _is_kind(given: str, wanted: str) -> bool:

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from jobd.answers import Answer
 from jobd.bodies import Limits, Shape
-from jobd.commands import Command, Refusal
+from jobd.commands import Claim, Command, Create, OnJobNamed, Refusal, Start
 from jobd.doors import JSON
 
 Who = Literal["anyone", "worker", "admin"]
@@ -49,10 +49,20 @@ class Route(Struct, frozen=True, kw_only=True):
 
 
 class Way(NamedTuple):
-    """A route with the reader of its command."""
+    """A route with the reader of its command, and with what that command says of itself."""
 
     route: Route
     shape: Shape
+    names_worker: bool  # it comes from a worker, and says from which
+    names_job: bool
+
+
+class Found(NamedTuple):
+    """What a path is: its way for a method, what it gives for its part in braces (decoded), the methods it takes."""
+
+    way: Way | None
+    given: str | None = None
+    allowed: frozenset[str] = frozenset()
 
 
 class Table:
@@ -69,19 +79,24 @@ class Table:
                 else self._exact.setdefault(prefix, {})
             )
             assert route.method not in methods, f"two routes for {route.method} {route.path}"
-            methods[route.method] = Way(route, Shape(route.asks, route.given, limits))
+            methods[route.method] = _way(route, limits)
 
-    def find(self, method: str, path: str) -> tuple[Way | None, str | None, frozenset[str]]:
-        """The way, what the path gives for its part in braces (decoded), and the methods that this path takes."""
+    def find(self, method: str, path: str) -> Found:
+        """What `path` is. The methods that it takes are told only where `method` is none of them."""
         exact = self._exact.get(path, {})
         if method in exact:
-            return exact[method], None, frozenset()
+            return Found(exact[method])
         allowed = frozenset(exact)
         for prefix, tails in self._patterns.items():
             if path.startswith(prefix):
                 given, slash, rest = path[len(prefix) :].partition("/")
                 methods = tails.get(slash + rest, {}) if given else {}
                 if method in methods:
-                    return methods[method], unquote(given), frozenset()
+                    return Found(methods[method], unquote(given))
                 allowed |= methods.keys()
-        return None, None, allowed
+        return Found(None, None, allowed)
+
+
+def _way(route: Route, limits: Limits) -> Way:
+    shape = Shape(route.asks, route.given, limits)
+    return Way(route, shape, issubclass(route.asks, Start | Claim), issubclass(route.asks, Create | OnJobNamed))

@@ -22,8 +22,8 @@ class Visit:
     """A request, as everybody here sees it. `request` is aiohttp's own object, where it was made."""
 
     __slots__ = (
-        "allow", "by", "connection", "has_body", "headers", "job_id", "keep_alive", "key", "method", "request", "route",
-        "size", "target", "version",
+        "allow", "by", "connection", "has_body", "headers", "job_id", "keep_alive", "key", "method", "path", "query",
+        "request", "route", "size", "version",
     )  # fmt: skip
 
     def __init__(
@@ -34,7 +34,7 @@ class Visit:
         request: web.BaseRequest | None = None,
     ) -> None:
         self.method: str = message.method
-        self.target: str = message.path  # path and query as they came
+        self.path, _, self.query = message.path.partition("?")  # as they came
         self.version: HttpVersion = message.version
         self.headers: MultiMapping[str] = message.headers
         self.keep_alive: bool = not message.should_close

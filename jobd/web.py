@@ -18,6 +18,7 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.streams import StreamReader
 from msgspec import Struct
+from multidict import istr
 
 from jobd.answers import (
     AlertView,
@@ -30,16 +31,17 @@ from jobd.answers import (
     RecoverStuckView,
 )
 from jobd.bodies import Limits, Refused, path_value, refused, too_large
-from jobd.commands import Claim, Command, Create, KeyUse, OnJobNamed, Refusal, Start
+from jobd.commands import Command, KeyUse, Refusal
 from jobd.doors import JSON, LINES, Gate, check_kind
 from jobd.envelope import Asked, Waiter
 from jobd.replies import Letter, Reply, accepted, refusing
-from jobd.routes import Route, Table, Way
+from jobd.routes import Found, Route, Table, Way
 from jobd.sparing import Sparing
 from jobd.visits import Request, Visit
 
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
+IDEMPOTENCY_KEY: Final = istr("Idempotency-Key")
 KINDS: Final = {"json": JSON, "lines": LINES}
 
 log = structlog.get_logger("jobd.web")
@@ -89,12 +91,10 @@ async def ask(site: Web, visit: Visit, command: Any) -> Answer | Refusal:
 
 
 class Entry(NamedTuple):
-    """A request that may come in: its way, what its path gives, and the path and the query that say so."""
+    """A request that may come in: its way, and what its path gives."""
 
     way: Way
     value: str | None
-    path: str
-    query: str
 
 
 class Web:
@@ -127,12 +127,11 @@ class Web:
 
     # -- the short way: a whole request, answered without a task of its own -------------------------------------------
 
-    def takes(self, visit: Visit) -> bool:
-        """Whether the request is one command to the actor, or can be refused at once."""
-        way, _, _ = self._table.find(visit.method, visit.target.partition("?")[0])
-        return way is None or way.route.via is None
+    def find(self, visit: Visit) -> Found:
+        """What the request's path is."""
+        return self._table.find(visit.method, visit.path)
 
-    def send(self, visit: Visit, body: bytes, waiter: Waiter) -> Asked | Reply:
+    def send(self, visit: Visit, found: Found, body: bytes, waiter: Waiter) -> Asked | Reply:
         """The request on its way to the actor, whose answer `waiter` gets; or the reply, where it comes no further.
 
         Between `send` and `landed` the request counts as one that is being handled.
@@ -140,7 +139,7 @@ class Web:
         self._in_flight += 1
         visit.by = "admin" if self.admin else "client"
         try:
-            command = self._command(visit, self._enter(visit), body)
+            command = self._command(visit, self._enter(visit, found), body)
             asked = self.actor.send(command, waiter, by=visit.by, admin=self.admin, key=visit.key, size=visit.size)
         except Refused as no:
             asked = no.refusal
@@ -193,7 +192,7 @@ class Web:
         return self.reply(visit, answer) if isinstance(answer, Answer | Refusal) else answer
 
     async def _answer(self, visit: Visit) -> Answer | Refusal | web.StreamResponse:
-        entry = self._enter(visit)
+        entry = self._enter(visit, self.find(visit))
         via = entry.way.route.via or ask
         if entry.way.route.reads == "lines":
             return await via(self, visit, None)
@@ -206,44 +205,44 @@ class Web:
         lost = partial(self.actor.undelivered, answer) if answer.grants else None
         return accepted(visit, answer.data, answer.status, replayed=answer.replayed, close=self.closing, lost=lost)
 
-    def _enter(self, visit: Visit) -> Entry:
+    def _enter(self, visit: Visit, found: Found) -> Entry:
         """All that is judged before the body: who asks, and for what."""
-        path, _, query = visit.target.partition("?")
-        way, given = self._admit(visit, path)
+        way = self._admit(visit, found)
         shape, value = way.shape, None
         if shape.given is not None:
-            value = path_value(shape.given, given or "")
+            value = path_value(shape.given, found.given or "")
             visit.job_id = value if shape.given == "id" else None
         if visit.method == hdrs.METH_GET:
             if visit.has_body:
                 raise refused("invalid_request", "A GET takes no body.", field="$")
-        elif query:
+        elif visit.query:
             raise refused("invalid_request", "This call takes no query. Put the fields into the body.", field="$")
         elif visit.has_body or way.route.reads == "lines":
             check_kind(visit.headers, KINDS[way.route.reads])
-        return Entry(way, value, path, query)
+        return Entry(way, value)
 
     def _command(self, visit: Visit, entry: Entry, body: bytes) -> Command:
         """What the request asks for, and what that says of itself: who asks, about which job."""
-        way = entry.way
+        way, value = entry
         if visit.method == hdrs.METH_GET:
-            return way.shape.from_query(entry.query, entry.value)
-        if len(body) > self.limits.body:
-            raise self._body_too_large()
-        self._note_key(visit, way.route, entry.path, body)
-        command = way.shape.from_body(body, entry.value)
+            return way.shape.from_query(visit.query, value)
         visit.size = len(body)
-        if isinstance(command, Start | Claim):
+        if visit.size > self.limits.body:
+            raise self._body_too_large()
+        if way.route.key:
+            self._note_key(visit, way.route, body)
+        command: Any = way.shape.from_body(body, value)
+        if way.names_worker:
             visit.by = f"worker:{command.worker}"
-        elif isinstance(command, Create | OnJobNamed):
+        elif way.names_job:
             visit.job_id = command.id
-        return command
+        return command  # type: ignore[no-any-return]
 
-    def _admit(self, visit: Visit, path: str) -> tuple[Way, str | None]:
+    def _admit(self, visit: Visit, found: Found) -> Way:
         """The way of a request that may come in. The token is judged first, then Host and Origin, then the path."""
         if visit.version[0] != 1:
             raise refused("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are spoken here.", field="$")
-        way, given, allowed = self._table.find(visit.method, path)
+        way = found.way
         if way is not None:
             visit.route = way.route
         if way is None or way.route.who != "anyone":
@@ -251,11 +250,11 @@ class Web:
         if self.gate.hosts is not None:
             self.gate.check_origin(visit.headers, visit.connection.sockname)
         if way is not None:
-            return way, given
-        if not allowed:
+            return way
+        if not found.allowed:
             raise refused("not_found", "There is no such path.")
-        visit.allow = allowed
-        raise refused("method_not_allowed", f"This path takes {', '.join(sorted(allowed))}.")
+        visit.allow = found.allowed
+        raise refused("method_not_allowed", f"This path takes {', '.join(sorted(found.allowed))}.")
 
     async def _body(self, visit: Visit) -> bytes:
         """The whole body, within its size and its time."""
@@ -284,10 +283,10 @@ class Web:
     def _body_too_large(self) -> Refused:
         return too_large(f"The body is over {self.limits.body} bytes. Split it.", limit=self.limits.body)
 
-    def _note_key(self, visit: Visit, route: Route, path: str, body: bytes) -> None:
-        keys = visit.headers.getall("Idempotency-Key", ()) if route.key else ()
-        if keys:
-            visit.key = self.gate.key_use(", ".join(keys), route.method, unquote(path), body)
+    def _note_key(self, visit: Visit, route: Route, body: bytes) -> None:
+        if IDEMPOTENCY_KEY in visit.headers:
+            keys = ", ".join(visit.headers.getall(IDEMPOTENCY_KEY))
+            visit.key = self.gate.key_use(keys, route.method, unquote(visit.path), body)
 
     def refuse(self, visit: Visit, refusal: Refusal, *, close: bool = False) -> Reply:
         """The reply to a refused request: counted, and logged in one line without a secret."""
