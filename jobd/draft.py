@@ -56,8 +56,7 @@ class Draft:
         """Set `fields` of `job` (and `updated_at`), with the event that says so; gives the new row."""
         # Where the wall clock stepped back, a job's times stay in order all the same.
         started_at, finished_at = fields.get("started_at", job.started_at), fields.get("finished_at", job.finished_at)
-        latest = max(self.at.now, job.created_at, started_at or 0, finished_at or 0)
-        fields["updated_at"] = max(latest, fields.get("updated_at", 0))
+        fields["updated_at"] = max(self.at.now, job.created_at, started_at or 0, finished_at or 0)
         after = replace(job, **fields)
         event = self._event(job, job.status, after.status, event_type, by, reason, details, Changes(**fields))
         self.changes.append(Change(job, after, event))
@@ -70,8 +69,8 @@ class Draft:
         self.changes.append(Change(None, job, event, payload, request_hash))
         return job
 
-    def delete(self, job: Job, by: str | None = None) -> None:
-        event = self._event(job, job.status, None, "deleted", by, None, None, None)
+    def delete(self, job: Job) -> None:
+        event = self._event(job, job.status, None, "deleted", None, None, None, None)
         self.changes.append(Change(job, None, event))
 
     def queue(self, name: str, event_type: EventType) -> None:

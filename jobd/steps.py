@@ -52,11 +52,11 @@ def refuse_transition(job: Job, to: str, what: str) -> Refusal:
     return Refusal("invalid_transition", f"Job {job.id} is {job.status}. {what}", details)
 
 
-def job_answer(draft: Draft, job: Job, *, status: int = 200, repeated: bool | UnsetType = UNSET) -> Answer:
+def job_answer(draft: Draft, job: Job, *, repeated: bool | UnsetType = UNSET) -> Answer:
     """The job as it is now; the actor reads its payload before the answer leaves."""
     view = views.job_view(job, draft.at, draft.policy, admin=draft.call.admin)
     view.repeated = repeated
-    return Answer(view, status=status, shows=[(job.seq, view)])
+    return Answer(view, shows=[(job.seq, view)])
 
 
 def too_many_jobs(draft: Draft) -> Refusal:

@@ -113,18 +113,18 @@ def mend(draft: Draft, command: Mend) -> Answer:
             continue
         issues = [issue for issue in validate(job, draft.at, draft.policy).issues if counts(issue)]
         found.extend((job_id, issue) for issue in issues)
-        if issues and (mended := _mend(draft, job)) is not None:
-            left = [issue for issue in validate(mended, draft.at, draft.policy).issues if counts(issue)]
+        if issues:
+            left = [issue for issue in validate(_mend(draft, job), draft.at, draft.policy).issues if counts(issue)]
             fixed += len(issues) - len(left)
         draft.checked.append(job.seq)
     return Answer(Worked(fixed, found=len(found), issues=found))
 
 
-def _mend(draft: Draft, job: Job) -> Job | None:
-    """Apply the safe fixes to one job; its new row, None where there was none to apply."""
-    fixes, before = safe_fixes(job), len(draft.changes)
+def _mend(draft: Draft, job: Job) -> Job:
+    """Apply the safe fixes to one job, if there are any; its row after that."""
+    fixes = safe_fixes(job)
     if fixes:
         job = draft.step(job, "fixed", reason="validation", details={"fields": sorted(fixes)}, **fixes)
     if job.status == "processing" and (job.grant is None or job.lease is None):
         job = steps.stall(draft, job, steps.silence(draft, job))
-    return job if len(draft.changes) > before else None
+    return job

@@ -11,7 +11,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd import rules, steps
-from jobd.answers import Answer, Done, Grants, Imported, JobView, Look, Recovered
+from jobd.answers import Answer, Done, Grants, Imported, JobView, Look, Recovered, Worked
 from jobd.commands import (
     AnyCommand,
     Bulk,
@@ -72,6 +72,7 @@ from jobd.job import (
     Grant,
     Job,
     Lease,
+    Options,
     Policy,
     Result,
 )
@@ -1057,15 +1058,21 @@ def test_stuck_after_0_means_an_expired_lock_is_death(desk: Desk) -> None:
 
 
 def test_recovery_works_in_slices(desk: Desk) -> None:
-    for name in "abc":
-        desk.held(name)
-    for name in "xyz":
+    for name in "abcd":
+        desk.held(name, worker=f"w-{name}")
+    for name in "uvwxyz":
         desk.held(name, stuck_after_ms=HOUR_MS, **no_ceiling())
     desk.passes(TTL)
     found = desk.yes(Recover(limit=2))
     assert (len(found.details), found.locks_cleared, found.more) == (2, 2, True)
+    assert [(each.job_id, each.action) for each in found.details] == [("a", "reset"), ("b", "reset")]
+    for each in found.details:
+        assert each.reason.startswith(f"No update from worker w-{each.job_id} for 15 min")
+    assert (desk.last().type, desk.last().details) == ("lock_expired", {"worker": "w-1"})
     found = desk.yes(Recover(limit=2))
-    assert (len(found.details), found.locks_cleared, found.more) == (1, 1, False)
+    assert (len(found.details), found.locks_cleared, found.more) == (2, 2, True)  # of locks, not of jobs
+    found = desk.yes(Recover(limit=2))
+    assert (len(found.details), found.locks_cleared, found.more) == (0, 2, False)
     assert desk.yes(Recover(limit=2)) == Recovered([], 0, False)
     assert desk.book.live_locks() == 0
 
@@ -1075,13 +1082,27 @@ def test_time_is_judged_when_a_command_is_applied(desk: Desk) -> None:
     desk.held("a")
     desk.held("b", stuck_after_ms=HOUR_MS, **no_ceiling())
     desk.create("c", delay_ms=5)
+    desk.create("d", queue="other", expires_at=NOW + 5)
     desk.book.advance(NOW + 5, desk.lease + TTL)
     before = Moment(NOW + 4, desk.lease + TTL - 1, NOW - desk.lease)
-    for command, nothing in ((Recover(limit=9), Recovered([], 0, False)), (Claim(worker="w"), Grants([]))):
+    nothings: list[tuple[AnyCommand, Any]] = [
+        (Recover(limit=9), Recovered([], 0, False)),
+        (Claim(worker="w"), Grants([])),
+        (Expire(limit=9), Worked(0)),
+    ]
+    for command, nothing in nothings:
         decision = rules.decide(desk.book, Call(command, seed=SEED), before, desk.policy)
         assert not isinstance(decision.answer, Refusal)
         assert decision.answer.data == nothing
         assert not decision.changes
+
+
+def test_a_lock_is_not_cleared_any_more_where_its_job_has_become_stuck(desk: Desk) -> None:
+    desk.held(stuck_after_ms=HOUR_MS, **no_ceiling())
+    desk.passes(TTL)
+    later = Moment(desk.now + HOUR_MS, desk.lease + HOUR_MS, NOW - desk.lease)
+    decision = rules.decide(desk.book, Call(Recover(limit=9), seed=SEED), later, desk.policy)
+    assert decision.answer == Answer(Recovered([], 0, False))
 
 
 def test_a_live_lock_is_never_stuck(desk: Desk) -> None:
@@ -1105,6 +1126,7 @@ def test_the_daemons_absence_is_credited(desk: Desk) -> None:
     assert desk.job("live").lease == Lease(until, desk.lease - 999 + STUCK, until)
     assert desk.job("dead").lease == Lease(desk.lease, until, None)  # an expired lock does not come back to life
     assert desk.types("live")[-1] == "resumed"
+    assert desk.last().details == {"grace_ms": 30_000}
     assert desk.types("calm")[-1] == "granted"
     grant = desk.job("live").grant
     assert grant is not None
@@ -1128,7 +1150,8 @@ def test_a_restored_backup_ends_its_grants(desk: Desk) -> None:
     lock_id = desk.held("a")
     desk.progress(lock_id, 10)
     desk.create("b")
-    assert desk.yes(EndGrants(ids=["a", "b", "c", "a"], last=True)).done == 1
+    desk.held("d")
+    assert desk.yes(EndGrants(ids=["a", "b", "c", "a", "d"], last=True)).done == 2
     assert desk.job("a").status == "failed"
     assert desk.job("b").status == "queued"
 
@@ -1142,7 +1165,7 @@ def test_queued_jobs_expire(desk: Desk) -> None:
     desk.passes(1)
     worked = desk.yes(Expire(limit=2), by="cleanup")
     assert (worked.done, worked.more) == (2, True)
-    worked = desk.yes(Expire(limit=2))
+    worked = desk.yes(Expire(limit=1))
     assert (worked.done, worked.more) == (1, False)
     assert desk.last().type == "expired"
     assert desk.job("later").status == "queued"
@@ -1159,7 +1182,7 @@ def test_the_creators_expiry_survives_a_release(desk: Desk) -> None:
 
 def test_deletion_by_age_is_judged_when_it_is_applied(desk: Desk) -> None:
     desk.completed("old", storage_key="k/1", expires_at=NOW + 10)
-    desk.completed("plain", expires_at=NOW + 10)
+    desk.completed("plain", expires_at=NOW + 10, file_path="/f")
     desk.completed("young", expires_at=NOW + 11)
     desk.create("queued", expires_at=NOW + 10)
     desk.passes(10)
@@ -1187,6 +1210,24 @@ def test_mending_applies_the_safe_fixes(desk: Desk) -> None:
     assert (desk.job("dead").status, desk.types("dead")) == ("failed", ["stalled"])
     assert desk.job("odd").status == "paused"
     assert desk.yes(Mend(ids=["bad", "good"])).found == 0
+
+
+def test_mending_counts_what_is_left_as_not_fixed(desk: Desk) -> None:
+    desk.row(Job(91, "odd", Options(), "paused", NOW, NOW, NOW, progress=101))
+    worked = desk.yes(Mend(ids=["odd"]), by="cleanup")
+    assert (worked.found, worked.done) == (2, 1)
+    event = desk.last()
+    assert (event.type, event.by, event.reason, event.details) == (
+        "fixed", "cleanup", "validation", {"fields": ["progress"]},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [None, "grant", "lease"])
+def test_mending_stalls_a_job_that_lacks_a_part_of_its_lock_and_no_other(desk: Desk, missing: str | None) -> None:
+    desk.held()
+    desk.row(replace(desk.job(), progress=101, **({missing: None} if missing else {})))
+    desk.yes(Mend(ids=["a"]))
+    assert desk.types() == ["created", "granted", "fixed", *(["stalled"] if missing else [])]
 
 
 def test_mending_counts_what_it_fixed_and_stalls_in_one_go(desk: Desk) -> None:

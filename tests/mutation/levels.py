@@ -25,7 +25,7 @@ MIRRORS: Final[dict[str, tuple[str, ...]]] = {
     "time_rules": ("rules",),
     "reads": ("rules",),
     "steps": ("rules",),
-    "draft": ("rules",),
+    "draft": ("draft", "rules"),
     "why": ("why",),
     "keys": ("keys",),
 }
@@ -34,7 +34,7 @@ MODULES: Final = tuple(MIRRORS)
 # All tests of the first level: in one process, quick, and the same each time.
 NEAR: Final = (
     "rules", "book", "orders", "live_jobs", "figures", "validation", "why", "keys", "envelope", "events", "job",
-    "batch", "bodies", "rows", "actor", "cleanup", "alerts", "worker_api", "admin_api",
+    "draft", "batch", "bodies", "rows", "actor", "cleanup", "alerts", "worker_api", "admin_api",
 )  # fmt: skip
 
 # The second level, from cheap to dear: any sequence of commands, small worlds, simulated days.
