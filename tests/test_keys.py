@@ -179,6 +179,28 @@ def test_rollback_of_a_replaced_row_revives_the_first() -> None:
     assert keys.changed() == ([], ["g"])
 
 
+def test_a_refused_batch_gives_the_answers_back_in_the_order_of_their_age() -> None:
+    keys = Keys([answer("z", NOW), answer("y", NOW + 1), answer("x", NOW + 2)], 3)
+    assert keys.has_room(NOW + SAFE_MS)  # drops z
+    keys.rollback()
+    assert keys.has_room(NOW + SAFE_MS)
+    assert keys.changed() == ([], ["z"])
+
+
+def test_what_has_gone_leaves_nothing_in_memory() -> None:
+    keys = Keys([answer("a"), grants("g", "l1", "l2")], 9)
+    keys.add(grants("h", "l3"))
+    for lock_id in ("l1", "l2", "l3"):
+        keys.ended(lock_id)
+    assert keys.find("a", NOW + KEPT_MS) is None
+    keys.commit()
+    assert [name for name, held in vars(keys).items() if held and name != "limit"] == []
+
+
+def test_how_long_keys_are_kept() -> None:
+    assert (KEPT_MS, SAFE_MS) == (24 * 3_600_000, 600_000)
+
+
 def test_commit_keeps_no_answer_in_memory_of_a_key_that_went_again() -> None:
     keys = empty(1)
     keys.add(answer("a"))

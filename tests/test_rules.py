@@ -1075,6 +1075,9 @@ def test_recovery_works_in_slices(desk: Desk) -> None:
     assert (len(found.details), found.locks_cleared, found.more) == (0, 2, False)
     assert desk.yes(Recover(limit=2)) == Recovered([], 0, False)
     assert desk.book.live_locks() == 0
+    desk.start("a")
+    desk.passes(TTL)
+    assert desk.yes(Recover(limit=1)).more is False  # one was allowed, one there was
 
 
 def test_time_is_judged_when_a_command_is_applied(desk: Desk) -> None:

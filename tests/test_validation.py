@@ -69,12 +69,26 @@ BAD: list[tuple[str, Job, str, str, dict[str, Any]]] = [
 ]
 
 
+# How the sentence begins that says what will mend it, or who has to.
+FIXES = (
+    "A cleanup pass",
+    "The next cleanup pass",
+    "Recovery",
+    "It fails",
+    "Delete",
+    "Correct",
+    "Pass",
+    "Force-fail is not",
+)
+
+
 @pytest.mark.parametrize(("job", "kind", "field", "fixes"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
 def test_bad_rows(job: Job, kind: str, field: str, fixes: dict[str, Any]) -> None:
     found = validate(job, AT, Policy())
     assert [(issue.type, issue.field) for issue in found.issues] == [(kind, field)]
-    assert found.issues[0].message
-    assert found.issues[0].fix
+    assert found.issues[0].fix.startswith(FIXES)
+    assert found.issues[0].message.endswith(".")
+    assert not found.issues[0].message.startswith(FIXES)
     assert found.is_valid == (kind == "warning")
     assert found.can_proceed == (kind != "critical")
     assert safe_fixes(job) == fixes
@@ -102,6 +116,8 @@ def test_a_download_url_may_be_required() -> None:
     for result in (None, Result(file_path="/f")):
         found = validate(row("completed", result=result), AT, policy)
         assert [(issue.type, issue.field) for issue in found.issues] == [("error", "download_url")]
+        assert found.issues[0].fix.startswith(FIXES)
+        assert not found.issues[0].message.startswith(FIXES)
         assert not found.is_valid
 
 
@@ -112,6 +128,16 @@ def test_times_are_put_in_order_and_never_back() -> None:
     assert safe_fixes(job) == {"finished_at": NOW + 3}
     job = row("failed", started_at=NOW + 4, finished_at=NOW + 2, updated_at=NOW + 9)
     assert safe_fixes(job) == {"finished_at": NOW + 4}
+    job = row("failed", finished_at=NOW + 5, updated_at=NOW + 1)
+    assert safe_fixes(job) == {"updated_at": NOW + 5}
+
+
+@pytest.mark.parametrize(
+    ("status", "fix"),
+    [("queued", "It fails with error_code expired."), ("failed", "The next cleanup pass deletes it.")],
+)
+def test_what_has_expired_says_what_becomes_of_it(status: str, fix: str) -> None:
+    assert [issue.fix for issue in validate(row(status, expires_at=NOW), AT, Policy()).issues] == [fix]
 
 
 def test_every_kind_of_issue_at_once() -> None:
