@@ -9,9 +9,9 @@ from typing import Final
 
 # Pure module -> the tests that mirror it, which are asked first.
 MIRRORS: Final[dict[str, tuple[str, ...]]] = {
-    "job": ("job", "bodies"),
+    "job": ("job", "commands", "bodies"),
     "events": ("events",),
-    "commands": ("bodies", "envelope"),
+    "commands": ("commands", "bodies", "envelope"),
     "answers": ("rules", "worker_api"),
     "batch": ("batch", "rows"),
     "book": ("book",),
@@ -34,8 +34,11 @@ MODULES: Final = tuple(MIRRORS)
 # All tests of the first level: in one process, quick, and the same each time.
 NEAR: Final = (
     "rules", "book", "orders", "live_jobs", "figures", "validation", "why", "keys", "envelope", "events", "job",
-    "draft", "batch", "bodies", "rows", "actor", "cleanup", "alerts", "worker_api", "admin_api",
+    "draft", "batch", "commands", "bodies", "rows", "actor", "cleanup", "alerts", "worker_api", "admin_api",
 )  # fmt: skip
+
+# Beside them, one of a file that needs a daemon for its others.
+ALONE: Final = ("tests/test_client.py::test_every_refusal_has_an_error_of_its_own_with_the_same_status",)
 
 # The second level, from cheap to dear: any sequence of commands, small worlds, simulated days.
 DEEP: Final = ("tests/mutation/deep.py",)

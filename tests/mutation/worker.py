@@ -22,7 +22,7 @@ import msgspec
 import pytest
 
 from tests.mutation import child
-from tests.mutation.levels import DEEP, MIRRORS, NEAR, files
+from tests.mutation.levels import ALONE, DEEP, MIRRORS, NEAR, files
 from tests.mutation.mutate import Mutant
 
 OPTIONS: Final = [
@@ -77,7 +77,7 @@ def main() -> None:
         link.close()
         _die_with_parent()
         warm = Warm(theirs.makefile("rw", encoding="utf-8"))
-        os._exit(pytest.main([*OPTIONS, *files(NEAR), *DEEP], plugins=[warm]))
+        os._exit(pytest.main([*OPTIONS, *files(NEAR), *ALONE, *DEEP], plugins=[warm]))
     theirs.close()
     loaded = ours.makefile("rw", encoding="utf-8")
     talk = link.makefile("rw", encoding="utf-8")
@@ -179,7 +179,7 @@ def _cold(mutant: Mutant, survey: Survey, *, near_only: bool) -> Verdict:
     """A mutant that is there when its module is imported."""
     began_s = time.perf_counter()
     mirrors = files(MIRRORS[mutant.module])
-    others = [each for each in files(NEAR) if each not in mirrors]
+    others = [*(each for each in files(NEAR) if each not in mirrors), *ALONE]
     by = ""
     deep = False
     for deep, group in ((False, mirrors), (False, others), (True, list(DEEP))):

@@ -1,0 +1,125 @@
+"""What may be asked: every bound of every field on both of its sides, and what is meant where nothing is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import Raw
+
+from jobd.commands import (
+    Bulk,
+    Call,
+    Claim,
+    Complete,
+    Create,
+    Extend,
+    Fail,
+    ForceFail,
+    Import,
+    List,
+    Moment,
+    Progress,
+    Start,
+    Transition,
+    Update,
+    Updates,
+)
+from jobd.job import Backoff
+
+YEAR_MS = 365 * 86_400_000
+DAY_MS = 86_400_000
+EARLIEST = 100_000_000_000
+LATEST = 253_402_300_799_999
+LONG = "x" * 200
+TEXT = "x" * 4_096
+
+HELD = {"id": "a", "lock_id": "l"}
+START = {"id": "a", "worker": "w"}
+MOVED = {"jobId": "a", "from": "queued", "to": "failed"}
+
+# Command, what else it needs, field, what is just taken, what is just not.
+BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
+    (Create, {}, "id", ["a", LONG, "A-z_0.9:"], ["", "x" * 201, "a b", "a/b", "a\n", "é"]),
+    (Create, {}, "queue", ["a", LONG], ["", "x" * 201, "a b", "a\n"]),
+    (Create, {}, "kind", ["", LONG, "à la carte", "a" * 200], ["x" * 201, "a\n", "\x00", "a\x1f", "\x7f"]),
+    (Create, {}, "priority", [-1_000, 1_000], [-1_001, 1_001, 0.5]),
+    (Create, {}, "max_attempts", [1, 1_000], [0, 1_001]),
+    (Create, {}, "max_stalls", [0, 1_000], [-1, 1_001]),
+    (Create, {}, "on_stall", ["auto", "requeue", "fail"], ["", "other"]),
+    (Create, {}, "stuck_after_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Create, {}, "max_processing_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Create, {}, "run_at", [EARLIEST, LATEST], [EARLIEST - 1, LATEST + 1]),
+    (Create, {}, "delay_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Create, {}, "expires_at", [EARLIEST, LATEST], [EARLIEST - 1, LATEST + 1]),
+    (Create, {}, "backoff", [{"kind": "fixed"}, {"kind": "exponential"}], [{"kind": "linear"}, {"other": 1}]),
+    (Create, {}, "backoff", [{"base_ms": 0}, {"base_ms": YEAR_MS}], [{"base_ms": -1}, {"base_ms": YEAR_MS + 1}]),
+    (Create, {}, "backoff", [{"max_ms": 0}, {"max_ms": YEAR_MS}], [{"max_ms": -1}, {"max_ms": YEAR_MS + 1}]),
+    (Bulk, {}, "jobs", [[{}]], [[], None]),
+    (List, {}, "status", ["queued", "processing", "completed", "failed", "cancelled"], ["", "odd"]),
+    (List, {}, "limit", [1, 200], [0, 201]),
+    (List, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1", "1 "]),
+    (Start, {"id": "a"}, "worker", ["w", LONG, "a b"], ["", "x" * 201, "a\n", "\x00", "\x1f", "\x7f"]),
+    (Start, START, "lock_ttl_ms", [1_000, DAY_MS], [999, DAY_MS + 1]),
+    (Start, START, "stuck_after_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Claim, {"worker": "w"}, "queues", [["q"], ["q"] * 100], [[], ["q"] * 101, [""]]),
+    (Claim, {"worker": "w"}, "kinds", [[""], ["k"] * 100], [[], ["k"] * 101]),
+    (Claim, {"worker": "w"}, "limit", [1, 100], [0, 101]),
+    (Claim, {"worker": "w"}, "wait_ms", [0, 60_000], [-1, 60_001]),
+    (Progress, HELD, "progress", [0, 0.5, 100], [-0.1, 100.1]),
+    (Progress, HELD | {"progress": 1}, "message", ["", TEXT], [TEXT + "x"]),
+    (Progress, {"id": "a", "progress": 1}, "lock_id", ["l", LONG], ["", "x" * 201]),
+    (Extend, HELD, "additional_ms", [1, DAY_MS], [0, DAY_MS + 1]),
+    (Complete, HELD, "download_url", ["u", TEXT], ["", TEXT + "x", "a\x00"]),
+    (Fail, HELD, "error_message", ["e", TEXT], ["", TEXT + "x"]),
+    (Fail, HELD | {"error_message": "e"}, "error_code", ["", LONG], ["x" * 201, "a\n", "\x00", "\x1f", "\x7f"]),
+    (Fail, HELD | {"error_message": "e"}, "retry_after_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (ForceFail, {"jobId": "a"}, "reason", ["", TEXT], [TEXT + "x"]),
+    (Transition, MOVED, "updates", [{"error_message": "e"}, {"error_message": TEXT}], [{"error_message": ""}]),
+    (Transition, MOVED, "updates", [{"priority": 1}], [{"error_message": TEXT + "x"}, {"status": "queued"}]),
+    (Update, {"id": "a"}, "max_attempts", [1, 1_000], [0, 1_001]),
+    (Import, {"id": "a"}, "attempt", [0, 1_000], [-1, 1_001]),
+    (Import, {"id": "a"}, "stalls", [0, 1_000], [-1, 1_001]),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "needed", "field", "taken", "refused"), BOUNDS, ids=lambda part: getattr(part, "__name__", None)
+)
+def test_bounds(kind: Any, needed: dict[str, Any], field: str, taken: list[Any], refused: list[Any]) -> None:
+    for value in taken:
+        assert msgspec.convert(needed | {field: value}, kind) is not None
+    for value in refused:
+        with pytest.raises(msgspec.ValidationError, match=rf"\$\.{field}"):
+            msgspec.convert(needed | {field: value}, kind)
+
+
+def test_what_is_meant_where_nothing_is_said() -> None:
+    create = msgspec.json.decode(b"{}", type=Create)
+    told: dict[str, Any] = {
+        "queue": "default",
+        "kind": "",
+        "payload": Raw(b"null"),
+        "priority": 0,
+        "max_attempts": 1,
+        "backoff": Backoff("exponential", 1_000, 3_600_000, True),
+    }
+    assert {name: value for name, value in msgspec.structs.asdict(create).items() if value is not None} == told
+    imported = msgspec.json.decode(b'{"id":"a"}', type=Import)
+    told |= {"id": "a", "status": "queued", "attempt": 0, "stalls": 0}
+    assert {name: value for name, value in msgspec.structs.asdict(imported).items() if value is not None} == told
+    claim = Claim(worker="w")
+    assert (claim.queues, claim.kinds, claim.limit, claim.wait_ms) == (["default"], None, 1, 0)
+    assert claim.queues is not Claim(worker="w").queues
+    assert List().limit == 50
+    assert Fail(id="a", lock_id="l", error_message="e").retry is True
+    assert Transition(id="a", from_="queued", to="failed").updates == Updates()
+    call = Call(claim)
+    assert (call.by, call.seed, call.admin) == ("client", b"", False)
+
+
+def test_times_in_both_clocks() -> None:
+    at = Moment(now=1_000, lease=300, offset=700)
+    assert (at.believed, at.wall(301)) == (1_000, 1_001)
+    assert Moment(1_000, 300, 700, trusted=900).believed == 900
