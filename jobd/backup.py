@@ -134,7 +134,7 @@ def _full_means_full() -> Iterator[None]:
 def mark(path: str) -> None:
     """Mark the copy at `path` as one, in a file without a write-ahead log, and check it through."""
     with _full_means_full(), opening.refusals(path), contextlib.closing(_plain(path)) as copy:
-        copy.execute("PRAGMA journal_mode = DELETE")
+        opening.journal_mode(copy, path, "delete")
         copy.execute("PRAGMA synchronous = OFF")  # nobody else knows the file yet
         opening.check_ours(copy, path)
         migrations.check_meta(copy, path)

@@ -35,7 +35,7 @@ from jobd.clock import Clock
 from jobd.commands import CreditAbsence, EndGrants, Ping
 from jobd.config import Config, ConfigError, Loaded
 from jobd.doors import Gate, own_names
-from jobd.files import StoreBusy, StoreError
+from jobd.files import StoreError
 from jobd.health import Health
 from jobd.job import SECOND_MS
 from jobd.keys import Keys
@@ -122,6 +122,8 @@ class Daemon:
         self._listen_to_signals()
         self._watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
         stack.push_async_callback(_cancel, self._watchdog)
+        if self._running.done():
+            await self._running  # the disk failed meanwhile: we were never ready
         self.rooms.is_open = True
         systemd.ready()
         line.info("ready", jobs=self.actor.book.total(), store=settings.store.path, pid=os.getpid())
@@ -144,10 +146,8 @@ class Daemon:
             if settings.path != ":memory:":
                 Path(settings.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             store, opened = await Store.open(settings.path, synchronous=synchronous)
-        except StoreBusy as error:
-            raise CannotStart(str(error), EXIT_BUSY) from None
         except StoreError as error:
-            raise CannotStart(str(error), EXIT_CONFIG) from None
+            raise CannotStart(str(error), error.exit_code) from None
         except OSError as error:
             raise CannotStart(*_why_not_opened(settings.path, error)) from None
         except DiskFull as error:
@@ -234,8 +234,8 @@ class Daemon:
         now = time.monotonic()
         if self._stop.is_set() and now - self._asked_at < SAME_MOMENT_S:
             return  # one wish, told twice: to the process and to its group
-        self._asked_at = now
-        if self._stop.is_set():
+        was_asked, self._asked_at = self._asked_at > 0, now
+        if was_asked:
             line.critical("aborted", signal=name)
             os._exit(1)  # whatever was answered is on disk
         line.info("asked_to_stop", signal=name)
@@ -292,8 +292,7 @@ class Daemon:
 
     async def _stop_actor(self) -> None:
         self.actor.stop()
-        with contextlib.suppress(DiskBroken):  # said already, by until_stopped
-            await self._running
+        await self._running
 
 
 def _why_not_opened(path: str, error: OSError) -> tuple[str, int]:

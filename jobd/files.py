@@ -47,6 +47,12 @@ class StoreUnreadable(StoreError):
     """The store, or what it says about itself, cannot be read; starting again does not help."""
 
 
+class StoreFailed(StoreError):
+    """The disk failed while the store was being opened; starting again may help."""
+
+    exit_code = 74
+
+
 class StoreBroken(StoreError):
     """An earlier write failed and what the disk holds is unknown: nothing goes through this connection any more."""
 

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from jobd import files, migrations, rows
 from jobd.batch import DiskFull, KeyRow, Numbers, Opened, QueueRow
-from jobd.files import StoreBusy, StoreTooNew, StoreUnreadable
+from jobd.files import StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
 from jobd.job import Job, Untouched
 from jobd.lookups import read_job
 from jobd.quarantine import set_jobs_aside, set_rows_aside
@@ -70,7 +70,8 @@ def connect(path: str, synchronous: str) -> sqlite3.Connection:
         with refusals(path):
             # EXCLUSIVE before WAL: no other connection, and no shared memory file, ever.
             conn.execute("PRAGMA locking_mode = EXCLUSIVE")
-            conn.execute("PRAGMA journal_mode = WAL")
+            if path != MEMORY:
+                journal_mode(conn, path, "wal")
             conn.execute(f"PRAGMA synchronous = {synchronous}")
             conn.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
             conn.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
@@ -87,9 +88,16 @@ def connect(path: str, synchronous: str) -> sqlite3.Connection:
     return conn
 
 
+def journal_mode(conn: sqlite3.Connection, path: str, mode: str) -> None:
+    """Change the journal mode. What went wrong is told in the second step only, or by a mode that stays as it was."""
+    (now,) = conn.execute(f"PRAGMA journal_mode = {mode}").fetchone()
+    if now != mode:
+        raise StoreFailed(f"{path}: the disk failed: its journal mode stays {now}")
+
+
 @contextlib.contextmanager
 def refusals(path: str) -> Iterator[None]:
-    """Turn SQLite's errors at the opening of `path` into those of a store; an I/O error stays what it is."""
+    """Turn SQLite's errors at the opening of `path` into those of a store."""
     try:
         yield
     except sqlite3.Error as error:
@@ -100,7 +108,7 @@ def refusals(path: str) -> Iterator[None]:
             raise DiskFull(f"{path}: {error}") from error
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH):
             raise StoreUnreadable(_unreadable(path, error)) from error
-        raise
+        raise StoreFailed(f"{path}: {error}: the disk failed; see the log of the kernel") from error
     except UnicodeDecodeError as error:  # a name in the schema
         raise StoreUnreadable(_unreadable(path, error)) from error
 
@@ -211,7 +219,7 @@ def _copy_aside(conn: sqlite3.Connection, path: str, version: int) -> None:
     try:
         with contextlib.closing(sqlite3.connect(name, isolation_level=None)) as copy:
             conn.backup(copy)
-            copy.execute("PRAGMA journal_mode = DELETE")
+            journal_mode(copy, name, "delete")
         files.sync(name)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,13 @@ class Daemon(Doors):
             self.process.kill()
             self.process.wait()
         self._hear_out()
+
+    @classmethod
+    @contextmanager
+    def not_started(cls, directory: Path, config: str = "", **environ: str) -> Iterator[Daemon]:
+        """The same, not started yet: for what is done to it before."""
+        with ExitStack() as stack:
+            yield stack.push(cls(directory, config, **environ))
 
     def spawn(self, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
         command = [*self.prefix, sys.executable, "-m", "jobd", "serve", "--config", str(self.config)]

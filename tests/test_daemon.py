@@ -279,6 +279,42 @@ def test_a_failed_fsync_ends_the_daemon_whoever_asked_for_it(tmp_path: Path) -> 
         assert daemon.get("/v1/jobs/a").data["status"] == "queued"
 
 
+def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -> None:
+    if shutil.which("strace") is None:
+        tool_missing("strace", "strace")
+    with Daemon(tmp_path) as daemon, ThreadPoolExecutor(1) as pool:
+        assert daemon.process is not None
+        inject = ["-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO:delay_enter=1s"]
+        with subprocess.Popen(
+            ["strace", "-f", "-p", str(daemon.process.pid), *inject], stderr=subprocess.PIPE, bufsize=0
+        ) as strace:
+            assert strace.stderr is not None
+            strace.stderr.readline()  # attached
+            asked = pool.submit(daemon.post, "/v1/jobs", {"id": "a"})
+            said = b""
+            while b"fdatasync(" not in said:  # on its way to the disk
+                said += strace.stderr.read(100)
+            assert daemon.stop() == 74, daemon.log.decode()
+            strace.stderr.read()
+        assert asked.result().error == "outcome_unknown"
+
+
+@pytest.mark.parametrize("number", [1, 4, 5, 7])  # the log begins (twice), the schema, the first probe
+def test_a_disk_that_fails_at_the_start_is_exit_74_in_one_line(tmp_path: Path, number: int) -> None:
+    if shutil.which("strace") is None:
+        tool_missing("strace", "strace")
+    with Daemon.not_started(tmp_path) as daemon:
+        inject = ["-e", "trace=fdatasync", "-e", f"inject=fdatasync:error=EIO:when={number}"]
+        daemon.prefix = ["strace", "-D", "-f", "-o", str(tmp_path / "strace"), *inject]
+        daemon.launch()
+        assert not daemon.gets_ready()
+        assert daemon.process is not None
+        assert daemon.process.wait(30) == 74
+        (line,) = daemon.log.decode().splitlines()
+        assert "event=cannot_start" in line
+        assert "the disk failed" in line
+
+
 @pytest.mark.parametrize("place", ["a-directory", "a-file/jobd.db"])
 def test_a_store_that_cannot_be_there_is_a_matter_of_configuration(tmp_path: Path, place: str) -> None:
     (tmp_path / "a-directory").mkdir()

@@ -37,10 +37,10 @@ class Client:
         self._stop = stop
         self._random = random.Random(name)
 
-    def work(self, connect: Callable[[], http.client.HTTPConnection]) -> None:
+    def work(self, connect: Callable[[], http.client.HTTPConnection], lifecycles: int = 100_000) -> None:
         """Until told to stop, or cut off."""
         with closing(connect()) as connection:
-            for number in range(100_000):
+            for number in range(lifecycles):
                 if self._stop.is_set():
                     return
                 try:
@@ -107,3 +107,8 @@ def load(daemon: Doors, ledger: Ledger, name: str, clients: int = CLIENTS) -> It
             stop.set()
     for one in done:
         one.result()  # what a client found wrong
+
+
+def work_alone(daemon: Doors, ledger: Ledger, name: str, lifecycles: int) -> None:
+    """One client and so many lifecycles, or until it is cut off: the same for the same `name`."""
+    Client(ledger, name, threading.Event()).work(daemon.worker, lifecycles)
