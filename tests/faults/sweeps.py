@@ -253,7 +253,7 @@ CHECKS: Final = (
     _check(
         "failed-checkpoints",
         "a checkpoint that is killed or fails loses nothing: what it had to move is in the log still",
-        rounds=60,
+        rounds=40,
         few=1,
         run=partial(sweep, calls=(*SYNCS, *WRITES), errors=(None, *ERRORS), work=large_jobs, at_checkpoints=True),
     ),
