@@ -5,6 +5,8 @@ Asks nothing of its own accord but what `settle` repeats. How the load is made i
 
 from __future__ import annotations
 
+import bisect
+import math
 import re
 import threading
 import time
@@ -43,12 +45,19 @@ class Told:
     job_id: str
     payload: Any
     events: list[str] = field(default_factory=list)
+    answered_s: list[float] = field(default_factory=list)  # time.monotonic() of the answer to each
     open: Asked | None = None
-    answered_s: float = 0.0  # time.monotonic() of the last answer
 
-    def pattern(self) -> str:
-        maybe = [] if self.open is None else [f"({self.open.event};)?"]
-        return "".join([*(f"{event};" for event in self.events), *maybe])
+    def note(self, event: str) -> None:
+        self.open = None
+        self.events.append(event)
+        self.answered_s.append(time.monotonic())
+
+    def pattern(self, until_s: float) -> str:
+        """What the journal may say where all that was answered before `until_s` must be in it."""
+        sure = bisect.bisect_left(self.answered_s, until_s)
+        maybe = [*self.events[sure:], *([] if self.open is None else [self.open.event])]
+        return "".join(f"{event};" for event in self.events[:sure]) + _one_after_the_other(maybe)
 
 
 class Ledger:
@@ -58,6 +67,7 @@ class Ledger:
         self._lock = threading.Lock()
         self.jobs: dict[str, Told] = {}
         self.tokens: dict[int, str] = {}
+        self.granted_s: dict[int, float] = {}  # when we heard of each
         self.codes: Counter[str] = Counter()
         self.acknowledged = 0
         self._enough = 0
@@ -77,9 +87,7 @@ class Ledger:
     def yes(self, told: Told, asked: Asked, data: Any) -> None:
         """An answer of success came."""
         with self._lock:
-            told.open = None
-            told.events.append(asked.event)
-            told.answered_s = time.monotonic()
+            told.note(asked.event)
             self._count(1)
             if asked.event == "granted":
                 self._note_token(told, data["fencing_token"])
@@ -97,6 +105,7 @@ class Ledger:
 
     def _note_token(self, told: Told, token: int) -> None:
         holder = self.tokens.setdefault(token, told.job_id)
+        self.granted_s.setdefault(token, told.answered_s[-1])
         assert holder == told.job_id, f"token {token} was given for {holder} and again for {told.job_id}"
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
@@ -110,32 +119,37 @@ class Ledger:
             reply = daemon.post(asked.path, asked.body, **asked.headers)
             assert reply.status in _SETTLED, f"{told.job_id}: {asked} was repeated and refused: {reply.body}"
             if asked.event in ("progress", "extended"):  # these happen again
-                told.events.append(f"({asked.event};)?{asked.event}")
-                told.open = None
+                told.note(f"({asked.event};)?{asked.event}")
             else:
                 self.yes(told, asked, reply.data)
             settled += 1
         return settled
 
-    def check(self, store: Contents, *, until_s: float | None = None) -> int:
+    def check(self, store: Contents, *, until_s: float = math.inf) -> int:
         """Every acknowledgement is in the store, each once, and nothing that was refused; how many were checked.
 
-        With `until_s` (time.monotonic()) only jobs whose last answer came before count in full.
+        What was answered at `until_s` (time.monotonic()) or later may be in the store or not.
         """
         checked = 0
         for told in self.jobs.values():
-            events = _asked_for(store.events.get(told.job_id, []))
-            if until_s is not None and told.answered_s >= until_s:
-                continue
-            seen = "".join(f"{event};" for event in events)
-            assert re.fullmatch(told.pattern(), seen), f"{told.job_id}: told {told.pattern()}, the store has {seen}"
-            if told.events:
+            seen = "".join(f"{event};" for event in _asked_for(store.events.get(told.job_id, [])))
+            pattern = told.pattern(until_s)
+            assert re.fullmatch(pattern, seen), f"{told.job_id}: told {pattern}, the store has {seen}"
+            if seen:
                 assert store.payloads[told.job_id] == told.payload, f"{told.job_id} has another payload"
-            checked += len(told.events)
-        if until_s is None:
-            for token, job_id in self.tokens.items():
-                assert store.tokens.get(token) == job_id, f"token {token} of {job_id} is not in the journal"
+            checked += bisect.bisect_left(told.answered_s, until_s)
+        for token, job_id in self.tokens.items():
+            granted_s = self.granted_s[token]
+            assert store.tokens.get(token) == job_id or granted_s >= until_s, f"token {token} of {job_id} is not there"
         return checked
+
+
+def _one_after_the_other(events: list[str]) -> str:
+    """A pattern for any number of them, from the first on."""
+    pattern = ""
+    for event in reversed(events):
+        pattern = f"({event};{pattern})?"
+    return pattern
 
 
 def _asked_for(events: Iterable[Event]) -> list[str]:

@@ -1,0 +1,141 @@
+"""What a disk may hold after a crash: what was synced, and of the rest none, all, some, or some sectors of it.
+
+Reads the records that writes.c makes, and knows nothing of what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Final, Literal
+
+SUFFIXES: Final = ("", "-wal", "-journal")
+SECTOR: Final = 512
+
+Manner = Literal["dropped", "kept", "some", "torn"]
+MANNERS: Final[tuple[Manner, ...]] = ("dropped", "kept", "some", "torn")
+
+
+class Call(IntEnum):
+    """As in writes.c."""
+
+    OPEN = 1
+    WRITE = 2
+    TRUNCATE = 3
+    SYNC = 4
+    SYNC_NAMES = 5
+    UNLINK = 6
+
+
+_HEAD: Final = struct.Struct("<BBHIqq")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One call that succeeded. `file` counts SUFFIXES; `at` is an offset, or a size; `time_s` is time.monotonic()."""
+
+    what: int
+    file: int
+    at: int
+    time_s: float
+    content: bytes
+
+
+def records(log: Path) -> Iterator[Record]:
+    """All records, in the order in which the calls returned."""
+    text = memoryview(log.read_bytes())
+    place = 0
+    while place < len(text):
+        what, file, _, length, at, time_ns = _HEAD.unpack_from(text, place)
+        place += _HEAD.size
+        yield Record(what, file, at, time_ns / 1e9, bytes(text[place : place + length]))
+        place += length
+
+
+@dataclass
+class _File:
+    """`synced` is on the disk for certain; `later` is what came after the last sync, in order."""
+
+    synced: bytearray = field(default_factory=bytearray)
+    later: list[Record] = field(default_factory=list)
+
+    def sync(self) -> None:
+        for record in self.later:
+            _change(self.synced, record)
+        self.later.clear()
+
+    def after_a_crash(self, manner: Manner, chance: random.Random) -> bytes:
+        content = bytearray(self.synced)
+        for record in self.later if manner != "dropped" else ():
+            if manner == "torn" and record.what == Call.WRITE:
+                for sector in _sectors(record):
+                    if chance.random() < 0.5:
+                        _change(content, sector)
+            elif manner == "kept" or chance.random() < 0.5:
+                _change(content, record)
+        return bytes(content)
+
+
+def _change(content: bytearray, record: Record) -> None:
+    if record.what == Call.TRUNCATE:
+        del content[record.at :]
+        content.extend(bytes(record.at - len(content)))
+        return
+    content.extend(bytes(max(0, record.at - len(content))))
+    content[record.at : record.at + len(record.content)] = record.content
+
+
+def _sectors(record: Record) -> Iterator[Record]:
+    start, end = record.at, record.at + len(record.content)
+    while start < end:
+        next_start = min(end, (start // SECTOR + 1) * SECTOR)
+        content = record.content[start - record.at : next_start - record.at]
+        yield Record(Call.WRITE, record.file, start, record.time_s, content)
+        start = next_start
+
+
+class Disk:
+    """The files of one store as far as its records have been taken."""
+
+    def __init__(self) -> None:
+        self._named: dict[int, _File] = {}  # as the process sees it
+        self._kept: dict[int, _File] = {}  # as it is on the disk for certain
+        self._renamings: list[
+            tuple[int, _File | None]
+        ] = []  # since the directory was synced: a file got a name or lost it
+
+    def take(self, record: Record) -> None:
+        file = self._named.get(record.file)
+        match record.what:
+            case Call.OPEN if file is None:
+                self._named[record.file] = made = _File()
+                self._renamings.append((record.file, made))
+            case Call.UNLINK:
+                self._named.pop(record.file, None)
+                self._renamings.append((record.file, None))
+            case Call.SYNC_NAMES:
+                self._kept = dict(self._named)
+                self._renamings.clear()
+            case Call.SYNC if file is not None:
+                file.sync()
+            case Call.WRITE | Call.TRUNCATE if file is not None:
+                file.later.append(record)
+
+    def has_unsynced(self) -> bool:
+        return bool(self._renamings) or any(file.later for file in self._named.values())
+
+    def after_a_crash(self, manner: Manner, seed: str) -> dict[str, bytes]:
+        """Suffix to content. Names come and go in order; what is written does not."""
+        chance = random.Random(seed)
+        here = dict(self._kept)
+        kept = {"dropped": 0, "kept": len(self._renamings)}.get(manner, chance.randint(0, len(self._renamings)))
+        for number, file in self._renamings[:kept]:
+            if file is None:
+                here.pop(number, None)
+            else:
+                here[number] = file
+        return {SUFFIXES[number]: file.after_a_crash(manner, chance) for number, file in here.items()}
