@@ -225,6 +225,10 @@ def _settle_old(path: str) -> int:
     except StoreUnreadable:
         return 0  # no database at all: SQLite would throw its log away
     try:
+        opening.refuse_damaged_log(path)
+    except StoreUnreadable:
+        return 0  # what cannot be read any more is kept for whoever can
+    try:
         with contextlib.closing(_plain(path)) as old:
             old.execute("PRAGMA locking_mode = EXCLUSIVE")
             old.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -21,7 +21,7 @@ from jobd.job import LIVE, TOKEN_COUNTER_BITS, is_job_id
 from jobd.job_writer import insert
 from jobd.lookups import read_job
 from jobd.quarantine import true_id
-from jobd.rows import JOB_COLUMNS, Row, fault
+from jobd.rows import JOB_COLUMNS, META_COLUMNS, Row, fault
 from jobd.tables import (
     EVENT_SQL,
     JOB_SQL,
@@ -70,6 +70,7 @@ def check(path: str) -> list[Problem]:
             stack.enter_context(FileLock(path))
         found = opening.peek(path)
         opening.refuse_newer(path, found)
+        opening.refuse_damaged_log(path)
         if found[1] < migrations.VERSION:
             what = f"it has schema version {found[1]}, this jobd has {migrations.VERSION}"
             return [Problem(path, what, "start the daemon once: it makes a copy and migrates; then check again")]
@@ -107,9 +108,18 @@ def _every(conn: sqlite3.Connection, sql: str) -> Iterator[Row]:
 
 def _meta(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
     found = migrations.read_meta(conn)
-    wrong = "it is missing" if found is None else fault(tuple(found.values()))
+    if found is not None and tuple(found) != (*META_COLUMNS, "crc"):
+        wrong: str | None = f"its columns are {', '.join(map(readable, found))}"
+    else:
+        wrong = "it is missing" if found is None else fault(tuple(found.values()))
     if wrong is not None:
         yield Problem("meta", wrong, _RESTORE)
+
+
+def _known_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
+    """The meta row, None where it is not there or its columns are others: `_meta` names that."""
+    found = migrations.read_meta(conn)
+    return found if found is not None and tuple(found) == (*META_COLUMNS, "crc") else None
 
 
 def _file(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
@@ -126,7 +136,7 @@ def _file(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
 
 
 def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
-    meta = migrations.read_meta(conn)
+    meta = _known_meta(conn)
     tables = _tables_of(conn, path)
     sums = {True: [0, 0], False: [0, 0]}
     next_job, next_token = 0, 0
@@ -180,7 +190,7 @@ def _journal(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
             yield Problem(f"event {readable(row[0])}", wrong, "the daemon sets it aside when it meets it")
         else:
             last = row[0]
-    meta = migrations.read_meta(conn)
+    meta = _known_meta(conn)
     if meta is not None and last >= meta["next_event"]:
         yield Problem("meta", "an event has a number that is still to be given", _RESTORE)
     known = "SELECT seq FROM jobs UNION SELECT seq FROM quarantined_jobs UNION SELECT job_seq FROM deleted_jobs"

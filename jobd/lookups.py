@@ -19,6 +19,7 @@ from jobd.tables import BY_ID, BY_SEQ, EVENT_SQL, FINISHED_SQL, JOB_SQL, KEY_SQL
 
 _NO_LIMIT: Final = 1 << 62
 _EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
+_JOB_SEQ: Final = EVENT_COLUMNS.index("job_seq")
 
 
 def read_job(tables: Tables, row: Row) -> tuple[Job | None, str]:
@@ -201,17 +202,37 @@ def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int |
 def timeline(tables: Tables, job_seq: int) -> list[Event]:
     """The journal of one job, oldest first; of signs of life the last of each grant."""
     tables.check()
-    try:
-        found = tables.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq", (job_seq,))
-    except sqlite3.DatabaseError as error:
-        if not is_corrupt(error):
-            raise
-        seqs = tables.rows("SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq", (job_seq,))
-        found = tables.each(_EVENT, [seq for (seq,) in seqs], "events")
-    events = _events(tables, found)
+    events = [event for event in _events(tables, _timeline(tables, job_seq)) if event.job_seq == job_seq]
     gone, changed = rows.thin(events)
     forgotten, new = set(gone), {event.seq: event for event in changed}
     return [new.get(event.seq, event) for event in events if event.seq not in forgotten]
+
+
+def _timeline(tables: Tables, job_seq: int) -> list[Row]:
+    inner = "SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ?"
+    sql = f"SELECT {EVENT_SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
+    try:
+        found = tables.rows(sql, (job_seq,))
+        if any(row[_JOB_SEQ] != job_seq and fault(row) is None for row in found):  # the index led to other jobs
+            tables.rebuild_indexes()
+            found = tables.rows(sql, (job_seq,))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        found = _timeline_of_a_damaged_table(tables, job_seq)
+    return found
+
+
+def _timeline_of_a_damaged_table(tables: Tables, job_seq: int) -> list[Row]:
+    """The events that can be read; the others are named. Where it is the index that is damaged, all rows are read."""
+    try:
+        seqs = tables.rows("SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq", (job_seq,))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        tables.faults.append(f"the index of the journal cannot be read: {error}; run `jobd doctor`")
+        return tables.rows(f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq", (job_seq,))
+    return tables.each(_EVENT, [seq for (seq,) in seqs], "events")
 
 
 def journal(tables: Tables, after: int, limit: int) -> list[Event]:

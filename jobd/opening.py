@@ -17,7 +17,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Struct
 
-from jobd import files, migrations, rows
+from jobd import files, migrations, rows, wal
 from jobd.batch import DiskFull, KeyRow, Numbers, Opened, QueueRow
 from jobd.files import StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
 from jobd.job import Job, Untouched
@@ -65,6 +65,7 @@ def connect(path: str, synchronous: str) -> sqlite3.Connection:
     """The connection of a store, exclusive, before anything is read from it. The lock file is held already."""
     if path != MEMORY and not files.create_private(path):
         refuse_newer(path, peek(path))
+        refuse_damaged_log(path)
     conn = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
         with refusals(path):
@@ -108,7 +109,9 @@ def refusals(path: str) -> Iterator[None]:
             raise DiskFull(f"{path}: {error}") from error
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH):
             raise StoreUnreadable(_unreadable(path, error)) from error
-        raise StoreFailed(f"{path}: {error}: the disk failed; see the log of the kernel") from error
+        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+            raise StoreFailed(f"{path}: {error}: the disk failed; see the log of the kernel") from error
+        raise
     except UnicodeDecodeError as error:  # a name in the schema
         raise StoreUnreadable(_unreadable(path, error)) from error
 
@@ -168,6 +171,24 @@ def refuse_newer(path: str, found: tuple[int, int]) -> None:
         raise StoreTooNew(
             f"{path} has schema version {version}, this jobd knows {migrations.VERSION}: "
             "use the newer jobd, or a backup made by this one. The file was left as it is"
+        )
+
+
+def refuse_damaged_log(path: str) -> None:
+    """Raise StoreUnreadable where SQLite would pass over commits in the write-ahead log of `path`."""
+    log = f"{path}-wal"
+    if not wal.has_frames(log):
+        return
+    try:
+        with read_only(path) as conn:
+            conn.execute("PRAGMA user_version").fetchone()
+            taken = wal.frames_taken(f"{path}-shm")
+    except (sqlite3.Error, OSError):
+        return  # a full disk, for one
+    if wal.is_damaged(log, taken):
+        raise StoreUnreadable(
+            f"{log} is damaged after {taken} pages, and later commits cannot be read: put a backup back with "
+            f"`jobd restore`, or go on from before the damage with `jobd restore {path}`, which keeps the damaged files"
         )
 
 

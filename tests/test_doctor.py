@@ -337,3 +337,12 @@ def test_the_check_of_a_new_store_finds_nothing(path: str) -> None:
     conn.close()
     os.chmod(path, 0o600)
     assert check(path) == []
+
+
+async def test_a_column_of_the_meta_row_that_has_another_name_is_named(path: str) -> None:
+    await make_store(path)
+    with edited(path) as conn:
+        conn.execute("ALTER TABLE meta RENAME COLUMN finished_xor TO finished_xos")
+    (problem,) = [problem for problem in doctor.check(path) if problem.where == "meta"]
+    assert "finished_xos" in problem.what
+    assert "restore" in problem.mend

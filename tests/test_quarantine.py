@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.batch import BadRows, KeyRow, Loaded, Opened, Query
+from jobd.events import fold
 from jobd.job import FINISHED, LIVE, Job
 from jobd.rows import JOB_COLUMNS
 from jobd.store import Store, StoreTooNew, StoreUnreadable
@@ -334,6 +335,42 @@ async def test_a_page_of_the_journal_that_cannot_be_read_is_left_out(path: str) 
         assert [event.type for event in await store.timeline(200)] == ["created", "completed"]
         (fault,) = store.take_faults()
         assert fault.startswith("events 300 to 300: 1 cannot be read")
+
+
+async def test_a_journal_whose_index_cannot_be_read_is_read_without_it(path: str) -> None:
+    maker = await make_store(path)
+    with edited(path) as conn:
+        (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
+    content = bytearray(read(path))
+    content[(root - 1) * 4096] = 0x77
+    write(path, content)
+    job = pick(maker, LIVE)
+    async with opened(path) as (store, _):
+        row = None
+        for event in await store.timeline(job.seq):
+            row = fold(row, event)
+        assert row == job
+        (fault,) = store.take_faults()
+        assert fault.startswith("the index of the journal cannot be read")
+
+
+async def test_an_index_that_leads_to_events_of_another_job_is_rebuilt(path: str) -> None:
+    maker = Maker(2)
+    async with opened(path) as (store, _):
+        changes = [maker.create(f"job-{number}") for number in range(3)]
+        await store.write(maker.batch(changes))
+    with edited(path) as conn:
+        (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
+    content = bytearray(read(path))
+    page = bytes(content[(root - 1) * 4096 : root * 4096])
+    entry = page.find(b"\x03\x01\x01\x02\x02")  # two small numbers: job 2, event 2
+    assert entry > 0
+    content[(root - 1) * 4096 + entry + 3] = 1  # as if event 2 were one of job 1
+    write(path, content)
+    async with opened(path) as (store, _):
+        assert [event.job_id for event in await store.timeline(1)] == ["job-0"]
+        assert [event.job_id for event in await store.timeline(2)] == ["job-1"]
+        assert any("rebuilt" in fault for fault in store.take_faults())
 
 
 async def test_single_flipped_bits_all_over_the_file_never_give_a_wrong_answer(path: str) -> None:

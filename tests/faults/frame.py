@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 # Each has a tuple of its checks, CHECKS.
-MODULES: Final = ("kills", "sweeps", "power", "replay", "full", "slow_disk", "fuzz", "hostile_http", "crowds")
+MODULES: Final = ("kills", "sweeps", "power", "replay", "full", "slow_disk", "flips", "fuzz", "hostile_http", "crowds")
 
 Counts = dict[str, int]
 Verdict = Literal["passed", "FAILED", "skipped"]
