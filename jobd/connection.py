@@ -22,9 +22,10 @@ from aiohttp.web_protocol import RequestHandler
 from jobd.answers import Answer
 from jobd.commands import Refusal
 from jobd.envelope import Asked
+from jobd.heads import Heads, is_whole
 from jobd.replies import Letter, Reply, cut_off_later
 from jobd.routes import Found
-from jobd.visits import Request, Visit
+from jobd.visits import Head, Request, Visit
 from jobd.web import BUG, Web
 
 PIECE: Final = 16 << 10  # bytes that are parsed in one turn of the loop, where they have
@@ -86,11 +87,13 @@ class Connection(RequestHandler):
     `_waiter` is aiohttp's: the future that its loop waits for while nothing is to be done, None while something is.
     """
 
-    __slots__ = ("_flight", "_rest", "_web")
+    __slots__ = ("_flight", "_heads", "_is_between", "_rest", "_web")
 
-    def __init__(self, manager: web.Server, site: Web, **options: Any) -> None:
+    def __init__(self, manager: web.Server, site: Web, heads: Heads, **options: Any) -> None:
         super().__init__(manager, **options)
         self._web = site
+        self._heads = heads
+        self._is_between = True  # all that came so far was read: with what comes next a request begins
         self._flight: Flight | None = None
         self._rest = bytearray()  # has been read, and is parsed in the next turns of the loop
 
@@ -121,11 +124,20 @@ class Connection(RequestHandler):
             transport.resume_reading()
 
     def _parse(self, data: bytes) -> None:
-        """aiohttp's loop is woken only for what does not go the short way."""
-        idle, self._waiter = self._waiter, None
+        """aiohttp's parser gets what is not known already, its loop what does not go the short way."""
+        waiter = self._waiter
+        idle = None if waiter is None or waiter.done() else waiter
+        if idle is not None and self._is_between and (whole := self._heads.read(data)) is not None:
+            visit = Visit(whole.method, whole.target, whole.head, self)
+            if self._depart(visit, whole.body):
+                return
+        before = len(self._messages)
+        self._waiter = None  # it is not to be woken before we have seen what has come
         super().data_received(data)
-        self._waiter = idle
-        if self._messages and idle is not None and not idle.done() and not self._depart(idle):
+        self._waiter = waiter
+        is_one = len(self._messages) == before + 1
+        self._is_between = self._is_between and is_one and self._heads.learn(data, *self._messages[-1])
+        if idle is not None and self._messages and not (is_one and self._depart_parsed()):
             idle.set_result(None)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
@@ -149,27 +161,32 @@ class Connection(RequestHandler):
 
     # -- the short way -------------------------------------------------------------------------------------------------
 
-    def _depart(self, idle: asyncio.Future[None]) -> bool:
-        """Send what has come on its short way, if it is one whole request that may go it."""
+    def _depart_parsed(self) -> bool:
+        """Send the one request that has come, if it is whole and may go the short way."""
         message, payload = self._messages[0]
-        if len(self._messages) > 1 or not isinstance(message, RawRequestMessage) or message.upgrade:
+        if not is_whole(message, payload) or message.upgrade:
             return False
-        if not payload.is_eof() or payload.exception() is not None:
-            return False
-        visit = Visit(message, payload, self)
+        return self._depart(Visit(message.method, message.path, Head.of(message, payload), self))
+
+    def _depart(self, visit: Visit, body: bytes | None = None) -> bool:
+        """`body` is None where it has been parsed."""
         found = self._web.find(visit)
         if found.way is not None and found.way.route.via is not None:
             return False
-        self._messages.popleft()
-        assert self._parser is not None
-        self._parser.message_consumed()
-        self._send(Flight(self, visit, idle), found, payload.read_nowait())
-        return True
-
-    def _send(self, flight: Flight, found: Found, body: bytes) -> None:
-        self._flight = flight
+        assert self._waiter is not None
+        flight = self._flight = Flight(self, visit, self._waiter)
         self._waiter = None
         self._request_in_progress = True
+        self._send(flight, found, self._parsed_body() if body is None else body)
+        return True
+
+    def _parsed_body(self) -> bytes:
+        assert self._parser is not None
+        _, payload = self._messages.popleft()
+        self._parser.message_consumed()
+        return payload.read_nowait()
+
+    def _send(self, flight: Flight, found: Found, body: bytes) -> None:
         try:
             sent = self._web.send(flight.visit, found, body, flight)
         except Exception as bug:

@@ -18,6 +18,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from jobd.connection import Connection, begin
+from jobd.heads import Heads
 from jobd.web import Web
 
 BACKLOG: Final = 1024
@@ -33,10 +34,11 @@ class _Server(web.Server):
     def __init__(self, site: Web, **options: Any) -> None:
         super().__init__(site.handle, request_factory=begin, handler_cancellation=True)
         self._site = site
+        self._heads = Heads()
         self._options = options
 
     def __call__(self) -> RequestHandler:
-        return Connection(self, self._site, loop=self._loop, **self._options)
+        return Connection(self, self._site, self._heads, loop=self._loop, **self._options)
 
 
 class Listener:

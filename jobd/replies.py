@@ -95,8 +95,8 @@ class Reply:
     ) -> None:
         self.lost = lost
         self.hang_up = hang_up
-        self.close = close or not visit.keep_alive
-        told = b"" if not self.close and visit.version >= (1, 1) else self._connection()
+        self.close = close or not visit.head.keep_alive
+        told = b"" if not self.close and visit.head.version >= (1, 1) else self._connection()
         length = b"Content-Length: %d\r\n\r\n" % len(body)
         self.data = b"".join((head, _date.line(), told, length, b"" if visit.method == hdrs.METH_HEAD else body))
 

@@ -12,33 +12,45 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpVersion, RawRequestMessage
 from aiohttp.streams import EmptyStreamReader, StreamReader
 from aiohttp.web_protocol import RequestHandler
+from msgspec import Struct
 from multidict import MultiMapping
 
 from jobd.commands import KeyUse
 from jobd.routes import Route
 
 
+class Head(Struct, frozen=True):
+    """What a request says of itself beside its first line."""
+
+    headers: MultiMapping[str]
+    version: HttpVersion
+    keep_alive: bool
+    has_body: bool
+
+    @classmethod
+    def of(cls, message: RawRequestMessage, payload: StreamReader) -> Head:
+        has_body = type(payload) is not EmptyStreamReader
+        return cls(message.headers, message.version, not message.should_close, has_body)
+
+
 class Visit:
     """A request, as everybody here sees it. `request` is aiohttp's own object, where it was made."""
 
     __slots__ = (
-        "allow", "by", "connection", "has_body", "headers", "job_id", "keep_alive", "key", "method", "path", "query",
-        "request", "route", "size", "version",
+        "allow", "by", "connection", "head", "job_id", "key", "method", "path", "query", "request", "route", "size",
     )  # fmt: skip
 
     def __init__(
         self,
-        message: RawRequestMessage,
-        payload: StreamReader,
+        method: str,
+        target: str,
+        head: Head,
         connection: RequestHandler,
         request: web.BaseRequest | None = None,
     ) -> None:
-        self.method: str = message.method
-        self.path, _, self.query = message.path.partition("?")  # as they came
-        self.version: HttpVersion = message.version
-        self.headers: MultiMapping[str] = message.headers
-        self.keep_alive: bool = not message.should_close
-        self.has_body = type(payload) is not EmptyStreamReader
+        self.method = method
+        self.path, _, self.query = target.partition("?")  # as they came
+        self.head = head
         self.connection = connection
         self.request = request
         self.by = "client"
@@ -68,4 +80,4 @@ class Request(web.BaseRequest):
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         super().__init__(message, payload, protocol, writer, task, loop)
-        self.visit = Visit(message, payload, protocol, self)
+        self.visit = Visit(message.method, message.path, Head.of(message, payload), protocol, self)

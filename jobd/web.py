@@ -196,7 +196,7 @@ class Web:
         via = entry.way.route.via or ask
         if entry.way.route.reads == "lines":
             return await via(self, visit, None)
-        body = await self._body(visit) if visit.has_body else b""
+        body = await self._body(visit) if visit.head.has_body else b""
         return await via(self, visit, self._command(visit, entry, body))
 
     # -- steps of both -------------------------------------------------------------------------------------------------
@@ -213,12 +213,12 @@ class Web:
             value = path_value(shape.given, found.given or "")
             visit.job_id = value if shape.given == "id" else None
         if visit.method == hdrs.METH_GET:
-            if visit.has_body:
+            if visit.head.has_body:
                 raise refused("invalid_request", "A GET takes no body.", field="$")
         elif visit.query:
             raise refused("invalid_request", "This call takes no query. Put the fields into the body.", field="$")
-        elif visit.has_body or way.route.reads == "lines":
-            check_kind(visit.headers, KINDS[way.route.reads])
+        elif visit.head.has_body or way.route.reads == "lines":
+            check_kind(visit.head.headers, KINDS[way.route.reads])
         return Entry(way, value)
 
     def _command(self, visit: Visit, entry: Entry, body: bytes) -> Command:
@@ -240,15 +240,15 @@ class Web:
 
     def _admit(self, visit: Visit, found: Found) -> Way:
         """The way of a request that may come in. The token is judged first, then Host and Origin, then the path."""
-        if visit.version[0] != 1:
+        if visit.head.version[0] != 1:
             raise refused("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are spoken here.", field="$")
         way = found.way
         if way is not None:
             visit.route = way.route
         if way is None or way.route.who != "anyone":
-            self.gate.admit(visit.headers)
+            self.gate.admit(visit.head.headers)
         if self.gate.hosts is not None:
-            self.gate.check_origin(visit.headers, visit.connection.sockname)
+            self.gate.check_origin(visit.head.headers, visit.connection.sockname)
         if way is not None:
             return way
         if not found.allowed:
@@ -267,7 +267,7 @@ class Web:
 
     async def _slow_body(self, visit: Visit, payload: StreamReader) -> bytes:
         """A body that has not arrived yet, up to one piece over its limit."""
-        if int(visit.headers.get(hdrs.CONTENT_LENGTH, 0)) > self.limits.body:
+        if int(visit.head.headers.get(hdrs.CONTENT_LENGTH, 0)) > self.limits.body:
             raise self._body_too_large()
         welcome(visit)
         body = bytearray()
@@ -284,8 +284,8 @@ class Web:
         return too_large(f"The body is over {self.limits.body} bytes. Split it.", limit=self.limits.body)
 
     def _note_key(self, visit: Visit, route: Route, body: bytes) -> None:
-        if IDEMPOTENCY_KEY in visit.headers:
-            keys = ", ".join(visit.headers.getall(IDEMPOTENCY_KEY))
+        if IDEMPOTENCY_KEY in visit.head.headers:
+            keys = ", ".join(visit.head.headers.getall(IDEMPOTENCY_KEY))
             visit.key = self.gate.key_use(keys, route.method, unquote(visit.path), body)
 
     def refuse(self, visit: Visit, refusal: Refusal, *, close: bool = False) -> Reply:
@@ -326,7 +326,7 @@ class Web:
 def welcome(visit: Visit) -> None:
     """Tell a client that waits for leave to send its body (`Expect: 100-continue`) to go on."""
     transport = visit.connection.transport
-    if visit.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and transport is not None:
+    if visit.head.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and transport is not None:
         transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 

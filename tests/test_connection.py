@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import random
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE
+from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, RequestHandler
 from structlog.testing import capture_logs
 
 from jobd.answers import Answer, Done
@@ -261,3 +262,70 @@ async def test_chunks_of_one_piece_are_whole(house: House, monkeypatch: pytest.M
     heard = await house.raw(CHUNKED + b'8\r\n{"queue"\r\n8\r\n:"mail"}\r\n0\r\n\r\n')
     assert (heard.status, house.desk.asked[0].command.queue) == (200, "mail")
     assert handled == []
+
+
+async def test_a_head_that_is_known_is_not_parsed_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    parse = RequestHandler.data_received
+
+    def noted(handler: RequestHandler, data: bytes) -> None:
+        parsed.append(data)
+        parse(handler, data)
+
+    monkeypatch.setattr(RequestHandler, "data_received", noted)
+    line, other = await house.line(), await house.line()
+    for number in range(3):
+        for each in (line, other):
+            heard = await each.ask("POST", "/v1/jobs", f'{{"queue":"q-{number}"}}')
+            assert heard.status == 200
+    assert len(parsed) == 1
+    assert [asked.command.queue for asked in house.desk.asked] == ["q-0", "q-0", "q-1", "q-1", "q-2", "q-2"]
+    assert (await line.ask("POST", "/v1/jobs/a/progress", '{"queue":"q-0"}')).status == 400  # judged all the same
+    assert (await line.ask("GET", "/v1/jobs", '{"queue":"q-0"}')).status == 400
+    assert (await line.ask("POST", "/nowhere", '{"queue":"q-0"}')).status == 404
+    assert (await line.ask("POST", "/v1/jobs?a=b", '{"queue":"q-0"}')).status == 400
+    assert (await line.ask("PUT", "/v1/jobs", '{"queue":"q-0"}')).status == 405
+    assert len(parsed) == 2
+
+
+async def test_a_token_counts_for_the_request_that_it_comes_with(tmp_path: Path) -> None:
+    async with House(ROUTES, tmp_path, gate=Gate("worker", tokens=[TOKEN])) as house:
+        line = await house.line()
+        for _ in range(3):
+            assert (await line.ask("GET", "/v1/jobs")).status == 401
+            assert (await line.ask("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
+        house.site.gate.replace_tokens(["another-token-0123456789abcdef"])
+        assert (await line.ask("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 401
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_requests_cut_anywhere_are_answered_in_order(tmp_path: Path, seed: int) -> None:
+    dice = random.Random(seed)
+    async with House(ROUTES, tmp_path) as house:
+        house.desk.answer = lambda command: Answer(command.id)
+        line = await house.line()
+        for turn in range(30):
+            ids = [f"{turn}-{number}" for number in range(dice.choice([1, 1, 1, 2, 50]))]
+            stream = b"".join(dice.choice(SHAPES)(job_id) for job_id in ids)
+            cuts = sorted(dice.randrange(len(stream)) for _ in range(dice.choice([0, 0, 1, 3])))
+            for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+                line.send(stream[start:end])
+                for _ in range(dice.choice([0, 3])):
+                    await asyncio.sleep(0)
+            assert [(await line.hear()).data for _ in ids] == ids
+        await house.site.quiet()
+
+
+def in_chunks(job_id: str) -> bytes:
+    body = b'{"id":"%b"}' % job_id.encode()
+    return CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+
+
+SHAPES: list[Callable[[str], bytes]] = [
+    lambda job_id: message("POST", "/v1/jobs", f'{{"id":"{job_id}"}}'),
+    lambda job_id: message("POST", "/v1/jobs", f'{{"id":"{job_id}","payload":"{"x" * 100_000}"}}'),
+    lambda job_id: message("POST", "/v1/jobs", f'{{"id":"{job_id}"}}', {"Idempotency-Key": job_id}),
+    lambda job_id: message("POST", f"/v1/jobs/{job_id}/cancel"),
+    lambda job_id: message("GET", f"/v1/jobs/{job_id}"),
+    in_chunks,
+]

@@ -24,7 +24,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "clock": ("clock", "nouns"),
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": ("store tables job_writer rows lookups opening wal migrations quarantine files backup doctor", "nouns"),
-    "web": ("web bodies weighing doors routes visits replies sparing streams connection listener", "nouns actor"),
+    "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
     "feed": ("feed", "nouns web actor"),
     "time": ("cleanup passes health artefacts", "nouns book judging actor clock"),
     "watch": ("metrics alerts facts", "nouns book judging actor clock time"),

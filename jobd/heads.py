@@ -1,0 +1,79 @@
+"""Heads of requests that have been read before: the same bytes mean the same.
+
+Reads no head itself: what one means is what aiohttp's parser has made of it. Keeps no token, and judges nobody.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple, TypeGuard
+
+from aiohttp import hdrs
+from aiohttp.http import RawRequestMessage
+from aiohttp.streams import StreamReader
+from multidict import istr
+
+from jobd.visits import Head
+
+MOST_KNOWN: Final = 512
+LONGEST: Final = 2048  # bytes
+
+# Heads that nobody can read in two ways.
+_FIRST_LINE: Final = re.compile(rb"(GET|POST) (/[A-Za-z0-9._:%/-]*(?:\?[A-Za-z0-9._:%=&-]*)?) HTTP/1\.1")
+_OTHER_LINES: Final = re.compile(rb"(?:\r\n[A-Za-z0-9-]+: ?[!-~](?:[ -~]*[!-~])?)+\r\n\r\n")
+# Secrets, and what is new each time.
+_NOT_KEPT: Final = (hdrs.AUTHORIZATION, hdrs.COOKIE, hdrs.PROXY_AUTHORIZATION, istr("Idempotency-Key"))
+
+
+class Whole(NamedTuple):
+    """A request with all of its body."""
+
+    method: str
+    target: str
+    head: Head
+    body: bytes
+
+
+class Heads:
+    """What heads mean, but for their first lines. Where there are too many it begins anew."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[Head, int]] = {}  # with the length of the body
+
+    def read(self, data: bytes) -> Whole | None:
+        """The one request that `data` is, where its head is known."""
+        at, end = _bounds(data)
+        head, length = self._known.get(data[at:end], _UNKNOWN)
+        if head is None or len(data) != end + length:
+            return None
+        line = _FIRST_LINE.fullmatch(data, 0, at)
+        return None if line is None else Whole(line[1].decode(), line[2].decode(), head, data[end:])
+
+    def learn(self, data: bytes, message: object, payload: StreamReader) -> bool:
+        """Whether `data` was one request, of which the parser made `message` with all of its `payload`."""
+        at, end = _bounds(data)
+        if not is_whole(message, payload) or _OTHER_LINES.fullmatch(data, at, end) is None:
+            return False
+        head = Head.of(message, payload)
+        length = int(head.headers.get(hdrs.CONTENT_LENGTH, 0))
+        if len(data) != end + length or message.upgrade or _FIRST_LINE.fullmatch(data, 0, at) is None:
+            return False
+        if head.keep_alive and not message.chunked and not any(name in head.headers for name in _NOT_KEPT):
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[data[at:end]] = head, length
+        return True
+
+
+def is_whole(message: object, payload: StreamReader) -> TypeGuard[RawRequestMessage]:
+    """Whether this is a request, and not a fault, and its body is there."""
+    return isinstance(message, RawRequestMessage) and payload.is_eof() and payload.exception() is None
+
+
+_UNKNOWN: Final = (None, 0)
+
+
+def _bounds(data: bytes) -> tuple[int, int]:
+    """Where the first line of a head ends, and where the head does; nothing is between them where it does not."""
+    at = data.find(b"\r\n", 0, LONGEST)
+    return at, data.find(b"\r\n\r\n", 0, LONGEST) + 4
