@@ -39,7 +39,7 @@ from jobd.files import StoreError
 from jobd.health import Health
 from jobd.job import SECOND_MS
 from jobd.keys import Keys
-from jobd.listener import Listener
+from jobd.listener import Listener, is_taken
 from jobd.metrics import Metrics
 from jobd.passes import Schedule
 from jobd.rooms import Rooms
@@ -107,6 +107,7 @@ class Daemon:
         settings = self._loaded.config
         for warning in self._loaded.warnings:
             line.warning("insecure", message=warning)
+        self._given = systemd.sockets()
         store, opened = await self._open_store(stack)
         self.clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
         self.actor = _actor(store, opened, self.clock, settings)
@@ -145,7 +146,7 @@ class Daemon:
         try:
             if settings.path != ":memory:":
                 Path(settings.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            store, opened = await Store.open(settings.path, synchronous=synchronous)
+            store, opened = await Store.open(settings.path, synchronous=synchronous, once_held=self._look_for_others)
         except StoreError as error:
             raise CannotStart(str(error), error.exit_code) from None
         except OSError as error:
@@ -156,6 +157,13 @@ class Daemon:
         for fault in opened.faults:
             line.error("store_fault", message=fault)
         return store, opened
+
+    def _look_for_others(self) -> None:
+        """Raise CannotStart where another process listens at one of our places, before anything has been touched."""
+        for name, place in _places(self._loaded.config).items():
+            if name not in self._given and is_taken(config.parse_listen(place, name)):
+                taken = OSError(errno.EADDRINUSE, "another process listens there")
+                raise _cannot_listen(name, place, taken)
 
     def _settle(self, opened: Opened) -> None:
         """What a start owes the jobs that were processing: time to be heard of, or an end after a restore.
@@ -193,19 +201,19 @@ class Daemon:
         )
 
     async def _open_doors(self, stack: contextlib.AsyncExitStack) -> None:
-        settings, given = self._loaded.config, systemd.sockets()
+        settings, given, places = self._loaded.config, self._given, _places(self._loaded.config)
         limits = Limits(body=settings.limits.body, payload=settings.limits.payload, bulk=settings.limits.bulk)
-        place = f"unix:{settings.worker.socket}"
-        doors = [Door("worker", Web(Gate("worker"), worker_api.ROUTES, self.actor, self.rooms, limits=limits), place)]
+        local = Web(Gate("worker"), worker_api.ROUTES, self.actor, self.rooms, limits=limits)
+        doors = [Door("worker", local, places["worker"])]
         if settings.worker.listen:
             self._worker_gate = Gate(
                 "worker-tcp", tokens=self._loaded.worker_tokens, hosts=own_names(settings.worker.listen)
             )
             remote = Web(self._worker_gate, worker_api.ROUTES, self.actor, self.rooms, limits=limits)
-            doors.append(Door("worker-tcp", remote, settings.worker.listen))
+            doors.append(Door("worker-tcp", remote, places["worker-tcp"]))
         self._admin_gate = Gate("admin", tokens=self._admin_tokens(), hosts=_admin_hosts(settings, given.get("admin")))
         admin = Web(self._admin_gate, admin_api.ROUTES, self.actor, self.rooms, limits=limits, admin=True)
-        doors.append(Door("admin", admin, settings.admin.listen))
+        doors.append(Door("admin", admin, places["admin"]))
         self._webs += [door.web for door in doors]
         listeners: list[Listener] = []
         stack.push_async_callback(_close_doors, listeners, self.actor)
@@ -338,26 +346,25 @@ class Door(msgspec.Struct):
                 return listener
             place = config.parse_listen(self.listen, self.name)
             if isinstance(place, str):
-                await asyncio.to_thread(_make_way, place)
+                await asyncio.to_thread(os.makedirs, os.path.dirname(place) or ".", 0o755, exist_ok=True)
                 await listener.open_unix(place, int(settings.worker.socket_mode, 8))
             else:
                 await listener.open_tcp(*place, tls=tls)
         except OSError as error:
-            code = EXIT_BUSY if error.errno == errno.EADDRINUSE else EXIT_CONFIG
-            raise CannotStart(f"[{self.name}] cannot listen on {self.listen}: {error}", code) from None
+            raise _cannot_listen(self.name, self.listen, error) from None
         line.info("listening", door=self.name, at=self.listen)
         return listener
 
 
-def _make_way(path: str) -> None:
-    """The directory of a socket; raises OSError where somebody listens on it already."""
-    Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with (
-        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe,
-        contextlib.suppress(FileNotFoundError, ConnectionRefusedError),
-    ):
-        probe.connect(path)
-        raise OSError(errno.EADDRINUSE, "another process listens there")
+def _cannot_listen(name: str, place: str, error: OSError) -> CannotStart:
+    code = EXIT_BUSY if error.errno == errno.EADDRINUSE else EXIT_CONFIG
+    return CannotStart(f"[{name}] cannot listen on {place}: {error}", code)
+
+
+def _places(settings: Config) -> dict[str, str]:
+    """Where each door is, as the configuration names it."""
+    places = {"worker": f"unix:{settings.worker.socket}", "admin": settings.admin.listen}
+    return places | ({"worker-tcp": settings.worker.listen} if settings.worker.listen else {})
 
 
 def _tls(cert: str, key: str) -> ssl.SSLContext | None:

@@ -6,11 +6,15 @@ Knows nothing of routes or jobs: every request goes to one `Web`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import fcntl
 import os
 import socket
 import ssl
 import stat
 import sys
+from collections.abc import Iterator
 from typing import Any, Final
 
 import structlog
@@ -66,7 +70,8 @@ class Listener:
     async def open_unix(self, path: str, mode: int) -> None:
         """Listen on the Unix socket `path` with the permissions `mode`. A socket left behind is replaced.
 
-        Raises OSError: the directory is missing, the path is over 107 bytes or names something that is no socket.
+        Raises OSError: the directory is missing, the path is over 107 bytes, names something that is no socket, or one
+        at which another process listens (EADDRINUSE).
         """
         await self.open_socket(await asyncio.to_thread(_bind, path, mode))
         self._paths.append(path)
@@ -93,9 +98,10 @@ class Listener:
         After `deadline_s` seconds the rest is cut off. Parked claims are in flight: the actor has to answer them.
         """
         self.site.closing = True
+        # Names go while we still listen: a moment later they could be those of another daemon's sockets.
+        await asyncio.to_thread(_unlink, self._paths)
         for server in self._sockets:
             server.close()
-        await asyncio.to_thread(_unlink, self._paths)
         for connection in self._server.connections:
             assert isinstance(connection, Connection)
             connection.close_if_idle()
@@ -110,8 +116,38 @@ class Listener:
             await self._server.shutdown(LAST_BREATH_S)
 
 
+def is_taken(place: str | tuple[str, int]) -> bool:
+    """Whether a process listens at `place`: the path of a Unix socket, or a host with its port. It blocks.
+
+    Whatever else may be wrong with the place is said when it is opened.
+    """
+    try:
+        _knock(place)
+    except OSError as error:
+        return error.errno in (errno.EADDRINUSE, errno.EAGAIN)  # EAGAIN: its backlog is full
+    return isinstance(place, str)
+
+
+def _knock(place: str | tuple[str, int]) -> None:
+    """Connect to a Unix socket; bind to an address, and leave it."""
+    if isinstance(place, str):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            probe.connect(place)
+        return
+    for family, kind, _, _, address in socket.getaddrinfo(*place, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind(address)
+
+
 def _bind(path: str, mode: int) -> socket.socket:
-    """A bound Unix socket that has its permissions before anybody can connect, put in place in one step."""
+    """A listening Unix socket that has its permissions before anybody can connect, put in place in one step.
+
+    Of several processes that want the same place at the same moment, one gets it.
+    """
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise OSError(f"{path} exists and is no socket: move it away or choose another path")
     draft = f"{path}.{os.getpid()}"
@@ -119,13 +155,28 @@ def _bind(path: str, mode: int) -> socket.socket:
     try:
         opened.bind(draft)
         os.chmod(draft, mode)
-        os.rename(draft, path)
+        opened.listen(BACKLOG)
+        with _alone_in(os.path.dirname(path) or "."):
+            if is_taken(path):
+                raise OSError(errno.EADDRINUSE, "another process listens there")
+            os.rename(draft, path)
     except BaseException:
         opened.close()
         _unlink([draft])
         raise
     opened.setblocking(False)
     return opened
+
+
+@contextlib.contextmanager
+def _alone_in(directory: str) -> Iterator[None]:
+    """Nobody else is here at the same time: between a look at a socket and its replacement nobody may come in."""
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _unlink(paths: list[str]) -> None:

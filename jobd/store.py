@@ -79,16 +79,25 @@ class Store:
         self._beside = asyncio.Lock()
 
     @classmethod
-    async def open(cls, path: str, *, synchronous: Synchronous = "FULL") -> tuple[Store, Opened]:
+    async def open(
+        cls, path: str, *, synchronous: Synchronous = "FULL", once_held: Callable[[], None] | None = None
+    ) -> tuple[Store, Opened]:
         """Open the store at `path` (or MEMORY), made with mode 0600 where there is none.
 
+        `once_held` is called when the lock is held and nothing has been touched yet: what it raises ends the opening.
         Raises StoreBusy (before anything is touched), StoreTooNew, StoreUnreadable, DiskFull where there is no room
         even to begin, or an OSError.
         """
         if synchronous not in ("FULL", "EXTRA"):
             raise ValueError("synchronous must be FULL or EXTRA: anything less loses acknowledged work")
         lock = None if path == MEMORY else await asyncio.to_thread(FileLock, path)
-        db = Connection(partial(opening.connect, path, synchronous), _CHUNK)
+
+        def connect() -> sqlite3.Connection:
+            if once_held is not None:
+                once_held()
+            return opening.connect(path, synchronous)
+
+        db = Connection(connect, _CHUNK)
         try:
             await db
             tables, opened = await db.hop(opening.start, db.raw, path)

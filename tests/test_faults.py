@@ -12,6 +12,7 @@ from tests.faults.frame import checks
 from tests.process import die_with_us
 
 
+@pytest.mark.timeout(240)  # seconds where nobody else is at work; a machine may be busy
 @pytest.mark.parametrize("name", checks())
 def test_the_promise_is_kept_under(name: str) -> None:
     # In a process of its own: what it mounts is gone with it.

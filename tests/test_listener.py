@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import socket
@@ -22,6 +23,7 @@ from jobd.answers import Answer, Done
 from jobd.bodies import Limits
 from jobd.connection import PIECE
 from jobd.doors import Gate, own_names
+from jobd.listener import is_taken
 from jobd.worker_api import ROUTES
 from tests.conftest import tool_missing
 from tests.hostile_bytes import CHUNKED, GET, HOSTILE, POST
@@ -337,6 +339,32 @@ async def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
         async with House(ROUTES, tmp_path):
             pass
     assert (tmp_path / "door.sock").read_text() == "precious"
+
+
+async def test_a_socket_on_which_somebody_listens_is_left_alone(house: House, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="another process listens there") as refused:
+        async with House(ROUTES, tmp_path):
+            pass
+    assert refused.value.errno == errno.EADDRINUSE
+    assert os.listdir(tmp_path) == ["door.sock"]
+    assert (await house.ask("GET", "/v1/jobs")).status == 200
+
+
+def test_a_place_is_taken_while_somebody_listens_there(tmp_path: Path) -> None:
+    path = str(tmp_path / "door.sock")
+    assert not is_taken(path)
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(path)
+        assert not is_taken(path)
+        unix.listen(0)
+        assert is_taken(path)
+        assert is_taken(path)  # its backlog is full, of us
+    assert not is_taken(path)
+    with socket.create_server(("127.0.0.1", 0)) as tcp:
+        port = tcp.getsockname()[1]
+        assert is_taken(("127.0.0.1", port))
+    assert not is_taken(("127.0.0.1", port))
+    assert not is_taken("x" * 200)
 
 
 async def test_a_missing_directory_and_a_long_path_are_told(tmp_path: Path) -> None:

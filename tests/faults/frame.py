@@ -16,7 +16,19 @@ from pathlib import Path
 from typing import Final, Literal
 
 # Each has a tuple of its checks, CHECKS.
-MODULES: Final = ("kills", "sweeps", "power", "replay", "full", "slow_disk", "flips", "fuzz", "hostile_http", "crowds")
+MODULES: Final = (
+    "kills",
+    "sweeps",
+    "power",
+    "replay",
+    "full",
+    "slow_disk",
+    "flips",
+    "fuzz",
+    "hostile_http",
+    "crowds",
+    "daemons",
+)
 
 Counts = dict[str, int]
 Verdict = Literal["passed", "FAILED", "skipped"]

@@ -53,11 +53,16 @@ class Told:
         self.events.append(event)
         self.answered_s.append(time.monotonic())
 
+    def maybe(self, event: str) -> None:
+        """That may have happened too, before what is still open."""
+        self.events.append(f"({event};)?")
+        self.answered_s.append(time.monotonic())
+
     def pattern(self, until_s: float) -> str:
         """What the journal may say where all that was answered before `until_s` must be in it."""
         sure = bisect.bisect_left(self.answered_s, until_s)
         maybe = [*self.events[sure:], *([] if self.open is None else [self.open.event])]
-        return "".join(f"{event};" for event in self.events[:sure]) + _one_after_the_other(maybe)
+        return told_pattern(self.events[:sure]) + _one_after_the_other(maybe)
 
 
 class Ledger:
@@ -132,7 +137,7 @@ class Ledger:
         """
         checked = 0
         for told in self.jobs.values():
-            seen = "".join(f"{event};" for event in _asked_for(store.events.get(told.job_id, [])))
+            seen = "".join(f"{event};" for event in asked_for(store.events.get(told.job_id, [])))
             pattern = told.pattern(until_s)
             assert re.fullmatch(pattern, seen), f"{told.job_id}: told {pattern}, the store has {seen}"
             if seen:
@@ -144,13 +149,19 @@ class Ledger:
         return checked
 
 
+def told_pattern(events: Iterable[str]) -> str:
+    """A pattern for all of them; what ends with ? is one already."""
+    return "".join(event if event.endswith("?") else f"{event};" for event in events)
+
+
 def _one_after_the_other(events: list[str]) -> str:
     """A pattern for any number of them, from the first on."""
     pattern = ""
     for event in reversed(events):
-        pattern = f"({event};{pattern})?"
+        pattern = f"({told_pattern([event])}{pattern})?"
     return pattern
 
 
-def _asked_for(events: Iterable[Event]) -> list[str]:
+def asked_for(events: Iterable[Event]) -> list[str]:
+    """What others than the daemon itself have caused."""
     return [event.type for event in events if event.by not in OWN_DOING]
