@@ -28,6 +28,7 @@ MODULES: Final = (
     "hostile_http",
     "crowds",
     "daemons",
+    "workers",
 )
 
 Counts = dict[str, int]
