@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from tests.faults.examine import Contents, examined
 from tests.faults.frame import Check, Counts, Trial, program
-from tests.faults.ledger import Ledger, asked_for
+from tests.faults.ledger import Ledger, asked_for, told_pattern
 from tests.faults.load import load
 from tests.process import Daemon, Reply, call, die_with_us
 
@@ -308,7 +308,7 @@ def _nothing_untold(ledger: Ledger, store: Contents) -> None:
     """After an orderly end nothing was done that was not answered: a request is taken in and answered, or neither."""
     for told in ledger.jobs.values():
         done = asked_for(store.events.get(told.job_id, []))
-        assert re.fullmatch("".join(f"{event};" for event in told.events), "".join(f"{event};" for event in done)), (
+        assert re.fullmatch(told_pattern(told.events), told_pattern(done)), (
             f"{told.job_id}: told {told.events}, and {told.open} was not answered; the store has {done}"
         )
 

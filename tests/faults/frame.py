@@ -29,6 +29,7 @@ MODULES: Final = (
     "crowds",
     "daemons",
     "workers",
+    "lost_answers",
 )
 
 Counts = dict[str, int]
