@@ -101,7 +101,7 @@ def _finished(job: Job, at: Moment) -> WhyView:
     deleted = None
     if job.expires_at is not None:
         deleted = Next("A cleanup pass deletes it.", max(job.expires_at, at.now), "retention")
-    message = job.error.message if job.error and job.error.message else None
+    message = job.error.message if job.error else None
     match job.status:
         case "completed":
             return WhyView("completed", "It was completed; that is final.", deleted, None, [])

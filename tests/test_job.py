@@ -50,6 +50,30 @@ def test_storage_keys_with_a_fault(key: str) -> None:
     assert storage_key_fault(key)
 
 
+def test_every_way_that_a_status_may_change() -> None:
+    ways = {
+        "queued": "processing failed cancelled completed",
+        "processing": "queued completed failed cancelled",
+        "failed": "queued completed",
+        "cancelled": "queued completed",
+        "completed": "",
+    }
+    assert TRANSITIONS == {(before, after) for before, afters in ways.items() for after in afters.split()}
+
+
+def test_what_applies_where_nothing_is_configured() -> None:
+    minute_ms, day_ms = 60_000, 86_400_000
+    policy = Policy()
+    assert (policy.lock_ttl_ms, policy.max_processing_ms) == (15 * minute_ms, 30 * minute_ms)
+    assert (policy.stuck_after_ms, policy.max_stalls, policy.on_stall) == (10 * minute_ms, 3, "auto")
+    kept_ms = (policy.keep_completed_ms, policy.keep_failed_ms, policy.keep_cancelled_ms)
+    assert kept_ms == (7 * day_ms, 30 * day_ms, 7 * day_ms)
+    assert (policy.require_download_url, policy.live_jobs, policy.idempotency_keys) == (False, 5_000_000, 200_000)
+    options = Options()
+    assert (options.queue, options.kind, options.priority, options.max_attempts) == ("default", "", 0, 1)
+    assert (options.max_stalls, options.on_stall) == (3, "auto")
+
+
 def test_the_table_of_transitions() -> None:
     assert {status for pair in TRANSITIONS for status in pair} == set(STATUSES) == LIVE | FINISHED
     assert all(before != after for before, after in TRANSITIONS)

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from jobd.answers import Next, WhyView
 from jobd.commands import Cancel, Fail, Import, Pause, Recover, Release, Why
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Lease
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS
 from tests.desk import NOW, Desk
 
 TTL = 15 * MINUTE_MS
@@ -52,7 +52,8 @@ def test_an_expiry_comes_before_the_claim_that_may_never_come(desk: Desk) -> Non
 def test_not_due(desk: Desk) -> None:
     desk.create(delay_ms=3 * MINUTE_MS)
     view = why(desk)
-    assert (view.blocked_by, at_and_rule(view)) == ("run_at", (NOW + 3 * MINUTE_MS, "run_at"))
+    assert (view.state, view.blocked_by) == ("queued", "run_at")
+    assert at_and_rule(view) == (NOW + 3 * MINUTE_MS, "run_at")
     assert "3 min" in view.because
     assert view.do == ["Run it now: jobctl run-now a"]
 
@@ -61,7 +62,8 @@ def test_paused(desk: Desk) -> None:
     desk.create()
     desk.yes(Pause(name="default"))
     view = why(desk)
-    assert (view.blocked_by, view.next) == ("queue_paused", None)
+    assert (view.state, view.blocked_by, view.next) == ("queued", "queue_paused", None)
+    assert view.because == "Queue default is paused, so no job of it is handed out."
     assert view.do == ["Resume the queue: jobctl resume default"]
     desk.create("b", expires_at=NOW + 9)
     assert at_and_rule(why(desk, "b")) == (NOW + 9, "expires_at")
@@ -73,6 +75,8 @@ def test_what_brought_it_back(desk: Desk) -> None:
     assert why(desk).because.endswith("Its last grant, to worker w-1, ended by release.")
     desk.yes(Fail(id="a", lock_id=desk.start(), error_message="out of memory", retry_after_ms=0))
     assert why(desk).because.endswith("Its last attempt failed: out of memory")
+    desk.yes(Import(id="b", error_code="E"))  # an error without a word
+    assert why(desk, "b").because.endswith("Other jobs are before it.")
 
 
 def test_in_the_hands_of_a_worker(desk: Desk) -> None:
@@ -91,7 +95,7 @@ def test_a_lock_that_expires_before_the_job_is_stuck(desk: Desk) -> None:
     assert at_and_rule(why(desk)) == (NOW + TTL, "lock expiry")
     desk.passes(TTL)
     view = why(desk)
-    assert "Its lock has expired" in view.because
+    assert view.because.startswith("Worker w-1 has held it for 15 min, at 0 %. Its lock has expired")
     assert at_and_rule(view) == (NOW + 20 * MINUTE_MS, "stuck_after")
     desk.yes(Recover(limit=1))
     assert at_and_rule(why(desk)) == (NOW + 20 * MINUTE_MS, "stuck_after")
@@ -107,12 +111,15 @@ def test_the_ceiling_is_named(desk: Desk) -> None:
 
 def test_a_processing_row_that_nobody_holds(desk: Desk) -> None:
     desk.held()
-    desk.row(replace(desk.job(), grant=None, lease=None))
+    whole = desk.job()
+    desk.row(replace(whole, grant=None, lease=None))
     view = why(desk)
-    assert at_and_rule(view) == (NOW, "validation")
+    assert (view.state, view.blocked_by, at_and_rule(view)) == ("processing", None, (NOW, "validation"))
+    assert view.because.startswith("The row says processing, but nobody holds the job.")
     assert view.do == ["Run a pass now: jobctl cleanup"]
-    desk.row(replace(desk.job(), lease=Lease(1, 1, None)))
-    assert why(desk) == view
+    for half in ({"grant": None}, {"lease": None}):
+        desk.row(replace(whole, **half))
+        assert why(desk) == view
 
 
 def test_finished(desk: Desk) -> None:
@@ -124,10 +131,15 @@ def test_finished(desk: Desk) -> None:
     assert at_and_rule(why(desk)) == (desk.now, "retention")
     desk.yes(Fail(id="b", lock_id=desk.held("b"), error_message="boom"))
     view = why(desk, "b")
-    assert (view.because, view.do[0][-20:]) == ("It failed: boom", "jobctl force-reset b")
+    assert (view.state, view.because, view.blocked_by) == ("failed", "It failed: boom", None)
+    assert view.do == ["Mend the cause, then run it again: jobctl force-reset b"]
+    assert at_and_rule(view) == (desk.now + 30 * DAY_MS, "retention")
     desk.create("c")
     desk.yes(Cancel(id="c"))
-    assert why(desk, "c").because == "It was cancelled."
+    view = why(desk, "c")
+    assert (view.state, view.because, view.blocked_by) == ("cancelled", "It was cancelled.", None)
+    assert view.do == ["If it is wanted after all: jobctl force-reset c"]
+    assert at_and_rule(view) == (desk.now + 7 * DAY_MS, "retention")
 
 
 def test_rows_from_elsewhere(desk: Desk) -> None:
@@ -158,3 +170,5 @@ def test_a_delayed_job_that_expires_before_it_is_due(desk: Desk) -> None:
     assert at_and_rule(why(desk)) == (NOW + MINUTE_MS, "expires_at")
     desk.create("b", run_at=NOW + MINUTE_MS, expires_at=NOW + 3 * MINUTE_MS)
     assert at_and_rule(why(desk, "b")) == (NOW + MINUTE_MS, "run_at")
+    desk.create("c", run_at=NOW + MINUTE_MS, expires_at=NOW + MINUTE_MS)  # when it is due it is unwanted already
+    assert at_and_rule(why(desk, "c")) == (NOW + MINUTE_MS, "expires_at")

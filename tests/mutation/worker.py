@@ -182,7 +182,7 @@ def _cold(mutant: Mutant, survey: Survey, *, near_only: bool) -> Verdict:
     others = [*(each for each in files(NEAR) if each not in mirrors), *ALONE]
     by = ""
     deep = False
-    for deep, group in ((False, mirrors), (False, others), (True, list(DEEP))):
+    for deep, group in (*((False, [file]) for file in mirrors), (False, others), (True, list(DEEP))):
         if deep and near_only:
             break
 
