@@ -58,7 +58,7 @@ def test_every_way_that_a_status_may_change() -> None:
         "cancelled": "queued completed",
         "completed": "",
     }
-    assert TRANSITIONS == {(before, after) for before, afters in ways.items() for after in afters.split()}
+    assert {(before, after) for before, afters in ways.items() for after in afters.split()} == TRANSITIONS
 
 
 def test_what_applies_where_nothing_is_configured() -> None:

@@ -18,7 +18,7 @@ MIRRORS: Final[dict[str, tuple[str, ...]]] = {
     "live_jobs": ("live_jobs", "book"),
     "orders": ("orders", "book"),
     "figures": ("figures",),
-    "views": ("rules",),
+    "views": ("views", "rules"),
     "validation": ("validation",),
     "rules": ("rules",),
     "operator_rules": ("rules",),
@@ -34,7 +34,7 @@ MODULES: Final = tuple(MIRRORS)
 # All tests of the first level: in one process, quick, and the same each time.
 NEAR: Final = (
     "rules", "book", "orders", "live_jobs", "figures", "validation", "why", "keys", "envelope", "events", "job",
-    "draft", "batch", "commands", "bodies", "rows", "actor", "cleanup", "alerts", "worker_api", "admin_api",
+    "draft", "views", "batch", "commands", "bodies", "rows", "actor", "cleanup", "alerts", "worker_api", "admin_api",
 )  # fmt: skip
 
 # Beside them, one of a file that needs a daemon for its others.
