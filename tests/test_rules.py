@@ -307,6 +307,11 @@ def test_a_held_job_is_already_locked(desk: Desk) -> None:
     assert desk.no(Start(id="a", worker="w"), "already_locked").details["retry_after_ms"] == 1
 
 
+def test_a_held_job_is_locked_for_a_worker_of_the_same_name_too(desk: Desk) -> None:
+    desk.held(worker="w-1")
+    assert desk.no(Start(id="a", worker="w-1"), "already_locked").details["locked_by"] == "w-1"
+
+
 def test_a_stuck_job_is_recovered_first_then_started(desk: Desk) -> None:
     old = desk.held()
     desk.passes(TTL)
@@ -664,6 +669,18 @@ def test_a_job_ends_after_it_began_whatever_the_wall_clock_says(desk: Desk) -> N
     lock_id = desk.start()
     desk.now -= 5
     assert desk.yes(Complete(id="a", lock_id=lock_id)).finished_at == NOW + 10
+
+
+@pytest.mark.parametrize("end", ["recovery", "undelivered"])
+def test_what_ends_a_grant_without_the_holder_keeps_the_place(desk: Desk, end: str) -> None:
+    desk.create("a")
+    desk.create("b")
+    desk.passes(5)
+    lock_id = desk.start("a")
+    desk.passes(TTL)
+    desk.yes(Recover(limit=1) if end == "recovery" else Undelivered(id="a", lock_id=lock_id))
+    assert (desk.job("a").status, desk.job("a").run_at) == ("queued", NOW)
+    assert desk.claim() == ["a"]
 
 
 def test_release_may_ask_for_a_delay(desk: Desk) -> None:

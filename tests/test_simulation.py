@@ -25,6 +25,9 @@ SEEDS: Final = 30  # of each chunk
 ENOUGH: Final = 400  # seeds, in which everything has to happen
 STEPS: Final = 300
 
+# All of it is computing: on a busy machine it takes many times as long, and nothing else would be wrong then.
+pytestmark = pytest.mark.timeout(300)
+
 
 def held(outcome: Outcome) -> str:
     """Empty, or what to do to see what happened."""

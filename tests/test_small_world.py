@@ -16,6 +16,8 @@ from tests.small_world import WORLDS, Walk, World, main
 
 BEGINNING = 1_500  # states
 
+pytestmark = pytest.mark.timeout(300)  # all of it is computing
+
 # What one job can come to in a world of one attempt, where a lock that has expired is death.
 EVENTS = {
     "created", "imported", "granted", "progress", "extended", "completed", "failed", "released", "undelivered",

@@ -33,7 +33,7 @@ def _files(names: str) -> tuple[str, ...]:
 # What pytest runs at each level; the doors are those of one process, without a daemon.
 TESTS: Final[dict[Level, tuple[str, ...]]] = {
     "rules": _files("rules book orders live_jobs keys clock job events validation why figures envelope"),
-    "world": _files("core_properties small_world"),
+    "world": _files("small_world core_properties"),
     "simulation": ("tests/test_simulation.py::test_every_promise_holds",),
     "actor": _files("actor cleanup health"),
     "store": _files("store rows files opening migrations quarantine backup outages doctor"),
@@ -78,6 +78,8 @@ def run(level: Level, root: Path) -> Found:
     """Run `level` in the copy of the repository at `root`."""
     began_s = time.monotonic()
     code, said = _pytest(TESTS[level], root)
+    if code and "Timeout (>" in said:
+        code, said = _pytest(TESTS[level], root)  # the machine may have been busy; a bug takes too long twice
     seconds = round(time.monotonic() - began_s, 1)
     if code == 0:
         return Found(level, seconds)

@@ -61,12 +61,11 @@ class Chaos:
             case "wall step" | "long wall step":
                 steps = STEPS_MS if name == "wall step" else LONG_STEPS_MS
                 step_ms = dice.choice(steps) * dice.choice((1, -1)) + dice.random()
-                machine.wall_shift_ms += step_ms
+                machine.move_clocks(wall_ms=step_ms)
                 machine.fault(name, step_ms)
             case "suspend":
                 asleep_ms = dice.choice((500, 20_000, 4_000_000))
-                machine.boot_shift_ms += asleep_ms
-                machine.wall_shift_ms += asleep_ms
+                machine.move_clocks(wall_ms=asleep_ms, boot_ms=asleep_ms)
                 machine.fault(name, asleep_ms)
             case "freeze":
                 frozen_s = dice.choice((0.1, 3, 40))

@@ -129,10 +129,10 @@ class Closing:
         """Until every job is past its time, and then until every journal is."""
         machine, disk = self.machine, self.machine.disk
         times = [job.expires_at or 0 for job in disk.jobs.values()]
-        machine.wall_shift_ms += max([*times, machine.wall()]) + DAY_MS - machine.wall()
+        machine.move_clocks(wall_ms=max([*times, machine.wall()]) + DAY_MS - machine.wall())
         await self._pass(daemon)
         times = [*disk.deleted.values(), *(event.at for event in disk.events)]
-        machine.wall_shift_ms += max([*times, machine.wall()]) + 2 * DAY_MS - machine.wall()
+        machine.move_clocks(wall_ms=max([*times, machine.wall()]) + 2 * DAY_MS - machine.wall())
         await self._pass(daemon)
 
     async def _pass(self, daemon: Daemon) -> CleanupReport:

@@ -51,6 +51,7 @@ class SimDisk(MemoryDisk):
         self.epoch_file = 1
         self.committed: Callable[[Batch], None] = lambda batch: None
         self.broken: Callable[[str], None] = lambda message: None
+        self.pruning: Callable[[int], None] = lambda before: None
         self._dice = dice
         self._fired = fired
         self._written: Batch | None = None  # not flushed yet
@@ -126,6 +127,10 @@ class SimDisk(MemoryDisk):
             self._fired["write failed, yet written"] += 1
             raise self._break("fsync")
         return shown
+
+    async def prune(self, before: int, limit: int) -> int:
+        self.pruning(before)
+        return await super().prune(before, limit)
 
     async def _reach(self, stage: str) -> None:
         """Where a crash waits for this stage it happens now, and nothing after it."""

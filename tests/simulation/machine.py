@@ -77,6 +77,7 @@ class Machine:
         self.finished = asyncio.Event()
         self.watch = Watch(self, self.fired)
         self.disk.committed = self.watch.committed
+        self.disk.pruning = self.watch.pruned
         self.disk.broken = lambda message: self.watch.fail("S7", message)
         loop.on_error = lambda message: self.watch.fail("loop", message)
         self.daemon: Daemon | None = None
@@ -87,6 +88,7 @@ class Machine:
         self.backups: list[Backup] = []
         self.wall_shift_ms = 0.3
         self.boot_shift_ms = 0.0
+        self.clocks_moved_s = 0.0  # loop time of the latest step of a clock
         self.downtime_s = 0.5
         self.off = False
         self.dice = Random(f"{seed}: machine")
@@ -100,6 +102,12 @@ class Machine:
 
     def boot(self) -> int:
         return int(self.loop.now_s * 1000 + self.boot_shift_ms)
+
+    def move_clocks(self, *, wall_ms: float = 0, boot_ms: float = 0) -> None:
+        """Either clock steps against the loop's time."""
+        self.wall_shift_ms += wall_ms
+        self.boot_shift_ms += boot_ms
+        self.clocks_moved_s = self.loop.now_s
 
     def note(self, what: str, *details: Any) -> None:
         self.journal.note(self.loop.now_s, what, *details)

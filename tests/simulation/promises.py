@@ -44,6 +44,7 @@ from tests.desk import due_order
 HOLDERS: Final = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
 BY_TIME: Final = frozenset({"stalled", "expired"})  # what time does before a refused command is judged
 ENDINGS: Final = frozenset({"completed", "failed", "retried", "released", "undelivered", "stalled"})
+BY_HAND: Final = frozenset({"cancelled", "force_failed", "force_reset", "transitioned"})  # these end a grant, too
 
 Decide = Callable[[Book, Call, Moment, Policy], Decision]
 
@@ -214,6 +215,12 @@ class Promises:
             self.must(final, "S4", f"{kind} changed a completed job", before.id)
         if kind in ENDINGS:
             self.must(before.status == "processing", "S4", f"{kind} ended a job that was {before.status}", before.id)
+        if before.status == "processing" and kind != "deleted":
+            ends = after is None or after.status != "processing"
+            self.must(ends == (kind in ENDINGS | BY_HAND), "S4", f"{kind} of a run, ended: {ends}", before.id)
+        if kind in ("stalled", "undelivered") or (kind == "released" and getattr(command, "delay_ms", None) is None):
+            stays = after is not None and after.run_at == before.run_at
+            self.must(stays, "S14", f"{kind} took the job from its place", before.id)
 
     def _check_stall(self, before: Job, at: Moment) -> None:
         self.must(is_stuck(before, at.lease), "S5", "a job was recovered that is not stuck", before.id)

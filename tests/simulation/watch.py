@@ -15,15 +15,17 @@ import msgspec
 from msgspec import Raw
 
 from jobd import rules
-from jobd.answers import Answer, GrantView
+from jobd.answers import Answer, CleanupReport, GrantView
 from jobd.batch import Batch, KeyRow
 from jobd.book import Book
-from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Refusal
+from jobd.commands import AnyCommand, Call, Claim, DeleteExpired, KeyUse, Moment, Refusal
 from jobd.draft import Decision
 from jobd.events import fold
-from jobd.job import TOKEN_COUNTER_BITS, Grant, Job, Policy
+from jobd.full_disk import Closed
+from jobd.job import SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
 from jobd.keys import KEPT_MS, SAFE_MS
 from tests.desk import compare, picture
+from tests.simulation.patience import Patience
 from tests.simulation.promises import BY_TIME, Broken, Decide, Promises
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Watch(Promises):
         super().__init__()
         self.machine = machine
         self.fired = fired
+        self.patience = Patience(machine)
         self.first: Broken | None = None
         self.steps = 0
         self.highest_token = 0  # of all that were ever committed, restored copies or not
@@ -51,6 +54,8 @@ class Watch(Promises):
         self._decided: dict[int, Decision | None] = {}  # by the identity of a command that is under way
         self._durable: dict[int, str] = {}  # event seq -> type, of this daemon
         self._latest_wall = 0  # that this daemon has seen
+        self._held_at: int | None = None  # lease time while the full disk holds it
+        self._good_pass_s = 0.0  # loop time of the start, or of the latest pass without errors
         self._key_rows: dict[str, KeyRow] = {}  # as committed, with answers
         self._commits = 0
         self._decide: Decide = rules.decide
@@ -71,6 +76,8 @@ class Watch(Promises):
         """A daemon has opened the disk: its memory is what the disk holds, and so is everything acknowledged."""
         self._durable = {}
         self._latest_wall = 0
+        self._held_at = None
+        self._good_pass_s = self.machine.loop.now_s
         self.begin(daemon.book, daemon.clock.moment().lease, grace_ms)
         self.recount(daemon.book)
         self.whole()
@@ -116,7 +123,17 @@ class Watch(Promises):
             self._decided[id(call.command)] = decision
         if isinstance(call.command, Claim):
             self._check_arrival(call.command, decision)
+        if self.daemon is not None:
+            self._check_clock(self.daemon, call.command, at)
         return decision
+
+    def _check_clock(self, daemon: Daemon, command: AnyCommand, at: Moment) -> None:
+        """Lease time stands still while no sign of life can be taken; a wall clock in doubt deletes nothing."""
+        is_held = daemon.actor.full_disk.closed >= Closed.ALL_BUT_ENDINGS
+        self._held_at = (self._held_at or at.lease) if is_held else None
+        self.must(self._held_at in (None, at.lease), "S11", f"lease time went on from {self._held_at} on a full disk")
+        of_a_pass = isinstance(command, DeleteExpired) and id(command) not in self._decided
+        self.must(not of_a_pass or not daemon.clock.suspect, "S13", "a pass deletes by a clock that is in doubt")
 
     def recovered(self, job: Job, at: Moment) -> None:
         """L2, once the faults have stopped."""
@@ -153,6 +170,9 @@ class Watch(Promises):
             if event.job_seq == 0:
                 continue
             self.must(fold(before, event) == after, "S7", f"{event.type} does not say what happened", event.job_id)
+            if event.type == "undelivered" and before is not None and before.grant is not None:
+                token = before.grant.fencing_token
+                self.must(token not in self.received, "S1", f"grant {token} was received, and taken back", before.id)
             if after is None:
                 self.deleted.add(event.job_seq)
             elif after.grant is not None and (before is None or before.grant != after.grant):
@@ -161,10 +181,13 @@ class Watch(Promises):
                 self.highest_token = max(token, self.highest_token)
                 if daemon is not None:
                     self._expect_delivery(daemon, after.id, after.grant, LOOKS)
+        kept = batch.numbers.lease_ms
+        self.must(kept >= self._last_lease, "S12", f"lease time is {self._last_lease}, {kept} is kept")
         counter = self.highest_token & ((1 << TOKEN_COUNTER_BITS) - 1)
         if self.highest_token >> TOKEN_COUNTER_BITS == batch.numbers.epoch:
             self.must(batch.numbers.next_token > counter, "S2", "the mark of the tokens went back")
         self._check_keys(batch)
+        self._check_passes(batch)
         if daemon is not None:
             for change in batch.changes:
                 if change.event.job_seq:
@@ -173,6 +196,24 @@ class Watch(Promises):
                     self.must(same, "S7", "memory is not what the disk holds", change.event.job_id)
             if self._commits % RECOUNT_EVERY == 0:
                 self.recount(daemon.book)
+
+    def _check_passes(self, batch: Batch) -> None:
+        """L5: where no pass has succeeded for three periods cleanup says so itself."""
+        daemon, now_s = self.daemon, self.machine.loop.now_s
+        if batch.report is not None and not msgspec.json.decode(batch.report, type=CleanupReport).errors:
+            self._good_pass_s = now_s
+        if daemon is not None and daemon.is_open:
+            schedule = daemon.cleaner.schedule
+            late_s = 3 * max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
+            told = daemon.cleaner.complaint() is not None
+            self.fired["cleanup complained"] += told
+            silent_s = now_s - self._good_pass_s
+            self.must(told or silent_s <= late_s + 1, "L5", f"no pass has succeeded for {silent_s:.0f} s, none says so")
+
+    def pruned(self, before: int) -> None:
+        """S13: the journal of a deleted job is kept for its time."""
+        kept_ms = self.machine.wall() - before
+        self.must(kept_ms >= self.machine.plan.schedule.journal_ms, "S13", f"journals are deleted after {kept_ms} ms")
 
     def recount(self, book: Book) -> None:
         """Every order and counter of the book against the rows of the disk."""
@@ -220,10 +261,12 @@ class Watch(Promises):
     def under_way(self, command: AnyCommand) -> Iterator[None]:
         """What is decided about this very command is kept until it is answered."""
         self._decided[id(command)] = None
+        self.patience.asked(command)
         try:
             yield
         finally:
             del self._decided[id(command)]
+            self.patience.forget(command)
 
     def _expect_delivery(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
         """A grant that nobody has received goes back, once it was seen that nobody will."""
@@ -242,6 +285,7 @@ class Watch(Promises):
 
     def answered(self, command: AnyCommand, key: KeyUse | None, answer: Answer | Refusal) -> None:
         """The actor has answered; in a moment the answer is on the wire."""
+        self.patience.answered(command)
         decision = self._decided[id(command)]
         job_id = getattr(command, "id", None)
         name = type(command).__name__
@@ -252,6 +296,8 @@ class Watch(Promises):
         if answer.replayed:
             self.fired["answer replayed"] += 1
             row = self._key_rows.get(key.digest) if key is not None else None
+            same = row is None or key is None or row.body_hash == key.body_hash
+            self.must(same, "S9", f"{name} got the answer to another body", job_id)
             if row is not None and isinstance(answer.data, Raw):
                 self.must(row.answer == bytes(answer.data), "S9", "a replay differs from the first answer", job_id)
         elif decision is not None and decision.answer is answer:
