@@ -235,15 +235,19 @@ def check_ours(conn: sqlite3.Connection, path: str) -> None:
 
 
 def _copy_aside(conn: sqlite3.Connection, path: str, version: int) -> None:
-    name = f"{path}.v{version}-{now_ms()}"
-    files.create_private(name)
+    """The copy has its name once it is whole; what a crash leaves of one is removed as of other backups."""
+    part = f"{path}.backup-v{version}"
     try:
-        with contextlib.closing(sqlite3.connect(name, isolation_level=None)) as copy:
+        Path(part).unlink(missing_ok=True)
+        files.create_private(part)
+        with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as copy:
             conn.backup(copy)
-            journal_mode(copy, name, "delete")
-        files.sync(name)
+            journal_mode(copy, part, "delete")
+        files.sync(part)
+        os.replace(part, f"{path}.v{version}-{now_ms()}")
+        files.sync_directory(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
         raise
 
 

@@ -123,6 +123,7 @@ class Daemon(Doors):
             **environ,
         }
         self.prefix: list[str] = []  # what the daemon is started with: strace, say
+        self.module = "jobd"  # or one that runs it otherwise
         self.process: subprocess.Popen[bytes] | None = None
         self._heard = threading.Condition()
         self._lines: list[bytes] = []
@@ -147,7 +148,7 @@ class Daemon(Doors):
             yield stack.push(cls(directory, config, **environ))
 
     def spawn(self, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
-        command = [*self.prefix, sys.executable, "-m", "jobd", "serve", "--config", str(self.config)]
+        command = [*self.prefix, sys.executable, "-m", self.module, "serve", "--config", str(self.config)]
         return subprocess.Popen(command, env=self.environ, stderr=stderr, preexec_fn=die_with_us)
 
     def start(self) -> None:

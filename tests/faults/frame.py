@@ -24,6 +24,7 @@ MODULES: Final = (
     "full",
     "slow_disk",
     "flips",
+    "migrating",
     "fuzz",
     "hostile_http",
     "crowds",

@@ -148,6 +148,21 @@ class Ledger:
             assert store.tokens.get(token) == job_id or granted_s >= until_s, f"token {token} of {job_id} is not there"
         return checked
 
+    def adopt(self, store: Contents, since_s: float) -> int:
+        """Of what was answered at `since_s` or later, keep what the store has; gives how many answers are forgotten."""
+        forgotten = 0
+        for told in self.jobs.values():
+            late = len(told.events) - bisect.bisect_left(told.answered_s, since_s)
+            seen = asked_for(store.events.get(told.job_id, []))
+            if late and len(seen) < len(told.events):
+                forgotten += len(told.events) - len(seen)
+                del told.events[len(seen) :], told.answered_s[len(seen) :]
+                told.open = None
+        for token, job_id in list(self.tokens.items()):
+            if self.granted_s[token] >= since_s and store.tokens.get(token) != job_id:
+                del self.tokens[token], self.granted_s[token]
+        return forgotten
+
 
 def told_pattern(events: Iterable[str]) -> str:
     """A pattern for all of them; what ends with ? is one already."""
