@@ -48,7 +48,24 @@ class _Connection(http.client.HTTPConnection):
         super().__init__(endpoint.host, endpoint.port or 80, timeout=_CONNECT_S)
         self._endpoint = endpoint
         self._tls = tls
+        self._held: list[bytes] | None = None
         self.idle_since_s = 0.0
+
+    def ask(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> None:
+        """Send a request in one piece. http.client sends the body by itself: then the daemon has to wait for it."""
+        held: list[bytes] = []
+        self._held = held
+        try:
+            self.request(method, path, body, headers)
+        finally:
+            self._held = None
+        self.send(b"".join(held))
+
+    def send(self, data: Any) -> None:
+        if self._held is None:
+            super().send(data)
+        else:
+            self._held.append(data)
 
     def connect(self) -> None:
         if self._endpoint.path is not None:
@@ -131,7 +148,10 @@ class _Client:
         connection.sock.settimeout(timeout_s)
         headers = {**request.headers, **self.endpoint.headers}
         path = self.endpoint.prefix + request.path
-        connection.request(request.method, path, body or request.body, headers, encode_chunked=body is not None)
+        if body is None:
+            connection.ask(request.method, path, request.body, headers)
+        else:
+            connection.request(request.method, path, body, headers, encode_chunked=True)
         return connection.getresponse()
 
     def _take_idle(self) -> _Connection | None:
