@@ -1,6 +1,6 @@
 """Heads of requests that have been read before: the same bytes mean the same.
 
-Reads no head itself: what one means is what aiohttp's parser has made of it. Keeps no token, and judges nobody.
+Reads no head itself: what one means is what aiohttp's parser has made of it. Keeps neither tokens nor keys.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Final, NamedTuple, TypeGuard
 from aiohttp import hdrs
 from aiohttp.http import RawRequestMessage
 from aiohttp.streams import StreamReader
-from multidict import istr
+from msgspec.structs import replace
+from multidict import CIMultiDict, CIMultiDictProxy, istr
 
 from jobd.visits import Head
 
@@ -21,8 +22,10 @@ LONGEST: Final = 2048  # bytes
 # Heads that nobody can read in two ways.
 _FIRST_LINE: Final = re.compile(rb"(GET|POST) (/[A-Za-z0-9._:%/-]*(?:\?[A-Za-z0-9._:%=&-]*)?) HTTP/1\.1")
 _OTHER_LINES: Final = re.compile(rb"(?:\r\n[A-Za-z0-9-]+: ?[!-~](?:[ -~]*[!-~])?)+\r\n\r\n")
-# Secrets, and what is new each time.
-_NOT_KEPT: Final = (hdrs.AUTHORIZATION, hdrs.COOKIE, hdrs.PROXY_AUTHORIZATION, istr("Idempotency-Key"))
+_VALUE: Final = re.compile(rb"[!-~](?:[ -~]{0,300}[!-~])?")
+# What is secret or new each time is cut out: the head is kept without it.
+_CUT_OUT: Final = ((b"\r\nAuthorization: ", hdrs.AUTHORIZATION), (b"\r\nIdempotency-Key: ", istr("Idempotency-Key")))
+_NOT_KEPT: Final = (hdrs.COOKIE, hdrs.PROXY_AUTHORIZATION, *(name for _, name in _CUT_OUT))
 
 
 class Whole(NamedTuple):
@@ -43,11 +46,14 @@ class Heads:
     def read(self, data: bytes) -> Whole | None:
         """The one request that `data` is, where its head is known."""
         at, end = _bounds(data)
-        head, length = self._known.get(data[at:end], _UNKNOWN)
+        lines, values = _cut(data[at:end])
+        head, length = self._known.get(lines, _UNKNOWN)
         if head is None or len(data) != end + length:
             return None
         line = _FIRST_LINE.fullmatch(data, 0, at)
-        return None if line is None else Whole(line[1].decode(), line[2].decode(), head, data[end:])
+        if line is None:
+            return None
+        return Whole(line[1].decode(), line[2].decode(), _with(head, values) if values else head, data[end:])
 
     def learn(self, data: bytes, message: object, payload: StreamReader) -> bool:
         """Whether `data` was one request, of which the parser made `message` with all of its `payload`."""
@@ -58,16 +64,50 @@ class Heads:
         length = int(head.headers.get(hdrs.CONTENT_LENGTH, 0))
         if len(data) != end + length or message.upgrade or _FIRST_LINE.fullmatch(data, 0, at) is None:
             return False
-        if head.keep_alive and not message.chunked and not any(name in head.headers for name in _NOT_KEPT):
-            if len(self._known) >= MOST_KNOWN:
-                self._known.clear()
-            self._known[data[at:end]] = head, length
+        if head.keep_alive and not message.chunked:
+            self._keep(*_cut(data[at:end]), head, length)
         return True
+
+    def _keep(self, lines: bytes, values: list[tuple[istr, str]], head: Head, length: int) -> None:
+        if not lines:
+            return
+        headers = CIMultiDict(head.headers)
+        for name, value in values:
+            if headers.popall(name) != [value]:
+                return
+        if any(name in headers for name in _NOT_KEPT):
+            return
+        if len(self._known) >= MOST_KNOWN:
+            self._known.clear()
+        self._known[lines] = replace(head, headers=CIMultiDictProxy(headers)), length
 
 
 def is_whole(message: object, payload: StreamReader) -> TypeGuard[RawRequestMessage]:
     """Whether this is a request, and not a fault, and its body is there."""
     return isinstance(message, RawRequestMessage) and payload.is_eof() and payload.exception() is None
+
+
+def _cut(lines: bytes) -> tuple[bytes, list[tuple[istr, str]]]:
+    """A head without the values that are cut out of it, and those; nothing where one of them is not plain."""
+    values = []
+    for mark, name in _CUT_OUT:
+        at = lines.find(mark)
+        if at >= 0:
+            start = at + len(mark)
+            end = lines.find(b"\r\n", start)
+            value = _VALUE.fullmatch(lines, start, end)
+            if value is None:
+                return b"", []
+            values.append((name, value[0].decode()))
+            lines = lines[:start] + lines[end:]
+    return lines, values
+
+
+def _with(head: Head, values: list[tuple[istr, str]]) -> Head:
+    headers = CIMultiDict(head.headers)
+    for name, value in values:
+        headers.add(name, value)
+    return replace(head, headers=CIMultiDictProxy(headers))
 
 
 _UNKNOWN: Final = (None, 0)
