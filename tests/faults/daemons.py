@@ -23,7 +23,7 @@ from tests.faults.examine import Contents, examined
 from tests.faults.frame import Check, Counts, Trial, program
 from tests.faults.ledger import Ledger, asked_for, told_pattern
 from tests.faults.load import load
-from tests.process import Daemon, Reply, call, die_with_us
+from tests.process import Daemon, Doors, Reply, call, die_with_us
 
 BUSY: Final = 75
 RIVALS: Final = 4  # daemons that start at the same moment
@@ -209,7 +209,7 @@ class Half:
             return Reply(self._line.getresponse())
 
 
-def _parked(daemon: Daemon) -> http.client.HTTPConnection:
+def parked(daemon: Doors) -> http.client.HTTPConnection:
     connection = daemon.worker()
     body = json.dumps({"worker": "parked", "queues": ["idle"], "wait_ms": 60_000})
     connection.request("POST", "/v1/claim", body, {"Content-Type": "application/json"})
@@ -259,7 +259,7 @@ def told_to_stop(trial: Trial) -> Counts:
     with Daemon(trial.directory) as daemon, ThreadPoolExecutor(PARKED) as pool:
         claimers = Claimers(daemon)
         for number in range(trial.rounds):
-            parked = [_parked(daemon) for _ in range(PARKED)]
+            waiting = [parked(daemon) for _ in range(PARKED)]
             _wait_for(daemon, f"jobd_parked_claims {PARKED}.0")
             half = Half(daemon, f"half-{number}")
             with ExitStack() as stack:
@@ -279,7 +279,7 @@ def told_to_stop(trial: Trial) -> Counts:
                     assert late.status == 201, late.body
                     assert daemon.process.wait(60) == 0
                     slowest_s = max(slowest_s, time.monotonic() - began_s)
-                for connection in parked:
+                for connection in waiting:
                     with closing(connection):
                         assert Reply(connection.getresponse()).data == {"grants": []}
                 for one in busy:
@@ -288,7 +288,7 @@ def told_to_stop(trial: Trial) -> Counts:
             store = examined(daemon.store)
             assert store.payloads[half.job_id] == "late"
             ledger.check(store)
-            _nothing_untold(ledger, store)
+            nothing_untold(ledger, store)
             grants = claimers.check(store)
             daemon.start()
             ledger.settle(daemon)
@@ -304,7 +304,7 @@ def told_to_stop(trial: Trial) -> Counts:
     }
 
 
-def _nothing_untold(ledger: Ledger, store: Contents) -> None:
+def nothing_untold(ledger: Ledger, store: Contents) -> None:
     """After an orderly end nothing was done that was not answered: a request is taken in and answered, or neither."""
     for told in ledger.jobs.values():
         done = asked_for(store.events.get(told.job_id, []))
