@@ -6,11 +6,12 @@ Reads no head itself: what one means is what aiohttp's parser has made of it. Ke
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple, TypeGuard
+from typing import Final, TypeGuard
 
 from aiohttp import hdrs
 from aiohttp.http import RawRequestMessage
 from aiohttp.streams import StreamReader
+from msgspec import Struct
 from msgspec.structs import replace
 from multidict import CIMultiDict, CIMultiDictProxy, istr
 
@@ -28,7 +29,7 @@ _CUT_OUT: Final = ((b"\r\nAuthorization: ", hdrs.AUTHORIZATION), (b"\r\nIdempote
 _NOT_KEPT: Final = (hdrs.COOKIE, hdrs.PROXY_AUTHORIZATION, *(name for _, name in _CUT_OUT))
 
 
-class Whole(NamedTuple):
+class Whole(Struct, frozen=True):
     """A request with all of its body."""
 
     method: str

@@ -6,7 +6,7 @@ Handles no request: that is web.py. The tables themselves are worker_api.py and 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from aiohttp.web import StreamResponse
@@ -48,7 +48,7 @@ class Route(Struct, frozen=True, kw_only=True):
         return self.path[self.path.index("{") + 1 : self.path.index("}")] if "{" in self.path else None
 
 
-class Way(NamedTuple):
+class Way(Struct, frozen=True):
     """A route with the reader of its command, and with what that command says of itself."""
 
     route: Route
@@ -57,7 +57,7 @@ class Way(NamedTuple):
     names_job: bool
 
 
-class Found(NamedTuple):
+class Found(Struct, frozen=True):
     """What a path is: its way for a method, what it gives for its part in braces (decoded), the methods it takes."""
 
     way: Way | None

@@ -11,7 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, Protocol
 from urllib.parse import unquote
 
 import structlog
@@ -90,7 +90,7 @@ async def ask(site: Web, visit: Visit, command: Any) -> Answer | Refusal:
     return await site.actor.ask(command, by=visit.by, admin=site.admin, key=visit.key, size=visit.size)
 
 
-class Entry(NamedTuple):
+class Entry(Struct, frozen=True):
     """A request that may come in: its way, and what its path gives."""
 
     way: Way
@@ -223,15 +223,15 @@ class Web:
 
     def _command(self, visit: Visit, entry: Entry, body: bytes) -> Command:
         """What the request asks for, and what that says of itself: who asks, about which job."""
-        way, value = entry
+        way = entry.way
         if visit.method == hdrs.METH_GET:
-            return way.shape.from_query(visit.query, value)
+            return way.shape.from_query(visit.query, entry.value)
         visit.size = len(body)
         if visit.size > self.limits.body:
             raise self._body_too_large()
         if way.route.key:
             self._note_key(visit, way.route, body)
-        command: Any = way.shape.from_body(body, value)
+        command: Any = way.shape.from_body(body, entry.value)
         if way.names_worker:
             visit.by = f"worker:{command.worker}"
         elif way.names_job:
