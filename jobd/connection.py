@@ -97,6 +97,16 @@ class Connection(RequestHandler):
         self._flight: Flight | None = None
         self._rest = bytearray()  # has been read, and is parsed in the next turns of the loop
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Whatever of an answer the system does not take at once has a slow reader, for whom nobody waits for ever.
+
+        A transport waits without an end where it is closed before all is written. That of TLS has a deadline there.
+        """
+        super().connection_made(transport)
+        if transport.get_extra_info("sslcontext") is None:
+            assert self.transport is not None
+            self.transport.set_write_buffer_limits(0)
+
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
@@ -241,7 +251,7 @@ class Connection(RequestHandler):
     def _end_flight(self, flight: Flight) -> None:
         self._flight = None
         self._request_in_progress = False
-        if self._handler_waiter is not None:
+        if self._handler_waiter is not None and not self._handler_waiter.done():  # a stop waits, and has not given up
             self._handler_waiter.set_result(None)
         self._web.landed()
 

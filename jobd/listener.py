@@ -102,18 +102,22 @@ class Listener:
         await asyncio.to_thread(_unlink, self._paths)
         for server in self._sockets:
             server.close()
-        for connection in self._server.connections:
-            assert isinstance(connection, Connection)
-            connection.close_if_idle()
+        self._close_idle()
         for _ in range(3):  # a request that has just been read gets as far as its handler
             await asyncio.sleep(0)
         try:
             async with asyncio.timeout(deadline_s):
                 await self.site.quiet()
+                self._close_idle()  # those whose slow readers had an answer from before the stop
                 await self._server.shutdown(None)
         except TimeoutError:
             log.warning("requests_cut_off", door=self.site.gate.name, connections=self.connections)
             await self._server.shutdown(LAST_BREATH_S)
+
+    def _close_idle(self) -> None:
+        for connection in self._server.connections:
+            assert isinstance(connection, Connection)
+            connection.close_if_idle()
 
 
 def is_taken(place: str | tuple[str, int]) -> bool:

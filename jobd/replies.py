@@ -105,12 +105,13 @@ class Reply:
 
     def write(self, transport: asyncio.Transport | None) -> bool:
         """Whether it could be written; where it could not, `lost` has been called."""
-        if transport is None or transport.is_closing():
-            if self.lost is not None:
-                self.lost()
-            return False
-        transport.write(self.data)
-        return True
+        if transport is not None and not transport.is_closing():
+            transport.write(self.data)
+            if not transport.is_closing():  # the client may be gone, and we learn it by writing to it
+                return True
+        if self.lost is not None:
+            self.lost()
+        return False
 
 
 class Letter(web.StreamResponse):

@@ -230,7 +230,8 @@ async def _pass_on(response: web.StreamResponse, first: bytes, pieces: AsyncIter
         await _write(response, first)
         async for piece in pieces:
             await _write(response, piece)
-        await response.write_eof()
+        async with asyncio.timeout(PATIENCE_S):
+            await response.write_eof()
     except Exception as error:
         log.error("backup cut off", error=type(error).__name__)
         if transport is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from structlog.testing import capture_logs
 from jobd.answers import Answer, Done
 from jobd.bodies import Limits
 from jobd.commands import Refusal
+from jobd.connection import Connection
 from jobd.doors import Gate
 from jobd.worker_api import ROUTES
 from tests.hostile_bytes import CHUNKED
@@ -48,6 +50,12 @@ async def arrived(house: House, count: int) -> None:
     while len(house.desk.asked) < count:
         house.desk.arrived.clear()
         await house.desk.arrived.wait()
+
+
+async def emptied(house: House) -> None:
+    """Until the last connection is gone."""
+    while house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0.001)
 
 
 async def whole(line: Line, request: bytes) -> None:
@@ -152,6 +160,33 @@ async def test_an_answer_to_a_connection_that_is_closing_is_undelivered(house: H
     assert house.desk.taken_back == [answer]
 
 
+@pytest.mark.parametrize("way", ["short", "long"])
+async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: House, way: str) -> None:
+    answer = Answer(Done(), grants=[("a", "lock")])
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client.setblocking(False)
+
+    async def gone(_: Any) -> Answer:
+        client.close()  # the connection learns it when it writes: there is no turn of the loop in between
+        return answer
+
+    house.desk.answer = gone
+    client.connect(house.path)
+    while not house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0)
+    loop = asyncio.get_running_loop()
+    if way == "long":
+        head, _, body = CLAIM.partition(b"\r\n\r\n")
+        await loop.sock_sendall(client, head + b"\r\nExpect: 100-continue\r\n\r\n")
+        assert await loop.sock_recv(client, 100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await loop.sock_sendall(client, body)
+    else:
+        await loop.sock_sendall(client, CLAIM)
+    await emptied(house)
+    await house.site.quiet()
+    assert house.desk.taken_back == [answer]
+
+
 @WAYS
 async def test_a_reader_that_takes_its_time_keeps_its_answer_and_its_connection(house: House, send: Any) -> None:
     house.desk.answer = lambda _: Answer("x" * 3_000_000)
@@ -188,10 +223,78 @@ async def test_a_reader_that_takes_too_long_is_cut_off(
     elif end == "stop":
         with capture_logs():
             await house.stop(0.01)
-    while house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
-        await asyncio.sleep(0.001)
+    await emptied(house)
     await house.site.quiet()
     assert house.desk.taken_back == []  # its first byte has been written
+
+
+@WAYS
+@pytest.mark.parametrize("close", [{}, {"Connection": "close"}])
+async def test_a_few_bytes_that_nobody_reads_hold_no_connection_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: Any, close: dict[str, str]
+) -> None:
+    """A transport that is closed before all is written waits for the reader, and not even an idle client ends that."""
+    monkeypatch.setattr("jobd.replies.PATIENCE_S", 0.05)
+    async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.02)) as house:
+        line = await house.line()
+        await send(line, CLAIM)
+        assert (await line.hear()).status == 200
+        [connection] = house.listener._server.connections
+        assert connection.transport is not None
+        line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        while not connection.transport.get_write_buffer_size():
+            connection.transport.write(b"x" * 1000)
+        assert connection.transport.get_write_buffer_size() < 60_000
+        line.send(message("POST", "/v1/claim", '{"worker":"w"}', close))
+        await emptied(house)
+
+
+@WAYS
+async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(house: House, send: Any) -> None:
+    held = Held(house)
+    busy = await house.line()
+    busy.send(CLAIM)
+    await arrived(house, 1)
+    house.desk.answer = lambda _: Answer("x" * 3_000_000)
+    slow = await house.line()
+    await send(slow, CLAIM)
+    slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await arrived(house, 2)
+    for _ in range(5):  # its answer has been written, as far as it goes
+        await asyncio.sleep(0)
+    with capture_logs() as logs:
+        stopping = asyncio.ensure_future(house.stop(30))
+        while not house.site.closing:  # noqa: ASYNC110 - it is in the first step of the stop
+            await asyncio.sleep(0)
+        slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        heard = await slow.hear()
+        assert "connection" not in heard.headers
+        held.go.set()
+        assert (await busy.hear()).status == 200
+        await stopping
+    assert logs == []  # nothing was cut off, and nobody waited for that
+
+
+async def test_an_answer_that_comes_as_a_stop_gives_up_harms_nobody(house: House) -> None:
+    """The actor hands it over from within its turn: what would be raised here would be its end."""
+    Held(house)
+    line = await house.line()
+    assert (await line.ask("GET", "/healthz")).status == 200
+    line.send(CLAIM)
+    await arrived(house, 1)
+    [connection] = house.listener._server.connections
+    assert isinstance(connection, Connection)
+    flight = connection._flight
+    assert flight is not None
+    stopping = asyncio.ensure_future(connection.shutdown(30))
+    while connection._handler_waiter is None:  # noqa: ASYNC110 - it is in the first step of the stop
+        await asyncio.sleep(0)
+    connection._handler_waiter.cancel()  # its deadline
+    flight.set_result(Answer(Done()))
+    assert (await line.hear()).status == 200
+    assert await line.is_closed()
+    await stopping
+    await house.site.quiet()
 
 
 @WAYS

@@ -284,3 +284,20 @@ async def test_a_backup_whose_client_does_not_read_is_given_up(house: House, mon
         line.send(message("GET", BACKUP, headers=AUTH))
         await house.figures.closed.wait()
     assert [(entry["event"], entry["error"]) for entry in logs] == [("backup cut off", "TimeoutError")]
+
+
+async def test_a_backup_whose_end_is_not_read_is_given_up(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "PATIENCE_S", 0.05)
+    house.figures.pieces = [b"x"]
+    line = await house.line()
+    assert (await line.ask("GET", "/healthz")).status == 200
+    line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    [connection] = house.listener._server.connections
+    assert connection.transport is not None
+    while not connection.transport.get_write_buffer_size():
+        connection.transport.write(b"x" * 1000)
+    with capture_logs() as logs:
+        line.send(message("GET", BACKUP, headers=AUTH))
+        while house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+            await asyncio.sleep(0.001)
+    assert [(entry["event"], entry["error"]) for entry in logs] == [("backup cut off", "TimeoutError")]
