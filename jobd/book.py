@@ -271,7 +271,6 @@ class Book:
             self.jobs.keep_all_short(group)
         for (queue, kind, priority), group in lanes.items():
             self._due_of(queue).join_all(kind, priority, group)
-            self.on_due(queue, kind)
 
     def _enter_queue(self, job: Job, short: Untouched | None) -> None:
         if job.run_at <= self._now:
@@ -321,7 +320,6 @@ class Book:
             if job.grant.worker not in self.workers:
                 self.saw(job.grant.worker, self._now)
             self.workers[job.grant.worker].jobs[job.id] = None
-            self._deadline_of.pop(job.id, None)
         # An entry that is too early is looked at again when it comes up, so a moved deadline costs nothing here.
         # One moves back only with a batch that is taken back.
         known = self._deadline_of.get(job.id)

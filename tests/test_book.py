@@ -109,8 +109,8 @@ def test_only_new_jobs_are_kept_in_short(desk: Desk) -> None:
 
 
 def test_numbers_are_burnt_as_they_are_used() -> None:
-    book = Book(Numbers(epoch=2))
-    job = replace(held(7, "w"), grant=Grant("l", (2 << TOKEN_COUNTER_BITS) | 40, "w", NOW, 1, 1, 0))
+    book = Book(Numbers(epoch=3))
+    job = replace(held(7, "w"), grant=Grant("l", (3 << TOKEN_COUNTER_BITS) | 40, "w", NOW, 1, 1, 0))
     book.put(Change(None, job, Event(9, NOW, "imported", 7, job.id, "default", None, "processing", "admin")))
     assert (book.next_event, book.next_job, book.next_token) == (10, 8, 41)
     assert book.suspects == {7: job.id}
@@ -133,6 +133,7 @@ def test_equal_options_are_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
     assert book.shared(Options(queue="a")) is first
     book.shared(Options(queue="b"))
     assert book.shared(Options(queue="c")) == Options(queue="c")  # begins anew
+    assert len(book._options) == 1
     assert book.shared(Options(queue="a")) is not first
 
 
@@ -243,6 +244,33 @@ def test_the_wall_clock_steps_back(desk: Desk) -> None:
     assert list(desk.book.overdue) == ["d"]
 
 
+def test_time_that_goes_on_costs_no_look_at_every_job(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Book, "_rewind", None)
+    for now in (NOW, NOW, NOW + 1):
+        desk.book.advance(now, 0)
+
+
+def test_a_job_that_moves_among_those_that_are_due_is_found_once_and_in_its_new_place(desk: Desk) -> None:
+    for name in "abc":
+        desk.create(name)
+
+    def order() -> list[str]:
+        return [job.id for job in desk.book.due(["default"], None)]
+
+    desk.yes(Update(id="c", run_at=NOW - 1))
+    assert order() == ["c", "a", "b"]
+    desk.yes(Update(id="c", run_at=NOW))
+    assert order() == ["a", "b", "c"]
+    desk.yes(Update(id="b", priority=-1))
+    assert order() == ["b", "a", "c"]
+    desk.yes(Update(id="b", priority=0))
+    assert order() == ["a", "b", "c"]
+    desk.yes(Cancel(id="a"))
+    desk.yes(Delete(id="a"))
+    desk.create("a")
+    assert order() == ["b", "c", "a"]
+
+
 def test_resuming_tells_of_every_kind_that_is_due(desk: Desk) -> None:
     desk.create("a", kind="x")
     desk.create("b", kind="y")
@@ -287,9 +315,9 @@ def test_heaps_do_not_grow_while_jobs_come_and_go(desk: Desk) -> None:
 
 def test_a_start_knows_which_grant_is_the_oldest() -> None:
     book = Book.opened(Opened(Numbers(), [held(1, "w-1"), replace(held(2, "w-2"), seq=3), queued(4)]))
-    late = replace(held(9, "w-9"), seq=2, id="made first, granted last")
+    late = replace(held(9, "w-9"), seq=2, id="a job that was granted last")
     book = Book.opened(Opened(Numbers(), [late, *book.processing.values()]))
-    assert list(book.processing) == ["job-1", "job-2", "made first, granted last"]
+    assert list(book.processing) == ["job-1", "job-2", "a job that was granted last"]
 
 
 def test_a_grant_that_is_taken_back_leaves_the_job_to_its_former_holder() -> None:
@@ -321,6 +349,57 @@ def test_an_extension_that_is_taken_back_leaves_the_former_deadline() -> None:
     assert list(book.stuck) == ["job-1"]
 
 
+@pytest.mark.parametrize(
+    ("before", "for_a_while", "sorted_into"),
+    [
+        (Lease(500, 900, None), Lease(800, 900, None), "expired_locks"),  # its lock ends earlier again
+        (Lease(9_000, 100, 550), Lease(9_000, 100, 9_500), "stuck"),  # made by hand: a lock beyond its ceiling
+    ],
+)
+def test_a_deadline_that_goes_back_is_seen_at_once(before: Lease, for_a_while: Lease, sorted_into: str) -> None:
+    book = Book()
+    job = held(1, "w-1")
+    stays, moved = replace(job, lease=before), replace(job, lease=for_a_while)
+    book.swap(None, moved)
+    book.advance(NOW, 600)
+    assert book.live_locks() == 1
+    book.swap(moved, stays)
+    assert list(getattr(book, sorted_into)) == ["job-1"]
+    assert book.live_locks() == 0
+
+
+def test_a_cleared_lock_that_is_revived_is_live_again(desk: Desk) -> None:
+    """Also where the job would have been stuck before the new lock ends."""
+    lock_id = desk.held(stuck_after_ms=20 * MINUTE_MS)
+    desk.passes(TTL)
+    desk.yes(Recover(limit=1))
+    assert list(desk.book.cleared_locks) == ["a"]
+    desk.progress(lock_id)
+    assert (list(desk.book.cleared_locks), desk.book.live_locks()) == ([], 1)
+
+
+def test_a_row_that_loses_its_lease_is_in_nobodys_hands(desk: Desk) -> None:
+    book, job = Book(), held(1, "w-1")
+    book.swap(None, job)
+    book.advance(NOW, 500)
+    assert list(book.stuck) == ["job-1"]
+    book.swap(job, replace(job, lease=None))
+    assert (list(book.stuck), list(book.unheld)) == ([], ["job-1"])
+
+
+def test_what_runs_is_summed_up_from_when_it_began() -> None:
+    book = Book()
+    job = replace(held(1, "w-1"), created_at=NOW - 9)
+    book.swap(None, job)
+    assert book.started_sum == NOW
+    book.swap(job, replace(job, started_at=NOW + 2))
+    assert book.started_sum == NOW + 2
+    book.swap(replace(job, started_at=NOW + 2), replace(job, started_at=None))
+    assert book.started_sum == NOW - 9
+    book.swap(replace(job, started_at=None), None)
+    assert book.started_sum == 0
+
+
 def test_a_worker_is_known_by_its_jobs_and_its_last_word(desk: Desk) -> None:
     lock_id = desk.held(worker="w-1")
     desk.passes(7)
@@ -337,9 +416,18 @@ def test_idle_workers_are_forgotten_the_oldest_first(monkeypatch: pytest.MonkeyP
     book = Book()
     book.saw("idle", NOW)
     book.swap(None, held(1, "busy"))
+    assert list(book.workers) == ["idle", "busy"]
     book.saw("idle", NOW + 1)
     book.saw("new", NOW)
     assert list(book.workers) == ["busy", "new"]
+
+
+def test_who_spoke_last_is_forgotten_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book_module, "WORKERS_KEPT", 2)
+    book = Book()
+    for worker in ("first", "second", "first", "third"):
+        book.saw(worker, NOW)
+    assert list(book.workers) == ["first", "third"]
 
 
 def test_a_worker_with_a_job_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 
 from jobd.job import Options, Untouched
-from jobd.orders import SLACK, DueEntry, DueJobs, LazyHeap, entry_of
+from jobd.orders import SLACK, DueEntry, DueJobs, LazyHeap, Line, entry_of
 
 Timed = tuple[int, int, str]
 
@@ -73,6 +73,17 @@ def test_trim_waits_until_the_stale_outnumber_the_live(heap: LazyHeap[Timed]) ->
 
 def untouched(kind: str, priority: int, created_at: int, seq: int) -> Untouched:
     return Untouched(seq, f"{seq}", Options(kind=kind, priority=priority), created_at)
+
+
+def test_a_line_too_waits_with_its_trim_until_the_stale_outnumber_the_live() -> None:
+    line = Line()
+    jobs = [untouched("", 0, number, number) for number in range(2 * 2 + SLACK + 1)]
+    line.jobs.extend(jobs[1:])
+    line.trim(2, lambda job: job.seq in (7, 9))
+    assert len(line.jobs) == 2 * 2 + SLACK
+    line.jobs.append(jobs[0])
+    line.trim(2, lambda job: job.seq in (7, 9))
+    assert list(line.jobs) == [jobs[7], jobs[9]]
 
 
 class Model:
@@ -232,3 +243,27 @@ def test_heaps_stay_small_while_jobs_come_and_go() -> None:
     assert len(lane.heap.entries) <= 2 + SLACK + 1
     assert len(model.due.heads.entries) <= 2 + SLACK + 1
     model.check()
+
+
+def test_the_heads_of_a_lane_stay_few_while_jobs_only_come_or_only_go() -> None:
+    model = Model()
+    items = [model.add("a", 0, 2_000 - seq, seq) for seq in range(1_000)]  # each comes before all others
+    assert len(model.due.heads.entries) <= 2 + SLACK + 1
+    for item in reversed(items[1:]):  # each was the first
+        model.remove(item)
+        assert len(model.due.heads.entries) <= 2 + SLACK + 1
+    model.check()
+
+
+@pytest.mark.parametrize("enter", ["add", "join"])
+def test_the_first_of_many_lanes_is_found_without_a_look_at_them_all(enter: str) -> None:
+    looked: list[object] = []
+    due = DueJobs(lambda kind, found: not looked.append(found), lambda job: not looked.append(job))  # type: ignore[func-returns-value]
+    for seq in range(1_000):
+        if enter == "add":
+            due.add(f"k-{seq}", (0, seq, seq, f"{seq}"))
+        else:
+            due.join(untouched(f"k-{seq}", 0, seq, seq))
+    looked.clear()
+    assert [found[2] for found in islice(due.due(None), 3)] == [0, 1, 2]
+    assert len(looked) < 60
