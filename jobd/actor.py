@@ -81,6 +81,7 @@ class Actor:
         self.bounds = bounds or Bounds()
         self.parked = Parked()
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full)
+        self.look: Callable[[], None] = lambda: None  # called before a batch is taken
         self.on_commit: list[Callable[[Sequence[Change]], None]] = [self._note]
         self.commit_seconds = Histogram.empty(COMMIT_BUCKETS_S)
         self.batch_commands = Histogram.empty(BATCH_BUCKETS)
@@ -212,6 +213,7 @@ class Actor:
         while not (self._stopping and not self._mailbox and not self.parked and not self._owes()):
             await self._something_to_do()
             await self._let_in()
+            self.look()
             batch = self._take()
             try:
                 if self._lost_disk is not None:

@@ -42,6 +42,7 @@ from jobd.keys import Keys
 from jobd.listener import Listener, is_taken
 from jobd.metrics import Metrics
 from jobd.passes import Schedule
+from jobd.presence import Presence
 from jobd.rooms import Rooms
 from jobd.store import Store, Synchronous
 from jobd.web import Web
@@ -118,6 +119,9 @@ class Daemon:
         stack.push_async_callback(self._stop_actor)
         self.cleaner = Cleaner(self.actor, self.clock, _schedule(settings))
         _run_beside(stack, "cleanup", self.cleaner)
+        presence = Presence(self._was_away)
+        self.actor.look = presence.look
+        _run_beside(stack, "presence", presence)
         self.rooms = self._rooms(store, opened, stack)
         await self._open_doors(stack)
         self._listen_to_signals()
@@ -170,16 +174,29 @@ class Daemon:
 
         The actor does it before anything else; on a full disk, as soon as there is room.
         """
-        held = list(self.actor.book.processing)
-        slices = [held[first : first + SLICE] for first in range(0, len(held), SLICE)]
         if not opened.marked:
-            since = self.clock.moment().lease
-            for ids in slices:
-                self.actor.owe(CreditAbsence(ids=ids, grace_ms=GRACE_MS, since=since))
+            self._credit_absence(self.clock.moment().lease)
             return
+        slices = self._held()
         for index, ids in enumerate(slices or [[]]):
             self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))
-        line.warning("backup_put_back", grants_to_end=len(held), epoch=self.actor.book.epoch)
+        held = len(self.actor.book.processing)
+        line.warning("backup_put_back", grants_to_end=held, epoch=self.actor.book.epoch)
+
+    def _held(self) -> list[list[str]]:
+        """The jobs that are processing, in slices."""
+        held = list(self.actor.book.processing)
+        return [held[first : first + SLICE] for first in range(0, len(held), SLICE)]
+
+    def _credit_absence(self, since: int) -> None:
+        """No worker could be heard since that lease time: none of their jobs ends at once."""
+        for ids in self._held():
+            self.actor.owe(CreditAbsence(ids=ids, grace_ms=GRACE_MS, since=since))
+
+    def _was_away(self, away_ms: int) -> None:
+        """The process was stopped, or its machine was suspended or starved, and goes on."""
+        line.warning("was_away", away_ms=away_ms, processing=len(self.actor.book.processing))
+        self._credit_absence(self.clock.moment().lease - away_ms)
 
     def _rooms(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Rooms:
         settings = self._loaded.config

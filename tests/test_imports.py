@@ -26,7 +26,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "store": ("store tables job_writer rows lookups opening wal migrations quarantine files backup doctor", "nouns"),
     "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
     "feed": ("feed", "nouns web actor"),
-    "time": ("cleanup passes health artefacts", "nouns book judging actor clock"),
+    "time": ("cleanup passes health artefacts presence", "nouns book judging actor clock"),
     "watch": ("metrics alerts facts", "nouns book judging actor clock time"),
     "rooms": ("rooms", "nouns actor clock store time watch"),  # what requests may ask of the daemon beside the actor
     "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed"),

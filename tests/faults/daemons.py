@@ -325,7 +325,6 @@ CHECKS = (
         "of daemons that start at the same moment one gets the store, or the socket; the others exit 75",
         rivals,
         rounds=20,
-        few=2,
     ),
     Check(
         "told-to-stop",

@@ -31,6 +31,7 @@ MODULES: Final = (
     "daemons",
     "workers",
     "lost_answers",
+    "times",
     "units",
 )
 

@@ -249,7 +249,6 @@ CHECKS = (
         "kill -9 between commit and reply: a repeat is told what was done, and nothing is done twice",
         killed_before_reply,
         rounds=30,
-        few=2,
         needs=(program("strace"),),
     ),
 )

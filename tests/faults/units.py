@@ -308,7 +308,6 @@ CHECKS = (
         "killed ten times in a row or hung: up again each time within seconds, clients find an open door all the while",
         deaths,
         rounds=10,
-        few=2,
         needs=NEEDS,
     ),
     Check(

@@ -1,0 +1,46 @@
+"""The daemon's absence while it runs: noticed once, before anything is decided, and not where it was only idle."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from jobd import presence
+from jobd.presence import AWAY_MS, Presence
+
+
+class Boot:
+    def __init__(self) -> None:
+        self.now_ms = 1_000
+
+    def __call__(self) -> int:
+        return self.now_ms
+
+
+def test_a_long_gap_is_told_once_and_a_short_one_is_none() -> None:
+    boot, told = Boot(), list[int]()
+    here = Presence(told.append, boot=boot)
+    for gap_ms in (0, AWAY_MS, 1, AWAY_MS + 1, 0, 40_000):
+        boot.now_ms += gap_ms
+        here.look()
+    assert told == [AWAY_MS + 1, 40_000]
+
+
+async def test_an_idle_daemon_is_not_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "BEAT_S", 0)
+    told, looks, enough = list[int](), 0, asyncio.Event()
+
+    def boot() -> int:
+        nonlocal looks
+        looks += 1
+        if looks == 10:
+            enough.set()
+        return looks * AWAY_MS
+
+    here = Presence(told.append, boot=boot)
+    beating = asyncio.create_task(here.run())
+    await enough.wait()
+    here.stop()
+    await beating
+    assert told == []
