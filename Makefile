@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check coverage faults planted mutation format demo bench linearizability pins clean
+.PHONY: help venv test check coverage faults planted mutation format demo bench linearizability simulation world proof pins clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,13 @@ coverage: $(READY)  ## every branch of the pure rooms and the actor is run by th
 faults: $(READY)  ## real faults on the real daemon, as root: what is promised, and what came of it (ARGS="NAME --rounds N")
 	$(BIN)/python -m tests.faults $(or $(ARGS),--report)
 
+SEEDS ?= 20000
+simulation: $(READY)  ## the actor, rules and cleanup in virtual time under faults, by seed: SEEDS=20000, about an hour (ARGS: --seed K)
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --jobs $(PARALLEL) $(ARGS)
+
+world: $(READY)  ## every state that one job and three workers can get into, and what must hold in each
+	$(BIN)/python -m tests.small_world
+
 linearizability: $(READY)  ## histories of contending clients under faults, each explained by some order (ARGS: --seed K)
 	$(BIN)/python -m tests.linearizability --histories 500 $(ARGS)
 
@@ -58,6 +65,10 @@ planted: $(READY)  ## planted bugs, each put into a copy: which tests find it, a
 
 mutation: $(READY)  ## small changes to the pure rooms, one at a time: which does no test notice? (ARGS: --modules rules,book)
 	$(BIN)/python -m tests.mutation --jobs $(PARALLEL) $(ARGS)
+
+proof: $(READY)  ## all of these, one after the other, as root: hours
+	@for each in world simulation linearizability faults planted mutation; do \
+		echo "== make $$each"; $(MAKE) --no-print-directory $$each || exit 1; done
 
 format: $(READY)  ## put the code into its usual form
 	$(BIN)/ruff check --fix .
