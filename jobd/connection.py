@@ -211,8 +211,13 @@ class Connection(RequestHandler):
         try:
             reply = self._web.reply(flight.visit, answer)
         except Exception as bug:
-            reply = self._refusal(flight.visit, bug)
-        self._leave(flight, reply)
+            self._loop.call_soon(self._fail, flight, bug)
+        else:
+            self._leave(flight, reply)
+
+    def _fail(self, flight: Flight, bug: Exception) -> None:
+        if self._flight is flight:
+            self._leave(flight, self._refusal(flight.visit, bug))
 
     def _leave(self, flight: Flight, reply: Reply) -> None:
         flight.reply = reply

@@ -104,6 +104,10 @@ class Desk:
         elif isinstance(told, Answer) and told.grants:
             self.taken_back.append(told)
 
+    @property
+    def sent(self) -> list[envelope.Asked]:
+        return list(self._tasks)
+
     def abandon(self, asked: envelope.Asked) -> None:
         self._tasks[asked].cancel()
 

@@ -52,9 +52,9 @@ async def arrived(house: House, count: int) -> None:
         await house.desk.arrived.wait()
 
 
-async def emptied(house: House) -> None:
-    """Until the last connection is gone."""
-    while house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+async def emptied(house: House, left: int = 0) -> None:
+    """Until no more connections than `left` are open."""
+    while house.listener.connections > left:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
 
 
@@ -343,6 +343,30 @@ async def test_a_bug_behind_an_answer_costs_one_connection(
     assert (heard.status, heard.headers["connection"]) == (500, "close")
     assert "canary" not in str(logs) + heard.body.decode()
     assert await line.is_closed()
+    await house.site.quiet()
+
+
+async def test_a_bug_behind_an_answer_never_reaches_the_actor(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("canary")
+
+    failed: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
+    Held(house)
+    monkeypatch.setattr(house.site, "reply", fail)
+    monkeypatch.setattr(house.site, "refuse", fail)
+    lines = [await house.line(), await house.line()]
+    for line in lines:
+        line.send(CLAIM)
+    await arrived(house, 2)
+    for asked in house.desk.sent:
+        asked.reply(Answer(Done()))  # raises nothing
+    lines[1].writer.transport.abort()
+    await emptied(house, 1)
+    assert [type(context["exception"]) for context in failed] == [ValueError, ValueError]
+    monkeypatch.undo()
+    await lines[0].close()
+    await emptied(house)
     await house.site.quiet()
 
 
