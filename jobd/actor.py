@@ -306,7 +306,13 @@ class Actor:
     def _tell_meanwhile(self) -> None:
         """The answers of the last commit leave as soon as the disk has its next work: both run side by side."""
         if self._untold is not None:
-            asyncio.get_running_loop().call_soon(self._tell)
+            asyncio.get_running_loop().call_soon(self._tell_aside)
+
+    def _tell_aside(self) -> None:
+        try:
+            self._tell()
+        except Exception as bug:  # beside `run`, whose end it is all the same: nobody else would notice
+            self.lose_disk(bug)
 
     async def _load(self, batch: list[Asked]) -> Known:
         """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""

@@ -84,8 +84,9 @@ class JobWriter:
 
     def _keep_payloads(self, payloads: dict[int, Row]) -> None:
         for seq, row in payloads.items():
+            known = self._payloads.get(seq, b"")  # from a transaction that was rolled back and is run again
+            self._payload_bytes += len(row[1]) - len(known)
             self._payloads[seq] = row[1]
-            self._payload_bytes += len(row[1])
         while self._payload_bytes > KEEP_PAYLOAD_BYTES:
             oldest = list(self._payloads)[: 1 + len(self._payloads) // 4]
             self._payload_bytes -= sum(len(self._payloads.pop(seq)) for seq in oldest)

@@ -1271,6 +1271,44 @@ async def test_a_commit_of_others_that_failed_ends_everything() -> None:
     await broken(house, running)
 
 
+class Raising:
+    """A waiter that breaks its word."""
+
+    def __init__(self) -> None:
+        self._is_over = False
+
+    def done(self) -> bool:
+        return self._is_over
+
+    def cancelled(self) -> bool:
+        return False
+
+    def set_result(self, _: Answer | Refusal) -> None:
+        self._is_over = True
+        raise ValueError("canary")
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_bug_while_answers_leave_ends_everything(others: int) -> None:
+    """Also where they leave while the next batch is being written: those behind it would wait for ever."""
+
+    @in_virtual_time
+    async def run() -> None:
+        house = Household()
+        running = begin(house.actor.run())
+        house.disk.gate.clear()
+        house.actor.send(Create(id="a"), Raising())
+        await house.disk.at_gate.wait()
+        asked = fill(house, [Create(id="b")] * others)
+        await settle()
+        house.disk.gate.set()
+        with pytest.raises(DiskBroken, match="canary"):
+            await running
+        await asyncio.gather(*asked)  # nobody waits for ever
+
+    run()
+
+
 # -- rows that are bad ------------------------------------------------------------------------------------------------
 
 

@@ -81,6 +81,18 @@ def test_a_batch_that_was_taken_back_leaves_nothing_at_hand(tables: Tables) -> N
     assert tables.totals == (0, 0, 1, checksum(job_row(job)))
 
 
+def test_what_is_written_a_second_time_counts_once(tables: Tables) -> None:
+    """A transaction that meets a damaged index is rolled back and run again."""
+    maker = Maker()
+    changes = [maker.create() for _ in range(3)]
+    for end in ("ROLLBACK", "COMMIT"):
+        tables.conn.execute("BEGIN")
+        tables._jobs.write(changes, (0, 0, 0, 0))
+        tables.conn.execute(end)
+    kept = tables._jobs
+    assert kept._payload_bytes == sum(map(len, kept._payloads.values())) > 0
+
+
 @pytest.mark.parametrize("limit", ["KEEP_ROWS", "_SHAPES", "KEEP_PAYLOAD_BYTES"])
 def test_what_is_kept_at_hand_has_a_limit(tables: Tables, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setattr(job_writer, limit, 1)
