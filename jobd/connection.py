@@ -30,6 +30,9 @@ from jobd.web import BUG, Web
 
 PIECE: Final = 16 << 10  # bytes that are parsed in one turn of the loop, where they have
 PIECE_LINES: Final = 2_000  # more lines than this
+AHEAD: Final = (
+    256 << 10
+)  # bytes of bodies that are read while another request is being answered, and what one read gives
 
 log = structlog.get_logger("jobd.web")
 
@@ -145,10 +148,21 @@ class Connection(RequestHandler):
         self._waiter = None  # it is not to be woken before we have seen what has come
         super().data_received(data)
         self._waiter = waiter
+        if self._messages and idle is None and not self._buffer_paused and self._is_far_ahead():
+            self._pause_reading_for_buffer()
         is_one = len(self._messages) == before + 1
         self._is_between = self._is_between and is_one and self._heads.learn(data, *self._messages[-1])
         if idle is not None and self._messages and not (is_one and self._depart_parsed()):
             idle.set_result(None)
+
+    def _is_far_ahead(self) -> bool:
+        """aiohttp lets up to 32 requests wait for the one before them, and does not count the bytes of their bodies."""
+        return sum(payload.total_bytes for _, payload in self._messages) > AHEAD
+
+    def _resume_reading_if_drained(self) -> None:
+        """aiohttp's loop has taken one of those that waited."""
+        if not self._is_far_ahead():
+            super()._resume_reading_if_drained()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """A body that is read asks for more each time: that costs a turn of the parser, so only where it has paused."""

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from jobd.answers import Answer, Done
 from jobd.bodies import Limits
 from jobd.commands import Refusal
-from jobd.connection import Connection
+from jobd.connection import AHEAD, Connection
 from jobd.doors import Gate
 from jobd.worker_api import ROUTES
 from tests.hostile_bytes import CHUNKED
@@ -122,6 +122,31 @@ async def test_what_comes_during_a_request_is_answered_after_it(house: House, se
     heard = [(await line.hear()).data for _ in range(2 + MAX_MSG_QUEUE_SIZE * 2)]
     assert heard[1:] == ["second", *(str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2))]
     assert (await line.ask("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
+
+
+@WAYS
+async def test_bodies_that_come_during_a_request_are_left_to_the_system(tmp_path: Path, send: Any) -> None:
+    async with House(ROUTES, tmp_path) as house:
+        held = Held(house)
+        line = await house.line()
+        await send(line, CLAIM)
+        await arrived(house, 1)
+        house.desk.answer = lambda command: Answer(command.queue)
+        [connection] = house.listener._server.connections
+        assert isinstance(connection, Connection)
+        sizes = [200_000] * 3 + [10] * 3
+        for size in sizes * 4:
+            line.send(message("POST", "/v1/jobs", f'{{"queue":"q-{size}","payload":"{"x" * size}"}}'))
+        while not connection._buffer_paused:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+            await asyncio.sleep(0.001)
+        for _ in range(5):
+            assert (await house.ask("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
+        waiting = sum(payload.total_bytes for _, payload in connection._messages)
+        assert AHEAD < waiting < 3 * AHEAD
+        held.go.set()
+        assert (await line.hear()).status == 200
+        assert [(await line.hear()).data for _ in sizes * 4] == [f"q-{size}" for size in sizes] * 4
+        assert (await line.ask("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
 
 
 async def test_requests_whose_bodies_came_late_leave_their_places_to_others(house: House) -> None:
