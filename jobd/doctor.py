@@ -126,12 +126,7 @@ def _file(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
     for (line,) in conn.execute(f"PRAGMA integrity_check({NAMED + 1})"):
         if line != "ok":
             yield Problem("file", line, _REBUILD if "index" in line else _RESTORE)
-    fresh = sqlite3.connect(":memory:", isolation_level=None)
-    with contextlib.closing(fresh):
-        migrations.create(fresh)
-        laid_out = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY name"
-        here, wanted = dict(conn.execute(laid_out).fetchall()), dict(fresh.execute(laid_out).fetchall())
-    for name in sorted(wanted.keys() - here.keys()):
+    for name in opening.missing_from_schema(conn):
         yield Problem(f"schema {name}", "it is missing", _RESTORE)
 
 

@@ -225,6 +225,26 @@ def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
         if path != MEMORY:
             _copy_aside(conn, path, version)
         migrations.migrate(conn, version)
+    if lacking := missing_from_schema(conn):
+        raise StoreUnreadable(f"{path}: its schema lacks {', '.join(lacking)}: put a backup back with `jobd restore`")
+
+
+def missing_from_schema(conn: sqlite3.Connection) -> list[str]:
+    """Columns and indexes that a store of this version has, and this one has not. A damaged name is another name."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as fresh:
+        migrations.create(fresh)
+        return sorted(_names_in_schema(fresh) - _names_in_schema(conn))
+
+
+def _names_in_schema(conn: sqlite3.Connection) -> set[str]:
+    names = set()
+    for kind, name in conn.execute("SELECT type, name FROM sqlite_schema WHERE sql IS NOT NULL"):
+        names.add(name)
+        if kind == "table":
+            names |= {
+                f"{name}.{column}" for (column,) in conn.execute("SELECT name FROM pragma_table_info(?)", (name,))
+            }
+    return names
 
 
 def check_ours(conn: sqlite3.Connection, path: str) -> None:

@@ -195,3 +195,22 @@ async def test_a_damaged_epoch_file_stops_the_start(path: str) -> None:
     write(f"{path}.epoch", content)
     with pytest.raises(StoreUnreadable, match="epoch is damaged"):
         await Store.open(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        ("ALTER TABLE payloads RENAME COLUMN job_seq TO jnb_seq", "payloads.job_seq"),
+        ("ALTER TABLE bad_rows RENAME TO bad_rowr", "bad_rows, bad_rows.at"),
+        ("DROP INDEX events_job", "events_job"),
+    ],
+)
+async def test_a_schema_in_which_a_name_is_damaged_is_refused_at_the_start(
+    path: str, change: str, lacking: str
+) -> None:
+    async with opened(path):
+        pass
+    with edited(path) as conn:
+        conn.execute(change)
+    with pytest.raises(StoreUnreadable, match=f"its schema lacks {lacking}.*jobd restore"):
+        await Store.open(path)

@@ -261,7 +261,7 @@ CHECKS: Final = (
         "flipped-bits",
         "one bit of the closed database is flipped: never a wrong answer, what is missing is named",
         lambda trial: flips(trial, killed=False),
-        rounds=4_000,
+        rounds=3_000,
         few=40,
     ),
     Check(

@@ -145,14 +145,14 @@ CHECKS: Final = (
         "full-disk",
         "creates are refused with storage_full, running work can end, with room again all goes on without a restart",
         full_disk,
-        rounds=20,
+        rounds=10,
         needs=(MOUNTS,),
     ),
     Check(
         "tiny-disk",
         "the same on a disk of 1 MiB, which has no room for a ballast",
         tiny_disk,
-        rounds=20,
+        rounds=10,
         needs=(MOUNTS,),
     ),
 )

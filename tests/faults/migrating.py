@@ -163,7 +163,7 @@ CHECKS: Final = (
         "migration-cut-short",
         "kill -9 or a failing disk at any write of a migration: the old store is as it was, or migrated, with its copy",
         cut_short,
-        rounds=150,
+        rounds=50,
         few=1,
         needs=(STRACE,),
     ),

@@ -61,7 +61,7 @@ CHECKS: Final = (
         "power-cut",
         "the power is cut under load, what was not synced is gone: nothing acknowledged is lost",
         cut_power,
-        rounds=60,
+        rounds=40,
         needs=(LOOP_MOUNTS,),
     ),
 )

@@ -120,7 +120,7 @@ CHECKS: Final = (
         "unsynced-writes",
         "a crash at any moment, unsynced writes dropped, in part or torn at 512 bytes: nothing acknowledged is lost",
         replay,
-        rounds=3_000,
+        rounds=2_000,
         few=40,
         needs=(COMPILER, HEADERS),
     ),
