@@ -263,12 +263,28 @@ def test_a_job_that_moves_among_those_that_are_due_is_found_once_and_in_its_new_
     assert order() == ["a", "b", "c"]
     desk.yes(Update(id="b", priority=-1))
     assert order() == ["b", "a", "c"]
-    desk.yes(Update(id="b", priority=0))
-    assert order() == ["a", "b", "c"]
-    desk.yes(Cancel(id="a"))
-    desk.yes(Delete(id="a"))
-    desk.create("a")
-    assert order() == ["b", "c", "a"]
+    for _ in range(2):
+        desk.yes(Update(id="b", priority=0))
+        assert order() == ["a", "b", "c"]
+        desk.yes(Update(id="b", priority=-1))
+        assert order() == ["b", "a", "c"]
+
+
+def test_a_job_of_the_same_id_and_time_as_one_that_is_gone_is_found_once(desk: Desk) -> None:
+    for name in ("first", "again"):
+        desk.create(name)
+        desk.yes(Update(id=name, priority=1))
+    desk.yes(Cancel(id="again"))
+    desk.yes(Delete(id="again"))
+    desk.create("again", priority=1)
+    assert [job.id for job in desk.book.due(["default"], None)] == ["first", "again"]
+
+
+def test_who_is_taken_leaves_the_next_of_its_lane_in_sight(desk: Desk) -> None:
+    for name, kind in (("a", "x"), ("b", "x"), ("c", "y")):
+        desk.create(name, kind=kind)
+    desk.start("a")
+    assert [job.id for job in desk.book.due(["default"], None)] == ["b", "c"]
 
 
 def test_resuming_tells_of_every_kind_that_is_due(desk: Desk) -> None:

@@ -116,6 +116,7 @@ def figures(*completed_ms: int) -> Figures:
         (Book(), figures(1_000, 2_000), 1.5),
         (running(NOW - 500), Figures(), 0.5),
         (running(NOW - 3_000), figures(1_000, 2_000), 2.0),
+        (running(NOW - 3_000), figures(1_000), 2.0),
         (Book(), figures(1_000, 0, 0), 0.333),
         (running(NOW + 5_000), figures(1_000), 0.0),  # the wall clock has stepped back
     ],
