@@ -30,9 +30,8 @@ from jobd.web import BUG, Web
 
 PIECE: Final = 16 << 10  # bytes that are parsed in one turn of the loop, where they have
 PIECE_LINES: Final = 2_000  # more lines than this
-AHEAD: Final = (
-    256 << 10
-)  # bytes of bodies that are read while another request is being answered, and what one read gives
+# Bytes of bodies that are read while another request is being answered, and what one read gives.
+AHEAD: Final = 256 << 10
 
 log = structlog.get_logger("jobd.web")
 
