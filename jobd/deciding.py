@@ -90,7 +90,8 @@ class Decider:
         self._refuse = refuse
         self._loop_time = loop_time
         self._became_due: dict[tuple[str, str], None] = {}
-        self._handed: Counter[str] = Counter()  # lock id -> connections that have or await its (keyed) answer
+        # Lock id -> connections that have or await its (keyed) answer; a daemon before us may have sent one, too.
+        self._handed: Counter[str] = Counter(keys.lock_ids())
         book.on_due = self._note_due
 
     @property

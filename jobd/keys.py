@@ -38,6 +38,10 @@ class Keys:
     def __len__(self) -> int:
         return len(self._answers) + len(self._grants)
 
+    def lock_ids(self) -> list[str]:
+        """Of the current grants that a key can ask for again."""
+        return list(self._by_lock)
+
     def find(self, digest: str, now: int) -> KeyRow | None:
         """The row of a key that is still kept at wall time `now`. Its answer may be on disk only."""
         row = self._answers.get(digest)

@@ -894,6 +894,23 @@ async def test_a_repeat_whose_caller_has_gone_does_not_take_the_grant_from_the_f
         assert house.book.totals["queued"] == 1
 
 
+@in_virtual_time
+async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_taken_back() -> None:
+    """Simulation, seed 22611: received, then a power cut; who asked again for it under its key hung up."""
+    disk, start = MemoryDisk(), Start(id="a", worker="w")
+    async with Household(disk) as house:
+        await house.yes(Create(id="a"))
+        first = await house.yes(start, key=key("k"))
+    async with Household(disk) as house:
+        again = await house.actor.ask(start, key=key("k"))
+        assert isinstance(again, Answer)
+        assert again.replayed
+        house.actor.undelivered(again)
+        await settle()
+        assert house.book.holds("a", first.lock_id)
+        await house.yes(Complete(id="a", lock_id=first.lock_id))
+
+
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,10 @@ class Chaos:
                 asleep_ms = dice.choice((500, 20_000, 4_000_000))
                 machine.move_clocks(wall_ms=asleep_ms, boot_ms=asleep_ms)
                 machine.fault(name, asleep_ms)
+            case "boot step back":
+                step_ms = dice.choice((1, 400, 90_000)) + dice.random()
+                machine.move_clocks(boot_ms=-step_ms)
+                machine.fault(name, step_ms)
             case "freeze":
                 frozen_s = dice.choice((0.1, 3, 40))
                 machine.fault(name, frozen_s)
@@ -150,7 +154,8 @@ class Chaos:
 
     async def _upkeep(self) -> None:
         """What cleanup and the lists of history do beside the batches fails, one thing or several."""
-        await self._failing(frozenset(self.dice.sample(UPKEEP, self.dice.randint(1, len(UPKEEP)))), 8)
+        methods = frozenset(self.dice.sample(UPKEEP, self.dice.randint(1, len(UPKEEP))))
+        await self._failing(methods, self.dice.choice((8, 8, 8, 200)))
 
     def _rot(self) -> None:
         machine = self.machine

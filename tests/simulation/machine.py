@@ -207,15 +207,26 @@ class Machine:
     def _hang_up(self, line: Line, handler: asyncio.Task[None]) -> None:
         if line.reply.done():
             return
+        roll = self.dice.random()
+        waits_for: asyncio.Future[Any] | None = handler._fut_waiter  # type: ignore[attr-defined]  # its answer
+        if roll < 0.25 and waits_for is not None:
+            waits_for.add_done_callback(lambda _: self._go_with_answer(line, handler))
+            return
         self.fired["mishap hang up"] += 1
         line.close()
-        roll = self.dice.random()
-        if roll < 0.3:
+        if roll < 0.35:
             handler.cancel()
         elif roll < 0.6:
             self.loop.call_soon(handler.cancel)
         else:
             self.loop.call_later(roll / 100, handler.cancel)  # a writer sees it before the handler is told
+
+    def _go_with_answer(self, line: Line, handler: asyncio.Task[None]) -> None:
+        """The answer is there, and the handler has perhaps not read it yet: now the connection breaks."""
+        if not line.reply.done():
+            self.fired["mishap hang up with the answer"] += 1
+            line.close()
+            handler.cancel()
 
 
 class Daemon:

@@ -30,6 +30,7 @@ FAULTS: Final = (
     "wall step",
     "long wall step",
     "suspend",
+    "boot step back",
     "freeze",
     "reload",
     "backup",

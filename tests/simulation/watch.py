@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tests.simulation.machine import Daemon, Machine
 
 RECOUNT_EVERY: Final = 25  # commits
-LOOKS: Final = 2
+LOOKS: Final = 4  # as long as one slow step of the disk that began before the slowness ended
 LOOK_EVERY_S: Final = 0.8
 PICTURE_EVERY: Final = 500  # decisions
 
