@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from jobd.backup import restore
 from tests.conftest import tool_missing
 from tests.process import Daemon, call
 
@@ -171,6 +172,28 @@ def test_a_restart_keeps_the_lock_and_the_time_it_had_left(tmp_path: Path) -> No
         assert job["lock"]["expires_at"] > job["updated_at"] + 25_000
         done = daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]})
         assert done.data["status"] == "completed"
+
+
+def test_a_restore_ends_the_grants_of_the_copy_and_hands_out_higher_tokens(tmp_path: Path) -> None:
+    """What the holders of that time did since is not in the copy: they are told that their locks are lost."""
+    copy = tmp_path / "copy.db"
+    with Daemon(tmp_path) as daemon:
+        daemon.post("/v1/jobs", {"id": "a"})
+        daemon.post("/v1/jobs", {"id": "waits"})
+        old = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
+        copy.write_bytes(daemon.admin("GET", "/admin/job-management/backup").body)
+        later = daemon.post("/v1/jobs/waits/start", {"worker": "w-2"}).data
+        daemon.stop()
+        restore(str(copy), str(daemon.store))
+        daemon.start()
+        assert {job["id"]: job["status"] for job in daemon.get("/v1/jobs").data["jobs"]} == {
+            "a": "queued",
+            "waits": "queued",
+        }
+        late = daemon.post("/v1/jobs/a/complete", {"lock_id": old["lock_id"]})
+        assert (late.status, late.error, late.body["details"]["rule"]) == (409, "lock_lost", "restore")
+        again = daemon.post("/v1/jobs/a/start", {"worker": "w-3"}).data
+        assert again["fencing_token"] > later["fencing_token"] > old["fencing_token"]
 
 
 def test_a_second_daemon_is_refused_and_touches_nothing(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ class Chaos:
                 frozen_s = dice.choice((0.1, 3, 40))
                 machine.fault(name, frozen_s)
                 machine.loop.freeze(frozen_s)
+                machine.watch.frozen(frozen_s)
             case "reload":
                 self._reload()
             case _:

@@ -210,6 +210,10 @@ class Watch(Promises):
             silent_s = now_s - self._good_pass_s
             self.must(told or silent_s <= late_s + 1, "L5", f"no pass has succeeded for {silent_s:.0f} s, none says so")
 
+    def frozen(self, seconds: float) -> None:
+        """A pass may have been under way: it has not ended before."""
+        self._good_pass_s += seconds
+
     def pruned(self, before: int) -> None:
         """S13: the journal of a deleted job is kept for its time."""
         kept_ms = self.machine.wall() - before
