@@ -18,7 +18,7 @@ class DiskFull(Exception):
 
 
 class BadRows(Exception):
-    """Payloads that the batch needed have a wrong checksum; nothing was written. `jobs`: id to what is wrong."""
+    """Rows that the batch needed are damaged or set aside; nothing was written. `jobs`: id to what is wrong."""
 
     def __init__(self, jobs: dict[str, str]) -> None:
         super().__init__(f"bad rows: {jobs}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import compress
 from operator import ne
 from typing import Any, Final
@@ -30,6 +30,10 @@ def insert(table: str, columns: Iterable[str], verb: str = "INSERT") -> str:
 
 
 _INSERT_PAYLOAD: Final = insert("payloads", ("job_seq", "body", "request_hash", "crc"))
+
+
+class RowsMissing(sqlite3.IntegrityError):
+    """The batch names jobs that are not on the disk."""
 
 
 class JobWriter:
@@ -66,7 +70,7 @@ class JobWriter:
             span = spans.get(seq)
             spans[seq] = (before if span is None else span[0], after)
         if gone:
-            self._delete(gone)
+            self._delete(gone, [(seq,) for seq, _, _ in gone if spans[seq][0] is not None])
             for seq, _, _ in gone:
                 payloads.pop(seq, None)
         totals = self._write_rows(spans, totals)
@@ -118,11 +122,15 @@ class JobWriter:
                 sql, values = self._update(old, row)
                 changed[sql].append((*values, crc, seq))
         for sql, many in changed.items():
-            if self._conn.executemany(sql, many).rowcount != len(many):
-                raise sqlite3.IntegrityError("a job that is in memory has no row on the disk")
+            self._each_row(sql, many)
         for sql, many in new.items():
             self._conn.executemany(sql, many)
         return live, live_xor, finished, finished_xor
+
+    def _each_row(self, sql: str, many: Sequence[Row]) -> None:
+        """Run `sql` for each; every one has to find its row."""
+        if self._conn.executemany(sql, many).rowcount != len(many):
+            raise RowsMissing("a job that is in memory has no row on the disk")
 
     def _row(self, job: Job) -> tuple[Row, int]:
         kept = self._rows.pop(job.seq, None)
@@ -165,10 +173,11 @@ class JobWriter:
         self._sql[shape] = sql
         return sql
 
-    def _delete(self, gone: list[tuple[int, str, int]]) -> None:
-        seqs = [(seq,) for seq, _, _ in gone]
-        for table, column in (("jobs", "seq"), ("payloads", "job_seq"), ("suspects", "job_seq")):
-            self._conn.executemany(f"DELETE FROM {table} WHERE {column} = ?", seqs)
+    def _delete(self, gone: list[tuple[int, str, int]], on_disk: list[Row]) -> None:
+        """`on_disk` are those that this batch has not made itself."""
+        self._each_row("DELETE FROM jobs WHERE seq = ?", on_disk)
+        for table in ("payloads", "suspects"):
+            self._conn.executemany(f"DELETE FROM {table} WHERE job_seq = ?", on_disk)
         self._conn.executemany("INSERT INTO deleted_jobs (job_seq, id, at) VALUES (?, ?, ?)", gone)
 
 

@@ -17,7 +17,7 @@ from jobd import files, rows
 from jobd.batch import BadRows, Batch, DiskFull, Numbers, Payload
 from jobd.events import KEEP_SIGNS, SIGNS, Change
 from jobd.files import StoreBroken
-from jobd.job_writer import JobWriter, Totals, insert
+from jobd.job_writer import JobWriter, RowsMissing, Totals, insert
 from jobd.migrations import VERSION, meta_row
 from jobd.rows import EVENT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, META_COLUMNS, QUEUE_COLUMNS, Row, fault, sealed
 
@@ -223,13 +223,23 @@ class Tables:
 
     def _apply(self, batch: Batch) -> dict[int, bytes]:
         if batch.changes:
-            self.totals = self._jobs.write(batch.changes, self.totals)
+            self._write_jobs(batch.changes)
             self._write_events(batch.changes)
         self._write_rest(batch)
         self.numbers = batch.numbers
         self.marked = self.marked and not batch.unmark
         self.write_meta()
         return self._shown(batch)
+
+    def _write_jobs(self, changes: list[Change]) -> None:
+        try:
+            self.totals = self._jobs.write(changes, self.totals)
+        except RowsMissing as error:
+            # A look at history may have met a damaged row after the batch was decided, and set it aside.
+            named = {change.before.id for change in changes if change.before is not None} & self.quarantined.keys()
+            if not named:
+                raise
+            raise BadRows({id_: self.quarantined[id_] for id_ in named}) from error
 
     def write_meta(self) -> None:
         self.conn.execute(_UPDATE_META, meta_row(self.numbers, self.totals, int(self.marked), VERSION))

@@ -287,6 +287,8 @@ class MemoryDisk:
             if event.job_seq == 0:
                 continue
             on_disk = after[event.job_seq] if event.job_seq in after else self.jobs.get(event.job_seq)
+            if on_disk is None and before is not None and before.id in self.quarantined:
+                raise BadRows({before.id: self.quarantined[before.id]})  # set aside since the batch was decided
             assert on_disk == before, f"job {event.job_id} is not on the disk as the batch has it"
             if before is None:
                 taken = ids[event.job_id] if event.job_id in ids else self._ids.get(event.job_id)

@@ -16,7 +16,7 @@ from msgspec import UNSET, Raw
 from jobd import rules
 from jobd.actor import BATCH_WEIGHT, Bounds, DiskBroken
 from jobd.answers import Answer, Done, JobView
-from jobd.batch import BadRows, DiskFull, KeyRow
+from jobd.batch import BadRows, DiskFull, KeyRow, Query
 from jobd.book import Book
 from jobd.commands import (
     AnyCommand,
@@ -1465,6 +1465,26 @@ async def test_bad_rows_that_were_set_aside_already_are_no_harm() -> None:
         house.disk.write_errors.append(BadRows({"a": "its payload is bad"}))
         # Taking the batch back reads the row, finds it bad and sets it aside.
         assert (await house.no(Start(id="a", worker="w"))).code == "job_quarantined"
+
+
+@in_virtual_time
+async def test_a_row_that_a_page_of_jobs_sets_aside_meanwhile_costs_its_own_command() -> None:
+    """Simulation, seed 5000: the batch was decided, then a look at history met the damaged row, then it was written."""
+    async with household() as house:
+        await house.yes(Create(id="a"))
+        await house.yes(Create(id="b"))
+        lock_id = (await house.yes(Start(id="a", worker="w"))).lock_id
+        house.disk.bad_jobs["a"] = "checksum"
+        house.disk.gate.clear()
+        late = begin(house.actor.ask(Progress(id="a", lock_id=lock_id, progress=5)))
+        await house.disk.at_gate.wait()
+        page = await house.disk.find(Query())
+        assert page.bad == {"a": "checksum"}
+        other = begin(house.actor.ask(Start(id="b", worker="w")))
+        house.disk.gate.set()
+        assert (await late).code == "job_quarantined"
+        assert isinstance(await other, Answer)
+        assert house.book.totals == {"queued": 0, "processing": 1, "completed": 0, "failed": 0, "cancelled": 0}
 
 
 @in_virtual_time

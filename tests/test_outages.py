@@ -170,7 +170,11 @@ async def main():
             print("broken")
     await store.close()
 
-asyncio.run(main())
+try:
+    asyncio.run(main())
+except BaseException:
+    traceback.print_exc()
+    os._exit(1)  # the store's thread would keep the process, and its readers, for ever
 """
 
 
@@ -270,7 +274,7 @@ async def test_a_new_store_on_a_full_disk_is_refused(small_disk: Path) -> None:
 # Crashes
 
 WRITER = """
-import asyncio, sys
+import asyncio, os, sys, traceback
 sys.path.insert(0, sys.argv[3])
 from tests.by_hand import Maker
 from jobd.store import Store

@@ -125,6 +125,29 @@ async def test_a_bad_payload_is_never_shown_and_quarantines_its_job(path: str, d
         await assert_holds(store, found, maker)
 
 
+@pytest.mark.parametrize("how", ["changed", "deleted"])
+async def test_a_batch_whose_row_was_set_aside_meanwhile_is_refused_as_a_whole(path: str, how: str) -> None:
+    """A page of jobs may meet a damaged row after a batch about its job was decided."""
+    maker = Maker()
+    async with opened(path) as (store, _):
+        created, other = maker.create("a"), maker.create("b")
+        granted = maker.grant(made(created))
+        finished = maker.finish(made(granted))
+        await store.write(maker.batch([created, other, granted, *([finished] if how == "deleted" else [])]))
+        late = maker.delete(made(finished)) if how == "deleted" else maker.progress(made(granted), 5)
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = ?", (made(created).seq,))
+        assert (await store.find(Query())).bad == {"a": "its checksum is wrong"}
+        with pytest.raises(BadRows) as caught:
+            await store.write(maker.batch([late, maker.grant(made(other))]))
+        assert caught.value.jobs == {"a": "its checksum is wrong"}
+        assert store._tables.totals == recounted(store)
+        assert (await store.load(["b"], [], [])).jobs["b"] == made(other)
+        await store.write(maker.batch([maker.create("c")]))
+    async with opened(path) as (_, found):
+        assert sorted(job.id for job in found.live()) == ["b", "c"]
+        assert found.quarantined == {"a": "its checksum is wrong"}
+
+
 async def test_a_bad_payload_that_is_loaded_quarantines_its_job(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, FINISHED)
