@@ -31,14 +31,15 @@ def room() -> int:
 
 
 async def _open(path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    line = socket.socket(socket.AF_UNIX)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-    line.setblocking(False)
     while True:
+        line = socket.socket(socket.AF_UNIX)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        line.setblocking(False)
         try:
-            await asyncio.get_running_loop().sock_connect(line, path)
-        except BlockingIOError:  # its backlog is full: others of the crowd come in first
-            await asyncio.sleep(0.01)
+            line.connect(path)  # at once or not at all; asyncio would take a full backlog for one that comes later
+        except BlockingIOError:
+            line.close()
+            await asyncio.sleep(0.01)  # others of the crowd come in first
         else:
             return await asyncio.open_unix_connection(sock=line, limit=1_024)
 
