@@ -81,8 +81,7 @@ class Clock:
 
     def _advance(self) -> int:
         seen = self._boot()
-        if seen > self._seen:  # a clock that goes back adds nothing
-            if not self._held:
-                self._lease += seen - self._seen
-            self._seen = seen
+        if seen > self._seen and not self._held:
+            self._lease += seen - self._seen
+        self._seen = seen  # a clock that went back adds nothing, and counts on from where it is
         return self._lease
