@@ -15,7 +15,7 @@ import structlog
 from msgspec import Struct
 
 from jobd.answers import Answer, Grants
-from jobd.batch import BadRows, Disk, DiskFull
+from jobd.batch import Aside, BadRows, Disk, DiskFull
 from jobd.book import Book
 from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Refusal, Undelivered
 from jobd.deciding import Decider, Known, Plan
@@ -94,7 +94,9 @@ class Actor:
         self._stopping = False
         self._owed: list[Asked] = []
         self._untold: Plan | None = None  # committed; its answers leave while the next batch is being written
+        self._under_way: Plan | None = None  # decided, and perhaps not on the disk yet
         self._lost_disk: Exception | None = None
+        disk.on_aside = self._put_aside
         self._decider = Decider(
             book,
             keys,
@@ -279,6 +281,7 @@ class Actor:
         """One batch, from the mailbox to its answers: again where the disk names a reason, else once."""
         while True:
             plan = self._decider.decide(batch, self._clock.moment(), await self._load(batch), self.policy)
+            self._under_way = plan
             self._tell_meanwhile()
             try:
                 plan.fill(await self._write(plan))
@@ -292,7 +295,7 @@ class Actor:
             except _Again:
                 await self._take_back(plan)
         self._tell()  # of the batch before, where this one had nothing to wait for
-        self._untold = plan
+        self._untold, self._under_way = plan, None
         self.book.trim_finished()
         if not 0 < len(self._mailbox) <= TELL_LATER or self.full_disk.closed != Closed.NOTHING or self._owed:
             self._tell()
@@ -357,6 +360,8 @@ class Actor:
         self._quarantine_all(loaded.bad)
         if loaded.bad:
             raise _Again
+        if missing := [seq for seq in wanted if seq not in loaded.payloads]:
+            raise LookupError(f"the disk has no payloads of jobs {missing}, and does not say why")
         return {seq: payload.body for seq, payload in loaded.payloads.items()}
 
     def _answer(self, plan: Plan) -> None:
@@ -413,9 +418,16 @@ class Actor:
         for job_id, reason in bad.items():
             self._quarantine(job_id, reason)
 
-    def _quarantine(self, job_id: str, reason: str) -> None:
-        log.error("job_quarantined", job_id=job_id, reason=reason)
-        self.book.quarantine(job_id, reason)
+    def _quarantine(self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None) -> None:
+        if job_id not in self.book.quarantined:
+            log.error("job_quarantined", job_id=job_id, reason=reason)
+        self.book.quarantine(job_id, reason, uncounted)
+
+    def _put_aside(self, aside: Aside) -> None:
+        """Whoever met the damaged rows. A job that the batch under way deletes is not counted any more as it is."""
+        changes = self._under_way.changes if self._under_way is not None else []
+        is_gone = any(change.after is None and change.event.job_id == aside.id for change in changes)
+        self._quarantine(aside.id, aside.reason, None if is_gone else aside.uncounted)
 
     def _fail(self, batch: list[Asked], error: Exception) -> None:
         """What the disk holds is unknown: say so to those whose commands were under way, and let nobody else in."""

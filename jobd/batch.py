@@ -5,6 +5,7 @@ The actor speaks to a Disk, not to SQLite; store.py is the real one, tests have 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from msgspec import Struct
@@ -23,6 +24,17 @@ class BadRows(Exception):
     def __init__(self, jobs: dict[str, str]) -> None:
         super().__init__(f"bad rows: {jobs}")
         self.jobs = jobs
+
+
+class Aside(Struct, frozen=True):
+    """A job whose damaged rows were set aside, and why.
+
+    `uncounted`: the queue and status among whose finished jobs it is not counted any more, where that could be read.
+    """
+
+    id: str
+    reason: str
+    uncounted: tuple[str, str] | None = None
 
 
 class NoBackup(Exception):
@@ -141,7 +153,12 @@ class Opened(Struct):
 
 
 class Disk(Protocol):
-    """The durable half of the actor. Every method is one thread hop; every answer is from committed state."""
+    """The durable half of the actor. Every method is one thread hop; every answer is from committed state.
+
+    `on_aside` is called in the event loop, whichever method met the damaged rows, before that method ends.
+    """
+
+    on_aside: Callable[[Aside], None]
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
         """Jobs by id (live or finished), payloads by job seq, stored answers by digest."""

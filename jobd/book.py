@@ -189,12 +189,19 @@ class Book:
         while len(self.finished) > FINISHED_KEPT:
             self.finished.popitem(last=False)
 
-    def quarantine(self, job_id: str, reason: str) -> None:
-        """The rows of this job are bad: it is out of every order and count, and only its name remains."""
+    def quarantine(self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None) -> None:
+        """The rows of this job are bad: it is out of every order and count, and only its name remains.
+
+        `uncounted` is the queue and status of a finished job that is not at hand.
+        """
         self.quarantined[job_id] = reason
         if (job := self.get(job_id)) is not None:
             self.suspects.pop(job.seq, None)
             self.swap(job, None)
+        elif uncounted is not None:
+            queue, status = uncounted
+            self._counts_of(queue)[status] -= 1
+            self.totals[status] -= 1
 
     def saw(self, worker: str, now: int) -> None:
         """A worker spoke at wall time `now`."""

@@ -250,9 +250,6 @@ class Health:
         """Those of `sample` that are still the same in memory and are not so on the disk."""
         book = self._actor.book
         loaded = await self._actor.disk.load(list(sample), [], [])
-        for job_id, reason in loaded.bad.items():
-            log.error("job_quarantined", job_id=job_id, reason=reason)
-            book.quarantine(job_id, reason)
         return {
             job_id: job
             for job_id, job in sample.items()

@@ -55,6 +55,8 @@ def load(tables: Tables, ids: list[str], payloads: list[int], digests: list[str]
             loaded.payloads[seq] = payload
         elif row_of := tables.rows(BY_SEQ, (seq,)):
             damaged.append((row_of[0], wrong))
+        elif (id_of := tables.name_of(seq)) is not None:
+            loaded.bad[id_of] = tables.quarantined.get(id_of, wrong)  # set aside since the caller knew of it
     if damaged:
         loaded.bad.update(set_jobs_aside(tables, damaged))
         loaded.jobs = {id_: job for id_, job in loaded.jobs.items() if id_ not in loaded.bad}

@@ -11,7 +11,7 @@ from typing import Final
 from msgspec import structs
 
 from jobd import rows
-from jobd.batch import DiskFull
+from jobd.batch import Aside, DiskFull
 from jobd.job import FINISHED, Job, is_job_id
 from jobd.job_writer import insert
 from jobd.rows import JOB_COLUMNS, Row
@@ -42,15 +42,17 @@ def set_jobs_aside(tables: Tables, damaged: list[tuple[Row, str]]) -> dict[str, 
     named: dict[str, str] = {}
     for row, reason in damaged:
         id_ = true_id(tables, row)
+        uncounted = None
         try:
             # Read before the transaction: after it has met a damaged page SQLite lets it write no more.
             payload = _payload_columns(tables, row[0])
-            tables.commit(_set_job_aside, tables, row, payload, id_, reason)
+            uncounted = tables.commit(_set_job_aside, tables, row, payload, id_, reason)
         except DiskFull:
             tables.faults.append(f"job {id_} could not be quarantined: the disk is full")
         except CannotMove as error:
             tables.faults.append(f"job {id_} could not be quarantined: {error}; run `jobd doctor`")
         tables.quarantined[id_] = named[id_] = reason
+        tables.aside.append(Aside(id_, reason, uncounted))
     return named
 
 
@@ -70,27 +72,29 @@ def true_id(tables: Tables, row: Row) -> str:
     return journaled if indexed == [(seq,)] else read
 
 
-def _set_job_aside(tables: Tables, row: Row, payload: Row | None, id_: str, reason: str) -> None:
+def _set_job_aside(tables: Tables, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
     try:
-        _move_job(tables, row, payload, id_, reason)
+        return _move_job(tables, row, payload, id_, reason)
     except sqlite3.DatabaseError as error:
         if is_corrupt(error) and code_of(error) != sqlite3.SQLITE_CORRUPT_INDEX:
             raise CannotMove(str(error)) from error
         raise
 
 
-def _move_job(tables: Tables, row: Row, payload: Row | None, id_: str, reason: str) -> None:
+def _move_job(tables: Tables, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
+    """The queue and status among whose finished jobs it was counted."""
     run = tables.conn.execute
     seq = row[0]
     shown = rows.as_text((*JOB_COLUMNS, "crc"), row)
     was_live = run(_WAS_LIVE, (seq,)).fetchone() is not None
     run(_SET_ASIDE, (seq, id_, reason, now_ms(), shown, *(payload or (None, None))))
-    if run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount:
-        _uncount(tables, row, was_live)
+    is_here = run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount > 0
+    uncounted = _uncount(tables, row, was_live) if is_here else None
     run("DELETE FROM suspects WHERE job_seq = ?", (seq,))
     if payload is not None:  # one that cannot be read stays where it is
         run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
     tables.write_meta()
+    return uncounted
 
 
 def _payload_columns(tables: Tables, seq: int) -> Row | None:
@@ -99,19 +103,23 @@ def _payload_columns(tables: Tables, seq: int) -> Row | None:
     return (found[0][0], readable(found[0][1])) if found else None
 
 
-def _uncount(tables: Tables, row: Row, was_live: bool) -> None:
+def _uncount(tables: Tables, row: Row, was_live: bool) -> tuple[str, str] | None:
     live, live_xor, finished, finished_xor = tables.totals
     crc = rows.first_checksum(row)
     if was_live:
         tables.totals = (live - 1, live_xor ^ crc, finished, finished_xor)
-        return
+        return None
     tables.totals = (live, live_xor, finished - 1, finished_xor ^ crc)
     status, name = readable(row[2]), readable(row[4])
     found = tables.rows(f"SELECT {QUEUE_SQL} FROM queues WHERE name = ?", (name,))
-    if status in FINISHED and found and rows.fault(found[0]) is None:
-        queue = rows.queue(found[0])
-        fewer = {status: max(0, getattr(queue, status) - 1)}
-        tables.conn.execute(PUT_QUEUE, rows.queue_row(name, structs.replace(queue, **fewer)))
+    if status not in FINISHED or not found or rows.fault(found[0]) is not None:
+        return None
+    queue = rows.queue(found[0])
+    count = getattr(queue, status)
+    if count == 0:
+        return None
+    tables.conn.execute(PUT_QUEUE, rows.queue_row(name, structs.replace(queue, **{status: count - 1})))
+    return name, status
 
 
 def quarantine(tables: Tables, job: Job, reason: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, TypeVar
 import aiosqlite
 
 from jobd import files, lookups, opening, quarantine
-from jobd.batch import Batch, Loaded, Opened, Page, Query
+from jobd.batch import Aside, Batch, Loaded, Opened, Page, Query
 from jobd.events import Event
 from jobd.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
 from jobd.job import Job
@@ -73,8 +73,10 @@ class Store:
         self._tables = tables
         self._lock = lock
         self.on_broken: Callable[[Exception], None] = lambda error: None
+        self.on_aside: Callable[[Aside], None] = lambda aside: None
         self._committing = threading.Event()
         tables.at_commit = self._committing.set
+        tables.aside.clear()  # those of the start are told by what it found
         self._closing = threading.Event()
         self._beside = asyncio.Lock()
 
@@ -146,6 +148,9 @@ class Store:
             if self._tables.is_broken:
                 self.on_broken(error)
             raise
+        finally:
+            while self._tables.aside:
+                self.on_aside(self._tables.aside.popleft())
 
     def take_faults(self) -> list[str]:
         """Sentences about damage that was met since the start or the last call."""

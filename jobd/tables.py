@@ -9,12 +9,13 @@ import contextlib
 import os
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from jobd import files, rows
-from jobd.batch import BadRows, Batch, DiskFull, Numbers, Payload
+from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload
 from jobd.events import KEEP_SIGNS, SIGNS, Change
 from jobd.files import StoreBroken
 from jobd.job_writer import JobWriter, RowsMissing, Totals, insert
@@ -116,6 +117,7 @@ class Tables:
         self._rebuilding = False
         # Of each grant made or heard of since the start: seq of its event, signs of life since the last thinning.
         self._signs: dict[int, tuple[int, int]] = {}
+        self.aside: deque[Aside] = deque()  # set aside, and not told yet
         self._crowded: set[int] = set()  # jobs whose journals are to be thinned after this batch
 
     # ------------------------------------------------------------------------------------------- one transaction
@@ -303,11 +305,18 @@ class Tables:
             if payload is not None:
                 shown[seq] = payload.body
             else:
-                row = self.rows(BY_SEQ, (seq,))
-                bad[readable(row[0][1]) if row else f"seq {seq}"] = wrong
+                bad[self.name_of(seq) or f"seq {seq}"] = wrong
         if bad:
             raise BadRows(bad)
         return shown
+
+    def name_of(self, seq: int) -> str | None:
+        """The id of a job, also of one whose row was set aside meanwhile."""
+        row = self.rows(BY_SEQ, (seq,))
+        if row:
+            return readable(row[0][1])
+        row = self.rows("SELECT id FROM quarantined_jobs WHERE seq = ?", (seq,))
+        return readable(row[0][0]) if row else None
 
     def payload(self, seq: int) -> tuple[Payload | None, str]:
         """The payload of a job, or None and what is wrong with it."""

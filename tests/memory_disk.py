@@ -13,7 +13,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from jobd import rows
-from jobd.batch import BadRows, Batch, DiskFull, KeyRow, Loaded, Numbers, Opened, Page, Payload, Query, QueueRow
+from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, Loaded, Numbers, Opened, Page, Payload, Query, QueueRow
 from jobd.events import Change, Event
 from jobd.job import FINISHED, LIVE, Job, untouched
 
@@ -57,6 +57,9 @@ class MemoryDisk:
         self.gate = asyncio.Event()
         self.gate.set()
         self.at_gate = asyncio.Event()
+        self.aside: dict[int, str] = {}  # seq -> id of the jobs set aside
+        self.on_aside: Callable[[Aside], None] = lambda aside: None
+        self._untold: deque[Aside] = deque()
         self._ids: dict[str, int] = {}  # id -> seq
 
     # -- what a test does to it ---------------------------------------------------------------------------------------
@@ -90,9 +93,11 @@ class MemoryDisk:
 
     def opened(self) -> Opened:
         """What a start finds."""
+        self.on_aside = lambda aside: None
         bad = {job_id: reason for job_id, reason in self.bad_jobs.items() if job_id in self._ids}
         for job_id, reason in bad.items():
             self._set_aside(self.jobs[self._ids[job_id]], reason)
+        self._untold.clear()
         live = [(untouched(job), job) for _, job in sorted(self.jobs.items()) if job.status in LIVE]
         return Opened(
             numbers=self.numbers,
@@ -121,7 +126,10 @@ class MemoryDisk:
                 self._set_aside(self.jobs[seq], reason)
             elif seq in self.payloads:
                 loaded.payloads[seq] = self.payloads[seq]
+            elif seq in self.aside:
+                loaded.bad[self.aside[seq]] = self.quarantined[self.aside[seq]]
         loaded.answers = {digest: self.keys[digest] for digest in digests if digest in self.keys}
+        await self._tell_aside()
         return loaded
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
@@ -164,6 +172,7 @@ class MemoryDisk:
             size += len(body)
         if page.next_before is not None and not any(seq < page.next_before for seq in self.jobs):
             page.next_before = None
+        await self._tell_aside()
         return page
 
     async def timeline(self, job_seq: int) -> list[Event]:
@@ -181,7 +190,12 @@ class MemoryDisk:
     async def expired(self, now: int, limit: int) -> list[str]:
         await self._enter("expired")
         old = [job for job in self.jobs.values() if job.status in FINISHED and _expires(job) <= now]
-        return [job.id for job in sorted(old, key=_expires)[:limit]]
+        found = sorted(old, key=_expires)[:limit]
+        for job in found:
+            if job.id in self.bad_jobs:
+                self._set_aside(job, self.bad_jobs[job.id])
+        await self._tell_aside()
+        return [job.id for job in found if job.id not in self.bad_jobs]
 
     async def reports(self, limit: int) -> list[bytes]:
         await self._enter("reports")
@@ -190,6 +204,7 @@ class MemoryDisk:
     async def quarantine(self, job: Job, reason: str) -> None:
         await self._enter("quarantine")
         self._set_aside(self.jobs.get(job.seq, job), reason)
+        await self._tell_aside()
 
     async def prune(self, before: int, limit: int) -> int:
         await self._enter("prune")
@@ -223,6 +238,9 @@ class MemoryDisk:
             raise DiskFull("there is no room for the ballast")
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(0)
 
     async def _enter(self, name: str) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
@@ -314,7 +332,8 @@ class MemoryDisk:
             reason = self._bad_payload(seq)
             if reason is not None or (seq not in self.payloads and seq not in new):
                 job = after.get(seq) or self.jobs.get(seq)
-                bad[job.id if job else f"seq {seq}"] = reason or "its payload is missing"
+                name = job.id if job else self.aside.get(seq, f"seq {seq}")
+                bad[name] = reason or "its payload is missing"
         if bad:
             raise BadRows(bad)
 
@@ -334,13 +353,23 @@ class MemoryDisk:
 
     def _set_aside(self, job: Job, reason: str) -> None:
         self.quarantined[job.id] = reason
-        if self.jobs.pop(job.seq, None) is None:
-            return
-        del self._ids[job.id]
-        self.payloads.pop(job.seq, None)
-        self.suspects.pop(job.seq, None)
-        if job.status in FINISHED:
+        is_here = self.jobs.pop(job.seq, None) is not None
+        is_counted = is_here and job.status in FINISHED
+        if is_here:
+            del self._ids[job.id]
+            self.payloads.pop(job.seq, None)
+            self.suspects.pop(job.seq, None)
+            self.aside[job.seq] = job.id
+        if is_counted:
             self._count(job, -1)
+        self._untold.append(Aside(job.id, reason, (job.options.queue, job.status) if is_counted else None))
+
+    async def _tell_aside(self) -> None:
+        """As from another thread: in a moment. Whoever dies meanwhile is not told."""
+        if self._untold:
+            await self._pause()
+        while self._untold:
+            self.on_aside(self._untold.popleft())
 
     def _count(self, job: Job, step: int) -> None:
         queue = self.queues.get(job.options.queue, QueueRow())

@@ -16,7 +16,7 @@ from msgspec import UNSET, Raw
 from jobd import rules
 from jobd.actor import BATCH_WEIGHT, Bounds, DiskBroken
 from jobd.answers import Answer, Done, JobView
-from jobd.batch import BadRows, DiskFull, KeyRow, Query
+from jobd.batch import BadRows, Batch, DiskFull, KeyRow, Loaded, Query
 from jobd.book import Book
 from jobd.commands import (
     AnyCommand,
@@ -1485,6 +1485,75 @@ async def test_a_row_that_a_page_of_jobs_sets_aside_meanwhile_costs_its_own_comm
         assert (await late).code == "job_quarantined"
         assert isinstance(await other, Answer)
         assert house.book.totals == {"queued": 0, "processing": 1, "completed": 0, "failed": 0, "cancelled": 0}
+
+
+class Meanwhile(MemoryDisk):
+    """Just before a payload is read, or a job deleted, somebody else meets the damaged row of `job_id`."""
+
+    job_id = "bad"
+
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+        await self._meet(payloads)
+        return await super().load(ids, payloads, digests)
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        await self._meet([*batch.payloads, *(change.event.job_seq for change in batch.changes if change.after is None)])
+        return await super().write(batch)
+
+    async def _meet(self, seqs: list[int]) -> None:
+        for seq in seqs:
+            if seq in self.jobs and self.jobs[seq].id == self.job_id:
+                await self.quarantine(self.jobs[seq], "damaged")
+
+
+@pytest.mark.parametrize("beside", ["nothing", "a change"])
+def test_a_damaged_row_that_is_set_aside_while_its_job_is_shown_costs_its_own_command(beside: str) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        async with household(Meanwhile()) as house:
+            await house.yes(Create(id="bad"))
+            house.disk.gate.clear()
+            slow = begin(house.actor.ask(Tick()))
+            await house.disk.at_gate.wait()
+            tasks = fill(house, [Get(id="bad"), Create(id="other") if beside == "a change" else Ping()])
+            house.disk.gate.set()
+            await slow
+            refused, other = [await task for task in tasks]
+            assert refused.code == "job_quarantined"
+            assert isinstance(other, Answer)
+            assert house.book.totals["queued"] == (beside == "a change")
+
+    test()
+
+
+@in_virtual_time
+async def test_a_finished_job_that_is_set_aside_is_not_counted_any_more() -> None:
+    """Nor once more where it was being deleted. What is written next is the right count."""
+    disk = Meanwhile()
+    disk.job_id = "none yet"
+    for name in ("bad", "good", "worse"):
+        async with Household(disk) as house:
+            await house.yes(Create(id=name))
+            await house.yes(Cancel(id=name))
+    async with Household(disk) as house:
+        disk.job_id, disk.bad_jobs["worse"] = "bad", "checksum"
+        assert (await house.no(Get(id="worse"))).code == "job_quarantined"
+        assert house.book.totals["cancelled"] == 2
+        assert (await house.no(Delete(id="bad"))).code == "job_quarantined"
+        assert house.book.totals["cancelled"] == 1
+        await house.yes(Create(id="new"))
+        await house.yes(Cancel(id="new"))
+        assert disk.queues["default"].cancelled == house.book.totals["cancelled"] == 2
+
+
+@in_virtual_time
+async def test_a_payload_that_is_gone_without_a_reason_ends_everything() -> None:
+    house = Household()
+    running = begin(house.actor.run())
+    await house.yes(Create(id="a"))
+    house.disk.payloads.clear()
+    assert (await house.no(Get(id="a"))).code == "outcome_unknown"
+    await broken(house, running)
 
 
 @in_virtual_time

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd.batch import BadRows, KeyRow, Loaded, Opened, Query
+from jobd.batch import Aside, BadRows, KeyRow, Loaded, Opened, Query
 from jobd.events import fold
 from jobd.job import FINISHED, LIVE, Job
 from jobd.rows import JOB_COLUMNS
@@ -82,8 +82,10 @@ async def test_a_finished_row_that_is_not_as_written_is_quarantined_when_met(pat
     maker = await make_store(path)
     job = next(j for j in maker.jobs.values() if j.status == "failed" and j.ended is not None)
     flip(path, "jobs", column, "seq", job.seq)
+    told: list[Aside] = []
     async with opened(path) as (store, found):
         assert found.quarantined == {}
+        store.on_aside = told.append
         if how == "load":
             assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
         elif how == "find":
@@ -93,6 +95,8 @@ async def test_a_finished_row_that_is_not_as_written_is_quarantined_when_met(pat
         else:
             assert job.id not in await store.expired(maker.now * 2, 1_000)
         assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
+        counted = None if column == "queue" else (job.options.queue, "failed")
+        assert told == [Aside(job.id, "its checksum is wrong", counted)]
         assert store._tables.totals == recounted(store)
     if column == "queue":
         return  # which queue had counted it is not known any more: the doctor counts anew
@@ -146,6 +150,21 @@ async def test_a_batch_whose_row_was_set_aside_meanwhile_is_refused_as_a_whole(p
     async with opened(path) as (_, found):
         assert sorted(job.id for job in found.live()) == ["b", "c"]
         assert found.quarantined == {"a": "its checksum is wrong"}
+
+
+async def test_a_payload_that_went_with_its_row_names_the_job(path: str) -> None:
+    maker = Maker()
+    created = maker.create("a")
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([created]))
+    async with opened(path) as (store, _):  # that has not the payload at hand
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = 1")
+        assert (await store.find(Query())).bad == {"a": "its checksum is wrong"}
+        assert await store.load([], [1], []) == Loaded(bad={"a": "its checksum is wrong"})
+        assert await store.load([], [99], []) == Loaded()
+        with pytest.raises(BadRows) as caught:
+            await store.write(maker.batch([maker.create("b")], payloads=[1]))
+        assert list(caught.value.jobs) == ["a"]
 
 
 async def test_a_bad_payload_that_is_loaded_quarantines_its_job(path: str) -> None:

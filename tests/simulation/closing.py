@@ -59,6 +59,7 @@ class Closing:
             return None
         opened_in_s = daemon.opened_s - daemon.began_s
         machine.note("machine", "up", opened_in_s)
+        self.watch.must(opened_in_s <= READY_S, "L4", f"the daemon took {opened_in_s:.1f} s to come up")
         await asyncio.sleep(1.5)  # a disk that was full is probed once a second
         machine.closing_since = daemon.clock.moment().lease
         daemon.clock.accept()

@@ -20,7 +20,7 @@ from tests.memory_disk import MemoryDisk
 
 STATE: Final = (
     "numbers", "jobs", "payloads", "events", "queues", "keys", "suspects", "quarantined", "deleted", "kept_reports",
-    "figures", "bad_jobs", "bad_payloads", "_ids",
+    "figures", "bad_jobs", "bad_payloads", "aside", "_ids",
 )  # fmt: skip
 COMMITS: Final = frozenset({"prune", "save_figures"})  # beside the batches
 

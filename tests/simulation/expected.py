@@ -57,6 +57,8 @@ ON_DISK: Final = (
 )
 OTHERS: Final = (
     "answer replayed",
+    "cleanup complained",
+    "mishap hang up with the answer",
     "grant undelivered",
     "operator cleanup",
     "operator recover-stuck",

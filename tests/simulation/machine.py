@@ -17,7 +17,7 @@ import msgspec
 from jobd import facts
 from jobd.actor import Actor, DiskBroken
 from jobd.answers import Answer
-from jobd.batch import Opened
+from jobd.batch import DiskFull, Opened
 from jobd.book import Book
 from jobd.cleanup import Cleaner, read_figures
 from jobd.clock import Clock
@@ -311,8 +311,10 @@ class Daemon:
         self.actor.stop()
         try:
             await running
-        except DiskBroken:
+        except DiskBroken as broken:
             self.how = "disk broken"
+            if not isinstance(broken.__cause__, (OSError, DiskFull)):
+                machine.watch.fail("S8", f"the daemon ended by a bug of its own: {broken.__cause__!r}")
         self._drop_lines()
         self.gone.set()
 

@@ -285,10 +285,19 @@ class Promises:
         if before is not None:
             back = lease.expires < before.expires or lease.silent < before.silent
             self.must(not back, "S11", f"{kind} made a lock shorter", job.id)
+        if kind == "resumed" and before is not None and event.details is not None:
+            until = at.lease + event.details["grace_ms"]
+            pairs = zip(_deadlines(before), _deadlines(lease), strict=True)
+            fits = all(new == old or (new == until and (old or 0) < until) for old, new in pairs)
+            self.must(fits, "S11", f"{kind}: {before} became {lease}, credit is until {until}", job.id)
         if kind == "lock_expired":
             self.must(before is not None and at.lease >= before.expires, "S5", "a live lock was cleared", job.id)
             graced = grant.lock_id in self._live_at_start and at.lease < self._grace_ends
             self.must(not graced, "S5", "a live lock ended within the grace after a start", job.id)
+
+
+def _deadlines(lease: Lease) -> tuple[int | None, ...]:
+    return lease.expires, lease.silent, lease.ceiling
 
 
 def _ids(changes: Iterable[Change], kind: str) -> list[str]:

@@ -139,8 +139,8 @@ class Watch(Promises):
         """L2, once the faults have stopped."""
         assert job.lease is not None
         since = self.machine.closing_since
-        if since is not None and job.lease.stuck >= since:
-            late_ms = at.lease - job.lease.stuck
+        if since is not None:
+            late_ms = at.lease - max(job.lease.stuck, since)
             self.must(late_ms <= self.machine.recovery_ms + 1_000, "L2", f"recovery came {late_ms} ms late", job.id)
 
     def _check_arrival(self, command: Claim, decision: Decision) -> None:
@@ -222,8 +222,6 @@ class Watch(Promises):
     def recount(self, book: Book) -> None:
         """Every order and counter of the book against the rows of the disk."""
         disk = self.machine.disk
-        if disk.quarantined:
-            return  # the book does not know the queue of a finished job that was not at hand when its row was set aside
         rows = {job.id: job for job in disk.jobs.values()}
         at = Moment(book._now, book._lease, book._now - book._lease)
         try:
