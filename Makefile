@@ -68,7 +68,7 @@ mutation: $(READY)  ## small changes to the pure rooms, one at a time: which doe
 
 proof: $(READY)  ## all of these, one after the other, as root: hours
 	@for each in world simulation linearizability faults planted mutation; do \
-		echo "== make $$each"; $(MAKE) --no-print-directory $$each || exit 1; done
+		echo "== make $$each"; CI=true $(MAKE) --no-print-directory $$each || exit 1; done
 
 format: $(READY)  ## put the code into its usual form
 	$(BIN)/ruff check --fix .

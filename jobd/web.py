@@ -153,6 +153,8 @@ class Web:
             try:
                 return self._accept(visit, answer)
             except Exception as bug:
+                if answer.grants:
+                    self.actor.undelivered(answer)
                 answer = self._confess(visit, bug)
         return self.refuse(visit, answer)
 

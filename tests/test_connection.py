@@ -371,6 +371,16 @@ async def test_a_bug_behind_an_answer_costs_one_connection(
     await house.site.quiet()
 
 
+@WAYS
+async def test_the_grants_of_an_answer_that_cannot_be_written_go_back(house: House, send: Any) -> None:
+    answer = Answer(object(), grants=[("a", "lock")])
+    house.desk.answer = lambda _: answer
+    line = await house.line()
+    await send(line, CLAIM)
+    assert (await line.hear()).status == 500
+    assert house.desk.taken_back == [answer]
+
+
 async def test_a_bug_behind_an_answer_never_reaches_the_actor(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("canary")
