@@ -37,6 +37,12 @@ def test_a_job_to_which_something_happens_is_kept_whole(jobs: LiveJobs) -> None:
     assert (len(jobs), jobs["a"].attempt, set(jobs.touched())) == (2, 1, {"a", "b"})
 
 
+def test_a_job_that_comes_in_again_is_kept_in_one_form(jobs: LiveJobs) -> None:
+    again = Untouched(3, "b", Options(), 2_000)
+    jobs.keep_short(again)
+    assert (jobs["b"], jobs.waits(again), len(jobs), set(jobs.touched())) == (again.whole(), True, 2, set())
+
+
 def test_a_job_is_forgotten_in_either_form(jobs: LiveJobs) -> None:
     for job_id in ("a", "b", "c"):
         jobs.drop(job_id)

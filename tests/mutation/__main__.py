@@ -1,8 +1,9 @@
 """`python -m tests.mutation [--modules rules,book] [--jobs 2] [--sample N --seed K] [--json]`: change the pure rooms.
 
 One small change at a time, in a copy of the sources; some test has to notice. A change that none notices is listed in
-survivors.md with the argument for it, or this fails. Exit code 0 where every survivor is on the list (and, where all
-mutants of a module were made, nobody else is), 1 otherwise.
+survivors.md with the argument for it, or this fails. One on the list has been argued for, so that the tests beside its
+module are all that is asked again; `--deep-listed` asks those that go deep as well. Exit code 0 where every survivor is
+on the list (and, where all mutants of a module were made, nobody else is), 1 otherwise.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.mutation.mutate import Mutant, mutants, unchanged
 from tests.process import die_with_us
 
 ROOT: Final = Path(__file__).parent.parent.parent
-COPIED: Final = ("jobd", "tests")
+COPIED: Final = ("jobd", "tests", "docs")
 ENOUGH: Final = 0.95  # of the mutants have to be noticed
 TOLD_EVERY_S: Final = 10.0
 
@@ -62,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", help="only mutants whose name contains this (or that)")
     parser.add_argument("--near", action="store_true", help="stop after the tests beside the module: more survive")
-    parser.add_argument("--json", action="store_true", help="one line for each mutant, on stdout")
+    parser.add_argument("--deep-listed", action="store_true", help="the deep tests for those in survivors.md, too")
+    parser.add_argument("--json", action="store_true", help="one line for each mutant as it is judged, on stdout")
     given = parser.parse_args(arguments)
     modules = given.modules.split(",")
     if unknown := set(modules) - set(MODULES):
@@ -72,10 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="jobd-mutation-") as place:
         root = copied(Path(place))
         chosen = _chosen(root, modules, given, listed)
-        judged = judge(root, chosen, given.jobs, near_only=given.near)
-    if given.json:
-        for each in judged:
-            print(msgspec.json.encode(each).decode())
+        shallow = {
+            each.full_name for each in chosen if given.near or (each.full_name in listed and not given.deep_listed)
+        }
+        judged = judge(root, chosen, given.jobs, shallow, as_json=given.json)
     whole = given.sample is None and given.only is None and not given.near
     return _tell(judged, modules, listed, whole=whole, seconds=time.perf_counter() - began_s)
 
@@ -84,7 +86,8 @@ def copied(place: Path) -> Path:
     """The sources as they are now, so that whoever edits them meanwhile changes no verdict."""
     for name in COPIED:
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", place)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, place)
     return place
 
 
@@ -153,8 +156,13 @@ def _workers(root: Path, count: int) -> Iterator[list[Worker]]:
         yield workers
 
 
-def judge(root: Path, chosen: Sequence[Mutant], jobs: int, *, near_only: bool = False) -> list[Judged]:
-    """What came of each mutant, in the order given. Raises RuntimeError where tests fail without any."""
+def judge(
+    root: Path, chosen: Sequence[Mutant], jobs: int, shallow: Collection[str] = (), *, as_json: bool = False
+) -> list[Judged]:
+    """What came of each mutant, in the order given; the deep tests are not asked about those in `shallow`.
+
+    Raises RuntimeError where tests fail without any.
+    """
     waiting: SimpleQueue[Mutant] = SimpleQueue()
     for each in chosen:
         waiting.put(each)
@@ -168,9 +176,10 @@ def judge(root: Path, chosen: Sequence[Mutant], jobs: int, *, near_only: bool = 
             try:
                 while not failures:
                     mutant = waiting.get_nowait()
+                    near_only = mutant.full_name in shallow
                     request = {"ask": "judge", "mutant": msgspec.to_builtins(mutant), "near_only": near_only}
                     verdict = worker.ask(request)
-                    judged[mutant.full_name] = Judged(
+                    judged[mutant.full_name] = each = Judged(
                         mutant.full_name,
                         mutant.module,
                         mutant.operator,
@@ -178,6 +187,8 @@ def judge(root: Path, chosen: Sequence[Mutant], jobs: int, *, near_only: bool = 
                         verdict["deep"],
                         verdict["seconds"],
                     )
+                    if as_json:
+                        print(msgspec.json.encode(each).decode(), flush=True)
             except Empty:
                 pass
             except Exception as error:

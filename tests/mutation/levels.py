@@ -37,8 +37,13 @@ NEAR: Final = (
     "draft", "views", "batch", "commands", "bodies", "rows", "actor", "cleanup", "alerts", "worker_api", "admin_api",
 )  # fmt: skip
 
-# Beside them, one of a file that needs a daemon for its others.
-ALONE: Final = ("tests/test_client.py::test_every_refusal_has_an_error_of_its_own_with_the_same_status",)
+# Beside them, some of files that need a daemon for their others.
+ALONE: Final = (
+    "tests/test_client.py::test_every_refusal_has_an_error_of_its_own_with_the_same_status",
+    "tests/test_docs.py::test_every_answer_with_its_fields",
+    "tests/test_docs.py::test_fields_of_creation_import_and_updates",
+    "tests/test_docs.py::test_every_event",
+)
 
 # The second level, from cheap to dear: any sequence of commands, small worlds, simulated days.
 DEEP: Final = ("tests/mutation/deep.py",)

@@ -179,7 +179,7 @@ def _cold(mutant: Mutant, survey: Survey, *, near_only: bool) -> Verdict:
     """A mutant that is there when its module is imported."""
     began_s = time.perf_counter()
     mirrors = files(MIRRORS[mutant.module])
-    others = [*(each for each in files(NEAR) if each not in mirrors), *ALONE]
+    others = [*ALONE, *(each for each in files(NEAR) if each not in mirrors)]
     by = ""
     deep = False
     for deep, group in (*((False, [file]) for file in mirrors), (False, others), (True, list(DEEP))):
