@@ -85,10 +85,8 @@ class Refusal(Struct, frozen=True):
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands of workers and creators.
 
-MAX_BULK: Final = 1000
 MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
-_NAMES: Final = Meta(min_length=1, max_length=MAX_NAMES)
 MAX_WAIT_MS: Final = 60_000
 MAX_PAGE: Final = 200
 

@@ -185,6 +185,11 @@ def test_every_answer_with_its_fields() -> None:
     assert said == {name: [each.encode_name for each in structs.fields(shape)] for name, shape in SHAPES.items()}
 
 
+def test_every_state_of_health() -> None:
+    (said,) = [ticked(meaning) for shape, _, meaning in rows(API, "shape", "fields") if shape == "health"]
+    assert tuple(said[1:4]) == get_args(answers.HealthStatus)
+
+
 def test_fields_of_creation_import_and_updates() -> None:
     created = [name for row in rows(API, "field", "default") for name in ticked(row[0])]
     assert sorted(created) == sorted(each.encode_name for each in structs.fields(commands.Create))

@@ -64,6 +64,7 @@ def test_what_is_shown_holds_no_raw_change() -> None:
         "seq": 5, "at": NOW, "type": "updated", "from": "queued", "to": "processing", "by": "client", "reason": None,
         "details": {},
     }  # fmt: skip
+    assert view(msgspec.structs.replace(event(None), details={"a": 1})).details == {"a": 1}
 
 
 def test_a_whole_life_folds_into_the_row_and_names_no_secret() -> None:

@@ -41,6 +41,7 @@ NEAR: Final = (
 ALONE: Final = (
     "tests/test_client.py::test_every_refusal_has_an_error_of_its_own_with_the_same_status",
     "tests/test_docs.py::test_every_answer_with_its_fields",
+    "tests/test_docs.py::test_every_state_of_health",
     "tests/test_docs.py::test_fields_of_creation_import_and_updates",
     "tests/test_docs.py::test_every_event",
 )
