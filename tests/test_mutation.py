@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutation.__main__ import not_deep
 from tests.mutation.levels import ALONE, DEEP, MIRRORS, MODULES, NEAR, files
 from tests.mutation.listed import SURVIVORS, argued, as_line
 from tests.mutation.mutate import Mutant, mutants, unchanged
@@ -165,6 +166,17 @@ def test_the_list_holds_names_below_their_arguments() -> None:
         argued("## `a`\n\nWhy.\n\n- `b`\n- `b`\n")
     with pytest.raises(ValueError, match="not the name"):
         argued("## `a`\n\nWhy.\n\n- b\n")
+
+
+@pytest.mark.parametrize(
+    ("near", "deep_listed", "spared"),
+    [(False, False, {"a.f: 1 -> 2"}), (False, True, set()), (True, False, {"a.f: 1 -> 2", "a.g: 1 -> 2"})],
+)
+def test_who_is_argued_for_does_not_meet_the_deep_tests_again_unless_asked(
+    near: bool, deep_listed: bool, spared: set[str]
+) -> None:
+    names = ["a.f: 1 -> 2", "a.g: 1 -> 2"]
+    assert not_deep(names, {"a.f: 1 -> 2": "A figure."}, near=near, deep_listed=deep_listed) == spared
 
 
 def test_the_list_of_survivors_can_be_read() -> None:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
@@ -74,9 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="jobd-mutation-") as place:
         root = copied(Path(place))
         chosen = _chosen(root, modules, given, listed)
-        shallow = {
-            each.full_name for each in chosen if given.near or (each.full_name in listed and not given.deep_listed)
-        }
+        shallow = not_deep((each.full_name for each in chosen), listed, near=given.near, deep_listed=given.deep_listed)
         judged = judge(root, chosen, given.jobs, shallow, as_json=given.json)
     whole = given.sample is None and given.only is None and not given.near
     return _tell(judged, modules, listed, whole=whole, seconds=time.perf_counter() - began_s)
@@ -101,6 +99,11 @@ def _chosen(root: Path, modules: Sequence[str], given: argparse.Namespace, liste
         found = sorted(found, key=lambda each: blake2b(f"{given.seed}: {each.full_name}".encode()).digest())
         found = found[: given.sample]
     return found
+
+
+def not_deep(names: Iterable[str], listed: Collection[str], *, near: bool, deep_listed: bool) -> set[str]:
+    """Those about which the deep tests are not asked: the ones argued for already, or all."""
+    return {name for name in names if near or (name in listed and not deep_listed)}
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
