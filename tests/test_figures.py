@@ -39,6 +39,7 @@ def test_completions_of_the_last_hour(desk: Desk) -> None:
     work(desk, "a", 2_000)
     work(desk, "b", 4_000)
     assert figures.completed_last_hour(desk.now) == (2, 6_000)
+    assert figures.processing["default"].total == 6
     desk.passes(59 * MINUTE_MS)
     work(desk, "c", 0)
     assert figures.completed_last_hour(desk.now) == (3, 6_000)
@@ -50,29 +51,31 @@ def test_old_minutes_and_hours_are_dropped() -> None:
     figures = Figures()
     for minute in range(200):
         figures._completed("q", NOW + minute * MINUTE_MS, 1)
-    assert len(figures.completions) <= 61
-    assert figures.completed_last_hour(NOW + 199 * MINUTE_MS) == (60, 60)
+        assert len(figures.completions) <= 61
+        assert figures.completed_last_hour(NOW + minute * MINUTE_MS) == (min(minute + 1, 60),) * 2
     for hour in range(100):
-        figures._recovered(NOW + hour * HOUR_MS, requeued=bool(hour % 2))
-    assert len(figures.recoveries) <= 25
-    assert figures.recovered_last_day(NOW + 99 * HOUR_MS) == 24
-    assert (figures.stalls, figures.reset, figures.failed) == (100, 50, 50)
+        figures._recovered(NOW + hour * HOUR_MS, requeued=hour < 70)
+        assert len(figures.recoveries) <= 25
+        assert figures.recovered_last_day(NOW + hour * HOUR_MS) == min(hour + 1, 24)
+    assert (figures.stalls, figures.reset, figures.failed) == (100, 70, 30)
 
 
 def test_recoveries_of_the_last_day(desk: Desk) -> None:
     lock_id = desk.held("a")
     desk.progress(lock_id, 10)
     desk.held("b")
+    desk.held("c")
     desk.passes(HOUR_MS)
     desk.yes(Recover(limit=9))
     figures = desk.book.figures
-    assert figures.recovered_last_day(desk.now) == 2
+    assert figures.recovered_last_day(desk.now) == 3
     assert figures.recovered_last_day(desk.now + DAY_MS) == 0
-    assert (figures.stalls, figures.reset, figures.failed, figures.since_report.recovered) == (2, 1, 1, 2)
+    assert (figures.stalls, figures.reset, figures.failed, figures.since_report.recovered) == (3, 2, 1, 3)
 
 
 def test_what_was_done_since_the_last_report(desk: Desk) -> None:
     desk.held("a", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    desk.held("d", stuck_after_ms=HOUR_MS, max_processing_ms=0)
     desk.passes(15 * MINUTE_MS)
     desk.yes(Recover(limit=9))
     desk.completed("b", expires_at=desk.now + 1)
@@ -81,7 +84,7 @@ def test_what_was_done_since_the_last_report(desk: Desk) -> None:
     desk.yes(DeleteExpired(ids=["b"]), by="cleanup")
     desk.yes(Delete(id="c"), by="admin")  # an operator's deletion is not the pass's work
     since = desk.book.figures.since_report
-    assert (since.locks_cleared, since.deleted, since.recovered) == (1, 1, 0)
+    assert (since.locks_cleared, since.deleted, since.recovered, since.fixed) == (2, 1, 0, 0)
 
 
 def test_other_endings_are_not_counted(desk: Desk) -> None:
@@ -103,6 +106,10 @@ def test_a_completion_without_a_start_or_before_it_is_no_negative_time() -> None
     figures.note(Change(msgspec.structs.replace(job, started_at=NOW + 5_000), None, done))  # the wall clock stepped
     assert figures.completed_last_hour(NOW) == (1, 0)
     assert figures.processing["q"].total == 0
+
+
+def test_the_bounds_are_those_under_which_counts_are_stored_and_dashboards_know_them() -> None:
+    assert PROCESSING_BUCKETS_S == (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1_800, 3_600, 14_400)
 
 
 def test_a_histogram_counts_up_to_and_with_each_bound() -> None:

@@ -191,7 +191,8 @@ def judge(
                         verdict["seconds"],
                     )
                     if as_json:
-                        print(msgspec.json.encode(each).decode(), flush=True)
+                        line = msgspec.json.encode(each).decode()
+                        print(f"{line}\n", end="", flush=True)  # in one write: there are other threads
             except Empty:
                 pass
             except Exception as error:
