@@ -66,9 +66,8 @@ planted: $(READY)  ## planted bugs, each put into a copy: which tests find it, a
 mutation: $(READY)  ## small changes to the pure rooms, one at a time: which does no test notice? (ARGS: --modules rules,book)
 	$(BIN)/python -m tests.mutation --jobs $(PARALLEL) $(ARGS)
 
-proof: $(READY)  ## all of these, one after the other, as root: hours
-	@for each in world simulation linearizability faults planted mutation; do \
-		echo "== make $$each"; CI=true $(MAKE) --no-print-directory $$each || exit 1; done
+proof: $(READY)  ## all of these, one after the other, as root: hours (ARGS="PART ... --write" for some, and into docs/RELIABILITY.md)
+	$(BIN)/python -m tests.proof $(ARGS)
 
 format: $(READY)  ## put the code into its usual form
 	$(BIN)/ruff check --fix .

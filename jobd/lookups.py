@@ -263,13 +263,14 @@ def expired(tables: Tables, now: int, limit: int) -> list[str]:
         f"WHERE expires_at IS NOT NULL AND {FINISHED_SQL} AND expires_at <= ? ORDER BY expires_at LIMIT ?"
     )
     sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
-    found = tables.rows(sql, (now, limit))
-    damaged = [(row, wrong) for row in found if (wrong := fault(row)) is not None]
-    if damaged:
-        set_jobs_aside(tables, damaged)
-        aside = {row[0] for row, _ in damaged}
-        found = [row for row in found if row[0] not in aside]
-    return [row[1] for row in found]
+    while True:
+        found = tables.rows(sql, (now, limit))
+        damaged = [(row, wrong) for row in found if (wrong := fault(row)) is not None]
+        whole = [row[1] for row in found if fault(row) is None]
+        if damaged:
+            set_jobs_aside(tables, damaged)
+        if whole or all(tables.rows(BY_SEQ, (row[0],)) for row, _ in damaged):
+            return whole  # or nothing, where the damaged ones cannot be moved out of the way
 
 
 def reports(tables: Tables, limit: int) -> list[bytes]:

@@ -30,6 +30,7 @@ from jobd.tables import (
     KEY_SQL,
     LIVE_SQL,
     QUEUE_SQL,
+    CannotMove,
     Tables,
     code_of,
     is_undecodable,
@@ -238,12 +239,12 @@ def missing_from_schema(conn: sqlite3.Connection) -> list[str]:
 
 def _names_in_schema(conn: sqlite3.Connection) -> set[str]:
     names = set()
-    for kind, name in conn.execute("SELECT type, name FROM sqlite_schema WHERE sql IS NOT NULL"):
-        names.add(name)
-        if kind == "table":
-            names |= {
-                f"{name}.{column}" for (column,) in conn.execute("SELECT name FROM pragma_table_info(?)", (name,))
-            }
+    with lenient(conn):
+        for kind, name in conn.execute("SELECT type, name FROM sqlite_schema WHERE sql IS NOT NULL").fetchall():
+            names.add(name)
+            if kind == "table":
+                columns = conn.execute("SELECT name FROM pragma_table_info(?)", (readable(name),))
+                names |= {f"{name}.{column}" for (column,) in columns}
     return names
 
 
@@ -371,7 +372,7 @@ def _live_jobs(tables: Tables) -> tuple[list[Job], list[Untouched]]:
         if not rebuilt:
             try:
                 tables.rebuild_indexes()
-            except DiskFull:
+            except (DiskFull, CannotMove):
                 break
     tables.faults.append(
         f"{found[0]} live jobs were found where {kept[0]} had been written"

@@ -14,9 +14,10 @@ from jobd import rows
 from jobd.batch import Aside, DiskFull
 from jobd.job import FINISHED, Job, is_job_id
 from jobd.job_writer import insert
-from jobd.rows import JOB_COLUMNS, Row
+from jobd.rows import EVENT_COLUMNS, JOB_COLUMNS, Row
 from jobd.tables import (
     BY_SEQ,
+    EVENT_SQL,
     LIVE_SQL,
     PUT_QUEUE,
     QUEUE_SQL,
@@ -31,6 +32,7 @@ from jobd.tables import (
 _SET_ASIDE: Final = insert(
     "quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE"
 )
+_JOB_ID: Final = EVENT_COLUMNS.index("job_id")
 _WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AND seq = ?"
 
 
@@ -60,8 +62,9 @@ def true_id(tables: Tables, row: Row) -> str:
     """The id that a damaged row was written with: what its columns, its journal and the index of ids agree on."""
     seq, read = row[0], readable(row[1])
     try:
-        found = tables.rows("SELECT job_id FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
-        journaled = readable(found[0][0]) if found else read
+        found = tables.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
+        is_whole = bool(found) and rows.fault(found[0]) is None
+        journaled = readable(found[0][_JOB_ID]) if is_whole else read
         if journaled == read or not is_job_id(journaled):
             return read
         indexed = tables.rows("SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?", (journaled,))
@@ -69,7 +72,7 @@ def true_id(tables: Tables, row: Row) -> str:
         if not is_corrupt(error):
             raise
         return read
-    return journaled if indexed == [(seq,)] else read
+    return journaled if indexed in ([], [(seq,)]) else read  # an index that was rebuilt has the damaged one
 
 
 def _set_job_aside(tables: Tables, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
@@ -90,6 +93,8 @@ def _move_job(tables: Tables, row: Row, payload: Row | None, id_: str, reason: s
     run(_SET_ASIDE, (seq, id_, reason, now_ms(), shown, *(payload or (None, None))))
     is_here = run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount > 0
     uncounted = _uncount(tables, row, was_live) if is_here else None
+    if is_here and readable(row[1]) != id_:
+        tables.reindex()  # the index lost the entry of whose id the damaged one was, or keeps one of this row
     run("DELETE FROM suspects WHERE job_seq = ?", (seq,))
     if payload is not None:  # one that cannot be read stays where it is
         run("DELETE FROM payloads WHERE job_seq = ?", (seq,))

@@ -182,9 +182,31 @@ class Tables:
         self.faults.append("an index did not match its rows: all indexes were rebuilt; run `jobd doctor`")
         self._rebuilding = True
         try:
-            self.commit(self.conn.execute, "REINDEX")
+            self.commit(self.reindex)
         finally:
             self._rebuilding = False
+
+    def reindex(self) -> None:
+        """All indexes from their rows, inside a transaction. Raises CannotMove where two whole rows have one id."""
+        try:
+            self.conn.execute("REINDEX")
+        except sqlite3.IntegrityError:
+            self._part_ids()
+
+    def _part_ids(self) -> None:
+        """A damaged id is that of another job: give it one of its own, under which its row is met and set aside."""
+        run = self.conn.execute
+        (made_by,) = run("SELECT sql FROM sqlite_schema WHERE name = 'jobs_id'").fetchone()
+        run("DROP INDEX jobs_id")
+        twice = "SELECT id FROM jobs NOT INDEXED GROUP BY id HAVING count(*) > 1"
+        found = self.rows(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE id IN ({twice})")
+        damaged = [(row[0],) for row in found if fault(row) is not None]
+        self.conn.executemany("UPDATE jobs SET id = id || ' of seq ' || seq WHERE seq = ?", damaged)
+        try:
+            run(made_by)
+            run("REINDEX")
+        except sqlite3.IntegrityError as error:
+            raise CannotMove(str(error)) from error
 
     def rows(self, sql: str, args: tuple[Any, ...] = ()) -> list[Row]:
         """All rows of a query, also those whose text is no UTF-8 (rows.fault names them)."""

@@ -190,12 +190,14 @@ class MemoryDisk:
     async def expired(self, now: int, limit: int) -> list[str]:
         await self._enter("expired")
         old = [job for job in self.jobs.values() if job.status in FINISHED and _expires(job) <= now]
-        found = sorted(old, key=_expires)[:limit]
-        for job in found:
+        whole: list[str] = []
+        for job in sorted(old, key=_expires):
             if job.id in self.bad_jobs:
                 self._set_aside(job, self.bad_jobs[job.id])
+            elif len(whole) < limit:
+                whole.append(job.id)
         await self._tell_aside()
-        return [job.id for job in found if job.id not in self.bad_jobs]
+        return whole
 
     async def reports(self, limit: int) -> list[bytes]:
         await self._enter("reports")

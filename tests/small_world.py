@@ -23,6 +23,7 @@ from jobd.batch import Numbers, Opened
 from jobd.book import Book
 from jobd.commands import (
     AnyCommand,
+    Bulk,
     Call,
     Cancel,
     Claim,
@@ -213,6 +214,7 @@ class Walk(Promises):
         self.policy = world.policy()
         self.states: dict[tuple[Any, ...], tuple[tuple[Any, ...] | None, Step | str]] = {}
         self.fired: dict[str, int] = {}
+        self.played: set[type] = set()  # commands
         self.decisions = 0
 
     def run(self, limit: int | None = None) -> int:
@@ -277,6 +279,7 @@ class Walk(Promises):
     def _of_everybody(self) -> Iterator[Step]:
         world = self.world
         yield Step(Create(id=ID, max_attempts=world.max_attempts, delay_ms=world.delay * TICK_MS or None))
+        yield Step(Bulk(jobs=[Create(id=ID, max_attempts=world.max_attempts)]))
         yield from (Step(Import(id=ID, status=status), admin=True) for status in STATUSES)
         commands: tuple[AnyCommand, ...] = (
             Cancel(id=ID),
@@ -312,6 +315,7 @@ class Walk(Promises):
         call = Call(command, "admin" if step.admin else "client", SEED, step.admin)
         decision = self.judged(rules.decide, book, call, state.at, self.policy)
         self.decisions += 1
+        self.played.add(type(command))
         self._count(decision.answer)
         for change in decision.changes:
             self.fired[f"event {change.event.type}"] = self.fired.get(f"event {change.event.type}", 0) + 1
@@ -361,6 +365,7 @@ class Walk(Promises):
     def _ask(self, book: Book, state: State, command: AnyCommand) -> Any:
         self._begin(state)
         decision = self.judged(rules.decide, book, Call(command, "client", SEED), state.at, self.policy)
+        self.played.add(type(command))
         self.must(isinstance(decision.answer, Answer) and not decision.changes, "S8", f"{decision.answer}", ID)
         assert isinstance(decision.answer, Answer)
         return decision.answer.data

@@ -197,6 +197,16 @@ async def test_a_damaged_epoch_file_stops_the_start(path: str) -> None:
         await Store.open(path)
 
 
+async def test_a_name_in_the_schema_that_is_no_text_any_more_is_refused_at_the_start(path: str) -> None:
+    async with opened(path):
+        pass
+    content = bytearray(read(path))
+    content[content.index(b"job_seq", content.index(b"CREATE TABLE payloads")) + 1] ^= 0x80
+    write(path, content)
+    with pytest.raises(StoreUnreadable, match=r"its schema lacks payloads\.job_seq.*jobd restore"):
+        await Store.open(path)
+
+
 @pytest.mark.parametrize(
     ("change", "lacking"),
     [

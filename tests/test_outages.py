@@ -264,6 +264,21 @@ async def test_a_damaged_row_on_a_full_disk_is_named_all_the_same(small_disk: Pa
         assert list((await store.load([job.id], [], [])).bad) == [job.id]
 
 
+async def test_damaged_rows_that_cannot_be_set_aside_end_the_look(small_disk: Path) -> None:
+    path, maker = str(small_disk / "jobd.db"), Maker()
+    created = maker.create("a")
+    granted = maker.grant(made(created))
+    finished = maker.finish(made(granted))
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([created, granted, finished]))
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1")
+        store._db.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        fill(small_disk)
+        expires = made(finished).expires_at
+        assert expires is not None
+        assert await store.expired(expires, 9) == []
+
+
 async def test_a_new_store_on_a_full_disk_is_refused(small_disk: Path) -> None:
     fill(small_disk)
     with pytest.raises(DiskFull):

@@ -152,6 +152,42 @@ async def test_a_batch_whose_row_was_set_aside_meanwhile_is_refused_as_a_whole(p
         assert found.quarantined == {"a": "its checksum is wrong"}
 
 
+async def test_damaged_rows_that_have_expired_do_not_hide_those_behind_them(path: str) -> None:
+    """Simulation, seed 17782: a slice of damaged ones alone was taken for the end."""
+    maker = Maker()
+    async with opened(path) as (store, _):
+        for name in "abc":
+            created = maker.create(name)
+            granted = maker.grant(made(created))
+            finished = maker.finish(made(granted))
+            await store.write(maker.batch([created, granted, finished]))
+        expires = made(finished).expires_at
+        assert expires is not None
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
+        assert await store.expired(expires, 1) == ["c"]
+        assert store._tables.totals == recounted(store)
+
+
+@pytest.mark.parametrize("status", ["queued", "completed"])
+async def test_an_id_that_became_that_of_another_job_is_set_aside_at_the_start(path: str, status: str) -> None:
+    """Indexes are rebuilt then, and there cannot be two of one id: the start ended there."""
+    maker = Maker()
+    async with opened(path) as (store, _):
+        first, second = maker.create("job-0"), maker.create("job-1")
+        await store.write(maker.batch([first, second]))
+        if status == "completed":
+            granted = maker.grant(made(first))
+            await store.write(maker.batch([granted, maker.finish(made(granted))]))
+    with without_indexes(path) as conn:
+        conn.execute("UPDATE jobs SET id = 'job-1' WHERE id = 'job-0'")
+    async with opened(path) as (store, found):
+        if status == "queued":
+            assert found.quarantined == {"job-0": "its checksum is wrong"}
+            assert [job.id for job in found.live()] == ["job-1"]
+        assert (await store.load(["job-1"], [], [])).jobs["job-1"] == made(second)
+        assert (await store.load(["job-0"], [], [])).bad == {"job-0": "its checksum is wrong"}
+
+
 async def test_a_payload_that_went_with_its_row_names_the_job(path: str) -> None:
     maker = Maker()
     created = maker.create("a")

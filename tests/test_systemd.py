@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -258,6 +259,16 @@ def test_the_sockets_outlive_the_daemon_and_have_the_names_of_its_doors() -> Non
 
 
 @pytest.mark.parametrize("name", ["worker", "admin"])
-def test_a_daemon_that_refuses_its_configuration_is_not_started_for_every_client(name: str) -> None:
-    unit = dict(settings_of(UNITS / f"jobd-{name}.socket"))
-    assert (unit["TriggerLimitIntervalSec"], unit["TriggerLimitBurst"]) == ("10s", "5")
+def test_no_door_is_closed_for_good_by_crashes_beside_busy_clients(name: str) -> None:
+    assert dict(settings_of(UNITS / f"jobd-{name}.socket"))["TriggerLimitIntervalSec"] == "0"
+
+
+@pytest.mark.parametrize("code", [74, 75, 78])
+def test_a_start_that_cannot_work_is_slowed_down_where_clients_knock(code: int) -> None:
+    command = dict(settings_of(UNITS / "jobd.service"))["ExecStopPost"].removeprefix("-")
+    script = shlex.split(command)[2]
+    told = "sleep() { echo slept $1; }; " + script
+    run = ["/bin/sh", "-c", told]
+    for status, said in ((code, "slept 2\n"), (0, ""), (9, "")):
+        done = subprocess.run(run, env={"EXIT_STATUS": str(status)}, capture_output=True, text=True, check=True)
+        assert done.stdout == said

@@ -173,13 +173,16 @@ def _served_by_a_daemon(path: Path, original: Original, answers: dict[str, Any])
             assert daemon.process.wait() in REFUSED
             assert b"event=cannot_start" in daemon.log, daemon.log.decode()
             return
+        missing = []
         with closing(daemon.worker()) as connection:
             for job_id, before in answers.items():
                 reply = call(connection, "GET", f"/v1/jobs/{job_id}")
                 if reply.status == 200:
                     assert _same(reply.data) == before, f"{job_id} is served as {reply.data}, it was {before}"
-                else:
-                    assert reply.error in ("job_quarantined", "job_not_found"), reply.body
+                elif reply.error != "job_quarantined":
+                    assert reply.error == "job_not_found", reply.body
+                    missing.append(job_id)
+        assert not missing or b" level=error " in daemon.log, f"missing, and nobody says so: {missing}"
         assert daemon.stop() == 0, daemon.log.decode()
 
 
