@@ -519,7 +519,8 @@ def _past_ceiling(draft: Draft, job: Job) -> Refusal:
     limit = job.grant.max_processing_ms
     message = (
         f"Job {job.id} had no progress report for {steps.in_words(limit)} (max_processing_ms {limit}). "
-        "Report progress now and then, or raise max_processing_ms of the job or max_processing under [locks]."
+        "Complete, fail or release it now. Next time report progress in time, or raise max_processing_ms of the "
+        "job or max_processing under [locks]."
     )
     details = {"max_processing_ms": limit, "ceiling_at": draft.at.wall(job.lease.ceiling)}
     return Refusal("max_processing_time_exceeded", message, details)

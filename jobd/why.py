@@ -72,6 +72,8 @@ def _processing(job: Job, at: Moment) -> WhyView:
     if lease.is_live(at.lease):
         until = in_words(lease.expires - at.lease)
         because += f" Its lock is live for another {until}."
+    elif lease.is_past_ceiling(at.lease):
+        because += " Its lock has expired, and it is too late to report progress; the worker may still end it."
     else:
         because += " Its lock has expired; the worker may still end it or report."
     return WhyView("processing", because, _next_of(grant, lease, at), None, _advice(job, grant))

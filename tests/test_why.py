@@ -103,6 +103,12 @@ def test_a_lock_that_expires_before_the_job_is_stuck(desk: Desk) -> None:
     assert at_and_rule(why(desk)) == (desk.now, "recovery")
 
 
+def test_past_the_ceiling_nobody_is_told_to_report(desk: Desk) -> None:
+    desk.held(max_processing_ms=TTL)
+    desk.passes(TTL)
+    assert "too late to report progress" in why(desk).because
+
+
 def test_the_ceiling_is_named(desk: Desk) -> None:
     desk.held(stuck_after_ms=HOUR_MS, max_processing_ms=TTL + 1)
     desk.passes(TTL)
