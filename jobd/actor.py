@@ -104,7 +104,7 @@ class Actor:
             refuse=self.full_disk.refuse,
             loop_time=loop_time,
         )
-        self._history = History(disk, clock.moment, self._quarantine)
+        self._history = History(disk, clock.moment)
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
@@ -330,7 +330,6 @@ class Actor:
             known.answers = loaded.answers
             for job in loaded.jobs.values():
                 book.loaded(job)
-            self._quarantine_all(loaded.bad)
         doomed = {job_id for asked in batch for job_id in deleted_ids(asked.call.command)}
         firsts = (asked for asked in batch if needs_payload_first(asked, doomed))
         named = (book.get(job_id) for asked in firsts for job_id in named_ids(asked.call.command))
@@ -338,7 +337,6 @@ class Actor:
         if wanted:
             self._tell_meanwhile()
             loaded = await self.disk.load([], list(wanted), [])
-            self._quarantine_all(loaded.bad)
             known.payloads = {seq: payload.body for seq, payload in loaded.payloads.items()}
             known.hashes = {wanted[seq]: payload.request_hash for seq, payload in loaded.payloads.items()}
         return known
@@ -357,7 +355,6 @@ class Actor:
         if not wanted:
             return {}
         loaded = await self.disk.load([], wanted, [])
-        self._quarantine_all(loaded.bad)
         if loaded.bad:
             raise _Again
         if missing := [seq for seq in wanted if seq not in loaded.payloads]:
@@ -404,7 +401,6 @@ class Actor:
         ids = {change.event.job_id: None for change in plan.changes if change.event.job_seq}
         loaded = await self.disk.load(list(ids), [], [])
         self._decider.take_back(plan, loaded)
-        self._quarantine_all(loaded.bad)
 
     async def _set_aside(self, bad: dict[str, str]) -> None:
         for job_id in bad:
@@ -412,22 +408,14 @@ class Actor:
                 await self.disk.quarantine(job, bad[job_id])
             elif job_id not in self.book.quarantined:
                 raise LookupError(f"the disk has bad rows of {job_id}, which is no job: {bad[job_id]}")
-        self._quarantine_all(bad)
-
-    def _quarantine_all(self, bad: dict[str, str]) -> None:
-        for job_id, reason in bad.items():
-            self._quarantine(job_id, reason)
-
-    def _quarantine(self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None) -> None:
-        if job_id not in self.book.quarantined:
-            log.error("job_quarantined", job_id=job_id, reason=reason)
-        self.book.quarantine(job_id, reason, uncounted)
 
     def _put_aside(self, aside: Aside) -> None:
         """Whoever met the damaged rows. A job that the batch under way deletes is not counted any more as it is."""
         changes = self._under_way.changes if self._under_way is not None else []
         is_gone = any(change.after is None and change.event.job_id == aside.id for change in changes)
-        self._quarantine(aside.id, aside.reason, None if is_gone else aside.uncounted)
+        if aside.id not in self.book.quarantined:
+            log.error("job_quarantined", job_id=aside.id, reason=aside.reason)
+        self.book.quarantine(aside.id, aside.reason, None if is_gone else aside.uncounted)
 
     def _fail(self, batch: list[Asked], error: Exception) -> None:
         """What the disk holds is unknown: say so to those whose commands were under way, and let nobody else in."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from jobd.events import Change, Event
 from jobd.job import Job, Untouched
@@ -59,6 +60,10 @@ class QueueRow(Struct, frozen=True, gc=False):
     completed: int = 0
     failed: int = 0
     cancelled: int = 0
+
+    def without(self, status: str) -> QueueRow:
+        """One finished job of this status less, where there is one."""
+        return replace(self, **{status: max(getattr(self, status) - 1, 0)})
 
 
 class KeyRow(Struct, frozen=True, gc=False):
@@ -125,7 +130,6 @@ class Page(Struct):
 
     jobs: list[tuple[Job, bytes]]
     next_before: int | None
-    bad: dict[str, str] = {}
 
 
 class Opened(Struct):

@@ -325,7 +325,7 @@ class Book:
             return
         if before is None or before.grant is None or before.grant.lock_id != job.grant.lock_id:
             if job.grant.worker not in self.workers:
-                self.saw(job.grant.worker, self._now)
+                self.saw(job.grant.worker, job.updated_at)
             self.workers[job.grant.worker].jobs[job.id] = None
         # An entry that is too early is looked at again when it comes up, so a moved deadline costs nothing here.
         # One moves back only with a batch that is taken back.

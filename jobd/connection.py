@@ -30,6 +30,10 @@ from jobd.web import BUG, Web
 
 PIECE: Final = 16 << 10  # bytes that are parsed in one turn of the loop, where they have
 PIECE_LINES: Final = 2_000  # more lines than this
+WRONG_HEAD: Final = (
+    "its head or its framing is wrong (a line without a colon or with a forbidden character, a header that may come "
+    "only once, such as Content-Length, given twice, chunks of a wrong length)"
+)
 # Bytes of bodies that are read while another request is being answered, and what one read gives.
 AHEAD: Final = 256 << 10
 
@@ -309,7 +313,7 @@ class Connection(RequestHandler):
         """Its own text stays out of it: it may hold a token."""
         if isinstance(exc, HttpProcessingError):
             line = f"a line of its head is over {self.max_line_size} bytes"
-            why = line if isinstance(exc, LineTooLong) else "its head or its framing is wrong"
+            why = line if isinstance(exc, LineTooLong) else WRONG_HEAD
             refusal = Refusal("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
         else:
             self.log_exception("connection_bug", exc_info=exc)

@@ -67,7 +67,10 @@ class Gate:
             raise refused("forbidden", "The Host header is not a name of this daemon. Add it to `admin.hosts`.")
         origin = headers.get("Origin")
         if origin is not None and not self._is_own(origin, host):
-            raise refused("forbidden", "Requests from other sites are not taken (Origin).")
+            message = (
+                "Requests from other sites are not taken (Origin). Where that site is yours, add it to `admin.hosts`."
+            )
+            raise refused("forbidden", message)
 
     def _is_own(self, origin: str, host: str) -> bool:
         """Whether `origin` is the site that the request went to, or one that the operator named."""

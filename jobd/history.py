@@ -26,12 +26,11 @@ AT_ONCE: Final = 4
 
 
 class History:
-    """Answers what the actor decided to be a look. `quarantine` is told of rows that turned out bad."""
+    """Answers what the actor decided to be a look."""
 
-    def __init__(self, disk: Disk, moment: Callable[[], Moment], quarantine: Callable[[str, str], None]) -> None:
+    def __init__(self, disk: Disk, moment: Callable[[], Moment]) -> None:
         self._disk = disk
         self._moment = moment
-        self._quarantine = quarantine
         self._tasks: set[asyncio.Task[None]] = set()
         self._places = asyncio.Semaphore(AT_ONCE)
 
@@ -64,10 +63,7 @@ class History:
         if look.timeline is not None:
             return TimelineView([view(event) for event in await self._disk.timeline(look.timeline)])
         assert look.page is not None
-        page = await self._disk.find(_query(look.page))
-        for job_id, reason in page.bad.items():
-            self._quarantine(job_id, reason)
-        return self._shown(page, policy, admin=admin)
+        return self._shown(await self._disk.find(_query(look.page)), policy, admin=admin)
 
     def _shown(self, page: Page, policy: Policy, *, admin: bool) -> JobPage:
         at = self._moment()

@@ -10,7 +10,7 @@ import zlib
 from typing import Any, Final
 
 from jobd import rows
-from jobd.batch import KeyRow, Loaded, Page, Query
+from jobd.batch import Aside, KeyRow, Loaded, Page, Query
 from jobd.events import Event
 from jobd.job import LIVE, Job
 from jobd.quarantine import set_jobs_aside, set_rows_aside
@@ -92,6 +92,7 @@ def _is_of_another(row: Row, id_: str) -> bool:
 def _lost(tables: Tables, id_: str, reason: str) -> str:
     """Name a job whose row cannot even be moved aside."""
     tables.quarantined[id_] = reason
+    tables.aside.append(Aside(id_, reason))
     tables.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
     return reason
 
@@ -193,7 +194,7 @@ def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int |
     else:
         last = None
     if damaged:
-        page.bad = set_jobs_aside(tables, damaged)
+        set_jobs_aside(tables, damaged)
     return last
 
 

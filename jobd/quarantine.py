@@ -8,8 +8,6 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
-from msgspec import structs
-
 from jobd import rows
 from jobd.batch import Aside, DiskFull
 from jobd.job import FINISHED, Job, is_job_id
@@ -123,7 +121,7 @@ def _uncount(tables: Tables, row: Row, was_live: bool) -> tuple[str, str] | None
     count = getattr(queue, status)
     if count == 0:
         return None
-    tables.conn.execute(PUT_QUEUE, rows.queue_row(name, structs.replace(queue, **{status: count - 1})))
+    tables.conn.execute(PUT_QUEUE, rows.queue_row(name, queue.without(status)))
     return name, status
 
 

@@ -19,6 +19,7 @@ from jobd.job import (
     MAX_PERCENT,
     MINUTE_MS,
     SECOND_MS,
+    TRANSITIONS,
     Ended,
     Failure,
     Grant,
@@ -42,13 +43,18 @@ def find(draft: Draft, job_id: str) -> Job | Refusal:
         return Refusal("job_quarantined", message, {"job_id": job_id, "reason": reason})
     job = draft.book.get(job_id)
     if job is None:
-        return Refusal("job_not_found", f"There is no job {job_id}. It was never created, or deleted after its time.")
+        message = (
+            f"There is no job {job_id}: it was never created, or deleted after its time. "
+            "Look for it in the list of jobs (GET /v1/jobs, `jobctl jobs`)."
+        )
+        return Refusal("job_not_found", message, {"job_id": job_id})
     return job
 
 
 def refuse_transition(job: Job, to: str, what: str) -> Refusal:
-    """Not a pair of the table: `what` says what may be done instead."""
-    details = {"status": job.status, "to": to}
+    """Not a pair of the table: `what` says what may be done instead, `allowed` where an operator may move the job."""
+    allowed = sorted(status for source, status in TRANSITIONS if source == job.status and status != "processing")
+    details = {"status": job.status, "to": to, "allowed": allowed}
     return Refusal("invalid_transition", f"Job {job.id} is {job.status}. {what}", details)
 
 

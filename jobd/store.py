@@ -76,7 +76,7 @@ class Store:
         self.on_aside: Callable[[Aside], None] = lambda aside: None
         self._committing = threading.Event()
         tables.at_commit = self._committing.set
-        tables.aside.clear()  # those of the start are told by what it found
+        self._told_aside = len(tables.aside)  # those of the start are told by what it found
         self._closing = threading.Event()
         self._beside = asyncio.Lock()
 
@@ -149,8 +149,9 @@ class Store:
                 self.on_broken(error)
             raise
         finally:
-            while self._tables.aside:
-                self.on_aside(self._tables.aside.popleft())
+            while self._told_aside < len(self._tables.aside):
+                self._told_aside += 1
+                self.on_aside(self._tables.aside[self._told_aside - 1])
 
     def take_faults(self) -> list[str]:
         """Sentences about damage that was met since the start or the last call."""
@@ -163,7 +164,7 @@ class Store:
         return await self._hop(lookups.load, self._tables, ids, payloads, digests)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        return await self._watched(self._db.lent_hop(self._committing, self._tables.write, batch))
+        return await self._watched(self._db.lent_hop(self._committing, self._tables.write, batch, self._told_aside))
 
     async def find(self, query: Query) -> Page:
         return await self._hop(lookups.find, self._tables, query)

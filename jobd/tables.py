@@ -9,13 +9,12 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from jobd import files, rows
-from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload
+from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow
 from jobd.events import KEEP_SIGNS, SIGNS, Change
 from jobd.files import StoreBroken
 from jobd.job_writer import JobWriter, RowsMissing, Totals, insert
@@ -117,7 +116,7 @@ class Tables:
         self._rebuilding = False
         # Of each grant made or heard of since the start: seq of its event, signs of life since the last thinning.
         self._signs: dict[int, tuple[int, int]] = {}
-        self.aside: deque[Aside] = deque()  # set aside, and not told yet
+        self.aside: list[Aside] = []  # all that was set aside, in order
         self._crowded: set[int] = set()  # jobs whose journals are to be thinned after this batch
 
     # ------------------------------------------------------------------------------------------- one transaction
@@ -235,9 +234,9 @@ class Tables:
 
     # ------------------------------------------------------------------------------------------------ the batch
 
-    def write(self, batch: Batch) -> dict[int, bytes]:
-        """Commit `batch`; gives the asked payloads."""
-        shown = self.commit(self._apply, batch)
+    def write(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
+        """Commit `batch`, whose counts know of the first `told_aside` jobs of `aside`; gives the asked payloads."""
+        shown = self.commit(self._apply, batch, told_aside)
         for job_seq in self._crowded:
             # In a transaction of its own: it is no part of the promise and must not undo it.
             with contextlib.suppress(DiskFull, CannotMove):
@@ -245,10 +244,12 @@ class Tables:
         self._crowded.clear()
         return shown
 
-    def _apply(self, batch: Batch) -> dict[int, bytes]:
+    def _apply(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
         if batch.changes:
             self._write_jobs(batch.changes)
             self._write_events(batch.changes)
+        if batch.queues:
+            self._write_queues(batch.queues, self.aside[told_aside:])
         self._write_rest(batch)
         self.numbers = batch.numbers
         self.marked = self.marked and not batch.unmark
@@ -300,14 +301,20 @@ class Tables:
         merged = [sealed(rows.event_row(event)) for event in changed]
         self.conn.executemany(_UPDATE_EVENT, [(*row[-2:], row[0]) for row in merged])
 
+    def _write_queues(self, queues: dict[str, QueueRow], untold: list[Aside]) -> None:
+        """Rows of `queues` as memory has them, without the jobs that were set aside since and are counted there yet."""
+        put = dict(queues)
+        for name, status in (aside.uncounted for aside in untold if aside.uncounted is not None):
+            if name in put:
+                put[name] = put[name].without(status)
+        self.conn.executemany(PUT_QUEUE, [rows.queue_row(name, queue) for name, queue in put.items()])
+
     def _write_rest(self, batch: Batch) -> None:
         many = self.conn.executemany
         if batch.forget_keys:
             many("DELETE FROM keys WHERE digest = ?", [(digest,) for digest in batch.forget_keys])
         if batch.keys:
             many(_REPLACE_KEY, map(rows.key_row, batch.keys))
-        if batch.queues:
-            many(PUT_QUEUE, [rows.queue_row(name, queue) for name, queue in batch.queues.items()])
         if batch.checked:
             many("DELETE FROM suspects WHERE job_seq = ?", [(seq,) for seq in batch.checked])
         if batch.report is not None:

@@ -110,8 +110,8 @@ def _queue(book: Book, name: str) -> QueueView:
 
 
 def workers(book: Book) -> WorkerList:
-    """Workers that hold a job, and those without one that spoke lately; the latest first."""
-    seen = reversed(book.workers.items())
+    """Workers that hold a job, and those without one that spoke lately (since the start); the latest first."""
+    seen = sorted(book.workers.items(), key=lambda each: -each[1].last_seen_at)
     return WorkerList([WorkerView(name, list(worker.jobs), worker.last_seen_at) for name, worker in seen])
 
 

@@ -254,7 +254,11 @@ class Web:
         if way is not None:
             return way
         if not found.allowed:
-            raise refused("not_found", "There is no such path.")
+            message = (
+                "There is no such path here. Workers' calls are under /v1/ on the worker socket, operators' under "
+                "/admin/job-management/ on the admin port. GET /openapi.json lists those of this door."
+            )
+            raise refused("not_found", message)
         visit.allow = found.allowed
         raise refused("method_not_allowed", f"This path takes {', '.join(sorted(found.allowed))}.")
 

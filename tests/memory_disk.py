@@ -59,7 +59,8 @@ class MemoryDisk:
         self.at_gate = asyncio.Event()
         self.aside: dict[int, str] = {}  # seq -> id of the jobs set aside
         self.on_aside: Callable[[Aside], None] = lambda aside: None
-        self._untold: deque[Aside] = deque()
+        self._all_aside: list[Aside] = []  # in order
+        self._told_aside = 0  # of these
         self._ids: dict[str, int] = {}  # id -> seq
 
     # -- what a test does to it ---------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ class MemoryDisk:
         self.payloads[job.seq] = Payload(payload, request_hash)
         self.suspects[job.seq] = job.id
         if job.status in FINISHED:
-            self._count(job, +1)
+            self._count(job.options.queue, job.status, +1)
         numbers = self.numbers
         self.numbers = replace(numbers, next_job=max(numbers.next_job, job.seq + 1))
 
@@ -97,7 +98,7 @@ class MemoryDisk:
         bad = {job_id: reason for job_id, reason in self.bad_jobs.items() if job_id in self._ids}
         for job_id, reason in bad.items():
             self._set_aside(self.jobs[self._ids[job_id]], reason)
-        self._untold.clear()
+        self._told_aside = len(self._all_aside)
         live = [(untouched(job), job) for _, job in sorted(self.jobs.items()) if job.status in LIVE]
         return Opened(
             numbers=self.numbers,
@@ -133,6 +134,7 @@ class MemoryDisk:
         return loaded
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
+        told = self._told_aside
         await self._enter("write")
         if not self.gate.is_set():
             self.at_gate.set()
@@ -142,7 +144,7 @@ class MemoryDisk:
             raise error
         if not self.fits(batch):
             raise DiskFull("the disk of this test is full")
-        shown = self._commit(batch)
+        shown = self._commit(batch, told)
         if self.lost_answers:
             self.lost_answers -= 1
             raise OSError("fsync failed; the batch may be there or not")
@@ -150,7 +152,7 @@ class MemoryDisk:
 
     async def find(self, query: Query) -> Page:
         await self._enter("find")
-        page = Page([], None, {})
+        page = Page([], None)
         size, looked = 0, 0
         for seq in sorted((seq for seq in self.jobs if query.before is None or seq < query.before), reverse=True):
             if looked == query.scan or len(page.jobs) == query.limit:
@@ -161,7 +163,6 @@ class MemoryDisk:
                 page.next_before = seq
                 continue
             if (reason := self._bad_row(job)) is not None:
-                page.bad[job.id] = reason
                 self._set_aside(job, reason)
                 continue
             body = self.payloads[seq].body
@@ -261,8 +262,8 @@ class MemoryDisk:
         else:
             loaded.jobs[job_id] = job
 
-    def _commit(self, batch: Batch) -> dict[int, bytes]:
-        """All of `batch` or, where it raises, nothing of it."""
+    def _commit(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
+        """All of `batch` or, where it raises, nothing of it. Its counts know of the first `told_aside` set aside."""
         self._check_numbers(batch)
         after = self._after(batch.changes)
         new = {
@@ -277,6 +278,9 @@ class MemoryDisk:
         for change in batch.changes:
             self._note(change)
         self.queues |= batch.queues
+        for aside in self._all_aside[told_aside:]:
+            if aside.uncounted is not None and aside.uncounted[0] in batch.queues:
+                self._count(*aside.uncounted, -1)
         for digest in batch.forget_keys:
             self.keys.pop(digest, None)
         self.keys |= {key.digest: key for key in batch.keys}
@@ -363,20 +367,20 @@ class MemoryDisk:
             self.suspects.pop(job.seq, None)
             self.aside[job.seq] = job.id
         if is_counted:
-            self._count(job, -1)
-        self._untold.append(Aside(job.id, reason, (job.options.queue, job.status) if is_counted else None))
+            self._count(job.options.queue, job.status, -1)
+        self._all_aside.append(Aside(job.id, reason, (job.options.queue, job.status) if is_counted else None))
 
     async def _tell_aside(self) -> None:
         """As from another thread: in a moment. Whoever dies meanwhile is not told."""
-        if self._untold:
+        if self._told_aside < len(self._all_aside):
             await self._pause()
-        while self._untold:
-            self.on_aside(self._untold.popleft())
+        while self._told_aside < len(self._all_aside):
+            self._told_aside += 1
+            self.on_aside(self._all_aside[self._told_aside - 1])
 
-    def _count(self, job: Job, step: int) -> None:
-        queue = self.queues.get(job.options.queue, QueueRow())
-        count = max(getattr(queue, job.status) + step, 0)
-        self.queues[job.options.queue] = replace(queue, **{job.status: count})
+    def _count(self, name: str, status: str, step: int) -> None:
+        queue = self.queues.get(name, QueueRow())
+        self.queues[name] = replace(queue, **{status: max(getattr(queue, status) + step, 0)})
 
 
 def _expires(job: Job) -> float:

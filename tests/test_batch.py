@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobd.batch import Batch, Numbers, Opened
+from jobd.batch import Batch, Numbers, Opened, QueueRow
 from jobd.job import Job, Options, Untouched
 
 SHORT = Untouched(1, "a", Options(), 1_000)
@@ -18,3 +18,7 @@ def test_what_a_start_finds_is_every_live_job_in_either_form() -> None:
 def test_a_file_is_full_or_marked_only_where_that_is_said_and_keeps_its_mark_until_a_batch_ends_it() -> None:
     found = Opened(Numbers())
     assert (found.full, found.marked, Batch([], Numbers()).unmark) == (False, False, False)
+
+
+def test_a_queue_without_finished_jobs_stays_at_none() -> None:
+    assert QueueRow(failed=1).without("failed").without("failed") == QueueRow()

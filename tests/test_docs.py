@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple, get_args
 
 import click
 import pytest
-from msgspec import structs
+from msgspec import inspect, structs
 from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
@@ -197,6 +197,53 @@ def test_fields_of_creation_import_and_updates() -> None:
     assert sorted(ticked(fields)) == asked(commands.Import)
     line = next(line for line in API.read_text().splitlines() if line.startswith("`updates` of a transition"))
     assert sorted(ticked(line)[1:]) == asked(commands.Updates)
+
+
+CALLS: Final[dict[str, type[commands.Command]]] = {
+    "start": commands.Start,
+    "claim": commands.Claim,
+    "progress": commands.Progress,
+    "extend": commands.Extend,
+    "complete": commands.Complete,
+    "fail": commands.Fail,
+    "release": commands.Release,
+    "cancel": commands.Cancel,
+    "list": commands.List,
+}
+
+
+TOLD_WITH_THE_CALL: Final = {"id", "retry", "expires_at", "status", "queue", "kind"}
+
+
+def test_every_argument_of_a_worker_with_its_bounds() -> None:
+    said: dict[str, dict[str, list[int]]] = {name: {} for name in CALLS}
+    for argument, calls, bounds, *_ in rows(API, "argument", "calls"):
+        for call in calls.split(", "):
+            said[call][argument.strip("`")] = told_bounds(bounds)
+    assert said["claim"]["limit"] == [1, 100]
+    for call, made in CALLS.items():
+        left_out = TOLD_WITH_THE_CALL | ({"worker"} if call == "list" else set())
+        (shape,) = inspect.multi_type_info([made])
+        assert isinstance(shape, inspect.StructType)
+        assert said[call] == {each.name: bounds_of(each.type) for each in shape.fields if each.name not in left_out}, (
+            call
+        )
+
+
+def bounds_of(kind: Any) -> list[int]:
+    """The least and the greatest of a number, of the length of a text or of a list, as far as there are any."""
+    if isinstance(kind, inspect.Metadata):
+        return bounds_of(kind.type)
+    if isinstance(kind, inspect.UnionType):
+        return bounds_of(next(each for each in kind.types if not isinstance(each, inspect.NoneType)))
+    names = ("ge", "le") if hasattr(kind, "ge") else ("min_length", "max_length")
+    return [int(bound) for name in names if (bound := getattr(kind, name, None))]
+
+
+def told_bounds(text: str) -> list[int]:
+    """`1 to 200 …` or `up to 200 …`; a least that is 0 is none."""
+    found = re.match(r"(?:(\d+)|up) to (\d+)", text)
+    return [int(each) for each in found.groups() if each and int(each)] if found else []
 
 
 def test_every_event() -> None:
@@ -483,13 +530,15 @@ def test_the_readme_from_top_to_bottom(place: Told) -> None:
 
 @pytest.mark.parametrize("name", ["troubleshooting.md", "migration.md"])
 def test_a_page_against_a_daemon(name: str, place: Told) -> None:
+    token = place.directory / "admin_token"
+    token.write_text(TOKEN)
     with Daemon(place.directory) as daemon:
         environ = {
             **place.environ,
             "JOBD_SOCKET": daemon.socket,
             "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}",
             "JOBD_STORE_PATH": str(daemon.store),
-            "ADMIN_TOKEN": TOKEN,
+            "ADMIN_TOKEN_FILE": str(token),
         }
         run(ROOT / "docs" / name, Told(place.directory, environ), place.directory)
         examples = [block for block in blocks(ROOT / "docs" / name) if block.language == "python"]

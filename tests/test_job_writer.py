@@ -30,7 +30,7 @@ def statements(tables: Tables, maker: Maker, *changes: Change) -> list[str]:
     """What is said to the table of jobs while `changes` are written."""
     said: list[str] = []
     tables.conn.set_trace_callback(said.append)
-    tables.write(maker.batch(list(changes)))
+    tables.write(maker.batch(list(changes)), 0)
     tables.conn.set_trace_callback(None)
     return [sql for sql in said if sql.startswith(("UPDATE jobs", "INSERT INTO jobs"))]
 
@@ -64,18 +64,18 @@ def test_a_row_that_is_not_there_is_not_made_by_an_update(tables: Tables) -> Non
     maker = Maker()
     grant = maker.grant(made(maker.create()))
     with pytest.raises(sqlite3.IntegrityError):
-        tables.write(maker.batch([grant]))
+        tables.write(maker.batch([grant]), 0)
     assert tables.is_broken
 
 
 def test_a_batch_that_was_taken_back_leaves_nothing_at_hand(tables: Tables) -> None:
     maker = Maker()
-    tables.write(maker.batch([maker.create()]))
+    tables.write(maker.batch([maker.create()]), 0)
     back = maker.kept()
     with pytest.raises(BadRows):
-        tables.write(maker.batch([maker.grant(maker.jobs[1])], payloads=[99]))
+        tables.write(maker.batch([maker.grant(maker.jobs[1])], payloads=[99]), 0)
     back()
-    tables.write(maker.batch([maker.finish(maker.jobs[1], "cancelled")]))
+    tables.write(maker.batch([maker.finish(maker.jobs[1], "cancelled")]), 0)
     job = maker.jobs[1]
     assert row_of(tables, 1) == (*job_row(job), checksum(job_row(job)))
     assert tables.totals == (0, 0, 1, checksum(job_row(job)))
@@ -99,10 +99,10 @@ def test_what_is_kept_at_hand_has_a_limit(tables: Tables, monkeypatch: pytest.Mo
     maker = Maker(3)
     for _ in range(20):
         batch = maker.any_batch(15)
-        assert tables.write(batch) == {seq: maker.payloads[seq] for seq in batch.payloads}
+        assert tables.write(batch, 0) == {seq: maker.payloads[seq] for seq in batch.payloads}
     kept = tables._jobs
     held: dict[str, Sized] = {"KEEP_ROWS": kept._rows, "_SHAPES": kept._sql, "KEEP_PAYLOAD_BYTES": kept._payloads}
     assert len(held[limit]) <= 1
     for seq, job in maker.jobs.items():
         assert row_of(tables, seq) == (*job_row(job), checksum(job_row(job)))
-    tables.write(maker.batch([], payloads=list(maker.payloads)))
+    tables.write(maker.batch([], payloads=list(maker.payloads)), 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import msgspec
@@ -86,6 +86,16 @@ CEILING = 30 * MINUTE_MS
 @pytest.fixture
 def desk() -> Desk:
     return Desk()
+
+
+# Where an operator may move a job of each status.
+ALLOWED: Final = {
+    "queued": ["cancelled", "completed", "failed"],
+    "processing": ["cancelled", "completed", "failed", "queued"],
+    "completed": [],
+    "failed": ["completed", "queued"],
+    "cancelled": ["completed", "queued"],
+}
 
 
 def no_ceiling(**fields: Any) -> dict[str, Any]:
@@ -352,7 +362,7 @@ def test_an_overdue_job_fails_by_the_command_that_meets_it(desk: Desk) -> None:
 def test_a_finished_job_is_not_started(desk: Desk, status: Any) -> None:
     desk.yes(Import(id="a", status=status, error_message="why" if status == "failed" else None))
     refusal = desk.no(Start(id="a", worker="w"), "invalid_transition")
-    assert refusal.details == {"status": status, "to": "processing"}
+    assert refusal.details == {"status": status, "to": "processing", "allowed": ALLOWED[status]}
     why = " (why)" if status == "failed" else ""
     assert refusal.message == f"Job a is {status}. Only a queued job can be started{why}."
 
@@ -1317,7 +1327,7 @@ def test_force_reset_starts_anew(desk: Desk) -> None:
 def test_what_an_operator_is_refused_and_why(desk: Desk, status: str, command: Any, to: str, words: str) -> None:
     at_status(desk, status)
     refusal = desk.no(command, "invalid_transition")
-    assert refusal.details == {"status": status, "to": to}
+    assert refusal.details == {"status": status, "to": to, "allowed": ALLOWED[status]}
     assert refusal.message == f"Job a is {status}. {words}"
 
 
@@ -1340,7 +1350,8 @@ def test_transition_takes_any_pair_of_the_table_but_into_processing(desk: Desk, 
     at_status(desk, from_)
     command = Transition(id="a", from_=from_, to=to, reason="r")
     if (from_, to) not in TRANSITIONS or to == "processing":
-        assert desk.no(command, "invalid_transition", admin=True).details == {"status": from_, "to": to}
+        details = desk.no(command, "invalid_transition", admin=True).details
+        assert details == {"status": from_, "to": to, "allowed": ALLOWED[from_]}
         return
     forced = admin(desk, command)
     assert (forced.previous_status, forced.status) == (from_, to)
@@ -1360,7 +1371,7 @@ def test_transition_takes_any_pair_of_the_table_but_into_processing(desk: Desk, 
 def test_transition_compares_before_it_sets(desk: Desk) -> None:
     desk.create()
     refusal = desk.no(Transition(id="a", from_="processing", to="failed"), "invalid_transition", admin=True)
-    assert refusal.details == {"status": "queued", "to": "failed"}
+    assert refusal.details == {"status": "queued", "to": "failed", "allowed": ALLOWED["queued"]}
 
 
 def test_a_transition_may_bring_updates(desk: Desk) -> None:

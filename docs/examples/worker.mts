@@ -1,7 +1,7 @@
 // A jobd worker in TypeScript without any package: node 22.18 or later runs this file as it is.
 //
 //   node docs/examples/worker.mts                          over the Unix socket (JOBD_SOCKET, /run/jobd/worker.sock)
-//   JOBD_URL=http://127.0.0.1:8771 WORKER_TOKEN_FILE=…  node docs/examples/worker.mts     over TCP, by plain fetch
+//   JOBD_URL=http://127.0.0.1:8771 JOBD_WORKER_TOKEN_FILE=…  node docs/examples/worker.mts     over TCP, by plain fetch
 //
 // It takes jobs of the queue `default`, one at a time. SIGTERM lets the job in hand end, then stops (within 5 s
 // where it is idle). ONCE=1 ends after one job. What to copy: the lock is extended while the work runs, and a lost lock stops the work.
@@ -17,7 +17,8 @@ type Grant = { job: Job; lock_id: string; fencing_token: number; ttl_ms: number 
 
 const socketPath = process.env.JOBD_SOCKET ?? "/run/jobd/worker.sock";
 const url = process.env.JOBD_URL;
-const token = process.env.WORKER_TOKEN_FILE && readFileSync(process.env.WORKER_TOKEN_FILE, "utf8").trim().split("\n")[0];
+const tokenFile = process.env.JOBD_WORKER_TOKEN_FILE;
+const token = tokenFile && readFileSync(tokenFile, "utf8").trim().split("\n")[0];
 const worker = `${hostname()}-${process.pid}`;
 
 /** What the daemon refused. `code` is stable (`lock_lost`, `already_locked`, …), the message is for people. */

@@ -163,7 +163,7 @@ def clock(what: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--limit", type=click.IntRange(1, 50), default=20, show_default=True, help="How many at most.")
+@click.option("--limit", type=click.IntRange(1, 500), default=20, show_default=True, help="How many at most.")
 @json_option
 @admin_options
 def reports(limit: int, as_json: bool) -> None:

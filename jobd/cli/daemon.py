@@ -29,7 +29,7 @@ def jobd() -> None:
 
     \b
     Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not reachable, 4 not found or refused,
-    5 not authorised, 74 I/O error, 75 try again, 78 configuration.
+    5 not authorised, 74 I/O error, 75 try again, 78 configuration, 130 interrupted (Ctrl-C).
     """
 
 

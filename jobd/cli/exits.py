@@ -104,7 +104,10 @@ def _explained(error: BaseException, name: str) -> int:
 
 _ADVICE: Final = {
     "unreachable": ". Is jobd running there? Say where with --socket, --url or --admin-url",
-    "unauthorized": ". Admin API: set ADMIN_TOKEN or ADMIN_TOKEN_FILE; worker API: give --token-file FILE",
+    "unauthorized": (
+        ". Admin API: set ADMIN_TOKEN or ADMIN_TOKEN_FILE; "
+        "worker API: give --token-file FILE or set JOBD_WORKER_TOKEN_FILE"
+    ),
 }
 
 

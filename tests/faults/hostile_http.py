@@ -177,7 +177,7 @@ def smuggled(trial: Trial) -> Counts:
                     for n in range(count):
                         assert b" 404 " in heard.readline()
                         headers = http.client.parse_headers(heard)
-                        assert f"There is no job none-{n}." in heard.read(int(headers["Content-Length"])).decode()
+                        assert f"There is no job none-{n}:" in heard.read(int(headers["Content-Length"])).decode()
                 asked += count
             for name, carrier in {**HOSTILE, **WIDER}.items():
                 hidden = f"smuggled-{number}-{name.replace(' ', '-').replace(',', '')}"

@@ -54,7 +54,7 @@ class SimDisk(MemoryDisk):
         self.pruning: Callable[[int], None] = lambda before: None
         self._dice = dice
         self._fired = fired
-        self._written: Batch | None = None  # not flushed yet
+        self._written: tuple[Batch, int] | None = None  # not flushed yet, and what its counts know of
         self.is_broken = False
         self.on_broken: Callable[[Exception], None] = lambda error: None
         self.fits = self._fits
@@ -72,14 +72,14 @@ class SimDisk(MemoryDisk):
 
     def crash(self, *, power_cut: bool) -> None:
         """Nobody uses it any more; what was written and not flushed is kept or lost as a whole."""
-        batch, self._written = self._written, None
-        if batch is None:
+        written, self._written = self._written, None
+        if written is None:
             return
         kept = not power_cut or self._dice.random() < 0.3
         self._fired["crash: unflushed write " + ("kept" if kept else "lost")] += 1
         if kept:
             with contextlib.suppress(BadRows):
-                self._keep(batch)
+                self._keep(*written)
 
     def snapshot(self) -> Snapshot:
         """A copy, as a backup takes it."""
@@ -107,6 +107,7 @@ class SimDisk(MemoryDisk):
     # -- batch.Disk ---------------------------------------------------------------------------------------------------
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
+        told = self._told_aside
         await self._enter("write")
         await self._reach("entered")
         fault, self.write_fault = self.write_fault, None
@@ -116,11 +117,11 @@ class SimDisk(MemoryDisk):
         if not self.fits(batch):
             self._fired[f"write on a full disk ({self.full})"] += 1
             raise DiskFull("the simulated disk is full")
-        self._written = batch
+        self._written = batch, told
         await self._reach("written")
         await self._pause()
         self._written = None
-        shown = self._keep(batch)
+        shown = self._keep(batch, told)
         await self._reach("flushed")
         await self._pause()
         if fault == "lost_answer":
@@ -141,9 +142,9 @@ class SimDisk(MemoryDisk):
             strike()
             await asyncio.sleep(0)  # whoever was writing is gone
 
-    def _keep(self, batch: Batch) -> dict[int, bytes]:
+    def _keep(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
         try:
-            shown = self._commit(batch)
+            shown = self._commit(batch, told_aside)
         except AssertionError as error:
             self.broken(str(error))
             raise
