@@ -17,13 +17,25 @@ from jobd.answers import AlertView, CleanupReport, DatabaseHealth, HealthView, P
 from jobd.book import Book
 from jobd.commands import Moment
 from jobd.job import MINUTE_MS, SECOND_MS
+from jobd.pace import KindPace
 from jobd.views import average_processing_s
 
 log = structlog.get_logger("jobd.alerts")
 
-NAMES: Final = ("stuck_jobs", "processing_jobs", "average_processing", "pass_issues", "database", "cache")
+NAMES: Final = (
+    "stuck_jobs",
+    "processing_jobs",
+    "average_processing",
+    "pass_issues",
+    "granted_twice",
+    "slower_than_usual",
+    "database",
+    "cache",
+)
 EVALUATE_EVERY_S: Final = 5.0
 MEASURE_EVERY_S: Final = 30.0  # health costs a write and an fsync; whoever asks for it gets it sooner
+NOTICEABLE_MS: Final = 100  # what takes less than that longer is no slower: twice of nothing is nothing
+CALM: Final = 0.9  # a ratio that sits at its threshold fires once: it resolves below this part of it
 
 
 class Thresholds(Struct, frozen=True):
@@ -33,6 +45,8 @@ class Thresholds(Struct, frozen=True):
     processing_jobs: int = 20
     average_processing_ms: int = 10 * MINUTE_MS
     pass_issues: int = 10
+    granted_twice: int = 0  # jobs in the last hour
+    slower_than_usual: float = 2.0  # times the usual
 
 
 class Clock(Protocol):
@@ -51,12 +65,16 @@ class Cleanup(Protocol):
 
 
 class Condition(Struct, frozen=True):
-    """One alert as it is now. `value` and `threshold` are numbers of jobs or issues, seconds, or 1 for not healthy."""
+    """One alert as it is now. `value` and `threshold` are numbers of jobs or issues, seconds, times, 1 for not healthy.
+
+    Once it fires it does so until `value` is no longer above `calm`, where that is given, and below the threshold.
+    """
 
     name: str
     value: float
     threshold: float
     hint: str
+    calm: float | None = None
 
 
 class Alerts:
@@ -66,6 +84,7 @@ class Alerts:
         self, book: Book, clock: Clock, health: Health, cleanup: Cleanup, thresholds: Thresholds | None = None
     ) -> None:
         self.thresholds = thresholds or Thresholds()
+        self.paces: list[KindPace] = []  # as of the last look
         self._book = book
         self._clock = clock
         self._health = health
@@ -98,7 +117,10 @@ class Alerts:
 
     def _judge(self, condition: Condition, now: int) -> AlertView:
         """Firing or not; a change of that is logged."""
-        name, firing = condition.name, condition.value > condition.threshold
+        name, limit = condition.name, condition.threshold
+        if name in self._since and condition.calm is not None:
+            limit = condition.calm
+        firing = condition.value > limit
         told = {"alert": name, "value": condition.value, "threshold": condition.threshold}
         if firing and name not in self._since:
             self._since[name] = now
@@ -112,6 +134,8 @@ class Alerts:
         yield self._processing()
         yield self._average(at)
         yield self._pass_issues()
+        yield self._granted_twice(at)
+        yield self._slower(at)
         yield from self._unhealthy()
 
     def _stuck(self) -> Condition:
@@ -139,6 +163,35 @@ class Alerts:
         hint = "The last cleanup pass found many bad rows. The log names them; see one with: jobctl validate ID"
         return Condition("pass_issues", value, self.thresholds.pass_issues, hint)
 
+    def _granted_twice(self, at: Moment) -> Condition:
+        overlaps = self._book.figures.overlaps
+        value, hint = overlaps.last_hour(at.now), "No job was given away while its worker before had time left."
+        if value and (last := overlaps.last) is not None:
+            (token, next_token), (worker, next_worker) = last.tokens, last.workers
+            hint = (
+                f"Two workers may have worked on one job at once ({value} in the last hour). The last one: "
+                f"{last.job_id} was taken from {worker} (token {token}) while its time ran on, and given to "
+                f"{next_worker} (token {next_token}). Compare the tokens where its results lie; "
+                f"who did it: jobctl timeline {last.job_id}"
+            )
+        return Condition("granted_twice", value, self.thresholds.granted_twice, hint)
+
+    def _slower(self, at: Moment) -> Condition:
+        """The kind that is furthest from its usual."""
+        self.paces = self._book.figures.paces.view(at.now)
+        threshold = self.thresholds.slower_than_usual
+        slower = [found for pace in self.paces if (found := _times(pace)) is not None]
+        value, hint = 0.0, "No kind of job is known to take longer than usual."
+        if slower:
+            value, pace, last_s, usual_s = max(slower, key=lambda found: found[0])
+            kind = f"kind {pace.kind}" if pace.kind else "no kind"
+            hint = (
+                f"Jobs of {kind} take {last_s:g} s (95 of 100, last hour, {pace.completed} jobs); "
+                f"usual is {usual_s:g} s. "
+                "Look at what they wait for: the machine, the disk, a service; then at the oldest: jobctl stats"
+            )
+        return Condition("slower_than_usual", value, threshold, hint, calm=threshold * CALM)
+
     def _unhealthy(self) -> Iterator[Condition]:
         """By the last measured health; while there is none, nothing is known to be wrong."""
         view = self._health.last
@@ -149,3 +202,11 @@ class Alerts:
         for name, part in parts.items():
             wrong = part is not None and part.status != "healthy"
             yield Condition(name, int(wrong), 0, "It was not measured yet." if part is None else part.message)
+
+
+def _times(pace: KindPace) -> tuple[float, KindPace, float, float] | None:
+    """How many times the usual the last hour was, and both in seconds; None where nobody can say, or feel it."""
+    if pace.last_hour_ms is None or pace.usual_ms is None or pace.last_hour_ms - pace.usual_ms < NOTICEABLE_MS:
+        return None
+    times = round(pace.last_hour_ms / max(pace.usual_ms, 1), 2)
+    return times, pace, pace.last_hour_ms / SECOND_MS, pace.usual_ms / SECOND_MS

@@ -111,6 +111,10 @@ class Book:
         """`run_at` of the job of `queue` that has been due longest (Unix ms)."""
         return self._due[queue].oldest_run_at() if queue in self._due else None
 
+    def due_lanes(self, queue: str) -> int:
+        """So many lanes `oldest_due_at` has to look at: kinds and priorities of the due jobs of `queue`."""
+        return sum(map(len, self._due[queue].lanes.values())) if queue in self._due else 0
+
     def next_run_at(self) -> int | None:
         """When the next delayed job becomes due (Unix ms)."""
         entry = self._delayed.first(self._is_delayed)

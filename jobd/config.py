@@ -113,6 +113,8 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     processing_jobs: Annotated[int, Meta(ge=0)] = 20
     average_processing: Duration = Duration(10 * MINUTE_MS)
     pass_issues: Annotated[int, Meta(ge=0)] = 10
+    granted_twice: Annotated[int, Meta(ge=0)] = 0
+    slower_than_usual: Annotated[float, Meta(ge=1, le=1000)] = 2.0
 
 
 class ArtefactsSection(Struct, frozen=True, forbid_unknown_fields=True):

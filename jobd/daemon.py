@@ -211,7 +211,7 @@ class Daemon:
         stack.push_async_callback(health.close)
         self.alerts = Alerts(self.actor.book, self.clock, health, self.cleaner, _thresholds(settings))
         _run_beside(stack, "alerts", self.alerts)
-        metrics = Metrics(self.actor, self.cleaner, self.alerts, store.path, self._webs)
+        metrics = Metrics(self.actor, self.cleaner, self.alerts, self.clock, store.path, self._webs)
         _run_beside(stack, "metrics", metrics)
         return Rooms(
             self.actor, store, self.clock, self.cleaner, health, self.alerts, metrics, lambda: not self._running.done()
@@ -450,6 +450,8 @@ def _thresholds(settings: Config) -> Thresholds:
         processing_jobs=alerts.processing_jobs,
         average_processing_ms=int(alerts.average_processing),
         pass_issues=alerts.pass_issues,
+        granted_twice=alerts.granted_twice,
+        slower_than_usual=alerts.slower_than_usual,
     )
 
 

@@ -12,6 +12,8 @@ from msgspec import Struct, field
 
 from jobd.events import Change
 from jobd.job import HOUR_MS, MINUTE_MS
+from jobd.overlaps import Overlaps
+from jobd.pace import Paces
 
 # Upper bounds of the processing-time histogram, in seconds.
 PROCESSING_BUCKETS_S: Final = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1800, 3600, 14400)
@@ -53,18 +55,27 @@ class Figures(Struct):
     reset: int = 0  # recovered, back to queued
     failed: int = 0  # recovered, failed
     processing: dict[str, Histogram] = field(default_factory=dict)  # queue -> seconds
+    paces: Paces = field(default_factory=Paces)
+    overlaps: Overlaps = field(default_factory=Overlaps)
 
     def note(self, change: Change) -> None:
         """Count one committed change."""
-        event, after = change.event, change.after
+        event, before, after = change.event, change.before, change.after
         match event.type:
             case "granted":
                 self._grant(event.queue)
+                if self.overlaps.taken:
+                    self.overlaps.granted(change)
             case "completed":
-                if change.before is not None and change.before.started_at is not None:
-                    self._completed(event.queue, event.at, max(event.at - change.before.started_at, 0))
+                if before is not None and before.started_at is not None:
+                    ms = max(event.at - before.started_at, 0)
+                    self._completed(event.queue, event.at, ms)
+                    self.paces.add(before.options.kind, event.at, ms)
             case "stalled":
                 self._recovered(event.at, requeued=after is not None and after.status == "queued")
+                self.overlaps.ended(change)
+            case "released" | "cancelled" | "force_failed" | "force_reset" | "transitioned":
+                self.overlaps.ended(change)
             case "lock_expired":
                 self.since_report.locks_cleared += 1
             case "deleted" if event.by == "cleanup":

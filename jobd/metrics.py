@@ -12,7 +12,7 @@ import platform
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Final, Protocol
 
 from msgspec import Struct
@@ -25,12 +25,15 @@ from prometheus_client.utils import floatToGoString
 from jobd import __version__
 from jobd.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
 from jobd.alerts import Alerts
+from jobd.book import Book
 from jobd.cleanup import Cleaner
-from jobd.commands import REFUSALS
+from jobd.commands import REFUSALS, Moment
 from jobd.figures import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram
 from jobd.job import SECOND_MS, STATUSES
+from jobd.pace import KindPace
 
 QUEUES_SHOWN: Final = 200  # those that were seen first; the rest is summed up under OTHER_QUEUES
+LANES_SEEN: Final = 2_000  # to know since when the oldest due job of a queue waits, each of its lanes is looked at
 LAG_EVERY_S: Final = 1.0
 LAGS_KEPT: Final = 20  # the worst of them is shown, so that a scrape every 15 s misses none
 FOUND_KINDS: Final = ("stuck", "expired_locks", "expired", "deleted", "issues")
@@ -44,6 +47,8 @@ class Snapshot(Struct, frozen=True):
 
     jobs: dict[str, int]  # status -> jobs
     queues: list[tuple[str, dict[str, int]]]
+    paused: dict[str, bool]  # queue -> whether it is
+    oldest_due_s: dict[str, float]  # queue -> seconds
     stuck: int
     locked: int
     grants: dict[str, int]  # queue -> grants
@@ -55,9 +60,14 @@ class Snapshot(Struct, frozen=True):
     last_pass_at: int | None  # Unix ms
     issues: dict[str, int]  # type -> issues
     processing: dict[str, Counts]  # queue -> seconds
+    paces: list[KindPace]
+    granted_twice: int
+    quarantined: int
+    clock_suspect: bool
     commit_seconds: Counts
     batch_commands: Counts
     mailbox: int
+    mailbox_limit: int
     parked: int
     lag_s: float
     alerts: dict[str, bool]
@@ -65,6 +75,12 @@ class Snapshot(Struct, frozen=True):
 
 class Door(Protocol):
     refusals: Counter[str]  # code -> answers
+
+
+class Clock(Protocol):
+    @property
+    def suspect(self) -> bool: ...
+    def moment(self) -> Moment: ...
 
 
 class Metrics:
@@ -78,12 +94,14 @@ class Metrics:
         actor: Actor,
         cleaner: Cleaner,
         alerts: Alerts,
+        clock: Clock,
         store_path: str,
         doors: Sequence[Door],
     ) -> None:
         self._actor = actor
         self._cleaner = cleaner
         self._alerts = alerts
+        self._clock = clock
         self._doors = doors
         self._store_path = store_path
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
@@ -94,12 +112,15 @@ class Metrics:
         return await asyncio.to_thread(text, self.snapshot(), self._store_path)
 
     def snapshot(self) -> Snapshot:
-        """Copies only, nothing is formatted: it takes the loop for well under a millisecond."""
+        """Copies only, nothing is formatted: it takes the loop for well under a millisecond, or 2 ms with 100 kinds."""
         actor, book, cleaner = self._actor, self._actor.book, self._cleaner
         figures, report = book.figures, cleaner.last_report
+        alerts = {alert.name: alert.firing for alert in self._alerts.evaluate()}
         return Snapshot(
             jobs=dict(book.totals),
             queues=[(name, counts.copy()) for name, counts in book.counts.items()],
+            paused={name: name in book.paused for name in islice(book.counts, QUEUES_SHOWN)},
+            oldest_due_s=oldest_due_s(book, self._clock.moment().now),
             stuck=len(book.stuck),
             locked=book.live_locks(),
             grants=dict(figures.grants),
@@ -111,12 +132,17 @@ class Metrics:
             last_pass_at=None if report is None else report.timestamp,
             issues=dict(cleaner.totals.issues),
             processing={queue: _copy(histogram) for queue, histogram in figures.processing.items()},
+            paces=self._alerts.paces,
+            granted_twice=figures.overlaps.total,
+            quarantined=len(book.quarantined),
+            clock_suspect=self._clock.suspect,
             commit_seconds=_copy(actor.commit_seconds),
             batch_commands=_copy(actor.batch_commands),
             mailbox=actor.waiting,
+            mailbox_limit=actor.bounds.mailbox,
             parked=len(actor.parked),
             lag_s=max(self._lags, default=0.0),
-            alerts={alert.name: alert.firing for alert in self._alerts.evaluate()},
+            alerts=alerts,
         )
 
     async def run(self) -> None:
@@ -154,6 +180,10 @@ def _jobs(now: Snapshot) -> Iterator[Metric]:
     yield _gauges("jobs", "Jobs by status.", ["status"], by_status)
     queues = ((name, status, counts.get(status, 0)) for name, counts in capped(now.queues) for status in STATUSES)
     yield _gauges("queue_jobs", "Jobs by queue and status.", ["queue", "status"], queues)
+    paused = ((name, int(is_paused)) for name, is_paused in now.paused.items())
+    yield _gauges("queue_paused", "1 while an operator keeps the queue from being worked on.", ["queue"], paused)
+    help_ = "For how long the oldest job that is due has waited, by queue."
+    yield _gauges("queue_oldest_due_seconds", help_, ["queue"], now.oldest_due_s.items())
     yield _gauge("stuck_jobs", "Jobs whose worker went silent for too long.", now.stuck)
     yield _gauge("locked_jobs", "Jobs with a live lock.", now.locked)
     yield _counters("grants", "Jobs handed to workers, by queue.", ["queue"], now.grants.items())
@@ -166,6 +196,19 @@ def _jobs(now: Snapshot) -> Iterator[Metric]:
     for queue, counts in now.processing.items():
         seconds.add_metric([queue], _buckets(counts[0], PROCESSING_BUCKETS_S), counts[1])
     yield seconds
+    help_ = "Within so much time 95 of 100 jobs of the kind were completed, in the last hour and usually."
+    yield _gauges("processing_p95_seconds", help_, ["kind", "window"], _paces(now))
+    help_ = "Jobs granted again while the worker before had time left and had not said that it stopped."
+    yield _counter("granted_twice", help_, now.granted_twice)
+    help_ = "Jobs whose damaged rows were set aside."
+    yield _gauge("quarantined_jobs", help_, now.quarantined)
+
+
+def _paces(now: Snapshot) -> Iterator[tuple[str, str, float]]:
+    for pace in now.paces:
+        for window, ms in (("hour", pace.last_hour_ms), ("usual", pace.usual_ms)):
+            if ms is not None:
+                yield pace.kind, window, ms / SECOND_MS
 
 
 def _cleanup(now: Snapshot) -> Iterator[Metric]:
@@ -189,8 +232,12 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
         family.add_metric([], _buckets(counts[0], bounds), counts[1])
         yield family
     yield _gauge("mailbox_commands", "Commands that wait to be decided.", now.mailbox)
+    yield _gauge("mailbox_limit_commands", "So many commands may wait (limits.mailbox).", now.mailbox_limit)
     yield _gauge("parked_claims", "Claims that wait for work.", now.parked)
     yield _gauge("loop_lag_seconds", "The worst lag of the event loop in the last 20 s.", now.lag_s)
+    yield _gauge(
+        "clock_suspect", "1 while the wall clock is not trusted and nothing is deleted by age.", now.clock_suspect
+    )
     build = [(__version__, platform.python_version(), 1)]
     yield _gauges("build_info", "Which jobd this is.", ["version", "python"], build)
 
@@ -198,6 +245,19 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
 def _files(store_path: str) -> Iterator[Metric]:
     yield _gauge("wal_bytes", "Size of the write-ahead log.", _size(f"{store_path}-wal"))
     yield _gauge("database_bytes", "Size of the database file.", _size(store_path))
+
+
+def oldest_due_s(book: Book, now: int) -> dict[str, float]:
+    """For each queue that is shown by its name, 0 where nothing is due. Queues of very many lanes are passed over."""
+    found, left = {}, LANES_SEEN
+    for queue in islice(book.counts, QUEUES_SHOWN):
+        left -= (lanes := book.due_lanes(queue))
+        if left < 0:
+            left += lanes
+            continue
+        oldest = book.oldest_due_at(queue)
+        found[queue] = 0.0 if oldest is None else max(now - oldest, 0) / SECOND_MS
+    return found
 
 
 def capped(queues: list[tuple[str, dict[str, int]]]) -> list[tuple[str, dict[str, int]]]:

@@ -239,6 +239,8 @@ def _compare_orders(book: Book, rows: dict[str, Job], at: Moment) -> None:
             jobs, at.now, [queue], kinds[:1], book.paused
         )
         queued = [job for job in jobs if job.status == "queued" and job.options.queue == queue]
+        lanes = {(job.options.kind, job.options.priority) for job in queued if job.run_at <= at.now}
+        assert book.due_lanes(queue) == len(lanes)
         assert book.oldest_due_at(queue) == min((j.run_at for j in queued if j.run_at <= at.now), default=None)
     waiting = [job.run_at for job in jobs if job.status == "queued" and job.run_at > at.now]
     assert book.next_run_at() == min(waiting, default=None)

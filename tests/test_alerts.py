@@ -9,9 +9,10 @@ from structlog.testing import capture_logs
 
 from jobd.alerts import EVALUATE_EVERY_S, MEASURE_EVERY_S, NAMES, Alerts, Thresholds
 from jobd.answers import AlertView
-from jobd.commands import Complete, Create, Progress
+from jobd.commands import Complete, Create, ForceReset, Progress, Start
 from jobd.health import Health
 from jobd.job import HOUR_MS, MINUTE_MS
+from jobd.pace import HOURS_NEEDED, SAMPLES_NEEDED
 from tests.household import Household, in_virtual_time, row, seconds
 from tests.memory_disk import MemoryDisk
 
@@ -36,7 +37,7 @@ async def test_a_quiet_daemon_fires_nothing_and_names_every_alert() -> None:
         assert [alert.name for alert in shown] == list(NAMES)
         assert not any(alert.firing for alert in shown)
         assert all(alert.since is None and alert.hint for alert in shown)
-        assert [alert.threshold for alert in shown] == [5, 20, 600, 10, 0, 0]
+        assert [alert.threshold for alert in shown] == [5, 20, 600, 10, 0, 2, 0, 0]
 
 
 @in_virtual_time
@@ -103,6 +104,99 @@ async def test_a_pass_that_found_many_issues_fires_until_one_finds_few() -> None
         assert firing(alerts) == ["pass_issues"]
         await house.cleaner.run_pass(forced=True)
         assert firing(alerts) == []
+
+
+@in_virtual_time
+async def test_a_job_given_away_under_its_worker_fires_for_an_hour_and_says_which() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        lock_id = await house.held("cat-1")
+        await house.yes(ForceReset(id="cat-1"), by="admin")
+        assert firing(alerts) == []
+        await house.yes(Start(id="cat-1", worker="w-2"))
+        with capture_logs() as logs:
+            now = [one(alerts, "granted_twice") for _ in range(3)][-1]
+        assert (now.firing, now.value, now.threshold) == (True, 1, 0)
+        tokens = [(1 << 40) + 1, (1 << 40) + 2]
+        for said in ("cat-1", "w-1", "w-2", *map(str, tokens), "jobctl timeline cat-1"):
+            assert said in now.hint
+        assert lock_id not in now.hint
+        assert [(line["event"], line["hint"]) for line in logs] == [("alert_firing", now.hint)]
+        alerts.thresholds = Thresholds(granted_twice=1)
+        assert firing(alerts) == []
+        alerts.thresholds = Thresholds()
+        await seconds(3540)
+        assert one(alerts, "granted_twice").firing
+        await seconds(60)
+        after = one(alerts, "granted_twice")
+        assert (after.firing, after.value) == (False, 0)
+        assert "cat-1" not in after.hint
+
+
+def work(house: Household, kind: str, ms: int, count: int = SAMPLES_NEEDED) -> None:
+    """Completions of this moment."""
+    for _ in range(count):
+        house.book.figures.paces.add(kind, house.now, ms)
+
+
+@in_virtual_time
+async def test_the_kind_that_is_furthest_from_its_usual_fires_once_and_flaps_not() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        for _ in range(HOURS_NEEDED):
+            work(house, "film", 1023)
+            work(house, "mail", 40)
+            work(house, "", 511)
+            await seconds(3600)
+        work(house, "film", 1023)
+        work(house, "mail", 120)  # thrice, but who would feel it
+        work(house, "", 1023)
+        exactly = one(alerts, "slower_than_usual")
+        assert (exactly.firing, exactly.value, exactly.threshold) == (False, 2.0, 2.0)
+        assert exactly.hint.startswith("Jobs of no kind take 1.023 s")
+        with capture_logs() as logs:
+            work(house, "film", 3071, 2)
+            found = one(alerts, "slower_than_usual")
+            assert (found.firing, found.value) == (True, 3.0)
+            assert "Jobs of kind film take 3.071 s (95 of 100, last hour, 22 jobs); usual is 1.023 s." in found.hint
+            alerts.thresholds = Thresholds(slower_than_usual=3.1)
+            assert firing(alerts) == ["slower_than_usual"], "just below the threshold it goes on"
+            alerts.thresholds = Thresholds(slower_than_usual=3.4)
+            assert firing(alerts) == []
+            alerts.thresholds = Thresholds(slower_than_usual=3.1)
+            assert firing(alerts) == [], "and does not begin again there"
+        assert [line["event"] for line in logs] == ["alert_firing", "alert_resolved"]
+
+
+@in_virtual_time
+async def test_of_little_work_nothing_is_said() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        work(house, "new", 9_000)
+        assert one(alerts, "slower_than_usual").value == 0
+        for _ in range(HOURS_NEEDED):
+            work(house, "film", 1023)
+            await seconds(3600)
+        work(house, "film", 9_000, SAMPLES_NEEDED - 1)
+        assert one(alerts, "slower_than_usual").value == 0
+
+
+@in_virtual_time
+async def test_jobs_that_complete_are_what_the_pace_is_made_of() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        for hour in range(HOURS_NEEDED + 1):
+            for number in range(SAMPLES_NEEDED):
+                lock_id = await house.held(f"{hour}-{number}", kind="film")
+                await seconds(4 if hour == HOURS_NEEDED else 1)
+                await house.yes(Complete(id=f"{hour}-{number}", lock_id=lock_id))
+            await seconds(3600 if hour < HOURS_NEEDED else 0)
+        assert firing(alerts) == ["slower_than_usual"]
+        house.keep()
+        await house.cleaner.run_pass(forced=True)
+        kept = house.disk
+    async with Household(kept) as after_a_restart:
+        assert one(alerts_of(after_a_restart), "slower_than_usual").value >= 3.5
 
 
 @in_virtual_time

@@ -74,6 +74,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     alerts = found.alerts
     assert (alerts.stuck_jobs, alerts.processing_jobs, alerts.pass_issues) == (5, 20, 10)
     assert alerts.average_processing == 10 * MINUTE_MS
+    assert (alerts.granted_twice, alerts.slower_than_usual) == (0, 2)
     assert found.retention.journal == DAY_MS
 
 

@@ -29,6 +29,7 @@ from jobd.cli import exits
 from jobd.cli.ctl import jobctl as jobctl_program
 from jobd.cli.daemon import jobd as jobd_program
 from jobd.client.run import FIELDS, PREFIX
+from jobd.pace import SAMPLES_NEEDED
 from jobd.routes import Route
 from jobd.streams import ImportReport
 from tests.conftest import tool_missing
@@ -258,15 +259,13 @@ def test_every_alert_with_its_threshold() -> None:
 
 
 def test_every_metric(tmp_path: Path) -> None:
-    """Names, types and labels as a daemon gives them that has seen a job, a stall's absence and a refusal."""
+    """Names, types and labels as a daemon gives them that has seen as many jobs as a pace is made of."""
     said = {
         ticked(name)[0]: (kind, set(ticked(labels)))
         for name, kind, labels, _ in rows(OPERATIONS, "metric", "type", "labels")
     }
     with Daemon(tmp_path) as daemon:
-        daemon.post("/v1/jobs", {"id": "m1"})
-        lock = daemon.post("/v1/jobs/m1/start", {"worker": "w"}).data["lock_id"]
-        daemon.post("/v1/jobs/m1/complete", {"lock_id": lock, "metadata": 1})
+        complete_some(daemon, SAMPLES_NEEDED)
         text = daemon.admin("GET", "/metrics").body.decode()
     given: dict[str, tuple[str, set[str]]] = {}
     for family in text_string_to_metric_families(text):
@@ -274,6 +273,13 @@ def test_every_metric(tmp_path: Path) -> None:
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         given[name] = (family.type, labels)
     assert said == given
+
+
+def complete_some(daemon: Daemon, count: int) -> None:
+    daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"m{number}"} for number in range(count)]})
+    for grant in daemon.post("/v1/claim", {"worker": "w", "limit": count}).data["grants"]:
+        done = {"lock_id": grant["lock_id"], "metadata": 1}
+        daemon.post(f"/v1/jobs/{grant['job']['id']}/complete", done)
 
 
 def test_every_module_has_its_line() -> None:

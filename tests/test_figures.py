@@ -6,17 +6,18 @@ import msgspec
 import pytest
 
 from jobd import figures as figures_module
-from jobd.commands import Cancel, Complete, Delete, DeleteExpired, Fail, Recover
+from jobd.commands import AnyCommand, Cancel, Complete, Delete, DeleteExpired, Fail, ForceReset, Recover
+from jobd.draft import Decision
 from jobd.events import Change, Event
 from jobd.figures import OTHER_QUEUES, PROCESSING_BUCKETS_S, Figures, Histogram
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Job
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from tests.desk import NOW, Desk
 
 
 class CountingDesk(Desk):
     """A desk whose figures see every committed change, as the actor's do."""
 
-    def decide(self, command, *, admin=False, by="client"):  # type: ignore[no-untyped-def]
+    def decide(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Decision:
         decision = super().decide(command, admin=admin, by=by)
         for change in decision.changes:
             self.book.figures.note(change)
@@ -99,7 +100,7 @@ def test_other_endings_are_not_counted(desk: Desk) -> None:
 
 def test_a_completion_without_a_start_or_before_it_is_no_negative_time() -> None:
     figures = Figures()
-    job = Job(1, "a", msgspec.UNSET, "processing", NOW, NOW, NOW)  # type: ignore[arg-type]
+    job = Job(1, "a", Options(), "processing", NOW, NOW, NOW)
     done = Event(1, NOW, "completed", 1, "a", "q", "processing", "completed", "worker:w")
     figures.note(Change(job, None, done))
     assert figures.completed_last_hour(NOW) == (0, 0)
@@ -133,3 +134,31 @@ def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
         "b": 1,
         OTHER_QUEUES: 2,
     }
+
+
+def test_completions_are_told_by_kind_and_grants_that_were_taken_away(desk: CountingDesk) -> None:
+    figures = desk.book.figures
+    lock_id = desk.held("a", kind="thumbnail")
+    desk.passes(2_000)
+    desk.yes(Complete(id="a", lock_id=lock_id))
+    desk.held("b", kind="film")
+    desk.yes(ForceReset(id="b"))
+    assert figures.overlaps.total == 0
+    desk.start("b")
+    assert figures.overlaps.total == 1
+    assert [(pace.kind, pace.completed) for pace in figures.paces.view(desk.now)] == [("thumbnail", 1)]
+
+
+def test_all_that_is_kept_is_read_again_and_older_figures_lack_some_of_it(desk: CountingDesk) -> None:
+    lock_id = desk.held("a", kind="thumbnail")
+    desk.yes(Complete(id="a", lock_id=lock_id))
+    desk.held("b")
+    desk.yes(ForceReset(id="b"))
+    desk.start("b")
+    desk.held("c")
+    desk.yes(Cancel(id="c"))
+    body = msgspec.json.encode(desk.book.figures)
+    assert msgspec.json.decode(body, type=Figures) == desk.book.figures
+    older = msgspec.json.decode(body)
+    del older["paces"], older["overlaps"]
+    assert msgspec.json.decode(msgspec.json.encode(older), type=Figures).stalls == 0

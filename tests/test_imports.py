@@ -18,7 +18,7 @@ PACKAGE: Final = Path(jobd.__file__).parent
 # A room: its modules, and the rooms that they may import beside their own.
 ROOMS: Final[dict[str, tuple[str, str]]] = {
     "nouns": ("job events commands answers batch", ""),
-    "book": ("book live_jobs orders figures", "nouns"),
+    "book": ("book live_jobs orders figures overlaps pace", "nouns"),
     "judging": ("views validation", "nouns book"),
     "rules": ("rules operator_rules time_rules reads steps draft why", "nouns book judging"),
     "clock": ("clock", "nouns"),

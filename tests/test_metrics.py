@@ -23,12 +23,13 @@ from jobd.answers import Answer
 from jobd.book import Book
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
-from jobd.commands import REFUSALS, AnyCommand, Claim, Complete, Create, Start
+from jobd.commands import REFUSALS, AnyCommand, Claim, Complete, Create, ForceReset, Pause, Start
 from jobd.figures import OTHER_QUEUES
 from jobd.health import Health
 from jobd.job import STATUSES, Policy
 from jobd.keys import Keys
-from jobd.metrics import LAG_EVERY_S, QUEUES_SHOWN, Metrics, Snapshot, capped, text
+from jobd.metrics import LAG_EVERY_S, LANES_SEEN, QUEUES_SHOWN, Metrics, Snapshot, capped, oldest_due_s, text
+from jobd.pace import HOURS_NEEDED, SAMPLES_NEEDED
 from jobd.passes import Schedule
 from jobd.store import Store
 from tests.household import Household, in_virtual_time, row, seconds
@@ -38,6 +39,8 @@ from tests.memory_disk import MemoryDisk
 EXPECTED = {
     "jobd_jobs": "gauge",
     "jobd_queue_jobs": "gauge",
+    "jobd_queue_paused": "gauge",
+    "jobd_queue_oldest_due_seconds": "gauge",
     "jobd_stuck_jobs": "gauge",
     "jobd_locked_jobs": "gauge",
     "jobd_grants_total": "counter",
@@ -49,13 +52,18 @@ EXPECTED = {
     "jobd_cleanup_last_timestamp_seconds": "gauge",
     "jobd_validation_issues_total": "counter",
     "jobd_processing_seconds": "histogram",
+    "jobd_processing_p95_seconds": "gauge",
+    "jobd_granted_twice_total": "counter",
+    "jobd_quarantined_jobs": "gauge",
     "jobd_commit_seconds": "histogram",
     "jobd_batch_commands": "histogram",
     "jobd_mailbox_commands": "gauge",
+    "jobd_mailbox_limit_commands": "gauge",
     "jobd_parked_claims": "gauge",
     "jobd_wal_bytes": "gauge",
     "jobd_database_bytes": "gauge",
     "jobd_loop_lag_seconds": "gauge",
+    "jobd_clock_suspect": "gauge",
     "jobd_alert_firing": "gauge",
     "jobd_build_info": "gauge",
 }
@@ -69,7 +77,7 @@ class Door:
 def metrics_of(house: Household, *doors: Door, store_path: str = ":memory:") -> Metrics:
     health = Health(house.actor, house.clock, house.cleaner)
     alerts = Alerts(house.book, house.clock, health, house.cleaner)
-    return Metrics(house.actor, house.cleaner, alerts, store_path, doors)
+    return Metrics(house.actor, house.cleaner, alerts, house.clock, store_path, doors)
 
 
 def read(body: bytes) -> dict[str, Metric]:
@@ -117,7 +125,7 @@ async def real(path: Path) -> AsyncIterator[Real]:
         cleaner = Cleaner(actor, clock, Schedule(batch=2))
         health = Health(actor, clock, cleaner, take_faults=store.take_faults)
         alerts = Alerts(book, clock, health, cleaner)
-        metrics = Metrics(actor, cleaner, alerts, str(path), [])
+        metrics = Metrics(actor, cleaner, alerts, clock, str(path), [])
         running = [asyncio.create_task(run()) for run in (actor.run, cleaner.run, alerts.run, metrics.run)]
         yield Real(store, actor, cleaner, metrics)
         for part in (metrics, alerts, cleaner):
@@ -203,6 +211,57 @@ async def test_locks_stuck_jobs_and_waiting_claims() -> None:
         assert value(body, "jobd_stuck_jobs") == 1
         house.disk.gate.set()
         await asyncio.gather(*asked)
+
+
+@in_virtual_time
+async def test_how_long_the_oldest_due_job_of_each_queue_waits_and_whether_it_may() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a", queue="film", priority=9))
+        await seconds(40)
+        await house.yes(Create(id="b", queue="film"))
+        await house.yes(Create(id="c", queue="later", run_at=house.now + 9_000))
+        await house.yes(Pause(name="film"), by="admin")
+        await seconds(2)
+        body = shown(house)
+        assert value(body, "jobd_queue_oldest_due_seconds", queue="film") == 42
+        assert value(body, "jobd_queue_oldest_due_seconds", queue="later") == 0
+        assert value(body, "jobd_queue_paused", queue="film") == 1
+        assert value(body, "jobd_queue_paused", queue="later") == 0
+
+
+@in_virtual_time
+async def test_queues_of_very_many_lanes_are_passed_over_and_the_others_are_not() -> None:
+    async with Household() as house:
+        for number in range(LANES_SEEN):
+            await house.yes(Create(id=f"a-{number}", queue="many", kind=str(number)))
+        assert oldest_due_s(house.book, house.now + 1_000) == {"many": 1}
+        await house.yes(Create(id="b", queue="many", kind="one more"))
+        await house.yes(Create(id="c", queue="few"))
+        assert oldest_due_s(house.book, house.now + 1_000) == {"few": 1}
+
+
+@in_virtual_time
+async def test_paces_overlaps_quarantine_and_the_clock() -> None:
+    async with Household() as house:
+        body = shown(house)
+        assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 0
+        assert value(body, "jobd_clock_suspect") == 0
+        assert value(body, "jobd_mailbox_limit_commands") == 10_000
+        assert read(body)["jobd_processing_p95_seconds"].samples == []
+        for hour in range(HOURS_NEEDED + 1):
+            for _ in range(SAMPLES_NEEDED):
+                house.book.figures.paces.add("film", house.now, 1023 if hour < HOURS_NEEDED else 4095)
+            await seconds(3600 if hour < HOURS_NEEDED else 0)
+        await house.held("a")
+        await house.yes(ForceReset(id="a"))
+        await house.yes(Start(id="a", worker="w-2"))
+        house.book.quarantine("bad", "its checksum is wrong")
+        house.clock.suspect = True
+        body = shown(house)
+        assert value(body, "jobd_processing_p95_seconds", kind="film", window="hour") == 4.095
+        assert value(body, "jobd_processing_p95_seconds", kind="film", window="usual") == 1.023
+        assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 1
+        assert value(body, "jobd_clock_suspect") == 1
 
 
 @in_virtual_time

@@ -18,6 +18,8 @@ MIRRORS: Final[dict[str, tuple[str, ...]]] = {
     "live_jobs": ("live_jobs", "book"),
     "orders": ("orders", "book"),
     "figures": ("figures",),
+    "overlaps": ("overlaps", "figures"),
+    "pace": ("pace", "figures"),
     "views": ("views", "rules"),
     "validation": ("validation",),
     "rules": ("rules",),
@@ -33,8 +35,9 @@ MODULES: Final = tuple(MIRRORS)
 
 # All tests of the first level: in one process, quick, and the same each time.
 NEAR: Final = (
-    "rules", "book", "orders", "live_jobs", "figures", "validation", "why", "keys", "envelope", "events", "job",
-    "draft", "views", "batch", "commands", "bodies", "rows", "actor", "cleanup", "alerts", "worker_api", "admin_api",
+    "rules", "book", "orders", "live_jobs", "figures", "overlaps", "pace", "validation", "why", "keys", "envelope",
+    "events", "job", "draft", "views", "batch", "commands", "bodies", "rows", "actor", "cleanup", "alerts",
+    "worker_api", "admin_api",
 )  # fmt: skip
 
 # Beside them, some of files that need a daemon for their others.

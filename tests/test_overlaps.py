@@ -1,0 +1,234 @@
+"""Overlaps: a job granted again while the worker before had time left and had not said that it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from jobd import overlaps as overlaps_module
+from jobd.commands import (
+    AnyCommand,
+    Cancel,
+    Complete,
+    CreditAbsence,
+    EndGrants,
+    Extend,
+    Fail,
+    ForceFail,
+    ForceReset,
+    Import,
+    Recover,
+    Release,
+    ReleaseLock,
+    Transition,
+    Undelivered,
+)
+from jobd.events import Change
+from jobd.job import HOUR_MS, MINUTE_MS, Grant, Lease
+from jobd.overlaps import MINUTES_KEPT, Overlap, Overlaps, lock_end
+from tests.desk import Desk
+from tests.test_figures import CountingDesk
+
+TTL: dict[str, Any] = {"lock_ttl_ms": MINUTE_MS, "stuck_after_ms": 0}
+
+
+@pytest.fixture
+def desk() -> CountingDesk:
+    return CountingDesk()
+
+
+def held(desk: Desk, job_id: str = "a", **fields: Any) -> str:
+    """A new job in the hands of w-1 with a lock of a minute."""
+    desk.create(job_id, **fields)
+    return desk.start(job_id, **TTL)
+
+
+def overlaps(desk: Desk) -> Overlaps:
+    return desk.book.figures.overlaps
+
+
+Deed = Callable[[str], list[AnyCommand]]
+
+TAKEN_AWAY: dict[str, Deed] = {
+    "force-reset": lambda lock: [ForceReset(id="a")],
+    "transition": lambda lock: [Transition(id="a", from_="processing", to="queued")],
+    "cancel and reset": lambda lock: [Cancel(id="a"), ForceReset(id="a")],
+    "force-fail and reset": lambda lock: [ForceFail(id="a"), ForceReset(id="a")],
+    "release-lock": lambda lock: [ReleaseLock(id="a", lock_id=lock)],
+    "restored backup": lambda lock: [EndGrants(ids=["a"], last=True)],
+}
+
+
+@pytest.mark.parametrize("deed", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
+def test_granted_again_while_the_time_of_the_worker_before_ran_on(desk: CountingDesk, deed: Deed) -> None:
+    lock = held(desk)
+    desk.passes(MINUTE_MS - 1)
+    for command in deed(lock):
+        desk.yes(command, admin=True)
+    assert overlaps(desk).total == 0
+    desk.start(worker="w-2")
+    assert (overlaps(desk).total, overlaps(desk).last_hour(desk.now)) == (1, 1)
+    assert overlaps(desk).last == Overlap("a", (desk.tokens[0], desk.tokens[1]), ("w-1", "w-2"))
+    assert overlaps(desk).taken == {}
+
+
+@pytest.mark.parametrize("deed", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
+def test_once_its_time_has_run_out_nothing_overlaps(desk: CountingDesk, deed: Deed) -> None:
+    lock = held(desk)
+    desk.passes(1_000)
+    for command in deed(lock):
+        desk.yes(command, admin=True)
+    desk.passes(MINUTE_MS - 1_000)  # exactly at its end a lock has expired
+    desk.start(worker="w-2")
+    assert (overlaps(desk).total, overlaps(desk).last, overlaps(desk).taken) == (0, None, {})
+
+
+ENDED_BY_THE_HOLDER: dict[str, Deed] = {
+    "release": lambda lock: [Release(id="a", lock_id=lock)],
+    "fail and retry": lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry_after_ms=0)],
+    "fail and reset": lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry=False), ForceReset(id="a")],
+    "undelivered": lambda lock: [Undelivered(id="a", lock_id=lock)],
+}
+
+
+@pytest.mark.parametrize("deed", ENDED_BY_THE_HOLDER.values(), ids=ENDED_BY_THE_HOLDER)
+def test_a_worker_that_stopped_or_never_began_is_no_second_one(desk: CountingDesk, deed: Deed) -> None:
+    lock = held(desk, max_attempts=2)
+    for command in deed(lock):
+        desk.yes(command)
+    assert overlaps(desk).taken == {}
+    desk.start(worker="w-2")
+    assert overlaps(desk).total == 0
+
+
+def test_a_stall_is_silence_for_longer_than_the_lock(desk: CountingDesk) -> None:
+    held(desk)
+    desk.passes(MINUTE_MS)
+    desk.yes(Recover(limit=9))
+    assert desk.job().status == "queued"
+    desk.start(worker="w-2")
+    assert overlaps(desk).total == 0
+
+
+def test_a_stall_at_the_ceiling_is_not(desk: CountingDesk) -> None:
+    """The worker extended its lock until then: most likely it is at work."""
+    lock = held(desk, max_processing_ms=90_000)
+    desk.passes(50_000)
+    desk.yes(Extend(id="a", lock_id=lock))
+    desk.passes(40_000)
+    desk.yes(Recover(limit=9))
+    assert desk.job().status == "queued"
+    desk.passes(19_999)
+    desk.start(worker="w-2")
+    assert overlaps(desk).total == 1
+
+
+def test_silence_before_the_ceiling_is_a_stall_like_any_other(desk: CountingDesk) -> None:
+    held(desk, max_processing_ms=30_000)  # the lock is cut to it
+    desk.passes(MINUTE_MS)
+    desk.yes(Recover(limit=9))
+    desk.start(worker="w-2")
+    assert overlaps(desk).total == 0
+
+
+def test_an_extended_lock_counts_from_there(desk: CountingDesk) -> None:
+    lock = held(desk)
+    desk.passes(50_000)
+    desk.yes(Extend(id="a", lock_id=lock))
+    desk.yes(ForceReset(id="a"))
+    desk.passes(59_999)
+    desk.start(worker="w-2")
+    assert overlaps(desk).total == 1
+
+
+def test_time_that_was_credited_counts(desk: CountingDesk) -> None:
+    held(desk)
+    desk.yes(CreditAbsence(ids=["a"], grace_ms=HOUR_MS))
+    desk.yes(ForceReset(id="a"))
+    desk.passes(HOUR_MS - 1)
+    desk.start(worker="w-2")
+    assert overlaps(desk).total == 1
+
+
+def test_an_imported_job_has_no_holder_here(desk: CountingDesk) -> None:
+    desk.yes(Import(id="a", status="processing", max_attempts=2), admin=True)
+    desk.start(worker="w-2")
+    assert overlaps(desk).total == 0
+
+
+def test_the_last_grant_is_the_one_that_is_watched(desk: CountingDesk) -> None:
+    held(desk)
+    desk.yes(ForceReset(id="a"))
+    lock = desk.start(worker="w-2", **TTL)
+    desk.yes(ForceReset(id="a"))
+    desk.start(worker="w-3", **TTL)
+    assert overlaps(desk).total == 2
+    assert overlaps(desk).last == Overlap("a", (desk.tokens[1], desk.tokens[2]), ("w-2", "w-3"))
+    assert lock
+    desk.yes(Complete(id="a", lock_id=desk.job().grant.lock_id))  # type: ignore[union-attr]
+    assert overlaps(desk).taken == {}
+
+
+def test_a_queued_job_that_is_cancelled_had_no_holder(desk: CountingDesk) -> None:
+    desk.create()
+    desk.yes(Cancel(id="a"))
+    assert overlaps(desk).taken == {}
+
+
+def test_the_hour_passes(desk: CountingDesk) -> None:
+    held(desk)
+    desk.yes(ForceReset(id="a"))
+    desk.start()
+    assert overlaps(desk).last_hour(desk.now + 59 * MINUTE_MS) == 1
+    assert overlaps(desk).last_hour(desk.now + HOUR_MS) == 0
+    assert overlaps(desk).total == 1
+
+
+def test_memory_is_bounded(desk: CountingDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlaps_module, "TAKEN_KEPT", 2)
+    for job_id in "abc":
+        held(desk, job_id)
+        desk.yes(ForceReset(id=job_id))
+    assert list(overlaps(desk).taken) == [desk.job("b").seq, desk.job("c").seq]
+    for _ in range(100):
+        desk.passes(MINUTE_MS)
+        desk.start("c", **TTL)
+        desk.yes(ForceReset(id="c"))
+        desk.start("c", **TTL)
+        desk.yes(ForceReset(id="c"))
+        assert len(overlaps(desk).minutes) <= MINUTES_KEPT
+    assert (overlaps(desk).total, overlaps(desk).last_hour(desk.now)) == (100, 60)
+
+
+def test_a_row_without_a_holder_is_passed_over(desk: CountingDesk) -> None:
+    """Rows that hands have left behind have a grant without a lease, or come to be granted without one."""
+    held(desk)
+    reset = desk.decide(ForceReset(id="a")).changes[0]
+    granted = desk.decide(Transition(id="a", from_="queued", to="failed")).changes[0]
+    counted = Overlaps()
+    counted.ended(Change(replace(reset.before, lease=None), reset.after, reset.event))  # type: ignore[type-var]
+    assert counted.taken == {}
+    counted.ended(Change(reset.before, None, reset.event))
+    assert list(counted.taken) == [desk.job().seq]
+    counted.granted(granted)  # no grant in it
+    assert (counted.taken, counted.total) == ({}, 0)
+
+
+MADE = Grant("l", 1, "w", acquired_at=0, ttl_ms=60, stuck_after_ms=10, max_processing_ms=0)
+
+
+@pytest.mark.parametrize(
+    ("lease", "until"),
+    [
+        (Lease(expires=100, silent=50, ceiling=None), 100),
+        (Lease(expires=100, silent=50, ceiling=101), 100),
+        (Lease(expires=100, silent=50, ceiling=100), 100),  # the last word at 40: its minute ends at 100
+        (Lease(expires=100, silent=51, ceiling=100), 101),
+        (Lease(expires=100, silent=20, ceiling=90), 100),  # a ceiling never shortens what was promised
+    ],
+)
+def test_the_end_of_what_a_worker_was_promised(lease: Lease, until: int) -> None:
+    assert lock_end(MADE, lease) == until

@@ -1,0 +1,167 @@
+"""Paces: the 95th percentile of the last hour, what is usual, and how much of it is kept."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobd import pace as pace_module
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, YEAR_MS
+from jobd.pace import (
+    HOURS_KEPT,
+    HOURS_NEEDED,
+    KINDS_KEPT,
+    SAMPLES_NEEDED,
+    SLOT_MS,
+    SLOTS,
+    KindPace,
+    Paces,
+    bucket,
+    percentile_95,
+    top,
+)
+
+HOUR = 1_700_002_800_000  # the beginning of one
+assert HOUR % HOUR_MS == 0
+
+
+def work(paces: Paces, at: int, ms: int, *, kind: str = "film", count: int = SAMPLES_NEEDED) -> None:
+    for _ in range(count):
+        paces.add(kind, at, ms)
+
+
+def one(paces: Paces, now: int) -> KindPace:
+    (found,) = paces.view(now)
+    return found
+
+
+@given(st.integers(0, 100 * YEAR_MS))
+def test_a_duration_is_known_to_an_eighth(ms: int) -> None:
+    assert ms <= top(bucket(ms)) <= ms + ms // 8
+    assert bucket(top(bucket(ms))) == bucket(ms)
+    assert bucket(top(bucket(ms)) + 1) == bucket(ms) + 1
+
+
+def test_places_are_few() -> None:
+    assert [bucket(ms) for ms in range(17)] == [*range(16), 16]
+    assert bucket(100 * YEAR_MS) < 320
+
+
+@pytest.mark.parametrize(
+    ("counts", "ms"),
+    [
+        ({}, 0),
+        ({5: 1}, 5),
+        ({1: 19, 9: 1}, 1),
+        ({1: 18, 9: 2}, 9),
+        ({9: 2, 1: 18}, 9),
+        ({1: 95, 9: 5}, 1),
+        ({1: 94, 9: 6}, 9),
+        ({1: 1, 9: 18}, 9),
+    ],
+)
+def test_percentile(counts: dict[int, int], ms: int) -> None:
+    assert percentile_95(counts) == ms
+
+
+@given(st.lists(st.integers(0, 15), min_size=1))
+def test_percentile_is_the_least_that_95_of_100_reach(values: list[int]) -> None:
+    counts = {value: values.count(value) for value in values}
+    least = min(ms for ms in range(16) if 100 * sum(value <= ms for value in values) >= 95 * len(values))
+    assert percentile_95(counts) == least
+
+
+def test_the_last_hour_has_enough_jobs_or_says_nothing() -> None:
+    paces = Paces()
+    work(paces, HOUR, 10, count=SAMPLES_NEEDED - 1)
+    assert one(paces, HOUR) == KindPace("film", SAMPLES_NEEDED - 1, None, None)
+    work(paces, HOUR, 12, count=1)
+    assert one(paces, HOUR) == KindPace("film", SAMPLES_NEEDED, 10, None)
+
+
+def test_the_last_hour_goes_by_in_slots() -> None:
+    paces = Paces()
+    work(paces, HOUR, 10)
+    work(paces, HOUR + SLOT_MS, 14)
+    assert one(paces, HOUR + HOUR_MS - 1).completed == 2 * SAMPLES_NEEDED
+    assert one(paces, HOUR + HOUR_MS) == KindPace("film", SAMPLES_NEEDED, 14, None)
+    assert paces.view(HOUR + SLOT_MS + HOUR_MS) == []
+    work(paces, HOUR + 3 * DAY_MS, 9)
+    assert one(paces, HOUR + 3 * DAY_MS).last_hour_ms == 9
+
+
+def test_the_usual_is_the_middle_of_the_hours_before() -> None:
+    paces = Paces()
+    for hour, ms in enumerate([10, 12, 14]):
+        assert one(paces, HOUR + (hour - 1) * HOUR_MS).usual_ms is None if hour else True
+        work(paces, HOUR + hour * HOUR_MS, ms)
+    assert one(paces, HOUR + 2 * HOUR_MS).usual_ms is None, "the hour that runs is not before itself"
+    work(paces, HOUR + 3 * HOUR_MS, 15)
+    assert one(paces, HOUR + 3 * HOUR_MS) == KindPace("film", SAMPLES_NEEDED, 15, 12)
+    assert len(paces.kinds["film"].hours) == HOURS_NEEDED
+
+
+def test_an_hour_of_many_slots_is_one() -> None:
+    paces = Paces()
+    for slot in range(SLOTS):
+        work(paces, HOUR + slot * SLOT_MS, 10 if slot else 15, count=10)
+    work(paces, HOUR + HOUR_MS, 1, count=1)
+    assert paces.kinds["film"].hours == [15]
+
+
+def test_hours_of_few_jobs_are_passed_over() -> None:
+    paces = Paces()
+    work(paces, HOUR, 10, count=SAMPLES_NEEDED - 1)
+    work(paces, HOUR + HOUR_MS, 12, count=SAMPLES_NEEDED)
+    work(paces, HOUR + 3 * HOUR_MS, 14, count=1)
+    assert paces.kinds["film"].hours == [12]
+
+
+def test_work_of_the_night_is_compared_with_the_nights_before() -> None:
+    paces = Paces()
+    for night in range(4):
+        work(paces, HOUR + night * DAY_MS, 10)
+    work(paces, HOUR + 4 * DAY_MS, 15)
+    assert one(paces, HOUR + 4 * DAY_MS) == KindPace("film", SAMPLES_NEEDED, 15, 10)
+
+
+def test_a_few_slow_hours_do_not_become_usual_a_day_of_them_does() -> None:
+    paces, hour = Paces(), HOUR
+    for _ in range(HOURS_KEPT + 9):
+        work(paces, hour, 10)
+        hour += HOUR_MS
+    for slow in range(HOURS_KEPT):
+        work(paces, hour, 15)
+        assert one(paces, hour).usual_ms == (10 if slow <= HOURS_KEPT // 2 - 1 else 15), slow
+        hour += HOUR_MS
+    assert len(paces.kinds["film"].hours) == HOURS_KEPT
+
+
+def test_slots_are_bounded_also_where_the_wall_clock_goes_back() -> None:
+    paces = Paces()
+    for minute in [*range(0, 600, 5), *range(300, 0, -5)]:
+        paces.add("film", HOUR + minute * MINUTE_MS, 10)
+        slots = paces.kinds["film"].slots
+        assert len(slots) <= SLOTS
+    assert one(paces, HOUR).completed == 1, "what lies ahead of the clock is not of the last hour"
+
+
+def test_kinds_are_bounded_and_those_at_work_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert KINDS_KEPT == 100
+    monkeypatch.setattr(pace_module, "KINDS_KEPT", 2)
+    paces = Paces()
+    for kind in ("film", "mail", "film", "once", "film", "once more"):
+        paces.add(kind, HOUR, 10)
+    assert {kind: pace.completed for kind, pace in zip(paces.kinds, paces.view(HOUR), strict=True)} == {
+        "film": 3,
+        "once more": 1,
+    }
+
+
+def test_paces_are_kept_as_json() -> None:
+    paces = Paces()
+    for hour in range(5):
+        work(paces, HOUR + hour * HOUR_MS, 100 + hour)
+    assert msgspec.json.decode(msgspec.json.encode(paces), type=Paces) == paces
