@@ -16,6 +16,7 @@ from jobd import __version__
 from jobd.cli import daemon_files, exits, show
 from jobd.cli.demo import demo
 from jobd.cli.group import SETTINGS, Sections, json_option
+from jobd.cli.monitoring import monitoring
 from jobd.cli.settings import config_option, read
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _values(loaded: Loaded) -> dict[str, dict[str, object]]:
     return found
 
 
-jobd.add_all("The daemon", serve, check_config, demo)
+jobd.add_all("The daemon", serve, check_config, demo, monitoring)
 jobd.add_all("Its files", daemon_files.backup, daemon_files.restore, daemon_files.doctor)
 
 
