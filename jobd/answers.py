@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from jobd.commands import Json, List
+from jobd.commands import Export, Import, Json, List
 from jobd.events import EventView
 from jobd.job import Backoff
 
@@ -59,6 +59,13 @@ class JobView(Struct):
 
 class JobPage(Struct):
     jobs: list[JobView]
+    next_cursor: str | None
+
+
+class ExportPage(Struct):
+    """Jobs, oldest first, as an import takes them: what the creator left to the daemon is null."""
+
+    jobs: list[Import]
     next_cursor: str | None
 
 
@@ -356,10 +363,11 @@ class Done(Struct, frozen=True):
 
 
 class Look(Struct, frozen=True):
-    """A read of history: the timeline of the job with this seq, or a page of the jobs that match."""
+    """A read of history: the timeline of the job with this seq, or a page of the jobs that match, of either kind."""
 
     timeline: int | None = None
     page: List | None = None
+    export: Export | None = None
 
 
 class Answer(Struct):

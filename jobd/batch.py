@@ -113,7 +113,10 @@ class Loaded(Struct):
 
 
 class Query(Struct, frozen=True):
-    """A page of jobs, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most."""
+    """A page of jobs, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most.
+
+    Where `after` is given: oldest first, seq above it.
+    """
 
     status: str | None = None
     queue: str | None = None
@@ -121,12 +124,13 @@ class Query(Struct, frozen=True):
     worker: str | None = None
     limit: int = 50
     before: int | None = None
+    after: int | None = None
     scan: int = 5_000
     payload_bytes: int = 4 << 20  # a page ends early rather than carry more payload than this
 
 
 class Page(Struct):
-    """`next_before` is the `before` of the next page, None at the end."""
+    """`next_before` is the `before` of the next page (oldest first: its `after`), None at the end."""
 
     jobs: list[tuple[Job, bytes]]
     next_before: int | None

@@ -315,6 +315,16 @@ class Import(Command, frozen=True, kw_only=True):
     error_code: Code | None = None
 
 
+class Export(Command, frozen=True, kw_only=True):
+    """A page of jobs, oldest first, as an import takes them. `cursor` is the `next_cursor` of the page before."""
+
+    status: Status | None = None
+    queue: QueueName | None = None
+    kind: Kind | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = MAX_PAGE
+    cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+
+
 class Stats(Command, frozen=True, kw_only=True):
     pass
 
@@ -451,6 +461,7 @@ AnyCommand = (
     | Pause
     | Resume
     | Import
+    | Export
     | Stats
     | Locks
     | Undelivered

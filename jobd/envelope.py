@@ -22,6 +22,7 @@ from jobd.commands import (
     DeleteExpired,
     EndGrants,
     Expire,
+    Export,
     Fail,
     ForceFail,
     Get,
@@ -47,7 +48,7 @@ from jobd.commands import (
 )
 
 CREATES: Final = (Create, Bulk, Import)
-READS: Final = (Get, Timeline, Why, Validate, List, Queues, Workers, Stats, Locks, Ping)
+READS: Final = (Get, Timeline, Why, Validate, List, Queues, Workers, Stats, Locks, Export, Ping)
 # What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
 ENDINGS: Final = (
     Complete, Fail, Release, Cancel, ForceFail, ReleaseLock, Undelivered,

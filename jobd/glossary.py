@@ -52,6 +52,7 @@ _OPERATORS: Final = {
     "POST release-lock": "Give a job back in its holder's place.",
     "POST import": "Move jobs in: a stream of JSON lines, one job a line. Each is created, skipped (its id exists) or "
     "refused by itself; what was processing is ended by its stall rule.",
+    "GET export": "A page of jobs, oldest first, as an import takes them.",
     "GET jobs": "A page of jobs, newest first, with lock ids.",
     "GET jobs/{id}": "One job, with its lock id.",
     "DELETE jobs/{id}": "Delete a finished job and its history.",

@@ -13,9 +13,9 @@ import structlog
 from msgspec import Raw
 
 from jobd import views
-from jobd.answers import Answer, JobPage, Look, TimelineView
+from jobd.answers import Answer, ExportPage, JobPage, Look, TimelineView
 from jobd.batch import Disk, Page, Query
-from jobd.commands import List, Moment, Refusal
+from jobd.commands import Export, List, Moment, Refusal
 from jobd.envelope import Asked
 from jobd.events import view
 from jobd.job import Policy
@@ -59,18 +59,33 @@ class History:
                 return
         asked.reply(answer)
 
-    async def _seen(self, look: Look, policy: Policy, *, admin: bool) -> TimelineView | JobPage:
+    async def _seen(self, look: Look, policy: Policy, *, admin: bool) -> TimelineView | JobPage | ExportPage:
         if look.timeline is not None:
             return TimelineView([view(event) for event in await self._disk.timeline(look.timeline)])
+        if look.export is not None:
+            return _moved(await self._disk.find(_from(look.export)))
         assert look.page is not None
         return self._shown(await self._disk.find(_query(look.page)), policy, admin=admin)
 
     def _shown(self, page: Page, policy: Policy, *, admin: bool) -> JobPage:
         at = self._moment()
         shown = [views.job_view(job, at, policy, admin=admin, payload=Raw(payload)) for job, payload in page.jobs]
-        return JobPage(shown, None if page.next_before is None else str(page.next_before))
+        return JobPage(shown, _cursor(page))
 
 
 def _query(asked: List) -> Query:
     before = None if asked.cursor is None else int(asked.cursor)
     return Query(asked.status, asked.queue, asked.kind, asked.worker, asked.limit, before)
+
+
+def _from(asked: Export) -> Query:
+    after = 0 if asked.cursor is None else int(asked.cursor)
+    return Query(asked.status, asked.queue, asked.kind, limit=asked.limit, after=after)
+
+
+def _moved(page: Page) -> ExportPage:
+    return ExportPage([views.moved(job, Raw(payload)) for job, payload in page.jobs], _cursor(page))
+
+
+def _cursor(page: Page) -> str | None:
+    return None if page.next_before is None else str(page.next_before)

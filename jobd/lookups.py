@@ -117,7 +117,7 @@ def _answer(tables: Tables, digest: str) -> KeyRow | None:
 
 
 def find(tables: Tables, query: Query) -> Page:
-    """See Disk.find: newest first, at most `scan` rows looked at."""
+    """See Disk.find: newest first, or oldest first; at most `scan` rows looked at."""
     tables.check()
     try:
         return _page(tables, query)
@@ -129,36 +129,46 @@ def find(tables: Tables, query: Query) -> Page:
 
 def _page(tables: Tables, query: Query) -> Page:
     scope, scope_args, filters, args = _conditions(query)
-    before = _NO_LIMIT if query.before is None else query.before
-    floor_sql = f"SELECT seq FROM jobs {scope} AND seq < ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
-    edge = tables.conn.execute(floor_sql, (*scope_args, before, query.scan - 1)).fetchone()
-    floor = 0 if edge is None else edge[0]
-    inner = f"SELECT seq AS found FROM jobs {scope} AND seq < ? AND seq >= ? ORDER BY seq DESC"
+    if query.after is None:
+        beyond, upto, way = "seq < ?", "seq >= ?", "DESC"
+        begin, end = _NO_LIMIT if query.before is None else query.before, 0
+    else:
+        beyond, upto, way = "seq > ?", "seq <= ?", "ASC"
+        begin, end = query.after, _NO_LIMIT
+    edge_sql = f"SELECT seq FROM jobs {scope} AND {beyond} ORDER BY seq {way} LIMIT 1 OFFSET ?"
+    edge = tables.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
+    end = end if edge is None else edge[0]
+    inner = f"SELECT seq AS found FROM jobs {scope} AND {beyond} AND {upto} ORDER BY seq {way}"
     sql = (
         f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found "
-        f"WHERE true{filters} ORDER BY found DESC LIMIT ?"
+        f"WHERE true{filters} ORDER BY found {way} LIMIT ?"
     )
-    matched = tables.rows(sql, (*scope_args, before, floor, *args, query.limit + 1))
+    matched = tables.rows(sql, (*scope_args, begin, end, *args, query.limit + 1))
     page = Page([], None)
     last = _fill(tables, page, matched, query)
     if last is not None:
         page.next_before = last
     elif edge is not None:
-        more = tables.conn.execute(f"SELECT 1 FROM jobs {scope} AND seq < ?", (*scope_args, floor)).fetchone()
-        page.next_before = None if more is None else floor
+        more = tables.conn.execute(f"SELECT 1 FROM jobs {scope} AND {beyond}", (*scope_args, end)).fetchone()
+        page.next_before = None if more is None else end
     return page
 
 
 def _page_one_by_one(tables: Tables, query: Query) -> Page:
     """The page of a damaged table: each seq is asked for, those that cannot be read are named and left out."""
     _, _, filters, args = _conditions(query)
-    top = tables.numbers.next_job if query.before is None else query.before
-    floor = max(0, top - query.scan)
     sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?{filters}"
-    seqs = range(top - 1, max(floor - 1, 0), -1)
+    top = tables.numbers.next_job
+    if query.after is None:
+        top = top if query.before is None else query.before
+        end = max(0, top - query.scan)
+        seqs, is_last = range(top - 1, max(end - 1, 0), -1), end <= 1
+    else:
+        end = query.after + query.scan
+        seqs, is_last = range(query.after + 1, min(end + 1, top)), end + 1 >= top
     page = Page([], None)
     last = _fill(tables, page, tables.each(sql, seqs, "jobs", args), query)
-    page.next_before = last if last is not None else floor if floor > 1 else None
+    page.next_before = last if last is not None else None if is_last else end
     return page
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import assert_never
 
 from jobd import steps, views
-from jobd.answers import Answer, JobPage, Look, TimelineView, ValidateJobView
-from jobd.commands import Get, List, Locks, Queues, Refusal, Stats, Timeline, Validate, Why, Workers
+from jobd.answers import Answer, ExportPage, JobPage, Look, TimelineView, ValidateJobView
+from jobd.commands import Export, Get, List, Locks, Queues, Refusal, Stats, Timeline, Validate, Why, Workers
 from jobd.draft import Draft
 from jobd.validation import validate
 from jobd.why import explain
 
-Reading = Get | Timeline | Why | Validate | List | Queues | Workers | Stats | Locks
+Reading = Get | Timeline | Why | Validate | List | Queues | Workers | Stats | Locks | Export
 
 
 def answer(draft: Draft, command: Reading) -> Answer | Refusal:
@@ -23,6 +23,8 @@ def answer(draft: Draft, command: Reading) -> Answer | Refusal:
             return _of_job(draft, command)
         case List():
             return Answer(JobPage([], None), look=Look(page=command))
+        case Export():
+            return Answer(ExportPage([], None), look=Look(export=command))
         case Queues():
             return Answer(views.queues(draft.book))
         case Workers():

@@ -27,6 +27,7 @@ from jobd.commands import (
     DeleteExpired,
     EndGrants,
     Expire,
+    Export,
     Extend,
     ExtendLock,
     Fail,
@@ -98,7 +99,7 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             return bulk(draft, command)
         case Undelivered():
             return undelivered(draft, command)
-        case Get() | Timeline() | Why() | Validate() | List() | Queues() | Workers() | Stats() | Locks():
+        case Get() | Timeline() | Why() | Validate() | List() | Queues() | Workers() | Stats() | Locks() | Export():
             return reads.answer(draft, command)
         case ForceFail():
             return operator_rules.force_fail(draft, command)

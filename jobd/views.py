@@ -5,6 +5,8 @@ Pure reading: nothing here changes a job or decides about one.
 
 from __future__ import annotations
 
+from typing import cast
+
 from msgspec import UNSET, Raw, UnsetType
 
 from jobd.answers import (
@@ -22,9 +24,9 @@ from jobd.answers import (
     WorkerView,
 )
 from jobd.book import Book
-from jobd.commands import Moment
+from jobd.commands import Import, Moment
 from jobd.figures import Figures
-from jobd.job import STATUSES, Failure, Grant, Job, Lease, Policy, Result, settled
+from jobd.job import STATUSES, Failure, Grant, Job, Lease, Policy, Result, Status, settled
 
 NO_RESULT = Result()
 NO_ERROR = Failure(None)
@@ -78,6 +80,42 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         result.metadata,
         error.message,
         error.code,
+    )
+
+
+def moved(job: Job, payload: Raw) -> Import:
+    """The job as an import takes it. A bad row is shown as it is: the import refuses it, or a pass there mends it."""
+    options, result, error = job.options, job.result or NO_RESULT, job.error or NO_ERROR
+    return Import(
+        id=job.id,
+        queue=options.queue,
+        kind=options.kind,
+        payload=payload,
+        priority=options.priority,
+        status=cast(Status, job.status),
+        progress=job.progress,
+        progress_message=job.progress_message,
+        attempt=job.attempt,
+        max_attempts=options.max_attempts,
+        backoff=options.backoff,
+        stalls=job.stalls,
+        max_stalls=options.max_stalls,
+        on_stall=options.on_stall,
+        stuck_after_ms=options.stuck_after_ms,
+        max_processing_ms=options.max_processing_ms,
+        created_at=job.created_at,
+        updated_at=job.updated_at,
+        run_at=job.run_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        expires_at=job.expires_at,
+        worker=job.grant.worker if job.grant else None,
+        download_url=result.download_url,
+        file_path=result.file_path,
+        storage_key=result.storage_key,
+        metadata=result.metadata,
+        error_message=error.message,
+        error_code=error.code,
     )
 
 

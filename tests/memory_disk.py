@@ -150,11 +150,16 @@ class MemoryDisk:
             raise OSError("fsync failed; the batch may be there or not")
         return shown
 
+    def _in_order(self, query: Query, beyond: int | None) -> list[int]:
+        if query.after is None:
+            return sorted((seq for seq in self.jobs if beyond is None or seq < beyond), reverse=True)
+        return sorted(seq for seq in self.jobs if beyond is None or seq > beyond)
+
     async def find(self, query: Query) -> Page:
         await self._enter("find")
         page = Page([], None)
         size, looked = 0, 0
-        for seq in sorted((seq for seq in self.jobs if query.before is None or seq < query.before), reverse=True):
+        for seq in self._in_order(query, query.before if query.after is None else query.after):
             if looked == query.scan or len(page.jobs) == query.limit:
                 break
             looked += 1
@@ -171,7 +176,7 @@ class MemoryDisk:
             page.jobs.append((job, body))
             page.next_before = seq
             size += len(body)
-        if page.next_before is not None and not any(seq < page.next_before for seq in self.jobs):
+        if page.next_before is not None and not self._in_order(query, page.next_before):
             page.next_before = None
         await self._tell_aside()
         return page

@@ -31,6 +31,7 @@ from jobd.commands import (
     Delete,
     DeleteExpired,
     EndGrants,
+    Export,
     ForceFail,
     ForceReset,
     Get,
@@ -319,6 +320,12 @@ async def test_history_is_read_beside_the_batches() -> None:
         assert ([job.id for job in page.jobs], page.next_cursor) == (["0", "done"], None)
         assert page.jobs[1].payload == Raw(b'"p"')
         assert [job.id for job in (await house.yes(List(status="completed", queue="default"))).jobs] == ["done"]
+        page = await house.yes(Export(limit=3))
+        assert [job.id for job in page.jobs] == ["done", "0", "1"]
+        assert page.jobs[0].payload == Raw(b'"p"')
+        page = await house.yes(Export(limit=3, cursor=page.next_cursor))
+        assert ([job.id for job in page.jobs], page.next_cursor) == (["2"], None)
+        assert [job.id for job in (await house.yes(Export(status="completed", queue="default"))).jobs] == ["done"]
         house.disk.errors["timeline"] = OSError("unreadable")
         assert (await house.no(Timeline(id="done"))).code == "internal_error"
         assert (await house.yes(Get(id="0"))).id == "0"

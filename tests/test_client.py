@@ -660,6 +660,34 @@ def test_lines_are_sent_in_pieces_of_bounded_size() -> None:
     assert len(pieces) > 3
 
 
+def test_an_export_is_walked_to_its_end_and_every_job_is_a_line(peer: Peer, endpoint: str) -> None:
+    def pages() -> list[Any]:
+        bodies = [
+            b'{"success":true,"data":{"jobs":[{"id":"a","payload":[1.10,\r\n 2]},{"id":"b"}],"next_cursor":"7"}}',
+            b'{"success":true,"data":{"jobs":[],"next_cursor":"9"}}',
+            b'{"success":true,"data":{"jobs":[{"id":"c"}],"next_cursor":null}}',
+        ]
+        return [raw(body, kind="application/json") for body in bodies]
+
+    lines = [b'{"id":"a","payload":[1.10,   2]}', b'{"id":"b"}', b'{"id":"c"}']
+    peer.script = pages()
+    with AdminClient(endpoint, token="x") as client:
+        assert list(client.export_jobs(queue="q")) == lines
+    assert [asked.path for asked in peer.asked] == [
+        "/admin/job-management/export?queue=q",
+        "/admin/job-management/export?queue=q&cursor=7",
+        "/admin/job-management/export?queue=q&cursor=9",
+    ]
+
+    async def walk() -> list[bytes]:
+        async with AsyncAdminClient(endpoint, token="x") as client:
+            return [line async for line in client.export_jobs(status="failed", kind="k")]
+
+    peer.script = pages()
+    assert asyncio.run(walk()) == lines
+    assert peer.asked[3].path == "/admin/job-management/export?status=failed&kind=k"
+
+
 def test_a_backup_is_copied_piece_by_piece(peer: Peer, admin: AdminBoth) -> None:
     content = os.urandom(700_000)
     peer.script = [raw(content, kind="application/vnd.sqlite3")]

@@ -27,6 +27,7 @@ from jobd.commands import (
     DeleteExpired,
     EndGrants,
     Expire,
+    Export,
     Extend,
     ExtendLock,
     Fail,
@@ -204,7 +205,7 @@ reads = st.one_of(
     st.builds(Timeline, id=ids),
     st.builds(Why, id=ids),
     st.builds(Validate, id=ids),
-    st.sampled_from([List(), Queues(), Workers(), Stats(), Locks(), Ping()]),
+    st.sampled_from([List(), Queues(), Workers(), Stats(), Locks(), Export(), Ping()]),
 )
 
 

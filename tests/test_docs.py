@@ -170,6 +170,7 @@ SHAPES: Final[dict[str, Any]] = {
     "forced": answers.Forced,
     "admin lock": answers.AdminLock,
     "import report": ImportReport,
+    "export page": answers.ExportPage,
     "locks": answers.LockList,
     "locked job": answers.LockedJob,
     "reports": answers.ReportList,

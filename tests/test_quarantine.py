@@ -404,6 +404,15 @@ async def test_a_page_of_jobs_that_cannot_be_read_is_worked_around(path: str) ->
             query = replace(query, before=page.next_before)
         assert seen == sorted(set(seen), reverse=True)
         assert {1, 250, 300} < set(seen)
+        for scan in (7, 5_000):
+            query, upwards = Query(limit=200, scan=scan, after=0), []
+            while True:
+                page = await store.find(query)
+                upwards += [job.seq for job, _ in page.jobs]
+                if page.next_before is None:
+                    break
+                query = replace(query, after=page.next_before)
+            assert upwards == seen[::-1]
         assert 100 not in seen
         assert any(fault.startswith("jobs ") and "cannot be read" in fault for fault in store.take_faults())
         await store.write(maker.batch([maker.create()]))

@@ -25,6 +25,7 @@ from jobd.commands import (
     DeleteExpired,
     EndGrants,
     Expire,
+    Export,
     Extend,
     ExtendLock,
     Fail,
@@ -1579,7 +1580,7 @@ def test_an_imported_grant_is_made_up_as_far_as_it_can_be_known(
 def test_reads_change_nothing(desk: Desk) -> None:
     lock_id = desk.held()
     for command in (Get(id="a"), Timeline(id="a"), Why(id="a"), Validate(id="a"), List(), Queues(), Workers(), Stats(),
-                    Locks(), Ping(), Tick()):  # fmt: skip
+                    Locks(), Export(), Ping(), Tick()):  # fmt: skip
         decision = desk.decide(command)
         assert not isinstance(decision.answer, Refusal)
         assert not decision.changes
@@ -1595,6 +1596,10 @@ def test_what_lies_on_the_disk_is_looked_at_later(desk: Desk) -> None:
     answer = desk.ask(asked)
     assert not isinstance(answer, Refusal)
     assert answer.look == Look(page=asked)
+    moving = Export(status="failed")
+    answer = desk.ask(moving)
+    assert not isinstance(answer, Refusal)
+    assert answer.look == Look(export=moving)
 
 
 def test_validate_shows_the_job_to_admins(desk: Desk) -> None:

@@ -267,7 +267,8 @@ async def all_pages(store: Store, query: Query) -> tuple[list[Job], int]:
         pages += 1
         if page.next_before is None:
             return found, pages
-        query = replace(query, before=page.next_before)
+        beyond = {"before" if query.after is None else "after": page.next_before}
+        query = replace(query, **beyond)
 
 
 @pytest.mark.parametrize("scan", [1, 7, 5_000])
@@ -287,15 +288,17 @@ async def all_pages(store: Store, query: Query) -> tuple[list[Job], int]:
         {"queue": "nowhere"},
     ],
 )
-async def test_pages_give_every_match_once_newest_first(
+async def test_pages_give_every_match_once_in_either_order(
     store: Store, scan: int, limit: int, wanted: dict[str, str]
 ) -> None:
     maker = await fill_for_pages(store)
     matches = [job for job in maker.jobs.values() if _matches(job, wanted)]
     found, pages = await all_pages(store, Query(limit=limit, scan=scan, **wanted))  # type: ignore[arg-type]
     assert found == sorted(matches, key=lambda job: -job.seq)
+    upwards, pages_upwards = await all_pages(store, Query(limit=limit, scan=scan, after=0, **wanted))  # type: ignore[arg-type]
+    assert upwards == found[::-1]
     if scan > 60:
-        assert pages == max(1, -(-len(matches) // limit))
+        assert pages == pages_upwards == max(1, -(-len(matches) // limit))
 
 
 def _matches(job: Job, wanted: dict[str, str]) -> bool:
@@ -318,6 +321,9 @@ async def test_a_page_carries_no_more_payload_than_asked(store: Store) -> None:
     page = await store.find(Query(payload_bytes=10, before=2))  # one that is larger than that is a page of its own
     assert [(job.seq, len(body)) for job, body in page.jobs] == [(1, 1_000)]
     assert page.next_before is None
+    page = await store.find(Query(payload_bytes=3_000, after=0))
+    assert [job.seq for job, _ in page.jobs] == [1, 2, 3]
+    assert page.next_before == 3
 
 
 async def test_expired_names_finished_jobs_only_oldest_first(store: Store) -> None:

@@ -10,7 +10,7 @@ from msgspec.structs import asdict, replace
 
 from jobd import views
 from jobd.book import Book
-from jobd.commands import Moment
+from jobd.commands import Import, Moment
 from jobd.figures import Figures
 from jobd.job import MINUTE_MS, Backoff, Failure, Grant, Job, Lease, Options, Policy, Result
 from tests.desk import NOW
@@ -55,6 +55,19 @@ def test_every_field_of_a_job_is_shown_in_its_place() -> None:
         "download_url": "url", "file_path": "file", "storage_key": "key", "metadata": Raw(b"1"),
         "error_message": "words", "error_code": "code", "repeated": UNSET,
     }  # fmt: skip
+
+
+def test_every_field_of_a_job_is_moved_in_its_place() -> None:
+    assert views.moved(JOB, Raw(b"[]")) == Import(
+        id="a", queue="q", kind="k", payload=Raw(b"[]"), priority=3, status="processing", progress=24,
+        progress_message="m", attempt=25, max_attempts=4, backoff=Backoff("fixed", 1, 2, False), stalls=26,
+        max_stalls=5, on_stall="fail", stuck_after_ms=6, max_processing_ms=7, created_at=NOW - 21,
+        updated_at=NOW - 22, run_at=NOW - 23, started_at=NOW - 27, finished_at=NOW - 28, expires_at=NOW - 29,
+        worker="w-1", download_url="url", file_path="file", storage_key="key", metadata=Raw(b"1"),
+        error_message="words", error_code="code",
+    )  # fmt: skip
+    bare = views.moved(replace(JOB, grant=None, result=None, error=None), Raw(b"[]"))
+    assert (bare.worker, bare.metadata, bare.error_message) == (None, None, None)
 
 
 @pytest.mark.parametrize(

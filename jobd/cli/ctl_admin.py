@@ -5,16 +5,14 @@ Hold no logic of jobs: read the command line, ask the client, show the answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 import click
 
 from jobd.cli import exits, show
 from jobd.cli.group import json_option
 from jobd.cli.places import admin_client, admin_options
-from jobd.cli.waiting import Advance, bar, busy
+from jobd.cli.waiting import busy
 
 
 @click.command()
@@ -174,47 +172,6 @@ def reports(limit: int, as_json: bool) -> None:
     show.emit_json({"reports": found}) if as_json else tables_admin.reports(found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# import
-
-_MOVE_IN_S: Final = 120.0  # for one piece of the stream, on a slow disk
-
-
-@click.command("import")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@json_option
-@admin_options
-def import_(file: str, as_json: bool) -> int:
-    """Move jobs in from FILE (- for stdin), one JSON a line.
-
-    They may have any status and their own times.
-
-    An id that exists is skipped, so an import may be run again. Exit 1 where a line was refused.
-    """
-    client = admin_client(timeout_s=_MOVE_IN_S)
-    with click.open_file(file, "rb") as lines, bar("import") as advance:
-        result = client.import_jobs(_read(lines, file, advance))
-    if as_json:
-        show.emit_json(result)
-    else:
-        show.emit(f"{result.imported} imported, {result.skipped} skipped, {result.refused_count} refused")
-        for line in result.refused:
-            show.say(f"line {line.line}{f' ({line.id})' if line.id else ''}: {line.reason}")
-    return exits.FAILED if result.refused_count else exits.DONE
-
-
-def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
-    total = None if name == "-" else Path(name).stat().st_size
-    done = 0
-    try:
-        for line in lines:
-            done += len(line)
-            yield line
-            advance(done, total)
-    except OSError as error:
-        raise exits.Problem(f"Cannot read {name}: {error.strerror or error}", exits.IO_ERROR) from error
-
-
 VERBS: Final = (
     stats,
     health,
@@ -228,5 +185,4 @@ VERBS: Final = (
     pause,
     resume,
     clock,
-    import_,
 )

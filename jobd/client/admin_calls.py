@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from jobd.answers import (
     AdminLock,
@@ -59,6 +59,13 @@ class ImportResult(Struct, frozen=True, rename="camel"):
     skipped: int
     refused_count: int = 0
     refused: list[RefusedLine] = []
+
+
+class JobLines(Struct, frozen=True):
+    """A page of jobs, oldest first, each a line of JSON as an import takes it. `next_cursor` is None on the last."""
+
+    lines: list[bytes]
+    next_cursor: str | None
 
 
 class ValidatedJob(ValidateJobView, frozen=True, rename="camel"):
@@ -281,6 +288,36 @@ def quarantine() -> Request[list[QuarantinedJob]]:
 def metrics() -> Request[str]:
     """The daemon's figures in Prometheus' text format."""
     return get("/metrics", lambda body: body.decode())
+
+
+class _Exported(Struct):
+    jobs: list[Raw]
+    next_cursor: str | None
+
+
+_read_exported = reader(_Exported)
+_ONE_LINE: Final = bytes.maketrans(b"\r\n", b"  ")
+
+
+def _read_lines(body: bytes) -> JobLines:
+    """Payloads are as they came, and JSON may be broken into lines; there a line break is white space, never text."""
+    page = _read_exported(body)
+    return JobLines([bytes(job).translate(_ONE_LINE) for job in page.jobs], page.next_cursor)
+
+
+def export_page(
+    *,
+    status: Status | None = None,
+    queue: str | None = None,
+    kind: str | None = None,
+    limit: int | None = None,
+    cursor: str | None = None,
+) -> Request[JobLines]:
+    """A page of the jobs that match, oldest first, as lines for import_jobs: `limit` of them at most (200).
+
+    A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the page before.
+    """
+    return get(f"{BASE}/export", _read_lines, status=status, queue=queue, kind=kind, limit=limit, cursor=cursor)
 
 
 def import_jobs() -> Request[ImportResult]:

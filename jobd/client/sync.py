@@ -31,6 +31,7 @@ from jobd.client.protocol import (
     result,
     signed,
 )
+from jobd.job import Status
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -295,8 +296,25 @@ class AdminClient(_Client):
     accept_clock = _method(admin_calls.accept_clock)
     quarantine = _method(admin_calls.quarantine)
     metrics = _method(admin_calls.metrics)
+    export_page = _method(admin_calls.export_page)
 
     iterate_jobs = _pages(admin_calls.list_jobs)
+
+    def export_jobs(
+        self, *, status: Status | None = None, queue: str | None = None, kind: str | None = None
+    ) -> Iterator[bytes]:
+        """Every job that matches as a line of JSON, oldest first, for import_jobs. It asks page by page.
+
+        Each is as it was when its page was read; what was created before the first page is there, unless it was
+        deleted meanwhile.
+        """
+        cursor = None
+        while True:
+            page = self.export_page(status=status, queue=queue, kind=kind, cursor=cursor)
+            yield from page.lines
+            if page.next_cursor is None:
+                return
+            cursor = page.next_cursor
 
     def import_jobs(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> admin_calls.ImportResult:
         """Move jobs in, of any status and with their own times: mappings, or ready lines of JSON.

@@ -1,0 +1,119 @@
+"""jobctl's verbs that move jobs from one store to another, as JSON lines: export and import.
+
+Hold no logic of jobs: lines are passed on as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, BinaryIO, Final
+
+import click
+
+from jobd.cli import exits, show
+from jobd.cli.ctl_jobs import STATUSES
+from jobd.cli.group import json_option
+from jobd.cli.places import admin_client, admin_options
+from jobd.cli.waiting import Advance, bar
+
+if TYPE_CHECKING:
+    from jobd.client import AdminClient
+    from jobd.job import Status
+
+_PIECE_S: Final = 120.0  # for one piece of a stream, or one page, on a slow disk
+
+
+@click.command()
+@click.argument("file", default="-", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
+@click.option("--status", type=STATUSES, help="Only jobs with this status.")
+@click.option("--queue", metavar="NAME", help="Only jobs of this queue.")
+@click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
+@click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
+@admin_options
+def export(file: Path, status: Status | None, queue: str | None, kind: str | None, yes: bool) -> None:
+    """Write jobs to FILE (default: stdout), one JSON a line.
+
+    Oldest first, with payloads; nothing is changed. `jobctl import` takes them, here or elsewhere. Jobs that are
+    processing are ended there by their stall rule; history, locks and pauses of queues stay behind.
+    """
+    if str(file) != "-" and file.exists() and not yes:
+        raise click.UsageError(f"{file} exists: add --yes to overwrite it")
+    client = admin_client(timeout_s=_PIECE_S)
+    total = None if kind is not None else _expected(client, status, queue)
+    with bar("export", unit="jobs") as advance:
+        lines = _told(client.export_jobs(status=status, queue=queue, kind=kind), advance, total)
+        count = _write(lines, file)
+    show.say(f"{count} {'job' if count == 1 else 'jobs'} exported")
+
+
+def _expected(client: AdminClient, status: Status | None, queue: str | None) -> int:
+    """How many jobs there are now, for the progress display."""
+    counted = ("queued", "processing", "completed", "failed", "cancelled") if status is None else (status,)
+    named = [each for each in client.queues() if queue in (None, each.name)]
+    return sum(getattr(each, name) for each in named for name in counted)
+
+
+def _told(lines: Iterable[bytes], advance: Advance, total: int | None) -> Iterator[bytes]:
+    for done, line in enumerate(lines, 1):
+        yield line
+        advance(done, None if total is None else max(total, done))
+
+
+def _write(lines: Iterable[bytes], file: Path) -> int:
+    """How many lines there were. A file is there whole or not at all."""
+    if str(file) == "-":
+        count = _pour(lines, sys.stdout.buffer)
+        sys.stdout.flush()
+        return count
+    from jobd.cli.safe_file import whole_file
+
+    with whole_file(file, lambda size: None) as target:
+        return _pour(lines, target)
+
+
+def _pour(lines: Iterable[bytes], target: BinaryIO) -> int:
+    count = 0
+    for line in lines:
+        target.write(line + b"\n")
+        count += 1
+    return count
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@json_option
+@admin_options
+def import_(file: str, as_json: bool) -> int:
+    """Move jobs in from FILE (- for stdin), one JSON a line.
+
+    They may have any status and their own times.
+
+    An id that exists is skipped, so an import may be run again. Exit 1 where a line was refused.
+    """
+    client = admin_client(timeout_s=_PIECE_S)
+    with click.open_file(file, "rb") as lines, bar("import") as advance:
+        result = client.import_jobs(_read(lines, file, advance))
+    if as_json:
+        show.emit_json(result)
+    else:
+        show.emit(f"{result.imported} imported, {result.skipped} skipped, {result.refused_count} refused")
+        for line in result.refused:
+            show.say(f"line {line.line}{f' ({line.id})' if line.id else ''}: {line.reason}")
+    return exits.FAILED if result.refused_count else exits.DONE
+
+
+def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
+    total = None if name == "-" else Path(name).stat().st_size
+    done = 0
+    try:
+        for line in lines:
+            done += len(line)
+            yield line
+            advance(done, total)
+    except OSError as error:
+        raise exits.Problem(f"Cannot read {name}: {error.strerror or error}", exits.IO_ERROR) from error
+
+
+VERBS: Final = (export, import_)
