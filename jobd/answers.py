@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from jobd.commands import Json, List
@@ -20,6 +21,11 @@ class LockView(Struct, frozen=True):
     acquired_at: int
     expires_at: int
     lock_id: str | UnsetType = UNSET  # admins only
+
+
+def public_lock(lock: LockView | None) -> LockView | None:
+    """`lock` as everybody may see it."""
+    return None if lock is None else msgspec.structs.replace(lock, lock_id=UNSET)
 
 
 class JobView(Struct):
@@ -147,14 +153,14 @@ class WorkerList(Struct):
     workers: list[WorkerView]
 
 
-class LockedJob(Struct, frozen=True):
+class LockedJob(Struct, frozen=True, kw_only=True):
     """A current grant, for operators. `stuck_at` is when the job will count as stuck if nothing is heard."""
 
     id: str
     queue: str
     kind: str
     worker: str
-    lock_id: str
+    lock_id: str | UnsetType = UNSET  # not for who may only look
     fencing_token: int
     acquired_at: int
     expires_at: int

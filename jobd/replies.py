@@ -31,10 +31,11 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 class Text(Struct, frozen=True):
-    """An answer's data that is no JSON and goes out as it is."""
+    """An answer's data that is no JSON and goes out as it is. `more`: headers beside the usual, or in their place."""
 
     kind: str
     body: bytes
+    more: dict[str, str] = {}
 
 
 class ErrorBody(Struct, frozen=True):
@@ -160,7 +161,7 @@ def accepted(
 ) -> Reply:
     """The answer `{"success": true, "data": …}`, or the text as it is. It was answered, whatever it says: 503 too."""
     if type(data) is Text:
-        return Reply(visit, _head(status, data.kind), data.body, close=close)
+        return Reply(visit, _head(status, data.kind, **data.more), data.body, close=close)
     body = b'{"success":true,"data":%b}' % _encode(data)
     head = _HEADS[status] + _REPLAYED if replayed else _HEADS[status]
     return Reply(visit, head, body, close=close, lost=lost)

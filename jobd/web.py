@@ -32,7 +32,7 @@ from jobd.answers import (
 )
 from jobd.bodies import Limits, Refused, path_value, refused, too_large
 from jobd.commands import Command, KeyUse, Refusal
-from jobd.doors import JSON, LINES, Gate, check_kind
+from jobd.doors import FORM, JSON, LINES, Gate, check_kind
 from jobd.envelope import Asked, Waiter
 from jobd.replies import Letter, Reply, accepted, refusing
 from jobd.routes import Found, Route, Table, Way
@@ -42,7 +42,7 @@ from jobd.visits import Request, Visit
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
 IDEMPOTENCY_KEY: Final = istr("Idempotency-Key")
-KINDS: Final = {"json": JSON, "lines": LINES}
+KINDS: Final = {"json": JSON, "lines": LINES, "form": FORM}
 
 log = structlog.get_logger("jobd.web")
 
@@ -87,7 +87,7 @@ class Rooms(Protocol):
 
 async def ask(site: Web, visit: Visit, command: Any) -> Answer | Refusal:
     """The way of almost every route: one command to the actor."""
-    return await site.actor.ask(command, by=visit.by, admin=site.admin, key=visit.key, size=visit.size)
+    return await site.actor.ask(command, by=visit.by, admin=visit.admin, key=visit.key, size=visit.size)
 
 
 class Entry(Struct, frozen=True):
@@ -140,7 +140,7 @@ class Web:
         visit.by = "admin" if self.admin else "client"
         try:
             command = self._command(visit, self._enter(visit, found), body)
-            asked = self.actor.send(command, waiter, by=visit.by, admin=self.admin, key=visit.key, size=visit.size)
+            asked = self.actor.send(command, waiter, by=visit.by, admin=visit.admin, key=visit.key, size=visit.size)
         except Refused as no:
             asked = no.refusal
         except Exception as bug:
@@ -233,6 +233,8 @@ class Web:
             raise self._body_too_large()
         if way.route.key:
             self._note_key(visit, way.route, body)
+        if way.route.reads == "form":
+            return way.shape.from_query(body.decode("latin-1"), entry.value)
         command: Any = way.shape.from_body(body, entry.value)
         if way.names_worker:
             visit.by = f"worker:{command.worker}"
@@ -247,11 +249,16 @@ class Web:
         way = found.way
         if way is not None:
             visit.route = way.route
+        is_reader = False
         if way is None or way.route.who != "anyone":
-            self.gate.admit(visit.head.headers)
+            is_reader = self.gate.admit(visit.head.headers) == "read"
+            visit.admin = self.admin and not is_reader
         if self.gate.hosts is not None:
             self.gate.check_origin(visit.head.headers, visit.connection.sockname)
         if way is not None:
+            if is_reader:
+                visit.by = "reader"
+                check_reader(way.route)
             return way
         if not found.allowed:
             message = (
@@ -301,6 +308,8 @@ class Web:
         if (left_out := self._sparing.left_out(refusal.code)) is not None:
             self._log_refusal(visit, refusal, {"left_out": left_out} if left_out else {})
         close = close or self.closing or refusal.code == "too_large"
+        if visit.route is not None and visit.route.shows is not None:
+            return accepted(visit, visit.route.shows(visit, refusal), refusal.status, close=close)
         return refusing(visit, refusal, allow=visit.allow, close=close)
 
     def _log_refusal(self, visit: Visit, refusal: Refusal, more: dict[str, int]) -> None:
@@ -327,6 +336,14 @@ class Web:
             where=f"{at.filename}:{at.lineno} {at.name}",
         )
         return BUG
+
+
+def check_reader(route: Route) -> None:
+    """403 where who may only look would change something, or see secrets."""
+    if route.changes:
+        raise refused("forbidden", "This token may only look. To change something use the admin token.")
+    if route.secret:
+        raise refused("forbidden", "What this gives holds the secrets of locks: it wants the admin token.")
 
 
 def welcome(visit: Visit) -> None:
