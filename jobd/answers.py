@@ -357,6 +357,19 @@ class QuarantineList(Struct):
     jobs: list[QuarantinedJob]
 
 
+class Vitals(Struct, frozen=True):
+    """How the process is. `commit_p99_s` is a bound: 99 of 100 commits of the last minutes took no longer; None where
+    there was none."""
+
+    mailbox: int
+    parked: int
+    commit_p99_s: float | None
+    loop_lag_s: float
+    database_bytes: int
+    wal_bytes: int
+    uptime_ms: int
+
+
 class Done(Struct, frozen=True):
     """The answer where there is nothing to say."""
 

@@ -34,6 +34,8 @@ from jobd.cleanup import Cleaner, read_figures
 from jobd.clock import Clock
 from jobd.commands import CreditAbsence, EndGrants, Ping
 from jobd.config import Config, ConfigError, Loaded
+from jobd.dashboard.recorder import Recorder
+from jobd.dashboard.room import Dashboard
 from jobd.doors import Gate, own_names
 from jobd.files import StoreError
 from jobd.health import Health
@@ -234,7 +236,10 @@ class Daemon:
             readers=self._loaded.reader_tokens,
             hosts=_admin_hosts(settings, given.get("admin")),
         )
-        admin = Web(self._admin_gate, admin_api.ROUTES, self.actor, self.rooms, limits=limits, admin=True)
+        recorder = Recorder()
+        self.actor.on_commit.append(recorder.note)
+        pages = (await asyncio.to_thread(Dashboard, self._admin_gate, recorder)).routes()
+        admin = Web(self._admin_gate, (*admin_api.ROUTES, *pages), self.actor, self.rooms, limits=limits, admin=True)
         doors.append(Door("admin", admin, places["admin"]))
         self._webs += [door.web for door in doors]
         listeners: list[Listener] = []

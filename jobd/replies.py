@@ -167,8 +167,15 @@ def accepted(
     return Reply(visit, head, body, close=close, lost=lost)
 
 
-def refusing(visit: Visit, refusal: Refusal, *, allow: frozenset[str] = frozenset(), close: bool = False) -> Reply:
-    """The error object, with the headers that its status asks for."""
+def refusing(
+    visit: Visit,
+    refusal: Refusal,
+    *,
+    allow: frozenset[str] = frozenset(),
+    close: bool = False,
+    shown: Text | None = None,
+) -> Reply:
+    """The error object, or what is `shown` in its place, with the headers that its status asks for."""
     more: dict[str, str] = {}
     if allow:
         more["Allow"] = ", ".join(sorted(allow))
@@ -176,6 +183,8 @@ def refusing(visit: Visit, refusal: Refusal, *, allow: frozenset[str] = frozense
         more["WWW_Authenticate"] = "Bearer"
     if refusal.code == "overloaded":
         more["Retry_After"] = str(RETRY_AFTER_S)
-    body = ErrorBody(error=refusal.code, message=refusal.message, details=refusal.details)
+    if shown is None:
+        shown = Text(JSON, _encode(ErrorBody(refusal.code, refusal.message, refusal.details)))
     late = refusal.code == "request_timeout"
-    return Reply(visit, _head(refusal.status, JSON, **more), _encode(body), close=close or late, hang_up=late)
+    head = _head(refusal.status, shown.kind, **shown.more, **more)
+    return Reply(visit, head, shown.body, close=close or late, hang_up=late)

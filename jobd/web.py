@@ -29,6 +29,7 @@ from jobd.answers import (
     HealthView,
     QuarantinedJob,
     RecoverStuckView,
+    Vitals,
 )
 from jobd.bodies import Limits, Refused, path_value, refused, too_large
 from jobd.commands import Command, KeyUse, Refusal
@@ -76,6 +77,7 @@ class Rooms(Protocol):
     async def health(self) -> HealthView: ...
     def alerts(self) -> list[AlertView]: ...
     async def metrics(self) -> bytes: ...  # Prometheus text
+    async def vitals(self) -> Vitals: ...
     async def reports(self, limit: int) -> list[CleanupReport]: ...  # newest first
     def clock(self) -> ClockView: ...
     async def accept_clock(self) -> ClockView: ...
@@ -308,9 +310,9 @@ class Web:
         if (left_out := self._sparing.left_out(refusal.code)) is not None:
             self._log_refusal(visit, refusal, {"left_out": left_out} if left_out else {})
         close = close or self.closing or refusal.code == "too_large"
-        if visit.route is not None and visit.route.shows is not None:
-            return accepted(visit, visit.route.shows(visit, refusal), refusal.status, close=close)
-        return refusing(visit, refusal, allow=visit.allow, close=close)
+        shows = None if visit.route is None else visit.route.shows
+        shown = None if shows is None else shows(visit, refusal)
+        return refusing(visit, refusal, allow=visit.allow, close=close, shown=shown)
 
     def _log_refusal(self, visit: Visit, refusal: Refusal, more: dict[str, int]) -> None:
         route = visit.route

@@ -27,6 +27,7 @@ from jobd.answers import (
     QuarantinedJob,
     RecoverStuckView,
     Recovery,
+    Vitals,
 )
 from jobd.bodies import Limits
 from jobd.commands import Call, Command, KeyUse, Refusal
@@ -147,6 +148,9 @@ class Figures:
 
     async def metrics(self) -> bytes:
         return b"jobd_stuck_jobs 0\n"
+
+    async def vitals(self) -> Vitals:
+        return Vitals(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000)
 
     async def reports(self, limit: int) -> list[CleanupReport]:
         return [REPORT][:limit]
