@@ -231,6 +231,13 @@ async def test_a_second_sign_in_ends_the_session_before_it(town: Town) -> None:
     assert len(town.room.sessions) == 1
 
 
+async def test_who_is_signed_in_is_led_on_from_the_sign_in(town: Town) -> None:
+    """A link from elsewhere brings no cookie along; the page asks again from here, with it."""
+    browser = await town.browser()
+    heard = await browser.get("/sign-in?next=%2Fqueues")
+    assert (heard.status, heard.headers["location"]) == (303, "/queues")
+
+
 async def test_sessions_and_addresses_are_so_many_at_most() -> None:
     held = sessions.Sessions(lambda digest: "full", lambda: 0.0)
     secrets = [found[0] for _ in range(sessions.MOST_SESSIONS + 1) if (found := held.sign_in(TOKEN))]
@@ -600,7 +607,9 @@ async def test_firing_alerts_are_told_with_their_hints(town: Town) -> None:
     page = text(await browser.get("/"))
     assert "1 alert fires:" in page
     assert "look at &lt;the&gt; workers" in page
-    assert "1 alert fires:" in text(await browser.get("/queues"))
+    for target in PAGES:
+        for headers in ({}, {"HX_Request": "true"}):
+            assert ("1 alert fires:" in text(await browser.get(target, **headers))) == (target != "/alerts")
 
 
 async def test_a_page_that_renews_itself_after_its_session_has_ended_goes_to_the_sign_in(town: Town) -> None:
@@ -695,6 +704,31 @@ def test_every_file_of_the_room_is_shipped() -> None:
     for path in [*STATIC.rglob("*"), *paint.PLACE.rglob("*")]:
         name = str(path.relative_to(STATIC.parent))
         assert any(fnmatch(name, pattern) for pattern in shipped), name
+
+
+# -- colours -----------------------------------------------------------------------------------------------------------
+
+PAIRS = [("ink", "paper"), ("ink", "card"), ("dim", "paper"), ("dim", "card"), ("link", "paper"), ("link", "card")]
+PAIRS += [("accent-ink", "accent"), ("failed", "card"), ("card", "failed"), ("pause", "pause-on")]
+PAIRS += [(status, f"{status}-on") for status in ("queued", "processing", "completed", "failed", "cancelled")]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_what_is_behind_it(scheme: str) -> None:
+    """WCAG AA: 4.5 to 1 for text."""
+    light, _, dark = (STATIC / "room.css").read_text().partition("@media (prefers-color-scheme: dark)")
+    colours = dict(re.findall(r"--([a-z-]+): #([0-9a-f]{6});", light))
+    if scheme == "dark":
+        colours |= dict(re.findall(r"--([a-z-]+): #([0-9a-f]{6});", dark))
+    for front, back in PAIRS:
+        lighter, darker = sorted((_luminance(colours[front]), _luminance(colours[back])), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (front, back)
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from jobd.job import STATUSES, is_job_id
 Shown = dict[str, Any]
 
 PER_PAGE: Final = 50
-MOST_ROWS: Final = 200  # of queues, workers and locks
+MOST_ROWS: Final = 200  # of queues and damaged jobs
+MOST_HELD: Final = 100  # of workers and of locks
 MOST_EVENTS: Final = 200
 MOST_REPORTS: Final = 50
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]-]{1,200}")
@@ -158,7 +159,8 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
 
 async def queues(guest: Guest) -> Shown:
     [found] = await asked(guest, Queues())
-    rows = sorted(found.queues, key=lambda queue: (not queue.paused, -queue.queued, queue.name))
+    # In an order that stays: a row that moves away under a finger is another queue's.
+    rows = sorted(found.queues, key=lambda queue: queue.name)
     return {"rows": rows[:MOST_ROWS], "more": max(len(rows) - MOST_ROWS, 0), **strip(guest, found)}
 
 
@@ -167,10 +169,10 @@ async def workers(guest: Guest) -> Shown:
     held: LockList
     found, held, queues = await asked(guest, Workers(), Locks(), Queues())
     return {
-        "workers": found.workers[:MOST_ROWS],
-        "more_workers": max(len(found.workers) - MOST_ROWS, 0),
-        "locks": held.locks[:MOST_ROWS],
-        "more_locks": max(len(held.locks) - MOST_ROWS, 0),
+        "workers": found.workers[:MOST_HELD],
+        "more_workers": max(len(found.workers) - MOST_HELD, 0),
+        "locks": held.locks[:MOST_HELD],
+        "more_locks": max(len(held.locks) - MOST_HELD, 0),
         **strip(guest, queues),
     }
 

@@ -5,6 +5,7 @@ No page's content, and no rule about jobs. To the actor it is one more sender of
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -150,9 +151,11 @@ class Dashboard:
             shown = await look(guest, asked)
             status = shown.pop("status", 200)
             if is_renewal(visit):
-                return Answer(self._paint("live.html", guest, **shown, part=f"{name}.live.html"), status=status)
+                return Answer(
+                    await self._paint("live.html", guest, **shown, name=name, part=f"{name}.live.html"), status=status
+                )
             about = {"name": name, "title": title, "every_s": every_s, "part": f"{name}.live.html"}
-            return Answer(self._paint(f"{name}.html", guest, **shown, **about), status=status)
+            return Answer(await self._paint(f"{name}.html", guest, **shown, **about), status=status)
 
         return self._open("GET", path, asks, via)
 
@@ -171,9 +174,11 @@ class Dashboard:
         route = self._open("POST", path, asks, via)
         return route
 
-    def _paint(self, template: str, guest: Guest | None, **shown: Any) -> Text:
+    async def _paint(self, template: str, guest: Guest | None, **shown: Any) -> Text:
+        """A page, made in a thread: a long list takes some ms, in which the loop has others to serve."""
         session = None if guest is None else guest.session
-        return self._painter.page(
+        return await asyncio.to_thread(
+            self._painter.page,
             template,
             guest=guest,
             told=None if session is None or template == "live.html" else session.take_told(),
@@ -189,11 +194,13 @@ class Dashboard:
     # -- in and out ---------------------------------------------------------------------------------------------------
 
     async def _sign_in_page(self, site: Web, visit: Visit, asked: pages.SignInPage) -> Answer:
-        return Answer(self._sign_in_form(asked.next, ""))
+        if self.sessions.find(cookie(visit)) is not None:
+            return Answer(go_to(_onward(asked.next)), status=303)
+        return Answer(await self._sign_in_form(asked.next, ""))
 
-    def _sign_in_form(self, onward: str, fault: str) -> Text:
-        place = onward if OURS.fullmatch(onward) else "/"
-        return self._paint("sign_in.html", None, title="Sign in", name="sign-in", onward=place, fault=fault)
+    async def _sign_in_form(self, onward: str, fault: str) -> Text:
+        place = _onward(onward)
+        return await self._paint("sign_in.html", None, title="Sign in", name="sign-in", onward=place, fault=fault)
 
     async def _sign_in(self, site: Web, visit: Visit, asked: SignIn) -> Answer:
         """No secret of a session is in this form, as there is none yet. What another site could gain by sending it is
@@ -201,19 +208,18 @@ class Dashboard:
         address = address_of(visit)
         if wait_s := self._brake.wait_s(address):
             fault = f"Too many wrong tokens came from your address. Try again in {wait_s:.0f} s."
-            text = self._sign_in_form(asked.next, fault)
+            text = await self._sign_in_form(asked.next, fault)
             return Answer(msgspec.structs.replace(text, more={**text.more, "Retry-After": f"{wait_s:.0f}"}), status=429)
         opened = self.sessions.sign_in(asked.token.strip())
         if opened is None:
             self._brake.note_wrong(address)
             site.refusals["unauthorized"] += 1
             log.info("sign_in_refused", address=address)
-            return Answer(self._sign_in_form(asked.next, "That is no valid token."), status=401)
+            return Answer(await self._sign_in_form(asked.next, "That is no valid token."), status=401)
         secret, session = opened
         log.info("signed_in", access=session.access, address=address)
         self.sessions.sign_out(cookie(visit))
-        place = asked.next if OURS.fullmatch(asked.next) else "/"
-        return Answer(go_to(place, Set_Cookie=set_cookie(visit, secret, LONGEST_S)), status=303)
+        return Answer(go_to(_onward(asked.next), Set_Cookie=set_cookie(visit, secret, LONGEST_S)), status=303)
 
     async def _sign_out(self, guest: Guest, asked: Form) -> Answer:
         self.sessions.sign_out(cookie(guest.visit))
@@ -228,7 +234,7 @@ class Dashboard:
 
     async def _docs(self, site: Web, visit: Visit, asked: Nothing) -> Answer:
         """It shows what GET /openapi.json gives to everybody, so it wants no session either."""
-        return Answer(self._paint("docs.html", None, title="API", name="docs"))
+        return Answer(await self._paint("docs.html", None, title="API", name="docs"))
 
     async def _chart(self, site: Web, visit: Visit, asked: Nothing) -> Answer:
         guest = guest_of(site, visit, self.sessions)
@@ -263,7 +269,7 @@ class Dashboard:
         except Refused as no:  # it is gone
             return no.refusal
         about = {"name": "job", "title": "Job", "every_s": 2, "part": "job.live.html", "here": f"/jobs/{job_id}"}
-        return Answer(self._paint("job.html", guest, **shown, **about, refusal=refusal), status=refusal.status)
+        return Answer(await self._paint("job.html", guest, **shown, **about, refusal=refusal), status=refusal.status)
 
     async def _pause(self, guest: Guest, asked: QueueForm) -> Answer | Refusal:
         return await self._on_queue(guest, Pause(name=asked.name), f"Queue {asked.name} is paused.")
@@ -306,6 +312,11 @@ def _and_go(guest: Guest, place: str, message: str) -> Answer:
 def is_renewal(visit: Visit) -> bool:
     """Whether htmx asks for the living part of a page."""
     return visit.head.headers.get("HX-Request") == "true"
+
+
+def _onward(place: str) -> str:
+    """`place` where it is one of ours, else the overview."""
+    return place if OURS.fullmatch(place) else "/"
 
 
 def _target(visit: Visit) -> str:

@@ -85,8 +85,8 @@
   // A link from elsewhere brings no cookie along (SameSite=Strict): who is signed in already goes on.
   const signIn = document.querySelector("[data-onward]");
   if (signIn) {
-    fetch("/chart.json").then((answer) => {
-      if (answer.ok) location.replace(signIn.dataset.onward);
+    fetch(location.href).then((answer) => {
+      if (answer.redirected) location.replace(signIn.dataset.onward);
     }, () => {});
   }
 })();
