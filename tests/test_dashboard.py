@@ -34,7 +34,7 @@ from jobd.events import Change, Event
 from jobd.job import Policy
 from jobd.keys import Keys
 from tests import vendor
-from tests.http_help import TOKEN, Heard, House
+from tests.http_help import TOKEN, Heard, House, Line, tls_pair
 from tests.memory_disk import MemoryDisk
 
 READER = "reader-token-0123456789abcdef"
@@ -175,6 +175,16 @@ async def test_a_session_is_kept_where_no_script_and_no_other_site_gets_at_it(to
     behind = {"Origin": "https://localhost", "Host": "localhost"}
     heard = await Browser(town.admin).post("/sign-in", behind, token=TOKEN)
     assert "Secure" in heard.headers["set-cookie"].split("; ")
+
+
+async def test_over_tls_the_cookie_goes_nowhere_else(town: Town, tmp_path: Path) -> None:
+    server, client = await tls_pair(tmp_path)
+    [(_, port)] = await town.admin.listener.open_tcp("127.0.0.1", 0, tls=server)
+    line = Line(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
+    heard = await line.ask("POST", "/sign-in", urlencode({"token": TOKEN}), {"Content-Type": FORM})
+    assert heard.status == 303
+    assert "Secure" in heard.headers["set-cookie"].split("; ")
+    await line.close()
 
 
 async def test_a_wrong_token_opens_nothing_and_too_many_have_to_wait(town: Town) -> None:

@@ -101,10 +101,19 @@ async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
     except msgspec.ValidationError as fault:
         [queues] = await asked(guest, Queues())
         no = explain(str(fault), List).refusal
-        return {**shown, "fault": no.message, "status": no.status, "queues": _names(queues), **strip(guest, queues)}
+        return {
+            **shown,
+            "fault": no.message,
+            "status": no.status,
+            "every_s": 0,
+            "queues": _names(queues),
+            **strip(guest, queues),
+        }
     page, queues = await asked(guest, command, Queues())
     more = f"/jobs?{urlencode({**given, 'cursor': page.next_cursor})}" if page.next_cursor else ""
     first = f"/jobs?{urlencode(given)}" if wanted.cursor else ""
+    if wanted.cursor:  # what is older stays where it is
+        shown["every_s"] = 0
     return {**shown, "page": page, "next": more, "first": first, "queues": _names(queues), **strip(guest, queues)}
 
 

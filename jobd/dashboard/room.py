@@ -155,7 +155,7 @@ class Dashboard:
                     await self._paint("live.html", guest, **shown, name=name, part=f"{name}.live.html"), status=status
                 )
             about = {"name": name, "title": title, "every_s": every_s, "part": f"{name}.live.html"}
-            return Answer(await self._paint(f"{name}.html", guest, **shown, **about), status=status)
+            return Answer(await self._paint(f"{name}.html", guest, **{**about, **shown}), status=status)
 
         return self._open("GET", path, asks, via)
 
