@@ -30,6 +30,11 @@ PATHS = [
 PATHS += ["/alerts", "/cleanup", "/docs"]
 
 
+# A browser takes two cores for itself: where others work beside it, it takes its time.
+pytestmark = pytest.mark.timeout(300)
+expect.set_options(timeout=30_000)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Of this module alone: while Playwright runs, its event loop is that of the thread, and no other test gets one."""
@@ -76,6 +81,13 @@ def sign_in(page: Page, daemon: Scene, token: str = TOKEN, path: str = "/") -> N
     page.get_by_label("Admin token").fill(token)
     page.get_by_role("button", name="Sign in").click()
     expect(page).to_have_url(daemon.url + path)
+
+
+def visit(page: Page, daemon: Scene, path: str) -> None:
+    """Go there and wait until its scripts have done what they do at once."""
+    page.goto(daemon.url + path)
+    drawn = {"/": "#chart canvas", "/docs": ".opblock"}.get(path, "main")
+    expect(page.locator(drawn).first).to_be_visible()
 
 
 def test_a_job_is_watched_from_queued_to_completed(page: Page, daemon: Scene, complaints: list[str]) -> None:
@@ -187,8 +199,7 @@ def test_no_page_breaks_its_policy(page: Page, daemon: Scene, complaints: list[s
     make_trouble(daemon)
     sign_in(page, daemon)
     for path in PATHS:
-        page.goto(daemon.url + path)
-        page.wait_for_load_state("networkidle")
+        visit(page, daemon, path)
     page.get_by_text("/admin/job-management/force-reset").click()
     expect(page.get_by_role("button", name="Try it out")).to_be_visible()
     page.get_by_role("button", name="Authorize").first.click()
@@ -207,8 +218,7 @@ def test_every_page_fits_a_phone(daemon: Scene, context: BrowserContext, scheme:
     sign_in(page, daemon)
     inspector = context.new_cdp_session(page)
     for path in PATHS:
-        page.goto(daemon.url + path)
-        page.wait_for_load_state("networkidle")
+        visit(page, daemon, path)
         width = inspector.send("Page.getLayoutMetrics")["cssContentSize"]["width"]
         assert width <= 390, path
 

@@ -150,12 +150,9 @@ class Dashboard:
                 return Answer(go_to(place), status=303)
             shown = await look(guest, asked)
             status = shown.pop("status", 200)
-            if is_renewal(visit):
-                return Answer(
-                    await self._paint("live.html", guest, **shown, name=name, part=f"{name}.live.html"), status=status
-                )
             about = {"name": name, "title": title, "every_s": every_s, "part": f"{name}.live.html"}
-            return Answer(await self._paint(f"{name}.html", guest, **{**about, **shown}), status=status)
+            template = "live.html" if is_renewal(visit) else f"{name}.html"
+            return Answer(await self._paint(template, guest, **{**about, **shown}), status=status)
 
         return self._open("GET", path, asks, via)
 
