@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check coverage faults planted mutation format demo bench linearizability simulation world proof pins clean
+.PHONY: help venv test check coverage faults planted mutation format demo bench vendor screenshots linearizability simulation world proof pins clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,12 @@ mutation: $(READY)  ## small changes to the pure rooms, one at a time: which doe
 
 proof: $(READY)  ## all of these, one after the other, as root: hours (ARGS="PART ... --write" for some, and into docs/RELIABILITY.md)
 	$(BIN)/python -m tests.proof $(ARGS)
+
+vendor: $(READY)  ## bring the dashboard's libraries into jobd/dashboard/static, in the versions of tests/vendor.py (needs npm)
+	$(BIN)/python -m tests.vendor
+
+screenshots: $(READY)  ## pictures of the dashboard in build/screenshots (needs chromium; ARGS="overview jobs --scene busy")
+	$(BIN)/python -m tests.screenshots $(ARGS)
 
 format: $(READY)  ## put the code into its usual form
 	$(BIN)/ruff check --fix .

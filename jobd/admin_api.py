@@ -33,6 +33,7 @@ from jobd.answers import (
     ValidateJobView,
     WhyView,
     WorkerList,
+    public_lock,
 )
 from jobd.commands import (
     Cancel,
@@ -102,7 +103,10 @@ async def _health(site: Web, visit: Visit, asked: Nothing) -> Answer:
 
 async def _validate_job(site: Web, visit: Visit, asked: ValidateJob) -> Answer | Refusal:
     visit.job_id = asked.id
-    return await ask(site, visit, Validate(id=asked.id))
+    answer = await site.actor.ask(Validate(id=asked.id), by=visit.by, admin=True)
+    if isinstance(answer, Answer) and not visit.admin:
+        answer.data.job.lock = public_lock(answer.data.job.lock)
+    return answer
 
 
 async def _cleanup(site: Web, visit: Visit, asked: Nothing) -> Answer:
@@ -177,7 +181,16 @@ _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/clock", asks=Nothing, gives=ClockView, who=_A, via=_clock),
     Route(method="POST", path=f"{_P}/clock/accept", asks=Nothing, gives=ClockView, who=_A, via=_accept_clock),
     Route(method="GET", path=f"{_P}/quarantine", asks=Nothing, gives=QuarantineList, who=_A, via=_quarantine),
-    Route(method="GET", path=f"{_P}/backup", asks=Nothing, gives=bytes, who=_A, via=give_out, sends=BACKUP_KIND),
+    Route(
+        method="GET",
+        path=f"{_P}/backup",
+        asks=Nothing,
+        gives=bytes,
+        who=_A,
+        via=give_out,
+        sends=BACKUP_KIND,
+        secret=True,
+    ),
     Route(method="GET", path="/metrics", asks=Nothing, gives=bytes, who=_A, via=_metrics, sends=METRICS_KIND),
     *PROBES,
 )

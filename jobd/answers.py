@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from jobd.commands import Export, Import, Json, List
@@ -20,6 +21,11 @@ class LockView(Struct, frozen=True):
     acquired_at: int
     expires_at: int
     lock_id: str | UnsetType = UNSET  # admins only
+
+
+def public_lock(lock: LockView | None) -> LockView | None:
+    """`lock` as everybody may see it."""
+    return None if lock is None else msgspec.structs.replace(lock, lock_id=UNSET)
 
 
 class JobView(Struct):
@@ -154,14 +160,14 @@ class WorkerList(Struct):
     workers: list[WorkerView]
 
 
-class LockedJob(Struct, frozen=True):
+class LockedJob(Struct, frozen=True, kw_only=True):
     """A current grant, for operators. `stuck_at` is when the job will count as stuck if nothing is heard."""
 
     id: str
     queue: str
     kind: str
     worker: str
-    lock_id: str
+    lock_id: str | UnsetType = UNSET  # not for who may only look
     fencing_token: int
     acquired_at: int
     expires_at: int
@@ -356,6 +362,19 @@ class QuarantinedJob(Struct, frozen=True):
 
 class QuarantineList(Struct):
     jobs: list[QuarantinedJob]
+
+
+class Vitals(Struct, frozen=True):
+    """How the process is. `commit_p99_s` is a bound: 99 of 100 commits of the last minutes took no longer; None where
+    there was none."""
+
+    mailbox: int
+    parked: int
+    commit_p99_s: float | None
+    loop_lag_s: float
+    database_bytes: int
+    wal_bytes: int
+    uptime_ms: int
 
 
 class Done(Struct, frozen=True):

@@ -57,6 +57,7 @@ class WorkerSection(Struct, frozen=True, forbid_unknown_fields=True):
 class AdminSection(Struct, frozen=True, forbid_unknown_fields=True):
     listen: str = "127.0.0.1:8770"
     token_file: str = ""
+    readonly_token_file: str = ""
     hosts: list[str] = []
     tls_cert: str = ""
     tls_key: str = ""
@@ -167,6 +168,7 @@ class Loaded(Struct, frozen=True):
     admin_tokens: tuple[str, ...]
     worker_tokens: tuple[str, ...]
     path: str | None = None
+    reader_tokens: tuple[str, ...] = ()
     development: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -183,6 +185,7 @@ RELOADABLE: Final = frozenset(
         "limits.live_jobs",
         "worker.token_file",
         "admin.token_file",
+        "admin.readonly_token_file",
         "log.level",
     }
 )
@@ -251,6 +254,7 @@ def load(
         admin_tokens,
         _read_tokens(config.worker.token_file, "[worker] token_file") if config.worker.token_file else (),
         None if found is None else str(found),
+        _reader_tokens(config, environ, admin_tokens),
         development,
         _warnings(config),
     )
@@ -267,6 +271,7 @@ def effective(loaded: Loaded) -> str:
         lines.append("")
     count = len(loaded.admin_tokens)
     lines.append(f"# admin tokens: {count or 'a random one at start'}; worker tokens: {len(loaded.worker_tokens)}")
+    lines.append(f"# tokens that may only look: {len(loaded.reader_tokens)}")
     return "\n".join(lines)
 
 
@@ -502,6 +507,23 @@ def _admin_tokens(config: Config, environ: Mapping[str, str]) -> tuple[str, ...]
         return _read_tokens(config.admin.token_file, "[admin] token_file")
     credential = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent") / "admin_token"
     return _read_tokens(str(credential), "credential admin_token") if credential.is_file() else ()
+
+
+def _reader_tokens(config: Config, environ: Mapping[str, str], admin_tokens: tuple[str, ...]) -> tuple[str, ...]:
+    """Tokens for who may look at everything and change nothing; none, where nobody has set any."""
+    credential = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent") / "admin_readonly_token"
+    if environ.get("ADMIN_READONLY_TOKEN_FILE"):
+        path, where = environ["ADMIN_READONLY_TOKEN_FILE"], "ADMIN_READONLY_TOKEN_FILE"
+    elif config.admin.readonly_token_file:
+        path, where = config.admin.readonly_token_file, "[admin] readonly_token_file"
+    elif credential.is_file():
+        path, where = str(credential), "credential admin_readonly_token"
+    else:
+        return ()
+    tokens = _read_tokens(path, where)
+    if set(tokens) & set(admin_tokens):
+        raise ConfigError(f"{where}: {path}: the admin token is in it too, and would open everything. Make another one")
+    return tokens
 
 
 def _read_tokens(path: str, where: str) -> tuple[str, ...]:

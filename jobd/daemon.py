@@ -34,6 +34,8 @@ from jobd.cleanup import Cleaner, read_figures
 from jobd.clock import Clock
 from jobd.commands import CreditAbsence, EndGrants, Ping
 from jobd.config import Config, ConfigError, Loaded
+from jobd.dashboard.recorder import Recorder
+from jobd.dashboard.room import Dashboard
 from jobd.doors import Gate, own_names
 from jobd.files import StoreError
 from jobd.health import Health
@@ -228,8 +230,16 @@ class Daemon:
             )
             remote = Web(self._worker_gate, worker_api.ROUTES, self.actor, self.rooms, limits=limits)
             doors.append(Door("worker-tcp", remote, places["worker-tcp"]))
-        self._admin_gate = Gate("admin", tokens=self._admin_tokens(), hosts=_admin_hosts(settings, given.get("admin")))
-        admin = Web(self._admin_gate, admin_api.ROUTES, self.actor, self.rooms, limits=limits, admin=True)
+        self._admin_gate = Gate(
+            "admin",
+            tokens=self._admin_tokens(),
+            readers=self._loaded.reader_tokens,
+            hosts=_admin_hosts(settings, given.get("admin")),
+        )
+        recorder = Recorder()
+        self.actor.on_commit.append(recorder.note)
+        pages = (await asyncio.to_thread(Dashboard, self._admin_gate, recorder)).routes()
+        admin = Web(self._admin_gate, (*admin_api.ROUTES, *pages), self.actor, self.rooms, limits=limits, admin=True)
         doors.append(Door("admin", admin, places["admin"]))
         self._webs += [door.web for door in doors]
         listeners: list[Listener] = []
@@ -284,13 +294,19 @@ class Daemon:
             taken.append("admin tokens")
         if new.worker_tokens != self._loaded.worker_tokens:
             taken.append("worker tokens")
+        if new.reader_tokens != self._loaded.reader_tokens:
+            taken.append("read-only tokens")
         self._loaded = msgspec.structs.replace(
-            self._loaded, config=settings, admin_tokens=new.admin_tokens, worker_tokens=new.worker_tokens
+            self._loaded,
+            config=settings,
+            admin_tokens=new.admin_tokens,
+            reader_tokens=new.reader_tokens,
+            worker_tokens=new.worker_tokens,
         )
         self.actor.policy = settings.policy()
         self.cleaner.set_schedule(_schedule(settings))
         self.alerts.thresholds = _thresholds(settings)
-        self._admin_gate.replace_tokens(self._admin_tokens())
+        self._admin_gate.replace_tokens(self._admin_tokens(), new.reader_tokens)
         if settings.worker.listen:
             self._worker_gate.replace_tokens(new.worker_tokens)
         log.set_level(settings.log.level)

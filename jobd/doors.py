@@ -9,7 +9,7 @@ import hmac
 import re
 from collections.abc import Iterable
 from hashlib import sha256
-from typing import Final
+from typing import Final, Literal
 
 from aiohttp.hdrs import CONTENT_ENCODING, CONTENT_TYPE, TRANSFER_ENCODING
 from multidict import MultiMapping
@@ -19,8 +19,12 @@ from jobd.commands import KeyUse
 
 JSON: Final = "application/json"
 LINES: Final = "application/x-ndjson"
+FORM: Final = "application/x-www-form-urlencoded"
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY_ADDRESS: Final = frozenset({"", "0.0.0.0", "::"})
+
+# What a caller may do: everything at this door, or look and change nothing.
+Access = Literal["full", "read"]
 
 _KEY = re.compile(r"[ -~]{1,200}")
 _HOST = re.compile(r"(\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^][:@/?#\s]*))(:[0-9]*)?")
@@ -30,29 +34,43 @@ _PLAIN = {JSON: frozenset({"application/json", "application/json; charset=utf-8"
 class Gate:
     """The rules of one door. `name` is the scope of its idempotency keys ("worker", "admin", ...).
 
-    `tokens` None: no token is needed. `hosts` None: any Host and Origin is taken (a Unix socket).
+    `tokens` None: no token is needed. `readers` are tokens that may look and change nothing. `hosts` None: any Host
+    and Origin is taken (a Unix socket).
     """
 
-    def __init__(self, name: str, *, tokens: Iterable[str] | None = None, hosts: Iterable[str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        tokens: Iterable[str] | None = None,
+        readers: Iterable[str] = (),
+        hosts: Iterable[str] | None = None,
+    ) -> None:
         self.name = name
         self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
-        self._digests: tuple[bytes, ...] | None = None
+        self._digests: tuple[tuple[bytes, Access], ...] | None = None
         if tokens is not None:
-            self.replace_tokens(tokens)
+            self.replace_tokens(tokens, readers)
 
-    def replace_tokens(self, tokens: Iterable[str]) -> None:
+    def replace_tokens(self, tokens: Iterable[str], readers: Iterable[str] = ()) -> None:
         """From now on these tokens are valid, and no others. Any of several will do."""
-        self._digests = tuple(sha256(token.encode()).digest() for token in tokens)
+        full: list[tuple[bytes, Access]] = [(token_digest(token), "full") for token in tokens]
+        self._digests = (*full, *((token_digest(token), "read") for token in readers))
 
-    def admit(self, headers: MultiMapping[str]) -> None:
-        """401 unless the request carries one valid token. Takes the same time whichever token it is."""
+    def admit(self, headers: MultiMapping[str]) -> Access:
+        """What the request's token allows; 401 unless it carries one valid token."""
         if self._digests is None:
-            return
+            return "full"
         scheme, _, token = ", ".join(headers.getall("Authorization", ())).partition(" ")
-        given = sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
-        known = [hmac.compare_digest(given, digest) for digest in self._digests]
-        if not any(known) or scheme.lower() != "bearer":
+        access = self.access_of(token_digest(token.strip()))
+        if access is None or scheme.lower() != "bearer":
             raise refused("unauthorized", "A valid token is needed: send `Authorization: Bearer <token>`.")
+        return access
+
+    def access_of(self, digest: bytes) -> Access | None:
+        """What the token with this digest allows, None where it is not valid. Takes the same time whichever it is."""
+        known = [access for own, access in self._digests or () if hmac.compare_digest(digest, own)]
+        return known[0] if known else None
 
     def check_origin(self, headers: MultiMapping[str], address: object) -> None:
         """403 where Host is not a name of this daemon or Origin is another site (DNS rebinding, cross-site requests).
@@ -89,6 +107,11 @@ class Gate:
             raise refused("invalid_request", message, field="Idempotency-Key")
         scope = "\n".join((self.name, method, path, key))
         return KeyUse(digest=sha256(scope.encode()).hexdigest(), body_hash=sha256(body).hexdigest())
+
+
+def token_digest(token: str) -> bytes:
+    """A token as it is kept and compared."""
+    return sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
 def host_name(host: str) -> str:

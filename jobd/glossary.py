@@ -139,7 +139,8 @@ REFUSED_TOO: Final = {
 REFUSALS: Final = {
     "invalid_request": "a field is unknown, of the wrong type or out of its bounds; `details.field` names it",
     "unauthorized": "no token, or a wrong one",
-    "forbidden": "over TCP: the Host is not a name of this daemon, or the Origin is another site",
+    "forbidden": "over TCP: the Host is not a name of this daemon, or the Origin is another site; "
+    "or the token may only look",
     "not_found": "there is no such path",
     "job_not_found": "no job has this id: never created, or deleted after its time",
     "method_not_allowed": "the path exists, the method does not",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import platform
 import time
@@ -25,6 +26,7 @@ from prometheus_client.utils import floatToGoString
 from jobd import __version__
 from jobd.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
 from jobd.alerts import Alerts
+from jobd.answers import Vitals
 from jobd.book import Book
 from jobd.cleanup import Cleaner
 from jobd.commands import REFUSALS, Moment
@@ -35,6 +37,7 @@ from jobd.pace import KindPace
 QUEUES_SHOWN: Final = 200  # those that were seen first; the rest is summed up under OTHER_QUEUES
 LANES_SEEN: Final = 2_000  # to know since when the oldest due job of a queue waits, each of its lanes is looked at
 LAG_EVERY_S: Final = 1.0
+COMMITS_KEPT: Final = 300  # as many seconds back the commits of `vitals` go
 LAGS_KEPT: Final = 20  # the worst of them is shown, so that a scrape every 15 s misses none
 FOUND_KINDS: Final = ("stuck", "expired_locks", "expired", "deleted", "issues")
 ISSUE_TYPES: Final = ("error", "critical")  # warnings are not counted by passes
@@ -105,11 +108,32 @@ class Metrics:
         self._doors = doors
         self._store_path = store_path
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
+        self._commits: deque[list[int]] = deque([actor.commit_seconds.counts.copy()], COMMITS_KEPT)
+        self._born_s = time.monotonic()
         self._stop = asyncio.Event()
 
     async def render(self) -> bytes:
         """Prometheus text, format 0.0.4."""
         return await asyncio.to_thread(text, self.snapshot(), self._store_path)
+
+    async def vitals(self) -> Vitals:
+        """How the process is, for people."""
+        path = self._store_path
+        database, wal = await asyncio.to_thread(lambda: (_size(path), _size(f"{path}-wal")))
+        return Vitals(
+            mailbox=self._actor.waiting,
+            parked=len(self._actor.parked),
+            commit_p99_s=self.commit_p99_s(),
+            loop_lag_s=max(self._lags, default=0.0),
+            database_bytes=database,
+            wal_bytes=wal,
+            uptime_ms=int((time.monotonic() - self._born_s) * SECOND_MS),
+        )
+
+    def commit_p99_s(self) -> float | None:
+        """So long took 99 of 100 commits of the last minutes at most; None where there was none."""
+        before, now = self._commits[0], self._actor.commit_seconds.counts
+        return quantile(0.99, [count - then for count, then in zip(now, before, strict=True)], COMMIT_BUCKETS_S)
 
     def snapshot(self) -> Snapshot:
         """Copies only, nothing is formatted: it takes the loop for well under a millisecond, or 2 ms with 100 kinds."""
@@ -152,6 +176,7 @@ class Metrics:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), LAG_EVERY_S)
             self._lags.append(max(time.perf_counter() - began - LAG_EVERY_S, 0.0))
+            self._commits.append(self._actor.commit_seconds.counts.copy())
 
     def stop(self) -> None:
         self._stop.set()
@@ -268,6 +293,14 @@ def capped(queues: list[tuple[str, dict[str, int]]]) -> list[tuple[str, dict[str
     for _, counts in queues[QUEUES_SHOWN:]:
         rest.update(counts)
     return [*queues[:QUEUES_SHOWN], (OTHER_QUEUES, dict(rest))]
+
+
+def quantile(part: float, counts: Sequence[int], bounds: Sequence[float]) -> float | None:
+    """The bound of the bucket in which the `part` of all lies; infinity above all bounds, None where there are none."""
+    wanted = part * sum(counts)
+    if not wanted:
+        return None
+    return next(bound for total, bound in zip(accumulate(counts), (*bounds, math.inf), strict=True) if total >= wanted)
 
 
 def _copy(histogram: Histogram) -> Counts:

@@ -31,10 +31,11 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 class Text(Struct, frozen=True):
-    """An answer's data that is no JSON and goes out as it is."""
+    """An answer's data that is no JSON and goes out as it is. `more`: headers beside the usual, or in their place."""
 
     kind: str
     body: bytes
+    more: dict[str, str] = {}
 
 
 class ErrorBody(Struct, frozen=True):
@@ -160,14 +161,21 @@ def accepted(
 ) -> Reply:
     """The answer `{"success": true, "data": …}`, or the text as it is. It was answered, whatever it says: 503 too."""
     if type(data) is Text:
-        return Reply(visit, _head(status, data.kind), data.body, close=close)
+        return Reply(visit, _head(status, data.kind, **data.more), data.body, close=close)
     body = b'{"success":true,"data":%b}' % _encode(data)
     head = _HEADS[status] + _REPLAYED if replayed else _HEADS[status]
     return Reply(visit, head, body, close=close, lost=lost)
 
 
-def refusing(visit: Visit, refusal: Refusal, *, allow: frozenset[str] = frozenset(), close: bool = False) -> Reply:
-    """The error object, with the headers that its status asks for."""
+def refusing(
+    visit: Visit,
+    refusal: Refusal,
+    *,
+    allow: frozenset[str] = frozenset(),
+    close: bool = False,
+    shown: Text | None = None,
+) -> Reply:
+    """The error object, or what is `shown` in its place, with the headers that its status asks for."""
     more: dict[str, str] = {}
     if allow:
         more["Allow"] = ", ".join(sorted(allow))
@@ -175,6 +183,8 @@ def refusing(visit: Visit, refusal: Refusal, *, allow: frozenset[str] = frozense
         more["WWW_Authenticate"] = "Bearer"
     if refusal.code == "overloaded":
         more["Retry_After"] = str(RETRY_AFTER_S)
-    body = ErrorBody(error=refusal.code, message=refusal.message, details=refusal.details)
+    if shown is None:
+        shown = Text(JSON, _encode(ErrorBody(refusal.code, refusal.message, refusal.details)))
     late = refusal.code == "request_timeout"
-    return Reply(visit, _head(refusal.status, JSON, **more), _encode(body), close=close or late, hang_up=late)
+    head = _head(refusal.status, shown.kind, **shown.more, **more)
+    return Reply(visit, head, shown.body, close=close or late, hang_up=late)

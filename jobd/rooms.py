@@ -13,7 +13,16 @@ from msgspec import Struct
 from jobd import backup
 from jobd.actor import Actor
 from jobd.alerts import Alerts
-from jobd.answers import AlertView, CleanupReport, CleanupState, ClockView, HealthView, QuarantinedJob, RecoverStuckView
+from jobd.answers import (
+    AlertView,
+    CleanupReport,
+    CleanupState,
+    ClockView,
+    HealthView,
+    QuarantinedJob,
+    RecoverStuckView,
+    Vitals,
+)
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
 from jobd.commands import Refusal
@@ -54,6 +63,9 @@ class Rooms(Struct):
 
     async def metrics(self) -> bytes:
         return await self.metrics_.render()
+
+    async def vitals(self) -> Vitals:
+        return await self.metrics_.vitals()
 
     async def reports(self, limit: int) -> list[CleanupReport]:
         return await self.cleaner.reports(limit)

@@ -20,6 +20,8 @@ from jobd.doors import JSON
 Who = Literal["anyone", "worker", "admin"]
 # How a call is answered that is not one command to the actor: given the Web, the Visit and what was decoded.
 Via = Callable[[Any, Any, Any], Awaitable[Answer | Refusal | StreamResponse]]
+# How a refusal is told where people read it: given the Visit and the Refusal, the data of an answer.
+Shows = Callable[[Any, Refusal], Any]
 
 
 class Route(Struct, frozen=True, kw_only=True):
@@ -28,7 +30,8 @@ class Route(Struct, frozen=True, kw_only=True):
     `path` may have one part in braces, named like the field of `asks` that it gives. `asks` is what a body (or a
     query, for GET) decodes to; where `reads` is "lines" it is one line of the stream. `gives` is the type of `data`
     in the answer, `bytes` where the answer is not JSON but of the type `sends`. `status` is that of the usual success,
-    `key` says whether an Idempotency-Key counts. Without `via` the command goes to the actor.
+    `key` says whether an Idempotency-Key counts. `secret`: the answer holds secrets, so who may only look does not get
+    it. Without `via` the command goes to the actor, without `shows` a refusal is the error object.
     """
 
     method: str
@@ -39,8 +42,15 @@ class Route(Struct, frozen=True, kw_only=True):
     via: Via | None = None
     key: bool = False
     status: int = 200
-    reads: Literal["json", "lines"] = "json"
+    reads: Literal["json", "lines", "form"] = "json"
     sends: str = JSON
+    secret: bool = False
+    shows: Shows | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether the call may change something."""
+        return self.method != "GET"
 
     @property
     def given(self) -> str | None:

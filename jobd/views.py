@@ -153,19 +153,19 @@ def workers(book: Book) -> WorkerList:
     return WorkerList([WorkerView(name, list(worker.jobs), worker.last_seen_at) for name, worker in seen])
 
 
-def locks(book: Book, at: Moment) -> LockList:
+def locks(book: Book, at: Moment, *, admin: bool) -> LockList:
     """All current grants, the oldest first."""
     held = (job for job in book.processing.values())
-    return LockList([_locked(job, job.grant, job.lease, at) for job in held if job.grant and job.lease])
+    return LockList([_locked(job, job.grant, job.lease, at, admin) for job in held if job.grant and job.lease])
 
 
-def _locked(job: Job, grant: Grant, lease: Lease, at: Moment) -> LockedJob:
+def _locked(job: Job, grant: Grant, lease: Lease, at: Moment, admin: bool) -> LockedJob:
     return LockedJob(
         id=job.id,
         queue=job.options.queue,
         kind=job.options.kind,
         worker=grant.worker,
-        lock_id=grant.lock_id,
+        lock_id=grant.lock_id if admin else UNSET,
         fencing_token=grant.fencing_token,
         acquired_at=grant.acquired_at,
         expires_at=at.wall(lease.expires),

@@ -37,7 +37,8 @@ class Visit:
     """A request, as everybody here sees it. `request` is aiohttp's own object, where it was made."""
 
     __slots__ = (
-        "allow", "by", "connection", "head", "job_id", "key", "method", "path", "query", "request", "route", "size",
+        "admin", "allow", "by", "connection", "head", "job_id", "key", "method", "path", "query", "request", "route",
+        "size",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +55,7 @@ class Visit:
         self.connection = connection
         self.request = request
         self.by = "client"
+        self.admin = False  # whether the answer may hold secrets
         self.route: Route | None = None
         self.allow: frozenset[str] = frozenset()
         self.key: KeyUse | None = None

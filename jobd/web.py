@@ -29,10 +29,11 @@ from jobd.answers import (
     HealthView,
     QuarantinedJob,
     RecoverStuckView,
+    Vitals,
 )
 from jobd.bodies import Limits, Refused, path_value, refused, too_large
 from jobd.commands import Command, KeyUse, Refusal
-from jobd.doors import JSON, LINES, Gate, check_kind
+from jobd.doors import FORM, JSON, LINES, Gate, check_kind
 from jobd.envelope import Asked, Waiter
 from jobd.replies import Letter, Reply, accepted, refusing
 from jobd.routes import Found, Route, Table, Way
@@ -42,7 +43,7 @@ from jobd.visits import Request, Visit
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
 IDEMPOTENCY_KEY: Final = istr("Idempotency-Key")
-KINDS: Final = {"json": JSON, "lines": LINES}
+KINDS: Final = {"json": JSON, "lines": LINES, "form": FORM}
 
 log = structlog.get_logger("jobd.web")
 
@@ -76,6 +77,7 @@ class Rooms(Protocol):
     async def health(self) -> HealthView: ...
     def alerts(self) -> list[AlertView]: ...
     async def metrics(self) -> bytes: ...  # Prometheus text
+    async def vitals(self) -> Vitals: ...
     async def reports(self, limit: int) -> list[CleanupReport]: ...  # newest first
     def clock(self) -> ClockView: ...
     async def accept_clock(self) -> ClockView: ...
@@ -87,7 +89,7 @@ class Rooms(Protocol):
 
 async def ask(site: Web, visit: Visit, command: Any) -> Answer | Refusal:
     """The way of almost every route: one command to the actor."""
-    return await site.actor.ask(command, by=visit.by, admin=site.admin, key=visit.key, size=visit.size)
+    return await site.actor.ask(command, by=visit.by, admin=visit.admin, key=visit.key, size=visit.size)
 
 
 class Entry(Struct, frozen=True):
@@ -140,7 +142,7 @@ class Web:
         visit.by = "admin" if self.admin else "client"
         try:
             command = self._command(visit, self._enter(visit, found), body)
-            asked = self.actor.send(command, waiter, by=visit.by, admin=self.admin, key=visit.key, size=visit.size)
+            asked = self.actor.send(command, waiter, by=visit.by, admin=visit.admin, key=visit.key, size=visit.size)
         except Refused as no:
             asked = no.refusal
         except Exception as bug:
@@ -233,6 +235,8 @@ class Web:
             raise self._body_too_large()
         if way.route.key:
             self._note_key(visit, way.route, body)
+        if way.route.reads == "form":
+            return way.shape.from_query(body.decode("latin-1"), entry.value)
         command: Any = way.shape.from_body(body, entry.value)
         if way.names_worker:
             visit.by = f"worker:{command.worker}"
@@ -247,11 +251,16 @@ class Web:
         way = found.way
         if way is not None:
             visit.route = way.route
+        is_reader = False
         if way is None or way.route.who != "anyone":
-            self.gate.admit(visit.head.headers)
+            is_reader = self.gate.admit(visit.head.headers) == "read"
+            visit.admin = self.admin and not is_reader
         if self.gate.hosts is not None:
             self.gate.check_origin(visit.head.headers, visit.connection.sockname)
         if way is not None:
+            if is_reader:
+                visit.by = "reader"
+                check_reader(way.route)
             return way
         if not found.allowed:
             message = (
@@ -301,7 +310,9 @@ class Web:
         if (left_out := self._sparing.left_out(refusal.code)) is not None:
             self._log_refusal(visit, refusal, {"left_out": left_out} if left_out else {})
         close = close or self.closing or refusal.code == "too_large"
-        return refusing(visit, refusal, allow=visit.allow, close=close)
+        shows = None if visit.route is None else visit.route.shows
+        shown = None if shows is None else shows(visit, refusal)
+        return refusing(visit, refusal, allow=visit.allow, close=close, shown=shown)
 
     def _log_refusal(self, visit: Visit, refusal: Refusal, more: dict[str, int]) -> None:
         route = visit.route
@@ -327,6 +338,14 @@ class Web:
             where=f"{at.filename}:{at.lineno} {at.name}",
         )
         return BUG
+
+
+def check_reader(route: Route) -> None:
+    """403 where who may only look would change something, or see secrets."""
+    if route.changes:
+        raise refused("forbidden", "This token may only look. To change something use the admin token.")
+    if route.secret:
+        raise refused("forbidden", "What this gives holds the secrets of locks: it wants the admin token.")
 
 
 def welcome(visit: Visit) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +29,7 @@ from jobd.answers import (
     QuarantinedJob,
     RecoverStuckView,
     Recovery,
+    Vitals,
 )
 from jobd.bodies import Limits
 from jobd.commands import Call, Command, KeyUse, Refusal
@@ -35,6 +38,7 @@ from jobd.envelope import Waiter
 from jobd.listener import Listener
 from jobd.routes import Route
 from jobd.web import Web
+from tests.conftest import tool_missing
 
 TOKEN = "canary-token-0123456789abcdef"
 REPORT = CleanupReport(1_700_000_000_000, 1, 2, 3, 4, 5, 6, [], True)
@@ -148,6 +152,9 @@ class Figures:
     async def metrics(self) -> bytes:
         return b"jobd_stuck_jobs 0\n"
 
+    async def vitals(self) -> Vitals:
+        return Vitals(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000)
+
     async def reports(self, limit: int) -> list[CleanupReport]:
         return [REPORT][:limit]
 
@@ -256,6 +263,20 @@ def message(
     fields |= headers or {}
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     return f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode() + (raw or b"")
+
+
+async def tls_pair(place: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Both ends of TLS for "localhost", with a certificate of its own."""
+    if shutil.which("openssl") is None:
+        tool_missing("openssl", "openssl")
+    key, cert = place / "key.pem", place / "cert.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "1", "-nodes"]
+    files = ["-keyout", str(key), "-out", str(cert), "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    done = await asyncio.create_subprocess_exec("openssl", "req", "-x509", *files, *subject, stderr=-3)
+    assert await done.wait() == 0
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(cert, key)
+    return server, ssl.create_default_context(cafile=str(cert))
 
 
 class House:

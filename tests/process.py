@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 TOKEN = "token-for-tests-0123456789abcdef"
 READY = b"event=ready"
@@ -130,7 +130,7 @@ class Daemon(Doors):
         self._looked_at = 0
         self._listener: threading.Thread | None = None
 
-    def __enter__(self) -> Daemon:
+    def __enter__(self) -> Self:
         self.start()
         return self
 

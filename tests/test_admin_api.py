@@ -11,7 +11,7 @@ import msgspec.inspect
 import pytest
 
 from jobd.admin_api import ROUTES
-from jobd.answers import Answer, StatsView
+from jobd.answers import Answer, StatsView, ValidateJobView, Validation
 from jobd.commands import (
     Cancel,
     Command,
@@ -39,7 +39,10 @@ from jobd.commands import (
     Workers,
 )
 from jobd.doors import Gate
+from jobd.job import Policy
+from jobd.views import job_view
 from tests.http_help import TOKEN, House
+from tests.test_views import AT, JOB
 
 P = "/admin/job-management"
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
@@ -160,6 +163,37 @@ async def test_every_call_but_the_open_ones_needs_the_token(house: House, route:
 def test_what_a_route_takes_and_gives_can_be_described(route: Any) -> None:
     assert len(msgspec.inspect.multi_type_info([route.asks, route.gives])) == 2
     assert route.who == ("anyone" if route.path in {"/healthz", "/readyz", "/openapi.json"} else "admin")
+
+
+READER = {"Authorization": "Bearer reader-token-0123456789abcdef"}
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+async def test_who_may_only_look_gets_all_that_changes_nothing_and_holds_no_secret(house: House, route: Any) -> None:
+    house.site.gate.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
+    house.desk.answer = lambda command: Refusal("job_not_found", "It is asked, which is enough here.")
+    query = "?jobId=j" if route.path.endswith("validate-job") else ""
+    target = route.path.replace("{id}", "j").replace("{name}", "q") + query
+    heard = await house.ask(route.method, target, headers=READER)
+    if route.method != "GET" or route.path.endswith("backup"):
+        assert (heard.status, heard.error) == (403, "forbidden")
+        assert "admin token" in heard.json["message"]
+        assert house.desk.asked == []
+    else:
+        assert heard.status in (200, 404)
+        if not route.path.endswith("validate-job"):
+            assert not any(asked.admin for asked in house.desk.asked), "no command of his may show a lock id"
+
+
+async def test_a_validated_job_is_shown_without_its_lock_id_to_who_may_only_look(house: House) -> None:
+    house.site.gate.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
+    for headers, shown in ((AUTH, True), (READER, False)):
+        held = job_view(JOB, AT, Policy(), admin=True)
+        view = ValidateJobView("a", held, Validation(True, [], True), 1)
+        house.desk.answer = lambda _, view=view: Answer(view)
+        heard = await house.ask("GET", f"{P}/validate-job?jobId=a", headers=headers)
+        assert ("lock_id" in heard.data["job"]["lock"]) == shown
+        assert heard.data["job"]["lock"]["worker"] == "w-1"
 
 
 async def test_stats_say_whether_a_pass_is_running(house: House) -> None:

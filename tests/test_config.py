@@ -238,6 +238,28 @@ def test_where_the_admin_token_comes_from(write: Write, tmp_path: Path) -> None:
     assert given_ == [(token,) for token in [*expected, "canary-admin_token-0123456789abcdef"]]
 
 
+def test_where_the_token_comes_from_that_may_only_look(write: Write, tmp_path: Path) -> None:
+    one, two, _ = (
+        write(f"canary-{name}-0123456789abcdef\n", name) for name in ("file", "toml", "admin_readonly_token")
+    )
+    path = write(f'[admin]\nreadonly_token_file = "{two}"\n')
+    environ = {"ADMIN_TOKEN": TOKEN, "ADMIN_READONLY_TOKEN_FILE": one, "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert load({}, environ, path).reader_tokens == ("canary-file-0123456789abcdef",)
+    del environ["ADMIN_READONLY_TOKEN_FILE"]
+    found = load({}, environ, path)
+    assert found.reader_tokens == ("canary-toml-0123456789abcdef",)
+    assert "may only look: 1" in effective(found)
+    assert load({}, environ).reader_tokens == ("canary-admin_readonly_token-0123456789abcdef",)
+    assert loaded().reader_tokens == ()
+
+
+def test_a_token_that_may_only_look_is_not_the_admin_token(write: Write) -> None:
+    path = write(TOKEN, "readers")
+    message = refusal(ADMIN_TOKEN=TOKEN, ADMIN_READONLY_TOKEN_FILE=path)
+    assert "admin token is in it too" in message
+    assert TOKEN not in message
+
+
 def test_two_tokens_while_they_are_rotated(write: Write) -> None:
     path = write(f"{TOKEN}\n\n  {OTHER}  \n", "tokens")
     assert load({}, {"ADMIN_TOKEN_FILE": path}).admin_tokens == (TOKEN, OTHER)

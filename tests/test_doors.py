@@ -6,7 +6,7 @@ import pytest
 from multidict import CIMultiDict
 
 from jobd.bodies import Refused
-from jobd.doors import JSON, LINES, Gate, check_kind, host_name, own_names
+from jobd.doors import JSON, LINES, Gate, check_kind, host_name, own_names, token_digest
 
 GOOD = "good-token-0123456789abcdef"
 OTHER = "other-token-0123456789abcdef"
@@ -48,6 +48,16 @@ def headers(**fields: str) -> CIMultiDict[str]:
 def test_any_valid_token_opens_and_nothing_else(given: str, wanted: str | None) -> None:
     gate = Gate("admin", tokens=[GOOD, OTHER])
     assert code(gate.admit, headers(Authorization=given)) == wanted
+
+
+def test_a_token_that_may_only_look_is_told_from_the_others() -> None:
+    gate = Gate("admin", tokens=[GOOD], readers=[OTHER])
+    assert gate.admit(headers(Authorization=f"Bearer {GOOD}")) == "full"
+    assert gate.admit(headers(Authorization=f"Bearer {OTHER}")) == "read"
+    assert gate.access_of(token_digest(OTHER)) == "read"
+    assert gate.access_of(token_digest("x")) is None
+    gate.replace_tokens([GOOD])
+    assert code(gate.admit, headers(Authorization=f"Bearer {OTHER}")) == "unauthorized"
 
 
 def test_tokens_can_be_replaced_while_running() -> None:

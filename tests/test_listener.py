@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import shutil
 import socket
-import ssl
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,9 +23,8 @@ from jobd.connection import PIECE
 from jobd.doors import Gate, own_names
 from jobd.listener import is_taken
 from jobd.worker_api import ROUTES
-from tests.conftest import tool_missing
 from tests.hostile_bytes import CHUNKED, GET, HOSTILE, POST
-from tests.http_help import TOKEN, House, Line, message
+from tests.http_help import TOKEN, House, Line, message, tls_pair
 
 
 @pytest.fixture
@@ -399,16 +396,7 @@ async def test_the_address_of_a_connection_is_a_name_of_the_daemon(tmp_path: Pat
 
 
 async def test_tls(tmp_path: Path) -> None:
-    if shutil.which("openssl") is None:
-        tool_missing("openssl", "openssl")
-    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "1", "-nodes"]
-    files = ["-keyout", str(key), "-out", str(cert), "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-    done = await asyncio.create_subprocess_exec("openssl", "req", "-x509", *files, *subject, stderr=-3)
-    assert await done.wait() == 0
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(cert, key)
-    client = ssl.create_default_context(cafile=str(cert))
+    server, client = await tls_pair(tmp_path)
     gate = Gate("tcp", tokens=[TOKEN], hosts=own_names("127.0.0.1"))
     async with House(ROUTES, tmp_path, gate=gate) as house:
         [(_, port)] = await house.listener.open_tcp("127.0.0.1", 0, tls=server)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import platform
 import time
@@ -17,7 +18,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
-from jobd.actor import Actor
+from jobd.actor import COMMIT_BUCKETS_S, Actor
 from jobd.alerts import NAMES, Alerts
 from jobd.answers import Answer
 from jobd.book import Book
@@ -28,7 +29,18 @@ from jobd.figures import OTHER_QUEUES
 from jobd.health import Health
 from jobd.job import STATUSES, Policy
 from jobd.keys import Keys
-from jobd.metrics import LAG_EVERY_S, LANES_SEEN, QUEUES_SHOWN, Metrics, Snapshot, capped, oldest_due_s, text
+from jobd.metrics import (
+    COMMITS_KEPT,
+    LAG_EVERY_S,
+    LANES_SEEN,
+    QUEUES_SHOWN,
+    Metrics,
+    Snapshot,
+    capped,
+    oldest_due_s,
+    quantile,
+    text,
+)
 from jobd.pace import HOURS_NEEDED, SAMPLES_NEEDED
 from jobd.passes import Schedule
 from jobd.store import Store
@@ -179,7 +191,43 @@ async def test_a_life_of_jobs_on_a_real_store_is_counted(tmp_path: Path) -> None
         assert value(body, "jobd_commit_seconds_count") == value(body, "jobd_batch_commands_count") >= 10
         assert value(body, "jobd_database_bytes") > 0
         assert value(body, "jobd_wal_bytes") == (tmp_path / "jobd.db-wal").stat().st_size
+        vitals = await daemon.metrics.vitals()
+        assert (vitals.commit_p99_s or 0) > 0
+        assert vitals.database_bytes == (tmp_path / "jobd.db").stat().st_size
+        assert vitals.wal_bytes == (tmp_path / "jobd.db-wal").stat().st_size
+        assert (vitals.mailbox, vitals.parked) == (0, 0)
+        assert vitals.uptime_ms >= 50
         assert value(body, "jobd_build_info", version=jobd.__version__, python=platform.python_version()) == 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "bound"),
+    [
+        ([0, 0, 0], None),
+        ([99, 1, 0], 1),
+        ([98, 2, 0], 2),
+        ([0, 1, 0], 2),
+        ([0, 0, 1], math.inf),
+        ([990, 9, 1], 1),
+        ([980, 10, 10], 2),
+        ([980, 9, 11], math.inf),
+    ],
+)
+def test_a_quantile_is_the_bound_of_its_bucket(counts: list[int], bound: float | None) -> None:
+    assert quantile(0.99, counts, (1, 2)) == bound
+
+
+@in_virtual_time
+async def test_the_slowest_commits_are_those_of_the_last_minutes() -> None:
+    async with Household() as house:
+        metrics = metrics_of(house)
+        house.actor.commit_seconds.add(0.003, COMMIT_BUCKETS_S)
+        assert metrics.commit_p99_s() == 0.005
+        running = asyncio.create_task(metrics.run())
+        await seconds((COMMITS_KEPT + 2) * LAG_EVERY_S)
+        assert metrics.commit_p99_s() is None
+        metrics.stop()
+        await running
 
 
 @in_virtual_time
@@ -187,6 +235,12 @@ async def test_a_store_in_memory_has_no_files() -> None:
     async with Household() as house:
         body = shown(house)
         assert value(body, "jobd_database_bytes") == value(body, "jobd_wal_bytes") == 0
+
+
+async def test_vitals_of_a_store_in_memory_have_no_sizes() -> None:
+    async with Household() as house:
+        vitals = await metrics_of(house).vitals()
+        assert (vitals.database_bytes, vitals.wal_bytes) == (0, 0)
 
 
 @in_virtual_time

@@ -1,0 +1,56 @@
+"""Static files: read once at the start, given out from memory under names that change with their content.
+
+Looks at no request: a name that is not one of the files that were there at the start is nothing.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from jobd.replies import Text
+
+PLACE: Final = Path(__file__).parent / "static"
+KINDS: Final = {
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+    ".json": "application/json",
+}
+FOR_EVER: Final = "public, max-age=31536000, immutable"
+ASK_AGAIN: Final = "no-cache"
+
+
+class Asset(Struct, frozen=True):
+    kind: str
+    body: bytes
+    version: str
+
+
+class Assets:
+    """The files of `static/`, by name. Reads the disk: make it off the loop."""
+
+    def __init__(self, place: Path = PLACE) -> None:
+        self._files = {path.name: _read(path) for path in sorted(place.iterdir()) if path.suffix in KINDS}
+
+    def url(self, name: str) -> str:
+        """Where a page finds the file `name`: another address for other content, so it may be kept for ever."""
+        return f"/static/{name}?v={self._files[name].version}"
+
+    def text(self, name: str, version: str) -> Text | None:
+        """The file as it leaves, None where there is none of that name."""
+        found = self._files.get(name)
+        if found is None:
+            return None
+        keep = FOR_EVER if version == found.version else ASK_AGAIN
+        more = {"Cache-Control": keep, "Cross-Origin-Resource-Policy": "same-origin"}
+        return Text(found.kind, found.body, more)
+
+
+def _read(path: Path) -> Asset:
+    body = path.read_bytes()
+    return Asset(KINDS[path.suffix], body, sha256(body).hexdigest()[:16])

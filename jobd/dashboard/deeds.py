@@ -1,0 +1,130 @@
+"""What an operator may do to one job, as data: from which states to which, and the command that does it.
+
+Decides nothing: whether it can be done is the actor's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Literal
+
+from msgspec import UNSET, Struct
+
+from jobd.answers import JobView
+from jobd.commands import Cancel, Command, Delete, ExtendLock, ForceFail, ForceReset, ReleaseLock, RunNow
+
+Verb = Literal["run-now", "extend", "release", "force-reset", "force-fail", "cancel", "delete"]
+
+
+class Deed(Struct, frozen=True):
+    """`to` is the status afterwards, None where it stays; `shell` is the same for a terminal, "" where there is none.
+
+    `make` is given the job's id, the reason (None: none was given, or it takes none) and the lock's secret.
+    """
+
+    verb: Verb
+    label: str
+    says: str
+    froms: frozenset[str]
+    to: str | None
+    make: Callable[[str, str | None, str], Command]
+    takes_reason: bool = False
+    wants_lock: bool = False
+    is_grave: bool = False
+    shell: str = ""
+
+
+_ALL: Final = (
+    Deed(
+        "run-now",
+        "Run now",
+        "It becomes due at once. Its place among jobs of the same priority is that of now.",
+        frozenset({"queued"}),
+        None,
+        lambda job_id, reason, lock_id: RunNow(id=job_id),
+    ),
+    Deed(
+        "extend",
+        "Extend lock",
+        "The lock lives for its whole time again, from now on. The worker keeps the job and notices nothing.",
+        frozenset({"processing"}),
+        None,
+        lambda job_id, reason, lock_id: ExtendLock(id=job_id, lock_id=lock_id),
+        wants_lock=True,
+    ),
+    Deed(
+        "release",
+        "Release",
+        "The job goes back to its queue and keeps its place; the attempt does not count. The worker has lost it.",
+        frozenset({"processing"}),
+        "queued",
+        lambda job_id, reason, lock_id: ReleaseLock(id=job_id, lock_id=lock_id),
+        wants_lock=True,
+    ),
+    Deed(
+        "force-reset",
+        "Reset",
+        "The job waits again as if it were new: no attempts, no stalls, no error, due now. A worker that holds it has "
+        "lost it, and may have done half of the work.",
+        frozenset({"processing", "failed", "cancelled"}),
+        "queued",
+        lambda job_id, reason, lock_id: ForceReset(id=job_id, reason=reason),
+        takes_reason=True,
+        is_grave=True,
+        shell="jobctl force-reset",
+    ),
+    Deed(
+        "force-fail",
+        "Fail",
+        "The job ends as failed, with your reason as its error. A worker that holds it has lost it.",
+        frozenset({"queued", "processing"}),
+        "failed",
+        lambda job_id, reason, lock_id: ForceFail(id=job_id, reason=reason),
+        takes_reason=True,
+        is_grave=True,
+        shell="jobctl force-fail",
+    ),
+    Deed(
+        "cancel",
+        "Cancel",
+        "The job ends as cancelled. A worker that holds it is told to stop with its next call.",
+        frozenset({"queued", "processing"}),
+        "cancelled",
+        lambda job_id, reason, lock_id: Cancel(id=job_id, reason=reason),
+        takes_reason=True,
+        is_grave=True,
+        shell="jobctl cancel",
+    ),
+    Deed(
+        "delete",
+        "Delete",
+        "The job and its history are gone for good.",
+        frozenset({"completed", "failed", "cancelled"}),
+        "gone",
+        lambda job_id, reason, lock_id: Delete(id=job_id),
+        is_grave=True,
+    ),
+)
+DEEDS: Final[dict[str, Deed]] = {deed.verb: deed for deed in _ALL}
+
+
+def lock_id_of(job: JobView) -> str:
+    """The secret of the job's lock, "" where there is none or it is not shown."""
+    return "" if job.lock is None or job.lock.lock_id is UNSET else job.lock.lock_id
+
+
+def open_to(job: JobView, now: int) -> list[Deed]:
+    """What can be done to `job` as it is."""
+    return [deed for deed in _ALL if can(deed, job, now)]
+
+
+def can(deed: Deed, job: JobView, now: int) -> bool:
+    if deed.verb == "run-now" and job.run_at <= now:
+        return False
+    return job.status in deed.froms and (not deed.wants_lock or lock_id_of(job) != "")
+
+
+def seen(job: JobView) -> str:
+    """What an operator has looked at: a job that has moved since, or has another holder, is another matter."""
+    token = "" if job.lock is None else f" {job.lock.fencing_token}"
+    return f"{job.status}{token}"

@@ -1,0 +1,111 @@
+"""Who looks at a page: a browser with a session, or a program with a token; and what they may do.
+
+Knows no page. Whether a token is valid is the gate's to say.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from msgspec import Struct
+
+from jobd.answers import Answer
+from jobd.bodies import refused
+from jobd.commands import Refusal
+from jobd.dashboard.sessions import Session, Sessions, Told
+from jobd.doors import Access
+from jobd.visits import Visit
+from jobd.web import Web
+
+AUTHORIZATION: Final = "Authorization"
+CSRF_HEADER: Final = "X-CSRF-Token"
+
+
+class Guest(Struct):
+    """Who asks for a page. `session` is None for a program, which sends its token with every request."""
+
+    site: Web
+    visit: Visit
+    access: Access
+    session: Session | None = None
+
+    @property
+    def may_change(self) -> bool:
+        return self.access == "full"
+
+    @property
+    def csrf(self) -> str:
+        return "" if self.session is None else self.session.csrf
+
+    @property
+    def now(self) -> int:
+        """Wall time of the daemon, Unix ms."""
+        return self.site.rooms.clock().now
+
+    async def ask(self, command: Any) -> Answer | Refusal:
+        """One command to the actor, as an operator asks it."""
+        by = "admin" if self.may_change else "reader"
+        return await self.site.actor.ask(command, by=by, admin=self.may_change, size=self.visit.size)
+
+    def tell(self, message: str) -> None:
+        """Say something on the page that comes next."""
+        if self.session is not None:
+            self.session.told = Told(message)
+
+    def check_form(self, csrf: str) -> None:
+        """403 where a form of a session does not carry its secret: some other page has sent it.
+
+        A program's token does not come by itself, as a cookie does, so it needs none.
+        """
+        given = self.visit.head.headers.get(CSRF_HEADER) or csrf
+        if self.session is not None and not self.session.has_csrf(given):
+            raise refused("forbidden", "This form is not of your session. Open its page again, then send it.")
+
+
+def guest_of(site: Web, visit: Visit, sessions: Sessions) -> Guest | None:
+    """Who asks; None where nobody has signed in. 401 where a token is sent that is not valid."""
+    guest = None
+    if AUTHORIZATION in visit.head.headers:
+        guest = Guest(site, visit, site.gate.admit(visit.head.headers))
+    elif (session := sessions.find(cookie(visit))) is not None:
+        guest = Guest(site, visit, session.access, session)
+    if guest is not None:
+        visit.admin = guest.may_change
+        visit.by = "admin" if guest.may_change else "reader"
+    return guest
+
+
+def cookie(visit: Visit) -> str:
+    """The secret of the session, "" where there is none."""
+    wanted = cookie_name(visit)
+    for part in ";".join(visit.head.headers.getall("Cookie", ())).split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == wanted:
+            return value
+    return ""
+
+
+def cookie_name(visit: Visit) -> str:
+    """Browsers share cookies between the ports of a machine: two daemons there must not end each other's sessions."""
+    address = visit.connection.sockname
+    return f"jobd_{address[1]}" if isinstance(address, tuple) else "jobd"
+
+
+def set_cookie(visit: Visit, value: str, max_age_s: float) -> str:
+    """The header's value that keeps the session's secret in the browser, or with an age of 0 takes it away."""
+    secure = "; Secure" if _is_secure(visit) else ""
+    return f"{cookie_name(visit)}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age={max_age_s:.0f}{secure}"
+
+
+def _is_secure(visit: Visit) -> bool:
+    """Whether the browser came by TLS, to us or to a proxy before us."""
+    transport = visit.connection.transport
+    by_tls = transport is not None and transport.get_extra_info("sslcontext") is not None
+    return by_tls or visit.head.headers.get("Origin", "").startswith("https://")
+
+
+def address_of(visit: Visit) -> str:
+    """Where the connection comes from."""
+    transport = visit.connection.transport
+    peer = None if transport is None else transport.get_extra_info("peername")
+    return str(peer[0]) if isinstance(peer, tuple) else "unix"

@@ -1,0 +1,206 @@
+"""What each page shows: the commands that it asks, and their answers as the templates take them.
+
+Changes nothing. Every list has a bound, and says what is beyond it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Annotated, Any, Final
+from urllib.parse import urlencode
+
+import msgspec
+from msgspec import UNSET, Meta, Raw
+
+from jobd.answers import Answer, JobPage, JobView, LockList, QueueList, StatsView, TimelineView, WhyView, WorkerList
+from jobd.bodies import Refused, explain
+from jobd.commands import Command, Get, List, Locks, OnJob, Queues, Refusal, Stats, Timeline, Why, Workers
+from jobd.dashboard.deeds import DEEDS, Deed, Verb, can, open_to, seen
+from jobd.dashboard.guests import Guest
+from jobd.dashboard.paint import pretty
+from jobd.dashboard.recorder import Recorder
+from jobd.job import STATUSES, is_job_id
+
+Shown = dict[str, Any]
+
+PER_PAGE: Final = 50
+MOST_ROWS: Final = 200  # of queues and damaged jobs
+MOST_HELD: Final = 100  # of workers and of locks
+MOST_EVENTS: Final = 200
+MOST_REPORTS: Final = 50
+_HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]-]{1,200}")
+
+
+class JobsPage(Command, frozen=True, kw_only=True):
+    """A form sends fields that are empty, too: they filter nothing."""
+
+    id: str = ""
+    status: str = ""
+    queue: str = ""
+    kind: str = ""
+    worker: str = ""
+    cursor: str = ""
+
+
+class OneJob(OnJob, frozen=True, kw_only=True):
+    pass
+
+
+class ConfirmPage(OnJob, frozen=True, kw_only=True):
+    verb: Verb
+
+
+class SignInPage(Command, frozen=True, kw_only=True):
+    next: Annotated[str, Meta(max_length=2_000)] = "/"
+
+
+async def asked(guest: Guest, *commands: Command) -> list[Any]:
+    """The data of the answers; Refused where one of them is a no."""
+    answers = await asyncio.gather(*(guest.ask(command) for command in commands))
+    for answer in answers:
+        if isinstance(answer, Refusal):
+            raise Refused(answer)
+    return [answer.data for answer in answers if isinstance(answer, Answer)]
+
+
+async def overview(guest: Guest, recorder: Recorder) -> Shown:
+    stats: StatsView
+    queues: QueueList
+    stats, queues = await asked(guest, Stats(), Queues())
+    rooms, now = guest.site.rooms, guest.now
+    due = [queue for queue in queues.queues if queue.oldest_due_at is not None and queue.oldest_due_at <= now]
+    return {
+        "stats": stats,
+        "rates": recorder.rates(now),
+        "oldest_due": min(due, key=lambda queue: queue.oldest_due_at or 0, default=None),
+        "cleanup": rooms.cleanup_state(),
+        "vitals": await rooms.vitals(),
+        "clock": rooms.clock(),
+        "damaged": len(rooms.quarantine()),
+        **strip(guest, queues),
+    }
+
+
+def strip(guest: Guest, queues: QueueList) -> Shown:
+    """What every page says at its top: paused queues, and alerts."""
+    return {
+        "paused": [queue.name for queue in queues.queues if queue.paused],
+        "firing": [alert for alert in guest.site.rooms.alerts() if alert.firing],
+    }
+
+
+async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
+    given = {
+        name: value for name, value in msgspec.structs.asdict(wanted).items() if value and name not in ("id", "cursor")
+    }
+    asks = {**given, **({"cursor": wanted.cursor} if wanted.cursor else {}), "limit": PER_PAGE}
+    shown: Shown = {"wanted": wanted, "statuses": STATUSES, "page": JobPage([], None), "fault": "", "next": ""}
+    try:
+        command = msgspec.convert(asks, List)
+    except msgspec.ValidationError as fault:
+        [queues] = await asked(guest, Queues())
+        no = explain(str(fault), List).refusal
+        return {
+            **shown,
+            "fault": no.message,
+            "status": no.status,
+            "every_s": 0,
+            "queues": _names(queues),
+            **strip(guest, queues),
+        }
+    page, queues = await asked(guest, command, Queues())
+    more = f"/jobs?{urlencode({**given, 'cursor': page.next_cursor})}" if page.next_cursor else ""
+    first = f"/jobs?{urlencode(given)}" if wanted.cursor else ""
+    if wanted.cursor:  # what is older stays where it is
+        shown["every_s"] = 0
+    return {**shown, "page": page, "next": more, "first": first, "queues": _names(queues), **strip(guest, queues)}
+
+
+def _names(queues: QueueList) -> list[str]:
+    return [queue.name for queue in queues.queues[:MOST_ROWS]]
+
+
+def job_wanted(wanted: JobsPage) -> str | None:
+    """Where to go on, if a job is asked for by its id."""
+    return f"/jobs/{wanted.id}" if is_job_id(wanted.id) else None
+
+
+async def job(guest: Guest, job_id: str) -> Shown:
+    view: JobView
+    timeline: TimelineView
+    why: WhyView
+    view, timeline, why, queues = await asked(guest, Get(id=job_id), Timeline(id=job_id), Why(id=job_id), Queues())
+    events = timeline.events
+    return {
+        "job": view,
+        "payload": pretty(Raw(b"null") if view.payload is UNSET else view.payload),
+        "metadata": None if view.metadata is None else pretty(view.metadata),
+        "events": events[::-1][:MOST_EVENTS],
+        "left_out": max(len(events) - MOST_EVENTS, 0),
+        "why": why,
+        "deeds": open_to(view, guest.now) if guest.may_change else [],
+        "base": base_url(guest),
+        **strip(guest, queues),
+    }
+
+
+def base_url(guest: Guest) -> str:
+    """The address of this daemon as the browser knows it, fit for a command line."""
+    host = guest.visit.head.headers.get("Host", "")
+    transport = guest.visit.connection.transport
+    tls = transport is not None and transport.get_extra_info("sslcontext") is not None
+    return f"http{'s' if tls else ''}://{host if _HOST.fullmatch(host) else 'localhost'}"
+
+
+async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
+    view: JobView
+    view, queues = await asked(guest, Get(id=wanted.id), Queues())
+    deed: Deed = DEEDS[wanted.verb]
+    return {
+        "job": view,
+        "deed": deed,
+        "can": can(deed, view, guest.now),
+        "seen": seen(view),
+        **strip(guest, queues),
+    }
+
+
+async def queues(guest: Guest) -> Shown:
+    [found] = await asked(guest, Queues())
+    # In an order that stays: a row that moves away under a finger is another queue's.
+    rows = sorted(found.queues, key=lambda queue: queue.name)
+    return {"rows": rows[:MOST_ROWS], "more": max(len(rows) - MOST_ROWS, 0), **strip(guest, found)}
+
+
+async def workers(guest: Guest) -> Shown:
+    found: WorkerList
+    held: LockList
+    found, held, queues = await asked(guest, Workers(), Locks(), Queues())
+    return {
+        "workers": found.workers[:MOST_HELD],
+        "more_workers": max(len(found.workers) - MOST_HELD, 0),
+        "locks": held.locks[:MOST_HELD],
+        "more_locks": max(len(held.locks) - MOST_HELD, 0),
+        **strip(guest, queues),
+    }
+
+
+async def cleanup(guest: Guest) -> Shown:
+    rooms = guest.site.rooms
+    [queues] = await asked(guest, Queues())
+    return {"state": rooms.cleanup_state(), "reports": await rooms.reports(MOST_REPORTS), **strip(guest, queues)}
+
+
+async def alerts(guest: Guest) -> Shown:
+    rooms = guest.site.rooms
+    [queues] = await asked(guest, Queues())
+    damaged = rooms.quarantine()
+    return {
+        "alerts": sorted(rooms.alerts(), key=lambda alert: not alert.firing),
+        "health": await rooms.health(),
+        "clock": rooms.clock(),
+        "damaged": damaged[:MOST_ROWS],
+        "more_damaged": max(len(damaged) - MOST_ROWS, 0),
+        **strip(guest, queues),
+    }

@@ -1,0 +1,144 @@
+"""Pages as bytes: the templates, compiled once, the words for times and sizes, and the headers of every page.
+
+Asks for nothing: what is shown is given. All text is escaped, and characters that nobody can see are made visible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+import msgspec
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from jobd import __version__
+from jobd.dashboard.assets import Assets
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
+from jobd.replies import Text
+
+PLACE: Final = Path(__file__).parent / "templates"
+HTML: Final = "text/html; charset=utf-8"
+POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+# `same-origin`, not `no-referrer`: with that a browser sends `Origin: null` with our own forms.
+HEADERS: Final = {
+    "Content-Security-Policy": POLICY,
+    "Referrer-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+SHOWN_JSON: Final = 20_000  # characters of a payload
+
+# Control characters as their pictures, and what turns the direction of text around as its name.
+_PICTURES: Final = {
+    **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
+    0x7F: "\u2421",
+    **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
+    **{code: f"\\u{code:04x}" for code in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))},
+}
+
+
+class Painter:
+    """Makes pages. Reads and compiles all templates: make it off the loop."""
+
+    def __init__(self, assets: Assets) -> None:
+        self._made = Environment(
+            loader=FileSystemLoader(PLACE),
+            autoescape=True,
+            undefined=StrictUndefined,
+            auto_reload=False,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            finalize=visible,
+        )
+        self._made.filters |= {
+            "span": span,
+            "instant": instant,
+            "iso": iso,
+            "size": size,
+            "thousands": thousands,
+            "q": lambda text: quote(str(text), safe=""),
+        }
+        self._made.globals |= {"asset": assets.url, "version": __version__}
+        for name in self._made.list_templates():
+            self._made.get_template(name)
+
+    def page(self, template: str, **shown: Any) -> Text:
+        """A page, or a part of one, with the headers of both."""
+        body = self._made.get_template(template).render(**shown).encode("utf-8", "replace")
+        return Text(HTML, body, HEADERS)
+
+
+def go_to(place: str, **more: str) -> Text:
+    """Nothing but the place where to go on; `place` is an address of ours."""
+    return Text(HTML, b"", {**HEADERS, "Location": place, **{name.replace("_", "-"): more[name] for name in more}})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words.
+
+
+def visible(value: Any) -> Any:
+    """`value` for a page: text of others may hold characters that move the cursor or turn the line around."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return value.translate(_PICTURES)
+
+
+def span(ms: float) -> str:
+    """How long, with the two greatest units: 350 ms, 12 s, 3 min 5 s, 2 h 10 min, 4 d 3 h."""
+    ms = abs(int(ms))
+    if ms < SECOND_MS:
+        return f"{ms} ms"
+    for unit, word, smaller, small in (
+        (DAY_MS, "d", HOUR_MS, "h"),
+        (HOUR_MS, "h", MINUTE_MS, "min"),
+        (MINUTE_MS, "min", SECOND_MS, "s"),
+    ):
+        if ms >= unit:
+            rest = ms % unit // smaller
+            return f"{ms // unit} {word} {rest} {small}" if rest else f"{ms // unit} {word}"
+    return f"{ms // SECOND_MS} s"
+
+
+def instant(at: int) -> str:
+    """When, for people: 2026-01-31 12:00:00 UTC."""
+    return _utc(at).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def iso(at: int) -> str:
+    return _utc(at).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _utc(at: int) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(at / SECOND_MS, datetime.UTC)
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that gives a short number."""
+    number = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
+def thousands(number: float) -> str:
+    """A number with narrow spaces: 12 345."""
+    return f"{number:,}".replace(",", "\u202f")
+
+
+def pretty(raw: Any) -> tuple[str, int]:
+    """JSON text with line breaks, and how many characters of it were left out."""
+    text = bytes(raw).decode("utf-8", "replace")
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):  # nested too deeply: it is shown as it came
+        text = msgspec.json.format(text)
+    return text[:SHOWN_JSON], max(len(text) - SHOWN_JSON, 0)

@@ -1,0 +1,328 @@
+"""The table of pages, and who gets in: sign-in, sessions, forms that belong to a session, refusals for people.
+
+No page's content, and no rule about jobs. To the actor it is one more sender of commands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Final
+from urllib.parse import quote
+
+import msgspec
+import structlog
+from msgspec import Meta
+
+from jobd.answers import Answer, JobView
+from jobd.bodies import Refused, refused
+from jobd.commands import Command, Get, OnJob, Pause, Refusal, Resume
+from jobd.dashboard import pages
+from jobd.dashboard.assets import Assets
+from jobd.dashboard.deeds import DEEDS, Verb, lock_id_of, seen
+from jobd.dashboard.guests import Guest, address_of, cookie, guest_of, set_cookie
+from jobd.dashboard.paint import HEADERS, HTML, Painter, go_to
+from jobd.dashboard.recorder import Recorder
+from jobd.dashboard.sessions import LONGEST_S, Brake, Sessions
+from jobd.doors import Gate
+from jobd.job import QueueName
+from jobd.job import Text as Words
+from jobd.replies import Text
+from jobd.routes import Route
+from jobd.visits import Visit
+from jobd.web import Nothing, Web, check_reader
+
+Shown = dict[str, Any]
+Look = Callable[[Guest, Any], Awaitable[Shown]]
+Act = Callable[[Guest, Any], Awaitable[Answer | Refusal]]
+
+OURS: Final = re.compile(r"/(?!/)[A-Za-z0-9._:%/?&=+~-]*")  # addresses to which a sign-in leads on
+
+log = structlog.get_logger("jobd.dashboard")
+
+
+class Asset(Command, frozen=True, kw_only=True):
+    name: str
+    v: str = ""
+
+
+class SignIn(Command, frozen=True, kw_only=True):
+    token: Annotated[str, Meta(max_length=1_000)] = ""
+    next: Annotated[str, Meta(max_length=2_000)] = "/"
+
+
+class Form(Command, frozen=True, kw_only=True):
+    csrf: str = ""
+
+
+class QueueForm(Form, frozen=True, kw_only=True):
+    name: QueueName
+
+
+class DeedForm(OnJob, frozen=True, kw_only=True):
+    verb: Verb
+    seen: Annotated[str, Meta(max_length=60)]
+    reason: Words = ""
+    csrf: str = ""
+
+
+class Dashboard:
+    """The room behind one gate. Reads templates and static files: make it off the loop."""
+
+    def __init__(self, gate: Gate, recorder: Recorder, *, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self.sessions = Sessions(gate.access_of, clock_s)
+        self._assets = Assets()
+        self._painter = Painter(self._assets)
+        self._recorder = recorder
+        self._brake = Brake(clock_s)
+
+    def routes(self) -> tuple[Route, ...]:
+        """Every page, as data."""
+        recorder = self._recorder
+        return (
+            self._open("GET", "/sign-in", pages.SignInPage, self._sign_in_page),
+            self._open("POST", "/sign-in", SignIn, self._sign_in),
+            self._open("GET", "/static/{name}", Asset, self._static),
+            self._open("GET", "/docs", Nothing, self._docs),
+            self._form("/sign-out", Form, self._sign_out, for_readers=True),
+            self._page("/", Nothing, "overview", "Overview", lambda guest, _: pages.overview(guest, recorder)),
+            Route(method="GET", path="/chart.json", asks=Nothing, gives=bytes, who="anyone", via=self._chart),
+            self._page("/jobs", pages.JobsPage, "jobs", "Jobs", pages.jobs, every_s=5, leads=pages.job_wanted),
+            self._page("/jobs/{id}", pages.OneJob, "job", "Job", lambda guest, asked: pages.job(guest, asked.id)),
+            self._page("/jobs/{id}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),
+            self._form("/jobs/{id}/do", DeedForm, self._do),
+            self._page("/queues", Nothing, "queues", "Queues", lambda guest, _: pages.queues(guest)),
+            self._form("/queues/{name}/pause", QueueForm, self._pause),
+            self._form("/queues/{name}/resume", QueueForm, self._resume),
+            self._page("/workers", Nothing, "workers", "Workers", lambda guest, _: pages.workers(guest)),
+            self._page("/cleanup", Nothing, "cleanup", "Cleanup", lambda guest, _: pages.cleanup(guest)),
+            self._form("/cleanup/run", Form, self._run_cleanup),
+            self._form("/cleanup/recover", Form, self._recover),
+            self._page("/alerts", Nothing, "alerts", "Alerts", lambda guest, _: pages.alerts(guest), every_s=5),
+            self._form("/clock/accept", Form, self._accept_clock),
+        )
+
+    # -- kinds of routes ----------------------------------------------------------------------------------------------
+
+    def _open(self, method: str, path: str, asks: type[Command], via: Any) -> Route:
+        """Something that wants no session."""
+        reads: Any = "json" if method == "GET" else "form"
+        return Route(
+            method=method,
+            path=path,
+            asks=asks,
+            gives=bytes,
+            who="anyone",
+            via=via,
+            reads=reads,
+            sends=HTML,
+            shows=self._shows,
+        )
+
+    def _page(
+        self,
+        path: str,
+        asks: type[Command],
+        name: str,
+        title: str,
+        look: Look,
+        *,
+        every_s: int = 2,
+        changes: bool = False,
+        leads: Callable[[Any], str | None] = lambda asked: None,
+    ) -> Route:
+        """A page for who has signed in. It renews its living part every `every_s` seconds; `leads` sends on elsewhere.
+
+        `changes`: it leads to a change, so it is not for who may only look.
+        """
+
+        async def via(site: Web, visit: Visit, asked: Any) -> Answer:
+            guest = guest_of(site, visit, self.sessions)
+            if guest is None:
+                return _to_sign_in(visit)
+            if changes and not guest.may_change:
+                raise refused(
+                    "forbidden", "This session may only look. To change something sign in with the admin token."
+                )
+            if (place := leads(asked)) is not None:
+                return Answer(go_to(place), status=303)
+            shown = await look(guest, asked)
+            status = shown.pop("status", 200)
+            about = {"name": name, "title": title, "every_s": every_s, "part": f"{name}.live.html"}
+            template = "live.html" if is_renewal(visit) else f"{name}.html"
+            return Answer(await self._paint(template, guest, **{**about, **shown}), status=status)
+
+        return self._open("GET", path, asks, via)
+
+    def _form(self, path: str, asks: type[Command], act: Act, *, for_readers: bool = False) -> Route:
+        """A form of a page: whoever sends it has a session and its secret, and may change things."""
+
+        async def via(site: Web, visit: Visit, asked: Any) -> Answer | Refusal:
+            guest = guest_of(site, visit, self.sessions)
+            if guest is None:
+                raise refused("unauthorized", "Nobody is signed in here, or no more. Sign in, then do it again.")
+            guest.check_form(asked.csrf)
+            if not for_readers and not guest.may_change:
+                check_reader(route)
+            return await act(guest, asked)
+
+        route = self._open("POST", path, asks, via)
+        return route
+
+    async def _paint(self, template: str, guest: Guest | None, **shown: Any) -> Text:
+        """A page, made in a thread: a long list takes some ms, in which the loop has others to serve."""
+        session = None if guest is None else guest.session
+        return await asyncio.to_thread(
+            self._painter.page,
+            template,
+            guest=guest,
+            told=None if session is None or template == "live.html" else session.take_told(),
+            **{"here": "" if guest is None else _target(guest.visit), "now": guest.now if guest else 0, **shown},
+        )
+
+    def _shows(self, visit: Visit, refusal: Refusal) -> Text:
+        """A refusal as a page: what is wrong, and a way on."""
+        return self._painter.page(
+            "refused.html", guest=None, told=None, refusal=refusal, here="", now=0, title="Not done", name="refused"
+        )
+
+    # -- in and out ---------------------------------------------------------------------------------------------------
+
+    async def _sign_in_page(self, site: Web, visit: Visit, asked: pages.SignInPage) -> Answer:
+        if self.sessions.find(cookie(visit)) is not None:
+            return Answer(go_to(_onward(asked.next)), status=303)
+        return Answer(await self._sign_in_form(asked.next, ""))
+
+    async def _sign_in_form(self, onward: str, fault: str) -> Text:
+        place = _onward(onward)
+        return await self._paint("sign_in.html", None, title="Sign in", name="sign-in", onward=place, fault=fault)
+
+    async def _sign_in(self, site: Web, visit: Visit, asked: SignIn) -> Answer:
+        """No secret of a session is in this form, as there is none yet. What another site could gain by sending it is
+        that somebody is signed in with a token that this site knows; and the gate has looked at Origin."""
+        address = address_of(visit)
+        if wait_s := self._brake.wait_s(address):
+            fault = f"Too many wrong tokens came from your address. Try again in {wait_s:.0f} s."
+            text = await self._sign_in_form(asked.next, fault)
+            return Answer(msgspec.structs.replace(text, more={**text.more, "Retry-After": f"{wait_s:.0f}"}), status=429)
+        opened = self.sessions.sign_in(asked.token.strip())
+        if opened is None:
+            self._brake.note_wrong(address)
+            site.refusals["unauthorized"] += 1
+            log.info("sign_in_refused", address=address)
+            return Answer(await self._sign_in_form(asked.next, "That is no valid token."), status=401)
+        secret, session = opened
+        log.info("signed_in", access=session.access, address=address)
+        self.sessions.sign_out(cookie(visit))
+        return Answer(go_to(_onward(asked.next), Set_Cookie=set_cookie(visit, secret, LONGEST_S)), status=303)
+
+    async def _sign_out(self, guest: Guest, asked: Form) -> Answer:
+        self.sessions.sign_out(cookie(guest.visit))
+        log.info("signed_out", access=guest.access)
+        return Answer(go_to("/sign-in", Set_Cookie=set_cookie(guest.visit, "", 0)), status=303)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    async def _static(self, site: Web, visit: Visit, asked: Asset) -> Answer | Refusal:
+        text = self._assets.text(asked.name, asked.v)
+        return Refusal("not_found", "There is no such file.") if text is None else Answer(text)
+
+    async def _docs(self, site: Web, visit: Visit, asked: Nothing) -> Answer:
+        """It shows what GET /openapi.json gives to everybody, so it wants no session either."""
+        return Answer(await self._paint("docs.html", None, title="API", name="docs"))
+
+    async def _chart(self, site: Web, visit: Visit, asked: Nothing) -> Answer:
+        guest = guest_of(site, visit, self.sessions)
+        if guest is None:
+            raise refused("unauthorized", "Nobody is signed in here.")
+        return Answer(self._recorder.lines(guest.now))
+
+    # -- deeds --------------------------------------------------------------------------------------------------------
+
+    async def _do(self, guest: Guest, asked: DeedForm) -> Answer | Refusal:
+        """What was confirmed, if the job is still what the operator has seen."""
+        deed, job_id = DEEDS[asked.verb], asked.id
+        looked = await guest.ask(Get(id=job_id))
+        if isinstance(looked, Refusal):
+            return looked
+        job: JobView = looked.data
+        if seen(job) != asked.seen:
+            message = f"The job has moved since you looked: it is {job.status} now. Nothing was done."
+            return await self._job_refused(guest, job_id, Refusal("invalid_transition", message))
+        done = await guest.ask(deed.make(job_id, asked.reason.strip() or None, lock_id_of(job)))
+        if isinstance(done, Refusal):
+            return await self._job_refused(guest, job_id, done)
+        if deed.verb == "delete":
+            return _and_go(guest, "/jobs", f"Job {job_id} was deleted.")
+        return _and_go(guest, f"/jobs/{job_id}", f"{deed.label}: done. {job.status} \u2192 {deed.to or job.status}")
+
+    async def _job_refused(self, guest: Guest, job_id: str, refusal: Refusal) -> Answer | Refusal:
+        """The job's page with what the actor said no to."""
+        guest.site.refusals[refusal.code] += 1
+        try:
+            shown = await pages.job(guest, job_id)
+        except Refused as no:  # it is gone
+            return no.refusal
+        about = {"name": "job", "title": "Job", "every_s": 2, "part": "job.live.html", "here": f"/jobs/{job_id}"}
+        return Answer(await self._paint("job.html", guest, **shown, **about, refusal=refusal), status=refusal.status)
+
+    async def _pause(self, guest: Guest, asked: QueueForm) -> Answer | Refusal:
+        return await self._on_queue(guest, Pause(name=asked.name), f"Queue {asked.name} is paused.")
+
+    async def _resume(self, guest: Guest, asked: QueueForm) -> Answer | Refusal:
+        return await self._on_queue(guest, Resume(name=asked.name), f"Queue {asked.name} hands out its jobs again.")
+
+    async def _on_queue(self, guest: Guest, command: Command, message: str) -> Answer | Refusal:
+        done = await guest.ask(command)
+        return done if isinstance(done, Refusal) else _and_go(guest, "/queues", message)
+
+    async def _run_cleanup(self, guest: Guest, asked: Form) -> Answer:
+        report = await guest.site.rooms.run_cleanup(forced=True)
+        message = (
+            f"The pass took {report.total_processing_time} ms: {report.stuck_jobs_recovered} recovered, "
+            f"{report.expired_jobs_deleted} deleted, {report.validation_issues_fixed} issues fixed."
+        )
+        return _and_go(guest, "/cleanup", message)
+
+    async def _recover(self, guest: Guest, asked: Form) -> Answer | Refusal:
+        done = await guest.site.rooms.recover_stuck()
+        if isinstance(done, Refusal):
+            return done
+        message = (
+            f"{done.recovered_jobs} stuck jobs recovered: {done.reset_jobs} queued again, {done.failed_jobs} failed."
+        )
+        return _and_go(guest, "/cleanup", message)
+
+    async def _accept_clock(self, guest: Guest, asked: Form) -> Answer:
+        await guest.site.rooms.accept_clock()
+        return _and_go(guest, "/alerts", "The clock is taken as right: jobs are deleted by age again.")
+
+
+def _and_go(guest: Guest, place: str, message: str) -> Answer:
+    """Done: on to a page that says so. A reload of it does nothing again."""
+    guest.tell(message)
+    return Answer(go_to(place), status=303)
+
+
+def is_renewal(visit: Visit) -> bool:
+    """Whether htmx asks for the living part of a page."""
+    return visit.head.headers.get("HX-Request") == "true"
+
+
+def _onward(place: str) -> str:
+    """`place` where it is one of ours, else the overview."""
+    return place if OURS.fullmatch(place) else "/"
+
+
+def _target(visit: Visit) -> str:
+    return f"{visit.path}?{visit.query}" if visit.query else visit.path
+
+
+def _to_sign_in(visit: Visit) -> Answer:
+    """On to the sign-in, and from there back. htmx follows a header of its own."""
+    place = f"/sign-in?next={quote(_target(visit), safe='')}"
+    if is_renewal(visit):
+        return Answer(Text(HTML, b"", {**HEADERS, "HX-Redirect": place}), status=401)
+    return Answer(go_to(place), status=303)

@@ -1,0 +1,91 @@
+"""Daemons for people to look at: with nothing to do, busy, in trouble; and the browser that looks at them.
+
+For the tests of the dashboard in a browser, for its screenshots (`make screenshots`) and its bench.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+from tests.faults.fuzz import free_port
+from tests.process import TOKEN, Daemon
+
+CHROMIUM: Final = "/usr/bin/chromium"
+# Without a sandbox, as CI is root; and without what calls home at each start.
+FLAGS: Final = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+READER: Final = "reader-token-0123456789abcdef"
+TROUBLE: Final = "[alerts]\nprocessing_jobs = 2\naverage_processing = '0'\nstuck_jobs = 0\n"
+
+
+class Scene(Daemon):
+    """A daemon with its admin port on TCP, as a browser needs it, and a token that may only look."""
+
+    def __init__(self, directory: Path, config: str = "") -> None:
+        readers = directory / "readers"
+        readers.write_text(READER)
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        places = {"JOBD_ADMIN_LISTEN": f"127.0.0.1:{self.port}", "ADMIN_READONLY_TOKEN_FILE": str(readers)}
+        super().__init__(directory, config, **places)
+
+    def do(self, path: str, **body: Any) -> Any:
+        """The data of a POST to the worker API."""
+        return self.post(f"/v1/{path}", body).data
+
+    def operator(self, method: str, path: str, body: Any = None) -> int:
+        """The status of a call of the admin API."""
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
+            text = None if body is None else json.dumps(body)
+            connection.request(method, f"/admin/job-management/{path}", text, headers)
+            return connection.getresponse().status
+
+
+def make_busy(daemon: Scene) -> None:
+    """A day at work: several queues, workers at their jobs, results, failures, one queue paused."""
+    kinds = {"video": "transcode", "mail": "newsletter", "reports": "monthly", "imports": "csv"}
+    for queue, kind in kinds.items():
+        payload = {"file": f"/srv/in/{queue}/2026-01.dat", "options": {"quality": "high", "parts": [1, 2, 3]}}
+        ids = [f"{queue}-{number:03}" for number in range(60)]
+        daemon.do(
+            "jobs/bulk",
+            jobs=[{"id": each, "queue": queue, "kind": kind, "payload": payload, "max_attempts": 3} for each in ids],
+        )
+    for queue in kinds:
+        grants = daemon.do("claim", worker=f"{queue}-worker-1", queues=[queue], limit=30)["grants"]
+        for number, grant in enumerate(grants):
+            path, lock = f"jobs/{grant['job']['id']}", grant["lock_id"]
+            if number % 5 == 3:
+                message = "Connection to storage.example refused after 3 attempts; the file was not read."
+                daemon.do(
+                    f"{path}/fail", lock_id=lock, error_message=message, error_code="storage", retry=number % 2 == 0
+                )
+            elif number % 5 == 4:
+                daemon.do(f"{path}/progress", lock_id=lock, progress=13 + 2 * number, message=f"part {number} of 30")
+            else:
+                daemon.do(f"{path}/progress", lock_id=lock, progress=50, message="half of it")
+                daemon.do(f"{path}/complete", lock_id=lock, metadata={"pages": number, "checksum": "9f2c"})
+    daemon.do("jobs/mail-040/cancel", reason="sent by hand")
+    daemon.operator("POST", "queues/imports/pause")
+    daemon.operator("POST", "cleanup")
+
+
+def make_trouble(daemon: Scene) -> None:
+    """Busy, with thresholds that are exceeded, and text that wants to be markup."""
+    make_busy(daemon)
+    nasty = "<script>alert(1)</script>\u202e\u0007 & a very long word " + "x" * 120
+    daemon.do("jobs", id="nasty", queue="video", kind="<b>bold</b>", payload={"html": nasty})
+    lock = daemon.do("jobs/nasty/start", worker="<img src=x onerror=alert(1)>")["lock_id"]
+    daemon.do("jobs/nasty/progress", lock_id=lock, progress=33, message=nasty)

@@ -1,0 +1,72 @@
+"""Pictures of every page into build/screenshots (`make screenshots`): light and dark, wide and narrow, by scene."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from playwright.sync_api import Browser, sync_playwright
+
+from tests.process import TOKEN
+from tests.scenes import CHROMIUM, FLAGS, TROUBLE, Scene, make_busy, make_trouble
+
+PAGES: Final = {
+    "overview": "/",
+    "jobs": "/jobs",
+    "job": "/jobs/video-004",
+    "confirm": "/jobs/video-004/confirm?verb=force-reset",
+    "queues": "/queues",
+    "workers": "/workers",
+    "alerts": "/alerts",
+    "cleanup": "/cleanup",
+    "docs": "/docs",
+}
+SCENES: Final = {"empty": lambda daemon: None, "busy": make_busy, "trouble": make_trouble}
+WIDTHS: Final = {"wide": 1280, "phone": 390}
+
+
+def shoot(browser: Browser, daemon: Scene, name: str, place: Path, only: list[str]) -> None:
+    for scheme in ("light", "dark"):
+        for width, pixels in WIDTHS.items():
+            context = browser.new_context(viewport={"width": pixels, "height": 800}, color_scheme=scheme)
+            page = context.new_page()
+            page.goto(f"{daemon.url}/sign-in")
+            if name == "empty" and not only:
+                page.screenshot(path=place / f"sign-in-{scheme}-{width}.png")
+            page.fill("input[name=token]", TOKEN)
+            page.click("main button")
+            page.wait_for_url(f"{daemon.url}/")
+            for title, path in PAGES.items():
+                if only and title not in only:
+                    continue
+                page.goto(daemon.url + path)
+                page.wait_for_load_state("networkidle")
+                page.screenshot(path=place / f"{title}-{name}-{scheme}-{width}.png", full_page=title != "docs")
+            context.close()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("pages", nargs="*", choices=[[], *PAGES], help="only these")
+    options.add_argument("--scene", choices=[*SCENES], help="only this one")
+    options.add_argument("--to", type=Path, default=Path("build/screenshots"))
+    chosen = options.parse_args()
+    chosen.to.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        for name, make in SCENES.items():
+            if chosen.scene in (None, name):
+                with (
+                    tempfile.TemporaryDirectory() as directory,
+                    Scene(Path(directory), TROUBLE * (name == "trouble")) as on,
+                ):
+                    make(on)
+                    shoot(browser, on, name, chosen.to, chosen.pages)
+        browser.close()
+    print(chosen.to)
+
+
+if __name__ == "__main__":
+    main()

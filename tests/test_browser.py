@@ -1,0 +1,278 @@
+"""The operators' room in a real browser, against a real daemon: what people do there, and what the browser objects to.
+
+Only `expect` on locators: the pages' policy forbids eval, with which Playwright would look into them otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+
+from tests.conftest import tool_missing
+from tests.process import TOKEN
+from tests.scenes import CHROMIUM, FLAGS, READER, TROUBLE, Scene, make_busy, make_trouble
+
+PATHS = [
+    "/",
+    "/jobs",
+    "/jobs/video-004",
+    "/jobs/video-004/confirm?verb=force-reset",
+    "/jobs/nasty",
+    "/queues",
+    "/workers",
+]
+PATHS += ["/alerts", "/cleanup", "/docs"]
+
+
+# A browser takes two cores for itself: where others work beside it, it takes its time.
+pytestmark = pytest.mark.timeout(300)
+expect.set_options(timeout=30_000)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Of this module alone: while Playwright runs, its event loop is that of the thread, and no other test gets one."""
+    if not Path(CHROMIUM).exists():
+        tool_missing("chromium", "chromium")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    opened = browser.new_context()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Page:
+    return context.new_page()
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Scene]:
+    with Scene(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def complaints(page: Page) -> list[str]:
+    """What the browser has to say: breaches of the policy, errors of scripts, files that are missing."""
+    said: list[str] = []
+
+    def note(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            said.append(f"{message.text} ({page.url})")
+
+    page.on("console", note)
+    page.on("pageerror", lambda error: said.append(f"{error} ({page.url})"))
+    return said
+
+
+def sign_in(page: Page, daemon: Scene, token: str = TOKEN, path: str = "/") -> None:
+    page.goto(daemon.url + path)
+    page.get_by_label("Admin token").fill(token)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page).to_have_url(daemon.url + path)
+
+
+def visit(page: Page, daemon: Scene, path: str) -> None:
+    """Go there and wait until its scripts have done what they do at once."""
+    page.goto(daemon.url + path)
+    drawn = {"/": "#chart canvas", "/docs": ".opblock"}.get(path, "main")
+    expect(page.locator(drawn).first).to_be_visible()
+
+
+def test_a_job_is_watched_from_queued_to_completed(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    daemon.do("jobs", id="watched", queue="video", payload={"file": "a.mov"})
+    sign_in(page, daemon, path="/jobs/watched")
+    heading = page.get_by_role("heading", level=1)
+    expect(heading).to_contain_text("queued")
+    lock = daemon.do("jobs/watched/start", worker="w-1")["lock_id"]
+    expect(heading).to_contain_text("processing")
+    expect(page.get_by_text("Worker w-1 has held it")).to_be_visible()
+    countdown = page.locator(".countdown")
+    first = countdown.inner_text()
+    daemon.do("jobs/watched/progress", lock_id=lock, progress=42, message="encoding part 3")
+    expect(page.get_by_label("Progress", exact=True).locator("progress")).to_have_attribute("value", "42")
+    expect(page.get_by_text("encoding part 3").first).to_be_visible()
+    expect(countdown).not_to_have_text(first)
+    daemon.do("jobs/watched/complete", lock_id=lock, file_path="/srv/out/a.mp4")
+    expect(heading).to_contain_text("completed")
+    expect(page.get_by_text("/srv/out/a.mp4")).to_be_visible()
+    assert complaints == []
+
+
+def test_jobs_are_filtered_and_the_address_says_how(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_busy(daemon)
+    sign_in(page, daemon, path="/jobs")
+    page.get_by_role("combobox", name="Status").select_option("failed")
+    page.get_by_role("combobox", name="Queue").fill("video")
+    page.get_by_role("button", name="Filter").click()
+    expect(page).to_have_url(re.compile(r"status=failed&queue=video"))
+    rows = page.locator("tbody tr")
+    expect(rows).to_have_count(3)
+    expect(rows.first).to_contain_text("Connection to storage.example refused")
+    page.reload()
+    expect(page.get_by_role("combobox", name="Queue")).to_have_value("video")
+    expect(rows).to_have_count(3)
+    page.get_by_role("link", name="Clear").click()
+    expect(rows).to_have_count(50)
+    page.get_by_role("link", name="Older").click()
+    expect(page.get_by_role("link", name="Newest")).to_be_visible()
+    page.get_by_role("textbox", name="Id").fill("mail-001")
+    page.get_by_role("button", name="Open").click()
+    expect(page).to_have_url(f"{daemon.url}/jobs/mail-001")
+    assert complaints == []
+
+
+def test_a_held_job_is_reset_with_a_reason(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    daemon.do("jobs", id="hung", queue="video")
+    lock = daemon.do("jobs/hung/start", worker="w-1")["lock_id"]
+    sign_in(page, daemon, path="/jobs/hung")
+    page.get_by_role("link", name="Reset").click()
+    expect(page.locator(".move")).to_contain_text("processing → queued")
+    page.get_by_label("Reason").fill("w-1 hangs, host is gone")
+    page.get_by_role("button", name="Reset").click()
+    expect(page).to_have_url(f"{daemon.url}/jobs/hung")
+    expect(page.get_by_role("status").first).to_contain_text("Reset: done. processing → queued")
+    event = page.locator("table.timeline tr", has_text="force_reset")
+    expect(event).to_contain_text("admin")
+    expect(event).to_contain_text("w-1 hangs, host is gone")
+    reply = daemon.post("/v1/jobs/hung/progress", {"lock_id": lock, "progress": 1})
+    assert (reply.status, reply.error) == (409, "lock_lost")
+    assert complaints == []
+
+
+def test_a_deed_upon_a_job_that_has_moved_is_refused_on_its_page(page: Page, daemon: Scene) -> None:
+    daemon.do("jobs", id="moved")
+    sign_in(page, daemon, path="/jobs/moved")
+    page.get_by_role("link", name="Fail").click()
+    lock = daemon.do("jobs/moved/start", worker="w-1")["lock_id"]
+    daemon.do("jobs/moved/complete", lock_id=lock, metadata=1)
+    page.get_by_role("button", name="Fail").click()
+    expect(page.get_by_role("alert")).to_contain_text("it is completed now. Nothing was done")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
+
+
+def test_a_paused_queue_is_overlooked_by_nobody(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_busy(daemon)
+    daemon.operator("POST", "queues/imports/resume")
+    sign_in(page, daemon, path="/queues")
+    page.get_by_role("button", name="Pause queue video").click()
+    expect(page.get_by_role("status").first).to_contain_text("Queue video is paused")
+    for path in ("/", "/jobs", "/workers", "/alerts", "/cleanup", "/jobs/mail-001"):
+        page.goto(daemon.url + path)
+        expect(page.locator(".banner.paused")).to_contain_text("Queue paused: video")
+    daemon.operator("POST", "queues/mail/pause")
+    expect(page.locator(".banner.paused")).to_contain_text("2 queues paused")
+    page.locator(".banner.paused").get_by_role("link", name="Queues").click()
+    page.get_by_role("button", name="Resume queue video").click()
+    page.get_by_role("button", name="Resume queue mail").click()
+    expect(page.locator(".banner.paused")).to_have_count(0)
+    assert complaints == []
+
+
+def test_who_may_only_look_has_no_buttons(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_busy(daemon)
+    sign_in(page, daemon, READER)
+    expect(page.get_by_text("read-only")).to_be_visible()
+    for path in ("/", "/jobs/video-004", "/queues", "/cleanup", "/alerts"):
+        page.goto(daemon.url + path)
+        buttons = page.get_by_role("button")
+        expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+        expect(buttons).to_have_text([re.compile("Live|Sign out|Copy as curl")] * buttons.count())
+        expect(page.locator("a[href*=confirm]")).to_have_count(0)
+    assert complaints == []
+    page.goto(f"{daemon.url}/jobs/video-004/confirm?verb=cancel")
+    expect(page.get_by_role("alert")).to_contain_text("may only look")
+
+
+def test_no_page_breaks_its_policy(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_trouble(daemon)
+    sign_in(page, daemon)
+    for path in PATHS:
+        visit(page, daemon, path)
+    page.get_by_text("/admin/job-management/force-reset").click()
+    expect(page.get_by_role("button", name="Try it out")).to_be_visible()
+    page.get_by_role("button", name="Authorize").first.click()
+    expect(page.get_by_role("heading", name="Available authorizations")).to_be_visible()
+    page.goto(daemon.url)
+    expect(page.locator("#chart canvas")).to_be_visible()
+    assert complaints == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_fits_a_phone(daemon: Scene, context: BrowserContext, scheme: Any) -> None:
+    make_trouble(daemon)
+    page = context.new_page()
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 390, "height": 800})
+    sign_in(page, daemon)
+    inspector = context.new_cdp_session(page)
+    for path in PATHS:
+        visit(page, daemon, path)
+        width = inspector.send("Page.getLayoutMetrics")["cssContentSize"]["width"]
+        assert width <= 390, path
+
+
+def test_the_keyboard_gets_everywhere_and_keeps_its_place(page: Page, daemon: Scene) -> None:
+    make_busy(daemon)
+    sign_in(page, daemon, path="/queues")
+    page.goto(f"{daemon.url}/queues")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    button = page.get_by_role("button", name="Pause queue mail")
+    button.focus()
+    daemon.do("jobs", id="one-more", queue="mail")
+    daemon.do("jobs", id="first-of-all", queue="a")
+    expect(page.get_by_role("row", name="Pause queue a")).to_be_visible()
+    expect(page.get_by_role("row", name="mail")).to_contain_text("33")
+    expect(button).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status").first).to_contain_text("Queue mail is paused")
+
+
+def test_renewal_can_be_stopped(page: Page, daemon: Scene) -> None:
+    daemon.do("jobs", id="a")
+    sign_in(page, daemon, path="/jobs/a")
+    page.get_by_role("button", name="Live").click()
+    stopped = page.get_by_role("button", name="Stopped")
+    expect(stopped).to_have_attribute("aria-pressed", "false")
+    daemon.do("jobs/a/cancel")
+    stopped.click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
+
+
+def test_a_daemon_that_does_not_answer_is_told(page: Page, daemon: Scene) -> None:
+    sign_in(page, daemon)
+    expect(page.locator("#offline")).to_be_hidden()
+    assert daemon.stop() == 0
+    expect(page.locator("#offline")).to_contain_text("The daemon does not answer")
+    daemon.start()
+    expect(page).to_have_url(re.compile("/sign-in"))  # sessions are in memory
+
+
+def test_a_session_ends_with_its_token(page: Page, daemon: Scene) -> None:
+    sign_in(page, daemon, READER)
+    (daemon.directory / "readers").write_text("another-reader-token-0123456789")
+    assert daemon.process is not None
+    daemon.process.send_signal(signal.SIGHUP)
+    assert "read-only tokens" in daemon.until_said(b"event=reloaded")
+    expect(page).to_have_url(f"{daemon.url}/sign-in?next=%2F")
+
+
+def test_firing_alerts_are_on_the_overview_with_their_hints(page: Page, tmp_path: Path) -> None:
+    with Scene(tmp_path, TROUBLE) as daemon:
+        make_busy(daemon)
+        sign_in(page, daemon)
+        alerts = page.get_by_role("region", name="Firing alerts")
+        expect(alerts).to_contain_text("More work runs at once than is usual here")

@@ -1,0 +1,775 @@
+"""The operators' room through the real listener: who gets in, what each page shows, what a form may do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import html
+import json
+import os
+import re
+import tomllib
+from collections.abc import AsyncIterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import pytest
+from msgspec import Raw
+
+from jobd import admin_api, worker_api
+from jobd.actor import Actor
+from jobd.answers import AlertView, ClockView
+from jobd.book import Book
+from jobd.clock import Clock
+from jobd.dashboard import paint, sessions
+from jobd.dashboard.assets import PLACE as STATIC
+from jobd.dashboard.deeds import DEEDS
+from jobd.dashboard.recorder import STEP_MS, STEPS, Recorder
+from jobd.dashboard.room import Dashboard
+from jobd.doors import FORM, Gate, own_names
+from jobd.events import Change, Event
+from jobd.job import Policy
+from jobd.keys import Keys
+from tests import vendor
+from tests.http_help import TOKEN, Heard, House, Line, tls_pair
+from tests.memory_disk import MemoryDisk
+
+READER = "reader-token-0123456789abcdef"
+AUTH = {"Authorization": f"Bearer {TOKEN}"}
+NASTY = "<script>alert('x')</script>\x1b[31m\u202e&\""
+PAGES = ["/", "/jobs", "/jobs?status=processing&queue=video", "/queues", "/workers", "/cleanup", "/alerts"]
+
+
+class Browser:
+    """Keeps its cookie and finds the secret of its forms, as a browser does."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.cookie = ""
+
+    async def get(self, target: str, **headers: str) -> Heard:
+        return await self.house.ask("GET", target, headers=self._headers(headers))
+
+    async def post(self, target: str, headers: dict[str, str] | None = None, /, **fields: str) -> Heard:
+        given = {"Content-Type": FORM, **(headers or {})}
+        heard = await self.house.ask("POST", target, urlencode(fields), self._headers(given))
+        if "set-cookie" in heard.headers:
+            self.cookie = heard.headers["set-cookie"].partition(";")[0]
+        return heard
+
+    def _headers(self, headers: dict[str, str]) -> dict[str, str]:
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        return {**given, **({"Cookie": f"theme=x; {self.cookie}"} if self.cookie else {})}
+
+    async def sign_in(self, token: str = TOKEN) -> Browser:
+        heard = await self.post("/sign-in", token=token)
+        assert (heard.status, heard.headers["location"]) == (303, "/")
+        return self
+
+    async def csrf(self) -> str:
+        found = re.search(r'name="csrf" value="([^"]+)"', text(await self.get("/")))
+        assert found
+        return found[1]
+
+    async def confirmed(self, job_id: str, verb: str, reason: str = "") -> Heard:
+        """What comes of a deed that is confirmed on its page."""
+        page = text(await self.get(f"/jobs/{job_id}/confirm?verb={verb}"))
+        fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', page.partition("<main")[2]))
+        assert fields["verb"] == verb
+        return await self.post(f"/jobs/{job_id}/do", **fields, reason=reason)
+
+
+def text(heard: Heard) -> str:
+    return heard.body.decode()
+
+
+class Town:
+    """An actor behind a worker door and the admin door with its pages. `now_s` is the clock of the sessions."""
+
+    def __init__(self, worker: House, admin: House, room: Dashboard) -> None:
+        self.worker = worker
+        self.admin = admin
+        self.room = room
+        self.now_s = 1_000.0
+
+    async def do(self, target: str, **body: Any) -> Any:
+        heard = await self.worker.ask("POST", f"/v1/{target}", json.dumps(body))
+        assert heard.status < 300, heard.json
+        return heard.data
+
+    async def status(self, job_id: str) -> str:
+        return str((await self.worker.ask("GET", f"/v1/jobs/{job_id}")).data["status"])
+
+    async def browser(self, token: str = TOKEN) -> Browser:
+        return await Browser(self.admin).sign_in(token)
+
+    async def held(self, job_id: str = "held") -> str:
+        """A job in the hands of a worker; its lock's secret."""
+        await self.do("jobs", id=job_id, queue="video", kind="k", payload={"a": 1})
+        return str((await self.do(f"jobs/{job_id}/start", worker="w-1"))["lock_id"])
+
+
+@pytest.fixture
+async def town(tmp_path: Path) -> AsyncIterator[Town]:
+    disk = MemoryDisk()
+    clock = Clock()
+    actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
+    recorder = Recorder()
+    actor.on_commit.append(recorder.note)
+    running = asyncio.create_task(actor.run())
+    gate = Gate("admin", tokens=[TOKEN], readers=[READER], hosts=own_names("127.0.0.1"))
+    made: list[Town] = []
+    room = await asyncio.to_thread(Dashboard, gate, recorder, clock_s=lambda: made[0].now_s)
+    async with contextlib.AsyncExitStack() as stack:
+        worker = await stack.enter_async_context(House(worker_api.ROUTES, tmp_path, actor=actor))
+        routes = (*admin_api.ROUTES, *room.routes())
+        admin = await stack.enter_async_context(House(routes, tmp_path, gate=gate, admin=True, actor=actor))
+        admin.figures.clock = lambda: ClockView(clock.moment().now, not admin.figures.accepted, "30 days ahead")  # type: ignore[method-assign]
+        made.append(Town(worker, admin, room))
+        yield made[0]
+        actor.stop_parking()
+    actor.stop()
+    await running
+
+
+# -- who gets in -------------------------------------------------------------------------------------------------------
+
+
+async def test_who_has_not_signed_in_is_led_to_the_sign_in_and_back(town: Town) -> None:
+    stranger = Browser(town.admin)
+    heard = await stranger.get("/jobs?status=failed&queue=a")
+    assert (heard.status, heard.headers["location"]) == (303, "/sign-in?next=%2Fjobs%3Fstatus%3Dfailed%26queue%3Da")
+    page = text(await stranger.get(heard.headers["location"]))
+    assert 'value="/jobs?status=failed&amp;queue=a"' in page
+    heard = await stranger.post("/sign-in", token=TOKEN, next="/jobs?status=failed&queue=a")
+    assert (heard.status, heard.headers["location"]) == (303, "/jobs?status=failed&queue=a")
+    assert (await stranger.get("/jobs?status=failed&queue=a")).status == 200
+
+
+@pytest.mark.parametrize(
+    "place", ["//evil.example", "https://evil.example", "/\\evil.example", "/a\r\nSet-Cookie: x", ""]
+)
+async def test_a_sign_in_leads_nowhere_else(town: Town, place: str) -> None:
+    heard = await Browser(town.admin).post("/sign-in", token=TOKEN, next=place)
+    assert (heard.status, heard.headers["location"]) == (303, "/")
+    page = text(await Browser(town.admin).get(f"/sign-in?next={quote(place)}"))
+    assert "evil" not in page
+
+
+async def test_a_session_is_kept_where_no_script_and_no_other_site_gets_at_it(town: Town) -> None:
+    heard = await Browser(town.admin).post("/sign-in", token=f" {TOKEN}\n")
+    name, value = heard.headers["set-cookie"].split("; ")[0].split("=")
+    assert name == f"jobd_{town.admin.port}", "daemons on other ports of a machine have cookies of their own"
+    assert len(value) >= 40
+    assert set(heard.headers["set-cookie"].split("; ")[1:]) == {
+        "Path=/",
+        "HttpOnly",
+        "SameSite=Strict",
+        "Max-Age=43200",
+    }
+    assert TOKEN not in repr(vars(town.room.sessions))
+    assert value not in repr(vars(town.room.sessions))
+    behind = {"Origin": "https://localhost", "Host": "localhost"}
+    heard = await Browser(town.admin).post("/sign-in", behind, token=TOKEN)
+    assert "Secure" in heard.headers["set-cookie"].split("; ")
+
+
+async def test_over_tls_the_cookie_goes_nowhere_else(town: Town, tmp_path: Path) -> None:
+    server, client = await tls_pair(tmp_path)
+    [(_, port)] = await town.admin.listener.open_tcp("127.0.0.1", 0, tls=server)
+    line = Line(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
+    heard = await line.ask("POST", "/sign-in", urlencode({"token": TOKEN}), {"Content-Type": FORM})
+    assert heard.status == 303
+    assert "Secure" in heard.headers["set-cookie"].split("; ")
+    await line.close()
+
+
+async def test_a_wrong_token_opens_nothing_and_too_many_have_to_wait(town: Town) -> None:
+    browser = Browser(town.admin)
+    for _ in range(sessions.MOST_WRONG):
+        heard = await browser.post("/sign-in", token="wrong-token-0123456789abcdef")
+        assert heard.status == 401
+        assert "no valid token" in text(heard)
+        assert "wrong-token" not in text(heard)
+    heard = await browser.post("/sign-in", token=TOKEN)
+    assert (heard.status, heard.headers["retry-after"]) == (429, "60")
+    assert "Try again in 60 s" in text(heard)
+    assert (await town.admin.ask("GET", "/jobs", headers=AUTH)).status == 200, "programs are not held up"
+    town.now_s += 60
+    await browser.sign_in()
+    assert town.admin.site.refusals["unauthorized"] == sessions.MOST_WRONG
+
+
+async def test_sessions_end(town: Town) -> None:
+    idle, busy = await town.browser(), await town.browser()
+    for _ in range(12):
+        town.now_s += sessions.LONGEST_S / 12 - 1
+        assert (await busy.get("/")).status == 200
+    assert (await idle.get("/")).status == 303, "an hour without a page"
+    town.now_s += 12
+    assert (await busy.get("/")).status == 303, "twelve hours"
+    assert len(town.room.sessions) == 0
+
+
+async def test_a_session_ends_with_the_token_that_opened_it(town: Town) -> None:
+    browser, reader = await town.browser(), await town.browser(READER)
+    town.admin.site.gate.replace_tokens([TOKEN, "another-token-0123456789abcdef"], [READER])
+    assert (await browser.get("/")).status == 200
+    town.admin.site.gate.replace_tokens(["another-token-0123456789abcdef"], [READER])
+    assert (await browser.get("/")).status == 303
+    assert (await reader.get("/")).status == 200
+    town.admin.site.gate.replace_tokens([READER])
+    assert (await reader.get("/")).status == 303, "what a session may do never grows"
+
+
+async def test_who_signs_out_is_out(town: Town) -> None:
+    browser = await town.browser()
+    before = browser.cookie
+    heard = await browser.post("/sign-out", csrf=await browser.csrf())
+    assert (heard.status, heard.headers["location"]) == (303, "/sign-in")
+    assert "Max-Age=0" in heard.headers["set-cookie"]
+    browser.cookie = before
+    assert (await browser.get("/")).status == 303
+
+
+async def test_a_second_sign_in_ends_the_session_before_it(town: Town) -> None:
+    browser = await town.browser()
+    await browser.sign_in()
+    assert len(town.room.sessions) == 1
+
+
+async def test_who_is_signed_in_is_led_on_from_the_sign_in(town: Town) -> None:
+    """A link from elsewhere brings no cookie along; the page asks again from here, with it."""
+    browser = await town.browser()
+    heard = await browser.get("/sign-in?next=%2Fqueues")
+    assert (heard.status, heard.headers["location"]) == (303, "/queues")
+
+
+async def test_sessions_and_addresses_are_so_many_at_most() -> None:
+    held = sessions.Sessions(lambda digest: "full", lambda: 0.0)
+    secrets = [found[0] for _ in range(sessions.MOST_SESSIONS + 1) if (found := held.sign_in(TOKEN))]
+    assert len(held) == sessions.MOST_SESSIONS
+    assert held.find(secrets[0]) is None
+    assert held.find(secrets[1]) is not None
+    brake = sessions.Brake(lambda: 0.0)
+    for number in range(sessions.MOST_ADDRESSES + 1):
+        for _ in range(sessions.MOST_WRONG):
+            brake.note_wrong(f"10.0.0.{number}")
+    assert brake.wait_s("10.0.0.0") == 0
+    assert brake.wait_s("10.0.0.1") == sessions.WRONG_WITHIN_S
+
+
+# -- forms -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("csrf", [None, "", "wrong", "é"])
+async def test_a_form_without_the_secret_of_its_session_does_nothing(town: Town, csrf: str | None) -> None:
+    await town.held()
+    browser = await town.browser()
+    for target, fields in (
+        ("/sign-out", {}),
+        ("/queues/video/pause", {}),
+        ("/cleanup/run", {}),
+        ("/clock/accept", {}),
+        ("/jobs/held/do", {"verb": "cancel", "seen": "processing 1099511627777"}),
+    ):
+        heard = await browser.post(target, **fields, **({} if csrf is None else {"csrf": csrf}))
+        assert (heard.status, "not of your session" in text(heard)) == (403, True), target
+    other = await town.browser()
+    assert (await browser.post("/queues/video/pause", csrf=await other.csrf())).status == 403
+    assert await town.status("held") == "processing"
+    assert "paused" not in text(await browser.get("/queues"))
+    assert town.admin.figures.forced == []
+
+
+async def test_the_secret_may_come_in_a_header(town: Town) -> None:
+    await town.do("jobs", id="a", queue="video")
+    browser = await town.browser()
+    heard = await browser.post("/queues/video/pause", {"X-CSRF-Token": await browser.csrf()})
+    assert heard.status == 303
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}, {"Origin": "http://localhost:1"}],
+)
+async def test_another_site_gets_nothing_done(town: Town, headers: dict[str, str]) -> None:
+    browser = await town.browser()
+    csrf = await browser.csrf()
+    heard = await browser.post("/queues/video/pause", headers, csrf=csrf)
+    assert heard.status == 403
+    assert (await browser.post("/sign-in", headers, token=TOKEN)).status == 403
+    assert (await browser.get("/", **headers)).status == 403
+
+
+async def test_a_form_of_nobody_is_401_and_leads_to_the_sign_in(town: Town) -> None:
+    heard = await Browser(town.admin).post("/queues/video/pause", csrf="x")
+    assert heard.status == 401
+    assert 'href="/sign-in"' in text(heard)
+
+
+async def test_a_form_of_another_kind_is_refused_in_words(town: Town) -> None:
+    browser = await town.browser()
+    heard = await browser.post("/queues/video/pause", {"Content-Type": "application/json"}, csrf=await browser.csrf())
+    assert (heard.status, heard.headers["content-type"]) == (415, "text/html; charset=utf-8")
+    heard = await browser.post("/queues/video/pause", csrf=await browser.csrf(), more="x")
+    assert (heard.status, "is not a field" in text(heard)) == (400, True)
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_program_with_a_token_gets_the_pages_too(town: Town) -> None:
+    await town.held()
+    assert (await town.admin.ask("GET", "/jobs/held", headers=AUTH)).status == 200
+    assert (await town.admin.ask("GET", "/", headers={"Authorization": "Bearer wrong"})).status == 401
+    heard = await town.admin.ask("POST", "/queues/video/pause", "", {**AUTH, "Content-Type": FORM})
+    assert (heard.status, heard.headers["location"]) == (303, "/queues")
+    heard = await town.admin.ask("GET", "/admin/job-management/queues", headers=AUTH)
+    assert [queue["paused"] for queue in heard.data["queues"]] == [True]
+
+
+async def test_a_session_opens_no_api(town: Town) -> None:
+    """A cookie comes with every request, whoever made the browser send it; the API wants the token each time."""
+    browser = await town.browser()
+    assert (await browser.get("/admin/job-management/stats")).status == 401
+
+
+# -- who may only look -------------------------------------------------------------------------------------------------
+
+
+async def test_who_may_only_look_sees_no_button_and_no_secret(town: Town) -> None:
+    lock_id = await town.held()
+    reader = await town.browser(READER)
+    for target in [*PAGES, "/jobs/held"]:
+        page = text(await reader.get(target))
+        assert "read-only" in page, target
+        assert lock_id not in page
+        assert set(re.findall(r'action="([^"]+)"', page)) <= {"/sign-out", "/jobs"}, target
+        assert "/confirm" not in page
+    town.now_s += 1
+    assert (await reader.post("/sign-out", csrf=await reader.csrf())).status == 303
+
+
+@pytest.mark.parametrize(
+    ("target", "fields"),
+    [
+        ("/jobs/held/do", {"verb": "cancel", "seen": "processing 1099511627777"}),
+        ("/queues/video/pause", {}),
+        ("/queues/video/resume", {}),
+        ("/cleanup/run", {}),
+        ("/cleanup/recover", {}),
+        ("/clock/accept", {}),
+    ],
+)
+async def test_who_may_only_look_changes_nothing(town: Town, target: str, fields: dict[str, str]) -> None:
+    await town.held()
+    reader = await town.browser(READER)
+    heard = await reader.post(target, **fields, csrf=await reader.csrf())
+    assert (heard.status, "may only look" in text(heard)) == (403, True)
+    assert (await reader.get("/jobs/held/confirm?verb=cancel")).status == 403
+    bearer = {"Authorization": f"Bearer {READER}"}
+    heard = await town.admin.ask("POST", target, urlencode(fields), {**bearer, "Content-Type": FORM})
+    assert heard.status == 403
+    heard = await town.admin.ask("POST", "/admin/job-management/jobs/held/cancel", "{}", bearer)
+    assert (heard.status, heard.error) == (403, "forbidden")
+    assert await town.status("held") == "processing"
+    assert town.admin.figures.forced == []
+    assert not town.admin.figures.accepted
+
+
+async def test_a_reader_of_the_api_sees_no_lock_id(town: Town) -> None:
+    lock_id = await town.held()
+    for path in ("jobs", "jobs/held", "locks", "validate-job?jobId=held"):
+        for token, shown in ((TOKEN, True), (READER, False)):
+            bearer = {"Authorization": f"Bearer {token}"}
+            heard = await town.admin.ask("GET", f"/admin/job-management/{path}", headers=bearer)
+            assert (heard.status, lock_id in text(heard)) == (200, shown), path
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+def assert_safe(heard: Heard) -> None:
+    policy = heard.headers["content-security-policy"]
+    assert policy == paint.POLICY
+    assert "unsafe" not in policy
+    assert heard.headers["x-content-type-options"] == "nosniff"
+    assert heard.headers["cache-control"] == "no-store"
+    page = text(heard)
+    assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son[a-z]+=|javascript:", page), "nothing inline"
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', page), "nothing from elsewhere"
+
+
+@pytest.mark.parametrize("target", PAGES)
+async def test_every_page_without_and_with_jobs(town: Town, target: str) -> None:
+    browser = await town.browser()
+    heard = await browser.get(target)
+    assert heard.status == 200
+    assert_safe(heard)
+    await town.held()
+    await town.do("jobs", id="late", queue="mail", delay_ms=60_000)
+    await town.do("jobs/late/cancel", reason="r")
+    for headers in ({}, {"HX_Request": "true"}):
+        heard = await browser.get(target, **headers)
+        assert heard.status == 200
+        assert_safe(heard)
+        assert ("<html" in text(heard)) == (not headers)
+
+
+async def test_pages_without_a_session_and_refusals_are_as_safe(town: Town) -> None:
+    browser = await town.browser()
+    heard = [await Browser(town.admin).get(target) for target in ("/sign-in", "/docs", "/jobs", "/static/none.js")]
+    heard += [await browser.get("/jobs/nobody"), await browser.get("/jobs?status=x"), await browser.get("/jobs?x=1")]
+    heard += [await browser.get("/jobs/held/confirm?verb=x"), await browser.post("/sign-in", token="x")]
+    assert [each.status for each in heard] == [200, 200, 303, 404, 404, 400, 400, 400, 401]
+    for each in heard:
+        assert_safe(each)
+    assert "No job has" in text(heard[4]) or "job_not_found" in text(heard[4])
+
+
+async def test_what_others_have_written_never_comes_out_as_markup(town: Town) -> None:
+    await town.do("jobs", id="nasty", queue="q", kind="<b>k</b>", payload={NASTY: [NASTY]}, max_attempts=2)
+    lock = (await town.do("jobs/nasty/start", worker="<i>w</i>\u202e'"))["lock_id"]
+    await town.do("jobs/nasty/progress", lock_id=lock, progress=3, message=NASTY)
+    browser = await town.browser()
+    seen = [await browser.get(each) for each in (*PAGES, "/jobs/nasty", "/jobs/nasty/confirm?verb=cancel")]
+    await town.do("jobs/nasty/fail", lock_id=lock, error_message=NASTY, error_code="<u>", retry=False)
+    seen += [await browser.get(each) for each in ("/jobs", "/jobs/nasty")]
+    seen.append(await browser.get(f"/jobs?kind={quote('<b>k</b>')}&worker={quote(NASTY.replace(chr(27), ''))}"))
+    seen.append(await browser.get(f"/jobs?id={quote(NASTY)}"))
+    seen.append(await browser.get(f"/jobs?status={quote(NASTY)}"))
+    seen.append(await browser.get(f"/sign-in?next={quote(NASTY)}"))
+    seen.append(await browser.confirmed("nasty", "force-reset", NASTY))
+    seen.append(await browser.get("/jobs/nasty"))
+    for heard in seen:
+        page = text(heard)
+        for markup in ("<script>alert", "<b>", "<i>w", "<u>", "\x1b", "\u202e"):
+            assert markup not in page, page[page.find(markup) - 200 :][:400]
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;\u241b[31m\\u202e&amp;&#34;" in text(seen[-1])
+
+
+async def test_filters_are_in_the_address_and_pages_go_on_from_there(town: Town) -> None:
+    jobs = [{"id": f"job-{number:03}", "queue": ("a", "b")[number % 2]} for number in range(120)]
+    await town.do("jobs/bulk", jobs=jobs)
+    browser = await town.browser()
+    seen: list[str] = []
+    target = "/jobs?status=queued&queue=a&kind=&worker="
+    while target:
+        page = text(await browser.get(target))
+        seen += re.findall(r'href="/jobs/(job-\d+)"', page)
+        older = re.search(r'rel="next" href="([^"]+)"', page)
+        target = html.unescape(older[1]) if older else ""
+        assert not older or "queue=a" in target
+    assert seen == [f"job-{number:03}" for number in range(118, -1, -2)]
+    heard = await browser.get("/jobs?id=job-007")
+    assert (heard.status, heard.headers["location"]) == (303, "/jobs/job-007")
+    heard = await browser.get("/jobs?queue=a%20b")
+    assert heard.status == 400
+    assert 'value="a b"' in text(heard)
+
+
+async def test_a_job_says_all_that_is_known_of_it(town: Town) -> None:
+    lock = await town.held()
+    await town.do("jobs/held/progress", lock_id=lock, progress=40, message="half of it")
+    browser = await town.browser()
+    page = text(await browser.get("/jobs/held"))
+    for words in (
+        "Worker w-1 has held it",
+        "half of it",
+        'value="40"',
+        "data-until=",
+        "worker:w-1",
+        "queued → processing",
+        "&#34;a&#34;: 1",
+        "http://localhost/admin/job-management/jobs/held",
+        "Copy as curl",
+    ):
+        assert words in page, words
+    assert lock not in page, "the room itself needs it, nobody else"
+    assert re.findall(r"verb=([a-z-]+)", page) == ["extend", "release", "force-reset", "force-fail", "cancel"]
+    await town.do("jobs/held/complete", lock_id=lock, download_url="https://files.example/a", metadata={"n": [1]})
+    page = text(await browser.get("/jobs/held"))
+    assert re.findall(r"verb=([a-z-]+)", page) == ["delete"]
+    assert "https://files.example/a" in page
+    assert 'href="https://files.example/a"' not in page, "a link of others is text"
+
+
+async def test_a_large_payload_is_cut_and_a_deep_one_shown_as_it_came(town: Town) -> None:
+    await town.do("jobs", id="large", payload="x" * 100_000)
+    page = text(await (await town.browser()).get("/jobs/large"))
+    assert "x" * 1_000 in page
+    assert len(page) < paint.SHOWN_JSON + 20_000
+    assert "more characters" in page
+    assert paint.pretty(Raw(b'{"a":1}')) == ('{\n  "a": 1\n}', 0)
+    deep = b"[" * 5_000 + b"]" * 5_000
+    assert paint.pretty(Raw(deep))[0].startswith("[")
+
+
+# -- deeds -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "before", "after"),
+    [
+        ("force-fail", "processing", "failed"),
+        ("force-reset", "processing", "queued"),
+        ("cancel", "processing", "cancelled"),
+        ("extend", "processing", "processing"),
+        ("release", "processing", "queued"),
+    ],
+)
+async def test_a_deed_shows_from_and_to_and_is_done_once_confirmed(
+    town: Town, verb: str, before: str, after: str
+) -> None:
+    await town.held()
+    browser = await town.browser()
+    page = text(await browser.get(f"/jobs/held/confirm?verb={verb}"))
+    assert re.findall(r'class="status (\w+)"', page) == [before, after]
+    assert await town.status("held") == before
+    heard = await browser.confirmed("held", verb, "because of <tests>")
+    assert (heard.status, heard.headers["location"]) == (303, "/jobs/held")
+    assert await town.status("held") == after
+    page = text(await browser.get("/jobs/held"))
+    assert f"{DEEDS[verb].label}: done. {before} → {after}" in page
+    assert ("because of &lt;tests&gt;" in page) == DEEDS[verb].takes_reason
+    assert "done." not in text(await browser.get("/jobs/held")), "it is said once"
+
+
+async def test_a_job_is_run_now_and_a_finished_one_deleted(town: Town) -> None:
+    await town.do("jobs", id="late", delay_ms=3_600_000)
+    browser = await town.browser()
+    assert (await browser.confirmed("late", "run-now")).status == 303
+    assert "verb=run-now" not in text(await browser.get("/jobs/late"))
+    assert (await browser.confirmed("late", "cancel")).status == 303
+    heard = await browser.confirmed("late", "delete")
+    assert (heard.status, heard.headers["location"]) == (303, "/jobs")
+    assert "Job late was deleted" in text(await browser.get("/jobs"))
+    assert (await browser.get("/jobs/late")).status == 404
+
+
+async def test_nothing_is_done_to_a_job_that_has_moved_since_it_was_looked_at(town: Town) -> None:
+    lock = await town.held()
+    browser = await town.browser()
+    csrf = await browser.csrf()
+    seen = "processing 1099511627777"
+    await town.do("jobs/held/release", lock_id=lock)
+    await town.do("jobs/held/start", worker="w-2")
+    heard = await browser.post("/jobs/held/do", csrf=csrf, verb="force-fail", seen=seen)
+    assert heard.status == 409
+    assert "The job has moved since you looked" in text(heard)
+    assert await town.status("held") == "processing"
+    for verb in ("extend", "release"):
+        await town.do("jobs/held/cancel") if verb == "extend" else None
+        heard = await browser.post("/jobs/held/do", csrf=csrf, verb=verb, seen="cancelled")
+        assert heard.status in (400, 409), "no lock to name"
+        assert "Not done" in text(heard)
+    heard = await browser.post("/jobs/held/do", csrf=csrf, verb="force-fail", seen="cancelled")
+    assert (heard.status, "invalid_transition" in text(heard)) == (409, True)
+    heard = await browser.post("/jobs/nobody/do", csrf=csrf, verb="force-fail", seen="queued")
+    assert heard.status == 404
+    page = text(await browser.get("/jobs/held/confirm?verb=force-fail"))
+    assert "cannot be done to the job as it is" in page
+
+
+async def test_a_paused_queue_is_told_on_every_page(town: Town) -> None:
+    await town.held()
+    browser = await town.browser()
+    heard = await browser.post("/queues/video/pause", csrf=await browser.csrf())
+    assert (heard.status, heard.headers["location"]) == (303, "/queues")
+    for target in [*PAGES, "/jobs/held", "/jobs/held/confirm?verb=cancel"]:
+        assert '<strong>Queue paused:</strong>\n<a href="/jobs?queue=video">video</a>' in text(
+            await browser.get(target)
+        )
+    await browser.post("/queues/video/resume", csrf=await browser.csrf())
+    assert "hands out its jobs again" in text(await browser.get("/queues"))
+    assert "Queue paused" not in text(await browser.get("/queues"))
+    heard = await browser.post("/queues/a%20b/pause", csrf=await browser.csrf())
+    assert heard.status == 400
+
+
+async def test_housekeeping(town: Town) -> None:
+    browser = await town.browser()
+    assert "The clock is right" in text(await browser.get("/alerts"))
+    csrf = await browser.csrf()
+    for target, onward, said in (
+        ("/cleanup/run", "/cleanup", "The pass took 6 ms: 1 recovered"),
+        ("/cleanup/recover", "/cleanup", "1 stuck jobs recovered: 1 queued again, 0 failed."),
+        ("/clock/accept", "/alerts", "The clock is taken as right"),
+    ):
+        heard = await browser.post(target, csrf=csrf)
+        assert (heard.status, heard.headers["location"]) == (303, onward)
+        assert said in text(await browser.get(onward))
+    assert town.admin.figures.forced == [True]
+    assert town.admin.figures.accepted
+    page = text(await browser.get("/alerts"))
+    assert "bad-1" in page
+    assert "The clock is right" not in page
+
+
+async def test_firing_alerts_are_told_with_their_hints(town: Town) -> None:
+    browser = await town.browser()
+    firing = AlertView("stuck_jobs", True, 1_700_000_000_000, 7, 5, "look at <the> workers")
+    town.admin.figures.alerts = lambda: [firing]  # type: ignore[method-assign]
+    page = text(await browser.get("/"))
+    assert "1 alert fires:" in page
+    assert "look at &lt;the&gt; workers" in page
+    for target in PAGES:
+        for headers in ({}, {"HX_Request": "true"}):
+            assert ("1 alert fires:" in text(await browser.get(target, **headers))) == (target != "/alerts")
+
+
+async def test_a_page_that_renews_itself_after_its_session_has_ended_goes_to_the_sign_in(town: Town) -> None:
+    heard = await Browser(town.admin).get("/jobs?queue=a", HX_Request="true")
+    assert (heard.status, heard.headers["hx-redirect"]) == (401, "/sign-in?next=%2Fjobs%3Fqueue%3Da")
+    assert (await Browser(town.admin).get("/chart.json")).status == 401
+
+
+# -- the chart ---------------------------------------------------------------------------------------------------------
+
+
+async def test_the_chart_has_an_hour_of_what_happened(town: Town) -> None:
+    browser = await town.browser()
+    await town.held()
+    page = text(await browser.get("/"))
+    assert re.search(r'<span class="number">1</span> created in the last minute', page)
+    lines = (await browser.get("/chart.json")).json["data"]
+    assert {len(line) for line in lines.values()} == {STEPS}
+    assert lines["at"] == list(range(lines["at"][0], lines["at"][0] + STEPS * 10, 10))
+
+
+def change(kind: Any, at: int) -> Change:
+    return Change(None, None, Event(1, at, kind, 1, "a", "q", None, None, "client"))
+
+
+def test_the_recorder_counts_by_steps_and_forgets_after_an_hour() -> None:
+    recorder = Recorder()
+    now = 1_700_000_000_000 // STEP_MS * STEP_MS
+    kinds = ("created", "imported", "completed", "failed", "retried", "stalled", "expired", "force_failed", "progress")
+    recorder.note([change(kind, now - STEP_MS) for kind in kinds])
+    recorder.note([change("completed", now), change("completed", now - 30 * 60_000)])
+    lines = recorder.lines(now)
+    assert (lines.created[-1], lines.completed[-1], lines.failed[-1]) == (2, 1, 5)
+    assert sum(lines.completed) == 2, "the running step is left out"
+    rates = recorder.rates(now)
+    assert (rates.created, rates.completed, rates.failed) == ((2, 2), (2, 3), (5, 5))
+    recorder.note([change("created", now + step * STEP_MS) for step in range(1, 2 * STEPS)])
+    assert len(recorder._steps) == STEPS + 1
+    assert recorder.rates(now + 2 * STEPS * STEP_MS).completed == (0, 0)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+async def test_static_files_are_of_their_type_and_kept_while_they_are_the_same(town: Town) -> None:
+    page = text(await (await town.browser()).get("/"))
+    links = re.findall(r'(?:src|href)="(/static/[^"]+)"', page)
+    assert len(links) >= 6
+    kinds = {"js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8", "svg": "image/svg+xml"}
+    for link in links:
+        heard = await town.admin.ask("GET", link)
+        assert (heard.status, heard.headers["cache-control"]) == (200, "public, max-age=31536000, immutable")
+        assert heard.headers["content-type"] == kinds[link.partition("?")[0].rpartition(".")[2]]
+        assert heard.headers["x-content-type-options"] == "nosniff"
+        assert heard.body == (STATIC / link.removeprefix("/static/").partition("?")[0]).read_bytes()
+        older = await town.admin.ask("GET", f"{link.partition('?')[0]}?v=older")
+        assert older.headers["cache-control"] == "no-cache"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["none.js", "..", "../room.py", "%2e%2e%2froom.py", "..%2froom.py", "%2Fetc%2Fpasswd", "room.js%00", ".", ""],
+)
+async def test_what_is_no_static_file_is_not_given_out(town: Town, name: str) -> None:
+    heard = await town.admin.ask("GET", f"/static/{name}")
+    assert heard.status in (400, 401, 404)
+    assert b"jobd.dashboard" not in heard.body
+
+
+async def test_the_docs_are_for_everybody_as_their_document_is(town: Town) -> None:
+    heard = await Browser(town.admin).get("/docs")
+    assert heard.status == 200
+    assert_safe(heard)
+    assert "/static/swagger-ui.js?v=" in text(heard)
+    assert '"/openapi.json"' in (STATIC / "docs.js").read_text()
+
+
+def test_libraries_are_what_was_brought_with_their_licences() -> None:
+    note = json.loads(vendor.NOTE.read_text())
+    assert set(note) == set(vendor.PACKAGES)
+    for name, (version, licence, files) in vendor.PACKAGES.items():
+        assert (note[name]["version"], note[name]["licence"]) == (version, licence)
+        assert set(note[name]["files"]) == set(files.values())
+        assert any("LICENSE" in file for file in files.values())
+        for file, digest in note[name]["files"].items():
+            assert hashlib.sha256((STATIC / file).read_bytes()).hexdigest() == digest, file
+
+
+def test_every_file_of_the_room_is_shipped() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    shipped = project["tool"]["setuptools"]["package-data"]["jobd.dashboard"]
+    for path in [*STATIC.rglob("*"), *paint.PLACE.rglob("*")]:
+        name = str(path.relative_to(STATIC.parent))
+        assert any(fnmatch(name, pattern) for pattern in shipped), name
+
+
+# -- colours -----------------------------------------------------------------------------------------------------------
+
+PAIRS = [("ink", "paper"), ("ink", "card"), ("dim", "paper"), ("dim", "card"), ("link", "paper"), ("link", "card")]
+PAIRS += [("accent-ink", "accent"), ("failed", "card"), ("card", "failed"), ("pause", "pause-on")]
+PAIRS += [(status, f"{status}-on") for status in ("queued", "processing", "completed", "failed", "cancelled")]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_what_is_behind_it(scheme: str) -> None:
+    """WCAG AA: 4.5 to 1 for text."""
+    light, _, dark = (STATIC / "room.css").read_text().partition("@media (prefers-color-scheme: dark)")
+    colours = dict(re.findall(r"--([a-z-]+): #([0-9a-f]{6});", light))
+    if scheme == "dark":
+        colours |= dict(re.findall(r"--([a-z-]+): #([0-9a-f]{6});", dark))
+    for front, back in PAIRS:
+        lighter, darker = sorted((_luminance(colours[front]), _luminance(colours[back])), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (front, back)
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ms", "words"),
+    [
+        (0, "0 ms"),
+        (999, "999 ms"),
+        (-1_000, "1 s"),
+        (59_999, "59 s"),
+        (60_000, "1 min"),
+        (185_000, "3 min 5 s"),
+        (7_800_000, "2 h 10 min"),
+        (86_400_000, "1 d"),
+        (4 * 86_400_000 + 3 * 3_600_000, "4 d 3 h"),
+    ],
+)
+def test_how_long_something_took(ms: int, words: str) -> None:
+    assert paint.span(ms) == words
+
+
+def test_sizes_and_numbers() -> None:
+    assert [paint.size(n) for n in (0, 1023, 1024, 5 << 20, 3 << 30)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "5.0 MiB",
+        "3.0 GiB",
+    ]
+    assert paint.thousands(1234567) == "1\u202f234\u202f567"
+    assert paint.iso(1_700_000_000_123) == "2023-11-14T22:13:20.123Z"
+    assert paint.instant(1_700_000_000_123) == "2023-11-14 22:13:20 UTC"
