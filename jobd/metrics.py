@@ -59,12 +59,21 @@ class Snapshot(Struct, frozen=True):
     batch_commands: Counts
     mailbox: int
     parked: int
+    listeners: int
+    dropped: int
     lag_s: float
     alerts: dict[str, bool]
 
 
 class Door(Protocol):
     refusals: Counter[str]  # code -> answers
+
+
+class Feed(Protocol):
+    dropped: int
+
+    @property
+    def listeners(self) -> int: ...
 
 
 class Metrics:
@@ -80,11 +89,13 @@ class Metrics:
         alerts: Alerts,
         store_path: str,
         doors: Sequence[Door],
+        feed: Feed,
     ) -> None:
         self._actor = actor
         self._cleaner = cleaner
         self._alerts = alerts
         self._doors = doors
+        self._feed = feed
         self._store_path = store_path
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
         self._stop = asyncio.Event()
@@ -115,6 +126,8 @@ class Metrics:
             batch_commands=_copy(actor.batch_commands),
             mailbox=actor.waiting,
             parked=len(actor.parked),
+            listeners=self._feed.listeners,
+            dropped=self._feed.dropped,
             lag_s=max(self._lags, default=0.0),
             alerts={alert.name: alert.firing for alert in self._alerts.evaluate()},
         )
@@ -190,6 +203,8 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
         yield family
     yield _gauge("mailbox_commands", "Commands that wait to be decided.", now.mailbox)
     yield _gauge("parked_claims", "Claims that wait for work.", now.parked)
+    yield _gauge("event_streams", "Open streams of events.", now.listeners)
+    yield _counter("event_streams_dropped", "Streams of events cut off because they were read too slowly.", now.dropped)
     yield _gauge("loop_lag_seconds", "The worst lag of the event loop in the last 20 s.", now.lag_s)
     build = [(__version__, platform.python_version(), 1)]
     yield _gauges("build_info", "Which jobd this is.", ["version", "python"], build)
