@@ -62,6 +62,8 @@ from jobd.commands import (
     Why,
     Workers,
 )
+from jobd.event_stream import EVENT_STREAM, Follow, follow
+from jobd.events import StreamedEvent
 from jobd.glossary import ADMIN_TITLE
 from jobd.openapi import with_document
 from jobd.replies import Text
@@ -178,6 +180,7 @@ _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/workers", asks=Workers, gives=WorkerList, who=_A),
     Route(method="GET", path=f"{_P}/reports", asks=Reports, gives=ReportList, who=_A, via=_reports),
     Route(method="GET", path=f"{_P}/alerts", asks=Nothing, gives=AlertList, who=_A, via=_alerts),
+    Route(method="GET", path=f"{_P}/events", asks=Follow, gives=StreamedEvent, who=_A, via=follow, sends=EVENT_STREAM),
     Route(method="GET", path=f"{_P}/clock", asks=Nothing, gives=ClockView, who=_A, via=_clock),
     Route(method="POST", path=f"{_P}/clock/accept", asks=Nothing, gives=ClockView, who=_A, via=_accept_clock),
     Route(method="GET", path=f"{_P}/quarantine", asks=Nothing, gives=QuarantineList, who=_A, via=_quarantine),

@@ -136,6 +136,18 @@ class Page(Struct):
     next_before: int | None
 
 
+class JournalPage(Struct, frozen=True):
+    """A piece of the journal of the whole store, and what that journal is, all read at one moment.
+
+    `last` is the highest number of an event that was committed. Events up to `gone_to` may be gone: pruned, or damaged
+    and set aside, or undone by a backup that was put back. Above it only signs of life are missing (KEEP_SIGNS).
+    """
+
+    events: list[Event]
+    last: int
+    gone_to: int
+
+
 class Opened(Struct):
     """Everything the daemon needs in memory, as read and checked at start.
 

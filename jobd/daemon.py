@@ -37,6 +37,7 @@ from jobd.config import Config, ConfigError, Loaded
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import Gate, own_names
+from jobd.feed import Feed
 from jobd.files import StoreError
 from jobd.health import Health
 from jobd.job import SECOND_MS
@@ -115,6 +116,8 @@ class Daemon:
         self.clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
         self.actor = _actor(store, opened, self.clock, settings)
         store.on_broken = self.actor.lose_disk
+        self.feed = Feed(store, opened.numbers.next_event - 1, settings.limits.event_streams)
+        self.actor.on_commit.append(self.feed.publish)
         self._settle(opened)
         self._running = asyncio.create_task(self.actor.run(), name="actor")
         self._running.add_done_callback(lambda _: self._stop.set())
@@ -213,10 +216,18 @@ class Daemon:
         stack.push_async_callback(health.close)
         self.alerts = Alerts(self.actor.book, self.clock, health, self.cleaner, _thresholds(settings))
         _run_beside(stack, "alerts", self.alerts)
-        metrics = Metrics(self.actor, self.cleaner, self.alerts, self.clock, store.path, self._webs)
+        metrics = Metrics(self.actor, self.cleaner, self.alerts, self.clock, store.path, self._webs, self.feed)
         _run_beside(stack, "metrics", metrics)
         return Rooms(
-            self.actor, store, self.clock, self.cleaner, health, self.alerts, metrics, lambda: not self._running.done()
+            self.actor,
+            store,
+            self.clock,
+            self.cleaner,
+            health,
+            self.alerts,
+            metrics,
+            self.feed,
+            lambda: not self._running.done(),
         )
 
     async def _open_doors(self, stack: contextlib.AsyncExitStack) -> None:
@@ -243,7 +254,7 @@ class Daemon:
         doors.append(Door("admin", admin, places["admin"]))
         self._webs += [door.web for door in doors]
         listeners: list[Listener] = []
-        stack.push_async_callback(_close_doors, listeners, self.actor)
+        stack.push_async_callback(_close_doors, listeners, self.actor, self.feed)
         for door in doors:
             listeners.append(await door.open(given.get(door.name), settings))
 
@@ -501,7 +512,8 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
-async def _close_doors(listeners: list[Listener], actor: Actor) -> None:
-    """No new requests; those in flight are answered, parked claims with nothing."""
+async def _close_doors(listeners: list[Listener], actor: Actor, feed: Feed) -> None:
+    """No new requests; those in flight are answered, parked claims with nothing, and streams of events end."""
     actor.stop_parking()
+    feed.close()
     await asyncio.gather(*(listener.stop(STOP_S) for listener in listeners))

@@ -161,7 +161,7 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
 
 def _tables_of(conn: sqlite3.Connection, path: str) -> Tables:
     """Tables to read with; their sums are not looked at."""
-    return Tables(conn, os.path.dirname(path) or ".", Numbers(), (0, 0, 0, 0), False)
+    return Tables(conn, os.path.dirname(path) or ".", Numbers(), (0, 0, 0, 0), False, 0)
 
 
 def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:

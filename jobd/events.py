@@ -106,6 +106,33 @@ class EventView(Struct, frozen=True, rename={"from_": "from"}):
     details: dict[str, Any]
 
 
+class StreamedEvent(EventView, frozen=True, rename={"from_": "from"}):
+    """An event as streams show it: they tell of many jobs. `job_id` is None where it concerns a queue."""
+
+    job_id: str | None
+    queue: str
+
+
+class Wanted(Struct, frozen=True):
+    """Which events somebody wants to hear of; an empty set of names leaves none out."""
+
+    queues: frozenset[str] = frozenset()
+    job_ids: frozenset[str] = frozenset()
+    types: frozenset[str] = frozenset()
+
+    @property
+    def is_everything(self) -> bool:
+        return not (self.queues or self.job_ids or self.types)
+
+    def has(self, event: Event | StreamedEvent) -> bool:
+        """Whether `event` is one of them."""
+        return (
+            (not self.queues or event.queue in self.queues)
+            and (not self.job_ids or event.job_id in self.job_ids)
+            and (not self.types or event.type in self.types)
+        )
+
+
 class Change(Struct, frozen=True, gc=False):
     """One step of one job: its row before and after, and the event that says so.
 
@@ -142,4 +169,20 @@ def view(event: Event) -> EventView:
         by=event.by,
         reason=event.reason,
         details=event.details or {},
+    )
+
+
+def streamed(event: Event) -> StreamedEvent:
+    """The same with its job and queue, for those who hear of many jobs."""
+    return StreamedEvent(
+        seq=event.seq,
+        at=event.at,
+        type=event.type,
+        from_=event.before,
+        to=event.after,
+        by=event.by,
+        reason=event.reason,
+        details=event.details or {},
+        job_id=event.job_id or None,
+        queue=event.queue,
     )

@@ -10,7 +10,7 @@ import zlib
 from typing import Any, Final
 
 from jobd import rows
-from jobd.batch import Aside, KeyRow, Loaded, Page, Query
+from jobd.batch import Aside, JournalPage, KeyRow, Loaded, Page, Query
 from jobd.events import Event
 from jobd.job import LIVE, Job
 from jobd.quarantine import set_jobs_aside, set_rows_aside
@@ -248,12 +248,26 @@ def _timeline_of_a_damaged_table(tables: Tables, job_seq: int) -> list[Row]:
     return tables.each(_EVENT, [seq for (seq,) in seqs], "events")
 
 
-def journal(tables: Tables, after: int, limit: int) -> list[Event]:
-    """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
+def journal(tables: Tables, after: int, limit: int) -> JournalPage:
+    """Up to `limit` events of the whole store with a seq above `after`, oldest first.
+
+    A damaged one is as good as gone, also where it cannot be moved aside: nobody is led past it.
+    """
     tables.check()
-    return _events(
-        tables, tables.rows(f"SELECT {EVENT_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
-    )
+    last = tables.numbers.next_event - 1
+    sql = f"SELECT {EVENT_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
+    try:
+        found = tables.rows(sql, (after, limit))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        tables.faults.append(f"the journal cannot be read after event {after}: {error}; run `jobd doctor`")
+        return JournalPage([], last, last)
+    events = _events(tables, found)
+    if len(events) < len(found):
+        whole = {event.seq for event in events}
+        tables.note_gone(max(row[0] for row in found if row[0] not in whole))
+    return JournalPage(events, last, tables.gone_to)
 
 
 def _events(tables: Tables, found: list[Row]) -> list[Event]:

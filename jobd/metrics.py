@@ -72,6 +72,8 @@ class Snapshot(Struct, frozen=True):
     mailbox: int
     mailbox_limit: int
     parked: int
+    listeners: int
+    dropped: int
     lag_s: float
     alerts: dict[str, bool]
 
@@ -84,6 +86,13 @@ class Clock(Protocol):
     @property
     def suspect(self) -> bool: ...
     def moment(self) -> Moment: ...
+
+
+class Feed(Protocol):
+    dropped: int
+
+    @property
+    def listeners(self) -> int: ...
 
 
 class Metrics:
@@ -100,12 +109,14 @@ class Metrics:
         clock: Clock,
         store_path: str,
         doors: Sequence[Door],
+        feed: Feed,
     ) -> None:
         self._actor = actor
         self._cleaner = cleaner
         self._alerts = alerts
         self._clock = clock
         self._doors = doors
+        self._feed = feed
         self._store_path = store_path
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
         self._commits: deque[list[int]] = deque([actor.commit_seconds.counts.copy()], COMMITS_KEPT)
@@ -165,6 +176,8 @@ class Metrics:
             mailbox=actor.waiting,
             mailbox_limit=actor.bounds.mailbox,
             parked=len(actor.parked),
+            listeners=self._feed.listeners,
+            dropped=self._feed.dropped,
             lag_s=max(self._lags, default=0.0),
             alerts=alerts,
         )
@@ -259,6 +272,8 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
     yield _gauge("mailbox_commands", "Commands that wait to be decided.", now.mailbox)
     yield _gauge("mailbox_limit_commands", "So many commands may wait (limits.mailbox).", now.mailbox_limit)
     yield _gauge("parked_claims", "Claims that wait for work.", now.parked)
+    yield _gauge("event_streams", "Open streams of events.", now.listeners)
+    yield _counter("event_streams_dropped", "Streams of events cut off because they were read too slowly.", now.dropped)
     yield _gauge("loop_lag_seconds", "The worst lag of the event loop in the last 20 s.", now.lag_s)
     yield _gauge(
         "clock_suspect", "1 while the wall clock is not trusted and nothing is deleted by age.", now.clock_suspect

@@ -15,11 +15,11 @@ from jobd.files import StoreUnreadable
 from jobd.rows import META_COLUMNS, fault, sealed
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 1
+VERSION: Final = 2
 
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums
 # has to write them anew, and the XOR of the job checksums with them.
-MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {}
+MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {1: lambda conn: _note_what_is_gone(conn)}
 
 
 def statements(script: str) -> Iterator[str]:
@@ -32,7 +32,9 @@ def statements(script: str) -> Iterator[str]:
             statement = ""
 
 
-def meta_row(numbers: Numbers, totals: tuple[int, int, int, int], marked: int, version: int) -> tuple[int, ...]:
+def meta_row(
+    numbers: Numbers, totals: tuple[int, int, int, int], marked: int, gone_to: int, version: int
+) -> tuple[int, ...]:
     """The row of META_COLUMNS with its checksum."""
     return sealed(
         (
@@ -45,6 +47,7 @@ def meta_row(numbers: Numbers, totals: tuple[int, int, int, int], marked: int, v
             numbers.wall_ms,
             *totals,
             marked,
+            gone_to,
         )
     )
 
@@ -55,7 +58,7 @@ def create(conn: sqlite3.Connection) -> None:
     conn.execute("BEGIN IMMEDIATE")
     for statement in statements(script):
         conn.execute(statement)
-    row = meta_row(Numbers(), (0, 0, 0, 0), 0, VERSION)
+    row = meta_row(Numbers(), (0, 0, 0, 0), 0, 0, VERSION)
     names = ", ".join((*META_COLUMNS, "crc"))
     conn.execute(f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", row)
     conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -101,3 +104,19 @@ def change_meta(conn: sqlite3.Connection, **values: int) -> None:
     row = {**found, **values}
     row["crc"] = sealed(tuple(row.values())[:-1])[-1]
     conn.execute(f"UPDATE meta SET {', '.join(f'{name} = ?' for name in row)} WHERE id = 1", tuple(row.values()))
+
+
+def _note_what_is_gone(conn: sqlite3.Connection) -> None:
+    """Version 1 did not keep which events it had pruned: all until now may be gone.
+
+    The table is laid out anew, for the checksum has to stay its last column.
+    """
+    found = read_meta(conn)
+    assert found is not None
+    crc = found.pop("crc")
+    row = {**found, "events_gone_to": found["next_event"] - 1, "crc": crc}
+    columns = ", ".join(f"{name} INTEGER NOT NULL" for name in row)
+    conn.execute("DROP TABLE meta")
+    conn.execute(f"CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), {columns}) STRICT")
+    names = ", ".join(row)
+    conn.execute(f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", sealed(tuple(row.values())[:-1]))

@@ -17,6 +17,7 @@ from jobd import __version__
 from jobd.answers import Answer
 from jobd.commands import REFUSALS, OnJob
 from jobd.doors import JSON, LINES
+from jobd.event_stream import EVENT_STREAM
 from jobd.glossary import ABOUT, ALSO, CALLS, HEADERS, REFUSED, REFUSED_TOO
 from jobd.glossary import REFUSALS as REFUSAL_WORDS
 from jobd.job import ID_PATTERN
@@ -95,6 +96,9 @@ def _parameters(route: Route) -> list[Json]:
     if route.key:
         known = {"name": "Idempotency-Key", "in": "header", "description": HEADERS["Idempotency-Key"]}
         found.append({**known, "schema": {"type": "string", "pattern": "^[ -~]{1,200}$"}})
+    if route.sends == EVENT_STREAM:
+        known = {"name": "Last-Event-ID", "in": "header", "description": HEADERS["Last-Event-ID"]}
+        found.append({**known, "schema": {"type": "string", "pattern": "^[0-9]{1,19}$"}})
     if route.method == "GET":
         asked = Schemas()
         shown = asked.shown(asked.asked(route.asks, route.given))
@@ -132,6 +136,11 @@ def _responses(route: Route, made: Schemas) -> Json:
 def _success(route: Route, made: Schemas) -> Json:
     if route.gives is bytes:
         return {"type": "object" if route.sends == JSON else "string"}
+    if route.sends == EVENT_STREAM:
+        words = (
+            f"Server-Sent Events: `id` is `seq`, `event` is `type`, `data` is one `{route.gives.__name__}` in one line."
+        )
+        return {"type": "string", "description": words, "x-data": made.answered(route.gives)}
     return {
         "type": "object",
         "properties": {"success": {"const": True}, "data": made.answered(route.gives)},

@@ -223,6 +223,7 @@ def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
         return
     check_ours(conn, path)
     if version < migrations.VERSION:
+        migrations.check_meta(conn, path)
         if path != MEMORY:
             _copy_aside(conn, path, version)
         migrations.migrate(conn, version)
@@ -276,11 +277,11 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Tables:
     """The tables with their numbers and sums. Raises StoreUnreadable."""
     migrations.check_meta(conn, path)
     found = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
-    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, *sums, marked = found
+    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, *sums, marked, gone_to = found
     numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms)
     live, live_xor, finished, finished_xor = sums
     totals = (live, live_xor, finished, finished_xor)
-    return Tables(conn, os.path.dirname(path) or ".", numbers, totals, bool(marked))
+    return Tables(conn, os.path.dirname(path) or ".", numbers, totals, bool(marked), gone_to)
 
 
 def _settle_epoch(tables: Tables, path: str) -> bool:
@@ -298,9 +299,15 @@ def _settle_epoch(tables: Tables, path: str) -> bool:
 
 
 def _begin_epoch(tables: Tables, epoch: int) -> None:
-    """The mark stays until every grant has been ended (Batch.unmark)."""
+    """The mark stays until every grant has been ended (Batch.unmark).
+
+    Somebody may have seen events that the backup does not know. Their numbers are not used again: those of an epoch
+    begin above all numbers of the one before, and who comes with an older one is told that what followed it is gone.
+    """
     old = tables.numbers
-    tables.numbers = Numbers(epoch, 1, old.next_job, old.next_event, old.lease_ms, old.wall_ms)
+    next_event = max(old.next_event, epoch << 40)
+    tables.numbers = Numbers(epoch, 1, old.next_job, next_event, old.lease_ms, old.wall_ms)
+    tables.gone_to = next_event - 1
     tables.marked = True
     tables.write_meta()
 

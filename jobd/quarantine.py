@@ -148,6 +148,9 @@ def _set_row_aside(tables: Tables, table: str, columns: tuple[str, ...], rowid: 
     aside = insert("bad_rows", ("place", "what", "at", "row"))
     what = f"{readable(row[0])}: {reason}"
     tables.conn.execute(aside, (table, what, now_ms(), rows.as_text(columns, row)))
+    if table == "events":
+        tables.note_gone(rowid)
+        tables.write_meta()
     try:
         tables.conn.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
     except sqlite3.DatabaseError as error:

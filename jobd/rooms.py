@@ -1,4 +1,4 @@
-"""What a request may ask of the daemon beside the actor: cleanup, health, alerts, metrics, the clock, a backup.
+"""What a request may ask of the daemon beside the actor: cleanup, health, alerts, metrics, the clock, a backup, events.
 
 Wires; decides nothing. web.py has the protocol that this fulfils.
 """
@@ -26,6 +26,8 @@ from jobd.answers import (
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
 from jobd.commands import Refusal
+from jobd.events import Wanted
+from jobd.feed import Feed, Listener
 from jobd.health import Health
 from jobd.metrics import Metrics
 from jobd.store import Store
@@ -43,6 +45,7 @@ class Rooms(Struct):
     health_: Health
     alerts_: Alerts
     metrics_: Metrics
+    feed: Feed
     runs: Callable[[], bool]
     is_open: bool = False
 
@@ -91,6 +94,9 @@ class Rooms(Struct):
     def backup(self) -> AsyncIterator[bytes]:
         log.info("backup_started", by="admin")
         return backup.stream(self.store)
+
+    def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener:
+        return self.feed.listen(wanted, follow=follow, cut=cut)
 
     def is_ready(self) -> bool:
         return self.is_open and self.runs()

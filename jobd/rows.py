@@ -99,6 +99,7 @@ META_COLUMNS: Final = (
     "finished_count",
     "finished_xor",
     "marked",
+    "events_gone_to",
 )
 
 _NO_GRANT: Final = (None,) * 7

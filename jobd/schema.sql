@@ -1,4 +1,4 @@
--- The tables of a store, schema version 1: what every row holds.
+-- The tables of a store, schema version 2: what every row holds.
 -- No rule of a job is written here: which values make sense is judged by validation.py, so that a bad row can be read.
 --
 -- `crc` is the CRC-32 of all other columns of its row (rows.py). Times named *_at are Unix milliseconds,
@@ -18,6 +18,7 @@ CREATE TABLE meta (
     finished_count INTEGER NOT NULL,   -- all others
     finished_xor INTEGER NOT NULL,
     marked INTEGER NOT NULL,           -- 1: a backup; who opens it takes a new epoch and ends all grants in it
+    events_gone_to INTEGER NOT NULL,   -- events up to this one may be gone; above it the journal is whole
     crc INTEGER NOT NULL
 ) STRICT;
 

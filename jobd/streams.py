@@ -227,9 +227,9 @@ async def give_out(site: Web, visit: Visit, _: Any) -> web.StreamResponse | Refu
 async def _pass_on(response: web.StreamResponse, first: bytes, pieces: AsyncIterator[bytes], visit: Visit) -> None:
     transport = visit.connection.transport
     try:
-        await _write(response, first)
+        await write(response, first)
         async for piece in pieces:
-            await _write(response, piece)
+            await write(response, piece)
         async with asyncio.timeout(PATIENCE_S):
             await response.write_eof()
     except Exception as error:
@@ -239,7 +239,7 @@ async def _pass_on(response: web.StreamResponse, first: bytes, pieces: AsyncIter
         raise ConnectionResetError("backup cut off") from None
 
 
-async def _write(response: web.StreamResponse, piece: bytes) -> None:
+async def write(response: web.StreamResponse, piece: bytes) -> None:
     """Send `piece`; a client that does not read is waited for, but not for ever."""
     async with asyncio.timeout(PATIENCE_S):
         await response.write(piece)

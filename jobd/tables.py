@@ -100,12 +100,13 @@ class Tables:
     """
 
     def __init__(
-        self, conn: sqlite3.Connection, directory: str, numbers: Numbers, totals: Totals, marked: bool
+        self, conn: sqlite3.Connection, directory: str, numbers: Numbers, totals: Totals, marked: bool, gone_to: int
     ) -> None:
         self.conn = conn
         self.numbers = numbers
         self.totals = totals
         self.marked = marked
+        self.gone_to = gone_to  # events up to this one may be gone
         self.reader = rows.JobReader()
         self._jobs = JobWriter(conn)
         self.at_commit: Callable[[], object] = lambda: None  # called when all is said and the disk comes next
@@ -134,7 +135,7 @@ class Tables:
     def commit(self, fn: Callable[..., T], *args: Any) -> T:
         """Run `fn` in one transaction. Raises DiskFull or BadRows with nothing written; anything else breaks."""
         self.check()
-        kept = (self.numbers, self.totals, self.marked)
+        kept = (self.numbers, self.totals, self.marked, self.gone_to)
         for retried in (False, True):
             try:
                 self.conn.execute("BEGIN IMMEDIATE")
@@ -142,7 +143,7 @@ class Tables:
                 self.at_commit()
                 self.conn.execute("COMMIT")
             except BaseException as error:
-                self.numbers, self.totals, self.marked = kept
+                self.numbers, self.totals, self.marked, self.gone_to = kept
                 self._roll_back(error)
                 if isinstance(error, BadRows | CannotMove):
                     raise
@@ -267,7 +268,7 @@ class Tables:
             raise BadRows({id_: self.quarantined[id_] for id_ in named}) from error
 
     def write_meta(self) -> None:
-        self.conn.execute(_UPDATE_META, meta_row(self.numbers, self.totals, int(self.marked), VERSION))
+        self.conn.execute(_UPDATE_META, meta_row(self.numbers, self.totals, int(self.marked), self.gone_to, VERSION))
 
     def _write_events(self, changes: list[Change]) -> None:
         self.conn.executemany(_INSERT_EVENT, [sealed(rows.event_row(change.event)) for change in changes])
@@ -363,22 +364,36 @@ class Tables:
     # ------------------------------------------------------------------------------------------- outside batches
 
     def prune(self, before: int, limit: int) -> int:
-        """Delete up to `limit` journal rows of jobs deleted, and of queues changed, before wall time `before`."""
+        """Delete up to `limit` journal rows of jobs deleted, and of queues changed, before wall time `before`.
+
+        Who follows the journal from below the last of them is told so: nothing else says what was once between.
+        """
         self.check()
         return self.commit(self._prune, before, limit)
 
     def _prune(self, before: int, limit: int) -> int:
         run = self.conn.execute
         old = "SELECT seq FROM events WHERE job_seq = 0 AND at < ? ORDER BY seq LIMIT ?"
-        pruned = run(f"DELETE FROM events WHERE seq IN ({old})", (before, limit)).rowcount
+        pruned = self._prune_events(old, before, limit)
         for (job_seq,) in run("SELECT job_seq FROM deleted_jobs WHERE at < ? ORDER BY at LIMIT ?", (before, limit)):
             if pruned >= limit:
                 break
             rest = "SELECT seq FROM events WHERE job_seq = ? ORDER BY seq LIMIT ?"
-            pruned += run(f"DELETE FROM events WHERE seq IN ({rest})", (job_seq, limit - pruned)).rowcount
+            pruned += self._prune_events(rest, job_seq, limit - pruned)
             if run("SELECT 1 FROM events WHERE job_seq = ?", (job_seq,)).fetchone() is None:
                 run("DELETE FROM deleted_jobs WHERE job_seq = ?", (job_seq,))
+        if pruned:
+            self.write_meta()
         return pruned
+
+    def _prune_events(self, chosen: str, *args: int) -> int:
+        gone = self.conn.execute(f"DELETE FROM events WHERE seq IN ({chosen}) RETURNING seq", args).fetchall()
+        self.note_gone(max((seq for (seq,) in gone), default=0))
+        return len(gone)
+
+    def note_gone(self, seq: int) -> None:
+        """The event of this number is gone. A damaged number may be any: none above the last was ever given."""
+        self.gone_to = max(self.gone_to, min(seq, self.numbers.next_event - 1))
 
     def save_figures(self, body: bytes) -> None:
         self.commit(self.conn.execute, insert("figures", ("id", "body", "crc"), "REPLACE"), sealed((1, body)))

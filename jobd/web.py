@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 from typing import Any, Final, Literal, Protocol
 from urllib.parse import unquote
@@ -35,6 +35,7 @@ from jobd.bodies import Limits, Refused, path_value, refused, too_large
 from jobd.commands import Command, KeyUse, Refusal
 from jobd.doors import FORM, JSON, LINES, Gate, check_kind
 from jobd.envelope import Asked, Waiter
+from jobd.events import Wanted
 from jobd.replies import Letter, Reply, accepted, refusing
 from jobd.routes import Found, Route, Table, Way
 from jobd.sparing import Sparing
@@ -68,6 +69,14 @@ class Ask(Protocol):
         """The reply could not be delivered: its grants are released."""
 
 
+class Listener(Protocol):
+    """Somebody who is told of events as they happen: `begin`, then `more` until it gives nothing; `leave` at last."""
+
+    async def begin(self, after: int | None, back: int) -> bytes: ...
+    async def more(self) -> bytes: ...
+    def leave(self) -> None: ...
+
+
 class Rooms(Protocol):
     """Everything of the daemon that a request may ask for and that is not one command to the actor."""
 
@@ -83,6 +92,7 @@ class Rooms(Protocol):
     async def accept_clock(self) -> ClockView: ...
     def quarantine(self) -> list[QuarantinedJob]: ...
     def backup(self) -> AsyncIterator[bytes]: ...
+    def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener: ...
     def is_ready(self) -> bool: ...
     def is_alive(self) -> bool: ...
 

@@ -36,6 +36,8 @@ from jobd.commands import (
     Why,
     Workers,
 )
+from jobd.event_stream import EVENT_STREAM, Follow, follow
+from jobd.events import StreamedEvent
 from jobd.glossary import WORKER_TITLE
 from jobd.openapi import with_document
 from jobd.routes import Route, Who
@@ -61,6 +63,7 @@ _ROUTES: Final = (
     Route(method="POST", path="/v1/jobs/{id}/cancel", asks=Cancel, gives=JobView, who=_W, key=True),
     Route(method="GET", path="/v1/queues", asks=Queues, gives=QueueList, who=_W),
     Route(method="GET", path="/v1/workers", asks=Workers, gives=WorkerList, who=_W),
+    Route(method="GET", path="/v1/events", asks=Follow, gives=StreamedEvent, who=_W, via=follow, sends=EVENT_STREAM),
     *PROBES,
 )
 ROUTES: Final = with_document(WORKER_TITLE, _ROUTES)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from msgspec import Struct
 
-from jobd import envelope
+from jobd import envelope, feed
 from jobd.answers import (
     AlertView,
     Answer,
@@ -35,10 +35,12 @@ from jobd.bodies import Limits
 from jobd.commands import Call, Command, KeyUse, Refusal
 from jobd.doors import Gate
 from jobd.envelope import Waiter
+from jobd.events import Wanted
 from jobd.listener import Listener
 from jobd.routes import Route
 from jobd.web import Web
 from tests.conftest import tool_missing
+from tests.memory_disk import MemoryDisk
 
 TOKEN = "canary-token-0123456789abcdef"
 REPORT = CleanupReport(1_700_000_000_000, 1, 2, 3, 4, 5, 6, [], True)
@@ -130,6 +132,8 @@ class Figures:
         self.ready = True
         self.pieces: list[bytes | Exception] = [b"SQLite format 3\x00", b"x" * 100_000]
         self.closed = asyncio.Event()
+        self.disk = MemoryDisk()
+        self.feed = feed.Feed(self.disk, 0, 3)
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
         self.forced.append(forced)
@@ -176,6 +180,9 @@ class Figures:
                 yield piece
         finally:
             self.closed.set()
+
+    def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> feed.Listener:
+        return self.feed.listen(wanted, follow=follow, cut=cut)
 
     def is_ready(self) -> bool:
         return self.ready

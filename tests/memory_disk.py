@@ -13,7 +13,21 @@ from typing import Final
 from msgspec.structs import replace
 
 from jobd import rows
-from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, Loaded, Numbers, Opened, Page, Payload, Query, QueueRow
+from jobd.batch import (
+    Aside,
+    BadRows,
+    Batch,
+    DiskFull,
+    JournalPage,
+    KeyRow,
+    Loaded,
+    Numbers,
+    Opened,
+    Page,
+    Payload,
+    Query,
+    QueueRow,
+)
 from jobd.events import Change, Event
 from jobd.job import FINISHED, LIVE, Job, untouched
 
@@ -45,6 +59,7 @@ class MemoryDisk:
         self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
         self.figures: bytes | None = None
         self.marked = False
+        self.gone_to = 0
         self.has_ballast = True
         self.batches: list[Batch] = []  # those that were committed
         self.calls: dict[str, int] = {}
@@ -188,10 +203,11 @@ class MemoryDisk:
         new = {event.seq: event for event in changed}
         return [new.get(event.seq, event) for event in events if event.seq not in gone]
 
-    async def journal(self, after: int, limit: int) -> list[Event]:
+    async def journal(self, after: int, limit: int) -> JournalPage:
         """Up to `limit` events with a seq above `after`, oldest first."""
         await self._enter("journal")
-        return [event for event in self.events if event.seq > after][:limit]
+        found = [event for event in self.events if event.seq > after][:limit]
+        return JournalPage(found, self.numbers.next_event - 1, self.gone_to)
 
     async def expired(self, now: int, limit: int) -> list[str]:
         await self._enter("expired")
@@ -219,6 +235,7 @@ class MemoryDisk:
         old = {seq for seq, at in self.deleted.items() if at < before}
         gone = [event for event in self.events if event.job_seq in old or (event.job_seq == 0 and event.at < before)]
         numbers = {event.seq for event in gone[:limit]}
+        self.gone_to = max(self.gone_to, *numbers, 0)
         self.events = [event for event in self.events if event.seq not in numbers]
         for seq in old - {event.job_seq for event in self.events}:
             del self.deleted[seq]

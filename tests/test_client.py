@@ -224,6 +224,7 @@ def test_both_clients_have_every_call() -> None:
         for client in (blocking, coroutines):
             assert names <= set(dir(client)), client
             assert hasattr(client, "iterate_jobs")
+            assert hasattr(client, "events")
 
 
 def test_methods_show_the_arguments_and_the_text_of_their_calls() -> None:

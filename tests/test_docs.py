@@ -152,6 +152,7 @@ SHAPES: Final[dict[str, Any]] = {
     "grants": answers.Grants,
     "timeline": answers.TimelineView,
     "event": events.EventView,
+    "streamed event": events.StreamedEvent,
     "why": answers.WhyView,
     "next": answers.Next,
     "validation": answers.Validation,

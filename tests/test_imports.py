@@ -25,10 +25,13 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": ("store tables job_writer rows lookups opening wal migrations quarantine files backup doctor", "nouns"),
     "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
-    "feed": ("feed", "nouns web actor"),
+    "feed": ("feed event_stream", "nouns web actor"),
     "time": ("cleanup passes health artefacts presence", "nouns book judging actor clock"),
     "watch": ("metrics alerts facts", "nouns book judging actor clock time"),
-    "rooms": ("rooms", "nouns actor clock store time watch"),  # what requests may ask of the daemon beside the actor
+    "rooms": (
+        "rooms",
+        "nouns actor clock store time watch feed",
+    ),  # what requests may ask beside the actor
     "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed"),
     "settings": ("config", "nouns"),
     "system": ("log outlet systemd", ""),

@@ -25,6 +25,7 @@ from jobd.book import Book
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
 from jobd.commands import REFUSALS, AnyCommand, Claim, Complete, Create, ForceReset, Pause, Start
+from jobd.feed import Feed
 from jobd.figures import OTHER_QUEUES
 from jobd.health import Health
 from jobd.job import STATUSES, Policy
@@ -72,6 +73,8 @@ EXPECTED = {
     "jobd_mailbox_commands": "gauge",
     "jobd_mailbox_limit_commands": "gauge",
     "jobd_parked_claims": "gauge",
+    "jobd_event_streams": "gauge",
+    "jobd_event_streams_dropped_total": "counter",
     "jobd_wal_bytes": "gauge",
     "jobd_database_bytes": "gauge",
     "jobd_loop_lag_seconds": "gauge",
@@ -89,7 +92,7 @@ class Door:
 def metrics_of(house: Household, *doors: Door, store_path: str = ":memory:") -> Metrics:
     health = Health(house.actor, house.clock, house.cleaner)
     alerts = Alerts(house.book, house.clock, health, house.cleaner)
-    return Metrics(house.actor, house.cleaner, alerts, house.clock, store_path, doors)
+    return Metrics(house.actor, house.cleaner, alerts, house.clock, store_path, doors, Feed(house.disk, 0, 1))
 
 
 def read(body: bytes) -> dict[str, Metric]:
@@ -137,7 +140,7 @@ async def real(path: Path) -> AsyncIterator[Real]:
         cleaner = Cleaner(actor, clock, Schedule(batch=2))
         health = Health(actor, clock, cleaner, take_faults=store.take_faults)
         alerts = Alerts(book, clock, health, cleaner)
-        metrics = Metrics(actor, cleaner, alerts, clock, str(path), [])
+        metrics = Metrics(actor, cleaner, alerts, clock, str(path), [], Feed(store, 0, 1))
         running = [asyncio.create_task(run()) for run in (actor.run, cleaner.run, alerts.run, metrics.run)]
         yield Real(store, actor, cleaner, metrics)
         for part in (metrics, alerts, cleaner):

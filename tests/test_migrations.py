@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobd import migrations, rows
-from jobd.store import Store, StoreTooNew
+from jobd.store import Store, StoreTooNew, StoreUnreadable
 from tests.by_hand import Maker
 from tests.store_help import assert_holds, edited, make_store, opened, read
 
@@ -46,6 +46,46 @@ def next_version(monkeypatch: pytest.MonkeyPatch) -> int:
 
 def test_there_is_a_step_for_every_older_version() -> None:
     assert sorted(migrations.MIGRATIONS) == list(range(1, migrations.VERSION))
+
+
+async def test_of_a_store_of_version_1_nobody_knows_what_was_pruned(path: str) -> None:
+    maker = await make_store(path)
+    with edited(path) as conn:
+        _make_version_1(conn)
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+        last = maker.numbers.next_event - 1
+        page = await store.journal(last, 10)
+        assert (page.last, page.gone_to) == (last, last)
+    with edited(path) as conn:
+        assert conn.execute("SELECT schema_version, events_gone_to FROM meta").fetchone() == (2, last)
+        names = [name for (name,) in conn.execute("SELECT name FROM pragma_table_info('meta')")]
+        assert names == ["id", *rows.META_COLUMNS, "crc"]
+    [copy] = glob.glob(f"{path}.v1-*")
+    assert os.path.getsize(copy) > 0
+
+
+async def test_a_damaged_meta_row_is_not_sealed_anew_by_a_migration(path: str) -> None:
+    await make_store(path)
+    with edited(path) as conn:
+        _make_version_1(conn)
+        conn.execute("UPDATE meta SET next_token = next_token + 1")
+    with pytest.raises(StoreUnreadable, match="meta row"):
+        await Store.open(path)
+
+
+def _make_version_1(conn: sqlite3.Connection) -> None:
+    found = migrations.read_meta(conn)
+    assert found is not None
+    row = {name: value for name, value in found.items() if name not in ("events_gone_to", "crc")}
+    row["schema_version"] = 1
+    names = [*row, "crc"]
+    columns = ", ".join(f"{name} INTEGER NOT NULL" for name in names)
+    conn.execute("DROP TABLE meta")
+    conn.execute(f"CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), {columns}) STRICT")
+    values = rows.sealed(tuple(row.values()))
+    conn.execute(f"INSERT INTO meta (id, {', '.join(names)}) VALUES (1{', ?' * len(values)})", values)
+    conn.execute("PRAGMA user_version = 1")
 
 
 async def test_an_older_store_is_copied_aside_and_migrated(path: str, request: pytest.FixtureRequest) -> None:

@@ -17,6 +17,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from jobd import admin_api, commands, glossary, worker_api
 from jobd.bodies import Limits, Refused, Shape
 from jobd.doors import Gate, own_names
+from jobd.events import StreamedEvent
 from jobd.openapi import call_of, document, refusals
 from jobd.routes import Route
 from tests.http_help import TOKEN, House
@@ -75,7 +76,8 @@ def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
         for code in refusals(route):
             assert f"`{code}`" in resolved(name, responses[str(commands.REFUSALS[code])])["description"]
         headers = {each["name"] for each in said[call_of(route)]["parameters"] if each["in"] == "header"}
-        assert headers == ({"Idempotency-Key"} if route.key else set())
+        wanted_headers = {"Idempotency-Key"} if route.key else set()
+        assert headers == wanted_headers | ({"Last-Event-ID"} if route.gives is StreamedEvent else set())
         assert (said[call_of(route)]["security"] == [{"token": []}]) == (route.who == "admin")
         assert ("requestBody" in said[call_of(route)]) == (route.method != "GET")
 
@@ -108,7 +110,7 @@ def _fields(said: Any) -> set[str]:
 
 def test_every_refusal_is_somewhere_but_for_those_of_unknown_paths() -> None:
     told = {code for table in TABLES.values() for route in table for code in refusals(route)}
-    assert set(commands.REFUSALS) - told == {"not_found", "method_not_allowed", "events_gone"}
+    assert set(commands.REFUSALS) - told == {"not_found", "method_not_allowed"}
 
 
 @pytest.fixture(params=TABLES)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd.batch import Aside, BadRows, KeyRow, Loaded, Opened, Query, QueueRow
+from jobd.batch import Aside, BadRows, JournalPage, KeyRow, Loaded, Opened, Query, QueueRow
 from jobd.events import fold
 from jobd.job import FINISHED, LIVE, Job, Options
 from jobd.rows import JOB_COLUMNS
@@ -450,6 +450,17 @@ async def test_a_page_of_the_journal_that_cannot_be_read_is_left_out(path: str) 
         assert [event.type for event in await store.timeline(200)] == ["created", "completed"]
         (fault,) = store.take_faults()
         assert fault.startswith("events 300 to 300: 1 cannot be read")
+
+
+async def test_a_page_of_the_journal_that_cannot_be_read_is_gone_for_those_who_follow(path: str) -> None:
+    maker = await make_long_store(path)
+    spoil_page(path, b"job-300" + maker.jobs[300].options.queue.encode())
+    async with opened(path) as (store, _):
+        first = await store.journal(0, 5)
+        assert (len(first.events), first.gone_to) == (5, 0)  # another page of it
+        hidden = await store.journal(290, 100)
+        assert hidden == JournalPage([], hidden.last, hidden.last)
+        assert "the journal cannot be read after event 290" in store.take_faults()[-1]
 
 
 async def test_a_journal_whose_index_cannot_be_read_is_read_without_it(path: str) -> None:

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from jobd import files
-from jobd.batch import Batch, Disk, KeyRow, Loaded, Numbers, Opened, Query
+from jobd.batch import Batch, Disk, JournalPage, KeyRow, Loaded, Numbers, Opened, Query
 from jobd.events import KEEP_SIGNS, Change, Event
 from jobd.job import Job
 from jobd.store import MEMORY, Store
 from tests.by_hand import NOW, OPTIONS, Maker
 from tests.store_help import (
     assert_holds,
+    edited,
     exists,
     made,
     opened,
@@ -240,8 +241,53 @@ async def test_journals_of_deleted_jobs_go_when_they_are_old(store: Store) -> No
 async def test_the_journal_of_the_whole_store_goes_on_after_a_position(store: Store) -> None:
     maker = Maker()
     await store.write(maker.batch([maker.create() for _ in range(5)]))
-    assert [event.seq for event in await store.journal(2, 2)] == [3, 4]
-    assert await store.journal(5, 2) == []
+    page = await store.journal(2, 2)
+    assert ([event.seq for event in page.events], page.last, page.gone_to) == ([3, 4], 5, 0)
+    assert await store.journal(5, 2) == JournalPage([], 5, 0)
+
+
+async def test_what_was_pruned_is_told_also_after_a_restart(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        first, second = maker.create(), maker.create()
+        ended = maker.finish(made(maker.grant(made(first))))
+        await store.write(maker.batch([first, second, ended, maker.queue_event("video", True)]))
+        maker.now += 1_000
+        await store.write(maker.batch([maker.delete(made(ended))]))
+        last = maker.numbers.next_event - 1
+        assert (await store.journal(0, 100)).gone_to == 0
+        assert await store.prune(NOW + 1, 100) == 1
+        of_the_queue = (await store.journal(0, 100)).gone_to
+        assert of_the_queue == last - 1
+        await store.prune(NOW + 1_001, 100)
+        page = await store.journal(0, 100)
+        assert (page.last, page.gone_to) == (last, last)
+        assert [event.job_seq for event in page.events] == [2]  # older, and whole
+    async with opened(path) as (store, _):
+        assert (await store.journal(0, 100)).gone_to == last
+
+
+async def test_nobody_is_led_past_a_damaged_event(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create() for _ in range(5)]))
+    with edited(path) as conn:
+        conn.execute("UPDATE events SET at = at + 1 WHERE seq = 3")
+    async with opened(path) as (store, _):
+        page = await store.journal(0, 4)
+        assert ([event.seq for event in page.events], page.gone_to) == ([1, 2, 4], 3)
+    async with opened(path) as (store, _):
+        assert (await store.journal(3, 10)).gone_to == 3  # it was set aside, and that is remembered
+
+
+async def test_a_damaged_number_of_an_event_makes_no_more_of_the_journal_gone_than_there_was(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create() for _ in range(5)]))
+    with edited(path) as conn:
+        conn.execute(f"UPDATE events SET seq = {1 << 60} WHERE seq = 3")
+    async with opened(path) as (store, _):
+        assert (await store.journal(0, 10)).gone_to == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from jobd.client.errors import (
 )
 from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, RetryPolicy, uuid7
 from jobd.client.sync import AdminClient, JobClient
+from jobd.events import StreamedEvent
 
 if TYPE_CHECKING:
     from jobd.client.aio import AsyncAdminClient, AsyncJobClient
@@ -109,6 +110,7 @@ __all__ = [
     "ShuttingDown",
     "Stopped",
     "StorageFull",
+    "StreamedEvent",
     "SyncTask",
     "Task",
     "TooLarge",

@@ -6,12 +6,13 @@ Says nothing about the calls themselves: those are in calls.py and admin_calls.p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import io
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from types import TracebackType
 from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
 
@@ -21,6 +22,7 @@ from yarl import URL
 from jobd.client import admin_calls, calls
 from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
 from jobd.client.errors import JobdError, Unreachable
+from jobd.client.events import ADMIN_EVENTS, EVENTS, PATIENT, SILENCE_S, Listening
 from jobd.client.protocol import (
     JobInfo,
     JobInfoPage,
@@ -33,6 +35,7 @@ from jobd.client.protocol import (
     result,
     signed,
 )
+from jobd.events import StreamedEvent
 from jobd.job import Status
 
 P = ParamSpec("P")
@@ -50,6 +53,8 @@ _STALE: Final = (aiohttp.ServerDisconnectedError, ConnectionResetError, BrokenPi
 
 class _AsyncClient:
     """A pool of connections to one listener, and the calls over them. Belongs to the event loop of its first call."""
+
+    _events_path = EVENTS
 
     def __init__(self, endpoint: Endpoint, *, timeout_s: float, retry_for_s: float, tls: ssl.SSLContext | None) -> None:
         self.endpoint: Final = endpoint
@@ -90,6 +95,63 @@ class _AsyncClient:
                 if on_retry is not None:
                     on_retry(error)
             await asyncio.sleep(wait_s)
+
+    def events(
+        self,
+        *,
+        queue: str | Iterable[str] | None = None,
+        job_id: str | Iterable[str] | None = None,
+        type: str | Iterable[str] | None = None,
+        after: int | None = None,
+        last: int | None = None,
+        follow: bool = True,
+        on_lost: Callable[[JobdError], None] | None = None,
+    ) -> AsyncIterator[StreamedEvent]:
+        """Events as they happen, each once and in order. Goes on for ever, over breaks and restarts of the daemon.
+
+        `queue`, `job_id`, `type` (a name, or several): only these. It begins now; with `after` behind the event of that
+        `seq`; with `last` up to so many events ago. With `follow` False it ends where the journal does. The first
+        connection is tried as other calls are, a later one until it succeeds; `on_lost` hears of each that is lost.
+        Raises EventsGone where events behind `after` are no longer in the journal: read the state anew, then listen.
+        """
+        asked = Listening(
+            self._events_path, queue=queue, job_id=job_id, type=type, after=after, last=last, follow=follow
+        )
+        return self._listen(asked, on_lost)
+
+    async def _listen(
+        self, listening: Listening, on_lost: Callable[[JobdError], None] | None
+    ) -> AsyncIterator[StreamedEvent]:
+        request = listening.request()
+        tries = Tries(self._policy, request, time.monotonic())
+        while True:
+            try:
+                async with contextlib.aclosing(self._pieces(listening, request)) as pieces:
+                    async for piece in pieces:
+                        tries = Tries(PATIENT, request, time.monotonic())
+                        for event in listening.read(piece):
+                            yield event
+                if not listening.follow:
+                    return
+                raise Unreachable(f"The daemon at {self.endpoint} ended the stream of events.")
+            except JobdError as error:
+                wait_s = tries.wait_s(error, time.monotonic(), random.random())
+                if on_lost is not None:
+                    on_lost(error)
+            await asyncio.sleep(wait_s)
+            request = listening.request()
+
+    async def _pieces(self, listening: Listening, request: Request[Any]) -> AsyncGenerator[bytes]:
+        """What comes over one connection, as it comes."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=SILENCE_S)
+        try:
+            async with self._open(request, timeout) as response:
+                body = await response.read() if response.status >= 400 else b""
+                listening.begin(Reply(response.status, _lower(response), body))
+                while piece := await response.content.readany():
+                    yield piece
+        except _BROKEN as error:
+            raise self._unreachable(error) from error
 
     async def _exchange(self, request: Request[Any], timeout_s: float) -> Reply:
         """One try. An idle connection that the daemon has closed meanwhile is replaced once, in silence."""
@@ -204,6 +266,8 @@ class AsyncJobClient(_AsyncClient):
 
 class AsyncAdminClient(_AsyncClient):
     """The admin API for asyncio: AdminClient with every method a coroutine. See there for the arguments."""
+
+    _events_path = ADMIN_EVENTS
 
     def __init__(
         self,

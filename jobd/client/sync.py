@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
 from jobd.client import admin_calls, calls
 from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
 from jobd.client.errors import JobdError, Unreachable
+from jobd.client.events import ADMIN_EVENTS, EVENTS, PATIENT, SILENCE_S, Listening
 from jobd.client.protocol import (
     JobInfo,
     JobInfoPage,
@@ -31,6 +32,7 @@ from jobd.client.protocol import (
     result,
     signed,
 )
+from jobd.events import StreamedEvent
 from jobd.job import Status
 
 P = ParamSpec("P")
@@ -82,6 +84,8 @@ class _Connection(http.client.HTTPConnection):
 class _Client:
     """Idle connections to one listener, and the calls over them. Every method may be called from any thread."""
 
+    _events_path = EVENTS
+
     def __init__(self, endpoint: Endpoint, *, timeout_s: float, retry_for_s: float, tls: ssl.SSLContext | None) -> None:
         self.endpoint: Final = endpoint
         self._policy = RetryPolicy(total_s=retry_for_s, timeout_s=timeout_s)
@@ -114,6 +118,61 @@ class _Client:
             except JobdError as error:
                 wait_s = tries.wait_s(error, time.monotonic(), random.random())
             time.sleep(wait_s)
+
+    def events(
+        self,
+        *,
+        queue: str | Iterable[str] | None = None,
+        job_id: str | Iterable[str] | None = None,
+        type: str | Iterable[str] | None = None,
+        after: int | None = None,
+        last: int | None = None,
+        follow: bool = True,
+        on_lost: Callable[[JobdError], None] | None = None,
+    ) -> Iterator[StreamedEvent]:
+        """Events as they happen, each once and in order. Goes on for ever, over breaks and restarts of the daemon.
+
+        `queue`, `job_id`, `type` (a name, or several): only these. It begins now; with `after` behind the event of that
+        `seq`; with `last` up to so many events ago. With `follow` False it ends where the journal does. The first
+        connection is tried as other calls are, a later one until it succeeds; `on_lost` hears of each that is lost.
+        Raises EventsGone where events behind `after` are no longer in the journal: read the state anew, then listen.
+        """
+        asked = Listening(
+            self._events_path, queue=queue, job_id=job_id, type=type, after=after, last=last, follow=follow
+        )
+        return self._listen(asked, on_lost)
+
+    def _listen(self, listening: Listening, on_lost: Callable[[JobdError], None] | None) -> Iterator[StreamedEvent]:
+        request = listening.request()
+        tries = Tries(self._policy, request, time.monotonic())
+        while True:
+            try:
+                for piece in self._pieces(listening, request):
+                    tries = Tries(PATIENT, request, time.monotonic())
+                    yield from listening.read(piece)
+                if not listening.follow:
+                    return
+                raise Unreachable(f"The daemon at {self.endpoint} ended the stream of events.")
+            except JobdError as error:
+                wait_s = tries.wait_s(error, time.monotonic(), random.random())
+                if on_lost is not None:
+                    on_lost(error)
+            time.sleep(wait_s)
+            request = listening.request()
+
+    def _pieces(self, listening: Listening, request: Request[Any]) -> Iterator[bytes]:
+        """What comes over one connection, as it comes."""
+        connection = _Connection(self.endpoint, self._tls)
+        try:
+            response = self._ask(connection, request, SILENCE_S)
+            body = response.read() if response.status >= 400 else b""
+            listening.begin(Reply(response.status, _lower(response), body))
+            while piece := response.read1(_PIECE_BYTES):
+                yield piece
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        finally:
+            connection.close()
 
     def _exchange(self, request: Request[Any], timeout_s: float) -> Reply:
         """One try. An idle connection that the daemon has closed meanwhile is replaced once, in silence."""
@@ -254,6 +313,8 @@ class AdminClient(_Client):
     `endpoint` is `http://host:port`, `unix:/path`, or None for $JOBD_ADMIN_URL or http://127.0.0.1:8770; the token
     is $ADMIN_TOKEN or the first line of $ADMIN_TOKEN_FILE if it is not given. Otherwise as JobClient.
     """
+
+    _events_path = ADMIN_EVENTS
 
     def __init__(
         self,

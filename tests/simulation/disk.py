@@ -97,7 +97,8 @@ class SimDisk(MemoryDisk):
         if self.marked or self.epoch_file > self.numbers.epoch:
             epoch = max(self.epoch_file, self.numbers.epoch) + 1
             old, self.epoch_file, self.marked = self.numbers, epoch, True
-            self.numbers = Numbers(epoch, 1, old.next_job, old.next_event, old.lease_ms, old.wall_ms)
+            # As opening.py does: what those have seen who come from before is not numbered again.
+            self.numbers = Numbers(epoch, 1, old.next_job, max(old.next_event, epoch << 40), old.lease_ms, old.wall_ms)
         self.is_broken = False
         opened = super().opened()
         opened.full = self.full >= 2
