@@ -21,6 +21,7 @@ from jobd.answers import (
     HealthView,
     JobPage,
     JobView,
+    LateResultList,
     LockList,
     PausedView,
     QuarantineList,
@@ -34,6 +35,7 @@ from jobd.answers import (
     WorkerList,
 )
 from jobd.commands import (
+    Adopt,
     Cancel,
     Command,
     Delete,
@@ -42,6 +44,7 @@ from jobd.commands import (
     ForceReset,
     Get,
     Import,
+    LateResults,
     List,
     Locks,
     OnJobNamed,
@@ -161,6 +164,8 @@ _ROUTES: Final = (
     Route(method="DELETE", path=f"{_P}/jobs/{{id}}", asks=Delete, gives=JobView, who=_A, key=True),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/timeline", asks=Timeline, gives=TimelineView, who=_A),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/why", asks=Why, gives=WhyView, who=_A),
+    Route(method="GET", path=f"{_P}/jobs/{{id}}/late-results", asks=LateResults, gives=LateResultList, who=_A),
+    Route(method="POST", path=f"{_P}/jobs/{{id}}/adopt", asks=Adopt, gives=JobView, who=_A, key=True),
     Route(method="POST", path=f"{_P}/jobs/{{id}}/cancel", asks=Cancel, gives=JobView, who=_A, key=True),
     Route(method="POST", path=f"{_P}/jobs/{{id}}/run-now", asks=RunNow, gives=JobView, who=_A, key=True),
     Route(method="POST", path=f"{_P}/jobs/{{id}}/update", asks=Update, gives=JobView, who=_A, key=True),

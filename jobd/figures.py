@@ -52,6 +52,8 @@ class Figures(Struct):
     stalls: int = 0
     reset: int = 0  # recovered, back to queued
     failed: int = 0  # recovered, failed
+    late_kept: int = 0
+    late_adopted: int = 0
     processing: dict[str, Histogram] = field(default_factory=dict)  # queue -> seconds
 
     def note(self, change: Change) -> None:
@@ -65,6 +67,10 @@ class Figures(Struct):
                     self._completed(event.queue, event.at, max(event.at - change.before.started_at, 0))
             case "stalled":
                 self._recovered(event.at, requeued=after is not None and after.status == "queued")
+            case "late_result":
+                self.late_kept += 1
+            case "adopted":
+                self.late_adopted += 1
             case "lock_expired":
                 self.since_report.locks_cleared += 1
             case "deleted" if event.by == "cleanup":

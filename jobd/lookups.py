@@ -1,4 +1,4 @@
-"""Looks at what is committed: jobs by id, pages of jobs, journals, reports. Damaged rows met there are set aside.
+"""Looks at what is committed: jobs by id, pages, journals, late results, reports. Damaged rows met are set aside.
 
 Changes nothing else. Plain calls, made from the store's thread.
 """
@@ -10,16 +10,32 @@ import zlib
 from typing import Any, Final
 
 from jobd import rows
-from jobd.batch import Aside, KeyRow, Loaded, Page, Query
+from jobd.batch import Aside, KeyRow, LateAsked, LateKnown, Loaded, Page, Query
 from jobd.events import Event
-from jobd.job import LIVE, Job
+from jobd.job import LIVE, Grant, Job, LateResult
 from jobd.quarantine import set_jobs_aside, set_rows_aside
-from jobd.rows import EVENT_COLUMNS, KEY_COLUMNS, Row, fault
-from jobd.tables import BY_ID, BY_SEQ, EVENT_SQL, FINISHED_SQL, JOB_SQL, KEY_SQL, LIVE_SQL, Tables, is_corrupt
+from jobd.rows import EVENT_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, Row, fault
+from jobd.tables import (
+    BY_ID,
+    BY_SEQ,
+    EVENT_SQL,
+    FINISHED_SQL,
+    JOB_SQL,
+    KEY_SQL,
+    LATE_SQL,
+    LIVE_SQL,
+    Tables,
+    is_corrupt,
+)
 
 _NO_LIMIT: Final = 1 << 62
 _EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
 _JOB_SEQ: Final = EVENT_COLUMNS.index("job_seq")
+_LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
+_GRANTS: Final = (
+    f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ?) "
+    "CROSS JOIN events NOT INDEXED ON seq = found WHERE type = 'granted' AND instr(changes, ?)"
+)
 
 
 def read_job(tables: Tables, row: Row) -> tuple[Job | None, str]:
@@ -254,6 +270,50 @@ def _events(tables: Tables, found: list[Row]) -> list[Event]:
         aside = {seq for seq, _, _ in damaged}
         found = [row for row in found if row[0] not in aside]
     return [rows.event(row) for row in found]
+
+
+def late(tables: Tables, asked: list[LateAsked]) -> LateKnown:
+    """See Disk.late."""
+    tables.check()
+    known = LateKnown()
+    for each in asked:
+        known.results[each.job_seq] = _late_results(tables, each)
+        if each.lock_id is not None and (grant := _older_grant(tables, each.job_seq, each.lock_id)) is not None:
+            known.grants[each.job_seq, each.lock_id] = grant
+    return known
+
+
+def _late_results(tables: Tables, asked: LateAsked) -> list[LateResult]:
+    """The oldest grant first. Damaged rows are set aside; nobody but an operator waits for what they held."""
+    try:
+        sql = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? ORDER BY seq"
+        seqs = [seq for (seq,) in tables.rows(sql, (asked.job_seq,))]
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        tables.faults.append(f"the late results cannot be read: {error}; run `jobd doctor`")
+        return []
+    found: list[LateResult] = []
+    damaged: list[tuple[int, Row, str]] = []
+    for row in tables.each(_LATE, seqs, "late results"):
+        if (wrong := fault(row)) is not None:
+            damaged.append((row[0], row, wrong))
+        elif row[1] == asked.job_seq:
+            found.append(rows.late(row, whole=asked.whole))
+    set_rows_aside(tables, "late_results", (*LATE_COLUMNS, "crc"), damaged)
+    return sorted(found, key=lambda result: result.fencing_token)
+
+
+def _older_grant(tables: Tables, job_seq: int, lock_id: str) -> Grant | None:
+    """The grant of this job that had `lock_id`, as its journal has it. One that cannot be read is none."""
+    try:
+        found = tables.rows(_GRANTS, (job_seq, lock_id.encode()))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        return None  # whoever asks for the timeline is told
+    grants = (event.changes.grant for event in _events(tables, found) if event.changes and event.job_seq == job_seq)
+    return next((grant for grant in grants if isinstance(grant, Grant) and grant.lock_id == lock_id), None)
 
 
 def expired(tables: Tables, now: int, limit: int) -> list[str]:

@@ -10,6 +10,7 @@ from msgspec import UNSET, Raw, UnsetType
 from jobd.answers import (
     GrantView,
     JobView,
+    LateResultView,
     LockedJob,
     LockList,
     LockState,
@@ -24,7 +25,7 @@ from jobd.answers import (
 from jobd.book import Book
 from jobd.commands import Moment
 from jobd.figures import Figures
-from jobd.job import STATUSES, Failure, Grant, Job, Lease, Policy, Result, settled
+from jobd.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, settled
 
 NO_RESULT = Result()
 NO_ERROR = Failure(None)
@@ -78,6 +79,21 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         result.metadata,
         error.message,
         error.code,
+    )
+
+
+def late_view(late: LateResult) -> LateResultView:
+    result = late.result
+    return LateResultView(
+        late.seq,
+        late.at,
+        late.worker,
+        late.fencing_token,
+        result.download_url,
+        result.file_path,
+        result.storage_key,
+        result.metadata,
+        late.expires_at,
     )
 
 

@@ -39,6 +39,7 @@ EXPECTED = {
     "jobd_jobs": "gauge",
     "jobd_queue_jobs": "gauge",
     "jobd_stuck_jobs": "gauge",
+    "jobd_late_results_total": "counter",
     "jobd_locked_jobs": "gauge",
     "jobd_grants_total": "counter",
     "jobd_refusals_total": "counter",

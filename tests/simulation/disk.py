@@ -19,8 +19,8 @@ from jobd.batch import BadRows, Batch, DiskFull, Numbers, Opened
 from tests.memory_disk import MemoryDisk
 
 STATE: Final = (
-    "numbers", "jobs", "payloads", "events", "queues", "keys", "suspects", "quarantined", "deleted", "kept_reports",
-    "figures", "bad_jobs", "bad_payloads", "aside", "_ids",
+    "numbers", "jobs", "payloads", "events", "lates", "queues", "keys", "suspects", "quarantined", "deleted",
+    "kept_reports", "figures", "bad_jobs", "bad_payloads", "aside", "_ids",
 )  # fmt: skip
 COMMITS: Final = frozenset({"prune", "save_figures"})  # beside the batches
 
