@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct
 
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy, QueueName
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy, is_job_id
 
 EXIT_CONFIG: Final = 78
 DEFAULT_PATH: Final = "/etc/jobd/config.toml"
@@ -98,7 +98,7 @@ class ValidationSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 class LateSection(Struct, frozen=True, forbid_unknown_fields=True):
     results: LatePolicy = "keep"
-    queues: dict[QueueName, LatePolicy] = {}
+    queues: dict[str, LatePolicy] = {}
 
 
 class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -491,6 +491,9 @@ def _check(config: Config) -> None:
         raise ConfigError("limits.payload must not be larger than limits.body")
     if config.limits.inflight_bytes < 2 * config.limits.body:
         raise ConfigError("limits.inflight_bytes must be at least twice limits.body, or no large request comes in")
+    for name in config.late.queues:
+        if not is_job_id(name):  # names of queues are made as ids are
+            raise ConfigError(f"late.queues: {name!r}: a queue has 1 to 200 characters of A-Z a-z 0-9 . _ : -")
     if config.artefacts.url and not re.fullmatch(r"file:///.+", config.artefacts.url):
         raise ConfigError(f'artefacts.url: "{config.artefacts.url}": expected file:///DIRECTORY')
 
