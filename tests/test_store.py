@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import files
+from jobd import files, lookups
 from jobd.batch import Batch, Disk, KeyRow, LateAsked, Loaded, Numbers, Opened, Query
 from jobd.events import KEEP_SIGNS, Change, Event
 from jobd.job import KEEP_LATE, Job, LateResult, Result
@@ -406,3 +406,31 @@ async def test_an_older_grant_is_found_in_the_journal_of_its_own_job(store: Stor
     seq = made(created).seq
     asked = [LateAsked(seq, lock_id) for lock_id in (grant.lock_id, foreign.lock_id, grant.lock_id[:-1], "never")]
     assert (await store.late(asked)).grants == {(seq, grant.lock_id): grant}
+
+
+async def test_a_grant_is_looked_for_at_the_end_of_a_journal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was given back a hundred thousand times holds nobody up."""
+    maker = Maker()
+    changes = [maker.create("a")]
+    for _ in range(4):
+        changes.append(maker.grant(made(changes[-1])))
+        changes.append(maker.requeue(made(changes[-1])))
+    await store.write(maker.batch(changes))
+    seq = made(changes[0]).seq
+    grants = [grant for change in changes if (grant := made(change).grant) is not None]
+    asked = [LateAsked(seq, grant.lock_id) for grant in grants]
+    assert list((await store.late(asked)).grants.values()) != []
+    monkeypatch.setattr(lookups, "LOOKED_BACK", 4)
+    found = (await store.late(asked)).grants
+    assert sorted(grant.fencing_token for grant in found.values()) == [grant.fencing_token for grant in grants[2:]]
+
+
+async def test_many_ask_of_one_job_and_some_for_all(store: Store) -> None:
+    maker = Maker()
+    created = maker.create("a")
+    await store.write(maker.batch([created]))
+    change = maker.late(made(created), 1)
+    await store.write(maker.batch([change]))
+    seq = made(created).seq
+    for asked in ([LateAsked(seq), LateAsked(seq, whole=True)], [LateAsked(seq, whole=True), LateAsked(seq, "x")]):
+        assert (await store.late(asked)).results == {seq: [change.late]}
