@@ -41,7 +41,7 @@ check: $(READY)  ## all that CI runs: format, lint, types, tests on both event l
 	$(BIN)/jobd demo
 
 # Only tests that go the same way each time: no branch may be reached by luck.
-COVERING := $(addprefix tests/test_,$(addsuffix .py,actor batch book clock commands draft envelope events figures job keys live_jobs \
+COVERING := $(addprefix tests/test_,$(addsuffix .py,actor batch book clock commands draft envelope events figures job keys late_rules live_jobs \
 	orders overlaps pace rules validation views why))
 coverage: $(READY)  ## every branch of the pure rooms and the actor is run by the tests that mirror them, or this fails
 	$(BIN)/coverage run -m pytest --quiet --hypothesis-seed=0 $(COVERING)

@@ -13,7 +13,9 @@ from typing import Final, Protocol
 
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 
+from jobd import late_rules
 from jobd.answers import Answer, Grants
 from jobd.batch import Aside, BadRows, Disk, DiskFull
 from jobd.book import Book
@@ -280,7 +282,8 @@ class Actor:
     async def _turn(self, batch: list[Asked]) -> None:
         """One batch, from the mailbox to its answers: again where the disk names a reason, else once."""
         while True:
-            plan = self._decider.decide(batch, self._clock.moment(), await self._load(batch), self.policy)
+            known, policy = await self._load(batch), self._policy_now()
+            plan = self._decider.decide(batch, self._clock.moment(), known, policy)
             self._under_way = plan
             self._tell_meanwhile()
             try:
@@ -339,7 +342,23 @@ class Actor:
             loaded = await self.disk.load([], list(wanted), [])
             known.payloads = {seq: payload.body for seq, payload in loaded.payloads.items()}
             known.hashes = {wanted[seq]: payload.request_hash for seq, payload in loaded.payloads.items()}
+        await self._load_late(batch, known)
         return known
+
+    async def _load_late(self, batch: list[Asked], known: Known) -> None:
+        """What late results there are of the jobs whose complete comes late, or of which an operator asks."""
+        commands = (asked.call.command for asked in batch)
+        wanted = {late_rules.asks(self.book, command, self.policy): None for command in commands}
+        asks = [each for each in wanted if each is not None]
+        if asks:
+            self._tell_meanwhile()
+            known.late = await self.disk.late(sorted(asks, key=lambda each: each.whole))
+
+    def _policy_now(self) -> Policy:
+        """On a full disk there is no room for what comes late."""
+        if self.full_disk.closed == Closed.NOTHING:
+            return self.policy
+        return replace(self.policy, late_results="drop", late_queues={})
 
     async def _write(self, plan: Plan) -> dict[int, bytes]:
         """One transaction; gives the payloads that the answers show, read before its end."""

@@ -22,6 +22,7 @@ from jobd.answers import (
     HealthView,
     JobPage,
     JobView,
+    LateResultList,
     LockList,
     PausedView,
     QuarantineList,
@@ -36,6 +37,7 @@ from jobd.answers import (
     public_lock,
 )
 from jobd.commands import (
+    Adopt,
     Cancel,
     Command,
     Delete,
@@ -45,6 +47,7 @@ from jobd.commands import (
     ForceReset,
     Get,
     Import,
+    LateResults,
     List,
     Locks,
     OnJobNamed,
@@ -170,6 +173,8 @@ _ROUTES: Final = (
     Route(method="DELETE", path=f"{_P}/jobs/{{id}}", asks=Delete, gives=JobView, who=_A, key=True),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/timeline", asks=Timeline, gives=TimelineView, who=_A),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/why", asks=Why, gives=WhyView, who=_A),
+    Route(method="GET", path=f"{_P}/jobs/{{id}}/late-results", asks=LateResults, gives=LateResultList, who=_A),
+    Route(method="POST", path=f"{_P}/jobs/{{id}}/adopt", asks=Adopt, gives=JobView, who=_A, key=True),
     Route(method="POST", path=f"{_P}/jobs/{{id}}/cancel", asks=Cancel, gives=JobView, who=_A, key=True),
     Route(method="POST", path=f"{_P}/jobs/{{id}}/run-now", asks=RunNow, gives=JobView, who=_A, key=True),
     Route(method="POST", path=f"{_P}/jobs/{{id}}/update", asks=Update, gives=JobView, who=_A, key=True),

@@ -83,6 +83,24 @@ class TimelineView(Struct):
     events: list[EventView]
 
 
+class LateResultView(Struct, frozen=True):
+    """A late result. `expires_at` is the time of deletion that its worker asked for."""
+
+    seq: int
+    at: int
+    worker: str
+    fencing_token: int
+    download_url: str | None
+    file_path: str | None
+    storage_key: str | None
+    metadata: Json
+    expires_at: int | None
+
+
+class LateResultList(Struct):
+    late_results: list[LateResultView]
+
+
 class GrantView(Struct):
     job: JobView
     lock_id: str
@@ -382,9 +400,10 @@ class Done(Struct, frozen=True):
 
 
 class Look(Struct, frozen=True):
-    """A read of history: the timeline of the job with this seq, or a page of the jobs that match, of either kind."""
+    """A read of history: timeline or late results of the job with this seq, or a page of jobs, of either kind."""
 
     timeline: int | None = None
+    late: int | None = None
     page: List | None = None
     export: Export | None = None
 

@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.events import Change, Event
-from jobd.job import Job, Untouched
+from jobd.job import Grant, Job, LateResult, Untouched
 
 
 class DiskFull(Exception):
@@ -112,6 +112,24 @@ class Loaded(Struct):
     bad: dict[str, str] = {}
 
 
+class LateAsked(Struct, frozen=True):
+    """What a decision has to know of the late results of a job: all of them, and whether `lock_id` was a grant of it.
+
+    Without `whole` what they brought stays on the disk.
+    """
+
+    job_seq: int
+    lock_id: str | None = None
+    whole: bool = False
+
+
+class LateKnown(Struct):
+    """What was read of late results: those of a job, the oldest grant first, and grants of it by (job seq, lock id)."""
+
+    results: dict[int, list[LateResult]] = {}
+    grants: dict[tuple[int, str], Grant] = {}
+
+
 class Query(Struct, frozen=True):
     """A page of jobs, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most.
 
@@ -193,6 +211,9 @@ class Disk(Protocol):
 
     async def timeline(self, job_seq: int) -> list[Event]:
         """The journal of one job, oldest first."""
+
+    async def late(self, asked: list[LateAsked]) -> LateKnown:
+        """Late results of jobs, and which of the lock ids were grants of theirs. Damaged rows are left out."""
 
     async def expired(self, now: int, limit: int) -> list[str]:
         """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first."""

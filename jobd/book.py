@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
 from typing import Final
 
-from jobd.batch import Numbers, Opened, QueueRow
+from jobd.batch import LateKnown, Numbers, Opened, QueueRow
 from jobd.events import Change
 from jobd.figures import Figures
 from jobd.job import FINISHED, LIVE, STATUSES, TOKEN_COUNTER_BITS, Job, Options, Untouched, untouched
@@ -46,6 +46,7 @@ class Book:
         self.finished: OrderedDict[str, Job] = OrderedDict()
         self.quarantined: dict[str, str] = {}
         self.request_hashes: dict[str, str] = {}  # of the jobs that the creates of this batch name
+        self.late = LateKnown()  # late results that the decisions of this batch ask for
         self.paused: set[str] = set()
         self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
@@ -155,6 +156,8 @@ class Book:
         """Take one decided step in, so that the next command of the batch sees it. Burns the numbers that it used."""
         event, after = change.event, change.after
         self.next_event = max(self.next_event, event.seq + 1)
+        if change.late is not None:
+            self.late.results.setdefault(event.job_seq, []).append(change.late)
         if event.job_seq == 0:
             self.set_paused(event.queue, event.type == "queue_paused")
             return
@@ -168,7 +171,8 @@ class Book:
             self.next_token = max(self.next_token, (after.grant.fencing_token & COUNTER_MASK) + 1)
         if event.by.startswith("worker:"):
             self.saw(event.by[7:], event.at)
-        self.swap(change.before, after)
+        if after is not change.before:
+            self.swap(change.before, after)
 
     def swap(self, before: Job | None, after: Job | None) -> None:
         """Replace a job's row by another in every order and counter. None: it did not exist, or is gone."""

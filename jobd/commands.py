@@ -47,6 +47,7 @@ REFUSALS: Final[dict[str, int]] = {
     "forbidden": 403,
     "not_found": 404,
     "job_not_found": 404,
+    "late_result_not_found": 404,
     "method_not_allowed": 405,
     "request_timeout": 408,
     "job_exists": 409,
@@ -269,6 +270,17 @@ class Update(OnJob, frozen=True, kw_only=True):
     max_attempts: Attempts | None = None
 
 
+class LateResults(OnJob, frozen=True, kw_only=True):
+    """What completes brought whose grants had ended."""
+
+
+class Adopt(OnJob, frozen=True, kw_only=True):
+    """Take a late result as the job's own: the one with this `seq`, or that of the latest grant."""
+
+    result: Annotated[int, Meta(ge=1)] | None = None
+    reason: Text | None = None
+
+
 class Delete(OnJob, frozen=True, kw_only=True):
     pass
 
@@ -457,6 +469,8 @@ AnyCommand = (
     | ReleaseLock
     | RunNow
     | Update
+    | LateResults
+    | Adopt
     | Delete
     | Pause
     | Resume

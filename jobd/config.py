@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct
 
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, OnStall, Policy
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy, is_job_id
 
 EXIT_CONFIG: Final = 78
 DEFAULT_PATH: Final = "/etc/jobd/config.toml"
@@ -97,6 +97,11 @@ class ValidationSection(Struct, frozen=True, forbid_unknown_fields=True):
     require_download_url: bool = False
 
 
+class LateSection(Struct, frozen=True, forbid_unknown_fields=True):
+    results: LatePolicy = "keep"
+    queues: dict[str, LatePolicy] = {}
+
+
 class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     mailbox: Positive = 10_000
     inflight_bytes: Positive = 64 << 20
@@ -139,6 +144,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     cleanup: CleanupSection = CleanupSection()
     retention: RetentionSection = RetentionSection()
     validation: ValidationSection = ValidationSection()
+    late: LateSection = LateSection()
     limits: LimitsSection = LimitsSection()
     alerts: AlertsSection = AlertsSection()
     artefacts: ArtefactsSection = ArtefactsSection()
@@ -156,6 +162,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             keep_failed_ms=int(self.retention.failed),
             keep_cancelled_ms=int(self.retention.cancelled),
             require_download_url=self.validation.require_download_url,
+            late_results=self.late.results,
+            late_queues=self.late.queues,
+            late_bytes=self.limits.payload,
             live_jobs=self.limits.live_jobs,
             idempotency_keys=self.limits.idempotency_keys,
         )
@@ -183,6 +192,7 @@ RELOADABLE: Final = frozenset(
         *(f"retention.{name}" for name in RetentionSection.__struct_fields__),
         *(f"alerts.{name}" for name in AlertsSection.__struct_fields__),
         "validation.require_download_url",
+        *(f"late.{name}" for name in LateSection.__struct_fields__),
         "limits.live_jobs",
         "worker.token_file",
         "admin.token_file",
@@ -284,6 +294,8 @@ def show(value: object) -> str:
         return f'"{show_duration(value)}"'
     if isinstance(value, int):
         return str(int(value))
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{show(name)} = {show(each)}' for name, each in value.items())}}}"
     return msgspec.json.encode(value).decode()
 
 
@@ -384,6 +396,8 @@ def _duration(key: str, value: Any) -> int:
 def _from_text(hint: Any, text: str) -> Any:
     if hint == list[str]:
         return [part.strip() for part in text.split(",") if part.strip()]
+    if get_origin(hint) is dict:
+        return dict(_pair(part) for part in text.split(",") if part.strip())
     if hint is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise ValueError(f"expected true or false, not {text!r}")
@@ -394,8 +408,17 @@ def _from_text(hint: Any, text: str) -> Any:
         raise ValueError(f"{error}{_choices(hint)}") from None
 
 
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise ValueError(f"expected NAME=VALUE, several with a comma between them, not {text.strip()!r}")
+    return name.strip(), value.strip()
+
+
 def _choices(hint: object) -> str:
     """The values that a key takes, where they are a few words."""
+    if get_origin(hint) is dict:
+        return _choices(get_args(hint)[1])
     words = get_args(hint) if get_origin(hint) is Literal else ()
     return f"; expected one of {', '.join(map(str, words))}" if words else ""
 
@@ -476,6 +499,9 @@ def _check(config: Config) -> None:
         raise ConfigError("limits.payload must not be larger than limits.body")
     if config.limits.inflight_bytes < 2 * config.limits.body:
         raise ConfigError("limits.inflight_bytes must be at least twice limits.body, or no large request comes in")
+    for name in config.late.queues:
+        if not is_job_id(name):  # names of queues are made as ids are
+            raise ConfigError(f"late.queues: {name!r}: a queue has 1 to 200 characters of A-Z a-z 0-9 . _ : -")
     if config.artefacts.url and not re.fullmatch(r"file:///.+", config.artefacts.url):
         raise ConfigError(f'artefacts.url: "{config.artefacts.url}": expected file:///DIRECTORY')
 

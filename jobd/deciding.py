@@ -13,11 +13,11 @@ import msgspec
 import structlog
 from msgspec import Raw, Struct, field
 
-from jobd import rules, views
+from jobd import late_rules, rules, views
 from jobd.answers import Answer, Grants
-from jobd.batch import Batch, KeyRow, Loaded
+from jobd.batch import Batch, KeyRow, LateKnown, Loaded
 from jobd.book import Book
-from jobd.commands import Call, Claim, EndGrants, KeyUse, Moment, Refusal, Start, Tick, Undelivered
+from jobd.commands import Call, Claim, Complete, EndGrants, KeyUse, Moment, Refusal, Start, Tick, Undelivered
 from jobd.draft import Decision
 from jobd.envelope import Asked
 from jobd.events import Change
@@ -34,6 +34,7 @@ class Known(Struct):
     answers: dict[str, KeyRow] = field(default_factory=dict)  # stored answers that may be replayed
     hashes: dict[str, str] = field(default_factory=dict)  # job id -> hash of the request that made it
     payloads: dict[int, bytes] = field(default_factory=dict)  # job seq -> payload
+    late: LateKnown = field(default_factory=LateKnown)
 
 
 class Plan(Struct):
@@ -103,6 +104,7 @@ class Decider:
         plan = Plan(at, known)
         self.served = plan.served
         self.book.request_hashes = dict(known.hashes)
+        self.book.late = known.late
         self.book.advance(at.now, at.lease)
         self._serve_parked(plan, policy)
         for asked in batch:
@@ -193,8 +195,8 @@ class Decider:
             if known is not None:
                 return known  # on a full disk too: what was done is not refused afterwards
         refusal = self._refuse(command)
-        if refusal is not None:
-            return refusal
+        if refusal is not None and not (isinstance(command, Complete) and late_rules.is_late(self.book, command)):
+            return refusal  # who has lost the lock hears that on a full disk too: it writes nothing
         if isinstance(command, (Start, Claim)):
             self.book.saw(command.worker, plan.at.now)
         elif isinstance(command, Undelivered) and self._handed.get(command.lock_id, 0) > 0:

@@ -26,6 +26,7 @@ from jobd.tables import (
     EVENT_SQL,
     JOB_SQL,
     KEY_SQL,
+    LATE_SQL,
     PUT_QUEUE,
     QUEUE_SQL,
     Tables,
@@ -78,7 +79,7 @@ def check(path: str) -> list[Problem]:
         conn = stack.enter_context(opening.read_only(path))
         opening.check_ours(conn, path)
         problems: list[Problem] = []
-        for part in (_meta, _file, _jobs, _payloads, _journal, _keys, _queues, _small_tables, _aside, _beside):
+        for part in (_meta, _file, _jobs, _payloads, _late, _journal, _keys, _queues, _small_tables, _aside, _beside):
             problems += _limited(part(conn, path))
         return problems
 
@@ -176,6 +177,16 @@ def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
     without = "SELECT id FROM jobs NOT INDEXED WHERE seq NOT IN (SELECT job_seq FROM payloads)"
     for (id_,) in _every(conn, without):
         yield Problem(f"job {readable(id_)}", "its payload is missing", _ACCEPT.format(readable(id_)))
+
+
+def _late(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
+    known = {seq for (seq,) in conn.execute("SELECT seq FROM jobs UNION SELECT seq FROM quarantined_jobs")}
+    for row in _every(conn, f"SELECT {LATE_SQL} FROM late_results NOT INDEXED"):
+        where = f"late result {readable(row[0])}"
+        if (wrong := fault(row)) is not None:
+            yield Problem(where, wrong, "the daemon sets it aside when it meets it")
+        elif row[1] not in known:
+            yield Problem(where, "there is no such job", "it takes up room, nothing more")
 
 
 def _journal(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:

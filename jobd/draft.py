@@ -15,7 +15,7 @@ from jobd.answers import Answer
 from jobd.book import Book
 from jobd.commands import Call, Moment, Refusal
 from jobd.events import Change, Changes, Event, EventType
-from jobd.job import TOKEN_COUNTER_BITS, Job, Policy
+from jobd.job import TOKEN_COUNTER_BITS, Job, LateResult, Policy
 
 
 class Decision(Struct):
@@ -68,6 +68,14 @@ class Draft:
         event = self._event(job, None, job.status, event_type, None, None, None, changes)
         self.changes.append(Change(None, job, event, payload, request_hash))
         return job
+
+    def keep_late(self, job: Job, late: LateResult, reason: str, details: dict[str, Any]) -> LateResult:
+        """Keep a late result beside `job`, whose row stays as it is; gives it with the number of its event."""
+        by = f"worker:{late.worker}"
+        event = self._event(job, job.status, job.status, "late_result", by, reason, details, None)
+        late = replace(late, seq=event.seq)
+        self.changes.append(Change(job, job, event, late=late))
+        return late
 
     def delete(self, job: Job) -> None:
         event = self._event(job, job.status, None, "deleted", None, None, None, None)

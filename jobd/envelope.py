@@ -9,6 +9,7 @@ from typing import Any, Final, Protocol, get_args
 
 from jobd.answers import Answer
 from jobd.commands import (
+    Adopt,
     AnyCommand,
     Bulk,
     Call,
@@ -28,6 +29,7 @@ from jobd.commands import (
     Get,
     Import,
     KeyUse,
+    LateResults,
     List,
     Locks,
     Mend,
@@ -48,12 +50,15 @@ from jobd.commands import (
 )
 
 CREATES: Final = (Create, Bulk, Import)
-READS: Final = (Get, Timeline, Why, Validate, List, Queues, Workers, Stats, Locks, Export, Ping)
+READS: Final = (
+    Get, Timeline, Why, Validate, LateResults, List, Queues, Workers, Stats, Locks, Export, Ping,
+)  # fmt: skip
 # What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
 ENDINGS: Final = (
     Complete, Fail, Release, Cancel, ForceFail, ReleaseLock, Undelivered,
     Recover, Expire, EndGrants, CreditAbsence, Delete, DeleteExpired,
 )  # fmt: skip
+ADOPT_WEIGHT: Final = 20  # its late results are read with all that they brought
 
 
 def _room(kind: type) -> float:
@@ -108,7 +113,7 @@ def weight(command: Command) -> int:
         return len(command.jobs)
     if isinstance(command, Claim):
         return command.limit
-    return 1
+    return ADOPT_WEIGHT if isinstance(command, Adopt) else 1
 
 
 class Waiter(Protocol):

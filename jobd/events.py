@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from jobd.job import Ended, Failure, Grant, Job, Lease, Options, Result
+from jobd.job import Ended, Failure, Grant, Job, LateResult, Lease, Options, Result
 
 EventType = Literal[
     "created",
@@ -28,6 +28,8 @@ EventType = Literal[
     "cancelled",
     "stalled",
     "expired",
+    "late_result",
+    "adopted",
     "force_failed",
     "force_reset",
     "transitioned",
@@ -137,7 +139,8 @@ class Change(Struct, frozen=True, gc=False):
     """One step of one job: its row before and after, and the event that says so.
 
     `before` is None for a new job, `after` is None for a deleted one. Both are None for an event of a queue.
-    `payload` (JSON text) and `request_hash` come with a new job and are written once.
+    `payload` (JSON text) and `request_hash` come with a new job and are written once. Where the row stays as it was
+    both are the same value, as with a late result, which is written beside it.
     """
 
     before: Job | None
@@ -145,6 +148,7 @@ class Change(Struct, frozen=True, gc=False):
     event: Event
     payload: bytes | None = None
     request_hash: str | None = None
+    late: LateResult | None = None
 
 
 def fold(job: Job | None, event: Event) -> Job | None:

@@ -19,6 +19,8 @@ AT_INFO: Final = frozenset(
     {
         "stalled",
         "expired",
+        "late_result",
+        "adopted",
         "force_failed",
         "force_reset",
         "transitioned",

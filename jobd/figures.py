@@ -54,6 +54,8 @@ class Figures(Struct):
     stalls: int = 0
     reset: int = 0  # recovered, back to queued
     failed: int = 0  # recovered, failed
+    late_kept: int = 0
+    late_adopted: int = 0
     processing: dict[str, Histogram] = field(default_factory=dict)  # queue -> seconds
     paces: Paces = field(default_factory=Paces)
     overlaps: Overlaps = field(default_factory=Overlaps)
@@ -76,6 +78,10 @@ class Figures(Struct):
                 self.overlaps.ended(change)
             case "released" | "cancelled" | "force_failed" | "force_reset" | "transitioned":
                 self.overlaps.ended(change)
+            case "late_result":
+                self.late_kept += 1
+            case "adopted":
+                self.late_adopted += 1
             case "lock_expired":
                 self.since_report.locks_cleared += 1
             case "deleted" if event.by == "cleanup":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from jobd.commands import (
+    Adopt,
     Bulk,
     Cancel,
     Claim,
@@ -58,6 +59,9 @@ _OPERATORS: Final = {
     "DELETE jobs/{id}": "Delete a finished job and its history.",
     "GET jobs/{id}/timeline": "What happened to a job, oldest first.",
     "GET jobs/{id}/why": "Why a job is where it is, and what happens next.",
+    "GET jobs/{id}/late-results": "What completes of this job brought whose locks were lost, the oldest grant first.",
+    "POST jobs/{id}/adopt": "Complete a queued, failed or cancelled job with a late result: the one with this `seq`, "
+    "or that of the latest grant.",
     "POST jobs/{id}/cancel": "Cancel a queued or processing job.",
     "POST jobs/{id}/run-now": "A queued job is due now.",
     "POST jobs/{id}/update": "Change priority, due time or attempts of a job that is not completed.",
@@ -129,6 +133,7 @@ REFUSED: Final[dict[type[Command], tuple[str, ...]]] = {
     ReleaseLock: ("lock_lost", "invalid_transition"),
     RunNow: ("invalid_transition",),
     Update: ("invalid_transition",),
+    Adopt: ("invalid_transition", "late_result_not_found"),
     Delete: ("invalid_transition",),
 }
 
@@ -146,6 +151,7 @@ REFUSALS: Final = {
     "forbidden": "over TCP: the Host is not a name of this daemon, or the Origin is another site; "
     "or the token may only look",
     "not_found": "there is no such path",
+    "late_result_not_found": "the job has no late result, or none with this `seq`",
     "job_not_found": "no job has this id: never created, or deleted after its time",
     "method_not_allowed": "the path exists, the method does not",
     "request_timeout": "the body did not arrive in time; nothing was done",
@@ -246,6 +252,7 @@ FIELDS: Final = {
     "last": "Begin so many events ago; what the journal has no more is left out.",
     "last_event_id": "As the header `Last-Event-ID`, which counts more.",
     "lastReport": "The report of the last pass, or null.",
+    "late_results": "What completes brought whose locks were lost.",
     "limit": "At most so many.",
     "line": "The number of the line, from 1.",
     "live": "False where the lock has expired.",
@@ -286,6 +293,7 @@ FIELDS: Final = {
     "refusedCount": "How many lines were refused.",
     "repeated": "There, and true, where an ending was repeated and answered again.",
     "reports": "The reports, newest first.",
+    "result": "The `seq` of a late result; that of the latest grant where it is left out.",
     "resetJobs": "How many of them went back to their queue.",
     "retry": "Whether it may be tried again.",
     "retry_after_ms": "How long to wait for the next attempt, instead of the backoff.",

@@ -1,4 +1,4 @@
-"""Looks at history: timelines and pages of jobs, read from the disk beside the batches, a few at a time.
+"""Looks at history: timelines, late results and pages of jobs, read from the disk beside the batches, a few at a time.
 
 Changes nothing. What is read was committed: the commands before it were answered after their commit.
 """
@@ -13,8 +13,8 @@ import structlog
 from msgspec import Raw
 
 from jobd import views
-from jobd.answers import Answer, ExportPage, JobPage, Look, TimelineView
-from jobd.batch import Disk, Page, Query
+from jobd.answers import Answer, ExportPage, JobPage, LateResultList, Look, TimelineView
+from jobd.batch import Disk, LateAsked, Page, Query
 from jobd.commands import Export, List, Moment, Refusal
 from jobd.envelope import Asked
 from jobd.events import view
@@ -59,11 +59,16 @@ class History:
                 return
         asked.reply(answer)
 
-    async def _seen(self, look: Look, policy: Policy, *, admin: bool) -> TimelineView | JobPage | ExportPage:
+    async def _seen(
+        self, look: Look, policy: Policy, *, admin: bool
+    ) -> TimelineView | LateResultList | JobPage | ExportPage:
         if look.timeline is not None:
             return TimelineView([view(event) for event in await self._disk.timeline(look.timeline)])
         if look.export is not None:
             return _moved(await self._disk.find(_from(look.export)))
+        if look.late is not None:
+            known = await self._disk.late([LateAsked(look.late, whole=True)])
+            return LateResultList([views.late_view(late) for late in known.results.get(look.late, [])])
         assert look.page is not None
         return self._shown(await self._disk.find(_query(look.page)), policy, admin=admin)
 

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 Status = Literal["queued", "processing", "completed", "failed", "cancelled"]
 OnStall = Literal["auto", "requeue", "fail"]
+LatePolicy = Literal["keep", "adopt_if_unclaimed", "drop"]
 
 STATUSES: Final[tuple[Status, ...]] = ("queued", "processing", "completed", "failed", "cancelled")
 LIVE: Final = frozenset({"queued", "processing"})
@@ -70,6 +71,7 @@ Text = Annotated[str, Meta(max_length=4096)]
 Place = Annotated[str, Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096)]  # URL or path of the caller
 Code = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200)]
 MAX_PERCENT: Final = 100
+KEEP_LATE: Final = 5  # late results of a job: those of its latest grants
 
 _ID = re.compile(ID_PATTERN)
 
@@ -185,6 +187,22 @@ class Result(Struct, frozen=True, gc=False):
     metadata: msgspec.Raw | None = None
 
 
+class LateResult(Struct, frozen=True, gc=False):
+    """What a complete brought whose grant had ended: kept beside the job, at most one for each grant.
+
+    `seq` is that of the event that tells of it, `expires_at` the time of deletion that it asked for. Memory keeps none:
+    where only its name was wanted, `result` was left on the disk.
+    """
+
+    seq: int
+    at: int
+    worker: str
+    fencing_token: int
+    body_hash: str
+    expires_at: int | None = None
+    result: Result = Result()
+
+
 class Failure(Struct, frozen=True, gc=False):
     """The last error. It stays until the job completes or is force-reset."""
 
@@ -254,8 +272,15 @@ class Policy(Struct, frozen=True):
     keep_failed_ms: int = 30 * DAY_MS
     keep_cancelled_ms: int = 7 * DAY_MS
     require_download_url: bool = False
+    late_results: LatePolicy = "keep"
+    late_queues: dict[str, LatePolicy] = {}  # where it is otherwise
+    late_bytes: int = 256 << 10  # of the metadata of a late result
     live_jobs: int = 5_000_000
     idempotency_keys: int = 200_000
+
+    def late_results_of(self, queue: str) -> LatePolicy:
+        """What becomes of the late results of this queue's jobs."""
+        return self.late_queues.get(queue, self.late_results)
 
 
 def settled(asked: int | None, default: int) -> int:

@@ -1,4 +1,4 @@
-"""Looks at what is committed: jobs by id, pages of jobs, journals, reports. Damaged rows met there are set aside.
+"""Looks at what is committed: jobs by id, pages, journals, late results, reports. Damaged rows met are set aside.
 
 Changes nothing else. Plain calls, made from the store's thread.
 """
@@ -10,16 +10,33 @@ import zlib
 from typing import Any, Final
 
 from jobd import rows
-from jobd.batch import Aside, JournalPage, KeyRow, Loaded, Page, Query
+from jobd.batch import Aside, JournalPage, KeyRow, LateAsked, LateKnown, Loaded, Page, Query
 from jobd.events import Event
-from jobd.job import LIVE, Job
+from jobd.job import LIVE, Grant, Job, LateResult
 from jobd.quarantine import set_jobs_aside, set_rows_aside
-from jobd.rows import EVENT_COLUMNS, KEY_COLUMNS, Row, fault
-from jobd.tables import BY_ID, BY_SEQ, EVENT_SQL, FINISHED_SQL, JOB_SQL, KEY_SQL, LIVE_SQL, Tables, is_corrupt
+from jobd.rows import EVENT_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, Row, fault
+from jobd.tables import (
+    BY_ID,
+    BY_SEQ,
+    EVENT_SQL,
+    FINISHED_SQL,
+    JOB_SQL,
+    KEY_SQL,
+    LATE_SQL,
+    LIVE_SQL,
+    Tables,
+    is_corrupt,
+)
 
 _NO_LIMIT: Final = 1 << 62
 _EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
 _JOB_SEQ: Final = EVENT_COLUMNS.index("job_seq")
+_LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
+LOOKED_BACK: Final = 1_000  # events of a job, in which a grant is looked for whose lock is long lost
+_GRANTS: Final = (
+    f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
+    "ORDER BY seq DESC LIMIT ?) CROSS JOIN events NOT INDEXED ON seq = found WHERE type = 'granted'"
+)
 
 
 def read_job(tables: Tables, row: Row) -> tuple[Job | None, str]:
@@ -278,6 +295,57 @@ def _events(tables: Tables, found: list[Row]) -> list[Event]:
         aside = {seq for seq, _, _ in damaged}
         found = [row for row in found if row[0] not in aside]
     return [rows.event(row) for row in found]
+
+
+def late(tables: Tables, asked: list[LateAsked]) -> LateKnown:
+    """See Disk.late. Many may ask of one job: it is looked at once."""
+    tables.check()
+    whole: dict[int, bool] = {}
+    locks: dict[int, set[str]] = {}
+    for each in asked:
+        whole[each.job_seq] = each.whole or whole.get(each.job_seq, False)
+        if each.lock_id is not None:
+            locks.setdefault(each.job_seq, set()).add(each.lock_id)
+    known = LateKnown()
+    for job_seq, is_whole in whole.items():
+        known.results[job_seq] = _late_results(tables, job_seq, whole=is_whole)
+    for job_seq, lock_ids in locks.items():
+        made = {grant.lock_id: grant for grant in _latest_grants(tables, job_seq)}
+        known.grants |= {(job_seq, lock_id): made[lock_id] for lock_id in lock_ids & made.keys()}
+    return known
+
+
+def _late_results(tables: Tables, job_seq: int, *, whole: bool) -> list[LateResult]:
+    """The oldest grant first. Damaged rows are set aside; nobody but an operator waits for what they held."""
+    try:
+        sql = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? ORDER BY seq"
+        seqs = [seq for (seq,) in tables.rows(sql, (job_seq,))]
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        tables.faults.append(f"the late results cannot be read: {error}; run `jobd doctor`")
+        return []
+    found: list[LateResult] = []
+    damaged: list[tuple[int, Row, str]] = []
+    for row in tables.each(_LATE, seqs, "late results"):
+        if (wrong := fault(row)) is not None:
+            damaged.append((row[0], row, wrong))
+        elif row[1] == job_seq:
+            found.append(rows.late(row, whole=whole))
+    set_rows_aside(tables, "late_results", (*LATE_COLUMNS, "crc"), damaged)
+    return sorted(found, key=lambda result: result.fencing_token)
+
+
+def _latest_grants(tables: Tables, job_seq: int) -> list[Grant]:
+    """The grants of this job that the end of its journal tells of. Batches wait for this, so it has its limit."""
+    try:
+        found = tables.rows(_GRANTS, (job_seq, LOOKED_BACK))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        return []  # whoever asks for the timeline is told
+    events = [event for event in _events(tables, found) if event.job_seq == job_seq and event.changes is not None]
+    return [event.changes.grant for event in events if event.changes and isinstance(event.changes.grant, Grant)]
 
 
 def expired(tables: Tables, now: int, limit: int) -> list[str]:

@@ -58,6 +58,7 @@ class Snapshot(Struct, frozen=True):
     refusals: dict[str, int]  # code -> answers
     stalls: int
     recovered: dict[str, int]  # action -> jobs
+    late: dict[str, int]  # action -> late results
     passes: int
     found: dict[str, int]  # kind -> jobs
     last_pass_at: int | None  # Unix ms
@@ -161,6 +162,7 @@ class Metrics:
             grants=dict(figures.grants),
             refusals=dict(sum((door.refusals for door in self._doors), Counter[str]())),
             stalls=figures.stalls,
+            late={"kept": figures.late_kept, "adopted": figures.late_adopted},
             recovered={"reset": figures.reset, "failed": figures.failed},
             passes=cleaner.totals.passes,
             found=dict(cleaner.totals.found),
@@ -229,6 +231,7 @@ def _jobs(now: Snapshot) -> Iterator[Metric]:
     yield _counters("refusals", "Requests refused, by code; already_locked is lock contention.", ["code"], refusals)
     yield _counter("stalls", "Grants that ended because the worker went silent.", now.stalls)
     yield _counters("recovered", "Stuck jobs recovered: reset to queued, or failed.", ["action"], now.recovered.items())
+    yield _counters("late_results", "Results of workers that had lost their lock.", ["action"], now.late.items())
     help_ = "Time from grant to completion, by queue."
     seconds = HistogramMetricFamily("jobd_processing_seconds", help_, labels=["queue"])
     for queue, counts in now.processing.items():

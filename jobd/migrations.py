@@ -15,11 +15,25 @@ from jobd.files import StoreUnreadable
 from jobd.rows import META_COLUMNS, fault, sealed
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 2
+VERSION: Final = 3
+
+
+def _add_late_results(conn: sqlite3.Connection) -> None:
+    """Late results are kept from now on."""
+    conn.execute(
+        "CREATE TABLE late_results (seq INTEGER PRIMARY KEY, job_seq INTEGER NOT NULL, at INTEGER NOT NULL, "
+        "worker TEXT NOT NULL, fencing_token INTEGER NOT NULL, body_hash TEXT NOT NULL, expires_at INTEGER, "
+        "download_url TEXT, file_path TEXT, storage_key TEXT, metadata BLOB, crc INTEGER NOT NULL) STRICT"
+    )
+    conn.execute("CREATE INDEX late_results_job ON late_results (job_seq)")
+
 
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums
 # has to write them anew, and the XOR of the job checksums with them.
-MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {1: lambda conn: _note_what_is_gone(conn)}
+MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
+    1: lambda conn: _note_what_is_gone(conn),
+    2: _add_late_results,
+}
 
 
 def statements(script: str) -> Iterator[str]:

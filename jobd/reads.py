@@ -8,18 +8,39 @@ from __future__ import annotations
 from typing import assert_never
 
 from jobd import steps, views
-from jobd.answers import Answer, ExportPage, JobPage, Look, TimelineView, ValidateJobView
-from jobd.commands import Export, Get, List, Locks, Queues, Refusal, Stats, Timeline, Validate, Why, Workers
+from jobd.answers import (
+    Answer,
+    ExportPage,
+    JobPage,
+    LateResultList,
+    Look,
+    TimelineView,
+    ValidateJobView,
+)
+from jobd.commands import (
+    Export,
+    Get,
+    LateResults,
+    List,
+    Locks,
+    Queues,
+    Refusal,
+    Stats,
+    Timeline,
+    Validate,
+    Why,
+    Workers,
+)
 from jobd.draft import Draft
 from jobd.validation import validate
 from jobd.why import explain
 
-Reading = Get | Timeline | Why | Validate | List | Queues | Workers | Stats | Locks | Export
+Reading = Get | Timeline | Why | Validate | LateResults | List | Queues | Workers | Stats | Locks | Export
 
 
 def answer(draft: Draft, command: Reading) -> Answer | Refusal:
     match command:
-        case Get() | Timeline() | Why() | Validate():
+        case Get() | Timeline() | Why() | Validate() | LateResults():
             return _of_job(draft, command)
         case List():
             return Answer(JobPage([], None), look=Look(page=command))
@@ -37,7 +58,7 @@ def answer(draft: Draft, command: Reading) -> Answer | Refusal:
             assert_never(command)
 
 
-def _of_job(draft: Draft, command: Get | Timeline | Why | Validate) -> Answer | Refusal:
+def _of_job(draft: Draft, command: Get | Timeline | Why | Validate | LateResults) -> Answer | Refusal:
     job = steps.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
@@ -46,6 +67,8 @@ def _of_job(draft: Draft, command: Get | Timeline | Why | Validate) -> Answer | 
             return steps.job_answer(draft, job)
         case Timeline():
             return Answer(TimelineView([]), look=Look(timeline=job.seq))
+        case LateResults():
+            return Answer(LateResultList([]), look=Look(late=job.seq))
         case Why():
             return Answer(explain(job, draft.book, draft.at, draft.policy))
         case Validate():

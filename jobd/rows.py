@@ -14,7 +14,7 @@ from msgspec import UNSET, Raw, Struct
 
 from jobd.batch import KeyRow, Numbers, QueueRow
 from jobd.events import KEEP_SIGNS, SIGNS, Changes, Event
-from jobd.job import Backoff, Ended, Failure, Grant, Job, Lease, Options, Result, Untouched
+from jobd.job import Backoff, Ended, Failure, Grant, Job, LateResult, Lease, Options, Result, Untouched
 
 Row = tuple[Any, ...]
 
@@ -90,6 +90,16 @@ _NEW_END: Final = tuple(AS_CREATED[column] for column in JOB_COLUMNS[JOB_COLUMNS
 
 EVENT_COLUMNS: Final = Event.__struct_fields__
 KEY_COLUMNS: Final = ("digest", "body_hash", "at", "status", "grants", "answer_crc")
+LATE_COLUMNS: Final = (
+    "seq",
+    "job_seq",
+    "at",
+    "worker",
+    "fencing_token",
+    "body_hash",
+    "expires_at",
+    *JOB_FIELDS["result"],
+)
 QUEUE_COLUMNS: Final = ("name", *QueueRow.__struct_fields__)
 META_COLUMNS: Final = (
     "schema_version",
@@ -456,6 +466,23 @@ def queue_row(name: str, queue: QueueRow) -> Row:
 def queue(row: Row) -> QueueRow:
     """The queue of a row whose checksum is right."""
     return QueueRow(bool(row[1]), *row[2:5])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Late results
+
+
+def late_row(job_seq: int, late: LateResult) -> Row:
+    """The columns of a late result in the order of LATE_COLUMNS, with the checksum."""
+    about = (late.seq, job_seq, late.at, late.worker, late.fencing_token, late.body_hash, late.expires_at)
+    return sealed((*about, *_result_columns(late.result)))
+
+
+def late(row: Row, *, whole: bool) -> LateResult:
+    """The late result of a row whose checksum is right; `whole` with what it brought."""
+    seq, _, at, worker, fencing_token, body_hash, expires_at = row[:7]
+    result = _result(row[7:11]) if whole else Result()
+    return LateResult(seq, at, worker, fencing_token, body_hash, expires_at, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The state machine: `decide`, and one function per command of creators and holders (operators in their place, too).
 
 Pure: no IO, clock, randomness, logging. A rule checks its guards in the documented order, then takes its steps
-(steps.py). Operators' rules are in operator_rules.py, those of time in time_rules.py, plain reading in reads.py.
+(steps.py). Operators' rules are in operator_rules.py, those of time in time_rules.py, what comes too late is judged in
+late_rules.py, plain reading is in reads.py.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any, Final, assert_never
 
 import msgspec
 
-from jobd import operator_rules, reads, steps, time_rules, views
+from jobd import late_rules, operator_rules, reads, steps, time_rules, views
 from jobd.answers import Answer, Done, Grants, JobList, JobView
 from jobd.book import Book
 from jobd.commands import (
+    Adopt,
     AnyCommand,
     Bulk,
     Call,
@@ -35,6 +37,7 @@ from jobd.commands import (
     ForceReset,
     Get,
     Import,
+    LateResults,
     List,
     Locks,
     Mend,
@@ -62,7 +65,7 @@ from jobd.commands import (
     Workers,
 )
 from jobd.draft import Decision, Draft
-from jobd.job import Backoff, Ended, Failure, Job, Policy, Result, storage_key_fault
+from jobd.job import Backoff, Ended, Failure, Job, Policy, Result
 
 EXPIRED_BY_CLAIM: Final = 200  # overdue jobs that one claim fails on its way; the others are left to cleanup
 
@@ -99,7 +102,19 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             return bulk(draft, command)
         case Undelivered():
             return undelivered(draft, command)
-        case Get() | Timeline() | Why() | Validate() | List() | Queues() | Workers() | Stats() | Locks() | Export():
+        case (
+            Get()
+            | Timeline()
+            | Why()
+            | Validate()
+            | LateResults()
+            | List()
+            | Queues()
+            | Workers()
+            | Stats()
+            | Locks()
+            | Export()
+        ):
             return reads.answer(draft, command)
         case ForceFail():
             return operator_rules.force_fail(draft, command)
@@ -115,6 +130,8 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             return operator_rules.run_now(draft, command)
         case Update():
             return operator_rules.update(draft, command)
+        case Adopt():
+            return late_rules.adopt(draft, command)
         case Delete():
             return operator_rules.delete(draft, command)
         case Pause():
@@ -157,7 +174,7 @@ def bulk(draft: Draft, command: Bulk) -> Answer | Refusal:
     ids = [asked.id for asked in command.jobs if asked.id is not None]
     if len(ids) != len(set(ids)):
         twice = next(job_id for job_id in ids if ids.count(job_id) > 1)
-        return invalid("jobs", f"The id {twice} is in the list twice; give each job its own.")
+        return steps.invalid("jobs", f"The id {twice} is in the list twice; give each job its own.")
     answer = Answer(JobList([]), status=201)
     for index, asked in enumerate(command.jobs):
         made = _create(draft, asked)
@@ -211,14 +228,8 @@ def _existing(draft: Draft, job_id: str, request_hash: str) -> Job | Refusal | N
 
 def _refuse_times(draft: Draft, command: Create) -> Refusal | None:
     if command.run_at is not None and command.delay_ms is not None:
-        return invalid("run_at", "Give run_at or delay_ms, not both.")
-    return _refuse_expiry(draft, command.expires_at)
-
-
-def _refuse_expiry(draft: Draft, expires_at: int | None) -> Refusal | None:
-    if expires_at is not None and expires_at <= draft.at.now:
-        return invalid("expires_at", f"expires_at {expires_at} is not in the future; it is Unix milliseconds.")
-    return None
+        return steps.invalid("run_at", "Give run_at or delay_ms, not both.")
+    return steps.refuse_expiry(draft, command.expires_at)
 
 
 def _refuse_more(draft: Draft) -> Refusal | None:
@@ -376,10 +387,13 @@ def _extend(draft: Draft, command: Extend | ExtendLock, additional_ms: int | Non
 
 
 def complete(draft: Draft, command: Complete) -> Answer | Refusal:
+    """The work is done. From a grant that has ended it comes late: then it may still be of use."""
     job = _held(draft, command, "complete")
+    if isinstance(job, Refusal) and job.code == "lock_lost":
+        return late_rules.complete(draft, command, job, digest(command))
     if not isinstance(job, Job):
         return job
-    refusal = _refuse_result(draft, command)
+    refusal = steps.refuse_result(draft, command)
     if refusal is not None:
         return refusal
     ended = _ended_by_holder(draft, job, command, "complete")
@@ -387,16 +401,6 @@ def complete(draft: Draft, command: Complete) -> Answer | Refusal:
     by = f"worker:{ended.worker}"
     job = steps.complete(draft, job, "completed", ended, result, by=by, expires_at=command.expires_at)
     return steps.job_answer(draft, job)
-
-
-def _refuse_result(draft: Draft, command: Complete) -> Refusal | None:
-    if command.storage_key is not None and (fault := storage_key_fault(command.storage_key)) is not None:
-        return invalid("storage_key", f"storage_key {fault}.")
-    if (refusal := _refuse_expiry(draft, command.expires_at)) is not None:
-        return refusal
-    if draft.policy.require_download_url and not command.download_url:
-        return invalid("download_url", "download_url is missing; [validation] require_download_url asks for it.")
-    return None
 
 
 def fail(draft: Draft, command: Fail) -> Answer | Refusal:
@@ -542,7 +546,3 @@ def _latest(draft: Draft) -> Job:
 def digest(command: AnyCommand) -> str:
     """A hash of what was asked, the same for the same request however it was spelled."""
     return blake2b(msgspec.json.encode(command), digest_size=16).hexdigest()
-
-
-def invalid(field: str, message: str) -> Refusal:
-    return Refusal("invalid_request", message, {"field": f"$.{field}"})

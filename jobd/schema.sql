@@ -88,6 +88,23 @@ CREATE TABLE payloads (
     crc INTEGER NOT NULL
 ) STRICT;
 
+-- What completes brought whose grants had ended: of each grant one, of each job a few. seq is that of its event.
+CREATE TABLE late_results (
+    seq INTEGER PRIMARY KEY,
+    job_seq INTEGER NOT NULL,
+    at INTEGER NOT NULL,
+    worker TEXT NOT NULL,
+    fencing_token INTEGER NOT NULL,
+    body_hash TEXT NOT NULL,
+    expires_at INTEGER,                -- as asked for
+    download_url TEXT,
+    file_path TEXT,
+    storage_key TEXT,
+    metadata BLOB,                     -- JSON text
+    crc INTEGER NOT NULL
+) STRICT;
+CREATE INDEX late_results_job ON late_results (job_seq);
+
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY,
     at INTEGER NOT NULL,

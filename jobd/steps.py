@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from jobd import views
 from jobd.answers import Answer
-from jobd.commands import Create, Import, Refusal
+from jobd.commands import Complete, Create, Import, Refusal
 from jobd.draft import Draft
 from jobd.events import EventType
 from jobd.job import (
@@ -29,6 +29,7 @@ from jobd.job import (
     Policy,
     Result,
     settled,
+    storage_key_fault,
 )
 
 STALLED: Final = "stalled"
@@ -69,6 +70,29 @@ def too_many_jobs(draft: Draft) -> Refusal:
     limit = draft.policy.live_jobs
     message = f"There are {limit} unfinished jobs (limits.live_jobs). Wait until some are finished, or raise the limit."
     return Refusal("too_many_jobs", message, {"limit": limit})
+
+
+def invalid(field: str, message: str) -> Refusal:
+    return Refusal("invalid_request", message, {"field": f"$.{field}"})
+
+
+def refuse_expiry(draft: Draft, expires_at: int | None) -> Refusal | None:
+    if expires_at is not None and expires_at <= draft.at.now:
+        return invalid("expires_at", f"expires_at {expires_at} is not in the future; it is Unix milliseconds.")
+    return None
+
+
+def refuse_result(draft: Draft, command: Complete) -> Refusal | None:
+    """Why what `command` brings may not complete a job."""
+    if command.storage_key is not None and (fault := storage_key_fault(command.storage_key)) is not None:
+        return invalid("storage_key", f"storage_key {fault}.")
+    return refuse_expiry(draft, command.expires_at) or refuse_without_url(draft, command.download_url)
+
+
+def refuse_without_url(draft: Draft, download_url: str | None) -> Refusal | None:
+    if draft.policy.require_download_url and not download_url:
+        return invalid("download_url", "download_url is missing; [validation] require_download_url asks for it.")
+    return None
 
 
 def asked_options(draft: Draft, asked: Create | Import) -> Options:

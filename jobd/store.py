@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, TypeVar
 import aiosqlite
 
 from jobd import files, lookups, opening, quarantine
-from jobd.batch import Aside, Batch, JournalPage, Loaded, Opened, Page, Query
+from jobd.batch import Aside, Batch, JournalPage, LateAsked, LateKnown, Loaded, Opened, Page, Query
 from jobd.events import Event
 from jobd.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
 from jobd.job import Job
@@ -171,6 +171,9 @@ class Store:
 
     async def timeline(self, job_seq: int) -> list[Event]:
         return await self._hop(lookups.timeline, self._tables, job_seq)
+
+    async def late(self, asked: list[LateAsked]) -> LateKnown:
+        return await self._hop(lookups.late, self._tables, asked)
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Up to `limit` events of the whole store with a seq above `after`, oldest first."""

@@ -17,9 +17,20 @@ from jobd import files, rows
 from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow
 from jobd.events import KEEP_SIGNS, SIGNS, Change
 from jobd.files import StoreBroken
+from jobd.job import KEEP_LATE
 from jobd.job_writer import JobWriter, RowsMissing, Totals, insert
 from jobd.migrations import VERSION, meta_row
-from jobd.rows import EVENT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, META_COLUMNS, QUEUE_COLUMNS, Row, fault, sealed
+from jobd.rows import (
+    EVENT_COLUMNS,
+    JOB_COLUMNS,
+    KEY_COLUMNS,
+    LATE_COLUMNS,
+    META_COLUMNS,
+    QUEUE_COLUMNS,
+    Row,
+    fault,
+    sealed,
+)
 
 T = TypeVar("T")
 
@@ -31,6 +42,7 @@ JOB_SQL: Final = f"{', '.join(JOB_COLUMNS)}, crc"
 EVENT_SQL: Final = f"{', '.join(EVENT_COLUMNS)}, crc"
 KEY_SQL: Final = f"{', '.join(KEY_COLUMNS)}, crc"
 QUEUE_SQL: Final = f"{', '.join(QUEUE_COLUMNS)}, crc"
+LATE_SQL: Final = f"{', '.join(LATE_COLUMNS)}, crc"
 
 
 def _settings(columns: Iterable[str]) -> str:
@@ -38,6 +50,11 @@ def _settings(columns: Iterable[str]) -> str:
 
 
 _INSERT_EVENT: Final = insert("events", (*EVENT_COLUMNS, "crc"))
+_INSERT_LATE: Final = insert("late_results", (*LATE_COLUMNS, "crc"))
+_TRIM_LATE: Final = (
+    "DELETE FROM late_results WHERE job_seq = ?1 AND seq NOT IN "
+    f"(SELECT seq FROM late_results WHERE job_seq = ?1 ORDER BY fencing_token DESC LIMIT {KEEP_LATE})"
+)
 _UPDATE_EVENT: Final = "UPDATE events SET changes = ?, crc = ? WHERE seq = ?"
 _REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "answer"), "REPLACE")
 # Not REPLACE, which deletes and inserts: a row that stays where it is leaves the index of names alone.
@@ -247,6 +264,7 @@ class Tables:
 
     def _apply(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
         if batch.changes:
+            self._write_late(batch.changes)
             self._write_jobs(batch.changes)
             self._write_events(batch.changes)
         if batch.queues:
@@ -256,6 +274,13 @@ class Tables:
         self.marked = self.marked and not batch.unmark
         self.write_meta()
         return self._shown(batch)
+
+    def _write_late(self, changes: list[Change]) -> None:
+        """Before the jobs: of one that is deleted in the same batch they go with it."""
+        late = [(change.event.job_seq, change.late) for change in changes if change.late is not None]
+        if late:
+            self.conn.executemany(_INSERT_LATE, [rows.late_row(job_seq, result) for job_seq, result in late])
+            self.conn.executemany(_TRIM_LATE, [(job_seq,) for job_seq in dict(late)])
 
     def _write_jobs(self, changes: list[Change]) -> None:
         try:

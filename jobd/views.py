@@ -12,6 +12,7 @@ from msgspec import UNSET, Raw, UnsetType
 from jobd.answers import (
     GrantView,
     JobView,
+    LateResultView,
     LockedJob,
     LockList,
     LockState,
@@ -26,7 +27,7 @@ from jobd.answers import (
 from jobd.book import Book
 from jobd.commands import Import, Moment
 from jobd.figures import Figures
-from jobd.job import STATUSES, Failure, Grant, Job, Lease, Policy, Result, Status, settled
+from jobd.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
 
 NO_RESULT = Result()
 NO_ERROR = Failure(None)
@@ -116,6 +117,21 @@ def moved(job: Job, payload: Raw) -> Import:
         metadata=result.metadata,
         error_message=error.message,
         error_code=error.code,
+    )
+
+
+def late_view(late: LateResult) -> LateResultView:
+    result = late.result
+    return LateResultView(
+        late.seq,
+        late.at,
+        late.worker,
+        late.fencing_token,
+        result.download_url,
+        result.file_path,
+        result.storage_key,
+        result.metadata,
+        late.expires_at,
     )
 
 

@@ -5,14 +5,31 @@ Pure reading. Every job that is not finished has a next thing that will happen t
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from jobd.answers import Next, WhyView
 from jobd.book import Book
 from jobd.commands import Moment
-from jobd.job import Grant, Job, Lease, Policy
+from jobd.job import Grant, Job, LateResult, Lease, Policy
 from jobd.steps import in_words
 
 
 def explain(job: Job, book: Book, at: Moment, policy: Policy) -> WhyView:
+    view = _explained(job, book, at)
+    late = book.late.results.get(job.seq)
+    return replace(view, do=[*_late(job, late), *view.do]) if late else view
+
+
+def _late(job: Job, late: list[LateResult]) -> list[str]:
+    """What may be done with the late results of a job."""
+    if job.status == "completed":
+        return []
+    latest = max(late, key=lambda each: each.fencing_token)
+    first = f"jobctl force-fail {job.id}, then " if job.status == "processing" else ""
+    return [f"A late result of worker {latest.worker} is there. To take it: {first}jobctl adopt {job.id}"]
+
+
+def _explained(job: Job, book: Book, at: Moment) -> WhyView:
     match job.status:
         case "queued":
             return _queued(job, book, at)

@@ -11,9 +11,10 @@ from msgspec.structs import replace
 
 from jobd.batch import Batch, KeyRow, Numbers, QueueRow
 from jobd.events import Change, Changes, Event
-from jobd.job import FINISHED, LIVE, Backoff, Ended, Failure, Grant, Job, Lease, Options, Result
+from jobd.job import FINISHED, LIVE, Backoff, Ended, Failure, Grant, Job, LateResult, Lease, Options, Result
 
 NOW: Final = 1_700_000_000_000
+LATE: Final = Result(file_path="/late")
 OPTIONS: Final = (
     Options(),
     Options(queue="video", kind="convert", priority=-5, max_attempts=3),
@@ -136,6 +137,12 @@ class Maker:
 
     def delete(self, job: Job) -> Change:
         return self._step(job, None, "deleted")
+
+    def late(self, job: Job, token: int, result: Result = LATE) -> Change:
+        """A late result of the grant with this token. The row of `job` stays as it is."""
+        change = self._step(job, job, "late_result")
+        kept = LateResult(change.event.seq, self.now, "w-late", token, f"body of {token}", self.now + 9, result)
+        return replace(change, late=kept)
 
     def queue_event(self, queue: str, paused: bool) -> Change:
         self.queues[queue] = replace(self.queues.get(queue, QueueRow()), paused=paused)

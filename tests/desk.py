@@ -9,13 +9,14 @@ import copy
 from collections.abc import Iterable
 from typing import Any, Final
 
-from jobd import rules, steps
+from jobd import late_rules, rules, steps
 from jobd.answers import Answer, GrantView
+from jobd.batch import LateKnown
 from jobd.book import Book
 from jobd.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Refusal, Start
 from jobd.draft import Decision
 from jobd.events import Change, Event, fold
-from jobd.job import LIVE, STATUSES, Job, Policy
+from jobd.job import KEEP_LATE, LIVE, STATUSES, Grant, Job, LateResult, Policy
 
 NOW: Final = 1_700_000_000_000
 SEED: Final = b"0123456789abcdef"
@@ -30,6 +31,7 @@ PLAIN: Final = [
     "finished",
     "quarantined",
     "request_hashes",
+    "late",
     "paused",
     "counts",
     "totals",
@@ -58,6 +60,7 @@ class Desk:
         self.reports: list[bytes] = []
         self.requests: dict[str, str] = {}
         self.tokens: list[int] = []
+        self.lates: dict[int, list[LateResult]] = {}
 
     @property
     def at(self) -> Moment:
@@ -73,6 +76,7 @@ class Desk:
         """Decide, see that the book was only read, take the steps in and compare everything with a recount."""
         self.book.advance(self.now, self.lease)
         self.book.request_hashes = dict(self.requests)  # as the actor reads them from the disk
+        self.book.late = self._known_late(command)
         before = picture(self.book)
         decision = rules.decide(self.book, Call(command, by, SEED, admin), self.at, self.policy)
         assert picture(self.book) == before, "decide changed the book"
@@ -94,11 +98,11 @@ class Desk:
         return answer.data
 
     def no(self, command: AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> Refusal:
-        """A refusal with this code that changed nothing."""
+        """A refusal with this code that changed no job: a complete that comes late may leave its result."""
         decision = self.decide(command, admin=admin, by=by)
         assert isinstance(decision.answer, Refusal), decision.answer
         assert decision.answer.code == code, decision.answer
-        assert not decision.changes
+        assert all(change.event.type == "late_result" for change in decision.changes)
         return decision.answer
 
     # -- short words --------------------------------------------------------------------------------------------------
@@ -145,7 +149,28 @@ class Desk:
         self.rows[job.id] = job
         return job
 
+    def late(self, job_id: str = "a") -> list[LateResult]:
+        """The late results of a job, the oldest grant first."""
+        return self.lates.get(self.job(job_id).seq, [])
+
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _known_late(self, command: AnyCommand) -> LateKnown:
+        """As the actor reads them from the disk."""
+        asked = late_rules.asks(self.book, command, self.policy)
+        if asked is None:
+            return LateKnown()
+        made = (event for event in self.events if event.job_seq == asked.job_seq and event.type == "granted")
+        grants = [event.changes.grant for event in made if event.changes is not None]
+        older = [grant for grant in grants if isinstance(grant, Grant) and grant.lock_id == asked.lock_id]
+        kept = list(self.lates.get(asked.job_seq, []))
+        return LateKnown({asked.job_seq: kept}, {(asked.job_seq, grant.lock_id): grant for grant in older})
+
+    def _keep_late(self, change: Change) -> None:
+        if change.late is not None:
+            kept = [*self.lates.get(change.event.job_seq, []), change.late]
+            kept.sort(key=lambda late: late.fencing_token)
+            self.lates[change.event.job_seq] = kept[-KEEP_LATE:]
 
     def _put(self, change: Change) -> None:
         event = change.event
@@ -160,12 +185,14 @@ class Desk:
             assert event.after == (None if folded is None else folded.status)
             if folded is None:
                 del self.rows[event.job_id]
+                self.lates.pop(event.job_seq, None)
                 self.requests.pop(event.job_id, None)
             else:
                 self.rows[event.job_id] = folded
         if change.request_hash:
             self.requests[event.job_id] = change.request_hash
         self._note_token(change)
+        self._keep_late(change)
         self.book.put(change)
 
     def _note_token(self, change: Change) -> None:

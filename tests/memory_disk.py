@@ -20,6 +20,8 @@ from jobd.batch import (
     DiskFull,
     JournalPage,
     KeyRow,
+    LateAsked,
+    LateKnown,
     Loaded,
     Numbers,
     Opened,
@@ -29,7 +31,7 @@ from jobd.batch import (
     QueueRow,
 )
 from jobd.events import Change, Event
-from jobd.job import FINISHED, LIVE, Job, untouched
+from jobd.job import FINISHED, KEEP_LATE, LIVE, Grant, Job, LateResult, Result, untouched
 
 KEPT_REPORTS: Final = 500
 
@@ -51,6 +53,7 @@ class MemoryDisk:
         self.jobs: dict[int, Job] = {}  # seq -> row
         self.payloads: dict[int, Payload] = {}
         self.events: list[Event] = []
+        self.lates: dict[int, tuple[LateResult, ...]] = {}  # job seq -> its late results, the oldest grant first
         self.queues: dict[str, QueueRow] = {}
         self.keys: dict[str, KeyRow] = {}
         self.suspects: dict[int, str] = {}
@@ -203,6 +206,18 @@ class MemoryDisk:
         new = {event.seq: event for event in changed}
         return [new.get(event.seq, event) for event in events if event.seq not in gone]
 
+    async def late(self, asked: list[LateAsked]) -> LateKnown:
+        await self._enter("late")
+        known = LateKnown()
+        for each in asked:
+            kept = self.lates.get(each.job_seq, ())
+            known.results[each.job_seq] = [late if each.whole else replace(late, result=Result()) for late in kept]
+            for event in self.events:
+                grant = event.changes.grant if event.type == "granted" and event.changes is not None else None
+                if event.job_seq == each.job_seq and isinstance(grant, Grant) and grant.lock_id == each.lock_id:
+                    known.grants[each.job_seq, grant.lock_id] = grant
+        return known
+
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Up to `limit` events with a seq above `after`, oldest first."""
         await self._enter("journal")
@@ -295,6 +310,11 @@ class MemoryDisk:
         shown = {seq: (new.get(seq) or self.payloads[seq]).body for seq in batch.payloads}
         self.numbers = batch.numbers
         self.payloads |= new
+        for change in batch.changes:
+            if change.late is not None:
+                kept = [*self.lates.get(change.event.job_seq, ()), change.late]
+                kept.sort(key=lambda late: late.fencing_token)
+                self.lates[change.event.job_seq] = tuple(kept[-KEEP_LATE:])
         for seq, job in after.items():
             self._replace(seq, job)
         for change in batch.changes:
@@ -350,6 +370,7 @@ class MemoryDisk:
         if job is None:
             self.payloads.pop(seq, None)
             self.suspects.pop(seq, None)
+            self.lates.pop(seq, None)
             return
         self.jobs[seq] = job
         self._ids[job.id] = seq

@@ -19,9 +19,10 @@ from msgspec.structs import replace
 
 from jobd import rules
 from jobd.answers import Answer, Validation, WhyView
-from jobd.batch import Numbers, Opened
+from jobd.batch import LateKnown, Numbers, Opened
 from jobd.book import Book
 from jobd.commands import (
+    Adopt,
     AnyCommand,
     Bulk,
     Call,
@@ -59,7 +60,19 @@ from jobd.commands import (
     Validate,
     Why,
 )
-from jobd.job import LIVE, STATUSES, TOKEN_COUNTER_BITS, Ended, Grant, Job, Lease, Policy
+from jobd.job import (
+    LIVE,
+    STATUSES,
+    TOKEN_COUNTER_BITS,
+    Ended,
+    Grant,
+    Job,
+    LatePolicy,
+    LateResult,
+    Lease,
+    Policy,
+    Result,
+)
 from tests.desk import compare
 from tests.simulation.promises import Promises
 
@@ -70,6 +83,10 @@ ID: Final = "a"
 WORKERS: Final = ("w-1", "w-2", "w-3")
 SEED: Final = b"0123456789abcdef"
 SOON: Final = 12  # ticks, in which recovery alone has to end every grant
+
+
+# Every job has one, of a grant before those that are played.
+LATE: Final = LateResult(1, NOW, "w-old", 1, "of old", None, Result(file_path="/late"))
 
 
 class World(Struct, frozen=True):
@@ -87,6 +104,7 @@ class World(Struct, frozen=True):
     expires: int | None = None
     grace: int = 0
     furthest: int = 0  # ticks by which the wall clock may be off, either way
+    late: LatePolicy = "keep"
 
     def policy(self) -> Policy:
         kept_ms = self.kept * TICK_MS
@@ -99,6 +117,7 @@ class World(Struct, frozen=True):
             keep_completed_ms=kept_ms,
             keep_failed_ms=kept_ms,
             keep_cancelled_ms=kept_ms,
+            late_results=self.late,
         )
 
 
@@ -109,6 +128,7 @@ WORLDS: Final = (
     World("on_stall fail", on_stall="fail", ttl=1, stuck_after=0, ceiling=2),
     World("delayed and unwanted after a while", delay=1, expires=2),
     World("absence", grace=2, ceiling=2),
+    World("late results are taken", ttl=1, stuck_after=0, ceiling=0, late="adopt_if_unclaimed"),
     World("wall clock steps", ttl=1, stuck_after=1, ceiling=0, furthest=1),
 )
 
@@ -132,15 +152,16 @@ class State(Struct, frozen=True):
         book = Book.opened(Opened(numbers))
         if self.job is not None:
             book.swap(None, self.job)
+            book.late = LateKnown({self.job.seq: [LATE]})
         if self.paused:
             book.set_paused("default", True)
         book.advance(self.now, self.lease)
         return book
 
-    def key(self, furthest: int) -> tuple[Any, ...]:
+    def key(self, world: World) -> tuple[Any, ...]:
         """What the rules can tell of this state. Which worker remembers a lock is all one, and older ones are never
-        good for anything again. `furthest`: ticks by which the wall clock may be off."""
-        job, off = self.job, self.off
+        good for anything again."""
+        job, off, furthest = self.job, self.off, world.furthest
         if job is None:
             return (None, self.paused, off)
         return (
@@ -163,6 +184,7 @@ class State(Struct, frozen=True):
             self._lease(job.lease),
             _grant(job.grant),
             _ended(job.ended),
+            world.late == "adopt_if_unclaimed" and job.ended is not None and job.updated_at == job.ended.at,
         )
 
     @property
@@ -242,7 +264,7 @@ class Walk(Promises):
         return steps[::-1]
 
     def _key(self, state: State) -> tuple[Any, ...]:
-        return state.key(self.world.furthest)
+        return state.key(self.world)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -286,6 +308,7 @@ class Walk(Promises):
             ForceFail(id=ID),
             ForceReset(id=ID),
             RunNow(id=ID),
+            *(Adopt(id=ID, result=seq) for seq in (None, 99)),
             Update(id=ID, max_attempts=world.max_attempts),
             Delete(id=ID),
             Pause(name="default"),

@@ -17,9 +17,10 @@ from structlog.testing import capture_logs
 from jobd import rules
 from jobd.actor import BATCH_WEIGHT, Bounds, DiskBroken
 from jobd.answers import Answer, Done, JobView
-from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, Loaded, Query
+from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, LateAsked, LateKnown, Loaded, Query
 from jobd.book import Book
 from jobd.commands import (
+    Adopt,
     AnyCommand,
     Bulk,
     Call,
@@ -37,12 +38,14 @@ from jobd.commands import (
     Get,
     Import,
     KeyUse,
+    LateResults,
     List,
     Mend,
     Moment,
     Pause,
     Ping,
     Progress,
+    Recover,
     Refusal,
     Release,
     Report,
@@ -58,6 +61,7 @@ from jobd.commands import (
 from jobd.draft import Decision
 from jobd.envelope import Asked
 from jobd.events import Change, fold
+from jobd.full_disk import Closed
 from jobd.job import DAY_MS, MINUTE_MS, Job, Policy
 from jobd.keys import KEPT_MS
 from jobd.parked import Parked
@@ -1623,3 +1627,188 @@ def test_a_claim_is_found_by_who_waited_longest() -> None:
         assert lot.next_deadline() is None
 
     in_virtual_time(test)()
+
+
+# -- late results -----------------------------------------------------------------------------------------------------
+
+
+async def lost(house: Household, job_id: str = "a", **fields: Any) -> str:
+    """A failed job that was taken from its worker: the lock that is lost."""
+    lock_id = await house.held(job_id, **fields)
+    await house.yes(ForceFail(id=job_id), admin=True)
+    return lock_id
+
+
+def done(lock_id: str, job_id: str = "a", **fields: Any) -> Complete:
+    return Complete(id=job_id, lock_id=lock_id, **({"file_path": "/out"} | fields))
+
+
+def kept_by(house: Household, job_id: str = "a") -> list[str | None]:
+    """Where the late results of a job on the disk say that the work is."""
+    job = house.disk.job(job_id)
+    assert job is not None
+    return [late.result.file_path for late in house.disk.lates.get(job.seq, ())]
+
+
+@in_virtual_time
+async def test_a_late_result_is_on_the_disk_before_it_is_refused() -> None:
+    async with household() as house:
+        lock_id = await lost(house)
+        house.disk.gate.clear()
+        asking = begin(house.actor.ask(done(lock_id)))
+        await house.disk.at_gate.wait()
+        await settle()
+        assert not asking.done()
+        house.disk.gate.set()
+        refusal = await asking
+        assert refusal.code == "lock_lost"
+        assert kept_by(house) == ["/out"]
+
+
+@in_virtual_time
+async def test_late_results_outlive_the_daemon_and_are_read_when_asked_for() -> None:
+    disk = MemoryDisk()
+    async with household(disk) as house:
+        lock_id = await lost(house, payload=Raw(b"[9]"))
+        await house.no(done(lock_id, metadata=Raw(b'{"n": 1}')))
+    async with household(disk) as house:
+        assert house.book.get("a") is None
+        (late,) = (await house.yes(LateResults(id="a"), admin=True)).late_results
+        assert (late.worker, late.file_path, bytes(late.metadata)) == ("w-1", "/out", b'{"n": 1}')
+        assert "jobctl adopt a" in (await house.yes(Why(id="a"))).do[0]
+        again = await house.no(done(lock_id, metadata=Raw(b'{"n": 1}')))
+        assert again.details["late_result"] == late.seq
+        assert (await house.no(Adopt(id="a", result=late.seq + 1))).code == "late_result_not_found"
+        adopted = await house.yes(Adopt(id="a", result=late.seq), admin=True, key=key("k"))
+        assert (adopted.status, adopted.file_path, adopted.payload) == ("completed", "/out", Raw(b"[9]"))
+        repeated = await house.actor.ask(Adopt(id="a", result=late.seq), admin=True, key=key("k"))
+        assert isinstance(repeated, Answer)
+        assert repeated.replayed
+    async with household(disk) as house:
+        assert (await house.yes(Get(id="a"))).file_path == "/out"
+        assert (await house.yes(Delete(id="a"), admin=True)).status == "completed"
+        assert disk.lates == {}
+
+
+@in_virtual_time
+async def test_a_loop_of_late_completes_adds_nothing() -> None:
+    async with household() as house:
+        lock_id = await lost(house)
+        for _ in range(3):
+            tasks = fill(house, [done(lock_id, metadata=Raw(b"%d" % number)) for number in range(40)])
+            answers = [await task for task in tasks]
+            assert {answer.code for answer in answers} == {"lock_lost"}
+        assert [event.type for event in house.disk.events].count("late_result") == 1
+        assert kept_by(house) == ["/out"]
+        written = len(house.disk.batches)
+        await house.no(done(lock_id))
+        await house.no(done("never-one"))
+        assert len(house.disk.batches) == written
+
+
+@in_virtual_time
+async def test_a_lock_that_is_lost_in_the_same_batch_has_its_late_result() -> None:
+    async with household() as house:
+        lock_id = await house.held()
+        tasks = fill(house, [ForceReset(id="a"), done(lock_id), done(lock_id), Adopt(id="a")])
+        reset, first, second, adopted = [await task for task in tasks]
+        assert isinstance(reset, Answer)
+        assert first.details["late_result"] == second.details["late_result"]
+        assert isinstance(adopted, Answer)
+        assert adopted.data.status == "completed"
+        assert [event.type for event in house.disk.events][-3:] == ["force_reset", "late_result", "adopted"]
+
+
+@in_virtual_time
+async def test_a_grant_of_long_ago_is_told_by_the_journal() -> None:
+    async with household() as house:
+        old = await house.held()
+        await house.yes(ForceReset(id="a"), admin=True)
+        await house.yes(Start(id="a", worker="w-2"))
+        await house.yes(ForceReset(id="a"), admin=True)
+        assert "late_result" in (await house.no(done(old))).details
+        assert kept_by(house) == ["/out"]
+
+
+class Looked(MemoryDisk):
+    """Remembers what was asked of late results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[LateAsked] = []
+
+    async def late(self, asked: list[LateAsked]) -> LateKnown:
+        self.asked += asked
+        return await super().late(asked)
+
+
+@in_virtual_time
+async def test_who_holds_the_job_costs_no_look_and_a_crowd_one() -> None:
+    disk = Looked()
+    async with household(disk) as house:
+        await house.yes(done(await house.held()))
+        await house.no(done("none", "never created"))
+        assert disk.asked == []
+        lock_id = await lost(house, "b")
+        tasks = fill(house, [Adopt(id="b"), *(done(lock_id, "b") for _ in range(9)), Why(id="b")])
+        for task in tasks:
+            await task
+        assert disk.calls["late"] == 1
+        assert [(each.lock_id, each.whole) for each in disk.asked] == [(None, False), (None, True)]
+
+
+@in_virtual_time
+async def test_a_full_disk_keeps_nothing_and_refuses_as_ever() -> None:
+    """Whoever has lost the lock is told so, at every step of a disk that fills up."""
+    async with household() as house:
+        locks = {name: await lost(house, name) for name in ("a", "b", "c")}
+        house.disk.write_errors.append(DiskFull("no room for a nicety"))
+        refusal = await house.no(done(locks["a"]))
+        assert (refusal.code, "late_result" in refusal.details) == ("lock_lost", False)
+        assert house.actor.full_disk.closed == Closed.CREATES
+        house.disk.fits = lambda batch: False
+        refusal = await house.no(done(locks["b"], "b"))
+        assert (refusal.code, "late_result" in refusal.details) == ("lock_lost", False)
+        assert (await house.no(Cancel(id="a"))).code == "invalid_transition"
+        for _ in range(2):
+            await house.actor.full_disk.close_further()
+        assert (await house.no(Tick())).code == "storage_full"
+        assert (await house.no(done(locks["c"], "c"))).code == "lock_lost"
+        assert house.disk.lates == {}
+        house.disk.free()
+        await asyncio.sleep(2)
+        assert "late_result" in (await house.no(done(locks["c"], "c"))).details
+
+
+@in_virtual_time
+async def test_a_holder_is_not_let_past_a_full_disk() -> None:
+    async with household() as house:
+        lock_id = await house.held()
+        for _ in range(3):
+            await house.actor.full_disk.close_further()
+        house.disk.fits = lambda batch: False
+        assert (await house.no(done(lock_id))).code == "storage_full"
+        house.disk.free()
+        await asyncio.sleep(2)
+        assert (await house.yes(done(lock_id))).status == "completed"
+
+
+@in_virtual_time
+async def test_what_was_left_alone_is_taken_at_once() -> None:
+    async with household(policy=Policy(late_results="adopt_if_unclaimed")) as house:
+        lock_id = await house.held(lock_ttl_ms=1_000)
+        await asyncio.sleep(60)
+        await house.yes(Recover(limit=1))
+        assert (await house.yes(Get(id="a"))).status == "queued"
+        assert (await house.yes(done(lock_id))).status == "completed"
+        assert (await house.yes(done(lock_id))).repeated
+        assert house.book.figures.late_adopted == 1
+        assert house.book.figures.late_kept == 0
+
+
+@in_virtual_time
+async def test_late_results_are_counted() -> None:
+    async with household() as house:
+        await house.no(done(await lost(house)))
+        await house.yes(Adopt(id="a"), admin=True)
+        assert (house.book.figures.late_kept, house.book.figures.late_adopted) == (1, 1)

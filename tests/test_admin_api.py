@@ -13,6 +13,7 @@ import pytest
 from jobd.admin_api import ROUTES
 from jobd.answers import Answer, StatsView, ValidateJobView, Validation
 from jobd.commands import (
+    Adopt,
     Cancel,
     Command,
     Delete,
@@ -21,6 +22,7 @@ from jobd.commands import (
     ForceFail,
     ForceReset,
     Get,
+    LateResults,
     List,
     Locks,
     Pause,
@@ -76,6 +78,9 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
     ("DELETE", f"{P}/jobs/{{id}}", "", Delete(id="j"), True),
     ("GET", f"{P}/jobs/{{id}}/timeline", "", Timeline(id="j"), False),
     ("GET", f"{P}/jobs/{{id}}/why", "", Why(id="j"), False),
+    ("GET", f"{P}/jobs/{{id}}/late-results", "", LateResults(id="j"), False),
+    ("POST", f"{P}/jobs/{{id}}/adopt", "", Adopt(id="j"), True),
+    ("POST", f"{P}/jobs/{{id}}/adopt", '{"result":7,"reason":"r"}', Adopt(id="j", result=7, reason="r"), True),
     ("POST", f"{P}/jobs/{{id}}/cancel", "", Cancel(id="j"), True),
     ("POST", f"{P}/jobs/{{id}}/run-now", "", RunNow(id="j"), True),
     ("POST", f"{P}/jobs/{{id}}/update", '{"priority":-5,"max_attempts":3}',

@@ -371,14 +371,14 @@ def test_without_a_verb_the_help_is_shown_and_the_code_is_2(capsys: pytest.Captu
 
 
 def test_a_deed_is_allowed_where_the_table_of_transitions_says_so() -> None:
-    def deed(to: str | None, only_from: str | None = None) -> deeds.Deed:
+    def deed(to: str | None, only_from: tuple[str, ...] = ()) -> deeds.Deed:
         return deeds.Deed("x", lambda _: None, to, lambda _: None, lambda _: "", only_from)  # type: ignore[arg-type, return-value]
 
     assert deeds._allowed("processing", deed("failed"))
     assert not deeds._allowed("completed", deed("queued"))
     assert not deeds._allowed("queued", deed(None))
     assert deeds._allowed("cancelled", deed(None))
-    assert not deeds._allowed("queued", deed("failed", only_from="processing"))
+    assert not deeds._allowed("queued", deed("failed", only_from=("processing",)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from jobd import admin_api, answers
 from jobd.cli import ctl
 from jobd.cli import daemon as jobd_cli
 from jobd.cli.checkup import examine
-from jobd.client import AdminClient, JobClient, JobdError
+from jobd.client import AdminClient, JobClient, JobdError, LockLost
 from tests.http_help import Desk, House
 from tests.process import Daemon, die_with_us
 
@@ -280,6 +280,35 @@ def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Runni
     assert jobctl.ok("delete", "c4", "--dry-run").startswith("c4: would delete")
     assert jobctl.ok("delete", "c4", "-y") == "c4: deleted\n"
     assert jobctl.no("job", "c4")[0] == 4
+
+
+def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> None:
+    jobctl.ok("submit", "--id", "c6", "--queue", "c6")
+    assert jobctl.run("late", "c6") == (0, "", "No late results.\n")
+    assert jobctl.no("adopt", "c6", "--dry-run")[0] == 4
+    grant = running.client.claim("w-late", queues=["c6"])[0]
+    jobctl.ok("force-reset", "c6", "-y")
+    with pytest.raises(LockLost) as lost:
+        running.client.complete_job("c6", grant.lock_id, file_path="/srv/6", metadata={"a": 1})
+    (late,) = jobctl.json("late", "c6")["late_results"]
+    assert set(late) == _fields(answers.LateResultView)
+    assert late["seq"] == lost.value.late_result
+    code, out, _ = jobctl.run("late", "c6")
+    assert code == 0
+    assert "w-late" in out
+    assert "/srv/6" in out
+    assert '{"a":1}' in out
+    again = running.client.claim("w", queues=["c6"])[0]
+    code, _, err = jobctl.run("adopt", "c6", "--dry-run")
+    assert code == 4
+    assert "adopt would be refused: it is processing" in err
+    assert "force-fail c6" in jobctl.no("adopt", "c6", "-y")[1]
+    running.client.release_job("c6", again.lock_id)
+    assert jobctl.ok("adopt", "c6", "--dry-run") == "c6: would adopt: it is queued\n"
+    assert jobctl.no("adopt", "c6", "-y", "--result", "1")[0] == 4
+    adopted = jobctl.json("adopt", "c6", "-y", "--result", str(late["seq"]), "--reason", "it is whole")
+    assert (adopted["status"], adopted["file_path"], adopted["metadata"]) == ("completed", "/srv/6", {"a": 1})
+    assert "it is whole" in jobctl.ok("timeline", "c6")
 
 
 def test_a_queue_is_paused_and_resumed(jobctl: Ctl) -> None:

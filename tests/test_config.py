@@ -185,12 +185,16 @@ def test_environment_is_read_by_type() -> None:
         JOBD_LIMITS_LIVE_JOBS="7",
         JOBD_STORE_SYNCHRONOUS="extra",
         JOBD_CLEANUP_RECOVER_EVERY="0",
+        JOBD_LATE_RESULTS="drop",
+        JOBD_LATE_QUEUES="video=adopt_if_unclaimed, mail = keep",
     ).config
     assert found.admin.hosts == ["jobs.example", "other.example"]
     assert found.validation.require_download_url is True
     assert found.limits.live_jobs == 7
     assert found.store.synchronous == "extra"
     assert found.cleanup.recover_every == 0
+    policy = found.policy()
+    assert [policy.late_results_of(queue) for queue in ("video", "mail", "x")] == ["adopt_if_unclaimed", "keep", "drop"]
 
 
 def test_what_belongs_to_workers_and_clients_is_left_alone() -> None:
@@ -328,6 +332,9 @@ def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("[limits]\nmailbox = true\n", ["limits.mailbox", "int"]),
         ("[limits]\nbulk = 1001\n", ["limits.bulk", "1000"]),
         ('[stuck]\non_stall = "retry"\n', ["stuck.on_stall", "auto, requeue, fail"]),
+        ('[late]\nresults = "adopt"\n', ["late.results", "keep, adopt_if_unclaimed, drop"]),
+        ('[late]\nqueues = {video = "adopt"}\n', ["late.queues", "keep, adopt_if_unclaimed, drop"]),
+        ('[late]\nqueues = ["video"]\n', ["late.queues", "object"]),
         ('[store]\nsynchronous = "normal"\n', ["store.synchronous", "full, extra"]),
         ('[worker]\nsocket_mode = "0999"\n', ["worker.socket_mode"]),
         ("[admin]\nhosts = [1]\n", ["admin.hosts", "str"]),
@@ -350,6 +357,8 @@ def test_a_bad_file_is_refused_by_file_and_key(text: str, parts: list[str], writ
         ("JOBD_LOCKS_TTL", "soon", ["JOBD_LOCKS_TTL", "locks.ttl", '"15m"']),
         ("JOBD_LIMITS_MAILBOX", "many", ["JOBD_LIMITS_MAILBOX", "limits.mailbox", "int"]),
         ("JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL", "perhaps", ["validation.require_download_url", "true or false"]),
+        ("JOBD_LATE_QUEUES", "video", ["JOBD_LATE_QUEUES", "late.queues", "NAME=VALUE"]),
+        ("JOBD_LATE_QUEUES", "video=adopt", ["JOBD_LATE_QUEUES", "late.queues", "adopt_if_unclaimed"]),
         ("JOBD_STORE_SYNCHRONOUS", "off", ["JOBD_STORE_SYNCHRONOUS", "full, extra"]),
     ],
 )
@@ -366,6 +375,7 @@ def test_a_bad_flag_is_refused_by_key() -> None:
 
 COMBINATIONS: list[tuple[dict[str, str], str]] = [
     ({"worker.listen": "127.0.0.1:8771"}, "worker.token_file"),
+    ({"late.queues": "a b=keep"}, "late.queues: 'a b'"),
     ({"worker.listen": "unix:/run/w.sock"}, "worker.socket"),
     ({"worker.tls_cert": "a", "worker.tls_key": "b"}, "worker.listen"),
     ({"admin.tls_cert": "a"}, "admin.tls_key"),
@@ -424,7 +434,8 @@ def test_an_open_address_without_tls_is_a_loud_warning(address: str) -> None:
 
 def test_the_effective_configuration_reads_as_itself(write: Write) -> None:
     token = write(OTHER, "worker-token")
-    path = write(f'[worker]\nlisten = "127.0.0.1:1"\ntoken_file = "{token}"\n[admin]\nhosts = ["a", "b \\" c"]\n')
+    text = f'[worker]\nlisten = "127.0.0.1:1"\ntoken_file = "{token}"\n[admin]\nhosts = ["a", "b \\" c"]\n'
+    path = write(text + '[late.queues]\nvideo = "drop"\n"a.b" = "keep"\n')
     found = loaded(path, {"locks.ttl": "90s"}, JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL="yes")
     text = effective(found)
     assert loaded(write(text, "again.toml")).config == found.config

@@ -463,6 +463,31 @@ def test_force_fail_force_reset_transition(daemon: Daemon, queue: str) -> None:
     refused(daemon.get(f"/v1/jobs/{job_id}"), 404, "job_not_found")
 
 
+def test_a_late_result_is_kept_and_adopted(daemon: Daemon, queue: str) -> None:
+    job_id = create(daemon, queue, payload={"n": 1})["id"]
+    lock = {"lock_id": start(daemon, job_id)["lock_id"]}
+    refused(daemon.admin("POST", f"jobs/{job_id}/adopt"), 409, "invalid_transition")
+    daemon.admin("POST", "force-reset", {"jobId": job_id})
+    refused(daemon.admin("POST", f"jobs/{job_id}/adopt"), 404, "late_result_not_found")
+    done = {**lock, "file_path": "/out", "metadata": {"a": [1, None]}}
+    told = refused(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost")
+    assert refused(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost") == told
+    (late,) = daemon.admin("GET", f"jobs/{job_id}/late-results").data["late_results"]
+    assert (late["seq"], late["file_path"], late["metadata"]) == (told["late_result"], "/out", {"a": [1, None]})
+    assert set(late) == {
+        "seq", "at", "worker", "fencing_token", "download_url", "file_path", "storage_key", "metadata", "expires_at",
+    }  # fmt: skip
+    assert f"jobctl adopt {job_id}" in daemon.get(f"/v1/jobs/{job_id}/why").data["do"][0]
+    refused(daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": late["seq"] + 1}), 404, "late_result_not_found")
+    refused(daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": 0}), 400, "invalid_request")
+    adopted = daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": late["seq"], "reason": "whole"}).data
+    assert (adopted["status"], adopted["file_path"], adopted["payload"]) == ("completed", "/out", {"n": 1})
+    refused(daemon.admin("POST", f"jobs/{job_id}/adopt"), 409, "invalid_transition")
+    kinds = [event["type"] for event in daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]]
+    assert kinds == ["created", "granted", "force_reset", "late_result", "adopted"]
+    refused(daemon.get(f"/v1/jobs/{job_id}/late-results"), 404, "not_found")
+
+
 def test_admin_locks_and_updates(daemon: Daemon, queue: str) -> None:
     made = create(daemon, queue, run_at=now() + 60_000)
     job_id = made["id"]
@@ -509,7 +534,8 @@ def test_metrics_have_the_names_of_the_contract(daemon: Daemon) -> None:
     text = daemon.admin("GET", "/metrics").body.decode()
     for name in (
         "jobs", "queue_jobs", "stuck_jobs", "locked_jobs", "grants_total", "refusals_total", "stalls_total",
-        "recovered_total", "cleanup_passes_total", "cleanup_found_total", "cleanup_last_timestamp_seconds",
+        "recovered_total", "late_results_total", "cleanup_passes_total", "cleanup_found_total",
+        "cleanup_last_timestamp_seconds",
         "validation_issues_total", "processing_seconds", "commit_seconds", "batch_commands", "mailbox_commands",
         "parked_claims", "wal_bytes", "database_bytes", "loop_lag_seconds", "alert_firing", "build_info",
     ):  # fmt: skip

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from jobd import rules, steps
 from jobd.answers import Answer
 from jobd.commands import (
+    Adopt,
     AnyCommand,
     Bulk,
     Call,
@@ -35,6 +36,7 @@ from jobd.commands import (
     ForceReset,
     Get,
     Import,
+    LateResults,
     List,
     Locks,
     Mend,
@@ -184,6 +186,7 @@ operators = st.one_of(
     st.builds(
         Update, id=ids, priority=st.none() | priorities, run_at=maybe_time, max_attempts=st.none() | st.integers(1, 3)
     ),
+    st.builds(Adopt, id=ids, result=st.sampled_from([None, None, None, 1])),
     st.builds(Delete, id=ids),
     st.builds(Pause, name=queues),
     st.builds(Resume, name=queues),
@@ -203,6 +206,7 @@ of_time = st.one_of(
 reads = st.one_of(
     st.builds(Get, id=ids),
     st.builds(Timeline, id=ids),
+    st.builds(LateResults, id=ids),
     st.builds(Why, id=ids),
     st.builds(Validate, id=ids),
     st.sampled_from([List(), Queues(), Workers(), Stats(), Locks(), Export(), Ping()]),
@@ -294,7 +298,7 @@ class Run(Desk):
     def _check_refusal(self, decision: Decision) -> None:
         """A refusal changes nothing, but where time itself had to act first."""
         if isinstance(decision.answer, Refusal):
-            assert all(change.event.type in ("stalled", "expired") for change in decision.changes)
+            assert all(change.event.type in ("stalled", "expired", "late_result") for change in decision.changes)
             assert decision.answer.status in range(400, 600)
             assert decision.answer.message.endswith(".") or "jobctl" in decision.answer.message
 
@@ -304,6 +308,10 @@ class Run(Desk):
         if not isinstance(command, held) or not decision.changes:
             return
         job = before[command.id]
+        if isinstance(command, Complete) and isinstance(decision.answer, Refusal):
+            assert [change.event.type for change in decision.changes] == ["late_result"]
+            assert self.rows == before
+            return
         assert job.status == "processing"
         assert job.grant is not None
         assert job.grant.lock_id == command.lock_id
@@ -315,7 +323,7 @@ class Run(Desk):
             if before is not None and after is not None and before.status != after.status:
                 assert (before.status, after.status) in TRANSITIONS
             if before is not None and before.status == "completed":
-                assert event.type in ("deleted", "fixed")
+                assert event.type in ("deleted", "fixed", "late_result")
             if event.type == "stalled" and isinstance(command, (Recover, Start)):
                 assert before is not None
                 assert steps.is_stuck(before, self.lease)

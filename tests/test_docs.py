@@ -151,6 +151,8 @@ SHAPES: Final[dict[str, Any]] = {
     "page": answers.JobPage,
     "grants": answers.Grants,
     "timeline": answers.TimelineView,
+    "late results": answers.LateResultList,
+    "late result": answers.LateResultView,
     "event": events.EventView,
     "streamed event": events.StreamedEvent,
     "why": answers.WhyView,

@@ -36,6 +36,7 @@ async def busy_store(path: str) -> Maker:
         keys = [KeyRow("d1", "b", NOW, 200, b"{}"), KeyRow("d2", "b", NOW, 200, None, [("a", "l")])]
         await store.write(maker.batch([maker.queue_event("video", True)], keys=keys, report=b"{}"))
         await store.save_figures(b"{}")
+        await store.write(maker.batch([maker.late(pick(maker, LIVE), 1)]))
     return maker
 
 
@@ -107,6 +108,8 @@ async def test_an_older_store_is_to_be_migrated_first(path: str, monkeypatch: py
         ("UPDATE keys SET at = 1 WHERE digest = 'd1'", "key d1", "checksum"),
         ("UPDATE keys SET answer = X'31' WHERE digest = 'd1'", "key d1", "its answer"),
         ("UPDATE queues SET failed = 99 WHERE name = 'video'", "queue video", "checksum"),
+        ("UPDATE late_results SET worker = 'me'", "late result {late}", "checksum"),
+        ("DELETE FROM jobs WHERE seq = {live}", "late result {late}", "no such job"),
         ("UPDATE reports SET body = X'31'", "reports 1", "checksum"),
         ("UPDATE figures SET body = X'31'", "figures 1", "checksum"),
         ("DROP INDEX jobs_expiry", "schema jobs_expiry", "missing"),
@@ -115,7 +118,8 @@ async def test_an_older_store_is_to_be_migrated_first(path: str, monkeypatch: py
 async def test_every_kind_of_damage_is_named_with_its_mend(path: str, damage: str, where: str, what: str) -> None:
     maker = await busy_store(path)
     live, done = pick(maker, LIVE), pick(maker, FINISHED)
-    words = {"live": live.seq, "live_id": live.id, "done": done.seq, "done_queue": done.options.queue}
+    late = maker.numbers.next_event - 1
+    words = {"late": late, "live": live.seq, "live_id": live.id, "done": done.seq, "done_queue": done.options.queue}
     with edited(path) as conn:
         conn.execute(damage.format(**words))
     found = [problem for problem in check(path) if problem.where == where.format(**words)]
@@ -310,7 +314,12 @@ async def test_counting_anew_takes_what_is_there(path: str) -> None:
     maker = await busy_store(path)
     live, done = pick(maker, LIVE), pick(maker, FINISHED)
     with edited(path) as conn:
-        for table, column in (("jobs", "seq"), ("payloads", "job_seq"), ("events", "job_seq")):
+        for table, column in (
+            ("jobs", "seq"),
+            ("payloads", "job_seq"),
+            ("events", "job_seq"),
+            ("late_results", "job_seq"),
+        ):
             conn.execute(f"DELETE FROM {table} WHERE {column} IN (?, ?)", (live.seq, done.seq))
         conn.execute("DELETE FROM queues WHERE name = 'video'")
     assert {"live jobs", "finished jobs"} <= set(places(check(path)))

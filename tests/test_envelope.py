@@ -15,8 +15,8 @@ COMMANDS = get_args(AnyCommand)
 
 # Neither new work, nor reading, nor an ending: refused while a full disk leaves room for endings alone.
 OTHERS = {
-    "Claim", "Start", "Progress", "Extend", "ExtendLock", "ForceReset", "Transition", "RunNow", "Update", "Pause",
-    "Resume", "Mend", "Tick", "Report",
+    "Adopt", "Claim", "Start", "Progress", "Extend", "ExtendLock", "ForceReset", "Transition", "RunNow", "Update",
+    "Pause", "Resume", "Mend", "Tick", "Report",
 }  # fmt: skip
 
 

@@ -55,6 +55,7 @@ EXPECTED = {
     "jobd_queue_paused": "gauge",
     "jobd_queue_oldest_due_seconds": "gauge",
     "jobd_stuck_jobs": "gauge",
+    "jobd_late_results_total": "counter",
     "jobd_locked_jobs": "gauge",
     "jobd_grants_total": "counter",
     "jobd_refusals_total": "counter",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from jobd import migrations, rows
+from jobd import doctor, migrations, rows
+from jobd.batch import LateAsked
 from jobd.store import Store, StoreTooNew, StoreUnreadable
 from tests.by_hand import Maker
 from tests.store_help import assert_holds, edited, make_store, opened, read
@@ -58,7 +60,7 @@ async def test_of_a_store_of_version_1_nobody_knows_what_was_pruned(path: str) -
         page = await store.journal(last, 10)
         assert (page.last, page.gone_to) == (last, last)
     with edited(path) as conn:
-        assert conn.execute("SELECT schema_version, events_gone_to FROM meta").fetchone() == (2, last)
+        assert conn.execute("SELECT schema_version, events_gone_to FROM meta").fetchone() == (migrations.VERSION, last)
         names = [name for (name,) in conn.execute("SELECT name FROM pragma_table_info('meta')")]
         assert names == ["id", *rows.META_COLUMNS, "crc"]
     [copy] = glob.glob(f"{path}.v1-*")
@@ -85,6 +87,7 @@ def _make_version_1(conn: sqlite3.Connection) -> None:
     conn.execute(f"CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), {columns}) STRICT")
     values = rows.sealed(tuple(row.values()))
     conn.execute(f"INSERT INTO meta (id, {', '.join(names)}) VALUES (1{', ?' * len(values)})", values)
+    conn.execute("DROP TABLE late_results")
     conn.execute("PRAGMA user_version = 1")
 
 
@@ -126,6 +129,56 @@ async def test_a_step_that_fails_leaves_the_store_as_it_was(
         assert conn.execute("SELECT count(*) FROM events").fetchone() != (0,)
     async with opened(path) as (store, found):
         await assert_holds(store, found, maker)
+
+
+SCHEMAS = Path(__file__).parent / "schemas"
+
+
+def as_of(version: int, path: str) -> None:
+    """Make a store of this version of the one at `path`: its rows, as far as there was a table for them."""
+    was, now = f"{path}.was", migrations.VERSION
+    with edited(path) as conn:
+        assert conn.execute("SELECT count(*) FROM late_results").fetchone() == (0,), "no older version could have had it"
+        if version == 1:
+            _make_version_1(conn)
+    with edited(was) as old:
+        for statement in migrations.statements((SCHEMAS / f"v{version}.sql").read_text("utf-8")):
+            old.execute(statement)
+        old.execute("ATTACH ? AS now", (path,))
+        for (table,) in old.execute("SELECT name FROM main.sqlite_schema WHERE type = 'table'").fetchall():
+            old.execute(f"INSERT INTO main.{table} SELECT * FROM now.{table}")
+        old.execute("DETACH now")
+        old.execute(f"PRAGMA application_id = {migrations.APPLICATION_ID}")
+        migrations.set_version(old, version)
+        assert version < now
+    os.chmod(was, 0o600)
+    os.replace(was, path)
+
+
+def schema_of(path: str) -> dict[str, str]:
+    """Every table and index by name, as they were made, without comments and spaces."""
+    with edited(path) as conn:
+        found = conn.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL").fetchall()
+    return {name: "".join(re.sub(r"--.*", "", sql).split()) for name, sql in found}
+
+
+@pytest.mark.parametrize("version", range(1, migrations.VERSION))
+async def test_a_store_of_every_older_version_becomes_one_of_this(path: str, tmp_path: Path, version: int) -> None:
+    maker = await make_store(path)
+    as_of(version, path)
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+        await store.write(maker.any_batch(5))
+        job = next(iter(maker.jobs.values()))
+        await store.write(maker.batch([maker.late(job, 1)]))
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+        assert len((await store.late([LateAsked(job.seq)])).results[job.seq]) == 1
+    assert doctor.check(path) == []
+    fresh = str(tmp_path / "fresh.db")
+    async with opened(fresh):
+        pass
+    assert schema_of(path) == schema_of(fresh)
 
 
 MIGRATOR = """
@@ -173,7 +226,7 @@ def test_every_table_is_strict_and_every_row_of_promise_has_a_checksum() -> None
         migrations.create(conn)
         tables = conn.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
         assert all(strict for name, strict in tables if not name.startswith("sqlite_"))
-        for table in ("jobs", "payloads", "events", "keys", "queues", "meta", "reports", "figures"):
+        for table in ("jobs", "payloads", "late_results", "events", "keys", "queues", "meta", "reports", "figures"):
             assert "crc" in [row[1] for row in conn.execute(f"PRAGMA table_info({table})")], table
         assert conn.execute("PRAGMA application_id").fetchone() == (migrations.APPLICATION_ID,)
 

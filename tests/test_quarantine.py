@@ -8,11 +8,12 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.batch import Aside, BadRows, JournalPage, KeyRow, Loaded, Opened, Query, QueueRow
+from jobd.batch import Aside, BadRows, JournalPage, KeyRow, LateAsked, Loaded, Opened, Query, QueueRow
 from jobd.events import fold
-from jobd.job import FINISHED, LIVE, Job, Options
+from jobd.job import FINISHED, LIVE, Job, Options, Result
 from jobd.rows import JOB_COLUMNS
 from jobd.store import Store, StoreTooNew, StoreUnreadable
 from tests.by_hand import NOW, Maker
@@ -573,3 +574,62 @@ async def test_a_journal_that_cannot_be_thinned_does_not_stop_a_sign_of_life(pat
         change = maker.extend(made(change))
         await store.write(maker.batch([change]))  # the first since the start: its journal is looked at
         assert (await store.load([first.id], [], [])).jobs == {first.id: made(change)}
+
+
+@pytest.mark.parametrize("column", ["worker", "fencing_token", "metadata", "file_path", "at", "crc"])
+async def test_a_late_result_that_is_not_as_written_is_set_aside_and_its_job_is_unharmed(
+    path: str, column: str
+) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    async with opened(path) as (store, _):
+        changes = [maker.late(job, token, Result(file_path="/x", metadata=Raw(b"[1]"))) for token in (1, 2)]
+        await store.write(maker.batch(changes))
+    flip(path, "late_results", column, "seq", changes[0].event.seq)
+    async with opened(path) as (store, found):
+        assert found.faults == []
+        asked = [LateAsked(job.seq, whole=True)]
+        assert (await store.late(asked)).results[job.seq] == [changes[1].late]
+        (fault,) = store.take_faults()
+        assert fault == f"late_results {changes[0].event.seq}: its checksum is wrong; the row was set aside"
+        assert (await store.late(asked)).results[job.seq] == [changes[1].late]
+        assert store.take_faults() == []
+    async with opened(path) as (store, found):
+        assert found.faults == ["1 damaged rows of late_results are set aside: see `jobd doctor`"]
+        found.faults.clear()
+        await assert_holds(store, found, maker)
+
+
+async def test_a_late_result_that_the_index_has_under_another_job_is_not_shown_there(path: str) -> None:
+    maker = await make_store(path)
+    job, other = (job for job in list(maker.jobs.values())[:2])
+    async with opened(path) as (store, _):
+        change = maker.late(job, 1)
+        await store.write(maker.batch([change]))
+    assert change.late is not None
+    with edited(path) as conn:  # the row is whole, and the index was made of another
+        conn.execute("UPDATE late_results SET job_seq = ?", (other.seq,))
+    with without_indexes(path) as conn:
+        conn.execute("UPDATE late_results SET job_seq = ?", (job.seq,))
+    async with opened(path) as (store, _):
+        assert (await store.late([LateAsked(other.seq)])).results[other.seq] == []
+        assert store.take_faults() == []
+
+
+@pytest.mark.parametrize("table", ["late_results", "late_results_job", "events"])
+async def test_late_results_that_cannot_be_read_are_none(path: str, table: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.late(job, 1)]))
+    with edited(path) as conn:
+        (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
+        (size,) = conn.execute("PRAGMA page_size").fetchone()
+    content = bytearray(read(path))
+    content[(page - 1) * size : page * size] = bytes(size)
+    write(path, content)
+    async with opened(path) as (store, _):
+        known = await store.late([LateAsked(job.seq, "lock")])
+        assert known.grants == {}
+        assert len(known.results[job.seq]) == (table == "events")
+        assert (store.take_faults() != []) == (table != "events")

@@ -11,7 +11,19 @@ import pytest
 from msgspec.structs import replace
 
 from jobd import rules, steps
-from jobd.commands import AnyCommand, CreditAbsence, List, Locks, Ping, Queues, Report, Tick, Timeline, Workers
+from jobd.commands import (
+    AnyCommand,
+    CreditAbsence,
+    LateResults,
+    List,
+    Locks,
+    Ping,
+    Queues,
+    Report,
+    Tick,
+    Timeline,
+    Workers,
+)
 from jobd.draft import Draft
 from jobd.job import Job
 from tests.simulation.promises import Broken
@@ -24,17 +36,17 @@ pytestmark = pytest.mark.timeout(300)  # all of it is computing
 # What one job can come to in a world of one attempt, where a lock that has expired is death.
 EVENTS = {
     "created", "imported", "granted", "progress", "extended", "completed", "failed", "released", "undelivered",
-    "cancelled", "stalled", "force_failed", "force_reset", "transitioned", "fixed", "deleted", "queue_paused",
-    "queue_resumed",
+    "cancelled", "stalled", "late_result", "adopted", "force_failed", "force_reset", "transitioned", "fixed",
+    "deleted", "queue_paused", "queue_resumed",
 }  # fmt: skip
 REFUSALS = {
     "job_not_found", "job_exists", "already_locked", "queue_paused", "invalid_transition", "lock_lost",
-    "max_processing_time_exceeded",
+    "max_processing_time_exceeded", "late_result_not_found",
 }  # fmt: skip
 
 
-# These look at many jobs, or keep the clock: to one job they do nothing. An absence has a world of its own.
-NOT_PLAYED = {List, Timeline, Locks, Queues, Workers, Ping, Tick, Report, CreditAbsence}
+# These look at many jobs, at history, or keep the clock: to one job they do nothing. An absence has a world of its own.
+NOT_PLAYED = {List, Timeline, LateResults, Locks, Queues, Workers, Ping, Tick, Report, CreditAbsence}
 
 
 def test_every_state_of_a_world() -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import files
-from jobd.batch import Batch, Disk, JournalPage, KeyRow, Loaded, Numbers, Opened, Query
+from jobd import files, lookups
+from jobd.batch import Batch, Disk, JournalPage, KeyRow, LateAsked, Loaded, Numbers, Opened, Query
 from jobd.events import KEEP_SIGNS, Change, Event
-from jobd.job import Job
+from jobd.job import KEEP_LATE, Job, LateResult, Result
 from jobd.store import MEMORY, Store
 from tests.by_hand import NOW, OPTIONS, Maker
 from tests.store_help import (
@@ -386,3 +387,102 @@ async def test_expired_names_finished_jobs_only_oldest_first(store: Store) -> No
     assert await store.expired(NOW + 1_000, 1) == ["job-1"]
     await store.write(maker.batch([maker.requeue(made(soon))]))
     assert await store.expired(NOW + 1_000, 10) == ["job-2"]
+
+
+# -- late results -----------------------------------------------------------------------------------------------------
+
+
+def kept(change: Change) -> LateResult:
+    assert change.late is not None
+    return change.late
+
+
+async def late_results(store: Store, job: Job, *, whole: bool = True) -> list[LateResult]:
+    return (await store.late([LateAsked(job.seq, whole=whole)])).results[job.seq]
+
+
+async def test_late_results_are_read_back_after_a_restart(path: str) -> None:
+    maker = Maker()
+    full = Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}'))
+    async with opened(path) as (store, _):
+        created = maker.create("a")
+        await store.write(maker.batch([created, maker.create("b")]))
+        job = made(created)
+        changes = [maker.late(job, 9, full), maker.late(job, 7, Result())]
+        await store.write(maker.batch(changes))
+        assert await store.timeline(job.seq) == [created.event, changes[0].event, changes[1].event]
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+        assert await late_results(store, job) == [kept(changes[1]), kept(changes[0])], "the oldest grant first"
+        names = await late_results(store, job, whole=False)
+        assert names == [replace(kept(change), result=Result()) for change in reversed(changes)]
+        assert (await store.late([LateAsked(2), LateAsked(99)])).results == {2: [], 99: []}
+
+
+async def test_those_of_the_latest_grants_are_kept(store: Store) -> None:
+    maker = Maker()
+    first, second = maker.create("a"), maker.create("b")
+    await store.write(maker.batch([first, second]))
+    tokens = [5, 3, 9, 1, 8, 2, 7]
+    changes = [maker.late(made(first), token) for token in tokens]
+    await store.write(maker.batch([*changes[:3], maker.late(made(second), 4)]))
+    for change in changes[3:]:
+        await store.write(maker.batch([change]))
+    left = [late.fencing_token for late in await late_results(store, made(first))]
+    assert left == sorted(tokens)[-KEEP_LATE:]
+    assert [late.fencing_token for late in await late_results(store, made(second))] == [4]
+
+
+async def test_they_go_with_their_job(store: Store) -> None:
+    maker = Maker()
+    created, other = maker.create("a"), maker.create("b")
+    cancelled = maker.finish(made(created), "cancelled")
+    await store.write(maker.batch([created, other, cancelled]))
+    await store.write(maker.batch([maker.late(made(cancelled), 1), maker.late(made(other), 2)]))
+    # One that comes in the very batch in which its job goes leaves nothing either.
+    await store.write(maker.batch([maker.late(made(cancelled), 3), maker.delete(made(cancelled))]))
+    assert store._db.raw.execute("SELECT fencing_token FROM late_results").fetchall() == [(2,)]
+
+
+async def test_an_older_grant_is_found_in_the_journal_of_its_own_job(store: Store) -> None:
+    maker = Maker()
+    created = maker.create("a")
+    granted = maker.grant(made(created))
+    back = maker.requeue(made(granted))
+    other = maker.create("b")
+    again = maker.grant(made(other))
+    await store.write(maker.batch([created, granted, back, other, again]))
+    grant, foreign = made(granted).grant, made(again).grant
+    assert grant is not None
+    assert foreign is not None
+    seq = made(created).seq
+    asked = [LateAsked(seq, lock_id) for lock_id in (grant.lock_id, foreign.lock_id, grant.lock_id[:-1], "never")]
+    assert (await store.late(asked)).grants == {(seq, grant.lock_id): grant}
+
+
+async def test_a_grant_is_looked_for_at_the_end_of_a_journal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was given back a hundred thousand times holds nobody up."""
+    maker = Maker()
+    changes = [maker.create("a")]
+    for _ in range(4):
+        changes.append(maker.grant(made(changes[-1])))
+        changes.append(maker.requeue(made(changes[-1])))
+    await store.write(maker.batch(changes))
+    seq = made(changes[0]).seq
+    grants = [grant for change in changes if (grant := made(change).grant) is not None]
+    asked = [LateAsked(seq, grant.lock_id) for grant in grants]
+    assert list((await store.late(asked)).grants.values()) != []
+    monkeypatch.setattr(lookups, "LOOKED_BACK", 4)
+    found = (await store.late(asked)).grants
+    assert sorted(grant.fencing_token for grant in found.values()) == [grant.fencing_token for grant in grants[2:]]
+
+
+async def test_many_ask_of_one_job_and_some_for_all(store: Store) -> None:
+    maker = Maker()
+    created = maker.create("a")
+    await store.write(maker.batch([created]))
+    change = maker.late(made(created), 1)
+    await store.write(maker.batch([change]))
+    seq = made(created).seq
+    for asked in ([LateAsked(seq), LateAsked(seq, whole=True)], [LateAsked(seq, whole=True), LateAsked(seq, "x")]):
+        assert (await store.late(asked)).results == {seq: [change.late]}

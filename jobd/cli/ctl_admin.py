@@ -76,6 +76,18 @@ def recover_stuck(as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+@admin_options
+def late(job_id: str, as_json: bool) -> None:
+    """List a job's late results: what workers brought that had lost its lock."""
+    from jobd.cli import tables_admin
+
+    found = admin_client().late_results(job_id)
+    show.emit_json({"late_results": found}) if as_json else tables_admin.late_results(found)
+
+
+@click.command()
 @json_option
 @admin_options
 def locks(as_json: bool) -> None:
@@ -178,6 +190,7 @@ VERBS: Final = (
     alerts,
     queues,
     workers,
+    late,
     locks,
     cleanup,
     recover_stuck,

@@ -82,7 +82,7 @@ def transition(
     def do(one: str) -> Any:
         return client.transition_job_state(one, from_status, to_status, updates=fields or None, reason=reason)
 
-    deed = Deed(f"transition {from_status} → {to_status}", client.get_job, to_status, do, _forced, from_status)
+    deed = Deed(f"transition {from_status} → {to_status}", client.get_job, to_status, do, _forced, (from_status,))
     return carry_out(deed, (job_id,), **how)
 
 
@@ -107,6 +107,34 @@ def delete(ids: tuple[str, ...], **how: bool) -> int:
     """Delete finished jobs with their history."""
     client = admin_client()
     return carry_out(Deed("delete", client.get_job, None, client.delete_job, lambda job: "deleted"), ids, **how)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@click.option("--result", type=click.IntRange(min=1), metavar="N", help="Which one: see jobctl late.")
+@_REASON
+@destructive
+@admin_options
+def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> int:
+    """Complete a job with a late result.
+
+    It is what a worker brought that had lost its lock: that of the latest grant, unless --result names another.
+    The job has to be queued, failed or cancelled.
+    """
+    client = admin_client()
+
+    def look(one: str) -> Any:
+        if all(result not in (None, late.seq) for late in client.late_results(one)):
+            from jobd.client.errors import LateResultNotFound
+
+            raise LateResultNotFound(f"Job {one} has no such late result. See those that it has: jobctl late {one}")
+        return client.get_job(one)
+
+    def do(one: str) -> Any:
+        return client.adopt(one, result, reason=reason)
+
+    deed = Deed("adopt", look, "completed", do, lambda job: job.status, ("queued", "failed", "cancelled"))
+    return carry_out(deed, (job_id,), **how)
 
 
 @click.command("run-now")
@@ -141,4 +169,4 @@ def _changed(change: Callable[[], Any], as_json: bool) -> None:
         show.emit(f"{job.id}: {job.status}, priority {job.priority}, due {show.when(job.run_at)}")
 
 
-VERBS: Final = (force_fail, force_reset, transition, run_now, update, delete)
+VERBS: Final = (force_fail, force_reset, transition, adopt, run_now, update, delete)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Deed:
     """`words` says what is done ("force-fail"), `to` is the status that it leads to, None where the job is deleted.
 
-    `only_from` is the one status from which it may be done, where there is one.
+    `only_from` are the statuses from which it may be done, where they are fewer than lead to `to`.
     """
 
     words: str
@@ -30,7 +30,7 @@ class Deed:
     to: str | None
     do: Callable[[str], Any]
     done: Callable[[Any], str]
-    only_from: str | None = None
+    only_from: tuple[str, ...] = ()
 
 
 def destructive(verb: Any) -> Any:
@@ -86,7 +86,7 @@ def _would(deed: Deed, job_id: str) -> int:
 def _allowed(status: str, deed: Deed) -> bool:
     from jobd.job import FINISHED, TRANSITIONS
 
-    if deed.only_from is not None and status != deed.only_from:
+    if deed.only_from and status not in deed.only_from:
         return False
     return status in FINISHED if deed.to is None else (status, deed.to) in TRANSITIONS
 

@@ -74,13 +74,13 @@ def job(view: JobView) -> None:
         ("download", view.download_url),
         ("file", view.file_path),
         ("storage key", view.storage_key),
-        ("metadata", _json(view.metadata)),
-        ("payload", _json(view.payload)),
+        ("metadata", json_text(view.metadata)),
+        ("payload", json_text(view.payload)),
     ]
     show.pairs((name, value) for name, value in fields if value not in (None, ""))
 
 
-def _json(raw: Any) -> str | None:
+def json_text(raw: Any) -> str | None:
     """JSON text of a job as one line; None where there is none. Very long text is cut."""
     if not isinstance(raw, msgspec.Raw) or bytes(raw) == b"null":
         return None

@@ -13,13 +13,14 @@ from jobd.answers import (
     CleanupState,
     ClockView,
     HealthView,
+    LateResultView,
     LockedJob,
     QueueView,
     RecoverStuckView,
     StatsView,
     WorkerView,
 )
-from jobd.cli import show
+from jobd.cli import show, tables
 
 
 def queues(views: Sequence[QueueView]) -> None:
@@ -146,6 +147,22 @@ def locks(views: Sequence[LockedJob]) -> None:
     ]
     columns = ["JOB", "WORKER", "LOCK", "EXPIRES", "STUCK", "CEILING", ">%", ">TOKEN"]
     show.table(columns, rows, empty="No locks.")
+
+
+def late_results(views: Sequence[LateResultView]) -> None:
+    rows = [
+        (
+            late.seq,
+            show.local(late.at),
+            late.worker,
+            late.fencing_token,
+            " ".join(filter(None, (late.download_url, late.file_path, late.storage_key))),
+            tables.json_text(late.metadata),
+        )
+        for late in views
+    ]
+    columns = [">RESULT", "TIME", "WORKER", ">TOKEN", "WHERE", "METADATA"]
+    show.table(columns, rows, empty="No late results.")
 
 
 def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:

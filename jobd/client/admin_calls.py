@@ -19,6 +19,8 @@ from jobd.answers import (
     ClockView,
     Forced,
     HealthView,
+    LateResultList,
+    LateResultView,
     LockedJob,
     LockList,
     PausedView,
@@ -82,6 +84,7 @@ _read_recovered = reader(RecoverStuckView)
 _read_validated = reader(ValidatedJob)
 _read_forced = reader(Forced)
 _read_lock = reader(AdminLock)
+_read_late = reader(LateResultList)
 _read_locks = reader(LockList)
 _read_reports = reader(ReportList)
 _read_alerts = reader(AlertList)
@@ -196,6 +199,22 @@ def update_job(
     """Change priority, due time (Unix ms) or the number of attempts. Raises JobNotFound, InvalidTransition."""
     body = {"priority": priority, "run_at": run_at, "max_attempts": max_attempts}
     return post(job_path(JOBS, job_id, "update"), read_job, body, key=idempotency_key or uuid7())
+
+
+def late_results(job_id: str) -> Request[list[LateResultView]]:
+    """What completes of this job brought whose locks were lost, the oldest grant first. Raises JobNotFound."""
+    return get(job_path(JOBS, job_id, "late-results"), lambda body: _read_late(body).late_results)
+
+
+def adopt(
+    job_id: str, result: int | None = None, *, reason: str | None = None, idempotency_key: str | None = None
+) -> Request[JobInfo]:
+    """Complete a queued, failed or cancelled job with a late result: the one with this `seq`, or the latest grant's.
+
+    Raises JobNotFound, LateResultNotFound, InvalidTransition (somebody holds it, or it is completed).
+    """
+    body = {"result": result, "reason": reason}
+    return post(job_path(JOBS, job_id, "adopt"), read_job, body, key=idempotency_key or uuid7())
 
 
 def delete_job(job_id: str, *, idempotency_key: str | None = None) -> Request[JobInfo]:

@@ -75,6 +75,12 @@ class JobNotFound(JobdError):
     code, status = "job_not_found", 404
 
 
+class LateResultNotFound(JobdError):
+    """The job has no late result, or none with this number."""
+
+    code, status = "late_result_not_found", 404
+
+
 class MethodNotAllowed(JobdError):
     """The path exists, the method does not."""
 
@@ -136,6 +142,11 @@ class LockLost(JobdError):
     def reason(self) -> str | None:
         """What ended the grant, in a word: `cancelled`, `stalled`, ..."""
         return _text(self.details.get("reason"))
+
+    @property
+    def late_result(self) -> int | None:
+        """The number under which what a complete brought is kept for an operator, where it is."""
+        return _number(self.details.get("late_result"))
 
     @property
     def cancel_requested(self) -> bool:

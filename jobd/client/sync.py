@@ -341,6 +341,8 @@ class AdminClient(_Client):
     cancel_job = _method(admin_calls.cancel_job)
     run_now = _method(admin_calls.run_now)
     update_job = _method(admin_calls.update_job)
+    late_results = _method(admin_calls.late_results)
+    adopt = _method(admin_calls.adopt)
     delete_job = _method(admin_calls.delete_job)
     list_jobs = _method(admin_calls.list_jobs)
     get_job = _method(admin_calls.get_job)

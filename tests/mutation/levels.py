@@ -24,6 +24,7 @@ MIRRORS: Final[dict[str, tuple[str, ...]]] = {
     "validation": ("validation",),
     "rules": ("rules",),
     "operator_rules": ("rules",),
+    "late_rules": ("late_rules",),
     "time_rules": ("rules",),
     "reads": ("rules",),
     "steps": ("rules",),
@@ -35,8 +36,8 @@ MODULES: Final = tuple(MIRRORS)
 
 # All tests of the first level: in one process, quick, and the same each time.
 NEAR: Final = (
-    "rules", "book", "orders", "live_jobs", "figures", "overlaps", "pace", "validation", "why", "keys", "envelope",
-    "events", "job", "draft", "views", "batch", "commands", "bodies", "rows", "actor", "cleanup", "alerts",
+    "rules", "late_rules", "book", "orders", "live_jobs", "figures", "overlaps", "pace", "validation", "why", "keys",
+    "envelope", "events", "job", "draft", "views", "batch", "commands", "bodies", "rows", "actor", "cleanup", "alerts",
     "worker_api", "admin_api",
 )  # fmt: skip
 

@@ -33,7 +33,7 @@ def _files(names: str) -> tuple[str, ...]:
 
 # What pytest runs at each level; the doors are those of one process, without a daemon.
 TESTS: Final[dict[Level, tuple[str, ...]]] = {
-    "rules": _files("rules book orders live_jobs keys clock job events validation why figures envelope"),
+    "rules": _files("rules late_rules book orders live_jobs keys clock job events validation why figures envelope"),
     "world": _files("small_world core_properties"),
     "simulation": ("tests/test_simulation.py::test_every_promise_holds",),
     "actor": _files("actor cleanup health"),

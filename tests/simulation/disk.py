@@ -19,8 +19,8 @@ from jobd.batch import BadRows, Batch, DiskFull, Numbers, Opened
 from tests.memory_disk import MemoryDisk
 
 STATE: Final = (
-    "numbers", "jobs", "payloads", "events", "queues", "keys", "suspects", "quarantined", "deleted", "kept_reports",
-    "figures", "bad_jobs", "bad_payloads", "aside", "_ids",
+    "numbers", "jobs", "payloads", "events", "lates", "queues", "keys", "suspects", "quarantined", "deleted",
+    "kept_reports", "figures", "bad_jobs", "bad_payloads", "aside", "_ids",
 )  # fmt: skip
 COMMITS: Final = frozenset({"prune", "save_figures"})  # beside the batches
 
@@ -45,6 +45,7 @@ class SimDisk(MemoryDisk):
         super().__init__()
         self.full = 0
         self.slowness_s = 0.0
+        self.slowed = 0  # calls that were met by slowness and go on, also when it is over
         self.failing: frozenset[str] = frozenset()
         self.write_fault: str | None = None
         self.armed: tuple[str, Callable[[], None]] | None = None  # a crash at that stage of the next write
@@ -175,7 +176,12 @@ class SimDisk(MemoryDisk):
         if roll < 0.5 and not self.slowness_s:
             await asyncio.sleep(0)
         else:
-            await asyncio.sleep(roll * (self.slowness_s or 0.002))
+            slowness_s = self.slowness_s
+            self.slowed += slowness_s > 0
+            try:
+                await asyncio.sleep(roll * (slowness_s or 0.002))
+            finally:
+                self.slowed -= slowness_s > 0
 
     # -- damage -------------------------------------------------------------------------------------------------------
 

@@ -60,6 +60,7 @@ OTHERS: Final = (
     "cleanup complained",
     "mishap hang up with the answer",
     "grant undelivered",
+    "late result taken",
     "operator cleanup",
     "operator recover-stuck",
     "daemon ended: killed",

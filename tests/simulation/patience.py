@@ -73,5 +73,5 @@ class Patience:
     def _is_held_up(self, daemon: Daemon, since_s: float) -> bool:
         """By the disk; or a clock was moved meanwhile, and what became due by that is noticed by the next command."""
         disk = self.machine.disk
-        slow = bool(disk.full or disk.slowness_s or daemon.actor.full_disk.closed != Closed.NOTHING)
+        slow = bool(disk.full or disk.slowness_s or disk.slowed or daemon.actor.full_disk.closed != Closed.NOTHING)
         return slow or self.machine.clocks_moved_s >= since_s

@@ -12,6 +12,7 @@ from typing import Any
 from jobd import rules
 from jobd.answers import Answer, GrantView
 from jobd.commands import (
+    Adopt,
     AnyCommand,
     Bulk,
     Cancel,
@@ -42,7 +43,7 @@ from tests.simulation.requests import Requests
 
 KEYED = (
     Create, Bulk, Start, Claim, Cancel, ForceFail, ForceReset, Transition, ExtendLock, ReleaseLock, RunNow, Update,
-    Delete, Pause, Resume,
+    Adopt, Delete, Pause, Resume,
 )  # fmt: skip
 IN_DOUBT = ("outcome_unknown", "shutting_down", "overloaded")
 OLD_LOCKS = 6

@@ -104,6 +104,8 @@ def policy(dice: Random) -> Policy:
         keep_failed_ms=dice.choice((1_000, 60_000, 30 * DAY_MS)),
         keep_cancelled_ms=dice.choice((0, 30_000, 7 * DAY_MS)),
         require_download_url=dice.random() < 0.1,
+        late_results=dice.choice(("keep", "keep", "adopt_if_unclaimed", "adopt_if_unclaimed", "drop")),
+        late_queues={"q2": "adopt_if_unclaimed"} if dice.random() < 0.3 else {},
         live_jobs=dice.choice((4, 12, 5_000_000, 5_000_000)),
     )
 

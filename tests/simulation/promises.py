@@ -17,6 +17,7 @@ from typing import Any, Final
 from jobd.answers import Answer, Recovered
 from jobd.book import Book
 from jobd.commands import (
+    Adopt,
     AnyCommand,
     Call,
     Claim,
@@ -43,6 +44,7 @@ from tests.desk import due_order
 
 HOLDERS: Final = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
 BY_TIME: Final = frozenset({"stalled", "expired"})  # what time does before a refused command is judged
+NOTES: Final = frozenset({"late_result"})  # they leave every row as it was
 ENDINGS: Final = frozenset({"completed", "failed", "retried", "released", "undelivered", "stalled"})
 BY_HAND: Final = frozenset({"cancelled", "force_failed", "force_reset", "transitioned"})  # these end a grant, too
 
@@ -169,6 +171,9 @@ class Promises:
 
     def _check_holder(self, command: Any, decision: Decision, job: Job | None, at: Moment) -> None:
         verb, lock_id = type(command).__name__, command.lock_id
+        if isinstance(command, Complete) and {change.event.type for change in decision.changes} & {*NOTES, "adopted"}:
+            self._check_late(command, decision, job)
+            return
         is_processing = job is not None and job.status == "processing" and job.grant is not None
         is_latest = is_processing and job is not None and job.grant is not None and job.grant.lock_id == lock_id
         if decision.changes:
@@ -184,6 +189,20 @@ class Promises:
             past = ceiling is not None and at.lease >= ceiling
             allowed = {"invalid_request"} | ({"max_processing_time_exceeded"} if past else set())
             self.must(code in allowed, "S3", f"{verb} of the latest grant was refused: {code}", command.id)
+
+    def _check_late(self, command: Complete, decision: Decision, job: Job | None) -> None:
+        """A complete of an ended grant leaves a note and is refused, or is taken where nobody has had the job since."""
+        kinds = [change.event.type for change in decision.changes]
+        is_current = job is not None and job.grant is not None and job.grant.lock_id == command.lock_id
+        self.must(len(kinds) == 1 and not is_current, "S3", f"a complete made {kinds}", command.id)
+        if kinds == ["late_result"]:
+            refused = isinstance(decision.answer, Refusal) and decision.answer.code == "lock_lost"
+            self.must(refused, "S3", "a late result was kept, and its complete not refused", command.id)
+            return
+        ended = job.ended if job is not None else None
+        is_last = ended is not None and ended.lock_id == command.lock_id and ended.rule == "recovery"
+        touched = job is None or ended is None or job.updated_at != ended.at
+        self.must(is_last and not touched, "S3", "a late result was taken of a job that was not left alone", command.id)
 
     # -- one change ---------------------------------------------------------------------------------------------------
 
@@ -211,8 +230,13 @@ class Promises:
             fits = before.status in FINISHED and (old or not isinstance(command, DeleteExpired))
             self.must(fits, "S13", f"a job was deleted that is {before.status}", before.id)
         if before.status == "completed":
-            final = after is None or (kind == "fixed" and after.status == "completed")
+            final = after is None or (kind in {*NOTES, "fixed"} and after.status == "completed")
             self.must(final, "S4", f"{kind} changed a completed job", before.id)
+        if kind in NOTES:
+            self.must(after == before, "S3", f"{kind} changed a row", before.id)
+        if kind == "adopted":
+            fits = before.status in ("queued", "failed", "cancelled") and isinstance(command, (Adopt, Complete))
+            self.must(fits, "S4", f"{kind} of a job that was {before.status}", before.id)
         if kind in ENDINGS:
             self.must(before.status == "processing", "S4", f"{kind} ended a job that was {before.status}", before.id)
         if before.status == "processing" and kind != "deleted":

@@ -11,6 +11,7 @@ from typing import Any
 from msgspec import Raw
 
 from jobd.commands import (
+    Adopt,
     AnyCommand,
     Bulk,
     Cancel,
@@ -24,6 +25,7 @@ from jobd.commands import (
     ForceReset,
     Get,
     Import,
+    LateResults,
     List,
     Locks,
     Mend,
@@ -141,7 +143,7 @@ class Requests:
         job_id, dice = self.job_id(), self.dice
         job = self.disk.job(job_id)
         lock_id = job.grant.lock_id if job is not None and job.grant is not None else "none"
-        match dice.randrange(14):
+        match dice.randrange(16):
             case 0:
                 return ForceFail(id=job_id, reason=self.maybe(0.5, "by hand"))
             case 1 | 2:
@@ -168,8 +170,18 @@ class Requests:
                 return Pause(name=self.queue())
             case 11 | 12:
                 return Resume(name=self.queue())
+            case 13 | 14:
+                return self.adoption(job_id)
             case _:
                 return self.brought(now)
+
+    def adoption(self, job_id: str) -> Adopt:
+        """Of a job that has a late result, mostly."""
+        kept = {self.disk.jobs[seq].id: lates for seq, lates in self.disk.lates.items() if seq in self.disk.jobs}
+        if kept and self.chance(0.8):
+            job_id = self.dice.choice(list(kept))
+        seqs = [late.seq for late in kept.get(job_id, ())]
+        return Adopt(id=job_id, result=self.maybe(0.4, *seqs, 7), reason=self.maybe(0.5, "it is right"))
 
     def transition(self, job_id: str, status: Any, now: int) -> Transition:
         updates = Updates(
@@ -211,7 +223,7 @@ class Requests:
     # -- everybody ----------------------------------------------------------------------------------------------------
 
     def read(self) -> AnyCommand:
-        match self.dice.randrange(10):
+        match self.dice.randrange(11):
             case 0 | 1:
                 return Get(id=self.job_id())
             case 2:
@@ -233,5 +245,7 @@ class Requests:
                 return Stats()
             case 8:
                 return Locks()
+            case 9:
+                return LateResults(id=self.job_id())
             case _:
                 return Ping()

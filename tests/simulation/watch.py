@@ -22,11 +22,11 @@ from jobd.commands import AnyCommand, Call, Claim, DeleteExpired, KeyUse, Moment
 from jobd.draft import Decision
 from jobd.events import fold
 from jobd.full_disk import Closed
-from jobd.job import SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
+from jobd.job import KEEP_LATE, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
 from jobd.keys import KEPT_MS, SAFE_MS
 from tests.desk import compare, picture
 from tests.simulation.patience import Patience
-from tests.simulation.promises import BY_TIME, Broken, Decide, Promises
+from tests.simulation.promises import BY_TIME, NOTES, Broken, Decide, Promises
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Daemon, Machine
@@ -94,6 +94,7 @@ class Watch(Promises):
             elif job_seq:
                 gone = job_seq in self.deleted or job_id in disk.quarantined
                 self.must(gone, "S6", f"event {seq} ({kind}) was acknowledged and is lost", job_id)
+        self._check_lates()
         rows: dict[int, Job | None] = {}
         for event in disk.events:
             if event.job_seq in disk.jobs:  # the journal of a deleted one may be gone in part
@@ -101,6 +102,19 @@ class Watch(Promises):
         for seq, row in disk.jobs.items():
             job = rows.get(seq)
             self.must(row == job, "S7", f"the journal folds to {job}, the row is {row}", row.id)
+
+    def _check_lates(self) -> None:
+        """Every late result that was told of is kept with its job, or has made room for later ones."""
+        disk = self.machine.disk
+        for seq, (kind, job_seq, job_id) in self.acknowledged.items():
+            if kind in NOTES and job_seq in disk.jobs:
+                kept = disk.lates.get(job_seq, ())
+                is_there = len(kept) == KEEP_LATE or seq in [late.seq for late in kept]
+                self.must(is_there, "S6", f"late result {seq} was acknowledged and is lost", job_id)
+        for job_seq, kept in disk.lates.items():
+            tokens = [late.fencing_token for late in kept]
+            one_each = len(tokens) <= KEEP_LATE and tokens == sorted(set(tokens))
+            self.must(one_each, "S6", f"job {job_seq} has late results of grants {tokens}")
 
     def put_back(self, acknowledged: dict[int, tuple[str, int, str]]) -> None:
         """An older copy of the disk is in place: what was acknowledged after it is lost, as it must be."""
@@ -166,6 +180,7 @@ class Watch(Promises):
             event, before, after = change.event, change.before, change.after
             self._durable[event.seq] = event.type
             self.fired[f"event {event.type}"] += 1
+            self.fired["late result taken"] += event.type == "adopted" and event.by.startswith("worker:")
             self.machine.note("event", event)
             if event.job_seq == 0:
                 continue
@@ -280,7 +295,7 @@ class Watch(Promises):
             return
         if not daemon.book.holds(job_id, grant.lock_id) or daemon.actor._decider._handed.get(grant.lock_id):
             return
-        if looks or disk.full or disk.slowness_s:
+        if looks or disk.full or disk.slowness_s or disk.slowed:
             self._expect_delivery(daemon, job_id, grant, max(looks - 1, 0))
             return
         self.fail("S1", f"nobody has received grant {grant.fencing_token}, and it was not taken back", job_id)
@@ -318,11 +333,23 @@ class Watch(Promises):
             self.must(failing, "S8", f"{name}: {answer.message}", job_id)
         if decision is None or answer.code in ("outcome_unknown", "shutting_down"):
             return
+        if decision.answer is answer:
+            self._check_notes(decision)
         self._check_undone(name, decision, f"refused ({answer.code})", job_id)
+
+    def _check_notes(self, decision: Decision) -> None:
+        """What a refusal says is kept is on the disk before it leaves."""
+        for change in decision.changes:
+            event = change.event
+            if event.type in NOTES:
+                self.must(
+                    event.seq in self._durable, "S6", f"{event.type} was told and is not on the disk", event.job_id
+                )
+                self.acknowledged[event.seq] = (event.type, event.job_seq, event.job_id)
 
     def _check_undone(self, name: str, decision: Decision, how: str, job_id: str | None) -> None:
         seqs = [change.event.seq for change in decision.changes]
-        made = [seq for seq in seqs if self._durable.get(seq, "stalled") not in BY_TIME]
+        made = [seq for seq in seqs if self._durable.get(seq, "stalled") not in BY_TIME | NOTES]
         self.must(not made, "S6", f"{name} was {how} and is on the disk: events {made}", job_id)
 
     def _check_written(self, name: str, decision: Decision, key: KeyUse | None, answer: Answer) -> None:

@@ -1,0 +1,165 @@
+"""Rules of late results: what becomes of a complete whose grant has ended, and how an operator adopts it.
+
+Pure. What was kept is on the disk: the actor reads what `asks` names before a batch is decided, and the book has it as
+long as that batch. A late result never changes who holds the job.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from jobd import steps
+from jobd.answers import Answer
+from jobd.batch import LateAsked
+from jobd.book import Book
+from jobd.commands import Adopt, AnyCommand, Complete, Refusal, Why
+from jobd.draft import Draft
+from jobd.job import KEEP_LATE, Job, LateResult, Policy, Result, storage_key_fault
+
+ADOPTABLE: Final = frozenset({"queued", "failed", "cancelled"})
+
+
+def asks(book: Book, command: AnyCommand, policy: Policy) -> LateAsked | None:
+    """What of late results has to be read before `command` is decided."""
+    if not isinstance(command, (Complete, Why, Adopt)):
+        return None
+    if isinstance(command, Complete) and not is_late(book, command):
+        return None
+    job = book.get(command.id)
+    if job is None:
+        return None
+    if not isinstance(command, Complete):
+        return LateAsked(job.seq, whole=isinstance(command, Adopt))
+    ended = job.ended
+    is_last = ended is not None and ended.lock_id == command.lock_id
+    if policy.late_results_of(job.options.queue) == "drop" or (is_last and ended is not None and ended.verb):
+        return None  # it will be forgotten, or repeats what its holder has said
+    return LateAsked(job.seq, None if is_last else command.lock_id)
+
+
+def is_late(book: Book, command: Complete) -> bool:
+    """Whether `command` does not come from who holds the job."""
+    return not book.holds(command.id, command.lock_id)
+
+
+def complete(draft: Draft, command: Complete, refusal: Refusal, body_hash: str) -> Answer | Refusal:
+    """A complete that is refused with `lock_lost`: forgotten, kept, or taken all the same, as its queue has it.
+
+    Only what was a grant of this job leaves anything, and of each grant the first that it said counts.
+    """
+    job = draft.book.get(command.id)
+    assert job is not None  # its lock was looked at
+    granted = _granted(draft.book, job, command.lock_id)
+    policy = draft.policy.late_results_of(job.options.queue)
+    if granted is None or policy == "drop":
+        return refusal
+    worker, token = granted
+    result = (
+        steps.kept_result(Result(command.download_url, command.file_path, command.storage_key, command.metadata))
+        or Result()
+    )
+    late = LateResult(0, draft.at.now, worker, token, body_hash, command.expires_at, result)
+    is_free = policy == "adopt_if_unclaimed" and _is_unclaimed(draft, job, command.lock_id)
+    if is_free and steps.refuse_result(draft, command) is None:
+        return _taken(draft, job, late)
+    return _kept(draft, job, late, refusal)
+
+
+def adopt(draft: Draft, command: Adopt) -> Answer | Refusal:
+    """A late result becomes the job's own, which is completed by it."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if job.status not in ADOPTABLE:
+        return steps.refuse_transition(job, "completed", _advice(job))
+    late = _chosen(draft.book.late.results.get(job.seq, []), command.result)
+    if late is None:
+        which = "a late result" if command.result is None else f"the late result {command.result}"
+        message = f"Job {job.id} does not have {which}. See those that it has: jobctl late {job.id}"
+        return Refusal("late_result_not_found", message, {"job_id": job.id})
+    refusal = steps.refuse_without_url(draft, late.result.download_url)
+    if refusal is not None:
+        return refusal
+    details = {"late_result": late.seq, "worker": late.worker, "fencing_token": late.fencing_token}
+    expires_at = late.expires_at if late.expires_at is not None and late.expires_at > draft.at.now else None
+    fields: dict[str, Any] = {"reason": command.reason, "details": details, "expires_at": expires_at}
+    return steps.job_answer(draft, steps.complete(draft, job, "adopted", job.ended, late.result, **fields))
+
+
+def _granted(book: Book, job: Job, lock_id: str) -> tuple[str, int] | None:
+    """Worker and token of the ended grant of `job` that had this lock id; None where there was none."""
+    if job.ended is not None and job.ended.lock_id == lock_id:
+        return job.ended.worker, job.ended.fencing_token
+    older = book.late.grants.get((job.seq, lock_id))
+    return None if older is None else (older.worker, older.fencing_token)
+
+
+def _is_unclaimed(draft: Draft, job: Job, lock_id: str) -> bool:
+    """Whether nothing has happened to the job since recovery ended this grant.
+
+    Nobody was given it, and no operator has touched it: a step of theirs had set `updated_at`, a reset `stalls`.
+    """
+    ended = job.ended
+    if ended is None or ended.lock_id != lock_id or ended.rule != "recovery":
+        return False
+    if job.updated_at != ended.at or not job.stalls or steps.is_overdue(job, draft.at.now):
+        return False
+    return job.status == "queued" or (
+        job.status == "failed" and job.error is not None and job.error.code == steps.STALLED
+    )
+
+
+def _taken(draft: Draft, job: Job, late: LateResult) -> Answer:
+    """As if the holder had still been there: a repeat is answered in the same way."""
+    assert job.ended is not None  # that of this grant
+    ended = replace(
+        job.ended, at=late.at, rule="complete", reason="complete", verb="complete", body_hash=late.body_hash
+    )
+    reason = f"Worker {late.worker} had lost its lock, but nobody had been given the job since: its result was taken."
+    details = {"worker": late.worker, "fencing_token": late.fencing_token}
+    fields: dict[str, Any] = {"reason": reason, "details": details, "expires_at": late.expires_at}
+    by = f"worker:{late.worker}"
+    return steps.job_answer(draft, steps.complete(draft, job, "adopted", ended, late.result, by=by, **fields))
+
+
+def _kept(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal:
+    """Keep it, if it is the first of its grant, not too large, and no later grants have left as many as are kept.
+
+    A grant whose late result has made room for later ones keeps none again, so a loop of calls adds nothing.
+    """
+    known = draft.book.late.results.get(job.seq, [])
+    same = next((each for each in known if each.fencing_token == late.fencing_token), None)
+    if same is not None:
+        return _told(job, same, refusal) if same.body_hash == late.body_hash else refusal
+    result = late.result
+    if len(known) >= KEEP_LATE and late.fencing_token < min(each.fencing_token for each in known):
+        return refusal
+    if result.metadata is not None and len(bytes(result.metadata)) > draft.policy.late_bytes:
+        return refusal
+    if result.storage_key is not None and storage_key_fault(result.storage_key) is not None:
+        return refusal
+    holder = f"worker {job.grant.worker} holds the job" if job.grant is not None else f"the job is {job.status}"
+    reason = f"Worker {late.worker} completed the job after it had lost its lock; {holder}. Its result is kept."
+    details = {"worker": late.worker, "fencing_token": late.fencing_token}
+    return _told(job, draft.keep_late(job, late, reason, details), refusal)
+
+
+def _told(job: Job, late: LateResult, refusal: Refusal) -> Refusal:
+    kept = f"Its result is kept as late result {late.seq}"
+    kept += "." if job.status == "completed" else f"; an operator can adopt it: jobctl adopt {job.id}"
+    return replace(refusal, message=f"{refusal.message} {kept}", details=refusal.details | {"late_result": late.seq})
+
+
+def _chosen(known: list[LateResult], seq: int | None) -> LateResult | None:
+    if seq is None:
+        return max(known, key=lambda late: late.fencing_token, default=None)
+    return next((late for late in known if late.seq == seq), None)
+
+
+def _advice(job: Job) -> str:
+    if job.status == "completed":
+        return "completed is final: its late results can only be looked at."
+    holder = f"Worker {job.grant.worker} holds it" if job.grant is not None else "It is being worked on"
+    return f"{holder}: let it end, or take the job from it first (jobctl force-fail {job.id}), then adopt."

@@ -1,0 +1,482 @@
+"""What becomes of a complete whose grant has ended: forgotten, kept, taken, and how an operator adopts it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd import late_rules
+from jobd.answers import Answer, JobView, LateResultList, Look, WhyView
+from jobd.commands import (
+    Adopt,
+    Call,
+    Cancel,
+    Claim,
+    Complete,
+    Delete,
+    Fail,
+    ForceFail,
+    ForceReset,
+    Get,
+    LateResults,
+    Recover,
+    Refusal,
+    ReleaseLock,
+    Transition,
+    Update,
+    Why,
+)
+from jobd.draft import Draft
+from jobd.job import DAY_MS, KEEP_LATE, MINUTE_MS, LatePolicy, Policy, Result
+from tests.desk import NOW, Desk
+
+LONG = 60 * MINUTE_MS
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def taking(**fields: Any) -> Desk:
+    return Desk(Policy(late_results="adopt_if_unclaimed", **fields))
+
+
+def stalled(desk: Desk, *, worker: str = "w-1", **fields: Any) -> str:
+    """A job whose worker went silent, and the lock that it had."""
+    lock_id = desk.held(worker=worker, **fields)
+    desk.passes(LONG)
+    desk.yes(Recover(limit=1))
+    return lock_id
+
+
+def completing(lock_id: str, **fields: Any) -> Complete:
+    return Complete(id="a", lock_id=lock_id, **({"file_path": "/out"} | fields))
+
+
+def late(desk: Desk, command: Complete, *, kept: bool = True) -> Refusal:
+    """The refusal of a complete that comes late; whether it left its result."""
+    row, before = desk.job(), len(desk.events)
+    refusal = desk.no(command, "lock_lost")
+    assert desk.job() == row, "a late complete changed the job"
+    assert len(desk.events) == before + kept
+    return refusal
+
+
+# -- kept -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_late_complete_brings_is_kept(desk: Desk) -> None:
+    lock_id = stalled(desk)
+    asked = completing(
+        lock_id, download_url="u", storage_key="k/1", metadata=Raw(b'{"a":1}'), expires_at=desk.now + DAY_MS
+    )
+    refusal = late(desk, asked)
+    event, (kept,) = desk.last(), desk.late()
+    assert refusal.details["late_result"] == event.seq == kept.seq
+    assert refusal.message.endswith(f"as late result {kept.seq}; an operator can adopt it: jobctl adopt a")
+    assert (event.type, event.by, event.before, event.after) == ("late_result", "worker:w-1", "queued", "queued")
+    assert event.reason == (
+        "Worker w-1 completed the job after it had lost its lock; the job is queued. Its result is kept."
+    )
+    token = desk.tokens[-1]
+    assert event.details == {"worker": "w-1", "fencing_token": token}
+    assert (kept.at, kept.worker, kept.fencing_token, kept.expires_at) == (desk.now, "w-1", token, asked.expires_at)
+    assert kept.result == Result("u", "/out", "k/1", Raw(b'{"a":1}'))
+
+
+def test_a_repeat_adds_nothing_and_is_told_the_same(desk: Desk) -> None:
+    lock_id = stalled(desk)
+    first = late(desk, completing(lock_id))
+    assert late(desk, completing(lock_id), kept=False) == first
+    assert len(desk.late()) == 1
+
+
+def test_of_each_grant_the_first_word_counts(desk: Desk) -> None:
+    lock_id = stalled(desk)
+    late(desk, completing(lock_id))
+    refusal = late(desk, completing(lock_id, file_path="/other"), kept=False)
+    assert "late_result" not in refusal.details
+    assert [kept.result.file_path for kept in desk.late()] == ["/out"]
+
+
+def test_a_lock_that_was_no_grant_of_this_job_leaves_nothing(desk: Desk) -> None:
+    stalled(desk)
+    others = desk.held("b")
+    for lock_id in ("never-one", others):
+        assert "late_result" not in late(desk, completing(lock_id), kept=False).details
+    desk.create("c")
+    desk.no(Complete(id="c", lock_id="never-one"), "lock_lost")
+    assert desk.last().type == "created"
+
+
+def test_an_older_grant_is_known_by_the_journal(desk: Desk) -> None:
+    old = stalled(desk, worker="w-old")
+    desk.start(worker="w-new")
+    latest = desk.job().grant
+    assert latest is not None
+    desk.yes(ForceReset(id="a"), admin=True)
+    assert desk.job().ended is not None
+    refusal = late(desk, completing(old))
+    assert desk.last().by == "worker:w-old"
+    assert refusal.details["reason"] == "not_current"
+    late(desk, completing(latest.lock_id, file_path="/new"))
+    assert [kept.worker for kept in desk.late()] == ["w-old", "w-new"]
+
+
+def test_while_another_holds_the_job_that_is_said(desk: Desk) -> None:
+    old = stalled(desk)
+    desk.start(worker="w-2")
+    late(desk, completing(old))
+    assert "worker w-2 holds the job" in (desk.last().reason or "")
+
+
+def test_also_beside_a_completed_job(desk: Desk) -> None:
+    old = stalled(desk)
+    lock_id = desk.start(worker="w-2")
+    desk.yes(completing(lock_id, file_path="/first"))
+    refusal = late(desk, completing(old))
+    assert refusal.message.endswith(f"Its result is kept as late result {desk.last().seq}.")
+    view: WhyView = desk.yes(Why(id="a"))
+    assert view.do == []
+
+
+def test_of_a_job_only_the_latest_grants_are_kept_and_none_comes_back(desk: Desk) -> None:
+    locks = [stalled(desk, max_stalls=20)]
+    for _ in range(KEEP_LATE):
+        locks.append(desk.start())
+        desk.passes(LONG)
+        desk.yes(Recover(limit=1))
+    for lock_id in locks:
+        late(desk, completing(lock_id))
+    assert [kept.fencing_token for kept in desk.late()] == desk.tokens[1:]
+    assert "late_result" not in late(desk, completing(locks[0]), kept=False).details
+    assert [kept.fencing_token for kept in desk.late()] == desk.tokens[1:]
+
+
+def test_a_grant_before_all_that_are_kept_is_kept_while_there_is_room(desk: Desk) -> None:
+    locks = [stalled(desk)]
+    locks.append(desk.start())
+    desk.passes(LONG)
+    desk.yes(Recover(limit=1))
+    for lock_id in reversed(locks):
+        late(desk, completing(lock_id))
+    assert [kept.fencing_token for kept in desk.late()] == desk.tokens
+
+
+@pytest.mark.parametrize(("size", "kept"), [(100, True), (101, False)])
+def test_metadata_has_its_limit(size: int, kept: bool) -> None:
+    desk = Desk(Policy(late_bytes=100))
+    lock_id = stalled(desk)
+    metadata = Raw(b'"' + b"x" * (size - 2) + b'"')
+    assert ("late_result" in late(desk, completing(lock_id, metadata=metadata), kept=kept).details) == kept
+
+
+def test_a_key_that_may_name_nothing_is_not_kept(desk: Desk) -> None:
+    lock_id = stalled(desk)
+    late(desk, completing(lock_id, storage_key="../up"), kept=False)
+
+
+def test_an_empty_result_says_that_the_work_is_done(desk: Desk) -> None:
+    lock_id = stalled(desk)
+    late(desk, Complete(id="a", lock_id=lock_id, metadata=Raw(b"null")))
+    assert desk.late()[0].result == Result()
+    assert desk.yes(Adopt(id="a"), admin=True).status == "completed"
+
+
+def test_a_row_in_nobodys_hands_leaves_nothing(desk: Desk) -> None:
+    lock_id = desk.held()
+    desk.row(replace(desk.job(), lease=None))
+    late(desk, completing(lock_id), kept=False)
+
+
+@pytest.mark.parametrize(
+    ("policy", "queues", "kept"),
+    [
+        ("keep", {}, True),
+        ("drop", {}, False),
+        ("drop", {"default": "keep"}, True),
+        ("keep", {"default": "drop"}, False),
+        ("keep", {"other": "drop"}, True),
+    ],
+)
+def test_a_queue_may_have_its_own_policy(policy: LatePolicy, queues: dict[str, LatePolicy], kept: bool) -> None:
+    desk = Desk(Policy(late_results=policy, late_queues=queues))
+    late(desk, completing(stalled(desk)), kept=kept)
+
+
+def test_a_release_of_an_operator_leaves_the_worker_its_word(desk: Desk) -> None:
+    lock_id = desk.held()
+    desk.yes(ReleaseLock(id="a", lock_id=lock_id), admin=True)
+    late(desk, completing(lock_id))
+
+
+def test_what_a_holder_has_ended_itself_is_no_late_result(desk: Desk) -> None:
+    lock_id = desk.held(max_attempts=2)
+    desk.yes(Fail(id="a", lock_id=lock_id, error_message="e"))
+    desk.no(completing(lock_id), "invalid_transition")
+    assert desk.late() == []
+
+
+def test_a_deleted_job_takes_them_along(desk: Desk) -> None:
+    lock_id = desk.held()
+    desk.yes(ForceFail(id="a"), admin=True)
+    late(desk, completing(lock_id))
+    desk.yes(Delete(id="a"), admin=True)
+    desk.no(LateResults(id="a"), "job_not_found", admin=True)
+    assert not any(desk.lates.values())
+
+
+# -- taken at once ----------------------------------------------------------------------------------------------------
+
+
+def test_left_alone_since_it_is_taken() -> None:
+    desk = taking()
+    lock_id = stalled(desk)
+    view: JobView = desk.yes(completing(lock_id, expires_at=desk.now + 7))
+    job, event = desk.job(), desk.last()
+    assert (view.status, view.progress, view.file_path, view.expires_at) == ("completed", 100, "/out", desk.now + 7)
+    assert (event.type, event.by, event.before, event.after) == ("adopted", "worker:w-1", "queued", "completed")
+    assert event.details == {"worker": "w-1", "fencing_token": desk.tokens[-1]}
+    assert "nobody had been given the job since" in (event.reason or "")
+    assert job.finished_at == desk.now
+    assert desk.late() == []
+    assert desk.yes(completing(lock_id, expires_at=desk.now + 7)).repeated is True
+    desk.no(completing(lock_id, file_path="/other"), "invalid_transition")
+
+
+def test_also_where_the_stall_has_failed_it() -> None:
+    desk = taking()
+    lock_id = desk.held(on_stall="fail")
+    desk.passes(LONG)
+    desk.yes(Recover(limit=1))
+    assert desk.job().status == "failed"
+    assert desk.yes(completing(lock_id)).status == "completed"
+    assert desk.job().error is None
+
+
+def touched_update(desk: Desk) -> None:
+    desk.passes(1)
+    desk.yes(Update(id="a", priority=1), admin=True)
+
+
+def touched_given(desk: Desk) -> None:
+    desk.yes(Claim(worker="w-2"))
+
+
+def touched_given_back(desk: Desk) -> None:
+    lock_id = desk.start(worker="w-2")
+    desk.yes(ReleaseLock(id="a", lock_id=lock_id), admin=True)
+
+
+def touched_cancelled(desk: Desk) -> None:
+    desk.yes(Cancel(id="a"))
+
+
+def touched_force_failed(desk: Desk) -> None:
+    desk.yes(ForceFail(id="a"), admin=True)
+
+
+def touched_moved(desk: Desk) -> None:
+    desk.passes(1)
+    desk.yes(Transition(id="a", from_="queued", to="failed"), admin=True)
+    desk.yes(Transition(id="a", from_="failed", to="queued"), admin=True)
+
+
+TOUCHES = [
+    touched_update,
+    touched_given,
+    touched_given_back,
+    touched_cancelled,
+    touched_force_failed,
+    touched_moved,
+]
+
+
+@pytest.mark.parametrize("touch", TOUCHES, ids=lambda touch: touch.__name__)
+def test_a_job_that_was_not_left_alone_keeps_it_for_an_operator(touch: Any) -> None:
+    desk = taking()
+    lock_id = stalled(desk)
+    touch(desk)
+    late(desk, completing(lock_id))
+
+
+def test_a_reset_within_the_same_millisecond_is_noticed() -> None:
+    desk = taking()
+    lock_id = desk.held(on_stall="fail")
+    desk.passes(LONG)
+    desk.yes(Recover(limit=1))
+    desk.yes(ForceReset(id="a"), admin=True)
+    late(desk, completing(lock_id))
+
+
+def test_an_older_grant_is_not_taken() -> None:
+    desk = taking()
+    old = stalled(desk)
+    desk.start(worker="w-2")
+    desk.passes(LONG)
+    desk.yes(Recover(limit=1))
+    late(desk, completing(old))
+
+
+def test_a_job_that_nobody_wants_any_more_is_not_taken() -> None:
+    desk = taking()
+    lock_id = stalled(desk, expires_at=NOW + LONG + 5)
+    desk.passes(5)
+    late(desk, completing(lock_id))
+
+
+def test_a_grant_that_an_operator_ended_is_not_taken() -> None:
+    desk = taking()
+    lock_id = desk.held()
+    desk.yes(ForceReset(id="a"), admin=True)
+    late(desk, completing(lock_id))
+
+
+def test_what_may_not_complete_a_job_is_kept() -> None:
+    desk = taking(require_download_url=True)
+    late(desk, completing(stalled(desk)))
+
+
+# -- adopted ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_operator_adopts_it(desk: Desk) -> None:
+    asked = completing(stalled(desk), metadata=Raw(b"[1]"))
+    late(desk, asked)
+    (result,) = desk.late()
+    view: JobView = desk.yes(Adopt(id="a", reason="it is whole"), admin=True, by="admin")
+    job, event = desk.job(), desk.last()
+    assert (view.status, view.progress, view.file_path, view.metadata) == ("completed", 100, "/out", Raw(b"[1]"))
+    assert (event.type, event.by, event.reason) == ("adopted", "admin", "it is whole")
+    assert event.details == {"late_result": result.seq, "worker": "w-1", "fencing_token": result.fencing_token}
+    assert job.expires_at == desk.now + 7 * DAY_MS
+    assert late(desk, asked, kept=False).details["late_result"] == result.seq
+
+
+@pytest.mark.parametrize("status", ["queued", "failed", "cancelled"])
+def test_from_every_status_that_may_lead_there(desk: Desk, status: str) -> None:
+    late(desk, completing(stalled(desk)))
+    if status == "failed":
+        desk.yes(ForceFail(id="a"), admin=True)
+    if status == "cancelled":
+        desk.yes(Cancel(id="a"))
+    assert desk.job().status == status
+    assert desk.yes(Adopt(id="a"), admin=True).status == "completed"
+    assert desk.job().error is None
+
+
+@pytest.mark.parametrize("named", ["the older", "the newer", "none"])
+def test_the_one_that_is_named_or_that_of_the_latest_grant(desk: Desk, named: str) -> None:
+    old = stalled(desk)
+    new = desk.start(worker="w-2")
+    desk.passes(LONG)
+    desk.yes(Recover(limit=1))
+    late(desk, completing(new, file_path="/new"))
+    late(desk, completing(old, file_path="/old"))
+    older, newer = desk.late()
+    refusal = desk.no(Adopt(id="a", result=1), "late_result_not_found", admin=True)
+    assert refusal.message == "Job a does not have the late result 1. See those that it has: jobctl late a"
+    result = {"the older": older.seq, "the newer": newer.seq, "none": None}[named]
+    desk.yes(Adopt(id="a", result=result), admin=True)
+    assert desk.job().result == Result(file_path="/old" if named == "the older" else "/new")
+
+
+def test_where_somebody_holds_it_that_is_said(desk: Desk) -> None:
+    late(desk, completing(stalled(desk)))
+    desk.start(worker="w-2")
+    refusal = desk.no(Adopt(id="a"), "invalid_transition", admin=True)
+    assert refusal.message == (
+        "Job a is processing. Worker w-2 holds it: let it end, or take the job from it first "
+        "(jobctl force-fail a), then adopt."
+    )
+    desk.row(replace(desk.job(), grant=None, lease=None))
+    assert "It is being worked on" in desk.no(Adopt(id="a"), "invalid_transition", admin=True).message
+
+
+def test_completed_is_final(desk: Desk) -> None:
+    desk.completed()
+    assert "completed is final" in desk.no(Adopt(id="a"), "invalid_transition", admin=True).message
+
+
+def test_there_has_to_be_one(desk: Desk) -> None:
+    desk.create()
+    refusal = desk.no(Adopt(id="a"), "late_result_not_found", admin=True)
+    assert (refusal.status, refusal.details) == (404, {"job_id": "a"})
+    assert "does not have a late result" in refusal.message
+    desk.no(Adopt(id="b"), "job_not_found", admin=True)
+
+
+def test_what_every_completed_job_must_have_it_must_have() -> None:
+    desk = Desk()
+    late(desk, completing(stalled(desk)))
+    desk.policy = Policy(require_download_url=True)
+    assert desk.no(Adopt(id="a"), "invalid_request", admin=True).details == {"field": "$.download_url"}
+
+
+@pytest.mark.parametrize(("ahead", "used"), [(1, True), (0, False), (-1, False)])
+def test_the_time_of_deletion_that_was_asked_for_counts_if_it_is_ahead(desk: Desk, ahead: int, used: bool) -> None:
+    asked = completing(stalled(desk), expires_at=desk.now + 10)
+    late(desk, asked)
+    desk.passes(10 - ahead)
+    desk.yes(Adopt(id="a"), admin=True)
+    assert desk.job().expires_at == (asked.expires_at if used else desk.now + 7 * DAY_MS)
+
+
+# -- looked at --------------------------------------------------------------------------------------------------------
+
+
+def test_they_are_listed_from_the_disk(desk: Desk) -> None:
+    desk.create()
+    answer = desk.ask(LateResults(id="a"), admin=True)
+    assert isinstance(answer, Answer)
+    assert answer.look == Look(late=desk.job().seq)
+    assert answer.data == LateResultList([])
+
+
+def test_why_says_what_to_do_with_one(desk: Desk) -> None:
+    late(desk, completing(stalled(desk, worker="w-7")))
+    view: WhyView = desk.yes(Why(id="a"))
+    assert view.do[0] == "A late result of worker w-7 is there. To take it: jobctl adopt a"
+    desk.start(worker="w-2")
+    view = desk.yes(Why(id="a"))
+    assert view.do[0].endswith("To take it: jobctl force-fail a, then jobctl adopt a")
+
+
+def test_what_has_to_be_read_before_a_decision(desk: Desk) -> None:
+    def asks(command: Any) -> Any:
+        return late_rules.asks(desk.book, command, desk.policy)
+
+    lock_id = desk.held()
+    seq = desk.job().seq
+    assert asks(Get(id="a")) is None
+    assert asks(completing(lock_id)) is None, "its holder is who holds it"
+    assert asks(Complete(id="b", lock_id="x")) is None
+    assert asks(Adopt(id="b")) is None
+    found = asks(completing("x"))
+    assert (found.job_seq, found.lock_id, found.whole) == (seq, "x", False)
+    found = asks(Adopt(id="a"))
+    assert (found.job_seq, found.lock_id, found.whole) == (seq, None, True)
+    found = asks(Why(id="a"))
+    assert (found.job_seq, found.lock_id, found.whole) == (seq, None, False)
+    desk.yes(ForceReset(id="a"), admin=True)
+    assert asks(completing(lock_id)).lock_id is None, "the job knows its last grant"
+    desk.policy = Policy(late_results="drop")
+    assert asks(completing(lock_id)) is None
+    other = desk.held("c")
+    desk.policy = Policy()
+    desk.yes(Complete(id="c", lock_id=other))
+    assert asks(Complete(id="c", lock_id=other)) is None, "it repeats what its holder said"
+
+
+def test_a_draft_numbers_what_it_keeps(desk: Desk) -> None:
+    """Two notes of one decision would have two numbers."""
+    late(desk, completing(stalled(desk)))
+    draft = Draft(desk.book, Call(Get(id="a")), desk.at, desk.policy)
+    first = draft.keep_late(desk.job(), desk.late()[0], "r", {})
+    second = draft.keep_late(desk.job(), first, "r", {})
+    assert (first.seq, second.seq) == (desk.book.next_event, desk.book.next_event + 1)
+    assert all(change.before is change.after for change in draft.changes)
