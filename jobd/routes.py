@@ -80,6 +80,8 @@ class Table:
             )
             assert route.method not in methods, f"two routes for {route.method} {route.path}"
             methods[route.method] = _way(route, limits)
+            if route.method == "GET" and route.who == "anyone":
+                methods["HEAD"] = methods["GET"]  # balancers probe with it
 
     def find(self, method: str, path: str) -> Found:
         """What `path` is. The methods that it takes are told only where `method` is none of them."""

@@ -101,7 +101,7 @@ async def test_an_unknown_path_is_a_404(house: House, target: str) -> None:
         ("DELETE", "/v1/jobs/a", "GET"),
         ("HEAD", "/v1/jobs", "GET, POST"),
         ("OPTIONS", "/v1/jobs", "GET, POST"),
-        ("HEAD", "/healthz", "GET"),
+        ("POST", "/healthz", "GET, HEAD"),
         ("GET", "/v1/claim", "POST"),
         ("PATCH", "/v1/jobs/bulk", "GET, POST"),
         ("TRACE", "/v1/jobs/a/start", "POST"),
@@ -182,6 +182,8 @@ async def test_probes_need_no_token(guarded: House) -> None:
     for target in ("/healthz", "/readyz"):
         heard = await guarded.ask("GET", target)
         assert (heard.status, heard.data) == (200, {"status": "ok"})
+        heard = await guarded.ask("HEAD", target)
+        assert (heard.status, heard.body, int(heard.headers["content-length"]) > 0) == (200, b"", True)
     guarded.figures.alive = guarded.figures.ready = False
     for target in ("/healthz", "/readyz"):
         heard = await guarded.ask("GET", target)
