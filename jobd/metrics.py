@@ -12,6 +12,7 @@ import platform
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from itertools import accumulate
 from typing import Final, Protocol
 
@@ -29,6 +30,7 @@ from jobd.cleanup import Cleaner
 from jobd.commands import REFUSALS
 from jobd.figures import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram
 from jobd.job import SECOND_MS, STATUSES
+from jobd.sweeper import Sweeps
 
 QUEUES_SHOWN: Final = 200  # those that were seen first; the rest is summed up under OTHER_QUEUES
 LAG_EVERY_S: Final = 1.0
@@ -62,6 +64,7 @@ class Snapshot(Struct, frozen=True):
     parked: int
     lag_s: float
     alerts: dict[str, bool]
+    sweeps: Sweeps
 
 
 class Door(Protocol):
@@ -79,12 +82,14 @@ class Metrics:
         actor: Actor,
         cleaner: Cleaner,
         alerts: Alerts,
+        sweeps: Sweeps,
         store_path: str,
         doors: Sequence[Door],
     ) -> None:
         self._actor = actor
         self._cleaner = cleaner
         self._alerts = alerts
+        self._sweeps = sweeps
         self._doors = doors
         self._store_path = store_path
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
@@ -119,6 +124,7 @@ class Metrics:
             parked=len(actor.parked),
             lag_s=max(self._lags, default=0.0),
             alerts={alert.name: alert.firing for alert in self._alerts.evaluate()},
+            sweeps=copy(self._sweeps),
         )
 
     async def run(self) -> None:
@@ -179,6 +185,10 @@ def _cleanup(now: Snapshot) -> Iterator[Metric]:
     yield _gauges("cleanup_last_timestamp_seconds", "When the last cleanup pass ended (Unix time).", [], last)
     issues = ((kind, now.issues.get(kind, 0)) for kind in ISSUE_TYPES)
     yield _counters("validation_issues", "Issues that passes found since the start, by type.", ["type"], issues)
+    yield _gauge("artefact_tombstones", "Stored objects of deleted jobs that are to be deleted.", now.sweeps.waiting)
+    swept = {"deleted": now.sweeps.deleted, "left": now.sweeps.left, "failed": now.sweeps.failures}
+    help_ = "Stored objects of deleted jobs since the start: deleted, left as another's, failed tries."
+    yield _counters("artefacts_swept", help_, ["outcome"], swept.items())
     firing = ((name, int(is_firing)) for name, is_firing in now.alerts.items())
     yield _gauges("alert_firing", "1 while the alert fires.", ["alert"], firing)
 

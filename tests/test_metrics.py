@@ -31,6 +31,7 @@ from jobd.keys import Keys
 from jobd.metrics import LAG_EVERY_S, QUEUES_SHOWN, Metrics, Snapshot, capped, text
 from jobd.passes import Schedule
 from jobd.store import Store
+from jobd.sweeper import Sweeps
 from tests.household import Household, in_virtual_time, row, seconds
 from tests.memory_disk import MemoryDisk
 
@@ -49,6 +50,8 @@ EXPECTED = {
     "jobd_cleanup_found_total": "counter",
     "jobd_cleanup_last_timestamp_seconds": "gauge",
     "jobd_validation_issues_total": "counter",
+    "jobd_artefact_tombstones": "gauge",
+    "jobd_artefacts_swept_total": "counter",
     "jobd_processing_seconds": "histogram",
     "jobd_commit_seconds": "histogram",
     "jobd_batch_commands": "histogram",
@@ -70,7 +73,7 @@ class Door:
 def metrics_of(house: Household, *doors: Door, store_path: str = ":memory:") -> Metrics:
     health = Health(house.actor, house.clock, house.cleaner)
     alerts = Alerts(house.book, house.clock, health, house.cleaner)
-    return Metrics(house.actor, house.cleaner, alerts, store_path, doors)
+    return Metrics(house.actor, house.cleaner, alerts, Sweeps(), store_path, doors)
 
 
 def read(body: bytes) -> dict[str, Metric]:
@@ -118,7 +121,7 @@ async def real(path: Path) -> AsyncIterator[Real]:
         cleaner = Cleaner(actor, clock, Schedule(batch=2))
         health = Health(actor, clock, cleaner, take_faults=store.take_faults)
         alerts = Alerts(book, clock, health, cleaner)
-        metrics = Metrics(actor, cleaner, alerts, str(path), [])
+        metrics = Metrics(actor, cleaner, alerts, Sweeps(), str(path), [])
         running = [asyncio.create_task(run()) for run in (actor.run, cleaner.run, alerts.run, metrics.run)]
         yield Real(store, actor, cleaner, metrics)
         for part in (metrics, alerts, cleaner):

@@ -183,7 +183,8 @@ def test_every_table_is_strict_and_every_row_of_promise_has_a_checksum() -> None
         migrations.create(conn)
         tables = conn.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
         assert all(strict for name, strict in tables if not name.startswith("sqlite_"))
-        for table in ("jobs", "payloads", "late_results", "events", "keys", "queues", "meta", "reports", "figures"):
+        promised = ("jobs", "payloads", "late_results", "events", "keys", "queues", "meta", "reports", "figures")
+        for table in (*promised, "tombstones"):
             assert "crc" in [row[1] for row in conn.execute(f"PRAGMA table_info({table})")], table
         assert conn.execute("PRAGMA application_id").fetchone() == (migrations.APPLICATION_ID,)
 
