@@ -6,6 +6,8 @@ Imported only where artefacts.url names a bucket. No key, token or signature is 
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import secrets
 from collections.abc import Awaitable
 from datetime import timedelta
@@ -23,10 +25,10 @@ T = TypeVar("T")
 
 CALL_S: Final = 8.0  # for one request with all its tries
 _RETRIES: Final[Any] = {"max_retries": 2, "retry_timeout": timedelta(seconds=CALL_S)}
-_TIMES: Final[Any] = {"timeout": timedelta(seconds=CALL_S), "connect_timeout": timedelta(seconds=3)}
 _SIGNED_FOR: Final = timedelta(minutes=5)
 _CHANGED: Final = (409, 412)
 SHOWN: Final = 200
+_CODE: Final = re.compile(r"<Code>(\w+)</Code>")
 
 
 class S3ArtefactStore:
@@ -35,9 +37,9 @@ class S3ArtefactStore:
     def __init__(self, bucket: str, prefix: str, owner: str) -> None:
         self.place = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         try:
-            self._store = S3Store(bucket, prefix=prefix or None, retry_config=_RETRIES, client_options=_TIMES)
+            self._store = S3Store(bucket, prefix=prefix or None, retry_config=_RETRIES, client_options=_client())
         except (BaseError, ValueError) as error:  # of what AWS_* says
-            raise StoreFault(f"{self.place}: {_first_line(error)}") from error
+            raise StoreFault(f"{self.place}: {_words(error)}") from error
         self._probe_name = f".jobd-probe-{owner}"
         self._http: aiohttp.ClientSession | None = None
 
@@ -48,6 +50,7 @@ class S3ArtefactStore:
             try:
                 found = await self._asked(obstore.head_async(self._store, key))
             except FileNotFoundError:
+                await self._look_at_bucket(key)
                 return Outcome("missing")
             modified_at = round(found["last_modified"].timestamp() * 1000)
             verdict = judge(modified_at)
@@ -60,15 +63,26 @@ class S3ArtefactStore:
 
     async def probe(self) -> None:
         value = secrets.token_bytes(16)
-        await self._asked(obstore.put_async(self._store, self._probe_name, value))
-        read = await self._asked(self._read(self._probe_name))
-        await self._asked(obstore.delete_async(self._store, self._probe_name))
+        try:
+            await self._asked(obstore.put_async(self._store, self._probe_name, value))
+            read = await self._asked(self._read(self._probe_name))
+            await self._asked(obstore.delete_async(self._store, self._probe_name))
+        except FileNotFoundError as error:
+            raise StoreFault(f"{self.place}: {_words(error)}") from error
         if read != value:
             raise StoreFault(f"{self.place}: a probe read back something else than it had written.")
 
     async def close(self) -> None:
         if self._http is not None:
             await self._http.close()
+
+    async def _look_at_bucket(self, key: str) -> None:
+        """Where there is no bucket, that does not mean that its objects are gone. The answer to HEAD does not tell."""
+        try:
+            await self._asked(self._read(key))
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise StoreFault(f"{self.place}: there is no such bucket. Make it, or change artefacts.url.") from error
 
     async def _read(self, name: str) -> bytes:
         found = await obstore.get_async(self._store, name)
@@ -107,9 +121,20 @@ class S3ArtefactStore:
         except FileNotFoundError:
             raise
         except (BaseError, OSError, TimeoutError) as error:
-            raise StoreFault(f"{self.place}: {_first_line(error)}") from error
+            raise StoreFault(f"{self.place}: {_words(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    said = str(error).partition("\n")[0] or f"no answer within {CALL_S:g} s"
+def _client() -> Any:
+    """How requests are sent. What is given here stands in the place of what obstore itself reads of the environment."""
+    allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
+    times = {"timeout": timedelta(seconds=CALL_S), "connect_timeout": timedelta(seconds=3)}
+    return {**times, "allow_http": allow_http}
+
+
+def _words(error: Exception) -> str:
+    """What a person needs of an error: no address with its signature, no whole document."""
+    line = str(error).partition("\n")[0] or f"no answer within {CALL_S:g} s"
+    said = line.partition(" - ")[2] or line
+    code = _CODE.search(said)
+    said = said.partition(": <")[0] + (f" ({code[1]})" if code else "")
     return said if len(said) <= SHOWN else f"{said[:SHOWN]} …"
