@@ -363,7 +363,7 @@ class Actor:
     async def _write(self, plan: Plan) -> dict[int, bytes]:
         """One transaction; gives the payloads that the answers show, read before its end."""
         if plan.writes:
-            batch = self._decider.batch(plan)
+            batch = self._decider.batch(plan, self.policy)
             started = time.perf_counter()
             payloads = await self.disk.write(batch)
             self.commit_seconds.add(time.perf_counter() - started, COMMIT_BUCKETS_S)

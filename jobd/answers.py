@@ -264,7 +264,6 @@ class Worked(Struct, frozen=True):
     done: int
     found: int = 0
     issues: list[tuple[str, Issue]] = []
-    storage_keys: list[str] = []
     more: bool = False
 
 

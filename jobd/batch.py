@@ -5,14 +5,16 @@ The actor speaks to a Disk, not to SQLite; store.py is the real one, tests have 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Final, Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.events import Change, Event
-from jobd.job import Grant, Job, LateResult, Untouched
+from jobd.job import HOUR_MS, Grant, Job, LateResult, Untouched
+
+PUT_OFF_MS: Final = 2 * HOUR_MS  # no tombstone waits longer: one that seems to was put off by another clock
 
 
 class DiskFull(Exception):
@@ -81,6 +83,37 @@ class KeyRow(Struct, frozen=True, gc=False):
     grants: list[tuple[str, str]] | None = None
 
 
+class Tombstone(Struct, frozen=True, gc=False):
+    """A stored object that lost its job: it is deleted, too, unless another job names its key.
+
+    Times are wall time, Unix ms. There is one for each deleted job at most, and the job was larger: they need no limit.
+    """
+
+    job_seq: int
+    job_id: str
+    key: str  # the job's storage_key
+    at: int  # when the job was deleted
+    due_at: int  # when the object is looked at next
+    tries: int = 0  # that have failed
+
+
+class Due(Struct):
+    """Tombstones that are due, each with whether a job names its key; `damaged` more were set aside."""
+
+    found: list[tuple[Tombstone, bool]]
+    damaged: int = 0
+
+
+def tombstones(changes: Iterable[Change]) -> list[Tombstone]:
+    """What the deletions among `changes` leave to be deleted of stored objects."""
+    left = []
+    for change in changes:
+        job, event = change.before, change.event
+        if change.after is None and job is not None and job.result is not None and job.result.storage_key is not None:
+            left.append(Tombstone(job.seq, job.id, job.result.storage_key, event.at, event.at))
+    return left
+
+
 class Batch(Struct):
     """One transaction. `queues` holds the rows of every queue whose pause or finished counts changed."""
 
@@ -93,6 +126,7 @@ class Batch(Struct):
     report: bytes | None = None
     payloads: list[int] = []  # job seqs whose payload the answers show; read inside the transaction
     unmark: bool = False  # every grant of a marked file has been ended: clear its mark
+    tombstones: list[Tombstone] = []
 
 
 class Payload(Struct, frozen=True, gc=False):
@@ -184,6 +218,7 @@ class Opened(Struct):
     figures: bytes | None = None
     full: bool = False  # the disk was full already at start
     marked: bool = False  # a backup was put back: end every grant by its stall rule, then Batch.unmark
+    tombstones: int = 0  # how many wait
 
     def live(self) -> list[Job]:
         """All live jobs, whole."""
@@ -226,6 +261,12 @@ class Disk(Protocol):
 
     async def prune(self, before: int, limit: int) -> int:
         """Delete up to `limit` journal rows of jobs deleted before wall time `before`; how many went."""
+
+    async def due_tombstones(self, now: int, limit: int) -> Due:
+        """Tombstones due at wall time `now`, up to `limit`, those that have waited longest first."""
+
+    async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
+        """Forget those of the job seqs `gone`, and put off others: `later` are their new values."""
 
     async def save_figures(self, body: bytes) -> None:
         """Keep the counters that outlive a restart but no promise depends on."""

@@ -18,7 +18,7 @@ from jobd.answers import CleanupReport, CleanupState, RecoverStuckView, Recovery
 from jobd.commands import Refusal, Report, Tick
 from jobd.figures import PROCESSING_BUCKETS_S, Figures
 from jobd.job import SECOND_MS
-from jobd.passes import Clock, DropArtefacts, Hands, Pass, Refused, Schedule, Unfinished
+from jobd.passes import Clock, Hands, Pass, Refused, Schedule, Unfinished
 
 log = structlog.get_logger("jobd.cleanup")
 
@@ -29,20 +29,9 @@ LATE_AFTER: Final = 3  # periods without a pass that succeeded, before health co
 
 
 class Cleaner:
-    """Two loops beside each other, so that a long pass delays no recovery: `run` is both, until `stop`.
+    """Two loops beside each other, so that a long pass delays no recovery: `run` is both, until `stop`."""
 
-    `drop_artefacts` is given the storage keys of deleted jobs and gives a sentence for each that could not be deleted;
-    it has to spare a key that another job still names.
-    """
-
-    def __init__(
-        self,
-        actor: Actor,
-        clock: Clock,
-        schedule: Schedule | None = None,
-        *,
-        drop_artefacts: DropArtefacts | None = None,
-    ) -> None:
+    def __init__(self, actor: Actor, clock: Clock, schedule: Schedule | None = None) -> None:
         self._hands = Hands(actor, clock, schedule or Schedule())
         self.last_report: CleanupReport | None = None
         self.totals = self._hands.totals
@@ -51,7 +40,6 @@ class Cleaner:
         self._book = actor.book
         self._disk = actor.disk
         self._clock = clock
-        self._drop_artefacts = drop_artefacts
         self._pass_wake = asyncio.Event()
         self._time_wake = asyncio.Event()
         self._asked: asyncio.Future[CleanupReport] | None = None  # the answer to who waits for the next, or this, pass
@@ -203,7 +191,7 @@ class Cleaner:
         self._answer(report)
 
     async def _pass(self) -> CleanupReport:
-        now = Pass(self._hands, forced=self._forced, drop_artefacts=self._drop_artefacts)
+        now = Pass(self._hands, forced=self._forced)
         self._forced = False
         report = await now.run()
         await now.step("report", lambda: self._keep(report))

@@ -10,8 +10,10 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
+from urllib.parse import unquote
 
 import msgspec
 from msgspec import Meta, Struct
@@ -167,6 +169,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             late_bytes=self.limits.payload,
             live_jobs=self.limits.live_jobs,
             idempotency_keys=self.limits.idempotency_keys,
+            artefacts=bool(self.artefacts.url),
         )
 
 
@@ -502,8 +505,23 @@ def _check(config: Config) -> None:
     for name in config.late.queues:
         if not is_job_id(name):  # names of queues are made as ids are
             raise ConfigError(f"late.queues: {name!r}: a queue has 1 to 200 characters of A-Z a-z 0-9 . _ : -")
-    if config.artefacts.url and not re.fullmatch(r"file:///.+", config.artefacts.url):
-        raise ConfigError(f'artefacts.url: "{config.artefacts.url}": expected file:///DIRECTORY')
+    if config.artefacts.url:
+        _check_artefacts(config.artefacts.url)
+
+
+def _check_artefacts(url: str) -> None:
+    """Whether that names a store, and whether what it takes is installed."""
+    expected = "expected file:///DIRECTORY or s3://BUCKET/PREFIX"
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise ConfigError(f"artefacts.url: {expected}, without a key: that belongs into AWS_ACCESS_KEY_ID and its like")
+    if re.fullmatch(r"file:///[^?#]+", url):
+        return
+    bucket = re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?", url)
+    prefix = unquote(bucket[1] or "").strip("/") if bucket is not None else ""
+    if bucket is None or (prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/"))):
+        raise ConfigError(f'artefacts.url: "{url}": {expected}')
+    if find_spec("obstore") is None:
+        raise ConfigError("artefacts.url: s3:// needs an extra that is not installed: pip install 'jobd[s3]'")
 
 
 def _warnings(config: Config) -> tuple[str, ...]:

@@ -17,8 +17,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Final, Protocol
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import structlog
@@ -27,6 +29,8 @@ from jobd import admin_api, config, facts, log, systemd, worker_api
 from jobd.actor import Actor, Bounds, DiskBroken
 from jobd.alerts import Alerts, Thresholds
 from jobd.answers import Answer
+from jobd.artefact_files import FileStore
+from jobd.artefacts import ArtefactStore, StoreFault
 from jobd.batch import DiskFull, KeyRow, Opened
 from jobd.bodies import Limits
 from jobd.book import Book
@@ -48,6 +52,7 @@ from jobd.passes import Schedule
 from jobd.presence import Presence
 from jobd.rooms import Rooms
 from jobd.store import Store, Synchronous
+from jobd.sweeper import Sweeper, Sweeps
 from jobd.web import Web
 
 EXIT_OK: Final = 0
@@ -127,7 +132,8 @@ class Daemon:
         presence = Presence(self._was_away)
         self.actor.look = presence.look
         _run_beside(stack, "presence", presence)
-        self.rooms = self._rooms(store, opened, stack)
+        sweeper = self._sweep(store, opened, stack)
+        self.rooms = self._rooms(store, opened, sweeper, stack)
         await self._open_doors(stack)
         self._listen_to_signals()
         self._watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
@@ -203,7 +209,21 @@ class Daemon:
         line.warning("was_away", away_ms=away_ms, processing=len(self.actor.book.processing))
         self._credit_absence(self.clock.moment().lease - away_ms)
 
-    def _rooms(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Rooms:
+    def _sweep(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Sweeper | None:
+        """Artefacts of deleted jobs are deleted, where there is a store of them."""
+        self._sweeps = Sweeps(waiting=opened.tombstones)
+        self._artefacts = _open_artefacts(self._loaded.config)
+        if self._artefacts is None:
+            if opened.tombstones:
+                line.warning("artefacts_wait", tombstones=opened.tombstones, reason="artefacts.url is not set any more")
+            return None
+        stack.push_async_callback(self._artefacts.close)
+        sweeper = Sweeper(store, self._artefacts, self.clock, self._sweeps)
+        self.actor.on_commit.append(sweeper.committed)
+        _run_beside(stack, "sweeper", sweeper)
+        return sweeper
+
+    def _rooms(self, store: Store, opened: Opened, sweeper: Sweeper | None, stack: contextlib.AsyncExitStack) -> Rooms:
         settings = self._loaded.config
         health = Health(
             self.actor,
@@ -211,12 +231,15 @@ class Daemon:
             self.cleaner,
             faults=opened.faults,
             take_faults=store.take_faults,
-            artefacts_url=settings.artefacts.url,
+            artefacts=self._artefacts,
+            sweeper=sweeper,
         )
         stack.push_async_callback(health.close)
         self.alerts = Alerts(self.actor.book, self.clock, health, self.cleaner, _thresholds(settings))
         _run_beside(stack, "alerts", self.alerts)
-        metrics = Metrics(self.actor, self.cleaner, self.alerts, self.clock, store.path, self._webs, self.feed)
+        metrics = Metrics(
+            self.actor, self.cleaner, self.alerts, self.clock, self._sweeps, store.path, self._webs, self.feed
+        )
         _run_beside(stack, "metrics", metrics)
         return Rooms(
             self.actor,
@@ -457,6 +480,22 @@ def _current_keys(rows: list[KeyRow], book: Book) -> list[KeyRow]:
         if row.grants is None or row.grants:
             kept.append(row)
     return kept
+
+
+def _open_artefacts(settings: Config) -> ArtefactStore | None:
+    """The store that artefacts.url names, if any. What a bucket takes is imported for a bucket alone."""
+    if not settings.artefacts.url:
+        return None
+    url = urlsplit(settings.artefacts.url)
+    owner = blake2b(f"{socket.gethostname()} {settings.store.path}".encode(), digest_size=6).hexdigest()
+    if url.scheme == "file":
+        return FileStore(unquote(url.path), owner)
+    from jobd.artefact_s3 import S3ArtefactStore
+
+    try:
+        return S3ArtefactStore(url.netloc, unquote(url.path).strip("/"), owner)
+    except StoreFault as fault:
+        raise CannotStart(f"artefacts.url: {fault}", EXIT_CONFIG) from None
 
 
 def _schedule(settings: Config) -> Schedule:

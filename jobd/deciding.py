@@ -15,7 +15,7 @@ from msgspec import Raw, Struct, field
 
 from jobd import late_rules, rules, views
 from jobd.answers import Answer, Grants
-from jobd.batch import Batch, KeyRow, LateKnown, Loaded
+from jobd.batch import Batch, KeyRow, LateKnown, Loaded, tombstones
 from jobd.book import Book
 from jobd.commands import Call, Claim, Complete, EndGrants, KeyUse, Moment, Refusal, Start, Tick, Undelivered
 from jobd.draft import Decision
@@ -117,7 +117,7 @@ class Decider:
                 self._serve_parked(plan, policy)
         return plan
 
-    def batch(self, plan: Plan) -> Batch:
+    def batch(self, plan: Plan, policy: Policy) -> Batch:
         """The transaction of a plan."""
         keys, forgotten = self.keys.changed()
         touched = (change for change in plan.changes if not (_is_live(change.before) and _is_live(change.after)))
@@ -133,6 +133,7 @@ class Decider:
             report=plan.report,
             payloads=plan.wanted_payloads(),
             unmark=plan.unmark,
+            tombstones=tombstones(plan.changes) if policy.artefacts else [],
         )
 
     def committed(self, plan: Plan) -> None:

@@ -17,7 +17,7 @@ import msgspec
 from jobd import files, migrations, opening, rows
 from jobd.batch import Numbers, QueueRow
 from jobd.files import FileLock, StoreError
-from jobd.job import LIVE, TOKEN_COUNTER_BITS, is_job_id
+from jobd.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS, is_job_id
 from jobd.job_writer import insert
 from jobd.lookups import read_job
 from jobd.quarantine import true_id
@@ -29,17 +29,21 @@ from jobd.tables import (
     LATE_SQL,
     PUT_QUEUE,
     QUEUE_SQL,
+    TOMBSTONE_SQL,
     Tables,
     lenient,
+    now_ms,
     readable,
 )
 
 # Of one kind of problem so many are named, the rest counted.
 NAMED: Final = 100
+LONG_MS: Final = DAY_MS  # that a tombstone may wait: a store of artefacts may be away for a while
 
 _ACCEPT: Final = "mend the row with sqlite3, then `jobd doctor --accept {}`"
 _RECOUNT: Final = "compare with a backup; `jobd doctor --recount` takes the rows that are there as all there are"
 _REBUILD: Final = "`jobd doctor --recount` rebuilds all indexes from the rows"
+_SWEEP: Final = "the log says why (artefact_not_deleted); is artefacts.url set, and may the daemon delete there?"
 _RESTORE: Final = "put a backup back with `jobd restore`"
 
 
@@ -79,7 +83,8 @@ def check(path: str) -> list[Problem]:
         conn = stack.enter_context(opening.read_only(path))
         opening.check_ours(conn, path)
         problems: list[Problem] = []
-        for part in (_meta, _file, _jobs, _payloads, _late, _journal, _keys, _queues, _small_tables, _aside, _beside):
+        tables = (_jobs, _payloads, _late, _journal, _keys, _queues, _small_tables, _tombstones)
+        for part in (_meta, _file, *tables, _aside, _beside):
             problems += _limited(part(conn, path))
         return problems
 
@@ -233,10 +238,23 @@ def _queues(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
 
 
 def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
-    for table, columns in (("reports", "seq, body, crc"), ("figures", "id, body, crc")):
+    small = {"reports": "seq, body, crc", "figures": "id, body, crc", "tombstones": TOMBSTONE_SQL}
+    for table, columns in small.items():
         for row in _every(conn, f"SELECT {columns} FROM {table}"):
             if (wrong := fault(row)) is not None:
                 yield Problem(f"{table} {row[0]}", wrong, "the daemon sets it aside when it meets it")
+
+
+def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
+    """Stored objects that should have been deleted long ago."""
+    now = now_ms()
+    for row in _every(conn, f"SELECT {TOMBSTONE_SQL} FROM tombstones NOT INDEXED WHERE at < {now - LONG_MS}"):
+        if fault(row) is not None:
+            continue
+        late = rows.tombstone(row)
+        days = (now - late.at) // DAY_MS
+        what = f"job {late.job_id} was deleted {days} days ago, and its object not yet; {late.tries} tries have failed"
+        yield Problem(f"artefact {readable(late.key)}", what, _SWEEP)
 
 
 def _aside(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:

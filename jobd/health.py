@@ -6,19 +6,17 @@ Changes no job and never raises: what cannot be measured is said to be so.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, Final, Protocol
-from urllib.parse import unquote, urlsplit
 
 import structlog
 from msgspec.structs import replace
 
 from jobd.actor import Actor
 from jobd.answers import CleanupHealth, CleanupState, DatabaseHealth, HealthStatus, HealthView, PartHealth
+from jobd.artefacts import StoreFault
 from jobd.batch import DiskFull
 from jobd.commands import Moment, Ping, Refusal
 from jobd.full_disk import Closed
@@ -28,6 +26,7 @@ log = structlog.get_logger("jobd.health")
 
 MAX_AGE_S: Final = 5.0
 PATIENCE_S: Final = 2.0  # for one part; what takes longer is unhealthy, and is not asked a second time meanwhile
+STORAGE_PATIENCE_S: Final = 5.0  # a bucket may be far away
 SAMPLE: Final = 50  # jobs that are compared with the disk
 SAMPLED_FROM: Final = 10_000  # the oldest live jobs; a sample begins somewhere among them, the next one further on
 COMPARISONS: Final = 3
@@ -52,11 +51,21 @@ class Cleanup(Protocol):
     def complaint(self) -> str | None: ...
 
 
+class Artefacts(Protocol):
+    place: str
+
+    async def probe(self) -> None: ...
+
+
+class Sweeper(Protocol):
+    def complaint(self) -> str | None: ...
+
+
 class Health:
     """`view` measures, or gives what was measured within the last 5 s; `last` is that or an older one.
 
     `faults` are sentences about damage that the start found, `take_faults` gives (once) those met since.
-    `artefacts_url` is `file:///DIRECTORY`, or empty where there is no artefact store.
+    `artefacts` and `sweeper` are None where no artefact store is configured.
     """
 
     def __init__(
@@ -67,13 +76,15 @@ class Health:
         *,
         faults: Iterable[str] = (),
         take_faults: Callable[[], Iterable[str]] = tuple,
-        artefacts_url: str = "",
+        artefacts: Artefacts | None = None,
+        sweeper: Sweeper | None = None,
     ) -> None:
         self.last: HealthView | None = None
-        self.artefacts_url = artefacts_url
         self._actor = actor
         self._clock = clock
         self._cleanup = cleanup
+        self._artefacts = artefacts
+        self._sweeper = sweeper
         self._faults: deque[str] = deque(faults, FAULTS_KEPT)
         self._take_faults = take_faults
         self._closed = Closed.NOTHING  # how far a full disk had closed the daemon then
@@ -128,12 +139,12 @@ class Health:
             log.exception("health_check_failed", part=part)
             return PartHealth("unhealthy", f"It could not be measured: {type(error).__name__}: {error}")
 
-    async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]]) -> Any:
-        """The answer, or TimeoutError after PATIENCE_S; nothing is cancelled, a late answer is waited for next time."""
+    async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S) -> Any:
+        """The answer, or TimeoutError after that time; nothing is cancelled, a late answer is waited for next time."""
         task = self._open.get(what)
         if task is None:
             task = self._open[what] = asyncio.create_task(_awaited(ask))
-        done, _ = await asyncio.wait({task}, timeout=PATIENCE_S)
+        done, _ = await asyncio.wait({task}, timeout=patience_s)
         if not done:
             raise TimeoutError
         del self._open[what]
@@ -259,16 +270,20 @@ class Health:
     # -- artefacts and cleanup ----------------------------------------------------------------------------------------
 
     async def _storage(self) -> PartHealth:
-        if not self.artefacts_url:
+        if self._artefacts is None:
             return PartHealth("healthy", "not configured")
-        directory = unquote(urlsplit(self.artefacts_url).path)
+        loop_time, place = asyncio.get_running_loop().time, self._artefacts.place
+        began = loop_time()
         try:
-            fault = await self._in_time("storage", lambda: asyncio.to_thread(directory_fault, directory))
+            await self._in_time("storage", self._artefacts.probe, STORAGE_PATIENCE_S)
         except TimeoutError:
-            return PartHealth("unhealthy", f"{directory} has not answered for {PATIENCE_S:g} s.")
-        if fault is not None:
-            return PartHealth("unhealthy", fault)
-        return PartHealth("healthy", f"{directory} can be written to.")
+            return PartHealth("unhealthy", f"{place} has not answered for {STORAGE_PATIENCE_S:g} s.")
+        except StoreFault as fault:
+            return PartHealth("unhealthy", str(fault))
+        if self._sweeper is not None and (complaint := self._sweeper.complaint()) is not None:
+            return PartHealth("degraded", complaint)
+        took_ms = (loop_time() - began) * 1000
+        return PartHealth("healthy", f"{place}: a write, a read back and a deletion took {took_ms:.1f} ms.")
 
     def _tried_cleanup(self) -> tuple[CleanupHealth, HealthStatus]:
         try:
@@ -288,21 +303,6 @@ class Health:
         message = " ".join(said) or "Passes run in time."
         view = CleanupHealth(state.cleanup_running, state.time_since_last_cleanup, message)
         return view, "degraded" if said else "healthy"
-
-
-def directory_fault(directory: str) -> str | None:
-    """Why artefacts cannot be kept in `directory`, or None. Touches the file system: call it off the event loop."""
-    try:
-        if not Path(directory).is_dir():
-            return f"{directory} is no directory. Make it, or change artefacts.url."
-        if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-            return f"{directory} cannot be written to. Give the daemon's user the right to."
-        usage = os.statvfs(directory)
-    except OSError as error:
-        return f"{directory} cannot be looked at ({error.strerror}). Give the daemon's user the right to."
-    if usage.f_bavail == 0 or (usage.f_files and usage.f_favail == 0):
-        return f"{directory} is full. Free some space."
-    return None
 
 
 async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:

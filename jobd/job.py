@@ -277,6 +277,7 @@ class Policy(Struct, frozen=True):
     late_bytes: int = 256 << 10  # of the metadata of a late result
     live_jobs: int = 5_000_000
     idempotency_keys: int = 200_000
+    artefacts: bool = False  # there is a store of them: what a deleted job named there is deleted, too
 
     def late_results_of(self, queue: str) -> LatePolicy:
         """What becomes of the late results of this queue's jobs."""

@@ -10,11 +10,22 @@ import zlib
 from typing import Any, Final
 
 from jobd import rows
-from jobd.batch import Aside, JournalPage, KeyRow, LateAsked, LateKnown, Loaded, Page, Query
+from jobd.batch import (
+    PUT_OFF_MS,
+    Aside,
+    Due,
+    JournalPage,
+    KeyRow,
+    LateAsked,
+    LateKnown,
+    Loaded,
+    Page,
+    Query,
+)
 from jobd.events import Event
 from jobd.job import LIVE, Grant, Job, LateResult
 from jobd.quarantine import set_jobs_aside, set_rows_aside
-from jobd.rows import EVENT_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, Row, fault
+from jobd.rows import EVENT_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
 from jobd.tables import (
     BY_ID,
     BY_SEQ,
@@ -24,6 +35,7 @@ from jobd.tables import (
     KEY_SQL,
     LATE_SQL,
     LIVE_SQL,
+    TOMBSTONE_SQL,
     Tables,
     is_corrupt,
 )
@@ -36,6 +48,13 @@ LOOKED_BACK: Final = 1_000  # events of a job, in which a grant is looked for wh
 _GRANTS: Final = (
     f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
     "ORDER BY seq DESC LIMIT ?) CROSS JOIN events NOT INDEXED ON seq = found WHERE type = 'granted'"
+)
+_DUE: Final = f"SELECT {TOMBSTONE_SQL} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
+# Also late results, which may be adopted, and jobs that were set aside: an operator may take them back as they are.
+_NAMED: Final = (
+    "SELECT 1 FROM jobs INDEXED BY jobs_storage_key WHERE storage_key = ?1 "
+    "UNION ALL SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?1 "
+    "UNION ALL SELECT 1 FROM quarantined_jobs WHERE json_valid(row) AND json_extract(row, '$.storage_key') = ?1"
 )
 
 
@@ -373,3 +392,18 @@ def reports(tables: Tables, limit: int) -> list[bytes]:
     damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
     set_rows_aside(tables, "reports", ("seq", "body", "crc"), damaged)
     return [body for _, body, _ in (row for row in found if fault(row) is None)]
+
+
+def due_tombstones(tables: Tables, now: int, limit: int) -> Due:
+    """See Disk.due_tombstones. Whether a key is named is looked up here, next to what will be done about it."""
+    tables.check()
+    found = tables.rows(_DUE.format("<="), (now, limit)) or tables.rows(_DUE.format(">"), (now + PUT_OFF_MS, limit))
+    damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
+    set_rows_aside(tables, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), damaged)
+    whole = [rows.tombstone(row) for row in found if fault(row) is None]
+    return Due([(each, is_named(tables, each.key)) for each in whole], len(damaged))
+
+
+def is_named(tables: Tables, key: str) -> bool:
+    """Whether any job has `key` as its storage_key."""
+    return tables.conn.execute(_NAMED, (key,)).fetchone() is not None

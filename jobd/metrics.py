@@ -13,6 +13,7 @@ import platform
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from itertools import accumulate, islice
 from typing import Final, Protocol
 
@@ -33,6 +34,7 @@ from jobd.commands import REFUSALS, Moment
 from jobd.figures import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram
 from jobd.job import SECOND_MS, STATUSES
 from jobd.pace import KindPace
+from jobd.sweeper import Sweeps
 
 QUEUES_SHOWN: Final = 200  # those that were seen first; the rest is summed up under OTHER_QUEUES
 LANES_SEEN: Final = 2_000  # to know since when the oldest due job of a queue waits, each of its lanes is looked at
@@ -77,6 +79,7 @@ class Snapshot(Struct, frozen=True):
     dropped: int
     lag_s: float
     alerts: dict[str, bool]
+    sweeps: Sweeps
 
 
 class Door(Protocol):
@@ -108,6 +111,7 @@ class Metrics:
         cleaner: Cleaner,
         alerts: Alerts,
         clock: Clock,
+        sweeps: Sweeps,
         store_path: str,
         doors: Sequence[Door],
         feed: Feed,
@@ -116,6 +120,7 @@ class Metrics:
         self._cleaner = cleaner
         self._alerts = alerts
         self._clock = clock
+        self._sweeps = sweeps
         self._doors = doors
         self._feed = feed
         self._store_path = store_path
@@ -182,6 +187,7 @@ class Metrics:
             dropped=self._feed.dropped,
             lag_s=max(self._lags, default=0.0),
             alerts=alerts,
+            sweeps=copy(self._sweeps),
         )
 
     async def run(self) -> None:
@@ -260,6 +266,10 @@ def _cleanup(now: Snapshot) -> Iterator[Metric]:
     yield _gauges("cleanup_last_timestamp_seconds", "When the last cleanup pass ended (Unix time).", [], last)
     issues = ((kind, now.issues.get(kind, 0)) for kind in ISSUE_TYPES)
     yield _counters("validation_issues", "Issues that passes found since the start, by type.", ["type"], issues)
+    yield _gauge("artefact_tombstones", "Stored objects of deleted jobs that are to be deleted.", now.sweeps.waiting)
+    swept = {"deleted": now.sweeps.deleted, "left": now.sweeps.left, "failed": now.sweeps.failures}
+    help_ = "Stored objects of deleted jobs since the start: deleted, left as another's, failed tries."
+    yield _counters("artefacts_swept", help_, ["outcome"], swept.items())
     firing = ((name, int(is_firing)) for name, is_firing in now.alerts.items())
     yield _gauges("alert_firing", "1 while the alert fires.", ["alert"], firing)
 

@@ -15,7 +15,7 @@ from jobd.files import StoreUnreadable
 from jobd.rows import META_COLUMNS, fault, sealed
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 3
+VERSION: Final = 4
 
 
 def _add_late_results(conn: sqlite3.Connection) -> None:
@@ -28,11 +28,23 @@ def _add_late_results(conn: sqlite3.Connection) -> None:
     conn.execute("CREATE INDEX late_results_job ON late_results (job_seq)")
 
 
+def _add_tombstones(conn: sqlite3.Connection) -> None:
+    """Stored objects of jobs that were deleted. Of those that were deleted before nothing is known any more."""
+    conn.execute(
+        "CREATE TABLE tombstones (job_seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL, key TEXT NOT NULL, "
+        "at INTEGER NOT NULL, due_at INTEGER NOT NULL, tries INTEGER NOT NULL, crc INTEGER NOT NULL) STRICT"
+    )
+    conn.execute("CREATE INDEX tombstones_due ON tombstones (due_at)")
+    conn.execute("CREATE INDEX jobs_storage_key ON jobs (storage_key) WHERE storage_key IS NOT NULL")
+    conn.execute("CREATE INDEX late_results_storage_key ON late_results (storage_key) WHERE storage_key IS NOT NULL")
+
+
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums
 # has to write them anew, and the XOR of the job checksums with them.
 MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     1: lambda conn: _note_what_is_gone(conn),
     2: _add_late_results,
+    3: _add_tombstones,
 }
 
 

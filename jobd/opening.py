@@ -348,6 +348,7 @@ def _read_all(tables: Tables) -> Opened:
         suspects=dict(tables.rows("SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq")),
         faults=[],
         figures=_figures(tables),
+        tombstones=tables.conn.execute("SELECT count(*) FROM tombstones").fetchone()[0],
     )
     opened.quarantined = tables.quarantined.copy()
     return opened

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import islice
 from typing import Any, Final, Protocol
 
@@ -25,8 +25,6 @@ log = structlog.get_logger("jobd.cleanup")
 PAUSE_S: Final = 0.002  # after each slice, so that workers get the loop and the disk in between
 SCAN: Final = 500  # jobs validated in one go: below a millisecond
 ISSUES_LOGGED: Final = 20  # of one pass; the rest is in the report's count
-
-DropArtefacts = Callable[[Sequence[str]], Awaitable[list[str]]]
 
 
 class Schedule(Struct, frozen=True):
@@ -102,11 +100,10 @@ class Hands:
 class Pass:
     """A pass under way. `run` gives its report; a step that fails is named there and stops no other."""
 
-    def __init__(self, hands: Hands, *, forced: bool, drop_artefacts: DropArtefacts | None) -> None:
+    def __init__(self, hands: Hands, *, forced: bool) -> None:
         self.errors: list[str] = []
         self._hands = hands
         self._forced = forced
-        self._drop_artefacts = drop_artefacts
         self._book = hands.actor.book
         self._disk = hands.actor.disk
         self._clock = hands.clock
@@ -155,22 +152,16 @@ class Pass:
             await self._hands.breathe()
 
     async def _deletion_step(self) -> None:
-        """Finished jobs past their time, each with its artefact. Not while the wall clock is in doubt."""
-        failed: list[str] = []
+        """Finished jobs past their time. Not while the wall clock is in doubt. What they stored: see sweeper.py."""
         while not self._clock.suspect:
             ids = await self._disk.expired(self._clock.moment().now, self._batch)
             if not ids:
                 break
             worked: Worked = await self._hands.ask(DeleteExpired(ids=ids), "cleanup")
             self._hands.totals.found["deleted"] += worked.done
-            if self._drop_artefacts is not None and worked.storage_keys:
-                failed += await self._drop_artefacts(worked.storage_keys)
             if not worked.done:
-                failed.append(f"{len(ids)} expired jobs could not be deleted, the first is {ids[0]}.")
-                break
+                raise Unfinished(f"{len(ids)} expired jobs could not be deleted, the first is {ids[0]}.")
             await self._hands.breathe()
-        if failed:
-            raise Unfinished(" ".join(failed[:ISSUES_LOGGED]))
 
     async def _validation_step(self) -> None:
         """Rows that hands or imports brought, and all that are alive; only what looks wrong costs a command."""

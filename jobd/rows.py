@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import msgspec
 from msgspec import UNSET, Raw, Struct
+from msgspec.structs import astuple
 
-from jobd.batch import KeyRow, Numbers, QueueRow
+from jobd.batch import KeyRow, Numbers, QueueRow, Tombstone
 from jobd.events import KEEP_SIGNS, SIGNS, Changes, Event
 from jobd.job import Backoff, Ended, Failure, Grant, Job, LateResult, Lease, Options, Result, Untouched
 
@@ -101,6 +102,7 @@ LATE_COLUMNS: Final = (
     *JOB_FIELDS["result"],
 )
 QUEUE_COLUMNS: Final = ("name", *QueueRow.__struct_fields__)
+TOMBSTONE_COLUMNS: Final = Tombstone.__struct_fields__
 META_COLUMNS: Final = (
     "schema_version",
     *Numbers.__struct_fields__,
@@ -442,7 +444,7 @@ def _merged(first: Changes | None, then: Changes | None) -> Changes | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Keys and queues
+# Keys, queues, tombstones
 
 
 def key_row(key: KeyRow) -> Row:
@@ -466,6 +468,16 @@ def queue_row(name: str, queue: QueueRow) -> Row:
 def queue(row: Row) -> QueueRow:
     """The queue of a row whose checksum is right."""
     return QueueRow(bool(row[1]), *row[2:5])
+
+
+def tombstone_row(tombstone: Tombstone) -> Row:
+    """The columns of a tombstone in the order of TOMBSTONE_COLUMNS, with the checksum."""
+    return sealed(astuple(tombstone))
+
+
+def tombstone(row: Row) -> Tombstone:
+    """The tombstone of a row whose checksum is right."""
+    return Tombstone(*row[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
--- The tables of a store, schema version 2: what every row holds.
+-- The tables of a store, schema version 3: what every row holds.
 -- No rule of a job is written here: which values make sense is judged by validation.py, so that a bad row can be read.
 --
 -- `crc` is the CRC-32 of all other columns of its row (rows.py). Times named *_at are Unix milliseconds,
@@ -80,6 +80,8 @@ CREATE UNIQUE INDEX jobs_id ON jobs (id);
 CREATE INDEX jobs_live ON jobs (status) WHERE status IN ('queued', 'processing');
 CREATE INDEX jobs_expiry ON jobs (expires_at)
     WHERE expires_at IS NOT NULL AND status IN ('completed', 'failed', 'cancelled');
+-- Whether any job names a stored object. A job that names none costs nothing here.
+CREATE INDEX jobs_storage_key ON jobs (storage_key) WHERE storage_key IS NOT NULL;
 
 CREATE TABLE payloads (
     job_seq INTEGER PRIMARY KEY,
@@ -104,6 +106,7 @@ CREATE TABLE late_results (
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX late_results_job ON late_results (job_seq);
+CREATE INDEX late_results_storage_key ON late_results (storage_key) WHERE storage_key IS NOT NULL;
 
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY,
@@ -165,6 +168,18 @@ CREATE TABLE deleted_jobs (
     at INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX deleted_jobs_at ON deleted_jobs (at);
+
+-- Stored objects of jobs that are gone: to be deleted, unless another job names their key.
+CREATE TABLE tombstones (
+    job_seq INTEGER PRIMARY KEY,
+    job_id TEXT NOT NULL,
+    key TEXT NOT NULL,                 -- the storage_key of the job
+    at INTEGER NOT NULL,               -- when the job was deleted
+    due_at INTEGER NOT NULL,           -- when the object is looked at next
+    tries INTEGER NOT NULL,            -- that have failed
+    crc INTEGER NOT NULL
+) STRICT;
+CREATE INDEX tombstones_due ON tombstones (due_at);
 
 -- Jobs set aside: `row` is the job's row as JSON (column to value, bytes as {"hex": ...}).
 CREATE TABLE quarantined_jobs (

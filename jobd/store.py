@@ -17,7 +17,19 @@ from typing import Any, Final, Literal, TypeVar
 import aiosqlite
 
 from jobd import files, lookups, opening, quarantine
-from jobd.batch import Aside, Batch, JournalPage, LateAsked, LateKnown, Loaded, Opened, Page, Query
+from jobd.batch import (
+    Aside,
+    Batch,
+    Due,
+    JournalPage,
+    LateAsked,
+    LateKnown,
+    Loaded,
+    Opened,
+    Page,
+    Query,
+    Tombstone,
+)
 from jobd.events import Event
 from jobd.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
 from jobd.job import Job
@@ -190,6 +202,12 @@ class Store:
 
     async def prune(self, before: int, limit: int) -> int:
         return await self._hop(self._tables.prune, before, limit)
+
+    async def due_tombstones(self, now: int, limit: int) -> Due:
+        return await self._hop(lookups.due_tombstones, self._tables, now, limit)
+
+    async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
+        await self._hop(self._tables.settle_tombstones, gone, later)
 
     async def save_figures(self, body: bytes) -> None:
         await self._hop(self._tables.save_figures, body)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from jobd import files, rows
-from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow
+from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow, Tombstone
 from jobd.events import KEEP_SIGNS, SIGNS, Change
 from jobd.files import StoreBroken
 from jobd.job import KEEP_LATE
@@ -27,6 +27,7 @@ from jobd.rows import (
     LATE_COLUMNS,
     META_COLUMNS,
     QUEUE_COLUMNS,
+    TOMBSTONE_COLUMNS,
     Row,
     fault,
     sealed,
@@ -43,6 +44,7 @@ EVENT_SQL: Final = f"{', '.join(EVENT_COLUMNS)}, crc"
 KEY_SQL: Final = f"{', '.join(KEY_COLUMNS)}, crc"
 QUEUE_SQL: Final = f"{', '.join(QUEUE_COLUMNS)}, crc"
 LATE_SQL: Final = f"{', '.join(LATE_COLUMNS)}, crc"
+TOMBSTONE_SQL: Final = f"{', '.join(TOMBSTONE_COLUMNS)}, crc"
 
 
 def _settings(columns: Iterable[str]) -> str:
@@ -63,6 +65,7 @@ PUT_QUEUE: Final = (
     + " ON CONFLICT (name) DO UPDATE SET "
     + ", ".join(f"{column} = excluded.{column}" for column in (*QUEUE_COLUMNS[1:], "crc"))
 )
+_PUT_TOMBSTONE: Final = insert("tombstones", (*TOMBSTONE_COLUMNS, "crc"), "REPLACE")
 _UPDATE_META: Final = f"UPDATE meta SET {_settings((*META_COLUMNS, 'crc'))} WHERE id = 1"
 
 # A row is always read by its seq: read through an index, a column may come from the index instead of the row, and a
@@ -343,6 +346,8 @@ class Tables:
             many(_REPLACE_KEY, map(rows.key_row, batch.keys))
         if batch.checked:
             many("DELETE FROM suspects WHERE job_seq = ?", [(seq,) for seq in batch.checked])
+        if batch.tombstones:
+            many(_PUT_TOMBSTONE, map(rows.tombstone_row, batch.tombstones))
         if batch.report is not None:
             (last,) = self.conn.execute("SELECT ifnull(max(seq), 0) FROM reports").fetchone()
             self.conn.execute(insert("reports", ("seq", "body", "crc")), sealed((last + 1, bytes(batch.report))))
@@ -419,6 +424,14 @@ class Tables:
     def note_gone(self, seq: int) -> None:
         """The event of this number is gone. A damaged number may be any: none above the last was ever given."""
         self.gone_to = max(self.gone_to, min(seq, self.numbers.next_event - 1))
+
+    def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
+        """Forget tombstones by job seq, and write others anew."""
+        self.commit(self._settle_tombstones, gone, later)
+
+    def _settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
+        self.conn.executemany("DELETE FROM tombstones WHERE job_seq = ?", [(seq,) for seq in gone])
+        self.conn.executemany(_PUT_TOMBSTONE, map(rows.tombstone_row, later))
 
     def save_figures(self, body: bytes) -> None:
         self.commit(self.conn.execute, insert("figures", ("id", "body", "crc"), "REPLACE"), sealed((1, body)))

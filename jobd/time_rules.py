@@ -91,16 +91,14 @@ def expire(draft: Draft, command: Expire) -> Answer:
 
 def delete_expired(draft: Draft, command: DeleteExpired) -> Answer:
     """Delete those of the named jobs that are finished and past their `expires_at` now."""
-    keys, done = [], 0
+    done = 0
     for job_id in dict.fromkeys(command.ids):
         job = draft.book.get(job_id)
         if job is None or job.status not in FINISHED or job.expires_at is None or job.expires_at > draft.at.now:
             continue
         draft.delete(job)
         done += 1
-        if job.result is not None and job.result.storage_key is not None:
-            keys.append(job.result.storage_key)
-    return Answer(Worked(done, storage_keys=keys))
+    return Answer(Worked(done))
 
 
 def mend(draft: Draft, command: Mend) -> Answer:

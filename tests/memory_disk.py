@@ -14,10 +14,12 @@ from msgspec.structs import replace
 
 from jobd import rows
 from jobd.batch import (
+    PUT_OFF_MS,
     Aside,
     BadRows,
     Batch,
     DiskFull,
+    Due,
     JournalPage,
     KeyRow,
     LateAsked,
@@ -29,6 +31,7 @@ from jobd.batch import (
     Payload,
     Query,
     QueueRow,
+    Tombstone,
 )
 from jobd.events import Change, Event
 from jobd.job import FINISHED, KEEP_LATE, LIVE, Grant, Job, LateResult, Result, untouched
@@ -61,6 +64,7 @@ class MemoryDisk:
         self.deleted: dict[int, int] = {}  # seq -> wall time of the deletion
         self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
         self.figures: bytes | None = None
+        self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
         self.marked = False
         self.gone_to = 0
         self.has_ballast = True
@@ -76,6 +80,7 @@ class MemoryDisk:
         self.gate.set()
         self.at_gate = asyncio.Event()
         self.aside: dict[int, str] = {}  # seq -> id of the jobs set aside
+        self.rotten: dict[int, Job] = {}  # seq -> what they were
         self.on_aside: Callable[[Aside], None] = lambda aside: None
         self._all_aside: list[Aside] = []  # in order
         self._told_aside = 0  # of these
@@ -130,6 +135,7 @@ class MemoryDisk:
             figures=self.figures,
             full=not self.fits(Batch([], self.numbers)),
             marked=self.marked,
+            tombstones=len(self.tombstones),
         )
 
     # -- batch.Disk ---------------------------------------------------------------------------------------------------
@@ -256,6 +262,27 @@ class MemoryDisk:
             del self.deleted[seq]
         return len(numbers)
 
+    async def due_tombstones(self, now: int, limit: int) -> Due:
+        await self._enter("due_tombstones")
+        waiting = self.tombstones.values()
+        due = [each for each in waiting if each.due_at <= now or each.due_at > now + PUT_OFF_MS]
+        due.sort(key=lambda each: each.due_at)
+        return Due([(each, self.is_named(each.key)) for each in due[:limit]])
+
+    def is_named(self, key: str) -> bool:
+        """Whether a job has it as its storage_key, also one that was set aside, or a late result."""
+        jobs = [*self.jobs.values(), *self.rotten.values()]
+        results = [job.result for job in jobs] + [late.result for kept in self.lates.values() for late in kept]
+        return any(result is not None and result.storage_key == key for result in results)
+
+    async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
+        await self._enter("settle_tombstones")
+        for seq in gone:
+            del self.tombstones[seq]
+        for tombstone in later:
+            assert tombstone.job_seq in self.tombstones, f"there is no tombstone of {tombstone.job_id} to put off"
+            self.tombstones[tombstone.job_seq] = tombstone
+
     async def save_figures(self, body: bytes) -> None:
         await self._enter("save_figures")
         self.figures = bytes(body)
@@ -328,6 +355,9 @@ class MemoryDisk:
         self.keys |= {key.digest: key for key in batch.keys}
         for seq in batch.checked:
             self.suspects.pop(seq, None)
+        for tombstone in batch.tombstones:
+            assert tombstone.job_seq not in self.jobs, f"job {tombstone.job_id} is there, and has a tombstone"
+            self.tombstones[tombstone.job_seq] = tombstone
         if batch.report is not None:
             self.kept_reports.append(bytes(batch.report))
         self.marked = self.marked and not batch.unmark
@@ -409,6 +439,7 @@ class MemoryDisk:
             self.payloads.pop(job.seq, None)
             self.suspects.pop(job.seq, None)
             self.aside[job.seq] = job.id
+            self.rotten[job.seq] = job
         if is_counted:
             self._count(job.options.queue, job.status, -1)
         self._all_aside.append(Aside(job.id, reason, (job.options.queue, job.status) if is_counted else None))

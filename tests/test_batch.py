@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from jobd.batch import Batch, Numbers, Opened, QueueRow
-from jobd.job import Job, Options, Untouched
+from msgspec.structs import replace
+
+from jobd.batch import Batch, Numbers, Opened, QueueRow, Tombstone, tombstones
+from jobd.job import Job, Options, Result, Untouched
+from tests.by_hand import Maker
 
 SHORT = Untouched(1, "a", Options(), 1_000)
 WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)
@@ -22,3 +25,18 @@ def test_a_file_is_full_or_marked_only_where_that_is_said_and_keeps_its_mark_unt
 
 def test_a_queue_without_finished_jobs_stays_at_none() -> None:
     assert QueueRow(failed=1).without("failed").without("failed") == QueueRow()
+
+
+def test_only_the_deletion_of_a_job_that_names_an_object_leaves_a_tombstone() -> None:
+    maker = Maker()
+    named = maker.create("named", status="completed", result=Result(storage_key="k/1"))
+    others = [
+        maker.create("plain", status="completed", result=Result(file_path="/f")),
+        maker.create("failed", status="failed"),
+    ]
+    assert named.after is not None
+    deleted = [maker.delete(change.after) for change in (named, *others) if change.after is not None]
+    assert tombstones([named, *others, maker.queue_event("video", True)]) == []
+    assert tombstones(deleted) == [Tombstone(named.after.seq, "named", "k/1", maker.now, maker.now)]
+    again = replace(named, before=replace(named.after, result=Result(storage_key="")))
+    assert tombstones([replace(again, after=None)])[0].key == ""

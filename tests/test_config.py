@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -386,7 +387,14 @@ COMBINATIONS: list[tuple[dict[str, str], str]] = [
     ({"admin.listen": "localhost:65536"}, "admin.listen"),
     ({"limits.payload": "2000000"}, "limits.payload"),
     ({"limits.inflight_bytes": "1048576"}, "limits.inflight_bytes"),
-    ({"artefacts.url": "s3://bucket"}, "artefacts.url"),
+    ({"artefacts.url": "s3://"}, "artefacts.url"),
+    ({"artefacts.url": "s3://Bucket_1"}, "artefacts.url"),
+    ({"artefacts.url": "s3://bucket/a/../b"}, "artefacts.url"),
+    ({"artefacts.url": "s3://bucket/a//b"}, "artefacts.url"),
+    ({"artefacts.url": "s3://bucket/%2e%2e/b"}, "artefacts.url"),
+    ({"artefacts.url": "s3://bucket/a?region=x"}, "artefacts.url"),
+    ({"artefacts.url": "gs://bucket"}, "artefacts.url"),
+    ({"artefacts.url": "file:///a#b"}, "artefacts.url"),
     ({"artefacts.url": "file://relative"}, "artefacts.url"),
     ({"artefacts.url": "/srv/results"}, "artefacts.url"),
 ]
@@ -395,6 +403,27 @@ COMBINATIONS: list[tuple[dict[str, str], str]] = [
 @pytest.mark.parametrize(("flags", "named"), COMBINATIONS, ids=lambda value: str(value))
 def test_combinations_that_cannot_work(flags: dict[str, str], named: str) -> None:
     assert named in refusal(flags=flags)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket", "s3://my.bucket-1/", "s3://bucket/a/b c/", "file:///srv/a%20b"])
+def test_where_artefacts_may_be(url: str) -> None:
+    found = loaded(flags={"artefacts.url": url}).config
+    assert found.artefacts.url == url
+    assert found.policy().artefacts
+    assert not loaded().config.policy().artefacts
+
+
+def test_a_key_in_the_url_of_artefacts_is_refused_and_not_shown() -> None:
+    told = refusal(flags={"artefacts.url": "s3://AKIAXYZ:hush@bucket/prefix"})
+    assert "AWS_ACCESS_KEY_ID" in told
+    assert "hush" not in told
+
+
+def test_a_bucket_without_what_it_takes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    told = refusal(flags={"artefacts.url": "s3://bucket"})
+    assert "pip install 'jobd[s3]'" in told
+    assert loaded(flags={"artefacts.url": "file:///srv"}).config.artefacts.url
 
 
 def test_what_may_be_combined(write: Write) -> None:

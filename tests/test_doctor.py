@@ -12,10 +12,11 @@ import pytest
 from msgspec.structs import replace
 
 from jobd import doctor, migrations
-from jobd.batch import KeyRow
+from jobd.batch import KeyRow, Tombstone
 from jobd.doctor import Problem, Refused, accept, check, recount
-from jobd.job import FINISHED, LIVE
+from jobd.job import DAY_MS, FINISHED, LIVE
 from jobd.store import StoreBusy, StoreTooNew, StoreUnreadable
+from jobd.tables import now_ms
 from tests.by_hand import NOW, Maker
 from tests.store_help import assert_holds, edited, exists, flip, lose, make_store, opened, pick, read, remove, write
 
@@ -35,6 +36,8 @@ async def busy_store(path: str) -> Maker:
     async with opened(path) as (store, _):
         keys = [KeyRow("d1", "b", NOW, 200, b"{}"), KeyRow("d2", "b", NOW, 200, None, [("a", "l")])]
         await store.write(maker.batch([maker.queue_event("video", True)], keys=keys, report=b"{}"))
+        young = Tombstone(900, "gone", "k/1", now_ms(), now_ms())
+        await store.write(maker.batch([], tombstones=[young]))
         await store.save_figures(b"{}")
         await store.write(maker.batch([maker.late(pick(maker, LIVE), 1)]))
     return maker
@@ -112,6 +115,8 @@ async def test_an_older_store_is_to_be_migrated_first(path: str, monkeypatch: py
         ("DELETE FROM jobs WHERE seq = {live}", "late result {late}", "no such job"),
         ("UPDATE reports SET body = X'31'", "reports 1", "checksum"),
         ("UPDATE figures SET body = X'31'", "figures 1", "checksum"),
+        ("UPDATE tombstones SET tries = 9", "tombstones 900", "checksum"),
+        ("DROP INDEX jobs_storage_key", "schema jobs_storage_key", "missing"),
         ("DROP INDEX jobs_expiry", "schema jobs_expiry", "missing"),
     ],
 )
@@ -173,6 +178,18 @@ async def test_numbers_that_are_still_to_be_given_are_noticed(path: str) -> None
     with edited(path) as conn:
         migrations.change_meta(conn, next_job=1, next_event=1)
     assert places(check(path)) == ["meta", "meta"]
+
+
+async def test_a_tombstone_that_waits_for_long_is_named(path: str) -> None:
+    maker = await make_store(path)
+    times = [now_ms() - DAY_MS + 60_000, now_ms() - 3 * DAY_MS - 1]
+    buried = [Tombstone(900 + n, f"gone-{n}", f"k/{n}", at, at, tries=n) for n, at in enumerate(times)]
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([], tombstones=buried))
+    (problem,) = check(path)
+    assert problem.where == "artefact k/1"
+    assert problem.what == "job gone-1 was deleted 3 days ago, and its object not yet; 1 tries have failed"
+    assert "artefacts.url" in problem.mend
 
 
 async def test_many_problems_of_one_kind_are_counted(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from jobd.actor import Bounds
 from jobd.answers import CleanupState, HealthView
+from jobd.artefact_files import FileStore
 from jobd.batch import DiskFull, Loaded
 from jobd.commands import Create, Get, Progress
 from jobd.full_disk import Closed
-from jobd.health import FAULTS_KEPT, MAX_AGE_S, PATIENCE_S, SAMPLE, SAMPLED_FROM, Health, directory_fault
+from jobd.health import FAULTS_KEPT, MAX_AGE_S, PATIENCE_S, SAMPLE, SAMPLED_FROM, STORAGE_PATIENCE_S, Health
 from tests.household import Household, in_virtual_time, row, seconds
 from tests.memory_disk import MemoryDisk
 
 
 def health_of(
-    house: Household, faults: Iterable[str] = (), take_faults: Callable[[], Iterable[str]] = tuple, url: str = ""
+    house: Household, faults: Iterable[str] = (), take_faults: Callable[[], Iterable[str]] = tuple, **artefacts: Any
 ) -> Health:
-    return Health(house.actor, house.clock, house.cleaner, faults=faults, take_faults=take_faults, artefacts_url=url)
+    return Health(house.actor, house.clock, house.cleaner, faults=faults, take_faults=take_faults, **artefacts)
 
 
 async def measured(house: Household) -> HealthView:
@@ -361,49 +361,50 @@ async def test_a_part_that_cannot_be_measured_is_unhealthy_and_nothing_is_raised
 # -- storage and cleanup ----------------------------------------------------------------------------------------------
 
 
-def test_where_artefacts_can_be_kept(tmp_path: Path) -> None:
-    assert directory_fault(str(tmp_path)) is None
-    missing = tmp_path / "none"
-    assert directory_fault(str(missing)) == f"{missing} is no directory. Make it, or change artefacts.url."
-    missing.write_text("a file")
-    assert "is no directory" in (directory_fault(str(missing)) or "")
-
-
-def test_a_directory_of_others_is_no_place_for_artefacts(tmp_path: Path) -> None:
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    tmp_path.chmod(0o700)
-    nobody = 65534
-    if os.geteuid() == 0:
-        os.seteuid(nobody)
-    try:
-        assert "cannot be written to" in (directory_fault("/") or "")
-        if os.geteuid() == nobody:
-            assert "cannot be looked at (Permission denied)" in (directory_fault(str(inside)) or "")
-    finally:
-        if os.getuid() == 0:
-            os.seteuid(0)
-
-
-@pytest.mark.parametrize(("blocks", "files", "free", "full"), [(0, 9, 9, True), (9, 9, 0, True), (9, 0, 0, False)])
-def test_a_full_file_system_is_no_place_for_artefacts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, files: int, free: int, full: bool
-) -> None:
-    usage = SimpleNamespace(f_bavail=blocks, f_files=files, f_favail=free)
-    monkeypatch.setattr(os, "statvfs", lambda path: usage)
-    assert (directory_fault(str(tmp_path)) is not None) == full
-
-
-async def test_the_artefact_store_is_looked_at_off_the_loop(tmp_path: Path) -> None:
+async def test_the_artefact_store_is_measured(tmp_path: Path) -> None:
     place = tmp_path / "a b"
+    store = FileStore(str(place), "test")
     async with Household() as house:
-        health = health_of(house, url=place.as_uri())
-        view = await health.view()
+        view = await health_of(house, artefacts=store).view()
         assert view.status == view.storage.status == "unhealthy"
+        assert view.storage.message == f"{place} is no directory. Make it, or change artefacts.url."
         place.mkdir()
-        again = await health_of(house, url=place.as_uri()).view()
+        again = await health_of(house, artefacts=store).view()
         assert again.storage.status == "healthy"
-        assert again.storage.message == f"{place} can be written to."
+        assert again.storage.message.startswith(f"{place}: a write, a read back and a deletion took ")
+    await store.close()
+
+
+class Sulking:
+    """A store that does not answer."""
+
+    place = "s3://far"
+
+    async def probe(self) -> None:
+        await asyncio.sleep(3600)
+
+
+@in_virtual_time
+async def test_an_artefact_store_that_does_not_answer_is_unhealthy_in_time() -> None:
+    async with Household() as house:
+        health = health_of(house, artefacts=Sulking())
+        view = await health.view()
+        assert view.storage.status == "unhealthy"
+        assert view.storage.message == f"s3://far has not answered for {STORAGE_PATIENCE_S:g} s."
+
+
+class Complaining:
+    def complaint(self) -> str | None:
+        return "2 objects of deleted jobs could not be deleted."
+
+
+async def test_objects_that_stay_degrade_the_store(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path), "test")
+    async with Household() as house:
+        view = await health_of(house, artefacts=store, sweeper=Complaining()).view()
+        assert view.status == view.storage.status == "degraded"
+        assert view.storage.message == "2 objects of deleted jobs could not be deleted."
+    await store.close()
 
 
 @in_virtual_time

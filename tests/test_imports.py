@@ -26,16 +26,18 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "store": ("store tables job_writer rows lookups opening wal migrations quarantine files backup doctor", "nouns"),
     "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
     "feed": ("feed event_stream", "nouns web actor"),
-    "time": ("cleanup passes health artefacts presence", "nouns book judging actor clock"),
-    "watch": ("metrics alerts facts", "nouns book judging actor clock time"),
-    "rooms": (
-        "rooms",
-        "nouns actor clock store time watch feed",
-    ),  # what requests may ask beside the actor
+    "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),
+    "time": ("cleanup passes health presence", "nouns book judging actor clock artefacts"),
+    "watch": ("metrics alerts facts", "nouns book judging actor clock artefacts time"),
+    # what requests may ask of the daemon beside the actor
+    "rooms": ("rooms", "nouns actor clock store time watch feed"),
     "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed"),
     "settings": ("config", "nouns"),
     "system": ("log outlet systemd", ""),
-    "wiring": ("daemon", "nouns book rules clock actor store web feed time watch rooms apis settings system dashboard"),
+    "wiring": (
+        "daemon",
+        "nouns book rules clock actor store web feed artefacts time watch rooms apis settings system dashboard",
+    ),
     "dashboard": ("dashboard", "nouns web"),
     "client": ("client", "nouns"),
     # The daemon's own verbs work on its files; jobctl's get no further than the client (see below).
@@ -162,8 +164,15 @@ def test_only_the_daemon_is_wired_by_hand() -> None:
 def test_every_import_of_others_is_declared() -> None:
     """What is imported and neither ours nor Python's is a dependency of the package."""
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {line.split(">")[0].replace("-", "_") for line in project["dependencies"]}
+    extra = project["optional-dependencies"]["s3"]
+    declared = {line.split(">")[0].replace("-", "_") for line in (*project["dependencies"], *extra)}
     brought = {"multidict", "yarl", "markupsafe"}  # by aiohttp and jinja2, whose interfaces they are part of
     for source in SOURCES:
         used = {name.partition(".")[0] for name in imports(source)} - {"jobd"} - sys.stdlib_module_names
         assert used <= declared | brought, source
+
+
+def test_what_an_extra_brings_is_imported_in_one_place_alone() -> None:
+    """Everything else works without it."""
+    users = {module_of(source) for source in SOURCES if any(name.startswith("obstore") for name in imports(source))}
+    assert users == {"artefact_s3"}

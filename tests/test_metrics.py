@@ -45,6 +45,7 @@ from jobd.metrics import (
 from jobd.pace import HOURS_NEEDED, SAMPLES_NEEDED
 from jobd.passes import Schedule
 from jobd.store import Store
+from jobd.sweeper import Sweeps
 from tests.household import Household, in_virtual_time, row, seconds
 from tests.memory_disk import MemoryDisk
 
@@ -65,6 +66,8 @@ EXPECTED = {
     "jobd_cleanup_found_total": "counter",
     "jobd_cleanup_last_timestamp_seconds": "gauge",
     "jobd_validation_issues_total": "counter",
+    "jobd_artefact_tombstones": "gauge",
+    "jobd_artefacts_swept_total": "counter",
     "jobd_processing_seconds": "histogram",
     "jobd_processing_p95_seconds": "gauge",
     "jobd_granted_twice_total": "counter",
@@ -93,7 +96,7 @@ class Door:
 def metrics_of(house: Household, *doors: Door, store_path: str = ":memory:") -> Metrics:
     health = Health(house.actor, house.clock, house.cleaner)
     alerts = Alerts(house.book, house.clock, health, house.cleaner)
-    return Metrics(house.actor, house.cleaner, alerts, house.clock, store_path, doors, Feed(house.disk, 0, 1))
+    return Metrics(house.actor, house.cleaner, alerts, house.clock, Sweeps(), store_path, doors, Feed(house.disk, 0, 1))
 
 
 def read(body: bytes) -> dict[str, Metric]:
@@ -141,7 +144,7 @@ async def real(path: Path) -> AsyncIterator[Real]:
         cleaner = Cleaner(actor, clock, Schedule(batch=2))
         health = Health(actor, clock, cleaner, take_faults=store.take_faults)
         alerts = Alerts(book, clock, health, cleaner)
-        metrics = Metrics(actor, cleaner, alerts, clock, str(path), [], Feed(store, 0, 1))
+        metrics = Metrics(actor, cleaner, alerts, clock, Sweeps(), str(path), [], Feed(store, 0, 1))
         running = [asyncio.create_task(run()) for run in (actor.run, cleaner.run, alerts.run, metrics.run)]
         yield Real(store, actor, cleaner, metrics)
         for part in (metrics, alerts, cleaner):

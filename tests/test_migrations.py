@@ -52,8 +52,7 @@ def test_there_is_a_step_for_every_older_version() -> None:
 
 async def test_of_a_store_of_version_1_nobody_knows_what_was_pruned(path: str) -> None:
     maker = await make_store(path)
-    with edited(path) as conn:
-        _make_version_1(conn)
+    as_of(1, path)
     async with opened(path) as (store, found):
         await assert_holds(store, found, maker)
         last = maker.numbers.next_event - 1
@@ -69,14 +68,15 @@ async def test_of_a_store_of_version_1_nobody_knows_what_was_pruned(path: str) -
 
 async def test_a_damaged_meta_row_is_not_sealed_anew_by_a_migration(path: str) -> None:
     await make_store(path)
+    as_of(1, path)
     with edited(path) as conn:
-        _make_version_1(conn)
         conn.execute("UPDATE meta SET next_token = next_token + 1")
     with pytest.raises(StoreUnreadable, match="meta row"):
         await Store.open(path)
 
 
 def _make_version_1(conn: sqlite3.Connection) -> None:
+    """Lay the meta row out as version 1 had it."""
     found = migrations.read_meta(conn)
     assert found is not None
     row = {name: value for name, value in found.items() if name not in ("events_gone_to", "crc")}
@@ -87,7 +87,6 @@ def _make_version_1(conn: sqlite3.Connection) -> None:
     conn.execute(f"CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), {columns}) STRICT")
     values = rows.sealed(tuple(row.values()))
     conn.execute(f"INSERT INTO meta (id, {', '.join(names)}) VALUES (1{', ?' * len(values)})", values)
-    conn.execute("DROP TABLE late_results")
     conn.execute("PRAGMA user_version = 1")
 
 
@@ -138,7 +137,10 @@ def as_of(version: int, path: str) -> None:
     """Make a store of this version of the one at `path`: its rows, as far as there was a table for them."""
     was, now = f"{path}.was", migrations.VERSION
     with edited(path) as conn:
-        assert conn.execute("SELECT count(*) FROM late_results").fetchone() == (0,), "no older version could have had it"
+        for table in ("late_results", "tombstones"):
+            assert conn.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), (
+                "no older version could have had it"
+            )
         if version == 1:
             _make_version_1(conn)
     with edited(was) as old:
@@ -226,7 +228,8 @@ def test_every_table_is_strict_and_every_row_of_promise_has_a_checksum() -> None
         migrations.create(conn)
         tables = conn.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
         assert all(strict for name, strict in tables if not name.startswith("sqlite_"))
-        for table in ("jobs", "payloads", "late_results", "events", "keys", "queues", "meta", "reports", "figures"):
+        promised = ("jobs", "payloads", "late_results", "events", "keys", "queues", "meta", "reports", "figures")
+        for table in (*promised, "tombstones"):
             assert "crc" in [row[1] for row in conn.execute(f"PRAGMA table_info({table})")], table
         assert conn.execute("PRAGMA application_id").fetchone() == (migrations.APPLICATION_ID,)
 

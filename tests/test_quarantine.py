@@ -11,7 +11,19 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.batch import Aside, BadRows, JournalPage, KeyRow, LateAsked, Loaded, Opened, Query, QueueRow
+from jobd.batch import (
+    Aside,
+    BadRows,
+    Due,
+    JournalPage,
+    KeyRow,
+    LateAsked,
+    Loaded,
+    Opened,
+    Query,
+    QueueRow,
+    Tombstone,
+)
 from jobd.events import fold
 from jobd.job import FINISHED, LIVE, Job, Options, Result
 from jobd.rows import JOB_COLUMNS
@@ -289,6 +301,20 @@ async def test_bad_queues_figures_and_reports_are_set_aside_and_counted_anew(pat
         assert len(found.faults) == 2
         assert any("queues video: its checksum is wrong: whether it was paused" in fault for fault in found.faults)
         assert await store.reports(9) == [b"r2"]
+
+
+async def test_a_bad_tombstone_is_set_aside_and_named_and_deletes_nothing(path: str) -> None:
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        buried = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW) for seq in (901, 902)]
+        await store.write(maker.batch([], tombstones=buried))
+    flip(path, "tombstones", "key", "job_seq", 901)
+    async with opened(path) as (store, found):
+        assert found.tombstones == 2
+        due = await store.due_tombstones(NOW, 9)
+        assert due == Due([(buried[1], False)], damaged=1)
+        assert store.take_faults() == ["tombstones 901: its checksum is wrong; the row was set aside"]
+        assert (await store.due_tombstones(NOW, 9)).damaged == 0
 
 
 async def test_a_live_row_that_vanished_is_noticed_at_every_start(path: str) -> None:

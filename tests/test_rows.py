@@ -12,7 +12,7 @@ from msgspec import UNSET, Raw
 from msgspec.structs import replace
 
 from jobd import migrations, rows
-from jobd.batch import KeyRow, Numbers, QueueRow
+from jobd.batch import KeyRow, Numbers, QueueRow, Tombstone
 from jobd.events import KEEP_SIGNS, Changes, Event, fold
 from jobd.job import Failure, Job, Result, untouched
 from tests.by_hand import NOW, OPTIONS, Maker, all_of, full_job
@@ -193,6 +193,9 @@ def test_keys_and_queues_come_back_as_they_were() -> None:
     assert rows.key(rows.key_row(granted)[:-1]) == granted
     queue = QueueRow(True, 1, 2, 3)
     assert rows.queue(rows.queue_row("q", queue)) == queue
+    buried = Tombstone(7, "a", "k/ü", 1, 2, 3)
+    assert rows.tombstone(rows.tombstone_row(buried)) == buried
+    assert rows.fault(rows.tombstone_row(buried)) is None
 
 
 def test_a_row_set_aside_can_be_read_and_edited_by_people() -> None:

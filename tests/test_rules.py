@@ -1220,7 +1220,7 @@ def test_deletion_by_age_is_judged_when_it_is_applied(desk: Desk) -> None:
     desk.passes(10)
     ids = ["old", "plain", "young", "queued", "gone", "old"]
     worked = desk.yes(DeleteExpired(ids=ids), by="cleanup")
-    assert (worked.done, worked.storage_keys) == (2, ["k/1"])
+    assert worked.done == 2
     assert set(desk.rows) == {"young", "queued"}
     assert desk.last().type == "deleted"
     desk.row(replace(desk.job("young"), expires_at=None))

@@ -16,7 +16,21 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd import files, lookups
-from jobd.batch import Batch, Disk, JournalPage, KeyRow, LateAsked, Loaded, Numbers, Opened, Query
+from jobd.batch import (
+    PUT_OFF_MS,
+    BadRows,
+    Batch,
+    Disk,
+    Due,
+    JournalPage,
+    KeyRow,
+    LateAsked,
+    Loaded,
+    Numbers,
+    Opened,
+    Query,
+    Tombstone,
+)
 from jobd.events import KEEP_SIGNS, Change, Event
 from jobd.job import KEEP_LATE, Job, LateResult, Result
 from jobd.store import MEMORY, Store
@@ -486,3 +500,90 @@ async def test_many_ask_of_one_job_and_some_for_all(store: Store) -> None:
     seq = made(created).seq
     for asked in ([LateAsked(seq), LateAsked(seq, whole=True)], [LateAsked(seq, whole=True), LateAsked(seq, "x")]):
         assert (await store.late(asked)).results == {seq: [change.late]}
+
+
+# -- tombstones -------------------------------------------------------------------------------------------------------
+
+
+def buried(seq: int, key: str = "k", due_at: int = NOW) -> Tombstone:
+    return Tombstone(seq, f"job-{seq}", key, NOW, due_at)
+
+
+async def due(store: Store, now: int = NOW, limit: int = 99) -> list[int]:
+    return [tombstone.job_seq for tombstone, _ in (await store.due_tombstones(now, limit)).found]
+
+
+async def test_a_tombstone_comes_with_its_batch_and_waits_for_its_time(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([], tombstones=[buried(1, due_at=NOW + 2), buried(2, due_at=NOW + 1), buried(3)]))
+        assert await due(store, NOW - 1) == []
+        assert await due(store, NOW) == [3]
+        assert await due(store, NOW + 2) == [3, 2, 1]
+        assert await due(store, NOW + 2, limit=2) == [3, 2]
+    async with opened(path) as (store, found):
+        assert found.tombstones == 3
+        assert (await store.due_tombstones(NOW, 1)).found == [(buried(3), False)]
+
+
+async def test_a_batch_that_is_refused_leaves_no_tombstone(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        ghost = maker.create("ghost")
+        with pytest.raises(BadRows):
+            await store.write(maker.batch([], tombstones=[buried(1)], payloads=[made(ghost).seq]))
+        assert await due(store) == []
+
+
+async def test_tombstones_are_forgotten_and_put_off(store: Store) -> None:
+    await store.write(Maker().batch([], tombstones=[buried(seq) for seq in (1, 2, 3)]))
+    late = replace(buried(3), due_at=NOW + 5, tries=1)
+    await store.settle_tombstones([1, 99], [late])
+    assert await due(store) == [2]
+    assert (await store.due_tombstones(NOW + 5, 9)).found == [(buried(2), False), (late, False)]
+    await store.settle_tombstones([2, 3], [])
+    assert await store.due_tombstones(NOW + 5, 9) == Due([])
+
+
+async def test_a_tombstone_that_was_put_off_by_another_clock_is_due(store: Store) -> None:
+    await store.write(Maker().batch([], tombstones=[buried(1, due_at=NOW + PUT_OFF_MS + 1)]))
+    assert await due(store, NOW + 1) == []
+    assert await due(store, NOW) == [1]
+
+
+@pytest.mark.parametrize("status", ["queued", "failed", "completed"])
+async def test_a_key_is_named_while_any_job_has_it(store: Store, status: str) -> None:
+    maker = Maker()
+    change = maker.create("holder", status=status, result=Result(storage_key="k/ü'\n"))
+    await store.write(maker.batch([change], tombstones=[buried(90, "k/ü'\n"), buried(91, "k/"), buried(92, "K/ü'\n")]))
+    assert [named for _, named in (await store.due_tombstones(NOW, 9)).found] == [True, False, False]
+    await store.quarantine(made(change), "by hand")
+    assert [named for _, named in (await store.due_tombstones(NOW, 9)).found] == [True, False, False]
+
+
+async def test_a_late_result_that_names_a_key_holds_it_until_its_job_goes(store: Store) -> None:
+    maker = Maker()
+    job = made(maker.create("a", status="cancelled"))
+    batch = maker.batch([], tombstones=[buried(90)])
+    maker.jobs.clear()
+    maker.payloads.clear()
+    created = maker.create("b", status="cancelled")
+    late = maker.late(made(created), 3, Result(storage_key="k"))
+    assert job.seq != made(created).seq
+    await store.write(maker.batch([created, late], tombstones=batch.tombstones))
+    assert (await store.due_tombstones(NOW, 9)).found == [(buried(90), True)]
+    await store.write(maker.batch([maker.delete(made(created))]))
+    assert (await store.due_tombstones(NOW, 9)).found == [(buried(90), False)]
+
+
+async def test_a_job_that_names_its_key_no_more_holds_nothing(store: Store) -> None:
+    maker = Maker()
+    job = made(maker.create("holder", status="failed", result=Result(storage_key="k")))
+    first = maker.batch([], tombstones=[buried(90)])
+    await store.write(maker.batch([maker.create("x", status="failed", result=Result(storage_key="k"))]))
+    await store.write(first)
+    assert (await store.due_tombstones(NOW, 9)).found == [(buried(90), True)]
+    (other,) = (each for each in maker.jobs.values() if each.id == "x")
+    del maker.jobs[job.seq]
+    await store.write(maker.batch([maker.delete(other)]))
+    assert (await store.due_tombstones(NOW, 9)).found == [(buried(90), False)]

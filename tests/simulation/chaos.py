@@ -9,12 +9,23 @@ import asyncio
 from random import Random
 from typing import Final
 
+from msgspec.structs import replace
+
 from tests.simulation.machine import Machine
 from tests.simulation.plan import policy
 
 BACKUPS: Final = 3
 STEPS_MS: Final = (1, 40, 2_000, 30_000, 700_000)
-UPKEEP: Final = ("find", "timeline", "expired", "reports", "prune", "save_figures")
+UPKEEP: Final = (
+    "find",
+    "timeline",
+    "expired",
+    "reports",
+    "prune",
+    "save_figures",
+    "due_tombstones",
+    "settle_tombstones",
+)
 LONG_STEPS_MS: Final = (25 * 3_600_000, 8 * 86_400_000, 45 * 86_400_000)
 
 
@@ -76,6 +87,8 @@ class Chaos:
                 machine.fault(name, frozen_s)
                 machine.loop.freeze(frozen_s)
                 machine.watch.frozen(frozen_s)
+            case "artefacts away" | "artefacts flaky" | "artefacts slow":
+                await self._artefacts(name)
             case "reload":
                 self._reload()
             case _:
@@ -166,9 +179,16 @@ class Chaos:
             machine.fault("rot payload" if payload else "rot row", machine.disk.jobs[seq].id)
             machine.disk.rot(seq, payload=payload)
 
+    async def _artefacts(self, name: str) -> None:
+        machine = self.machine
+        machine.artefacts.fault = name.partition(" ")[2]
+        machine.fault(name)
+        await asyncio.sleep(self.dice.choice((2, 20, 400)))
+        machine.artefacts.fault = None
+
     def _reload(self) -> None:
         machine = self.machine
-        machine.next_policy = policy(self.dice)
+        machine.next_policy = replace(policy(self.dice), artefacts=machine.plan.policy.artefacts)
         machine.fault("reload", machine.next_policy)
         if machine.daemon is not None:
             machine.daemon.actor.policy = machine.next_policy

@@ -43,6 +43,7 @@ class Closing:
         limit_s = ALL_TIME_S
         _, waiting = await asyncio.wait(people, timeout=limit_s) if people else (None, None)
         machine.disk.heal()  # of a fault that was still under way
+        machine.artefacts.fault = None
         if waiting:
             self.watch.fail("L1", f"{len(waiting)} callers have no answer after {limit_s:.0f} s")
 
@@ -125,6 +126,22 @@ class Closing:
             self.watch.fail("S13", f"{len(machine.disk.jobs)} old jobs are left, the first is {left.status}", left.id)
         if any(event.job_id not in machine.disk.quarantined for event in machine.disk.events):
             self.watch.fail("S13", f"{len(machine.disk.events)} events of deleted jobs are left")
+        await self._swept()
+
+    async def _swept(self) -> None:
+        """No object of a deleted job is left, and nothing waits to be deleted."""
+        machine, disk = self.machine, self.machine.disk
+        if not machine.plan.policy.artefacts:
+            return
+        for _ in range(int(ALL_TIME_S / 10)):
+            if not disk.tombstones or self.watch.first:
+                break
+            await asyncio.sleep(10)
+        if disk.tombstones:
+            late = next(iter(disk.tombstones.values()))
+            self.watch.fail("S13", f"{len(disk.tombstones)} tombstones are left, the first of {late.key}", late.job_id)
+        if leaked := machine.artefacts.leaked():
+            self.watch.fail("S13", f"objects of deleted jobs are left: {leaked}")
 
     async def _all_time_passes(self, daemon: Daemon) -> None:
         """Until every job is past its time, and then until every journal is."""

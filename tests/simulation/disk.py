@@ -20,9 +20,9 @@ from tests.memory_disk import MemoryDisk
 
 STATE: Final = (
     "numbers", "jobs", "payloads", "events", "lates", "queues", "keys", "suspects", "quarantined", "deleted",
-    "kept_reports", "figures", "bad_jobs", "bad_payloads", "aside", "_ids",
+    "kept_reports", "figures", "bad_jobs", "bad_payloads", "aside", "rotten", "tombstones", "_ids",
 )  # fmt: skip
-COMMITS: Final = frozenset({"prune", "save_figures"})  # beside the batches
+COMMITS: Final = frozenset({"prune", "save_figures", "settle_tombstones"})  # beside the batches
 
 Snapshot = dict[str, Any]
 

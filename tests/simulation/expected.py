@@ -10,6 +10,7 @@ from typing import Final, get_args
 
 from jobd.commands import REFUSALS, AnyCommand
 from jobd.events import EventType
+from tests.simulation.chaos import UPKEEP
 from tests.simulation.plan import FAULTS, MISHAPS
 
 # These are the doors' words, not the core's.
@@ -31,9 +32,7 @@ IN_PARTS: Final = {
     "write error": (),
     "lost fsync answer": (),
     "read error": ("failing load",),
-    "upkeep error": tuple(
-        f"failing {what}" for what in ("find", "timeline", "expired", "reports", "prune", "save_figures")
-    ),
+    "upkeep error": tuple(f"failing {what}" for what in UPKEEP),
     "rot": ("rot row", "rot payload"),
 }
 ON_DISK: Final = (
@@ -53,6 +52,8 @@ ON_DISK: Final = (
     "expired failed",
     "reports failed",
     "prune failed",
+    "due_tombstones failed",
+    "settle_tombstones failed",
     "save_figures failed",
 )
 OTHERS: Final = (
@@ -63,6 +64,11 @@ OTHERS: Final = (
     "late result taken",
     "operator cleanup",
     "operator recover-stuck",
+    "artefact delete",
+    "artefact wait",
+    "artefact leave",
+    "artefact store failed",
+    "artefact deleted unheard",
     "daemon ended: killed",
     "daemon ended: stopped",
     "daemon ended: disk broken",

@@ -24,6 +24,8 @@ from jobd.clock import Clock
 from jobd.commands import AnyCommand, CreditAbsence, EndGrants, KeyUse, Refusal
 from jobd.daemon import GRACE_MS, STOP_S, _current_keys
 from jobd.keys import Keys
+from jobd.sweeper import Sweeper, Sweeps
+from tests.simulation.artefacts import SimArtefacts
 from tests.simulation.disk import SimDisk, Snapshot
 from tests.simulation.journal import Journal
 from tests.simulation.loop import SimLoop
@@ -76,6 +78,7 @@ class Machine:
         self.disk = SimDisk(Random(f"{seed}: disk"), self.fired)
         self.finished = asyncio.Event()
         self.watch = Watch(self, self.fired)
+        self.artefacts = SimArtefacts(self, Random(f"{seed}: artefacts"))
         self.disk.committed = self.watch.committed
         self.disk.pruning = self.watch.pruned
         self.disk.broken = lambda message: self.watch.fail("S7", message)
@@ -150,6 +153,7 @@ class Machine:
         """No daemon runs: the disk is as it was at an earlier time."""
         snapshot, acknowledged = backup
         self.disk.put_back(snapshot)
+        self.artefacts.put_back()
         self.watch.put_back(acknowledged)
 
     # -- connections --------------------------------------------------------------------------------------------------
@@ -240,6 +244,7 @@ class Daemon:
         self.gone = asyncio.Event()
         self.stopped = asyncio.Event()
         self.began_s = self.opened_s = machine.loop.now_s
+        self.sweeper: Sweeper | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._context = contextvars.copy_context()
         self._context.run(_owner.set, self._tasks)
@@ -299,6 +304,7 @@ class Daemon:
         running.add_done_callback(lambda _: self.stopped.set())
         self.cleaner = Cleaner(self.actor, self.clock, machine.plan.schedule)
         self.cleaning = self.spawn(self.cleaner.run())
+        sweeping = self._sweep()
         self.is_open, self.opened_s = True, machine.loop.now_s
         machine.note("machine", "open", self.book.numbers(0, 0), self.clock.suspect)
         await self.stopped.wait()
@@ -306,6 +312,9 @@ class Daemon:
         self.how = "disk broken" if running.done() else "stopped"
         self.actor.stop_parking()
         await self._answer_the_rest()
+        if sweeping is not None and self.sweeper is not None:
+            self.sweeper.stop()
+            await sweeping
         self.cleaner.stop()
         await self.cleaning
         self.actor.stop()
@@ -317,6 +326,15 @@ class Daemon:
                 machine.watch.fail("S8", f"the daemon ended by a bug of its own: {broken.__cause__!r}")
         self._drop_lines()
         self.gone.set()
+
+    def _sweep(self) -> asyncio.Task[None] | None:
+        machine = self.machine
+        if not machine.plan.policy.artefacts:
+            return None
+        sweeps = Sweeps(waiting=self.opened.tombstones)
+        self.sweeper = Sweeper(machine.disk, machine.artefacts, self.clock, sweeps, machine.plan.margins)
+        self.actor.on_commit.append(self.sweeper.committed)
+        return self.spawn(self.sweeper.run())
 
     def _settle(self) -> None:
         held = list(self.book.processing)

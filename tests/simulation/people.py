@@ -186,6 +186,14 @@ class Worker(Person):
                 for granted in answer.data.grants:
                     await self.work(granted)
 
+    async def ask(self, command: AnyCommand, *, tries: int = 4) -> Answer | Refusal | None:
+        """Who has something to store does so before he says that he is done; it may take a while."""
+        if isinstance(command, Complete) and command.storage_key is not None:
+            self.machine.artefacts.store(command.storage_key, command.lock_id)
+            if self.dice.random() < 0.4:
+                await asyncio.sleep(self.dice.choice((0.05, 1.0, 4.0)))
+        return await super().ask(command, tries=tries)
+
     def _late_word(self, job_id: str, lock_id: str) -> AnyCommand:
         return self.dice.choice((self._sign, self._ending))(job_id, lock_id)
 
@@ -202,7 +210,7 @@ class Worker(Person):
                 id=job_id,
                 lock_id=lock_id,
                 download_url=requests.maybe(0.5, "https://x/y"),
-                storage_key=requests.maybe(0.3, "k/1", "../k", "k/2"),
+                storage_key=requests.maybe(0.6, "k/1", "k/1", "../k", "k/2"),
                 expires_at=requests.maybe(0.2, self.machine.wall() + 5_000, self.machine.wall() - 5_000),
             )
         if roll < 0.85:

@@ -9,8 +9,10 @@ from random import Random
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from jobd.actor import Bounds
+from jobd.artefacts import Margins
 from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.passes import Schedule
 
@@ -34,6 +36,9 @@ FAULTS: Final = (
     "freeze",
     "reload",
     "backup",
+    "artefacts away",
+    "artefacts flaky",
+    "artefacts slow",
 )
 MISHAPS: Final = (
     "answer unread",
@@ -65,6 +70,7 @@ class Plan(Struct, frozen=True):
     schedule: Schedule
     bounds: Bounds
     keys: int
+    margins: Margins  # of its artefacts, where the policy says that there is a store of them
 
 
 def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
@@ -83,10 +89,14 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
         kinds=("", "k1", "k2")[: dice.randint(1, 3)],
         pace_s=dice.choice((1.0, 5.0, 20.0)),
         think_s=dice.choice((0.02, 0.3, 1.0)),
-        policy=policy(dice),
+        policy=replace(policy(dice), artefacts=dice.random() < 0.8),
         schedule=_schedule(dice),
         bounds=_bounds(dice),
         keys=dice.choice((3, 30, 1000)),
+        margins=Margins(
+            young_ms=dice.choice((5 * SECOND_MS, 30 * SECOND_MS, 60 * MINUTE_MS)),
+            skew_ms=dice.choice((SECOND_MS, 15 * MINUTE_MS)),
+        ),
     )
 
 

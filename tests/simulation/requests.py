@@ -20,6 +20,7 @@ from jobd.commands import (
     Delete,
     DeleteExpired,
     Expire,
+    Export,
     ExtendLock,
     ForceFail,
     ForceReset,
@@ -240,7 +241,9 @@ class Requests:
                     cursor=self.maybe(0.3, "7"),
                 )
             case 6:
-                return self.dice.choice((Queues(), Workers()))
+                return self.dice.choice(
+                    (Queues(), Workers(), Export(limit=self.dice.choice((1, 50)), cursor=self.maybe(0.3, "7")))
+                )
             case 7:
                 return Stats()
             case 8:

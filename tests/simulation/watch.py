@@ -20,7 +20,7 @@ from jobd.batch import Batch, KeyRow
 from jobd.book import Book
 from jobd.commands import AnyCommand, Call, Claim, DeleteExpired, KeyUse, Moment, Refusal
 from jobd.draft import Decision
-from jobd.events import fold
+from jobd.events import Change, fold
 from jobd.full_disk import Closed
 from jobd.job import KEEP_LATE, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
 from jobd.keys import KEPT_MS, SAFE_MS
@@ -184,12 +184,14 @@ class Watch(Promises):
             self.machine.note("event", event)
             if event.job_seq == 0:
                 continue
+            self.machine.artefacts.committed(change)
             self.must(fold(before, event) == after, "S7", f"{event.type} does not say what happened", event.job_id)
             if event.type == "undelivered" and before is not None and before.grant is not None:
                 token = before.grant.fencing_token
                 self.must(token not in self.received, "S1", f"grant {token} was received, and taken back", before.id)
             if after is None:
                 self.deleted.add(event.job_seq)
+                self._check_tombstone(batch, change)
             elif after.grant is not None and (before is None or before.grant != after.grant):
                 token = after.grant.fencing_token
                 self.must(token > self.highest_token, "S2", f"token {token} after {self.highest_token}", after.id)
@@ -211,6 +213,15 @@ class Watch(Promises):
                     self.must(same, "S7", "memory is not what the disk holds", change.event.job_id)
             if self._commits % RECOUNT_EVERY == 0:
                 self.recount(daemon.book)
+
+    def _check_tombstone(self, batch: Batch, change: Change) -> None:
+        """S13: the deletion of a job is on the disk together with what is left to do about its object."""
+        job = change.before
+        key = None if job is None or job.result is None else job.result.storage_key
+        due = key is not None and self.machine.plan.policy.artefacts
+        left = [tombstone.key for tombstone in batch.tombstones if tombstone.job_seq == change.event.job_seq]
+        expected = [key] if due else []
+        self.must(left == expected, "S13", f"tombstones for {left}, not {expected}", change.event.job_id)
 
     def _check_passes(self, batch: Batch) -> None:
         """L5: where no pass has succeeded for three periods cleanup says so itself."""

@@ -1,0 +1,175 @@
+"""Artefacts in a directory: deleted by name, never followed out of it.
+
+Touches the file system in a thread of its own, one call after the other, so that a mount that hangs holds nobody up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final, TypeVar
+
+from jobd.artefacts import Judge, Outcome, StoreFault
+
+T = TypeVar("T")
+
+# No symbolic link is followed on the way to an object: whoever may write into the directory could lead us out of it.
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PROBE: Final = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class FileStore:
+    """The store of `file:///DIRECTORY`; a key is a path in it."""
+
+    def __init__(self, directory: str, owner: str) -> None:
+        self.place = directory
+        self._probe_name = f".jobd-probe-{owner}"
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="artefacts")
+
+    async def delete(self, key: str, judge: Judge) -> Outcome:
+        return await self._in_thread(lambda: self._delete(key, judge))
+
+    async def probe(self) -> None:
+        await self._in_thread(self._probe)
+
+    async def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except OSError as error:
+            raise StoreFault(f"{self.place}: {error.strerror or error}") from error
+
+    # -- in the thread ------------------------------------------------------------------------------------------------
+
+    def _delete(self, key: str, judge: Judge) -> Outcome:
+        *folders, name = key.split("/")
+        if any(part in ("", ".") for part in (*folders, name)):
+            return Outcome("left", "such a key names no file")
+        try:
+            with self._opened(folders) as folder:
+                return _delete_in(folder, name, judge)
+        except FileNotFoundError:
+            self._look_at_root()
+            return Outcome("missing")
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return Outcome("missing")
+            raise StoreFault(f"{self.place}/{key}: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def _opened(self, folders: list[str]) -> Iterator[int]:
+        """The directory that the folders lead to. Raises FileNotFoundError where there is none, or StoreFault."""
+        folder = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # may be a link, by the operator
+        try:
+            for name in folders:
+                try:
+                    inner = os.open(name, _DIRECTORY, dir_fd=folder)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                        raise
+                    if not stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                        raise FileNotFoundError(name) from error  # a file: nothing lies under it
+                    way = "/".join(folders)
+                    told = f"{self.place}/{way}: {name} is a symbolic link, which is not followed; mount it there"
+                    raise StoreFault(told) from error
+                os.close(folder)
+                folder = inner
+            yield folder
+        finally:
+            os.close(folder)
+
+    def _look_at_root(self) -> None:
+        """A directory that is not there, or not mounted, is a fault: it does not mean that its objects are gone."""
+        if not Path(self.place).is_dir():
+            raise StoreFault(f"{self.place} is no directory. Make it, or change artefacts.url.")
+
+    def _probe(self) -> None:
+        fault = directory_fault(self.place)
+        if fault is not None:
+            raise StoreFault(fault)
+        value = secrets.token_bytes(16)
+        with self._opened([]) as folder:
+            probe = os.open(self._probe_name, _PROBE, 0o600, dir_fd=folder)
+            try:
+                os.write(probe, value)
+                os.fsync(probe)
+                read = os.pread(probe, 32, 0)
+            finally:
+                os.close(probe)
+                os.unlink(self._probe_name, dir_fd=folder)
+        if read != value:
+            raise StoreFault(f"{self.place}: a probe read back something else than it had written.")
+
+
+def _delete_in(folder: int, name: str, judge: Judge) -> Outcome:
+    """Delete a file that was looked at, and no other: one that takes its place meanwhile is put back.
+
+    `unlink` takes whatever has the name by then. So the name is moved aside first, which nobody else does, and what was
+    moved is looked at again. A crash in between leaves it aside, under a name that the next try knows.
+    """
+    aside = f".jobd-gone-{blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
+    _recover(folder, name, aside, judge)
+    found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if stat.S_ISDIR(found.st_mode):
+        return Outcome("left", "it is a directory")
+    # The second is set by the system alone: a copy that keeps the old time of its source is new all the same.
+    modified_at = max(found.st_mtime_ns, found.st_ctime_ns) // 1_000_000
+    verdict = judge(modified_at)
+    if verdict != "delete":
+        why = "it was written after the job had been deleted" if verdict == "leave" else ""
+        return Outcome("left" if verdict == "leave" else "young", why, modified_at)
+    os.rename(name, aside, src_dir_fd=folder, dst_dir_fd=folder)
+    if _identity(os.stat(aside, dir_fd=folder, follow_symlinks=False)) != _identity(found):
+        _put_back(folder, name, aside)
+        return _delete_in(folder, name, judge)
+    os.unlink(aside, dir_fd=folder)
+    os.fsync(folder)
+    return Outcome("deleted")
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _recover(folder: int, name: str, aside: str, judge: Judge) -> None:
+    """What a crash has left aside goes on its way: it was judged, but perhaps it was not what had been judged."""
+    try:
+        found = os.stat(aside, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if judge(found.st_mtime_ns // 1_000_000) == "delete":  # moving it has changed its other time
+        os.unlink(aside, dir_fd=folder)
+    else:
+        _put_back(folder, name, aside)
+    os.fsync(folder)
+
+
+def _put_back(folder: int, name: str, aside: str) -> None:
+    with contextlib.suppress(FileExistsError):  # one that is newer still
+        os.link(aside, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    os.unlink(aside, dir_fd=folder)
+
+
+def directory_fault(directory: str) -> str | None:
+    """Why artefacts cannot be kept in `directory`, or None. Touches the file system: call it off the event loop."""
+    try:
+        if not Path(directory).is_dir():
+            return f"{directory} is no directory. Make it, or change artefacts.url."
+        if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            return f"{directory} cannot be written to. Give the daemon's user the right to."
+        usage = os.statvfs(directory)
+    except OSError as error:
+        return f"{directory} cannot be looked at ({error.strerror}). Give the daemon's user the right to."
+    if usage.f_bavail == 0 or (usage.f_files and usage.f_favail == 0):
+        return f"{directory} is full. Free some space."
+    return None

@@ -1,0 +1,193 @@
+"""Deletes the stored objects of deleted jobs: a tombstone at a time, in small slices, again and again until it is done.
+
+Nothing is lost by a crash: the tombstone came with the job's deletion, and goes once the object is gone. What is not
+there any more is done. It decides nothing about jobs, and never raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import Final, Literal, Protocol
+
+import structlog
+from msgspec import Struct
+from msgspec.structs import replace
+
+from jobd.artefacts import MARGINS, ArtefactStore, Margins, Outcome, StoreFault, judge
+from jobd.batch import PUT_OFF_MS, Disk, DiskFull, Tombstone, tombstones
+from jobd.commands import Moment
+from jobd.events import Change
+from jobd.job import MINUTE_MS, SECOND_MS
+
+log = structlog.get_logger("jobd.artefacts")
+
+SLICE: Final = 20
+PAUSE_S: Final = 0.01  # between slices, so that workers get the disk in between
+POLL_S: Final = 3.0  # while tombstones wait that are not due
+CALL_S: Final = 10.0  # for one object
+RETRY_MS: Final = 2 * SECOND_MS  # after the first failure, then twice as long each time
+RETRY_AT_MOST_MS: Final = 10 * MINUTE_MS
+COMPLAIN_AFTER_S: Final = 300.0
+FAILING_KEPT: Final = 1_000  # whose first failure is remembered
+
+
+class Clock(Protocol):
+    @property
+    def suspect(self) -> bool: ...
+    def moment(self) -> Moment: ...
+
+
+class Sweeps(Struct):
+    """Tombstones that wait, and what was done since the process started, for metrics."""
+
+    waiting: int = 0
+    deleted: int = 0
+    left: int = 0
+    failures: int = 0
+
+
+class End(Struct, frozen=True):
+    """What came of one tombstone. `failed` is a sentence."""
+
+    tombstone: Tombstone
+    outcome: Outcome | None
+    failed: str = ""
+
+
+class Sweeper:
+    """`run` sweeps until `stop`. `committed` is told of every commit, and wakes it."""
+
+    def __init__(
+        self, disk: Disk, store: ArtefactStore, clock: Clock, sweeps: Sweeps, margins: Margins = MARGINS
+    ) -> None:
+        self.sweeps = sweeps
+        self._disk = disk
+        self._store = store
+        self._clock = clock
+        self._margins = margins
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._failing: dict[int, tuple[float, str]] = {}  # job seq -> loop time of its first failure, the last words
+
+    async def run(self) -> None:
+        """Until `stop`, which waits for the slice under way. Survives whatever fails."""
+        while not self._stopping:
+            pause_s = POLL_S
+            try:
+                if await self._slice():
+                    pause_s = PAUSE_S
+            except DiskFull:
+                log.warning("artefact_sweep_waits", reason="the disk of the store is full")
+            except Exception as error:
+                self._note_bug(error)
+            else:
+                self._failing.pop(0, None)
+            await self._pause(pause_s)
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    def committed(self, changes: Sequence[Change]) -> None:
+        """Changes are on the disk: perhaps with work for us."""
+        if new := len(tombstones(changes)):
+            self.sweeps.waiting += new
+            self._wake.set()
+
+    def complaint(self) -> str | None:
+        """What an operator should know, or None where objects are deleted in time."""
+        if not self._failing:
+            return None
+        since, why = min(self._failing.values())
+        silent_s = asyncio.get_running_loop().time() - since
+        if silent_s < COMPLAIN_AFTER_S:
+            return None
+        kept = f"{len(self._failing)} objects of deleted jobs" if 0 not in self._failing else "Objects of deleted jobs"
+        return f"{kept} could not be deleted, the first for {silent_s:.0f} s: {why}"
+
+    # -- a slice ------------------------------------------------------------------------------------------------------
+
+    async def _slice(self) -> bool:
+        """Look at what is due; whether there may be more that can be done at once."""
+        if self._clock.suspect:
+            return False  # as nothing is deleted by age then
+        now = self._clock.moment().now
+        due = await self._disk.due_tombstones(now, SLICE)
+        self.sweeps.waiting -= due.damaged
+        ends = await asyncio.gather(*(self._try(tombstone, named, now) for tombstone, named in due.found))
+        gone = [end.tombstone.job_seq for end in ends if end.outcome is not None and end.outcome.what != "young"]
+        later = [self._put_off(end, now) for end in ends if end.tombstone.job_seq not in gone]
+        if ends:
+            await self._disk.settle_tombstones(gone, later)
+        self.sweeps.waiting -= len(gone)
+        for end in ends:
+            self._note(end)
+        return len(ends) == SLICE and not all(end.failed for end in ends)
+
+    async def _try(self, tombstone: Tombstone, named: bool, now: int) -> End:
+        """A key that a job names is left alone; the store hears of it all the same, and mends what a crash left."""
+        whose = _leave if named else partial(judge, tombstone, self._margins, now)
+        try:
+            async with asyncio.timeout(CALL_S):
+                return End(tombstone, await self._store.delete(tombstone.key, whose))
+        except TimeoutError:
+            return End(tombstone, None, f"{self._store.place} has not answered for {CALL_S:g} s.")
+        except StoreFault as fault:
+            return End(tombstone, None, str(fault))
+        except Exception as error:
+            log.exception("artefact_store_failed", key=tombstone.key)
+            return End(tombstone, None, f"{self._store.place}: {type(error).__name__}: {error}")
+
+    def _put_off(self, end: End, now: int) -> Tombstone:
+        """The tombstone with the time of its next try; one of a young object when that will be old enough."""
+        tombstone, outcome = end.tombstone, end.outcome
+        if outcome is not None:
+            return replace(
+                tombstone, due_at=min(outcome.modified_at + self._margins.young_ms, now + PUT_OFF_MS), tries=0
+            )
+        wait_ms = min(RETRY_MS << min(tombstone.tries, 10), RETRY_AT_MOST_MS)
+        return replace(tombstone, due_at=now + wait_ms, tries=tombstone.tries + 1)
+
+    def _note(self, end: End) -> None:
+        tombstone, outcome = end.tombstone, end.outcome
+        told = {"job_id": tombstone.job_id, "key": tombstone.key}
+        if outcome is None:
+            self.sweeps.failures += 1
+            self._note_failure(tombstone.job_seq, end.failed)
+            log.warning("artefact_not_deleted", **told, tries=tombstone.tries + 1, error=end.failed)
+            return
+        self._failing.pop(tombstone.job_seq, None)
+        if outcome.what == "deleted":
+            self.sweeps.deleted += 1
+            log.debug("artefact_deleted", **told)
+        elif outcome.what == "left":
+            self.sweeps.left += 1
+            log.info("artefact_left", **told, why=outcome.why)
+
+    def _note_bug(self, error: Exception) -> None:
+        """The disk of the store has failed, or we have: told in full the first time."""
+        self.sweeps.failures += 1
+        log.warning("artefact_sweep_failed", error=f"{type(error).__name__}: {error}", exc_info=0 not in self._failing)
+        self._note_failure(0, f"the store of jobs failed: {error}")
+
+    def _note_failure(self, job_seq: int, why: str) -> None:
+        since = self._failing[job_seq][0] if job_seq in self._failing else asyncio.get_running_loop().time()
+        if job_seq in self._failing or len(self._failing) < FAILING_KEPT:
+            self._failing[job_seq] = since, why
+
+    async def _pause(self, seconds: float) -> None:
+        """Until something is new, or for so long where something waits."""
+        timer = None
+        if self.sweeps.waiting > 0 or self._failing or seconds < POLL_S:
+            timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+        if not self._stopping:
+            await self._wake.wait()
+        self._wake.clear()
+        if timer is not None:
+            timer.cancel()
+
+
+def _leave(_: int) -> Literal["leave"]:
+    return "leave"

@@ -1,0 +1,63 @@
+"""A store of artefacts in memory that fails when a test asks for it: for the sweeper's tests and the simulation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from jobd.artefacts import Judge, Outcome, StoreFault
+
+
+class MemoryArtefacts:
+    """Objects by key, with the wall time of their upload. `faults` names keys that cannot be deleted, and why.
+
+    `gate`: cleared, deletions wait for it once they have looked; `broken` is raised by every call.
+    """
+
+    place = "memory"
+
+    def __init__(self, wall: Callable[[], int]) -> None:
+        self.objects: dict[str, int] = {}
+        self.faults: dict[str, str] = {}
+        self.broken: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.tried: list[str] = []
+        self._wall = wall
+
+    def upload(self, key: str) -> None:
+        self.objects[key] = self._wall()
+
+    async def delete(self, key: str, judge: Judge) -> Outcome:
+        self.tried.append(key)
+        await self.pause()
+        if self.broken is not None:
+            raise self.broken
+        if key in self.faults:
+            raise StoreFault(self.faults[key])
+        while True:
+            modified_at = self.objects.get(key)
+            if modified_at is None:
+                return Outcome("missing")
+            verdict = judge(modified_at)
+            if verdict != "delete":
+                return Outcome("left" if verdict == "leave" else "young", "it is another's", modified_at)
+            await self.pause()
+            await self.gate.wait()
+            if self.objects.get(key) == modified_at:  # as by an ETag
+                del self.objects[key]
+                self.deleted(key)
+                return Outcome("deleted")
+
+    async def pause(self) -> None:
+        await asyncio.sleep(0)
+
+    def deleted(self, key: str) -> None:
+        """An object has gone."""
+
+    async def probe(self) -> None:
+        if self.broken is not None:
+            raise self.broken
+
+    async def close(self) -> None:
+        pass

@@ -1,0 +1,84 @@
+"""Real S3 servers on loopback for tests: Debian's radosgw on a file of its own, and moto for what that lacks.
+
+Each is a process that belongs to the test run, with one user whose keys stand here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from tests.conftest import tool_missing
+from tests.process import die_with_us
+
+KEY: Final = "key-of-tests"
+SECRET: Final = "secret-of-tests-0123456789abcdef"
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def radosgw(place: Path) -> Iterator[str]:
+    """Debian's object gateway on its dbstore, which is an SQLite file: the endpoint."""
+    for program in ("radosgw", "radosgw-admin"):
+        if shutil.which(program) is None:
+            tool_missing(program, "radosgw")
+    port = free_port()
+    (place / "ceph.conf").write_text("[global]\n")
+    options = [
+        "--no-mon-config",
+        f"--conf={place}/ceph.conf",
+        "--rgw-backend-store=dbstore",
+        "--rgw-config-store=dbstore",
+        f"--dbstore-db-dir={place}",
+        f"--dbstore-config-uri=file://{place}/config.db",
+        f"--rgw-data={place}",
+        f"--run-dir={place}",
+        "--admin-socket=",
+    ]
+    user = ["user", "create", "--uid=tests", "--display-name=tests", f"--access-key={KEY}", f"--secret-key={SECRET}"]
+    subprocess.run(["radosgw-admin", *options, *user], check=True, capture_output=True, timeout=120)
+    serving = ["--name=client.rgw", "-f", f"--log-file={place}/log", f"--rgw-frontends=beast endpoint=127.0.0.1:{port}"]
+    with _running(["radosgw", *options, *serving], place, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def moto(place: Path) -> Iterator[str]:
+    """The endpoint of moto, which knows conditional deletions."""
+    port = free_port()
+    with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], place, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def _running(command: list[str], place: Path, port: int) -> Iterator[None]:
+    with (place / "output").open("wb") as output:
+        process = subprocess.Popen(command, cwd=place, stdout=output, stderr=output, preexec_fn=die_with_us)
+        try:
+            while not _answers(port):
+                assert process.poll() is None, (place / "output").read_text()
+                time.sleep(0.05)
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True

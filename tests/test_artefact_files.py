@@ -1,0 +1,376 @@
+"""Artefacts in a real directory: what goes, what stays, and that nobody is led out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from jobd.artefact_files import FileStore, directory_fault
+from jobd.artefacts import Outcome, StoreFault, Verdict
+
+OLD_S = 1_600_000_000
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    place = tmp_path / "artefacts"
+    place.mkdir()
+    return place
+
+
+@pytest.fixture
+def store(place: Path) -> FileStore:
+    return FileStore(str(place), "test")
+
+
+def put(place: Path, key: str, text: str = "result") -> Path:
+    path = place / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def yes(_: int) -> Verdict:
+    return "delete"
+
+
+def left_aside(place: Path) -> list[Path]:
+    return [path for path in place.rglob("*") if path.name.startswith(".jobd-")]
+
+
+# -- deleting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["a", "2026/11/job-1.mp4", "ü ß\n*", "a\\b", ".hidden", "x" * 255])
+async def test_what_a_key_names_is_deleted_and_nothing_else(place: Path, store: FileStore, key: str) -> None:
+    path, other = put(place, key), put(place, "other/one")
+    assert await store.delete(key, yes) == Outcome("deleted")
+    assert not path.exists()
+    assert other.read_text() == "result"
+    assert path.parent.is_dir()
+    assert await store.delete(key, yes) == Outcome("missing")
+    assert not left_aside(place)
+
+
+@pytest.mark.parametrize("key", ["none", "no/such/way", "file/below", "x" * 300, "y" * 300 + "/z"])
+async def test_what_is_not_there_is_gone_already(place: Path, store: FileStore, key: str) -> None:
+    put(place, "file")
+    assert await store.delete(key, yes) == Outcome("missing")
+
+
+@pytest.mark.parametrize("key", ["", ".", "a//b", "a/./b", "folder/"])
+async def test_a_key_that_names_no_file_is_left(place: Path, store: FileStore, key: str) -> None:
+    put(place, "folder/inside")
+    put(place, "a/b")
+    assert (await store.delete(key, yes)).what == "left"
+    assert (place / "a/b").exists()
+    assert (place / "folder/inside").exists()
+
+
+async def test_a_directory_is_left(place: Path, store: FileStore) -> None:
+    put(place, "folder/inside")
+    assert await store.delete("folder", yes) == Outcome("left", "it is a directory")
+    assert (place / "folder/inside").exists()
+
+
+async def test_what_is_young_or_another_s_stays(place: Path, store: FileStore) -> None:
+    path = put(place, "k")
+    asked: list[int] = []
+
+    def young(modified_at: int) -> Verdict:
+        asked.append(modified_at)
+        return "wait"
+
+    outcome = await store.delete("k", young)
+    assert (outcome.what, [outcome.modified_at]) == ("young", asked)
+    assert abs(asked[0] - time.time() * 1000) < 60_000
+    assert (await store.delete("k", lambda modified_at: "leave")).what == "left"
+    assert path.read_text() == "result"
+
+
+async def test_a_copy_that_keeps_the_old_time_of_its_source_is_new(place: Path, store: FileStore) -> None:
+    path = put(place, "k")
+    os.utime(path, (OLD_S, OLD_S))
+    outcome = await store.delete("k", lambda modified_at: "wait" if modified_at > OLD_S * 1000 else "delete")
+    assert outcome.what == "young"
+    assert path.exists()
+
+
+# -- symbolic links ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_symbolic_link_on_the_way_is_not_followed(tmp_path: Path, place: Path, store: FileStore) -> None:
+    outside = put(tmp_path, "outside/secret")
+    (place / "way").symlink_to(outside.parent)
+    (place / "deep").mkdir()
+    (place / "deep/way").symlink_to("../../outside")
+    for key in ("way/secret", "deep/way/secret"):
+        with pytest.raises(StoreFault, match="way is a symbolic link, which is not followed"):
+            await store.delete(key, yes)
+    assert outside.read_text() == "result"
+
+
+async def test_of_an_object_that_is_a_symbolic_link_the_link_goes(
+    tmp_path: Path, place: Path, store: FileStore
+) -> None:
+    outside = put(tmp_path, "outside/secret")
+    (place / "link").symlink_to(outside)
+    assert await store.delete("link", yes) == Outcome("deleted")
+    assert not (place / "link").is_symlink()
+    assert outside.read_text() == "result"
+
+
+async def test_the_directory_itself_may_be_a_link(tmp_path: Path, place: Path) -> None:
+    path = put(place, "k")
+    (tmp_path / "by-name").symlink_to(place)
+    assert await FileStore(str(tmp_path / "by-name"), "test").delete("k", yes) == Outcome("deleted")
+    assert not path.exists()
+
+
+# -- in between -------------------------------------------------------------------------------------------------------
+
+
+def replaced(path: Path, text: str) -> None:
+    """As a worker stores it: beside, then in one step in its place."""
+    beside = path.with_name("beside")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def at(monkeypatch: pytest.MonkeyPatch, call: str, happens: Callable[[], object], *, times: int = 1) -> None:
+    """Just before the first calls of this function of `os`, something happens."""
+    real = getattr(os, call)
+    left = [times]
+
+    def now(*args: object, **named: object) -> object:
+        if left[0]:
+            left[0] -= 1
+            happens()
+        return real(*args, **named)
+
+    monkeypatch.setattr(os, call, now)
+
+
+@pytest.mark.parametrize("how", [replaced, lambda path, text: path.write_text(text)])
+async def test_what_comes_in_between_look_and_deletion_is_put_back(
+    place: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path, str], None]
+) -> None:
+    path = put(place, "k")
+    looks: list[int] = []
+
+    def first_only(modified_at: int) -> Verdict:
+        looks.append(modified_at)
+        return "delete" if len(looks) == 1 else "leave"
+
+    at(monkeypatch, "rename", lambda: how(path, "the result of another job"))
+    assert (await store.delete("k", first_only)).what == "left"
+    assert len(looks) == 2
+    assert path.read_text() == "the result of another job"
+    assert not left_aside(place)
+
+
+async def test_what_comes_while_another_is_put_back_stays(
+    place: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = put(place, "k")
+    at(monkeypatch, "rename", lambda: replaced(path, "second"))
+    at(monkeypatch, "link", lambda: replaced(path, "third"))
+    verdicts = iter(["delete", "leave"])
+    assert (await store.delete("k", lambda modified_at: next(verdicts))).what == "left"  # type: ignore[arg-type]
+    assert path.read_text() == "third"
+    assert not left_aside(place)
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from jobd.artefact_files import FileStore
+
+call, place, new = sys.argv[1:]
+real = getattr(os, call)
+
+def die(*args, **named):
+    if call == "rename" and new:
+        os.replace(new, place + "/folder/k")
+    if call == "rename":
+        real(*args, **named)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(os, call, die)
+asyncio.run(FileStore(place, "test").delete("folder/k", lambda modified_at: "delete"))
+"""
+
+
+def killed(call: str, place: Path, new: str = "") -> None:
+    run = subprocess.run([sys.executable, "-c", KILLED, call, str(place), new], check=False)
+    assert run.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("call", ["rename", "unlink", "fsync"])
+async def test_a_kill_in_the_midst_leaks_nothing(place: Path, store: FileStore, call: str) -> None:
+    path = put(place, "folder/k")
+    os.utime(path, (OLD_S, OLD_S))
+    killed(call, place)
+    await store.delete("folder/k", yes)
+    assert not path.exists()
+    assert not left_aside(place)
+
+
+async def test_a_kill_in_the_midst_loses_no_object_of_another(tmp_path: Path, place: Path, store: FileStore) -> None:
+    path, new = put(place, "folder/k"), put(tmp_path, "new", "the result of another job")
+    killed("rename", place, str(new))
+    assert not path.exists()
+    assert (await store.delete("folder/k", lambda modified_at: "leave")).what == "left"
+    assert path.read_text() == "the result of another job"
+    assert not left_aside(place)
+
+
+async def test_what_was_stored_again_meanwhile_stays_and_what_is_aside_goes(place: Path, store: FileStore) -> None:
+    path = put(place, "folder/k")
+    killed("rename", place)
+    path.write_text("stored again")
+    assert (await store.delete("folder/k", lambda modified_at: "leave")).what == "left"
+    assert path.read_text() == "stored again"
+    assert not left_aside(place)
+
+
+async def test_a_deletion_outlives_a_power_cut(place: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory is synced after the last change to it."""
+    put(place, "folder/k")
+    done: list[str] = []
+    for call in ("unlink", "fsync"):
+        real = getattr(os, call)
+
+        def note(*args: object, _call: str = call, _real: Callable[..., object] = real, **named: object) -> object:
+            done.append(_call)
+            return _real(*args, **named)
+
+        monkeypatch.setattr(os, call, note)
+    await store.delete("folder/k", yes)
+    assert done == ["unlink", "fsync"]
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_directory_that_is_not_there_is_a_fault_and_no_deletion(place: Path, store: FileStore) -> None:
+    place.rmdir()
+    with pytest.raises(StoreFault, match="is no directory"):
+        await store.delete("k", yes)
+    place.write_text("a file")
+    with pytest.raises(StoreFault, match="Not a directory"):
+        await store.delete("k", yes)
+
+
+async def test_what_the_system_refuses_is_told_with_its_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(place, "k")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(StoreFault, match=f"^{place}/k: Permission denied$"):
+        await FileStore(str(place), "test").delete("k", yes)
+
+
+async def test_no_descriptor_is_left_open(tmp_path: Path, place: Path, store: FileStore) -> None:
+    (place / "way").symlink_to(tmp_path)
+    put(place, "a/b/c")
+    before = os.listdir("/proc/self/fd")
+    for key in ("a/b/c", "a/b/none", "a/x/y", "a"):
+        await store.delete(key, yes)
+    with pytest.raises(StoreFault):
+        await store.delete("way/x", yes)
+    await store.probe()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+async def test_a_call_that_hangs_holds_nobody_up(
+    place: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(place, "k")
+    go_on = threading.Event()
+    at(monkeypatch, "rename", go_on.wait)
+    task = asyncio.create_task(store.delete("k", yes))
+    await asyncio.sleep(0)
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go_on.set()
+    assert await store.delete("k", yes) == Outcome("missing")  # it was done in the end
+    await store.close()
+
+
+# -- the probe --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_probe_leaves_nothing(place: Path, store: FileStore) -> None:
+    put(place, ".jobd-probe-test", "of a probe that was killed")
+    await store.probe()
+    assert list(place.iterdir()) == []
+
+
+async def test_a_probe_that_reads_something_else_is_a_fault(
+    place: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pread", lambda *_: b"something else")
+    with pytest.raises(StoreFault, match="something else"):
+        await store.probe()
+    assert list(place.iterdir()) == []
+
+
+async def test_a_probe_names_what_is_wrong_with_the_directory(place: Path, store: FileStore) -> None:
+    place.rmdir()
+    with pytest.raises(StoreFault, match=r"is no directory. Make it, or change artefacts.url."):
+        await store.probe()
+
+
+async def test_a_probe_is_no_way_out(tmp_path: Path, place: Path, store: FileStore) -> None:
+    outside = put(tmp_path, "outside")
+    (place / ".jobd-probe-test").symlink_to(outside)
+    with pytest.raises(StoreFault, match="Too many levels of symbolic links"):
+        await store.probe()
+    assert outside.read_text() == "result"
+
+
+def test_where_artefacts_can_be_kept(tmp_path: Path) -> None:
+    assert directory_fault(str(tmp_path)) is None
+    missing = tmp_path / "none"
+    assert directory_fault(str(missing)) == f"{missing} is no directory. Make it, or change artefacts.url."
+    missing.write_text("a file")
+    assert "is no directory" in (directory_fault(str(missing)) or "")
+
+
+def test_a_directory_of_others_is_no_place_for_artefacts(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    tmp_path.chmod(0o700)
+    nobody = 65534
+    if os.geteuid() == 0:
+        os.seteuid(nobody)
+    try:
+        assert "cannot be written to" in (directory_fault("/") or "")
+        if os.geteuid() == nobody:
+            assert "cannot be looked at (Permission denied)" in (directory_fault(str(inside)) or "")
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize(("blocks", "files", "free", "full"), [(0, 9, 9, True), (9, 9, 0, True), (9, 0, 0, False)])
+def test_a_full_file_system_is_no_place_for_artefacts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, files: int, free: int, full: bool
+) -> None:
+    usage = SimpleNamespace(f_bavail=blocks, f_files=files, f_favail=free)
+    monkeypatch.setattr(os, "statvfs", lambda path: usage)
+    assert (directory_fault(str(tmp_path)) is not None) == full

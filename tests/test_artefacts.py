@@ -1,0 +1,33 @@
+"""Whose an object is: by when it was written, and by nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobd.artefacts import MARGINS, Verdict, judge
+from jobd.batch import Tombstone
+from jobd.job import DAY_MS
+
+DELETED: int = 1_700_000_000_000
+YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms
+TOMBSTONE = Tombstone(1, "a", "k", DELETED, DELETED)
+
+
+@pytest.mark.parametrize(
+    ("modified_at", "now", "verdict"),
+    [
+        (DELETED - 7 * DAY_MS, DELETED, "delete"),
+        (DELETED - YOUNG_MS, DELETED, "delete"),
+        (DELETED - YOUNG_MS + 1, DELETED, "wait"),
+        (DELETED, DELETED, "wait"),
+        (DELETED, DELETED + YOUNG_MS - 1, "wait"),
+        (DELETED, DELETED + YOUNG_MS, "delete"),
+        (DELETED + SKEW_MS, DELETED + DAY_MS, "delete"),  # the clock of the store is ahead
+        (DELETED + SKEW_MS + 1, DELETED + DAY_MS, "leave"),
+        (DELETED + DAY_MS, DELETED, "leave"),
+    ],
+)
+def test_an_object_goes_with_its_job_unless_it_may_be_that_of_another(
+    modified_at: int, now: int, verdict: Verdict
+) -> None:
+    assert judge(TOMBSTONE, MARGINS, now, modified_at) == verdict

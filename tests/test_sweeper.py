@@ -1,0 +1,359 @@
+"""The sweeper: every object of a deleted job goes, in the end; nobody else's does; and it says where it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from jobd.artefacts import MARGINS, StoreFault
+from jobd.batch import PUT_OFF_MS, DiskFull
+from jobd.commands import Complete, Delete, DeleteExpired
+from jobd.job import DAY_MS, Policy, Result
+from jobd.sweeper import CALL_S, COMPLAIN_AFTER_S, FAILING_KEPT, POLL_S, RETRY_AT_MOST_MS, SLICE, Sweeper, Sweeps
+from tests.household import WALL, Household, in_virtual_time, row, seconds, until
+from tests.memory_artefacts import MemoryArtefacts
+from tests.memory_disk import MemoryDisk
+
+YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms
+
+
+@dataclass
+class Swept:
+    house: Household
+    store: MemoryArtefacts
+    sweeper: Sweeper
+
+    @property
+    def sweeps(self) -> Sweeps:
+        return self.sweeper.sweeps
+
+    async def done(self, job_id: str, key: str, *, upload: bool = True, old: bool = True) -> None:
+        """A completed job with its object, an old one."""
+        lock_id = await self.house.held(job_id)
+        if upload:
+            self.store.upload(key)
+        if old:
+            self.store.objects[key] -= YOUNG_MS
+        await self.house.yes(Complete(id=job_id, lock_id=lock_id, storage_key=key))
+
+    async def delete(self, job_id: str) -> None:
+        await self.house.yes(Delete(id=job_id), by="admin", admin=True)
+
+
+@asynccontextmanager
+async def sweeping(disk: MemoryDisk | None = None, store: MemoryArtefacts | None = None) -> AsyncIterator[Swept]:
+    async with Household(disk, policy=Policy(artefacts=True)) as house:
+        store = store or MemoryArtefacts(lambda: house.now)
+        sweeper = Sweeper(house.disk, store, house.clock, Sweeps(waiting=len(house.disk.tombstones)))
+        house.actor.on_commit.append(sweeper.committed)
+        running = asyncio.create_task(sweeper.run())
+        yield Swept(house, store, sweeper)
+        sweeper.stop()
+        await running
+
+
+@in_virtual_time
+async def test_the_object_of_a_deleted_job_is_deleted() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k/a")
+        await at.done("b", "k/b")
+        await at.delete("a")
+        await until(lambda: at.sweeps.deleted == 1)
+        assert list(at.store.objects) == ["k/b"]
+        assert not at.house.disk.tombstones
+        assert at.sweeps == Sweeps(waiting=0, deleted=1)
+
+
+@in_virtual_time
+async def test_by_age_as_by_hand() -> None:
+    async with sweeping() as at:
+        for number in range(3 * SLICE + 1):
+            await at.done(f"job-{number}", f"k/{number}")
+        at.house.step_ms = 8 * DAY_MS
+        await at.house.yes(DeleteExpired(ids=[f"job-{number}" for number in range(3 * SLICE + 1)]))
+        assert len(at.house.disk.tombstones) > 0
+        await until(lambda: not at.store.objects)
+        await until(lambda: not at.house.disk.tombstones)
+        assert (at.sweeps.waiting, at.sweeps.deleted) == (0, 3 * SLICE + 1)
+
+
+@in_virtual_time
+async def test_a_job_without_a_key_leaves_nothing_to_do() -> None:
+    async with sweeping() as at:
+        lock_id = await at.house.held("a")
+        await at.house.yes(Complete(id="a", lock_id=lock_id, file_path="/f"))
+        await at.delete("a")
+        await seconds(1)
+        assert at.house.disk.calls["due_tombstones"] == 1  # at the start
+        assert not at.house.disk.tombstones
+
+
+@in_virtual_time
+async def test_an_idle_sweeper_costs_nothing() -> None:
+    async with sweeping() as at:
+        await seconds(1)
+        calls = dict(at.house.disk.calls)
+        await seconds(3600)
+        assert at.house.disk.calls == calls
+
+
+@in_virtual_time
+async def test_a_key_that_another_job_names_stays_until_its_last_job_goes() -> None:
+    async with sweeping() as at:
+        await at.done("a", "shared")
+        await at.done("b", "shared")
+        await at.delete("a")
+        await until(lambda: at.sweeps.left == 1)
+        assert "shared" in at.store.objects
+        assert not at.house.disk.tombstones
+        await at.delete("b")
+        await until(lambda: at.sweeps.deleted == 1)
+        assert not at.store.objects
+
+
+@in_virtual_time
+async def test_a_key_that_a_job_in_quarantine_names_stays() -> None:
+    disk = MemoryDisk()
+    disk.put(row(1, "b", "completed", result=Result(storage_key="shared"), finished_at=WALL, progress=100))
+    async with sweeping(disk) as at:
+        await at.done("a", "shared")
+        await disk.quarantine(disk.jobs[1], "damaged")
+        await at.delete("a")
+        await until(lambda: at.sweeps.left == 1)
+        assert "shared" in at.store.objects
+
+
+@in_virtual_time
+async def test_a_young_object_is_kept_until_a_job_has_had_time_to_name_it() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        lock_id = await at.house.held("b")
+        at.store.upload("k")  # b has stored it again and not said so yet
+        await at.delete("a")
+        await seconds(60)
+        assert "k" in at.store.objects
+        await at.house.yes(Complete(id="b", lock_id=lock_id, storage_key="k"))
+        await seconds(2 * 3600)
+        assert "k" in at.store.objects
+        assert not at.house.disk.tombstones
+        assert at.sweeps.left == 1
+
+
+@in_virtual_time
+async def test_a_young_object_that_nobody_names_goes_when_it_is_old_enough() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k", old=False)
+        uploaded_at = at.house.now
+        await at.delete("a")
+        tried = len(at.store.tried)
+        await seconds(3500)
+        assert "k" in at.store.objects
+        assert len(at.store.tried) <= tried + 2
+        await until(lambda: "k" not in at.store.objects)
+        assert YOUNG_MS <= at.house.now - uploaded_at <= YOUNG_MS + (POLL_S + 1) * 1000
+
+
+@in_virtual_time
+async def test_what_was_written_after_the_deletion_is_another_s() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.store.broken = StoreFault("down")
+        await at.delete("a")
+        await until(lambda: at.sweeps.failures > 0)
+        await seconds(SKEW_MS / 1000 + 1)
+        at.store.upload("k")
+        at.store.broken = None
+        await seconds(2 * 3600)
+        assert "k" in at.store.objects
+        assert not at.house.disk.tombstones
+        assert at.sweeps.left == 1
+
+
+@in_virtual_time
+async def test_what_is_stored_between_look_and_deletion_stays() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.store.gate.clear()
+        await at.delete("a")
+        await until(lambda: bool(at.store.tried))
+        await seconds(1)
+        at.store.upload("k")
+        at.store.gate.set()
+        await seconds(5)
+        assert "k" in at.store.objects
+
+
+@in_virtual_time
+async def test_what_is_not_there_is_done() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k", upload=False, old=False)
+        await at.delete("a")
+        await until(lambda: at.sweeps.waiting == 0 and not at.house.disk.tombstones)
+        assert at.sweeps.deleted == 0
+
+
+@in_virtual_time
+async def test_failures_are_tried_again_ever_more_rarely_and_delay_nobody_else() -> None:
+    async with sweeping() as at:
+        await at.done("a", "bad")
+        await at.done("b", "good")
+        at.store.faults["bad"] = "access denied"
+        await at.delete("a")
+        await at.delete("b")
+        await until(lambda: at.sweeps.deleted == 1)
+        assert list(at.store.objects) == ["bad"]
+        await seconds(3600)
+        assert 9 <= at.store.tried.count("bad") <= 16
+        (tombstone,) = at.house.disk.tombstones.values()
+        assert tombstone.due_at - at.house.now <= RETRY_AT_MOST_MS
+        del at.store.faults["bad"]
+        await seconds(RETRY_AT_MOST_MS / 1000 + POLL_S + 1)
+        assert not at.store.objects
+        assert at.sweeps.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(StoreFault("the bucket is gone"), "the bucket is gone"), (ValueError("a bug"), "memory: ValueError: a bug")],
+)
+def test_a_store_that_fails_for_long_is_complained_of(error: Exception, said: str) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        async with sweeping() as at:
+            await at.done("a", "k/a")
+            await at.done("b", "k/b")
+            at.store.broken = error
+            await at.delete("a")
+            await at.delete("b")
+            await seconds(COMPLAIN_AFTER_S - 1)
+            assert at.sweeper.complaint() is None
+            await seconds(1 + POLL_S)
+            complaint = at.sweeper.complaint() or ""
+            assert complaint.startswith("2 objects of deleted jobs could not be deleted, the first for 3")
+            assert complaint.endswith(said)
+            at.store.broken = None
+            await seconds(RETRY_AT_MOST_MS / 1000 + POLL_S)
+            assert at.sweeper.complaint() is None
+            assert not at.store.objects
+
+    run()
+
+
+@in_virtual_time
+async def test_a_store_that_does_not_answer_fails_in_time() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.store.gate.clear()
+        await at.delete("a")
+        await seconds(CALL_S + 1)
+        assert at.sweeps.failures == 1
+        at.store.gate.set()
+        await until(lambda: not at.store.objects)
+
+
+@in_virtual_time
+async def test_a_full_disk_of_the_store_is_waited_for() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.house.disk.errors["settle_tombstones"] = DiskFull("full")
+        await at.delete("a")
+        await until(lambda: not at.store.objects)
+        await seconds(5)
+        assert at.house.disk.tombstones
+        del at.house.disk.errors["settle_tombstones"]
+        await until(lambda: not at.house.disk.tombstones)
+        assert at.sweeps.waiting == 0
+
+
+@in_virtual_time
+async def test_a_disk_that_fails_is_survived_and_complained_of() -> None:
+    async with sweeping() as at:
+        at.house.disk.errors["due_tombstones"] = OSError("broken")
+        await at.done("a", "k")
+        await at.delete("a")
+        await seconds(COMPLAIN_AFTER_S + 2 * POLL_S)
+        assert "the store of jobs failed: broken" in (at.sweeper.complaint() or "")
+        at.house.disk.errors.clear()
+        await until(lambda: not at.store.objects)
+        assert at.sweeper.complaint() is None
+
+
+@in_virtual_time
+async def test_nothing_goes_while_the_clock_is_in_doubt() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.house.clock.suspect = True
+        await at.delete("a")
+        await seconds(60)
+        assert at.store.objects
+        at.house.clock.accept()
+        await until(lambda: not at.store.objects)
+
+
+@in_virtual_time
+async def test_a_clock_that_stepped_back_puts_nothing_off_for_ever() -> None:
+    async with sweeping() as at:
+        at.house.step_ms = 40 * DAY_MS
+        await at.done("a", "k")
+        at.store.broken = StoreFault("down")
+        await at.delete("a")
+        await until(lambda: at.sweeps.failures > 0)
+        at.house.step_ms = 0
+        at.store.broken = None
+        at.store.objects["k"] = at.house.now - DAY_MS
+        await seconds(2 * POLL_S)
+        assert not at.store.objects
+
+
+@in_virtual_time
+async def test_a_restart_goes_on_where_it_was() -> None:
+    disk, store = MemoryDisk(), MemoryArtefacts(lambda: 0)
+    async with sweeping(disk, store) as at:
+        await at.done("a", "k")
+        store.objects["k"] = at.house.now - DAY_MS
+        store.broken = StoreFault("down")
+        await at.delete("a")
+        await until(lambda: at.sweeps.failures == 1)
+    (tombstone,) = disk.tombstones.values()
+    assert (tombstone.job_id, tombstone.key, tombstone.tries) == ("a", "k", 1)
+    store.broken = None
+    async with sweeping(disk, store) as at:
+        assert at.sweeps.waiting == 1
+        await until(lambda: not disk.tombstones)
+        assert not store.objects
+        assert at.sweeps.waiting == 0
+
+
+@in_virtual_time
+async def test_how_many_failures_are_remembered_has_a_limit() -> None:
+    async with sweeping() as at:
+        for number in range(FAILING_KEPT + 50):
+            await at.done(f"job-{number}", f"k/{number}")
+        at.store.broken = StoreFault("down")
+        at.house.step_ms = 8 * DAY_MS
+        await at.house.yes(DeleteExpired(ids=[f"job-{number}" for number in range(FAILING_KEPT + 50)]))
+        await seconds(3600)
+        assert len(at.sweeper._failing) == FAILING_KEPT
+        at.store.broken = None
+        await seconds(3 * 3600)
+        assert not at.store.objects
+        assert at.sweeper.complaint() is None
+
+
+@in_virtual_time
+async def test_without_a_store_of_artefacts_a_deletion_leaves_no_tombstone() -> None:
+    async with Household() as house:
+        lock_id = await house.held("a")
+        await house.yes(Complete(id="a", lock_id=lock_id, storage_key="k"))
+        await house.yes(Delete(id="a"), by="admin", admin=True)
+        assert not house.disk.tombstones
+
+
+def test_a_young_object_waits_less_than_a_tombstone_may() -> None:
+    """Or the second look would take its time for that of another clock."""
+    assert YOUNG_MS + SKEW_MS < PUT_OFF_MS
+    assert RETRY_AT_MOST_MS < PUT_OFF_MS
