@@ -37,20 +37,16 @@ class KindPace(Struct, frozen=True):
 class Pace(Struct):
     """Completions of one kind by wall time: `slots` of ten minutes, and what each hour before came to."""
 
-    hour: int = 0  # the clock hour of the last completion
+    last: int = 0  # when the last one was
+    hour: int = 0  # the clock hour of the latest slot
     slots: dict[int, dict[int, int]] = field(default_factory=dict)  # slot -> bucket -> completions
     hours: list[int] = field(default_factory=list)  # 95th percentiles in ms, the oldest first
 
     def add(self, at: int, ms: int) -> None:
-        slot, hour = at // SLOT_MS, at // HOUR_MS
-        if hour != self.hour:
-            self._close_hour()
-            self.hour = hour
-        counts = self.slots.get(slot)
-        if counts is None:
-            self.slots = {key: kept for key, kept in self.slots.items() if slot - SLOTS < key <= slot}
-            counts = self.slots[slot] = {}
-        place = bucket(ms)
+        self.last, slot = at, at // SLOT_MS
+        if slot not in self.slots:
+            self._begin(slot)
+        counts, place = self.slots[slot], bucket(ms)
         counts[place] = counts.get(place, 0) + 1
 
     def last_hour(self, now: int) -> dict[int, int]:
@@ -63,26 +59,32 @@ class Pace(Struct):
             return None
         return sorted(self.hours)[len(self.hours) // 2]
 
+    def _begin(self, slot: int) -> None:
+        """A slot, and perhaps an hour, is over: keep what the hour came to, if that says anything."""
+        if slot // SLOTS != self.hour:
+            self._close_hour()
+            self.hour = slot // SLOTS
+        self.slots = {key: kept for key, kept in self.slots.items() if slot - SLOTS < key < slot}
+        self.slots[slot] = {}
+
     def _close_hour(self) -> None:
-        """The hour is over: keep what it came to, if that says anything."""
         counts = _sum(counts for slot, counts in self.slots.items() if slot // SLOTS == self.hour)
         if sum(counts.values()) >= SAMPLES_NEEDED:
             self.hours = [*self.hours, percentile_95(counts)][-HOURS_KEPT:]
 
 
 class Paces(Struct):
-    """The kinds that completed jobs last, the latest at the end."""
+    """The kinds that completed jobs last. A kind that is new, where there are enough, takes the place of the oldest."""
 
     kinds: dict[str, Pace] = field(default_factory=dict)
 
     def add(self, kind: str, at: int, ms: int) -> None:
         """One job of `kind` completed at wall time `at`, `ms` after its grant."""
-        pace = self.kinds.pop(kind, None)
+        pace = self.kinds.get(kind)
         if pace is None:
-            pace = Pace()
             if len(self.kinds) >= KINDS_KEPT:
-                del self.kinds[next(iter(self.kinds))]
-        self.kinds[kind] = pace
+                del self.kinds[min(self.kinds, key=lambda kept: self.kinds[kept].last)]
+            pace = self.kinds[kind] = Pace()
         pace.add(at, ms)
 
     def view(self, now: int) -> list[KindPace]:
@@ -93,8 +95,8 @@ class Paces(Struct):
 
 def bucket(ms: int) -> int:
     """Where a duration is counted: exact below 16 ms, then eight places for each doubling."""
-    shift = max(ms.bit_length() - STEP_BITS - 1, 0)
-    return (shift << STEP_BITS) + (ms >> shift)
+    shift = ms.bit_length() - STEP_BITS - 1
+    return ms if shift <= 0 else (shift << STEP_BITS) + (ms >> shift)
 
 
 def top(place: int) -> int:

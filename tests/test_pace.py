@@ -152,8 +152,8 @@ def test_kinds_are_bounded_and_those_at_work_stay(monkeypatch: pytest.MonkeyPatc
     assert KINDS_KEPT == 100
     monkeypatch.setattr(pace_module, "KINDS_KEPT", 2)
     paces = Paces()
-    for kind in ("film", "mail", "film", "once", "film", "once more"):
-        paces.add(kind, HOUR, 10)
+    for minute, kind in enumerate(("film", "mail", "film", "once", "film", "once more")):
+        paces.add(kind, HOUR + minute, 10)
     assert {kind: pace.completed for kind, pace in zip(paces.kinds, paces.view(HOUR), strict=True)} == {
         "film": 3,
         "once more": 1,
