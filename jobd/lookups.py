@@ -49,11 +49,11 @@ _GRANTS: Final = (
     f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
     "ORDER BY seq DESC LIMIT ?) CROSS JOIN events NOT INDEXED ON seq = found WHERE type = 'granted'"
 )
+_NAMED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
 _DUE: Final = f"SELECT {TOMBSTONE_SQL} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
-# Also late results, which may be adopted, and jobs that were set aside: an operator may take them back as they are.
+# Also jobs that were set aside: an operator may take them back as they are.
 _NAMED: Final = (
     "SELECT 1 FROM jobs INDEXED BY jobs_storage_key WHERE storage_key = ?1 "
-    "UNION ALL SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?1 "
     "UNION ALL SELECT 1 FROM quarantined_jobs WHERE json_valid(row) AND json_extract(row, '$.storage_key') = ?1"
 )
 
@@ -401,7 +401,8 @@ def due_tombstones(tables: Tables, now: int, limit: int) -> Due:
     damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
     set_rows_aside(tables, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), damaged)
     whole = [rows.tombstone(row) for row in found if fault(row) is None]
-    return Due([(each, is_named(tables, each.key)) for each in whole], len(damaged))
+    late = {each.job_seq for each in whole if tables.conn.execute(_NAMED_LATE, (each.key,)).fetchone() is not None}
+    return Due([(each, is_named(tables, each.key)) for each in whole], len(damaged), late)
 
 
 def is_named(tables: Tables, key: str) -> bool:

@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.artefacts import MARGINS, ArtefactStore, Margins, Outcome, StoreFault, judge
-from jobd.batch import PUT_OFF_MS, Disk, DiskFull, Tombstone, tombstones
+from jobd.batch import PUT_OFF_MS, Disk, DiskFull, Due, Tombstone, tombstones
 from jobd.commands import Moment
 from jobd.events import Change
 from jobd.job import MINUTE_MS, SECOND_MS
@@ -116,7 +116,9 @@ class Sweeper:
         now = self._clock.moment().now
         due = await self._disk.due_tombstones(now, SLICE)
         self.sweeps.waiting -= due.damaged
-        ends = await asyncio.gather(*(self._try(tombstone, named, now) for tombstone, named in due.found))
+        held = [End(each, Outcome("young", modified_at=now)) for each, named in due.found if _is_held(due, each, named)]
+        free = [(each, named) for each, named in due.found if not _is_held(due, each, named)]
+        ends = [*held, *await asyncio.gather(*(self._try(tombstone, named, now) for tombstone, named in free))]
         gone = [end.tombstone.job_seq for end in ends if end.outcome is not None and end.outcome.what != "young"]
         later = [self._put_off(end, now) for end in ends if end.tombstone.job_seq not in gone]
         if ends:
@@ -187,6 +189,11 @@ class Sweeper:
         self._wake.clear()
         if timer is not None:
             timer.cancel()
+
+
+def _is_held(due: Due, tombstone: Tombstone, named: bool) -> bool:
+    """A late result names the key, and no job: the object waits for what becomes of that."""
+    return not named and tombstone.job_seq in due.held
 
 
 def _leave(_: int) -> Literal["leave"]:

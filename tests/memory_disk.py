@@ -267,13 +267,14 @@ class MemoryDisk:
         waiting = self.tombstones.values()
         due = [each for each in waiting if each.due_at <= now or each.due_at > now + PUT_OFF_MS]
         due.sort(key=lambda each: each.due_at)
-        return Due([(each, self.is_named(each.key)) for each in due[:limit]])
+        late = {result.result.storage_key for kept in self.lates.values() for result in kept}
+        held = {each.job_seq for each in due[:limit] if each.key in late}
+        return Due([(each, self.is_named(each.key)) for each in due[:limit]], held=held)
 
     def is_named(self, key: str) -> bool:
-        """Whether a job has it as its storage_key, also one that was set aside, or a late result."""
+        """Whether a job has it as its storage_key, also one that was set aside."""
         jobs = [*self.jobs.values(), *self.rotten.values()]
-        results = [job.result for job in jobs] + [late.result for kept in self.lates.values() for late in kept]
-        return any(result is not None and result.storage_key == key for result in results)
+        return any(job.result is not None and job.result.storage_key == key for job in jobs)
 
     async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
         await self._enter("settle_tombstones")

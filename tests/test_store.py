@@ -571,9 +571,9 @@ async def test_a_late_result_that_names_a_key_holds_it_until_its_job_goes(store:
     late = maker.late(made(created), 3, Result(storage_key="k"))
     assert job.seq != made(created).seq
     await store.write(maker.batch([created, late], tombstones=batch.tombstones))
-    assert (await store.due_tombstones(NOW, 9)).found == [(buried(90), True)]
+    assert await store.due_tombstones(NOW, 9) == Due([(buried(90), False)], held={90})
     await store.write(maker.batch([maker.delete(made(created))]))
-    assert (await store.due_tombstones(NOW, 9)).found == [(buried(90), False)]
+    assert await store.due_tombstones(NOW, 9) == Due([(buried(90), False)])
 
 
 async def test_a_job_that_names_its_key_no_more_holds_nothing(store: Store) -> None:

@@ -12,7 +12,7 @@ import pytest
 from jobd.artefacts import MARGINS, StoreFault
 from jobd.batch import PUT_OFF_MS, DiskFull
 from jobd.commands import Complete, Delete, DeleteExpired
-from jobd.job import DAY_MS, Policy, Result
+from jobd.job import DAY_MS, LateResult, Policy, Result
 from jobd.sweeper import CALL_S, COMPLAIN_AFTER_S, FAILING_KEPT, POLL_S, RETRY_AT_MOST_MS, SLICE, Sweeper, Sweeps
 from tests.household import WALL, Household, in_virtual_time, row, seconds, until
 from tests.memory_artefacts import MemoryArtefacts
@@ -125,6 +125,22 @@ async def test_a_key_that_a_job_in_quarantine_names_stays() -> None:
         await at.delete("a")
         await until(lambda: at.sweeps.left == 1)
         assert "shared" in at.store.objects
+
+
+@in_virtual_time
+async def test_a_key_that_a_late_result_names_waits_until_that_is_gone() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.house.disk.lates[77] = (LateResult(1, at.house.now, "w", 1, "hash", result=Result(storage_key="k")),)
+        await at.delete("a")
+        await seconds(3 * 3600)
+        assert "k" in at.store.objects
+        assert len(at.house.disk.tombstones) == 1
+        assert at.sweeper.complaint() is None
+        at.house.disk.lates.clear()
+        await seconds(3700)
+        assert not at.store.objects
+        assert not at.house.disk.tombstones
 
 
 @in_virtual_time

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 
 from jobd.artefacts import Judge, Outcome, StoreFault
+from jobd.batch import Tombstone
 from jobd.events import Change
 from jobd.job import SECOND_MS, storage_key_fault
 from tests.memory_artefacts import MemoryArtefacts
@@ -138,11 +139,19 @@ class SimArtefacts(MemoryArtefacts):
             if not names and upload.job_seq not in disk.tombstones:
                 upload.is_lost = True
 
+    def waiting(self) -> list[Tombstone]:
+        """Tombstones, but for those that wait for a late result of a job in quarantine."""
+        held = self._held()
+        return [each for each in self._machine.disk.tombstones.values() if each.key not in held]
+
+    def _held(self) -> set[str | None]:
+        return {late.result.storage_key for kept in self._machine.disk.lates.values() for late in kept}
+
     def leaked(self) -> list[str]:
         """Objects of deleted jobs that no other job names."""
-        disk, deleted = self._machine.disk, self._machine.watch.deleted
+        disk, deleted, held = self._machine.disk, self._machine.watch.deleted, self._held()
         return [
             key
             for key, upload in self.uploads.items()
-            if upload.job_seq in deleted and not upload.is_lost and not disk.is_named(key)
+            if upload.job_seq in deleted and not upload.is_lost and not disk.is_named(key) and key not in held
         ]

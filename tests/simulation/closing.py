@@ -130,16 +130,16 @@ class Closing:
 
     async def _swept(self) -> None:
         """No object of a deleted job is left, and nothing waits to be deleted."""
-        machine, disk = self.machine, self.machine.disk
+        machine = self.machine
         if not machine.plan.policy.artefacts:
             return
         for _ in range(int(ALL_TIME_S / 10)):
-            if not disk.tombstones or self.watch.first:
+            if not machine.artefacts.waiting() or self.watch.first:
                 break
             await asyncio.sleep(10)
-        if disk.tombstones:
-            late = next(iter(disk.tombstones.values()))
-            self.watch.fail("S13", f"{len(disk.tombstones)} tombstones are left, the first of {late.key}", late.job_id)
+        if waiting := machine.artefacts.waiting():
+            first = waiting[0]
+            self.watch.fail("S13", f"{len(waiting)} tombstones are left, the first of {first.key}", first.job_id)
         if leaked := machine.artefacts.leaked():
             self.watch.fail("S13", f"objects of deleted jobs are left: {leaked}")
 

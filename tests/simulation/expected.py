@@ -68,7 +68,6 @@ OTHERS: Final = (
     "artefact wait",
     "artefact leave",
     "artefact store failed",
-    "artefact deleted unheard",
     "daemon ended: killed",
     "daemon ended: stopped",
     "daemon ended: disk broken",
