@@ -53,10 +53,12 @@ class Figures(Struct):
     reset: int = 0  # recovered, back to queued
     failed: int = 0  # recovered, failed
     processing: dict[str, Histogram] = field(default_factory=dict)  # queue -> seconds
+    events: dict[str, int] = field(default_factory=dict)  # type -> events
 
     def note(self, change: Change) -> None:
         """Count one committed change."""
         event, after = change.event, change.after
+        self.events[event.type] = self.events.get(event.type, 0) + 1
         match event.type:
             case "granted":
                 self._grant(event.queue)
