@@ -18,8 +18,9 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from jobd import commands, event_stream
 from jobd.answers import AlertView, QueueView, StatsView
-from jobd.cli import ctl, tables
+from jobd.cli import ctl, ctl_live, tables
 from jobd.cli.top import WINDOW_S, Frame, Hands, Held, Samples, picture
 from jobd.events import StreamedEvent
 from tests.process import TOKEN, Daemon, die_with_us
@@ -73,6 +74,10 @@ def some_work(daemon: Daemon) -> None:
 
 
 # -- events
+
+
+def test_the_bounds_are_those_of_the_daemon() -> None:
+    assert (ctl_live.MAX_SHOWN, ctl_live.MAX_NAMES) == (event_stream.MAX_BACK, commands.MAX_NAMES)
 
 
 def test_an_event_is_a_line() -> None:

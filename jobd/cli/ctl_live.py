@@ -16,13 +16,13 @@ from jobd.cli import exits, show
 from jobd.cli.group import json_option
 from jobd.cli.kinds import DURATION
 from jobd.cli.places import admin_client, admin_options
-from jobd.commands import MAX_NAMES
 
 if TYPE_CHECKING:
     from jobd.client import JobdError, StreamedEvent
 
 SHOWN: Final = 100
-MAX_SHOWN: Final = 10_000
+MAX_SHOWN: Final = 10_000  # as the daemon allows, both
+MAX_NAMES: Final = 100
 MIN_INTERVAL_MS: Final = 100
 
 
