@@ -133,3 +133,9 @@ def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
         "b": 1,
         OTHER_QUEUES: 2,
     }
+
+
+def test_every_event_is_counted_by_its_type(desk: Desk) -> None:
+    work(desk, "a", 1_000)
+    work(desk, "b", 1_000)
+    assert desk.book.figures.events == {"created": 2, "granted": 2, "completed": 2}
