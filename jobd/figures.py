@@ -59,10 +59,12 @@ class Figures(Struct):
     processing: dict[str, Histogram] = field(default_factory=dict)  # queue -> seconds
     paces: Paces = field(default_factory=Paces)
     overlaps: Overlaps = field(default_factory=Overlaps)
+    events: dict[str, int] = field(default_factory=dict)  # type -> events
 
     def note(self, change: Change) -> None:
         """Count one committed change."""
         event, before, after = change.event, change.before, change.after
+        self.events[event.type] = self.events.get(event.type, 0) + 1
         match event.type:
             case "granted":
                 self._grant(event.queue)

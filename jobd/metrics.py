@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from itertools import accumulate, islice
-from typing import Final, Protocol
+from typing import Final, Protocol, get_args
 
 from msgspec import Struct
 from prometheus_client import generate_latest
@@ -31,6 +31,7 @@ from jobd.answers import Vitals
 from jobd.book import Book
 from jobd.cleanup import Cleaner
 from jobd.commands import REFUSALS, Moment
+from jobd.events import EventType
 from jobd.figures import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram
 from jobd.job import SECOND_MS, STATUSES
 from jobd.pace import KindPace
@@ -74,6 +75,7 @@ class Snapshot(Struct, frozen=True):
     batch_commands: Counts
     mailbox: int
     mailbox_limit: int
+    events: dict[str, int]  # type -> events
     parked: int
     listeners: int
     dropped: int
@@ -182,6 +184,7 @@ class Metrics:
             batch_commands=_copy(actor.batch_commands),
             mailbox=actor.waiting,
             mailbox_limit=actor.bounds.mailbox,
+            events=dict(figures.events),
             parked=len(actor.parked),
             listeners=self._feed.listeners,
             dropped=self._feed.dropped,
@@ -233,6 +236,8 @@ def _jobs(now: Snapshot) -> Iterator[Metric]:
     yield _gauge("stuck_jobs", "Jobs whose worker went silent for too long.", now.stuck)
     yield _gauge("locked_jobs", "Jobs with a live lock.", now.locked)
     yield _counters("grants", "Jobs handed to workers, by queue.", ["queue"], now.grants.items())
+    events = ((kind, now.events.get(kind, 0)) for kind in get_args(EventType))
+    yield _counters("events", "Committed events, by type: what timelines and streams show.", ["type"], events)
     refusals = ((code, now.refusals.get(code, 0)) for code in REFUSALS)
     yield _counters("refusals", "Requests refused, by code; already_locked is lock contention.", ["code"], refusals)
     yield _counter("stalls", "Grants that ended because the worker went silent.", now.stalls)

@@ -10,7 +10,7 @@ from msgspec import UNSET, Raw
 
 from jobd import rows
 from jobd.commands import Complete, Delete, Extend, Fail, Pause
-from jobd.events import SIGNS, Changes, Event, EventType, fold, view
+from jobd.events import SIGNS, Changes, Event, EventType, Wanted, fold, streamed, view
 from jobd.job import Grant, Job, Lease, Options, Result
 from tests.desk import NOW, Desk
 
@@ -91,3 +91,30 @@ def test_a_whole_life_folds_into_the_row_and_names_no_secret() -> None:
 @pytest.mark.parametrize("sign", sorted(SIGNS))
 def test_signs_of_life_are_types_of_events(sign: str) -> None:
     assert sign in get_args(EventType)
+
+
+def test_what_is_streamed_is_what_is_shown_with_job_and_queue() -> None:
+    happened = event(Changes(grant=GRANT))
+    told = msgspec.json.decode(msgspec.json.encode(streamed(happened)))
+    assert told == {**msgspec.json.decode(msgspec.json.encode(view(happened))), "job_id": "a", "queue": "q"}
+    assert "secret" not in str(told)
+    assert streamed(msgspec.structs.replace(happened, job_seq=0, job_id="", details={"a": 1})).job_id is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_one"),
+    [
+        (Wanted(), True),
+        (Wanted(queues=frozenset({"q", "other"})), True),
+        (Wanted(queues=frozenset({"other"})), False),
+        (Wanted(job_ids=frozenset({"a"})), True),
+        (Wanted(job_ids=frozenset({"b"})), False),
+        (Wanted(types=frozenset({"updated"})), True),
+        (Wanted(types=frozenset({"created"})), False),
+        (Wanted(frozenset({"q"}), frozenset({"a"}), frozenset({"updated"})), True),
+        (Wanted(frozenset({"q"}), frozenset({"a"}), frozenset({"created"})), False),
+    ],
+)
+def test_filters_all_have_to_fit(wanted: Wanted, is_one: bool) -> None:
+    assert wanted.has(event(None)) == wanted.has(streamed(event(None))) == is_one
+    assert wanted.is_everything == (wanted == Wanted())

@@ -162,3 +162,9 @@ def test_all_that_is_kept_is_read_again_and_older_figures_lack_some_of_it(desk: 
     older = msgspec.json.decode(body)
     del older["paces"], older["overlaps"]
     assert msgspec.json.decode(msgspec.json.encode(older), type=Figures).stalls == 0
+
+
+def test_every_event_is_counted_by_its_type(desk: Desk) -> None:
+    work(desk, "a", 1_000)
+    work(desk, "b", 1_000)
+    assert desk.book.figures.events == {"created": 2, "granted": 2, "completed": 2}

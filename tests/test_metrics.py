@@ -60,6 +60,7 @@ EXPECTED = {
     "jobd_locked_jobs": "gauge",
     "jobd_grants_total": "counter",
     "jobd_refusals_total": "counter",
+    "jobd_events_total": "counter",
     "jobd_stalls_total": "counter",
     "jobd_recovered_total": "counter",
     "jobd_cleanup_passes_total": "counter",

@@ -178,6 +178,7 @@ def _look_everywhere(house: House) -> None:
         for route in table:
             if route.method == "GET":
                 query = "?jobId=held-1" if route.path.endswith("validate-job") else ""
+                query = "?follow=false&last=1000" if route.path.endswith("/events") else query
                 path = route.path.replace("{id}", "held-1") + query
                 assert house.ask(api, token, "GET", path).status == 200, path
 

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
 SECOND_MS: Final = 1_000
@@ -147,6 +147,14 @@ def emit_json(value: Any) -> None:
     sys.stdout.write(as_json(value) + "\n")
 
 
+def emit_json_line(value: Any) -> None:
+    """`value` as one line of JSON, on a terminal too."""
+    import msgspec
+
+    text = msgspec.json.encode(value).decode()
+    sys.stdout.write(_DANGEROUS.sub(lambda m: f"\\u{ord(m.group()):04x}", text) + "\n")
+
+
 def emit(line: str) -> None:
     """One line of data on stdout."""
     sys.stdout.write(clean(line) + "\n")
@@ -204,12 +212,20 @@ def pairs(fields: Iterable[tuple[str, object]]) -> None:
     _print(grid)
 
 
+def style_of(text: str) -> str:
+    """How a word of a table is coloured."""
+    return _STYLES.get(text, "")
+
+
 def _print(grid: Table) -> None:
-    """A pipe gets no blanks at the ends of lines."""
-    out = console()
+    print_plain(console(), grid)
+
+
+def print_plain(out: Console, picture: RenderableType) -> None:
+    """Print on stdout. A pipe gets no blanks at the ends of lines."""
     if out.is_terminal:
-        out.print(grid)
+        out.print(picture)
         return
     with out.capture() as held:
-        out.print(grid)
+        out.print(picture)
     sys.stdout.write("".join(line.rstrip() + "\n" for line in held.get().splitlines()))

@@ -12,7 +12,7 @@ import msgspec
 
 from jobd.answers import JobView, Validation, WhyView
 from jobd.cli import show
-from jobd.events import EventView
+from jobd.events import EventView, StreamedEvent
 
 _LONG = 4_000
 
@@ -106,6 +106,13 @@ def timeline(events: Sequence[EventView]) -> None:
         ],
         empty="No events: the job is older than its journal.",
     )
+
+
+def event_line(event: StreamedEvent) -> str:
+    """One event of many jobs, in a line."""
+    about = f"{event.job_id} ({event.queue})" if event.job_id is not None else f"queue {event.queue}"
+    parts = [show.local(event.at), str(event.seq), event.type, about, _step(event), event.by, event.reason]
+    return "  ".join(part for part in [*parts, _details(event.details)] if part)
 
 
 def _step(event: EventView) -> str:

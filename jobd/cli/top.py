@@ -1,0 +1,259 @@
+"""The live table of `jobctl top`: what one look at the daemon gives, and how it is drawn.
+
+Asks the client and changes nothing. Everything from outside is escaped as in show.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+
+from jobd.answers import AlertView, LockedJob, QueueView, StatsView
+from jobd.cli import show
+from jobd.client import AdminClient, JobdError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+WINDOW_S: Final = 10.0  # rates are those of so long
+RATES: Final = ("created", "granted", "completed", "failed", "retried", "stalled")
+NARROW: Final = 72  # columns below which a table leaves some of its own out
+AWAY: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
+_COUNT: Final = re.compile(r'^jobd_events_total\{type="(\w+)"\} (\S+)$', re.MULTILINE)
+
+
+class Held(Struct, frozen=True):
+    """A job in the hands of a worker."""
+
+    id: str
+    progress: float
+
+
+class Hands(Struct, frozen=True):
+    """A worker and what it holds, the one that has got furthest first."""
+
+    worker: str
+    last_seen_at: int
+    jobs: list[Held]
+
+
+class Frame(Struct, frozen=True):
+    """One look. `per_second` is by type of event, over `over_s` seconds; times are Unix ms."""
+
+    stats: StatsView
+    per_second: dict[str, float]
+    over_s: float
+    queues: list[QueueView]
+    workers: list[Hands]
+    alerts: list[AlertView]  # those that fire
+
+
+class Samples:
+    """Looks at the daemon, and the counts of the last ones that rates are made of."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._counts: deque[tuple[float, dict[str, float]]] = deque()
+
+    def take(self, client: AdminClient) -> Frame:
+        """One more look."""
+        stats, queues, seen, locks = client.stats(), client.queues(), client.workers(), client.locks()
+        alerts = [alert for alert in client.alerts() if alert.firing]
+        per_second, over_s = self.rates(client.metrics())
+        by_worker: dict[str, list[LockedJob]] = {}
+        for lock in locks:
+            by_worker.setdefault(lock.worker, []).append(lock)
+        workers = [
+            Hands(each.worker, each.last_seen_at, _held(by_worker.get(each.worker, ())))
+            for each in sorted(seen, key=lambda each: (-len(each.jobs), each.worker))
+        ]
+        queues.sort(key=lambda queue: (-queue.queued - queue.processing, queue.name))
+        return Frame(stats, per_second, over_s, queues, workers, alerts)
+
+    def rates(self, metrics: str) -> tuple[dict[str, float], float]:
+        """Events per second since the oldest look of the window; none at the first look."""
+        now = self._clock()
+        counts = {name: float(number) for name, number in _COUNT.findall(metrics)}
+        while len(self._counts) > 1 and now - self._counts[1][0] >= WINDOW_S:
+            self._counts.popleft()
+        self._counts.append((now, counts))
+        since, before = self._counts[0]
+        over_s = now - since
+        if over_s <= 0:
+            return dict.fromkeys(RATES, 0.0), 0.0
+        # A daemon that was killed may count on from a little earlier.
+        gained = {name: max(counts.get(name, 0) - before.get(name, 0), 0) for name in RATES}
+        return {name: round(count / over_s, 1) for name, count in gained.items()}, round(over_s, 1)
+
+
+def _held(locks: Sequence[LockedJob]) -> list[Held]:
+    return [Held(lock.id, lock.progress) for lock in sorted(locks, key=lambda lock: (-lock.progress, lock.id))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a terminal
+
+
+def watch(client: AdminClient, samples: Samples, interval_s: float) -> None:
+    """Look again and again, until somebody presses q. A daemon that is away is waited for."""
+    frame, note = samples.take(client), ""
+    with _screen() as draw, _keys() as is_wanted:
+        while True:
+            draw(frame, note)
+            if not is_wanted(interval_s):
+                return
+            try:
+                frame, note = samples.take(client), ""
+            except JobdError as error:
+                if error.code not in AWAY:
+                    raise
+                note = f"What is shown is older, trying again. {error.message}"
+
+
+@contextmanager
+def _screen() -> Iterator[Callable[[Frame, str], None]]:
+    """What draws a frame in the place of the last; one below the other where escape sequences are not wanted."""
+    out = show.console()
+    if not show.may_draw(sys.stdout):
+        yield lambda frame, note: out.print(picture(frame, note, out.height, out.width), "")
+        return
+    from rich.live import Live
+
+    with Live(console=out, screen=True, auto_refresh=False) as live:
+        yield lambda frame, note: live.update(picture(frame, note, out.height, out.width), refresh=True)
+
+
+@contextmanager
+def _keys() -> Iterator[Callable[[float], bool]]:
+    """What waits so many seconds and says whether to go on: not where q was pressed meanwhile."""
+    if not sys.stdin.isatty():
+        yield pause
+        return
+    import termios
+    import tty
+
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin)
+    try:
+        yield _until_pressed
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _until_pressed(wait_s: float) -> bool:
+    end_s = time.monotonic() + wait_s
+    while (left_s := end_s - time.monotonic()) > 0:
+        ready, _, _ = select.select([sys.stdin], [], [], left_s)
+        if ready:
+            pressed = os.read(sys.stdin.fileno(), 64)
+            if not pressed or b"q" in pressed.lower():  # or the terminal is gone
+                return False
+    return True
+
+
+def pause(wait_s: float) -> bool:
+    """Wait; nobody can say that it is enough."""
+    time.sleep(wait_s)
+    return True
+
+
+def draw_once(frame: Frame) -> None:
+    """One frame on stdout, with every queue and worker."""
+    out = show.console()
+    everything = 20 + len(frame.queues) + len(frame.workers) + len(frame.alerts)
+    show.print_plain(out, picture(frame, "", 2 * everything, out.width))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A frame as it looks
+
+
+def picture(frame: Frame, note: str, height: int, width: int) -> RenderableType:
+    """A frame for so many lines and columns."""
+    from rich.console import Group
+
+    rows = max((height - 12 - len(frame.alerts)) // 2, 2)
+    parts: list[RenderableType] = [*_head(frame, note), _alerts(frame.alerts)] if frame.alerts else _head(frame, note)
+    return Group(*parts, _line(""), _queues(frame, rows, width), _line(""), _workers(frame, rows, width))
+
+
+def _head(frame: Frame, note: str) -> list[RenderableType]:
+    stats = frame.stats
+    counts = [f"{status} {count}" for status, count in stats.by_status.items()]
+    rates = [f"{name} {rate:g}" for name, rate in frame.per_second.items()]
+    lines = [
+        f"{show.local(stats.timestamp)}  {'  '.join(counts)}",
+        f"stuck {stats.stuck_jobs}  locked {stats.locked_jobs}"
+        f"  average {show.span(stats.average_processing_time * 1000)}",
+        f"per second (over {frame.over_s:g} s): {'  '.join(rates)}",
+    ]
+    return [*map(_line, lines), *([_line(note, "yellow")] if note else [])]
+
+
+def _alerts(alerts: Sequence[AlertView]) -> Table:
+    rows = [(f"ALERT {alert.name}", f"{alert.value:g} > {alert.threshold:g}", alert.hint) for alert in alerts]
+    return _table(["", "", ""], rows, len(rows), style="red")
+
+
+def _queues(frame: Frame, rows: int, width: int) -> Table:
+    columns = ["QUEUE", "STATE", ">QUEUED", ">IN FLIGHT", "OLDEST DUE"]
+    if width >= NARROW:
+        columns += [">COMPLETED", ">FAILED", ">CANCELLED"]
+    body = [
+        (
+            queue.name,
+            "paused" if queue.paused else "open",
+            queue.queued,
+            queue.processing,
+            show.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
+            queue.completed,
+            queue.failed,
+            queue.cancelled,
+        )[: len(columns)]
+        for queue in frame.queues
+    ]
+    return _table(columns, body, rows)
+
+
+def _workers(frame: Frame, rows: int, width: int) -> Table:
+    columns = ["WORKER", ">HOLDS", "LAST SEEN", "JOBS"] if width >= NARROW else ["WORKER", ">HOLDS", "JOBS"]
+    body = []
+    for each in frame.workers:
+        jobs = "  ".join(f"{job.id} {show.cell(job.progress)} %" for job in each.jobs)
+        seen = (show.age(each.last_seen_at),) if width >= NARROW else ()
+        body.append((each.worker, len(each.jobs), *seen, jobs))
+    return _table(columns, body, rows)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], most: int, style: str = "") -> Table:
+    """At most so many rows, each in one line: what is too long ends in an ellipsis."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(columns))
+    for name in columns:
+        side = "right" if name.startswith(">") else "left"
+        grid.add_column(name.removeprefix(">"), justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+    for row in rows[:most]:
+        cells = [show.cell(value) for value in row]
+        grid.add_row(*(Text(text, style=style or show.style_of(text)) for text in cells))
+    if len(rows) > most:
+        grid.add_row(f"and {len(rows) - most} more")
+    return grid
+
+
+def _line(text: str, style: str = "") -> Text:
+    from rich.text import Text
+
+    return Text(show.clean(text), style=style, no_wrap=True, overflow="ellipsis")
