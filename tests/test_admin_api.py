@@ -178,7 +178,7 @@ READER = {"Authorization": "Bearer reader-token-0123456789abcdef"}
 async def test_who_may_only_look_gets_all_that_changes_nothing_and_holds_no_secret(house: House, route: Any) -> None:
     house.site.gate.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
     house.desk.answer = lambda command: Refusal("job_not_found", "It is asked, which is enough here.")
-    query = "?jobId=j" if route.path.endswith("validate-job") else ""
+    query = {"validate-job": "?jobId=j", "events": "?follow=false"}.get(route.path.rpartition("/")[2], "")
     target = route.path.replace("{id}", "j").replace("{name}", "q") + query
     heard = await house.ask(route.method, target, headers=READER)
     if route.method != "GET" or route.path.endswith("backup"):

@@ -14,6 +14,7 @@ from jobd import rules, steps
 from jobd.commands import (
     AnyCommand,
     CreditAbsence,
+    Export,
     LateResults,
     List,
     Locks,
@@ -46,7 +47,7 @@ REFUSALS = {
 
 
 # These look at many jobs, at history, or keep the clock: to one job they do nothing. An absence has a world of its own.
-NOT_PLAYED = {List, Timeline, LateResults, Locks, Queues, Workers, Ping, Tick, Report, CreditAbsence}
+NOT_PLAYED = {List, Export, Timeline, LateResults, Locks, Queues, Workers, Ping, Tick, Report, CreditAbsence}
 
 
 def test_every_state_of_a_world() -> None:
