@@ -140,7 +140,10 @@ def _success(route: Route, made: Schemas) -> Json:
         words = (
             f"Server-Sent Events: `id` is `seq`, `event` is `type`, `data` is one `{route.gives.__name__}` in one line."
         )
-        return {"type": "string", "description": words, "x-data": made.answered(route.gives)}
+        text = {"type": "string"}
+        data = {**text, "contentMediaType": JSON, "contentSchema": made.answered(route.gives)}
+        fields = {"id": text, "event": text, "data": data, "retry": {"type": "integer"}}
+        return {"type": "object", "description": words, "properties": fields}  # of one event, as readers give it
     return {
         "type": "object",
         "properties": {"success": {"const": True}, "data": made.answered(route.gives)},

@@ -36,6 +36,10 @@ FAIR: Final = (
     "run_at or delay_ms",
     "is not in the future",
     "in the list twice",
+    "separated by commas",  # the filters of events
+    "must be the `id` of an event",
+    "is no type of event",
+    "say two beginnings",
     "`$.storage_key`",
     "`$.updates.storage_key`",
 )
@@ -68,14 +72,15 @@ class Known:
         self.locks: dict[str, str] = {}
 
     def fresh(self, state: str) -> str:
-        """A job that waits, that was just granted, or that is cancelled."""
+        """A job that waits, that was just granted, or that is cancelled and has a late result."""
         self._count += 1
         job_id = f"known-{self._count}"
         self._daemon.post("/v1/jobs", {"id": job_id, "payload": {"n": self._count}})
-        if state == "held":
+        if state in ("held", "finished"):
             self.locks[job_id] = self._daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
-        elif state == "finished":
+        if state == "finished":
             self._daemon.post(f"/v1/jobs/{job_id}/cancel")
+            self._daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": self.locks.pop(job_id), "metadata": 1})
         return job_id
 
     def put_into(self, case: Case[Any], job_id: str) -> None:
