@@ -6,8 +6,7 @@ Hold no logic of jobs: read the command line, ask the client, show the answer.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -18,7 +17,7 @@ from jobd.cli.kinds import DURATION
 from jobd.cli.places import admin_client, admin_options
 
 if TYPE_CHECKING:
-    from jobd.client import JobdError, StreamedEvent
+    from jobd.client import JobdError
 
 SHOWN: Final = 100
 MAX_SHOWN: Final = 10_000  # as the daemon allows, both
@@ -66,20 +65,12 @@ def events(
     heard = admin_client().events(
         queue=queue, job_id=job, type=type_, after=after, last=last, follow=follow, on_lost=lost
     )
-    with _closing(heard):
+    with closing(heard):
         for event in heard:
             position[0] = event.seq
             show.emit_json_line(event) if as_json else show.emit(tables.event_line(event))
             if follow:
                 sys.stdout.flush()
-
-
-@contextmanager
-def _closing(heard: Iterator[StreamedEvent]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        heard.close()  # type: ignore[attr-defined]
 
 
 def _from(position: int | None) -> str:

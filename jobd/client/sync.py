@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
 
@@ -129,7 +129,7 @@ class _Client:
         last: int | None = None,
         follow: bool = True,
         on_lost: Callable[[JobdError], None] | None = None,
-    ) -> Iterator[StreamedEvent]:
+    ) -> Generator[StreamedEvent, None, None]:
         """Events as they happen, each once and in order. Goes on for ever, over breaks and restarts of the daemon.
 
         `queue`, `job_id`, `type` (a name, or several): only these. It begins now; with `after` behind the event of that
@@ -142,7 +142,9 @@ class _Client:
         )
         return self._listen(asked, on_lost)
 
-    def _listen(self, listening: Listening, on_lost: Callable[[JobdError], None] | None) -> Iterator[StreamedEvent]:
+    def _listen(
+        self, listening: Listening, on_lost: Callable[[JobdError], None] | None
+    ) -> Generator[StreamedEvent, None, None]:
         request = listening.request()
         tries = Tries(self._policy, request, time.monotonic())
         while True:
