@@ -5,19 +5,27 @@ The long run is `python -m tests.simulation --seeds 20000 --jobs 2`.
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Final
 
 import pytest
 
 from jobd.actor import Actor
+from jobd.commands import Stats
 from jobd.deciding import Plan
 from tests.simulation import __main__ as program
 from tests.simulation.expected import never
+from tests.simulation.journal import Journal
+from tests.simulation.loop import SimLoop
+from tests.simulation.machine import Machine
+from tests.simulation.plan import FAULTS, MISHAPS, draw
 from tests.simulation.run import Outcome, explain, simulate
 
 CHUNKS: Final = 6
@@ -109,6 +117,33 @@ def test_what_matters_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.simulation.plan import draw
 
     assert set(draw(found.seed, frozenset(least.without)).faults) & {"full disk", "rot"}
+
+
+def test_a_caller_who_is_gone_is_told_nothing() -> None:
+    """Seed 5789: somebody stopped asking at the moment of an answer, and the door stumbled over it."""
+    told: list[str] = []
+    loop = SimLoop(Random("gone"))
+
+    async def ask_and_go() -> None:
+        machine = Machine(0, draw(0, frozenset(FAULTS) | frozenset(MISHAPS)), loop, Journal(tell=False))
+        loop.on_error = told.append
+        running = asyncio.create_task(machine.keep_running())
+        while machine.daemon is None or not machine.daemon.is_open:  # noqa: ASYNC110 - the machine has no event for it
+            await asyncio.sleep(0.1)
+        for turns in range(8):
+            asking = asyncio.create_task(machine.call("somebody", Stats()))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.sleep(1)
+        machine.off = True
+        await machine.daemon.stop()
+        running.cancel()
+
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(ask_and_go())
+        gc.collect()
+    assert told == []
 
 
 def test_the_program_counts_what_happened(capsys: pytest.CaptureFixture[str]) -> None:

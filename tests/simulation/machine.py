@@ -53,15 +53,13 @@ def own_tasks(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], *
 class Line:
     """A connection that waits for one answer; None is told where it breaks."""
 
-    __slots__ = ("closed", "reply", "who")
+    __slots__ = ("reply", "who")
 
     def __init__(self, who: str, loop: asyncio.AbstractEventLoop) -> None:
         self.who = who
-        self.closed = False
         self.reply: asyncio.Future[Answer | Refusal | None] = loop.create_future()
 
     def close(self) -> None:
-        self.closed = True
         if not self.reply.done():
             self.reply.set_result(None)
 
@@ -183,8 +181,10 @@ class Machine:
         handler = daemon.spawn(self._handle(daemon, line, command, by, admin, key))
         if hang_up_s is not None:
             self.loop.call_later(hang_up_s, self._hang_up, line, handler)
-        answer = await line.reply
-        daemon.lines.pop(line, None)
+        try:
+            answer = await line.reply
+        finally:
+            daemon.lines.pop(line, None)
         if answer is None or unread:
             return None
         told = answer.code if isinstance(answer, Refusal) else "yes"
@@ -199,7 +199,7 @@ class Machine:
         with self.watch.under_way(command):
             answer = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size)
             self.watch.answered(command, key, answer)
-        if line.closed:
+        if line.reply.done():  # the connection is closed, or the caller is gone
             if isinstance(answer, Answer) and answer.grants:
                 self.fired["grant undelivered"] += 1
                 daemon.actor.undelivered(answer)
