@@ -72,14 +72,17 @@ def invalid(field: str, message: str) -> Refused:
 class Shape:
     """How one command is read, from a body or from a query. Built once for each route.
 
-    `given` is the name of the field that the path gives ("id", "name"), None where the path gives nothing.
+    `given` is the name of the field that the path gives ("id", "name"), None where the path gives nothing. `part` is
+    what the body is read as, where that is neither the command nor the command without `given`.
     """
 
-    def __init__(self, command: type[Command], given: str | None, limits: Limits) -> None:
+    def __init__(
+        self, command: type[Command], given: str | None, limits: Limits, *, part: type[Any] | None = None
+    ) -> None:
         self.command = command
         self.given = given
         self.limits = limits
-        self.part = command if given is None else part_of(command, given)
+        self.part = part or (command if given is None else part_of(command, given))
         self._check = _CHECKS.get(command)
         self._decode = msgspec.json.Decoder(self.part).decode
         self._scale = Scale(self.part, {name: most(limits) for name, most in _LISTS.get(command, {}).items()})

@@ -151,12 +151,22 @@ class Connection(RequestHandler):
         self._waiter = None  # it is not to be woken before we have seen what has come
         super().data_received(data)
         self._waiter = waiter
+        if len(self._messages) > before and not isinstance(self._messages[-1][0], RawRequestMessage):
+            self._break_body()
         if self._messages and idle is None and not self._buffer_paused and self._is_far_ahead():
             self._pause_reading_for_buffer()
         is_one = len(self._messages) == before + 1
         self._is_between = self._is_between and is_one and self._heads.learn(data, *self._messages[-1])
         if idle is not None and self._messages and not (is_one and self._depart_parsed()):
             idle.set_result(None)
+
+    def _break_body(self) -> None:
+        """The bytes are no HTTP any more. Whoever still reads a body hears of it; aiohttp's parser does not tell."""
+        request = self._current_request
+        if request is not None and not request.content.is_eof():
+            request.content.set_exception(web.RequestPayloadError("the framing is broken"))
+            request.content.feed_eof()  # there is nothing to be read and dropped before the end
+            self.close()
 
     def _is_far_ahead(self) -> bool:
         """aiohttp lets up to 32 requests wait for the one before them, and does not count the bytes of their bodies."""

@@ -97,7 +97,7 @@ class Listener:
 
         After `deadline_s` seconds the rest is cut off. Parked claims are in flight: the actor has to answer them.
         """
-        self.site.closing = True
+        self.site.close()
         # Names go while we still listen: a moment later they could be those of another daemon's sockets.
         await asyncio.to_thread(_unlink, self._paths)
         for server in self._sockets:

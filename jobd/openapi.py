@@ -24,6 +24,7 @@ from jobd.job import ID_PATTERN
 from jobd.replies import ErrorBody, Text
 from jobd.routes import Route
 from jobd.schemas import Schemas, not_null
+from jobd.stream_lines import PARTS, StreamedCommand
 from jobd.visits import Visit
 from jobd.web import Nothing, Web
 
@@ -110,7 +111,9 @@ def _parameters(route: Route) -> list[Json]:
 
 def _lines(route: Route, made: Schemas) -> Json:
     words = f"JSON lines; each is one `{route.asks.__name__}`, in one line."
-    schema = {"type": "string", "contentMediaType": LINES, "description": words, "x-line": made.asked(route.asks)}
+    kinds = [made.asked(part) for part in PARTS.values()] if route.asks is StreamedCommand else []
+    line = {"oneOf": kinds} if kinds else made.asked(route.asks)
+    schema = {"type": "string", "contentMediaType": LINES, "description": words, "x-line": line}
     return {"required": True, "content": {LINES: {"schema": schema}}}
 
 
@@ -144,6 +147,14 @@ def _success(route: Route, made: Schemas) -> Json:
         data = {**text, "contentMediaType": JSON, "contentSchema": made.answered(route.gives)}
         fields = {"id": text, "event": text, "data": data, "retry": {"type": "integer"}}
         return {"type": "object", "description": words, "properties": fields}  # of one event, as readers give it
+    if route.sends == LINES:
+        words = f"JSON lines; each is one `{route.gives.__name__}`, in the order of the lines that are answered."
+        return {
+            "type": "string",
+            "contentMediaType": LINES,
+            "description": words,
+            "x-line": made.answered(route.gives),
+        }
     return {
         "type": "object",
         "properties": {"success": {"const": True}, "data": made.answered(route.gives)},

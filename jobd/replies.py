@@ -17,6 +17,7 @@ from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from msgspec import Struct
 
+from jobd.answers import Answer
 from jobd.commands import Refusal
 from jobd.doors import JSON
 from jobd.visits import Visit
@@ -28,6 +29,7 @@ RETRY_AFTER_S: Final = 1
 SAFE: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 _encode: Final = msgspec.json.Encoder().encode
+_BLANKS: Final = bytes.maketrans(b"\r\n", b"  ")
 
 
 class Text(Struct, frozen=True):
@@ -45,6 +47,12 @@ class ErrorBody(Struct, frozen=True):
     message: str
     details: dict[str, Any]
     success: bool = False
+
+
+class LineError(ErrorBody, frozen=True, kw_only=True):
+    """The error object in a stream of answers."""
+
+    status: int
 
 
 class _Date:
@@ -165,6 +173,26 @@ def accepted(
     body = b'{"success":true,"data":%b}' % _encode(data)
     head = _HEADS[status] + _REPLAYED if replayed else _HEADS[status]
     return Reply(visit, head, body, close=close, lost=lost)
+
+
+def answer_line(answer: Answer) -> bytes:
+    """An answer in a stream of answers: the usual object with its status, in one line."""
+    more = b',"replayed":true' if answer.replayed else b""
+    return b'{"success":true,"data":%b,"status":%d%b}\n' % (_in_one_line(_encode(answer.data)), answer.status, more)
+
+
+def refusal_line(refusal: Refusal) -> bytes:
+    """A refusal in a stream of answers."""
+    details = refusal.details
+    if refusal.code == "overloaded":
+        details = {"retry_after_ms": RETRY_AFTER_S * 1000, **details}
+    body = LineError(refusal.code, refusal.message, details, status=refusal.status)
+    return _encode(body) + b"\n"
+
+
+def _in_one_line(body: bytes) -> bytes:
+    """Payloads and metadata are as their makers wrote them. In JSON a line break stands between values only."""
+    return body.translate(_BLANKS) if b"\n" in body or b"\r" in body else body
 
 
 def refusing(

@@ -73,12 +73,14 @@ class _Ahead(Struct):
 class Lines:
     """The lines of a stream without their ends; None in place of one that is over `limits.body` bytes.
 
-    Raises Refused where a line does not arrive within its deadline (408) or the framing of the stream is broken (400).
+    `rests`: between two lines there may be any time. Raises Refused where a line does not arrive within its deadline
+    (408) or the framing of the stream is broken (400).
     """
 
-    def __init__(self, content: StreamReader, limits: Limits) -> None:
+    def __init__(self, content: StreamReader, limits: Limits, *, rests: bool = False) -> None:
         self._content = content
         self._limits = limits
+        self._rests = rests
         self._buffer = bytearray()
         self._is_over = False
         self._is_last = False
@@ -87,30 +89,41 @@ class Lines:
         return self
 
     async def __anext__(self) -> bytes | None:
+        if not self._has_line():
+            await self._fill()
         if self._is_last and not self._buffer:
             raise StopAsyncIteration
+        end = self._buffer.find(b"\n")
+        line = bytes(self._buffer if end < 0 else self._buffer[:end])
+        del self._buffer[: len(line) + 1]
+        is_over = self._is_over or len(line) > self._limits.body
+        self._is_over = False
+        return None if is_over else line
+
+    def _has_line(self) -> bool:
+        return self._is_last or b"\n" in self._buffer
+
+    async def _fill(self) -> None:
+        """Until a whole line has come, or the rest."""
         try:
+            if self._rests and not self._buffer:
+                await self._take_piece()
             async with asyncio.timeout(self._limits.body_deadline_s):
-                return await self._line()
+                while not self._has_line():
+                    if len(self._buffer) > self._limits.body:
+                        self._is_over = True
+                        self._buffer.clear()
+                    await self._take_piece()
         except TimeoutError:
             message = f"No whole line arrived within {self._limits.body_deadline_s:g} s."
             raise refused("request_timeout", message) from None
         except web.RequestPayloadError:
             raise refused("invalid_request", "The stream is broken: its chunks or its length are wrong.") from None
 
-    async def _line(self) -> bytes | None:
-        while (end := self._buffer.find(b"\n")) < 0 and not self._is_last:
-            if len(self._buffer) > self._limits.body:
-                self._is_over = True
-                self._buffer.clear()
-            piece = await self._content.readany()
-            self._buffer += piece
-            self._is_last = not piece
-        line = bytes(self._buffer if end < 0 else self._buffer[:end])
-        del self._buffer[: len(line) + 1]
-        is_over = self._is_over or len(line) > self._limits.body
-        self._is_over = False
-        return None if is_over else line
+    async def _take_piece(self) -> None:
+        piece = await self._content.readany()
+        self._buffer += piece
+        self._is_last = not piece
 
 
 async def take_in(site: Web, visit: Visit, _: Any) -> Answer | Refusal:

@@ -112,7 +112,8 @@ class Entry(Struct, frozen=True):
 class Web:
     """One API behind one door. `refusals` counts every refusal sent, by code.
 
-    `closing`: the daemon is going down; answers say `Connection: close`.
+    `closing`: the daemon is going down; answers say `Connection: close`. `ends` are called when that begins: streams
+    that would go on end then.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Web:
         self.limits = limits or Limits()
         self.admin = admin
         self.closing = False
+        self.ends: set[Callable[[], None]] = set()
         self.refusals: Counter[str] = Counter()
         self._in_flight = 0
         self._quiet = asyncio.Event()
@@ -156,7 +158,7 @@ class Web:
         except Refused as no:
             asked = no.refusal
         except Exception as bug:
-            asked = self._confess(visit, bug)
+            asked = self.confess(visit, bug)
         return self.refuse(visit, asked) if isinstance(asked, Refusal) else asked
 
     def reply(self, visit: Visit, answer: Answer | Refusal) -> Reply:
@@ -167,7 +169,7 @@ class Web:
             except Exception as bug:
                 if answer.grants:
                     self.actor.undelivered(answer)
-                answer = self._confess(visit, bug)
+                answer = self.confess(visit, bug)
         return self.refuse(visit, answer)
 
     def landed(self) -> None:
@@ -188,6 +190,12 @@ class Web:
             self.landed()
         return Letter(answer, request) if isinstance(answer, Reply) else answer
 
+    def close(self) -> None:
+        """The daemon is going down: what goes on by itself ends."""
+        self.closing = True
+        for end in tuple(self.ends):
+            end()
+
     async def quiet(self) -> None:
         """Waits until no request is being handled. Only for a door that is closing."""
         if self._in_flight:
@@ -202,7 +210,7 @@ class Web:
         except Exception as bug:
             if isinstance(bug, ConnectionError) and visit.is_cut:
                 raise
-            answer = self._confess(visit, bug)
+            answer = self.confess(visit, bug)
         return self.reply(visit, answer) if isinstance(answer, Answer | Refusal) else answer
 
     async def _answer(self, visit: Visit) -> Answer | Refusal | web.StreamResponse:
@@ -314,29 +322,24 @@ class Web:
             visit.key = self.gate.key_use(keys, route.method, unquote(visit.path), body)
 
     def refuse(self, visit: Visit, refusal: Refusal, *, close: bool = False) -> Reply:
-        """The reply to a refused request: counted, and logged in one line without a secret."""
-        self.refusals[refusal.code] += 1
-        # Any client can be refused as often as it likes: that must not fill the log.
-        if (left_out := self._sparing.left_out(refusal.code)) is not None:
-            self._log_refusal(visit, refusal, {"left_out": left_out} if left_out else {})
+        """The reply to a refused request."""
+        self.note_refusal(visit.route, visit.method, refusal, by=visit.by, job_id=visit.job_id)
         close = close or self.closing or refusal.code == "too_large"
         shows = None if visit.route is None else visit.route.shows
         shown = None if shows is None else shows(visit, refusal)
         return refusing(visit, refusal, allow=visit.allow, close=close, shown=shown)
 
-    def _log_refusal(self, visit: Visit, refusal: Refusal, more: dict[str, int]) -> None:
-        route = visit.route
-        log.info(
-            "refused",
-            method=visit.method,
-            path=None if route is None else route.path,
-            code=refusal.code,
-            by=visit.by,
-            job=visit.job_id,
-            **more,
-        )
+    def note_refusal(self, route: Route | None, method: str, refusal: Refusal, *, by: str, job_id: str | None) -> None:
+        """A refusal is counted, and logged in one line without a secret."""
+        self.refusals[refusal.code] += 1
+        # Any client can be refused as often as it likes: that must not fill the log.
+        if (left_out := self._sparing.left_out(refusal.code)) is None:
+            return
+        path = None if route is None else route.path
+        more = {"left_out": left_out} if left_out else {}
+        log.info("refused", method=method, path=path, code=refusal.code, by=by, job=job_id, **more)
 
-    def _confess(self, visit: Visit, bug: Exception) -> Refusal:
+    def confess(self, visit: Visit, bug: Exception) -> Refusal:
         """A bug costs one visit. Its text may hold a secret, so the log names only its type and place."""
         route = visit.route
         at = traceback.extract_tb(bug.__traceback__)[-1]

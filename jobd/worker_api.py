@@ -17,6 +17,7 @@ from jobd.answers import (
     WhyView,
     WorkerList,
 )
+from jobd.command_stream import serve
 from jobd.commands import (
     Bulk,
     Cancel,
@@ -36,11 +37,13 @@ from jobd.commands import (
     Why,
     Workers,
 )
+from jobd.doors import LINES
 from jobd.event_stream import EVENT_STREAM, Follow, follow
 from jobd.events import StreamedEvent
 from jobd.glossary import WORKER_TITLE
 from jobd.openapi import with_document
 from jobd.routes import Route, Who
+from jobd.stream_lines import StreamedAnswer, StreamedCommand
 from jobd.web import PROBES
 
 _W: Final[Who] = "worker"
@@ -61,6 +64,16 @@ _ROUTES: Final = (
     Route(method="POST", path="/v1/jobs/{id}/fail", asks=Fail, gives=JobView, who=_W),
     Route(method="POST", path="/v1/jobs/{id}/release", asks=Release, gives=JobView, who=_W),
     Route(method="POST", path="/v1/jobs/{id}/cancel", asks=Cancel, gives=JobView, who=_W, key=True),
+    Route(
+        method="POST",
+        path="/v1/commands",
+        asks=StreamedCommand,
+        gives=StreamedAnswer,
+        who=_W,
+        via=serve,
+        reads="lines",
+        sends=LINES,
+    ),
     Route(method="GET", path="/v1/queues", asks=Queues, gives=QueueList, who=_W),
     Route(method="GET", path="/v1/workers", asks=Workers, gives=WorkerList, who=_W),
     Route(method="GET", path="/v1/events", asks=Follow, gives=StreamedEvent, who=_W, via=follow, sends=EVENT_STREAM),

@@ -360,7 +360,7 @@ async def test_a_bug_behind_an_answer_costs_one_connection(
         raise ValueError("canary")
 
     house.desk.answer = lambda _: Answer(object())  # cannot be written as JSON
-    monkeypatch.setattr(house.site, "_confess", fail)
+    monkeypatch.setattr(house.site, "confess", fail)
     line = await house.line()
     with capture_logs() as logs:
         await send(line, CLAIM)

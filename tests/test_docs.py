@@ -31,6 +31,7 @@ from jobd.cli.daemon import jobd as jobd_program
 from jobd.client.run import FIELDS, PREFIX
 from jobd.pace import SAMPLES_NEEDED
 from jobd.routes import Route
+from jobd.stream_lines import OPS, StreamedAnswer
 from jobd.streams import ImportReport
 from tests.conftest import tool_missing
 from tests.process import TOKEN, Daemon, die_with_us
@@ -131,7 +132,7 @@ def test_every_call_with_its_fields(title: str, table: Sequence[Route]) -> None:
 
 
 def _meant(route: Route) -> tuple[list[str], str, bool]:
-    body = [] if route.asks is commands.Import else asked(route.asks, route.given)
+    body = [] if route.reads == "lines" else asked(route.asks, route.given)
     names = [name for name, shape in SHAPES.items() if shape is route.gives]
     return body, names[0] if names else {"Probe": "probe", "bytes": "bytes"}[route.gives.__name__], route.key
 
@@ -140,6 +141,11 @@ def asked(shape: Any, given: str | None = None) -> list[str]:
     """The fields of a body as a table says them, `?` where they may be left out."""
     fields = structs.fields(shape)
     return sorted(f"{each.encode_name}{'' if each.required else '?'}" for each in fields if each.name != given)
+
+
+def test_every_kind_of_line() -> None:
+    said = {ticked(op)[0]: ticked(call)[0].split() for op, call, *_ in rows(API, "op", "call")}
+    assert said == {name: [op.method, op.path] for name, op in OPS.items()}
 
 
 SHAPES: Final[dict[str, Any]] = {
@@ -155,6 +161,7 @@ SHAPES: Final[dict[str, Any]] = {
     "late result": answers.LateResultView,
     "event": events.EventView,
     "streamed event": events.StreamedEvent,
+    "streamed answer": StreamedAnswer,
     "why": answers.WhyView,
     "next": answers.Next,
     "validation": answers.Validation,
@@ -328,15 +335,15 @@ def test_every_old_call_is_answered() -> None:
 
 def test_calls_that_the_migration_names_exist() -> None:
     routes = {(route.method, route.path) for table in (worker_api.ROUTES, admin_api.ROUTES) for route in table}
-    from jobd.client import AdminClient, JobClient
+    from jobd.client import AdminClient, AsyncJobClient, JobClient
 
-    clients: dict[str, Any] = {"client": JobClient, "admin": AdminClient}
+    clients: dict[str, Any] = {"client": (JobClient, AsyncJobClient), "admin": (AdminClient,)}
     for document in (README, ROOT / "docs/migration.md"):
         text = document.read_text(encoding="utf-8")
         for method, path in re.findall(r"\b(GET|POST|DELETE) `?(/(?:v1|admin)[\w/{}-]+)`?", text):
             assert (method, path) in routes, f"{document.name}: {method} {path}"
         for client, name in re.findall(r"\b(client|admin)\.(\w+)\(", text):
-            assert hasattr(clients[client], name), f"{document.name}: {client}.{name}"
+            assert any(hasattr(each, name) for each in clients[client]), f"{document.name}: {client}.{name}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

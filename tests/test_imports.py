@@ -25,13 +25,14 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": ("store tables job_writer rows lookups opening wal migrations quarantine files backup doctor", "nouns"),
     "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
+    "stream": ("stream_lines command_stream", "nouns actor web"),
     "feed": ("feed event_stream", "nouns web actor"),
     "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),
     "time": ("cleanup passes health presence", "nouns book judging actor clock artefacts"),
     "watch": ("metrics alerts facts", "nouns book judging actor clock artefacts time"),
     # what requests may ask of the daemon beside the actor
     "rooms": ("rooms", "nouns actor clock store time watch feed"),
-    "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed"),
+    "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed stream"),
     "settings": ("config", "nouns"),
     "system": ("log outlet systemd", ""),
     "wiring": (

@@ -111,7 +111,7 @@ async def test_a_bug_beyond_the_walk_ends_one_connection(house: House, monkeypat
         raise ValueError("canary")
 
     house.desk.answer = fail
-    monkeypatch.setattr(house.site, "_confess", fail)
+    monkeypatch.setattr(house.site, "confess", fail)
     line = await house.line()
     with capture_logs() as logs:
         heard = await line.ask("GET", "/v1/jobs")

@@ -20,6 +20,7 @@ from jobd.doors import Gate, own_names
 from jobd.events import StreamedEvent
 from jobd.openapi import call_of, document, refusals
 from jobd.routes import Route
+from jobd.stream_lines import PARTS, StreamedCommand, shapes
 from tests.http_help import TOKEN, House
 
 TABLES: dict[str, Sequence[Route]] = {"worker": worker_api.ROUTES, "admin": admin_api.ROUTES}
@@ -134,12 +135,14 @@ async def test_a_document_is_given_out_without_a_token(door: tuple[str, House]) 
 
 # -- bodies: what the schema takes, the decoder takes ------------------------------------------------------------------
 
-READERS = {
-    call_of(route): (name, route, Shape(route.asks, route.given, Limits()))
+# Call, or kind of line -> its document, the name of its schema, what reads it, what its path gives.
+READERS: dict[str, tuple[str, str, Shape, str | None]] = {
+    call_of(route): (name, route.asks.__name__, Shape(route.asks, route.given, Limits()), "a" if route.given else None)
     for name, table in TABLES.items()
     for route in table
-    if route.method != "GET"
+    if route.method != "GET" and route.asks is not StreamedCommand
 }
+READERS |= {f"line {op}": ("worker", PARTS[op].__name__, shape, None) for op, shape in shapes(Limits()).items()}
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -174,8 +177,8 @@ def near(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:
 @cache
 def body_of(call: str) -> tuple[st.SearchStrategy[Any], Draft202012Validator]:
     """Bodies for a call, and what tells which of them its schema takes."""
-    name, route, _ = READERS[call]
-    schema = {"$ref": f"#/components/schemas/{route.asks.__name__}"}
+    name, called, _, _ = READERS[call]
+    schema = {"$ref": f"#/components/schemas/{called}"}
     return near(name, schema), Draft202012Validator(schema | {"components": DOCUMENTS[name]["components"]})
 
 
@@ -184,16 +187,16 @@ def body_of(call: str) -> tuple[st.SearchStrategy[Any], Draft202012Validator]:
 @given(data=st.data())
 def test_a_body_is_taken_by_the_decoder_just_where_its_schema_takes_it(call: str, data: st.DataObject) -> None:
     """Rules about values beside their types (a storage key's segments, the size of a payload) come on top."""
-    _, route, shape = READERS[call]
+    _, _, shape, given_by_path = READERS[call]
     strategy, schema = body_of(call)
     body = data.draw(strategy)
     try:
-        taken: object = shape.from_body(json.dumps(body).encode(), "a" if route.given else None)
+        taken: object = shape.from_body(json.dumps(body).encode(), given_by_path)
     except Refused as no:
         taken = no.refusal
     if isinstance(taken, commands.Refusal):
         assert taken.code == "invalid_request"
         assert "storage_key" in taken.message or not schema.is_valid(body), taken.message
     else:
-        assert type(taken) is route.asks
+        assert type(taken) is shape.command
         assert schema.is_valid(body)

@@ -178,6 +178,19 @@ async def test_a_broken_stream_is_a_400(house: House) -> None:
     assert await line.is_closed()
 
 
+async def test_a_stream_that_breaks_later_is_a_400_too(house: House) -> None:
+    """Not the 408 of a line that does not come."""
+    line = await house.line()
+    line.send(head(house) + chunk(b'{"id":"a"}\n'))
+    await house.desk.arrived.wait()
+    with capture_logs() as logs:
+        line.send(b"zz\r\n")
+        heard = await line.hear()
+        assert (heard.status, heard.error, heard.json["details"]["line"]) == (400, "invalid_request", 2)
+        assert await line.is_closed()
+    assert [line["event"] for line in logs] == ["refused"]
+
+
 async def test_an_import_whose_client_goes_away_ends(house: House) -> None:
     async def never(_: Any) -> Answer:
         await asyncio.Event().wait()

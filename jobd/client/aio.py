@@ -35,6 +35,7 @@ from jobd.client.protocol import (
     result,
     signed,
 )
+from jobd.client.stream import Pipe, line_of
 from jobd.events import StreamedEvent
 from jobd.job import Status
 
@@ -262,6 +263,39 @@ class AsyncJobClient(_AsyncClient):
     queues = _method(calls.queues)
     workers = _method(calls.workers)
     iterate_jobs = _pages(calls.list_jobs)
+
+    def stream(self) -> StreamClient:
+        """The same calls over one stream: many at a time, and none waits for a connection or a commit of its own.
+
+        async with client.stream() as jobs:
+            await asyncio.gather(*(jobs.create_job(n) for n in range(1_000)))
+        """
+        return StreamClient(self)
+
+
+class StreamClient(AsyncJobClient):
+    """AsyncJobClient over a stream of commands; made by its `stream`. For many calls at a time (asyncio.gather, tasks).
+
+    Claims that wait, lists, timelines and whatever else a stream does not take go as they always do. Where the stream
+    breaks, calls are tried again over a new one, as their client would.
+    """
+
+    def __init__(self, client: AsyncJobClient) -> None:
+        super().__init__(client.endpoint, tls=client._tls)
+        self._policy = client._policy
+        self._pipe = Pipe(self._open_stream)
+
+    async def close(self) -> None:
+        """End the stream, when what was sent has been answered, and close all connections."""
+        await self._pipe.close()
+        await super().close()
+
+    async def _exchange(self, request: Request[Any], timeout_s: float) -> Reply:
+        line = line_of(request)
+        return await (super()._exchange(request, timeout_s) if line is None else self._pipe.exchange(line, timeout_s))
+
+    def _open_stream(self, request: Request[Any], data: AsyncIterator[bytes]) -> Any:
+        return self._open(request, aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S), data)
 
 
 class AsyncAdminClient(_AsyncClient):

@@ -38,7 +38,7 @@ TESTS: Final[dict[Level, tuple[str, ...]]] = {
     "simulation": ("tests/test_simulation.py::test_every_promise_holds",),
     "actor": _files("actor cleanup health sweeper artefacts artefact_files"),
     "store": _files("store rows files opening migrations quarantine backup outages doctor"),
-    "doors": _files("doors bodies web worker_api admin_api web_actor listener streams contract"),
+    "doors": _files("doors bodies web worker_api admin_api web_actor listener streams command_stream contract"),
     "process": _files("daemon systemd secrets faults"),
 }
 
@@ -47,7 +47,7 @@ _CORE: Final = frozenset({"actor", "artefacts", "time", "watch", "wiring"})
 _SEEN_FROM: Final[dict[str, Level]] = {
     **dict.fromkeys(_CORE, "simulation"),
     "store": "store",
-    **dict.fromkeys(("web", "apis", "settings"), "doors"),
+    **dict.fromkeys(("web", "stream", "apis", "settings"), "doors"),
 }
 _PURE: Final = PURE | {"envelope", "clock"}  # those of the actor's parts that are tested by themselves
 
