@@ -82,8 +82,8 @@ format: $(READY)  ## put the code into its usual form
 demo: $(READY)  ## a daemon, workers and a worker's death, in ten seconds
 	$(BIN)/jobd demo
 
-bench: $(READY)  ## how fast it is on this machine (ARGS for tests/bench.py)
-	$(BIN)/python -m tests.bench $(ARGS)
+bench: $(READY)  ## how fast it is on this machine (ARGS as for jobd bench: SCENARIO ... --runs N --json)
+	$(BIN)/jobd bench $(ARGS)
 
 pins:  ## write .ci/constraints.txt anew from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \

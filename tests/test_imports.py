@@ -42,7 +42,8 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "dashboard": ("dashboard", "nouns web"),
     "client": ("client", "nouns"),
     # The daemon's own verbs work on its files; jobctl's get no further than the client (see below).
-    "cli": ("cli __main__", "nouns client store settings wiring system"),
+    "cli": ("cli __main__", "nouns client store settings wiring system bench"),
+    "bench": ("bench", ""),
 }
 ROOM_OF: Final = {module: room for room, (modules, _) in ROOMS.items() for module in modules.split()}
 

@@ -14,6 +14,7 @@ import click
 
 from jobd import __version__
 from jobd.cli import daemon_files, exits, show
+from jobd.cli.bench import bench
 from jobd.cli.demo import demo
 from jobd.cli.group import SETTINGS, Sections, json_option
 from jobd.cli.monitoring import monitoring
@@ -110,7 +111,7 @@ def _values(loaded: Loaded) -> dict[str, dict[str, object]]:
     return found
 
 
-jobd.add_all("The daemon", serve, check_config, demo, monitoring)
+jobd.add_all("The daemon", serve, check_config, demo, bench, monitoring)
 jobd.add_all("Its files", daemon_files.backup, daemon_files.restore, daemon_files.doctor)
 
 

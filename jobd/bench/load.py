@@ -1,0 +1,299 @@
+"""The load itself: `python -m jobd.bench.load` runs one kind of it against a socket and prints what came of it as JSON.
+
+It is a process of its own, so that the daemon does not wait for it; what CPU it took is told beside what it measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
+
+import msgspec
+import uvloop
+from msgspec import Struct
+
+from jobd.bench.spread import percentiles
+from jobd.bench.wire import Flow, Wire, encode
+
+PAYLOAD: Final = "x" * 198  # 200 bytes as JSON
+CREATE: Final = encode({"payload": PAYLOAD})
+BULK: Final = 1000
+_P: Final = "/admin/job-management"
+
+clock: Final = time.perf_counter
+
+
+class Asked(Struct):
+    """What is asked of a load. `count` is a number of jobs, `rate` of lifecycles a second."""
+
+    kind: str
+    socket: str
+    admin: str = ""
+    token: str = ""
+    connections: int = 16
+    seconds: float = 5.0
+    count: int = 0
+    rate: float = 0.0
+
+
+Figures = dict[str, Any]
+
+
+async def _one(wire: Wire, worker: bytes) -> None:
+    """Create, claim, complete. The claimed job may be another connection's; all are done in the end."""
+    await wire.post("/v1/jobs", CREATE)
+    grant = (await wire.post("/v1/claim", worker))["grants"][0]
+    await wire.post(f"/v1/jobs/{grant['job']['id']}/complete", encode({"lock_id": grant["lock_id"], "metadata": 1}))
+
+
+def _worker(number: int) -> bytes:
+    return encode({"worker": f"w-{number}"})
+
+
+async def _wires(asked: Asked) -> list[Wire]:
+    return [await Wire.open(asked.socket) for _ in range(asked.connections)]
+
+
+async def _over(seconds: float, workers: list[Callable[[], Awaitable[int]]]) -> tuple[float, list[float]]:
+    """Every worker does its work again and again for so long: how much of it a second, and how long each took."""
+    began, times, done = clock(), list[float](), 0
+
+    async def go_on(work: Callable[[], Awaitable[int]]) -> None:
+        nonlocal done
+        while (started := clock()) - began < seconds:
+            count = await work()
+            times.append(clock() - started)
+            done += count
+
+    await asyncio.gather(*map(go_on, workers))
+    return done / (clock() - began), times
+
+
+async def lifecycle(asked: Asked) -> Figures:
+    """Create, claim, complete, one request each."""
+
+    def work(number: int, wire: Wire) -> Callable[[], Awaitable[int]]:
+        async def once() -> int:
+            await _one(wire, _worker(number))
+            return 1
+
+        return once
+
+    wires = await _wires(asked)
+    per_s, times = await _over(asked.seconds, [work(number, wire) for number, wire in enumerate(wires)])
+    return {"lifecycles_per_s": per_s, "lifecycle": percentiles(times)}
+
+
+async def batch(asked: Asked) -> Figures:
+    """A hundred at a time: created by one bulk, claimed by one claim, completed one by one."""
+    size = 100
+    bulk = encode({"jobs": [{"payload": PAYLOAD}] * size})
+
+    def work(number: int, wire: Wire) -> Callable[[], Awaitable[int]]:
+        claim = encode({"worker": f"w-{number}", "limit": size})
+
+        async def once() -> int:
+            await wire.post("/v1/jobs/bulk", bulk)
+            grants = (await wire.post("/v1/claim", claim))["grants"]
+            for grant in grants:
+                await wire.post(f"/v1/jobs/{grant['job']['id']}/complete", encode({"lock_id": grant["lock_id"]}))
+            return len(grants)
+
+        return once
+
+    wires = await _wires(asked)
+    per_s, times = await _over(asked.seconds, [work(number, wire) for number, wire in enumerate(wires)])
+    return {"lifecycles_per_s": per_s, "hundred": percentiles(times)}
+
+
+async def stream(asked: Asked) -> Figures:
+    """Streams of commands, each with many lifecycles on their way; every answer after its fsync."""
+    at_once = 64
+    flows = [await Flow.open(asked.socket) for _ in range(max(asked.connections // 4, 1))]
+    began, done = clock(), 0
+
+    async def go_on(number: int, flow: Flow) -> None:
+        nonlocal done
+        begin = encode({"op": "create", "payload": PAYLOAD}) + b"\n"
+        begin += encode({"op": "claim", "worker": f"w-{number}"}) + b"\n"
+        flow.send(begin * at_once)
+        under_way = at_once
+        while under_way:
+            lines = []
+            for answer in await flow.answers():
+                data = answer["data"]
+                if "grants" in data:
+                    for grant in data["grants"]:
+                        ended = {"op": "complete", "id": grant["job"]["id"], "lock_id": grant["lock_id"], "metadata": 1}
+                        lines.append(encode(ended) + b"\n")
+                elif data["status"] == "completed":
+                    done += 1
+                    if clock() - began < asked.seconds:
+                        lines.append(begin)
+                    else:
+                        under_way -= 1
+            if lines:
+                flow.send(b"".join(lines))
+
+    await asyncio.gather(*(go_on(number, flow) for number, flow in enumerate(flows)))
+    per_s = done / (clock() - began)
+    for flow in flows:
+        flow.close()
+    return {"lifecycles_per_s": per_s}
+
+
+async def contention(asked: Asked) -> Figures:
+    """All connections want the same job; one gets it. Whether it was one each time is looked at, too."""
+    wires = await _wires(asked)
+    began, starts, jobs, times = clock(), 0, 0, list[float]()
+    while clock() - began < asked.seconds:
+        job_id = (await wires[0].post("/v1/jobs", CREATE))["id"]
+        started = clock()
+        asking = (wire.post(f"/v1/jobs/{job_id}/start", _worker(n), may_fail=True) for n, wire in enumerate(wires))
+        got = [grant for grant in await asyncio.gather(*asking) if grant is not None]
+        times.append(clock() - started)
+        if len(got) != 1:
+            raise SystemExit(f"{len(got)} workers got job {job_id}")
+        await wires[0].post(f"/v1/jobs/{job_id}/complete", encode({"lock_id": got[0]["lock_id"]}))
+        starts, jobs = starts + len(wires), jobs + 1
+    return {"starts_per_s": starts / (clock() - began), "grants_per_job": 1, "round": percentiles(times)}
+
+
+async def progress(asked: Asked) -> Figures:
+    """Every connection holds a job and reports its progress."""
+
+    async def holder(number: int, wire: Wire) -> Callable[[], Awaitable[int]]:
+        job_id = (await wire.post("/v1/jobs", CREATE))["id"]
+        lock_id = (await wire.post(f"/v1/jobs/{job_id}/start", _worker(number)))["lock_id"]
+        body = encode({"lock_id": lock_id, "progress": 50})
+
+        async def once() -> int:
+            await wire.post(f"/v1/jobs/{job_id}/progress", body)
+            return 1
+
+        return once
+
+    holders = [await holder(number, wire) for number, wire in enumerate(await _wires(asked))]
+    per_s, times = await _over(asked.seconds, holders)
+    return {"reports_per_s": per_s, "report": percentiles(times)}
+
+
+async def mixed(asked: Asked) -> Figures:
+    """Lifecycles beside reads, a dashboard that polls and a cleanup pass every second."""
+    watching = [asyncio.ensure_future(each) for each in (_poll(asked), _clean(asked), _read(asked))]
+    figures = await lifecycle(asked)
+    for each in watching:
+        each.cancel()
+    ended = await asyncio.gather(*watching, return_exceptions=True)
+    if faults := [each for each in ended if isinstance(each, Exception)]:
+        raise faults[0]
+    return figures
+
+
+async def _poll(asked: Asked) -> None:
+    wire = await Wire.open(asked.admin, asked.token)
+    while True:
+        for path in (f"{_P}/stats", f"{_P}/queues", f"{_P}/alerts", "/metrics"):
+            await wire.get(path)
+        await asyncio.sleep(0.5)
+
+
+async def _clean(asked: Asked) -> None:
+    wire = await Wire.open(asked.admin, asked.token)
+    while True:
+        await wire.post(f"{_P}/cleanup", b"{}")
+        await asyncio.sleep(1)
+
+
+async def _read(asked: Asked) -> None:
+    wire = await Wire.open(asked.socket)
+    while True:
+        page = await wire.get("/v1/jobs?limit=50")
+        for job in page["jobs"][:10]:
+            await wire.get(f"/v1/jobs/{job['id']}")
+        await asyncio.sleep(0.05)
+
+
+async def latency(asked: Asked) -> Figures:
+    """One connection, one lifecycle after the other."""
+    wire, times = await Wire.open(asked.socket), list[float]()
+    began = clock()
+    while (started := clock()) - began < asked.seconds:
+        await _one(wire, _worker(1))
+        times.append(clock() - started)
+    return {"lifecycle": percentiles(times)}
+
+
+async def rate(asked: Asked) -> Figures:
+    """Lifecycles begun at a fixed rate, however long the others take: times count from when each should have begun."""
+    free = asyncio.Queue[Wire]()
+    for wire in await _wires(asked):
+        free.put_nowait(wire)
+    began, times, running = clock(), list[float](), set[asyncio.Task[None]]()
+
+    async def one(due: float) -> None:
+        wire = await free.get()
+        await _one(wire, _worker(1))
+        times.append(clock() - due)
+        free.put_nowait(wire)
+
+    for number in range(round(asked.rate * asked.seconds)):
+        due = began + number / asked.rate
+        await asyncio.sleep(max(due - clock(), 0))
+        task = asyncio.ensure_future(one(due))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    await asyncio.gather(*running)
+    return {"rate_per_s": asked.rate, "lifecycle": percentiles(times)}
+
+
+async def claim(asked: Asked) -> Figures:
+    """What a claim costs, with whatever waits: the claimed job goes back at once."""
+    wire, times = await Wire.open(asked.socket), list[float]()
+    began = clock()
+    while clock() - began < asked.seconds:
+        started = clock()
+        [grant] = (await wire.post("/v1/claim", _worker(1)))["grants"]
+        times.append(clock() - started)
+        await wire.post(f"/v1/jobs/{grant['job']['id']}/release", encode({"lock_id": grant["lock_id"]}))
+    return {"claim": percentiles(times)}
+
+
+async def fill(asked: Asked) -> Figures:
+    """So many queued jobs."""
+    wire, began = await Wire.open(asked.socket), clock()
+    for made in range(0, asked.count, BULK):
+        await wire.post("/v1/jobs/bulk", encode({"jobs": [{"payload": PAYLOAD}] * min(BULK, asked.count - made)}))
+    return {"created_per_s": asked.count / (clock() - began)}
+
+
+async def finish(asked: Asked) -> Figures:
+    """So many finished jobs, moved in."""
+    wire, began = await Wire.open(asked.admin, asked.token), clock()
+    for made in range(0, asked.count, BULK):
+        job = {"status": "completed", "progress": 100, "metadata": 1, "payload": PAYLOAD}
+        numbers = range(made, min(made + BULK, asked.count))
+        lines = b"".join(encode({"id": f"old-{number}", **job}) + b"\n" for number in numbers)
+        await wire.lines(f"{_P}/import", lines)
+    return {"imported_per_s": asked.count / (clock() - began)}
+
+
+KINDS: Final[dict[str, Callable[[Asked], Coroutine[Any, Any, Figures]]]] = {
+    each.__name__: each
+    for each in (lifecycle, batch, stream, contention, progress, mixed, latency, rate, claim, fill, finish)
+}
+
+
+def main() -> None:
+    asked = msgspec.json.decode(sys.argv[1], type=Asked)
+    began, cpu = clock(), time.process_time()
+    figures = uvloop.run(KINDS[asked.kind](asked))
+    figures["load_cores"] = (time.process_time() - cpu) / (clock() - began)
+    print(encode(figures).decode())
+
+
+if __name__ == "__main__":
+    main()

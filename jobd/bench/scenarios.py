@@ -1,0 +1,99 @@
+"""What is measured, by name: each scenario has a fresh daemon and gives its figures. How they look is not its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec import Struct
+
+from jobd.bench.stage import Stage
+
+
+class Size(Struct, frozen=True):
+    """How much is measured. `seconds` of one load, `live` jobs for memory and start, `backlogs` (live, finished)."""
+
+    seconds: float = 5.0
+    connections: int = 16
+    rate: float = 500.0
+    live: int = 100_000
+    backlogs: tuple[tuple[int, int], ...] = ((1_000, 0), (100_000, 0))
+
+
+Measure = Callable[[Stage, Size], dict[str, Any]]
+
+
+class Scenario(Struct, frozen=True):
+    """`says` is one line for people; `once`: it is too long to be repeated for a median."""
+
+    name: str
+    says: str
+    measure: Measure
+    once: bool = False
+
+
+def _load(kind: str) -> Measure:
+    def measure(stage: Stage, size: Size) -> dict[str, Any]:
+        return stage.load(kind, seconds=size.seconds, connections=size.connections)
+
+    return measure
+
+
+def _latency(stage: Stage, size: Size) -> dict[str, Any]:
+    alone = stage.load("latency", seconds=size.seconds)
+    paced = stage.load("rate", seconds=size.seconds, connections=size.connections, rate=size.rate)
+    return {"one_connection": alone, "fixed_rate": paced}
+
+
+def _backlog(stage: Stage, size: Size) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    live = finished = 0
+    for wanted_live, wanted_finished in size.backlogs:
+        stage.load("fill", count=wanted_live - live)
+        if wanted_finished > finished:
+            stage.load("finish", count=wanted_finished - finished)
+        live, finished = wanted_live, wanted_finished
+        name = f"{live}_live" + (f"_{finished}_finished" if finished else "")
+        found[name] = stage.load("claim", seconds=size.seconds)
+    return found
+
+
+def _startup(stage: Stage, size: Size) -> dict[str, Any]:
+    stage.stop()
+    empty_s = stage.start()
+    stage.load("fill", count=size.live)
+    stage.stop()
+    return {"live_jobs": size.live, "start_s": stage.start(), "start_empty_s": empty_s}
+
+
+def _memory(stage: Stage, size: Size) -> dict[str, Any]:
+    before = stage.memory()
+    stage.load("fill", count=size.live)
+    stage.stop()
+    stage.start()
+    after = stage.memory()
+    return {"live_jobs": size.live, "bytes_per_live_job": (after - before) / size.live, "resident_mb": after / 1e6}
+
+
+SCENARIOS: Final = {
+    each.name: each
+    for each in (
+        Scenario("lifecycle", "create, claim, complete, one request each", _load("lifecycle")),
+        Scenario("batch", "bulks and claims of a hundred, completes one by one", _load("batch")),
+        Scenario("stream", "lifecycles over streams of commands", _load("stream")),
+        Scenario("contention", "many starts on one job", _load("contention")),
+        Scenario("progress", "progress reports of jobs that are held", _load("progress")),
+        Scenario("mixed", "lifecycles beside reads, a polling dashboard and cleanup passes", _load("mixed")),
+        Scenario("latency", "a lifecycle on one connection, and at a fixed rate", _latency),
+        Scenario("backlog", "a claim among many jobs", _backlog, once=True),
+        Scenario("startup", "a start with many live jobs", _startup),
+        Scenario("memory", "memory for each live job", _memory),
+    )
+}
+
+
+def measured(scenario: Scenario, size: Size, place: Path | None) -> dict[str, Any]:
+    """The figures of one run."""
+    with Stage(place) as stage:
+        return scenario.measure(stage, size)

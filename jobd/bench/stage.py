@@ -1,0 +1,141 @@
+"""A daemon of its own for measuring, on a disk of one's choice, and loads against it.
+
+The daemon is what an operator runs: the same program with the default configuration, but for where it lies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import msgspec
+
+from jobd.bench.load import Asked
+from jobd.bench.wire import Wire
+
+READY_S: Final = 120.0
+STOP_S: Final = 60.0
+
+
+class BenchFailed(Exception):
+    """The daemon or the load ended before its time; the text is what it said last."""
+
+
+class Stage:
+    """`with Stage(place) as stage`: a running daemon in a new directory below `place` (None: the usual one)."""
+
+    def __init__(self, place: Path | None) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="jobd-bench-", dir=place))
+        self._token = secrets.token_urlsafe(32)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = (self._directory / "log").open("w+b")
+        (self._directory / "config.toml").touch()  # all defaults, whatever this machine's daemon has
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+        shutil.rmtree(self._directory)
+
+    # -- the daemon ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> float:
+        """Start the daemon; seconds until it is ready."""
+        own = {
+            "ADMIN_TOKEN": self._token,
+            "JOBD_CONFIG": self._path("config.toml"),
+            "JOBD_WORKER_SOCKET": self._path("worker.sock"),
+            "JOBD_ADMIN_LISTEN": f"unix:{self._path('admin.sock')}",
+            "JOBD_STORE_PATH": self._path("jobd.db"),
+            "JOBD_LOG_LEVEL": "warning",
+        }
+        others = {name: value for name, value in os.environ.items() if not name.startswith("JOBD_")}
+        began = time.perf_counter()
+        self._process = subprocess.Popen([sys.executable, "-m", "jobd", "serve"], env=others | own, stderr=self._log)
+        while not self._is_ready():
+            if self._process.poll() is not None or time.perf_counter() - began > READY_S:
+                raise BenchFailed(f"the daemon did not come up: {self._last_words()}")
+            time.sleep(0.005)
+        return time.perf_counter() - began
+
+    def stop(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        if self._process.wait(STOP_S) != 0:
+            raise BenchFailed(f"the daemon ended with {self._process.returncode}: {self._last_words()}")
+
+    def _is_ready(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(self._path("worker.sock"))
+                probe.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
+                return b" 200 " in probe.recv(64)
+            except OSError:
+                return False
+
+    def memory(self) -> int:
+        """Resident bytes of the daemon."""
+        assert self._process is not None
+        status = Path(f"/proc/{self._process.pid}/status").read_text("ascii")
+        return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+    def _cpu_s(self) -> float:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise BenchFailed(f"the daemon ended with {self._process.returncode}: {self._last_words()}")
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text("ascii").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    # -- load ----------------------------------------------------------------------------------------------------------
+
+    def load(self, kind: str, **asked: Any) -> dict[str, Any]:
+        """Run a load (see load.py) in a process of its own. `daemon_cores`, `load_cores`: the CPU of both sides."""
+        told = Asked(kind, self._path("worker.sock"), self._path("admin.sock"), self._token, **asked)
+        words = [sys.executable, "-m", "jobd.bench.load", msgspec.json.encode(told).decode()]
+        began, cpu_s = time.perf_counter(), self._cpu_s()
+        run = subprocess.run(words, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise BenchFailed(f"the load {kind} ended with {run.returncode}: {run.stderr[-2000:]}{self._last_words()}")
+        figures: dict[str, Any] = msgspec.json.decode(run.stdout)
+        figures["daemon_cores"] = (self._cpu_s() - cpu_s) / (time.perf_counter() - began)
+        return figures
+
+    def stats(self) -> dict[str, Any]:
+        """The daemon's own count of its jobs."""
+        return asyncio.run(_stats(self._path("admin.sock"), self._token))
+
+    def _path(self, name: str) -> str:
+        return str(self._directory / name)
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        return self._log.read()[-2000:].decode("utf-8", "replace")
+
+
+async def _stats(path: str, token: str) -> dict[str, Any]:
+    wire = await Wire.open(path, token)
+    found: dict[str, Any] = await wire.get("/admin/job-management/stats")
+    wire.close()
+    return found

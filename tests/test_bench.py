@@ -1,0 +1,130 @@
+"""jobd bench: every scenario measures something, what goes wrong is told, and the arithmetic of the figures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from jobd.bench import load, stage
+from jobd.bench.scenarios import SCENARIOS, Size, measured
+from jobd.bench.spread import over_runs, percentiles
+from jobd.bench.stage import BenchFailed, Stage
+from jobd.cli import bench
+from jobd.cli.daemon import jobd
+
+TINY = Size(seconds=0.2, connections=4, rate=50, live=1_000, backlogs=((1_000, 0), (1_500, 500)))
+TIMES = {"p50_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms"}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+def test_a_scenario_gives_figures(scenario: Any, tmp_path: Path) -> None:
+    found = measured(scenario, TINY, tmp_path)
+    numbers = list(_numbers(found))
+    assert numbers
+    assert all(value > 0 for _, value in numbers), found
+    for name, times in _times(found):
+        assert times.keys() == TIMES
+        ordered = [times[each] for each in ("p50_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms")]
+        assert ordered == sorted(ordered), name
+    assert list(tmp_path.iterdir()) == []
+
+
+def _numbers(found: dict[str, Any]) -> Any:
+    for name, value in found.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        else:
+            yield name, value
+
+
+def _times(found: dict[str, Any]) -> Any:
+    for name, value in found.items():
+        if isinstance(value, dict):
+            if "p50_ms" in value:
+                yield name, value
+            yield from _times(value)
+
+
+def test_lifecycles_are_counted_as_the_daemon_counts_them(tmp_path: Path) -> None:
+    with Stage(tmp_path) as staged:
+        for kind in ("lifecycle", "batch", "stream", "rate"):
+            staged.load(kind, seconds=0.2, connections=4, rate=50.0)
+        figures = staged.load("fill", count=2_500)
+        assert figures["created_per_s"] > 0
+        staged.load("finish", count=1_200)
+        counted = staged.stats()
+    assert counted["byStatus"]["queued"] == 2_500
+    assert counted["byStatus"]["completed"] > 1_200
+    assert counted["byStatus"]["processing"] == counted["byStatus"]["failed"] == 0
+
+
+def test_a_load_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Stage(tmp_path) as staged:
+        with pytest.raises(BenchFailed, match="KeyError: 'none'"):
+            staged.load("none")
+        staged.stop()
+        with pytest.raises(BenchFailed, match="the daemon ended with 0"):
+            staged.load("latency", seconds=0.1)
+    monkeypatch.setattr(stage, "READY_S", 0.0)
+    with pytest.raises(BenchFailed, match="did not come up"):
+        Stage(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_grants_for_one_job_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        @classmethod
+        async def open(cls, path: str) -> Wrong:
+            return cls()
+
+        async def post(self, path: str, body: bytes, *, may_fail: bool = False) -> Any:
+            return {"id": "j", "lock_id": "l"}
+
+    monkeypatch.setattr(load, "Wire", Wrong)
+    with pytest.raises(SystemExit, match="16 workers got job j"):
+        asyncio.run(load.contention(load.Asked("contention", "", seconds=1)))
+
+
+def test_percentiles() -> None:
+    one_to_thousand = [number / 1000 for number in range(1000, 0, -1)]
+    assert list(percentiles(one_to_thousand).values()) == [500, 900, 990, 999, 1000]
+    assert set(percentiles([0.25]).values()) == {250.0}
+    assert percentiles([0.001, 0.002, 0.003])["p50_ms"] == 2
+
+
+def test_medians_over_runs() -> None:
+    runs = [{"per_s": each, "times": {"p50_ms": 1 / each}} for each in (5.0, 2.0, 4.0)]
+    found = over_runs(runs)
+    assert found["per_s"] == {"median": 4.0, "min": 2.0, "max": 5.0}
+    assert found["times"]["p50_ms"] == {"median": 0.25, "min": 0.2, "max": 0.5}
+    assert over_runs([{"per_s": 12_345.678}])["per_s"]["median"] == 12_346
+
+
+def test_the_command() -> None:
+    asked = ["bench", "latency", "latency", "--seconds", "0.1", "--runs", "2"]
+    shown = CliRunner().invoke(jobd, asked, standalone_mode=False)
+    assert shown.exception is None, shown.output
+    assert shown.output.count("latency: a lifecycle on one connection") == 1
+    assert "of 2" in shown.output
+    told = json.loads(CliRunner().invoke(jobd, [*asked, "--json"], standalone_mode=False).output)
+    assert told["scenarios"]["latency"]["runs"] == 2
+    assert told["scenarios"]["latency"]["one_connection"]["lifecycle"]["p50_ms"]["median"] > 0
+    assert told["machine"]["CPUs"] >= 1
+
+
+def test_a_scenario_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    found = CliRunner().invoke(jobd, ["bench", "speed"])
+    assert found.exit_code == 2
+    assert "no scenario is called 'speed'. There are: lifecycle, batch" in found.output
+
+
+def test_every_scenario_is_in_the_help() -> None:
+    text = CliRunner().invoke(jobd, ["bench", "--help"]).output
+    for scenario in SCENARIOS.values():
+        assert f"  {scenario.name}" in text
+    assert max(live for live, _ in bench.LARGE) == 1_000_000
