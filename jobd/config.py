@@ -93,6 +93,7 @@ class RetentionSection(Struct, frozen=True, forbid_unknown_fields=True):
     failed: Duration = Duration(30 * DAY_MS)
     cancelled: Duration = Duration(7 * DAY_MS)
     journal: Duration = Duration(DAY_MS)
+    audit: Duration = Duration(90 * DAY_MS)
 
 
 class ValidationSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -215,6 +216,7 @@ _BOUNDS: Final[dict[str, tuple[int, int]]] = {
     "retention.failed": (0, 100 * YEAR_MS),
     "retention.cancelled": (0, 100 * YEAR_MS),
     "retention.journal": (0, 100 * YEAR_MS),
+    "retention.audit": (0, 100 * YEAR_MS),
     "limits.claim_wait": (0, MINUTE_MS),
     "alerts.average_processing": (0, YEAR_MS),
 }

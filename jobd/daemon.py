@@ -506,6 +506,7 @@ def _schedule(settings: Config) -> Schedule:
         recover_every_ms=int(cleanup.recover_every),
         batch=cleanup.batch,
         journal_ms=int(settings.retention.journal),
+        audit_ms=int(settings.retention.audit),
     )
 
 

@@ -13,9 +13,13 @@ from typing import Final
 from msgspec.structs import replace
 
 from jobd import rows
+from jobd.audit_writer import KEEP_AUDIT
 from jobd.batch import (
     PUT_OFF_MS,
     Aside,
+    Audited,
+    AuditQuery,
+    AuditRows,
     BadRows,
     Batch,
     DiskFull,
@@ -65,6 +69,7 @@ class MemoryDisk:
         self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
         self.figures: bytes | None = None
         self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
+        self.audited: dict[int, Audited] = {}  # seq -> row of the audit log, as written: parts are not joined
         self.marked = False
         self.gone_to = 0
         self.has_ballast = True
@@ -261,6 +266,24 @@ class MemoryDisk:
         for seq in old - {event.job_seq for event in self.events}:
             del self.deleted[seq]
         return len(numbers)
+
+    async def audit(self, query: AuditQuery) -> AuditRows:
+        await self._enter("audit")
+        below = [seq for seq in sorted(self.audited, reverse=True) if query.before is None or seq < query.before]
+        looked = below[: query.scan]
+        found = [(seq, self.audited[seq]) for seq in looked if _is_asked(self.audited[seq], query)]
+        if len(found) > query.limit:
+            return AuditRows(found[: query.limit], found[query.limit - 1][0])
+        return AuditRows(found, looked[-1] if len(below) > len(looked) else None)
+
+    async def trim_audit(self, before: int, limit: int) -> int:
+        await self._enter("trim_audit")
+        last = max(self.audited, default=0)
+        old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
+        gone = [seq for seq in old if self.audited[seq].at < before or seq <= last - KEEP_AUDIT]
+        for seq in gone:
+            del self.audited[seq]
+        return len(gone)
 
     async def due_tombstones(self, now: int, limit: int) -> Due:
         await self._enter("due_tombstones")
@@ -460,6 +483,15 @@ class MemoryDisk:
 
 def _expires(job: Job) -> float:
     return float("inf") if job.expires_at is None else job.expires_at
+
+
+def _is_asked(audited: Audited, query: AuditQuery) -> bool:
+    return (
+        query.who in (None, audited.who)
+        and query.what in (None, audited.what)
+        and query.job_id in (None, audited.job_id)
+        and audited.at >= (query.since or 0)
+    )
 
 
 def _matches(job: Job, query: Query) -> bool:

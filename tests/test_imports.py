@@ -23,7 +23,11 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "rules": ("rules operator_rules late_rules time_rules reads steps draft why", "nouns book judging"),
     "clock": ("clock", "nouns"),
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
-    "store": ("store tables job_writer rows lookups opening wal migrations quarantine files backup doctor", "nouns"),
+    "store": (
+        "store tables job_writer rows lookups audit_writer audit_reader opening wal migrations quarantine files backup "
+        "doctor",
+        "nouns",
+    ),
     "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
     "feed": ("feed event_stream", "nouns web actor"),
     "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),

@@ -54,6 +54,7 @@ ON_DISK: Final = (
     "prune failed",
     "due_tombstones failed",
     "settle_tombstones failed",
+    "trim_audit failed",
     "save_figures failed",
 )
 OTHERS: Final = (
