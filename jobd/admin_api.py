@@ -14,6 +14,7 @@ from jobd.answers import (
     AdminLock,
     AlertList,
     Answer,
+    AuditPage,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -38,6 +39,7 @@ from jobd.answers import (
 )
 from jobd.commands import (
     Adopt,
+    AuditLog,
     Cancel,
     Command,
     Delete,
@@ -72,8 +74,8 @@ from jobd.openapi import with_document
 from jobd.replies import Text
 from jobd.routes import Route, Who
 from jobd.streams import BACKUP_KIND, ImportReport, give_out, take_in
-from jobd.visits import Visit
-from jobd.web import PROBES, Nothing, Web, ask
+from jobd.visits import Visit, in_parts
+from jobd.web import PROBES, Nothing, Web, ask, note
 
 MAX_REPORTS: Final = 500
 METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -115,6 +117,7 @@ async def _validate_job(site: Web, visit: Visit, asked: ValidateJob) -> Answer |
 
 
 async def _cleanup(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    await note(site, visit.operator, "cleanup")
     return Answer(await site.rooms.run_cleanup(forced=True))
 
 
@@ -123,7 +126,7 @@ async def _cleanup_state(site: Web, visit: Visit, asked: Nothing) -> Answer:
 
 
 async def _recover_stuck(site: Web, visit: Visit, asked: Nothing) -> Answer | Refusal:
-    done = await site.rooms.recover_stuck()
+    done = await site.rooms.recover_stuck(in_parts(visit.operator))
     return done if isinstance(done, Refusal) else Answer(done)
 
 
@@ -140,7 +143,9 @@ async def _clock(site: Web, visit: Visit, asked: Nothing) -> Answer:
 
 
 async def _accept_clock(site: Web, visit: Visit, asked: Nothing) -> Answer:
-    return Answer(await site.rooms.accept_clock())
+    view = await site.rooms.accept_clock()
+    await note(site, visit.operator, "accept-clock")  # its commit keeps the time that was accepted
+    return Answer(view)
 
 
 async def _quarantine(site: Web, visit: Visit, asked: Nothing) -> Answer:
@@ -184,6 +189,7 @@ _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/queues", asks=Queues, gives=QueueList, who=_A),
     Route(method="GET", path=f"{_P}/workers", asks=Workers, gives=WorkerList, who=_A),
     Route(method="GET", path=f"{_P}/reports", asks=Reports, gives=ReportList, who=_A, via=_reports),
+    Route(method="GET", path=f"{_P}/audit", asks=AuditLog, gives=AuditPage, who=_A),
     Route(method="GET", path=f"{_P}/alerts", asks=Nothing, gives=AlertList, who=_A, via=_alerts),
     Route(method="GET", path=f"{_P}/events", asks=Follow, gives=StreamedEvent, who=_A, via=follow, sends=EVENT_STREAM),
     Route(method="GET", path=f"{_P}/clock", asks=Nothing, gives=ClockView, who=_A, via=_clock),

@@ -61,7 +61,8 @@ class AuditWriter:
         before = rows.audited(found)
         if before.part_of != part.part_of:
             return None
-        return seq, replace(before, jobs=before.jobs + part.jobs)
+        details = before.details if part.details is None else part.details
+        return seq, replace(before, jobs=before.jobs + part.jobs, details=details)
 
     def trim(self, before: int, limit: int) -> int:
         """Delete up to `limit` of the oldest rows, those that were written before wall time `before` or are too many.

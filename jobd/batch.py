@@ -101,7 +101,7 @@ class Audited(Struct, frozen=True, gc=False):
     """What an operator did, or was refused: a row of the audit log. `at` is wall time, Unix ms.
 
     `job_id` and `queue` say of what, where it was one. `outcome` is "done" or the code of the refusal, `jobs` how many
-    jobs were changed. Rows of the same `part_of`, one after the other, become one row that counts their jobs.
+    jobs were changed. Rows of the same `part_of` become one row, which counts their jobs and has the last details.
     """
 
     at: int

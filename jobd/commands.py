@@ -90,6 +90,8 @@ MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
 MAX_WAIT_MS: Final = 60_000
 MAX_PAGE: Final = 200
+MAX_OPERATOR: Final = 64
+OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
 
 
 class Command(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -337,6 +339,17 @@ class Export(Command, frozen=True, kw_only=True):
     cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
 
 
+class AuditLog(Command, frozen=True, kw_only=True):
+    """A page of what operators did, newest first. `cursor` is the `next_cursor` of the page before."""
+
+    who: OperatorName | None = None
+    what: Annotated[str, Meta(min_length=1, max_length=40)] | None = None
+    job_id: JobId | None = None
+    since: Annotated[int, Meta(ge=0, le=10**15)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
+    cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+
+
 class Stats(Command, frozen=True, kw_only=True):
     pass
 
@@ -401,6 +414,13 @@ class Mend(Command, frozen=True, kw_only=True):
     ids: list[str]
 
 
+class Note(Command, frozen=True, kw_only=True):
+    """An operator did something that is no command on jobs: `what` goes into the audit log, and changes nothing."""
+
+    what: str
+    details: dict[str, Any] | None = None
+
+
 class Tick(Command, frozen=True, kw_only=True):
     """Persist lease time; changes no job."""
 
@@ -424,6 +444,26 @@ class KeyUse(Struct, frozen=True):
 
     digest: str
     body_hash: str
+
+
+class Operator(Struct, frozen=True):
+    """Who of the operators asks: the name that they gave ("" for none), and where their request came from.
+
+    `part_of` names a deed of many commands (an import, a plan): the audit log has one row for all of it.
+    """
+
+    name: str
+    address: str
+    part_of: str | None = None
+
+    @property
+    def who(self) -> str:
+        return self.name or "admin"
+
+    @property
+    def by(self) -> str:
+        """As events say it."""
+        return f"admin:{self.name}" if self.name else "admin"
 
 
 class Moment(Struct, frozen=True):
@@ -476,6 +516,7 @@ AnyCommand = (
     | Resume
     | Import
     | Export
+    | AuditLog
     | Stats
     | Locks
     | Undelivered
@@ -485,6 +526,7 @@ AnyCommand = (
     | Expire
     | DeleteExpired
     | Mend
+    | Note
     | Tick
     | Ping
     | Report
@@ -492,9 +534,13 @@ AnyCommand = (
 
 
 class Call(Struct, frozen=True):
-    """A command with who asked and the randomness it may use. `admin` callers see lock ids."""
+    """A command with who asked and the randomness it may use. `admin` callers see lock ids.
+
+    `operator` is there where the command came in by an operator's door.
+    """
 
     command: AnyCommand
     by: str = "client"
     seed: bytes = b""
     admin: bool = False
+    operator: Operator | None = None

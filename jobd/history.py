@@ -1,4 +1,4 @@
-"""Looks at history: timelines, late results and pages of jobs, read from the disk beside the batches, a few at a time.
+"""Looks at history: timelines, late results, pages of jobs and of the audit log, a few at a time beside the batches.
 
 Changes nothing. What is read was committed: the commands before it were answered after their commit.
 """
@@ -13,9 +13,9 @@ import structlog
 from msgspec import Raw
 
 from jobd import views
-from jobd.answers import Answer, ExportPage, JobPage, LateResultList, Look, TimelineView
-from jobd.batch import Disk, LateAsked, Page, Query
-from jobd.commands import Export, List, Moment, Refusal
+from jobd.answers import Answer, AuditPage, AuditView, ExportPage, JobPage, LateResultList, Look, TimelineView
+from jobd.batch import AuditQuery, AuditRows, Disk, LateAsked, Page, Query
+from jobd.commands import AuditLog, Export, List, Moment, Refusal
 from jobd.envelope import Asked
 from jobd.events import view
 from jobd.job import Policy
@@ -61,7 +61,7 @@ class History:
 
     async def _seen(
         self, look: Look, policy: Policy, *, admin: bool
-    ) -> TimelineView | LateResultList | JobPage | ExportPage:
+    ) -> TimelineView | LateResultList | JobPage | ExportPage | AuditPage:
         if look.timeline is not None:
             return TimelineView([view(event) for event in await self._disk.timeline(look.timeline)])
         if look.export is not None:
@@ -69,6 +69,8 @@ class History:
         if look.late is not None:
             known = await self._disk.late([LateAsked(look.late, whole=True)])
             return LateResultList([views.late_view(late) for late in known.results.get(look.late, [])])
+        if look.audit is not None:
+            return _told(await self._disk.audit(_asked(look.audit)))
         assert look.page is not None
         return self._shown(await self._disk.find(_query(look.page)), policy, admin=admin)
 
@@ -92,5 +94,30 @@ def _moved(page: Page) -> ExportPage:
     return ExportPage([views.moved(job, Raw(payload)) for job, payload in page.jobs], _cursor(page))
 
 
-def _cursor(page: Page) -> str | None:
+def _asked(log: AuditLog) -> AuditQuery:
+    before = None if log.cursor is None else int(log.cursor)
+    return AuditQuery(log.who, log.what, log.job_id, log.since, log.limit, before)
+
+
+def _told(found: AuditRows) -> AuditPage:
+    entries = [
+        AuditView(
+            seq=seq,
+            at=row.at,
+            who=row.who,
+            address=row.address,
+            what=row.what,
+            job_id=row.job_id,
+            queue=row.queue,
+            reason=row.reason,
+            outcome=row.outcome,
+            changed=row.jobs,
+            details=row.details or {},
+        )
+        for seq, row in found.found
+    ]
+    return AuditPage(entries, _cursor(found))
+
+
+def _cursor(page: Page | AuditRows) -> str | None:
     return None if page.next_before is None else str(page.next_before)

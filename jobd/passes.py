@@ -16,7 +16,7 @@ from msgspec import Struct, field
 
 from jobd.actor import Actor
 from jobd.answers import CleanupReport, Issue, Recovered, Recovery, Worked
-from jobd.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Recover, Refusal
+from jobd.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Operator, Recover, Refusal
 from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS
 from jobd.validation import counts, validate
 
@@ -74,9 +74,9 @@ class Hands:
         self.totals = Totals()
         self.stopping = False
 
-    async def ask(self, command: AnyCommand, by: str) -> Any:
+    async def ask(self, command: AnyCommand, by: str, operator: Operator | None = None) -> Any:
         """The data of the answer. Raises Refused."""
-        answer = await self.actor.ask(command, by=by)
+        answer = await self.actor.ask(command, by=by, operator=operator)
         if isinstance(answer, Refusal):
             raise Refused(answer)
         return answer.data
@@ -86,10 +86,10 @@ class Hands:
         if self.stopping:
             raise Unfinished("the daemon is stopping; the rest is for the next pass.")
 
-    async def recover(self, by: str, details: list[Recovery]) -> None:
+    async def recover(self, by: str, details: list[Recovery], operator: Operator | None = None) -> None:
         """All stuck jobs and expired locks, slice by slice; what was done goes into `details`."""
         while True:
-            done: Recovered = await self.ask(Recover(limit=self.schedule.batch), by)
+            done: Recovered = await self.ask(Recover(limit=self.schedule.batch), by, operator)
             details += done.details
             self.totals.found["stuck"] += len(done.details)
             self.totals.found["expired_locks"] += done.locks_cleared

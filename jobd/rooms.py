@@ -25,7 +25,7 @@ from jobd.answers import (
 )
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
-from jobd.commands import Refusal
+from jobd.commands import Operator, Refusal
 from jobd.events import Wanted
 from jobd.feed import Feed, Listener
 from jobd.health import Health
@@ -55,8 +55,8 @@ class Rooms(Struct):
     def cleanup_state(self) -> CleanupState:
         return self.cleaner.state()
 
-    async def recover_stuck(self) -> RecoverStuckView | Refusal:
-        return await self.cleaner.recover_stuck()
+    async def recover_stuck(self, operator: Operator | None) -> RecoverStuckView | Refusal:
+        return await self.cleaner.recover_stuck(operator)
 
     async def health(self) -> HealthView:
         return await self.health_.view()

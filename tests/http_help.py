@@ -32,7 +32,7 @@ from jobd.answers import (
     Vitals,
 )
 from jobd.bodies import Limits
-from jobd.commands import Call, Command, KeyUse, Refusal
+from jobd.commands import Call, Command, KeyUse, Operator, Refusal
 from jobd.doors import Gate
 from jobd.envelope import Waiter
 from jobd.events import Wanted
@@ -52,6 +52,7 @@ class Asked(Struct):
     admin: bool
     key: KeyUse | None
     size: int
+    operator: Operator | None = None
 
 
 class Desk:
@@ -73,8 +74,9 @@ class Desk:
         admin: bool = False,
         key: KeyUse | None = None,
         size: int = 0,
+        operator: Operator | None = None,
     ) -> Answer | Refusal:
-        self.asked.append(Asked(command, by, admin, key, size))
+        self.asked.append(Asked(command, by, admin, key, size, operator))
         self.arrived.set()
         try:
             answer = self.answer(command)
@@ -92,8 +94,9 @@ class Desk:
         admin: bool = False,
         key: KeyUse | None = None,
         size: int = 0,
+        operator: Operator | None = None,
     ) -> envelope.Asked:
-        self.asked.append(Asked(command, by, admin, key, size))
+        self.asked.append(Asked(command, by, admin, key, size, operator))
         self.arrived.set()
         asked = envelope.Asked(Call(cast("Any", command), by, b"", admin), key, size, waiter)
         self._tasks[asked] = asyncio.ensure_future(self._tell(waiter, self.answer(command)))
@@ -142,7 +145,7 @@ class Figures:
     def cleanup_state(self) -> CleanupState:
         return CleanupState(REPORT, True, 1234)
 
-    async def recover_stuck(self) -> RecoverStuckView:
+    async def recover_stuck(self, operator: Operator | None) -> RecoverStuckView:
         return RecoverStuckView(1, 1, 0, [Recovery("a", "reset", "stalled")], 1_700_000_000_000)
 
     async def health(self) -> HealthView:

@@ -382,6 +382,8 @@ class MemoryDisk:
         for tombstone in batch.tombstones:
             assert tombstone.job_seq not in self.jobs, f"job {tombstone.job_id} is there, and has a tombstone"
             self.tombstones[tombstone.job_seq] = tombstone
+        for audited in batch.audit:
+            self.audited[max(self.audited, default=0) + 1] = audited
         if batch.report is not None:
             self.kept_reports.append(bytes(batch.report))
         self.marked = self.marked and not batch.unmark

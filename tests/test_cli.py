@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from jobd import config
 from jobd.cli import ctl, deeds, exits, own_daemon, places, safe_file, show
-from jobd.cli.kinds import duration_ms, moment_ms
+from jobd.cli.kinds import duration_ms, moment_ms, past_ms
 from jobd.client.endpoint import default_socket
 from jobd.commands import REFUSALS
 
@@ -157,6 +158,30 @@ def test_durations(text: str, ms: int) -> None:
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError, match="duration"):
         duration_ms(text)
+
+
+def test_points_in_the_past() -> None:
+    assert past_ms("2h", NOW) == NOW - 7_200_000
+    assert past_ms("0", NOW) == NOW
+    assert past_ms(str(NOW - 5), NOW) == NOW - 5
+    with pytest.raises(ValueError, match="how long ago"):
+        past_ms("yesterday", NOW)
+
+
+def test_an_operator_is_the_user_behind_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = socket.gethostname()
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    monkeypatch.setenv("LOGNAME", "eve")
+    assert places.this_operator() == f"eve@{host}"
+    monkeypatch.setenv("SUDO_USER", "bob")
+    assert places.this_operator() == f"bob@{host}"
+    monkeypatch.delenv("SUDO_USER")
+
+    def nameless() -> str:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert places.this_operator() == f"uid-{os.getuid()}@{host}"
 
 
 def test_points_in_time() -> None:

@@ -9,6 +9,7 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -282,6 +283,48 @@ def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Runni
     assert jobctl.no("job", "c4")[0] == 4
 
 
+def test_what_an_operator_did_is_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobctl.ok("submit", "--id", "au1")
+    jobctl.ok("force-fail", "au1", "-y", "--reason", "wrong input", "--operator", "eve@desk")
+    monkeypatch.setenv("SUDO_USER", "bob")
+    assert jobctl.no("force-fail", "au1", "-y")[0] == 4
+    jobctl.ok("pause", "au-q")
+    jobctl.ok("resume", "au-q")
+    found = jobctl.json("audit", "--job", "au1")["entries"]
+    assert set(found[0]) == _fields(answers.AuditView)
+    host = socket.gethostname()
+    assert [(each["who"], each["what"], each["outcome"], each["changed"]) for each in found] == [
+        (f"bob@{host}", "force-fail", "invalid_transition", 0),
+        ("eve@desk", "force-fail", "done", 1),
+    ]
+    assert found[1]["reason"] == "wrong input"
+    assert found[1]["address"] == f"unix uid={os.getuid()}"
+    assert (found[1]["details"]["from"], found[1]["details"]["to"]) == ("queued", "failed")
+    event = jobctl.json("timeline", "au1")["events"][-1]
+    assert (event["by"], event["seq"]) == ("admin:eve@desk", found[1]["details"]["event"])
+    lines = jobctl.ok("audit", "--who", "eve@desk", "--since", "1h", "--limit", "1").splitlines()
+    assert lines[0].split() == ["TIME", "WHO", "FROM", "DID", "TO", "OUTCOME", "REASON"]
+    assert "queued → failed" in lines[1]
+    queued = jobctl.json("audit", "--who", f"bob@{host}", "--what", "pause")["entries"]
+    assert [(each["queue"], each["job_id"]) for each in queued] == [("au-q", None)]
+    assert jobctl.json("audit", "--since", "2020-01-01T00:00", "--what", "nothing") == {
+        "entries": [],
+        "next_cursor": None,
+    }
+    assert len(jobctl.json("audit", "--limit", "2")["entries"]) == 2
+
+
+def test_an_import_is_one_entry_of_the_audit_log(jobctl: Ctl, tmp_path: Path) -> None:
+    lines = tmp_path / "jobs"
+    lines.write_text("".join(f'{{"id":"aui-{n}","status":"cancelled"}}\n' for n in range(30)) + "{}\n")
+    jobctl.run("import", str(lines))
+    jobctl.run("import", str(lines))
+    again, first = jobctl.json("audit", "--what", "import", "--since", "1h", "--limit", "2")["entries"]
+    assert (first["changed"], first["details"]) == (30, {"imported": 30, "skipped": 0, "refused": 1})
+    assert (again["changed"], again["details"]) == (0, {"imported": 0, "skipped": 30, "refused": 1})
+    jobctl.ok("delete", *(f"aui-{n}" for n in range(30)), "-y")
+
+
 def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> None:
     jobctl.ok("submit", "--id", "c6", "--queue", "c6")
     assert jobctl.run("late", "c6") == (0, "", "No late results.\n")
@@ -352,7 +395,20 @@ def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Ctl) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["stats", "health", "cleanup", "recover-stuck", "locks", "queues", "workers", "alerts", "clock", "reports"]
+    "verb",
+    [
+        "stats",
+        "health",
+        "cleanup",
+        "recover-stuck",
+        "locks",
+        "queues",
+        "workers",
+        "alerts",
+        "clock",
+        "reports",
+        "audit",
+    ],
 )
 def test_every_list_has_a_table_for_people(verb: str, jobctl: Ctl) -> None:
     code, out, err = jobctl.run(verb)

@@ -300,6 +300,15 @@ def test_a_job_is_the_view_of_the_daemon_and_unknown_fields_are_skipped() -> Non
 # Answers.
 
 
+def test_an_operator_s_name_goes_with_every_call_as_plain_text(peer: Peer) -> None:
+    peer.script = [ok({"alerts": []}), ok({"alerts": []})]
+    with serving(peer) as url:
+        for name in ("eve@build-3", "zoë\r\nX: y"):
+            with AdminClient(url, token="t" * 24, operator=name) as client:
+                client.alerts()
+    assert [asked.headers["X-Jobd-Operator"] for asked in peer.asked] == ["eve@build-3", "zo???X: y"]
+
+
 def _reply(body: Any, status: int, **headers: str) -> Reply:
     text = body if isinstance(body, bytes) else msgspec.json.encode(body)
     return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, text)

@@ -591,6 +591,32 @@ async def test_a_paused_queue_is_told_on_every_page(town: Town) -> None:
     assert heard.status == 400
 
 
+async def test_what_is_done_here_is_in_the_audit_log(town: Town) -> None:
+    browser = await town.browser()
+    await town.do("jobs", id="a")
+    assert (await browser.confirmed("a", "force-fail", "broken")).status == 303
+    csrf = await browser.csrf()
+    await browser.post("/queues/q/pause", csrf=csrf)
+    await browser.post("/cleanup/run", csrf=csrf)
+    await browser.post("/clock/accept", csrf=csrf)
+    [session] = town.room.sessions._open.values()
+    session.name = "eve"
+    await browser.post("/queues/q/resume", {"X-Jobd-Operator": "mallory"}, csrf=csrf)
+    program = {"Authorization": f"Bearer {TOKEN}", "X-Jobd-Operator": "script"}
+    await Browser(town.admin).post("/queues/q/pause", program)
+    heard = await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)
+    found = [(each["who"], each["what"], each["job_id"] or each["queue"]) for each in heard.data["entries"]]
+    assert found == [
+        ("script", "pause", "q"),
+        ("eve", "resume", "q"),
+        ("admin", "accept-clock", None),
+        ("admin", "cleanup", None),
+        ("admin", "pause", "q"),
+        ("admin", "force-fail", "a"),
+    ]
+    assert {each["address"] for each in heard.data["entries"]} == {"127.0.0.1"}
+
+
 async def test_housekeeping(town: Town) -> None:
     browser = await town.browser()
     assert "The clock is right" in text(await browser.get("/alerts"))

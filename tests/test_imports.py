@@ -20,7 +20,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "nouns": ("job events commands answers batch", ""),
     "book": ("book live_jobs orders figures overlaps pace", "nouns"),
     "judging": ("views validation", "nouns book"),
-    "rules": ("rules operator_rules late_rules time_rules reads steps draft why", "nouns book judging"),
+    "rules": ("rules operator_rules late_rules time_rules reads steps draft why audit", "nouns book judging"),
     "clock": ("clock", "nouns"),
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": (

@@ -14,6 +14,7 @@ from jobd.answers import (
     AdminLock,
     AlertList,
     AlertView,
+    AuditPage,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -87,6 +88,7 @@ _read_lock = reader(AdminLock)
 _read_late = reader(LateResultList)
 _read_locks = reader(LockList)
 _read_reports = reader(ReportList)
+_read_audit = reader(AuditPage)
 _read_alerts = reader(AlertList)
 _read_paused = reader(PausedView)
 _read_clock = reader(ClockView)
@@ -272,6 +274,23 @@ def workers() -> Request[list[WorkerView]]:
 def reports(limit: int | None = None) -> Request[list[CleanupReport]]:
     """The kept reports of cleanup passes, newest first: `limit` of them (50 by default, up to 500)."""
     return get(f"{BASE}/reports", lambda body: _read_reports(body).reports, limit=limit)
+
+
+def audit(
+    *,
+    who: str | None = None,
+    what: str | None = None,
+    job_id: str | None = None,
+    since: int | None = None,
+    limit: int | None = None,
+    cursor: str | None = None,
+) -> Request[AuditPage]:
+    """A page of what operators did and were refused, newest first: `limit` of them at most (50 by default, up to 200).
+
+    `since` is Unix ms. A page may be short; the last one has no `next_cursor`, which is the `cursor` of the next one.
+    """
+    asked = {"who": who, "what": what, "job_id": job_id, "since": since, "limit": limit, "cursor": cursor}
+    return get(f"{BASE}/audit", _read_audit, **asked)
 
 
 def alerts() -> Request[list[AlertView]]:

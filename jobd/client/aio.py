@@ -274,11 +274,14 @@ class AsyncAdminClient(_AsyncClient):
         endpoint: str | Endpoint | None = None,
         *,
         token: str | None = None,
+        operator: str | None = None,
         timeout_s: float = 30.0,
         retry_for_s: float = 30.0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        super().__init__(admin_endpoint(endpoint, token), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls)
+        super().__init__(
+            admin_endpoint(endpoint, token, operator=operator), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls
+        )
 
     stats = _method(admin_calls.stats)
     health = _method(admin_calls.health)
@@ -305,6 +308,7 @@ class AsyncAdminClient(_AsyncClient):
     queues = _method(admin_calls.queues)
     workers = _method(admin_calls.workers)
     reports = _method(admin_calls.reports)
+    audit = _method(admin_calls.audit)
     alerts = _method(admin_calls.alerts)
     pause_queue = _method(admin_calls.pause_queue)
     resume_queue = _method(admin_calls.resume_queue)

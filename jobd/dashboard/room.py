@@ -22,7 +22,7 @@ from jobd.commands import Command, Get, OnJob, Pause, Refusal, Resume
 from jobd.dashboard import pages
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.deeds import DEEDS, Verb, lock_id_of, seen
-from jobd.dashboard.guests import Guest, address_of, cookie, guest_of, set_cookie
+from jobd.dashboard.guests import Guest, cookie, guest_of, set_cookie
 from jobd.dashboard.paint import HEADERS, HTML, Painter, go_to
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.sessions import LONGEST_S, Brake, Sessions
@@ -31,7 +31,7 @@ from jobd.job import QueueName
 from jobd.job import Text as Words
 from jobd.replies import Text
 from jobd.routes import Route
-from jobd.visits import Visit
+from jobd.visits import Visit, address_of, in_parts
 from jobd.web import Nothing, Web, check_reader
 
 Shown = dict[str, Any]
@@ -279,6 +279,7 @@ class Dashboard:
         return done if isinstance(done, Refusal) else _and_go(guest, "/queues", message)
 
     async def _run_cleanup(self, guest: Guest, asked: Form) -> Answer:
+        await guest.note("cleanup")
         report = await guest.site.rooms.run_cleanup(forced=True)
         message = (
             f"The pass took {report.total_processing_time} ms: {report.stuck_jobs_recovered} recovered, "
@@ -287,7 +288,7 @@ class Dashboard:
         return _and_go(guest, "/cleanup", message)
 
     async def _recover(self, guest: Guest, asked: Form) -> Answer | Refusal:
-        done = await guest.site.rooms.recover_stuck()
+        done = await guest.site.rooms.recover_stuck(in_parts(guest.visit.operator))
         if isinstance(done, Refusal):
             return done
         message = (
@@ -297,6 +298,7 @@ class Dashboard:
 
     async def _accept_clock(self, guest: Guest, asked: Form) -> Answer:
         await guest.site.rooms.accept_clock()
+        await guest.note("accept-clock")
         return _and_go(guest, "/alerts", "The clock is taken as right: jobs are deleted by age again.")
 
 
