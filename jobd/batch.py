@@ -211,7 +211,8 @@ class LateKnown(Struct):
 class Query(Struct, frozen=True):
     """A page of jobs, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most.
 
-    Where `after` is given: oldest first, seq above it.
+    Where `after` is given: oldest first, seq above it. `since` and `until` bound created_at, `text` is looked for in
+    id, payload and error message. Without `payloads` the page is without them.
     """
 
     status: str | None = None
@@ -223,6 +224,15 @@ class Query(Struct, frozen=True):
     after: int | None = None
     scan: int = 5_000
     payload_bytes: int = 4 << 20  # a page ends early rather than carry more payload than this
+    since: int | None = None
+    until: int | None = None
+    text: str | None = None
+    payloads: bool = True
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether each row that is looked at takes its time: such a page is read in slices."""
+        return self.text is not None
 
 
 class Page(Struct):

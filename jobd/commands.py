@@ -90,6 +90,8 @@ MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
 MAX_WAIT_MS: Final = 60_000
 MAX_PAGE: Final = 200
+MAX_TEXT: Final = 200  # of a text that is looked for
+MomentMs = Annotated[int, Meta(ge=0, le=10**15)]  # Unix ms, as bounds of a search
 MAX_OPERATOR: Final = 64
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
 
@@ -150,6 +152,17 @@ class List(Command, frozen=True, kw_only=True):
     worker: Worker | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
     cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+
+
+class Search(List, frozen=True, kw_only=True):
+    """A page of jobs with the filters of operators. `since` and `until` bound `created_at`: from, and before.
+
+    `q` is found in the id, the payload as it came, or the error message; capitals of A to Z do not matter.
+    """
+
+    since: MomentMs | None = None
+    until: MomentMs | None = None
+    q: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)] | None = None
 
 
 class Start(OnJob, frozen=True, kw_only=True):
@@ -345,7 +358,7 @@ class AuditLog(Command, frozen=True, kw_only=True):
     who: OperatorName | None = None
     what: Annotated[str, Meta(min_length=1, max_length=40)] | None = None
     job_id: JobId | None = None
-    since: Annotated[int, Meta(ge=0, le=10**15)] | None = None
+    since: MomentMs | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
     cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
 
@@ -492,6 +505,7 @@ AnyCommand = (
     | Why
     | Validate
     | List
+    | Search
     | Start
     | Claim
     | Progress

@@ -54,7 +54,8 @@ _OPERATORS: Final = {
     "POST import": "Move jobs in: a stream of JSON lines, one job a line. Each is created, skipped (its id exists) or "
     "refused by itself; what was processing is ended by its stall rule.",
     "GET export": "A page of jobs, oldest first, as an import takes them.",
-    "GET jobs": "A page of jobs, newest first, with lock ids.",
+    "GET jobs": "A page of jobs, newest first, with lock ids. A page looks at 5000 jobs at most, so it may be short; "
+    "the last one has no `next_cursor`.",
     "GET jobs/{id}": "One job, with its lock id.",
     "DELETE jobs/{id}": "Delete a finished job and its history.",
     "GET jobs/{id}/timeline": "What happened to a job, oldest first.",
@@ -293,6 +294,7 @@ FIELDS: Final = {
     "processing": "Number of processing jobs.",
     "progress": "Percent, 0 to 100.",
     "progress_message": "The latest message of the worker.",
+    "q": "A text in id, payload or error message; capitals of A to Z do not matter.",
     "queue": "The queue. In the query for events: only these queues, separated by commas.",
     "queued": "Number of queued jobs.",
     "queues": "The queues.",
@@ -332,6 +334,7 @@ FIELDS: Final = {
     "totalProcessingTime": "How long the pass took, in ms.",
     "ttl_ms": "By how much a sign of life renews the lock.",
     "type": "What kind it is of. In the query for events: only these types, separated by commas.",
+    "until": "Only what was created before, in Unix milliseconds.",
     "updated_at": "When it last changed.",
     "updates": "Fields that are set with the status.",
     "validation": "What is wrong with its record.",

@@ -11,11 +11,12 @@ from typing import Final
 
 import structlog
 from msgspec import Raw
+from msgspec.structs import replace
 
 from jobd import views
 from jobd.answers import Answer, AuditPage, AuditView, ExportPage, JobPage, LateResultList, Look, TimelineView
 from jobd.batch import AuditQuery, AuditRows, Disk, LateAsked, Page, Query
-from jobd.commands import AuditLog, Export, List, Moment, Refusal
+from jobd.commands import AuditLog, Export, List, Moment, Refusal, Search
 from jobd.envelope import Asked
 from jobd.events import view
 from jobd.job import Policy
@@ -23,6 +24,7 @@ from jobd.job import Policy
 log = structlog.get_logger("jobd.actor")
 
 AT_ONCE: Final = 4
+SLICE: Final = 250  # rows that are compared in one go where that takes its time
 
 
 class History:
@@ -72,7 +74,27 @@ class History:
         if look.audit is not None:
             return _told(await self._disk.audit(_asked(look.audit)))
         assert look.page is not None
-        return self._shown(await self._disk.find(_query(look.page)), policy, admin=admin)
+        return self._shown(await self._found(_query(look.page)), policy, admin=admin)
+
+    async def _found(self, query: Query) -> Page:
+        """A page; where each row takes its time, slice by slice, so that no batch waits for more than one of them."""
+        if not query.is_slow:
+            return await self._disk.find(query)
+        page, size = Page([], query.before), 0
+        for _ in range(0, query.scan, SLICE):
+            left = replace(
+                query,
+                before=page.next_before,
+                limit=query.limit - len(page.jobs),
+                scan=SLICE,
+                payload_bytes=query.payload_bytes - size,
+            )
+            part = await self._disk.find(left)
+            page = Page(page.jobs + part.jobs, part.next_before)
+            size = sum(len(payload) for _, payload in page.jobs)
+            if page.next_before is None or len(page.jobs) >= query.limit or size >= query.payload_bytes:
+                break
+        return page
 
     def _shown(self, page: Page, policy: Policy, *, admin: bool) -> JobPage:
         at = self._moment()
@@ -82,7 +104,10 @@ class History:
 
 def _query(asked: List) -> Query:
     before = None if asked.cursor is None else int(asked.cursor)
-    return Query(asked.status, asked.queue, asked.kind, asked.worker, asked.limit, before)
+    query = Query(asked.status, asked.queue, asked.kind, asked.worker, asked.limit, before)
+    if isinstance(asked, Search):
+        query = replace(query, since=asked.since, until=asked.until, text=asked.q)
+    return query
 
 
 def _from(asked: Export) -> Query:

@@ -193,7 +193,7 @@ class MemoryDisk:
                 break
             looked += 1
             job = self.jobs[seq]
-            if not _matches(job, query):
+            if not _matches(job, query) or not self._has(job, query.text):
                 page.next_before = seq
                 continue
             if (reason := self._bad_row(job)) is not None:
@@ -209,6 +209,11 @@ class MemoryDisk:
             page.next_before = None
         await self._tell_aside()
         return page
+
+    def _has(self, job: Job, text: str | None) -> bool:
+        message = job.error.message if job.error is not None else None
+        places = (job.id, message or "", self.payloads[job.seq].body.decode())
+        return text is None or any(text.lower() in place.lower() for place in places)
 
     async def timeline(self, job_seq: int) -> list[Event]:
         await self._enter("timeline")
@@ -503,4 +508,6 @@ def _matches(job: Job, query: Query) -> bool:
         and (query.queue is None or job.options.queue == query.queue)
         and (query.kind is None or job.options.kind == query.kind)
         and (query.worker is None or (job.grant is not None and job.grant.worker == query.worker))
+        and (query.since is None or job.created_at >= query.since)
+        and (query.until is None or job.created_at < query.until)
     )

@@ -283,6 +283,15 @@ def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Runni
     assert jobctl.no("job", "c4")[0] == 4
 
 
+def test_jobs_are_found_by_text_and_by_time(jobctl: Ctl) -> None:
+    jobctl.ok("submit", "--id", "se1", "--queue", "se", '{"file": "Holiday.mov"}')
+    jobctl.ok("submit", "--id", "se2", "--queue", "se", '{"file": "other.mov"}')
+    assert jobctl.ok("jobs", "-q", "--text", "holiday", "--queue", "se") == "se1\n"
+    assert jobctl.ok("jobs", "-q", "--since", "1h", "--queue", "se") == "se2\nse1\n"
+    assert jobctl.ok("jobs", "-q", "--until", "1h", "--queue", "se") == ""
+    assert jobctl.ok("jobs", "-q", "--text", "se2", "--since", "1h", "--all") == "se2\n"
+
+
 def test_what_an_operator_did_is_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
     jobctl.ok("submit", "--id", "au1")
     jobctl.ok("force-fail", "au1", "-y", "--reason", "wrong input", "--operator", "eve@desk")

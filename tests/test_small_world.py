@@ -23,6 +23,7 @@ from jobd.commands import (
     Ping,
     Queues,
     Report,
+    Search,
     Tick,
     Timeline,
     Workers,
@@ -51,6 +52,7 @@ REFUSALS = {
 # These look at many jobs, at history, or keep the clock: to one job they do nothing. An absence has a world of its own.
 NOT_PLAYED = {
     List,
+    Search,
     Export,
     AuditLog,
     Note,

@@ -236,14 +236,19 @@ def list_jobs(
     queue: str | None = None,
     kind: str | None = None,
     worker: str | None = None,
+    since: int | None = None,
+    until: int | None = None,
+    q: str | None = None,
     limit: int | None = None,
     cursor: str | None = None,
 ) -> Request[JobInfoPage]:
     """A page of the jobs that match, newest first: `limit` of them at most (50 by default, up to 200).
 
-    A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the page before.
+    `since` and `until` (Unix ms) bound the time of creation, `q` is a text in id, payload or error message. A page may
+    be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the page before.
     """
-    return get(JOBS, read_page, status=status, queue=queue, kind=kind, worker=worker, limit=limit, cursor=cursor)
+    asked = {"status": status, "queue": queue, "kind": kind, "worker": worker, "since": since, "until": until, "q": q}
+    return get(JOBS, read_page, **asked, limit=limit, cursor=cursor)
 
 
 def timeline(job_id: str) -> Request[list[EventView]]:
