@@ -67,6 +67,8 @@ from jobd.commands import (
     Why,
     Workers,
 )
+from jobd.downloads import KIND as ARTEFACT_KIND
+from jobd.downloads import Artefact, give
 from jobd.event_stream import EVENT_STREAM, Follow, follow
 from jobd.events import StreamedEvent
 from jobd.glossary import ADMIN_TITLE
@@ -178,6 +180,15 @@ _ROUTES: Final = (
     Route(method="DELETE", path=f"{_P}/jobs/{{id}}", asks=Delete, gives=JobView, who=_A, key=True),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/timeline", asks=Timeline, gives=TimelineView, who=_A),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/why", asks=Why, gives=WhyView, who=_A),
+    Route(
+        method="GET",
+        path=f"{_P}/jobs/{{id}}/artefact",
+        asks=Artefact,
+        gives=bytes,
+        who=_A,
+        via=give,
+        sends=ARTEFACT_KIND,
+    ),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/late-results", asks=LateResults, gives=LateResultList, who=_A),
     Route(method="POST", path=f"{_P}/jobs/{{id}}/adopt", asks=Adopt, gives=JobView, who=_A, key=True),
     Route(method="POST", path=f"{_P}/jobs/{{id}}/cancel", asks=Cancel, gives=JobView, who=_A, key=True),

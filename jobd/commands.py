@@ -65,6 +65,7 @@ REFUSALS: Final[dict[str, int]] = {
     "internal_error": 500,
     "overloaded": 503,
     "shutting_down": 503,
+    "storage_unavailable": 503,
     "outcome_unknown": 503,
     "storage_full": 507,
     "too_many_jobs": 507,

@@ -114,6 +114,7 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     claim_wait: Duration = Duration(MINUTE_MS)
     parked_claims: Positive = 10_000
     event_streams: Positive = 100
+    downloads: Positive = 20
     live_jobs: Positive = 5_000_000
     idempotency_keys: Positive = 200_000
 

@@ -41,6 +41,7 @@ from jobd.config import Config, ConfigError, Loaded
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import Gate, own_names
+from jobd.downloads import Downloads
 from jobd.feed import Feed
 from jobd.files import StoreError
 from jobd.health import Health
@@ -250,6 +251,7 @@ class Daemon:
             self.alerts,
             metrics,
             self.feed,
+            Downloads(self._artefacts, settings.limits.downloads),
             lambda: not self._running.done(),
         )
 
@@ -277,7 +279,7 @@ class Daemon:
         doors.append(Door("admin", admin, places["admin"]))
         self._webs += [door.web for door in doors]
         listeners: list[Listener] = []
-        stack.push_async_callback(_close_doors, listeners, self.actor, self.feed)
+        stack.push_async_callback(_close_doors, listeners, self.actor, self.rooms)
         for door in doors:
             listeners.append(await door.open(given.get(door.name), settings))
 
@@ -552,8 +554,9 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
-async def _close_doors(listeners: list[Listener], actor: Actor, feed: Feed) -> None:
+async def _close_doors(listeners: list[Listener], actor: Actor, rooms: Rooms) -> None:
     """No new requests; those in flight are answered, parked claims with nothing, and streams of events end."""
     actor.stop_parking()
-    feed.close()
+    rooms.feed.close()
+    rooms.downloads.close()
     await asyncio.gather(*(listener.stop(STOP_S) for listener in listeners))

@@ -60,6 +60,7 @@ _OPERATORS: Final = {
     "DELETE jobs/{id}": "Delete a finished job and its history.",
     "GET jobs/{id}/timeline": "What happened to a job, oldest first.",
     "GET jobs/{id}/why": "Why a job is where it is, and what happens next.",
+    "GET jobs/{id}/artefact": "What lies in the store of artefacts under the job's `storage_key`, as a file.",
     "GET jobs/{id}/late-results": "What completes of this job brought whose locks were lost, the oldest grant first.",
     "POST jobs/{id}/adopt": "Complete a queued, failed or cancelled job with a late result: the one with this `seq`, "
     "or that of the latest grant.",
@@ -143,6 +144,7 @@ REFUSED: Final[dict[type[Command], tuple[str, ...]]] = {
 # The same of calls that are no command to the actor.
 REFUSED_TOO: Final = {
     "POST /admin/job-management/recover-stuck": ("overloaded", "shutting_down", "outcome_unknown", "storage_full"),
+    "GET /admin/job-management/jobs/{id}/artefact": ("not_found", "storage_unavailable"),
     "GET /admin/job-management/backup": ("shutting_down", "storage_full"),
     "GET /v1/events": ("events_gone",),
     "GET /admin/job-management/events": ("events_gone",),
@@ -153,7 +155,7 @@ REFUSALS: Final = {
     "unauthorized": "no token, or a wrong one",
     "forbidden": "over TCP: the Host is not a name of this daemon, or the Origin is another site; "
     "or the token may only look",
-    "not_found": "there is no such path",
+    "not_found": "there is no such path; or the job has no stored result, or that is gone",
     "late_result_not_found": "the job has no late result, or none with this `seq`",
     "job_not_found": "no job has this id: never created, or deleted after its time",
     "method_not_allowed": "the path exists, the method does not",
@@ -174,6 +176,7 @@ REFUSALS: Final = {
     "overloaded": "too much is waiting; nothing was done. Wait `Retry-After` seconds",
     "shutting_down": "the daemon is stopping; nothing was done",
     "outcome_unknown": "the write failed so that it may be on the disk or not: ask again with the same id or key",
+    "storage_unavailable": "the store of artefacts cannot be read now",
     "storage_full": "the disk is full; nothing was done",
     "too_many_jobs": "as many unfinished jobs as are allowed are there",
 }

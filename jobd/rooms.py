@@ -1,4 +1,5 @@
-"""What a request may ask of the daemon beside the actor: cleanup, health, alerts, metrics, the clock, a backup, events.
+"""What a request may ask of the daemon beside the actor: cleanup, health, alerts, metrics, the clock, a backup, events,
+stored results.
 
 Wires; decides nothing. web.py has the protocol that this fulfils.
 """
@@ -26,11 +27,13 @@ from jobd.answers import (
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
 from jobd.commands import Operator, Refusal
+from jobd.downloads import Downloads
 from jobd.events import Wanted
 from jobd.feed import Feed, Listener
 from jobd.health import Health
 from jobd.metrics import Metrics
 from jobd.store import Store
+from jobd.web import Download
 
 log = structlog.get_logger("jobd.daemon")
 
@@ -46,6 +49,7 @@ class Rooms(Struct):
     alerts_: Alerts
     metrics_: Metrics
     feed: Feed
+    downloads: Downloads
     runs: Callable[[], bool]
     is_open: bool = False
 
@@ -97,6 +101,9 @@ class Rooms(Struct):
 
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener:
         return self.feed.listen(wanted, follow=follow, cut=cut)
+
+    async def download(self, key: str, cut: Callable[[], None]) -> Download:
+        return await self.downloads.begin(key, cut)
 
     def is_ready(self) -> bool:
         return self.is_open and self.runs()

@@ -34,11 +34,12 @@ from jobd.answers import (
 from jobd.bodies import Limits
 from jobd.commands import Call, Command, KeyUse, Operator, Refusal
 from jobd.doors import Gate
+from jobd.downloads import Downloads
 from jobd.envelope import Waiter
 from jobd.events import Wanted
 from jobd.listener import Listener
 from jobd.routes import Route
-from jobd.web import Web
+from jobd.web import Download, Web
 from tests.conftest import tool_missing
 from tests.memory_disk import MemoryDisk
 
@@ -137,6 +138,7 @@ class Figures:
         self.closed = asyncio.Event()
         self.disk = MemoryDisk()
         self.feed = feed.Feed(self.disk, 0, 3)
+        self.downloads = Downloads(None, 2)
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
         self.forced.append(forced)
@@ -186,6 +188,9 @@ class Figures:
 
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> feed.Listener:
         return self.feed.listen(wanted, follow=follow, cut=cut)
+
+    async def download(self, key: str, cut: Callable[[], None]) -> Download:
+        return await self.downloads.begin(key, cut)
 
     def is_ready(self) -> bool:
         return self.ready

@@ -46,7 +46,9 @@ class Running:
             "JOBD_SOCKET": str(folder / "worker.sock"),
             "JOBD_ADMIN_URL": f"unix:{folder}/admin.sock",
             "ADMIN_TOKEN": TOKEN,
+            "JOBD_ARTEFACTS_URL": (folder / "artefacts").as_uri(),
         }
+        (folder / "artefacts").mkdir()
         self.argv = ["serve", "--store", str(self.store), "--socket", str(folder / "worker.sock")]
         self.argv += ["--admin-listen", f"unix:{folder}/admin.sock"]
         with (folder / "log").open("wb") as log:
@@ -332,6 +334,36 @@ def test_an_import_is_one_entry_of_the_audit_log(jobctl: Ctl, tmp_path: Path) ->
     assert (first["changed"], first["details"]) == (30, {"imported": 30, "skipped": 0, "refused": 1})
     assert (again["changed"], again["details"]) == (0, {"imported": 0, "skipped": 30, "refused": 1})
     jobctl.ok("delete", *(f"aui-{n}" for n in range(30)), "-y")
+
+
+def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
+    jobctl.ok("submit", "--id", "c7", "--queue", "c7")
+    target, content = tmp_path / "report.pdf", os.urandom(300_000)
+    code, err = jobctl.no("artefact", "c7", "-o", str(target))
+    assert (code, "no storage_key" in err) == (4, True)
+    assert jobctl.no("artefact", "none")[0] == 4
+    grant = running.client.claim("w", queues=["c7"])[0]
+    running.client.complete_job("c7", grant.lock_id, storage_key="c7/report.pdf")
+    assert "any more" in jobctl.no("artefact", "c7", "-o", str(target))[1]
+    assert not list(tmp_path.iterdir())
+    (running.folder / "artefacts" / "c7").mkdir()
+    (running.folder / "artefacts" / "c7" / "report.pdf").write_bytes(content)
+    assert jobctl.ok("artefact", "c7", "-o", str(target)) == f"{target}: 293.0 KiB\n"
+    assert target.read_bytes() == content
+    target.write_text("mine")
+    assert "--yes" in jobctl.no("artefact", "c7", "-o", str(target))[1]
+    assert target.read_text() == "mine"
+    jobctl.ok("artefact", "c7", "-o", str(target), "-y")
+    assert target.read_bytes() == content
+    done = subprocess.run(
+        [sys.executable, "-m", "jobd.cli.ctl", "artefact", "c7"],
+        env={**running.env, **running.places},
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == (content, b"")
+    (running.folder / "artefacts" / "c7" / "report.pdf").unlink()
 
 
 def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> None:

@@ -22,6 +22,7 @@ from msgspec import Raw
 from jobd import admin_api, worker_api
 from jobd.actor import Actor
 from jobd.answers import AlertView, ClockView
+from jobd.artefact_files import FileStore
 from jobd.book import Book
 from jobd.clock import Clock
 from jobd.dashboard import paint, sessions
@@ -30,6 +31,7 @@ from jobd.dashboard.deeds import DEEDS
 from jobd.dashboard.recorder import STEP_MS, STEPS, Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import FORM, Gate, own_names
+from jobd.downloads import Downloads
 from jobd.events import Change, Event
 from jobd.job import Policy
 from jobd.keys import Keys
@@ -507,6 +509,36 @@ async def test_a_large_payload_is_cut_and_a_deep_one_shown_as_it_came(town: Town
     assert paint.pretty(Raw(b'{"a":1}')) == ('{\n  "a": 1\n}', 0)
     deep = b"[" * 5_000 + b"]" * 5_000
     assert paint.pretty(Raw(deep))[0].startswith("[")
+
+
+async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    town.admin.figures.downloads = Downloads(FileStore(str(tmp_path / "results"), "test"), 2)
+    lock = await town.held()
+    browser, reader = await town.browser(), await town.browser(READER)
+    assert "/jobs/held/artefact" not in text(await browser.get("/jobs/held"))
+    heard = await browser.get("/jobs/held/artefact")
+    assert (heard.status, "no storage_key" in text(heard)) == (404, True)
+    assert_safe(heard)
+    await town.do("jobs/held/complete", lock_id=lock, storage_key="a/page.html")
+    assert 'href="/jobs/held/artefact"' in text(await browser.get("/jobs/held"))
+    assert "any more" in text(await browser.get("/jobs/held/artefact"))
+    (tmp_path / "results" / "a").mkdir()
+    (tmp_path / "results" / "a" / "page.html").write_text("<script>alert(1)</script>")
+    for who in (browser, reader):
+        heard = await who.get("/jobs/held/artefact")
+        assert (heard.status, heard.body) == (200, b"<script>alert(1)</script>")
+        assert heard.headers["content-type"] == "application/octet-stream"
+        assert heard.headers["content-disposition"].startswith('attachment; filename="page.html"')
+        assert heard.headers["x-content-type-options"] == "nosniff"
+    line = await town.admin.line()
+    for _ in range(2):
+        headers = {"Cookie": browser.cookie}
+        heard = await line.ask("HEAD", "/jobs/held/artefact", headers=headers)
+        assert (heard.status, heard.headers["content-length"]) == (200, "25")
+    stranger = await Browser(town.admin).get("/jobs/held/artefact")
+    assert (stranger.status, stranger.headers["location"]) == (303, "/sign-in?next=%2Fjobs%2Fheld%2Fartefact")
+    assert (await browser.get("/jobs/nobody/artefact")).status == 404
 
 
 # -- deeds -------------------------------------------------------------------------------------------------------------

@@ -31,18 +31,20 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
     "feed": ("feed event_stream", "nouns web actor"),
     "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),
+    "downloads": ("downloads", "nouns web artefacts"),
     "time": ("cleanup passes health presence", "nouns book judging actor clock artefacts"),
     "watch": ("metrics alerts facts", "nouns book judging actor clock artefacts time"),
     # what requests may ask of the daemon beside the actor
-    "rooms": ("rooms", "nouns actor clock store time watch feed"),
-    "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed"),
+    "rooms": ("rooms", "nouns actor clock store web time watch feed downloads"),
+    "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed downloads"),
     "settings": ("config", "nouns"),
     "system": ("log outlet systemd", ""),
     "wiring": (
         "daemon",
-        "nouns book rules clock actor store web feed artefacts time watch rooms apis settings system dashboard",
+        "nouns book rules clock actor store web feed artefacts downloads time watch rooms apis settings system "
+        "dashboard",
     ),
-    "dashboard": ("dashboard", "nouns web"),
+    "dashboard": ("dashboard", "nouns web feed downloads"),
     "client": ("client", "nouns"),
     # The daemon's own verbs work on its files; jobctl's get no further than the client (see below).
     "cli": ("cli __main__", "nouns client store settings wiring system"),

@@ -112,7 +112,7 @@ def _fields(said: Any) -> set[str]:
 
 def test_every_refusal_is_somewhere_but_for_those_of_unknown_paths() -> None:
     told = {code for table in TABLES.values() for route in table for code in refusals(route)}
-    assert set(commands.REFUSALS) - told == {"not_found", "method_not_allowed"}
+    assert set(commands.REFUSALS) - told == {"method_not_allowed"}
 
 
 @pytest.fixture(params=TABLES)

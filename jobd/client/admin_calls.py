@@ -219,6 +219,11 @@ def adopt(
     return post(job_path(JOBS, job_id, "adopt"), read_job, body, key=idempotency_key or uuid7())
 
 
+def download_artefact(job_id: str) -> Request[bytes]:
+    """What lies in the store of artefacts under the job's `storage_key`."""
+    return Request("GET", job_path(JOBS, job_id, "artefact"), bytes)
+
+
 def delete_job(job_id: str, *, idempotency_key: str | None = None) -> Request[JobInfo]:
     """Delete a finished job with its history. Raises JobNotFound, InvalidTransition."""
     headers = {"Idempotency-Key": idempotency_key or uuid7()}

@@ -357,10 +357,21 @@ class AsyncAdminClient(_AsyncClient):
         Raises Unreachable where the stream broke off: what was written is no backup then. An error of `file` is
         raised as it is.
         """
+        return await self._download(admin_calls.backup(), file)
+
+    async def download_artefact(self, job_id: str, file: BinaryIO) -> int:
+        """Write what lies in the store of artefacts under the job's `storage_key` to `file` (in a thread); its bytes.
+
+        Raises JobNotFound, NotFound (no store, no key, or nothing under it), StorageUnavailable, and Unreachable where
+        it broke off: what was written is not all of it then. An error of `file` is raised as it is.
+        """
+        return await self._download(admin_calls.download_artefact(job_id), file)
+
+    async def _download(self, request: Request[bytes], file: BinaryIO) -> int:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self._policy.timeout_s)
         copied = 0
         try:
-            response = await self._open(admin_calls.backup(), timeout)
+            response = await self._open(request, timeout)
             piece = await response.read() if response.status >= 400 else await response.content.read(_PIECE_BYTES)
         except _BROKEN as error:
             raise self._unreachable(error) from error

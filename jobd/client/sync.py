@@ -419,7 +419,17 @@ class AdminClient(_Client):
         Raises Unreachable where the stream broke off: what was written is no backup then. An error of `file` is
         raised as it is.
         """
-        request = admin_calls.backup()
+        return self._download(admin_calls.backup(), file)
+
+    def download_artefact(self, job_id: str, file: BinaryIO) -> int:
+        """Write what lies in the store of artefacts under the job's `storage_key` to `file`; gives its bytes.
+
+        Raises JobNotFound, NotFound (no store, no key, or nothing under it), StorageUnavailable, and Unreachable where
+        it broke off: what was written is not all of it then. An error of `file` is raised as it is.
+        """
+        return self._download(admin_calls.download_artefact(job_id), file)
+
+    def _download(self, request: Request[bytes], file: BinaryIO) -> int:
         connection = _Connection(self.endpoint, self._tls)
         try:
             return self._copy(connection, request, file)
@@ -442,5 +452,5 @@ class AdminClient(_Client):
             except (OSError, http.client.HTTPException) as error:
                 raise self._unreachable(error) from error
         if response.length:  # a stream with a length that ends early is no error to http.client
-            raise Unreachable(f"The daemon at {self.endpoint} broke the backup off after {copied} bytes.")
+            raise Unreachable(f"The daemon at {self.endpoint} broke off after {copied} bytes.")
         return copied

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import msgspec
 import structlog
+from aiohttp.web import StreamResponse
 from msgspec import Meta
 
 from jobd.answers import Answer, JobView
@@ -27,6 +28,7 @@ from jobd.dashboard.paint import HEADERS, HTML, Painter, go_to
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.sessions import LONGEST_S, Brake, Sessions
 from jobd.doors import Gate
+from jobd.downloads import Artefact, give
 from jobd.job import QueueName
 from jobd.job import Text as Words
 from jobd.replies import Text
@@ -93,6 +95,7 @@ class Dashboard:
             self._page("/jobs/{id}", pages.OneJob, "job", "Job", lambda guest, asked: pages.job(guest, asked.id)),
             self._page("/jobs/{id}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),
             self._form("/jobs/{id}/do", DeedForm, self._do),
+            self._open("GET", "/jobs/{id}/artefact", Artefact, self._artefact),
             self._page("/queues", Nothing, "queues", "Queues", lambda guest, _: pages.queues(guest)),
             self._form("/queues/{name}/pause", QueueForm, self._pause),
             self._form("/queues/{name}/resume", QueueForm, self._resume),
@@ -238,6 +241,12 @@ class Dashboard:
         if guest is None:
             raise refused("unauthorized", "Nobody is signed in here.")
         return Answer(self._recorder.lines(guest.now))
+
+    async def _artefact(self, site: Web, visit: Visit, asked: Artefact) -> Answer | Refusal | StreamResponse:
+        """The job's stored result: the API's call, for who has signed in."""
+        if guest_of(site, visit, self.sessions) is None:
+            return _to_sign_in(visit)
+        return await give(site, visit, asked)
 
     # -- deeds --------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ OF_THE_DOORS: Final = frozenset(
         "method_not_allowed",
         "request_timeout",
         "events_gone",
+        "storage_unavailable",
         "too_large",
         "unsupported_media_type",
     }
