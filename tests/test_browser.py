@@ -162,6 +162,25 @@ def test_a_deed_upon_a_job_that_has_moved_is_refused_on_its_page(page: Page, dae
     expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
 
 
+def test_what_came_late_is_adopted(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    daemon.do("jobs", id="late", queue="video")
+    lock = daemon.do("jobs/late/start", worker="w-slow")["lock_id"]
+    daemon.operator("POST", "force-fail", {"jobId": "late", "reason": "w-slow is silent"})
+    daemon.post("/v1/jobs/late/complete", {"lock_id": lock, "file_path": "/srv/out/late.mp4"})
+    sign_in(page, daemon, path="/jobs/late")
+    results = page.get_by_role("region", name="Late results")
+    expect(results).to_contain_text("/srv/out/late.mp4")
+    results.get_by_role("link", name="Adopt the result of w-slow").click()
+    expect(page.locator(".move")).to_contain_text("failed → completed")
+    page.get_by_label("Reason").fill("the file is whole")
+    page.get_by_role("button", name="Adopt").click()
+    expect(page).to_have_url(f"{daemon.url}/jobs/late")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
+    event = page.locator("table.timeline tr", has_text="adopted")
+    expect(event).to_contain_text("the file is whole")
+    assert complaints == []
+
+
 def test_a_paused_queue_is_overlooked_by_nobody(page: Page, daemon: Scene, complaints: list[str]) -> None:
     make_busy(daemon)
     daemon.operator("POST", "queues/imports/resume")

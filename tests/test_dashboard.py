@@ -76,9 +76,9 @@ class Browser:
         assert found
         return found[1]
 
-    async def confirmed(self, job_id: str, verb: str, reason: str = "") -> Heard:
+    async def confirmed(self, job_id: str, verb: str, reason: str = "", more: str = "") -> Heard:
         """What comes of a deed that is confirmed on its page."""
-        page = text(await self.get(f"/jobs/{job_id}/confirm?verb={verb}"))
+        page = text(await self.get(f"/jobs/{job_id}/confirm?verb={verb}{more}"))
         fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', page.partition("<main")[2]))
         assert fields["verb"] == verb
         return await self.post(f"/jobs/{job_id}/do", **fields, reason=reason)
@@ -112,6 +112,14 @@ class Town:
         """A job in the hands of a worker; its lock's secret."""
         await self.do("jobs", id=job_id, queue="video", kind="k", payload={"a": 1})
         return str((await self.do(f"jobs/{job_id}/start", worker="w-1"))["lock_id"])
+
+    async def again(self, job_id: str) -> str:
+        """The job is taken from its worker and given to another; the secret of the new lock."""
+        heard = await self.admin.ask(
+            "POST", "/admin/job-management/force-reset", json.dumps({"jobId": job_id}), headers=AUTH
+        )
+        assert heard.status == 200
+        return str((await self.do(f"jobs/{job_id}/start", worker="w-2"))["lock_id"])
 
 
 @pytest.fixture
@@ -569,6 +577,60 @@ async def test_a_deed_shows_from_and_to_and_is_done_once_confirmed(
     assert f"{DEEDS[verb].label}: done. {before} → {after}" in page
     assert ("because of &lt;tests&gt;" in page) == DEEDS[verb].takes_reason
     assert "done." not in text(await browser.get("/jobs/held")), "it is said once"
+
+
+async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
+    locks = [await town.held()]
+    for _ in range(2):
+        locks.append(await town.again("held"))
+    late = []
+    for number, lock in enumerate(locks[:2]):
+        body = json.dumps({"lock_id": lock, "metadata": {"n": NASTY}, "file_path": f"/late/{number}"})
+        heard = await town.worker.ask("POST", "/v1/jobs/held/complete", body)
+        assert heard.error == "lock_lost"
+        late.append(heard.json["details"]["late_result"])
+    browser, reader = await town.browser(), await town.browser(READER)
+    page = text(await browser.get("/jobs/held"))
+    assert re.findall(r'id="late-(\d+)"', page) == [str(late[1]), str(late[0])], "newest grant first"
+    assert "Somebody holds the job" in page
+    assert "verb=adopt" not in page
+    assert "cannot be done" in text(await browser.get("/jobs/held/confirm?verb=adopt"))
+    await town.do("jobs/held/cancel")
+    page = text(await browser.get("/jobs/held"))
+    assert re.findall(r"verb=adopt&amp;result=(\d+)", page) == [str(late[1]), str(late[0])]
+    assert "/late/1" in page
+    assert "<script>alert" not in page
+    assert "late-" in text(await reader.get("/jobs/held"))
+    assert "verb=adopt" not in text(await reader.get("/jobs/held"))
+    page = text(await browser.get(f"/jobs/held/confirm?verb=adopt&result={late[0]}"))
+    assert re.findall(r'class="status (\w+)"', page) == ["cancelled", "completed"]
+    assert "/late/0" in page
+    assert "/late/1" not in page
+    assert f"jobctl adopt held --result {late[0]}" in page
+    assert (await browser.get("/jobs/held/confirm?verb=adopt&result=1")).status == 404
+    heard = await browser.confirmed("held", "adopt", "it is whole", f"&result={late[0]}")
+    assert (heard.status, heard.headers["location"]) == (303, "/jobs/held")
+    page = text(await browser.get("/jobs/held"))
+    assert "Adopt: done. cancelled → completed" in page
+    assert "it is whole" in page
+    assert "which is final" in page
+    job = (await town.worker.ask("GET", "/v1/jobs/held")).data
+    assert (job["status"], job["file_path"]) == ("completed", "/late/0")
+
+
+async def test_a_late_result_of_a_job_that_has_moved_is_not_adopted(town: Town) -> None:
+    lock = await town.held()
+    await town.again("held")
+    await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "file_path": "/late"}))
+    await town.do("jobs/held/cancel")
+    browser = await town.browser()
+    csrf = await browser.csrf()
+    await browser.confirmed("held", "force-reset")
+    heard = await browser.post("/jobs/held/do", csrf=csrf, verb="adopt", seen="cancelled")
+    assert (heard.status, "has moved since you looked" in text(heard)) == (409, True)
+    heard = await browser.post("/jobs/held/do", csrf=csrf, verb="adopt", seen="queued", result="77")
+    assert (heard.status, "late_result_not_found" in text(heard)) == (404, True)
+    assert await town.status("held") == "queued"
 
 
 async def test_a_job_is_run_now_and_a_finished_one_deleted(town: Town) -> None:

@@ -13,9 +13,21 @@ from urllib.parse import urlencode
 import msgspec
 from msgspec import UNSET, Meta, Raw
 
-from jobd.answers import Answer, JobPage, JobView, LockList, QueueList, StatsView, TimelineView, WhyView, WorkerList
-from jobd.bodies import Refused, explain
-from jobd.commands import Command, Get, List, Locks, OnJob, Queues, Refusal, Stats, Timeline, Why, Workers
+from jobd.answers import (
+    Answer,
+    JobPage,
+    JobView,
+    LateResultList,
+    LateResultView,
+    LockList,
+    QueueList,
+    StatsView,
+    TimelineView,
+    WhyView,
+    WorkerList,
+)
+from jobd.bodies import Refused, explain, refused
+from jobd.commands import Command, Get, LateResults, List, Locks, OnJob, Queues, Refusal, Stats, Timeline, Why, Workers
 from jobd.dashboard.deeds import DEEDS, Deed, Verb, can, open_to, seen
 from jobd.dashboard.guests import Guest
 from jobd.dashboard.paint import pretty
@@ -48,7 +60,10 @@ class OneJob(OnJob, frozen=True, kw_only=True):
 
 
 class ConfirmPage(OnJob, frozen=True, kw_only=True):
+    """`result`: which late result, for a deed that is about one."""
+
     verb: Verb
+    result: Annotated[int, Meta(ge=1)] | None = None
 
 
 class SignInPage(Command, frozen=True, kw_only=True):
@@ -130,7 +145,10 @@ async def job(guest: Guest, job_id: str) -> Shown:
     view: JobView
     timeline: TimelineView
     why: WhyView
-    view, timeline, why, queues = await asked(guest, Get(id=job_id), Timeline(id=job_id), Why(id=job_id), Queues())
+    late: LateResultList
+    view, timeline, why, late, queues = await asked(
+        guest, Get(id=job_id), Timeline(id=job_id), Why(id=job_id), LateResults(id=job_id), Queues()
+    )
     events = timeline.events
     return {
         "job": view,
@@ -139,6 +157,8 @@ async def job(guest: Guest, job_id: str) -> Shown:
         "events": events[::-1][:MOST_EVENTS],
         "left_out": max(len(events) - MOST_EVENTS, 0),
         "why": why,
+        "late": late.late_results[::-1],
+        "can_adopt": guest.may_change and can(DEEDS["adopt"], view, guest.now),
         "deeds": open_to(view, guest.now) if guest.may_change else [],
         "base": base_url(guest),
         **strip(guest, queues),
@@ -159,11 +179,22 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
     deed: Deed = DEEDS[wanted.verb]
     return {
         "job": view,
+        "late": await _late_result(guest, wanted) if deed.wants_result else None,
         "deed": deed,
         "can": can(deed, view, guest.now),
         "seen": seen(view),
         **strip(guest, queues),
     }
+
+
+async def _late_result(guest: Guest, wanted: ConfirmPage) -> LateResultView:
+    """The one that is asked for, or the latest. Refused where there is none."""
+    found: LateResultList
+    [found] = await asked(guest, LateResults(id=wanted.id))
+    for late in reversed(found.late_results):
+        if wanted.result in (None, late.seq):
+            return late
+    raise refused("late_result_not_found", f"Job {wanted.id} has no such late result (any more).")
 
 
 async def queues(guest: Guest) -> Shown:

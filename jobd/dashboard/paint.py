@@ -35,6 +35,7 @@ HEADERS: Final = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 SHOWN_JSON: Final = 20_000  # characters of a payload
+SHORT_JSON: Final = 300
 
 # Control characters as their pictures, and what turns the direction of text around as its name.
 _PICTURES: Final = {
@@ -64,6 +65,7 @@ class Painter:
             "iso": iso,
             "size": size,
             "thousands": thousands,
+            "json": short_json,
             "q": lambda text: quote(str(text), safe=""),
         }
         self._made.globals |= {"asset": assets.url, "version": __version__}
@@ -134,6 +136,12 @@ def size(count: int) -> str:
 def thousands(number: float) -> str:
     """A number with narrow spaces: 12 345."""
     return f"{number:,}".replace(",", "\u202f")
+
+
+def short_json(raw: Any) -> str:
+    """The beginning of JSON text, in one line."""
+    text = " ".join(bytes(raw).decode("utf-8", "replace").split())
+    return text if len(text) <= SHORT_JSON else f"{text[:SHORT_JSON]} …"
 
 
 def pretty(raw: Any) -> tuple[str, int]:

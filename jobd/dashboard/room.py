@@ -22,7 +22,7 @@ from jobd.bodies import Refused, refused
 from jobd.commands import Command, Get, OnJob, Pause, Refusal, Resume
 from jobd.dashboard import pages
 from jobd.dashboard.assets import Assets
-from jobd.dashboard.deeds import DEEDS, Verb, lock_id_of, seen
+from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of, seen
 from jobd.dashboard.guests import Guest, cookie, guest_of, set_cookie
 from jobd.dashboard.paint import HEADERS, HTML, Painter, go_to
 from jobd.dashboard.recorder import Recorder
@@ -67,6 +67,7 @@ class DeedForm(OnJob, frozen=True, kw_only=True):
     verb: Verb
     seen: Annotated[str, Meta(max_length=60)]
     reason: Words = ""
+    result: Annotated[int, Meta(ge=1)] | None = None
     csrf: str = ""
 
 
@@ -260,7 +261,7 @@ class Dashboard:
         if seen(job) != asked.seen:
             message = f"The job has moved since you looked: it is {job.status} now. Nothing was done."
             return await self._job_refused(guest, job_id, Refusal("invalid_transition", message))
-        done = await guest.ask(deed.make(job_id, asked.reason.strip() or None, lock_id_of(job)))
+        done = await guest.ask(deed.make(Chosen(job_id, asked.reason.strip() or None, lock_id_of(job), asked.result)))
         if isinstance(done, Refusal):
             return await self._job_refused(guest, job_id, done)
         if deed.verb == "delete":
