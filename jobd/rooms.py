@@ -33,6 +33,7 @@ from jobd.feed import Feed, Listener
 from jobd.health import Health
 from jobd.metrics import Metrics
 from jobd.store import Store
+from jobd.watchers import Watcher
 from jobd.web import Download
 
 log = structlog.get_logger("jobd.daemon")
@@ -101,6 +102,9 @@ class Rooms(Struct):
 
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener:
         return self.feed.listen(wanted, follow=follow, cut=cut)
+
+    def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:
+        return self.feed.watch(queue=queue, job_id=job_id, cut=cut)
 
     async def download(self, key: str, cut: Callable[[], None]) -> Download:
         return await self.downloads.begin(key, cut)

@@ -39,6 +39,7 @@ from jobd.envelope import Waiter
 from jobd.events import Wanted
 from jobd.listener import Listener
 from jobd.routes import Route
+from jobd.watchers import Watcher
 from jobd.web import Download, Web
 from tests.conftest import tool_missing
 from tests.memory_disk import MemoryDisk
@@ -188,6 +189,9 @@ class Figures:
 
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> feed.Listener:
         return self.feed.listen(wanted, follow=follow, cut=cut)
+
+    def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:
+        return self.feed.watch(queue=queue, job_id=job_id, cut=cut)
 
     async def download(self, key: str, cut: Callable[[], None]) -> Download:
         return await self.downloads.begin(key, cut)

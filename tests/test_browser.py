@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def sign_in(page: Page, daemon: Scene, token: str = TOKEN, path: str = "/") -> N
     expect(page).to_have_url(daemon.url + path)
 
 
+def held(daemon: Scene, job_id: str) -> str:
+    """A job in the hands of a worker; its lock's secret."""
+    daemon.do("jobs", id=job_id, queue="video")
+    return str(daemon.do(f"jobs/{job_id}/start", worker="w-1")["lock_id"])
+
+
 def visit(page: Page, daemon: Scene, path: str) -> None:
     """Go there and wait until its scripts have done what they do at once."""
     page.goto(daemon.url + path)
@@ -108,6 +115,37 @@ def test_a_job_is_watched_from_queued_to_completed(page: Page, daemon: Scene, co
     expect(heading).to_contain_text("completed")
     expect(page.get_by_text("/srv/out/a.mp4")).to_be_visible()
     assert complaints == []
+
+
+def test_a_page_is_live_without_asking_again(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    """The page's clock stands still, so none of its timers asks for anything."""
+    page.clock.install()
+    lock = held(daemon, "watched")
+    sign_in(page, daemon, path="/jobs/watched")
+    expect(page.get_by_role("button", name="Live")).to_be_visible()
+    page.clock.pause_at(datetime.now(UTC) + timedelta(minutes=1))
+    daemon.do("jobs/watched/progress", lock_id=lock, progress=42)
+    expect(page.get_by_label("Progress", exact=True).locator("progress")).to_have_attribute("value", "42")
+    daemon.do("jobs/watched/complete", lock_id=lock, file_path="/srv/out/a.mp4")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
+    page.goto(daemon.url)
+    expect(page.get_by_role("button", name="Live")).to_be_visible()
+    page.clock.pause_at(datetime.now(UTC) + timedelta(minutes=2))
+    daemon.do("jobs", id="another")
+    expect(page.locator("a.count.queued")).to_contain_text("1")
+    assert complaints == []
+
+
+def test_a_page_that_gets_no_stream_asks_every_few_seconds(page: Page, tmp_path: Path) -> None:
+    with Scene(tmp_path, "[limits]\nevent_streams = 1\n") as daemon:
+        lock = held(daemon, "watched")
+        sign_in(page, daemon, path="/jobs/watched")
+        expect(page.get_by_role("button", name="Live")).to_be_visible()
+        second = page.context.new_page()
+        second.goto(f"{daemon.url}/jobs/watched")
+        expect(second.get_by_role("button", name="Polling")).to_be_visible()
+        daemon.do("jobs/watched/complete", lock_id=lock, file_path="/srv/out/a.mp4")
+        expect(second.get_by_role("heading", level=1)).to_contain_text("completed")
 
 
 def test_jobs_are_filtered_and_the_address_says_how(page: Page, daemon: Scene, complaints: list[str]) -> None:
@@ -207,7 +245,7 @@ def test_who_may_only_look_has_no_buttons(page: Page, daemon: Scene, complaints:
         page.goto(daemon.url + path)
         buttons = page.get_by_role("button")
         expect(page.get_by_role("button", name="Sign out")).to_be_visible()
-        expect(buttons).to_have_text([re.compile("Live|Sign out|Copy as curl")] * buttons.count())
+        expect(buttons).to_have_text([re.compile("Live|Polling|Sign out|Copy as curl")] * buttons.count())
         expect(page.locator("a[href*=confirm]")).to_have_count(0)
     assert complaints == []
     page.goto(f"{daemon.url}/jobs/video-004/confirm?verb=cancel")

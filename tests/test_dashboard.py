@@ -25,7 +25,7 @@ from jobd.answers import AlertView, ClockView
 from jobd.artefact_files import FileStore
 from jobd.book import Book
 from jobd.clock import Clock
-from jobd.dashboard import paint, sessions
+from jobd.dashboard import live, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
 from jobd.dashboard.recorder import STEP_MS, STEPS, Recorder
@@ -36,7 +36,7 @@ from jobd.events import Change, Event
 from jobd.job import Policy
 from jobd.keys import Keys
 from tests import vendor
-from tests.http_help import TOKEN, Heard, House, Line, tls_pair
+from tests.http_help import TOKEN, Heard, House, Line, message, tls_pair
 from tests.memory_disk import MemoryDisk
 
 READER = "reader-token-0123456789abcdef"
@@ -137,6 +137,7 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         worker = await stack.enter_async_context(House(worker_api.ROUTES, tmp_path, actor=actor))
         routes = (*admin_api.ROUTES, *room.routes())
         admin = await stack.enter_async_context(House(routes, tmp_path, gate=gate, admin=True, actor=actor))
+        actor.on_commit.append(admin.figures.feed.publish)
         admin.figures.clock = lambda: ClockView(clock.moment().now, not admin.figures.accepted, "30 days ahead")  # type: ignore[method-assign]
         made.append(Town(worker, admin, room))
         yield made[0]
@@ -746,6 +747,136 @@ async def test_a_page_that_renews_itself_after_its_session_has_ended_goes_to_the
     heard = await Browser(town.admin).get("/jobs?queue=a", HX_Request="true")
     assert (heard.status, heard.headers["hx-redirect"]) == (401, "/sign-in?next=%2Fjobs%3Fqueue%3Da")
     assert (await Browser(town.admin).get("/chart.json")).status == 401
+
+
+# -- live --------------------------------------------------------------------------------------------------------------
+
+
+class Listens:
+    """An open page's stream of news."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.headers = ""
+
+    async def events(self) -> str:
+        """The next piece of the stream, nothing at its end."""
+        size = int(await self.line.reader.readuntil(b"\r\n"), 16)
+        piece = await self.line.reader.readexactly(size + 2)
+        return piece[:-2].decode()
+
+
+async def listens(town: Town, browser: Browser, target: str = "/live") -> Listens:
+    line = await town.admin.line()
+    line.send(message("GET", target, headers={"Cookie": browser.cookie}))
+    found = Listens(line)
+    found.headers = (await line.reader.readuntil(b"\r\n\r\n")).decode()
+    assert found.headers.startswith("HTTP/1.1 200 ")
+    assert await found.events() == "retry: 2000\nevent: live\ndata:\n\n"
+    return found
+
+
+NEWS = "event: news\ndata:\n\n"
+
+
+async def test_an_open_page_hears_of_news_that_concern_it_and_of_nothing_else(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "FLOOR_S", 0.0)
+    monkeypatch.setattr(live, "FLOOR_OF_ALL_S", 0.0)
+    lock = await town.held()
+    browser, reader = await town.browser(), await town.browser(READER)
+    job = await listens(town, browser, "/live?job_id=held")
+    other = await listens(town, reader, "/live?queue=mail")
+    everything = await listens(town, browser)
+    assert "content-type: text/event-stream" in job.headers.lower()
+    await town.do("jobs/held/progress", lock_id=lock, progress=1)
+    assert (await job.events(), await everything.events()) == (NEWS, NEWS)
+    await town.do("jobs", id="b", queue="mail")
+    assert (await other.events(), await everything.events()) == (NEWS, NEWS)
+    assert town.admin.figures.feed.listeners == 3
+    for each in (job, other, everything):
+        await each.line.close()
+    while town.admin.figures.feed.listeners:
+        await town.admin.ask("GET", "/healthz")
+
+
+async def test_a_page_hears_of_a_thousand_events_once_a_second(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    browser = await town.browser()
+    heard = await listens(town, browser)
+    await town.do("jobs/bulk", jobs=[{"id": f"job-{number}"} for number in range(500)])
+    assert await heard.events() == NEWS
+    began = asyncio.get_running_loop().time()
+    await town.do("jobs/bulk", jobs=[{"id": f"more-{number}"} for number in range(500)])
+    assert await heard.events() == NEWS
+    assert asyncio.get_running_loop().time() - began >= live.FLOOR_S / 2
+    assert live.FLOOR_S >= 1
+    assert live.FLOOR_OF_ALL_S >= 1
+
+
+@pytest.mark.parametrize("way", ["sign-out", "token", "age"])
+async def test_a_stream_of_news_ends_with_its_session(town: Town, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(live, "LOOK_S", 0.01)
+    browser = await town.browser()
+    heard = await listens(town, browser)
+    if way == "sign-out":
+        await browser.post("/sign-out", csrf=await browser.csrf())
+    elif way == "token":
+        town.admin.site.gate.replace_tokens(["another-token-0123456789abcdef"], [])
+    else:
+        town.now_s += sessions.LONGEST_S
+    assert await heard.events() == "event: over\ndata:\n\n"
+    assert await heard.events() == ""
+    assert (await browser.get("/live")).status == 401
+
+
+async def test_a_page_that_is_open_keeps_its_session_and_its_stream(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "LOOK_S", 0.01)
+    monkeypatch.setattr(live, "HEARTBEAT_S", 0.05)
+    browser = await town.browser()
+    heard = await listens(town, browser)
+    for _ in range(3):
+        town.now_s += sessions.IDLE_S - 1
+        assert await heard.events() == ": still here\n\n"
+    assert (await browser.get("/")).status == 200
+
+
+async def test_without_a_place_or_a_session_there_is_no_stream_of_news(town: Town) -> None:
+    browser = await town.browser()
+    assert (await Browser(town.admin).get("/live")).status == 401
+    assert (await browser.get("/live?job_id=a%20b")).status == 400
+    assert (await browser.get("/live?job=a")).status == 400
+    taken = [await listens(town, browser) for _ in range(3)]
+    heard = await browser.get("/live")
+    assert (heard.status, heard.error) == (503, "overloaded")
+    town.admin.figures.feed.close()
+    for each in taken:
+        assert await each.events() == ""
+    assert (await browser.get("/live")).error == "shutting_down"
+    heard = await town.admin.ask("GET", "/live", headers=AUTH)
+    assert heard.error == "shutting_down", "a program may listen, too"
+    line = await town.admin.line()
+    heard = await line.ask("HEAD", "/live", headers={"Cookie": browser.cookie})
+    assert (heard.status, heard.headers["content-type"]) == (200, "text/event-stream")
+
+
+@pytest.mark.parametrize(
+    ("target", "news"),
+    [
+        ("/", "/live"),
+        ("/jobs", "/live"),
+        ("/jobs?queue=video", "/live?queue=video"),
+        ("/jobs/held", "/live?job_id=held"),
+        ("/queues", "/live"),
+    ],
+)
+async def test_a_page_says_where_it_hears_of_news(town: Town, target: str, news: str) -> None:
+    await town.held()
+    page = text(await (await town.browser()).get(target))
+    assert f'data-news="{news}"' in page
+    assert re.search(r'data-every="\d"', page)
 
 
 # -- the chart ---------------------------------------------------------------------------------------------------------

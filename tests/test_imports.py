@@ -29,7 +29,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
         "nouns",
     ),
     "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
-    "feed": ("feed event_stream", "nouns web actor"),
+    "feed": ("feed watchers event_stream", "nouns web actor"),
     "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),
     "downloads": ("downloads", "nouns web artefacts"),
     "time": ("cleanup passes health presence", "nouns book judging actor clock artefacts"),

@@ -30,6 +30,7 @@ from jobd.bodies import Refused, explain, refused
 from jobd.commands import Command, Get, LateResults, List, Locks, OnJob, Queues, Refusal, Stats, Timeline, Why, Workers
 from jobd.dashboard.deeds import DEEDS, Deed, Verb, can, open_to, seen
 from jobd.dashboard.guests import Guest
+from jobd.dashboard.live import Live
 from jobd.dashboard.paint import pretty
 from jobd.dashboard.recorder import Recorder
 from jobd.job import STATUSES, is_job_id
@@ -139,6 +140,10 @@ def _names(queues: QueueList) -> list[str]:
 def job_wanted(wanted: JobsPage) -> str | None:
     """Where to go on, if a job is asked for by its id."""
     return f"/jobs/{wanted.id}" if is_job_id(wanted.id) else None
+
+
+def news_of_jobs(wanted: JobsPage) -> Live:
+    return Live(queue=wanted.queue) if is_job_id(wanted.queue) else Live()
 
 
 async def job(guest: Guest, job_id: str) -> Shown:

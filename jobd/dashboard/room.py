@@ -24,11 +24,13 @@ from jobd.dashboard import pages
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of, seen
 from jobd.dashboard.guests import Guest, cookie, guest_of, set_cookie
+from jobd.dashboard.live import Live, news_at, stream
 from jobd.dashboard.paint import HEADERS, HTML, Painter, go_to
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.sessions import LONGEST_S, Brake, Sessions
 from jobd.doors import Gate
 from jobd.downloads import Artefact, give
+from jobd.event_stream import EVENT_STREAM
 from jobd.job import QueueName
 from jobd.job import Text as Words
 from jobd.replies import Text
@@ -91,9 +93,26 @@ class Dashboard:
             self._open("GET", "/docs", Nothing, self._docs),
             self._form("/sign-out", Form, self._sign_out, for_readers=True),
             self._page("/", Nothing, "overview", "Overview", lambda guest, _: pages.overview(guest, recorder)),
+            Route(method="GET", path="/live", asks=Live, gives=bytes, who="anyone", via=self._live, sends=EVENT_STREAM),
             Route(method="GET", path="/chart.json", asks=Nothing, gives=bytes, who="anyone", via=self._chart),
-            self._page("/jobs", pages.JobsPage, "jobs", "Jobs", pages.jobs, every_s=5, leads=pages.job_wanted),
-            self._page("/jobs/{id}", pages.OneJob, "job", "Job", lambda guest, asked: pages.job(guest, asked.id)),
+            self._page(
+                "/jobs",
+                pages.JobsPage,
+                "jobs",
+                "Jobs",
+                pages.jobs,
+                every_s=5,
+                leads=pages.job_wanted,
+                news=pages.news_of_jobs,
+            ),
+            self._page(
+                "/jobs/{id}",
+                pages.OneJob,
+                "job",
+                "Job",
+                lambda guest, asked: pages.job(guest, asked.id),
+                news=lambda asked: Live(job_id=asked.id),
+            ),
             self._page("/jobs/{id}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),
             self._form("/jobs/{id}/do", DeedForm, self._do),
             self._open("GET", "/jobs/{id}/artefact", Artefact, self._artefact),
@@ -136,8 +155,10 @@ class Dashboard:
         every_s: int = 2,
         changes: bool = False,
         leads: Callable[[Any], str | None] = lambda asked: None,
+        news: Callable[[Any], Live] = lambda asked: Live(),
     ) -> Route:
-        """A page for who has signed in. It renews its living part every `every_s` seconds; `leads` sends on elsewhere.
+        """A page for who has signed in. It renews its living part where there is `news`, or every `every_s` seconds
+        where it hears none. `leads` sends on elsewhere.
 
         `changes`: it leads to a change, so it is not for who may only look.
         """
@@ -154,7 +175,8 @@ class Dashboard:
                 return Answer(go_to(place), status=303)
             shown = await look(guest, asked)
             status = shown.pop("status", 200)
-            about = {"name": name, "title": title, "every_s": every_s, "part": f"{name}.live.html"}
+            about = {"name": name, "title": title, "every_s": every_s, "news": news_at(news(asked))}
+            about["part"] = f"{name}.live.html"
             template = "live.html" if is_renewal(visit) else f"{name}.html"
             return Answer(await self._paint(template, guest, **{**about, **shown}), status=status)
 
@@ -237,6 +259,9 @@ class Dashboard:
         """It shows what GET /openapi.json gives to everybody, so it wants no session either."""
         return Answer(await self._paint("docs.html", None, title="API", name="docs"))
 
+    async def _live(self, site: Web, visit: Visit, asked: Live) -> Answer | StreamResponse:
+        return await stream(site, visit, asked, lambda: guest_of(site, visit, self.sessions))
+
     async def _chart(self, site: Web, visit: Visit, asked: Nothing) -> Answer:
         guest = guest_of(site, visit, self.sessions)
         if guest is None:
@@ -276,6 +301,7 @@ class Dashboard:
         except Refused as no:  # it is gone
             return no.refusal
         about = {"name": "job", "title": "Job", "every_s": 2, "part": "job.live.html", "here": f"/jobs/{job_id}"}
+        about["news"] = news_at(Live(job_id=job_id))
         return Answer(await self._paint("job.html", guest, **shown, **about, refusal=refusal), status=refusal.status)
 
     async def _pause(self, guest: Guest, asked: QueueForm) -> Answer | Refusal:
