@@ -197,6 +197,7 @@ class LockedJob(Struct, frozen=True, kw_only=True):
 
 class LockList(Struct):
     locks: list[LockedJob]
+    next_cursor: str | None = None
 
 
 class OldestProcessing(Struct, frozen=True):

@@ -95,6 +95,7 @@ MAX_TEXT: Final = 200  # of a text that is looked for
 MomentMs = Annotated[int, Meta(ge=0, le=10**15)]  # Unix ms, as bounds of a search
 MAX_OPERATOR: Final = 64
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
+Cursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")]
 
 
 class Command(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -152,7 +153,7 @@ class List(Command, frozen=True, kw_only=True):
     kind: Kind | None = None
     worker: Worker | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
-    cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+    cursor: Cursor | None = None
 
 
 class Search(List, frozen=True, kw_only=True):
@@ -350,7 +351,7 @@ class Export(Command, frozen=True, kw_only=True):
     queue: QueueName | None = None
     kind: Kind | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = MAX_PAGE
-    cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+    cursor: Cursor | None = None
 
 
 class AuditLog(Command, frozen=True, kw_only=True):
@@ -361,7 +362,7 @@ class AuditLog(Command, frozen=True, kw_only=True):
     job_id: JobId | None = None
     since: MomentMs | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
-    cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+    cursor: Cursor | None = None
 
 
 class Stats(Command, frozen=True, kw_only=True):
@@ -369,7 +370,10 @@ class Stats(Command, frozen=True, kw_only=True):
 
 
 class Locks(Command, frozen=True, kw_only=True):
-    pass
+    """The current grants, the oldest first: all of them, or a page."""
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] | None = None
+    cursor: Cursor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ class Daemon:
             readers=self._loaded.reader_tokens,
             hosts=_admin_hosts(settings, given.get("admin")),
         )
-        recorder = Recorder()
+        recorder = Recorder(self.clock.moment().now)
         self.actor.on_commit.append(recorder.note)
         pages = (await asyncio.to_thread(Dashboard, self._admin_gate, recorder)).routes()
         admin = Web(self._admin_gate, (*admin_api.ROUTES, *pages), self.actor, self.rooms, limits=limits, admin=True)

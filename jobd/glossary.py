@@ -69,7 +69,7 @@ _OPERATORS: Final = {
     "POST jobs/{id}/update": "Change priority, due time or attempts of a job that is not completed.",
     "POST queues/{name}/pause": "Hand out nothing of a queue until it is resumed.",
     "POST queues/{name}/resume": "Hand out a queue's jobs again.",
-    "GET locks": "Every current grant.",
+    "GET locks": "Every current grant, the oldest first, or a page of them.",
     "GET queues": "Counts of every queue, its oldest due job, whether it is paused.",
     "GET workers": "Every worker that was seen lately, and the jobs it holds.",
     "GET reports": "Reports of cleanup passes, newest first; the last 500 are kept.",

@@ -57,7 +57,7 @@ def answer(draft: Draft, command: Reading) -> Answer | Refusal:
         case Stats():
             return Answer(views.stats(draft.book, draft.book.figures, draft.at))
         case Locks():
-            return Answer(views.locks(draft.book, draft.at, admin=draft.call.admin))
+            return Answer(views.locks(draft.book, draft.at, command, admin=draft.call.admin))
         case _:
             assert_never(command)
 

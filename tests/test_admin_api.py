@@ -96,6 +96,7 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
     ("GET", f"{P}/locks", "", Locks(), False),
     ("GET", f"{P}/audit", "who=eve&what=cancel&job_id=j&since=5&limit=5&cursor=7",
      AuditLog(who="eve", what="cancel", job_id="j", since=5, limit=5, cursor="7"), False),
+    ("GET", f"{P}/locks", "limit=5&cursor=7", Locks(limit=5, cursor="7"), False),
     ("GET", f"{P}/queues", "", Queues(), False),
     ("GET", f"{P}/workers", "", Workers(), False),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import html
 import json
 import os
 import re
+import time
 import tomllib
 from collections.abc import AsyncIterator
 from fnmatch import fnmatch
@@ -28,7 +29,7 @@ from jobd.clock import Clock
 from jobd.dashboard import live, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
-from jobd.dashboard.recorder import STEP_MS, STEPS, Recorder
+from jobd.dashboard.recorder import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import FORM, Gate, own_names
 from jobd.downloads import Downloads
@@ -127,7 +128,7 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
     disk = MemoryDisk()
     clock = Clock()
     actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
-    recorder = Recorder()
+    recorder = Recorder(clock.moment().now)
     actor.on_commit.append(recorder.note)
     running = asyncio.create_task(actor.run())
     gate = Gate("admin", tokens=[TOKEN], readers=[READER], hosts=own_names("127.0.0.1"))
@@ -882,34 +883,92 @@ async def test_a_page_says_where_it_hears_of_news(town: Town, target: str, news:
 # -- the chart ---------------------------------------------------------------------------------------------------------
 
 
-async def test_the_chart_has_an_hour_of_what_happened(town: Town) -> None:
+async def test_the_charts_have_an_hour_and_a_day_of_what_happened(town: Town) -> None:
     browser = await town.browser()
     await town.held()
     page = text(await browser.get("/"))
     assert re.search(r'<span class="number">1</span> created in the last minute', page)
-    lines = (await browser.get("/chart.json")).json["data"]
-    assert {len(line) for line in lines.values()} == {STEPS}
-    assert lines["at"] == list(range(lines["at"][0], lines["at"][0] + STEPS * 10, 10))
+    assert "counted since the start" in page
+    chart = (await browser.get("/chart.json")).json["data"]
+    for name, steps, step_s in (("hour", STEPS, 10), ("day", SLOTS, 600)):
+        lines = chart[name]
+        assert {len(line) for line in lines.values()} == {steps}
+        assert lines["at"] == list(range(lines["at"][0], lines["at"][0] + steps * step_s, step_s))
+    assert 0 < time.time() * 1000 - chart["since"] < 600_000
 
 
-def change(kind: Any, at: int) -> Change:
-    return Change(None, None, Event(1, at, kind, 1, "a", "q", None, None, "client"))
+def change(kind: Any, at: int, queue: str = "q") -> Change:
+    return Change(None, None, Event(1, at, kind, 1, "a", queue, None, None, "client"))
 
 
-def test_the_recorder_counts_by_steps_and_forgets_after_an_hour() -> None:
-    recorder = Recorder()
-    now = 1_700_000_000_000 // STEP_MS * STEP_MS
+NOW = 1_700_000_000_000 // SLOT_MS * SLOT_MS
+
+
+def test_the_recorder_counts_by_steps_and_forgets_after_an_hour_and_a_day() -> None:
+    recorder = Recorder(NOW - 86_400_000)
     kinds = ("created", "imported", "completed", "failed", "retried", "stalled", "expired", "force_failed", "progress")
-    recorder.note([change(kind, now - STEP_MS) for kind in kinds])
-    recorder.note([change("completed", now), change("completed", now - 30 * 60_000)])
-    lines = recorder.lines(now)
-    assert (lines.created[-1], lines.completed[-1], lines.failed[-1]) == (2, 1, 5)
-    assert sum(lines.completed) == 2, "the running step is left out"
-    rates = recorder.rates(now)
-    assert (rates.created, rates.completed, rates.failed) == ((2, 2), (2, 3), (5, 5))
-    recorder.note([change("created", now + step * STEP_MS) for step in range(1, 2 * STEPS)])
-    assert len(recorder._steps) == STEPS + 1
-    assert recorder.rates(now + 2 * STEPS * STEP_MS).completed == (0, 0)
+    recorder.note([change(kind, NOW - STEP_MS) for kind in kinds])
+    recorder.note([change("adopted", NOW), change("completed", NOW - 30 * 60_000)])
+    chart = recorder.chart(NOW)
+    assert chart.since == NOW - 86_400_000
+    assert (chart.hour.created[-1], chart.hour.completed[-1], chart.hour.failed[-1]) == (2, 1, 5)
+    assert (chart.day.created[-1], chart.day.completed[-4:], chart.day.failed[-1]) == (2, [0, 1, 0, 1], 5)
+    assert sum(chart.hour.completed) == 2, "the running step is left out"
+    rates = recorder.rates(NOW)
+    assert (rates.created, rates.completed, rates.failed) == ((2, 2, 2), (2, 3, 3), (5, 5, 5))
+    recorder.note([change("created", NOW + step * STEP_MS) for step in range(1, 2 * STEPS)])
+    assert len(recorder._hour) == STEPS + 1
+    later = NOW + 2 * STEPS * STEP_MS
+    assert recorder.rates(later).completed == (0, 0, 3)
+    recorder.note([change("created", NOW + slot * SLOT_MS) for slot in range(1, 2 * SLOTS)])
+    assert len(recorder._day) == SLOTS + 1
+
+
+def test_the_recorder_knows_the_last_hour_of_each_queue() -> None:
+    recorder = Recorder(NOW - 30 * 60_000)
+    assert recorder.queue("q", NOW) is None
+    recorder.note([change("completed", NOW - minute * 60_000) for minute in range(30)])
+    recorder.note([change("failed", NOW) for _ in range(10)])
+    recorder.note([change("created", NOW, "other")])
+    found, other = recorder.queue("q", NOW), recorder.queue("other", NOW)
+    assert found is not None
+    assert other is not None
+    assert (found.created, found.completed, found.failed, found.per_minute) == (0, 30, 10, 1.0)
+    assert (found.failed_share, other.failed_share) == (25.0, None)
+    later = recorder.queue("q", NOW + 61 * 60_000)
+    assert later is not None
+    assert (later.completed, later.failed, later.per_minute) == (0, 0, 0.0)
+    recorder.note([change("created", NOW, f"queue-{number}") for number in range(MOST_QUEUES)])
+    assert recorder.queue("q", NOW) is None, "so many queues are known, and those of late"
+
+
+async def test_a_queue_says_what_it_gets_done_and_what_fails(town: Town) -> None:
+    browser = await town.browser()
+    for number in range(4):
+        lock = await town.held(f"job-{number}")
+        verb, body = ("fail", {"error_message": "e"}) if number == 0 else ("complete", {"metadata": 1})
+        await town.do(f"jobs/job-{number}/{verb}", lock_id=lock, **body)
+    page = text(await browser.get("/queues"))
+    assert re.search(r'data-label="Done a minute" class="figure">3<', page)
+    assert re.search(r'data-label="Failed attempts" class="figure">1 <span class="error">25.0&nbsp;%<', page)
+    assert "time since the start" in page
+    assert re.search(r"25.0 %</span> of the attempts", text(await browser.get("/")))
+
+
+async def test_locks_are_shown_page_by_page(town: Town) -> None:
+    await town.do("jobs/bulk", jobs=[{"id": f"job-{number:03}"} for number in range(250)])
+    for _ in range(3):
+        await town.do("claim", worker="w", limit=100)
+    browser = await town.browser()
+    target, seen = "/workers", []
+    while target:
+        page = text(await browser.get(target))
+        assert "of 250</span>" in page
+        seen += re.findall(r'id="lock-(job-\d+)"', page)
+        found = re.search(r'rel="next" href="([^"]+)"', page)
+        target = html.unescape(found[1]).partition("#")[0] if found else ""
+    assert seen == [f"job-{number:03}" for number in range(250)]
+    assert (await browser.get("/workers?cursor=x")).status == 400
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,21 @@ from jobd.answers import (
     WorkerList,
 )
 from jobd.bodies import Refused, explain, refused
-from jobd.commands import Command, Get, LateResults, List, Locks, OnJob, Queues, Refusal, Stats, Timeline, Why, Workers
+from jobd.commands import (
+    Command,
+    Cursor,
+    Get,
+    LateResults,
+    List,
+    Locks,
+    OnJob,
+    Queues,
+    Refusal,
+    Stats,
+    Timeline,
+    Why,
+    Workers,
+)
 from jobd.dashboard.deeds import DEEDS, Deed, Verb, can, open_to, seen
 from jobd.dashboard.guests import Guest
 from jobd.dashboard.live import Live
@@ -54,6 +68,12 @@ class JobsPage(Command, frozen=True, kw_only=True):
     kind: str = ""
     worker: str = ""
     cursor: str = ""
+
+
+class WorkersPage(Command, frozen=True, kw_only=True):
+    """`cursor`: where the page of locks begins."""
+
+    cursor: Cursor | None = None
 
 
 class OneJob(OnJob, frozen=True, kw_only=True):
@@ -89,6 +109,7 @@ async def overview(guest: Guest, recorder: Recorder) -> Shown:
     return {
         "stats": stats,
         "rates": recorder.rates(now),
+        "since": recorder.since,
         "oldest_due": min(due, key=lambda queue: queue.oldest_due_at or 0, default=None),
         "cleanup": rooms.cleanup_state(),
         "vitals": await rooms.vitals(),
@@ -202,22 +223,31 @@ async def _late_result(guest: Guest, wanted: ConfirmPage) -> LateResultView:
     raise refused("late_result_not_found", f"Job {wanted.id} has no such late result (any more).")
 
 
-async def queues(guest: Guest) -> Shown:
+async def queues(guest: Guest, recorder: Recorder) -> Shown:
     [found] = await asked(guest, Queues())
     # In an order that stays: a row that moves away under a finger is another queue's.
     rows = sorted(found.queues, key=lambda queue: queue.name)
-    return {"rows": rows[:MOST_ROWS], "more": max(len(rows) - MOST_ROWS, 0), **strip(guest, found)}
+    return {
+        "rows": rows[:MOST_ROWS],
+        "rates": {queue.name: recorder.queue(queue.name, guest.now) for queue in rows[:MOST_ROWS]},
+        "since": recorder.since,
+        "more": max(len(rows) - MOST_ROWS, 0),
+        **strip(guest, found),
+    }
 
 
-async def workers(guest: Guest) -> Shown:
+async def workers(guest: Guest, wanted: WorkersPage) -> Shown:
     found: WorkerList
     held: LockList
-    found, held, queues = await asked(guest, Workers(), Locks(), Queues())
+    queues: QueueList
+    found, held, queues = await asked(guest, Workers(), Locks(limit=MOST_HELD, cursor=wanted.cursor), Queues())
     return {
         "workers": found.workers[:MOST_HELD],
         "more_workers": max(len(found.workers) - MOST_HELD, 0),
-        "locks": held.locks[:MOST_HELD],
-        "more_locks": max(len(held.locks) - MOST_HELD, 0),
+        "locks": held.locks,
+        "held": sum(queue.processing for queue in queues.queues),
+        "next": f"/workers?cursor={held.next_cursor}#h-locks" if held.next_cursor else "",
+        "is_first": wanted.cursor is None,
         **strip(guest, queues),
     }
 

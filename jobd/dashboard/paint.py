@@ -66,6 +66,7 @@ class Painter:
             "size": size,
             "thousands": thousands,
             "json": short_json,
+            "rate": rate,
             "q": lambda text: quote(str(text), safe=""),
         }
         self._made.globals |= {"asset": assets.url, "version": __version__}
@@ -131,6 +132,11 @@ def size(count: int) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1024
     return f"{number:.1f} GiB"
+
+
+def rate(number: float) -> str:
+    """A number of which only the greatest digits matter: 0, 0.25, 3.1, 120."""
+    return thousands(round(number)) if number >= 10 else f"{number:.2g}"
 
 
 def thousands(number: float) -> str:

@@ -116,10 +116,10 @@ class Dashboard:
             self._page("/jobs/{id}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),
             self._form("/jobs/{id}/do", DeedForm, self._do),
             self._open("GET", "/jobs/{id}/artefact", Artefact, self._artefact),
-            self._page("/queues", Nothing, "queues", "Queues", lambda guest, _: pages.queues(guest)),
+            self._page("/queues", Nothing, "queues", "Queues", lambda guest, _: pages.queues(guest, recorder)),
             self._form("/queues/{name}/pause", QueueForm, self._pause),
             self._form("/queues/{name}/resume", QueueForm, self._resume),
-            self._page("/workers", Nothing, "workers", "Workers", lambda guest, _: pages.workers(guest)),
+            self._page("/workers", pages.WorkersPage, "workers", "Workers", pages.workers),
             self._page("/cleanup", Nothing, "cleanup", "Cleanup", lambda guest, _: pages.cleanup(guest)),
             self._form("/cleanup/run", Form, self._run_cleanup),
             self._form("/cleanup/recover", Form, self._recover),
@@ -266,7 +266,7 @@ class Dashboard:
         guest = guest_of(site, visit, self.sessions)
         if guest is None:
             raise refused("unauthorized", "Nobody is signed in here.")
-        return Answer(self._recorder.lines(guest.now))
+        return Answer(self._recorder.chart(guest.now))
 
     async def _artefact(self, site: Web, visit: Visit, asked: Artefact) -> Answer | Refusal | StreamResponse:
         """The job's stored result: the API's call, for who has signed in."""
