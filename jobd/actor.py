@@ -19,7 +19,7 @@ from jobd import late_rules
 from jobd.answers import Answer, Grants
 from jobd.batch import Aside, BadRows, Disk, DiskFull
 from jobd.book import Book
-from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Refusal, Undelivered
+from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Operator, Refusal, Undelivered
 from jobd.deciding import Decider, Known, Plan
 from jobd.envelope import Asked, Waiter, deleted_ids, named_ids, needs_payload_first, share, weight
 from jobd.events import Change
@@ -118,10 +118,14 @@ class Actor:
         admin: bool = False,
         key: KeyUse | None = None,
         size: int = 0,
+        operator: Operator | None = None,
     ) -> Answer | Refusal:
-        """Put `command` into the mailbox; the answer comes after its commit. `size` is that of its body, in bytes."""
+        """Put `command` into the mailbox; the answer comes after its commit. `size` is that of its body, in bytes.
+
+        With an `operator` it is kept in the audit log, in the same transaction.
+        """
         future: asyncio.Future[Answer | Refusal] = asyncio.get_running_loop().create_future()
-        asked = self.send(command, future, by=by, admin=admin, key=key, size=size)
+        asked = self.send(command, future, by=by, admin=admin, key=key, size=size, operator=operator)
         if isinstance(asked, Refusal):
             return asked
         try:
@@ -141,12 +145,13 @@ class Actor:
         admin: bool = False,
         key: KeyUse | None = None,
         size: int = 0,
+        operator: Operator | None = None,
     ) -> Asked | Refusal:
         """As `ask`, for a caller who does not wait: `waiter` gets the answer, from within the actor's turn."""
         refusal = self._refuse_entry(command, size)
         if refusal is not None:
             return refusal
-        asked = Asked(Call(command, by, self._random(16), admin), key, size, waiter)
+        asked = Asked(Call(command, by, self._random(16), admin, operator), key, size, waiter)
         self._put(asked)
         return asked
 

@@ -14,6 +14,7 @@ from jobd.answers import (
     AdminLock,
     AlertList,
     Answer,
+    AuditPage,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -38,6 +39,7 @@ from jobd.answers import (
 )
 from jobd.commands import (
     Adopt,
+    AuditLog,
     Cancel,
     Command,
     Delete,
@@ -48,7 +50,6 @@ from jobd.commands import (
     Get,
     Import,
     LateResults,
-    List,
     Locks,
     OnJobNamed,
     Pause,
@@ -57,6 +58,7 @@ from jobd.commands import (
     ReleaseLock,
     Resume,
     RunNow,
+    Search,
     Stats,
     Timeline,
     Transition,
@@ -65,6 +67,8 @@ from jobd.commands import (
     Why,
     Workers,
 )
+from jobd.downloads import KIND as ARTEFACT_KIND
+from jobd.downloads import Artefact, give
 from jobd.event_stream import EVENT_STREAM, Follow, follow
 from jobd.events import StreamedEvent
 from jobd.glossary import ADMIN_TITLE
@@ -72,8 +76,8 @@ from jobd.openapi import with_document
 from jobd.replies import Text
 from jobd.routes import Route, Who
 from jobd.streams import BACKUP_KIND, ImportReport, give_out, take_in
-from jobd.visits import Visit
-from jobd.web import PROBES, Nothing, Web, ask
+from jobd.visits import Visit, in_parts
+from jobd.web import PROBES, Nothing, Web, ask, note
 
 MAX_REPORTS: Final = 500
 METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -115,6 +119,7 @@ async def _validate_job(site: Web, visit: Visit, asked: ValidateJob) -> Answer |
 
 
 async def _cleanup(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    await note(site, visit.operator, "cleanup")
     return Answer(await site.rooms.run_cleanup(forced=True))
 
 
@@ -123,7 +128,7 @@ async def _cleanup_state(site: Web, visit: Visit, asked: Nothing) -> Answer:
 
 
 async def _recover_stuck(site: Web, visit: Visit, asked: Nothing) -> Answer | Refusal:
-    done = await site.rooms.recover_stuck()
+    done = await site.rooms.recover_stuck(in_parts(visit.operator))
     return done if isinstance(done, Refusal) else Answer(done)
 
 
@@ -140,7 +145,9 @@ async def _clock(site: Web, visit: Visit, asked: Nothing) -> Answer:
 
 
 async def _accept_clock(site: Web, visit: Visit, asked: Nothing) -> Answer:
-    return Answer(await site.rooms.accept_clock())
+    view = await site.rooms.accept_clock()
+    await note(site, visit.operator, "accept-clock")  # its commit keeps the time that was accepted
+    return Answer(view)
 
 
 async def _quarantine(site: Web, visit: Visit, asked: Nothing) -> Answer:
@@ -168,11 +175,20 @@ _ROUTES: Final = (
     Route(method="POST", path=f"{_P}/release-lock", asks=ReleaseLock, gives=AdminLock, who=_A, key=True),
     Route(method="POST", path=f"{_P}/import", asks=Import, gives=ImportReport, who=_A, via=take_in, reads="lines"),
     Route(method="GET", path=f"{_P}/export", asks=Export, gives=ExportPage, who=_A),
-    Route(method="GET", path=f"{_P}/jobs", asks=List, gives=JobPage, who=_A),
+    Route(method="GET", path=f"{_P}/jobs", asks=Search, gives=JobPage, who=_A),
     Route(method="GET", path=f"{_P}/jobs/{{id}}", asks=Get, gives=JobView, who=_A),
     Route(method="DELETE", path=f"{_P}/jobs/{{id}}", asks=Delete, gives=JobView, who=_A, key=True),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/timeline", asks=Timeline, gives=TimelineView, who=_A),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/why", asks=Why, gives=WhyView, who=_A),
+    Route(
+        method="GET",
+        path=f"{_P}/jobs/{{id}}/artefact",
+        asks=Artefact,
+        gives=bytes,
+        who=_A,
+        via=give,
+        sends=ARTEFACT_KIND,
+    ),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/late-results", asks=LateResults, gives=LateResultList, who=_A),
     Route(method="POST", path=f"{_P}/jobs/{{id}}/adopt", asks=Adopt, gives=JobView, who=_A, key=True),
     Route(method="POST", path=f"{_P}/jobs/{{id}}/cancel", asks=Cancel, gives=JobView, who=_A, key=True),
@@ -184,6 +200,7 @@ _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/queues", asks=Queues, gives=QueueList, who=_A),
     Route(method="GET", path=f"{_P}/workers", asks=Workers, gives=WorkerList, who=_A),
     Route(method="GET", path=f"{_P}/reports", asks=Reports, gives=ReportList, who=_A, via=_reports),
+    Route(method="GET", path=f"{_P}/audit", asks=AuditLog, gives=AuditPage, who=_A),
     Route(method="GET", path=f"{_P}/alerts", asks=Nothing, gives=AlertList, who=_A, via=_alerts),
     Route(method="GET", path=f"{_P}/events", asks=Follow, gives=StreamedEvent, who=_A, via=follow, sends=EVENT_STREAM),
     Route(method="GET", path=f"{_P}/clock", asks=Nothing, gives=ClockView, who=_A, via=_clock),

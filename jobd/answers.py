@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from jobd.commands import Export, Import, Json, List
+from jobd.commands import AuditLog, Export, Import, Json, List
 from jobd.events import EventView
 from jobd.job import Backoff
 
@@ -197,6 +197,7 @@ class LockedJob(Struct, frozen=True, kw_only=True):
 
 class LockList(Struct):
     locks: list[LockedJob]
+    next_cursor: str | None = None
 
 
 class OldestProcessing(Struct, frozen=True):
@@ -394,17 +395,40 @@ class Vitals(Struct, frozen=True):
     uptime_ms: int
 
 
+class AuditView(Struct, frozen=True):
+    """What an operator did, or was refused. `outcome` is "done" or the code of the refusal."""
+
+    seq: int
+    at: int
+    who: str
+    address: str
+    what: str
+    job_id: str | None
+    queue: str | None
+    reason: str | None
+    outcome: str
+    changed: int
+    details: dict[str, Any]
+
+
+class AuditPage(Struct):
+    entries: list[AuditView]
+    next_cursor: str | None
+
+
 class Done(Struct, frozen=True):
     """The answer where there is nothing to say."""
 
 
 class Look(Struct, frozen=True):
-    """A read of history: timeline or late results of the job with this seq, or a page of jobs, of either kind."""
+    """A read of history: timeline or late results of the job with this seq, a page of jobs of either kind, or of the
+    audit log."""
 
     timeline: int | None = None
     late: int | None = None
     page: List | None = None
     export: Export | None = None
+    audit: AuditLog | None = None
 
 
 class Answer(Struct):

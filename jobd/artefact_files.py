@@ -1,4 +1,4 @@
-"""Artefacts in a directory: deleted by name, never followed out of it.
+"""Artefacts in a directory: read and deleted by name, never followed out of it.
 
 Touches the file system in a thread of its own, one call after the other, so that a mount that hangs holds nobody up.
 """
@@ -12,17 +12,18 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final, TypeVar
 
-from jobd.artefacts import Judge, Outcome, StoreFault
+from jobd.artefacts import PIECE_BYTES, Judge, Outcome, StoreFault
 
 T = TypeVar("T")
 
 # No symbolic link is followed on the way to an object: whoever may write into the directory could lead us out of it.
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OBJECT: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe there must not hold us up
 _PROBE: Final = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -34,6 +35,10 @@ class FileStore:
         self._probe_name = f".jobd-probe-{owner}"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="artefacts")
 
+    async def open(self, key: str) -> FileReading | None:
+        opened = await self._in_thread(lambda: self._open(key), _close)
+        return None if opened is None else FileReading(self, *opened)
+
     async def delete(self, key: str, judge: Judge) -> Outcome:
         return await self._in_thread(lambda: self._delete(key, judge))
 
@@ -43,13 +48,47 @@ class FileStore:
     async def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    async def read(self, handle: int) -> bytes:
+        """The next piece of an open file."""
+        return await self._in_thread(lambda: os.read(handle, PIECE_BYTES))
+
+    def shut(self, handle: int) -> None:
+        """Close an open file after what is still being read of it."""
+        self._thread.submit(os.close, handle)
+
+    async def _in_thread(self, work: Callable[[], T], undo: Callable[[T], None] = lambda _: None) -> T:
+        """What `work` gives; where nobody waits for it any more, `undo` gets it."""
+        asked = self._thread.submit(work)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            return await asyncio.wrap_future(asked)
+        except asyncio.CancelledError:
+            asked.add_done_callback(lambda _: _undo(asked, undo))
+            raise
         except OSError as error:
             raise StoreFault(f"{self.place}: {error.strerror or error}") from error
 
     # -- in the thread ------------------------------------------------------------------------------------------------
+
+    def _open(self, key: str) -> tuple[int, int] | None:
+        """An open file and its size; None where the key names none."""
+        *folders, name = key.split("/")
+        if any(part in ("", ".") for part in (*folders, name)):
+            return None
+        try:
+            with self._opened(folders) as folder:
+                handle = os.open(name, _OBJECT, dir_fd=folder)
+        except FileNotFoundError:
+            self._look_at_root()
+            return None
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO):  # no name, a link, a socket
+                return None
+            raise StoreFault(f"{self.place}/{key}: {error.strerror}") from error
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(handle)
+            return None
+        return handle, found.st_size
 
     def _delete(self, key: str, judge: Judge) -> Outcome:
         *folders, name = key.split("/")
@@ -109,6 +148,38 @@ class FileStore:
                 os.unlink(self._probe_name, dir_fd=folder)
         if read != value:
             raise StoreFault(f"{self.place}: a probe read back something else than it had written.")
+
+
+def _undo(asked: Future[T], undo: Callable[[T], None]) -> None:
+    if not asked.cancelled() and asked.exception() is None:
+        undo(asked.result())
+
+
+def _close(opened: tuple[int, int] | None) -> None:
+    if opened is not None:
+        os.close(opened[0])
+
+
+class FileReading:
+    """An open file that is read as far as it was long when it was opened."""
+
+    def __init__(self, store: FileStore, handle: int, size: int) -> None:
+        self.size = size
+        self._store = store
+        self._handle = handle
+        self._left = size
+
+    async def more(self) -> bytes:
+        if not self._left:
+            return b""
+        piece = (await self._store.read(self._handle))[: self._left]
+        if not piece:
+            raise StoreFault(f"{self._store.place}: a file became shorter while it was read.")
+        self._left -= len(piece)
+        return piece
+
+    def close(self) -> None:
+        self._store.shut(self._handle)
 
 
 def _delete_in(folder: int, name: str, judge: Judge) -> Outcome:

@@ -24,6 +24,7 @@ from jobd.artefacts import Judge, Outcome, StoreFault
 T = TypeVar("T")
 
 CALL_S: Final = 8.0  # for one request with all its tries
+PIECE_BYTES: Final = 1 << 20  # read by one request
 _RETRIES: Final[Any] = {"max_retries": 2, "retry_timeout": timedelta(seconds=CALL_S)}
 _SIGNED_FOR: Final = timedelta(minutes=5)
 _CHANGED: Final = (409, 412)
@@ -42,6 +43,24 @@ class S3ArtefactStore:
             raise StoreFault(f"{self.place}: {_words(error)}") from error
         self._probe_name = f".jobd-probe-{owner}"
         self._http: aiohttp.ClientSession | None = None
+
+    async def open(self, key: str) -> S3Reading | None:
+        if any(part in ("", ".") for part in key.split("/")):
+            return None
+        try:
+            found = await self._asked(obstore.head_async(self._store, key))
+        except FileNotFoundError:
+            await self._look_at_bucket(key)
+            return None
+        return S3Reading(self, key, found["size"], found["e_tag"])
+
+    async def read_range(self, key: str, e_tag: str | None, start: int, end: int) -> bytes:
+        """Bytes of the object if it is still the one of that tag. Raises StoreFault."""
+        options: Any = {"range": (start, end)} | ({} if e_tag is None else {"if_match": e_tag})
+        try:
+            return await self._asked(self._read(key, options))
+        except FileNotFoundError as error:
+            raise StoreFault(f"{self.place}: an object went while it was read.") from error
 
     async def delete(self, key: str, judge: Judge) -> Outcome:
         if any(part in ("", ".") for part in key.split("/")):
@@ -84,8 +103,8 @@ class S3ArtefactStore:
             if "NoSuchBucket" in str(error):
                 raise StoreFault(f"{self.place}: there is no such bucket. Make it, or change artefacts.url.") from error
 
-    async def _read(self, name: str) -> bytes:
-        found = await obstore.get_async(self._store, name)
+    async def _read(self, name: str, options: Any = None) -> bytes:
+        found = await obstore.get_async(self._store, name, options=options)
         return bytes(await found.bytes_async())
 
     async def _delete(self, key: str, e_tag: str | None) -> bool:
@@ -122,6 +141,30 @@ class S3ArtefactStore:
             raise
         except (BaseError, OSError, TimeoutError) as error:
             raise StoreFault(f"{self.place}: {_words(error)}") from error
+
+
+class S3Reading:
+    """An object that is read in ranges: a slow reader holds no connection to the bucket, and no request takes long."""
+
+    def __init__(self, store: S3ArtefactStore, key: str, size: int, e_tag: str | None) -> None:
+        self.size = size
+        self._store = store
+        self._key = key
+        self._e_tag = e_tag
+        self._at = 0
+
+    async def more(self) -> bytes:
+        start, end = self._at, min(self._at + PIECE_BYTES, self.size)
+        if start == end:
+            return b""
+        piece = await self._store.read_range(self._key, self._e_tag, start, end)
+        if len(piece) != end - start:
+            raise StoreFault(f"{self._store.place}: an object became shorter while it was read.")
+        self._at = end
+        return piece
+
+    def close(self) -> None:
+        pass
 
 
 def _client() -> Any:

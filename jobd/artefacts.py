@@ -29,6 +29,7 @@ class Margins(Struct, frozen=True):
 
 
 MARGINS: Final = Margins()
+PIECE_BYTES: Final = 256 << 10  # read in one go
 
 
 class StoreFault(Exception):
@@ -43,10 +44,25 @@ class Outcome(Struct, frozen=True):
     modified_at: int = 0  # of a young one, Unix ms
 
 
+class Reading(Protocol):
+    """An object on its way out: `size` bytes, the same object to the end, whoever puts another in its place."""
+
+    size: int
+
+    async def more(self) -> bytes:
+        """The next piece, nothing at the end. Raises StoreFault, also where the object ends before its size."""
+
+    def close(self) -> None:
+        """No more of it is wanted. Does not wait."""
+
+
 class ArtefactStore(Protocol):
     """Where the objects are. A call that takes too long may be cancelled, and does no harm if it still takes effect."""
 
     place: str  # for people
+
+    async def open(self, key: str) -> Reading | None:
+        """The object under `key`, to be read; None where nothing lies there. Raises StoreFault."""
 
     async def delete(self, key: str, judge: Judge) -> Outcome:
         """Delete the object under `key` if `judge` says so, and no other that comes there meanwhile.

@@ -6,7 +6,7 @@ The actor speaks to a Disk, not to SQLite; store.py is the real one, tests have 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -97,6 +97,45 @@ class Tombstone(Struct, frozen=True, gc=False):
     tries: int = 0  # that have failed
 
 
+class Audited(Struct, frozen=True, gc=False):
+    """What an operator did, or was refused: a row of the audit log. `at` is wall time, Unix ms.
+
+    `job_id` and `queue` say of what, where it was one. `outcome` is "done" or the code of the refusal, `jobs` how many
+    jobs were changed. Rows of the same `part_of` become one row, which counts their jobs and has the last details.
+    """
+
+    at: int
+    who: str
+    address: str
+    what: str
+    job_id: str | None = None
+    queue: str | None = None
+    reason: str | None = None
+    outcome: str = "done"
+    jobs: int = 0
+    details: dict[str, Any] | None = None
+    part_of: str | None = None
+
+
+class AuditQuery(Struct, frozen=True):
+    """A page of the audit log, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most."""
+
+    who: str | None = None
+    what: str | None = None
+    job_id: str | None = None
+    since: int | None = None  # wall time, Unix ms
+    limit: int = 50
+    before: int | None = None
+    scan: int = 5_000
+
+
+class AuditRows(Struct):
+    """Rows with their numbers. `next_before` is the `before` of the next page, None at the end."""
+
+    found: list[tuple[int, Audited]]
+    next_before: int | None = None
+
+
 class Due(Struct):
     """Tombstones that are due, each with whether a job names its key; `damaged` more were set aside.
 
@@ -131,6 +170,7 @@ class Batch(Struct):
     payloads: list[int] = []  # job seqs whose payload the answers show; read inside the transaction
     unmark: bool = False  # every grant of a marked file has been ended: clear its mark
     tombstones: list[Tombstone] = []
+    audit: list[Audited] = []
 
 
 class Payload(Struct, frozen=True, gc=False):
@@ -171,7 +211,8 @@ class LateKnown(Struct):
 class Query(Struct, frozen=True):
     """A page of jobs, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most.
 
-    Where `after` is given: oldest first, seq above it.
+    Where `after` is given: oldest first, seq above it. `since` and `until` bound created_at, `text` is looked for in
+    id, payload and error message. Without `payloads` the page is without them.
     """
 
     status: str | None = None
@@ -183,6 +224,15 @@ class Query(Struct, frozen=True):
     after: int | None = None
     scan: int = 5_000
     payload_bytes: int = 4 << 20  # a page ends early rather than carry more payload than this
+    since: int | None = None
+    until: int | None = None
+    text: str | None = None
+    payloads: bool = True
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether each row that is looked at takes its time: such a page is read in slices."""
+        return self.text is not None
 
 
 class Page(Struct):
@@ -265,6 +315,12 @@ class Disk(Protocol):
 
     async def prune(self, before: int, limit: int) -> int:
         """Delete up to `limit` journal rows of jobs deleted before wall time `before`; how many went."""
+
+    async def audit(self, query: AuditQuery) -> AuditRows:
+        """What operators did, newest first. Damaged rows are left out."""
+
+    async def trim_audit(self, before: int, limit: int) -> int:
+        """Delete up to `limit` rows of the audit log that are older than wall time `before`, or too many; how many."""
 
     async def due_tombstones(self, now: int, limit: int) -> Due:
         """Tombstones due at wall time `now`, up to `limit`, those that have waited longest first."""

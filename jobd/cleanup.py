@@ -15,7 +15,7 @@ import structlog
 
 from jobd.actor import Actor
 from jobd.answers import CleanupReport, CleanupState, RecoverStuckView, Recovery
-from jobd.commands import Refusal, Report, Tick
+from jobd.commands import Operator, Refusal, Report, Tick
 from jobd.figures import PROCESSING_BUCKETS_S, Figures
 from jobd.job import SECOND_MS
 from jobd.passes import Clock, Hands, Pass, Refused, Schedule, Unfinished
@@ -86,11 +86,11 @@ class Cleaner:
             self._pass_wake.set()
         return await asyncio.shield(self._asked)
 
-    async def recover_stuck(self) -> RecoverStuckView | Refusal:
+    async def recover_stuck(self, operator: Operator | None = None) -> RecoverStuckView | Refusal:
         """Recover every stuck job now, for an operator. A refusal where nothing could be done."""
         details: list[Recovery] = []
         try:
-            await self._hands.recover("admin", details)
+            await self._hands.recover("admin" if operator is None else operator.by, details, operator)
         except Refused as refused:
             if not details:
                 return refused.refusal

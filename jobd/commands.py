@@ -65,6 +65,7 @@ REFUSALS: Final[dict[str, int]] = {
     "internal_error": 500,
     "overloaded": 503,
     "shutting_down": 503,
+    "storage_unavailable": 503,
     "outcome_unknown": 503,
     "storage_full": 507,
     "too_many_jobs": 507,
@@ -90,6 +91,11 @@ MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
 MAX_WAIT_MS: Final = 60_000
 MAX_PAGE: Final = 200
+MAX_TEXT: Final = 200  # of a text that is looked for
+MomentMs = Annotated[int, Meta(ge=0, le=10**15)]  # Unix ms, as bounds of a search
+MAX_OPERATOR: Final = 64
+OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
+Cursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")]
 
 
 class Command(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -147,7 +153,18 @@ class List(Command, frozen=True, kw_only=True):
     kind: Kind | None = None
     worker: Worker | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
-    cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+    cursor: Cursor | None = None
+
+
+class Search(List, frozen=True, kw_only=True):
+    """A page of jobs with the filters of operators. `since` and `until` bound `created_at`: from, and before.
+
+    `q` is found in the id, the payload as it came, or the error message; capitals of A to Z do not matter.
+    """
+
+    since: MomentMs | None = None
+    until: MomentMs | None = None
+    q: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)] | None = None
 
 
 class Start(OnJob, frozen=True, kw_only=True):
@@ -334,7 +351,18 @@ class Export(Command, frozen=True, kw_only=True):
     queue: QueueName | None = None
     kind: Kind | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = MAX_PAGE
-    cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+    cursor: Cursor | None = None
+
+
+class AuditLog(Command, frozen=True, kw_only=True):
+    """A page of what operators did, newest first. `cursor` is the `next_cursor` of the page before."""
+
+    who: OperatorName | None = None
+    what: Annotated[str, Meta(min_length=1, max_length=40)] | None = None
+    job_id: JobId | None = None
+    since: MomentMs | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
+    cursor: Cursor | None = None
 
 
 class Stats(Command, frozen=True, kw_only=True):
@@ -342,7 +370,10 @@ class Stats(Command, frozen=True, kw_only=True):
 
 
 class Locks(Command, frozen=True, kw_only=True):
-    pass
+    """The current grants, the oldest first: all of them, or a page."""
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] | None = None
+    cursor: Cursor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,6 +432,13 @@ class Mend(Command, frozen=True, kw_only=True):
     ids: list[str]
 
 
+class Note(Command, frozen=True, kw_only=True):
+    """An operator did something that is no command on jobs: `what` goes into the audit log, and changes nothing."""
+
+    what: str
+    details: dict[str, Any] | None = None
+
+
 class Tick(Command, frozen=True, kw_only=True):
     """Persist lease time; changes no job."""
 
@@ -424,6 +462,26 @@ class KeyUse(Struct, frozen=True):
 
     digest: str
     body_hash: str
+
+
+class Operator(Struct, frozen=True):
+    """Who of the operators asks: the name that they gave ("" for none), and where their request came from.
+
+    `part_of` names a deed of many commands (an import, a plan): the audit log has one row for all of it.
+    """
+
+    name: str
+    address: str
+    part_of: str | None = None
+
+    @property
+    def who(self) -> str:
+        return self.name or "admin"
+
+    @property
+    def by(self) -> str:
+        """As events say it."""
+        return f"admin:{self.name}" if self.name else "admin"
 
 
 class Moment(Struct, frozen=True):
@@ -452,6 +510,7 @@ AnyCommand = (
     | Why
     | Validate
     | List
+    | Search
     | Start
     | Claim
     | Progress
@@ -476,6 +535,7 @@ AnyCommand = (
     | Resume
     | Import
     | Export
+    | AuditLog
     | Stats
     | Locks
     | Undelivered
@@ -485,6 +545,7 @@ AnyCommand = (
     | Expire
     | DeleteExpired
     | Mend
+    | Note
     | Tick
     | Ping
     | Report
@@ -492,9 +553,13 @@ AnyCommand = (
 
 
 class Call(Struct, frozen=True):
-    """A command with who asked and the randomness it may use. `admin` callers see lock ids."""
+    """A command with who asked and the randomness it may use. `admin` callers see lock ids.
+
+    `operator` is there where the command came in by an operator's door.
+    """
 
     command: AnyCommand
     by: str = "client"
     seed: bytes = b""
     admin: bool = False
+    operator: Operator | None = None

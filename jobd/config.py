@@ -93,6 +93,7 @@ class RetentionSection(Struct, frozen=True, forbid_unknown_fields=True):
     failed: Duration = Duration(30 * DAY_MS)
     cancelled: Duration = Duration(7 * DAY_MS)
     journal: Duration = Duration(DAY_MS)
+    audit: Duration = Duration(90 * DAY_MS)
 
 
 class ValidationSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,6 +114,7 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     claim_wait: Duration = Duration(MINUTE_MS)
     parked_claims: Positive = 10_000
     event_streams: Positive = 100
+    downloads: Positive = 20
     live_jobs: Positive = 5_000_000
     idempotency_keys: Positive = 200_000
 
@@ -215,6 +217,7 @@ _BOUNDS: Final[dict[str, tuple[int, int]]] = {
     "retention.failed": (0, 100 * YEAR_MS),
     "retention.cancelled": (0, 100 * YEAR_MS),
     "retention.journal": (0, 100 * YEAR_MS),
+    "retention.audit": (0, 100 * YEAR_MS),
     "limits.claim_wait": (0, MINUTE_MS),
     "alerts.average_processing": (0, YEAR_MS),
 }

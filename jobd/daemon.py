@@ -41,6 +41,7 @@ from jobd.config import Config, ConfigError, Loaded
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import Gate, own_names
+from jobd.downloads import Downloads
 from jobd.feed import Feed
 from jobd.files import StoreError
 from jobd.health import Health
@@ -250,6 +251,7 @@ class Daemon:
             self.alerts,
             metrics,
             self.feed,
+            Downloads(self._artefacts, settings.limits.downloads),
             lambda: not self._running.done(),
         )
 
@@ -270,14 +272,14 @@ class Daemon:
             readers=self._loaded.reader_tokens,
             hosts=_admin_hosts(settings, given.get("admin")),
         )
-        recorder = Recorder()
+        recorder = Recorder(self.clock.moment().now)
         self.actor.on_commit.append(recorder.note)
         pages = (await asyncio.to_thread(Dashboard, self._admin_gate, recorder)).routes()
         admin = Web(self._admin_gate, (*admin_api.ROUTES, *pages), self.actor, self.rooms, limits=limits, admin=True)
         doors.append(Door("admin", admin, places["admin"]))
         self._webs += [door.web for door in doors]
         listeners: list[Listener] = []
-        stack.push_async_callback(_close_doors, listeners, self.actor, self.feed)
+        stack.push_async_callback(_close_doors, listeners, self.actor, self.rooms)
         for door in doors:
             listeners.append(await door.open(given.get(door.name), settings))
 
@@ -506,6 +508,7 @@ def _schedule(settings: Config) -> Schedule:
         recover_every_ms=int(cleanup.recover_every),
         batch=cleanup.batch,
         journal_ms=int(settings.retention.journal),
+        audit_ms=int(settings.retention.audit),
     )
 
 
@@ -551,8 +554,9 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
-async def _close_doors(listeners: list[Listener], actor: Actor, feed: Feed) -> None:
+async def _close_doors(listeners: list[Listener], actor: Actor, rooms: Rooms) -> None:
     """No new requests; those in flight are answered, parked claims with nothing, and streams of events end."""
     actor.stop_parking()
-    feed.close()
+    rooms.feed.close()
+    rooms.downloads.close()
     await asyncio.gather(*(listener.stop(STOP_S) for listener in listeners))

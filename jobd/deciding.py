@@ -13,11 +13,11 @@ import msgspec
 import structlog
 from msgspec import Raw, Struct, field
 
-from jobd import late_rules, rules, views
+from jobd import audit, late_rules, rules, views
 from jobd.answers import Answer, Grants
-from jobd.batch import Batch, KeyRow, LateKnown, Loaded, tombstones
+from jobd.batch import Audited, Batch, KeyRow, LateKnown, Loaded, tombstones
 from jobd.book import Book
-from jobd.commands import Call, Claim, Complete, EndGrants, KeyUse, Moment, Refusal, Start, Tick, Undelivered
+from jobd.commands import Call, Claim, Complete, Create, EndGrants, KeyUse, Moment, Refusal, Start, Tick, Undelivered
 from jobd.draft import Decision
 from jobd.envelope import Asked
 from jobd.events import Change
@@ -51,10 +51,12 @@ class Plan(Struct):
     served: list[Asked] = field(default_factory=list)  # parked claims that this batch answers
     parked: list[Asked] = field(default_factory=list)  # claims that this batch parked
     payloads: dict[int, bytes] = field(default_factory=dict)  # of the jobs that this batch makes
+    audit: list[Audited] = field(default_factory=list)
 
     @property
     def writes(self) -> bool:
-        return bool(self.changes or self.checked or self.report is not None or self.tick or self.unmark)
+        is_more = self.report is not None or self.tick or self.unmark
+        return bool(self.changes or self.checked or self.audit or is_more)
 
     def wanted_payloads(self) -> list[int]:
         """Job seqs whose payload the answers show and nobody has read yet."""
@@ -134,6 +136,7 @@ class Decider:
             payloads=plan.wanted_payloads(),
             unmark=plan.unmark,
             tombstones=tombstones(plan.changes) if policy.artefacts else [],
+            audit=plan.audit,
         )
 
     def committed(self, plan: Plan) -> None:
@@ -233,7 +236,15 @@ class Decider:
         plan.changes += decision.changes
         plan.checked += decision.checked
         plan.report = decision.report or plan.report
+        if call.operator is not None:
+            self._audit(plan, call, decision)
         return decision
+
+    def _audit(self, plan: Plan, call: Call, decision: Decision) -> None:
+        """What an operator did is written with what it changed; what was refused, where the disk has room for it."""
+        audited = audit.entry(call, decision, plan.at.now)
+        if audited is not None and (audited.outcome == "done" or self._refuse(Create()) is None):
+            plan.audit.append(audited)
 
     # -- parked claims ------------------------------------------------------------------------------------------------
 

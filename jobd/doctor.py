@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from jobd import files, migrations, opening, rows
+from jobd.audit_writer import AUDIT_SQL
 from jobd.batch import Numbers, QueueRow
 from jobd.files import FileLock, StoreError
 from jobd.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS, is_job_id
@@ -238,7 +239,7 @@ def _queues(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
 
 
 def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
-    small = {"reports": "seq, body, crc", "figures": "id, body, crc", "tombstones": TOMBSTONE_SQL}
+    small = {"reports": "seq, body, crc", "figures": "id, body, crc", "tombstones": TOMBSTONE_SQL, "audit": AUDIT_SQL}
     for table, columns in small.items():
         for row in _every(conn, f"SELECT {columns} FROM {table}"):
             if (wrong := fault(row)) is not None:

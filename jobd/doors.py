@@ -15,13 +15,15 @@ from aiohttp.hdrs import CONTENT_ENCODING, CONTENT_TYPE, TRANSFER_ENCODING
 from multidict import MultiMapping
 
 from jobd.bodies import refused
-from jobd.commands import KeyUse
+from jobd.commands import MAX_OPERATOR, KeyUse
 
 JSON: Final = "application/json"
 LINES: Final = "application/x-ndjson"
 FORM: Final = "application/x-www-form-urlencoded"
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY_ADDRESS: Final = frozenset({"", "0.0.0.0", "::"})
+
+OPERATOR: Final = "X-Jobd-Operator"
 
 # What a caller may do: everything at this door, or look and change nothing.
 Access = Literal["full", "read"]
@@ -107,6 +109,15 @@ class Gate:
             raise refused("invalid_request", message, field="Idempotency-Key")
         scope = "\n".join((self.name, method, path, key))
         return KeyUse(digest=sha256(scope.encode()).hexdigest(), body_hash=sha256(body).hexdigest())
+
+
+def operator_name(given: str) -> str:
+    """The name that an operator gives, as it may stand in a log and on a screen; "" where nothing is left of it.
+
+    What cannot be shown becomes a blank, blanks become one, and it is cut to MAX_OPERATOR characters.
+    """
+    shown = "".join(char if char.isprintable() else " " for char in given[: 4 * MAX_OPERATOR])
+    return " ".join(shown.split())[:MAX_OPERATOR].rstrip()
 
 
 def token_digest(token: str) -> bytes:

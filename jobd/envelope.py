@@ -11,6 +11,7 @@ from jobd.answers import Answer
 from jobd.commands import (
     Adopt,
     AnyCommand,
+    AuditLog,
     Bulk,
     Call,
     Cancel,
@@ -40,6 +41,7 @@ from jobd.commands import (
     Refusal,
     Release,
     ReleaseLock,
+    Search,
     Start,
     Stats,
     Timeline,
@@ -51,7 +53,8 @@ from jobd.commands import (
 
 CREATES: Final = (Create, Bulk, Import)
 READS: Final = (
-    Get, Timeline, Why, Validate, LateResults, List, Queues, Workers, Stats, Locks, Export, Ping,
+    Get, Timeline, Why, Validate, LateResults, List, Search, Queues, Workers, Stats, Locks, Export, AuditLog,
+    Ping,
 )  # fmt: skip
 # What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
 ENDINGS: Final = (

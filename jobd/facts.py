@@ -38,7 +38,7 @@ def write_lines(changes: Sequence[Change]) -> None:
     debugs = logging.getLogger("jobd").isEnabledFor(logging.DEBUG)
     for change in changes:
         event = change.event
-        if event.type in AT_INFO or (event.by == "admin" and event.type != "imported"):
+        if event.type in AT_INFO or (event.by.startswith("admin") and event.type != "imported"):
             _line(change, log.info)
         elif debugs:
             _line(change, log.debug)

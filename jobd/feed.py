@@ -18,6 +18,7 @@ from msgspec import Struct
 from jobd.batch import JournalPage
 from jobd.bodies import refused
 from jobd.events import Change, Event, StreamedEvent, Wanted, streamed
+from jobd.watchers import Watcher, Watchers
 
 RETRY_MS: Final = 2_000  # how long a client should wait before it connects again
 HEARTBEAT_S: Final = 15.0  # the longest silence: proxies and clients notice a dead peer
@@ -85,6 +86,7 @@ class Feed:
         self._journal = journal
         self._most = most
         self._listeners: set[Listener] = set()
+        self._watchers = Watchers()
         self._live = 0  # how many of them hear news
         self._bytes = 0
         self._news: list[Sequence[Change]] = []
@@ -94,11 +96,13 @@ class Feed:
 
     @property
     def listeners(self) -> int:
-        return len(self._listeners)
+        return len(self._listeners) + len(self._watchers)
 
     def publish(self, changes: Sequence[Change]) -> None:
         """Committed changes, in their order. Called on the actor's turn: it takes a note and returns."""
         self.last = changes[-1].event.seq
+        if self._watchers:
+            self._watchers.stir(changes)
         if self._live:
             self._news.append(changes)
             if self._timer is None:
@@ -110,21 +114,30 @@ class Feed:
 
         Raises Refused where the daemon stops, or all places are taken.
         """
-        if self.is_closed:
-            raise refused("shutting_down", "The daemon is stopping; connect again in a moment.")
-        if len(self._listeners) >= self._most:
-            message = f"{self._most} event streams are open already (limits.event_streams); try again later."
-            raise refused("overloaded", message)
+        self._check_place()
         listener = Listener(self, wanted, follow=follow, cut=cut)
         self._listeners.add(listener)
         return listener
+
+    def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:
+        """A place, as with `listen`, for one who is told that something has happened, and not what. Raises Refused."""
+        self._check_place()
+        return Watcher(self._watchers, queue, job_id, cut)
+
+    def _check_place(self) -> None:
+        if self.is_closed:
+            raise refused("shutting_down", "The daemon is stopping; connect again in a moment.")
+        if self.listeners >= self._most:
+            message = f"{self._most} event streams are open already (limits.event_streams); try again later."
+            raise refused("overloaded", message)
 
     def close(self) -> None:
         """Listeners get what is there, then their streams end. Whoever does not read it is cut off soon."""
         self._spread()
         self.is_closed = True
         self._wake()
-        if self._listeners:
+        self._watchers.end()
+        if self.listeners:
             asyncio.get_running_loop().call_later(CLOSING_S, self._cut_all)
 
     async def page(self, after: int) -> JournalPage:
@@ -190,6 +203,7 @@ class Feed:
     def _cut_all(self) -> None:
         for listener in list(self._listeners):
             listener.cut()
+        self._watchers.cut()
 
 
 class Listener:

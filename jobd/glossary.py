@@ -54,11 +54,13 @@ _OPERATORS: Final = {
     "POST import": "Move jobs in: a stream of JSON lines, one job a line. Each is created, skipped (its id exists) or "
     "refused by itself; what was processing is ended by its stall rule.",
     "GET export": "A page of jobs, oldest first, as an import takes them.",
-    "GET jobs": "A page of jobs, newest first, with lock ids.",
+    "GET jobs": "A page of jobs, newest first, with lock ids. A page looks at 5000 jobs at most, so it may be short; "
+    "the last one has no `next_cursor`.",
     "GET jobs/{id}": "One job, with its lock id.",
     "DELETE jobs/{id}": "Delete a finished job and its history.",
     "GET jobs/{id}/timeline": "What happened to a job, oldest first.",
     "GET jobs/{id}/why": "Why a job is where it is, and what happens next.",
+    "GET jobs/{id}/artefact": "What lies in the store of artefacts under the job's `storage_key`, as a file.",
     "GET jobs/{id}/late-results": "What completes of this job brought whose locks were lost, the oldest grant first.",
     "POST jobs/{id}/adopt": "Complete a queued, failed or cancelled job with a late result: the one with this `seq`, "
     "or that of the latest grant.",
@@ -67,10 +69,12 @@ _OPERATORS: Final = {
     "POST jobs/{id}/update": "Change priority, due time or attempts of a job that is not completed.",
     "POST queues/{name}/pause": "Hand out nothing of a queue until it is resumed.",
     "POST queues/{name}/resume": "Hand out a queue's jobs again.",
-    "GET locks": "Every current grant.",
+    "GET locks": "Every current grant, the oldest first, or a page of them.",
     "GET queues": "Counts of every queue, its oldest due job, whether it is paused.",
     "GET workers": "Every worker that was seen lately, and the jobs it holds.",
     "GET reports": "Reports of cleanup passes, newest first; the last 500 are kept.",
+    "GET audit": "What operators did and were refused, newest first. A page may be short; the last one has no "
+    "`next_cursor`.",
     "GET alerts": "Every alert, firing or not.",
     "GET events": "Events as they happen (Server-Sent Events), behind `Last-Event-ID` without gap or repeat.",
     "GET clock": "The daemon's clock, and whether it is believed.",
@@ -141,6 +145,7 @@ REFUSED: Final[dict[type[Command], tuple[str, ...]]] = {
 # The same of calls that are no command to the actor.
 REFUSED_TOO: Final = {
     "POST /admin/job-management/recover-stuck": ("overloaded", "shutting_down", "outcome_unknown", "storage_full"),
+    "GET /admin/job-management/jobs/{id}/artefact": ("not_found", "storage_unavailable"),
     "GET /admin/job-management/backup": ("shutting_down", "storage_full"),
     "GET /v1/events": ("events_gone",),
     "GET /admin/job-management/events": ("events_gone",),
@@ -151,7 +156,7 @@ REFUSALS: Final = {
     "unauthorized": "no token, or a wrong one",
     "forbidden": "over TCP: the Host is not a name of this daemon, or the Origin is another site; "
     "or the token may only look",
-    "not_found": "there is no such path",
+    "not_found": "there is no such path; or the job has no stored result, or that is gone",
     "late_result_not_found": "the job has no late result, or none with this `seq`",
     "job_not_found": "no job has this id: never created, or deleted after its time",
     "method_not_allowed": "the path exists, the method does not",
@@ -172,6 +177,7 @@ REFUSALS: Final = {
     "overloaded": "too much is waiting; nothing was done. Wait `Retry-After` seconds",
     "shutting_down": "the daemon is stopping; nothing was done",
     "outcome_unknown": "the write failed so that it may be on the disk or not: ask again with the same id or key",
+    "storage_unavailable": "the store of artefacts cannot be read now",
     "storage_full": "the disk is full; nothing was done",
     "too_many_jobs": "as many unfinished jobs as are allowed are there",
 }
@@ -180,6 +186,8 @@ HEADERS: Final = {
     "Idempotency-Key": "The same key with the same body again gets the same answer; kept for 24 h.",
     "Idempotent-Replayed": "There, and `true`, where a stored answer was given again.",
     "Last-Event-ID": "The `id` of the last event that was received: the stream goes on behind it.",
+    "X-Jobd-Operator": "Who you are, for timelines and the audit log: up to 64 characters; what cannot be shown "
+    "becomes a blank.",
     "Retry-After": "Where the code is `overloaded`: seconds to wait.",
     "WWW-Authenticate": "How to send the token.",
 }
@@ -187,6 +195,7 @@ HEADERS: Final = {
 FIELDS: Final = {
     "acquired_at": "When the lock was granted.",
     "action": "What was done.",
+    "address": "Where the request came from.",
     "additionalTime": "At least this long from now, in ms; the lock's own time by default.",
     "additional_ms": "At least this long from now; the lock's own time by default.",
     "age": "Seconds since it was started.",
@@ -198,7 +207,8 @@ FIELDS: Final = {
     "base_ms": "The first wait.",
     "because": "Why, in words.",
     "blocked_by": "What keeps it from running, or null.",
-    "by": "Who did it: `worker:NAME`, `client`, `admin`, `recovery`, `cleanup` or `daemon`.",
+    "by": "Who did it: `worker:NAME`, `client`, `admin:NAME` (`admin` where no name was given), `recovery`, "
+    "`cleanup` or `daemon`.",
     "byStatus": "Number of jobs by status.",
     "cache": "The state in memory.",
     "canProceed": "False where an issue is critical.",
@@ -206,6 +216,7 @@ FIELDS: Final = {
     "cancelled": "Number of cancelled jobs.",
     "ceilingAt": "The lock never lasts beyond this time without a progress report; null: no ceiling.",
     "ceiling_at": "The lock never lasts beyond this time without a progress report; null: no ceiling.",
+    "changed": "How many jobs it changed.",
     "cleanupRunning": "Whether a pass is running now.",
     "cleanupStatus": "The cleanup passes.",
     "completed": "Number of completed jobs.",
@@ -217,6 +228,7 @@ FIELDS: Final = {
     "details": "More about it, for programs.",
     "do": "What somebody can do about it.",
     "download_url": "Where the result can be had, in the caller's words.",
+    "entries": "What operators did, newest first.",
     "error": "The code of the refusal.",
     "error_code": "A code for the failure, in the caller's words.",
     "error_message": "What went wrong, for people.",
@@ -281,6 +293,7 @@ FIELDS: Final = {
     "oldest_due_at": "Since when its oldest due job waits, or null.",
     "on_stall": "What happens when its worker goes silent.",
     "payload": "Any JSON; jobd does not look into it.",
+    "outcome": "`done`, or the code of the refusal.",
     "paused": "Whether it is paused.",
     "previousStatus": "The status before.",
     "op": "Which call the line is.",
@@ -288,6 +301,7 @@ FIELDS: Final = {
     "processing": "Number of processing jobs.",
     "progress": "Percent, 0 to 100.",
     "progress_message": "The latest message of the worker.",
+    "q": "A text in id, payload or error message; capitals of A to Z do not matter.",
     "queue": "The queue. In the query for events: only these queues, separated by commas.",
     "queued": "Number of queued jobs.",
     "queues": "The queues.",
@@ -305,8 +319,8 @@ FIELDS: Final = {
     "rule": "The rule by which it happens.",
     "run_at": "When it is due.",
     "running": "Whether a pass is running now.",
-    "seq": "Its position in the journal.",
-    "since": "Since when it fires, or null.",
+    "seq": "Its position in the journal, or in the audit log.",
+    "since": "Since when it fires, or null. In a query: only what happened from this time on, in Unix milliseconds.",
     "skipped": "How many lines named an id that exists.",
     "stalls": "How often its worker went silent.",
     "started_at": "When it was last granted.",
@@ -328,6 +342,7 @@ FIELDS: Final = {
     "totalProcessingTime": "How long the pass took, in ms.",
     "ttl_ms": "By how much a sign of life renews the lock.",
     "type": "What kind it is of. In the query for events: only these types, separated by commas.",
+    "until": "Only what was created before, in Unix milliseconds.",
     "updated_at": "When it last changed.",
     "updates": "Fields that are set with the status.",
     "validation": "What is wrong with its record.",
@@ -335,7 +350,8 @@ FIELDS: Final = {
     "validationIssuesFound": "Issues that were found.",
     "value": "What was measured.",
     "wait_ms": "How long to wait for work.",
-    "what": "What will happen.",
+    "what": "What will happen. Of an operator: what was done, as `force-fail`.",
+    "who": "The operator's name, `admin` where none was given.",
     "worker": "The worker's name.",
     "workers": "The workers.",
 }

@@ -1,4 +1,4 @@
-"""Looks at history: timelines, late results and pages of jobs, read from the disk beside the batches, a few at a time.
+"""Looks at history: timelines, late results, pages of jobs and of the audit log, a few at a time beside the batches.
 
 Changes nothing. What is read was committed: the commands before it were answered after their commit.
 """
@@ -11,11 +11,12 @@ from typing import Final
 
 import structlog
 from msgspec import Raw
+from msgspec.structs import replace
 
 from jobd import views
-from jobd.answers import Answer, ExportPage, JobPage, LateResultList, Look, TimelineView
-from jobd.batch import Disk, LateAsked, Page, Query
-from jobd.commands import Export, List, Moment, Refusal
+from jobd.answers import Answer, AuditPage, AuditView, ExportPage, JobPage, LateResultList, Look, TimelineView
+from jobd.batch import AuditQuery, AuditRows, Disk, LateAsked, Page, Query
+from jobd.commands import AuditLog, Export, List, Moment, Refusal, Search
 from jobd.envelope import Asked
 from jobd.events import view
 from jobd.job import Policy
@@ -23,6 +24,7 @@ from jobd.job import Policy
 log = structlog.get_logger("jobd.actor")
 
 AT_ONCE: Final = 4
+SLICE: Final = 250  # rows that are compared in one go where that takes its time
 
 
 class History:
@@ -61,7 +63,7 @@ class History:
 
     async def _seen(
         self, look: Look, policy: Policy, *, admin: bool
-    ) -> TimelineView | LateResultList | JobPage | ExportPage:
+    ) -> TimelineView | LateResultList | JobPage | ExportPage | AuditPage:
         if look.timeline is not None:
             return TimelineView([view(event) for event in await self._disk.timeline(look.timeline)])
         if look.export is not None:
@@ -69,8 +71,30 @@ class History:
         if look.late is not None:
             known = await self._disk.late([LateAsked(look.late, whole=True)])
             return LateResultList([views.late_view(late) for late in known.results.get(look.late, [])])
+        if look.audit is not None:
+            return _told(await self._disk.audit(_asked(look.audit)))
         assert look.page is not None
-        return self._shown(await self._disk.find(_query(look.page)), policy, admin=admin)
+        return self._shown(await self._found(_query(look.page)), policy, admin=admin)
+
+    async def _found(self, query: Query) -> Page:
+        """A page; where each row takes its time, slice by slice, so that no batch waits for more than one of them."""
+        if not query.is_slow:
+            return await self._disk.find(query)
+        page, size = Page([], query.before), 0
+        for _ in range(0, query.scan, SLICE):
+            left = replace(
+                query,
+                before=page.next_before,
+                limit=query.limit - len(page.jobs),
+                scan=SLICE,
+                payload_bytes=query.payload_bytes - size,
+            )
+            part = await self._disk.find(left)
+            page = Page(page.jobs + part.jobs, part.next_before)
+            size = sum(len(payload) for _, payload in page.jobs)
+            if page.next_before is None or len(page.jobs) >= query.limit or size >= query.payload_bytes:
+                break
+        return page
 
     def _shown(self, page: Page, policy: Policy, *, admin: bool) -> JobPage:
         at = self._moment()
@@ -80,7 +104,10 @@ class History:
 
 def _query(asked: List) -> Query:
     before = None if asked.cursor is None else int(asked.cursor)
-    return Query(asked.status, asked.queue, asked.kind, asked.worker, asked.limit, before)
+    query = Query(asked.status, asked.queue, asked.kind, asked.worker, asked.limit, before)
+    if isinstance(asked, Search):
+        query = replace(query, since=asked.since, until=asked.until, text=asked.q)
+    return query
 
 
 def _from(asked: Export) -> Query:
@@ -92,5 +119,30 @@ def _moved(page: Page) -> ExportPage:
     return ExportPage([views.moved(job, Raw(payload)) for job, payload in page.jobs], _cursor(page))
 
 
-def _cursor(page: Page) -> str | None:
+def _asked(log: AuditLog) -> AuditQuery:
+    before = None if log.cursor is None else int(log.cursor)
+    return AuditQuery(log.who, log.what, log.job_id, log.since, log.limit, before)
+
+
+def _told(found: AuditRows) -> AuditPage:
+    entries = [
+        AuditView(
+            seq=seq,
+            at=row.at,
+            who=row.who,
+            address=row.address,
+            what=row.what,
+            job_id=row.job_id,
+            queue=row.queue,
+            reason=row.reason,
+            outcome=row.outcome,
+            changed=row.jobs,
+            details=row.details or {},
+        )
+        for seq, row in found.found
+    ]
+    return AuditPage(entries, _cursor(found))
+
+
+def _cursor(page: Page | AuditRows) -> str | None:
     return None if page.next_before is None else str(page.next_before)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
+from collections.abc import Iterable
+from itertools import chain
+from string import ascii_uppercase
 from typing import Any, Final
 
 from jobd import rows
@@ -20,6 +23,7 @@ from jobd.batch import (
     LateKnown,
     Loaded,
     Page,
+    Payload,
     Query,
 )
 from jobd.events import Event
@@ -51,6 +55,14 @@ _GRANTS: Final = (
 )
 _NAMED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
 _DUE: Final = f"SELECT {TOMBSTONE_SQL} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
+TEXT_BYTES: Final = 2 << 20  # of payloads that are looked through in one go
+_SIZE: Final = "ifnull((SELECT length(body) FROM payloads WHERE job_seq = jobs.seq), 0)"
+_HAS_TEXT: Final = (
+    "(instr(lower(id), ?) OR instr(lower(error_message), ?) OR EXISTS (SELECT 1 FROM payloads "
+    "WHERE job_seq = jobs.seq AND instr(lower(CAST(body AS TEXT)), ?)))"
+)
+_CAPITALS: Final = {ord(capital): ord(capital) + 32 for capital in ascii_uppercase}
+_NO_PAYLOAD: Final = Payload(b"null", "")
 # Also jobs that were set aside: an operator may take them back as they are.
 _NAMED: Final = (
     "SELECT 1 FROM jobs INDEXED BY jobs_storage_key WHERE storage_key = ?1 "
@@ -173,6 +185,9 @@ def _page(tables: Tables, query: Query) -> Page:
         begin, end = query.after, _NO_LIMIT
     edge_sql = f"SELECT seq FROM jobs {scope} AND {beyond} ORDER BY seq {way} LIMIT 1 OFFSET ?"
     edge = tables.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
+    if query.text is not None:
+        sized_sql = f"SELECT seq, {_SIZE} FROM jobs {scope} AND {beyond} ORDER BY seq {way} LIMIT ?"
+        edge = _heavy_edge(tables.conn.execute(sized_sql, (*scope_args, begin, query.scan))) or edge
     end = end if edge is None else edge[0]
     inner = f"SELECT seq AS found FROM jobs {scope} AND {beyond} AND {upto} ORDER BY seq {way}"
     sql = (
@@ -216,8 +231,31 @@ def _conditions(query: Query) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...
     if status in LIVE:
         scope, scope_args = f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?", (status,)
     wanted = {"status": status, "queue": query.queue, "kind": query.kind, "worker": query.worker}
-    wanted = {column: value for column, value in wanted.items() if value is not None}
-    return scope, scope_args, "".join(f" AND {column} = ?" for column in wanted), tuple(wanted.values())
+    found: dict[str, tuple[Any, ...]] = {
+        f"{column} = ?": (value,) for column, value in wanted.items() if value is not None
+    }
+    if query.since is not None:
+        found["created_at >= ?"] = (query.since,)
+    if query.until is not None:
+        found["created_at < ?"] = (query.until,)
+    if query.text is not None:
+        found[_HAS_TEXT] = (_lower(query.text),) * 3
+    return scope, scope_args, "".join(f" AND {each}" for each in found), tuple(chain(*found.values()))
+
+
+def _lower(text: str) -> str:
+    """As SQLite's lower(): of A to Z alone."""
+    return text.translate(_CAPITALS)
+
+
+def _heavy_edge(sized: Iterable[Row]) -> Row | None:
+    """The row up to which so much payload is looked through that it is enough for once; None: it is less."""
+    total = 0
+    for seq, size in sized:
+        total += size
+        if total > TEXT_BYTES:
+            return (seq,)
+    return None
 
 
 def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int | None:
@@ -228,7 +266,7 @@ def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int |
         if len(page.jobs) + len(damaged) >= query.limit:
             break
         job, wrong = read_job(tables, row)
-        payload, wrong = (None, wrong) if job is None else tables.payload(job.seq)
+        payload, wrong = (None, wrong) if job is None else _payload_of(tables, query, job)
         if job is None or payload is None:
             damaged.append((row, wrong))
         elif page.jobs and size + len(payload.body) > query.payload_bytes:
@@ -242,6 +280,10 @@ def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int |
     if damaged:
         set_jobs_aside(tables, damaged)
     return last
+
+
+def _payload_of(tables: Tables, query: Query, job: Job) -> tuple[Payload | None, str]:
+    return tables.payload(job.seq) if query.payloads else (_NO_PAYLOAD, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from jobd.files import StoreUnreadable
 from jobd.rows import META_COLUMNS, fault, sealed
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 4
+VERSION: Final = 5
 
 
 def _add_late_results(conn: sqlite3.Connection) -> None:
@@ -39,12 +39,23 @@ def _add_tombstones(conn: sqlite3.Connection) -> None:
     conn.execute("CREATE INDEX late_results_storage_key ON late_results (storage_key) WHERE storage_key IS NOT NULL")
 
 
+def _add_audit(conn: sqlite3.Connection) -> None:
+    """What operators do is kept from now on; of what they did before, the journal says `admin`."""
+    conn.execute(
+        "CREATE TABLE audit (seq INTEGER PRIMARY KEY, at INTEGER NOT NULL, who TEXT NOT NULL, address TEXT NOT NULL, "
+        "what TEXT NOT NULL, job_id TEXT, queue TEXT, reason TEXT, outcome TEXT NOT NULL, jobs INTEGER NOT NULL, "
+        "details BLOB, part_of TEXT, crc INTEGER NOT NULL) STRICT"
+    )
+    conn.execute("CREATE INDEX audit_job ON audit (job_id) WHERE job_id IS NOT NULL")
+
+
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums
 # has to write them anew, and the XOR of the job checksums with them.
 MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     1: lambda conn: _note_what_is_gone(conn),
     2: _add_late_results,
     3: _add_tombstones,
+    4: _add_audit,
 }
 
 

@@ -16,7 +16,7 @@ import msgspec
 from jobd import __version__
 from jobd.answers import Answer
 from jobd.commands import REFUSALS, OnJob
-from jobd.doors import JSON, LINES
+from jobd.doors import JSON, LINES, OPERATOR
 from jobd.event_stream import EVENT_STREAM
 from jobd.glossary import ABOUT, ALSO, CALLS, HEADERS, REFUSED, REFUSED_TOO
 from jobd.glossary import REFUSALS as REFUSAL_WORDS
@@ -97,6 +97,9 @@ def _parameters(route: Route) -> list[Json]:
     if route.key:
         known = {"name": "Idempotency-Key", "in": "header", "description": HEADERS["Idempotency-Key"]}
         found.append({**known, "schema": {"type": "string", "pattern": "^[ -~]{1,200}$"}})
+    if route.who == "admin" and (route.changes or route.secret):
+        known = {"name": OPERATOR, "in": "header", "description": HEADERS[OPERATOR]}
+        found.append({**known, "schema": {"type": "string"}})
     if route.sends == EVENT_STREAM:
         known = {"name": "Last-Event-ID", "in": "header", "description": HEADERS["Last-Event-ID"]}
         found.append({**known, "schema": {"type": "string", "pattern": "^[0-9]{1,19}$"}})

@@ -1,4 +1,4 @@
-"""One cleanup pass: recovery, expiry, deletion by age, validation, the journal, and what was done in a report.
+"""One cleanup pass: recovery, expiry, deletion by age, validation, journal, audit log, and what was done as a report.
 
 Every change is a command that the rules judge when it is applied; a pass goes in slices and gives way between them.
 """
@@ -16,7 +16,7 @@ from msgspec import Struct, field
 
 from jobd.actor import Actor
 from jobd.answers import CleanupReport, Issue, Recovered, Recovery, Worked
-from jobd.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Recover, Refusal
+from jobd.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Operator, Recover, Refusal
 from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS
 from jobd.validation import counts, validate
 
@@ -35,6 +35,7 @@ class Schedule(Struct, frozen=True):
     recover_every_ms: int = 10 * SECOND_MS
     batch: int = 200  # jobs of one command
     journal_ms: int = DAY_MS  # how long the journal of a deleted job is kept
+    audit_ms: int = 90 * DAY_MS  # how long it is kept what operators did
 
 
 class Clock(Protocol):
@@ -73,9 +74,9 @@ class Hands:
         self.totals = Totals()
         self.stopping = False
 
-    async def ask(self, command: AnyCommand, by: str) -> Any:
+    async def ask(self, command: AnyCommand, by: str, operator: Operator | None = None) -> Any:
         """The data of the answer. Raises Refused."""
-        answer = await self.actor.ask(command, by=by)
+        answer = await self.actor.ask(command, by=by, operator=operator)
         if isinstance(answer, Refusal):
             raise Refused(answer)
         return answer.data
@@ -85,10 +86,10 @@ class Hands:
         if self.stopping:
             raise Unfinished("the daemon is stopping; the rest is for the next pass.")
 
-    async def recover(self, by: str, details: list[Recovery]) -> None:
+    async def recover(self, by: str, details: list[Recovery], operator: Operator | None = None) -> None:
         """All stuck jobs and expired locks, slice by slice; what was done goes into `details`."""
         while True:
-            done: Recovered = await self.ask(Recover(limit=self.schedule.batch), by)
+            done: Recovered = await self.ask(Recover(limit=self.schedule.batch), by, operator)
             details += done.details
             self.totals.found["stuck"] += len(done.details)
             self.totals.found["expired_locks"] += done.locks_cleared
@@ -120,6 +121,7 @@ class Pass:
             ("deletion", self._deletion_step),
             ("validation", self._validation_step),
             ("journal", self._journal_step),
+            ("audit", self._audit_step),
         ):
             await self.step(name, step)
         return self._report()
@@ -204,6 +206,16 @@ class Pass:
         while not self._clock.suspect:
             before = self._clock.moment().now - self._hands.schedule.journal_ms
             if await self._disk.prune(before, limit) < limit:
+                break
+            await self._hands.breathe()
+
+    async def _audit_step(self) -> None:
+        """What operators did long ago, or more often than is kept. While the clock is in doubt nothing is old."""
+        limit = self._batch
+        while True:
+            is_doubtful = self._clock.suspect
+            before = 0 if is_doubtful else self._clock.moment().now - self._hands.schedule.audit_ms
+            if await self._disk.trim_audit(before, limit) < limit:
                 break
             await self._hands.breathe()
 

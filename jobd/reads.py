@@ -10,6 +10,7 @@ from typing import assert_never
 from jobd import steps, views
 from jobd.answers import (
     Answer,
+    AuditPage,
     ExportPage,
     JobPage,
     LateResultList,
@@ -18,6 +19,7 @@ from jobd.answers import (
     ValidateJobView,
 )
 from jobd.commands import (
+    AuditLog,
     Export,
     Get,
     LateResults,
@@ -35,7 +37,7 @@ from jobd.draft import Draft
 from jobd.validation import validate
 from jobd.why import explain
 
-Reading = Get | Timeline | Why | Validate | LateResults | List | Queues | Workers | Stats | Locks | Export
+Reading = Get | Timeline | Why | Validate | LateResults | List | Queues | Workers | Stats | Locks | Export | AuditLog
 
 
 def answer(draft: Draft, command: Reading) -> Answer | Refusal:
@@ -46,6 +48,8 @@ def answer(draft: Draft, command: Reading) -> Answer | Refusal:
             return Answer(JobPage([], None), look=Look(page=command))
         case Export():
             return Answer(ExportPage([], None), look=Look(export=command))
+        case AuditLog():
+            return Answer(AuditPage([], None), look=Look(audit=command))
         case Queues():
             return Answer(views.queues(draft.book))
         case Workers():
@@ -53,7 +57,7 @@ def answer(draft: Draft, command: Reading) -> Answer | Refusal:
         case Stats():
             return Answer(views.stats(draft.book, draft.book.figures, draft.at))
         case Locks():
-            return Answer(views.locks(draft.book, draft.at, admin=draft.call.admin))
+            return Answer(views.locks(draft.book, draft.at, command, admin=draft.call.admin))
         case _:
             assert_never(command)
 

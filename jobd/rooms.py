@@ -1,4 +1,5 @@
-"""What a request may ask of the daemon beside the actor: cleanup, health, alerts, metrics, the clock, a backup, events.
+"""What a request may ask of the daemon beside the actor: cleanup, health, alerts, metrics, the clock, a backup, events,
+stored results.
 
 Wires; decides nothing. web.py has the protocol that this fulfils.
 """
@@ -25,12 +26,15 @@ from jobd.answers import (
 )
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
-from jobd.commands import Refusal
+from jobd.commands import Operator, Refusal
+from jobd.downloads import Downloads
 from jobd.events import Wanted
 from jobd.feed import Feed, Listener
 from jobd.health import Health
 from jobd.metrics import Metrics
 from jobd.store import Store
+from jobd.watchers import Watcher
+from jobd.web import Download
 
 log = structlog.get_logger("jobd.daemon")
 
@@ -46,6 +50,7 @@ class Rooms(Struct):
     alerts_: Alerts
     metrics_: Metrics
     feed: Feed
+    downloads: Downloads
     runs: Callable[[], bool]
     is_open: bool = False
 
@@ -55,8 +60,8 @@ class Rooms(Struct):
     def cleanup_state(self) -> CleanupState:
         return self.cleaner.state()
 
-    async def recover_stuck(self) -> RecoverStuckView | Refusal:
-        return await self.cleaner.recover_stuck()
+    async def recover_stuck(self, operator: Operator | None) -> RecoverStuckView | Refusal:
+        return await self.cleaner.recover_stuck(operator)
 
     async def health(self) -> HealthView:
         return await self.health_.view()
@@ -97,6 +102,12 @@ class Rooms(Struct):
 
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener:
         return self.feed.listen(wanted, follow=follow, cut=cut)
+
+    def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:
+        return self.feed.watch(queue=queue, job_id=job_id, cut=cut)
+
+    async def download(self, key: str, cut: Callable[[], None]) -> Download:
+        return await self.downloads.begin(key, cut)
 
     def is_ready(self) -> bool:
         return self.is_open and self.runs()

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct
 from msgspec.structs import astuple
 
-from jobd.batch import KeyRow, Numbers, QueueRow, Tombstone
+from jobd.batch import Audited, KeyRow, Numbers, QueueRow, Tombstone
 from jobd.events import KEEP_SIGNS, SIGNS, Changes, Event
 from jobd.job import Backoff, Ended, Failure, Grant, Job, LateResult, Lease, Options, Result, Untouched
 
@@ -103,6 +103,7 @@ LATE_COLUMNS: Final = (
 )
 QUEUE_COLUMNS: Final = ("name", *QueueRow.__struct_fields__)
 TOMBSTONE_COLUMNS: Final = Tombstone.__struct_fields__
+AUDIT_COLUMNS: Final = ("seq", *Audited.__struct_fields__)
 META_COLUMNS: Final = (
     "schema_version",
     *Numbers.__struct_fields__,
@@ -478,6 +479,22 @@ def tombstone_row(tombstone: Tombstone) -> Row:
 def tombstone(row: Row) -> Tombstone:
     """The tombstone of a row whose checksum is right."""
     return Tombstone(*row[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Audit
+
+
+def audit_row(seq: int, audited: Audited) -> Row:
+    """The columns of a row of the audit log in the order of AUDIT_COLUMNS, with the checksum."""
+    *about, details, part_of = astuple(audited)
+    return sealed((seq, *about, None if details is None else _json(details), part_of))
+
+
+def audited(row: Row) -> Audited:
+    """What a row of the audit log says whose checksum is right."""
+    *about, details, part_of = row[1:-1]
+    return Audited(*(*about, None if details is None else msgspec.json.decode(details), part_of))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from jobd.book import Book
 from jobd.commands import (
     Adopt,
     AnyCommand,
+    AuditLog,
     Bulk,
     Call,
     Cancel,
@@ -42,6 +43,7 @@ from jobd.commands import (
     Locks,
     Mend,
     Moment,
+    Note,
     Pause,
     Ping,
     Progress,
@@ -114,6 +116,7 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             | Stats()
             | Locks()
             | Export()
+            | AuditLog()
         ):
             return reads.answer(draft, command)
         case ForceFail():
@@ -152,7 +155,7 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             return time_rules.credit_absence(draft, command)
         case EndGrants():
             return time_rules.end_grants(draft, command)
-        case Tick() | Ping() | Report():
+        case Tick() | Ping() | Report() | Note():
             return Answer(Done())
         case _:
             assert_never(command)

@@ -1,4 +1,4 @@
--- The tables of a store, schema version 3: what every row holds.
+-- The tables of a store, schema version 5: what every row holds.
 -- No rule of a job is written here: which values make sense is judged by validation.py, so that a bad row can be read.
 --
 -- `crc` is the CRC-32 of all other columns of its row (rows.py). Times named *_at are Unix milliseconds,
@@ -180,6 +180,24 @@ CREATE TABLE tombstones (
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX tombstones_due ON tombstones (due_at);
+
+-- What operators did, and what they were refused: kept for a time, and of it so many rows.
+CREATE TABLE audit (
+    seq INTEGER PRIMARY KEY,
+    at INTEGER NOT NULL,
+    who TEXT NOT NULL,                 -- the name that the operator gave, else admin
+    address TEXT NOT NULL,             -- where the request came from
+    what TEXT NOT NULL,
+    job_id TEXT,
+    queue TEXT,
+    reason TEXT,
+    outcome TEXT NOT NULL,             -- done, or the code of the refusal
+    jobs INTEGER NOT NULL,             -- how many it changed
+    details BLOB,                      -- JSON text
+    part_of TEXT,                      -- what came in many commands is one row: the import, the plan
+    crc INTEGER NOT NULL
+) STRICT;
+CREATE INDEX audit_job ON audit (job_id) WHERE job_id IS NOT NULL;
 
 -- Jobs set aside: `row` is the job's row as JSON (column to value, bytes as {"hex": ...}).
 CREATE TABLE quarantined_jobs (

@@ -16,9 +16,11 @@ from typing import Any, Final, Literal, TypeVar
 
 import aiosqlite
 
-from jobd import files, lookups, opening, quarantine
+from jobd import audit_reader, files, lookups, opening, quarantine
 from jobd.batch import (
     Aside,
+    AuditQuery,
+    AuditRows,
     Batch,
     Due,
     JournalPage,
@@ -202,6 +204,12 @@ class Store:
 
     async def prune(self, before: int, limit: int) -> int:
         return await self._hop(self._tables.prune, before, limit)
+
+    async def audit(self, query: AuditQuery) -> AuditRows:
+        return await self._hop(audit_reader.page, self._tables, query)
+
+    async def trim_audit(self, before: int, limit: int) -> int:
+        return await self._hop(self._tables.trim_audit, before, limit)
 
     async def due_tombstones(self, now: int, limit: int) -> Due:
         return await self._hop(lookups.due_tombstones, self._tables, now, limit)

@@ -22,8 +22,8 @@ from jobd.bodies import Limits, Refused, Shape, refused
 from jobd.commands import Import, Refusal
 from jobd.job import is_job_id
 from jobd.replies import PATIENCE_S, SAFE
-from jobd.visits import Visit
-from jobd.web import Web, welcome
+from jobd.visits import Visit, in_parts
+from jobd.web import Web, note, welcome
 
 AHEAD_LINES: Final = 64  # commands of one import that wait for their commit at the same time
 AHEAD_BYTES: Final = 4 << 20
@@ -140,6 +140,7 @@ class _Import:
         assert visit.request is not None
         self._content = visit.request.content
         self._by = visit.by
+        self._operator = in_parts(visit.operator)
         self._shape = Shape(Import, None, site.limits)
         self._report = ImportReport()
         self._ahead: deque[_Ahead] = deque()
@@ -151,10 +152,17 @@ class _Import:
             await self._read()
             await self._settle(0, 0)
             self._report.refused.sort(key=lambda no: no.line)
+            await self._note()
             return self._stop or Answer(self._report)
         finally:
             for ahead in self._ahead:
                 ahead.task.cancel()
+
+    async def _note(self) -> None:
+        """The lines that made jobs are one row of the audit log already; it is told what became of the others."""
+        report = self._report
+        counts = {"imported": report.imported, "skipped": report.skipped, "refused": report.refused_count}
+        await note(self._site, self._operator, "import", counts)
 
     async def _read(self) -> None:
         number = 0
@@ -181,7 +189,7 @@ class _Import:
             self._report.refuse(number, _id_of(line), no.refusal.message)
             return
         assert isinstance(command, Import)
-        asked = self._site.actor.ask(command, by=self._by, admin=True, size=len(line))
+        asked = self._site.actor.ask(command, by=self._by, admin=True, size=len(line), operator=self._operator)
         self._ahead.append(_Ahead(number, command.id, len(line), asyncio.ensure_future(asked)))
         self._bytes += len(line)
 
@@ -219,6 +227,7 @@ def _id_of(line: bytes) -> str | None:
 
 async def give_out(site: Web, visit: Visit, _: Any) -> web.StreamResponse | Refusal:
     """Backup: the pieces as they come. Where they stop half-way the connection is cut, and the client knows."""
+    await note(site, visit.operator, "backup")
     pieces = site.rooms.backup()
     try:
         first = await anext(pieces, b"")

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from jobd import files, rows
+from jobd.audit_writer import AuditWriter
 from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow, Tombstone
 from jobd.events import KEEP_SIGNS, SIGNS, Change
 from jobd.files import StoreBroken
@@ -129,6 +130,7 @@ class Tables:
         self.gone_to = gone_to  # events up to this one may be gone
         self.reader = rows.JobReader()
         self._jobs = JobWriter(conn)
+        self._audit = AuditWriter(conn)
         self.at_commit: Callable[[], object] = lambda: None  # called when all is said and the disk comes next
         self.quarantined: dict[str, str] = {}
         self.faults: list[str] = []
@@ -348,6 +350,8 @@ class Tables:
             many("DELETE FROM suspects WHERE job_seq = ?", [(seq,) for seq in batch.checked])
         if batch.tombstones:
             many(_PUT_TOMBSTONE, map(rows.tombstone_row, batch.tombstones))
+        if batch.audit:
+            self._audit.write(batch.audit)
         if batch.report is not None:
             (last,) = self.conn.execute("SELECT ifnull(max(seq), 0) FROM reports").fetchone()
             self.conn.execute(insert("reports", ("seq", "body", "crc")), sealed((last + 1, bytes(batch.report))))
@@ -424,6 +428,11 @@ class Tables:
     def note_gone(self, seq: int) -> None:
         """The event of this number is gone. A damaged number may be any: none above the last was ever given."""
         self.gone_to = max(self.gone_to, min(seq, self.numbers.next_event - 1))
+
+    def trim_audit(self, before: int, limit: int) -> int:
+        """See Disk.trim_audit."""
+        self.check()
+        return self.commit(self._audit.trim, before, limit)
 
     def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
         """Forget tombstones by job seq, and write others anew."""

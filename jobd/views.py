@@ -5,6 +5,7 @@ Pure reading: nothing here changes a job or decides about one.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import cast
 
 from msgspec import UNSET, Raw, UnsetType
@@ -25,7 +26,7 @@ from jobd.answers import (
     WorkerView,
 )
 from jobd.book import Book
-from jobd.commands import Import, Moment
+from jobd.commands import Import, Locks, Moment
 from jobd.figures import Figures
 from jobd.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
 
@@ -169,10 +170,14 @@ def workers(book: Book) -> WorkerList:
     return WorkerList([WorkerView(name, list(worker.jobs), worker.last_seen_at) for name, worker in seen])
 
 
-def locks(book: Book, at: Moment, *, admin: bool) -> LockList:
-    """All current grants, the oldest first."""
-    held = (job for job in book.processing.values())
-    return LockList([_locked(job, job.grant, job.lease, at, admin) for job in held if job.grant and job.lease])
+def locks(book: Book, at: Moment, command: Locks, *, admin: bool) -> LockList:
+    """Current grants, the oldest first: those behind the cursor, which is a token, as many as are asked for."""
+    after = int(command.cursor or 0)
+    held = ((job, job.grant, job.lease) for job in book.processing.values() if job.grant and job.lease)
+    asked = (each for each in held if each[1].fencing_token > after) if after else held
+    shown = [_locked(*each, at, admin) for each in islice(asked, command.limit)]
+    is_last = command.limit is None or len(shown) < command.limit or next(asked, None) is None
+    return LockList(shown, None if is_last else str(shown[-1].fencing_token))
 
 
 def _locked(job: Job, grant: Grant, lease: Lease, at: Moment, admin: bool) -> LockedJob:

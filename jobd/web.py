@@ -32,14 +32,14 @@ from jobd.answers import (
     Vitals,
 )
 from jobd.bodies import Limits, Refused, path_value, refused, too_large
-from jobd.commands import Command, KeyUse, Refusal
+from jobd.commands import Command, KeyUse, Note, Operator, Refusal
 from jobd.doors import FORM, JSON, LINES, Gate, check_kind
 from jobd.envelope import Asked, Waiter
 from jobd.events import Wanted
 from jobd.replies import Letter, Reply, accepted, refusing
 from jobd.routes import Found, Route, Table, Way
 from jobd.sparing import Sparing
-from jobd.visits import Request, Visit
+from jobd.visits import Request, Visit, operator_of
 
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
@@ -53,12 +53,27 @@ class Ask(Protocol):
     """The actor as the doors see it: the only way to job state."""
 
     async def ask(
-        self, command: Any, *, by: str = "client", admin: bool = False, key: KeyUse | None = None, size: int = 0
+        self,
+        command: Any,
+        *,
+        by: str = "client",
+        admin: bool = False,
+        key: KeyUse | None = None,
+        size: int = 0,
+        operator: Operator | None = None,
     ) -> Answer | Refusal:
         """`size` is what the command holds in memory while it waits, in bytes."""
 
     def send(
-        self, command: Any, waiter: Waiter, *, by: str = "client", admin: bool = False, key: KeyUse | None, size: int
+        self,
+        command: Any,
+        waiter: Waiter,
+        *,
+        by: str = "client",
+        admin: bool = False,
+        key: KeyUse | None,
+        size: int,
+        operator: Operator | None = None,
     ) -> Asked | Refusal:
         """As `ask`, for those who do not wait for the answer but are called with it."""
 
@@ -69,6 +84,15 @@ class Ask(Protocol):
         """The reply could not be delivered: its grants are released."""
 
 
+class Download(Protocol):
+    """A stored result on its way out: `size` bytes by `more`, nothing at the end; `leave` at last."""
+
+    size: int
+
+    async def more(self) -> bytes: ...
+    def leave(self) -> None: ...
+
+
 class Listener(Protocol):
     """Somebody who is told of events as they happen: `begin`, then `more` until it gives nothing; `leave` at last."""
 
@@ -77,12 +101,21 @@ class Listener(Protocol):
     def leave(self) -> None: ...
 
 
+class Watcher(Protocol):
+    """Somebody who is told that something has happened: `news`; `over` where nothing more comes; `leave` at last."""
+
+    news: asyncio.Event
+    over: asyncio.Event
+
+    def leave(self) -> None: ...
+
+
 class Rooms(Protocol):
     """Everything of the daemon that a request may ask for and that is not one command to the actor."""
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport: ...
     def cleanup_state(self) -> CleanupState: ...
-    async def recover_stuck(self) -> RecoverStuckView | Refusal: ...
+    async def recover_stuck(self, operator: Operator | None) -> RecoverStuckView | Refusal: ...
     async def health(self) -> HealthView: ...
     def alerts(self) -> list[AlertView]: ...
     async def metrics(self) -> bytes: ...  # Prometheus text
@@ -93,13 +126,24 @@ class Rooms(Protocol):
     def quarantine(self) -> list[QuarantinedJob]: ...
     def backup(self) -> AsyncIterator[bytes]: ...
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener: ...
+    def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher: ...
+    async def download(self, key: str, cut: Callable[[], None]) -> Download: ...
     def is_ready(self) -> bool: ...
     def is_alive(self) -> bool: ...
 
 
 async def ask(site: Web, visit: Visit, command: Any) -> Answer | Refusal:
     """The way of almost every route: one command to the actor."""
-    return await site.actor.ask(command, by=visit.by, admin=visit.admin, key=visit.key, size=visit.size)
+    return await site.actor.ask(
+        command, by=visit.by, admin=visit.admin, key=visit.key, size=visit.size, operator=visit.operator
+    )
+
+
+async def note(site: Web, operator: Operator | None, what: str, details: dict[str, Any] | None = None) -> None:
+    """Keep in the audit log what an operator does that is no command on jobs. It does not depend on that."""
+    done = await site.actor.ask(Note(what=what, details=details), operator=operator)
+    if isinstance(done, Refusal):
+        log.warning("audit_missed", what=what, by=None if operator is None else operator.by, reason=done.code)
 
 
 class Entry(Struct, frozen=True):
@@ -154,7 +198,15 @@ class Web:
         visit.by = "admin" if self.admin else "client"
         try:
             command = self._command(visit, self._enter(visit, found), body)
-            asked = self.actor.send(command, waiter, by=visit.by, admin=visit.admin, key=visit.key, size=visit.size)
+            asked = self.actor.send(
+                command,
+                waiter,
+                by=visit.by,
+                admin=visit.admin,
+                key=visit.key,
+                size=visit.size,
+                operator=visit.operator,
+            )
         except Refused as no:
             asked = no.refusal
         except Exception as bug:
@@ -279,6 +331,9 @@ class Web:
             if is_reader:
                 visit.by = "reader"
                 check_reader(way.route)
+            elif self.admin and way.route.who == "admin" and (way.route.changes or way.route.secret):
+                visit.operator = operator_of(visit)
+                visit.by = visit.operator.by
             return way
         if not found.allowed:
             message = (

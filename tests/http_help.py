@@ -32,13 +32,15 @@ from jobd.answers import (
     Vitals,
 )
 from jobd.bodies import Limits
-from jobd.commands import Call, Command, KeyUse, Refusal
+from jobd.commands import Call, Command, KeyUse, Operator, Refusal
 from jobd.doors import Gate
+from jobd.downloads import Downloads
 from jobd.envelope import Waiter
 from jobd.events import Wanted
 from jobd.listener import Listener
 from jobd.routes import Route
-from jobd.web import Web
+from jobd.watchers import Watcher
+from jobd.web import Download, Web
 from tests.conftest import tool_missing
 from tests.memory_disk import MemoryDisk
 
@@ -52,6 +54,7 @@ class Asked(Struct):
     admin: bool
     key: KeyUse | None
     size: int
+    operator: Operator | None = None
 
 
 class Desk:
@@ -73,8 +76,9 @@ class Desk:
         admin: bool = False,
         key: KeyUse | None = None,
         size: int = 0,
+        operator: Operator | None = None,
     ) -> Answer | Refusal:
-        self.asked.append(Asked(command, by, admin, key, size))
+        self.asked.append(Asked(command, by, admin, key, size, operator))
         self.arrived.set()
         try:
             answer = self.answer(command)
@@ -92,8 +96,9 @@ class Desk:
         admin: bool = False,
         key: KeyUse | None = None,
         size: int = 0,
+        operator: Operator | None = None,
     ) -> envelope.Asked:
-        self.asked.append(Asked(command, by, admin, key, size))
+        self.asked.append(Asked(command, by, admin, key, size, operator))
         self.arrived.set()
         asked = envelope.Asked(Call(cast("Any", command), by, b"", admin), key, size, waiter)
         self._tasks[asked] = asyncio.ensure_future(self._tell(waiter, self.answer(command)))
@@ -134,6 +139,7 @@ class Figures:
         self.closed = asyncio.Event()
         self.disk = MemoryDisk()
         self.feed = feed.Feed(self.disk, 0, 3)
+        self.downloads = Downloads(None, 2)
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
         self.forced.append(forced)
@@ -142,7 +148,7 @@ class Figures:
     def cleanup_state(self) -> CleanupState:
         return CleanupState(REPORT, True, 1234)
 
-    async def recover_stuck(self) -> RecoverStuckView:
+    async def recover_stuck(self, operator: Operator | None) -> RecoverStuckView:
         return RecoverStuckView(1, 1, 0, [Recovery("a", "reset", "stalled")], 1_700_000_000_000)
 
     async def health(self) -> HealthView:
@@ -183,6 +189,12 @@ class Figures:
 
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> feed.Listener:
         return self.feed.listen(wanted, follow=follow, cut=cut)
+
+    def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:
+        return self.feed.watch(queue=queue, job_id=job_id, cut=cut)
+
+    async def download(self, key: str, cut: Callable[[], None]) -> Download:
+        return await self.downloads.begin(key, cut)
 
     def is_ready(self) -> bool:
         return self.ready

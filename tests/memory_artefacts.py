@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from jobd.artefacts import Judge, Outcome, StoreFault
+from jobd.artefacts import Judge, Outcome, Reading, StoreFault
 
 
 class MemoryArtefacts:
@@ -27,6 +27,9 @@ class MemoryArtefacts:
 
     def upload(self, key: str) -> None:
         self.objects[key] = self._wall()
+
+    async def open(self, key: str) -> Reading | None:
+        raise NotImplementedError("what is read is tested on real stores")
 
     async def delete(self, key: str, judge: Judge) -> Outcome:
         self.tried.append(key)

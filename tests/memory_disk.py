@@ -13,9 +13,13 @@ from typing import Final
 from msgspec.structs import replace
 
 from jobd import rows
+from jobd.audit_writer import KEEP_AUDIT
 from jobd.batch import (
     PUT_OFF_MS,
     Aside,
+    Audited,
+    AuditQuery,
+    AuditRows,
     BadRows,
     Batch,
     DiskFull,
@@ -65,6 +69,7 @@ class MemoryDisk:
         self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
         self.figures: bytes | None = None
         self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
+        self.audited: dict[int, Audited] = {}  # seq -> row of the audit log, as written: parts are not joined
         self.marked = False
         self.gone_to = 0
         self.has_ballast = True
@@ -188,7 +193,7 @@ class MemoryDisk:
                 break
             looked += 1
             job = self.jobs[seq]
-            if not _matches(job, query):
+            if not _matches(job, query) or not self._has(job, query.text):
                 page.next_before = seq
                 continue
             if (reason := self._bad_row(job)) is not None:
@@ -204,6 +209,11 @@ class MemoryDisk:
             page.next_before = None
         await self._tell_aside()
         return page
+
+    def _has(self, job: Job, text: str | None) -> bool:
+        message = job.error.message if job.error is not None else None
+        places = (job.id, message or "", self.payloads[job.seq].body.decode())
+        return text is None or any(text.lower() in place.lower() for place in places)
 
     async def timeline(self, job_seq: int) -> list[Event]:
         await self._enter("timeline")
@@ -261,6 +271,24 @@ class MemoryDisk:
         for seq in old - {event.job_seq for event in self.events}:
             del self.deleted[seq]
         return len(numbers)
+
+    async def audit(self, query: AuditQuery) -> AuditRows:
+        await self._enter("audit")
+        below = [seq for seq in sorted(self.audited, reverse=True) if query.before is None or seq < query.before]
+        looked = below[: query.scan]
+        found = [(seq, self.audited[seq]) for seq in looked if _is_asked(self.audited[seq], query)]
+        if len(found) > query.limit:
+            return AuditRows(found[: query.limit], found[query.limit - 1][0])
+        return AuditRows(found, looked[-1] if len(below) > len(looked) else None)
+
+    async def trim_audit(self, before: int, limit: int) -> int:
+        await self._enter("trim_audit")
+        last = max(self.audited, default=0)
+        old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
+        gone = [seq for seq in old if self.audited[seq].at < before or seq <= last - KEEP_AUDIT]
+        for seq in gone:
+            del self.audited[seq]
+        return len(gone)
 
     async def due_tombstones(self, now: int, limit: int) -> Due:
         await self._enter("due_tombstones")
@@ -359,6 +387,8 @@ class MemoryDisk:
         for tombstone in batch.tombstones:
             assert tombstone.job_seq not in self.jobs, f"job {tombstone.job_id} is there, and has a tombstone"
             self.tombstones[tombstone.job_seq] = tombstone
+        for audited in batch.audit:
+            self.audited[max(self.audited, default=0) + 1] = audited
         if batch.report is not None:
             self.kept_reports.append(bytes(batch.report))
         self.marked = self.marked and not batch.unmark
@@ -462,6 +492,15 @@ def _expires(job: Job) -> float:
     return float("inf") if job.expires_at is None else job.expires_at
 
 
+def _is_asked(audited: Audited, query: AuditQuery) -> bool:
+    return (
+        query.who in (None, audited.who)
+        and query.what in (None, audited.what)
+        and query.job_id in (None, audited.job_id)
+        and audited.at >= (query.since or 0)
+    )
+
+
 def _matches(job: Job, query: Query) -> bool:
     status = "processing" if query.worker is not None and query.status is None else query.status
     return (
@@ -469,4 +508,6 @@ def _matches(job: Job, query: Query) -> bool:
         and (query.queue is None or job.options.queue == query.queue)
         and (query.kind is None or job.options.kind == query.kind)
         and (query.worker is None or (job.grant is not None and job.grant.worker == query.worker))
+        and (query.since is None or job.created_at >= query.since)
+        and (query.until is None or job.created_at < query.until)
     )

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 from msgspec import UNSET, Raw
 from structlog.testing import capture_logs
 
-from jobd import rules
+from jobd import history, rules
 from jobd.actor import BATCH_WEIGHT, Bounds, DiskBroken
 from jobd.answers import Answer, Done, JobView
 from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, LateAsked, LateKnown, Loaded, Query
@@ -51,6 +52,7 @@ from jobd.commands import (
     Report,
     Resume,
     RunNow,
+    Search,
     Start,
     Stats,
     Tick,
@@ -1812,3 +1814,44 @@ async def test_late_results_are_counted() -> None:
         await house.no(done(await lost(house)))
         await house.yes(Adopt(id="a"), admin=True)
         assert (house.book.figures.late_kept, house.book.figures.late_adopted) == (1, 1)
+
+
+# -- searches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page looks at 7 jobs, in slices of 3."""
+    monkeypatch.setattr(history, "SLICE", 3)
+    monkeypatch.setattr(history, "Query", partial(Query, scan=7))
+
+
+@pytest.mark.usefixtures("small_pages")
+@in_virtual_time
+async def test_a_search_for_text_looks_slice_by_slice_and_at_a_page_at_most() -> None:
+    async with Household() as house:
+        for n in range(12):
+            await house.yes(Create(id=f"j{n}", payload=Raw(b'"needle"' if n in (0, 1, 6) else b"1")))
+        looks = house.disk.calls.get("find", 0)
+        page = await house.yes(Search(q="Needle"))
+        assert [job.id for job in page.jobs] == ["j6"]
+        assert house.disk.calls["find"] == looks + 3
+        assert page.next_cursor is not None
+        rest = await house.yes(Search(q="needle", cursor=page.next_cursor))
+        assert [job.id for job in rest.jobs] == ["j1", "j0"]
+        assert rest.next_cursor is None
+        first = await house.yes(Search(q="needle", limit=1, cursor=page.next_cursor))
+        assert [job.id for job in first.jobs] == ["j1"]
+        assert [job.id for job in (await house.yes(Search(q="needle", limit=1, cursor=first.next_cursor))).jobs] == [
+            "j0"
+        ]
+
+
+@in_virtual_time
+async def test_a_search_carries_a_page_of_payload_and_one_more_at_most() -> None:
+    async with Household() as house:
+        for n in range(4):
+            await house.yes(Create(id=f"j{n}", payload=Raw(b'"' + b"x" * (3 << 20) + b'"')))
+        page = await house.yes(Search(q="xxx"))
+        assert [job.id for job in page.jobs] == ["j3", "j2"]
+        assert (await house.yes(Search(since=0, until=house.now + 1))).next_cursor is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import msgspec
 import msgspec.inspect
 import pytest
+from structlog.testing import capture_logs
 
 from jobd.admin_api import ROUTES
 from jobd.answers import Answer, StatsView, ValidateJobView, Validation
 from jobd.commands import (
     Adopt,
+    AuditLog,
     Cancel,
     Command,
     Delete,
@@ -23,14 +26,16 @@ from jobd.commands import (
     ForceReset,
     Get,
     LateResults,
-    List,
     Locks,
+    Note,
+    Operator,
     Pause,
     Queues,
     Refusal,
     ReleaseLock,
     Resume,
     RunNow,
+    Search,
     Stats,
     Timeline,
     Transition,
@@ -73,7 +78,8 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
     ("POST", f"{P}/release-lock", '{"jobId":"j","lockId":"x"}', ReleaseLock(id="j", lock_id="x"), True),
     ("GET", f"{P}/export", "status=failed&queue=q&kind=k&limit=5&cursor=7",
      Export(status="failed", queue="q", kind="k", limit=5, cursor="7"), False),
-    ("GET", f"{P}/jobs", "status=queued&worker=w&limit=5", List(status="queued", worker="w", limit=5), False),
+    ("GET", f"{P}/jobs", "status=queued&worker=w&limit=5", Search(status="queued", worker="w", limit=5), False),
+    ("GET", f"{P}/jobs", "since=1&until=2&q=a%20b", Search(since=1, until=2, q="a b"), False),
     ("GET", f"{P}/jobs/{{id}}", "", Get(id="j"), False),
     ("DELETE", f"{P}/jobs/{{id}}", "", Delete(id="j"), True),
     ("GET", f"{P}/jobs/{{id}}/timeline", "", Timeline(id="j"), False),
@@ -88,6 +94,9 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
     ("POST", f"{P}/queues/{{name}}/pause", "", Pause(name="q"), True),
     ("POST", f"{P}/queues/{{name}}/resume", "{}", Resume(name="q"), True),
     ("GET", f"{P}/locks", "", Locks(), False),
+    ("GET", f"{P}/audit", "who=eve&what=cancel&job_id=j&since=5&limit=5&cursor=7",
+     AuditLog(who="eve", what="cancel", job_id="j", since=5, limit=5, cursor="7"), False),
+    ("GET", f"{P}/locks", "limit=5&cursor=7", Locks(limit=5, cursor="7"), False),
     ("GET", f"{P}/queues", "", Queues(), False),
     ("GET", f"{P}/workers", "", Workers(), False),
 ]  # fmt: skip
@@ -142,7 +151,67 @@ async def test_a_call_of_the_rooms_gives_their_figures(house: House, method: str
     if method == "POST":
         assert (await house.ask(method, path, "{}", AUTH)).data == data
         assert (await house.ask(method, path, '{"x":1}', AUTH)).status == 400
-    assert house.desk.asked == []
+    # Nothing but what goes into the audit log.
+    assert all(isinstance(asked.command, Note) for asked in house.desk.asked)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "what"),
+    [
+        ("POST", "cleanup", "cleanup"),
+        ("POST", "clock/accept", "accept-clock"),
+        ("GET", "backup", "backup"),
+    ],
+)
+async def test_what_is_no_command_is_noted_for_the_audit_log(house: House, method: str, path: str, what: str) -> None:
+    assert (await house.ask(method, f"{P}/{path}", headers={**AUTH, "X-Jobd-Operator": "eve"})).status == 200
+    [asked] = house.desk.asked
+    assert asked.command == Note(what=what)
+    assert asked.operator is not None
+    assert asked.operator.name == "eve"
+
+
+async def test_what_cannot_be_noted_is_done_all_the_same(house: House) -> None:
+    house.desk.answer = lambda command: Refusal("storage_full", "The disk is full.")
+    with capture_logs() as logged:
+        assert (await house.ask("POST", f"{P}/cleanup", headers=AUTH)).status == 200
+    assert house.figures.forced == [True]
+    missed = {"event": "audit_missed", "log_level": "warning", "what": "cleanup", "by": "admin"}
+    assert missed | {"reason": "storage_full"} in logged
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (None, ""),
+        ("", ""),
+        ("  eve@build-3 ", "eve@build-3"),
+        ("zoë", "zoë"),
+        ("a\tb \u202e\x9bc", "a b c"),
+        ("\x80\x81", ""),
+        ("x" * 300, "x" * 64),
+    ],
+)
+async def test_an_operator_is_known_by_the_name_given(house: House, given: str | None, name: str) -> None:
+    headers = AUTH if given is None else {**AUTH, "X-Jobd-Operator": given}
+    assert (await house.ask("POST", f"{P}/force-reset", '{"jobId":"j"}', headers)).status == 200
+    [asked] = house.desk.asked
+    assert asked.operator == Operator(name, f"unix uid={os.getuid()}")
+    assert asked.by == (f"admin:{name}" if name else "admin")
+
+
+async def test_who_only_looks_is_no_operator(house: House) -> None:
+    await house.ask("GET", f"{P}/jobs/j", headers={**AUTH, "X-Jobd-Operator": "eve"})
+    [asked] = house.desk.asked
+    assert (asked.operator, asked.by) == (None, "admin")
+
+
+async def test_over_tcp_an_operator_comes_from_an_address(tmp_path: Path) -> None:
+    gate = Gate("admin", tokens=[TOKEN], hosts=["x"])
+    async with House(ROUTES, tmp_path, gate=gate, admin=True) as house:
+        await house.ask("POST", f"{P}/queues/q/pause", None, {**AUTH, "Host": "x"})
+        [asked] = house.desk.asked
+        assert asked.operator == Operator("", "127.0.0.1")
 
 
 async def test_a_cleanup_that_is_asked_for_is_forced(house: House) -> None:
@@ -153,7 +222,7 @@ async def test_a_cleanup_that_is_asked_for_is_forced(house: House) -> None:
 def test_every_call_has_an_example_and_no_route_is_missing() -> None:
     others = {("GET", f"{P}/stats"), ("GET", f"{P}/health"), ("POST", f"{P}/import"), ("GET", f"{P}/backup")}
     others |= {("GET", "/metrics"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/openapi.json")}
-    others.add(("GET", f"{P}/events"))  # see test_event_stream.py
+    others |= {("GET", f"{P}/events"), ("GET", f"{P}/jobs/{{id}}/artefact")}  # test_event_stream.py, test_downloads.py
     examples = {call[:2] for call in COMMANDS} | {call[:2] for call in ROOMS} | others
     assert {(route.method, route.path) for route in ROUTES} == examples
 

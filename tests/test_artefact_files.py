@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobd.artefact_files import FileStore, directory_fault
-from jobd.artefacts import Outcome, StoreFault, Verdict
+from jobd.artefacts import PIECE_BYTES, Outcome, StoreFault, Verdict
 
 OLD_S = 1_600_000_000
 
@@ -374,3 +375,105 @@ def test_a_full_file_system_is_no_place_for_artefacts(
     usage = SimpleNamespace(f_bavail=blocks, f_files=files, f_favail=free)
     monkeypatch.setattr(os, "statvfs", lambda path: usage)
     assert (directory_fault(str(tmp_path)) is not None) == full
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+async def read(store: FileStore, key: str) -> bytes | None:
+    reading = await store.open(key)
+    if reading is None:
+        return None
+    text = b""
+    while piece := await reading.more():
+        text += piece
+    assert await reading.more() == b""
+    assert len(text) == reading.size
+    reading.close()
+    return text
+
+
+@pytest.mark.parametrize("key", ["a", "2026/11/job-1.mp4", "ü ß\n*", "a\\b", ".hidden", "x" * 255])
+async def test_what_a_key_names_is_read(place: Path, store: FileStore, key: str) -> None:
+    path = put(place, key, "")
+    assert await read(store, key) == b""
+    path.write_bytes(content := os.urandom(2 * PIECE_BYTES + 1))
+    assert await read(store, key) == content
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["none", "no/such/way", "file/below", "folder", "folder/", "", ".", "a//b", "x" * 300, "link", "pipe", "sock"],
+)
+async def test_what_is_no_file_is_not_read(place: Path, store: FileStore, key: str, tmp_path: Path) -> None:
+    put(place, "folder/inside")
+    put(place, "file")
+    (tmp_path / "secret").write_text("canary")
+    (place / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(place / "pipe")
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(str(place / "sock"))
+        assert await read(store, key) is None
+
+
+async def test_nobody_is_led_out_to_read(place: Path, store: FileStore, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("canary")
+    (place / "way").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreFault, match="symbolic link"):
+        await store.open("way/secret")
+
+
+async def test_a_directory_that_is_away_is_a_fault_of_reading_too(place: Path, store: FileStore) -> None:
+    place.rmdir()
+    with pytest.raises(StoreFault, match="no directory"):
+        await store.open("k")
+
+
+async def test_a_file_is_read_to_its_end_whatever_becomes_of_its_name(place: Path, store: FileStore) -> None:
+    path = put(place, "k", "the first")
+    reading = await store.open("k")
+    assert reading is not None
+    assert await store.delete("k", yes) == Outcome("deleted")
+    put(place, "k", "another one")
+    assert await reading.more() == b"the first"
+    reading.close()
+    path.write_text("grows")
+    reading = await store.open("k")
+    assert reading is not None
+    path.write_text("grows and grows")
+    assert await reading.more() == b"grows"
+    assert await reading.more() == b""
+    reading.close()
+    reading = await store.open("k")
+    assert reading is not None
+    path.write_text("")
+    with pytest.raises(StoreFault, match="shorter"):
+        await reading.more()
+    reading.close()
+
+
+async def test_files_are_closed_also_where_nobody_waits_any_more(place: Path, store: FileStore) -> None:
+    put(place, "k")
+    before = set(os.listdir("/proc/self/fd"))
+    reading = await store.open("k")
+    assert reading is not None
+    reading.close()
+    work, started, held = store._open, threading.Event(), threading.Event()
+
+    def slowly(key: str) -> tuple[int, int] | None:
+        opened = work(key)
+        started.set()
+        assert held.wait(30)
+        return opened
+
+    store._open = slowly  # type: ignore[method-assign]
+    opening = asyncio.ensure_future(store.open("k"))
+    assert await asyncio.to_thread(started.wait, 30)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert set(os.listdir("/proc/self/fd")) != before
+    held.set()
+    await store.probe()
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.answers import CleanupReport, RecoverStuckView
-from jobd.batch import DiskFull
+from jobd.batch import Audited, DiskFull
 from jobd.cleanup import TICK_S, read_figures
 from jobd.commands import Complete, Create, Delete, Extend, ForceFail, Get, Progress, Refusal, Timeline
 from jobd.events import Event
@@ -460,6 +460,43 @@ async def test_workers_are_served_between_the_slices_of_a_pass() -> None:
         assert len(deletions(house)) == 200
 
 
+# -- the audit log ----------------------------------------------------------------------------------------------------
+
+
+def deed(at: int) -> Audited:
+    return Audited(at, "admin", "unix", "cancel", "a")
+
+
+@in_virtual_time
+async def test_old_rows_of_the_audit_log_go_and_the_newest_stays() -> None:
+    disk = MemoryDisk()
+    schedule = Schedule(audit_ms=10 * SECOND_MS, batch=2)
+    async with Household(disk, schedule=schedule) as house:
+        disk.audited = {seq: deed(house.now) for seq in range(1, 6)}
+        disk.audited[6] = deed(house.now + 5 * SECOND_MS)
+        await seconds(12)
+        house.keep()
+        await house.cleaner.run_pass(forced=True)
+        assert list(disk.audited) == [6]
+        await seconds(60)
+        await house.cleaner.run_pass(forced=True)
+        assert list(disk.audited) == [6]
+
+
+@in_virtual_time
+async def test_while_the_clock_is_in_doubt_no_row_of_the_audit_log_is_old() -> None:
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        disk.audited = {1: deed(1), 2: deed(house.now)}
+        house.clock.suspect = True
+        house.keep()
+        await house.cleaner.run_pass(forced=True)
+        assert list(disk.audited) == [1, 2]
+        house.clock.suspect = False
+        await house.cleaner.run_pass(forced=True)
+        assert list(disk.audited) == [2]
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +505,7 @@ async def test_workers_are_served_between_the_slices_of_a_pass() -> None:
     [
         ("expired", "deletion: OSError: broken"),
         ("prune", "journal: OSError: broken"),
+        ("trim_audit", "audit: OSError: broken"),
         ("save_figures", "figures: OSError: broken"),
     ],
 )

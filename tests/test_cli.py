@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from jobd import config
 from jobd.cli import ctl, deeds, exits, own_daemon, places, safe_file, show
-from jobd.cli.kinds import duration_ms, moment_ms
+from jobd.cli.kinds import duration_ms, moment_ms, past_ms
 from jobd.client.endpoint import default_socket
 from jobd.commands import REFUSALS
 
@@ -159,6 +160,30 @@ def test_what_is_no_duration(text: str) -> None:
         duration_ms(text)
 
 
+def test_points_in_the_past() -> None:
+    assert past_ms("2h", NOW) == NOW - 7_200_000
+    assert past_ms("0", NOW) == NOW
+    assert past_ms(str(NOW - 5), NOW) == NOW - 5
+    with pytest.raises(ValueError, match="how long ago"):
+        past_ms("yesterday", NOW)
+
+
+def test_an_operator_is_the_user_behind_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = socket.gethostname()
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    monkeypatch.setenv("LOGNAME", "eve")
+    assert places.this_operator() == f"eve@{host}"
+    monkeypatch.setenv("SUDO_USER", "bob")
+    assert places.this_operator() == f"bob@{host}"
+    monkeypatch.delenv("SUDO_USER")
+
+    def nameless() -> str:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert places.this_operator() == f"uid-{os.getuid()}@{host}"
+
+
 def test_points_in_time() -> None:
     assert moment_ms("1772366400000", 5) == 1_772_366_400_000
     assert moment_ms("2h", NOW) == NOW + 7_200_000
@@ -176,6 +201,7 @@ def test_points_in_time() -> None:
 
 def test_every_refusal_of_the_daemon_has_its_exit_code() -> None:
     again = {"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs", "request_timeout"}
+    again.add("storage_unavailable")
     special = {"unauthorized": 5, "forbidden": 5, "internal_error": 1, **dict.fromkeys(again, 75)}
     assert {code: exits.of_refusal(code) for code in REFUSALS} == {code: special.get(code, 4) for code in REFUSALS}
     assert exits.of_refusal("unreachable") == 3

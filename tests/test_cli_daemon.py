@@ -9,6 +9,7 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -45,7 +46,9 @@ class Running:
             "JOBD_SOCKET": str(folder / "worker.sock"),
             "JOBD_ADMIN_URL": f"unix:{folder}/admin.sock",
             "ADMIN_TOKEN": TOKEN,
+            "JOBD_ARTEFACTS_URL": (folder / "artefacts").as_uri(),
         }
+        (folder / "artefacts").mkdir()
         self.argv = ["serve", "--store", str(self.store), "--socket", str(folder / "worker.sock")]
         self.argv += ["--admin-listen", f"unix:{folder}/admin.sock"]
         with (folder / "log").open("wb") as log:
@@ -282,6 +285,87 @@ def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Runni
     assert jobctl.no("job", "c4")[0] == 4
 
 
+def test_jobs_are_found_by_text_and_by_time(jobctl: Ctl) -> None:
+    jobctl.ok("submit", "--id", "se1", "--queue", "se", '{"file": "Holiday.mov"}')
+    jobctl.ok("submit", "--id", "se2", "--queue", "se", '{"file": "other.mov"}')
+    assert jobctl.ok("jobs", "-q", "--text", "holiday", "--queue", "se") == "se1\n"
+    assert jobctl.ok("jobs", "-q", "--since", "1h", "--queue", "se") == "se2\nse1\n"
+    assert jobctl.ok("jobs", "-q", "--until", "1h", "--queue", "se") == ""
+    assert jobctl.ok("jobs", "-q", "--text", "se2", "--since", "1h", "--all") == "se2\n"
+
+
+def test_what_an_operator_did_is_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobctl.ok("submit", "--id", "au1")
+    jobctl.ok("force-fail", "au1", "-y", "--reason", "wrong input", "--operator", "eve@desk")
+    monkeypatch.setenv("SUDO_USER", "bob")
+    assert jobctl.no("force-fail", "au1", "-y")[0] == 4
+    jobctl.ok("pause", "au-q")
+    jobctl.ok("resume", "au-q")
+    found = jobctl.json("audit", "--job", "au1")["entries"]
+    assert set(found[0]) == _fields(answers.AuditView)
+    host = socket.gethostname()
+    assert [(each["who"], each["what"], each["outcome"], each["changed"]) for each in found] == [
+        (f"bob@{host}", "force-fail", "invalid_transition", 0),
+        ("eve@desk", "force-fail", "done", 1),
+    ]
+    assert found[1]["reason"] == "wrong input"
+    assert found[1]["address"] == f"unix uid={os.getuid()}"
+    assert (found[1]["details"]["from"], found[1]["details"]["to"]) == ("queued", "failed")
+    event = jobctl.json("timeline", "au1")["events"][-1]
+    assert (event["by"], event["seq"]) == ("admin:eve@desk", found[1]["details"]["event"])
+    lines = jobctl.ok("audit", "--who", "eve@desk", "--since", "1h", "--limit", "1").splitlines()
+    assert lines[0].split() == ["TIME", "WHO", "FROM", "DID", "TO", "OUTCOME", "REASON"]
+    assert "queued → failed" in lines[1]
+    queued = jobctl.json("audit", "--who", f"bob@{host}", "--what", "pause")["entries"]
+    assert [(each["queue"], each["job_id"]) for each in queued] == [("au-q", None)]
+    assert jobctl.json("audit", "--since", "2020-01-01T00:00", "--what", "nothing") == {
+        "entries": [],
+        "next_cursor": None,
+    }
+    assert len(jobctl.json("audit", "--limit", "2")["entries"]) == 2
+
+
+def test_an_import_is_one_entry_of_the_audit_log(jobctl: Ctl, tmp_path: Path) -> None:
+    lines = tmp_path / "jobs"
+    lines.write_text("".join(f'{{"id":"aui-{n}","status":"cancelled"}}\n' for n in range(30)) + "{}\n")
+    jobctl.run("import", str(lines))
+    jobctl.run("import", str(lines))
+    again, first = jobctl.json("audit", "--what", "import", "--since", "1h", "--limit", "2")["entries"]
+    assert (first["changed"], first["details"]) == (30, {"imported": 30, "skipped": 0, "refused": 1})
+    assert (again["changed"], again["details"]) == (0, {"imported": 0, "skipped": 30, "refused": 1})
+    jobctl.ok("delete", *(f"aui-{n}" for n in range(30)), "-y")
+
+
+def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
+    jobctl.ok("submit", "--id", "c7", "--queue", "c7")
+    target, content = tmp_path / "report.pdf", os.urandom(300_000)
+    code, err = jobctl.no("artefact", "c7", "-o", str(target))
+    assert (code, "no storage_key" in err) == (4, True)
+    assert jobctl.no("artefact", "none")[0] == 4
+    grant = running.client.claim("w", queues=["c7"])[0]
+    running.client.complete_job("c7", grant.lock_id, storage_key="c7/report.pdf")
+    assert "any more" in jobctl.no("artefact", "c7", "-o", str(target))[1]
+    assert not list(tmp_path.iterdir())
+    (running.folder / "artefacts" / "c7").mkdir()
+    (running.folder / "artefacts" / "c7" / "report.pdf").write_bytes(content)
+    assert jobctl.ok("artefact", "c7", "-o", str(target)) == f"{target}: 293.0 KiB\n"
+    assert target.read_bytes() == content
+    target.write_text("mine")
+    assert "--yes" in jobctl.no("artefact", "c7", "-o", str(target))[1]
+    assert target.read_text() == "mine"
+    jobctl.ok("artefact", "c7", "-o", str(target), "-y")
+    assert target.read_bytes() == content
+    done = subprocess.run(
+        [sys.executable, "-m", "jobd.cli.ctl", "artefact", "c7"],
+        env={**running.env, **running.places},
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == (content, b"")
+    (running.folder / "artefacts" / "c7" / "report.pdf").unlink()
+
+
 def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> None:
     jobctl.ok("submit", "--id", "c6", "--queue", "c6")
     assert jobctl.run("late", "c6") == (0, "", "No late results.\n")
@@ -352,7 +436,20 @@ def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Ctl) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["stats", "health", "cleanup", "recover-stuck", "locks", "queues", "workers", "alerts", "clock", "reports"]
+    "verb",
+    [
+        "stats",
+        "health",
+        "cleanup",
+        "recover-stuck",
+        "locks",
+        "queues",
+        "workers",
+        "alerts",
+        "clock",
+        "reports",
+        "audit",
+    ],
 )
 def test_every_list_has_a_table_for_people(verb: str, jobctl: Ctl) -> None:
     code, out, err = jobctl.run(verb)

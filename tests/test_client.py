@@ -300,6 +300,15 @@ def test_a_job_is_the_view_of_the_daemon_and_unknown_fields_are_skipped() -> Non
 # Answers.
 
 
+def test_an_operator_s_name_goes_with_every_call_as_plain_text(peer: Peer) -> None:
+    peer.script = [ok({"alerts": []}), ok({"alerts": []})]
+    with serving(peer) as url:
+        for name in ("eve@build-3", "zoë\r\nX: y"):
+            with AdminClient(url, token="t" * 24, operator=name) as client:
+                client.alerts()
+    assert [asked.headers["X-Jobd-Operator"] for asked in peer.asked] == ["eve@build-3", "zo???X: y"]
+
+
 def _reply(body: Any, status: int, **headers: str) -> Reply:
     text = body if isinstance(body, bytes) else msgspec.json.encode(body)
     return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, text)
@@ -606,14 +615,14 @@ class AdminBoth:
         self._is_async = is_async
         self._endpoint = endpoint
 
-    def __call__(self, name: str, argument: Any) -> Any:
+    def __call__(self, name: str, *arguments: Any) -> Any:
         if not self._is_async:
             with AdminClient(self._endpoint, token="x") as client:
-                return getattr(client, name)(argument)
+                return getattr(client, name)(*arguments)
 
         async def call() -> Any:
             async with AsyncAdminClient(self._endpoint, token="x") as client:
-                return await getattr(client, name)(argument)
+                return await getattr(client, name)(*arguments)
 
         return asyncio.run(call())
 
@@ -703,6 +712,22 @@ def test_a_refused_backup_writes_nothing(peer: Peer, admin: AdminBoth) -> None:
     with pytest.raises(ERRORS["unauthorized"]):
         admin("backup", file)
     assert file.getvalue() == b""
+
+
+def test_a_stored_result_is_copied_piece_by_piece(peer: Peer, admin: AdminBoth) -> None:
+    content = os.urandom(700_000)
+    peer.script = [raw(content, kind="application/octet-stream"), no("not_found", 404), no("storage_unavailable", 503)]
+    file = io.BytesIO()
+    assert admin("download_artefact", "a.b:c", file) == len(content)
+    assert file.getvalue() == content
+    assert peer.asked[0].path == "/admin/job-management/jobs/a.b:c/artefact"
+    for code in ("not_found", "storage_unavailable"):
+        with pytest.raises(ERRORS[code]):
+            admin("download_artefact", "a", file)
+    assert file.getvalue() == content
+    peer.early = [peer.cut(b"x" * 100_000, chunked=False)]
+    with pytest.raises(Unreachable):
+        admin("download_artefact", "a", io.BytesIO())
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "with length"])

@@ -9,6 +9,7 @@ import html
 import json
 import os
 import re
+import time
 import tomllib
 from collections.abc import AsyncIterator
 from fnmatch import fnmatch
@@ -22,19 +23,21 @@ from msgspec import Raw
 from jobd import admin_api, worker_api
 from jobd.actor import Actor
 from jobd.answers import AlertView, ClockView
+from jobd.artefact_files import FileStore
 from jobd.book import Book
 from jobd.clock import Clock
-from jobd.dashboard import paint, sessions
+from jobd.dashboard import live, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
-from jobd.dashboard.recorder import STEP_MS, STEPS, Recorder
+from jobd.dashboard.recorder import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import FORM, Gate, own_names
+from jobd.downloads import Downloads
 from jobd.events import Change, Event
 from jobd.job import Policy
 from jobd.keys import Keys
 from tests import vendor
-from tests.http_help import TOKEN, Heard, House, Line, tls_pair
+from tests.http_help import TOKEN, Heard, House, Line, message, tls_pair
 from tests.memory_disk import MemoryDisk
 
 READER = "reader-token-0123456789abcdef"
@@ -74,9 +77,9 @@ class Browser:
         assert found
         return found[1]
 
-    async def confirmed(self, job_id: str, verb: str, reason: str = "") -> Heard:
+    async def confirmed(self, job_id: str, verb: str, reason: str = "", more: str = "") -> Heard:
         """What comes of a deed that is confirmed on its page."""
-        page = text(await self.get(f"/jobs/{job_id}/confirm?verb={verb}"))
+        page = text(await self.get(f"/jobs/{job_id}/confirm?verb={verb}{more}"))
         fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', page.partition("<main")[2]))
         assert fields["verb"] == verb
         return await self.post(f"/jobs/{job_id}/do", **fields, reason=reason)
@@ -111,13 +114,21 @@ class Town:
         await self.do("jobs", id=job_id, queue="video", kind="k", payload={"a": 1})
         return str((await self.do(f"jobs/{job_id}/start", worker="w-1"))["lock_id"])
 
+    async def again(self, job_id: str) -> str:
+        """The job is taken from its worker and given to another; the secret of the new lock."""
+        heard = await self.admin.ask(
+            "POST", "/admin/job-management/force-reset", json.dumps({"jobId": job_id}), headers=AUTH
+        )
+        assert heard.status == 200
+        return str((await self.do(f"jobs/{job_id}/start", worker="w-2"))["lock_id"])
+
 
 @pytest.fixture
 async def town(tmp_path: Path) -> AsyncIterator[Town]:
     disk = MemoryDisk()
     clock = Clock()
     actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
-    recorder = Recorder()
+    recorder = Recorder(clock.moment().now)
     actor.on_commit.append(recorder.note)
     running = asyncio.create_task(actor.run())
     gate = Gate("admin", tokens=[TOKEN], readers=[READER], hosts=own_names("127.0.0.1"))
@@ -127,6 +138,7 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         worker = await stack.enter_async_context(House(worker_api.ROUTES, tmp_path, actor=actor))
         routes = (*admin_api.ROUTES, *room.routes())
         admin = await stack.enter_async_context(House(routes, tmp_path, gate=gate, admin=True, actor=actor))
+        actor.on_commit.append(admin.figures.feed.publish)
         admin.figures.clock = lambda: ClockView(clock.moment().now, not admin.figures.accepted, "30 days ahead")  # type: ignore[method-assign]
         made.append(Town(worker, admin, room))
         yield made[0]
@@ -509,6 +521,36 @@ async def test_a_large_payload_is_cut_and_a_deep_one_shown_as_it_came(town: Town
     assert paint.pretty(Raw(deep))[0].startswith("[")
 
 
+async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    town.admin.figures.downloads = Downloads(FileStore(str(tmp_path / "results"), "test"), 2)
+    lock = await town.held()
+    browser, reader = await town.browser(), await town.browser(READER)
+    assert "/jobs/held/artefact" not in text(await browser.get("/jobs/held"))
+    heard = await browser.get("/jobs/held/artefact")
+    assert (heard.status, "no storage_key" in text(heard)) == (404, True)
+    assert_safe(heard)
+    await town.do("jobs/held/complete", lock_id=lock, storage_key="a/page.html")
+    assert 'href="/jobs/held/artefact"' in text(await browser.get("/jobs/held"))
+    assert "any more" in text(await browser.get("/jobs/held/artefact"))
+    (tmp_path / "results" / "a").mkdir()
+    (tmp_path / "results" / "a" / "page.html").write_text("<script>alert(1)</script>")
+    for who in (browser, reader):
+        heard = await who.get("/jobs/held/artefact")
+        assert (heard.status, heard.body) == (200, b"<script>alert(1)</script>")
+        assert heard.headers["content-type"] == "application/octet-stream"
+        assert heard.headers["content-disposition"].startswith('attachment; filename="page.html"')
+        assert heard.headers["x-content-type-options"] == "nosniff"
+    line = await town.admin.line()
+    for _ in range(2):
+        headers = {"Cookie": browser.cookie}
+        heard = await line.ask("HEAD", "/jobs/held/artefact", headers=headers)
+        assert (heard.status, heard.headers["content-length"]) == (200, "25")
+    stranger = await Browser(town.admin).get("/jobs/held/artefact")
+    assert (stranger.status, stranger.headers["location"]) == (303, "/sign-in?next=%2Fjobs%2Fheld%2Fartefact")
+    assert (await browser.get("/jobs/nobody/artefact")).status == 404
+
+
 # -- deeds -------------------------------------------------------------------------------------------------------------
 
 
@@ -537,6 +579,60 @@ async def test_a_deed_shows_from_and_to_and_is_done_once_confirmed(
     assert f"{DEEDS[verb].label}: done. {before} → {after}" in page
     assert ("because of &lt;tests&gt;" in page) == DEEDS[verb].takes_reason
     assert "done." not in text(await browser.get("/jobs/held")), "it is said once"
+
+
+async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
+    locks = [await town.held()]
+    for _ in range(2):
+        locks.append(await town.again("held"))
+    late = []
+    for number, lock in enumerate(locks[:2]):
+        body = json.dumps({"lock_id": lock, "metadata": {"n": NASTY}, "file_path": f"/late/{number}"})
+        heard = await town.worker.ask("POST", "/v1/jobs/held/complete", body)
+        assert heard.error == "lock_lost"
+        late.append(heard.json["details"]["late_result"])
+    browser, reader = await town.browser(), await town.browser(READER)
+    page = text(await browser.get("/jobs/held"))
+    assert re.findall(r'id="late-(\d+)"', page) == [str(late[1]), str(late[0])], "newest grant first"
+    assert "Somebody holds the job" in page
+    assert "verb=adopt" not in page
+    assert "cannot be done" in text(await browser.get("/jobs/held/confirm?verb=adopt"))
+    await town.do("jobs/held/cancel")
+    page = text(await browser.get("/jobs/held"))
+    assert re.findall(r"verb=adopt&amp;result=(\d+)", page) == [str(late[1]), str(late[0])]
+    assert "/late/1" in page
+    assert "<script>alert" not in page
+    assert "late-" in text(await reader.get("/jobs/held"))
+    assert "verb=adopt" not in text(await reader.get("/jobs/held"))
+    page = text(await browser.get(f"/jobs/held/confirm?verb=adopt&result={late[0]}"))
+    assert re.findall(r'class="status (\w+)"', page) == ["cancelled", "completed"]
+    assert "/late/0" in page
+    assert "/late/1" not in page
+    assert f"jobctl adopt held --result {late[0]}" in page
+    assert (await browser.get("/jobs/held/confirm?verb=adopt&result=1")).status == 404
+    heard = await browser.confirmed("held", "adopt", "it is whole", f"&result={late[0]}")
+    assert (heard.status, heard.headers["location"]) == (303, "/jobs/held")
+    page = text(await browser.get("/jobs/held"))
+    assert "Adopt: done. cancelled → completed" in page
+    assert "it is whole" in page
+    assert "which is final" in page
+    job = (await town.worker.ask("GET", "/v1/jobs/held")).data
+    assert (job["status"], job["file_path"]) == ("completed", "/late/0")
+
+
+async def test_a_late_result_of_a_job_that_has_moved_is_not_adopted(town: Town) -> None:
+    lock = await town.held()
+    await town.again("held")
+    await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "file_path": "/late"}))
+    await town.do("jobs/held/cancel")
+    browser = await town.browser()
+    csrf = await browser.csrf()
+    await browser.confirmed("held", "force-reset")
+    heard = await browser.post("/jobs/held/do", csrf=csrf, verb="adopt", seen="cancelled")
+    assert (heard.status, "has moved since you looked" in text(heard)) == (409, True)
+    heard = await browser.post("/jobs/held/do", csrf=csrf, verb="adopt", seen="queued", result="77")
+    assert (heard.status, "late_result_not_found" in text(heard)) == (404, True)
+    assert await town.status("held") == "queued"
 
 
 async def test_a_job_is_run_now_and_a_finished_one_deleted(town: Town) -> None:
@@ -591,6 +687,32 @@ async def test_a_paused_queue_is_told_on_every_page(town: Town) -> None:
     assert heard.status == 400
 
 
+async def test_what_is_done_here_is_in_the_audit_log(town: Town) -> None:
+    browser = await town.browser()
+    await town.do("jobs", id="a")
+    assert (await browser.confirmed("a", "force-fail", "broken")).status == 303
+    csrf = await browser.csrf()
+    await browser.post("/queues/q/pause", csrf=csrf)
+    await browser.post("/cleanup/run", csrf=csrf)
+    await browser.post("/clock/accept", csrf=csrf)
+    [session] = town.room.sessions._open.values()
+    session.name = "eve"
+    await browser.post("/queues/q/resume", {"X-Jobd-Operator": "mallory"}, csrf=csrf)
+    program = {"Authorization": f"Bearer {TOKEN}", "X-Jobd-Operator": "script"}
+    await Browser(town.admin).post("/queues/q/pause", program)
+    heard = await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)
+    found = [(each["who"], each["what"], each["job_id"] or each["queue"]) for each in heard.data["entries"]]
+    assert found == [
+        ("script", "pause", "q"),
+        ("eve", "resume", "q"),
+        ("admin", "accept-clock", None),
+        ("admin", "cleanup", None),
+        ("admin", "pause", "q"),
+        ("admin", "force-fail", "a"),
+    ]
+    assert {each["address"] for each in heard.data["entries"]} == {"127.0.0.1"}
+
+
 async def test_housekeeping(town: Town) -> None:
     browser = await town.browser()
     assert "The clock is right" in text(await browser.get("/alerts"))
@@ -628,37 +750,225 @@ async def test_a_page_that_renews_itself_after_its_session_has_ended_goes_to_the
     assert (await Browser(town.admin).get("/chart.json")).status == 401
 
 
+# -- live --------------------------------------------------------------------------------------------------------------
+
+
+class Listens:
+    """An open page's stream of news."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.headers = ""
+
+    async def events(self) -> str:
+        """The next piece of the stream, nothing at its end."""
+        size = int(await self.line.reader.readuntil(b"\r\n"), 16)
+        piece = await self.line.reader.readexactly(size + 2)
+        return piece[:-2].decode()
+
+
+async def listens(town: Town, browser: Browser, target: str = "/live") -> Listens:
+    line = await town.admin.line()
+    line.send(message("GET", target, headers={"Cookie": browser.cookie}))
+    found = Listens(line)
+    found.headers = (await line.reader.readuntil(b"\r\n\r\n")).decode()
+    assert found.headers.startswith("HTTP/1.1 200 ")
+    assert await found.events() == "retry: 2000\nevent: live\ndata:\n\n"
+    return found
+
+
+NEWS = "event: news\ndata:\n\n"
+
+
+async def test_an_open_page_hears_of_news_that_concern_it_and_of_nothing_else(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "FLOOR_S", 0.0)
+    monkeypatch.setattr(live, "FLOOR_OF_ALL_S", 0.0)
+    lock = await town.held()
+    browser, reader = await town.browser(), await town.browser(READER)
+    job = await listens(town, browser, "/live?job_id=held")
+    other = await listens(town, reader, "/live?queue=mail")
+    everything = await listens(town, browser)
+    assert "content-type: text/event-stream" in job.headers.lower()
+    await town.do("jobs/held/progress", lock_id=lock, progress=1)
+    assert (await job.events(), await everything.events()) == (NEWS, NEWS)
+    await town.do("jobs", id="b", queue="mail")
+    assert (await other.events(), await everything.events()) == (NEWS, NEWS)
+    assert town.admin.figures.feed.listeners == 3
+    for each in (job, other, everything):
+        await each.line.close()
+    while town.admin.figures.feed.listeners:
+        await town.admin.ask("GET", "/healthz")
+
+
+async def test_a_page_hears_of_a_thousand_events_once_a_second(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    browser = await town.browser()
+    heard = await listens(town, browser)
+    await town.do("jobs/bulk", jobs=[{"id": f"job-{number}"} for number in range(500)])
+    assert await heard.events() == NEWS
+    began = asyncio.get_running_loop().time()
+    await town.do("jobs/bulk", jobs=[{"id": f"more-{number}"} for number in range(500)])
+    assert await heard.events() == NEWS
+    assert asyncio.get_running_loop().time() - began >= live.FLOOR_S / 2
+    assert live.FLOOR_S >= 1
+    assert live.FLOOR_OF_ALL_S >= 1
+
+
+@pytest.mark.parametrize("way", ["sign-out", "token", "age"])
+async def test_a_stream_of_news_ends_with_its_session(town: Town, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(live, "LOOK_S", 0.01)
+    browser = await town.browser()
+    heard = await listens(town, browser)
+    if way == "sign-out":
+        await browser.post("/sign-out", csrf=await browser.csrf())
+    elif way == "token":
+        town.admin.site.gate.replace_tokens(["another-token-0123456789abcdef"], [])
+    else:
+        town.now_s += sessions.LONGEST_S
+    assert await heard.events() == "event: over\ndata:\n\n"
+    assert await heard.events() == ""
+    assert (await browser.get("/live")).status == 401
+
+
+async def test_a_page_that_is_open_keeps_its_session_and_its_stream(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "LOOK_S", 0.01)
+    monkeypatch.setattr(live, "HEARTBEAT_S", 0.05)
+    browser = await town.browser()
+    heard = await listens(town, browser)
+    for _ in range(3):
+        town.now_s += sessions.IDLE_S - 1
+        assert await heard.events() == ": still here\n\n"
+    assert (await browser.get("/")).status == 200
+
+
+async def test_without_a_place_or_a_session_there_is_no_stream_of_news(town: Town) -> None:
+    browser = await town.browser()
+    assert (await Browser(town.admin).get("/live")).status == 401
+    assert (await browser.get("/live?job_id=a%20b")).status == 400
+    assert (await browser.get("/live?job=a")).status == 400
+    taken = [await listens(town, browser) for _ in range(3)]
+    heard = await browser.get("/live")
+    assert (heard.status, heard.error) == (503, "overloaded")
+    town.admin.figures.feed.close()
+    for each in taken:
+        assert await each.events() == ""
+    assert (await browser.get("/live")).error == "shutting_down"
+    heard = await town.admin.ask("GET", "/live", headers=AUTH)
+    assert heard.error == "shutting_down", "a program may listen, too"
+    line = await town.admin.line()
+    heard = await line.ask("HEAD", "/live", headers={"Cookie": browser.cookie})
+    assert (heard.status, heard.headers["content-type"]) == (200, "text/event-stream")
+
+
+@pytest.mark.parametrize(
+    ("target", "news"),
+    [
+        ("/", "/live"),
+        ("/jobs", "/live"),
+        ("/jobs?queue=video", "/live?queue=video"),
+        ("/jobs/held", "/live?job_id=held"),
+        ("/queues", "/live"),
+    ],
+)
+async def test_a_page_says_where_it_hears_of_news(town: Town, target: str, news: str) -> None:
+    await town.held()
+    page = text(await (await town.browser()).get(target))
+    assert f'data-news="{news}"' in page
+    assert re.search(r'data-every="\d"', page)
+
+
 # -- the chart ---------------------------------------------------------------------------------------------------------
 
 
-async def test_the_chart_has_an_hour_of_what_happened(town: Town) -> None:
+async def test_the_charts_have_an_hour_and_a_day_of_what_happened(town: Town) -> None:
     browser = await town.browser()
     await town.held()
     page = text(await browser.get("/"))
     assert re.search(r'<span class="number">1</span> created in the last minute', page)
-    lines = (await browser.get("/chart.json")).json["data"]
-    assert {len(line) for line in lines.values()} == {STEPS}
-    assert lines["at"] == list(range(lines["at"][0], lines["at"][0] + STEPS * 10, 10))
+    assert "counted since the start" in page
+    chart = (await browser.get("/chart.json")).json["data"]
+    for name, steps, step_s in (("hour", STEPS, 10), ("day", SLOTS, 600)):
+        lines = chart[name]
+        assert {len(line) for line in lines.values()} == {steps}
+        assert lines["at"] == list(range(lines["at"][0], lines["at"][0] + steps * step_s, step_s))
+    assert 0 < time.time() * 1000 - chart["since"] < 600_000
 
 
-def change(kind: Any, at: int) -> Change:
-    return Change(None, None, Event(1, at, kind, 1, "a", "q", None, None, "client"))
+def change(kind: Any, at: int, queue: str = "q") -> Change:
+    return Change(None, None, Event(1, at, kind, 1, "a", queue, None, None, "client"))
 
 
-def test_the_recorder_counts_by_steps_and_forgets_after_an_hour() -> None:
-    recorder = Recorder()
-    now = 1_700_000_000_000 // STEP_MS * STEP_MS
+NOW = 1_700_000_000_000 // SLOT_MS * SLOT_MS
+
+
+def test_the_recorder_counts_by_steps_and_forgets_after_an_hour_and_a_day() -> None:
+    recorder = Recorder(NOW - 86_400_000)
     kinds = ("created", "imported", "completed", "failed", "retried", "stalled", "expired", "force_failed", "progress")
-    recorder.note([change(kind, now - STEP_MS) for kind in kinds])
-    recorder.note([change("completed", now), change("completed", now - 30 * 60_000)])
-    lines = recorder.lines(now)
-    assert (lines.created[-1], lines.completed[-1], lines.failed[-1]) == (2, 1, 5)
-    assert sum(lines.completed) == 2, "the running step is left out"
-    rates = recorder.rates(now)
-    assert (rates.created, rates.completed, rates.failed) == ((2, 2), (2, 3), (5, 5))
-    recorder.note([change("created", now + step * STEP_MS) for step in range(1, 2 * STEPS)])
-    assert len(recorder._steps) == STEPS + 1
-    assert recorder.rates(now + 2 * STEPS * STEP_MS).completed == (0, 0)
+    recorder.note([change(kind, NOW - STEP_MS) for kind in kinds])
+    recorder.note([change("adopted", NOW), change("completed", NOW - 30 * 60_000)])
+    chart = recorder.chart(NOW)
+    assert chart.since == NOW - 86_400_000
+    assert (chart.hour.created[-1], chart.hour.completed[-1], chart.hour.failed[-1]) == (2, 1, 5)
+    assert (chart.day.created[-1], chart.day.completed[-4:], chart.day.failed[-1]) == (2, [0, 1, 0, 1], 5)
+    assert sum(chart.hour.completed) == 2, "the running step is left out"
+    rates = recorder.rates(NOW)
+    assert (rates.created, rates.completed, rates.failed) == ((2, 2, 2), (2, 3, 3), (5, 5, 5))
+    recorder.note([change("created", NOW + step * STEP_MS) for step in range(1, 2 * STEPS)])
+    assert len(recorder._hour) == STEPS + 1
+    later = NOW + 2 * STEPS * STEP_MS
+    assert recorder.rates(later).completed == (0, 0, 3)
+    recorder.note([change("created", NOW + slot * SLOT_MS) for slot in range(1, 2 * SLOTS)])
+    assert len(recorder._day) == SLOTS + 1
+
+
+def test_the_recorder_knows_the_last_hour_of_each_queue() -> None:
+    recorder = Recorder(NOW - 30 * 60_000)
+    assert recorder.queue("q", NOW) is None
+    recorder.note([change("completed", NOW - minute * 60_000) for minute in range(30)])
+    recorder.note([change("failed", NOW) for _ in range(10)])
+    recorder.note([change("created", NOW, "other")])
+    found, other = recorder.queue("q", NOW), recorder.queue("other", NOW)
+    assert found is not None
+    assert other is not None
+    assert (found.created, found.completed, found.failed, found.per_minute) == (0, 30, 10, 1.0)
+    assert (found.failed_share, other.failed_share) == (25.0, None)
+    later = recorder.queue("q", NOW + 61 * 60_000)
+    assert later is not None
+    assert (later.completed, later.failed, later.per_minute) == (0, 0, 0.0)
+    recorder.note([change("created", NOW, f"queue-{number}") for number in range(MOST_QUEUES)])
+    assert recorder.queue("q", NOW) is None, "so many queues are known, and those of late"
+
+
+async def test_a_queue_says_what_it_gets_done_and_what_fails(town: Town) -> None:
+    browser = await town.browser()
+    for number in range(4):
+        lock = await town.held(f"job-{number}")
+        verb, body = ("fail", {"error_message": "e"}) if number == 0 else ("complete", {"metadata": 1})
+        await town.do(f"jobs/job-{number}/{verb}", lock_id=lock, **body)
+    page = text(await browser.get("/queues"))
+    assert re.search(r'data-label="Done a minute" class="figure">3<', page)
+    assert re.search(r'data-label="Failed attempts" class="figure">1 <span class="error">25.0&nbsp;%<', page)
+    assert "time since the start" in page
+    assert re.search(r"25.0 %</span> of the attempts", text(await browser.get("/")))
+
+
+async def test_locks_are_shown_page_by_page(town: Town) -> None:
+    await town.do("jobs/bulk", jobs=[{"id": f"job-{number:03}"} for number in range(250)])
+    for _ in range(3):
+        await town.do("claim", worker="w", limit=100)
+    browser = await town.browser()
+    target, seen = "/workers", []
+    while target:
+        page = text(await browser.get(target))
+        assert "of 250</span>" in page
+        seen += re.findall(r'id="lock-(job-\d+)"', page)
+        found = re.search(r'rel="next" href="([^"]+)"', page)
+        target = html.unescape(found[1]).partition("#")[0] if found else ""
+    assert seen == [f"job-{number:03}" for number in range(250)]
+    assert (await browser.get("/workers?cursor=x")).status == 400
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -180,6 +180,8 @@ SHAPES: Final[dict[str, Any]] = {
     "forced": answers.Forced,
     "admin lock": answers.AdminLock,
     "import report": ImportReport,
+    "audit page": answers.AuditPage,
+    "audit entry": answers.AuditView,
     "export page": answers.ExportPage,
     "locks": answers.LockList,
     "locked job": answers.LockedJob,

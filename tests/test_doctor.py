@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd import doctor, migrations
-from jobd.batch import KeyRow, Tombstone
+from jobd.batch import Audited, KeyRow, Tombstone
 from jobd.doctor import Problem, Refused, accept, check, recount
 from jobd.job import DAY_MS, FINISHED, LIVE
 from jobd.store import StoreBusy, StoreTooNew, StoreUnreadable
@@ -37,7 +37,8 @@ async def busy_store(path: str) -> Maker:
         keys = [KeyRow("d1", "b", NOW, 200, b"{}"), KeyRow("d2", "b", NOW, 200, None, [("a", "l")])]
         await store.write(maker.batch([maker.queue_event("video", True)], keys=keys, report=b"{}"))
         young = Tombstone(900, "gone", "k/1", now_ms(), now_ms())
-        await store.write(maker.batch([], tombstones=[young]))
+        deed = Audited(NOW, "eve", "127.0.0.1", "force-fail", "job-1", details={"from": "queued"})
+        await store.write(maker.batch([], tombstones=[young], audit=[deed]))
         await store.save_figures(b"{}")
         await store.write(maker.batch([maker.late(pick(maker, LIVE), 1)]))
     return maker
@@ -116,6 +117,8 @@ async def test_an_older_store_is_to_be_migrated_first(path: str, monkeypatch: py
         ("UPDATE reports SET body = X'31'", "reports 1", "checksum"),
         ("UPDATE figures SET body = X'31'", "figures 1", "checksum"),
         ("UPDATE tombstones SET tries = 9", "tombstones 900", "checksum"),
+        ("UPDATE audit SET who = 'mallory'", "audit 1", "checksum"),
+        ("DROP INDEX audit_job", "schema audit_job", "missing"),
         ("DROP INDEX jobs_storage_key", "schema jobs_storage_key", "missing"),
         ("DROP INDEX jobs_expiry", "schema jobs_expiry", "missing"),
     ],

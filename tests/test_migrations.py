@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jobd import doctor, migrations, rows
-from jobd.batch import LateAsked
+from jobd.batch import Audited, AuditQuery, LateAsked
 from jobd.store import Store, StoreTooNew, StoreUnreadable
 from tests.by_hand import Maker
 from tests.store_help import assert_holds, edited, make_store, opened, read
@@ -137,7 +137,7 @@ def as_of(version: int, path: str) -> None:
     """Make a store of this version of the one at `path`: its rows, as far as there was a table for them."""
     was, now = f"{path}.was", migrations.VERSION
     with edited(path) as conn:
-        for table in ("late_results", "tombstones"):
+        for table in ("late_results", "tombstones", "audit"):
             assert conn.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), (
                 "no older version could have had it"
             )
@@ -172,9 +172,10 @@ async def test_a_store_of_every_older_version_becomes_one_of_this(path: str, tmp
         await assert_holds(store, found, maker)
         await store.write(maker.any_batch(5))
         job = next(iter(maker.jobs.values()))
-        await store.write(maker.batch([maker.late(job, 1)]))
+        await store.write(maker.batch([maker.late(job, 1)], audit=[Audited(maker.now, "eve", "::1", "cancel")]))
     async with opened(path) as (store, found):
         await assert_holds(store, found, maker)
+        assert [row.who for _, row in (await store.audit(AuditQuery())).found] == ["eve"]
         assert len((await store.late([LateAsked(job.seq)])).results[job.seq]) == 1
     assert doctor.check(path) == []
     fresh = str(tmp_path / "fresh.db")
@@ -229,7 +230,7 @@ def test_every_table_is_strict_and_every_row_of_promise_has_a_checksum() -> None
         tables = conn.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
         assert all(strict for name, strict in tables if not name.startswith("sqlite_"))
         promised = ("jobs", "payloads", "late_results", "events", "keys", "queues", "meta", "reports", "figures")
-        for table in (*promised, "tombstones"):
+        for table in (*promised, "tombstones", "audit"):
             assert "crc" in [row[1] for row in conn.execute(f"PRAGMA table_info({table})")], table
         assert conn.execute("PRAGMA application_id").fetchone() == (migrations.APPLICATION_ID,)
 

@@ -13,6 +13,8 @@ from msgspec.structs import replace
 
 from jobd.batch import (
     Aside,
+    Audited,
+    AuditQuery,
     BadRows,
     Due,
     JournalPage,
@@ -315,6 +317,19 @@ async def test_a_bad_tombstone_is_set_aside_and_named_and_deletes_nothing(path: 
         assert due == Due([(buried[1], False)], damaged=1)
         assert store.take_faults() == ["tombstones 901: its checksum is wrong; the row was set aside"]
         assert (await store.due_tombstones(NOW, 9)).damaged == 0
+
+
+async def test_a_bad_row_of_the_audit_log_is_set_aside_and_named(path: str) -> None:
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        deeds = [Audited(NOW + at, f"who-{at}", "unix", "pause", queue="q") for at in range(3)]
+        await store.write(maker.batch([], audit=deeds))
+    flip(path, "audit", "who", "seq", 2)
+    async with opened(path) as (store, _):
+        assert (await store.audit(AuditQuery())).found == [(3, deeds[2]), (1, deeds[0])]
+        assert store.take_faults() == ["audit 2: its checksum is wrong; the row was set aside"]
+        assert len((await store.audit(AuditQuery())).found) == 2
+        assert store.take_faults() == []
 
 
 async def test_a_live_row_that_vanished_is_noticed_at_every_start(path: str) -> None:

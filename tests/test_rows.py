@@ -12,7 +12,7 @@ from msgspec import UNSET, Raw
 from msgspec.structs import replace
 
 from jobd import migrations, rows
-from jobd.batch import KeyRow, Numbers, QueueRow, Tombstone
+from jobd.batch import Audited, KeyRow, Numbers, QueueRow, Tombstone
 from jobd.events import KEEP_SIGNS, Changes, Event, fold
 from jobd.job import Failure, Job, Result, untouched
 from tests.by_hand import NOW, OPTIONS, Maker, all_of, full_job
@@ -196,6 +196,16 @@ def test_keys_and_queues_come_back_as_they_were() -> None:
     buried = Tombstone(7, "a", "k/ü", 1, 2, 3)
     assert rows.tombstone(rows.tombstone_row(buried)) == buried
     assert rows.fault(rows.tombstone_row(buried)) is None
+
+
+def test_a_row_of_the_audit_log_comes_back_as_it_was() -> None:
+    short = Audited(NOW, "admin", "unix uid=0", "pause", queue="video")
+    whole = Audited(NOW, "zoë", "::1", "plan retry", "a", "q", "why\n", "job_not_found", 7, {"from": None}, "p1")
+    for each in (short, whole):
+        row = rows.audit_row(3, each)
+        assert len(row) == len(rows.AUDIT_COLUMNS) + 1
+        assert rows.fault(row) is None
+        assert rows.audited(row) == each
 
 
 def test_a_row_set_aside_can_be_read_and_edited_by_people() -> None:

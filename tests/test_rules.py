@@ -1635,6 +1635,23 @@ def test_the_lists_of_operators(desk: Desk) -> None:
     assert (stats.oldest_processing_job.id, stats.oldest_processing_job.age) == ("a", 1.5)
 
 
+def test_locks_are_given_page_by_page_the_oldest_first(desk: Desk) -> None:
+    for number in range(5):
+        desk.held(f"job-{number}")
+    seen, cursor = [], None
+    while True:
+        page = desk.yes(Locks(limit=2, cursor=cursor))
+        seen.append([lock.id for lock in page.locks])
+        cursor = page.next_cursor
+        if cursor is None:
+            break
+    assert seen == [["job-0", "job-1"], ["job-2", "job-3"], ["job-4"]]
+    last = desk.yes(Locks(limit=5))
+    assert (len(last.locks), last.next_cursor) == (5, None)
+    assert desk.yes(Locks(cursor=str(last.locks[2].fencing_token))).locks == last.locks[3:]
+    assert desk.yes(Locks(limit=1, cursor=str(last.locks[4].fencing_token))).locks == []
+
+
 def test_stats_of_nothing(desk: Desk) -> None:
     stats = desk.yes(Stats())
     assert (stats.total_jobs, stats.average_processing_time, stats.oldest_processing_job) == (0, 0.0, None)

@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -32,9 +33,9 @@ from jobd.batch import (
     Tombstone,
 )
 from jobd.events import KEEP_SIGNS, Change, Event
-from jobd.job import KEEP_LATE, Job, LateResult, Result
+from jobd.job import KEEP_LATE, Failure, Job, LateResult, Result
 from jobd.store import MEMORY, Store
-from tests.by_hand import NOW, OPTIONS, Maker
+from tests.by_hand import NOW, OPTIONS, Maker, all_of
 from tests.store_help import (
     assert_holds,
     edited,
@@ -500,6 +501,76 @@ async def test_many_ask_of_one_job_and_some_for_all(store: Store) -> None:
     seq = made(created).seq
     for asked in ([LateAsked(seq), LateAsked(seq, whole=True)], [LateAsked(seq, whole=True), LateAsked(seq, "x")]):
         assert (await store.late(asked)).results == {seq: [change.late]}
+
+
+# -- filters of operators ---------------------------------------------------------------------------------------------
+
+
+def said(maker: Maker, job_id: str, *, payload: bytes = b"null", error: str | None = None, **fields: Any) -> Change:
+    change = maker.create(job_id, **fields)
+    assert change.after is not None
+    after = replace(change.after, error=None if error is None else Failure(error, None))
+    maker.payloads[after.seq] = payload
+    maker.jobs[after.seq] = after
+    event = replace(change.event, changes=all_of(after))
+    return replace(change, after=after, payload=payload, event=event)
+
+
+async def ids(store: Store, **query: Any) -> list[str]:
+    return [job.id for job, _ in (await store.find(Query(**query))).jobs]
+
+
+async def test_a_text_is_found_in_id_payload_and_error_and_capitals_do_not_matter(store: Store) -> None:
+    maker = Maker()
+    changes = [
+        said(maker, "Cat-1"),
+        said(maker, "b", payload=b'{"pet": "big CAT"}'),
+        said(maker, "c", error="no cAt here"),
+        said(maker, "d", payload='"katze Ü"'.encode(), error="nothing"),
+        said(maker, "e", payload=b'"100%_sure"'),
+    ]
+    await store.write(maker.batch(changes))
+    assert await ids(store, text="cat") == ["c", "b", "Cat-1"]
+    assert await ids(store, text="CAT-1") == ["Cat-1"]
+    assert await ids(store, text="Ü") == ["d"]
+    assert await ids(store, text="ü") == []
+    assert await ids(store, text="%_") == ["e"]
+    assert await ids(store, text="_at") == []
+    assert await ids(store, text='pet": "big') == ["b"]
+    assert await ids(store, text="cat", status="failed") == []
+    assert await ids(store, text="cat", status="queued", limit=2) == ["c", "b"]
+
+
+async def test_jobs_are_found_by_the_time_of_their_creation(store: Store) -> None:
+    maker = Maker()
+    changes = [said(maker, f"j{n}", created_at=NOW + n) for n in range(5)]
+    await store.write(maker.batch(changes))
+    assert await ids(store, since=NOW + 2) == ["j4", "j3", "j2"]
+    assert await ids(store, until=NOW + 2) == ["j1", "j0"]
+    assert await ids(store, since=NOW + 1, until=NOW + 3) == ["j2", "j1"]
+
+
+async def test_a_search_for_text_ends_early_where_payloads_are_large(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookups, "TEXT_BYTES", 1_000)
+    maker = Maker()
+    big = b'"' + b"x" * 400 + b'needle"'
+    await store.write(maker.batch([said(maker, f"j{n}", payload=big) for n in range(9)]))
+    found: list[str] = []
+    pages, before = 0, None
+    while pages == 0 or before is not None:
+        page = await store.find(Query(text="NEEDLE", before=before))
+        found += [job.id for job, _ in page.jobs]
+        pages, before = pages + 1, page.next_before
+    assert found == [f"j{n}" for n in range(8, -1, -1)]
+    assert pages == 3
+
+
+async def test_a_page_may_do_without_payloads(store: Store) -> None:
+    maker = Maker()
+    await store.write(maker.batch([said(maker, "a", payload=b'"p"')]))
+    assert [body for _, body in (await store.find(Query(payloads=False))).jobs] == [b"null"]
 
 
 # -- tombstones -------------------------------------------------------------------------------------------------------

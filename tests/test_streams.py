@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from structlog.testing import capture_logs
 
 from jobd import streams
 from jobd.admin_api import ROUTES
-from jobd.answers import Answer, Imported
+from jobd.answers import Answer, Done, Imported
 from jobd.backup import BackupStopped, BadCopy
 from jobd.batch import DiskFull
 from jobd.bodies import Limits
-from jobd.commands import Import, Refusal
+from jobd.commands import Import, Note, Refusal
 from jobd.doors import Gate
 from tests.http_help import TOKEN, Heard, House, Line, message
 
@@ -32,8 +32,18 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     gate = Gate("admin", tokens=[TOKEN])
     limits = Limits(body=200, payload=50, body_deadline_s=0.3)
     async with House(ROUTES, tmp_path, gate=gate, admin=True, limits=limits) as opened:
-        opened.desk.answer = lambda command: Answer(Imported(command.id, skipped=command.id.startswith("old")))
+        answering(opened, lambda command: Answer(Imported(command.id, skipped=command.id.startswith("old"))))
         yield opened
+
+
+def answering(house: House, lines: Callable[[Any], Any]) -> None:
+    """Answer lines of an import by `lines`; what is noted for the audit log is taken."""
+    house.desk.answer = lambda command: Answer(Done()) if isinstance(command, Note) else lines(command)
+
+
+def lines_of(house: House) -> list[Any]:
+    """What was asked, without the note for the audit log."""
+    return [asked for asked in house.desk.asked if not isinstance(asked.command, Note)]
 
 
 def head(house: House) -> bytes:
@@ -52,10 +62,15 @@ async def put(house: House, *lines: Any) -> Heard:
 async def test_each_line_is_one_command_in_the_order_of_the_lines(house: House) -> None:
     heard = await put(house, *({"id": f"job-{n}"} for n in range(300)), {"id": "old-1"})
     assert heard.data == {"imported": 300, "skipped": 1, "refusedCount": 0, "refused": []}
-    assert [asked.command.id for asked in house.desk.asked] == [*(f"job-{n}" for n in range(300)), "old-1"]
+    assert [asked.command.id for asked in lines_of(house)] == [*(f"job-{n}" for n in range(300)), "old-1"]
     assert house.desk.asked[0].command == Import(id="job-0")
     assert (house.desk.asked[0].by, house.desk.asked[0].admin) == ("admin", True)
     assert house.desk.asked[0].size == len('{"id": "job-0"}')
+    last = house.desk.asked[-1]
+    assert last.command == Note(what="import", details={"imported": 300, "skipped": 1, "refused": 0})
+    assert last.operator is not None
+    assert last.operator.part_of
+    assert {asked.operator for asked in house.desk.asked} == {last.operator}  # all of it is one deed
 
 
 async def test_an_empty_import_is_done_at_once(house: House) -> None:
@@ -70,7 +85,7 @@ async def test_bad_lines_are_named_and_the_rest_goes_on(house: House) -> None:
             return Refusal("invalid_transition", "It cannot be so.")
         return Answer(Imported(command.id, skipped=False))
 
-    house.desk.answer = answer
+    answering(house, answer)
     heard = await put(
         house,
         {"id": "a"},
@@ -135,7 +150,7 @@ async def test_an_import_reads_no_further_than_a_few_lines_ahead(house: House) -
         await go.wait()
         return Answer(Imported(command.id, skipped=False))
 
-    house.desk.answer = hold
+    answering(house, hold)
     line = await house.line()
     line.send(head(house) + chunk(b"".join(b'{"id":"job-%d"}\n' % n for n in range(500))) + b"0\r\n\r\n")
     while len(house.desk.asked) <= streams.AHEAD_LINES:  # noqa: ASYNC110 - the desk has no event for it
@@ -152,7 +167,7 @@ async def test_what_the_next_line_would_meet_too_stops_the_import(house: House) 
             return Refusal("storage_full", "The disk is full.", {"free": 0})
         return Answer(Imported(command.id, skipped=False))
 
-    house.desk.answer = answer
+    answering(house, answer)
     heard = await put(house, *({"id": f"job-{n}"} for n in range(2000)))
     assert (heard.status, heard.error) == (507, "storage_full")
     assert heard.json["details"] == {"free": 0, "line": 6}
@@ -167,7 +182,7 @@ async def test_a_line_that_does_not_arrive_is_a_408(house: House) -> None:
     heard = await line.hear()
     assert (heard.status, heard.error, heard.json["details"]) == (408, "request_timeout", {"line": 2})
     assert await line.is_closed()
-    assert [asked.command.id for asked in house.desk.asked] == ["a"]
+    assert [asked.command.id for asked in lines_of(house)] == ["a"]
 
 
 async def test_a_broken_stream_is_a_400(house: House) -> None:
@@ -196,7 +211,7 @@ async def test_an_import_whose_client_goes_away_ends(house: House) -> None:
         await asyncio.Event().wait()
         raise AssertionError
 
-    house.desk.answer = never
+    answering(house, never)
     line = await house.line()
     line.send(head(house) + chunk(b'{"id":"a"}\n'))
     await house.desk.arrived.wait()
@@ -214,7 +229,7 @@ async def test_an_import_whose_client_goes_away_ends(house: House) -> None:
 )
 async def test_an_import_has_its_own_kind(house: House, headers: dict[str, str], status: int) -> None:
     assert (await house.ask("POST", IMPORT, '{"id":"a"}', {**KIND, **headers})).status == status
-    assert house.desk.asked == []
+    assert lines_of(house) == []
 
 
 # -- backup -----------------------------------------------------------------------------------------------------------

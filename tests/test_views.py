@@ -11,7 +11,7 @@ from msgspec.structs import asdict, replace
 from jobd import views
 from jobd.answers import public_lock
 from jobd.book import Book
-from jobd.commands import Import, Moment
+from jobd.commands import Import, Locks, Moment
 from jobd.figures import Figures
 from jobd.job import MINUTE_MS, Backoff, Failure, Grant, Job, Lease, Options, Policy, Result
 from tests.desk import NOW
@@ -112,13 +112,13 @@ def test_a_grant_that_lacks_a_part_is_no_lock() -> None:
     rows = [
         replace(JOB, seq=seq, id=f"{seq}", **half) for seq, half in enumerate(({"grant": None}, {"lease": None}, {}))
     ]
-    assert [lock.id for lock in views.locks(book(*rows), AT, admin=True).locks] == ["2"]
+    assert [lock.id for lock in views.locks(book(*rows), AT, Locks(), admin=True).locks] == ["2"]
 
 
 @pytest.mark.parametrize("admin", [True, False])
 def test_lock_ids_are_for_admins(admin: bool) -> None:
     assert JOB.grant is not None
-    [lock] = views.locks(book(JOB), AT, admin=admin).locks
+    [lock] = views.locks(book(JOB), AT, Locks(), admin=admin).locks
     assert lock.lock_id == (JOB.grant.lock_id if admin else UNSET)
     whole = views.lock_view(JOB, AT, admin=True)
     assert public_lock(whole) == views.lock_view(JOB, AT)

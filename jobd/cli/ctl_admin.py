@@ -5,14 +5,18 @@ Hold no logic of jobs: read the command line, ask the client, show the answer.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from jobd.cli import exits, show
 from jobd.cli.group import json_option
+from jobd.cli.kinds import PAST
 from jobd.cli.places import admin_client, admin_options
 from jobd.cli.waiting import busy
+
+if TYPE_CHECKING:
+    from jobd.answers import AuditView
 
 
 @click.command()
@@ -184,6 +188,29 @@ def reports(limit: int, as_json: bool) -> None:
     show.emit_json({"reports": found}) if as_json else tables_admin.reports(found)
 
 
+@click.command()
+@click.option("--who", metavar="NAME", help="Only what this operator did.")
+@click.option("--what", metavar="DEED", help="Only this deed, as in force-fail.")
+@click.option("--job", "job_id", metavar="ID", help="Only what was done to this job.")
+@click.option("--since", type=PAST, metavar="TIME", help="Only from this time on, or this long ago, as in 2h.")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
+@json_option
+@admin_options
+def audit(limit: int, as_json: bool, **match: Any) -> None:
+    """List what operators did and were refused, newest first."""
+    from jobd.cli import tables_admin
+
+    client, cursor = admin_client(), None
+    found: list[AuditView] = []
+    while True:
+        page = client.audit(limit=min(limit - len(found), 200), cursor=cursor, **match)
+        found += page.entries
+        cursor = page.next_cursor
+        if cursor is None or len(found) >= limit:
+            break
+    show.emit_json({"entries": found, "next_cursor": cursor}) if as_json else tables_admin.audit(found)
+
+
 VERBS: Final = (
     stats,
     health,
@@ -195,6 +222,7 @@ VERBS: Final = (
     cleanup,
     recover_stuck,
     reports,
+    audit,
     pause,
     resume,
     clock,

@@ -12,13 +12,15 @@ import click
 from jobd.cli import exits, show
 from jobd.cli.deeds import Deed, carry_out, destructive
 from jobd.cli.group import json_option
-from jobd.cli.places import job_client, worker_options
+from jobd.cli.kinds import PAST
+from jobd.cli.places import admin_client, all_options, job_client, worker_options
 
 if TYPE_CHECKING:
     from jobd.client.protocol import JobInfo
 
 STATUSES: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 _PAGE: Final = 200
+_OF_OPERATORS: Final = frozenset({"since", "until", "q"})
 
 
 @click.command()
@@ -26,14 +28,20 @@ _PAGE: Final = 200
 @click.option("--queue", metavar="NAME", help="Only jobs of this queue.")
 @click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
 @click.option("--worker", metavar="NAME", help="Only jobs that this worker holds.")
+@click.option("--since", type=PAST, metavar="TIME", help="Only jobs created from then on; 2h is 2 hours ago. *")
+@click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before. *")
+@click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in id, payload or error message. *")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
 @click.option("--all", "everything", is_flag=True, help="All of them.")
 @click.option("--cursor", metavar="CURSOR", help="Go on where a page ended.")
 @click.option("-q", "--quiet", is_flag=True, help="Only the ids, one a line: for xargs.")
 @json_option
-@worker_options
+@all_options
 def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json: bool, **match: Any) -> None:
-    """List jobs, newest first."""
+    """List jobs, newest first.
+
+    With an option that is marked * the admin port is asked instead of the worker socket.
+    """
     found, following = _pages(None if everything else limit, cursor, match)
     if as_json:
         show.emit_json({"jobs": found, "next_cursor": following})
@@ -51,11 +59,12 @@ def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json:
 
 def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tuple[list[JobInfo], str | None]:
     """Up to `limit` jobs (None: all) over as many pages as it takes, and the cursor of what follows."""
-    client = job_client()
+    asked = {name: value for name, value in match.items() if value is not None}
+    client = admin_client() if _OF_OPERATORS & asked.keys() else job_client()
     found: list[JobInfo] = []
     while True:
         left = _PAGE if limit is None else min(_PAGE, limit - len(found))
-        page = client.list_jobs(limit=left, cursor=cursor, **match)
+        page = client.list_jobs(limit=left, cursor=cursor, **asked)
         found += page.jobs
         cursor = page.next_cursor
         if cursor is None or (limit is not None and len(found) >= limit):

@@ -1,6 +1,6 @@
-"""jobctl's verbs that move jobs from one store to another, as JSON lines: export and import.
+"""jobctl's verbs that move jobs from one store to another, as JSON lines (export, import), and results out (artefact).
 
-Hold no logic of jobs: lines are passed on as they are.
+Hold no logic of jobs: what comes is passed on as it is.
 """
 
 from __future__ import annotations
@@ -116,4 +116,38 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
         raise exits.Problem(f"Cannot read {name}: {error.strerror or error}", exits.IO_ERROR) from error
 
 
-VERBS: Final = (export, import_)
+@click.command()
+@click.argument("job_id", metavar="ID")
+@click.option(
+    "-o",
+    "--output",
+    "file",
+    metavar="FILE",
+    default="-",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Where to write it (default: stdout).",
+)
+@click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
+@admin_options
+def artefact(job_id: str, file: Path, yes: bool) -> None:
+    """Download a job's stored result: what its storage_key names.
+
+    FILE is there whole or not at all. On stdout it is not to be trusted unless the exit code is 0.
+    """
+    client = admin_client(timeout_s=_PIECE_S)
+    if str(file) == "-":
+        if sys.stdout.isatty():
+            raise click.UsageError("a result may hold anything: name a file (-o FILE), or redirect the output")
+        client.download_artefact(job_id, sys.stdout.buffer)
+        sys.stdout.flush()
+        return
+    if file.exists() and not yes:
+        raise click.UsageError(f"{file} exists: add --yes to overwrite it")
+    from jobd.cli.safe_file import whole_file
+
+    with bar("artefact") as advance, whole_file(file, lambda done: advance(done, None)) as target:
+        count = client.download_artefact(job_id, target)
+    show.emit(f"{file}: {show.size(count)}")
+
+
+VERBS: Final = (export, import_, artefact)

@@ -47,6 +47,18 @@ def moment_ms(text: str, now_ms: int) -> int:
         raise ValueError("a time is 2026-03-01T14:00, Unix milliseconds, or a duration from now as in 2h") from None
 
 
+def past_ms(text: str, now_ms: int) -> int:
+    """A point in the past as Unix ms: as `moment_ms`, but a duration is one before now."""
+    try:
+        return now_ms - duration_ms(text)
+    except ValueError:
+        pass
+    try:
+        return moment_ms(text, now_ms)
+    except ValueError:
+        raise ValueError("a time is 2026-03-01T14:00, Unix milliseconds, or how long ago it was as in 2h") from None
+
+
 if TYPE_CHECKING:
     _Number = click.ParamType[int]
 else:
@@ -77,7 +89,20 @@ class _Moment(_Number):
             self.fail(f"{value!r}: {error}", param, ctx)
 
 
+class _Past(_Number):
+    """A point in the past; its value is Unix ms."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else past_ms(value, round(time.time() * 1000))
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+
+
 DURATION: Final = _Duration()
+PAST: Final = _Past()
 MOMENT: Final = _Moment()
 
 

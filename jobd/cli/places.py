@@ -5,7 +5,9 @@ Opens no connection itself. What the daemon's own settings say is in own_daemon.
 
 from __future__ import annotations
 
+import getpass
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -30,6 +32,7 @@ class Places:
         self.url: str | None = None
         self.admin_url: str | None = None
         self.token_file: str | None = None
+        self.operator: str | None = None
 
 
 def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -45,6 +48,7 @@ _SOCKET = _option("--socket", "PATH", "Worker socket of the daemon.  [env: JOBD_
 _URL = _option("--url", "URL", "Worker API over TCP, instead of the socket.  [env: JOBD_URL]")
 _ADMIN = _option("--admin-url", "URL", "Admin API: http://HOST:PORT or unix:PATH.  [env: JOBD_ADMIN_URL]")
 _TOKEN = _option("--token-file", "FILE", "File with the token, one a line; the first is used.")
+_OPERATOR = _option("--operator", "NAME", "Who you are, for timelines and the audit log; USER@HOST by default.")
 
 
 def worker_options(verb: Any) -> Any:
@@ -54,11 +58,11 @@ def worker_options(verb: Any) -> Any:
 
 def admin_options(verb: Any) -> Any:
     """The options of a verb that talks to the admin API."""
-    return _ADMIN(_TOKEN(verb))
+    return _ADMIN(_TOKEN(_OPERATOR(verb)))
 
 
 def all_options(verb: Any) -> Any:
-    return _SOCKET(_URL(_ADMIN(_TOKEN(verb))))
+    return _SOCKET(_URL(_ADMIN(_TOKEN(_OPERATOR(verb)))))
 
 
 def read_token(path: str) -> str:
@@ -91,7 +95,16 @@ def admin_endpoint(places: Places) -> Endpoint:
 
     token = admin_token(places)
     where = places.admin_url or os.environ.get("JOBD_ADMIN_URL") or own_daemon.admin_url()
-    return _found(lambda: find(where, token))
+    return _found(lambda: find(where, token, operator=places.operator or this_operator()))
+
+
+def this_operator() -> str:
+    """The user behind this command, also where they became root by sudo, and the machine: `eve@build-3`."""
+    try:
+        user = os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name
+        user = f"uid-{os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
 
 
 def _found(find: Callable[[], Endpoint]) -> Endpoint:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from jobd.answers import (
     AlertView,
+    AuditView,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -163,6 +164,30 @@ def late_results(views: Sequence[LateResultView]) -> None:
     ]
     columns = [">RESULT", "TIME", "WORKER", ">TOKEN", "WHERE", "METADATA"]
     show.table(columns, rows, empty="No late results.")
+
+
+def audit(views: Sequence[AuditView]) -> None:
+    rows = [
+        (
+            show.local(entry.at),
+            entry.who,
+            entry.address,
+            entry.what,
+            entry.job_id or (f"queue {entry.queue}" if entry.queue else f"{entry.changed} jobs"),
+            _outcome(entry),
+            show.clip(entry.reason) if entry.reason else None,
+        )
+        for entry in views
+    ]
+    columns = ["TIME", "WHO", "FROM", "DID", "TO", "OUTCOME", "REASON"]
+    show.table(columns, rows, empty="No operator has done anything that fits.")
+
+
+def _outcome(entry: AuditView) -> str:
+    before, after = entry.details.get("from"), entry.details.get("to")
+    if entry.outcome != "done" or before is None:
+        return entry.outcome
+    return f"{before} → {after}" if after else f"{before} → deleted"
 
 
 def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:

@@ -14,6 +14,7 @@ from jobd.answers import (
     AdminLock,
     AlertList,
     AlertView,
+    AuditPage,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -87,6 +88,7 @@ _read_lock = reader(AdminLock)
 _read_late = reader(LateResultList)
 _read_locks = reader(LockList)
 _read_reports = reader(ReportList)
+_read_audit = reader(AuditPage)
 _read_alerts = reader(AlertList)
 _read_paused = reader(PausedView)
 _read_clock = reader(ClockView)
@@ -217,6 +219,11 @@ def adopt(
     return post(job_path(JOBS, job_id, "adopt"), read_job, body, key=idempotency_key or uuid7())
 
 
+def download_artefact(job_id: str) -> Request[bytes]:
+    """What lies in the store of artefacts under the job's `storage_key`."""
+    return Request("GET", job_path(JOBS, job_id, "artefact"), bytes)
+
+
 def delete_job(job_id: str, *, idempotency_key: str | None = None) -> Request[JobInfo]:
     """Delete a finished job with its history. Raises JobNotFound, InvalidTransition."""
     headers = {"Idempotency-Key": idempotency_key or uuid7()}
@@ -234,14 +241,19 @@ def list_jobs(
     queue: str | None = None,
     kind: str | None = None,
     worker: str | None = None,
+    since: int | None = None,
+    until: int | None = None,
+    q: str | None = None,
     limit: int | None = None,
     cursor: str | None = None,
 ) -> Request[JobInfoPage]:
     """A page of the jobs that match, newest first: `limit` of them at most (50 by default, up to 200).
 
-    A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the page before.
+    `since` and `until` (Unix ms) bound the time of creation, `q` is a text in id, payload or error message. A page may
+    be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the page before.
     """
-    return get(JOBS, read_page, status=status, queue=queue, kind=kind, worker=worker, limit=limit, cursor=cursor)
+    asked = {"status": status, "queue": queue, "kind": kind, "worker": worker, "since": since, "until": until, "q": q}
+    return get(JOBS, read_page, **asked, limit=limit, cursor=cursor)
 
 
 def timeline(job_id: str) -> Request[list[EventView]]:
@@ -272,6 +284,23 @@ def workers() -> Request[list[WorkerView]]:
 def reports(limit: int | None = None) -> Request[list[CleanupReport]]:
     """The kept reports of cleanup passes, newest first: `limit` of them (50 by default, up to 500)."""
     return get(f"{BASE}/reports", lambda body: _read_reports(body).reports, limit=limit)
+
+
+def audit(
+    *,
+    who: str | None = None,
+    what: str | None = None,
+    job_id: str | None = None,
+    since: int | None = None,
+    limit: int | None = None,
+    cursor: str | None = None,
+) -> Request[AuditPage]:
+    """A page of what operators did and were refused, newest first: `limit` of them at most (50 by default, up to 200).
+
+    `since` is Unix ms. A page may be short; the last one has no `next_cursor`, which is the `cursor` of the next one.
+    """
+    asked = {"who": who, "what": what, "job_id": job_id, "since": since, "limit": limit, "cursor": cursor}
+    return get(f"{BASE}/audit", _read_audit, **asked)
 
 
 def alerts() -> Request[list[AlertView]]:

@@ -308,11 +308,14 @@ class AsyncAdminClient(_AsyncClient):
         endpoint: str | Endpoint | None = None,
         *,
         token: str | None = None,
+        operator: str | None = None,
         timeout_s: float = 30.0,
         retry_for_s: float = 30.0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        super().__init__(admin_endpoint(endpoint, token), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls)
+        super().__init__(
+            admin_endpoint(endpoint, token, operator=operator), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls
+        )
 
     stats = _method(admin_calls.stats)
     health = _method(admin_calls.health)
@@ -339,6 +342,7 @@ class AsyncAdminClient(_AsyncClient):
     queues = _method(admin_calls.queues)
     workers = _method(admin_calls.workers)
     reports = _method(admin_calls.reports)
+    audit = _method(admin_calls.audit)
     alerts = _method(admin_calls.alerts)
     pause_queue = _method(admin_calls.pause_queue)
     resume_queue = _method(admin_calls.resume_queue)
@@ -387,10 +391,21 @@ class AsyncAdminClient(_AsyncClient):
         Raises Unreachable where the stream broke off: what was written is no backup then. An error of `file` is
         raised as it is.
         """
+        return await self._download(admin_calls.backup(), file)
+
+    async def download_artefact(self, job_id: str, file: BinaryIO) -> int:
+        """Write what lies in the store of artefacts under the job's `storage_key` to `file` (in a thread); its bytes.
+
+        Raises JobNotFound, NotFound (no store, no key, or nothing under it), StorageUnavailable, and Unreachable where
+        it broke off: what was written is not all of it then. An error of `file` is raised as it is.
+        """
+        return await self._download(admin_calls.download_artefact(job_id), file)
+
+    async def _download(self, request: Request[bytes], file: BinaryIO) -> int:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self._policy.timeout_s)
         copied = 0
         try:
-            response = await self._open(admin_calls.backup(), timeout)
+            response = await self._open(request, timeout)
             piece = await response.read() if response.status >= 400 else await response.content.read(_PIECE_BYTES)
         except _BROKEN as error:
             raise self._unreachable(error) from error

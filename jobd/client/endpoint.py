@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 DEFAULT_ADMIN_URL: Final = "http://127.0.0.1:8770"
+OPERATOR_HEADER: Final = "X-Jobd-Operator"
 SYSTEM_DIRECTORY: Final = "/run/jobd"
 
 
@@ -20,7 +21,8 @@ SYSTEM_DIRECTORY: Final = "/run/jobd"
 class Endpoint:
     """One listener of a daemon: a Unix socket (`path`) or a TCP address, with `tls` or without.
 
-    `prefix` comes before every path (a proxy may want one). The token is shown nowhere.
+    `prefix` comes before every path (a proxy may want one). The token is shown nowhere. `operator` is the name under
+    which the audit log keeps what is done over the admin API.
     """
 
     path: str | None = None
@@ -29,6 +31,7 @@ class Endpoint:
     tls: bool = False
     prefix: str = ""
     token: str | None = field(default=None, repr=False)
+    operator: str | None = None
 
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.path is not None else self.origin
@@ -43,7 +46,10 @@ class Endpoint:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+        headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+        if self.operator:
+            headers[OPERATOR_HEADER] = "".join(c if " " <= c <= "~" else "?" for c in self.operator)
+        return headers
 
 
 def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
@@ -81,17 +87,23 @@ def worker_endpoint(
 
 
 def admin_endpoint(
-    where: str | Endpoint | None = None, token: str | None = None, environ: Mapping[str, str] = os.environ
+    where: str | Endpoint | None = None,
+    token: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    operator: str | None = None,
 ) -> Endpoint:
     """The admin API: `where`, else $JOBD_ADMIN_URL, else http://127.0.0.1:8770.
 
-    The token is `token`, else $ADMIN_TOKEN, else the first line of the file that $ADMIN_TOKEN_FILE names.
+    The token is `token`, else $ADMIN_TOKEN, else the first line of the file that $ADMIN_TOKEN_FILE names. `operator`
+    is the name under which the audit log keeps what is done.
     """
     if isinstance(where, Endpoint):
-        return where
+        return where if operator is None else replace(where, operator=operator)
     if token is None:
         token = environ.get("ADMIN_TOKEN") or _token_in(environ.get("ADMIN_TOKEN_FILE"))
-    return parse_endpoint(where or environ.get("JOBD_ADMIN_URL") or DEFAULT_ADMIN_URL, token=token)
+    found = parse_endpoint(where or environ.get("JOBD_ADMIN_URL") or DEFAULT_ADMIN_URL, token=token)
+    return replace(found, operator=operator)
 
 
 def default_socket(environ: Mapping[str, str] = os.environ) -> str:

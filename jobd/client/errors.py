@@ -64,7 +64,7 @@ class Forbidden(JobdError):
 
 
 class NotFound(JobdError):
-    """There is no such path: the client is newer than the daemon, or speaks to another port."""
+    """There is no such path: the client is newer than the daemon, or speaks to another port. Or no stored result."""
 
     code, status = "not_found", 404
 
@@ -206,6 +206,12 @@ class ShuttingDown(JobdError):
     """The daemon is stopping; nothing was done."""
 
     code, status = "shutting_down", 503
+
+
+class StorageUnavailable(JobdError):
+    """The store of artefacts cannot be read now; the daemon's log says why."""
+
+    code, status = "storage_unavailable", 503
 
 
 class OutcomeUnknown(JobdError):

@@ -313,7 +313,8 @@ class AdminClient(_Client):
     """The admin API for blocking code. Times are Unix ms; units of durations are with each result.
 
     `endpoint` is `http://host:port`, `unix:/path`, or None for $JOBD_ADMIN_URL or http://127.0.0.1:8770; the token
-    is $ADMIN_TOKEN or the first line of $ADMIN_TOKEN_FILE if it is not given. Otherwise as JobClient.
+    is $ADMIN_TOKEN or the first line of $ADMIN_TOKEN_FILE if it is not given. `operator` is your name in the audit log
+    and in timelines. Otherwise as JobClient.
     """
 
     _events_path = ADMIN_EVENTS
@@ -323,11 +324,14 @@ class AdminClient(_Client):
         endpoint: str | Endpoint | None = None,
         *,
         token: str | None = None,
+        operator: str | None = None,
         timeout_s: float = 30.0,
         retry_for_s: float = 30.0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        super().__init__(admin_endpoint(endpoint, token), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls)
+        super().__init__(
+            admin_endpoint(endpoint, token, operator=operator), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls
+        )
 
     stats = _method(admin_calls.stats)
     health = _method(admin_calls.health)
@@ -354,6 +358,7 @@ class AdminClient(_Client):
     queues = _method(admin_calls.queues)
     workers = _method(admin_calls.workers)
     reports = _method(admin_calls.reports)
+    audit = _method(admin_calls.audit)
     alerts = _method(admin_calls.alerts)
     pause_queue = _method(admin_calls.pause_queue)
     resume_queue = _method(admin_calls.resume_queue)
@@ -414,7 +419,17 @@ class AdminClient(_Client):
         Raises Unreachable where the stream broke off: what was written is no backup then. An error of `file` is
         raised as it is.
         """
-        request = admin_calls.backup()
+        return self._download(admin_calls.backup(), file)
+
+    def download_artefact(self, job_id: str, file: BinaryIO) -> int:
+        """Write what lies in the store of artefacts under the job's `storage_key` to `file`; gives its bytes.
+
+        Raises JobNotFound, NotFound (no store, no key, or nothing under it), StorageUnavailable, and Unreachable where
+        it broke off: what was written is not all of it then. An error of `file` is raised as it is.
+        """
+        return self._download(admin_calls.download_artefact(job_id), file)
+
+    def _download(self, request: Request[bytes], file: BinaryIO) -> int:
         connection = _Connection(self.endpoint, self._tls)
         try:
             return self._copy(connection, request, file)
@@ -437,5 +452,5 @@ class AdminClient(_Client):
             except (OSError, http.client.HTTPException) as error:
                 raise self._unreachable(error) from error
         if response.length:  # a stream with a length that ends early is no error to http.client
-            raise Unreachable(f"The daemon at {self.endpoint} broke the backup off after {copied} bytes.")
+            raise Unreachable(f"The daemon at {self.endpoint} broke off after {copied} bytes.")
         return copied

@@ -11,15 +11,25 @@ from typing import Final, Literal
 from msgspec import UNSET, Struct
 
 from jobd.answers import JobView
-from jobd.commands import Cancel, Command, Delete, ExtendLock, ForceFail, ForceReset, ReleaseLock, RunNow
+from jobd.commands import Adopt, Cancel, Command, Delete, ExtendLock, ForceFail, ForceReset, ReleaseLock, RunNow
 
-Verb = Literal["run-now", "extend", "release", "force-reset", "force-fail", "cancel", "delete"]
+Verb = Literal["run-now", "extend", "release", "force-reset", "force-fail", "cancel", "delete", "adopt"]
+
+
+class Chosen(Struct, frozen=True):
+    """What a deed is done to, and how. `reason`: None where none was given; `lock_id`: the lock's secret, or "";
+    `result`: the number of a late result, None where it is about none."""
+
+    id: str
+    reason: str | None = None
+    lock_id: str = ""
+    result: int | None = None
 
 
 class Deed(Struct, frozen=True):
     """`to` is the status afterwards, None where it stays; `shell` is the same for a terminal, "" where there is none.
 
-    `make` is given the job's id, the reason (None: none was given, or it takes none) and the lock's secret.
+    `wants_result`: it is about one of the job's late results, and its button is beside that.
     """
 
     verb: Verb
@@ -27,9 +37,10 @@ class Deed(Struct, frozen=True):
     says: str
     froms: frozenset[str]
     to: str | None
-    make: Callable[[str, str | None, str], Command]
+    make: Callable[[Chosen], Command]
     takes_reason: bool = False
     wants_lock: bool = False
+    wants_result: bool = False
     is_grave: bool = False
     shell: str = ""
 
@@ -41,7 +52,7 @@ _ALL: Final = (
         "It becomes due at once. Its place among jobs of the same priority is that of now.",
         frozenset({"queued"}),
         None,
-        lambda job_id, reason, lock_id: RunNow(id=job_id),
+        lambda on: RunNow(id=on.id),
     ),
     Deed(
         "extend",
@@ -49,7 +60,7 @@ _ALL: Final = (
         "The lock lives for its whole time again, from now on. The worker keeps the job and notices nothing.",
         frozenset({"processing"}),
         None,
-        lambda job_id, reason, lock_id: ExtendLock(id=job_id, lock_id=lock_id),
+        lambda on: ExtendLock(id=on.id, lock_id=on.lock_id),
         wants_lock=True,
     ),
     Deed(
@@ -58,7 +69,7 @@ _ALL: Final = (
         "The job goes back to its queue and keeps its place; the attempt does not count. The worker has lost it.",
         frozenset({"processing"}),
         "queued",
-        lambda job_id, reason, lock_id: ReleaseLock(id=job_id, lock_id=lock_id),
+        lambda on: ReleaseLock(id=on.id, lock_id=on.lock_id),
         wants_lock=True,
     ),
     Deed(
@@ -68,7 +79,7 @@ _ALL: Final = (
         "lost it, and may have done half of the work.",
         frozenset({"processing", "failed", "cancelled"}),
         "queued",
-        lambda job_id, reason, lock_id: ForceReset(id=job_id, reason=reason),
+        lambda on: ForceReset(id=on.id, reason=on.reason),
         takes_reason=True,
         is_grave=True,
         shell="jobctl force-reset",
@@ -79,7 +90,7 @@ _ALL: Final = (
         "The job ends as failed, with your reason as its error. A worker that holds it has lost it.",
         frozenset({"queued", "processing"}),
         "failed",
-        lambda job_id, reason, lock_id: ForceFail(id=job_id, reason=reason),
+        lambda on: ForceFail(id=on.id, reason=on.reason),
         takes_reason=True,
         is_grave=True,
         shell="jobctl force-fail",
@@ -90,7 +101,7 @@ _ALL: Final = (
         "The job ends as cancelled. A worker that holds it is told to stop with its next call.",
         frozenset({"queued", "processing"}),
         "cancelled",
-        lambda job_id, reason, lock_id: Cancel(id=job_id, reason=reason),
+        lambda on: Cancel(id=on.id, reason=on.reason),
         takes_reason=True,
         is_grave=True,
         shell="jobctl cancel",
@@ -101,8 +112,19 @@ _ALL: Final = (
         "The job and its history are gone for good.",
         frozenset({"completed", "failed", "cancelled"}),
         "gone",
-        lambda job_id, reason, lock_id: Delete(id=job_id),
+        lambda on: Delete(id=on.id),
         is_grave=True,
+    ),
+    Deed(
+        "adopt",
+        "Adopt",
+        "The job is completed with what this worker brought after it had lost its lock. Nothing of the job runs again.",
+        frozenset({"queued", "failed", "cancelled"}),
+        "completed",
+        lambda on: Adopt(id=on.id, result=on.result, reason=on.reason),
+        takes_reason=True,
+        wants_result=True,
+        shell="jobctl adopt",
     ),
 )
 DEEDS: Final[dict[str, Deed]] = {deed.verb: deed for deed in _ALL}
@@ -115,7 +137,7 @@ def lock_id_of(job: JobView) -> str:
 
 def open_to(job: JobView, now: int) -> list[Deed]:
     """What can be done to `job` as it is."""
-    return [deed for deed in _ALL if can(deed, job, now)]
+    return [deed for deed in _ALL if not deed.wants_result and can(deed, job, now)]
 
 
 def can(deed: Deed, job: JobView, now: int) -> bool:

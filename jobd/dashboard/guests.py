@@ -14,8 +14,8 @@ from jobd.bodies import refused
 from jobd.commands import Refusal
 from jobd.dashboard.sessions import Session, Sessions, Told
 from jobd.doors import Access
-from jobd.visits import Visit
-from jobd.web import Web
+from jobd.visits import Visit, operator_of
+from jobd.web import Web, note
 
 AUTHORIZATION: Final = "Authorization"
 CSRF_HEADER: Final = "X-CSRF-Token"
@@ -44,8 +44,14 @@ class Guest(Struct):
 
     async def ask(self, command: Any) -> Answer | Refusal:
         """One command to the actor, as an operator asks it."""
-        by = "admin" if self.may_change else "reader"
-        return await self.site.actor.ask(command, by=by, admin=self.may_change, size=self.visit.size)
+        visit = self.visit
+        return await self.site.actor.ask(
+            command, by=visit.by, admin=self.may_change, size=visit.size, operator=visit.operator
+        )
+
+    async def note(self, what: str) -> None:
+        """Keep in the audit log what is no command on jobs."""
+        await note(self.site, self.visit.operator, what)
 
     def tell(self, message: str) -> None:
         """Say something on the page that comes next."""
@@ -71,7 +77,10 @@ def guest_of(site: Web, visit: Visit, sessions: Sessions) -> Guest | None:
         guest = Guest(site, visit, session.access, session)
     if guest is not None:
         visit.admin = guest.may_change
-        visit.by = "admin" if guest.may_change else "reader"
+        visit.by = "reader"
+        if guest.may_change:
+            visit.operator = operator_of(visit, "" if guest.session is None else guest.session.name)
+            visit.by = visit.operator.by
     return guest
 
 
@@ -102,10 +111,3 @@ def _is_secure(visit: Visit) -> bool:
     transport = visit.connection.transport
     by_tls = transport is not None and transport.get_extra_info("sslcontext") is not None
     return by_tls or visit.head.headers.get("Origin", "").startswith("https://")
-
-
-def address_of(visit: Visit) -> str:
-    """Where the connection comes from."""
-    transport = visit.connection.transport
-    peer = None if transport is None else transport.get_extra_info("peername")
-    return str(peer[0]) if isinstance(peer, tuple) else "unix"

@@ -13,11 +13,38 @@ from urllib.parse import urlencode
 import msgspec
 from msgspec import UNSET, Meta, Raw
 
-from jobd.answers import Answer, JobPage, JobView, LockList, QueueList, StatsView, TimelineView, WhyView, WorkerList
-from jobd.bodies import Refused, explain
-from jobd.commands import Command, Get, List, Locks, OnJob, Queues, Refusal, Stats, Timeline, Why, Workers
+from jobd.answers import (
+    Answer,
+    JobPage,
+    JobView,
+    LateResultList,
+    LateResultView,
+    LockList,
+    QueueList,
+    StatsView,
+    TimelineView,
+    WhyView,
+    WorkerList,
+)
+from jobd.bodies import Refused, explain, refused
+from jobd.commands import (
+    Command,
+    Cursor,
+    Get,
+    LateResults,
+    List,
+    Locks,
+    OnJob,
+    Queues,
+    Refusal,
+    Stats,
+    Timeline,
+    Why,
+    Workers,
+)
 from jobd.dashboard.deeds import DEEDS, Deed, Verb, can, open_to, seen
 from jobd.dashboard.guests import Guest
+from jobd.dashboard.live import Live
 from jobd.dashboard.paint import pretty
 from jobd.dashboard.recorder import Recorder
 from jobd.job import STATUSES, is_job_id
@@ -43,12 +70,21 @@ class JobsPage(Command, frozen=True, kw_only=True):
     cursor: str = ""
 
 
+class WorkersPage(Command, frozen=True, kw_only=True):
+    """`cursor`: where the page of locks begins."""
+
+    cursor: Cursor | None = None
+
+
 class OneJob(OnJob, frozen=True, kw_only=True):
     pass
 
 
 class ConfirmPage(OnJob, frozen=True, kw_only=True):
+    """`result`: which late result, for a deed that is about one."""
+
     verb: Verb
+    result: Annotated[int, Meta(ge=1)] | None = None
 
 
 class SignInPage(Command, frozen=True, kw_only=True):
@@ -73,6 +109,7 @@ async def overview(guest: Guest, recorder: Recorder) -> Shown:
     return {
         "stats": stats,
         "rates": recorder.rates(now),
+        "since": recorder.since,
         "oldest_due": min(due, key=lambda queue: queue.oldest_due_at or 0, default=None),
         "cleanup": rooms.cleanup_state(),
         "vitals": await rooms.vitals(),
@@ -126,11 +163,18 @@ def job_wanted(wanted: JobsPage) -> str | None:
     return f"/jobs/{wanted.id}" if is_job_id(wanted.id) else None
 
 
+def news_of_jobs(wanted: JobsPage) -> Live:
+    return Live(queue=wanted.queue) if is_job_id(wanted.queue) else Live()
+
+
 async def job(guest: Guest, job_id: str) -> Shown:
     view: JobView
     timeline: TimelineView
     why: WhyView
-    view, timeline, why, queues = await asked(guest, Get(id=job_id), Timeline(id=job_id), Why(id=job_id), Queues())
+    late: LateResultList
+    view, timeline, why, late, queues = await asked(
+        guest, Get(id=job_id), Timeline(id=job_id), Why(id=job_id), LateResults(id=job_id), Queues()
+    )
     events = timeline.events
     return {
         "job": view,
@@ -139,6 +183,8 @@ async def job(guest: Guest, job_id: str) -> Shown:
         "events": events[::-1][:MOST_EVENTS],
         "left_out": max(len(events) - MOST_EVENTS, 0),
         "why": why,
+        "late": late.late_results[::-1],
+        "can_adopt": guest.may_change and can(DEEDS["adopt"], view, guest.now),
         "deeds": open_to(view, guest.now) if guest.may_change else [],
         "base": base_url(guest),
         **strip(guest, queues),
@@ -159,6 +205,7 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
     deed: Deed = DEEDS[wanted.verb]
     return {
         "job": view,
+        "late": await _late_result(guest, wanted) if deed.wants_result else None,
         "deed": deed,
         "can": can(deed, view, guest.now),
         "seen": seen(view),
@@ -166,22 +213,41 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
     }
 
 
-async def queues(guest: Guest) -> Shown:
+async def _late_result(guest: Guest, wanted: ConfirmPage) -> LateResultView:
+    """The one that is asked for, or the latest. Refused where there is none."""
+    found: LateResultList
+    [found] = await asked(guest, LateResults(id=wanted.id))
+    for late in reversed(found.late_results):
+        if wanted.result in (None, late.seq):
+            return late
+    raise refused("late_result_not_found", f"Job {wanted.id} has no such late result (any more).")
+
+
+async def queues(guest: Guest, recorder: Recorder) -> Shown:
     [found] = await asked(guest, Queues())
     # In an order that stays: a row that moves away under a finger is another queue's.
     rows = sorted(found.queues, key=lambda queue: queue.name)
-    return {"rows": rows[:MOST_ROWS], "more": max(len(rows) - MOST_ROWS, 0), **strip(guest, found)}
+    return {
+        "rows": rows[:MOST_ROWS],
+        "rates": {queue.name: recorder.queue(queue.name, guest.now) for queue in rows[:MOST_ROWS]},
+        "since": recorder.since,
+        "more": max(len(rows) - MOST_ROWS, 0),
+        **strip(guest, found),
+    }
 
 
-async def workers(guest: Guest) -> Shown:
+async def workers(guest: Guest, wanted: WorkersPage) -> Shown:
     found: WorkerList
     held: LockList
-    found, held, queues = await asked(guest, Workers(), Locks(), Queues())
+    queues: QueueList
+    found, held, queues = await asked(guest, Workers(), Locks(limit=MOST_HELD, cursor=wanted.cursor), Queues())
     return {
         "workers": found.workers[:MOST_HELD],
         "more_workers": max(len(found.workers) - MOST_HELD, 0),
-        "locks": held.locks[:MOST_HELD],
-        "more_locks": max(len(held.locks) - MOST_HELD, 0),
+        "locks": held.locks,
+        "held": sum(queue.processing for queue in queues.queues),
+        "next": f"/workers?cursor={held.next_cursor}#h-locks" if held.next_cursor else "",
+        "is_first": wanted.cursor is None,
         **strip(guest, queues),
     }
 

@@ -35,6 +35,7 @@ HEADERS: Final = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 SHOWN_JSON: Final = 20_000  # characters of a payload
+SHORT_JSON: Final = 300
 
 # Control characters as their pictures, and what turns the direction of text around as its name.
 _PICTURES: Final = {
@@ -64,6 +65,8 @@ class Painter:
             "iso": iso,
             "size": size,
             "thousands": thousands,
+            "json": short_json,
+            "rate": rate,
             "q": lambda text: quote(str(text), safe=""),
         }
         self._made.globals |= {"asset": assets.url, "version": __version__}
@@ -131,9 +134,20 @@ def size(count: int) -> str:
     return f"{number:.1f} GiB"
 
 
+def rate(number: float) -> str:
+    """A number of which only the greatest digits matter: 0, 0.25, 3.1, 120."""
+    return thousands(round(number)) if number >= 10 else f"{number:.2g}"
+
+
 def thousands(number: float) -> str:
     """A number with narrow spaces: 12 345."""
     return f"{number:,}".replace(",", "\u202f")
+
+
+def short_json(raw: Any) -> str:
+    """The beginning of JSON text, in one line."""
+    text = " ".join(bytes(raw).decode("utf-8", "replace").split())
+    return text if len(text) <= SHORT_JSON else f"{text[:SHORT_JSON]} …"
 
 
 def pretty(raw: Any) -> tuple[str, int]:

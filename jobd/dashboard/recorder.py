@@ -1,4 +1,4 @@
-"""What happened in the last hour, in steps of ten seconds, for the chart. Lost at a restart, and nobody minds.
+"""What happened in the last hour and the last day, for charts and for each queue. Lost at a restart, and it says so.
 
 Counts committed changes and nothing else; no promise depends on it.
 """
@@ -11,21 +11,26 @@ from typing import Final
 from msgspec import Struct
 
 from jobd.events import Change
-from jobd.job import MINUTE_MS, SECOND_MS
+from jobd.job import HOUR_MS, MINUTE_MS, SECOND_MS
 
-STEP_MS: Final = 10 * SECOND_MS
-STEPS: Final = 360  # an hour
 # Which of the three lines an event counts for. An attempt that failed is a failure, whether or not it is tried again.
 LINES: Final = {
     "created": 0,
     "imported": 0,
     "completed": 1,
+    "adopted": 1,
     "failed": 2,
     "retried": 2,
     "stalled": 2,
     "expired": 2,
     "force_failed": 2,
 }
+STEP_MS: Final = 10 * SECOND_MS
+STEPS: Final = 360  # an hour
+SLOT_MS: Final = 10 * MINUTE_MS
+SLOTS: Final = 144  # a day
+MINUTES: Final = 60
+MOST_QUEUES: Final = 1_000  # of the others nothing is said
 
 
 class Lines(Struct, frozen=True):
@@ -37,49 +42,131 @@ class Lines(Struct, frozen=True):
     failed: list[int]
 
 
+class Chart(Struct, frozen=True):
+    """The last hour in steps of 10 s, the last day in steps of 10 min. `since`: nothing was counted before, Unix ms."""
+
+    hour: Lines
+    day: Lines
+    since: int
+
+
 class Rates(Struct, frozen=True):
-    """How often it happened in the last minute, and in the last hour (or since the start)."""
+    """How often it happened in the last minute, in the last hour and in the last day (or since the start)."""
 
-    created: tuple[int, int]
-    completed: tuple[int, int]
-    failed: tuple[int, int]
+    created: tuple[int, int, int]
+    completed: tuple[int, int, int]
+    failed: tuple[int, int, int]
 
 
-class Recorder:
-    def __init__(self) -> None:
-        self._steps: dict[int, list[int]] = {}  # number of the step since 1970 -> how often, by line
+class QueueRate(Struct, frozen=True):
+    """What happened in a queue in the last hour (or since the start). `per_minute`: completed, on the average."""
 
-    def note(self, changes: Sequence[Change]) -> None:
-        """Count what was committed."""
-        for change in changes:
-            line = LINES.get(change.event.type)
-            if line is not None:
-                self._counts(change.event.at // STEP_MS)[line] += 1
+    created: int
+    completed: int
+    failed: int
+    per_minute: float
 
-    def _counts(self, step: int) -> list[int]:
-        counts = self._steps.get(step)
+    @property
+    def failed_share(self) -> float | None:
+        """Of the attempts that ended, in percent; None where none did."""
+        ended = self.completed + self.failed
+        return 100 * self.failed / ended if ended else None
+
+
+class Tally:
+    """How often it happened in each of the last `most` steps of `step_ms`."""
+
+    __slots__ = ("_counts", "_most", "_step_ms")
+
+    def __init__(self, step_ms: int, most: int) -> None:
+        self._step_ms = step_ms
+        self._most = most
+        self._counts: dict[int, list[int]] = {}  # number of the step since 1970 -> how often, by line
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def counts(self, at: int) -> list[int]:
+        """Those of the step of that time, by line, to be counted up."""
+        step = at // self._step_ms
+        counts = self._counts.get(step)
         if counts is None:
-            counts = self._steps[step] = [0, 0, 0]
-            while len(self._steps) > STEPS + 1:
-                del self._steps[min(self._steps)]
+            counts = self._counts[step] = [0, 0, 0]
+            while len(self._counts) > self._most + 1:
+                del self._counts[min(self._counts)]
         return counts
 
     def lines(self, now: int) -> Lines:
-        """The last hour, the running step left out."""
-        first = now // STEP_MS - STEPS
-        steps = range(first, first + STEPS)
-        counts = [self._steps.get(step, (0, 0, 0)) for step in steps]
+        """The last `most` steps, the running one left out."""
+        first = now // self._step_ms - self._most
+        steps = range(first, first + self._most)
+        counts = [self._counts.get(step, (0, 0, 0)) for step in steps]
         columns = ([count[line] for count in counts] for line in range(3))
-        return Lines([step * STEP_MS // SECOND_MS for step in steps], *columns)
+        return Lines([step * self._step_ms // SECOND_MS for step in steps], *columns)
+
+    def sums(self, now: int, back: int) -> list[int]:
+        """Up to now, over the last `back` steps and the running one."""
+        last = now // self._step_ms
+        chosen = [count for step, count in self._counts.items() if last - back < step <= last]
+        return [sum(count[line] for count in chosen) for line in range(3)]
+
+
+class Recorder:
+    """`since`: when it began to count, Unix ms."""
+
+    def __init__(self, since: int) -> None:
+        self.since = since
+        self._hour = Tally(STEP_MS, STEPS)
+        self._day = Tally(SLOT_MS, SLOTS)
+        self._queues: dict[str, Tally] = {}  # the one that was heard of latest comes last
+
+    def note(self, changes: Sequence[Change]) -> None:
+        """Count what was committed. The changes of one batch are of the same moment, or almost."""
+        at = -1
+        hour: list[int] = []
+        day: list[int] = []
+        queues: dict[str, list[int]] = {}
+        for change in changes:
+            event = change.event
+            line = LINES.get(event.type)
+            if line is None:
+                continue
+            if event.at != at:
+                at = event.at
+                hour, day = self._hour.counts(at), self._day.counts(at)
+                queues.clear()
+            queue = queues.get(event.queue)
+            if queue is None:
+                queue = queues[event.queue] = self._of_queue(event.queue).counts(at)
+            hour[line] += 1
+            day[line] += 1
+            queue[line] += 1
+
+    def _of_queue(self, name: str) -> Tally:
+        tally = self._queues.pop(name, None)
+        if tally is None:
+            tally = Tally(MINUTE_MS, MINUTES)
+            if len(self._queues) >= MOST_QUEUES:
+                del self._queues[next(iter(self._queues))]
+        self._queues[name] = tally
+        return tally
+
+    def chart(self, now: int) -> Chart:
+        return Chart(self._hour.lines(now), self._day.lines(now), self.since)
 
     def rates(self, now: int) -> Rates:
-        """Sums up to now."""
-        minute, hour = (now // STEP_MS - minutes * MINUTE_MS // STEP_MS for minutes in (1, 60))
-        sums = [
-            (
-                sum(count[line] for step, count in self._steps.items() if minute < step <= now // STEP_MS),
-                sum(count[line] for step, count in self._steps.items() if hour < step <= now // STEP_MS),
-            )
-            for line in range(3)
-        ]
-        return Rates(*sums)
+        minute, hour, day = (
+            self._hour.sums(now, MINUTE_MS // STEP_MS),
+            self._hour.sums(now, STEPS),
+            self._day.sums(now, SLOTS),
+        )
+        return Rates(*zip(minute, hour, day, strict=True))
+
+    def queue(self, name: str, now: int) -> QueueRate | None:
+        """None where nothing has been heard of it."""
+        tally = self._queues.get(name)
+        if tally is None:
+            return None
+        created, completed, failed = tally.sums(now, MINUTES)
+        minutes = max(min(now - self.since, HOUR_MS) / MINUTE_MS, 1)
+        return QueueRate(created, completed, failed, completed / minutes)

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import msgspec
 import structlog
+from aiohttp.web import StreamResponse
 from msgspec import Meta
 
 from jobd.answers import Answer, JobView
@@ -21,17 +22,20 @@ from jobd.bodies import Refused, refused
 from jobd.commands import Command, Get, OnJob, Pause, Refusal, Resume
 from jobd.dashboard import pages
 from jobd.dashboard.assets import Assets
-from jobd.dashboard.deeds import DEEDS, Verb, lock_id_of, seen
-from jobd.dashboard.guests import Guest, address_of, cookie, guest_of, set_cookie
+from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of, seen
+from jobd.dashboard.guests import Guest, cookie, guest_of, set_cookie
+from jobd.dashboard.live import Live, news_at, stream
 from jobd.dashboard.paint import HEADERS, HTML, Painter, go_to
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.sessions import LONGEST_S, Brake, Sessions
 from jobd.doors import Gate
+from jobd.downloads import Artefact, give
+from jobd.event_stream import EVENT_STREAM
 from jobd.job import QueueName
 from jobd.job import Text as Words
 from jobd.replies import Text
 from jobd.routes import Route
-from jobd.visits import Visit
+from jobd.visits import Visit, address_of, in_parts
 from jobd.web import Nothing, Web, check_reader
 
 Shown = dict[str, Any]
@@ -65,6 +69,7 @@ class DeedForm(OnJob, frozen=True, kw_only=True):
     verb: Verb
     seen: Annotated[str, Meta(max_length=60)]
     reason: Words = ""
+    result: Annotated[int, Meta(ge=1)] | None = None
     csrf: str = ""
 
 
@@ -88,15 +93,33 @@ class Dashboard:
             self._open("GET", "/docs", Nothing, self._docs),
             self._form("/sign-out", Form, self._sign_out, for_readers=True),
             self._page("/", Nothing, "overview", "Overview", lambda guest, _: pages.overview(guest, recorder)),
+            Route(method="GET", path="/live", asks=Live, gives=bytes, who="anyone", via=self._live, sends=EVENT_STREAM),
             Route(method="GET", path="/chart.json", asks=Nothing, gives=bytes, who="anyone", via=self._chart),
-            self._page("/jobs", pages.JobsPage, "jobs", "Jobs", pages.jobs, every_s=5, leads=pages.job_wanted),
-            self._page("/jobs/{id}", pages.OneJob, "job", "Job", lambda guest, asked: pages.job(guest, asked.id)),
+            self._page(
+                "/jobs",
+                pages.JobsPage,
+                "jobs",
+                "Jobs",
+                pages.jobs,
+                every_s=5,
+                leads=pages.job_wanted,
+                news=pages.news_of_jobs,
+            ),
+            self._page(
+                "/jobs/{id}",
+                pages.OneJob,
+                "job",
+                "Job",
+                lambda guest, asked: pages.job(guest, asked.id),
+                news=lambda asked: Live(job_id=asked.id),
+            ),
             self._page("/jobs/{id}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),
             self._form("/jobs/{id}/do", DeedForm, self._do),
-            self._page("/queues", Nothing, "queues", "Queues", lambda guest, _: pages.queues(guest)),
+            self._open("GET", "/jobs/{id}/artefact", Artefact, self._artefact),
+            self._page("/queues", Nothing, "queues", "Queues", lambda guest, _: pages.queues(guest, recorder)),
             self._form("/queues/{name}/pause", QueueForm, self._pause),
             self._form("/queues/{name}/resume", QueueForm, self._resume),
-            self._page("/workers", Nothing, "workers", "Workers", lambda guest, _: pages.workers(guest)),
+            self._page("/workers", pages.WorkersPage, "workers", "Workers", pages.workers),
             self._page("/cleanup", Nothing, "cleanup", "Cleanup", lambda guest, _: pages.cleanup(guest)),
             self._form("/cleanup/run", Form, self._run_cleanup),
             self._form("/cleanup/recover", Form, self._recover),
@@ -132,8 +155,10 @@ class Dashboard:
         every_s: int = 2,
         changes: bool = False,
         leads: Callable[[Any], str | None] = lambda asked: None,
+        news: Callable[[Any], Live] = lambda asked: Live(),
     ) -> Route:
-        """A page for who has signed in. It renews its living part every `every_s` seconds; `leads` sends on elsewhere.
+        """A page for who has signed in. It renews its living part where there is `news`, or every `every_s` seconds
+        where it hears none. `leads` sends on elsewhere.
 
         `changes`: it leads to a change, so it is not for who may only look.
         """
@@ -150,7 +175,8 @@ class Dashboard:
                 return Answer(go_to(place), status=303)
             shown = await look(guest, asked)
             status = shown.pop("status", 200)
-            about = {"name": name, "title": title, "every_s": every_s, "part": f"{name}.live.html"}
+            about = {"name": name, "title": title, "every_s": every_s, "news": news_at(news(asked))}
+            about["part"] = f"{name}.live.html"
             template = "live.html" if is_renewal(visit) else f"{name}.html"
             return Answer(await self._paint(template, guest, **{**about, **shown}), status=status)
 
@@ -233,11 +259,20 @@ class Dashboard:
         """It shows what GET /openapi.json gives to everybody, so it wants no session either."""
         return Answer(await self._paint("docs.html", None, title="API", name="docs"))
 
+    async def _live(self, site: Web, visit: Visit, asked: Live) -> Answer | StreamResponse:
+        return await stream(site, visit, asked, lambda: guest_of(site, visit, self.sessions))
+
     async def _chart(self, site: Web, visit: Visit, asked: Nothing) -> Answer:
         guest = guest_of(site, visit, self.sessions)
         if guest is None:
             raise refused("unauthorized", "Nobody is signed in here.")
-        return Answer(self._recorder.lines(guest.now))
+        return Answer(self._recorder.chart(guest.now))
+
+    async def _artefact(self, site: Web, visit: Visit, asked: Artefact) -> Answer | Refusal | StreamResponse:
+        """The job's stored result: the API's call, for who has signed in."""
+        if guest_of(site, visit, self.sessions) is None:
+            return _to_sign_in(visit)
+        return await give(site, visit, asked)
 
     # -- deeds --------------------------------------------------------------------------------------------------------
 
@@ -251,7 +286,7 @@ class Dashboard:
         if seen(job) != asked.seen:
             message = f"The job has moved since you looked: it is {job.status} now. Nothing was done."
             return await self._job_refused(guest, job_id, Refusal("invalid_transition", message))
-        done = await guest.ask(deed.make(job_id, asked.reason.strip() or None, lock_id_of(job)))
+        done = await guest.ask(deed.make(Chosen(job_id, asked.reason.strip() or None, lock_id_of(job), asked.result)))
         if isinstance(done, Refusal):
             return await self._job_refused(guest, job_id, done)
         if deed.verb == "delete":
@@ -266,6 +301,7 @@ class Dashboard:
         except Refused as no:  # it is gone
             return no.refusal
         about = {"name": "job", "title": "Job", "every_s": 2, "part": "job.live.html", "here": f"/jobs/{job_id}"}
+        about["news"] = news_at(Live(job_id=job_id))
         return Answer(await self._paint("job.html", guest, **shown, **about, refusal=refusal), status=refusal.status)
 
     async def _pause(self, guest: Guest, asked: QueueForm) -> Answer | Refusal:
@@ -279,6 +315,7 @@ class Dashboard:
         return done if isinstance(done, Refusal) else _and_go(guest, "/queues", message)
 
     async def _run_cleanup(self, guest: Guest, asked: Form) -> Answer:
+        await guest.note("cleanup")
         report = await guest.site.rooms.run_cleanup(forced=True)
         message = (
             f"The pass took {report.total_processing_time} ms: {report.stuck_jobs_recovered} recovered, "
@@ -287,7 +324,7 @@ class Dashboard:
         return _and_go(guest, "/cleanup", message)
 
     async def _recover(self, guest: Guest, asked: Form) -> Answer | Refusal:
-        done = await guest.site.rooms.recover_stuck()
+        done = await guest.site.rooms.recover_stuck(in_parts(guest.visit.operator))
         if isinstance(done, Refusal):
             return done
         message = (
@@ -297,6 +334,7 @@ class Dashboard:
 
     async def _accept_clock(self, guest: Guest, asked: Form) -> Answer:
         await guest.site.rooms.accept_clock()
+        await guest.note("accept-clock")
         return _and_go(guest, "/alerts", "The clock is taken as right: jobs are deleted by age again.")
 
 

@@ -39,6 +39,7 @@ class Session(Struct):
     born_s: float
     seen_s: float
     told: Told | None = None
+    name: str = ""  # that the operator gave
 
     def has_csrf(self, given: str) -> bool:
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.csrf.encode())
@@ -56,14 +57,14 @@ class Sessions:
         self._clock_s = clock_s
         self._open: dict[bytes, Session] = {}  # the latest used comes last
 
-    def sign_in(self, token: str) -> tuple[str, Session] | None:
-        """A new session with its secret id, None where the token is not valid."""
+    def sign_in(self, token: str, name: str = "") -> tuple[str, Session] | None:
+        """A new session with its secret id, None where the token is not valid. `name` is the operator's."""
         digest = token_digest(token)
         access = self._access_of(digest)
         if access is None:
             return None
         secret, now_s = secrets.token_urlsafe(32), self._clock_s()
-        session = Session(access, digest, secrets.token_urlsafe(32), now_s, now_s)
+        session = Session(access, digest, secrets.token_urlsafe(32), now_s, now_s, name=name)
         self._open[_key(secret)] = session
         while len(self._open) > MOST_SESSIONS:
             del self._open[next(iter(self._open))]

@@ -25,6 +25,7 @@ UPKEEP: Final = (
     "save_figures",
     "due_tombstones",
     "settle_tombstones",
+    "trim_audit",
 )
 LONG_STEPS_MS: Final = (25 * 3_600_000, 8 * 86_400_000, 45 * 86_400_000)
 

@@ -20,9 +20,9 @@ from tests.memory_disk import MemoryDisk
 
 STATE: Final = (
     "numbers", "jobs", "payloads", "events", "lates", "queues", "keys", "suspects", "quarantined", "deleted",
-    "kept_reports", "figures", "bad_jobs", "bad_payloads", "aside", "rotten", "tombstones", "_ids",
+    "kept_reports", "figures", "bad_jobs", "bad_payloads", "aside", "rotten", "tombstones", "audited", "_ids",
 )  # fmt: skip
-COMMITS: Final = frozenset({"prune", "save_figures", "settle_tombstones"})  # beside the batches
+COMMITS: Final = frozenset({"prune", "save_figures", "settle_tombstones", "trim_audit"})  # beside the batches
 
 Snapshot = dict[str, Any]
 

@@ -22,6 +22,7 @@ OF_THE_DOORS: Final = frozenset(
         "method_not_allowed",
         "request_timeout",
         "events_gone",
+        "storage_unavailable",
         "too_large",
         "unsupported_media_type",
     }
@@ -54,6 +55,7 @@ ON_DISK: Final = (
     "prune failed",
     "due_tombstones failed",
     "settle_tombstones failed",
+    "trim_audit failed",
     "save_figures failed",
 )
 OTHERS: Final = (

@@ -21,7 +21,7 @@ from jobd.batch import DiskFull, Opened
 from jobd.book import Book
 from jobd.cleanup import Cleaner, read_figures
 from jobd.clock import Clock
-from jobd.commands import AnyCommand, CreditAbsence, EndGrants, KeyUse, Refusal
+from jobd.commands import AnyCommand, CreditAbsence, EndGrants, KeyUse, Operator, Refusal
 from jobd.daemon import GRACE_MS, STOP_S, _current_keys
 from jobd.keys import Keys
 from jobd.sweeper import Sweeper, Sweeps
@@ -197,7 +197,8 @@ class Machine:
         """What a door does with a request: ask, then answer, or say that the answer could not be delivered."""
         size = 100 if self.plan.bounds.inflight_bytes < 1000 else 0
         with self.watch.under_way(command):
-            answer = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size)
+            operator = Operator("", "simulated") if admin else None
+            answer = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size, operator=operator)
             self.watch.answered(command, key, answer)
         if line.reply.done():  # the connection is closed, or the caller is gone
             if isinstance(answer, Answer) and answer.grants:

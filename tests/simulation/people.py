@@ -9,7 +9,7 @@ import asyncio
 from random import Random
 from typing import Any
 
-from jobd import rules
+from jobd import commands, rules
 from jobd.answers import Answer, GrantView
 from jobd.commands import (
     Adopt,
@@ -153,7 +153,7 @@ class Operator(Person):
             return
         if roll < 0.93:
             self.machine.fired["operator recover-stuck"] += 1
-            work: Any = daemon.cleaner.recover_stuck()
+            work: Any = daemon.cleaner.recover_stuck(commands.Operator("", "simulated", "recovery"))
         elif roll < 0.97:
             self.machine.fired["operator cleanup"] += 1
             work = daemon.cleaner.run_pass(forced=self.dice.random() < 0.5)

@@ -1,12 +1,13 @@
 """What every single decision must keep, whatever the book, the command and the time.
 
 Judged by the words of the promise, not by the code that has to keep it: where both would be wrong together nothing
-would be found. S1 to S14 are the names under which a broken promise is told:
+would be found. S1 to S15 are the names under which a broken promise is told:
 
 S1 one grant a job, S2 tokens rise, S3 only the latest grant speaks, S4 completed is final and a run ends once, S5 only
 stuck jobs are recovered, S6 answered means on disk and refused means nothing done, S7 journal, memory and rows are one,
 S8 a rule always answers and only reads, S9 the same key gets the same answer, S10 counters are a recount, S11 no lock
-outlives its ceiling, S12 lease time never goes back, S13 only old finished jobs are deleted, S14 claims keep the order.
+outlives its ceiling, S12 lease time never goes back, S13 only old finished jobs are deleted, S14 claims keep the order,
+S15 what operators change is in the audit log.
 """
 
 from __future__ import annotations

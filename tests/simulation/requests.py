@@ -13,6 +13,7 @@ from msgspec import Raw
 from jobd.commands import (
     Adopt,
     AnyCommand,
+    AuditLog,
     Bulk,
     Cancel,
     Claim,
@@ -30,6 +31,7 @@ from jobd.commands import (
     List,
     Locks,
     Mend,
+    Note,
     Pause,
     Ping,
     Queues,
@@ -37,6 +39,7 @@ from jobd.commands import (
     ReleaseLock,
     Resume,
     RunNow,
+    Search,
     Start,
     Stats,
     Timeline,
@@ -157,7 +160,7 @@ class Requests:
             case 6:
                 return ReleaseLock(id=job_id, lock_id=lock_id)
             case 7:
-                return RunNow(id=job_id)
+                return RunNow(id=job_id) if self.chance(0.7) else Note(what="cleanup")
             case 8:
                 return Update(
                     id=job_id,
@@ -234,7 +237,8 @@ class Requests:
             case 4:
                 return Validate(id=self.job_id())
             case 5:
-                return List(
+                kind = self.dice.choice((List, Search))
+                return kind(
                     status=self.maybe(0.3, *STATUSES),
                     queue=self.maybe(0.3, self.queue()),
                     limit=self.dice.choice((1, 50)),
@@ -249,6 +253,6 @@ class Requests:
             case 8:
                 return Locks()
             case 9:
-                return LateResults(id=self.job_id())
+                return LateResults(id=self.job_id()) if self.chance(0.7) else AuditLog(limit=2)
             case _:
                 return Ping()

@@ -203,6 +203,7 @@ class Watch(Promises):
         counter = self.highest_token & ((1 << TOKEN_COUNTER_BITS) - 1)
         if self.highest_token >> TOKEN_COUNTER_BITS == batch.numbers.epoch:
             self.must(batch.numbers.next_token > counter, "S2", "the mark of the tokens went back")
+        self._check_audit(batch)
         self._check_keys(batch)
         self._check_passes(batch)
         if daemon is not None:
@@ -222,6 +223,18 @@ class Watch(Promises):
         left = [tombstone.key for tombstone in batch.tombstones if tombstone.job_seq == change.event.job_seq]
         expected = [key] if due else []
         self.must(left == expected, "S13", f"tombstones for {left}, not {expected}", change.event.job_id)
+
+    def _check_audit(self, batch: Batch) -> None:
+        """S15: what an operator changes is on the disk with its entry in the audit log."""
+        told = {entry.job_id or entry.queue for entry in batch.audit if entry.outcome == "done"}
+        moved_in = {change.event.job_id for change in batch.changes if change.event.type == "imported"}
+        recovered = any(entry.what == "recover-stuck" for entry in batch.audit)
+        entries = sum(entry.jobs for entry in batch.audit if entry.what == "import")
+        self.must(entries == len(moved_in), "S15", f"{len(moved_in)} jobs were imported, the log says {entries}")
+        for event in (change.event for change in batch.changes if change.event.by == "admin"):
+            is_told = event.job_id in moved_in or (event.job_id or event.queue) in told
+            is_told = is_told or (recovered and event.type in ("stalled", "lock_expired"))
+            self.must(is_told, "S15", f"{event.type} by an operator is not in the audit log", event.job_id)
 
     def _check_passes(self, batch: Batch) -> None:
         """L5: where no pass has succeeded for three periods cleanup says so itself."""

@@ -1,11 +1,10 @@
-// The chart of the last hour: /chart.json drawn by uPlot, in the colours of the page.
+// The charts of the last hour and the last day: /chart.json drawn by uPlot, in the colours of the page.
 "use strict";
 
 (() => {
-  const place = document.getElementById("chart");
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  let chart = null;
-  let data = null;
+  const charts = document.getElementById("charts");
+  if (!charts) return;
+  const places = [...charts.querySelectorAll("[data-chart]")].map((place) => ({ place, chart: null, data: null }));
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const line = (label, name, dash) => ({
@@ -16,14 +15,14 @@
     points: { show: false },
     value: (_, value) => (value === null ? "–" : String(value)),
   });
-  const size = () => ({ width: Math.max(place.clientWidth, 240), height: 180 });
+  const size = (place) => ({ width: Math.max(place.clientWidth, 240), height: 180 });
 
-  const draw = () => {
-    if (!data) return;
-    if (chart) chart.destroy();
+  const draw = (one) => {
+    if (!one.data) return;
+    if (one.chart) one.chart.destroy();
     const axis = { stroke: colour("--dim"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 } };
     const options = {
-      ...size(),
+      ...size(one.place),
       series: [
         { label: "At", value: (_, at) => (at === null ? "–" : new Date(at * 1000).toLocaleTimeString()) },
         line("created", "--created", [6, 4]),
@@ -34,27 +33,36 @@
       scales: { y: { range: (_, low, high) => [0, Math.max(high * 1.1, 4)] } },
       cursor: { drag: { x: false, y: false } },
     };
-    chart = new uPlot(options, data, place);
+    one.chart = new uPlot(options, one.data, one.place);
   };
 
   const renew = async () => {
     if (document.hidden) return;
     const toggle = document.getElementById("live-toggle");
-    if (data && toggle && toggle.getAttribute("aria-pressed") === "false") return;
+    if (places[0].data && toggle && toggle.getAttribute("aria-pressed") === "false") return;
+    let found;
     try {
-      const answer = await fetch(place.dataset.url);
+      const answer = await fetch(charts.dataset.url);
       if (!answer.ok) return;
-      const { at, created, completed, failed } = (await answer.json()).data;
-      data = [at, created, completed, failed];
+      found = (await answer.json()).data;
     } catch {
       return; // the banner says that the daemon does not answer
     }
-    if (chart) chart.setData(data);
-    else draw();
+    // What was before the start is not known, which is not the same as nothing.
+    const known = (lines, values) => values.map((value, at) => (lines.at[at + 1] * 1000 <= found.since ? null : value));
+    for (const one of places) {
+      const lines = found[one.place.dataset.chart];
+      one.data = [lines.at, known(lines, lines.created), known(lines, lines.completed), known(lines, lines.failed)];
+      if (one.chart) one.chart.setData(one.data);
+      else draw(one);
+    }
   };
 
-  new ResizeObserver(() => chart && chart.setSize(size())).observe(place);
-  dark.addEventListener("change", draw);
+  const watch = new ResizeObserver((entries) => {
+    for (const one of places) if (one.chart && entries.some((entry) => entry.target === one.place)) one.chart.setSize(size(one.place));
+  });
+  for (const one of places) watch.observe(one.place);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => places.forEach(draw));
   renew();
   setInterval(renew, 5000);
 })();

@@ -1,4 +1,4 @@
-// What pages do beside htmx: says when the daemon does not answer, pauses renewal, counts down, copies. No eval, no style.
+// What pages do beside htmx: says when the daemon does not answer, counts down, copies. No eval, no style.
 "use strict";
 
 (() => {
@@ -9,22 +9,6 @@
     Idiomorph.defaults.callbacks.beforeNodeMorphed = (old) => !(old.dataset && "keep" in old.dataset);
     Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) => !(name === "open" && node.tagName === "DETAILS");
   }
-
-  // -- live or not: renewal can be stopped, and stops by itself where nobody looks ------------------------------------
-  let isLive = true;
-  const toggle = find("live-toggle");
-  const live = document.querySelector("[hx-trigger^=every]");
-  if (toggle && live) {
-    toggle.hidden = false;
-    toggle.addEventListener("click", () => {
-      isLive = !isLive;
-      toggle.setAttribute("aria-pressed", String(isLive));
-      toggle.textContent = isLive ? "Live" : "Stopped";
-    });
-  }
-  document.body.addEventListener("htmx:beforeRequest", (event) => {
-    if (!isLive || document.hidden) event.preventDefault();
-  });
 
   // -- the daemon does not answer -------------------------------------------------------------------------------------
   const offline = find("offline");
