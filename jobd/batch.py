@@ -182,7 +182,7 @@ class Query(Struct, frozen=True):
     before: int | None = None
     after: int | None = None
     scan: int = 5_000
-    payload_bytes: int = 4 << 20  # a page ends early rather than carry more payload than this
+    payload_bytes: int = 4 << 20  # a page ends early rather than carry more payload and metadata than this
 
 
 class Page(Struct):
@@ -202,6 +202,7 @@ class JournalPage(Struct, frozen=True):
     events: list[Event]
     last: int
     gone_to: int
+    more: bool = False  # it ends before `last`: by the number of its events, or by their size
 
 
 class Opened(Struct):

@@ -18,6 +18,7 @@ from jobd.live_jobs import LiveJobs
 from jobd.orders import DueEntry, DueJobs, LazyHeap, TimeEntry
 
 FINISHED_KEPT: Final = 1_000  # finished jobs at hand, for repeated endings and quick reads
+FINISHED_BYTES: Final = 16 << 20  # of their metadata
 WORKERS_KEPT: Final = 10_000  # workers without a job that are still listed
 OPTIONS_KEPT: Final = 10_000
 COUNTER_MASK: Final = (1 << TOKEN_COUNTER_BITS) - 1
@@ -44,6 +45,7 @@ class Book:
         self.next_event = numbers.next_event
         self.jobs = LiveJobs()
         self.finished: OrderedDict[str, Job] = OrderedDict()
+        self._finished_bytes = 0  # of their metadata
         self.quarantined: dict[str, str] = {}
         self.request_hashes: dict[str, str] = {}  # of the jobs that the creates of this batch name
         self.late = LateKnown()  # late results that the decisions of this batch ask for
@@ -189,13 +191,18 @@ class Book:
 
     def loaded(self, job: Job) -> None:
         """A finished job was read from the disk: keep it at hand."""
+        self._drop_finished(job.id)
         self.finished[job.id] = job
-        self.finished.move_to_end(job.id)
+        self._finished_bytes += _metadata_bytes(job)
 
     def trim_finished(self) -> None:
         """Between batches: keep only the finished jobs that were named last."""
-        while len(self.finished) > FINISHED_KEPT:
-            self.finished.popitem(last=False)
+        while len(self.finished) > FINISHED_KEPT or self._finished_bytes > FINISHED_BYTES:
+            self._drop_finished(next(iter(self.finished)))
+
+    def _drop_finished(self, job_id: str) -> None:
+        if (job := self.finished.pop(job_id, None)) is not None:
+            self._finished_bytes -= _metadata_bytes(job)
 
     def quarantine(self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None) -> None:
         """The rows of this job are bad: it is out of every order and count, and only its name remains.
@@ -244,7 +251,7 @@ class Book:
         if after is None or after.status not in LIVE:
             self.jobs.drop(job.id)
         if job.status in FINISHED and (after is None or after.status not in FINISHED):
-            self.finished.pop(job.id, None)
+            self._drop_finished(job.id)
         if job.status == "queued":
             if after is not None and after.status in LIVE:
                 self.jobs.keep(after)  # its old entries are stale from here on
@@ -439,3 +446,8 @@ class Book:
 
 def _lock(job: Job) -> str | None:
     return None if job.grant is None else job.grant.lock_id
+
+
+def _metadata_bytes(job: Job) -> int:
+    metadata = None if job.result is None else job.result.metadata
+    return 0 if metadata is None else memoryview(metadata).nbytes

@@ -25,7 +25,7 @@ from jobd.batch import (
 from jobd.events import Event
 from jobd.job import LIVE, Grant, Job, LateResult
 from jobd.quarantine import set_jobs_aside, set_rows_aside
-from jobd.rows import EVENT_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
+from jobd.rows import EVENT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
 from jobd.tables import (
     BY_ID,
     BY_SEQ,
@@ -43,7 +43,9 @@ from jobd.tables import (
 _NO_LIMIT: Final = 1 << 62
 _EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
 _JOB_SEQ: Final = EVENT_COLUMNS.index("job_seq")
+_METADATA: Final = JOB_COLUMNS.index("metadata")
 _LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
+SLICE_BYTES: Final = 256 << 10  # of a piece that is read between two batches: below 2 ms
 LOOKED_BACK: Final = 1_000  # events of a job, in which a grant is looked for whose lock is long lost
 _GRANTS: Final = (
     f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
@@ -179,9 +181,11 @@ def _page(tables: Tables, query: Query) -> Page:
         f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found "
         f"WHERE true{filters} ORDER BY found {way} LIMIT ?"
     )
-    matched = tables.rows(sql, (*scope_args, begin, end, *args, query.limit + 1))
+    matched, is_cut = tables.some_rows(sql, (*scope_args, begin, end, *args, query.limit + 1), query.payload_bytes)
     page = Page([], None)
     last = _fill(tables, page, matched, query)
+    if is_cut and last is None:
+        last = matched[-1][0]
     if last is not None:
         page.next_before = last
     elif edge is not None:
@@ -231,11 +235,11 @@ def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int |
         payload, wrong = (None, wrong) if job is None else tables.payload(job.seq)
         if job is None or payload is None:
             damaged.append((row, wrong))
-        elif page.jobs and size + len(payload.body) > query.payload_bytes:
+        elif page.jobs and size + len(payload.body) + len(row[_METADATA] or "") > query.payload_bytes:
             break
         else:
             page.jobs.append((job, payload.body))
-            size += len(payload.body)
+            size += len(payload.body) + len(row[_METADATA] or "")
         last = row[0]
     else:
         last = None
@@ -285,7 +289,7 @@ def _timeline_of_a_damaged_table(tables: Tables, job_seq: int) -> list[Row]:
 
 
 def journal(tables: Tables, after: int, limit: int) -> JournalPage:
-    """Up to `limit` events of the whole store with a seq above `after`, oldest first.
+    """Up to `limit` events of the whole store with a seq above `after`, oldest first; fewer where they are large.
 
     A damaged one is as good as gone, also where it cannot be moved aside: nobody is led past it.
     """
@@ -293,7 +297,7 @@ def journal(tables: Tables, after: int, limit: int) -> JournalPage:
     last = tables.numbers.next_event - 1
     sql = f"SELECT {EVENT_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
     try:
-        found = tables.rows(sql, (after, limit))
+        found, is_cut = tables.some_rows(sql, (after, limit), SLICE_BYTES)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
@@ -303,7 +307,7 @@ def journal(tables: Tables, after: int, limit: int) -> JournalPage:
     if len(events) < len(found):
         whole = {event.seq for event in events}
         tables.note_gone(max(row[0] for row in found if row[0] not in whole))
-    return JournalPage(events, last, tables.gone_to)
+    return JournalPage(events, last, tables.gone_to, is_cut or len(found) == limit)
 
 
 def _events(tables: Tables, found: list[Row]) -> list[Event]:
@@ -376,7 +380,7 @@ def expired(tables: Tables, now: int, limit: int) -> list[str]:
     )
     sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
     while True:
-        found = tables.rows(sql, (now, limit))
+        found, _ = tables.some_rows(sql, (now, limit), SLICE_BYTES)
         damaged = [(row, wrong) for row in found if (wrong := fault(row)) is not None]
         whole = [row[1] for row in found if fault(row) is None]
         if damaged:

@@ -109,6 +109,23 @@ def lenient(conn: sqlite3.Connection) -> Iterator[None]:
         conn.text_factory = str
 
 
+def size_of(row: Row) -> int:
+    """Bytes of what may be long in a row: text (its characters) and blobs."""
+    return sum(len(value) for value in row if isinstance(value, str | bytes))
+
+
+def _some(cursor: sqlite3.Cursor, most_bytes: int) -> tuple[list[Row], bool]:
+    found: list[Row] = []
+    size = 0
+    with contextlib.closing(cursor):  # an open one would keep the file from being written
+        for row in cursor:
+            if found and size >= most_bytes:
+                return found, True
+            found.append(row)
+            size += size_of(row)
+    return found, False
+
+
 class CannotMove(Exception):
     """Rows cannot be moved aside, as the structure of the file around them is damaged. Nothing was written."""
 
@@ -237,6 +254,16 @@ class Tables:
                 raise
         with lenient(self.conn):
             return self.conn.execute(sql, args).fetchall()
+
+    def some_rows(self, sql: str, args: tuple[Any, ...], most_bytes: int) -> tuple[list[Row], bool]:
+        """The first rows of a query, one at least, until they hold so much; and whether they end before it does."""
+        try:
+            return _some(self.conn.execute(sql, args), most_bytes)
+        except sqlite3.OperationalError as error:
+            if not is_undecodable(error):
+                raise
+        with lenient(self.conn):
+            return _some(self.conn.execute(sql, args), most_bytes)
 
     def each(self, sql: str, keys: Iterable[int], what: str, args: tuple[Any, ...] = ()) -> list[Row]:
         """The rows of a query asked once for each key, where a damaged page hides some of them; those are named."""

@@ -228,7 +228,7 @@ class MemoryDisk:
         """Up to `limit` events with a seq above `after`, oldest first."""
         await self._enter("journal")
         found = [event for event in self.events if event.seq > after][:limit]
-        return JournalPage(found, self.numbers.next_event - 1, self.gone_to)
+        return JournalPage(found, self.numbers.next_event - 1, self.gone_to, len(found) == limit)
 
     async def expired(self, now: int, limit: int) -> list[str]:
         await self._enter("expired")
