@@ -33,11 +33,13 @@ class Aside(Struct, frozen=True):
     """A job whose damaged rows were set aside, and why.
 
     `uncounted`: the queue and status among whose finished jobs it is not counted any more, where that could be read.
+    Without `is_moved` its rows are where they were (the disk is full, say), and counted there: they will be met again.
     """
 
     id: str
     reason: str
     uncounted: tuple[str, str] | None = None
+    is_moved: bool = True
 
 
 class NoBackup(Exception):

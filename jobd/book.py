@@ -47,6 +47,9 @@ class Book:
         self.finished: OrderedDict[str, Job] = OrderedDict()
         self._finished_bytes = 0  # of their metadata
         self.quarantined: dict[str, str] = {}
+        # Of these the ones whose rows are still where they were, with the queue and status of a finished one, as which
+        # it is counted here, too, until its row is moved.
+        self.unmoved: dict[str, tuple[str, str] | None] = {}
         self.request_hashes: dict[str, str] = {}  # of the jobs that the creates of this batch name
         self.late = LateKnown()  # late results that the decisions of this batch ask for
         self.paused: set[str] = set()
@@ -204,19 +207,39 @@ class Book:
         if (job := self.finished.pop(job_id, None)) is not None:
             self._finished_bytes -= _metadata_bytes(job)
 
-    def quarantine(self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None) -> None:
+    def quarantine(
+        self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None, *, is_moved: bool = True
+    ) -> None:
         """The rows of this job are bad: it is out of every order and count, and only its name remains.
 
-        `uncounted` is the queue and status of a finished job that is not at hand.
+        `uncounted` is the queue and status of a finished job that is not at hand. A finished one whose row is not moved
+        stays in the counts, as the disk has it there: it leaves both together.
         """
         self.quarantined[job_id] = reason
-        if (job := self.get(job_id)) is not None:
+        job = self.get(job_id)
+        if job is not None:
             self.suspects.pop(job.seq, None)
-            self.swap(job, None)
-        elif uncounted is not None:
-            queue, status = uncounted
-            self._counts_of(queue)[status] -= 1
-            self.totals[status] -= 1
+        if is_moved:
+            counted = self.unmoved.pop(job_id, None) or uncounted
+            if job is not None:
+                self.swap(job, None)
+            else:
+                self._count_as(counted, -1)
+        elif job is not None and job.status in FINISHED:
+            self._drop_finished(job_id)
+            self.unmoved[job_id] = job.options.queue, job.status
+        else:
+            if job is not None:
+                self.swap(job, None)
+            self.unmoved.setdefault(job_id, None)
+
+    def recount_unmoved(self, job_id: str, before: Job | None) -> None:
+        """A batch is taken back that went on from `before`: a job whose row was not moved is counted as it was then."""
+        if job_id in self.unmoved:
+            self._count_as(self.unmoved[job_id], -1)
+            is_counted = before is not None and before.status in FINISHED
+            self.unmoved[job_id] = (before.options.queue, before.status) if before is not None and is_counted else None
+            self._count_as(self.unmoved[job_id], +1)
 
     def saw(self, worker: str, now: int) -> None:
         """A worker spoke at wall time `now`."""
@@ -400,6 +423,13 @@ class Book:
             counts = self._counts_of(after.options.queue)
             counts[after.status] = counts.get(after.status, 0) + 1
             self.totals[after.status] = self.totals.get(after.status, 0) + 1
+
+    def _count_as(self, place: tuple[str, str] | None, step: int) -> None:
+        """So many more finished jobs of that queue and status."""
+        if place is not None:
+            queue, status = place
+            self._counts_of(queue)[status] += step
+            self.totals[status] += step
 
     def _counts_of(self, queue: str) -> dict[str, int]:
         counts = self.counts.get(queue)

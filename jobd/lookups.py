@@ -130,7 +130,7 @@ def _is_of_another(row: Row, id_: str) -> bool:
 def _lost(tables: Tables, id_: str, reason: str) -> str:
     """Name a job whose row cannot even be moved aside."""
     tables.quarantined[id_] = reason
-    tables.aside.append(Aside(id_, reason))
+    tables.aside.append(Aside(id_, reason, is_moved=False))
     tables.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
     return reason
 
@@ -381,8 +381,10 @@ def expired(tables: Tables, now: int, limit: int) -> list[str]:
     sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
     while True:
         found, _ = tables.some_rows(sql, (now, limit), SLICE_BYTES)
-        damaged = [(row, wrong) for row in found if (wrong := fault(row)) is not None]
-        whole = [row[1] for row in found if fault(row) is None]
+        # Of one that could not be moved the row may be whole, and its payload damaged.
+        damaged = [(row, wrong) for row in found if (wrong := fault(row) or tables.unmoved.get(row[0])) is not None]
+        gone = {row[0] for row, _ in damaged}
+        whole = [row[1] for row in found if row[0] not in gone]
         if damaged:
             set_jobs_aside(tables, damaged)
         if whole or all(tables.rows(BY_SEQ, (row[0],)) for row, _ in damaged):

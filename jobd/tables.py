@@ -155,6 +155,7 @@ class Tables:
         # Of each grant made or heard of since the start: seq of its event, signs of life since the last thinning.
         self._signs: dict[int, tuple[int, int]] = {}
         self.aside: list[Aside] = []  # all that was set aside, in order
+        self.unmoved: dict[int, str] = {}  # seq -> reason, of jobs whose damaged rows could not be moved
         self._crowded: set[int] = set()  # jobs whose journals are to be thinned after this batch
 
     # ------------------------------------------------------------------------------------------- one transaction
@@ -339,6 +340,14 @@ class Tables:
                 self._signs[event.job_seq] = (event.seq, 0)
             elif event.after != "processing":
                 self._signs.pop(event.job_seq, None)
+
+    def note_aside(self, job_seq: int, aside: Aside) -> None:
+        """Damaged rows of that job were met, and moved or not."""
+        self.aside.append(aside)
+        if aside.is_moved:
+            self.unmoved.pop(job_seq, None)
+        else:
+            self.unmoved[job_seq] = aside.reason
 
     def _thin(self, job_seq: int) -> None:
         begin, _ = self._signs.get(job_seq, (0, 0))
