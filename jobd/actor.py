@@ -434,12 +434,12 @@ class Actor:
                 raise LookupError(f"the disk has bad rows of {job_id}, which is no job: {bad[job_id]}")
 
     def _put_aside(self, aside: Aside) -> None:
-        """Whoever met the damaged rows. A job that the batch under way deletes is not counted any more as it is."""
+        """Whoever met the damaged rows. A job that the batch under way changes is not counted any more as it was."""
         changes = self._under_way.changes if self._under_way is not None else []
-        is_gone = any(change.after is None and change.event.job_id == aside.id for change in changes)
+        is_changed = any(change.event.job_id == aside.id for change in changes)
         if aside.id not in self.book.quarantined:
             log.error("job_quarantined", job_id=aside.id, reason=aside.reason)
-        self.book.quarantine(aside.id, aside.reason, None if is_gone else aside.uncounted)
+        self.book.quarantine(aside.id, aside.reason, None if is_changed else aside.uncounted, is_moved=aside.is_moved)
 
     def _fail(self, batch: list[Asked], error: Exception) -> None:
         """What the disk holds is unknown: say so to those whose commands were under way, and let nobody else in."""

@@ -11,7 +11,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -28,10 +28,11 @@ _PROBE: Final = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEX
 
 
 class FileStore:
-    """The store of `file:///DIRECTORY`; a key is a path in it."""
+    """The store of `file:///DIRECTORY`; a key is a path in it. In a directory of `own_places` no file is touched."""
 
-    def __init__(self, directory: str, owner: str) -> None:
+    def __init__(self, directory: str, owner: str, own_places: Iterable[str] = ()) -> None:
         self.place = directory
+        self._own_places = tuple(own_places)
         self._probe_name = f".jobd-probe-{owner}"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="artefacts")
 
@@ -96,6 +97,8 @@ class FileStore:
             return Outcome("left", "such a key names no file")
         try:
             with self._opened(folders) as folder:
+                if self._is_own(folder):
+                    return Outcome("left", "the daemon's own files lie there")
                 return _delete_in(folder, name, judge)
         except FileNotFoundError:
             self._look_at_root()
@@ -126,6 +129,15 @@ class FileStore:
             yield folder
         finally:
             os.close(folder)
+
+    def _is_own(self, folder: int) -> bool:
+        """Whether the daemon's own files lie there: by a bind mount, say, which no name betrays."""
+        place = os.fstat(folder)
+        for path in self._own_places:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if os.path.samestat(os.stat(path), place):
+                    return True
+        return False
 
     def _look_at_root(self) -> None:
         """A directory that is not there, or not mounted, is a fault: it does not mean that its objects are gone."""

@@ -33,11 +33,13 @@ class Aside(Struct, frozen=True):
     """A job whose damaged rows were set aside, and why.
 
     `uncounted`: the queue and status among whose finished jobs it is not counted any more, where that could be read.
+    Without `is_moved` its rows are where they were (the disk is full, say), and counted there: they will be met again.
     """
 
     id: str
     reason: str
     uncounted: tuple[str, str] | None = None
+    is_moved: bool = True
 
 
 class NoBackup(Exception):
@@ -223,7 +225,7 @@ class Query(Struct, frozen=True):
     before: int | None = None
     after: int | None = None
     scan: int = 5_000
-    payload_bytes: int = 4 << 20  # a page ends early rather than carry more payload than this
+    payload_bytes: int = 4 << 20  # a page ends early rather than carry more payload and metadata than this
     since: int | None = None
     until: int | None = None
     text: str | None = None
@@ -252,6 +254,7 @@ class JournalPage(Struct, frozen=True):
     events: list[Event]
     last: int
     gone_to: int
+    more: bool = False  # it ends before `last`: by the number of its events, or by their size
 
 
 class Opened(Struct):

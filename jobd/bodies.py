@@ -15,7 +15,7 @@ import msgspec
 from msgspec import NODEFAULT, UNSET, Raw, Struct, UnsetType
 from msgspec.structs import FieldInfo, asdict
 
-from jobd.commands import MAX_NAMES, Bulk, Claim, Command, Complete, Create, Import, Refusal, Transition
+from jobd.commands import MAX_NAMES, Bulk, Claim, Command, Complete, Create, Import, Refusal, Transition, Updates
 from jobd.job import EARLIEST_MS, ID_PATTERN, Place, is_job_id, storage_key_fault
 from jobd.weighing import BIG_BODY, Scale, TooLong, TooMuch
 
@@ -186,7 +186,15 @@ def _check_payload(payload: Raw, field: str, limits: Limits) -> None:
     size = memoryview(payload).nbytes
     if size > limits.payload:
         message = f"`{field}` has {size} bytes, the limit is {limits.payload}. Store the data elsewhere and put a "
-        raise too_large(f"{message}reference into the payload.", field=field, limit=limits.payload)
+        message += f"reference into the {field.rpartition('.')[2]}."
+        raise too_large(message, field=field, limit=limits.payload)
+
+
+def _check_result(result: Complete | Import | Updates, above: str, limits: Limits) -> None:
+    """What a job keeps of its end, in the fields of `above`. Every look at the job carries the metadata."""
+    _check_storage_key(f"{above}.storage_key", result.storage_key)
+    if result.metadata is not None:
+        _check_payload(result.metadata, f"{above}.metadata", limits)
 
 
 def _too_many(name: str, most: int) -> Refused:
@@ -210,7 +218,7 @@ def _check_bulk(command: Bulk, limits: Limits) -> None:
 
 def _check_import(command: Import, limits: Limits) -> None:
     _check_payload(command.payload, "$.payload", limits)
-    _check_storage_key("$.storage_key", command.storage_key)
+    _check_result(command, "$", limits)
 
 
 def _check_storage_key(field: str, key: str | None) -> None:
@@ -223,8 +231,8 @@ _CHECKS: Final[dict[type[Command], Callable[[Any, Limits], None]]] = {
     Create: lambda command, limits: _check_payload(command.payload, "$.payload", limits),
     Bulk: _check_bulk,
     Import: _check_import,
-    Complete: lambda command, _: _check_storage_key("$.storage_key", command.storage_key),
-    Transition: lambda command, _: _check_storage_key("$.updates.storage_key", command.updates.storage_key),
+    Complete: lambda command, limits: _check_result(command, "$", limits),
+    Transition: lambda command, limits: _check_result(command.updates, "$.updates", limits),
 }
 
 

@@ -18,6 +18,7 @@ from jobd.live_jobs import LiveJobs
 from jobd.orders import DueEntry, DueJobs, LazyHeap, TimeEntry
 
 FINISHED_KEPT: Final = 1_000  # finished jobs at hand, for repeated endings and quick reads
+FINISHED_BYTES: Final = 16 << 20  # of their metadata
 WORKERS_KEPT: Final = 10_000  # workers without a job that are still listed
 OPTIONS_KEPT: Final = 10_000
 COUNTER_MASK: Final = (1 << TOKEN_COUNTER_BITS) - 1
@@ -44,7 +45,11 @@ class Book:
         self.next_event = numbers.next_event
         self.jobs = LiveJobs()
         self.finished: OrderedDict[str, Job] = OrderedDict()
+        self._finished_bytes = 0  # of their metadata
         self.quarantined: dict[str, str] = {}
+        # Of these the ones whose rows are still where they were, with the queue and status of a finished one, as which
+        # it is counted here, too, until its row is moved.
+        self.unmoved: dict[str, tuple[str, str] | None] = {}
         self.request_hashes: dict[str, str] = {}  # of the jobs that the creates of this batch name
         self.late = LateKnown()  # late results that the decisions of this batch ask for
         self.paused: set[str] = set()
@@ -189,27 +194,52 @@ class Book:
 
     def loaded(self, job: Job) -> None:
         """A finished job was read from the disk: keep it at hand."""
+        self._drop_finished(job.id)
         self.finished[job.id] = job
-        self.finished.move_to_end(job.id)
+        self._finished_bytes += _metadata_bytes(job)
 
     def trim_finished(self) -> None:
         """Between batches: keep only the finished jobs that were named last."""
-        while len(self.finished) > FINISHED_KEPT:
-            self.finished.popitem(last=False)
+        while len(self.finished) > FINISHED_KEPT or self._finished_bytes > FINISHED_BYTES:
+            self._drop_finished(next(iter(self.finished)))
 
-    def quarantine(self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None) -> None:
+    def _drop_finished(self, job_id: str) -> None:
+        if (job := self.finished.pop(job_id, None)) is not None:
+            self._finished_bytes -= _metadata_bytes(job)
+
+    def quarantine(
+        self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None, *, is_moved: bool = True
+    ) -> None:
         """The rows of this job are bad: it is out of every order and count, and only its name remains.
 
-        `uncounted` is the queue and status of a finished job that is not at hand.
+        `uncounted` is the queue and status of a finished job that is not at hand. A finished one whose row is not moved
+        stays in the counts, as the disk has it there: it leaves both together.
         """
         self.quarantined[job_id] = reason
-        if (job := self.get(job_id)) is not None:
+        job = self.get(job_id)
+        if job is not None:
             self.suspects.pop(job.seq, None)
-            self.swap(job, None)
-        elif uncounted is not None:
-            queue, status = uncounted
-            self._counts_of(queue)[status] -= 1
-            self.totals[status] -= 1
+        if is_moved:
+            counted = self.unmoved.pop(job_id, None) or uncounted
+            if job is not None:
+                self.swap(job, None)
+            else:
+                self._count_as(counted, -1)
+        elif job is not None and job.status in FINISHED:
+            self._drop_finished(job_id)
+            self.unmoved[job_id] = job.options.queue, job.status
+        else:
+            if job is not None:
+                self.swap(job, None)
+            self.unmoved.setdefault(job_id, None)
+
+    def recount_unmoved(self, job_id: str, before: Job | None) -> None:
+        """A batch is taken back that went on from `before`: a job whose row was not moved is counted as it was then."""
+        if job_id in self.unmoved:
+            self._count_as(self.unmoved[job_id], -1)
+            is_counted = before is not None and before.status in FINISHED
+            self.unmoved[job_id] = (before.options.queue, before.status) if before is not None and is_counted else None
+            self._count_as(self.unmoved[job_id], +1)
 
     def saw(self, worker: str, now: int) -> None:
         """A worker spoke at wall time `now`."""
@@ -244,7 +274,7 @@ class Book:
         if after is None or after.status not in LIVE:
             self.jobs.drop(job.id)
         if job.status in FINISHED and (after is None or after.status not in FINISHED):
-            self.finished.pop(job.id, None)
+            self._drop_finished(job.id)
         if job.status == "queued":
             if after is not None and after.status in LIVE:
                 self.jobs.keep(after)  # its old entries are stale from here on
@@ -394,6 +424,13 @@ class Book:
             counts[after.status] = counts.get(after.status, 0) + 1
             self.totals[after.status] = self.totals.get(after.status, 0) + 1
 
+    def _count_as(self, place: tuple[str, str] | None, step: int) -> None:
+        """So many more finished jobs of that queue and status."""
+        if place is not None:
+            queue, status = place
+            self._counts_of(queue)[status] += step
+            self.totals[status] += step
+
     def _counts_of(self, queue: str) -> dict[str, int]:
         counts = self.counts.get(queue)
         if counts is None:
@@ -439,3 +476,8 @@ class Book:
 
 def _lock(job: Job) -> str | None:
     return None if job.grant is None else job.grant.lock_id
+
+
+def _metadata_bytes(job: Job) -> int:
+    metadata = None if job.result is None else job.result.metadata
+    return 0 if metadata is None else memoryview(metadata).nbytes

@@ -186,6 +186,7 @@ class Loaded(Struct, frozen=True):
     reader_tokens: tuple[str, ...] = ()
     development: bool = False
     warnings: tuple[str, ...] = ()
+    own_places: tuple[str, ...] = ()  # directories of the daemon's own files, where no artefact may lie
 
 
 # What a running daemon takes over on SIGHUP; the rest is settled when its sockets and its store are opened.
@@ -258,6 +259,8 @@ def load(
         _set(values, sources, key, text, "flag")
     config = _settle(_convert(values, sources), environ, sources)
     _check(config)
+    own_places = _own_places(config, environ, found)
+    check_apart(config.artefacts.url, own_places)
     development = environ.get("ENVIRONMENT") == "development"
     admin_tokens = _admin_tokens(config, environ)
     if not admin_tokens and need_token and not development:
@@ -274,6 +277,7 @@ def load(
         _reader_tokens(config, environ, admin_tokens),
         development,
         _warnings(config),
+        own_places,
     )
 
 
@@ -517,7 +521,7 @@ def _check_artefacts(url: str) -> None:
     expected = "expected file:///DIRECTORY or s3://BUCKET/PREFIX"
     if "@" in url.partition("://")[2].partition("/")[0]:
         raise ConfigError(f"artefacts.url: {expected}, without a key: that belongs into AWS_ACCESS_KEY_ID and its like")
-    if re.fullmatch(r"file:///[^?#]+", url):
+    if re.fullmatch(r"file:///[^?#]+", url) and "\0" not in unquote(url):
         return
     bucket = re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?", url)
     prefix = unquote(bucket[1] or "").strip("/") if bucket is not None else ""
@@ -525,6 +529,34 @@ def _check_artefacts(url: str) -> None:
         raise ConfigError(f'artefacts.url: "{url}": {expected}')
     if find_spec("obstore") is None:
         raise ConfigError("artefacts.url: s3:// needs an extra that is not installed: pip install 'jobd[s3]'")
+
+
+def _own_places(config: Config, environ: Mapping[str, str], file: Path | None) -> tuple[str, ...]:
+    """The directories, without links on the way, of the daemon's own files: store, sockets, configuration, secrets."""
+    listens = (parse_listen(place, "listen") for place in (config.worker.listen, config.admin.listen) if place)
+    files = [
+        "" if config.store.path == ":memory:" else config.store.path,
+        config.worker.socket,
+        *(place for place in listens if isinstance(place, str)),
+        "" if file is None else str(file),
+        *(getattr(section, name) for section in (config.worker, config.admin) for name in ("token_file", "tls_key")),
+        config.admin.readonly_token_file,
+        *(environ.get(name, "") for name in ("ADMIN_TOKEN_FILE", "ADMIN_READONLY_TOKEN_FILE")),
+    ]
+    ways = [way for path in files if path for way in (os.path.abspath(path), os.path.realpath(path))]
+    places = [*map(os.path.dirname, ways), environ.get("CREDENTIALS_DIRECTORY", "")]
+    return tuple(dict.fromkeys(os.path.realpath(place) for place in places if place))
+
+
+def check_apart(url: str, own_places: tuple[str, ...]) -> None:
+    """Raise ConfigError where a file of ours lies in the directory of artefacts: workers say what is deleted there."""
+    if not url.startswith("file:"):
+        return
+    directory = os.path.realpath(unquote(url.removeprefix("file://")))
+    for place in own_places:
+        if os.path.commonpath((directory, place)) == directory:
+            told = f"the daemon's own files lie in {place}, and workers say what is deleted in {directory}"
+            raise ConfigError(f'artefacts.url: "{url}": {told}. Give artefacts a directory of their own')
 
 
 def _warnings(config: Config) -> tuple[str, ...]:

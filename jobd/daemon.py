@@ -213,7 +213,7 @@ class Daemon:
     def _sweep(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Sweeper | None:
         """Artefacts of deleted jobs are deleted, where there is a store of them."""
         self._sweeps = Sweeps(waiting=opened.tombstones)
-        self._artefacts = _open_artefacts(self._loaded.config)
+        self._artefacts = _open_artefacts(self._loaded)
         if self._artefacts is None:
             if opened.tombstones:
                 line.warning("artefacts_wait", tombstones=opened.tombstones, reason="artefacts.url is not set any more")
@@ -484,14 +484,19 @@ def _current_keys(rows: list[KeyRow], book: Book) -> list[KeyRow]:
     return kept
 
 
-def _open_artefacts(settings: Config) -> ArtefactStore | None:
+def _open_artefacts(loaded: Loaded) -> ArtefactStore | None:
     """The store that artefacts.url names, if any. What a bucket takes is imported for a bucket alone."""
+    settings = loaded.config
     if not settings.artefacts.url:
         return None
+    try:
+        config.check_apart(settings.artefacts.url, loaded.own_places)  # a link may lead elsewhere by now
+    except ConfigError as error:
+        raise CannotStart(str(error), EXIT_CONFIG) from None
     url = urlsplit(settings.artefacts.url)
     owner = blake2b(f"{socket.gethostname()} {settings.store.path}".encode(), digest_size=6).hexdigest()
     if url.scheme == "file":
-        return FileStore(unquote(url.path), owner)
+        return FileStore(unquote(url.path), owner, loaded.own_places)
     from jobd.artefact_s3 import S3ArtefactStore
 
     try:

@@ -159,8 +159,14 @@ class Decider:
         for asked in plan.served:
             if asked not in plan.parked:
                 self.parked.add(asked)
-        for job_id in {change.event.job_id: None for change in plan.changes if change.event.job_seq}:
-            self.book.swap(self.book.get(job_id), loaded.jobs.get(job_id))
+        before: dict[str, Job | None] = {}
+        for change in plan.changes:
+            if change.event.job_seq:
+                before.setdefault(change.event.job_id, change.before)
+        for job_id, job in before.items():
+            found = None if job_id in self.book.quarantined else loaded.jobs.get(job_id)
+            self.book.swap(self.book.get(job_id), found)
+            self.book.recount_unmoved(job_id, job)
         self.book.order_processing()
         for change in reversed(plan.changes):
             if change.event.type == "imported":

@@ -279,7 +279,7 @@ class Listener:
     async def _from_journal(self) -> bytes:
         """A page of it. The last is a short one that was read when he heard news already: so nothing is missed."""
         page, self._page = self._page or await self._feed.page(self.position), None
-        is_short = len(page.events) < PAGE
+        is_short = not page.more
         text = _texts([Frame.of(each) for each in page.events if self._wanted.has(each)], self.position, self._wanted)
         self.position = page.last if is_short else page.events[-1].seq
         if is_short and (self._is_live or not self._follow):

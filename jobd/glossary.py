@@ -170,7 +170,7 @@ REFUSALS: Final = {
     "max_processing_time_exceeded": "no progress report within `max_processing_ms`",
     "job_quarantined": "the job's row on disk is damaged",
     "events_gone": "events after the one named are no longer in the journal, or it is of another store",
-    "too_large": "body, payload or number of jobs above its limit",
+    "too_large": "body, payload, metadata or number of jobs above its limit",
     "unsupported_media_type": "the body is of another type, or compressed",
     "idempotency_key_reused": "the key was used with another body",
     "internal_error": "a fault in jobd; nothing was changed",

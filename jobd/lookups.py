@@ -29,7 +29,7 @@ from jobd.batch import (
 from jobd.events import Event
 from jobd.job import LIVE, Grant, Job, LateResult
 from jobd.quarantine import set_jobs_aside, set_rows_aside
-from jobd.rows import EVENT_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
+from jobd.rows import EVENT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
 from jobd.tables import (
     BY_ID,
     BY_SEQ,
@@ -47,7 +47,9 @@ from jobd.tables import (
 _NO_LIMIT: Final = 1 << 62
 _EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
 _JOB_SEQ: Final = EVENT_COLUMNS.index("job_seq")
+_METADATA: Final = JOB_COLUMNS.index("metadata")
 _LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
+SLICE_BYTES: Final = 256 << 10  # of a piece that is read between two batches: below 2 ms
 LOOKED_BACK: Final = 1_000  # events of a job, in which a grant is looked for whose lock is long lost
 _GRANTS: Final = (
     f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
@@ -140,7 +142,7 @@ def _is_of_another(row: Row, id_: str) -> bool:
 def _lost(tables: Tables, id_: str, reason: str) -> str:
     """Name a job whose row cannot even be moved aside."""
     tables.quarantined[id_] = reason
-    tables.aside.append(Aside(id_, reason))
+    tables.aside.append(Aside(id_, reason, is_moved=False))
     tables.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
     return reason
 
@@ -194,9 +196,11 @@ def _page(tables: Tables, query: Query) -> Page:
         f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found "
         f"WHERE true{filters} ORDER BY found {way} LIMIT ?"
     )
-    matched = tables.rows(sql, (*scope_args, begin, end, *args, query.limit + 1))
+    matched, is_cut = tables.some_rows(sql, (*scope_args, begin, end, *args, query.limit + 1), query.payload_bytes)
     page = Page([], None)
     last = _fill(tables, page, matched, query)
+    if is_cut and last is None:
+        last = matched[-1][0]
     if last is not None:
         page.next_before = last
     elif edge is not None:
@@ -269,11 +273,11 @@ def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int |
         payload, wrong = (None, wrong) if job is None else _payload_of(tables, query, job)
         if job is None or payload is None:
             damaged.append((row, wrong))
-        elif page.jobs and size + len(payload.body) > query.payload_bytes:
+        elif page.jobs and size + len(payload.body) + len(row[_METADATA] or "") > query.payload_bytes:
             break
         else:
             page.jobs.append((job, payload.body))
-            size += len(payload.body)
+            size += len(payload.body) + len(row[_METADATA] or "")
         last = row[0]
     else:
         last = None
@@ -327,7 +331,7 @@ def _timeline_of_a_damaged_table(tables: Tables, job_seq: int) -> list[Row]:
 
 
 def journal(tables: Tables, after: int, limit: int) -> JournalPage:
-    """Up to `limit` events of the whole store with a seq above `after`, oldest first.
+    """Up to `limit` events of the whole store with a seq above `after`, oldest first; fewer where they are large.
 
     A damaged one is as good as gone, also where it cannot be moved aside: nobody is led past it.
     """
@@ -335,7 +339,7 @@ def journal(tables: Tables, after: int, limit: int) -> JournalPage:
     last = tables.numbers.next_event - 1
     sql = f"SELECT {EVENT_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
     try:
-        found = tables.rows(sql, (after, limit))
+        found, is_cut = tables.some_rows(sql, (after, limit), SLICE_BYTES)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
@@ -345,7 +349,7 @@ def journal(tables: Tables, after: int, limit: int) -> JournalPage:
     if len(events) < len(found):
         whole = {event.seq for event in events}
         tables.note_gone(max(row[0] for row in found if row[0] not in whole))
-    return JournalPage(events, last, tables.gone_to)
+    return JournalPage(events, last, tables.gone_to, is_cut or len(found) == limit)
 
 
 def _events(tables: Tables, found: list[Row]) -> list[Event]:
@@ -418,9 +422,11 @@ def expired(tables: Tables, now: int, limit: int) -> list[str]:
     )
     sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
     while True:
-        found = tables.rows(sql, (now, limit))
-        damaged = [(row, wrong) for row in found if (wrong := fault(row)) is not None]
-        whole = [row[1] for row in found if fault(row) is None]
+        found, _ = tables.some_rows(sql, (now, limit), SLICE_BYTES)
+        # Of one that could not be moved the row may be whole, and its payload damaged.
+        damaged = [(row, wrong) for row in found if (wrong := fault(row) or tables.unmoved.get(row[0])) is not None]
+        gone = {row[0] for row, _ in damaged}
+        whole = [row[1] for row in found if row[0] not in gone]
         if damaged:
             set_jobs_aside(tables, damaged)
         if whole or all(tables.rows(BY_SEQ, (row[0],)) for row, _ in damaged):

@@ -42,17 +42,17 @@ def set_jobs_aside(tables: Tables, damaged: list[tuple[Row, str]]) -> dict[str, 
     named: dict[str, str] = {}
     for row, reason in damaged:
         id_ = true_id(tables, row)
-        uncounted = None
+        uncounted, is_moved = None, False
         try:
             # Read before the transaction: after it has met a damaged page SQLite lets it write no more.
             payload = _payload_columns(tables, row[0])
-            uncounted = tables.commit(_set_job_aside, tables, row, payload, id_, reason)
+            uncounted, is_moved = tables.commit(_set_job_aside, tables, row, payload, id_, reason), True
         except DiskFull:
             tables.faults.append(f"job {id_} could not be quarantined: the disk is full")
         except CannotMove as error:
             tables.faults.append(f"job {id_} could not be quarantined: {error}; run `jobd doctor`")
         tables.quarantined[id_] = named[id_] = reason
-        tables.aside.append(Aside(id_, reason, uncounted))
+        tables.note_aside(row[0], Aside(id_, reason, uncounted, is_moved))
     return named
 
 

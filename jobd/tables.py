@@ -110,6 +110,23 @@ def lenient(conn: sqlite3.Connection) -> Iterator[None]:
         conn.text_factory = str
 
 
+def size_of(row: Row) -> int:
+    """Bytes of what may be long in a row: text (its characters) and blobs."""
+    return sum(len(value) for value in row if isinstance(value, str | bytes))
+
+
+def _some(cursor: sqlite3.Cursor, most_bytes: int) -> tuple[list[Row], bool]:
+    found: list[Row] = []
+    size = 0
+    with contextlib.closing(cursor):  # an open one would keep the file from being written
+        for row in cursor:
+            if found and size >= most_bytes:
+                return found, True
+            found.append(row)
+            size += size_of(row)
+    return found, False
+
+
 class CannotMove(Exception):
     """Rows cannot be moved aside, as the structure of the file around them is damaged. Nothing was written."""
 
@@ -140,6 +157,7 @@ class Tables:
         # Of each grant made or heard of since the start: seq of its event, signs of life since the last thinning.
         self._signs: dict[int, tuple[int, int]] = {}
         self.aside: list[Aside] = []  # all that was set aside, in order
+        self.unmoved: dict[int, str] = {}  # seq -> reason, of jobs whose damaged rows could not be moved
         self._crowded: set[int] = set()  # jobs whose journals are to be thinned after this batch
 
     # ------------------------------------------------------------------------------------------- one transaction
@@ -240,6 +258,16 @@ class Tables:
         with lenient(self.conn):
             return self.conn.execute(sql, args).fetchall()
 
+    def some_rows(self, sql: str, args: tuple[Any, ...], most_bytes: int) -> tuple[list[Row], bool]:
+        """The first rows of a query, one at least, until they hold so much; and whether they end before it does."""
+        try:
+            return _some(self.conn.execute(sql, args), most_bytes)
+        except sqlite3.OperationalError as error:
+            if not is_undecodable(error):
+                raise
+        with lenient(self.conn):
+            return _some(self.conn.execute(sql, args), most_bytes)
+
     def each(self, sql: str, keys: Iterable[int], what: str, args: tuple[Any, ...] = ()) -> list[Row]:
         """The rows of a query asked once for each key, where a damaged page hides some of them; those are named."""
         found: list[Row] = []
@@ -314,6 +342,14 @@ class Tables:
                 self._signs[event.job_seq] = (event.seq, 0)
             elif event.after != "processing":
                 self._signs.pop(event.job_seq, None)
+
+    def note_aside(self, job_seq: int, aside: Aside) -> None:
+        """Damaged rows of that job were met, and moved or not."""
+        self.aside.append(aside)
+        if aside.is_moved:
+            self.unmoved.pop(job_seq, None)
+        else:
+            self.unmoved[job_seq] = aside.reason
 
     def _thin(self, job_seq: int) -> None:
         begin, _ = self._signs.get(job_seq, (0, 0))

@@ -51,6 +51,7 @@ class MemoryDisk:
     - `lost_answers`: so many next writes commit and raise OSError all the same, as a failed fsync may.
     - `fits`: a batch for which it is false raises DiskFull; `fill` and `fill_nearly` set it, `free` clears it.
     - `bad_jobs` (id to reason), `bad_payloads` (job seq to reason): rows whose checksum is wrong.
+    - `can_move`: where it is false for a damaged job its rows stay where they are, as on a full disk.
     - `errors`: method name to what that method raises, as long as it is there.
     - `gate`: cleared, writes wait for it (a slow disk); `at_gate` is set while one does.
     """
@@ -84,6 +85,8 @@ class MemoryDisk:
         self.gate = asyncio.Event()
         self.gate.set()
         self.at_gate = asyncio.Event()
+        self.can_move: Callable[[Job], bool] = lambda job: True
+        self.unmoved: dict[str, str] = {}  # as `quarantined`: those met since the start whose rows are still there
         self.aside: dict[int, str] = {}  # seq -> id of the jobs set aside
         self.rotten: dict[int, Job] = {}  # seq -> what they were
         self.on_aside: Callable[[Aside], None] = lambda aside: None
@@ -123,18 +126,20 @@ class MemoryDisk:
     def opened(self) -> Opened:
         """What a start finds."""
         self.on_aside = lambda aside: None
+        self.unmoved.clear()
         bad = {job_id: reason for job_id, reason in self.bad_jobs.items() if job_id in self._ids}
         for job_id, reason in bad.items():
             self._set_aside(self.jobs[self._ids[job_id]], reason)
         self._told_aside = len(self._all_aside)
-        live = [(untouched(job), job) for _, job in sorted(self.jobs.items()) if job.status in LIVE]
+        whole = [job for _, job in sorted(self.jobs.items()) if job.id not in self.unmoved]
+        live = [(untouched(job), job) for job in whole if job.status in LIVE]
         return Opened(
             numbers=self.numbers,
             jobs=[job for short, job in live if short is None],
             in_short=[short for short, _ in live if short is not None],
             queues=dict(self.queues),
             keys=[replace(key, answer=None) for key in self.keys.values()],
-            quarantined=dict(self.quarantined),
+            quarantined=self.quarantined | self.unmoved,
             suspects=dict(self.suspects),
             faults=[],
             figures=self.figures,
@@ -238,15 +243,15 @@ class MemoryDisk:
         """Up to `limit` events with a seq above `after`, oldest first."""
         await self._enter("journal")
         found = [event for event in self.events if event.seq > after][:limit]
-        return JournalPage(found, self.numbers.next_event - 1, self.gone_to)
+        return JournalPage(found, self.numbers.next_event - 1, self.gone_to, len(found) == limit)
 
     async def expired(self, now: int, limit: int) -> list[str]:
         await self._enter("expired")
         old = [job for job in self.jobs.values() if job.status in FINISHED and _expires(job) <= now]
         whole: list[str] = []
         for job in sorted(old, key=_expires):
-            if job.id in self.bad_jobs:
-                self._set_aside(job, self.bad_jobs[job.id])
+            if (reason := self.bad_jobs.get(job.id) or self.unmoved.get(job.id)) is not None:
+                self._set_aside(job, reason)
             elif len(whole) < limit:
                 whole.append(job.id)
         await self._tell_aside()
@@ -429,6 +434,9 @@ class MemoryDisk:
         if (old := self.jobs.pop(seq, None)) is not None and self._ids.get(old.id) == seq:
             del self._ids[old.id]
         if job is None:
+            if old is not None:
+                self.bad_jobs.pop(old.id, None)
+                self.unmoved.pop(old.id, None)
             self.payloads.pop(seq, None)
             self.suspects.pop(seq, None)
             self.lates.pop(seq, None)
@@ -462,6 +470,11 @@ class MemoryDisk:
         return self.bad_jobs.get(job.id) or self._bad_payload(job.seq)
 
     def _set_aside(self, job: Job, reason: str) -> None:
+        if job.seq in self.jobs and not self.can_move(job):
+            self.unmoved[job.id] = reason
+            self._all_aside.append(Aside(job.id, reason, is_moved=False))
+            return
+        self.unmoved.pop(job.id, None)
         self.quarantined[job.id] = reason
         is_here = self.jobs.pop(job.seq, None) is not None
         is_counted = is_here and job.status in FINISHED

@@ -67,7 +67,7 @@ from jobd.full_disk import Closed
 from jobd.job import DAY_MS, MINUTE_MS, Job, Policy
 from jobd.keys import KEPT_MS
 from jobd.parked import Parked
-from tests.household import Household, in_virtual_time
+from tests.household import Household, in_virtual_time, seconds
 from tests.memory_disk import MemoryDisk
 
 TTL = 15 * MINUTE_MS
@@ -1393,7 +1393,7 @@ async def test_a_row_that_goes_bad_while_the_daemon_runs() -> None:
         assert house.disk.quarantined == house.book.quarantined == {"done": "checksum"}
         # A row that could not be moved is met again, and told again; it is counted and said once.
         with capture_logs() as lines:
-            house.disk.on_aside(Aside("done", "checksum, still"))
+            house.disk.on_aside(Aside("done", "checksum, still", is_moved=False))
         assert lines == []
         assert house.book.quarantined == {"done": "checksum, still"}
         assert house.book.totals["completed"] == 0
@@ -1563,6 +1563,87 @@ async def test_a_finished_job_that_is_set_aside_is_not_counted_any_more() -> Non
         await house.yes(Create(id="new"))
         await house.yes(Cancel(id="new"))
         assert disk.queues["default"].cancelled == house.book.totals["cancelled"] == 2
+
+
+def counted_as_on_the_disk(house: Household) -> None:
+    """The counts of finished jobs: in memory, as they are kept, and of the rows themselves."""
+    disk = house.disk
+    for status in ("completed", "failed", "cancelled"):
+        rows = sum(job.status == status for job in disk.jobs.values())
+        kept = sum(getattr(row, status) for row in disk.queues.values())
+        assert house.book.totals[status] == kept == rows, status
+
+
+@in_virtual_time
+async def test_a_finished_job_whose_damaged_row_stays_where_it_is_is_uncounted_once_when_it_is_moved() -> None:
+    async with household() as house:
+        for name in ("bad", "good"):
+            await house.yes(Create(id=name))
+            await house.yes(Cancel(id=name))
+        house.disk.bad_payloads[1] = "checksum"
+        house.disk.can_move = lambda job: False
+        for _ in range(2):
+            assert [job.id for job in (await house.yes(List())).jobs] == ["good"]
+            assert (await house.no(Get(id="bad"))).code == "job_quarantined"
+            counted_as_on_the_disk(house)
+        await house.yes(Create(id="more"))
+        await house.yes(Cancel(id="more"))
+        counted_as_on_the_disk(house)
+        house.disk.can_move = lambda job: True
+        await house.yes(List())
+        assert house.disk.quarantined == {"bad": "checksum"}
+        assert house.book.totals["cancelled"] == 2
+        counted_as_on_the_disk(house)
+        await house.yes(Delete(id="more"))
+        counted_as_on_the_disk(house)
+
+
+@pytest.mark.parametrize("damage", ["row", "payload"])
+@pytest.mark.parametrize("end", ["written", "taken back", "moved and taken back"])
+@pytest.mark.parametrize("what", ["complete", "delete", "reset", "adopt"])
+def test_a_damaged_row_that_stays_is_counted_as_on_the_disk_whatever_becomes_of_a_batch(
+    what: str, end: str, damage: str
+) -> None:
+    """A look at history meets it when a batch about its job has been decided, and there is no room to move it."""
+
+    @in_virtual_time
+    async def test() -> None:
+        async with household() as house:
+            disk = house.disk
+            await house.yes(Create(id="a"))
+            lock_id = (await house.yes(Start(id="a", worker="w"))).lock_id
+            command: AnyCommand = Complete(id="a", lock_id=lock_id, file_path="/x")
+            if what != "complete":
+                await house.yes(Cancel(id="a"))
+                await house.no(command)  # kept as a late result
+                command = {"delete": Delete(id="a"), "reset": ForceReset(id="a"), "adopt": Adopt(id="a")}[what]
+            disk.gate.clear()
+            asked = begin(house.actor.ask(command, admin=True))
+            await disk.at_gate.wait()
+            if damage == "row":
+                disk.bad_jobs["a"] = "checksum"
+            else:
+                disk.bad_payloads[1] = "checksum"
+            disk.can_move = lambda job: False
+            assert (await disk.find(Query())).jobs == []
+            assert list(house.book.quarantined) == ["a"]
+            if end != "written":
+                disk.fits = lambda batch: False
+            if end == "moved and taken back":
+                disk.can_move = lambda job: True
+            disk.gate.set()
+            await asked
+            counted_as_on_the_disk(house)
+            disk.free()
+            await seconds(3)
+            disk.can_move = lambda job: True
+            await disk.find(Query())
+            await house.yes(Create(id="b"))
+            await house.yes(Cancel(id="b"))
+            counted_as_on_the_disk(house)
+            assert house.book.totals["queued"] == house.book.totals["processing"] == 0
+
+    test()
 
 
 @in_virtual_time

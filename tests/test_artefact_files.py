@@ -107,6 +107,18 @@ async def test_a_copy_that_keeps_the_old_time_of_its_source_is_new(place: Path, 
     assert path.exists()
 
 
+async def test_no_file_goes_that_lies_with_the_daemons_own(tmp_path: Path, place: Path) -> None:
+    """Their directory may be mounted here under another name; this test gives it the name of a link."""
+    own, other = put(place, "state/jobd.db"), put(place, "k")
+    (tmp_path / "by-name").symlink_to(place / "state")
+    store = FileStore(str(place), "test", [str(tmp_path / "none"), str(tmp_path / "by-name")])
+    outcome = await store.delete("state/jobd.db", yes)
+    assert outcome == Outcome("left", "the daemon's own files lie there")
+    assert own.exists()
+    assert await store.delete("k", yes) == Outcome("deleted")
+    assert not other.exists()
+
+
 # -- symbolic links ---------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from jobd.bodies import Limits, Refused, Shape, part_of, path_value
 from jobd.commands import (
@@ -266,6 +267,22 @@ def test_payloads_of_bulks_and_imports_have_the_same_limit(command: type[Command
     assert (no.code, no.details["field"]) == ("too_large", field)
 
 
+@pytest.mark.parametrize(
+    ("command", "field", "body"),
+    [
+        (Complete, "$.metadata", b'{"id":"a","lock_id":"l","metadata":%b}'),
+        (Transition, "$.updates.metadata", b'{"jobId":"a","from":"queued","to":"failed","updates":{"metadata":%b}}'),
+        (Import, "$.metadata", b'{"id":"a","metadata":%b}'),
+    ],
+)
+def test_metadata_has_the_limit_of_payloads(command: type[Command], field: str, body: bytes) -> None:
+    """It comes back with every look at the job, in pages and in events."""
+    shape = Shape(command, None, Limits(payload=10))
+    assert shape.from_body(body % b'"12345678"')
+    no = refusal(shape, body % b'"123456789"')
+    assert (no.code, no.details) == ("too_large", {"field": field, "limit": 10})
+
+
 def test_a_bulk_at_its_limit_is_taken_and_one_job_more_is_not() -> None:
     shape = Shape(Bulk, None, Limits(bulk=3))
     assert shape.from_body(b'{"jobs":[{},{},{}]}')
@@ -328,7 +345,8 @@ def test_large_bodies_with_many_fields_of_their_own_are_taken(indent: int | None
     assert isinstance(command, Bulk)
     assert command.jobs[999].id == "job-999"
     large = {"lock_id": "l", "metadata": {str(number): {"a": number} for number in range(30_000)}}
-    assert isinstance(SHAPES["complete"].from_body(json.dumps(large, indent=indent).encode(), "a"), Complete)
+    complete = Shape(Complete, "id", replace(limits, payload=4 << 20))
+    assert isinstance(complete.from_body(json.dumps(large, indent=indent).encode(), "a"), Complete)
 
 
 def test_the_payload_is_kept_as_it_came() -> None:

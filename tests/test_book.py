@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd import book as book_module
@@ -14,7 +15,7 @@ from jobd.batch import Numbers, Opened, QueueRow
 from jobd.book import FINISHED_KEPT, Book
 from jobd.commands import Cancel, Create, Delete, Import, Pause, Recover, Release, Resume, Update
 from jobd.events import Change, Event
-from jobd.job import HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options, Untouched
+from jobd.job import HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options, Result, Untouched
 from jobd.orders import SLACK
 from tests.desk import NOW, Desk, compare, picture
 
@@ -147,6 +148,24 @@ def test_finished_jobs_pass_through(desk: Desk) -> None:
     assert desk.book.get("job-1") is not None
     assert desk.book.get("job-2") is None
     assert desk.book.total() == 0  # those of the disk are counted by the store
+
+
+def test_finished_jobs_at_hand_have_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book_module, "FINISHED_BYTES", 3_000)
+    book = Book()
+    for seq in range(1, 6):
+        result = Result(metadata=Raw(b'"%s"' % (b"y" * 998)))
+        book.loaded(replace(queued(seq), status="completed", result=result))
+        book.loaded(replace(queued(seq), status="completed", result=result))  # the same again weighs no more
+    book.trim_finished()
+    assert list(book.finished) == ["job-3", "job-4", "job-5"]
+    book.swap(book.finished["job-4"], None)
+    book.loaded(replace(queued(6), status="completed", result=Result(file_path="/x")))
+    book.trim_finished()
+    assert list(book.finished) == ["job-3", "job-5", "job-6"]
+    book.loaded(replace(queued(7), status="completed", result=Result(metadata=Raw(b'"%s"' % (b"y" * 3_000)))))
+    book.trim_finished()
+    assert (list(book.finished), book._finished_bytes) == ([], 0)
 
 
 def test_a_deleted_job_is_gone_from_everything(desk: Desk) -> None:

@@ -395,6 +395,8 @@ COMBINATIONS: list[tuple[dict[str, str], str]] = [
     ({"artefacts.url": "s3://bucket/a?region=x"}, "artefacts.url"),
     ({"artefacts.url": "gs://bucket"}, "artefacts.url"),
     ({"artefacts.url": "file:///a#b"}, "artefacts.url"),
+    ({"artefacts.url": "file:///a%00b"}, "artefacts.url"),
+    ({"artefacts.url": "file:///"}, "artefacts.url"),
     ({"artefacts.url": "file://relative"}, "artefacts.url"),
     ({"artefacts.url": "/srv/results"}, "artefacts.url"),
 ]
@@ -411,6 +413,29 @@ def test_where_artefacts_may_be(url: str) -> None:
     assert found.artefacts.url == url
     assert found.policy().artefacts
     assert not loaded().config.policy().artefacts
+
+
+@pytest.mark.parametrize("where", ["", "state", "state/in", "run", "etc", "tokens", "readers", "link", "state/none/.."])
+def test_artefacts_never_lie_where_the_daemons_own_files_do(tmp_path: Path, where: str) -> None:
+    """Workers say what is deleted there: a storage_key of `jobd.db` would be the database."""
+    for name in ("state/in/deep", "run", "etc", "tokens", "readers", "srv"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "state/jobd.db").symlink_to(tmp_path / "state/in/deep/real.db")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for name, text in (("etc/config.toml", ""), ("tokens/admin", OTHER), ("readers/reader", OTHER)):
+        (tmp_path / name).write_text(text)
+    places = {
+        "store.path": str(tmp_path / "state/jobd.db"),
+        "worker.socket": str(tmp_path / "run/worker.sock"),
+        "admin.listen": f"unix:{tmp_path / 'run/admin.sock'}",
+    }
+    file, readers = str(tmp_path / "etc/config.toml"), str(tmp_path / "readers/reader")
+    environ = {"ADMIN_TOKEN": TOKEN, "ADMIN_READONLY_TOKEN_FILE": readers}
+    places["admin.token_file"] = str(tmp_path / "tokens/admin")
+    for apart in ("srv", "state/results", "run/results", "none"):
+        load({**places, "artefacts.url": f"file://{tmp_path / apart}"}, environ, file)
+    with pytest.raises(ConfigError, match=r"artefacts\.url: .*own files lie in .*a directory of their own"):
+        load({**places, "artefacts.url": f"file://{tmp_path}/{where}"}, environ, file)
 
 
 def test_a_key_in_the_url_of_artefacts_is_refused_and_not_shown() -> None:

@@ -225,6 +225,13 @@ def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, said: str
     assert said in log.decode()
 
 
+def test_artefacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path) -> None:
+    run = Daemon(tmp_path, JOBD_ARTEFACTS_URL=f"file://{tmp_path}").spawn()
+    _, log = run.communicate(timeout=30)
+    assert run.returncode == 78
+    assert "a directory of their own" in log.decode()
+
+
 def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> None:
     run = Daemon(tmp_path, ADMIN_TOKEN="hunter2").spawn()
     _, log = run.communicate(timeout=30)

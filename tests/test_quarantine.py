@@ -11,6 +11,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
+from jobd import quarantine
 from jobd.batch import (
     Aside,
     Audited,
@@ -193,6 +194,40 @@ async def test_counts_decided_before_a_row_was_set_aside_are_written_without_it(
         await store.write(maker.batch([maker.create("d", options=Options("default"))]))
     async with opened(path) as (_, found):
         assert found.queues == {"default": QueueRow(completed=2, paused=True)}
+
+
+@pytest.mark.parametrize(
+    "damage", ["jobs SET created_at = created_at + 1 WHERE seq", "payloads SET body = x'00' WHERE job_seq"]
+)
+async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_counted_until_then(
+    path: str, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = Maker()
+    told: list[Aside] = []
+    async with opened(path) as (store, _):
+        created = maker.create("a", options=Options("default"))
+        granted = maker.grant(made(created))
+        await store.write(maker.batch([created, granted, maker.finish(made(granted))]))
+        store.on_aside = told.append
+        store._db.raw.execute(f"UPDATE {damage} = 1")
+        reason = "its checksum is wrong" if damage.startswith("jobs") else "its payload is bad: its checksum is wrong"
+        with monkeypatch.context() as patch:
+            patch.setattr(quarantine, "_move_job", no_room)
+            for _ in range(2):
+                assert (await store.find(Query())).jobs == []
+            assert await store.expired(maker.now * 2, 10) == []
+        assert told == [Aside("a", reason, is_moved=False)] * 3
+        assert store._tables.totals == recounted(store)
+        assert await store.expired(maker.now * 2, 10) == []  # it is moved, and hides nothing
+        assert told[3:] == [Aside("a", reason, ("default", "completed"))]
+        assert store._tables.totals == recounted(store)
+        assert store._tables.unmoved == {}
+
+
+def no_room(*_: object) -> None:
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL
+    raise error
 
 
 async def test_damaged_rows_that_have_expired_do_not_hide_those_behind_them(path: str) -> None:

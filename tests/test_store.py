@@ -388,6 +388,59 @@ async def test_a_page_carries_no_more_payload_than_asked(store: Store) -> None:
     assert page.next_before == 3
 
 
+def with_metadata(maker: Maker, count: int, size: int) -> list[Change]:
+    """So many jobs, created and completed with so much metadata."""
+    changes = []
+    for _ in range(count):
+        created = maker.create(options=OPTIONS[0])
+        result = Result(metadata=Raw(b'"%s"' % (b"y" * (size - 2))))
+        done = replace(made(created), status="completed", progress=100, finished_at=NOW, expires_at=NOW, result=result)
+        changes += [created, maker._step(made(created), done, "completed")]
+    return changes
+
+
+async def test_a_page_carries_no_more_metadata_than_asked_and_reads_no_more(store: Store) -> None:
+    maker = Maker()
+    await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
+    for after, expected in ((None, [10, 9, 8, 7, 6, 5, 4, 3, 2, 1]), (0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])):
+        seqs, sizes, query = [], [], Query(payload_bytes=3_500, after=after)
+        while True:
+            page = await store.find(query)
+            seqs += [job.seq for job, _ in page.jobs]
+            sizes.append(len(page.jobs))
+            if page.next_before is None:
+                break
+            query = replace(query, **{"before" if after is None else "after": page.next_before})
+        assert seqs == expected
+        assert sizes == [3, 3, 3, 1]
+    page = await store.find(Query(payload_bytes=10, before=2))
+    assert [job.seq for job, _ in page.jobs] == [1]
+    assert page.next_before is None
+
+
+async def test_pieces_of_the_journal_and_of_old_jobs_have_their_size(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches wait for them: a hundred events of 256 KiB each would take half a second."""
+    monkeypatch.setattr(lookups, "SLICE_BYTES", 3_000)
+    maker = Maker()
+    await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
+    seqs: list[int] = []
+    while True:
+        page = await store.journal(seqs[-1] if seqs else 0, 100)
+        seqs += [event.seq for event in page.events]
+        assert page.last == 20
+        if not page.more:
+            break
+        assert 2 <= len(page.events) <= 7
+    assert seqs == list(range(1, 21))
+    assert (await store.journal(0, 2)).more
+    assert await store.expired(NOW, 100) == ["job-1", "job-2", "job-3"]
+    monkeypatch.setattr(lookups, "SLICE_BYTES", 1)
+    assert [event.seq for event in (await store.journal(1, 100)).events] == [2]  # one at least
+    assert await store.expired(NOW, 100) == ["job-1"]
+
+
 async def test_expired_names_finished_jobs_only_oldest_first(store: Store) -> None:
     maker = Maker()
     first, second, third = (maker.create(expires_at=NOW - 5) for _ in range(3))

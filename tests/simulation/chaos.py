@@ -178,7 +178,7 @@ class Chaos:
         if seqs:
             seq, payload = self.dice.choice(seqs), self.dice.random() < 0.5
             machine.fault("rot payload" if payload else "rot row", machine.disk.jobs[seq].id)
-            machine.disk.rot(seq, payload=payload)
+            machine.disk.rot(seq, payload=payload, stays=self.dice.choice((0, 0, 1, 3)))
 
     async def _artefacts(self, name: str) -> None:
         machine = self.machine

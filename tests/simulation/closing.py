@@ -10,7 +10,7 @@ import asyncio
 from typing import Any, Final
 
 from jobd.answers import Answer, CleanupReport, GrantView
-from jobd.commands import AnyCommand, Claim, Complete, Progress, Refusal, Resume, RunNow, Stats
+from jobd.commands import MAX_PAGE, AnyCommand, Claim, Complete, List, Progress, Refusal, Resume, RunNow, Stats
 from jobd.job import DAY_MS, SECOND_MS
 from tests.simulation.machine import Daemon, Machine
 
@@ -120,6 +120,7 @@ class Closing:
             self.watch.fail("L5", f"a complaint after a good pass: {daemon.cleaner.complaint()}")
         if machine.dice.random() < 0.5:
             return
+        await self._look_at_all()
         await self._all_time_passes(daemon)
         if machine.disk.jobs:
             left = next(iter(machine.disk.jobs.values()))
@@ -127,6 +128,16 @@ class Closing:
         if any(event.job_id not in machine.disk.quarantined for event in machine.disk.events):
             self.watch.fail("S13", f"{len(machine.disk.events)} events of deleted jobs are left")
         await self._swept()
+
+    async def _look_at_all(self) -> None:
+        """Page by page: damaged rows for which there was no room in quarantine are met again, and moved."""
+        cursor = None
+        while (answer := await self._yes(List(limit=MAX_PAGE, cursor=cursor))) is not None:
+            cursor = answer.data.next_cursor
+            if cursor is None:
+                break
+        if self.machine.disk.unmoved:
+            self.watch.fail("L5", f"damaged rows are not in quarantine: {list(self.machine.disk.unmoved)}")
 
     async def _swept(self) -> None:
         """No object of a deleted job is left, and nothing waits to be deleted."""

@@ -16,6 +16,7 @@ from random import Random
 from typing import Any, Final
 
 from jobd.batch import BadRows, Batch, DiskFull, Numbers, Opened
+from jobd.job import Job
 from tests.memory_disk import MemoryDisk
 
 STATE: Final = (
@@ -55,21 +56,32 @@ class SimDisk(MemoryDisk):
         self.pruning: Callable[[int], None] = lambda before: None
         self._dice = dice
         self._fired = fired
+        self._stay: dict[int, int] = {}  # seq -> how many more times its row cannot be moved aside
         self._written: tuple[Batch, int] | None = None  # not flushed yet, and what its counts know of
         self.is_broken = False
         self.on_broken: Callable[[Exception], None] = lambda error: None
         self.fits = self._fits
+        self.can_move = self._can_move
 
     def _fits(self, batch: Batch) -> bool:
         if self.full == 1:
             return all(change.payload is None for change in batch.changes)
         return self.full == 0 or (self.full == 2 and not self.has_ballast)
 
+    def _can_move(self, job: Job) -> bool:
+        """Moving a damaged row aside takes room, and whole pages around it."""
+        tries = self._stay.get(job.seq, 0)
+        self._stay[job.seq] = max(tries - 1, 0)
+        self._fired["damaged row not moved, the disk is full"] += self.full > 0
+        self._fired["damaged row not moved, nor those around it"] += tries > 0
+        return self.full == 0 and tries == 0
+
     # -- what happens to it -------------------------------------------------------------------------------------------
 
     def heal(self) -> None:
         """No more faults."""
         self.full, self.slowness_s, self.failing, self.write_fault, self.armed = 0, 0.0, frozenset(), None, None
+        self._stay.clear()
 
     def crash(self, *, power_cut: bool) -> None:
         """Nobody uses it any more; what was written and not flushed is kept or lost as a whole."""
@@ -185,8 +197,9 @@ class SimDisk(MemoryDisk):
 
     # -- damage -------------------------------------------------------------------------------------------------------
 
-    def rot(self, seq: int, *, payload: bool) -> None:
-        """A bit flips in the row or in the payload of a job."""
+    def rot(self, seq: int, *, payload: bool, stays: int) -> None:
+        """A bit flips in the row or in the payload of a job, which is met so many times before it can be moved."""
+        self._stay[seq] = stays
         if payload:
             self.bad_payloads[seq] = "the checksum of its payload is wrong"
         else:

@@ -47,6 +47,8 @@ ON_DISK: Final = (
     "write on a full disk (1)",
     "write on a full disk (2)",
     "write on a full disk (3)",
+    "damaged row not moved, the disk is full",
+    "damaged row not moved, nor those around it",
     "load failed",
     "find failed",
     "timeline failed",
