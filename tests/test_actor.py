@@ -1616,7 +1616,8 @@ def test_a_damaged_row_that_stays_is_counted_as_on_the_disk_whatever_becomes_of_
             if what != "complete":
                 await house.yes(Cancel(id="a"))
                 await house.no(command)  # kept as a late result
-                command = {"delete": Delete(id="a"), "reset": ForceReset(id="a"), "adopt": Adopt(id="a")}[what]
+                others: dict[str, AnyCommand] = {"delete": Delete(id="a"), "reset": ForceReset(id="a")}
+                command = others.get(what, Adopt(id="a"))
             disk.gate.clear()
             asked = begin(house.actor.ask(command, admin=True))
             await disk.at_gate.wait()
