@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check coverage faults planted mutation format demo bench vendor screenshots linearizability simulation world proof pins clean
+.PHONY: help venv test check coverage faults planted mutation format demo bench bench-peers vendor screenshots linearizability simulation world proof pins clean
 
 help:  ## what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Another Python: make check PYTHON=python3.13 VENV=.venv-313"
 
 venv: $(READY)  ## a virtual environment in .venv with jobd and its tools, in the pinned versions
@@ -68,6 +68,15 @@ mutation: $(READY)  ## small changes to the pure rooms, one at a time: which doe
 
 proof: $(READY)  ## all of these, one after the other, as root: hours (ARGS="PART ... --write" for some, and into docs/RELIABILITY.md)
 	$(BIN)/python -m tests.proof $(ARGS)
+
+PEERS := build/peers
+bench-peers: $(READY)  ## the same work by other queues, in the same run (installs them, as root; ARGS="PEER ... --runs N")
+	command -v redis-server >/dev/null && command -v beanstalkd >/dev/null && command -v npm >/dev/null \
+		&& ls -d /usr/lib/postgresql/*/bin >/dev/null \
+		|| { apt-get -qq update && apt-get -qq install --yes --no-install-recommends postgresql redis-server beanstalkd nodejs npm; }
+	$(PIP) install --target $(PEERS)/python --upgrade asyncpg==0.32.0 huey==3.5.4
+	npm install --silent --no-save --no-package-lock --ignore-scripts --prefix $(PEERS) bullmq@5
+	PYTHONPATH=$(PEERS)/python JOBD_PEERS_NODE=$(PEERS)/node_modules $(BIN)/python -m tests.peers $(ARGS)
 
 vendor: $(READY)  ## bring the dashboard's libraries into jobd/dashboard/static, in the versions of tests/vendor.py (needs npm)
 	$(BIN)/python -m tests.vendor
