@@ -27,6 +27,8 @@ BACKLOG_BYTES: Final = 8 << 20  # of events that the slowest may lag behind, in 
 PIECE_BYTES: Final = 64 << 10  # written in one go
 PAGE: Final = 100  # events of the journal read between two batches: below 2 ms
 PAUSE_S: Final = 0.002  # after each page, so that workers get the disk in between
+SHARED_PAGES: Final = 8  # kept for those who come by the same place a moment later
+JOIN_WITHIN: Final = 2_000  # events before the newest: from there on a listener hears news while he reads the rest
 CLOSING_S: Final = 1.0  # for the last pieces to be written when the daemon stops
 
 log = structlog.get_logger("jobd.feed")
@@ -71,6 +73,46 @@ class Round:
         return self.frames[-1].event.seq
 
 
+class Piece:
+    """A page of the journal for all who go on from somewhere in it: every event above `begin` up to `end`.
+
+    `last` and `gone_to` are those of the journal then; `more`: it went on.
+    """
+
+    __slots__ = ("_round", "begin", "end", "events", "gone_to", "last", "more")
+
+    def __init__(self, after: int, page: JournalPage) -> None:
+        self.events = page.events
+        self.begin, self.end = after, page.events[-1].seq if page.more else page.last
+        self.last, self.gone_to, self.more = page.last, page.gone_to, page.more
+        self._round: Round | None = None
+
+    def since(self, position: int, wanted: Wanted) -> bytes:
+        """What of it is above `position` and wanted."""
+        if not wanted.is_everything:
+            some = (event for event in self.events if event.seq > position and wanted.has(event))
+            return b"".join(Frame.of(event).text for event in some)
+        return self.round.since(position, wanted) if self.events else b""
+
+    @property
+    def round(self) -> Round:
+        """Made once for all who want everything."""
+        if self._round is None:
+            self._round = Round(self.events)
+        return self._round
+
+
+class Reading:
+    """A page that somebody reads, or waits for his turn to. `piece` is there in the end, where nothing went wrong."""
+
+    __slots__ = ("begin", "ended", "piece")
+
+    def __init__(self, after: int) -> None:
+        self.begin = after
+        self.ended = asyncio.Event()
+        self.piece: Piece | None = None
+
+
 class Feed:
     """Where committed events come in and listeners get theirs. `last`: the number of the newest event that came in.
 
@@ -93,6 +135,8 @@ class Feed:
         self._next_round_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._places = asyncio.Semaphore(1)
+        self._readings: list[Reading] = []
+        self._pieces: deque[Piece] = deque(maxlen=SHARED_PAGES)  # those read last: who resumes together shares them
 
     @property
     def listeners(self) -> int:
@@ -140,11 +184,48 @@ class Feed:
         if self.listeners:
             asyncio.get_running_loop().call_later(CLOSING_S, self._cut_all)
 
-    async def page(self, after: int) -> JournalPage:
-        """A page of the journal, in turn with all who read it. Raises Refused (410) where it does not go on there."""
-        async with self._places:
-            page = await self._journal.journal(after, PAGE)
-            await asyncio.sleep(PAUSE_S)
+    async def page(self, after: int, *, is_first: bool = False) -> Piece:
+        """A page of the journal, in turn with all who read it; or that of another who reads the same, or has just.
+
+        The first is no older than the call. Raises Refused (410) where the journal does not go on there.
+        """
+        while True:
+            if not is_first and (piece := self._read_before(after)) is not None:
+                await asyncio.sleep(0)
+                return piece
+            reading = next((each for each in self._readings if each.begin <= after < each.begin + PAGE), None)
+            if reading is None:
+                return await self._read(after)
+            await reading.ended.wait()
+            if reading.piece is not None and after <= reading.piece.end:
+                return reading.piece
+
+    async def _read(self, after: int) -> Piece:
+        reading = Reading(after)
+        self._readings.append(reading)
+        try:
+            async with self._places:
+                page = await self._journal.journal(after, PAGE)
+                self._check_page(after, page)
+                piece = reading.piece = Piece(after, page)
+                if page.more:  # else it grows
+                    self._pieces.append(piece)
+                self._end(reading)
+                await asyncio.sleep(PAUSE_S)
+            return piece
+        finally:
+            self._end(reading)
+
+    def _end(self, reading: Reading) -> None:
+        """Whoever waits for it gets its page, or reads his own."""
+        if reading in self._readings:
+            self._readings.remove(reading)
+        reading.ended.set()
+
+    def _read_before(self, after: int) -> Piece | None:
+        return next((piece for piece in self._pieces if piece.begin <= after < piece.end), None)
+
+    def _check_page(self, after: int, page: JournalPage) -> None:
         if after > page.last:
             raise refused(
                 "events_gone", f"There was no event {after} yet: it is of another store. {_ANEW}", last=page.last
@@ -152,7 +233,6 @@ class Feed:
         if after < page.gone_to:
             message = f"Of the events after {after} some are no longer in the journal. {_ANEW}"
             raise refused("events_gone", message, last=page.last)
-        return page
 
     def join(self) -> int:
         """One more hears news; gives the number of the first round that will be his."""
@@ -162,6 +242,8 @@ class Feed:
     def leave(self, listener: Listener, *, was_live: bool) -> None:
         self._listeners.discard(listener)
         self._live -= was_live
+        if not self._listeners:
+            self._pieces.clear()
         if not self._live:
             self._bytes = 0
             self.first += len(self.rounds)
@@ -223,7 +305,8 @@ class Listener:
         self._is_whole = False  # and the journal has nothing more for him
         self.is_cut = False
         self._round = 0
-        self._page: JournalPage | None = None
+        self._until = 0  # what comes after this event is among the news; without news, nothing is wanted of it
+        self._page: Piece | None = None
         self._silent_since_s = 0.0
 
     @property
@@ -236,8 +319,9 @@ class Listener:
 
         Raises Refused where events after `after` are no longer in the journal.
         """
+        self._until = self._feed.last
         if after is not None:
-            self._page = await self._feed.page(after)
+            self._page = await self._feed.page(after, is_first=True)
             self.position = after
         elif back:
             self._page = await self._reach_back(back)
@@ -269,23 +353,25 @@ class Listener:
     def _join(self) -> None:
         self._round = self._feed.join()
         self._is_live = True
+        self._until = self._feed.last
 
-    async def _reach_back(self, back: int) -> JournalPage:
+    async def _reach_back(self, back: int) -> Piece:
         """A page from so many numbers ago, or from where the journal begins to be whole."""
-        page = await self._feed.page(self._feed.last)
+        page = await self._feed.page(self._feed.last, is_first=True)
         self.position = max(page.last - back, page.gone_to, 0)
-        return await self._feed.page(self.position)
+        return await self._feed.page(self.position, is_first=True)
 
     async def _from_journal(self) -> bytes:
-        """A page of it. The last is a short one that was read when he heard news already: so nothing is missed."""
+        """A page of it. Near its end he begins to hear news; what came before those is his once he has read so far.
+
+        So nothing is missed, and he need not be faster than all that comes in, which many who resume together are not.
+        """
         page, self._page = self._page or await self._feed.page(self.position), None
-        is_short = not page.more
-        text = _texts([Frame.of(each) for each in page.events if self._wanted.has(each)], self.position, self._wanted)
-        self.position = page.last if is_short else page.events[-1].seq
-        if is_short and (self._is_live or not self._follow):
-            self._is_whole = True
-        elif is_short:
+        text = page.since(self.position, self._wanted)
+        self.position = max(self.position, page.end)
+        if self._follow and not self._is_live and self._feed.last - self.position < JOIN_WITHIN:
             self._join()
+        self._is_whole = self.position >= self._until and (self._is_live or not self._follow)
         return text or self._marker()
 
     async def _from_backlog(self) -> bytes:

@@ -1612,10 +1612,11 @@ def test_a_damaged_row_that_stays_is_counted_as_on_the_disk_whatever_becomes_of_
             disk = house.disk
             await house.yes(Create(id="a"))
             lock_id = (await house.yes(Start(id="a", worker="w"))).lock_id
-            command: AnyCommand = Complete(id="a", lock_id=lock_id, file_path="/x")
+            complete = Complete(id="a", lock_id=lock_id, file_path="/x")
+            command: AnyCommand = complete
             if what != "complete":
                 await house.yes(Cancel(id="a"))
-                await house.no(command)  # kept as a late result
+                await house.no(complete)  # kept as a late result
                 others: dict[str, AnyCommand] = {"delete": Delete(id="a"), "reset": ForceReset(id="a")}
                 command = others.get(what, Adopt(id="a"))
             disk.gate.clear()

@@ -289,6 +289,50 @@ async def test_the_places_have_an_end_and_are_given_back() -> None:
     assert await heard(second, 2) == [1, 2]
 
 
+@pytest.mark.parametrize("spread", [0, 37, 3 * PAGE])
+def test_many_who_resume_together_get_live_while_events_go_on(spread: int) -> None:
+    """Each page is read once for all of them; nobody has to be faster than what comes in for all together."""
+
+    @in_virtual_time
+    async def run() -> None:
+        stage = Stage(most=100)
+        await stage.commit(500)
+        found: dict[Listener, list[int]] = {}
+
+        async def listen(after: int) -> None:
+            listener = await stage.begun(after=after)
+            found[listener] = [after]
+            while listener.position < 3_000:
+                found[listener] += numbers(await listener.more())
+
+        listeners = [asyncio.create_task(listen(number * spread // 40)) for number in range(40)]
+        while stage.feed.last < 3_000:  # 3 000 in a second
+            await stage.commit(15)
+            await seconds(0.005)
+        await asyncio.gather(*listeners)
+        assert stage.cuts == []
+        assert all(listener._is_whole for listener in found)
+        assert stage.disk.calls["journal"] < 150
+        for events in found.values():
+            assert events == list(range(events[0], events[-1] + 1))
+
+    run()
+
+
+@in_virtual_time
+async def test_without_follow_the_end_is_where_the_journal_was_at_the_beginning() -> None:
+    """It would never come to where many events come in while it is read."""
+    stage = Stage()
+    await stage.commit(2 * PAGE + 50)
+    listener = await stage.begun(after=0, follow=False)
+    found: list[int] = []
+    while piece := await listener.more():
+        found += numbers(piece)
+        await stage.commit(PAGE)
+    assert found[: 2 * PAGE + 50] == list(range(1, 2 * PAGE + 51))
+    assert len(found) <= 3 * PAGE
+
+
 @in_virtual_time
 async def test_what_was_pruned_is_told_at_the_beginning_and_on_the_way() -> None:
     stage = Stage()
