@@ -32,11 +32,10 @@ def asks(book: Book, command: AnyCommand, policy: Policy) -> LateAsked | None:
         return None
     if not isinstance(command, Complete):
         return LateAsked(job.seq, whole=isinstance(command, Adopt))
-    ended = job.ended
-    is_last = ended is not None and ended.lock_id == command.lock_id
-    if policy.late_results_of(job.options.queue) == "drop" or (is_last and ended is not None and ended.verb):
+    last = job.ended if job.ended is not None and job.ended.lock_id == command.lock_id else None
+    if policy.late_results_of(job.options.queue) == "drop" or (last is not None and last.verb):
         return None  # it will be forgotten, or repeats what its holder has said
-    return LateAsked(job.seq, None if is_last else command.lock_id)
+    return LateAsked(job.seq, command.lock_id if last is None else None)
 
 
 def is_late(book: Book, command: Complete) -> bool:
@@ -134,7 +133,8 @@ def _kept(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal
     if same is not None:
         return _told(job, same, refusal) if same.body_hash == late.body_hash else refusal
     result = late.result
-    if len(known) >= KEEP_LATE and late.fencing_token < min(each.fencing_token for each in known):
+    latest = sorted([late.fencing_token, *(each.fencing_token for each in known)])[-KEEP_LATE:]
+    if late.fencing_token not in latest:
         return refusal
     if result.metadata is not None and len(bytes(result.metadata)) > draft.policy.late_bytes:
         return refusal

@@ -8,8 +8,9 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import late_rules
+from jobd import late_rules, rules
 from jobd.answers import Answer, JobView, LateResultList, Look, WhyView
+from jobd.batch import LateKnown
 from jobd.commands import (
     Adopt,
     Call,
@@ -157,6 +158,18 @@ def test_of_a_job_only_the_latest_grants_are_kept_and_none_comes_back(desk: Desk
     assert [kept.fencing_token for kept in desk.late()] == desk.tokens[1:]
 
 
+def test_one_between_those_that_are_kept_takes_the_place_of_the_oldest(desk: Desk) -> None:
+    locks = [stalled(desk, max_stalls=20)]
+    for _ in range(KEEP_LATE):
+        locks.append(desk.start())
+        desk.passes(LONG)
+        desk.yes(Recover(limit=1))
+    for lock_id in locks[:2] + locks[3:]:
+        late(desk, completing(lock_id))
+    late(desk, completing(locks[2]))
+    assert [kept.fencing_token for kept in desk.late()] == desk.tokens[1:]
+
+
 def test_a_grant_before_all_that_are_kept_is_kept_while_there_is_room(desk: Desk) -> None:
     locks = [stalled(desk)]
     locks.append(desk.start())
@@ -191,6 +204,16 @@ def test_a_row_in_nobodys_hands_leaves_nothing(desk: Desk) -> None:
     lock_id = desk.held()
     desk.row(replace(desk.job(), lease=None))
     late(desk, completing(lock_id), kept=False)
+
+
+def test_a_lock_that_ends_in_the_batch_of_its_complete_leaves_its_result(desk: Desk) -> None:
+    """Before the batch it was not late: nobody looked what the disk has of the job."""
+    lock_id = desk.held()
+    desk.yes(ForceReset(id="a"), admin=True)
+    desk.book.late = LateKnown()
+    decision = rules.decide(desk.book, Call(completing(lock_id)), desk.at, desk.policy)
+    assert isinstance(decision.answer, Refusal)
+    assert decision.answer.details["late_result"] == decision.changes[0].event.seq
 
 
 @pytest.mark.parametrize(
@@ -246,6 +269,22 @@ def test_left_alone_since_it_is_taken() -> None:
     assert desk.late() == []
     assert desk.yes(completing(lock_id, expires_at=desk.now + 7)).repeated is True
     desk.no(completing(lock_id, file_path="/other"), "invalid_transition")
+
+
+def test_what_it_leaves_is_what_a_complete_in_time_leaves() -> None:
+    """So that whatever is called next with that lock hears the same."""
+    in_time, desk = taking(), taking()
+    asked = completing(in_time.held())
+    in_time.passes(LONG)
+    in_time.yes(asked)
+    assert stalled(desk) == asked.lock_id
+    desk.passes(5)
+    desk.yes(asked)
+    ended = in_time.job().ended
+    assert ended is not None
+    assert desk.job().ended == replace(ended, at=desk.now)
+    told = desk.no(completing(asked.lock_id, file_path="/other"), "invalid_transition")
+    assert told.details == {"status": "completed", "ended_by": "complete", "ended_at": desk.now}
 
 
 def test_also_where_the_stall_has_failed_it() -> None:
@@ -304,6 +343,35 @@ def test_a_job_that_was_not_left_alone_keeps_it_for_an_operator(touch: Any) -> N
     late(desk, completing(lock_id))
 
 
+@pytest.mark.parametrize("touch", [touched_given, touched_cancelled], ids=lambda touch: touch.__name__)
+def test_nor_is_one_taken_that_has_failed_by_a_stall_before(touch: Any) -> None:
+    """Its last error stays and looks like that of a job that nobody has touched since."""
+    desk = taking()
+    desk.held(on_stall="fail")
+    desk.passes(LONG)
+    desk.yes(Recover(limit=1))
+    desk.yes(Transition(id="a", from_="failed", to="queued"), admin=True)
+    desk.row(replace(desk.job(), options=replace(desk.job().options, on_stall="requeue")))
+    lock_id = desk.start()
+    desk.passes(LONG)
+    desk.yes(Recover(limit=1))
+    touch(desk)
+    late(desk, completing(lock_id))
+
+
+def test_a_row_that_has_lost_its_error_or_its_last_grant_is_left_to_an_operator() -> None:
+    """Hands leave such rows, and a worker must not be told that jobd is broken."""
+    desk = taking()
+    lock_id = desk.held(on_stall="fail")
+    desk.passes(LONG)
+    desk.yes(Recover(limit=1))
+    whole = desk.row(replace(desk.job(), error=None))
+    late(desk, completing(lock_id))
+    desk.row(replace(whole, ended=None))
+    desk.lates.clear()
+    late(desk, completing(lock_id))
+
+
 def test_a_reset_within_the_same_millisecond_is_noticed() -> None:
     desk = taking()
     lock_id = desk.held(on_stall="fail")
@@ -333,6 +401,14 @@ def test_a_grant_that_an_operator_ended_is_not_taken() -> None:
     desk = taking()
     lock_id = desk.held()
     desk.yes(ForceReset(id="a"), admin=True)
+    late(desk, completing(lock_id))
+
+
+def test_nor_where_the_job_has_stalled_before() -> None:
+    desk = taking()
+    stalled(desk)
+    lock_id = desk.start(worker="w-2")
+    desk.yes(ReleaseLock(id="a", lock_id=lock_id), admin=True)
     late(desk, completing(lock_id))
 
 
@@ -399,7 +475,18 @@ def test_where_somebody_holds_it_that_is_said(desk: Desk) -> None:
 
 def test_completed_is_final(desk: Desk) -> None:
     desk.completed()
-    assert "completed is final" in desk.no(Adopt(id="a"), "invalid_transition", admin=True).message
+    refusal = desk.no(Adopt(id="a"), "invalid_transition", admin=True)
+    assert "completed is final" in refusal.message
+    assert refusal.details == {"status": "completed", "to": "completed", "allowed": []}
+
+
+def test_a_job_that_is_created_in_the_same_batch_has_none(desk: Desk) -> None:
+    """Before the batch it was not there: nobody looked what the disk has of it."""
+    desk.create()
+    desk.book.late = LateKnown()
+    refusal = rules.decide(desk.book, Call(Adopt(id="a"), admin=True), desk.at, desk.policy).answer
+    assert isinstance(refusal, Refusal)
+    assert refusal.code == "late_result_not_found"
 
 
 def test_there_has_to_be_one(desk: Desk) -> None:
