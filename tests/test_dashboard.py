@@ -26,7 +26,7 @@ from jobd.answers import AlertView, ClockView
 from jobd.artefact_files import FileStore
 from jobd.book import Book
 from jobd.clock import Clock
-from jobd.dashboard import live, paint, sessions
+from jobd.dashboard import filters, live, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
 from jobd.dashboard.recorder import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, Recorder
@@ -43,7 +43,7 @@ from tests.memory_disk import MemoryDisk
 READER = "reader-token-0123456789abcdef"
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 NASTY = "<script>alert('x')</script>\x1b[31m\u202e&\""
-PAGES = ["/", "/jobs", "/jobs?status=processing&queue=video", "/queues", "/workers", "/cleanup", "/alerts"]
+PAGES = ["/", "/jobs", "/jobs?status=processing&queue=video", "/queues", "/workers", "/cleanup", "/alerts", "/audit"]
 
 
 class Browser:
@@ -360,7 +360,7 @@ async def test_who_may_only_look_sees_no_button_and_no_secret(town: Town) -> Non
         page = text(await reader.get(target))
         assert "read-only" in page, target
         assert lock_id not in page
-        assert set(re.findall(r'action="([^"]+)"', page)) <= {"/sign-out", "/jobs"}, target
+        assert set(re.findall(r'action="([^"]+)"', page)) <= {"/sign-out", "/jobs", "/audit"}, target
         assert "/confirm" not in page
     town.now_s += 1
     assert (await reader.post("/sign-out", csrf=await reader.csrf())).status == 303
@@ -482,6 +482,103 @@ async def test_filters_are_in_the_address_and_pages_go_on_from_there(town: Town)
     heard = await browser.get("/jobs?queue=a%20b")
     assert heard.status == 400
     assert 'value="a b"' in text(heard)
+
+
+async def test_jobs_are_found_by_worker_time_and_text(town: Town) -> None:
+    await town.held()
+    await town.do("jobs", id="invoice-7", queue="mail", payload={"to": "Eve"})
+    browser = await town.browser()
+
+    async def found(query: str) -> list[str]:
+        heard = await browser.get(f"/jobs?{query}")
+        assert heard.status == 200, text(heard)
+        return re.findall(r'id="job-([^"]+)"', text(heard))
+
+    assert await found("worker=w-1") == ["held"]
+    assert await found("q=eve") == ["invoice-7"]
+    assert await found("q=INVOICE&queue=mail") == ["invoice-7"]
+    assert await found("q=nothing") == []
+    assert await found("since=2h") == ["invoice-7", "held"]
+    assert await found("until=2h&since=") == []
+    assert await found("since=2020-01-01&until=2020-01-01+10:00") == []
+    assert await found("until=2100-01-01T00:00Z") == ["invoice-7", "held"]
+    page = text(await browser.get("/jobs?since=2h&q=%22x%22"))
+    assert 'name="since" value="2h"' in page
+    assert 'name="q" value="&#34;x&#34;"' in page
+    assert "data-every" not in page, "a text is looked for once"
+    for query, field in (("since=yesterday", "$.since"), ("until=9999", "$.until"), ("q=" + "x" * 201, "$.q")):
+        heard = await browser.get(f"/jobs?{query}")
+        assert (heard.status, field in text(heard)) == (400, True)
+        assert_safe(heard)
+
+
+@pytest.mark.parametrize(
+    ("text_", "at"),
+    [
+        ("90s", 910_000),
+        ("10 min", 400_000),
+        ("1h", 0),
+        ("1970-01-01 00:10", 600_000),
+        ("1970-01-01T02:10+02:00", 600_000),
+        ("1970-01-02", 86_400_000),
+        ("1969-01-01", 0),
+        ("", None),
+        ("1 fortnight", None),
+        ("-5m", None),
+        ("12:00", None),
+    ],
+)
+def test_times_as_people_write_them(text_: str, at: int | None) -> None:
+    assert filters.moment(text_, 1_000_000) == at
+
+
+# -- the audit log -----------------------------------------------------------------------------------------------------
+
+
+async def test_what_operators_did_is_told_with_who_and_why(town: Town) -> None:
+    await town.held()
+    eve = Browser(town.admin)
+    await eve.post("/sign-in", token=TOKEN, name=" Eve  <i>\x1b ")
+    assert "No" not in text(await eve.get("/audit")).partition("<tbody")[2]
+    await eve.confirmed("held", "force-fail", "wrong <b>input</b>")
+    await eve.post("/queues/video/pause", csrf=await eve.csrf())
+    nobody = await town.browser()
+    await nobody.post("/jobs/held/do", csrf=await nobody.csrf(), verb="force-fail", seen="failed")
+    reader = await town.browser(READER)
+    for browser in (eve, reader):
+        page = text(await browser.get("/audit"))
+        rows = re.findall(r'<tr id="audit-\d+">(.*?)</tr>', page, re.DOTALL)
+        assert len(rows) == 3
+        refused, paused, failed = rows
+        assert "invalid_transition" in refused
+        assert ">admin<" in refused
+        assert "Eve &lt;i&gt;" in paused
+        assert '<a href="/jobs?queue=video">' in paused
+        assert "processing → failed" in failed
+        assert "wrong &lt;b&gt;input&lt;/b&gt;" in failed
+        assert "127.0.0.1" in failed
+    assert "admin:Eve &lt;i&gt;" in text(await eve.get("/jobs/held"))
+    assert re.search(r"Eve &lt;i&gt;</span>", text(await eve.get("/queues"))), "it is said who is signed in"
+    for query, count in (("who=admin", 1), ("what=pause", 1), ("job_id=held&who=", 2), ("since=1h", 3), ("who=x", 0)):
+        page = text(await eve.get(f"/audit?{query}"))
+        assert page.count('id="audit-') == count, query
+    assert (await eve.get("/audit?job_id=a%20b")).status == 400
+    assert "must be a time" in text(await eve.get("/audit?since=then"))
+
+
+async def test_the_audit_log_is_walked_page_by_page(town: Town) -> None:
+    browser = await town.browser()
+    csrf = await browser.csrf()
+    for number in range(60):
+        await browser.post(f"/queues/q-{number}/pause", csrf=csrf)
+    target, seen = "/audit?what=pause", []
+    while target:
+        page = text(await browser.get(target))
+        seen += re.findall(r'href="/jobs\?queue=q-(\d+)">q-', page.partition("<tbody")[2])
+        older = re.search(r'rel="next" href="([^"]+)"', page)
+        target = html.unescape(older[1]) if older else ""
+        assert not older or "what=pause" in target
+    assert seen == [str(number) for number in range(59, -1, -1)]
 
 
 async def test_a_job_says_all_that_is_known_of_it(town: Town) -> None:

@@ -26,13 +26,14 @@ from jobd.answers import (
     WhyView,
     WorkerList,
 )
+from jobd.answers import AuditPage as AuditEntries
 from jobd.bodies import Refused, explain, refused
 from jobd.commands import (
+    AuditLog,
     Command,
     Cursor,
     Get,
     LateResults,
-    List,
     Locks,
     OnJob,
     Queues,
@@ -43,11 +44,11 @@ from jobd.commands import (
     Workers,
 )
 from jobd.dashboard.deeds import DEEDS, Deed, Verb, can, open_to, seen
+from jobd.dashboard.filters import JobsPage, address, given, moment_of, search
 from jobd.dashboard.guests import Guest
-from jobd.dashboard.live import Live
 from jobd.dashboard.paint import pretty
 from jobd.dashboard.recorder import Recorder
-from jobd.job import STATUSES, is_job_id
+from jobd.job import STATUSES
 
 Shown = dict[str, Any]
 
@@ -56,17 +57,20 @@ MOST_ROWS: Final = 200  # of queues and damaged jobs
 MOST_HELD: Final = 100  # of workers and of locks
 MOST_EVENTS: Final = 200
 MOST_REPORTS: Final = 50
+DEEDS_KEPT: Final = (
+    "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
+    "delete", "pause", "resume", "import", "recover-stuck", "cleanup", "accept-clock", "backup",
+)  # fmt: skip
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]-]{1,200}")
 
 
-class JobsPage(Command, frozen=True, kw_only=True):
+class AuditPage(Command, frozen=True, kw_only=True):
     """A form sends fields that are empty, too: they filter nothing."""
 
-    id: str = ""
-    status: str = ""
-    queue: str = ""
-    kind: str = ""
-    worker: str = ""
+    who: str = ""
+    what: str = ""
+    job_id: str = ""
+    since: str = ""
     cursor: str = ""
 
 
@@ -128,43 +132,25 @@ def strip(guest: Guest, queues: QueueList) -> Shown:
 
 
 async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
-    given = {
-        name: value for name, value in msgspec.structs.asdict(wanted).items() if value and name not in ("id", "cursor")
-    }
-    asks = {**given, **({"cursor": wanted.cursor} if wanted.cursor else {}), "limit": PER_PAGE}
     shown: Shown = {"wanted": wanted, "statuses": STATUSES, "page": JobPage([], None), "fault": "", "next": ""}
+    shown["is_filtered"] = bool(given(wanted))
     try:
-        command = msgspec.convert(asks, List)
-    except msgspec.ValidationError as fault:
+        command = search(wanted, guest.now, PER_PAGE)
+    except Refused as no:
         [queues] = await asked(guest, Queues())
-        no = explain(str(fault), List).refusal
-        return {
-            **shown,
-            "fault": no.message,
-            "status": no.status,
-            "every_s": 0,
-            "queues": _names(queues),
-            **strip(guest, queues),
-        }
+        refusal = no.refusal
+        fault = {"fault": refusal.message, "status": refusal.status, "every_s": 0}
+        return {**shown, **fault, "queues": _names(queues), **strip(guest, queues)}
     page, queues = await asked(guest, command, Queues())
-    more = f"/jobs?{urlencode({**given, 'cursor': page.next_cursor})}" if page.next_cursor else ""
-    first = f"/jobs?{urlencode(given)}" if wanted.cursor else ""
-    if wanted.cursor:  # what is older stays where it is
+    more = address("/jobs", wanted, cursor=page.next_cursor) if page.next_cursor else ""
+    first = address("/jobs", wanted) if wanted.cursor else ""
+    if wanted.cursor or wanted.q:  # what is older stays where it is, and a text is looked for once
         shown["every_s"] = 0
     return {**shown, "page": page, "next": more, "first": first, "queues": _names(queues), **strip(guest, queues)}
 
 
 def _names(queues: QueueList) -> list[str]:
     return [queue.name for queue in queues.queues[:MOST_ROWS]]
-
-
-def job_wanted(wanted: JobsPage) -> str | None:
-    """Where to go on, if a job is asked for by its id."""
-    return f"/jobs/{wanted.id}" if is_job_id(wanted.id) else None
-
-
-def news_of_jobs(wanted: JobsPage) -> Live:
-    return Live(queue=wanted.queue) if is_job_id(wanted.queue) else Live()
 
 
 async def job(guest: Guest, job_id: str) -> Shown:
@@ -270,3 +256,29 @@ async def alerts(guest: Guest) -> Shown:
         "more_damaged": max(len(damaged) - MOST_ROWS, 0),
         **strip(guest, queues),
     }
+
+
+async def audit(guest: Guest, wanted: AuditPage) -> Shown:
+    filters = {
+        name: value.strip()
+        for name, value in msgspec.structs.asdict(wanted).items()
+        if value.strip() and name != "cursor"
+    }
+    shown: Shown = {"wanted": wanted, "deeds": DEEDS_KEPT, "entries": [], "fault": "", "next": "", "first": ""}
+    asks: Shown = {**filters, "limit": PER_PAGE, **({"cursor": wanted.cursor} if wanted.cursor else {})}
+    [queues] = await asked(guest, Queues())
+    try:
+        if wanted.since.strip():
+            asks["since"] = moment_of("since", wanted.since.strip(), guest.now)
+        command = msgspec.convert(asks, AuditLog)
+    except (Refused, msgspec.ValidationError) as fault:
+        no = fault.refusal if isinstance(fault, Refused) else explain(str(fault), AuditLog).refusal
+        return {**shown, "fault": no.message, "status": no.status, "every_s": 0, **strip(guest, queues)}
+    page: AuditEntries
+    [page] = await asked(guest, command)
+    shown["entries"] = page.entries
+    if page.next_cursor:
+        shown["next"] = f"/audit?{urlencode({**filters, 'cursor': page.next_cursor})}"
+    if wanted.cursor:
+        shown |= {"every_s": 0, "first": f"/audit?{urlencode(filters)}" if filters else "/audit"}
+    return {**shown, **strip(guest, queues)}

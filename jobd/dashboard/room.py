@@ -23,12 +23,13 @@ from jobd.commands import Command, Get, OnJob, Pause, Refusal, Resume
 from jobd.dashboard import pages
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of, seen
+from jobd.dashboard.filters import JobsPage, job_wanted, news_of_jobs
 from jobd.dashboard.guests import Guest, cookie, guest_of, set_cookie
 from jobd.dashboard.live import Live, news_at, stream
 from jobd.dashboard.paint import HEADERS, HTML, Painter, go_to
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.sessions import LONGEST_S, Brake, Sessions
-from jobd.doors import Gate
+from jobd.doors import Gate, operator_name
 from jobd.downloads import Artefact, give
 from jobd.event_stream import EVENT_STREAM
 from jobd.job import QueueName
@@ -54,6 +55,7 @@ class Asset(Command, frozen=True, kw_only=True):
 
 class SignIn(Command, frozen=True, kw_only=True):
     token: Annotated[str, Meta(max_length=1_000)] = ""
+    name: Annotated[str, Meta(max_length=1_000)] = ""
     next: Annotated[str, Meta(max_length=2_000)] = "/"
 
 
@@ -97,13 +99,13 @@ class Dashboard:
             Route(method="GET", path="/chart.json", asks=Nothing, gives=bytes, who="anyone", via=self._chart),
             self._page(
                 "/jobs",
-                pages.JobsPage,
+                JobsPage,
                 "jobs",
                 "Jobs",
                 pages.jobs,
                 every_s=5,
-                leads=pages.job_wanted,
-                news=pages.news_of_jobs,
+                leads=job_wanted,
+                news=news_of_jobs,
             ),
             self._page(
                 "/jobs/{id}",
@@ -124,6 +126,7 @@ class Dashboard:
             self._form("/cleanup/run", Form, self._run_cleanup),
             self._form("/cleanup/recover", Form, self._recover),
             self._page("/alerts", Nothing, "alerts", "Alerts", lambda guest, _: pages.alerts(guest), every_s=5),
+            self._page("/audit", pages.AuditPage, "audit", "Audit", pages.audit, every_s=5),
             self._form("/clock/accept", Form, self._accept_clock),
         )
 
@@ -233,14 +236,14 @@ class Dashboard:
             fault = f"Too many wrong tokens came from your address. Try again in {wait_s:.0f} s."
             text = await self._sign_in_form(asked.next, fault)
             return Answer(msgspec.structs.replace(text, more={**text.more, "Retry-After": f"{wait_s:.0f}"}), status=429)
-        opened = self.sessions.sign_in(asked.token.strip())
+        opened = self.sessions.sign_in(asked.token.strip(), operator_name(asked.name))
         if opened is None:
             self._brake.note_wrong(address)
             site.refusals["unauthorized"] += 1
             log.info("sign_in_refused", address=address)
             return Answer(await self._sign_in_form(asked.next, "That is no valid token."), status=401)
         secret, session = opened
-        log.info("signed_in", access=session.access, address=address)
+        log.info("signed_in", access=session.access, address=address, name=session.name or None)
         self.sessions.sign_out(cookie(visit))
         return Answer(go_to(_onward(asked.next), Set_Cookie=set_cookie(visit, secret, LONGEST_S)), status=303)
 

@@ -1,0 +1,100 @@
+"""Which jobs a page is about: the filters as a form sends them, as the address keeps them, as the actor is asked.
+
+A form sends fields that are empty, too: they filter nothing. Asks nobody.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import Any, Final
+from urllib.parse import urlencode
+
+import msgspec
+
+from jobd.bodies import explain, invalid
+from jobd.commands import Command, Search
+from jobd.dashboard.live import Live
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
+
+FILTERS: Final = ("status", "queue", "kind", "worker", "since", "until", "q")
+_AGO: Final = re.compile(r"([0-9]{1,6})\s*(s|min|m|h|d)")
+_UNITS: Final = {"s": SECOND_MS, "m": MINUTE_MS, "min": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
+
+
+class JobFilter(Command, frozen=True, kw_only=True):
+    """`since` and `until` are of the creation: 2026-11-26 10:00 in UTC, or how long ago it was, as in 2h."""
+
+    status: str = ""
+    queue: str = ""
+    kind: str = ""
+    worker: str = ""
+    since: str = ""
+    until: str = ""
+    q: str = ""
+
+
+class JobsPage(JobFilter, frozen=True, kw_only=True):
+    """`id`: to go on to one job instead."""
+
+    id: str = ""
+    cursor: str = ""
+
+
+def given(wanted: JobFilter) -> dict[str, str]:
+    """The filters that say something."""
+    return {name: value for name in FILTERS if (value := getattr(wanted, name).strip())}
+
+
+def address(place: str, wanted: JobFilter, **more: str) -> str:
+    """`place` with the filters, and with what else is not empty."""
+    query = urlencode({**given(wanted), **{name: value for name, value in more.items() if value}})
+    return f"{place}?{query}" if query else place
+
+
+def chosen(wanted: JobFilter, now: int) -> dict[str, Any]:
+    """The filters as the fields of a search. Raises Refused where a time is none."""
+    fields: dict[str, Any] = given(wanted)
+    for name in ("since", "until"):
+        if name in fields:
+            fields[name] = moment_of(name, fields[name], now)
+    return fields
+
+
+def search(wanted: JobsPage, now: int, limit: int) -> Search:
+    """What the actor is asked. Raises Refused where a filter is out of its bounds."""
+    fields = {**chosen(wanted, now), "limit": limit, **({"cursor": wanted.cursor} if wanted.cursor else {})}
+    try:
+        return msgspec.convert(fields, Search)
+    except msgspec.ValidationError as fault:
+        raise explain(str(fault), Search) from None
+
+
+def moment_of(name: str, text: str, now: int) -> int:
+    """The time that the field `name` says, Unix ms. Raises Refused where it is none."""
+    at = moment(text, now)
+    if at is None:
+        raise invalid(f"$.{name}", "must be a time as in 2026-11-26 10:00 (UTC), or how long ago it was, as in 2h.")
+    return at
+
+
+def moment(text: str, now: int) -> int | None:
+    """A time as people write it, Unix ms; None where it is none."""
+    if ago := _AGO.fullmatch(text):
+        return max(now - int(ago[1]) * _UNITS[ago[2]], 0)
+    try:
+        at = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    if at.tzinfo is None:
+        at = at.replace(tzinfo=datetime.UTC)
+    return max(round(at.timestamp() * SECOND_MS), 0)
+
+
+def job_wanted(wanted: JobsPage) -> str | None:
+    """Where to go on, if a job is asked for by its id."""
+    return f"/jobs/{wanted.id}" if is_job_id(wanted.id) else None
+
+
+def news_of_jobs(wanted: JobFilter) -> Live:
+    return Live(queue=wanted.queue) if is_job_id(wanted.queue) else Live()
