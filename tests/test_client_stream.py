@@ -16,9 +16,11 @@ from jobd.client import (
     InvalidRequest,
     JobNotFound,
     LockLost,
+    Task,
     TooLarge,
     Unauthorized,
     Unreachable,
+    Worker,
     calls,
 )
 from jobd.client.protocol import Request
@@ -152,6 +154,27 @@ async def test_many_calls_at_a_time_share_one_stream(town: Town, client: AsyncJo
         assert town.house.listener.connections == 1
     assert len(town.disk.jobs) == 1_000
     assert len(town.disk.batches) < 100
+
+
+@pytest.mark.parametrize(("concurrency", "streams"), [(7, 0), (8, 1)])
+async def test_a_worker_with_many_jobs_at_a_time_uses_a_stream(
+    town: Town, client: AsyncJobClient, concurrency: int, streams: int
+) -> None:
+    await client.create_jobs([{"id": f"j-{number}"} for number in range(20)])
+    worker = Worker(f"unix:{town.house.path}", concurrency=concurrency)
+    seen: list[int] = []
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        await task.progress(50)
+        seen.append(streams_of(town))
+        if len(seen) == 20:
+            worker.stop()
+
+    await worker.serve()
+    assert set(seen) == {streams}
+    assert {job.status for job in town.disk.jobs.values()} == {"completed"}
+    assert streams_of(town) == 0
 
 
 async def test_a_wrong_token_is_told(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from jobd.client.waiting import first_of, within
 
 TRACE_LINES: Final = 20
 MESSAGE_CHARACTERS: Final = 4096
+STREAM_FROM: Final = 8  # jobs at a time, from which on they are reported and ended over one stream of commands
 RESULT_FIELDS: Final = frozenset({"download_url", "file_path", "storage_key", "metadata"})
 
 log = logging.getLogger("jobd.client")
@@ -215,6 +216,8 @@ class Worker:
             client = self._client
             if not isinstance(client, AsyncJobClient):
                 client = await stack.enter_async_context(AsyncJobClient(client))
+                if self._concurrency >= STREAM_FROM:
+                    client = await stack.enter_async_context(client.stream())
             self._shift = Shift(
                 client, self._wanted(), self._begin, log.warning, concurrency=self._concurrency, grace_s=self._grace_s
             )
