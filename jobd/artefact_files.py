@@ -11,15 +11,20 @@ import errno
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Final, TypeVar
+from queue import SimpleQueue
+from typing import Any, Final, TypeVar
 
 from jobd.artefacts import Judge, Outcome, StoreFault
 
 T = TypeVar("T")
+Asked = tuple[asyncio.Future[Any], Callable[[], Any]]
+
+WAITING: Final = 100  # calls for which the thread has had no time yet
 
 # No symbolic link is followed on the way to an object: whoever may write into the directory could lead us out of it.
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -33,20 +38,30 @@ class FileStore:
         self.place = directory
         self._own_places = tuple(own_places)
         self._probe_name = f".jobd-probe-{owner}"
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="artefacts")
+        self._asked: SimpleQueue[Asked | None] = SimpleQueue()
+        # Not of a pool: the interpreter waits for those threads at its end, and one that hangs would never let it go.
+        self._thread = threading.Thread(target=_answer, args=(self._asked,), name="artefacts", daemon=True)
 
     async def delete(self, key: str, judge: Judge) -> Outcome:
-        return await self._in_thread(lambda: self._delete(key, judge))
+        return await self.ask(lambda: self._delete(key, judge))
 
     async def probe(self) -> None:
-        await self._in_thread(self._probe)
+        await self.ask(self._probe)
 
     async def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Waits for nothing: the thread ends when it comes to it, or with the process."""
+        self._asked.put(None)
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    async def ask(self, work: Callable[[], T]) -> T:
+        """`work`, done in the thread. Raises what it raises, and StoreFault for an OSError or where too much waits."""
+        if self._asked.qsize() >= WAITING:
+            raise StoreFault(f"{self.place} has not answered: {WAITING} calls wait for it already.")
+        if self._thread.ident is None:
+            self._thread.start()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._asked.put((future, work))
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            return await future
         except OSError as error:
             raise StoreFault(f"{self.place}: {error.strerror or error}") from error
 
@@ -121,6 +136,29 @@ class FileStore:
                 os.unlink(self._probe_name, dir_fd=folder)
         if read != value:
             raise StoreFault(f"{self.place}: a probe read back something else than it had written.")
+
+
+def _answer(asked: SimpleQueue[Asked | None]) -> None:
+    """What the thread does. An answer for which nobody waits any more is dropped."""
+    while (call := asked.get()) is not None:
+        future, work = call
+        if future.cancelled():
+            continue
+        try:
+            settle = partial(_settle, future, work(), None)
+        except BaseException as error:
+            settle = partial(_settle, future, None, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is about to end
+            future.get_loop().call_soon_threadsafe(settle)
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.cancelled():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 def _delete_in(folder: int, name: str, judge: Judge) -> Outcome:
