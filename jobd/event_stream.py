@@ -17,7 +17,7 @@ from jobd.commands import MAX_NAMES, Command
 from jobd.events import EventType, Wanted
 from jobd.job import is_job_id
 from jobd.replies import PATIENCE_S, SAFE
-from jobd.streams import write
+from jobd.streams import finish, write
 from jobd.visits import Visit
 from jobd.web import Listener, Web
 
@@ -72,7 +72,7 @@ async def _pass_on(response: web.StreamResponse, first: bytes, listener: Listene
         while piece:
             await write(response, piece)
             piece = await listener.more()
-        await response.write_eof()
+        await finish(response)
     except Exception as error:
         # Too late for a refusal: the client notices that the stream broke off, asks again, and is told then.
         _log_end(error, visit)
