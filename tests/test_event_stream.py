@@ -140,7 +140,9 @@ async def test_what_is_asked_wrongly_is_named(house: House, query: str, field: s
     assert (heard.status, heard.error, heard.json["details"]["field"]) == (400, "invalid_request", field)
 
 
-@pytest.mark.parametrize("told", ["x", "-1", "1.0", "9" * 30, "²"])
+@pytest.mark.parametrize(
+    "told", ["x", "-1", "1.0", "9" * 19, "9" * 30, "0" * 20 + "9" * 30, "0" * 20 + "9" * 5_000, "²"]
+)
 async def test_a_last_event_id_is_a_number(house: House, told: str) -> None:
     heard = await house.raw(message("GET", "/v1/events", headers={"Last-Event-ID": told}))
     assert (heard.status, heard.json["details"]["field"]) == (400, "Last-Event-ID")
