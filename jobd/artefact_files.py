@@ -69,8 +69,8 @@ class FileStore:
 
     def _delete(self, key: str, judge: Judge) -> Outcome:
         *folders, name = key.split("/")
-        if any(part in ("", ".") for part in (*folders, name)):
-            return Outcome("left", "such a key names no file")
+        if any(part in ("", ".", "..") for part in (*folders, name)) or "\0" in key:
+            return Outcome("left", "such a key names no file in the directory")  # no API takes them; hands do
         try:
             with self._opened(folders) as folder:
                 if self._is_own(folder):

@@ -69,13 +69,17 @@ async def test_what_is_not_there_is_gone_already(place: Path, store: FileStore, 
     assert await store.delete(key, yes) == Outcome("missing")
 
 
-@pytest.mark.parametrize("key", ["", ".", "a//b", "a/./b", "folder/"])
+@pytest.mark.parametrize(
+    "key", ["", ".", "a//b", "a/./b", "folder/", "../outside", "folder/../../outside", "..", "a\0b"]
+)
 async def test_a_key_that_names_no_file_is_left(place: Path, store: FileStore, key: str) -> None:
+    outside = put(place.parent, "outside")
     put(place, "folder/inside")
     put(place, "a/b")
     assert (await store.delete(key, yes)).what == "left"
     assert (place / "a/b").exists()
     assert (place / "folder/inside").exists()
+    assert outside.exists()
 
 
 async def test_a_directory_is_left(place: Path, store: FileStore) -> None:
