@@ -141,12 +141,14 @@ class AuditRows(Struct):
 class Due(Struct):
     """Tombstones that are due, each with whether a job names its key; `damaged` more were set aside.
 
-    `held`: job seqs of those whose key a late result names: it may be adopted, or go with its own job.
+    `unmoved`: so many damaged ones could not be, and are where they were. `held`: job seqs of those whose key a late
+    result names: it may be adopted, or go with its own job.
     """
 
     found: list[tuple[Tombstone, bool]]
     damaged: int = 0
     held: set[int] = set()
+    unmoved: int = 0
 
 
 def tombstones(changes: Iterable[Change]) -> list[Tombstone]:

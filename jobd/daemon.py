@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final, Protocol
@@ -63,6 +64,7 @@ EXIT_CONFIG: Final = 78
 
 GRACE_MS: Final = 30 * SECOND_MS  # after a start nothing of a processing job ends sooner
 SAME_MOMENT_S: Final = 0.05
+PLACE_S: Final = 2.0  # for the directory of artefacts to answer
 STOP_S: Final = 20.0  # for requests in flight; systemd waits longer
 SLICE: Final = 500
 
@@ -133,7 +135,7 @@ class Daemon:
         presence = Presence(self._was_away)
         self.actor.look = presence.look
         _run_beside(stack, "presence", presence)
-        sweeper = self._sweep(store, opened, stack)
+        sweeper = await self._sweep(store, opened, stack)
         self.rooms = self._rooms(store, opened, sweeper, stack)
         await self._open_doors(stack)
         self._listen_to_signals()
@@ -210,10 +212,10 @@ class Daemon:
         line.warning("was_away", away_ms=away_ms, processing=len(self.actor.book.processing))
         self._credit_absence(self.clock.moment().lease - away_ms)
 
-    def _sweep(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Sweeper | None:
+    async def _sweep(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Sweeper | None:
         """Artefacts of deleted jobs are deleted, where there is a store of them."""
         self._sweeps = Sweeps(waiting=opened.tombstones)
-        self._artefacts = _open_artefacts(self._loaded)
+        self._artefacts = await _open_artefacts(self._loaded)
         if self._artefacts is None:
             if opened.tombstones:
                 line.warning("artefacts_wait", tombstones=opened.tombstones, reason="artefacts.url is not set any more")
@@ -484,19 +486,23 @@ def _current_keys(rows: list[KeyRow], book: Book) -> list[KeyRow]:
     return kept
 
 
-def _open_artefacts(loaded: Loaded) -> ArtefactStore | None:
+async def _open_artefacts(loaded: Loaded) -> ArtefactStore | None:
     """The store that artefacts.url names, if any. What a bucket takes is imported for a bucket alone."""
     settings = loaded.config
     if not settings.artefacts.url:
         return None
-    try:
-        config.check_apart(settings.artefacts.url, loaded.own_places)  # a link may lead elsewhere by now
-    except ConfigError as error:
-        raise CannotStart(str(error), EXIT_CONFIG) from None
     url = urlsplit(settings.artefacts.url)
     owner = blake2b(f"{socket.gethostname()} {settings.store.path}".encode(), digest_size=6).hexdigest()
     if url.scheme == "file":
-        return FileStore(unquote(url.path), owner, loaded.own_places)
+        store = FileStore(unquote(url.path), owner, loaded.own_places)
+        try:
+            async with asyncio.timeout(PLACE_S):  # one that hangs is health's matter; it is looked at again before use
+                await store.ask(partial(config.check_apart, settings.artefacts.url, loaded.own_places))
+        except ConfigError as error:
+            raise CannotStart(str(error), EXIT_CONFIG) from None
+        except TimeoutError:
+            line.warning("artefacts_wait", place=store.place, reason=f"no answer within {PLACE_S:g} s")
+        return store
     from jobd.artefact_s3 import S3ArtefactStore
 
     try:

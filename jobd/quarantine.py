@@ -131,17 +131,26 @@ def quarantine(tables: Tables, job: Job, reason: str) -> None:
     set_jobs_aside(tables, [(found[0] if found else rows.sealed(rows.job_row(job)), reason)])
 
 
-def set_rows_aside(tables: Tables, table: str, columns: tuple[str, ...], damaged: list[tuple[int, Row, str]]) -> None:
-    """Move damaged rows (rowid, columns, what is wrong) of another table than jobs aside; name them in the faults."""
+def set_rows_aside(
+    tables: Tables, table: str, columns: tuple[str, ...], damaged: list[tuple[int, Row, str]]
+) -> set[int]:
+    """Move damaged rows (rowid, columns, what is wrong) of another table than jobs aside; name them in the faults.
+
+    Gives the rowids of those that stay where they are.
+    """
+    unmoved: set[int] = set()
     for rowid, row, reason in damaged:
         name = f"{table} {readable(row[0])}"
         try:
             tables.commit(_set_row_aside, tables, table, columns, rowid, row, reason)
             tables.faults.append(f"{name}: {reason}; the row was set aside")
         except DiskFull:
+            unmoved.add(rowid)
             tables.faults.append(f"{name}: {reason}; the row could not be set aside: the disk is full")
         except CannotMove as error:
+            unmoved.add(rowid)
             tables.faults.append(f"{name}: {reason}; the row could not be set aside: {error}")
+    return unmoved
 
 
 def _set_row_aside(tables: Tables, table: str, columns: tuple[str, ...], rowid: int, row: Row, reason: str) -> None:

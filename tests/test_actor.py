@@ -1612,15 +1612,17 @@ def test_a_damaged_row_that_stays_is_counted_as_on_the_disk_whatever_becomes_of_
             disk = house.disk
             await house.yes(Create(id="a"))
             lock_id = (await house.yes(Start(id="a", worker="w"))).lock_id
-            complete = Complete(id="a", lock_id=lock_id, file_path="/x")
-            command: AnyCommand = complete
+            commands: dict[str, AnyCommand] = {
+                "complete": Complete(id="a", lock_id=lock_id, file_path="/x"),
+                "delete": Delete(id="a"),
+                "reset": ForceReset(id="a"),
+                "adopt": Adopt(id="a"),
+            }
             if what != "complete":
                 await house.yes(Cancel(id="a"))
-                await house.no(complete)  # kept as a late result
-                others: dict[str, AnyCommand] = {"delete": Delete(id="a"), "reset": ForceReset(id="a")}
-                command = others.get(what, Adopt(id="a"))
+                await house.no(commands["complete"])  # kept as a late result
             disk.gate.clear()
-            asked = begin(house.actor.ask(command, admin=True))
+            asked = begin(house.actor.ask(commands[what], admin=True))
             await disk.at_gate.wait()
             if damage == "row":
                 disk.bad_jobs["a"] = "checksum"

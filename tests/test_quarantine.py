@@ -367,6 +367,25 @@ async def test_a_bad_row_of_the_audit_log_is_set_aside_and_named(path: str) -> N
         assert store.take_faults() == []
 
 
+async def test_bad_tombstones_that_cannot_be_moved_hide_none_behind_them(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        buried = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW + seq) for seq in range(1, 30)]
+        await store.write(maker.batch([], tombstones=buried))
+        store._db.raw.execute("UPDATE tombstones SET tries = 7 WHERE job_seq <= 25")
+        with monkeypatch.context() as patch:
+            patch.setattr(quarantine, "_set_row_aside", no_room)
+            for _ in range(2):
+                assert await store.due_tombstones(NOW + 99, 10) == Due(
+                    [(each, False) for each in buried[25:]], unmoved=25
+                )
+                assert (await store.due_tombstones(NOW + 99, 2)).unmoved == 20  # it looks behind some, not all
+        assert (await store.due_tombstones(NOW + 99, 10)) == Due([(each, False) for each in buried[25:]], damaged=25)
+        assert (await store.due_tombstones(NOW + 99, 10)) == Due([(each, False) for each in buried[25:]])
+
+
 async def test_a_live_row_that_vanished_is_noticed_at_every_start(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
