@@ -50,6 +50,7 @@ from jobd.keys import Keys
 from jobd.listener import Listener, is_taken
 from jobd.metrics import Metrics
 from jobd.passes import Schedule
+from jobd.plans import Planner
 from jobd.presence import Presence
 from jobd.rooms import Rooms
 from jobd.store import Store, Synchronous
@@ -242,6 +243,8 @@ class Daemon:
             self.actor, self.cleaner, self.alerts, self.clock, self._sweeps, store.path, self._webs, self.feed
         )
         _run_beside(stack, "metrics", metrics)
+        planner = Planner(self.actor, self.clock)
+        stack.push_async_callback(planner.close)
         return Rooms(
             self.actor,
             store,
@@ -252,6 +255,7 @@ class Daemon:
             metrics,
             self.feed,
             Downloads(self._artefacts, settings.limits.downloads),
+            planner,
             lambda: not self._running.done(),
         )
 

@@ -19,8 +19,11 @@ PACKAGE: Final = Path(jobd.__file__).parent
 ROOMS: Final[dict[str, tuple[str, str]]] = {
     "nouns": ("job events commands answers batch", ""),
     "book": ("book live_jobs orders figures overlaps pace", "nouns"),
-    "judging": ("views validation", "nouns book"),
-    "rules": ("rules operator_rules late_rules time_rules reads steps draft why audit", "nouns book judging"),
+    "judging": ("views validation planning", "nouns book"),
+    "rules": (
+        "rules operator_rules late_rules time_rules reads steps draft why audit plan_rules",
+        "nouns book judging",
+    ),
     "clock": ("clock", "nouns"),
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": (
@@ -33,7 +36,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "feed": ("feed watchers event_stream", "nouns web actor"),
     "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),
     "downloads": ("downloads", "nouns web artefacts"),
-    "time": ("cleanup passes health presence", "nouns book judging actor clock artefacts"),
+    "time": ("cleanup passes foresight plans health presence", "nouns book judging actor clock artefacts"),
     "watch": ("metrics alerts facts", "nouns book judging actor clock artefacts time"),
     # what requests may ask of the daemon beside the actor
     "rooms": ("rooms", "nouns actor clock store web time watch feed downloads"),

@@ -16,6 +16,7 @@ from jobd.answers import (
     HealthView,
     LateResultView,
     LockedJob,
+    PreviewView,
     QueueView,
     RecoverStuckView,
     StatsView,
@@ -130,6 +131,32 @@ def recovered(view: RecoverStuckView) -> None:
     show.emit(f"{view.recovered_jobs} recovered: {view.reset_jobs} back in their queue, {view.failed_jobs} failed")
     if view.details:
         show.table(["JOB", "ACTION", "REASON"], [(item.job_id, item.action, item.reason) for item in view.details])
+
+
+def foreseen(view: PreviewView) -> None:
+    """What recovery would do."""
+    show.emit(f"{len(view.recover)} would be recovered")
+    if view.recover:
+        show.table(["JOB", "WOULD BE", "REASON"], [(item.job_id, item.action, item.reason) for item in view.recover])
+
+
+def preview(view: PreviewView) -> None:
+    """What a cleanup pass would do."""
+    foreseen(view)
+    show.pairs(
+        [
+            ("expired locks to clear", view.expired_locks),
+            ("queued jobs to expire", _named(view.expired_jobs)),
+            ("finished jobs to delete", _named(view.deleted_jobs)),
+            ("jobs with issues", _named(view.mended_jobs)),
+            ("", "there are more: these are the first of each kind" if view.more else None),
+        ][: 5 if view.more else 4]
+    )
+
+
+def _named(ids: Sequence[str]) -> str:
+    shown = " ".join(ids[:5]) + (" …" if len(ids) > 5 else "")
+    return f"{len(ids)}: {shown}" if ids else "0"
 
 
 def locks(views: Sequence[LockedJob]) -> None:
