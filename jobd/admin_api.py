@@ -19,6 +19,7 @@ from jobd.answers import (
     CleanupState,
     ClockView,
     ExportPage,
+    FailuresView,
     Forced,
     HealthView,
     JobPage,
@@ -85,6 +86,7 @@ from jobd.visits import Visit, in_parts, operator_of
 from jobd.web import PROBES, Nothing, Web, ask, note
 
 MAX_REPORTS: Final = 500
+MAX_GROUPS: Final = 200
 METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -96,6 +98,12 @@ class Reports(Command, frozen=True, kw_only=True):
     """The latest cleanup reports, newest first."""
 
     limit: Annotated[int, Meta(ge=1, le=MAX_REPORTS)] = 50
+
+
+class FailuresAsked(Command, frozen=True, kw_only=True):
+    """Failed jobs by their error, the largest groups first."""
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_GROUPS)] = 50
 
 
 async def _stats(site: Web, visit: Visit, asked: Stats) -> Answer | Refusal:
@@ -135,6 +143,10 @@ async def _cleanup_state(site: Web, visit: Visit, asked: Nothing) -> Answer:
 async def _recover_stuck(site: Web, visit: Visit, asked: Nothing) -> Answer | Refusal:
     done = await site.rooms.recover_stuck(in_parts(visit.operator))
     return done if isinstance(done, Refusal) else Answer(done)
+
+
+async def _failures(site: Web, visit: Visit, asked: FailuresAsked) -> Answer:
+    return Answer(site.rooms.failures(asked.limit))
 
 
 async def _preview(site: Web, visit: Visit, asked: Nothing) -> Answer | Refusal:
@@ -225,6 +237,7 @@ _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/queues", asks=Queues, gives=QueueList, who=_A),
     Route(method="GET", path=f"{_P}/workers", asks=Workers, gives=WorkerList, who=_A),
     Route(method="GET", path=f"{_P}/reports", asks=Reports, gives=ReportList, who=_A, via=_reports),
+    Route(method="GET", path=f"{_P}/failures", asks=FailuresAsked, gives=FailuresView, who=_A, via=_failures),
     Route(method="GET", path=f"{_P}/preview", asks=Nothing, gives=PreviewView, who=_A, via=_preview),
     Route(method="POST", path=f"{_P}/plans", asks=MakePlan, gives=PlanView, who=_A, via=_make_plan),
     Route(method="GET", path=f"{_P}/plans/{{plan_id}}", asks=OnPlan, gives=PlanView, who=_A, via=_plan),

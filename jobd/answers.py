@@ -499,6 +499,30 @@ class PreviewView(Struct, frozen=True, rename="camel"):
     timestamp: int
 
 
+class FailureGroup(Struct, frozen=True):
+    """Failed jobs whose errors are the same but for numbers, names and the like; `message` is that of the latest."""
+
+    fingerprint: str
+    message: str
+    error_code: str | None
+    count: int
+    kinds: list[str]
+    queues: list[str]
+    first_at: int
+    last_at: int
+    job_ids: list[str]
+
+
+class FailuresView(Struct, frozen=True):
+    """The largest groups of failed jobs. `total` are all failed jobs, `other` those of no group here. `whole` is false
+    as long as what was there at the start is still being counted."""
+
+    groups: list[FailureGroup]
+    total: int
+    other: int
+    whole: bool
+
+
 class Done(Struct, frozen=True):
     """The answer where there is nothing to say."""
 

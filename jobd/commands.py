@@ -93,6 +93,7 @@ MAX_NAMES: Final = 100  # queues or kinds of one claim
 MAX_WAIT_MS: Final = 60_000
 MAX_PAGE: Final = 200
 MAX_TEXT: Final = 200  # of a text that is looked for
+Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$(?!\n)")]
 MomentMs = Annotated[int, Meta(ge=0, le=10**15)]  # Unix ms, as bounds of a search
 MAX_OPERATOR: Final = 64
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
@@ -160,12 +161,14 @@ class List(Command, frozen=True, kw_only=True):
 class Search(List, frozen=True, kw_only=True):
     """A page of jobs with the filters of operators. `since` and `until` bound `created_at`: from, and before.
 
-    `q` is found in the id, the payload as it came, or the error message; capitals of A to Z do not matter.
+    `q` is found in the id, the payload as it came, or the error message; capitals of A to Z do not matter. `error` is
+    the fingerprint of the error; of failed jobs, where no status is asked for.
     """
 
     since: MomentMs | None = None
     until: MomentMs | None = None
     q: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)] | None = None
+    error: Fingerprint | None = None
 
 
 class Start(OnJob, frozen=True, kw_only=True):
@@ -380,6 +383,7 @@ class Filter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     since: MomentMs | None = None
     until: MomentMs | None = None
     q: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)] | None = None
+    error: Fingerprint | None = None
 
 
 class MakePlan(Command, frozen=True, kw_only=True):

@@ -42,6 +42,7 @@ from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import Gate, own_names
 from jobd.downloads import Downloads
+from jobd.failures import Failures
 from jobd.feed import Feed
 from jobd.files import StoreError
 from jobd.health import Health
@@ -125,12 +126,15 @@ class Daemon:
         store.on_broken = self.actor.lose_disk
         self.feed = Feed(store, opened.numbers.next_event - 1, settings.limits.event_streams)
         self.actor.on_commit.append(self.feed.publish)
+        self.failures = Failures(store, opened.numbers.next_job)
+        self.actor.on_commit.append(self.failures.committed)
         self._settle(opened)
         self._running = asyncio.create_task(self.actor.run(), name="actor")
         self._running.add_done_callback(lambda _: self._stop.set())
         stack.push_async_callback(self._stop_actor)
         self.cleaner = Cleaner(self.actor, self.clock, _schedule(settings))
         _run_beside(stack, "cleanup", self.cleaner)
+        _run_beside(stack, "failures", self.failures)
         presence = Presence(self._was_away)
         self.actor.look = presence.look
         _run_beside(stack, "presence", presence)
@@ -256,6 +260,7 @@ class Daemon:
             self.feed,
             Downloads(self._artefacts, settings.limits.downloads),
             planner,
+            self.failures,
             lambda: not self._running.done(),
         )
 

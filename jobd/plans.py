@@ -274,16 +274,21 @@ class _Draft:
 
 def as_query(wanted: Filter) -> Query:
     """The first look for the jobs of a filter."""
+    is_slow = wanted.q is not None or wanted.error is not None
+    status = wanted.status
+    if wanted.error is not None and wanted.worker is None:
+        status = status or "failed"
     return Query(
-        status=wanted.status,
+        status=status,
         queue=wanted.queue,
         kind=wanted.kind,
         worker=wanted.worker,
         limit=LOOK,
-        scan=SCAN if wanted.q is None else SLOW_SCAN,
+        scan=SLOW_SCAN if is_slow else SCAN,
         since=wanted.since,
         until=wanted.until,
         text=wanted.q,
+        error=wanted.error,
         payloads=False,
     )
 

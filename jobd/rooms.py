@@ -20,6 +20,7 @@ from jobd.answers import (
     CleanupReport,
     CleanupState,
     ClockView,
+    FailuresView,
     HealthView,
     PlanResult,
     PlanView,
@@ -33,6 +34,7 @@ from jobd.clock import Clock
 from jobd.commands import MakePlan, Operator, Refusal
 from jobd.downloads import Downloads
 from jobd.events import Wanted
+from jobd.failures import Failures
 from jobd.feed import Feed, Listener
 from jobd.health import Health
 from jobd.metrics import Metrics
@@ -57,6 +59,7 @@ class Rooms(Struct):
     feed: Feed
     downloads: Downloads
     planner: Planner
+    failures_: Failures
     runs: Callable[[], bool]
     is_open: bool = False
 
@@ -68,6 +71,9 @@ class Rooms(Struct):
 
     async def recover_stuck(self, operator: Operator | None) -> RecoverStuckView | Refusal:
         return await self.cleaner.recover_stuck(operator)
+
+    def failures(self, limit: int) -> FailuresView:
+        return self.failures_.view(limit)
 
     async def preview(self) -> PreviewView | Refusal:
         return await self.cleaner.preview()

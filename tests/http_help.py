@@ -24,6 +24,8 @@ from jobd.answers import (
     ClockView,
     DatabaseHealth,
     Done,
+    FailureGroup,
+    FailuresView,
     HealthStatus,
     HealthView,
     PartHealth,
@@ -155,6 +157,10 @@ class Figures:
 
     def cleanup_state(self) -> CleanupState:
         return CleanupState(REPORT, True, 1234)
+
+    def failures(self, limit: int) -> FailuresView:
+        group = FailureGroup("0123456789ab", "no", None, 3, ["k"], ["q"], 1, 2, ["a"])
+        return FailuresView([group], 4, 1, False)
 
     async def preview(self) -> PreviewView:
         return PreviewView([Recovery("a", "reset", "stalled")], 2, ["b"], [], [], False, 1_700_000_000_000)

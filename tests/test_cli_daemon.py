@@ -344,6 +344,21 @@ def test_what_is_no_plan_is_usage(argv: list[str], said: str, jobctl: Ctl) -> No
     assert said in err
 
 
+def test_jobs_that_failed_alike_are_one_group(jobctl: Ctl) -> None:
+    for n in range(3):
+        jobctl.ok("submit", "--id", f"fa{n}", "--queue", "fa")
+        jobctl.ok("force-fail", f"fa{n}", "-y", "--reason", f"no picture after {n} s")
+    found = [each for each in jobctl.json("failures")["groups"] if each["message"] == "no picture after 2 s"]
+    assert set(found[0]) == _fields(answers.FailureGroup)
+    assert (found[0]["count"], found[0]["queues"], found[0]["error_code"]) == (3, ["fa"], "force_failed")
+    name = found[0]["fingerprint"]
+    assert name in jobctl.ok("failures")
+    assert jobctl.ok("jobs", "-q", "--error", name) == "fa2\nfa1\nfa0\n"
+    assert jobctl.ok("retry", "--where", f"error={name}", "-y") == "retry: 3 jobs done\n"
+    assert name not in jobctl.ok("failures", "--json")
+    assert jobctl.no("jobs", "--error", "nonsense")[0] == 4
+
+
 def test_housekeeping_says_beforehand_what_it_would_do(jobctl: Ctl) -> None:
     assert set(jobctl.json("cleanup", "--dry-run")) == _fields(answers.PreviewView)
     assert "finished jobs to delete" in jobctl.ok("cleanup", "--dry-run")

@@ -180,6 +180,8 @@ SHAPES: Final[dict[str, Any]] = {
     "forced": answers.Forced,
     "admin lock": answers.AdminLock,
     "import report": ImportReport,
+    "failures": answers.FailuresView,
+    "failure group": answers.FailureGroup,
     "preview": answers.PreviewView,
     "plan": answers.PlanView,
     "planned job": answers.PlannedJob,

@@ -199,6 +199,24 @@ def reports(limit: int, as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--limit", type=click.IntRange(1, 200), default=20, show_default=True, help="How many groups at most.")
+@json_option
+@admin_options
+def failures(limit: int, as_json: bool) -> None:
+    """Group the failed jobs by their error, the largest groups first.
+
+    Numbers, names in quotes, paths and the like make no difference.
+
+    \b
+    Then: jobctl jobs --error ERROR, jobctl retry --where error=ERROR
+    """
+    from jobd.cli import tables_admin
+
+    view = admin_client().failures(limit)
+    show.emit_json(view) if as_json else tables_admin.failures(view)
+
+
+@click.command()
 @click.option("--who", metavar="NAME", help="Only what this operator did.")
 @click.option("--what", metavar="DEED", help="Only this deed, as in force-fail.")
 @click.option("--job", "job_id", metavar="ID", help="Only what was done to this job.")
@@ -231,6 +249,7 @@ VERBS: Final = (
     locks,
     cleanup,
     recover_stuck,
+    failures,
     reports,
     audit,
     pause,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STATUSES: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 _PAGE: Final = 200
-_OF_OPERATORS: Final = frozenset({"since", "until", "q"})
+_OF_OPERATORS: Final = frozenset({"since", "until", "q", "error"})
 
 
 @click.command()
@@ -32,6 +32,7 @@ _OF_OPERATORS: Final = frozenset({"since", "until", "q"})
 @click.option("--since", type=PAST, metavar="TIME", help="Only jobs created from then on; 2h is 2 hours ago. *")
 @click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before. *")
 @click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in id, payload or error message. *")
+@click.option("--error", metavar="NAME", help="Only jobs that failed alike: see jobctl failures. *")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
 @click.option("--all", "everything", is_flag=True, help="All of them.")
 @click.option("--cursor", metavar="CURSOR", help="Go on where a page ended.")

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from jobd.answers import ChangedJob, PlanResult, PlanView
     from jobd.commands import PlanAction
 
-_NAMES: Final = ("status", "queue", "kind", "worker", "since", "until", "text")
+_NAMES: Final = ("status", "queue", "kind", "worker", "since", "until", "text", "error")
 _SHOWN: Final = 20  # jobs of a plan; --json shows all
 
 
 def where_option(verb: Any) -> Any:
     """--where NAME=VALUE, as often as it takes."""
     text = (
-        "Instead of IDs: all jobs that fit. NAME is status, queue, kind, worker, text, since or until; several have to "
-        "fit together."
+        "Instead of IDs: all jobs that fit. NAME is status, queue, kind, worker, text, error (see "
+        "jobctl failures), since or until; several have to fit together."
     )
     return click.option("--where", "where", metavar="NAME=VALUE", multiple=True, help=text)(verb)
 

@@ -13,6 +13,7 @@ from jobd.answers import (
     CleanupReport,
     CleanupState,
     ClockView,
+    FailuresView,
     HealthView,
     LateResultView,
     LockedJob,
@@ -131,6 +132,27 @@ def recovered(view: RecoverStuckView) -> None:
     show.emit(f"{view.recovered_jobs} recovered: {view.reset_jobs} back in their queue, {view.failed_jobs} failed")
     if view.details:
         show.table(["JOB", "ACTION", "REASON"], [(item.job_id, item.action, item.reason) for item in view.details])
+
+
+def failures(view: FailuresView) -> None:
+    rows = [
+        (
+            group.count,
+            group.fingerprint,
+            group.error_code,
+            show.age(group.last_at),
+            " ".join(kind or '""' for kind in group.kinds),
+            " ".join(group.queues),
+            show.clip(group.message, 120),
+        )
+        for group in view.groups
+    ]
+    columns = [">JOBS", "ERROR", "CODE", "LAST", "KINDS", "QUEUES", "MESSAGE OF THE LATEST"]
+    show.table(columns, rows, empty="No job has failed.")
+    if view.other:
+        show.say(f"{view.other} of {view.total} failed jobs are in none of these groups.")
+    if not view.whole:
+        show.say("Jobs from before the start are still being counted.")
 
 
 def foreseen(view: PreviewView) -> None:

@@ -18,6 +18,7 @@ from jobd.answers import (
     CleanupReport,
     CleanupState,
     ClockView,
+    FailuresView,
     Forced,
     HealthView,
     LateResultList,
@@ -93,6 +94,7 @@ _read_late = reader(LateResultList)
 _read_locks = reader(LockList)
 _read_reports = reader(ReportList)
 _read_audit = reader(AuditPage)
+_read_failures = reader(FailuresView)
 _read_preview = reader(PreviewView)
 _read_plan = reader(PlanView)
 _read_plan_result = reader(PlanResult)
@@ -134,6 +136,11 @@ def detect_and_recover_stuck_jobs() -> Request[RecoverStuckView]:
 _PASS_MS: Final = 5 * 60_000  # a pass over millions of jobs takes its time
 
 
+def failures(limit: int | None = None) -> Request[FailuresView]:
+    """The failed jobs grouped by their error, the largest groups first: `limit` of them (50 by default, up to 200)."""
+    return get(f"{BASE}/failures", _read_failures, limit=limit)
+
+
 def preview() -> Request[PreviewView]:
     """What recovery and a cleanup pass would do now. Nothing is done."""
     return get(f"{BASE}/preview", _read_preview)
@@ -150,6 +157,7 @@ def make_plan(
     since: int | None = None,
     until: int | None = None,
     q: str | None = None,
+    error: str | None = None,
     reason: str | None = None,
 ) -> Request[PlanView]:
     """What `action` (retry, cancel, force-fail, delete) would do to the jobs `ids`, or to those that the filters find.
@@ -160,7 +168,7 @@ def make_plan(
     body: dict[str, Any] = {"action": action, "ids": None if ids is None else list(ids), "reason": reason}
     if ids is None:
         asked = {"status": status, "queue": queue, "kind": kind, "worker": worker}
-        asked |= {"since": since, "until": until, "q": q}  # type: ignore[dict-item]
+        asked |= {"since": since, "until": until, "q": q, "error": error}  # type: ignore[dict-item]
         body["filter"] = {name: value for name, value in asked.items() if value is not None}
     return post(f"{BASE}/plans", _read_plan, body, wait_ms=_PASS_MS)
 
@@ -295,16 +303,18 @@ def list_jobs(
     since: int | None = None,
     until: int | None = None,
     q: str | None = None,
+    error: str | None = None,
     limit: int | None = None,
     cursor: str | None = None,
 ) -> Request[JobInfoPage]:
     """A page of the jobs that match, newest first: `limit` of them at most (50 by default, up to 200).
 
-    `since` and `until` (Unix ms) bound the time of creation, `q` is a text in id, payload or error message. A page may
-    be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the page before.
+    `since` and `until` (Unix ms) bound the time of creation, `q` is a text in id, payload or error message, `error` the
+    fingerprint of a failure. A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of
+    the page before.
     """
     asked = {"status": status, "queue": queue, "kind": kind, "worker": worker, "since": since, "until": until, "q": q}
-    return get(JOBS, read_page, **asked, limit=limit, cursor=cursor)
+    return get(JOBS, read_page, **asked, error=error, limit=limit, cursor=cursor)
 
 
 def timeline(job_id: str) -> Request[list[EventView]]:

@@ -343,6 +343,7 @@ class AsyncAdminClient(_AsyncClient):
     workers = _method(admin_calls.workers)
     reports = _method(admin_calls.reports)
     audit = _method(admin_calls.audit)
+    failures = _method(admin_calls.failures)
     preview = _method(admin_calls.preview)
     make_plan = _method(admin_calls.make_plan)
     get_plan = _method(admin_calls.get_plan)
