@@ -43,6 +43,7 @@ from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import Gate, own_names
 from jobd.downloads import Downloads
+from jobd.failures import Failures
 from jobd.feed import Feed
 from jobd.files import StoreError
 from jobd.health import Health
@@ -51,6 +52,7 @@ from jobd.keys import Keys
 from jobd.listener import Listener, is_taken
 from jobd.metrics import Metrics
 from jobd.passes import Schedule
+from jobd.plans import Planner
 from jobd.presence import Presence
 from jobd.rooms import Rooms
 from jobd.store import Store, Synchronous
@@ -126,12 +128,15 @@ class Daemon:
         store.on_broken = self.actor.lose_disk
         self.feed = Feed(store, opened.numbers.next_event - 1, settings.limits.event_streams)
         self.actor.on_commit.append(self.feed.publish)
+        self.failures = Failures(store, opened.numbers.next_job)
+        self.actor.on_commit.append(self.failures.committed)
         self._settle(opened)
         self._running = asyncio.create_task(self.actor.run(), name="actor")
         self._running.add_done_callback(lambda _: self._stop.set())
         stack.push_async_callback(self._stop_actor)
         self.cleaner = Cleaner(self.actor, self.clock, _schedule(settings))
         _run_beside(stack, "cleanup", self.cleaner)
+        _run_beside(stack, "failures", self.failures)
         presence = Presence(self._was_away)
         self.actor.look = presence.look
         _run_beside(stack, "presence", presence)
@@ -244,6 +249,8 @@ class Daemon:
             self.actor, self.cleaner, self.alerts, self.clock, self._sweeps, store.path, self._webs, self.feed
         )
         _run_beside(stack, "metrics", metrics)
+        planner = Planner(self.actor, self.clock)
+        stack.push_async_callback(planner.close)
         return Rooms(
             self.actor,
             store,
@@ -254,6 +261,8 @@ class Daemon:
             metrics,
             self.feed,
             Downloads(self._artefacts, settings.limits.downloads),
+            planner,
+            self.failures,
             lambda: not self._running.done(),
         )
 

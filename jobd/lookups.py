@@ -171,11 +171,13 @@ def find(tables: Tables, query: Query) -> Page:
     """See Disk.find: newest first, or oldest first; at most `scan` rows looked at."""
     tables.check()
     try:
-        return _page(tables, query)
+        page = _page(tables, query)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-    return _page_one_by_one(tables, query)
+        page = _page_one_by_one(tables, query)
+    page.last_event = tables.numbers.next_event - 1
+    return page
 
 
 def _page(tables: Tables, query: Query) -> Page:
@@ -245,6 +247,8 @@ def _conditions(query: Query) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...
         found["created_at < ?"] = (query.until,)
     if query.text is not None:
         found[_HAS_TEXT] = (_lower(query.text),) * 3
+    if query.error is not None:
+        found["fingerprint(CAST(error_message AS BLOB), CAST(error_code AS BLOB)) = ?"] = (query.error,)
     return scope, scope_args, "".join(f" AND {each}" for each in found), tuple(chain(*found.values()))
 
 

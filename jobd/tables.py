@@ -18,6 +18,7 @@ from jobd.audit_writer import AuditWriter
 from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow, Tombstone
 from jobd.events import KEEP_SIGNS, SIGNS, Change
 from jobd.files import StoreBroken
+from jobd.fingerprints import fingerprint_of_bytes
 from jobd.job import KEEP_LATE
 from jobd.job_writer import JobWriter, RowsMissing, Totals, insert
 from jobd.migrations import VERSION, meta_row
@@ -147,6 +148,7 @@ class Tables:
         self.gone_to = gone_to  # events up to this one may be gone
         self.reader = rows.JobReader()
         self._jobs = JobWriter(conn)
+        conn.create_function("fingerprint", 2, fingerprint_of_bytes, deterministic=True)
         self._audit = AuditWriter(conn)
         self.at_commit: Callable[[], object] = lambda: None  # called when all is said and the disk comes next
         self.quarantined: dict[str, str] = {}

@@ -169,6 +169,8 @@ def _all_requests() -> list[Request[Any]]:
         "from_status": "failed",
         "to_status": "queued",
         "jobs": [],
+        "action": "retry",
+        "plan_id": "x",
     }
     found = []
     for module in (calls, admin_calls):

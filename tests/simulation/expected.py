@@ -23,6 +23,7 @@ OF_THE_DOORS: Final = frozenset(
         "request_timeout",
         "events_gone",
         "storage_unavailable",
+        "plan_not_found",
         "too_large",
         "unsupported_media_type",
     }
