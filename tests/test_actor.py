@@ -1665,7 +1665,8 @@ class Counting(MemoryDisk):
 @in_virtual_time
 async def test_late_completes_weigh_what_their_look_into_the_journal_costs() -> None:
     """A thousand of them would hold one batch, and all who wait behind it, for 165 ms."""
-    async with household(Counting()) as house:
+    disk = Counting()
+    async with household(disk) as house:
         locks: dict[str, str] = {}
         for number in range(100):
             name = f"job-{number}"
@@ -1676,7 +1677,7 @@ async def test_late_completes_weigh_what_their_look_into_the_journal_costs() -> 
         tasks = fill(house, [Complete(id=name, lock_id=lock_id, file_path="/f") for name, lock_id in locks.items()])
         answers = [await task for task in tasks]
         assert all(answer.code == "lock_lost" and "late_result" in answer.details for answer in answers)
-        assert house.disk.asked == [20] * 5
+        assert disk.asked == [20] * 5
 
 
 @in_virtual_time
