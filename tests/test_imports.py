@@ -17,20 +17,22 @@ PACKAGE: Final = Path(jobd.__file__).parent
 
 # A room: its modules, and the rooms that they may import beside their own.
 ROOMS: Final[dict[str, tuple[str, str]]] = {
-    "nouns": ("job events commands answers batch", ""),
+    "nouns": ("job events commands answers batch webhook", ""),
     "book": ("book live_jobs orders figures overlaps pace", "nouns"),
     "judging": ("views validation", "nouns book"),
     "rules": ("rules operator_rules late_rules time_rules reads steps draft why audit", "nouns book judging"),
+    "letters": ("webhook_letter webhook_rules webhook_line webhook_addresses", "nouns"),
     "clock": ("clock", "nouns"),
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": (
-        "store tables job_writer rows lookups audit_writer audit_reader opening wal migrations quarantine files backup "
-        "doctor",
+        "store tables job_writer rows lookups audit_writer audit_reader webhook_tables opening wal migrations "
+        "quarantine files backup doctor",
         "nouns",
     ),
     "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
     "stream": ("stream_lines command_stream", "nouns actor web"),
     "feed": ("feed watchers event_stream", "nouns web actor"),
+    "webhooks": ("webhooks courier webhook_sender", "nouns letters"),
     "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),
     "downloads": ("downloads", "nouns web artefacts"),
     "time": ("cleanup passes health presence", "nouns book judging actor clock artefacts"),
@@ -60,14 +62,29 @@ NOUNS: Final = {
     "commands": {"job", "events"},
     "answers": {"job", "events", "commands"},
     "batch": {"job", "events"},
+    "webhook": {"job", "events"},
 }
 
-PURE_ROOMS: Final = ("nouns", "book", "judging", "rules")
+PURE_ROOMS: Final = ("nouns", "book", "judging", "rules", "letters")
 PURE: Final = frozenset({"keys", *(module for room in PURE_ROOMS for module in ROOMS[room][0].split())})
 # All that the pure rooms may use of Python and of others: no IO, no asyncio, no clock, no randomness, no logging.
 HARMLESS: Final = frozenset(
-    {"__future__", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools"}
-    | {"math", "msgspec", "operator", "re", "types", "typing", "uuid", "zlib"}
+    {"__future__", "base64", "binascii", "bisect", "collections", "dataclasses", "datetime", "enum", "functools"}
+    | {
+        "hashlib",
+        "heapq",
+        "hmac",
+        "ipaddress",
+        "itertools",
+        "math",
+        "msgspec",
+        "operator",
+        "re",
+        "types",
+        "typing",
+        "uuid",
+        "zlib",
+    }
 )
 
 SOURCES: Final = sorted(PACKAGE.rglob("*.py"))
