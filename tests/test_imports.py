@@ -32,7 +32,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
     "stream": ("stream_lines command_stream", "nouns actor web"),
     "feed": ("feed watchers event_stream", "nouns web actor"),
-    "webhooks": ("webhooks courier webhook_sender", "nouns letters"),
+    "webhooks": ("webhooks webhook_courier webhook_reader webhook_office webhook_sender", "nouns letters"),
     "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),
     "downloads": ("downloads", "nouns web artefacts"),
     "time": ("cleanup passes health presence", "nouns book judging actor clock artefacts"),
