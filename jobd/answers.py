@@ -390,6 +390,9 @@ class WebhookList(Struct):
     webhooks: list[WebhookView]
 
 
+DeliveryState = Literal["waiting", "delivered", "given_up"]
+
+
 class DeliveryView(Struct, frozen=True):
     """One message to one webhook. `event_id` is its header `webhook-id`, `seq` the event that it tells of, if any.
 
@@ -397,7 +400,7 @@ class DeliveryView(Struct, frozen=True):
     """
 
     id: int
-    state: Literal["waiting", "delivered", "given_up"]
+    state: DeliveryState
     type: str
     subject: str
     event_id: str
@@ -411,10 +414,10 @@ class DeliveryView(Struct, frozen=True):
 
 
 class DeliveryPage(Struct):
-    """`next_before` is the `before` of the next page, None at the end."""
+    """The last page has no `next_cursor`."""
 
     deliveries: list[DeliveryView]
-    next_before: int | None
+    next_cursor: str | None
 
 
 class ReportList(Struct):

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, TypeVar
 import aiosqlite
 
 from jobd import audit_reader, files, lookups, opening, quarantine, webhook_tables
+from jobd.answers import DeliveryState
 from jobd.batch import (
     Aside,
     AuditQuery,
@@ -37,7 +38,7 @@ from jobd.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew
 from jobd.job import Job
 from jobd.opening import MEMORY
 from jobd.tables import Tables
-from jobd.webhook import Cursor, Delivery, DeliveryState, Outbox
+from jobd.webhook import Cursor, Delivery, Outbox
 
 __all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTooNew", "StoreUnreadable"]
 

@@ -5,14 +5,14 @@ Nothing here sends, signs or decides.
 
 from __future__ import annotations
 
-from typing import Final, Literal, get_args
+from typing import Final, get_args
 
 from msgspec import Struct
 
+from jobd.answers import DeliveryState
 from jobd.events import SIGNS, Event, EventType
 from jobd.job import DAY_MS, SECOND_MS
 
-DeliveryState = Literal["waiting", "delivered", "given_up"]
 DELIVERY_STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 
 FIRING: Final = "alert.firing"
@@ -64,6 +64,11 @@ class Endpoint(Struct, frozen=True):
     def __repr__(self) -> str:
         """Without its secrets, and its URL, which may hold one."""
         return f"Endpoint({self.name})"
+
+    @property
+    def shown_url(self) -> str:
+        """Where it goes, without what may be a secret."""
+        return self.url.partition("?")[0] + ("?…" if "?" in self.url else "")
 
     def wants(self, event: Event) -> bool:
         """Whether it is told of `event`."""

@@ -10,10 +10,10 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from jobd.answers import AlertView
+from jobd.answers import AlertView, DeliveryState
 from jobd.batch import JournalPage
 from jobd.commands import Moment
-from jobd.webhook import Cursor, Delivery, DeliveryState, Endpoint, Outbox, Outcome
+from jobd.webhook import Cursor, Delivery, Endpoint, Outbox, Outcome
 from jobd.webhook_letter import Letter
 from jobd.webhook_rules import Manners
 

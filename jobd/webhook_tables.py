@@ -10,12 +10,13 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import astuple, replace
 
+from jobd.answers import DeliveryState
 from jobd.job import DAY_MS
 from jobd.job_writer import insert
 from jobd.quarantine import set_rows_aside
 from jobd.rows import Row, fault, sealed
 from jobd.tables import Tables
-from jobd.webhook import DELIVERY_STATES, UNTOLD, Cursor, Delivery, DeliveryState, Outbox
+from jobd.webhook import DELIVERY_STATES, UNTOLD, Cursor, Delivery, Outbox
 
 CURSOR_COLUMNS: Final = Cursor.__struct_fields__
 DELIVERY_COLUMNS: Final = Delivery.__struct_fields__

@@ -8,15 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
-from urllib.parse import urlsplit
 
 import structlog
 from msgspec import Struct
 
-from jobd.answers import DeliveryPage, DeliveryView, WebhookView
+from jobd.answers import DeliveryPage, DeliveryState, DeliveryView, WebhookView
 from jobd.batch import DiskFull
 from jobd.events import Change
-from jobd.webhook import Delivery, DeliveryState, Endpoint
+from jobd.webhook import Delivery, Endpoint
 from jobd.webhook_courier import FULL_S, TROUBLE_S, Courier
 from jobd.webhook_office import Office, Poster, Tally
 
@@ -145,7 +144,7 @@ class Webhooks:
         now = self._office.clock.moment().now
         return WebhookView(
             name=endpoint.name,
-            url=shown_url(endpoint.url),
+            url=endpoint.shown_url,
             events=sorted(endpoint.events),
             queues=sorted(endpoint.queues),
             state="starting" if courier is None else courier.state,
@@ -169,7 +168,7 @@ class Webhooks:
         below = NEWEST if before is None else before
         found = await self._office.disk.page_of_deliveries(name, state, below, limit + 1)
         shown = [view(each) for each in found[:limit]]
-        return DeliveryPage(shown, shown[-1].id if len(found) > limit else None)
+        return DeliveryPage(shown, str(shown[-1].id) if len(found) > limit else None)
 
     async def again(self, name: str, id_: int) -> DeliveryView | None:
         """Send a delivery again; None where there is none of this number. Raises DiskFull."""
@@ -237,10 +236,3 @@ def view(delivery: Delivery) -> DeliveryView:
         status=delivery.status,
         error=delivery.error,
     )
-
-
-def shown_url(url: str) -> str:
-    """Where it goes, without what may be a secret."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}{'?…' if parts.query else ''}"

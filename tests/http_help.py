@@ -22,6 +22,9 @@ from jobd.answers import (
     CleanupState,
     ClockView,
     DatabaseHealth,
+    DeliveryPage,
+    DeliveryState,
+    DeliveryView,
     Done,
     HealthStatus,
     HealthView,
@@ -30,6 +33,7 @@ from jobd.answers import (
     RecoverStuckView,
     Recovery,
     Vitals,
+    WebhookView,
 )
 from jobd.bodies import Limits
 from jobd.commands import Call, Command, KeyUse, Operator, Refusal
@@ -126,6 +130,40 @@ class Desk:
         self.taken_back.append(answer)
 
 
+WEBHOOK = WebhookView(
+    name="q",
+    url="https://e.test/hook",
+    events=["job.failed"],
+    queues=[],
+    state="closed",
+    failing_since=None,
+    position=9,
+    lag=0,
+    waiting=1,
+    delivered=2,
+    failed=3,
+    given_up=0,
+    last_success_at=1_700_000_000_000,
+    last_error="500",
+    last_error_at=1_700_000_000_000,
+)
+DELIVERY = DeliveryView(
+    id=7,
+    state="waiting",
+    type="job.failed",
+    subject="jobs/a",
+    event_id="evt_1",
+    seq=9,
+    at=1_700_000_000_000,
+    due_at=1_700_000_000_000,
+    tries=1,
+    ended_at=None,
+    status=500,
+    error="500",
+)
+NO_WEBHOOK = Refusal("not_found", "There is no such webhook.")
+
+
 class Figures:
     """Rooms with fixed figures."""
 
@@ -140,6 +178,7 @@ class Figures:
         self.disk = MemoryDisk()
         self.feed = feed.Feed(self.disk, 0, 3)
         self.downloads = Downloads(None, 2)
+        self.asked_deliveries: list[tuple[str, str | None, int | None, int]] = []
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
         self.forced.append(forced)
@@ -177,6 +216,21 @@ class Figures:
 
     def quarantine(self) -> list[QuarantinedJob]:
         return [QuarantinedJob("bad-1", "checksum")]
+
+    def webhooks(self) -> list[WebhookView]:
+        return [WEBHOOK]
+
+    async def deliveries(
+        self, webhook: str, state: DeliveryState | None, before: int | None, limit: int
+    ) -> DeliveryPage | Refusal:
+        self.asked_deliveries.append((webhook, state, before, limit))
+        return DeliveryPage([DELIVERY], "7") if webhook == "q" else NO_WEBHOOK
+
+    async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | Refusal:
+        return DELIVERY if (webhook, delivery) == ("q", 7) else NO_WEBHOOK
+
+    async def test_webhook(self, webhook: str) -> DeliveryView | Refusal:
+        return DELIVERY if webhook == "q" else NO_WEBHOOK
 
     async def backup(self) -> AsyncIterator[bytes]:
         try:

@@ -38,14 +38,14 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "time": ("cleanup passes health presence", "nouns book judging actor clock artefacts"),
     "watch": ("metrics alerts facts", "nouns book judging actor clock artefacts time"),
     # what requests may ask of the daemon beside the actor
-    "rooms": ("rooms", "nouns actor clock store web time watch feed downloads"),
+    "rooms": ("rooms", "nouns actor clock store web time watch feed downloads webhooks"),
     "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed stream downloads"),
-    "settings": ("config", "nouns"),
+    "settings": ("config webhook_config", "nouns letters"),
     "system": ("log outlet systemd", ""),
     "wiring": (
         "daemon",
-        "nouns book rules clock actor store web feed artefacts downloads time watch rooms apis settings system "
-        "dashboard",
+        "nouns book rules clock actor store web feed webhooks artefacts downloads time watch rooms apis settings "
+        "system dashboard",
     ),
     "dashboard": ("dashboard", "nouns web feed downloads"),
     "client": ("client", "nouns"),
@@ -62,7 +62,7 @@ NOUNS: Final = {
     "commands": {"job", "events"},
     "answers": {"job", "events", "commands"},
     "batch": {"job", "events"},
-    "webhook": {"job", "events"},
+    "webhook": {"job", "events", "answers"},
 }
 
 PURE_ROOMS: Final = ("nouns", "book", "judging", "rules", "letters")

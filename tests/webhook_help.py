@@ -133,7 +133,7 @@ async def at_work(
     posts: Posts | None = None,
     maker: Maker | None = None,
     clock: Clock | None = None,
-    wrap: Callable[[Store], Disk] = lambda store: store,
+    wrap: Callable[[Store], Any] = lambda store: store,
     **site: Any,
 ) -> AsyncIterator[Site]:
     """Webhooks at work until the end of the block, when they are stopped as the daemon stops them."""
