@@ -41,7 +41,7 @@ class Resolver(AbstractResolver):
     """Names are looked up in threads that nobody waits for when the daemon ends: a name server may hang for minutes."""
 
     def __init__(self) -> None:
-        self._places = threading.BoundedSemaphore(LOOKUPS)
+        self._looking = 0
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
@@ -49,10 +49,11 @@ class Resolver(AbstractResolver):
         """The addresses of `host`. Raises OSError."""
         loop = asyncio.get_running_loop()
         found: asyncio.Future[list[Any]] = loop.create_future()
-        if not self._places.acquire(blocking=False):
+        if self._looking >= LOOKUPS:
             raise OSError("too many names are being looked up, and none is found")
 
         def tell(answer: list[Any] | OSError) -> None:
+            self._looking -= 1
             if found.done():
                 return
             if isinstance(answer, OSError):
@@ -69,13 +70,12 @@ class Resolver(AbstractResolver):
                 answer = error
             except UnicodeError:
                 answer = OSError("it is no name")
-            finally:
-                self._places.release()
             try:
                 loop.call_soon_threadsafe(tell, answer)
             except RuntimeError:
                 return  # the loop is gone, and so is who asked
 
+        self._looking += 1
         threading.Thread(target=look, name="webhook-lookup", daemon=True).start()
         return [_resolved(host, *each) for each in await found]
 
