@@ -183,12 +183,18 @@ async def _deliveries(site: Web, visit: Visit, asked: Deliveries) -> Answer | Re
 
 async def _deliver_again(site: Web, visit: Visit, asked: DeliverAgain) -> Answer | Refusal:
     sent = await site.rooms.deliver_again(asked.name, asked.id)
-    return sent if isinstance(sent, Refusal) else Answer(sent)
+    if isinstance(sent, Refusal):
+        return sent
+    await note(site, visit.operator, "resend-delivery", {"webhook": asked.name, "delivery": asked.id})
+    return Answer(sent)
 
 
 async def _test_webhook(site: Web, visit: Visit, asked: TestWebhook) -> Answer | Refusal:
     sent = await site.rooms.test_webhook(asked.name)
-    return sent if isinstance(sent, Refusal) else Answer(sent)
+    if isinstance(sent, Refusal):
+        return sent
+    await note(site, visit.operator, "test-webhook", {"webhook": asked.name})
+    return Answer(sent)
 
 
 async def _clock(site: Web, visit: Visit, asked: Nothing) -> Answer:

@@ -118,6 +118,7 @@ class Rooms(Struct):
 
     async def download(self, key: str, cut: Callable[[], None]) -> Download:
         return await self.downloads.begin(key, cut)
+
     def webhooks(self) -> list[WebhookView]:
         return self.webhooks_.views()
 
@@ -137,7 +138,7 @@ class Rooms(Struct):
             return NOT_NOW
         if found is None:
             return Refusal("not_found", f"Webhook {webhook} has no delivery {delivery}, or has it no more.")
-        log.info("webhook_sent_again", webhook=webhook, delivery=delivery, by="admin")
+        log.info("webhook_sent_again", webhook=webhook, delivery=delivery)
         return found
 
     async def test_webhook(self, webhook: str) -> DeliveryView | Refusal:
@@ -147,7 +148,7 @@ class Rooms(Struct):
             sent = await self.webhooks_.test(webhook)
         except DiskFull:
             return NOT_NOW
-        log.info("webhook_tested", webhook=webhook, by="admin")
+        log.info("webhook_tested", webhook=webhook)
         return sent
 
     def is_ready(self) -> bool:

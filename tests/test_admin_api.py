@@ -177,6 +177,16 @@ async def test_what_is_no_command_is_noted_for_the_audit_log(house: House, metho
     assert asked.operator.name == "eve"
 
 
+async def test_what_is_asked_of_a_webhook_is_noted_with_which(house: House) -> None:
+    assert (await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)).status == 200
+    assert (await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
+    assert (await house.ask("POST", f"{P}/webhooks/q/test", headers=AUTH)).status == 200
+    assert [asked.command for asked in house.desk.asked] == [
+        Note(what="resend-delivery", details={"webhook": "q", "delivery": 7}),
+        Note(what="test-webhook", details={"webhook": "q"}),
+    ]
+
+
 async def test_what_cannot_be_noted_is_done_all_the_same(house: House) -> None:
     house.desk.answer = lambda command: Refusal("storage_full", "The disk is full.")
     with capture_logs() as logged:
