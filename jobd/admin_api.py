@@ -18,6 +18,9 @@ from jobd.answers import (
     CleanupReport,
     CleanupState,
     ClockView,
+    DeliveryPage,
+    DeliveryState,
+    DeliveryView,
     ExportPage,
     FailuresView,
     Forced,
@@ -37,11 +40,13 @@ from jobd.answers import (
     StatsView,
     TimelineView,
     ValidateJobView,
+    WebhookList,
     WhyView,
     WorkerList,
     public_lock,
 )
 from jobd.commands import (
+    MAX_PAGE,
     Adopt,
     AuditLog,
     Cancel,
@@ -87,7 +92,11 @@ from jobd.web import PROBES, Nothing, Web, ask, note
 
 MAX_REPORTS: Final = 500
 MAX_GROUPS: Final = 200
+MAX_NUMBER: Final = (1 << 63) - 1
 METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+WebhookName = Annotated[str, Meta(pattern="^[A-Za-z0-9._:-]{1,100}$")]
 
 
 class ValidateJob(OnJobNamed, frozen=True, kw_only=True):
@@ -104,6 +113,28 @@ class FailuresAsked(Command, frozen=True, kw_only=True):
     """Failed jobs by their error, the largest groups first."""
 
     limit: Annotated[int, Meta(ge=1, le=MAX_GROUPS)] = 50
+
+
+class Deliveries(Command, frozen=True, kw_only=True):
+    """A page of the deliveries of a webhook, newest first. `cursor` is the `next_cursor` of the page before."""
+
+    name: WebhookName
+    state: DeliveryState | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
+    cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+
+
+class DeliverAgain(Command, frozen=True, kw_only=True):
+    """Send a delivery again, whatever became of it."""
+
+    name: WebhookName
+    id: Annotated[int, Meta(ge=1, le=MAX_NUMBER)]
+
+
+class TestWebhook(Command, frozen=True, kw_only=True):
+    """Send a message that says that it is a test."""
+
+    name: WebhookName
 
 
 async def _stats(site: Web, visit: Visit, asked: Stats) -> Answer | Refusal:
@@ -177,6 +208,32 @@ async def _alerts(site: Web, visit: Visit, asked: Nothing) -> Answer:
     return Answer(AlertList(site.rooms.alerts()))
 
 
+async def _webhooks(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return Answer(WebhookList(site.rooms.webhooks()))
+
+
+async def _deliveries(site: Web, visit: Visit, asked: Deliveries) -> Answer | Refusal:
+    before = None if asked.cursor is None else int(asked.cursor)
+    page = await site.rooms.deliveries(asked.name, asked.state, before, asked.limit)
+    return page if isinstance(page, Refusal) else Answer(page)
+
+
+async def _deliver_again(site: Web, visit: Visit, asked: DeliverAgain) -> Answer | Refusal:
+    sent = await site.rooms.deliver_again(asked.name, asked.id)
+    if isinstance(sent, Refusal):
+        return sent
+    await note(site, visit.operator, "resend-delivery", {"webhook": asked.name, "delivery": asked.id})
+    return Answer(sent)
+
+
+async def _test_webhook(site: Web, visit: Visit, asked: TestWebhook) -> Answer | Refusal:
+    sent = await site.rooms.test_webhook(asked.name)
+    if isinstance(sent, Refusal):
+        return sent
+    await note(site, visit.operator, "test-webhook", {"webhook": asked.name})
+    return Answer(sent)
+
+
 async def _clock(site: Web, visit: Visit, asked: Nothing) -> Answer:
     return Answer(site.rooms.clock())
 
@@ -245,6 +302,31 @@ _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/audit", asks=AuditLog, gives=AuditPage, who=_A),
     Route(method="GET", path=f"{_P}/alerts", asks=Nothing, gives=AlertList, who=_A, via=_alerts),
     Route(method="GET", path=f"{_P}/events", asks=Follow, gives=StreamedEvent, who=_A, via=follow, sends=EVENT_STREAM),
+    Route(method="GET", path=f"{_P}/webhooks", asks=Nothing, gives=WebhookList, who=_A, via=_webhooks),
+    Route(
+        method="GET",
+        path=f"{_P}/webhooks/{{name}}/deliveries",
+        asks=Deliveries,
+        gives=DeliveryPage,
+        who=_A,
+        via=_deliveries,
+    ),
+    Route(
+        method="POST",
+        path=f"{_P}/webhooks/{{name}}/resend",
+        asks=DeliverAgain,
+        gives=DeliveryView,
+        who=_A,
+        via=_deliver_again,
+    ),
+    Route(
+        method="POST",
+        path=f"{_P}/webhooks/{{name}}/test",
+        asks=TestWebhook,
+        gives=DeliveryView,
+        who=_A,
+        via=_test_webhook,
+    ),
     Route(method="GET", path=f"{_P}/clock", asks=Nothing, gives=ClockView, who=_A, via=_clock),
     Route(method="POST", path=f"{_P}/clock/accept", asks=Nothing, gives=ClockView, who=_A, via=_accept_clock),
     Route(method="GET", path=f"{_P}/quarantine", asks=Nothing, gives=QuarantineList, who=_A, via=_quarantine),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 import structlog
@@ -31,6 +31,7 @@ NAMES: Final = (
     "slower_than_usual",
     "database",
     "cache",
+    "webhook_failing",
 )
 EVALUATE_EVERY_S: Final = 5.0
 MEASURE_EVERY_S: Final = 30.0  # health costs a write and an fsync; whoever asks for it gets it sooner
@@ -47,6 +48,7 @@ class Thresholds(Struct, frozen=True):
     pass_issues: int = 10
     granted_twice: int = 0  # jobs in the last hour
     slower_than_usual: float = 2.0  # times the usual
+    webhook_failing_ms: int = 5 * MINUTE_MS
 
 
 class Clock(Protocol):
@@ -62,6 +64,17 @@ class Health(Protocol):
 class Cleanup(Protocol):
     @property
     def last_report(self) -> CleanupReport | None: ...
+
+
+class Failing(Protocol):
+    """A webhook that takes nothing."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def for_ms(self) -> int: ...
+    @property
+    def error(self) -> str: ...
 
 
 class Condition(Struct, frozen=True):
@@ -85,17 +98,35 @@ class Alerts:
     ) -> None:
         self.thresholds = thresholds or Thresholds()
         self.paces: list[KindPace] = []  # as of the last look
+        self.on_change: list[Callable[[], None]] = []  # called when one fires, or fires no more
+        self.failing_webhook: Callable[[], Failing | None] = lambda: None  # that which fails for longest
         self._book = book
         self._clock = clock
         self._health = health
         self._cleanup = cleanup
         self._since: dict[str, int] = {}  # of those that fire: wall time, Unix ms
+        self._measured = False
+        self._views: list[AlertView] = []  # as of the last look
         self._stop = asyncio.Event()
 
     def evaluate(self) -> list[AlertView]:
         """All alerts, in the order of NAMES."""
-        at = self._clock.moment()
-        return [self._judge(condition, at.now) for condition in self._conditions(at)]
+        at, before = self._clock.moment(), set(self._since)
+        self._views = [self._judge(condition, at.now) for condition in self._conditions(at)]
+        if before != set(self._since):
+            self._tell()
+        return self._views
+
+    def known(self) -> list[AlertView] | None:
+        """As of the last look; None while health was not measured: what nobody has looked at is not known to be well.
+
+        It costs nothing, however often it is asked for.
+        """
+        return self._views if self._measured else None
+
+    def _tell(self) -> None:
+        for tell in self.on_change:
+            tell()
 
     async def run(self) -> None:
         """Look at the figures every few seconds, and at health now and then. Survives whatever fails."""
@@ -107,6 +138,9 @@ class Alerts:
                     next_measurement = loop_time() + MEASURE_EVERY_S
                     await self._health.view()
                 self.evaluate()
+                if not self._measured:
+                    self._measured = True
+                    self._tell()
             except Exception:
                 log.exception("alerts_failed")
             with contextlib.suppress(TimeoutError):
@@ -137,6 +171,7 @@ class Alerts:
         yield self._granted_twice(at)
         yield self._slower(at)
         yield from self._unhealthy()
+        yield self._webhook()
 
     def _stuck(self) -> Condition:
         recovered = self._book.figures.since_report.recovered
@@ -202,6 +237,17 @@ class Alerts:
         for name, part in parts.items():
             wrong = part is not None and part.status != "healthy"
             yield Condition(name, int(wrong), 0, "It was not measured yet." if part is None else part.message)
+
+    def _webhook(self) -> Condition:
+        """Seconds that the one has been failing that fails for longest."""
+        threshold, worst = self.thresholds.webhook_failing_ms / SECOND_MS, self.failing_webhook()
+        if worst is None:
+            return Condition("webhook_failing", 0, threshold, "Every webhook takes what it is told.")
+        hint = (
+            f"Webhook {worst.name} takes nothing. What it should be told is kept and tried again; "
+            f"look with: jobctl webhooks. The last try: {worst.error}"
+        )
+        return Condition("webhook_failing", worst.for_ms // SECOND_MS, threshold, hint)
 
 
 def _times(pace: KindPace) -> tuple[float, KindPace, float, float] | None:

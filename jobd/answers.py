@@ -361,6 +361,65 @@ class AlertList(Struct):
     alerts: list[AlertView]
 
 
+class WebhookView(Struct, frozen=True):
+    """A webhook: where it goes, what it tells, and how it is going. Times in Unix ms, None where it never happened.
+
+    `state` is that of its breaker: while it is `open` nothing is sent, `half_open` one delivery is tried. `position` is
+    the newest event that was looked at, `lag` how many were not yet. `delivered`, `failed` (tries) and `given_up` are
+    counted since the start.
+    """
+
+    name: str
+    url: str
+    events: list[str]
+    queues: list[str]
+    state: Literal["starting", "closed", "open", "half_open"]
+    failing_since: int | None
+    position: int
+    lag: int
+    waiting: int
+    delivered: int
+    failed: int
+    given_up: int
+    last_success_at: int | None
+    last_error: str | None
+    last_error_at: int | None
+
+
+class WebhookList(Struct):
+    webhooks: list[WebhookView]
+
+
+DeliveryState = Literal["waiting", "delivered", "given_up"]
+
+
+class DeliveryView(Struct, frozen=True):
+    """One message to one webhook. `event_id` is its header `webhook-id`, `seq` the event that it tells of, if any.
+
+    Times in Unix ms; `due_at` where it waits, `ended_at` where it was delivered or given up.
+    """
+
+    id: int
+    state: DeliveryState
+    type: str
+    subject: str
+    event_id: str
+    seq: int | None
+    at: int
+    due_at: int | None
+    tries: int
+    ended_at: int | None
+    status: int | None
+    error: str | None
+
+
+class DeliveryPage(Struct):
+    """The last page has no `next_cursor`."""
+
+    deliveries: list[DeliveryView]
+    next_cursor: str | None
+
+
 class ReportList(Struct):
     reports: list[CleanupReport]
 

@@ -52,6 +52,10 @@ class Cleaner:
     def schedule(self) -> Schedule:
         return self._hands.schedule
 
+    def hold_journal(self, for_ms: Callable[[], int]) -> None:
+        """Keep the journal of what is gone for so long at least, as long as somebody has not read it."""
+        self._hands.hold_journal_ms = for_ms
+
     # -- for others ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

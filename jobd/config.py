@@ -18,7 +18,9 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import Meta, Struct
 
+from jobd import webhook_config
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy, is_job_id
+from jobd.webhook_config import BadWebhook, WebhookSetting
 
 EXIT_CONFIG: Final = 78
 DEFAULT_PATH: Final = "/etc/jobd/config.toml"
@@ -26,6 +28,8 @@ MIN_TOKEN: Final = 24
 MAKE_TOKEN: Final = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
 
 SHOWN: Final = 500  # characters of a message; a value in it may be of any length
+
+WEBHOOKS: Final = "webhooks"  # the one list of tables, in the file alone
 
 _UNITS: Final = {"ms": 1, "s": SECOND_MS, "m": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
 _DURATION: Final = re.compile(r"([0-9]{1,12})(ms|s|m|h|d)?")
@@ -126,6 +130,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     pass_issues: Annotated[int, Meta(ge=0)] = 10
     granted_twice: Annotated[int, Meta(ge=0)] = 0
     slower_than_usual: Annotated[float, Meta(ge=1, le=1000)] = 2.0
+    webhook_failing: Duration = Duration(5 * MINUTE_MS)
 
 
 class ArtefactsSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -187,6 +192,7 @@ class Loaded(Struct, frozen=True):
     development: bool = False
     warnings: tuple[str, ...] = ()
     own_places: tuple[str, ...] = ()  # directories of the daemon's own files, where no artefact may lie
+    webhooks: tuple[WebhookSetting, ...] = ()
 
 
 # What a running daemon takes over on SIGHUP; the rest is settled when its sockets and its store are opened.
@@ -221,6 +227,7 @@ _BOUNDS: Final[dict[str, tuple[int, int]]] = {
     "retention.audit": (0, 100 * YEAR_MS),
     "limits.claim_wait": (0, MINUTE_MS),
     "alerts.average_processing": (0, YEAR_MS),
+    "alerts.webhook_failing": (0, YEAR_MS),
 }
 
 
@@ -250,8 +257,11 @@ def load(
     found = _find_file(environ, path)
     values: dict[str, dict[str, Any]] = {}
     sources: dict[str, str] = {}
+    webhooks: tuple[WebhookSetting, ...] = ()
     if found is not None:
-        for key, value in _read_file(found).items():
+        tables = _read_file(found)
+        webhooks = _webhooks(found, tables.pop(WEBHOOKS, []))
+        for key, value in tables.items():
             _set(values, sources, key, value, f"file {found}")
     for name, key in _environment(environ).items():
         _set(values, sources, key, environ[name], f"env {name}")
@@ -276,8 +286,9 @@ def load(
         None if found is None else str(found),
         _reader_tokens(config, environ, admin_tokens),
         development,
-        _warnings(config),
+        (*_warnings(config), *_told_too_loud(found, webhooks)),
         own_places,
+        webhooks,
     )
 
 
@@ -290,6 +301,14 @@ def effective(loaded: Loaded) -> str:
             value = getattr(getattr(loaded.config, section), name)
             lines.append(f"{name} = {show(value)}  # {loaded.sources[f'{section}.{name}']}")
         lines.append("")
+    for webhook in loaded.webhooks:
+        lines.append(f"[[{WEBHOOKS}]]  # file {loaded.path}")
+        lines += [
+            f"{name} = {show(value)}"
+            for name, value in msgspec.structs.asdict(webhook.section).items()
+            if name != "secret"
+        ]
+        lines += [f"# secrets: {len(webhook.endpoint.secrets)}", ""]
     count = len(loaded.admin_tokens)
     lines.append(f"# admin tokens: {count or 'a random one at start'}; worker tokens: {len(loaded.worker_tokens)}")
     lines.append(f"# tokens that may only look: {len(loaded.reader_tokens)}")
@@ -353,13 +372,31 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     values = {}
     for section, table in tables.items():
+        if section == WEBHOOKS:
+            values[section] = table
+            continue
         if section not in Config.__struct_fields__:
-            raise ConfigError(f"{path}: unknown section [{section}]. Known: {', '.join(Config.__struct_fields__)}")
+            known = ", ".join((*Config.__struct_fields__, WEBHOOKS))
+            raise ConfigError(f"{path}: unknown section [{section}]. Known: {known}")
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: {section} must be a section: write [{section}] on a line of its own")
         for name, value in table.items():
             values[f"{section}.{name}"] = value
     return values
+
+
+def _webhooks(path: Path, tables: Any) -> tuple[WebhookSetting, ...]:
+    try:
+        return webhook_config.read(tables, parse_duration)
+    except BadWebhook as bad:
+        raise ConfigError(f"{path}: {bad}") from None
+
+
+def _told_too_loud(path: Path | None, webhooks: tuple[WebhookSetting, ...]) -> tuple[str, ...]:
+    """A secret in a file that everybody may read is none."""
+    if path is None or not any(each.is_inline for each in webhooks) or not path.stat().st_mode & 0o004:
+        return ()
+    return (f"{path} holds secrets of webhooks, and EVERYBODY may read it: chmod 640, or use secret_file.",)
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -20,8 +20,9 @@ from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from random import SystemRandom
 from typing import Final, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
 import structlog
@@ -46,6 +47,7 @@ from jobd.downloads import Downloads
 from jobd.failures import Failures
 from jobd.feed import Feed
 from jobd.files import StoreError
+from jobd.full_disk import Closed
 from jobd.health import Health
 from jobd.job import SECOND_MS
 from jobd.keys import Keys
@@ -58,6 +60,11 @@ from jobd.rooms import Rooms
 from jobd.store import Store, Synchronous
 from jobd.sweeper import Sweeper, Sweeps
 from jobd.web import Web
+from jobd.webhook import Endpoint
+from jobd.webhook_courier import PARALLEL
+from jobd.webhook_office import Office
+from jobd.webhook_sender import Sender
+from jobd.webhooks import Webhooks
 
 EXIT_OK: Final = 0
 EXIT_IO: Final = 74
@@ -134,7 +141,9 @@ class Daemon:
         self._running = asyncio.create_task(self.actor.run(), name="actor")
         self._running.add_done_callback(lambda _: self._stop.set())
         stack.push_async_callback(self._stop_actor)
+        self.webhooks = self._make_webhooks(store)
         self.cleaner = Cleaner(self.actor, self.clock, _schedule(settings))
+        self.cleaner.hold_journal(self.webhooks.hold_ms)
         _run_beside(stack, "cleanup", self.cleaner)
         _run_beside(stack, "failures", self.failures)
         presence = Presence(self._was_away)
@@ -231,6 +240,24 @@ class Daemon:
         _run_beside(stack, "sweeper", sweeper)
         return sweeper
 
+    def _make_webhooks(self, store: Store) -> Webhooks:
+        """Webhooks, not at work yet. Who is configured keeps the journal from now on."""
+
+        def poster(endpoint: Endpoint) -> Sender:
+            return Sender(allow_private=endpoint.allow_private, most=PARALLEL, wall=lambda: self.clock.moment().now)
+
+        office = Office(
+            disk=store,
+            clock=self.clock,
+            source=f"/jobd/{quote(socket.gethostname(), safe='')}",
+            may_write=lambda: self.actor.full_disk.closed == Closed.NOTHING,
+            alerts=lambda: self.alerts.known(),
+            chance=SystemRandom().random,
+        )
+        webhooks = Webhooks(office, listen=self.actor.on_commit.append, post=poster)
+        webhooks.set_endpoints(each.endpoint for each in self._loaded.webhooks)
+        return webhooks
+
     def _rooms(self, store: Store, opened: Opened, sweeper: Sweeper | None, stack: contextlib.AsyncExitStack) -> Rooms:
         settings = self._loaded.config
         health = Health(
@@ -248,9 +275,13 @@ class Daemon:
         metrics = Metrics(
             self.actor, self.cleaner, self.alerts, self.clock, self._sweeps, store.path, self._webs, self.feed
         )
+        metrics.webhooks = self.webhooks.figures
         _run_beside(stack, "metrics", metrics)
         planner = Planner(self.actor, self.clock)
         stack.push_async_callback(planner.close)
+        self.alerts.failing_webhook = self.webhooks.worst
+        self.alerts.on_change.append(self.webhooks.alerts_changed)
+        _run_beside(stack, "webhooks", self.webhooks)
         return Rooms(
             self.actor,
             store,
@@ -263,6 +294,7 @@ class Daemon:
             Downloads(self._artefacts, settings.limits.downloads),
             planner,
             self.failures,
+            self.webhooks,
             lambda: not self._running.done(),
         )
 
@@ -343,8 +375,12 @@ class Daemon:
             taken.append("worker tokens")
         if new.reader_tokens != self._loaded.reader_tokens:
             taken.append("read-only tokens")
+        if new.webhooks != self._loaded.webhooks:
+            taken.append("webhooks")
+            self.webhooks.set_endpoints(each.endpoint for each in new.webhooks)
         self._loaded = msgspec.structs.replace(
             self._loaded,
+            webhooks=new.webhooks,
             config=settings,
             admin_tokens=new.admin_tokens,
             reader_tokens=new.reader_tokens,
@@ -541,6 +577,7 @@ def _thresholds(settings: Config) -> Thresholds:
         pass_issues=alerts.pass_issues,
         granted_twice=alerts.granted_twice,
         slower_than_usual=alerts.slower_than_usual,
+        webhook_failing_ms=int(alerts.webhook_failing),
     )
 
 

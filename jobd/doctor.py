@@ -36,6 +36,7 @@ from jobd.tables import (
     now_ms,
     readable,
 )
+from jobd.webhook_tables import CURSOR_SQL, DELIVERY_SQL
 
 # Of one kind of problem so many are named, the rest counted.
 NAMED: Final = 100
@@ -239,11 +240,18 @@ def _queues(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
 
 
 def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
-    small = {"reports": "seq, body, crc", "figures": "id, body, crc", "tombstones": TOMBSTONE_SQL, "audit": AUDIT_SQL}
+    small = {
+        "reports": "seq, body, crc",
+        "figures": "id, body, crc",
+        "tombstones": TOMBSTONE_SQL,
+        "audit": AUDIT_SQL,
+        "webhooks": CURSOR_SQL,
+        "deliveries": DELIVERY_SQL,
+    }
     for table, columns in small.items():
         for row in _every(conn, f"SELECT {columns} FROM {table}"):
             if (wrong := fault(row)) is not None:
-                yield Problem(f"{table} {row[0]}", wrong, "the daemon sets it aside when it meets it")
+                yield Problem(f"{table} {readable(row[0])}", wrong, "the daemon sets it aside when it meets it")
 
 
 def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:

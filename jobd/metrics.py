@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import accumulate, islice
 from typing import Final, Protocol, get_args
@@ -82,6 +82,24 @@ class Snapshot(Struct, frozen=True):
     lag_s: float
     alerts: dict[str, bool]
     sweeps: Sweeps
+    webhooks: dict[str, WebhookFigures]  # by name
+
+
+class WebhookFigures(Protocol):
+    @property
+    def delivered(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def given_up(self) -> int: ...
+    @property
+    def gaps(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def lag(self) -> int: ...
+    @property
+    def paused(self) -> bool: ...
 
 
 class Door(Protocol):
@@ -126,6 +144,7 @@ class Metrics:
         self._doors = doors
         self._feed = feed
         self._store_path = store_path
+        self.webhooks: Callable[[], Mapping[str, WebhookFigures]] = dict
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
         self._commits: deque[list[int]] = deque([actor.commit_seconds.counts.copy()], COMMITS_KEPT)
         self._born_s = time.monotonic()
@@ -191,6 +210,7 @@ class Metrics:
             lag_s=max(self._lags, default=0.0),
             alerts=alerts,
             sweeps=copy(self._sweeps),
+            webhooks=dict(self.webhooks()),
         )
 
     async def run(self) -> None:
@@ -209,7 +229,7 @@ class Metrics:
 def text(now: Snapshot, store_path: str) -> bytes:
     """The exposition of `now` and of the sizes of the store's files. Reads the file system: call it off the loop."""
     registry = CollectorRegistry(auto_describe=False)  # our own: nothing of the process comes in by itself
-    registry.register(_Collected([*_jobs(now), *_cleanup(now), *_machine(now), *_files(store_path)]))
+    registry.register(_Collected([*_jobs(now), *_cleanup(now), *_webhooks(now), *_machine(now), *_files(store_path)]))
     return generate_latest(registry)
 
 
@@ -277,6 +297,25 @@ def _cleanup(now: Snapshot) -> Iterator[Metric]:
     yield _counters("artefacts_swept", help_, ["outcome"], swept.items())
     firing = ((name, int(is_firing)) for name, is_firing in now.alerts.items())
     yield _gauges("alert_firing", "1 while the alert fires.", ["alert"], firing)
+
+
+def _webhooks(now: Snapshot) -> Iterator[Metric]:
+    help_ = (
+        "Messages to webhooks since the start: delivered, failed tries, given up; gap: events that could not be told."
+    )
+    family = CounterMetricFamily("jobd_webhook_deliveries", help_, labels=["endpoint", "outcome"])
+    for name, each in now.webhooks.items():
+        outcomes = {"delivered": each.delivered, "failed": each.failed, "given_up": each.given_up, "gap": each.gaps}
+        for outcome, count in outcomes.items():
+            family.add_metric([name, outcome], count)
+    yield family
+    waiting = ((name, each.waiting) for name, each in now.webhooks.items())
+    yield _gauges("webhook_waiting_deliveries", "Messages that wait to be delivered.", ["endpoint"], waiting)
+    lags = ((name, each.lag) for name, each in now.webhooks.items())
+    yield _gauges("webhook_lag_events", "Events that the webhook was not told of yet.", ["endpoint"], lags)
+    paused = ((name, int(each.paused)) for name, each in now.webhooks.items())
+    help_ = "1 while nothing, or one message on trial, is sent, as too many have failed."
+    yield _gauges("webhook_paused", help_, ["endpoint"], paused)
 
 
 def _machine(now: Snapshot) -> Iterator[Metric]:

@@ -15,7 +15,7 @@ from jobd.files import StoreUnreadable
 from jobd.rows import META_COLUMNS, fault, sealed
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 5
+VERSION: Final = 6
 
 
 def _add_late_results(conn: sqlite3.Connection) -> None:
@@ -49,6 +49,22 @@ def _add_audit(conn: sqlite3.Connection) -> None:
     conn.execute("CREATE INDEX audit_job ON audit (job_id) WHERE job_id IS NOT NULL")
 
 
+def _add_webhooks(conn: sqlite3.Connection) -> None:
+    """Webhooks are told of what happens from now on."""
+    conn.execute(
+        "CREATE TABLE webhooks (name TEXT PRIMARY KEY NOT NULL, position INTEGER NOT NULL, gone_to INTEGER NOT NULL, "
+        "next_delivery INTEGER NOT NULL, alerts BLOB NOT NULL, updated_at INTEGER NOT NULL, crc INTEGER NOT NULL) "
+        "STRICT"
+    )
+    conn.execute(
+        "CREATE TABLE deliveries (id INTEGER PRIMARY KEY, endpoint TEXT NOT NULL, state TEXT NOT NULL, "
+        "subject TEXT NOT NULL, type TEXT NOT NULL, event_id TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, "
+        "due_at INTEGER NOT NULL, tries INTEGER NOT NULL, ended_at INTEGER, status INTEGER, error TEXT, "
+        "body BLOB NOT NULL, crc INTEGER NOT NULL) STRICT"
+    )
+    conn.execute("CREATE INDEX deliveries_place ON deliveries (endpoint, state, id)")
+
+
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums
 # has to write them anew, and the XOR of the job checksums with them.
 MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
@@ -56,6 +72,7 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     2: _add_late_results,
     3: _add_tombstones,
     4: _add_audit,
+    5: _add_webhooks,
 }
 
 

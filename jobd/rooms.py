@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Callable
+from typing import Final
 
 import structlog
 from msgspec import Struct
@@ -20,6 +21,9 @@ from jobd.answers import (
     CleanupReport,
     CleanupState,
     ClockView,
+    DeliveryPage,
+    DeliveryState,
+    DeliveryView,
     FailuresView,
     HealthView,
     PlanResult,
@@ -28,7 +32,9 @@ from jobd.answers import (
     QuarantinedJob,
     RecoverStuckView,
     Vitals,
+    WebhookView,
 )
+from jobd.batch import DiskFull
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
 from jobd.commands import MakePlan, Operator, Refusal
@@ -42,6 +48,9 @@ from jobd.plans import Planner
 from jobd.store import Store
 from jobd.watchers import Watcher
 from jobd.web import Download
+from jobd.webhooks import Webhooks
+
+NOT_NOW: Final = Refusal("storage_full", "The outbox of the webhook cannot be written now; try again in a moment.")
 
 log = structlog.get_logger("jobd.daemon")
 
@@ -60,6 +69,7 @@ class Rooms(Struct):
     downloads: Downloads
     planner: Planner
     failures_: Failures
+    webhooks_: Webhooks
     runs: Callable[[], bool]
     is_open: bool = False
 
@@ -133,8 +143,44 @@ class Rooms(Struct):
     async def download(self, key: str, cut: Callable[[], None]) -> Download:
         return await self.downloads.begin(key, cut)
 
+    def webhooks(self) -> list[WebhookView]:
+        return self.webhooks_.views()
+
+    async def deliveries(
+        self, webhook: str, state: DeliveryState | None, before: int | None, limit: int
+    ) -> DeliveryPage | Refusal:
+        if not self.webhooks_.has(webhook):
+            return _no_webhook(webhook)
+        return await self.webhooks_.page(webhook, state, before, limit)
+
+    async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | Refusal:
+        if not self.webhooks_.has(webhook):
+            return _no_webhook(webhook)
+        try:
+            found = await self.webhooks_.again(webhook, delivery)
+        except DiskFull:
+            return NOT_NOW
+        if found is None:
+            return Refusal("not_found", f"Webhook {webhook} has no delivery {delivery}, or has it no more.")
+        log.info("webhook_sent_again", webhook=webhook, delivery=delivery)
+        return found
+
+    async def test_webhook(self, webhook: str) -> DeliveryView | Refusal:
+        if not self.webhooks_.has(webhook):
+            return _no_webhook(webhook)
+        try:
+            sent = await self.webhooks_.test(webhook)
+        except DiskFull:
+            return NOT_NOW
+        log.info("webhook_tested", webhook=webhook)
+        return sent
+
     def is_ready(self) -> bool:
         return self.is_open and self.runs()
 
     def is_alive(self) -> bool:
         return self.runs()
+
+
+def _no_webhook(name: str) -> Refusal:
+    return Refusal("not_found", f"There is no webhook {name} in the configuration. Its [[webhooks]] name them.")

@@ -1,4 +1,4 @@
--- The tables of a store, schema version 5: what every row holds.
+-- The tables of a store, schema version 6: what every row holds.
 -- No rule of a job is written here: which values make sense is judged by validation.py, so that a bad row can be read.
 --
 -- `crc` is the CRC-32 of all other columns of its row (rows.py). Times named *_at are Unix milliseconds,
@@ -198,6 +198,37 @@ CREATE TABLE audit (
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX audit_job ON audit (job_id) WHERE job_id IS NOT NULL;
+
+-- How far each webhook is in the journal: what it wanted of all events up to `position` is among the deliveries.
+CREATE TABLE webhooks (
+    name TEXT PRIMARY KEY NOT NULL,
+    position INTEGER NOT NULL,
+    gone_to INTEGER NOT NULL,          -- it was told of all gaps up to this event
+    next_delivery INTEGER NOT NULL,    -- the highest of all rows is the next number to give
+    alerts BLOB NOT NULL,              -- JSON text: those of which it knows that they fire, and since when
+    updated_at INTEGER NOT NULL,
+    crc INTEGER NOT NULL
+) STRICT;
+
+-- Messages that wait to be delivered to a webhook, and the latest of those that were delivered or given up.
+CREATE TABLE deliveries (
+    id INTEGER PRIMARY KEY,
+    endpoint TEXT NOT NULL,            -- the name of the webhook
+    state TEXT NOT NULL,
+    subject TEXT NOT NULL,             -- of one subject each waits for those before it
+    type TEXT NOT NULL,
+    event_id TEXT NOT NULL,
+    seq INTEGER NOT NULL,              -- of the event in the journal; 0: it is none
+    at INTEGER NOT NULL,
+    due_at INTEGER NOT NULL,
+    tries INTEGER NOT NULL,
+    ended_at INTEGER,
+    status INTEGER,                    -- HTTP status of the last answer
+    error TEXT,
+    body BLOB NOT NULL,                -- JSON text, as it is sent
+    crc INTEGER NOT NULL
+) STRICT;
+CREATE INDEX deliveries_place ON deliveries (endpoint, state, id);
 
 -- Jobs set aside: `row` is the job's row as JSON (column to value, bytes as {"hex": ...}).
 CREATE TABLE quarantined_jobs (

@@ -16,7 +16,8 @@ from typing import Any, Final, Literal, TypeVar
 
 import aiosqlite
 
-from jobd import audit_reader, files, lookups, opening, quarantine
+from jobd import audit_reader, files, lookups, opening, quarantine, webhook_tables
+from jobd.answers import DeliveryState
 from jobd.batch import (
     Aside,
     AuditQuery,
@@ -37,6 +38,7 @@ from jobd.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew
 from jobd.job import Job
 from jobd.opening import MEMORY
 from jobd.tables import Tables
+from jobd.webhook import Cursor, Delivery, Outbox
 
 __all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTooNew", "StoreUnreadable"]
 
@@ -216,6 +218,30 @@ class Store:
 
     async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
         await self._hop(self._tables.settle_tombstones, gone, later)
+
+    # --------------------------------------------------------------------------------- the outbox of the webhooks
+
+    async def open_outbox(self, names: list[str], now: int) -> Outbox:
+        return await self._hop(webhook_tables.open_outbox, self._tables, names, now)
+
+    async def plan_deliveries(self, moved: Cursor, new: list[Delivery]) -> None:
+        await self._hop(webhook_tables.plan, self._tables, moved, new)
+
+    async def settle_deliveries(self, settled: list[Delivery], now: int) -> None:
+        await self._hop(webhook_tables.settle, self._tables, settled, now)
+
+    async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
+        return await self._hop(webhook_tables.again, self._tables, endpoint, id_, now)
+
+    async def deliveries(self, ids: list[int]) -> list[Delivery]:
+        return await self._hop(webhook_tables.by_ids, self._tables, ids)
+
+    async def page_of_deliveries(
+        self, endpoint: str, state: DeliveryState | None, before: int, limit: int
+    ) -> list[Delivery]:
+        return await self._hop(webhook_tables.page, self._tables, endpoint, state, before, limit)
+
+    # ------------------------------------------------------------------------------------------ small things
 
     async def save_figures(self, body: bytes) -> None:
         await self._hop(self._tables.save_figures, body)

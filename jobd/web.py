@@ -26,6 +26,9 @@ from jobd.answers import (
     CleanupReport,
     CleanupState,
     ClockView,
+    DeliveryPage,
+    DeliveryState,
+    DeliveryView,
     FailuresView,
     HealthView,
     PlanResult,
@@ -34,6 +37,7 @@ from jobd.answers import (
     QuarantinedJob,
     RecoverStuckView,
     Vitals,
+    WebhookView,
 )
 from jobd.bodies import Limits, Refused, path_value, refused, too_large
 from jobd.commands import Command, KeyUse, MakePlan, Note, Operator, Refusal
@@ -137,6 +141,12 @@ class Rooms(Protocol):
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener: ...
     def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher: ...
     async def download(self, key: str, cut: Callable[[], None]) -> Download: ...
+    def webhooks(self) -> list[WebhookView]: ...
+    async def deliveries(
+        self, webhook: str, state: DeliveryState | None, before: int | None, limit: int
+    ) -> DeliveryPage | Refusal: ...
+    async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | Refusal: ...
+    async def test_webhook(self, webhook: str) -> DeliveryView | Refusal: ...
     def is_ready(self) -> bool: ...
     def is_alive(self) -> bool: ...
 

@@ -23,6 +23,9 @@ from jobd.answers import (
     CleanupState,
     ClockView,
     DatabaseHealth,
+    DeliveryPage,
+    DeliveryState,
+    DeliveryView,
     Done,
     FailureGroup,
     FailuresView,
@@ -38,6 +41,7 @@ from jobd.answers import (
     Recovery,
     SkippedJob,
     Vitals,
+    WebhookView,
 )
 from jobd.bodies import Limits
 from jobd.commands import Call, Command, KeyUse, MakePlan, Operator, Refusal
@@ -134,6 +138,40 @@ class Desk:
         self.taken_back.append(answer)
 
 
+WEBHOOK = WebhookView(
+    name="q",
+    url="https://e.test/hook",
+    events=["job.failed"],
+    queues=[],
+    state="closed",
+    failing_since=None,
+    position=9,
+    lag=0,
+    waiting=1,
+    delivered=2,
+    failed=3,
+    given_up=0,
+    last_success_at=1_700_000_000_000,
+    last_error="500",
+    last_error_at=1_700_000_000_000,
+)
+DELIVERY = DeliveryView(
+    id=7,
+    state="waiting",
+    type="job.failed",
+    subject="jobs/a",
+    event_id="evt_1",
+    seq=9,
+    at=1_700_000_000_000,
+    due_at=1_700_000_000_000,
+    tries=1,
+    ended_at=None,
+    status=500,
+    error="500",
+)
+NO_WEBHOOK = Refusal("not_found", "There is no such webhook.")
+
+
 class Figures:
     """Rooms with fixed figures."""
 
@@ -150,6 +188,7 @@ class Figures:
         self.disk = MemoryDisk()
         self.feed = feed.Feed(self.disk, 0, 3)
         self.downloads = Downloads(None, 2)
+        self.asked_deliveries: list[tuple[str, str | None, int | None, int]] = []
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
         self.forced.append(forced)
@@ -208,6 +247,21 @@ class Figures:
 
     def quarantine(self) -> list[QuarantinedJob]:
         return [QuarantinedJob("bad-1", "checksum")]
+
+    def webhooks(self) -> list[WebhookView]:
+        return [WEBHOOK]
+
+    async def deliveries(
+        self, webhook: str, state: DeliveryState | None, before: int | None, limit: int
+    ) -> DeliveryPage | Refusal:
+        self.asked_deliveries.append((webhook, state, before, limit))
+        return DeliveryPage([DELIVERY], "7") if webhook == "q" else NO_WEBHOOK
+
+    async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | Refusal:
+        return DELIVERY if (webhook, delivery) == ("q", 7) else NO_WEBHOOK
+
+    async def test_webhook(self, webhook: str) -> DeliveryView | Refusal:
+        return DELIVERY if webhook == "q" else NO_WEBHOOK
 
     async def backup(self) -> AsyncIterator[bytes]:
         try:

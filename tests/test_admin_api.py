@@ -50,7 +50,7 @@ from jobd.commands import (
 from jobd.doors import Gate
 from jobd.job import Policy
 from jobd.views import job_view
-from tests.http_help import TOKEN, House
+from tests.http_help import DELIVERY, TOKEN, WEBHOOK, House
 from tests.test_views import AT, JOB
 
 P = "/admin/job-management"
@@ -104,6 +104,8 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
     ("GET", f"{P}/workers", "", Workers(), False),
 ]  # fmt: skip
 
+plain_view = msgspec.to_builtins
+
 # Calls that the daemon's rooms answer: call, data.
 ROOMS: list[tuple[str, str, Any]] = [
     ("POST", f"{P}/cleanup", REPORT),
@@ -114,6 +116,9 @@ ROOMS: list[tuple[str, str, Any]] = [
     ("GET", f"{P}/reports", {"reports": [REPORT]}),
     ("GET", f"{P}/alerts", {"alerts": [{"name": "stuck_jobs", "firing": False, "since": None, "value": 0.0,
                                         "threshold": 5.0, "hint": "look at the workers"}]}),
+    ("GET", f"{P}/webhooks", {"webhooks": [plain_view(WEBHOOK)]}),
+    ("GET", f"{P}/webhooks/{{name}}/deliveries", {"deliveries": [plain_view(DELIVERY)], "next_cursor": "7"}),
+    ("POST", f"{P}/webhooks/{{name}}/test", plain_view(DELIVERY)),
     ("GET", f"{P}/clock", {"now": 1_700_000_000_000, "suspect": True, "message": "30 days ahead"}),
     ("POST", f"{P}/clock/accept", {"now": 1_700_000_000_000, "suspect": False, "message": "30 days ahead"}),
     ("GET", f"{P}/failures",
@@ -157,6 +162,7 @@ async def test_a_call_is_its_command(
 
 @pytest.mark.parametrize(("method", "path", "data"), ROOMS)
 async def test_a_call_of_the_rooms_gives_their_figures(house: House, method: str, path: str, data: Any) -> None:
+    path = path.replace("{name}", "q")
     assert (await house.ask(method, path, headers=AUTH)).data == data
     if method == "POST":
         assert (await house.ask(method, path, "{}", AUTH)).data == data
@@ -179,6 +185,16 @@ async def test_what_is_no_command_is_noted_for_the_audit_log(house: House, metho
     assert asked.command == Note(what=what)
     assert asked.operator is not None
     assert asked.operator.name == "eve"
+
+
+async def test_what_is_asked_of_a_webhook_is_noted_with_which(house: House) -> None:
+    assert (await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)).status == 200
+    assert (await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
+    assert (await house.ask("POST", f"{P}/webhooks/q/test", headers=AUTH)).status == 200
+    assert [asked.command for asked in house.desk.asked] == [
+        Note(what="resend-delivery", details={"webhook": "q", "delivery": 7}),
+        Note(what="test-webhook", details={"webhook": "q"}),
+    ]
 
 
 async def test_what_cannot_be_noted_is_done_all_the_same(house: House) -> None:
@@ -256,6 +272,7 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
     others |= {("GET", f"{P}/events"), ("GET", f"{P}/jobs/{{id}}/artefact")}  # test_event_stream.py, test_downloads.py
     plans = [("POST", "plans"), ("GET", "plans/{plan_id}"), ("POST", "plans/{plan_id}/apply")]
     others |= {(method, f"{P}/{path}") for method, path in plans}
+    others.add(("POST", f"{P}/webhooks/{{name}}/resend"))
     examples = {call[:2] for call in COMMANDS} | {call[:2] for call in ROOMS} | others
     assert {(route.method, route.path) for route in ROUTES} == examples
 
@@ -344,6 +361,23 @@ async def test_health_has_the_same_body_whatever_its_status(
 async def test_a_query_out_of_its_bounds_is_named(house: House, target: str, field: str) -> None:
     heard = await house.ask("GET", target, headers=AUTH)
     assert (heard.status, heard.json["details"]) == (400, {"field": field})
+
+
+async def test_a_delivery_is_sent_again_by_its_number(house: House) -> None:
+    again = await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)
+    assert again.data == plain_view(DELIVERY)
+    assert (await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
+    for body in ('{"id":0}', "{}", '{"id":"7"}'):
+        assert (await house.ask("POST", f"{P}/webhooks/q/resend", body, AUTH)).status == 400
+
+
+async def test_deliveries_are_asked_for_by_state_and_page(house: House) -> None:
+    assert (await house.ask("GET", f"{P}/webhooks/q/deliveries?state=given_up&limit=5&cursor=9", headers=AUTH)).data
+    assert house.figures.asked_deliveries == [("q", "given_up", 9, 5)]
+    assert (await house.ask("GET", f"{P}/webhooks/none/deliveries", headers=AUTH)).status == 404
+    assert (await house.ask("POST", f"{P}/webhooks/none/test", headers=AUTH)).status == 404
+    for query in ("state=lost", "limit=0", "limit=201", "cursor=x"):
+        assert (await house.ask("GET", f"{P}/webhooks/q/deliveries?{query}", headers=AUTH)).status == 400
 
 
 async def test_reports_are_as_many_as_asked_for(house: House) -> None:

@@ -37,7 +37,7 @@ async def test_a_quiet_daemon_fires_nothing_and_names_every_alert() -> None:
         assert [alert.name for alert in shown] == list(NAMES)
         assert not any(alert.firing for alert in shown)
         assert all(alert.since is None and alert.hint for alert in shown)
-        assert [alert.threshold for alert in shown] == [5, 20, 600, 10, 0, 2, 0, 0]
+        assert [alert.threshold for alert in shown] == [5, 20, 600, 10, 0, 2, 0, 0, 300]
 
 
 @in_virtual_time
@@ -278,5 +278,51 @@ async def test_a_bug_does_not_end_the_watch() -> None:
         with capture_logs() as logs:
             await seconds(EVALUATE_EVERY_S)
         assert [line["event"] for line in logs] == ["alert_firing"]
+        alerts.stop()
+        await running
+
+
+class Failing:
+    name = "billing"
+    for_ms = 300_000
+    error = "500: broken"
+
+
+@in_virtual_time
+async def test_a_webhook_that_takes_nothing_for_long_is_told_with_its_last_error() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        failing = Failing()
+        alerts.failing_webhook = lambda: failing
+        assert not one(alerts, "webhook_failing").firing
+        failing.for_ms += 1_000
+        shown = one(alerts, "webhook_failing")
+        assert shown.firing
+        assert shown.value == 301
+        assert "billing" in shown.hint
+        assert "500: broken" in shown.hint
+        alerts.failing_webhook = lambda: None
+        assert not one(alerts, "webhook_failing").firing
+
+
+@in_virtual_time
+async def test_who_listens_is_told_of_changes_and_only_of_what_somebody_has_looked_at() -> None:
+    async with Household() as house:
+        alerts, told, failing = alerts_of(house), [], Failing()
+        alerts.on_change.append(lambda: told.append(alerts.known()))
+        alerts.evaluate()
+        assert alerts.known() is None
+        assert told == []
+        running = asyncio.create_task(alerts.run())
+        await seconds(1)
+        assert len(told) == 1
+        assert told[0] is not None
+        alerts.evaluate()
+        failing.for_ms += 1_000
+        alerts.failing_webhook = lambda: failing
+        await seconds(6)
+        assert len(told) == 2
+        assert told[1] is not None
+        assert [alert.name for alert in told[1] if alert.firing] == ["webhook_failing"]
         alerts.stop()
         await running

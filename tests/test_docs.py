@@ -196,6 +196,10 @@ SHAPES: Final[dict[str, Any]] = {
     "reports": answers.ReportList,
     "alerts": answers.AlertList,
     "alert": answers.AlertView,
+    "webhooks": answers.WebhookList,
+    "webhook": answers.WebhookView,
+    "deliveries": answers.DeliveryPage,
+    "delivery": answers.DeliveryView,
     "clock": answers.ClockView,
     "quarantine": answers.QuarantineList,
     "paused": answers.PausedView,
@@ -279,13 +283,23 @@ def test_every_alert_with_its_threshold() -> None:
     assert thresholds == {key for key in config.KEYS if key.startswith("alerts.")}
 
 
+NOBODY: Final = f"""
+[[webhooks]]
+name = "nobody"
+url = "http://127.0.0.1:9/"
+allow_private = true
+events = ["alert.*"]
+secret = "whsec_{"c2VjcmV0" * 4}"
+"""
+
+
 def test_every_metric(tmp_path: Path) -> None:
     """Names, types and labels as a daemon gives them that has seen as many jobs as a pace is made of."""
     said = {
         ticked(name)[0]: (kind, set(ticked(labels)))
         for name, kind, labels, _ in rows(OPERATIONS, "metric", "type", "labels")
     }
-    with Daemon(tmp_path) as daemon:
+    with Daemon(tmp_path, NOBODY) as daemon:
         complete_some(daemon, SAMPLES_NEEDED)
         text = daemon.admin("GET", "/metrics").body.decode()
     given: dict[str, tuple[str, set[str]]] = {}

@@ -17,6 +17,7 @@ from jobd.doctor import Problem, Refused, accept, check, recount
 from jobd.job import DAY_MS, FINISHED, LIVE
 from jobd.store import StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.tables import now_ms
+from jobd.webhook import Cursor, Delivery
 from tests.by_hand import NOW, Maker
 from tests.store_help import assert_holds, edited, exists, flip, lose, make_store, opened, pick, read, remove, write
 
@@ -39,6 +40,9 @@ async def busy_store(path: str) -> Maker:
         young = Tombstone(900, "gone", "k/1", now_ms(), now_ms())
         deed = Audited(NOW, "eve", "127.0.0.1", "force-fail", "job-1", details={"from": "queued"})
         await store.write(maker.batch([], tombstones=[young], audit=[deed]))
+        await store.open_outbox(["e"], NOW)
+        message = Delivery(7, "e", "waiting", "jobs/a", "job.failed", "evt_1", 1, NOW, NOW, 0, None, None, None, b"{}")
+        await store.plan_deliveries(Cursor("e", 1, next_delivery=8), [message])
         await store.save_figures(b"{}")
         await store.write(maker.batch([maker.late(pick(maker, LIVE), 1)]))
     return maker
@@ -118,6 +122,9 @@ async def test_an_older_store_is_to_be_migrated_first(path: str, monkeypatch: py
         ("UPDATE figures SET body = X'31'", "figures 1", "checksum"),
         ("UPDATE tombstones SET tries = 9", "tombstones 900", "checksum"),
         ("UPDATE audit SET who = 'mallory'", "audit 1", "checksum"),
+        ("UPDATE webhooks SET position = 99", "webhooks e", "checksum"),
+        ("UPDATE deliveries SET body = X'31'", "deliveries 7", "checksum"),
+        ("DROP INDEX deliveries_place", "schema deliveries_place", "missing"),
         ("DROP INDEX audit_job", "schema audit_job", "missing"),
         ("DROP INDEX jobs_storage_key", "schema jobs_storage_key", "missing"),
         ("DROP INDEX jobs_expiry", "schema jobs_expiry", "missing"),

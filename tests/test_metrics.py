@@ -85,6 +85,10 @@ EXPECTED = {
     "jobd_loop_lag_seconds": "gauge",
     "jobd_clock_suspect": "gauge",
     "jobd_alert_firing": "gauge",
+    "jobd_webhook_deliveries_total": "counter",
+    "jobd_webhook_waiting_deliveries": "gauge",
+    "jobd_webhook_lag_events": "gauge",
+    "jobd_webhook_paused": "gauge",
     "jobd_build_info": "gauge",
 }
 

@@ -137,7 +137,7 @@ def as_of(version: int, path: str) -> None:
     """Make a store of this version of the one at `path`: its rows, as far as there was a table for them."""
     was, now = f"{path}.was", migrations.VERSION
     with edited(path) as conn:
-        for table in ("late_results", "tombstones", "audit"):
+        for table in ("late_results", "tombstones", "audit", "webhooks", "deliveries"):
             assert conn.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), (
                 "no older version could have had it"
             )
@@ -177,6 +177,8 @@ async def test_a_store_of_every_older_version_becomes_one_of_this(path: str, tmp
         await assert_holds(store, found, maker)
         assert [row.who for _, row in (await store.audit(AuditQuery())).found] == ["eve"]
         assert len((await store.late([LateAsked(job.seq)])).results[job.seq]) == 1
+        outbox = await store.open_outbox(["e"], maker.now)
+        assert (outbox.cursors["e"].position, outbox.next_delivery) == (maker.numbers.next_event - 1, 1)
     assert doctor.check(path) == []
     fresh = str(tmp_path / "fresh.db")
     async with opened(fresh):
@@ -230,7 +232,7 @@ def test_every_table_is_strict_and_every_row_of_promise_has_a_checksum() -> None
         tables = conn.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
         assert all(strict for name, strict in tables if not name.startswith("sqlite_"))
         promised = ("jobs", "payloads", "late_results", "events", "keys", "queues", "meta", "reports", "figures")
-        for table in (*promised, "tombstones", "audit"):
+        for table in (*promised, "tombstones", "audit", "webhooks", "deliveries"):
             assert "crc" in [row[1] for row in conn.execute(f"PRAGMA table_info({table})")], table
         assert conn.execute("PRAGMA application_id").fetchone() == (migrations.APPLICATION_ID,)
 

@@ -33,14 +33,14 @@ from jobd.pace import HOURS_NEEDED, SAMPLES_NEEDED, Pace
 from jobd.store import Store
 from tests.conftest import tool_missing
 from tests.process import Daemon
-from tests.test_docs import complete_some
+from tests.test_docs import NOBODY, complete_some
 
 ROOT: Final = Path(__file__).parent.parent
 SHIPPED: Final = Path(jobd.__file__).parent / "monitoring"
 RULES, DASHBOARD = SHIPPED / FILES["rules"], SHIPPED / FILES["dashboard"]
 PROMETHEUS: Final = {"up"}  # metrics that Prometheus makes of every scrape
 TARGET: Final = {"instance", "job"}  # labels that it gives to all of them
-FREE: Final = {"queue", "kind", *TARGET}  # labels whose values are the user's
+FREE: Final = {"queue", "kind", "endpoint", *TARGET}  # labels whose values are the user's
 
 
 class Rule(Struct, forbid_unknown_fields=True):
@@ -98,7 +98,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     """Sample names of a real scrape, each with the labels that it comes with. The daemon knows what is usual here."""
     directory = tmp_path_factory.mktemp("scraped")
     asyncio.run(save_usual(directory / "jobd.db"))
-    with Daemon(directory) as daemon:
+    with Daemon(directory, NOBODY) as daemon:
         complete_some(daemon, SAMPLES_NEEDED)
         text = daemon.admin("GET", "/metrics").body.decode()
     families: list[Metric] = list(text_string_to_metric_families(text))
@@ -208,6 +208,8 @@ def commits(fast: int, slow: int) -> dict[str, str]:
 
 MIB: Final = 1 << 20
 
+WEBHOOK: Final = 'jobd_webhook_deliveries_total{{outcome="{}", endpoint="e", instance="a", job="jobd"}}'
+
 # When to look, series by which the rule fires then (one value a minute), and series by which it does not.
 SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdStuckJobs": firing("stuck_jobs"),
@@ -218,6 +220,7 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdSlowerThanUsual": firing("slower_than_usual"),
     "JobdDatabaseNotHealthy": firing("database"),
     "JobdMemoryNotHealthy": firing("cache"),
+    "JobdWebhookFailing": firing("webhook_failing"),
     "JobdDown": gauge("up", 0, 1),
     "JobdAbsent": ("6m", {}, {f"jobd_build_info{JOBD}": "1x240"}),
     "JobdRestartsOften": (
@@ -249,6 +252,11 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdCommitsSlow": ("30m", commits(90, 100), commits(100, 100)),
     "JobdClockSuspect": gauge("jobd_clock_suspect", 1, 0),
     "JobdQuarantine": gauge("jobd_quarantined_jobs", 1, 0),
+    "JobdWebhookGaveUp": (
+        "20m",
+        {WEBHOOK.format("given_up"): "0x10 3x240"},
+        {WEBHOOK.format("failed"): "0+5x240", WEBHOOK.format("given_up"): "3x240"},
+    ),
 }
 
 

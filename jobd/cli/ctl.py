@@ -1,5 +1,5 @@
 """jobctl: the program. Its verbs are in ctl_submit.py, ctl_run.py, ctl_jobs.py (worker API), and for operators in
-ctl_admin.py, ctl_live.py, ctl_move.py, ctl_change.py, ctl_plan.py (admin API).
+ctl_admin.py, ctl_webhooks.py, ctl_live.py, ctl_move.py, ctl_change.py, ctl_plan.py (admin API).
 
 Imports only what the command line itself needs, so that --help is quick.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 
 from jobd import __version__
-from jobd.cli import ctl_admin, ctl_change, ctl_jobs, ctl_live, ctl_move, ctl_run, ctl_submit, exits
+from jobd.cli import ctl_admin, ctl_change, ctl_jobs, ctl_live, ctl_move, ctl_run, ctl_submit, ctl_webhooks, exits
 from jobd.cli.group import SETTINGS, Sections
 from jobd.cli.places import all_options
 
@@ -40,7 +40,14 @@ jobctl.add_all(
     ctl_jobs.validate,
     ctl_jobs.cancel,
 )
-jobctl.add_all("Operators (admin port)", *ctl_admin.VERBS, *ctl_live.VERBS, *ctl_move.VERBS, *ctl_change.VERBS)
+jobctl.add_all(
+    "Operators (admin port)",
+    *ctl_admin.VERBS,
+    ctl_webhooks.webhooks,
+    *ctl_live.VERBS,
+    *ctl_move.VERBS,
+    *ctl_change.VERBS,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -95,12 +95,23 @@ def check_config(config: str | None, as_json: bool) -> None:
     except ConfigError as error:
         raise exits.Problem(str(error), exits.CONFIG) from None
     if as_json:
-        show.emit_json({"path": loaded.path, "values": _values(loaded)})
+        show.emit_json({"path": loaded.path, "values": _values(loaded), "webhooks": _webhooks(loaded)})
     else:
         for line in effective(loaded).splitlines():
             show.emit(line)
     for warning in loaded.warnings:
         show.say(f"jobd: {warning}")
+
+
+def _webhooks(loaded: Loaded) -> list[dict[str, object]]:
+    """The webhooks without their secrets; how many they have is told."""
+    from msgspec.structs import asdict
+
+    return [
+        {name: value for name, value in asdict(each.section).items() if name != "secret"}
+        | {"secrets": len(each.endpoint.secrets)}
+        for each in loaded.webhooks
+    ]
 
 
 def _values(loaded: Loaded) -> dict[str, dict[str, object]]:

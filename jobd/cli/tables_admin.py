@@ -13,6 +13,7 @@ from jobd.answers import (
     CleanupReport,
     CleanupState,
     ClockView,
+    DeliveryPage,
     FailuresView,
     HealthView,
     LateResultView,
@@ -21,6 +22,7 @@ from jobd.answers import (
     QueueView,
     RecoverStuckView,
     StatsView,
+    WebhookView,
     WorkerView,
 )
 from jobd.cli import show, tables
@@ -253,6 +255,43 @@ def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
     ]
     empty = "No alert is firing." if firing else "No alerts are defined."
     show.table(["ALERT", "STATE", "SINCE", ">VALUE", ">THRESHOLD", "HINT"], rows, empty=empty)
+
+
+def webhooks(views: Sequence[WebhookView]) -> None:
+    rows = [
+        (
+            view.name,
+            view.url,
+            "paused" if view.state != "closed" else "failing" if view.failing_since is not None else "well",
+            view.waiting,
+            view.lag,
+            view.delivered,
+            view.given_up,
+            show.age(view.last_success_at) if view.last_success_at is not None else "-",
+            view.last_error or "-",
+        )
+        for view in views
+    ]
+    columns = ["WEBHOOK", "URL", "STATE", ">WAITING", ">LAG", ">DELIVERED", ">GIVEN UP", "LAST SUCCESS", "LAST ERROR"]
+    show.table(columns, rows, empty="No webhook is configured.")
+
+
+def deliveries(page: DeliveryPage) -> None:
+    rows = [
+        (
+            each.id,
+            each.type,
+            each.subject,
+            each.state.replace("_", " "),
+            each.tries,
+            show.local(each.at),
+            show.age(each.due_at) if each.due_at is not None else show.age(each.ended_at or each.at),
+            each.error or each.status or "-",
+        )
+        for each in page.deliveries
+    ]
+    columns = [">DELIVERY", "TYPE", "SUBJECT", "STATE", ">TRIES", "SINCE", "DUE OR ENDED", "LAST ANSWER"]
+    show.table(columns, rows, empty="No deliveries.")
 
 
 def clock(view: ClockView) -> None:

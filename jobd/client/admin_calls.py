@@ -18,6 +18,9 @@ from jobd.answers import (
     CleanupReport,
     CleanupState,
     ClockView,
+    DeliveryPage,
+    DeliveryState,
+    DeliveryView,
     FailuresView,
     Forced,
     HealthView,
@@ -36,6 +39,8 @@ from jobd.answers import (
     ReportList,
     StatsView,
     ValidateJobView,
+    WebhookList,
+    WebhookView,
     WhyView,
     WorkerView,
 )
@@ -100,6 +105,9 @@ _read_plan = reader(PlanView)
 _read_plan_result = reader(PlanResult)
 _read_alerts = reader(AlertList)
 _read_paused = reader(PausedView)
+_read_webhooks = reader(WebhookList)
+_read_deliveries = reader(DeliveryPage)
+_read_delivery = reader(DeliveryView)
 _read_clock = reader(ClockView)
 _read_quarantine = reader(QuarantineList)
 read_imported = reader(ImportResult)
@@ -377,6 +385,36 @@ def pause_queue(queue: str) -> Request[PausedView]:
 def resume_queue(queue: str) -> Request[PausedView]:
     """Grant jobs of this queue again."""
     return post(job_path(f"{BASE}/queues", queue, "resume"), _read_paused, {}, key=uuid7())
+
+
+def webhooks() -> Request[list[WebhookView]]:
+    """Who is told of what happens, and how that is going."""
+    return get(f"{BASE}/webhooks", lambda body: _read_webhooks(body).webhooks)
+
+
+def deliveries(
+    webhook: str,
+    *,
+    state: DeliveryState | None = None,
+    limit: int | None = None,
+    cursor: str | None = None,
+) -> Request[DeliveryPage]:
+    """What waits for a webhook, and what became of the latest: newest first, `limit` of them at most (50; up to 200).
+
+    `cursor` is the `next_cursor` of the page before; the last one has none.
+    """
+    path = job_path(f"{BASE}/webhooks", webhook, "deliveries")
+    return get(path, _read_deliveries, state=state, limit=limit, cursor=cursor)
+
+
+def deliver_again(webhook: str, delivery: int) -> Request[DeliveryView]:
+    """Send a delivery again, now, whatever became of it. Its receiver knows it by the same `webhook-id`."""
+    return post(job_path(f"{BASE}/webhooks", webhook, "resend"), _read_delivery, {"id": delivery})
+
+
+def test_webhook(webhook: str) -> Request[DeliveryView]:
+    """Send a webhook a message that says it is a test."""
+    return post(job_path(f"{BASE}/webhooks", webhook, "test"), _read_delivery, {})
 
 
 def clock() -> Request[ClockView]:

@@ -60,6 +60,7 @@ MOST_REPORTS: Final = 50
 DEEDS_KEPT: Final = (
     "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
     "delete", "pause", "resume", "import", "recover-stuck", "cleanup", "accept-clock", "backup",
+    "resend-delivery", "test-webhook",
 )  # fmt: skip
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]-]{1,200}")
 

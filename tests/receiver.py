@@ -1,0 +1,95 @@
+"""A receiver of webhooks on loopback: an aiohttp server in a thread of its own, which answers as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple, Self
+
+import msgspec
+from aiohttp import web
+
+
+class Heard(NamedTuple):
+    """One request as it came."""
+
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def event(self) -> dict[str, Any]:
+        found: dict[str, Any] = msgspec.json.decode(self.body)
+        return found
+
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def taken(_: web.Request) -> web.StreamResponse:
+    return web.Response(status=204)
+
+
+def saying(status: int, text: str = "", **headers: str) -> Answer:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=status, text=text, headers=headers)
+
+    return answer
+
+
+class Receiver:
+    """`with Receiver() as receiver`: it listens at `url`. `answer` may be changed at any time."""
+
+    def __init__(self, answer: Answer = taken) -> None:
+        self.answer = answer
+        self.heard: list[Heard] = []
+        self.port = 0
+        self._news = threading.Condition()
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._stop: asyncio.Event | None = None
+        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._ready.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._stop is not None
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+        self._loop.close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/hook"
+
+    def wait_for(self, condition: Callable[[list[Heard]], bool], seconds: float = 30.0) -> list[Heard]:
+        """What was heard by the time that `condition` holds of it."""
+        end = time.monotonic() + seconds
+        with self._news:
+            while not condition(self.heard):
+                assert self._news.wait(max(end - time.monotonic(), 0)), f"heard only {self.heard}"
+            return list(self.heard)
+
+    async def _serve(self) -> None:
+        self._stop = asyncio.Event()
+        server = web.Server(self._handle)
+        runner = web.ServerRunner(server, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.port = runner.addresses[0][1]
+        self._ready.set()
+        await self._stop.wait()
+        await runner.cleanup()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        body = await request.read()
+        with self._news:
+            self.heard.append(Heard(request.path, request.headers.copy(), body))
+            self._news.notify_all()
+        return await self.answer(request)  # type: ignore[arg-type]  # the server gives no other kind

@@ -1,0 +1,171 @@
+"""The line before an endpoint: order of each subject, others go on, nobody is lost; also against a plain model."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from jobd.webhook_line import Line, Waiting
+
+
+def line(*waiting: tuple[int, str, int]) -> Line:
+    made = Line()
+    for id_, subject, due in waiting:
+        made.add(Waiting(id_, subject, due))
+    return made
+
+
+def taken(made: Line, now: int = 0) -> list[int]:
+    found = []
+    while (waiting := made.take(now)) is not None:
+        found.append(waiting.id)
+    return found
+
+
+def test_of_each_subject_only_the_first_goes_and_others_go_on() -> None:
+    made = line((1, "a", 0), (2, "a", 0), (3, "b", 0), (4, "a", 0))
+    assert taken(made) == [1, 3]
+    assert len(made) == 4
+    assert list(made.ids()) == [2, 4]
+    made.gone(1)
+    assert taken(made) == [2]
+    made.put_off(2, 50)
+    assert taken(made, 49) == []
+    assert taken(made, 50) == [2]
+    made.gone(2)
+    made.gone(3)
+    assert taken(made, 50) == [4]
+    made.gone(4)
+    assert len(made) == 0
+    assert made.next_due() is None
+    assert 4 not in made
+
+
+def test_it_says_when_the_next_may_go() -> None:
+    made = line((1, "a", 30), (2, "b", 20))
+    assert made.next_due() == 20
+    assert taken(made, 10) == []
+    assert made.next_due() == 20
+    assert taken(made, 25) == [2]
+    assert made.next_due() == 30
+    made.add(Waiting(3, "c", 0))
+    assert made.next_due() == 0
+    assert taken(made, 25) == [3]
+    made.put_off(2, 40)
+    made.gone(1)
+    assert made.next_due() == 40
+
+
+def test_one_that_comes_back_goes_first_of_its_subject() -> None:
+    made = line((5, "a", 0), (6, "a", 0))
+    made.add(Waiting(2, "a", 0))
+    assert taken(made) == [2]
+    made.add(Waiting(1, "a", 0))
+    assert taken(made) == []
+    made.gone(2)
+    assert taken(made) == [1]
+    made.back(1)
+    assert taken(made) == [1]
+
+
+def test_a_trial_is_made_with_the_one_that_failed_least_often() -> None:
+    made = Line()
+    assert made.take_for_trial(9) is None
+    made.add(Waiting(1, "a", 0, 7))
+    made.add(Waiting(2, "b", 0, 0))
+    made.add(Waiting(3, "c", 0, 0))
+    first = made.take_for_trial(9)
+    assert first is not None
+    assert first.id == 2
+    made.gone(2)
+    assert taken(made, 9) == [1, 3]
+
+
+def test_in_a_hurry_nobody_waits_for_his_time() -> None:
+    made = line((1, "a", 90), (2, "b", 80), (3, "b", 70))
+    made.hurry(2)
+    assert taken(made, 5) == [2]
+    made.hurry()
+    assert taken(made, 5) == [1]
+    made.gone(2)
+    assert taken(made, 5) == [3]
+
+
+def test_one_that_was_ready_twice_does_not_go_before_its_time() -> None:
+    made = line((1, "a", 10), (2, "b", 10))
+    assert taken(made, 10) == [1, 2]
+    made.back(1)
+    made.back(2)
+    made.hurry()
+    assert taken(made, 10) == [1, 2]
+    made.put_off(1, 99)
+    assert taken(made, 50) == []
+    assert made.next_due() == 99
+    assert made.take_for_trial(50) is None
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(("add", "add", "take", "trial", "gone", "put_off", "back", "hurry", "again")),
+            st.integers(0, 9),
+        ),
+        max_size=60,
+    )
+)
+def test_it_does_what_a_plain_list_would(steps: list[tuple[str, int]]) -> None:
+    made, model, now, next_id = Line(), Model(), 0, 100
+    for step, number in steps:
+        now += number
+        if step in ("add", "again"):
+            next_id += 1
+            id_ = next_id if step == "add" else 200 - next_id
+            if id_ not in model.line:
+                waiting = Waiting(id_, "abc"[number % 3], now + number if number % 2 else 0)
+                model.line[id_] = replace(waiting)
+                made.add(waiting)
+        elif step == "hurry":
+            made.hurry()
+            for each in model.line.values():
+                each.due = 0
+        elif step in ("take", "trial"):
+            free = [each for each in model.firsts() if each.due <= now]
+            found = made.take(now) if step == "take" else made.take_for_trial(now)
+            best = min(free, key=lambda each: (each.tries if step == "trial" else 0, each.id), default=None)
+            assert found == best
+            model.going |= set() if best is None else {best.id}
+        elif model.going:
+            id_ = sorted(model.going)[number % len(model.going)]
+            model.going.remove(id_)
+            if step == "gone":
+                del model.line[id_]
+                made.gone(id_)
+            elif step == "put_off":
+                model.line[id_].due, model.line[id_].tries = now + number, model.line[id_].tries + 1
+                made.put_off(id_, now + number)
+            else:
+                made.back(id_)
+        assert len(made) == len(model.line)
+        assert list(made.ids()) == sorted(set(model.line) - model.going)
+        dues, due = [each.due for each in model.firsts()], made.next_due()
+        if due:
+            assert due == min(dues)
+        else:
+            assert (min(dues) <= now) if due == 0 else not dues
+
+
+class Model:
+    """The same in the plainest way."""
+
+    def __init__(self) -> None:
+        self.line: dict[int, Waiting] = {}
+        self.going: set[int] = set()
+
+    def firsts(self) -> list[Waiting]:
+        """The first of each subject of which none is on its way."""
+        found: dict[str, Waiting] = {}
+        for id_ in sorted(self.line):
+            found.setdefault(self.line[id_].subject, self.line[id_])
+        busy = {self.line[id_].subject for id_ in self.going}
+        return [each for subject, each in found.items() if subject not in busy]

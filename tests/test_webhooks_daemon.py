@@ -1,0 +1,327 @@
+"""Webhooks of a real daemon to a real receiver: signed, in order, over kill -9 and restarts; a stop is a stop."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from aiohttp import web
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from jobd.cli import exits
+from tests.process import TOKEN, Daemon
+from tests.receiver import Heard, Receiver, saying, taken
+from tests.test_docs import OPERATIONS, blocks
+
+SECRET: Final = f"whsec_{base64.b64encode(b'sssssssssssssssssssssssssssssss!').decode()}"
+
+
+def config(receiver: Receiver, more: str = "", name: str = "billing", rest: str = "") -> str:
+    return (
+        f'{rest}\n[[webhooks]]\nname = "{name}"\nurl = "{receiver.url}?token=hush"\nallow_private = true\n'
+        f'secret = "{SECRET}"\n{more}\n'
+    )
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as opened:
+        yield opened
+
+
+def work(daemon: Daemon, job_id: str) -> None:
+    """One life of a job, in three events."""
+    daemon.post("/v1/jobs", {"id": job_id})
+    grant = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w-1"}).data
+    daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": grant["lock_id"], "metadata": 1})
+
+
+LIFE: Final = ["job.created", "job.granted", "job.completed"]
+
+
+def of(heard: list[Heard], job_id: str) -> list[str]:
+    """The types of what was heard of a job, each once, in the order in which it came first."""
+    return list(dict.fromkeys(each.event["type"] for each in heard if each.event["subject"] == f"jobs/{job_id}"))
+
+
+def done(heard: list[Heard], *job_ids: str) -> bool:
+    return all(len(of(heard, job_id)) == 3 for job_id in job_ids)
+
+
+def is_heard_of(job_id: str, heard: list[Heard]) -> bool:
+    return bool(of(heard, job_id))
+
+
+def is_heard_twice(message: Heard, heard: list[Heard]) -> bool:
+    return sum(each.body == message.body for each in heard) > 1
+
+
+def view(daemon: Daemon) -> dict[str, Any]:
+    (found,) = daemon.admin("GET", "webhooks").data["webhooks"]
+    return dict(found)
+
+
+def soon(condition: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def test_a_life_is_told_in_order_signed_and_is_what_the_handbook_s_example_takes(
+    tmp_path: Path, receiver: Receiver
+) -> None:
+    with Daemon(tmp_path, config(receiver)) as daemon:
+        work(daemon, "a")
+        heard = receiver.wait_for(lambda heard: done(heard, "a"))
+        assert daemon.stop() == 0
+    assert of(heard, "a") == LIFE
+    (example,) = (block for block in blocks(OPERATIONS) if block.mark == "file: check_webhook.py")
+    room: dict[str, Any] = {}
+    exec(example.text.replace("whsec_…", SECRET), room)
+    for each in heard:
+        headers = {name.lower(): value for name, value in each.headers.items()}
+        assert room["handle"](each.body, headers) == each.event
+        with pytest.raises(WebhookVerificationError):
+            Webhook(SECRET).verify(each.body + b" ", headers)
+    last = heard[-1].event
+    assert last["data"]["job_id"] == "a"
+    assert last["source"].startswith("/jobd/")
+    assert b"lock_id" not in b"".join(each.body for each in heard)
+
+
+def test_a_daemon_without_webhooks_opens_none(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        work(daemon, "a")
+        assert daemon.admin("GET", "webhooks").data == {"webhooks": []}
+        assert daemon.admin("GET", "webhooks/none/deliveries").status == 404
+        assert daemon.admin("POST", "webhooks/none/test", {}).error == "not_found"
+        assert b"event=webhook" not in daemon.log
+        assert daemon.stop() == 0
+
+
+def test_kill_9_between_delivery_and_its_note_delivers_again(tmp_path: Path, receiver: Receiver) -> None:
+    """The receiver kills the daemon before it answers: the daemon cannot know that the message was taken."""
+    with Daemon(tmp_path, config(receiver)) as daemon:
+
+        async def deadly(_: web.Request) -> web.StreamResponse:
+            assert daemon.process is not None
+            daemon.process.kill()
+            return web.Response(status=204)
+
+        work(daemon, "a")
+        receiver.wait_for(lambda heard: done(heard, "a"))
+        for round_ in range(2):
+            receiver.answer = deadly
+            with contextlib.suppress(OSError, http.client.HTTPException):  # the answers of a daemon that dies
+                work(daemon, f"killed-{round_}")
+            killed = receiver.wait_for(partial(is_heard_of, f"killed-{round_}"))
+            assert daemon.process is not None
+            daemon.process.wait(10)
+            daemon._hear_out()
+            receiver.answer = taken
+            daemon.start()
+            first = next(each for each in reversed(killed) if each.event["subject"] == f"jobs/killed-{round_}")
+            heard = receiver.wait_for(partial(is_heard_twice, first))
+            ids = {each.headers["webhook-id"] for each in heard if each.body == first.body}
+            assert len(ids) == 1
+        assert daemon.stop() == 0
+
+
+def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order_of_each_job(tmp_path: Path, receiver: Receiver) -> None:
+    chance, names = random.Random(7), []
+
+    async def moody(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=500 if chance.random() < 0.2 else 204)
+
+    receiver.answer = moody
+    with Daemon(tmp_path, config(receiver)) as daemon:
+        for round_ in range(3):
+            timer = threading.Timer(0.3 + chance.random(), daemon.kill)
+            timer.start()
+            with contextlib.suppress(OSError, http.client.HTTPException):  # of a daemon that is killed
+                for number in range(10_000):
+                    work(daemon, f"r{round_}-{number}")
+                    names.append(f"r{round_}-{number}")
+            timer.join()
+            daemon.start()
+        receiver.answer = taken
+        assert len(names) > 10
+        heard = receiver.wait_for(lambda heard: done(heard, *names), 45)
+        assert daemon.stop() == 0
+    for name in names:
+        assert of(heard, name) == LIFE
+
+
+def test_what_waits_goes_on_after_a_restart(tmp_path: Path, receiver: Receiver) -> None:
+    receiver.answer = saying(503)
+    with Daemon(tmp_path, config(receiver)) as daemon:
+        work(daemon, "a")
+        receiver.wait_for(lambda heard: len(heard) >= 1)
+        assert daemon.stop() == 0
+        receiver.answer = taken
+        daemon.start()
+        assert of(receiver.wait_for(lambda heard: done(heard, "a")), "a") == LIFE
+        assert daemon.stop() == 0
+
+
+def test_the_stop_does_not_wait_for_a_receiver_that_hangs(tmp_path: Path, receiver: Receiver) -> None:
+    async def hanging(_: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(30)
+        return web.Response(status=204)
+
+    receiver.answer = hanging
+    with Daemon(tmp_path, config(receiver, 'timeout = "1m"')) as daemon:
+        for number in range(12):
+            work(daemon, f"job-{number}")
+        receiver.wait_for(lambda heard: len(heard) >= 8)
+        begun = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - begun < 10
+        receiver.answer = taken
+        daemon.start()
+        receiver.wait_for(lambda heard: done(heard, *(f"job-{number}" for number in range(12))))
+        assert daemon.stop() == 0
+
+
+def test_operators_see_send_again_and_test(tmp_path: Path, receiver: Receiver) -> None:
+    receiver.answer = saying(500, "not today")
+    with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
+        work(daemon, "a")
+        soon(lambda: view(daemon)["failed"] > 0)
+        shown = view(daemon)
+        assert (shown["name"], shown["waiting"], shown["events"]) == ("billing", 1, ["job.created"])
+        assert shown["last_error"] == "500: not today"
+        assert shown["url"] == f"{receiver.url}?…"
+        receiver.answer = taken
+        (waiting,) = daemon.admin("GET", "webhooks/billing/deliveries?state=waiting").data["deliveries"]
+        assert (waiting["type"], waiting["subject"], waiting["status"]) == ("job.created", "jobs/a", 500)
+        assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).status == 200
+        soon(lambda: view(daemon)["delivered"] == 1)
+        before = len(receiver.heard)
+        assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).data["state"] == "waiting"
+        heard = receiver.wait_for(lambda heard: len(heard) > before)
+        assert heard[-1].body == heard[0].body
+        assert heard[-1].headers["webhook-id"] == heard[0].headers["webhook-id"]
+        assert daemon.admin("POST", "webhooks/billing/resend", {"id": 999}).error == "not_found"
+        sent = daemon.admin("POST", "webhooks/billing/test", {}).data
+        receiver.wait_for(lambda heard: heard[-1].event["type"] == "webhook.test")
+        assert sent["type"] == "webhook.test"
+        environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
+
+        def jobctl(*words: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-c", "from jobd.cli.ctl import main; import sys; sys.exit(main())", *words]
+            return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+
+        listed = jobctl("webhooks")
+        assert listed.returncode == 0, listed.stderr
+        assert "billing" in listed.stdout
+        assert "well" in listed.stdout
+        table = jobctl("webhooks", "deliveries", "billing")
+        assert "webhook.test" in table.stdout
+        assert json.loads(jobctl("webhooks", "deliveries", "billing", "--json").stdout)["next_cursor"] is None
+        assert "is on its way" in jobctl("webhooks", "resend", "billing", str(waiting["id"])).stdout
+        assert "is on its way" in jobctl("webhooks", "test", "billing").stdout
+        assert jobctl("webhooks", "resend", "billing").returncode == 2
+        assert jobctl("webhooks", "test").returncode == 2
+        assert jobctl("webhooks", "deliveries", "nobody").returncode == exits.REFUSED
+        metrics = daemon.admin("GET", "/metrics").body.decode()
+        assert 'jobd_webhook_deliveries_total{endpoint="billing",outcome="delivered"}' in metrics
+        assert daemon.stop() == 0
+
+
+def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:
+    receiver.answer = saying(302, Location="/elsewhere")
+    with Daemon(tmp_path, config(receiver, rest='[log]\nlevel = "debug"')) as daemon:
+        work(daemon, "a")
+        receiver.wait_for(lambda heard: len(heard) >= 2)
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGUSR1)
+        daemon.until_said(b"event=dump ")
+        said: bytes = daemon.admin("GET", "/metrics").body
+        for path in ("webhooks", "webhooks/billing/deliveries"):
+            said += json.dumps(daemon.admin("GET", path).body).encode()
+        command = [sys.executable, "-m", "jobd", "check-config", "--config", str(daemon.config)]
+        for more in ([], ["--json"]):
+            said += subprocess.run([*command, *more], env=daemon.environ, capture_output=True, timeout=60).stdout
+        assert daemon.stop() == 0
+        said += daemon.log
+    assert b"billing" in said
+    assert b"redirects are not followed" in said
+    for secret in (SECRET, SECRET.removeprefix("whsec_"), "hush", "sssss"):
+        assert secret.encode() not in said
+    assert "/elsewhere" not in {heard.path for heard in receiver.heard}
+
+
+def test_a_reload_takes_webhooks_over(tmp_path: Path, receiver: Receiver) -> None:
+    with Daemon(tmp_path) as daemon:
+        work(daemon, "before")
+        daemon.config.write_text(config(receiver))
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGHUP)
+        assert "webhooks" in daemon.until_said(b"event=reloaded")
+        soon(lambda: view(daemon)["state"] == "closed")
+        work(daemon, "a")
+        heard = receiver.wait_for(lambda heard: done(heard, "a"))
+        assert of(heard, "before") == []
+        daemon.config.write_text(config(receiver).replace(SECRET, "whsec_x"))
+        daemon.process.send_signal(signal.SIGHUP)
+        assert "secret" in daemon.until_said(b"event=reload_failed")
+        daemon.config.write_text("")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.until_said(b"event=reloaded")
+        soon(lambda: daemon.admin("GET", "webhooks").data == {"webhooks": []})
+        assert daemon.stop() == 0
+
+
+def test_alerts_are_told(tmp_path: Path, receiver: Receiver) -> None:
+    settings = config(receiver, 'events = ["alert.*"]', rest="[alerts]\nprocessing_jobs = 0")
+    with Daemon(tmp_path, settings) as daemon:
+        daemon.post("/v1/jobs", {"id": "a"})
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
+        (firing, *_) = receiver.wait_for(lambda heard: bool(heard))
+        assert (firing.event["type"], firing.event["data"]["name"]) == ("alert.firing", "processing_jobs")
+        daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"], "metadata": 1})
+        receiver.wait_for(lambda heard: heard[-1].event["type"] == "alert.resolved")
+        assert daemon.stop() == 0
+
+
+def test_a_webhook_that_fails_for_long_is_an_alert(tmp_path: Path, receiver: Receiver) -> None:
+    receiver.answer = saying(500, "not today")
+    with Daemon(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
+        work(daemon, "a")
+
+        def alert() -> dict[str, Any]:
+            listed = daemon.admin("GET", "alerts").data["alerts"]
+            return {each["name"]: dict(each) for each in listed}["webhook_failing"]
+
+        soon(lambda: alert()["firing"])
+        assert "billing" in alert()["hint"]
+        assert "500: not today" in alert()["hint"]
+        assert daemon.stop() == 0
+
+
+def test_nothing_goes_inside_unless_it_is_meant(tmp_path: Path, receiver: Receiver) -> None:
+    """The name is judged at each try by the address behind it, and `localhost` is one of ours."""
+    outside = config(receiver).replace("allow_private = true\n", "").replace("http://127.0.0.1", "https://localhost")
+    with Daemon(tmp_path, outside) as daemon:
+        work(daemon, "a")
+        soon(lambda: view(daemon)["failed"] > 0)
+        assert "is loopback" in view(daemon)["last_error"]
+        assert receiver.heard == []
+        assert daemon.stop() == 0
