@@ -5,7 +5,7 @@ No logic. Paths, names and units are those that existing dashboards call.
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from msgspec import Meta
 from msgspec.structs import replace
@@ -22,6 +22,7 @@ from jobd.answers import (
     DeliveryState,
     DeliveryView,
     ExportPage,
+    FailuresView,
     Forced,
     HealthView,
     JobPage,
@@ -29,6 +30,9 @@ from jobd.answers import (
     LateResultList,
     LockList,
     PausedView,
+    PlanResult,
+    PlanView,
+    PreviewView,
     QuarantineList,
     QueueList,
     RecoverStuckView,
@@ -56,7 +60,9 @@ from jobd.commands import (
     Import,
     LateResults,
     Locks,
+    MakePlan,
     OnJobNamed,
+    OnPlan,
     Pause,
     Queues,
     Refusal,
@@ -81,11 +87,12 @@ from jobd.openapi import with_document
 from jobd.replies import Text
 from jobd.routes import Route, Who
 from jobd.streams import BACKUP_KIND, ImportReport, give_out, take_in
-from jobd.visits import Visit, in_parts
+from jobd.visits import Visit, in_parts, operator_of
 from jobd.web import PROBES, Nothing, Web, ask, note
 
 MAX_REPORTS: Final = 500
 MAX_NUMBER: Final = (1 << 63) - 1
+MAX_GROUPS: Final = 200
 METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -122,6 +129,12 @@ class TestWebhook(Command, frozen=True, kw_only=True):
     """Send a message that says that it is a test."""
 
     name: WebhookName
+
+
+class FailuresAsked(Command, frozen=True, kw_only=True):
+    """Failed jobs by their error, the largest groups first."""
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_GROUPS)] = 50
 
 
 async def _stats(site: Web, visit: Visit, asked: Stats) -> Answer | Refusal:
@@ -161,6 +174,30 @@ async def _cleanup_state(site: Web, visit: Visit, asked: Nothing) -> Answer:
 async def _recover_stuck(site: Web, visit: Visit, asked: Nothing) -> Answer | Refusal:
     done = await site.rooms.recover_stuck(in_parts(visit.operator))
     return done if isinstance(done, Refusal) else Answer(done)
+
+
+async def _failures(site: Web, visit: Visit, asked: FailuresAsked) -> Answer:
+    return Answer(site.rooms.failures(asked.limit))
+
+
+async def _preview(site: Web, visit: Visit, asked: Nothing) -> Answer | Refusal:
+    return _given(await site.rooms.preview())
+
+
+async def _make_plan(site: Web, visit: Visit, asked: MakePlan) -> Answer | Refusal:
+    return _given(await site.rooms.make_plan(asked))
+
+
+async def _plan(site: Web, visit: Visit, asked: OnPlan) -> Answer | Refusal:
+    return _given(site.rooms.plan(asked.plan_id))
+
+
+async def _apply_plan(site: Web, visit: Visit, asked: OnPlan) -> Answer | Refusal:
+    return _given(await site.rooms.apply_plan(asked.plan_id, visit.operator or operator_of(visit)))
+
+
+def _given(found: Any) -> Answer | Refusal:
+    return found if isinstance(found, Refusal) else Answer(found)
 
 
 async def _reports(site: Web, visit: Visit, asked: Reports) -> Answer:
@@ -257,6 +294,11 @@ _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/queues", asks=Queues, gives=QueueList, who=_A),
     Route(method="GET", path=f"{_P}/workers", asks=Workers, gives=WorkerList, who=_A),
     Route(method="GET", path=f"{_P}/reports", asks=Reports, gives=ReportList, who=_A, via=_reports),
+    Route(method="GET", path=f"{_P}/failures", asks=FailuresAsked, gives=FailuresView, who=_A, via=_failures),
+    Route(method="GET", path=f"{_P}/preview", asks=Nothing, gives=PreviewView, who=_A, via=_preview),
+    Route(method="POST", path=f"{_P}/plans", asks=MakePlan, gives=PlanView, who=_A, via=_make_plan),
+    Route(method="GET", path=f"{_P}/plans/{{plan_id}}", asks=OnPlan, gives=PlanView, who=_A, via=_plan),
+    Route(method="POST", path=f"{_P}/plans/{{plan_id}}/apply", asks=OnPlan, gives=PlanResult, who=_A, via=_apply_plan),
     Route(method="GET", path=f"{_P}/audit", asks=AuditLog, gives=AuditPage, who=_A),
     Route(method="GET", path=f"{_P}/alerts", asks=Nothing, gives=AlertList, who=_A, via=_alerts),
     Route(method="GET", path=f"{_P}/events", asks=Follow, gives=StreamedEvent, who=_A, via=follow, sends=EVENT_STREAM),

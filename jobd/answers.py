@@ -475,6 +475,113 @@ class AuditPage(Struct):
     next_cursor: str | None
 
 
+class PlannedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
+    """A job as a plan found it, and what it would be. `to` is null where it would be deleted."""
+
+    id: str
+    from_: str
+    to: str | None
+
+
+class SkippedJob(Struct, frozen=True, gc=False):
+    """A job that a plan leaves alone, and why. `status` is null where there is no such job."""
+
+    id: str
+    status: str | None
+    why: str
+
+
+class ChangedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
+    """A job of a plan to which nothing was done: what it was, what it is now (null: gone), and why."""
+
+    id: str
+    from_: str
+    now: str | None
+    why: str
+
+
+class PlanResult(Struct, frozen=True):
+    """What became of a plan. `repeated`: it had been applied before, and nothing was done this time."""
+
+    plan_id: str
+    action: str
+    applied: int
+    changed: list[ChangedJob]
+    refused: list[ChangedJob]
+    applied_at: int
+    repeated: bool = False
+
+
+class PlanView(Struct, frozen=True):
+    """What an action would do: to `count` jobs. `skipped` shows the first of those left alone, `skipped_count` counts
+    them. `more`: the filter finds more jobs than one plan may have."""
+
+    plan_id: str
+    action: str
+    reason: str | None
+    count: int
+    jobs: list[PlannedJob]
+    skipped: list[SkippedJob]
+    skipped_count: int
+    more: bool
+    made_at: int
+    expires_at: int
+    result: PlanResult | None = None
+
+
+class PlanSlice(Struct):
+    """The answer to ApplyPlan: how many jobs it was done to, and to which not."""
+
+    applied: int
+    changed: list[ChangedJob]
+    refused: list[ChangedJob]
+
+
+class Foreseen(Struct, frozen=True):
+    """The answer to Preview. `more`: there is more than was looked at."""
+
+    details: list[Recovery]
+    locks: int
+    expired: list[str]
+    more: bool
+
+
+class PreviewView(Struct, frozen=True, rename="camel"):
+    """What recovery and a cleanup pass would do now: the first jobs of each kind. `more`: there are more."""
+
+    recover: list[Recovery]
+    expired_locks: int
+    expired_jobs: list[str]
+    deleted_jobs: list[str]
+    mended_jobs: list[str]
+    more: bool
+    timestamp: int
+
+
+class FailureGroup(Struct, frozen=True):
+    """Failed jobs whose errors are the same but for numbers, names and the like; `message` is that of the latest."""
+
+    fingerprint: str
+    message: str
+    error_code: str | None
+    count: int
+    kinds: list[str]
+    queues: list[str]
+    first_at: int
+    last_at: int
+    job_ids: list[str]
+
+
+class FailuresView(Struct, frozen=True):
+    """The largest groups of failed jobs. `total` are all failed jobs, `other` those of no group here. `whole` is false
+    as long as what was there at the start is still being counted."""
+
+    groups: list[FailureGroup]
+    total: int
+    other: int
+    whole: bool
+
+
 class Done(Struct, frozen=True):
     """The answer where there is nothing to say."""
 

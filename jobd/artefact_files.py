@@ -11,20 +11,31 @@ import errno
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Final, TypeVar
+from queue import SimpleQueue
+from typing import Any, Final, TypeVar
 
 from jobd.artefacts import PIECE_BYTES, Judge, Outcome, StoreFault
 
 T = TypeVar("T")
+Undo = Callable[[Any], None]
+# Who waits (None: nobody), what is done, and what becomes of its result where nobody waits any more.
+Calls = SimpleQueue[tuple[asyncio.Future[Any] | None, Callable[[], Any], Undo] | None]
+
+WAITING: Final = 100  # calls for which the thread has had no time yet
 
 # No symbolic link is followed on the way to an object: whoever may write into the directory could lead us out of it.
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OBJECT: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe there must not hold us up
 _PROBE: Final = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def _nothing(_: object) -> None:
+    pass
 
 
 class FileStore:
@@ -34,37 +45,45 @@ class FileStore:
         self.place = directory
         self._own_places = tuple(own_places)
         self._probe_name = f".jobd-probe-{owner}"
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="artefacts")
+        self._asked: Calls = SimpleQueue()
+        # Not of a pool: the interpreter waits for those threads at its end, and one that hangs would never let it go.
+        self._thread = threading.Thread(target=_answer, args=(self._asked,), name="artefacts", daemon=True)
 
     async def open(self, key: str) -> FileReading | None:
-        opened = await self._in_thread(lambda: self._open(key), _close)
+        opened = await self.ask(lambda: self._open(key), _close)
         return None if opened is None else FileReading(self, *opened)
 
     async def delete(self, key: str, judge: Judge) -> Outcome:
-        return await self._in_thread(lambda: self._delete(key, judge))
+        return await self.ask(lambda: self._delete(key, judge))
 
     async def probe(self) -> None:
-        await self._in_thread(self._probe)
+        await self.ask(self._probe)
 
     async def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Waits for nothing: the thread ends when it comes to it, or with the process."""
+        self._asked.put(None)
 
     async def read(self, handle: int) -> bytes:
         """The next piece of an open file."""
-        return await self._in_thread(lambda: os.read(handle, PIECE_BYTES))
+        return await self.ask(lambda: os.read(handle, PIECE_BYTES))
 
     def shut(self, handle: int) -> None:
         """Close an open file after what is still being read of it."""
-        self._thread.submit(os.close, handle)
+        self._asked.put((None, partial(os.close, handle), _nothing))
 
-    async def _in_thread(self, work: Callable[[], T], undo: Callable[[T], None] = lambda _: None) -> T:
-        """What `work` gives; where nobody waits for it any more, `undo` gets it."""
-        asked = self._thread.submit(work)
+    async def ask(self, work: Callable[[], T], undo: Callable[[T], None] = _nothing) -> T:
+        """`work`, done in the thread. Raises what it raises, and StoreFault for an OSError or where too much waits.
+
+        Where nobody waits any more for what it gives, `undo` gets that.
+        """
+        if self._asked.qsize() >= WAITING:
+            raise StoreFault(f"{self.place} has not answered: {WAITING} calls wait for it already.")
+        if self._thread.ident is None:
+            self._thread.start()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._asked.put((future, work, undo))
         try:
-            return await asyncio.wrap_future(asked)
-        except asyncio.CancelledError:
-            asked.add_done_callback(lambda _: _undo(asked, undo))
-            raise
+            return await future
         except OSError as error:
             raise StoreFault(f"{self.place}: {error.strerror or error}") from error
 
@@ -73,10 +92,12 @@ class FileStore:
     def _open(self, key: str) -> tuple[int, int] | None:
         """An open file and its size; None where the key names none."""
         *folders, name = key.split("/")
-        if any(part in ("", ".") for part in (*folders, name)):
+        if _is_no_name(folders, name):
             return None
         try:
             with self._opened(folders) as folder:
+                if self._is_own(folder):
+                    return None
                 handle = os.open(name, _OBJECT, dir_fd=folder)
         except FileNotFoundError:
             self._look_at_root()
@@ -93,8 +114,8 @@ class FileStore:
 
     def _delete(self, key: str, judge: Judge) -> Outcome:
         *folders, name = key.split("/")
-        if any(part in ("", ".") for part in (*folders, name)):
-            return Outcome("left", "such a key names no file")
+        if _is_no_name(folders, name):
+            return Outcome("left", "such a key names no file in the directory")
         try:
             with self._opened(folders) as folder:
                 if self._is_own(folder):
@@ -162,9 +183,9 @@ class FileStore:
             raise StoreFault(f"{self.place}: a probe read back something else than it had written.")
 
 
-def _undo(asked: Future[T], undo: Callable[[T], None]) -> None:
-    if not asked.cancelled() and asked.exception() is None:
-        undo(asked.result())
+def _is_no_name(folders: list[str], name: str) -> bool:
+    """No API takes such keys; hands do."""
+    return any(part in ("", ".", "..") or "\0" in part for part in (*folders, name))
 
 
 def _close(opened: tuple[int, int] | None) -> None:
@@ -192,6 +213,36 @@ class FileReading:
 
     def close(self) -> None:
         self._store.shut(self._handle)
+
+
+def _answer(asked: Calls) -> None:
+    """What the thread does: one call after the other, until there is None."""
+    while (call := asked.get()) is not None:
+        future, work, undo = call
+        if future is not None and future.cancelled():
+            continue
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as fault:
+            error = fault
+        if future is None or (error is not None and future.cancelled()):
+            continue
+        if future.cancelled():
+            undo(result)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is about to end
+                future.get_loop().call_soon_threadsafe(_settle, asked, future, result, error, undo)
+
+
+def _settle(asked: Calls, future: asyncio.Future[Any], result: Any, error: BaseException | None, undo: Undo) -> None:
+    if future.cancelled():
+        if error is None:
+            asked.put((None, partial(undo, result), _nothing))
+    elif error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 def _delete_in(folder: int, name: str, judge: Judge) -> Outcome:

@@ -29,6 +29,8 @@ _RETRIES: Final[Any] = {"max_retries": 2, "retry_timeout": timedelta(seconds=CAL
 _SIGNED_FOR: Final = timedelta(minutes=5)
 _CHANGED: Final = (409, 412)
 SHOWN: Final = 200
+MAX_NAME_BYTES: Final = 1024  # of an object, with the prefix
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _CODE: Final = re.compile(r"<Code>(\w+)</Code>")
 
 
@@ -41,6 +43,7 @@ class S3ArtefactStore:
             self._store = S3Store(bucket, prefix=prefix or None, retry_config=_RETRIES, client_options=_client())
         except (BaseError, ValueError) as error:  # of what AWS_* says
             raise StoreFault(f"{self.place}: {_words(error)}") from error
+        self._prefix = f"{prefix}/" if prefix else ""
         self._probe_name = f".jobd-probe-{owner}"
         self._http: aiohttp.ClientSession | None = None
 
@@ -63,7 +66,7 @@ class S3ArtefactStore:
             raise StoreFault(f"{self.place}: an object went while it was read.") from error
 
     async def delete(self, key: str, judge: Judge) -> Outcome:
-        if any(part in ("", ".") for part in key.split("/")):
+        if not self._can_name(key):
             return Outcome("left", "such a key names no object that can be asked for")
         while True:
             try:
@@ -79,6 +82,11 @@ class S3ArtefactStore:
                 return Outcome("young", "", modified_at)
             if await self._delete(key, found["e_tag"]):
                 return Outcome("deleted")
+
+    def _can_name(self, key: str) -> bool:
+        """Whether there can be an object of that name, by S3's rules and those of the library."""
+        is_long = len(self._prefix.encode()) + len(key.encode(errors="replace")) > MAX_NAME_BYTES
+        return not is_long and not _CONTROL.search(key) and {"", ".", ".."}.isdisjoint(key.split("/"))
 
     async def probe(self) -> None:
         value = secrets.token_bytes(16)

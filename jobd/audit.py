@@ -11,6 +11,7 @@ from jobd.answers import Answer
 from jobd.batch import Audited
 from jobd.commands import (
     Adopt,
+    ApplyPlan,
     Call,
     Cancel,
     Delete,
@@ -58,7 +59,7 @@ def entry(call: Call, decision: Decision, at: int) -> Audited | None:
     command = call.command
     if isinstance(command, Note):
         return _row(call.operator, at, command.what, details=command.details)
-    what = DEEDS.get(type(command))
+    what = f"plan-{command.action}" if isinstance(command, ApplyPlan) else DEEDS.get(type(command))
     if what is None or (isinstance(command, Import) and not decision.changes):
         return None  # it reads; or it is a line of an import that was skipped or refused, of which the report tells
     changes, queue = decision.changes, command.name if isinstance(command, Pause | Resume) else None

@@ -141,12 +141,14 @@ class AuditRows(Struct):
 class Due(Struct):
     """Tombstones that are due, each with whether a job names its key; `damaged` more were set aside.
 
-    `held`: job seqs of those whose key a late result names: it may be adopted, or go with its own job.
+    `unmoved`: so many damaged ones could not be, and are where they were. `held`: job seqs of those whose key a late
+    result names: it may be adopted, or go with its own job.
     """
 
     found: list[tuple[Tombstone, bool]]
     damaged: int = 0
     held: set[int] = set()
+    unmoved: int = 0
 
 
 def tombstones(changes: Iterable[Change]) -> list[Tombstone]:
@@ -229,19 +231,24 @@ class Query(Struct, frozen=True):
     since: int | None = None
     until: int | None = None
     text: str | None = None
+    error: str | None = None  # the fingerprint of the error
     payloads: bool = True
 
     @property
     def is_slow(self) -> bool:
         """Whether each row that is looked at takes its time: such a page is read in slices."""
-        return self.text is not None
+        return self.text is not None or self.error is not None
 
 
 class Page(Struct):
-    """`next_before` is the `before` of the next page (oldest first: its `after`), None at the end."""
+    """`next_before` is the `before` of the next page (oldest first: its `after`), None at the end.
+
+    `last_event` is the highest number of an event that had been committed when the page was read.
+    """
 
     jobs: list[tuple[Job, bytes]]
     next_before: int | None
+    last_event: int = 0
 
 
 class JournalPage(Struct, frozen=True):

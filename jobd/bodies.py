@@ -15,7 +15,20 @@ import msgspec
 from msgspec import NODEFAULT, UNSET, Raw, Struct, UnsetType
 from msgspec.structs import FieldInfo, asdict
 
-from jobd.commands import MAX_NAMES, Bulk, Claim, Command, Complete, Create, Import, Refusal, Transition, Updates
+from jobd.commands import (
+    MAX_NAMES,
+    MAX_PLAN,
+    Bulk,
+    Claim,
+    Command,
+    Complete,
+    Create,
+    Import,
+    MakePlan,
+    Refusal,
+    Transition,
+    Updates,
+)
 from jobd.job import EARLIEST_MS, ID_PATTERN, Place, is_job_id, storage_key_fault
 from jobd.weighing import BIG_BODY, Scale, TooLong, TooMuch
 
@@ -205,6 +218,7 @@ def _too_many(name: str, most: int) -> Refused:
 
 _LISTS: Final[dict[type[Command], dict[str, Callable[[Limits], int]]]] = {
     Bulk: {"jobs": lambda limits: limits.bulk},
+    MakePlan: {"ids": lambda _: MAX_PLAN},
     Claim: {"queues": lambda _: MAX_NAMES, "kinds": lambda _: MAX_NAMES},
 }
 

@@ -14,9 +14,10 @@ import msgspec
 import structlog
 
 from jobd.actor import Actor
-from jobd.answers import CleanupReport, CleanupState, RecoverStuckView, Recovery
+from jobd.answers import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery
 from jobd.commands import Operator, Refusal, Report, Tick
 from jobd.figures import PROCESSING_BUCKETS_S, Figures
+from jobd.foresight import foresee
 from jobd.job import SECOND_MS
 from jobd.passes import Clock, Hands, Pass, Refused, Schedule, Unfinished
 
@@ -108,6 +109,15 @@ class Cleaner:
             details=details,
             timestamp=self._clock.moment().now,
         )
+
+    async def preview(self) -> PreviewView | Refusal:
+        """What recovery and a pass would do now."""
+        try:
+            return await foresee(self._hands)
+        except Refused as refused:
+            return refused.refusal
+        except Unfinished as unfinished:
+            return Refusal("shutting_down", f"Not all was looked at: {unfinished}")
 
     def state(self) -> CleanupState:
         return CleanupState(self.last_report, self.is_running, self._since_last_ms())

@@ -5,7 +5,7 @@ Commands are the typed bodies of both APIs. Nothing here decides: rules.py has o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from msgspec import Meta, Raw, Struct, field
 
@@ -48,6 +48,7 @@ REFUSALS: Final[dict[str, int]] = {
     "not_found": 404,
     "job_not_found": 404,
     "late_result_not_found": 404,
+    "plan_not_found": 404,
     "method_not_allowed": 405,
     "request_timeout": 408,
     "job_exists": 409,
@@ -92,6 +93,7 @@ MAX_NAMES: Final = 100  # queues or kinds of one claim
 MAX_WAIT_MS: Final = 60_000
 MAX_PAGE: Final = 200
 MAX_TEXT: Final = 200  # of a text that is looked for
+Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$(?!\n)")]
 MomentMs = Annotated[int, Meta(ge=0, le=10**15)]  # Unix ms, as bounds of a search
 MAX_OPERATOR: Final = 64
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
@@ -159,12 +161,14 @@ class List(Command, frozen=True, kw_only=True):
 class Search(List, frozen=True, kw_only=True):
     """A page of jobs with the filters of operators. `since` and `until` bound `created_at`: from, and before.
 
-    `q` is found in the id, the payload as it came, or the error message; capitals of A to Z do not matter.
+    `q` is found in the id, the payload as it came, or the error message; capitals of A to Z do not matter. `error` is
+    the fingerprint of the error; of failed jobs, where no status is asked for.
     """
 
     since: MomentMs | None = None
     until: MomentMs | None = None
     q: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)] | None = None
+    error: Fingerprint | None = None
 
 
 class Start(OnJob, frozen=True, kw_only=True):
@@ -365,6 +369,63 @@ class AuditLog(Command, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
+PlanAction = Literal["retry", "cancel", "force-fail", "delete"]
+MAX_PLAN: Final = 10_000  # jobs of one plan
+
+
+class Filter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which jobs: the filters of the list of jobs."""
+
+    status: Status | None = None
+    queue: QueueName | None = None
+    kind: Kind | None = None
+    worker: Worker | None = None
+    since: MomentMs | None = None
+    until: MomentMs | None = None
+    q: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)] | None = None
+    error: Fingerprint | None = None
+
+
+class MakePlan(Command, frozen=True, kw_only=True):
+    """What `action` would do to the jobs that `filter` finds, or to those named. Nothing is done yet."""
+
+    action: PlanAction
+    filter: Filter | None = None
+    ids: Annotated[list[JobId], Meta(min_length=1, max_length=MAX_PLAN)] | None = None
+    reason: Text | None = None
+
+
+class OnPlan(Command, frozen=True, kw_only=True):
+    """A call about a plan; the path gives its id."""
+
+    plan_id: JobId
+
+
+class Expected(Struct, frozen=True, gc=False):
+    """A job of a plan, with what it was when the plan was made (planning.version)."""
+
+    id: str
+    version: str
+
+
+class ApplyPlan(Command, frozen=True, kw_only=True):
+    """Do `action` to each of `jobs` that is still what the plan saw. A slice of a plan, judged job by job."""
+
+    action: PlanAction
+    jobs: list[Expected]
+    reason: str | None = None
+
+
+class ApplyEndings(ApplyPlan, frozen=True, kw_only=True):
+    """The same for actions that end or delete jobs: on a full disk they make room."""
+
+
+class Preview(Command, frozen=True, kw_only=True):
+    """What recovery and expiry would do now, up to `limit` of each. Changes nothing."""
+
+    limit: int
+
+
 class Stats(Command, frozen=True, kw_only=True):
     pass
 
@@ -536,6 +597,9 @@ AnyCommand = (
     | Import
     | Export
     | AuditLog
+    | ApplyPlan
+    | ApplyEndings
+    | Preview
     | Stats
     | Locks
     | Undelivered

@@ -9,7 +9,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
@@ -270,7 +270,7 @@ def load(
     config = _settle(_convert(values, sources), environ, sources)
     _check(config)
     own_places = _own_places(config, environ, found)
-    check_apart(config.artefacts.url, own_places)
+    check_apart(config.artefacts.url, own_places, os.path.abspath)  # where they lie may hang, also on a reload
     development = environ.get("ENVIRONMENT") == "development"
     admin_tokens = _admin_tokens(config, environ)
     if not admin_tokens and need_token and not development:
@@ -569,7 +569,7 @@ def _check_artefacts(url: str) -> None:
 
 
 def _own_places(config: Config, environ: Mapping[str, str], file: Path | None) -> tuple[str, ...]:
-    """The directories, without links on the way, of the daemon's own files: store, sockets, configuration, secrets."""
+    """The directories, as named and without links, of the daemon's own files: store, sockets, config.toml, tokens."""
     listens = (parse_listen(place, "listen") for place in (config.worker.listen, config.admin.listen) if place)
     files = [
         "" if config.store.path == ":memory:" else config.store.path,
@@ -582,14 +582,17 @@ def _own_places(config: Config, environ: Mapping[str, str], file: Path | None) -
     ]
     ways = [way for path in files if path for way in (os.path.abspath(path), os.path.realpath(path))]
     places = [*map(os.path.dirname, ways), environ.get("CREDENTIALS_DIRECTORY", "")]
-    return tuple(dict.fromkeys(os.path.realpath(place) for place in places if place))
+    return tuple(dict.fromkeys(way for place in places if place for way in (place, os.path.realpath(place))))
 
 
-def check_apart(url: str, own_places: tuple[str, ...]) -> None:
-    """Raise ConfigError where a file of ours lies in the directory of artefacts: workers say what is deleted there."""
+def check_apart(url: str, own_places: tuple[str, ...], resolve: Callable[[str], str] = os.path.realpath) -> None:
+    """Raise ConfigError where a file of ours lies in the directory of artefacts: workers say what is deleted there.
+
+    `resolve` makes an absolute path of its name. With the one that follows links it touches the place, which may hang.
+    """
     if not url.startswith("file:"):
         return
-    directory = os.path.realpath(unquote(url.removeprefix("file://")))
+    directory = resolve(unquote(url.removeprefix("file://")))
     for place in own_places:
         if os.path.commonpath((directory, place)) == directory:
             told = f"the daemon's own files lie in {place}, and workers say what is deleted in {directory}"

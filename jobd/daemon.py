@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from random import SystemRandom
@@ -43,6 +44,7 @@ from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import Gate, own_names
 from jobd.downloads import Downloads
+from jobd.failures import Failures
 from jobd.feed import Feed
 from jobd.files import StoreError
 from jobd.full_disk import Closed
@@ -52,6 +54,7 @@ from jobd.keys import Keys
 from jobd.listener import Listener, is_taken
 from jobd.metrics import Metrics
 from jobd.passes import Schedule
+from jobd.plans import Planner
 from jobd.presence import Presence
 from jobd.rooms import Rooms
 from jobd.store import Store, Synchronous
@@ -70,6 +73,7 @@ EXIT_CONFIG: Final = 78
 
 GRACE_MS: Final = 30 * SECOND_MS  # after a start nothing of a processing job ends sooner
 SAME_MOMENT_S: Final = 0.05
+PLACE_S: Final = 2.0  # for the directory of artefacts to answer
 STOP_S: Final = 20.0  # for requests in flight; systemd waits longer
 SLICE: Final = 500
 
@@ -131,6 +135,8 @@ class Daemon:
         store.on_broken = self.actor.lose_disk
         self.feed = Feed(store, opened.numbers.next_event - 1, settings.limits.event_streams)
         self.actor.on_commit.append(self.feed.publish)
+        self.failures = Failures(store, opened.numbers.next_job)
+        self.actor.on_commit.append(self.failures.committed)
         self._settle(opened)
         self._running = asyncio.create_task(self.actor.run(), name="actor")
         self._running.add_done_callback(lambda _: self._stop.set())
@@ -139,10 +145,11 @@ class Daemon:
         self.cleaner = Cleaner(self.actor, self.clock, _schedule(settings))
         self.cleaner.hold_journal(self.webhooks.hold_ms)
         _run_beside(stack, "cleanup", self.cleaner)
+        _run_beside(stack, "failures", self.failures)
         presence = Presence(self._was_away)
         self.actor.look = presence.look
         _run_beside(stack, "presence", presence)
-        sweeper = self._sweep(store, opened, stack)
+        sweeper = await self._sweep(store, opened, stack)
         self.rooms = self._rooms(store, opened, sweeper, stack)
         await self._open_doors(stack)
         self._listen_to_signals()
@@ -219,10 +226,10 @@ class Daemon:
         line.warning("was_away", away_ms=away_ms, processing=len(self.actor.book.processing))
         self._credit_absence(self.clock.moment().lease - away_ms)
 
-    def _sweep(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Sweeper | None:
+    async def _sweep(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Sweeper | None:
         """Artefacts of deleted jobs are deleted, where there is a store of them."""
         self._sweeps = Sweeps(waiting=opened.tombstones)
-        self._artefacts = _open_artefacts(self._loaded)
+        self._artefacts = await _open_artefacts(self._loaded)
         if self._artefacts is None:
             if opened.tombstones:
                 line.warning("artefacts_wait", tombstones=opened.tombstones, reason="artefacts.url is not set any more")
@@ -273,6 +280,8 @@ class Daemon:
         self.alerts.failing_webhook = self.webhooks.worst
         self.alerts.on_change.append(self.webhooks.alerts_changed)
         _run_beside(stack, "webhooks", self.webhooks)
+        planner = Planner(self.actor, self.clock)
+        stack.push_async_callback(planner.close)
         return Rooms(
             self.actor,
             store,
@@ -284,6 +293,8 @@ class Daemon:
             self.feed,
             Downloads(self._artefacts, settings.limits.downloads),
             self.webhooks,
+            planner,
+            self.failures,
             lambda: not self._running.done(),
         )
 
@@ -520,19 +531,23 @@ def _current_keys(rows: list[KeyRow], book: Book) -> list[KeyRow]:
     return kept
 
 
-def _open_artefacts(loaded: Loaded) -> ArtefactStore | None:
+async def _open_artefacts(loaded: Loaded) -> ArtefactStore | None:
     """The store that artefacts.url names, if any. What a bucket takes is imported for a bucket alone."""
     settings = loaded.config
     if not settings.artefacts.url:
         return None
-    try:
-        config.check_apart(settings.artefacts.url, loaded.own_places)  # a link may lead elsewhere by now
-    except ConfigError as error:
-        raise CannotStart(str(error), EXIT_CONFIG) from None
     url = urlsplit(settings.artefacts.url)
     owner = blake2b(f"{socket.gethostname()} {settings.store.path}".encode(), digest_size=6).hexdigest()
     if url.scheme == "file":
-        return FileStore(unquote(url.path), owner, loaded.own_places)
+        store = FileStore(unquote(url.path), owner, loaded.own_places)
+        try:
+            async with asyncio.timeout(PLACE_S):  # one that hangs is health's matter; it is looked at again before use
+                await store.ask(partial(config.check_apart, settings.artefacts.url, loaded.own_places))
+        except ConfigError as error:
+            raise CannotStart(str(error), EXIT_CONFIG) from None
+        except TimeoutError:
+            line.warning("artefacts_wait", place=store.place, reason=f"no answer within {PLACE_S:g} s")
+        return store
     from jobd.artefact_s3 import S3ArtefactStore
 
     try:

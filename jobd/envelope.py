@@ -11,6 +11,8 @@ from jobd.answers import Answer
 from jobd.commands import (
     Adopt,
     AnyCommand,
+    ApplyEndings,
+    ApplyPlan,
     AuditLog,
     Bulk,
     Call,
@@ -36,6 +38,7 @@ from jobd.commands import (
     Mend,
     OnJob,
     Ping,
+    Preview,
     Queues,
     Recover,
     Refusal,
@@ -54,12 +57,13 @@ from jobd.commands import (
 CREATES: Final = (Create, Bulk, Import)
 READS: Final = (
     Get, Timeline, Why, Validate, LateResults, List, Search, Queues, Workers, Stats, Locks, Export, AuditLog,
-    Ping,
+    Preview, Ping,
 )  # fmt: skip
 # What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
 ENDINGS: Final = (
     Complete, Fail, Release, Cancel, ForceFail, ReleaseLock, Undelivered,
     Recover, Expire, EndGrants, CreditAbsence, Delete, DeleteExpired,
+    ApplyEndings,
 )  # fmt: skip
 ADOPT_WEIGHT: Final = 20  # its late results are read with all that they brought
 
@@ -89,11 +93,15 @@ def named_ids(command: Any) -> list[str]:
         return [command.id] if command.id is not None else []
     if kind is Bulk:
         return [job.id for job in command.jobs if job.id is not None]
+    if issubclass(kind, ApplyPlan):
+        return [expected.id for expected in command.jobs]
     return command.ids if kind in (DeleteExpired, Mend) else []
 
 
 def deleted_ids(command: Command) -> list[str]:
     """The ids of the jobs that `command` may delete."""
+    if isinstance(command, ApplyPlan) and command.action == "delete":
+        return named_ids(command)
     return command.ids if isinstance(command, DeleteExpired) else []
 
 
@@ -112,7 +120,7 @@ def needs_payload_first(asked: Asked, doomed: set[str]) -> bool:
 
 def weight(command: Command) -> int:
     """Commands count by what they write, so that one batch stays a few milliseconds."""
-    if isinstance(command, Bulk):
+    if isinstance(command, Bulk | ApplyPlan):
         return len(command.jobs)
     if isinstance(command, Claim):
         return command.limit

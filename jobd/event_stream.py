@@ -17,7 +17,7 @@ from jobd.commands import MAX_NAMES, Command
 from jobd.events import EventType, Wanted
 from jobd.job import is_job_id
 from jobd.replies import PATIENCE_S, SAFE
-from jobd.streams import write
+from jobd.streams import finish, write
 from jobd.visits import Visit
 from jobd.web import Listener, Web
 
@@ -72,7 +72,7 @@ async def _pass_on(response: web.StreamResponse, first: bytes, listener: Listene
         while piece:
             await write(response, piece)
             piece = await listener.more()
-        await response.write_eof()
+        await finish(response)
     except Exception as error:
         # Too late for a refusal: the client notices that the stream broke off, asks again, and is told then.
         _log_end(error, visit)
@@ -97,7 +97,8 @@ def _after(asked: Follow, visit: Visit) -> int | None:
     """Where to go on. A browser that connects again sends the header beside the query of the first time."""
     told = visit.head.headers.get(LAST_EVENT_ID, "").strip()
     if told:
-        if not (told.isascii() and told.isdigit()) or int(told[:20]) > MAX_SEQ:
+        # By its length first: of thousands of digits Python makes no number.
+        if not (told.isascii() and told.isdigit()) or len(told) > len(str(MAX_SEQ)) or int(told) > MAX_SEQ:
             raise invalid("Last-Event-ID", "must be the `id` of an event, or left out.")
         return int(told)
     if asked.last_event_id is not None and asked.last is not None:

@@ -111,7 +111,12 @@ class Health:
         return replace(last, cleanup_status=now)
 
     async def close(self) -> None:
-        """Wait for what was asked of the disk and the mailbox and has not been answered. Call it before they end."""
+        """Wait for what was asked of the disk and the mailbox and has not been answered. Call it before they end.
+
+        Artefacts are not waited for: their place may be a mount that never answers.
+        """
+        if (storage := self._open.get("storage")) is not None:
+            storage.cancel()
         under_way = [*self._open.values(), *([self._measuring] if self._measuring else [])]
         await asyncio.gather(*under_way, return_exceptions=True)
 
@@ -148,6 +153,8 @@ class Health:
         if not done:
             raise TimeoutError
         del self._open[what]
+        if task.cancelled():
+            raise TimeoutError  # by `close`
         return task.result()
 
     # -- the database -------------------------------------------------------------------------------------------------

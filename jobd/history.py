@@ -106,7 +106,9 @@ def _query(asked: List) -> Query:
     before = None if asked.cursor is None else int(asked.cursor)
     query = Query(asked.status, asked.queue, asked.kind, asked.worker, asked.limit, before)
     if isinstance(asked, Search):
-        query = replace(query, since=asked.since, until=asked.until, text=asked.q)
+        query = replace(query, since=asked.since, until=asked.until, text=asked.q, error=asked.error)
+        if asked.error is not None and asked.status is None and asked.worker is None:
+            query = replace(query, status="failed")
     return query
 
 

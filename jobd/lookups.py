@@ -55,6 +55,7 @@ _GRANTS: Final = (
     f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
     "ORDER BY seq DESC LIMIT ?) CROSS JOIN events NOT INDEXED ON seq = found WHERE type = 'granted'"
 )
+LOOKED_BEHIND: Final = 10  # slices of damaged tombstones, for those behind them
 _NAMED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
 _DUE: Final = f"SELECT {TOMBSTONE_SQL} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
 TEXT_BYTES: Final = 2 << 20  # of payloads that are looked through in one go
@@ -141,9 +142,10 @@ def _is_of_another(row: Row, id_: str) -> bool:
 
 def _lost(tables: Tables, id_: str, reason: str) -> str:
     """Name a job whose row cannot even be moved aside."""
-    tables.quarantined[id_] = reason
-    tables.aside.append(Aside(id_, reason, is_moved=False))
-    tables.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
+    if tables.quarantined.get(id_) != reason:
+        tables.quarantined[id_] = reason
+        tables.tell_aside(Aside(id_, reason, is_moved=False))
+        tables.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
     return reason
 
 
@@ -170,11 +172,13 @@ def find(tables: Tables, query: Query) -> Page:
     """See Disk.find: newest first, or oldest first; at most `scan` rows looked at."""
     tables.check()
     try:
-        return _page(tables, query)
+        page = _page(tables, query)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-    return _page_one_by_one(tables, query)
+        page = _page_one_by_one(tables, query)
+    page.last_event = tables.numbers.next_event - 1
+    return page
 
 
 def _page(tables: Tables, query: Query) -> Page:
@@ -244,6 +248,8 @@ def _conditions(query: Query) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...
         found["created_at < ?"] = (query.until,)
     if query.text is not None:
         found[_HAS_TEXT] = (_lower(query.text),) * 3
+    if query.error is not None:
+        found["fingerprint(CAST(error_message AS BLOB), CAST(error_code AS BLOB)) = ?"] = (query.error,)
     return scope, scope_args, "".join(f" AND {each}" for each in found), tuple(chain(*found.values()))
 
 
@@ -443,14 +449,25 @@ def reports(tables: Tables, limit: int) -> list[bytes]:
 
 
 def due_tombstones(tables: Tables, now: int, limit: int) -> Due:
-    """See Disk.due_tombstones. Whether a key is named is looked up here, next to what will be done about it."""
+    """See Disk.due_tombstones. Whether a key is named is looked up here, next to what will be done about it.
+
+    Damaged ones that cannot be moved out of the way are passed by, a few hundred of them.
+    """
     tables.check()
-    found = tables.rows(_DUE.format("<="), (now, limit)) or tables.rows(_DUE.format(">"), (now + PUT_OFF_MS, limit))
-    damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
-    set_rows_aside(tables, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), damaged)
-    whole = [rows.tombstone(row) for row in found if fault(row) is None]
+    met: set[int] = set()
+    unmoved: set[int] = set()
+    for _ in range(LOOKED_BEHIND):
+        most = limit + len(unmoved)
+        found = tables.rows(_DUE.format("<="), (now, most)) or tables.rows(_DUE.format(">"), (now + PUT_OFF_MS, most))
+        new = [(row[0], row, wrong) for row in found if row[0] not in met and (wrong := fault(row)) is not None]
+        unmoved |= set_rows_aside(tables, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), new)
+        met |= {seq for seq, _, _ in new}
+        whole = [rows.tombstone(row) for row in found if row[0] not in met]
+        if not new or len(whole) >= limit:
+            break
     late = {each.job_seq for each in whole if tables.conn.execute(_NAMED_LATE, (each.key,)).fetchone() is not None}
-    return Due([(each, is_named(tables, each.key)) for each in whole], len(damaged), late)
+    named = [(each, is_named(tables, each.key)) for each in whole]
+    return Due(named, len(met) - len(unmoved), late, len(unmoved))
 
 
 def is_named(tables: Tables, key: str) -> bool:

@@ -13,7 +13,6 @@ from jobd.events import Change
 from jobd.job import MINUTE_MS, Grant, Lease
 
 TAKEN_KEPT: Final = 1_000  # grants that are watched; the oldest is forgotten first
-MINUTES_KEPT: Final = 61
 
 
 class Taken(Struct, frozen=True):
@@ -47,36 +46,40 @@ class Overlaps(Struct):
     def ended(self, change: Change) -> None:
         """A grant may have been ended by somebody else than its holder."""
         before, after = change.before, change.after
-        if before is None or before.grant is None or before.lease is None:
+        assert before is not None  # nothing ends of a job that is new
+        if before.grant is None or before.lease is None:
             return
-        if after is not None and after.ended is not None and after.ended.verb is not None:
+        ended = after.ended if after is not None else None
+        if ended is not None and ended.verb is not None:
             return  # the holder itself said that it stopped
         made = before.grant
-        self.taken.pop(before.seq, None)
         self.taken[before.seq] = Taken(lock_end(made, before.lease), made.fencing_token, made.worker)
         if len(self.taken) > TAKEN_KEPT:
             del self.taken[next(iter(self.taken))]
 
     def granted(self, change: Change) -> None:
         """A job was handed to a worker. Of most jobs nothing is known here."""
-        after = change.after
         taken = self.taken.pop(change.event.job_seq, None)
-        if taken is None or after is None or after.grant is None or after.lease is None:
+        if taken is None:
             return
+        after = change.after
+        assert after is not None and after.grant is not None and after.lease is not None  # it was granted
         made = after.grant
         if after.lease.silent - made.stuck_after_ms >= taken.until:  # the lease time of the grant
             return
         minute = change.event.at // MINUTE_MS
         self.minutes[minute] = self.minutes.get(minute, 0) + 1
-        if len(self.minutes) > MINUTES_KEPT:
-            self.minutes = {key: count for key, count in self.minutes.items() if minute - 60 < key <= minute}
+        self.minutes = self._hour_before(change.event.at)
         self.total += 1
         self.last = Overlap(after.id, (taken.fencing_token, made.fencing_token), (taken.worker, made.worker))
 
     def last_hour(self, now: int) -> int:
-        """How many in the last 60 minutes, by wall time."""
-        first = now // MINUTE_MS - 60
-        return sum(count for minute, count in self.minutes.items() if minute > first)
+        """How many in the last 60 minutes, by wall time. After a step back of it what lies ahead does not count."""
+        return sum(self._hour_before(now).values())
+
+    def _hour_before(self, now: int) -> dict[int, int]:
+        this = now // MINUTE_MS
+        return {minute: count for minute, count in self.minutes.items() if this - 60 < minute <= this}
 
 
 def lock_end(made: Grant, lease: Lease) -> int:

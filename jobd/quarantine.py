@@ -48,12 +48,18 @@ def set_jobs_aside(tables: Tables, damaged: list[tuple[Row, str]]) -> dict[str, 
             payload = _payload_columns(tables, row[0])
             uncounted, is_moved = tables.commit(_set_job_aside, tables, row, payload, id_, reason), True
         except DiskFull:
-            tables.faults.append(f"job {id_} could not be quarantined: the disk is full")
+            _note(tables, f"job {id_} could not be quarantined: the disk is full")
         except CannotMove as error:
-            tables.faults.append(f"job {id_} could not be quarantined: {error}; run `jobd doctor`")
+            _note(tables, f"job {id_} could not be quarantined: {error}; run `jobd doctor`")
         tables.quarantined[id_] = named[id_] = reason
         tables.note_aside(row[0], Aside(id_, reason, uncounted, is_moved))
     return named
+
+
+def _note(tables: Tables, fault: str) -> None:
+    """Of what is met again and again, until there is room, one sentence is enough."""
+    if fault not in tables.faults:
+        tables.faults.append(fault)
 
 
 def true_id(tables: Tables, row: Row) -> str:
@@ -131,17 +137,26 @@ def quarantine(tables: Tables, job: Job, reason: str) -> None:
     set_jobs_aside(tables, [(found[0] if found else rows.sealed(rows.job_row(job)), reason)])
 
 
-def set_rows_aside(tables: Tables, table: str, columns: tuple[str, ...], damaged: list[tuple[int, Row, str]]) -> None:
-    """Move damaged rows (rowid, columns, what is wrong) of another table than jobs aside; name them in the faults."""
+def set_rows_aside(
+    tables: Tables, table: str, columns: tuple[str, ...], damaged: list[tuple[int, Row, str]]
+) -> set[int]:
+    """Move damaged rows (rowid, columns, what is wrong) of another table than jobs aside; name them in the faults.
+
+    Gives the rowids of those that stay where they are.
+    """
+    unmoved: set[int] = set()
     for rowid, row, reason in damaged:
         name = f"{table} {readable(row[0])}"
         try:
             tables.commit(_set_row_aside, tables, table, columns, rowid, row, reason)
             tables.faults.append(f"{name}: {reason}; the row was set aside")
         except DiskFull:
-            tables.faults.append(f"{name}: {reason}; the row could not be set aside: the disk is full")
+            unmoved.add(rowid)
+            _note(tables, f"{name}: {reason}; the row could not be set aside: the disk is full")
         except CannotMove as error:
-            tables.faults.append(f"{name}: {reason}; the row could not be set aside: {error}")
+            unmoved.add(rowid)
+            _note(tables, f"{name}: {reason}; the row could not be set aside: {error}")
+    return unmoved
 
 
 def _set_row_aside(tables: Tables, table: str, columns: tuple[str, ...], rowid: int, row: Row, reason: str) -> None:

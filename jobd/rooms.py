@@ -6,6 +6,7 @@ Wires; decides nothing. web.py has the protocol that this fulfils.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
@@ -23,7 +24,11 @@ from jobd.answers import (
     DeliveryPage,
     DeliveryState,
     DeliveryView,
+    FailuresView,
     HealthView,
+    PlanResult,
+    PlanView,
+    PreviewView,
     QuarantinedJob,
     RecoverStuckView,
     Vitals,
@@ -32,12 +37,14 @@ from jobd.answers import (
 from jobd.batch import DiskFull
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
-from jobd.commands import Operator, Refusal
+from jobd.commands import MakePlan, Operator, Refusal
 from jobd.downloads import Downloads
 from jobd.events import Wanted
+from jobd.failures import Failures
 from jobd.feed import Feed, Listener
 from jobd.health import Health
 from jobd.metrics import Metrics
+from jobd.plans import Planner
 from jobd.store import Store
 from jobd.watchers import Watcher
 from jobd.web import Download
@@ -61,6 +68,8 @@ class Rooms(Struct):
     feed: Feed
     downloads: Downloads
     webhooks_: Webhooks
+    planner: Planner
+    failures_: Failures
     runs: Callable[[], bool]
     is_open: bool = False
 
@@ -72,6 +81,21 @@ class Rooms(Struct):
 
     async def recover_stuck(self, operator: Operator | None) -> RecoverStuckView | Refusal:
         return await self.cleaner.recover_stuck(operator)
+
+    def failures(self, limit: int) -> FailuresView:
+        return self.failures_.view(limit)
+
+    async def preview(self) -> PreviewView | Refusal:
+        return await self.cleaner.preview()
+
+    async def make_plan(self, asked: MakePlan) -> PlanView | Refusal:
+        return await self.planner.make(asked, secrets.token_hex(8))
+
+    def plan(self, plan_id: str) -> PlanView | Refusal:
+        return self.planner.find(plan_id)
+
+    async def apply_plan(self, plan_id: str, operator: Operator) -> PlanResult | Refusal:
+        return await self.planner.apply(plan_id, operator)
 
     async def health(self) -> HealthView:
         return await self.health_.view()

@@ -12,12 +12,13 @@ from typing import Any, Final, assert_never
 
 import msgspec
 
-from jobd import late_rules, operator_rules, reads, steps, time_rules, views
+from jobd import late_rules, operator_rules, plan_rules, reads, steps, time_rules, views
 from jobd.answers import Answer, Done, Grants, JobList, JobView
 from jobd.book import Book
 from jobd.commands import (
     Adopt,
     AnyCommand,
+    ApplyPlan,
     AuditLog,
     Bulk,
     Call,
@@ -46,6 +47,7 @@ from jobd.commands import (
     Note,
     Pause,
     Ping,
+    Preview,
     Progress,
     Queues,
     Recover,
@@ -143,6 +145,10 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             return operator_rules.resume(draft, command)
         case Import():
             return operator_rules.import_job(draft, command)
+        case ApplyPlan():
+            return plan_rules.apply(draft, command, _PLANNED)
+        case Preview():
+            return time_rules.preview(draft, command)
         case Recover():
             return time_rules.recover(draft, command)
         case Expire():
@@ -479,6 +485,14 @@ def cancel(draft: Draft, command: Cancel) -> Answer | Refusal:
         return steps.refuse_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
     ended = steps.ended_by(job, draft.at.now, "cancel", "cancelled")
     return steps.job_answer(draft, steps.finish(draft, job, "cancelled", "cancelled", ended, reason=command.reason))
+
+
+_PLANNED: Final[plan_rules.Rules] = {
+    "retry": operator_rules.force_reset,
+    "cancel": cancel,
+    "force-fail": operator_rules.force_fail,
+    "delete": operator_rules.delete,
+}
 
 
 # -- who may speak ----------------------------------------------------------------------------------------------------

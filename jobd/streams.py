@@ -252,8 +252,7 @@ async def _pass_on(response: web.StreamResponse, first: bytes, pieces: AsyncIter
         await write(response, first)
         async for piece in pieces:
             await write(response, piece)
-        async with asyncio.timeout(PATIENCE_S):
-            await response.write_eof()
+        await finish(response)
     except Exception as error:
         log.error("backup cut off", error=type(error).__name__)
         if transport is not None:
@@ -265,3 +264,9 @@ async def write(response: web.StreamResponse, piece: bytes) -> None:
     """Send `piece`; a client that does not read is waited for, but not for ever."""
     async with asyncio.timeout(PATIENCE_S):
         await response.write(piece)
+
+
+async def finish(response: web.StreamResponse) -> None:
+    """Send the end; the client may have to read much before that is out."""
+    async with asyncio.timeout(PATIENCE_S):
+        await response.write_eof()

@@ -31,6 +31,7 @@ RETRY_MS: Final = 2 * SECOND_MS  # after the first failure, then twice as long e
 RETRY_AT_MOST_MS: Final = 10 * MINUTE_MS
 COMPLAIN_AFTER_S: Final = 300.0
 FAILING_KEPT: Final = 1_000  # whose first failure is remembered
+DAMAGED: Final = -1  # stands among their numbers for tombstones that cannot be read, as 0 does for the store of jobs
 
 
 class Clock(Protocol):
@@ -104,7 +105,8 @@ class Sweeper:
         silent_s = asyncio.get_running_loop().time() - since
         if silent_s < COMPLAIN_AFTER_S:
             return None
-        kept = f"{len(self._failing)} objects of deleted jobs" if 0 not in self._failing else "Objects of deleted jobs"
+        is_counted = self._failing.keys().isdisjoint((0, DAMAGED))
+        kept = f"{len(self._failing)} objects of deleted jobs" if is_counted else "Objects of deleted jobs"
         return f"{kept} could not be deleted, the first for {silent_s:.0f} s: {why}"
 
     # -- a slice ------------------------------------------------------------------------------------------------------
@@ -116,6 +118,7 @@ class Sweeper:
         now = self._clock.moment().now
         due = await self._disk.due_tombstones(now, SLICE)
         self.sweeps.waiting -= due.damaged
+        self._note_unmoved(due.unmoved)
         held = [End(each, Outcome("young", modified_at=now)) for each, named in due.found if _is_held(due, each, named)]
         free = [(each, named) for each, named in due.found if not _is_held(due, each, named)]
         ends = [*held, *await asyncio.gather(*(self._try(tombstone, named, now) for tombstone, named in free))]
@@ -133,7 +136,10 @@ class Sweeper:
         whose = _leave if named else partial(judge, tombstone, self._margins, now)
         try:
             async with asyncio.timeout(CALL_S):
-                return End(tombstone, await self._store.delete(tombstone.key, whose))
+                outcome = await self._store.delete(tombstone.key, whose)
+            if named and outcome.what == "left" and outcome.modified_at:  # else the store itself says why
+                outcome = replace(outcome, why="another job names its key")
+            return End(tombstone, outcome)
         except TimeoutError:
             return End(tombstone, None, f"{self._store.place} has not answered for {CALL_S:g} s.")
         except StoreFault as fault:
@@ -167,6 +173,13 @@ class Sweeper:
         elif outcome.what == "left":
             self.sweeps.left += 1
             log.info("artefact_left", **told, why=outcome.why)
+
+    def _note_unmoved(self, count: int) -> None:
+        """Damaged tombstones that are still where they were: of what they are, nobody knows."""
+        if count:
+            self._note_failure(DAMAGED, f"{count} damaged tombstones cannot be set aside; run: jobd doctor")
+        else:
+            self._failing.pop(DAMAGED, None)
 
     def _note_bug(self, error: Exception) -> None:
         """The disk of the store has failed, or we have: told in full the first time."""

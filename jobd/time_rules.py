@@ -11,8 +11,8 @@ from typing import Literal
 from msgspec.structs import replace
 
 from jobd import steps
-from jobd.answers import Answer, Issue, Recovered, Recovery, Worked
-from jobd.commands import CreditAbsence, DeleteExpired, EndGrants, Expire, Mend, Recover
+from jobd.answers import Answer, Foreseen, Issue, Recovered, Recovery, Worked
+from jobd.commands import CreditAbsence, DeleteExpired, EndGrants, Expire, Mend, Preview, Recover
 from jobd.draft import Draft
 from jobd.job import FINISHED, Job, Lease
 from jobd.validation import counts, safe_fixes, validate
@@ -36,6 +36,16 @@ def recover(draft: Draft, command: Recover) -> Answer:
             cleared += 1
     more = len(book.stuck) > command.limit or len(book.expired_locks) > command.limit
     return Answer(Recovered(details, cleared, more))
+
+
+def preview(draft: Draft, command: Preview) -> Answer:
+    """What `recover` and `expire` would do now, found out by doing it to a draft that nobody writes."""
+    recovered = recover(draft, Recover(limit=command.limit)).data
+    overdue = list(islice(draft.book.overdue, command.limit))
+    expired = [job_id for job_id in overdue if steps.is_overdue(draft.book.jobs[job_id], draft.at.now)]
+    draft.changes.clear()
+    more = recovered.more or len(draft.book.overdue) > command.limit
+    return Answer(Foreseen(recovered.details, recovered.locks_cleared, expired, more))
 
 
 def _clear_lock(draft: Draft, job: Job, lease: Lease) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from jobd.answers import Issue, Validation
 from jobd.commands import Moment
-from jobd.job import FINISHED, MAX_PERCENT, STATUSES, Failure, Job, Policy
+from jobd.job import FINISHED, MAX_PERCENT, STATUSES, Failure, Job, Policy, storage_key_fault
 
 NO_MESSAGE: Final = "No error message was recorded."
 
@@ -20,6 +20,7 @@ def validate(job: Job, at: Moment, policy: Policy) -> Validation:
         *_identity(job),
         *_progress(job),
         *_ending(job, policy),
+        *_storage_key(job),
         *_lock(job, at),
         *_times(job),
         *_expiry(job, at),
@@ -102,6 +103,16 @@ def _ending(job: Job, policy: Policy) -> list[Issue]:
         message = "The job is completed without download_url, file_path, storage_key or metadata."
         return [Issue("warning", "download_url", message, "Pass what the work produced to complete.")]
     return []
+
+
+def _storage_key(job: Job) -> list[Issue]:
+    """No API takes a wrong one. Its object is not deleted with the job."""
+    key = None if job.result is None else job.result.storage_key
+    fault = None if key is None else storage_key_fault(key)
+    if fault is None:
+        return []
+    fix = "Correct the row, then run: jobd doctor --accept ID"
+    return [Issue("error", "storage_key", f"The storage_key {fault}.", fix)]
 
 
 def _lock(job: Job, at: Moment) -> list[Issue]:

@@ -17,6 +17,7 @@ from jobd import envelope, feed
 from jobd.answers import (
     AlertView,
     Answer,
+    ChangedJob,
     CleanupHealth,
     CleanupReport,
     CleanupState,
@@ -26,17 +27,24 @@ from jobd.answers import (
     DeliveryState,
     DeliveryView,
     Done,
+    FailureGroup,
+    FailuresView,
     HealthStatus,
     HealthView,
     PartHealth,
+    PlannedJob,
+    PlanResult,
+    PlanView,
+    PreviewView,
     QuarantinedJob,
     RecoverStuckView,
     Recovery,
+    SkippedJob,
     Vitals,
     WebhookView,
 )
 from jobd.bodies import Limits
-from jobd.commands import Call, Command, KeyUse, Operator, Refusal
+from jobd.commands import Call, Command, KeyUse, MakePlan, Operator, Refusal
 from jobd.doors import Gate
 from jobd.downloads import Downloads
 from jobd.envelope import Waiter
@@ -170,6 +178,8 @@ class Figures:
     def __init__(self) -> None:
         self.status: HealthStatus = "healthy"
         self.forced: list[bool] = []
+        self.planned: list[MakePlan] = []
+        self.operators: list[Operator] = []
         self.accepted = False
         self.alive = True
         self.ready = True
@@ -186,6 +196,27 @@ class Figures:
 
     def cleanup_state(self) -> CleanupState:
         return CleanupState(REPORT, True, 1234)
+
+    def failures(self, limit: int) -> FailuresView:
+        group = FailureGroup("0123456789ab", "no", None, 3, ["k"], ["q"], 1, 2, ["a"])
+        return FailuresView([group], 4, 1, False)
+
+    async def preview(self) -> PreviewView:
+        return PreviewView([Recovery("a", "reset", "stalled")], 2, ["b"], [], [], False, 1_700_000_000_000)
+
+    async def make_plan(self, asked: MakePlan) -> PlanView:
+        self.planned.append(asked)
+        return self.plan("p1")  # type: ignore[return-value]
+
+    def plan(self, plan_id: str) -> PlanView | Refusal:
+        if plan_id != "p1":
+            return Refusal("plan_not_found", "There is no such plan.")
+        job = PlannedJob("a", "failed", "queued")
+        return PlanView("p1", "retry", "r", 1, [job], [SkippedJob("b", None, "none")], 1, False, 1, 2)
+
+    async def apply_plan(self, plan_id: str, operator: Operator) -> PlanResult:
+        self.operators.append(operator)
+        return PlanResult(plan_id, "retry", 1, [ChangedJob("b", "failed", None, "gone")], [], 3)
 
     async def recover_stuck(self, operator: Operator | None) -> RecoverStuckView:
         return RecoverStuckView(1, 1, 0, [Recovery("a", "reset", "stalled")], 1_700_000_000_000)

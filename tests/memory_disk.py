@@ -38,6 +38,7 @@ from jobd.batch import (
     Tombstone,
 )
 from jobd.events import Change, Event
+from jobd.fingerprints import fingerprint
 from jobd.job import FINISHED, KEEP_LATE, LIVE, Grant, Job, LateResult, Result, untouched
 
 KEPT_REPORTS: Final = 500
@@ -212,6 +213,7 @@ class MemoryDisk:
             size += len(body)
         if page.next_before is not None and not self._in_order(query, page.next_before):
             page.next_before = None
+        page.last_event = self.numbers.next_event - 1
         await self._tell_aside()
         return page
 
@@ -505,6 +507,11 @@ def _expires(job: Job) -> float:
     return float("inf") if job.expires_at is None else job.expires_at
 
 
+def _name(job: Job) -> str | None:
+    assert job.error is not None
+    return fingerprint(job.error.message, job.error.code)
+
+
 def _is_asked(audited: Audited, query: AuditQuery) -> bool:
     return (
         query.who in (None, audited.who)
@@ -521,6 +528,7 @@ def _matches(job: Job, query: Query) -> bool:
         and (query.queue is None or job.options.queue == query.queue)
         and (query.kind is None or job.options.kind == query.kind)
         and (query.worker is None or (job.grant is not None and job.grant.worker == query.worker))
+        and (query.error is None or (job.error is not None and _name(job) == query.error))
         and (query.since is None or job.created_at >= query.since)
         and (query.until is None or job.created_at < query.until)
     )

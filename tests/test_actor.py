@@ -1612,15 +1612,17 @@ def test_a_damaged_row_that_stays_is_counted_as_on_the_disk_whatever_becomes_of_
             disk = house.disk
             await house.yes(Create(id="a"))
             lock_id = (await house.yes(Start(id="a", worker="w"))).lock_id
-            complete = Complete(id="a", lock_id=lock_id, file_path="/x")
-            command: AnyCommand = complete
+            commands: dict[str, AnyCommand] = {
+                "complete": Complete(id="a", lock_id=lock_id, file_path="/x"),
+                "delete": Delete(id="a"),
+                "reset": ForceReset(id="a"),
+                "adopt": Adopt(id="a"),
+            }
             if what != "complete":
                 await house.yes(Cancel(id="a"))
-                await house.no(complete)  # kept as a late result
-                others: dict[str, AnyCommand] = {"delete": Delete(id="a"), "reset": ForceReset(id="a")}
-                command = others.get(what, Adopt(id="a"))
+                await house.no(commands["complete"])  # kept as a late result
             disk.gate.clear()
-            asked = begin(house.actor.ask(command, admin=True))
+            asked = begin(house.actor.ask(commands[what], admin=True))
             await disk.at_gate.wait()
             if damage == "row":
                 disk.bad_jobs["a"] = "checksum"
@@ -1646,6 +1648,36 @@ def test_a_damaged_row_that_stays_is_counted_as_on_the_disk_whatever_becomes_of_
             assert house.book.totals["queued"] == house.book.totals["processing"] == 0
 
     test()
+
+
+class Counting(MemoryDisk):
+    """Counts of how many jobs late results are asked for at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    async def late(self, asked: list[LateAsked]) -> LateKnown:
+        self.asked.append(len(asked))
+        return await super().late(asked)
+
+
+@in_virtual_time
+async def test_late_completes_weigh_what_their_look_into_the_journal_costs() -> None:
+    """A thousand of them would hold one batch, and all who wait behind it, for 165 ms."""
+    disk = Counting()
+    async with household(disk) as house:
+        locks: dict[str, str] = {}
+        for number in range(100):
+            name = f"job-{number}"
+            await house.yes(Create(id=name))
+            locks[name] = (await house.yes(Start(id=name, worker="w"))).lock_id
+            await house.yes(ForceReset(id=name))
+            await house.yes(Start(id=name, worker="w"))
+        tasks = fill(house, [Complete(id=name, lock_id=lock_id, file_path="/f") for name, lock_id in locks.items()])
+        answers = [await task for task in tasks]
+        assert all(answer.code == "lock_lost" and "late_result" in answer.details for answer in answers)
+        assert disk.asked == [20] * 5
 
 
 @in_virtual_time

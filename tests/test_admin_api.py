@@ -22,11 +22,13 @@ from jobd.commands import (
     Delete,
     Export,
     ExtendLock,
+    Filter,
     ForceFail,
     ForceReset,
     Get,
     LateResults,
     Locks,
+    MakePlan,
     Note,
     Operator,
     Pause,
@@ -80,6 +82,7 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
      Export(status="failed", queue="q", kind="k", limit=5, cursor="7"), False),
     ("GET", f"{P}/jobs", "status=queued&worker=w&limit=5", Search(status="queued", worker="w", limit=5), False),
     ("GET", f"{P}/jobs", "since=1&until=2&q=a%20b", Search(since=1, until=2, q="a b"), False),
+    ("GET", f"{P}/jobs", "error=0123456789ab", Search(error="0123456789ab"), False),
     ("GET", f"{P}/jobs/{{id}}", "", Get(id="j"), False),
     ("DELETE", f"{P}/jobs/{{id}}", "", Delete(id="j"), True),
     ("GET", f"{P}/jobs/{{id}}/timeline", "", Timeline(id="j"), False),
@@ -118,6 +121,13 @@ ROOMS: list[tuple[str, str, Any]] = [
     ("POST", f"{P}/webhooks/{{name}}/test", plain_view(DELIVERY)),
     ("GET", f"{P}/clock", {"now": 1_700_000_000_000, "suspect": True, "message": "30 days ahead"}),
     ("POST", f"{P}/clock/accept", {"now": 1_700_000_000_000, "suspect": False, "message": "30 days ahead"}),
+    ("GET", f"{P}/failures",
+     {"groups": [{"fingerprint": "0123456789ab", "message": "no", "error_code": None, "count": 3, "kinds": ["k"],
+                  "queues": ["q"], "first_at": 1, "last_at": 2, "job_ids": ["a"]}],
+      "total": 4, "other": 1, "whole": False}),
+    ("GET", f"{P}/preview",
+     {"recover": [{"jobId": "a", "action": "reset", "reason": "stalled"}], "expiredLocks": 2, "expiredJobs": ["b"],
+      "deletedJobs": [], "mendedJobs": [], "more": False, "timestamp": 1_700_000_000_000}),
     ("GET", f"{P}/quarantine", {"jobs": [{"id": "bad-1", "reason": "checksum"}]}),
 ]  # fmt: skip
 
@@ -136,7 +146,7 @@ def plain(command: Any) -> Any:
 async def test_a_call_is_its_command(
     house: House, method: str, path: str, body: str, command: Command, keyed: bool
 ) -> None:
-    target = path.replace("{id}", "j").replace("{name}", "q")
+    target = path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1")
     headers = {**AUTH, "Idempotency-Key": "k"}
     if method == "GET":
         heard = await house.ask("GET", f"{target}?{body}" if body else target, headers=headers)
@@ -230,6 +240,27 @@ async def test_over_tcp_an_operator_comes_from_an_address(tmp_path: Path) -> Non
         assert asked.operator == Operator("", "127.0.0.1")
 
 
+async def test_a_plan_is_made_shown_and_applied(house: House) -> None:
+    body = '{"action":"retry","filter":{"status":"failed","queue":"q","since":1},"reason":"r"}'
+    made = await house.ask("POST", f"{P}/plans", body, AUTH)
+    assert house.figures.planned == [
+        MakePlan(action="retry", filter=Filter(status="failed", queue="q", since=1), reason="r")
+    ]
+    assert made.data["jobs"] == [{"id": "a", "from": "failed", "to": "queued"}]
+    plan_id = made.data["plan_id"]
+    assert (await house.ask("GET", f"{P}/plans/{plan_id}", headers=AUTH)).data == made.data
+    assert (await house.ask("GET", f"{P}/plans/none", headers=AUTH)).error == "plan_not_found"
+    done = await house.ask("POST", f"{P}/plans/{plan_id}/apply", headers={**AUTH, "X-Jobd-Operator": "eve"})
+    assert done.data["changed"] == [{"id": "b", "from": "failed", "now": None, "why": "gone"}]
+    assert [operator.name for operator in house.figures.operators] == ["eve"]
+    for wrong in (
+        '{"action":"explode","ids":["a"]}',
+        '{"action":"retry","ids":[]}',
+        '{"action":"retry","filter":{"x":1}}',
+    ):
+        assert (await house.ask("POST", f"{P}/plans", wrong, AUTH)).status == 400
+
+
 async def test_a_cleanup_that_is_asked_for_is_forced(house: House) -> None:
     await house.ask("POST", f"{P}/cleanup", headers=AUTH)
     assert house.figures.forced == [True]
@@ -240,13 +271,17 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
     others |= {("GET", "/metrics"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/openapi.json")}
     others |= {("GET", f"{P}/events"), ("GET", f"{P}/jobs/{{id}}/artefact")}  # test_event_stream.py, test_downloads.py
     others.add(("POST", f"{P}/webhooks/{{name}}/resend"))
+    plans = [("POST", "plans"), ("GET", "plans/{plan_id}"), ("POST", "plans/{plan_id}/apply")]
+    others |= {(method, f"{P}/{path}") for method, path in plans}
     examples = {call[:2] for call in COMMANDS} | {call[:2] for call in ROOMS} | others
     assert {(route.method, route.path) for route in ROUTES} == examples
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 async def test_every_call_but_the_open_ones_needs_the_token(house: House, route: Any) -> None:
-    heard = await house.ask(route.method, route.path.replace("{id}", "j").replace("{name}", "q"))
+    heard = await house.ask(
+        route.method, route.path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1")
+    )
     assert heard.status == (200 if route.who == "anyone" else 401)
     assert house.desk.asked == []
 
@@ -265,7 +300,7 @@ async def test_who_may_only_look_gets_all_that_changes_nothing_and_holds_no_secr
     house.site.gate.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
     house.desk.answer = lambda command: Refusal("job_not_found", "It is asked, which is enough here.")
     query = {"validate-job": "?jobId=j", "events": "?follow=false"}.get(route.path.rpartition("/")[2], "")
-    target = route.path.replace("{id}", "j").replace("{name}", "q") + query
+    target = route.path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1") + query
     heard = await house.ask(route.method, target, headers=READER)
     if route.method != "GET" or route.path.endswith("backup"):
         assert (heard.status, heard.error) == (403, "forbidden")

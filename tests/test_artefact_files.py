@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Final
 
 import pytest
 
-from jobd.artefact_files import FileStore, directory_fault
+from jobd.artefact_files import WAITING, FileStore, directory_fault
 from jobd.artefacts import PIECE_BYTES, Outcome, StoreFault, Verdict
 
 OLD_S = 1_600_000_000
@@ -69,13 +70,18 @@ async def test_what_is_not_there_is_gone_already(place: Path, store: FileStore, 
     assert await store.delete(key, yes) == Outcome("missing")
 
 
-@pytest.mark.parametrize("key", ["", ".", "a//b", "a/./b", "folder/"])
+@pytest.mark.parametrize(
+    "key", ["", ".", "a//b", "a/./b", "folder/", "../outside", "folder/../../outside", "..", "a\0b"]
+)
 async def test_a_key_that_names_no_file_is_left(place: Path, store: FileStore, key: str) -> None:
+    outside = put(place.parent, "outside")
     put(place, "folder/inside")
     put(place, "a/b")
     assert (await store.delete(key, yes)).what == "left"
+    assert await store.open(key) is None
     assert (place / "a/b").exists()
     assert (place / "folder/inside").exists()
+    assert outside.exists()
 
 
 async def test_a_directory_is_left(place: Path, store: FileStore) -> None:
@@ -115,8 +121,50 @@ async def test_no_file_goes_that_lies_with_the_daemons_own(tmp_path: Path, place
     outcome = await store.delete("state/jobd.db", yes)
     assert outcome == Outcome("left", "the daemon's own files lie there")
     assert own.exists()
+    assert await store.open("state/jobd.db") is None
     assert await store.delete("k", yes) == Outcome("deleted")
     assert not other.exists()
+
+
+HANGS: Final = """
+import asyncio, sys
+from jobd.artefact_files import FileStore
+
+async def main():
+    store = FileStore(sys.argv[1], "test")
+    try:
+        async with asyncio.timeout(0.2):
+            await store.ask(lambda: open(sys.argv[2]).read())
+    except TimeoutError:
+        print("timed out")
+    await store.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_mount_that_hangs_keeps_no_process(tmp_path: Path) -> None:
+    """A FIFO that nobody writes to stands for the mount: the interpreter waits for the threads of a pool at its end."""
+    os.mkfifo(tmp_path / "fifo")
+    command = [sys.executable, "-c", HANGS, str(tmp_path), str(tmp_path / "fifo")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "timed out\n", "")
+
+
+async def test_a_mount_that_hangs_makes_no_queue_without_an_end(store: FileStore) -> None:
+    goes_on = threading.Event()
+    hung = asyncio.ensure_future(store.ask(goes_on.wait))
+    await asyncio.sleep(0.01)
+    waiting = [asyncio.ensure_future(store.probe()) for _ in range(WAITING)]
+    await asyncio.sleep(0)
+    with pytest.raises(StoreFault, match="has not answered: 100 calls wait for it already"):
+        await store.probe()
+    waiting[0].cancel()
+    goes_on.set()
+    await hung
+    await asyncio.gather(*waiting[1:])
+    await store.probe()
+    await store.close()
 
 
 # -- symbolic links ---------------------------------------------------------------------------------------------------
@@ -311,10 +359,15 @@ async def test_a_call_that_hangs_holds_nobody_up(
     place: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(place, "k")
-    go_on = threading.Event()
-    at(monkeypatch, "rename", go_on.wait)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        go_on.wait()
+
+    at(monkeypatch, "rename", hang)
     task = asyncio.create_task(store.delete("k", yes))
-    await asyncio.sleep(0)
+    await asyncio.to_thread(begun.wait)
     assert not task.done()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

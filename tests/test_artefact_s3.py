@@ -98,6 +98,15 @@ async def test_what_a_key_names_is_deleted_and_nothing_else(bucket: Bucket, stor
     assert await store.delete(key, yes) == Outcome("missing")
 
 
+@pytest.mark.parametrize("server", ["moto"], indirect=True)
+@pytest.mark.parametrize(
+    "key",
+    ["a~b", "a*b", "a{b}", "a|b", 'a"b', "a\\b", "a[b]^`<>", "%2F", " x ", "\ufeffx", "\x85", "x" * 1016],
+)
+async def test_an_odd_key_is_asked_for(bucket: Bucket, store: S3ArtefactStore, key: str) -> None:
+    assert await store.delete(key, yes) == Outcome("missing")
+
+
 async def test_a_bucket_without_a_prefix(bucket: Bucket) -> None:
     bucket.put("a/k", "k")
     store = S3ArtefactStore(bucket.name, "", "test")
@@ -115,7 +124,9 @@ async def test_what_is_young_or_another_s_stays(bucket: Bucket, store: S3Artefac
     assert bucket.keys() == ["pre/fix/k"]
 
 
-@pytest.mark.parametrize("key", ["", ".", "a//b", "a/./b", "a/"])
+@pytest.mark.parametrize(
+    "key", ["", ".", "a//b", "a/./b", "a/", "..", "a/../b", "a\tb", "a\x01b", "a\nb", "a\x7f", "x" * 1017, "é" * 509]
+)
 async def test_a_key_that_cannot_be_asked_for_is_left(store: S3ArtefactStore, key: str) -> None:
     assert (await store.delete(key, yes)).what == "left"
     assert await store.open(key) is None

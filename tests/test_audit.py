@@ -13,11 +13,14 @@ from jobd.answers import Answer, AuditPage, Done
 from jobd.batch import Audited
 from jobd.commands import (
     AnyCommand,
+    ApplyEndings,
+    ApplyPlan,
     AuditLog,
     Call,
     Cancel,
     Create,
     Delete,
+    Expected,
     ForceFail,
     ForceReset,
     Get,
@@ -35,6 +38,7 @@ from jobd.draft import Decision
 from jobd.envelope import READS
 from jobd.full_disk import Closed
 from jobd.job import SECOND_MS
+from jobd.planning import version
 from tests.desk import Desk
 from tests.household import Household, in_virtual_time
 from tests.memory_disk import MemoryDisk
@@ -59,7 +63,7 @@ def entry(desk: Desk, command: AnyCommand, operator: Operator | None = EVE) -> A
 
 def test_every_command_is_a_deed_or_is_known_to_be_none() -> None:
     """A new command of operators has to be told how the audit log calls it."""
-    known = {kind.__name__ for kind in (*audit.DEEDS, *READS, Note)} | NO_DEEDS
+    known = {kind.__name__ for kind in (*audit.DEEDS, *READS, Note, ApplyPlan, ApplyEndings)} | NO_DEEDS
     assert known == {kind.__name__ for kind in get_args(AnyCommand)}
 
 
@@ -118,6 +122,15 @@ def test_a_deed_of_many_commands_counts_its_jobs_and_names_none() -> None:
     assert entry(desk, Import(id="a", status="failed"), operator) is None  # skipped
     none = entry(desk, Recover(limit=9), operator)
     assert none == Audited(desk.now, "eve", "10.0.0.7", "recover-stuck", part_of="p1")
+
+
+def test_a_plan_counts_the_jobs_that_it_was_done_to() -> None:
+    desk = Desk()
+    desk.create("a")
+    known = Expected("a", version(desk.job("a")))
+    command = ApplyEndings(action="cancel", jobs=[known, Expected("b", "x")], reason="why")
+    found = entry(desk, command, replace(EVE, part_of="p1"))
+    assert found == Audited(desk.now, "eve", "10.0.0.7", "plan-cancel", reason="why", jobs=1, part_of="p1")
 
 
 def test_a_note_is_kept_as_it_is() -> None:

@@ -294,6 +294,78 @@ def test_jobs_are_found_by_text_and_by_time(jobctl: Ctl) -> None:
     assert jobctl.ok("jobs", "-q", "--text", "se2", "--since", "1h", "--all") == "se2\n"
 
 
+def test_many_jobs_are_planned_shown_and_done(jobctl: Ctl) -> None:
+    for n in range(3):
+        jobctl.ok("submit", "--id", f"pl{n}", "--queue", "pl")
+    jobctl.ok("submit", "--id", "pl-other", "--queue", "pl-other")
+    where = ["--where", "queue=pl", "--where", "since=1h"]
+    out = jobctl.ok("force-fail", *where, "--dry-run")
+    assert out.splitlines()[0] == "force-fail: 3 jobs"
+    assert "pl2  queued → failed" in out
+    assert jobctl.json("job", "pl0")["status"] == "queued"
+    assert jobctl.ok("force-fail", *where, "--yes", "--reason", "wrong input") == "force-fail: 3 jobs done\n"
+    assert jobctl.json("job", "pl0")["error_message"] == "wrong input"
+    assert jobctl.json("job", "pl-other")["status"] == "queued"
+    plan = jobctl.json("retry", "--where", "text=PL1", "--where", "status=failed", "--dry-run")
+    assert set(plan) == _fields(answers.PlanView)
+    assert plan["jobs"] == [{"id": "pl1", "from": "failed", "to": "queued"}]
+    result = jobctl.json("retry", "pl1", "pl2", "--yes")
+    assert set(result) == _fields(answers.PlanResult)
+    assert (result["applied"], result["changed"]) == (2, [])
+    code, out, err = jobctl.run("retry", "pl0", "pl1", "none", "-y")
+    assert (code, out) == (4, "retry: 1 job done\n")
+    assert err == ("2 jobs left alone: Only failed and cancelled jobs are tried again. There is no such job.\n")
+    assert jobctl.run("retry", "none", "-y") == (
+        4,
+        "",
+        "No job can be done: 1 job left alone: There is no such job..\n",
+    )
+    assert jobctl.run("retry", "--where", "queue=nothing", "-y") == (0, "", "No job fits.\n")
+    assert jobctl.ok("cancel", *where, "-y") == "cancel: 3 jobs done\n"
+    assert jobctl.ok("delete", *where, "-y") == "delete: 3 jobs done\n"
+    what = [each["what"] for each in jobctl.json("audit", "--since", "1h", "--limit", "5")["entries"]]
+    assert what == ["plan-delete", "plan-cancel", "plan-retry", "plan-retry", "plan-force-fail"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["retry", "-y"], "one of them"),
+        (["cancel", "a", "--where", "queue=q", "-y"], "one of them"),
+        (["retry", "--where", "colour=red", "-y"], "NAME one of status"),
+        (["retry", "--where", "queue=a", "--where", "queue=b", "-y"], "given twice"),
+        (["retry", "--where", "since=once", "-y"], "how long ago"),
+        (["delete", "--where", "queue=q"], "--dry-run"),
+    ],
+)
+def test_what_is_no_plan_is_usage(argv: list[str], said: str, jobctl: Ctl) -> None:
+    code, err = jobctl.no(*argv)
+    assert code == 2
+    assert said in err
+
+
+def test_jobs_that_failed_alike_are_one_group(jobctl: Ctl) -> None:
+    for n in range(3):
+        jobctl.ok("submit", "--id", f"fa{n}", "--queue", "fa")
+        jobctl.ok("force-fail", f"fa{n}", "-y", "--reason", f"no picture after {n} s")
+    found = [each for each in jobctl.json("failures")["groups"] if each["message"] == "no picture after 2 s"]
+    assert set(found[0]) == _fields(answers.FailureGroup)
+    assert (found[0]["count"], found[0]["queues"], found[0]["error_code"]) == (3, ["fa"], "force_failed")
+    name = found[0]["fingerprint"]
+    assert name in jobctl.ok("failures")
+    assert jobctl.ok("jobs", "-q", "--error", name) == "fa2\nfa1\nfa0\n"
+    assert jobctl.ok("retry", "--where", f"error={name}", "-y") == "retry: 3 jobs done\n"
+    assert name not in jobctl.ok("failures", "--json")
+    assert jobctl.no("jobs", "--error", "nonsense")[0] == 4
+
+
+def test_housekeeping_says_beforehand_what_it_would_do(jobctl: Ctl) -> None:
+    assert set(jobctl.json("cleanup", "--dry-run")) == _fields(answers.PreviewView)
+    assert "finished jobs to delete" in jobctl.ok("cleanup", "--dry-run")
+    assert jobctl.json("recover-stuck", "--dry-run") == {"recover": [], "more": False}
+    assert jobctl.ok("recover-stuck", "--dry-run") == "0 would be recovered\n"
+
+
 def test_what_an_operator_did_is_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
     jobctl.ok("submit", "--id", "au1")
     jobctl.ok("force-fail", "au1", "-y", "--reason", "wrong input", "--operator", "eve@desk")

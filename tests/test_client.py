@@ -171,6 +171,8 @@ def _all_requests() -> list[Request[Any]]:
         "jobs": [],
         "webhook": "q",
         "delivery": 1,
+        "action": "retry",
+        "plan_id": "x",
     }
     found = []
     for module in (calls, admin_calls):

@@ -415,7 +415,7 @@ def test_where_artefacts_may_be(url: str) -> None:
     assert not loaded().config.policy().artefacts
 
 
-@pytest.mark.parametrize("where", ["", "state", "state/in", "run", "etc", "tokens", "readers", "link", "state/none/.."])
+@pytest.mark.parametrize("where", ["", "state", "state/in", "run", "etc", "tokens", "readers", "state/none/.."])
 def test_artefacts_never_lie_where_the_daemons_own_files_do(tmp_path: Path, where: str) -> None:
     """Workers say what is deleted there: a storage_key of `jobd.db` would be the database."""
     for name in ("state/in/deep", "run", "etc", "tokens", "readers", "srv"):
@@ -434,6 +434,10 @@ def test_artefacts_never_lie_where_the_daemons_own_files_do(tmp_path: Path, wher
     places["admin.token_file"] = str(tmp_path / "tokens/admin")
     for apart in ("srv", "state/results", "run/results", "none"):
         load({**places, "artefacts.url": f"file://{tmp_path / apart}"}, environ, file)
+    linked = f"file://{tmp_path / 'link'}"
+    found = load({**places, "artefacts.url": linked}, environ, file)  # it touches no place that may hang
+    with pytest.raises(ConfigError, match="own files lie in"):
+        config.check_apart(linked, found.own_places)
     with pytest.raises(ConfigError, match=r"artefacts\.url: .*own files lie in .*a directory of their own"):
         load({**places, "artefacts.url": f"file://{tmp_path}/{where}"}, environ, file)
 

@@ -225,11 +225,33 @@ def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, said: str
     assert said in log.decode()
 
 
-def test_artefacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path) -> None:
-    run = Daemon(tmp_path, JOBD_ARTEFACTS_URL=f"file://{tmp_path}").spawn()
+@pytest.mark.parametrize("place", [".", "link"])
+def test_artefacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    daemon = Daemon(tmp_path, JOBD_ARTEFACTS_URL=f"file://{tmp_path / place}")
+    run = daemon.spawn()
     _, log = run.communicate(timeout=30)
     assert run.returncode == 78
     assert "a directory of their own" in log.decode()
+    checked = [sys.executable, "-m", "jobd", "check-config", "--config", str(daemon.config)]
+    assert subprocess.run(checked, env=daemon.environ, capture_output=True, timeout=30, check=False).returncode == 78
+
+
+def test_artefacts_on_a_mount_that_hangs_do_not_keep_the_daemon_from_ending(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    with Daemon.not_started(tmp_path, JOBD_ARTEFACTS_URL=f"file://{tmp_path / 'results'}") as daemon:
+        daemon.module = "tests.hanging_mount"
+        daemon.start()
+        assert daemon.admin("GET", "health").data["storage"]["status"] == "unhealthy"
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(30) == 0
+        daemon.start()
+        assert daemon.admin("GET", "health").data["storage"]["status"] == "unhealthy"
+        daemon.process.send_signal(signal.SIGUSR2)  # the disk of the store breaks
+        with suppress(OSError, http.client.HTTPException):
+            daemon.post("/v1/jobs", {"id": "a"})
+        assert daemon.process.wait(30) == 74
 
 
 def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 from msgspec.structs import fields
 
-from jobd.commands import AnyCommand, Bulk, Create, DeleteExpired, EndGrants, Mend, Ping, Recover
+from jobd.commands import AnyCommand, ApplyPlan, Bulk, Create, DeleteExpired, EndGrants, Expected, Mend, Ping, Recover
 from jobd.commands import CreditAbsence as Credit
 from jobd.envelope import CREATES, ENDINGS, READS, named_ids, share
 
@@ -15,8 +15,8 @@ COMMANDS = get_args(AnyCommand)
 
 # Neither new work, nor reading, nor an ending: refused while a full disk leaves room for endings alone.
 OTHERS = {
-    "Adopt", "Claim", "Start", "Progress", "Extend", "ExtendLock", "ForceReset", "Transition", "RunNow", "Update",
-    "Pause", "Resume", "Mend", "Note", "Tick", "Report",
+    "Adopt", "ApplyPlan", "Claim", "Start", "Progress", "Extend", "ExtendLock", "ForceReset", "Transition", "RunNow",
+    "Update", "Pause", "Resume", "Mend", "Note", "Tick", "Report",
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_the_jobs_that_a_command_names_are_looked_up_before_it_is_decided(kind: 
     """Those that end or credit grants name live jobs, which memory holds."""
     names = {field.name for field in fields(kind)}
     named = named_ids(_made(kind))
-    if kind is Bulk:
+    if kind is Bulk or issubclass(kind, ApplyPlan):
         assert named == ["a", "b"]
     elif kind in (Credit, EndGrants, Recover):
         assert named == []
@@ -59,6 +59,8 @@ def _made(kind: Any) -> Any:
         given["id"] = "a"
     if "ids" in kind.__struct_fields__:
         given["ids"] = ["a", "b"]
+    if issubclass(kind, ApplyPlan):
+        given["jobs"] = [Expected("a", "1"), Expected("b", "2")]
     if kind is Bulk:
         given["jobs"] = [Create(id="a"), Create(), Create(id="b")]
     return kind(**given)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from jobd import event_stream, feed, streams
 from jobd.admin_api import ROUTES as ADMIN_ROUTES
@@ -139,7 +140,9 @@ async def test_what_is_asked_wrongly_is_named(house: House, query: str, field: s
     assert (heard.status, heard.error, heard.json["details"]["field"]) == (400, "invalid_request", field)
 
 
-@pytest.mark.parametrize("told", ["x", "-1", "1.0", "9" * 30, "²"])
+@pytest.mark.parametrize(
+    "told", ["x", "-1", "1.0", "9" * 19, "9" * 30, "0" * 20 + "9" * 30, "0" * 20 + "9" * 5_000, "²"]
+)
 async def test_a_last_event_id_is_a_number(house: House, told: str) -> None:
     heard = await house.raw(message("GET", "/v1/events", headers={"Last-Event-ID": told}))
     assert (heard.status, heard.json["details"]["field"]) == (400, "Last-Event-ID")
@@ -222,6 +225,24 @@ async def test_who_reads_nothing_of_the_journal_is_not_waited_for(
     await until(lambda: house.figures.feed.listeners == 0)
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await next_events(line, 20_000)
+
+
+async def test_who_does_not_take_the_end_is_not_waited_for(
+    house: House, commit: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a stream that ends by itself may be more than the socket takes."""
+
+    async def waits_for_the_client(self: web.StreamResponse) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(web.StreamResponse, "write_eof", waits_for_the_client)
+    monkeypatch.setattr(streams, "PATIENCE_S", 0.05)
+    await commit(3)
+    line = await opened_stream(house, "?follow=false&last=2")
+    assert await seqs(line, 2) == [2, 3]
+    await until(lambda: house.figures.feed.listeners == 0)
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await seqs(line, 1)
 
 
 async def test_when_the_doors_close_streams_end_as_a_whole(house: House, commit: Commits) -> None:

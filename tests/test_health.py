@@ -393,6 +393,18 @@ async def test_an_artefact_store_that_does_not_answer_is_unhealthy_in_time() -> 
         assert view.storage.message == f"s3://far has not answered for {STORAGE_PATIENCE_S:g} s."
 
 
+@in_virtual_time
+async def test_close_does_not_wait_for_an_artefact_store_that_does_not_answer() -> None:
+    for waited_s in (0.1, 60):  # while it is measured, and long after
+        async with Household() as house:
+            health = health_of(house, artefacts=Sulking())
+            view = asyncio.create_task(health.view())
+            await seconds(waited_s)
+            async with asyncio.timeout(1):
+                await health.close()
+            assert (await view).storage.status == "unhealthy"
+
+
 class Complaining:
     def complaint(self) -> str | None:
         return "2 objects of deleted jobs could not be deleted."

@@ -18,16 +18,20 @@ PACKAGE: Final = Path(jobd.__file__).parent
 # A room: its modules, and the rooms that they may import beside their own.
 ROOMS: Final[dict[str, tuple[str, str]]] = {
     "nouns": ("job events commands answers batch webhook", ""),
+    "fingerprints": ("fingerprints", ""),
     "book": ("book live_jobs orders figures overlaps pace", "nouns"),
-    "judging": ("views validation", "nouns book"),
-    "rules": ("rules operator_rules late_rules time_rules reads steps draft why audit", "nouns book judging"),
+    "judging": ("views validation planning", "nouns book"),
+    "rules": (
+        "rules operator_rules late_rules time_rules reads steps draft why audit plan_rules",
+        "nouns book judging",
+    ),
     "letters": ("webhook_letter webhook_rules webhook_line webhook_addresses", "nouns"),
     "clock": ("clock", "nouns"),
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": (
         "store tables job_writer rows lookups audit_writer audit_reader webhook_tables opening wal migrations "
         "quarantine files backup doctor",
-        "nouns",
+        "nouns fingerprints",
     ),
     "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
     "stream": ("stream_lines command_stream", "nouns actor web"),
@@ -35,8 +39,8 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "webhooks": ("webhooks webhook_courier webhook_reader webhook_office webhook_sender", "nouns letters"),
     "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),
     "downloads": ("downloads", "nouns web artefacts"),
-    "time": ("cleanup passes health presence", "nouns book judging actor clock artefacts"),
-    "watch": ("metrics alerts facts", "nouns book judging actor clock artefacts time"),
+    "time": ("cleanup passes foresight plans health presence", "nouns book judging actor clock artefacts"),
+    "watch": ("metrics alerts facts failures", "nouns fingerprints book judging actor clock artefacts time"),
     # what requests may ask of the daemon beside the actor
     "rooms": ("rooms", "nouns actor clock store web time watch feed downloads webhooks"),
     "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed stream downloads"),
@@ -65,7 +69,7 @@ NOUNS: Final = {
     "webhook": {"job", "events", "answers"},
 }
 
-PURE_ROOMS: Final = ("nouns", "book", "judging", "rules", "letters")
+PURE_ROOMS: Final = ("nouns", "fingerprints", "book", "judging", "rules", "letters")
 PURE: Final = frozenset({"keys", *(module for room in PURE_ROOMS for module in ROOMS[room][0].split())})
 # All that the pure rooms may use of Python and of others: no IO, no asyncio, no clock, no randomness, no logging.
 HARMLESS: Final = frozenset(

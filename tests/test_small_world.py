@@ -13,6 +13,8 @@ from msgspec.structs import replace
 from jobd import rules, steps
 from jobd.commands import (
     AnyCommand,
+    ApplyEndings,
+    ApplyPlan,
     AuditLog,
     CreditAbsence,
     Export,
@@ -21,6 +23,7 @@ from jobd.commands import (
     Locks,
     Note,
     Ping,
+    Preview,
     Queues,
     Report,
     Search,
@@ -53,6 +56,9 @@ REFUSALS = {
 NOT_PLAYED = {
     List,
     Search,
+    Preview,
+    ApplyPlan,
+    ApplyEndings,
     Export,
     AuditLog,
     Note,

@@ -33,6 +33,7 @@ from jobd.batch import (
     Tombstone,
 )
 from jobd.events import KEEP_SIGNS, Change, Event
+from jobd.fingerprints import fingerprint
 from jobd.job import KEEP_LATE, Failure, Job, LateResult, Result
 from jobd.store import MEMORY, Store
 from tests.by_hand import NOW, OPTIONS, Maker, all_of
@@ -618,6 +619,18 @@ async def test_a_search_for_text_ends_early_where_payloads_are_large(
         pages, before = pages + 1, page.next_before
     assert found == [f"j{n}" for n in range(8, -1, -1)]
     assert pages == 3
+
+
+async def test_jobs_that_failed_alike_are_found(store: Store) -> None:
+    maker = Maker()
+    alike = [said(maker, f"j{n}", error=f"took {n} s", status="failed") for n in range(3)]
+    other = [said(maker, "k", error="lost", status="failed"), said(maker, "l", error="took 4 s"), said(maker, "m")]
+    await store.write(maker.batch([*alike, *other]))
+    name = fingerprint("took 9 s", None)
+    assert await ids(store, error=name, status="failed") == ["j2", "j1", "j0"]
+    assert await ids(store, error=name) == ["l", "j2", "j1", "j0"]
+    page = await store.find(Query(error=name))
+    assert page.last_event == maker.numbers.next_event - 1
 
 
 async def test_a_page_may_do_without_payloads(store: Store) -> None:

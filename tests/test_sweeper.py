@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
+from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from jobd.artefacts import MARGINS, StoreFault
-from jobd.batch import PUT_OFF_MS, DiskFull
+from jobd.batch import PUT_OFF_MS, DiskFull, Due
 from jobd.commands import Complete, Delete, DeleteExpired
 from jobd.job import DAY_MS, LateResult, Policy, Result
 from jobd.sweeper import CALL_S, COMPLAIN_AFTER_S, FAILING_KEPT, POLL_S, RETRY_AT_MOST_MS, SLICE, Sweeper, Sweeps
@@ -101,13 +103,44 @@ async def test_an_idle_sweeper_costs_nothing() -> None:
         assert at.house.disk.calls == calls
 
 
+class Crowded(MemoryDisk):
+    """A crowd of damaged tombstones stands at the head, for which there is no room in quarantine."""
+
+    crowd = 2
+
+    async def due_tombstones(self, now: int, limit: int) -> Due:
+        due = await super().due_tombstones(now, limit)
+        return replace(due, unmoved=self.crowd)
+
+
+@in_virtual_time
+async def test_damaged_tombstones_that_cannot_be_set_aside_wait_and_are_complained_of() -> None:
+    disk = Crowded()
+    async with sweeping(disk) as at:
+        at.sweeps.waiting = 2
+        await at.done("a", "k")
+        await at.delete("a")
+        await until(lambda: at.sweeps.deleted == 1)
+        await seconds(COMPLAIN_AFTER_S + POLL_S)
+        assert at.sweeps.waiting == 2
+        complaint = at.sweeper.complaint()
+        assert complaint is not None
+        assert "Objects of deleted jobs could not be deleted" in complaint
+        assert "2 damaged tombstones cannot be set aside; run: jobd doctor" in complaint
+        disk.crowd = 0
+        await seconds(POLL_S)
+        assert at.sweeper.complaint() is None
+
+
 @in_virtual_time
 async def test_a_key_that_another_job_names_stays_until_its_last_job_goes() -> None:
     async with sweeping() as at:
         await at.done("a", "shared")
         await at.done("b", "shared")
-        await at.delete("a")
-        await until(lambda: at.sweeps.left == 1)
+        with capture_logs() as lines:
+            await at.delete("a")
+            await until(lambda: at.sweeps.left == 1)
+        assert [line["why"] for line in lines if line["event"] == "artefact_left"] == ["another job names its key"]
         assert "shared" in at.store.objects
         assert not at.house.disk.tombstones
         await at.delete("b")

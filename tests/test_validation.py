@@ -57,6 +57,7 @@ BAD: list[tuple[str, Job, str, str, dict[str, Any]]] = [
     ("orphan grant", row(grant=GRANT), "error", "lock", {"grant": None, "lease": None}),
     ("orphan lease", row("failed", lease=LIVE_LEASE), "error", "lock", {"grant": None, "lease": None}),
     ("no grant", row("processing", grant=None), "critical", "lock", {}),
+    ("a key that leads out", row("completed", result=Result(storage_key="a/../../k")), "error", "storage_key", {}),
     ("no lease", row("processing", lease=None), "critical", "lock", {}),
     ("stuck", row("processing", lease=Lease(900, 1_000, None)), "error", "lock", {}),
     ("past ceiling", row("processing", lease=Lease(2_000, 2_000, 1_000)), "error", "lock", {}),

@@ -1,5 +1,5 @@
 """jobctl: the program. Its verbs are in ctl_submit.py, ctl_run.py, ctl_jobs.py (worker API), and for operators in
-ctl_admin.py, ctl_webhooks.py, ctl_live.py, ctl_move.py, ctl_change.py (admin API).
+ctl_admin.py, ctl_webhooks.py, ctl_live.py, ctl_move.py, ctl_change.py, ctl_plan.py (admin API).
 
 Imports only what the command line itself needs, so that --help is quick.
 """

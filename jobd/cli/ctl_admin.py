@@ -44,9 +44,10 @@ def health(as_json: bool) -> int:
 
 @click.command()
 @click.option("--last", is_flag=True, help="Run none: show the last pass.")
+@click.option("--dry-run", is_flag=True, help="Run none: show what one would do.")
 @json_option
 @admin_options
-def cleanup(last: bool, as_json: bool) -> int:
+def cleanup(last: bool, dry_run: bool, as_json: bool) -> int:
     """Run a cleanup pass now and show its report.
 
     Exit 1 where a step of it failed.
@@ -54,6 +55,10 @@ def cleanup(last: bool, as_json: bool) -> int:
     from jobd.cli import tables_admin
 
     client = admin_client()
+    if dry_run:
+        view = client.preview()
+        show.emit_json(view) if as_json else tables_admin.preview(view)
+        return exits.DONE
     if last:
         state = client.cleanup_state()
         show.emit_json(state) if as_json else tables_admin.cleanup_state(state)
@@ -65,15 +70,20 @@ def cleanup(last: bool, as_json: bool) -> int:
 
 
 @click.command("recover-stuck")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @json_option
 @admin_options
-def recover_stuck(as_json: bool) -> None:
+def recover_stuck(dry_run: bool, as_json: bool) -> None:
     """Recover the jobs that are stuck now.
 
     Jobs with a live lock are left alone.
     """
     from jobd.cli import tables_admin
 
+    if dry_run:
+        seen = admin_client().preview()
+        show.emit_json({"recover": seen.recover, "more": seen.more}) if as_json else tables_admin.foreseen(seen)
+        return
     with busy("recovery"):
         view = admin_client().detect_and_recover_stuck_jobs()
     show.emit_json(view) if as_json else tables_admin.recovered(view)
@@ -189,6 +199,24 @@ def reports(limit: int, as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--limit", type=click.IntRange(1, 200), default=20, show_default=True, help="How many groups at most.")
+@json_option
+@admin_options
+def failures(limit: int, as_json: bool) -> None:
+    """Group the failed jobs by their error, the largest groups first.
+
+    Numbers, names in quotes, paths and the like make no difference.
+
+    \b
+    Then: jobctl jobs --error ERROR, jobctl retry --where error=ERROR
+    """
+    from jobd.cli import tables_admin
+
+    view = admin_client().failures(limit)
+    show.emit_json(view) if as_json else tables_admin.failures(view)
+
+
+@click.command()
 @click.option("--who", metavar="NAME", help="Only what this operator did.")
 @click.option("--what", metavar="DEED", help="Only this deed, as in force-fail.")
 @click.option("--job", "job_id", metavar="ID", help="Only what was done to this job.")
@@ -221,6 +249,7 @@ VERBS: Final = (
     locks,
     cleanup,
     recover_stuck,
+    failures,
     reports,
     audit,
     pause,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import show
+from jobd.cli import ctl_plan, show
+from jobd.cli.ctl_plan import is_plan, where_option
 from jobd.cli.deeds import Deed, carry_out, destructive
 from jobd.cli.group import json_option
 from jobd.cli.kinds import MOMENT
@@ -16,28 +17,31 @@ from jobd.cli.places import admin_client, admin_options
 if TYPE_CHECKING:
     from jobd.job import Status
 
-_IDS: Final = click.argument("ids", metavar="ID...", nargs=-1, required=True)
+_IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
 _REASON: Final = click.option("--reason", metavar="TEXT", help="Kept with the job.")
 _STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 
 
 @click.command("force-fail")
 @_IDS
+@where_option
 @_REASON
 @destructive
 @admin_options
-def force_fail(ids: tuple[str, ...], reason: str | None, **how: bool) -> int:
+def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """End jobs as failed, also while they are worked on.
 
     The reason becomes their error message.
     """
+    if is_plan(ids, where):
+        return ctl_plan.carry_out("force-fail", ids, where, reason, **how)
     client = admin_client()
     deed = Deed("force-fail", client.get_job, "failed", lambda job_id: client.force_fail(job_id, reason), _forced)
     return carry_out(deed, ids, **how)
 
 
 @click.command("force-reset")
-@_IDS
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
 @_REASON
 @destructive
 @admin_options
@@ -101,10 +105,13 @@ def _update(text: str) -> tuple[str, Any]:
 
 @click.command()
 @_IDS
+@where_option
 @destructive
 @admin_options
-def delete(ids: tuple[str, ...], **how: bool) -> int:
+def delete(ids: tuple[str, ...], where: tuple[str, ...], **how: bool) -> int:
     """Delete finished jobs with their history."""
+    if is_plan(ids, where):
+        return ctl_plan.carry_out("delete", ids, where, None, **how)
     client = admin_client()
     return carry_out(Deed("delete", client.get_job, None, client.delete_job, lambda job: "deleted"), ids, **how)
 
@@ -169,4 +176,4 @@ def _changed(change: Callable[[], Any], as_json: bool) -> None:
         show.emit(f"{job.id}: {job.status}, priority {job.priority}, due {show.when(job.run_at)}")
 
 
-VERBS: Final = (force_fail, force_reset, transition, adopt, run_now, update, delete)
+VERBS: Final = (ctl_plan.retry, force_fail, force_reset, transition, adopt, run_now, update, delete)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import exits, show
+from jobd.cli import ctl_plan, exits, show
+from jobd.cli.ctl_plan import is_plan, where_option
 from jobd.cli.deeds import Deed, carry_out, destructive
 from jobd.cli.group import json_option
 from jobd.cli.kinds import PAST
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 STATUSES: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 _PAGE: Final = 200
-_OF_OPERATORS: Final = frozenset({"since", "until", "q"})
+_OF_OPERATORS: Final = frozenset({"since", "until", "q", "error"})
 
 
 @click.command()
@@ -31,6 +32,7 @@ _OF_OPERATORS: Final = frozenset({"since", "until", "q"})
 @click.option("--since", type=PAST, metavar="TIME", help="Only jobs created from then on; 2h is 2 hours ago. *")
 @click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before. *")
 @click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in id, payload or error message. *")
+@click.option("--error", metavar="NAME", help="Only jobs that failed alike: see jobctl failures. *")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
 @click.option("--all", "everything", is_flag=True, help="All of them.")
 @click.option("--cursor", metavar="CURSOR", help="Go on where a page ended.")
@@ -121,18 +123,23 @@ def validate(job_id: str, as_json: bool) -> int:
 
 
 @click.command()
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.argument("ids", metavar="[ID...]", nargs=-1)
+@where_option
 @click.option("--reason", metavar="TEXT", help="Kept with the job, and told to its holder.")
 @destructive
-@worker_options
-def cancel(ids: tuple[str, ...], reason: str | None, yes: bool, dry_run: bool, as_json: bool) -> int:
+@all_options
+def cancel(
+    ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, yes: bool, dry_run: bool, as_json: bool
+) -> int:
     """Cancel jobs that are not finished.
 
-    A worker that holds one is told to stop.
+    A worker that holds one is told to stop. With --where the admin port is asked: what would be done is shown first.
 
     \b
-    Example: jobctl jobs --queue video --status queued --all -q | xargs jobctl cancel --yes
+    Example: jobctl cancel --where queue=video --where status=queued
     """
+    if is_plan(ids, where):
+        return ctl_plan.carry_out("cancel", ids, where, reason, yes=yes, dry_run=dry_run, as_json=as_json)
     client = job_client()
     deed = Deed(
         "cancel",

@@ -87,9 +87,13 @@ def check_config(config: str | None, as_json: bool) -> None:
 
     Every value is shown with where it comes from, no secret is. Exit 78 where `jobd serve` would not start with it.
     """
-    from jobd.config import effective
+    from jobd.config import ConfigError, check_apart, effective
 
     loaded = read(config)
+    try:
+        check_apart(loaded.config.artefacts.url, loaded.own_places)
+    except ConfigError as error:
+        raise exits.Problem(str(error), exits.CONFIG) from None
     if as_json:
         show.emit_json({"path": loaded.path, "values": _values(loaded), "webhooks": _webhooks(loaded)})
     else:

@@ -14,9 +14,11 @@ from jobd.answers import (
     CleanupState,
     ClockView,
     DeliveryPage,
+    FailuresView,
     HealthView,
     LateResultView,
     LockedJob,
+    PreviewView,
     QueueView,
     RecoverStuckView,
     StatsView,
@@ -132,6 +134,53 @@ def recovered(view: RecoverStuckView) -> None:
     show.emit(f"{view.recovered_jobs} recovered: {view.reset_jobs} back in their queue, {view.failed_jobs} failed")
     if view.details:
         show.table(["JOB", "ACTION", "REASON"], [(item.job_id, item.action, item.reason) for item in view.details])
+
+
+def failures(view: FailuresView) -> None:
+    rows = [
+        (
+            group.count,
+            group.fingerprint,
+            group.error_code,
+            show.age(group.last_at),
+            " ".join(kind or '""' for kind in group.kinds),
+            " ".join(group.queues),
+            show.clip(group.message, 120),
+        )
+        for group in view.groups
+    ]
+    columns = [">JOBS", "ERROR", "CODE", "LAST", "KINDS", "QUEUES", "MESSAGE OF THE LATEST"]
+    show.table(columns, rows, empty="No job has failed.")
+    if view.other:
+        show.say(f"{view.other} of {view.total} failed jobs are in none of these groups.")
+    if not view.whole:
+        show.say("Jobs from before the start are still being counted.")
+
+
+def foreseen(view: PreviewView) -> None:
+    """What recovery would do."""
+    show.emit(f"{len(view.recover)} would be recovered")
+    if view.recover:
+        show.table(["JOB", "WOULD BE", "REASON"], [(item.job_id, item.action, item.reason) for item in view.recover])
+
+
+def preview(view: PreviewView) -> None:
+    """What a cleanup pass would do."""
+    foreseen(view)
+    show.pairs(
+        [
+            ("expired locks to clear", view.expired_locks),
+            ("queued jobs to expire", _named(view.expired_jobs)),
+            ("finished jobs to delete", _named(view.deleted_jobs)),
+            ("jobs with issues", _named(view.mended_jobs)),
+            ("", "there are more: these are the first of each kind" if view.more else None),
+        ][: 5 if view.more else 4]
+    )
+
+
+def _named(ids: Sequence[str]) -> str:
+    shown = " ".join(ids[:5]) + (" …" if len(ids) > 5 else "")
+    return f"{len(ids)}: {shown}" if ids else "0"
 
 
 def locks(views: Sequence[LockedJob]) -> None:

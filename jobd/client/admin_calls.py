@@ -5,7 +5,7 @@ Sends nothing. Names on the wire are those that dashboards use; here they are in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from msgspec import Raw, Struct
@@ -21,6 +21,7 @@ from jobd.answers import (
     DeliveryPage,
     DeliveryState,
     DeliveryView,
+    FailuresView,
     Forced,
     HealthView,
     LateResultList,
@@ -28,6 +29,9 @@ from jobd.answers import (
     LockedJob,
     LockList,
     PausedView,
+    PlanResult,
+    PlanView,
+    PreviewView,
     QuarantinedJob,
     QuarantineList,
     QueueView,
@@ -42,6 +46,7 @@ from jobd.answers import (
 )
 from jobd.client.calls import read_job, read_page, read_queues, read_timeline, read_why, read_workers
 from jobd.client.protocol import NDJSON_TYPE, JobInfo, JobInfoPage, Request, T, get, job_path, post, reader, uuid7
+from jobd.commands import PlanAction
 from jobd.events import EventView
 from jobd.job import Status
 
@@ -94,6 +99,10 @@ _read_late = reader(LateResultList)
 _read_locks = reader(LockList)
 _read_reports = reader(ReportList)
 _read_audit = reader(AuditPage)
+_read_failures = reader(FailuresView)
+_read_preview = reader(PreviewView)
+_read_plan = reader(PlanView)
+_read_plan_result = reader(PlanResult)
 _read_alerts = reader(AlertList)
 _read_paused = reader(PausedView)
 _read_webhooks = reader(WebhookList)
@@ -133,6 +142,56 @@ def detect_and_recover_stuck_jobs() -> Request[RecoverStuckView]:
 
 
 _PASS_MS: Final = 5 * 60_000  # a pass over millions of jobs takes its time
+
+
+def failures(limit: int | None = None) -> Request[FailuresView]:
+    """The failed jobs grouped by their error, the largest groups first: `limit` of them (50 by default, up to 200)."""
+    return get(f"{BASE}/failures", _read_failures, limit=limit)
+
+
+def preview() -> Request[PreviewView]:
+    """What recovery and a cleanup pass would do now. Nothing is done."""
+    return get(f"{BASE}/preview", _read_preview)
+
+
+def make_plan(
+    action: PlanAction,
+    *,
+    ids: Sequence[str] | None = None,
+    status: Status | None = None,
+    queue: str | None = None,
+    kind: str | None = None,
+    worker: str | None = None,
+    since: int | None = None,
+    until: int | None = None,
+    q: str | None = None,
+    error: str | None = None,
+    reason: str | None = None,
+) -> Request[PlanView]:
+    """What `action` (retry, cancel, force-fail, delete) would do to the jobs `ids`, or to those that the filters find.
+
+    Nothing is done before apply_plan. `jobs` are those that it would be done to, 10 000 at most; `skipped` are left
+    alone. The filters are those of list_jobs.
+    """
+    body: dict[str, Any] = {"action": action, "ids": None if ids is None else list(ids), "reason": reason}
+    if ids is None:
+        asked = {"status": status, "queue": queue, "kind": kind, "worker": worker}
+        asked |= {"since": since, "until": until, "q": q, "error": error}  # type: ignore[dict-item]
+        body["filter"] = {name: value for name, value in asked.items() if value is not None}
+    return post(f"{BASE}/plans", _read_plan, body, wait_ms=_PASS_MS)
+
+
+def get_plan(plan_id: str) -> Request[PlanView]:
+    """The plan, with its result once it was applied. Raises PlanNotFound."""
+    return get(job_path(f"{BASE}/plans", plan_id), _read_plan)
+
+
+def apply_plan(plan_id: str) -> Request[PlanResult]:
+    """Do what the plan says, to every job that is still what it saw. A plan is applied once: again gives the same.
+
+    Raises PlanNotFound: plans are kept for 15 min and not over a restart; what was done stays done.
+    """
+    return post(job_path(f"{BASE}/plans", plan_id, "apply"), _read_plan_result, {}, wait_ms=_PASS_MS)
 
 
 def validate_job(job_id: str) -> Request[ValidatedJob]:
@@ -252,16 +311,18 @@ def list_jobs(
     since: int | None = None,
     until: int | None = None,
     q: str | None = None,
+    error: str | None = None,
     limit: int | None = None,
     cursor: str | None = None,
 ) -> Request[JobInfoPage]:
     """A page of the jobs that match, newest first: `limit` of them at most (50 by default, up to 200).
 
-    `since` and `until` (Unix ms) bound the time of creation, `q` is a text in id, payload or error message. A page may
-    be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the page before.
+    `since` and `until` (Unix ms) bound the time of creation, `q` is a text in id, payload or error message, `error` the
+    fingerprint of a failure. A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of
+    the page before.
     """
     asked = {"status": status, "queue": queue, "kind": kind, "worker": worker, "since": since, "until": until, "q": q}
-    return get(JOBS, read_page, **asked, limit=limit, cursor=cursor)
+    return get(JOBS, read_page, **asked, error=error, limit=limit, cursor=cursor)
 
 
 def timeline(job_id: str) -> Request[list[EventView]]:

@@ -81,6 +81,12 @@ class LateResultNotFound(JobdError):
     code, status = "late_result_not_found", 404
 
 
+class PlanNotFound(JobdError):
+    """There is no such plan, or no more: make it anew."""
+
+    code, status = "plan_not_found", 404
+
+
 class MethodNotAllowed(JobdError):
     """The path exists, the method does not."""
 

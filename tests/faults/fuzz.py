@@ -40,6 +40,7 @@ FAIR: Final = (
     "must be the `id` of an event",
     "is no type of event",
     "say two beginnings",
+    "Give `filter` or `ids`",
     "`$.storage_key`",
     "`$.updates.storage_key`",
 )

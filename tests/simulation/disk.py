@@ -72,8 +72,7 @@ class SimDisk(MemoryDisk):
         """Moving a damaged row aside takes room, and whole pages around it."""
         tries = self._stay.get(job.seq, 0)
         self._stay[job.seq] = max(tries - 1, 0)
-        self._fired["damaged row not moved, the disk is full"] += self.full > 0
-        self._fired["damaged row not moved, nor those around it"] += tries > 0
+        self._fired["damaged row not moved"] += self.full > 0 or tries > 0
         return self.full == 0 and tries == 0
 
     # -- what happens to it -------------------------------------------------------------------------------------------

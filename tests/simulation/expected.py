@@ -23,6 +23,7 @@ OF_THE_DOORS: Final = frozenset(
         "request_timeout",
         "events_gone",
         "storage_unavailable",
+        "plan_not_found",
         "too_large",
         "unsupported_media_type",
     }
@@ -47,8 +48,7 @@ ON_DISK: Final = (
     "write on a full disk (1)",
     "write on a full disk (2)",
     "write on a full disk (3)",
-    "damaged row not moved, the disk is full",
-    "damaged row not moved, nor those around it",
+    "damaged row not moved",
     "load failed",
     "find failed",
     "timeline failed",

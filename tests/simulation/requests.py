@@ -13,6 +13,8 @@ from msgspec import Raw
 from jobd.commands import (
     Adopt,
     AnyCommand,
+    ApplyEndings,
+    ApplyPlan,
     AuditLog,
     Bulk,
     Cancel,
@@ -20,6 +22,7 @@ from jobd.commands import (
     Create,
     Delete,
     DeleteExpired,
+    Expected,
     Expire,
     Export,
     ExtendLock,
@@ -34,6 +37,7 @@ from jobd.commands import (
     Note,
     Pause,
     Ping,
+    Preview,
     Queues,
     Recover,
     ReleaseLock,
@@ -51,6 +55,7 @@ from jobd.commands import (
     Workers,
 )
 from jobd.job import STATUSES, Backoff
+from jobd.planning import version
 from tests.simulation.disk import SimDisk
 from tests.simulation.plan import Plan
 
@@ -175,9 +180,16 @@ class Requests:
             case 11 | 12:
                 return Resume(name=self.queue())
             case 13 | 14:
-                return self.adoption(job_id)
+                return self.adoption(job_id) if self.chance(0.7) else self.planned(job_id)
             case _:
                 return self.brought(now)
+
+    def planned(self, job_id: str) -> ApplyPlan:
+        """A slice of a plan, of which some jobs have changed since."""
+        known = [(each, self.disk.job(each)) for each in dict.fromkeys((job_id, self.job_id(), self.job_id()))]
+        seen = [Expected(each, "other" if job is None or self.chance(0.2) else version(job)) for each, job in known]
+        kind = ApplyPlan if self.chance(0.5) else ApplyEndings
+        return kind(action=self.dice.choice(("retry", "cancel", "force-fail", "delete")), jobs=seen)
 
     def adoption(self, job_id: str) -> Adopt:
         """Of a job that has a late result, mostly."""
@@ -251,7 +263,7 @@ class Requests:
             case 7:
                 return Stats()
             case 8:
-                return Locks()
+                return Locks() if self.chance(0.6) else Preview(limit=2)
             case 9:
                 return LateResults(id=self.job_id()) if self.chance(0.7) else AuditLog(limit=2)
             case _:

@@ -1,0 +1,47 @@
+"""Errors that are the same but for what differs from job to job: a short name for all of them.
+
+Pure, and stable: a name that somebody has noted finds the same errors in a later version.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Final
+
+LOOKED_AT: Final = 1_000  # characters of a message; what comes after is mostly a trace, which differs
+DIGITS: Final = 12  # of a fingerprint
+
+# What differs from job to job, the longest first: each alternative begins where no word goes on.
+_DIFFERS: Final = re.compile(
+    r"""
+      (?P<uuid> (?<![0-9A-Za-z]) [0-9a-fA-F]{8} (?:-[0-9a-fA-F]{4}){3} -[0-9a-fA-F]{12} (?![0-9A-Za-z]) )
+    | (?P<text> "[^"\n]*" | (?<!\w)'[^'\n]*'(?!\w) | `[^`\n]*` )
+    | (?P<url>  (?<!\w) [A-Za-z][A-Za-z0-9+.-]{1,20}:// [^\s"'`<>]+ )
+    | (?P<path> (?<![\w/\\.]) (?: [A-Za-z]:[\\/] | ~?/ | \.\.?/ ) [^\s"'`:;,()<>]+ )
+    | (?P<hex>  (?<!\w) (?: 0x[0-9a-fA-F]+ | (?=[a-fA-F]*[0-9]) (?=[0-9]*[a-fA-F]) [0-9a-fA-F]{8,} ) (?!\w) )
+    | (?P<n>    [0-9]+ (?: [.,:][0-9]+ )* )
+    """,
+    re.VERBOSE,
+)
+
+
+def normal(message: str) -> str:
+    """`message` with a mark in the place of each quoted text, URL, path, UUID, hexadecimal and number."""
+    marked = _DIFFERS.sub(lambda found: f"<{found.lastgroup}>", message[:LOOKED_AT])
+    return " ".join(marked.split())
+
+
+@lru_cache(maxsize=4_096)
+def fingerprint(message: str | None, code: str | None) -> str | None:
+    """The name of an error, the same for errors that differ only in what `normal` marks; None where there is none."""
+    if message is None and code is None:
+        return None
+    said = f"{code or ''}\n{normal(message or '')}"
+    return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=DIGITS // 2).hexdigest()
+
+
+def fingerprint_of_bytes(message: bytes | None, code: bytes | None) -> str | None:
+    """The same for what a row has, which may be damaged."""
+    return fingerprint(*(None if each is None else each.decode("utf-8", "replace") for each in (message, code)))

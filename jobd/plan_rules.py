@@ -1,0 +1,50 @@
+"""A plan, applied: each job only if it is still what the plan saw, judged at the moment when it is done.
+
+Pure. What is done to a job is the rule of the action; a job that has changed, or that the rule refuses, costs no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jobd import planning, steps
+from jobd.answers import Answer, ChangedJob, PlanSlice
+from jobd.commands import ApplyPlan, Cancel, Delete, Expected, ForceFail, ForceReset, OnJob, PlanAction, Refusal
+from jobd.draft import Draft
+
+Rules = Mapping[PlanAction, Callable[[Draft, Any], Answer | Refusal]]
+
+
+def apply(draft: Draft, command: ApplyPlan, rules: Rules) -> Answer:
+    done = PlanSlice(0, [], [])
+    for expected in command.jobs:
+        _one(draft, command, rules, expected, done)
+    return Answer(done)
+
+
+def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: Expected, done: PlanSlice) -> None:
+    job = steps.find(draft, expected.id)
+    if isinstance(job, Refusal):
+        done.changed.append(ChangedJob(expected.id, "", None, job.message))
+    elif planning.version(job) != expected.version:
+        what = "It has changed since the plan was made."
+        done.changed.append(ChangedJob(job.id, "", job.status, what))
+    else:
+        answer = rules[command.action](draft, _asked(command, job.id))
+        if isinstance(answer, Refusal):
+            done.refused.append(ChangedJob(job.id, "", job.status, answer.message))
+        else:
+            done.applied += 1
+
+
+def _asked(command: ApplyPlan, job_id: str) -> OnJob:
+    match command.action:
+        case "retry":
+            return ForceReset(id=job_id, reason=command.reason)
+        case "cancel":
+            return Cancel(id=job_id, reason=command.reason)
+        case "force-fail":
+            return ForceFail(id=job_id, reason=command.reason)
+        case "delete":
+            return Delete(id=job_id)

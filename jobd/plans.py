@@ -1,0 +1,297 @@
+"""Plans of operators: made of looks at what is on the disk, kept in memory for a while, applied slice by slice, once.
+
+Decides nothing about a job: what a plan would do is said by planning.py, what it does by the rules, as they do it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, Protocol
+
+import structlog
+from msgspec import Struct
+from msgspec.structs import asdict, replace
+
+from jobd import planning
+from jobd.actor import Actor
+from jobd.answers import ChangedJob, PlannedJob, PlanResult, PlanSlice, PlanView, SkippedJob
+from jobd.batch import Page, Query
+from jobd.commands import (
+    MAX_PLAN,
+    ApplyEndings,
+    ApplyPlan,
+    Expected,
+    Filter,
+    MakePlan,
+    Moment,
+    Note,
+    Operator,
+    Refusal,
+)
+from jobd.job import MINUTE_MS, SECOND_MS, Job
+
+MOST_PLANS: Final = 20
+MOST_JOBS: Final = 100_000  # of all plans that are kept
+KEPT_MS: Final = 15 * MINUTE_MS
+MOST_SKIPPED: Final = 1_000  # that a plan shows
+LOOK: Final = 200  # jobs read in one go,
+SCAN: Final = 2_000  # of rows that are looked at; where each takes its time
+SLOW_SCAN: Final = 250
+MOST_LOOKED: Final = 2_000_000  # rows, by one plan
+SLICE: Final = 100  # jobs of one command
+PAUSE_S: Final = 0.002  # after each look and slice, so that workers get the loop and the disk in between
+MOST_MAKING: Final = 4  # plans being made or waiting to be
+
+log = structlog.get_logger("jobd.plans")
+
+
+class Clock(Protocol):
+    def moment(self) -> Moment: ...
+
+
+class Plan(Struct):
+    """A plan and how far it has been applied: `at` jobs of it."""
+
+    view: PlanView
+    expected: list[Expected]
+    filter: Filter | None
+    until_s: float  # loop time
+    done: PlanSlice
+    at: int = 0
+    task: asyncio.Task[PlanResult | Refusal] | None = None
+
+
+class Planner:
+    """Makes, keeps and applies plans. `close` waits for the slice under way."""
+
+    def __init__(self, actor: Actor, clock: Clock) -> None:
+        self._actor = actor
+        self._clock = clock
+        self._plans: dict[str, Plan] = {}  # by id, the oldest first
+        self._one = asyncio.Semaphore(1)
+        self._making = 0
+        self._stopping = False
+
+    async def close(self) -> None:
+        self._stopping = True
+        tasks = [plan.task for plan in self._plans.values() if plan.task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- making -------------------------------------------------------------------------------------------------------
+
+    async def make(self, asked: MakePlan, plan_id: str) -> PlanView | Refusal:
+        """A plan of what `asked.action` would do now, to be found again as `plan_id`."""
+        if (asked.filter is None) == (asked.ids is None):
+            return Refusal("invalid_request", "Give `filter` or `ids`, one of them.", {"field": "$.filter"})
+        if self._making >= MOST_MAKING:
+            return Refusal("overloaded", "Other plans are being made; try again after a second.")
+        self._making += 1
+        try:
+            async with self._one:
+                draft = _Draft(asked)
+                await (self._named(draft, asked.ids) if asked.ids is not None else self._found(draft, asked.filter))
+        finally:
+            self._making -= 1
+        now = self._clock.moment().now
+        view = PlanView(
+            plan_id=plan_id,
+            action=asked.action,
+            reason=asked.reason,
+            count=len(draft.jobs),
+            jobs=draft.jobs,
+            skipped=draft.skipped,
+            skipped_count=draft.skipped_count,
+            more=draft.more,
+            made_at=now,
+            expires_at=now + KEPT_MS,
+        )
+        until_s = asyncio.get_running_loop().time() + KEPT_MS / SECOND_MS
+        self._keep(Plan(view, draft.expected, asked.filter, until_s, PlanSlice(0, [], [])))
+        return view
+
+    async def _named(self, draft: _Draft, ids: list[str]) -> None:
+        ids = list(dict.fromkeys(ids))
+        for first in range(0, len(ids), LOOK):
+            some = ids[first : first + LOOK]
+            loaded = await self._actor.disk.load(some, [], [])
+            for job_id in some:
+                job = loaded.jobs.get(job_id)
+                if job is not None:
+                    draft.take(job)
+                else:
+                    wrong = loaded.bad.get(job_id) or self._actor.book.quarantined.get(job_id)
+                    draft.skip(job_id, None, f"It is in quarantine: {wrong}" if wrong else "There is no such job.")
+            await asyncio.sleep(PAUSE_S)
+
+    async def _found(self, draft: _Draft, wanted: Filter | None) -> None:
+        assert wanted is not None
+        query = as_query(wanted)
+        looked = 0
+        while True:
+            page: Page = await self._actor.disk.find(query)
+            for job, _ in page.jobs:
+                if not draft.take(job):
+                    return
+            looked += query.scan
+            if page.next_before is None:
+                return
+            if looked >= MOST_LOOKED:
+                draft.more = True
+                return
+            query = replace(query, before=page.next_before)
+            await asyncio.sleep(PAUSE_S)
+
+    def _keep(self, plan: Plan) -> None:
+        """The oldest plans go first, but none that is being applied."""
+        self._forget_old()
+        self._plans[plan.view.plan_id] = plan
+        for plan_id, kept in list(self._plans.items()):
+            jobs = sum(each.view.count for each in self._plans.values())
+            if len(self._plans) <= MOST_PLANS and jobs <= MOST_JOBS:
+                break
+            if kept is not plan and (kept.task is None or kept.task.done()):
+                del self._plans[plan_id]
+
+    def _forget_old(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        for plan_id, plan in list(self._plans.items()):
+            if now_s >= plan.until_s and (plan.task is None or plan.task.done()):
+                del self._plans[plan_id]
+
+    # -- looking and applying -----------------------------------------------------------------------------------------
+
+    def find(self, plan_id: str) -> PlanView | Refusal:
+        self._forget_old()
+        plan = self._plans.get(plan_id)
+        if plan is None:
+            minutes = KEPT_MS // MINUTE_MS
+            message = (
+                f"There is no plan {plan_id}: plans are kept for {minutes} min, at most {MOST_PLANS} of them, and not "
+                "over a restart. Make it anew; what was done by it already is left out."
+            )
+            return Refusal("plan_not_found", message, {"plan_id": plan_id})
+        return plan.view
+
+    async def apply(self, plan_id: str, operator: Operator) -> PlanResult | Refusal:
+        """Do what the plan says, to every job that is still what it saw. Once: whoever asks again gets the same answer.
+
+        It goes on where who asked does not wait any more. Where it has to stop half-way (a full disk) the refusal says
+        so, and the next call goes on with the rest.
+        """
+        found = self.find(plan_id)
+        if isinstance(found, Refusal):
+            return found
+        if found.result is not None:
+            return replace(found.result, repeated=True)
+        plan = self._plans[plan_id]
+        if plan.task is None or plan.task.done():
+            plan.task = asyncio.create_task(self._apply(plan, operator))
+        return await asyncio.shield(plan.task)
+
+    async def _apply(self, plan: Plan, operator: Operator) -> PlanResult | Refusal:
+        view = plan.view
+        operator = replace(operator, part_of=view.plan_id)
+        while plan.at < view.count:
+            some = plan.expected[plan.at : plan.at + SLICE]
+            refusal = await self._slice(plan, some, operator)
+            if refusal is not None:
+                await self._note(plan, operator)
+                left = {"applied": plan.done.applied, "left": view.count - plan.at}
+                message = (
+                    f"{refusal.message} {left['applied']} jobs were done, {left['left']} are left: apply it again."
+                )
+                return Refusal(refusal.code, message, refusal.details | left)
+            plan.at += len(some)
+            await asyncio.sleep(PAUSE_S)
+        at = self._clock.moment().now
+        result = PlanResult(view.plan_id, view.action, plan.done.applied, plan.done.changed, plan.done.refused, at)
+        plan.view = replace(view, result=result)
+        await self._note(plan, operator)
+        return result
+
+    async def _slice(self, plan: Plan, some: list[Expected], operator: Operator) -> Refusal | None:
+        """One command; why it was not taken, if it was not."""
+        if self._stopping:
+            return Refusal("shutting_down", "The daemon is stopping.")
+        view = plan.view
+        kind = ApplyPlan if view.action == "retry" else ApplyEndings
+        command = kind(action=view.action, jobs=some, reason=view.reason)  # type: ignore[arg-type]
+        answer = await self._actor.ask(command, by=operator.by, admin=True, operator=operator)
+        if isinstance(answer, Refusal):
+            return answer
+        done: PlanSlice = answer.data
+        was = {job.id: job.from_ for job in view.jobs[plan.at : plan.at + len(some)]}
+        plan.done.applied += done.applied
+        plan.done.changed += [_from(each, was) for each in done.changed]
+        plan.done.refused += [_from(each, was) for each in done.refused]
+        return None
+
+    async def _note(self, plan: Plan, operator: Operator) -> None:
+        """The audit log has one row of a plan, which says what the plan was and what became of it."""
+        view, done = plan.view, plan.done
+        details: dict[str, Any] = {
+            "plan_id": view.plan_id,
+            "planned": view.count,
+            "changed_meanwhile": len(done.changed),
+        }
+        details["refused"] = len(done.refused)
+        if plan.filter is not None:
+            details["filter"] = {name: value for name, value in asdict(plan.filter).items() if value is not None}
+        kept = await self._actor.ask(Note(what=f"plan-{view.action}", details=details), operator=operator)
+        if isinstance(kept, Refusal):
+            log.warning("audit_missed", what=f"plan-{view.action}", by=operator.by, reason=kept.code)
+
+
+class _Draft:
+    """A plan while it is made."""
+
+    def __init__(self, asked: MakePlan) -> None:
+        self.jobs: list[PlannedJob] = []
+        self.expected: list[Expected] = []
+        self.skipped: list[SkippedJob] = []
+        self.skipped_count = 0
+        self.more = False
+        self._action = asked.action
+
+    def take(self, job: Job) -> bool:
+        """Whether there is room for more."""
+        why = planning.why_not(self._action, job)
+        if why is not None:
+            self.skip(job.id, job.status, why)
+            return True
+        if len(self.jobs) >= MAX_PLAN:
+            self.more = True
+            return False
+        self.jobs.append(PlannedJob(job.id, job.status, planning.TO[self._action]))
+        self.expected.append(Expected(job.id, planning.version(job)))
+        return True
+
+    def skip(self, job_id: str, status: str | None, why: str) -> None:
+        self.skipped_count += 1
+        if len(self.skipped) < MOST_SKIPPED:
+            self.skipped.append(SkippedJob(job_id, status, why))
+
+
+def as_query(wanted: Filter) -> Query:
+    """The first look for the jobs of a filter."""
+    is_slow = wanted.q is not None or wanted.error is not None
+    status = wanted.status
+    if wanted.error is not None and wanted.worker is None:
+        status = status or "failed"
+    return Query(
+        status=status,
+        queue=wanted.queue,
+        kind=wanted.kind,
+        worker=wanted.worker,
+        limit=LOOK,
+        scan=SLOW_SCAN if is_slow else SCAN,
+        since=wanted.since,
+        until=wanted.until,
+        text=wanted.q,
+        error=wanted.error,
+        payloads=False,
+    )
+
+
+def _from(changed: ChangedJob, was: dict[str, str]) -> ChangedJob:
+    return replace(changed, from_=was[changed.id])

@@ -1,0 +1,30 @@
+"""`python -m tests.hanging_mount …` is jobd whose directory of artefacts never answers; SIGUSR2 breaks its own disk."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from typing import Any
+
+from jobd.artefact_files import FileStore
+from jobd.cli.daemon import main
+from jobd.tables import Tables
+
+
+def hang(*_: Any) -> None:
+    threading.Event().wait()
+
+
+def break_disk(*_: Any) -> None:
+    Tables._apply = no_disk  # type: ignore[method-assign,assignment]
+
+
+def no_disk(*_: Any) -> Any:
+    raise OSError("the disk of this test is broken")
+
+
+if __name__ == "__main__":
+    FileStore._probe = FileStore._delete = hang  # type: ignore[method-assign,assignment]
+    signal.signal(signal.SIGUSR2, break_disk)
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Failed jobs in groups: what is counted is what is there, however commits and looks at history fall together."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from jobd import failures
+from jobd.answers import FailureGroup
+from jobd.commands import Cancel, Create, Delete, ForceFail, ForceReset, Import, Search, Transition, Updates
+from jobd.failures import Failures
+from jobd.fingerprints import fingerprint
+from tests.household import Household, in_virtual_time
+from tests.memory_disk import MemoryDisk
+
+
+def counted(house: Household) -> dict[str, int]:
+    """The failed jobs of the disk by fingerprint."""
+    failed = [job for job in house.disk.jobs.values() if job.status == "failed"]
+    names = [fingerprint(job.error.message, job.error.code) if job.error else "" for job in failed]
+    return dict(Counter(name or "" for name in names))
+
+
+def groups(known: Failures) -> dict[str, int]:
+    return {group.fingerprint: group.count for group in known.view(200).groups}
+
+
+def watching(house: Household) -> Failures:
+    known = Failures(house.disk, house.book.next_job)
+    house.actor.on_commit.append(known.committed)
+    return known
+
+
+async def fail(house: Household, job_id: str, reason: str, **fields: Any) -> None:
+    await house.yes(Create(id=job_id, **fields))
+    await house.yes(ForceFail(id=job_id, reason=reason))
+
+
+@in_virtual_time
+async def test_a_group_says_what_its_jobs_have_in_common() -> None:
+    async with Household() as house:
+        known = watching(house)
+        await known.run()
+        assert known.is_whole
+        await fail(house, "a", "took 12 s", queue="video", kind="convert")
+        first = house.now
+        await asyncio.sleep(5)
+        await fail(house, "b", "took 40 s", queue="mail", kind="convert")
+        await fail(house, "c", "lost")
+        view = known.view(200)
+        assert (view.total, view.other, view.whole) == (3, 0, True)
+        group = view.groups[0]
+        assert group == FailureGroup(
+            fingerprint=fingerprint("took 1 s", "force_failed") or "",
+            message="took 40 s",
+            error_code="force_failed",
+            count=2,
+            kinds=["convert"],
+            queues=["video", "mail"],
+            first_at=group.first_at,
+            last_at=group.last_at,
+            job_ids=["b", "a"],
+        )
+        assert group.first_at <= first < group.last_at
+        assert [len(known.view(1).groups), known.view(1).other] == [1, 1]
+
+
+@in_virtual_time
+async def test_jobs_that_go_are_counted_no_more() -> None:
+    async with Household() as house:
+        known = watching(house)
+        for job_id in ("a", "b", "c", "d"):
+            await fail(house, job_id, "took 12 s")
+        await house.yes(ForceReset(id="a"))
+        await house.yes(Delete(id="b"))
+        assert groups(known) == counted(house)
+        assert known.view(9).groups[0].job_ids == ["c", "d"] or known.view(9).groups[0].job_ids == ["d", "c"]
+        await house.yes(Cancel(id="a"))
+        await house.yes(ForceReset(id="c"))
+        await house.yes(ForceReset(id="d"))
+        assert known.view(9).groups == []
+        moved = Transition(id="c", from_="queued", to="failed", updates=Updates(error_message="by hand"))
+        await house.yes(moved)
+        await house.yes(Import(id="e", status="failed"))
+        assert groups(known) == counted(house)
+        assert known.view(9).total == 2
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "SCAN", 3)
+    monkeypatch.setattr(failures, "LIMIT", 2)
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("seed", range(12))
+def test_history_is_counted_while_its_jobs_go_and_others_fail(seed: int) -> None:
+    """Whatever is committed between two looks, or is told after the look that has seen it already."""
+
+    @in_virtual_time
+    async def test() -> None:
+        dice = random.Random(seed)
+        async with Household(MemoryDisk()) as house:
+            ids = [f"j{n}" for n in range(20)]
+            for job_id in ids:
+                await fail(house, job_id, f"error {dice.choice('abc')}") if dice.random() < 0.7 else await house.yes(
+                    Create(id=job_id)
+                )
+            known = watching(house)
+            running = asyncio.create_task(known.run())
+            for n in range(60):
+                job_id = dice.choice(ids)
+                command = dice.choice(
+                    (
+                        ForceReset(id=job_id),
+                        ForceFail(id=job_id, reason=f"error {dice.choice('abcd')}"),
+                        Delete(id=job_id),
+                    )
+                )
+                asked = [house.actor.ask(command)]
+                if dice.random() < 0.3:
+                    asked.append(house.actor.ask(Create(id=f"new{n}")))
+                await asyncio.gather(*asked)
+                if dice.random() < 0.5:
+                    await asyncio.sleep(dice.choice((0, failures.PAUSE_S / 2, failures.PAUSE_S)))
+            await running
+            assert known.is_whole
+            assert groups(known) == counted(house)
+
+    test()
+
+
+@in_virtual_time
+async def test_a_look_that_fails_is_made_again() -> None:
+    async with Household() as house:
+        await fail(house, "a", "x")
+        known = watching(house)
+        house.disk.errors["find"] = OSError("broken")
+        running = asyncio.create_task(known.run())
+        await asyncio.sleep(1)
+        assert not known.is_whole
+        assert not known.view(9).whole
+        house.disk.errors.clear()
+        await asyncio.sleep(failures.AGAIN_S)
+        await running
+        assert known.view(9).total == 1
+
+
+@in_virtual_time
+async def test_a_stop_ends_the_looking() -> None:
+    async with Household() as house:
+        await fail(house, "a", "x")
+        known = watching(house)
+        house.disk.errors["find"] = OSError("broken")
+        running = asyncio.create_task(known.run())
+        await asyncio.sleep(1)
+        known.stop()
+        await running
+        assert not known.is_whole
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MOST_GROUPS": 2, "MOST_NAMES": 2, "MOST_IDS": 3, "SHOWN_IDS": 2, "SHOWN_TEXT": 4}.items():
+        monkeypatch.setattr(failures, name, value)
+
+
+@pytest.mark.usefixtures("few")
+@in_virtual_time
+async def test_everything_that_is_kept_has_its_limit() -> None:
+    async with Household() as house:
+        known = watching(house)
+        for n, reason in enumerate(("alpha", "beta", "gamma", "gamma", "alpha", "alpha", "alpha")):
+            await fail(house, f"j{n}", reason, queue=f"q{n}")
+        view = known.view(9)
+        assert [(group.message, group.count) for group in view.groups] == [("alph", 4), ("beta", 1)]
+        assert (view.total, view.other) == (7, 2)
+        assert len(view.groups[0].job_ids) == 2
+        assert view.groups[0].queues == ["q0", "q4"]
+        await house.yes(Delete(id="j6"))
+        await house.yes(Delete(id="j2"))
+        await house.yes(Delete(id="j1"))
+        view = known.view(9)
+        assert (view.total, view.other, len(view.groups)) == (4, 1, 1)
+        await house.yes(Delete(id="j3"))
+        await house.yes(Delete(id="j0"))
+        await house.yes(Delete(id="j4"))
+        await house.yes(Delete(id="j5"))
+        assert (known.view(9).total, known.view(9).groups) == (0, [])
+
+
+@in_virtual_time
+async def test_the_jobs_of_a_group_are_found_and_they_are_failed_ones() -> None:
+    async with Household() as house:
+        await fail(house, "a", "took 12 s")
+        await fail(house, "b", "took 40 s")
+        await fail(house, "c", "lost")
+        name = fingerprint("took 1 s", "force_failed")
+        assert [job.id for job in (await house.yes(Search(error=name))).jobs] == ["b", "a"]
+        assert [job.id for job in (await house.yes(Search(error=name, status="queued"))).jobs] == []

@@ -1,0 +1,456 @@
+"""Plans: what they say beforehand, and that they do that, once, to every job that is still what the plan saw."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd import planning, plans, rows
+from jobd.answers import Answer, PlanResult, PlanView, PreviewView
+from jobd.batch import DiskFull
+from jobd.commands import (
+    ApplyPlan,
+    Cancel,
+    Create,
+    Delete,
+    Expected,
+    Fail,
+    Filter,
+    ForceFail,
+    ForceReset,
+    Get,
+    Import,
+    MakePlan,
+    Operator,
+    PlanAction,
+    Preview,
+    Refusal,
+    Update,
+)
+from jobd.job import SECOND_MS
+from jobd.planning import version
+from jobd.plans import Planner
+from tests.by_hand import full_job
+from tests.desk import Desk
+from tests.household import WALL, Household, in_virtual_time, row
+from tests.memory_disk import MemoryDisk
+
+EVE = Operator("eve", "10.0.0.7")
+
+
+# -- what a job is to a plan ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("action", "allowed"),
+    [
+        ("retry", {"failed", "cancelled"}),
+        ("cancel", {"queued", "processing"}),
+        ("force-fail", {"queued", "processing"}),
+        ("delete", {"completed", "failed", "cancelled"}),
+    ],
+)
+def test_an_action_is_planned_where_its_rule_lets_it_be_done(action: PlanAction, allowed: set[str]) -> None:
+    desk = Desk()
+    desk.create("queued")
+    desk.held("processing")
+    desk.completed("completed")
+    for job_id, end in (("failed", ForceFail(id="failed")), ("cancelled", Cancel(id="cancelled"))):
+        desk.create(job_id)
+        desk.yes(end)
+    jobs = {status: desk.job(status) for status in ("queued", "processing", "completed", "failed", "cancelled")}
+    assert {status for status, job in jobs.items() if planning.why_not(action, job) is None} == allowed
+    assert all(job.status == status for status, job in jobs.items())
+    for status, job in jobs.items():
+        done = desk.yes(ApplyPlan(action=action, jobs=[Expected(job.id, version(job))]), admin=True)
+        assert done.applied == (status in allowed or (action, status) == ("retry", "processing"))
+
+
+def test_signs_of_life_are_no_change_and_everything_else_is() -> None:
+    desk = Desk()
+    desk.create("a", max_attempts=3)
+    seen = [version(desk.job())]
+
+    def changed() -> bool:
+        seen.append(version(desk.job()))
+        return seen[-1] not in seen[:-1]
+
+    lock_id = desk.start("a")
+    assert changed()
+    desk.passes(5)
+    desk.progress(lock_id, 50)
+    assert not changed()
+    desk.yes(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
+    assert changed()
+    lock_id = desk.start("a")
+    assert changed()
+    desk.yes(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
+    assert changed()
+    desk.yes(Update(id="a", priority=3), admin=True)
+    assert changed()
+    desk.yes(ForceFail(id="a"), admin=True)
+    assert changed()
+    desk.yes(ForceReset(id="a"), admin=True)
+    assert changed()
+    desk.yes(ForceFail(id="a"), admin=True)
+    assert changed() or desk.now == desk.job().finished_at
+
+
+def test_a_job_read_from_a_row_is_the_same_job() -> None:
+    job = full_job()
+    again = rows.JobReader().job(rows.sealed(rows.job_row(job)))
+    assert version(again) == version(job)
+    assert job.result is not None
+    other = replace(job, result=replace(job.result, metadata=Raw(b"{}")))
+    assert version(other) != version(job)
+
+
+def test_what_has_changed_is_left_alone_and_what_a_rule_refuses_costs_no_other() -> None:
+    desk = Desk()
+    for job_id in ("a", "b", "c"):
+        desk.create(job_id)
+    known = {job_id: Expected(job_id, version(desk.job(job_id))) for job_id in ("a", "b", "c")}
+    desk.start("b")
+    gone, odd = Expected("gone", "x"), Expected("d", "y")
+    desk.completed("d")
+    odd = Expected("d", version(desk.job("d")))
+    command = ApplyPlan(action="cancel", jobs=[known["a"], known["b"], gone, odd, known["c"]], reason="enough")
+    done = desk.yes(command, admin=True, by="admin:eve")
+    assert done.applied == 2
+    assert [(each.id, each.now) for each in done.changed] == [("b", "processing"), ("gone", None)]
+    assert [(each.id, each.now) for each in done.refused] == [("d", "completed")]
+    assert [(desk.job(job_id).status) for job_id in ("a", "b", "c")] == ["cancelled", "processing", "cancelled"]
+    assert [(event.by, event.reason) for event in desk.events[-2:]] == [("admin:eve", "enough")] * 2
+    assert all("changed since" in each.why or "no job" in each.why for each in done.changed)
+
+
+# -- made, kept, applied ----------------------------------------------------------------------------------------------
+
+
+async def made(planner: Planner, plan_id: str = "p", **asked: Any) -> PlanView:
+    view = await planner.make(MakePlan(**asked), plan_id)
+    assert isinstance(view, PlanView), view
+    return view
+
+
+async def applied(planner: Planner, plan_id: str = "p") -> PlanResult:
+    result = await planner.apply(plan_id, EVE)
+    assert isinstance(result, PlanResult), result
+    return result
+
+
+async def failed(house: Household, *ids: str, **fields: Any) -> None:
+    for job_id in ids:
+        await house.yes(Create(id=job_id, **fields))
+        await house.yes(ForceFail(id=job_id))
+
+
+@in_virtual_time
+async def test_a_plan_says_what_would_be_done_and_does_it() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a", "b")
+        await house.yes(Create(id="c"))
+        plan = await made(planner, action="retry", filter=Filter(), reason="mended")
+        assert [(job.id, job.from_, job.to) for job in plan.jobs] == [
+            ("b", "failed", "queued"),
+            ("a", "failed", "queued"),
+        ]
+        assert [(job.id, job.status, job.why) for job in plan.skipped] == [
+            ("c", "queued", "Only failed and cancelled jobs are tried again.")
+        ]
+        assert (plan.count, plan.skipped_count, plan.more, plan.result) == (2, 1, False, None)
+        assert plan.expires_at - plan.made_at == plans.KEPT_MS
+        assert (await house.yes(Get(id="a"))).status == "failed"
+        result = await applied(planner)
+        assert (result.applied, result.changed, result.refused, result.repeated) == (2, [], [], False)
+        assert (await house.yes(Get(id="a"))).status == "queued"
+        assert house.disk.events[-1].reason == "mended"
+        shown = planner.find("p")
+        assert isinstance(shown, PlanView)
+        assert shown.result == result
+
+
+@in_virtual_time
+async def test_a_plan_of_named_jobs_tells_of_those_that_are_not_there() -> None:
+    disk = MemoryDisk()
+    disk.put(row(1, "bad"))
+    disk.bad_jobs = {"bad": "its checksum is wrong"}
+    async with Household(disk) as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a")
+        await house.yes(Create(id="live"))
+        plan = await made(planner, action="delete", ids=["a", "none", "bad", "a", "live"])
+        assert [(job.id, job.to) for job in plan.jobs] == [("a", None)]
+        assert [(job.id, job.status) for job in plan.skipped] == [("none", None), ("bad", None), ("live", "queued")]
+        assert "quarantine" in plan.skipped[1].why
+        assert (await applied(planner)).applied == 1
+        assert house.disk.job("a") is None
+
+
+@in_virtual_time
+async def test_what_changes_meanwhile_is_left_alone_and_told() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a", "b", "c")
+        await made(planner, action="retry", filter=Filter(status="failed"))
+        await house.yes(ForceReset(id="a"))
+        await house.yes(Delete(id="b"))
+        result = await applied(planner)
+        assert result.applied == 1
+        assert [(job.id, job.from_, job.now) for job in result.changed] == [
+            ("b", "failed", None),
+            ("a", "failed", "queued"),
+        ]
+
+
+@in_virtual_time
+async def test_a_plan_is_applied_once() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a")
+        await made(planner, action="retry", filter=Filter())
+        first, second = await asyncio.gather(applied(planner), applied(planner))
+        assert first == second
+        await house.yes(ForceFail(id="a"))
+        again = await applied(planner)
+        assert again == replace(first, repeated=True)
+        assert (await house.yes(Get(id="a"))).status == "failed"
+
+
+@in_virtual_time
+async def test_who_does_not_wait_any_more_takes_nothing_back() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, *(f"j{n}" for n in range(plans.SLICE + 1)))
+        await made(planner, action="retry", filter=Filter())
+        waiting = asyncio.create_task(planner.apply("p", EVE))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.sleep(1)
+        result = await applied(planner)
+        assert (result.applied, result.repeated) == (plans.SLICE + 1, True)
+
+
+@in_virtual_time
+async def test_a_plan_goes_in_slices_and_is_one_entry_of_the_audit_log() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, *(f"j{n}" for n in range(2 * plans.SLICE + 1)), queue="q")
+        await made(planner, action="delete", filter=Filter(queue="q", since=1))
+        before = len(house.disk.batches)
+        await applied(planner)
+        sizes = [len(batch.changes) for batch in house.disk.batches[before:]]
+        assert sizes == [plans.SLICE, plans.SLICE, 1, 0]
+        entries = [entry for batch in house.disk.batches[before:] for entry in batch.audit]
+        assert {(entry.what, entry.who, entry.part_of) for entry in entries} == {("plan-delete", "eve", "p")}
+        assert sum(entry.jobs for entry in entries) == 2 * plans.SLICE + 1
+        assert entries[-1].details == {
+            "plan_id": "p",
+            "planned": 2 * plans.SLICE + 1,
+            "changed_meanwhile": 0,
+            "refused": 0,
+            "filter": {"queue": "q", "since": 1},
+        }
+
+
+@in_virtual_time
+async def test_on_a_full_disk_a_plan_stops_and_goes_on_with_the_rest() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, *(f"j{n}" for n in range(plans.SLICE + 5)))
+        await made(planner, action="retry", filter=Filter())
+        house.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
+        house.disk.has_ballast = False
+        house.disk.fits = lambda batch: len(house.disk.batches) < 2 * (plans.SLICE + 5) + 1
+        refusal = await planner.apply("p", EVE)
+        assert isinstance(refusal, Refusal)
+        assert (refusal.code, refusal.details) == ("storage_full", {"applied": plans.SLICE, "left": 5})
+        house.disk.write_errors.clear()
+        house.disk.free()
+        await asyncio.sleep(2)
+        result = await applied(planner)
+        assert (result.applied, result.changed) == (plans.SLICE + 5, [])
+
+
+@in_virtual_time
+async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a")
+        await made(planner, action="delete", filter=Filter())
+        await made(planner, "r", action="retry", filter=Filter())
+        house.disk.fill()
+        await house.no(Create(id="x"))
+        await house.no(Update(id="a", priority=1))
+        assert isinstance(await planner.apply("r", EVE), Refusal)
+        assert (await applied(planner)).applied == 1
+        house.disk.free()
+
+
+@in_virtual_time
+async def test_a_plan_is_kept_for_its_time() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await made(planner, action="retry", filter=Filter())
+        await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
+        assert isinstance(planner.find("p"), PlanView)
+        await asyncio.sleep(1)
+        for gone in (planner.find("p"), await planner.apply("p", EVE)):
+            assert isinstance(gone, Refusal)
+            assert gone.code == "plan_not_found"
+
+
+@in_virtual_time
+async def test_so_many_plans_are_kept_the_latest_ones() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        for n in range(plans.MOST_PLANS + 2):
+            await made(planner, f"p{n}", action="retry", filter=Filter())
+        kept = [n for n in range(plans.MOST_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
+        assert kept == list(range(2, plans.MOST_PLANS + 2))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small limits."""
+    for name, value in {"MAX_PLAN": 3, "MOST_SKIPPED": 2, "LOOK": 2, "SCAN": 2, "SLOW_SCAN": 2, "MOST_JOBS": 5}.items():
+        monkeypatch.setattr(plans, name, value)
+
+
+@pytest.mark.usefixtures("small")
+@in_virtual_time
+async def test_a_plan_has_so_many_jobs_and_says_where_there_are_more() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a", "b", "c")
+        assert not (await made(planner, action="retry", filter=Filter())).more
+        for n in range(3):
+            await house.yes(Create(id=f"live{n}"))
+        await failed(house, "d")
+        plan = await made(planner, "q", action="retry", filter=Filter())
+        assert [job.id for job in plan.jobs] == ["d", "c", "b"]
+        assert (plan.more, plan.skipped_count, [job.id for job in plan.skipped]) == (True, 3, ["live2", "live1"])
+        assert isinstance(planner.find("p"), Refusal)  # both together had too many jobs
+
+
+@pytest.mark.usefixtures("small")
+@in_virtual_time
+async def test_a_plan_looks_at_so_many_rows() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "needle", "b", "c", "d", "e")
+        plan = await made(planner, action="retry", filter=Filter(q="NEEDLE"))
+        assert [job.id for job in plan.jobs] == ["needle"]
+        planner_looks = house.disk.calls["find"]
+        assert planner_looks == 3
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MOST_LOOKED", "SCAN"):
+        monkeypatch.setattr(plans, name, 1)
+
+
+@pytest.mark.usefixtures("impatient")
+@in_virtual_time
+async def test_a_plan_that_would_look_for_too_long_ends_and_says_so() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a", "b")
+        plan = await made(planner, action="retry", filter=Filter())
+        assert ([job.id for job in plan.jobs], plan.more) == (["b"], True)
+
+
+@in_virtual_time
+async def test_too_many_plans_at_once_are_refused_and_filter_or_ids_are_needed() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        for asked in (MakePlan(action="retry"), MakePlan(action="retry", filter=Filter(), ids=["a"])):
+            wrong = await planner.make(asked, "x")
+            assert isinstance(wrong, Refusal)
+            assert wrong.code == "invalid_request"
+        asked = MakePlan(action="retry", filter=Filter())
+        answers = await asyncio.gather(*(planner.make(asked, f"p{n}") for n in range(plans.MOST_MAKING + 1)))
+        assert [answer.code for answer in answers if isinstance(answer, Refusal)] == ["overloaded"]
+
+
+@in_virtual_time
+async def test_a_daemon_that_stops_ends_a_plan_after_its_slice() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, *(f"j{n}" for n in range(3 * plans.SLICE)))
+        await made(planner, action="retry", filter=Filter())
+        waiting = asyncio.create_task(planner.apply("p", EVE))
+        await asyncio.sleep(plans.PAUSE_S / 2)
+        await planner.close()
+        refusal = await waiting
+        assert isinstance(refusal, Refusal)
+        assert (refusal.code, refusal.details["applied"] % plans.SLICE) == ("shutting_down", 0)
+
+
+# -- what time would do -----------------------------------------------------------------------------------------------
+
+
+def test_a_preview_changes_nothing_and_says_what_recovery_would_do() -> None:
+    desk = Desk()
+    lock_id = desk.held("stuck", max_attempts=1)
+    desk.progress(lock_id, 40, "stuck")
+    desk.held("fresh", stuck_after_ms=0)
+    desk.create("late", expires_at=desk.now + 10)
+    desk.passes(3_600_000)
+    before = [(job.id, job.status) for job in desk.rows.values()]
+    decision = desk.decide(Preview(limit=9))
+    assert decision.changes == []
+    assert isinstance(decision.answer, Answer)
+    seen = decision.answer.data
+    assert {(each.job_id, each.action) for each in seen.details} == {("stuck", "failed"), ("fresh", "reset")}
+    assert (seen.expired, seen.more) == (["late"], False)
+    assert [(job.id, job.status) for job in desk.rows.values()] == before
+    assert desk.yes(Preview(limit=1)).more
+
+
+@in_virtual_time
+async def test_a_preview_of_a_pass_is_what_the_pass_does() -> None:
+    disk = MemoryDisk()
+    disk.put(row(1, "over", progress=120))
+    async with Household(disk) as house:
+        await house.held("stuck", lock_ttl_ms=SECOND_MS)
+        await house.yes(Create(id="late", expires_at=house.now + SECOND_MS))
+        await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+        await asyncio.sleep(120)
+        view = await house.cleaner.preview()
+        assert isinstance(view, PreviewView)
+        assert [(each.job_id, each.action) for each in view.recover] == [("stuck", "reset")]
+        assert (view.expired_jobs, view.deleted_jobs, view.mended_jobs) == (["late"], ["old"], ["over"])
+        assert not view.more
+        assert 0 <= house.now - view.timestamp < SECOND_MS
+        house.keep()
+        report = await house.cleaner.run_pass(forced=True)
+        assert (report.stuck_jobs_recovered, report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1, 1)
+        after = await house.cleaner.preview()
+        assert isinstance(after, PreviewView)
+        assert (after.recover, after.expired_jobs, after.deleted_jobs, after.mended_jobs) == ([], [], [], [])
+
+
+@in_virtual_time
+async def test_a_preview_while_the_clock_is_in_doubt_deletes_nothing_and_may_be_refused() -> None:
+    async with Household() as house:
+        await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+        await asyncio.sleep(60)
+        house.clock.suspect = True
+        view = await house.cleaner.preview()
+        assert isinstance(view, PreviewView)
+        assert view.deleted_jobs == []
+        house.clock.suspect = False
+        house.cleaner.stop()
+        stopped = await house.cleaner.preview()
+        assert isinstance(stopped, PreviewView | Refusal)
+        house.actor.stop()
+        refused = await house.cleaner.preview()
+        assert isinstance(refused, Refusal)
+        assert refused.code == "shutting_down"
