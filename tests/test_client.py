@@ -169,6 +169,8 @@ def _all_requests() -> list[Request[Any]]:
         "from_status": "failed",
         "to_status": "queued",
         "jobs": [],
+        "webhook": "q",
+        "delivery": 1,
         "action": "retry",
         "plan_id": "x",
     }
