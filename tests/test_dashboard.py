@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import html
+import itertools
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from jobd.downloads import Downloads
 from jobd.events import Change, Event
 from jobd.job import Policy
 from jobd.keys import Keys
+from jobd.plans import Planner
 from tests import vendor
 from tests.http_help import TOKEN, Heard, House, Line, message, tls_pair
 from tests.memory_disk import MemoryDisk
@@ -130,6 +132,7 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
     actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
     recorder = Recorder(clock.moment().now)
     actor.on_commit.append(recorder.note)
+    planner = Planner(actor, clock)
     running = asyncio.create_task(actor.run())
     gate = Gate("admin", tokens=[TOKEN], readers=[READER], hosts=own_names("127.0.0.1"))
     made: list[Town] = []
@@ -139,6 +142,10 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         routes = (*admin_api.ROUTES, *room.routes())
         admin = await stack.enter_async_context(House(routes, tmp_path, gate=gate, admin=True, actor=actor))
         actor.on_commit.append(admin.figures.feed.publish)
+        numbers = itertools.count(1)
+        admin.figures.make_plan = lambda asked: planner.make(asked, f"plan-{next(numbers)}")  # type: ignore[method-assign,assignment,return-value]
+        admin.figures.plan = planner.find  # type: ignore[method-assign]
+        admin.figures.apply_plan = planner.apply  # type: ignore[method-assign,assignment]
         admin.figures.clock = lambda: ClockView(clock.moment().now, not admin.figures.accepted, "30 days ahead")  # type: ignore[method-assign]
         made.append(Town(worker, admin, room))
         yield made[0]
@@ -676,6 +683,101 @@ async def test_a_deed_shows_from_and_to_and_is_done_once_confirmed(
     assert f"{DEEDS[verb].label}: done. {before} → {after}" in page
     assert ("because of &lt;tests&gt;" in page) == DEEDS[verb].takes_reason
     assert "done." not in text(await browser.get("/jobs/held")), "it is said once"
+
+
+# -- many jobs ---------------------------------------------------------------------------------------------------------
+
+
+async def failing(town: Town, *job_ids: str) -> None:
+    for job_id in job_ids:
+        lock = await town.held(job_id)
+        await town.do(f"jobs/{job_id}/fail", lock_id=lock, error_message="disk <full>")
+
+
+async def planned(browser: Browser, page: str, *ids: str, **fields: str) -> Heard:
+    """What comes of the form of many jobs on a page of jobs, with these jobs ticked."""
+    shown = text(await browser.get(page))
+    form = shown[shown.index('<form id="bulk"') :].partition("</form>")[0]
+    hidden = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', form))
+    ticked = re.findall(r'name="ids" value="([^"]+)" form="bulk"', shown)
+    assert set(ids) <= set(ticked)
+    given = {name: html.unescape(value) for name, value in hidden.items()}
+    pairs = [*given.items(), *(("ids", each) for each in ids), *fields.items()]
+    return await browser.house.ask("POST", "/plans", urlencode(pairs), browser._headers({"Content-Type": FORM}))
+
+
+async def test_selected_jobs_are_planned_shown_and_done_once(town: Town) -> None:
+    await failing(town, "a", "b", "c")
+    await town.do("jobs", id="waits")
+    browser = await town.browser()
+    heard = await planned(browser, "/jobs", "a", "b", "waits", action="retry", scope="selected", reason="<again>")
+    assert (heard.status, heard.headers["location"]) == (303, "/plans/plan-1")
+    heard = await browser.get("/plans/plan-1")
+    assert_safe(heard)
+    page = text(heard)
+    assert "Plan: retry 2 jobs" in page
+    assert re.search(r'<li>2 <span class="status failed">failed</span> .*<span class="status queued">', page)
+    assert "1 is left alone: Only failed and cancelled jobs are tried again." in page
+    assert "&lt;again&gt;" in page
+    assert re.findall(r'href="/jobs/([a-z]+)"', page) == ["a", "b", "waits"]
+    assert await town.status("a") == "failed", "nothing is done yet"
+    heard = await browser.post("/plans/plan-1/apply", csrf=await browser.csrf())
+    assert (heard.status, heard.headers["location"]) == (303, "/plans/plan-1")
+    page = text(await browser.get("/plans/plan-1"))
+    assert "It was done to 2 jobs." in page
+    assert "Done to 2 of 2 jobs" in page
+    assert "/apply" not in page
+    assert [await town.status(each) for each in ("a", "b", "c")] == ["queued", "queued", "failed"]
+    await browser.post("/plans/plan-1/apply", csrf=await browser.csrf())
+    assert "nothing was done this time" in text(await browser.get("/plans/plan-1"))
+    assert "plan-retry" in text(await browser.get("/audit"))
+
+
+async def test_all_that_match_are_planned_and_what_changed_meanwhile_is_told(town: Town) -> None:
+    await failing(town, *(f"job-{number:02}" for number in range(60)))
+    await town.do("jobs", id="other", queue="mail")
+    browser = await town.browser()
+    heard = await planned(browser, "/jobs?queue=video&status=failed&q=DISK", action="delete", scope="all")
+    assert "Plan: delete 60 jobs" in text(await browser.get(heard.headers["location"]))
+    await browser.confirmed("job-07", "force-reset")
+    await browser.confirmed("job-08", "delete")
+    heard = await browser.post("/plans/plan-1/apply", csrf=await browser.csrf())
+    page = text(await browser.get(heard.headers["location"]))
+    assert "Done to 58 of 60 jobs" in page
+    assert "2 had changed since the plan was made" in page
+    undone = page[page.index('id="h-undone"') :]
+    assert re.findall(r'href="/jobs/([a-z0-9-]+)"', undone) == ["job-08", "job-07"]
+    assert re.findall(r'class="status (\w+)">(\w+)<', undone) == [
+        ("failed", "failed"), ("failed", "gone"), ("failed", "failed"), ("queued", "queued"),
+    ]  # fmt: skip
+    assert await town.status("job-07") == "queued"
+    assert await town.status("other") == "queued"
+
+
+async def test_a_plan_needs_jobs_a_filter_that_is_one_and_who_may_change(town: Town) -> None:
+    await failing(town, "a")
+    browser, reader = await town.browser(), await town.browser(READER)
+    heard = await planned(browser, "/jobs", action="retry", scope="selected")
+    assert (heard.status, "No job is selected" in text(heard)) == (400, True)
+    for fields in ({"scope": "all", "queue": "a b"}, {"scope": "all", "since": "then"}, {"scope": "some"}):
+        heard = await browser.post("/plans", csrf=await browser.csrf(), action="retry", **fields)
+        assert heard.status == 400, fields
+        assert_safe(heard)
+    assert (await browser.post("/plans", csrf="x", action="retry", scope="all")).status == 403
+    heard = await browser.get("/plans/none")
+    assert (heard.status, "Make it anew" in text(heard)) == (404, True)
+    await planned(browser, "/jobs", "a", action="retry", scope="selected")
+    assert (await browser.post("/plans/plan-1/apply", csrf="x")).status == 403
+    page = text(await reader.get("/jobs"))
+    assert 'id="bulk"' not in page
+    assert 'name="ids"' not in page
+    assert "/apply" not in text(await reader.get("/plans/plan-1"))
+    for target in ("/plans", "/plans/plan-1/apply"):
+        fields = {"action": "retry", "scope": "all"} if target == "/plans" else {}
+        assert (await reader.post(target, csrf=await reader.csrf(), **fields)).status == 403
+    assert await town.status("a") == "failed"
+    await planned(browser, "/jobs?queue=none", action="cancel", scope="all")
+    assert "Nothing: no job that this can be done to was found" in text(await browser.get("/plans/plan-2"))
 
 
 async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:

@@ -57,6 +57,7 @@ MOST_ROWS: Final = 200  # of queues and damaged jobs
 MOST_HELD: Final = 100  # of workers and of locks
 MOST_EVENTS: Final = 200
 MOST_REPORTS: Final = 50
+ACTIONS: Final = {"retry": "Retry", "cancel": "Cancel", "force-fail": "Fail", "delete": "Delete"}  # on many jobs
 DEEDS_KEPT: Final = (
     "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
     "delete", "pause", "resume", "import", "recover-stuck", "cleanup", "accept-clock", "backup",
@@ -133,7 +134,7 @@ def strip(guest: Guest, queues: QueueList) -> Shown:
 
 async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
     shown: Shown = {"wanted": wanted, "statuses": STATUSES, "page": JobPage([], None), "fault": "", "next": ""}
-    shown["is_filtered"] = bool(given(wanted))
+    shown |= {"filters": given(wanted), "actions": ACTIONS if guest.may_change else {}}
     try:
         command = search(wanted, guest.now, PER_PAGE)
     except Refused as no:
