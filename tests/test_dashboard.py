@@ -35,6 +35,7 @@ from jobd.dashboard.room import Dashboard
 from jobd.doors import FORM, Gate, own_names
 from jobd.downloads import Downloads
 from jobd.events import Change, Event
+from jobd.failures import Failures
 from jobd.job import Policy
 from jobd.keys import Keys
 from jobd.plans import Planner
@@ -45,7 +46,17 @@ from tests.memory_disk import MemoryDisk
 READER = "reader-token-0123456789abcdef"
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 NASTY = "<script>alert('x')</script>\x1b[31m\u202e&\""
-PAGES = ["/", "/jobs", "/jobs?status=processing&queue=video", "/queues", "/workers", "/cleanup", "/alerts", "/audit"]
+PAGES = [
+    "/",
+    "/jobs",
+    "/jobs?status=processing&queue=video",
+    "/queues",
+    "/workers",
+    "/cleanup",
+    "/alerts",
+    "/audit",
+    "/failures",
+]
 
 
 class Browser:
@@ -132,7 +143,9 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
     actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
     recorder = Recorder(clock.moment().now)
     actor.on_commit.append(recorder.note)
-    planner = Planner(actor, clock)
+    planner, known = Planner(actor, clock), Failures(disk, 1)
+    actor.on_commit.append(known.committed)
+    await known.run()
     running = asyncio.create_task(actor.run())
     gate = Gate("admin", tokens=[TOKEN], readers=[READER], hosts=own_names("127.0.0.1"))
     made: list[Town] = []
@@ -144,6 +157,7 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         actor.on_commit.append(admin.figures.feed.publish)
         numbers = itertools.count(1)
         admin.figures.make_plan = lambda asked: planner.make(asked, f"plan-{next(numbers)}")  # type: ignore[method-assign,assignment,return-value]
+        admin.figures.failures = known.view  # type: ignore[method-assign]
         admin.figures.plan = planner.find  # type: ignore[method-assign]
         admin.figures.apply_plan = planner.apply  # type: ignore[method-assign,assignment]
         admin.figures.clock = lambda: ClockView(clock.moment().now, not admin.figures.accepted, "30 days ahead")  # type: ignore[method-assign]
@@ -752,6 +766,37 @@ async def test_all_that_match_are_planned_and_what_changed_meanwhile_is_told(tow
     ]  # fmt: skip
     assert await town.status("job-07") == "queued"
     assert await town.status("other") == "queued"
+
+
+async def test_failures_are_grouped_by_their_error_and_a_group_is_tried_again(town: Town) -> None:
+    browser, reader = await town.browser(), await town.browser(READER)
+    assert "No job has failed" in text(await browser.get("/failures"))
+    for number in range(3):
+        lock = await town.held(f"job-{number}")
+        await town.do(f"jobs/job-{number}/fail", lock_id=lock, error_message=f"timeout <b> after {number} s")
+    await failing(town, "a")
+    page = text(await browser.get("/failures"))
+    groups = re.findall(r'<tr id="group-([0-9a-f]+)">(.*?)</tr>', page, re.DOTALL)
+    assert len(groups) == 2
+    assert "4 failed jobs" in page
+    fingerprint, shown = groups[0]
+    assert "timeout &lt;b&gt; after 2 s" in shown
+    assert f'<a href="/jobs?error={fingerprint}">3</a>' in shown
+    assert re.findall(r'href="/jobs/(job-\d)"', shown) == ["job-2", "job-1", "job-0"]
+    assert "Retry all" in shown
+    assert "Retry all" not in text(await reader.get("/failures"))
+    listed = text(await browser.get(f"/jobs?error={fingerprint}"))
+    assert re.findall(r'id="job-(job-\d)"', listed) == ["job-2", "job-1", "job-0"]
+    assert f'name="error" value="{fingerprint}"' in listed
+    form = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', shown))
+    heard = await browser.post("/plans", **form)
+    assert "Plan: retry 3 jobs" in text(await browser.get(heard.headers["location"]))
+    await browser.post(f"{heard.headers['location']}/apply", csrf=await browser.csrf())
+    page = text(await browser.get("/failures"))
+    assert "1 failed job," in page
+    assert fingerprint not in page
+    assert await town.status("job-1") == "queued"
+    assert (await browser.get("/jobs?error=x")).status == 400
 
 
 async def test_a_plan_needs_jobs_a_filter_that_is_one_and_who_may_change(town: Town) -> None:

@@ -57,6 +57,7 @@ MOST_ROWS: Final = 200  # of queues and damaged jobs
 MOST_HELD: Final = 100  # of workers and of locks
 MOST_EVENTS: Final = 200
 MOST_REPORTS: Final = 50
+MOST_GROUPS: Final = 100  # of failures
 ACTIONS: Final = {"retry": "Retry", "cancel": "Cancel", "force-fail": "Fail", "delete": "Delete"}  # on many jobs
 DEEDS_KEPT: Final = (
     "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
@@ -208,6 +209,11 @@ async def _late_result(guest: Guest, wanted: ConfirmPage) -> LateResultView:
         if wanted.result in (None, late.seq):
             return late
     raise refused("late_result_not_found", f"Job {wanted.id} has no such late result (any more).")
+
+
+async def failures(guest: Guest) -> Shown:
+    [queues] = await asked(guest, Queues())
+    return {"found": guest.site.rooms.failures(MOST_GROUPS), **strip(guest, queues)}
 
 
 async def queues(guest: Guest, recorder: Recorder) -> Shown:

@@ -121,6 +121,7 @@ class Dashboard:
             self._form("/plans", bulk.PlanForm, bulk.make),
             self._page("/plans/{plan_id}", OnPlan, "plan", "Plan", bulk.show, every_s=0),
             self._form("/plans/{plan_id}/apply", bulk.ApplyForm, bulk.apply),
+            self._page("/failures", Nothing, "failures", "Failures", lambda guest, _: pages.failures(guest)),
             self._page("/queues", Nothing, "queues", "Queues", lambda guest, _: pages.queues(guest, recorder)),
             self._form("/queues/{name}/pause", QueueForm, self._pause),
             self._form("/queues/{name}/resume", QueueForm, self._resume),
