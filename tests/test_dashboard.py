@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import time
 import tomllib
 from collections.abc import AsyncIterator
@@ -877,6 +878,42 @@ async def test_a_late_result_of_a_job_that_has_moved_is_not_adopted(town: Town) 
     heard = await browser.post("/jobs/held/do", csrf=csrf, verb="adopt", seen="queued", result="77")
     assert (heard.status, "late_result_not_found" in text(heard)) == (404, True)
     assert await town.status("held") == "queued"
+
+
+def test_each_deed_is_a_call_of_the_admin_api() -> None:
+    calls = {(route.method, route.path) for route in admin_api.ROUTES}
+    for deed in DEEDS.values():
+        method, _, path = deed.call.partition(" ")
+        assert (method, f"/admin/job-management/{path}") in calls
+
+
+@pytest.mark.parametrize("verb", sorted(DEEDS))
+async def test_the_call_of_a_deed_does_what_its_button_does(town: Town, verb: str) -> None:
+    """What the page shows for copying is a call as it is, but for what its reader has to put in."""
+    lock = await town.held()
+    if verb in ("run-now", "adopt", "delete"):
+        await town.again("held")
+        body = json.dumps({"lock_id": lock, "metadata": 1})
+        await town.worker.ask("POST", "/v1/jobs/held/complete", body)
+        await town.do("jobs/held/cancel")
+    if verb == "run-now":
+        await town.admin.ask("POST", "/admin/job-management/force-reset", '{"jobId": "held"}', AUTH)
+        later = json.dumps({"run_at": 4_000_000_000_000})
+        await town.admin.ask("POST", "/admin/job-management/jobs/held/update", later, AUTH)
+    browser = await town.browser()
+    page = text(await browser.get(f"/jobs/held/confirm?verb={verb}"))
+    words = shlex.split(html.unescape(re.findall(r'<code id="curl">(.*?)</code>', page)[0]))
+    assert words[:3] == ["curl", "-sS", "-X"]
+    assert lock not in page
+    sent = words[words.index("-d") + 1].replace("LOCK_ID", lock) if "-d" in words else None
+    target = words[-1].removeprefix("http://localhost")
+    heard = await town.admin.ask(words[3], target, sent, AUTH)
+    assert heard.status == 200, heard.json
+    timeline = await town.admin.ask("GET", "/admin/job-management/jobs/held/timeline", headers=AUTH)
+    if verb == "delete":
+        assert timeline.status == 404
+    else:
+        assert timeline.data["events"][-1]["by"] == "admin"
 
 
 async def test_a_job_is_run_now_and_a_finished_one_deleted(town: Town) -> None:

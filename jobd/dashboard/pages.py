@@ -43,7 +43,7 @@ from jobd.commands import (
     Why,
     Workers,
 )
-from jobd.dashboard.deeds import DEEDS, Deed, Verb, can, open_to, seen
+from jobd.dashboard.deeds import DEEDS, Chosen, Deed, Verb, can, curl, open_to, seen
 from jobd.dashboard.filters import JobsPage, address, given, moment_of, search
 from jobd.dashboard.guests import Guest
 from jobd.dashboard.paint import pretty
@@ -191,9 +191,11 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
     view: JobView
     view, queues = await asked(guest, Get(id=wanted.id), Queues())
     deed: Deed = DEEDS[wanted.verb]
+    late = await _late_result(guest, wanted) if deed.wants_result else None
     return {
         "job": view,
-        "late": await _late_result(guest, wanted) if deed.wants_result else None,
+        "late": late,
+        "curl": curl(deed, Chosen(wanted.id, result=None if late is None else late.seq), base_url(guest)),
         "deed": deed,
         "can": can(deed, view, guest.now),
         "seen": seen(view),
