@@ -33,6 +33,7 @@ from jobd.job import EARLIEST_MS, ID_PATTERN, Place, is_job_id, storage_key_faul
 from jobd.weighing import BIG_BODY, Scale, TooLong, TooMuch
 
 MAX_QUERY_FIELDS: Final = 50
+MAX_FORM_FIELDS: Final = 300  # a page of jobs, each of which is ticked
 SHOWN_NAME: Final = 80  # characters of a caller's own field name that an answer repeats
 
 _WHERE = re.compile(r"\$[^ `]{0,200}`")
@@ -96,6 +97,9 @@ class Shape:
         self.given = given
         self.limits = limits
         self.part = part or (command if given is None else part_of(command, given))
+        self._lists = frozenset(
+            info.encode_name for info in msgspec.structs.fields(command) if get_origin(info.type) is list
+        )
         self._check = _CHECKS.get(command)
         self._decode = msgspec.json.Decoder(self.part).decode
         self._scale = Scale(self.part, {name: most(limits) for name, most in _LISTS.get(command, {}).items()})
@@ -123,12 +127,19 @@ class Shape:
 
     def from_query(self, query: str, value: str | None = None) -> Command:
         """The command of a GET: each parameter is a field, none may be unknown or come twice."""
-        fields = _parameters(query) if query else {}
+        fields: dict[str, Any] = _parameters(query) if query else {}
+        return self._joined(self._converted(fields), value)
+
+    def from_form(self, body: bytes, value: str | None = None) -> Command:
+        """The command of a form of a page: as a query, but a field that is a list may come again and again."""
+        fields = _parameters(body.decode("latin-1"), self._lists, MAX_FORM_FIELDS)
+        return self._joined(self._converted(fields), value)
+
+    def _converted(self, fields: dict[str, Any]) -> Any:
         try:
-            part = msgspec.convert(fields, self.part, strict=False)
+            return msgspec.convert(fields, self.part, strict=False)
         except msgspec.ValidationError as fault:
             raise explain(str(fault), self.part) from None
-        return self._joined(part, value)
 
     def _joined(self, part: Any, value: str | None) -> Command:
         """`part` as it is, or with the field that the path gives put in."""
@@ -172,17 +183,21 @@ def path_value(name: str, value: str) -> str:
     return value
 
 
-def _parameters(query: str) -> dict[str, str]:
+def _parameters(query: str, lists: frozenset[str] = frozenset(), most: int = MAX_QUERY_FIELDS) -> dict[str, Any]:
+    """Names and values, each name once, but for those of `lists`."""
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY_FIELDS)
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=most)
     except ValueError:
-        message = f"The query is not readable: up to {MAX_QUERY_FIELDS} name=value pairs in percent-encoded UTF-8."
+        message = f"The query is not readable: up to {most} name=value pairs in percent-encoded UTF-8."
         raise refused("invalid_request", message, field="$") from None
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise invalid(f"$.{_shown(twice)}", "is given more than once. Give it once.")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in lists:
+            fields.setdefault(name, []).append(value)
+        elif name in fields:
+            raise invalid(f"$.{_shown(name)}", "is given more than once. Give it once.")
+        else:
+            fields[name] = value
     return fields
 
 

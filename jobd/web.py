@@ -325,7 +325,7 @@ class Web:
         if way.route.key:
             self._note_key(visit, way.route, body)
         if way.route.reads == "form":
-            return way.shape.from_query(body.decode("latin-1"), entry.value)
+            return way.shape.from_form(body, entry.value)
         command: Any = way.shape.from_body(body, entry.value)
         if way.names_worker:
             visit.by = f"worker:{command.worker}"

@@ -17,10 +17,12 @@ PAGES: Final = {
     "jobs": "/jobs",
     "job": "/jobs/video-004",
     "confirm": "/jobs/video-004/confirm?verb=force-reset",
+    "failures": "/failures",
     "queues": "/queues",
     "workers": "/workers",
     "alerts": "/alerts",
     "cleanup": "/cleanup",
+    "audit": "/audit",
     "docs": "/docs",
 }
 SCENES: Final = {"empty": lambda daemon: None, "busy": make_busy, "trouble": make_trouble}

@@ -28,7 +28,7 @@ PATHS = [
     "/queues",
     "/workers",
 ]
-PATHS += ["/alerts", "/cleanup", "/docs"]
+PATHS += ["/alerts", "/cleanup", "/audit", "/failures", "/docs"]
 
 
 # A browser takes two cores for itself: where others work beside it, it takes its time.
@@ -198,6 +198,36 @@ def test_a_deed_upon_a_job_that_has_moved_is_refused_on_its_page(page: Page, dae
     page.get_by_role("button", name="Fail").click()
     expect(page.get_by_role("alert")).to_contain_text("it is completed now. Nothing was done")
     expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
+
+
+def test_many_jobs_are_tried_again_by_a_plan(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_busy(daemon)
+    sign_in(page, daemon, path="/jobs?status=failed")
+    page.get_by_role("checkbox", name="Select video-003").check()
+    page.get_by_role("checkbox", name="Select video-013").check()
+    expect(page.locator("#picked")).to_contain_text("2 selected")
+    daemon.do("jobs", id="one-more", queue="video")
+    daemon.operator("POST", "force-fail", {"jobId": "one-more"})
+    expect(page.get_by_role("checkbox", name="Select one-more")).to_be_visible()
+    expect(page.get_by_role("checkbox", name="Select video-003")).to_be_checked()  # the page has renewed itself
+    page.get_by_label("Reason").fill("storage is back")
+    page.get_by_role("button", name="Make a plan").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Plan: retry 2 jobs")
+    expect(page.locator(".moves")).to_contain_text("2 failed → queued")
+    daemon.operator("DELETE", "jobs/video-013")
+    page.get_by_role("button", name="Retry 2 jobs").click()
+    expect(page.get_by_role("status").first).to_contain_text("It was done to 1 job.")
+    changed = page.get_by_role("region", name="Left alone, as they had changed").locator("tbody tr")
+    expect(changed).to_have_count(1)
+    expect(changed).to_contain_text("video-013")
+    page.goto(f"{daemon.url}/jobs/video-003")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("queued")
+    page.goto(f"{daemon.url}/jobs?queue=mail&status=queued")
+    page.get_by_role("combobox", name="Do", exact=True).select_option("cancel")
+    page.get_by_role("combobox", name="To", exact=True).select_option("all")
+    page.get_by_role("button", name="Make a plan").click()
+    expect(page.locator(".moves")).to_contain_text("queued → cancelled")
+    assert complaints == []
 
 
 def test_what_came_late_is_adopted(page: Page, daemon: Scene, complaints: list[str]) -> None:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import hashlib
 import html
+import itertools
 import json
 import os
 import re
+import shlex
 import time
 import tomllib
 from collections.abc import AsyncIterator
@@ -34,8 +36,10 @@ from jobd.dashboard.room import Dashboard
 from jobd.doors import FORM, Gate, own_names
 from jobd.downloads import Downloads
 from jobd.events import Change, Event
+from jobd.failures import Failures
 from jobd.job import Policy
 from jobd.keys import Keys
+from jobd.plans import Planner
 from tests import vendor
 from tests.http_help import TOKEN, Heard, House, Line, message, tls_pair
 from tests.memory_disk import MemoryDisk
@@ -43,7 +47,17 @@ from tests.memory_disk import MemoryDisk
 READER = "reader-token-0123456789abcdef"
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 NASTY = "<script>alert('x')</script>\x1b[31m\u202e&\""
-PAGES = ["/", "/jobs", "/jobs?status=processing&queue=video", "/queues", "/workers", "/cleanup", "/alerts", "/audit"]
+PAGES = [
+    "/",
+    "/jobs",
+    "/jobs?status=processing&queue=video",
+    "/queues",
+    "/workers",
+    "/cleanup",
+    "/alerts",
+    "/audit",
+    "/failures",
+]
 
 
 class Browser:
@@ -130,6 +144,9 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
     actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
     recorder = Recorder(clock.moment().now)
     actor.on_commit.append(recorder.note)
+    planner, known = Planner(actor, clock), Failures(disk, 1)
+    actor.on_commit.append(known.committed)
+    await known.run()
     running = asyncio.create_task(actor.run())
     gate = Gate("admin", tokens=[TOKEN], readers=[READER], hosts=own_names("127.0.0.1"))
     made: list[Town] = []
@@ -139,6 +156,11 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         routes = (*admin_api.ROUTES, *room.routes())
         admin = await stack.enter_async_context(House(routes, tmp_path, gate=gate, admin=True, actor=actor))
         actor.on_commit.append(admin.figures.feed.publish)
+        numbers = itertools.count(1)
+        admin.figures.make_plan = lambda asked: planner.make(asked, f"plan-{next(numbers)}")  # type: ignore[method-assign,assignment,return-value]
+        admin.figures.failures = known.view  # type: ignore[method-assign]
+        admin.figures.plan = planner.find  # type: ignore[method-assign]
+        admin.figures.apply_plan = planner.apply  # type: ignore[method-assign,assignment]
         admin.figures.clock = lambda: ClockView(clock.moment().now, not admin.figures.accepted, "30 days ahead")  # type: ignore[method-assign]
         made.append(Town(worker, admin, room))
         yield made[0]
@@ -678,6 +700,132 @@ async def test_a_deed_shows_from_and_to_and_is_done_once_confirmed(
     assert "done." not in text(await browser.get("/jobs/held")), "it is said once"
 
 
+# -- many jobs ---------------------------------------------------------------------------------------------------------
+
+
+async def failing(town: Town, *job_ids: str) -> None:
+    for job_id in job_ids:
+        lock = await town.held(job_id)
+        await town.do(f"jobs/{job_id}/fail", lock_id=lock, error_message="disk <full>")
+
+
+async def planned(browser: Browser, page: str, *ids: str, **fields: str) -> Heard:
+    """What comes of the form of many jobs on a page of jobs, with these jobs ticked."""
+    shown = text(await browser.get(page))
+    form = shown[shown.index('<form id="bulk"') :].partition("</form>")[0]
+    hidden = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', form))
+    ticked = re.findall(r'name="ids" value="([^"]+)" form="bulk"', shown)
+    assert set(ids) <= set(ticked)
+    given = {name: html.unescape(value) for name, value in hidden.items()}
+    pairs = [*given.items(), *(("ids", each) for each in ids), *fields.items()]
+    return await browser.house.ask("POST", "/plans", urlencode(pairs), browser._headers({"Content-Type": FORM}))
+
+
+async def test_selected_jobs_are_planned_shown_and_done_once(town: Town) -> None:
+    await failing(town, "a", "b", "c")
+    await town.do("jobs", id="waits")
+    browser = await town.browser()
+    heard = await planned(browser, "/jobs", "a", "b", "waits", action="retry", scope="selected", reason="<again>")
+    assert (heard.status, heard.headers["location"]) == (303, "/plans/plan-1")
+    heard = await browser.get("/plans/plan-1")
+    assert_safe(heard)
+    page = text(heard)
+    assert "Plan: retry 2 jobs" in page
+    assert re.search(r'<li>2 <span class="status failed">failed</span> .*<span class="status queued">', page)
+    assert "1 is left alone: Only failed and cancelled jobs are tried again." in page
+    assert "&lt;again&gt;" in page
+    assert re.findall(r'href="/jobs/([a-z]+)"', page) == ["a", "b", "waits"]
+    assert await town.status("a") == "failed", "nothing is done yet"
+    heard = await browser.post("/plans/plan-1/apply", csrf=await browser.csrf())
+    assert (heard.status, heard.headers["location"]) == (303, "/plans/plan-1")
+    page = text(await browser.get("/plans/plan-1"))
+    assert "It was done to 2 jobs." in page
+    assert "Done to 2 of 2 jobs" in page
+    assert "/apply" not in page
+    assert [await town.status(each) for each in ("a", "b", "c")] == ["queued", "queued", "failed"]
+    await browser.post("/plans/plan-1/apply", csrf=await browser.csrf())
+    assert "nothing was done this time" in text(await browser.get("/plans/plan-1"))
+    assert "plan-retry" in text(await browser.get("/audit"))
+
+
+async def test_all_that_match_are_planned_and_what_changed_meanwhile_is_told(town: Town) -> None:
+    await failing(town, *(f"job-{number:02}" for number in range(60)))
+    await town.do("jobs", id="other", queue="mail")
+    browser = await town.browser()
+    heard = await planned(browser, "/jobs?queue=video&status=failed&q=DISK", action="delete", scope="all")
+    assert "Plan: delete 60 jobs" in text(await browser.get(heard.headers["location"]))
+    await browser.confirmed("job-07", "force-reset")
+    await browser.confirmed("job-08", "delete")
+    heard = await browser.post("/plans/plan-1/apply", csrf=await browser.csrf())
+    page = text(await browser.get(heard.headers["location"]))
+    assert "Done to 58 of 60 jobs" in page
+    assert "2 had changed since the plan was made" in page
+    undone = page[page.index('id="h-undone"') :]
+    assert re.findall(r'href="/jobs/([a-z0-9-]+)"', undone) == ["job-08", "job-07"]
+    assert re.findall(r'class="status (\w+)">(\w+)<', undone) == [
+        ("failed", "failed"), ("failed", "gone"), ("failed", "failed"), ("queued", "queued"),
+    ]  # fmt: skip
+    assert await town.status("job-07") == "queued"
+    assert await town.status("other") == "queued"
+
+
+async def test_failures_are_grouped_by_their_error_and_a_group_is_tried_again(town: Town) -> None:
+    browser, reader = await town.browser(), await town.browser(READER)
+    assert "No job has failed" in text(await browser.get("/failures"))
+    for number in range(3):
+        lock = await town.held(f"job-{number}")
+        await town.do(f"jobs/job-{number}/fail", lock_id=lock, error_message=f"timeout <b> after {number} s")
+    await failing(town, "a")
+    page = text(await browser.get("/failures"))
+    groups = re.findall(r'<tr id="group-([0-9a-f]+)">(.*?)</tr>', page, re.DOTALL)
+    assert len(groups) == 2
+    assert "4 failed jobs" in page
+    fingerprint, shown = groups[0]
+    assert "timeout &lt;b&gt; after 2 s" in shown
+    assert f'<a href="/jobs?error={fingerprint}">3</a>' in shown
+    assert re.findall(r'href="/jobs/(job-\d)"', shown) == ["job-2", "job-1", "job-0"]
+    assert "Retry all" in shown
+    assert "Retry all" not in text(await reader.get("/failures"))
+    listed = text(await browser.get(f"/jobs?error={fingerprint}"))
+    assert re.findall(r'id="job-(job-\d)"', listed) == ["job-2", "job-1", "job-0"]
+    assert f'name="error" value="{fingerprint}"' in listed
+    form = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', shown))
+    heard = await browser.post("/plans", **form)
+    assert "Plan: retry 3 jobs" in text(await browser.get(heard.headers["location"]))
+    await browser.post(f"{heard.headers['location']}/apply", csrf=await browser.csrf())
+    page = text(await browser.get("/failures"))
+    assert "1 failed job," in page
+    assert fingerprint not in page
+    assert await town.status("job-1") == "queued"
+    assert (await browser.get("/jobs?error=x")).status == 400
+
+
+async def test_a_plan_needs_jobs_a_filter_that_is_one_and_who_may_change(town: Town) -> None:
+    await failing(town, "a")
+    browser, reader = await town.browser(), await town.browser(READER)
+    heard = await planned(browser, "/jobs", action="retry", scope="selected")
+    assert (heard.status, "No job is selected" in text(heard)) == (400, True)
+    for fields in ({"scope": "all", "queue": "a b"}, {"scope": "all", "since": "then"}, {"scope": "some"}):
+        heard = await browser.post("/plans", csrf=await browser.csrf(), action="retry", **fields)
+        assert heard.status == 400, fields
+        assert_safe(heard)
+    assert (await browser.post("/plans", csrf="x", action="retry", scope="all")).status == 403
+    heard = await browser.get("/plans/none")
+    assert (heard.status, "Make it anew" in text(heard)) == (404, True)
+    await planned(browser, "/jobs", "a", action="retry", scope="selected")
+    assert (await browser.post("/plans/plan-1/apply", csrf="x")).status == 403
+    page = text(await reader.get("/jobs"))
+    assert 'id="bulk"' not in page
+    assert 'name="ids"' not in page
+    assert "/apply" not in text(await reader.get("/plans/plan-1"))
+    for target in ("/plans", "/plans/plan-1/apply"):
+        fields = {"action": "retry", "scope": "all"} if target == "/plans" else {}
+        assert (await reader.post(target, csrf=await reader.csrf(), **fields)).status == 403
+    assert await town.status("a") == "failed"
+    await planned(browser, "/jobs?queue=none", action="cancel", scope="all")
+    assert "Nothing: no job that this can be done to was found" in text(await browser.get("/plans/plan-2"))
+
+
 async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
     locks = [await town.held()]
     for _ in range(2):
@@ -730,6 +878,42 @@ async def test_a_late_result_of_a_job_that_has_moved_is_not_adopted(town: Town) 
     heard = await browser.post("/jobs/held/do", csrf=csrf, verb="adopt", seen="queued", result="77")
     assert (heard.status, "late_result_not_found" in text(heard)) == (404, True)
     assert await town.status("held") == "queued"
+
+
+def test_each_deed_is_a_call_of_the_admin_api() -> None:
+    calls = {(route.method, route.path) for route in admin_api.ROUTES}
+    for deed in DEEDS.values():
+        method, _, path = deed.call.partition(" ")
+        assert (method, f"/admin/job-management/{path}") in calls
+
+
+@pytest.mark.parametrize("verb", sorted(DEEDS))
+async def test_the_call_of_a_deed_does_what_its_button_does(town: Town, verb: str) -> None:
+    """What the page shows for copying is a call as it is, but for what its reader has to put in."""
+    lock = await town.held()
+    if verb in ("run-now", "adopt", "delete"):
+        await town.again("held")
+        body = json.dumps({"lock_id": lock, "metadata": 1})
+        await town.worker.ask("POST", "/v1/jobs/held/complete", body)
+        await town.do("jobs/held/cancel")
+    if verb == "run-now":
+        await town.admin.ask("POST", "/admin/job-management/force-reset", '{"jobId": "held"}', AUTH)
+        later = json.dumps({"run_at": 4_000_000_000_000})
+        await town.admin.ask("POST", "/admin/job-management/jobs/held/update", later, AUTH)
+    browser = await town.browser()
+    page = text(await browser.get(f"/jobs/held/confirm?verb={verb}"))
+    words = shlex.split(html.unescape(re.findall(r'<code id="curl">(.*?)</code>', page)[0]))
+    assert words[:3] == ["curl", "-sS", "-X"]
+    assert lock not in page
+    sent = words[words.index("-d") + 1].replace("LOCK_ID", lock) if "-d" in words else None
+    target = words[-1].removeprefix("http://localhost")
+    heard = await town.admin.ask(words[3], target, sent, AUTH)
+    assert heard.status == 200, heard.json
+    timeline = await town.admin.ask("GET", "/admin/job-management/jobs/held/timeline", headers=AUTH)
+    if verb == "delete":
+        assert timeline.status == 404
+    else:
+        assert timeline.data["events"][-1]["by"] == "admin"
 
 
 async def test_a_job_is_run_now_and_a_finished_one_deleted(town: Town) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Literal
 
+import msgspec
 from msgspec import UNSET, Struct
 
 from jobd.answers import JobView
@@ -29,7 +30,8 @@ class Chosen(Struct, frozen=True):
 class Deed(Struct, frozen=True):
     """`to` is the status afterwards, None where it stays; `shell` is the same for a terminal, "" where there is none.
 
-    `wants_result`: it is about one of the job's late results, and its button is beside that.
+    `wants_result`: it is about one of the job's late results, and its button is beside that. `call`: method and path of
+    the same in the admin API; where that has no `{id}` the body names the job.
     """
 
     verb: Verb
@@ -43,6 +45,7 @@ class Deed(Struct, frozen=True):
     wants_result: bool = False
     is_grave: bool = False
     shell: str = ""
+    call: str = ""
 
 
 _ALL: Final = (
@@ -53,6 +56,7 @@ _ALL: Final = (
         frozenset({"queued"}),
         None,
         lambda on: RunNow(id=on.id),
+        call="POST jobs/{id}/run-now",
     ),
     Deed(
         "extend",
@@ -62,6 +66,7 @@ _ALL: Final = (
         None,
         lambda on: ExtendLock(id=on.id, lock_id=on.lock_id),
         wants_lock=True,
+        call="POST extend-lock",
     ),
     Deed(
         "release",
@@ -71,6 +76,7 @@ _ALL: Final = (
         "queued",
         lambda on: ReleaseLock(id=on.id, lock_id=on.lock_id),
         wants_lock=True,
+        call="POST release-lock",
     ),
     Deed(
         "force-reset",
@@ -83,6 +89,7 @@ _ALL: Final = (
         takes_reason=True,
         is_grave=True,
         shell="jobctl force-reset",
+        call="POST force-reset",
     ),
     Deed(
         "force-fail",
@@ -94,6 +101,7 @@ _ALL: Final = (
         takes_reason=True,
         is_grave=True,
         shell="jobctl force-fail",
+        call="POST force-fail",
     ),
     Deed(
         "cancel",
@@ -105,6 +113,7 @@ _ALL: Final = (
         takes_reason=True,
         is_grave=True,
         shell="jobctl cancel",
+        call="POST jobs/{id}/cancel",
     ),
     Deed(
         "delete",
@@ -114,6 +123,7 @@ _ALL: Final = (
         "gone",
         lambda on: Delete(id=on.id),
         is_grave=True,
+        call="DELETE jobs/{id}",
     ),
     Deed(
         "adopt",
@@ -125,6 +135,7 @@ _ALL: Final = (
         takes_reason=True,
         wants_result=True,
         shell="jobctl adopt",
+        call="POST jobs/{id}/adopt",
     ),
 )
 DEEDS: Final[dict[str, Deed]] = {deed.verb: deed for deed in _ALL}
@@ -144,6 +155,21 @@ def can(deed: Deed, job: JobView, now: int) -> bool:
     if deed.verb == "run-now" and job.run_at <= now:
         return False
     return job.status in deed.froms and (not deed.wants_lock or lock_id_of(job) != "")
+
+
+def curl(deed: Deed, on: Chosen, base: str) -> str:
+    """The deed as a call of curl; the lock's secret is left to who has it."""
+    method, _, path = deed.call.partition(" ")
+    body: dict[str, object] = {} if "{id}" in path else {"jobId": on.id}
+    if deed.wants_lock:
+        body["lockId"] = "LOCK_ID"
+    if deed.wants_result and on.result is not None:
+        body["result"] = on.result
+    if deed.takes_reason:
+        body["reason"] = "WHY"
+    sent = f" -H 'Content-Type: application/json' -d '{msgspec.json.encode(body).decode()}'" if body else ""
+    place = f"{base}/admin/job-management/{path.replace('{id}', on.id)}"
+    return f'curl -sS -X {method} -H "Authorization: Bearer $ADMIN_TOKEN"{sent} {place}'
 
 
 def seen(job: JobView) -> str:

@@ -17,13 +17,16 @@ from jobd.commands import Command, Search
 from jobd.dashboard.live import Live
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
 
-FILTERS: Final = ("status", "queue", "kind", "worker", "since", "until", "q")
+FILTERS: Final = ("status", "queue", "kind", "worker", "since", "until", "q", "error")
 _AGO: Final = re.compile(r"([0-9]{1,6})\s*(s|min|m|h|d)")
 _UNITS: Final = {"s": SECOND_MS, "m": MINUTE_MS, "min": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
 
 
 class JobFilter(Command, frozen=True, kw_only=True):
-    """`since` and `until` are of the creation: 2026-11-26 10:00 in UTC, or how long ago it was, as in 2h."""
+    """`since` and `until` are of the creation: 2026-11-26 10:00 in UTC, or how long ago it was, as in 2h.
+
+    `error` is the fingerprint of a group of failures.
+    """
 
     status: str = ""
     queue: str = ""
@@ -32,6 +35,7 @@ class JobFilter(Command, frozen=True, kw_only=True):
     since: str = ""
     until: str = ""
     q: str = ""
+    error: str = ""
 
 
 class JobsPage(JobFilter, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from msgspec import Struct
 from jobd.answers import Answer
 from jobd.bodies import refused
 from jobd.commands import Refusal
+from jobd.dashboard.paint import go_to
 from jobd.dashboard.sessions import Session, Sessions, Told
 from jobd.doors import Access
 from jobd.visits import Visit, operator_of
@@ -82,6 +83,13 @@ def guest_of(site: Web, visit: Visit, sessions: Sessions) -> Guest | None:
             visit.operator = operator_of(visit, "" if guest.session is None else guest.session.name)
             visit.by = visit.operator.by
     return guest
+
+
+def go_on(guest: Guest, place: str, message: str = "") -> Answer:
+    """Done: on to a page, which says so. A reload of it does nothing again."""
+    if message:
+        guest.tell(message)
+    return Answer(go_to(place), status=303)
 
 
 def cookie(visit: Visit) -> str:

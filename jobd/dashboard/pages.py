@@ -43,7 +43,7 @@ from jobd.commands import (
     Why,
     Workers,
 )
-from jobd.dashboard.deeds import DEEDS, Deed, Verb, can, open_to, seen
+from jobd.dashboard.deeds import DEEDS, Chosen, Deed, Verb, can, curl, open_to, seen
 from jobd.dashboard.filters import JobsPage, address, given, moment_of, search
 from jobd.dashboard.guests import Guest
 from jobd.dashboard.paint import pretty
@@ -57,6 +57,8 @@ MOST_ROWS: Final = 200  # of queues and damaged jobs
 MOST_HELD: Final = 100  # of workers and of locks
 MOST_EVENTS: Final = 200
 MOST_REPORTS: Final = 50
+MOST_GROUPS: Final = 100  # of failures
+ACTIONS: Final = {"retry": "Retry", "cancel": "Cancel", "force-fail": "Fail", "delete": "Delete"}  # on many jobs
 DEEDS_KEPT: Final = (
     "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
     "delete", "pause", "resume", "import", "recover-stuck", "cleanup", "accept-clock", "backup",
@@ -134,7 +136,7 @@ def strip(guest: Guest, queues: QueueList) -> Shown:
 
 async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
     shown: Shown = {"wanted": wanted, "statuses": STATUSES, "page": JobPage([], None), "fault": "", "next": ""}
-    shown["is_filtered"] = bool(given(wanted))
+    shown |= {"filters": given(wanted), "actions": ACTIONS if guest.may_change else {}}
     try:
         command = search(wanted, guest.now, PER_PAGE)
     except Refused as no:
@@ -190,9 +192,11 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
     view: JobView
     view, queues = await asked(guest, Get(id=wanted.id), Queues())
     deed: Deed = DEEDS[wanted.verb]
+    late = await _late_result(guest, wanted) if deed.wants_result else None
     return {
         "job": view,
-        "late": await _late_result(guest, wanted) if deed.wants_result else None,
+        "late": late,
+        "curl": curl(deed, Chosen(wanted.id, result=None if late is None else late.seq), base_url(guest)),
         "deed": deed,
         "can": can(deed, view, guest.now),
         "seen": seen(view),
@@ -208,6 +212,11 @@ async def _late_result(guest: Guest, wanted: ConfirmPage) -> LateResultView:
         if wanted.result in (None, late.seq):
             return late
     raise refused("late_result_not_found", f"Job {wanted.id} has no such late result (any more).")
+
+
+async def failures(guest: Guest) -> Shown:
+    [queues] = await asked(guest, Queues())
+    return {"found": guest.site.rooms.failures(MOST_GROUPS), **strip(guest, queues)}
 
 
 async def queues(guest: Guest, recorder: Recorder) -> Shown:

@@ -19,12 +19,12 @@ from msgspec import Meta
 
 from jobd.answers import Answer, JobView
 from jobd.bodies import Refused, refused
-from jobd.commands import Command, Get, OnJob, Pause, Refusal, Resume
-from jobd.dashboard import pages
+from jobd.commands import Command, Get, OnJob, OnPlan, Pause, Refusal, Resume
+from jobd.dashboard import bulk, pages
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of, seen
 from jobd.dashboard.filters import JobsPage, job_wanted, news_of_jobs
-from jobd.dashboard.guests import Guest, cookie, guest_of, set_cookie
+from jobd.dashboard.guests import Guest, cookie, go_on, guest_of, set_cookie
 from jobd.dashboard.live import Live, news_at, stream
 from jobd.dashboard.paint import HEADERS, HTML, Painter, go_to
 from jobd.dashboard.recorder import Recorder
@@ -118,6 +118,10 @@ class Dashboard:
             self._page("/jobs/{id}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),
             self._form("/jobs/{id}/do", DeedForm, self._do),
             self._open("GET", "/jobs/{id}/artefact", Artefact, self._artefact),
+            self._form("/plans", bulk.PlanForm, bulk.make),
+            self._page("/plans/{plan_id}", OnPlan, "plan", "Plan", bulk.show, every_s=0),
+            self._form("/plans/{plan_id}/apply", bulk.ApplyForm, bulk.apply),
+            self._page("/failures", Nothing, "failures", "Failures", lambda guest, _: pages.failures(guest)),
             self._page("/queues", Nothing, "queues", "Queues", lambda guest, _: pages.queues(guest, recorder)),
             self._form("/queues/{name}/pause", QueueForm, self._pause),
             self._form("/queues/{name}/resume", QueueForm, self._resume),
@@ -293,8 +297,8 @@ class Dashboard:
         if isinstance(done, Refusal):
             return await self._job_refused(guest, job_id, done)
         if deed.verb == "delete":
-            return _and_go(guest, "/jobs", f"Job {job_id} was deleted.")
-        return _and_go(guest, f"/jobs/{job_id}", f"{deed.label}: done. {job.status} \u2192 {deed.to or job.status}")
+            return go_on(guest, "/jobs", f"Job {job_id} was deleted.")
+        return go_on(guest, f"/jobs/{job_id}", f"{deed.label}: done. {job.status} \u2192 {deed.to or job.status}")
 
     async def _job_refused(self, guest: Guest, job_id: str, refusal: Refusal) -> Answer | Refusal:
         """The job's page with what the actor said no to."""
@@ -315,7 +319,7 @@ class Dashboard:
 
     async def _on_queue(self, guest: Guest, command: Command, message: str) -> Answer | Refusal:
         done = await guest.ask(command)
-        return done if isinstance(done, Refusal) else _and_go(guest, "/queues", message)
+        return done if isinstance(done, Refusal) else go_on(guest, "/queues", message)
 
     async def _run_cleanup(self, guest: Guest, asked: Form) -> Answer:
         await guest.note("cleanup")
@@ -324,7 +328,7 @@ class Dashboard:
             f"The pass took {report.total_processing_time} ms: {report.stuck_jobs_recovered} recovered, "
             f"{report.expired_jobs_deleted} deleted, {report.validation_issues_fixed} issues fixed."
         )
-        return _and_go(guest, "/cleanup", message)
+        return go_on(guest, "/cleanup", message)
 
     async def _recover(self, guest: Guest, asked: Form) -> Answer | Refusal:
         done = await guest.site.rooms.recover_stuck(in_parts(guest.visit.operator))
@@ -333,18 +337,12 @@ class Dashboard:
         message = (
             f"{done.recovered_jobs} stuck jobs recovered: {done.reset_jobs} queued again, {done.failed_jobs} failed."
         )
-        return _and_go(guest, "/cleanup", message)
+        return go_on(guest, "/cleanup", message)
 
     async def _accept_clock(self, guest: Guest, asked: Form) -> Answer:
         await guest.site.rooms.accept_clock()
         await guest.note("accept-clock")
-        return _and_go(guest, "/alerts", "The clock is taken as right: jobs are deleted by age again.")
-
-
-def _and_go(guest: Guest, place: str, message: str) -> Answer:
-    """Done: on to a page that says so. A reload of it does nothing again."""
-    guest.tell(message)
-    return Answer(go_to(place), status=303)
+        return go_on(guest, "/alerts", "The clock is taken as right: jobs are deleted by age again.")
 
 
 def is_renewal(visit: Visit) -> bool:

@@ -7,7 +7,7 @@
   // Nodes that a script fills, and details that somebody has opened, stay as they are when a page renews itself.
   if (window.Idiomorph) {
     Idiomorph.defaults.callbacks.beforeNodeMorphed = (old) => !(old.dataset && "keep" in old.dataset);
-    Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) => !(name === "open" && node.tagName === "DETAILS");
+    Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) => !(name === "open" && node.tagName === "DETAILS") && name !== "checked";
   }
 
   // -- the daemon does not answer -------------------------------------------------------------------------------------
@@ -62,6 +62,23 @@
   document.addEventListener("submit", (event) => {
     for (const button of event.target.querySelectorAll("button")) button.disabled = true;
   });
+
+  // -- jobs that are picked -------------------------------------------------------------------------------------------
+  const picked = find("picked");
+  const words = picked ? picked.textContent : "";
+  const tell = () => {
+    if (!picked) return;
+    const boxes = [...document.querySelectorAll("input[name=ids]")];
+    const count = boxes.filter((box) => box.checked).length;
+    picked.textContent = count ? `${count} selected. ${words}` : words;
+    const all = document.querySelector("[data-pick-all]");
+    if (all) [all.checked, all.indeterminate] = [count > 0 && count === boxes.length, count > 0 && count < boxes.length];
+  };
+  document.addEventListener("change", (event) => {
+    if (event.target.matches("[data-pick-all]")) for (const box of document.querySelectorAll("input[name=ids]")) box.checked = event.target.checked;
+    if (event.target.matches("[data-pick-all], input[name=ids]")) tell();
+  });
+  document.body.addEventListener("htmx:afterSettle", tell);
   addEventListener("pageshow", () => {
     for (const button of document.querySelectorAll("button:disabled")) button.disabled = false;
   });

@@ -1,0 +1,97 @@
+"""What is done to many jobs: planned from the page of jobs, shown, applied. Plans themselves are kept by the daemon.
+
+Does nothing to a job: it asks for a plan, and for its being applied.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final, Literal
+
+import msgspec
+
+from jobd.answers import Answer, PlanView, QueueList
+from jobd.bodies import Refused, explain, refused
+from jobd.commands import Filter, MakePlan, OnPlan, PlanAction, Queues, Refusal
+from jobd.dashboard.filters import JobFilter, chosen
+from jobd.dashboard.guests import Guest, go_on
+from jobd.dashboard.pages import ACTIONS, Shown, asked, strip
+from jobd.job import JobId, Text
+
+MOST_SHOWN: Final = 200
+SAYS: Final[dict[str, str]] = {
+    "retry": "Failed and cancelled jobs wait again as if they were new: no attempts, no stalls, no error, due now.",
+    "cancel": "Queued and processing jobs end as cancelled. Who holds one is told to stop with the next call.",
+    "force-fail": "Queued and processing jobs end as failed, with the reason as error. Who holds one has lost it.",
+    "delete": "Finished jobs and their history are gone for good.",
+}
+GRAVE: Final = frozenset({"cancel", "force-fail", "delete"})
+
+
+class PlanForm(JobFilter, frozen=True, kw_only=True):
+    """`scope`: the jobs of `ids`, or all that the filters find."""
+
+    action: PlanAction
+    scope: Literal["selected", "all"]
+    ids: list[JobId] = msgspec.field(default_factory=list)
+    reason: Text = ""
+    csrf: str = ""
+
+
+class ApplyForm(OnPlan, frozen=True, kw_only=True):
+    csrf: str = ""
+
+
+async def make(guest: Guest, form: PlanForm) -> Answer | Refusal:
+    """A plan, and on to its page. Nothing is done yet."""
+    found = await guest.site.rooms.make_plan(_wanted(guest, form))
+    return found if isinstance(found, Refusal) else go_on(guest, f"/plans/{found.plan_id}")
+
+
+def _wanted(guest: Guest, form: PlanForm) -> MakePlan:
+    reason = form.reason.strip() or None
+    if form.scope == "all":
+        try:
+            return MakePlan(action=form.action, filter=msgspec.convert(chosen(form, guest.now), Filter), reason=reason)
+        except msgspec.ValidationError as fault:
+            raise explain(str(fault), Filter) from None
+    if not form.ids:
+        raise refused("invalid_request", "No job is selected: tick some, or choose all that match.", field="$.ids")
+    return MakePlan(action=form.action, ids=form.ids, reason=reason)
+
+
+async def show(guest: Guest, wanted: OnPlan) -> Shown:
+    """The page of a plan: what it would do, or what became of it."""
+    found = guest.site.rooms.plan(wanted.plan_id)
+    if isinstance(found, Refusal):
+        raise Refused(found)
+    plan: PlanView = found
+    queues: QueueList
+    [queues] = await asked(guest, Queues())
+    result = plan.result
+    return {
+        "plan": plan,
+        "label": ACTIONS[plan.action],
+        "says": SAYS[plan.action],
+        "is_grave": plan.action in GRAVE,
+        "moves": Counter((job.from_, job.to) for job in plan.jobs).most_common(),
+        "jobs": plan.jobs[:MOST_SHOWN],
+        "skipped": plan.skipped[:MOST_SHOWN],
+        "whys": Counter(job.why for job in plan.skipped).most_common(20),
+        "undone": [] if result is None else [*result.changed, *result.refused][:MOST_SHOWN],
+        "undone_count": 0 if result is None else len(result.changed) + len(result.refused),
+        "most": MOST_SHOWN,
+        **strip(guest, queues),
+    }
+
+
+async def apply(guest: Guest, form: ApplyForm) -> Answer | Refusal:
+    """Do what the plan says, and on to its page, which tells what became of it."""
+    operator = guest.visit.operator
+    assert operator is not None  # who may change something is one
+    done = await guest.site.rooms.apply_plan(form.plan_id, operator)
+    if isinstance(done, Refusal):
+        return done
+    jobs = f"{done.applied} {'job' if done.applied == 1 else 'jobs'}"
+    said = "It had been applied before; nothing was done this time." if done.repeated else f"It was done to {jobs}."
+    return go_on(guest, f"/plans/{form.plan_id}", said)
