@@ -142,9 +142,10 @@ def _is_of_another(row: Row, id_: str) -> bool:
 
 def _lost(tables: Tables, id_: str, reason: str) -> str:
     """Name a job whose row cannot even be moved aside."""
-    tables.quarantined[id_] = reason
-    tables.aside.append(Aside(id_, reason, is_moved=False))
-    tables.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
+    if tables.quarantined.get(id_) != reason:
+        tables.quarantined[id_] = reason
+        tables.tell_aside(Aside(id_, reason, is_moved=False))
+        tables.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
     return reason
 
 

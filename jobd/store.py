@@ -90,7 +90,7 @@ class Store:
         self.on_aside: Callable[[Aside], None] = lambda aside: None
         self._committing = threading.Event()
         tables.at_commit = self._committing.set
-        self._told_aside = len(tables.aside)  # those of the start are told by what it found
+        self._told_aside = tables.asides  # those of the start are told by what it found
         self._closing = threading.Event()
         self._beside = asyncio.Lock()
 
@@ -163,7 +163,7 @@ class Store:
                 self.on_broken(error)
             raise
         finally:
-            while self._told_aside < len(self._tables.aside):
+            while self._told_aside < self._tables.asides:
                 self._told_aside += 1
                 self.on_aside(self._tables.aside[self._told_aside - 1])
 

@@ -158,7 +158,8 @@ class Tables:
         self._rebuilding = False
         # Of each grant made or heard of since the start: seq of its event, signs of life since the last thinning.
         self._signs: dict[int, tuple[int, int]] = {}
-        self.aside: list[Aside] = []  # all that was set aside, in order
+        self.asides = 0  # jobs that were set aside
+        self.aside: dict[int, Aside] = {}  # by number; those that every batch to come knows of are dropped
         self.unmoved: dict[int, str] = {}  # seq -> reason, of jobs whose damaged rows could not be moved
         self._crowded: set[int] = set()  # jobs whose journals are to be thinned after this batch
 
@@ -290,6 +291,8 @@ class Tables:
     def write(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
         """Commit `batch`, whose counts know of the first `told_aside` jobs of `aside`; gives the asked payloads."""
         shown = self.commit(self._apply, batch, told_aside)
+        for number in [number for number in self.aside if number < told_aside]:
+            del self.aside[number]
         for job_seq in self._crowded:
             # In a transaction of its own: it is no part of the promise and must not undo it.
             with contextlib.suppress(DiskFull, CannotMove):
@@ -303,7 +306,7 @@ class Tables:
             self._write_jobs(batch.changes)
             self._write_events(batch.changes)
         if batch.queues:
-            self._write_queues(batch.queues, self.aside[told_aside:])
+            self._write_queues(batch.queues, [self.aside[number] for number in range(told_aside, self.asides)])
         self._write_rest(batch)
         self.numbers = batch.numbers
         self.marked = self.marked and not batch.unmark
@@ -346,12 +349,19 @@ class Tables:
                 self._signs.pop(event.job_seq, None)
 
     def note_aside(self, job_seq: int, aside: Aside) -> None:
-        """Damaged rows of that job were met, and moved or not."""
-        self.aside.append(aside)
+        """Damaged rows of that job were met, and moved or not. Of one that still cannot be nobody is told again."""
         if aside.is_moved:
             self.unmoved.pop(job_seq, None)
+        elif self.unmoved.get(job_seq) == aside.reason:
+            return
         else:
             self.unmoved[job_seq] = aside.reason
+        self.tell_aside(aside)
+
+    def tell_aside(self, aside: Aside) -> None:
+        """To be told to `Disk.on_aside`."""
+        self.aside[self.asides] = aside
+        self.asides += 1  # last: the event loop looks at it from its own thread
 
     def _thin(self, job_seq: int) -> None:
         begin, _ = self._signs.get(job_seq, (0, 0))
