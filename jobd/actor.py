@@ -19,7 +19,7 @@ from jobd import late_rules
 from jobd.answers import Answer, Grants
 from jobd.batch import Aside, BadRows, Disk, DiskFull
 from jobd.book import Book
-from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Operator, Refusal, Undelivered
+from jobd.commands import AnyCommand, Call, Claim, Complete, KeyUse, Moment, Operator, Refusal, Undelivered
 from jobd.deciding import Decider, Known, Plan
 from jobd.envelope import Asked, Waiter, deleted_ids, named_ids, needs_payload_first, share, weight
 from jobd.events import Change
@@ -33,6 +33,7 @@ from jobd.parked import Parked
 log = structlog.get_logger("jobd.actor")
 
 BATCH_WEIGHT: Final = 1_000  # commands of one batch, bulk creates and claims counted by their jobs
+LATE_WEIGHT: Final = 50  # of a complete without a live grant: the journal of its job is looked through, before all else
 TELL_LATER: Final = 64  # where at most so many commands wait, they go to the disk before the last answers leave
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -280,7 +281,9 @@ class Actor:
         while self._mailbox and weights < BATCH_WEIGHT:
             asked = self._mailbox.popleft()
             self._bytes -= asked.size
-            weights += weight(asked.call.command)
+            command = asked.call.command
+            is_late = type(command) is Complete and late_rules.is_late(self.book, command)
+            weights += LATE_WEIGHT if is_late else weight(command)
             batch.append(asked)
         return batch
 

@@ -1650,6 +1650,36 @@ def test_a_damaged_row_that_stays_is_counted_as_on_the_disk_whatever_becomes_of_
     test()
 
 
+class Counting(MemoryDisk):
+    """Counts of how many jobs late results are asked for at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    async def late(self, asked: list[LateAsked]) -> LateKnown:
+        self.asked.append(len(asked))
+        return await super().late(asked)
+
+
+@in_virtual_time
+async def test_late_completes_weigh_what_their_look_into_the_journal_costs() -> None:
+    """A thousand of them would hold one batch, and all who wait behind it, for 165 ms."""
+    disk = Counting()
+    async with household(disk) as house:
+        locks: dict[str, str] = {}
+        for number in range(100):
+            name = f"job-{number}"
+            await house.yes(Create(id=name))
+            locks[name] = (await house.yes(Start(id=name, worker="w"))).lock_id
+            await house.yes(ForceReset(id=name))
+            await house.yes(Start(id=name, worker="w"))
+        tasks = fill(house, [Complete(id=name, lock_id=lock_id, file_path="/f") for name, lock_id in locks.items()])
+        answers = [await task for task in tasks]
+        assert all(answer.code == "lock_lost" and "late_result" in answer.details for answer in answers)
+        assert disk.asked == [20] * 5
+
+
 @in_virtual_time
 async def test_a_payload_that_is_gone_without_a_reason_ends_everything() -> None:
     house = Household()
