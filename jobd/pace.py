@@ -74,17 +74,25 @@ class Pace(Struct):
 
 
 class Paces(Struct):
-    """The kinds that completed jobs last. A kind that is new, where there are enough, takes the place of the oldest."""
+    """The kinds that completed jobs last, in that order.
+
+    Where there are enough, one that is new takes the place of the first, if that has been silent for a slot; else it is
+    passed over. So many kinds in turn do not push each other out before anything is known of any.
+    """
 
     kinds: dict[str, Pace] = field(default_factory=dict)
 
     def add(self, kind: str, at: int, ms: int) -> None:
         """One job of `kind` completed at wall time `at`, `ms` after its grant."""
-        pace = self.kinds.get(kind)
+        pace = self.kinds.pop(kind, None)
         if pace is None:
             if len(self.kinds) >= KINDS_KEPT:
-                del self.kinds[min(self.kinds, key=lambda kept: self.kinds[kept].last)]
-            pace = self.kinds[kind] = Pace()
+                oldest = next(iter(self.kinds))
+                if abs(at - self.kinds[oldest].last) < SLOT_MS:
+                    return
+                del self.kinds[oldest]
+            pace = Pace()
+        self.kinds[kind] = pace
         pace.add(at, ms)
 
     def view(self, now: int) -> list[KindPace]:

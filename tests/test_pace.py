@@ -152,12 +152,28 @@ def test_kinds_are_bounded_and_those_at_work_stay(monkeypatch: pytest.MonkeyPatc
     assert KINDS_KEPT == 100
     monkeypatch.setattr(pace_module, "KINDS_KEPT", 2)
     paces = Paces()
-    for minute, kind in enumerate(("film", "mail", "film", "once", "film", "once more")):
-        paces.add(kind, HOUR + minute, 10)
-    assert {kind: pace.completed for kind, pace in zip(paces.kinds, paces.view(HOUR), strict=True)} == {
-        "film": 3,
-        "once more": 1,
-    }
+    for slot, kind in enumerate(("film", "mail", "film", "once", "film", "once more")):
+        paces.add(kind, HOUR + slot * SLOT_MS // 2, 10)
+    assert list(paces.kinds) == ["film", "once more"]
+    assert {pace.kind: pace.completed for pace in paces.view(HOUR + 5 * SLOT_MS // 2)} == {"film": 3, "once more": 1}
+
+
+def test_many_kinds_in_turn_do_not_push_each_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than are kept, each at work again and again: what is usual is learned of those that were first."""
+    monkeypatch.setattr(pace_module, "KINDS_KEPT", 4)
+    paces = Paces()
+    hours = HOURS_NEEDED + 1
+    for step in range(hours * 6 * SAMPLES_NEEDED):
+        paces.add(f"kind {step % 6}", HOUR + step * (HOUR_MS // (6 * SAMPLES_NEEDED)), 100)
+    now = HOUR + hours * HOUR_MS - 1
+    seen = paces.view(now)
+    assert sorted(pace.kind for pace in seen) == ["kind 0", "kind 1", "kind 2", "kind 3"]
+    assert all(pace.usual_ms is not None for pace in seen)
+    paces.add("new", now + SLOT_MS + 1, 100)
+    assert list(paces.kinds)[-1] == "new"
+    paces.add("of before a step back of the clock", HOUR - DAY_MS, 100)
+    assert len(paces.kinds) == 4
+    assert "of before a step back of the clock" in paces.kinds
 
 
 def test_paces_are_kept_as_json() -> None:
