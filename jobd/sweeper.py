@@ -136,7 +136,10 @@ class Sweeper:
         whose = _leave if named else partial(judge, tombstone, self._margins, now)
         try:
             async with asyncio.timeout(CALL_S):
-                return End(tombstone, await self._store.delete(tombstone.key, whose))
+                outcome = await self._store.delete(tombstone.key, whose)
+            if named and outcome.what == "left" and outcome.modified_at:  # else the store itself says why
+                outcome = replace(outcome, why="another job names its key")
+            return End(tombstone, outcome)
         except TimeoutError:
             return End(tombstone, None, f"{self._store.place} has not answered for {CALL_S:g} s.")
         except StoreFault as fault:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from jobd.artefacts import MARGINS, StoreFault
 from jobd.batch import PUT_OFF_MS, DiskFull, Due
@@ -136,8 +137,10 @@ async def test_a_key_that_another_job_names_stays_until_its_last_job_goes() -> N
     async with sweeping() as at:
         await at.done("a", "shared")
         await at.done("b", "shared")
-        await at.delete("a")
-        await until(lambda: at.sweeps.left == 1)
+        with capture_logs() as lines:
+            await at.delete("a")
+            await until(lambda: at.sweeps.left == 1)
+        assert [line["why"] for line in lines if line["event"] == "artefact_left"] == ["another job names its key"]
         assert "shared" in at.store.objects
         assert not at.house.disk.tombstones
         await at.delete("b")
