@@ -1,4 +1,4 @@
--- The tables of a store, schema version 6: what every row holds.
+-- The tables of a store as migrations.py has them at its VERSION: what every row holds.
 -- No rule of a job is written here: which values make sense is judged by validation.py, so that a bad row can be read.
 --
 -- `crc` is the CRC-32 of all other columns of its row (rows.py). Times named *_at are Unix milliseconds,

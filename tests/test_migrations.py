@@ -46,6 +46,12 @@ def next_version(monkeypatch: pytest.MonkeyPatch) -> int:
     return version
 
 
+def test_the_head_of_the_schema_names_no_version_that_grows_old() -> None:
+    head, table, _ = Path(migrations.__file__).with_name("schema.sql").read_text("utf-8").partition("CREATE TABLE")
+    assert table
+    assert not re.search(r"version [0-9]", head)
+
+
 def test_there_is_a_step_for_every_older_version() -> None:
     assert sorted(migrations.MIGRATIONS) == list(range(1, migrations.VERSION))
 
