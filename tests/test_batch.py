@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from jobd.batch import Batch, Numbers, Opened, QueueRow, Tombstone, tombstones
+from jobd.batch import (
+    Aside,
+    Audited,
+    Batch,
+    Due,
+    JournalPage,
+    Numbers,
+    Opened,
+    Query,
+    QueueRow,
+    Tombstone,
+    tombstones,
+)
 from jobd.job import Job, Options, Result, Untouched
 from tests.by_hand import Maker
 
@@ -23,7 +35,24 @@ def test_a_file_is_full_or_marked_only_where_that_is_said_and_keeps_its_mark_unt
     assert (found.full, found.marked, Batch([], Numbers()).unmark) == (False, False, False)
 
 
+def test_nothing_is_damaged_or_left_over_unless_that_is_said() -> None:
+    assert (Opened(Numbers()).tombstones, Due([]).damaged) == (0, 0)
+    assert Aside("a", "its checksum is wrong").is_moved
+    assert not JournalPage([], 0, 0).more
+
+
+def test_a_deed_is_done_and_changed_no_job_unless_that_is_said() -> None:
+    deed = Audited(1, "eve", "unix", "pause")
+    assert (deed.outcome, deed.jobs) == ("done", 0)
+
+
+def test_a_page_has_payloads_and_is_slow_only_where_a_text_is_looked_for() -> None:
+    assert Query().payloads
+    assert [Query().is_slow, Query(text="").is_slow, Query(text="t").is_slow] == [False, True, True]
+
+
 def test_a_queue_without_finished_jobs_stays_at_none() -> None:
+    assert QueueRow(failed=2).without("failed") == QueueRow(failed=1)
     assert QueueRow(failed=1).without("failed").without("failed") == QueueRow()
 
 
@@ -38,5 +67,6 @@ def test_only_the_deletion_of_a_job_that_names_an_object_leaves_a_tombstone() ->
     deleted = [maker.delete(change.after) for change in (named, *others) if change.after is not None]
     assert tombstones([named, *others, maker.queue_event("video", True)]) == []
     assert tombstones(deleted) == [Tombstone(named.after.seq, "named", "k/1", maker.now, maker.now)]
+    assert tombstones(deleted)[0].tries == 0
     again = replace(named, before=replace(named.after, result=Result(storage_key="")))
     assert tombstones([replace(again, after=None)])[0].key == ""

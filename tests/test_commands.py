@@ -9,18 +9,24 @@ import pytest
 from msgspec import Raw
 
 from jobd.commands import (
+    Adopt,
+    AuditLog,
     Bulk,
     Call,
     Claim,
     Complete,
     Create,
+    Export,
     Extend,
     Fail,
     ForceFail,
     Import,
     List,
+    Locks,
     Moment,
+    Operator,
     Progress,
+    Search,
     Start,
     Transition,
     Update,
@@ -60,6 +66,9 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (List, {}, "status", ["queued", "processing", "completed", "failed", "cancelled"], ["", "odd"]),
     (List, {}, "limit", [1, 200], [0, 201]),
     (List, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1", "1 "]),
+    (Search, {}, "since", [0, 10**15], [-1, 10**15 + 1]),
+    (Search, {}, "until", [0, 10**15], [-1, 10**15 + 1]),
+    (Search, {}, "q", ["t", LONG], ["", "x" * 201]),
     (Start, {"id": "a"}, "worker", ["w", LONG, "a b"], ["", "x" * 201, "a\n", "\x00", "\x1f", "\x7f"]),
     (Start, START, "lock_ttl_ms", [1_000, DAY_MS], [999, DAY_MS + 1]),
     (Start, START, "stuck_after_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
@@ -79,6 +88,16 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (Transition, MOVED, "updates", [{"error_message": "e"}, {"error_message": TEXT}], [{"error_message": ""}]),
     (Transition, MOVED, "updates", [{"priority": 1}], [{"error_message": TEXT + "x"}, {"status": "queued"}]),
     (Update, {"id": "a"}, "max_attempts", [1, 1_000], [0, 1_001]),
+    (Adopt, {"id": "a"}, "result", [1, 10**12], [0, -1]),
+    (Export, {}, "limit", [1, 200], [0, 201]),
+    (Export, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1"]),
+    (AuditLog, {}, "who", ["w", "x" * 64], ["", "x" * 65]),
+    (AuditLog, {}, "what", ["w", "x" * 40], ["", "x" * 41]),
+    (AuditLog, {}, "since", [0, 10**15], [-1, 10**15 + 1]),
+    (AuditLog, {}, "limit", [1, 200], [0, 201]),
+    (AuditLog, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1"]),
+    (Locks, {}, "limit", [1, 200], [0, 201]),
+    (Locks, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1"]),
     (Import, {"id": "a"}, "attempt", [0, 1_000], [-1, 1_001]),
     (Import, {"id": "a"}, "stalls", [0, 1_000], [-1, 1_001]),
 ]
@@ -112,11 +131,16 @@ def test_what_is_meant_where_nothing_is_said() -> None:
     claim = Claim(worker="w")
     assert (claim.queues, claim.kinds, claim.limit, claim.wait_ms) == (["default"], None, 1, 0)
     assert claim.queues is not Claim(worker="w").queues
-    assert List().limit == 50
+    assert (List().limit, Search().limit, AuditLog().limit, Export().limit, Locks().limit) == (50, 50, 50, 200, None)
     assert Fail(id="a", lock_id="l", error_message="e").retry is True
     assert Transition(id="a", from_="queued", to="failed").updates == Updates()
     call = Call(claim)
     assert (call.by, call.seed, call.admin) == ("client", b"", False)
+
+
+def test_an_operator_without_a_name_is_called_admin() -> None:
+    eve, nobody = Operator("eve", "10.0.0.7"), Operator("", "10.0.0.7")
+    assert [(who.who, who.by) for who in (eve, nobody)] == [("eve", "admin:eve"), ("admin", "admin")]
 
 
 def test_times_in_both_clocks() -> None:

@@ -30,15 +30,16 @@ MIRRORS: Final[dict[str, tuple[str, ...]]] = {
     "steps": ("rules",),
     "draft": ("draft", "rules"),
     "why": ("why",),
+    "audit": ("audit",),
     "keys": ("keys",),
 }
 MODULES: Final = tuple(MIRRORS)
 
 # All tests of the first level: in one process, quick, and the same each time.
 NEAR: Final = (
-    "rules", "late_rules", "book", "orders", "live_jobs", "figures", "overlaps", "pace", "validation", "why", "keys",
-    "envelope", "events", "job", "draft", "views", "batch", "commands", "bodies", "rows", "actor", "cleanup", "alerts",
-    "worker_api", "admin_api",
+    "rules", "late_rules", "book", "orders", "live_jobs", "figures", "overlaps", "pace", "validation", "why", "audit",
+    "keys", "envelope", "events", "job", "draft", "views", "batch", "commands", "bodies", "rows", "actor", "cleanup",
+    "alerts", "worker_api", "admin_api",
 )  # fmt: skip
 
 # Beside them, some of files that need a daemon for their others.
@@ -48,6 +49,7 @@ ALONE: Final = (
     "tests/test_docs.py::test_every_state_of_health",
     "tests/test_docs.py::test_fields_of_creation_import_and_updates",
     "tests/test_docs.py::test_every_event",
+    "tests/test_sweeper.py::test_a_young_object_waits_less_than_a_tombstone_may",
 )
 
 # The second level, from cheap to dear: any sequence of commands, small worlds, simulated days.
