@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -152,6 +153,19 @@ def test_sigterm_answers_what_is_in_flight_and_parked(tmp_path: Path) -> None:
         daemon.start()
         for job_id in load.completed:
             assert daemon.get(f"/v1/jobs/{job_id}").data["status"] == "completed"
+
+
+def test_doors_close_first_then_the_actor_drains_then_the_disk_closes(tmp_path: Path) -> None:
+    with Daemon.not_started(tmp_path) as daemon:
+        daemon.module = "tests.told_end"
+        daemon.start()
+        daemon.post("/v1/jobs", {"id": "a"})
+        assert daemon.stop() == 0
+        told = re.findall(rb"^(begins|ended): (\w+)$", daemon.log, re.M)
+        order = [b" ".join(each).decode() for each in told]
+    assert order[-3:] == ["begins actor", "begins store", "ended store"], order
+    doors = order[:-3]  # those of workers and of operators
+    assert sorted(doors) == ["begins doors"] * 2 + ["ended doors"] * 2, order
 
 
 def _wait_for(daemon: Daemon, metric: str) -> None:
