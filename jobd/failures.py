@@ -27,9 +27,9 @@ MOST_IDS: Final = 20  # of the latest jobs of a group;
 SHOWN_IDS: Final = 5  # so many are shown
 SHOWN_NAMES: Final = 10
 SHOWN_TEXT: Final = 500  # characters of a message
-SCAN: Final = 2_000  # rows of history in one go
-LIMIT: Final = 200  # failed jobs of these
-PAUSE_S: Final = 0.01  # between two looks
+SCAN: Final = 500  # rows of history in one go
+LIMIT: Final = 50  # failed jobs of these
+PAUSE_S: Final = 0.005  # between two looks
 AGAIN_S: Final = 5.0  # after a look that failed
 
 log = structlog.get_logger("jobd.failures")

@@ -34,11 +34,11 @@ MOST_PLANS: Final = 20
 MOST_JOBS: Final = 100_000  # of all plans that are kept
 KEPT_MS: Final = 15 * MINUTE_MS
 MOST_SKIPPED: Final = 1_000  # that a plan shows
-LOOK: Final = 200  # jobs read in one go,
-SCAN: Final = 2_000  # of rows that are looked at; where each takes its time
+LOOK: Final = 50  # jobs read in one go,
+SCAN: Final = 500  # of rows that are looked at; where each takes its time
 SLOW_SCAN: Final = 250
 MOST_LOOKED: Final = 2_000_000  # rows, by one plan
-SLICE: Final = 100  # jobs of one command
+SLICE: Final = 50  # jobs of one command
 PAUSE_S: Final = 0.002  # after each look and slice, so that workers get the loop and the disk in between
 MOST_MAKING: Final = 4  # plans being made or waiting to be
 

@@ -33,11 +33,13 @@ def _files(names: str) -> tuple[str, ...]:
 
 # What pytest runs at each level; the doors are those of one process, without a daemon.
 TESTS: Final[dict[Level, tuple[str, ...]]] = {
-    "rules": _files("rules late_rules book orders live_jobs keys clock job events validation why figures envelope"),
+    "rules": _files(
+        "rules late_rules book orders live_jobs keys clock job events validation why figures envelope fingerprints"
+    ),
     "world": _files("small_world core_properties"),
     "simulation": ("tests/test_simulation.py::test_every_promise_holds",),
-    "actor": _files("actor cleanup health sweeper artefacts artefact_files"),
-    "store": _files("store rows files opening migrations quarantine backup outages doctor"),
+    "actor": _files("actor cleanup health sweeper artefacts artefact_files audit plans failures"),
+    "store": _files("store audit_log rows files opening migrations quarantine backup outages doctor"),
     "doors": _files("doors bodies web worker_api admin_api web_actor listener streams command_stream contract"),
     "process": _files("daemon systemd secrets faults"),
 }
