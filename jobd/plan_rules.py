@@ -6,7 +6,7 @@ Pure. What is done to a job is the rule of the action; a job that has changed, o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, assert_never
 
 from jobd import planning, steps
 from jobd.answers import Answer, ChangedJob, PlanSlice
@@ -48,3 +48,5 @@ def _asked(command: ApplyPlan, job_id: str) -> OnJob:
             return ForceFail(id=job_id, reason=command.reason)
         case "delete":
             return Delete(id=job_id)
+        case _:
+            assert_never(command.action)
