@@ -45,7 +45,7 @@ class SinceReport(Struct):
 
 
 class Figures(Struct):
-    """Counters and short histories, by wall time."""
+    """Counters and short histories, by wall time. After a step back of it what lies ahead does not count."""
 
     completions: dict[int, tuple[int, int]] = field(default_factory=dict)  # minute -> jobs, ms of processing
     recoveries: dict[int, int] = field(default_factory=dict)  # hour -> jobs
@@ -93,14 +93,14 @@ class Figures(Struct):
 
     def completed_last_hour(self, now: int) -> tuple[int, int]:
         """Jobs completed in the last 60 minutes, and the milliseconds that they were processing."""
-        first = now // MINUTE_MS - 60
-        recent = [value for minute, value in self.completions.items() if minute > first]
+        this = now // MINUTE_MS
+        recent = [value for minute, value in self.completions.items() if this - 60 < minute <= this]
         return sum(count for count, _ in recent), sum(total_ms for _, total_ms in recent)
 
     def recovered_last_day(self, now: int) -> int:
         """Jobs recovered in the last 24 hours."""
-        first = now // HOUR_MS - 24
-        return sum(count for hour, count in self.recoveries.items() if hour > first)
+        this = now // HOUR_MS
+        return sum(count for hour, count in self.recoveries.items() if this - 24 < hour <= this)
 
     def _grant(self, queue: str) -> None:
         name = _label(queue, self.grants)
@@ -111,7 +111,7 @@ class Figures(Struct):
         count, total_ms = self.completions.get(minute, (0, 0))
         self.completions[minute] = (count + 1, total_ms + processing_ms)
         if len(self.completions) > 61:
-            self.completions = {key: value for key, value in self.completions.items() if key > minute - 60}
+            self.completions = {key: value for key, value in self.completions.items() if minute - 60 < key <= minute}
         name = _label(queue, self.processing)
         if name not in self.processing:
             self.processing[name] = Histogram.empty(PROCESSING_BUCKETS_S)
@@ -121,7 +121,7 @@ class Figures(Struct):
         hour = at // HOUR_MS
         self.recoveries[hour] = self.recoveries.get(hour, 0) + 1
         if len(self.recoveries) > 25:
-            self.recoveries = {key: value for key, value in self.recoveries.items() if key > hour - 24}
+            self.recoveries = {key: value for key, value in self.recoveries.items() if hour - 24 < key <= hour}
         self.stalls += 1
         self.since_report.recovered += 1
         if requeued:

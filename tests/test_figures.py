@@ -61,6 +61,19 @@ def test_old_minutes_and_hours_are_dropped() -> None:
     assert (figures.stalls, figures.reset, figures.failed) == (100, 70, 30)
 
 
+def test_what_a_clock_had_put_ahead_that_was_set_back_does_not_count() -> None:
+    """Nor does it stay: a year that a machine was ahead is no year of an alert."""
+    figures, ahead = Figures(), NOW + 365 * DAY_MS
+    for number in range(61):
+        figures._completed("q", ahead + number * MINUTE_MS, 1)
+        figures._recovered(ahead + number * HOUR_MS, requeued=True)
+    assert (figures.completed_last_hour(NOW), figures.recovered_last_day(NOW)) == ((0, 0), 0)
+    figures._completed("q", NOW, 1)
+    figures._recovered(NOW, requeued=True)
+    assert (figures.completed_last_hour(NOW), figures.recovered_last_day(NOW)) == ((1, 1), 1)
+    assert (list(figures.completions), list(figures.recoveries)) == ([NOW // MINUTE_MS], [NOW // HOUR_MS])
+
+
 def test_recoveries_of_the_last_day(desk: Desk) -> None:
     lock_id = desk.held("a")
     desk.progress(lock_id, 10)
