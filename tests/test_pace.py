@@ -60,6 +60,8 @@ def test_places_are_few() -> None:
         ({1: 95, 9: 5}, 1),
         ({1: 94, 9: 6}, 9),
         ({1: 1, 9: 18}, 9),
+        ({1: 190, 9: 10}, 1),
+        ({1: 189, 9: 11}, 9),
     ],
 )
 def test_percentile(counts: dict[int, int], ms: int) -> None:
@@ -111,6 +113,14 @@ def test_an_hour_of_many_slots_is_one() -> None:
     assert paces.kinds["film"].hours == [15]
 
 
+def test_an_hour_comes_to_what_was_done_in_it_however_little_before() -> None:
+    paces = Paces()
+    work(paces, HOUR - SLOT_MS, 15)
+    work(paces, HOUR, 10)
+    work(paces, HOUR + HOUR_MS, 1, count=1)
+    assert paces.kinds["film"].hours == [15, 10]
+
+
 def test_hours_of_few_jobs_are_passed_over() -> None:
     paces = Paces()
     work(paces, HOUR, 10, count=SAMPLES_NEEDED - 1)
@@ -156,6 +166,17 @@ def test_kinds_are_bounded_and_those_at_work_stay(monkeypatch: pytest.MonkeyPatc
         paces.add(kind, HOUR + slot * SLOT_MS // 2, 10)
     assert list(paces.kinds) == ["film", "once more"]
     assert {pace.kind: pace.completed for pace in paces.view(HOUR + 5 * SLOT_MS // 2)} == {"film": 3, "once more": 1}
+
+
+@pytest.mark.parametrize(("silent_ms", "kept"), [(SLOT_MS - 1, "film"), (SLOT_MS, "mail")])
+def test_a_kind_makes_room_once_it_has_been_silent_for_a_slot(
+    monkeypatch: pytest.MonkeyPatch, silent_ms: int, kept: str
+) -> None:
+    monkeypatch.setattr(pace_module, "KINDS_KEPT", 1)
+    paces = Paces()
+    paces.add("film", HOUR, 10)
+    paces.add("mail", HOUR + silent_ms, 10)
+    assert list(paces.kinds) == [kept]
 
 
 def test_many_kinds_in_turn_do_not_push_each_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
