@@ -48,7 +48,7 @@ class S3ArtefactStore:
         self._http: aiohttp.ClientSession | None = None
 
     async def open(self, key: str) -> S3Reading | None:
-        if any(part in ("", ".") for part in key.split("/")):
+        if not self._can_name(key):
             return None
         try:
             found = await self._asked(obstore.head_async(self._store, key))

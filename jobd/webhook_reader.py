@@ -103,7 +103,7 @@ class Reader:
                 gone_to = page.gone_to
                 letters.append(of_gone(name, position, gone_to, now, source))
             letters += [of_event(event, source) for event in page.events if self._endpoint.wants(event)]
-            is_whole = len(page.events) < PAGE
+            is_whole = not page.more
             position = page.last if is_whole else page.events[-1].seq
         if letters or told != self._cursor.alerts:
             await self._write(letters, now, position, gone_to, told)
@@ -129,7 +129,7 @@ class Reader:
             page = await self._office.disk.journal(self.position, PAGE)
         finally:
             self._is_reading = False
-        self._next_read_s = self._loop_time() + (GATHER_S if len(page.events) < PAGE else PAUSE_S)
+        self._next_read_s = self._loop_time() + (PAUSE_S if page.more else GATHER_S)
         return page
 
     def _alert_letters(self, now: int) -> tuple[list[Letter], dict[str, int]]:

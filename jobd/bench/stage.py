@@ -37,6 +37,7 @@ class Stage:
 
     def __init__(self, place: Path | None) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="jobd-bench-", dir=place))
+        self._sockets = tempfile.mkdtemp(prefix="jobd-bench-")  # the name of a socket may have 107 bytes, no more
         self._token = secrets.token_urlsafe(32)
         self._process: subprocess.Popen[bytes] | None = None
         self._log = (self._directory / "log").open("w+b")
@@ -58,6 +59,7 @@ class Stage:
             self._process.wait()
         self._log.close()
         shutil.rmtree(self._directory)
+        shutil.rmtree(self._sockets)
 
     # -- the daemon ----------------------------------------------------------------------------------------------------
 
@@ -66,8 +68,8 @@ class Stage:
         own = {
             "ADMIN_TOKEN": self._token,
             "JOBD_CONFIG": self._path("config.toml"),
-            "JOBD_WORKER_SOCKET": self._path("worker.sock"),
-            "JOBD_ADMIN_LISTEN": f"unix:{self._path('admin.sock')}",
+            "JOBD_WORKER_SOCKET": self._socket("worker"),
+            "JOBD_ADMIN_LISTEN": f"unix:{self._socket('admin')}",
             "JOBD_STORE_PATH": self._path("jobd.db"),
             "JOBD_LOG_LEVEL": "warning",
         }
@@ -89,7 +91,7 @@ class Stage:
     def _is_ready(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
             try:
-                probe.connect(self._path("worker.sock"))
+                probe.connect(self._socket("worker"))
                 probe.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
                 return b" 200 " in probe.recv(64)
             except OSError:
@@ -112,7 +114,7 @@ class Stage:
 
     def load(self, kind: str, **asked: Any) -> dict[str, Any]:
         """Run a load (see load.py) in a process of its own. `daemon_cores`, `load_cores`: the CPU of both sides."""
-        told = Asked(kind, self._path("worker.sock"), self._path("admin.sock"), self._token, **asked)
+        told = Asked(kind, self._socket("worker"), self._socket("admin"), self._token, **asked)
         words = [sys.executable, "-m", "jobd.bench.load", msgspec.json.encode(told).decode()]
         began, cpu_s = time.perf_counter(), self._cpu_s()
         run = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -124,7 +126,10 @@ class Stage:
 
     def stats(self) -> dict[str, Any]:
         """The daemon's own count of its jobs."""
-        return asyncio.run(_stats(self._path("admin.sock"), self._token))
+        return asyncio.run(_stats(self._socket("admin"), self._token))
+
+    def _socket(self, name: str) -> str:
+        return os.path.join(self._sockets, f"{name}.sock")
 
     def _path(self, name: str) -> str:
         return str(self._directory / name)
