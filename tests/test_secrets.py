@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import signal
 import socket
 import subprocess
@@ -26,6 +27,17 @@ LOCKS_SHOWN = {"/admin/job-management/locks", "/admin/job-management/jobs", "/ad
 LOCKS_SHOWN |= {"/admin/job-management/validate-job", "/admin/job-management/backup"}
 
 
+KEY = b"canary-webhook-0123456789"
+SECRET = base64.b64encode(KEY).decode()
+HOOK = f"""
+[[webhooks]]
+name = "hook"
+url = "http://127.0.0.1:9/hook?token=canary-query"
+secret = "whsec_{SECRET}"
+allow_private = true
+"""
+
+
 class House:
     """A daemon with token files, both APIs on TCP ports, at log level debug. `said` is all that it answered."""
 
@@ -35,7 +47,7 @@ class House:
         self.write(ADMIN[:2], WORKER[:2])
         places = {f"JOBD_{name.upper()}_LISTEN": f"127.0.0.1:{port}" for name, port in self.ports.items()}
         files = {f"JOBD_{name.upper()}_TOKEN_FILE": str(path) for name, path in self.files.items()}
-        self.daemon = Daemon(directory, "[log]\nlevel = 'debug'\n", **places, **files)
+        self.daemon = Daemon(directory, f"[log]\nlevel = 'debug'\n{HOOK}", **places, **files)
         del self.daemon.environ["ADMIN_TOKEN"]
         self.said: list[tuple[str, str]] = []
 
@@ -142,7 +154,7 @@ def test_no_secret_is_in_anything_that_is_said(house: House, tmp_path: Path) -> 
     house.run("doctor", str(house.daemon.store))
     house.run("serve", "--config", str(house.daemon.config), ADMIN_TOKEN=SHORT)
     house.said.append(("log", house.daemon.log.decode()))
-    tokens = [*ADMIN, *WORKER, WRONG, SHORT]
+    tokens = [*ADMIN, *WORKER, WRONG, SHORT, KEY.decode(), SECRET, "canary-query"]
     assert "event=granted" in house.said[-1][1], "the level is in force"
     assert "event=dump_task" in house.said[-1][1]
     for where, text in house.said:
@@ -179,8 +191,10 @@ def _look_everywhere(house: House) -> None:
             if route.method == "GET":
                 query = "?jobId=held-1" if route.path.endswith("validate-job") else ""
                 query = "?follow=false&last=1000" if route.path.endswith("/events") else query
-                path = route.path.replace("{id}", "held-1") + query
-                status = 404 if path.endswith("/artefact") else 200  # it has none
+                path = (
+                    route.path.replace("{id}", "held-1").replace("{name}", "hook").replace("{plan_id}", "none") + query
+                )
+                status = 404 if path.endswith(("/artefact", "/plans/none")) else 200  # it has none
                 assert house.ask(api, token, "GET", path).status == status, path
 
 

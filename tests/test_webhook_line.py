@@ -169,3 +169,12 @@ class Model:
             found.setdefault(self.line[id_].subject, self.line[id_])
         busy = {self.line[id_].subject for id_ in self.going}
         return [each for subject, each in found.items() if subject not in busy]
+
+
+def test_who_is_given_up_in_line_makes_no_way_for_another_while_one_of_them_is_on_its_way() -> None:
+    made = line((1, "a", 0), (2, "a", 0), (3, "a", 0))
+    assert taken(made) == [1]
+    made.gone(2)
+    assert taken(made) == []
+    made.gone(1)
+    assert taken(made) == [3]
