@@ -192,7 +192,7 @@ def test_a_held_job_is_reset_with_a_reason(page: Page, daemon: Scene, complaints
 def test_a_deed_upon_a_job_that_has_moved_is_refused_on_its_page(page: Page, daemon: Scene) -> None:
     daemon.do("jobs", id="moved")
     sign_in(page, daemon, path="/jobs/moved")
-    page.get_by_role("link", name="Fail").click()
+    page.get_by_role("link", name="Fail", exact=True).click()
     lock = daemon.do("jobs/moved/start", worker="w-1")["lock_id"]
     daemon.do("jobs/moved/complete", lock_id=lock, metadata=1)
     page.get_by_role("button", name="Fail").click()
