@@ -308,6 +308,12 @@ def test_every_page_fits_a_phone(daemon: Scene, context: BrowserContext, scheme:
         visit(page, daemon, path)
         width = inspector.send("Page.getLayoutMetrics")["cssContentSize"]["width"]
         assert width <= 390, path
+    page.goto(f"{daemon.url}/jobs?status=failed")
+    page.get_by_role("checkbox", name="Select video-003").check()
+    page.get_by_role("button", name="Make a plan").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Plan: retry 1 job")
+    expect(page.locator("#live-toggle")).to_be_hidden()  # there is nothing that would renew itself
+    assert inspector.send("Page.getLayoutMetrics")["cssContentSize"]["width"] <= 390
 
 
 def test_the_keyboard_gets_everywhere_and_keeps_its_place(page: Page, daemon: Scene) -> None:

@@ -54,7 +54,7 @@ Shown = dict[str, Any]
 
 PER_PAGE: Final = 50
 MOST_ROWS: Final = 200  # of queues and damaged jobs
-MOST_HELD: Final = 100  # of workers and of locks
+MOST_HELD: Final = 50  # of workers and of locks
 MOST_EVENTS: Final = 200
 MOST_REPORTS: Final = 50
 MOST_GROUPS: Final = 100  # of failures
