@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import Final
 
 LOOKED_AT: Final = 1_000  # characters of a message; what comes after is mostly a trace, which differs
-DIGITS: Final = 12  # of a fingerprint
+BYTES: Final = 6  # of a fingerprint: twelve digits
 
 # What differs from job to job, the longest first: each alternative begins where no word goes on.
 _DIFFERS: Final = re.compile(
@@ -39,7 +39,7 @@ def fingerprint(message: str | None, code: str | None) -> str | None:
     if message is None and code is None:
         return None
     said = f"{code or ''}\n{normal(message or '')}"
-    return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=DIGITS // 2).hexdigest()
+    return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=BYTES).hexdigest()
 
 
 def fingerprint_of_bytes(message: bytes | None, code: bytes | None) -> str | None:

@@ -54,8 +54,15 @@ def test_alike_is_what_has_the_same_code_and_words() -> None:
 
 
 def test_only_the_beginning_of_a_message_counts() -> None:
-    begin = "x" * LOOKED_AT
-    assert fingerprint(begin + "a", None) == fingerprint(begin + "b", None)
+    """How long it is, is a part of the names: with another bound a long message would have another."""
+    assert LOOKED_AT == 1_000
+    begin = "x" * 999
+    assert fingerprint(begin + "aa", None) == fingerprint(begin + "ab", None)
+    assert fingerprint(begin + "aa", None) != fingerprint(begin + "ba", None)
+
+
+def test_half_a_character_is_as_good_as_any() -> None:
+    assert fingerprint("\ud83d", None) not in (None, fingerprint("", None), fingerprint("?", None))
 
 
 def test_what_a_row_has_may_be_damaged() -> None:

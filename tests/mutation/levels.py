@@ -31,6 +31,14 @@ MIRRORS: Final[dict[str, tuple[str, ...]]] = {
     "draft": ("draft", "rules"),
     "why": ("why",),
     "audit": ("audit",),
+    "planning": ("plans",),
+    "plan_rules": ("plans",),
+    "fingerprints": ("fingerprints",),
+    "webhook": ("webhook",),
+    "webhook_addresses": ("webhook_addresses",),
+    "webhook_letter": ("webhook",),
+    "webhook_line": ("webhook_line",),
+    "webhook_rules": ("webhook_rules",),
     "keys": ("keys",),
 }
 MODULES: Final = tuple(MIRRORS)
@@ -38,8 +46,9 @@ MODULES: Final = tuple(MIRRORS)
 # All tests of the first level: in one process, quick, and the same each time.
 NEAR: Final = (
     "rules", "late_rules", "book", "orders", "live_jobs", "figures", "overlaps", "pace", "validation", "why", "audit",
-    "keys", "envelope", "events", "job", "draft", "views", "batch", "commands", "bodies", "rows", "actor", "cleanup",
-    "alerts", "worker_api", "admin_api",
+    "keys", "envelope", "events", "job", "draft", "views", "batch", "commands", "bodies", "rows", "plans",
+    "fingerprints", "webhook", "webhook_addresses", "webhook_line", "webhook_rules", "actor", "cleanup", "alerts",
+    "worker_api", "admin_api",
 )  # fmt: skip
 
 # Beside them, some of files that need a daemon for their others.
