@@ -263,6 +263,13 @@ class JournalPage(Struct, frozen=True):
     gone_to: int
     more: bool = False  # it ends before `last`: by the number of its events, or by their size
 
+    @property
+    def end(self) -> int:
+        """Up to where it tells everything that the journal still has. Where all its rows are damaged, they are gone."""
+        if not self.more:
+            return self.last
+        return self.events[-1].seq if self.events else self.gone_to
+
 
 class Opened(Struct):
     """Everything the daemon needs in memory, as read and checked at start.

@@ -83,7 +83,7 @@ class Piece:
 
     def __init__(self, after: int, page: JournalPage) -> None:
         self.events = page.events
-        self.begin, self.end = after, page.events[-1].seq if page.more else page.last
+        self.begin, self.end = after, page.end
         self.last, self.gone_to, self.more = page.last, page.gone_to, page.more
         self._round: Round | None = None
 

@@ -104,7 +104,7 @@ class Reader:
                 letters.append(of_gone(name, position, gone_to, now, source))
             letters += [of_event(event, source) for event in page.events if self._endpoint.wants(event)]
             is_whole = not page.more
-            position = page.last if is_whole else page.events[-1].seq
+            position = page.end
         if letters or told != self._cursor.alerts:
             await self._write(letters, now, position, gone_to, told)
         elif position != self.position:

@@ -15,7 +15,7 @@ import pytest
 import structlog
 from msgspec.structs import replace
 
-from jobd import webhook_courier, webhook_reader
+from jobd import lookups, webhook_courier, webhook_reader
 from jobd.batch import DiskFull
 from jobd.events import Change
 from jobd.job import DAY_MS, HOUR_MS, Job
@@ -170,6 +170,34 @@ async def test_a_long_journal_is_read_page_by_page(path: Path) -> None:
             await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(90)))
         await until(lambda: len(at.posts.taken) == 450)
         assert len({each.event_id for each in at.posts.taken}) == 450
+
+
+async def test_pages_that_end_early_as_their_events_are_large_are_read_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookups, "SLICE_BYTES", 2_000)
+    async with at_work(path) as at:
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
+        await until(lambda: len(at.posts.taken) == 60)
+        assert len({each.event_id for each in at.posts.taken}) == 60
+        assert at.webhooks.views()[0].lag == 0
+
+
+async def test_a_page_of_damaged_events_is_told_as_gone_and_passed_by(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookups, "SLICE_BYTES", 1)  # a page is one event
+    async with at_work(path) as at:
+        at.store._db.raw.execute(
+            "CREATE TRIGGER spoil AFTER INSERT ON events WHEN new.seq = 2 BEGIN "
+            "UPDATE events SET by = 'x' WHERE seq = new.seq; END"
+        )
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(4)))
+        await until(lambda: at.webhooks.views()[0].lag == 0)
+        await until(lambda: len(at.posts.taken) >= 3)
+        types = [each.type for each in at.posts.taken]
+        assert types.count("job.created") == 3
+        assert "events.gone" in types
 
 
 # -- order, failures, breaks -------------------------------------------------------------------------------------------
