@@ -250,6 +250,7 @@ async def test_failures_in_a_row_make_a_break_and_one_trial_ends_it(path: Path) 
 
 async def test_a_message_that_no_endpoint_takes_does_not_keep_the_break_for_all(path: Path) -> None:
     async with at_work(path, posts=Posts(lambda each: NO if each.subject == "jobs/bad" else YES)) as at:
+        at.office.manners = replace(HASTY, retry_ms=1, retry_at_most_ms=1)  # it is due at every trial
         await at.commit(at.maker.create("bad"))
         await until(lambda: at.webhooks.views()[0].state != "closed")
         await at.commit(at.maker.create("good"))
@@ -401,6 +402,21 @@ async def test_the_last_room_of_a_full_disk_is_not_for_webhooks(path: Path, monk
             await at.webhooks.again("e", 1)
         at.may_write = True
         await until(lambda: at.webhooks.views()[0].delivered == 3)
+
+
+async def test_what_cannot_be_noted_on_a_full_disk_is_not_sent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook_courier, "FULL_S", 0.02)
+    async with at_work(path) as at:
+        at.posts.gate.clear()
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(40)))
+        await until(lambda: len(at.posts.tried) == webhook_courier.PARALLEL)
+        at.may_write = False
+        at.posts.gate.set()
+        await asyncio.sleep(0.2)
+        assert len(at.posts.tried) == webhook_courier.PARALLEL
+        at.may_write = True
+        await until(lambda: at.webhooks.views()[0].delivered == 40)
+        assert len(at.posts.tried) == 40
 
 
 async def test_a_full_disk_at_the_start_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
