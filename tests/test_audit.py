@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd import audit
+from jobd import admin_api, audit
 from jobd.answers import Answer, AuditPage, Done
 from jobd.batch import Audited
 from jobd.commands import (
@@ -65,6 +65,15 @@ def test_every_command_is_a_deed_or_is_known_to_be_none() -> None:
     """A new command of operators has to be told how the audit log calls it."""
     known = {kind.__name__ for kind in (*audit.DEEDS, *READS, Note, ApplyPlan, ApplyEndings)} | NO_DEEDS
     assert known == {kind.__name__ for kind in get_args(AnyCommand)}
+
+
+def test_a_deed_is_called_as_its_call_is() -> None:
+    """Who looks for it in the log knows the path, and the documentation names the same words."""
+    calls = {route.asks: route for route in admin_api.ROUTES if route.asks in audit.DEEDS}
+    words = {
+        asks: "delete" if route.method == "DELETE" else route.path.rpartition("/")[2] for asks, route in calls.items()
+    }
+    assert words | {Recover: "recover-stuck"} == audit.DEEDS  # its call goes on until nothing is stuck
 
 
 def test_what_nobody_asked_for_as_an_operator_and_what_only_reads_is_not_kept() -> None:
