@@ -110,7 +110,7 @@ async def test_only_so_many_at_a_time_and_places_are_given_back(house: House, pl
         await lines[0].close()
         while len(house.figures.downloads._open) == MOST:
             assert (await house.ask("GET", "/healthz")).status == 200
-        put(house, place, "k", b"small")
+        put(house, place, "other", b"small")
         assert (await house.ask("GET", PATH, headers=AUTH)).body == b"small"
     assert [entry for entry in logs if entry["event"] == "download_cut_off"] == [], "who hangs up is no news"
 
