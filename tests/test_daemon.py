@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -266,6 +267,27 @@ def test_artefacts_on_a_mount_that_hangs_do_not_keep_the_daemon_from_ending(tmp_
         with suppress(OSError, http.client.HTTPException):
             daemon.post("/v1/jobs", {"id": "a"})
         assert daemon.process.wait(30) == 74
+
+
+def test_an_actor_that_hangs_is_no_sign_of_life_to_systemd(tmp_path: Path) -> None:
+    """The loop goes on, and would feed a watchdog that asks for no more."""
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(30)
+        own = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
+        with Daemon.not_started(tmp_path, **own) as daemon:
+            daemon.module = "tests.hung_actor"
+            daemon.start()
+            while systemd.recv(4096) != b"WATCHDOG=1":
+                pass
+            assert daemon.process is not None
+            daemon.process.send_signal(signal.SIGUSR2)
+            systemd.settimeout(2)
+            signs = 0
+            with suppress(TimeoutError):
+                while signs < 50:  # the last few were under way
+                    signs += systemd.recv(4096) == b"WATCHDOG=1"
+            assert signs < 50
 
 
 def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> None:
