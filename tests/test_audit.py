@@ -29,11 +29,13 @@ from jobd.commands import (
     Note,
     Operator,
     Pause,
+    PlanAction,
     Recover,
     RunNow,
     Transition,
     Update,
 )
+from jobd.dashboard.pages import DEEDS_KEPT
 from jobd.draft import Decision
 from jobd.envelope import READS
 from jobd.full_disk import Closed
@@ -240,3 +242,10 @@ async def test_the_log_is_read_in_pages_newest_first() -> None:
 def test_an_operator_without_a_name_is_admin(name: str, who: str, by: str) -> None:
     operator = Operator(name, "unix uid=0")
     assert (operator.who, operator.by) == (who, by)
+
+
+def test_every_deed_can_be_looked_for_in_the_dashboard() -> None:
+    """Beside those of DEEDS: what is no command on jobs, and plans by their action."""
+    others = {"cleanup", "accept-clock", "backup", "resend-delivery", "test-webhook"}
+    plans = {f"plan-{action}" for action in get_args(PlanAction)}
+    assert set(DEEDS_KEPT) == {*audit.DEEDS.values(), *others, *plans}

@@ -62,7 +62,7 @@ ACTIONS: Final = {"retry": "Retry", "cancel": "Cancel", "force-fail": "Fail", "d
 DEEDS_KEPT: Final = (
     "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
     "delete", "pause", "resume", "import", "recover-stuck", "cleanup", "accept-clock", "backup",
-    "resend-delivery", "test-webhook",
+    "resend-delivery", "test-webhook", "plan-retry", "plan-cancel", "plan-force-fail", "plan-delete",
 )  # fmt: skip
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]-]{1,200}")
 
