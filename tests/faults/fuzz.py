@@ -45,6 +45,18 @@ FAIR: Final = (
     "`$.updates.storage_key`",
 )
 STATES: Final = ("held", "waiting", "finished", "unknown")
+_P: Final = "/admin/job-management"
+# Calls about what this daemon has not, or what nobody can guess: they are asked, and may be refused each time.
+NOT_THERE: Final = frozenset(
+    {
+        f"GET {_P}/jobs/{{id}}/artefact",
+        f"GET {_P}/plans/{{plan_id}}",
+        f"POST {_P}/plans/{{plan_id}}/apply",
+        f"GET {_P}/webhooks/{{name}}/deliveries",
+        f"POST {_P}/webhooks/{{name}}/resend",
+        f"POST {_P}/webhooks/{{name}}/test",
+    }
+)
 UNASKED: Final[list[CheckFunction]] = [positive_data_acceptance]  # FAIR says it more exactly
 
 
@@ -181,7 +193,8 @@ def by_the_documents(trial: Trial) -> Counts:
         ]
         for api in apis:
             api.run(trial.rounds)
-            assert api.calls == api.succeeded, f"never a success: {sorted(api.calls - api.succeeded)}"
+            unmet = api.calls - api.succeeded - NOT_THERE
+            assert not unmet, f"never a success: {sorted(unmet)}"
         assert b" level=error " not in daemon.log, daemon.log[-4000:]
         assert daemon.stop() == 0
     statuses = apis[0].statuses + apis[1].statuses
