@@ -59,6 +59,10 @@ def of(heard: list[Heard], job_id: str) -> list[str]:
     return list(dict.fromkeys(each.event["type"] for each in heard if each.event["subject"] == f"jobs/{job_id}"))
 
 
+def said(message: Heard) -> tuple[str, str]:
+    return message.event["subject"], message.event["type"]
+
+
 def done(heard: list[Heard], *job_ids: str) -> bool:
     return all(len(of(heard, job_id)) == 3 for job_id in job_ids)
 
@@ -155,14 +159,15 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order_of_each_job(tmp_
             timer = threading.Timer(0.3 + chance.random(), daemon.kill)
             timer.start()
             with contextlib.suppress(OSError, http.client.HTTPException):  # of a daemon that is killed
-                for number in range(10_000):
+                for number in range(60):
                     work(daemon, f"r{round_}-{number}")
                     names.append(f"r{round_}-{number}")
             timer.join()
             daemon.start()
         receiver.answer = taken
         assert len(names) > 10
-        heard = receiver.wait_for(lambda heard: done(heard, *names), 45)
+        wanted = {(f"jobs/{name}", type_) for name in names for type_ in LIFE}
+        heard = receiver.wait_for(lambda heard: wanted <= set(map(said, heard)), 120)
         assert daemon.stop() == 0
     for name in names:
         assert of(heard, name) == LIFE
