@@ -63,6 +63,7 @@ from jobd.commands import (
 from jobd.draft import Decision
 from jobd.envelope import Asked
 from jobd.events import Change, fold
+from jobd.fingerprints import fingerprint
 from jobd.full_disk import Closed
 from jobd.job import DAY_MS, MINUTE_MS, Job, Policy
 from jobd.keys import KEPT_MS
@@ -1960,6 +1961,21 @@ async def test_a_search_for_text_looks_slice_by_slice_and_at_a_page_at_most() ->
         assert [job.id for job in (await house.yes(Search(q="needle", limit=1, cursor=first.next_cursor))).jobs] == [
             "j0"
         ]
+
+
+@in_virtual_time
+async def test_a_search_for_an_error_looks_at_failed_jobs_where_nothing_else_is_said() -> None:
+    async with household() as house:
+        for job_id in ("a", "b"):
+            await house.yes(Create(id=job_id))
+            await house.yes(ForceFail(id=job_id, reason="no connection"))
+        await house.yes(ForceReset(id="b"))  # its error is gone with it
+        failed = await house.yes(Get(id="a"))
+        error = fingerprint(failed.error_message, failed.error_code)
+        page = await house.yes(Search(error=error))
+        assert [job.id for job in page.jobs] == ["a"]
+        assert (await house.yes(Search(error=error, status="queued"))).jobs == []
+        assert (await house.yes(Search(error=error, worker="w"))).jobs == []
 
 
 @in_virtual_time

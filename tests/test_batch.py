@@ -70,3 +70,13 @@ def test_only_the_deletion_of_a_job_that_names_an_object_leaves_a_tombstone() ->
     assert tombstones(deleted)[0].tries == 0
     again = replace(named, before=replace(named.after, result=Result(storage_key="")))
     assert tombstones([replace(again, after=None)])[0].key == ""
+
+
+def test_a_page_of_the_journal_ends_where_it_tells_all_that_there_still_is() -> None:
+    events = [Maker().create().event]
+    whole, early, damaged = (
+        JournalPage(events, 9, 0),
+        JournalPage(events, 9, 0, more=True),
+        JournalPage([], 9, 5, more=True),
+    )
+    assert (whole.end, early.end, damaged.end) == (9, events[0].seq, 5)
