@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, get_args, get_origin
 from urllib.parse import parse_qsl
 
@@ -154,9 +154,12 @@ class Shape:
         return self.command(**named)
 
 
-def part_of(command: type[Command], given: str) -> type[Any]:
-    """`command` as its body has it where the path gives the field `given`: that field need not be there."""
-    fields: list[Any] = []
+def part_of(command: type[Command], given: str | None, *, also: Sequence[Any] = (), kind: str = "Body") -> type[Any]:
+    """`command` as it is read where the path gives the field `given`, which need not be there then.
+
+    `also`: fields that stand beside those of the command, as defstruct takes them; `kind` ends the part's name.
+    """
+    fields: list[Any] = list(also)
     for info in msgspec.structs.fields(command):
         if info.name == given:
             fields.append((given, str | UnsetType, UNSET))
@@ -166,7 +169,7 @@ def part_of(command: type[Command], given: str) -> type[Any]:
             fields.append((info.name, info.type, msgspec.field(default=info.default)))
     names = {info.name: info.encode_name for info in msgspec.structs.fields(command) if info.name != info.encode_name}
     return msgspec.defstruct(
-        f"{command.__name__}Body",
+        f"{command.__name__}{kind}",
         fields,
         rename=names or None,
         frozen=True,

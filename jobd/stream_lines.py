@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from jobd.bodies import Limits, Shape, explain, invalid, malformed
+from jobd.bodies import Limits, Shape, explain, invalid, malformed, part_of
 from jobd.commands import (
     Bulk,
     Cancel,
@@ -102,15 +102,7 @@ _read_mark: Final = msgspec.json.Decoder(_Mark).decode
 
 def _line_part(op: str, command: type[Command]) -> type[Any]:
     """`command` as its line has it."""
-    fields: list[Any] = [("op", Literal[op]), ("idempotency_key", str | None, None)]
-    for info in msgspec.structs.fields(command):
-        if info.default_factory is not msgspec.NODEFAULT:
-            fields.append((info.name, info.type, msgspec.field(default_factory=info.default_factory)))
-        else:
-            fields.append((info.name, info.type, msgspec.field(default=info.default)))
-    return msgspec.defstruct(
-        f"{command.__name__}Line", fields, frozen=True, kw_only=True, forbid_unknown_fields=True, module=__name__
-    )
+    return part_of(command, None, also=[("op", Literal[op]), ("idempotency_key", str | None, None)], kind="Line")
 
 
 # What a line of each kind is read as.

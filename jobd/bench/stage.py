@@ -5,9 +5,9 @@ The daemon is what an operator runs: the same program with the default configura
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -22,7 +22,6 @@ from typing import Any, Final, Self
 import msgspec
 
 from jobd.bench.load import Asked
-from jobd.bench.wire import Wire
 
 READY_S: Final = 120.0
 STOP_S: Final = 60.0
@@ -40,6 +39,8 @@ class Stage:
         self._sockets = tempfile.mkdtemp(prefix="jobd-bench-")  # the name of a socket may have 107 bytes, no more
         self._token = secrets.token_urlsafe(32)
         self._process: subprocess.Popen[bytes] | None = None
+        self._told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._told.bind(self._socket("notify"))
         self._log = (self._directory / "log").open("w+b")
         (self._directory / "config.toml").touch()  # all defaults, whatever this machine's daemon has
 
@@ -58,6 +59,7 @@ class Stage:
             self._process.kill()
             self._process.wait()
         self._log.close()
+        self._told.close()
         shutil.rmtree(self._directory)
         shutil.rmtree(self._sockets)
 
@@ -72,14 +74,13 @@ class Stage:
             "JOBD_ADMIN_LISTEN": f"unix:{self._socket('admin')}",
             "JOBD_STORE_PATH": self._path("jobd.db"),
             "JOBD_LOG_LEVEL": "warning",
+            "NOTIFY_SOCKET": self._socket("notify"),
         }
         others = {name: value for name, value in os.environ.items() if not name.startswith("JOBD_")}
         began = time.perf_counter()
         self._process = subprocess.Popen([sys.executable, "-m", "jobd", "serve"], env=others | own, stderr=self._log)
-        while not self._is_ready():
-            if self._process.poll() is not None or time.perf_counter() - began > READY_S:
-                raise BenchFailed(f"the daemon did not come up: {self._last_words()}")
-            time.sleep(0.005)
+        if not self._gets_ready(self._process.pid):
+            raise BenchFailed(f"the daemon did not come up: {self._last_words()}")
         return time.perf_counter() - began
 
     def stop(self) -> None:
@@ -88,14 +89,16 @@ class Stage:
         if self._process.wait(STOP_S) != 0:
             raise BenchFailed(f"the daemon ended with {self._process.returncode}: {self._last_words()}")
 
-    def _is_ready(self) -> bool:
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(self._socket("worker"))
-                probe.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
-                return b" 200 " in probe.recv(64)
-            except OSError:
-                return False
+    def _gets_ready(self, pid: int) -> bool:
+        """Waits until the daemon says so, as it says it to systemd; false where it ends instead or takes too long."""
+        ended = os.pidfd_open(pid)
+        try:
+            while self._told.fileno() in select.select([self._told.fileno(), ended], [], [], READY_S)[0]:
+                if b"READY=1" in self._told.recv(4096):
+                    return True
+            return False
+        finally:
+            os.close(ended)
 
     def memory(self) -> int:
         """Resident bytes of the daemon."""
@@ -124,10 +127,6 @@ class Stage:
         figures["daemon_cores"] = (self._cpu_s() - cpu_s) / (time.perf_counter() - began)
         return figures
 
-    def stats(self) -> dict[str, Any]:
-        """The daemon's own count of its jobs."""
-        return asyncio.run(_stats(self._socket("admin"), self._token))
-
     def _socket(self, name: str) -> str:
         return os.path.join(self._sockets, f"{name}.sock")
 
@@ -137,10 +136,3 @@ class Stage:
     def _last_words(self) -> str:
         self._log.seek(0)
         return self._log.read()[-2000:].decode("utf-8", "replace")
-
-
-async def _stats(path: str, token: str) -> dict[str, Any]:
-    wire = await Wire.open(path, token)
-    found: dict[str, Any] = await wire.get("/admin/job-management/stats")
-    wire.close()
-    return found

@@ -175,8 +175,8 @@ def make_plan(
     """
     body: dict[str, Any] = {"action": action, "ids": None if ids is None else list(ids), "reason": reason}
     if ids is None:
-        asked = {"status": status, "queue": queue, "kind": kind, "worker": worker}
-        asked |= {"since": since, "until": until, "q": q, "error": error}  # type: ignore[dict-item]
+        asked: dict[str, str | int | None] = {"status": status, "queue": queue, "kind": kind, "worker": worker}
+        asked |= {"since": since, "until": until, "q": q, "error": error}
         body["filter"] = {name: value for name, value in asked.items() if value is not None}
     return post(f"{BASE}/plans", _read_plan, body, wait_ms=_PASS_MS)
 
