@@ -34,6 +34,7 @@ PATHS: Final = {
     "queues": "/queues",
     "workers": "/workers",
     "cleanup": "/cleanup",
+    "webhooks": "/webhooks",
     "audit": "/audit",
     "alerts": "/alerts",
     "docs": "/docs",

@@ -188,6 +188,8 @@ class Figures:
         self.disk = MemoryDisk()
         self.feed = feed.Feed(self.disk, 0, 3)
         self.downloads = Downloads(None, 2)
+        self.hooks = [WEBHOOK]
+        self.deliveries_page = DeliveryPage([DELIVERY], "7")
         self.asked_deliveries: list[tuple[str, str | None, int | None, int]] = []
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
@@ -249,13 +251,13 @@ class Figures:
         return [QuarantinedJob("bad-1", "checksum")]
 
     def webhooks(self) -> list[WebhookView]:
-        return [WEBHOOK]
+        return self.hooks
 
     async def deliveries(
         self, webhook: str, state: DeliveryState | None, before: int | None, limit: int
     ) -> DeliveryPage | Refusal:
         self.asked_deliveries.append((webhook, state, before, limit))
-        return DeliveryPage([DELIVERY], "7") if webhook == "q" else NO_WEBHOOK
+        return self.deliveries_page if webhook == "q" else NO_WEBHOOK
 
     async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | Refusal:
         return DELIVERY if (webhook, delivery) == ("q", 7) else NO_WEBHOOK

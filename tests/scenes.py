@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+from base64 import b64encode
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +27,19 @@ FLAGS: Final = (
     "--disable-sync",
 )
 READER: Final = "reader-token-0123456789abcdef"
-TROUBLE: Final = "[alerts]\nprocessing_jobs = 2\naverage_processing = '0'\nstuck_jobs = 0\n"
+_SECRET: Final = "whsec_" + b64encode(bytes(32)).decode()
+TROUBLE: Final = f"""\
+[alerts]
+processing_jobs = 2
+average_processing = '0'
+stuck_jobs = 0
+
+[[webhooks]]
+name = "billing"
+url = "http://127.0.0.1:9/nobody-listens"
+allow_private = true
+secret = "{_SECRET}"
+"""
 
 
 class Scene(Daemon):

@@ -22,6 +22,7 @@ PAGES: Final = {
     "workers": "/workers",
     "alerts": "/alerts",
     "cleanup": "/cleanup",
+    "webhooks": "/webhooks",
     "audit": "/audit",
     "docs": "/docs",
 }

@@ -21,10 +21,11 @@ from urllib.parse import quote, urlencode
 
 import pytest
 from msgspec import Raw
+from msgspec.structs import replace
 
 from jobd import admin_api, worker_api
 from jobd.actor import Actor
-from jobd.answers import AlertView, ClockView
+from jobd.answers import AlertView, ClockView, DeliveryPage
 from jobd.artefact_files import FileStore
 from jobd.book import Book
 from jobd.clock import Clock
@@ -41,7 +42,7 @@ from jobd.job import Policy
 from jobd.keys import Keys
 from jobd.plans import Planner
 from tests import vendor
-from tests.http_help import TOKEN, Heard, House, Line, message, tls_pair
+from tests.http_help import DELIVERY, TOKEN, WEBHOOK, Heard, House, Line, message, tls_pair
 from tests.memory_disk import MemoryDisk
 
 READER = "reader-token-0123456789abcdef"
@@ -57,6 +58,8 @@ PAGES = [
     "/alerts",
     "/audit",
     "/failures",
+    "/webhooks",
+    "/webhooks/q",
 ]
 
 
@@ -378,11 +381,12 @@ async def test_a_session_opens_no_api(town: Town) -> None:
 async def test_who_may_only_look_sees_no_button_and_no_secret(town: Town) -> None:
     lock_id = await town.held()
     reader = await town.browser(READER)
+    filters = {"/jobs", "/audit", "/webhooks/q"}
     for target in [*PAGES, "/jobs/held"]:
         page = text(await reader.get(target))
         assert "read-only" in page, target
         assert lock_id not in page
-        assert set(re.findall(r'action="([^"]+)"', page)) <= {"/sign-out", "/jobs", "/audit"}, target
+        assert set(re.findall(r'action="([^"]+)"', page)) <= {"/sign-out", *filters}, target
         assert "/confirm" not in page
     town.now_s += 1
     assert (await reader.post("/sign-out", csrf=await reader.csrf())).status == 303
@@ -397,6 +401,8 @@ async def test_who_may_only_look_sees_no_button_and_no_secret(town: Town) -> Non
         ("/cleanup/run", {}),
         ("/cleanup/recover", {}),
         ("/clock/accept", {}),
+        ("/webhooks/q/test", {}),
+        ("/webhooks/q/resend", {"id": "7"}),
     ],
 )
 async def test_who_may_only_look_changes_nothing(town: Town, target: str, fields: dict[str, str]) -> None:
@@ -1012,6 +1018,87 @@ async def test_housekeeping(town: Town) -> None:
     page = text(await browser.get("/alerts"))
     assert "bad-1" in page
     assert "The clock is right" not in page
+
+
+async def test_webhooks_are_shown_with_how_they_are_going(town: Town) -> None:
+    browser, rooms = await town.browser(), town.admin.figures
+    page = text(await browser.get("/webhooks"))
+    assert WEBHOOK.url in page
+    assert 'href="/webhooks/q?state=waiting">1</a>' in page
+    shown = {
+        "starting": ">starting<",
+        "closed": ">in order<",
+        "open": ">left alone<",
+        "half_open": ">one message is tried<",
+    }
+    for state, words in shown.items():
+        rooms.hooks = [replace(WEBHOOK, state=state, failing_since=None, events=["job.<b>"])]
+        page = text(await browser.get("/webhooks"))
+        assert words in page
+        assert "job.&lt;b&gt;" in page
+    rooms.hooks = [replace(WEBHOOK, state="closed", failing_since=1)]
+    assert ">failing<" in text(await browser.get("/webhooks/q"))
+    rooms.hooks = []
+    assert "No webhook is configured" in text(await browser.get("/webhooks"))
+    heard = await browser.get("/webhooks/q")
+    assert (heard.status, "There is no webhook q" in text(heard)) == (404, True)
+
+
+async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: Town) -> None:
+    browser, rooms = await town.browser(), town.admin.figures
+    page = text(await browser.get("/webhooks/q?state=given_up&cursor=9"))
+    assert rooms.asked_deliveries == [("q", "given_up", 9, 50)]
+    assert '<option value="given_up" selected>' in page
+    assert 'href="/webhooks/q?state=given_up&amp;cursor=7"' in page
+    assert 'href="/webhooks/q?state=given_up">Newest' in page
+    assert 'href="/jobs/a">a</a>' in page
+    assert "data-every" not in page, "what is older stays where it is"
+    assert "data-every" in text(await browser.get("/webhooks/q"))
+    heard = await browser.get("/webhooks/q?state=lost")
+    assert (heard.status, "state" in text(heard)) == (400, True)
+    csrf = await browser.csrf()
+    heard = await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="given_up")
+    assert (heard.status, heard.headers["location"]) == (303, "/webhooks/q?state=given_up")
+    assert "Message 7 is sent again." in text(await browser.get("/webhooks/q"))
+    assert (await browser.post("/webhooks/q/test", csrf=csrf)).headers["location"] == "/webhooks/q"
+    assert "A test is on its way: message 7." in text(await browser.get("/webhooks/q"))
+    audit = await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)
+    assert [(each["what"], each["details"]) for each in audit.data["entries"]] == [
+        ("test-webhook", {"webhook": "q"}),
+        ("resend-delivery", {"webhook": "q", "delivery": 7}),
+    ]
+    assert (await browser.post("/webhooks/q/resend", csrf=csrf, id="8")).status == 404
+    assert (await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="lost")).status == 400
+    assert (await browser.post("/webhooks/none/test", csrf=csrf)).status == 404
+    assert len((await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]) == 2
+
+
+async def test_a_message_says_what_became_of_it(town: Town) -> None:
+    browser, rooms = await town.browser(), town.admin.figures
+    ended = replace(DELIVERY, due_at=None, ended_at=1_700_000_000_000)
+    found = [
+        replace(DELIVERY, id=1, due_at=4_000_000_000_000, subject="queues/a b"),
+        replace(DELIVERY, id=2, subject="alerts/stuck_jobs"),
+        replace(ended, id=3, state="delivered", status=204, error=None),
+        replace(ended, id=4, state="given_up", error="<no>"),
+    ]
+
+    rooms.deliveries_page = DeliveryPage(found, None)
+    page = text(await browser.get("/webhooks/q"))
+    rows = {int(number): row for number, row in re.findall(r'<tr id="delivery-(\d+)">(.*?)</tr>', page, re.DOTALL)}
+    said = {
+        1: (">waiting<", "next try", 'queue <a href="/jobs?queue=a%20b">a b</a>'),
+        2: (">waiting<", ">due", "alerts stuck_jobs"),
+        3: (">delivered<", "HTTP 204"),
+        4: (">given up<", "&lt;no&gt;"),
+    }
+    assert rows.keys() == said.keys()
+    for number, words in said.items():
+        for each in words:
+            assert each in rows[number], (number, each)
+    found.clear()
+    assert "Nothing was sent yet" in text(await browser.get("/webhooks/q"))
+    assert "No message is given up." in text(await browser.get("/webhooks/q?state=given_up"))
 
 
 async def test_firing_alerts_are_told_with_their_hints(town: Town) -> None:

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from jobd.answers import Answer
 from jobd.bodies import refused
-from jobd.commands import Refusal
+from jobd.commands import Command, Refusal
 from jobd.dashboard.paint import go_to
 from jobd.dashboard.sessions import Session, Sessions, Told
 from jobd.doors import Access
@@ -20,6 +20,12 @@ from jobd.web import Web, note
 
 AUTHORIZATION: Final = "Authorization"
 CSRF_HEADER: Final = "X-CSRF-Token"
+
+
+class Form(Command, frozen=True, kw_only=True):
+    """A form of a page, with the secret of its session."""
+
+    csrf: str = ""
 
 
 class Guest(Struct):
@@ -50,9 +56,9 @@ class Guest(Struct):
             command, by=visit.by, admin=self.may_change, size=visit.size, operator=visit.operator
         )
 
-    async def note(self, what: str) -> None:
+    async def note(self, what: str, details: dict[str, Any] | None = None) -> None:
         """Keep in the audit log what is no command on jobs."""
-        await note(self.site, self.visit.operator, what)
+        await note(self.site, self.visit.operator, what, details)
 
     def tell(self, message: str) -> None:
         """Say something on the page that comes next."""
@@ -90,6 +96,16 @@ def go_on(guest: Guest, place: str, message: str = "") -> Answer:
     if message:
         guest.tell(message)
     return Answer(go_to(place), status=303)
+
+
+def is_renewal(visit: Visit) -> bool:
+    """Whether htmx asks for the living part of a page."""
+    return visit.head.headers.get("HX-Request") == "true"
+
+
+def target_of(visit: Visit) -> str:
+    """The address that was asked for."""
+    return f"{visit.path}?{visit.query}" if visit.query else visit.path
 
 
 def cookie(visit: Visit) -> str:

@@ -94,10 +94,6 @@ class ConfirmPage(OnJob, frozen=True, kw_only=True):
     result: Annotated[int, Meta(ge=1)] | None = None
 
 
-class SignInPage(Command, frozen=True, kw_only=True):
-    next: Annotated[str, Meta(max_length=2_000)] = "/"
-
-
 async def asked(guest: Guest, *commands: Command) -> list[Any]:
     """The data of the answers; Refused where one of them is a no."""
     answers = await asyncio.gather(*(guest.ask(command) for command in commands))

@@ -1,4 +1,4 @@
-"""The table of pages, and who gets in: sign-in, sessions, forms that belong to a session, refusals for people.
+"""The table of pages: what each kind of them has in common, forms that belong to a session, refusals for people.
 
 No page's content, and no rule about jobs. To the actor it is one more sender of commands.
 """
@@ -6,65 +6,43 @@ No page's content, and no rule about jobs. To the actor it is one more sender of
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, Final
-from urllib.parse import quote
+from typing import Annotated, Any
 
-import msgspec
-import structlog
 from aiohttp.web import StreamResponse
 from msgspec import Meta
 
 from jobd.answers import Answer, JobView
 from jobd.bodies import Refused, refused
-from jobd.commands import Command, Get, OnJob, OnPlan, Pause, Refusal, Resume
-from jobd.dashboard import bulk, pages
+from jobd.commands import Command, Get, OnJob, OnPlan, Refusal
+from jobd.dashboard import bulk, chores, pages, webhooks
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of, seen
+from jobd.dashboard.entrance import Entrance, SignIn, SignInPage, to_sign_in
 from jobd.dashboard.filters import JobsPage, job_wanted, news_of_jobs
-from jobd.dashboard.guests import Guest, cookie, go_on, guest_of, set_cookie
+from jobd.dashboard.guests import Form, Guest, go_on, guest_of, is_renewal, target_of
 from jobd.dashboard.live import Live, news_at, stream
-from jobd.dashboard.paint import HEADERS, HTML, Painter, go_to
+from jobd.dashboard.paint import HTML, Painter, go_to
 from jobd.dashboard.recorder import Recorder
-from jobd.dashboard.sessions import LONGEST_S, Brake, Sessions
-from jobd.doors import Gate, operator_name
+from jobd.dashboard.sessions import Sessions
+from jobd.doors import Gate
 from jobd.downloads import Artefact, give
 from jobd.event_stream import EVENT_STREAM
-from jobd.job import QueueName
 from jobd.job import Text as Words
 from jobd.replies import Text
 from jobd.routes import Route
-from jobd.visits import Visit, address_of, in_parts
+from jobd.visits import Visit
 from jobd.web import Nothing, Web, check_reader
 
 Shown = dict[str, Any]
 Look = Callable[[Guest, Any], Awaitable[Shown]]
 Act = Callable[[Guest, Any], Awaitable[Answer | Refusal]]
 
-OURS: Final = re.compile(r"/(?!/)[A-Za-z0-9._:%/?&=+~-]*")  # addresses to which a sign-in leads on
-
-log = structlog.get_logger("jobd.dashboard")
-
 
 class Asset(Command, frozen=True, kw_only=True):
     name: str
     v: str = ""
-
-
-class SignIn(Command, frozen=True, kw_only=True):
-    token: Annotated[str, Meta(max_length=1_000)] = ""
-    name: Annotated[str, Meta(max_length=1_000)] = ""
-    next: Annotated[str, Meta(max_length=2_000)] = "/"
-
-
-class Form(Command, frozen=True, kw_only=True):
-    csrf: str = ""
-
-
-class QueueForm(Form, frozen=True, kw_only=True):
-    name: QueueName
 
 
 class DeedForm(OnJob, frozen=True, kw_only=True):
@@ -83,17 +61,17 @@ class Dashboard:
         self._assets = Assets()
         self._painter = Painter(self._assets)
         self._recorder = recorder
-        self._brake = Brake(clock_s)
+        self._entrance = Entrance(self.sessions, self._paint, clock_s)
 
     def routes(self) -> tuple[Route, ...]:
         """Every page, as data."""
         recorder = self._recorder
         return (
-            self._open("GET", "/sign-in", pages.SignInPage, self._sign_in_page),
-            self._open("POST", "/sign-in", SignIn, self._sign_in),
+            self._open("GET", "/sign-in", SignInPage, self._entrance.page),
+            self._open("POST", "/sign-in", SignIn, self._entrance.sign_in),
             self._open("GET", "/static/{name}", Asset, self._static),
             self._open("GET", "/docs", Nothing, self._docs),
-            self._form("/sign-out", Form, self._sign_out, for_readers=True),
+            self._form("/sign-out", Form, self._entrance.sign_out, for_readers=True),
             self._page("/", Nothing, "overview", "Overview", lambda guest, _: pages.overview(guest, recorder)),
             Route(method="GET", path="/live", asks=Live, gives=bytes, who="anyone", via=self._live, sends=EVENT_STREAM),
             Route(method="GET", path="/chart.json", asks=Nothing, gives=bytes, who="anyone", via=self._chart),
@@ -123,15 +101,19 @@ class Dashboard:
             self._form("/plans/{plan_id}/apply", bulk.ApplyForm, bulk.apply),
             self._page("/failures", Nothing, "failures", "Failures", lambda guest, _: pages.failures(guest)),
             self._page("/queues", Nothing, "queues", "Queues", lambda guest, _: pages.queues(guest, recorder)),
-            self._form("/queues/{name}/pause", QueueForm, self._pause),
-            self._form("/queues/{name}/resume", QueueForm, self._resume),
+            self._form("/queues/{name}/pause", chores.QueueForm, chores.pause),
+            self._form("/queues/{name}/resume", chores.QueueForm, chores.resume),
             self._page("/workers", pages.WorkersPage, "workers", "Workers", pages.workers),
             self._page("/cleanup", Nothing, "cleanup", "Cleanup", lambda guest, _: pages.cleanup(guest)),
-            self._form("/cleanup/run", Form, self._run_cleanup),
-            self._form("/cleanup/recover", Form, self._recover),
+            self._form("/cleanup/run", Form, chores.run_cleanup),
+            self._form("/cleanup/recover", Form, chores.recover),
             self._page("/alerts", Nothing, "alerts", "Alerts", lambda guest, _: pages.alerts(guest), every_s=5),
+            self._page("/webhooks", Nothing, "webhooks", "Webhooks", webhooks.every, every_s=5),
+            self._page("/webhooks/{name}", webhooks.WebhookPage, "webhook", "Webhook", webhooks.one, every_s=5),
+            self._form("/webhooks/{name}/test", webhooks.TestForm, webhooks.test),
+            self._form("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
             self._page("/audit", pages.AuditPage, "audit", "Audit", pages.audit, every_s=5),
-            self._form("/clock/accept", Form, self._accept_clock),
+            self._form("/clock/accept", Form, chores.accept_clock),
         )
 
     # -- kinds of routes ----------------------------------------------------------------------------------------------
@@ -173,7 +155,7 @@ class Dashboard:
         async def via(site: Web, visit: Visit, asked: Any) -> Answer:
             guest = guest_of(site, visit, self.sessions)
             if guest is None:
-                return _to_sign_in(visit)
+                return to_sign_in(visit)
             if changes and not guest.may_change:
                 raise refused(
                     "forbidden", "This session may only look. To change something sign in with the admin token."
@@ -212,7 +194,7 @@ class Dashboard:
             template,
             guest=guest,
             told=None if session is None or template == "live.html" else session.take_told(),
-            **{"here": "" if guest is None else _target(guest.visit), "now": guest.now if guest else 0, **shown},
+            **{"here": "" if guest is None else target_of(guest.visit), "now": guest.now if guest else 0, **shown},
         )
 
     def _shows(self, visit: Visit, refusal: Refusal) -> Text:
@@ -220,41 +202,6 @@ class Dashboard:
         return self._painter.page(
             "refused.html", guest=None, told=None, refusal=refusal, here="", now=0, title="Not done", name="refused"
         )
-
-    # -- in and out ---------------------------------------------------------------------------------------------------
-
-    async def _sign_in_page(self, site: Web, visit: Visit, asked: pages.SignInPage) -> Answer:
-        if self.sessions.find(cookie(visit)) is not None:
-            return Answer(go_to(_onward(asked.next)), status=303)
-        return Answer(await self._sign_in_form(asked.next, ""))
-
-    async def _sign_in_form(self, onward: str, fault: str) -> Text:
-        place = _onward(onward)
-        return await self._paint("sign_in.html", None, title="Sign in", name="sign-in", onward=place, fault=fault)
-
-    async def _sign_in(self, site: Web, visit: Visit, asked: SignIn) -> Answer:
-        """No secret of a session is in this form, as there is none yet. What another site could gain by sending it is
-        that somebody is signed in with a token that this site knows; and the gate has looked at Origin."""
-        address = address_of(visit)
-        if wait_s := self._brake.wait_s(address):
-            fault = f"Too many wrong tokens came from your address. Try again in {wait_s:.0f} s."
-            text = await self._sign_in_form(asked.next, fault)
-            return Answer(msgspec.structs.replace(text, more={**text.more, "Retry-After": f"{wait_s:.0f}"}), status=429)
-        opened = self.sessions.sign_in(asked.token.strip(), operator_name(asked.name))
-        if opened is None:
-            self._brake.note_wrong(address)
-            site.refusals["unauthorized"] += 1
-            log.info("sign_in_refused", address=address)
-            return Answer(await self._sign_in_form(asked.next, "That is no valid token."), status=401)
-        secret, session = opened
-        log.info("signed_in", access=session.access, address=address, name=session.name or None)
-        self.sessions.sign_out(cookie(visit))
-        return Answer(go_to(_onward(asked.next), Set_Cookie=set_cookie(visit, secret, LONGEST_S)), status=303)
-
-    async def _sign_out(self, guest: Guest, asked: Form) -> Answer:
-        self.sessions.sign_out(cookie(guest.visit))
-        log.info("signed_out", access=guest.access)
-        return Answer(go_to("/sign-in", Set_Cookie=set_cookie(guest.visit, "", 0)), status=303)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -278,7 +225,7 @@ class Dashboard:
     async def _artefact(self, site: Web, visit: Visit, asked: Artefact) -> Answer | Refusal | StreamResponse:
         """The job's stored result: the API's call, for who has signed in."""
         if guest_of(site, visit, self.sessions) is None:
-            return _to_sign_in(visit)
+            return to_sign_in(visit)
         return await give(site, visit, asked)
 
     # -- deeds --------------------------------------------------------------------------------------------------------
@@ -310,58 +257,3 @@ class Dashboard:
         about = {"name": "job", "title": "Job", "every_s": 2, "part": "job.live.html", "here": f"/jobs/{job_id}"}
         about["news"] = news_at(Live(job_id=job_id))
         return Answer(await self._paint("job.html", guest, **shown, **about, refusal=refusal), status=refusal.status)
-
-    async def _pause(self, guest: Guest, asked: QueueForm) -> Answer | Refusal:
-        return await self._on_queue(guest, Pause(name=asked.name), f"Queue {asked.name} is paused.")
-
-    async def _resume(self, guest: Guest, asked: QueueForm) -> Answer | Refusal:
-        return await self._on_queue(guest, Resume(name=asked.name), f"Queue {asked.name} hands out its jobs again.")
-
-    async def _on_queue(self, guest: Guest, command: Command, message: str) -> Answer | Refusal:
-        done = await guest.ask(command)
-        return done if isinstance(done, Refusal) else go_on(guest, "/queues", message)
-
-    async def _run_cleanup(self, guest: Guest, asked: Form) -> Answer:
-        await guest.note("cleanup")
-        report = await guest.site.rooms.run_cleanup(forced=True)
-        message = (
-            f"The pass took {report.total_processing_time} ms: {report.stuck_jobs_recovered} recovered, "
-            f"{report.expired_jobs_deleted} deleted, {report.validation_issues_fixed} issues fixed."
-        )
-        return go_on(guest, "/cleanup", message)
-
-    async def _recover(self, guest: Guest, asked: Form) -> Answer | Refusal:
-        done = await guest.site.rooms.recover_stuck(in_parts(guest.visit.operator))
-        if isinstance(done, Refusal):
-            return done
-        message = (
-            f"{done.recovered_jobs} stuck jobs recovered: {done.reset_jobs} queued again, {done.failed_jobs} failed."
-        )
-        return go_on(guest, "/cleanup", message)
-
-    async def _accept_clock(self, guest: Guest, asked: Form) -> Answer:
-        await guest.site.rooms.accept_clock()
-        await guest.note("accept-clock")
-        return go_on(guest, "/alerts", "The clock is taken as right: jobs are deleted by age again.")
-
-
-def is_renewal(visit: Visit) -> bool:
-    """Whether htmx asks for the living part of a page."""
-    return visit.head.headers.get("HX-Request") == "true"
-
-
-def _onward(place: str) -> str:
-    """`place` where it is one of ours, else the overview."""
-    return place if OURS.fullmatch(place) else "/"
-
-
-def _target(visit: Visit) -> str:
-    return f"{visit.path}?{visit.query}" if visit.query else visit.path
-
-
-def _to_sign_in(visit: Visit) -> Answer:
-    """On to the sign-in, and from there back. htmx follows a header of its own."""
-    place = f"/sign-in?next={quote(_target(visit), safe='')}"
-    if is_renewal(visit):
-        return Answer(Text(HTML, b"", {**HEADERS, "HX-Redirect": place}), status=401)
-    return Answer(go_to(place), status=303)

@@ -1,0 +1,106 @@
+"""The pages of webhooks: how each is going, what it was sent, and a message again.
+
+Sends nothing itself: it asks the room of the webhooks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal, get_args
+from urllib.parse import quote, urlencode
+
+from msgspec import Meta
+
+from jobd.answers import Answer, DeliveryPage, DeliveryState, QueueList, WebhookView
+from jobd.bodies import Refused, refused
+from jobd.commands import Command, Queues, Refusal
+from jobd.dashboard.guests import Form, Guest, go_on
+from jobd.dashboard.pages import PER_PAGE, Shown, asked, strip
+
+STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
+Wanted = Literal["", "waiting", "delivered", "given_up"]  # a form sends the choice of all of them, too
+Name = Annotated[str, Meta(pattern="^[A-Za-z0-9._:-]{1,100}$")]
+Number = Annotated[int, Meta(ge=1, le=10**18)]
+
+
+class WebhookPage(Command, frozen=True, kw_only=True):
+    """`state` filters its deliveries ("": all of them), `cursor` is where their page begins."""
+
+    name: Name
+    state: Wanted = ""
+    cursor: Number | None = None
+
+
+class TestForm(Form, frozen=True, kw_only=True):
+    name: Name
+
+
+class ResendForm(Form, frozen=True, kw_only=True):
+    """`id` of the delivery, and the address of the page from which it is asked for."""
+
+    name: Name
+    id: Number
+    state: Wanted = ""
+
+
+async def every(guest: Guest, _: Any) -> Shown:
+    queues: QueueList
+    [queues] = await asked(guest, Queues())
+    return {"webhooks": guest.site.rooms.webhooks(), **strip(guest, queues)}
+
+
+async def one(guest: Guest, wanted: WebhookPage) -> Shown:
+    """One webhook, and a page of what it was sent, the newest first."""
+    webhook = _named(guest, wanted.name)
+    page = await guest.site.rooms.deliveries(wanted.name, wanted.state or None, wanted.cursor, PER_PAGE)
+    if isinstance(page, Refusal):
+        raise Refused(page)
+    found: DeliveryPage = page
+    queues: QueueList
+    [queues] = await asked(guest, Queues())
+    shown: Shown = {
+        "webhook": webhook,
+        "states": STATES,
+        "state": wanted.state,
+        "deliveries": found.deliveries,
+        "next": _address(wanted, found.next_cursor) if found.next_cursor else "",
+        "first": _address(wanted) if wanted.cursor else "",
+    }
+    if wanted.cursor:  # what is older stays where it is
+        shown["every_s"] = 0
+    return {**shown, **strip(guest, queues)}
+
+
+async def test(guest: Guest, form: TestForm) -> Answer | Refusal:
+    """A message that says that it is a test."""
+    sent = await guest.site.rooms.test_webhook(form.name)
+    if isinstance(sent, Refusal):
+        return sent
+    await guest.note("test-webhook", {"webhook": form.name})
+    return go_on(guest, _place(form.name), f"A test is on its way: message {sent.id}.")
+
+
+async def resend(guest: Guest, form: ResendForm) -> Answer | Refusal:
+    """The same message once more, whatever became of it."""
+    sent = await guest.site.rooms.deliver_again(form.name, form.id)
+    if isinstance(sent, Refusal):
+        return sent
+    await guest.note("resend-delivery", {"webhook": form.name, "delivery": form.id})
+    return go_on(guest, _address(WebhookPage(name=form.name, state=form.state)), f"Message {sent.id} is sent again.")
+
+
+def _named(guest: Guest, name: str) -> WebhookView:
+    for webhook in guest.site.rooms.webhooks():
+        if webhook.name == name:
+            return webhook
+    raise refused("not_found", f"There is no webhook {name} in the configuration. Those that are: /webhooks")
+
+
+def _place(name: str) -> str:
+    return f"/webhooks/{quote(name, safe='')}"
+
+
+def _address(wanted: WebhookPage, cursor: str | None = None) -> str:
+    """The page of the same webhook and filter, from `cursor` on."""
+    fields = {"state": wanted.state, "cursor": cursor}
+    query = urlencode({name: value for name, value in fields.items() if value})
+    return f"{_place(wanted.name)}?{query}" if query else _place(wanted.name)
