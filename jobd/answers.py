@@ -165,17 +165,26 @@ class QueueView(Struct, frozen=True):
 
 
 class QueueList(Struct):
+    """In the order of their names. `next_cursor` is None on the last page."""
+
     queues: list[QueueView]
+    next_cursor: str | None = None
 
 
 class WorkerView(Struct, frozen=True):
+    """`jobs` are the first of those that it holds, `held` is how many that are."""
+
     worker: str
     jobs: list[str]
+    held: int
     last_seen_at: int
 
 
 class WorkerList(Struct):
+    """Those that spoke last come first. `next_cursor` is None on the last page."""
+
     workers: list[WorkerView]
+    next_cursor: str | None = None
 
 
 class LockedJob(Struct, frozen=True, kw_only=True):
@@ -206,6 +215,14 @@ class OldestProcessing(Struct, frozen=True):
     progress: int | float
 
 
+class OldestDue(Struct, frozen=True):
+    """The job that has been due longest, and since when (Unix ms)."""
+
+    id: str
+    queue: str
+    due_at: int
+
+
 class StatsView(Struct, frozen=True, rename="camel"):
     """Times in seconds where a dashboard expects them so; `time_since_last_cleanup` in ms."""
 
@@ -215,6 +232,7 @@ class StatsView(Struct, frozen=True, rename="camel"):
     locked_jobs: int
     average_processing_time: float
     oldest_processing_job: OldestProcessing | None
+    oldest_due_job: OldestDue | None
     stuck_jobs_recovered: int
     timestamp: int
     cleanup_running: bool = False

@@ -115,7 +115,14 @@ class Book:
 
     def oldest_due_at(self, queue: str) -> int | None:
         """`run_at` of the job of `queue` that has been due longest (Unix ms)."""
-        return self._due[queue].oldest_run_at() if queue in self._due else None
+        oldest = self._due[queue].oldest() if queue in self._due else None
+        return None if oldest is None else oldest[1]
+
+    def oldest_due(self) -> tuple[str, DueEntry] | None:
+        """The queue and the entry of the job that has been due longest of all. Costs by the queues that wait."""
+        firsts = ((queue, due.oldest()) for queue, due in self._due.items())
+        found = ((queue, entry) for queue, entry in firsts if entry is not None)
+        return min(found, key=lambda each: (each[1][1], each[1][2]), default=None)
 
     def due_lanes(self, queue: str) -> int:
         """So many lanes `oldest_due_at` has to look at: kinds and priorities of the due jobs of `queue`."""

@@ -12,6 +12,8 @@ from typing import Final, TypeVar
 
 import msgspec
 import structlog
+from msgspec import Raw
+from msgspec.structs import astuple
 
 from jobd.actor import Actor
 from jobd.answers import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery
@@ -47,6 +49,7 @@ class Cleaner:
         self._forced = False
         self._last_begin = self._last_success = asyncio.get_running_loop().time()  # loop times, in seconds
         self._last_end: float | None = None
+        self._beside: Callable[[], bytes] = lambda: b"null"
 
     @property
     def schedule(self) -> Schedule:
@@ -55,6 +58,10 @@ class Cleaner:
     def hold_journal(self, for_ms: Callable[[], int]) -> None:
         """Keep the journal of what is gone for so long at least, as long as somebody has not read it."""
         self._hands.hold_journal_ms = for_ms
+
+    def save_beside(self, kept: Callable[[], bytes]) -> None:
+        """Keep this JSON with the figures, for `read_beside`."""
+        self._beside = kept
 
     # -- for others ---------------------------------------------------------------------------------------------------
 
@@ -225,7 +232,9 @@ class Cleaner:
         since.locks_cleared -= report.expired_locks_cleared
 
     async def _save_figures(self) -> None:
-        await self._disk.save_figures(msgspec.json.encode(self._book.figures))
+        kept = _Kept(*astuple(self._book.figures))
+        kept.beside = Raw(self._beside())
+        await self._disk.save_figures(msgspec.json.encode(kept))
 
     async def _restore(self) -> None:
         try:
@@ -266,6 +275,18 @@ class Cleaner:
             log.warning("cleanup_refused", what=what, error=str(refused))
         except Exception:
             log.exception("cleanup_failed", what=what)
+
+
+class _Kept(Figures):
+    """The figures as they are saved: with what others keep beside them."""
+
+    beside: Raw = Raw(b"null")
+
+
+def read_beside(body: bytes | None) -> bytes:
+    """The JSON that was saved beside the figures; null where there is none."""
+    kept = None if body is None else _read(body, _Kept)
+    return b"null" if kept is None else bytes(kept.beside)
 
 
 def read_figures(body: bytes | None) -> Figures:

@@ -98,6 +98,8 @@ MomentMs = Annotated[int, Meta(ge=0, le=10**15)]  # Unix ms, as bounds of a sear
 MAX_OPERATOR: Final = 64
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
 Cursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")]
+WorkerCursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220)]  # when one spoke last, and its name
+PageLimit = Annotated[int, Meta(ge=1, le=MAX_PAGE)]
 
 
 class Command(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -227,11 +229,18 @@ class Cancel(OnJob, frozen=True, kw_only=True):
 
 
 class Queues(Command, frozen=True, kw_only=True):
-    pass
+    """Queues by name: all of them, or a page. `paused`: only those that are, or that are not."""
+
+    limit: PageLimit | None = None
+    cursor: QueueName | None = None
+    paused: bool | None = None
 
 
 class Workers(Command, frozen=True, kw_only=True):
-    pass
+    """Workers, those that spoke last first: all of them, or a page."""
+
+    limit: PageLimit | None = None
+    cursor: WorkerCursor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,7 +442,7 @@ class Stats(Command, frozen=True, kw_only=True):
 class Locks(Command, frozen=True, kw_only=True):
     """The current grants, the oldest first: all of them, or a page."""
 
-    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] | None = None
+    limit: PageLimit | None = None
     cursor: Cursor | None = None
 
 

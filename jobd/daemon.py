@@ -36,7 +36,7 @@ from jobd.artefacts import ArtefactStore, StoreFault
 from jobd.batch import DiskFull, KeyRow, Opened
 from jobd.bodies import Limits
 from jobd.book import Book
-from jobd.cleanup import Cleaner, read_figures
+from jobd.cleanup import Cleaner, read_beside, read_figures
 from jobd.clock import Clock
 from jobd.commands import CreditAbsence, EndGrants, Ping
 from jobd.config import Config, ConfigError, Loaded
@@ -151,7 +151,7 @@ class Daemon:
         _run_beside(stack, "presence", presence)
         sweeper = await self._sweep(store, opened, stack)
         self.rooms = self._rooms(store, opened, sweeper, stack)
-        await self._open_doors(stack)
+        await self._open_doors(stack, opened.figures)
         self._listen_to_signals()
         self._watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
         stack.push_async_callback(_cancel, self._watchdog)
@@ -298,7 +298,7 @@ class Daemon:
             lambda: not self._running.done(),
         )
 
-    async def _open_doors(self, stack: contextlib.AsyncExitStack) -> None:
+    async def _open_doors(self, stack: contextlib.AsyncExitStack, figures: bytes | None) -> None:
         settings, given, places = self._loaded.config, self._given, _places(self._loaded.config)
         limits = Limits(body=settings.limits.body, payload=settings.limits.payload, bulk=settings.limits.bulk)
         local = Web(Gate("worker"), worker_api.ROUTES, self.actor, self.rooms, limits=limits)
@@ -315,8 +315,9 @@ class Daemon:
             readers=self._loaded.reader_tokens,
             hosts=_admin_hosts(settings, given.get("admin")),
         )
-        recorder = Recorder(self.clock.moment().now)
+        recorder = Recorder.opened(read_beside(figures), self.clock.moment().now)
         self.actor.on_commit.append(recorder.note)
+        self.cleaner.save_beside(recorder.kept)
         pages = (await asyncio.to_thread(Dashboard, self._admin_gate, recorder)).routes()
         admin = Web(self._admin_gate, (*admin_api.ROUTES, *pages), self.actor, self.rooms, limits=limits, admin=True)
         doors.append(Door("admin", admin, places["admin"]))

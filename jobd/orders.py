@@ -24,6 +24,10 @@ TimeEntry = tuple[int, int, str]  # time, job seq, job id
 SLACK = 64  # stale entries that a heap may always hold; beyond, at most as many as it has valid ones
 
 
+def _due_since(entry: DueEntry) -> tuple[int, int]:
+    return entry[1], entry[2]
+
+
 def entry_of(job: Untouched) -> DueEntry:
     """The place of an untouched job: due since its creation."""
     return (job.options.priority, job.created_at, job.seq, job.id)
@@ -232,10 +236,10 @@ class DueJobs:
             if (next_entry := next(following, None)) is not None:
                 heapq.heappush(frontier, (next_entry, following))
 
-    def oldest_run_at(self) -> int | None:
-        """When the job that has been due longest became due; the first of each lane is its oldest."""
+    def oldest(self) -> DueEntry | None:
+        """The job that has been due longest; the first of each lane is its oldest."""
         firsts = (lane.first() for lanes in self.lanes.values() for lane in lanes.values())
-        return min((entry[1] for entry in firsts if entry is not None), default=None)
+        return min((entry for entry in firsts if entry is not None), key=_due_since, default=None)
 
     def entries(self) -> Iterator[tuple[str, DueEntry]]:
         """Every valid entry with its kind, in no order."""

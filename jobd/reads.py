@@ -51,9 +51,9 @@ def answer(draft: Draft, command: Reading) -> Answer | Refusal:
         case AuditLog():
             return Answer(AuditPage([], None), look=Look(audit=command))
         case Queues():
-            return Answer(views.queues(draft.book))
+            return Answer(views.queues(draft.book, command))
         case Workers():
-            return Answer(views.workers(draft.book))
+            return Answer(views.workers(draft.book, command))
         case Stats():
             return Answer(views.stats(draft.book, draft.book.figures, draft.at))
         case Locks():

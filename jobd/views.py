@@ -5,8 +5,10 @@ Pure reading: nothing here changes a job or decides about one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
+from heapq import nsmallest
 from itertools import islice
-from typing import cast
+from typing import Final, cast
 
 from msgspec import UNSET, Raw, UnsetType
 
@@ -18,6 +20,7 @@ from jobd.answers import (
     LockList,
     LockState,
     LockView,
+    OldestDue,
     OldestProcessing,
     QueueList,
     QueueView,
@@ -25,11 +28,12 @@ from jobd.answers import (
     WorkerList,
     WorkerView,
 )
-from jobd.book import Book
-from jobd.commands import Import, Locks, Moment
+from jobd.book import Book, WorkerSeen
+from jobd.commands import Import, Locks, Moment, Queues, Workers
 from jobd.figures import Figures
 from jobd.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
 
+JOBS_SHOWN: Final = 100  # of a worker
 NO_RESULT = Result()
 NO_ERROR = Failure(None)
 
@@ -153,9 +157,23 @@ def grant_view(job: Job, at: Moment, view: JobView) -> GrantView:
     )
 
 
-def queues(book: Book) -> QueueList:
-    names = sorted(book.counts.keys() | book.paused)
-    return QueueList([_queue(book, name) for name in names])
+def queues(book: Book, command: Queues) -> QueueList:
+    """By name: those behind the cursor, as many as are asked for."""
+    after = command.cursor or ""
+    names = (name for name in _named(book, command.paused) if name > after)
+    if command.limit is None:
+        return QueueList([_queue(book, name) for name in sorted(names)])
+    found = nsmallest(command.limit + 1, names)
+    shown = found[: command.limit]
+    return QueueList([_queue(book, name) for name in shown], shown[-1] if len(found) > len(shown) else None)
+
+
+def _named(book: Book, paused: bool | None) -> Set[str]:
+    """The names of all queues, or of those that are paused, or not."""
+    if paused:
+        return book.paused
+    names = book.counts.keys() | book.paused
+    return names if paused is None else names - book.paused
 
 
 def _queue(book: Book, name: str) -> QueueView:
@@ -164,10 +182,29 @@ def _queue(book: Book, name: str) -> QueueView:
     return QueueView(name=name, paused=name in book.paused, oldest_due_at=book.oldest_due_at(name), **by_status)
 
 
-def workers(book: Book) -> WorkerList:
-    """Workers that hold a job, and those without one that spoke lately (since the start); the latest first."""
-    seen = sorted(book.workers.items(), key=lambda each: -each[1].last_seen_at)
-    return WorkerList([WorkerView(name, list(worker.jobs), worker.last_seen_at) for name, worker in seen])
+def workers(book: Book, command: Workers) -> WorkerList:
+    """Workers that hold a job, and those without one that spoke lately (since the start); the latest first.
+
+    From page to page: who speaks meanwhile is among the first, and may be missing on the pages behind.
+    """
+    seen: Iterable[tuple[str, WorkerSeen]] = book.workers.items()
+    if command.cursor is not None:
+        at, _, last = command.cursor.partition(" ")
+        seen = (each for each in seen if _by_latest(each) > (-int(at), last))
+    if command.limit is None:
+        return WorkerList([_worker(*each) for each in sorted(seen, key=_by_latest)])
+    found = nsmallest(command.limit + 1, seen, key=_by_latest)
+    shown = found[: command.limit]
+    following = f"{shown[-1][1].last_seen_at} {shown[-1][0]}" if len(found) > len(shown) else None
+    return WorkerList([_worker(*each) for each in shown], following)
+
+
+def _by_latest(each: tuple[str, WorkerSeen]) -> tuple[int, str]:
+    return -each[1].last_seen_at, each[0]
+
+
+def _worker(name: str, seen: WorkerSeen) -> WorkerView:
+    return WorkerView(name, list(islice(seen.jobs, JOBS_SHOWN)), len(seen.jobs), seen.last_seen_at)
 
 
 def locks(book: Book, at: Moment, command: Locks, *, admin: bool) -> LockList:
@@ -200,6 +237,7 @@ def _locked(job: Job, grant: Grant, lease: Lease, at: Moment, admin: bool) -> Lo
 def stats(book: Book, figures: Figures, at: Moment) -> StatsView:
     oldest = next(iter(book.processing.values()), None)
     shown = None if oldest is None else OldestProcessing(oldest.id, _age_s(oldest, at), oldest.progress)
+    due = book.oldest_due()
     return StatsView(
         total_jobs=book.total(),
         by_status={status: book.totals[status] for status in STATUSES},
@@ -207,6 +245,7 @@ def stats(book: Book, figures: Figures, at: Moment) -> StatsView:
         locked_jobs=book.live_locks(),
         average_processing_time=average_processing_s(book, figures, at),
         oldest_processing_job=shown,
+        oldest_due_job=None if due is None else OldestDue(due[1][3], due[0], due[1][1]),
         stuck_jobs_recovered=figures.recovered_last_day(at.now),
         timestamp=at.now,
     )

@@ -13,7 +13,7 @@ from jobd import book as book_module
 from jobd import views
 from jobd.batch import Numbers, Opened, QueueRow
 from jobd.book import FINISHED_KEPT, Book
-from jobd.commands import Cancel, Create, Delete, Import, Pause, Recover, Release, Resume, Update
+from jobd.commands import Cancel, Create, Delete, Import, Pause, Recover, Release, Resume, Update, Workers
 from jobd.events import Change, Event
 from jobd.job import HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options, Result, Untouched
 from jobd.orders import SLACK
@@ -450,7 +450,7 @@ def test_a_worker_is_known_by_its_jobs_and_its_last_word(desk: Desk) -> None:
 def test_after_a_start_workers_were_seen_when_their_jobs_last_changed_and_the_latest_come_first() -> None:
     jobs = [replace(held(seq, f"w-{seq}"), updated_at=NOW + at) for seq, at in ((1, -50), (2, -10), (3, -90))]
     book = Book.opened(Opened(Numbers(wall_ms=NOW), jobs))
-    seen = [(each.worker, each.jobs, each.last_seen_at) for each in views.workers(book).workers]
+    seen = [(each.worker, each.jobs, each.last_seen_at) for each in views.workers(book, Workers()).workers]
     assert seen == [("w-2", ["job-2"], NOW - 10), ("w-1", ["job-1"], NOW - 50), ("w-3", ["job-3"], NOW - 90)]
 
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from jobd.answers import CleanupReport, RecoverStuckView
 from jobd.batch import Audited, DiskFull
-from jobd.cleanup import TICK_S, read_figures
+from jobd.cleanup import TICK_S, read_beside, read_figures
 from jobd.commands import Complete, Create, Delete, Extend, ForceFail, Get, Progress, Refusal, Timeline
 from jobd.events import Event
 from jobd.figures import Figures, Histogram
@@ -654,6 +654,19 @@ async def test_cleanup_begins_even_where_no_report_can_be_read() -> None:
         house.disk.errors["reports"] = OSError("broken")
         house.keep()
         assert (await house.cleaner.run_pass(forced=True)).errors == []
+
+
+@in_virtual_time
+async def test_what_others_keep_is_saved_beside_the_figures() -> None:
+    async with Household() as house:
+        house.book.figures.stalls = 3
+        house.cleaner.save_beside(lambda: b'{"hour":[1]}')
+        house.keep()
+        await house.cleaner.run_pass(forced=True)
+        assert read_beside(house.disk.figures) == b'{"hour":[1]}'
+        assert read_figures(house.disk.figures).stalls == 3
+    without = msgspec.json.encode(Figures(stalls=3))  # as an older version saved them
+    assert read_beside(without) == read_beside(None) == read_beside(b"{") == b"null"
 
 
 def test_figures_that_cannot_be_read_begin_anew() -> None:

@@ -32,6 +32,7 @@ STATS = StatsView(
     locked_jobs=1,
     average_processing_time=1.5,
     oldest_processing_job=None,
+    oldest_due_job=None,
     stuck_jobs_recovered=0,
     timestamp=1_772_366_400_000,
     cleanup_running=False,
@@ -190,7 +191,7 @@ def a_frame(queues: int = 3, **fields: Any) -> Frame:
         "per_second": {"created": 1.5, "granted": 0.0},
         "over_s": 10.0,
         "queues": [QueueView(f"queue-{n}", n == 0, n, 1, 0, 0, 0, None) for n in range(queues)],
-        "workers": [Hands("w\x1b[2J", 1, [Held("a", 42.5), Held("b", 0)])],
+        "workers": [Hands("w\x1b[2J", 1, 2, [Held("a", 42.5), Held("b", 0)])],
         "alerts": [],
     }
     return Frame(**{**made, **fields})
@@ -210,7 +211,7 @@ def test_a_frame_tells_what_matters() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(40, 10), (60, 20), (80, 24), (200, 60)])
 def test_a_frame_fits_its_terminal(width: int, height: int) -> None:
-    workers = [Hands(f"worker-with-a-long-name-{n}", 1, [Held("x" * 200, 1.0)]) for n in range(100)]
+    workers = [Hands(f"worker-with-a-long-name-{n}", 1, 1, [Held("x" * 200, 1.0)]) for n in range(100)]
     alerts = [AlertView(f"alert_{n}", True, 1, 7.0, 5.0, "a hint that is long " * 10) for n in range(2)]
     lines = drawn(a_frame(100, workers=workers, alerts=alerts), width=width, height=height)
     assert max(map(len, lines)) <= width

@@ -124,7 +124,8 @@ class Model:
             assert list(islice(self.due.due(kinds), 2)) == expected[:2]
         assert self.due.live == len(self.live)
         assert sorted(self.due.entries()) == sorted(self.live)
-        assert self.due.oldest_run_at() == min((found[1] for _, found in self.live), default=None)
+        oldest = min((found for _, found in self.live), key=lambda found: (found[1], found[2]), default=None)
+        assert self.due.oldest() == oldest
 
 
 def test_due_jobs_come_in_exact_order_over_kinds_and_priorities() -> None:

@@ -11,7 +11,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd import rules, steps
-from jobd.answers import Answer, Done, Grants, Imported, JobView, Look, Recovered, Worked
+from jobd.answers import Answer, Done, Grants, Imported, JobView, Look, OldestDue, QueueList, Recovered, Worked
 from jobd.commands import (
     AnyCommand,
     Bulk,
@@ -1625,7 +1625,7 @@ def test_the_lists_of_operators(desk: Desk) -> None:
         ("empty", True, 0, 0, 0, None),
         ("q", False, 1, 1, 0, NOW),
     ]
-    assert [(worker.worker, worker.jobs) for worker in desk.yes(Workers()).workers] == [("w-1", ["a"])]
+    assert [(worker.worker, worker.jobs, worker.held) for worker in desk.yes(Workers()).workers] == [("w-1", ["a"], 1)]
     (lock,) = desk.yes(Locks(), admin=True).locks
     assert (lock.id, lock.worker, lock.lock_id, lock.live) == ("a", "w-1", lock_id, True)
     assert (lock.expires_at, lock.ceiling_at, lock.stuck_at) == (NOW + TTL, NOW + CEILING, NOW + TTL)
@@ -1633,6 +1633,68 @@ def test_the_lists_of_operators(desk: Desk) -> None:
     assert (stats.total_jobs, stats.by_status["processing"], stats.by_status["completed"]) == (3, 1, 1)
     assert (stats.stuck_jobs, stats.locked_jobs, stats.average_processing_time) == (0, 1, 1.5)
     assert (stats.oldest_processing_job.id, stats.oldest_processing_job.age) == ("a", 1.5)
+    assert stats.oldest_due_job == OldestDue("b", "q", NOW)
+
+
+def test_the_job_that_has_been_due_longest_is_found_over_all_queues(desk: Desk) -> None:
+    desk.create("later", queue="a", delay_ms=5_000, priority=-1)
+    desk.create("b-1", queue="b")
+    desk.create("c-1", queue="c")
+    assert desk.yes(Stats()).oldest_due_job == OldestDue("b-1", "b", NOW), "of the same moment the first"
+    desk.passes(5_000)
+    desk.held("b-1", queue="b")
+    desk.yes(Pause(name="c"))
+    assert desk.yes(Stats()).oldest_due_job == OldestDue("c-1", "c", NOW), "it waits, though its queue is paused"
+    desk.yes(Start(id="later", worker="w"))
+    desk.yes(Cancel(id="c-1"))
+    assert desk.yes(Stats()).oldest_due_job is None
+
+
+def test_queues_are_given_page_by_page_in_the_order_of_their_names(desk: Desk) -> None:
+    for name in "dbeca":
+        desk.create(f"job-{name}", queue=name)
+    for name in "bdz":
+        desk.yes(Pause(name=name))
+    asked = {None: "abcdez", True: "bdz", False: "ace"}
+    for paused, names in asked.items():
+        assert "".join(queue.name for queue in desk.yes(Queues(paused=paused)).queues) == names
+        for limit in (1, 2, 3, 6):
+            seen, cursor = [], None
+            while True:
+                page = desk.yes(Queues(paused=paused, limit=limit, cursor=cursor))
+                seen.append("".join(queue.name for queue in page.queues))
+                cursor = page.next_cursor
+                if cursor is None:
+                    break
+            assert seen == [names[at : at + limit] for at in range(0, len(names), limit)]
+    assert [queue.name for queue in desk.yes(Queues(cursor="d")).queues] == ["e", "z"]
+    assert desk.yes(Queues(cursor="z", limit=1)) == QueueList([])
+
+
+def test_workers_are_given_page_by_page_the_latest_first(desk: Desk) -> None:
+    for number in range(6):
+        desk.passes(number % 2)  # some spoke at the same moment
+        desk.held(f"job-{number}", worker=f"w {number}")
+    everybody = [worker.worker for worker in desk.yes(Workers()).workers]
+    assert everybody == ["w 5", "w 3", "w 4", "w 1", "w 2", "w 0"]
+    for limit in (1, 2, 4, 6):
+        seen, cursor = [], None
+        while True:
+            page = desk.yes(Workers(limit=limit, cursor=cursor))
+            seen.append([worker.worker for worker in page.workers])
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+        assert seen == [everybody[at : at + limit] for at in range(0, 6, limit)]
+
+
+def test_of_a_worker_with_many_jobs_the_first_are_named_and_all_are_counted(desk: Desk) -> None:
+    desk.yes(Bulk(jobs=[Create(id=f"job-{number:03}") for number in range(130)]))
+    desk.yes(Claim(worker="w", limit=100))
+    desk.yes(Claim(worker="w", limit=30))
+    [worker] = desk.yes(Workers()).workers
+    assert worker.jobs == [f"job-{number:03}" for number in range(100)]
+    assert worker.held == 130
 
 
 def test_locks_are_given_page_by_page_the_oldest_first(desk: Desk) -> None:

@@ -47,12 +47,17 @@ def queues(views: Sequence[QueueView]) -> None:
 
 
 def workers(views: Sequence[WorkerView]) -> None:
-    rows = [(worker.worker, len(worker.jobs), show.age(worker.last_seen_at), " ".join(worker.jobs)) for worker in views]
+    rows = [(worker.worker, worker.held, show.age(worker.last_seen_at), _held(worker)) for worker in views]
     show.table(["WORKER", ">HOLDS", "LAST SEEN", "JOBS"], rows, empty="No workers were seen.")
 
 
+def _held(worker: WorkerView) -> str:
+    more = worker.held - len(worker.jobs)
+    return " ".join([*worker.jobs, f"and {more} more"] if more else worker.jobs)
+
+
 def stats(view: StatsView) -> None:
-    oldest = view.oldest_processing_job
+    oldest, due = view.oldest_processing_job, view.oldest_due_job
     fields: list[tuple[str, object]] = [("jobs", view.total_jobs)]
     fields += [(f"  {status}", count) for status, count in view.by_status.items()]
     fields += [
@@ -65,6 +70,8 @@ def stats(view: StatsView) -> None:
         fields.append(
             ("longest running", f"{oldest.id}, {show.span(oldest.age * 1000)}, {show.cell(oldest.progress)} %")
         )
+    if due is not None:
+        fields.append(("due for longest", f"{due.id}, {show.age(due.due_at)}, queue {due.queue}"))
     fields.append(("cleanup", _cleanup(view.cleanup_running, view.time_since_last_cleanup)))
     show.pairs(fields)
 

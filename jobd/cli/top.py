@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WINDOW_S: Final = 10.0  # rates are those of so long
 RATES: Final = ("created", "granted", "completed", "failed", "retried", "stalled")
+MOST: Final = 200  # workers and locks that one look asks for
 NARROW: Final = 72  # columns below which a table leaves some of its own out
 AWAY: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
 _COUNT: Final = re.compile(r'^jobd_events_total\{type="(\w+)"\} (\S+)$', re.MULTILINE)
@@ -45,7 +46,8 @@ class Hands(Struct, frozen=True):
 
     worker: str
     last_seen_at: int
-    jobs: list[Held]
+    held: int
+    jobs: list[Held]  # of the locks that were looked at
 
 
 class Frame(Struct, frozen=True):
@@ -68,15 +70,20 @@ class Samples:
 
     def take(self, client: AdminClient) -> Frame:
         """One more look."""
-        stats, queues, seen, locks = client.stats(), client.queues(), client.workers(), client.locks()
+        stats, queues, seen, locks = (
+            client.stats(),
+            client.queues(),
+            client.workers(limit=MOST),
+            client.locks(limit=MOST),
+        )
         alerts = [alert for alert in client.alerts() if alert.firing]
         per_second, over_s = self.rates(client.metrics())
         by_worker: dict[str, list[LockedJob]] = {}
         for lock in locks:
             by_worker.setdefault(lock.worker, []).append(lock)
         workers = [
-            Hands(each.worker, each.last_seen_at, _held(by_worker.get(each.worker, ())))
-            for each in sorted(seen, key=lambda each: (-len(each.jobs), each.worker))
+            Hands(each.worker, each.last_seen_at, each.held, _held(by_worker.get(each.worker, ())))
+            for each in sorted(seen, key=lambda each: (-each.held, each.worker))
         ]
         queues.sort(key=lambda queue: (-queue.queued - queue.processing, queue.name))
         return Frame(stats, per_second, over_s, queues, workers, alerts)
@@ -232,7 +239,7 @@ def _workers(frame: Frame, rows: int, width: int) -> Table:
     for each in frame.workers:
         jobs = "  ".join(f"{job.id} {show.cell(job.progress)} %" for job in each.jobs)
         seen = (show.age(each.last_seen_at),) if width >= NARROW else ()
-        body.append((each.worker, len(each.jobs), *seen, jobs))
+        body.append((each.worker, each.held, *seen, jobs))
     return _table(columns, body, rows)
 
 

@@ -335,9 +335,9 @@ def why(job_id: str) -> Request[WhyView]:
     return get(job_path(JOBS, job_id, "why"), read_why)
 
 
-def locks() -> Request[list[LockedJob]]:
-    """The current grants: who holds what, until when."""
-    return get(f"{BASE}/locks", lambda body: _read_locks(body).locks)
+def locks(*, limit: int | None = None) -> Request[list[LockedJob]]:
+    """The current grants: who holds what, until when. With a `limit` (up to 200) the oldest."""
+    return get(f"{BASE}/locks", lambda body: _read_locks(body).locks, limit=limit)
 
 
 def queues() -> Request[list[QueueView]]:
@@ -345,9 +345,9 @@ def queues() -> Request[list[QueueView]]:
     return get(f"{BASE}/queues", read_queues)
 
 
-def workers() -> Request[list[WorkerView]]:
-    """The workers: which jobs they hold, and when they were last heard of."""
-    return get(f"{BASE}/workers", read_workers)
+def workers(*, limit: int | None = None) -> Request[list[WorkerView]]:
+    """The workers: which jobs they hold, and when they were last heard of. With a `limit` (up to 200) the latest."""
+    return get(f"{BASE}/workers", read_workers, limit=limit)
 
 
 def reports(limit: int | None = None) -> Request[list[CleanupReport]]:

@@ -10,12 +10,12 @@ from typing import Final, Literal
 
 import msgspec
 
-from jobd.answers import Answer, PlanView, QueueList
+from jobd.answers import Answer, PlanView
 from jobd.bodies import Refused, explain, refused
-from jobd.commands import Filter, MakePlan, OnPlan, PlanAction, Queues, Refusal
+from jobd.commands import Filter, MakePlan, OnPlan, PlanAction, Refusal
 from jobd.dashboard.filters import JobFilter, chosen
 from jobd.dashboard.guests import Guest, go_on
-from jobd.dashboard.pages import ACTIONS, Shown, asked, strip
+from jobd.dashboard.pages import ACTIONS, PAUSED, Shown, asked, strip
 from jobd.job import JobId, Text
 
 MOST_SHOWN: Final = 200
@@ -66,8 +66,7 @@ async def show(guest: Guest, wanted: OnPlan) -> Shown:
     if isinstance(found, Refusal):
         raise Refused(found)
     plan: PlanView = found
-    queues: QueueList
-    [queues] = await asked(guest, Queues())
+    [paused] = await asked(guest, PAUSED)
     result = plan.result
     return {
         "plan": plan,
@@ -81,7 +80,7 @@ async def show(guest: Guest, wanted: OnPlan) -> Shown:
         "undone": [] if result is None else [*result.changed, *result.refused][:MOST_SHOWN],
         "undone_count": 0 if result is None else len(result.changed) + len(result.refused),
         "most": MOST_SHOWN,
-        **strip(guest, queues),
+        **strip(guest, paused),
     }
 
 

@@ -29,6 +29,7 @@ from jobd.answers import (
 from jobd.answers import AuditPage as AuditEntries
 from jobd.bodies import Refused, explain, refused
 from jobd.commands import (
+    MAX_PAGE,
     AuditLog,
     Command,
     Cursor,
@@ -41,6 +42,7 @@ from jobd.commands import (
     Stats,
     Timeline,
     Why,
+    WorkerCursor,
     Workers,
 )
 from jobd.dashboard.deeds import DEEDS, Chosen, Deed, Verb, can, curl, open_to, seen
@@ -48,12 +50,13 @@ from jobd.dashboard.filters import JobsPage, address, given, moment_of, search
 from jobd.dashboard.guests import Guest
 from jobd.dashboard.paint import pretty
 from jobd.dashboard.recorder import Recorder
-from jobd.job import STATUSES
+from jobd.job import STATUSES, QueueName
 
 Shown = dict[str, Any]
 
 PER_PAGE: Final = 50
-MOST_ROWS: Final = 200  # of queues and damaged jobs
+MOST_ROWS: Final = 200  # of damaged jobs
+MOST_QUEUES: Final = 100
 MOST_HELD: Final = 50  # of workers and of locks
 MOST_EVENTS: Final = 200
 MOST_REPORTS: Final = 50
@@ -64,6 +67,8 @@ DEEDS_KEPT: Final = (
     "delete", "pause", "resume", "import", "recover-stuck", "cleanup", "accept-clock", "backup",
     "resend-delivery", "test-webhook", "plan-retry", "plan-cancel", "plan-force-fail", "plan-delete",
 )  # fmt: skip
+PAUSED: Final = Queues(paused=True, limit=20)  # asked by every page, so it costs by the paused queues alone
+NAMED: Final = Queues(limit=MAX_PAGE)  # whose names a filter offers
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]-]{1,200}")
 
 
@@ -77,10 +82,17 @@ class AuditPage(Command, frozen=True, kw_only=True):
     cursor: str = ""
 
 
+class QueuesPage(Command, frozen=True, kw_only=True):
+    """`cursor`: the queue behind which the page begins."""
+
+    cursor: QueueName | None = None
+
+
 class WorkersPage(Command, frozen=True, kw_only=True):
-    """`cursor`: where the page of locks begins."""
+    """`cursor`: where the page of locks begins; `seen`: that of the workers."""
 
     cursor: Cursor | None = None
+    seen: WorkerCursor | None = None
 
 
 class OneJob(OnJob, frozen=True, kw_only=True):
@@ -105,27 +117,25 @@ async def asked(guest: Guest, *commands: Command) -> list[Any]:
 
 async def overview(guest: Guest, recorder: Recorder) -> Shown:
     stats: StatsView
-    queues: QueueList
-    stats, queues = await asked(guest, Stats(), Queues())
+    stats, paused = await asked(guest, Stats(), PAUSED)
     rooms, now = guest.site.rooms, guest.now
-    due = [queue for queue in queues.queues if queue.oldest_due_at is not None and queue.oldest_due_at <= now]
     return {
         "stats": stats,
         "rates": recorder.rates(now),
         "since": recorder.since,
-        "oldest_due": min(due, key=lambda queue: queue.oldest_due_at or 0, default=None),
         "cleanup": rooms.cleanup_state(),
         "vitals": await rooms.vitals(),
         "clock": rooms.clock(),
         "damaged": len(rooms.quarantine()),
-        **strip(guest, queues),
+        **strip(guest, paused),
     }
 
 
-def strip(guest: Guest, queues: QueueList) -> Shown:
-    """What every page says at its top: paused queues, and alerts."""
+def strip(guest: Guest, paused: QueueList) -> Shown:
+    """What every page says at its top: paused queues (the answer to PAUSED), and alerts."""
     return {
-        "paused": [queue.name for queue in queues.queues if queue.paused],
+        "paused": [queue.name for queue in paused.queues],
+        "more_paused": paused.next_cursor is not None,
         "firing": [alert for alert in guest.site.rooms.alerts() if alert.firing],
     }
 
@@ -136,20 +146,20 @@ async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
     try:
         command = search(wanted, guest.now, PER_PAGE)
     except Refused as no:
-        [queues] = await asked(guest, Queues())
+        queues, paused = await asked(guest, NAMED, PAUSED)
         refusal = no.refusal
         fault = {"fault": refusal.message, "status": refusal.status, "every_s": 0}
-        return {**shown, **fault, "queues": _names(queues), **strip(guest, queues)}
-    page, queues = await asked(guest, command, Queues())
+        return {**shown, **fault, "queues": _names(queues), **strip(guest, paused)}
+    page, queues, paused = await asked(guest, command, NAMED, PAUSED)
     more = address("/jobs", wanted, cursor=page.next_cursor) if page.next_cursor else ""
     first = address("/jobs", wanted) if wanted.cursor else ""
     if wanted.cursor or wanted.q:  # what is older stays where it is, and a text is looked for once
         shown["every_s"] = 0
-    return {**shown, "page": page, "next": more, "first": first, "queues": _names(queues), **strip(guest, queues)}
+    return {**shown, "page": page, "next": more, "first": first, "queues": _names(queues), **strip(guest, paused)}
 
 
 def _names(queues: QueueList) -> list[str]:
-    return [queue.name for queue in queues.queues[:MOST_ROWS]]
+    return [queue.name for queue in queues.queues]
 
 
 async def job(guest: Guest, job_id: str) -> Shown:
@@ -157,8 +167,8 @@ async def job(guest: Guest, job_id: str) -> Shown:
     timeline: TimelineView
     why: WhyView
     late: LateResultList
-    view, timeline, why, late, queues = await asked(
-        guest, Get(id=job_id), Timeline(id=job_id), Why(id=job_id), LateResults(id=job_id), Queues()
+    view, timeline, why, late, paused = await asked(
+        guest, Get(id=job_id), Timeline(id=job_id), Why(id=job_id), LateResults(id=job_id), PAUSED
     )
     events = timeline.events
     return {
@@ -172,7 +182,7 @@ async def job(guest: Guest, job_id: str) -> Shown:
         "can_adopt": guest.may_change and can(DEEDS["adopt"], view, guest.now),
         "deeds": open_to(view, guest.now) if guest.may_change else [],
         "base": base_url(guest),
-        **strip(guest, queues),
+        **strip(guest, paused),
     }
 
 
@@ -186,7 +196,7 @@ def base_url(guest: Guest) -> str:
 
 async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
     view: JobView
-    view, queues = await asked(guest, Get(id=wanted.id), Queues())
+    view, paused = await asked(guest, Get(id=wanted.id), PAUSED)
     deed: Deed = DEEDS[wanted.verb]
     late = await _late_result(guest, wanted) if deed.wants_result else None
     return {
@@ -196,7 +206,7 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
         "deed": deed,
         "can": can(deed, view, guest.now),
         "seen": seen(view),
-        **strip(guest, queues),
+        **strip(guest, paused),
     }
 
 
@@ -211,48 +221,57 @@ async def _late_result(guest: Guest, wanted: ConfirmPage) -> LateResultView:
 
 
 async def failures(guest: Guest) -> Shown:
-    [queues] = await asked(guest, Queues())
-    return {"found": guest.site.rooms.failures(MOST_GROUPS), **strip(guest, queues)}
+    [paused] = await asked(guest, PAUSED)
+    return {"found": guest.site.rooms.failures(MOST_GROUPS), **strip(guest, paused)}
 
 
-async def queues(guest: Guest, recorder: Recorder) -> Shown:
-    [found] = await asked(guest, Queues())
-    # In an order that stays: a row that moves away under a finger is another queue's.
-    rows = sorted(found.queues, key=lambda queue: queue.name)
+async def queues(guest: Guest, recorder: Recorder, wanted: QueuesPage) -> Shown:
+    """In the order of their names, which stays: a row that moves away under a finger is another queue's."""
+    found: QueueList
+    found, paused = await asked(guest, Queues(limit=MOST_QUEUES, cursor=wanted.cursor), PAUSED)
     return {
-        "rows": rows[:MOST_ROWS],
-        "rates": {queue.name: recorder.queue(queue.name, guest.now) for queue in rows[:MOST_ROWS]},
-        "since": recorder.since,
-        "more": max(len(rows) - MOST_ROWS, 0),
-        **strip(guest, found),
+        "rows": found.queues,
+        "rates": {queue.name: recorder.queue(queue.name, guest.now) for queue in found.queues},
+        "since": recorder.started,
+        "next": f"/queues?{urlencode({'cursor': found.next_cursor})}" if found.next_cursor else "",
+        "is_first": wanted.cursor is None,
+        **strip(guest, paused),
     }
 
 
 async def workers(guest: Guest, wanted: WorkersPage) -> Shown:
+    """Two lists, each of which is walked by itself."""
     found: WorkerList
     held: LockList
-    queues: QueueList
-    found, held, queues = await asked(guest, Workers(), Locks(limit=MOST_HELD, cursor=wanted.cursor), Queues())
+    stats: StatsView
+    found, held, stats, paused = await asked(
+        guest,
+        Workers(limit=MOST_HELD, cursor=wanted.seen),
+        Locks(limit=MOST_HELD, cursor=wanted.cursor),
+        Stats(),
+        PAUSED,
+    )
     return {
-        "workers": found.workers[:MOST_HELD],
-        "more_workers": max(len(found.workers) - MOST_HELD, 0),
+        "workers": found.workers,
+        "next_workers": f"/workers?{urlencode({'seen': found.next_cursor})}" if found.next_cursor else "",
+        "are_first": wanted.seen is None,
         "locks": held.locks,
-        "held": sum(queue.processing for queue in queues.queues),
+        "held": stats.by_status["processing"],
         "next": f"/workers?cursor={held.next_cursor}#h-locks" if held.next_cursor else "",
         "is_first": wanted.cursor is None,
-        **strip(guest, queues),
+        **strip(guest, paused),
     }
 
 
 async def cleanup(guest: Guest) -> Shown:
     rooms = guest.site.rooms
-    [queues] = await asked(guest, Queues())
-    return {"state": rooms.cleanup_state(), "reports": await rooms.reports(MOST_REPORTS), **strip(guest, queues)}
+    [paused] = await asked(guest, PAUSED)
+    return {"state": rooms.cleanup_state(), "reports": await rooms.reports(MOST_REPORTS), **strip(guest, paused)}
 
 
 async def alerts(guest: Guest) -> Shown:
     rooms = guest.site.rooms
-    [queues] = await asked(guest, Queues())
+    [paused] = await asked(guest, PAUSED)
     damaged = rooms.quarantine()
     return {
         "alerts": sorted(rooms.alerts(), key=lambda alert: not alert.firing),
@@ -260,7 +279,7 @@ async def alerts(guest: Guest) -> Shown:
         "clock": rooms.clock(),
         "damaged": damaged[:MOST_ROWS],
         "more_damaged": max(len(damaged) - MOST_ROWS, 0),
-        **strip(guest, queues),
+        **strip(guest, paused),
     }
 
 
@@ -272,14 +291,14 @@ async def audit(guest: Guest, wanted: AuditPage) -> Shown:
     }
     shown: Shown = {"wanted": wanted, "deeds": DEEDS_KEPT, "entries": [], "fault": "", "next": "", "first": ""}
     asks: Shown = {**filters, "limit": PER_PAGE, **({"cursor": wanted.cursor} if wanted.cursor else {})}
-    [queues] = await asked(guest, Queues())
+    [paused] = await asked(guest, PAUSED)
     try:
         if wanted.since.strip():
             asks["since"] = moment_of("since", wanted.since.strip(), guest.now)
         command = msgspec.convert(asks, AuditLog)
     except (Refused, msgspec.ValidationError) as fault:
         no = fault.refusal if isinstance(fault, Refused) else explain(str(fault), AuditLog).refusal
-        return {**shown, "fault": no.message, "status": no.status, "every_s": 0, **strip(guest, queues)}
+        return {**shown, "fault": no.message, "status": no.status, "every_s": 0, **strip(guest, paused)}
     page: AuditEntries
     [page] = await asked(guest, command)
     shown["entries"] = page.entries
@@ -287,4 +306,4 @@ async def audit(guest: Guest, wanted: AuditPage) -> Shown:
         shown["next"] = f"/audit?{urlencode({**filters, 'cursor': page.next_cursor})}"
     if wanted.cursor:
         shown |= {"every_s": 0, "first": f"/audit?{urlencode(filters)}" if filters else "/audit"}
-    return {**shown, **strip(guest, queues)}
+    return {**shown, **strip(guest, paused)}

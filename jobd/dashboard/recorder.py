@@ -1,6 +1,7 @@
-"""What happened in the last hour and the last day, for charts and for each queue. Lost at a restart, and it says so.
+"""What happened in the last hour and the last day, for charts and for each queue.
 
-Counts committed changes and nothing else; no promise depends on it.
+Counts committed changes and nothing else; no promise depends on it. The charts outlive a restart as they were saved
+last, what is said of queues does not.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
 from msgspec import Struct
 
 from jobd.events import Change
 from jobd.job import HOUR_MS, MINUTE_MS, SECOND_MS
 
-# Which of the three lines an event counts for. An attempt that failed is a failure, whether or not it is tried again.
+# Which of the three lines an event counts for. An attempt that failed is a failure, whether or not it is tried again;
+# a job that fails without one (it expired, or an operator failed it as it waited) is none.
 LINES: Final = {
     "created": 0,
     "imported": 0,
@@ -22,15 +25,16 @@ LINES: Final = {
     "failed": 2,
     "retried": 2,
     "stalled": 2,
-    "expired": 2,
     "force_failed": 2,
 }
+ATTEMPTS: Final = 2
 STEP_MS: Final = 10 * SECOND_MS
 STEPS: Final = 360  # an hour
 SLOT_MS: Final = 10 * MINUTE_MS
 SLOTS: Final = 144  # a day
 MINUTES: Final = 60
 MOST_QUEUES: Final = 1_000  # of the others nothing is said
+_NOTHING: Final = (0, 0, 0)
 
 
 class Lines(Struct, frozen=True):
@@ -73,25 +77,37 @@ class QueueRate(Struct, frozen=True):
         return 100 * self.failed / ended if ended else None
 
 
+class Kept(Struct, frozen=True):
+    """What is saved: how often, by line, in each step of the hour and of the day. Times in Unix ms."""
+
+    since: int
+    hour: dict[int, list[int]]
+    day: dict[int, list[int]]
+
+
 class Tally:
-    """How often it happened in each of the last `most` steps of `step_ms`."""
+    """How often it happened in each of the last `most` steps of `step_ms`, of which `known` are some."""
 
     __slots__ = ("_counts", "_most", "_step_ms")
 
-    def __init__(self, step_ms: int, most: int) -> None:
+    def __init__(self, step_ms: int, most: int, known: dict[int, list[int]] | None = None) -> None:
         self._step_ms = step_ms
         self._most = most
-        self._counts: dict[int, list[int]] = {}  # number of the step since 1970 -> how often, by line
+        self._counts = known or {}  # number of the step since 1970 -> how often, by line
 
     def __len__(self) -> int:
         return len(self._counts)
+
+    @property
+    def known(self) -> dict[int, list[int]]:
+        return self._counts
 
     def counts(self, at: int) -> list[int]:
         """Those of the step of that time, by line, to be counted up."""
         step = at // self._step_ms
         counts = self._counts.get(step)
         if counts is None:
-            counts = self._counts[step] = [0, 0, 0]
+            counts = self._counts[step] = [*_NOTHING]
             while len(self._counts) > self._most + 1:
                 del self._counts[min(self._counts)]
         return counts
@@ -100,7 +116,7 @@ class Tally:
         """The last `most` steps, the running one left out."""
         first = now // self._step_ms - self._most
         steps = range(first, first + self._most)
-        counts = [self._counts.get(step, (0, 0, 0)) for step in steps]
+        counts = [self._counts.get(step, _NOTHING) for step in steps]
         columns = ([count[line] for count in counts] for line in range(3))
         return Lines([step * self._step_ms // SECOND_MS for step in steps], *columns)
 
@@ -112,13 +128,29 @@ class Tally:
 
 
 class Recorder:
-    """`since`: when it began to count, Unix ms."""
+    """`since`: when it began to count, `started`: when this process did, Unix ms."""
 
-    def __init__(self, since: int) -> None:
-        self.since = since
-        self._hour = Tally(STEP_MS, STEPS)
-        self._day = Tally(SLOT_MS, SLOTS)
+    def __init__(self, started: int, kept: Kept | None = None) -> None:
+        kept = kept or Kept(started, {}, {})
+        self.since = kept.since
+        self.started = started
+        self._hour = Tally(STEP_MS, STEPS, kept.hour)
+        self._day = Tally(SLOT_MS, SLOTS, kept.day)
         self._queues: dict[str, Tally] = {}  # the one that was heard of latest comes last
+
+    @classmethod
+    def opened(cls, body: bytes, now: int) -> Recorder:
+        """From what `kept` gave to the run before. Begins anew where that is no use, or of another version."""
+        try:
+            kept = msgspec.json.decode(body, type=Kept)
+        except msgspec.MsgspecError:
+            return cls(now)
+        rows = [*kept.hour.values(), *kept.day.values()]
+        return cls(now, kept if kept.since <= now and all(len(row) == len(_NOTHING) for row in rows) else None)
+
+    def kept(self) -> bytes:
+        """What the next run goes on from, as JSON."""
+        return msgspec.json.encode(Kept(self.since, self._hour.known, self._day.known))
 
     def note(self, changes: Sequence[Change]) -> None:
         """Count what was committed. The changes of one batch are of the same moment, or almost."""
@@ -129,7 +161,7 @@ class Recorder:
         for change in changes:
             event = change.event
             line = LINES.get(event.type)
-            if line is None:
+            if line is None or (line == ATTEMPTS and event.before != "processing"):
                 continue
             if event.at != at:
                 at = event.at
@@ -168,5 +200,5 @@ class Recorder:
         if tally is None:
             return None
         created, completed, failed = tally.sums(now, MINUTES)
-        minutes = max(min(now - self.since, HOUR_MS) / MINUTE_MS, 1)
+        minutes = max(min(now - self.started, HOUR_MS) / MINUTE_MS, 1)
         return QueueRate(created, completed, failed, completed / minutes)

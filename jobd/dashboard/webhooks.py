@@ -10,11 +10,11 @@ from urllib.parse import quote, urlencode
 
 from msgspec import Meta
 
-from jobd.answers import Answer, DeliveryPage, DeliveryState, QueueList, WebhookView
+from jobd.answers import Answer, DeliveryPage, DeliveryState, WebhookView
 from jobd.bodies import Refused, refused
-from jobd.commands import Command, Queues, Refusal
+from jobd.commands import Command, Refusal
 from jobd.dashboard.guests import Form, Guest, go_on
-from jobd.dashboard.pages import PER_PAGE, Shown, asked, strip
+from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, asked, strip
 
 STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 Wanted = Literal["", "waiting", "delivered", "given_up"]  # a form sends the choice of all of them, too
@@ -43,9 +43,8 @@ class ResendForm(Form, frozen=True, kw_only=True):
 
 
 async def every(guest: Guest, _: Any) -> Shown:
-    queues: QueueList
-    [queues] = await asked(guest, Queues())
-    return {"webhooks": guest.site.rooms.webhooks(), **strip(guest, queues)}
+    [paused] = await asked(guest, PAUSED)
+    return {"webhooks": guest.site.rooms.webhooks(), **strip(guest, paused)}
 
 
 async def one(guest: Guest, wanted: WebhookPage) -> Shown:
@@ -55,8 +54,7 @@ async def one(guest: Guest, wanted: WebhookPage) -> Shown:
     if isinstance(page, Refusal):
         raise Refused(page)
     found: DeliveryPage = page
-    queues: QueueList
-    [queues] = await asked(guest, Queues())
+    [paused] = await asked(guest, PAUSED)
     shown: Shown = {
         "webhook": webhook,
         "states": STATES,
@@ -67,7 +65,7 @@ async def one(guest: Guest, wanted: WebhookPage) -> Shown:
     }
     if wanted.cursor:  # what is older stays where it is
         shown["every_s"] = 0
-    return {**shown, **strip(guest, queues)}
+    return {**shown, **strip(guest, paused)}
 
 
 async def test(guest: Guest, form: TestForm) -> Answer | Refusal:

@@ -15,6 +15,8 @@
     points: { show: false },
     value: (_, value) => (value === null ? "–" : String(value)),
   });
+  // As in the tables, which say when something was in the time of all servers.
+  const clock = (at) => new Date(at * 1000).toISOString().slice(11, 19);
   const size = (place) => ({ width: Math.max(place.clientWidth, 240), height: 180 });
 
   const draw = (one) => {
@@ -24,12 +26,12 @@
     const options = {
       ...size(one.place),
       series: [
-        { label: "At", value: (_, at) => (at === null ? "–" : new Date(at * 1000).toLocaleTimeString()) },
+        { label: "At", value: (_, at) => (at === null ? "–" : `${clock(at)} UTC`) },
         line("created", "--created", [6, 4]),
         line("completed", "--completed"),
         line("attempts failed", "--failed", [2, 3]),
       ],
-      axes: [{ ...axis, values: (_, ats) => ats.map((at) => new Date(at * 1000).toTimeString().slice(0, 5)) }, { ...axis, size: 46, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000] }],
+      axes: [{ ...axis, values: (_, ats) => ats.map((at) => clock(at).slice(0, 5)) }, { ...axis, size: 46, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000] }],
       scales: { y: { range: (_, low, high) => [0, Math.max(high * 1.1, 4)] } },
       cursor: { drag: { x: false, y: false } },
     };
