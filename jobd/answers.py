@@ -605,10 +605,11 @@ class Done(Struct, frozen=True):
 
 
 class Look(Struct, frozen=True):
-    """A read of history: timeline or late results of the job with this seq, a page of jobs of either kind, or of the
-    audit log."""
+    """A read of history: timeline (the latest `events` of it) or late results of the job with this seq, a page of jobs
+    of either kind, or of the audit log."""
 
     timeline: int | None = None
+    events: int | None = None
     late: int | None = None
     page: List | None = None
     export: Export | None = None

@@ -315,8 +315,8 @@ class Disk(Protocol):
 
     async def find(self, query: Query) -> Page: ...
 
-    async def timeline(self, job_seq: int) -> list[Event]:
-        """The journal of one job, oldest first."""
+    async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
+        """The journal of one job, or so many of its latest events; oldest first."""
 
     async def late(self, asked: list[LateAsked]) -> LateKnown:
         """Late results of jobs, and which of the lock ids were grants of theirs. Damaged rows are left out."""

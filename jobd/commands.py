@@ -92,6 +92,7 @@ MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
 MAX_WAIT_MS: Final = 60_000
 MAX_PAGE: Final = 200
+MAX_EVENTS: Final = 1_000  # of a job, where only the latest are asked for
 MAX_TEXT: Final = 200  # of a text that is looked for
 Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$(?!\n)")]
 MomentMs = Annotated[int, Meta(ge=0, le=10**15)]  # Unix ms, as bounds of a search
@@ -138,7 +139,9 @@ class Get(OnJob, frozen=True, kw_only=True):
 
 
 class Timeline(OnJob, frozen=True, kw_only=True):
-    pass
+    """Every event of the job, or with a `limit` the latest of them; oldest first."""
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_EVENTS)] | None = None
 
 
 class Why(OnJob, frozen=True, kw_only=True):

@@ -65,7 +65,7 @@ class History:
         self, look: Look, policy: Policy, *, admin: bool
     ) -> TimelineView | LateResultList | JobPage | ExportPage | AuditPage:
         if look.timeline is not None:
-            return TimelineView([view(event) for event in await self._disk.timeline(look.timeline)])
+            return TimelineView([view(event) for event in await self._disk.timeline(look.timeline, look.events)])
         if look.export is not None:
             return _moved(await self._disk.find(_from(look.export)))
         if look.late is not None:

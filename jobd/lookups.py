@@ -47,6 +47,7 @@ from jobd.tables import (
 _NO_LIMIT: Final = 1 << 62
 _EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
 _JOB_SEQ: Final = EVENT_COLUMNS.index("job_seq")
+_ALL: Final = -1  # SQLite: no limit
 _METADATA: Final = JOB_COLUMNS.index("metadata")
 _LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
 SLICE_BYTES: Final = 256 << 10  # of a piece that is read between two batches: below 2 ms
@@ -300,27 +301,28 @@ def _payload_of(tables: Tables, query: Query, job: Job) -> tuple[Payload | None,
 # Journals, ages, reports
 
 
-def timeline(tables: Tables, job_seq: int) -> list[Event]:
-    """The journal of one job, oldest first; of signs of life the last of each grant."""
+def timeline(tables: Tables, job_seq: int, limit: int | None = None) -> list[Event]:
+    """The journal of one job, or its latest events, oldest first; of signs of life the last of each grant."""
     tables.check()
-    events = [event for event in _events(tables, _timeline(tables, job_seq)) if event.job_seq == job_seq]
+    found = _timeline(tables, job_seq, _ALL if limit is None else limit)
+    events = [event for event in _events(tables, found) if event.job_seq == job_seq]
     gone, changed = rows.thin(events)
     forgotten, new = set(gone), {event.seq: event for event in changed}
     return [new.get(event.seq, event) for event in events if event.seq not in forgotten]
 
 
-def _timeline(tables: Tables, job_seq: int) -> list[Row]:
-    inner = "SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ?"
+def _timeline(tables: Tables, job_seq: int, limit: int) -> list[Row]:
+    inner = "SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq DESC LIMIT ?"
     sql = f"SELECT {EVENT_SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
     try:
-        found = tables.rows(sql, (job_seq,))
+        found = tables.rows(sql, (job_seq, limit))
         if any(row[_JOB_SEQ] != job_seq and fault(row) is None for row in found):  # the index led to other jobs
             tables.rebuild_indexes()
-            found = tables.rows(sql, (job_seq,))
+            found = tables.rows(sql, (job_seq, limit))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        found = _timeline_of_a_damaged_table(tables, job_seq)
+        found = _timeline_of_a_damaged_table(tables, job_seq)[-limit if limit > 0 else 0 :]
     return found
 
 

@@ -70,7 +70,7 @@ def _of_job(draft: Draft, command: Get | Timeline | Why | Validate | LateResults
         case Get():
             return steps.job_answer(draft, job)
         case Timeline():
-            return Answer(TimelineView([]), look=Look(timeline=job.seq))
+            return Answer(TimelineView([]), look=Look(timeline=job.seq, events=command.limit))
         case LateResults():
             return Answer(LateResultList([]), look=Look(late=job.seq))
         case Why():

@@ -185,8 +185,8 @@ class Store:
     async def find(self, query: Query) -> Page:
         return await self._hop(lookups.find, self._tables, query)
 
-    async def timeline(self, job_seq: int) -> list[Event]:
-        return await self._hop(lookups.timeline, self._tables, job_seq)
+    async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
+        return await self._hop(lookups.timeline, self._tables, job_seq, limit)
 
     async def late(self, asked: list[LateAsked]) -> LateKnown:
         return await self._hop(lookups.late, self._tables, asked)

@@ -222,9 +222,9 @@ class MemoryDisk:
         places = (job.id, message or "", self.payloads[job.seq].body.decode())
         return text is None or any(text.lower() in place.lower() for place in places)
 
-    async def timeline(self, job_seq: int) -> list[Event]:
+    async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         await self._enter("timeline")
-        events = [event for event in self.events if event.job_seq == job_seq]
+        events = [event for event in self.events if event.job_seq == job_seq][-limit if limit else 0 :]
         gone, changed = rows.thin(events)
         new = {event.seq: event for event in changed}
         return [new.get(event.seq, event) for event in events if event.seq not in gone]

@@ -634,6 +634,23 @@ async def test_a_job_says_all_that_is_known_of_it(town: Town) -> None:
     assert 'href="https://files.example/a"' in page
 
 
+async def test_of_a_long_story_the_page_shows_the_latest(town: Town) -> None:
+    await town.do("jobs", id="long", queue="q", max_attempts=100)
+    browser = await town.browser()
+    for number in range(99):
+        lock = (await town.do("jobs/long/start", worker="w"))["lock_id"]
+        await town.do("jobs/long/fail", lock_id=lock, error_message=f"error {number}", retry_after_ms=0)
+    page = text(await browser.get("/jobs/long"))
+    assert "Earlier events are left out" not in page, "199 of them"
+    assert "created" in page.partition('<h2 id="h-timeline')[2]
+    await town.do("jobs/long/start", worker="w")
+    lock = (await town.admin.ask("GET", "/admin/job-management/jobs/long", headers=AUTH)).data["lock"]["lock_id"]
+    await town.do("jobs/long/fail", lock_id=lock, error_message="the last", retry=False)
+    page = text(await browser.get("/jobs/long"))
+    assert "Earlier events are left out" in page
+    assert "the last" in page
+
+
 async def test_a_large_payload_is_cut_and_a_deep_one_shown_as_it_came(town: Town) -> None:
     await town.do("jobs", id="large", payload="x" * 100_000)
     page = text(await (await town.browser()).get("/jobs/large"))

@@ -236,6 +236,21 @@ async def test_of_signs_of_life_the_last_of_each_grant_are_kept(path: str) -> No
         assert maker.jobs[1].progress_message == "x"
 
 
+async def test_of_a_long_story_the_latest_events_can_be_had(store: Store) -> None:
+    maker = Maker()
+    change = maker.create()
+    await store.write(maker.batch([change]))
+    for _ in range(5):
+        change = maker.grant(made(change))
+        await store.write(maker.batch([change, maker.create()]))
+        change = maker.requeue(made(change))
+        await store.write(maker.batch([change]))
+    whole = await store.timeline(1)
+    assert len(whole) == 11
+    for limit in (1, 2, 10, 11, 50):
+        assert await store.timeline(1, limit) == whole[-limit:]
+
+
 async def test_journals_of_deleted_jobs_go_when_they_are_old(store: Store) -> None:
     maker = Maker()
     first, second = maker.create(), maker.create()

@@ -168,7 +168,12 @@ async def job(guest: Guest, job_id: str) -> Shown:
     why: WhyView
     late: LateResultList
     view, timeline, why, late, paused = await asked(
-        guest, Get(id=job_id), Timeline(id=job_id), Why(id=job_id), LateResults(id=job_id), PAUSED
+        guest,
+        Get(id=job_id),
+        Timeline(id=job_id, limit=MOST_EVENTS + 1),
+        Why(id=job_id),
+        LateResults(id=job_id),
+        PAUSED,
     )
     events = timeline.events
     return {
@@ -176,7 +181,7 @@ async def job(guest: Guest, job_id: str) -> Shown:
         "payload": pretty(Raw(b"null") if view.payload is UNSET else view.payload),
         "metadata": None if view.metadata is None else pretty(view.metadata),
         "events": events[::-1][:MOST_EVENTS],
-        "left_out": max(len(events) - MOST_EVENTS, 0),
+        "are_older": len(events) > MOST_EVENTS,
         "why": why,
         "late": late.late_results[::-1],
         "can_adopt": guest.may_change and can(DEEDS["adopt"], view, guest.now),
