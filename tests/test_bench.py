@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from jobd.bench import load, stage
+from jobd.bench import beside, load, stage, work
 from jobd.bench.scenarios import SCENARIOS, Size, measured
 from jobd.bench.spread import over_runs, percentiles
 from jobd.bench.stage import BenchFailed, Stage
@@ -39,6 +39,8 @@ def _numbers(found: dict[str, Any]) -> Any:
     for name, value in found.items():
         if isinstance(value, dict):
             yield from _numbers(value)
+        elif isinstance(value, list):
+            yield from ((name, each) for each in value)
         else:
             yield name, value
 
@@ -94,9 +96,9 @@ def test_two_grants_for_one_job_end_the_run(monkeypatch: pytest.MonkeyPatch) -> 
         async def post(self, path: str, body: bytes, *, may_fail: bool = False) -> Any:
             return {"id": "j", "lock_id": "l"}
 
-    monkeypatch.setattr(load, "Wire", Wrong)
+    monkeypatch.setattr(work, "Wire", Wrong)
     with pytest.raises(SystemExit, match="16 workers got job j"):
-        asyncio.run(load.contention(load.Asked("contention", "", seconds=1)))
+        asyncio.run(load.contention(work.Asked("contention", "", seconds=1)))
 
 
 def test_percentiles() -> None:
@@ -112,6 +114,42 @@ def test_medians_over_runs() -> None:
     assert found["per_s"] == {"median": 4.0, "min": 2.0, "max": 5.0}
     assert found["times"]["p50_ms"] == {"median": 0.25, "min": 0.2, "max": 0.5}
     assert over_runs([{"per_s": 12_345.678}])["per_s"]["median"] == 12_346
+    assert over_runs([{"sizes": [1.0, 2.0]}, {"sizes": [3.0]}])["sizes"] == [1.0, 2.0]
+
+
+def test_what_goes_wrong_beside_the_work_ends_the_load() -> None:
+    async def breaks() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("lost")
+
+    async def goes_on() -> None:
+        await asyncio.Event().wait()
+
+    async def run(*works: Any) -> None:
+        async with beside.others(*works):
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run(goes_on()))
+    with pytest.raises(ValueError, match="lost"):
+        asyncio.run(run(goes_on(), breaks()))
+
+
+def test_jobs_of_a_soak_are_gone_and_the_series_is_drawn(tmp_path: Path) -> None:
+    with Stage(tmp_path) as staged:
+        figures = staged.load("soak", seconds=2.5, connections=2)
+        wire_stats = asyncio.run(stats_of(staged))
+    assert len(figures["series"]["database_mb"]) == len(figures["series"]["log_mb"]) >= 4
+    assert wire_stats["byStatus"]["completed"] < 2.5 * figures["lifecycles_per_s"]
+    assert bench._drawn([0.0, 1.0, 8.0]) == "▁▂█"
+    assert bench._drawn([0.0, 0.0]) == "▁▁"
+
+
+def test_finished_jobs_that_have_expired_go_with_the_next_pass(tmp_path: Path) -> None:
+    with Stage(tmp_path) as staged:
+        staged.load("finish", count=300, expired=True)
+        staged.load("finish", count=200)
+        staged.load("lag", beside="passes", seconds=0.3)
+        assert asyncio.run(stats_of(staged))["byStatus"]["completed"] == 200
 
 
 def test_the_command() -> None:

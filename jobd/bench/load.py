@@ -13,78 +13,14 @@ from typing import Any, Final
 
 import msgspec
 import uvloop
-from msgspec import Struct
 
+from jobd.bench import beside, soak
 from jobd.bench.spread import percentiles
 from jobd.bench.wire import Flow, Wire, encode
+from jobd.bench.work import BASE, CREATE, PAYLOAD, Asked, Figures, clock, lifecycle, over, run_one, wires_of, worker
 
-PAYLOAD: Final = "x" * 198  # 200 bytes as JSON
-CREATE: Final = encode({"payload": PAYLOAD})
 BULK: Final = 1000
-_P: Final = "/admin/job-management"
-
-clock: Final = time.perf_counter
-
-
-class Asked(Struct):
-    """What is asked of a load. `count` is a number of jobs, `rate` of lifecycles a second."""
-
-    kind: str
-    socket: str
-    admin: str = ""
-    token: str = ""
-    connections: int = 16
-    seconds: float = 5.0
-    count: int = 0
-    rate: float = 0.0
-
-
-Figures = dict[str, Any]
-
-
-async def _one(wire: Wire, worker: bytes) -> None:
-    """Create, claim, complete. The claimed job may be another connection's; all are done in the end."""
-    await wire.post("/v1/jobs", CREATE)
-    grant = (await wire.post("/v1/claim", worker))["grants"][0]
-    await wire.post(f"/v1/jobs/{grant['job']['id']}/complete", encode({"lock_id": grant["lock_id"], "metadata": 1}))
-
-
-def _worker(number: int) -> bytes:
-    return encode({"worker": f"w-{number}"})
-
-
-async def _wires(asked: Asked) -> list[Wire]:
-    return [await Wire.open(asked.socket) for _ in range(asked.connections)]
-
-
-async def _over(seconds: float, workers: list[Callable[[], Awaitable[int]]]) -> tuple[float, list[float]]:
-    """Every worker does its work again and again for so long: how much of it a second, and how long each took."""
-    began, times, done = clock(), list[float](), 0
-
-    async def go_on(work: Callable[[], Awaitable[int]]) -> None:
-        nonlocal done
-        while (started := clock()) - began < seconds:
-            count = await work()
-            times.append(clock() - started)
-            done += count
-
-    await asyncio.gather(*map(go_on, workers))
-    return done / (clock() - began), times
-
-
-async def lifecycle(asked: Asked) -> Figures:
-    """Create, claim, complete, one request each."""
-
-    def work(number: int, wire: Wire) -> Callable[[], Awaitable[int]]:
-        async def once() -> int:
-            await _one(wire, _worker(number))
-            return 1
-
-        return once
-
-    wires = await _wires(asked)
-    per_s, times = await _over(asked.seconds, [work(number, wire) for number, wire in enumerate(wires)])
-    return {"lifecycles_per_s": per_s, "lifecycle": percentiles(times)}
+LONG_AGO_MS: Final = 1_000_000_000_000
 
 
 async def batch(asked: Asked) -> Figures:
@@ -104,8 +40,8 @@ async def batch(asked: Asked) -> Figures:
 
         return once
 
-    wires = await _wires(asked)
-    per_s, times = await _over(asked.seconds, [work(number, wire) for number, wire in enumerate(wires)])
+    wires = await wires_of(asked)
+    per_s, times = await over(asked.seconds, [work(number, wire) for number, wire in enumerate(wires)])
     return {"lifecycles_per_s": per_s, "hundred": percentiles(times)}
 
 
@@ -147,12 +83,12 @@ async def stream(asked: Asked) -> Figures:
 
 async def contention(asked: Asked) -> Figures:
     """All connections want the same job; one gets it. Whether it was one each time is looked at, too."""
-    wires = await _wires(asked)
+    wires = await wires_of(asked)
     began, starts, jobs, times = clock(), 0, 0, list[float]()
     while clock() - began < asked.seconds:
         job_id = (await wires[0].post("/v1/jobs", CREATE))["id"]
         started = clock()
-        asking = (wire.post(f"/v1/jobs/{job_id}/start", _worker(n), may_fail=True) for n, wire in enumerate(wires))
+        asking = (wire.post(f"/v1/jobs/{job_id}/start", worker(n), may_fail=True) for n, wire in enumerate(wires))
         got = [grant for grant in await asyncio.gather(*asking) if grant is not None]
         times.append(clock() - started)
         if len(got) != 1:
@@ -167,7 +103,7 @@ async def progress(asked: Asked) -> Figures:
 
     async def holder(number: int, wire: Wire) -> Callable[[], Awaitable[int]]:
         job_id = (await wire.post("/v1/jobs", CREATE))["id"]
-        lock_id = (await wire.post(f"/v1/jobs/{job_id}/start", _worker(number)))["lock_id"]
+        lock_id = (await wire.post(f"/v1/jobs/{job_id}/start", worker(number)))["lock_id"]
         body = encode({"lock_id": lock_id, "progress": 50})
 
         async def once() -> int:
@@ -176,36 +112,23 @@ async def progress(asked: Asked) -> Figures:
 
         return once
 
-    holders = [await holder(number, wire) for number, wire in enumerate(await _wires(asked))]
-    per_s, times = await _over(asked.seconds, holders)
+    holders = [await holder(number, wire) for number, wire in enumerate(await wires_of(asked))]
+    per_s, times = await over(asked.seconds, holders)
     return {"reports_per_s": per_s, "report": percentiles(times)}
 
 
 async def mixed(asked: Asked) -> Figures:
     """Lifecycles beside reads, a dashboard that polls and a cleanup pass every second."""
-    watching = [asyncio.ensure_future(each) for each in (_poll(asked), _clean(asked), _read(asked))]
-    figures = await lifecycle(asked)
-    for each in watching:
-        each.cancel()
-    ended = await asyncio.gather(*watching, return_exceptions=True)
-    if faults := [each for each in ended if isinstance(each, Exception)]:
-        raise faults[0]
-    return figures
+    async with beside.others(_poll(asked), beside.clean(asked), _read(asked)):
+        return await lifecycle(asked)
 
 
 async def _poll(asked: Asked) -> None:
     wire = await Wire.open(asked.admin, asked.token)
     while True:
-        for path in (f"{_P}/stats", f"{_P}/queues", f"{_P}/alerts", "/metrics"):
+        for path in (f"{BASE}/stats", f"{BASE}/queues", f"{BASE}/alerts", "/metrics"):
             await wire.get(path)
         await asyncio.sleep(0.5)
-
-
-async def _clean(asked: Asked) -> None:
-    wire = await Wire.open(asked.admin, asked.token)
-    while True:
-        await wire.post(f"{_P}/cleanup", b"{}")
-        await asyncio.sleep(1)
 
 
 async def _read(asked: Asked) -> None:
@@ -222,7 +145,7 @@ async def latency(asked: Asked) -> Figures:
     wire, times = await Wire.open(asked.socket), list[float]()
     began = clock()
     while (started := clock()) - began < asked.seconds:
-        await _one(wire, _worker(1))
+        await run_one(wire, worker(1))
         times.append(clock() - started)
     return {"lifecycle": percentiles(times)}
 
@@ -230,13 +153,13 @@ async def latency(asked: Asked) -> Figures:
 async def rate(asked: Asked) -> Figures:
     """Lifecycles begun at a fixed rate, however long the others take: times count from when each should have begun."""
     free = asyncio.Queue[Wire]()
-    for wire in await _wires(asked):
+    for wire in await wires_of(asked):
         free.put_nowait(wire)
     began, times, running = clock(), list[float](), set[asyncio.Task[None]]()
 
     async def one(due: float) -> None:
         wire = await free.get()
-        await _one(wire, _worker(1))
+        await run_one(wire, worker(1))
         times.append(clock() - due)
         free.put_nowait(wire)
 
@@ -256,7 +179,7 @@ async def claim(asked: Asked) -> Figures:
     began = clock()
     while clock() - began < asked.seconds:
         started = clock()
-        [grant] = (await wire.post("/v1/claim", _worker(1)))["grants"]
+        [grant] = (await wire.post("/v1/claim", worker(1)))["grants"]
         times.append(clock() - started)
         await wire.post(f"/v1/jobs/{grant['job']['id']}/release", encode({"lock_id": grant["lock_id"]}))
     return {"claim": percentiles(times)}
@@ -271,19 +194,35 @@ async def fill(asked: Asked) -> Figures:
 
 
 async def finish(asked: Asked) -> Figures:
-    """So many finished jobs, moved in."""
+    """So many finished jobs, moved in. `expired`: the next cleanup pass deletes them."""
     wire, began = await Wire.open(asked.admin, asked.token), clock()
     for made in range(0, asked.count, BULK):
         job = {"status": "completed", "progress": 100, "metadata": 1, "payload": PAYLOAD}
+        if asked.expired:
+            job["expires_at"] = LONG_AGO_MS
         numbers = range(made, min(made + BULK, asked.count))
-        lines = b"".join(encode({"id": f"old-{number}", **job}) + b"\n" for number in numbers)
-        await wire.lines(f"{_P}/import", lines)
+        lines = b"".join(encode({"id": f"{asked.token[:4]}-{began:.0f}-{number}", **job}) + b"\n" for number in numbers)
+        await wire.lines(f"{BASE}/import", lines)
     return {"imported_per_s": asked.count / (clock() - began)}
 
 
 KINDS: Final[dict[str, Callable[[Asked], Coroutine[Any, Any, Figures]]]] = {
     each.__name__: each
-    for each in (lifecycle, batch, stream, contention, progress, mixed, latency, rate, claim, fill, finish)
+    for each in (
+        lifecycle,
+        batch,
+        stream,
+        contention,
+        progress,
+        mixed,
+        latency,
+        rate,
+        claim,
+        fill,
+        finish,
+        beside.lag,
+        soak.soak,
+    )
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
+from jobd.bench.beside import WORKS
 from jobd.bench.stage import Stage
 
 
@@ -59,6 +60,18 @@ def _backlog(stage: Stage, size: Size) -> dict[str, Any]:
     return found
 
 
+def _lag(stage: Stage, size: Size) -> dict[str, Any]:
+    """Of each kind of housekeeping; at last of the deletion of as many jobs as there are live ones."""
+    stage.load("fill", count=size.live)
+    stage.load("finish", count=size.live)
+    found: dict[str, Any] = {
+        kind: stage.load("lag", beside=kind, seconds=size.seconds)["wait"] for kind in WORKS if kind != "deletion"
+    }
+    stage.load("finish", count=size.live, expired=True)
+    found["deletion"] = stage.load("lag", beside="deletion", seconds=size.seconds)["wait"]
+    return found
+
+
 def _startup(stage: Stage, size: Size) -> dict[str, Any]:
     stage.stop()
     empty_s = stage.start()
@@ -87,8 +100,10 @@ SCENARIOS: Final = {
         Scenario("mixed", "lifecycles beside reads, a polling dashboard and cleanup passes", _load("mixed")),
         Scenario("latency", "a lifecycle on one connection, and at a fixed rate", _latency),
         Scenario("backlog", "a claim among many jobs", _backlog, once=True),
+        Scenario("lag", "how long a request waits beside passes, deletion, backup, history, scrapes", _lag, once=True),
         Scenario("startup", "a start with many live jobs", _startup),
         Scenario("memory", "memory for each live job", _memory),
+        Scenario("soak", "create, complete, delete at full speed: does the database grow?", _load("soak"), once=True),
     )
 }
 

@@ -23,12 +23,15 @@ def _at(ordered: Sequence[float], percent: float) -> float:
 
 
 def over_runs(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """For each figure that all runs have: median, smallest and largest. Figures of figures are kept apart."""
+    """For each figure that all runs have: median, smallest and largest. Figures of figures are kept apart, of series
+    that of the first run."""
     found: dict[str, Any] = {}
     for name, first in runs[0].items():
         values = [run[name] for run in runs]
         if isinstance(first, dict):
             found[name] = over_runs(values)
+        elif isinstance(first, list):
+            found[name] = first  # a series is that of one run
         else:
             found[name] = {"median": _rounded(statistics.median(values)), "min": min(values), "max": max(values)}
     return found

@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from jobd.bench.load import Asked
+from jobd.bench.work import Asked
 
 READY_S: Final = 120.0
 STOP_S: Final = 60.0

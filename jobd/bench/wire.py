@@ -50,8 +50,7 @@ class Wire:
 
     async def _answer(self, may_fail: bool) -> Any:
         head = await self._reader.readuntil(b"\r\n\r\n")
-        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
-        body = await self._reader.readexactly(length)
+        body = await self._body(head.lower())
         if not body.startswith(b'{"'):
             return body  # text
         answer = decode(body)
@@ -60,6 +59,16 @@ class Wire:
         if may_fail:
             return None
         raise Refused(f"{answer['error']}: {answer['message']}")
+
+    async def _body(self, head: bytes) -> bytes:
+        _, is_there, length = head.partition(b"content-length:")
+        if is_there:
+            return await self._reader.readexactly(int(length.partition(b"\r\n")[0]))
+        pieces = []
+        while size := int(await self._reader.readuntil(b"\r\n"), 16):  # chunks
+            pieces.append((await self._reader.readexactly(size + 2))[:-2])
+        await self._reader.readuntil(b"\r\n")
+        return b"".join(pieces)
 
     def close(self) -> None:
         self._writer.close()

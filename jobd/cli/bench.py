@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +19,7 @@ from jobd.cli.waiting import busy
 if TYPE_CHECKING:
     from jobd.bench.scenarios import Scenario, Size
 
+_BARS: Final = "▁▂▃▄▅▆▇█"
 LARGE: Final = ((1_000, 0), (100_000, 0), (1_000_000, 0), (1_000_000, 1_000_000))
 
 
@@ -54,8 +55,10 @@ def bench(
     mixed       lifecycles beside reads, a polling dashboard and cleanup passes
     latency     a lifecycle on one connection, and at a fixed rate
     backlog     a claim among many jobs
+    lag         how long a request waits beside passes, deletion, backup, history
     startup     a start with many live jobs
     memory      memory for each live job
+    soak        create, complete, delete: does the database grow? (--seconds 600)
 
     Without names all of them. Each has a daemon of its own in a new directory, which is removed; the load comes from
     another process. Every answer comes after its fsync, so the disk matters: --dir says which.
@@ -100,6 +103,14 @@ def _show(scenario: Scenario, figures: dict[str, Any]) -> None:
     show.emit(f"{scenario.name}: {scenario.says}")
     rows = [(name, *map(_number, (each["median"], each["min"], each["max"]))) for name, each in _flat(figures)]
     show.table((f"of {figures['runs']}", "median", "min", "max"), rows)
+    for name, values in figures.get("series", {}).items():
+        show.emit(f"{name}  {_drawn(values)}")
+
+
+def _drawn(values: Sequence[float]) -> str:
+    """A series as a line of bars, from nothing to its largest value."""
+    most = max(*values, 1e-9)
+    return "".join(_BARS[min(int(value / most * len(_BARS)), len(_BARS) - 1)] for value in values)
 
 
 def _flat(figures: dict[str, Any], above: str = "") -> Iterator[tuple[str, dict[str, float]]]:

@@ -1,0 +1,88 @@
+"""What goes on beside the work, and how long a request waits for it: passes, deletion, backups, history, scrapes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from jobd.bench.spread import percentiles
+from jobd.bench.wire import Wire
+from jobd.bench.work import BASE, Asked, Figures, clock
+
+PROBE_EVERY_S: Final = 0.002
+
+
+@asynccontextmanager
+async def others(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """They go on meanwhile; what goes wrong with one of them is raised."""
+    running = [asyncio.ensure_future(work) for work in works]
+    try:
+        yield
+    finally:
+        for each in running:
+            each.cancel()
+        ended = await asyncio.gather(*running, return_exceptions=True)
+    if faults := [each for each in ended if isinstance(each, Exception)]:
+        raise faults[0]
+
+
+async def lag(asked: Asked) -> Figures:
+    """How long the smallest of requests takes while something else goes on: it waits for the event loop alone.
+
+    One is due every PROBE_EVERY_S and counts from then, however long those before it took.
+    """
+    wire, times = await Wire.open(asked.socket), list[float]()
+    async with others(WORKS[asked.beside](asked)):
+        began, number = clock(), 0
+        while (due := began + number * PROBE_EVERY_S) - began < asked.seconds:
+            await asyncio.sleep(max(due - clock(), 0))
+            await wire.get("/healthz")
+            times.append(clock() - due)
+            number += 1
+    return {"wait": percentiles(times)}
+
+
+async def clean(asked: Asked) -> None:
+    """A cleanup pass every second."""
+    wire = await Wire.open(asked.admin, asked.token)
+    while True:
+        await wire.post(f"{BASE}/cleanup", b"{}")
+        await asyncio.sleep(1)
+
+
+async def _nothing(_: Asked) -> None: ...
+
+
+async def _delete(asked: Asked) -> None:
+    """A pass that finds much to delete. It has to take until the last probe is done, or more of it is measured."""
+    wire = await Wire.open(asked.admin, asked.token)
+    await wire.post(f"{BASE}/cleanup", b"{}")
+
+
+def _again(path: str) -> Callable[[Asked], Coroutine[Any, Any, None]]:
+    async def work(asked: Asked) -> None:
+        wire = await Wire.open(asked.admin, asked.token)
+        while True:
+            await wire.get(path)
+
+    return work
+
+
+async def _history(asked: Asked) -> None:
+    """All jobs there are, page by page."""
+    wire, cursor = await Wire.open(asked.admin, asked.token), ""
+    while True:
+        page = await wire.get(f"{BASE}/jobs?limit=200&status=completed{cursor}")
+        cursor = f"&cursor={page['next_cursor']}" if page["next_cursor"] else ""
+
+
+WORKS: Final[dict[str, Callable[[Asked], Coroutine[Any, Any, None]]]] = {
+    "nothing": _nothing,
+    "passes": clean,
+    "deletion": _delete,
+    "backup": _again(f"{BASE}/backup"),
+    "history": _history,
+    "scrapes": _again("/metrics"),
+}

@@ -1,0 +1,45 @@
+"""A long run: jobs are created, completed and deleted at full speed, and the database is weighed as time goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from typing import Any, Final
+
+from jobd.bench import beside
+from jobd.bench.wire import Wire
+from jobd.bench.work import Asked, Figures, lifecycle
+
+KEPT_MS: Final = 1_000  # from the complete of a job to the time of its deletion
+SAMPLES: Final = 60
+
+
+async def soak(asked: Asked) -> Figures:
+    """`growth`: the size in the last quarter of the time to that in the second, when the first jobs had gone."""
+    sizes: list[tuple[float, float]] = []
+    async with beside.others(beside.clean(asked), _weigh(asked, sizes)):
+        figures = await lifecycle(asked, _deleted_soon)
+    database, log = ([each[at] for each in sizes] for at in (0, 1))
+    quarter = max(len(sizes) // 4, 1)
+    growth = statistics.median(database[-quarter:]) / statistics.median(database[quarter : 2 * quarter] or database)
+    return {
+        "lifecycles_per_s": figures["lifecycles_per_s"],
+        "growth": growth,
+        "database_mb": max(database),
+        "log_mb": max(log),
+        "series": {"database_mb": database, "log_mb": log},
+    }
+
+
+def _deleted_soon() -> dict[str, Any]:
+    return {"expires_at": time.time_ns() // 1_000_000 + KEPT_MS}
+
+
+async def _weigh(asked: Asked, sizes: list[tuple[float, float]]) -> None:
+    wire = await Wire.open(asked.admin, asked.token)
+    while True:
+        told = (await wire.get("/metrics")).decode().splitlines()
+        values = dict(line.rsplit(" ", 1) for line in told if line.startswith("jobd_") and "{" not in line)
+        sizes.append((float(values["jobd_database_bytes"]) / 1e6, float(values["jobd_wal_bytes"]) / 1e6))
+        await asyncio.sleep(asked.seconds / SAMPLES)
