@@ -6,6 +6,7 @@ It is a process of its own, so that the daemon does not wait for it; what CPU it
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -196,12 +197,13 @@ async def fill(asked: Asked) -> Figures:
 async def finish(asked: Asked) -> Figures:
     """So many finished jobs, moved in. `expired`: the next cleanup pass deletes them."""
     wire, began = await Wire.open(asked.admin, asked.token), clock()
+    run = secrets.token_hex(4)  # those of another load have other ids
     for made in range(0, asked.count, BULK):
         job = {"status": "completed", "progress": 100, "metadata": 1, "payload": PAYLOAD}
         if asked.expired:
             job["expires_at"] = LONG_AGO_MS
         numbers = range(made, min(made + BULK, asked.count))
-        lines = b"".join(encode({"id": f"{asked.token[:4]}-{began:.0f}-{number}", **job}) + b"\n" for number in numbers)
+        lines = b"".join(encode({"id": f"{run}-{number}", **job}) + b"\n" for number in numbers)
         await wire.lines(f"{BASE}/import", lines)
     return {"imported_per_s": asked.count / (clock() - began)}
 
