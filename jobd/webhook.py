@@ -65,11 +65,6 @@ class Endpoint(Struct, frozen=True):
         """Without its secrets, and its URL, which may hold one."""
         return f"Endpoint({self.name})"
 
-    @property
-    def shown_url(self) -> str:
-        """Where it goes, without what may be a secret."""
-        return self.url.partition("?")[0] + ("?…" if "?" in self.url else "")
-
     def wants(self, event: Event) -> bool:
         """Whether it is told of `event`."""
         return _TYPES[event.type] in self.events and (not self.queues or event.queue in self.queues)

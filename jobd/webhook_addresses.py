@@ -5,12 +5,27 @@ Looks nothing up.
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Final
 
-_NAT64: Final = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
-_COMPATIBLE: Final = IPv6Network("::/96")
+_NAT64: Final = IPv6Network("64:ff9b::/96")
+_PUBLIC: Final = IPv6Network("2000::/3")  # the only one that addresses of hosts are given out of
+_UNIQUE_LOCAL: Final = IPv6Network("fc00::/7")
 _OF_THE_HOST: Final = frozenset({IPv4Address("168.63.129.16")})  # Azure's: public by its number, and no further than it
+# Blocks that the registries of special-purpose addresses (RFC 6890) keep for something else. Python knows some of them,
+# others in other versions; translators and relays make addresses of a network of ours out of several.
+_RESERVED: Final = (
+    IPv4Network("192.0.0.0/24"),  # protocols of the IETF
+    IPv4Network("192.31.196.0/24"),  # AS112, as 192.175.48.0/24: answered by whoever is nearest
+    IPv4Network("192.52.193.0/24"),  # AMT relays
+    IPv4Network("192.88.99.0/24"),  # 6to4 relays
+    IPv4Network("192.175.48.0/24"),
+    IPv6Network("2001::/23"),  # protocols of the IETF, Teredo among them
+    IPv6Network("2001:db8::/32"),  # examples
+    IPv6Network("2620:4f:8000::/48"),  # AS112
+    IPv6Network("3ffe::/16"),  # what was the 6bone
+    IPv6Network("3fff::/20"),  # examples
+)
 
 
 def why_not(address: str) -> str | None:
@@ -26,12 +41,13 @@ def _judge(address: IPv4Address | IPv6Address) -> str | None:
     if isinstance(address, IPv6Address):
         if (inner := _inner(address)) is not None:
             return _judge(inner)
-        if address.is_site_local:
+        if address.is_site_local or address in _UNIQUE_LOCAL:
             return "private"
     for said, is_so in (
         ("loopback", address.is_loopback),
         ("link-local, where clouds keep their secrets", address.is_link_local),
         ("multicast", address.is_multicast),
+        ("reserved", any(address in network for network in _RESERVED) or _is_not_given_out(address)),
         ("private", not address.is_global or address in _OF_THE_HOST),
     ):
         if is_so:
@@ -39,14 +55,15 @@ def _judge(address: IPv4Address | IPv6Address) -> str | None:
     return None
 
 
+def _is_not_given_out(address: IPv4Address | IPv6Address) -> bool:
+    return isinstance(address, IPv6Address) and address not in _PUBLIC
+
+
 def _inner(address: IPv6Address) -> IPv4Address | None:
-    """The IPv4 address that a gateway would make of it."""
+    """The IPv4 address that it stands for, where that is as good as any: this machine's own stack, or a gateway, makes
+    the one of the other."""
     if address.ipv4_mapped is not None:
         return address.ipv4_mapped
     if address.sixtofour is not None:
         return address.sixtofour
-    if address.teredo is not None:
-        return address.teredo[1]
-    if any(address in network for network in _NAT64) or (address in _COMPATIBLE and int(address) > 1):
-        return IPv4Address(int(address) & 0xFFFFFFFF)
-    return None
+    return IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None

@@ -5,6 +5,7 @@ Reads the files that secret_file names, and nothing else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -17,12 +18,14 @@ from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS, is_job_id
 from jobd.webhook import TYPES, Endpoint, matching
 from jobd.webhook_addresses import why_not
 from jobd.webhook_letter import BadSecret, key_of
+from jobd.webhook_url import shown
 
 MOST: Final = 20
 MOST_SECRETS: Final = 3
 MAKE_SECRET: Final = (
     """python3 -c 'import base64, secrets; print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'"""
 )
+_HOST: Final = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+(%[a-z0-9._-]+)?")  # a name, or an address with its zone
 BOUNDS: Final = {"timeout": (100, MINUTE_MS), "give_up_after": (MINUTE_MS, 30 * DAY_MS)}
 
 
@@ -101,8 +104,8 @@ def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
         timeout_ms=times["timeout"],
         give_up_after_ms=times["give_up_after"],
     )
-    shown = msgspec.structs.replace(section, secret="", url=endpoint.shown_url)
-    return WebhookSetting(shown, endpoint, bool(section.secret))
+    said = msgspec.structs.replace(section, secret="", url=shown(section.url))
+    return WebhookSetting(said, endpoint, bool(section.secret))
 
 
 def _bounded(key: str, text: str, duration: Callable[[str], int]) -> int:
@@ -128,6 +131,8 @@ def _check_url(section: WebhookSection) -> None:
         raise BadWebhook(f"{expected}, with a port that there is") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.fragment:
         raise BadWebhook(expected)
+    if not _HOST.fullmatch(parts.hostname):
+        raise BadWebhook(f"{expected}: a name has letters, digits and . _ - alone")
     if "@" in parts.netloc:
         raise BadWebhook(f"{expected}, without user and password: receivers know us by the signature")
     if section.allow_private:

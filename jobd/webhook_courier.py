@@ -22,6 +22,7 @@ from jobd.webhook_line import Line, Waiting
 from jobd.webhook_office import Office, Poster, Tally
 from jobd.webhook_reader import PAGE, Reader
 from jobd.webhook_rules import Breaker, BreakerState, is_given_up, retry_wait_ms
+from jobd.webhook_url import hushed
 
 PARALLEL: Final = 8  # deliveries of one endpoint on their way at once
 BACKLOG: Final = 10_000  # deliveries of one endpoint that may wait; what is beyond waits in the journal
@@ -220,7 +221,8 @@ class Courier:
         try:
             outcome = await poster.post(self.endpoint, message)
         except Exception as bug:
-            log.exception("webhook_bug", webhook=self.endpoint.name)
+            told = RuntimeError(hushed(self.endpoint.url, f"{type(bug).__name__}: {bug}"))
+            log.error("webhook_bug", webhook=self.endpoint.name, exc_info=told.with_traceback(bug.__traceback__))
             outcome = Outcome(None, f"This is a bug in jobd: {type(bug).__name__}.")
         finally:
             del self._going[message.id]

@@ -1,6 +1,7 @@
 """One try of one delivery over HTTP: signed, within its time, to the address that it is meant for, and no further.
 
-Decides nothing about what comes next. Never raises for what a receiver does.
+Decides nothing about what comes next. Never raises for what a receiver does. Of a URL only the host is ever told: what
+errors say of themselves may hold all of it, and so may an answer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jobd.job import HOUR_MS, SECOND_MS
 from jobd.webhook import Delivery, Endpoint, Outcome
 from jobd.webhook_addresses import why_not
 from jobd.webhook_letter import headers
+from jobd.webhook_url import hushed
 
 ANSWER_BYTES: Final = 64 << 10  # of an answer; nobody needs more, and what is not read cannot be too much
 SHOWN: Final = 200  # characters of an answer, or of an error, that are kept
@@ -143,12 +145,12 @@ class Sender:
                     await _hear_out(answer)
                     return Outcome(answer.status)
                 wait_ms = _retry_after_ms(answer.headers.get("Retry-After", ""))
-                said = _why(answer.status, await _beginning(answer))
+                said = _why(answer.status, await _beginning(answer), endpoint)
                 return Outcome(answer.status, said, wait_ms, gone=answer.status == 410)
         except TimeoutError:
             return Outcome(None, f"There was no answer within {endpoint.timeout_ms / SECOND_MS:g} s.")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return Outcome(None, _plain(_said(error)))
+            return Outcome(None, _plain(_said(error, endpoint)))
 
 
 async def _beginning(answer: aiohttp.ClientResponse) -> bytes:
@@ -170,10 +172,12 @@ async def _hear_out(answer: aiohttp.ClientResponse) -> None:
         answer.close()
 
 
-def _why(status: int, answer: bytes) -> str:
+def _why(status: int, answer: bytes, endpoint: Endpoint) -> str:
     if 300 <= status < 400:
         return f"{status}: redirects are not followed. Set url to where it leads."
-    said = _plain(answer.decode("utf-8", "replace"))
+    said = _plain(
+        hushed(endpoint.url, answer.decode("utf-8", "replace"))
+    )  # before it is cut: half a secret is one, too
     return f"{status}: {said}" if said else f"{status}"
 
 
@@ -182,7 +186,7 @@ def _retry_after_ms(text: str) -> int | None:
     return min(int(text) * SECOND_MS, HOUR_MS) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
-def _said(error: Exception) -> str:
+def _said(error: Exception, endpoint: Endpoint) -> str:
     match error:
         case aiohttp.ClientConnectorDNSError():
             return f"The name {error.host} cannot be looked up: {error.os_error.strerror or error.os_error}."
@@ -193,8 +197,16 @@ def _said(error: Exception) -> str:
             return f"{why} If that is meant, set allow_private." if NOT_ALLOWED in why else why
         case aiohttp.ServerDisconnectedError():
             return "The connection was closed before an answer came."
+        case aiohttp.InvalidURL():
+            return f"url leads nowhere: {hushed(endpoint.url, error.description or 'it is none')}."
+        case aiohttp.ClientResponseError():
+            return "What answers there speaks no HTTP that can be understood."
+        case aiohttp.ClientPayloadError():
+            return "The answer broke off."
+        case OSError() if error.strerror:
+            return f"The connection failed: {error.strerror}."
         case _:
-            return f"{type(error).__name__}: {error}"
+            return f"The connection failed: {type(error).__name__}."
 
 
 def _plain(text: str) -> str:

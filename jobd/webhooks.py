@@ -18,6 +18,7 @@ from jobd.events import Change
 from jobd.webhook import Delivery, Endpoint
 from jobd.webhook_courier import FULL_S, TROUBLE_S, Courier
 from jobd.webhook_office import Office, Poster, Tally
+from jobd.webhook_url import shown
 
 NEWEST: Final = (1 << 63) - 1
 
@@ -144,7 +145,7 @@ class Webhooks:
         now = self._office.clock.moment().now
         return WebhookView(
             name=endpoint.name,
-            url=endpoint.shown_url,
+            url=shown(endpoint.url),
             events=sorted(endpoint.events),
             queues=sorted(endpoint.queues),
             state="starting" if courier is None else courier.state,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Self
 
 import msgspec
@@ -37,6 +40,41 @@ def saying(status: int, text: str = "", **headers: str) -> Answer:
         return web.Response(status=status, text=text, headers=headers)
 
     return answer
+
+
+Rude = Callable[[bytes], bytes]
+
+
+def echoing(head: bytes, more: int = 0) -> Rude:
+    """An answer that begins with `head` and says the request target again, as many servers do, and `more` bytes."""
+
+    def answer(request: bytes) -> bytes:
+        target = request.partition(b" ")[2].partition(b" ")[0]
+        return head + b"Cannot POST " + target + b"\r\n" + b"x" * more
+
+    return answer
+
+
+@contextmanager
+def rude(answer: Rude, tls: ssl.SSLContext | None = None) -> Iterator[int]:
+    """Somebody who says what `answer` makes of the beginning of each request, and hangs up; gives his port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection, suppress(OSError):
+                        line = connection if tls is None else tls.wrap_socket(connection, server_side=True)
+                        line.settimeout(10)
+                        line.sendall(answer(line.recv(10_000)))
+                        line.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
 
 
 class Receiver:

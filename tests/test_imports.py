@@ -25,7 +25,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
         "rules operator_rules late_rules time_rules reads steps draft why audit plan_rules",
         "nouns book judging",
     ),
-    "letters": ("webhook_letter webhook_rules webhook_line webhook_addresses", "nouns"),
+    "letters": ("webhook_letter webhook_rules webhook_line webhook_addresses webhook_url", "nouns"),
     "clock": ("clock", "nouns"),
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": (
@@ -86,6 +86,7 @@ HARMLESS: Final = frozenset(
         "re",
         "types",
         "typing",
+        "urllib",
         "uuid",
         "zlib",
     }
@@ -165,6 +166,13 @@ def test_pure_rooms_draw_no_random_ids() -> None:
     for module in PURE:
         names = {name for name in imports(PACKAGE / f"{module}.py") if name.startswith("uuid")}
         assert names <= {"uuid.UUID"}, module
+
+
+def test_pure_rooms_read_addresses_and_go_to_none() -> None:
+    """urllib is harmless only as a way to read one."""
+    for module in PURE:
+        names = {name for name in imports(PACKAGE / f"{module}.py") if name.startswith("urllib")}
+        assert all(name.startswith("urllib.parse.") for name in names), module
 
 
 def test_the_store_decides_nothing() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ import pytest
 
 from jobd import admin_api, worker_api
 from tests.faults.fuzz import free_port
+from tests.http_help import tls_pair
 from tests.process import Daemon, Reply, call
+from tests.receiver import Receiver, echoing, rude
 
 ADMIN = ["canary-admin-one-0123456789", "canary-admin-two-0123456789", "canary-admin-new-0123456789"]
 WORKER = ["canary-worker-one-012345678", "canary-worker-two-012345678", "canary-worker-new-012345678"]
@@ -32,7 +36,7 @@ SECRET = base64.b64encode(KEY).decode()
 HOOK = f"""
 [[webhooks]]
 name = "hook"
-url = "http://127.0.0.1:9/hook?token=canary-query"
+url = "http://127.0.0.1:9/canary-path/hook?token=canary-query"
 secret = "whsec_{SECRET}"
 allow_private = true
 """
@@ -41,13 +45,13 @@ allow_private = true
 class House:
     """A daemon with token files, both APIs on TCP ports, at log level debug. `said` is all that it answered."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, more: str = HOOK) -> None:
         self.files = {"admin": directory / "admin-token", "worker": directory / "worker-token"}
         self.ports = {name: free_port() for name in self.files}
         self.write(ADMIN[:2], WORKER[:2])
         places = {f"JOBD_{name.upper()}_LISTEN": f"127.0.0.1:{port}" for name, port in self.ports.items()}
         files = {f"JOBD_{name.upper()}_TOKEN_FILE": str(path) for name, path in self.files.items()}
-        self.daemon = Daemon(directory, f"[log]\nlevel = 'debug'\n{HOOK}", **places, **files)
+        self.daemon = Daemon(directory, f"[log]\nlevel = 'debug'\n{more}", **places, **files)
         del self.daemon.environ["ADMIN_TOKEN"]
         self.said: list[tuple[str, str]] = []
 
@@ -75,9 +79,9 @@ class House:
             line.sendall(data)
             self.said.append((repr(data), line.recv(65_536).decode()))
 
-    def run(self, *arguments: str, **environ: str) -> None:
-        """One of jobd's own verbs."""
-        command = [sys.executable, "-m", "jobd", *arguments]
+    def run(self, *arguments: str, module: str = "jobd", **environ: str) -> None:
+        """One of the verbs of jobd, or of jobctl."""
+        command = [sys.executable, "-m", module, *arguments]
         environ = {**self.daemon.environ, "JOBD_ADMIN_URL": f"http://127.0.0.1:{self.ports['admin']}", **environ}
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
         self.said.append((" ".join(arguments), f"{done.stdout}{done.stderr}"))
@@ -154,7 +158,7 @@ def test_no_secret_is_in_anything_that_is_said(house: House, tmp_path: Path) -> 
     house.run("doctor", str(house.daemon.store))
     house.run("serve", "--config", str(house.daemon.config), ADMIN_TOKEN=SHORT)
     house.said.append(("log", house.daemon.log.decode()))
-    tokens = [*ADMIN, *WORKER, WRONG, SHORT, KEY.decode(), SECRET, "canary-query"]
+    tokens = [*ADMIN, *WORKER, WRONG, SHORT, KEY.decode(), SECRET, "canary-query", "canary-path"]
     assert "event=granted" in house.said[-1][1], "the level is in force"
     assert "event=dump_task" in house.said[-1][1]
     for where, text in house.said:
@@ -163,6 +167,88 @@ def test_no_secret_is_in_anything_that_is_said(house: House, tmp_path: Path) -> 
         assert [secret for secret in secrets if secret in text] == [], where
     for file in (house.daemon.store, tmp_path / "copy.db"):
         assert not [token for token in tokens if token.encode() in file.read_bytes()], file
+
+
+END = b"\r\n\r\n"
+RUDE: dict[str, bytes] = {
+    "no-http": b"SSH-2.0-",
+    "refusal": b"HTTP/1.1 404 No" + END,
+    "broken": b"HTTP/1.1 500 No\r\nContent-Length: 9999" + END,
+    "redirect": b"HTTP/1.1 302 No\r\nLocation: http://[/" + END,
+    "bad-redirect": b"HTTP/1.1 302 No\r\nLocation: http://[",
+    "bad-status": b"HTTP/1.1 2\x000 ",
+}
+PLACE = "/canary-path/canary-more%2f?token=canary-query%20x"
+CANARIES = ("canary-path", "canary-more", "canary-query", SECRET, KEY.decode())
+
+
+@pytest.fixture
+def hooks(tmp_path: Path) -> Iterator[tuple[str, Receiver]]:
+    """Webhooks that go wrong in every way, as a configuration, and one that is told of the alerts."""
+    with ExitStack() as stack:
+        tls, _ = asyncio.run(tls_pair(tmp_path))
+        ports = {name: stack.enter_context(rude(echoing(head))) for name, head in RUDE.items()}
+        ports["too-large"] = stack.enter_context(rude(echoing(RUDE["refusal"], 200_000)))
+        places = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+        places["refused"] = f"http://127.0.0.1:{free_port()}"
+        places["bad-url"], places["no-name"] = "http://300.300.300.300", "http://nobody.invalid"
+        places["tls"] = f"https://127.0.0.1:{stack.enter_context(rude(echoing(b''), tls))}"
+        places["no-tls"] = f"https://127.0.0.1:{ports['no-http']}"
+        ear = stack.enter_context(Receiver())
+        blocks = [_block(name, f"{place}{PLACE}", "job.created") for name, place in places.items()]
+        blocks.append(_block("ear", f"http://127.0.0.1:{ear.port}{PLACE}", "alert.*"))
+        yield "[alerts]\nwebhook_failing = '0'\n" + "".join(blocks), ear
+
+
+def _block(name: str, url: str, events: str) -> str:
+    where = f'name = "{name}"\nurl = "{url}"\nevents = ["{events}"]'
+    return f'[[webhooks]]\n{where}\nsecret = "whsec_{SECRET}"\nallow_private = true\n'
+
+
+def test_of_a_webhook_s_url_nothing_is_said_but_its_host(hooks: tuple[str, Receiver], tmp_path: Path) -> None:
+    """However a try ends: not in a log line, a list, a page, an alert, what others are told of it, the store."""
+    config, ear = hooks
+    house = House(tmp_path, config)
+    with house.daemon:
+        house.ask("worker", WORKER[0], "POST", "/v1/jobs", {"id": "a"})
+        names = [line.split('"')[1] for line in config.splitlines() if line.startswith("name = ")]
+        _until(lambda: _tried(house) == len(names) - 1)
+        ear.wait_for(lambda heard: bool(heard))
+        listed = house.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
+        assert {each["url"].rpartition("/")[2] for each in listed} == {"…"}
+        for path in ("/webhooks", "/", "/alerts", "/metrics", "/admin/job-management/alerts"):
+            assert house.ask("admin", ADMIN[0], "GET", path).status == 200, path
+        for name in names:
+            assert house.ask("admin", ADMIN[0], "GET", f"/webhooks/{name}").status == 200
+            path = f"/admin/job-management/webhooks/{name}/deliveries"
+            found = house.ask("admin", ADMIN[0], "GET", path).data["deliveries"]
+            assert all(each["error"] for each in found) == (name != "ear"), found
+        house.reload()
+        house.run("check-config", "--config", str(house.daemon.config))
+        house.run("doctor", "--running", ADMIN_TOKEN=ADMIN[0])
+        house.run("webhooks", ADMIN_TOKEN=ADMIN[0], module="jobd.cli.ctl")
+        assert house.daemon.process is not None
+        house.daemon.process.send_signal(signal.SIGUSR1)
+        house.daemon.until_said(b"event=dump_thread")
+        assert house.daemon.stop() == 0
+    house.said.append(("log", house.daemon.log.decode()))
+    house.said += [("alert", each.body.decode()) for each in ear.heard]
+    assert b"event=webhook_not_delivered" in house.daemon.log
+    assert {where for where, text in house.said if any(secret in text for secret in CANARIES)} == set()
+    assert [secret for secret in CANARIES if secret.encode() in house.daemon.store.read_bytes()] == []
+
+
+def _tried(house: House) -> int:
+    """How many webhooks have failed, as the daemon tells it."""
+    listed = house.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
+    return sum(each["last_error"] is not None for each in listed)
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
 
 
 def _work(house: House) -> list[str]:

@@ -69,8 +69,6 @@ def test_an_endpoint_wants_what_its_types_and_queues_say() -> None:
 
 def test_no_secret_and_no_url_is_shown_with_an_endpoint() -> None:
     shown = repr(Endpoint("e", "https://x/token", KEYS))
-    assert Endpoint("e", "https://x/y?token=hush", KEYS).shown_url == "https://x/y?…"
-    assert Endpoint("e", "https://x/y", KEYS).shown_url == "https://x/y"
     assert shown == str(Endpoint("e", "https://x/token", KEYS)) == "Endpoint(e)"
 
 

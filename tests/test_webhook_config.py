@@ -75,14 +75,14 @@ def test_secrets_may_be_in_a_file_of_their_own(read: Read, tmp_path: Path) -> No
 
 
 def test_no_secret_is_shown(read: Read) -> None:
-    loaded = read(block(secret=f'secret = ["{NEWER}", "{SECRET}"]', url="https://e.test/hook?token=hush"))
+    loaded = read(block(secret=f'secret = ["{NEWER}", "{SECRET}"]', url="https://e.test/hush/hook?token=hush"))
     shown = effective(loaded) + repr(loaded) + str(asdict(loaded.webhooks[0].section))
     for secret in (SECRET, NEWER, SECRET[6:], "hush", OLD.decode(), NEW.decode()):
         assert secret not in shown
     text = effective(loaded)
     assert "[[webhooks]]\n" not in text.split("\n")
     assert 'name = "billing"' in text
-    assert 'url = "https://e.test/hook?…"' in text
+    assert 'url = "https://e.test/…"' in text
     assert "# secrets: 2" in text
 
 
@@ -127,6 +127,8 @@ def test_a_file_with_secrets_that_everybody_may_read_is_warned_of(read: Read, tm
         (block(url="https://e.test/a b"), "without spaces"),
         (block(url="https://é.test/"), "in ASCII"),
         (block(url="https://me:hush@e.test/"), "without user and password"),
+        (block(url="https://e<.test/hush"), "a name has letters, digits"),
+        (block(url="https://e\\\\e/hush"), "a name has letters, digits"),
         (block(url="http://e.test/"), "http:// can be read on its way"),
         (block(url="https://127.0.0.1/"), "127.0.0.1 is loopback"),
         (block(url="https://[::1]/"), "::1 is loopback"),
@@ -147,6 +149,15 @@ def test_what_is_wrong_is_said_in_one_line_with_file_and_number(
     assert message.isprintable()
     assert "hush" not in message
     assert SECRET not in message
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["e.test", "E_1.test:80", "localhost", "127.1", "10.0.0.1:8", "[::1]:8", "[fe80::1%eth0]", "[::ffff:1.1.1.1]"],
+)
+def test_hosts_of_every_form_are_taken(read: Read, host: str) -> None:
+    (found,) = read(block(url=f"https://{host}/x", more="allow_private = true")).webhooks
+    assert found.section.url == f"https://{host}/…"
 
 
 def test_a_private_address_may_be_meant(read: Read) -> None:

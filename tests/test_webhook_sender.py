@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import socket
-import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from jobd import webhook_sender
 from jobd.webhook import Delivery, Endpoint, Outcome
 from jobd.webhook_sender import Resolver, Sender
 from tests.http_help import tls_pair
-from tests.receiver import Receiver, saying
+from tests.receiver import Receiver, echoing, rude, saying
 
 KEY = b"k" * 24
 DELIVERY = Delivery(
@@ -171,29 +169,9 @@ async def test_an_answer_that_is_too_slow_is_none(sender: Sender, receiver: Rece
     assert time.monotonic() - begun < 3
 
 
-@contextmanager
-def rough(answer: bytes, tls: ssl.SSLContext | None = None) -> Iterator[int]:
-    """Somebody who takes one connection, says something and hangs up; gives his port."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def serve() -> None:
-            connection, _ = server.accept()
-            with connection, suppress(OSError):
-                if tls is not None:
-                    connection = tls.wrap_socket(connection, server_side=True)
-                connection.recv(10_000)
-                connection.sendall(answer)
-                connection.close()
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        yield server.getsockname()[1]
-        thread.join(10)
-
-
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200\x00 OK\r\n" + b"x" * 100_000, b"SSH-2.0-x\r\n"])
 async def test_who_hangs_up_or_speaks_no_http_has_not_taken_it(sender: Sender, answer: bytes) -> None:
-    with rough(answer) as port:
+    with rude(lambda _: answer) as port:
         outcome = await sender.post(to(f"http://127.0.0.1:{port}/"), DELIVERY)
     assert outcome.status is None
     assert outcome.error
@@ -210,8 +188,68 @@ async def test_nobody_there_is_told_with_its_place(sender: Sender) -> None:
     assert "hush" not in outcome.error
 
 
+HUSH = ("HUSH-path-1", "HUSH query 2", "HUSH%20query%202", "HUSH+query+2", "hush%2fpath", "hush/path")
+PLACE = "/HUSH-path-1/HUSH%2fpath?token=HUSH%20query%202&b=HUSH-path-1"
+NO, END = b"HTTP/1.1 500 No\r\n", b"\r\n\r\n"
+FAILURES: dict[str, tuple[bytes, int, str]] = {
+    "no http": (b"SSH-2.0-", 0, "speaks no HTTP"),
+    "no http, at length": (b"SSH-2.0-", 100_000, "speaks no HTTP"),
+    "bad status": (b"HTTP/1.1 2\x000 ", 0, "speaks no HTTP"),
+    "bad header": (NO + b"A: b\r\n ", 100_000, "speaks no HTTP"),
+    "bad chunk": (NO + b"Transfer-Encoding: chunked" + END, 0, "speaks no HTTP"),
+    "less than it said": (NO + b"Content-Length: 9999" + END, 0, "broke off"),
+    "a refusal": (b"HTTP/1.1 404 No" + END, 0, "404: Cannot POST …"),
+    "too large": (b"HTTP/1.1 413 No" + END, 100_000, "413: Cannot POST … xxx"),
+    "bad redirect": (b"HTTP/1.1 302 No\r\nLocation: http://[", 0, "closed before an answer came"),
+    "worse redirect": (b"HTTP/1.1 308 No\r\nLocation: http://[/" + END, 0, "redirects are not followed"),
+    "long redirect": (b"HTTP/1.1 308 No\r\nLocation: ", 100_000, "speaks no HTTP"),
+}
+
+
+@pytest.mark.parametrize("why", FAILURES)
+async def test_of_the_url_only_the_place_is_told_whatever_is_answered(sender: Sender, why: str) -> None:
+    head, more, said = FAILURES[why]
+    with rude(echoing(head, more)) as port:
+        outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}", timeout_ms=5_000), DELIVERY)
+    assert outcome.error is not None
+    assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
+    assert said in outcome.error
+    assert len(outcome.error) < 250
+
+
+async def test_nor_is_more_told_where_nobody_answers(sender: Sender) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}"), DELIVERY)
+    assert (outcome.error or "").startswith(f"127.0.0.1:{port} cannot be reached: ")
+    assert "HUSH" not in (outcome.error or "")
+
+
+@pytest.mark.parametrize("host", ["127.1", "300.300.300.300", "x\\y", "nobody.invalid", "a..b", "[::1%25]"])
+async def test_nor_is_it_of_one_that_leads_nowhere(sender: Sender, host: str) -> None:
+    outcome = await sender.post(to(f"http://{host}{PLACE}", timeout_ms=5_000), DELIVERY)
+    assert outcome.error is not None
+    assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
+
+
+async def test_nor_where_the_certificate_is_wrong(sender: Sender, careful: Sender, tmp_path: Path) -> None:
+    with rude(lambda _: b"", (await tls_pair(tmp_path))[0]) as port:
+        for each, place in (
+            (sender, f"localhost:{port}"),
+            (sender, f"127.0.0.1:{port}"),
+            (careful, f"127.0.0.1:{port}"),
+        ):
+            outcome = await each.post(to(f"https://{place}{PLACE}"), DELIVERY)
+            assert outcome.error is not None
+            assert "HUSH" not in outcome.error
+    with rude(lambda _: b"this is no TLS") as port:
+        outcome = await sender.post(to(f"https://127.0.0.1:{port}{PLACE}"), DELIVERY)
+        assert outcome.error is not None
+        assert "HUSH" not in outcome.error
+
+
 async def test_a_certificate_that_nobody_vouches_for_is_refused(sender: Sender, tmp_path: Path) -> None:
-    with rough(b"HTTP/1.1 200 OK\r\n\r\n", (await tls_pair(tmp_path))[0]) as port:
+    with rude(lambda _: b"HTTP/1.1 200 OK\r\n\r\n", (await tls_pair(tmp_path))[0]) as port:
         outcome = await sender.post(to(f"https://localhost:{port}/"), DELIVERY)
     assert outcome.error is not None
     assert "certificate" in outcome.error

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import pytest
@@ -307,8 +308,8 @@ async def test_who_lives_nowhere_any_more_is_left_alone_at_once(path: Path) -> N
         assert at.webhooks.views()[0].failed == 1
 
 
-async def test_a_bug_in_the_sender_is_a_failed_try(path: Path) -> None:
-    bugs = [ValueError("oops")]
+async def test_a_bug_in_the_sender_is_a_failed_try_and_says_nothing_of_the_url(path: Path, logged: list[Any]) -> None:
+    bugs = [ValueError("https://e.test/hook?token=hush is odd")]
 
     def answer(_: Delivery) -> Outcome:
         if bugs:
@@ -319,6 +320,10 @@ async def test_a_bug_in_the_sender_is_a_failed_try(path: Path) -> None:
         await at.commit(at.maker.create("a"))
         await until(lambda: len(at.posts.taken) == 1)
         assert at.webhooks.views()[0].last_error == "This is a bug in jobd: ValueError."
+    (told,) = (line["exc_info"] for line in logged if line["event"] == "webhook_bug")
+    assert str(told) == "ValueError: https://e.test… is odd"
+    assert told.__context__ is told.__cause__ is None
+    assert "answer" in [frame.f_code.co_name for frame, _ in walk_tb(told.__traceback__)]
 
 
 # -- restarts, crashes, full disks -------------------------------------------------------------------------------------
@@ -714,6 +719,6 @@ async def test_a_new_configuration_is_taken_over_at_work(path: Path) -> None:
 async def test_no_secret_is_shown(path: Path) -> None:
     async with at_work(path) as at:
         (view,) = at.webhooks.views()
-        assert view.url == "https://e.test/hook?…"
+        assert view.url == "https://e.test/…"
         assert "hush" not in str(view)
         assert KEY.decode() not in str(view)

@@ -39,6 +39,7 @@ MIRRORS: Final[dict[str, tuple[str, ...]]] = {
     "webhook_letter": ("webhook",),
     "webhook_line": ("webhook_line",),
     "webhook_rules": ("webhook_rules",),
+    "webhook_url": ("webhook_url",),
     "keys": ("keys",),
 }
 MODULES: Final = tuple(MIRRORS)
@@ -47,8 +48,8 @@ MODULES: Final = tuple(MIRRORS)
 NEAR: Final = (
     "rules", "late_rules", "book", "orders", "live_jobs", "figures", "overlaps", "pace", "validation", "why", "audit",
     "keys", "envelope", "events", "job", "draft", "views", "batch", "commands", "bodies", "rows", "plans",
-    "fingerprints", "webhook", "webhook_addresses", "webhook_line", "webhook_rules", "actor", "cleanup", "alerts",
-    "worker_api", "admin_api",
+    "fingerprints", "webhook", "webhook_addresses", "webhook_line", "webhook_rules", "webhook_url", "actor", "cleanup",
+    "alerts", "worker_api", "admin_api",
 )  # fmt: skip
 
 # Beside them, some of files that need a daemon for their others.

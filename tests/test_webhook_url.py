@@ -1,0 +1,51 @@
+"""What is shown of the URL of a webhook, and what is left out of what others say of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobd import webhook_url
+from jobd.webhook_url import hushed
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://x", "https://x"),
+        ("https://x/", "https://x"),
+        ("https://x:8443/hush", "https://x:8443/…"),
+        ("https://x/y/z?token=hush", "https://x/…"),
+        ("https://x?token=hush", "https://x/…"),
+        ("https://me:hush@x:1/", "https://x:1"),
+        ("http://[::1]:80/hush", "http://[::1]:80/…"),
+    ],
+)
+def test_of_a_url_the_host_is_shown(url: str, shown: str) -> None:
+    assert webhook_url.shown(url) == shown
+
+
+URL = "https://me:hushhush@x.test:81/Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m4n5"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("no POST /Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m4n5!", "no POST …!"),
+        ("no /Hush-123/v1/a%2fb%20c/api here", "no … here"),
+        ("xHUSH-123x", "x…x"),
+        ("it is 'a/b c' or a%2FB%20C", "it is '…' or …"),
+        ('"h+ush", "h ush"', '"…", "…"'),
+        ("{m4n5}, m4n56", "{…}, m4n56"),
+        ("api, v1, k, x.test:81", "api, v1, k, x.test:81"),
+        ("hushhush", "…"),
+        ("a broken token", "a broken …"),
+        ("", ""),
+    ],
+)
+def test_what_is_said_of_a_url_is_left_out(said: str, told: str) -> None:
+    assert hushed(URL, said) == told
+
+
+def test_a_url_without_a_path_has_nothing_to_leave_out() -> None:
+    assert hushed("https://x.test/", "All / is said, … too.") == "All / is said, … too."
+    assert hushed("https://x.test/hook", "hook, webhook, hooks") == "…, webhook, hooks"
