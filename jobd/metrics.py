@@ -71,6 +71,7 @@ class Snapshot(Struct, frozen=True):
     granted_twice: int
     quarantined: int
     clock_suspect: bool
+    disk_full: int  # full_disk.Closed
     commit_seconds: Counts
     batch_commands: Counts
     mailbox: int
@@ -199,6 +200,7 @@ class Metrics:
             granted_twice=figures.overlaps.total,
             quarantined=len(book.quarantined),
             clock_suspect=self._clock.suspect,
+            disk_full=int(actor.full_disk.closed),
             commit_seconds=_copy(actor.commit_seconds),
             batch_commands=_copy(actor.batch_commands),
             mailbox=actor.waiting,
@@ -292,6 +294,8 @@ def _cleanup(now: Snapshot) -> Iterator[Metric]:
     issues = ((kind, now.issues.get(kind, 0)) for kind in ISSUE_TYPES)
     yield _counters("validation_issues", "Issues that passes found since the start, by type.", ["type"], issues)
     yield _gauge("artefact_tombstones", "Stored objects of deleted jobs that are to be deleted.", now.sweeps.waiting)
+    help_ = "For how long the first of them could have been deleted."
+    yield _gauge("artefact_sweep_behind_seconds", help_, now.sweeps.behind_ms / SECOND_MS)
     swept = {"deleted": now.sweeps.deleted, "left": now.sweeps.left, "failed": now.sweeps.failures}
     help_ = "Stored objects of deleted jobs since the start: deleted, left as another's, failed tries."
     yield _counters("artefacts_swept", help_, ["outcome"], swept.items())
@@ -332,6 +336,8 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
     yield _gauge("event_streams", "Open streams of events.", now.listeners)
     yield _counter("event_streams_dropped", "Streams of events cut off because they were read too slowly.", now.dropped)
     yield _gauge("loop_lag_seconds", "The worst lag of the event loop in the last 20 s.", now.lag_s)
+    help_ = "What a full disk closes: 0 nothing, 1 creates, 2 all but endings and deletions, 3 every change."
+    yield _gauge("disk_full", help_, now.disk_full)
     yield _gauge(
         "clock_suspect", "1 while the wall clock is not trusted and nothing is deleted by age.", now.clock_suspect
     )
@@ -342,6 +348,9 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
 def _files(store_path: str) -> Iterator[Metric]:
     yield _gauge("wal_bytes", "Size of the write-ahead log.", _size(f"{store_path}-wal"))
     yield _gauge("database_bytes", "Size of the database file.", _size(store_path))
+    free = _free(store_path)
+    rows = [] if free is None else [(free,)]
+    yield _gauges("disk_free_bytes", "Room that is left on the disk of the store, for jobd.", [], rows)
 
 
 def oldest_due_s(book: Book, now: int) -> dict[str, float]:
@@ -390,6 +399,15 @@ def _size(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:  # no log yet, or a store in memory
         return 0
+
+
+def _free(path: str) -> int | None:
+    """None for a store in memory."""
+    try:
+        room = os.statvfs(path)
+    except FileNotFoundError:
+        return None
+    return room.f_bavail * room.f_frsize
 
 
 def _gauge(name: str, help_: str, value: float) -> Metric:

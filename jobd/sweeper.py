@@ -47,6 +47,7 @@ class Sweeps(Struct):
     deleted: int = 0
     left: int = 0
     failures: int = 0
+    behind_ms: int = 0  # since the first of those that are due could have been deleted
 
 
 class End(Struct, frozen=True):
@@ -118,6 +119,7 @@ class Sweeper:
         now = self._clock.moment().now
         due = await self._disk.due_tombstones(now, SLICE)
         self.sweeps.waiting -= due.damaged
+        self.sweeps.behind_ms = max((now - each.due_at for each, _ in due.found), default=0)
         self._note_unmoved(due.unmoved)
         held = [End(each, Outcome("young", modified_at=now)) for each, named in due.found if _is_held(due, each, named)]
         free = [(each, named) for each, named in due.found if not _is_held(due, each, named)]
@@ -129,6 +131,8 @@ class Sweeper:
         self.sweeps.waiting -= len(gone)
         for end in ends:
             self._note(end)
+        if len(ends) < SLICE:
+            self.sweeps.behind_ms = 0
         return len(ends) == SLICE and not all(end.failed for end in ends)
 
     async def _try(self, tombstone: Tombstone, named: bool, now: int) -> End:

@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import platform
+import shutil
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -27,6 +28,7 @@ from jobd.clock import Clock
 from jobd.commands import REFUSALS, AnyCommand, Claim, Complete, Create, ForceReset, Pause, Start
 from jobd.feed import Feed
 from jobd.figures import OTHER_QUEUES
+from jobd.full_disk import Closed
 from jobd.health import Health
 from jobd.job import STATUSES, Policy
 from jobd.keys import Keys
@@ -68,6 +70,7 @@ EXPECTED = {
     "jobd_cleanup_last_timestamp_seconds": "gauge",
     "jobd_validation_issues_total": "counter",
     "jobd_artefact_tombstones": "gauge",
+    "jobd_artefact_sweep_behind_seconds": "gauge",
     "jobd_artefacts_swept_total": "counter",
     "jobd_processing_seconds": "histogram",
     "jobd_processing_p95_seconds": "gauge",
@@ -84,6 +87,8 @@ EXPECTED = {
     "jobd_database_bytes": "gauge",
     "jobd_loop_lag_seconds": "gauge",
     "jobd_clock_suspect": "gauge",
+    "jobd_disk_full": "gauge",
+    "jobd_disk_free_bytes": "gauge",
     "jobd_alert_firing": "gauge",
     "jobd_webhook_deliveries_total": "counter",
     "jobd_webhook_waiting_deliveries": "gauge",
@@ -202,6 +207,8 @@ async def test_a_life_of_jobs_on_a_real_store_is_counted(tmp_path: Path) -> None
         assert value(body, "jobd_cleanup_passes_total") == daemon.cleaner.totals.passes >= 1
         assert value(body, "jobd_commit_seconds_count") == value(body, "jobd_batch_commands_count") >= 10
         assert value(body, "jobd_database_bytes") > 0
+        free = shutil.disk_usage(tmp_path).free
+        assert value(body, "jobd_disk_free_bytes") == pytest.approx(free, abs=1 << 28)
         assert value(body, "jobd_wal_bytes") == (tmp_path / "jobd.db-wal").stat().st_size
         vitals = await daemon.metrics.vitals()
         assert (vitals.commit_p99_s or 0) > 0
@@ -247,6 +254,7 @@ async def test_a_store_in_memory_has_no_files() -> None:
     async with Household() as house:
         body = shown(house)
         assert value(body, "jobd_database_bytes") == value(body, "jobd_wal_bytes") == 0
+        assert read(body)["jobd_disk_free_bytes"].samples == []
 
 
 async def test_vitals_of_a_store_in_memory_have_no_sizes() -> None:
@@ -337,6 +345,15 @@ async def test_refusals_of_all_doors_are_summed_and_every_code_is_there() -> Non
         assert value(body, "jobd_refusals_total", code="already_locked") == 5
         assert value(body, "jobd_refusals_total", code="lock_lost") == 0
         assert len(read(body)["jobd_refusals"].samples) == len(REFUSALS)
+
+
+@in_virtual_time
+async def test_how_far_a_full_disk_has_closed_the_daemon() -> None:
+    async with Household() as house:
+        assert value(shown(house), "jobd_disk_full") == 0
+        for closed in Closed:
+            house.actor.full_disk.closed = closed
+            assert value(shown(house), "jobd_disk_full") == closed
 
 
 @in_virtual_time

@@ -233,7 +233,12 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
         {f"jobd_cleanup_last_timestamp_seconds{JOBD}": "0x240"},
         {f"jobd_cleanup_last_timestamp_seconds{JOBD}": "0x7 300x240"},
     ),
-    "JobdStorageFull": counted("storage_full"),
+    "JobdStorageFull": (
+        "20m",
+        {f"jobd_disk_full{JOBD}": "0x16 1 0x240"},
+        {f"jobd_disk_full{JOBD}": "0x240", **counted("storage_full")[1]},  # of a backup
+    ),
+    "JobdDiskFilling": gauge("jobd_disk_free_bytes", 256 * MIB - 1, 256 * MIB),
     "JobdOverloaded": counted("overloaded"),
     "JobdMailboxFilling": (
         "20m",
@@ -250,6 +255,7 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdWalGrows": gauge("jobd_wal_bytes", 256 * MIB + 1, 256 * MIB),
     "JobdLoopLag": gauge("jobd_loop_lag_seconds", 0.6, 0.5),
     "JobdCommitsSlow": ("30m", commits(90, 100), commits(100, 100)),
+    "JobdArtefactsBehind": gauge("jobd_artefact_sweep_behind_seconds", 901, 900),
     "JobdClockSuspect": gauge("jobd_clock_suspect", 1, 0),
     "JobdQuarantine": gauge("jobd_quarantined_jobs", 1, 0),
     "JobdWebhookGaveUp": (

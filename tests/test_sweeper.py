@@ -305,6 +305,28 @@ async def test_a_store_that_does_not_answer_fails_in_time() -> None:
 
 
 @in_virtual_time
+async def test_it_says_how_far_behind_it_is() -> None:
+    disk = MemoryDisk()
+    async with sweeping(disk) as at:
+        for number in range(3 * SLICE):
+            await at.done(f"job-{number}", f"k/{number}")
+        at.store.gate.clear()
+        for number in range(3 * SLICE):
+            await at.delete(f"job-{number}")
+        assert at.sweeps.behind_ms == 0
+        await seconds(CALL_S - 1)
+        at.store.gate.set()
+        most = 0
+        while at.store.objects:
+            await seconds(0.001)
+            most = max(most, at.sweeps.behind_ms)
+        assert (CALL_S - 2) * 1000 < most < CALL_S * 1000
+        await until(lambda: not at.house.disk.tombstones)
+        await seconds(1)
+        assert at.sweeps.behind_ms == 0
+
+
+@in_virtual_time
 async def test_a_full_disk_of_the_store_is_waited_for() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
