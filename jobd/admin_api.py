@@ -88,7 +88,7 @@ from jobd.replies import Text
 from jobd.routes import Route, Who
 from jobd.streams import BACKUP_KIND, ImportReport, give_out, take_in
 from jobd.visits import Visit, in_parts, operator_of
-from jobd.web import PROBES, Nothing, Web, ask, note
+from jobd.web import PROBES, Nothing, Web, ask, note, note_look
 
 MAX_REPORTS: Final = 500
 MAX_GROUPS: Final = 200
@@ -226,6 +226,13 @@ async def _deliver_again(site: Web, visit: Visit, asked: DeliverAgain) -> Answer
     return Answer(sent)
 
 
+async def _export(site: Web, visit: Visit, asked: Export) -> Answer | Refusal:
+    page = await ask(site, visit, asked)
+    if isinstance(page, Answer):
+        await note_look(site, visit, "export")
+    return page
+
+
 async def _test_webhook(site: Web, visit: Visit, asked: TestWebhook) -> Answer | Refusal:
     sent = await site.rooms.test_webhook(asked.name)
     if isinstance(sent, Refusal):
@@ -268,7 +275,7 @@ _ROUTES: Final = (
     Route(method="POST", path=f"{_P}/extend-lock", asks=ExtendLock, gives=AdminLock, who=_A, key=True),
     Route(method="POST", path=f"{_P}/release-lock", asks=ReleaseLock, gives=AdminLock, who=_A, key=True),
     Route(method="POST", path=f"{_P}/import", asks=Import, gives=ImportReport, who=_A, via=take_in, reads="lines"),
-    Route(method="GET", path=f"{_P}/export", asks=Export, gives=ExportPage, who=_A),
+    Route(method="GET", path=f"{_P}/export", asks=Export, gives=ExportPage, who=_A, via=_export),
     Route(method="GET", path=f"{_P}/jobs", asks=Search, gives=JobPage, who=_A),
     Route(method="GET", path=f"{_P}/jobs/{{id}}", asks=Get, gives=JobView, who=_A),
     Route(method="DELETE", path=f"{_P}/jobs/{{id}}", asks=Delete, gives=JobView, who=_A, key=True),

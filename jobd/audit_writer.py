@@ -6,16 +6,19 @@ Opens no transaction: tables.py calls it inside of one.
 from __future__ import annotations
 
 import sqlite3
-from typing import Final
+from array import array
+from typing import Final, get_args
 
 from msgspec.structs import replace
 
 from jobd import rows
-from jobd.batch import Audited
+from jobd.batch import Audited, Share, share_of
 from jobd.job_writer import insert
 from jobd.rows import AUDIT_COLUMNS
 
-KEEP_AUDIT: Final = 100_000  # rows; of a busy operator's room more than the time that they are kept for
+KEEP_AUDIT: Final = 100_000  # changes; of a busy operator's room more than the time that they are kept for
+KEEP_BESIDE: Final = 10_000  # refusals, and as many looks: a script that goes in circles pushes out its like alone
+LOOK: Final = 2_000  # rows that are counted in one go: below a millisecond
 OPEN_DEEDS: Final = 64  # deeds of many parts that go on side by side; beyond it the oldest goes on in a new row
 
 AUDIT_SQL: Final = f"{', '.join(AUDIT_COLUMNS)}, crc"
@@ -25,8 +28,10 @@ _LAST: Final = "SELECT ifnull(max(seq), 0) FROM audit"
 # Only the oldest are looked at: a row that seems young keeps those behind it until there are too many.
 _TRIM: Final = (
     "DELETE FROM audit WHERE seq IN (SELECT seq FROM (SELECT seq, at FROM audit ORDER BY seq LIMIT ?) "
-    "WHERE (at < ? OR seq <= ?) AND seq < ?)"
+    "WHERE at < ? AND seq < ?)"
 )
+_NEXT: Final = "SELECT seq, what, outcome FROM audit WHERE seq > ? ORDER BY seq LIMIT ?"
+_SHARE: Final = "SELECT what, outcome FROM audit WHERE seq = ?"
 
 
 class AuditWriter:
@@ -35,6 +40,8 @@ class AuditWriter:
     def __init__(self, conn: sqlite3.Connection) -> None:
         self._conn = conn
         self._open: dict[str, int] = {}  # part_of -> seq of its row
+        self._seen: dict[Share, array[int]] = {share: array("q") for share in get_args(Share)}  # rows, as of `look_on`
+        self._seen_to = 0
 
     def write(self, audit: list[Audited]) -> None:
         (last,) = self._conn.execute(_LAST).fetchone()
@@ -64,10 +71,36 @@ class AuditWriter:
         details = before.details if part.details is None else part.details
         return seq, replace(before, jobs=before.jobs + part.jobs, details=details)
 
+    def look_on(self) -> bool:
+        """Count up to LOOK rows that were not counted yet; whether there are no more. Not within a transaction."""
+        found = self._conn.execute(_NEXT, (self._seen_to, LOOK)).fetchall()
+        for seq, what, outcome in found:
+            self._seen[share_of(what, outcome)].append(seq)
+            self._seen_to = seq
+        return len(found) < LOOK
+
     def trim(self, before: int, limit: int) -> int:
-        """Delete up to `limit` of the oldest rows, those that were written before wall time `before` or are too many.
+        """Delete up to `limit` of the oldest rows: what was written before wall time `before`, and what is too many of
+        the rows of its share that `look_on` has counted.
 
         The newest stays, so that its number is not given again.
         """
         (last,) = self._conn.execute(_LAST).fetchone()
-        return self._conn.execute(_TRIM, (limit, before, last - KEEP_AUDIT, last)).rowcount
+        gone = self._conn.execute(_TRIM, (limit, before, last)).rowcount
+        for share, seqs in self._seen.items():
+            keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
+            self._forget_gone(share)
+            chosen = [seq for seq in seqs[: max(min(len(seqs) - keep, limit - gone), 0)] if seq < last]
+            self._conn.executemany("DELETE FROM audit WHERE seq = ?", [(seq,) for seq in chosen])
+            gone += len(chosen)
+        return gone
+
+    def _forget_gone(self, share: Share) -> None:
+        """Rows that were deleted are counted until they are found missing: a deletion may have been taken back."""
+        seqs = self._seen[share]
+        for count, seq in enumerate(seqs):
+            found = self._conn.execute(_SHARE, (seq,)).fetchone()
+            if found is not None and share_of(*found) == share:
+                del seqs[:count]
+                return
+        del seqs[:]

@@ -6,7 +6,7 @@ The actor speaks to a Disk, not to SQLite; store.py is the real one, tests have 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -117,6 +117,18 @@ class Audited(Struct, frozen=True, gc=False):
     jobs: int = 0
     details: dict[str, Any] | None = None
     part_of: str | None = None
+
+
+# What an operator does that changes no job, queue or setting: into and out of the dashboard, and what leaves the house.
+LOOKS: Final = frozenset({"sign-in", "sign-out", "export", "backup", "artefact"})
+Share = Literal["changes", "refusals", "looks"]
+
+
+def share_of(what: str, outcome: str) -> Share:
+    """In which part of the audit log a row stands: none of them can push out what is in another."""
+    if outcome != "done":
+        return "refusals"
+    return "looks" if what in LOOKS else "changes"
 
 
 class AuditQuery(Struct, frozen=True):
@@ -337,7 +349,10 @@ class Disk(Protocol):
         """What operators did, newest first. Damaged rows are left out."""
 
     async def trim_audit(self, before: int, limit: int) -> int:
-        """Delete up to `limit` rows of the audit log that are older than wall time `before`, or too many; how many."""
+        """Delete up to `limit` rows of the audit log: older than wall time `before`, or too many of their share.
+
+        Gives how many went, and `limit` as well where not all rows were looked at yet.
+        """
 
     async def due_tombstones(self, now: int, limit: int) -> Due:
         """Tombstones due at wall time `now`, up to `limit`, those that have waited longest first."""

@@ -506,10 +506,15 @@ class Mend(Command, frozen=True, kw_only=True):
 
 
 class Note(Command, frozen=True, kw_only=True):
-    """An operator did something that is no command on jobs: `what` goes into the audit log, and changes nothing."""
+    """An operator did something that is no command on jobs: `what` goes into the audit log, and changes nothing.
+
+    `outcome` is the code of a refusal, where it was refused; `job_id` the job that was looked at.
+    """
 
     what: str
     details: dict[str, Any] | None = None
+    job_id: str | None = None
+    outcome: str = "done"
 
 
 class Tick(Command, frozen=True, kw_only=True):

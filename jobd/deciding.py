@@ -15,7 +15,7 @@ from msgspec import Raw, Struct, field
 
 from jobd import audit, late_rules, rules, views
 from jobd.answers import Answer, Grants
-from jobd.batch import Audited, Batch, KeyRow, LateKnown, Loaded, tombstones
+from jobd.batch import Audited, Batch, KeyRow, LateKnown, Loaded, share_of, tombstones
 from jobd.book import Book
 from jobd.commands import Call, Claim, Complete, Create, EndGrants, KeyUse, Moment, Refusal, Start, Tick, Undelivered
 from jobd.draft import Decision
@@ -247,9 +247,11 @@ class Decider:
         return decision
 
     def _audit(self, plan: Plan, call: Call, decision: Decision) -> None:
-        """What an operator did is written with what it changed; what was refused, where the disk has room for it."""
+        """What an operator changed is written with the change; all else, where the disk has room for it."""
         audited = audit.entry(call, decision, plan.at.now)
-        if audited is not None and (audited.outcome == "done" or self._refuse(Create()) is None):
+        if audited is None:
+            return
+        if share_of(audited.what, audited.outcome) == "changes" or self._refuse(Create()) is None:
             plan.audit.append(audited)
 
     # -- parked claims ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from jobd.commands import Get, OnJob, Refusal
 from jobd.replies import PATIENCE_S, SAFE
 from jobd.streams import write
 from jobd.visits import Visit
-from jobd.web import Download, Web
+from jobd.web import Download, Web, note_look
 
 KIND: Final = "application/octet-stream"
 CALL_S: Final = 10.0  # for one piece from the store
@@ -106,8 +106,11 @@ class _Download:
             self._reading.close()
 
 
-async def give(site: Web, visit: Visit, asked: Any) -> web.StreamResponse | Refusal:
-    """The artefact of the job `asked.id`, as a file to be kept. Where it breaks off the connection is cut."""
+async def give(site: Web, visit: Visit, asked: Any, name: str = "") -> web.StreamResponse | Refusal:
+    """The artefact of the job `asked.id`, as a file to be kept. Where it breaks off the connection is cut.
+
+    `name` is that of who asks, where his session knows it.
+    """
     looked = await site.actor.ask(Get(id=asked.id), by=visit.by, size=visit.size)
     if isinstance(looked, Refusal):
         return looked
@@ -119,6 +122,8 @@ async def give(site: Web, visit: Visit, asked: Any) -> web.StreamResponse | Refu
         raise ConnectionResetError("the client is gone")
     download = await site.rooms.download(job.storage_key, transport.abort)
     try:
+        if visit.method != hdrs.METH_HEAD:
+            await note_look(site, visit, "artefact", name=name, job_id=job.id)
         response = web.StreamResponse(headers=_headers(job.storage_key))
         response.content_length = download.size
         await response.prepare(request)

@@ -480,7 +480,14 @@ class Tables:
     def trim_audit(self, before: int, limit: int) -> int:
         """See Disk.trim_audit."""
         self.check()
-        return self.commit(self._audit.trim, before, limit)
+        try:
+            is_counted = self._audit.look_on()
+        except sqlite3.DatabaseError as error:
+            if not is_corrupt(error):
+                raise
+            self.faults.append(f"the audit log cannot be read: {error}; run `jobd doctor`")
+            return 0
+        return self.commit(self._audit.trim, before, limit) if is_counted else limit
 
     def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
         """Forget tombstones by job seq, and write others anew."""

@@ -96,6 +96,14 @@ def operator_of(visit: Visit, name: str = "") -> Operator:
     return Operator(name or operator_name(visit.head.headers.get(OPERATOR, "")), address_of(visit))
 
 
+def looker_of(visit: Visit, name: str = "") -> Operator:
+    """Who looks at what is worth an entry in the audit log; who has no name and may only look is `reader`."""
+    if visit.operator is not None:
+        return visit.operator
+    name = name or operator_name(visit.head.headers.get(OPERATOR, ""))
+    return Operator(name or ("reader" if visit.by == "reader" else ""), address_of(visit))
+
+
 def in_parts(operator: Operator | None) -> Operator | None:
     """`operator` for a deed of many commands, which is one row of the audit log."""
     return None if operator is None else replace(operator, part_of=secrets.token_hex(8))

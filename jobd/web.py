@@ -18,6 +18,7 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.streams import StreamReader
 from msgspec import Struct
+from msgspec.structs import replace
 from multidict import istr
 
 from jobd.answers import (
@@ -44,10 +45,11 @@ from jobd.commands import Command, KeyUse, MakePlan, Note, Operator, Refusal
 from jobd.doors import FORM, JSON, LINES, Gate, check_kind
 from jobd.envelope import Asked, Waiter
 from jobd.events import Wanted
+from jobd.job import MINUTE_MS
 from jobd.replies import Letter, Reply, accepted, refusing
 from jobd.routes import Found, Route, Table, Way
 from jobd.sparing import Sparing
-from jobd.visits import Request, Visit, operator_of
+from jobd.visits import Request, Visit, looker_of, operator_of
 
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
@@ -163,6 +165,19 @@ async def note(site: Web, operator: Operator | None, what: str, details: dict[st
     done = await site.actor.ask(Note(what=what, details=details), operator=operator)
     if isinstance(done, Refusal):
         log.warning("audit_missed", what=what, by=None if operator is None else operator.by, reason=done.code)
+
+
+async def note_look(site: Web, visit: Visit, what: str, *, name: str = "", job_id: str | None = None) -> None:
+    """Keep in the audit log what somebody takes with him: the same within a minute is one entry, however many requests
+    it takes."""
+    looker, details = looker_of(visit, name), {"access": "read"} if visit.by == "reader" else None
+    minute = site.rooms.clock().now // MINUTE_MS
+    part_of = " ".join((what, looker.who, looker.address, job_id or "", str(minute)))
+    done = await site.actor.ask(
+        Note(what=what, details=details, job_id=job_id), operator=replace(looker, part_of=part_of)
+    )
+    if isinstance(done, Refusal):
+        log.warning("audit_missed", what=what, by=looker.by, reason=done.code)
 
 
 class Entry(Struct, frozen=True):

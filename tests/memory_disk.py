@@ -13,7 +13,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from jobd import rows
-from jobd.audit_writer import KEEP_AUDIT
+from jobd.audit_writer import KEEP_AUDIT, KEEP_BESIDE
 from jobd.batch import (
     PUT_OFF_MS,
     Aside,
@@ -36,6 +36,7 @@ from jobd.batch import (
     Query,
     QueueRow,
     Tombstone,
+    share_of,
 )
 from jobd.events import Change, Event
 from jobd.fingerprints import fingerprint
@@ -292,7 +293,11 @@ class MemoryDisk:
         await self._enter("trim_audit")
         last = max(self.audited, default=0)
         old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
-        gone = [seq for seq in old if self.audited[seq].at < before or seq <= last - KEEP_AUDIT]
+        gone = [seq for seq in old if self.audited[seq].at < before]
+        for share, keep in (("changes", KEEP_AUDIT), ("refusals", KEEP_BESIDE), ("looks", KEEP_BESIDE)):
+            rows = [seq for seq, row in sorted(self.audited.items()) if share_of(row.what, row.outcome) == share]
+            gone += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in gone]
+        gone = gone[:limit]
         for seq in gone:
             del self.audited[seq]
         return len(gone)

@@ -153,7 +153,8 @@ async def test_a_call_is_its_command(
     else:
         heard = await house.ask(method, target, body or None, headers)
     assert heard.status == 200, heard.json
-    [asked] = house.desk.asked
+    asked, *noted = house.desk.asked
+    assert [each.command for each in noted] == ([Note(what="export")] if isinstance(command, Export) else [])
     assert type(asked.command) is type(command)
     assert plain(asked.command) == plain(command)
     assert (asked.by, asked.admin) == ("admin", True)
@@ -195,6 +196,25 @@ async def test_what_is_asked_of_a_webhook_is_noted_with_which(house: House) -> N
         Note(what="resend-delivery", details={"webhook": "q", "delivery": 7}),
         Note(what="test-webhook", details={"webhook": "q"}),
     ]
+
+
+async def test_an_export_is_noted_page_by_page_as_one_deed(house: House) -> None:
+    """Also that of one who may only look; what is refused is none."""
+    house.site.gate.replace_tokens([TOKEN], ["reader-token-0123456789abcdef"])
+    reader = {"Authorization": "Bearer reader-token-0123456789abcdef"}
+    for query, headers in (("", AUTH), ("?cursor=7", AUTH), ("", {**reader, "X-Jobd-Operator": "rob"}), ("", reader)):
+        assert (await house.ask("GET", f"{P}/export{query}", headers=headers)).status == 200
+    noted = [asked for asked in house.desk.asked if isinstance(asked.command, Note)]
+    operators = [asked.operator for asked in noted]
+    assert [each.who for each in operators if each] == ["admin", "admin", "rob", "reader"]
+    assert [asked.command.details for asked in noted] == [None, None, {"access": "read"}, {"access": "read"}]
+    parts = [each.part_of for each in operators if each]
+    assert parts[0] == parts[1]
+    assert len(set(parts)) == 3
+    house.desk.answer = lambda command: Refusal("overloaded", "Too many wait.")
+    before = len(house.desk.asked)
+    assert (await house.ask("GET", f"{P}/export", headers=AUTH)).status == 503
+    assert len(house.desk.asked) == before + 1
 
 
 async def test_what_cannot_be_noted_is_done_all_the_same(house: House) -> None:

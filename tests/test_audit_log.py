@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -140,6 +141,68 @@ async def test_rows_beyond_their_number_go_whatever_their_time(store: Store, mon
     assert await seqs(store) == [10, 9, 8, 7]
 
 
+@pytest.mark.parametrize("look", [1, 7, 2_000])
+async def test_refusals_and_looks_push_out_their_like_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    monkeypatch.setattr(audit_writer, "KEEP_AUDIT", 6)
+    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 3)
+    monkeypatch.setattr(audit_writer, "LOOK", look)
+    kinds = [{}, {"outcome": "job_not_found"}, {"what": "export"}, {"what": "sign-in", "outcome": "unauthorized"}]
+    await write(store, *(deed(n, **kinds[n % 4]) for n in range(20)))
+    calls = 0
+    while await store.trim_audit(0, 4) == 4:
+        calls += 1
+    assert calls >= 20 // look
+    left = [seq - 1 for seq in await seqs(store)]
+    assert [n for n in left if n % 4 == 0] == [16, 12, 8, 4, 0]
+    assert [n for n in left if n % 2 == 1] == [19, 17, 15]
+    assert [n for n in left if n % 4 == 2] == [18, 14, 10]
+    await write(store, *(deed(n, outcome="lock_lost") for n in range(20, 40)), deed(40), deed(41))
+    while await store.trim_audit(0, 4) == 4:
+        calls += 1
+    left = [seq - 1 for seq in await seqs(store)]
+    assert left == [41, 40, 39, 38, 37, 18, 16, 14, 12, 10, 8, 4]
+
+
+async def test_the_share_of_each_is_known_after_a_restart(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 2)
+    async with opened(path) as (store, _):
+        await write(store, *(deed(n, outcome="lock_lost") for n in range(5)), deed(5))
+    async with opened(path) as (store, _):
+        assert await store.trim_audit(0, 99) == 3
+        assert await seqs(store) == [6, 5, 4]
+
+
+async def test_what_a_transaction_took_back_of_a_trim_goes_at_the_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 1)
+    await write(store, *(deed(n, outcome="lock_lost") for n in range(4)), deed(4))
+    tables = store._tables
+    kept, tables.at_commit = tables.at_commit, lambda: tables.conn.execute("nonsense")
+    with pytest.raises(sqlite3.OperationalError):
+        await store.trim_audit(0, 99)
+    tables.at_commit = kept
+    tables._broken = None
+    assert len(await seqs(store)) == 5
+    assert await store.trim_audit(0, 99) == 3
+    assert await seqs(store) == [5, 4]
+
+
+async def test_a_number_that_was_given_again_is_not_taken_for_what_it_was(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the newest row is damaged and set aside."""
+    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 0)
+    await write(store, deed(0), deed(1, outcome="lock_lost"))
+    assert await store.trim_audit(0, 99) == 0, "the newest stays"
+    store._db.raw.execute("DELETE FROM audit WHERE seq = 2")
+    await write(store, deed(2), deed(3))
+    assert await store.trim_audit(0, 99) == 0
+    assert await seqs(store) == [3, 2, 1]
+
+
 async def test_a_log_that_cannot_be_read_is_named(path: str) -> None:
     async with opened(path) as (store, _):
         await write(store, *(deed(n, reason="x" * 2_000) for n in range(40)))
@@ -151,4 +214,6 @@ async def test_a_log_that_cannot_be_read_is_named(path: str) -> None:
     store_help.write(path, content)
     async with opened(path) as (store, _):
         assert (await store.audit(AuditQuery())).found == []
+        assert any("the audit log cannot be read" in fault for fault in store.take_faults())
+        assert await store.trim_audit(0, 99) == 0
         assert any("the audit log cannot be read" in fault for fault in store.take_faults())

@@ -29,7 +29,7 @@ from jobd.answers import AlertView, ClockView, DeliveryPage
 from jobd.artefact_files import FileStore
 from jobd.book import Book
 from jobd.clock import Clock
-from jobd.dashboard import filters, live, paint, sessions
+from jobd.dashboard import entrance, filters, live, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
 from jobd.dashboard.recorder import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
@@ -224,20 +224,95 @@ async def test_over_tls_the_cookie_goes_nowhere_else(town: Town, tmp_path: Path)
     await line.close()
 
 
-async def test_a_wrong_token_opens_nothing_and_too_many_have_to_wait(town: Town) -> None:
+async def deeds(town: Town) -> list[tuple[Any, ...]]:
+    """Of the audit log, the oldest first: who, what, what came of it, and what it is told of."""
+    audit = await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)
+    entries = audit.data["entries"][::-1]
+    return [(each["who"], each["what"], each["outcome"], each["job_id"] or each["details"]) for each in entries]
+
+
+async def test_a_wrong_token_opens_nothing_and_a_right_one_does_whatever_was_sent_before(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "WAIT_S", 0.3)
     browser = Browser(town.admin)
-    for _ in range(sessions.MOST_WRONG):
-        heard = await browser.post("/sign-in", token="wrong-token-0123456789abcdef")
+    for number in range(sessions.MOST_WRONG + 2):
+        begun = time.monotonic()
+        heard = await browser.post("/sign-in", token="wrong-token-0123456789abcdef", name="eve")
         assert heard.status == 401
         assert "no valid token" in text(heard)
         assert "wrong-token" not in text(heard)
-    heard = await browser.post("/sign-in", token=TOKEN)
-    assert (heard.status, heard.headers["retry-after"]) == (429, "60")
-    assert "Try again in 60 s" in text(heard)
+        is_held_back = number >= sessions.MOST_WRONG
+        assert (time.monotonic() - begun > 0.25) == is_held_back, "the answer is what has to wait"
+    monkeypatch.setattr(sessions, "WAIT_S", 600.0)
+    held = asyncio.create_task(browser.post("/sign-in", token="wrong-token-0123456789abcdef"))
+    await asyncio.sleep(0.1)
+    await Browser(town.admin).sign_in()
+    assert not held.done()
+    held.cancel()
     assert (await town.admin.ask("GET", "/jobs", headers=AUTH)).status == 200, "programs are not held up"
-    town.now_s += 60
-    await browser.sign_in()
-    assert town.admin.site.refusals["unauthorized"] == sessions.MOST_WRONG
+    assert town.admin.site.refusals["unauthorized"] == sessions.MOST_WRONG + 3
+    page = text(await (await town.browser()).get("/audit?what=sign-in"))
+    assert '<span class="badge bad">unauthorized</span> <span class="dim">10 times</span>' in page
+    *wrong, right, _ = await deeds(town)
+    assert wrong == [("eve", "sign-in", "unauthorized", {"times": times}) for times in range(1, 11)]  # one row on disk
+    assert right == ("admin", "sign-in", "done", {"access": "full"})
+
+
+async def test_of_wrong_tokens_at_the_same_time_so_many_are_held_back(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "WAIT_S", 600.0)
+    monkeypatch.setattr(sessions, "MOST_WRONG", 0)
+    monkeypatch.setattr(entrance, "MOST_HELD", 2)
+    held = [asyncio.create_task(Browser(town.admin).post("/sign-in", token="wrong")) for _ in range(2)]
+    await asyncio.sleep(0.2)
+    heard = await Browser(town.admin).post("/sign-in", token="wrong")
+    assert (heard.status, heard.headers["retry-after"]) == (429, "600")
+    assert "too many wrong ones" in text(heard)
+    await Browser(town.admin).sign_in()
+    assert not any(each.done() for each in held)
+    for each in held:
+        each.cancel()
+
+
+async def test_who_comes_and_goes_and_what_is_taken_along_is_in_the_audit_log(town: Town, tmp_path: Path) -> None:
+    """A reader's, too."""
+    (tmp_path / "stored").mkdir()
+    (tmp_path / "stored" / "result").write_bytes(b"r")
+    town.admin.figures.downloads = Downloads(FileStore(str(tmp_path / "stored"), "test"), 2)
+    lock_id = await town.held("done")
+    await town.do("jobs/done/complete", lock_id=lock_id, storage_key="result")
+    for token, name in ((TOKEN, "ann"), (READER, ""), (READER, "rob")):
+        browser = Browser(town.admin)
+        await browser.post("/sign-in", token=token, name=name)
+        csrf = await browser.csrf()
+        for _ in range(2):
+            assert (await browser.get("/jobs/done/artefact")).status == 200
+        await browser.post("/sign-out", csrf=csrf)
+    for token, name in ((TOKEN, "prog"), (READER, "")):
+        headers = {"Authorization": f"Bearer {token}", "X-Jobd-Operator": name}
+        for _ in range(2):
+            assert (await town.admin.ask("GET", "/admin/job-management/export", headers=headers)).status == 200
+        assert (await town.admin.ask("GET", "/admin/job-management/jobs/done/artefact", headers=headers)).status == 200
+        assert (await town.admin.ask("GET", "/admin/job-management/jobs/none/artefact", headers=headers)).status == 404
+    found = await deeds(town)
+    kept = {(*each[:3], str(each[3])) for each in found}
+    full, read = "{'access': 'full'}", "{'access': 'read'}"
+    assert kept == {
+        ("ann", "sign-in", "done", full),
+        ("ann", "artefact", "done", "done"),
+        ("ann", "sign-out", "done", full),
+        ("reader", "sign-in", "done", read),
+        ("reader", "artefact", "done", "done"),
+        ("reader", "sign-out", "done", read),
+        ("rob", "sign-in", "done", read),
+        ("rob", "artefact", "done", "done"),
+        ("rob", "sign-out", "done", read),
+        ("prog", "export", "done", "{}"),
+        ("prog", "artefact", "done", "done"),
+        ("reader", "export", "done", read),
+    }
 
 
 async def test_sessions_end(town: Town) -> None:
@@ -278,6 +353,22 @@ async def test_a_second_sign_in_ends_the_session_before_it(town: Town) -> None:
     assert len(town.room.sessions) == 1
 
 
+def test_wrong_tokens_are_told_ever_more_rarely() -> None:
+    now_s = 0.0
+    brake = sessions.Brake(lambda: now_s)
+    found = [brake.wrong("10.0.0.1") for _ in range(40)]
+    assert [each.times for each in found if each.is_told] == [*range(1, 11), 16, 32]
+    assert [each.wait_s for each in found] == [0.0] * 10 + [sessions.WAIT_S] * 30
+    now_s = sessions.WRONG_WITHIN_S
+    again = brake.wrong("10.0.0.1")
+    assert (again.times, again.wait_s, again.is_told) == (1, 0.0, True)
+    assert again.spell != found[0].spell == found[39].spell
+    told = sum(brake.wrong(f"10.0.1.{number}").is_told for number in range(200))
+    assert told == sessions.MOST_TOLD - 1
+    now_s += sessions.WRONG_WITHIN_S
+    assert brake.wrong("10.0.1.7").is_told
+
+
 async def test_who_is_signed_in_is_led_on_from_the_sign_in(town: Town) -> None:
     """A link from elsewhere brings no cookie along; the page asks again from here, with it."""
     browser = await town.browser()
@@ -294,9 +385,9 @@ async def test_sessions_and_addresses_are_so_many_at_most() -> None:
     brake = sessions.Brake(lambda: 0.0)
     for number in range(sessions.MOST_ADDRESSES + 1):
         for _ in range(sessions.MOST_WRONG):
-            brake.note_wrong(f"10.0.0.{number}")
-    assert brake.wait_s("10.0.0.0") == 0
-    assert brake.wait_s("10.0.0.1") == sessions.WRONG_WITHIN_S
+            brake.wrong(f"10.0.0.{number}")
+    assert brake.wrong("10.0.0.1").times == sessions.MOST_WRONG + 1
+    assert brake.wrong("10.0.0.0").times == 1
 
 
 # -- forms -------------------------------------------------------------------------------------------------------------
@@ -576,8 +667,15 @@ async def test_what_operators_did_is_told_with_who_and_why(town: Town) -> None:
     for browser in (eve, reader):
         page = text(await browser.get("/audit"))
         rows = re.findall(r'<tr id="audit-\d+">(.*?)</tr>', page, re.DOTALL)
-        assert len(rows) == 3
-        refused, paused, failed = rows
+        assert len(rows) == 6
+        by_reader, refused, by_nobody, paused, failed, by_eve = rows
+        assert "Eve &lt;i&gt;" in by_eve
+        assert (">reader<" in by_reader, "</span> read</span>" in by_reader, ">admin<" in by_nobody) == (
+            True,
+            True,
+            True,
+        )
+        assert all("sign-in" in row for row in (by_reader, by_nobody, by_eve))
         assert "invalid_transition" in refused
         assert ">admin<" in refused
         assert "Eve &lt;i&gt;" in paused
@@ -587,7 +685,7 @@ async def test_what_operators_did_is_told_with_who_and_why(town: Town) -> None:
         assert "127.0.0.1" in failed
     assert "admin:Eve &lt;i&gt;" in text(await eve.get("/jobs/held"))
     assert re.search(r"Eve &lt;i&gt;</span>", text(await eve.get("/queues"))), "it is said who is signed in"
-    for query, count in (("who=admin", 1), ("what=pause", 1), ("job_id=held&who=", 2), ("since=1h", 3), ("who=x", 0)):
+    for query, count in (("who=admin", 2), ("what=pause", 1), ("job_id=held&who=", 2), ("since=1h", 6), ("who=x", 0)):
         page = text(await eve.get(f"/audit?{query}"))
         assert page.count('id="audit-') == count, query
     assert (await eve.get("/audit?job_id=a%20b")).status == 400
@@ -687,6 +785,8 @@ async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Pat
         headers = {"Cookie": browser.cookie}
         heard = await line.ask("HEAD", "/jobs/held/artefact", headers=headers)
         assert (heard.status, heard.headers["content-length"]) == (200, "25")
+    taken = [each for each in await deeds(town) if each[1] == "artefact"]
+    assert [each[0] for each in taken] == ["admin", "reader"], "who asks for the head takes nothing along"
     stranger = await Browser(town.admin).get("/jobs/held/artefact")
     assert (stranger.status, stranger.headers["location"]) == (303, "/sign-in?next=%2Fjobs%2Fheld%2Fartefact")
     assert (await browser.get("/jobs/nobody/artefact")).status == 404
@@ -1013,6 +1113,7 @@ async def test_what_is_done_here_is_in_the_audit_log(town: Town) -> None:
         ("admin", "cleanup", None),
         ("admin", "pause", "q"),
         ("admin", "force-fail", "a"),
+        ("admin", "sign-in", None),
     ]
     assert {each["address"] for each in heard.data["entries"]} == {"127.0.0.1"}
 
@@ -1082,11 +1183,12 @@ async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: To
     assert [(each["what"], each["details"]) for each in audit.data["entries"]] == [
         ("test-webhook", {"webhook": "q"}),
         ("resend-delivery", {"webhook": "q", "delivery": 7}),
+        ("sign-in", {"access": "full"}),
     ]
     assert (await browser.post("/webhooks/q/resend", csrf=csrf, id="8")).status == 404
     assert (await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="lost")).status == 400
     assert (await browser.post("/webhooks/none/test", csrf=csrf)).status == 404
-    assert len((await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]) == 2
+    assert len((await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]) == 3
 
 
 async def test_a_message_says_what_became_of_it(town: Town) -> None:

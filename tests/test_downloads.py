@@ -19,7 +19,7 @@ from jobd.answers import Answer
 from jobd.artefact_files import FileStore
 from jobd.artefacts import PIECE_BYTES, StoreFault
 from jobd.bodies import Refused
-from jobd.commands import Get, Refusal
+from jobd.commands import Get, Note, Refusal
 from jobd.doors import Gate
 from jobd.downloads import Downloads, disposition
 from jobd.job import Job, Policy, Result
@@ -75,7 +75,9 @@ async def test_a_stored_result_comes_as_a_file(house: House, place: Path, size: 
     assert heard.headers["x-content-type-options"] == "nosniff"
     assert heard.headers["content-security-policy"] == "default-src 'none'; sandbox"
     assert heard.headers["cache-control"] == "no-store"
-    assert [(type(asked.command), asked.admin) for asked in house.desk.asked] == [(Get, False)] * (MOST + 1)
+    assert [(type(asked.command), asked.admin) for asked in house.desk.asked] == [(Get, False), (Note, False)] * (
+        MOST + 1
+    )
 
 
 async def test_what_is_not_there_is_refused_in_words(house: House, place: Path) -> None:

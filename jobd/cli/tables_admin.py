@@ -231,7 +231,7 @@ def audit(views: Sequence[AuditView]) -> None:
             entry.who,
             entry.address,
             entry.what,
-            entry.job_id or (f"queue {entry.queue}" if entry.queue else f"{entry.changed} jobs"),
+            entry.job_id or (f"queue {entry.queue}" if entry.queue else _jobs(entry.changed)),
             _outcome(entry),
             show.clip(entry.reason) if entry.reason else None,
         )
@@ -241,8 +241,14 @@ def audit(views: Sequence[AuditView]) -> None:
     show.table(columns, rows, empty="No operator has done anything that fits.")
 
 
+def _jobs(changed: int) -> str | None:
+    return f"{changed} jobs" if changed else None
+
+
 def _outcome(entry: AuditView) -> str:
     before, after = entry.details.get("from"), entry.details.get("to")
+    if times := entry.details.get("times"):
+        return f"{entry.outcome}, {times} times"
     if entry.outcome != "done" or before is None:
         return entry.outcome
     return f"{before} → {after}" if after else f"{before} → deleted"

@@ -5,6 +5,7 @@ Shows no other page. Whether a token is valid is the gate's to say.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Final
@@ -15,16 +16,19 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from jobd.answers import Answer
-from jobd.commands import Command
+from jobd.commands import Command, Note, Operator
 from jobd.dashboard.guests import Form, Guest, cookie, is_renewal, set_cookie, target_of
 from jobd.dashboard.paint import HEADERS, HTML, go_to
-from jobd.dashboard.sessions import LONGEST_S, Brake, Sessions
+from jobd.dashboard.sessions import LONGEST_S, Brake, Session, Sessions
 from jobd.doors import operator_name
 from jobd.replies import Text
 from jobd.visits import Visit, address_of
-from jobd.web import Web
+from jobd.web import Web, note
 
 OURS: Final = re.compile(r"/(?!/)[A-Za-z0-9._:%/?&=+~-]*")  # addresses to which a sign-in leads on
+
+MOST_HELD: Final = 32  # answers that are held back at the same time; who comes then hears at once that it is too much
+NOBODY: Final = "nobody"
 
 log = structlog.get_logger("jobd.dashboard")
 
@@ -45,6 +49,7 @@ class Entrance:
         self._sessions = sessions
         self._paint = paint
         self._brake = Brake(clock_s)
+        self._held = 0  # answers that are held back
 
     async def page(self, site: Web, visit: Visit, asked: SignInPage) -> Answer:
         if self._sessions.find(cookie(visit)) is not None:
@@ -58,26 +63,46 @@ class Entrance:
     async def sign_in(self, site: Web, visit: Visit, asked: SignIn) -> Answer:
         """No secret of a session is in this form, as there is none yet. What another site could gain by sending it is
         that somebody is signed in with a token that this site knows; and the gate has looked at Origin."""
-        address = address_of(visit)
-        if wait_s := self._brake.wait_s(address):
-            fault = f"Too many wrong tokens came from your address. Try again in {wait_s:.0f} s."
-            text = await self._form(asked.next, fault)
-            return Answer(replace(text, more={**text.more, "Retry-After": f"{wait_s:.0f}"}), status=429)
-        opened = self._sessions.sign_in(asked.token.strip(), operator_name(asked.name))
+        address, name = address_of(visit), operator_name(asked.name)
+        opened = self._sessions.sign_in(asked.token.strip(), name)
         if opened is None:
-            self._brake.note_wrong(address)
-            site.refusals["unauthorized"] += 1
-            log.info("sign_in_refused", address=address)
-            return Answer(await self._form(asked.next, "That is no valid token."), status=401)
+            return await self._refuse(site, asked, Operator(name or NOBODY, address))
         secret, session = opened
         log.info("signed_in", access=session.access, address=address, name=session.name or None)
+        await _note(site, session, address, "sign-in")
         self._sessions.sign_out(cookie(visit))
         return Answer(go_to(onward(asked.next), Set_Cookie=set_cookie(visit, secret, LONGEST_S)), status=303)
+
+    async def _refuse(self, site: Web, asked: SignIn, who: Operator) -> Answer:
+        """A wrong token. Its answer may be held back; of those that are at the same time there is a limit, too."""
+        wrong = self._brake.wrong(who.address)
+        site.refusals["unauthorized"] += 1
+        if wrong.is_told:
+            log.info("sign_in_refused", address=who.address, times=wrong.times)
+            told = Note(what="sign-in", details={"times": wrong.times}, outcome="unauthorized")
+            await site.actor.ask(told, operator=replace(who, part_of=f"sign-in {wrong.spell}"))
+        if wrong.wait_s and self._held >= MOST_HELD:
+            text = await self._form(asked.next, "That is no valid token, and too many wrong ones come just now.")
+            return Answer(replace(text, more={**text.more, "Retry-After": f"{wrong.wait_s:.0f}"}), status=429)
+        if wrong.wait_s:
+            self._held += 1
+            try:
+                await asyncio.sleep(wrong.wait_s)
+            finally:
+                self._held -= 1
+        return Answer(await self._form(asked.next, "That is no valid token."), status=401)
 
     async def sign_out(self, guest: Guest, asked: Form) -> Answer:
         self._sessions.sign_out(cookie(guest.visit))
         log.info("signed_out", access=guest.access)
+        if guest.session is not None:
+            await _note(guest.site, guest.session, address_of(guest.visit), "sign-out")
         return Answer(go_to("/sign-in", Set_Cookie=set_cookie(guest.visit, "", 0)), status=303)
+
+
+async def _note(site: Web, session: Session, address: str, what: str) -> None:
+    who = Operator(session.name or ("reader" if session.access == "read" else ""), address)
+    await note(site, who, what, {"access": session.access})
 
 
 def onward(place: str) -> str:

@@ -41,6 +41,11 @@ class Guest(Struct):
         return self.access == "full"
 
     @property
+    def name(self) -> str:
+        """That the operator gave at the sign-in, "" where there is none."""
+        return "" if self.session is None else self.session.name
+
+    @property
     def csrf(self) -> str:
         return "" if self.session is None else self.session.csrf
 
@@ -86,7 +91,7 @@ def guest_of(site: Web, visit: Visit, sessions: Sessions) -> Guest | None:
         visit.admin = guest.may_change
         visit.by = "reader"
         if guest.may_change:
-            visit.operator = operator_of(visit, "" if guest.session is None else guest.session.name)
+            visit.operator = operator_of(visit, guest.name)
             visit.by = visit.operator.by
     return guest
 

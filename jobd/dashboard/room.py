@@ -230,9 +230,10 @@ class Dashboard:
 
     async def _artefact(self, site: Web, visit: Visit, asked: Artefact) -> Answer | Refusal | StreamResponse:
         """The job's stored result: the API's call, for who has signed in."""
-        if guest_of(site, visit, self.sessions) is None:
+        guest = guest_of(site, visit, self.sessions)
+        if guest is None:
             return to_sign_in(visit)
-        return await give(site, visit, asked)
+        return await give(site, visit, asked, guest.name)
 
     # -- deeds --------------------------------------------------------------------------------------------------------
 

@@ -19,8 +19,10 @@ from jobd.doors import Access, token_digest
 MOST_SESSIONS: Final = 200  # beyond it, the one that was used longest ago ends
 IDLE_S: Final = 3_600.0
 LONGEST_S: Final = 12 * 3_600.0
-MOST_WRONG: Final = 10  # sign-ins of one address that may fail
+MOST_WRONG: Final = 10  # sign-ins of one address that may fail before the answers are held back
 WRONG_WITHIN_S: Final = 60.0
+WAIT_S: Final = 1.0  # for so long then
+MOST_TOLD: Final = 60  # entries of the audit log about wrong tokens, of all addresses within WRONG_WITHIN_S
 MOST_ADDRESSES: Final = 1_024
 
 
@@ -90,26 +92,50 @@ class Sessions:
         return len(self._open)
 
 
+class Wrong(Struct, frozen=True):
+    """A wrong token: the how many-th of its address within its minute, how long the answer is held back, and whether
+    it is worth an entry in the audit log. `spell` names that minute."""
+
+    times: int
+    wait_s: float
+    is_told: bool
+    spell: str
+
+
+class _Spell(Struct):
+    """The wrong tokens of an address within a minute. `born_s` is when the first came."""
+
+    born_s: float
+    times: int = 0
+
+
 class Brake:
-    """After MOST_WRONG failures within WRONG_WITHIN_S an address has to wait."""
+    """Who has sent MOST_WRONG wrong tokens within WRONG_WITHIN_S hears so the later. That is all that it does: it is
+    asked when a token was found to be wrong, so nobody with a right one is kept out, whatever others send from there.
+    """
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
         self._clock_s = clock_s
-        self._wrong: dict[str, deque[float]] = {}  # address -> when, the latest of each
+        self._spells: dict[str, _Spell] = {}  # address -> the latest, the one that began last comes last
+        self._told: deque[float] = deque(maxlen=MOST_TOLD)
 
-    def wait_s(self, address: str) -> float:
-        """How long `address` has to wait before it may try again; 0: not at all."""
-        times = self._wrong.get(address)
-        if times is None or len(times) < MOST_WRONG:
-            return 0.0
-        return max(times[0] + WRONG_WITHIN_S - self._clock_s(), 0.0)
-
-    def note_wrong(self, address: str) -> None:
-        times = self._wrong.pop(address, None) or deque(maxlen=MOST_WRONG)
-        times.append(self._clock_s())
-        self._wrong[address] = times
-        while len(self._wrong) > MOST_ADDRESSES:
-            del self._wrong[next(iter(self._wrong))]
+    def wrong(self, address: str) -> Wrong:
+        """One more. Told are the first, then ever fewer of them, and MOST_TOLD of all addresses within the time."""
+        now_s = self._clock_s()
+        spell = self._spells.get(address)
+        if spell is None or now_s - spell.born_s >= WRONG_WITHIN_S:
+            self._spells.pop(address, None)
+            self._spells[address] = spell = _Spell(now_s)
+            while len(self._spells) > MOST_ADDRESSES:
+                del self._spells[next(iter(self._spells))]
+        spell.times += 1
+        is_told = spell.times <= MOST_WRONG or spell.times.bit_count() == 1
+        if is_told and len(self._told) == MOST_TOLD and now_s - self._told[0] < WRONG_WITHIN_S:
+            is_told = False
+        if is_told:
+            self._told.append(now_s)
+        wait_s = WAIT_S if spell.times > MOST_WRONG else 0.0
+        return Wrong(spell.times, wait_s, is_told, f"{address} {spell.born_s:.3f}")
 
 
 def _key(secret: str) -> bytes:
