@@ -15,6 +15,7 @@ from jobd.answers import (
     AlertList,
     Answer,
     AuditPage,
+    BackupList,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -86,7 +87,7 @@ from jobd.glossary import ADMIN_TITLE
 from jobd.openapi import with_document
 from jobd.replies import Text
 from jobd.routes import Route, Who
-from jobd.streams import BACKUP_KIND, ImportReport, give_out, take_in
+from jobd.streams import BACKUP_KIND, BackupAsked, ImportReport, give_out, take_in
 from jobd.visits import Visit, in_parts, operator_of
 from jobd.web import PROBES, Nothing, Web, ask, note, note_look
 
@@ -255,6 +256,10 @@ async def _quarantine(site: Web, visit: Visit, asked: Nothing) -> Answer:
     return Answer(QuarantineList(site.rooms.quarantine()))
 
 
+async def _backups(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    return Answer(BackupList(site.rooms.backups()))
+
+
 async def _metrics(site: Web, visit: Visit, asked: Nothing) -> Answer:
     return Answer(Text(METRICS_KIND, await site.rooms.metrics()))
 
@@ -340,13 +345,14 @@ _ROUTES: Final = (
     Route(
         method="GET",
         path=f"{_P}/backup",
-        asks=Nothing,
+        asks=BackupAsked,
         gives=bytes,
         who=_A,
         via=give_out,
         sends=BACKUP_KIND,
         secret=True,
     ),
+    Route(method="GET", path=f"{_P}/backups", asks=Nothing, gives=BackupList, who=_A, via=_backups),
     Route(method="GET", path="/metrics", asks=Nothing, gives=bytes, who=_A, via=_metrics, sends=METRICS_KIND),
     *PROBES,
 )

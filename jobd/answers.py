@@ -530,6 +530,32 @@ class PlanResult(Struct, frozen=True):
     repeated: bool = False
 
 
+BackupState = Literal["waiting", "copying", "checking", "sending", "sent", "failed"]
+
+
+class BackupView(Struct, frozen=True):
+    """An online backup. Times in Unix ms.
+
+    `bytes_done` of `bytes_total` (null until it is known) are copied, or sent. `quiet_ms`: for how long nothing has
+    moved. `message`: why it failed.
+    """
+
+    id: str
+    state: BackupState
+    bytes_done: int
+    bytes_total: int | None
+    quiet_ms: int
+    started_at: int
+    ended_at: int | None
+    message: str | None
+
+
+class BackupList(Struct, frozen=True):
+    """The online backups under way and the last that have ended, newest first."""
+
+    backups: list[BackupView]
+
+
 class PlanView(Struct, frozen=True):
     """What an action would do: to `count` jobs. `skipped` shows the first of those left alone, `skipped_count` counts
     them. `more`: the filter finds more jobs than one plan may have."""

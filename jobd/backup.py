@@ -12,23 +12,27 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Literal
 
 from jobd import files, migrations, opening
 from jobd.batch import DiskFull, NoBackup
 from jobd.files import FileLock, StoreError, StoreUnreadable
 from jobd.store import MEMORY, Store
 
-Progress = Callable[[int, int], None]  # pages copied, pages in all
+Step = Literal["copying", "checking"]
+# What is being done, how many bytes of it are done, and of how many (0 where nobody knows). Called often, from the
+# thread of the copy; what it raises ends that.
+Told = Callable[[Step, int, int], None]
 
-CHUNK_BYTES: Final = 256 << 10
 _STEP_PAGES: Final = 100
 # In one go the copy would block every commit for as long as it takes.
 _PAUSE_S: Final = 0.002
 _SPARE_BYTES: Final = 32 << 20
+# So many steps of SQLite between two signs of life of a check: some milliseconds.
+_CHECK_STEPS: Final = 20_000
 
 
 class BackupStopped(StoreError, NoBackup):
@@ -41,30 +45,23 @@ class BadCopy(StoreUnreadable, NoBackup):
     """The copy does not pass its check, so the store that it was taken from would not either."""
 
 
-async def stream(store: Store, progress: Progress | None = None) -> AsyncIterator[bytes]:
-    """A marked, checked copy of the store as it is at some moment during the call, in chunks.
+async def copied(store: Store, told: Told | None = None) -> BinaryIO:
+    """A marked, checked copy of the store as it is at some moment during the call, as an open file without a name.
 
-    `progress` is called from another thread. Raises DiskFull before anything is copied where there is no room for
-    the copy beside the store, BadCopy where the copy does not pass its check, BackupStopped.
+    Copies in a thread. When this task is cancelled the thread is told to stop, and waited for. Raises DiskFull before
+    anything is copied where there is no room for the copy beside the store, BadCopy where the copy does not pass its
+    check, BackupStopped.
     """
-    with await _copied(store, progress) as file:
-        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
-            yield chunk
-
-
-async def _copied(store: Store, progress: Progress | None) -> BinaryIO:
-    """Copy in a thread. When this task is cancelled the thread is told to stop, and waited for."""
     async with store.beside() as (conn, closing):
         gone = threading.Event()
 
-        def pause(_status: int, remaining: int, total: int) -> None:
+        def step(what: Step, done: int, total: int) -> None:
             if closing.is_set() or gone.is_set():
                 raise BackupStopped("the backup was cut short")
-            if progress is not None:
-                progress(total - remaining, total)
-            time.sleep(_PAUSE_S)
+            if told is not None:
+                told(what, done, total)
 
-        thread = asyncio.ensure_future(asyncio.to_thread(_copy_and_open, conn, store.path, pause))
+        thread = asyncio.ensure_future(asyncio.to_thread(_copy_and_open, conn, store.path, step))
         try:
             return await asyncio.shield(thread)
         except asyncio.CancelledError:
@@ -75,14 +72,14 @@ async def _copied(store: Store, progress: Progress | None) -> BinaryIO:
             raise
 
 
-def _copy_and_open(conn: sqlite3.Connection, path: str, pause: Callable[[int, int, int], None]) -> BinaryIO:
+def _copy_and_open(conn: sqlite3.Connection, path: str, step: Told) -> BinaryIO:
     """The copy as an open file that has no name any more: nothing is left behind, whatever happens."""
     name = os.urandom(8).hex()
     target = f"{tempfile.gettempdir()}/jobd-{name}" if path == MEMORY else f"{path}.backup-{name}"
     try:
         if path != MEMORY:
             _need_room(path, target)
-        copy_marked(conn, target, pause, durable=False)
+        copy_marked(conn, target, step, durable=False)
         return open(target, "rb")
     except StoreUnreadable as error:
         raise BadCopy(f"the copy of {path} does not pass its check: {error}") from error
@@ -94,22 +91,32 @@ def _copy_and_open(conn: sqlite3.Connection, path: str, pause: Callable[[int, in
 def copy_marked(
     source: sqlite3.Connection,
     target: str,
-    pause: Callable[[int, int, int], None] | None = None,
+    step: Told | None = None,
     *,
     durable: bool = True,
 ) -> None:
     """Copy a database into the new file `target`, mark it and check it; also make it durable.
 
-    A copy that is only read out and forgotten need not be durable: to flush it would hold up the store's own commits.
+    With `step` others work with `source` meanwhile, and it gives way to them. A copy that is only read out and
+    forgotten need not be durable: to flush it would hold up the store's own commits.
     """
     files.create_private(target)
     with _full_means_full(), contextlib.closing(_plain(target)) as copy:
         copy.execute("PRAGMA journal_mode = OFF")
         copy.execute("PRAGMA synchronous = OFF")
+        pause = None if step is None else _pausing(step, *source.execute("PRAGMA page_size").fetchone())
         source.backup(copy, pages=_STEP_PAGES, progress=pause, sleep=0.001)
-    mark(target)
+    mark(target, step)
     if durable:
         files.sync(target)
+
+
+def _pausing(step: Told, page_bytes: int) -> Callable[[int, int, int], None]:
+    def pause(_status: int, remaining: int, total: int) -> None:
+        step("copying", (total - remaining) * page_bytes, total * page_bytes)
+        time.sleep(_PAUSE_S)
+
+    return pause
 
 
 def _need_room(path: str, target: str) -> None:
@@ -131,7 +138,7 @@ def _full_means_full() -> Iterator[None]:
         raise
 
 
-def mark(path: str) -> None:
+def mark(path: str, step: Told | None = None) -> None:
     """Mark the copy at `path` as one, in a file without a write-ahead log, and check it through."""
     with _full_means_full(), opening.refusals(path), contextlib.closing(_plain(path)) as copy:
         opening.journal_mode(copy, path, "delete")
@@ -141,9 +148,32 @@ def mark(path: str) -> None:
         copy.execute("BEGIN IMMEDIATE")
         migrations.change_meta(copy, marked=1)
         copy.execute("COMMIT")
-        wrong = [line for (line,) in copy.execute("PRAGMA integrity_check(10)")]
+        with _telling(copy, step):
+            wrong = [line for (line,) in copy.execute("PRAGMA integrity_check(10)")]
     if wrong != ["ok"]:
         raise StoreUnreadable(f"{path} is damaged: {'; '.join(wrong)}")
+
+
+@contextlib.contextmanager
+def _telling(conn: sqlite3.Connection, step: Told | None) -> Iterator[None]:
+    """While `conn` checks, `step` is told that it goes on; what `step` raises ends the check, and is raised here."""
+    stopped: list[Exception] = []
+
+    def look() -> bool:
+        try:
+            if step is not None:
+                step("checking", 0, 0)
+        except BackupStopped as error:
+            stopped.append(error)
+        return bool(stopped)
+
+    conn.set_progress_handler(look, _CHECK_STEPS)
+    try:
+        yield
+    except sqlite3.OperationalError:
+        if stopped:
+            raise stopped[0] from None
+        raise
 
 
 def _plain(path: str) -> sqlite3.Connection:

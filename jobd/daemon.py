@@ -40,6 +40,7 @@ from jobd.cleanup import Cleaner, read_beside, read_figures
 from jobd.clock import Clock
 from jobd.commands import CreditAbsence, EndGrants, Ping
 from jobd.config import Config, ConfigError, Loaded
+from jobd.copies import Copies
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import Gate, own_names
@@ -284,7 +285,7 @@ class Daemon:
         _run_beside(stack, "webhooks", self.webhooks)
         return Rooms(
             self.actor,
-            store,
+            Copies(store, lambda: self.clock.moment().now),
             self.clock,
             self.cleaner,
             health,

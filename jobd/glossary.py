@@ -90,7 +90,9 @@ _OPERATORS: Final = {
     "GET clock": "The daemon's clock, and whether it is believed.",
     "POST clock/accept": "The clock is right: delete by age again.",
     "GET quarantine": "Damaged jobs that were set aside.",
-    "GET backup": "The whole database as a file, while the daemon runs.",
+    "GET backup": "The whole database as a file, while the daemon runs: it comes once it is copied and checked. Under "
+    "`id`, `backups` tells how far it is meanwhile.",
+    "GET backups": "The backups that are under way, how far each is, and the last that have ended; newest first.",
 }
 
 CALLS: Final = {
@@ -156,7 +158,7 @@ REFUSED: Final[dict[type[Command], tuple[str, ...]]] = {
 REFUSED_TOO: Final = {
     "POST /admin/job-management/recover-stuck": ("overloaded", "shutting_down", "outcome_unknown", "storage_full"),
     "GET /admin/job-management/jobs/{id}/artefact": ("not_found", "storage_unavailable"),
-    "GET /admin/job-management/backup": ("shutting_down", "storage_full"),
+    "GET /admin/job-management/backup": ("overloaded", "shutting_down", "storage_full"),
     "GET /admin/job-management/preview": ("overloaded", "shutting_down", "outcome_unknown"),
     "GET /admin/job-management/plans/{plan_id}": ("plan_not_found",),
     "POST /admin/job-management/plans/{plan_id}/apply": ("plan_not_found",),
@@ -222,10 +224,13 @@ FIELDS: Final = {
     "applied_at": "When the last of it was done.",
     "attempt": "Attempts used; the running one counts.",
     "averageProcessingTime": "Seconds, over the completions of the last hour and the jobs now processing.",
+    "backups": "The backups, newest first.",
     "backoff": "How long a failed attempt waits for the next.",
     "base_ms": "The first wait.",
     "because": "Why, in words.",
     "blocked_by": "What keeps it from running, or null.",
+    "bytes_done": "So many are copied; when it is sent: sent.",
+    "bytes_total": "Of so many, or null.",
     "by": "Who did it: `worker:NAME`, `client`, `admin:NAME` (`admin` where no name was given), `recovery`, "
     "`cleanup` or `daemon`.",
     "byStatus": "Number of jobs by status.",
@@ -252,7 +257,7 @@ FIELDS: Final = {
     "do": "What somebody can do about it.",
     "download_url": "Where the result can be had, in the caller's words.",
     "due_at": "When it is tried next; null: it has ended. Of the oldest due job: since when it is due.",
-    "ended_at": "When it was delivered or given up, or null.",
+    "ended_at": "When it was delivered or given up, or sent, or null.",
     "entries": "What operators did, newest first.",
     "error": "The code of the refusal. In a filter: the fingerprint of a failure.",
     "error_code": "A code for the failure, in the caller's words.",
@@ -288,7 +293,7 @@ FIELDS: Final = {
     "groups": "The groups, the largest first.",
     "hint": "What to look at.",
     "held": "How many jobs it holds.",
-    "id": "The job's id; of a delivery: its number.",
+    "id": "The job's id; of a delivery: its number; of a backup: what who asked for it calls it.",
     "idempotency_key": "As the header `Idempotency-Key`: of create, bulk, start, claim, cancel.",
     "ids": "The jobs, by their ids.",
     "imported": "How many jobs were created.",
@@ -353,6 +358,7 @@ FIELDS: Final = {
     "progress": "Percent, 0 to 100.",
     "progress_message": "The latest message of the worker.",
     "q": "A text in id, payload or error message; capitals of A to Z do not matter.",
+    "quiet_ms": "For how long nothing has moved.",
     "queue": "The queue. In the query for events: only these queues, separated by commas.",
     "queued": "Number of queued jobs.",
     "queues": "The queues.",
@@ -378,7 +384,7 @@ FIELDS: Final = {
     "skipped_count": "How many jobs are left alone.",
     "stalls": "How often its worker went silent.",
     "started_at": "When it was last granted.",
-    "state": "Where the job is, or the delivery. Of a webhook: its breaker, which should be `closed`.",
+    "state": "Where the job is, or the delivery, or the backup. Of a webhook: its breaker, which should be `closed`.",
     "status": "How it is. Of a delivery: the HTTP status of the last answer, or null.",
     "storage": "The artefact store.",
     "storage_key": "The key of the stored result: relative, without a `..` segment.",

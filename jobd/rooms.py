@@ -7,17 +7,17 @@ Wires; decides nothing. web.py has the protocol that this fulfils.
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 from msgspec import Struct
 
-from jobd import backup
 from jobd.actor import Actor
 from jobd.alerts import Alerts
 from jobd.answers import (
     AlertView,
+    BackupView,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -38,6 +38,7 @@ from jobd.batch import DiskFull
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
 from jobd.commands import MakePlan, Operator, Refusal
+from jobd.copies import Copies, Copy
 from jobd.downloads import Downloads
 from jobd.events import Wanted
 from jobd.failures import Failures
@@ -45,7 +46,6 @@ from jobd.feed import Feed, Listener
 from jobd.health import Health
 from jobd.metrics import Metrics
 from jobd.plans import Planner
-from jobd.store import Store
 from jobd.watchers import Watcher
 from jobd.web import Download
 from jobd.webhooks import Webhooks
@@ -59,7 +59,7 @@ class Rooms(Struct):
     """The parts of a running daemon. `is_open` is false before the doors are open and once they close."""
 
     actor: Actor
-    store: Store
+    copies: Copies
     clock_: Clock
     cleaner: Cleaner
     health_: Health
@@ -130,9 +130,12 @@ class Rooms(Struct):
     def quarantine(self) -> list[QuarantinedJob]:
         return [QuarantinedJob(job_id, reason) for job_id, reason in sorted(self.actor.book.quarantined.items())]
 
-    def backup(self) -> AsyncIterator[bytes]:
+    async def backup(self, id_: str) -> Copy | Refusal:
         log.info("backup_started", by="admin")
-        return backup.stream(self.store)
+        return await self.copies.begin(id_)
+
+    def backups(self) -> list[BackupView]:
+        return self.copies.views()
 
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener:
         return self.feed.listen(wanted, follow=follow, cut=cut)

@@ -6,31 +6,35 @@ Decides nothing about jobs: each line is one command to the actor.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any, Final
+from collections.abc import Coroutine
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 import structlog
 from aiohttp import web
 from aiohttp.streams import StreamReader
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from jobd.answers import Answer, Imported
 from jobd.batch import DiskFull, NoBackup
 from jobd.bodies import Limits, Refused, Shape, refused
-from jobd.commands import Import, Refusal
+from jobd.commands import Command, Import, Refusal
 from jobd.job import is_job_id
 from jobd.replies import PATIENCE_S, SAFE
 from jobd.visits import Visit, in_parts
-from jobd.web import Web, note, welcome
+from jobd.web import Copy, Web, note, welcome
 
 AHEAD_LINES: Final = 64  # commands of one import that wait for their commit at the same time
 AHEAD_BYTES: Final = 4 << 20
 SHOWN_REFUSALS: Final = 1_000
+LOOK_S: Final = 0.5  # between two looks whether the client of a backup is still there
 BACKUP_KIND: Final = "application/vnd.sqlite3"
 # Refusals that the next line would meet as well: the import stops there, and can be sent again later.
 STOPPING: Final = frozenset({"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs"})
+
+T = TypeVar("T")
 
 log = structlog.get_logger("jobd.web")
 
@@ -225,39 +229,75 @@ def _id_of(line: bytes) -> str | None:
     return job_id if is_job_id(job_id) else None
 
 
-async def give_out(site: Web, visit: Visit, _: Any) -> web.StreamResponse | Refusal:
-    """Backup: the pieces as they come. Where they stop half-way the connection is cut, and the client knows."""
+BackupId = Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,64}$")]
+
+
+class BackupAsked(Command, frozen=True, kw_only=True):
+    """Under `id` its progress is told, beside this call."""
+
+    id: BackupId | None = None
+
+
+async def give_out(site: Web, visit: Visit, asked: BackupAsked) -> web.StreamResponse | Refusal:
+    """Backup: copied and checked, then the pieces. Where they stop half-way the connection is cut: the client knows."""
     await note(site, visit.operator, "backup")
-    pieces = site.rooms.backup()
     try:
-        first = await anext(pieces, b"")
-        response = web.StreamResponse(headers={"Content-Type": BACKUP_KIND, "Server": "jobd", **SAFE})
-        assert visit.request is not None
-        await response.prepare(visit.request)
-        await _pass_on(response, first, pieces, visit)
-        return response
+        copy = await _while_there(site, visit, site.rooms.backup(asked.id or secrets.token_hex(8)))
     except DiskFull as full:
         return Refusal("storage_full", f"No backup: {full}. Free some and try again.")
     except NoBackup as why:
         log.error("no backup", reason=str(why))
         return Refusal("shutting_down" if site.closing else "internal_error", f"No backup: {why}.")
+    if isinstance(copy, Refusal):
+        return copy
+    left: str | None = "it was not read to its end"
+    try:
+        response = web.StreamResponse(headers={"Content-Type": BACKUP_KIND, "Server": "jobd", **SAFE})
+        response.content_length = copy.size
+        assert visit.request is not None
+        await response.prepare(visit.request)
+        await _pass_on(response, copy, visit)
+        left = None
+        return response
     finally:
-        if isinstance(pieces, AsyncGenerator):
-            await pieces.aclose()
+        copy.leave(left)
 
 
-async def _pass_on(response: web.StreamResponse, first: bytes, pieces: AsyncIterator[bytes], visit: Visit) -> None:
+async def _while_there(site: Web, visit: Visit, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives. It is given up when the client goes away, or the daemon stops: neither waits for minutes."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            if visit.is_cut:
+                raise ConnectionResetError("the client is gone")
+            if site.closing:
+                raise NoBackup("the daemon is stopping")
+            await asyncio.wait([task], timeout=LOOK_S)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    return task.result()
+
+
+async def _pass_on(response: web.StreamResponse, copy: Copy, visit: Visit) -> None:
     transport = visit.connection.transport
     try:
-        await write(response, first)
-        async for piece in pieces:
+        while piece := await copy.more():
             await write(response, piece)
+        await _drain(visit)
         await finish(response)
     except Exception as error:
         log.error("backup cut off", error=type(error).__name__)
         if transport is not None:
             transport.abort()
         raise ConnectionResetError("backup cut off") from None
+
+
+async def _drain(visit: Visit) -> None:
+    """Wait until all is out: an answer with a length has no end of its own that would be waited for."""
+    assert visit.request is not None
+    async with asyncio.timeout(PATIENCE_S):
+        await visit.request.writer.drain()
 
 
 async def write(response: web.StreamResponse, piece: bytes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final, Literal, Protocol
 from urllib.parse import unquote
@@ -24,6 +24,7 @@ from multidict import istr
 from jobd.answers import (
     AlertView,
     Answer,
+    BackupView,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -103,6 +104,15 @@ class Download(Protocol):
     def leave(self) -> None: ...
 
 
+class Copy(Protocol):
+    """A backup on its way out: `size` bytes by `more`, nothing at the end; `leave` at last, and why it is not whole."""
+
+    size: int
+
+    async def more(self) -> bytes: ...
+    def leave(self, why: str | None = None) -> None: ...
+
+
 class Listener(Protocol):
     """Somebody who is told of events as they happen: `begin`, then `more` until it gives nothing; `leave` at last."""
 
@@ -139,7 +149,8 @@ class Rooms(Protocol):
     def clock(self) -> ClockView: ...
     async def accept_clock(self) -> ClockView: ...
     def quarantine(self) -> list[QuarantinedJob]: ...
-    def backup(self) -> AsyncIterator[bytes]: ...
+    async def backup(self, id_: str) -> Copy | Refusal: ...
+    def backups(self) -> list[BackupView]: ...
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener: ...
     def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher: ...
     async def download(self, key: str, cut: Callable[[], None]) -> Download: ...

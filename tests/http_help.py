@@ -7,7 +7,7 @@ import contextlib
 import json
 import shutil
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from jobd import envelope, feed
 from jobd.answers import (
     AlertView,
     Answer,
+    BackupView,
     ChangedJob,
     CleanupHealth,
     CleanupReport,
@@ -172,6 +173,29 @@ DELIVERY = DeliveryView(
 NO_WEBHOOK = Refusal("not_found", "There is no such webhook.")
 
 
+BACKUP = BackupView("b1", "copying", 4096, 8192, 3, 1_700_000_000_000, None, None)
+
+
+class Pieces:
+    """A backup that is made of `pieces`; one that is an error is raised in its turn."""
+
+    def __init__(self, pieces: list[bytes | Exception], left: list[str | None], closed: asyncio.Event) -> None:
+        self.size = sum(len(piece) if isinstance(piece, bytes) else 1 for piece in pieces)
+        self._pieces = iter(pieces)
+        self._left = left
+        self._closed = closed
+
+    async def more(self) -> bytes:
+        piece = next(self._pieces, b"")
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    def leave(self, why: str | None = None) -> None:
+        self._left.append(why)
+        self._closed.set()
+
+
 class Figures:
     """Rooms with fixed figures."""
 
@@ -184,6 +208,11 @@ class Figures:
         self.alive = True
         self.ready = True
         self.pieces: list[bytes | Exception] = [b"SQLite format 3\x00", b"x" * 100_000]
+        self.held: asyncio.Event | None = None  # what a backup waits for
+        self.begun = asyncio.Event()
+        self.no_backup: Refusal | None = None
+        self.backup_ids: list[str] = []
+        self.left: list[str | None] = []
         self.closed = asyncio.Event()
         self.disk = MemoryDisk()
         self.feed = feed.Feed(self.disk, 0, 3)
@@ -265,14 +294,21 @@ class Figures:
     async def test_webhook(self, webhook: str) -> DeliveryView | Refusal:
         return DELIVERY if webhook == "q" else NO_WEBHOOK
 
-    async def backup(self) -> AsyncIterator[bytes]:
-        try:
-            for piece in self.pieces:
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-        finally:
-            self.closed.set()
+    async def backup(self, id_: str) -> Pieces | Refusal:
+        self.backup_ids.append(id_)
+        if self.held is not None:
+            self.begun.set()
+            try:
+                await self.held.wait()
+            except asyncio.CancelledError:
+                self.closed.set()
+                raise
+        if isinstance(self.pieces[0], Exception):
+            raise self.pieces[0]
+        return self.no_backup or Pieces(self.pieces, self.left, self.closed)
+
+    def backups(self) -> list[BackupView]:
+        return [BACKUP]
 
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> feed.Listener:
         return self.feed.listen(wanted, follow=follow, cut=cut)

@@ -50,7 +50,7 @@ from jobd.commands import (
 from jobd.doors import Gate
 from jobd.job import Policy
 from jobd.views import job_view
-from tests.http_help import DELIVERY, TOKEN, WEBHOOK, House
+from tests.http_help import BACKUP, DELIVERY, TOKEN, WEBHOOK, House
 from tests.test_views import AT, JOB
 
 P = "/admin/job-management"
@@ -128,6 +128,7 @@ ROOMS: list[tuple[str, str, Any]] = [
     ("GET", f"{P}/preview",
      {"recover": [{"jobId": "a", "action": "reset", "reason": "stalled"}], "expiredLocks": 2, "expiredJobs": ["b"],
       "deletedJobs": [], "mendedJobs": [], "more": False, "timestamp": 1_700_000_000_000}),
+    ("GET", f"{P}/backups", {"backups": [plain_view(BACKUP)]}),
     ("GET", f"{P}/quarantine", {"jobs": [{"id": "bad-1", "reason": "checksum"}]}),
 ]  # fmt: skip
 

@@ -17,7 +17,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd import backup, files, migrations
-from jobd.backup import BackupStopped, restore, stream
+from jobd.backup import BackupStopped, copied, restore
 from jobd.batch import Batch, DiskFull
 from jobd.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.job import FINISHED, LIVE
@@ -38,7 +38,8 @@ def copy(tmp_path: Path) -> str:
 
 
 async def take(store: Store, target: str) -> None:
-    write(target, b"".join([chunk async for chunk in stream(store)]))
+    with await copied(store) as file:
+        write(target, file.read())
 
 
 def names(path: str) -> set[str]:
@@ -95,7 +96,12 @@ async def test_a_copy_under_load_is_the_store_at_one_moment(path: str, copy: str
 
 
 async def take_with(store: Store, target: str, seen: list[tuple[int, int]]) -> None:
-    write(target, b"".join([chunk async for chunk in stream(store, lambda done, total: seen.append((done, total)))]))
+    def told(step: str, done: int, total: int) -> None:
+        if step == "copying":
+            seen.append((done, total))
+
+    with await copied(store, told) as file:
+        write(target, file.read())
 
 
 async def test_a_store_in_memory_can_be_copied(copy: str) -> None:
@@ -115,14 +121,13 @@ async def test_closing_the_store_cuts_a_copy_short_and_leaves_nothing(path: str,
     begun = asyncio.Event()
     closing: list[asyncio.Task[None]] = []
 
-    def progress(done: int, total: int) -> None:
+    def progress(step: str, done: int, total: int) -> None:
         loop.call_soon_threadsafe(begun.set)
         while not store._closing.is_set():  # the copy goes on only when the store is closing
             pass
 
     async def collect() -> None:
-        async for _ in stream(store, progress):
-            pass
+        (await copied(store, progress)).close()
 
     task = asyncio.create_task(collect())
     await begun.wait()
@@ -146,13 +151,12 @@ async def test_one_who_goes_away_stops_the_copy(path: str) -> None:
         begun = asyncio.Event()
         steps: list[int] = []
 
-        def progress(done: int, total: int) -> None:
+        def progress(step: str, done: int, total: int) -> None:
             steps.append(done)
             loop.call_soon_threadsafe(begun.set)
 
         async def collect() -> None:
-            async for _ in stream(store, progress):
-                pass
+            (await copied(store, progress)).close()
 
         task = asyncio.create_task(collect())
         await begun.wait()

@@ -11,12 +11,14 @@ import shutil
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from aiohttp import web
 
 import jobd.client
 from jobd import admin_api, worker_api
@@ -39,9 +41,11 @@ from jobd.client import (
     Unreachable,
     admin_calls,
     admin_endpoint,
+    aio,
     calls,
     default_socket,
     parse_endpoint,
+    sync,
     uuid7,
     worker_endpoint,
 )
@@ -739,6 +743,86 @@ def test_a_backup_that_breaks_off_is_no_backup(peer: Peer, admin: AdminBoth, chu
     peer.early = [peer.cut(b"x" * 100_000, chunked)]
     with pytest.raises(Unreachable):
         admin("backup", io.BytesIO())
+
+
+class SlowBackup:
+    """A daemon whose backup takes `looks` looks before its first byte comes; it is silent for `quiet_ms`."""
+
+    def __init__(self, peer: Peer, monkeypatch: pytest.MonkeyPatch, *, looks: int, quiet_ms: int = 0) -> None:
+        self.left = looks
+        self.quiet_ms = quiet_ms
+        self.ready = threading.Event()
+        self.told: list[Any] = []
+        peer.early = [self._give]
+        peer.always = self._tell
+        for module in (sync, aio):
+            monkeypatch.setattr(module, "LOOK_S", 0.01)
+
+    async def _give(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.id = request.query["id"]
+        await asyncio.to_thread(self.ready.wait, 20)
+        return web.Response(body=b"x" * 300_000)
+
+    def _tell(self, asked: Any) -> Any:
+        assert asked.path == "/admin/job-management/backups"
+        self.left -= 1
+        if not self.left:
+            self.ready.set()
+        other = {"id": "other", "state": "waiting", "bytes_done": 0, "bytes_total": None, "quiet_ms": 0}
+        mine = {**other, "id": self.id, "state": "copying", "bytes_done": -self.left, "bytes_total": 9}
+        ends = {"started_at": 1, "ended_at": None, "message": None}
+        return ok({"backups": [other | ends, mine | ends | {"quiet_ms": self.quiet_ms}]})
+
+    def take(self, endpoint: str, is_async: bool, timeout_s: float) -> int:
+        if not is_async:
+            with AdminClient(endpoint, token="x", timeout_s=timeout_s) as client:
+                return client.backup(io.BytesIO(), told=self.told.append)
+
+        async def call() -> int:
+            async with AsyncAdminClient(endpoint, token="x", timeout_s=timeout_s) as client:
+                return await client.backup(io.BytesIO(), told=self.told.append)
+
+        return asyncio.run(call())
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "asyncio"])
+def test_a_backup_may_take_as_long_as_it_moves(
+    peer: Peer, endpoint: str, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    slow = SlowBackup(peer, monkeypatch, looks=150)
+    begun_s = time.monotonic()
+    assert slow.take(endpoint, is_async, timeout_s=1.0) == 300_000
+    assert time.monotonic() - begun_s > 1.0  # the time of an answer is none for the whole
+    copying = [seen.bytes_done for seen in slow.told if seen.state == "copying"]
+    assert copying == sorted(copying)
+    assert len(copying) >= 149
+    sending = [(seen.bytes_done, seen.bytes_total) for seen in slow.told if seen.state == "sending"]
+    assert sending[-1] == (300_000, 300_000)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "asyncio"])
+def test_a_backup_that_is_silent_for_too_long_is_given_up(
+    peer: Peer, endpoint: str, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    slow = SlowBackup(peer, monkeypatch, looks=10**6, quiet_ms=3_000)
+    try:
+        with pytest.raises(Unreachable, match=r"has not moved for 1 s\. It was copying at -?[0-9]+ bytes"):
+            slow.take(endpoint, is_async, timeout_s=1.0)
+    finally:
+        slow.ready.set()
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "asyncio"])
+def test_a_daemon_that_tells_nothing_of_its_backups_is_silent(
+    peer: Peer, endpoint: str, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    slow = SlowBackup(peer, monkeypatch, looks=1)
+    peer.always = None  # 404: an older one
+    try:
+        with pytest.raises(Unreachable, match=r"has not moved for 0\.1 s"):
+            slow.take(endpoint, is_async, timeout_s=0.1)
+    finally:
+        slow.ready.set()
 
 
 def test_an_error_of_the_file_is_raised_as_it_is(peer: Peer, admin: AdminBoth) -> None:

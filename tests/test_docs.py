@@ -202,6 +202,8 @@ SHAPES: Final[dict[str, Any]] = {
     "delivery": answers.DeliveryView,
     "clock": answers.ClockView,
     "quarantine": answers.QuarantineList,
+    "backups": answers.BackupList,
+    "backup": answers.BackupView,
     "paused": answers.PausedView,
 }
 

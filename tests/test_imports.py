@@ -33,6 +33,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
         "quarantine files backup doctor",
         "nouns fingerprints",
     ),
+    "copies": ("copies", "nouns store"),
     "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
     "stream": ("stream_lines command_stream", "nouns actor web"),
     "feed": ("feed watchers event_stream", "nouns web actor"),
@@ -42,13 +43,13 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "time": ("cleanup passes foresight plans health presence", "nouns book judging actor clock artefacts"),
     "watch": ("metrics alerts facts failures", "nouns fingerprints book judging actor clock artefacts time"),
     # what requests may ask of the daemon beside the actor
-    "rooms": ("rooms", "nouns actor clock store web time watch feed downloads webhooks"),
+    "rooms": ("rooms", "nouns actor clock store copies web time watch feed downloads webhooks"),
     "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed stream downloads"),
     "settings": ("config webhook_config", "nouns letters"),
     "system": ("log outlet systemd", ""),
     "wiring": (
         "daemon",
-        "nouns book rules clock actor store web feed webhooks artefacts downloads time watch rooms apis settings "
+        "nouns book rules clock actor store copies web feed webhooks artefacts downloads time watch rooms apis settings "
         "system dashboard",
     ),
     "dashboard": ("dashboard", "nouns web feed downloads"),

@@ -239,10 +239,40 @@ async def test_a_backup_is_streamed_to_its_end(house: House) -> None:
     heard = await house.ask("GET", BACKUP, headers=AUTH)
     assert heard.status == 200
     assert heard.headers["content-type"] == "application/vnd.sqlite3"
-    assert heard.headers["transfer-encoding"] == "chunked"
+    assert heard.headers["content-length"] == str(len(heard.body))
     assert heard.headers["cache-control"] == "no-store"
     assert heard.headers["server"] == "jobd"
     assert heard.body == b"".join(piece for piece in house.figures.pieces if isinstance(piece, bytes))
+    assert house.figures.left == [None]
+    assert (await house.ask("GET", f"{BACKUP}?id=mine", headers=AUTH)).status == 200
+    assert house.figures.backup_ids[1] == "mine"
+    assert house.figures.backup_ids[0]
+
+
+async def test_a_backup_is_refused_where_too_many_are_under_way(house: House) -> None:
+    house.figures.no_backup = Refusal("overloaded", "8 backups are under way.")
+    heard = await house.ask("GET", BACKUP, headers=AUTH)
+    assert (heard.status, heard.error) == (503, "overloaded")
+
+
+async def test_who_goes_away_before_the_copy_is_whole_stops_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LOOK_S", 0.01)
+    house.figures.held = asyncio.Event()
+    line = await house.line()
+    line.send(message("GET", BACKUP, headers=AUTH))
+    await house.figures.begun.wait()
+    line.writer.transport.abort()
+    await house.figures.closed.wait()
+
+
+async def test_a_daemon_that_stops_does_not_wait_for_a_copy(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LOOK_S", 0.01)
+    house.figures.held = asyncio.Event()
+    asking = asyncio.create_task(house.ask("GET", BACKUP, headers=AUTH))
+    await house.figures.begun.wait()
+    house.site.close()
+    heard = await asking
+    assert (heard.status, heard.error) == (503, "shutting_down")
     assert house.figures.closed.is_set()
 
 
@@ -266,7 +296,6 @@ async def test_a_backup_without_room_is_a_507_that_says_how_much_it_needs(house:
     assert (heard.status, heard.error) == (507, "storage_full")
     assert "needs 48 MiB free beside the store, there are 3 MiB. Free some" in heard.json["message"]
     assert house.site.refusals == {"storage_full": 1}
-    assert house.figures.closed.is_set()
 
 
 async def test_a_backup_of_a_damaged_store_says_what_is_wrong_and_is_no_bug(house: House) -> None:
@@ -291,7 +320,7 @@ async def test_a_backup_that_fails_half_way_never_looks_whole(house: House) -> N
     with capture_logs() as logs, pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await house.ask("GET", BACKUP, headers=AUTH)
     assert [(entry["event"], entry["error"]) for entry in logs] == [("backup cut off", "OSError")]
-    assert house.figures.closed.is_set()
+    assert house.figures.left == ["it was not read to its end"]
 
 
 async def test_a_backup_whose_client_goes_away_is_given_up(house: House) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -14,7 +14,11 @@ from jobd.cli.group import json_option
 from jobd.cli.places import admin_client, admin_options
 from jobd.cli.settings import config_option, store_option, store_path
 
-BACKUP_S: Final = 300.0  # the daemon copies and checks everything before the first byte comes
+if TYPE_CHECKING:
+    from jobd.answers import BackupView
+    from jobd.cli.waiting import Advance
+
+SILENT_S: Final = 60.0  # that a backup may stand still; a slow disk is slow, a broken one says nothing
 
 
 @click.command()
@@ -31,9 +35,15 @@ def backup(file: Path, yes: bool) -> None:
 
     if file.exists() and not yes:
         raise click.UsageError(f"{file} exists: add --yes to overwrite it")
-    with bar("backup") as advance, whole_file(file, lambda done: advance(done, None)) as target:
-        count = admin_client(timeout_s=BACKUP_S).backup(target)
+    with bar("backup") as advance, whole_file(file, lambda done: None) as target:
+        count = admin_client(timeout_s=SILENT_S).backup(target, told=lambda seen: _show(seen, advance))
     show.emit(f"{file}: {show.size(count)}")
+
+
+def _show(seen: BackupView, advance: Advance) -> None:
+    """How far the daemon is. Nobody knows beforehand how long a check takes."""
+    is_known = seen.state in ("copying", "sending")
+    advance(seen.bytes_done if is_known else 0, seen.bytes_total if is_known else None, f"backup: {seen.state}")
 
 
 @click.command()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from jobd.cli import show
 
@@ -18,7 +18,11 @@ _FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
 _FIRST_S: Final = 0.1
 _LONGEST_S: Final = 2.0
 
-Advance = Callable[[int, int | None], None]  # done so far, total where it is known
+
+class Advance(Protocol):
+    """Shows `done` of `total`, None where that is not known; and that it is now `what`."""
+
+    def __call__(self, done: int, total: int | None, what: str | None = None) -> None: ...
 
 
 def until_finished(client: JobClient, job_id: str) -> JobInfo:
@@ -48,7 +52,7 @@ def busy(what: str) -> Iterator[None]:
 def bar(what: str, *, unit: str = "bytes") -> Iterator[Advance]:
     """A progress bar; what it gives is called with how much is done. Bytes are shown with their rate."""
     if not show.may_draw(sys.stderr):
-        yield lambda done, total: None
+        yield lambda done, total, what=None: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TransferSpeedColumn
 
@@ -59,4 +63,11 @@ def bar(what: str, *, unit: str = "bytes") -> Iterator[Advance]:
         columns += [TextColumn("{task.completed} " + unit)]
     with Progress(*columns, console=show.console(stderr=True), transient=True) as progress:
         task = progress.add_task(show.clip(what, 60), total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def advance(done: int, total: int | None, what: str | None = None) -> None:
+            if total is None:
+                progress.tasks[0].total = None  # update() takes None for "as it was"
+            name = None if what is None else show.clip(what, 60)
+            progress.update(task, completed=done, total=total, description=name)
+
+        yield advance

@@ -15,6 +15,8 @@ from jobd.answers import (
     AlertList,
     AlertView,
     AuditPage,
+    BackupList,
+    BackupView,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -110,6 +112,7 @@ _read_deliveries = reader(DeliveryPage)
 _read_delivery = reader(DeliveryView)
 _read_clock = reader(ClockView)
 _read_quarantine = reader(QuarantineList)
+_read_backups = reader(BackupList)
 read_imported = reader(ImportResult)
 
 
@@ -472,6 +475,11 @@ def import_jobs() -> Request[ImportResult]:
     return Request("POST", f"{BASE}/import", read_imported, headers={"Content-Type": NDJSON_TYPE}, repeatable=False)
 
 
-def backup() -> Request[bytes]:
-    """A copy of the database as it is now; the answer is the file."""
-    return Request("GET", f"{BASE}/backup", bytes)
+def backup(id_: str | None = None) -> Request[bytes]:
+    """A copy of the database as it is now; the answer is the file. Under the id `backups` tells how far it is."""
+    return Request("GET", f"{BASE}/backup{'' if id_ is None else f'?id={id_}'}", bytes)
+
+
+def backups() -> Request[list[BackupView]]:
+    """The backups that are under way and the last that have ended, newest first."""
+    return get(f"{BASE}/backups", lambda body: _read_backups(body).backups)

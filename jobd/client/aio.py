@@ -23,6 +23,7 @@ from jobd.client import admin_calls, calls
 from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.events import ADMIN_EVENTS, EVENTS, PATIENT, SILENCE_S, Listening
+from jobd.client.patience import LOOK_S, Patience, Told
 from jobd.client.protocol import (
     JobInfo,
     JobInfoPage,
@@ -34,6 +35,7 @@ from jobd.client.protocol import (
     raise_refusal,
     result,
     signed,
+    uuid7,
 )
 from jobd.client.stream import Pipe, line_of
 from jobd.events import StreamedEvent
@@ -358,6 +360,7 @@ class AsyncAdminClient(_AsyncClient):
     clock = _method(admin_calls.clock)
     accept_clock = _method(admin_calls.accept_clock)
     quarantine = _method(admin_calls.quarantine)
+    backups = _method(admin_calls.backups)
     metrics = _method(admin_calls.metrics)
     export_page = _method(admin_calls.export_page)
     iterate_jobs = _pages(admin_calls.list_jobs)
@@ -394,13 +397,30 @@ class AsyncAdminClient(_AsyncClient):
             raise self._unreachable(error) from error
         return result(request, reply)
 
-    async def backup(self, file: BinaryIO) -> int:
+    async def backup(self, file: BinaryIO, *, told: Told | None = None) -> int:
         """Write a copy of the database, as it is now, to `file` (in a thread); gives its bytes.
 
-        Raises Unreachable where the stream broke off: what was written is no backup then. An error of `file` is
-        raised as it is.
+        `told` hears twice a second how far it is: it is copied, checked, sent. It may take as long as it moves;
+        `timeout_s` is the time that it may be silent. Raises Unreachable where it is silent for longer, and where the
+        stream broke off: what was written is no backup then. An error of `file` is raised as it is.
         """
-        return await self._download(admin_calls.backup(), file)
+        patience = Patience(uuid7(), told, self._policy.timeout_s, time.monotonic())
+        opening = asyncio.ensure_future(self._opened(admin_calls.backup(patience.id), None))
+        try:
+            while not (await asyncio.wait([opening], timeout=LOOK_S))[0]:
+                await self._look(patience)
+        except BaseException:
+            opening.cancel()
+            await asyncio.wait([opening])
+            raise
+        return await self._save(opening.result(), file, patience)
+
+    async def _look(self, patience: Patience) -> None:
+        once = RetryPolicy(total_s=0, timeout_s=min(patience.silence_s, self._policy.timeout_s))
+        with contextlib.suppress(JobdError):  # then it is silent
+            patience.look(await self.send(admin_calls.backups(), once), time.monotonic())
+        if patience.is_over(time.monotonic()):
+            raise Unreachable(f"The daemon at {self.endpoint}: {patience.words()}")
 
     async def download_artefact(self, job_id: str, file: BinaryIO) -> int:
         """Write what lies in the store of artefacts under the job's `storage_key` to `file` (in a thread); its bytes.
@@ -411,23 +431,33 @@ class AsyncAdminClient(_AsyncClient):
         return await self._download(admin_calls.download_artefact(job_id), file)
 
     async def _download(self, request: Request[bytes], file: BinaryIO) -> int:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self._policy.timeout_s)
-        copied = 0
+        return await self._save(await self._opened(request, self._policy.timeout_s), file)
+
+    async def _opened(self, request: Request[bytes], silence_s: float | None) -> aiohttp.ClientResponse:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=silence_s)
         try:
-            response = await self._open(request, timeout)
-            piece = await response.read() if response.status >= 400 else await response.content.read(_PIECE_BYTES)
+            response: aiohttp.ClientResponse = await self._open(request, timeout)
         except _BROKEN as error:
             raise self._unreachable(error) from error
+        return response
+
+    async def _save(self, response: aiohttp.ClientResponse, file: BinaryIO, patience: Patience | None = None) -> int:
+        copied, total = 0, response.content_length
         async with response:
             if response.status >= 400:
-                raise_refusal(Reply(response.status, _lower(response), piece))
-            while piece:
+                raise_refusal(Reply(response.status, _lower(response), await self._piece(response, -1)))
+            while piece := await self._piece(response, _PIECE_BYTES):
                 copied += await asyncio.to_thread(file.write, piece)
-                try:
-                    piece = await response.content.read(_PIECE_BYTES)
-                except _BROKEN as error:
-                    raise self._unreachable(error) from error
+                if patience is not None:
+                    patience.received(copied, total)
         return copied
+
+    async def _piece(self, response: aiohttp.ClientResponse, size: int) -> bytes:
+        try:
+            async with asyncio.timeout(self._policy.timeout_s):
+                return await response.content.read(size)
+        except _BROKEN as error:
+            raise self._unreachable(error) from error
 
 
 async def _poured(jobs: Iterable[Mapping[str, Any] | bytes | str]) -> AsyncIterator[bytes]:

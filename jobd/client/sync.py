@@ -5,6 +5,7 @@ Says nothing about the calls themselves: those are in calls.py and admin_calls.p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import random
@@ -13,6 +14,8 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from types import TracebackType
 from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
 
@@ -20,6 +23,7 @@ from jobd.client import admin_calls, calls
 from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.events import ADMIN_EVENTS, EVENTS, PATIENT, SILENCE_S, Listening
+from jobd.client.patience import LOOK_S, Patience, Told
 from jobd.client.protocol import (
     JobInfo,
     JobInfoPage,
@@ -31,6 +35,7 @@ from jobd.client.protocol import (
     raise_refusal,
     result,
     signed,
+    uuid7,
 )
 from jobd.events import StreamedEvent
 from jobd.job import Status
@@ -204,6 +209,13 @@ class _Client:
     def _ask(
         self, connection: _Connection, request: Request[Any], timeout_s: float, body: Iterator[bytes] | None = None
     ) -> http.client.HTTPResponse:
+        self._put(connection, request, timeout_s, body)
+        return connection.getresponse()
+
+    def _put(
+        self, connection: _Connection, request: Request[Any], timeout_s: float, body: Iterator[bytes] | None = None
+    ) -> None:
+        """Send it; its answer may take `timeout_s`."""
         if connection.sock is None:
             connection.timeout = min(_CONNECT_S, timeout_s)
             connection.connect()
@@ -214,7 +226,6 @@ class _Client:
             connection.ask(request.method, path, request.body, headers)
         else:
             connection.request(request.method, path, body, headers, encode_chunked=True)
-        return connection.getresponse()
 
     def _take_idle(self) -> _Connection | None:
         with self._guard:
@@ -374,6 +385,7 @@ class AdminClient(_Client):
     clock = _method(admin_calls.clock)
     accept_clock = _method(admin_calls.accept_clock)
     quarantine = _method(admin_calls.quarantine)
+    backups = _method(admin_calls.backups)
     metrics = _method(admin_calls.metrics)
     export_page = _method(admin_calls.export_page)
 
@@ -422,13 +434,58 @@ class AdminClient(_Client):
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
 
-    def backup(self, file: BinaryIO) -> int:
+    def backup(self, file: BinaryIO, *, told: Told | None = None) -> int:
         """Write a copy of the database, as it is now, to `file`; gives its bytes.
 
-        Raises Unreachable where the stream broke off: what was written is no backup then. An error of `file` is
-        raised as it is.
+        `told` hears twice a second how far it is: it is copied, checked, sent. It may take as long as it moves;
+        `timeout_s` is the time that it may be silent. Raises Unreachable where it is silent for longer, and where the
+        stream broke off: what was written is no backup then. An error of `file` is raised as it is.
         """
-        return self._download(admin_calls.backup(), file)
+        patience = Patience(uuid7(), told, self._policy.timeout_s, time.monotonic())
+        connection = _Connection(self.endpoint, self._tls)
+        try:
+            response = self._awaited(connection, admin_calls.backup(patience.id), patience)
+            return self._save(response, file, patience)
+        finally:
+            connection.close()
+
+    def _awaited(self, connection: _Connection, request: Request[Any], patience: Patience) -> http.client.HTTPResponse:
+        """The head of the answer, however long it takes, while what it is about moves.
+
+        A thread waits for it: a socket that is read with a deadline cannot be read again after that.
+        """
+        head: Future[http.client.HTTPResponse] = Future()
+
+        def wait() -> None:
+            try:
+                head.set_result(connection.getresponse())
+            except Exception as error:
+                head.set_exception(error)
+
+        thread = threading.Thread(target=wait, name="jobd-backup", daemon=True)
+        try:
+            self._put(connection, request, self._policy.timeout_s)
+            connection.sock.settimeout(None)
+            thread.start()
+            while not wait_for([head], LOOK_S).done:
+                self._look(patience)
+            response = head.result()
+            connection.sock.settimeout(self._policy.timeout_s)
+            return response
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        finally:
+            if thread.is_alive() and not head.done():
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+                thread.join()
+
+    def _look(self, patience: Patience) -> None:
+        once = RetryPolicy(total_s=0, timeout_s=min(patience.silence_s, self._policy.timeout_s))
+        with contextlib.suppress(JobdError):  # then it is silent
+            patience.look(self.send(admin_calls.backups(), once), time.monotonic())
+        if patience.is_over(time.monotonic()):
+            raise Unreachable(f"The daemon at {self.endpoint}: {patience.words()}")
 
     def download_artefact(self, job_id: str, file: BinaryIO) -> int:
         """Write what lies in the store of artefacts under the job's `storage_key` to `file`; gives its bytes.
@@ -446,9 +503,15 @@ class AdminClient(_Client):
             connection.close()
 
     def _copy(self, connection: _Connection, request: Request[Any], file: BinaryIO) -> int:
-        copied = 0
         try:
             response = self._ask(connection, request, self._policy.timeout_s)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        return self._save(response, file)
+
+    def _save(self, response: http.client.HTTPResponse, file: BinaryIO, patience: Patience | None = None) -> int:
+        copied, total = 0, response.length
+        try:
             piece = response.read() if response.status >= 400 else response.read(_PIECE_BYTES)
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
@@ -456,6 +519,8 @@ class AdminClient(_Client):
             raise_refusal(Reply(response.status, _lower(response), piece))
         while piece:
             copied += file.write(piece)
+            if patience is not None:
+                patience.received(copied, total)
             try:
                 piece = response.read(_PIECE_BYTES)
             except (OSError, http.client.HTTPException) as error:
