@@ -149,7 +149,12 @@ def mark(path: str, step: Told | None = None) -> None:
         migrations.change_meta(copy, marked=1)
         copy.execute("COMMIT")
         with _telling(copy, step):
-            wrong = [line for (line,) in copy.execute("PRAGMA integrity_check(10)")]
+            check_whole(copy, path)
+
+
+def check_whole(conn: sqlite3.Connection, path: str) -> None:
+    """Raise StoreUnreadable where the database at `path` is damaged. Reads all of it."""
+    wrong = [line for (line,) in conn.execute("PRAGMA integrity_check(10)")]
     if wrong != ["ok"]:
         raise StoreUnreadable(f"{path} is damaged: {'; '.join(wrong)}")
 

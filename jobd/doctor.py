@@ -84,11 +84,16 @@ def check(path: str) -> list[Problem]:
         stack.enter_context(opening.refusals(path))
         conn = stack.enter_context(opening.read_only(path))
         opening.check_ours(conn, path)
-        problems: list[Problem] = []
-        tables = (_jobs, _payloads, _late, _journal, _keys, _queues, _small_tables, _tombstones)
-        for part in (_meta, _file, *tables, _aside, _beside):
-            problems += _limited(part(conn, path))
-        return problems
+        return problems(conn, path)
+
+
+def problems(conn: sqlite3.Connection, path: str) -> list[Problem]:
+    """The same of a store of this version that is open already, and that nobody writes."""
+    found: list[Problem] = []
+    tables = (_jobs, _payloads, _late, _journal, _keys, queues, _small_tables, _tombstones)
+    for part in (_meta, _file, *tables, _aside, _beside):
+        found += _limited(part(conn, path))
+    return found
 
 
 def _limited(problems: Iterator[Problem]) -> list[Problem]:
@@ -222,7 +227,8 @@ def _keys(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
             yield Problem(f"key {readable(columns[0])}", wrong, "the daemon sets it aside when it meets it")
 
 
-def _queues(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
+def queues(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
+    """Queues whose rows are damaged, or whose counts are not those of their jobs. Reads every job."""
     kept: dict[str, tuple[int, int, int]] = {}
     for row in _every(conn, f"SELECT {QUEUE_SQL} FROM queues NOT INDEXED"):
         if (wrong := fault(row)) is not None:
@@ -315,27 +321,44 @@ def _changing(path: str, change: Callable[[Tables], str]) -> str:
             return change(opening.read_meta(conn, path))
 
 
-def _accept(tables: Tables, id_: str) -> str:
+class Edited(msgspec.Struct, frozen=True):
+    """A row as an operator left it, as jobd would write it. `aside` is the quarantine's number for it, or None."""
+
+    aside: int | None
+    row: Row
+    body: bytes
+    request_hash: str
+
+    @property
+    def where(self) -> str:
+        return "its row" if self.aside is None else "its row in quarantine"
+
+
+def edited(tables: Tables, id_: str) -> Edited:
+    """The edited row of job `id_`. Raises Refused where there is none, or where it makes no job."""
     run = tables.conn.execute
     aside = run("SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?", (id_,)).fetchone()
-    if aside is None:
-        where, (row, body, request_hash) = "its row", _in_place(tables, id_)
-    else:
-        where = "its row in quarantine"
-        row, body, request_hash = (*_row_aside(aside), aside[3])
-        run("DELETE FROM quarantined_jobs WHERE seq = ?", (aside[0],))
+    row, body, request_hash = _in_place(tables, id_) if aside is None else (*_row_aside(aside), aside[3])
     row = _taken(tables, row)
-    seq = row[0]
+    return Edited(None if aside is None else aside[0], row, _json_text(id_, body), request_hash or "")
+
+
+def _accept(tables: Tables, id_: str) -> str:
+    run = tables.conn.execute
+    taken = edited(tables, id_)
+    if taken.aside is not None:
+        run("DELETE FROM quarantined_jobs WHERE seq = ?", (taken.aside,))
+    seq = taken.row[0]
     run("DELETE FROM jobs WHERE seq = ?", (seq,))
     run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
     try:
-        run(insert("jobs", (*JOB_COLUMNS, "crc")), rows.sealed(row))
+        run(insert("jobs", (*JOB_COLUMNS, "crc")), rows.sealed(taken.row))
     except sqlite3.IntegrityError as error:
         raise Refused(f"job {id_}: {error}") from error
-    payload = rows.sealed((seq, _json_text(id_, body), request_hash or ""))
+    payload = rows.sealed((seq, taken.body, taken.request_hash))
     run(insert("payloads", ("job_seq", "body", "request_hash", "crc")), payload)
     run("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (seq,))
-    return f"job {id_}: {where} was taken as it is, validation will judge it. {_recount(tables)}"
+    return f"job {id_}: {taken.where} was taken as it is, validation will judge it. {_recount(tables)}"
 
 
 def _in_place(tables: Tables, id_: str) -> tuple[Row, Any, Any]:
@@ -379,13 +402,18 @@ def _json_text(id_: str, body: Any) -> bytes:
     return bytes(text)
 
 
-def _recount(tables: Tables) -> str:
-    before = tables.totals
+def totals(conn: sqlite3.Connection) -> tuple[int, int, int, int]:
+    """Number and XOR of checksums of the live and of the finished jobs that are there. Reads every job."""
     sums = {True: (0, 0), False: (0, 0)}
-    for status, crc in _every(tables.conn, "SELECT status, crc FROM jobs NOT INDEXED"):
+    for status, crc in _every(conn, "SELECT status, crc FROM jobs NOT INDEXED"):
         count, xor = sums[status in LIVE]
         sums[status in LIVE] = (count + 1, xor ^ crc)
-    tables.totals = (*sums[True], *sums[False])
+    return (*sums[True], *sums[False])
+
+
+def _recount(tables: Tables) -> str:
+    before = tables.totals
+    tables.totals = totals(tables.conn)
     counted = opening.recount_queues(tables.conn)
     for row in tables.rows(f"SELECT {QUEUE_SQL} FROM queues"):
         if fault(row) is None:
@@ -395,5 +423,5 @@ def _recount(tables: Tables) -> str:
     for name, counts in counted.items():
         tables.conn.execute(PUT_QUEUE, rows.queue_row(name, QueueRow(False, *counts)))
     tables.write_meta()
-    jobs = f"{sums[True][0]} live and {sums[False][0]} finished jobs"
+    jobs = f"{tables.totals[0]} live and {tables.totals[2]} finished jobs"
     return f"Counted: {jobs} (before: {before[0]} and {before[2]})."

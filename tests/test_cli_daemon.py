@@ -551,8 +551,12 @@ def test_backup_restore_and_doctor(
     assert _jobd(capsys, "backup", str(copy))[0] == 2
     assert _jobd(capsys, "backup", str(copy), "--yes")[0] == 0
     assert copy.stat().st_mode & 0o777 == 0o600
-    assert _jobd(capsys, "restore", str(copy), "--store", str(restored), "--dry-run")[0] == 0
+    code, out, _ = _jobd(capsys, "restore", str(copy), "--store", str(restored), "--dry-run")
+    assert code == 0
+    assert "the checksums of all its rows are right" in out
     assert not restored.exists()
+    for wrong in ("/dev/null", __file__):
+        assert _jobd(capsys, "restore", wrong, "--store", str(restored), "--dry-run")[0] == 78
     assert _jobd(capsys, "restore", str(copy), "--store", str(restored))[0] == 0
     with sqlite3.connect(restored) as db:
         assert db.execute("SELECT count(*) FROM jobs WHERE id = 'b1'").fetchone() == (1,)
@@ -565,7 +569,10 @@ def test_backup_restore_and_doctor(
     code, _, err = _jobd(capsys, "doctor", "--store", str(running.store))
     assert code == 75
     assert "--running" in err
-    assert _jobd(capsys, "restore", str(copy), "--store", str(running.store), "--yes")[0] == 75
+    for how in ("--yes", "--dry-run"):
+        code, out, err = _jobd(capsys, "restore", str(copy), "--store", str(running.store), how)
+        assert (code, out) == (75, "")
+        assert str(running.process.pid) in err
 
 
 def test_a_damaged_row_is_named_with_its_mend(jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -581,8 +588,25 @@ def test_a_damaged_row_is_named_with_its_mend(jobctl: Ctl, tmp_path: Path, capsy
     assert "mend: " in out
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--json")
     assert {"where", "what", "mend"} == set(json.loads(out)["problems"][0])
-    assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "nobody")[0] == 4
-    assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2")[0] == 0
+    for how in ("--yes", "--dry-run"):
+        assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "nobody", how)[0] == 4
+    before = copy.read_bytes()
+    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2", "--dry-run")
+    assert code == 0
+    assert "job b2: its row would be taken as it is" in out
+    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--recount", "--dry-run")
+    assert code == 0
+    assert "all indexes would be rebuilt" in out
+    for verb in (["--accept", "b2"], ["--recount"]):  # nobody can be asked here
+        code, out, err = _jobd(capsys, "doctor", "--store", str(copy), *verb)
+        assert (code, out) == (2, "")
+        assert "add --yes to do it, --dry-run to look first" in err
+    assert _jobd(capsys, "doctor", "--store", str(copy), "--dry-run")[0] == 2
+    assert copy.read_bytes() == before
+    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2", "--yes")
+    assert code == 0
+    assert "job b2: its row was taken as it is" in out
+    assert "Counted:" in _jobd(capsys, "doctor", "--store", str(copy), "--recount", "--yes")[1]
 
 
 def test_the_doctor_looks_at_the_running_daemon(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": (
         "store tables job_writer rows lookups audit_writer audit_reader webhook_tables opening wal migrations "
-        "quarantine files backup doctor",
+        "quarantine files backup doctor rehearsal",
         "nouns fingerprints",
     ),
     "copies": ("copies", "nouns store"),
@@ -49,8 +49,8 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "system": ("log outlet systemd", ""),
     "wiring": (
         "daemon",
-        "nouns book rules clock actor store copies web feed webhooks artefacts downloads time watch rooms apis settings "
-        "system dashboard",
+        "nouns book rules clock actor store copies web feed webhooks artefacts downloads time watch rooms apis "
+        "settings system dashboard",
     ),
     "dashboard": ("dashboard", "nouns web feed downloads"),
     "client": ("client", "nouns"),

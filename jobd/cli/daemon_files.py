@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd.cli import exits, show
-from jobd.cli.deeds import confirm
+from jobd.cli.deeds import confirm, need_terminal
 from jobd.cli.group import json_option
 from jobd.cli.places import admin_client, admin_options
 from jobd.cli.settings import config_option, store_option, store_path
@@ -49,7 +49,7 @@ def _show(seen: BackupView, advance: Advance) -> None:
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("--dry-run", is_flag=True, help="Only check, and say what would be done.")
 @store_option
 @config_option
 def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str | None) -> None:
@@ -61,18 +61,20 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
     path = store_path(store, config)
     if not file.exists():
         raise exits.Problem(f"{file} does not exist: name a file that jobd backup has written", exits.IO_ERROR)
-    there = Path(path).exists()
-    if dry_run:
-        kept = "; the database that is there would be kept beside it" if there else ""
-        show.emit(f"would put {file} ({show.size(file.stat().st_size)}) in place as {path}{kept}")
-        return
-    if there and not yes:
-        confirm(f"put {file} in place of the database {path} (which is kept beside it)")
+    from jobd import rehearsal
     from jobd.backup import restore as put_back
     from jobd.batch import DiskFull
     from jobd.cli.waiting import busy
 
     try:
+        if dry_run:
+            with busy(f"checking {file}"):
+                lines = rehearsal.restore(str(file), path)
+            for line in lines:
+                show.emit(line)
+            return
+        if Path(path).exists() and not yes:
+            confirm(f"put {file} in place of the database {path} (which is kept beside it)")
         with busy(f"checking and copying {file}"):
             aside = put_back(str(file), path)
     except DiskFull as error:
@@ -86,12 +88,21 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
 @click.option("--running", is_flag=True, help="Check the running daemon over its admin API.")
 @click.option("--accept", metavar="ID", help="Take the edited row of this job as it is, and let validation judge it.")
 @click.option("--recount", is_flag=True, help="Take the rows that are there as all there are: counts are made anew.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask (--accept, --recount).")
+@click.option("--dry-run", is_flag=True, help="Only say what would be written (--accept, --recount).")
 @json_option
 @store_option
 @config_option
 @admin_options
 def doctor(
-    running: bool, accept: str | None, recount: bool, as_json: bool, store: str | None, config: str | None
+    running: bool,
+    accept: str | None,
+    recount: bool,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
+    store: str | None,
+    config: str | None,
 ) -> int:
     """Name every problem of a database, and its mend.
 
@@ -101,6 +112,8 @@ def doctor(
 
     if running + (accept is not None) + recount > 1 or (running and (store or config)):
         raise click.UsageError("--running, --accept and --recount exclude each other; the first takes no database")
+    if (yes or dry_run) and accept is None and not recount:
+        raise click.UsageError("--yes and --dry-run belong to --accept and --recount: nothing else writes")
     if running:
         from jobd.cli.checkup import examine
 
@@ -110,14 +123,33 @@ def doctor(
 
     path = store_path(store, config)
     if accept is not None or recount:
-        show.emit(offline.accept(path, accept) if accept is not None else offline.recount(path))
-        return exits.DONE
+        return _repair(path, accept, yes=yes, dry_run=dry_run)
     try:
         with busy(f"checking {path}"):
             problems = offline.check(path)
     except StoreBusy as error:
         raise exits.Problem(f"{error}; or check it as it runs: jobd doctor --running", exits.TRY_AGAIN) from None
     return _diagnosis(problems, as_json)
+
+
+def _repair(path: str, accept: str | None, *, yes: bool, dry_run: bool) -> int:
+    """Take the row of job `accept` as it is, or all rows as they are: shown first, asked, then written."""
+    from jobd import doctor as offline
+    from jobd import rehearsal
+    from jobd.cli.waiting import busy
+
+    if not yes:
+        if not dry_run:
+            need_terminal()
+        with busy(f"looking at {path}"):
+            lines = rehearsal.recount(path) if accept is None else rehearsal.accept(path, accept)
+        for line in lines:
+            show.emit(line) if dry_run else show.say(line)
+        if dry_run:
+            return exits.DONE
+        confirm("write that")
+    show.emit(offline.recount(path) if accept is None else offline.accept(path, accept))
+    return exits.DONE
 
 
 def _diagnosis(problems: Sequence[Any], as_json: bool) -> int:
