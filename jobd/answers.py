@@ -232,7 +232,6 @@ class StatsView(Struct, frozen=True, rename="camel"):
     locked_jobs: int
     average_processing_time: float
     oldest_processing_job: OldestProcessing | None
-    oldest_due_job: OldestDue | None
     stuck_jobs_recovered: int
     timestamp: int
     cleanup_running: bool = False
@@ -460,8 +459,10 @@ class QuarantineList(Struct):
 
 
 class Vitals(Struct, frozen=True):
-    """How the process is. `commit_p99_s` is a bound: 99 of 100 commits of the last minutes took no longer; None where
-    there was none."""
+    """How the process is, and which job has waited longest.
+
+    `commit_p99_s` is a bound: 99 of 100 commits of the last minutes took no longer; None where there was none.
+    """
 
     mailbox: int
     parked: int
@@ -470,6 +471,7 @@ class Vitals(Struct, frozen=True):
     database_bytes: int
     wal_bytes: int
     uptime_ms: int
+    oldest_due: OldestDue | None
 
 
 class AuditView(Struct, frozen=True):

@@ -24,7 +24,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
-from jobd import __version__
+from jobd import __version__, views
 from jobd.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
 from jobd.alerts import Alerts
 from jobd.answers import Vitals
@@ -167,6 +167,7 @@ class Metrics:
             database_bytes=database,
             wal_bytes=wal,
             uptime_ms=int((time.monotonic() - self._born_s) * SECOND_MS),
+            oldest_due=views.oldest_due(self._actor.book),
         )
 
     def commit_p99_s(self) -> float | None:

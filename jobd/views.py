@@ -237,7 +237,6 @@ def _locked(job: Job, grant: Grant, lease: Lease, at: Moment, admin: bool) -> Lo
 def stats(book: Book, figures: Figures, at: Moment) -> StatsView:
     oldest = next(iter(book.processing.values()), None)
     shown = None if oldest is None else OldestProcessing(oldest.id, _age_s(oldest, at), oldest.progress)
-    due = book.oldest_due()
     return StatsView(
         total_jobs=book.total(),
         by_status={status: book.totals[status] for status in STATUSES},
@@ -245,10 +244,15 @@ def stats(book: Book, figures: Figures, at: Moment) -> StatsView:
         locked_jobs=book.live_locks(),
         average_processing_time=average_processing_s(book, figures, at),
         oldest_processing_job=shown,
-        oldest_due_job=None if due is None else OldestDue(due[1][3], due[0], due[1][1]),
         stuck_jobs_recovered=figures.recovered_last_day(at.now),
         timestamp=at.now,
     )
+
+
+def oldest_due(book: Book) -> OldestDue | None:
+    """The job that has been due longest of all."""
+    found = book.oldest_due()
+    return None if found is None else OldestDue(found[1][3], found[0], found[1][1])
 
 
 def average_processing_s(book: Book, figures: Figures, at: Moment) -> float:

@@ -32,6 +32,7 @@ from jobd.answers import (
     FailuresView,
     HealthStatus,
     HealthView,
+    OldestDue,
     PartHealth,
     PlannedJob,
     PlanResult,
@@ -205,6 +206,7 @@ class Figures:
         self.planned: list[MakePlan] = []
         self.operators: list[Operator] = []
         self.accepted = False
+        self.oldest_due: OldestDue | None = None
         self.alive = True
         self.ready = True
         self.pieces: list[bytes | Exception] = [b"SQLite format 3\x00", b"x" * 100_000]
@@ -264,7 +266,7 @@ class Figures:
         return b"jobd_stuck_jobs 0\n"
 
     async def vitals(self) -> Vitals:
-        return Vitals(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000)
+        return Vitals(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000, self.oldest_due)
 
     async def reports(self, limit: int) -> list[CleanupReport]:
         return [REPORT][:limit]

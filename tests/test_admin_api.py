@@ -66,7 +66,7 @@ REPORT = {
     "errors": [],
     "forced": True,
 }
-STATS = StatsView(3, {"queued": 3}, 0, 0, 0.0, None, None, 0, 1_700_000_000_000)
+STATS = StatsView(3, {"queued": 3}, 0, 0, 0.0, None, 0, 1_700_000_000_000)
 
 # Calls that are one command to the actor: call, example of a body (or query), the command, whether a key counts.
 COMMANDS: list[tuple[str, str, str, Command, bool]] = [

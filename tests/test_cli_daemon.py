@@ -760,7 +760,7 @@ def test_the_typescript_worker_of_the_docs(running: Running) -> None:
 
 async def _findings(place: Path, prepare: Callable[[House], None]) -> dict[str, str]:
     """What `jobd doctor --running` finds at a real door behind which the figures are ours."""
-    stats = answers.StatsView(9, {}, 2, 0, 0.0, None, None, 0, 1_772_366_400_000)
+    stats = answers.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
     async with House(admin_api.ROUTES, place, admin=True, actor=Desk(lambda _: answers.Answer(stats))) as house:
         prepare(house)
         with AdminClient(f"unix:{house.path}", token="canary-token-0123456789", retry_for_s=0) as client:

@@ -32,7 +32,6 @@ STATS = StatsView(
     locked_jobs=1,
     average_processing_time=1.5,
     oldest_processing_job=None,
-    oldest_due_job=None,
     stuck_jobs_recovered=0,
     timestamp=1_772_366_400_000,
     cleanup_running=False,

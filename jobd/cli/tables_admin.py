@@ -57,7 +57,7 @@ def _held(worker: WorkerView) -> str:
 
 
 def stats(view: StatsView) -> None:
-    oldest, due = view.oldest_processing_job, view.oldest_due_job
+    oldest = view.oldest_processing_job
     fields: list[tuple[str, object]] = [("jobs", view.total_jobs)]
     fields += [(f"  {status}", count) for status, count in view.by_status.items()]
     fields += [
@@ -70,8 +70,6 @@ def stats(view: StatsView) -> None:
         fields.append(
             ("longest running", f"{oldest.id}, {show.span(oldest.age * 1000)}, {show.cell(oldest.progress)} %")
         )
-    if due is not None:
-        fields.append(("due for longest", f"{due.id}, {show.age(due.due_at)}, queue {due.queue}"))
     fields.append(("cleanup", _cleanup(view.cleanup_running, view.time_since_last_cleanup)))
     show.pairs(fields)
 
