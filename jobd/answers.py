@@ -64,8 +64,12 @@ class JobView(Struct):
 
 
 class JobPage(Struct):
+    """`looked_to_at`: when the oldest job that was looked at was created, where the page ended for having looked at
+    enough, with less in it than was asked for; null where it is full, or the last one."""
+
     jobs: list[JobView]
     next_cursor: str | None
+    looked_to_at: int | None = None
 
 
 class ExportPage(Struct):
@@ -646,7 +650,8 @@ class Look(Struct, frozen=True):
 
 class Answer(Struct):
     """A yes. `shows` are the job views whose payload is still to be read, with the job's seq; `grants` lets an
-    undelivered answer be taken back: (job id, lock id) of each grant in it; `look` is answered from the disk.
+    undelivered answer be taken back: (job id, lock id) of each grant in it; `look` is answered from the disk, `looked`
+    is at how many jobs it looked at most, for a page of them.
     """
 
     data: Any
@@ -654,4 +659,5 @@ class Answer(Struct):
     shows: list[tuple[int, JobView]] = []
     grants: list[tuple[str, str]] = []
     look: Look | None = None
+    looked: int = 0
     replayed: bool = False  # a stored idempotent answer

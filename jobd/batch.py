@@ -227,8 +227,9 @@ class LateKnown(Struct):
 class Query(Struct, frozen=True):
     """A page of jobs, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most.
 
-    Where `after` is given: oldest first, seq above it. `since` and `until` bound created_at, `text` is looked for in
-    id, payload and error message. Without `payloads` the page is without them.
+    Where `after` is given: oldest first, seq above it. `worker` is that of the latest grant, current or ended. `since`
+    and `until` bound created_at, `finished_*` finished_at; `text` is looked for in id, payload and error message.
+    Without `payloads` the page is without them.
     """
 
     status: str | None = None
@@ -242,6 +243,8 @@ class Query(Struct, frozen=True):
     payload_bytes: int = 4 << 20  # a page ends early rather than carry more payload and metadata than this
     since: int | None = None
     until: int | None = None
+    finished_since: int | None = None
+    finished_until: int | None = None
     text: str | None = None
     error: str | None = None  # the fingerprint of the error
     payloads: bool = True
@@ -255,11 +258,15 @@ class Query(Struct, frozen=True):
 class Page(Struct):
     """`next_before` is the `before` of the next page (oldest first: its `after`), None at the end.
 
-    `last_event` is the highest number of an event that had been committed when the page was read.
+    `looked_to_at`: when the last row that was looked at was created, where the page ended for having looked at enough.
+    `looked`: at so many rows at most. `last_event` is the highest number of an event that had been committed when the
+    page was read.
     """
 
     jobs: list[tuple[Job, bytes]]
     next_before: int | None
+    looked_to_at: int | None = None
+    looked: int = 0
     last_event: int = 0
 
 

@@ -153,7 +153,10 @@ class Validate(OnJob, frozen=True, kw_only=True):
 
 
 class List(Command, frozen=True, kw_only=True):
-    """A page of jobs, newest first. `cursor` is the `next_cursor` of the page before."""
+    """A page of jobs, newest first. `cursor` is the `next_cursor` of the page before.
+
+    `worker` is that of the latest grant: it holds the job, or was the last to hold it.
+    """
 
     status: Status | None = None
     queue: QueueName | None = None
@@ -166,12 +169,15 @@ class List(Command, frozen=True, kw_only=True):
 class Search(List, frozen=True, kw_only=True):
     """A page of jobs with the filters of operators. `since` and `until` bound `created_at`: from, and before.
 
-    `q` is found in the id, the payload as it came, or the error message; capitals of A to Z do not matter. `error` is
-    the fingerprint of the error; of failed jobs, where no status is asked for.
+    `finished_since` and `finished_until` bound `finished_at` likewise: jobs that are not finished are left out. `q` is
+    found in the id, the payload as it came, or the error message; capitals of A to Z do not matter. `error` is the
+    fingerprint of the error; of failed jobs, where no status is asked for.
     """
 
     since: MomentMs | None = None
     until: MomentMs | None = None
+    finished_since: MomentMs | None = None
+    finished_until: MomentMs | None = None
     q: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)] | None = None
     error: Fingerprint | None = None
 
@@ -394,6 +400,8 @@ class Filter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     worker: Worker | None = None
     since: MomentMs | None = None
     until: MomentMs | None = None
+    finished_since: MomentMs | None = None
+    finished_until: MomentMs | None = None
     q: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)] | None = None
     error: Fingerprint | None = None
 

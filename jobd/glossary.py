@@ -54,8 +54,8 @@ _OPERATORS: Final = {
     "POST import": "Move jobs in: a stream of JSON lines, one job a line. Each is created, skipped (its id exists) or "
     "refused by itself; what was processing is ended by its stall rule.",
     "GET export": "A page of jobs, oldest first, as an import takes them.",
-    "GET jobs": "A page of jobs, newest first, with lock ids. A page looks at 5000 jobs at most, so it may be short; "
-    "the last one has no `next_cursor`.",
+    "GET jobs": "A page of jobs, newest first, with lock ids. It is looked for during half a second at most, so "
+    "it may be short (`looked_to_at`); the last one has no `next_cursor`.",
     "GET jobs/{id}": "One job, with its lock id.",
     "DELETE jobs/{id}": "Delete a finished job and its history.",
     "GET jobs/{id}/timeline": "What happened to a job, oldest first.",
@@ -98,7 +98,8 @@ _OPERATORS: Final = {
 CALLS: Final = {
     "POST /v1/jobs": "Create a job. The same request again gives the same job.",
     "POST /v1/jobs/bulk": "Create many jobs, all or none, in the order given.",
-    "GET /v1/jobs": "A page of jobs, newest first. A page may be short; the last one has no `next_cursor`.",
+    "GET /v1/jobs": "A page of jobs, newest first. A page may be short (`looked_to_at`); the last one has no "
+    "`next_cursor`.",
     "GET /v1/jobs/{id}": "One job.",
     "GET /v1/jobs/{id}/timeline": "What happened to a job, oldest first.",
     "GET /v1/jobs/{id}/why": "Why a job is where it is, and what happens next.",
@@ -283,6 +284,8 @@ FIELDS: Final = {
     "fingerprint": "The name of the error: the same for errors that differ only in numbers, quoted texts, paths and "
     "the like.",
     "finished_at": "When it was finished.",
+    "finished_since": "Only what finished from this time on, in Unix milliseconds.",
+    "finished_until": "Only what finished before, in Unix milliseconds.",
     "firing": "Whether it fires now.",
     "fix": "What mends it.",
     "forced": "Whether somebody asked for the pass.",
@@ -328,6 +331,7 @@ FIELDS: Final = {
     "lock_ttl_ms": "How long the lock lasts, and by how much a sign of life renews it.",
     "lockedJobs": "Jobs with a live lock.",
     "locks": "Every current grant.",
+    "looked_to_at": "When the oldest job that was looked at was created, where the page ended for looking at enough.",
     "made_at": "When it was made.",
     "max_attempts": "How often it is tried.",
     "max_ms": "No wait is longer.",
@@ -419,6 +423,6 @@ FIELDS: Final = {
     "why": "Why nothing is done to it.",
     "whole": "False while those from before the start are still being counted.",
     "who": "The operator's name, `admin` where none was given.",
-    "worker": "The worker's name.",
+    "worker": "The worker's name. In a query: it holds the job, or was the last to hold it.",
     "workers": "The workers.",
 }

@@ -25,6 +25,11 @@ log = structlog.get_logger("jobd.actor")
 
 AT_ONCE: Final = 4
 SLICE: Final = 250  # rows that are compared in one go where that takes its time
+# Where few jobs match, a page is looked for slice by slice, until so many rows or so much time are spent,
+MOST_LOOKED: Final = 2_000_000
+PATIENCE_S: Final = 0.5
+EAGER_S: Final = 0.05  # and from then on with a pause after each, so that it never has half of the disk's thread.
+PAUSE_S: Final = 0.002
 
 
 class History:
@@ -35,6 +40,7 @@ class History:
         self._moment = moment
         self._tasks: set[asyncio.Task[None]] = set()
         self._places = asyncio.Semaphore(AT_ONCE)
+        self._far = asyncio.Semaphore(1)  # who looks further than a slice holds up nobody but those who do, too
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -52,18 +58,20 @@ class History:
             await asyncio.wait(self._tasks)
 
     async def _look(self, asked: Asked, answer: Answer, look: Look, policy: Policy) -> None:
-        async with self._places:
-            try:
-                answer.data = await self._seen(look, policy, admin=asked.call.admin)
-            except Exception:
-                log.exception("history_failed", command=type(asked.call.command).__name__)
-                asked.reply(Refusal("internal_error", "Reading the history failed. The log has the details."))
-                return
+        try:
+            if look.page is not None:
+                page = await self._found(_query(look.page))
+                answer.data, answer.looked = self._shown(page, policy, admin=asked.call.admin), page.looked
+            else:
+                async with self._places:
+                    answer.data = await self._seen(look)
+        except Exception:
+            log.exception("history_failed", command=type(asked.call.command).__name__)
+            asked.reply(Refusal("internal_error", "Reading the history failed. The log has the details."))
+            return
         asked.reply(answer)
 
-    async def _seen(
-        self, look: Look, policy: Policy, *, admin: bool
-    ) -> TimelineView | LateResultList | JobPage | ExportPage | AuditPage:
+    async def _seen(self, look: Look) -> TimelineView | LateResultList | ExportPage | AuditPage:
         if look.timeline is not None:
             return TimelineView([view(event) for event in await self._disk.timeline(look.timeline, look.events)])
         if look.export is not None:
@@ -71,43 +79,53 @@ class History:
         if look.late is not None:
             known = await self._disk.late([LateAsked(look.late, whole=True)])
             return LateResultList([views.late_view(late) for late in known.results.get(look.late, [])])
-        if look.audit is not None:
-            return _told(await self._disk.audit(_asked(look.audit)))
-        assert look.page is not None
-        return self._shown(await self._found(_query(look.page)), policy, admin=admin)
+        assert look.audit is not None
+        return _told(await self._disk.audit(_asked(look.audit)))
 
     async def _found(self, query: Query) -> Page:
-        """A page; where each row takes its time, slice by slice, so that no batch waits for more than one of them."""
-        if not query.is_slow:
-            return await self._disk.find(query)
+        """A page, slice by slice: no batch waits for more than one, and everybody has the loop in between."""
+        now_s = asyncio.get_running_loop().time
+        began_s = now_s()
         page, size = Page([], query.before), 0
-        for _ in range(0, query.scan, SLICE):
+        places = self._places
+        while True:
             left = replace(
                 query,
                 before=page.next_before,
                 limit=query.limit - len(page.jobs),
-                scan=SLICE,
+                scan=SLICE if query.is_slow else query.scan,
                 payload_bytes=query.payload_bytes - size,
             )
-            part = await self._disk.find(left)
-            page = Page(page.jobs + part.jobs, part.next_before)
+            async with places:
+                part = await self._disk.find(left)
+            page = Page(page.jobs + part.jobs, part.next_before, part.looked_to_at, page.looked + part.looked)
+            if page.looked_to_at is None or page.looked >= MOST_LOOKED or now_s() - began_s >= PATIENCE_S:
+                return page
             size = sum(len(payload) for _, payload in page.jobs)
-            if page.next_before is None or len(page.jobs) >= query.limit or size >= query.payload_bytes:
-                break
-        return page
+            places = self._far
+            if now_s() - began_s >= EAGER_S:
+                await asyncio.sleep(PAUSE_S)
 
     def _shown(self, page: Page, policy: Policy, *, admin: bool) -> JobPage:
         at = self._moment()
         shown = [views.job_view(job, at, policy, admin=admin, payload=Raw(payload)) for job, payload in page.jobs]
-        return JobPage(shown, _cursor(page))
+        return JobPage(shown, _cursor(page), page.looked_to_at)
 
 
 def _query(asked: List) -> Query:
     before = None if asked.cursor is None else int(asked.cursor)
     query = Query(asked.status, asked.queue, asked.kind, asked.worker, asked.limit, before)
     if isinstance(asked, Search):
-        query = replace(query, since=asked.since, until=asked.until, text=asked.q, error=asked.error)
-        if asked.error is not None and asked.status is None and asked.worker is None:
+        query = replace(
+            query,
+            since=asked.since,
+            until=asked.until,
+            finished_since=asked.finished_since,
+            finished_until=asked.finished_until,
+            text=asked.q,
+            error=asked.error,
+        )
+        if asked.error is not None and asked.status is None:
             query = replace(query, status="failed")
     return query
 

@@ -34,6 +34,7 @@ from jobd.tables import (
     BY_ID,
     BY_SEQ,
     EVENT_SQL,
+    FAILED_SQL,
     FINISHED_SQL,
     JOB_SQL,
     KEY_SQL,
@@ -48,6 +49,7 @@ _NO_LIMIT: Final = 1 << 62
 _EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
 _JOB_SEQ: Final = EVENT_COLUMNS.index("job_seq")
 _ALL: Final = -1  # SQLite: no limit
+_CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
 _METADATA: Final = JOB_COLUMNS.index("metadata")
 _LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
 SLICE_BYTES: Final = 256 << 10  # of a piece that is read between two batches: below 2 ms
@@ -65,6 +67,11 @@ _HAS_TEXT: Final = (
     "(instr(lower(id), ?) OR instr(lower(error_message), ?) OR EXISTS (SELECT 1 FROM payloads "
     "WHERE job_seq = jobs.seq AND instr(lower(CAST(body AS TEXT)), ?)))"
 )
+# Where jobs of a status are looked for; completed ones are in no index.
+_SCOPES: Final = {
+    **dict.fromkeys(LIVE, f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?"),
+    **dict.fromkeys(("failed", "cancelled"), f"INDEXED BY jobs_failed WHERE {FAILED_SQL} AND status = ?"),
+}
 _CAPITALS: Final = {ord(capital): ord(capital) + 32 for capital in ascii_uppercase}
 _NO_PAYLOAD: Final = Payload(b"null", "")
 # Also jobs that were set aside: an operator may take them back as they are.
@@ -202,7 +209,7 @@ def _page(tables: Tables, query: Query) -> Page:
         f"WHERE true{filters} ORDER BY found {way} LIMIT ?"
     )
     matched, is_cut = tables.some_rows(sql, (*scope_args, begin, end, *args, query.limit + 1), query.payload_bytes)
-    page = Page([], None)
+    page = Page([], None, looked=query.scan)
     last = _fill(tables, page, matched, query)
     if is_cut and last is None:
         last = matched[-1][0]
@@ -210,7 +217,10 @@ def _page(tables: Tables, query: Query) -> Page:
         page.next_before = last
     elif edge is not None:
         more = tables.conn.execute(f"SELECT 1 FROM jobs {scope} AND {beyond}", (*scope_args, end)).fetchone()
-        page.next_before = None if more is None else end
+        if more is not None:
+            page.next_before = end
+            found = tables.conn.execute(_CREATED, (end,)).fetchone()
+            page.looked_to_at = None if found is None else found[0]
     return page
 
 
@@ -233,20 +243,22 @@ def _page_one_by_one(tables: Tables, query: Query) -> Page:
 
 
 def _conditions(query: Query) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...]]:
-    """Which rows count as looked at (the live ones by their index, where the query allows it), and which match."""
-    status = "processing" if query.worker is not None and query.status is None else query.status
+    """Which rows count as looked at (those of an index, where the query allows it), and which match."""
     scope = "NOT INDEXED WHERE true"
     scope_args: tuple[Any, ...] = ()
-    if status in LIVE:
-        scope, scope_args = f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?", (status,)
-    wanted = {"status": status, "queue": query.queue, "kind": query.kind, "worker": query.worker}
-    found: dict[str, tuple[Any, ...]] = {
-        f"{column} = ?": (value,) for column, value in wanted.items() if value is not None
+    if query.status in _SCOPES:
+        scope, scope_args = _SCOPES[query.status], (query.status,)
+    wanted = {
+        "status = ?": query.status,
+        "queue = ?": query.queue,
+        "kind = ?": query.kind,
+        "ifnull(worker, ended_worker) = ?": query.worker,  # of the latest grant: a job keeps the one before it, too
+        "created_at >= ?": query.since,
+        "created_at < ?": query.until,
+        "finished_at >= ?": query.finished_since,
+        "finished_at < ?": query.finished_until,
     }
-    if query.since is not None:
-        found["created_at >= ?"] = (query.since,)
-    if query.until is not None:
-        found["created_at < ?"] = (query.until,)
+    found: dict[str, tuple[Any, ...]] = {each: (value,) for each, value in wanted.items() if value is not None}
     if query.text is not None:
         found[_HAS_TEXT] = (_lower(query.text),) * 3
     if query.error is not None:

@@ -276,7 +276,7 @@ def as_query(wanted: Filter) -> Query:
     """The first look for the jobs of a filter."""
     is_slow = wanted.q is not None or wanted.error is not None
     status = wanted.status
-    if wanted.error is not None and wanted.worker is None:
+    if wanted.error is not None:
         status = status or "failed"
     return Query(
         status=status,
@@ -287,6 +287,8 @@ def as_query(wanted: Filter) -> Query:
         scan=SLOW_SCAN if is_slow else SCAN,
         since=wanted.since,
         until=wanted.until,
+        finished_since=wanted.finished_since,
+        finished_until=wanted.finished_until,
         text=wanted.q,
         error=wanted.error,
         payloads=False,

@@ -40,6 +40,7 @@ T = TypeVar("T")
 KEEP_REPORTS: Final = 500
 
 LIVE_SQL: Final = "status IN ('queued', 'processing')"
+FAILED_SQL: Final = "status IN ('failed', 'cancelled')"
 FINISHED_SQL: Final = "status IN ('completed', 'failed', 'cancelled')"
 JOB_SQL: Final = f"{', '.join(JOB_COLUMNS)}, crc"
 EVENT_SQL: Final = f"{', '.join(EVENT_COLUMNS)}, crc"

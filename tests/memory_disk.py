@@ -214,6 +214,9 @@ class MemoryDisk:
             size += len(body)
         if page.next_before is not None and not self._in_order(query, page.next_before):
             page.next_before = None
+        page.looked = looked
+        if page.next_before is not None and looked == query.scan and len(page.jobs) < query.limit:
+            page.looked_to_at = self.jobs[page.next_before].created_at
         page.last_event = self.numbers.next_event - 1
         await self._tell_aside()
         return page
@@ -527,13 +530,16 @@ def _is_asked(audited: Audited, query: AuditQuery) -> bool:
 
 
 def _matches(job: Job, query: Query) -> bool:
-    status = "processing" if query.worker is not None and query.status is None else query.status
+    held = job.grant or job.ended
+    finished_at = -1 if job.finished_at is None else job.finished_at
     return (
-        (status is None or job.status == status)
+        (query.status is None or job.status == query.status)
         and (query.queue is None or job.options.queue == query.queue)
         and (query.kind is None or job.options.kind == query.kind)
-        and (query.worker is None or (job.grant is not None and job.grant.worker == query.worker))
+        and (query.worker is None or (held is not None and held.worker == query.worker))
         and (query.error is None or (job.error is not None and _name(job) == query.error))
         and (query.since is None or job.created_at >= query.since)
         and (query.until is None or job.created_at < query.until)
+        and (query.finished_since is None or finished_at >= query.finished_since)
+        and (query.finished_until is None or 0 <= finished_at < query.finished_until)
     )

@@ -34,6 +34,7 @@ from jobd.commands import (
     DeleteExpired,
     EndGrants,
     Export,
+    Fail,
     ForceFail,
     ForceReset,
     Get,
@@ -1937,9 +1938,10 @@ async def test_late_results_are_counted() -> None:
 
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page looks at 7 jobs, in slices of 3."""
+    """A page looks at 7 jobs or a few more, in slices of 3."""
     monkeypatch.setattr(history, "SLICE", 3)
-    monkeypatch.setattr(history, "Query", partial(Query, scan=7))
+    monkeypatch.setattr(history, "MOST_LOOKED", 7)
+    monkeypatch.setattr(history, "Query", partial(Query, scan=3))
 
 
 @pytest.mark.usefixtures("small_pages")
@@ -1963,6 +1965,92 @@ async def test_a_search_for_text_looks_slice_by_slice_and_at_a_page_at_most() ->
         ]
 
 
+@pytest.mark.usefixtures("small_pages")
+@in_virtual_time
+async def test_a_page_goes_on_looking_until_it_has_looked_at_enough() -> None:
+    async with Household() as house:
+        for n in range(15):
+            await asyncio.sleep(1)
+            await house.yes(Create(id=f"j{n}", queue="b" if n in (1, 7, 8) else "a"))
+        created = {f"j{n}": (await house.yes(Get(id=f"j{n}"))).created_at for n in range(15)}
+        looks = house.disk.calls.get("find", 0)
+        page = await house.yes(List(queue="b"))
+        assert [job.id for job in page.jobs] == ["j8", "j7"]
+        assert (page.next_cursor is not None, page.looked_to_at) == (True, created["j6"])
+        assert house.disk.calls["find"] == looks + 3
+        rest = await house.yes(List(queue="b", cursor=page.next_cursor))
+        assert ([job.id for job in rest.jobs], rest.next_cursor, rest.looked_to_at) == (["j1"], None, None)
+        full = await house.yes(List(queue="b", limit=2))
+        assert ([job.id for job in full.jobs], full.looked_to_at) == (["j8", "j7"], None)
+        assert full.next_cursor is not None
+        none = await house.yes(List(queue="nowhere"))
+        assert (none.jobs, none.looked_to_at) == ([], created["j6"])
+
+
+@pytest.fixture
+def slow_pages(small_pages: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page looks at 12 jobs in slices of 3, which takes 3 s."""
+    monkeypatch.setattr(history, "MOST_LOOKED", 1_000)
+    monkeypatch.setattr(history, "EAGER_S", 0)
+    monkeypatch.setattr(history, "PAUSE_S", 1.0)
+    monkeypatch.setattr(history, "PATIENCE_S", 2.5)
+
+
+@pytest.mark.usefixtures("slow_pages")
+@in_virtual_time
+async def test_a_page_goes_on_looking_until_its_time_is_up() -> None:
+    async with Household() as house:
+        for n in range(30):
+            await house.yes(Create(id=f"j{n}", queue="b" if n == 0 else "a"))
+        began = house.now
+        page = await house.yes(List(queue="b"))
+        assert (page.jobs, page.next_cursor, house.now - began) == ([], "19", 3_000)
+        found, pages = [], 1
+        while page.next_cursor is not None:
+            page = await house.yes(List(queue="b", cursor=page.next_cursor))
+            found += [job.id for job in page.jobs]
+            pages += 1
+        assert (found, pages) == (["j0"], 3)
+
+
+@pytest.mark.usefixtures("slow_pages")
+@in_virtual_time
+async def test_who_looks_far_back_holds_up_nobody_else() -> None:
+    async with Household() as house:
+        for n in range(30):
+            await house.yes(Create(id=f"j{n}"))
+        far = [asyncio.create_task(house.yes(List(queue="nowhere"))) for _ in range(2 * history.AT_ONCE)]
+        await asyncio.sleep(0.5)
+        began = house.now
+        assert len((await house.yes(Timeline(id="j0"))).events) == 1
+        await house.yes(Create(id="new"))
+        assert len((await house.yes(List(limit=1))).jobs) == 1
+        assert house.now == began
+        assert not any(task.done() for task in far)
+        assert {page.next_cursor for page in await asyncio.gather(*far)} == {"19"}
+
+
+@in_virtual_time
+async def test_jobs_that_move_while_one_pages_are_neither_shown_twice_nor_left_out() -> None:
+    """A page begins below the one before, wherever its jobs are looked for."""
+    async with Household() as house:
+        for n in range(12):
+            await house.yes(Create(id=f"j{n}"))
+            if n % 2:
+                await house.yes(ForceFail(id=f"j{n}", reason="no"))
+        seen: list[str] = []
+        cursor = None
+        while True:
+            page = await house.yes(List(status="failed", limit=2, cursor=cursor))
+            seen += [job.id for job in page.jobs]
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+            await house.yes(ForceReset(id=seen[-1]))  # it leaves the index that the walk goes along,
+            await house.yes(ForceFail(id=f"j{len(seen)}", reason="no")) if len(seen) == 2 else None  # and one comes
+        assert seen == ["j11", "j9", "j7", "j5", "j3", "j2", "j1"]
+
+
 @in_virtual_time
 async def test_a_search_for_an_error_looks_at_failed_jobs_where_nothing_else_is_said() -> None:
     async with household() as house:
@@ -1979,10 +2067,32 @@ async def test_a_search_for_an_error_looks_at_failed_jobs_where_nothing_else_is_
 
 
 @in_virtual_time
-async def test_a_search_carries_a_page_of_payload_and_one_more_at_most() -> None:
+async def test_jobs_are_found_by_when_they_finished_and_by_who_had_them_last() -> None:
+    async with household() as house:
+        lock_id = await house.held()
+        for job_id in ("b", "c"):
+            await house.yes(Create(id=job_id))
+        await asyncio.sleep(10)
+        middle = house.now
+        await house.yes(Fail(id="a", lock_id=lock_id, error_message="no"))
+        await asyncio.sleep(10)
+        await house.yes(ForceFail(id="b", reason="no"))
+
+        async def found(**asked: Any) -> list[str]:
+            return [job.id for job in (await house.yes(Search(**asked))).jobs]
+
+        assert await found(finished_since=middle) == ["b", "a"]
+        assert await found(finished_since=middle, finished_until=middle + 1) == ["a"]
+        assert await found(worker="w-1") == ["a"]
+        assert await found(worker="w-1", status="failed", finished_since=middle) == ["a"]
+        assert await found(worker="w-1", status="processing") == []
+
+
+@in_virtual_time
+async def test_a_search_carries_a_page_of_payload_at_most() -> None:
     async with Household() as house:
         for n in range(4):
             await house.yes(Create(id=f"j{n}", payload=Raw(b'"' + b"x" * (3 << 20) + b'"')))
         page = await house.yes(Search(q="xxx"))
-        assert [job.id for job in page.jobs] == ["j3", "j2"]
+        assert ([job.id for job in page.jobs], page.looked_to_at) == (["j3"], None)
         assert (await house.yes(Search(since=0, until=house.now + 1))).next_cursor is not None

@@ -82,6 +82,7 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
      Export(status="failed", queue="q", kind="k", limit=5, cursor="7"), False),
     ("GET", f"{P}/jobs", "status=queued&worker=w&limit=5", Search(status="queued", worker="w", limit=5), False),
     ("GET", f"{P}/jobs", "since=1&until=2&q=a%20b", Search(since=1, until=2, q="a b"), False),
+    ("GET", f"{P}/jobs", "finished_since=1&finished_until=2", Search(finished_since=1, finished_until=2), False),
     ("GET", f"{P}/jobs", "error=0123456789ab", Search(error="0123456789ab"), False),
     ("GET", f"{P}/jobs/{{id}}", "", Get(id="j"), False),
     ("DELETE", f"{P}/jobs/{{id}}", "", Delete(id="j"), True),

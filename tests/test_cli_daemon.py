@@ -292,6 +292,12 @@ def test_jobs_are_found_by_text_and_by_time(jobctl: Ctl) -> None:
     assert jobctl.ok("jobs", "-q", "--since", "1h", "--queue", "se") == "se2\nse1\n"
     assert jobctl.ok("jobs", "-q", "--until", "1h", "--queue", "se") == ""
     assert jobctl.ok("jobs", "-q", "--text", "se2", "--since", "1h", "--all") == "se2\n"
+    jobctl.ok("cancel", "se1", "--yes")
+    assert jobctl.ok("jobs", "-q", "--finished-since", "1h", "--queue", "se") == "se1\n"
+    assert jobctl.ok("jobs", "-q", "--finished-until", "1h", "--queue", "se") == ""
+    where = ["--where", "queue=se", "--where", "finished_since=1h"]
+    assert jobctl.json("retry", *where, "--dry-run")["jobs"] == [{"id": "se1", "from": "cancelled", "to": "queued"}]
+    assert jobctl.json("retry", *where, "--where", "finished_until=1h", "--dry-run")["jobs"] == []
 
 
 def test_many_jobs_are_planned_shown_and_done(jobctl: Ctl) -> None:

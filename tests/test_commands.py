@@ -67,6 +67,8 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (List, {}, "limit", [1, 200], [0, 201]),
     (List, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1", "1 "]),
     (Search, {}, "since", [0, 10**15], [-1, 10**15 + 1]),
+    (Search, {}, "finished_since", [0, 10**15], [-1, 10**15 + 1]),
+    (Search, {}, "finished_until", [0, 10**15], [-1, 10**15 + 1]),
     (Search, {}, "until", [0, 10**15], [-1, 10**15 + 1]),
     (Search, {}, "q", ["t", LONG], ["", "x" * 201]),
     (Start, {"id": "a"}, "worker", ["w", LONG, "a b"], ["", "x" * 201, "a\n", "\x00", "\x1f", "\x7f"]),

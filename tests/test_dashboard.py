@@ -15,6 +15,7 @@ import time
 import tomllib
 from collections.abc import AsyncIterator
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -23,13 +24,14 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import admin_api, worker_api
+from jobd import admin_api, history, worker_api
 from jobd.actor import Actor
 from jobd.answers import AlertView, ClockView, DeliveryPage, OldestDue
 from jobd.artefact_files import FileStore
+from jobd.batch import Query
 from jobd.book import Book
 from jobd.clock import Clock
-from jobd.dashboard import entrance, filters, live, paint, sessions
+from jobd.dashboard import entrance, filters, live, pages, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
 from jobd.dashboard.recorder import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
@@ -621,6 +623,11 @@ async def test_jobs_are_found_by_worker_time_and_text(town: Town) -> None:
     assert await found("until=2h&since=") == []
     assert await found("since=2020-01-01&until=2020-01-01+10:00") == []
     assert await found("until=2100-01-01T00:00Z") == ["invoice-7", "held"]
+    body = json.dumps({"jobId": "held", "reason": "no"})
+    assert (await town.admin.ask("POST", "/admin/job-management/force-fail", body, headers=AUTH)).status == 200
+    assert await found("finished_since=2h") == ["held"]
+    assert await found("finished_since=2h&finished_until=1h") == []
+    assert await found("worker=w-1&status=failed") == ["held"]
     page = text(await browser.get("/jobs?since=2h&q=%22x%22"))
     assert 'name="since" value="2h"' in page
     assert 'name="q" value="&#34;x&#34;"' in page
@@ -629,6 +636,38 @@ async def test_jobs_are_found_by_worker_time_and_text(town: Town) -> None:
         heard = await browser.get(f"/jobs?{query}")
         assert (heard.status, field in text(heard)) == (400, True)
         assert_safe(heard)
+
+
+async def test_a_page_says_how_far_it_has_looked_and_what_is_found_at_once(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await town.do("jobs", id="rare", queue="b")
+    await town.do("jobs/bulk", jobs=[{"id": f"often-{number}", "queue": "a"} for number in range(20)])
+    browser = await town.browser()
+    monkeypatch.setattr(history, "Query", partial(Query, scan=3))
+    page = text(await browser.get("/jobs?queue=b"))
+    assert 'id="job-rare"' in page, "it has looked on"
+    assert "looked at" not in page
+    assert "data-every" in page
+    monkeypatch.setattr(pages, "LOOKED_FAR", 10)
+    assert "data-every" not in text(await browser.get("/jobs?queue=b")), "it does not look so far again and again"
+    monkeypatch.setattr(history, "MOST_LOOKED", 6)
+    page = text(await browser.get("/jobs?queue=b&worker=w%261"))
+    assert "No match among the jobs that this page looked at, back to those created <time" in page
+    assert '<a href="/jobs?status=failed&amp;queue=b&amp;worker=w%261">failed</a>' in page
+    page = text(await browser.get("/jobs?queue=b&status=completed"))
+    assert "looked at" in page
+    assert "At once" not in page
+    target, found = "/jobs?queue=b", []
+    while target:
+        page = text(await browser.get(target))
+        found += re.findall(r'id="job-([^"]+)"', page)
+        older = re.search(r'rel="next" href="([^"]+)"', page)
+        target = html.unescape(older[1]) if older else ""
+    assert found == ["rare"]
+    assert "No older job matches" in text(await browser.get("/jobs?queue=b&cursor=1"))
+    monkeypatch.setattr(history, "MOST_LOOKED", 100)
+    assert "No job matches" in text(await browser.get("/jobs?kind=none&status=failed"))
 
 
 @pytest.mark.parametrize(

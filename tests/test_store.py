@@ -34,7 +34,7 @@ from jobd.batch import (
 )
 from jobd.events import KEEP_SIGNS, Change, Event
 from jobd.fingerprints import fingerprint
-from jobd.job import KEEP_LATE, Failure, Job, LateResult, Result
+from jobd.job import KEEP_LATE, Ended, Failure, Grant, Job, LateResult, Lease, Result
 from jobd.store import MEMORY, Store
 from tests.by_hand import NOW, OPTIONS, Maker, all_of
 from tests.store_help import (
@@ -332,7 +332,9 @@ async def fill_for_pages(store: Store) -> Maker:
     await store.write(maker.batch(changes))
     jobs = list(maker.jobs.values())
     await store.write(maker.batch([maker.grant(job) for job in jobs if job.seq % 3 == 0]))
-    await store.write(maker.batch([maker.finish(job) for job in list(maker.jobs.values()) if job.seq % 4 == 0]))
+    done = [job for job in maker.jobs.values() if job.seq % 4 == 0]
+    ends = ("completed", "failed", "completed", "cancelled")
+    await store.write(maker.batch([maker.finish(job, ends[job.seq // 4 % 4]) for job in done]))
     return maker
 
 
@@ -363,6 +365,9 @@ async def all_pages(store: Store, query: Query) -> tuple[list[Job], int]:
         {"worker": "w-1"},
         {"worker": "w-1", "queue": "default"},
         {"worker": "w-1", "status": "completed"},
+        {"worker": "w-1", "status": "failed"},
+        {"status": "failed"},
+        {"status": "cancelled", "queue": "default"},
         {"queue": "nowhere"},
     ],
 )
@@ -384,9 +389,53 @@ def _matches(job: Job, wanted: dict[str, str]) -> bool:
         "status": job.status,
         "queue": job.options.queue,
         "kind": job.options.kind,
-        "worker": job.grant.worker if job.grant else None,
+        "worker": job.grant.worker if job.grant else job.ended.worker if job.ended else None,
     }
     return all(has[name] == value for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("status", ["queued", "processing", "failed", "cancelled"])
+async def test_a_job_that_did_not_complete_is_found_behind_all_younger_ones(store: Store, status: str) -> None:
+    maker = Maker()
+    created = maker.create("old")
+    old = made(created)
+    await store.write(maker.batch([created]))
+    if status == "processing":
+        await store.write(maker.batch([maker.grant(old)]))
+    elif status != "queued":
+        await store.write(maker.batch([maker.finish(old, status)]))
+    await store.write(maker.batch([maker.create() for _ in range(50)]))
+    await store.write(maker.batch([maker.finish(job) for job in list(maker.jobs.values()) if job.id != "old"]))
+    page = await store.find(Query(status=status, scan=5))
+    assert ([job.id for job, _ in page.jobs], page.next_before, page.looked_to_at) == (["old"], None, None)
+
+
+async def test_a_page_says_how_far_it_has_looked_where_it_ends_for_that(store: Store) -> None:
+    maker = Maker()
+    await store.write(maker.batch([said(maker, f"j{n}", created_at=NOW + n) for n in range(9)]))
+    page = await store.find(Query(kind="none", scan=4))
+    assert (page.jobs, page.next_before, page.looked_to_at, page.looked) == ([], 6, NOW + 5, 4)
+    page = await store.find(Query(kind="none", scan=4, before=5))
+    assert (page.next_before, page.looked_to_at) == (None, None), "that was the last one"
+    page = await store.find(Query(scan=4, limit=2))
+    assert (len(page.jobs), page.next_before, page.looked_to_at) == (2, 8, None), "it is full"
+    page = await store.find(Query(scan=4))
+    assert (len(page.jobs), page.next_before, page.looked_to_at) == (4, 6, NOW + 5)
+
+
+async def test_the_worker_of_a_job_is_that_of_its_latest_grant(store: Store) -> None:
+    """Also where it has ended. Who had the job before has no part in it any more."""
+    maker = Maker()
+    created = maker.create("a")
+    await store.write(maker.batch([created]))
+    first = Ended("old", 1, "w-before", NOW, "holder", "failed", "fail", "h")
+    for status, grant in (("queued", None), ("processing", Grant("l", 2, "w-now", NOW, 1_000, 0, 0))):
+        after = replace(made(created), status=status, grant=grant, ended=first, lease=grant and Lease(1, 1, 1))
+        await store.write(maker.batch([maker._step(maker.jobs[1], after, "granted")]))
+        expected = ["a"] if grant is None else []
+        assert await ids(store, worker="w-before") == expected
+        assert await ids(store, worker="w-before", status=status) == expected
+        assert await ids(store, worker="w-now") == (["a"] if grant else [])
 
 
 async def test_a_page_carries_no_more_payload_than_asked(store: Store) -> None:
@@ -617,6 +666,17 @@ async def test_jobs_are_found_by_the_time_of_their_creation(store: Store) -> Non
     assert await ids(store, since=NOW + 2) == ["j4", "j3", "j2"]
     assert await ids(store, until=NOW + 2) == ["j1", "j0"]
     assert await ids(store, since=NOW + 1, until=NOW + 3) == ["j2", "j1"]
+
+
+async def test_jobs_are_found_by_when_they_finished(store: Store) -> None:
+    maker = Maker()
+    finished = [said(maker, f"j{n}", status="failed", finished_at=NOW + 9 - n, expires_at=NOW * 2) for n in range(4)]
+    await store.write(maker.batch([*finished, said(maker, "waits")]))
+    assert await ids(store, finished_since=NOW + 8) == ["j1", "j0"]
+    assert await ids(store, finished_until=NOW + 8) == ["j3", "j2"]
+    assert await ids(store, finished_since=NOW + 7, finished_until=NOW + 9, status="failed") == ["j2", "j1"]
+    assert await ids(store, finished_until=NOW * 2) == ["j3", "j2", "j1", "j0"], "what waits has not finished"
+    assert await ids(store, finished_since=0, status="queued") == []
 
 
 async def test_a_search_for_text_ends_early_where_payloads_are_large(

@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
 STATUSES: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 _PAGE: Final = 200
-_OF_OPERATORS: Final = frozenset({"since", "until", "q", "error"})
+_OF_OPERATORS: Final = frozenset({"since", "until", "finished_since", "finished_until", "q", "error"})
 
 
 @click.command()
 @click.option("--status", type=STATUSES, help="Only jobs with this status.")
 @click.option("--queue", metavar="NAME", help="Only jobs of this queue.")
 @click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
-@click.option("--worker", metavar="NAME", help="Only jobs that this worker holds.")
+@click.option("--worker", metavar="NAME", help="Only jobs that this worker holds, or had last.")
 @click.option("--since", type=PAST, metavar="TIME", help="Only jobs created from then on; 2h is 2 hours ago. *")
 @click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before. *")
+@click.option("--finished-since", type=PAST, metavar="TIME", help="Only jobs that ended from then on. *")
+@click.option("--finished-until", type=PAST, metavar="TIME", help="Only jobs that ended before. *")
 @click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in id, payload or error message. *")
 @click.option("--error", metavar="NAME", help="Only jobs that failed alike: see jobctl failures. *")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")

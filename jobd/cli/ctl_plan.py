@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from jobd.answers import ChangedJob, PlanResult, PlanView
     from jobd.commands import PlanAction
 
-_NAMES: Final = ("status", "queue", "kind", "worker", "since", "until", "text", "error")
+_TIMES: Final = ("since", "until", "finished_since", "finished_until")
+_NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
 _SHOWN: Final = 20  # jobs of a plan; --json shows all
 
 
@@ -29,7 +30,8 @@ def where_option(verb: Any) -> Any:
     """--where NAME=VALUE, as often as it takes."""
     text = (
         "Instead of IDs: all jobs that fit. NAME is status, queue, kind, worker, text, error (see "
-        "jobctl failures), since or until; several have to fit together."
+        "jobctl failures), since or until (of the creation), finished_since or finished_until; several have to fit "
+        "together."
     )
     return click.option("--where", "where", metavar="NAME=VALUE", multiple=True, help=text)(verb)
 
@@ -51,7 +53,7 @@ def _filter(where: Sequence[str]) -> dict[str, Any]:
         if name in found:
             raise click.UsageError(f"--where {name} is given twice: a job has to fit all of them")
         found[name] = value
-    for name in ("since", "until"):
+    for name in _TIMES:
         if name in found:
             try:
                 found[name] = past_ms(found[name], round(time.time() * 1000))

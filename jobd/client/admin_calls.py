@@ -167,6 +167,8 @@ def make_plan(
     worker: str | None = None,
     since: int | None = None,
     until: int | None = None,
+    finished_since: int | None = None,
+    finished_until: int | None = None,
     q: str | None = None,
     error: str | None = None,
     reason: str | None = None,
@@ -180,6 +182,7 @@ def make_plan(
     if ids is None:
         asked: dict[str, str | int | None] = {"status": status, "queue": queue, "kind": kind, "worker": worker}
         asked |= {"since": since, "until": until, "q": q, "error": error}
+        asked |= {"finished_since": finished_since, "finished_until": finished_until}
         body["filter"] = {name: value for name, value in asked.items() if value is not None}
     return post(f"{BASE}/plans", _read_plan, body, wait_ms=_PASS_MS)
 
@@ -313,6 +316,8 @@ def list_jobs(
     worker: str | None = None,
     since: int | None = None,
     until: int | None = None,
+    finished_since: int | None = None,
+    finished_until: int | None = None,
     q: str | None = None,
     error: str | None = None,
     limit: int | None = None,
@@ -320,11 +325,13 @@ def list_jobs(
 ) -> Request[JobInfoPage]:
     """A page of the jobs that match, newest first: `limit` of them at most (50 by default, up to 200).
 
-    `since` and `until` (Unix ms) bound the time of creation, `q` is a text in id, payload or error message, `error` the
+    `worker` holds the job or was the last to hold it. `since` and `until` (Unix ms) bound the time of creation,
+    `finished_since` and `finished_until` that of the end; `q` is a text in id, payload or error message, `error` the
     fingerprint of a failure. A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of
     the page before.
     """
     asked = {"status": status, "queue": queue, "kind": kind, "worker": worker, "since": since, "until": until, "q": q}
+    asked |= {"finished_since": finished_since, "finished_until": finished_until}
     return get(JOBS, read_page, **asked, error=error, limit=limit, cursor=cursor)
 
 

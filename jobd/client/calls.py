@@ -123,7 +123,8 @@ def list_jobs(
 ) -> Request[JobInfoPage]:
     """A page of the jobs that match, newest first: `limit` of them at most (50 by default, up to 200).
 
-    A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the page before.
+    `worker` holds the job or was the last to hold it. A page may be short; the last one has no `next_cursor`. `cursor`
+    is the `next_cursor` of the page before.
     """
     return get(JOBS, read_page, status=status, queue=queue, kind=kind, worker=worker, limit=limit, cursor=cursor)
 

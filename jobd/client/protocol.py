@@ -50,10 +50,15 @@ class GrantInfo(GrantView):
 
 
 class JobInfoPage(Struct):
-    """A page of jobs, newest first. `next_cursor` is None on the last one."""
+    """A page of jobs, newest first. `next_cursor` is None on the last one.
+
+    `looked_to_at` (Unix ms): when the oldest job that was looked at was created, where the page is short for having
+    looked at enough of those that do not match.
+    """
 
     jobs: list[JobInfo]
     next_cursor: str | None
+    looked_to_at: int | None = None
 
 
 class Envelope(Struct, Generic[T]):

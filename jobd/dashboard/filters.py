@@ -17,13 +17,15 @@ from jobd.commands import Command, Search
 from jobd.dashboard.live import Live
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
 
-FILTERS: Final = ("status", "queue", "kind", "worker", "since", "until", "q", "error")
+TIMES: Final = ("since", "until", "finished_since", "finished_until")
+FILTERS: Final = ("status", "queue", "kind", "worker", *TIMES, "q", "error")
 _AGO: Final = re.compile(r"([0-9]{1,6})\s*(s|min|m|h|d)")
 _UNITS: Final = {"s": SECOND_MS, "m": MINUTE_MS, "min": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
 
 
 class JobFilter(Command, frozen=True, kw_only=True):
-    """`since` and `until` are of the creation: 2026-11-26 10:00 in UTC, or how long ago it was, as in 2h.
+    """`since` and `until` are of the creation, `finished_*` of the end: 2026-11-26 10:00 in UTC, or how long ago it
+    was, as in 2h.
 
     `error` is the fingerprint of a group of failures.
     """
@@ -34,6 +36,8 @@ class JobFilter(Command, frozen=True, kw_only=True):
     worker: str = ""
     since: str = ""
     until: str = ""
+    finished_since: str = ""
+    finished_until: str = ""
     q: str = ""
     error: str = ""
 
@@ -59,7 +63,7 @@ def address(place: str, wanted: JobFilter, **more: str) -> str:
 def chosen(wanted: JobFilter, now: int) -> dict[str, Any]:
     """The filters as the fields of a search. Raises Refused where a time is none."""
     fields: dict[str, Any] = given(wanted)
-    for name in ("since", "until"):
+    for name in TIMES:
         if name in fields:
             fields[name] = moment_of(name, fields[name], now)
     return fields

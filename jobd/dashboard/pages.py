@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 
 import msgspec
 from msgspec import UNSET, Meta, Raw
+from msgspec.structs import replace
 
 from jobd.answers import (
     Answer,
@@ -61,6 +62,8 @@ MOST_HELD: Final = 50  # of workers and of locks
 MOST_EVENTS: Final = 200
 MOST_REPORTS: Final = 50
 MOST_GROUPS: Final = 100  # of failures
+LOOKED_FAR: Final = 50_000  # jobs: a page that looks at more, for those that match, does so once
+AT_ONCE: Final = ("queued", "processing", "failed", "cancelled")  # statuses that have an index
 ACTIONS: Final = {"retry": "Retry", "cancel": "Cancel", "force-fail": "Fail", "delete": "Delete"}  # on many jobs
 DEEDS_KEPT: Final = (
     "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
@@ -109,11 +112,16 @@ class ConfirmPage(OnJob, frozen=True, kw_only=True):
 
 async def asked(guest: Guest, *commands: Command) -> list[Any]:
     """The data of the answers; Refused where one of them is a no."""
-    answers = await asyncio.gather(*(guest.ask(command) for command in commands))
-    for answer in answers:
+    return [answer.data for answer in await answers(guest, *commands)]
+
+
+async def answers(guest: Guest, *commands: Command) -> list[Answer]:
+    """The answers; Refused where one of them is a no."""
+    found = await asyncio.gather(*(guest.ask(command) for command in commands))
+    for answer in found:
         if isinstance(answer, Refusal):
             raise Refused(answer)
-    return [answer.data for answer in answers if isinstance(answer, Answer)]
+    return [answer for answer in found if isinstance(answer, Answer)]
 
 
 async def overview(guest: Guest, recorder: Recorder) -> Shown:
@@ -143,7 +151,7 @@ def strip(guest: Guest, paused: QueueList) -> Shown:
 
 async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
     shown: Shown = {"wanted": wanted, "statuses": STATUSES, "page": JobPage([], None), "fault": "", "next": ""}
-    shown |= {"filters": given(wanted), "actions": ACTIONS if guest.may_change else {}}
+    shown |= {"filters": given(wanted), "actions": ACTIONS if guest.may_change else {}, "first": "", "by_status": []}
     try:
         command = search(wanted, guest.now, PER_PAGE)
     except Refused as no:
@@ -151,12 +159,16 @@ async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
         refusal = no.refusal
         fault = {"fault": refusal.message, "status": refusal.status, "every_s": 0}
         return {**shown, **fault, "queues": _names(queues), **strip(guest, paused)}
-    page, queues, paused = await asked(guest, command, NAMED, PAUSED)
+    found, queues, paused = await answers(guest, command, NAMED, PAUSED)
+    page: JobPage = found.data
     more = address("/jobs", wanted, cursor=page.next_cursor) if page.next_cursor else ""
     first = address("/jobs", wanted) if wanted.cursor else ""
-    if wanted.cursor or wanted.q:  # what is older stays where it is, and a text is looked for once
+    if page.looked_to_at and not wanted.status:
+        shown["by_status"] = [(status, address("/jobs", replace(wanted, status=status))) for status in AT_ONCE]
+    if wanted.cursor or wanted.q or found.looked > LOOKED_FAR:  # what is older stays where it is, and looking costs
         shown["every_s"] = 0
-    return {**shown, "page": page, "next": more, "first": first, "queues": _names(queues), **strip(guest, paused)}
+    shown |= {"page": page, "next": more, "first": first}
+    return {**shown, "queues": _names(queues.data), **strip(guest, paused.data)}
 
 
 def _names(queues: QueueList) -> list[str]:
