@@ -25,10 +25,11 @@ log = structlog.get_logger("jobd.actor")
 
 AT_ONCE: Final = 4
 SLICE: Final = 250  # rows that are compared in one go where that takes its time
-# Where few jobs match, a page is looked for slice by slice, until so many rows or so much time are spent,
+# Where few jobs match, a page is looked for slice by slice, until so many rows or so much time are spent.
 MOST_LOOKED: Final = 2_000_000
 PATIENCE_S: Final = 0.5
-EAGER_S: Final = 0.05  # and from then on with a pause after each, so that it never has half of the disk's thread.
+SLOW_PATIENCE_S: Final = 0.03  # where each row takes its time there may be no end: many quick pages tell how it goes
+EAGER_S: Final = 0.05  # from then on there is a pause after each slice: nobody has half of the disk's thread for long
 PAUSE_S: Final = 0.002
 
 
@@ -85,7 +86,7 @@ class History:
     async def _found(self, query: Query) -> Page:
         """A page, slice by slice: no batch waits for more than one, and everybody has the loop in between."""
         now_s = asyncio.get_running_loop().time
-        began_s = now_s()
+        began_s, patience_s = now_s(), SLOW_PATIENCE_S if query.is_slow else PATIENCE_S
         page, size = Page([], query.before), 0
         places = self._places
         while True:
@@ -99,7 +100,7 @@ class History:
             async with places:
                 part = await self._disk.find(left)
             page = Page(page.jobs + part.jobs, part.next_before, part.looked_to_at, page.looked + part.looked)
-            if page.looked_to_at is None or page.looked >= MOST_LOOKED or now_s() - began_s >= PATIENCE_S:
+            if page.looked_to_at is None or page.looked >= MOST_LOOKED or now_s() - began_s >= patience_s:
                 return page
             size = sum(len(payload) for _, payload in page.jobs)
             places = self._far

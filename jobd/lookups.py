@@ -67,6 +67,7 @@ _HAS_TEXT: Final = (
     "(instr(lower(id), ?) OR instr(lower(error_message), ?) OR EXISTS (SELECT 1 FROM payloads "
     "WHERE job_seq = jobs.seq AND instr(lower(CAST(body AS TEXT)), ?)))"
 )
+_ALL: Final = "NOT INDEXED WHERE true"
 # Where jobs of a status are looked for; completed ones are in no index.
 _SCOPES: Final = {
     **dict.fromkeys(LIVE, f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?"),
@@ -203,11 +204,14 @@ def _page(tables: Tables, query: Query) -> Page:
         sized_sql = f"SELECT seq, {_SIZE} FROM jobs {scope} AND {beyond} ORDER BY seq {way} LIMIT ?"
         edge = _heavy_edge(tables.conn.execute(sized_sql, (*scope_args, begin, query.scan))) or edge
     end = end if edge is None else edge[0]
-    inner = f"SELECT seq AS found FROM jobs {scope} AND {beyond} AND {upto} ORDER BY seq {way}"
-    sql = (
-        f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found "
-        f"WHERE true{filters} ORDER BY found {way} LIMIT ?"
-    )
+    rows_sql = f"FROM jobs {scope} AND {beyond} AND {upto}"
+    if scope == _ALL:
+        sql = f"SELECT {JOB_SQL} {rows_sql}{filters} ORDER BY seq {way} LIMIT ?"  # takes half the time of the other
+    else:
+        sql = (
+            f"SELECT {JOB_SQL} FROM (SELECT seq AS found {rows_sql} ORDER BY seq {way}) CROSS JOIN jobs NOT INDEXED "
+            f"ON seq = found WHERE true{filters} ORDER BY found {way} LIMIT ?"
+        )
     matched, is_cut = tables.some_rows(sql, (*scope_args, begin, end, *args, query.limit + 1), query.payload_bytes)
     page = Page([], None, looked=query.scan)
     last = _fill(tables, page, matched, query)
@@ -244,7 +248,7 @@ def _page_one_by_one(tables: Tables, query: Query) -> Page:
 
 def _conditions(query: Query) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...]]:
     """Which rows count as looked at (those of an index, where the query allows it), and which match."""
-    scope = "NOT INDEXED WHERE true"
+    scope = _ALL
     scope_args: tuple[Any, ...] = ()
     if query.status in _SCOPES:
         scope, scope_args = _SCOPES[query.status], (query.status,)

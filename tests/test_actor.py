@@ -1994,6 +1994,7 @@ def slow_pages(small_pages: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "EAGER_S", 0)
     monkeypatch.setattr(history, "PAUSE_S", 1.0)
     monkeypatch.setattr(history, "PATIENCE_S", 2.5)
+    monkeypatch.setattr(history, "SLOW_PATIENCE_S", 1.5)
 
 
 @pytest.mark.usefixtures("slow_pages")
@@ -2005,6 +2006,7 @@ async def test_a_page_goes_on_looking_until_its_time_is_up() -> None:
         began = house.now
         page = await house.yes(List(queue="b"))
         assert (page.jobs, page.next_cursor, house.now - began) == ([], "19", 3_000)
+        assert (await house.yes(Search(q="nowhere"))).next_cursor == "22"
         found, pages = [], 1
         while page.next_cursor is not None:
             page = await house.yes(List(queue="b", cursor=page.next_cursor))

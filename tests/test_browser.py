@@ -334,6 +334,23 @@ def test_the_keyboard_gets_everywhere_and_keeps_its_place(page: Page, daemon: Sc
     expect(page.get_by_role("status").first).to_contain_text("Queue mail is paused")
 
 
+def test_a_page_that_has_found_nothing_looks_on_by_itself(page: Page, tmp_path: Path, complaints: list[str]) -> None:
+    scene = Scene(tmp_path)
+    scene.module = "tests.short_pages"
+    with scene as daemon:
+        daemon.do("jobs", id="rare", queue="rare")
+        daemon.do("jobs/bulk", jobs=[{"id": f"often-{number}", "queue": "often"} for number in range(100)])
+        sign_in(page, daemon, path="/jobs")
+        page.goto(f"{daemon.url}/jobs?queue=rare")
+        expect(page.get_by_role("link", name="rare", exact=True).first).to_be_visible()
+        expect(page.get_by_text("looked at")).to_have_count(0)
+        page.goto(f"{daemon.url}/jobs?kind=none")
+        expect(page.get_by_text("No older job matches.")).to_be_visible()
+        page.get_by_role("link", name="Newest").click()
+        expect(page).to_have_url(f"{daemon.url}/jobs?kind=none")
+        assert complaints == []
+
+
 def test_renewal_can_be_stopped(page: Page, daemon: Scene) -> None:
     daemon.do("jobs", id="a")
     sign_in(page, daemon, path="/jobs/a")

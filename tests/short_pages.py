@@ -1,0 +1,16 @@
+"""`python -m tests.short_pages …` is jobd whose pages of jobs look at 20 jobs each, in slices of 10."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+from jobd import history
+from jobd.batch import Query
+from jobd.cli.daemon import main
+
+if __name__ == "__main__":
+    short: Any = history
+    short.Query, short.MOST_LOOKED = partial(Query, scan=10), 20
+    sys.exit(main())
