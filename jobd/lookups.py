@@ -67,7 +67,7 @@ _HAS_TEXT: Final = (
     "(instr(lower(id), ?) OR instr(lower(error_message), ?) OR EXISTS (SELECT 1 FROM payloads "
     "WHERE job_seq = jobs.seq AND instr(lower(CAST(body AS TEXT)), ?)))"
 )
-_ALL: Final = "NOT INDEXED WHERE true"
+_TABLE: Final = "NOT INDEXED WHERE true"
 # Where jobs of a status are looked for; completed ones are in no index.
 _SCOPES: Final = {
     **dict.fromkeys(LIVE, f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?"),
@@ -205,7 +205,7 @@ def _page(tables: Tables, query: Query) -> Page:
         edge = _heavy_edge(tables.conn.execute(sized_sql, (*scope_args, begin, query.scan))) or edge
     end = end if edge is None else edge[0]
     rows_sql = f"FROM jobs {scope} AND {beyond} AND {upto}"
-    if scope == _ALL:
+    if scope == _TABLE:
         sql = f"SELECT {JOB_SQL} {rows_sql}{filters} ORDER BY seq {way} LIMIT ?"  # takes half the time of the other
     else:
         sql = (
@@ -248,7 +248,7 @@ def _page_one_by_one(tables: Tables, query: Query) -> Page:
 
 def _conditions(query: Query) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...]]:
     """Which rows count as looked at (those of an index, where the query allows it), and which match."""
-    scope = _ALL
+    scope = _TABLE
     scope_args: tuple[Any, ...] = ()
     if query.status in _SCOPES:
         scope, scope_args = _SCOPES[query.status], (query.status,)
