@@ -343,7 +343,7 @@ def test_a_page_that_has_found_nothing_looks_on_by_itself(page: Page, tmp_path: 
         sign_in(page, daemon, path="/jobs")
         page.goto(f"{daemon.url}/jobs?queue=rare")
         expect(page.get_by_role("link", name="rare", exact=True).first).to_be_visible()
-        expect(page.get_by_text("looked at")).to_have_count(0)
+        expect(page.get_by_text("further back")).to_have_count(0)
         page.goto(f"{daemon.url}/jobs?kind=none")
         expect(page.get_by_text("No older job matches.")).to_be_visible()
         page.get_by_role("link", name="Newest").click()
