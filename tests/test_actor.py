@@ -2029,7 +2029,8 @@ async def test_who_looks_far_back_holds_up_nobody_else() -> None:
         assert len((await house.yes(List(limit=1))).jobs) == 1
         assert house.now == began
         assert not any(task.done() for task in far)
-        assert {page.next_cursor for page in await asyncio.gather(*far)} == {"19"}
+        assert all(page.next_cursor is not None for page in await asyncio.gather(*far))
+        assert house.now - began < 2_500 + 1_000 * len(far), "they take turns, and none goes on for long"
 
 
 @in_virtual_time
