@@ -29,8 +29,8 @@ $(READY): pyproject.toml .ci/constraints.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-test: $(READY)  ## the tests (ARGS="-k name" for some of them)
-	$(BIN)/pytest $(ARGS)
+test: $(READY)  ## the tests, in as many processes as PARALLEL says (ARGS="-k name" for some of them, in one)
+	$(BIN)/pytest $(or $(ARGS),--numprocesses $(PARALLEL))
 
 check: $(READY)  ## all that CI runs: format, lint, types, tests on both event loops, coverage, the demo
 	$(BIN)/ruff format --check .
