@@ -120,13 +120,15 @@ class Actor:
         key: KeyUse | None = None,
         size: int = 0,
         operator: Operator | None = None,
+        expected: str | None = None,
     ) -> Answer | Refusal:
         """Put `command` into the mailbox; the answer comes after its commit. `size` is that of its body, in bytes.
 
-        With an `operator` it is kept in the audit log, in the same transaction.
+        With an `operator` it is kept in the audit log, in the same transaction. With an `expected` version it is done
+        only if its job is still that one when it is decided.
         """
         future: asyncio.Future[Answer | Refusal] = asyncio.get_running_loop().create_future()
-        asked = self.send(command, future, by=by, admin=admin, key=key, size=size, operator=operator)
+        asked = self.send(command, future, by=by, admin=admin, key=key, size=size, operator=operator, expected=expected)
         if isinstance(asked, Refusal):
             return asked
         try:
@@ -147,12 +149,13 @@ class Actor:
         key: KeyUse | None = None,
         size: int = 0,
         operator: Operator | None = None,
+        expected: str | None = None,
     ) -> Asked | Refusal:
         """As `ask`, for a caller who does not wait: `waiter` gets the answer, from within the actor's turn."""
         refusal = self._refuse_entry(command, size)
         if refusal is not None:
             return refusal
-        asked = Asked(Call(command, by, self._random(16), admin, operator), key, size, waiter)
+        asked = Asked(Call(command, by, self._random(16), admin, operator, expected), key, size, waiter)
         self._put(asked)
         return asked
 

@@ -499,6 +499,13 @@ class AuditPage(Struct):
     next_cursor: str | None
 
 
+class VersionedJob(Struct, frozen=True):
+    """A job, and the version by which it is known again."""
+
+    job: JobView
+    version: str
+
+
 class PlannedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
     """A job as a plan found it, and what it would be. `to` is null where it would be deleted."""
 

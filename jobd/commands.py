@@ -309,6 +309,10 @@ class Update(OnJob, frozen=True, kw_only=True):
     max_attempts: Attempts | None = None
 
 
+class GetVersion(OnJob, frozen=True, kw_only=True):
+    """The job, with what it is known again by (planning.version): for who is about to decide what is done to it."""
+
+
 class LateResults(OnJob, frozen=True, kw_only=True):
     """What completes brought whose grants had ended."""
 
@@ -614,6 +618,7 @@ AnyCommand = (
     | ReleaseLock
     | RunNow
     | Update
+    | GetVersion
     | LateResults
     | Adopt
     | Delete
@@ -644,7 +649,8 @@ AnyCommand = (
 class Call(Struct, frozen=True):
     """A command with who asked and the randomness it may use. `admin` callers see lock ids.
 
-    `operator` is there where the command came in by an operator's door.
+    `operator` is there where the command came in by an operator's door. `expected` is the version (planning.version) of
+    the job that the command is about, as who asks has seen it: of another one nothing is done.
     """
 
     command: AnyCommand
@@ -652,3 +658,4 @@ class Call(Struct, frozen=True):
     seed: bytes = b""
     admin: bool = False
     operator: Operator | None = None
+    expected: str | None = None

@@ -30,6 +30,7 @@ from jobd.commands import (
     Fail,
     ForceFail,
     Get,
+    GetVersion,
     Import,
     KeyUse,
     LateResults,
@@ -56,8 +57,8 @@ from jobd.commands import (
 
 CREATES: Final = (Create, Bulk, Import)
 READS: Final = (
-    Get, Timeline, Why, Validate, LateResults, List, Search, Queues, Workers, Stats, Locks, Export, AuditLog,
-    Preview, Ping,
+    Get, GetVersion, Timeline, Why, Validate, LateResults, List, Search, Queues, Workers, Stats, Locks, Export,
+    AuditLog, Preview, Ping,
 )  # fmt: skip
 # What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
 ENDINGS: Final = (

@@ -10,7 +10,18 @@ from typing import Any, assert_never
 
 from jobd import planning, steps
 from jobd.answers import Answer, ChangedJob, PlanSlice
-from jobd.commands import ApplyPlan, Cancel, Delete, Expected, ForceFail, ForceReset, OnJob, PlanAction, Refusal
+from jobd.commands import (
+    AnyCommand,
+    ApplyPlan,
+    Cancel,
+    Delete,
+    Expected,
+    ForceFail,
+    ForceReset,
+    OnJob,
+    PlanAction,
+    Refusal,
+)
 from jobd.draft import Draft
 
 Rules = Mapping[PlanAction, Callable[[Draft, Any], Answer | Refusal]]
@@ -21,6 +32,18 @@ def apply(draft: Draft, command: ApplyPlan, rules: Rules) -> Answer:
     for expected in command.jobs:
         _one(draft, command, rules, expected, done)
     return Answer(done)
+
+
+def moved(draft: Draft, command: AnyCommand, expected: str) -> Refusal | None:
+    """Why `command` is not done: its job is not the one any more that who asks has seen."""
+    assert isinstance(command, OnJob)
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if planning.version(job) == expected:
+        return None
+    message = f"The job has moved since you looked: it is {job.status} now. Nothing was done."
+    return Refusal("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
 def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: Expected, done: PlanSlice) -> None:

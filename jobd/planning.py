@@ -40,7 +40,10 @@ def why_not(action: PlanAction, job: Job) -> str | None:
 
 
 def version(job: Job) -> str:
-    """What the job is, but for the signs of life of its worker: the same text means that nothing else has happened."""
+    """What the job is, but for the signs of life of its worker: the same text means that nothing else has happened.
+
+    Without a grant a job has no signs of life, so that its `updated_at` tells of detours, too.
+    """
     seen = (
         job.seq,
         job.status,
@@ -55,5 +58,6 @@ def version(job: Job) -> str:
         job.ended,
         job.result,
         job.error,
+        job.updated_at if job.grant is None else None,
     )
     return blake2b(msgspec.msgpack.encode(seen), digest_size=8).hexdigest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from jobd import steps, views
+from jobd import planning, steps, views
 from jobd.answers import (
     Answer,
     AuditPage,
@@ -17,11 +17,13 @@ from jobd.answers import (
     Look,
     TimelineView,
     ValidateJobView,
+    VersionedJob,
 )
 from jobd.commands import (
     AuditLog,
     Export,
     Get,
+    GetVersion,
     LateResults,
     List,
     Locks,
@@ -37,12 +39,13 @@ from jobd.draft import Draft
 from jobd.validation import validate
 from jobd.why import explain
 
-Reading = Get | Timeline | Why | Validate | LateResults | List | Queues | Workers | Stats | Locks | Export | AuditLog
+OfJob = Get | GetVersion | Timeline | Why | Validate | LateResults
+Reading = OfJob | List | Queues | Workers | Stats | Locks | Export | AuditLog
 
 
 def answer(draft: Draft, command: Reading) -> Answer | Refusal:
     match command:
-        case Get() | Timeline() | Why() | Validate() | LateResults():
+        case Get() | GetVersion() | Timeline() | Why() | Validate() | LateResults():
             return _of_job(draft, command)
         case List():
             return Answer(JobPage([], None), look=Look(page=command))
@@ -62,13 +65,17 @@ def answer(draft: Draft, command: Reading) -> Answer | Refusal:
             assert_never(command)
 
 
-def _of_job(draft: Draft, command: Get | Timeline | Why | Validate | LateResults) -> Answer | Refusal:
+def _of_job(draft: Draft, command: OfJob) -> Answer | Refusal:
     job = steps.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
     match command:
         case Get():
             return steps.job_answer(draft, job)
+        case GetVersion():
+            shown = steps.job_answer(draft, job)
+            shown.data = VersionedJob(shown.data, planning.version(job))
+            return shown
         case Timeline():
             return Answer(TimelineView([]), look=Look(timeline=job.seq, events=command.limit))
         case LateResults():

@@ -38,6 +38,7 @@ from jobd.commands import (
     ForceFail,
     ForceReset,
     Get,
+    GetVersion,
     Import,
     LateResults,
     List,
@@ -77,7 +78,8 @@ EXPIRED_BY_CLAIM: Final = 200  # overdue jobs that one claim fails on its way; t
 def decide(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
     """What `call` comes to at `at`: an answer or a refusal, and the changes to write. The book is only read."""
     draft = Draft(book, call, at, policy)
-    answer = _answer(draft, call.command)
+    moved = None if call.expected is None else plan_rules.moved(draft, call.command, call.expected)
+    answer = moved or _answer(draft, call.command)
     report = call.command.body if isinstance(call.command, Report) else None
     return Decision(answer, draft.changes, draft.checked, report)
 
@@ -108,6 +110,7 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             return undelivered(draft, command)
         case (
             Get()
+            | GetVersion()
             | Timeline()
             | Why()
             | Validate()

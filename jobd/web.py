@@ -72,8 +72,9 @@ class Ask(Protocol):
         key: KeyUse | None = None,
         size: int = 0,
         operator: Operator | None = None,
+        expected: str | None = None,
     ) -> Answer | Refusal:
-        """`size` is what the command holds in memory while it waits, in bytes."""
+        """`size` is what the command holds in memory while it waits, in bytes; `expected` the version of its job."""
 
     def send(
         self,

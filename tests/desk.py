@@ -72,13 +72,15 @@ class Desk:
         self.lease += ms
         self.book.advance(self.now, self.lease)
 
-    def decide(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Decision:
+    def decide(
+        self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
+    ) -> Decision:
         """Decide, see that the book was only read, take the steps in and compare everything with a recount."""
         self.book.advance(self.now, self.lease)
         self.book.request_hashes = dict(self.requests)  # as the actor reads them from the disk
         self.book.late = self._known_late(command)
         before = picture(self.book)
-        decision = rules.decide(self.book, Call(command, by, SEED, admin), self.at, self.policy)
+        decision = rules.decide(self.book, Call(command, by, SEED, admin, expected=expected), self.at, self.policy)
         assert picture(self.book) == before, "decide changed the book"
         for change in decision.changes:
             self._put(change)

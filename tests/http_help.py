@@ -91,6 +91,7 @@ class Desk:
         key: KeyUse | None = None,
         size: int = 0,
         operator: Operator | None = None,
+        expected: str | None = None,
     ) -> Answer | Refusal:
         self.asked.append(Asked(command, by, admin, key, size, operator))
         self.arrived.set()

@@ -35,6 +35,7 @@ from jobd.commands import (
     ForceFail,
     ForceReset,
     Get,
+    GetVersion,
     Import,
     LateResults,
     List,
@@ -206,6 +207,7 @@ of_time = st.one_of(
 reads = st.one_of(
     st.builds(Get, id=ids),
     st.builds(Timeline, id=ids),
+    st.builds(GetVersion, id=ids),
     st.builds(LateResults, id=ids),
     st.builds(Why, id=ids),
     st.builds(Validate, id=ids),

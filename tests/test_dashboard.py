@@ -31,6 +31,7 @@ from jobd.artefact_files import FileStore
 from jobd.batch import Query
 from jobd.book import Book
 from jobd.clock import Clock
+from jobd.commands import ForceFail
 from jobd.dashboard import entrance, filters, live, pages, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
@@ -96,12 +97,16 @@ class Browser:
         assert found
         return found[1]
 
-    async def confirmed(self, job_id: str, verb: str, reason: str = "", more: str = "") -> Heard:
-        """What comes of a deed that is confirmed on its page."""
+    async def looked(self, job_id: str, verb: str, more: str = "") -> dict[str, str]:
+        """What the page that confirms a deed will send."""
         page = text(await self.get(f"/jobs/{job_id}/confirm?verb={verb}{more}"))
         fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', page.partition("<main")[2]))
         assert fields["verb"] == verb
-        return await self.post(f"/jobs/{job_id}/do", **fields, reason=reason)
+        return fields
+
+    async def confirmed(self, job_id: str, verb: str, reason: str = "", more: str = "") -> Heard:
+        """What comes of a deed that is confirmed on its page."""
+        return await self.post(f"/jobs/{job_id}/do", **await self.looked(job_id, verb, more), reason=reason)
 
 
 def text(heard: Heard) -> str:
@@ -1033,11 +1038,12 @@ async def test_a_late_result_of_a_job_that_has_moved_is_not_adopted(town: Town) 
     await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "file_path": "/late"}))
     await town.do("jobs/held/cancel")
     browser = await town.browser()
-    csrf = await browser.csrf()
+    before = await browser.looked("held", "adopt")
     await browser.confirmed("held", "force-reset")
-    heard = await browser.post("/jobs/held/do", csrf=csrf, verb="adopt", seen="cancelled")
+    heard = await browser.post("/jobs/held/do", **before)
     assert (heard.status, "has moved since you looked" in text(heard)) == (409, True)
-    heard = await browser.post("/jobs/held/do", csrf=csrf, verb="adopt", seen="queued", result="77")
+    now = await browser.looked("held", "adopt")
+    heard = await browser.post("/jobs/held/do", **{**now, "result": "77"})
     assert (heard.status, "late_result_not_found" in text(heard)) == (404, True)
     assert await town.status("held") == "queued"
 
@@ -1090,25 +1096,89 @@ async def test_a_job_is_run_now_and_a_finished_one_deleted(town: Town) -> None:
     assert (await browser.get("/jobs/late")).status == 404
 
 
-async def test_nothing_is_done_to_a_job_that_has_moved_since_it_was_looked_at(town: Town) -> None:
+async def refused_as_moved(browser: Browser, job_id: str, fields: dict[str, str]) -> None:
+    heard = await browser.post(f"/jobs/{job_id}/do", **fields)
+    assert (heard.status, "The job has moved since you looked" in text(heard)) == (409, True)
+    assert_safe(heard)
+
+
+@pytest.mark.parametrize("verb", ["force-fail", "cancel", "force-reset", "extend", "release"])
+async def test_nothing_is_done_to_a_job_that_has_another_holder_than_was_seen(town: Town, verb: str) -> None:
+    await town.held()
+    browser = await town.browser()
+    fields = await browser.looked("held", verb)
+    lock = await town.again("held")
+    await refused_as_moved(browser, "held", fields)
+    assert await town.status("held") == "processing"
+    done = await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "metadata": 1}))
+    assert done.status == 200, "it was neither ended nor taken away"
+
+
+@pytest.mark.parametrize("verb", ["delete", "force-reset"])
+async def test_nothing_is_done_to_a_job_that_has_come_back_to_its_status_by_a_detour(town: Town, verb: str) -> None:
+    await failing(town, "a")
+    browser = await town.browser()
+    fields = await browser.looked("a", verb)
+    lock = await town.again("a")
+    await town.do("jobs/a/fail", lock_id=lock, error_message="SECOND, another story")
+    await refused_as_moved(browser, "a", fields)
+    page = text(await browser.get("/jobs/a"))
+    assert "SECOND, another story" in page
+    assert (await browser.confirmed("a", verb)).status == 303, "it can be done once it was looked at"
+
+
+async def test_a_job_that_was_changed_and_changed_back_has_moved_too(town: Town) -> None:
+    await town.do("jobs", id="a", delay_ms=3_600_000)
+    browser = await town.browser()
+    fields = await browser.looked("a", "cancel")
+    for priority in (5, 0):
+        await asyncio.sleep(0.002)
+        body = json.dumps({"priority": priority})
+        await town.admin.ask("POST", "/admin/job-management/jobs/a/update", body, AUTH)
+    await refused_as_moved(browser, "a", fields)
+
+
+async def test_no_grant_slips_in_between_the_look_and_the_deed(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody takes the job when all that the form asks first has been answered."""
+    await town.do("jobs", id="a")
+    browser = await town.browser()
+    fields = await browser.looked("a", "force-fail")
+    actor, ask = town.admin.desk, town.admin.desk.ask
+
+    async def slow(command: Any, **asked: Any) -> Any:
+        if isinstance(command, ForceFail):
+            monkeypatch.setattr(actor, "ask", ask)
+            await town.do("jobs/a/start", worker="w-1")
+        return await ask(command, **asked)
+
+    monkeypatch.setattr(actor, "ask", slow)
+    await refused_as_moved(browser, "a", fields)
+    assert await town.status("a") == "processing"
+    heard = await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)
+    assert [(each["what"], each["outcome"]) for each in heard.data["entries"]] == [("force-fail", "invalid_transition")]
+
+
+async def test_signs_of_life_do_not_make_a_job_another_one(town: Town) -> None:
     lock = await town.held()
     browser = await town.browser()
+    fields = await browser.looked("held", "force-fail")
+    await town.do("jobs/held/progress", lock_id=lock, progress=50)
+    assert (await browser.post("/jobs/held/do", **fields)).status == 303
+    assert await town.status("held") == "failed"
+
+
+async def test_what_cannot_be_done_is_refused_though_the_job_is_what_was_seen(town: Town) -> None:
+    await town.held()
+    browser = await town.browser()
     csrf = await browser.csrf()
-    seen = "processing 1099511627777"
-    await town.do("jobs/held/release", lock_id=lock)
-    await town.do("jobs/held/start", worker="w-2")
-    heard = await browser.post("/jobs/held/do", csrf=csrf, verb="force-fail", seen=seen)
-    assert heard.status == 409
-    assert "The job has moved since you looked" in text(heard)
-    assert await town.status("held") == "processing"
-    for verb in ("extend", "release"):
-        await town.do("jobs/held/cancel") if verb == "extend" else None
-        heard = await browser.post("/jobs/held/do", csrf=csrf, verb=verb, seen="cancelled")
+    await town.do("jobs/held/cancel")
+    seen = (await browser.looked("held", "delete"))["seen"]
+    for verb in ("extend", "release", "force-fail"):
+        heard = await browser.post("/jobs/held/do", csrf=csrf, verb=verb, seen=seen)
         assert heard.status in (400, 409), "no lock to name"
         assert "Not done" in text(heard)
-    heard = await browser.post("/jobs/held/do", csrf=csrf, verb="force-fail", seen="cancelled")
-    assert (heard.status, "invalid_transition" in text(heard)) == (409, True)
-    heard = await browser.post("/jobs/nobody/do", csrf=csrf, verb="force-fail", seen="queued")
+        assert "has moved" not in text(heard)
+    heard = await browser.post("/jobs/nobody/do", csrf=csrf, verb="force-fail", seen=seen)
     assert heard.status == 404
     page = text(await browser.get("/jobs/held/confirm?verb=force-fail"))
     assert "cannot be done to the job as it is" in page

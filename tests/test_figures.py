@@ -17,8 +17,10 @@ from tests.desk import NOW, Desk
 class CountingDesk(Desk):
     """A desk whose figures see every committed change, as the actor's do."""
 
-    def decide(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Decision:
-        decision = super().decide(command, admin=admin, by=by)
+    def decide(
+        self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
+    ) -> Decision:
+        decision = super().decide(command, admin=admin, by=by, expected=expected)
         for change in decision.changes:
             self.book.figures.note(change)
         return decision

@@ -23,6 +23,7 @@ from jobd.commands import (
     ForceFail,
     ForceReset,
     Get,
+    GetVersion,
     Import,
     MakePlan,
     Operator,
@@ -126,6 +127,40 @@ def test_what_has_changed_is_left_alone_and_what_a_rule_refuses_costs_no_other()
     assert [(desk.job(job_id).status) for job_id in ("a", "b", "c")] == ["cancelled", "processing", "cancelled"]
     assert [(event.by, event.reason) for event in desk.events[-2:]] == [("admin:eve", "enough")] * 2
     assert all("changed since" in each.why or "no job" in each.why for each in done.changed)
+
+
+@pytest.mark.parametrize("detour", [False, True])
+def test_a_command_that_expects_a_version_is_done_to_that_one_alone(*, detour: bool) -> None:
+    desk = Desk()
+    desk.create("a")
+    desk.yes(ForceFail(id="a"))
+    seen = desk.yes(GetVersion(id="a"))
+    assert (seen.job.id, seen.version) == ("a", version(desk.job()))
+    if detour:
+        desk.yes(ForceReset(id="a"))
+        desk.passes(1)
+        desk.yes(ForceFail(id="a"))
+    decision = desk.decide(Delete(id="a"), expected=seen.version)
+    assert isinstance(decision.answer, Refusal) == detour
+    assert ("a" in desk.rows) == detour
+    if isinstance(decision.answer, Refusal):
+        assert decision.changes == []
+        assert (decision.answer.code, decision.answer.details) == (
+            "invalid_transition", {"job_id": "a", "status": "failed"},
+        )  # fmt: skip
+    gone = desk.decide(Delete(id="none"), expected=seen.version).answer
+    assert isinstance(gone, Refusal)
+    assert gone.code == "job_not_found"
+
+
+def test_a_change_that_was_taken_back_is_a_change() -> None:
+    desk = Desk()
+    desk.create("a", delay_ms=1_000)
+    seen = version(desk.job())
+    for priority in (5, 0):
+        desk.passes(1)
+        desk.yes(Update(id="a", priority=priority), admin=True)
+    assert version(desk.job()) != seen
 
 
 # -- made, kept, applied ----------------------------------------------------------------------------------------------

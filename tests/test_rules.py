@@ -32,6 +32,7 @@ from jobd.commands import (
     ForceFail,
     ForceReset,
     Get,
+    GetVersion,
     Import,
     List,
     Locks,
@@ -375,8 +376,9 @@ def test_a_job_that_failed_without_words_is_not_started_either(desk: Desk) -> No
 
 def test_an_unknown_job_is_not_found(desk: Desk) -> None:
     named: list[AnyCommand] = [
-        Get(id="x"), Timeline(id="x"), Why(id="x"), Validate(id="x"), Start(id="x", worker="w"), Cancel(id="x"),
-        Progress(id="x", lock_id="l", progress=1), Extend(id="x", lock_id="l"), Complete(id="x", lock_id="l"),
+        Get(id="x"), GetVersion(id="x"), Timeline(id="x"), Why(id="x"), Validate(id="x"), Start(id="x", worker="w"),
+        Cancel(id="x"), Progress(id="x", lock_id="l", progress=1), Extend(id="x", lock_id="l"),
+        Complete(id="x", lock_id="l"),
         Fail(id="x", lock_id="l", error_message="e"), Release(id="x", lock_id="l"), Undelivered(id="x", lock_id="l"),
         ForceFail(id="x"), ForceReset(id="x"), Transition(id="x", from_="queued", to="failed"),
         ExtendLock(id="x", lock_id="l"), ReleaseLock(id="x", lock_id="l"), RunNow(id="x"), Update(id="x"),
@@ -1580,8 +1582,8 @@ def test_an_imported_grant_is_made_up_as_far_as_it_can_be_known(
 
 def test_reads_change_nothing(desk: Desk) -> None:
     lock_id = desk.held()
-    for command in (Get(id="a"), Timeline(id="a"), Why(id="a"), Validate(id="a"), List(), Queues(), Workers(), Stats(),
-                    Locks(), Export(), Ping(), Tick()):  # fmt: skip
+    for command in (Get(id="a"), GetVersion(id="a"), Timeline(id="a"), Why(id="a"), Validate(id="a"), List(), Queues(),
+                    Workers(), Stats(), Locks(), Export(), Ping(), Tick()):  # fmt: skip
         decision = desk.decide(command)
         assert not isinstance(decision.answer, Refusal)
         assert not decision.changes

@@ -170,9 +170,3 @@ def curl(deed: Deed, on: Chosen, base: str) -> str:
     sent = f" -H 'Content-Type: application/json' -d '{msgspec.json.encode(body).decode()}'" if body else ""
     place = f"{base}/admin/job-management/{path.replace('{id}', on.id)}"
     return f'curl -sS -X {method} -H "Authorization: Bearer $ADMIN_TOKEN"{sent} {place}'
-
-
-def seen(job: JobView) -> str:
-    """What an operator has looked at: a job that has moved since, or has another holder, is another matter."""
-    token = "" if job.lock is None else f" {job.lock.fencing_token}"
-    return f"{job.status}{token}"

@@ -54,11 +54,16 @@ class Guest(Struct):
         """Wall time of the daemon, Unix ms."""
         return self.site.rooms.clock().now
 
-    async def ask(self, command: Any) -> Answer | Refusal:
-        """One command to the actor, as an operator asks it."""
+    async def ask(self, command: Any, *, expected: str | None = None) -> Answer | Refusal:
+        """One command to the actor, as an operator asks it; `expected`: the version of its job that they saw."""
         visit = self.visit
         return await self.site.actor.ask(
-            command, by=visit.by, admin=self.may_change, size=visit.size, operator=visit.operator
+            command,
+            by=visit.by,
+            admin=self.may_change,
+            size=visit.size,
+            operator=visit.operator,
+            expected=expected,
         )
 
     async def note(self, what: str, details: dict[str, Any] | None = None) -> None:

@@ -24,6 +24,7 @@ from jobd.answers import (
     QueueList,
     StatsView,
     TimelineView,
+    VersionedJob,
     WhyView,
     WorkerList,
 )
@@ -35,6 +36,7 @@ from jobd.commands import (
     Command,
     Cursor,
     Get,
+    GetVersion,
     LateResults,
     Locks,
     OnJob,
@@ -46,7 +48,7 @@ from jobd.commands import (
     WorkerCursor,
     Workers,
 )
-from jobd.dashboard.deeds import DEEDS, Chosen, Deed, Verb, can, curl, open_to, seen
+from jobd.dashboard.deeds import DEEDS, Chosen, Deed, Verb, can, curl, open_to
 from jobd.dashboard.filters import JobsPage, address, given, moment_of, search
 from jobd.dashboard.guests import Guest
 from jobd.dashboard.paint import pretty
@@ -213,8 +215,9 @@ def base_url(guest: Guest) -> str:
 
 
 async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
-    view: JobView
-    view, paused = await asked(guest, Get(id=wanted.id), PAUSED)
+    found: VersionedJob
+    found, paused = await asked(guest, GetVersion(id=wanted.id), PAUSED)
+    view = found.job
     deed: Deed = DEEDS[wanted.verb]
     late = await _late_result(guest, wanted) if deed.wants_result else None
     return {
@@ -223,7 +226,7 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
         "curl": curl(deed, Chosen(wanted.id, result=None if late is None else late.seq), base_url(guest)),
         "deed": deed,
         "can": can(deed, view, guest.now),
-        "seen": seen(view),
+        "seen": found.version,
         **strip(guest, paused),
     }
 

@@ -18,7 +18,7 @@ from jobd.bodies import Refused, refused
 from jobd.commands import Command, Get, OnJob, OnPlan, Refusal
 from jobd.dashboard import bulk, chores, pages, webhooks
 from jobd.dashboard.assets import Assets
-from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of, seen
+from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of
 from jobd.dashboard.entrance import Entrance, SignIn, SignInPage, to_sign_in
 from jobd.dashboard.filters import JobsPage, job_wanted, news_of_jobs
 from jobd.dashboard.guests import Form, Guest, go_on, guest_of, is_renewal, target_of
@@ -244,10 +244,9 @@ class Dashboard:
         if isinstance(looked, Refusal):
             return looked
         job: JobView = looked.data
-        if seen(job) != asked.seen:
-            message = f"The job has moved since you looked: it is {job.status} now. Nothing was done."
-            return await self._job_refused(guest, job_id, Refusal("invalid_transition", message))
-        done = await guest.ask(deed.make(Chosen(job_id, asked.reason.strip() or None, lock_id_of(job), asked.result)))
+        chosen = Chosen(job_id, asked.reason.strip() or None, lock_id_of(job), asked.result)
+        # Judged in the command itself: between this look and the deed others get their turn, too.
+        done = await guest.ask(deed.make(chosen), expected=asked.seen)
         if isinstance(done, Refusal):
             return await self._job_refused(guest, job_id, done)
         if deed.verb == "delete":
