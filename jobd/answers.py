@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from jobd.commands import AuditLog, Export, Import, Json, List
+from jobd.commands import AuditLog, Export, Filter, Import, Json, List, PlanAction
 from jobd.events import EventView
 from jobd.job import Backoff
 
@@ -571,16 +571,21 @@ class BackupList(Struct, frozen=True):
 
 class PlanView(Struct, frozen=True):
     """What an action would do: to `count` jobs. `skipped` shows the first of those left alone, `skipped_count` counts
-    them. `more`: the filter finds more jobs than one plan may have."""
+    them. `filter` is what the jobs were found by, null where they were named; `scope` says which of them were looked
+    at. `more`: the plan is full, or its time was over, before all were looked at; `next_cursor` makes the next one.
+    """
 
     plan_id: str
-    action: str
+    action: PlanAction
     reason: str | None
+    filter: Filter | None
+    scope: str | None
     count: int
     jobs: list[PlannedJob]
     skipped: list[SkippedJob]
     skipped_count: int
     more: bool
+    next_cursor: str | None
     made_at: int
     expires_at: int
     result: PlanResult | None = None

@@ -393,6 +393,7 @@ class AuditLog(Command, frozen=True, kw_only=True):
 
 PlanAction = Literal["retry", "cancel", "force-fail", "delete"]
 MAX_PLAN: Final = 10_000  # jobs of one plan
+MAKING_S: Final = 10.0  # for so long at most one plan looks for them; the next one goes on from there
 
 
 class Filter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -410,11 +411,18 @@ class Filter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     error: Fingerprint | None = None
 
 
+PlanCursor = Annotated[str, Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)")]
+
+
 class MakePlan(Command, frozen=True, kw_only=True):
-    """What `action` would do to the jobs that `filter` finds, or to those named. Nothing is done yet."""
+    """What `action` would do to the jobs that `filter` finds, or to those named. Nothing is done yet.
+
+    `cursor` is the `next_cursor` of a plan with the same action and filter: this one has what comes after it.
+    """
 
     action: PlanAction
     filter: Filter | None = None
+    cursor: PlanCursor | None = None
     ids: Annotated[list[JobId], Meta(min_length=1, max_length=MAX_PLAN)] | None = None
     reason: Text | None = None
 

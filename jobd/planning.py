@@ -10,8 +10,8 @@ from typing import Final
 
 import msgspec
 
-from jobd.commands import PlanAction
-from jobd.job import FINISHED, LIVE, Job
+from jobd.commands import Filter, PlanAction
+from jobd.job import Job
 
 # Where each action leads to, None where the job is gone; from where it may be done, and why not from elsewhere.
 TO: Final[dict[PlanAction, str | None]] = {
@@ -20,13 +20,13 @@ TO: Final[dict[PlanAction, str | None]] = {
     "force-fail": "failed",
     "delete": None,
 }
-_FROM: Final[dict[PlanAction, frozenset[str]]] = {
-    "retry": frozenset({"failed", "cancelled"}),
-    "cancel": frozenset(LIVE),
-    "force-fail": frozenset(LIVE),
-    "delete": frozenset(FINISHED),
+_FROM: Final[dict[PlanAction, tuple[str, ...]]] = {
+    "retry": ("failed", "cancelled"),
+    "cancel": ("queued", "processing"),
+    "force-fail": ("queued", "processing"),
+    "delete": ("failed", "cancelled", "completed"),
 }
-_ONLY: Final[dict[PlanAction, str]] = {
+ONLY: Final[dict[PlanAction, str]] = {
     "retry": "Only failed and cancelled jobs are tried again.",
     "cancel": "Only queued and processing jobs can be cancelled.",
     "force-fail": "Only queued and processing jobs can be failed.",
@@ -36,7 +36,18 @@ _ONLY: Final[dict[PlanAction, str]] = {
 
 def why_not(action: PlanAction, job: Job) -> str | None:
     """Why `action` leaves this job alone; None where it does not."""
-    return None if job.status in _FROM[action] else _ONLY[action]
+    return None if job.status in _FROM[action] else ONLY[action]
+
+
+def statuses(action: PlanAction, wanted: Filter) -> list[str]:
+    """Where `action` looks for the jobs of a filter, one after the other: it does nothing to any other job.
+
+    An error is looked for in failed jobs, as in the list of jobs, unless a status or a worker is asked for.
+    """
+    status = wanted.status
+    if wanted.error is not None and wanted.worker is None:
+        status = status or "failed"
+    return [each for each in _FROM[action] if status in (None, each)]
 
 
 def version(job: Job) -> str:

@@ -1,4 +1,4 @@
-"""Plans of operators: made of looks at what is on the disk, kept in memory for a while, applied slice by slice, once.
+"""Plans of operators: made by looks at what is on the disk, kept in memory for a while, applied slice by slice, once.
 
 Decides nothing about a job: what a plan would do is said by planning.py, what it does by the rules, as they do it.
 """
@@ -14,33 +14,25 @@ from msgspec.structs import asdict, replace
 
 from jobd import planning
 from jobd.actor import Actor
-from jobd.answers import ChangedJob, PlannedJob, PlanResult, PlanSlice, PlanView, SkippedJob
-from jobd.batch import Page, Query
+from jobd.answers import ChangedJob, PlanResult, PlanSlice, PlanView
 from jobd.commands import (
-    MAX_PLAN,
     ApplyEndings,
     ApplyPlan,
     Expected,
-    Filter,
     MakePlan,
     Moment,
     Note,
     Operator,
     Refusal,
 )
-from jobd.job import MINUTE_MS, SECOND_MS, Job
+from jobd.job import MINUTE_MS, SECOND_MS
+from jobd.plan_search import PAUSE_S, Search
 
 MOST_PLANS: Final = 20
 MOST_JOBS: Final = 100_000  # of all plans that are kept
 KEPT_MS: Final = 15 * MINUTE_MS
-MOST_SKIPPED: Final = 1_000  # that a plan shows
-LOOK: Final = 50  # jobs read in one go,
-SCAN: Final = 500  # of rows that are looked at; where each takes its time
-SLOW_SCAN: Final = 250
-MOST_LOOKED: Final = 2_000_000  # rows, by one plan
 SLICE: Final = 50  # jobs of one command
-PAUSE_S: Final = 0.002  # after each look and slice, so that workers get the loop and the disk in between
-MOST_MAKING: Final = 4  # plans being made or waiting to be
+MOST_MAKING: Final = 4  # plans being made, look by look in turn
 
 log = structlog.get_logger("jobd.plans")
 
@@ -54,7 +46,6 @@ class Plan(Struct):
 
     view: PlanView
     expected: list[Expected]
-    filter: Filter | None
     until_s: float  # loop time
     done: PlanSlice
     at: int = 0
@@ -68,7 +59,7 @@ class Planner:
         self._actor = actor
         self._clock = clock
         self._plans: dict[str, Plan] = {}  # by id, the oldest first
-        self._one = asyncio.Semaphore(1)
+        self._turn = asyncio.Semaphore(1)
         self._making = 0
         self._stopping = False
 
@@ -81,71 +72,41 @@ class Planner:
 
     async def make(self, asked: MakePlan, plan_id: str) -> PlanView | Refusal:
         """A plan of what `asked.action` would do now, to be found again as `plan_id`."""
-        if (asked.filter is None) == (asked.ids is None):
-            return Refusal("invalid_request", "Give `filter` or `ids`, one of them.", {"field": "$.filter"})
         if self._making >= MOST_MAKING:
             return Refusal("overloaded", "Other plans are being made; try again after a second.")
+        search = Search(asked, self._actor.disk, self._actor.book.quarantined, self._turn)
         self._making += 1
         try:
-            async with self._one:
-                draft = _Draft(asked)
-                await (self._named(draft, asked.ids) if asked.ids is not None else self._found(draft, asked.filter))
+            refusal = await search.run()
         finally:
             self._making -= 1
+        if refusal is not None:
+            return refusal
         now = self._clock.moment().now
         view = PlanView(
             plan_id=plan_id,
             action=asked.action,
             reason=asked.reason,
-            count=len(draft.jobs),
-            jobs=draft.jobs,
-            skipped=draft.skipped,
-            skipped_count=draft.skipped_count,
-            more=draft.more,
+            filter=asked.filter,
+            scope=None if asked.filter is None else planning.ONLY[asked.action],
+            count=len(search.jobs),
+            jobs=search.jobs,
+            skipped=search.skipped,
+            skipped_count=search.skipped_count,
+            more=search.next_cursor is not None,
+            next_cursor=search.next_cursor,
             made_at=now,
             expires_at=now + KEPT_MS,
         )
         until_s = asyncio.get_running_loop().time() + KEPT_MS / SECOND_MS
-        self._keep(Plan(view, draft.expected, asked.filter, until_s, PlanSlice(0, [], [])))
+        self._keep(Plan(view, search.expected, until_s, PlanSlice(0, [], [])))
         return view
 
-    async def _named(self, draft: _Draft, ids: list[str]) -> None:
-        ids = list(dict.fromkeys(ids))
-        for first in range(0, len(ids), LOOK):
-            some = ids[first : first + LOOK]
-            loaded = await self._actor.disk.load(some, [], [])
-            for job_id in some:
-                job = loaded.jobs.get(job_id)
-                if job is not None:
-                    draft.take(job)
-                else:
-                    wrong = loaded.bad.get(job_id) or self._actor.book.quarantined.get(job_id)
-                    draft.skip(job_id, None, f"It is in quarantine: {wrong}" if wrong else "There is no such job.")
-            await asyncio.sleep(PAUSE_S)
-
-    async def _found(self, draft: _Draft, wanted: Filter | None) -> None:
-        assert wanted is not None
-        query = as_query(wanted)
-        looked = 0
-        while True:
-            page: Page = await self._actor.disk.find(query)
-            for job, _ in page.jobs:
-                if not draft.take(job):
-                    return
-            looked += query.scan
-            if page.next_before is None:
-                return
-            if looked >= MOST_LOOKED:
-                draft.more = True
-                return
-            query = replace(query, before=page.next_before)
-            await asyncio.sleep(PAUSE_S)
-
     def _keep(self, plan: Plan) -> None:
-        """The oldest plans go first, but none that is being applied."""
+        """Plans that have nothing go first, then the oldest, but none that is being applied."""
         self._forget_old()
         self._plans[plan.view.plan_id] = plan
-        for plan_id, kept in list(self._plans.items()):
+        for plan_id, kept in sorted(self._plans.items(), key=lambda each: each[1].view.count > 0):
             jobs = sum(each.view.count for each in self._plans.values())
             if len(self._plans) <= MOST_PLANS and jobs <= MOST_JOBS:
                 break
@@ -215,7 +176,7 @@ class Planner:
             return Refusal("shutting_down", "The daemon is stopping.")
         view = plan.view
         kind = ApplyPlan if view.action == "retry" else ApplyEndings
-        command = kind(action=view.action, jobs=some, reason=view.reason)  # type: ignore[arg-type]
+        command = kind(action=view.action, jobs=some, reason=view.reason)
         answer = await self._actor.ask(command, by=operator.by, admin=True, operator=operator)
         if isinstance(answer, Refusal):
             return answer
@@ -235,64 +196,11 @@ class Planner:
             "changed_meanwhile": len(done.changed),
         }
         details["refused"] = len(done.refused)
-        if plan.filter is not None:
-            details["filter"] = {name: value for name, value in asdict(plan.filter).items() if value is not None}
+        if view.filter is not None:
+            details["filter"] = {name: value for name, value in asdict(view.filter).items() if value is not None}
         kept = await self._actor.ask(Note(what=f"plan-{view.action}", details=details), operator=operator)
         if isinstance(kept, Refusal):
             log.warning("audit_missed", what=f"plan-{view.action}", by=operator.by, reason=kept.code)
-
-
-class _Draft:
-    """A plan while it is made."""
-
-    def __init__(self, asked: MakePlan) -> None:
-        self.jobs: list[PlannedJob] = []
-        self.expected: list[Expected] = []
-        self.skipped: list[SkippedJob] = []
-        self.skipped_count = 0
-        self.more = False
-        self._action = asked.action
-
-    def take(self, job: Job) -> bool:
-        """Whether there is room for more."""
-        why = planning.why_not(self._action, job)
-        if why is not None:
-            self.skip(job.id, job.status, why)
-            return True
-        if len(self.jobs) >= MAX_PLAN:
-            self.more = True
-            return False
-        self.jobs.append(PlannedJob(job.id, job.status, planning.TO[self._action]))
-        self.expected.append(Expected(job.id, planning.version(job)))
-        return True
-
-    def skip(self, job_id: str, status: str | None, why: str) -> None:
-        self.skipped_count += 1
-        if len(self.skipped) < MOST_SKIPPED:
-            self.skipped.append(SkippedJob(job_id, status, why))
-
-
-def as_query(wanted: Filter) -> Query:
-    """The first look for the jobs of a filter."""
-    is_slow = wanted.q is not None or wanted.error is not None
-    status = wanted.status
-    if wanted.error is not None:
-        status = status or "failed"
-    return Query(
-        status=status,
-        queue=wanted.queue,
-        kind=wanted.kind,
-        worker=wanted.worker,
-        limit=LOOK,
-        scan=SLOW_SCAN if is_slow else SCAN,
-        since=wanted.since,
-        until=wanted.until,
-        finished_since=wanted.finished_since,
-        finished_until=wanted.finished_until,
-        text=wanted.q,
-        error=wanted.error,
-        payloads=False,
-    )
 
 
 def _from(changed: ChangedJob, was: dict[str, str]) -> ChangedJob:

@@ -246,7 +246,7 @@ class Figures:
         if plan_id != "p1":
             return Refusal("plan_not_found", "There is no such plan.")
         job = PlannedJob("a", "failed", "queued")
-        return PlanView("p1", "retry", "r", 1, [job], [SkippedJob("b", None, "none")], 1, False, 1, 2)
+        return PlanView("p1", "retry", "r", None, None, 1, [job], [SkippedJob("b", None, "none")], 1, False, None, 1, 2)
 
     async def apply_plan(self, plan_id: str, operator: Operator) -> PlanResult:
         self.operators.append(operator)

@@ -24,7 +24,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import admin_api, history, worker_api
+from jobd import admin_api, history, plan_search, worker_api
 from jobd.actor import Actor
 from jobd.answers import AlertView, ClockView, DeliveryPage, OldestDue
 from jobd.artefact_files import FileStore
@@ -32,7 +32,7 @@ from jobd.batch import Query
 from jobd.book import Book
 from jobd.clock import Clock
 from jobd.commands import ForceFail
-from jobd.dashboard import entrance, filters, live, pages, paint, sessions
+from jobd.dashboard import bulk, entrance, filters, live, pages, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
 from jobd.dashboard.recorder import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
@@ -933,6 +933,56 @@ async def test_all_that_match_are_planned_and_what_changed_meanwhile_is_told(tow
     ]  # fmt: skip
     assert await town.status("job-07") == "queued"
     assert await town.status("other") == "queued"
+
+
+async def test_a_plan_that_is_full_leads_to_the_next_one(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (plan_search, bulk):
+        monkeypatch.setattr(module, "MAX_PLAN", 2)
+    await failing(town, "a", "b", "c")
+    browser = await town.browser()
+    heard = await planned(browser, "/jobs?queue=video&since=2h", action="delete", scope="all", reason="<old>")
+    heard = await browser.get(heard.headers["location"])
+    assert_safe(heard)
+    page = text(heard)
+    assert "Plan: delete 2 jobs" in page
+    assert "There are more: a plan has 2 jobs at most." in page
+    assert "Found by queue <strong>video</strong>, since <strong>20" in page
+    assert "Only finished jobs can be deleted." in page
+    back = html.unescape(re.findall(r'href="([^"]+)">Leave them', page)[0])
+    assert re.findall(r'id="job-(\w)"', text(await browser.get(back))) == ["c", "b", "a"]
+    csrf = await browser.csrf()
+    assert (await browser.post("/plans/plan-1/next", csrf="x")).status == 403
+    await browser.post("/plans/plan-1/apply", csrf=csrf)
+    page = text(await browser.get("/plans/plan-1"))
+    assert ">Plan the next ones<" in page
+    heard = await browser.post("/plans/plan-1/next", csrf=csrf)
+    assert (heard.status, heard.headers["location"]) == (303, "/plans/plan-2")
+    page = text(await browser.get("/plans/plan-2"))
+    assert "Plan: delete 1 job<" in page
+    assert "&lt;old&gt;" in page
+    assert "There are more" not in page
+    heard = await browser.post("/plans/plan-2/next", csrf=csrf)
+    assert (heard.status, "Nothing comes after this plan" in text(heard)) == (400, True)
+    assert (await browser.post("/plans/none/next", csrf=csrf)).status == 404
+
+
+async def test_a_plan_whose_time_was_over_says_so_and_goes_on(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MAKING_S": 0, "SCAN": 1}.items():
+        monkeypatch.setattr(plan_search, name, value)
+    await failing(town, "old", "young")
+    browser = await town.browser()
+    csrf = await browser.csrf()
+    await browser.post("/plans", csrf=csrf, action="retry", scope="all", kind="none")
+    page = text(await browser.get("/plans/plan-1"))
+    assert "Nothing so far" in page
+    assert "There may be more" in page
+    assert "Apply this one" not in page
+    for number in range(2, 9):
+        if "/next" not in page:
+            break
+        heard = await browser.post(f"/plans/plan-{number - 1}/next", csrf=csrf)
+        page = text(await browser.get(heard.headers["location"]))
+    assert "Nothing: no job that this can be done to was found" in page
 
 
 async def test_failures_are_grouped_by_their_error_and_a_group_is_tried_again(town: Town) -> None:

@@ -40,7 +40,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "webhooks": ("webhooks webhook_courier webhook_reader webhook_office webhook_sender", "nouns letters"),
     "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),
     "downloads": ("downloads", "nouns web artefacts"),
-    "time": ("cleanup passes foresight plans health presence", "nouns book judging actor clock artefacts"),
+    "time": ("cleanup passes foresight plans plan_search health presence", "nouns book judging actor clock artefacts"),
     "watch": ("metrics alerts facts failures", "nouns fingerprints book judging actor clock artefacts time"),
     # what requests may ask of the daemon beside the actor
     "rooms": ("rooms", "nouns actor clock store copies web time watch feed downloads webhooks"),

@@ -9,7 +9,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import planning, plans, rows
+from jobd import plan_search, planning, plans, rows
 from jobd.answers import Answer, PlanResult, PlanView, PreviewView
 from jobd.batch import DiskFull
 from jobd.commands import (
@@ -30,6 +30,7 @@ from jobd.commands import (
     PlanAction,
     Preview,
     Refusal,
+    Start,
     Update,
 )
 from jobd.job import SECOND_MS
@@ -195,10 +196,8 @@ async def test_a_plan_says_what_would_be_done_and_does_it() -> None:
             ("b", "failed", "queued"),
             ("a", "failed", "queued"),
         ]
-        assert [(job.id, job.status, job.why) for job in plan.skipped] == [
-            ("c", "queued", "Only failed and cancelled jobs are tried again.")
-        ]
-        assert (plan.count, plan.skipped_count, plan.more, plan.result) == (2, 1, False, None)
+        assert (plan.filter, plan.scope) == (Filter(), "Only failed and cancelled jobs are tried again.")
+        assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
         assert plan.expires_at - plan.made_at == plans.KEPT_MS
         assert (await house.yes(Get(id="a"))).status == "failed"
         result = await applied(planner)
@@ -353,52 +352,147 @@ async def test_so_many_plans_are_kept_the_latest_ones() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small limits."""
-    for name, value in {"MAX_PLAN": 3, "MOST_SKIPPED": 2, "LOOK": 2, "SCAN": 2, "SLOW_SCAN": 2, "MOST_JOBS": 5}.items():
-        monkeypatch.setattr(plans, name, value)
+    for name, value in {"MAX_PLAN": 3, "MOST_SKIPPED": 2, "LOOK": 2, "SCAN": 4, "SLOW_SCAN": 4}.items():
+        monkeypatch.setattr(plan_search, name, value)
+    monkeypatch.setattr(plans, "MOST_JOBS", 5)
+
+
+async def walked(planner: Planner, **asked: Any) -> list[list[str]]:
+    """The jobs of each plan, from the first to the last."""
+    found: list[list[str]] = []
+    cursor: str | None = None
+    while not found or cursor is not None:
+        plan = await made(planner, f"p{len(found)}", cursor=cursor, **asked)
+        assert plan.more == (plan.next_cursor is not None)
+        found.append([job.id for job in plan.jobs])
+        cursor = plan.next_cursor
+    return found
 
 
 @pytest.mark.usefixtures("small")
 @in_virtual_time
-async def test_a_plan_has_so_many_jobs_and_says_where_there_are_more() -> None:
+async def test_a_plan_has_so_many_jobs_and_the_next_one_goes_on_after_them() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b", "c")
-        assert not (await made(planner, action="retry", filter=Filter())).more
+        assert await walked(planner, action="retry", filter=Filter()) == [["c", "b", "a"]]
         for n in range(3):
             await house.yes(Create(id=f"live{n}"))
+            await house.yes(Create(id=f"x{n}"))
+            await house.yes(Cancel(id=f"x{n}"))
         await failed(house, "d")
-        plan = await made(planner, "q", action="retry", filter=Filter())
-        assert [job.id for job in plan.jobs] == ["d", "c", "b"]
-        assert (plan.more, plan.skipped_count, [job.id for job in plan.skipped]) == (True, 3, ["live2", "live1"])
-        assert isinstance(planner.find("p"), Refusal)  # both together had too many jobs
+        wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
+        assert await walked(planner, action="retry", filter=Filter()) == wholes
+        assert isinstance(planner.find("p0"), Refusal)  # all together had too many jobs
+        assert await walked(planner, action="cancel", filter=Filter()) == [["live2", "live1", "live0"]]
 
 
 @pytest.mark.usefixtures("small")
 @in_virtual_time
-async def test_a_plan_looks_at_so_many_rows() -> None:
+async def test_a_plan_of_named_jobs_shows_so_many_that_it_leaves_alone() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
-        await failed(house, "needle", "b", "c", "d", "e")
+        plan = await made(planner, action="retry", ids=["a", "b", "c", "d", "e"])
+        assert (plan.count, [job.id for job in plan.skipped], plan.skipped_count) == (0, ["a", "b"], 5)
+        assert (plan.filter, plan.scope, plan.more) == (None, None, False)
+
+
+@pytest.mark.usefixtures("small")
+@in_virtual_time
+async def test_jobs_that_the_action_does_nothing_to_are_not_looked_at() -> None:
+    """Hundreds of younger jobs that wait are in nobody's way."""
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "needle")
+        for n in range(300):
+            await house.yes(Create(id=f"j{n}"))
+        house.disk.calls.clear()
+        plan = await made(planner, action="retry", filter=Filter())
+        assert ([job.id for job in plan.jobs], plan.more) == (["needle"], False)
+        plan = await made(planner, action="retry", filter=Filter(status="queued"))
+        assert (plan.count, plan.skipped_count, plan.more) == (0, 0, False)
+        assert plan.scope == "Only failed and cancelled jobs are tried again."
+
+
+@pytest.mark.usefixtures("small")
+@in_virtual_time
+async def test_a_plan_finds_a_text_wherever_it_is() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "needle", *(f"j{n}" for n in range(20)))
         plan = await made(planner, action="retry", filter=Filter(q="NEEDLE"))
         assert [job.id for job in plan.jobs] == ["needle"]
-        planner_looks = house.disk.calls["find"]
-        assert planner_looks == 3
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MOST_LOOKED", "SCAN"):
-        monkeypatch.setattr(plans, name, 1)
+    for name, value in {"MAKING_S": 0, "SCAN": 1}.items():
+        monkeypatch.setattr(plan_search, name, value)
 
 
 @pytest.mark.usefixtures("impatient")
 @in_virtual_time
-async def test_a_plan_that_would_look_for_too_long_ends_and_says_so() -> None:
+async def test_a_plan_that_would_look_for_too_long_ends_and_the_next_one_goes_on() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
-        await failed(house, "a", "b")
-        plan = await made(planner, action="retry", filter=Filter())
-        assert ([job.id for job in plan.jobs], plan.more) == (["b"], True)
+        await failed(house, "a", "b", "c", "d")
+        found = await walked(planner, action="retry", filter=Filter(queue="default"))
+        assert len(found) > 2
+        assert [job_id for each in found for job_id in each] == ["d", "c", "b", "a"]
+
+
+@in_virtual_time
+async def test_a_plan_goes_on_only_from_one_that_was_made_of_the_same() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        for asked in (
+            MakePlan(action="cancel", filter=Filter(), cursor="failed.7"),
+            MakePlan(action="retry", filter=Filter(status="cancelled"), cursor="failed.7"),
+            MakePlan(action="retry", filter=Filter(error="0123456789ab"), cursor="cancelled.7"),
+            MakePlan(action="retry", ids=["a"], cursor="failed.7"),
+        ):
+            wrong = await planner.make(asked, "x")
+            assert isinstance(wrong, Refusal), asked
+            assert (wrong.code, wrong.details["field"]) == ("invalid_request", "$.cursor")
+
+
+@in_virtual_time
+async def test_a_job_that_moves_on_while_the_plan_is_made_is_in_it_once() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await house.yes(Create(id="a"))
+        making = asyncio.create_task(made(planner, action="cancel", filter=Filter()))
+        await asyncio.sleep(plan_search.PAUSE_S / 2)
+        await house.yes(Start(id="a", worker="w"))
+        plan = await making
+        assert [(job.id, job.from_) for job in plan.jobs] == [("a", "queued")]
+        result = await applied(planner)
+        assert [(job.id, job.now) for job in result.changed] == [("a", "processing")]
+
+
+@in_virtual_time
+async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, *(f"j{n}" for n in range(3 * plan_search.LOOK)))
+        long = asyncio.create_task(made(planner, "long", action="delete", filter=Filter()))
+        await asyncio.sleep(plan_search.PAUSE_S / 2)
+        short = await made(planner, "short", action="delete", ids=["j3"])
+        assert (short.count, long.done()) == (1, False)
+        assert (await long).count == 3 * plan_search.LOOK
+
+
+@in_virtual_time
+async def test_plans_that_have_nothing_push_no_other_out() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a")
+        await made(planner, "full", action="retry", filter=Filter())
+        for n in range(plans.MOST_PLANS + 2):
+            await made(planner, f"p{n}", action="cancel", filter=Filter())
+        assert isinstance(planner.find("full"), PlanView)
+        assert isinstance(planner.find("p0"), Refusal)
+        assert isinstance(planner.find(f"p{plans.MOST_PLANS + 1}"), PlanView)
 
 
 @in_virtual_time
@@ -421,7 +515,7 @@ async def test_a_daemon_that_stops_ends_a_plan_after_its_slice() -> None:
         await failed(house, *(f"j{n}" for n in range(3 * plans.SLICE)))
         await made(planner, action="retry", filter=Filter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
-        await asyncio.sleep(plans.PAUSE_S / 2)
+        await asyncio.sleep(plan_search.PAUSE_S / 2)
         await planner.close()
         refusal = await waiting
         assert isinstance(refusal, Refusal)

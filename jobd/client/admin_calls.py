@@ -171,15 +171,17 @@ def make_plan(
     finished_until: int | None = None,
     q: str | None = None,
     error: str | None = None,
+    cursor: str | None = None,
     reason: str | None = None,
 ) -> Request[PlanView]:
     """What `action` (retry, cancel, force-fail, delete) would do to the jobs `ids`, or to those that the filters find.
 
     Nothing is done before apply_plan. `jobs` are those that it would be done to, 10 000 at most; `skipped` are left
-    alone. The filters are those of list_jobs.
+    alone. The filters are those of list_jobs. Where the plan has `more`, its `next_cursor` as `cursor` makes the next.
     """
     body: dict[str, Any] = {"action": action, "ids": None if ids is None else list(ids), "reason": reason}
     if ids is None:
+        body["cursor"] = cursor
         asked: dict[str, str | int | None] = {"status": status, "queue": queue, "kind": kind, "worker": worker}
         asked |= {"since": since, "until": until, "q": q, "error": error}
         asked |= {"finished_since": finished_since, "finished_until": finished_until}

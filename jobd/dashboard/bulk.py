@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Final, Literal
+from urllib.parse import urlencode
 
 import msgspec
 
 from jobd.answers import Answer, PlanView
 from jobd.bodies import Refused, explain, refused
-from jobd.commands import Filter, MakePlan, OnPlan, PlanAction, Refusal
+from jobd.commands import MAKING_S, MAX_PLAN, Filter, MakePlan, OnPlan, PlanAction, Refusal
 from jobd.dashboard.filters import JobFilter, chosen
 from jobd.dashboard.guests import Guest, go_on
 from jobd.dashboard.pages import ACTIONS, PAUSED, Shown, asked, strip
+from jobd.dashboard.paint import iso
 from jobd.job import JobId, Text
 
 MOST_SHOWN: Final = 200
@@ -42,10 +44,39 @@ class ApplyForm(OnPlan, frozen=True, kw_only=True):
     csrf: str = ""
 
 
+class NextForm(OnPlan, frozen=True, kw_only=True):
+    csrf: str = ""
+
+
 async def make(guest: Guest, form: PlanForm) -> Answer | Refusal:
     """A plan, and on to its page. Nothing is done yet."""
     found = await guest.site.rooms.make_plan(_wanted(guest, form))
     return found if isinstance(found, Refusal) else go_on(guest, f"/plans/{found.plan_id}")
+
+
+async def make_next(guest: Guest, form: NextForm) -> Answer | Refusal:
+    """A plan of what comes after this one, and on to its page."""
+    plan = guest.site.rooms.plan(form.plan_id)
+    if isinstance(plan, Refusal):
+        return plan
+    if plan.next_cursor is None:
+        raise refused("invalid_request", "Nothing comes after this plan: it has all that its filter found.")
+    wanted = MakePlan(
+        action=plan.action,
+        filter=plan.filter,
+        cursor=plan.next_cursor,
+        reason=plan.reason,
+    )
+    found = await guest.site.rooms.make_plan(wanted)
+    return found if isinstance(found, Refusal) else go_on(guest, f"/plans/{found.plan_id}")
+
+
+def _filters(plan: PlanView) -> dict[str, str]:
+    """What the plan's jobs were found by, as the page of jobs takes it."""
+    given = {} if plan.filter is None else msgspec.structs.asdict(plan.filter)
+    return {
+        name: iso(value) if isinstance(value, int) else str(value) for name, value in given.items() if value is not None
+    }
 
 
 def _wanted(guest: Guest, form: PlanForm) -> MakePlan:
@@ -68,8 +99,14 @@ async def show(guest: Guest, wanted: OnPlan) -> Shown:
     plan: PlanView = found
     [paused] = await asked(guest, PAUSED)
     result = plan.result
+    filters = _filters(plan)
     return {
         "plan": plan,
+        "filters": filters,
+        "back": f"/jobs?{urlencode(filters)}" if filters else "/jobs",
+        "is_full": plan.count >= MAX_PLAN,
+        "most_jobs": MAX_PLAN,
+        "making_s": round(MAKING_S),
         "label": ACTIONS[plan.action],
         "says": SAYS[plan.action],
         "is_grave": plan.action in GRAVE,

@@ -99,6 +99,7 @@ class Dashboard:
             self._form("/plans", bulk.PlanForm, bulk.make),
             self._page("/plans/{plan_id}", OnPlan, "plan", "Plan", bulk.show, every_s=0),
             self._form("/plans/{plan_id}/apply", bulk.ApplyForm, bulk.apply),
+            self._form("/plans/{plan_id}/next", bulk.NextForm, bulk.make_next),
             self._page("/failures", Nothing, "failures", "Failures", lambda guest, _: pages.failures(guest)),
             self._page(
                 "/queues",

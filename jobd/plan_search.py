@@ -1,0 +1,128 @@
+"""One plan while it is made: its jobs are looked for slice by slice, in turn with other plans, and not for ever.
+
+Decides nothing about a job: what a plan takes and what it leaves alone is said by planning.py. Keeps no plan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Final
+
+from jobd import planning
+from jobd.answers import PlannedJob, SkippedJob
+from jobd.batch import Disk, Query
+from jobd.commands import MAKING_S, MAX_PLAN, Expected, Filter, MakePlan, Refusal
+from jobd.job import Job
+
+MOST_SKIPPED: Final = 1_000  # that a plan shows
+LOOK: Final = 50  # jobs read in one go,
+SCAN: Final = 500  # of rows that are looked at; where each takes its time
+SLOW_SCAN: Final = 250
+PAUSE_S: Final = 0.002  # after each look, so that workers get the loop and the disk in between
+
+
+class Search:
+    """The jobs of a plan. `next_cursor`: where the search ended before its end; the next one goes on there."""
+
+    def __init__(self, asked: MakePlan, disk: Disk, quarantined: Mapping[str, str], turn: asyncio.Semaphore) -> None:
+        self.jobs: list[PlannedJob] = []
+        self.expected: list[Expected] = []
+        self.skipped: list[SkippedJob] = []
+        self.skipped_count = 0
+        self.next_cursor: str | None = None
+        self._asked = asked
+        self._disk = disk
+        self._quarantined = quarantined
+        self._turn = turn  # of plans that are being made: each has one look at a time
+        self._taken: set[str] = set()
+
+    async def run(self) -> Refusal | None:
+        """Look for the jobs, or say what is wrong with what is asked."""
+        asked = self._asked
+        if (asked.filter is None) == (asked.ids is None):
+            return _invalid("filter", "Give `filter` or `ids`, one of them.")
+        if asked.ids is not None:
+            if asked.cursor is not None:
+                return _invalid("cursor", "A `cursor` goes with the `filter` of the plan before.")
+            await self._named(list(dict.fromkeys(asked.ids)))
+            return None
+        assert asked.filter is not None
+        return await self._filtered(asked.filter)
+
+    async def _named(self, ids: list[str]) -> None:
+        for first in range(0, len(ids), LOOK):
+            some = ids[first : first + LOOK]
+            async with self._turn:
+                loaded = await self._disk.load(some, [], [])
+            for job_id in some:
+                job = loaded.jobs.get(job_id)
+                if job is None:
+                    wrong = loaded.bad.get(job_id) or self._quarantined.get(job_id)
+                    self._skip(job_id, None, f"It is in quarantine: {wrong}" if wrong else "There is no such job.")
+                elif (why := planning.why_not(self._asked.action, job)) is not None:
+                    self._skip(job_id, job.status, why)
+                else:
+                    self._take(job)
+            await asyncio.sleep(PAUSE_S)
+
+    async def _filtered(self, wanted: Filter) -> Refusal | None:
+        statuses, before = planning.statuses(self._asked.action, wanted), None
+        if self._asked.cursor is not None:
+            status, _, number = self._asked.cursor.partition(".")
+            if status not in statuses:
+                return _invalid("cursor", "This cursor is of a plan with another action or another filter.")
+            statuses, before = statuses[statuses.index(status) :], int(number)
+        clock_s = asyncio.get_running_loop().time
+        until_s = clock_s() + MAKING_S
+        for status in statuses:
+            while self.next_cursor is None:
+                async with self._turn:
+                    page = await self._disk.find(as_query(wanted, status, before))
+                for job, _ in page.jobs:
+                    if len(self.jobs) >= MAX_PLAN:
+                        self.next_cursor = f"{status}.{job.seq + 1}"
+                        break
+                    self._take(job)
+                else:
+                    before = page.next_before
+                    if before is None:
+                        break
+                    if clock_s() >= until_s:
+                        self.next_cursor = f"{status}.{before}"
+                await asyncio.sleep(PAUSE_S)
+        return None
+
+    def _take(self, job: Job) -> None:
+        if job.id not in self._taken:  # a job that moved on meanwhile is found in its next status, too
+            self._taken.add(job.id)
+            self.jobs.append(PlannedJob(job.id, job.status, planning.TO[self._asked.action]))
+            self.expected.append(Expected(job.id, planning.version(job)))
+
+    def _skip(self, job_id: str, status: str | None, why: str) -> None:
+        self.skipped_count += 1
+        if len(self.skipped) < MOST_SKIPPED:
+            self.skipped.append(SkippedJob(job_id, status, why))
+
+
+def as_query(wanted: Filter, status: str, before: int | None) -> Query:
+    """One look for jobs of a filter that have this status."""
+    is_slow = wanted.q is not None or wanted.error is not None
+    return Query(
+        status=status,
+        queue=wanted.queue,
+        kind=wanted.kind,
+        worker=wanted.worker,
+        limit=LOOK,
+        before=before,
+        scan=SLOW_SCAN if is_slow else SCAN,
+        since=wanted.since,
+        until=wanted.until,
+        text=wanted.q,
+        error=wanted.error,
+        payloads=False,
+    )
+
+
+def _invalid(field: str, message: str) -> Refusal:
+    return Refusal("invalid_request", message, {"field": f"$.{field}"})
