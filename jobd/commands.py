@@ -391,7 +391,7 @@ class AuditLog(Command, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
-PlanAction = Literal["retry", "cancel", "force-fail", "delete"]
+PlanAction = Literal["retry", "force-reset", "cancel", "force-fail", "delete"]
 MAX_PLAN: Final = 10_000  # jobs of one plan
 MAKING_S: Final = 10.0  # for so long at most one plan looks for them; the next one goes on from there
 

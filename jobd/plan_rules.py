@@ -63,7 +63,7 @@ def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: Expected, don
 
 def _asked(command: ApplyPlan, job_id: str) -> OnJob:
     match command.action:
-        case "retry":
+        case "retry" | "force-reset":
             return ForceReset(id=job_id, reason=command.reason)
         case "cancel":
             return Cancel(id=job_id, reason=command.reason)

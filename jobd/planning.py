@@ -16,18 +16,21 @@ from jobd.job import Job
 # Where each action leads to, None where the job is gone; from where it may be done, and why not from elsewhere.
 TO: Final[dict[PlanAction, str | None]] = {
     "retry": "queued",
+    "force-reset": "queued",
     "cancel": "cancelled",
     "force-fail": "failed",
     "delete": None,
 }
 _FROM: Final[dict[PlanAction, tuple[str, ...]]] = {
     "retry": ("failed", "cancelled"),
+    "force-reset": ("processing", "failed", "cancelled"),
     "cancel": ("queued", "processing"),
     "force-fail": ("queued", "processing"),
     "delete": ("failed", "cancelled", "completed"),
 }
 ONLY: Final[dict[PlanAction, str]] = {
     "retry": "Only failed and cancelled jobs are tried again.",
+    "force-reset": "Only processing, failed and cancelled jobs can be reset.",
     "cancel": "Only queued and processing jobs can be cancelled.",
     "force-fail": "Only queued and processing jobs can be failed.",
     "delete": "Only finished jobs can be deleted.",

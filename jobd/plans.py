@@ -175,7 +175,7 @@ class Planner:
         if self._stopping:
             return Refusal("shutting_down", "The daemon is stopping.")
         view = plan.view
-        kind = ApplyPlan if view.action == "retry" else ApplyEndings
+        kind = ApplyPlan if planning.TO[view.action] == "queued" else ApplyEndings
         command = kind(action=view.action, jobs=some, reason=view.reason)
         answer = await self._actor.ask(command, by=operator.by, admin=True, operator=operator)
         if isinstance(answer, Refusal):

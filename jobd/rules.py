@@ -492,6 +492,7 @@ def cancel(draft: Draft, command: Cancel) -> Answer | Refusal:
 
 _PLANNED: Final[plan_rules.Rules] = {
     "retry": operator_rules.force_reset,
+    "force-reset": operator_rules.force_reset,
     "cancel": cancel,
     "force-fail": operator_rules.force_fail,
     "delete": operator_rules.delete,

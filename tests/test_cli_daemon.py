@@ -23,7 +23,7 @@ import msgspec
 import pytest
 
 from jobd import admin_api, answers
-from jobd.cli import ctl
+from jobd.cli import ctl, ctl_plan
 from jobd.cli import daemon as jobd_cli
 from jobd.cli.checkup import examine
 from jobd.client import AdminClient, JobClient, JobdError, LockLost
@@ -306,7 +306,7 @@ def test_many_jobs_are_planned_shown_and_done(jobctl: Ctl) -> None:
     jobctl.ok("submit", "--id", "pl-other", "--queue", "pl-other")
     where = ["--where", "queue=pl", "--where", "since=1h"]
     out = jobctl.ok("force-fail", *where, "--dry-run")
-    assert out.splitlines()[0] == "force-fail: 3 jobs"
+    assert re.fullmatch(r"force-fail: 3 jobs \(plan [0-9a-f]{16}\)", out.splitlines()[0])
     assert "pl2  queued → failed" in out
     assert jobctl.json("job", "pl0")["status"] == "queued"
     assert jobctl.ok("force-fail", *where, "--yes", "--reason", "wrong input") == "force-fail: 3 jobs done\n"
@@ -324,7 +324,7 @@ def test_many_jobs_are_planned_shown_and_done(jobctl: Ctl) -> None:
     assert jobctl.run("retry", "none", "-y") == (
         4,
         "",
-        "No job can be done: 1 job left alone: There is no such job..\n",
+        "No job can be done: 1 job left alone: There is no such job.\n",
     )
     assert jobctl.run("retry", "--where", "queue=nothing", "-y") == (0, "", "No job fits.\n")
     assert jobctl.ok("cancel", *where, "-y") == "cancel: 3 jobs done\n"
@@ -333,10 +333,71 @@ def test_many_jobs_are_planned_shown_and_done(jobctl: Ctl) -> None:
     assert what == ["plan-delete", "plan-cancel", "plan-retry", "plan-retry", "plan-force-fail"]
 
 
+def test_a_plan_that_was_looked_at_is_what_is_done(jobctl: Ctl, running: Running) -> None:
+    for n in range(3):
+        jobctl.ok("submit", "--id", f"ap{n}", "--queue", "ap")
+    code, out, err = jobctl.run("cancel", "--where", "queue=ap", "--dry-run")
+    named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
+    assert (code, out.count("queued → cancelled")) == (0, 3)
+    assert named
+    assert named[1] in out.splitlines()[0]
+    jobctl.ok("submit", "--id", "ap3", "--queue", "ap")
+    jobctl.ok("update", "ap1", "--priority", "3")
+    assert jobctl.ok("apply", named[1], "--dry-run").count("queued → cancelled") == 3
+    code, out, err = jobctl.run("apply", named[1], "--yes")
+    assert (code, out) == (4, "cancel: 2 jobs done\n")
+    assert err == "ap1: changed meanwhile: queued → queued. It has changed since the plan was made.\n"
+    assert [running.client.get_job(f"ap{n}").status for n in range(4)] == ["cancelled", "queued", "cancelled", "queued"]
+    code, out, err = jobctl.run("apply", named[1], "-y", "--json")
+    again = json.loads(out)
+    assert (code, again["applied"], again["repeated"], "was applied" in err) == (4, 2, True, True)
+    assert jobctl.json("apply", named[1], "--dry-run")["result"]["applied"] == 2
+    code, err = jobctl.no("apply", "none", "-y")
+    assert (code, "Make it anew" in err) == (4, True)
+    assert jobctl.no("apply", named[1])[0] == 2
+
+
+def test_more_jobs_than_one_plan_has_are_done_in_one_go(
+    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(0, 10_002, 834):
+        running.client.create_jobs([{"id": f"big{m}", "queue": "big"} for m in range(n, min(n + 834, 10_002))])
+    out = jobctl.ok("cancel", "--where", "queue=big", "--dry-run")
+    assert out.splitlines()[0] == "cancel: 10002 jobs (2 plans)"
+    assert jobctl.ok("cancel", "--where", "queue=big", "-y") == "cancel: 10002 jobs done\n"
+    monkeypatch.setattr(ctl_plan, "_AT_ONCE", 1)
+    _, out, err = jobctl.run("delete", "--where", "queue=big", "--dry-run")
+    assert "10000 jobs" in out.splitlines()[0]
+    assert "which come after these" in out.splitlines()[0]
+    assert "There are more" in err
+    assert jobctl.ok("delete", "--where", "queue=big", "-y") == "delete: 10000 jobs done\ndelete: 2 jobs done\n"
+
+
+def test_named_jobs_are_planned_too_where_they_are_several(jobctl: Ctl, running: Running) -> None:
+    for n in range(4):
+        jobctl.ok("submit", "--id", f"nj{n}", "--queue", "nj")
+    running.client.start_processing("nj3", "w")
+    out = jobctl.ok("force-fail", "nj0", "nj3", "--dry-run")
+    assert "nj0  queued → failed" in out
+    assert "nj3  processing → failed" in out
+    assert jobctl.ok("force-fail", "nj0", "nj1", "-y", "--reason", "wrong") == "force-fail: 2 jobs done\n"
+    code, out, err = jobctl.run("force-reset", "nj0", "nj2", "nj3", "-y", "--reason", "hung")
+    assert (code, out) == (4, "force-reset: 2 jobs done\n")
+    assert err == "1 job left alone: Only processing, failed and cancelled jobs can be reset.\n"
+    assert jobctl.run("delete", "nj1", "none", "-y")[:2] == (4, "delete: 1 job done\n")
+    running.client.start_processing("nj3", "w-hung")
+    assert jobctl.ok("force-reset", "--where", "worker=w-hung", "-y") == "force-reset: 1 job done\n"
+    assert running.client.get_job("nj3").status == "queued"
+    what = [each["what"] for each in jobctl.json("audit", "--since", "1h", "--limit", "4")["entries"]]
+    assert what == ["plan-force-reset", "plan-delete", "plan-force-reset", "plan-force-fail"]
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["retry", "-y"], "one of them"),
+        (["apply", "-y"], "PLAN_ID"),
+        (["force-reset", "a", "b"], "--dry-run"),
         (["cancel", "a", "--where", "queue=q", "-y"], "one of them"),
         (["retry", "--where", "colour=red", "-y"], "NAME one of status"),
         (["retry", "--where", "queue=a", "--where", "queue=b", "-y"], "given twice"),
@@ -820,6 +881,21 @@ def test_a_person_is_asked_and_the_answer_counts(running: Running) -> None:
     assert running.client.get_job("t1").status == "queued"
     assert _on_a_terminal(running, b"y\n", "cancel", "t1")[:2] == (0, "t1: cancelled\n")
     assert running.client.get_job("t1").status == "cancelled"
+
+
+def test_of_several_jobs_a_person_sees_what_would_be_done(running: Running) -> None:
+    running.client.create_job(id="t3", queue="t3")
+    running.client.create_job(id="t4", queue="t3")
+    running.client.cancel_job("t4")
+    code, out, shown = _on_a_terminal(running, b"y\n", "cancel", "t3", "t4")
+    assert (code, out) == (4, "t3: cancelled\n")
+    assert "t3: would cancel: it is queued" in shown
+    assert "t4: cancel would be refused: it is cancelled" in shown
+    code, out, shown = _on_a_terminal(running, b"n\n", "delete", "t3", "t4")
+    assert (code, "cancelled → deleted" in out) == (1, True)
+    assert "delete 2 jobs?" in shown
+    code, out, _ = _on_a_terminal(running, b"y\n", "retry", "--where", "queue=t3")
+    assert (code, out.splitlines()[-1]) == (0, "retry: 2 jobs done")
 
 
 def _drawn(running: Running, module: str, *argv: str, no_color: str) -> str:

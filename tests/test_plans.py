@@ -51,6 +51,7 @@ EVE = Operator("eve", "10.0.0.7")
     ("action", "allowed"),
     [
         ("retry", {"failed", "cancelled"}),
+        ("force-reset", {"processing", "failed", "cancelled"}),
         ("cancel", {"queued", "processing"}),
         ("force-fail", {"queued", "processing"}),
         ("delete", {"completed", "failed", "cancelled"}),

@@ -41,15 +41,21 @@ def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None,
 
 
 @click.command("force-reset")
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@_IDS
+@where_option
 @_REASON
 @destructive
 @admin_options
-def force_reset(ids: tuple[str, ...], reason: str | None, **how: bool) -> int:
-    """Put jobs back into their queue as new.
+def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
+    """Put jobs back into their queue as new, also while they are worked on.
 
-    They are due now; a worker that holds one loses it.
+    They are due now; a worker that holds one loses it. `jobctl retry` is the same for failed and cancelled jobs alone.
+
+    \b
+    Example: jobctl force-reset --where status=processing --where worker=w-7
     """
+    if is_plan(ids, where):
+        return ctl_plan.carry_out("force-reset", ids, where, reason, **how)
     client = admin_client()
     deed = Deed("force-reset", client.get_job, "queued", lambda job_id: client.force_reset(job_id, reason), _forced)
     return carry_out(deed, ids, **how)
@@ -176,4 +182,6 @@ def _changed(change: Callable[[], Any], as_json: bool) -> None:
         show.emit(f"{job.id}: {job.status}, priority {job.priority}, due {show.when(job.run_at)}")
 
 
-VERBS: Final = (ctl_plan.retry, force_fail, force_reset, transition, adopt, run_now, update, delete)
+VERBS: Final = (
+    ctl_plan.retry, force_fail, force_reset, transition, adopt, run_now, update, delete, ctl_plan.apply_plans,
+)  # fmt: skip

@@ -135,12 +135,14 @@ def cancel(
 ) -> int:
     """Cancel jobs that are not finished.
 
-    A worker that holds one is told to stop. With --where the admin port is asked: what would be done is shown first.
+    A worker that holds one is told to stop. Named jobs are cancelled over the worker socket, one by one; with --where
+    the admin port makes a plan, which is shown first.
 
     \b
     Example: jobctl cancel --where queue=video --where status=queued
     """
-    if is_plan(ids, where):
+    is_plan(ids, where)
+    if where:
         return ctl_plan.carry_out("cancel", ids, where, reason, yes=yes, dry_run=dry_run, as_json=as_json)
     client = job_client()
     deed = Deed(

@@ -1,4 +1,4 @@
-"""Doing something to all jobs that a filter finds: a plan is made and shown, then applied; and jobctl retry.
+"""Doing something to many jobs: plans are made and shown, then applied; jobctl retry, and jobctl apply.
 
 Knows nothing of jobs: the daemon makes the plan and says what would be done, and what was.
 """
@@ -19,11 +19,13 @@ from jobd.cli.waiting import busy
 
 if TYPE_CHECKING:
     from jobd.answers import ChangedJob, PlanResult, PlanView
+    from jobd.client import AdminClient
     from jobd.commands import PlanAction
 
 _TIMES: Final = ("since", "until", "finished_since", "finished_until")
 _NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
 _SHOWN: Final = 20  # jobs of a plan; --json shows all
+_AT_ONCE: Final = 5  # plans that are shown and asked about as one; the daemon keeps 20, of 100 000 jobs
 
 
 def where_option(verb: Any) -> Any:
@@ -37,10 +39,10 @@ def where_option(verb: Any) -> Any:
 
 
 def is_plan(ids: Sequence[str], where: Sequence[str]) -> bool:
-    """Whether jobs are found by --where. Usage error unless there are either IDs or --where."""
+    """Whether it takes a plan: for --where, or more than one ID. Usage error unless there are either IDs or --where."""
     if bool(ids) == bool(where):
         raise click.UsageError("name jobs by their IDs, or say which with --where NAME=VALUE: one of them")
-    return bool(where)
+    return bool(where) or len(ids) > 1
 
 
 def _filter(where: Sequence[str]) -> dict[str, Any]:
@@ -74,41 +76,101 @@ def carry_out(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Make a plan, show it, ask, apply it. Exit 4 where something of it could not be done."""
+    """Make plans, show them, ask, apply them: so many at once, until the whole filter is done.
+
+    Exit 4 where something of it could not be done.
+    """
     wanted: dict[str, Any] = _filter(where) if where else {"ids": list(ids)}
     if not (yes or dry_run):
         deeds.need_terminal()
     client = admin_client(timeout_s=60.0)
-    with busy("plan"):
-        plan = client.make_plan(action, reason=reason, **wanted)
-    if dry_run:
-        show.emit_json(plan) if as_json else _show_plan(plan)
-        return exits.REFUSED if ids and plan.skipped else exits.DONE
-    if not yes:
-        _show_plan(plan)
-        if plan.count:
-            deeds.confirm(f"{action} {_jobs(plan.count)}")
-    if not plan.count:
-        show.say(f"No job can be done: {_skipped(plan)}." if plan.skipped_count else "No job fits.")
-        return exits.REFUSED if ids else exits.DONE
-    with busy(action):
-        result = client.apply_plan(plan.plan_id)
-    show.emit_json(result) if as_json else _show_result(plan, result)
-    left = result.changed or result.refused or (ids and plan.skipped_count)
-    return exits.REFUSED if left else exits.DONE
+    code, cursor, is_first = exits.DONE, None, True
+    while is_first or cursor is not None:
+        plans, cursor = _made(client, action, cursor, {"reason": reason, **wanted})
+        is_left = bool(ids) and any(plan.skipped_count for plan in plans)
+        count = sum(plan.count for plan in plans)
+        if dry_run:
+            _show_all(plans, cursor, as_json=as_json)
+            return exits.REFUSED if is_left else exits.DONE
+        if not yes:
+            _show_plans(plans, is_more=cursor is not None)
+            if count:
+                deeds.confirm(f"{action} {_jobs(count)}")
+        if count:
+            is_left = not _apply(client, plans, as_json=as_json) or is_left
+        elif is_first or any(plan.skipped_count for plan in plans):
+            left = " ".join(_skipped(plan) for plan in plans if plan.skipped_count)
+            show.say(f"No job can be done: {left}" if left else "No job fits.")
+            is_left = bool(ids)
+        code, is_first = exits.REFUSED if is_left else code, False
+    return code
 
 
-def _show_plan(plan: PlanView) -> None:
-    show.emit(
-        f"{plan.action}: {_jobs(plan.count)}" + (", and there are more than one plan may have" if plan.more else "")
-    )
-    rows = [(job.id, f"{job.from_} → {job.to or 'deleted'}") for job in plan.jobs[:_SHOWN]]
+def _made(
+    client: AdminClient, action: PlanAction, cursor: str | None, wanted: dict[str, Any]
+) -> tuple[list[PlanView], str | None]:
+    """Some plans, one at least, and where the next one would begin (None: these are all)."""
+    plans: list[PlanView] = []
+    while True:
+        with busy(f"plan: {_jobs(sum(plan.count for plan in plans))} so far"):
+            plan = client.make_plan(action, cursor=cursor, **wanted)
+        cursor = plan.next_cursor
+        if plan.count or not (plan.more or plans):
+            plans.append(plan)
+        if cursor is None or len(plans) >= _AT_ONCE:
+            return plans, cursor
+
+
+def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> bool:
+    """Do what the plans say; whether that was everything."""
+    from jobd.client.errors import JobdError
+
+    results = []
+    for plan in plans:
+        if not plan.count:
+            continue
+        try:
+            with busy(f"{plan.action}: {_jobs(plan.count)}"):
+                results.append(client.apply_plan(plan.plan_id))
+        except JobdError:
+            show.say(f"To go on with this plan: jobctl apply {plan.plan_id}")
+            raise
+        if as_json:
+            show.emit_json(results[-1])
+    if not as_json:
+        _show_results(plans, results)
+    return not any(result.changed or result.refused for result in results)
+
+
+def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool) -> None:
+    """Plans that are not applied now, and how they can be."""
+    if as_json:
+        for plan in plans:
+            show.emit_json(plan)
+    else:
+        _show_plans(plans, is_more=cursor is not None)
+    names = " ".join(plan.plan_id for plan in plans if plan.count)
+    if names:
+        show.say(f"To do exactly this, until {show.local(plans[0].expires_at)}: jobctl apply {names}")
+    if cursor is not None:
+        show.say("There are more: without --dry-run all of them are done, these first.")
+
+
+def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
+    jobs = [job for plan in plans for job in plan.jobs]
+    names = f"plan {plans[0].plan_id}" if len(plans) == 1 else f"{len(plans)} plans"
+    more = ", and there are more, which come after these" if is_more else ""
+    show.emit(f"{plans[0].action}: {_jobs(len(jobs))} ({names}){more}")
+    rows = [(job.id, f"{job.from_} → {job.to or 'deleted'}") for job in jobs[:_SHOWN]]
     if rows:
         show.table(["JOB", "WOULD BE"], rows)
-    if plan.count > _SHOWN:
-        show.emit(f"… and {plan.count - _SHOWN} more (--json shows all)")
-    if plan.skipped_count:
-        show.emit(_skipped(plan))
+    if len(jobs) > _SHOWN:
+        show.emit(f"… and {len(jobs) - _SHOWN} more (--json shows all)")
+    for plan in plans:
+        if plan.skipped_count:
+            show.emit(_skipped(plan))
+        elif not plan.count and plan.scope:
+            show.emit(plan.scope)
 
 
 def _skipped(plan: PlanView) -> str:
@@ -117,15 +179,18 @@ def _skipped(plan: PlanView) -> str:
     return f"{_jobs(plan.skipped_count)} left alone: {' '.join(list(reasons)[:3])}"
 
 
-def _show_result(plan: PlanView, result: PlanResult) -> None:
-    show.emit(f"{result.action}: {_jobs(result.applied)} done")
-    for title, left in (("changed meanwhile", result.changed), ("refused", result.refused)):
+def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> None:
+    show.emit(f"{plans[0].action}: {_jobs(sum(result.applied for result in results))} done")
+    changed = [job for result in results for job in result.changed]
+    refused = [job for result in results for job in result.refused]
+    for title, left in (("changed meanwhile", changed), ("refused", refused)):
         for job in left[:_SHOWN]:
             show.say(f"{job.id}: {title}: {_moved(job)}")
         if len(left) > _SHOWN:
             show.say(f"… and {len(left) - _SHOWN} more {title} (--json shows all)")
-    if plan.skipped_count:
-        show.say(_skipped(plan))
+    for plan in plans:
+        if plan.skipped_count:
+            show.say(_skipped(plan))
 
 
 def _moved(job: ChangedJob) -> str:
@@ -152,3 +217,38 @@ def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **ho
     """
     is_plan(ids, where)
     return carry_out("retry", ids, where, reason, **how)
+
+
+@click.command("apply")
+@click.argument("plan_ids", metavar="PLAN_ID...", nargs=-1, required=True)
+@destructive
+@admin_options
+def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json: bool) -> int:
+    """Apply plans that were looked at before.
+
+    Exactly what they show is done. --dry-run of retry, cancel, force-fail, force-reset and delete names its plans; in
+    the dashboard they are in the address of their page. They are kept for 15 minutes. A job that has changed since is
+    left alone.
+
+    \b
+    Example: jobctl delete --where status=completed --dry-run; jobctl apply 3fa29c01d2e4b587
+    """
+    if not (yes or dry_run):
+        deeds.need_terminal()
+    client = admin_client(timeout_s=60.0)
+    plans = [client.get_plan(plan_id) for plan_id in dict.fromkeys(plan_ids)]
+    for plan in plans:
+        if not as_json and not yes:
+            _show_plans([plan], is_more=plan.more)
+            if plan.reason:
+                show.emit(f"Reason: {plan.reason}")
+        if plan.result is not None:
+            show.say(f"Plan {plan.plan_id} was applied {show.when(plan.result.applied_at)}; it is done once.")
+    if dry_run:
+        for plan in plans if as_json else []:
+            show.emit_json(plan)
+        return exits.DONE
+    if not yes:
+        deeds.confirm(" and ".join(f"{plan.action} {_jobs(plan.count)}" for plan in plans))
+    is_whole = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count])
+    return exits.DONE if is_whole else exits.REFUSED

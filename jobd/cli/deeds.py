@@ -43,7 +43,7 @@ def destructive(verb: Any) -> Any:
 def carry_out(deed: Deed, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
     """Do `deed` to each of `ids`, going on after a refusal; the exit code is that of the first refusal."""
     if dry_run:
-        return _each(ids, lambda job_id: _would(deed, job_id))
+        return _each(ids, lambda job_id: _would(deed, job_id, show.emit))
     if not yes:
         _ask(deed, ids)
     return _each(ids, lambda job_id: _do(deed, job_id, as_json))
@@ -74,12 +74,12 @@ def _do(deed: Deed, job_id: str, as_json: bool) -> int:
     return exits.DONE
 
 
-def _would(deed: Deed, job_id: str) -> int:
+def _would(deed: Deed, job_id: str, tell: Callable[[str], None]) -> int:
     job = deed.look(job_id)
     if not _allowed(job.status, deed):
         show.say(f"{job_id}: {deed.words} would be refused: it is {state(job)}")
         return exits.REFUSED
-    show.emit(f"{job_id}: would {deed.words}: it is {state(job)}")
+    tell(f"{job_id}: would {deed.words}: it is {state(job)}")
     return exits.DONE
 
 
@@ -93,8 +93,11 @@ def _allowed(status: str, deed: Deed) -> bool:
 
 def _ask(deed: Deed, ids: Sequence[str]) -> None:
     need_terminal()
-    what = f"job {ids[0]}, which is {state(deed.look(ids[0]))}" if len(ids) == 1 else f"{len(ids)} jobs"
-    confirm(f"{deed.words} {what}")
+    if len(ids) == 1:
+        confirm(f"{deed.words} job {ids[0]}, which is {state(deed.look(ids[0]))}")
+    else:
+        _each(ids, lambda job_id: _would(deed, job_id, show.say))
+        confirm(f"{deed.words} {len(ids)} jobs")
 
 
 def need_terminal() -> None:

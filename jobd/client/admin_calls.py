@@ -174,10 +174,11 @@ def make_plan(
     cursor: str | None = None,
     reason: str | None = None,
 ) -> Request[PlanView]:
-    """What `action` (retry, cancel, force-fail, delete) would do to the jobs `ids`, or to those that the filters find.
+    """What `action` would do to the jobs `ids`, or to those that the filters find. Nothing is done before apply_plan.
 
-    Nothing is done before apply_plan. `jobs` are those that it would be done to, 10 000 at most; `skipped` are left
-    alone. The filters are those of list_jobs. Where the plan has `more`, its `next_cursor` as `cursor` makes the next.
+    `action` is retry, force-reset, cancel, force-fail or delete. `jobs` are those that it would be done to, 10 000 at
+    most; `skipped` are left alone. The filters are those of list_jobs. Where the plan has `more`, its `next_cursor` as
+    `cursor` makes the next one.
     """
     body: dict[str, Any] = {"action": action, "ids": None if ids is None else list(ids), "reason": reason}
     if ids is None:

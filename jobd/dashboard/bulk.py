@@ -23,11 +23,13 @@ from jobd.job import JobId, Text
 MOST_SHOWN: Final = 200
 SAYS: Final[dict[str, str]] = {
     "retry": "Failed and cancelled jobs wait again as if they were new: no attempts, no stalls, no error, due now.",
+    "force-reset": "Failed, cancelled and processing jobs wait again as if they were new. Who holds one has lost it, "
+    "and may have done half of the work.",
     "cancel": "Queued and processing jobs end as cancelled. Who holds one is told to stop with the next call.",
     "force-fail": "Queued and processing jobs end as failed, with the reason as error. Who holds one has lost it.",
     "delete": "Finished jobs and their history are gone for good.",
 }
-GRAVE: Final = frozenset({"cancel", "force-fail", "delete"})
+GRAVE: Final = frozenset({"force-reset", "cancel", "force-fail", "delete"})
 
 
 class PlanForm(JobFilter, frozen=True, kw_only=True):

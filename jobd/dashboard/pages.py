@@ -66,12 +66,19 @@ MOST_REPORTS: Final = 50
 MOST_GROUPS: Final = 100  # of failures
 LOOKED_FAR: Final = 50_000  # jobs: a page that looks at more, for those that match, does so once
 AT_ONCE: Final = ("queued", "processing", "failed", "cancelled")  # statuses that have an index
-ACTIONS: Final = {"retry": "Retry", "cancel": "Cancel", "force-fail": "Fail", "delete": "Delete"}  # on many jobs
+ACTIONS: Final = {  # on many jobs
+    "retry": "Retry",
+    "force-reset": "Reset",
+    "cancel": "Cancel",
+    "force-fail": "Fail",
+    "delete": "Delete",
+}
 DEEDS_KEPT: Final = (
     "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
     "delete", "pause", "resume", "import", "recover-stuck", "cleanup", "accept-clock", "backup",
     "export", "artefact", "sign-in", "sign-out",
-    "resend-delivery", "test-webhook", "plan-retry", "plan-cancel", "plan-force-fail", "plan-delete",
+    "resend-delivery", "test-webhook", "plan-retry", "plan-force-reset", "plan-cancel", "plan-force-fail",
+    "plan-delete",
 )  # fmt: skip
 PAUSED: Final = Queues(paused=True, limit=20)  # asked by every page, so it costs by the paused queues alone
 NAMED: Final = Queues(limit=MAX_PAGE)  # whose names a filter offers
