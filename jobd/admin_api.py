@@ -84,6 +84,7 @@ from jobd.downloads import Artefact, give
 from jobd.event_stream import EVENT_STREAM, Follow, follow
 from jobd.events import StreamedEvent
 from jobd.glossary import ADMIN_TITLE
+from jobd.job import Text as Words
 from jobd.openapi import with_document
 from jobd.replies import Text
 from jobd.routes import Route, Who
@@ -98,6 +99,12 @@ METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 WebhookName = Annotated[str, Meta(pattern="^[A-Za-z0-9._:-]{1,100}$")]
+
+
+class Because(Command, frozen=True, kw_only=True):
+    """A call that takes no fields but why it is done, for the audit log."""
+
+    reason: Words | None = None
 
 
 class ValidateJob(OnJobNamed, frozen=True, kw_only=True):
@@ -163,8 +170,8 @@ async def _validate_job(site: Web, visit: Visit, asked: ValidateJob) -> Answer |
     return answer
 
 
-async def _cleanup(site: Web, visit: Visit, asked: Nothing) -> Answer:
-    await note(site, visit.operator, "cleanup")
+async def _cleanup(site: Web, visit: Visit, asked: Because) -> Answer:
+    await note(site, visit.operator, "cleanup", reason=asked.reason)
     return Answer(await site.rooms.run_cleanup(forced=True))
 
 
@@ -172,8 +179,8 @@ async def _cleanup_state(site: Web, visit: Visit, asked: Nothing) -> Answer:
     return Answer(site.rooms.cleanup_state())
 
 
-async def _recover_stuck(site: Web, visit: Visit, asked: Nothing) -> Answer | Refusal:
-    done = await site.rooms.recover_stuck(in_parts(visit.operator))
+async def _recover_stuck(site: Web, visit: Visit, asked: Because) -> Answer | Refusal:
+    done = await site.rooms.recover_stuck(in_parts(visit.operator), asked.reason)
     return done if isinstance(done, Refusal) else Answer(done)
 
 
@@ -246,9 +253,9 @@ async def _clock(site: Web, visit: Visit, asked: Nothing) -> Answer:
     return Answer(site.rooms.clock())
 
 
-async def _accept_clock(site: Web, visit: Visit, asked: Nothing) -> Answer:
+async def _accept_clock(site: Web, visit: Visit, asked: Because) -> Answer:
     view = await site.rooms.accept_clock()
-    await note(site, visit.operator, "accept-clock")  # its commit keeps the time that was accepted
+    await note(site, visit.operator, "accept-clock", reason=asked.reason)  # its commit keeps the time that was accepted
     return Answer(view)
 
 
@@ -270,9 +277,9 @@ _P: Final = "/admin/job-management"
 _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/stats", asks=Stats, gives=StatsView, who=_A, via=_stats),
     Route(method="GET", path=f"{_P}/health", asks=Nothing, gives=HealthView, who=_A, via=_health),
-    Route(method="POST", path=f"{_P}/cleanup", asks=Nothing, gives=CleanupReport, who=_A, via=_cleanup),
+    Route(method="POST", path=f"{_P}/cleanup", asks=Because, gives=CleanupReport, who=_A, via=_cleanup),
     Route(method="GET", path=f"{_P}/cleanup", asks=Nothing, gives=CleanupState, who=_A, via=_cleanup_state),
-    Route(method="POST", path=f"{_P}/recover-stuck", asks=Nothing, gives=RecoverStuckView, who=_A, via=_recover_stuck),
+    Route(method="POST", path=f"{_P}/recover-stuck", asks=Because, gives=RecoverStuckView, who=_A, via=_recover_stuck),
     Route(method="GET", path=f"{_P}/validate-job", asks=ValidateJob, gives=ValidateJobView, who=_A, via=_validate_job),
     Route(method="POST", path=f"{_P}/force-fail", asks=ForceFail, gives=Forced, who=_A, key=True),
     Route(method="POST", path=f"{_P}/force-reset", asks=ForceReset, gives=Forced, who=_A, key=True),
@@ -340,7 +347,7 @@ _ROUTES: Final = (
         via=_test_webhook,
     ),
     Route(method="GET", path=f"{_P}/clock", asks=Nothing, gives=ClockView, who=_A, via=_clock),
-    Route(method="POST", path=f"{_P}/clock/accept", asks=Nothing, gives=ClockView, who=_A, via=_accept_clock),
+    Route(method="POST", path=f"{_P}/clock/accept", asks=Because, gives=ClockView, who=_A, via=_accept_clock),
     Route(method="GET", path=f"{_P}/quarantine", asks=Nothing, gives=QuarantineList, who=_A, via=_quarantine),
     Route(
         method="GET",

@@ -59,7 +59,7 @@ def entry(call: Call, decision: Decision, at: int) -> Audited | None:
     command = call.command
     if isinstance(command, Note):
         told = {"job_id": command.job_id, "outcome": command.outcome, "details": command.details}
-        return _row(call.operator, at, command.what, **told)
+        return _row(call.operator, at, command.what, reason=command.reason, **told)
     what = f"plan-{command.action}" if isinstance(command, ApplyPlan) else DEEDS.get(type(command))
     if what is None or (isinstance(command, Import) and not decision.changes):
         return None  # it reads; or it is a line of an import that was skipped or refused, of which the report tells

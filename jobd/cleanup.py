@@ -98,11 +98,13 @@ class Cleaner:
             self._pass_wake.set()
         return await asyncio.shield(self._asked)
 
-    async def recover_stuck(self, operator: Operator | None = None) -> RecoverStuckView | Refusal:
+    async def recover_stuck(
+        self, operator: Operator | None = None, reason: str | None = None
+    ) -> RecoverStuckView | Refusal:
         """Recover every stuck job now, for an operator. A refusal where nothing could be done."""
         details: list[Recovery] = []
         try:
-            await self._hands.recover("admin" if operator is None else operator.by, details, operator)
+            await self._hands.recover("admin" if operator is None else operator.by, details, operator, reason)
         except Refused as refused:
             if not details:
                 return refused.refusal

@@ -293,14 +293,16 @@ class Transition(OnJobNamed, frozen=True, kw_only=True):
 class ExtendLock(OnJobNamed, frozen=True, kw_only=True):
     lock_id: LockId = field(name="lockId")
     additional_ms: AdditionalMs | None = field(name="additionalTime", default=None)
+    reason: Text | None = None
 
 
 class ReleaseLock(OnJobNamed, frozen=True, kw_only=True):
     lock_id: LockId = field(name="lockId")
+    reason: Text | None = None
 
 
 class RunNow(OnJob, frozen=True, kw_only=True):
-    pass
+    reason: Text | None = None
 
 
 class Update(OnJob, frozen=True, kw_only=True):
@@ -325,15 +327,17 @@ class Adopt(OnJob, frozen=True, kw_only=True):
 
 
 class Delete(OnJob, frozen=True, kw_only=True):
-    pass
+    reason: Text | None = None
 
 
 class Pause(Command, frozen=True, kw_only=True):
     name: QueueName
+    reason: Text | None = None
 
 
 class Resume(Command, frozen=True, kw_only=True):
     name: QueueName
+    reason: Text | None = None
 
 
 class Import(Command, frozen=True, kw_only=True):
@@ -502,9 +506,13 @@ class EndGrants(Command, frozen=True, kw_only=True):
 
 
 class Recover(Command, frozen=True, kw_only=True):
-    """Recover up to `limit` stuck jobs and clear up to `limit` expired locks. Judged when it is applied."""
+    """Recover up to `limit` stuck jobs and clear up to `limit` expired locks. Judged when it is applied.
+
+    `reason` is an operator's, for the audit log: in the timelines stands what was wrong with each job.
+    """
 
     limit: int
+    reason: str | None = None
 
 
 class Expire(Command, frozen=True, kw_only=True):
@@ -535,6 +543,7 @@ class Note(Command, frozen=True, kw_only=True):
     details: dict[str, Any] | None = None
     job_id: str | None = None
     outcome: str = "done"
+    reason: str | None = None
 
 
 class Tick(Command, frozen=True, kw_only=True):

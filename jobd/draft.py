@@ -77,13 +77,13 @@ class Draft:
         self.changes.append(Change(job, job, event, late=late))
         return late
 
-    def delete(self, job: Job) -> None:
-        event = self._event(job, job.status, None, "deleted", None, None, None, None)
+    def delete(self, job: Job, reason: str | None = None) -> None:
+        event = self._event(job, job.status, None, "deleted", None, reason, None, None)
         self.changes.append(Change(job, None, event))
 
-    def queue(self, name: str, event_type: EventType) -> None:
+    def queue(self, name: str, event_type: EventType, reason: str | None = None) -> None:
         """A step of a queue, not of a job."""
-        event = Event(self._event_number(), self.at.now, event_type, 0, "", name, None, None, self.call.by)
+        event = Event(self._event_number(), self.at.now, event_type, 0, "", name, None, None, self.call.by, reason)
         self.changes.append(Change(None, None, event))
 
     def job_number(self) -> int:

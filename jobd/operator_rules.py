@@ -119,7 +119,8 @@ def run_now(draft: Draft, command: RunNow) -> Answer | Refusal:
     if job.status != "queued":
         return steps.refuse_transition(job, "queued", "Only a queued job can be run now.")
     if job.run_at > draft.at.now:
-        job = draft.step(job, "updated", reason="run now", details={"run_at": draft.at.now}, run_at=draft.at.now)
+        reason = command.reason or "run now"
+        job = draft.step(job, "updated", reason=reason, details={"run_at": draft.at.now}, run_at=draft.at.now)
     return steps.job_answer(draft, job)
 
 
@@ -144,19 +145,19 @@ def delete(draft: Draft, command: Delete) -> Answer | Refusal:
     if job.status not in FINISHED:
         return steps.refuse_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
     answer = steps.job_answer(draft, job)
-    draft.delete(job)
+    draft.delete(job, command.reason)
     return answer
 
 
 def pause(draft: Draft, command: Pause) -> Answer:
     if command.name not in draft.book.paused:
-        draft.queue(command.name, "queue_paused")
+        draft.queue(command.name, "queue_paused", command.reason)
     return Answer(PausedView(command.name, True))
 
 
 def resume(draft: Draft, command: Resume) -> Answer:
     if command.name in draft.book.paused:
-        draft.queue(command.name, "queue_resumed")
+        draft.queue(command.name, "queue_resumed", command.reason)
     return Answer(PausedView(command.name, False))
 
 

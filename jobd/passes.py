@@ -87,10 +87,12 @@ class Hands:
         if self.stopping:
             raise Unfinished("the daemon is stopping; the rest is for the next pass.")
 
-    async def recover(self, by: str, details: list[Recovery], operator: Operator | None = None) -> None:
+    async def recover(
+        self, by: str, details: list[Recovery], operator: Operator | None = None, reason: str | None = None
+    ) -> None:
         """All stuck jobs and expired locks, slice by slice; what was done goes into `details`."""
         while True:
-            done: Recovered = await self.ask(Recover(limit=self.schedule.batch), by, operator)
+            done: Recovered = await self.ask(Recover(limit=self.schedule.batch, reason=reason), by, operator)
             details += done.details
             self.totals.found["stuck"] += len(done.details)
             self.totals.found["expired_locks"] += done.locks_cleared

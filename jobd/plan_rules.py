@@ -70,6 +70,6 @@ def _asked(command: ApplyPlan, job_id: str) -> OnJob:
         case "force-fail":
             return ForceFail(id=job_id, reason=command.reason)
         case "delete":
-            return Delete(id=job_id)
+            return Delete(id=job_id, reason=command.reason)
         case _:
             assert_never(command.action)

@@ -79,8 +79,8 @@ class Rooms(Struct):
     def cleanup_state(self) -> CleanupState:
         return self.cleaner.state()
 
-    async def recover_stuck(self, operator: Operator | None) -> RecoverStuckView | Refusal:
-        return await self.cleaner.recover_stuck(operator)
+    async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView | Refusal:
+        return await self.cleaner.recover_stuck(operator, reason)
 
     def failures(self, limit: int) -> FailuresView:
         return self.failures_.view(limit)

@@ -377,13 +377,15 @@ def extend(draft: Draft, command: Extend) -> Answer | Refusal:
 
 def extend_lock(draft: Draft, command: ExtendLock) -> Answer | Refusal:
     """As the holder's extend, by an operator."""
-    answer = _extend(draft, command, command.additional_ms)
+    answer = _extend(draft, command, command.additional_ms, command.reason)
     if isinstance(answer, Refusal):
         return answer
     return operator_rules.lock_answer(draft, _latest(draft), answer.data)
 
 
-def _extend(draft: Draft, command: Extend | ExtendLock, additional_ms: int | None) -> Answer | Refusal:
+def _extend(
+    draft: Draft, command: Extend | ExtendLock, additional_ms: int | None, reason: str | None = None
+) -> Answer | Refusal:
     """At least `additional_ms` from now, never shorter than before, cut to the ceiling."""
     job = _held(draft, command, "extend")
     if not isinstance(job, Job):
@@ -394,7 +396,8 @@ def _extend(draft: Draft, command: Extend | ExtendLock, additional_ms: int | Non
     lease = steps.keep_alive(job.grant, job.lease, draft.at.lease, additional_ms or job.grant.ttl_ms, progressed=False)
     extended = lease.expires > job.lease.expires
     by = None if draft.call.admin else f"worker:{job.grant.worker}"
-    draft.step(job, "extended", by=by, details={"lock_expires_at": draft.at.wall(lease.expires)}, lease=lease)
+    details = {"lock_expires_at": draft.at.wall(lease.expires)}
+    draft.step(job, "extended", by=by, reason=reason, details=details, lease=lease)
     return Answer(views.lock_state(job.grant, lease, draft.at, extended))
 
 
@@ -470,13 +473,14 @@ def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None)
         return job
     if isinstance(command, ReleaseLock):
         # The holder did not end it: its next call is told that the lock is lost.
-        ended, by = steps.ended_by(job, draft.at.now, "release-lock", "released"), None
+        ended, by, reason = steps.ended_by(job, draft.at.now, "release-lock", "released"), None, command.reason
     else:
-        ended = _ended_by_holder(draft, job, command, "release")
+        ended, reason = _ended_by_holder(draft, job, command, "release"), None
         by = f"worker:{ended.worker}"
     fields: dict[str, Any] = {} if delay_ms is None else {"run_at": draft.at.now + delay_ms}
     attempt = steps.given_back(job)
-    return steps.job_answer(draft, steps.requeue(draft, job, "released", ended, by=by, attempt=attempt, **fields))
+    job = steps.requeue(draft, job, "released", ended, by=by, reason=reason, attempt=attempt, **fields)
+    return steps.job_answer(draft, job)
 
 
 def cancel(draft: Draft, command: Cancel) -> Answer | Refusal:

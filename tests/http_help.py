@@ -252,7 +252,7 @@ class Figures:
         self.operators.append(operator)
         return PlanResult(plan_id, "retry", 1, [ChangedJob("b", "failed", None, "gone")], [], 3)
 
-    async def recover_stuck(self, operator: Operator | None) -> RecoverStuckView:
+    async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView:
         return RecoverStuckView(1, 1, 0, [Recovery("a", "reset", "stalled")], 1_700_000_000_000)
 
     async def health(self) -> HealthView:

@@ -183,11 +183,14 @@ async def test_a_call_of_the_rooms_gives_their_figures(house: House, method: str
     ],
 )
 async def test_what_is_no_command_is_noted_for_the_audit_log(house: House, method: str, path: str, what: str) -> None:
-    assert (await house.ask(method, f"{P}/{path}", headers={**AUTH, "X-Jobd-Operator": "eve"})).status == 200
-    [asked] = house.desk.asked
-    assert asked.command == Note(what=what)
-    assert asked.operator is not None
-    assert asked.operator.name == "eve"
+    headers, body = {**AUTH, "X-Jobd-Operator": "eve"}, None if method == "GET" else '{"reason":"why"}'
+    assert (await house.ask(method, f"{P}/{path}", headers=headers)).status == 200
+    assert (await house.ask(method, f"{P}/{path}", body, headers)).status == 200
+    first, second = house.desk.asked
+    assert first.command == Note(what=what)
+    assert second.command == Note(what=what, reason=None if body is None else "why")
+    assert first.operator is not None
+    assert first.operator.name == "eve"
 
 
 async def test_what_is_asked_of_a_webhook_is_noted_with_which(house: House) -> None:

@@ -214,9 +214,11 @@ async def test_recovery_by_an_operator_is_kept_and_that_by_time_is_not() -> None
     async with Household() as house:
         await house.held("a", lock_ttl_ms=SECOND_MS)
         await asyncio.sleep(60)
-        await house.cleaner.recover_stuck(replace(EVE, part_of="p"))
+        await house.cleaner.recover_stuck(replace(EVE, part_of="p"), "the rack is dark")
         await house.cleaner.recover_stuck()
-        assert [(row.what, row.who, row.jobs) for row in kept(house)] == [("recover-stuck", "eve", 1)]
+        found = [(row.what, row.who, row.jobs, row.reason) for row in kept(house)]
+        assert found == [("recover-stuck", "eve", 1, "the rack is dark")]
+        assert "No update from worker" in (house.disk.events[-1].reason or "")
         assert house.disk.events[-1].by == "admin:eve"
 
 

@@ -253,8 +253,16 @@ def test_a_paused_queue_is_overlooked_by_nobody(page: Page, daemon: Scene, compl
     make_busy(daemon)
     daemon.operator("POST", "queues/imports/resume")
     sign_in(page, daemon, path="/queues")
+    page.get_by_label("Reason for Pause or Resume").fill("the disk is swapped")
+    page.get_by_label("Reason for Pause or Resume").press("Enter")  # it presses no queue's button
+    daemon.do("jobs", id="one-more", queue="a")
+    expect(page.get_by_role("row", name="Pause queue a")).to_be_visible()  # the page has renewed itself
+    expect(page.get_by_label("Reason for Pause or Resume")).to_have_value("the disk is swapped\n")
     page.get_by_role("button", name="Pause queue video").click()
     expect(page.get_by_role("status").first).to_contain_text("Queue video is paused")
+    page.goto(f"{daemon.url}/audit?what=pause")
+    expect(page.locator("table tbody tr")).to_have_count(2)  # the other is of the scene
+    expect(page.locator("table tbody tr").first).to_contain_text("the disk is swapped")
     for path in ("/", "/jobs", "/workers", "/alerts", "/cleanup", "/jobs/mail-001"):
         page.goto(daemon.url + path)
         expect(page.locator(".banner.paused")).to_contain_text("Queue paused: video")

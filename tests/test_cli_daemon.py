@@ -392,6 +392,32 @@ def test_named_jobs_are_planned_too_where_they_are_several(jobctl: Ctl, running:
     assert what == ["plan-force-reset", "plan-delete", "plan-force-reset", "plan-force-fail"]
 
 
+def test_whatever_an_operator_does_may_have_a_reason(jobctl: Ctl) -> None:
+    jobctl.ok("submit", "--id", "re1", "--delay", "1h")
+    jobctl.ok("run-now", "re1", "--reason", "why 1")
+    assert jobctl.json("timeline", "re1")["events"][-1]["reason"] == "why 1"
+    jobctl.ok("cancel", "re1", "-y")
+    for number, argv in enumerate(
+        (
+            ["delete", "re1", "-y"],
+            ["pause", "re"],
+            ["resume", "re"],
+            ["cleanup"],
+            ["clock", "accept"],
+        )
+    ):
+        jobctl.ok(*argv, "--reason", f"why {number + 2}")
+    found = jobctl.json("audit", "--since", "1h", "--limit", "6")["entries"]
+    assert [(each["what"], each["reason"]) for each in found[::-1]] == [
+        ("run-now", "why 1"), ("delete", "why 2"), ("pause", "why 3"), ("resume", "why 4"), ("cleanup", "why 5"),
+        ("accept-clock", "why 6"),
+    ]  # fmt: skip
+    events = [json.loads(line) for line in jobctl.ok("events", "--last", "100", "--json").splitlines()]
+    assert [each["reason"] for each in events if each["type"] in ("deleted", "queue_paused", "queue_resumed")][-3:] == [
+        "why 2", "why 3", "why 4",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

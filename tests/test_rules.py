@@ -1590,6 +1590,20 @@ def test_reads_change_nothing(desk: Desk) -> None:
         assert lock_id not in str(decision.answer)
 
 
+def test_what_an_operator_does_says_why(desk: Desk) -> None:
+    lock_id = desk.held("a")
+    desk.create("b", delay_ms=1_000)
+    desk.yes(ExtendLock(id="a", lock_id=lock_id, reason="r1"), admin=True)
+    desk.yes(ReleaseLock(id="a", lock_id=lock_id, reason="r2"), admin=True)
+    desk.yes(RunNow(id="b", reason="r3"), admin=True)
+    desk.yes(Cancel(id="b"), admin=True)
+    desk.yes(Delete(id="b", reason="r4"), admin=True)
+    desk.yes(Pause(name="q", reason="r5"), admin=True)
+    desk.yes(Resume(name="q", reason="r6"), admin=True)
+    said = [event.reason for event in desk.events if event.reason is not None]
+    assert said == ["r1", "r2", "r3", "r4", "r5", "r6"]
+
+
 def test_what_lies_on_the_disk_is_looked_at_later(desk: Desk) -> None:
     desk.create()
     answer = desk.ask(Timeline(id="a"))

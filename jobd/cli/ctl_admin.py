@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd.cli import exits, show
+from jobd.cli.deeds import reason_option
 from jobd.cli.group import json_option
 from jobd.cli.kinds import PAST
 from jobd.cli.places import admin_client, admin_options
@@ -17,6 +18,8 @@ from jobd.cli.waiting import busy
 
 if TYPE_CHECKING:
     from jobd.answers import AuditView
+
+_REASON: Final = reason_option("Kept in the audit log.")
 
 
 @click.command()
@@ -45,9 +48,10 @@ def health(as_json: bool) -> int:
 @click.command()
 @click.option("--last", is_flag=True, help="Run none: show the last pass.")
 @click.option("--dry-run", is_flag=True, help="Run none: show what one would do.")
+@_REASON
 @json_option
 @admin_options
-def cleanup(last: bool, dry_run: bool, as_json: bool) -> int:
+def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int:
     """Run a cleanup pass now and show its report.
 
     Exit 1 where a step of it failed.
@@ -64,16 +68,17 @@ def cleanup(last: bool, dry_run: bool, as_json: bool) -> int:
         show.emit_json(state) if as_json else tables_admin.cleanup_state(state)
         return exits.DONE
     with busy("cleanup pass"):
-        report = client.force_cleanup()
+        report = client.force_cleanup(reason)
     show.emit_json(report) if as_json else tables_admin.report(report)
     return exits.FAILED if report.errors else exits.DONE
 
 
 @click.command("recover-stuck")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@_REASON
 @json_option
 @admin_options
-def recover_stuck(dry_run: bool, as_json: bool) -> None:
+def recover_stuck(dry_run: bool, reason: str | None, as_json: bool) -> None:
     """Recover the jobs that are stuck now.
 
     Jobs with a live lock are left alone.
@@ -85,7 +90,7 @@ def recover_stuck(dry_run: bool, as_json: bool) -> None:
         show.emit_json({"recover": seen.recover, "more": seen.more}) if as_json else tables_admin.foreseen(seen)
         return
     with busy("recovery"):
-        view = admin_client().detect_and_recover_stuck_jobs()
+        view = admin_client().detect_and_recover_stuck_jobs(reason)
     show.emit_json(view) if as_json else tables_admin.recovered(view)
 
 
@@ -136,24 +141,26 @@ def workers(as_json: bool) -> None:
 
 @click.command()
 @click.argument("queue")
+@_REASON
 @json_option
 @admin_options
-def pause(queue: str, as_json: bool) -> None:
+def pause(queue: str, reason: str | None, as_json: bool) -> None:
     """Grant no job of QUEUE until it is resumed.
 
     Running jobs go on.
     """
-    view = admin_client().pause_queue(queue)
+    view = admin_client().pause_queue(queue, reason)
     show.emit_json(view) if as_json else show.emit(f"{view.queue} is paused")
 
 
 @click.command()
 @click.argument("queue")
+@_REASON
 @json_option
 @admin_options
-def resume(queue: str, as_json: bool) -> None:
+def resume(queue: str, reason: str | None, as_json: bool) -> None:
     """Grant jobs of QUEUE again."""
-    view = admin_client().resume_queue(queue)
+    view = admin_client().resume_queue(queue, reason)
     show.emit_json(view) if as_json else show.emit(f"{view.queue} is open")
 
 
@@ -172,9 +179,10 @@ def alerts(firing: bool, as_json: bool) -> int:
 
 @click.command()
 @click.argument("what", required=False, type=click.Choice(["accept"]))
+@_REASON
 @json_option
 @admin_options
-def clock(what: str | None, as_json: bool) -> None:
+def clock(what: str | None, reason: str | None, as_json: bool) -> None:
     """Show the daemon's clock, or accept it after a jump.
 
     Where the clock stood far ahead at start, nothing is deleted by age until `clock accept` says that it is right.
@@ -182,7 +190,7 @@ def clock(what: str | None, as_json: bool) -> None:
     from jobd.cli import tables_admin
 
     client = admin_client()
-    view = client.accept_clock() if what == "accept" else client.clock()
+    view = client.accept_clock(reason) if what == "accept" else client.clock()
     show.emit_json(view) if as_json else tables_admin.clock(view)
 
 

@@ -9,7 +9,7 @@ import click
 
 from jobd.cli import ctl_plan, show
 from jobd.cli.ctl_plan import is_plan, where_option
-from jobd.cli.deeds import Deed, carry_out, destructive
+from jobd.cli.deeds import Deed, carry_out, destructive, reason_option
 from jobd.cli.group import json_option
 from jobd.cli.kinds import MOMENT
 from jobd.cli.places import admin_client, admin_options
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jobd.job import Status
 
 _IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
-_REASON: Final = click.option("--reason", metavar="TEXT", help="Kept with the job.")
+_REASON: Final = reason_option("Kept with the job.")
 _STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 
 
@@ -112,14 +112,19 @@ def _update(text: str) -> tuple[str, Any]:
 @click.command()
 @_IDS
 @where_option
+@reason_option("Kept in the audit log.")
 @destructive
 @admin_options
-def delete(ids: tuple[str, ...], where: tuple[str, ...], **how: bool) -> int:
+def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Delete finished jobs with their history."""
     if is_plan(ids, where):
-        return ctl_plan.carry_out("delete", ids, where, None, **how)
+        return ctl_plan.carry_out("delete", ids, where, reason, **how)
     client = admin_client()
-    return carry_out(Deed("delete", client.get_job, None, client.delete_job, lambda job: "deleted"), ids, **how)
+
+    def do(one: str) -> Any:
+        return client.delete_job(one, reason)
+
+    return carry_out(Deed("delete", client.get_job, None, do, lambda job: "deleted"), ids, **how)
 
 
 @click.command()
@@ -152,11 +157,12 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
 
 @click.command("run-now")
 @click.argument("job_id", metavar="ID")
+@_REASON
 @json_option
 @admin_options
-def run_now(job_id: str, as_json: bool) -> None:
+def run_now(job_id: str, reason: str | None, as_json: bool) -> None:
     """Make a queued job due now."""
-    _changed(lambda: admin_client().run_now(job_id), as_json)
+    _changed(lambda: admin_client().run_now(job_id, reason), as_json)
 
 
 @click.command()

@@ -11,7 +11,7 @@ import click
 
 from jobd.cli import ctl_plan, exits, show
 from jobd.cli.ctl_plan import is_plan, where_option
-from jobd.cli.deeds import Deed, carry_out, destructive
+from jobd.cli.deeds import Deed, carry_out, destructive, reason_option
 from jobd.cli.group import json_option
 from jobd.cli.kinds import PAST
 from jobd.cli.places import admin_client, all_options, job_client, worker_options
@@ -127,7 +127,7 @@ def validate(job_id: str, as_json: bool) -> int:
 @click.command()
 @click.argument("ids", metavar="[ID...]", nargs=-1)
 @where_option
-@click.option("--reason", metavar="TEXT", help="Kept with the job, and told to its holder.")
+@reason_option("Kept with the job, and told to its holder.")
 @destructive
 @all_options
 def cancel(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd.cli import deeds, exits, show
-from jobd.cli.deeds import destructive
+from jobd.cli.deeds import destructive, reason_option
 from jobd.cli.kinds import past_ms
 from jobd.cli.places import admin_client, admin_options
 from jobd.cli.waiting import busy
@@ -204,7 +204,7 @@ def _jobs(count: int) -> str:
 @click.command()
 @click.argument("ids", metavar="[ID...]", nargs=-1)
 @where_option
-@click.option("--reason", metavar="TEXT", help="Kept with the jobs.")
+@reason_option("Kept with the jobs.")
 @destructive
 @admin_options
 def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:

@@ -40,6 +40,11 @@ def destructive(verb: Any) -> Any:
     return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(verb)
 
 
+def reason_option(kept: str) -> Callable[[Any], Any]:
+    """--reason, with what becomes of it."""
+    return click.option("--reason", metavar="TEXT", help=f"Why, for those who come after you. {kept}")
+
+
 def carry_out(deed: Deed, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
     """Do `deed` to each of `ids`, going on after a refusal; the exit code is that of the first refusal."""
     if dry_run:

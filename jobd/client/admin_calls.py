@@ -6,6 +6,7 @@ Sends nothing. Names on the wire are those that dashboards use; here they are in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from msgspec import Raw, Struct
@@ -129,9 +130,9 @@ def health() -> Request[HealthView]:
     return get(f"{BASE}/health", _read_health)
 
 
-def force_cleanup() -> Request[CleanupReport]:
+def force_cleanup(reason: str | None = None) -> Request[CleanupReport]:
     """Run a cleanup pass now, or wait for the one that runs, and give its report."""
-    return post(f"{BASE}/cleanup", _read_report, {}, wait_ms=_PASS_MS)
+    return post(f"{BASE}/cleanup", _read_report, {"reason": reason}, wait_ms=_PASS_MS)
 
 
 def cleanup_state() -> Request[CleanupState]:
@@ -139,9 +140,9 @@ def cleanup_state() -> Request[CleanupState]:
     return get(f"{BASE}/cleanup", _read_cleanup)
 
 
-def detect_and_recover_stuck_jobs() -> Request[RecoverStuckView]:
+def detect_and_recover_stuck_jobs(reason: str | None = None) -> Request[RecoverStuckView]:
     """Recover every job that is stuck now, and say what was done to each."""
-    return post(f"{BASE}/recover-stuck", _read_recovered, {}, wait_ms=_PASS_MS)
+    return post(f"{BASE}/recover-stuck", _read_recovered, {"reason": reason}, wait_ms=_PASS_MS)
 
 
 _PASS_MS: Final = 5 * 60_000  # a pass over millions of jobs takes its time
@@ -240,16 +241,24 @@ def transition_job_state(
 
 
 def extend_lock(
-    job_id: str, lock_id: str, additional_ms: int | None = None, *, idempotency_key: str | None = None
+    job_id: str,
+    lock_id: str,
+    additional_ms: int | None = None,
+    reason: str | None = None,
+    *,
+    idempotency_key: str | None = None,
 ) -> Request[AdminLock]:
     """Extend a lock in its holder's place, to at least `additional_ms` from now. Raises LockLost, JobNotFound."""
-    body = {"jobId": job_id, "lockId": lock_id, "additionalTime": additional_ms}
+    body = {"jobId": job_id, "lockId": lock_id, "additionalTime": additional_ms, "reason": reason}
     return _change("extend-lock", _read_lock, body, idempotency_key)
 
 
-def release_lock(job_id: str, lock_id: str, *, idempotency_key: str | None = None) -> Request[AdminLock]:
+def release_lock(
+    job_id: str, lock_id: str, reason: str | None = None, *, idempotency_key: str | None = None
+) -> Request[AdminLock]:
     """Release a lock in its holder's place: the job goes back to its queue. Raises LockLost, JobNotFound."""
-    return _change("release-lock", _read_lock, {"jobId": job_id, "lockId": lock_id}, idempotency_key)
+    body = {"jobId": job_id, "lockId": lock_id, "reason": reason}
+    return _change("release-lock", _read_lock, body, idempotency_key)
 
 
 def _change(verb: str, read: Callable[[bytes], T], body: Mapping[str, Any], key: str | None) -> Request[T]:
@@ -261,9 +270,9 @@ def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str |
     return post(job_path(JOBS, job_id, "cancel"), read_job, {"reason": reason}, key=idempotency_key or uuid7())
 
 
-def run_now(job_id: str, *, idempotency_key: str | None = None) -> Request[JobInfo]:
+def run_now(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> Request[JobInfo]:
     """Make a queued job due now. Raises JobNotFound, InvalidTransition."""
-    return post(job_path(JOBS, job_id, "run-now"), read_job, {}, key=idempotency_key or uuid7())
+    return post(job_path(JOBS, job_id, "run-now"), read_job, {"reason": reason}, key=idempotency_key or uuid7())
 
 
 def update_job(
@@ -300,10 +309,10 @@ def download_artefact(job_id: str) -> Request[bytes]:
     return Request("GET", job_path(JOBS, job_id, "artefact"), bytes)
 
 
-def delete_job(job_id: str, *, idempotency_key: str | None = None) -> Request[JobInfo]:
+def delete_job(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> Request[JobInfo]:
     """Delete a finished job with its history. Raises JobNotFound, InvalidTransition."""
-    headers = {"Idempotency-Key": idempotency_key or uuid7()}
-    return Request("DELETE", job_path(JOBS, job_id), read_job, headers=headers)
+    sent = post(job_path(JOBS, job_id), read_job, {"reason": reason}, key=idempotency_key or uuid7())
+    return replace(sent, method="DELETE")
 
 
 def get_job(job_id: str) -> Request[JobInfo]:
@@ -390,14 +399,14 @@ def alerts() -> Request[list[AlertView]]:
     return get(f"{BASE}/alerts", lambda body: _read_alerts(body).alerts)
 
 
-def pause_queue(queue: str) -> Request[PausedView]:
+def pause_queue(queue: str, reason: str | None = None) -> Request[PausedView]:
     """Grant nothing of this queue any more until it is resumed. Holders go on."""
-    return post(job_path(f"{BASE}/queues", queue, "pause"), _read_paused, {}, key=uuid7())
+    return post(job_path(f"{BASE}/queues", queue, "pause"), _read_paused, {"reason": reason}, key=uuid7())
 
 
-def resume_queue(queue: str) -> Request[PausedView]:
+def resume_queue(queue: str, reason: str | None = None) -> Request[PausedView]:
     """Grant jobs of this queue again."""
-    return post(job_path(f"{BASE}/queues", queue, "resume"), _read_paused, {}, key=uuid7())
+    return post(job_path(f"{BASE}/queues", queue, "resume"), _read_paused, {"reason": reason}, key=uuid7())
 
 
 def webhooks() -> Request[list[WebhookView]]:
@@ -435,9 +444,9 @@ def clock() -> Request[ClockView]:
     return get(f"{BASE}/clock", _read_clock)
 
 
-def accept_clock() -> Request[ClockView]:
+def accept_clock(reason: str | None = None) -> Request[ClockView]:
     """Say that the daemon's clock is right: deletion by age goes on."""
-    return post(f"{BASE}/clock/accept", _read_clock, {})
+    return post(f"{BASE}/clock/accept", _read_clock, {"reason": reason})
 
 
 def quarantine() -> Request[list[QuarantinedJob]]:

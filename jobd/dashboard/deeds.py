@@ -40,7 +40,6 @@ class Deed(Struct, frozen=True):
     froms: frozenset[str]
     to: str | None
     make: Callable[[Chosen], Command]
-    takes_reason: bool = False
     wants_lock: bool = False
     wants_result: bool = False
     is_grave: bool = False
@@ -55,7 +54,7 @@ _ALL: Final = (
         "It becomes due at once. Its place among jobs of the same priority is that of now.",
         frozenset({"queued"}),
         None,
-        lambda on: RunNow(id=on.id),
+        lambda on: RunNow(id=on.id, reason=on.reason),
         call="POST jobs/{id}/run-now",
     ),
     Deed(
@@ -64,7 +63,7 @@ _ALL: Final = (
         "The lock lives for its whole time again, from now on. The worker keeps the job and notices nothing.",
         frozenset({"processing"}),
         None,
-        lambda on: ExtendLock(id=on.id, lock_id=on.lock_id),
+        lambda on: ExtendLock(id=on.id, lock_id=on.lock_id, reason=on.reason),
         wants_lock=True,
         call="POST extend-lock",
     ),
@@ -74,7 +73,7 @@ _ALL: Final = (
         "The job goes back to its queue and keeps its place; the attempt does not count. The worker has lost it.",
         frozenset({"processing"}),
         "queued",
-        lambda on: ReleaseLock(id=on.id, lock_id=on.lock_id),
+        lambda on: ReleaseLock(id=on.id, lock_id=on.lock_id, reason=on.reason),
         wants_lock=True,
         call="POST release-lock",
     ),
@@ -86,7 +85,6 @@ _ALL: Final = (
         frozenset({"processing", "failed", "cancelled"}),
         "queued",
         lambda on: ForceReset(id=on.id, reason=on.reason),
-        takes_reason=True,
         is_grave=True,
         shell="jobctl force-reset",
         call="POST force-reset",
@@ -98,7 +96,6 @@ _ALL: Final = (
         frozenset({"queued", "processing"}),
         "failed",
         lambda on: ForceFail(id=on.id, reason=on.reason),
-        takes_reason=True,
         is_grave=True,
         shell="jobctl force-fail",
         call="POST force-fail",
@@ -110,7 +107,6 @@ _ALL: Final = (
         frozenset({"queued", "processing"}),
         "cancelled",
         lambda on: Cancel(id=on.id, reason=on.reason),
-        takes_reason=True,
         is_grave=True,
         shell="jobctl cancel",
         call="POST jobs/{id}/cancel",
@@ -121,7 +117,7 @@ _ALL: Final = (
         "The job and its history are gone for good.",
         frozenset({"completed", "failed", "cancelled"}),
         "gone",
-        lambda on: Delete(id=on.id),
+        lambda on: Delete(id=on.id, reason=on.reason),
         is_grave=True,
         call="DELETE jobs/{id}",
     ),
@@ -132,7 +128,6 @@ _ALL: Final = (
         frozenset({"queued", "failed", "cancelled"}),
         "completed",
         lambda on: Adopt(id=on.id, result=on.result, reason=on.reason),
-        takes_reason=True,
         wants_result=True,
         shell="jobctl adopt",
         call="POST jobs/{id}/adopt",
@@ -165,8 +160,7 @@ def curl(deed: Deed, on: Chosen, base: str) -> str:
         body["lockId"] = "LOCK_ID"
     if deed.wants_result and on.result is not None:
         body["result"] = on.result
-    if deed.takes_reason:
-        body["reason"] = "WHY"
-    sent = f" -H 'Content-Type: application/json' -d '{msgspec.json.encode(body).decode()}'" if body else ""
+    body["reason"] = "WHY"
+    sent = f" -H 'Content-Type: application/json' -d '{msgspec.json.encode(body).decode()}'"
     place = f"{base}/admin/job-management/{path.replace('{id}', on.id)}"
     return f'curl -sS -X {method} -H "Authorization: Bearer $ADMIN_TOKEN"{sent} {place}'

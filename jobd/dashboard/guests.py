@@ -15,6 +15,7 @@ from jobd.commands import Command, Refusal
 from jobd.dashboard.paint import go_to
 from jobd.dashboard.sessions import Session, Sessions, Told
 from jobd.doors import Access
+from jobd.job import Text
 from jobd.visits import Visit, operator_of
 from jobd.web import Web, note
 
@@ -26,6 +27,16 @@ class Form(Command, frozen=True, kw_only=True):
     """A form of a page, with the secret of its session."""
 
     csrf: str = ""
+
+
+class ReasonForm(Form, frozen=True, kw_only=True):
+    """The same for what is done with a reason, or with none."""
+
+    reason: Text = ""
+
+    @property
+    def why(self) -> str | None:
+        return self.reason.strip() or None
 
 
 class Guest(Struct):
@@ -66,9 +77,9 @@ class Guest(Struct):
             expected=expected,
         )
 
-    async def note(self, what: str, details: dict[str, Any] | None = None) -> None:
+    async def note(self, what: str, details: dict[str, Any] | None = None, reason: str | None = None) -> None:
         """Keep in the audit log what is no command on jobs."""
-        await note(self.site, self.visit.operator, what, details)
+        await note(self.site, self.visit.operator, what, details, reason)
 
     def tell(self, message: str) -> None:
         """Say something on the page that comes next."""

@@ -21,7 +21,7 @@ from jobd.dashboard.assets import Assets
 from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of
 from jobd.dashboard.entrance import Entrance, SignIn, SignInPage, to_sign_in
 from jobd.dashboard.filters import JobsPage, job_wanted, news_of_jobs
-from jobd.dashboard.guests import Form, Guest, go_on, guest_of, is_renewal, target_of
+from jobd.dashboard.guests import Form, Guest, ReasonForm, go_on, guest_of, is_renewal, target_of
 from jobd.dashboard.live import Live, news_at, stream
 from jobd.dashboard.paint import HTML, Painter, go_to
 from jobd.dashboard.recorder import Recorder
@@ -112,15 +112,15 @@ class Dashboard:
             self._form("/queues/{name}/resume", chores.QueueForm, chores.resume),
             self._page("/workers", pages.WorkersPage, "workers", "Workers", pages.workers),
             self._page("/cleanup", Nothing, "cleanup", "Cleanup", lambda guest, _: pages.cleanup(guest)),
-            self._form("/cleanup/run", Form, chores.run_cleanup),
-            self._form("/cleanup/recover", Form, chores.recover),
+            self._form("/cleanup/run", ReasonForm, chores.run_cleanup),
+            self._form("/cleanup/recover", ReasonForm, chores.recover),
             self._page("/alerts", Nothing, "alerts", "Alerts", lambda guest, _: pages.alerts(guest), every_s=5),
             self._page("/webhooks", Nothing, "webhooks", "Webhooks", webhooks.every, every_s=5),
             self._page("/webhooks/{name}", webhooks.WebhookPage, "webhook", "Webhook", webhooks.one, every_s=5),
             self._form("/webhooks/{name}/test", webhooks.TestForm, webhooks.test),
             self._form("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
             self._page("/audit", pages.AuditPage, "audit", "Audit", pages.audit, every_s=5),
-            self._form("/clock/accept", Form, chores.accept_clock),
+            self._form("/clock/accept", ReasonForm, chores.accept_clock),
         )
 
     # -- kinds of routes ----------------------------------------------------------------------------------------------
