@@ -22,6 +22,7 @@ PAGES: Final = {
     "workers": "/workers",
     "alerts": "/alerts",
     "cleanup": "/cleanup",
+    "cleanup-confirm": "/cleanup/confirm?what=run",
     "webhooks": "/webhooks",
     "audit": "/audit",
     "docs": "/docs",

@@ -26,12 +26,12 @@ from msgspec.structs import replace
 
 from jobd import admin_api, history, plan_search, worker_api
 from jobd.actor import Actor
-from jobd.answers import AlertView, ClockView, DeliveryPage, OldestDue
+from jobd.answers import AlertView, ClockView, DeliveryPage, OldestDue, PreviewView, Recovery
 from jobd.artefact_files import FileStore
 from jobd.batch import Query
 from jobd.book import Book
 from jobd.clock import Clock
-from jobd.commands import ForceFail
+from jobd.commands import ForceFail, Refusal
 from jobd.dashboard import bulk, entrance, filters, live, pages, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
@@ -1302,6 +1302,50 @@ async def test_housekeeping(town: Town) -> None:
     page = text(await browser.get("/alerts"))
     assert "bad-1" in page
     assert "The clock is right" not in page
+
+
+async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    browser, reader, rooms = await town.browser(), await town.browser(READER), town.admin.figures
+    page = text(await browser.get("/cleanup"))
+    assert 'method="post" action="/cleanup' not in page, "no click does it unseen"
+    assert re.findall(r'href="(/cleanup/confirm[^"]*)"', page) == [
+        "/cleanup/confirm?what=run",
+        "/cleanup/confirm?what=recover",
+    ]
+    assert "/cleanup/confirm" not in text(await reader.get("/cleanup"))
+    assert (await reader.get("/cleanup/confirm?what=run")).status == 403
+    heard = await browser.get("/cleanup/confirm?what=run")
+    assert_safe(heard)
+    page = text(heard)
+    moves = re.findall(r"<li>(\d+)", page[page.index('class="moves"') :].partition("</ul>")[0])
+    assert moves == ["1", "1", "2"]
+    assert re.findall(r'href="/jobs/(\w)"', page) == ["a", "b"]
+    assert "stalled" in page
+    assert 'action="/cleanup/run"' in page
+    assert rooms.forced == [], "nothing is done yet"
+    page = text(await browser.get("/cleanup/confirm?what=recover"))
+    assert re.findall(r'href="/jobs/(\w)"', page) == ["a"]
+    assert 'action="/cleanup/recover"' in page
+    many = PreviewView([Recovery("f", "failed", "<x>")] * 1000, 0, [], [f"d{n}" for n in range(1000)], [], True, 1)
+
+    async def preview() -> PreviewView | Refusal:
+        return many
+
+    monkeypatch.setattr(rooms, "preview", preview)
+    page = text(await browser.get("/cleanup/confirm?what=run"))
+    assert "1\u202f000 or more" in page
+    assert "950 more." in page
+    assert "&lt;x&gt;" in page
+    assert "nothing is deleted by age" in page, "the clock is in doubt"
+    many = PreviewView([], 0, ["a"], [], [], False, 1)
+    assert "Nothing as it is now." in text(await browser.get("/cleanup/confirm?what=recover"))
+
+    async def refuses() -> PreviewView | Refusal:
+        return Refusal("overloaded", "later")
+
+    monkeypatch.setattr(rooms, "preview", refuses)
+    assert (await browser.get("/cleanup/confirm?what=run")).status == 503
+    assert (await browser.get("/cleanup/confirm?what=all")).status == 400
 
 
 async def test_webhooks_are_shown_with_how_they_are_going(town: Town) -> None:

@@ -1,15 +1,24 @@
 """What the forms of pages do that are about no job: queues, cleanup, the clock.
 
-Asks for it, and says on the next page what came of it.
+Asks for it, and says on the next page what came of it. What would be done is shown first where nobody can tell.
 """
 
 from __future__ import annotations
 
+from typing import Final, Literal
+
 from jobd.answers import Answer
+from jobd.bodies import Refused
 from jobd.commands import Command, Pause, Refusal, Resume
+from jobd.dashboard import pages
 from jobd.dashboard.guests import Guest, ReasonForm, go_on
+from jobd.dashboard.pages import Shown
 from jobd.job import QueueName
 from jobd.visits import in_parts
+
+MOST_SHOWN: Final = 50  # jobs of each kind
+MOST_SEEN: Final = 1_000  # that a preview has of each kind
+LABELS: Final = {"run": "Run a cleanup pass", "recover": "Recover stuck jobs"}
 
 
 class QueueForm(ReasonForm, frozen=True, kw_only=True):
@@ -29,6 +38,35 @@ async def resume(guest: Guest, asked: QueueForm) -> Answer | Refusal:
 async def _on_queue(guest: Guest, command: Command, message: str) -> Answer | Refusal:
     done = await guest.ask(command)
     return done if isinstance(done, Refusal) else go_on(guest, "/queues", message)
+
+
+class ChorePage(Command, frozen=True, kw_only=True):
+    what: Literal["run", "recover"]
+
+
+async def confirm(guest: Guest, asked: ChorePage) -> Shown:
+    """What a pass, or recovery, would do now. It is done by the form on that page."""
+    rooms = guest.site.rooms
+    seen = await rooms.preview()
+    if isinstance(seen, Refusal):
+        raise Refused(seen)
+    [paused] = await pages.asked(guest, pages.PAUSED)
+    failed = sum(each.action == "failed" for each in seen.recover)
+    passed = asked.what == "run" and (seen.expired_jobs or seen.deleted_jobs or seen.mended_jobs)
+    return {
+        "what": asked.what,
+        "label": LABELS[asked.what],
+        "seen": seen,
+        "failed": failed,
+        "back": len(seen.recover) - failed,
+        "is_something": bool(seen.recover or seen.expired_locks or passed),
+        "is_grave": bool(failed or passed),
+        "is_cut": len(seen.recover) >= MOST_SEEN,
+        "most": MOST_SHOWN,
+        "most_seen": MOST_SEEN,
+        "clock": rooms.clock(),
+        **pages.strip(guest, paused),
+    }
 
 
 async def run_cleanup(guest: Guest, asked: ReasonForm) -> Answer:
