@@ -9,6 +9,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Final
 
+from msgspec.structs import asdict
+
 from jobd import planning
 from jobd.answers import PlannedJob, SkippedJob
 from jobd.batch import Disk, Query
@@ -107,21 +109,11 @@ class Search:
 
 def as_query(wanted: Filter, status: str, before: int | None) -> Query:
     """One look for jobs of a filter that have this status."""
+    filters = asdict(wanted)
+    filters["text"] = filters.pop("q")
     is_slow = wanted.q is not None or wanted.error is not None
-    return Query(
-        status=status,
-        queue=wanted.queue,
-        kind=wanted.kind,
-        worker=wanted.worker,
-        limit=LOOK,
-        before=before,
-        scan=SLOW_SCAN if is_slow else SCAN,
-        since=wanted.since,
-        until=wanted.until,
-        text=wanted.q,
-        error=wanted.error,
-        payloads=False,
-    )
+    look = {"limit": LOOK, "before": before, "scan": SLOW_SCAN if is_slow else SCAN, "payloads": False}
+    return Query(**{**filters, **look, "status": status})
 
 
 def _invalid(field: str, message: str) -> Refusal:

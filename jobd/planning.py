@@ -45,10 +45,10 @@ def why_not(action: PlanAction, job: Job) -> str | None:
 def statuses(action: PlanAction, wanted: Filter) -> list[str]:
     """Where `action` looks for the jobs of a filter, one after the other: it does nothing to any other job.
 
-    An error is looked for in failed jobs, as in the list of jobs, unless a status or a worker is asked for.
+    An error is looked for in failed jobs, as in the list of jobs, unless a status is asked for.
     """
     status = wanted.status
-    if wanted.error is not None and wanted.worker is None:
+    if wanted.error is not None:
         status = status or "failed"
     return [each for each in _FROM[action] if status in (None, each)]
 
