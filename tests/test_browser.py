@@ -275,6 +275,22 @@ def test_a_paused_queue_is_overlooked_by_nobody(page: Page, daemon: Scene, compl
     assert complaints == []
 
 
+def test_a_cleanup_pass_is_shown_before_it_is_run(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_busy(daemon)
+    sign_in(page, daemon, path="/cleanup")
+    page.get_by_role("link", name="Run a pass").click()
+    expect(page.get_by_role("heading", name="What would be done")).to_be_visible()
+    page.get_by_label("Reason").fill("before the move")
+    page.get_by_role("button", name="Run a cleanup pass").click()
+    expect(page.get_by_role("status").first).to_contain_text("The pass took")
+    page.get_by_role("link", name="Recover stuck jobs").click()
+    page.get_by_role("link", name="Leave it").click()
+    expect(page).to_have_url(f"{daemon.url}/cleanup")
+    page.goto(f"{daemon.url}/audit?what=cleanup")
+    expect(page.locator("table tbody tr").first).to_contain_text("before the move")
+    assert complaints == []
+
+
 def test_who_may_only_look_has_no_buttons(page: Page, daemon: Scene, complaints: list[str]) -> None:
     make_busy(daemon)
     sign_in(page, daemon, READER)
