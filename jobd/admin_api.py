@@ -59,6 +59,7 @@ from jobd.commands import (
     ForceReset,
     Get,
     Import,
+    ImportCheck,
     LateResults,
     Locks,
     MakePlan,
@@ -84,6 +85,7 @@ from jobd.downloads import Artefact, give
 from jobd.event_stream import EVENT_STREAM, Follow, follow
 from jobd.events import StreamedEvent
 from jobd.glossary import ADMIN_TITLE
+from jobd.import_preview import ImportPreview, look_over
 from jobd.job import Text as Words
 from jobd.openapi import with_document
 from jobd.replies import Text
@@ -287,6 +289,15 @@ _ROUTES: Final = (
     Route(method="POST", path=f"{_P}/extend-lock", asks=ExtendLock, gives=AdminLock, who=_A, key=True),
     Route(method="POST", path=f"{_P}/release-lock", asks=ReleaseLock, gives=AdminLock, who=_A, key=True),
     Route(method="POST", path=f"{_P}/import", asks=Import, gives=ImportReport, who=_A, via=take_in, reads="lines"),
+    Route(
+        method="POST",
+        path=f"{_P}/import/preview",
+        asks=ImportCheck,
+        gives=ImportPreview,
+        who=_A,
+        via=look_over,
+        reads="lines",
+    ),
     Route(method="GET", path=f"{_P}/export", asks=Export, gives=ExportPage, who=_A, via=_export),
     Route(method="GET", path=f"{_P}/jobs", asks=Search, gives=JobPage, who=_A),
     Route(method="GET", path=f"{_P}/jobs/{{id}}", asks=Get, gives=JobView, who=_A),

@@ -301,6 +301,16 @@ class Imported(Struct, frozen=True):
     skipped: bool
 
 
+class ImportForeseen(Struct, frozen=True):
+    """What one line of an import would do. `room`: so many unfinished jobs may still be created."""
+
+    job_id: str
+    what: Literal["create", "skip"]
+    status: str | None  # after it; None where that is not known
+    reason: str | None
+    room: int
+
+
 class CleanupReport(Struct, frozen=True, rename="camel"):
     """What was done since the previous report, in the names that existing dashboards expect. Times in ms."""
 

@@ -374,6 +374,10 @@ class Import(Command, frozen=True, kw_only=True):
     error_code: Code | None = None
 
 
+class ImportCheck(Import, frozen=True, kw_only=True):
+    """What an import of this line would do. Nothing is done."""
+
+
 class Export(Command, frozen=True, kw_only=True):
     """A page of jobs, oldest first, as an import takes them. `cursor` is the `next_cursor` of the page before."""
 
@@ -642,6 +646,7 @@ AnyCommand = (
     | Pause
     | Resume
     | Import
+    | ImportCheck
     | Export
     | AuditLog
     | ApplyPlan

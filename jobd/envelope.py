@@ -32,6 +32,7 @@ from jobd.commands import (
     Get,
     GetVersion,
     Import,
+    ImportCheck,
     KeyUse,
     LateResults,
     List,
@@ -55,7 +56,7 @@ from jobd.commands import (
     Workers,
 )
 
-CREATES: Final = (Create, Bulk, Import)
+CREATES: Final = (Create, Bulk, Import, ImportCheck)  # the last is refused where the import would be
 READS: Final = (
     Get, GetVersion, Timeline, Why, Validate, LateResults, List, Search, Queues, Workers, Stats, Locks, Export,
     AuditLog, Preview, Ping,

@@ -10,12 +10,13 @@ from typing import Any
 from msgspec.structs import replace
 
 from jobd import steps, views
-from jobd.answers import AdminLock, Answer, Forced, Imported, LockState, PausedView
+from jobd.answers import AdminLock, Answer, Forced, Imported, ImportForeseen, LockState, PausedView
 from jobd.commands import (
     Delete,
     ForceFail,
     ForceReset,
     Import,
+    ImportCheck,
     Pause,
     Refusal,
     Resume,
@@ -171,6 +172,26 @@ def import_job(draft: Draft, command: Import) -> Answer | Refusal:
     if job.status == "processing":
         steps.stall(draft, job, "The job was processing when it was imported; its worker is unknown here.")
     return Answer(Imported(command.id, skipped=False), status=201)
+
+
+def check_import(draft: Draft, command: ImportCheck) -> Answer | Refusal:
+    """What `import_job` would do, by doing it in a draft of its own, which is thrown away."""
+    live = draft.book.totals["queued"] + len(draft.book.processing)
+    room = max(draft.policy.live_jobs - live, 0)
+    if command.id in draft.book.quarantined:
+        reason = "A job with this id is there; its row is damaged."
+        return Answer(ImportForeseen(command.id, "skip", None, reason, room))
+    there = draft.book.get(command.id)
+    if there is not None:
+        reason = f"A job with this id exists: it is {there.status}."
+        return Answer(ImportForeseen(command.id, "skip", there.status, reason, room))
+    trial = Draft(draft.book, draft.call, draft.at, draft.policy)
+    answer = import_job(trial, command)
+    if isinstance(answer, Refusal):
+        return answer
+    last = trial.changes[-1]
+    assert last.after is not None
+    return Answer(ImportForeseen(command.id, "create", last.after.status, last.event.reason, room))
 
 
 def _imported(draft: Draft, command: Import) -> Job:

@@ -40,6 +40,7 @@ from jobd.commands import (
     Get,
     GetVersion,
     Import,
+    ImportCheck,
     LateResults,
     List,
     Locks,
@@ -146,6 +147,8 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             return operator_rules.pause(draft, command)
         case Resume():
             return operator_rules.resume(draft, command)
+        case ImportCheck():
+            return operator_rules.check_import(draft, command)
         case Import():
             return operator_rules.import_job(draft, command)
         case ApplyPlan():

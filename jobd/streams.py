@@ -65,7 +65,7 @@ class _Id(Struct):
     id: str
 
 
-class _Ahead(Struct):
+class Ahead(Struct):
     """A line on its way through the actor."""
 
     line: int
@@ -133,10 +133,10 @@ class Lines:
 async def take_in(site: Web, visit: Visit, _: Any) -> Answer | Refusal:
     """Import: each line of the body is created, skipped or refused by itself, in the order of the lines."""
     welcome(visit)
-    return await _Import(site, visit).run()
+    return await Importing(site, visit).run()
 
 
-class _Import:
+class Importing:
     """One import: a few lines are on their way through the actor while the next ones are read."""
 
     def __init__(self, site: Web, visit: Visit) -> None:
@@ -147,7 +147,8 @@ class _Import:
         self._operator = in_parts(visit.operator)
         self._shape = Shape(Import, None, site.limits)
         self._report = ImportReport()
-        self._ahead: deque[_Ahead] = deque()
+        self._lines = 0
+        self._ahead: deque[Ahead] = deque()
         self._bytes = 0
         self._stop: Refusal | None = None
 
@@ -169,32 +170,31 @@ class _Import:
         await note(self._site, self._operator, "import", counts)
 
     async def _read(self) -> None:
-        number = 0
         try:
             async for line in Lines(self._content, self._site.limits):
-                number += 1
-                self._send(number, line)
+                self._lines += 1
+                self._send(self._lines, line)
                 await self._settle(AHEAD_LINES, AHEAD_BYTES)
                 if self._stop is not None:
                     return
         except Refused as no:
             await self._settle(0, 0)
-            self._stop = self._stop or self._stopped(no.refusal, number + 1)
+            self._stop = self._stop or self._stopped(no.refusal, self._lines + 1)
 
     def _send(self, number: int, line: bytes | None) -> None:
         if line is None:
-            self._report.refuse(number, None, f"The line is over {self._site.limits.body} bytes.")
+            self._refuse(number, None, f"The line is over {self._site.limits.body} bytes.")
             return
         if not line.strip():
             return
         try:
             command = self._shape.from_body(line)
         except Refused as no:
-            self._report.refuse(number, _id_of(line), no.refusal.message)
+            self._refuse(number, _id_of(line), no.refusal.message)
             return
         assert isinstance(command, Import)
-        asked = self._site.actor.ask(command, by=self._by, admin=True, size=len(line), operator=self._operator)
-        self._ahead.append(_Ahead(number, command.id, len(line), asyncio.ensure_future(asked)))
+        asked = self._asked(command, len(line))
+        self._ahead.append(Ahead(number, command.id, len(line), asyncio.ensure_future(asked)))
         self._bytes += len(line)
 
     async def _settle(self, lines: int, size: int) -> None:
@@ -204,7 +204,13 @@ class _Import:
             self._bytes -= first.size
             self._count(first, await first.task)
 
-    def _count(self, line: _Ahead, answer: Answer | Refusal) -> None:
+    def _asked(self, command: Import, size: int) -> Coroutine[Any, Any, Answer | Refusal]:
+        return self._site.actor.ask(command, by=self._by, admin=True, size=size, operator=self._operator)
+
+    def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
+        self._report.refuse(line, job_id, reason)
+
+    def _count(self, line: Ahead, answer: Answer | Refusal) -> None:
         if isinstance(answer, Answer):
             done: Imported = answer.data
             self._report.skipped += done.skipped
@@ -212,7 +218,7 @@ class _Import:
         elif answer.code in STOPPING:
             self._stop = self._stop or self._stopped(answer, line.line)
         else:
-            self._report.refuse(line.line, line.job_id, answer.message)
+            self._refuse(line.line, line.job_id, answer.message)
 
     def _stopped(self, why: Refusal, line: int) -> Refusal:
         """The import ends early: what has been done stays, and a second run skips it."""

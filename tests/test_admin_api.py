@@ -293,6 +293,7 @@ async def test_a_cleanup_that_is_asked_for_is_forced(house: House) -> None:
 
 def test_every_call_has_an_example_and_no_route_is_missing() -> None:
     others = {("GET", f"{P}/stats"), ("GET", f"{P}/health"), ("POST", f"{P}/import"), ("GET", f"{P}/backup")}
+    others.add(("POST", f"{P}/import/preview"))  # test_import_preview.py
     others |= {("GET", "/metrics"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/openapi.json")}
     others |= {("GET", f"{P}/events"), ("GET", f"{P}/jobs/{{id}}/artefact")}  # test_event_stream.py, test_downloads.py
     plans = [("POST", "plans"), ("GET", "plans/{plan_id}"), ("POST", "plans/{plan_id}/apply")]

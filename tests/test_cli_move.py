@@ -98,6 +98,12 @@ def test_there_and_back_every_job_is_the_same(here: Running, there: Running, tmp
     assert here.done("jobd.cli.ctl", "export", str(file)).returncode == 2, "it is there already"
     assert here.done("jobd.cli.ctl", "export", str(file), "--yes").returncode == 0
     assert file.read_bytes().splitlines() == lines, "an export changes nothing"
+    looked = there.done("jobd.cli.ctl", "import", "--dry-run", str(file))
+    assert looked.returncode == 0
+    assert len(looked.stdout.splitlines()) == len(lines)
+    assert looked.stderr == f"{len(lines)} would be imported, 0 skipped, 0 refused\n"
+    assert "(many-7): would be created as queued" in looked.stdout
+    assert there.client.list_jobs().jobs == []  # nothing was written
     moved = there.done("jobd.cli.ctl", "import", str(file))
     assert moved.stdout == f"{len(lines)} imported, 0 skipped, 0 refused\n"
     again = exported(there)
@@ -174,3 +180,21 @@ def test_pages_go_on_where_the_last_one_ended(here: Running) -> None:
             if (cursor := page.next_cursor) is None:
                 break
         assert found == list(admin.export_jobs()) == exported(here)
+
+
+def test_an_import_that_is_only_looked_at_says_why(there: Running, tmp_path: Path) -> None:
+    there.client.create_job(id="old")
+    file = tmp_path / "jobs.ndjson"
+    file.write_text('{"id":"a"}\n{"id":"old"}\n{"id":"a"}\n{"id":"b","priority":7000}\n', encoding="utf-8")
+    looked = there.done("jobd.cli.ctl", "import", str(file), "--dry-run")
+    assert looked.returncode == 1  # as the import itself
+    said = looked.stdout.splitlines()
+    assert said[:3] == [
+        "line 1 (a): would be created as queued",
+        "line 2 (old): would be skipped: A job with this id exists: it is queued.",
+        "line 3 (a): would be skipped: Line 1 has the same id.",
+    ]
+    assert said[3].startswith("line 4 (b): would be refused: ")
+    assert "priority" in said[3]
+    told = there.done("jobd.cli.ctl", "import", str(file), "--dry-run", "--json")
+    assert json.loads(told.stdout)["wouldRefuse"] == 1

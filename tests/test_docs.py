@@ -29,6 +29,7 @@ from jobd.cli import exits
 from jobd.cli.ctl import jobctl as jobctl_program
 from jobd.cli.daemon import jobd as jobd_program
 from jobd.client.run import FIELDS, PREFIX
+from jobd.import_preview import ImportPreview
 from jobd.pace import SAMPLES_NEEDED
 from jobd.routes import Route
 from jobd.stream_lines import OPS, StreamedAnswer
@@ -180,6 +181,7 @@ SHAPES: Final[dict[str, Any]] = {
     "forced": answers.Forced,
     "admin lock": answers.AdminLock,
     "import report": ImportReport,
+    "import preview": ImportPreview,
     "failures": answers.FailuresView,
     "failure group": answers.FailureGroup,
     "preview": answers.PreviewView,

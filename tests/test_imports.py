@@ -34,7 +34,10 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
         "nouns fingerprints",
     ),
     "copies": ("copies", "nouns store"),
-    "web": ("web bodies weighing doors routes visits heads replies sparing streams connection listener", "nouns actor"),
+    "web": (
+        "web bodies weighing doors routes visits heads replies sparing streams import_preview connection listener",
+        "nouns actor",
+    ),
     "stream": ("stream_lines command_stream", "nouns actor web"),
     "feed": ("feed watchers event_stream", "nouns web actor"),
     "webhooks": ("webhooks webhook_courier webhook_reader webhook_office webhook_sender", "nouns letters"),

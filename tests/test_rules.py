@@ -11,7 +11,19 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd import rules, steps, views
-from jobd.answers import Answer, Done, Grants, Imported, JobView, Look, OldestDue, QueueList, Recovered, Worked
+from jobd.answers import (
+    Answer,
+    Done,
+    Grants,
+    Imported,
+    ImportForeseen,
+    JobView,
+    Look,
+    OldestDue,
+    QueueList,
+    Recovered,
+    Worked,
+)
 from jobd.commands import (
     AnyCommand,
     Bulk,
@@ -34,6 +46,7 @@ from jobd.commands import (
     Get,
     GetVersion,
     Import,
+    ImportCheck,
     List,
     Locks,
     Mend,
@@ -193,6 +206,8 @@ def test_the_number_of_live_jobs_is_bounded() -> None:
     desk.held("b")
     assert desk.no(Create(), "too_many_jobs").status == 507
     desk.no(Import(id="c"), "too_many_jobs")
+    desk.no(ImportCheck(id="c"), "too_many_jobs")
+    assert desk.yes(ImportCheck(id="c", status="cancelled")) == ImportForeseen("c", "create", "cancelled", None, 0)
     desk.yes(Release(id="b", lock_id=desk.job("b").grant.lock_id))  # type: ignore[union-attr]
     desk.no(Import(id="c"), "too_many_jobs")  # it waits, and counts all the same
     desk.yes(Import(id="c", status="failed", error_message="x"))
@@ -1545,6 +1560,27 @@ def test_an_import_without_a_creation_was_created_before_all_that_is_given(desk:
     job = desk.job("a")
     assert (job.created_at, job.finished_at, job.updated_at) == (NOW - 5_000, NOW - 1_000, NOW - 1_000)
     assert desk.yes(Mend(ids=["a"])).found == 0
+
+
+@pytest.mark.parametrize(("progress", "status"), [(0, "queued"), (45, "failed")])
+def test_what_an_import_would_do_is_told_and_not_done(desk: Desk, progress: float, status: str) -> None:
+    asked = ImportCheck(id="a", status="processing", progress=progress, worker="there", started_at=NOW - 5)
+    before = desk.book.next_job, desk.book.next_token, desk.book.next_event
+    decision = desk.decide(asked, by="admin")
+    assert isinstance(decision.answer, Answer)
+    told = decision.answer.data
+    assert (told.job_id, told.what, told.status) == ("a", "create", status)
+    assert "was processing when it was imported" in told.reason
+    assert told.room == desk.policy.live_jobs
+    assert decision.changes == []
+    assert (desk.book.next_job, desk.book.next_token, desk.book.next_event) == before
+    desk.create("a")
+    told = desk.yes(asked)
+    assert (told.what, told.status, told.reason) == ("skip", "queued", "A job with this id exists: it is queued.")
+    desk.book.quarantined["b"] = "its checksum is wrong"
+    told = desk.yes(ImportCheck(id="b"))
+    assert (told.what, told.status) == ("skip", None)
+    assert "damaged" in told.reason
 
 
 @pytest.mark.parametrize(("progress", "status"), [(0, "queued"), (45, "failed")])

@@ -19,6 +19,7 @@ from jobd.commands import (
     CreditAbsence,
     Export,
     GetVersion,
+    ImportCheck,
     LateResults,
     List,
     Locks,
@@ -57,6 +58,7 @@ REFUSALS = {
 NOT_PLAYED = {
     List,
     Search,
+    ImportCheck,
     Preview,
     ApplyPlan,
     ApplyEndings,

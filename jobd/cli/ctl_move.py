@@ -20,6 +20,7 @@ from jobd.cli.waiting import Advance, bar
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
+    from jobd.client.admin_calls import ImportForeseen
     from jobd.job import Status
 
 _PIECE_S: Final = 120.0  # for one piece of a stream, or one page, on a slow disk
@@ -83,16 +84,23 @@ def _pour(lines: Iterable[bytes], target: BinaryIO) -> int:
 
 @click.command("import")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option("--dry-run", is_flag=True, help="Only say what would become of each line.")
 @json_option
 @admin_options
-def import_(file: str, as_json: bool) -> int:
+def import_(file: str, dry_run: bool, as_json: bool) -> int:
     """Move jobs in from FILE (- for stdin), one JSON a line.
 
     They may have any status and their own times.
 
     An id that exists is skipped, so an import may be run again. Exit 1 where a line was refused.
+    With --dry-run nothing is written, and the exit code is what it would be.
     """
     client = admin_client(timeout_s=_PIECE_S)
+    if dry_run:
+        with click.open_file(file, "rb") as lines, bar("import") as advance:
+            seen = client.preview_import(_read(lines, file, advance))
+        show.emit_json(seen) if as_json else _preview(seen)
+        return exits.FAILED if seen.would_refuse or seen.stops_at is not None else exits.DONE
     with click.open_file(file, "rb") as lines, bar("import") as advance:
         result = client.import_jobs(_read(lines, file, advance))
     if as_json:
@@ -102,6 +110,21 @@ def import_(file: str, as_json: bool) -> int:
         for line in result.refused:
             show.say(f"line {line.line}{f' ({line.id})' if line.id else ''}: {line.reason}")
     return exits.FAILED if result.refused_count else exits.DONE
+
+
+_WOULD: Final = {"create": "would be created", "skip": "would be skipped", "refuse": "would be refused"}
+
+
+def _preview(seen: ImportForeseen) -> None:
+    for line in seen.lines:
+        status = f" as {line.status}" if line.what == "create" else ""
+        reason = f": {line.reason}" if line.reason else ""
+        show.emit(f"line {line.line}{f' ({line.id})' if line.id else ''}: {_WOULD[line.what]}{status}{reason}")
+    if seen.more:
+        show.say(f"Only the first {len(seen.lines)} lines are shown.")
+    if seen.stops_at is not None:
+        show.say(f"The import would stop at line {seen.stops_at}: {seen.stop_reason}")
+    show.say(f"{seen.would_import} would be imported, {seen.would_skip} skipped, {seen.would_refuse} refused")
 
 
 def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:

@@ -77,6 +77,31 @@ class ImportResult(Struct, frozen=True, rename="camel"):
     refused: list[RefusedLine] = []
 
 
+class ForeseenLine(Struct, frozen=True):
+    """What would become of a line of an import: `what` is create, skip or refuse, `status` the job's afterwards."""
+
+    line: int
+    what: str
+    id: str | None = None
+    status: str | None = None
+    reason: str | None = None
+
+
+class ImportForeseen(Struct, frozen=True, rename="camel"):
+    """What an import would do. `lines` shows the first of them, `more`: there are more.
+
+    At line `stops_at` it would end early, for `stop_reason`; None: it would not.
+    """
+
+    would_import: int
+    would_skip: int
+    would_refuse: int
+    lines: list[ForeseenLine] = []
+    more: bool = False
+    stops_at: int | None = None
+    stop_reason: str | None = None
+
+
 class JobLines(Struct, frozen=True):
     """A page of jobs, oldest first, each a line of JSON as an import takes it. `next_cursor` is None on the last."""
 
@@ -115,6 +140,7 @@ _read_clock = reader(ClockView)
 _read_quarantine = reader(QuarantineList)
 _read_backups = reader(BackupList)
 read_imported = reader(ImportResult)
+_read_foreseen = reader(ImportForeseen)
 
 
 def stats() -> Request[StatsView]:
@@ -492,6 +518,12 @@ def export_page(
 def import_jobs() -> Request[ImportResult]:
     """Move jobs in; the body is a stream of JSON lines."""
     return Request("POST", f"{BASE}/import", read_imported, headers={"Content-Type": NDJSON_TYPE}, repeatable=False)
+
+
+def preview_import() -> Request[ImportForeseen]:
+    """What an import would do; the body is a stream of JSON lines."""
+    headers = {"Content-Type": NDJSON_TYPE}
+    return Request("POST", f"{BASE}/import/preview", _read_foreseen, headers=headers, repeatable=False)
 
 
 def backup(id_: str | None = None) -> Request[bytes]:

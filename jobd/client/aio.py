@@ -388,7 +388,13 @@ class AsyncAdminClient(_AsyncClient):
         Each is created or refused by itself, an id that exists is skipped, so an import that broke off may simply be
         run again. It is not tried again by itself.
         """
-        request = admin_calls.import_jobs()
+        return await self._send_lines(admin_calls.import_jobs(), jobs)
+
+    async def preview_import(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> admin_calls.ImportForeseen:
+        """What import_jobs would do with the same lines, line by line. Nothing is done."""
+        return await self._send_lines(admin_calls.preview_import(), jobs)
+
+    async def _send_lines(self, request: Request[T], jobs: Iterable[Mapping[str, Any] | bytes | str]) -> T:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self._policy.timeout_s)
         try:
             async with self._open(request, timeout, _poured(jobs)) as response:

@@ -413,7 +413,13 @@ class AdminClient(_Client):
         Each is created or refused by itself, an id that exists is skipped, so an import that broke off may simply be
         run again. It is not tried again by itself. `timeout_s` is the time that one piece may take.
         """
-        request = admin_calls.import_jobs()
+        return self._send_lines(admin_calls.import_jobs(), jobs)
+
+    def preview_import(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> admin_calls.ImportForeseen:
+        """What import_jobs would do with the same lines, line by line. Nothing is done."""
+        return self._send_lines(admin_calls.preview_import(), jobs)
+
+    def _send_lines(self, request: Request[T], jobs: Iterable[Mapping[str, Any] | bytes | str]) -> T:
         connection = _Connection(self.endpoint, self._tls)
         try:
             return result(request, self._pour(connection, request, json_lines(iter(jobs))))
