@@ -619,7 +619,10 @@ class Foreseen(Struct, frozen=True):
 
 
 class PreviewView(Struct, frozen=True, rename="camel"):
-    """What recovery and a cleanup pass would do now: the first jobs of each kind. `more`: there are more."""
+    """What recovery and a cleanup pass would do now: the first jobs of each kind. `more`: there are more.
+
+    `held_jobs` are past their time too, but are kept while the clock is in doubt.
+    """
 
     recover: list[Recovery]
     expired_locks: int
@@ -628,6 +631,8 @@ class PreviewView(Struct, frozen=True, rename="camel"):
     mended_jobs: list[str]
     more: bool
     timestamp: int
+    held_jobs: list[str] = []
+    more_held: bool = False
 
 
 class FailureGroup(Struct, frozen=True):

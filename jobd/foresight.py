@@ -21,7 +21,8 @@ async def foresee(hands: Hands) -> PreviewView:
     """Raises passes.Refused where the actor takes no question."""
     seen: Foreseen = await hands.ask(Preview(limit=SHOWN), "daemon")
     now = hands.clock.moment().now
-    old = [] if hands.clock.suspect else await hands.actor.disk.expired(now, SHOWN + 1)
+    past = await hands.actor.disk.expired(now, SHOWN + 1)
+    old, held = ([], past) if hands.clock.suspect else (past, [])  # deletion waits until the clock is accepted
     wrong, more_wrong = await _wrong(hands)
     settled = {*(each.job_id for each in seen.details), *seen.expired, *old}  # before a pass comes to what is wrong
     return PreviewView(
@@ -30,6 +31,8 @@ async def foresee(hands: Hands) -> PreviewView:
         expired_jobs=seen.expired,
         deleted_jobs=old[:SHOWN],
         mended_jobs=[job_id for job_id in wrong if job_id not in settled],
+        held_jobs=held[:SHOWN],
+        more_held=len(held) > SHOWN,
         more=seen.more or len(old) > SHOWN or more_wrong,
         timestamp=now,
     )

@@ -208,6 +208,8 @@ class Figures:
         self.operators: list[Operator] = []
         self.accepted = False
         self.oldest_due: OldestDue | None = None
+        self.no_preview: Refusal | None = None
+        self.past_jobs = ["old-1", "old-2"]  # what deletion by age would take if the clock were right
         self.alive = True
         self.ready = True
         self.pieces: list[bytes | Exception] = [b"SQLite format 3\x00", b"x" * 100_000]
@@ -235,8 +237,12 @@ class Figures:
         group = FailureGroup("0123456789ab", "no", None, 3, ["k"], ["q"], 1, 2, ["a"])
         return FailuresView([group], 4, 1, False)
 
-    async def preview(self) -> PreviewView:
-        return PreviewView([Recovery("a", "reset", "stalled")], 2, ["b"], [], [], False, 1_700_000_000_000)
+    async def preview(self) -> PreviewView | Refusal:
+        if self.no_preview is not None:
+            return self.no_preview
+        return PreviewView(
+            [Recovery("a", "reset", "stalled")], 2, ["b"], [], [], False, 1_700_000_000_000, self.past_jobs
+        )
 
     async def make_plan(self, asked: MakePlan) -> PlanView:
         self.planned.append(asked)

@@ -128,7 +128,8 @@ ROOMS: list[tuple[str, str, Any]] = [
       "total": 4, "other": 1, "whole": False}),
     ("GET", f"{P}/preview",
      {"recover": [{"jobId": "a", "action": "reset", "reason": "stalled"}], "expiredLocks": 2, "expiredJobs": ["b"],
-      "deletedJobs": [], "mendedJobs": [], "more": False, "timestamp": 1_700_000_000_000}),
+      "deletedJobs": [], "mendedJobs": [], "heldJobs": ["old-1", "old-2"], "moreHeld": False, "more": False,
+      "timestamp": 1_700_000_000_000}),
     ("GET", f"{P}/backups", {"backups": [plain_view(BACKUP)]}),
     ("GET", f"{P}/quarantine", {"jobs": [{"id": "bad-1", "reason": "checksum"}]}),
 ]  # fmt: skip

@@ -28,7 +28,7 @@ PATHS = [
     "/queues",
     "/workers",
 ]
-PATHS += ["/alerts", "/cleanup", "/audit", "/failures", "/docs"]
+PATHS += ["/alerts", "/cleanup", "/audit", "/failures", "/clock", "/docs"]
 
 
 # A browser takes two cores for itself: where others work beside it, it takes its time.

@@ -879,6 +879,36 @@ async def test_the_doctor_is_silent_about_what_is_well(tmp_path: Path) -> None:
     assert set(await _findings(tmp_path, prepare)) == {"job bad-1", "validation", "jobs"}
 
 
+async def _clock(place: Path, held: list[str], *argv: str) -> tuple[int, bool]:
+    """The exit code of `jobctl clock …` against a daemon whose clock is suspect, and whether it is accepted."""
+    async with House(admin_api.ROUTES, place, admin=True) as house:
+        house.figures.past_jobs = held
+        where = ["--admin-url", f"unix:{house.path}"]
+        code = await asyncio.to_thread(ctl.main, ["clock", *argv, *where])
+        return code, house.figures.accepted
+
+
+async def test_a_clock_is_accepted_by_who_was_told_what_that_deletes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
+    held = ["old-1", "old-2"]
+    assert await _clock(tmp_path, held, "accept") == (2, False)
+    assert "add --yes to do it, --dry-run to look first" in capsys.readouterr().err
+    assert await _clock(tmp_path, held, "accept", "--dry-run") == (0, False)
+    assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().out
+    assert await _clock(tmp_path, held, "accept", "--dry-run", "--json") == (0, False)
+    assert json.loads(capsys.readouterr().out) == {"heldJobs": held, "moreHeld": False}
+    assert await _clock(tmp_path, held, "--yes") == (2, False)
+    assert await _clock(tmp_path, held, "accept", "--yes") == (0, True)
+    asked: list[str] = []
+    monkeypatch.setattr("jobd.cli.ctl_admin.need_terminal", lambda: None)
+    monkeypatch.setattr("jobd.cli.ctl_admin.confirm", asked.append)
+    assert await _clock(tmp_path, held, "accept") == (0, True)
+    assert asked == ["take the clock as right"]
+    assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # On a terminal
 

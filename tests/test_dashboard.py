@@ -1286,9 +1286,33 @@ async def test_what_is_done_here_is_in_the_audit_log(town: Town) -> None:
     assert {each["address"] for each in heard.data["entries"]} == {"127.0.0.1"}
 
 
+async def test_before_the_clock_is_accepted_it_says_what_would_be_deleted(town: Town) -> None:
+    browser = await town.browser()
+    assert 'href="/clock"' in text(await browser.get("/alerts"))
+    page = text(await browser.get("/clock"))
+    assert "2 finished jobs" in page
+    assert "old-2" in page
+    assert "The clock is right" in page
+    town.admin.figures.past_jobs = [f"old-{number}" for number in range(70)]
+    assert "These are the first of them" in text(await browser.get("/clock"))
+    town.admin.figures.past_jobs = []
+    assert "No finished job would be deleted" in text(await browser.get("/clock"))
+    town.admin.figures.no_preview = Refusal("overloaded", "Too much is waiting.")
+    page = text(await browser.get("/clock"))
+    assert "The clock is right" not in page
+    assert "Too much is waiting" in page
+    town.admin.figures.accepted = True
+    page = text(await browser.get("/clock"))
+    assert "Back to the alerts" in page
+    town.admin.figures.accepted, town.admin.figures.no_preview = False, None
+    page = text(await (await town.browser(READER)).get("/clock"))
+    assert "Is the clock right?" in page
+    assert "<button>The clock is right" not in page
+
+
 async def test_housekeeping(town: Town) -> None:
     browser = await town.browser()
-    assert "The clock is right" in text(await browser.get("/alerts"))
+    assert "/clock" in text(await browser.get("/alerts"))
     csrf = await browser.csrf()
     for target, onward, said in (
         ("/cleanup/run", "/cleanup", "The pass took 6 ms: 1 recovered"),
@@ -1302,7 +1326,7 @@ async def test_housekeeping(town: Town) -> None:
     assert town.admin.figures.accepted
     page = text(await browser.get("/alerts"))
     assert "bad-1" in page
-    assert "The clock is right" not in page
+    assert 'href="/clock"' not in page
 
 
 async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -575,8 +575,11 @@ async def test_a_preview_while_the_clock_is_in_doubt_deletes_nothing_and_may_be_
         house.clock.suspect = True
         view = await house.cleaner.preview()
         assert isinstance(view, PreviewView)
-        assert view.deleted_jobs == []
+        assert (view.deleted_jobs, view.held_jobs, view.more_held) == ([], ["old"], False)
         house.clock.suspect = False
+        view = await house.cleaner.preview()
+        assert isinstance(view, PreviewView)
+        assert (view.deleted_jobs, view.held_jobs) == (["old"], [])
         house.cleaner.stop()
         stopped = await house.cleaner.preview()
         assert isinstance(stopped, PreviewView | Refusal)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd.cli import exits, show
-from jobd.cli.deeds import reason_option
+from jobd.cli.deeds import confirm, need_terminal, reason_option
 from jobd.cli.group import json_option
 from jobd.cli.kinds import PAST
 from jobd.cli.places import admin_client, admin_options
@@ -179,18 +179,39 @@ def alerts(firing: bool, as_json: bool) -> int:
 
 @click.command()
 @click.argument("what", required=False, type=click.Choice(["accept"]))
+@click.option("-y", "--yes", is_flag=True, help="Accept it without asking.")
+@click.option("--dry-run", is_flag=True, help="Only say what accepting it would delete.")
 @_REASON
 @json_option
 @admin_options
-def clock(what: str | None, reason: str | None, as_json: bool) -> None:
+def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Show the daemon's clock, or accept it after a jump.
 
     Where the clock stood far ahead at start, nothing is deleted by age until `clock accept` says that it is right.
+    It says first what would be deleted then, and asks.
     """
     from jobd.cli import tables_admin
 
+    if (yes or dry_run) and what is None:
+        raise click.UsageError("--yes and --dry-run belong to: clock accept")
     client = admin_client()
-    view = client.accept_clock(reason) if what == "accept" else client.clock()
+    view = client.clock()
+    if what == "accept" and (dry_run or (view.suspect and not yes)):
+        if not dry_run:
+            need_terminal()
+        seen = client.preview()
+        if dry_run and as_json:
+            show.emit_json({"heldJobs": seen.held_jobs, "moreHeld": seen.more_held})
+            return
+        told = f"{tables_admin.held(seen)} finished jobs would be deleted by age; the daemon's time is "
+        told += f"{show.local(view.now)}" if view.suspect else f"{show.local(view.now)}, and is not in doubt"
+        if dry_run:
+            show.emit(told)
+            return
+        show.say(told)
+        confirm("take the clock as right")
+    if what == "accept":
+        view = client.accept_clock(reason)
     show.emit_json(view) if as_json else tables_admin.clock(view)
 
 

@@ -178,9 +178,15 @@ def preview(view: PreviewView) -> None:
             ("queued jobs to expire", _named(view.expired_jobs)),
             ("finished jobs to delete", _named(view.deleted_jobs)),
             ("jobs with issues", _named(view.mended_jobs)),
-            ("", "there are more: these are the first of each kind" if view.more else None),
-        ][: 5 if view.more else 4]
+            *([("", "there are more: these are the first of each kind")] if view.more else []),
+            *([("kept while the clock is in doubt", held(view))] if view.held_jobs else []),
+        ]
     )
+
+
+def held(view: PreviewView) -> str:
+    """What deletion by age would take if the clock were taken as right."""
+    return ("more than " if view.more_held else "") + _named(view.held_jobs)
 
 
 def _named(ids: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from msgspec import Meta
 from jobd.answers import Answer, JobView
 from jobd.bodies import Refused, refused
 from jobd.commands import Command, Get, OnJob, OnPlan, Refusal
-from jobd.dashboard import bulk, chores, pages, webhooks
+from jobd.dashboard import bulk, chores, clock, pages, webhooks
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of
 from jobd.dashboard.entrance import Entrance, SignIn, SignInPage, to_sign_in
@@ -129,6 +129,7 @@ class Dashboard:
             self._form("/webhooks/{name}/test", webhooks.TestForm, webhooks.test),
             self._form("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
             self._page("/audit", pages.AuditPage, "audit", "Audit", pages.audit, every_s=5),
+            self._page("/clock", Nothing, "clock", "Clock", lambda guest, _: clock.page(guest), every_s=0),
             self._form("/clock/accept", ReasonForm, chores.accept_clock),
         )
 
