@@ -16,6 +16,7 @@ from jobd.answers import (
     Answer,
     AuditPage,
     BackupList,
+    CheckedRows,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -132,6 +133,12 @@ class Deliveries(Command, frozen=True, kw_only=True):
     state: DeliveryState | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
     cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+
+
+class RowsAsked(Command, frozen=True, kw_only=True):
+    """Go on with the walk over all rows. `cursor` is the `next_cursor` of the call before."""
+
+    cursor: Annotated[str, Meta(pattern="^[a-z_]{1,20}:[0-9]{1,18}$")] | None = None
 
 
 class DeliverAgain(Command, frozen=True, kw_only=True):
@@ -265,6 +272,10 @@ async def _quarantine(site: Web, visit: Visit, asked: Nothing) -> Answer:
     return Answer(QuarantineList(site.rooms.quarantine()))
 
 
+async def _check_rows(site: Web, visit: Visit, asked: RowsAsked) -> Answer | Refusal:
+    return _given(await site.rooms.check_rows(asked.cursor))
+
+
 async def _backups(site: Web, visit: Visit, asked: Nothing) -> Answer:
     return Answer(BackupList(site.rooms.backups()))
 
@@ -370,6 +381,7 @@ _ROUTES: Final = (
         sends=BACKUP_KIND,
         secret=True,
     ),
+    Route(method="GET", path=f"{_P}/check-rows", asks=RowsAsked, gives=CheckedRows, who=_A, via=_check_rows),
     Route(method="GET", path=f"{_P}/backups", asks=Nothing, gives=BackupList, who=_A, via=_backups),
     Route(method="GET", path="/metrics", asks=Nothing, gives=bytes, who=_A, via=_metrics, sends=METRICS_KIND),
     *PROBES,

@@ -553,6 +553,22 @@ class PlanResult(Struct, frozen=True):
     repeated: bool = False
 
 
+class DamagedRow(Struct, frozen=True):
+    """A row whose checksum is wrong, or that cannot be read."""
+
+    where: str
+    what: str
+
+
+class CheckedRows(Struct, frozen=True):
+    """A piece of the walk over all rows: `checked` rows of `table`, and those of them that are damaged."""
+
+    table: str
+    checked: int
+    damaged: list[DamagedRow]
+    next_cursor: str | None
+
+
 BackupState = Literal["waiting", "copying", "checking", "sending", "sent", "failed"]
 
 

@@ -58,6 +58,7 @@ from jobd.passes import Schedule
 from jobd.plans import Planner
 from jobd.presence import Presence
 from jobd.rooms import Rooms
+from jobd.row_walk import RowWalk
 from jobd.store import Store, Synchronous
 from jobd.sweeper import Sweeper, Sweeps
 from jobd.web import Web
@@ -286,6 +287,7 @@ class Daemon:
         return Rooms(
             self.actor,
             Copies(store, lambda: self.clock.moment().now),
+            RowWalk(store),
             self.clock,
             self.cleaner,
             health,

@@ -93,6 +93,7 @@ _OPERATORS: Final = {
     "GET quarantine": "Damaged jobs that were set aside.",
     "GET backup": "The whole database as a file, while the daemon runs: it comes once it is copied and checked. Under "
     "`id`, `backups` tells how far it is meanwhile.",
+    "GET check-rows": "The next piece of a walk over the checksums of all rows. Damaged ones are set aside, and named.",
     "GET backups": "The backups that are under way, how far each is, and the last that have ended; newest first.",
 }
 
@@ -243,12 +244,14 @@ FIELDS: Final = {
     "ceilingAt": "The lock never lasts beyond this time without a progress report; null: no ceiling.",
     "ceiling_at": "The lock never lasts beyond this time without a progress report; null: no ceiling.",
     "changed": "How many jobs an operator's deed changed. Of a plan: the jobs that had changed meanwhile.",
+    "checked": "How many rows were checked.",
     "cleanupRunning": "Whether a pass is running now.",
     "cleanupStatus": "The cleanup passes.",
     "completed": "Number of completed jobs.",
     "count": "How many jobs: of a group, or to which a plan would do something.",
     "created_at": "When it was created.",
     "cursor": "The `next_cursor` of the page (or plan) before.",
+    "damaged": "The rows that are damaged.",
     "data": "The answer.",
     "database": "The store.",
     "deletedJobs": "Finished jobs that would be deleted by age.",
@@ -405,6 +408,7 @@ FIELDS: Final = {
     "subject": "What it is about: `jobs/ID`, `queues/NAME`, `alerts/NAME`.",
     "success": "Whether it was done.",
     "suspect": "Whether the clock has jumped ahead and nothing is deleted by age.",
+    "table": "The kind of rows.",
     "threshold": "From where on it fires.",
     "timeSinceLastCleanup": "Milliseconds, or null.",
     "timestamp": "When this was so, in Unix milliseconds.",
@@ -432,6 +436,7 @@ FIELDS: Final = {
     "wouldImport": "How many jobs would be created.",
     "wouldRefuse": "How many lines would be refused.",
     "wouldSkip": "How many lines name an id that exists, or that an earlier line has.",
+    "where": "Which row it is.",
     "who": "The operator's name, `admin` where none was given.",
     "worker": "The worker's name. In a query: it holds the job, or was the last to hold it.",
     "workers": "The workers.",

@@ -18,6 +18,7 @@ from jobd.alerts import Alerts
 from jobd.answers import (
     AlertView,
     BackupView,
+    CheckedRows,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -46,6 +47,7 @@ from jobd.feed import Feed, Listener
 from jobd.health import Health
 from jobd.metrics import Metrics
 from jobd.plans import Planner
+from jobd.row_walk import RowWalk
 from jobd.watchers import Watcher
 from jobd.web import Download
 from jobd.webhooks import Webhooks
@@ -60,6 +62,7 @@ class Rooms(Struct):
 
     actor: Actor
     copies: Copies
+    row_walk: RowWalk
     clock_: Clock
     cleaner: Cleaner
     health_: Health
@@ -133,6 +136,9 @@ class Rooms(Struct):
     async def backup(self, id_: str) -> Copy | Refusal:
         log.info("backup_started", by="admin")
         return await self.copies.begin(id_)
+
+    async def check_rows(self, cursor: str | None) -> CheckedRows | Refusal:
+        return await self.row_walk.go_on(cursor)
 
     def backups(self) -> list[BackupView]:
         return self.copies.views()

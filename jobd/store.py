@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import aiosqlite
 
-from jobd import audit_reader, files, lookups, opening, quarantine, webhook_tables
+from jobd import audit_reader, files, lookups, opening, quarantine, row_check, webhook_tables
 from jobd.answers import DeliveryState
 from jobd.batch import (
     Aside,
@@ -200,6 +200,10 @@ class Store:
 
     async def reports(self, limit: int) -> list[bytes]:
         return await self._hop(lookups.reports, self._tables, limit)
+
+    async def check_rows(self, table: str, after: int) -> row_check.Slice:
+        """The checksums of some rows of `table` behind the rowid `after`: some milliseconds' work."""
+        return await self._hop(row_check.look, self._tables, table, after)
 
     async def quarantine(self, job: Job, reason: str) -> None:
         await self._hop(quarantine.quarantine, self._tables, job, reason)

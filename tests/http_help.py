@@ -19,10 +19,12 @@ from jobd.answers import (
     Answer,
     BackupView,
     ChangedJob,
+    CheckedRows,
     CleanupHealth,
     CleanupReport,
     CleanupState,
     ClockView,
+    DamagedRow,
     DatabaseHealth,
     DeliveryPage,
     DeliveryState,
@@ -315,6 +317,9 @@ class Figures:
         if isinstance(self.pieces[0], Exception):
             raise self.pieces[0]
         return self.no_backup or Pieces(self.pieces, self.left, self.closed)
+
+    async def check_rows(self, cursor: str | None) -> CheckedRows | Refusal:
+        return CheckedRows("jobs", 3, [DamagedRow("job bad-2", "checksum")], None if cursor else "jobs:3")
 
     def backups(self) -> list[BackupView]:
         return [BACKUP]

@@ -130,6 +130,9 @@ ROOMS: list[tuple[str, str, Any]] = [
      {"recover": [{"jobId": "a", "action": "reset", "reason": "stalled"}], "expiredLocks": 2, "expiredJobs": ["b"],
       "deletedJobs": [], "mendedJobs": [], "heldJobs": ["old-1", "old-2"], "moreHeld": False, "more": False,
       "timestamp": 1_700_000_000_000}),
+    ("GET", f"{P}/check-rows",
+     {"table": "jobs", "checked": 3, "damaged": [{"where": "job bad-2", "what": "checksum"}],
+      "next_cursor": "jobs:3"}),
     ("GET", f"{P}/backups", {"backups": [plain_view(BACKUP)]}),
     ("GET", f"{P}/quarantine", {"jobs": [{"id": "bad-1", "reason": "checksum"}]}),
 ]  # fmt: skip

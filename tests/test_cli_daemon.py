@@ -708,6 +708,23 @@ def test_the_doctor_looks_at_the_running_daemon(jobctl: Ctl, capsys: pytest.Capt
     problems = json.loads(out)["problems"]
     assert code == (1 if problems else 0), err
     assert _jobd(capsys, "doctor", "--running", "--accept", "x")[0] == 2
+    assert _jobd(capsys, "doctor", "--rows")[0] == 2
+    code, out, err = _jobd(capsys, "doctor", "--running", "--rows", "--json")
+    assert (code, err) == (1 if problems else 0, "")
+    assert not [each for each in json.loads(out)["problems"] if each["where"].startswith("job ")]
+
+
+async def test_damaged_rows_of_a_running_daemon_are_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
+    stats = answers.StatsView(9, {}, 0, 0, 0.0, None, 0, 1_772_366_400_000)
+    async with House(admin_api.ROUTES, tmp_path, admin=True, actor=Desk(lambda _: answers.Answer(stats))) as house:
+        argv = ["doctor", "--running", "--rows", "--json", "--admin-url", f"unix:{house.path}"]
+        assert await asyncio.to_thread(jobd_cli.main, argv) == 1
+    found = [each for each in json.loads(capsys.readouterr().out)["problems"] if each["where"].startswith("job ")]
+    assert [each["where"] for each in found] == ["job bad-1", "job bad-2", "job bad-2"]
+    assert "jobd doctor --accept bad-2" in found[1]["mend"]
 
 
 def test_a_second_daemon_on_the_same_store_is_75(running: Running) -> None:

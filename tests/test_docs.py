@@ -204,6 +204,7 @@ SHAPES: Final[dict[str, Any]] = {
     "delivery": answers.DeliveryView,
     "clock": answers.ClockView,
     "quarantine": answers.QuarantineList,
+    "checked rows": answers.CheckedRows,
     "backups": answers.BackupList,
     "backup": answers.BackupView,
     "paused": answers.PausedView,

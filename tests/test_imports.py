@@ -30,10 +30,10 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": (
         "store tables job_writer rows lookups audit_writer audit_reader webhook_tables opening wal migrations "
-        "quarantine files backup doctor rehearsal",
+        "quarantine files backup doctor rehearsal row_check",
         "nouns fingerprints",
     ),
-    "copies": ("copies", "nouns store"),
+    "copies": ("copies row_walk", "nouns store"),
     "web": (
         "web bodies weighing doors routes visits heads replies sparing streams import_preview connection listener",
         "nouns actor",

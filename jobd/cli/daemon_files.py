@@ -16,7 +16,9 @@ from jobd.cli.settings import config_option, store_option, store_path
 
 if TYPE_CHECKING:
     from jobd.answers import BackupView
+    from jobd.cli.checkup import Finding
     from jobd.cli.waiting import Advance
+    from jobd.client import AdminClient
 
 SILENT_S: Final = 60.0  # that a backup may stand still; a slow disk is slow, a broken one says nothing
 
@@ -86,6 +88,7 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
 
 @click.command()
 @click.option("--running", is_flag=True, help="Check the running daemon over its admin API.")
+@click.option("--rows", is_flag=True, help="With --running: check also every row's checksum, as it works (minutes).")
 @click.option("--accept", metavar="ID", help="Take the edited row of this job as it is, and let validation judge it.")
 @click.option("--recount", is_flag=True, help="Take the rows that are there as all there are: counts are made anew.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask (--accept, --recount).")
@@ -96,6 +99,7 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
 @admin_options
 def doctor(
     running: bool,
+    rows: bool,
     accept: str | None,
     recount: bool,
     yes: bool,
@@ -114,10 +118,10 @@ def doctor(
         raise click.UsageError("--running, --accept and --recount exclude each other; the first takes no database")
     if (yes or dry_run) and accept is None and not recount:
         raise click.UsageError("--yes and --dry-run belong to --accept and --recount: nothing else writes")
+    if rows and not running:
+        raise click.UsageError("--rows belongs to --running: without it all rows are checked")
     if running:
-        from jobd.cli.checkup import examine
-
-        return _diagnosis(examine(admin_client()), as_json)
+        return _diagnosis(_checkup(admin_client(), rows=rows), as_json)
     from jobd import doctor as offline
     from jobd.files import StoreBusy
 
@@ -130,6 +134,15 @@ def doctor(
     except StoreBusy as error:
         raise exits.Problem(f"{error}; or check it as it runs: jobd doctor --running", exits.TRY_AGAIN) from None
     return _diagnosis(problems, as_json)
+
+
+def _checkup(client: AdminClient, *, rows: bool) -> list[Finding]:
+    from jobd.cli.checkup import examine
+    from jobd.cli.rows_running import walk
+
+    damaged = walk(client) if rows else []
+    found = examine(client)  # names all that is in quarantine by now
+    return found + [each for each in damaged if each.where not in {known.where for known in found}]
 
 
 def _repair(path: str, accept: str | None, *, yes: bool, dry_run: bool) -> int:

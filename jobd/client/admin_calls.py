@@ -18,6 +18,7 @@ from jobd.answers import (
     AuditPage,
     BackupList,
     BackupView,
+    CheckedRows,
     CleanupReport,
     CleanupState,
     ClockView,
@@ -138,6 +139,7 @@ _read_deliveries = reader(DeliveryPage)
 _read_delivery = reader(DeliveryView)
 _read_clock = reader(ClockView)
 _read_quarantine = reader(QuarantineList)
+_read_checked = reader(CheckedRows)
 _read_backups = reader(BackupList)
 read_imported = reader(ImportResult)
 _read_foreseen = reader(ImportForeseen)
@@ -529,6 +531,14 @@ def preview_import() -> Request[ImportForeseen]:
 def backup(id_: str | None = None) -> Request[bytes]:
     """A copy of the database as it is now; the answer is the file. Under the id `backups` tells how far it is."""
     return Request("GET", f"{BASE}/backup{'' if id_ is None else f'?id={id_}'}", bytes)
+
+
+def check_rows(cursor: str | None = None) -> Request[CheckedRows]:
+    """Go on with a walk over the checksums of all rows: a quarter of a second's worth of it.
+
+    `cursor` is the `next_cursor` of the call before; the last one has none. Damaged rows are set aside, and named.
+    """
+    return get(f"{BASE}/check-rows", _read_checked, cursor=cursor)
 
 
 def backups() -> Request[list[BackupView]]:

@@ -361,6 +361,7 @@ class AsyncAdminClient(_AsyncClient):
     accept_clock = _method(admin_calls.accept_clock)
     quarantine = _method(admin_calls.quarantine)
     backups = _method(admin_calls.backups)
+    check_rows = _method(admin_calls.check_rows)
     metrics = _method(admin_calls.metrics)
     export_page = _method(admin_calls.export_page)
     iterate_jobs = _pages(admin_calls.list_jobs)

@@ -386,6 +386,7 @@ class AdminClient(_Client):
     accept_clock = _method(admin_calls.accept_clock)
     quarantine = _method(admin_calls.quarantine)
     backups = _method(admin_calls.backups)
+    check_rows = _method(admin_calls.check_rows)
     metrics = _method(admin_calls.metrics)
     export_page = _method(admin_calls.export_page)
 
