@@ -6,6 +6,7 @@ Decides nothing about jobs: each line is one command to the actor.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections import deque
 from collections.abc import Coroutine
@@ -287,11 +288,14 @@ async def _while_there(site: Web, visit: Visit, work: Coroutine[Any, Any, T]) ->
 
 async def _pass_on(response: web.StreamResponse, copy: Copy, visit: Visit) -> None:
     transport = visit.connection.transport
+    left = copy.size
     try:
-        while piece := await copy.more():
+        while left > 0 and (piece := await copy.more()):
+            left -= len(piece)
             await write(response, piece)
-        await _drain(visit)
-        await finish(response)
+        with contextlib.suppress(ConnectionError):  # who has all of it may hang up at once
+            await _drain(visit)
+            await finish(response)
     except Exception as error:
         log.error("backup cut off", error=type(error).__name__)
         if transport is not None:

@@ -221,6 +221,7 @@ class Figures:
         self.backup_ids: list[str] = []
         self.left: list[str | None] = []
         self.closed = asyncio.Event()
+        self.pieces_of = Pieces
         self.disk = MemoryDisk()
         self.feed = feed.Feed(self.disk, 0, 3)
         self.downloads = Downloads(None, 2)
@@ -316,7 +317,7 @@ class Figures:
                 raise
         if isinstance(self.pieces[0], Exception):
             raise self.pieces[0]
-        return self.no_backup or Pieces(self.pieces, self.left, self.closed)
+        return self.no_backup or self.pieces_of(self.pieces, self.left, self.closed)
 
     async def check_rows(self, cursor: str | None) -> CheckedRows | Refusal:
         return CheckedRows("jobs", 3, [DamagedRow("job bad-2", "checksum")], None if cursor else "jobs:3")

@@ -19,7 +19,7 @@ from jobd.batch import DiskFull
 from jobd.bodies import Limits
 from jobd.commands import Import, Note, Refusal
 from jobd.doors import Gate
-from tests.http_help import TOKEN, Heard, House, Line, message
+from tests.http_help import TOKEN, Heard, House, Line, Pieces, message
 
 IMPORT = "/admin/job-management/import"
 BACKUP = "/admin/job-management/backup"
@@ -247,6 +247,28 @@ async def test_a_backup_is_streamed_to_its_end(house: House) -> None:
     assert (await house.ask("GET", f"{BACKUP}?id=mine", headers=AUTH)).status == 200
     assert house.figures.backup_ids[1] == "mine"
     assert house.figures.backup_ids[0]
+
+
+async def test_who_has_all_of_a_backup_may_hang_up_at_once(house: House) -> None:
+    slow = asyncio.Event()
+
+    class Ending(Pieces):
+        async def more(self) -> bytes:
+            piece = await super().more()
+            if not piece:  # who asks for more than there is may find that the client has hung up meanwhile
+                await slow.wait()
+            return piece
+
+    house.figures.pieces_of = Ending
+    line = await house.line()
+    line.send(message("GET", BACKUP, headers=AUTH))
+    await line.reader.readuntil(b"\r\n\r\n")
+    with capture_logs() as logs:
+        await line.reader.readexactly(16 + 100_000)
+        line.writer.transport.abort()
+        await house.figures.closed.wait()
+    assert house.figures.left == [None]
+    assert logs == []
 
 
 async def test_a_backup_is_refused_where_too_many_are_under_way(house: House) -> None:

@@ -38,6 +38,7 @@ FAIR: Final = (
     "in the list twice",
     "separated by commas",  # the filters of events
     "must be the `id` of an event",
+    "must be the `next_cursor` of the call before",
     "is no type of event",
     "say two beginnings",
     "Give `filter` or `ids`",
