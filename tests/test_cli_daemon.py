@@ -23,7 +23,7 @@ import msgspec
 import pytest
 
 from jobd import admin_api, answers
-from jobd.cli import ctl, ctl_plan
+from jobd.cli import ctl, ctl_plan, exits
 from jobd.cli import daemon as jobd_cli
 from jobd.cli.checkup import examine
 from jobd.client import AdminClient, JobClient, JobdError, LockLost
@@ -668,7 +668,9 @@ def test_backup_restore_and_doctor(
         assert str(running.process.pid) in err
 
 
-def test_a_damaged_row_is_named_with_its_mend(jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_row_is_named_with_its_mend(
+    jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     jobctl.ok("submit", "--id", "b2")
     copy = tmp_path / "copy.db"
     assert _jobd(capsys, "backup", str(copy))[0] == 0
@@ -696,6 +698,19 @@ def test_a_damaged_row_is_named_with_its_mend(jobctl: Ctl, tmp_path: Path, capsy
         assert "add --yes to do it, --dry-run to look first" in err
     assert _jobd(capsys, "doctor", "--store", str(copy), "--dry-run")[0] == 2
     assert copy.read_bytes() == before
+    asked: list[str] = []
+
+    def no(what: str) -> None:
+        asked.append(what)
+        raise exits.Problem("nothing was done")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jobd.cli.daemon_files.need_terminal", lambda: None)
+        patched.setattr("jobd.cli.daemon_files.confirm", no)
+        code, out, err = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2")
+        assert (code, out, asked) == (1, "", ["write that"])
+        assert "job b2: its row would be taken as it is" in err
+        assert copy.read_bytes() == before
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2", "--yes")
     assert code == 0
     assert "job b2: its row was taken as it is" in out
