@@ -127,9 +127,10 @@ def _checked(source: sqlite3.Connection, file: str, version: int, size: int, fre
 def _ended(source: sqlite3.Connection) -> Iterator[str]:
     counts = dict(source.execute("SELECT status, count(*) FROM jobs NOT INDEXED GROUP BY status").fetchall())
     each = ", ".join(f"{count} {readable(status)}" for status, count in counts.items())
-    yield f"    it holds {sum(counts.values())} jobs{f': {each}' if each else ''}"
+    total = sum(counts.values())
+    yield f"    it holds {total} {'job' if total == 1 else 'jobs'}{f': {each}' if each else ''}"
     held = counts.get("processing", 0)
-    yield f"    {held} jobs that were being worked on would be ended by their stall rule, their grants with them"
+    yield f"    being worked on: {held}; their stall rule would end them, and their grants with them"
 
 
 def _epoch(conn: sqlite3.Connection) -> int:

@@ -47,7 +47,7 @@ async def test_a_restore_is_told_with_what_it_ends_and_replaces(path: str, copy:
         "the checksums of all its rows are right",
         f"it holds {len(maker.jobs)} jobs",
         f"{held} processing",
-        f"{held} jobs that were being worked on would be ended by their stall rule",
+        f"being worked on: {held}; their stall rule would end them",
         "epoch 5 would begin",
         f"would be kept beside it, as {path}.",
     ):
