@@ -39,6 +39,7 @@ from jobd.answers import (
     QueueList,
     RecoverStuckView,
     ReportList,
+    Resent,
     StatsView,
     TimelineView,
     ValidateJobView,
@@ -148,6 +149,13 @@ class DeliverAgain(Command, frozen=True, kw_only=True):
     id: Annotated[int, Meta(ge=1, le=MAX_NUMBER)]
 
 
+class DeliverAllAgain(Command, frozen=True, kw_only=True):
+    """Send again what was given up: all of it, or up to the number `upto`."""
+
+    name: WebhookName
+    upto: Annotated[int, Meta(ge=1, le=MAX_NUMBER)] | None = None
+
+
 class TestWebhook(Command, frozen=True, kw_only=True):
     """Send a message that says that it is a test."""
 
@@ -240,6 +248,14 @@ async def _deliver_again(site: Web, visit: Visit, asked: DeliverAgain) -> Answer
     if isinstance(sent, Refusal):
         return sent
     await note(site, visit.operator, "resend-delivery", {"webhook": asked.name, "delivery": asked.id})
+    return Answer(sent)
+
+
+async def _deliver_all_again(site: Web, visit: Visit, asked: DeliverAllAgain) -> Answer | Refusal:
+    sent = await site.rooms.deliver_all_again(asked.name, asked.upto)
+    if isinstance(sent, Refusal):
+        return sent
+    await note(site, visit.operator, "resend-given-up", {"webhook": asked.name, "resent": sent.resent})
     return Answer(sent)
 
 
@@ -359,6 +375,14 @@ _ROUTES: Final = (
         gives=DeliveryView,
         who=_A,
         via=_deliver_again,
+    ),
+    Route(
+        method="POST",
+        path=f"{_P}/webhooks/{{name}}/resend-given-up",
+        asks=DeliverAllAgain,
+        gives=Resent,
+        who=_A,
+        via=_deliver_all_again,
     ),
     Route(
         method="POST",

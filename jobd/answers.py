@@ -451,6 +451,12 @@ class DeliveryPage(Struct):
     next_cursor: str | None
 
 
+class Resent(Struct):
+    """`resent` deliveries that were given up are on their way again."""
+
+    resent: int
+
+
 class ReportList(Struct):
     reports: list[CleanupReport]
 

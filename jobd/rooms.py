@@ -32,6 +32,7 @@ from jobd.answers import (
     PreviewView,
     QuarantinedJob,
     RecoverStuckView,
+    Resent,
     Vitals,
     WebhookView,
 )
@@ -173,6 +174,16 @@ class Rooms(Struct):
             return Refusal("not_found", f"Webhook {webhook} has no delivery {delivery}, or has it no more.")
         log.info("webhook_sent_again", webhook=webhook, delivery=delivery)
         return found
+
+    async def deliver_all_again(self, webhook: str, upto: int | None) -> Resent | Refusal:
+        if not self.webhooks_.has(webhook):
+            return _no_webhook(webhook)
+        try:
+            count = await self.webhooks_.again_all(webhook, upto)
+        except DiskFull:
+            return NOT_NOW
+        log.info("webhook_all_sent_again", webhook=webhook, count=count)
+        return Resent(count)
 
     async def test_webhook(self, webhook: str) -> DeliveryView | Refusal:
         if not self.webhooks_.has(webhook):

@@ -237,6 +237,9 @@ class Store:
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
         return await self._hop(webhook_tables.again, self._tables, endpoint, id_, now)
 
+    async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
+        return await self._hop(webhook_tables.again_all, self._tables, endpoint, upto, limit, now)
+
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
         return await self._hop(webhook_tables.by_ids, self._tables, ids)
 

@@ -30,7 +30,8 @@ GRACE_S: Final = 1.0  # for what is on its way when the daemon stops; after it, 
 FULL_S: Final = 1.0  # until a full disk is asked again
 TROUBLE_S: Final = 5.0  # after a failure of our own
 FRESH: Final = 256  # messages that are sent from memory, as they have just been written
-AT_ONCE: Final = 200  # deliveries given up in one transaction
+AT_ONCE: Final = 200  # deliveries given up, or sent again, in one transaction
+SLICE_PAUSE_S: Final = 0.01  # between those, so that workers get the disk in between
 
 log = structlog.get_logger("jobd.webhooks")
 
@@ -104,10 +105,31 @@ class Courier:
             found = await self._office.disk.deliver_again(self.endpoint.name, id_, now)
             if found is not None and id_ not in self.line:
                 self.line.add(Waiting(id_, found.subject, 0))
-        if self.breaker.until is not None:
-            self.breaker.until = self._now_ms()  # somebody thinks that it is worth a try
-        self._wake.set()
+        self._hurry()
         return found
+
+    async def again_all(self, upto: int) -> int:
+        """Send again what was given up, up to the number `upto`, slice by slice; how many. Raises DiskFull."""
+        count = 0
+        while not self._stopping:
+            now = self._office.clock.moment().now
+            found = await self._office.disk.deliver_all_again(self.endpoint.name, upto, AT_ONCE, now)
+            for each in found:
+                if each.id not in self.line:
+                    self.line.add(Waiting(each.id, each.subject, 0))
+            count += len(found)
+            if not found:
+                break
+            self._hurry()
+            await asyncio.sleep(SLICE_PAUSE_S)
+        return count
+
+    def _hurry(self) -> None:
+        """Somebody thinks that it is worth a try: it is not given up for its age before that was made."""
+        if self.breaker.until is not None:
+            self.breaker.until = self._now_ms()
+        self._next_clearing_s = max(self._next_clearing_s, self._loop_time() + MINUTE_MS / SECOND_MS)
+        self._wake.set()
 
     @property
     def state(self) -> BreakerState:

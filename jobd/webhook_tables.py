@@ -167,6 +167,21 @@ def again(tables: Tables, endpoint: str, id_: int, now: int) -> Delivery | None:
     return renewed
 
 
+def again_all(tables: Tables, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
+    """The same with the oldest `limit` that were given up, of those with numbers up to `upto`. Given without bodies."""
+    tables.check()
+    sql = f"{_IDS} AND id <= ? ORDER BY id LIMIT ?"
+    ids = [id_ for (id_,) in tables.conn.execute(sql, (endpoint, "given_up", upto, limit))]
+    renewed = [
+        replace(each, state="waiting", due_at=now, tries=0, ended_at=None)
+        for each in by_ids(tables, ids)
+        if each.endpoint == endpoint
+    ]
+    if renewed:
+        tables.commit(_settle, tables, renewed, now)
+    return [replace(each, body=b"") for each in renewed]
+
+
 def page(tables: Tables, endpoint: str, state: DeliveryState | None, before: int, limit: int) -> list[Delivery]:
     """Up to `limit` deliveries of an endpoint below the number `before`, newest first."""
     tables.check()

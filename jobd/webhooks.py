@@ -176,6 +176,10 @@ class Webhooks:
         found = await self._courier(name).again(id_)
         return None if found is None else view(found)
 
+    async def again_all(self, name: str, upto: int | None) -> int:
+        """Send again what was given up, up to the number `upto` (None: all); how many. Raises DiskFull."""
+        return await self._courier(name).again_all(NEWEST if upto is None else upto)
+
     async def test(self, name: str) -> DeliveryView:
         """Send a message that says it is a test. Raises DiskFull."""
         return view(await self._courier(name).test())

@@ -43,6 +43,7 @@ from jobd.answers import (
     QuarantinedJob,
     RecoverStuckView,
     Recovery,
+    Resent,
     SkippedJob,
     Vitals,
     WebhookView,
@@ -227,6 +228,7 @@ class Figures:
         self.downloads = Downloads(None, 2)
         self.hooks = [WEBHOOK]
         self.deliveries_page = DeliveryPage([DELIVERY], "7")
+        self.resent: list[tuple[str, int | None]] = []
         self.asked_deliveries: list[tuple[str, str | None, int | None, int]] = []
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
@@ -302,6 +304,10 @@ class Figures:
 
     async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | Refusal:
         return DELIVERY if (webhook, delivery) == ("q", 7) else NO_WEBHOOK
+
+    async def deliver_all_again(self, webhook: str, upto: int | None) -> Resent | Refusal:
+        self.resent.append((webhook, upto))
+        return Resent(3) if webhook == "q" else NO_WEBHOOK
 
     async def test_webhook(self, webhook: str) -> DeliveryView | Refusal:
         return DELIVERY if webhook == "q" else NO_WEBHOOK

@@ -302,7 +302,7 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
     others |= {("GET", f"{P}/events"), ("GET", f"{P}/jobs/{{id}}/artefact")}  # test_event_stream.py, test_downloads.py
     plans = [("POST", "plans"), ("GET", "plans/{plan_id}"), ("POST", "plans/{plan_id}/apply")]
     others |= {(method, f"{P}/{path}") for method, path in plans}
-    others.add(("POST", f"{P}/webhooks/{{name}}/resend"))
+    others |= {("POST", f"{P}/webhooks/{{name}}/{verb}") for verb in ("resend", "resend-given-up")}
     examples = {call[:2] for call in COMMANDS} | {call[:2] for call in ROOMS} | others
     assert {(route.method, route.path) for route in ROUTES} == examples
 
@@ -399,6 +399,19 @@ async def test_a_delivery_is_sent_again_by_its_number(house: House) -> None:
     assert (await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
     for body in ('{"id":0}', "{}", '{"id":"7"}'):
         assert (await house.ask("POST", f"{P}/webhooks/q/resend", body, AUTH)).status == 400
+
+
+async def test_all_that_was_given_up_is_sent_again(house: House) -> None:
+    place = f"{P}/webhooks/q/resend-given-up"
+    assert (await house.ask("POST", place, headers=AUTH)).data == {"resent": 3}
+    assert (await house.ask("POST", place, '{"upto":9}', AUTH)).data == {"resent": 3}
+    assert house.figures.resent == [("q", None), ("q", 9)]
+    told = [asked.command for asked in house.desk.asked]
+    assert told == [Note(what="resend-given-up", details={"webhook": "q", "resent": 3})] * 2
+    assert (await house.ask("POST", f"{P}/webhooks/none/resend-given-up", headers=AUTH)).status == 404
+    for body in ('{"upto":0}', '{"upto":"9"}', '{"id":9}'):
+        assert (await house.ask("POST", place, body, AUTH)).status == 400
+    assert len(house.desk.asked) == 2
 
 
 async def test_deliveries_are_asked_for_by_state_and_page(house: House) -> None:

@@ -248,6 +248,6 @@ def test_an_operator_without_a_name_is_admin(name: str, who: str, by: str) -> No
 
 def test_every_deed_can_be_looked_for_in_the_dashboard() -> None:
     """Beside those of DEEDS: what is no command on jobs, and plans by their action."""
-    others = {"cleanup", "accept-clock", "resend-delivery", "test-webhook", *LOOKS}
+    others = {"cleanup", "accept-clock", "resend-delivery", "resend-given-up", "test-webhook", *LOOKS}
     plans = {f"plan-{action}" for action in get_args(PlanAction)}
     assert set(DEEDS_KEPT) == {*audit.DEEDS.values(), *others, *plans}

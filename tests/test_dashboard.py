@@ -32,7 +32,7 @@ from jobd.batch import Query
 from jobd.book import Book
 from jobd.clock import Clock
 from jobd.commands import ForceFail, Refusal
-from jobd.dashboard import bulk, entrance, filters, live, pages, paint, sessions
+from jobd.dashboard import bulk, entrance, filters, live, pages, paint, sessions, webhooks
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
 from jobd.dashboard.recorder import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
@@ -501,6 +501,7 @@ async def test_who_may_only_look_sees_no_button_and_no_secret(town: Town) -> Non
         ("/clock/accept", {}),
         ("/webhooks/q/test", {}),
         ("/webhooks/q/resend", {"id": "7"}),
+        ("/webhooks/q/resend-given-up", {"upto": "7"}),
     ],
 )
 async def test_who_may_only_look_changes_nothing(town: Town, target: str, fields: dict[str, str]) -> None:
@@ -509,6 +510,7 @@ async def test_who_may_only_look_changes_nothing(town: Town, target: str, fields
     heard = await reader.post(target, **fields, csrf=await reader.csrf())
     assert (heard.status, "may only look" in text(heard)) == (403, True)
     assert (await reader.get("/jobs/held/confirm?verb=cancel")).status == 403
+    assert (await reader.get("/webhooks/q/again")).status == 403
     bearer = {"Authorization": f"Bearer {READER}"}
     heard = await town.admin.ask("POST", target, urlencode(fields), {**bearer, "Content-Type": FORM})
     assert heard.status == 403
@@ -1425,6 +1427,35 @@ async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: To
     assert (await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="lost")).status == 400
     assert (await browser.post("/webhooks/none/test", csrf=csrf)).status == 404
     assert len((await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]) == 3
+
+
+async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    browser, rooms = await town.browser(), town.admin.figures
+    assert 'href="/webhooks/q/again"' in text(await browser.get("/webhooks/q"))
+    assert "again" not in text(await (await town.browser(READER)).get("/webhooks/q")).partition("<main")[2].lower()
+    rooms.asked_deliveries.clear()
+    monkeypatch.setattr(webhooks, "MOST_COUNTED", 3)
+    page = text(await browser.get("/webhooks/q/again"))
+    assert rooms.asked_deliveries == [("q", "given_up", cursor, 200) for cursor in (None, 7, 7)]
+    assert "<strong>3 or more</strong> messages were given up." in page
+    rooms.deliveries_page = DeliveryPage([replace(DELIVERY, id=9), DELIVERY], None)
+    page = text(await browser.get("/webhooks/q/again"))
+    assert "<strong>2</strong> messages were given up." in page
+    assert "<button>Send 2 again</button>" in page
+    assert 'name="upto" value="9"' in page
+    csrf = await browser.csrf()
+    heard = await browser.post("/webhooks/q/resend-given-up", csrf=csrf, upto="9")
+    assert (heard.status, heard.headers["location"]) == (303, "/webhooks/q")
+    assert rooms.resent == [("q", 9)]
+    assert "3 messages that were given up: sent again." in text(await browser.get("/webhooks/q"))
+    assert ("admin", "resend-given-up", "done", {"webhook": "q", "resent": 3}) in await deeds(town)
+    rooms.hooks = [replace(WEBHOOK, failing_since=1)]
+    assert "Mend its receiver first" in text(await browser.get("/webhooks/q/again"))
+    rooms.deliveries_page = DeliveryPage([], None)
+    assert "No message is given up." in text(await browser.get("/webhooks/q/again"))
+    assert (await browser.post("/webhooks/q/resend-given-up", csrf=csrf)).status == 400
+    assert (await browser.post("/webhooks/q/resend-given-up", upto="9")).status == 403
+    assert (await browser.get("/webhooks/none/again")).status == 404
 
 
 async def test_a_message_says_what_became_of_it(town: Town) -> None:

@@ -202,6 +202,7 @@ SHAPES: Final[dict[str, Any]] = {
     "webhook": answers.WebhookView,
     "deliveries": answers.DeliveryPage,
     "delivery": answers.DeliveryView,
+    "resent": answers.Resent,
     "clock": answers.ClockView,
     "quarantine": answers.QuarantineList,
     "checked rows": answers.CheckedRows,

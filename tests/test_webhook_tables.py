@@ -139,6 +139,23 @@ async def test_a_delivery_goes_back_into_line_as_if_it_were_new(path: str) -> No
         assert await store.deliver_again("e", 2, NOW) is None
 
 
+async def test_what_was_given_up_goes_back_into_line_oldest_first_and_up_to_a_number(path: str) -> None:
+    async with opened(path) as (store, _):
+        states = ("waiting", "delivered", "given_up")
+        everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3], tries=9, ended_at=NOW) for id_ in range(1, 40)]
+        await planned(store, *everything)
+        lost = [each.id for each in everything if (each.endpoint, each.state) == ("e", "given_up")]
+        found = await store.deliver_all_again("e", lost[-2], 2, NOW + 7)
+        renewed = [made(id_, "e", due_at=NOW + 7) for id_ in lost[:2]]
+        assert found == [replace(each, body=b"") for each in renewed]
+        assert await store.deliveries(lost[:2]) == renewed
+        assert [each.id for each in await store.deliver_all_again("e", lost[-2], 99, NOW)] == lost[2:-1]
+        assert await store.deliver_all_again("e", lost[-2], 99, NOW) == []
+        left = await store.page_of_deliveries("e", "given_up", 1 << 60, 99)
+        assert [each.id for each in left] == lost[-1:]
+        assert len(await store.page_of_deliveries("f", "given_up", 1 << 60, 99)) > 1, "another's are not touched"
+
+
 async def test_of_what_has_ended_only_the_latest_is_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhook_tables, "KEEP_ENDED", 5)
     async with opened(path) as (store, _):

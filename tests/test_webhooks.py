@@ -678,6 +678,34 @@ async def test_one_that_waits_is_sent_at_once_even_in_a_break(path: Path) -> Non
         await until(lambda: len(at.posts.taken) == 6)
 
 
+async def test_all_that_was_given_up_is_sent_again_in_its_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets a try before it is given up for its age again."""
+    monkeypatch.setattr(webhook_courier, "AT_ONCE", 10)
+    monkeypatch.setattr(webhook_courier, "MINUTE_MS", 10)
+    down = True
+    posts = Posts(lambda _: NO if down else YES)
+    async with at_work(path, endpoint(give_up_after_ms=200), posts=posts) as at:
+        for number in range(15):
+            await at.commit(*a_life(at.maker, f"job-{number}"))
+        await until(lambda: at.webhooks.views()[0].given_up == 45)
+        page = await at.webhooks.page("e", "given_up", None, 99)
+        newest = page.deliveries[0].id
+        monkeypatch.setattr(webhook_courier, "MINUTE_MS", 60_000)
+        assert await at.webhooks.again_all("e", 0) == 0
+        down = False
+        assert await at.webhooks.again_all("e", newest - 3) == 42
+        await until(lambda: at.webhooks.views()[0].delivered == 42)
+        assert await at.webhooks.again_all("e", None) == 3
+        await until(lambda: at.webhooks.views()[0].delivered == 45)
+        assert at.webhooks.views()[0].given_up == 45
+        for number in range(15):
+            own = [type_ for subject, type_ in at.posts.subjects() if subject == f"jobs/job-{number}"]
+            assert own == ["job.created", "job.granted", "job.completed"]
+        at.may_write = False
+        with pytest.raises(DiskFull):
+            await at.webhooks.again_all("e", None)
+
+
 async def test_a_test_message_is_a_delivery_like_others(path: Path) -> None:
     async with at_work(path, endpoint(events=frozenset({"job.failed"}))) as at:
         sent = await at.webhooks.test("e")

@@ -21,9 +21,11 @@ from typing import Any, Final
 
 import pytest
 from aiohttp import web
+from msgspec.structs import replace
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from jobd.cli import exits
+from jobd.store import Store
 from tests.process import TOKEN, Daemon
 from tests.receiver import Heard, Receiver, saying, taken
 from tests.test_docs import OPERATIONS, blocks
@@ -212,7 +214,7 @@ def test_operators_see_send_again_and_test(tmp_path: Path, receiver: Receiver) -
         shown = view(daemon)
         assert (shown["name"], shown["waiting"], shown["events"]) == ("billing", 1, ["job.created"])
         assert shown["last_error"] == "500: not today"
-        assert shown["url"] == f"{receiver.url}?…"
+        assert shown["url"] == f"http://127.0.0.1:{receiver.port}/…"
         receiver.answer = taken
         (waiting,) = daemon.admin("GET", "webhooks/billing/deliveries?state=waiting").data["deliveries"]
         assert (waiting["type"], waiting["subject"], waiting["status"]) == ("job.created", "jobs/a", 500)
@@ -242,12 +244,70 @@ def test_operators_see_send_again_and_test(tmp_path: Path, receiver: Receiver) -
         assert json.loads(jobctl("webhooks", "deliveries", "billing", "--json").stdout)["next_cursor"] is None
         assert "is on its way" in jobctl("webhooks", "resend", "billing", str(waiting["id"])).stdout
         assert "is on its way" in jobctl("webhooks", "test", "billing").stdout
+        assert "would be sent" in jobctl("webhooks", "test", "billing", "--dry-run").stdout
         assert jobctl("webhooks", "resend", "billing").returncode == 2
+        assert jobctl("webhooks", "resend", "billing", "--state", "waiting").returncode == 2
         assert jobctl("webhooks", "test").returncode == 2
         assert jobctl("webhooks", "deliveries", "nobody").returncode == exits.REFUSED
         metrics = daemon.admin("GET", "/metrics").body.decode()
         assert 'jobd_webhook_deliveries_total{endpoint="billing",outcome="delivered"}' in metrics
         assert daemon.stop() == 0
+
+
+def test_all_that_was_given_up_is_listed_page_by_page_and_sent_again(tmp_path: Path, receiver: Receiver) -> None:
+    """After an outage of days, here by the store of a daemon that is stopped."""
+    receiver.answer = saying(500, "not today")
+    with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
+        daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{number}"} for number in range(450)]})
+        soon(lambda: view(daemon)["waiting"] == 450)
+        assert daemon.stop() == 0
+    asyncio.run(give_up(daemon.store))
+    receiver.answer = taken
+    with daemon:
+        environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
+
+        def jobctl(*words: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "jobd.cli.ctl", "webhooks", *words]
+            return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+        def listed(*words: str) -> Any:
+            return json.loads(jobctl("deliveries", "billing", "--json", *words).stdout)
+
+        everything = listed("--all", "--state", "given_up")
+        ids = [each["id"] for each in everything["deliveries"]]
+        assert (len(set(ids)), everything["next_cursor"]) == (450, None)
+        assert ids == sorted(ids, reverse=True)
+        page = listed("--limit", "7")
+        assert [each["id"] for each in page["deliveries"]] == ids[:7]
+        assert [each["id"] for each in listed("--cursor", page["next_cursor"], "--limit", "2")["deliveries"]] == ids[
+            7:9
+        ]
+        assert "--cursor" in jobctl("deliveries", "billing").stderr
+        asked = jobctl("resend", "billing", "--state", "given_up")
+        assert (asked.returncode, "add --yes" in asked.stderr) == (2, True)
+        would = jobctl("resend", "billing", "--state", "given_up", "--dry-run")
+        assert (would.returncode, would.stdout) == (0, "450 deliveries would be sent again\n")
+        assert view(daemon)["delivered"] == 0
+        done = jobctl("resend", "billing", "--state", "given_up", "--yes")
+        assert (done.returncode, done.stdout.startswith("450 deliveries on the way")) == (0, True), done.stderr
+        soon(lambda: view(daemon)["delivered"] == 450)
+        assert {each.event["subject"] for each in receiver.heard if each.headers} >= {"jobs/job-0", "jobs/job-449"}
+        again = jobctl("resend", "billing", "--state", "given_up", "--yes", "--json")
+        assert (again.returncode, json.loads(again.stdout)) == (0, {"resent": 0, "would": 0})
+        entries = daemon.admin("GET", "audit?what=resend-given-up").data["entries"]
+        assert [each["details"] for each in entries] == [{"webhook": "billing", "resent": 450}]
+        assert daemon.admin("POST", "webhooks/nobody/resend-given-up", {}).error == "not_found"
+        assert daemon.stop() == 0
+
+
+async def give_up(path: Path) -> None:
+    store, _ = await Store.open(str(path))
+    async with store:
+        waiting = (await store.open_outbox(["billing"], 1)).waiting["billing"]
+        ids = [each.id for each in waiting]
+        for first in range(0, len(ids), 100):
+            found = await store.deliveries(ids[first : first + 100])
+            await store.settle_deliveries([replace(each, state="given_up", ended_at=each.at) for each in found], 1)
 
 
 def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:

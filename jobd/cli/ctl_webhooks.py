@@ -5,13 +5,19 @@ Holds no logic: reads the command line, asks the client, shows the answer.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Final
+
 import click
 
-from jobd.cli import show
+from jobd.cli import deeds, show
 from jobd.cli.group import json_option
 from jobd.cli.places import admin_client, admin_options
 
-STATES = ("waiting", "delivered", "given_up")
+if TYPE_CHECKING:
+    from jobd.answers import DeliveryPage, DeliveryState
+
+STATES: Final = ("waiting", "delivered", "given_up")
+_PAGE: Final = 200
 
 
 @click.command()
@@ -20,36 +26,94 @@ STATES = ("waiting", "delivered", "given_up")
 @click.argument("delivery", required=False, type=click.IntRange(1))
 @click.option("--state", type=click.Choice(STATES), help="Only deliveries in this state.")
 @click.option("--limit", type=click.IntRange(1, 200), default=50, show_default=True, help="How many at most.")
+@click.option("--cursor", metavar="CURSOR", help="Go on where the page before ended.")
+@click.option("--all", "everything", is_flag=True, help="All deliveries, however many there are.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before all are sent again.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be sent.")
 @json_option
 @admin_options
 def webhooks(
-    what: str | None, name: str | None, delivery: int | None, state: str | None, limit: int, as_json: bool
+    what: str | None,
+    name: str | None,
+    delivery: int | None,
+    state: DeliveryState | None,
+    limit: int,
+    cursor: str | None,
+    everything: bool,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """List the webhooks and how they are going.
 
     `webhooks deliveries NAME` lists what waits for one and what became of the latest, `webhooks resend NAME DELIVERY`
-    sends one again, `webhooks test NAME` sends a message that says it is a test.
+    sends one again, `webhooks resend NAME --state given_up` all that were given up, after a question, and
+    `webhooks test NAME` sends a message that says it is a test.
     """
     from jobd.cli import tables_admin
 
-    client = admin_client()
     if what is None:
-        found = client.webhooks()
+        found = admin_client().webhooks()
         show.emit_json({"webhooks": found}) if as_json else tables_admin.webhooks(found)
         return
     if name is None:
         raise click.UsageError(f"Which webhook? jobctl webhooks {what} NAME; jobctl webhooks lists them.")
     if what == "deliveries":
-        page = client.deliveries(name, state=state, limit=limit)  # type: ignore[arg-type]  # one of STATES
+        page = _walk(name, state, None if everything else limit, cursor)
         show.emit_json(page) if as_json else tables_admin.deliveries(page)
-        return
-    if what == "resend":
-        if delivery is None:
-            raise click.UsageError("Which delivery? jobctl webhooks deliveries NAME lists them.")
-        sent = client.deliver_again(name, delivery)
+    elif what == "resend" and delivery is None:
+        if state != "given_up":
+            message = "Which delivery? jobctl webhooks deliveries NAME lists them; --state given_up means all of those."
+            raise click.UsageError(message)
+        _resend_all(name, yes=yes, dry_run=dry_run, as_json=as_json)
     else:
-        sent = client.test_webhook(name)
+        _send(name, delivery if what == "resend" else None, dry_run=dry_run, as_json=as_json)
+
+
+def _walk(name: str, state: DeliveryState | None, limit: int | None, cursor: str | None) -> DeliveryPage:
+    """Up to `limit` deliveries (None: all) over as many pages as it takes."""
+    from jobd.answers import DeliveryPage
+
+    client, found = admin_client(), DeliveryPage([], cursor)
+    while True:
+        left = _PAGE if limit is None else min(_PAGE, limit - len(found.deliveries))
+        page = client.deliveries(name, state=state, limit=left, cursor=found.next_cursor)
+        found.deliveries += page.deliveries
+        found.next_cursor = page.next_cursor
+        if page.next_cursor is None or len(found.deliveries) == limit:
+            return found
+
+
+def _resend_all(name: str, *, yes: bool, dry_run: bool, as_json: bool) -> None:
+    """Count them, ask, and send those that were counted."""
+    if not (yes or dry_run):
+        deeds.need_terminal()
+    found = _walk(name, "given_up", None, None).deliveries
+    if dry_run or not found:
+        said = f"{_deliveries(len(found))} would be sent again" if found else f"No delivery of {name} was given up."
+        show.emit_json({"resent": 0, "would": len(found)}) if as_json else show.emit(said)
+        return
+    if not yes:
+        deeds.confirm(f"send {_deliveries(len(found))} again")
+    count = admin_client(timeout_s=60.0).deliver_all_again(name, found[0].id)
+    if as_json:
+        show.emit_json({"resent": count, "would": len(found)})
+    else:
+        show.emit(f"{_deliveries(count)} on the way: jobctl webhooks deliveries {name}")
+
+
+def _send(name: str, delivery: int | None, *, dry_run: bool, as_json: bool) -> None:
+    """One delivery again, or a test."""
+    if dry_run:
+        show.emit(f"A test would be sent to {name}" if delivery is None else f"Delivery {delivery} would be sent again")
+        return
+    client = admin_client()
+    sent = client.test_webhook(name) if delivery is None else client.deliver_again(name, delivery)
     if as_json:
         show.emit_json(sent)
     else:
         show.emit(f"Delivery {sent.id} ({sent.type}) is on its way: jobctl webhooks deliveries {name}")
+
+
+def _deliveries(count: int) -> str:
+    return "1 delivery" if count == 1 else f"{count} deliveries"

@@ -309,6 +309,8 @@ def deliveries(page: DeliveryPage) -> None:
     ]
     columns = [">DELIVERY", "TYPE", "SUBJECT", "STATE", ">TRIES", "SINCE", "DUE OR ENDED", "LAST ANSWER"]
     show.table(columns, rows, empty="No deliveries.")
+    if page.next_cursor is not None:
+        show.say(f"There are more: --cursor {page.next_cursor} goes on, --all shows all.")
 
 
 def clock(view: ClockView) -> None:

@@ -41,6 +41,7 @@ from jobd.answers import (
     QueueView,
     RecoverStuckView,
     ReportList,
+    Resent,
     StatsView,
     ValidateJobView,
     WebhookList,
@@ -137,6 +138,7 @@ _read_paused = reader(PausedView)
 _read_webhooks = reader(WebhookList)
 _read_deliveries = reader(DeliveryPage)
 _read_delivery = reader(DeliveryView)
+_read_resent = reader(Resent)
 _read_clock = reader(ClockView)
 _read_quarantine = reader(QuarantineList)
 _read_checked = reader(CheckedRows)
@@ -460,6 +462,12 @@ def deliveries(
 def deliver_again(webhook: str, delivery: int) -> Request[DeliveryView]:
     """Send a delivery again, now, whatever became of it. Its receiver knows it by the same `webhook-id`."""
     return post(job_path(f"{BASE}/webhooks", webhook, "resend"), _read_delivery, {"id": delivery})
+
+
+def deliver_all_again(webhook: str, upto: int | None = None) -> Request[int]:
+    """Send again what was given up, all of it or up to the delivery `upto`; how many there were."""
+    body = {} if upto is None else {"upto": upto}
+    return post(job_path(f"{BASE}/webhooks", webhook, "resend-given-up"), lambda said: _read_resent(said).resent, body)
 
 
 def test_webhook(webhook: str) -> Request[DeliveryView]:

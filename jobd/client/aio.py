@@ -356,6 +356,7 @@ class AsyncAdminClient(_AsyncClient):
     webhooks = _method(admin_calls.webhooks)
     deliveries = _method(admin_calls.deliveries)
     deliver_again = _method(admin_calls.deliver_again)
+    deliver_all_again = _method(admin_calls.deliver_all_again)
     test_webhook = _method(admin_calls.test_webhook)
     clock = _method(admin_calls.clock)
     accept_clock = _method(admin_calls.accept_clock)

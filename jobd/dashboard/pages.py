@@ -77,8 +77,8 @@ DEEDS_KEPT: Final = (
     "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
     "delete", "pause", "resume", "import", "recover-stuck", "cleanup", "accept-clock", "backup",
     "export", "artefact", "sign-in", "sign-out",
-    "resend-delivery", "test-webhook", "plan-retry", "plan-force-reset", "plan-cancel", "plan-force-fail",
-    "plan-delete",
+    "resend-delivery", "resend-given-up", "test-webhook", "plan-retry", "plan-force-reset", "plan-cancel",
+    "plan-force-fail", "plan-delete",
 )  # fmt: skip
 PAUSED: Final = Queues(paused=True, limit=20)  # asked by every page, so it costs by the paused queues alone
 NAMED: Final = Queues(limit=MAX_PAGE)  # whose names a filter offers

@@ -12,10 +12,11 @@ from msgspec import Meta
 
 from jobd.answers import Answer, DeliveryPage, DeliveryState, WebhookView
 from jobd.bodies import Refused, refused
-from jobd.commands import Command, Refusal
+from jobd.commands import MAX_PAGE, Command, Refusal
 from jobd.dashboard.guests import Form, Guest, go_on
 from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, asked, strip
 
+MOST_COUNTED: Final = 2_000  # given up messages; twice as many as are kept
 STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 Wanted = Literal["", "waiting", "delivered", "given_up"]  # a form sends the choice of all of them, too
 Name = Annotated[str, Meta(pattern="^[A-Za-z0-9._:-]{1,100}$")]
@@ -32,6 +33,17 @@ class WebhookPage(Command, frozen=True, kw_only=True):
 
 class TestForm(Form, frozen=True, kw_only=True):
     name: Name
+
+
+class AgainPage(Command, frozen=True, kw_only=True):
+    name: Name
+
+
+class AgainForm(Form, frozen=True, kw_only=True):
+    """`upto`: the newest of those that were counted; what was given up since is not meant."""
+
+    name: Name
+    upto: Number
 
 
 class ResendForm(Form, frozen=True, kw_only=True):
@@ -84,6 +96,34 @@ async def resend(guest: Guest, form: ResendForm) -> Answer | Refusal:
         return sent
     await guest.note("resend-delivery", {"webhook": form.name, "delivery": form.id})
     return go_on(guest, _address(WebhookPage(name=form.name, state=form.state)), f"Message {sent.id} is sent again.")
+
+
+async def again(guest: Guest, wanted: AgainPage) -> Shown:
+    """How many were given up, before all of them are sent again."""
+    webhook, rooms = _named(guest, wanted.name), guest.site.rooms
+    count, newest, cursor = 0, 0, None
+    while count < MOST_COUNTED:
+        page = await rooms.deliveries(wanted.name, "given_up", cursor, MAX_PAGE)
+        if isinstance(page, Refusal):
+            raise Refused(page)
+        if not page.deliveries:
+            break
+        count, newest = count + len(page.deliveries), newest or page.deliveries[0].id
+        if page.next_cursor is None:
+            break
+        cursor = int(page.next_cursor)
+    [paused] = await asked(guest, PAUSED)
+    return {"webhook": webhook, "count": count, "newest": newest, "most": MOST_COUNTED, **strip(guest, paused)}
+
+
+async def resend_all(guest: Guest, form: AgainForm) -> Answer | Refusal:
+    """All that was given up, once more."""
+    sent = await guest.site.rooms.deliver_all_again(form.name, form.upto)
+    if isinstance(sent, Refusal):
+        return sent
+    await guest.note("resend-given-up", {"webhook": form.name, "resent": sent.resent})
+    many = "1 message that was" if sent.resent == 1 else f"{sent.resent} messages that were"
+    return go_on(guest, _place(form.name), f"{many} given up: sent again.")
 
 
 def _named(guest: Guest, name: str) -> WebhookView:

@@ -55,6 +55,7 @@ NOT_THERE: Final = frozenset(
         f"POST {_P}/plans/{{plan_id}}/apply",
         f"GET {_P}/webhooks/{{name}}/deliveries",
         f"POST {_P}/webhooks/{{name}}/resend",
+        f"POST {_P}/webhooks/{{name}}/resend-given-up",
         f"POST {_P}/webhooks/{{name}}/test",
     }
 )
