@@ -228,6 +228,7 @@ class Figures:
         self.downloads = Downloads(None, 2)
         self.hooks = [WEBHOOK]
         self.deliveries_page = DeliveryPage([DELIVERY], "7")
+        self.metrics_text = b"jobd_stuck_jobs 0\n"
         self.resent: list[tuple[str, int | None]] = []
         self.asked_deliveries: list[tuple[str, str | None, int | None, int]] = []
 
@@ -275,7 +276,7 @@ class Figures:
         return [AlertView("stuck_jobs", False, None, 0, 5, "look at the workers")]
 
     async def metrics(self) -> bytes:
-        return b"jobd_stuck_jobs 0\n"
+        return self.metrics_text
 
     async def vitals(self) -> Vitals:
         return Vitals(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000, self.oldest_due)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import pty
 import re
@@ -21,13 +22,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from jobd import admin_api, answers
-from jobd.cli import ctl, ctl_plan, exits
+from jobd.cli import checkup, ctl, ctl_plan, exits
 from jobd.cli import daemon as jobd_cli
 from jobd.cli.checkup import examine
 from jobd.client import AdminClient, JobClient, JobdError, LockLost
-from tests.http_help import Desk, House
+from tests.http_help import DELIVERY, WEBHOOK, Desk, House
 from tests.process import Daemon, die_with_us
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -887,6 +889,7 @@ async def _findings(place: Path, prepare: Callable[[House], None]) -> dict[str, 
     """What `jobd doctor --running` finds at a real door behind which the figures are ours."""
     stats = answers.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
     async with House(admin_api.ROUTES, place, admin=True, actor=Desk(lambda _: answers.Answer(stats))) as house:
+        house.figures.deliveries_page = answers.DeliveryPage([], None)
         prepare(house)
         with AdminClient(f"unix:{house.path}", token="canary-token-0123456789", retry_for_s=0) as client:
             found = await asyncio.to_thread(examine, client)
@@ -939,6 +942,63 @@ async def test_a_clock_is_accepted_by_who_was_told_what_that_deletes(
     assert await _clock(tmp_path, held, "accept") == (0, True)
     assert asked == ["take the clock as right"]
     assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().err
+
+
+async def test_the_doctor_names_webhooks_that_fail_and_what_they_were_not_told(tmp_path: Path) -> None:
+    now = 1_700_000_000_000
+
+    def failing(house: House) -> None:
+        house.figures.hooks = [replace(WEBHOOK, failing_since=now - 60_000, waiting=3, last_error="500: no")]
+
+    def lost(house: House, ended_at: int) -> None:
+        given_up = replace(DELIVERY, state="given_up", ended_at=ended_at, error="401")
+        house.figures.deliveries_page = answers.DeliveryPage([given_up], None)
+
+    said = (await _findings(tmp_path, failing))["webhook q"]
+    assert "3 messages wait" in said
+    assert said.endswith("500: no")
+    said = (await _findings(tmp_path, lambda house: lost(house, now)))["webhook q"]
+    assert "messages were given up" in said
+    assert said.endswith("401")
+    assert "webhook q" not in await _findings(tmp_path, lambda house: lost(house, now - 86_400_000))
+
+
+MIB = 1 << 20
+PASSED = {
+    "disk": ("jobd_disk_free_bytes {}", 256 * MIB - 1, 256 * MIB, "256.0 MiB are left"),
+    "write-ahead log": ("jobd_wal_bytes {}", 256 * MIB + 1, 256 * MIB, "grown to 256.0 MiB"),
+    "event loop": ("jobd_loop_lag_seconds {}", 0.51, 0.5, "0.5 s late"),
+    "mailbox": ("jobd_mailbox_limit_commands 100.0\njobd_mailbox_commands {}", 51, 50, "51% full"),
+    "artefacts": ("jobd_artefact_sweep_behind_seconds {}", 901, 900, "15 m 1 s after"),
+    "queue film": ('jobd_queue_oldest_due_seconds{{queue="film"}} {}', 3601, 3600, "1 h"),
+}
+
+
+@pytest.mark.parametrize("where", PASSED)
+def test_the_doctor_compares_figures_with_the_thresholds_of_the_rules(where: str) -> None:
+    line, wrong, right, said = PASSED[where]
+    (found,) = checkup._figures(f"{line.format(wrong)}\n")
+    assert (found.where, said in found.what) == (where, True), found
+    assert list(checkup._figures(f"{line.format(right)}\n")) == []
+    assert list(checkup._figures("jobd_stuck_jobs 0\n")) == []
+
+
+def test_the_doctor_names_some_of_many_queues_and_none_that_is_paused() -> None:
+    lines = [f'jobd_queue_oldest_due_seconds{{queue="q-{number}"}} {4_000 + number}' for number in range(13)]
+    lines.append('jobd_queue_paused{queue="q-12"} 1')
+    found = list(checkup._figures("\n".join(lines) + "\n"))
+    assert [each.where for each in found] == [*(f"queue q-{number}" for number in range(11, 1, -1)), "queues"]
+    assert "in 2 more" in found[-1].what
+
+
+def test_the_thresholds_of_the_doctor_are_those_of_the_rules() -> None:
+    text = (Path(checkup.__file__).parent.parent / "monitoring" / "jobd.rules.yml").read_text("utf-8")
+    rules = {rule["alert"]: rule["expr"] for group in msgspec.yaml.decode(text)["groups"] for rule in group["rules"]}
+    for each in checkup.THRESHOLDS:
+        assert each.metric in rules[each.rule]
+        sign, bound = rules[each.rule].rpartition("<" if each.is_least else ">")[1:]
+        assert sign
+        assert math.prod(float(factor) for factor in bound.split("*")) == each.bound, each.rule
 
 
 # ---------------------------------------------------------------------------------------------------------------------
