@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd import admin_api, audit
 from jobd.answers import Answer, AuditPage, Done
-from jobd.batch import LOOKS, Audited
+from jobd.batch import LOOKS, Audited, share_of
 from jobd.commands import (
     AnyCommand,
     ApplyEndings,
@@ -207,6 +207,40 @@ async def test_on_a_full_disk_endings_have_their_entry_and_refusals_none() -> No
         await house.yes(Cancel(id="a"), operator=EVE)
         assert [(row.what, row.outcome) for row in kept(house)] == [("cancel", "done")]
         house.disk.free()
+
+
+@in_virtual_time
+async def test_while_creates_are_refused_a_change_has_its_entry_and_a_look_has_none() -> None:
+    async with Household() as house:
+        house.actor.full_disk.closed = Closed.CREATES
+        house.actor.full_disk.next_probe += 999
+        for what in sorted(LOOKS):
+            await house.yes(Note(what=what), operator=EVE)
+        await house.yes(Note(what="sign-in", outcome="unauthorized"), operator=EVE)
+        await house.no(Get(id="a"), operator=EVE)
+        await house.yes(Note(what="cleanup"), operator=EVE)
+        assert [row.what for row in kept(house)] == ["cleanup"]
+        house.actor.full_disk.closed = Closed.NOTHING
+        await house.yes(Note(what="artefact", job_id="a"), operator=EVE)
+        await house.yes(Note(what="sign-in", outcome="unauthorized"), operator=EVE)
+        assert [(row.what, row.job_id, row.outcome) for row in kept(house)[1:]] == [
+            ("artefact", "a", "done"),
+            ("sign-in", None, "unauthorized"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("what", "outcome", "share"),
+    [
+        ("cancel", "done", "changes"),
+        ("import", "done", "changes"),
+        ("cancel", "lock_lost", "refusals"),
+        ("sign-in", "unauthorized", "refusals"),
+        *((what, "done", "looks") for what in sorted(LOOKS)),
+    ],
+)
+def test_each_entry_has_its_share_of_the_log(what: str, outcome: str, share: str) -> None:
+    assert share_of(what, outcome) == share
 
 
 @in_virtual_time
