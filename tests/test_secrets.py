@@ -225,6 +225,7 @@ def test_of_a_webhook_s_url_nothing_is_said_but_its_host(hooks: tuple[str, Recei
             assert all(each["error"] for each in found) == (name != "ear"), found
         house.reload()
         house.run("check-config", "--config", str(house.daemon.config))
+        house.run("check-config", "--json", "--config", str(house.daemon.config))
         house.run("doctor", "--running", ADMIN_TOKEN=ADMIN[0])
         house.run("webhooks", ADMIN_TOKEN=ADMIN[0], module="jobd.cli.ctl")
         assert house.daemon.process is not None
