@@ -16,7 +16,8 @@ from jobd.webhook_url import hushed
         ("https://x:8443/hush", "https://x:8443/…"),
         ("https://x/y/z?token=hush", "https://x/…"),
         ("https://x?token=hush", "https://x/…"),
-        ("https://me:hush@x:1/", "https://x:1"),
+        ("https://h/x", "https://h/…"),
+        ("https://me:hush@h:1/", "https://h:1"),
         ("http://[::1]:80/hush", "http://[::1]:80/…"),
     ],
 )
@@ -24,26 +25,33 @@ def test_of_a_url_the_host_is_shown(url: str, shown: str) -> None:
     assert webhook_url.shown(url) == shown
 
 
-URL = "https://me:hushhush@x.test:81/Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m4n5"
+URL = "https://me:hushhush@h.test:81/Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m4n5&e%20f+g=seven77"
 
 
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("no POST /Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m4n5!", "no POST …!"),
+        ("no POST /Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m4n5&e%20f+g=seven77!", "no POST …!"),
         ("no /Hush-123/v1/a%2fb%20c/api here", "no … here"),
         ("xHUSH-123x", "x…x"),
         ("it is 'a/b c' or a%2FB%20C", "it is '…' or …"),
         ('"h+ush", "h ush"', '"…", "…"'),
         ("{m4n5}, m4n56", "{…}, m4n56"),
-        ("api, v1, k, x.test:81", "api, v1, k, x.test:81"),
-        ("hushhush", "…"),
+        ("e f+g, e f g, e%20f+g", "…, …, …"),
+        ("xseven77, seven77", "xseven77, …"),
+        ("xhush-123", "x…"),
+        ("api, v1, k, h.test:81", "api, v1, k, h.test:81"),
+        ("me:hushhush, xhushhush", "…, x…"),
         ("a broken token", "a broken …"),
         ("", ""),
     ],
 )
 def test_what_is_said_of_a_url_is_left_out(said: str, told: str) -> None:
     assert hushed(URL, said) == told
+
+
+def test_of_two_secrets_the_longer_is_left_out_as_a_whole() -> None:
+    assert hushed("https://h.test/abcdefgh/ABCDEFGHIJ", "abcdefghij, ABCDEFGH") == "…, …"
 
 
 def test_a_url_without_a_path_has_nothing_to_leave_out() -> None:
