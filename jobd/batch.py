@@ -86,15 +86,16 @@ class KeyRow(Struct, frozen=True, gc=False):
 
 
 class Tombstone(Struct, frozen=True, gc=False):
-    """A stored object that lost its job: it is deleted, too, unless another job names its key.
+    """A stored object that lost its job, or the late result that named it: it is deleted, too, unless a job names it.
 
-    Times are wall time, Unix ms. There is one for each deleted job at most, and the job was larger: they need no limit.
+    Times are wall time, Unix ms. There is one at most for each deleted job and each late result that is gone, and those
+    were larger: they need no limit.
     """
 
-    job_seq: int
+    job_seq: int  # its number: of what a late result named that one's seq, as a negative number
     job_id: str
-    key: str  # the job's storage_key
-    at: int  # when the job was deleted
+    key: str  # the storage_key
+    at: int  # when the job was deleted, or the late result went
     due_at: int  # when the object is looked at next
     tries: int = 0  # that have failed
 
@@ -153,7 +154,7 @@ class AuditRows(Struct):
 class Due(Struct):
     """Tombstones that are due, each with whether a job names its key; `damaged` more were set aside.
 
-    `unmoved`: so many damaged ones could not be, and are where they were. `held`: job seqs of those whose key a late
+    `unmoved`: so many damaged ones could not be, and are where they were. `held`: numbers of those whose key a late
     result names: it may be adopted, or go with its own job.
     """
 
@@ -164,13 +165,18 @@ class Due(Struct):
 
 
 def tombstones(changes: Iterable[Change]) -> list[Tombstone]:
-    """What the deletions among `changes` leave to be deleted of stored objects."""
+    """What the deletions among `changes` leave to be deleted of stored objects, but for what late results named."""
     left = []
     for change in changes:
         job, event = change.before, change.event
         if change.after is None and job is not None and job.result is not None and job.result.storage_key is not None:
             left.append(Tombstone(job.seq, job.id, job.result.storage_key, event.at, event.at))
     return left
+
+
+def distinct(left: Iterable[Tombstone]) -> list[Tombstone]:
+    """Where a job named an object twice, as the job's own result and as a late one, the last of them is enough."""
+    return list({(each.job_id, each.key): each for each in left}.values())
 
 
 class Batch(Struct):
@@ -185,7 +191,8 @@ class Batch(Struct):
     report: bytes | None = None
     payloads: list[int] = []  # job seqs whose payload the answers show; read inside the transaction
     unmark: bool = False  # every grant of a marked file has been ended: clear its mark
-    tombstones: list[Tombstone] = []
+    tombstones: list[Tombstone] = []  # of the jobs that it deletes
+    sweeps: bool = False  # stored objects are deleted: late results that go leave their tombstones, too
     audit: list[Audited] = []
 
 
@@ -318,10 +325,12 @@ class Opened(Struct):
 class Disk(Protocol):
     """The durable half of the actor. Every method is one thread hop; every answer is from committed state.
 
-    `on_aside` is called in the event loop, whichever method met the damaged rows, before that method ends.
+    `on_aside` is called in the event loop, whichever method met the damaged rows, before that method ends. So is
+    `on_tombstones` where a batch has left some, with their number: of late results only the disk knows what they named.
     """
 
     on_aside: Callable[[Aside], None]
+    on_tombstones: Callable[[int], None]
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
         """Jobs by id (live or finished), payloads by job seq, stored answers by digest."""
@@ -365,7 +374,7 @@ class Disk(Protocol):
         """Tombstones due at wall time `now`, up to `limit`, those that have waited longest first."""
 
     async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
-        """Forget those of the job seqs `gone`, and put off others: `later` are their new values."""
+        """Forget those of the numbers `gone`, and put off others: `later` are their new values."""
 
     async def save_figures(self, body: bytes) -> None:
         """Keep the counters that outlive a restart but no promise depends on."""

@@ -238,7 +238,7 @@ class Daemon:
             return None
         stack.push_async_callback(self._artefacts.close)
         sweeper = Sweeper(store, self._artefacts, self.clock, self._sweeps)
-        self.actor.on_commit.append(sweeper.committed)
+        store.on_tombstones = sweeper.expect
         _run_beside(stack, "sweeper", sweeper)
         return sweeper
 

@@ -136,6 +136,7 @@ class Decider:
             payloads=plan.wanted_payloads(),
             unmark=plan.unmark,
             tombstones=tombstones(plan.changes) if policy.artefacts else [],
+            sweeps=policy.artefacts,
             audit=plan.audit,
         )
 

@@ -268,7 +268,8 @@ def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
             continue
         late = rows.tombstone(row)
         days = (now - late.at) // DAY_MS
-        what = f"job {late.job_id} was deleted {days} days ago, and its object not yet; {late.tries} tries have failed"
+        gone = f"job {late.job_id} was deleted" if late.job_seq > 0 else f"a late result of job {late.job_id} went"
+        what = f"{gone} {days} days ago, and its object not yet; {late.tries} tries have failed"
         yield Problem(f"artefact {readable(late.key)}", what, _SWEEP)
 
 

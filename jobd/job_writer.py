@@ -176,7 +176,7 @@ class JobWriter:
     def _delete(self, gone: list[tuple[int, str, int]], on_disk: list[Row]) -> None:
         """`on_disk` are those that this batch has not made itself."""
         self._each_row("DELETE FROM jobs WHERE seq = ?", on_disk)
-        for table in ("payloads", "suspects", "late_results"):
+        for table in ("payloads", "suspects"):
             self._conn.executemany(f"DELETE FROM {table} WHERE job_seq = ?", on_disk)
         self._conn.executemany("INSERT INTO deleted_jobs (job_seq, id, at) VALUES (?, ?, ?)", gone)
 

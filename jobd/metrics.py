@@ -294,7 +294,8 @@ def _cleanup(now: Snapshot) -> Iterator[Metric]:
     yield _gauges("cleanup_last_timestamp_seconds", "When the last cleanup pass ended (Unix time).", [], last)
     issues = ((kind, now.issues.get(kind, 0)) for kind in ISSUE_TYPES)
     yield _counters("validation_issues", "Issues that passes found since the start, by type.", ["type"], issues)
-    yield _gauge("artefact_tombstones", "Stored objects of deleted jobs that are to be deleted.", now.sweeps.waiting)
+    help_ = "Stored objects of deleted jobs and late results that are to be deleted."
+    yield _gauge("artefact_tombstones", help_, now.sweeps.waiting)
     help_ = "For how long the first of them could have been deleted."
     yield _gauge("artefact_sweep_behind_seconds", help_, now.sweeps.behind_ms / SECOND_MS)
     swept = {"deleted": now.sweeps.deleted, "left": now.sweeps.left, "failed": now.sweeps.failures}

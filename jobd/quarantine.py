@@ -48,18 +48,12 @@ def set_jobs_aside(tables: Tables, damaged: list[tuple[Row, str]]) -> dict[str, 
             payload = _payload_columns(tables, row[0])
             uncounted, is_moved = tables.commit(_set_job_aside, tables, row, payload, id_, reason), True
         except DiskFull:
-            _note(tables, f"job {id_} could not be quarantined: the disk is full")
+            tables.note_fault(f"job {id_} could not be quarantined: the disk is full")
         except CannotMove as error:
-            _note(tables, f"job {id_} could not be quarantined: {error}; run `jobd doctor`")
+            tables.note_fault(f"job {id_} could not be quarantined: {error}; run `jobd doctor`")
         tables.quarantined[id_] = named[id_] = reason
         tables.note_aside(row[0], Aside(id_, reason, uncounted, is_moved))
     return named
-
-
-def _note(tables: Tables, fault: str) -> None:
-    """Of what is met again and again, until there is room, one sentence is enough."""
-    if fault not in tables.faults:
-        tables.faults.append(fault)
 
 
 def true_id(tables: Tables, row: Row) -> str:
@@ -152,10 +146,10 @@ def set_rows_aside(
             tables.faults.append(f"{name}: {reason}; the row was set aside")
         except DiskFull:
             unmoved.add(rowid)
-            _note(tables, f"{name}: {reason}; the row could not be set aside: the disk is full")
+            tables.note_fault(f"{name}: {reason}; the row could not be set aside: the disk is full")
         except CannotMove as error:
             unmoved.add(rowid)
-            _note(tables, f"{name}: {reason}; the row could not be set aside: {error}")
+            tables.note_fault(f"{name}: {reason}; the row could not be set aside: {error}")
     return unmoved
 
 

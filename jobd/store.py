@@ -90,9 +90,11 @@ class Store:
         self._lock = lock
         self.on_broken: Callable[[Exception], None] = lambda error: None
         self.on_aside: Callable[[Aside], None] = lambda aside: None
+        self.on_tombstones: Callable[[int], None] = lambda count: None
         self._committing = threading.Event()
         tables.at_commit = self._committing.set
         self._told_aside = tables.asides  # those of the start are told by what it found
+        self._told_buried = 0
         self._closing = threading.Event()
         self._beside = asyncio.Lock()
 
@@ -168,6 +170,9 @@ class Store:
             while self._told_aside < self._tables.asides:
                 self._told_aside += 1
                 self.on_aside(self._tables.aside[self._told_aside - 1])
+            if new := self._tables.buried - self._told_buried:
+                self._told_buried += new
+                self.on_tombstones(new)
 
     def take_faults(self) -> list[str]:
         """Sentences about damage that was met since the start or the last call."""

@@ -1,13 +1,13 @@
 """Deletes the stored objects of deleted jobs: a tombstone at a time, in small slices, again and again until it is done.
 
-Nothing is lost by a crash: the tombstone came with the job's deletion, and goes once the object is gone. What is not
-there any more is done. It decides nothing about jobs, and never raises.
+Nothing is lost by a crash: the tombstone came with the deletion of the job (or of the late result) that named the
+object, and goes once the object is gone. What is not there any more is done. It decides nothing about jobs, and never
+raises.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from functools import partial
 from typing import Final, Literal, Protocol
 
@@ -16,9 +16,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.artefacts import MARGINS, ArtefactStore, Margins, Outcome, StoreFault, judge
-from jobd.batch import PUT_OFF_MS, Disk, DiskFull, Due, Tombstone, tombstones
+from jobd.batch import PUT_OFF_MS, Disk, DiskFull, Due, Tombstone
 from jobd.commands import Moment
-from jobd.events import Change
 from jobd.job import MINUTE_MS, SECOND_MS
 
 log = structlog.get_logger("jobd.artefacts")
@@ -31,7 +30,9 @@ RETRY_MS: Final = 2 * SECOND_MS  # after the first failure, then twice as long e
 RETRY_AT_MOST_MS: Final = 10 * MINUTE_MS
 COMPLAIN_AFTER_S: Final = 300.0
 FAILING_KEPT: Final = 1_000  # whose first failure is remembered
-DAMAGED: Final = -1  # stands among their numbers for tombstones that cannot be read, as 0 does for the store of jobs
+# They stand beside the numbers of tombstones: those that cannot be read, and the store of jobs itself.
+DAMAGED: Final = "damaged"
+STORE: Final = "store"
 
 
 class Clock(Protocol):
@@ -59,7 +60,7 @@ class End(Struct, frozen=True):
 
 
 class Sweeper:
-    """`run` sweeps until `stop`. `committed` is told of every commit, and wakes it."""
+    """`run` sweeps until `stop`. `expect` is told of new tombstones, and wakes it."""
 
     def __init__(
         self, disk: Disk, store: ArtefactStore, clock: Clock, sweeps: Sweeps, margins: Margins = MARGINS
@@ -71,7 +72,8 @@ class Sweeper:
         self._margins = margins
         self._wake = asyncio.Event()
         self._stopping = False
-        self._failing: dict[int, tuple[float, str]] = {}  # job seq -> loop time of its first failure, the last words
+        # Number of a tombstone -> loop time of its first failure, the last words.
+        self._failing: dict[int | str, tuple[float, str]] = {}
 
     async def run(self) -> None:
         """Until `stop`, which waits for the slice under way. Survives whatever fails."""
@@ -85,18 +87,17 @@ class Sweeper:
             except Exception as error:
                 self._note_bug(error)
             else:
-                self._failing.pop(0, None)
+                self._failing.pop(STORE, None)
             await self._pause(pause_s)
 
     def stop(self) -> None:
         self._stopping = True
         self._wake.set()
 
-    def committed(self, changes: Sequence[Change]) -> None:
-        """Changes are on the disk: perhaps with work for us."""
-        if new := len(tombstones(changes)):
-            self.sweeps.waiting += new
-            self._wake.set()
+    def expect(self, count: int) -> None:
+        """So many new tombstones are on the disk."""
+        self.sweeps.waiting += count
+        self._wake.set()
 
     def complaint(self) -> str | None:
         """What an operator should know, or None where objects are deleted in time."""
@@ -106,7 +107,7 @@ class Sweeper:
         silent_s = asyncio.get_running_loop().time() - since
         if silent_s < COMPLAIN_AFTER_S:
             return None
-        is_counted = self._failing.keys().isdisjoint((0, DAMAGED))
+        is_counted = self._failing.keys().isdisjoint((STORE, DAMAGED))
         kept = f"{len(self._failing)} objects of deleted jobs" if is_counted else "Objects of deleted jobs"
         return f"{kept} could not be deleted, the first for {silent_s:.0f} s: {why}"
 
@@ -188,13 +189,15 @@ class Sweeper:
     def _note_bug(self, error: Exception) -> None:
         """The disk of the store has failed, or we have: told in full the first time."""
         self.sweeps.failures += 1
-        log.warning("artefact_sweep_failed", error=f"{type(error).__name__}: {error}", exc_info=0 not in self._failing)
-        self._note_failure(0, f"the store of jobs failed: {error}")
+        log.warning(
+            "artefact_sweep_failed", error=f"{type(error).__name__}: {error}", exc_info=STORE not in self._failing
+        )
+        self._note_failure(STORE, f"the store of jobs failed: {error}")
 
-    def _note_failure(self, job_seq: int, why: str) -> None:
-        since = self._failing[job_seq][0] if job_seq in self._failing else asyncio.get_running_loop().time()
-        if job_seq in self._failing or len(self._failing) < FAILING_KEPT:
-            self._failing[job_seq] = since, why
+    def _note_failure(self, what: int | str, why: str) -> None:
+        since = self._failing[what][0] if what in self._failing else asyncio.get_running_loop().time()
+        if what in self._failing or len(self._failing) < FAILING_KEPT:
+            self._failing[what] = since, why
 
     async def _pause(self, seconds: float) -> None:
         """Until something is new, or for so long where something waits."""

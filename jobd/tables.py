@@ -15,12 +15,12 @@ from typing import Any, Final, TypeVar
 
 from jobd import files, rows
 from jobd.audit_writer import AuditWriter
-from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow, Tombstone
+from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow, Tombstone, distinct
 from jobd.events import KEEP_SIGNS, SIGNS, Change
 from jobd.files import StoreBroken
 from jobd.fingerprints import fingerprint_of_bytes
-from jobd.job import KEEP_LATE
 from jobd.job_writer import JobWriter, RowsMissing, Totals, insert
+from jobd.late_writer import LateWriter
 from jobd.migrations import VERSION, meta_row
 from jobd.rows import (
     EVENT_COLUMNS,
@@ -55,11 +55,6 @@ def _settings(columns: Iterable[str]) -> str:
 
 
 _INSERT_EVENT: Final = insert("events", (*EVENT_COLUMNS, "crc"))
-_INSERT_LATE: Final = insert("late_results", (*LATE_COLUMNS, "crc"))
-_TRIM_LATE: Final = (
-    "DELETE FROM late_results WHERE job_seq = ?1 AND seq NOT IN "
-    f"(SELECT seq FROM late_results WHERE job_seq = ?1 ORDER BY fencing_token DESC LIMIT {KEEP_LATE})"
-)
 _UPDATE_EVENT: Final = "UPDATE events SET changes = ?, crc = ? WHERE seq = ?"
 _REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "answer"), "REPLACE")
 # Not REPLACE, which deletes and inserts: a row that stays where it is leaves the index of names alone.
@@ -150,6 +145,7 @@ class Tables:
         self.reader = rows.JobReader()
         self._jobs = JobWriter(conn)
         conn.create_function("fingerprint", 2, fingerprint_of_bytes, deterministic=True)
+        self._late = LateWriter(conn, self.rows, self.note_fault)
         self._audit = AuditWriter(conn)
         self.at_commit: Callable[[], object] = lambda: None  # called when all is said and the disk comes next
         self.quarantined: dict[str, str] = {}
@@ -159,6 +155,7 @@ class Tables:
         self._rebuilding = False
         # Of each grant made or heard of since the start: seq of its event, signs of life since the last thinning.
         self._signs: dict[int, tuple[int, int]] = {}
+        self.buried = 0  # tombstones that were written
         self.asides = 0  # jobs that were set aside
         self.aside: dict[int, Aside] = {}  # by number; those that every batch to come knows of are dropped
         self.unmoved: dict[int, str] = {}  # seq -> reason, of jobs whose damaged rows could not be moved
@@ -291,7 +288,8 @@ class Tables:
 
     def write(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
         """Commit `batch`, whose counts know of the first `told_aside` jobs of `aside`; gives the asked payloads."""
-        shown = self.commit(self._apply, batch, told_aside)
+        shown, buried = self.commit(self._apply, batch, told_aside)
+        self.buried += buried
         for number in [number for number in self.aside if number < told_aside]:
             del self.aside[number]
         for job_seq in self._crowded:
@@ -301,25 +299,23 @@ class Tables:
         self._crowded.clear()
         return shown
 
-    def _apply(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
+    def _apply(self, batch: Batch, told_aside: int) -> tuple[dict[int, bytes], int]:
+        """The payloads that were asked for, and how many tombstones were written."""
+        tombstones = batch.tombstones
         if batch.changes:
-            self._write_late(batch.changes)
+            if left := self._late.write(batch.changes, sweeps=batch.sweeps):
+                tombstones = distinct([*left, *tombstones])
             self._write_jobs(batch.changes)
             self._write_events(batch.changes)
         if batch.queues:
             self._write_queues(batch.queues, [self.aside[number] for number in range(told_aside, self.asides)])
+        if tombstones:
+            self.conn.executemany(_PUT_TOMBSTONE, map(rows.tombstone_row, tombstones))
         self._write_rest(batch)
         self.numbers = batch.numbers
         self.marked = self.marked and not batch.unmark
         self.write_meta()
-        return self._shown(batch)
-
-    def _write_late(self, changes: list[Change]) -> None:
-        """Before the jobs: of one that is deleted in the same batch they go with it."""
-        late = [(change.event.job_seq, change.late) for change in changes if change.late is not None]
-        if late:
-            self.conn.executemany(_INSERT_LATE, [rows.late_row(job_seq, result) for job_seq, result in late])
-            self.conn.executemany(_TRIM_LATE, [(job_seq,) for job_seq in dict(late)])
+        return self._shown(batch), len(tombstones)
 
     def _write_jobs(self, changes: list[Change]) -> None:
         try:
@@ -359,6 +355,11 @@ class Tables:
             self.unmoved[job_seq] = aside.reason
         self.tell_aside(aside)
 
+    def note_fault(self, fault: str) -> None:
+        """Of what is met again and again, until there is room, one sentence is enough."""
+        if fault not in self.faults:
+            self.faults.append(fault)
+
     def tell_aside(self, aside: Aside) -> None:
         """To be told to `Disk.on_aside`."""
         self.aside[self.asides] = aside
@@ -397,8 +398,6 @@ class Tables:
             many(_REPLACE_KEY, map(rows.key_row, batch.keys))
         if batch.checked:
             many("DELETE FROM suspects WHERE job_seq = ?", [(seq,) for seq in batch.checked])
-        if batch.tombstones:
-            many(_PUT_TOMBSTONE, map(rows.tombstone_row, batch.tombstones))
         if batch.audit:
             self._audit.write(batch.audit)
         if batch.report is not None:

@@ -36,6 +36,7 @@ from jobd.batch import (
     Query,
     QueueRow,
     Tombstone,
+    distinct,
     share_of,
 )
 from jobd.events import Change, Event
@@ -92,6 +93,7 @@ class MemoryDisk:
         self.aside: dict[int, str] = {}  # seq -> id of the jobs set aside
         self.rotten: dict[int, Job] = {}  # seq -> what they were
         self.on_aside: Callable[[Aside], None] = lambda aside: None
+        self.on_tombstones: Callable[[int], None] = lambda count: None
         self._all_aside: list[Aside] = []  # in order
         self._told_aside = 0  # of these
         self._ids: dict[str, int] = {}  # id -> seq
@@ -128,6 +130,7 @@ class MemoryDisk:
     def opened(self) -> Opened:
         """What a start finds."""
         self.on_aside = lambda aside: None
+        self.on_tombstones = lambda count: None
         self.unmoved.clear()
         bad = {job_id: reason for job_id, reason in self.bad_jobs.items() if job_id in self._ids}
         for job_id, reason in bad.items():
@@ -381,11 +384,7 @@ class MemoryDisk:
         shown = {seq: (new.get(seq) or self.payloads[seq]).body for seq in batch.payloads}
         self.numbers = batch.numbers
         self.payloads |= new
-        for change in batch.changes:
-            if change.late is not None:
-                kept = [*self.lates.get(change.event.job_seq, ()), change.late]
-                kept.sort(key=lambda late: late.fencing_token)
-                self.lates[change.event.job_seq] = tuple(kept[-KEEP_LATE:])
+        left = distinct([*self._let_go(batch), *batch.tombstones])
         for seq, job in after.items():
             self._replace(seq, job)
         for change in batch.changes:
@@ -399,9 +398,11 @@ class MemoryDisk:
         self.keys |= {key.digest: key for key in batch.keys}
         for seq in batch.checked:
             self.suspects.pop(seq, None)
-        for tombstone in batch.tombstones:
+        for tombstone in left:
             assert tombstone.job_seq not in self.jobs, f"job {tombstone.job_id} is there, and has a tombstone"
             self.tombstones[tombstone.job_seq] = tombstone
+        if left:
+            self.on_tombstones(len(left))
         for audited in batch.audit:
             self.audited[max(self.audited, default=0) + 1] = audited
         if batch.report is not None:
@@ -409,6 +410,22 @@ class MemoryDisk:
         self.marked = self.marked and not batch.unmark
         self.batches.append(batch)
         return shown
+
+    def _let_go(self, batch: Batch) -> list[Tombstone]:
+        """Keep the late results of `batch`, and let those go that are too many or whose job goes: what they named."""
+        left = []
+        for change in batch.changes:
+            event = change.event
+            kept = [*self.lates.get(event.job_seq, ()), *([change.late] if change.late is not None else [])]
+            if not kept:
+                continue
+            kept.sort(key=lambda late: late.fencing_token)
+            going = kept[:-KEEP_LATE] if change.after is not None else kept
+            self.lates[event.job_seq] = tuple(kept[len(going) :])
+            for late in going:
+                if batch.sweeps and (key := late.result.storage_key) is not None:
+                    left.append(Tombstone(-late.seq, event.job_id, key, event.at, event.at))
+        return left
 
     def _check_numbers(self, batch: Batch) -> None:
         """High-water marks and lease time never go back."""

@@ -29,8 +29,8 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "clock": ("clock", "nouns"),
     "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": (
-        "store tables job_writer rows lookups audit_writer audit_reader webhook_tables opening wal migrations "
-        "quarantine files backup doctor rehearsal row_check",
+        "store tables job_writer late_writer rows lookups audit_writer audit_reader webhook_tables opening wal "
+        "migrations quarantine files backup doctor rehearsal row_check",
         "nouns fingerprints",
     ),
     "copies": ("copies row_walk", "nouns store"),

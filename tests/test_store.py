@@ -41,6 +41,7 @@ from tests.store_help import (
     assert_holds,
     edited,
     exists,
+    flip,
     made,
     opened,
     recounted,
@@ -786,6 +787,128 @@ async def test_a_late_result_that_names_a_key_holds_it_until_its_job_goes(store:
     assert await store.due_tombstones(NOW, 9) == Due([(buried(90), False)], held={90})
     await store.write(maker.batch([maker.delete(made(created))]))
     assert await store.due_tombstones(NOW, 9) == Due([(buried(90), False)])
+
+
+def came_late(maker: Maker, job: Job, token: int, key: str | None) -> Change:
+    return maker.late(job, token, Result(file_path="/f", storage_key=key, metadata=Raw(b"[1]")))
+
+
+def left_by(*changes: Change, at: int = NOW) -> list[Tombstone]:
+    """What late results leave when they go, in the order of their numbers."""
+    lates = [(change.event.job_id, kept(change)) for change in reversed(changes)]
+    return [Tombstone(-late.seq, job_id, late.result.storage_key or "", at, at) for job_id, late in lates]
+
+
+async def numbered(store: Store, now: int = NOW) -> list[Tombstone]:
+    found = [tombstone for tombstone, _ in (await store.due_tombstones(now, 99)).found]
+    return sorted(found, key=lambda each: each.job_seq)
+
+
+async def test_what_late_results_named_is_to_be_deleted_when_they_go_with_their_job(path: str) -> None:
+    maker = Maker()
+    told: list[int] = []
+    async with opened(path) as (store, _):
+        store.on_tombstones = told.append
+        made_a = maker.create("a", status="failed", result=Result(storage_key="own"))
+        made_b = maker.create("b", status="failed")
+        job, other = made(made_a), made(made_b)
+        keys = {1: "late/1", 2: None, 3: "own", 4: "late/4"}
+        late = [came_late(maker, job, token, key) for token, key in keys.items()]
+        await store.write(maker.batch([made_a, made_b, *late, came_late(maker, other, 5, "late/5")], sweeps=True))
+        assert (await numbered(store), told) == ([], [])
+        maker.now += 7
+        own = Tombstone(job.seq, job.id, "own", maker.now, maker.now)
+        await store.write(maker.batch([maker.delete(job)], tombstones=[own], sweeps=True))
+        assert told == [3], "what the job named itself is looked at once"
+        assert [each.fencing_token for each in await late_results(store, other)] == [5]
+    async with opened(path) as (store, found):
+        assert found.tombstones == 3
+        assert await numbered(store, maker.now) == [*left_by(late[0], late[3], at=maker.now), own]
+        assert (await store.due_tombstones(maker.now, 9)).held == set()
+
+
+async def test_a_late_result_that_makes_room_for_later_ones_leaves_its_object_to_be_deleted(store: Store) -> None:
+    maker = Maker()
+    created = maker.create("a")
+    late = [came_late(maker, made(created), token, f"late/{token}") for token in (5, 3, 9, 1, 8)]
+    await store.write(maker.batch([created, *late], sweeps=True))
+    assert await numbered(store) == []
+    late += [came_late(maker, made(created), token, f"late/{token}") for token in (7, 2)]
+    await store.write(maker.batch(late[5:], sweeps=True))
+    assert await numbered(store) == left_by(late[3], late[6])
+    assert [each.fencing_token for each in await late_results(store, made(created))] == [3, 5, 7, 8, 9]
+
+
+async def test_one_that_comes_in_the_batch_in_which_its_job_goes_leaves_its_object_too(store: Store) -> None:
+    maker = Maker()
+    created = maker.create("a", status="failed")
+    await store.write(maker.batch([created]))
+    late = came_late(maker, made(created), 3, "late/3")
+    await store.write(maker.batch([late, maker.delete(made(created))], sweeps=True))
+    assert await numbered(store) == left_by(late)
+
+
+async def test_a_key_that_another_late_result_names_is_held_though_one_is_gone(store: Store) -> None:
+    maker = Maker()
+    created = [maker.create(name, status="failed") for name in "ab"]
+    late = [came_late(maker, made(change), token, "shared") for token, change in enumerate(created)]
+    await store.write(maker.batch([*created, *late]))
+    await store.write(maker.batch([maker.delete(made(created[0]))], sweeps=True))
+    (gone,) = left_by(late[0])
+    assert await store.due_tombstones(NOW, 9) == Due([(gone, False)], held={gone.job_seq})
+    await store.settle_tombstones([], [replace(gone, due_at=NOW + 1)])
+    await store.write(maker.batch([maker.delete(made(created[1]))], sweeps=True))
+    assert await store.due_tombstones(NOW + 1, 9) == Due(
+        [(left_by(late[1])[0], False), (replace(gone, due_at=NOW + 1), False)]
+    )
+    await store.settle_tombstones([gone.job_seq], [])
+    assert await numbered(store) == left_by(late[1])
+
+
+async def test_where_nobody_deletes_objects_late_results_leave_nothing(store: Store) -> None:
+    maker = Maker()
+    created = maker.create("a", status="failed")
+    late = [came_late(maker, made(created), token, f"late/{token}") for token in range(KEEP_LATE + 1)]
+    await store.write(maker.batch([created, *late]))
+    await store.write(maker.batch([maker.delete(made(created))]))
+    assert await numbered(store) == []
+    assert store._db.raw.execute("SELECT count(*) FROM late_results").fetchone() == (0,)
+
+
+async def test_a_deletion_that_is_refused_leaves_late_results_and_no_tombstone(path: str) -> None:
+    maker = Maker()
+    told: list[int] = []
+    async with opened(path) as (store, _):
+        store.on_tombstones = told.append
+        created, ghost = maker.create("a", status="failed"), maker.create("ghost")
+        await store.write(maker.batch([created, late := came_late(maker, made(created), 1, "late/1")], sweeps=True))
+        deleted = maker.delete(made(created))
+        with pytest.raises(BadRows):
+            await store.write(maker.batch([deleted], sweeps=True, payloads=[made(ghost).seq]))
+        assert (await numbered(store), told) == ([], [])
+        assert await late_results(store, made(created)) == [kept(late)]
+        await store.write(maker.batch([deleted], sweeps=True))
+        assert (await numbered(store), told) == (left_by(late), [1])
+
+
+async def test_what_a_damaged_late_result_names_is_not_believed_when_it_goes(path: str) -> None:
+    maker = Maker()
+    created = maker.create("a", status="failed")
+    late = [came_late(maker, made(created), token, f"late/{token}") for token in (1, 2, 3)]
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([created, *late]))
+    flip(path, "late_results", "storage_key", "seq", kept(late[0]).seq)
+    with edited(path) as conn:
+        conn.execute("UPDATE late_results SET storage_key = CAST(X'ff6b' AS TEXT) WHERE seq = ?", (kept(late[1]).seq,))
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.delete(made(created))], sweeps=True))
+        assert await numbered(store) == left_by(late[2])
+        faults = [fault for fault in store.take_faults() if fault.startswith("late_results")]
+        assert [fault.partition(":")[0] for fault in faults] == [f"late_results {kept(one).seq}" for one in late[:2]]
+        assert all("what it named is not deleted" in fault for fault in faults)
+        aside = store._db.raw.execute("SELECT place, row FROM bad_rows").fetchall()
+        assert [place for place, _ in aside] == ["late_results"] * 2
+        assert "ff6b" in aside[1][1]
 
 
 async def test_a_job_that_names_its_key_no_more_holds_nothing(store: Store) -> None:

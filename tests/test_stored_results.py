@@ -90,6 +90,28 @@ def test_a_result_goes_with_its_job_by_hand_and_by_age(tmp_path: Path, results: 
         assert daemon.stop() == 0
 
 
+def test_what_only_a_late_result_named_goes_with_its_job_also_over_a_kill(tmp_path: Path, results: Path) -> None:
+    away = tmp_path / "away"
+    with daemon_of(tmp_path, results.as_uri()) as daemon:
+        daemon.post("/v1/jobs", {"id": "a"})
+        lock_id = daemon.post("/v1/jobs/a/start", {"worker": "w"}).data["lock_id"]
+        path = results / "late" / "r1"
+        path.parent.mkdir()
+        path.write_text("result")
+        assert daemon.admin("POST", "force-fail", {"jobId": "a"}).status == 200
+        told = daemon.post("/v1/jobs/a/complete", {"lock_id": lock_id, "storage_key": "late/r1"})
+        assert (told.status, "late_result" in told.body["details"]) == (409, True)
+        results.rename(away)
+        assert daemon.admin("DELETE", "jobs/a").status == 200
+        assert metric(daemon, "jobd_artefact_tombstones") == 1
+        daemon.kill()
+        assert (away / "late" / "r1").exists()
+        away.rename(results)
+        daemon.start()
+        eventually(lambda: not path.exists())
+        eventually(lambda: metric(daemon, "jobd_artefact_tombstones") == 0)
+
+
 def test_a_kill_between_the_deletion_of_the_job_and_that_of_its_result_leaks_nothing(
     tmp_path: Path, results: Path
 ) -> None:

@@ -13,8 +13,8 @@ from structlog.testing import capture_logs
 
 from jobd.artefacts import MARGINS, StoreFault
 from jobd.batch import PUT_OFF_MS, DiskFull, Due
-from jobd.commands import Complete, Delete, DeleteExpired
-from jobd.job import DAY_MS, LateResult, Policy, Result
+from jobd.commands import Adopt, Complete, Delete, DeleteExpired, ForceFail, ForceReset
+from jobd.job import DAY_MS, KEEP_LATE, LateResult, Policy, Result
 from jobd.sweeper import CALL_S, COMPLAIN_AFTER_S, FAILING_KEPT, POLL_S, RETRY_AT_MOST_MS, SLICE, Sweeper, Sweeps
 from tests.household import WALL, Household, in_virtual_time, row, seconds, until
 from tests.memory_artefacts import MemoryArtefacts
@@ -51,7 +51,7 @@ async def sweeping(disk: MemoryDisk | None = None, store: MemoryArtefacts | None
     async with Household(disk, policy=Policy(artefacts=True)) as house:
         store = store or MemoryArtefacts(lambda: house.now)
         sweeper = Sweeper(house.disk, store, house.clock, Sweeps(waiting=len(house.disk.tombstones)))
-        house.actor.on_commit.append(sweeper.committed)
+        house.disk.on_tombstones = sweeper.expect
         running = asyncio.create_task(sweeper.run())
         yield Swept(house, store, sweeper)
         sweeper.stop()
@@ -174,6 +174,100 @@ async def test_a_key_that_a_late_result_names_waits_until_that_is_gone() -> None
         await seconds(3700)
         assert not at.store.objects
         assert not at.house.disk.tombstones
+
+
+async def late(at: Swept, job_id: str, key: str) -> str:
+    """A worker loses its lock and completes all the same, with an object of its own, an old one; gives its lock."""
+    lock_id = await at.house.held(job_id)
+    await at.house.yes(ForceFail(id=job_id), by="admin", admin=True)
+    at.store.upload(key)
+    at.store.objects[key] -= YOUNG_MS
+    refusal = await at.house.no(Complete(id=job_id, lock_id=lock_id, storage_key=key))
+    assert "late_result" in refusal.details
+    return lock_id
+
+
+@in_virtual_time
+async def test_the_object_of_a_late_result_goes_with_its_job() -> None:
+    async with sweeping() as at:
+        await late(at, "a", "late/1")
+        await seconds(3 * 3600)
+        assert "late/1" in at.store.objects
+        await at.delete("a")
+        assert at.sweeps.waiting == 1
+        await until(lambda: at.sweeps.deleted == 1)
+        assert not at.store.objects
+        assert not at.house.disk.tombstones
+        assert at.sweeps == Sweeps(waiting=0, deleted=1)
+
+
+@in_virtual_time
+async def test_objects_of_late_results_that_make_room_go_while_their_job_lives() -> None:
+    async with sweeping() as at:
+        for number in range(KEEP_LATE + 2):
+            await late(at, "a", f"late/{number}")
+            await at.house.yes(ForceReset(id="a"), by="admin", admin=True)
+        await until(lambda: at.sweeps.deleted == 2)
+        assert sorted(at.store.objects) == [f"late/{number}" for number in range(2, KEEP_LATE + 2)]
+        assert not at.house.disk.tombstones
+
+
+@in_virtual_time
+async def test_the_object_of_an_adopted_late_result_goes_with_its_job_and_is_looked_at_once() -> None:
+    async with sweeping() as at:
+        await late(at, "a", "late/1")
+        await at.house.yes(Adopt(id="a"), by="admin", admin=True)
+        await seconds(3 * 3600)
+        assert "late/1" in at.store.objects
+        await at.delete("a")
+        assert at.sweeps.waiting == 1
+        await until(lambda: at.sweeps.deleted == 1)
+        assert not at.house.disk.tombstones
+
+
+@in_virtual_time
+async def test_a_key_of_its_own_for_each_grant_leaves_nothing() -> None:
+    """As the README advises: the second grant completes with its own object, the first comes late with its own."""
+    async with sweeping() as at:
+        await late(at, "a", "out-1")
+        await at.house.yes(ForceReset(id="a"), by="admin", admin=True)
+        at.store.upload("out-2")
+        at.store.objects["out-2"] -= YOUNG_MS
+        await at.house.yes(Complete(id="a", lock_id=await at.house.held("a"), storage_key="out-2"))
+        assert sorted(at.store.objects) == ["out-1", "out-2"]
+        await at.delete("a")
+        await until(lambda: at.sweeps.deleted == 2)
+        assert not at.store.objects
+
+
+@in_virtual_time
+async def test_a_young_object_of_a_late_result_waits_and_one_that_a_job_names_stays() -> None:
+    async with sweeping() as at:
+        await late(at, "a", "shared")
+        await late(at, "b", "young")
+        at.store.upload("young")
+        await at.done("c", "shared")
+        for job_id in ("a", "b"):
+            await at.delete(job_id)
+        await until(lambda: at.sweeps.left == 1)
+        await seconds(3500)
+        assert sorted(at.store.objects) == ["shared", "young"]
+        await until(lambda: "young" not in at.store.objects)
+        await seconds(10)
+        assert list(at.store.objects) == ["shared"]
+
+
+@in_virtual_time
+async def test_an_object_of_a_late_result_that_cannot_be_deleted_is_counted_among_those_complained_of() -> None:
+    async with sweeping() as at:
+        await late(at, "a", "late/1")
+        at.store.broken = StoreFault("away")
+        await at.delete("a")
+        await seconds(COMPLAIN_AFTER_S + POLL_S)
+        assert (at.sweeper.complaint() or "").startswith("1 objects of deleted jobs could not be deleted")
+        at.store.broken = None
+        await until(lambda: not at.store.objects)
+        assert at.sweeper.complaint() is None
 
 
 @in_virtual_time

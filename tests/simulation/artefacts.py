@@ -15,7 +15,7 @@ from msgspec import Struct
 from jobd.artefacts import Judge, Outcome, StoreFault
 from jobd.batch import Tombstone
 from jobd.events import Change
-from jobd.job import SECOND_MS, storage_key_fault
+from jobd.job import SECOND_MS, LateResult, storage_key_fault
 from tests.memory_artefacts import MemoryArtefacts
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class Upload(Struct):
     lock_id: str
     at_s: float  # loop time
     modified_at: int
-    job_seq: int | None = None  # of the job that was completed with it
+    job_seq: int | None = None  # of the job that was completed with it, or has it among its late results
+    late_seq: int | None = None  # of that late result
     is_lost: bool = False
 
 
@@ -42,6 +43,7 @@ class SimArtefacts(MemoryArtefacts):
         self.fault: str | None = None
         self.uploads: dict[str, Upload] = {}
         self.relied_on: dict[int, str] = {}  # seq of a job that stored its object in time -> key
+        self._locks: dict[int, str] = {}  # fencing token -> lock id, of all grants
         self._machine = machine
         self._dice = dice
 
@@ -104,12 +106,14 @@ class SimArtefacts(MemoryArtefacts):
     def committed(self, change: Change) -> None:
         """What a change means for the objects."""
         before, after = change.before, change.after
+        if after is not None and after.grant is not None:
+            self._locks[after.grant.fencing_token] = after.grant.lock_id
         if after is None and before is not None:
             self.relied_on.pop(before.seq, None)
-            for its in self.uploads.values():
-                if its.job_seq == before.seq:  # where the clock stepped back it looks like another's
-                    too_new = its.modified_at > change.event.at + self._machine.plan.margins.skew_ms
-                    its.is_lost = its.is_lost or too_new
+            self._let_go(change, [its for its in self.uploads.values() if its.job_seq == before.seq])
+            return
+        if change.late is not None:
+            self._came_late(change, change.late)
             return
         if change.event.type != "completed" or after is None or after.result is None or before is None:
             return
@@ -120,6 +124,26 @@ class SimArtefacts(MemoryArtefacts):
         upload.job_seq = after.seq
         if self._is_in_time(upload):
             self.relied_on[after.seq] = key
+
+    def _came_late(self, change: Change, late: LateResult) -> None:
+        """The object of a late result is the job's as long as that is kept; perhaps another made room for it."""
+        upload = self.uploads.get(late.result.storage_key or "")
+        if upload is not None and upload.lock_id == self._locks.get(late.fencing_token):
+            upload.job_seq, upload.late_seq = change.event.job_seq, late.seq
+        gone = [its for its in self.uploads.values() if its.job_seq == change.event.job_seq and self._made_room(its)]
+        self._let_go(change, gone)
+
+    def _let_go(self, change: Change, uploads: list[Upload]) -> None:
+        for its in uploads:  # where the clock stepped back it looks like another's
+            too_new = its.modified_at > change.event.at + self._machine.plan.margins.skew_ms
+            its.is_lost = its.is_lost or too_new
+
+    def _made_room(self, upload: Upload) -> bool:
+        return upload.late_seq is not None and not self._is_kept(upload)
+
+    def _is_kept(self, upload: Upload) -> bool:
+        kept = self._machine.disk.lates.get(upload.job_seq or 0, ())
+        return any(late.seq == upload.late_seq for late in kept)
 
     def _is_in_time(self, upload: Upload) -> bool:
         """Named before it was old, and no clock has stepped meanwhile or just before."""
@@ -136,7 +160,8 @@ class SimArtefacts(MemoryArtefacts):
         for key, upload in self.uploads.items():
             job = None if upload.job_seq is None else disk.jobs.get(upload.job_seq)
             names = job is not None and job.result is not None and job.result.storage_key == key
-            if not names and upload.job_seq not in disk.tombstones:
+            number = upload.job_seq if upload.late_seq is None else -upload.late_seq
+            if not names and not self._is_kept(upload) and number not in disk.tombstones:
                 upload.is_lost = True
 
     def waiting(self) -> list[Tombstone]:
@@ -148,10 +173,13 @@ class SimArtefacts(MemoryArtefacts):
         return {late.result.storage_key for kept in self._machine.disk.lates.values() for late in kept}
 
     def leaked(self) -> list[str]:
-        """Objects of deleted jobs that no other job names."""
+        """Objects of deleted jobs, and of late results that are gone, that no job names."""
         disk, deleted, held = self._machine.disk, self._machine.watch.deleted, self._held()
         return [
             key
             for key, upload in self.uploads.items()
-            if upload.job_seq in deleted and not upload.is_lost and not disk.is_named(key) and key not in held
+            if (upload.job_seq in deleted or self._made_room(upload))
+            and not upload.is_lost
+            and not disk.is_named(key)
+            and key not in held
         ]

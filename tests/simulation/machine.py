@@ -334,7 +334,7 @@ class Daemon:
             return None
         sweeps = Sweeps(waiting=self.opened.tombstones)
         self.sweeper = Sweeper(machine.disk, machine.artefacts, self.clock, sweeps, machine.plan.margins)
-        self.actor.on_commit.append(self.sweeper.committed)
+        machine.disk.on_tombstones = self.sweeper.expect
         return self.spawn(self.sweeper.run())
 
     def _settle(self) -> None:

@@ -210,7 +210,7 @@ class Worker(Person):
                 id=job_id,
                 lock_id=lock_id,
                 download_url=requests.maybe(0.5, "https://x/y"),
-                storage_key=requests.maybe(0.6, "k/1", "k/1", "../k", "k/2"),
+                storage_key=requests.maybe(0.6, "k/1", "k/1", "../k", "k/2", f"own/{lock_id}", f"own/{lock_id}"),
                 expires_at=requests.maybe(0.2, self.machine.wall() + 5_000, self.machine.wall() - 5_000),
             )
         if roll < 0.85:
