@@ -369,7 +369,7 @@ class Actor:
         """On a full disk there is no room for what comes late."""
         if self.full_disk.closed == Closed.NOTHING:
             return self.policy
-        return replace(self.policy, late_results="drop", late_queues={})
+        return replace(self.policy, late_results="drop", late_queues={}, late_calls=False)
 
     async def _write(self, plan: Plan) -> dict[int, bytes]:
         """One transaction; gives the payloads that the answers show, read before its end."""

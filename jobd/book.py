@@ -11,7 +11,7 @@ from heapq import merge
 from typing import Final
 
 from jobd.batch import LateKnown, Numbers, Opened, QueueRow
-from jobd.events import Change
+from jobd.events import Change, Event
 from jobd.figures import Figures
 from jobd.job import FINISHED, LIVE, STATUSES, TOKEN_COUNTER_BITS, Job, Options, Untouched, untouched
 from jobd.live_jobs import LiveJobs
@@ -21,6 +21,7 @@ FINISHED_KEPT: Final = 1_000  # finished jobs at hand, for repeated endings and 
 FINISHED_BYTES: Final = 16 << 20  # of their metadata
 WORKERS_KEPT: Final = 10_000  # workers without a job that are still listed
 OPTIONS_KEPT: Final = 10_000
+LATE_CALLS_KEPT: Final = 10_000  # that are not told again; where there are more, those told first are told anew
 COUNTER_MASK: Final = (1 << TOKEN_COUNTER_BITS) - 1
 
 
@@ -52,6 +53,7 @@ class Book:
         self.unmoved: dict[str, tuple[str, str] | None] = {}
         self.request_hashes: dict[str, str] = {}  # of the jobs that the creates of this batch name
         self.late = LateKnown()  # late results that the decisions of this batch ask for
+        self._late_calls: dict[tuple[int, int, str], None] = {}  # job seq, fencing token, verb: those that were told
         self.paused: set[str] = set()
         self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
@@ -185,6 +187,21 @@ class Book:
             self.saw(event.by[7:], event.at)
         if after is not change.before:
             self.swap(change.before, after)
+        elif event.type == "late_call":
+            self._note_call(event)
+
+    def was_told(self, job_seq: int, fencing_token: int, verb: str) -> bool:
+        """Whether the journal has a refused call like this, as far as memory reaches."""
+        return (job_seq, fencing_token, verb) in self._late_calls
+
+    def _note_call(self, event: Event) -> None:
+        self._late_calls[_call_of(event)] = None
+        if len(self._late_calls) > LATE_CALLS_KEPT:
+            del self._late_calls[next(iter(self._late_calls))]
+
+    def forget_call(self, event: Event) -> None:
+        """The batch that told of it is taken back."""
+        self._late_calls.pop(_call_of(event), None)
 
     def swap(self, before: Job | None, after: Job | None) -> None:
         """Replace a job's row by another in every order and counter. None: it did not exist, or is gone."""
@@ -479,6 +496,12 @@ class Book:
 
     def _is_deadline(self, entry: TimeEntry) -> bool:
         return self._deadline_of.get(entry[2]) == entry[0] and self.processing[entry[2]].seq == entry[1]
+
+
+def _call_of(event: Event) -> tuple[int, int, str]:
+    details = event.details
+    assert details is not None
+    return event.job_seq, details["fencing_token"], details["verb"]
 
 
 def _lock(job: Job) -> str | None:

@@ -172,6 +172,8 @@ class Decider:
         for change in reversed(plan.changes):
             if change.event.type == "imported":
                 self.book.suspects.pop(change.event.job_seq, None)
+            if change.event.type == "late_call":
+                self.book.forget_call(change.event)
             if change.event.job_seq == 0:
                 self.book.set_paused(change.event.queue, change.event.type != "queue_paused")
         for asked, answer in plan.replies:

@@ -19,7 +19,10 @@ from jobd.job import TOKEN_COUNTER_BITS, Job, LateResult, Policy
 
 
 class Decision(Struct):
-    """What a command comes to. A refusal has changes only where time itself had to act first (a stuck job)."""
+    """What a command comes to.
+
+    A refusal changes rows only where time itself had to act first (a stuck job). What comes too late leaves notes.
+    """
 
     answer: Answer | Refusal
     changes: list[Change] = []
@@ -71,11 +74,14 @@ class Draft:
 
     def keep_late(self, job: Job, late: LateResult, reason: str, details: dict[str, Any]) -> LateResult:
         """Keep a late result beside `job`, whose row stays as it is; gives it with the number of its event."""
-        by = f"worker:{late.worker}"
-        event = self._event(job, job.status, job.status, "late_result", by, reason, details, None)
+        event = self._note(job, "late_result", late.worker, reason, details)
         late = replace(late, seq=event.seq)
         self.changes.append(Change(job, job, event, late=late))
         return late
+
+    def note_call(self, job: Job, worker: str, reason: str, details: dict[str, Any]) -> None:
+        """Tell of a call that was refused. The row of `job` stays as it is."""
+        self.changes.append(Change(job, job, self._note(job, "late_call", worker, reason, details)))
 
     def delete(self, job: Job, reason: str | None = None) -> None:
         event = self._event(job, job.status, None, "deleted", None, reason, None, None)
@@ -113,6 +119,9 @@ class Draft:
         """A number in [0, 1) from the call's own randomness."""
         digest = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=8, person=b"jitter").digest()
         return int.from_bytes(digest, "big") / 2**64
+
+    def _note(self, job: Job, event_type: EventType, worker: str, reason: str, details: dict[str, Any]) -> Event:
+        return self._event(job, job.status, job.status, event_type, f"worker:{worker}", reason, details, None)
 
     def _event(
         self,

@@ -29,6 +29,7 @@ EventType = Literal[
     "stalled",
     "expired",
     "late_result",
+    "late_call",
     "adopted",
     "force_failed",
     "force_reset",
@@ -140,7 +141,7 @@ class Change(Struct, frozen=True, gc=False):
 
     `before` is None for a new job, `after` is None for a deleted one. Both are None for an event of a queue.
     `payload` (JSON text) and `request_hash` come with a new job and are written once. Where the row stays as it was
-    both are the same value, as with a late result, which is written beside it.
+    both are the same value, as with a late result, which is written beside it, and with a late call.
     """
 
     before: Job | None

@@ -1,4 +1,4 @@
-"""Rules of late results: what becomes of a complete whose grant has ended, and how an operator adopts it.
+"""Rules of what comes too late: calls whose grant has ended are told, what a complete brings is kept and adopted.
 
 Pure. What was kept is on the disk: the actor reads what `asks` names before a batch is decided, and the book has it as
 long as that batch. A late result never changes who holds the job.
@@ -14,11 +14,20 @@ from jobd import steps
 from jobd.answers import Answer
 from jobd.batch import LateAsked
 from jobd.book import Book
-from jobd.commands import Adopt, AnyCommand, Complete, Refusal, Why
+from jobd.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Refusal, Release, Why
 from jobd.draft import Draft
 from jobd.job import KEEP_LATE, Job, LateResult, Policy, Result, storage_key_fault
 
 ADOPTABLE: Final = frozenset({"queued", "failed", "cancelled"})
+
+Calls = Progress | Extend | Complete | Fail | Release
+_CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and in words
+    Progress: ("progress", "reported progress"),
+    Extend: ("extend", "asked for more time"),
+    Complete: ("complete", "completed the job"),
+    Fail: ("fail", "failed the job"),
+    Release: ("release", "gave the job back"),
+}
 
 
 def asks(book: Book, command: AnyCommand, policy: Policy) -> LateAsked | None:
@@ -52,8 +61,10 @@ def complete(draft: Draft, command: Complete, refusal: Refusal, body_hash: str) 
     assert job is not None  # its lock was looked at
     granted = _granted(draft.book, job, command.lock_id)
     policy = draft.policy.late_results_of(job.options.queue)
-    if granted is None or policy == "drop":
+    if granted is None:
         return refusal
+    if policy == "drop":
+        return _not_kept(draft, job, command, refusal)
     worker, token = granted
     result = (
         steps.kept_result(Result(command.download_url, command.file_path, command.storage_key, command.metadata))
@@ -63,7 +74,23 @@ def complete(draft: Draft, command: Complete, refusal: Refusal, body_hash: str) 
     is_free = policy == "adopt_if_unclaimed" and _is_unclaimed(draft, job, command.lock_id)
     if is_free and steps.refuse_result(draft, command) is None:
         return _taken(draft, job, late)
-    return _kept(draft, job, late, refusal)
+    return _kept(draft, job, late, refusal) or _not_kept(draft, job, command, refusal)
+
+
+def tell(draft: Draft, job: Job, command: Calls) -> None:
+    """Of the calls of a grant that are refused with `lock_lost` the first with each verb is told in the journal.
+
+    Only of the last grant that ended, which memory has: no guess leaves anything, and no call costs a look at the disk.
+    """
+    ended = job.ended
+    if ended is None or ended.lock_id != command.lock_id or not draft.policy.late_calls:
+        return
+    verb, did = _CALLS[type(command)]
+    if draft.book.was_told(job.seq, ended.fencing_token, verb):
+        return
+    reason = f"Worker {ended.worker} {did} after it had lost its lock ({ended.rule}); {_holder(job)}. It was refused."
+    details = {"verb": verb, "worker": ended.worker, "fencing_token": ended.fencing_token, **_said(command)}
+    draft.note_call(job, ended.worker, reason, details)
 
 
 def adopt(draft: Draft, command: Adopt) -> Answer | Refusal:
@@ -123,25 +150,30 @@ def _taken(draft: Draft, job: Job, late: LateResult) -> Answer:
     return steps.job_answer(draft, steps.complete(draft, job, "adopted", ended, late.result, by=by, **fields))
 
 
-def _kept(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal:
+def _not_kept(draft: Draft, job: Job, command: Complete, refusal: Refusal) -> Refusal:
+    tell(draft, job, command)
+    return refusal
+
+
+def _kept(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal | None:
     """Keep it, if it is the first of its grant, not too large, and no later grants have left as many as are kept.
 
-    A grant whose late result has made room for later ones keeps none again, so a loop of calls adds nothing.
+    A grant whose late result has made room for later ones keeps none again, so a loop of calls adds nothing. None
+    where it is not kept.
     """
     known = draft.book.late.results.get(job.seq, [])
     same = next((each for each in known if each.fencing_token == late.fencing_token), None)
     if same is not None:
-        return _told(job, same, refusal) if same.body_hash == late.body_hash else refusal
+        return _told(job, same, refusal) if same.body_hash == late.body_hash else None
     result = late.result
     latest = sorted([late.fencing_token, *(each.fencing_token for each in known)])[-KEEP_LATE:]
     if late.fencing_token not in latest:
-        return refusal
+        return None
     if result.metadata is not None and len(bytes(result.metadata)) > draft.policy.late_bytes:
-        return refusal
+        return None
     if result.storage_key is not None and storage_key_fault(result.storage_key) is not None:
-        return refusal
-    holder = f"worker {job.grant.worker} holds the job" if job.grant is not None else f"the job is {job.status}"
-    reason = f"Worker {late.worker} completed the job after it had lost its lock; {holder}. Its result is kept."
+        return None
+    reason = f"Worker {late.worker} completed the job after it had lost its lock; {_holder(job)}. Its result is kept."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
     return _told(job, draft.keep_late(job, late, reason, details), refusal)
 
@@ -150,6 +182,20 @@ def _told(job: Job, late: LateResult, refusal: Refusal) -> Refusal:
     kept = f"Its result is kept as late result {late.seq}"
     kept += "." if job.status == "completed" else f"; an operator can adopt it: jobctl adopt {job.id}"
     return replace(refusal, message=f"{refusal.message} {kept}", details=refusal.details | {"late_result": late.seq})
+
+
+def _holder(job: Job) -> str:
+    return f"worker {job.grant.worker} holds the job" if job.grant is not None else f"the job is {job.status}"
+
+
+def _said(command: Calls) -> dict[str, Any]:
+    """What a refused call would have said."""
+    said: dict[str, Any] = {}
+    if isinstance(command, Progress):
+        said = {"progress": steps.whole(command.progress), "message": command.message}
+    elif isinstance(command, Fail):
+        said = {"error_message": command.error_message, "error_code": command.error_code}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _chosen(known: list[LateResult], seq: int | None) -> LateResult | None:

@@ -521,6 +521,8 @@ def _held(draft: Draft, command: Holders, verb: str) -> Job | Answer | Refusal:
         return job if job.lease is not None else _lock_lost(job, command.lock_id)
     ended = job.ended
     if ended is None or ended.lock_id != command.lock_id or ended.verb is None:
+        if isinstance(command, (Progress, Extend, Fail, Release)):
+            late_rules.tell(draft, job, command)
         return _lock_lost(job, command.lock_id)
     if verb == ended.verb and digest(command) == ended.body_hash:
         return steps.job_answer(draft, job, repeated=True)

@@ -32,6 +32,7 @@ PLAIN: Final = [
     "quarantined",
     "request_hashes",
     "late",
+    "_late_calls",
     "paused",
     "counts",
     "totals",
@@ -100,11 +101,11 @@ class Desk:
         return answer.data
 
     def no(self, command: AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> Refusal:
-        """A refusal with this code that changed no job: a complete that comes late may leave its result."""
+        """A refusal with this code that changed no job: what comes late may leave a note, a complete its result."""
         decision = self.decide(command, admin=admin, by=by)
         assert isinstance(decision.answer, Refusal), decision.answer
         assert decision.answer.code == code, decision.answer
-        assert all(change.event.type == "late_result" for change in decision.changes)
+        assert all(change.event.type in ("late_result", "late_call") for change in decision.changes)
         return decision.answer
 
     # -- short words --------------------------------------------------------------------------------------------------

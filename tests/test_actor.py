@@ -34,6 +34,7 @@ from jobd.commands import (
     DeleteExpired,
     EndGrants,
     Export,
+    Extend,
     Fail,
     ForceFail,
     ForceReset,
@@ -1897,6 +1898,61 @@ async def test_a_full_disk_keeps_nothing_and_refuses_as_ever() -> None:
         house.disk.free()
         await asyncio.sleep(2)
         assert "late_result" in (await house.no(done(locks["c"], "c"))).details
+
+
+def told(house: Household) -> list[str]:
+    """The verbs of the late calls that the journal on the disk tells of."""
+    return [(event.details or {})["verb"] for event in house.disk.events if event.type == "late_call"]
+
+
+@in_virtual_time
+async def test_a_worker_that_talks_on_writes_once_and_is_looked_up_nowhere() -> None:
+    disk = Looked()
+    async with household(disk) as house:
+        lock_id = await lost(house)
+        for _ in range(20):
+            assert (await house.no(Progress(id="a", lock_id=lock_id, progress=1))).code == "lock_lost"
+        written = len(disk.batches)
+        assert told(house) == ["progress"]
+        await house.no(Release(id="a", lock_id=lock_id))
+        for _ in range(20):
+            await house.no(Release(id="a", lock_id=lock_id))
+            await house.no(Extend(id="a", lock_id="never-one"))
+        assert told(house) == ["progress", "release"]
+        assert len(disk.batches) == written + 1
+        assert disk.asked == []
+    async with household(disk) as house:  # memory begins anew
+        await house.no(Progress(id="a", lock_id=lock_id, progress=1))
+        await house.no(Progress(id="a", lock_id=lock_id, progress=1))
+        assert told(house) == ["progress", "release", "progress"]
+
+
+@in_virtual_time
+async def test_a_late_call_is_on_the_disk_before_it_is_refused() -> None:
+    async with household() as house:
+        lock_id = await lost(house)
+        house.disk.gate.clear()
+        asking = begin(house.actor.ask(Release(id="a", lock_id=lock_id)))
+        await house.disk.at_gate.wait()
+        await settle()
+        assert not asking.done()
+        house.disk.gate.set()
+        assert (await asking).code == "lock_lost"
+        assert told(house) == ["release"]
+
+
+@in_virtual_time
+async def test_on_a_full_disk_late_calls_are_refused_as_ever_and_told_once_there_is_room() -> None:
+    async with household() as house:
+        lock_id = await lost(house)
+        house.disk.write_errors.append(DiskFull("no room for a nicety"))
+        assert (await house.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+        assert house.actor.full_disk.closed == Closed.CREATES
+        assert (await house.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+        assert told(house) == []
+        await asyncio.sleep(2)
+        assert (await house.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+        assert told(house) == ["release"]
 
 
 @in_virtual_time

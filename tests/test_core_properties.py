@@ -81,6 +81,7 @@ from jobd.job import (
 )
 from jobd.validation import counts, validate
 from tests.desk import NOW, SEED, Desk, due_order
+from tests.simulation.promises import NOTES
 
 # Short times, so that a few steps cross every boundary.
 POLICY: Final = Policy(
@@ -300,7 +301,7 @@ class Run(Desk):
     def _check_refusal(self, decision: Decision) -> None:
         """A refusal changes nothing, but where time itself had to act first."""
         if isinstance(decision.answer, Refusal):
-            assert all(change.event.type in ("stalled", "expired", "late_result") for change in decision.changes)
+            assert all(change.event.type in ("stalled", "expired", *NOTES) for change in decision.changes)
             assert decision.answer.status in range(400, 600)
             assert decision.answer.message.endswith(".") or "jobctl" in decision.answer.message
 
@@ -310,8 +311,9 @@ class Run(Desk):
         if not isinstance(command, held) or not decision.changes:
             return
         job = before[command.id]
-        if isinstance(command, Complete) and isinstance(decision.answer, Refusal):
-            assert [change.event.type for change in decision.changes] == ["late_result"]
+        if isinstance(decision.answer, Refusal):
+            kinds = ["late_call"], *([["late_result"]] if isinstance(command, Complete) else [])
+            assert [change.event.type for change in decision.changes] in kinds
             assert self.rows == before
             return
         assert job.status == "processing"
@@ -325,7 +327,7 @@ class Run(Desk):
             if before is not None and after is not None and before.status != after.status:
                 assert (before.status, after.status) in TRANSITIONS
             if before is not None and before.status == "completed":
-                assert event.type in ("deleted", "fixed", "late_result")
+                assert event.type in ("deleted", "fixed", *NOTES)
             if event.type == "stalled" and isinstance(command, (Recover, Start)):
                 assert before is not None
                 assert steps.is_stuck(before, self.lease)

@@ -1,4 +1,4 @@
-"""What becomes of a complete whose grant has ended: forgotten, kept, taken, and how an operator adopts it."""
+"""What comes too late: calls that are told in the journal; a complete that is kept or taken, and how one is adopted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import late_rules, rules
+from jobd import book, late_rules, rules
 from jobd.answers import Answer, JobView, LateResultList, Look, WhyView
 from jobd.batch import LateKnown
 from jobd.commands import (
@@ -18,15 +18,20 @@ from jobd.commands import (
     Claim,
     Complete,
     Delete,
+    Extend,
+    ExtendLock,
     Fail,
     ForceFail,
     ForceReset,
     Get,
     LateResults,
+    Progress,
     Recover,
     Refusal,
+    Release,
     ReleaseLock,
     Transition,
+    Undelivered,
     Update,
     Why,
 )
@@ -58,12 +63,12 @@ def completing(lock_id: str, **fields: Any) -> Complete:
     return Complete(id="a", lock_id=lock_id, **({"file_path": "/out"} | fields))
 
 
-def late(desk: Desk, command: Complete, *, kept: bool = True) -> Refusal:
-    """The refusal of a complete that comes late; whether it left its result."""
+def late(desk: Desk, command: late_rules.Calls, *, kept: bool = True, told: bool = False) -> Refusal:
+    """The refusal of a call that comes late; whether it left its result, or else was told of."""
     row, before = desk.job(), len(desk.events)
     refusal = desk.no(command, "lock_lost")
-    assert desk.job() == row, "a late complete changed the job"
-    assert len(desk.events) == before + kept
+    assert desk.job() == row, "a late call changed the job"
+    assert [event.type for event in desk.events[before:]] == ["late_result"] * kept + ["late_call"] * told
     return refusal
 
 
@@ -99,8 +104,9 @@ def test_a_repeat_adds_nothing_and_is_told_the_same(desk: Desk) -> None:
 def test_of_each_grant_the_first_word_counts(desk: Desk) -> None:
     lock_id = stalled(desk)
     late(desk, completing(lock_id))
-    refusal = late(desk, completing(lock_id, file_path="/other"), kept=False)
+    refusal = late(desk, completing(lock_id, file_path="/other"), kept=False, told=True)
     assert "late_result" not in refusal.details
+    late(desk, completing(lock_id, file_path="/third"), kept=False)
     assert [kept.result.file_path for kept in desk.late()] == ["/out"]
 
 
@@ -185,12 +191,13 @@ def test_metadata_has_its_limit(size: int, kept: bool) -> None:
     desk = Desk(Policy(late_bytes=100))
     lock_id = stalled(desk)
     metadata = Raw(b'"' + b"x" * (size - 2) + b'"')
-    assert ("late_result" in late(desk, completing(lock_id, metadata=metadata), kept=kept).details) == kept
+    refusal = late(desk, completing(lock_id, metadata=metadata), kept=kept, told=not kept)
+    assert ("late_result" in refusal.details) == kept
 
 
 def test_a_key_that_may_name_nothing_is_not_kept(desk: Desk) -> None:
     lock_id = stalled(desk)
-    late(desk, completing(lock_id, storage_key="../up"), kept=False)
+    late(desk, completing(lock_id, storage_key="../up"), kept=False, told=True)
 
 
 def test_an_empty_result_says_that_the_work_is_done(desk: Desk) -> None:
@@ -228,7 +235,7 @@ def test_a_lock_that_ends_in_the_batch_of_its_complete_leaves_its_result(desk: D
 )
 def test_a_queue_may_have_its_own_policy(policy: LatePolicy, queues: dict[str, LatePolicy], kept: bool) -> None:
     desk = Desk(Policy(late_results=policy, late_queues=queues))
-    late(desk, completing(stalled(desk)), kept=kept)
+    late(desk, completing(stalled(desk)), kept=kept, told=not kept)
 
 
 def test_a_release_of_an_operator_leaves_the_worker_its_word(desk: Desk) -> None:
@@ -567,3 +574,138 @@ def test_a_draft_numbers_what_it_keeps(desk: Desk) -> None:
     second = draft.keep_late(desk.job(), first, "r", {})
     assert (first.seq, second.seq) == (desk.book.next_event, desk.book.next_event + 1)
     assert all(change.before is change.after for change in draft.changes)
+
+
+# -- told -------------------------------------------------------------------------------------------------------------
+
+
+CALLS: dict[str, Any] = {
+    "progress": (Progress, {"progress": 42.0, "message": "half"}, {"progress": 42, "message": "half"}),
+    "extend": (Extend, {"additional_ms": 5_000}, {}),
+    "fail": (
+        Fail,
+        {"error_message": "disk on fire", "error_code": "E1"},
+        {"error_message": "disk on fire", "error_code": "E1"},
+    ),
+    "release": (Release, {"delay_ms": 5}, {}),
+    "complete": (Complete, {"file_path": "/out"}, {}),
+}
+WORDS = {
+    "progress": "reported progress",
+    "extend": "asked for more time",
+    "fail": "failed the job",
+    "release": "gave the job back",
+    "complete": "completed the job",
+}
+
+
+def call(verb: str, lock_id: str, job_id: str = "a", **fields: Any) -> Any:
+    kind, given, _ = CALLS[verb]
+    return kind(id=job_id, lock_id=lock_id, **(given | fields))
+
+
+@pytest.fixture
+def dropping() -> Desk:
+    """Where also a complete leaves nothing but word of it."""
+    return Desk(Policy(late_results="drop"))
+
+
+@pytest.mark.parametrize("verb", CALLS)
+def test_the_first_refused_call_of_an_ended_grant_is_told_with_what_it_said(dropping: Desk, verb: str) -> None:
+    desk = dropping
+    lock_id = desk.held()
+    desk.yes(ForceFail(id="a"), admin=True)
+    plain = Desk(Policy(late_results="drop", late_calls=False))
+    old = plain.held()
+    plain.yes(ForceFail(id="a"), admin=True)
+    assert late(desk, call(verb, lock_id), kept=False, told=True) == late(plain, call(verb, old), kept=False)
+    event = desk.last()
+    assert (event.type, event.by, event.before, event.after) == ("late_call", "worker:w-1", "failed", "failed")
+    assert event.reason == (
+        f"Worker w-1 {WORDS[verb]} after it had lost its lock (force-fail); the job is failed. It was refused."
+    )
+    said = {"verb": verb, "worker": "w-1", "fencing_token": desk.tokens[-1], **CALLS[verb][2]}
+    assert event.details == said
+    assert event.changes is None
+
+
+def test_of_each_verb_one_is_told_however_often_it_is_said(dropping: Desk) -> None:
+    desk = dropping
+    lock_id = stalled(desk)
+    for number in range(3):
+        for verb in CALLS:
+            desk.passes(1_000)
+            late(desk, call(verb, lock_id), kept=False, told=number == 0)
+    late(desk, call("progress", lock_id, progress=99, message="other"), kept=False)
+    late(desk, call("fail", lock_id, error_message="other"), kept=False)
+    assert [event.type for event in desk.events].count("late_call") == len(CALLS)
+
+
+def test_each_grant_is_told_of_by_itself_and_a_holder_beside_it_is_named(desk: Desk) -> None:
+    first = stalled(desk)
+    late(desk, call("extend", first), kept=False, told=True)
+    second = desk.start(worker="w-2")
+    late(desk, call("progress", first), kept=False, told=True)
+    assert (desk.last().reason or "").endswith("(recovery); worker w-2 holds the job. It was refused.")
+    desk.yes(call("progress", second))
+    desk.yes(ForceReset(id="a"), admin=True)
+    late(desk, call("progress", second), kept=False, told=True)
+    assert (desk.last().details or {})["fencing_token"] == desk.tokens[-1]
+    late(desk, call("extend", first), kept=False)  # memory does not know it any more
+
+
+def test_nobody_who_never_held_the_job_writes_into_its_journal(desk: Desk) -> None:
+    stalled(desk)
+    others = desk.held("b")
+    desk.yes(ForceFail(id="b"), admin=True)
+    for verb in CALLS:
+        for lock_id in ("never-one", others):
+            late(desk, call(verb, lock_id), kept=False)
+    desk.create("c")
+    desk.no(call("progress", "never-one", "c"), "lock_lost")
+    assert desk.last().type == "created"
+
+
+def test_what_a_holder_has_ended_itself_is_told_already(desk: Desk) -> None:
+    lock_id = desk.held()
+    desk.yes(call("fail", lock_id))
+    before = len(desk.events)
+    for verb in ("progress", "extend", "complete"):
+        desk.no(call(verb, lock_id), "invalid_transition")
+    desk.yes(call("fail", lock_id))
+    desk.yes(call("release", lock_id))
+    assert len(desk.events) == before
+
+
+def test_what_operators_ask_with_an_old_lock_is_no_call_of_its_worker(desk: Desk) -> None:
+    lock_id = stalled(desk)
+    before = len(desk.events)
+    desk.no(ExtendLock(id="a", lock_id=lock_id), "lock_lost", admin=True)
+    desk.no(ReleaseLock(id="a", lock_id=lock_id), "lock_lost", admin=True)
+    desk.no(Undelivered(id="a", lock_id=lock_id), "lock_lost")
+    assert len(desk.events) == before
+
+
+def test_a_complete_that_is_kept_or_taken_is_told_as_that(desk: Desk) -> None:
+    late(desk, completing(stalled(desk)))
+    desk = taking()
+    desk.yes(completing(stalled(desk)))
+    assert [event.type for event in desk.events][-1] == "adopted"
+
+
+def test_word_of_a_late_call_keeps_no_result_from_being_taken() -> None:
+    """The job was left alone: what its worker said meanwhile changed nothing."""
+    desk = taking()
+    lock_id = stalled(desk)
+    late(desk, call("progress", lock_id), kept=False, told=True)
+    assert desk.yes(completing(lock_id)).status == "completed"
+
+
+def test_how_many_told_calls_are_remembered_has_a_limit(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book, "LATE_CALLS_KEPT", 2)
+    lock_id = stalled(desk)
+    for verb in ("progress", "extend", "release"):
+        late(desk, call(verb, lock_id), kept=False, told=True)
+    for verb in ("extend", "release"):
+        late(desk, call(verb, lock_id), kept=False)
+    late(desk, call("progress", lock_id), kept=False, told=True)

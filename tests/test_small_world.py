@@ -45,8 +45,8 @@ pytestmark = pytest.mark.timeout(300)  # all of it is computing
 # What one job can come to in a world of one attempt, where a lock that has expired is death.
 EVENTS = {
     "created", "imported", "granted", "progress", "extended", "completed", "failed", "released", "undelivered",
-    "cancelled", "stalled", "late_result", "adopted", "force_failed", "force_reset", "transitioned", "fixed",
-    "deleted", "queue_paused", "queue_resumed",
+    "cancelled", "stalled", "late_result", "late_call", "adopted", "force_failed", "force_reset", "transitioned",
+    "fixed", "deleted", "queue_paused", "queue_resumed",
 }  # fmt: skip
 REFUSALS = {
     "job_not_found", "job_exists", "already_locked", "queue_paused", "invalid_transition", "lock_lost",

@@ -178,5 +178,5 @@ def _one_after_the_other(events: list[str]) -> str:
 
 
 def asked_for(events: Iterable[Event]) -> list[str]:
-    """What others than the daemon itself have caused."""
-    return [event.type for event in events if event.by not in OWN_DOING]
+    """What others than the daemon itself have caused; word of a refused call is no change."""
+    return [event.type for event in events if event.by not in OWN_DOING and event.type != "late_call"]

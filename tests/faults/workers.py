@@ -182,9 +182,9 @@ def _next_job(daemon: Daemon, worker: RealWorker) -> None:
 def _still_the_next_ones(daemon: Daemon, before: dict[str, Any], grant: dict[str, Any]) -> None:
     path = f"/v1/jobs/{before['id']}"
     assert daemon.get(path).data == before, "the one that came back has changed the job"
-    # What it brought too late is kept beside the job, and is no change of it.
+    # What it said and brought too late is told and kept beside the job, and is no change of it.
     told = daemon.get(f"{path}/timeline").data["events"]
-    events = [event for event in told if event["type"] != "late_result"]
+    events = [event for event in told if event["type"] not in ("late_result", "late_call")]
     assert events[-1]["type"] == "granted", events[-1]
     assert events[-1]["by"] == "worker:the next"
     done = daemon.post(f"{path}/complete", {"lock_id": grant["lock_id"], "metadata": 1})

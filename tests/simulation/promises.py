@@ -44,8 +44,9 @@ from jobd.job import FINISHED, STATUSES, TRANSITIONS, Job, Lease, Policy
 from tests.desk import due_order
 
 HOLDERS: Final = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
+CALLS: Final = (Progress, Extend, Complete, Fail, Release)  # those of workers
 BY_TIME: Final = frozenset({"stalled", "expired"})  # what time does before a refused command is judged
-NOTES: Final = frozenset({"late_result"})  # they leave every row as it was
+NOTES: Final = frozenset({"late_result", "late_call"})  # they leave every row as it was
 ENDINGS: Final = frozenset({"completed", "failed", "retried", "released", "undelivered", "stalled"})
 BY_HAND: Final = frozenset({"cancelled", "force_failed", "force_reset", "transitioned"})  # these end a grant, too
 
@@ -175,6 +176,9 @@ class Promises:
         if isinstance(command, Complete) and {change.event.type for change in decision.changes} & {*NOTES, "adopted"}:
             self._check_late(command, decision, job)
             return
+        if isinstance(command, CALLS) and [change.event.type for change in decision.changes] == ["late_call"]:
+            self._check_late_call(command, decision, job)
+            return
         is_processing = job is not None and job.status == "processing" and job.grant is not None
         is_latest = is_processing and job is not None and job.grant is not None and job.grant.lock_id == lock_id
         if decision.changes:
@@ -196,6 +200,9 @@ class Promises:
         kinds = [change.event.type for change in decision.changes]
         is_current = job is not None and job.grant is not None and job.grant.lock_id == command.lock_id
         self.must(len(kinds) == 1 and not is_current, "S3", f"a complete made {kinds}", command.id)
+        if kinds == ["late_call"]:
+            self._check_late_call(command, decision, job)
+            return
         if kinds == ["late_result"]:
             refused = isinstance(decision.answer, Refusal) and decision.answer.code == "lock_lost"
             self.must(refused, "S3", "a late result was kept, and its complete not refused", command.id)
@@ -204,6 +211,17 @@ class Promises:
         is_last = ended is not None and ended.lock_id == command.lock_id and ended.rule == "recovery"
         touched = job is None or ended is None or job.updated_at != ended.at
         self.must(is_last and not touched, "S3", "a late result was taken of a job that was not left alone", command.id)
+
+    def _check_late_call(self, command: Any, decision: Decision, job: Job | None) -> None:
+        """A refused call leaves a note of who it was: the last that held the job, and did not end that itself."""
+        answer, event = decision.answer, decision.changes[0].event
+        refused = isinstance(answer, Refusal) and answer.code == "lock_lost"
+        ended = job.ended if job is not None else None
+        was_theirs = ended is not None and ended.lock_id == command.lock_id and ended.verb is None
+        self.must(refused and was_theirs, "S3", f"a {type(command).__name__} was told as a late call", command.id)
+        told = (event.details or {}).get("fencing_token"), (event.details or {}).get("verb")
+        right = ended is not None and told == (ended.fencing_token, type(command).__name__.lower())
+        self.must(right, "S3", f"a {type(command).__name__} was told as {told}", command.id)
 
     # -- one change ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import Raw
@@ -53,6 +53,7 @@ class Watch(Promises):
         self.acknowledged: dict[int, tuple[str, int, str]] = {}  # event seq -> type, job seq, job id
         self._decided: dict[int, Decision | None] = {}  # by the identity of a command that is under way
         self._durable: dict[int, str] = {}  # event seq -> type, of this daemon
+        self._calls: set[tuple[Any, ...]] = set()  # job seq, token and verb of the late calls that this daemon told
         self._latest_wall = 0  # that this daemon has seen
         self._held_at: int | None = None  # lease time while the full disk holds it
         self._good_pass_s = 0.0  # loop time of the start, or of the latest pass without errors
@@ -75,6 +76,7 @@ class Watch(Promises):
     def opened(self, daemon: Daemon, grace_ms: int) -> None:
         """A daemon has opened the disk: its memory is what the disk holds, and so is everything acknowledged."""
         self._durable = {}
+        self._calls = set()
         self._latest_wall = 0
         self._held_at = None
         self._good_pass_s = self.machine.loop.now_s
@@ -107,7 +109,7 @@ class Watch(Promises):
         """Every late result that was told of is kept with its job, or has made room for later ones."""
         disk = self.machine.disk
         for seq, (kind, job_seq, job_id) in self.acknowledged.items():
-            if kind in NOTES and job_seq in disk.jobs:
+            if kind == "late_result" and job_seq in disk.jobs:
                 kept = disk.lates.get(job_seq, ())
                 is_there = len(kept) == KEEP_LATE or seq in [late.seq for late in kept]
                 self.must(is_there, "S6", f"late result {seq} was acknowledged and is lost", job_id)
@@ -185,6 +187,10 @@ class Watch(Promises):
             if event.job_seq == 0:
                 continue
             self.machine.artefacts.committed(change)
+            if event.type == "late_call" and event.details is not None:
+                call = (event.job_seq, event.details["fencing_token"], event.details["verb"])
+                self.must(call not in self._calls, "S3", "a late call was told twice", event.job_id)
+                self._calls.add(call)
             self.must(fold(before, event) == after, "S7", f"{event.type} does not say what happened", event.job_id)
             if event.type == "undelivered" and before is not None and before.grant is not None:
                 token = before.grant.fencing_token
