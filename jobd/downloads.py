@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 import structlog
 from aiohttp import hdrs, web
+from msgspec import Meta
 
-from jobd.answers import JobView
+from jobd.answers import JobView, LateResultList, LateResultView
 from jobd.artefacts import ArtefactStore, Reading, StoreFault
 from jobd.bodies import refused
-from jobd.commands import Get, OnJob, Refusal
+from jobd.commands import Get, LateResults, OnJob, Refusal
 from jobd.replies import PATIENCE_S, SAFE
 from jobd.streams import write
 from jobd.visits import Visit
@@ -31,7 +32,9 @@ log = structlog.get_logger("jobd.artefacts")
 
 
 class Artefact(OnJob, frozen=True, kw_only=True):
-    """The object that a job's `storage_key` names."""
+    """The object that a job's `storage_key` names, or that of its late result with this `seq`."""
+
+    late_result: Annotated[int, Meta(ge=1)] | None = None
 
 
 class Downloads:
@@ -107,30 +110,46 @@ class _Download:
 
 
 async def give(site: Web, visit: Visit, asked: Any, name: str = "") -> web.StreamResponse | Refusal:
-    """The artefact of the job `asked.id`, as a file to be kept. Where it breaks off the connection is cut.
+    """The artefact that is asked for, as a file to be kept. Where it breaks off the connection is cut.
 
     `name` is that of who asks, where his session knows it.
     """
-    looked = await site.actor.ask(Get(id=asked.id), by=visit.by, size=visit.size)
-    if isinstance(looked, Refusal):
-        return looked
-    job: JobView = looked.data
-    if job.storage_key is None:
-        return Refusal("not_found", f"Job {job.id} names no stored result: it has no storage_key.")
+    key = await _key(site, visit, asked)
+    if isinstance(key, Refusal):
+        return key
     transport, request = visit.connection.transport, visit.request
     if transport is None or request is None:
         raise ConnectionResetError("the client is gone")
-    download = await site.rooms.download(job.storage_key, transport.abort)
+    download = await site.rooms.download(key, transport.abort)
     try:
         if visit.method != hdrs.METH_HEAD:
-            await note_look(site, visit, "artefact", name=name, job_id=job.id)
-        response = web.StreamResponse(headers=_headers(job.storage_key))
+            await note_look(site, visit, "artefact", name=name, job_id=asked.id)
+        response = web.StreamResponse(headers=_headers(key))
         response.content_length = download.size
         await response.prepare(request)
         await _pass_on(response, download, visit)
         return response
     finally:
         download.leave()
+
+
+async def _key(site: Web, visit: Visit, asked: Artefact) -> str | Refusal:
+    """What names the object."""
+    command = Get(id=asked.id) if asked.late_result is None else LateResults(id=asked.id)
+    looked = await site.actor.ask(command, by=visit.by, size=visit.size)
+    if isinstance(looked, Refusal):
+        return looked
+    named: JobView | LateResultView | None
+    if asked.late_result is None:
+        named, what = looked.data, f"Job {asked.id}"
+    else:
+        listed: LateResultList = looked.data
+        named = next((late for late in listed.late_results if late.seq == asked.late_result), None)
+        what = f"The late result {asked.late_result} of job {asked.id}"
+        if named is None:
+            message = f"{what} is not there (any more). See those that it has: jobctl late {asked.id}"
+            return Refusal("late_result_not_found", message, {"job_id": asked.id})
+    return named.storage_key or Refusal("not_found", f"{what} names no stored result: it has no storage_key.")
 
 
 async def _pass_on(response: web.StreamResponse, download: Download, visit: Visit) -> None:

@@ -61,7 +61,8 @@ _OPERATORS: Final = {
     "DELETE jobs/{id}": "Delete a finished job and its history.",
     "GET jobs/{id}/timeline": "What happened to a job, oldest first.",
     "GET jobs/{id}/why": "Why a job is where it is, and what happens next.",
-    "GET jobs/{id}/artefact": "What lies in the store of artefacts under the job's `storage_key`, as a file.",
+    "GET jobs/{id}/artefact": "What lies in the store of artefacts under the job's `storage_key`, or under that of one "
+    "of its late results, as a file.",
     "GET jobs/{id}/late-results": "What completes of this job brought whose locks were lost, the oldest grant first.",
     "POST jobs/{id}/adopt": "Complete a queued, failed or cancelled job with a late result: the one with this `seq`, "
     "or that of the latest grant.",
@@ -161,7 +162,11 @@ REFUSED: Final[dict[type[Command], tuple[str, ...]]] = {
 # The same of calls that are no command to the actor.
 REFUSED_TOO: Final = {
     "POST /admin/job-management/recover-stuck": ("overloaded", "shutting_down", "outcome_unknown", "storage_full"),
-    "GET /admin/job-management/jobs/{id}/artefact": ("not_found", "storage_unavailable"),
+    "GET /admin/job-management/jobs/{id}/artefact": (
+        "not_found",
+        "storage_unavailable",
+        "late_result_not_found",
+    ),
     "GET /admin/job-management/backup": ("overloaded", "shutting_down", "storage_full"),
     "GET /admin/job-management/preview": ("overloaded", "shutting_down", "outcome_unknown"),
     "GET /admin/job-management/plans/{plan_id}": ("plan_not_found",),
@@ -326,6 +331,7 @@ FIELDS: Final = {
     "last_error_at": "When that was, or null.",
     "last_success_at": "When a message was last delivered, or null.",
     "lastReport": "The report of the last pass, or null.",
+    "late_result": "The `seq` of a late result: what that names, in the place of what the job names.",
     "late_results": "What completes brought whose locks were lost.",
     "limit": "At most so many.",
     "line": "The number of the line, from 1.",

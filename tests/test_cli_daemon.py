@@ -533,6 +533,22 @@ def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: 
     (running.folder / "artefacts" / "c7" / "report.pdf").unlink()
 
 
+def test_what_came_late_is_downloaded_before_it_is_adopted(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
+    jobctl.ok("submit", "--id", "c8", "--queue", "c8")
+    grant = running.client.claim("w-late", queues=["c8"])[0]
+    jobctl.ok("force-reset", "c8", "-y")
+    (running.folder / "artefacts" / "c8").mkdir()
+    (running.folder / "artefacts" / "c8" / "late.bin").write_bytes(b"late")
+    with pytest.raises(LockLost) as lost:
+        running.client.complete_job("c8", grant.lock_id, storage_key="c8/late.bin")
+    target = tmp_path / "late.bin"
+    assert jobctl.no("artefact", "c8", "-o", str(target))[0] == 4
+    assert jobctl.no("artefact", "c8", "--late-result", "1", "-o", str(target))[0] == 4
+    assert not target.exists()
+    jobctl.ok("artefact", "c8", "--late-result", str(lost.value.late_result), "-o", str(target))
+    assert target.read_bytes() == b"late"
+
+
 def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> None:
     jobctl.ok("submit", "--id", "c6", "--queue", "c6")
     assert jobctl.run("late", "c6") == (0, "", "No late results.\n")

@@ -724,11 +724,15 @@ def test_a_refused_backup_writes_nothing(peer: Peer, admin: AdminBoth) -> None:
 
 def test_a_stored_result_is_copied_piece_by_piece(peer: Peer, admin: AdminBoth) -> None:
     content = os.urandom(700_000)
-    peer.script = [raw(content, kind="application/octet-stream"), no("not_found", 404), no("storage_unavailable", 503)]
+    refusals = [no("late_result_not_found", 404), no("not_found", 404), no("storage_unavailable", 503)]
+    peer.script = [raw(content, kind="application/octet-stream"), *refusals]
     file = io.BytesIO()
     assert admin("download_artefact", "a.b:c", file) == len(content)
     assert file.getvalue() == content
     assert peer.asked[0].path == "/admin/job-management/jobs/a.b:c/artefact"
+    with pytest.raises(ERRORS["late_result_not_found"]):
+        admin("download_artefact", "a", file, 7)
+    assert peer.asked[1].path == "/admin/job-management/jobs/a/artefact?late_result=7"
     for code in ("not_found", "storage_unavailable"):
         with pytest.raises(ERRORS[code]):
             admin("download_artefact", "a", file)

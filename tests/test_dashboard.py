@@ -1055,7 +1055,8 @@ async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
         locks.append(await town.again("held"))
     late = []
     for number, lock in enumerate(locks[:2]):
-        body = json.dumps({"lock_id": lock, "metadata": {"n": NASTY}, "file_path": f"/late/{number}"})
+        result = {"file_path": f"/late/{number}", **({"storage_key": "late/1"} if number else {})}
+        body = json.dumps({"lock_id": lock, "metadata": {"n": NASTY}, **result})
         heard = await town.worker.ask("POST", "/v1/jobs/held/complete", body)
         assert heard.error == "lock_lost"
         late.append(heard.json["details"]["late_result"])
@@ -1072,6 +1073,11 @@ async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
     assert "<script>alert" not in page
     assert "late-" in text(await reader.get("/jobs/held"))
     assert "verb=adopt" not in text(await reader.get("/jobs/held"))
+    for each in (browser, reader):  # to be looked at before it is adopted; the other names none
+        page = text(await each.get("/jobs/held"))
+        assert re.findall(r'href="(/jobs/held/artefact[^"]*)" download', page) == [
+            f"/jobs/held/artefact?late_result={late[1]}"
+        ]
     page = text(await browser.get(f"/jobs/held/confirm?verb=adopt&result={late[0]}"))
     assert re.findall(r'class="status (\w+)"', page) == ["cancelled", "completed"]
     assert "/late/0" in page

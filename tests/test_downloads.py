@@ -15,15 +15,15 @@ from structlog.testing import capture_logs
 
 from jobd import downloads
 from jobd.admin_api import ROUTES
-from jobd.answers import Answer
+from jobd.answers import Answer, LateResultList
 from jobd.artefact_files import FileStore
 from jobd.artefacts import PIECE_BYTES, StoreFault
 from jobd.bodies import Refused
-from jobd.commands import Get, Note, Refusal
+from jobd.commands import Get, LateResults, Note, Refusal
 from jobd.doors import Gate
 from jobd.downloads import Downloads, disposition
-from jobd.job import Job, Policy, Result
-from jobd.views import job_view
+from jobd.job import Job, LateResult, Policy, Result
+from jobd.views import job_view, late_view
 from tests.desk import Desk
 from tests.http_help import TOKEN, House
 
@@ -97,6 +97,42 @@ async def test_what_is_not_there_is_refused_in_words(house: House, place: Path) 
     house.figures.downloads = Downloads(None, MOST)
     heard = await house.ask("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error, "artefacts.url" in heard.json["message"]) == (404, "not_found", True)
+
+
+def brings(house: House, *lates: LateResult) -> None:
+    """The job that everybody asks for has these late results, and a result of its own."""
+    desk = Desk()
+    job: Job = replace(desk.create("a"), result=Result(storage_key="own"))
+    listed = LateResultList([late_view(late) for late in lates])
+    view = job_view(job, desk.at, Policy(), admin=False)
+    house.desk.answer = lambda command: Answer(listed if isinstance(command, LateResults) else view)
+
+
+async def test_what_a_late_result_names_can_be_looked_at_before_it_is_taken(house: House, place: Path) -> None:
+    lates = [
+        LateResult(7, 1, "w-1", 1, "h", result=Result(storage_key="late/1.pdf")),
+        LateResult(9, 2, "w-2", 2, "h", result=Result(storage_key="late/2.pdf")),
+        LateResult(11, 3, "w-3", 3, "h", result=Result(file_path="/srv/3")),
+    ]
+    brings(house, *lates)
+    (place / "late").mkdir()
+    for number, content in (("late/1.pdf", b"one"), ("late/2.pdf", b"two"), ("own", b"own")):
+        (place / number).write_bytes(content)
+    for seq, content, name in ((7, b"one", "1.pdf"), (9, b"two", "2.pdf")):
+        heard = await house.ask("GET", f"{PATH}?late_result={seq}", headers=AUTH)
+        assert (heard.status, heard.body) == (200, content)
+        assert f'filename="{name}"' in heard.headers["content-disposition"]
+    assert [(type(asked.command), asked.admin) for asked in house.desk.asked] == [(LateResults, False), (Note, False)] * 2
+    assert (await house.ask("GET", PATH, headers=AUTH)).body == b"own"
+    heard = await house.ask("GET", f"{PATH}?late_result=11", headers=AUTH)
+    assert (heard.status, heard.error, "no storage_key" in heard.json["message"]) == (404, "not_found", True)
+    heard = await house.ask("GET", f"{PATH}?late_result=8", headers=AUTH)
+    assert (heard.status, heard.error, "jobctl late a" in heard.json["message"]) == (404, "late_result_not_found", True)
+    for wrong in ("0", "-1", "x", "", "1.5"):
+        heard = await house.ask("GET", f"{PATH}?late_result={wrong}", headers=AUTH)
+        assert (heard.status, heard.error) == (400, "invalid_request"), wrong
+    house.desk.answer = lambda command: Refusal("job_not_found", "No job has this id.")
+    assert (await house.ask("GET", f"{PATH}?late_result=7", headers=AUTH)).error == "job_not_found"
 
 
 async def test_only_so_many_at_a_time_and_places_are_given_back(house: House, place: Path) -> None:

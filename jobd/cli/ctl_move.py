@@ -151,8 +151,9 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
     help="Where to write it (default: stdout).",
 )
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
+@click.option("--late-result", type=int, metavar="N", help="What a late result names (see jobctl late), not the job.")
 @admin_options
-def artefact(job_id: str, file: Path, yes: bool) -> None:
+def artefact(job_id: str, file: Path, yes: bool, late_result: int | None) -> None:
     """Download a job's stored result: what its storage_key names.
 
     FILE is there whole or not at all. On stdout it is not to be trusted unless the exit code is 0.
@@ -161,7 +162,7 @@ def artefact(job_id: str, file: Path, yes: bool) -> None:
     if str(file) == "-":
         if sys.stdout.isatty():
             raise click.UsageError("a result may hold anything: name a file (-o FILE), or redirect the output")
-        client.download_artefact(job_id, sys.stdout.buffer)
+        client.download_artefact(job_id, sys.stdout.buffer, late_result=late_result)
         sys.stdout.flush()
         return
     if file.exists() and not yes:
@@ -169,7 +170,7 @@ def artefact(job_id: str, file: Path, yes: bool) -> None:
     from jobd.cli.safe_file import whole_file
 
     with bar("artefact") as advance, whole_file(file, lambda done: advance(done, None)) as target:
-        count = client.download_artefact(job_id, target)
+        count = client.download_artefact(job_id, target, late_result=late_result)
     show.emit(f"{file}: {show.size(count)}")
 
 

@@ -334,9 +334,9 @@ def adopt(
     return post(job_path(JOBS, job_id, "adopt"), read_job, body, key=idempotency_key or uuid7())
 
 
-def download_artefact(job_id: str) -> Request[bytes]:
-    """What lies in the store of artefacts under the job's `storage_key`."""
-    return Request("GET", job_path(JOBS, job_id, "artefact"), bytes)
+def download_artefact(job_id: str, late_result: int | None = None) -> Request[bytes]:
+    """What lies in the store of artefacts under the job's `storage_key`, or that of its late result with this `seq`."""
+    return get(job_path(JOBS, job_id, "artefact"), bytes, late_result=late_result)
 
 
 def delete_job(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> Request[JobInfo]:
