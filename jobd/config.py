@@ -9,7 +9,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
@@ -269,7 +269,7 @@ def load(
         _set(values, sources, key, text, "flag")
     config = _settle(_convert(values, sources), environ, sources)
     _check(config)
-    own_places = _own_places(config, environ, found)
+    own_places = _own_places(config, environ, found, webhooks)
     check_apart(config.artefacts.url, own_places, os.path.abspath)  # where they lie may hang, also on a reload
     development = environ.get("ENVIRONMENT") == "development"
     admin_tokens = _admin_tokens(config, environ)
@@ -568,16 +568,20 @@ def _check_artefacts(url: str) -> None:
         raise ConfigError("artefacts.url: s3:// needs an extra that is not installed: pip install 'jobd[s3]'")
 
 
-def _own_places(config: Config, environ: Mapping[str, str], file: Path | None) -> tuple[str, ...]:
-    """The directories, as named and without links, of the daemon's own files: store, sockets, config.toml, tokens."""
+def _own_places(
+    config: Config, environ: Mapping[str, str], file: Path | None, webhooks: Iterable[WebhookSetting]
+) -> tuple[str, ...]:
+    """The directories, as named and without links, of the daemon's own files: store, sockets, config.toml, secrets."""
+    own = ("token_file", "tls_cert", "tls_key")
     listens = (parse_listen(place, "listen") for place in (config.worker.listen, config.admin.listen) if place)
     files = [
         "" if config.store.path == ":memory:" else config.store.path,
         config.worker.socket,
         *(place for place in listens if isinstance(place, str)),
         "" if file is None else str(file),
-        *(getattr(section, name) for section in (config.worker, config.admin) for name in ("token_file", "tls_key")),
+        *(getattr(section, name) for section in (config.worker, config.admin) for name in own),
         config.admin.readonly_token_file,
+        *(setting.section.secret_file for setting in webhooks),
         *(environ.get(name, "") for name in ("ADMIN_TOKEN_FILE", "ADMIN_READONLY_TOKEN_FILE")),
     ]
     ways = [way for path in files if path for way in (os.path.abspath(path), os.path.realpath(path))]

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import tomllib
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -415,14 +416,19 @@ def test_where_artefacts_may_be(url: str) -> None:
     assert not loaded().config.policy().artefacts
 
 
-@pytest.mark.parametrize("where", ["", "state", "state/in", "run", "etc", "tokens", "readers", "state/none/.."])
+@pytest.mark.parametrize(
+    "where", ["", "state", "state/in", "run", "etc", "tokens", "readers", "certs", "keys", "hooks", "state/none/.."]
+)
 def test_artefacts_never_lie_where_the_daemons_own_files_do(tmp_path: Path, where: str) -> None:
     """Workers say what is deleted there: a storage_key of `jobd.db` would be the database."""
-    for name in ("state/in/deep", "run", "etc", "tokens", "readers", "srv"):
+    for name in ("state/in/deep", "run", "etc", "tokens", "readers", "certs", "keys", "hooks", "srv"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "state/jobd.db").symlink_to(tmp_path / "state/in/deep/real.db")
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    for name, text in (("etc/config.toml", ""), ("tokens/admin", OTHER), ("readers/reader", OTHER)):
+    hook = f'[[webhooks]]\nname = "e"\nurl = "https://example.com/"\nsecret_file = "{tmp_path}/hooks/secret"\n'
+    files = {"etc/config.toml": hook, "tokens/admin": OTHER, "readers/reader": OTHER}
+    files["hooks/secret"] = f"whsec_{b64encode(bytes(32)).decode()}"
+    for name, text in files.items():
         (tmp_path / name).write_text(text)
     places = {
         "store.path": str(tmp_path / "state/jobd.db"),
@@ -432,6 +438,8 @@ def test_artefacts_never_lie_where_the_daemons_own_files_do(tmp_path: Path, wher
     file, readers = str(tmp_path / "etc/config.toml"), str(tmp_path / "readers/reader")
     environ = {"ADMIN_TOKEN": TOKEN, "ADMIN_READONLY_TOKEN_FILE": readers}
     places["admin.token_file"] = str(tmp_path / "tokens/admin")
+    places |= {"worker.listen": "127.0.0.1:0", "worker.token_file": str(tmp_path / "tokens/admin")}
+    places |= {"worker.tls_cert": str(tmp_path / "certs/a.pem"), "worker.tls_key": str(tmp_path / "keys/a.pem")}
     for apart in ("srv", "state/results", "run/results", "none"):
         load({**places, "artefacts.url": f"file://{tmp_path / apart}"}, environ, file)
     linked = f"file://{tmp_path / 'link'}"
