@@ -88,7 +88,8 @@ def tell(draft: Draft, job: Job, command: Calls) -> None:
     verb, did = _CALLS[type(command)]
     if draft.book.was_told(job.seq, ended.fencing_token, verb):
         return
-    reason = f"Worker {ended.worker} {did} after it had lost its lock ({ended.rule}); {_holder(job)}. It was refused."
+    lost = f"after it had lost its lock ({ended.rule})"
+    reason = f"Worker {ended.worker} {did} {lost}; {_holder(job)}. The call was refused."
     details = {"verb": verb, "worker": ended.worker, "fencing_token": ended.fencing_token, **_said(command)}
     draft.note_call(job, ended.worker, reason, details)
 

@@ -171,12 +171,12 @@ CREATE TABLE deleted_jobs (
 ) STRICT;
 CREATE INDEX deleted_jobs_at ON deleted_jobs (at);
 
--- Stored objects of jobs that are gone: to be deleted, unless another job names their key.
+-- Stored objects of jobs and late results that are gone: to be deleted, unless another job names their key.
 CREATE TABLE tombstones (
-    job_seq INTEGER PRIMARY KEY,
+    job_seq INTEGER PRIMARY KEY,       -- of what a late result named its own seq, as a negative number
     job_id TEXT NOT NULL,
-    key TEXT NOT NULL,                 -- the storage_key of the job
-    at INTEGER NOT NULL,               -- when the job was deleted
+    key TEXT NOT NULL,                 -- the storage_key
+    at INTEGER NOT NULL,               -- when the job was deleted, or the late result went
     due_at INTEGER NOT NULL,           -- when the object is looked at next
     tries INTEGER NOT NULL,            -- that have failed
     crc INTEGER NOT NULL

@@ -1060,8 +1060,12 @@ async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
         heard = await town.worker.ask("POST", "/v1/jobs/held/complete", body)
         assert heard.error == "lock_lost"
         late.append(heard.json["details"]["late_result"])
+    body = json.dumps({"lock_id": locks[1], "error_message": "disk on fire"})
+    assert (await town.worker.ask("POST", "/v1/jobs/held/fail", body)).error == "lock_lost"
     browser, reader = await town.browser(), await town.browser(READER)
     page = text(await browser.get("/jobs/held"))
+    assert "late_call" in page
+    assert "disk on fire" in page
     assert re.findall(r'id="late-(\d+)"', page) == [str(late[1]), str(late[0])], "newest grant first"
     assert "Somebody holds the job" in page
     assert "verb=adopt" not in page

@@ -122,7 +122,10 @@ async def test_what_a_late_result_names_can_be_looked_at_before_it_is_taken(hous
         heard = await house.ask("GET", f"{PATH}?late_result={seq}", headers=AUTH)
         assert (heard.status, heard.body) == (200, content)
         assert f'filename="{name}"' in heard.headers["content-disposition"]
-    assert [(type(asked.command), asked.admin) for asked in house.desk.asked] == [(LateResults, False), (Note, False)] * 2
+    assert [(type(asked.command), asked.admin) for asked in house.desk.asked] == [
+        (LateResults, False),
+        (Note, False),
+    ] * 2
     assert (await house.ask("GET", PATH, headers=AUTH)).body == b"own"
     heard = await house.ask("GET", f"{PATH}?late_result=11", headers=AUTH)
     assert (heard.status, heard.error, "no storage_key" in heard.json["message"]) == (404, "not_found", True)

@@ -622,7 +622,7 @@ def test_the_first_refused_call_of_an_ended_grant_is_told_with_what_it_said(drop
     event = desk.last()
     assert (event.type, event.by, event.before, event.after) == ("late_call", "worker:w-1", "failed", "failed")
     assert event.reason == (
-        f"Worker w-1 {WORDS[verb]} after it had lost its lock (force-fail); the job is failed. It was refused."
+        f"Worker w-1 {WORDS[verb]} after it had lost its lock (force-fail); the job is failed. The call was refused."
     )
     said = {"verb": verb, "worker": "w-1", "fencing_token": desk.tokens[-1], **CALLS[verb][2]}
     assert event.details == said
@@ -646,7 +646,7 @@ def test_each_grant_is_told_of_by_itself_and_a_holder_beside_it_is_named(desk: D
     late(desk, call("extend", first), kept=False, told=True)
     second = desk.start(worker="w-2")
     late(desk, call("progress", first), kept=False, told=True)
-    assert (desk.last().reason or "").endswith("(recovery); worker w-2 holds the job. It was refused.")
+    assert (desk.last().reason or "").endswith("(recovery); worker w-2 holds the job. The call was refused.")
     desk.yes(call("progress", second))
     desk.yes(ForceReset(id="a"), admin=True)
     late(desk, call("progress", second), kept=False, told=True)
