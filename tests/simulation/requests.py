@@ -29,7 +29,9 @@ from jobd.commands import (
     ForceFail,
     ForceReset,
     Get,
+    GetVersion,
     Import,
+    ImportCheck,
     LateResults,
     List,
     Locks,
@@ -212,7 +214,8 @@ class Requests:
 
     def brought(self, now: int) -> Import:
         """A job from elsewhere, with whatever its row says."""
-        return Import(
+        kind = ImportCheck if self.chance(0.2) else Import
+        return kind(
             id=self.new_id(),
             queue=self.queue(),
             kind=self.kind(),
@@ -247,7 +250,7 @@ class Requests:
             case 3:
                 return Why(id=self.job_id())
             case 4:
-                return Validate(id=self.job_id())
+                return Validate(id=self.job_id()) if self.chance(0.7) else GetVersion(id=self.job_id())
             case 5:
                 kind = self.dice.choice((List, Search))
                 return kind(
