@@ -100,6 +100,7 @@ class Shape:
         self._lists = frozenset(
             info.encode_name for info in msgspec.structs.fields(command) if get_origin(info.type) is list
         )
+        self._texts = frozenset(info.encode_name for info in msgspec.structs.fields(command) if _takes_text(info.type))
         self._check = _CHECKS.get(command)
         self._decode = msgspec.json.Decoder(self.part).decode
         self._scale = Scale(self.part, {name: most(limits) for name, most in _LISTS.get(command, {}).items()})
@@ -136,6 +137,11 @@ class Shape:
         return self._joined(self._converted(fields), value)
 
     def _converted(self, fields: dict[str, Any]) -> Any:
+        for name, value in fields.items():
+            if (
+                name not in self._texts and isinstance(value, str) and value.lower() == "null"
+            ):  # msgspec: as good as none
+                raise invalid(f"$.{name}", "null is no value here. Leave it out.")
         try:
             return msgspec.convert(fields, self.part, strict=False)
         except msgspec.ValidationError as fault:
@@ -177,6 +183,10 @@ def part_of(command: type[Command], given: str | None, *, also: Sequence[Any] = 
         forbid_unknown_fields=True,
         module=__name__,
     )
+
+
+def _takes_text(kind: Any) -> bool:
+    return kind is str or get_origin(kind) is Literal or any(map(_takes_text, get_args(kind)))
 
 
 def path_value(name: str, value: str) -> str:

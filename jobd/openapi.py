@@ -102,7 +102,7 @@ def _parameters(route: Route) -> list[Json]:
         found.append({**known, "schema": {"type": "string"}})
     if route.sends == EVENT_STREAM:
         known = {"name": "Last-Event-ID", "in": "header", "description": HEADERS["Last-Event-ID"]}
-        found.append({**known, "schema": {"type": "string", "pattern": "^[0-9]{1,19}$"}})
+        found.append({**known, "schema": {"type": "string", "pattern": "^[0-9]{0,19}$"}})  # empty: none
     if route.method == "GET":
         asked = Schemas()
         shown = asked.shown(asked.asked(route.asks, route.given))

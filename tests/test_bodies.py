@@ -409,3 +409,11 @@ def test_a_malformed_id_in_the_path_is_a_400(value: str) -> None:
 @pytest.mark.parametrize("value", ["a", "A.b_c:d-9", "a" * 200, ".."])
 def test_a_good_id_in_the_path_is_taken(value: str) -> None:
     assert path_value("id", value) == value
+
+
+@pytest.mark.parametrize("value", ["null", "NULL", "Null"])
+def test_null_is_no_number_in_a_query(value: str) -> None:
+    with pytest.raises(Refused) as no:
+        Shape(List, None, LIMITS).from_query(f"limit={value}")
+    assert no.value.refusal.details == {"field": "$.limit"}
+    assert Shape(List, None, LIMITS).from_query(f"kind={value}") == List(kind=value), "it is a name like any other"

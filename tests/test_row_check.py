@@ -135,7 +135,7 @@ async def test_others_have_their_turn_while_it_walks(path: str, monkeypatch: pyt
     async with opened(path) as (store, _):
         task = asyncio.create_task(walked(store))
         batches = 0
-        while not task.done():
+        while not task.done() and batches < 200:  # it walks so slowly here that the journal might outgrow it
             await store.write(maker.any_batch(1))
             batches += 1
         counts, damaged = await task

@@ -5,6 +5,7 @@ What the documents say is the measure: nothing about single calls is known here 
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 from collections import Counter
@@ -14,7 +15,6 @@ from typing import Any, Final
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import CheckFunction
@@ -25,6 +25,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 
 from jobd import admin_api, worker_api
 from jobd.doors import LINES
+from jobd.job import STATUSES
 from jobd.openapi import document
 from jobd.routes import Route
 from tests.faults.frame import Check, Counts, Trial
@@ -42,10 +43,11 @@ FAIR: Final = (
     "is no type of event",
     "say two beginnings",
     "Give `filter` or `ids`",
+    "goes with the `filter` of the plan before",
     "`$.storage_key`",
     "`$.updates.storage_key`",
 )
-STATES: Final = ("held", "waiting", "finished", "unknown")
+STATES: Final = {"held": "processing", "waiting": "queued", "finished": "cancelled"}  # and the status of each
 _P: Final = "/admin/job-management"
 # Calls about what this daemon has not, or what nobody can guess: they are asked, and may be refused each time.
 NOT_THERE: Final = frozenset(
@@ -98,8 +100,8 @@ class Known:
             self._daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": self.locks.pop(job_id), "metadata": 1})
         return job_id
 
-    def put_into(self, case: Case[Any], job_id: str) -> None:
-        """Let `case` be about this job, where it names one."""
+    def put_into(self, case: Case[Any], job_id: str, status: str) -> None:
+        """Let `case` be about this job, where it names one, and its status."""
         if isinstance(case.path_parameters, dict) and "id" in case.path_parameters:
             case.path_parameters["id"] = job_id
         if isinstance(case.query, dict) and "jobId" in case.query:
@@ -107,6 +109,8 @@ class Known:
         if isinstance(case.body, dict):
             if "jobId" in case.body:
                 case.body["jobId"] = job_id
+            if case.body.get("from") in STATUSES:
+                case.body["from"] = status
             for name in ("lock_id", "lockId"):
                 if name in case.body:
                     case.body[name] = self.locks.get(job_id, "none")
@@ -137,6 +141,8 @@ class Fuzz:
         self._session.close()
 
     def _call(self, operation: APIOperation[Any, Any, Any, Any], mode: GenerationMode, examples: int) -> None:
+        states = itertools.cycle([*STATES, "unknown"])  # each comes as often as the others, in a short run too
+
         @seed(20_240_601)
         @settings(
             max_examples=examples,
@@ -145,10 +151,11 @@ class Fuzz:
             suppress_health_check=list(HealthCheck),
             phases=[Phase.generate],
         )
-        @given(case=operation.as_strategy(generation_mode=mode), state=st.sampled_from(STATES))
-        def ask(case: Case[Any], state: str) -> None:
-            if mode == GenerationMode.POSITIVE and state != "unknown":
-                self._known.put_into(case, self._known.fresh(state))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case: Case[Any]) -> None:
+            state = next(states)
+            if mode == GenerationMode.POSITIVE and state in STATES:
+                self._known.put_into(case, self._known.fresh(state), STATES[state])
             self._ask(case, mode)
 
         try:
