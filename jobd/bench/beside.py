@@ -12,6 +12,7 @@ from jobd.bench.wire import Wire
 from jobd.bench.work import BASE, Asked, Figures, clock
 
 PROBE_EVERY_S: Final = 0.002
+SMALL: Final = 1 << 17  # bytes
 
 
 @asynccontextmanager
@@ -61,13 +62,17 @@ async def _delete(asked: Asked) -> None:
     await wire.post(f"{BASE}/cleanup", b"{}")
 
 
-def _again(path: str) -> Callable[[Asked], Coroutine[Any, Any, None]]:
-    async def work(asked: Asked) -> None:
-        wire = await Wire.open(asked.admin, asked.token)
-        while True:
-            await wire.get(path)
+async def _scrape(asked: Asked) -> None:
+    wire = await Wire.open(asked.admin, asked.token)
+    while True:
+        await wire.get("/metrics")
 
-    return work
+
+async def _back_up(asked: Asked) -> None:
+    """One backup after the other. They are dropped as they come: to hold one would hold up the probes."""
+    wire = await Wire.open(asked.admin, asked.token, limit=SMALL)
+    while True:
+        await wire.drop(f"{BASE}/backup")
 
 
 async def _history(asked: Asked) -> None:
@@ -82,7 +87,7 @@ WORKS: Final[dict[str, Callable[[Asked], Coroutine[Any, Any, None]]]] = {
     "nothing": _nothing,
     "passes": clean,
     "deletion": _delete,
-    "backup": _again(f"{BASE}/backup"),
+    "backup": _back_up,
     "history": _history,
-    "scrapes": _again("/metrics"),
+    "scrapes": _scrape,
 }

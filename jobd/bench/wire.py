@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 
 _LIMIT: Final = 1 << 24  # bytes that a reader buffers
+_PIECE: Final = 1 << 16
 
 encode: Final = msgspec.json.Encoder().encode
 decode: Final = msgspec.json.Decoder().decode
@@ -27,8 +28,8 @@ class Wire:
         self._own = f"Host: x\r\nAuthorization: Bearer {token}\r\n" if token else "Host: x\r\n"
 
     @classmethod
-    async def open(cls, path: str, token: str | None = None) -> Wire:
-        return cls(*await asyncio.open_unix_connection(path, limit=_LIMIT), token)
+    async def open(cls, path: str, token: str | None = None, *, limit: int = _LIMIT) -> Wire:
+        return cls(*await asyncio.open_unix_connection(path, limit=limit), token)
 
     async def post(self, path: str, body: bytes, *, may_fail: bool = False) -> Any:
         """The `data` of the answer; where it may fail, None for a refusal."""
@@ -43,6 +44,14 @@ class Wire:
     async def get(self, path: str) -> Any:
         self._writer.write(f"GET {path} HTTP/1.1\r\n{self._own}\r\n".encode())
         return await self._answer(False)
+
+    async def drop(self, path: str) -> None:
+        """Read an answer of whatever size to its end, piece by piece, and keep nothing of it."""
+        self._writer.write(f"GET {path} HTTP/1.1\r\n{self._own}\r\n".encode())
+        head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        left = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
+        while left:
+            left -= len(await self._reader.read(min(left, _PIECE)))
 
     def _send(self, path: str, kind: str, body: bytes) -> None:
         head = f"POST {path} HTTP/1.1\r\n{self._own}Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -61,14 +70,7 @@ class Wire:
         raise Refused(f"{answer['error']}: {answer['message']}")
 
     async def _body(self, head: bytes) -> bytes:
-        _, is_there, length = head.partition(b"content-length:")
-        if is_there:
-            return await self._reader.readexactly(int(length.partition(b"\r\n")[0]))
-        pieces = []
-        while size := int(await self._reader.readuntil(b"\r\n"), 16):  # chunks
-            pieces.append((await self._reader.readexactly(size + 2))[:-2])
-        await self._reader.readuntil(b"\r\n")
-        return b"".join(pieces)
+        return await self._reader.readexactly(int(head.partition(b"content-length:")[2].partition(b"\r\n")[0]))
 
     def close(self) -> None:
         self._writer.close()
