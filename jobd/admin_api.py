@@ -95,14 +95,12 @@ from jobd.routes import Route, Who
 from jobd.streams import BACKUP_KIND, BackupAsked, ImportReport, give_out, take_in
 from jobd.visits import Visit, in_parts, operator_of
 from jobd.web import PROBES, Nothing, Web, ask, note, note_look
+from jobd.webhook import WebhookName
 
 MAX_REPORTS: Final = 500
 MAX_GROUPS: Final = 200
 MAX_NUMBER: Final = (1 << 63) - 1
 METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"
-
-
-WebhookName = Annotated[str, Meta(pattern="^[A-Za-z0-9._:-]{1,100}$")]
 
 
 class Because(Command, frozen=True, kw_only=True):
@@ -239,24 +237,21 @@ async def _webhooks(site: Web, visit: Visit, asked: Nothing) -> Answer:
 
 async def _deliveries(site: Web, visit: Visit, asked: Deliveries) -> Answer | Refusal:
     before = None if asked.cursor is None else int(asked.cursor)
-    page = await site.rooms.deliveries(asked.name, asked.state, before, asked.limit)
-    return page if isinstance(page, Refusal) else Answer(page)
+    return _given(await site.rooms.deliveries(asked.name, asked.state, before, asked.limit))
 
 
 async def _deliver_again(site: Web, visit: Visit, asked: DeliverAgain) -> Answer | Refusal:
     sent = await site.rooms.deliver_again(asked.name, asked.id)
-    if isinstance(sent, Refusal):
-        return sent
-    await note(site, visit.operator, "resend-delivery", {"webhook": asked.name, "delivery": asked.id})
-    return Answer(sent)
+    if not isinstance(sent, Refusal):
+        await note(site, visit.operator, "resend-delivery", {"webhook": asked.name, "delivery": asked.id})
+    return _given(sent)
 
 
 async def _deliver_all_again(site: Web, visit: Visit, asked: DeliverAllAgain) -> Answer | Refusal:
     sent = await site.rooms.deliver_all_again(asked.name, asked.upto)
-    if isinstance(sent, Refusal):
-        return sent
-    await note(site, visit.operator, "resend-given-up", {"webhook": asked.name, "resent": sent.resent})
-    return Answer(sent)
+    if not isinstance(sent, Refusal):
+        await note(site, visit.operator, "resend-given-up", {"webhook": asked.name, "resent": sent.resent})
+    return _given(sent)
 
 
 async def _export(site: Web, visit: Visit, asked: Export) -> Answer | Refusal:
@@ -268,10 +263,9 @@ async def _export(site: Web, visit: Visit, asked: Export) -> Answer | Refusal:
 
 async def _test_webhook(site: Web, visit: Visit, asked: TestWebhook) -> Answer | Refusal:
     sent = await site.rooms.test_webhook(asked.name)
-    if isinstance(sent, Refusal):
-        return sent
-    await note(site, visit.operator, "test-webhook", {"webhook": asked.name})
-    return Answer(sent)
+    if not isinstance(sent, Refusal):
+        await note(site, visit.operator, "test-webhook", {"webhook": asked.name})
+    return _given(sent)
 
 
 async def _clock(site: Web, visit: Visit, asked: Nothing) -> Answer:

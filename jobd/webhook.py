@@ -5,14 +5,15 @@ Nothing here sends, signs or decides.
 
 from __future__ import annotations
 
-from typing import Final, get_args
+from typing import Annotated, Final, get_args
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from jobd.answers import DeliveryState
 from jobd.events import SIGNS, Event, EventType
 from jobd.job import DAY_MS, SECOND_MS
 
+WebhookName = Annotated[str, Meta(pattern="^[A-Za-z0-9._:-]{1,100}$")]
 DELIVERY_STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 
 FIRING: Final = "alert.firing"

@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import Struct, field
 
 from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS, is_job_id
-from jobd.webhook import TYPES, Endpoint, matching
+from jobd.webhook import TYPES, Endpoint, WebhookName, matching
 from jobd.webhook_addresses import why_not
 from jobd.webhook_letter import BadSecret, key_of
 from jobd.webhook_url import shown
@@ -36,7 +36,7 @@ class BadWebhook(Exception):
 class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
     """One `[[webhooks]]` as it is written. Durations are text, such as "10s"."""
 
-    name: Annotated[str, Meta(pattern="^[A-Za-z0-9._:-]{1,100}$")]
+    name: WebhookName
     url: str
     events: list[str] = field(default_factory=lambda: ["*"])
     queues: list[str] = []

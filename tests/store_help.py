@@ -10,6 +10,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from jobd import migrations
 from jobd.batch import Opened
 from jobd.events import Change, fold
 from jobd.job import FINISHED, LIVE, Job
@@ -136,3 +137,23 @@ def flip(path: str, table: str, column: str, key: str, seq: int, bit: int = 0) -
         else:
             value, place = value ^ (1 << bit), "?"
         conn.execute(f"UPDATE {table} SET {column} = {place} WHERE {key} = ?", (value, seq))
+
+
+def spoil(path: str, what: str) -> None:
+    """Make a backup into one that must not be put back: missing, rubbish, foreign, newer, with a bad sum or page."""
+    if what == "missing":
+        remove(path)
+    elif what == "rubbish":
+        write(path, b"rubbish" * 1_000)
+    elif what == "page":
+        content = bytearray(read(path))
+        content[-4096 + 3] ^= 0x10
+        write(path, content)
+    else:
+        statements = {
+            "foreign": "PRAGMA application_id = 5",
+            "newer": f"PRAGMA user_version = {migrations.VERSION + 1}",
+            "meta": "UPDATE meta SET next_job = 1",
+        }
+        with edited(path) as conn:
+            conn.execute(statements[what])

@@ -24,7 +24,7 @@ from jobd.job import FINISHED, LIVE
 from jobd.store import MEMORY, Store, StoreBroken
 from tests.by_hand import Maker
 from tests.process import Daemon
-from tests.store_help import assert_holds, edited, exists, make_store, opened, read, remove, write
+from tests.store_help import assert_holds, edited, exists, make_store, opened, read, remove, spoil, write
 
 
 @pytest.fixture
@@ -281,22 +281,7 @@ async def test_a_running_daemon_keeps_its_store(path: str, copy: str) -> None:
 async def test_a_file_that_could_not_be_used_is_not_put_back(path: str, copy: str, what: str) -> None:
     await make_store(copy)
     await make_store(path, seed=12)
-    if what == "missing":
-        remove(copy)
-    elif what == "rubbish":
-        write(copy, b"rubbish" * 1_000)
-    elif what == "page":
-        content = bytearray(read(copy))
-        content[-4096 + 3] ^= 0x10
-        write(copy, content)
-    else:
-        with edited(copy) as conn:
-            if what == "foreign":
-                conn.execute("PRAGMA application_id = 5")
-            elif what == "newer":
-                conn.execute(f"PRAGMA user_version = {migrations.VERSION + 1}")
-            else:
-                conn.execute("UPDATE meta SET next_job = 1")
+    spoil(copy, what)
     before = {name: read(name) for name in glob.glob(f"{path}*")}
     with pytest.raises(StoreTooNew if what == "newer" else StoreUnreadable):
         restore(copy, path)

@@ -14,7 +14,7 @@ from jobd import backup, doctor, files, migrations, rehearsal
 from jobd.batch import DiskFull
 from jobd.files import StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.job import FINISHED, LIVE
-from tests.store_help import edited, exists, make_store, opened, pick, read, remove, write
+from tests.store_help import edited, exists, make_store, opened, pick, read, remove, spoil, write
 
 
 @pytest.fixture
@@ -110,26 +110,12 @@ async def test_a_file_that_a_daemon_writes_is_named(path: str, copy: str) -> Non
 async def test_what_a_restore_refuses_is_refused_alike(path: str, copy: str, what: str) -> None:
     await make_store(copy)
     await make_store(path, seed=12)
-    if what == "missing":
-        remove(copy)
-    elif what == "rubbish":
-        write(copy, b"rubbish" * 1_000)
-    elif what == "page":
-        content = bytearray(read(copy))
-        content[-4096 + 3] ^= 0x10
-        write(copy, content)
-    elif what == "epoch":
+    if what == "epoch":
         write(f"{path}.epoch", b"rubbish")
     elif what == "folder":
         path = f"{path}-nowhere/jobd.db"
     else:
-        with edited(copy) as conn:
-            if what == "foreign":
-                conn.execute("PRAGMA application_id = 5")
-            elif what == "newer":
-                conn.execute(f"PRAGMA user_version = {migrations.VERSION + 1}")
-            else:
-                conn.execute("UPDATE meta SET next_job = 1")
+        spoil(copy, what)
     before = state(path, copy)
     errors: list[Exception] = []
     for call in (rehearsal.restore, backup.restore):

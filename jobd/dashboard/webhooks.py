@@ -15,41 +15,41 @@ from jobd.bodies import Refused, refused
 from jobd.commands import MAX_PAGE, Command, Refusal
 from jobd.dashboard.guests import Form, Guest, go_on
 from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, asked, strip
+from jobd.webhook import WebhookName
 
 MOST_COUNTED: Final = 2_000  # given up messages; twice as many as are kept
 STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 Wanted = Literal["", "waiting", "delivered", "given_up"]  # a form sends the choice of all of them, too
-Name = Annotated[str, Meta(pattern="^[A-Za-z0-9._:-]{1,100}$")]
 Number = Annotated[int, Meta(ge=1, le=10**18)]
 
 
 class WebhookPage(Command, frozen=True, kw_only=True):
     """`state` filters its deliveries ("": all of them), `cursor` is where their page begins."""
 
-    name: Name
+    name: WebhookName
     state: Wanted = ""
     cursor: Number | None = None
 
 
 class TestForm(Form, frozen=True, kw_only=True):
-    name: Name
+    name: WebhookName
 
 
 class AgainPage(Command, frozen=True, kw_only=True):
-    name: Name
+    name: WebhookName
 
 
 class AgainForm(Form, frozen=True, kw_only=True):
     """`upto`: the newest of those that were counted; what was given up since is not meant."""
 
-    name: Name
+    name: WebhookName
     upto: Number
 
 
 class ResendForm(Form, frozen=True, kw_only=True):
     """`id` of the delivery, and the address of the page from which it is asked for."""
 
-    name: Name
+    name: WebhookName
     id: Number
     state: Wanted = ""
 
