@@ -145,9 +145,9 @@ def test_a_plan_counts_the_jobs_that_it_was_done_to() -> None:
 
 
 def test_a_note_is_kept_as_it_is() -> None:
-    call = Call(Note(what="backup", details={"n": 1}), operator=EVE)
+    call = Call(Note(what="backup", details={"n": 1}, reason="why"), operator=EVE)
     found = audit.entry(call, Decision(Answer(Done())), 5)
-    assert found == Audited(5, "eve", "10.0.0.7", "backup", details={"n": 1})
+    assert found == Audited(5, "eve", "10.0.0.7", "backup", reason="why", details={"n": 1})
 
 
 # -- through the actor ------------------------------------------------------------------------------------------------

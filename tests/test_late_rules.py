@@ -72,6 +72,11 @@ def late(desk: Desk, command: late_rules.Calls, *, kept: bool = True, told: bool
     return refusal
 
 
+def advice(desk: Desk) -> list[str]:
+    view: WhyView = desk.yes(Why(id="a"))
+    return view.do
+
+
 # -- kept -------------------------------------------------------------------------------------------------------------
 
 
@@ -147,8 +152,7 @@ def test_also_beside_a_completed_job(desk: Desk) -> None:
     desk.yes(completing(lock_id, file_path="/first"))
     refusal = late(desk, completing(old))
     assert refusal.message.endswith(f"Its result is kept as late result {desk.last().seq}.")
-    view: WhyView = desk.yes(Why(id="a"))
-    assert view.do == []
+    assert advice(desk) == []
 
 
 def test_of_a_job_only_the_latest_grants_are_kept_and_none_comes_back(desk: Desk) -> None:
@@ -533,11 +537,22 @@ def test_they_are_listed_from_the_disk(desk: Desk) -> None:
 
 def test_why_says_what_to_do_with_one(desk: Desk) -> None:
     late(desk, completing(stalled(desk, worker="w-7")))
-    view: WhyView = desk.yes(Why(id="a"))
-    assert view.do[0] == "A late result of worker w-7 is there. To take it: jobctl adopt a"
+    assert advice(desk)[0] == "A late result of worker w-7 is there. To take it: jobctl adopt a"
     desk.start(worker="w-2")
-    view = desk.yes(Why(id="a"))
-    assert view.do[0].endswith("To take it: jobctl force-fail a, then jobctl adopt a")
+    assert advice(desk)[0].endswith("To take it: jobctl force-fail a, then jobctl adopt a")
+
+
+def test_of_several_the_one_of_the_latest_grant_is_named_before_all_other_advice(desk: Desk) -> None:
+    locks = [stalled(desk, worker="w-7"), desk.start(worker="w-8")]
+    held = advice(desk)
+    desk.passes(LONG)
+    desk.yes(Recover(limit=1))
+    queued = advice(desk)
+    for lock_id in reversed(locks):
+        late(desk, completing(lock_id))
+    assert advice(desk) == ["A late result of worker w-8 is there. To take it: jobctl adopt a", *queued]
+    desk.start(worker="w-8")
+    assert advice(desk)[1:] == held
 
 
 def test_what_has_to_be_read_before_a_decision(desk: Desk) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from msgspec import Raw
@@ -71,6 +71,9 @@ def test_an_action_is_planned_where_its_rule_lets_it_be_done(action: PlanAction,
     for status, job in jobs.items():
         done = desk.yes(ApplyPlan(action=action, jobs=[Expected(job.id, version(job))]), admin=True)
         assert done.applied == (status in allowed or (action, status) == ("retry", "processing"))
+        if done.applied:
+            there = desk.book.get(job.id)
+            assert planning.TO[action] == (None if there is None else there.status)
 
 
 def test_signs_of_life_are_no_change_and_everything_else_is() -> None:
@@ -129,6 +132,19 @@ def test_what_has_changed_is_left_alone_and_what_a_rule_refuses_costs_no_other()
     assert [(desk.job(job_id).status) for job_id in ("a", "b", "c")] == ["cancelled", "processing", "cancelled"]
     assert [(event.by, event.reason) for event in desk.events[-2:]] == [("admin:eve", "enough")] * 2
     assert all("changed since" in each.why or "no job" in each.why for each in done.changed)
+
+
+@pytest.mark.parametrize("action", get_args(PlanAction))
+def test_the_reason_of_a_plan_is_that_of_what_it_does(action: PlanAction) -> None:
+    desk = Desk()
+    desk.create("a")
+    if action in ("retry", "delete"):
+        desk.yes(ForceFail(id="a", reason="another"))
+    elif action == "force-reset":
+        desk.start("a")
+    asked = ApplyPlan(action=action, jobs=[Expected("a", version(desk.job()))], reason="enough")
+    assert desk.yes(asked, admin=True).applied == 1
+    assert desk.last().reason == "enough"
 
 
 @pytest.mark.parametrize("detour", [False, True])

@@ -400,7 +400,8 @@ def test_an_unknown_job_is_not_found(desk: Desk) -> None:
         Delete(id="x"),
     ]  # fmt: skip
     for command in named:
-        assert desk.no(command, "job_not_found").status == 404
+        refusal = desk.no(command, "job_not_found")
+        assert (refusal.status, refusal.details) == (404, {"job_id": "x"})
 
 
 # -- claim ------------------------------------------------------------------------------------------------------------
@@ -1583,6 +1584,15 @@ def test_what_an_import_would_do_is_told_and_not_done(desk: Desk, progress: floa
     assert "damaged" in told.reason
 
 
+@pytest.mark.parametrize(("bound", "room"), [(9, 5), (4, 0), (3, 0)])
+def test_a_look_at_an_import_says_how_many_more_live_jobs_there_may_be(desk: Desk, bound: int, room: int) -> None:
+    for name in "abc":
+        desk.create(name)
+    desk.held("d")
+    desk.policy = Policy(live_jobs=bound)
+    assert desk.yes(ImportCheck(id="e", status="completed")).room == room
+
+
 @pytest.mark.parametrize(("progress", "status"), [(0, "queued"), (45, "failed")])
 def test_an_imported_grant_ends_by_its_stall_rule(desk: Desk, progress: float, status: str) -> None:
     desk.yes(Import(id="a", status="processing", progress=progress, worker="there", started_at=NOW - 5))
@@ -1645,6 +1655,9 @@ def test_what_lies_on_the_disk_is_looked_at_later(desk: Desk) -> None:
     answer = desk.ask(Timeline(id="a"))
     assert not isinstance(answer, Refusal)
     assert answer.look == Look(timeline=1)
+    answer = desk.ask(Timeline(id="a", limit=7))
+    assert not isinstance(answer, Refusal)
+    assert answer.look == Look(timeline=1, events=7)
     asked = List(status="failed")
     answer = desk.ask(asked)
     assert not isinstance(answer, Refusal)

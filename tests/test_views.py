@@ -13,7 +13,7 @@ from jobd.answers import public_lock
 from jobd.book import Book
 from jobd.commands import Import, Locks, Moment
 from jobd.figures import Figures
-from jobd.job import MINUTE_MS, Backoff, Failure, Grant, Job, Lease, Options, Policy, Result
+from jobd.job import MINUTE_MS, Backoff, Failure, Grant, Job, LateResult, Lease, Options, Policy, Result
 from tests.desk import NOW
 
 AT = Moment(NOW, 1_000, NOW - 1_000)
@@ -123,6 +123,14 @@ def test_lock_ids_are_for_admins(admin: bool) -> None:
     whole = views.lock_view(JOB, AT, admin=True)
     assert public_lock(whole) == views.lock_view(JOB, AT)
     assert public_lock(None) is None
+
+
+def test_every_field_of_a_late_result_is_shown_in_its_place() -> None:
+    late = LateResult(31, NOW - 32, "w-2", 33, "hash", NOW + 34, Result("url", "file", "key", Raw(b"1")))
+    assert asdict(views.late_view(late)) == {
+        "seq": 31, "at": NOW - 32, "worker": "w-2", "fencing_token": 33, "download_url": "url", "file_path": "file",
+        "storage_key": "key", "metadata": Raw(b"1"), "expires_at": NOW + 34,
+    }  # fmt: skip
 
 
 def running(began: int, created: int = NOW - 99) -> Book:

@@ -7,6 +7,7 @@ import json
 from datetime import UTC, datetime
 from typing import get_args
 
+import msgspec
 import pytest
 from cloudevents.core.bindings.http import HTTPMessage, from_http_event
 from msgspec.structs import replace
@@ -14,7 +15,19 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from jobd.answers import AlertView
 from jobd.events import SIGNS, Event, EventType
-from jobd.webhook import ALERTS, GONE, TEST, TYPES, Cursor, Delivery, Endpoint, matching, type_of
+from jobd.webhook import (
+    ALERTS,
+    GONE,
+    TEST,
+    TYPES,
+    UNTOLD,
+    Cursor,
+    Delivery,
+    Endpoint,
+    WebhookName,
+    matching,
+    type_of,
+)
 from jobd.webhook_letter import BadSecret, headers, key_of, of_alert, of_event, of_gone, of_test, rfc3339, signature
 from tests.by_hand import NOW, all_of, full_job
 
@@ -65,6 +78,19 @@ def test_an_endpoint_wants_what_its_types_and_queues_say() -> None:
     assert watchman.wants_alerts
     assert not watchman.reads_journal
     assert not watchman.wants(EVENT)
+
+
+@pytest.mark.parametrize("name", ["a", "A-1_b.c:d", "x" * 100])
+def test_a_name_is_one_word(name: str) -> None:
+    assert msgspec.convert(name, WebhookName) == name
+    for wrong in ("", "a b", "a/b", "x" * 101):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(wrong, WebhookName)
+
+
+def test_types_that_receivers_know() -> None:
+    assert (ALERTS, GONE, TEST) == (("alert.firing", "alert.resolved"), "events.gone", "webhook.test")
+    assert UNTOLD < 0, "no number of an event"
 
 
 def test_no_secret_and_no_url_is_shown_with_an_endpoint() -> None:
