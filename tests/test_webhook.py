@@ -164,7 +164,8 @@ def read_by_others(body: bytes) -> dict[str, object]:
 def test_an_event_is_a_cloud_event_that_others_read() -> None:
     letter = of_event(EVENT, "/jobd/host")
     read = read_by_others(letter.body)
-    assert read["specversion"] == "1.0"
+    assert (read["specversion"], read["datacontenttype"]) == ("1.0", "application/json")
+    assert {"specversion", "datacontenttype"} <= json.loads(letter.body).keys(), "the SDK fills in what is missing"
     assert (read["id"], read["source"], read["type"]) == (f"evt_{NOW}_42", "/jobd/host", "job.completed")
     assert (read["subject"], read["sequence"]) == ("jobs/job-7", "42")
     assert read["time"] == datetime.fromtimestamp(NOW / 1000, UTC)
@@ -217,12 +218,17 @@ def test_an_alert_that_fires_and_its_end_have_one_subject_and_two_ids() -> None:
 
 def test_a_gap_and_a_test_are_cloud_events_too() -> None:
     gap, test = of_gone("e", 3, 9, NOW, "/j"), of_test("e", 12, NOW, "/j")
-    read = read_by_others(gap.body)
-    data = read["data"]
+    data = read_by_others(gap.body)["data"]
     assert isinstance(data, dict)
-    assert (read["type"], read["subject"], data["after"], data["upto"]) == (GONE, "webhooks/e", 3, 9)
-    assert read_by_others(test.body)["type"] == TEST
-    assert gap.event_id != test.event_id
+    assert "no longer in the journal" in data.pop("message")
+    assert data == {"after": 3, "upto": 9}
+    said = read_by_others(test.body)["data"]
+    assert isinstance(said, dict)
+    assert list(said) == ["message"]
+    for letter, kind, event_id in ((gap, GONE, "gone_3_9"), (test, TEST, f"test_{NOW}_12")):
+        assert (letter.subject, letter.type, letter.event_id, letter.seq) == ("webhooks/e", kind, event_id, 0)
+        read = read_by_others(letter.body)
+        assert (read["source"], read["subject"], read["type"], read["id"]) == ("/j", "webhooks/e", kind, event_id)
 
 
 def test_times_are_written_as_rfc_3339() -> None:

@@ -36,10 +36,12 @@ def test_of_each_subject_only_the_first_goes_and_others_go_on() -> None:
     made.gone(2)
     made.gone(3)
     assert taken(made, 50) == [4]
+    assert 4 in made
     made.gone(4)
     assert len(made) == 0
     assert made.next_due() is None
     assert 4 not in made
+    assert vars(made) == vars(Line()) | {"_now": 50}, "who is gone leaves nothing"
 
 
 def test_it_says_when_the_next_may_go() -> None:
@@ -80,6 +82,26 @@ def test_a_trial_is_made_with_the_one_that_failed_least_often() -> None:
     assert first.id == 2
     made.gone(2)
     assert taken(made, 9) == [1, 3]
+
+
+def test_an_entry_of_before_makes_nobody_go_early() -> None:
+    made = line((2, "a", 0), (1, "a", 0))
+    assert made.take(0) == Waiting(1, "a", 0)
+    made.gone(1)  # 2 has an entry from when it came, and one more
+    assert made.take(0) == Waiting(2, "a", 0)
+    made.put_off(2, 99)
+    assert taken(made, 98) == []
+    made.hurry()
+    assert taken(made, 98) == [2]
+    made.put_off(2, 200)
+    assert made.next_due() == 200
+
+
+def test_each_failure_is_counted() -> None:
+    made = line((1, "a", 0))
+    for tries in range(3):
+        assert made.take(tries) == Waiting(1, "a", tries, tries)
+        made.put_off(1, tries + 1)
 
 
 def test_in_a_hurry_nobody_waits_for_his_time() -> None:
