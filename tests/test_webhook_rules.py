@@ -19,6 +19,7 @@ from jobd.webhook_rules import (
     is_given_up,
     retry_wait_ms,
 )
+from tests.by_hand import NOW
 
 MANNERS = Manners()
 ENDPOINT = Endpoint("e", "https://x", (b"k" * 24,))
@@ -53,11 +54,12 @@ def test_waits_double_and_spread_and_have_an_end(tries: int, chance: float, aske
     ],
 )
 def test_it_takes_both_age_and_tries_to_give_up(tries: int, age_ms: int, given_up: bool) -> None:
-    assert is_given_up(replace(DELIVERY, tries=tries), ENDPOINT, age_ms, MANNERS) is given_up
+    for at in (0, NOW):
+        assert is_given_up(replace(DELIVERY, tries=tries, at=at), ENDPOINT, at + age_ms, MANNERS) is given_up
 
 
-def opened(at: int = 1_000) -> Breaker:
-    breaker = Breaker(MANNERS)
+def opened(at: int = 1_000, breaker: Breaker | None = None) -> Breaker:
+    breaker = breaker or Breaker(MANNERS)
     for number in range(OPENS_AFTER):
         assert breaker.state(at) == "closed"
         assert breaker.failed(NO, at, 1.0) is (number == OPENS_AFTER - 1)
@@ -96,7 +98,7 @@ def test_a_trial_that_fails_makes_the_pause_longer_up_to_its_most() -> None:
     assert pauses[-1] == PAUSE_AT_MOST_MS
     assert breaker.since == 1_000
     assert breaker.succeeded()
-    assert opened().until == 1_000 + PAUSE_MS  # it begins with the short one again
+    assert opened(now, breaker).until == now + PAUSE_MS, "it begins with the short one again"
 
 
 def test_those_that_were_on_their_way_make_no_pause_longer() -> None:
@@ -125,3 +127,5 @@ def test_where_nobody_lives_any_more_the_first_failure_is_enough() -> None:
     breaker = Breaker(MANNERS)
     assert breaker.failed(Outcome(410, "410", gone=True), 0, 1.0)
     assert breaker.until == PAUSE_AT_MOST_MS
+    assert breaker.failed(NO, PAUSE_AT_MOST_MS, 1.0), "a trial that fails, whatever it fails with"
+    assert breaker.until == 2 * PAUSE_AT_MOST_MS
