@@ -76,6 +76,27 @@ def test_an_action_is_planned_where_its_rule_lets_it_be_done(action: PlanAction,
             assert planning.TO[action] == (None if there is None else there.status)
 
 
+@pytest.mark.parametrize(
+    ("action", "status", "error", "found"),
+    [
+        ("retry", None, None, ["failed", "cancelled"]),
+        ("retry", "cancelled", None, ["cancelled"]),
+        ("retry", "queued", None, []),
+        ("retry", None, "0" * 12, ["failed"]),
+        ("force-fail", "queued", "0" * 12, ["queued"]),
+        ("force-fail", None, "0" * 12, []),
+    ],
+)
+def test_an_error_is_looked_for_in_failed_jobs_unless_a_status_is_asked_for(
+    action: PlanAction, status: Any, error: str | None, found: list[str]
+) -> None:
+    assert planning.statuses(action, Filter(status=status, error=error)) == found
+
+
+def test_a_version_is_short_enough_for_forms_and_long_enough_to_be_another_each_time() -> None:
+    assert len(version(full_job())) == 16
+
+
 def test_signs_of_life_are_no_change_and_everything_else_is() -> None:
     desk = Desk()
     desk.create("a", max_attempts=3)

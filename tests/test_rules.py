@@ -1776,6 +1776,7 @@ def test_locks_are_given_page_by_page_the_oldest_first(desk: Desk) -> None:
     last = desk.yes(Locks(limit=5))
     assert (len(last.locks), last.next_cursor) == (5, None)
     assert desk.yes(Locks(cursor=str(last.locks[2].fencing_token))).locks == last.locks[3:]
+    assert desk.yes(Locks(limit=3)).next_cursor == str(last.locks[2].fencing_token)
     assert desk.yes(Locks(limit=1, cursor=str(last.locks[4].fencing_token))).locks == []
 
 

@@ -15,6 +15,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from jobd.answers import AlertView
 from jobd.events import SIGNS, Event, EventType
+from jobd.job import DAY_MS
 from jobd.webhook import (
     ALERTS,
     GONE,
@@ -74,10 +75,11 @@ def test_an_endpoint_wants_what_its_types_and_queues_say() -> None:
     assert some.wants(replace(EVENT, type="queue_paused", queue="mail", job_id="", job_seq=0))
     assert some.reads_journal
     assert not some.wants_alerts
-    watchman = replace(everything, events=frozenset({"alert.firing"}))
-    assert watchman.wants_alerts
-    assert not watchman.reads_journal
-    assert not watchman.wants(EVENT)
+    for alerts in ({"alert.firing"}, ALERTS):
+        watchman = replace(everything, events=frozenset(alerts))
+        assert watchman.wants_alerts
+        assert not watchman.reads_journal
+        assert not watchman.wants(EVENT)
 
 
 @pytest.mark.parametrize("name", ["a", "A-1_b.c:d", "x" * 100])
@@ -96,6 +98,11 @@ def test_types_that_receivers_know() -> None:
 def test_no_secret_and_no_url_is_shown_with_an_endpoint() -> None:
     shown = repr(Endpoint("e", "https://x/token", KEYS))
     assert shown == str(Endpoint("e", "https://x/token", KEYS)) == "Endpoint(e)"
+
+
+def test_what_an_endpoint_is_where_nothing_else_is_said() -> None:
+    told = Endpoint("e", "https://x", KEYS)
+    assert (told.allow_private, told.timeout_ms, told.give_up_after_ms) == (False, 10_000, 3 * DAY_MS)
 
 
 def test_a_cursor_begins_with_nothing_told() -> None:
