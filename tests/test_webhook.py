@@ -29,7 +29,18 @@ from jobd.webhook import (
     matching,
     type_of,
 )
-from jobd.webhook_letter import BadSecret, headers, key_of, of_alert, of_event, of_gone, of_test, rfc3339, signature
+from jobd.webhook_letter import (
+    BadSecret,
+    Letter,
+    headers,
+    key_of,
+    of_alert,
+    of_event,
+    of_gone,
+    of_test,
+    rfc3339,
+    signature,
+)
 from tests.by_hand import NOW, all_of, full_job
 
 KEYS = (b"a" * 24, b"b" * 32)
@@ -221,6 +232,19 @@ def test_an_alert_that_fires_and_its_end_have_one_subject_and_two_ids() -> None:
     data = read_by_others(firing.body)["data"]
     assert data == {"name": "stuck_jobs", "firing": True, "since": NOW - 5, "value": 7, "threshold": 5, "hint": "Look."}
     assert (firing.seq, resolved.seq) == (0, 0)
+    for letter in (firing, resolved):
+        assert_says_what_it_is(letter, "/j")
+
+
+def assert_says_what_it_is(letter: Letter, source: str) -> None:
+    """What stands on the letter stands in it."""
+    read = read_by_others(letter.body)
+    assert (read["source"], read["subject"], read["type"], read["id"]) == (
+        source,
+        letter.subject,
+        letter.type,
+        letter.event_id,
+    )
 
 
 def test_a_gap_and_a_test_are_cloud_events_too() -> None:
@@ -234,8 +258,7 @@ def test_a_gap_and_a_test_are_cloud_events_too() -> None:
     assert list(said) == ["message"]
     for letter, kind, event_id in ((gap, GONE, "gone_3_9"), (test, TEST, f"test_{NOW}_12")):
         assert (letter.subject, letter.type, letter.event_id, letter.seq) == ("webhooks/e", kind, event_id, 0)
-        read = read_by_others(letter.body)
-        assert (read["source"], read["subject"], read["type"], read["id"]) == ("/j", "webhooks/e", kind, event_id)
+        assert_says_what_it_is(letter, "/j")
 
 
 def test_times_are_written_as_rfc_3339() -> None:
