@@ -186,7 +186,8 @@ def part_of(command: type[Command], given: str | None, *, also: Sequence[Any] = 
 
 
 def _takes_text(kind: Any) -> bool:
-    return kind is str or get_origin(kind) is Literal or any(map(_takes_text, get_args(kind)))
+    """Whether any text may stand there. Of a word that is chosen out of some (a status) msgspec makes none, too."""
+    return kind is str or (get_origin(kind) is not Literal and any(map(_takes_text, get_args(kind))))
 
 
 def path_value(name: str, value: str) -> str:

@@ -412,8 +412,9 @@ def test_a_good_id_in_the_path_is_taken(value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["null", "NULL", "Null"])
-def test_null_is_no_number_in_a_query(value: str) -> None:
+@pytest.mark.parametrize("field", ["limit", "status"])
+def test_null_is_neither_a_number_nor_a_status_in_a_query(value: str, field: str) -> None:
     with pytest.raises(Refused) as no:
-        Shape(List, None, LIMITS).from_query(f"limit={value}")
-    assert no.value.refusal.details == {"field": "$.limit"}
+        Shape(List, None, LIMITS).from_query(f"{field}={value}")
+    assert no.value.refusal.details == {"field": f"$.{field}"}
     assert Shape(List, None, LIMITS).from_query(f"kind={value}") == List(kind=value), "it is a name like any other"
