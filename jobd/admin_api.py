@@ -131,13 +131,13 @@ class Deliveries(Command, frozen=True, kw_only=True):
     name: WebhookName
     state: DeliveryState | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
-    cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+    cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$(?!\n)")] | None = None
 
 
 class RowsAsked(Command, frozen=True, kw_only=True):
     """Go on with the walk over all rows. `cursor` is the `next_cursor` of the call before."""
 
-    cursor: Annotated[str, Meta(pattern="^[a-z_]{1,20}:[0-9]{1,18}$")] | None = None
+    cursor: Annotated[str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)")] | None = None
 
 
 class DeliverAgain(Command, frozen=True, kw_only=True):

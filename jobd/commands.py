@@ -98,7 +98,7 @@ Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$(?!\n)")]
 MomentMs = Annotated[int, Meta(ge=0, le=10**15)]  # Unix ms, as bounds of a search
 MAX_OPERATOR: Final = 64
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
-Cursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")]
+Cursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$(?!\n)")]
 WorkerCursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220)]  # when one spoke last, and its name
 PageLimit = Annotated[int, Meta(ge=1, le=MAX_PAGE)]
 

@@ -53,7 +53,7 @@ Positive = Annotated[int, Meta(ge=1)]
 
 class WorkerSection(Struct, frozen=True, forbid_unknown_fields=True):
     socket: str = ""
-    socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0660"
+    socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$(?!\n)")] = "0660"
     listen: str = ""
     token_file: str = ""
     tls_cert: str = ""

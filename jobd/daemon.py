@@ -322,7 +322,8 @@ class Daemon:
         self.actor.on_commit.append(recorder.note)
         self.cleaner.save_beside(recorder.kept)
         pages = (await asyncio.to_thread(Dashboard, self._admin_gate, recorder)).routes()
-        admin = Web(self._admin_gate, (*admin_api.ROUTES, *pages), self.actor, self.rooms, limits=limits, admin=True)
+        calls = (*admin_api.ROUTES, *pages, worker_api.DOCUMENT)
+        admin = Web(self._admin_gate, calls, self.actor, self.rooms, limits=limits, admin=True)
         doors.append(Door("admin", admin, places["admin"]))
         self._webs += [door.web for door in doors]
         listeners: list[Listener] = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, Final
 
@@ -33,18 +33,23 @@ PATH: Final = "/openapi.json"
 
 
 def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
-    """`routes`, and one more: GET /openapi.json, which describes them all. It holds no secret and asks for no token."""
+    """`routes`, and one more: GET /openapi.json, which describes them all."""
+    own = document_at(PATH, title, lambda: table)
+    table = (*routes, own)
+    return table
+
+
+def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) -> Route:
+    """GET `path`, which gives out the document of `routes`. It holds no secret and asks for no token."""
 
     async def give(site: Web, visit: Visit, asked: Nothing) -> Answer:
         return Answer(Text(JSON, await asyncio.to_thread(text)))
 
     @cache
     def text() -> bytes:
-        return msgspec.json.encode(document(title, table))
+        return msgspec.json.encode(document(title, routes()))
 
-    own = Route(method="GET", path=PATH, asks=Nothing, gives=bytes, who="anyone", via=give)
-    table = (*routes, own)
-    return table
+    return Route(method="GET", path=path, asks=Nothing, gives=bytes, who="anyone", via=give)
 
 
 def document(title: str, routes: Iterable[Route]) -> Json:

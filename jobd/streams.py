@@ -236,7 +236,7 @@ def _id_of(line: bytes) -> str | None:
     return job_id if is_job_id(job_id) else None
 
 
-BackupId = Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,64}$")]
+BackupId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)")]
 
 
 class BackupAsked(Command, frozen=True, kw_only=True):

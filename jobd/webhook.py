@@ -13,7 +13,7 @@ from jobd.answers import DeliveryState
 from jobd.events import SIGNS, Event, EventType
 from jobd.job import DAY_MS, SECOND_MS
 
-WebhookName = Annotated[str, Meta(pattern="^[A-Za-z0-9._:-]{1,100}$")]
+WebhookName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,100}$(?!\n)")]
 DELIVERY_STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 
 FIRING: Final = "alert.firing"

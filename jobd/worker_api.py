@@ -41,7 +41,7 @@ from jobd.doors import LINES
 from jobd.event_stream import EVENT_STREAM, Follow, follow
 from jobd.events import StreamedEvent
 from jobd.glossary import WORKER_TITLE
-from jobd.openapi import with_document
+from jobd.openapi import document_at, with_document
 from jobd.routes import Route, Who
 from jobd.stream_lines import StreamedAnswer, StreamedCommand
 from jobd.web import PROBES
@@ -80,3 +80,5 @@ _ROUTES: Final = (
     *PROBES,
 )
 ROUTES: Final = with_document(WORKER_TITLE, _ROUTES)
+# For operators to read at their own door.
+DOCUMENT: Final = document_at("/docs/worker.json", WORKER_TITLE, lambda: ROUTES)

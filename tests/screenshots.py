@@ -26,6 +26,7 @@ PAGES: Final = {
     "webhooks": "/webhooks",
     "audit": "/audit",
     "docs": "/docs",
+    "docs-worker": "/docs/worker",
 }
 SCENES: Final = {"empty": lambda daemon: None, "busy": make_busy, "trouble": make_trouble}
 WIDTHS: Final = {"wide": 1280, "phone": 390}
@@ -47,7 +48,7 @@ def shoot(browser: Browser, daemon: Scene, name: str, place: Path, only: list[st
                     continue
                 page.goto(daemon.url + path)
                 page.wait_for_load_state("networkidle")
-                page.screenshot(path=place / f"{title}-{name}-{scheme}-{width}.png", full_page=title != "docs")
+                page.screenshot(path=place / f"{title}-{name}-{scheme}-{width}.png", full_page="docs" not in title)
             context.close()
 
 

@@ -28,7 +28,7 @@ PATHS = [
     "/queues",
     "/workers",
 ]
-PATHS += ["/alerts", "/cleanup", "/audit", "/failures", "/clock", "/docs"]
+PATHS += ["/alerts", "/cleanup", "/audit", "/failures", "/clock", "/docs/worker", "/docs"]
 
 
 # A browser takes two cores for itself: where others work beside it, it takes its time.
@@ -93,7 +93,7 @@ def held(daemon: Scene, job_id: str) -> str:
 def visit(page: Page, daemon: Scene, path: str) -> None:
     """Go there and wait until its scripts have done what they do at once."""
     page.goto(daemon.url + path)
-    drawn = {"/": ".chart canvas", "/docs": ".opblock"}.get(path, "main")
+    drawn = {"/": ".chart canvas", "/docs": ".opblock", "/docs/worker": ".opblock"}.get(path, "main")
     expect(page.locator(drawn).first).to_be_visible()
 
 

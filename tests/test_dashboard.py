@@ -163,7 +163,7 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
     room = await asyncio.to_thread(Dashboard, gate, recorder, clock_s=lambda: made[0].now_s)
     async with contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(House(worker_api.ROUTES, tmp_path, actor=actor))
-        routes = (*admin_api.ROUTES, *room.routes())
+        routes = (*admin_api.ROUTES, *room.routes(), worker_api.DOCUMENT)
         admin = await stack.enter_async_context(House(routes, tmp_path, gate=gate, admin=True, actor=actor))
         actor.on_commit.append(admin.figures.feed.publish)
         numbers = itertools.count(1)
@@ -562,7 +562,8 @@ async def test_every_page_without_and_with_jobs(town: Town, target: str) -> None
 
 async def test_pages_without_a_session_and_refusals_are_as_safe(town: Town) -> None:
     browser = await town.browser()
-    heard = [await Browser(town.admin).get(target) for target in ("/sign-in", "/docs", "/jobs", "/static/none.js")]
+    targets = ("/sign-in", "/docs/worker", "/jobs", "/static/none.js")
+    heard = [await Browser(town.admin).get(target) for target in targets]
     heard += [await browser.get("/jobs/nobody"), await browser.get("/jobs?status=x"), await browser.get("/jobs?x=1")]
     heard += [await browser.get("/jobs/held/confirm?verb=x"), await browser.post("/sign-in", token="x")]
     assert [each.status for each in heard] == [200, 200, 303, 404, 404, 400, 400, 400, 401]
@@ -1836,11 +1837,19 @@ async def test_what_is_no_static_file_is_not_given_out(town: Town, name: str) ->
 
 
 async def test_the_docs_are_for_everybody_as_their_document_is(town: Town) -> None:
-    heard = await Browser(town.admin).get("/docs")
-    assert heard.status == 200
-    assert_safe(heard)
-    assert "/static/swagger-ui.js?v=" in text(heard)
-    assert '"/openapi.json"' in (STATIC / "docs.js").read_text()
+    for place, document, own in (
+        ("/docs", "/openapi.json", town.admin),
+        ("/docs/worker", "/docs/worker.json", town.worker),
+    ):
+        heard = await Browser(town.admin).get(place)
+        assert heard.status == 200
+        assert_safe(heard)
+        assert "/static/swagger-ui.js?v=" in text(heard)
+        assert f'data-document="{document}"' in text(heard)
+        assert re.findall(r'<a href="(/docs[^"]*)" aria-current="page">For', text(heard)) == [place]
+        heard = await town.admin.ask("GET", document)
+        assert heard.body == (await own.ask("GET", "/openapi.json")).body
+        assert heard.headers["content-type"] == "application/json"
 
 
 def test_libraries_are_what_was_brought_with_their_licences() -> None:

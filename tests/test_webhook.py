@@ -96,7 +96,7 @@ def test_an_endpoint_wants_what_its_types_and_queues_say() -> None:
 @pytest.mark.parametrize("name", ["a", "A-1_b.c:d", "x" * 100])
 def test_a_name_is_one_word(name: str) -> None:
     assert msgspec.convert(name, WebhookName) == name
-    for wrong in ("", "a b", "a/b", "x" * 101):
+    for wrong in ("", "a b", "a/b", "x" * 101, f"{name}\n"):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(wrong, WebhookName)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any
 
 from aiohttp.web import StreamResponse
@@ -70,7 +71,8 @@ class Dashboard:
             self._open("GET", "/sign-in", SignInPage, self._entrance.page),
             self._open("POST", "/sign-in", SignIn, self._entrance.sign_in),
             self._open("GET", "/static/{name}", Asset, self._static),
-            self._open("GET", "/docs", Nothing, self._docs),
+            self._open("GET", "/docs", Nothing, partial(self._docs, "/openapi.json")),
+            self._open("GET", "/docs/worker", Nothing, partial(self._docs, "/docs/worker.json")),
             self._form("/sign-out", Form, self._entrance.sign_out, for_readers=True),
             self._page("/", Nothing, "overview", "Overview", lambda guest, _: pages.overview(guest, recorder)),
             Route(method="GET", path="/live", asks=Live, gives=bytes, who="anyone", via=self._live, sends=EVENT_STREAM),
@@ -236,9 +238,9 @@ class Dashboard:
         text = self._assets.text(asked.name, asked.v)
         return Refusal("not_found", "There is no such file.") if text is None else Answer(text)
 
-    async def _docs(self, site: Web, visit: Visit, asked: Nothing) -> Answer:
-        """It shows what GET /openapi.json gives to everybody, so it wants no session either."""
-        return Answer(await self._paint("docs.html", None, title="API", name="docs"))
+    async def _docs(self, document: str, site: Web, visit: Visit, asked: Nothing) -> Answer:
+        """It shows what GET `document` gives to everybody, so it wants no session either."""
+        return Answer(await self._paint("docs.html", None, title="API", name="docs", document=document))
 
     async def _live(self, site: Web, visit: Visit, asked: Live) -> Answer | StreamResponse:
         return await stream(site, visit, asked, lambda: guest_of(site, visit, self.sessions))

@@ -1,8 +1,10 @@
-// Shows /openapi.json. A token that is typed in here stays in this page: it is kept nowhere.
+// Shows the document that the page names. A token that is typed in here stays in this page: it is kept nowhere.
 "use strict";
 
+const shown = document.getElementById("swagger-ui").dataset.document;
+
 SwaggerUIBundle({
-  url: "/openapi.json",
+  url: shown,
   dom_id: "#swagger-ui",
   deepLinking: true,
   persistAuthorization: false,
@@ -10,4 +12,5 @@ SwaggerUIBundle({
   defaultModelsExpandDepth: 0,
   validatorUrl: null,
   syntaxHighlight: { activated: false },
+  ...(shown === "/openapi.json" ? {} : { supportedSubmitMethods: [] }), // at another door
 });
