@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.process import TOKEN
 from tests.scenes import CHROMIUM, FLAGS, TROUBLE, Scene, make_busy, make_trouble
@@ -23,11 +23,17 @@ PAGES: Final = {
     "alerts": "/alerts",
     "cleanup": "/cleanup",
     "cleanup-confirm": "/cleanup/confirm?what=run",
+    "clock": "/clock",
     "webhooks": "/webhooks",
+    "webhook": "/webhooks/billing",
+    "webhook-again": "/webhooks/billing/again",
+    "plan": "/jobs?status=failed",  # where it is made
     "audit": "/audit",
     "docs": "/docs",
     "docs-worker": "/docs/worker",
 }
+# What is not to be seen in each scene.
+ONLY_IN: Final = {"webhook": {"trouble"}, "webhook-again": {"trouble"}, "plan": {"busy", "trouble"}}
 SCENES: Final = {"empty": lambda daemon: None, "busy": make_busy, "trouble": make_trouble}
 WIDTHS: Final = {"wide": 1280, "phone": 390}
 
@@ -44,12 +50,23 @@ def shoot(browser: Browser, daemon: Scene, name: str, place: Path, only: list[st
             page.click("main button")
             page.wait_for_url(f"{daemon.url}/")
             for title, path in PAGES.items():
-                if only and title not in only:
+                if (only and title not in only) or name not in ONLY_IN.get(title, SCENES):
                     continue
                 page.goto(daemon.url + path)
+                if title == "plan":
+                    make_plan(page)
                 page.wait_for_load_state("networkidle")
                 page.screenshot(path=place / f"{title}-{name}-{scheme}-{width}.png", full_page="docs" not in title)
             context.close()
+
+
+def make_plan(page: Page) -> None:
+    """From the list of jobs to what would be done to some of them."""
+    boxes = page.locator("input[name=ids]")
+    for number in range(3):
+        boxes.nth(number).check()
+    page.get_by_role("button", name="Make a plan").click()
+    page.wait_for_url("**/plans/*")
 
 
 def main() -> None:

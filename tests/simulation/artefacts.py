@@ -15,7 +15,7 @@ from msgspec import Struct
 from jobd.artefacts import Judge, Outcome, StoreFault
 from jobd.batch import Tombstone
 from jobd.events import Change
-from jobd.job import SECOND_MS, LateResult, storage_key_fault
+from jobd.job import SECOND_MS, Job, LateResult, storage_key_fault
 from tests.memory_artefacts import MemoryArtefacts
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class SimArtefacts(MemoryArtefacts):
         if after is None and before is not None:
             self.relied_on.pop(before.seq, None)
             self._let_go(change, [its for its in self.uploads.values() if its.job_seq == before.seq])
+            self._let_go(change, self._left_to(before))
             return
         if change.late is not None:
             self._came_late(change, change.late)
@@ -124,6 +125,11 @@ class SimArtefacts(MemoryArtefacts):
         upload.job_seq = after.seq
         if self._is_in_time(upload):
             self.relied_on[after.seq] = key
+
+    def _left_to(self, job: Job) -> list[Upload]:
+        """The object that `job` names, where whose it was has gone: its tombstone went as well, as `job` was there."""
+        its = None if job.result is None else self.uploads.get(job.result.storage_key or "")
+        return [its] if its is not None and its.job_seq in self._machine.watch.deleted else []
 
     def _came_late(self, change: Change, late: LateResult) -> None:
         """The object of a late result is the job's as long as that is kept; perhaps another made room for it."""
