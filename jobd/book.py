@@ -22,6 +22,7 @@ FINISHED_BYTES: Final = 16 << 20  # of their metadata
 WORKERS_KEPT: Final = 10_000  # workers without a job that are still listed
 OPTIONS_KEPT: Final = 10_000
 LATE_CALLS_KEPT: Final = 10_000  # that are not told again; where there are more, those told first are told anew
+LATE_RESULTS_KEPT: Final = 10_000  # jobs that somebody may be looking at to whom late results came since the start
 COUNTER_MASK: Final = (1 << TOKEN_COUNTER_BITS) - 1
 
 
@@ -54,6 +55,7 @@ class Book:
         self.request_hashes: dict[str, str] = {}  # of the jobs that the creates of this batch name
         self.late = LateKnown()  # late results that the decisions of this batch ask for
         self._late_calls: dict[tuple[int, int, str], None] = {}  # job seq, fencing token, verb: those that were told
+        self._late_results: dict[int, int] = {}  # job seq -> seq of the latest that came since the start
         self.paused: set[str] = set()
         self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
@@ -172,6 +174,7 @@ class Book:
         self.next_event = max(self.next_event, event.seq + 1)
         if change.late is not None:
             self.late.results.setdefault(event.job_seq, []).append(change.late)
+            self._note_late(event)
         if event.job_seq == 0:
             self.set_paused(event.queue, event.type == "queue_paused")
             return
@@ -202,6 +205,20 @@ class Book:
     def forget_call(self, event: Event) -> None:
         """The batch that told of it is taken back."""
         self._late_calls.pop(_call_of(event), None)
+
+    def latest_late(self, job_seq: int) -> int | None:
+        """Seq of the late result that came last to a job, as far as memory reaches: not beyond the start."""
+        return self._late_results.get(job_seq)
+
+    def _note_late(self, event: Event) -> None:
+        self._late_results.pop(event.job_seq, None)
+        self._late_results[event.job_seq] = event.seq
+        if len(self._late_results) > LATE_RESULTS_KEPT:
+            del self._late_results[next(iter(self._late_results))]
+
+    def forget_late(self, event: Event) -> None:
+        """The batch that kept it is taken back."""
+        self._late_results.pop(event.job_seq, None)
 
     def swap(self, before: Job | None, after: Job | None) -> None:
         """Replace a job's row by another in every order and counter. None: it did not exist, or is gone."""

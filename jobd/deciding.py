@@ -174,6 +174,8 @@ class Decider:
                 self.book.suspects.pop(change.event.job_seq, None)
             if change.event.type == "late_call":
                 self.book.forget_call(change.event)
+            if change.late is not None:
+                self.book.forget_late(change.event)
             if change.event.job_seq == 0:
                 self.book.set_paused(change.event.queue, change.event.type != "queue_paused")
         for asked, answer in plan.replies:

@@ -40,7 +40,7 @@ def moved(draft: Draft, command: AnyCommand, expected: str) -> Refusal | None:
     job = steps.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
-    if planning.version(job) == expected:
+    if planning.version(job, draft.book.latest_late(job.seq)) == expected:
         return None
     message = f"The job has moved since you looked: it is {job.status} now. Nothing was done."
     return Refusal("invalid_transition", message, {"job_id": job.id, "status": job.status})
@@ -50,7 +50,7 @@ def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: Expected, don
     job = steps.find(draft, expected.id)
     if isinstance(job, Refusal):
         done.changed.append(ChangedJob(expected.id, "", None, job.message))
-    elif planning.version(job) != expected.version:
+    elif planning.version(job, draft.book.latest_late(job.seq)) != expected.version:
         what = "It has changed since the plan was made."
         done.changed.append(ChangedJob(job.id, "", job.status, what))
     else:

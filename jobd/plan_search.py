@@ -6,7 +6,6 @@ Decides nothing about a job: what a plan takes and what it leaves alone is said 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import Final
 
 from msgspec.structs import asdict
@@ -14,6 +13,7 @@ from msgspec.structs import asdict
 from jobd import planning
 from jobd.answers import PlannedJob, SkippedJob
 from jobd.batch import Disk, Query
+from jobd.book import Book
 from jobd.commands import MAKING_S, MAX_PLAN, Expected, Filter, MakePlan, Refusal
 from jobd.job import Job
 
@@ -27,7 +27,7 @@ PAUSE_S: Final = 0.002  # after each look, so that workers get the loop and the 
 class Search:
     """The jobs of a plan. `next_cursor`: where the search ended before its end; the next one goes on there."""
 
-    def __init__(self, asked: MakePlan, disk: Disk, quarantined: Mapping[str, str], turn: asyncio.Semaphore) -> None:
+    def __init__(self, asked: MakePlan, disk: Disk, book: Book, turn: asyncio.Semaphore) -> None:
         self.jobs: list[PlannedJob] = []
         self.expected: list[Expected] = []
         self.skipped: list[SkippedJob] = []
@@ -35,7 +35,7 @@ class Search:
         self.next_cursor: str | None = None
         self._asked = asked
         self._disk = disk
-        self._quarantined = quarantined
+        self._book = book
         self._turn = turn  # of plans that are being made: each has one look at a time
         self._taken: set[str] = set()
 
@@ -60,7 +60,7 @@ class Search:
             for job_id in some:
                 job = loaded.jobs.get(job_id)
                 if job is None:
-                    wrong = loaded.bad.get(job_id) or self._quarantined.get(job_id)
+                    wrong = loaded.bad.get(job_id) or self._book.quarantined.get(job_id)
                     self._skip(job_id, None, f"It is in quarantine: {wrong}" if wrong else "There is no such job.")
                 elif (why := planning.why_not(self._asked.action, job)) is not None:
                     self._skip(job_id, job.status, why)
@@ -99,7 +99,8 @@ class Search:
         if job.id not in self._taken:  # a job that moved on meanwhile is found in its next status, too
             self._taken.add(job.id)
             self.jobs.append(PlannedJob(job.id, job.status, planning.TO[self._asked.action]))
-            self.expected.append(Expected(job.id, planning.version(job)))
+            version = planning.version(job, self._book.latest_late(job.seq))
+            self.expected.append(Expected(job.id, version))
 
     def _skip(self, job_id: str, status: str | None, why: str) -> None:
         self.skipped_count += 1

@@ -53,10 +53,11 @@ def statuses(action: PlanAction, wanted: Filter) -> list[str]:
     return [each for each in _FROM[action] if status in (None, each)]
 
 
-def version(job: Job) -> str:
+def version(job: Job, late: int | None = None) -> str:
     """What the job is, but for the signs of life of its worker: the same text means that nothing else has happened.
 
-    Without a grant a job has no signs of life, so that its `updated_at` tells of detours, too.
+    Without a grant a job has no signs of life, so that its `updated_at` tells of detours, too. `late` is the late
+    result that came last (Book.latest_late): its row does not tell of it, and who deletes the job deletes it as well.
     """
     seen = (
         job.seq,
@@ -73,5 +74,6 @@ def version(job: Job) -> str:
         job.result,
         job.error,
         job.updated_at if job.grant is None else None,
+        late,
     )
     return blake2b(msgspec.msgpack.encode(seen), digest_size=8).hexdigest()

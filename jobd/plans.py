@@ -74,7 +74,7 @@ class Planner:
         """A plan of what `asked.action` would do now, to be found again as `plan_id`."""
         if self._making >= MOST_MAKING:
             return Refusal("overloaded", "Other plans are being made; try again after a second.")
-        search = Search(asked, self._actor.disk, self._actor.book.quarantined, self._turn)
+        search = Search(asked, self._actor.disk, self._actor.book, self._turn)
         self._making += 1
         try:
             refusal = await search.run()

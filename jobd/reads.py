@@ -74,7 +74,7 @@ def _of_job(draft: Draft, command: OfJob) -> Answer | Refusal:
             return steps.job_answer(draft, job)
         case GetVersion():
             shown = steps.job_answer(draft, job)
-            shown.data = VersionedJob(shown.data, planning.version(job))
+            shown.data = VersionedJob(shown.data, planning.version(job, draft.book.latest_late(job.seq)))
             return shown
         case Timeline():
             return Answer(TimelineView([]), look=Look(timeline=job.seq, events=command.limit))

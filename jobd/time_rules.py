@@ -112,7 +112,7 @@ def delete_expired(draft: Draft, command: DeleteExpired) -> Answer:
 
 
 def mend(draft: Draft, command: Mend) -> Answer:
-    """Validate the named jobs and apply the safe fixes; what has none is reported and left."""
+    """Validate the named jobs and apply the safe fixes; what has none is reported, and looked at again each time."""
     found: list[tuple[str, Issue]] = []
     fixed = 0
     for job_id in dict.fromkeys(command.ids):
@@ -121,10 +121,12 @@ def mend(draft: Draft, command: Mend) -> Answer:
             continue
         issues = [issue for issue in validate(job, draft.at, draft.policy).issues if counts(issue)]
         found.extend((job_id, issue) for issue in issues)
+        left = issues
         if issues:
             left = [issue for issue in validate(_mend(draft, job), draft.at, draft.policy).issues if counts(issue)]
             fixed += len(issues) - len(left)
-        draft.checked.append(job.seq)
+        if not left:
+            draft.checked.append(job.seq)
     return Answer(Worked(fixed, found=len(found), issues=found))
 
 

@@ -39,6 +39,7 @@ from jobd.commands import (
     ForceFail,
     ForceReset,
     Get,
+    GetVersion,
     Import,
     KeyUse,
     LateResults,
@@ -1783,6 +1784,18 @@ async def test_a_late_result_is_on_the_disk_before_it_is_refused() -> None:
         refusal = await asking
         assert refusal.code == "lock_lost"
         assert kept_by(house) == ["/out"]
+
+
+@in_virtual_time
+async def test_a_late_result_that_could_not_be_written_is_not_remembered() -> None:
+    async with household() as house:
+        lock_id = await lost(house)
+        version = (await house.yes(GetVersion(id="a"))).version
+        house.disk.write_errors.append(DiskFull("full"))
+        await house.no(done(lock_id))
+        assert kept_by(house) == []
+        assert (await house.yes(GetVersion(id="a"))).version == version
+        house.disk.free()
 
 
 @in_virtual_time

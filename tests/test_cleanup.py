@@ -430,7 +430,7 @@ async def test_what_has_no_safe_fix_is_reported_by_every_pass_and_left() -> None
         first = await house.cleaner.run_pass(forced=True)
         assert (first.validation_issues_found, first.validation_issues_fixed) == (2, 0)
         second = await house.cleaner.run_pass(forced=True)
-        assert (second.validation_issues_found, second.validation_issues_fixed) == (1, 0)  # of what is alive
+        assert (second.validation_issues_found, second.validation_issues_fixed) == (2, 0)
         assert disk.job("nameless") is not None
 
 

@@ -1050,6 +1050,25 @@ async def test_a_plan_needs_jobs_a_filter_that_is_one_and_who_may_change(town: T
     assert "Nothing: no job that this can be done to was found" in text(await browser.get("/plans/plan-2"))
 
 
+async def test_what_comes_late_is_not_deleted_unseen(town: Town) -> None:
+    lock = await town.held()
+    heard = await town.admin.ask(
+        "POST", "/admin/job-management/force-fail", json.dumps({"jobId": "held"}), headers=AUTH
+    )
+    assert heard.status == 200
+    browser = await town.browser()
+    seen = await browser.looked("held", "delete")
+    assert "late result" not in text(await browser.get("/jobs/held/confirm?verb=delete"))
+    body = json.dumps({"lock_id": lock, "file_path": "/late"})
+    assert (await town.worker.ask("POST", "/v1/jobs/held/complete", body)).error == "lock_lost"
+    heard = await browser.post("/jobs/held/do", **seen, reason="")
+    assert heard.status == 409
+    assert "has moved since you looked" in text(heard)
+    assert "<strong>1 late result</strong> goes with it" in text(await browser.get("/jobs/held/confirm?verb=delete"))
+    assert (await browser.confirmed("held", "delete")).status == 303
+    assert (await town.worker.ask("GET", "/v1/jobs/held")).error == "job_not_found"
+
+
 async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
     locks = [await town.held()]
     for _ in range(2):

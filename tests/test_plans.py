@@ -9,12 +9,13 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import plan_search, planning, plans, rows
+from jobd import book, plan_search, planning, plans, rows
 from jobd.answers import Answer, PlanResult, PlanView, PreviewView
 from jobd.batch import DiskFull
 from jobd.commands import (
     ApplyPlan,
     Cancel,
+    Complete,
     Create,
     Delete,
     Expected,
@@ -190,6 +191,37 @@ def test_a_command_that_expects_a_version_is_done_to_that_one_alone(*, detour: b
     gone = desk.decide(Delete(id="none"), expected=seen.version).answer
     assert isinstance(gone, Refusal)
     assert gone.code == "job_not_found"
+
+
+@pytest.mark.parametrize("how", ["expected", "plan"])
+def test_a_late_result_that_came_meanwhile_is_not_deleted_unseen(how: str) -> None:
+    desk = Desk()
+    lock_id = desk.held()
+    desk.yes(ForceFail(id="a"))
+    seen = desk.yes(GetVersion(id="a")).version
+    desk.no(Complete(id="a", lock_id=lock_id, file_path="/out"), "lock_lost")
+    for left_alone in (True, False):
+        if how == "expected":
+            assert isinstance(desk.decide(Delete(id="a"), expected=seen).answer, Refusal) == left_alone
+        else:
+            done = desk.yes(ApplyPlan(action="delete", jobs=[Expected("a", seen)]), admin=True)
+            assert len(done.changed) == left_alone
+        assert ("a" in desk.rows) == left_alone or how == "expected"
+        seen = desk.yes(GetVersion(id="a")).version if left_alone else ""
+
+
+def test_of_late_results_the_latest_is_remembered_for_so_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book, "LATE_RESULTS_KEPT", 2)
+    desk = Desk()
+    seqs: dict[str, int | None] = {}
+    for job_id in ("a", "b", "a", "c"):
+        lock_id = desk.start(job_id) if job_id in desk.rows else desk.held(job_id)
+        desk.yes(ForceFail(id=job_id))
+        desk.no(Complete(id=job_id, lock_id=lock_id, file_path="/out"), "lock_lost")
+        seqs[job_id] = desk.last().seq
+        desk.yes(ForceReset(id=job_id))
+    known = {job_id: desk.book.latest_late(desk.job(job_id).seq) for job_id in seqs}
+    assert known == seqs | {"b": None}
 
 
 def test_a_change_that_was_taken_back_is_a_change() -> None:

@@ -230,6 +230,7 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
     return {
         "job": view,
         "late": late,
+        "lost": len(await _late_results(guest, wanted.id)) if deed.to == "gone" else 0,
         "curl": curl(deed, Chosen(wanted.id, result=None if late is None else late.seq), base_url(guest)),
         "deed": deed,
         "can": can(deed, view, guest.now),
@@ -240,12 +241,16 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
 
 async def _late_result(guest: Guest, wanted: ConfirmPage) -> LateResultView:
     """The one that is asked for, or the latest. Refused where there is none."""
-    found: LateResultList
-    [found] = await asked(guest, LateResults(id=wanted.id))
-    for late in reversed(found.late_results):
+    for late in reversed(await _late_results(guest, wanted.id)):
         if wanted.result in (None, late.seq):
             return late
     raise refused("late_result_not_found", f"Job {wanted.id} has no such late result (any more).")
+
+
+async def _late_results(guest: Guest, job_id: str) -> list[LateResultView]:
+    found: LateResultList
+    [found] = await asked(guest, LateResults(id=job_id))
+    return found.late_results
 
 
 async def failures(guest: Guest) -> Shown:

@@ -56,7 +56,7 @@ from jobd.commands import (
     Why,
     Workers,
 )
-from jobd.job import STATUSES, Backoff
+from jobd.job import STATUSES, Backoff, Job
 from jobd.planning import version
 from tests.simulation.disk import SimDisk
 from tests.simulation.plan import Plan
@@ -189,9 +189,16 @@ class Requests:
     def planned(self, job_id: str) -> ApplyPlan:
         """A slice of a plan, of which some jobs have changed since."""
         known = [(each, self.disk.job(each)) for each in dict.fromkeys((job_id, self.job_id(), self.job_id()))]
-        seen = [Expected(each, "other" if job is None or self.chance(0.2) else version(job)) for each, job in known]
+        seen = [
+            Expected(each, "other" if job is None or self.chance(0.2) else self._version(job)) for each, job in known
+        ]
         kind = ApplyPlan if self.chance(0.5) else ApplyEndings
         return kind(action=self.dice.choice(("retry", "cancel", "force-fail", "delete")), jobs=seen)
+
+    def _version(self, job: Job) -> str:
+        """As who has just looked knows it; a daemon that has started since knows of no late result."""
+        late = max((late.seq for late in self.disk.lates.get(job.seq, ())), default=None)
+        return version(job, late if self.chance(0.7) else None)
 
     def adoption(self, job_id: str) -> Adopt:
         """Of a job that has a late result, mostly."""
