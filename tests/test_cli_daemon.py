@@ -1116,3 +1116,15 @@ def test_jobctl_and_backup_find_a_daemon_by_its_own_settings(tmp_path: Path) -> 
             argv = [sys.executable, "-m", *command.split()]
             done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
+
+
+def test_a_daemon_does_without_what_only_colours_tracebacks() -> None:
+    told = """
+import sys
+from jobd.cli import daemon
+daemon._leave_out_rich()
+assert "structlog" in sys.modules
+assert "rich" not in sys.modules
+import rich.table  # still there for who asks for it
+"""
+    subprocess.run([sys.executable, "-c", told], check=True, timeout=60)

@@ -5,10 +5,11 @@ Imports only what the command line itself needs; `serve` brings in the daemon.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -66,10 +67,23 @@ def serve(
     }
     flags = dict(map(_pair, others)) | {key: value for key, value in named.items() if value is not None}
     loaded = read(config, flags)
+    gc.disable()  # until all is there: nothing of what a start makes is garbage
+    _leave_out_rich()
     from jobd.config import load
     from jobd.daemon import serve as run
 
     return run(loaded, lambda: load(flags, os.environ, config))
+
+
+def _leave_out_rich() -> None:
+    """structlog looks for rich, to colour tracebacks as our log never does: that would be a tenth of a start."""
+    modules: dict[str, Any] = sys.modules
+    if "rich" not in modules:
+        modules["rich"] = None
+        try:
+            import structlog  # noqa: F401
+        finally:
+            del modules["rich"]
 
 
 def _pair(text: str) -> tuple[str, str]:
