@@ -12,5 +12,5 @@ from jobd.cli.daemon import main
 
 if __name__ == "__main__":
     short: Any = history
-    short.Query, short.MOST_LOOKED = partial(Query, scan=10), 20
+    short.Query, short.MOST_LOOKED, short.SLICE = partial(Query, scan=10), 20, 10
     sys.exit(main())

@@ -375,6 +375,38 @@ def test_a_page_that_has_found_nothing_looks_on_by_itself(page: Page, tmp_path: 
         assert complaints == []
 
 
+def test_what_a_page_finds_by_looking_on_is_left_there(page: Page, tmp_path: Path, complaints: list[str]) -> None:
+    """Whatever happens meanwhile: a renewal would begin with the newest jobs again, where nothing matches."""
+    scene = Scene(tmp_path)
+    scene.module = "tests.short_pages"
+    with scene as daemon:
+        daemon.do("jobs", id="rare", queue="rare")
+        lock = daemon.do("jobs/rare/start", worker="w-1")["lock_id"]
+        daemon.do("jobs/rare/fail", lock_id=lock, error_message="rare")
+        sign_in(page, daemon, path="/failures")
+        page.goto(f"{daemon.url}/jobs?queue=rare")
+        toggle, row = page.locator("#live-toggle"), page.locator("#job-rare")
+        expect(toggle).to_have_text("Live")
+        daemon.do("jobs/bulk", jobs=[{"id": f"often-{number}", "queue": "rare-no-more"} for number in range(100)])
+        daemon.do("jobs", id="hold", queue="rare")
+        expect(page.locator("#job-hold")).to_be_visible()
+        daemon.do("jobs/bulk", jobs=[{"id": f"more-{number}", "queue": "rare-no-more"} for number in range(100)])
+        daemon.do("jobs/hold/start", worker="w-1")
+        expect(toggle).to_have_text("Stopped")
+        expect(page.locator("#job-hold")).to_be_visible()
+        toggle.click()
+        expect(toggle).to_have_text("Stopped")
+        expect(page.locator("#job-hold")).to_be_visible()
+        for number in range(100):
+            daemon.do("jobs", id=f"f-{number}", queue="other")
+            daemon.operator("POST", "force-fail", {"jobId": f"f-{number}", "reason": "of others"})
+        page.goto(f"{daemon.url}/failures")
+        page.get_by_role("link", name="rare", exact=True).first.click()
+        expect(row).to_be_visible()
+        expect(toggle).to_be_hidden()
+        assert complaints == []
+
+
 def test_renewal_can_be_stopped(page: Page, daemon: Scene) -> None:
     daemon.do("jobs", id="a")
     sign_in(page, daemon, path="/jobs/a")

@@ -666,6 +666,14 @@ async def test_a_page_says_how_far_it_has_looked_and_what_is_found_at_once(
     page = text(await browser.get("/jobs?queue=b&status=completed"))
     assert "further back" in page
     assert "at once" not in page
+    monkeypatch.setattr(pages, "LOOKED_FAR", 50_000)
+    assert "data-every" not in text(await browser.get("/jobs?queue=b")), "what looks on is not begun anew meanwhile"
+    renewed = text(await browser.get("/jobs?queue=b", HX_Request="true"))
+    assert "data-still" in renewed, "nor where it had rows when the page was opened"
+    for query in ("error=0123456789ab", "q=nothing"):
+        page = text(await browser.get(f"/jobs?{query}"))
+        assert "data-every" not in page
+        assert "at once" not in page, "a text or an error is compared row by row in any status"
     target, found = "/jobs?queue=b", []
     while target:
         page = text(await browser.get(target))

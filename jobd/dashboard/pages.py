@@ -172,10 +172,12 @@ async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
     page: JobPage = found.data
     more = address("/jobs", wanted, cursor=page.next_cursor) if page.next_cursor else ""
     first = address("/jobs", wanted) if wanted.cursor else ""
-    if page.looked_to_at and not wanted.status:
+    looks_slowly = bool(wanted.q or wanted.error)
+    if page.looked_to_at and not wanted.status and not looks_slowly:
         shown["by_status"] = [(status, address("/jobs", replace(wanted, status=status))) for status in AT_ONCE]
-    if wanted.cursor or wanted.q or found.looked > LOOKED_FAR:  # what is older stays where it is, and looking costs
-        shown["every_s"] = 0
+    looks_on = bool(more) and not page.jobs  # by itself, into the part of the page that would be renewed
+    if wanted.cursor or looks_slowly or looks_on or found.looked > LOOKED_FAR:
+        shown["every_s"] = 0  # what is older stays where it is, and looking costs
     shown |= {"page": page, "next": more, "first": first}
     return {**shown, "queues": _names(queues.data), **strip(guest, paused.data)}
 

@@ -1,4 +1,5 @@
-// When a page renews its living part: where the stream of news says so; without it, every few seconds. No eval, no style.
+// When a page renews its living part: where the stream of news says so; without it, every few seconds; no more once the
+// part that came says that it is to stay (data-still), unless somebody asks. No eval, no style.
 "use strict";
 
 (() => {
@@ -26,8 +27,13 @@
     [toggle.textContent, toggle.title] = WORDS[next];
     toggle.setAttribute("aria-pressed", String(next !== "stopped"));
   };
-  const renew = () => {
+  const renew = (isAsked = false) => {
     if (document.hidden || state === "stopped") return;
+    if (!isAsked && region.querySelector("[data-still]")) {
+      become("stopped");
+      close();
+      return;
+    }
     renewedAt = Date.now();
     htmx.trigger(region, "renew"); // while one is under way, one more waits, and no more than one
   };
@@ -46,7 +52,7 @@
       become("live");
       renew(); // of what happened before the stream was there
     });
-    source.addEventListener("news", renew);
+    source.addEventListener("news", () => renew());
     source.addEventListener("over", () => {
       close();
       become("polling");
@@ -67,7 +73,7 @@
   toggle.addEventListener("click", () => {
     become(state === "stopped" ? "polling" : "stopped");
     open();
-    renew();
+    renew(true);
   });
   document.addEventListener("visibilitychange", () => {
     if (state !== "stopped") become("polling");
