@@ -1698,10 +1698,11 @@ NOW = 1_700_000_000_000 // SLOT_MS * SLOT_MS
 
 def test_the_recorder_counts_by_steps_and_forgets_after_an_hour_and_a_day() -> None:
     recorder = Recorder(NOW - 86_400_000)
+    recorder.note([change("completed", NOW - 30 * 60_000)])
     kinds = ("created", "imported", "completed", "failed", "retried", "stalled", "expired", "force_failed", "progress")
     recorder.note([change(kind, NOW - STEP_MS) for kind in kinds])
     recorder.note([change("force_failed", NOW - STEP_MS, before="queued")])  # no attempt
-    recorder.note([change("adopted", NOW), change("completed", NOW - 30 * 60_000)])
+    recorder.note([change("adopted", NOW)])
     chart = recorder.chart(NOW)
     assert chart.since == NOW - 86_400_000
     assert (chart.hour.created[-1], chart.hour.completed[-1], chart.hour.failed[-1]) == (2, 1, 4)
@@ -1715,6 +1716,21 @@ def test_the_recorder_counts_by_steps_and_forgets_after_an_hour_and_a_day() -> N
     assert recorder.rates(later).completed == (0, 0, 3)
     recorder.note([change("created", NOW + slot * SLOT_MS) for slot in range(1, 2 * SLOTS)])
     assert len(recorder._day) == SLOTS + 1
+
+
+def test_after_a_clock_was_set_back_the_recorder_counts_the_present() -> None:
+    """An hour of work two hours ahead fills every step; what lies there is not the past of anybody."""
+    ahead = NOW + 2 * 3_600_000
+    recorder = Recorder(NOW - 60_000)
+    recorder.note([change("completed", ahead + step * STEP_MS) for step in range(STEPS + 1)])
+    for later in (recorder, Recorder.opened(recorder.kept(), NOW)):
+        later.note([change("completed", NOW) for _ in range(100)])
+        assert later.rates(NOW).completed == (100, 100, 100)
+        assert later.chart(NOW + STEP_MS).hour.completed[-1] == 100
+        found = later.queue("q", NOW)
+        assert found is not None
+        assert found.completed == 100
+        assert sum(later.chart(ahead + SLOT_MS).hour.completed) == 0, "nor does it come up once that time is there"
 
 
 def test_the_charts_go_on_after_a_restart_as_they_were_saved() -> None:
@@ -1736,7 +1752,7 @@ def test_the_charts_go_on_after_a_restart_as_they_were_saved() -> None:
 def test_the_recorder_knows_the_last_hour_of_each_queue() -> None:
     recorder = Recorder(NOW - 30 * 60_000)
     assert recorder.queue("q", NOW) is None
-    recorder.note([change("completed", NOW - minute * 60_000) for minute in range(30)])
+    recorder.note([change("completed", NOW - minute * 60_000) for minute in reversed(range(30))])
     recorder.note([change("failed", NOW) for _ in range(10)])
     recorder.note([change("created", NOW, "other")])
     found, other = recorder.queue("q", NOW), recorder.queue("other", NOW)

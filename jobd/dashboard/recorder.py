@@ -107,6 +107,9 @@ class Tally:
         step = at // self._step_ms
         counts = self._counts.get(step)
         if counts is None:
+            # What lies ahead is of a clock that was set back: it would push out the present, and come up as news later.
+            for ahead in [each for each in self._counts if each > step + 1]:
+                del self._counts[ahead]
             counts = self._counts[step] = [*_NOTHING]
             while len(self._counts) > self._most + 1:
                 del self._counts[min(self._counts)]
