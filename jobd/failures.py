@@ -122,8 +122,8 @@ class Failures:
 
     def _leave(self, job: Job) -> None:
         name = _name(job)
-        group = self._groups.get(name)
-        if group is None:
+        group = None if name is None else self._groups.get(name)
+        if name is None or group is None:
             self._other = max(self._other - 1, 0)
             return
         group.leave(job)
@@ -131,7 +131,11 @@ class Failures:
             del self._groups[name]
 
     def _group(self, job: Job) -> Group | None:
+        """None where all groups are taken, or where the job has no error (an import may bring some): by no name they
+        could be found, so nothing could be done to just those."""
         name = _name(job)
+        if name is None:
+            return None
         if name not in self._groups and len(self._groups) < MOST_GROUPS:
             self._groups[name] = Group()
         return self._groups.get(name)
@@ -184,9 +188,9 @@ class Failures:
         return FailuresView(shown, total, total - sum(group.count for group in shown), self.is_whole)
 
 
-def _name(job: Job) -> str:
+def _name(job: Job) -> str | None:
     error = job.error
-    return (fingerprint(error.message, error.code) if error is not None else None) or ""
+    return None if error is None else fingerprint(error.message, error.code)
 
 
 def _shown(name: str, group: Group) -> FailureGroup:

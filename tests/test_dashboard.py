@@ -1032,6 +1032,25 @@ async def test_failures_are_grouped_by_their_error_and_a_group_is_tried_again(to
     assert (await browser.get("/jobs?error=x")).status == 400
 
 
+async def test_failed_jobs_without_an_error_are_no_group_that_could_be_tried_again(town: Town) -> None:
+    line = json.dumps({"id": "bare", "status": "failed"})
+    body, kind = line + "\n", {"Content-Type": "application/x-ndjson"}
+    heard = await town.admin.ask("POST", "/admin/job-management/import", body, headers={**AUTH, **kind})
+    assert heard.status == 200, heard.body
+    browser = await town.browser()
+    page = text(await browser.get("/failures"))
+    assert "1 failed job," in page
+    assert "1 failed job is of no group here" in page
+    assert "No job has failed" not in page
+    assert 'name="error"' not in page
+    assert "/jobs?error=" not in page
+    await failing(town, "a")
+    for error in ("", " "):
+        heard = await browser.post("/plans", csrf=await browser.csrf(), action="retry", scope="all", error=error)
+        assert (heard.status, "no name to find its jobs by" in text(heard)) == (400, True)
+    assert (await browser.get("/jobs?error=&status=failed")).status == 200, "a form sends fields that are empty"
+
+
 async def test_a_plan_needs_jobs_a_filter_that_is_one_and_who_may_change(town: Town) -> None:
     await failing(town, "a")
     browser, reader = await town.browser(), await town.browser(READER)

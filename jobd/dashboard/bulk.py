@@ -84,6 +84,8 @@ def _filters(plan: PlanView) -> dict[str, str]:
 def _wanted(guest: Guest, form: PlanForm) -> MakePlan:
     reason = form.reason.strip() or None
     if form.scope == "all":
+        if form.error is not None and not form.error.strip():  # else it would be all jobs, for those of one group
+            raise refused("invalid_request", "This group has no name to find its jobs by.", field="$.error")
         try:
             return MakePlan(action=form.action, filter=msgspec.convert(chosen(form, guest.now), Filter), reason=reason)
         except msgspec.ValidationError as fault:

@@ -27,7 +27,7 @@ class JobFilter(Command, frozen=True, kw_only=True):
     """`since` and `until` are of the creation, `finished_*` of the end: 2026-11-26 10:00 in UTC, or how long ago it
     was, as in 2h.
 
-    `error` is the fingerprint of a group of failures.
+    `error` is the fingerprint of a group of failures; None where the form has no such field.
     """
 
     status: str = ""
@@ -39,7 +39,7 @@ class JobFilter(Command, frozen=True, kw_only=True):
     finished_since: str = ""
     finished_until: str = ""
     q: str = ""
-    error: str = ""
+    error: str | None = None
 
 
 class JobsPage(JobFilter, frozen=True, kw_only=True):
@@ -51,7 +51,7 @@ class JobsPage(JobFilter, frozen=True, kw_only=True):
 
 def given(wanted: JobFilter) -> dict[str, str]:
     """The filters that say something."""
-    return {name: value for name in FILTERS if (value := getattr(wanted, name).strip())}
+    return {name: value for name in FILTERS if (value := (getattr(wanted, name) or "").strip())}
 
 
 def address(place: str, wanted: JobFilter, **more: str) -> str:
