@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from msgspec import Meta, Raw, Struct, field
 
 from jobd.job import (
+    LATEST_MS,
     AdditionalMs,
     Attempts,
     Backoff,
@@ -95,7 +96,7 @@ MAX_PAGE: Final = 200
 MAX_EVENTS: Final = 1_000  # of a job, where only the latest are asked for
 MAX_TEXT: Final = 200  # of a text that is looked for
 Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$(?!\n)")]
-MomentMs = Annotated[int, Meta(ge=0, le=10**15)]  # Unix ms, as bounds of a search
+MomentMs = Annotated[int, Meta(ge=0, le=LATEST_MS)]  # Unix ms, as bounds of a search: such as can be written as a date
 MAX_OPERATOR: Final = 64
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
 Cursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$(?!\n)")]

@@ -32,7 +32,7 @@ from jobd.commands import (
     Update,
     Updates,
 )
-from jobd.job import Backoff
+from jobd.job import LATEST_MS, Backoff
 
 YEAR_MS = 365 * 86_400_000
 DAY_MS = 86_400_000
@@ -66,10 +66,10 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (List, {}, "status", ["queued", "processing", "completed", "failed", "cancelled"], ["", "odd"]),
     (List, {}, "limit", [1, 200], [0, 201]),
     (List, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1", "1 "]),
-    (Search, {}, "since", [0, 10**15], [-1, 10**15 + 1]),
-    (Search, {}, "finished_since", [0, 10**15], [-1, 10**15 + 1]),
-    (Search, {}, "finished_until", [0, 10**15], [-1, 10**15 + 1]),
-    (Search, {}, "until", [0, 10**15], [-1, 10**15 + 1]),
+    (Search, {}, "since", [0, LATEST_MS], [-1, LATEST_MS + 1]),
+    (Search, {}, "finished_since", [0, LATEST_MS], [-1, LATEST_MS + 1]),
+    (Search, {}, "finished_until", [0, LATEST_MS], [-1, LATEST_MS + 1]),
+    (Search, {}, "until", [0, LATEST_MS], [-1, LATEST_MS + 1]),
     (Search, {}, "q", ["t", LONG], ["", "x" * 201]),
     (Start, {"id": "a"}, "worker", ["w", LONG, "a b"], ["", "x" * 201, "a\n", "\x00", "\x1f", "\x7f"]),
     (Start, START, "lock_ttl_ms", [1_000, DAY_MS], [999, DAY_MS + 1]),
@@ -95,7 +95,7 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (Export, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1"]),
     (AuditLog, {}, "who", ["w", "x" * 64], ["", "x" * 65]),
     (AuditLog, {}, "what", ["w", "x" * 40], ["", "x" * 41]),
-    (AuditLog, {}, "since", [0, 10**15], [-1, 10**15 + 1]),
+    (AuditLog, {}, "since", [0, LATEST_MS], [-1, LATEST_MS + 1]),
     (AuditLog, {}, "limit", [1, 200], [0, 201]),
     (AuditLog, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1"]),
     (Locks, {}, "limit", [1, 200], [0, 201]),

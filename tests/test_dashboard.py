@@ -41,7 +41,7 @@ from jobd.doors import FORM, Gate, own_names
 from jobd.downloads import Downloads
 from jobd.events import Change, Event
 from jobd.failures import Failures
-from jobd.job import Policy
+from jobd.job import LATEST_MS, Policy
 from jobd.keys import Keys
 from jobd.plans import Planner
 from tests import vendor
@@ -896,6 +896,19 @@ async def planned(browser: Browser, page: str, *ids: str, **fields: str) -> Hear
     given = {name: html.unescape(value) for name, value in hidden.items()}
     pairs = [*given.items(), *(("ids", each) for each in ids), *fields.items()]
     return await browser.house.ask("POST", "/plans", urlencode(pairs), browser._headers({"Content-Type": FORM}))
+
+
+async def test_a_plan_up_to_the_last_time_there_is_can_be_looked_at(town: Town) -> None:
+    await failing(town, "a")
+    browser, path = await town.browser(), "/admin/job-management/plans"
+    for until, status in ((LATEST_MS + 1, 400), (10**15, 400), (LATEST_MS, 200)):
+        body = json.dumps({"action": "retry", "filter": {"until": until}})
+        assert (await town.admin.ask("POST", path, body, headers=AUTH)).status == status
+    heard = await browser.get("/plans/plan-1")
+    assert heard.status == 200
+    assert "Plan: retry 1 job" in text(heard)
+    assert "until=9999-12-31T23%3A59%3A59.999Z" in text(heard), "the way back finds the same jobs"
+    assert (await browser.get("/jobs?until=9999-12-31T23%3A59%3A59.999Z")).status == 200
 
 
 async def test_selected_jobs_are_planned_shown_and_done_once(town: Town) -> None:

@@ -36,6 +36,7 @@ HEADERS: Final = {
 }
 SHOWN_JSON: Final = 20_000  # characters of a payload
 SHORT_JSON: Final = 300
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 # Control characters as their pictures, and what turns the direction of text around as its name.
 _PICTURES: Final = {
@@ -121,7 +122,7 @@ def iso(at: int) -> str:
 
 
 def _utc(at: int) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(at / SECOND_MS, datetime.UTC)
+    return _EPOCH + datetime.timedelta(milliseconds=at)
 
 
 def size(count: int) -> str:
