@@ -658,12 +658,16 @@ class PreviewView(Struct, frozen=True, rename="camel"):
 
 
 class FailureGroup(Struct, frozen=True):
-    """Failed jobs whose errors are the same but for numbers, names and the like; `message` is that of the latest."""
+    """Jobs whose errors are the same but for numbers, names and the like; `message` is that of the latest.
+
+    `count` are the failed ones, `retrying` those that wait to be tried again.
+    """
 
     fingerprint: str
     message: str
     error_code: str | None
     count: int
+    retrying: int
     kinds: list[str]
     queues: list[str]
     first_at: int
@@ -672,12 +676,15 @@ class FailureGroup(Struct, frozen=True):
 
 
 class FailuresView(Struct, frozen=True):
-    """The largest groups of failed jobs. `total` are all failed jobs, `other` those of no group here. `whole` is false
-    as long as what was there at the start is still being counted."""
+    """The largest groups of failed jobs and of those that wait to be tried again. `total` are all failed jobs, `other`
+    those of no group here; `retrying` and `other_retrying` are the same of those that wait. `whole` is false as long as
+    what was there at the start is still being counted."""
 
     groups: list[FailureGroup]
     total: int
+    retrying: int
     other: int
+    other_retrying: int
     whole: bool
 
 

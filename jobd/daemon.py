@@ -140,7 +140,7 @@ class Daemon:
         store.on_broken = self.actor.lose_disk
         self.feed = Feed(store, opened.numbers.next_event - 1, settings.limits.event_streams)
         self.actor.on_commit.append(self.feed.publish)
-        self.failures = Failures(store, opened.numbers.next_job)
+        self.failures = Failures(store, opened.numbers.next_job, opened.jobs)
         self.actor.on_commit.append(self.failures.committed)
         self._settle(opened)
         self._running = asyncio.create_task(self.actor.run(), name="actor")

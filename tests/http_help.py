@@ -240,8 +240,8 @@ class Figures:
         return CleanupState(REPORT, True, 1234)
 
     def failures(self, limit: int) -> FailuresView:
-        group = FailureGroup("0123456789ab", "no", None, 3, ["k"], ["q"], 1, 2, ["a"])
-        return FailuresView([group], 4, 1, False)
+        group = FailureGroup("0123456789ab", "no", None, 3, 2, ["k"], ["q"], 1, 2, ["a"])
+        return FailuresView([group], 4, 7, 1, 5, False)
 
     async def preview(self) -> PreviewView | Refusal:
         if self.no_preview is not None:

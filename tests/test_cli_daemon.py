@@ -447,6 +447,8 @@ def test_jobs_that_failed_alike_are_one_group(jobctl: Ctl) -> None:
     assert set(found[0]) == _fields(answers.FailureGroup)
     assert (found[0]["count"], found[0]["queues"], found[0]["error_code"]) == (3, ["fa"], "force_failed")
     name = found[0]["fingerprint"]
+    assert found[0]["retrying"] == 0
+    assert "AGAIN" in jobctl.ok("failures")
     assert name in jobctl.ok("failures")
     assert jobctl.ok("jobs", "-q", "--error", name) == "fa2\nfa1\nfa0\n"
     assert jobctl.ok("retry", "--where", f"error={name}", "-y") == "retry: 3 jobs done\n"

@@ -1045,6 +1045,31 @@ async def test_failures_are_grouped_by_their_error_and_a_group_is_tried_again(to
     assert (await browser.get("/jobs?error=x")).status == 400
 
 
+async def test_jobs_that_wait_to_be_tried_again_are_in_the_groups_too(town: Town) -> None:
+    browser, reader = await town.browser(), await town.browser(READER)
+    await town.do("jobs", id="again", queue="mail", max_attempts=3)
+    lock = (await town.do("jobs/again/start", worker="w-1"))["lock_id"]
+    await town.do("jobs/again/fail", lock_id=lock, error_message="no route to 10.0.0.7", retry_after_ms=600_000)
+    page = text(await browser.get("/failures"))
+    assert "0 failed jobs and 1 that waits to be tried again, by" in page
+    assert "No job has failed" not in page
+    [(fingerprint, shown)] = re.findall(r'<tr id="group-([0-9a-f]+)">(.*?)</tr>', page, re.DOTALL)
+    waits = f"/jobs?error={fingerprint}&amp;status=queued"
+    assert f'<a href="{waits}">1</a>' in shown
+    assert f'<a class="error" href="{waits}">no route to 10.0.0.7</a>' in shown
+    assert "Retry all" not in shown, "that is for those that failed"
+    assert "jobctl run-now ID" in page
+    assert "run-now" not in text(await reader.get("/failures"))
+    assert 'id="job-again"' in text(await browser.get(html.unescape(waits)))
+    lock = (await town.do("jobs", id="gone", queue="video"), await town.do("jobs/gone/start", worker="w-1"))[1]
+    await town.do("jobs/gone/fail", lock_id=lock["lock_id"], error_message="no route to 10.0.0.8")
+    shown = text(await browser.get("/failures"))
+    assert "1 failed job and 1 that waits" in shown
+    assert f'<a href="/jobs?error={fingerprint}">1</a>' in shown
+    assert f'<a href="{waits}">1</a>' in shown
+    assert "Retry all" in shown
+
+
 async def test_failed_jobs_without_an_error_are_no_group_that_could_be_tried_again(town: Town) -> None:
     line = json.dumps({"id": "bare", "status": "failed"})
     body, kind = line + "\n", {"Content-Type": "application/x-ndjson"}

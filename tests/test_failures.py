@@ -1,4 +1,4 @@
-"""Failed jobs in groups: what is counted is what is there, however commits and looks at history fall together."""
+"""Jobs in groups by their error: counted is what is there, however commits and looks at history fall together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,21 @@ from typing import Any
 import pytest
 
 from jobd import failures
-from jobd.answers import FailureGroup
-from jobd.commands import Cancel, Create, Delete, ForceFail, ForceReset, Import, Search, Transition, Updates
+from jobd.answers import Answer, FailureGroup
+from jobd.commands import (
+    Cancel,
+    Create,
+    Delete,
+    Fail,
+    ForceFail,
+    ForceReset,
+    Import,
+    RunNow,
+    Search,
+    Start,
+    Transition,
+    Updates,
+)
 from jobd.failures import Failures
 from jobd.fingerprints import fingerprint
 from tests.household import Household, in_virtual_time
@@ -25,12 +38,30 @@ def counted(house: Household) -> dict[str, int]:
     return dict(Counter(name for name in names if name))
 
 
+def waiting(house: Household) -> dict[str, int]:
+    """The jobs of the disk that wait to be tried again, by fingerprint."""
+    errors = [job.error for job in house.disk.jobs.values() if job.status == "queued" and job.error]
+    return dict(Counter(fingerprint(error.message, error.code) or "" for error in errors))
+
+
 def groups(known: Failures) -> dict[str, int]:
-    return {group.fingerprint: group.count for group in known.view(200).groups}
+    return {group.fingerprint: group.count for group in known.view(200).groups if group.count}
+
+
+def groups_waiting(known: Failures) -> dict[str, int]:
+    return {group.fingerprint: group.retrying for group in known.view(200).groups if group.retrying}
+
+
+async def try_once(house: Household, job_id: str, message: str, wait_ms: int = 0) -> None:
+    """A worker takes the job, if it can, and fails; the job waits then, if it has attempts left."""
+    granted = await house.actor.ask(Start(id=job_id, worker="w"))
+    if isinstance(granted, Answer):
+        lock_id = granted.data.lock_id
+        await house.yes(Fail(id=job_id, lock_id=lock_id, error_message=message, retry_after_ms=wait_ms))
 
 
 def watching(house: Household) -> Failures:
-    known = Failures(house.disk, house.book.next_job)
+    known = Failures(house.disk, house.book.next_job, house.book.jobs.values())
     house.actor.on_commit.append(known.committed)
     return known
 
@@ -59,6 +90,7 @@ async def test_a_group_says_what_its_jobs_have_in_common() -> None:
             message="took 40 s",
             error_code="force_failed",
             count=2,
+            retrying=0,
             kinds=["convert"],
             queues=["video", "mail"],
             first_at=group.first_at,
@@ -92,6 +124,54 @@ async def test_jobs_that_go_are_counted_no_more() -> None:
         assert (known.view(9).total, known.view(9).other) == (1, 0)
 
 
+@in_virtual_time
+async def test_jobs_that_wait_to_be_tried_again_are_counted_beside_those_that_failed() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="early", max_attempts=3, queue="mail"))
+        await try_once(house, "early", "took 7 s")
+        await asyncio.sleep(5)
+        await house.yes(Create(id="moved", max_attempts=3))
+        await try_once(house, "moved", "took 8 s", wait_ms=3_600_000)
+        await house.yes(Create(id="new"))
+        known = watching(house)
+        assert not known.is_whole
+        await house.yes(RunNow(id="moved"))
+        assert sum(groups_waiting(known).values()) == 1, "what happens to it is heard before the look"
+        await known.run()
+        assert known.is_whole
+        view = known.view(9)
+        assert (view.total, view.retrying, view.other, view.other_retrying) == (0, 2, 0, 0)
+        [group] = view.groups
+        assert (group.count, group.retrying, group.message) == (0, 2, "took 8 s")
+        assert (sorted(group.queues), sorted(group.job_ids)) == (["default", "mail"], ["early", "moved"])
+        await try_once(house, "moved", "took 9 s")
+        await try_once(house, "moved", "took 10 s")
+        assert counted(house) == {group.fingerprint: 1}
+        [group] = known.view(9).groups
+        assert (group.count, group.retrying, group.message) == (1, 1, "took 10 s")
+        assert sorted(group.job_ids) == ["early", "moved"]
+        assert (groups(known), groups_waiting(known)) == (counted(house), waiting(house))
+        await house.yes(Start(id="early", worker="w"))
+        assert (known.view(9).total, known.view(9).retrying) == (1, 0), "it is at work"
+        assert [len(known.view(0).groups), known.view(0).other, known.view(0).other_retrying] == [0, 1, 0]
+
+
+@in_virtual_time
+async def test_since_when_there_is_an_error_is_known_though_its_group_was_empty() -> None:
+    async with Household() as house:
+        known = watching(house)
+        await known.run()
+        await fail(house, "a", "took 12 s")
+        [first] = known.view(9).groups
+        await asyncio.sleep(60)
+        await house.yes(ForceReset(id="a"))
+        assert known.view(9).groups == []
+        await house.yes(ForceFail(id="a", reason="took 13 s"))
+        [again] = known.view(9).groups
+        assert again.first_at == first.first_at
+        assert again.last_at >= first.last_at + 60_000
+
+
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "SCAN", 3)
@@ -109,9 +189,11 @@ def test_history_is_counted_while_its_jobs_go_and_others_fail(seed: int) -> None
         async with Household(MemoryDisk()) as house:
             ids = [f"j{n}" for n in range(20)]
             for job_id in ids:
-                await fail(house, job_id, f"error {dice.choice('abc')}") if dice.random() < 0.7 else await house.yes(
-                    Create(id=job_id)
-                )
+                await house.yes(Create(id=job_id, max_attempts=9))
+                if dice.random() < 0.5:
+                    await house.yes(ForceFail(id=job_id, reason=f"error {dice.choice('abc')}"))
+                elif dice.random() < 0.6:
+                    await try_once(house, job_id, f"error {dice.choice('abc')}")
             known = watching(house)
             running = asyncio.create_task(known.run())
             for n in range(60):
@@ -128,10 +210,13 @@ def test_history_is_counted_while_its_jobs_go_and_others_fail(seed: int) -> None
                     asked.append(house.actor.ask(Create(id=f"new{n}")))
                 await asyncio.gather(*asked)
                 if dice.random() < 0.5:
+                    await try_once(house, dice.choice(ids), f"error {dice.choice('abcd')}")
+                if dice.random() < 0.5:
                     await asyncio.sleep(dice.choice((0, failures.PAUSE_S / 2, failures.PAUSE_S)))
             await running
             assert known.is_whole
             assert groups(known) == counted(house)
+            assert groups_waiting(known) == waiting(house)
 
     test()
 
@@ -167,7 +252,8 @@ async def test_a_stop_ends_the_looking() -> None:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"MOST_GROUPS": 2, "MOST_NAMES": 2, "MOST_IDS": 3, "SHOWN_IDS": 2, "SHOWN_TEXT": 4}.items():
+    most = {"MOST_GROUPS": 2, "MOST_GONE": 1, "MOST_NAMES": 2, "MOST_IDS": 3}
+    for name, value in {**most, "SHOWN_IDS": 2, "SHOWN_TEXT": 4}.items():
         monkeypatch.setattr(failures, name, value)
 
 
@@ -193,6 +279,20 @@ async def test_everything_that_is_kept_has_its_limit() -> None:
         await house.yes(Delete(id="j4"))
         await house.yes(Delete(id="j5"))
         assert (known.view(9).total, known.view(9).groups) == (0, [])
+        await asyncio.sleep(5)
+        later = house.now
+        await fail(house, "j8", "alpha")
+        await fail(house, "j9", "beta")
+        since = {group.message: group.first_at for group in known.view(9).groups}
+        assert since["alph"] < later <= since["beta"], "of that one too much has come and gone since"
+        await house.yes(Create(id="j10", max_attempts=2))
+        await try_once(house, "j10", "gamma")
+        assert (known.view(9).retrying, known.view(9).other_retrying) == (1, 1)
+        await house.yes(Delete(id="j9"))
+        await house.yes(Create(id="j11", max_attempts=2))
+        await try_once(house, "j11", "gamma")
+        await house.yes(ForceFail(id="j10", reason="gamma"))
+        assert (known.view(9).retrying, known.view(9).total) == (1, 2)
 
 
 @in_virtual_time

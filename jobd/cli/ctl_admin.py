@@ -232,12 +232,13 @@ def reports(limit: int, as_json: bool) -> None:
 @json_option
 @admin_options
 def failures(limit: int, as_json: bool) -> None:
-    """Group the failed jobs by their error, the largest groups first.
+    """Group the failed jobs, and those that wait to be tried again (AGAIN), by their error, the largest groups first.
 
     Numbers, names in quotes, paths and the like make no difference.
 
     \b
     Then: jobctl jobs --error ERROR, jobctl retry --where error=ERROR
+    Of those that wait: jobctl jobs --error ERROR --status queued, jobctl run-now ID
     """
     from jobd.cli import tables_admin
 

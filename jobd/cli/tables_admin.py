@@ -145,6 +145,7 @@ def failures(view: FailuresView) -> None:
     rows = [
         (
             group.count,
+            group.retrying,
             group.fingerprint,
             group.error_code,
             show.age(group.last_at),
@@ -154,10 +155,12 @@ def failures(view: FailuresView) -> None:
         )
         for group in view.groups
     ]
-    columns = [">JOBS", "ERROR", "CODE", "LAST", "KINDS", "QUEUES", "MESSAGE OF THE LATEST"]
+    columns = [">FAILED", ">AGAIN", "ERROR", "CODE", "LAST", "KINDS", "QUEUES", "MESSAGE OF THE LATEST"]
     show.table(columns, rows, empty="No job has failed.")
     if view.other:
         show.say(f"{view.other} of {view.total} failed jobs are in none of these groups.")
+    if view.other_retrying:
+        show.say(f"{view.other_retrying} of {view.retrying} that wait to be tried again are in none of these groups.")
     if not view.whole:
         show.say("Jobs from before the start are still being counted.")
 

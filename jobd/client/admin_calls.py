@@ -179,7 +179,10 @@ _PASS_MS: Final = 5 * 60_000  # a pass over millions of jobs takes its time
 
 
 def failures(limit: int | None = None) -> Request[FailuresView]:
-    """The failed jobs grouped by their error, the largest groups first: `limit` of them (50 by default, up to 200)."""
+    """Failed jobs (`count`) and those that wait to be tried again (`retrying`), grouped by their error.
+
+    The largest groups first: `limit` of them (50 by default, up to 200).
+    """
     return get(f"{BASE}/failures", _read_failures, limit=limit)
 
 
