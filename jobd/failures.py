@@ -101,7 +101,7 @@ class Failures:
         self._gone: dict[str, int] = {}  # since when there were such errors, of groups that are empty now
         self._other: dict[What, int] = {"failed": 0, "retrying": 0}  # jobs whose error has no group of its own
         # Live jobs as they were at the start: not counted yet, as nothing has happened to them since.
-        self._unseen = {job.id: job for job in live if _what(job) == "retrying"}
+        self._unseen = {job.id: job for job in live if job.error is not None and job.status == "queued"}
         self._top = top
         # Of each slice that was looked at, from the top down: below which seq it ends (negated: bisect wants them
         # rising), and the last event that it knows of. What the jobs of a slice did before is counted already.
@@ -115,9 +115,12 @@ class Failures:
 
     def committed(self, changes: Sequence[Change]) -> None:
         for change in changes:
-            was, now = _what(change.before), _what(change.after)
-            if was is None and now is None:
-                continue
+            before, after = change.before, change.after
+            if (before is None or (before.error is None and before.status != "failed")) and (
+                after is None or (after.error is None and after.status != "failed")
+            ):
+                continue  # as nearly every change: no call is spent on it
+            was, now = _what(before), _what(after)
             if was == "retrying" and self._unseen.pop(change.event.job_id, None) is not None:
                 was = None
             if "failed" in (was, now) and change.event.seq <= self._known_of(change.event.job_seq):
