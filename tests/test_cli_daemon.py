@@ -439,6 +439,23 @@ def test_what_is_no_plan_is_usage(argv: list[str], said: str, jobctl: Ctl) -> No
     assert said in err
 
 
+def test_jobs_that_wait_to_be_tried_again_are_in_the_group_and_can_be_run_now(running: Running, jobctl: Ctl) -> None:
+    for n in range(2):
+        jobctl.ok("submit", "--id", f"ag{n}", "--queue", "ag", "--max-attempts", "3")
+        grant = running.client.start_processing(f"ag{n}", "w")
+        running.client.fail_job(f"ag{n}", grant.lock_id, f"no road to {n}", retry_after_ms=600_000)
+    found = [each for each in jobctl.json("failures")["groups"] if each["message"] == "no road to 1"]
+    assert (found[0]["count"], found[0]["retrying"]) == (0, 2)
+    name = found[0]["fingerprint"]
+    assert any(line.split()[:3] == ["0", "2", name] for line in jobctl.ok("failures").splitlines())
+    waiting = jobctl.ok("jobs", "-q", "--status", "queued", "--error", name, "--all").split()
+    assert waiting == ["ag1", "ag0"]
+    for job_id in waiting:
+        jobctl.ok("run-now", job_id)
+    assert {grant.job.id for grant in running.client.claim("w", queues=["ag"], limit=2)} == {"ag0", "ag1"}
+    assert name not in jobctl.ok("failures", "--json")
+
+
 def test_jobs_that_failed_alike_are_one_group(jobctl: Ctl) -> None:
     for n in range(3):
         jobctl.ok("submit", "--id", f"fa{n}", "--queue", "fa")
