@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
@@ -28,6 +30,7 @@ PATHS = [
     "/queues",
     "/workers",
 ]
+ELSEWHERE = "--host-resolver-rules=MAP elsewhere.test 127.0.0.1"
 PATHS += ["/alerts", "/cleanup", "/audit", "/failures", "/clock", "/docs/worker", "/docs"]
 
 
@@ -42,7 +45,7 @@ def browser() -> Iterator[Browser]:
     if not Path(CHROMIUM).exists():
         tool_missing("chromium", "chromium")
     with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, ELSEWHERE])
 
 
 @pytest.fixture
@@ -246,6 +249,50 @@ def test_what_came_late_is_adopted(page: Page, daemon: Scene, complaints: list[s
     expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
     event = page.locator("table.timeline tr", has_text="adopted")
     expect(event).to_contain_text("the file is whole")
+    assert complaints == []
+
+
+class _Listener(BaseHTTPRequestHandler):
+    """A worker's own server: keeps which cookies it is sent. `/there` leads on to `onward`."""
+
+    heard: ClassVar[list[tuple[str, str | None]]] = []
+    onward = ""
+
+    def do_GET(self) -> None:
+        self.heard.append((self.path, self.headers.get("Cookie")))
+        self.send_response(302 if self.path == "/there" else 200)
+        self.send_header("Location", self.onward)
+        self.send_header("Content-Type", "text/plain")
+        self.end_headers()
+        self.wfile.write(b"here I am")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_the_session_stays_here_wherever_a_worker_leads(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    """Cookies know no ports: what listens on another port of this host gets it from a link of ours, and also from one
+    to elsewhere that leads on to there."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port
+        _Listener.heard.clear()
+        _Listener.onward = f"http://127.0.0.1:{port}/out.mp4"
+        for name, url in (("trap", _Listener.onward), ("bent", f"http://elsewhere.test:{port}/there")):
+            daemon.do(f"jobs/{name}/complete", lock_id=held(daemon, name), download_url=url)
+        sign_in(page, daemon, path="/jobs/trap")
+        expect(page.get_by_text(_Listener.onward)).to_be_visible()
+        expect(page.locator(f'a[href*=":{port}"], a[href*="elsewhere"]')).to_have_count(0)
+        page.goto(f"{daemon.url}/jobs/bent")
+        page.get_by_role("link", name="elsewhere.test").click()
+        page.get_by_role("link", name="elsewhere.test").click()
+        expect(page.get_by_text("here I am")).to_be_visible()
+        server.shutdown()
+    asked = [each for each in _Listener.heard if "favicon" not in each[0]]
+    assert asked == [("/there", None), ("/out.mp4", None)]
+    page.goto(f"{daemon.url}/jobs/bent/elsewhere")
+    page.get_by_role("link", name="Back to the job").click()  # from a page of no origin: no cookie, so by the sign-in
+    expect(page.get_by_role("heading", level=1)).to_contain_text("bent")
     assert complaints == []
 
 

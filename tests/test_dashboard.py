@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import html
@@ -1881,15 +1882,64 @@ async def test_the_job_that_waits_longest_is_one_step_away(town: Town) -> None:
     assert '<a href="/jobs/first">first</a>, due' in text(await browser.get("/"))
 
 
-@pytest.mark.parametrize(
-    ("url", "linked"), [("https://e.test/a?b=1&c=2", True), ("http://e.test/", True), ("javascript:alert(1)", False)]
-)
+LEFT = [
+    ("https://e.test/a?b=1&c=2", True),
+    ("http://e.test/", True),
+    ("javascript:alert(1)", False),
+    ("http://127.0.0.1:18899/out.mp4", False),
+    ("http://127.1/", False),
+]
+
+
+@pytest.mark.parametrize(("url", "linked"), LEFT)
 async def test_what_a_worker_left_elsewhere_is_a_link_where_it_is_one(town: Town, url: str, linked: bool) -> None:
+    """It leads over a page of no origin, which itself leads to nothing but that."""
     lock = await town.held()
     await town.do("jobs/held/complete", lock_id=lock, download_url=url)
-    page = text(await (await town.browser()).get("/jobs/held"))
-    assert (f'<a href="{html.escape(url)}" rel="noreferrer noopener">' in page) == linked
+    browser = await town.browser()
+    page = text(await browser.get("/jobs/held"))
+    assert ('<a href="/jobs/held/elsewhere" rel="noreferrer noopener">' in page) == linked
     assert html.escape(url) in page
+    assert ("No link: " in page) == url.startswith("http://127")
+    heard = await browser.get("/jobs/held/elsewhere")
+    assert heard.status == (200 if linked else 404)
+    if linked:
+        assert f'<a href="{html.escape(url)}" rel="noreferrer noopener">' in text(heard)
+        policy = heard.headers["content-security-policy"]
+        assert policy.startswith("sandbox allow-downloads; default-src 'none';")
+        assert "cross-origin-opener-policy" not in heard.headers  # with it browsers show no page of a sandbox
+        style = re.search("<style>(.*)</style>", text(heard))
+        assert style
+        digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+        assert f"style-src 'sha256-{digest}'" in policy
+    assert (await Browser(town.admin).get("/jobs/held/elsewhere")).headers["location"].startswith("/sign-in")
+    assert (await browser.get("/jobs/nobody/elsewhere")).status == 404
+
+
+@pytest.mark.parametrize(("url", "linked"), LEFT)
+async def test_what_came_late_is_a_link_where_it_is_one(town: Town, url: str, linked: bool) -> None:
+    lock = await town.held()
+    await town.again("held")
+    heard = await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "download_url": url}))
+    assert heard.status == 409
+    browser = await town.browser()
+    page = text(await browser.get("/jobs/held"))
+    assert html.escape(url) in page
+    place = re.search(r'<a href="(/jobs/held/elsewhere\?late_result=\d+)"', page)
+    assert (place is not None) == linked
+    if place is not None:
+        assert html.escape(url) in text(await browser.get(place[1]))
+    assert (await browser.get("/jobs/held/elsewhere?late_result=99")).status == 404
+    assert (await browser.get("/jobs/held/elsewhere")).status == 404  # it has no result of its own
+
+
+async def test_under_whatever_name_the_dashboard_is_called_it_links_to_none_of_its_own(town: Town) -> None:
+    lock = await town.held()
+    await town.do("jobs/held/complete", lock_id=lock, download_url="https://Jobs.test.:9999/a")
+    browser = await town.browser()
+    town.admin.site.gate.hosts = frozenset({"jobs.test", "other.test"})
+    for host in ("jobs.test:8770", "other.test"):
+        assert "dashboard&#39;s own host" in text(await browser.get("/jobs/held", Host=host))
 
 
 async def test_locks_are_shown_page_by_page(town: Town) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import partial
 from typing import Annotated, Any, Final
 from urllib.parse import urlencode
 
@@ -51,8 +52,11 @@ from jobd.commands import (
 from jobd.dashboard.deeds import DEEDS, Chosen, Deed, Verb, can, curl, open_to
 from jobd.dashboard.filters import JobsPage, address, given, moment_of, search
 from jobd.dashboard.guests import Guest
+from jobd.dashboard.links import why_no_link
 from jobd.dashboard.paint import pretty
 from jobd.dashboard.recorder import Recorder
+from jobd.doors import host_name
+from jobd.downloads import Artefact
 from jobd.job import STATUSES, QueueName
 
 Shown = dict[str, Any]
@@ -211,6 +215,7 @@ async def job(guest: Guest, job_id: str) -> Shown:
         "can_adopt": guest.may_change and can(DEEDS["adopt"], view, guest.now),
         "deeds": open_to(view, guest.now) if guest.may_change else [],
         "base": base_url(guest),
+        "no_link": partial(why_no_link, own=own_hosts(guest)),
         **strip(guest, paused),
     }
 
@@ -228,11 +233,12 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
     found, paused = await asked(guest, GetVersion(id=wanted.id), PAUSED)
     view = found.job
     deed: Deed = DEEDS[wanted.verb]
-    late = await _late_result(guest, wanted) if deed.wants_result else None
+    late = await _late_result(guest, wanted.id, wanted.result) if deed.wants_result else None
     return {
         "job": view,
         "late": late,
         "lost": len(await _late_results(guest, wanted.id)) if deed.to == "gone" else 0,
+        "no_link": partial(why_no_link, own=own_hosts(guest)),
         "curl": curl(deed, Chosen(wanted.id, result=None if late is None else late.seq), base_url(guest)),
         "deed": deed,
         "can": can(deed, view, guest.now),
@@ -241,12 +247,31 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
     }
 
 
-async def _late_result(guest: Guest, wanted: ConfirmPage) -> LateResultView:
+async def _late_result(guest: Guest, job_id: str, seq: int | None) -> LateResultView:
     """The one that is asked for, or the latest. Refused where there is none."""
-    for late in reversed(await _late_results(guest, wanted.id)):
-        if wanted.result in (None, late.seq):
+    for late in reversed(await _late_results(guest, job_id)):
+        if seq in (None, late.seq):
             return late
-    raise refused("late_result_not_found", f"Job {wanted.id} has no such late result (any more).")
+    raise refused("late_result_not_found", f"Job {job_id} has no such late result (any more).")
+
+
+def own_hosts(guest: Guest) -> set[str]:
+    """The names of the host that the browser has come to, or may come to."""
+    return {host_name(guest.visit.head.headers.get("Host", "")), *(guest.site.gate.hosts or ())} - {""}
+
+
+async def elsewhere(guest: Guest, wanted: Artefact) -> str:
+    """The `download_url` of a job or of its late result. Refused where there is none that one may be led to."""
+    if wanted.late_result is None:
+        view: JobView
+        [view] = await asked(guest, Get(id=wanted.id))
+        url = view.download_url
+    else:
+        late = await _late_result(guest, wanted.id, wanted.late_result)
+        url = late.download_url
+    if url is None or why_no_link(url, own_hosts(guest)) is not None:
+        raise refused("not_found", "There is no address here that leads elsewhere. See what stands on the job's page.")
+    return url
 
 
 async def _late_results(guest: Guest, job_id: str) -> list[LateResultView]:

@@ -13,11 +13,12 @@ from typing import Annotated, Any
 
 from aiohttp.web import StreamResponse
 from msgspec import Meta
+from msgspec.structs import replace
 
 from jobd.answers import Answer, JobView
 from jobd.bodies import Refused, refused
 from jobd.commands import Command, Get, OnJob, OnPlan, Refusal
-from jobd.dashboard import bulk, chores, clock, pages, webhooks
+from jobd.dashboard import bulk, chores, clock, links, pages, webhooks
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of
 from jobd.dashboard.entrance import Entrance, SignIn, SignInPage, to_sign_in
@@ -98,6 +99,7 @@ class Dashboard:
             self._page("/jobs/{id}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),
             self._form("/jobs/{id}/do", DeedForm, self._do),
             self._open("GET", "/jobs/{id}/artefact", Artefact, self._artefact),
+            self._open("GET", "/jobs/{id}/elsewhere", Artefact, self._elsewhere),
             self._form("/plans", bulk.PlanForm, bulk.make),
             self._page("/plans/{plan_id}", OnPlan, "plan", "Plan", bulk.show, every_s=0),
             self._form("/plans/{plan_id}/apply", bulk.ApplyForm, bulk.apply),
@@ -257,6 +259,16 @@ class Dashboard:
         if guest is None:
             return to_sign_in(visit)
         return await give(site, visit, asked, guest.name)
+
+    async def _elsewhere(self, site: Web, visit: Visit, asked: Artefact) -> Answer:
+        """The way out to where a worker says that its result is."""
+        guest = guest_of(site, visit, self.sessions)
+        if guest is None:
+            return to_sign_in(visit)
+        url = await pages.elsewhere(guest, asked)
+        text = await self._paint("elsewhere.html", guest, job_id=asked.id, url=url, style=links.STYLE)
+        more = {"Content-Security-Policy": links.LEAVING, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+        return Answer(replace(text, more=more))
 
     # -- deeds --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,75 @@
+"""Which of the addresses that workers leave may be links, and the page from which one leaves by them.
+
+Asks nobody. What a host's name stands for in the net is not looked up: browsers keep cookies by name.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import socket
+from collections.abc import Iterable
+from hashlib import sha256
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Final
+
+# Hosts are taken in plain spelling only: what a browser makes of others (user@host, %31, full-width digits) is its own.
+_WEB: Final = re.compile(
+    r"https?://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?([/?#][^\x00-\x1f\x7f]*)?", re.IGNORECASE
+)
+_NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
+OWN: Final = "this dashboard's own host: a browser would send the cookie of your session to any port of it"
+HERE: Final = (
+    "your own machine: what listens there is not what the worker saw, and it may be sent your session's cookie"
+)
+ODD: Final = "its host is spelled in an odd way"
+
+STYLE: Final = (
+    "body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 3rem auto; padding: 0 1rem; "
+    "overflow-wrap: anywhere; }"
+)
+# A page of no origin: browsers take it for another site, and send no SameSite=Strict cookie along, neither to where its
+# link leads nor to where that leads on. From a page of ours a redirect back to this host, on any port, brought it.
+LEAVING: Final = (
+    "sandbox allow-downloads; default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    f"style-src 'sha256-{base64.b64encode(sha256(STYLE.encode()).digest()).decode()}'"
+)
+
+
+def why_no_link(url: str, own: Iterable[str]) -> str | None:
+    """Why `url` is shown as text alone: a few words, "" where it is no web address at all. None where it may be a link.
+
+    `own` are the names of the host that the browser came to.
+    """
+    if not url.lower().startswith(("http://", "https://")):
+        return ""
+    found = _WEB.fullmatch(url)
+    host = None if found is None else _host(found["host"])
+    if host is None:
+        return ODD
+    if _is_here(host):
+        return HERE
+    return OWN if host in {_host(name) for name in own} else None
+
+
+def _host(name: str) -> str | IPv4Address | IPv6Address | None:
+    """A host as browsers see it: 2130706433, 0x7f.1 and 127.0.0.1 are the same. None where it is none."""
+    name = name.lower().removesuffix(".")
+    if name.startswith("[") or ":" in name:
+        try:
+            address = ip_address(name.strip("[]"))
+        except ValueError:
+            return None
+        return getattr(address, "ipv4_mapped", None) or address
+    if _NUMBER.fullmatch(name.rpartition(".")[2]) is None:
+        return name or None
+    try:
+        return IPv4Address(socket.inet_aton(name))
+    except OSError:
+        return None
+
+
+def _is_here(host: str | IPv4Address | IPv6Address) -> bool:
+    if isinstance(host, str):
+        return host == "localhost" or host.endswith(".localhost")
+    return host.is_loopback or host.is_unspecified

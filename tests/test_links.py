@@ -1,0 +1,76 @@
+"""Which addresses that workers leave may be links: a table of spellings that browsers take for this machine."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobd.dashboard.links import HERE, ODD, OWN, why_no_link
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("https://files.test/out.mp4?a=1&b=%20#c", None),
+        ("HTTP://files.test:8080", None),
+        ("http://files.test/out file.mp4", None),
+        ("https://files.test?x", None),
+        ("http://192.168.1.6/a", None),
+        ("http://[2001:db8::1]:80/a", None),
+        ("http://127.test/", None),
+        ("http://localhost.test/", None),
+        ("", ""),
+        ("javascript:alert(1)", ""),
+        ("s3://bucket/key", ""),
+        ("//files.test/", ""),
+        (" http://files.test/", ""),
+        ("http://localhost/", HERE),
+        ("http://LOCALHOST.:18899/a", HERE),
+        ("http://any.localhost/", HERE),
+        ("http://127.0.0.1:18899/out.mp4", HERE),
+        ("http://127.255.1.2/", HERE),
+        ("http://127.1/", HERE),
+        ("http://127.0.0.1./", HERE),
+        ("http://2130706433/", HERE),
+        ("http://0x7f000001/", HERE),
+        ("http://0X7F.1/", HERE),
+        ("http://017700000001/", HERE),
+        ("http://0177.0.0.1/", HERE),
+        ("http://0/", HERE),
+        ("http://0.0.0.0/", HERE),
+        ("http://[::1]/", HERE),
+        ("http://[0:0:0:0:0:0:0:1]:18899/", HERE),
+        ("http://[::]/", HERE),
+        ("http://[::ffff:127.0.0.1]/", HERE),
+        ("http://[::ffff:7f00:1]/", HERE),
+        ("https://jobs.test/", OWN),
+        ("http://JOBS.test.:18899/a", OWN),
+        ("http://192.168.1.5:1/", OWN),
+        ("http://3232235781/", OWN),
+        ("http://[::ffff:192.168.1.5]/", OWN),
+        ("http://[2001:db8::5]:1/", OWN),
+        ("http://[2001:0db8:0::5]:1/", OWN),
+        ("http:/127.0.0.1/", ""),
+        ("http:127.0.0.1/", ""),
+        ("http:///127.0.0.1/", ODD),
+        ("http://\\\\127.0.0.1/", ODD),
+        ("http://files.test\\@127.0.0.1/", ODD),
+        ("http://files.test@127.0.0.1/", ODD),
+        ("http://127.0.0.1\\.files.test/", ODD),
+        ("http://127.0.0%2e1/", ODD),
+        ("http://%6cocalhost/", ODD),
+        ("http://\uff11\uff12\uff17.0.0.1/", ODD),
+        ("http://\u24dbocalhost/", ODD),
+        ("http://local\u00adhost/", ODD),
+        ("http://local\thost/", ODD),
+        ("http://files.test/\n", ODD),
+        ("http://1.2.3.4.5/", ODD),
+        ("http://127.0.0.09/", ODD),
+        ("http://[::1/", ODD),
+        ("http://[1:2]/", ODD),
+        ("http:///", ODD),
+        ("http://./", ODD),
+        ("http://files.test:123456/", ODD),
+    ],
+)
+def test_an_address_is_a_link_where_it_leads_elsewhere(url: str, why: str | None) -> None:
+    assert why_no_link(url, ["jobs.test", "192.168.1.5", "2001:db8::5"]) == why
