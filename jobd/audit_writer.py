@@ -17,7 +17,7 @@ from jobd.job_writer import insert
 from jobd.rows import AUDIT_COLUMNS
 
 KEEP_AUDIT: Final = 100_000  # changes; of a busy operator's room more than the time that they are kept for
-KEEP_BESIDE: Final = 10_000  # refusals, and as many looks: a script that goes in circles pushes out its like alone
+KEEP_BESIDE: Final = 10_000  # of each other share: a script that goes in circles pushes out its like alone
 LOOK: Final = 2_000  # rows that are counted in one go: below a millisecond
 OPEN_DEEDS: Final = 64  # deeds of many parts that go on side by side; beyond it the oldest goes on in a new row
 

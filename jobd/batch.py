@@ -121,12 +121,15 @@ class Audited(Struct, frozen=True, gc=False):
 
 
 # What an operator does that changes no job, queue or setting: into and out of the dashboard, and what leaves the house.
-LOOKS: Final = frozenset({"sign-in", "sign-out", "export", "backup", "artefact"})
-Share = Literal["changes", "refusals", "looks"]
+COMINGS: Final = frozenset({"sign-in", "sign-out"})
+LOOKS: Final = frozenset({"export", "backup", "artefact"})
+Share = Literal["changes", "refusals", "strangers", "comings", "looks"]
 
 
 def share_of(what: str, outcome: str) -> Share:
     """In which part of the audit log a row stands: none of them can push out what is in another."""
+    if what in COMINGS:
+        return "comings" if outcome == "done" else "strangers"
     if outcome != "done":
         return "refusals"
     return "looks" if what in LOOKS else "changes"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, get_args
 
 from msgspec.structs import replace
 
@@ -35,6 +35,7 @@ from jobd.batch import (
     Payload,
     Query,
     QueueRow,
+    Share,
     Tombstone,
     distinct,
     share_of,
@@ -300,7 +301,8 @@ class MemoryDisk:
         last = max(self.audited, default=0)
         old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
         gone = [seq for seq in old if self.audited[seq].at < before]
-        for share, keep in (("changes", KEEP_AUDIT), ("refusals", KEEP_BESIDE), ("looks", KEEP_BESIDE)):
+        for share in get_args(Share):
+            keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
             rows = [seq for seq, row in sorted(self.audited.items()) if share_of(row.what, row.outcome) == share]
             gone += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in gone]
         gone = gone[:limit]

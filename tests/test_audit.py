@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd import admin_api, audit
 from jobd.answers import Answer, AuditPage, Done
-from jobd.batch import LOOKS, Audited, share_of
+from jobd.batch import COMINGS, LOOKS, Audited, share_of
 from jobd.commands import (
     AnyCommand,
     ApplyEndings,
@@ -214,7 +214,7 @@ async def test_while_creates_are_refused_a_change_has_its_entry_and_a_look_has_n
     async with Household() as house:
         house.actor.full_disk.closed = Closed.CREATES
         house.actor.full_disk.next_probe += 999
-        for what in sorted(LOOKS):
+        for what in sorted(LOOKS | COMINGS):
             await house.yes(Note(what=what), operator=EVE)
         await house.yes(Note(what="sign-in", outcome="unauthorized"), operator=EVE)
         await house.no(Get(id="a"), operator=EVE)
@@ -235,8 +235,10 @@ async def test_while_creates_are_refused_a_change_has_its_entry_and_a_look_has_n
         ("cancel", "done", "changes"),
         ("import", "done", "changes"),
         ("cancel", "lock_lost", "refusals"),
-        ("sign-in", "unauthorized", "refusals"),
+        ("sign-in", "unauthorized", "strangers"),
+        ("export", "unauthorized", "refusals"),
         *((what, "done", "looks") for what in sorted(LOOKS)),
+        *((what, "done", "comings") for what in sorted(COMINGS)),
     ],
 )
 def test_each_entry_has_its_share_of_the_log(what: str, outcome: str, share: str) -> None:
@@ -282,6 +284,6 @@ def test_an_operator_without_a_name_is_admin(name: str, who: str, by: str) -> No
 
 def test_every_deed_can_be_looked_for_in_the_dashboard() -> None:
     """Beside those of DEEDS: what is no command on jobs, and plans by their action."""
-    others = {"cleanup", "accept-clock", "resend-delivery", "resend-given-up", "test-webhook", *LOOKS}
+    others = {"cleanup", "accept-clock", "resend-delivery", "resend-given-up", "test-webhook", *LOOKS, *COMINGS}
     plans = {f"plan-{action}" for action in get_args(PlanAction)}
     assert set(DEEDS_KEPT) == {*audit.DEEDS.values(), *others, *plans}

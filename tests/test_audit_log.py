@@ -148,7 +148,7 @@ async def test_refusals_and_looks_push_out_their_like_alone(
     monkeypatch.setattr(audit_writer, "KEEP_AUDIT", 6)
     monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 3)
     monkeypatch.setattr(audit_writer, "LOOK", look)
-    kinds = [{}, {"outcome": "job_not_found"}, {"what": "export"}, {"what": "sign-in", "outcome": "unauthorized"}]
+    kinds = [{}, {"outcome": "job_not_found"}, {"what": "export"}, {"outcome": "invalid_transition"}]
     await write(store, *(deed(n, **kinds[n % 4]) for n in range(20)))
     calls = 0
     while await store.trim_audit(0, 4) == 4:
@@ -163,6 +163,17 @@ async def test_refusals_and_looks_push_out_their_like_alone(
         calls += 1
     left = [seq - 1 for seq in await seqs(store)]
     assert left == [41, 40, 39, 38, 37, 18, 16, 14, 12, 10, 8, 4]
+
+
+async def test_who_signs_in_and_out_pushes_out_no_export_and_no_refusal(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 2)
+    rows = [deed(0, what="export"), deed(1, what="backup"), deed(2, outcome="lock_lost"), deed(3)]
+    wrong = [deed(n, what="sign-in", outcome="unauthorized") for n in range(4, 8)]
+    await write(store, *rows, *wrong, *(deed(n, what=("sign-in", "sign-out")[n % 2]) for n in range(8, 12)))
+    assert await store.trim_audit(0, 99) == 4
+    assert [seq - 1 for seq in await seqs(store)] == [11, 10, 7, 6, 3, 2, 1, 0]
 
 
 async def test_the_share_of_each_is_known_after_a_restart(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from jobd import admin_api, history, plan_search, worker_api
 from jobd.actor import Actor
 from jobd.answers import AlertView, ClockView, DeliveryPage, OldestDue, PreviewView, Recovery
 from jobd.artefact_files import FileStore
-from jobd.batch import Query
+from jobd.batch import AuditQuery, Query
 from jobd.book import Book
 from jobd.clock import Clock
 from jobd.commands import ForceFail, Refusal
@@ -38,7 +38,7 @@ from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
 from jobd.dashboard.recorder import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
 from jobd.dashboard.room import Dashboard
-from jobd.doors import FORM, Gate, own_names
+from jobd.doors import FORM, Access, Gate, own_names
 from jobd.downloads import Downloads
 from jobd.events import Change, Event
 from jobd.failures import Failures
@@ -117,10 +117,11 @@ def text(heard: Heard) -> str:
 class Town:
     """An actor behind a worker door and the admin door with its pages. `now_s` is the clock of the sessions."""
 
-    def __init__(self, worker: House, admin: House, room: Dashboard) -> None:
+    def __init__(self, worker: House, admin: House, room: Dashboard, disk: MemoryDisk) -> None:
         self.worker = worker
         self.admin = admin
         self.room = room
+        self.disk = disk
         self.now_s = 1_000.0
 
     async def do(self, target: str, **body: Any) -> Any:
@@ -173,7 +174,7 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         admin.figures.plan = planner.find  # type: ignore[method-assign]
         admin.figures.apply_plan = planner.apply  # type: ignore[method-assign,assignment]
         admin.figures.clock = lambda: ClockView(clock.moment().now, not admin.figures.accepted, "30 days ahead")  # type: ignore[method-assign]
-        made.append(Town(worker, admin, room))
+        made.append(Town(worker, admin, room, disk))
         yield made[0]
         actor.stop_parking()
     actor.stop()
@@ -307,6 +308,7 @@ async def test_who_comes_and_goes_and_what_is_taken_along_is_in_the_audit_log(to
     found = await deeds(town)
     kept = {(*each[:3], str(each[3])) for each in found}
     full, read = "{'access': 'full'}", "{'access': 'read'}"
+    again = "{'access': 'read', 'times': 2, 'names': ['reader', 'rob']}"
     assert kept == {
         ("ann", "sign-in", "done", full),
         ("ann", "artefact", "done", "done"),
@@ -314,9 +316,9 @@ async def test_who_comes_and_goes_and_what_is_taken_along_is_in_the_audit_log(to
         ("reader", "sign-in", "done", read),
         ("reader", "artefact", "done", "done"),
         ("reader", "sign-out", "done", read),
-        ("rob", "sign-in", "done", read),
+        ("rob", "sign-in", "done", again),
         ("rob", "artefact", "done", "done"),
-        ("rob", "sign-out", "done", read),
+        ("rob", "sign-out", "done", again),
         ("prog", "export", "done", "{}"),
         ("prog", "artefact", "done", "done"),
         ("reader", "export", "done", read),
@@ -385,7 +387,8 @@ async def test_who_is_signed_in_is_led_on_from_the_sign_in(town: Town) -> None:
 
 
 async def test_sessions_and_addresses_are_so_many_at_most() -> None:
-    held = sessions.Sessions(lambda digest: "full", lambda: 0.0)
+    access: Access = "full"
+    held = sessions.Sessions(lambda digest: access, lambda: 0.0)
     secrets = [found[0] for _ in range(sessions.MOST_SESSIONS + 1) if (found := held.sign_in(TOKEN))]
     assert len(held) == sessions.MOST_SESSIONS
     assert held.find(secrets[0]) is None
@@ -396,6 +399,47 @@ async def test_sessions_and_addresses_are_so_many_at_most() -> None:
             brake.wrong(f"10.0.0.{number}")
     assert brake.wrong("10.0.0.1").times == sessions.MOST_WRONG + 1
     assert brake.wrong("10.0.0.0").times == 1
+    comings = sessions.Comings(lambda: 0.0)
+    for number in range(sessions.MOST_ADDRESSES + 1):
+        comings.note("sign-in", "read", f"10.0.0.{number}", "eve")
+    assert comings.note("sign-in", "read", "10.0.0.1", "eve").times == 2
+    assert comings.note("sign-in", "read", "10.0.0.0", "eve").times == 1
+    for number in range(sessions.MOST_NAMED + 5):
+        coming = comings.note("sign-in", "read", "10.0.0.9", f"name-{number}")
+    assert coming.names == ["eve", *(f"name-{number}" for number in range(sessions.MOST_NAMED - 1))]
+
+
+async def test_who_may_only_look_ends_no_session_of_those_who_may_do_things(town: Town) -> None:
+    browser, first = await town.browser(), await town.browser(READER)
+    for _ in range(sessions.MOST_SESSIONS):
+        assert town.room.sessions.sign_in(READER)
+    assert (await browser.get("/")).status == 200
+    assert (await first.get("/")).status == 303, "pushed out by its like"
+    assert len(town.room.sessions) == sessions.MOST_SESSIONS + 1
+
+
+async def test_who_comes_and_goes_again_and_again_is_one_entry_of_a_minute(town: Town) -> None:
+    async def spells() -> dict[tuple[str, str], set[str | None]]:
+        rows = (await town.disk.audit(AuditQuery(limit=100))).found
+        found: dict[tuple[str, str], set[str | None]] = {}
+        for _, row in rows:
+            found.setdefault((row.what, str((row.details or {})["access"])), set()).add(row.part_of)
+        return found
+
+    reader = Browser(town.admin)
+    for name in ("ann", "bob", "ann"):
+        await reader.post("/sign-in", token=READER, name=name)
+        await reader.post("/sign-out", csrf=await reader.csrf())
+    await town.browser()
+    found = await spells()
+    assert set(found) == {("sign-in", "read"), ("sign-out", "read"), ("sign-in", "full")}
+    assert all(len(each) == 1 and None not in each for each in found.values())
+    assert ("ann", "sign-in", "done", {"access": "read", "times": 3, "names": ["ann", "bob"]}) in await deeds(town)
+    page = text(await (await town.browser()).get("/audit?what=sign-in"))
+    assert '<span class="dim">names</span> ann, bob</span>' in page
+    town.now_s += sessions.TOGETHER_S
+    await reader.post("/sign-in", token=READER)
+    assert len((await spells())["sign-in", "read"]) == 2
 
 
 # -- forms -------------------------------------------------------------------------------------------------------------
@@ -1362,7 +1406,7 @@ async def test_what_is_done_here_is_in_the_audit_log(town: Town) -> None:
     await browser.post("/cleanup/run", csrf=csrf, reason="now")
     await browser.post("/clock/accept", csrf=csrf, reason=" NTP is right ")
     await browser.confirmed("a", "delete", "not wanted")
-    [session] = town.room.sessions._open.values()
+    [session] = town.room.sessions._pools["full"].values()
     session.name = "eve"
     await browser.post("/queues/q/resume", {"X-Jobd-Operator": "mallory"}, csrf=csrf)
     program = {"Authorization": f"Bearer {TOKEN}", "X-Jobd-Operator": "script"}

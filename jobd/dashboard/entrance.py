@@ -19,7 +19,7 @@ from jobd.answers import Answer
 from jobd.commands import Command, Note, Operator
 from jobd.dashboard.guests import Form, Guest, cookie, is_renewal, set_cookie, target_of
 from jobd.dashboard.paint import HEADERS, HTML, go_to
-from jobd.dashboard.sessions import LONGEST_S, Brake, Session, Sessions
+from jobd.dashboard.sessions import LONGEST_S, Brake, Comings, Session, Sessions
 from jobd.doors import operator_name
 from jobd.replies import Text
 from jobd.visits import Visit, address_of
@@ -49,6 +49,7 @@ class Entrance:
         self._sessions = sessions
         self._paint = paint
         self._brake = Brake(clock_s)
+        self._comings = Comings(clock_s)
         self._held = 0  # answers that are held back
 
     async def page(self, site: Web, visit: Visit, asked: SignInPage) -> Answer:
@@ -69,7 +70,7 @@ class Entrance:
             return await self._refuse(site, asked, Operator(name or NOBODY, address))
         secret, session = opened
         log.info("signed_in", access=session.access, address=address, name=session.name or None)
-        await _note(site, session, address, "sign-in")
+        await self._note(site, session, address, "sign-in")
         self._sessions.sign_out(cookie(visit))
         return Answer(go_to(onward(asked.next), Set_Cookie=set_cookie(visit, secret, LONGEST_S)), status=303)
 
@@ -96,13 +97,14 @@ class Entrance:
         self._sessions.sign_out(cookie(guest.visit))
         log.info("signed_out", access=guest.access)
         if guest.session is not None:
-            await _note(guest.site, guest.session, address_of(guest.visit), "sign-out")
+            await self._note(guest.site, guest.session, address_of(guest.visit), "sign-out")
         return Answer(go_to("/sign-in", Set_Cookie=set_cookie(guest.visit, "", 0)), status=303)
 
-
-async def _note(site: Web, session: Session, address: str, what: str) -> None:
-    who = Operator(session.name or ("reader" if session.access == "read" else ""), address)
-    await note(site, who, what, {"access": session.access})
+    async def _note(self, site: Web, session: Session, address: str, what: str) -> None:
+        who = Operator(session.name or ("reader" if session.access == "read" else ""), address)
+        coming = self._comings.note(what, session.access, address, who.who)
+        more = {"times": coming.times, "names": list(coming.names)} if coming.times > 1 else {}
+        await note(site, replace(who, part_of=coming.spell), what, {"access": session.access, **more})
 
 
 def onward(place: str) -> str:

@@ -10,13 +10,14 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from hashlib import sha256
-from typing import Final
+from typing import Final, get_args
 
+import msgspec
 from msgspec import Struct
 
 from jobd.doors import Access, token_digest
 
-MOST_SESSIONS: Final = 200  # beyond it, the one that was used longest ago ends
+MOST_SESSIONS: Final = 200  # of each access; beyond it, the one of them that was used longest ago ends
 IDLE_S: Final = 3_600.0
 LONGEST_S: Final = 12 * 3_600.0
 MOST_WRONG: Final = 10  # sign-ins of one address that may fail before the answers are held back
@@ -24,6 +25,8 @@ WRONG_WITHIN_S: Final = 60.0
 WAIT_S: Final = 1.0  # for so long then
 MOST_TOLD: Final = 60  # entries of the audit log about wrong tokens, of all addresses within WRONG_WITHIN_S
 MOST_ADDRESSES: Final = 1_024
+TOGETHER_S: Final = 60.0  # comings of one address with one access within it are one entry of the audit log
+MOST_NAMED: Final = 10  # names in such an entry
 
 
 class Told(Struct, frozen=True):
@@ -57,7 +60,8 @@ class Sessions:
     def __init__(self, access_of: Callable[[bytes], Access | None], clock_s: Callable[[], float]) -> None:
         self._access_of = access_of
         self._clock_s = clock_s
-        self._open: dict[bytes, Session] = {}  # the latest used comes last
+        # A pool for each access: whoever has a token to look ends no session of those who may do things.
+        self._pools: dict[Access, dict[bytes, Session]] = {each: {} for each in get_args(Access)}  # latest used last
 
     def sign_in(self, token: str, name: str = "") -> tuple[str, Session] | None:
         """A new session with its secret id, None where the token is not valid. `name` is the operator's."""
@@ -67,29 +71,33 @@ class Sessions:
             return None
         secret, now_s = secrets.token_urlsafe(32), self._clock_s()
         session = Session(access, digest, secrets.token_urlsafe(32), now_s, now_s, name=name)
-        self._open[_key(secret)] = session
-        while len(self._open) > MOST_SESSIONS:
-            del self._open[next(iter(self._open))]
+        pool = self._pools[access]
+        pool[_key(secret)] = session
+        while len(pool) > MOST_SESSIONS:
+            del pool[next(iter(pool))]
         return secret, session
 
     def find(self, secret: str) -> Session | None:
         """The session with this id, if it has not ended."""
         key, now_s = _key(secret), self._clock_s()
-        session = self._open.pop(key, None)
+        session = self._take(key)
         if session is None or now_s - session.seen_s >= IDLE_S or now_s - session.born_s >= LONGEST_S:
             return None
         access = self._access_of(session.token)
         if access != session.access:
             return None
         session.seen_s = now_s
-        self._open[key] = session
+        self._pools[access][key] = session
         return session
 
     def sign_out(self, secret: str) -> None:
-        self._open.pop(_key(secret), None)
+        self._take(_key(secret))
+
+    def _take(self, key: bytes) -> Session | None:
+        return next((pool.pop(key) for pool in self._pools.values() if key in pool), None)
 
     def __len__(self) -> int:
-        return len(self._open)
+        return sum(len(pool) for pool in self._pools.values())
 
 
 class Wrong(Struct, frozen=True):
@@ -136,6 +144,38 @@ class Brake:
             self._told.append(now_s)
         wait_s = WAIT_S if spell.times > MOST_WRONG else 0.0
         return Wrong(spell.times, wait_s, is_told, f"{address} {spell.born_s:.3f}")
+
+
+class Coming(Struct):
+    """Sign-ins, or sign-outs, of one address with one access within TOGETHER_S. `spell` names them."""
+
+    born_s: float
+    spell: str
+    times: int = 0
+    names: list[str] = msgspec.field(default_factory=list)  # that were given, the first MOST_NAMED of them
+
+
+class Comings:
+    """Who comes and goes, as the audit log has it: one entry for all that do the same at the same time, so that a
+    script that signs in again and again does not fill it."""
+
+    def __init__(self, clock_s: Callable[[], float]) -> None:
+        self._clock_s = clock_s
+        self._known: dict[str, Coming] = {}  # the one that began last comes last
+
+    def note(self, what: str, access: Access, address: str, name: str) -> Coming:
+        """One more of them, with those before it."""
+        now_s, key = self._clock_s(), f"{what} {access} {address}"
+        coming = self._known.get(key)
+        if coming is None or now_s - coming.born_s >= TOGETHER_S:
+            self._known.pop(key, None)
+            self._known[key] = coming = Coming(now_s, f"{key} {now_s:.3f}")
+            while len(self._known) > MOST_ADDRESSES:
+                del self._known[next(iter(self._known))]
+        coming.times += 1
+        if name not in coming.names and len(coming.names) < MOST_NAMED:
+            coming.names.append(name)
+        return coming
 
 
 def _key(secret: str) -> bytes:
