@@ -78,7 +78,8 @@ _OPERATORS: Final = {
     "GET failures": "Failed jobs and those that wait to be tried again, grouped by their error, the largest first.",
     "GET preview": "What recovery and a cleanup pass would do now: the first 1000 jobs of each kind. Nothing is done.",
     "POST plans": "What an action would do to the jobs of a filter, or to those named: a plan. Nothing is done yet.",
-    "GET plans/{plan_id}": "A plan, with its result once it was applied. It is kept for 15 min.",
+    "GET plans/{plan_id}": "A plan, with its result once it was applied. It is kept for 15 min, its result for 12 h "
+    "from when it was applied.",
     "POST plans/{plan_id}/apply": "Do what a plan says, to every job that is still what it saw. Once: again gives "
     "the same answer.",
     "GET audit": "What operators did and were refused, newest first. A page may be short; the last one has no "

@@ -6,6 +6,7 @@ Decides nothing about a job: what a plan would do is said by planning.py, what i
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any, Final, Protocol
 
 import structlog
@@ -25,12 +26,16 @@ from jobd.commands import (
     Operator,
     Refusal,
 )
-from jobd.job import MINUTE_MS, SECOND_MS
+from jobd.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.plan_search import PAUSE_S, Search
 
 MOST_PLANS: Final = 20
 MOST_JOBS: Final = 100_000  # of all plans that are kept
 KEPT_MS: Final = 15 * MINUTE_MS
+APPLIED_KEPT_MS: Final = 12 * HOUR_MS  # what a plan came to: for who reads it after a night
+MOST_APPLIED: Final = 100  # of those, which have MOST_JOBS of their own: new plans push no result out
+MOST_NAMED: Final = 100  # jobs that were left undone, in the audit log,
+NAMED_SIZE: Final = 4_000  # and characters of their ids
 SLICE: Final = 50  # jobs of one command
 MOST_MAKING: Final = 4  # plans being made, look by look in turn
 
@@ -50,6 +55,10 @@ class Plan(Struct):
     done: PlanSlice
     at: int = 0
     task: asyncio.Task[PlanResult | Refusal] | None = None
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.view.result is None and self.task is not None and not self.task.done()
 
 
 class Planner:
@@ -106,17 +115,23 @@ class Planner:
         """Plans that have nothing go first, then the oldest, but none that is being applied."""
         self._forget_old()
         self._plans[plan.view.plan_id] = plan
-        for plan_id, kept in sorted(self._plans.items(), key=lambda each: each[1].view.count > 0):
-            jobs = sum(each.view.count for each in self._plans.values())
-            if len(self._plans) <= MOST_PLANS and jobs <= MOST_JOBS:
+        waiting = [each for each in self._plans.values() if each.view.result is None]
+        self._make_room(sorted(waiting, key=lambda each: each.view.count > 0), MOST_PLANS, plan)
+
+    def _make_room(self, plans: list[Plan], most: int, latest: Plan) -> None:
+        """Of `plans`, which are in the order in which they go, keep `most` with MOST_JOBS jobs, and `latest`."""
+        left, jobs = len(plans), sum(plan.view.count for plan in plans)
+        for plan in plans:
+            if left <= most and jobs <= MOST_JOBS:
                 break
-            if kept is not plan and (kept.task is None or kept.task.done()):
-                del self._plans[plan_id]
+            if plan is not latest and not plan.is_under_way:
+                del self._plans[plan.view.plan_id]
+                left, jobs = left - 1, jobs - plan.view.count
 
     def _forget_old(self) -> None:
         now_s = asyncio.get_running_loop().time()
         for plan_id, plan in list(self._plans.items()):
-            if now_s >= plan.until_s and (plan.task is None or plan.task.done()):
+            if now_s >= plan.until_s and not plan.is_under_way:
                 del self._plans[plan_id]
 
     # -- looking and applying -----------------------------------------------------------------------------------------
@@ -127,8 +142,9 @@ class Planner:
         if plan is None:
             minutes = KEPT_MS // MINUTE_MS
             message = (
-                f"There is no plan {plan_id}: plans are kept for {minutes} min, at most {MOST_PLANS} of them, and not "
-                "over a restart. Make it anew; what was done by it already is left out."
+                f"There is no plan {plan_id}: it is kept for {minutes} min, at most {MOST_PLANS} of them, what it "
+                f"came to for {APPLIED_KEPT_MS // HOUR_MS} h, and neither over a restart. Make it anew; what was done "
+                "already is left out. What became of plans that were applied is in the audit log, too."
             )
             return Refusal("plan_not_found", message, {"plan_id": plan_id})
         return plan.view
@@ -166,9 +182,17 @@ class Planner:
             await asyncio.sleep(PAUSE_S)
         at = self._clock.moment().now
         result = PlanResult(view.plan_id, view.action, plan.done.applied, plan.done.changed, plan.done.refused, at)
-        plan.view = replace(view, result=result)
+        self._shelve(plan, result)
         await self._note(plan, operator)
         return result
+
+    def _shelve(self, plan: Plan, result: PlanResult) -> None:
+        """It was applied: from now on it is kept for what it came to."""
+        plan.view = replace(plan.view, result=result, expires_at=result.applied_at + APPLIED_KEPT_MS)
+        plan.until_s = asyncio.get_running_loop().time() + APPLIED_KEPT_MS / SECOND_MS
+        plan.expected = []
+        self._plans[plan.view.plan_id] = self._plans.pop(plan.view.plan_id, plan)  # the latest comes last
+        self._make_room([each for each in self._plans.values() if each.view.result is not None], MOST_APPLIED, plan)
 
     async def _slice(self, plan: Plan, some: list[Expected], operator: Operator) -> Refusal | None:
         """One command; why it was not taken, if it was not."""
@@ -196,11 +220,19 @@ class Planner:
             "changed_meanwhile": len(done.changed),
         }
         details["refused"] = len(done.refused)
+        if undone := _named([*done.changed, *done.refused]):
+            details["left_undone"] = undone
         if view.filter is not None:
             details["filter"] = {name: value for name, value in asdict(view.filter).items() if value is not None}
         kept = await self._actor.ask(Note(what=f"plan-{view.action}", details=details), operator=operator)
         if isinstance(kept, Refusal):
             log.warning("audit_missed", what=f"plan-{view.action}", by=operator.by, reason=kept.code)
+
+
+def _named(jobs: list[ChangedJob]) -> list[str]:
+    """The ids of the first of them: MOST_NAMED, in NAMED_SIZE characters."""
+    sizes = itertools.accumulate(len(job.id) for job in jobs[:MOST_NAMED])
+    return [job.id for job, size in zip(jobs, sizes, strict=False) if size <= NAMED_SIZE]
 
 
 def _from(changed: ChangedJob, was: dict[str, str]) -> ChangedJob:

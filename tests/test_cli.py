@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobd import config
-from jobd.cli import ctl, deeds, exits, own_daemon, places, safe_file, show
+from jobd.answers import AuditView
+from jobd.cli import ctl, deeds, exits, own_daemon, places, safe_file, show, tables_admin
 from jobd.cli.kinds import duration_ms, moment_ms, past_ms
 from jobd.client.endpoint import default_socket
 from jobd.commands import REFUSALS
@@ -45,6 +46,24 @@ def run(*argv: str) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Showing
+
+
+@pytest.mark.parametrize(
+    ("details", "said"),
+    [
+        ({}, "done"),
+        ({"from": "failed", "to": "queued"}, "failed → queued"),
+        ({"from": "failed", "to": None}, "failed → deleted"),
+        ({"times": 3}, "done, 3 times"),
+        ({"planned": 9, "changed_meanwhile": 0, "refused": 0}, "done"),
+        ({"planned": 9, "changed_meanwhile": 2, "refused": 1, "left_undone": ["a", "b", "c"]}, "done, 3 left undone"),
+    ],
+)
+def test_the_audit_log_says_what_a_deed_came_to(
+    capsys: pytest.CaptureFixture[str], details: dict[str, Any], said: str
+) -> None:
+    tables_admin.audit([AuditView(1, NOW, "eve", "127.0.0.1", "x", None, None, None, "done", 0, details)])
+    assert said in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -1002,6 +1002,9 @@ async def test_all_that_match_are_planned_and_what_changed_meanwhile_is_told(tow
     ]  # fmt: skip
     assert await town.status("job-07") == "queued"
     assert await town.status("other") == "queued"
+    page = text(await browser.get("/audit?what=plan-delete"))
+    told = page[page.index("left_undone") :]
+    assert re.findall(r'<a class="id" href="/jobs/([a-z0-9-]+)">', told)[:2] == ["job-08", "job-07"]
 
 
 async def test_a_plan_that_is_full_leads_to_the_next_one(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -410,6 +410,69 @@ async def test_a_plan_is_kept_for_its_time() -> None:
 
 
 @in_virtual_time
+async def test_what_a_plan_came_to_can_be_read_for_hours_from_when_it_was_applied() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a", "b")
+        await made(planner, action="retry", filter=Filter())
+        await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
+        await house.yes(Delete(id="b"))
+        result = await applied(planner)
+        assert [job.id for job in result.changed] == ["b"]
+        await asyncio.sleep(plans.APPLIED_KEPT_MS / SECOND_MS - 1)
+        shown = planner.find("p")
+        assert isinstance(shown, PlanView)
+        assert shown.result == result
+        assert shown.expires_at == result.applied_at + plans.APPLIED_KEPT_MS
+        assert (await applied(planner)).repeated
+        await asyncio.sleep(1)
+        assert isinstance(planner.find("p"), Refusal)
+
+
+@in_virtual_time
+async def test_new_plans_push_no_result_out_and_results_no_plan() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(plans, "MOST_PLANS", 2)
+        monkeypatch.setattr(plans, "MOST_APPLIED", 3)
+        async with Household() as house:
+            planner = Planner(house.actor, house.clock)
+            await failed(house, "a")
+
+            def kept() -> list[str]:
+                return [name for name in "wxyz01234" if isinstance(planner.find(name), PlanView)]
+
+            await made(planner, "w", action="retry", filter=Filter())
+            for name in "0123":
+                await made(planner, name, action="cancel", filter=Filter())
+                await applied(planner, name)
+            assert kept() == ["w", "1", "2", "3"]
+            for name in "xyz":
+                await made(planner, name, action="retry", filter=Filter())
+            assert kept() == ["y", "z", "1", "2", "3"]
+            monkeypatch.setattr(plans, "MOST_JOBS", 0)
+            await applied(planner, "z")
+            assert kept() == ["y", "z"], "the latest is kept, however many jobs it has"
+
+
+@in_virtual_time
+async def test_the_audit_log_names_so_many_of_those_that_were_left_undone() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        async with Household() as house:
+            planner = Planner(house.actor, house.clock)
+            monkeypatch.setattr(plans, "MOST_NAMED", 3)
+            for size, named in ((4_000, ["j4", "j3", "j2"]), (5, ["j4", "j3"]), (1, None)):
+                monkeypatch.setattr(plans, "NAMED_SIZE", size)
+                await failed(house, *(f"j{n}" for n in range(5)))
+                await made(planner, f"p{size}", action="retry", filter=Filter())
+                for n in range(5):
+                    await house.yes(Delete(id=f"j{n}"))
+                assert (await applied(planner, f"p{size}")).applied == 0
+                details = house.disk.batches[-1].audit[-1].details
+                assert details is not None
+                assert (details["changed_meanwhile"], details.get("left_undone")) == (5, named)
+
+
+@in_virtual_time
 async def test_so_many_plans_are_kept_the_latest_ones() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)

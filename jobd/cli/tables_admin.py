@@ -256,6 +256,8 @@ def _outcome(entry: AuditView) -> str:
     before, after = entry.details.get("from"), entry.details.get("to")
     if times := entry.details.get("times"):
         return f"{entry.outcome}, {times} times"
+    if undone := (entry.details.get("changed_meanwhile") or 0) + (entry.details.get("refused") or 0):
+        return f"{entry.outcome}, {undone} left undone"
     if entry.outcome != "done" or before is None:
         return entry.outcome
     return f"{before} → {after}" if after else f"{before} → deleted"
