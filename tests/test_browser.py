@@ -465,6 +465,35 @@ def test_renewal_can_be_stopped(page: Page, daemon: Scene) -> None:
     expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
 
 
+def test_a_job_that_is_deleted_while_its_page_is_open_offers_nothing_more(
+    page: Page, daemon: Scene, complaints: list[str]
+) -> None:
+    daemon.do("jobs", id="old")
+    daemon.do("jobs/old/cancel", reason="r")
+    sign_in(page, daemon, path="/jobs/old")
+    expect(page.get_by_role("link", name="Delete")).to_be_visible()
+    other = page.context.new_page()
+    other.goto(f"{daemon.url}/jobs/old/confirm?verb=delete")
+    other.get_by_role("button", name="Delete").click()
+    expect(other).to_have_url(f"{daemon.url}/jobs")
+    page.bring_to_front()
+    expect(page.get_by_text("The job was deleted while this page was open")).to_be_visible()
+    expect(page.locator(".deeds")).to_have_count(0)
+    expect(page.locator("#offline")).to_be_hidden()
+    page.get_by_role("link", name="Who deleted it").click()
+    expect(page.locator("tbody tr")).to_have_count(1)
+    assert complaints == []
+
+
+def test_the_apis_are_dark_in_the_dark_and_follow_what_is_asked_for(page: Page, daemon: Scene) -> None:
+    page.emulate_media(color_scheme="dark")
+    visit(page, daemon, "/docs")
+    frame = page.locator("#swagger-ui")
+    expect(frame).to_have_css("background-color", "rgb(28, 32, 34)")
+    page.emulate_media(color_scheme="light")
+    expect(frame).to_have_css("background-color", "rgb(255, 255, 255)")
+
+
 def test_a_daemon_that_does_not_answer_is_told(page: Page, daemon: Scene) -> None:
     sign_in(page, daemon)
     expect(page.locator("#offline")).to_be_hidden()

@@ -829,7 +829,7 @@ async def test_a_job_says_all_that_is_known_of_it(town: Town) -> None:
     await town.do("jobs/held/complete", lock_id=lock, download_url="https://files.example/a", metadata={"n": [1]})
     page = text(await browser.get("/jobs/held"))
     assert re.findall(r"verb=([a-z-]+)", page) == ["delete"]
-    assert 'href="https://files.example/a"' in page
+    assert '<a href="/jobs/held/elsewhere" rel="noreferrer noopener">https://files.example/a</a>' in page
 
 
 async def test_of_a_long_story_the_page_shows_the_latest(town: Town) -> None:
@@ -1398,6 +1398,41 @@ async def test_a_paused_queue_is_told_on_every_page(town: Town) -> None:
     assert "Queue paused" not in text(await browser.get("/queues"))
     heard = await browser.post("/queues/a%20b/pause", csrf=await browser.csrf())
     assert heard.status == 400
+
+
+async def test_a_page_whose_job_is_deleted_says_so_and_offers_nothing(town: Town) -> None:
+    browser = await town.browser()
+    await town.do("jobs", id="a")
+    await town.do("jobs/a/cancel")
+    assert "/jobs/a/confirm?verb=" in text(await browser.get("/jobs/a", HX_Request="true"))
+    await browser.confirmed("a", "delete")
+    heard = await browser.get("/jobs/a", HX_Request="true")
+    assert heard.status == 200
+    assert_safe(heard)
+    page = text(heard)
+    assert "The job was deleted while this page was open" in page
+    assert ("confirm" in page, "<form" in page, "/audit?what=delete&amp;job_id=a" in page) == (False, False, True)
+    assert (await browser.get("/jobs/a")).status == 404, "who comes anew finds none"
+    assert (await browser.get("/jobs/%20", HX_Request="true")).status == 400
+
+
+@pytest.mark.parametrize(
+    ("hint", "shown"),
+    [
+        ("Look: jobctl workers, jobctl timeline ID", 'Look: <a href="/workers">jobctl workers</a>, jobctl timeline ID'),
+        ("at the oldest: jobctl stats", 'at the oldest: <a href="/">jobctl stats</a>'),
+        ("jobctl webhooks. The", '<a href="/webhooks">jobctl webhooks</a>. The'),
+        ("who: jobctl timeline a:b-1", 'who: <a href="/jobs/a%3Ab-1">jobctl timeline a:b-1</a>'),
+        ("<b> jobctl locks \x1b", '&lt;b&gt; <a href="/workers#h-locks">jobctl locks</a> \u241b'),
+        ("jobctl validate ID, jobctl statsx", "jobctl validate ID, jobctl statsx"),
+    ],
+)
+async def test_a_command_in_a_hint_leads_to_the_page_that_does_the_same(town: Town, hint: str, shown: str) -> None:
+    alert = AlertView("stuck_jobs", True, 1_700_000_000_000, 7, 5, hint)
+    town.admin.figures.alerts = lambda: [alert]  # type: ignore[method-assign]
+    browser = await town.browser()
+    for page in ("/", "/alerts"):
+        assert shown in text(await browser.get(page))
 
 
 async def test_what_is_done_here_is_in_the_audit_log(town: Town) -> None:

@@ -51,7 +51,7 @@ from jobd.commands import (
 )
 from jobd.dashboard.deeds import DEEDS, Chosen, Deed, Verb, can, curl, open_to
 from jobd.dashboard.filters import JobsPage, address, given, moment_of, search
-from jobd.dashboard.guests import Guest
+from jobd.dashboard.guests import Guest, is_renewal
 from jobd.dashboard.links import why_no_link
 from jobd.dashboard.paint import pretty
 from jobd.dashboard.recorder import Recorder
@@ -188,6 +188,17 @@ async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
 
 def _names(queues: QueueList) -> list[str]:
     return [queue.name for queue in queues.queues]
+
+
+async def open_job(guest: Guest, wanted: OneJob) -> Shown:
+    """The job's page. One that is open says so when the job is gone, in place of what could be done to it."""
+    try:
+        return await job(guest, wanted.id)
+    except Refused as no:
+        if no.refusal.code != "job_not_found" or not is_renewal(guest.visit):
+            raise
+    [paused] = await asked(guest, PAUSED)
+    return {"part": "job_gone.live.html", "job_id": wanted.id, **strip(guest, paused)}
 
 
 async def job(guest: Guest, job_id: str) -> Shown:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
 import msgspec
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from jobd import __version__
 from jobd.dashboard.assets import Assets
@@ -34,6 +35,14 @@ HEADERS: Final = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+# The pages on which one sees, or does, what these commands show or do.
+_PAGES: Final = {
+    "workers": "/workers",
+    "locks": "/workers#h-locks",
+    "stats": "/",
+    "webhooks": "/webhooks",
+}
+_COMMAND: Final = re.compile(rf"\bjobctl (?:(?P<verb>{'|'.join(_PAGES)})\b|timeline (?P<id>[A-Za-z0-9_.:-]{{1,200}}))")
 SHOWN_JSON: Final = 20_000  # characters of a payload
 SHORT_JSON: Final = 300
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
@@ -68,6 +77,7 @@ class Painter:
             "thousands": thousands,
             "json": short_json,
             "rate": rate,
+            "commands": commands,
             "q": lambda text: quote(str(text), safe=""),
         }
         self._made.globals |= {"asset": assets.url, "version": __version__}
@@ -94,6 +104,19 @@ def visible(value: Any) -> Any:
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return value.translate(_PICTURES)
+
+
+def commands(text: str) -> Markup:
+    """`text`, where a `jobctl` command that has a page of its own here is a link to that."""
+    shown, at = Markup(), 0
+    for found in _COMMAND.finditer(text):
+        verb, job_id = found["verb"] or "", found["id"]
+        if job_id == "ID":  # any
+            continue
+        place = _PAGES[verb] if job_id is None else f"/jobs/{quote(job_id, safe='')}"
+        link = Markup('<a href="{}">{}</a>').format(place, found[0])
+        shown, at = shown + escape(visible(text[at : found.start()])) + link, found.end()
+    return shown + escape(visible(text[at:]))
 
 
 def span(ms: float) -> str:

@@ -93,7 +93,7 @@ class Dashboard:
                 pages.OneJob,
                 "job",
                 "Job",
-                lambda guest, asked: pages.job(guest, asked.id),
+                pages.open_job,
                 news=lambda asked: Live(job_id=asked.id),
             ),
             self._page("/jobs/{id}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),

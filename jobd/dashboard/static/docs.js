@@ -1,6 +1,12 @@
 // Shows the document that the page names. A token that is typed in here stays in this page: it is kept nowhere.
 "use strict";
 
+// swagger-ui has a dark page of its own, by a class; here it follows the system, as all pages do.
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const follow = () => document.documentElement.classList.toggle("dark-mode", dark.matches);
+dark.addEventListener("change", follow);
+follow();
+
 const shown = document.getElementById("swagger-ui").dataset.document;
 
 SwaggerUIBundle({
