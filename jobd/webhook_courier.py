@@ -17,7 +17,7 @@ from jobd.batch import DiskFull
 from jobd.events import Change
 from jobd.job import MINUTE_MS, SECOND_MS
 from jobd.webhook import Delivery, Endpoint, Outbox, Outcome
-from jobd.webhook_letter import of_test
+from jobd.webhook_letter import Letter, of_test
 from jobd.webhook_line import Line, Waiting
 from jobd.webhook_office import Office, Poster, Tally
 from jobd.webhook_reader import PAGE, Reader
@@ -147,6 +147,7 @@ class Courier:
         try:
             wait_s = await self._round(poster)
         except DiskFull:
+            self._ring(poster)
             if not self._is_troubled:
                 log.warning("webhook_waits", webhook=self.endpoint.name, reason="the disk of the store is full")
             wait_s, self._is_troubled = FULL_S, True
@@ -166,6 +167,8 @@ class Courier:
             await self._clear()
             await self.reader.read_on(has_room=self._has_room)
             await self.reader.save()
+        else:
+            self._ring(poster)
         if not self._outcomes:  # what cannot be noted is not sent either: it would be sent again and again
             await self._send(poster)
         return self._wait_s() if may_write else FULL_S
@@ -241,16 +244,36 @@ class Courier:
 
     async def _go(self, poster: Poster, message: Delivery) -> None:
         try:
-            outcome = await poster.post(self.endpoint, message)
-        except Exception as bug:
-            told = RuntimeError(hushed(self.endpoint.url, f"{type(bug).__name__}: {bug}"))
-            log.error("webhook_bug", webhook=self.endpoint.name, exc_info=told.with_traceback(bug.__traceback__))
-            outcome = Outcome(None, f"This is a bug in jobd: {type(bug).__name__}.")
+            outcome = await self._try(poster, message)
         finally:
             del self._going[message.id]
         self._outcomes.append((message, outcome))
         self._judge(outcome)
         self._wake.set()
+
+    async def _try(self, poster: Poster, message: Delivery) -> Outcome:
+        """Once. Where we fail ourselves, it has failed."""
+        try:
+            return await poster.post(self.endpoint, message)
+        except Exception as bug:
+            told = RuntimeError(hushed(self.endpoint.url, f"{type(bug).__name__}: {bug}"))
+            log.error("webhook_bug", webhook=self.endpoint.name, exc_info=told.with_traceback(bug.__traceback__))
+            return Outcome(None, f"This is a bug in jobd: {type(bug).__name__}.")
+
+    def _ring(self, poster: Poster) -> None:
+        """The outbox cannot be written: what is new of alerts is told without it, and by it once there is room."""
+        name = self.endpoint.name
+
+        async def post(letter: Letter) -> Outcome:
+            # Its number is a passing one: in the outbox the same letter gets another.
+            message = self._office.number(letter, name, self._office.clock.moment().now)
+            outcome = await self._try(poster, message)
+            self._judge(outcome)
+            told = {"webhook": name, "type": letter.type, "subject": letter.subject}
+            log.info("webhook_told_without_outbox", **told, error=outcome.error)
+            return outcome
+
+        self.reader.alerts.ring(post)
 
     def _judge(self, outcome: Outcome) -> None:
         """What it means for the endpoint."""
@@ -335,9 +358,10 @@ class Courier:
 
     async def _end(self, poster: Poster) -> None:
         """What is back is noted, what is on its way gets a moment; all else is there at the next start."""
-        if self._going:
-            await asyncio.wait(self._going.values(), timeout=GRACE_S)
-        left = list(self._going.values())
+        going = [*self._going.values(), *self.reader.alerts.going()]
+        if going:
+            await asyncio.wait(going, timeout=GRACE_S)
+        left = [task for task in going if not task.done()]
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)

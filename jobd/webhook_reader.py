@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
-from msgspec.structs import replace
 
 from jobd.batch import JournalPage
 from jobd.events import Change
 from jobd.webhook import GONE, UNTOLD, Cursor, Delivery, Endpoint
-from jobd.webhook_letter import Letter, of_alert, of_event, of_gone
+from jobd.webhook_alerts import AlertNews
+from jobd.webhook_letter import Letter, of_event, of_gone
 from jobd.webhook_office import Office
 
 PAGE: Final = 100  # events of the journal read in one go: below 2 ms
@@ -41,6 +41,7 @@ class Reader:
         self.newest = last
         self.has_news = endpoint.reads_journal
         self.gaps = 0
+        self.alerts = AlertNews(endpoint, cursor.alerts, office)
         self._endpoint = endpoint
         self._cursor = cursor  # as it is on the disk
         self._office = office
@@ -91,7 +92,8 @@ class Reader:
     async def read_on(self, *, has_room: bool) -> None:
         """Alerts, and where there is room a page of the journal. Raises DiskFull, and nothing has been passed over."""
         now, source, name = self._office.clock.moment().now, self._office.source, self._endpoint.name
-        letters, told = self._alert_letters(now)
+        letters, told = self.alerts.look(), self.alerts.told
+        alerts = len(letters)
         gone_to, position = self._cursor.gone_to, self.position
         is_whole = False
         if gone_to == UNTOLD:
@@ -107,6 +109,7 @@ class Reader:
             position = page.end
         if letters or told != self._cursor.alerts:
             await self._write(letters, now, position, gone_to, told)
+            self.alerts.written(alerts)
         elif position != self.position:
             self.position = position
             self._note_unsaved()
@@ -131,28 +134,6 @@ class Reader:
             self._is_reading = False
         self._next_read_s = self._loop_time() + (PAUSE_S if page.more else GATHER_S)
         return page
-
-    def _alert_letters(self, now: int) -> tuple[list[Letter], dict[str, int]]:
-        """What the receiver does not know of the alerts yet, and what he knows when he was told.
-
-        It is the state that counts: an alert that came and went while nothing could be written is not told.
-        """
-        told = self._cursor.alerts
-        views = self._office.alerts() if self._endpoint.wants_alerts else None
-        if views is None:
-            return [], told
-        letters, knows = [], dict(told)
-        for view in views:
-            if view.firing == (view.name in told):
-                continue
-            if view.firing:
-                knows[view.name] = now if view.since is None else view.since
-            else:
-                view = replace(view, since=knows.pop(view.name))
-            letter = of_alert(view, now, self._office.source)
-            if letter.type in self._endpoint.events:
-                letters.append(letter)
-        return letters, knows
 
     async def _write(
         self,

@@ -11,6 +11,7 @@ import msgspec
 from msgspec.structs import astuple, replace
 
 from jobd.answers import DeliveryState
+from jobd.batch import DiskFull
 from jobd.job import DAY_MS
 from jobd.job_writer import insert
 from jobd.quarantine import set_rows_aside
@@ -76,7 +77,13 @@ def open_outbox(tables: Tables, names: list[str], now: int) -> Outbox:
             found = Cursor(name, position, gone_to, next_delivery)
         cursors[name] = replace(found, updated_at=now) if found.updated_at < now - DAY_MS else found
     if changed := [each for name, each in cursors.items() if each is not known.get(name)]:
-        tables.commit(_put_cursors, tables, changed)
+        try:
+            tables.commit(_put_cursors, tables, changed)
+        except DiskFull:
+            if not known.keys() >= cursors.keys():
+                raise
+            # That they are still in use can wait; what they have to tell of a full disk cannot.
+            return Outbox(cursors, waiting, last, next_delivery)
     if old := [name for name, each in known.items() if name not in names and each.updated_at < now - FORGET_MS]:
         tables.commit(_forget, tables, old)
     return Outbox(cursors, waiting, last, next_delivery)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
@@ -86,3 +87,21 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 def tool_missing(name: str, package: str) -> NoReturn:
     """Skip a test that needs a program that is not here."""
     pytest.skip(f"{name} is missing: install the package {package}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk with 20 MiB; mounting it needs root."""
+    place = tmp_path / "small"
+    place.mkdir()
+    try:
+        command = ["mount", "-t", "tmpfs", "-o", "size=20m,mode=0700", "jobd-test", str(place)]
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"test of a full disk: mounting a tmpfs is not permitted here ({error})")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)

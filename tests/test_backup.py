@@ -10,7 +10,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -297,23 +296,6 @@ async def test_a_store_that_another_program_holds_is_left_alone(path: str, copy:
             restore(copy, path)
     async with opened(path) as (_, found):
         assert not found.marked
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir()
-    try:
-        command = ["mount", "-t", "tmpfs", "-o", "size=20m,mode=0700", "jobd-test", str(place)]
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"test of a full disk: mounting a tmpfs is not permitted here ({error})")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def fill(place: Path) -> None:

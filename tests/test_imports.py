@@ -40,7 +40,10 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     ),
     "stream": ("stream_lines command_stream", "nouns actor web"),
     "feed": ("feed watchers event_stream", "nouns web actor"),
-    "webhooks": ("webhooks webhook_courier webhook_reader webhook_office webhook_sender", "nouns letters"),
+    "webhooks": (
+        "webhooks webhook_courier webhook_reader webhook_alerts webhook_office webhook_sender",
+        "nouns letters",
+    ),
     "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),
     "downloads": ("downloads", "nouns web artefacts"),
     "time": ("cleanup passes foresight plans plan_search health presence", "nouns book judging actor clock artefacts"),

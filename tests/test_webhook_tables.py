@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,32 @@ async def test_an_endpoint_that_was_taken_out_keeps_its_place_for_a_while(path: 
         await store.open_outbox(["f"], NOW + 60 * DAY_MS)
         assert (await store.open_outbox(["e"], NOW + 60 * DAY_MS)).waiting["e"] == []
         assert await store.deliveries([1]) == []
+
+
+async def test_on_a_full_disk_those_that_are_known_begin_all_the_same(small_disk: Path) -> None:
+    maker = Maker()
+    async with opened(str(small_disk / "jobd.db")) as (store, _):
+        await store.open_outbox(["e"], NOW)
+        await planned(store, made(1), position=3)
+        filler = small_disk / "filler"
+        fill(filler)
+        with contextlib.suppress(DiskFull):
+            while True:
+                await store.write(maker.any_batch(50))
+        outbox = await store.open_outbox(["e"], NOW + 2 * DAY_MS)
+        assert (outbox.cursors["e"].position, outbox.waiting["e"]) == (3, bare(made(1)))
+        with pytest.raises(DiskFull):
+            await store.open_outbox(["e", "f"], NOW + 2 * DAY_MS)
+        filler.unlink()
+        outbox = await store.open_outbox(["e", "f"], NOW + 2 * DAY_MS)
+        assert outbox.cursors["f"].updated_at == NOW + 2 * DAY_MS
+
+
+def fill(name: Path) -> None:
+    """Take up all room of its disk."""
+    with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
 
 
 async def test_a_bad_delivery_is_set_aside_and_named_and_holds_up_nobody(path: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 import structlog
 from msgspec.structs import replace
 
-from jobd import lookups, webhook_courier, webhook_reader
+from jobd import lookups, webhook_alerts, webhook_courier, webhook_reader
 from jobd.batch import DiskFull
 from jobd.events import Change
 from jobd.job import DAY_MS, HOUR_MS, Job
@@ -195,7 +195,7 @@ async def test_a_page_of_damaged_events_is_told_as_gone_and_passed_by(
         )
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(4)))
         await until(lambda: at.webhooks.views()[0].lag == 0)
-        await until(lambda: len(at.posts.taken) >= 3)
+        await until(lambda: len(at.posts.taken) >= 4)
         types = [each.type for each in at.posts.taken]
         assert types.count("job.created") == 3
         assert "events.gone" in types
@@ -632,16 +632,109 @@ async def test_who_asks_only_for_ends_of_alerts_gets_those(path: Path) -> None:
         await until(lambda: at.posts.types() == ["alert.resolved"])
 
 
-async def test_an_alert_that_cannot_be_written_is_told_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_alert_is_told_at_once_while_the_disk_is_full_and_by_the_outbox_once_there_is_room(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_courier, "FULL_S", 0.02)
+    async with at_work(path, wrap=Watched) as at:
+        disk: Any = at.office.disk
+        at.may_write = False
+        at.fire("database")
+        await until(lambda: at.posts.types() == ["alert.firing"])
+        at.fire("stuck_jobs")
+        await until(lambda: len(at.posts.taken) == 2)
+        at.resolve("database")
+        await until(lambda: at.posts.types() == ["alert.firing", "alert.firing", "alert.resolved"])
+        await at.commit(*a_life(at.maker, "a"))
+        await asyncio.sleep(0.2)
+        assert len(at.posts.tried) == 3, "each once: it was taken"
+        assert disk.calls["plan_deliveries"] == disk.calls["settle_deliveries"] == 0
+        told = list(at.posts.taken)
+        at.may_write = True
+        await until(lambda: at.webhooks.views()[0].delivered == 6)
+        again = [each for each in at.posts.taken[3:] if each.subject.startswith("alerts/")]
+        assert {each.event_id: each.body for each in again} == {each.event_id: each.body for each in told}
+        assert [each.type for each in again if each.subject == "alerts/database"] == ["alert.firing", "alert.resolved"]
+        await asyncio.sleep(0.1)
+        assert len(at.posts.tried) == 9
+    async with at_work(path, maker=at.maker, firing={"stuck_jobs": NOW}) as then:
+        await asyncio.sleep(0.1)
+        assert then.posts.tried == []
+
+
+async def test_an_alert_whose_writing_meets_the_full_disk_is_told_at_once_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(webhook_courier, "FULL_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         disk.faults["plan_deliveries"] = DiskFull("no room")
         at.fire("database")
-        await asyncio.sleep(0.1)
-        assert at.posts.tried == []
-        disk.faults.clear()
         await until(lambda: at.posts.types() == ["alert.firing"])
+        await asyncio.sleep(0.1)
+        disk.faults.clear()
+        await until(lambda: at.webhooks.views()[0].delivered == 1)
+        first, second = at.posts.taken
+        assert (first.event_id, first.body) == (second.event_id, second.body)
+
+
+async def test_a_receiver_that_fails_while_the_disk_is_full_gets_a_few_tries_of_each_change_in_their_order(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_courier, "FULL_S", 0.01)
+    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+        at.may_write = False
+        at.fire("database")
+        await until(lambda: len(at.posts.tried) == webhook_alerts.TRIES)
+        await asyncio.sleep(0.3)
+        assert len(at.posts.tried) == webhook_alerts.TRIES
+        assert at.webhooks.views()[0].last_error == NO.error
+        at.posts.answer = lambda each: YES if each.type == "alert.resolved" else NO
+        at.fire("stuck_jobs")
+        await until(lambda: at.posts.tried[-1].subject == "alerts/stuck_jobs")
+        at.resolve("stuck_jobs")  # the next try of its beginning is not waited for
+        await until(lambda: at.posts.subjects() == [("alerts/stuck_jobs", "alert.resolved")])
+        own = [each.type for each in at.posts.tried if each.subject == "alerts/stuck_jobs"]
+        assert own == sorted(own)
+        await asyncio.sleep(0.2)
+        assert len(at.posts.tried) == webhook_alerts.TRIES + len(own)
+        at.posts.answer = lambda _: YES
+        at.may_write = True
+        await until(lambda: at.webhooks.views()[0].delivered == 3)
+
+
+async def test_of_an_alert_that_comes_and_goes_all_the_while_the_latest_is_held(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_courier, "FULL_S", 0.01)
+    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+        at.may_write = False
+        for number in range(9):
+            at.fire("database", NOW + number)
+            await until(lambda: bool(at.posts.tried) and at.posts.tried[-1].type == "alert.firing")
+            if number < 8:
+                at.resolve("database")
+                await until(lambda: at.posts.tried[-1].type == "alert.resolved")
+        at.posts.answer = lambda _: YES
+        at.posts.tried.clear()
+        at.may_write = True
+        await until(lambda: at.webhooks.views()[0].delivered >= 3)
+        await asyncio.sleep(0.1)
+        told = [each.event_id.split("_", 2)[2] for each in at.posts.taken]
+        assert list(dict.fromkeys(told)) == [f"{NOW + 7}_firing", f"{NOW + 7}_resolved", f"{NOW + 8}_firing"]
+
+
+async def test_the_stop_on_a_full_disk_does_not_wait_for_who_hangs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook_courier, "GRACE_S", 0.05)
+    async with at_work(path) as at:
+        at.may_write = False
+        at.posts.gate.clear()
+        at.fire("database")
+        await until(lambda: len(at.posts.tried) == 1)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    async with at_work(path, maker=at.maker, firing={"database": NOW}) as then:
+        await until(lambda: then.posts.types() == ["alert.firing"])
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------

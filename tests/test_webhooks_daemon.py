@@ -390,3 +390,34 @@ def test_nothing_goes_inside_unless_it_is_meant(tmp_path: Path, receiver: Receiv
         assert "is loopback" in view(daemon)["last_error"]
         assert receiver.heard == []
         assert daemon.stop() == 0
+
+
+def test_the_alert_of_a_full_disk_is_told_while_it_is_full(
+    tmp_path: Path, small_disk: Path, receiver: Receiver
+) -> None:
+    def heard_of(type_: str) -> list[bytes]:
+        return [each.body for each in receiver.heard if each.event["type"] == type_]
+
+    settings = config(receiver, 'events = ["alert.*", "job.created"]')
+    with Daemon(tmp_path, settings, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
+        filler = small_disk / "filler"
+        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        number = 0
+        while daemon.post("/v1/jobs", {"id": f"job-{number}", "payload": "x" * 50_000}).status == 201:
+            number += 1
+        daemon.admin("GET", "health")  # nobody need wait for the next look
+        receiver.wait_for(lambda _: bool(heard_of("alert.firing")))
+        assert daemon.post("/v1/jobs", {"id": "none"}).error == "storage_full", "it is still full"
+        (told,) = heard_of("alert.firing")
+        assert json.loads(told)["data"]["name"] == "database"
+        filler.unlink()
+        daemon.until_said(b"event=disk_has_room")
+        receiver.wait_for(lambda _: len(heard_of("alert.firing")) == 2)
+        assert heard_of("alert.firing") == [told, told], "the same letter, by the outbox"
+        assert daemon.post("/v1/jobs", {"id": "after"}).status == 201
+        receiver.wait_for(lambda heard: is_heard_of("after", heard))
+        daemon.admin("GET", "health")
+        receiver.wait_for(lambda _: bool(heard_of("alert.resolved")))
+        assert daemon.stop() == 0
