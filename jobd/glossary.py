@@ -89,7 +89,7 @@ _OPERATORS: Final = {
     "GET webhooks": "Every webhook that is configured, and how it is going.",
     "GET webhooks/{name}/deliveries": "What waits for a webhook, and what became of the latest, newest first.",
     "POST webhooks/{name}/resend": "Send a delivery again, now, whatever became of it.",
-    "POST webhooks/{name}/resend-given-up": "Send again what was given up: all of it, or up to a number.",
+    "POST webhooks/{name}/resend-given-up": "Send again what was given up: all that is kept, or up to a number.",
     "POST webhooks/{name}/test": "Send a webhook a message that says it is a test.",
     "GET clock": "The daemon's clock, and whether it is believed.",
     "POST clock/accept": "The clock is right: delete by age again.",

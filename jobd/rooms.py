@@ -163,6 +163,9 @@ class Rooms(Struct):
             return _no_webhook(webhook)
         return await self.webhooks_.page(webhook, state, before, limit)
 
+    async def given_up(self, webhook: str) -> tuple[int, int]:
+        return await self.webhooks_.given_up(webhook)
+
     async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | Refusal:
         if not self.webhooks_.has(webhook):
             return _no_webhook(webhook)

@@ -236,8 +236,8 @@ class Store:
     async def plan_deliveries(self, moved: Cursor, new: list[Delivery]) -> None:
         await self._hop(webhook_tables.plan, self._tables, moved, new)
 
-    async def settle_deliveries(self, settled: list[Delivery], now: int) -> None:
-        await self._hop(webhook_tables.settle, self._tables, settled, now)
+    async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
+        return await self._hop(webhook_tables.settle, self._tables, settled, now)
 
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
         return await self._hop(webhook_tables.again, self._tables, endpoint, id_, now)
@@ -247,6 +247,9 @@ class Store:
 
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
         return await self._hop(webhook_tables.by_ids, self._tables, ids)
+
+    async def given_up(self, endpoint: str) -> tuple[int, int]:
+        return await self._hop(webhook_tables.given_up, self._tables, endpoint)
 
     async def page_of_deliveries(
         self, endpoint: str, state: DeliveryState | None, before: int, limit: int

@@ -21,6 +21,7 @@ RESOLVED: Final = "alert.resolved"
 ALERTS: Final = (FIRING, RESOLVED)
 GONE: Final = "events.gone"  # goes to everybody who reads the journal: what he has missed cannot be told
 UNTOLD: Final = -1
+BACKLOG: Final = 10_000  # deliveries of one endpoint that may wait, and as many that were given up are kept
 TEST: Final = "webhook.test"  # an operator asks for it
 
 
@@ -69,6 +70,11 @@ class Endpoint(Struct, frozen=True):
     def wants(self, event: Event) -> bool:
         """Whether it is told of `event`."""
         return _TYPES[event.type] in self.events and (not self.queues or event.queue in self.queues)
+
+    @property
+    def subject(self) -> str:
+        """Of messages that are about the webhook itself."""
+        return f"webhooks/{self.name}"
 
     @property
     def reads_journal(self) -> bool:

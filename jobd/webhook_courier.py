@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from jobd.batch import DiskFull
 from jobd.events import Change
 from jobd.job import MINUTE_MS, SECOND_MS
-from jobd.webhook import Delivery, Endpoint, Outbox, Outcome
+from jobd.webhook import BACKLOG, Delivery, Endpoint, Outbox, Outcome
 from jobd.webhook_letter import Letter, of_test
 from jobd.webhook_line import Line, Waiting
 from jobd.webhook_office import Office, Poster, Tally
@@ -25,7 +25,6 @@ from jobd.webhook_rules import Breaker, BreakerState, is_given_up, retry_wait_ms
 from jobd.webhook_url import hushed
 
 PARALLEL: Final = 8  # deliveries of one endpoint on their way at once
-BACKLOG: Final = 10_000  # deliveries of one endpoint that may wait; what is beyond waits in the journal
 GRACE_S: Final = 1.0  # for what is on its way when the daemon stops; after it, it is sent again at the next start
 FULL_S: Final = 1.0  # until a full disk is asked again
 TROUBLE_S: Final = 5.0  # after a failure of our own
@@ -165,7 +164,7 @@ class Courier:
         if may_write:
             await self._settle()
             await self._clear()
-            await self.reader.read_on(has_room=self._has_room)
+            await self.reader.read_on(has_room=self._has_room, tells_gaps=not self.line.has(self.endpoint.subject))
             await self.reader.save()
         else:
             self._ring(poster)
@@ -311,7 +310,7 @@ class Courier:
                 tried = replace(tried, due_at=now + wait_ms)
             settled.append(tried)
             waits.append(wait_ms)
-        await self._office.disk.settle_deliveries(settled, at.believed)
+        await self.reader.settle(settled, at.believed)
         del self._outcomes[:count]
         for tried, wait_ms in zip(settled, waits, strict=True):
             if tried.state == "waiting":
@@ -348,7 +347,7 @@ class Courier:
         ]
         if not old:
             return
-        await self._office.disk.settle_deliveries(old, at.believed)
+        await self.reader.settle(old, at.believed)
         for each in old:
             self._fresh.pop(each.id, None)
             self.line.gone(each.id)

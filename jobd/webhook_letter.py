@@ -89,11 +89,10 @@ def of_alert(alert: AlertView, at: int, source: str) -> Letter:
 
 
 def of_gone(name: str, after: int, upto: int, at: int, source: str) -> Letter:
-    """Some events are no longer in the journal, and were not told before."""
-    subject, event_id = f"webhooks/{name}", f"gone_{after}_{upto}"
+    """Some events are no longer in the journal or the outbox, and were not told before. Another gap has another id."""
+    subject, event_id = f"webhooks/{name}", f"gone_{after}_{upto}_{at}"
     message = (
-        f"Of the events after {after} up to {upto} some are no longer in the journal, and could not be told. "
-        "Read the state anew."
+        f"Of the events after {after} up to {upto} some were not told, and are kept no longer. Read the state anew."
     )
     data = {"after": after, "upto": upto, "message": message}
     return Letter(subject, GONE, event_id, _body(source, subject, GONE, event_id, at, data))

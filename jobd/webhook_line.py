@@ -39,6 +39,10 @@ class Line:
     def __contains__(self, id_: int) -> bool:
         return id_ in self._subject_of
 
+    def has(self, subject: str) -> bool:
+        """Whether one of `subject` waits, or is on its way."""
+        return subject in self._subjects
+
     def ids(self) -> Iterator[int]:
         """The numbers of all who wait and are not on their way, in order."""
         going = set(self._going.values())

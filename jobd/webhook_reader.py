@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
+from msgspec.structs import replace
 
 from jobd.batch import JournalPage
 from jobd.events import Change
@@ -89,14 +90,17 @@ class Reader:
             waits.append(self._unsaved_since_s + SAVE_S - now_s)
         return waits
 
-    async def read_on(self, *, has_room: bool) -> None:
-        """Alerts, and where there is room a page of the journal. Raises DiskFull, and nothing has been passed over."""
+    async def read_on(self, *, has_room: bool, tells_gaps: bool) -> None:
+        """Alerts, and where there is room a page of the journal. Raises DiskFull, and nothing has been passed over.
+
+        One who has to read the state anew is not told so again while he does not take that: `tells_gaps` is False.
+        """
         now, source, name = self._office.clock.moment().now, self._office.source, self._endpoint.name
         letters, told = self.alerts.look(), self.alerts.told
         alerts = len(letters)
         gone_to, position = self._cursor.gone_to, self.position
         is_whole = False
-        if gone_to == UNTOLD:
+        if gone_to == UNTOLD and tells_gaps:
             letters.append(of_gone(name, 0, position, now, source))
             gone_to = position
         if self.has_news and has_room and self._loop_time() >= self._next_read_s:
@@ -119,6 +123,12 @@ class Reader:
     async def add(self, letter: Letter) -> Delivery:
         """A message beside the journal. Raises DiskFull."""
         return (await self._write([letter], self._office.clock.moment().now))[0]
+
+    async def settle(self, settled: list[Delivery], now: int) -> None:
+        """Note what came of deliveries. Where of what was given up some is kept no longer, that is a gap."""
+        async with self._writing:
+            if await self._office.disk.settle_deliveries(settled, now):
+                self._cursor = replace(self._cursor, gone_to=UNTOLD)
 
     async def save(self, *, at_once: bool = False) -> None:
         """A cursor that does not move on the disk would seem to have missed what is pruned behind it."""

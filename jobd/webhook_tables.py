@@ -17,14 +17,14 @@ from jobd.job_writer import insert
 from jobd.quarantine import set_rows_aside
 from jobd.rows import Row, fault, sealed
 from jobd.tables import Tables
-from jobd.webhook import DELIVERY_STATES, UNTOLD, Cursor, Delivery, Outbox
+from jobd.webhook import BACKLOG, DELIVERY_STATES, GONE, UNTOLD, Cursor, Delivery, Outbox
 
 CURSOR_COLUMNS: Final = Cursor.__struct_fields__
 DELIVERY_COLUMNS: Final = Delivery.__struct_fields__
 CURSOR_SQL: Final = f"{', '.join(CURSOR_COLUMNS)}, crc"
 DELIVERY_SQL: Final = f"{', '.join(DELIVERY_COLUMNS)}, crc"
 
-KEEP_ENDED: Final = 1_000  # deliveries of an endpoint and of either state: delivered, given up
+KEEP_ENDED: Final[dict[DeliveryState, int]] = {"delivered": 1_000, "given_up": BACKLOG}  # of an endpoint
 KEEP_ENDED_MS: Final[dict[DeliveryState, int]] = {"delivered": 7 * DAY_MS, "given_up": 30 * DAY_MS}
 FORGET_MS: Final = 30 * DAY_MS  # an endpoint that is not configured any more keeps its place so long
 
@@ -141,27 +141,59 @@ def _plan(tables: Tables, moved: Cursor, new: list[Delivery]) -> None:
     _put_cursors(tables, [moved])
 
 
-def settle(tables: Tables, settled: list[Delivery], now: int) -> None:
-    """Note what came of deliveries; of those that have ended only the latest are kept."""
-    tables.commit(_settle, tables, settled, now)
+def settle(tables: Tables, settled: list[Delivery], now: int) -> bool:
+    """Note what came of deliveries of one endpoint; of those that have ended only the latest are kept.
+
+    Gives whether events were forgotten thereby that it has never taken; its cursor says so then, too.
+    """
+    return tables.commit(_settle, tables, settled, now)
 
 
-def _settle(tables: Tables, settled: list[Delivery], now: int) -> None:
+def _settle(tables: Tables, settled: list[Delivery], now: int) -> bool:
     tables.conn.executemany(_UPDATE, [(*row[1:], row[0]) for row in map(delivery_row, settled)])
-    for name in {each.endpoint for each in settled if each.state != "waiting"}:
-        _trim(tables, name, now)
+    ended = {(each.endpoint, each.state) for each in settled if each.state != "waiting"}
+    lost = {name for name, state in ended if _trim(tables, name, state)}
+    lost |= {name for name, _ in ended if _trim_by_age(tables, name, now)}
+    for name in lost:
+        row = tables.conn.execute(f"SELECT {CURSOR_SQL} FROM webhooks NOT INDEXED WHERE name = ?", (name,)).fetchone()
+        if row is not None and fault(row) is None:
+            _put_cursors(tables, [replace(cursor(row), gone_to=UNTOLD)])
+    return bool(lost)
 
 
-def _trim(tables: Tables, name: str, now: int) -> None:
-    """An entry of the index says enough to forget a row by its place; its age is read from the row."""
+def _trim(tables: Tables, name: str, state: DeliveryState) -> bool:
+    """All but the latest. An entry of the index says enough to forget a row by its place."""
+    args = (name, state, KEEP_ENDED[state])
+    edge = tables.conn.execute(f"{_IDS} ORDER BY id DESC LIMIT 1 OFFSET ?", args).fetchone()
+    return edge is not None and _drop(tables, state, f"id IN ({_IDS} AND id <= ?)", (name, state, edge[0]))
+
+
+def _trim_by_age(tables: Tables, name: str, now: int) -> bool:
+    """Of either state the two oldest, if they are too old: they end one by one, so none such stays for long.
+
+    The age is read from the row.
+    """
+    is_lost = False
     for state, keep_ms in KEEP_ENDED_MS.items():
-        edge = tables.conn.execute(f"{_IDS} ORDER BY id DESC LIMIT 1 OFFSET ?", (name, state, KEEP_ENDED)).fetchone()
-        if edge is not None:
-            tables.conn.execute(f"DELETE FROM deliveries WHERE id IN ({_IDS} AND id <= ?)", (name, state, edge[0]))
         for (oldest,) in tables.conn.execute(f"{_IDS} ORDER BY id LIMIT 2", (name, state)).fetchall():
-            # Two at a time: they end one by one, so none that is too old stays for long.
-            sql = "DELETE FROM deliveries WHERE id = ? AND ifnull(ended_at, at) < ?"
-            tables.conn.execute(sql, (oldest, now - keep_ms))
+            where = "id = ? AND ifnull(ended_at, at) < ?"
+            is_lost |= _drop(tables, state, where, (oldest, now - keep_ms))
+    return is_lost
+
+
+def _drop(tables: Tables, state: DeliveryState, where: str, args: tuple[Any, ...]) -> bool:
+    """Forget deliveries; whether one of them was given up that told of an event, or of a gap between events."""
+    sql = f"DELETE FROM deliveries WHERE {where} RETURNING seq > 0 OR type = ?"
+    dropped = tables.conn.execute(sql, (*args, GONE)).fetchall()
+    return state == "given_up" and any(told for (told,) in dropped)
+
+
+def given_up(tables: Tables, endpoint: str) -> tuple[int, int]:
+    """How many deliveries of an endpoint were given up, and the number of the newest; 0 where there is none."""
+    tables.check()
+    sql = f"SELECT count(*), ifnull(max(id), 0) FROM ({_IDS})"
+    count, newest = tables.conn.execute(sql, (endpoint, "given_up")).fetchone()
+    return count, newest
 
 
 def again(tables: Tables, endpoint: str, id_: int, now: int) -> Delivery | None:

@@ -171,6 +171,10 @@ class Webhooks:
         shown = [view(each) for each in found[:limit]]
         return DeliveryPage(shown, str(shown[-1].id) if len(found) > limit else None)
 
+    async def given_up(self, name: str) -> tuple[int, int]:
+        """How many deliveries of an endpoint were given up and are kept, and the number of the newest; 0 where none."""
+        return await self._office.disk.given_up(name)
+
     async def again(self, name: str, id_: int) -> DeliveryView | None:
         """Send a delivery again; None where there is none of this number. Raises DiskFull."""
         found = await self._courier(name).again(id_)

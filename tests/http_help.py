@@ -231,6 +231,7 @@ class Figures:
         self.metrics_text = b"jobd_stuck_jobs 0\n"
         self.resent: list[tuple[str, int | None]] = []
         self.asked_deliveries: list[tuple[str, str | None, int | None, int]] = []
+        self.lost = (2, 9)  # messages that were given up, and the number of the newest
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
         self.forced.append(forced)
@@ -302,6 +303,9 @@ class Figures:
     ) -> DeliveryPage | Refusal:
         self.asked_deliveries.append((webhook, state, before, limit))
         return self.deliveries_page if webhook == "q" else NO_WEBHOOK
+
+    async def given_up(self, webhook: str) -> tuple[int, int]:
+        return self.lost if webhook == "q" else (0, 0)
 
     async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | Refusal:
         return DELIVERY if (webhook, delivery) == ("q", 7) else NO_WEBHOOK

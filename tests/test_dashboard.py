@@ -33,7 +33,7 @@ from jobd.batch import AuditQuery, Query
 from jobd.book import Book
 from jobd.clock import Clock
 from jobd.commands import ForceFail, Refusal
-from jobd.dashboard import bulk, entrance, filters, live, pages, paint, sessions, webhooks
+from jobd.dashboard import bulk, entrance, filters, live, pages, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
 from jobd.dashboard.recorder import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
@@ -45,6 +45,7 @@ from jobd.failures import Failures
 from jobd.job import LATEST_MS, Policy
 from jobd.keys import Keys
 from jobd.plans import Planner
+from jobd.webhook import BACKLOG
 from tests import vendor
 from tests.http_help import DELIVERY, TOKEN, WEBHOOK, Heard, House, Line, message, tls_pair
 from tests.memory_disk import MemoryDisk
@@ -1607,18 +1608,18 @@ async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: To
     assert len((await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]) == 3
 
 
-async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town) -> None:
     browser, rooms = await town.browser(), town.admin.figures
     assert 'href="/webhooks/q/again"' in text(await browser.get("/webhooks/q"))
     assert "again" not in text(await (await town.browser(READER)).get("/webhooks/q")).partition("<main")[2].lower()
-    rooms.asked_deliveries.clear()
-    monkeypatch.setattr(webhooks, "MOST_COUNTED", 3)
+    rooms.lost = (BACKLOG, 99_999)
     page = text(await browser.get("/webhooks/q/again"))
-    assert rooms.asked_deliveries == [("q", "given_up", cursor, 200) for cursor in (None, 7, 7)]
-    assert "<strong>3 or more</strong> messages were given up." in page
-    rooms.deliveries_page = DeliveryPage([replace(DELIVERY, id=9), DELIVERY], None)
+    assert re.search(r"<strong>10\s?000</strong> messages were given up and are kept\.", page)
+    assert "No more are kept than that" in page
+    rooms.lost = (2, 9)
     page = text(await browser.get("/webhooks/q/again"))
-    assert "<strong>2</strong> messages were given up." in page
+    assert "<strong>2</strong> messages were given up and are kept." in page
+    assert "No more are kept than that" not in page
     assert "<button>Send 2 again</button>" in page
     assert 'name="upto" value="9"' in page
     csrf = await browser.csrf()
@@ -1629,7 +1630,7 @@ async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town, monke
     assert ("admin", "resend-given-up", "done", {"webhook": "q", "resent": 3}) in await deeds(town)
     rooms.hooks = [replace(WEBHOOK, failing_since=1)]
     assert "Mend its receiver first" in text(await browser.get("/webhooks/q/again"))
-    rooms.deliveries_page = DeliveryPage([], None)
+    rooms.lost = (0, 0)
     assert "No message is given up." in text(await browser.get("/webhooks/q/again"))
     assert (await browser.post("/webhooks/q/resend-given-up", csrf=csrf)).status == 400
     assert (await browser.post("/webhooks/q/resend-given-up", upto="9")).status == 403

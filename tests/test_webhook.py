@@ -251,12 +251,12 @@ def test_a_gap_and_a_test_are_cloud_events_too() -> None:
     gap, test = of_gone("e", 3, 9, NOW, "/j"), of_test("e", 12, NOW, "/j")
     data = read_by_others(gap.body)["data"]
     assert isinstance(data, dict)
-    assert "no longer in the journal" in data.pop("message")
+    assert "kept no longer" in data.pop("message")
     assert data == {"after": 3, "upto": 9}
     said = read_by_others(test.body)["data"]
     assert isinstance(said, dict)
     assert list(said) == ["message"]
-    for letter, kind, event_id in ((gap, GONE, "gone_3_9"), (test, TEST, f"test_{NOW}_12")):
+    for letter, kind, event_id in ((gap, GONE, f"gone_3_9_{NOW}"), (test, TEST, f"test_{NOW}_12")):
         assert (letter.subject, letter.type, letter.event_id, letter.seq) == ("webhooks/e", kind, event_id, 0)
         assert_says_what_it_is(letter, "/j")
 

@@ -193,6 +193,14 @@ class Model:
         return [each for subject, each in found.items() if subject not in busy]
 
 
+def test_whether_one_of_a_subject_waits_or_is_on_its_way() -> None:
+    made = line((1, "a", 0), (2, "b", 0))
+    assert taken(made) == [1, 2]
+    assert (made.has("a"), made.has("b"), made.has("c")) == (True, True, False)
+    made.gone(1)
+    assert (made.has("a"), made.has("b")) == (False, True)
+
+
 def test_who_is_given_up_in_line_makes_no_way_for_another_while_one_of_them_is_on_its_way() -> None:
     made = line((1, "a", 0), (2, "a", 0), (3, "a", 0))
     assert taken(made) == [1]

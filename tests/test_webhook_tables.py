@@ -158,7 +158,7 @@ async def test_what_was_given_up_goes_back_into_line_oldest_first_and_up_to_a_nu
 
 
 async def test_of_what_has_ended_only_the_latest_is_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", 5)
+    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 5, "given_up": 5})
     async with opened(path) as (store, _):
         await planned(store, *(made(id_) for id_ in range(1, 41)))
         await planned(store, *(made(id_, "f", state="delivered", ended_at=NOW) for id_ in range(41, 51)), name="f")
@@ -169,6 +169,44 @@ async def test_of_what_has_ended_only_the_latest_is_kept(path: str, monkeypatch:
         assert [each.id for each in await store.page_of_deliveries("e", "given_up", 999, 99)] == [30, 29, 28, 27, 26]
         assert len(await store.page_of_deliveries("e", "waiting", 999, 99)) == 10  # those are nobody's to forget
         assert len(await store.page_of_deliveries("f", "delivered", 999, 99)) == 10
+
+
+async def test_what_was_given_up_and_is_kept_no_longer_leaves_a_gap_behind(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 2, "given_up": 3})
+
+    async def is_gap(*settled: Delivery, now: int = NOW) -> bool:
+        told = await store.settle_deliveries(list(settled), now)
+        (gone_to,) = store._db.raw.execute("SELECT gone_to FROM webhooks WHERE name = 'e'").fetchone()
+        assert told == (gone_to == UNTOLD)
+        await planned(store)  # as if it were told
+        return told
+
+    async with opened(path) as (store, _):
+        await planned(store, *(made(id_) for id_ in range(1, 21)))
+        assert not await is_gap(*(made(id_, state="delivered", ended_at=NOW) for id_ in range(1, 9)))
+        assert not await is_gap(*(made(id_, state="given_up", ended_at=NOW) for id_ in range(9, 12)))
+        assert await store.given_up("e") == (3, 11)
+        assert await is_gap(made(12, state="given_up", ended_at=NOW))
+        assert [each.id for each in await store.page_of_deliveries("e", "given_up", 99, 9)] == [12, 11, 10]
+        assert not await is_gap(made(13, state="delivered", ended_at=NOW))
+        assert await is_gap(made(14, state="delivered", ended_at=NOW + 31 * DAY_MS), now=NOW + 31 * DAY_MS), "by age"
+        assert await store.given_up("e") == (1, 12)
+        assert await store.given_up("f") == (0, 0)
+
+
+async def test_alerts_and_tests_that_are_kept_no_longer_leave_no_gap_but_a_gap_does(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 1, "given_up": 1})
+    async with opened(path) as (store, _):
+        types = ["alert.firing", "webhook.test", "events.gone", "job.failed"]
+        lost = [made(id_, seq=0, type=type_, state="given_up", ended_at=NOW) for id_, type_ in enumerate(types, 1)]
+        await planned(store, *lost)
+        assert [await store.settle_deliveries([each], NOW) for each in lost[:1]] == [True], "a gap was among them"
+        await planned(store, *(replace(each, id=each.id + 10) for each in lost[:2]))
+        assert await store.settle_deliveries([replace(lost[0], id=11)], NOW) is False
 
 
 async def test_what_ended_long_ago_is_forgotten_by_its_age(path: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 import structlog
 from msgspec.structs import replace
 
-from jobd import lookups, webhook_alerts, webhook_courier, webhook_reader
+from jobd import lookups, webhook_alerts, webhook_courier, webhook_reader, webhook_tables
 from jobd.batch import DiskFull
 from jobd.events import Change
 from jobd.job import DAY_MS, HOUR_MS, Job
@@ -583,6 +583,45 @@ async def test_a_lost_place_is_told_too(path: Path) -> None:
         conn.execute("UPDATE webhooks SET position = 0")
     async with at_work(path, maker=at.maker) as then:
         await until(lambda: then.posts.types() == ["events.gone"])
+
+
+async def test_a_receiver_is_told_that_what_was_given_up_is_kept_no_longer(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 99, "given_up": 5})
+    posts = Posts(lambda _: NO)
+    async with at_work(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
+        for number in range(12):
+            await at.commit(*a_life(at.maker, f"job-{number}"))
+        await until(lambda: at.webhooks.views()[0].given_up >= 12)
+        count, _ = await at.webhooks.given_up("e")
+        assert count == 5
+        gaps = at.webhooks.figures()["e"].gaps
+        assert gaps >= 1
+        posts.answer = lambda _: YES
+        await until(lambda: "events.gone" in posts.types())
+        await until(lambda: at.webhooks.views()[0].waiting == 0)
+        gone = {each.event_id: json.loads(each.body)["data"] for each in posts.taken if each.type == "events.gone"}
+        assert all(data["upto"] >= 4 for data in gone.values())
+        await asyncio.sleep(0.1)
+        assert at.webhooks.views()[0].waiting == 0, "it is not told again and again"
+    async with at_work(path, maker=at.maker) as later:
+        await later.commit(later.maker.create("b"))
+        await until(lambda: later.posts.types() == ["job.created"])
+
+
+async def test_a_gap_that_waits_is_not_put_behind_itself(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 99, "given_up": 1})
+    slow = replace(NO, retry_after_ms=60_000)
+    posts = Posts(lambda each: slow if each.type == "events.gone" else NO)
+    async with at_work(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
+        at.office.manners = replace(HASTY, retry_at_most_ms=60_000)
+        for number in range(9):
+            await at.commit(*a_life(at.maker, f"job-{number}"))
+        await until(lambda: at.webhooks.views()[0].given_up == 9)
+        page = await at.webhooks.page("e", None, None, 99)
+        assert [each.type for each in page.deliveries if each.state == "waiting"] == ["events.gone"]
+        assert at.webhooks.figures()["e"].gaps == 1
 
 
 # -- alerts ------------------------------------------------------------------------------------------------------------

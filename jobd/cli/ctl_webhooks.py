@@ -47,7 +47,7 @@ def webhooks(
     """List the webhooks and how they are going.
 
     `webhooks deliveries NAME` lists what waits for one and what became of the latest, `webhooks resend NAME DELIVERY`
-    sends one again, `webhooks resend NAME --state given_up` all that were given up, after a question, and
+    sends one again, `webhooks resend NAME --state given_up` all that were given up and are kept, after a question, and
     `webhooks test NAME` sends a message that says it is a test.
     """
     from jobd.cli import tables_admin

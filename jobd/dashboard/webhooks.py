@@ -12,12 +12,11 @@ from msgspec import Meta
 
 from jobd.answers import Answer, DeliveryPage, DeliveryState, WebhookView
 from jobd.bodies import Refused, refused
-from jobd.commands import MAX_PAGE, Command, Refusal
+from jobd.commands import Command, Refusal
 from jobd.dashboard.guests import Form, Guest, go_on
 from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, asked, strip
-from jobd.webhook import WebhookName
+from jobd.webhook import BACKLOG, WebhookName
 
-MOST_COUNTED: Final = 2_000  # given up messages; twice as many as are kept
 STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 Wanted = Literal["", "waiting", "delivered", "given_up"]  # a form sends the choice of all of them, too
 Number = Annotated[int, Meta(ge=1, le=10**18)]
@@ -100,20 +99,10 @@ async def resend(guest: Guest, form: ResendForm) -> Answer | Refusal:
 
 async def again(guest: Guest, wanted: AgainPage) -> Shown:
     """How many were given up, before all of them are sent again."""
-    webhook, rooms = _named(guest, wanted.name), guest.site.rooms
-    count, newest, cursor = 0, 0, None
-    while count < MOST_COUNTED:
-        page = await rooms.deliveries(wanted.name, "given_up", cursor, MAX_PAGE)
-        if isinstance(page, Refusal):
-            raise Refused(page)
-        if not page.deliveries:
-            break
-        count, newest = count + len(page.deliveries), newest or page.deliveries[0].id
-        if page.next_cursor is None:
-            break
-        cursor = int(page.next_cursor)
+    webhook = _named(guest, wanted.name)
+    count, newest = await guest.site.rooms.given_up(wanted.name)
     [paused] = await asked(guest, PAUSED)
-    return {"webhook": webhook, "count": count, "newest": newest, "most": MOST_COUNTED, **strip(guest, paused)}
+    return {"webhook": webhook, "count": count, "newest": newest, "most": BACKLOG, **strip(guest, paused)}
 
 
 async def resend_all(guest: Guest, form: AgainForm) -> Answer | Refusal:
