@@ -643,6 +643,8 @@ class Foreseen(Struct, frozen=True):
 class PreviewView(Struct, frozen=True, rename="camel"):
     """What recovery and a cleanup pass would do now: the first jobs of each kind. `more`: there are more.
 
+    `more_mended`: not all jobs that are alive were looked at for `mended_jobs`, or there are more than are shown.
+
     `held_jobs` are past their time too, but are kept while the clock is in doubt.
     """
 
@@ -655,6 +657,7 @@ class PreviewView(Struct, frozen=True, rename="camel"):
     timestamp: int
     held_jobs: list[str] = []
     more_held: bool = False
+    more_mended: bool = False
 
 
 class FailureGroup(Struct, frozen=True):

@@ -19,7 +19,7 @@ from jobd.actor import Actor
 from jobd.answers import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery
 from jobd.commands import Operator, Refusal, Report, Tick
 from jobd.figures import PROCESSING_BUCKETS_S, Figures
-from jobd.foresight import foresee
+from jobd.foresight import LOOK_S, foresee
 from jobd.job import SECOND_MS
 from jobd.passes import Clock, Hands, Pass, Refused, Schedule, Unfinished
 
@@ -119,10 +119,10 @@ class Cleaner:
             timestamp=self._clock.moment().now,
         )
 
-    async def preview(self) -> PreviewView | Refusal:
-        """What recovery and a pass would do now."""
+    async def preview(self, look_s: float = LOOK_S) -> PreviewView | Refusal:
+        """What recovery and a pass would do now; `look_s` is for jobs that are wrong, which are seldom."""
         try:
-            return await foresee(self._hands)
+            return await foresee(self._hands, look_s)
         except Refused as refused:
             return refused.refusal
         except Unfinished as unfinished:

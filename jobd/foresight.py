@@ -1,10 +1,11 @@
 """What recovery and a cleanup pass would do now, for who wants to know before they ask for one.
 
-Changes nothing: it looks where a pass looks (passes.py), in slices, and gives way between them.
+Changes nothing: it looks where a pass looks (passes.py), in slices, gives way between them, and has an end.
 """
 
 from __future__ import annotations
 
+import time
 from itertools import islice
 from typing import Final
 
@@ -15,15 +16,17 @@ from jobd.passes import SCAN, Hands
 from jobd.validation import counts, validate
 
 SHOWN: Final = 1_000  # jobs of each kind
+LOOK_S: Final = 0.5  # at what is wrong with jobs, without the pauses: some 50 000 of them
+MOST: Final = 100_000  # ids that are noted for it: a copy of them is made in one go
 
 
-async def foresee(hands: Hands) -> PreviewView:
-    """Raises passes.Refused where the actor takes no question."""
+async def foresee(hands: Hands, look_s: float = LOOK_S) -> PreviewView:
+    """Raises passes.Refused where the actor takes no question. `look_s`: so long it looks for what is wrong."""
     seen: Foreseen = await hands.ask(Preview(limit=SHOWN), "daemon")
     now = hands.clock.moment().now
     past = await hands.actor.disk.expired(now, SHOWN + 1)
     old, held = ([], past) if hands.clock.suspect else (past, [])  # deletion waits until the clock is accepted
-    wrong, more_wrong = await _wrong(hands)
+    wrong, more_wrong = await _wrong(hands, look_s)
     settled = {*(each.job_id for each in seen.details), *seen.expired, *old}  # before a pass comes to what is wrong
     return PreviewView(
         recover=seen.details,
@@ -33,23 +36,34 @@ async def foresee(hands: Hands) -> PreviewView:
         mended_jobs=[job_id for job_id in wrong if job_id not in settled],
         held_jobs=held[:SHOWN],
         more_held=len(held) > SHOWN,
+        more_mended=more_wrong,
         more=seen.more or len(old) > SHOWN or more_wrong,
         timestamp=now,
     )
 
 
-async def _wrong(hands: Hands) -> tuple[list[str], bool]:
-    """Jobs that a pass would report or mend: of those whose rows were brought, and of all that are alive."""
-    book = hands.actor.book
+async def _wrong(hands: Hands, look_s: float) -> tuple[list[str], bool]:
+    """Jobs that a pass would report or mend, and whether there may be more: whose rows were brought, then who is alive.
+
+    Whoever may look can ask for this, as often as he likes: it ends after `look_s`, without the pauses.
+    """
+    book, spent_s = hands.actor.book, 0.0
     wrong: dict[str, None] = {}
-    for brought, ids in ((True, dict.fromkeys(book.suspects.values())), (False, dict.fromkeys(book.jobs.touched()))):
-        left = iter(ids)
+    for brought, ids in ((True, book.suspects.values()), (False, book.jobs.touched())):
+        noted = list(islice(ids, MOST + 1))  # they come and go while we give way
+        left = islice(noted, MOST)
         while some := list(islice(left, SCAN)):
+            if spent_s >= look_s:
+                return list(wrong), True
+            began_s = time.perf_counter()
             jobs = await _loaded(hands, some) if brought else [book.jobs.find(job_id) for job_id in some]
             wrong |= {job.id: None for job in jobs if job is not None and _looks_wrong(hands, job)}
+            spent_s += time.perf_counter() - began_s
             if len(wrong) > SHOWN:
                 return list(wrong)[:SHOWN], True
             await hands.breathe()
+        if len(noted) > MOST:
+            return list(wrong), True
     return list(wrong), False
 
 

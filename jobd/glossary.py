@@ -356,6 +356,7 @@ FIELDS: Final = {
     "message": "A sentence for people.",
     "metadata": "Any JSON about the result, kept as it came.",
     "moreHeld": "Whether there are more of these.",
+    "moreMended": "Whether there may be more in mendedJobs: not all jobs were looked at, as a look has an end.",
     "more": "Whether there are, or may be, more than are shown.",
     "name": "Its name.",
     "next": "The next thing that will happen by itself, or null.",

@@ -45,6 +45,7 @@ from jobd.downloads import Downloads
 from jobd.events import Wanted
 from jobd.failures import Failures
 from jobd.feed import Feed, Listener
+from jobd.foresight import LOOK_S
 from jobd.health import Health
 from jobd.metrics import Metrics
 from jobd.plans import Planner
@@ -89,8 +90,8 @@ class Rooms(Struct):
     def failures(self, limit: int) -> FailuresView:
         return self.failures_.view(limit)
 
-    async def preview(self) -> PreviewView | Refusal:
-        return await self.cleaner.preview()
+    async def preview(self, look_s: float = LOOK_S) -> PreviewView | Refusal:
+        return await self.cleaner.preview(look_s)
 
     async def make_plan(self, asked: MakePlan) -> PlanView | Refusal:
         return await self.planner.make(asked, secrets.token_hex(8))

@@ -244,7 +244,7 @@ class Figures:
         group = FailureGroup("0123456789ab", "no", None, 3, 2, ["k"], ["q"], 1, 2, ["a"])
         return FailuresView([group], 4, 7, 1, 5, False)
 
-    async def preview(self) -> PreviewView | Refusal:
+    async def preview(self, look_s: float = 1.0) -> PreviewView | Refusal:
         if self.no_preview is not None:
             return self.no_preview
         return PreviewView(

@@ -1534,7 +1534,7 @@ async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: 
     assert 'action="/cleanup/recover"' in page
     many = PreviewView([Recovery("f", "failed", "<x>")] * 1000, 0, [], [f"d{n}" for n in range(1000)], [], True, 1)
 
-    async def preview() -> PreviewView | Refusal:
+    async def preview(look_s: float) -> PreviewView | Refusal:
         return many
 
     monkeypatch.setattr(rooms, "preview", preview)
@@ -1543,10 +1543,20 @@ async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: 
     assert "950 more." in page
     assert "&lt;x&gt;" in page
     assert "nothing is deleted by age" in page, "the clock is in doubt"
+    many = PreviewView([], 0, [], [], ["w1", "w2"], True, 1, more_mended=True)
+    page = text(await browser.get("/cleanup/confirm?what=run"))
+    assert "2 or more with issues" in page
+    assert "Not all jobs were looked at" in page
+    many = PreviewView([], 0, [], [], [], True, 1, more_mended=True)
+    page = text(await browser.get("/cleanup/confirm?what=run"))
+    assert "Nothing as far as was looked" in page
+    assert "Not all jobs were looked at" in page
+    assert "Not all jobs were looked at" not in text(await browser.get("/cleanup/confirm?what=recover"))
     many = PreviewView([], 0, ["a"], [], [], False, 1)
+    assert "Not all jobs were looked at" not in text(await browser.get("/cleanup/confirm?what=run"))
     assert "Nothing as it is now." in text(await browser.get("/cleanup/confirm?what=recover"))
 
-    async def refuses() -> PreviewView | Refusal:
+    async def refuses(look_s: float) -> PreviewView | Refusal:
         return Refusal("overloaded", "later")
 
     monkeypatch.setattr(rooms, "preview", refuses)

@@ -9,7 +9,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import book, plan_search, planning, plans, rows
+from jobd import book, foresight, plan_search, planning, plans, rows
 from jobd.answers import Answer, PlanResult, PlanView, PreviewView
 from jobd.batch import DiskFull
 from jobd.commands import (
@@ -697,6 +697,30 @@ async def test_a_preview_of_a_pass_is_what_the_pass_does() -> None:
         after = await house.cleaner.preview()
         assert isinstance(after, PreviewView)
         assert (after.recover, after.expired_jobs, after.deleted_jobs, after.mended_jobs) == ([], [], [], [])
+
+
+@in_virtual_time
+async def test_a_look_for_what_is_wrong_has_an_end() -> None:
+    disk = MemoryDisk()
+    for number in range(1, 31):
+        disk.put(row(number, f"over-{number}", progress=120))
+
+    async def found(house: Household, look_s: float) -> tuple[int, bool]:
+        view = await house.cleaner.preview(look_s)
+        assert isinstance(view, PreviewView)
+        assert view.more == view.more_mended
+        return len(view.mended_jobs), view.more_mended
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(foresight, "SCAN", 10)
+        async with Household(disk) as house:
+            assert await found(house, 60) == (30, False)
+            assert await found(house, 1e-9) == (10, True), "one slice takes longer"
+            assert await found(house, 0) == (0, True)
+            patch.setattr(foresight, "MOST", 25)
+            assert await found(house, 60) == (25, True)
+            patch.setattr(foresight, "MOST", 30)
+            assert await found(house, 60) == (30, False)
 
 
 @in_virtual_time

@@ -17,6 +17,7 @@ from jobd.job import QueueName
 from jobd.visits import in_parts
 
 MOST_SHOWN: Final = 50  # jobs of each kind
+LOOK_S: Final = 0.01  # for jobs that are wrong: a page does not wait until all were looked at
 MOST_SEEN: Final = 1_000  # that a preview has of each kind
 LABELS: Final = {"run": "Run a cleanup pass", "recover": "Recover stuck jobs"}
 
@@ -47,7 +48,7 @@ class ChorePage(Command, frozen=True, kw_only=True):
 async def confirm(guest: Guest, asked: ChorePage) -> Shown:
     """What a pass, or recovery, would do now. It is done by the form on that page."""
     rooms = guest.site.rooms
-    seen = await rooms.preview()
+    seen = await rooms.preview(LOOK_S if asked.what == "run" else 0)
     if isinstance(seen, Refusal):
         raise Refused(seen)
     [paused] = await pages.asked(guest, pages.PAUSED)

@@ -17,7 +17,7 @@ MOST_NAMED: Final = 50
 async def page(guest: Guest) -> Shown:
     """Refused where the actor takes no question now: then nobody could say what would go."""
     [paused] = await asked(guest, PAUSED)
-    seen = await guest.site.rooms.preview()
+    seen = await guest.site.rooms.preview(0)
     held = [] if isinstance(seen, Refusal) else seen.held_jobs
     return {
         "clock": guest.site.rooms.clock(),
