@@ -25,7 +25,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd import admin_api, answers
-from jobd.cli import checkup, ctl, ctl_plan, exits
+from jobd.cli import checkup, ctl, ctl_plan, exits, tables_admin
 from jobd.cli import daemon as jobd_cli
 from jobd.cli.checkup import examine
 from jobd.client import AdminClient, JobClient, JobdError, LockLost
@@ -977,6 +977,23 @@ async def test_a_clock_is_accepted_by_who_was_told_what_that_deletes(
     assert await _clock(tmp_path, held, "accept") == (0, True)
     assert asked == ["take the clock as right"]
     assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().err
+
+
+def test_webhooks_are_listed_with_how_they_are_going(capsys: pytest.CaptureFixture[str]) -> None:
+    states = [
+        replace(WEBHOOK, name=name, state=state, failing_since=since)
+        for name, state, since in (
+            ("a", "starting", None),
+            ("b", "closed", None),
+            ("c", "closed", 1),
+            ("d", "open", 1),
+            ("e", "half_open", 1),
+        )
+    ]
+    tables_admin.webhooks(states)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {row[0]: row[2] for row in rows if row[0] in "abcde"}
+    assert shown == {"a": "starting", "b": "well", "c": "failing", "d": "paused", "e": "paused"}
 
 
 async def test_the_doctor_names_webhooks_that_fail_and_what_they_were_not_told(tmp_path: Path) -> None:

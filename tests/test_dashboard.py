@@ -984,6 +984,12 @@ async def test_selected_jobs_are_planned_shown_and_done_once(town: Town) -> None
     assert "plan-retry" in text(await browser.get("/audit"))
 
 
+def test_details_of_the_audit_log_are_for_people() -> None:
+    found = {"queue": "mail", "since": 1_700_000_000_000, "until": 10**15, "limit": 3}
+    assert paint.detail(found) == f"queue mail, since 2023-11-14 22:13:20 UTC, until {10**15}, limit 3"
+    assert (paint.detail(7), paint.detail("a"), paint.detail(True)) == ("7", "a", "True")
+
+
 async def test_all_that_match_are_planned_and_what_changed_meanwhile_is_told(town: Town) -> None:
     await failing(town, *(f"job-{number:02}" for number in range(60)))
     await town.do("jobs", id="other", queue="mail")

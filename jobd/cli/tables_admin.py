@@ -280,12 +280,18 @@ def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
     show.table(["ALERT", "STATE", "SINCE", ">VALUE", ">THRESHOLD", "HINT"], rows, empty=empty)
 
 
+def _state(view: WebhookView) -> str:
+    if view.state == "starting":
+        return "starting"
+    return "paused" if view.state != "closed" else "failing" if view.failing_since is not None else "well"
+
+
 def webhooks(views: Sequence[WebhookView]) -> None:
     rows = [
         (
             view.name,
             view.url,
-            "paused" if view.state != "closed" else "failing" if view.failing_since is not None else "well",
+            _state(view),
             view.waiting,
             view.lag,
             view.delivered,

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from jobd import __version__
 from jobd.dashboard.assets import Assets
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
+from jobd.job import DAY_MS, EARLIEST_MS, HOUR_MS, LATEST_MS, MINUTE_MS, SECOND_MS
 from jobd.replies import Text
 
 PLACE: Final = Path(__file__).parent / "templates"
@@ -72,6 +72,7 @@ class Painter:
         self._made.filters |= {
             "span": span,
             "instant": instant,
+            "detail": detail,
             "iso": iso,
             "size": size,
             "thousands": thousands,
@@ -138,6 +139,17 @@ def span(ms: float) -> str:
 def instant(at: int) -> str:
     """When, for people: 2026-01-31 12:00:00 UTC."""
     return _utc(at).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def detail(value: object) -> str:
+    """A detail of the audit log in words: of a filter each part by its name, points in time (Unix ms) for people."""
+    if not isinstance(value, dict):
+        return str(value)
+    parts = []
+    for name, each in value.items():
+        is_time = isinstance(each, int) and name.endswith(("since", "until")) and EARLIEST_MS <= each <= LATEST_MS
+        parts.append(f"{name} {instant(each) if is_time else each}")
+    return ", ".join(parts)
 
 
 def iso(at: int) -> str:
