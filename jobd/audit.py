@@ -11,6 +11,7 @@ from jobd.answers import Answer
 from jobd.batch import Audited
 from jobd.commands import (
     Adopt,
+    AnyCommand,
     ApplyPlan,
     Call,
     Cancel,
@@ -69,13 +70,20 @@ def entry(call: Call, decision: Decision, at: int) -> Audited | None:
         call.operator,
         at,
         what,
-        job_id=command.id if isinstance(command, OnJob) else None,
+        job_id=_job_of(command),
         queue=changes[0].event.queue if is_one and changes else queue,
         reason=getattr(command, "reason", None),
         outcome=decision.answer.code if isinstance(decision.answer, Refusal) else "done",
         jobs=len({change.event.job_seq for change in changes if change.event.job_seq}),
         details=_told(changes) if is_one and isinstance(decision.answer, Answer) else None,
     )
+
+
+def _job_of(command: AnyCommand) -> str | None:
+    """The one job that the deed is about: a plan may have one, too."""
+    if isinstance(command, ApplyPlan):
+        return command.jobs[0].id if len(command.jobs) == 1 else None
+    return command.id if isinstance(command, OnJob) else None
 
 
 def _row(operator: Operator, at: int, what: str, **more: Any) -> Audited:

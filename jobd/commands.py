@@ -263,6 +263,9 @@ class OnJobNamed(OnJob, frozen=True, kw_only=True):
     id: JobId = field(name="jobId")
 
 
+NO_REASON: Final = "Failed by an operator."  # what a forced failure says where nobody said why
+
+
 class ForceFail(OnJobNamed, frozen=True, kw_only=True):
     reason: Text | None = None
 

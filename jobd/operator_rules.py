@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from jobd import steps, views
 from jobd.answers import AdminLock, Answer, Forced, Imported, ImportForeseen, LockState, PausedView
 from jobd.commands import (
+    NO_REASON,
     Delete,
     ForceFail,
     ForceReset,
@@ -35,7 +36,7 @@ def force_fail(draft: Draft, command: ForceFail) -> Answer | Refusal:
         return job
     if job.status not in LIVE:
         return steps.refuse_transition(job, "failed", "Only a queued or processing job can be failed.")
-    reason = command.reason or "Failed by an operator."
+    reason = command.reason or NO_REASON
     ended = steps.ended_by(job, draft.at.now, "force-fail", "force_failed")
     error = Failure(reason, "force_failed")
     after = steps.finish(draft, job, "force_failed", "failed", ended, reason=reason, error=error)
@@ -82,7 +83,7 @@ def _moved(draft: Draft, job: Job, command: Transition) -> Job:
         result = fields.pop("result", job.result) or Result()
         return steps.complete(draft, job, "transitioned", ended, result, reason=reason, **fields)
     if command.to == "failed":
-        fields.setdefault("error", Failure(reason or "Failed by an operator.", "transitioned"))
+        fields.setdefault("error", Failure(reason or NO_REASON, "transitioned"))
     return steps.finish(draft, job, "transitioned", command.to, ended, reason=reason, **fields)
 
 

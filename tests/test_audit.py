@@ -144,6 +144,14 @@ def test_a_plan_counts_the_jobs_that_it_was_done_to() -> None:
     assert found == Audited(desk.now, "eve", "10.0.0.7", "plan-cancel", reason="why", jobs=1, part_of="p1")
 
 
+def test_a_plan_of_one_job_names_it() -> None:
+    desk = Desk()
+    desk.create("a")
+    command = ApplyEndings(action="cancel", jobs=[Expected("a", version(desk.job("a")))])
+    found = entry(desk, command, replace(EVE, part_of="p1"))
+    assert found == Audited(desk.now, "eve", "10.0.0.7", "plan-cancel", "a", jobs=1, part_of="p1")
+
+
 def test_a_note_is_kept_as_it_is() -> None:
     call = Call(Note(what="backup", details={"n": 1}, reason="why"), operator=EVE)
     found = audit.entry(call, Decision(Answer(Done())), 5)

@@ -34,6 +34,7 @@ from tests.process import Daemon, die_with_us
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "canary-token-0123456789abcdef"
+READER_TOKEN = "canary-reader-0123456789abcdef"
 READY_S = 20.0
 
 
@@ -49,7 +50,10 @@ class Running:
             "JOBD_ADMIN_URL": f"unix:{folder}/admin.sock",
             "ADMIN_TOKEN": TOKEN,
             "JOBD_ARTEFACTS_URL": (folder / "artefacts").as_uri(),
+            "JOBD_ADMIN_READONLY_TOKEN_FILE": str(folder / "readonly"),
         }
+        (folder / "readonly").write_text(READER_TOKEN)
+        (folder / "readonly").chmod(0o600)
         (folder / "artefacts").mkdir()
         self.argv = ["serve", "--store", str(self.store), "--socket", str(folder / "worker.sock")]
         self.argv += ["--admin-listen", f"unix:{folder}/admin.sock"]
@@ -1057,8 +1061,13 @@ def test_the_thresholds_of_the_doctor_are_those_of_the_rules() -> None:
 # On a terminal
 
 
-def _on_a_terminal(running: Running, answer: bytes, *argv: str) -> tuple[int, str, str]:
-    """jobctl with a terminal as stdin and stderr that answers `answer`: exit code, stdout, what the terminal showed."""
+def _on_a_terminal(
+    running: Running, answer: bytes, *argv: str, meanwhile: Callable[[], object] | None = None
+) -> tuple[int, str, str]:
+    """jobctl with a terminal as stdin and stderr that answers `answer`: exit code, stdout, what the terminal showed.
+
+    `meanwhile` happens between the question and the answer.
+    """
     ours, theirs = pty.openpty()
     try:
         process = running.start("jobd.cli.ctl", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
@@ -1066,8 +1075,13 @@ def _on_a_terminal(running: Running, answer: bytes, *argv: str) -> tuple[int, st
         shown = b""
         while b"[y/N]" not in shown:
             shown += os.read(ours, 1024)
+        if meanwhile is not None:
+            meanwhile()
         os.write(ours, answer)
         out, _ = process.communicate()
+        with suppress(OSError):  # Linux's word for a terminal that all others have closed
+            while piece := os.read(ours, 1024):
+                shown += piece
         return process.returncode, out, shown.decode()
     finally:
         os.close(ours)
@@ -1081,6 +1095,110 @@ def test_a_person_is_asked_and_the_answer_counts(running: Running) -> None:
     assert running.client.get_job("t1").status == "queued"
     assert _on_a_terminal(running, b"y\n", "cancel", "t1")[:2] == (0, "t1: cancelled\n")
     assert running.client.get_job("t1").status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("verb", "before", "said"),
+    [
+        ("force-fail", "queued", "queued → failed"),
+        ("force-reset", "failed", "failed → queued"),
+        ("delete", "failed", "deleted"),
+    ],
+)
+def test_what_a_person_confirms_is_done_to_the_job_that_they_saw(
+    verb: str, before: str, said: str, running: Running, jobctl: Ctl
+) -> None:
+    job_id = f"seen-{verb}"
+
+    def come_back() -> None:
+        """The job goes away and comes back to the status that was seen."""
+        if before == "queued":
+            jobctl.ok("force-fail", job_id, "-y")
+        jobctl.ok("force-reset", job_id, "-y")
+        if before == "failed":
+            jobctl.ok("force-fail", job_id, "-y", "--reason", "nobody has read this")
+
+    running.client.create_job(id=job_id, queue=job_id)
+    if before == "failed":
+        jobctl.ok("force-fail", job_id, "-y")
+    code, out, shown = _on_a_terminal(running, b"y\n", verb, job_id, meanwhile=come_back)
+    assert (code, out) == (4, "")
+    assert f"{verb} job {job_id}, which is {before}?" in shown
+    assert f"{job_id}: changed meanwhile: {before} → {before}" in shown
+    job = running.client.get_job(job_id)
+    assert (job.status, job.error_message) == (before, "nobody has read this" if before == "failed" else None)
+    assert _on_a_terminal(running, b"y\n", verb, job_id)[:2] == (0, f"{job_id}: {said}\n")
+    kept = jobctl.json("audit", "--job", job_id, "--limit", "1")["entries"][0]
+    assert (kept["what"], kept["job_id"], kept["changed"]) == (f"plan-{verb}", job_id, 1)
+
+
+def test_what_a_person_confirms_is_told_to_programs_as_ever(running: Running, jobctl: Ctl) -> None:
+    ids = ("told-1", "told-2")
+    for job_id in ids:
+        running.client.create_job(id=job_id, queue="told")
+    for verb, *reason in (["force-fail", "--reason", "wrong"], ["force-reset"], ["force-fail"], ["force-reset"]):
+        asked = json.loads(_on_a_terminal(running, b"y\n", verb, ids[0], "--json", *reason)[1])
+        unasked = jobctl.json(verb, ids[1], "-y", *reason)
+        assert asked.pop("timestamp") <= unasked.pop("timestamp")
+        assert (asked.pop("jobId"), unasked.pop("jobId")) == ids
+        assert asked == unasked
+    code, shown = _asked_nothing(running, "delete", ids[0])
+    assert (code, f"{ids[0]}: delete is refused: it is queued. Only finished" in shown) == (4, True)
+    running.client.cancel_job(ids[0])
+    seen = jobctl.json("job", ids[0])
+    assert json.loads(_on_a_terminal(running, b"y\n", "delete", ids[0], "--json")[1]) == seen
+    code, shown = _asked_nothing(running, "delete", ids[0])
+    assert (code, "[job_not_found]" in shown) == (4, True)
+
+
+def test_what_a_dry_run_of_one_job_has_shown_can_be_done_to_exactly_that(running: Running, jobctl: Ctl) -> None:
+    running.client.create_job(id="dry-1", queue="dry")
+    code, out, err = jobctl.run("force-fail", "dry-1", "--dry-run")
+    assert (code, out) == (0, "dry-1: would force-fail: it is queued\n")
+    named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
+    assert named is not None
+    jobctl.ok("update", "dry-1", "--priority", "3")
+    code, out, err = jobctl.run("apply", named[1], "-y")
+    assert (code, "dry-1: changed meanwhile" in err) == (4, True)
+    assert running.client.get_job("dry-1").status == "queued"
+
+
+def test_who_may_only_look_has_a_dry_run_too(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobctl.ok("submit", "--id", "dry-2")
+    monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+    assert jobctl.run("force-fail", "dry-2", "--dry-run") == (0, "dry-2: would force-fail: it is queued\n", "")
+    assert jobctl.no("force-fail", "dry-2", "-y")[0] == 5
+
+
+def test_what_is_adopted_is_what_was_there_when_a_person_was_asked(running: Running, jobctl: Ctl) -> None:
+    running.client.create_job(id="late-1", queue="late-1")
+
+    def bring(path: str) -> None:
+        """A worker loses the job and completes it all the same."""
+        grant = running.client.start_processing("late-1", f"w-{path}")
+        jobctl.ok("force-reset", "late-1", "-y")
+        with pytest.raises(LockLost):
+            running.client.complete_job("late-1", grant.lock_id, file_path=path)
+
+    bring("/first")
+    assert "/second" not in jobctl.ok("late", "late-1")
+    done = _on_a_terminal(running, b"y\n", "adopt", "late-1", meanwhile=lambda: bring("/second"))
+    assert done[:2] == (0, "late-1: completed\n")
+    assert "/second" in jobctl.ok("late", "late-1")
+    assert running.client.get_job("late-1").file_path == "/first"
+
+
+def _asked_nothing(running: Running, *argv: str) -> tuple[int, str]:
+    """As `_on_a_terminal`, of what is refused before anybody is asked: exit code, what the terminal showed."""
+    ours, theirs = pty.openpty()
+    try:
+        process = running.start("jobd.cli.ctl", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
+        assert process.communicate()[0] == ""
+        shown = os.read(ours, 4096).decode()
+        os.close(theirs)
+        return process.returncode, shown
+    finally:
+        os.close(ours)
 
 
 def test_of_several_jobs_a_person_sees_what_would_be_done(running: Running) -> None:

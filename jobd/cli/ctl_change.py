@@ -15,6 +15,7 @@ from jobd.cli.kinds import MOMENT
 from jobd.cli.places import admin_client, admin_options
 
 if TYPE_CHECKING:
+    from jobd.answers import Forced, JobView, PlanResult, PlanView
     from jobd.job import Status
 
 _IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
@@ -37,7 +38,7 @@ def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None,
         return ctl_plan.carry_out("force-fail", ids, where, reason, **how)
     client = admin_client()
     deed = Deed("force-fail", client.get_job, "failed", lambda job_id: client.force_fail(job_id, reason), _forced)
-    return carry_out(deed, ids, **how)
+    return ctl_plan.carry_out_one(client, "force-fail", deed, ids[0], reason, _forced_by_plan, **how)
 
 
 @click.command("force-reset")
@@ -58,7 +59,17 @@ def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None
         return ctl_plan.carry_out("force-reset", ids, where, reason, **how)
     client = admin_client()
     deed = Deed("force-reset", client.get_job, "queued", lambda job_id: client.force_reset(job_id, reason), _forced)
-    return carry_out(deed, ids, **how)
+    return ctl_plan.carry_out_one(client, "force-reset", deed, ids[0], reason, _forced_by_plan, **how)
+
+
+def _forced_by_plan(job: JobView, plan: PlanView, result: PlanResult) -> Forced:
+    """What the call without a plan would have answered."""
+    from jobd.answers import Forced
+    from jobd.commands import NO_REASON
+
+    did = plan.jobs[0]
+    reason = plan.reason or (NO_REASON if plan.action == "force-fail" else None)
+    return Forced(did.id, did.from_, str(did.to), reason, result.applied_at)
 
 
 def _forced(answer: Any) -> str:
@@ -124,7 +135,8 @@ def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
     def do(one: str) -> Any:
         return client.delete_job(one, reason)
 
-    return carry_out(Deed("delete", client.get_job, None, do, lambda job: "deleted"), ids, **how)
+    deed = Deed("delete", client.get_job, None, do, lambda job: "deleted")
+    return ctl_plan.carry_out_one(client, "delete", deed, ids[0], reason, lambda job, plan, result: job, **how)
 
 
 @click.command()
@@ -140,16 +152,20 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
     The job has to be queued, failed or cancelled.
     """
     client = admin_client()
+    chosen = result
 
     def look(one: str) -> Any:
-        if all(result not in (None, late.seq) for late in client.late_results(one)):
+        nonlocal chosen
+        fit = [late for late in client.late_results(one) if result in (None, late.seq)]
+        if not fit:
             from jobd.client.errors import LateResultNotFound
 
             raise LateResultNotFound(f"Job {one} has no such late result. See those that it has: jobctl late {one}")
+        chosen = max(fit, key=lambda late: late.fencing_token).seq  # a later one has not been seen
         return client.get_job(one)
 
     def do(one: str) -> Any:
-        return client.adopt(one, result, reason=reason)
+        return client.adopt(one, chosen, reason=reason)
 
     deed = Deed("adopt", look, "completed", do, lambda job: job.status, ("queued", "failed", "cancelled"))
     return carry_out(deed, (job_id,), **how)

@@ -6,19 +6,19 @@ Knows nothing of jobs: the daemon makes the plan and says what would be done, an
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from jobd.cli import deeds, exits, show
-from jobd.cli.deeds import destructive, reason_option
+from jobd.cli.deeds import Deed, destructive, reason_option
 from jobd.cli.kinds import past_ms
 from jobd.cli.places import admin_client, admin_options
 from jobd.cli.waiting import busy
 
 if TYPE_CHECKING:
-    from jobd.answers import ChangedJob, PlanResult, PlanView
+    from jobd.answers import ChangedJob, JobView, PlanResult, PlanView
     from jobd.client import AdminClient
     from jobd.commands import PlanAction
 
@@ -106,6 +106,64 @@ def carry_out(
     return code
 
 
+def carry_out_one(
+    client: AdminClient,
+    action: PlanAction,
+    deed: Deed,
+    job_id: str,
+    reason: str | None,
+    answer: Callable[[JobView, PlanView, PlanResult], Any],
+    *,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Do `deed` to one job. Who looks at it first has a plan of what they see: it is done to that, or not at all.
+
+    With --yes nobody has seen anything: the daemon is asked at once. `answer` makes of a plan what it would have said.
+    """
+    if yes and not dry_run:
+        return deeds.carry_out(deed, (job_id,), yes=True, dry_run=False, as_json=as_json)
+    if dry_run:
+        plan = _plan_of(client, action, job_id, reason)
+        code = deeds.carry_out(deed, (job_id,), yes=yes, dry_run=True, as_json=as_json)
+        if plan is not None and plan.count and code == exits.DONE:
+            _name_plans([plan])
+        return code
+    deeds.need_terminal()
+    plan = client.make_plan(action, ids=[job_id], reason=reason)  # first: what happens after it is no more what it saw
+    job = deed.look(job_id)
+    if not plan.count:
+        raise exits.Problem(_refused(deed, plan), exits.REFUSED)
+    deeds.ask_about(deed, job)
+    result = _applied(client, plan)
+    if not result.applied:
+        _show_left([result])
+        return exits.REFUSED
+    done = answer(job, plan, result)
+    if as_json:
+        show.emit_json(done)
+    else:
+        show.emit(f"{job_id}: {deed.done(done)}")
+    return exits.DONE
+
+
+def _plan_of(client: AdminClient, action: PlanAction, job_id: str, reason: str | None) -> PlanView | None:
+    """A plan of one job; None for who may look, but not plan."""
+    from jobd.client.errors import Forbidden
+
+    try:
+        return client.make_plan(action, ids=[job_id], reason=reason)
+    except Forbidden:
+        return None
+
+
+def _refused(deed: Deed, plan: PlanView) -> str:
+    left = plan.skipped[0]
+    is_ = f"it is {left.status}. " if left.status else ""
+    return f"{left.id}: {deed.words} is refused: {is_}{left.why}"
+
+
 def _made(
     client: AdminClient, action: PlanAction, cursor: str | None, wanted: dict[str, Any]
 ) -> tuple[list[PlanView], str | None]:
@@ -123,23 +181,27 @@ def _made(
 
 def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> bool:
     """Do what the plans say; whether that was everything."""
-    from jobd.client.errors import JobdError
-
     results = []
     for plan in plans:
         if not plan.count:
             continue
-        try:
-            with busy(f"{plan.action}: {_jobs(plan.count)}"):
-                results.append(client.apply_plan(plan.plan_id))
-        except JobdError:
-            show.say(f"To go on with this plan: jobctl apply {plan.plan_id}")
-            raise
+        results.append(_applied(client, plan))
         if as_json:
             show.emit_json(results[-1])
     if not as_json:
         _show_results(plans, results)
     return not any(result.changed or result.refused for result in results)
+
+
+def _applied(client: AdminClient, plan: PlanView) -> PlanResult:
+    from jobd.client.errors import JobdError
+
+    try:
+        with busy(f"{plan.action}: {_jobs(plan.count)}"):
+            return client.apply_plan(plan.plan_id)
+    except JobdError:
+        show.say(f"To go on with this plan: jobctl apply {plan.plan_id}")
+        raise
 
 
 def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool) -> None:
@@ -149,11 +211,16 @@ def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool) -
             show.emit_json(plan)
     else:
         _show_plans(plans, is_more=cursor is not None)
-    names = " ".join(plan.plan_id for plan in plans if plan.count)
-    if names:
-        show.say(f"To do exactly this, until {show.local(plans[0].expires_at)}: jobctl apply {names}")
+    _name_plans([plan for plan in plans if plan.count])
     if cursor is not None:
         show.say("There are more: without --dry-run all of them are done, these first.")
+
+
+def _name_plans(plans: Sequence[PlanView]) -> None:
+    """How these plans can be applied later."""
+    if plans:
+        names = " ".join(plan.plan_id for plan in plans)
+        show.say(f"To do exactly this, until {show.local(plans[0].expires_at)}: jobctl apply {names}")
 
 
 def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
@@ -181,6 +248,14 @@ def _skipped(plan: PlanView) -> str:
 
 def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> None:
     show.emit(f"{plans[0].action}: {_jobs(sum(result.applied for result in results))} done")
+    _show_left(results)
+    for plan in plans:
+        if plan.skipped_count:
+            show.say(_skipped(plan))
+
+
+def _show_left(results: Sequence[PlanResult]) -> None:
+    """Jobs of plans to which nothing was done, and why."""
     changed = [job for result in results for job in result.changed]
     refused = [job for result in results for job in result.refused]
     for title, left in (("changed meanwhile", changed), ("refused", refused)):
@@ -188,9 +263,6 @@ def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> N
             show.say(f"{job.id}: {title}: {_moved(job)}")
         if len(left) > _SHOWN:
             show.say(f"… and {len(left) - _SHOWN} more {title} (--json shows all)")
-    for plan in plans:
-        if plan.skipped_count:
-            show.say(_skipped(plan))
 
 
 def _moved(job: ChangedJob) -> str:

@@ -99,7 +99,7 @@ def _allowed(status: str, deed: Deed) -> bool:
 def _ask(deed: Deed, ids: Sequence[str]) -> None:
     need_terminal()
     if len(ids) == 1:
-        confirm(f"{deed.words} job {ids[0]}, which is {state(deed.look(ids[0]))}")
+        ask_about(deed, deed.look(ids[0]))
     else:
         _each(ids, lambda job_id: _would(deed, job_id, show.say))
         confirm(f"{deed.words} {len(ids)} jobs")
@@ -116,6 +116,11 @@ def confirm(what: str) -> None:
     need_terminal()
     if not click.confirm(show.clean(f"{what}?"), default=False, err=True):
         raise exits.Problem("nothing was done")
+
+
+def ask_about(deed: Deed, job: JobView) -> None:
+    """Ask whether to do `deed` to the job, which is shown as it is. Problem (1) where the answer is no."""
+    confirm(f"{deed.words} job {job.id}, which is {state(job)}")
 
 
 def state(job: JobView) -> str:
