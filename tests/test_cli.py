@@ -10,6 +10,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +26,7 @@ from jobd.cli import ctl, deeds, exits, own_daemon, places, safe_file, show, tab
 from jobd.cli.kinds import duration_ms, moment_ms, past_ms
 from jobd.client.endpoint import default_socket
 from jobd.commands import REFUSALS
+from jobd.dashboard import filters, paint
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = 1_772_366_400_000
@@ -134,10 +137,21 @@ def test_age(gap_ms: int, shown: str) -> None:
     assert show.age(NOW - gap_ms, NOW) == shown
 
 
-def test_a_time_is_local_and_has_its_age(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert show.when(NOW - 720_000, NOW) == f"{show.local(NOW - 720_000)} (12 m ago)"
+@pytest.fixture(params=["UTC", "America/New_York", "Asia/Tokyo"])
+def zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The time zone of the host."""
+    monkeypatch.setenv("TZ", request.param)
+    time.tzset()
+    yield request.param
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_a_time_is_that_of_the_dashboard_and_has_its_age(zone: str) -> None:
+    assert show.instant(1_772_366_400_000) == "2026-03-01 12:00:00 UTC" == paint.instant(1_772_366_400_000)
+    assert show.when(1_772_366_400_000, 1_772_367_120_000) == "2026-03-01 12:00:00 UTC (12 m ago)"
     assert show.when(None) == "-"
-    assert show.local(10**18) == f"{10**18} ms"
+    assert show.instant(10**18) == f"{10**18} ms"
 
 
 @pytest.mark.parametrize(
@@ -203,11 +217,27 @@ def test_an_operator_is_the_user_behind_the_command(monkeypatch: pytest.MonkeyPa
     assert places.this_operator() == f"uid-{os.getuid()}@{host}"
 
 
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ("2026-03-01T12:00", 1_772_366_400_000),
+        ("2026-03-01 12:00", 1_772_366_400_000),
+        ("2026-03-01 12:00:00 UTC", 1_772_366_400_000),  # as it is shown
+        ("2026-03-01T12:00Z", 1_772_366_400_000),
+        ("2026-03-01T13:00+01:00", 1_772_366_400_000),
+        ("2026-03-01", 1_772_323_200_000),
+        ("2h", NOW - 7_200_000),
+    ],
+)
+def test_a_time_means_the_same_to_jobctl_and_to_the_dashboard(text: str, at: int, zone: str) -> None:
+    assert (past_ms(text, NOW), filters.moment(text, NOW)) == (at, at)
+
+
 def test_points_in_time() -> None:
     assert moment_ms("1772366400000", 5) == 1_772_366_400_000
     assert moment_ms("2h", NOW) == NOW + 7_200_000
     assert moment_ms("2026-03-01T12:00:00+00:00", 5) == 1_772_366_400_000
-    assert show.local(moment_ms("2026-03-01T12:00", 5)) == "2026-03-01 12:00:00"
+    assert moment_ms("2026-03-01T12:00", 5) == 1_772_366_400_000
     with pytest.raises(ValueError, match="Unix milliseconds"):
         moment_ms("1772366400", 5)  # seconds
     with pytest.raises(ValueError, match="Unix milliseconds"):

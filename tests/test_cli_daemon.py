@@ -211,7 +211,7 @@ def test_one_job_its_reasons_and_its_history(jobctl: Ctl) -> None:
     jobctl.ok("submit", "--id", "s5", "--delay", "1h", '{"x": 1}')
     assert set(jobctl.json("job", "s5")) == JOB_FIELDS
     assert re.search(
-        r"^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(in (59|60) m|^due .*\(in 1 h", jobctl.ok("job", "s5"), re.M
+        r"^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC \(in (59|60) m|^due .*\(in 1 h", jobctl.ok("job", "s5"), re.M
     )
     assert set(jobctl.json("why", "s5")) == {"state", "because", "next", "blocked_by", "do"}
     assert jobctl.ok("why", "s5").startswith("queued: ")

@@ -64,7 +64,7 @@ def _clock(client: AdminClient) -> Iterator[Finding]:
     clock = client.clock()
     if clock.suspect:
         mend = "if the time shown is right: jobctl clock accept; else set the clock and restart jobd"
-        yield Finding("clock", f"{clock.message} The daemon's time is {show.local(clock.now)}.", mend)
+        yield Finding("clock", f"{clock.message} The daemon's time is {show.instant(clock.now)}.", mend)
 
 
 def _quarantine(client: AdminClient) -> Iterator[Finding]:

@@ -204,7 +204,7 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
             show.emit_json({"heldJobs": seen.held_jobs, "moreHeld": seen.more_held})
             return
         told = f"{tables_admin.held(seen)} finished jobs would be deleted by age; the daemon's time is "
-        told += f"{show.local(view.now)}" if view.suspect else f"{show.local(view.now)}, and is not in doubt"
+        told += f"{show.instant(view.now)}" if view.suspect else f"{show.instant(view.now)}, and is not in doubt"
         if dry_run:
             show.emit(told)
             return
@@ -250,7 +250,7 @@ def failures(limit: int, as_json: bool) -> None:
 @click.option("--who", metavar="NAME", help="Only what this operator did.")
 @click.option("--what", metavar="DEED", help="Only this deed, as in force-fail.")
 @click.option("--job", "job_id", metavar="ID", help="Only what was done to this job.")
-@click.option("--since", type=PAST, metavar="TIME", help="Only from this time on, or this long ago, as in 2h.")
+@click.option("--since", type=PAST, metavar="TIME", help="Only from this time (UTC) on, or this long ago, as in 2h.")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
 @json_option
 @admin_options

@@ -184,7 +184,7 @@ def run_now(job_id: str, reason: str | None, as_json: bool) -> None:
 @click.command()
 @click.argument("job_id", metavar="ID")
 @click.option("--priority", type=int, metavar="N", help="-1000 to 1000, smaller runs first.")
-@click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time, or this long from now.")
+@click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC), or this long from now.")
 @click.option("--max-attempts", type=int, metavar="N", help="How often it may be tried.")
 @json_option
 @admin_options

@@ -29,7 +29,7 @@ _OF_OPERATORS: Final = frozenset({"since", "until", "finished_since", "finished_
 @click.option("--queue", metavar="NAME", help="Only jobs of this queue.")
 @click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
 @click.option("--worker", metavar="NAME", help="Only jobs that this worker holds, or had last.")
-@click.option("--since", type=PAST, metavar="TIME", help="Only jobs created from then on; 2h is 2 hours ago. *")
+@click.option("--since", type=PAST, metavar="TIME", help="Only jobs created from then (UTC) on; 2h: 2 hours ago. *")
 @click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before. *")
 @click.option("--finished-since", type=PAST, metavar="TIME", help="Only jobs that ended from then on. *")
 @click.option("--finished-until", type=PAST, metavar="TIME", help="Only jobs that ended before. *")

@@ -32,8 +32,8 @@ def where_option(verb: Any) -> Any:
     """--where NAME=VALUE, as often as it takes."""
     text = (
         "Instead of IDs: all jobs that fit. NAME is status, queue, kind, worker, text, error (see "
-        "jobctl failures), since or until (of the creation), finished_since or finished_until; several have to fit "
-        "together."
+        "jobctl failures), since or until (of the creation), finished_since or finished_until (a time in UTC, or 2h: 2 "
+        "hours ago); several have to fit together."
     )
     return click.option("--where", "where", metavar="NAME=VALUE", multiple=True, help=text)(verb)
 
@@ -220,7 +220,7 @@ def _name_plans(plans: Sequence[PlanView]) -> None:
     """How these plans can be applied later."""
     if plans:
         names = " ".join(plan.plan_id for plan in plans)
-        show.say(f"To do exactly this, until {show.local(plans[0].expires_at)}: jobctl apply {names}")
+        show.say(f"To do exactly this, until {show.instant(plans[0].expires_at)}: jobctl apply {names}")
 
 
 def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:

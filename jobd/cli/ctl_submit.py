@@ -22,8 +22,10 @@ _WAIT_PATIENCE_S: Final = 60.0  # who waits for a job sits out a restart of the 
 @click.option("--id", "job_id", metavar="ID", help="The job's id; submitting the same job twice makes one.")
 @click.option("--priority", type=int, metavar="N", help="-1000 to 1000, smaller runs first.")
 @click.option("--delay", "delay_ms", type=DURATION, metavar="10s", help="Due this long from now.")
-@click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time.")
-@click.option("--expires", "expires_at", type=MOMENT, metavar="TIME", help="Fail it if it has not started by then.")
+@click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC).")
+@click.option(
+    "--expires", "expires_at", type=MOMENT, metavar="TIME", help="Fail it if it has not started by then (UTC)."
+)
 @click.option("--max-attempts", type=int, metavar="N", help="How often it may be tried (default: 1).")
 @click.option("--max-stalls", type=int, metavar="N", help="How often its worker may go silent.")
 @click.option("--on-stall", type=click.Choice(["auto", "requeue", "fail"]), help="What happens when it goes silent.")

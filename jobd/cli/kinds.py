@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _UNITS_MS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SAFE_MS: Final = 10**15
+_TIME: Final = "2026-03-01T14:00 (UTC) or 2026-03-01T14:00+01:00"
 
 
 def duration_ms(text: str) -> int:
@@ -34,7 +35,7 @@ def duration_ms(text: str) -> int:
 
 
 def moment_ms(text: str, now_ms: int) -> int:
-    """A point in time as Unix ms: ISO text (local time unless it has a zone), Unix ms, or a duration from now."""
+    """A point in time as Unix ms: ISO text (UTC unless it says an offset), Unix ms, or a duration from now."""
     if re.fullmatch(r"\d{11,15}", text):
         return int(text)
     try:
@@ -42,9 +43,10 @@ def moment_ms(text: str, now_ms: int) -> int:
     except ValueError:
         pass
     try:
-        return round(datetime.fromisoformat(text).timestamp() * 1000)
+        at = datetime.fromisoformat(text.removesuffix(" UTC"))
+        return round((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
     except (ValueError, OverflowError, OSError):
-        raise ValueError("a time is 2026-03-01T14:00, Unix milliseconds, or a duration from now as in 2h") from None
+        raise ValueError(f"a time is {_TIME}, Unix milliseconds, or a duration from now as in 2h") from None
 
 
 def past_ms(text: str, now_ms: int) -> int:
@@ -56,7 +58,7 @@ def past_ms(text: str, now_ms: int) -> int:
     try:
         return moment_ms(text, now_ms)
     except ValueError:
-        raise ValueError("a time is 2026-03-01T14:00, Unix milliseconds, or how long ago it was as in 2h") from None
+        raise ValueError(f"a time is {_TIME}, Unix milliseconds, or how long ago it was as in 2h") from None
 
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -97,16 +97,17 @@ def _rough(ms: int) -> str:
 
 
 def when(at_ms: int | None, now_ms: int | None = None) -> str:
-    """A Unix time in ms as local time with its age: `2026-03-01 14:05:09 (12 m ago)`; `-` for None."""
+    """A Unix time in ms with its age: `2026-03-01 14:05:09 UTC (12 m ago)`; `-` for None."""
     if at_ms is None:
         return "-"
-    return f"{local(at_ms)} ({age(at_ms, now_ms)})"
+    return f"{instant(at_ms)} ({age(at_ms, now_ms)})"
 
 
-def local(at_ms: int) -> str:
-    """A Unix time in ms as local time; the bare number where the calendar does not reach."""
+def instant(at_ms: int) -> str:
+    """A Unix time in ms as in the dashboard, `2026-03-01 14:05:09 UTC`: operators in several time zones speak of the
+    same time, whatever the zone of the host. The bare number where the calendar does not reach."""
     try:
-        return datetime.fromtimestamp(at_ms / 1000).strftime("%Y-%m-%d %H:%M:%S")
+        return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (OverflowError, ValueError, OSError):
         return f"{at_ms} ms"
 

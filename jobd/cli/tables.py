@@ -95,7 +95,7 @@ def timeline(events: Sequence[EventView]) -> None:
         ["TIME", ">AFTER", "EVENT", "STATUS", "BY", "REASON"],
         [
             (
-                show.local(event.at),
+                show.instant(event.at),
                 show.span(max(event.at - first, 0)),
                 event.type,
                 _step(event),
@@ -111,7 +111,7 @@ def timeline(events: Sequence[EventView]) -> None:
 def event_line(event: StreamedEvent) -> str:
     """One event of many jobs, in a line."""
     about = f"{event.job_id} ({event.queue})" if event.job_id is not None else f"queue {event.queue}"
-    parts = [show.local(event.at), str(event.seq), event.type, about, _step(event), event.by, event.reason]
+    parts = [show.instant(event.at), str(event.seq), event.type, about, _step(event), event.by, event.reason]
     return "  ".join(part for part in [*parts, _details(event.details)] if part)
 
 
@@ -126,7 +126,7 @@ def _details(details: dict[str, Any]) -> str:
 def _detail(name: str, value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         if name.endswith("_at"):
-            return show.local(value)
+            return show.instant(value)
         if name.endswith("_ms"):
             return show.span(value)
     return show.cell(value)

@@ -220,7 +220,7 @@ def late_results(views: Sequence[LateResultView]) -> None:
     rows = [
         (
             late.seq,
-            show.local(late.at),
+            show.instant(late.at),
             late.worker,
             late.fencing_token,
             " ".join(filter(None, (late.download_url, late.file_path, late.storage_key))),
@@ -235,7 +235,7 @@ def late_results(views: Sequence[LateResultView]) -> None:
 def audit(views: Sequence[AuditView]) -> None:
     rows = [
         (
-            show.local(entry.at),
+            show.instant(entry.at),
             entry.who,
             entry.address,
             entry.what,
@@ -313,7 +313,7 @@ def deliveries(page: DeliveryPage) -> None:
             each.subject,
             each.state.replace("_", " "),
             each.tries,
-            show.local(each.at),
+            show.instant(each.at),
             show.age(each.due_at) if each.due_at is not None else show.age(each.ended_at or each.at),
             each.error or each.status or "-",
         )
@@ -326,4 +326,4 @@ def deliveries(page: DeliveryPage) -> None:
 
 
 def clock(view: ClockView) -> None:
-    show.pairs([("daemon's time", show.local(view.now)), ("suspect", view.suspect), ("", view.message)])
+    show.pairs([("daemon's time", show.instant(view.now)), ("suspect", view.suspect), ("", view.message)])

@@ -200,7 +200,7 @@ def _head(frame: Frame, note: str) -> list[RenderableType]:
     counts = [f"{status} {count}" for status, count in stats.by_status.items()]
     rates = [f"{name} {rate:g}" for name, rate in frame.per_second.items()]
     lines = [
-        f"{show.local(stats.timestamp)}  {'  '.join(counts)}",
+        f"{show.instant(stats.timestamp)}  {'  '.join(counts)}",
         f"stuck {stats.stuck_jobs}  locked {stats.locked_jobs}"
         f"  average {show.span(stats.average_processing_time * 1000)}",
         f"per second (over {frame.over_s:g} s): {'  '.join(rates)}",

@@ -91,7 +91,7 @@ def moment(text: str, now: int) -> int | None:
     if ago := _AGO.fullmatch(text):
         return max(now - int(ago[1]) * _UNITS[ago[2]], 0)
     try:
-        at = datetime.datetime.fromisoformat(text)
+        at = datetime.datetime.fromisoformat(text.removesuffix(" UTC"))  # as pages and jobctl write it
     except ValueError:
         return None
     if at.tzinfo is None:
