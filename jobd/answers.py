@@ -169,7 +169,7 @@ class QueueView(Struct, frozen=True):
 
 
 class QueueList(Struct):
-    """In the order of their names. `next_cursor` is None on the last page."""
+    """In the order of their names, or the busiest first. `next_cursor` is None on the last page."""
 
     queues: list[QueueView]
     next_cursor: str | None = None

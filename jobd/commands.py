@@ -239,11 +239,15 @@ class Cancel(OnJob, frozen=True, kw_only=True):
 
 
 class Queues(Command, frozen=True, kw_only=True):
-    """Queues by name: all of them, or a page. `paused`: only those that are, or that are not."""
+    """Queues by name: all of them, or a page. `paused`: only those that are, or that are not.
+
+    `busiest`: not by name, but those with the most jobs that wait or are worked on; no page comes after it.
+    """
 
     limit: PageLimit | None = None
     cursor: QueueName | None = None
     paused: bool | None = None
+    busiest: bool = False
 
 
 class Workers(Command, frozen=True, kw_only=True):

@@ -242,6 +242,7 @@ FIELDS: Final = {
     "blocked_by": "What keeps it from running, or null.",
     "bytes_done": "So many are copied; when it is sent: sent.",
     "bytes_total": "Of so many, or null.",
+    "busiest": "Not by name, but those with the most jobs that wait or are worked on; no page comes after it.",
     "by": "Who did it: `worker:NAME`, `client`, `admin:NAME` (`admin` where no name was given), `recovery`, "
     "`cleanup` or `daemon`.",
     "byStatus": "Number of jobs by status.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from heapq import nsmallest
 from typing import Final
 
 import structlog
@@ -134,6 +135,10 @@ class Rooms(Struct):
 
     def quarantine(self) -> list[QuarantinedJob]:
         return [QuarantinedJob(job_id, reason) for job_id, reason in sorted(self.actor.book.quarantined.items())]
+
+    def queue_names(self, most: int) -> list[str]:
+        """The first names of queues, for who is about to write one: without their counts it is no view of jobs."""
+        return nsmallest(most, self.actor.book.counts)
 
     async def backup(self, id_: str) -> Copy | Refusal:
         log.info("backup_started", by="admin")

@@ -6,6 +6,7 @@ Pure reading: nothing here changes a job or decides about one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
+from functools import partial
 from heapq import nsmallest
 from itertools import islice
 from typing import Final, cast
@@ -31,7 +32,7 @@ from jobd.answers import (
 from jobd.book import Book, WorkerSeen
 from jobd.commands import Import, Locks, Moment, Queues, Workers
 from jobd.figures import Figures
-from jobd.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
+from jobd.job import LIVE, STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
 
 JOBS_SHOWN: Final = 100  # of a worker
 NO_RESULT = Result()
@@ -158,14 +159,22 @@ def grant_view(job: Job, at: Moment, view: JobView) -> GrantView:
 
 
 def queues(book: Book, command: Queues) -> QueueList:
-    """By name: those behind the cursor, as many as are asked for."""
+    """Those behind the cursor, as many as are asked for: by name, or the busiest first. A view costs more than a look
+    at a name, so that it is made of those alone that are shown."""
     after = command.cursor or ""
     names = (name for name in _named(book, command.paused) if name > after)
+    order = partial(_by_load, book) if command.busiest else None
     if command.limit is None:
-        return QueueList([_queue(book, name) for name in sorted(names)])
-    found = nsmallest(command.limit + 1, names)
+        return QueueList([_queue(book, name) for name in sorted(names, key=order)])
+    found = nsmallest(command.limit + 1, names, key=order)
     shown = found[: command.limit]
-    return QueueList([_queue(book, name) for name in shown], shown[-1] if len(found) > len(shown) else None)
+    goes_on = len(found) > len(shown) and not command.busiest
+    return QueueList([_queue(book, name) for name in shown], shown[-1] if goes_on else None)
+
+
+def _by_load(book: Book, name: str) -> tuple[int, str]:
+    counts = book.counts.get(name, {})
+    return -sum(counts.get(status, 0) for status in LIVE), name
 
 
 def _named(book: Book, paused: bool | None) -> Set[str]:

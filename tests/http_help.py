@@ -295,6 +295,9 @@ class Figures:
     def quarantine(self) -> list[QuarantinedJob]:
         return [QuarantinedJob("bad-1", "checksum")]
 
+    def queue_names(self, most: int) -> list[str]:
+        return ["mail", "video"][:most]
+
     def webhooks(self) -> list[WebhookView]:
         return self.hooks
 

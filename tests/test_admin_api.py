@@ -102,6 +102,7 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
      AuditLog(who="eve", what="cancel", job_id="j", since=5, limit=5, cursor="7"), False),
     ("GET", f"{P}/locks", "limit=5&cursor=7", Locks(limit=5, cursor="7"), False),
     ("GET", f"{P}/queues", "", Queues(), False),
+    ("GET", f"{P}/queues", "limit=5&busiest=true", Queues(limit=5, busiest=True), False),
     ("GET", f"{P}/workers", "", Workers(), False),
 ]  # fmt: skip
 

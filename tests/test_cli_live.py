@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -21,7 +21,8 @@ from rich.console import Console
 from jobd import commands, event_stream
 from jobd.answers import AlertView, QueueView, StatsView
 from jobd.cli import ctl, ctl_live, tables
-from jobd.cli.top import WINDOW_S, Frame, Hands, Held, Samples, picture
+from jobd.cli.top import WINDOW_S, Frame, Hands, Held, Samples, picture, rows_of
+from jobd.client import AdminClient
 from jobd.events import StreamedEvent
 from tests.process import TOKEN, Daemon, die_with_us
 
@@ -217,6 +218,42 @@ def test_a_frame_fits_its_terminal(width: int, height: int) -> None:
     assert len(lines) <= max(height, 16)
     assert any(line.startswith("and ") for line in lines)
     assert "QUEUE" in "".join(lines)
+
+
+class Counted:
+    """An admin client that keeps what it was asked about queues."""
+
+    def __init__(self, client: AdminClient) -> None:
+        self._client = client
+        self.asked: list[dict[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def queues(self, **asked: Any) -> list[QueueView]:
+        self.asked.append(asked)
+        return self._client.queues(**asked)
+
+
+def test_a_table_asks_for_no_more_queues_than_it_shows(daemon: Daemon) -> None:
+    for number in range(9):
+        daemon.post("/v1/jobs/bulk", {"jobs": [{"queue": f"busy-{number}"}] * (number + 1)})
+    with AdminClient(f"unix:{daemon.admin_socket}", token=TOKEN) as client:
+        counted = Counted(client)
+        frame = Samples().take(cast("AdminClient", counted), 4)
+        assert counted.asked == [{"limit": 5, "busiest": True}]
+        assert [queue.name for queue in frame.queues] == ["busy-8", "busy-7", "busy-6", "busy-5"]
+        assert "and more" in drawn(frame, width=80, height=rows_of_height(4))
+        whole = Samples().take(client)
+        assert (len(whole.queues), whole.more_queues) == (9, False)
+        assert whole.queues[:4] == frame.queues
+        assert "and more" not in drawn(whole, width=80, height=rows_of_height(4))
+
+
+def rows_of_height(rows: int) -> int:
+    height = next(height for height in range(100) if rows_of(height) == rows)
+    assert rows_of(height - 1) == rows - 1
+    return height
 
 
 def test_an_empty_daemon_has_a_frame(daemon: Daemon, jobctl: Any) -> None:

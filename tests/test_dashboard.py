@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -45,6 +46,7 @@ from jobd.failures import Failures
 from jobd.job import LATEST_MS, Policy
 from jobd.keys import Keys
 from jobd.plans import Planner
+from jobd.rooms import Rooms
 from jobd.webhook import BACKLOG
 from tests import vendor
 from tests.http_help import DELIVERY, TOKEN, WEBHOOK, Heard, House, Line, message, tls_pair
@@ -172,6 +174,7 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         numbers = itertools.count(1)
         admin.figures.make_plan = lambda asked: planner.make(asked, f"plan-{next(numbers)}")  # type: ignore[method-assign,assignment,return-value]
         admin.figures.failures = known.view  # type: ignore[method-assign]
+        admin.figures.queue_names = partial(Rooms.queue_names, SimpleNamespace(actor=actor))  # type: ignore[method-assign,arg-type]
         admin.figures.plan = planner.find  # type: ignore[method-assign]
         admin.figures.apply_plan = planner.apply  # type: ignore[method-assign,assignment]
         admin.figures.clock = lambda: ClockView(clock.moment().now, not admin.figures.accepted, "30 days ahead")  # type: ignore[method-assign]
@@ -1935,6 +1938,23 @@ async def test_a_queue_says_what_it_gets_done_and_what_fails(town: Town) -> None
     assert re.search(r'data-label="Failed attempts" class="figure">1 <span class="error">25.0&nbsp;%<', page)
     assert "time since the start" in page
     assert re.search(r"25.0 %</span> of the attempts", text(await browser.get("/")))
+
+
+async def test_the_page_of_jobs_names_queues_without_looking_at_them(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await town.do("jobs/bulk", jobs=[{"id": f"job-{number}", "queue": f"q-{number}"} for number in range(5)])
+    looked: list[str] = []
+    monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: looked.append(queue))
+    monkeypatch.setattr(pages, "MOST_NAMES", 3)
+    browser = await town.browser()
+    names = "".join(f'<option value="q-{number}"></option>' for number in range(3))
+    for target in ("/jobs", "/jobs?since=nonsense"):
+        assert f'<datalist id="queue-names">{names}</datalist>' in text(await browser.get(target))
+    monkeypatch.delattr(town.admin.figures, "queue_names")
+    monkeypatch.delattr(type(town.admin.figures), "queue_names")
+    assert "job-4" in text(await browser.get("/jobs", HX_Request="true")), "what is renewed names no queues"
+    assert looked == []
 
 
 async def walked(browser: Browser, target: str, row: str) -> list[list[str]]:

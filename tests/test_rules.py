@@ -1738,6 +1738,27 @@ def test_queues_are_given_page_by_page_in_the_order_of_their_names(desk: Desk) -
     assert desk.yes(Queues(cursor="z", limit=1)) == QueueList([])
 
 
+def test_the_busiest_queues_come_first_where_they_are_asked_for(desk: Desk) -> None:
+    for name, waiting, done in (("a", 0, 9), ("b", 1, 0), ("c", 3, 0), ("d", 2, 0), ("e", 1, 0)):
+        for number in range(waiting):
+            desk.create(f"{name}-{number}", queue=name)
+        for number in range(done):
+            desk.create(f"{name}-done-{number}", queue=name)
+            desk.yes(Cancel(id=f"{name}-done-{number}"))
+    desk.yes(Pause(name="empty"))
+    desk.yes(Start(id="d-0", worker="w"))
+
+    def found(**asked: Any) -> tuple[str, str | None]:
+        page = desk.yes(Queues(busiest=True, **asked))
+        return " ".join(queue.name for queue in page.queues), page.next_cursor
+
+    assert found() == ("c d b e a empty", None)
+    assert found(limit=2) == ("c d", None)
+    assert found(limit=6) == ("c d b e a empty", None)
+    assert found(limit=3, cursor="b") == ("c d e", None)
+    assert found(paused=False, limit=4) == ("c d b e", None)
+
+
 def test_workers_are_given_page_by_page_the_latest_first(desk: Desk) -> None:
     for number in range(6):
         desk.passes(number % 2)  # some spoke at the same moment

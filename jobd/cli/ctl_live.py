@@ -96,7 +96,7 @@ def top(interval: int, once: bool, as_json: bool) -> int:
     client = admin_client()
     samples = view.Samples()
     if once or as_json:
-        samples.take(client)
+        samples.rates(client.metrics())
         view.pause(interval / 1000)
         frame = samples.take(client)
         show.emit_json(frame) if as_json else view.draw_once(frame)

@@ -22,7 +22,7 @@ from jobd.cli import show
 from jobd.client import AdminClient, JobdError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -59,6 +59,7 @@ class Frame(Struct, frozen=True):
     queues: list[QueueView]
     workers: list[Hands]
     alerts: list[AlertView]  # those that fire
+    more_queues: bool = False  # there are more than were asked for
 
 
 class Samples:
@@ -68,11 +69,11 @@ class Samples:
         self._clock = clock
         self._counts: deque[tuple[float, dict[str, float]]] = deque()
 
-    def take(self, client: AdminClient) -> Frame:
-        """One more look."""
+    def take(self, client: AdminClient, most_queues: int | None = None) -> Frame:
+        """One more look, at so many queues, the busiest, or at all: each costs the daemon something."""
         stats, queues, seen, locks = (
             client.stats(),
-            client.queues(),
+            client.queues(limit=None if most_queues is None else most_queues + 1, busiest=True),
             client.workers(limit=MOST),
             client.locks(limit=MOST),
         )
@@ -85,8 +86,8 @@ class Samples:
             Hands(each.worker, each.last_seen_at, each.held, _held(by_worker.get(each.worker, ())))
             for each in sorted(seen, key=lambda each: (-each.held, each.worker))
         ]
-        queues.sort(key=lambda queue: (-queue.queued - queue.processing, queue.name))
-        return Frame(stats, per_second, over_s, queues, workers, alerts)
+        more = most_queues is not None and len(queues) > most_queues
+        return Frame(stats, per_second, over_s, queues[:most_queues], workers, alerts, more)
 
     def rates(self, metrics: str) -> tuple[dict[str, float], float]:
         """Events per second since the oldest look of the window; none at the first look."""
@@ -114,14 +115,15 @@ def _held(locks: Sequence[LockedJob]) -> list[Held]:
 
 def watch(client: AdminClient, samples: Samples, interval_s: float) -> None:
     """Look again and again, until somebody presses q. A daemon that is away is waited for."""
-    frame, note = samples.take(client), ""
-    with _screen() as draw, _keys() as is_wanted:
+    out = show.console()
+    frame, note = samples.take(client, min(rows_of(out.height), MOST - 1)), ""
+    with _screen(out) as draw, _keys() as is_wanted:
         while True:
             draw(frame, note)
             if not is_wanted(interval_s):
                 return
             try:
-                frame, note = samples.take(client), ""
+                frame, note = samples.take(client, min(rows_of(out.height), MOST - 1)), ""
             except JobdError as error:
                 if error.code not in AWAY:
                     raise
@@ -129,9 +131,8 @@ def watch(client: AdminClient, samples: Samples, interval_s: float) -> None:
 
 
 @contextmanager
-def _screen() -> Iterator[Callable[[Frame, str], None]]:
+def _screen(out: Console) -> Iterator[Callable[[Frame, str], None]]:
     """What draws a frame in the place of the last; one below the other where escape sequences are not wanted."""
-    out = show.console()
     if not show.may_draw(sys.stdout):
         yield lambda frame, note: out.print(picture(frame, note, out.height, out.width), "")
         return
@@ -186,11 +187,16 @@ def draw_once(frame: Frame) -> None:
 # A frame as it looks
 
 
+def rows_of(height: int) -> int:
+    """So many queues, and as many workers, have room on so many lines."""
+    return max((height - 12) // 2, 2)
+
+
 def picture(frame: Frame, note: str, height: int, width: int) -> RenderableType:
     """A frame for so many lines and columns."""
     from rich.console import Group
 
-    rows = max((height - 12 - len(frame.alerts)) // 2, 2)
+    rows = rows_of(height - len(frame.alerts))
     parts: list[RenderableType] = [*_head(frame, note), _alerts(frame.alerts)] if frame.alerts else _head(frame, note)
     return Group(*parts, _line(""), _queues(frame, rows, width), _line(""), _workers(frame, rows, width))
 
@@ -230,7 +236,7 @@ def _queues(frame: Frame, rows: int, width: int) -> Table:
         )[: len(columns)]
         for queue in frame.queues
     ]
-    return _table(columns, body, rows)
+    return _table(columns, body, rows, is_part=frame.more_queues)
 
 
 def _workers(frame: Frame, rows: int, width: int) -> Table:
@@ -243,8 +249,10 @@ def _workers(frame: Frame, rows: int, width: int) -> Table:
     return _table(columns, body, rows)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], most: int, style: str = "") -> Table:
-    """At most so many rows, each in one line: what is too long ends in an ellipsis."""
+def _table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], most: int, style: str = "", *, is_part: bool = False
+) -> Table:
+    """At most so many rows, each in one line: what is too long ends in an ellipsis. `is_part`: these are not all."""
     from rich.table import Table
     from rich.text import Text
 
@@ -255,7 +263,9 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], most: int, 
     for row in rows[:most]:
         cells = [show.cell(value) for value in row]
         grid.add_row(*(Text(text, style=style or show.style_of(text)) for text in cells))
-    if len(rows) > most:
+    if is_part:
+        grid.add_row("and more")
+    elif len(rows) > most:
         grid.add_row(f"and {len(rows) - most} more")
     return grid
 

@@ -32,7 +32,6 @@ from jobd.answers import (
 from jobd.answers import AuditPage as AuditEntries
 from jobd.bodies import Refused, explain, refused
 from jobd.commands import (
-    MAX_PAGE,
     AuditLog,
     Command,
     Cursor,
@@ -85,7 +84,7 @@ DEEDS_KEPT: Final = (
     "plan-force-fail", "plan-delete",
 )  # fmt: skip
 PAUSED: Final = Queues(paused=True, limit=20)  # asked by every page, so it costs by the paused queues alone
-NAMED: Final = Queues(limit=MAX_PAGE)  # whose names a filter offers
+MOST_NAMES: Final = 200  # of queues that a filter offers
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]-]{1,200}")
 
 
@@ -165,14 +164,15 @@ def strip(guest: Guest, paused: QueueList) -> Shown:
 async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
     shown: Shown = {"wanted": wanted, "statuses": STATUSES, "page": JobPage([], None), "fault": "", "next": ""}
     shown |= {"filters": given(wanted), "actions": ACTIONS if guest.may_change else {}, "first": "", "by_status": []}
+    shown["queues"] = [] if is_renewal(guest.visit) else guest.site.rooms.queue_names(MOST_NAMES)
     try:
         command = search(wanted, guest.now, PER_PAGE)
     except Refused as no:
-        queues, paused = await asked(guest, NAMED, PAUSED)
+        (paused,) = await asked(guest, PAUSED)
         refusal = no.refusal
         fault = {"fault": refusal.message, "status": refusal.status, "every_s": 0}
-        return {**shown, **fault, "queues": _names(queues), **strip(guest, paused)}
-    found, queues, paused = await answers(guest, command, NAMED, PAUSED)
+        return {**shown, **fault, **strip(guest, paused)}
+    found, paused = await answers(guest, command, PAUSED)
     page: JobPage = found.data
     more = address("/jobs", wanted, cursor=page.next_cursor) if page.next_cursor else ""
     first = address("/jobs", wanted) if wanted.cursor else ""
@@ -183,11 +183,7 @@ async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
     if wanted.cursor or looks_slowly or looks_on or found.looked > LOOKED_FAR:
         shown["every_s"] = 0  # what is older stays where it is, and looking costs
     shown |= {"page": page, "next": more, "first": first}
-    return {**shown, "queues": _names(queues.data), **strip(guest, paused.data)}
-
-
-def _names(queues: QueueList) -> list[str]:
-    return [queue.name for queue in queues.queues]
+    return {**shown, **strip(guest, paused.data)}
 
 
 async def open_job(guest: Guest, wanted: OneJob) -> Shown:
