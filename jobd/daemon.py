@@ -149,15 +149,14 @@ class Daemon:
         self.webhooks = self._make_webhooks(store)
         self.cleaner = Cleaner(self.actor, self.clock, _schedule(settings))
         self.cleaner.hold_journal(self.webhooks.hold_ms)
+        _run_beside(stack, "cleanup", self.cleaner)
+        _run_beside(stack, "failures", self.failures)
         presence = Presence(self._was_away)
         self.actor.look = presence.look
         _run_beside(stack, "presence", presence)
         sweeper = await self._sweep(store, opened, stack)
         self.rooms = self._rooms(store, opened, sweeper, stack)
         await self._open_doors(stack, opened.figures)
-        # The first pass and the count of old failures look at every job: nobody waits for them.
-        _run_beside(stack, "failures", self.failures)
-        _run_beside(stack, "cleanup", self.cleaner)
         self._listen_to_signals()
         self._watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
         stack.push_async_callback(_cancel, self._watchdog)
