@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +13,23 @@ from jobd.listener import Listener
 from jobd.store import Store
 
 
+def line(text: str) -> None:
+    """In one write: the log writes to stderr from a thread of its own, and a line of it may come between two."""
+    os.write(2, f"{text}\n".encode())
+
+
 def tell(kind: type, name: str, said: str) -> None:
     """Whenever `kind.name` begins, and where it is a coroutine when it has ended, a line says so."""
     method: Callable[..., Any] = getattr(kind, name)
 
     async def slowly(*args: Any, **named: Any) -> Any:
-        print(f"begins: {said}", file=sys.stderr, flush=True)
+        line(f"begins: {said}")
         result = await method(*args, **named)
-        print(f"ended: {said}", file=sys.stderr, flush=True)
+        line(f"ended: {said}")
         return result
 
     def at_once(*args: Any, **named: Any) -> Any:
-        print(f"begins: {said}", file=sys.stderr, flush=True)
+        line(f"begins: {said}")
         return method(*args, **named)
 
     setattr(kind, name, at_once if kind is Actor else slowly)
