@@ -256,6 +256,7 @@ def test_a_gap_and_a_test_are_cloud_events_too() -> None:
     said = read_by_others(test.body)["data"]
     assert isinstance(said, dict)
     assert list(said) == ["message"]
+    assert gap.subject == test.subject == Endpoint("e", "https://x", KEYS).subject
     for letter, kind, event_id in ((gap, GONE, f"gone_3_9_{NOW}"), (test, TEST, f"test_{NOW}_12")):
         assert (letter.subject, letter.type, letter.event_id, letter.seq) == ("webhooks/e", kind, event_id, 0)
         assert_says_what_it_is(letter, "/j")
