@@ -50,6 +50,7 @@ class Courier:
         self._stopping = False
         self._next_clearing_s = 0.0
         self._going: dict[int, asyncio.Task[None]] = {}
+        self._before: set[int] = set()  # of those: who went before somebody asked for a try in a break
         self._outcomes: list[tuple[Delivery, Outcome]] = []  # that are not noted yet
         self._fresh: dict[int, Delivery] = {}
         self._is_troubled = False
@@ -127,6 +128,7 @@ class Courier:
         """Somebody thinks that it is worth a try: it is not given up for its age before that was made."""
         if self.breaker.until is not None:
             self.breaker.until = self._now_ms()
+            self._before = set(self._going)  # their failures say nothing of that try
         self._next_clearing_s = max(self._next_clearing_s, self._loop_time() + MINUTE_MS / SECOND_MS)
         self._wake.set()
 
@@ -247,7 +249,8 @@ class Courier:
         finally:
             del self._going[message.id]
         self._outcomes.append((message, outcome))
-        self._judge(outcome)
+        self._judge(outcome, went_before=message.id in self._before)
+        self._before.discard(message.id)
         self._wake.set()
 
     async def _try(self, poster: Poster, message: Delivery) -> Outcome:
@@ -274,8 +277,8 @@ class Courier:
 
         self.reader.alerts.ring(post)
 
-    def _judge(self, outcome: Outcome) -> None:
-        """What it means for the endpoint."""
+    def _judge(self, outcome: Outcome, *, went_before: bool = False) -> None:
+        """What it means for the endpoint. A failure of one that went before a try was asked for begins no new break."""
         name, now = self.endpoint.name, self._office.clock.moment().now
         if outcome.error is None:
             self.tally.last_success_at = now
@@ -285,7 +288,7 @@ class Courier:
             return
         self.tally.failed += 1
         self.tally.last_error, self.tally.last_error_at = outcome.error, now
-        if self.breaker.failed(outcome, self._now_ms(), self._office.chance()):
+        if not went_before and self.breaker.failed(outcome, self._now_ms(), self._office.chance()):
             pause_ms = (self.breaker.until or 0) - self._now_ms()
             log.warning("webhook_paused", webhook=name, pause_ms=pause_ms, error=outcome.error)
 

@@ -28,6 +28,7 @@ class Line:
         self._subjects: dict[str, list[Waiting]] = {}
         self._subject_of: dict[int, str] = {}
         self._going: dict[str, int] = {}  # subject -> the id of the one that is on its way
+        self._again: set[int] = set()  # of those: who were hurried meanwhile
         self._ready: list[int] = []  # heaps of firsts, whose entries go stale instead of being removed
         self._later: list[tuple[int, int]] = []
         self._now = 0
@@ -77,6 +78,7 @@ class Line:
         subject = self._subject_of.pop(id_)
         mates = self._subjects[subject]
         del mates[self._place(mates, id_)]
+        self._again.discard(id_)
         if self._going.get(subject) == id_:
             del self._going[subject]
         if not mates:
@@ -85,21 +87,25 @@ class Line:
             self._push(mates[0])
 
     def put_off(self, id_: int, due: int) -> None:
-        """It has failed, and stays in line."""
+        """It has failed, and stays in line: until `due`, or not at all if it was hurried while it was on its way."""
         subject = self._subject_of[id_]
         mates = self._subjects[subject]
         waiting = mates[self._place(mates, id_)]
-        waiting.due, waiting.tries = due, waiting.tries + 1
+        waiting.due, waiting.tries = 0 if id_ in self._again else due, waiting.tries + 1
+        self._again.discard(id_)
         del self._going[subject]
         self._push(mates[0])
 
     def back(self, id_: int) -> None:
         """It did not go after all."""
+        self._again.discard(id_)
         del self._going[self._subject_of[id_]]
         self._push(self._subjects[self._subject_of[id_]][0])
 
     def hurry(self, id_: int | None = None) -> None:
-        """Nobody has to wait for his time any more, or not this one."""
+        """Nobody has to wait for his time any more, or not this one: if it is on its way, not after it either."""
+        if id_ is not None and self._going.get(self._subject_of[id_]) == id_:
+            self._again.add(id_)
         for mates in self._subjects.values():
             for waiting in mates:
                 if id_ in (None, waiting.id) and waiting.due:

@@ -114,6 +114,35 @@ def test_in_a_hurry_nobody_waits_for_his_time() -> None:
     assert taken(made, 5) == [3]
 
 
+def test_one_that_is_hurried_on_its_way_goes_again_at_once_if_it_fails() -> None:
+    made = line((1, "a", 0), (2, "b", 0), (3, "c", 0))
+    assert taken(made) == [1, 2, 3]
+    made.hurry(1)
+    made.hurry(3)
+    made.put_off(1, 10)
+    made.put_off(2, 10)
+    made.back(3)
+    assert taken(made) == [1, 3]
+    made.put_off(1, 10)  # once
+    made.put_off(3, 10)
+    assert (taken(made), made.next_due()) == ([], 10)
+    assert taken(made, 10) == [1, 2, 3]
+    made.hurry(2)
+    made.gone(2)
+    made.add(Waiting(2, "b", 0))
+    assert taken(made, 10) == [2]
+    made.put_off(2, 20)
+    assert taken(made, 10) == []
+
+
+def test_in_a_hurry_those_on_their_way_wait_for_their_time_after_it() -> None:
+    made = line((1, "a", 0))
+    assert taken(made) == [1]
+    made.hurry()
+    made.put_off(1, 10)
+    assert (taken(made), made.next_due()) == ([], 10)
+
+
 def test_one_that_was_ready_twice_does_not_go_before_its_time() -> None:
     made = line((1, "a", 10), (2, "b", 10))
     assert taken(made, 10) == [1, 2]
@@ -130,7 +159,7 @@ def test_one_that_was_ready_twice_does_not_go_before_its_time() -> None:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(("add", "add", "take", "trial", "gone", "put_off", "back", "hurry", "again")),
+            st.sampled_from(("add", "add", "take", "trial", "gone", "put_off", "back", "hurry", "press", "again")),
             st.integers(0, 9),
         ),
         max_size=60,
@@ -151,6 +180,12 @@ def test_it_does_what_a_plain_list_would(steps: list[tuple[str, int]]) -> None:
             made.hurry()
             for each in model.line.values():
                 each.due = 0
+        elif step == "press":
+            if model.line:
+                id_ = sorted(model.line)[number % len(model.line)]
+                made.hurry(id_)
+                model.line[id_].due = 0
+                model.pressed |= {id_} & model.going
         elif step in ("take", "trial"):
             free = [each for each in model.firsts() if each.due <= now]
             found = made.take(now) if step == "take" else made.take_for_trial(now)
@@ -160,11 +195,14 @@ def test_it_does_what_a_plain_list_would(steps: list[tuple[str, int]]) -> None:
         elif model.going:
             id_ = sorted(model.going)[number % len(model.going)]
             model.going.remove(id_)
+            was_pressed = id_ in model.pressed
+            model.pressed.discard(id_)
             if step == "gone":
                 del model.line[id_]
                 made.gone(id_)
             elif step == "put_off":
-                model.line[id_].due, model.line[id_].tries = now + number, model.line[id_].tries + 1
+                due_then = 0 if was_pressed else now + number
+                model.line[id_].due, model.line[id_].tries = due_then, model.line[id_].tries + 1
                 made.put_off(id_, now + number)
             else:
                 made.back(id_)
@@ -183,6 +221,7 @@ class Model:
     def __init__(self) -> None:
         self.line: dict[int, Waiting] = {}
         self.going: set[int] = set()
+        self.pressed: set[int] = set()  # of those on their way
 
     def firsts(self) -> list[Waiting]:
         """The first of each subject of which none is on its way."""

@@ -21,7 +21,7 @@ from jobd.batch import DiskFull
 from jobd.events import Change
 from jobd.job import DAY_MS, HOUR_MS, Job
 from jobd.store import Store
-from jobd.webhook import Delivery, Outcome
+from jobd.webhook import Delivery, Endpoint, Outcome
 from jobd.webhooks import Webhooks
 from tests.by_hand import NOW, Maker
 from tests.store_help import edited, made
@@ -808,6 +808,46 @@ async def test_one_that_waits_is_sent_at_once_even_in_a_break(path: Path) -> Non
         again = await at.webhooks.again("e", page.deliveries[-1].id)
         assert again is not None
         await until(lambda: len(at.posts.taken) == 6)
+
+
+async def test_one_on_its_way_is_sent_again_at_once_if_it_fails(path: Path) -> None:
+    """It was asked for while the first try had not come back: that one's failure puts it off no more."""
+    down = True
+    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
+        at.office.manners = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000)
+        at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
+        at.posts.gate.clear()
+        await at.commit(at.maker.create("job-1"))
+        await until(lambda: len(at.posts.tried) == 1)
+        assert await at.webhooks.again("e", at.posts.tried[0].id) is not None
+        at.posts.gate.set()
+        await until(lambda: len(at.posts.tried) == 2)
+
+
+async def test_those_that_went_before_a_try_was_asked_for_begin_no_new_break(path: Path) -> None:
+    """Five of eight have failed; while three hang, somebody says that the receiver is back."""
+    slow = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
+    down, hanging = True, asyncio.Event()
+
+    class Hanging(Posts):
+        async def post(self, endpoint: Endpoint, delivery: Delivery) -> Outcome:
+            if len(self.tried) in (5, 6, 7):
+                self.tried.append(delivery)
+                await hanging.wait()
+                return NO
+            return await super().post(endpoint, delivery)
+
+    posts = Hanging(lambda _: NO if down else YES)
+    async with at_work(path, posts=posts) as at:
+        at.office.manners = slow
+        at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
+        await until(lambda: at.webhooks.views()[0].state == "closed")
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(8)))
+        await until(lambda: len(posts.tried) == 8 and at.webhooks.views()[0].state == "open")
+        down = False
+        assert await at.webhooks.again("e", posts.tried[0].id) is not None
+        hanging.set()
+        await until(lambda: len(posts.taken) == 8)
 
 
 async def test_all_that_was_given_up_is_sent_again_in_its_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
