@@ -81,7 +81,7 @@ bench-peers: $(READY)  ## the same work by other queues, in the same run (instal
 vendor: $(READY)  ## bring the dashboard's libraries into jobd/dashboard/static, in the versions of tests/vendor.py (needs npm)
 	$(BIN)/python -m tests.vendor
 
-screenshots: $(READY)  ## pictures of the dashboard in build/screenshots (needs chromium; ARGS="overview jobs --scene busy")
+screenshots: $(READY)  ## pictures of the dashboard in build/screenshots (needs chromium; ARGS="overview jobs --scene busy", --readme)
 	$(BIN)/python -m tests.screenshots $(ARGS)
 
 format: $(READY)  ## put the code into its usual form

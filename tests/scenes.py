@@ -5,13 +5,21 @@ For the tests of the dashboard in a browser, for its screenshots (`make screensh
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import math
+import random
+import time
 from base64 import b64encode
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
+from jobd.dashboard.recorder import SLOT_MS, SLOTS, STEP_MS, STEPS, Kept
+from jobd.store import Store
 from tests.faults.fuzz import free_port
 from tests.process import TOKEN, Daemon
 
@@ -64,6 +72,31 @@ class Scene(Daemon):
             text = None if body is None else json.dumps(body)
             connection.request(method, f"/admin/job-management/{path}", text, headers)
             return connection.getresponse().status
+
+
+def give_past(directory: Path) -> None:
+    """A store whose daemon was at work all day: the charts have something to show. Before the scene starts."""
+    chance, now = random.Random(7), time.time_ns() // 1_000_000
+
+    def counted(at_ms: int, span_ms: int) -> list[int]:
+        hours = (now - at_ms) / 3_600_000  # ago
+        usual = 80 + 40 * math.cos(hours / 24 * 2 * math.pi) + (60 if 5 < hours < 7 else 0)  # jobs in 10 s
+        rate = usual * span_ms / 10_000
+        created, done = (max(int(chance.gauss(rate, rate**0.6)), 0) for _ in range(2))
+        return [created, done, int(done * chance.uniform(0, 0.1))]
+
+    def past(span_ms: int, most: int) -> dict[int, list[int]]:
+        last = now // span_ms
+        return {step: counted(step * span_ms, span_ms) for step in range(last - most, last)}
+
+    kept = Kept(now - SLOTS * SLOT_MS, past(STEP_MS, STEPS), past(SLOT_MS, SLOTS))
+
+    async def save() -> None:
+        store, _ = await Store.open(str(directory / "jobd.db"))
+        async with store:
+            await store.save_figures(msgspec.json.encode({"beside": kept}))
+
+    asyncio.run(save())
 
 
 def make_busy(daemon: Scene) -> None:

@@ -1,16 +1,19 @@
-"""Pictures of every page into build/screenshots (`make screenshots`): light and dark, wide and narrow, by scene."""
+"""Pictures of every page into build/screenshots (`make screenshots`): light and dark, wide and narrow, by scene.
+
+`ARGS=--readme` takes those of the README instead, into docs/images.
+"""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.process import TOKEN
-from tests.scenes import CHROMIUM, FLAGS, TROUBLE, Scene, make_busy, make_trouble
+from tests.scenes import CHROMIUM, FLAGS, TROUBLE, Scene, give_past, make_busy, make_trouble
 
 PAGES: Final = {
     "overview": "/",
@@ -36,6 +39,11 @@ PAGES: Final = {
 ONLY_IN: Final = {"webhook": {"trouble"}, "webhook-again": {"trouble"}, "plan": {"busy", "trouble"}}
 SCENES: Final = {"empty": lambda daemon: None, "busy": make_busy, "trouble": make_trouble}
 WIDTHS: Final = {"wide": 1280, "phone": 390}
+README: Final[dict[str, tuple[Literal["light", "dark"], str]]] = {
+    "overview": ("light", "/"),
+    "job": ("dark", "/jobs/video-004"),
+}
+IMAGES: Final = Path(__file__).parent.parent / "docs/images"
 
 
 def shoot(browser: Browser, daemon: Scene, name: str, place: Path, only: list[str]) -> None:
@@ -43,12 +51,10 @@ def shoot(browser: Browser, daemon: Scene, name: str, place: Path, only: list[st
         for width, pixels in WIDTHS.items():
             context = browser.new_context(viewport={"width": pixels, "height": 800}, color_scheme=scheme)
             page = context.new_page()
-            page.goto(f"{daemon.url}/sign-in")
             if name == "empty" and not only:
+                page.goto(f"{daemon.url}/sign-in")
                 page.screenshot(path=place / f"sign-in-{scheme}-{width}.png")
-            page.fill("input[name=token]", TOKEN)
-            page.click("main button")
-            page.wait_for_url(f"{daemon.url}/")
+            sign_in(page, daemon)
             for title, path in PAGES.items():
                 if (only and title not in only) or name not in ONLY_IN.get(title, SCENES):
                     continue
@@ -58,6 +64,28 @@ def shoot(browser: Browser, daemon: Scene, name: str, place: Path, only: list[st
                 page.wait_for_load_state("networkidle")
                 page.screenshot(path=place / f"{title}-{name}-{scheme}-{width}.png", full_page="docs" not in title)
             context.close()
+
+
+def sign_in(page: Page, daemon: Scene) -> None:
+    page.goto(f"{daemon.url}/sign-in")
+    page.fill("input[name=token]", TOKEN)
+    page.click("main button")
+    page.wait_for_url(f"{daemon.url}/")
+
+
+def shoot_for_readme() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        give_past(Path(directory))
+        with Scene(Path(directory)) as daemon, sync_playwright() as playwright:
+            make_busy(daemon)
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+            for name, (scheme, path) in README.items():
+                page = browser.new_page(viewport={"width": 1280, "height": 1120}, color_scheme=scheme)
+                sign_in(page, daemon)
+                page.goto(daemon.url + path)
+                page.wait_for_load_state("networkidle")
+                page.screenshot(path=IMAGES / f"dashboard-{name}.png")
+            browser.close()
 
 
 def make_plan(page: Page) -> None:
@@ -74,7 +102,11 @@ def main() -> None:
     options.add_argument("pages", nargs="*", choices=[[], *PAGES], help="only these")
     options.add_argument("--scene", choices=[*SCENES], help="only this one")
     options.add_argument("--to", type=Path, default=Path("build/screenshots"))
+    options.add_argument("--readme", action="store_true", help="only the pictures of the README, into docs/images")
     chosen = options.parse_args()
+    if chosen.readme:
+        shoot_for_readme()
+        return
     chosen.to.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
