@@ -1,6 +1,6 @@
-"""`python -m tests.simulation --seeds N [--seed K] [--steps M] [--jobs J]`: play seeds, tell the first that fails.
+"""`python -m tests.simulation --seeds N [--seed K] [--steps M] [--jobs J] [--failing F]`: play seeds, tell which fail.
 
-Exit code 0 where every promise held in every seed, 1 otherwise.
+It ends with the first, or the F-th, that fails. Exit code 0 where every promise held in every seed, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--steps", type=int, default=1_000, help="commands decided in each, before its closing act")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--failing", type=int, default=1, help="go on until so many have failed")
     given = parser.parse_args(arguments)
     began_s = time.perf_counter()
     fired: Counter[str] = Counter()
+    failed: list[Outcome] = []
     seeds = steps = 0
     fewest = given.steps
     told_s = began_s
@@ -40,12 +42,19 @@ def main(arguments: list[str] | None = None) -> int:
         fired.update(outcome.fired)
         fewest = min(fewest, outcome.steps)
         if outcome.broken is not None:
-            print(f"{seeds - 1} seeds held, seed {outcome.seed} failed.")
-            tell(outcome, given.steps)
-            return 1
+            failed.append(outcome)
+            print(f"seed {outcome.seed} failed: {outcome.broken}", file=sys.stderr)
+            if len(failed) == given.failing:
+                break
         if (now_s := time.perf_counter()) - told_s > TOLD_EVERY_S:
             told_s = now_s
             print(f"{seeds} of {given.seeds} seeds, {steps / (now_s - began_s):,.0f} steps/s", file=sys.stderr)
+    if failed:
+        print(f"{seeds - len(failed)} seeds held, {len(failed)} failed.")
+        for outcome in failed:
+            print(f"Seed {outcome.seed}: ", end="")
+            tell(outcome, given.steps)
+        return 1
     took_s = time.perf_counter() - began_s
     count_up(fired)
     missing = never(fired) if seeds >= ENOUGH else []

@@ -155,12 +155,16 @@ class Closing:
             self.watch.fail("S13", f"objects of deleted jobs are left: {leaked}")
 
     async def _all_time_passes(self, daemon: Daemon) -> None:
-        """Until every job is past its time, and then until every journal is."""
+        """Until every job is past its time, and then until every journal is, and what was stored at another time."""
         machine, disk = self.machine, self.machine.disk
         times = [job.expires_at or 0 for job in disk.jobs.values()]
         machine.move_clocks(wall_ms=max([*times, machine.wall()]) + DAY_MS - machine.wall())
         await self._pass(daemon)
-        times = [*disk.deleted.values(), *(event.at for event in disk.events)]
+        times = [
+            *disk.deleted.values(),
+            *(event.at for event in disk.events),
+            *(its.at for its in disk.tombstones.values()),
+        ]
         machine.move_clocks(wall_ms=max([*times, machine.wall()]) + 2 * DAY_MS - machine.wall())
         await self._pass(daemon)
 
