@@ -95,11 +95,19 @@ def test_a_bug_is_found_and_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         return {}
 
     monkeypatch.setattr(Actor, "_write", write)
-    assert program.main(["--seeds", "3", "--steps", "50"]) == 1
+    assert program.main(["--seeds", "3", "--steps", "50", "--failing", "2"]) == 1
     told = capsys.readouterr().out
+    assert "0 seeds held, 2 failed" in told
+    assert (told.count("Seed 0: "), told.count("Seed 1: "), told.count("Seed 2: ")) == (1, 1, 0)
     assert "S6 broke" in told
     assert "With nothing but the faults [] and the mishaps []" in told
     assert "is not on the disk" in told
+
+
+def test_what_was_stored_by_a_clock_that_went_back_has_its_time_too() -> None:
+    """Seed 7307: stored and deleted 45 days ahead, it waited for that time, and the closing act ended before it."""
+    matters = {"kill", "reboot", "long wall step", "boot step back", "artefacts flaky", "artefacts slow"}
+    assert simulate(7307, STEPS, without=frozenset(FAULTS) - matters).broken is None
 
 
 def test_what_matters_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
