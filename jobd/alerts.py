@@ -80,6 +80,7 @@ class Failing(Protocol):
 class Condition(Struct, frozen=True):
     """One alert as it is now. `value` and `threshold` are numbers of jobs or issues, seconds, times, 1 for not healthy.
 
+    `hint` says what to look at where it fires, `quiet` what is so where it does not (None: the hint holds then, too).
     Once it fires it does so until `value` is no longer above `calm`, where that is given, and below the threshold.
     """
 
@@ -87,6 +88,7 @@ class Condition(Struct, frozen=True):
     value: float
     threshold: float
     hint: str
+    quiet: str | None = None
     calm: float | None = None
 
 
@@ -155,13 +157,14 @@ class Alerts:
         if name in self._since and condition.calm is not None:
             limit = condition.calm
         firing = condition.value > limit
+        hint = condition.hint if firing or condition.quiet is None else condition.quiet
         told = {"alert": name, "value": condition.value, "threshold": condition.threshold}
         if firing and name not in self._since:
             self._since[name] = now
-            log.warning("alert_firing", **told, hint=condition.hint)
+            log.warning("alert_firing", **told, hint=hint)
         elif not firing and name in self._since:
             log.info("alert_resolved", **told, since=self._since.pop(name))
-        return AlertView(name, firing, self._since.get(name), condition.value, condition.threshold, condition.hint)
+        return AlertView(name, firing, self._since.get(name), condition.value, condition.threshold, hint)
 
     def _conditions(self, at: Moment) -> Iterator[Condition]:
         yield self._stuck()
@@ -174,29 +177,36 @@ class Alerts:
         yield self._webhook()
 
     def _stuck(self) -> Condition:
-        recovered = self._book.figures.since_report.recovered
-        hint = (
-            f"{len(self._book.stuck)} jobs are stuck now, {recovered} were recovered since the last pass. "
-            "Look for workers that crash or hang: jobctl workers, jobctl timeline ID"
-        )
-        return Condition("stuck_jobs", len(self._book.stuck) + recovered, self.thresholds.stuck_jobs, hint)
+        stuck, recovered = len(self._book.stuck), self._book.figures.since_report.recovered
+        quiet = f"{stuck} jobs are stuck now, {recovered} were recovered since the last pass."
+        hint = f"{quiet} Look for workers that crash or hang: jobctl workers, jobctl timeline ID"
+        return Condition("stuck_jobs", stuck + recovered, self.thresholds.stuck_jobs, hint, quiet)
 
     def _processing(self) -> Condition:
         hint = "More work runs at once than is usual here. Compare with your workers: jobctl workers, jobctl locks"
         value, threshold = self._book.totals["processing"], self.thresholds.processing_jobs
-        return Condition("processing_jobs", value, threshold, hint)
+        quiet = f"Jobs in processing: {value}, no more than is usual here."
+        return Condition("processing_jobs", value, threshold, hint, quiet)
 
     def _average(self, at: Moment) -> Condition:
         value = average_processing_s(self._book, self._book.figures, at)
         threshold = self.thresholds.average_processing_ms / SECOND_MS
         hint = "Jobs take longer than is usual here (seconds on average, last hour). Look at the oldest: jobctl stats"
-        return Condition("average_processing", value, threshold, hint)
+        quiet = "No job took any time in the last hour."
+        if value:
+            quiet = f"Jobs take no longer than is usual here: {value:g} s on average (last hour)."
+        return Condition("average_processing", value, threshold, hint, quiet)
 
     def _pass_issues(self) -> Condition:
         report = self._cleanup.last_report
-        value = 0 if report is None else report.validation_issues_found
-        hint = "The last cleanup pass found many bad rows. The log names them; see one with: jobctl validate ID"
-        return Condition("pass_issues", value, self.thresholds.pass_issues, hint)
+        value, quiet = 0, "No cleanup pass has ended yet."
+        where = "The log names them; see one with: jobctl validate ID"
+        if report is not None:
+            value, quiet = report.validation_issues_found, "The last cleanup pass found no bad rows."
+        if value:
+            quiet = f"The last cleanup pass found few bad rows (issues: {value}). {where}"
+        hint = f"The last cleanup pass found many bad rows. {where}"
+        return Condition("pass_issues", value, self.thresholds.pass_issues, hint, quiet)
 
     def _granted_twice(self, at: Moment) -> Condition:
         overlaps = self._book.figures.overlaps
@@ -216,16 +226,17 @@ class Alerts:
         self.paces = self._book.figures.paces.view(at.now)
         threshold = self.thresholds.slower_than_usual
         slower = [found for pace in self.paces if (found := _times(pace)) is not None]
-        value, hint = 0.0, "No kind of job is known to take longer than usual."
+        value, quiet, hint = 0.0, "No kind of job is known to take longer than usual.", ""
         if slower:
             value, pace, last_s, usual_s = max(slower, key=lambda found: found[0])
             kind = f"kind {pace.kind}" if pace.kind else "no kind"
-            hint = (
+            quiet = (
                 f"Jobs of {kind} take {last_s:g} s (95 of 100, last hour, {pace.completed} jobs); "
-                f"usual is {usual_s:g} s. "
-                "Look at what they wait for: the machine, the disk, a service; then at the oldest: jobctl stats"
+                f"usual is {usual_s:g} s."
             )
-        return Condition("slower_than_usual", value, threshold, hint, calm=threshold * CALM)
+            look = "Look at what they wait for: the machine, the disk, a service; then at the oldest: jobctl stats"
+            hint = f"{quiet} {look}"
+        return Condition("slower_than_usual", value, threshold, hint, quiet, calm=threshold * CALM)
 
     def _unhealthy(self) -> Iterator[Condition]:
         """By the last measured health; while there is none, nothing is known to be wrong."""
@@ -242,12 +253,14 @@ class Alerts:
         """Seconds that the one has been failing that fails for longest."""
         threshold, worst = self.thresholds.webhook_failing_ms / SECOND_MS, self.failing_webhook()
         if worst is None:
-            return Condition("webhook_failing", 0, threshold, "Every webhook takes what it is told.")
+            return Condition("webhook_failing", 0, threshold, "No webhook fails.")
+        value, tried = worst.for_ms // SECOND_MS, f"The last try: {worst.error}"
         hint = (
             f"Webhook {worst.name} takes nothing. What it should be told is kept and tried again; "
-            f"look with: jobctl webhooks. The last try: {worst.error}"
+            f"look with: jobctl webhooks. {tried}"
         )
-        return Condition("webhook_failing", worst.for_ms // SECOND_MS, threshold, hint)
+        quiet = f"Webhook {worst.name} has taken nothing for {value} s; it is tried again. {tried}"
+        return Condition("webhook_failing", value, threshold, hint, quiet)
 
 
 def _times(pace: KindPace) -> tuple[float, KindPace, float, float] | None:

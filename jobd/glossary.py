@@ -308,7 +308,7 @@ FIELDS: Final = {
     "grants": "One grant for each job; none where no job is due.",
     "groups": "The groups, the largest first.",
     "heldJobs": "Finished jobs past their time that are kept while the clock is in doubt: accepted, it deletes them.",
-    "hint": "What to look at.",
+    "hint": "What to look at; while the alert does not fire, what is so.",
     "held": "How many jobs it holds.",
     "id": "The job's id; of a delivery: its number; of a backup: what who asked for it calls it.",
     "idempotency_key": "As the header `Idempotency-Key`: of create, bulk, start, claim, cancel.",

@@ -41,6 +41,45 @@ async def test_a_quiet_daemon_fires_nothing_and_names_every_alert() -> None:
 
 
 @in_virtual_time
+async def test_what_an_alert_says_while_it_is_quiet_is_so() -> None:
+    """Each fires, or not, by its threshold alone: the same figures, and two sentences."""
+    failing = Failing()
+    async with Household() as house:
+        alerts = alerts_of(house)
+        alerts.failing_webhook = lambda: failing
+        assert one(alerts, "pass_issues").hint == "No cleanup pass has ended yet."
+        assert one(alerts, "average_processing").hint == "No job took any time in the last hour."
+        house.keep()
+        await house.cleaner.run_pass(forced=True)
+        assert one(alerts, "pass_issues").hint == "The last cleanup pass found no bad rows."
+        for _ in range(HOURS_NEEDED):
+            work(house, "film", 1000)
+            await seconds(3600)
+        work(house, "film", 1500)
+        await house.held("a", lock_ttl_ms=HOUR_MS)
+        await seconds(2)
+        house.book.figures.since_report.recovered = 1
+        report = house.cleaner.last_report
+        assert report is not None
+        house.cleaner.last_report = replace(report, validation_issues_found=1)
+        quiet = {alert.name: alert for alert in alerts.evaluate()}
+        alerts.thresholds = Thresholds(0, 0, 0, 0, slower_than_usual=1, webhook_failing_ms=0)
+        loud = {alert.name: alert for alert in alerts.evaluate()}
+        for name in NAMES:
+            if loud[name].firing:
+                assert not quiet[name].firing, name
+                assert quiet[name].value == loud[name].value > 0, name
+                assert quiet[name].hint != loud[name].hint, name
+        assert {name for name in NAMES if not loud[name].firing} == {"granted_twice", "database", "cache"}
+        for name in ("stuck_jobs", "processing_jobs", "average_processing", "slower_than_usual"):
+            assert "Look" not in quiet[name].hint
+            assert "More work" not in quiet[name].hint
+        assert quiet["average_processing"].hint.startswith("Jobs take no longer than is usual here: 2 s")
+        assert "few bad rows" in quiet["pass_issues"].hint
+        assert quiet["webhook_failing"].hint.startswith("Webhook billing has taken nothing for 300 s;")
+
+
+@in_virtual_time
 async def test_stuck_jobs_count_now_and_as_recovered_since_the_last_pass() -> None:
     async with Household() as house:
         alerts = alerts_of(house)
