@@ -54,6 +54,7 @@ from jobd.commands import (
     AuditLog,
     Cancel,
     Command,
+    Cursor,
     Delete,
     Export,
     ExtendLock,
@@ -72,6 +73,7 @@ from jobd.commands import (
     Refusal,
     ReleaseLock,
     Resume,
+    RowCursor,
     RunNow,
     Search,
     Stats,
@@ -131,13 +133,13 @@ class Deliveries(Command, frozen=True, kw_only=True):
     name: WebhookName
     state: DeliveryState | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
-    cursor: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$(?!\n)")] | None = None
+    cursor: Cursor | None = None
 
 
 class RowsAsked(Command, frozen=True, kw_only=True):
     """Go on with the walk over all rows. `cursor` is the `next_cursor` of the call before."""
 
-    cursor: Annotated[str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)")] | None = None
+    cursor: RowCursor | None = None
 
 
 class DeliverAgain(Command, frozen=True, kw_only=True):

@@ -18,18 +18,25 @@ from msgspec.structs import FieldInfo, asdict
 from jobd.commands import (
     MAX_NAMES,
     MAX_PLAN,
+    BackupId,
     Bulk,
     Claim,
     Command,
     Complete,
     Create,
+    Cursor,
+    Fingerprint,
     Import,
     MakePlan,
+    PlanCursor,
     Refusal,
+    RowCursor,
     Transition,
     Updates,
+    WorkerCursor,
 )
-from jobd.job import EARLIEST_MS, ID_PATTERN, Place, is_job_id, storage_key_fault
+from jobd.job import EARLIEST_MS, ID_PATTERN, Code, Kind, Place, Worker, is_job_id, storage_key_fault
+from jobd.webhook import WebhookName
 from jobd.weighing import BIG_BODY, Scale, TooLong, TooMuch
 
 MAX_QUERY_FIELDS: Final = 50
@@ -48,10 +55,18 @@ _TYPES: Final = {
     "array": "a list",
     "object": "a JSON object",
 }
-_PATTERNS: Final = {
+_PATTERN_WORDS: Final[dict[str, tuple[Any, ...]]] = {
+    "text without NUL characters": (Place,),
+    "text without control characters": (Kind, Worker, Code),
+    "the `next_cursor` of the page before": (Cursor, WorkerCursor, RowCursor),
+    "the `next_cursor` of the plan before": (PlanCursor,),
+    "12 hexadecimal digits, as `jobctl failures` shows them": (Fingerprint,),
+    "1 to 64 characters of A-Z a-z 0-9 . _ -": (BackupId,),
+    "1 to 100 characters of A-Z a-z 0-9 . _ : -": (WebhookName,),
+}
+_PATTERNS: Final[dict[str, str]] = {
     ID_PATTERN: "1 to 200 characters of A-Z a-z 0-9 . _ : -",
-    get_args(Place)[1].pattern: "text without NUL characters",
-    r"^[0-9]{1,18}$": "the next_cursor of the page before",
+    **{get_args(kind)[1].pattern: words for words, kinds in _PATTERN_WORDS.items() for kind in kinds},
 }
 
 
@@ -372,10 +387,11 @@ def _first(annotation: Any, wanted: Any) -> Any:
 
 
 def _choices(annotation: Any) -> list[str]:
+    """The words that may be chosen. That a form may send none, too, is nothing to say."""
     literals = [part for part in _parts(annotation) if get_origin(part) is Literal]
-    return [str(choice) for literal in literals for choice in get_args(literal)]
+    return [str(choice) for literal in literals for choice in get_args(literal) if choice != ""]
 
 
 def _pattern_words(annotation: Any) -> str:
     metas = [part for part in _parts(annotation) if isinstance(part, msgspec.Meta) and part.pattern is not None]
-    return _PATTERNS.get(str(metas[0].pattern), "text without control characters") if metas else "other text"
+    return _PATTERNS.get(str(metas[0].pattern), "other text") if metas else "other text"

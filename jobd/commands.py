@@ -101,7 +101,10 @@ MAX_OPERATOR: Final = 64
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
 Cursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$(?!\n)")]
 WorkerCursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220)]  # when one spoke last, and its name
+RowCursor = Annotated[str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)")]  # a table, and a row of it
+PlanCursor = Annotated[str, Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)")]  # a status, and a job of it
 PageLimit = Annotated[int, Meta(ge=1, le=MAX_PAGE)]
+BackupId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)")]
 
 
 class Command(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -425,9 +428,6 @@ class Filter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     finished_until: MomentMs | None = None
     q: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)] | None = None
     error: Fingerprint | None = None
-
-
-PlanCursor = Annotated[str, Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)")]
 
 
 class MakePlan(Command, frozen=True, kw_only=True):

@@ -10,18 +10,18 @@ import contextlib
 import secrets
 from collections import deque
 from collections.abc import Coroutine
-from typing import Annotated, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
 from aiohttp import web
 from aiohttp.streams import StreamReader
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from jobd.answers import Answer, Imported
 from jobd.batch import DiskFull, NoBackup
 from jobd.bodies import Limits, Refused, Shape, refused
-from jobd.commands import Command, Import, Refusal
+from jobd.commands import BackupId, Command, Import, Refusal
 from jobd.job import is_job_id
 from jobd.replies import PATIENCE_S, SAFE
 from jobd.visits import Visit, in_parts
@@ -234,9 +234,6 @@ def _id_of(line: bytes) -> str | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return job_id if is_job_id(job_id) else None
-
-
-BackupId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)")]
 
 
 class BackupAsked(Command, frozen=True, kw_only=True):

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from jobd.bodies import Limits, Refused, Shape, part_of, path_value
+from jobd.admin_api import Deliveries, RowsAsked
+from jobd.bodies import Limits, Refused, Shape, explain, part_of, path_value
 from jobd.commands import (
+    AuditLog,
     Bulk,
     Cancel,
     Claim,
@@ -21,15 +23,23 @@ from jobd.commands import (
     Create,
     Extend,
     Fail,
+    Filter,
     Import,
     List,
+    MakePlan,
     Pause,
     Progress,
     Refusal,
+    Search,
     Start,
     Transition,
     Update,
+    Updates,
 )
+from jobd.dashboard.pages import WorkersPage
+from jobd.dashboard.webhooks import WebhookPage
+from jobd.job import Backoff
+from jobd.streams import BackupAsked
 from jobd.weighing import MANY_KEYS
 
 LIMITS = Limits()
@@ -391,6 +401,51 @@ def test_a_query_gives_a_command() -> None:
 def test_a_parameter_that_is_not_taken_is_named(query: str, field: str) -> None:
     no = query_refusal(query)
     assert (no.code, no.details) == ("invalid_request", {"field": field})
+
+
+@pytest.mark.parametrize(
+    ("command", "query", "words"),
+    [
+        (List, "cursor=zzz", "the `next_cursor` of the page before"),
+        (AuditLog, "cursor=x", "the `next_cursor` of the page before"),
+        (WorkersPage, "seen=x", "the `next_cursor` of the page before"),
+        (RowsAsked, "cursor=x", "the `next_cursor` of the page before"),
+        (Search, "error=zz", "12 hexadecimal digits, as `jobctl failures` shows them"),
+        (BackupAsked, "id=a/b", "1 to 64 characters of A-Z a-z 0-9 . _ -"),
+        (Deliveries, "name=a/b", "1 to 100 characters of A-Z a-z 0-9 . _ : -"),
+        (WebhookPage, "name=a&state=sent", "one of waiting, delivered, given_up"),
+        (Search, "status=gone", "one of queued, processing, completed, failed, cancelled"),
+    ],
+)
+def test_what_a_parameter_must_be_is_said_in_its_own_words(command: type[Command], query: str, words: str) -> None:
+    with pytest.raises(Refused) as no:
+        Shape(command, None, LIMITS).from_query(query)
+    field = query.rpartition("&")[2].partition("=")[0]
+    assert no.value.refusal.message == f"`$.{field}`: must be {words}."
+
+
+def test_a_plan_says_what_its_filter_and_its_cursor_must_be() -> None:
+    shape = Shape(MakePlan, None, LIMITS)
+    no = refusal(shape, b'{"action":"retry","filter":{"error":"zz"}}')
+    assert no.message == "`$.filter.error`: must be 12 hexadecimal digits, as `jobctl failures` shows them."
+    no = refusal(shape, b'{"action":"retry","cursor":"1"}')
+    assert no.message == "`$.cursor`: must be the `next_cursor` of the plan before."
+
+
+def _heirs(kind: type[Any]) -> set[type[Any]]:
+    return {kind}.union(*(_heirs(heir) for heir in kind.__subclasses__()))
+
+
+def test_every_pattern_that_a_text_must_have_is_put_into_words() -> None:
+    commands: list[Any] = [*_heirs(Command), Filter, Updates, Backoff]
+    seen = 0
+    for command in commands:
+        for info in msgspec.structs.fields(command):
+            if "pattern=" in repr(info.type):
+                fault = f"Expected `str` matching regex 'x' - at `$.{info.encode_name}`"
+                assert "other text" not in explain(fault, command).refusal.message, (command, info.name)
+                seen += 1
+    assert seen > 60
 
 
 def test_a_query_cannot_give_what_the_path_gives() -> None:
