@@ -12,7 +12,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from jobd.commands import AuditLog, Export, Filter, Import, Json, List, PlanAction
 from jobd.events import EventView
-from jobd.job import Backoff
+from jobd.job import Backoff, Job
 
 
 class LockView(Struct, frozen=True):
@@ -697,10 +697,11 @@ class Done(Struct, frozen=True):
 
 class Look(Struct, frozen=True):
     """A read of history: timeline (the latest `events` of it) or late results of the job with this seq, a page of jobs
-    of either kind, or of the audit log."""
+    of either kind, or of the audit log. `ended`: a finished job, of which the timeline is asked who ended it."""
 
     timeline: int | None = None
     events: int | None = None
+    ended: Job | None = None
     late: int | None = None
     page: List | None = None
     export: Export | None = None

@@ -238,7 +238,7 @@ FIELDS: Final = {
     "backups": "The backups, newest first.",
     "backoff": "How long a failed attempt waits for the next.",
     "base_ms": "The first wait.",
-    "because": "Why, in words.",
+    "because": "Why, in words; of a finished job also who ended it and the reason they gave, while its timeline tells.",
     "blocked_by": "What keeps it from running, or null.",
     "bytes_done": "So many are copied; when it is sent: sent.",
     "bytes_total": "Of so many, or null.",

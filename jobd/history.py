@@ -14,16 +14,18 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd import views
-from jobd.answers import Answer, AuditPage, AuditView, ExportPage, JobPage, LateResultList, Look, TimelineView
+from jobd.answers import Answer, AuditPage, AuditView, ExportPage, JobPage, LateResultList, Look, TimelineView, WhyView
 from jobd.batch import AuditQuery, AuditRows, Disk, LateAsked, Page, Query
 from jobd.commands import AuditLog, Export, List, Moment, Refusal, Search
 from jobd.envelope import Asked
 from jobd.events import view
-from jobd.job import Policy
+from jobd.job import Job, Policy
+from jobd.why import ending
 
 log = structlog.get_logger("jobd.actor")
 
 AT_ONCE: Final = 4
+SINCE_THE_END: Final = 100  # of a finished job's latest events: few come after that which ended it
 SLICE: Final = 250  # rows that are compared in one go where that takes its time
 # Where few jobs match, a page is looked for slice by slice, until so many rows or so much time are spent.
 MOST_LOOKED: Final = 2_000_000
@@ -65,6 +67,8 @@ class History:
             if look.page is not None:
                 page = await self._found(_query(look.page))
                 answer.data, answer.looked = self._shown(page, policy, admin=asked.call.admin), page.looked
+            elif look.ended is not None:
+                answer.data = await self._with_ending(answer.data, look.ended)
             else:
                 async with self._places:
                     answer.data = await self._seen(look)
@@ -84,6 +88,11 @@ class History:
             return LateResultList([views.late_view(late) for late in known.results.get(look.late, [])])
         assert look.audit is not None
         return _told(await self._disk.audit(_asked(look.audit)))
+
+    async def _with_ending(self, why: WhyView, job: Job) -> WhyView:
+        """`why` with who ended the job: the row does not say, the timeline does."""
+        async with self._places:
+            return replace(why, because=ending(job, await self._disk.timeline(job.seq, SINCE_THE_END)))
 
     async def _found(self, query: Query) -> Page:
         """A page, slice by slice: no batch waits for more than one, and everybody has the loop in between."""

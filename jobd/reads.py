@@ -36,6 +36,7 @@ from jobd.commands import (
     Workers,
 )
 from jobd.draft import Draft
+from jobd.job import FINISHED
 from jobd.validation import validate
 from jobd.why import explain
 
@@ -81,7 +82,8 @@ def _of_job(draft: Draft, command: OfJob) -> Answer | Refusal:
         case LateResults():
             return Answer(LateResultList([]), look=Look(late=job.seq))
         case Why():
-            return Answer(explain(job, draft.book, draft.at, draft.policy))
+            ended = Look(ended=job) if job.status in FINISHED else None
+            return Answer(explain(job, draft.book, draft.at, draft.policy), look=ended)
         case Validate():
             found = validate(job, draft.at, draft.policy)
             if not draft.call.admin:

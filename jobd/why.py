@@ -5,13 +5,20 @@ Pure reading. Every job that is not finished has a next thing that will happen t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 from msgspec.structs import replace
 
 from jobd.answers import Next, WhyView
 from jobd.book import Book
-from jobd.commands import Moment
+from jobd.commands import NO_REASON, Moment
+from jobd.events import Event
 from jobd.job import Grant, Job, LateResult, Lease, Policy
 from jobd.steps import in_words
+
+# What ends a job by somebody's hand. Of the others (stalled, expired) the message says all.
+_BY_HAND: Final = frozenset({"completed", "adopted", "cancelled", "force_failed", "transitioned", "imported"})
 
 
 def explain(job: Job, book: Book, at: Moment, policy: Policy) -> WhyView:
@@ -120,16 +127,51 @@ def _finished(job: Job, at: Moment) -> WhyView:
     deleted = None
     if job.expires_at is not None:
         deleted = Next("A cleanup pass deletes it.", max(job.expires_at, at.now), "retention")
-    message = job.error.message if job.error else None
     match job.status:
         case "completed":
-            return WhyView("completed", "It was completed; that is final.", deleted, None, [])
+            return WhyView("completed", ending(job), deleted, None, [])
         case "failed":
             do = [f"Mend the cause, then run it again: jobctl force-reset {job.id}"]
-            return WhyView("failed", f"It failed: {message or 'without a message.'}", deleted, None, do)
+            return WhyView("failed", ending(job), deleted, None, do)
         case "cancelled":
             do = [f"If it is wanted after all: jobctl force-reset {job.id}"]
-            return WhyView("cancelled", "It was cancelled.", deleted, None, do)
+            return WhyView("cancelled", ending(job), deleted, None, do)
         case _:
             do = ["Correct the row with the daemon stopped, then: jobd doctor --accept ID"]
             return WhyView(job.status, f"Status {job.status} is unknown, so no rule applies to it.", None, None, do)
+
+
+def ending(job: Job, events: Sequence[Event] = ()) -> str:
+    """How a finished job ended; by whom, and why they said, as far as its latest events tell."""
+    end = next((event for event in reversed(events) if event.after == job.status != event.before), None)
+    if job.status == "failed":
+        return _failed(job, end)
+    how = job.status if end is None or end.type not in _BY_HAND else _by_hand(end)
+    return f"It was {how}; that is final." if job.status == "completed" else f"It was {how}."
+
+
+def _failed(job: Job, end: Event | None) -> str:
+    message = (job.error.message if job.error else None) or "without a message."
+    if end is not None and end.type == "failed":
+        return f"It failed at {_who(end.by)}: {message}"
+    if end is None or end.type not in _BY_HAND:
+        return f"It failed: {message}"
+    is_said = message in (end.reason, NO_REASON)
+    return f"It was {_by_hand(end)}." if is_said else f"It was {_by_hand(end)}. Its error: {message}"
+
+
+def _by_hand(end: Event) -> str:
+    """`cancelled by operator ana: no longer needed`."""
+    how = f"imported as {end.after}" if end.type == "imported" else str(end.after)
+    if end.type == "adopted":
+        how += f" with a late result of worker {(end.details or {}).get('worker')}"
+    reason = f": {end.reason.removesuffix('.')}" if end.reason not in (None, "", NO_REASON) else ""
+    return f"{how} by {_who(end.by)}{reason}"
+
+
+def _who(by: str) -> str:
+    """The `by` of an event in words."""
+    kind, _, name = by.partition(":")
+    if not name:
+        return {"admin": "an operator", "client": "a client"}.get(kind, kind)
+    return f"{'operator' if kind == 'admin' else kind} {name}"

@@ -1809,6 +1809,7 @@ async def test_late_results_outlive_the_daemon_and_are_read_when_asked_for() -> 
         (late,) = (await house.yes(LateResults(id="a"), admin=True)).late_results
         assert (late.worker, late.file_path, bytes(late.metadata)) == ("w-1", "/out", b'{"n": 1}')
         assert "jobctl adopt a" in (await house.yes(Why(id="a"))).do[0]
+        assert (await house.yes(Why(id="a"))).because == "It was failed by a client."
         again = await house.no(done(lock_id, metadata=Raw(b'{"n": 1}')))
         assert again.details["late_result"] == late.seq
         assert (await house.no(Adopt(id="a", result=late.seq + 1))).code == "late_result_not_found"

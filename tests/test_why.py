@@ -7,9 +7,23 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd.answers import Next, WhyView
-from jobd.commands import Cancel, Fail, Import, Pause, Recover, Release, Why
+from jobd.answers import Answer, Look, Next, WhyView
+from jobd.commands import (
+    Adopt,
+    Cancel,
+    Complete,
+    Fail,
+    ForceFail,
+    Import,
+    Pause,
+    Recover,
+    Release,
+    Transition,
+    Updates,
+    Why,
+)
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS
+from jobd.why import ending
 from tests.desk import NOW, Desk
 
 TTL = 15 * MINUTE_MS
@@ -148,6 +162,67 @@ def test_finished(desk: Desk) -> None:
     assert (view.state, view.because, view.blocked_by) == ("cancelled", "It was cancelled.", None)
     assert view.do == ["If it is wanted after all: jobctl force-reset c"]
     assert at_and_rule(view) == (desk.now + 7 * DAY_MS, "retention")
+
+
+@pytest.mark.parametrize(
+    ("command", "by", "said"),
+    [
+        (Cancel(id="a", reason="Not wanted."), "admin:ana", "It was cancelled by operator ana: Not wanted."),
+        (Cancel(id="a"), "client", "It was cancelled by a client."),
+        (Cancel(id="a"), "admin", "It was cancelled by an operator."),
+        (ForceFail(id="a", reason="hangs"), "admin:ana", "It was failed by operator ana: hangs."),
+        (ForceFail(id="a"), "admin:ana", "It was failed by operator ana."),
+        (Transition(id="a", from_="queued", to="failed", updates=Updates(error_message="no disk"), reason="swap"),
+         "admin:ana", "It was failed by operator ana: swap. Its error: no disk"),
+        (Transition(id="a", from_="queued", to="cancelled", reason="twice"),
+         "admin:ana", "It was cancelled by operator ana: twice."),
+        (Import(id="b", status="failed", error_message="m"), "admin:x",
+         "It was imported as failed by operator x. Its error: m"),
+        (Import(id="b", status="completed"), "admin", "It was imported as completed by an operator; that is final."),
+    ],
+)  # fmt: skip
+def test_by_whom_it_was_ended_and_why(desk: Desk, command: Any, by: str, said: str) -> None:
+    desk.create()
+    desk.yes(command, by=by)
+    answer = desk.ask(Why(id=command.id))
+    assert isinstance(answer, Answer)
+    assert answer.look == Look(ended=desk.job(command.id))
+    assert ending(desk.job(command.id), desk.events) == said
+
+
+def test_by_which_worker_it_was_ended(desk: Desk) -> None:
+    desk.completed()
+    assert ending(desk.job(), desk.events) == "It was completed by worker w-1; that is final."
+    desk.yes(Fail(id="b", lock_id=desk.held("b"), error_message="boom"), by="worker:w-1")
+    assert ending(desk.job("b"), desk.events) == "It failed at worker w-1: boom"
+
+
+def test_what_comes_after_the_end_ended_nothing(desk: Desk) -> None:
+    """A late result, and who adopted it."""
+    lock_id = desk.held()
+    desk.yes(Cancel(id="a", reason="stop"), by="admin:ana")
+    desk.no(Complete(id="a", lock_id=lock_id, file_path="/out"), "lock_lost", by="worker:w-1")
+    assert desk.events[-1].type == "late_result"
+    assert ending(desk.job(), desk.events) == "It was cancelled by operator ana: stop."
+    assert ending(desk.job(), desk.events[-1:]) == "It was cancelled."
+    desk.yes(Adopt(id="a", reason="It is good."), by="admin:bob")
+    adopted = "It was completed with a late result of worker w-1 by operator bob: It is good; that is final."
+    assert ending(desk.job(), desk.events) == adopted
+
+
+def test_of_a_stall_the_message_says_all(desk: Desk) -> None:
+    desk.held(on_stall="fail", stuck_after_ms=0)
+    desk.passes(HOUR_MS)
+    desk.yes(Recover(limit=9), by="recovery")
+    assert ending(desk.job(), desk.events) == why(desk).because
+    assert why(desk).because.startswith("It failed: Worker w-1 reported no progress for 30 min")
+
+
+def test_only_of_finished_jobs_the_timeline_is_asked(desk: Desk) -> None:
+    desk.create()
+    answer = desk.ask(Why(id="a"))
+    assert isinstance(answer, Answer)
+    assert answer.look is None
 
 
 def test_rows_from_elsewhere(desk: Desk) -> None:
