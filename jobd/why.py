@@ -109,11 +109,10 @@ def _next_of(grant: Grant, lease: Lease, at: Moment) -> Next:
     if lease.is_live(at.lease) and lease.expires < lease.stuck:
         what = f"The lock expires, unless worker {grant.worker} extends it or reports progress."
         return Next(what, at.wall(lease.expires), "lock expiry")
-    rule = "stuck_after"
-    if lease.ceiling is not None and lease.stuck == lease.ceiling:
-        rule = "max_processing"
-    what = f"It counts as stuck and is recovered, unless worker {grant.worker} is heard of."
-    return Next(what, at.wall(lease.stuck), rule)
+    what = f"It counts as stuck and is recovered, unless worker {grant.worker}"
+    if lease.ceiling is not None and lease.stuck == lease.ceiling:  # which more time for the lock does not move
+        return Next(f"{what} reports progress or ends it.", at.wall(lease.stuck), "max_processing")
+    return Next(f"{what} is heard of.", at.wall(lease.stuck), "stuck_after")
 
 
 def _advice(job: Job, grant: Grant) -> list[str]:

@@ -1293,6 +1293,32 @@ async def test_the_call_of_a_deed_does_what_its_button_does(town: Town, verb: st
         assert timeline.data["events"][-1]["by"] == "admin"
 
 
+@pytest.mark.parametrize("verb", ["extend", "release"])
+async def test_who_copies_a_call_about_a_lock_is_told_where_its_secret_is(town: Town, verb: str) -> None:
+    lock = await town.held()
+    page = text(await (await town.browser()).get(f"/jobs/held/confirm?verb={verb}"))
+    told = re.findall(r"For <code>LOCK_ID</code> put .*<code>(curl .*?)</code>", page)[0]
+    heard = await town.admin.ask("GET", html.unescape(told).rpartition("http://localhost")[2], headers=AUTH)
+    assert heard.data["lock"]["lock_id"] == lock
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"stuck_after_ms": 0},
+            ["as soon as its lock expires", "back to its queue at progress 0 or with attempts left"],
+        ),
+        ({"on_stall": "requeue", "stuck_after_ms": 90_000}, ["after 1 min 30 s of silence", "back to its queue <span"]),
+        ({"on_stall": "fail", "max_stalls": 7}, ["above 7 it fails", "it fails <span"]),
+    ],
+)
+async def test_what_silence_leads_to_is_said_in_words(town: Town, fields: dict[str, Any], said: list[str]) -> None:
+    await town.do("jobs", id="a", **fields)
+    page = text(await (await town.browser()).get("/jobs/a"))
+    assert [words for words in said if words not in page] == []
+
+
 async def test_a_job_is_run_now_and_a_finished_one_deleted(town: Town) -> None:
     await town.do("jobs", id="late", delay_ms=3_600_000)
     browser = await town.browser()

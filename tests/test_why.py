@@ -128,7 +128,12 @@ def test_past_the_ceiling_nobody_is_told_to_report(desk: Desk) -> None:
 def test_the_ceiling_is_named(desk: Desk) -> None:
     desk.held(stuck_after_ms=HOUR_MS, max_processing_ms=TTL + 1)
     desk.passes(TTL)
-    assert at_and_rule(why(desk)) == (NOW + TTL + 1, "max_processing")
+    view = why(desk)
+    assert at_and_rule(view) == (NOW + TTL + 1, "max_processing")
+    assert view.next is not None
+    assert view.next.what.endswith("unless worker w-1 reports progress or ends it."), (
+        "more time for the lock is no help"
+    )
 
 
 def test_a_processing_row_that_nobody_holds(desk: Desk) -> None:

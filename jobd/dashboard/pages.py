@@ -247,6 +247,7 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
         "lost": len(await _late_results(guest, wanted.id)) if deed.to == "gone" else 0,
         "no_link": partial(why_no_link, own=own_hosts(guest)),
         "curl": curl(deed, Chosen(wanted.id, result=None if late is None else late.seq), base_url(guest)),
+        "base": base_url(guest),
         "deed": deed,
         "can": can(deed, view, guest.now),
         "seen": found.version,
