@@ -227,6 +227,20 @@ async def test_a_session_is_kept_where_no_script_and_no_other_site_gets_at_it(to
     assert "Secure" in heard.headers["set-cookie"].split("; ")
 
 
+async def test_behind_a_proxy_that_speaks_tls_calls_are_shown_as_they_have_to_be_sent(town: Town) -> None:
+    """A look of a browser tells no Origin, and X-Forwarded-Proto may be anybody's."""
+    await town.do("jobs", id="a")
+    plain = await town.browser()
+    looked = text(await plain.get("/jobs/a", Host="localhost", X_Forwarded_Proto="https"))
+    assert "http://localhost/admin/job-management/jobs/a" in looked
+    behind = Browser(town.admin)
+    await behind.post("/sign-in", {"Origin": "https://localhost", "Host": "localhost"}, token=TOKEN)
+    for place in ("/jobs/a", "/jobs/a/confirm?verb=cancel"):
+        looked = text(await behind.get(place, Host="localhost"))
+        assert "https://localhost/admin/job-management/jobs/a" in looked
+        assert "http://localhost" not in looked
+
+
 async def test_over_tls_the_cookie_goes_nowhere_else(town: Town, tmp_path: Path) -> None:
     server, client = await tls_pair(tmp_path)
     [(_, port)] = await town.admin.listener.open_tcp("127.0.0.1", 0, tls=server)

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from jobd.answers import Answer
 from jobd.commands import Command, Note, Operator
-from jobd.dashboard.guests import Form, Guest, cookie, is_renewal, set_cookie, target_of
+from jobd.dashboard.guests import Form, Guest, cookie, is_renewal, is_secure, set_cookie, target_of
 from jobd.dashboard.paint import HEADERS, HTML, go_to
 from jobd.dashboard.sessions import LONGEST_S, Brake, Comings, Session, Sessions
 from jobd.doors import operator_name
@@ -65,7 +65,7 @@ class Entrance:
         """No secret of a session is in this form, as there is none yet. What another site could gain by sending it is
         that somebody is signed in with a token that this site knows; and the gate has looked at Origin."""
         address, name = address_of(visit), operator_name(asked.name)
-        opened = self._sessions.sign_in(asked.token.strip(), name)
+        opened = self._sessions.sign_in(asked.token.strip(), name, by_tls=is_secure(visit))
         if opened is None:
             return await self._refuse(site, asked, Operator(name or NOBODY, address))
         secret, session = opened

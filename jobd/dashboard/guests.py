@@ -147,12 +147,14 @@ def cookie_name(visit: Visit) -> str:
 
 def set_cookie(visit: Visit, value: str, max_age_s: float) -> str:
     """The header's value that keeps the session's secret in the browser, or with an age of 0 takes it away."""
-    secure = "; Secure" if _is_secure(visit) else ""
+    secure = "; Secure" if is_secure(visit) else ""
     return f"{cookie_name(visit)}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age={max_age_s:.0f}{secure}"
 
 
-def _is_secure(visit: Visit) -> bool:
-    """Whether the browser came by TLS, to us or to a proxy before us."""
+def is_secure(visit: Visit) -> bool:
+    """Whether the browser came by TLS, to us or to a proxy before us. Of a proxy only a form tells: by its Origin, at
+    which the gate has looked. What else a proxy may say (X-Forwarded-Proto) anybody may.
+    """
     transport = visit.connection.transport
     by_tls = transport is not None and transport.get_extra_info("sslcontext") is not None
     return by_tls or visit.head.headers.get("Origin", "").startswith("https://")

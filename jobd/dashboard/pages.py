@@ -50,7 +50,7 @@ from jobd.commands import (
 )
 from jobd.dashboard.deeds import DEEDS, Chosen, Deed, Verb, can, curl, open_to
 from jobd.dashboard.filters import JobsPage, address, given, moment_of, search
-from jobd.dashboard.guests import Guest, is_renewal
+from jobd.dashboard.guests import Guest, is_renewal, is_secure
 from jobd.dashboard.links import why_no_link
 from jobd.dashboard.paint import pretty
 from jobd.dashboard.recorder import Recorder
@@ -228,10 +228,11 @@ async def job(guest: Guest, job_id: str) -> Shown:
 
 
 def base_url(guest: Guest) -> str:
-    """The address of this daemon as the browser knows it, fit for a command line."""
+    """The address of this daemon as the browser knows it, fit for a command line. A look tells no Origin: whether a
+    proxy before us speaks TLS is known from the sign-in.
+    """
     host = guest.visit.head.headers.get("Host", "")
-    transport = guest.visit.connection.transport
-    tls = transport is not None and transport.get_extra_info("sslcontext") is not None
+    tls = is_secure(guest.visit) or (guest.session is not None and guest.session.by_tls)
     return f"http{'s' if tls else ''}://{host if _HOST.fullmatch(host) else 'localhost'}"
 
 

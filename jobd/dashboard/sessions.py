@@ -36,7 +36,10 @@ class Told(Struct, frozen=True):
 
 
 class Session(Struct):
-    """One browser that is signed in. `token` is the digest of what opened it; times are of the clock that was given."""
+    """One browser that is signed in. `token` is the digest of what opened it; times are of the clock that was given.
+
+    `by_tls`: it signed in by TLS, to us or to a proxy before us.
+    """
 
     access: Access
     token: bytes
@@ -45,6 +48,7 @@ class Session(Struct):
     seen_s: float
     told: Told | None = None
     name: str = ""  # that the operator gave
+    by_tls: bool = False
 
     def has_csrf(self, given: str) -> bool:
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.csrf.encode())
@@ -63,14 +67,14 @@ class Sessions:
         # A pool for each access: whoever has a token to look ends no session of those who may do things.
         self._pools: dict[Access, dict[bytes, Session]] = {each: {} for each in get_args(Access)}  # latest used last
 
-    def sign_in(self, token: str, name: str = "") -> tuple[str, Session] | None:
+    def sign_in(self, token: str, name: str = "", *, by_tls: bool = False) -> tuple[str, Session] | None:
         """A new session with its secret id, None where the token is not valid. `name` is the operator's."""
         digest = token_digest(token)
         access = self._access_of(digest)
         if access is None:
             return None
         secret, now_s = secrets.token_urlsafe(32), self._clock_s()
-        session = Session(access, digest, secrets.token_urlsafe(32), now_s, now_s, name=name)
+        session = Session(access, digest, secrets.token_urlsafe(32), now_s, now_s, name=name, by_tls=by_tls)
         pool = self._pools[access]
         pool[_key(secret)] = session
         while len(pool) > MOST_SESSIONS:
