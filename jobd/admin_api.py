@@ -147,6 +147,7 @@ class DeliverAgain(Command, frozen=True, kw_only=True):
 
     name: WebhookName
     id: Annotated[int, Meta(ge=1, le=MAX_NUMBER)]
+    reason: Words | None = None
 
 
 class DeliverAllAgain(Command, frozen=True, kw_only=True):
@@ -154,12 +155,14 @@ class DeliverAllAgain(Command, frozen=True, kw_only=True):
 
     name: WebhookName
     upto: Annotated[int, Meta(ge=1, le=MAX_NUMBER)] | None = None
+    reason: Words | None = None
 
 
 class TestWebhook(Command, frozen=True, kw_only=True):
     """Send a message that says that it is a test."""
 
     name: WebhookName
+    reason: Words | None = None
 
 
 async def _stats(site: Web, visit: Visit, asked: Stats) -> Answer | Refusal:
@@ -245,14 +248,16 @@ async def _deliveries(site: Web, visit: Visit, asked: Deliveries) -> Answer | Re
 async def _deliver_again(site: Web, visit: Visit, asked: DeliverAgain) -> Answer | Refusal:
     sent = await site.rooms.deliver_again(asked.name, asked.id)
     if not isinstance(sent, Refusal):
-        await note(site, visit.operator, "resend-delivery", {"webhook": asked.name, "delivery": asked.id})
+        details = {"webhook": asked.name, "delivery": asked.id}
+        await note(site, visit.operator, "resend-delivery", details, asked.reason)
     return _given(sent)
 
 
 async def _deliver_all_again(site: Web, visit: Visit, asked: DeliverAllAgain) -> Answer | Refusal:
     sent = await site.rooms.deliver_all_again(asked.name, asked.upto)
     if not isinstance(sent, Refusal):
-        await note(site, visit.operator, "resend-given-up", {"webhook": asked.name, "resent": sent.resent})
+        details = {"webhook": asked.name, "resent": sent.resent}
+        await note(site, visit.operator, "resend-given-up", details, asked.reason)
     return _given(sent)
 
 
@@ -266,7 +271,7 @@ async def _export(site: Web, visit: Visit, asked: Export) -> Answer | Refusal:
 async def _test_webhook(site: Web, visit: Visit, asked: TestWebhook) -> Answer | Refusal:
     sent = await site.rooms.test_webhook(asked.name)
     if not isinstance(sent, Refusal):
-        await note(site, visit.operator, "test-webhook", {"webhook": asked.name})
+        await note(site, visit.operator, "test-webhook", {"webhook": asked.name}, asked.reason)
     return _given(sent)
 
 

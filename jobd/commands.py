@@ -320,6 +320,7 @@ class Update(OnJob, frozen=True, kw_only=True):
     priority: Priority | None = None
     run_at: UnixMs | None = None
     max_attempts: Attempts | None = None
+    reason: Text | None = None
 
 
 class GetVersion(OnJob, frozen=True, kw_only=True):

@@ -136,7 +136,7 @@ def update(draft: Draft, command: Update) -> Answer | Refusal:
     if fields:
         asked = {"priority": command.priority, "run_at": command.run_at, "max_attempts": command.max_attempts}
         details = {name: value for name, value in asked.items() if value is not None}
-        job = draft.step(job, "updated", details=details, **fields)
+        job = draft.step(job, "updated", reason=command.reason, details=details, **fields)
     return steps.job_answer(draft, job)
 
 

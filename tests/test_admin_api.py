@@ -202,9 +202,16 @@ async def test_what_is_asked_of_a_webhook_is_noted_with_which(house: House) -> N
     assert (await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)).status == 200
     assert (await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
     assert (await house.ask("POST", f"{P}/webhooks/q/test", headers=AUTH)).status == 200
+    place, why = f"{P}/webhooks/q", '"reason":"their disk was full"'
+    for verb, body in (("resend", f'{{"id":7,{why}}}'), ("resend-given-up", f"{{{why}}}"), ("test", f"{{{why}}}")):
+        assert (await house.ask("POST", f"{place}/{verb}", body, AUTH)).status == 200
+    because = "their disk was full"
     assert [asked.command for asked in house.desk.asked] == [
         Note(what="resend-delivery", details={"webhook": "q", "delivery": 7}),
         Note(what="test-webhook", details={"webhook": "q"}),
+        Note(what="resend-delivery", details={"webhook": "q", "delivery": 7}, reason=because),
+        Note(what="resend-given-up", details={"webhook": "q", "resent": 3}, reason=because),
+        Note(what="test-webhook", details={"webhook": "q"}, reason=because),
     ]
 
 

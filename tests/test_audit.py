@@ -101,8 +101,9 @@ def test_a_deed_says_who_from_where_what_why_and_what_came_of_it() -> None:
 def test_what_an_update_set_is_in_its_details() -> None:
     desk = Desk()
     desk.create("a")
-    found = entry(desk, Update(id="a", priority=-3))
+    found = entry(desk, Update(id="a", priority=-3, reason="urgent"))
     assert found is not None
+    assert found.reason == "urgent"
     assert found.details == {"priority": -3, "from": "queued", "to": "queued", "event": desk.last().seq}
 
 

@@ -280,7 +280,8 @@ def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Runni
     with pytest.raises(JobdError, match="lock_lost"):
         running.client.complete_job("c4", grant.lock_id)
     assert jobctl.ok("force-reset", "c4", "-y") == "c4: failed → queued\n"
-    assert jobctl.json("update", "c4", "--priority", "7", "--max-attempts", "2")["priority"] == 7
+    assert jobctl.json("update", "c4", "--priority", "7", "--max-attempts", "2", "--reason", "late")["priority"] == 7
+    assert jobctl.json("audit", "--what", "update")["entries"][0]["reason"] == "late"
     set_ = ["--set", "file_path=/srv/out", "--set", 'metadata={"a": [1]}']
     assert jobctl.no("transition", "c4", "failed", "completed", "-y")[0] == 4
     jobctl.ok("transition", "c4", "queued", "completed", "-y", *set_)

@@ -1653,13 +1653,14 @@ async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: To
     heard = await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="given_up")
     assert (heard.status, heard.headers["location"]) == (303, "/webhooks/q?state=given_up")
     assert "Message 7 is sent again." in text(await browser.get("/webhooks/q"))
-    assert (await browser.post("/webhooks/q/test", csrf=csrf)).headers["location"] == "/webhooks/q"
+    heard = await browser.post("/webhooks/q/test", csrf=csrf, reason=" does it hear us? ")
+    assert heard.headers["location"] == "/webhooks/q"
     assert "A test is on its way: message 7." in text(await browser.get("/webhooks/q"))
     audit = await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)
-    assert [(each["what"], each["details"]) for each in audit.data["entries"]] == [
-        ("test-webhook", {"webhook": "q"}),
-        ("resend-delivery", {"webhook": "q", "delivery": 7}),
-        ("sign-in", {"access": "full"}),
+    assert [(each["what"], each["details"], each["reason"]) for each in audit.data["entries"]] == [
+        ("test-webhook", {"webhook": "q"}, "does it hear us?"),
+        ("resend-delivery", {"webhook": "q", "delivery": 7}, None),
+        ("sign-in", {"access": "full"}, None),
     ]
     assert (await browser.post("/webhooks/q/resend", csrf=csrf, id="8")).status == 404
     assert (await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="lost")).status == 400
@@ -1682,8 +1683,10 @@ async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town) -> No
     assert "<button>Send 2 again</button>" in page
     assert 'name="upto" value="9"' in page
     csrf = await browser.csrf()
-    heard = await browser.post("/webhooks/q/resend-given-up", csrf=csrf, upto="9")
+    heard = await browser.post("/webhooks/q/resend-given-up", csrf=csrf, upto="9", reason="mended")
     assert (heard.status, heard.headers["location"]) == (303, "/webhooks/q")
+    [last, *_] = (await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]
+    assert (last["what"], last["reason"]) == ("resend-given-up", "mended")
     assert rooms.resent == [("q", 9)]
     assert "3 messages that were given up: sent again." in text(await browser.get("/webhooks/q"))
     assert ("admin", "resend-given-up", "done", {"webhook": "q", "resent": 3}) in await deeds(town)

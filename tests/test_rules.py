@@ -1470,7 +1470,8 @@ def test_run_now(desk: Desk) -> None:
 def test_update(desk: Desk) -> None:
     desk.create("a")
     desk.create("b")
-    view = admin(desk, Update(id="b", priority=-1, run_at=NOW - 5, max_attempts=9))
+    view = admin(desk, Update(id="b", priority=-1, run_at=NOW - 5, max_attempts=9, reason="urgent"))
+    assert desk.last().reason == "urgent"
     assert (view.priority, view.run_at, view.max_attempts) == (-1, NOW - 5, 9)
     assert desk.last().details == {"priority": -1, "run_at": NOW - 5, "max_attempts": 9}
     assert desk.claim(limit=2) == ["b", "a"]

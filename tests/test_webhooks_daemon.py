@@ -242,8 +242,11 @@ def test_operators_see_send_again_and_test(tmp_path: Path, receiver: Receiver) -
         table = jobctl("webhooks", "deliveries", "billing")
         assert "webhook.test" in table.stdout
         assert json.loads(jobctl("webhooks", "deliveries", "billing", "--json").stdout)["next_cursor"] is None
-        assert "is on its way" in jobctl("webhooks", "resend", "billing", str(waiting["id"])).stdout
-        assert "is on its way" in jobctl("webhooks", "test", "billing").stdout
+        number = str(waiting["id"])
+        assert "is on its way" in jobctl("webhooks", "resend", "billing", number, "--reason", "they ask").stdout
+        assert "is on its way" in jobctl("webhooks", "test", "billing", "--reason", "mended").stdout
+        entries = daemon.admin("GET", "audit?limit=2").data["entries"]
+        assert [each["reason"] for each in entries] == ["mended", "they ask"]
         assert "would be sent" in jobctl("webhooks", "test", "billing", "--dry-run").stdout
         assert jobctl("webhooks", "resend", "billing").returncode == 2
         assert jobctl("webhooks", "resend", "billing", "--state", "waiting").returncode == 2
@@ -288,7 +291,7 @@ def test_all_that_was_given_up_is_listed_page_by_page_and_sent_again(tmp_path: P
         would = jobctl("resend", "billing", "--state", "given_up", "--dry-run")
         assert (would.returncode, would.stdout) == (0, "450 deliveries would be sent again\n")
         assert view(daemon)["delivered"] == 0
-        done = jobctl("resend", "billing", "--state", "given_up", "--yes")
+        done = jobctl("resend", "billing", "--state", "given_up", "--yes", "--reason", "it is up again")
         assert (done.returncode, done.stdout.startswith("450 deliveries on the way")) == (0, True), done.stderr
         soon(lambda: view(daemon)["delivered"] == 450)
         assert {each.event["subject"] for each in receiver.heard if each.headers} >= {"jobs/job-0", "jobs/job-449"}
@@ -296,6 +299,7 @@ def test_all_that_was_given_up_is_listed_page_by_page_and_sent_again(tmp_path: P
         assert (again.returncode, json.loads(again.stdout)) == (0, {"resent": 0, "would": 0})
         entries = daemon.admin("GET", "audit?what=resend-given-up").data["entries"]
         assert [each["details"] for each in entries] == [{"webhook": "billing", "resent": 450}]
+        assert entries[0]["reason"] == "it is up again"
         assert daemon.admin("POST", "webhooks/nobody/resend-given-up", {}).error == "not_found"
         assert daemon.stop() == 0
 

@@ -186,14 +186,15 @@ def run_now(job_id: str, reason: str | None, as_json: bool) -> None:
 @click.option("--priority", type=int, metavar="N", help="-1000 to 1000, smaller runs first.")
 @click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC), or this long from now.")
 @click.option("--max-attempts", type=int, metavar="N", help="How often it may be tried.")
+@_REASON
 @json_option
 @admin_options
-def update(job_id: str, as_json: bool, priority: int | None, run_at: int | None, max_attempts: int | None) -> None:
+def update(job_id: str, reason: str | None, as_json: bool, **fields: Any) -> None:
     """Change priority, due time or attempts of a job."""
-    if priority is run_at is max_attempts is None:
+    if all(value is None for value in fields.values()):
         raise click.UsageError("nothing to change: give --priority, --run-at or --max-attempts")
     client = admin_client()
-    _changed(lambda: client.update_job(job_id, priority=priority, run_at=run_at, max_attempts=max_attempts), as_json)
+    _changed(lambda: client.update_job(job_id, reason=reason, **fields), as_json)
 
 
 def _changed(change: Callable[[], Any], as_json: bool) -> None:

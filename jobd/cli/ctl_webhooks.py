@@ -30,6 +30,7 @@ _PAGE: Final = 200
 @click.option("--all", "everything", is_flag=True, help="All deliveries, however many there are.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before all are sent again.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be sent.")
+@deeds.reason_option("Kept in the audit log, of what is sent.")
 @json_option
 @admin_options
 def webhooks(
@@ -42,6 +43,7 @@ def webhooks(
     everything: bool,
     yes: bool,
     dry_run: bool,
+    reason: str | None,
     as_json: bool,
 ) -> None:
     """List the webhooks and how they are going.
@@ -65,9 +67,9 @@ def webhooks(
         if state != "given_up":
             message = "Which delivery? jobctl webhooks deliveries NAME lists them; --state given_up means all of those."
             raise click.UsageError(message)
-        _resend_all(name, yes=yes, dry_run=dry_run, as_json=as_json)
+        _resend_all(name, reason, yes=yes, dry_run=dry_run, as_json=as_json)
     else:
-        _send(name, delivery if what == "resend" else None, dry_run=dry_run, as_json=as_json)
+        _send(name, delivery if what == "resend" else None, reason, dry_run=dry_run, as_json=as_json)
 
 
 def _walk(name: str, state: DeliveryState | None, limit: int | None, cursor: str | None) -> DeliveryPage:
@@ -84,7 +86,7 @@ def _walk(name: str, state: DeliveryState | None, limit: int | None, cursor: str
             return found
 
 
-def _resend_all(name: str, *, yes: bool, dry_run: bool, as_json: bool) -> None:
+def _resend_all(name: str, reason: str | None, *, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Count them, ask, and send those that were counted."""
     if not (yes or dry_run):
         deeds.need_terminal()
@@ -95,20 +97,20 @@ def _resend_all(name: str, *, yes: bool, dry_run: bool, as_json: bool) -> None:
         return
     if not yes:
         deeds.confirm(f"send {_deliveries(len(found))} again")
-    count = admin_client(timeout_s=60.0).deliver_all_again(name, found[0].id)
+    count = admin_client(timeout_s=60.0).deliver_all_again(name, found[0].id, reason)
     if as_json:
         show.emit_json({"resent": count, "would": len(found)})
     else:
         show.emit(f"{_deliveries(count)} on the way: jobctl webhooks deliveries {name}")
 
 
-def _send(name: str, delivery: int | None, *, dry_run: bool, as_json: bool) -> None:
+def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool, as_json: bool) -> None:
     """One delivery again, or a test."""
     if dry_run:
         show.emit(f"A test would be sent to {name}" if delivery is None else f"Delivery {delivery} would be sent again")
         return
     client = admin_client()
-    sent = client.test_webhook(name) if delivery is None else client.deliver_again(name, delivery)
+    sent = client.test_webhook(name, reason) if delivery is None else client.deliver_again(name, delivery, reason)
     if as_json:
         show.emit_json(sent)
     else:

@@ -314,10 +314,11 @@ def update_job(
     priority: int | None = None,
     run_at: int | None = None,
     max_attempts: int | None = None,
+    reason: str | None = None,
     idempotency_key: str | None = None,
 ) -> Request[JobInfo]:
     """Change priority, due time (Unix ms) or the number of attempts. Raises JobNotFound, InvalidTransition."""
-    body = {"priority": priority, "run_at": run_at, "max_attempts": max_attempts}
+    body = {"priority": priority, "run_at": run_at, "max_attempts": max_attempts, "reason": reason}
     return post(job_path(JOBS, job_id, "update"), read_job, body, key=idempotency_key or uuid7())
 
 
@@ -463,20 +464,21 @@ def deliveries(
     return get(path, _read_deliveries, state=state, limit=limit, cursor=cursor)
 
 
-def deliver_again(webhook: str, delivery: int) -> Request[DeliveryView]:
+def deliver_again(webhook: str, delivery: int, reason: str | None = None) -> Request[DeliveryView]:
     """Send a delivery again, now, whatever became of it. Its receiver knows it by the same `webhook-id`."""
-    return post(job_path(f"{BASE}/webhooks", webhook, "resend"), _read_delivery, {"id": delivery})
+    body = {"id": delivery, "reason": reason}
+    return post(job_path(f"{BASE}/webhooks", webhook, "resend"), _read_delivery, body)
 
 
-def deliver_all_again(webhook: str, upto: int | None = None) -> Request[int]:
+def deliver_all_again(webhook: str, upto: int | None = None, reason: str | None = None) -> Request[int]:
     """Send again what was given up, all of it or up to the delivery `upto`; how many there were."""
-    body = {} if upto is None else {"upto": upto}
+    body = {"upto": upto, "reason": reason}
     return post(job_path(f"{BASE}/webhooks", webhook, "resend-given-up"), lambda said: _read_resent(said).resent, body)
 
 
-def test_webhook(webhook: str) -> Request[DeliveryView]:
+def test_webhook(webhook: str, reason: str | None = None) -> Request[DeliveryView]:  # noqa: PT028 - no test function
     """Send a webhook a message that says it is a test."""
-    return post(job_path(f"{BASE}/webhooks", webhook, "test"), _read_delivery, {})
+    return post(job_path(f"{BASE}/webhooks", webhook, "test"), _read_delivery, {"reason": reason})
 
 
 def clock() -> Request[ClockView]:

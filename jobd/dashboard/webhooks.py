@@ -13,7 +13,7 @@ from msgspec import Meta
 from jobd.answers import Answer, DeliveryPage, DeliveryState, WebhookView
 from jobd.bodies import Refused, refused
 from jobd.commands import Command, Refusal
-from jobd.dashboard.guests import Form, Guest, go_on
+from jobd.dashboard.guests import Form, Guest, ReasonForm, go_on
 from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, asked, strip
 from jobd.webhook import BACKLOG, WebhookName
 
@@ -30,7 +30,7 @@ class WebhookPage(Command, frozen=True, kw_only=True):
     cursor: Number | None = None
 
 
-class TestForm(Form, frozen=True, kw_only=True):
+class TestForm(ReasonForm, frozen=True, kw_only=True):
     name: WebhookName
 
 
@@ -38,7 +38,7 @@ class AgainPage(Command, frozen=True, kw_only=True):
     name: WebhookName
 
 
-class AgainForm(Form, frozen=True, kw_only=True):
+class AgainForm(ReasonForm, frozen=True, kw_only=True):
     """`upto`: the newest of those that were counted; what was given up since is not meant."""
 
     name: WebhookName
@@ -84,7 +84,7 @@ async def test(guest: Guest, form: TestForm) -> Answer | Refusal:
     sent = await guest.site.rooms.test_webhook(form.name)
     if isinstance(sent, Refusal):
         return sent
-    await guest.note("test-webhook", {"webhook": form.name})
+    await guest.note("test-webhook", {"webhook": form.name}, form.why)
     return go_on(guest, _place(form.name), f"A test is on its way: message {sent.id}.")
 
 
@@ -110,7 +110,7 @@ async def resend_all(guest: Guest, form: AgainForm) -> Answer | Refusal:
     sent = await guest.site.rooms.deliver_all_again(form.name, form.upto)
     if isinstance(sent, Refusal):
         return sent
-    await guest.note("resend-given-up", {"webhook": form.name, "resent": sent.resent})
+    await guest.note("resend-given-up", {"webhook": form.name, "resent": sent.resent}, form.why)
     many = "1 message that was" if sent.resent == 1 else f"{sent.resent} messages that were"
     return go_on(guest, _place(form.name), f"{many} given up: sent again.")
 
