@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
 
 from tests.conftest import tool_missing
 from tests.process import TOKEN
@@ -209,10 +209,6 @@ def test_many_jobs_are_tried_again_by_a_plan(page: Page, daemon: Scene, complain
     page.get_by_role("checkbox", name="Select video-003").check()
     page.get_by_role("checkbox", name="Select video-013").check()
     expect(page.locator("#picked")).to_contain_text("2 selected")
-    daemon.do("jobs", id="one-more", queue="video")
-    daemon.operator("POST", "force-fail", {"jobId": "one-more"})
-    expect(page.get_by_role("checkbox", name="Select one-more")).to_be_visible()
-    expect(page.get_by_role("checkbox", name="Select video-003")).to_be_checked()  # the page has renewed itself
     page.get_by_label("Reason").fill("storage is back")
     page.get_by_role("button", name="Make a plan").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Plan: retry 2 jobs")
@@ -231,6 +227,72 @@ def test_many_jobs_are_tried_again_by_a_plan(page: Page, daemon: Scene, complain
     page.get_by_role("button", name="Make a plan").click()
     expect(page.locator(".moves")).to_contain_text("queued → cancelled")
     assert complaints == []
+
+
+def test_what_is_selected_stays_where_it_is_until_nothing_is(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    """The page's clock runs fast, so that all of its timers have had their turn."""
+    page.clock.install()
+    daemon.do("jobs/bulk", jobs=[{"id": f"old-{number:02}", "queue": "video"} for number in range(50)])
+    sign_in(page, daemon, path="/jobs")
+    toggle, oldest = page.locator("#live-toggle"), page.get_by_role("checkbox", name="Select old-00")
+    expect(toggle).to_have_text("Live")
+    oldest.check()
+    expect(toggle).to_have_text("Held")
+    expect(page.locator("#picked")).to_contain_text("1 selected; meanwhile the list stays as it is.")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    news = page.context.new_page()  # which hears of the same
+    news.goto(f"{daemon.url}/jobs")
+    expect(news.locator("#live-toggle")).to_have_text("Live")
+    daemon.do("jobs/bulk", jobs=[{"id": f"new-{number:02}", "queue": "video"} for number in range(60)])
+    expect(news.locator("#job-new-59")).to_be_visible()
+    page.clock.run_for(60_000)
+    expect(page.locator("tbody tr").first).to_contain_text("old-49")
+    toggle.click()
+    toggle.click()  # stopped, and no more: that is no way to lose it either
+    expect(toggle).to_have_text("Held")
+    page.clock.run_for(60_000)
+    expect(oldest).to_be_checked()
+    assert [url for url in asked if "/live" not in url] == []
+    oldest.uncheck()
+    expect(page.locator("tbody tr").first).to_contain_text("new-59")
+    expect(toggle).to_have_text(re.compile("Live|Polling"))
+    assert complaints == []
+
+
+def test_what_comes_after_the_first_tick_moves_nothing(page: Page, daemon: Scene) -> None:
+    """A renewal that was on its way already."""
+    daemon.do("jobs/bulk", jobs=[{"id": f"old-{number:02}", "queue": "video"} for number in range(50)])
+    sign_in(page, daemon, path="/jobs")
+    expect(page.locator("#live-toggle")).to_have_text("Live")
+    waiting: list[Route] = []
+    page.route("**/jobs", lambda route: waiting.append(route))
+    with page.expect_request("**/jobs"):
+        daemon.do("jobs", id="new", queue="video")
+    page.get_by_role("checkbox", name="Select old-00").check()
+    expect(page.locator("#live")).to_have_class(re.compile("htmx-request"))
+    waiting.pop().continue_()
+    page.unroute("**/jobs")
+    expect(page.locator("#live")).not_to_have_class(re.compile("htmx-request"))  # what came has been dealt with
+    expect(page.get_by_role("checkbox", name="Select old-00")).to_be_checked()
+    expect(page.locator("#job-new")).to_have_count(0)
+    page.get_by_role("checkbox", name="Select old-00").uncheck()
+    expect(page.locator("#job-new")).to_be_visible()
+
+
+def test_who_comes_back_to_the_list_finds_no_other_job_selected(page: Page, daemon: Scene) -> None:
+    """A browser that goes back ticks by the order of the boxes, and by then others are in these places."""
+    for name in ("a", "b", "c"):
+        daemon.do("jobs", id=name, queue="video")
+    sign_in(page, daemon, path="/jobs")
+    page.get_by_role("checkbox", name="Select b").check()
+    page.get_by_role("button", name="Make a plan").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Plan")
+    daemon.do("jobs", id="d", queue="video")
+    page.go_back()
+    expect(page.locator("#job-d")).to_be_visible()
+    expect(page.locator("#picked")).to_have_text(re.compile("^Nothing"))
+    expect(page.locator("input:checked")).to_have_count(0)
 
 
 def test_what_came_late_is_adopted(page: Page, daemon: Scene, complaints: list[str]) -> None:

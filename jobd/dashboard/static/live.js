@@ -1,5 +1,6 @@
 // When a page renews its living part: where the stream of news says so; without it, every few seconds; no more once the
-// part that came says that it is to stay (data-still), unless somebody asks. No eval, no style.
+// part that came says that it is to stay (data-still), unless somebody asks; and not while jobs are ticked in it, which
+// would slide off the page or away under the pointer. No eval, no style.
 "use strict";
 
 (() => {
@@ -14,6 +15,7 @@
     live: ["Live", "The page renews itself when something happens. Press to stop it."],
     reconnecting: ["Reconnecting", "The stream of news broke off; the page asks every few seconds until it is back. Press to stop it."],
     polling: ["Polling", "The page asks every few seconds. Press to stop it."],
+    held: ["Held", "The page stays as it is while jobs are selected, so that none of them gets lost. It renews itself again when none is. Press to stop it."],
     stopped: ["Stopped", "The page stays as it is. Press to renew it again."],
   };
   let state = "polling";
@@ -21,14 +23,19 @@
   let again = 0;
   let renewedAt = Date.now();
 
+  const isHeld = () => region.querySelector("input[name=ids]:checked") !== null;
+  const show = () => {
+    const shown = state !== "stopped" && isHeld() ? "held" : state;
+    toggle.dataset.state = shown;
+    [toggle.textContent, toggle.title] = WORDS[shown];
+    toggle.setAttribute("aria-pressed", String(shown !== "stopped"));
+  };
   const become = (next) => {
     state = next;
-    toggle.dataset.state = next;
-    [toggle.textContent, toggle.title] = WORDS[next];
-    toggle.setAttribute("aria-pressed", String(next !== "stopped"));
+    show();
   };
   const renew = (isAsked = false) => {
-    if (document.hidden || state === "stopped") return;
+    if (document.hidden || state === "stopped" || isHeld()) return;
     if (!isAsked && region.querySelector("[data-still]")) {
       become("stopped");
       close();
@@ -74,6 +81,18 @@
     become(state === "stopped" ? "polling" : "stopped");
     open();
     renew(true);
+  });
+  let wasHeld = false;
+  const look = () => {
+    show();
+    if (wasHeld && !isHeld()) renew(); // of all that happened meanwhile
+    wasHeld = isHeld();
+  };
+  document.addEventListener("change", look);
+  addEventListener("pageshow", look); // a browser that goes back may tick again what was ticked
+  // What was asked for before the first tick comes too late.
+  region.addEventListener("htmx:beforeSwap", (event) => {
+    if (isHeld()) event.detail.shouldSwap = false;
   });
   document.addEventListener("visibilitychange", () => {
     if (state !== "stopped") become("polling");

@@ -70,7 +70,7 @@
     if (!picked) return;
     const boxes = [...document.querySelectorAll("input[name=ids]")];
     const count = boxes.filter((box) => box.checked).length;
-    picked.textContent = count ? `${count} selected. ${words}` : words;
+    picked.textContent = count ? `${count} selected; meanwhile the list stays as it is. ${words}` : words;
     const all = document.querySelector("[data-pick-all]");
     if (all) [all.checked, all.indeterminate] = [count > 0 && count === boxes.length, count > 0 && count < boxes.length];
   };
@@ -81,6 +81,7 @@
   document.body.addEventListener("htmx:afterSettle", tell);
   addEventListener("pageshow", () => {
     for (const button of document.querySelectorAll("button:disabled")) button.disabled = false;
+    tell();
   });
 
   // A link from elsewhere brings no cookie along (SameSite=Strict): who is signed in already goes on.
