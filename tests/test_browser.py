@@ -556,6 +556,29 @@ def test_the_apis_are_dark_in_the_dark_and_follow_what_is_asked_for(page: Page, 
     expect(frame).to_have_css("background-color", "rgb(255, 255, 255)")
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_apis_can_be_read_by_who_sees_badly(browser: Browser, daemon: Scene, scheme: Any) -> None:
+    """Their colours are another's: they are measured as they are shown, past the policy that forbids to look so."""
+    context = browser.new_context(bypass_csp=True, color_scheme=scheme)
+    page = context.new_page()
+    visit(page, daemon, "/docs")
+    for method in ("get", "post", "delete"):
+        block = page.locator(f".opblock-{method}").last
+        block.locator(".opblock-summary-control").click()
+        block.get_by_role("button", name="Try it out").click()
+        expect(block.get_by_role("button", name="Cancel")).to_be_visible()
+    page.get_by_role("button", name="Schemas").click()
+    expect(page.locator("h1")).to_have_count(1)
+    expect(page.locator("h3[aria-level='2']").first).to_be_visible()
+    expect(page.locator("h4", has_text="Schemas")).to_have_attribute("aria-level", "3")
+    look = (Path(__file__).parent / "contrast.js").read_text()
+    assert page.evaluate(look) == []
+    page.get_by_role("button", name="Authorize").first.click()
+    expect(page.get_by_role("heading", name="Available authorizations")).to_be_visible()
+    assert page.evaluate(look) == []
+    context.close()
+
+
 def test_a_daemon_that_does_not_answer_is_told(page: Page, daemon: Scene) -> None:
     sign_in(page, daemon)
     expect(page.locator("#offline")).to_be_hidden()

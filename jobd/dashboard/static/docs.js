@@ -7,7 +7,14 @@ const follow = () => document.documentElement.classList.toggle("dark-mode", dark
 dark.addEventListener("change", follow);
 follow();
 
-const shown = document.getElementById("swagger-ui").dataset.document;
+// Its headings leave out the second level.
+const place = document.getElementById("swagger-ui");
+const level = () => {
+  for (const heading of place.querySelectorAll("h3, h4, h5")) heading.setAttribute("aria-level", String(heading.tagName[1] - 1));
+};
+new MutationObserver(level).observe(place, { childList: true, subtree: true });
+
+const shown = place.dataset.document;
 
 SwaggerUIBundle({
   url: shown,
