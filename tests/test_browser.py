@@ -579,6 +579,51 @@ def test_the_apis_can_be_read_by_who_sees_badly(browser: Browser, daemon: Scene,
     context.close()
 
 
+DRAWN = """\
+window.drawn = [];
+const write = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, ...rest) {
+  const right = this.getTransform().e + x; // the numbers beside the chart end there
+  if (this.textAlign === "right") window.drawn.push([text, right - this.measureText(text).width]);
+  return write.call(this, text, x, ...rest);
+};
+"""
+# How many points of the second chart have a colour of its lines.
+COLOURED = """() => {
+  const canvas = document.querySelectorAll(".chart canvas")[1];
+  const dots = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  const isOf = (at, colour) => colour.every((part, index) => dots[at + index] === part);
+  let count = 0;
+  for (let at = 0; at < dots.length; at += 4) count += isOf(at, [107, 78, 168, 255]);
+  return count;
+}"""
+
+
+@pytest.mark.parametrize("jobs", [1, 3_000, 30_000, 6_000_000])
+def test_the_charts_say_whole_numbers_and_show_what_has_no_neighbours(
+    browser: Browser, daemon: Scene, jobs: int
+) -> None:
+    context = browser.new_context(bypass_csp=True, color_scheme="light")
+    context.add_init_script(DRAWN)
+    page = context.new_page()
+    at = [600 * number for number in range(3)]
+    lines = {"at": at, "created": [0, 0, jobs], "completed": [0, 0, 0], "failed": [0, 0, 0]}
+    chart = {"data": {"hour": lines, "day": lines, "since": 1_200_000}}  # only the last step is known
+    page.route("**/chart.json", lambda route: route.fulfill(json=chart))
+    sign_in(page, daemon)
+    expect(page.locator(".chart canvas")).to_have_count(2)
+    expect(page.locator(".u-legend").first).to_be_visible()
+    drawn = page.evaluate("window.drawn")
+    assert [text for text, left in drawn if left < 0] == []
+    numbers = {text for text, _ in drawn}
+    assert "0" in numbers
+    assert len(numbers) > 2
+    assert all(re.fullmatch("[0-9]{1,3}(\u202f[0-9]{3})*", text) for text in numbers)
+    assert max(int(text.replace("\u202f", "")) for text in numbers) >= jobs / 2
+    assert page.evaluate(COLOURED) > 5
+    context.close()
+
+
 def test_a_daemon_that_does_not_answer_is_told(page: Page, daemon: Scene) -> None:
     sign_in(page, daemon)
     expect(page.locator("#offline")).to_be_hidden()

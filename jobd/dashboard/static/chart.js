@@ -7,14 +7,30 @@
   const places = [...charts.querySelectorAll("[data-chart]")].map((place) => ({ place, chart: null, data: null }));
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const thousands = (number) => String(number).replace(/\B(?=(\d{3})+$)/g, "\u202f"); // as the pages write them
+  // A line needs two values: one that has no neighbours, as the first after a start, is a point.
+  const alone = (chart, at) => {
+    const values = chart.data[at];
+    const has = (index) => values[index] !== null && values[index] !== undefined;
+    return [...values.keys()].filter((index) => has(index) && !has(index - 1) && !has(index + 1));
+  };
   const line = (label, name, dash) => ({
     label,
     stroke: colour(name),
     width: 1.5,
     dash,
-    points: { show: false },
-    value: (_, value) => (value === null ? "–" : String(value)),
+    points: { show: false, filter: alone, size: 7, fill: colour(name) },
+    value: (_, value) => (value === null ? "–" : thousands(value)),
   });
+  // As wide as its longest number; uPlot asks again once it has drawn, which changes nothing.
+  const width = (chart, words, at, round) => {
+    const axis = chart.axes[at];
+    if (round > 1) return axis._size;
+    chart.ctx.font = axis.font[0];
+    const longest = Math.max(0, ...(words ?? []).map((word) => chart.ctx.measureText(word).width));
+    return Math.ceil(axis.ticks.size + axis.gap + longest / devicePixelRatio) + 4;
+  };
+  const STEPS = [0, 1, 2, 3, 4, 5, 6, 7].flatMap((power) => [1, 2, 5].map((each) => each * 10 ** power)); // jobs are whole
   // As in the tables, which say when something was in the time of all servers.
   const clock = (at) => new Date(at * 1000).toISOString().slice(11, 19);
   const size = (place) => ({ width: Math.max(place.clientWidth, 240), height: 180 });
@@ -31,7 +47,7 @@
         line("completed", "--completed"),
         line("attempts failed", "--failed", [2, 3]),
       ],
-      axes: [{ ...axis, values: (_, ats) => ats.map((at) => clock(at).slice(0, 5)) }, { ...axis, size: 46, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000] }],
+      axes: [{ ...axis, values: (_, ats) => ats.map((at) => clock(at).slice(0, 5)) }, { ...axis, size: width, values: (_, values) => values.map(thousands), incrs: STEPS }],
       scales: { y: { range: (_, low, high) => [0, Math.max(high * 1.1, 4)] } },
       cursor: { drag: { x: false, y: false } },
     };
