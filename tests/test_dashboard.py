@@ -200,13 +200,27 @@ async def test_who_has_not_signed_in_is_led_to_the_sign_in_and_back(town: Town) 
 
 
 @pytest.mark.parametrize(
-    "place", ["//evil.example", "https://evil.example", "/\\evil.example", "/a\r\nSet-Cookie: x", ""]
+    "place",
+    ["//evil.example", "https://evil.example", "/\\evil.example", "/a\r\nSet-Cookie: x", "/\t/evil.example", "/é", ""],
 )
 async def test_a_sign_in_leads_nowhere_else(town: Town, place: str) -> None:
     heard = await Browser(town.admin).post("/sign-in", token=TOKEN, next=place)
     assert (heard.status, heard.headers["location"]) == (303, "/")
     page = text(await Browser(town.admin).get(f"/sign-in?next={quote(place)}"))
     assert "evil" not in page
+
+
+async def test_a_sign_in_leads_back_to_every_address_that_a_browser_writes(town: Town) -> None:
+    """Forms leave `*` as it is, and what is typed keeps far more than that."""
+    place = "/jobs?q=a*b&kind=!$'(),;@|^`{}[]~:/?%20&status=failed"
+    stranger = Browser(town.admin)
+    heard = await stranger.get(place)
+    page = text(await stranger.get(heard.headers["location"]))
+    found = re.search(r'name="next" value="([^"]+)"', page)
+    assert found
+    assert html.unescape(found[1]) == place
+    heard = await stranger.post("/sign-in", token=TOKEN, next=html.unescape(found[1]))
+    assert (heard.status, heard.headers["location"]) == (303, place)
 
 
 async def test_a_session_is_kept_where_no_script_and_no_other_site_gets_at_it(town: Town) -> None:
@@ -651,8 +665,10 @@ async def test_what_others_have_written_never_comes_out_as_markup(town: Town) ->
     seen.append(await browser.get("/jobs/nasty"))
     for heard in seen:
         page = text(heard)
-        for markup in ("<script>alert", "<b>", "<i>w", "<u>", "\x1b", "\u202e"):
+        for markup in ("<script>alert", "<b>", "<i>w", "<u>"):
             assert markup not in page, page[page.find(markup) - 200 :][:400]
+        shown = re.sub(r'(<input [^>]*)value="[^"]*"', r"\1", page)  # a field holds what it sends back
+        assert not {"\x1b", "\u202e"} & set(shown)
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;\u241b[31m\\u202e&amp;&#34;" in text(seen[-1])
 
 
@@ -674,6 +690,21 @@ async def test_filters_are_in_the_address_and_pages_go_on_from_there(town: Town)
     heard = await browser.get("/jobs?queue=a%20b")
     assert heard.status == 400
     assert 'value="a b"' in text(heard)
+
+
+async def test_a_filter_is_sent_back_as_it_came_also_where_nobody_can_see_all_of_it(town: Town) -> None:
+    """Marks of direction are ordinary in Hebrew and Arabic names."""
+    kind = "\u05d0\u200f<\u061c\u202e\u2066"
+    await town.do("jobs", id="right-to-left", kind=kind)
+    browser = await town.browser()
+    page = text(await browser.get(f"/jobs?kind={quote(kind)}"))
+    fields = [html.unescape(value) for value in re.findall(r'name="kind" value="([^"]*)"', page)]
+    assert fields == [kind, kind]  # of the filter, and of the form that does something to all that match
+    assert kind not in page.replace(f'value="{html.escape(kind)}"', "")
+    heard = await planned(browser, f"/jobs?kind={quote(kind)}", action="cancel", scope="all")
+    assert "Plan: cancel 1 job" in text(await browser.get(heard.headers["location"]))
+    page = text(await browser.get(f"/audit?who={quote(kind)}"))
+    assert [html.unescape(value) for value in re.findall(r'name="who" value="([^"]*)"', page)] == [kind]
 
 
 async def test_jobs_are_found_by_worker_time_and_text(town: Town) -> None:

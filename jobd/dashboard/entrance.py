@@ -25,7 +25,9 @@ from jobd.replies import Text
 from jobd.visits import Visit, address_of
 from jobd.web import Web, note
 
-OURS: Final = re.compile(r"/(?!/)[A-Za-z0-9._:%/?&=+~-]*")  # addresses to which a sign-in leads on
+# Addresses to which a sign-in leads on: with all that browsers leave in an address as it is, but for the backslash,
+# which they take for a slash. `//` would be another host.
+OURS: Final = re.compile(r"/(?!/)[A-Za-z0-9._~:/?@!$&'()*+,;=%|^`{}\[\]-]*")
 
 MOST_HELD: Final = 32  # answers that are held back at the same time; who comes then hears at once that it is too much
 NOBODY: Final = "nobody"

@@ -1,6 +1,7 @@
 """Pages as bytes: the templates, compiled once, the words for times and sizes, and the headers of every page.
 
-Asks for nothing: what is shown is given. All text is escaped, and characters that nobody can see are made visible.
+Asks for nothing: what is shown is given. All text is escaped, and characters that nobody can see are made visible, but
+in fields that are sent back.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Painter:
             "json": short_json,
             "rate": rate,
             "commands": commands,
+            "as_is": as_is,
             "q": lambda text: quote(str(text), safe=""),
         }
         self._made.globals |= {"asset": assets.url, "version": __version__}
@@ -105,6 +107,11 @@ def visible(value: Any) -> Any:
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return value.translate(_PICTURES)
+
+
+def as_is(value: object) -> Markup:
+    """`value` for a field that is sent back: there it has to be what it was, also where nobody can see all of it."""
+    return escape(value)
 
 
 def commands(text: str) -> Markup:
