@@ -5,8 +5,11 @@ Only `expect` on locators: the pages' policy forbids eval, with which Playwright
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -381,6 +384,36 @@ def test_a_paused_queue_is_overlooked_by_nobody(page: Page, daemon: Scene, compl
     page.get_by_role("button", name="Resume queue video").click()
     page.get_by_role("button", name="Resume queue mail").click()
     expect(page.locator(".banner.paused")).to_have_count(0)
+    assert complaints == []
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_what_is_called_like_a_direction_is_opened_confirmed_and_paused(
+    page: Page, daemon: Scene, complaints: list[str], name: str
+) -> None:
+    daemon.do("jobs", id=name, queue=name)
+    sign_in(page, daemon, path="/queues")
+    page.get_by_label("Reason for Pause or Resume").fill("a trial")
+    page.get_by_role("button", name=f"Pause queue {name}", exact=True).click()
+    expect(page.get_by_role("status").first).to_contain_text(f"Queue {name} is paused.")
+    page.get_by_role("button", name=f"Resume queue {name}", exact=True).click()
+    expect(page.get_by_role("status").first).to_contain_text(f"Queue {name} hands out")
+    page.goto(f"{daemon.url}/jobs")
+    page.locator("td.first").get_by_role("link", name=name, exact=True).click()
+    expect(page).to_have_url(f"{daemon.url}/job?id={name}")
+    expect(page.locator("#live-toggle")).to_have_text("Live")
+    expect(page.locator("#curl")).to_contain_text("--path-as-is")
+    page.get_by_role("link", name="Cancel").click()
+    call = page.locator("#curl").inner_text().replace("$ADMIN_TOKEN", TOKEN)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("status").first).to_contain_text("Cancel: done. queued → cancelled")
+    expect(page).to_have_url(f"{daemon.url}/job?id={name}")
+    answer = json.loads(subprocess.run(shlex.split(call), capture_output=True, check=True, timeout=60).stdout)
+    assert "invalid_transition" in json.dumps(answer), answer  # the call has found it, and it is cancelled already
+    page.goto(f"{daemon.url}/jobs")
+    page.get_by_role("textbox", name="Id").fill(name)
+    page.get_by_role("button", name="Open").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
     assert complaints == []
 
 

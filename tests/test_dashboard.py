@@ -483,7 +483,7 @@ async def test_a_form_without_the_secret_of_its_session_does_nothing(town: Town,
     browser = await town.browser()
     for target, fields in (
         ("/sign-out", {}),
-        ("/queues/video/pause", {}),
+        ("/queues/pause", {"name": "video"}),
         ("/cleanup/run", {}),
         ("/clock/accept", {}),
         ("/jobs/held/do", {"verb": "cancel", "seen": "processing 1099511627777"}),
@@ -491,7 +491,7 @@ async def test_a_form_without_the_secret_of_its_session_does_nothing(town: Town,
         heard = await browser.post(target, **fields, **({} if csrf is None else {"csrf": csrf}))
         assert (heard.status, "not of your session" in text(heard)) == (403, True), target
     other = await town.browser()
-    assert (await browser.post("/queues/video/pause", csrf=await other.csrf())).status == 403
+    assert (await browser.post("/queues/pause", name="video", csrf=await other.csrf())).status == 403
     assert await town.status("held") == "processing"
     assert "paused" not in text(await browser.get("/queues"))
     assert town.admin.figures.forced == []
@@ -500,7 +500,7 @@ async def test_a_form_without_the_secret_of_its_session_does_nothing(town: Town,
 async def test_the_secret_may_come_in_a_header(town: Town) -> None:
     await town.do("jobs", id="a", queue="video")
     browser = await town.browser()
-    heard = await browser.post("/queues/video/pause", {"X-CSRF-Token": await browser.csrf()})
+    heard = await browser.post("/queues/pause", {"X-CSRF-Token": await browser.csrf()}, name="video")
     assert heard.status == 303
 
 
@@ -527,7 +527,7 @@ async def test_a_form_of_another_kind_is_refused_in_words(town: Town) -> None:
     browser = await town.browser()
     heard = await browser.post("/queues/video/pause", {"Content-Type": "application/json"}, csrf=await browser.csrf())
     assert (heard.status, heard.headers["content-type"]) == (415, "text/html; charset=utf-8")
-    heard = await browser.post("/queues/video/pause", csrf=await browser.csrf(), more="x")
+    heard = await browser.post("/queues/pause", name="video", csrf=await browser.csrf(), more="x")
     assert (heard.status, "is not a field" in text(heard)) == (400, True)
 
 
@@ -553,6 +553,23 @@ async def test_a_session_opens_no_api(town: Town) -> None:
 # -- who may only look -------------------------------------------------------------------------------------------------
 
 
+async def test_after_a_deed_the_page_is_the_one_from_which_it_was_asked_for(town: Town) -> None:
+    await town.do("jobs/bulk", jobs=[{"queue": f"q-{number:03}"} for number in range(101)])
+    browser = await town.browser()
+    page = text(await browser.get("/queues?cursor=q-099"))
+    form = page[page.index('<form id="handing-out"') :].partition("</form>")[0]
+    fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', form))
+    assert 'formaction="/queues/pause" name="name" value="q-100"' in page
+    for deed in ("pause", "resume"):
+        heard = await browser.post(f"/queues/{deed}", **fields, name="q-100")
+        assert (heard.status, heard.headers["location"]) == (303, "/queues?cursor=q-099")
+    page = text(await browser.get("/webhooks/q?state=delivered"))
+    form = page[page.index('action="/webhooks/q/test"') :].partition("</form>")[0]
+    fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', form))
+    heard = await browser.post("/webhooks/q/test", **fields)
+    assert (heard.status, heard.headers["location"]) == (303, "/webhooks/q?state=delivered")
+
+
 async def test_who_may_only_look_sees_no_button_and_no_secret(town: Town) -> None:
     lock_id = await town.held()
     reader = await town.browser(READER)
@@ -571,7 +588,7 @@ async def test_who_may_only_look_sees_no_button_and_no_secret(town: Town) -> Non
     ("target", "fields"),
     [
         ("/jobs/held/do", {"verb": "cancel", "seen": "processing 1099511627777"}),
-        ("/queues/video/pause", {}),
+        ("/queues/pause", {"name": "video"}),
         ("/queues/video/resume", {}),
         ("/cleanup/run", {}),
         ("/cleanup/recover", {}),
@@ -1468,7 +1485,7 @@ async def test_what_cannot_be_done_is_refused_though_the_job_is_what_was_seen(to
 async def test_a_paused_queue_is_told_on_every_page(town: Town) -> None:
     await town.held()
     browser = await town.browser()
-    heard = await browser.post("/queues/video/pause", csrf=await browser.csrf())
+    heard = await browser.post("/queues/pause", name="video", csrf=await browser.csrf())
     assert (heard.status, heard.headers["location"]) == (303, "/queues")
     for target in [*PAGES, "/jobs/held", "/jobs/held/confirm?verb=cancel"]:
         assert '<strong>Queue paused:</strong>\n<a href="/jobs?queue=video">video</a>' in text(

@@ -6,6 +6,7 @@ Asks for it, and says on the next page what came of it. What would be done is sh
 from __future__ import annotations
 
 from typing import Final, Literal
+from urllib.parse import urlencode
 
 from jobd.answers import Answer
 from jobd.bodies import Refused
@@ -23,22 +24,26 @@ LABELS: Final = {"run": "Run a cleanup pass", "recover": "Recover stuck jobs"}
 
 
 class QueueForm(ReasonForm, frozen=True, kw_only=True):
+    """`cursor`: of the page of queues from which it is asked for."""
+
     name: QueueName
+    cursor: QueueName | None = None
 
 
 async def pause(guest: Guest, asked: QueueForm) -> Answer | Refusal:
-    return await _on_queue(guest, Pause(name=asked.name, reason=asked.why), f"Queue {asked.name} is paused.")
+    return await _on_queue(guest, asked, Pause(name=asked.name, reason=asked.why), f"Queue {asked.name} is paused.")
 
 
 async def resume(guest: Guest, asked: QueueForm) -> Answer | Refusal:
     return await _on_queue(
-        guest, Resume(name=asked.name, reason=asked.why), f"Queue {asked.name} hands out its jobs again."
+        guest, asked, Resume(name=asked.name, reason=asked.why), f"Queue {asked.name} hands out its jobs again."
     )
 
 
-async def _on_queue(guest: Guest, command: Command, message: str) -> Answer | Refusal:
+async def _on_queue(guest: Guest, asked: QueueForm, command: Command, message: str) -> Answer | Refusal:
     done = await guest.ask(command)
-    return done if isinstance(done, Refusal) else go_on(guest, "/queues", message)
+    place = f"/queues?{urlencode({'cursor': asked.cursor})}" if asked.cursor else "/queues"
+    return done if isinstance(done, Refusal) else go_on(guest, place, message)
 
 
 class ChorePage(Command, frozen=True, kw_only=True):

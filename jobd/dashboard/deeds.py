@@ -13,6 +13,7 @@ from msgspec import UNSET, Struct
 
 from jobd.answers import JobView
 from jobd.commands import Adopt, Cancel, Command, Delete, ExtendLock, ForceFail, ForceReset, ReleaseLock, RunNow
+from jobd.dashboard.places import curl_for
 
 Verb = Literal["run-now", "extend", "release", "force-reset", "force-fail", "cancel", "delete", "adopt"]
 
@@ -163,4 +164,5 @@ def curl(deed: Deed, on: Chosen, base: str) -> str:
     body["reason"] = "WHY"
     sent = f" -H 'Content-Type: application/json' -d '{msgspec.json.encode(body).decode()}'"
     place = f"{base}/admin/job-management/{path.replace('{id}', on.id)}"
-    return f'curl -sS -X {method} -H "Authorization: Bearer $ADMIN_TOKEN"{sent} {place}'
+    call = curl_for(on.id if "{id}" in path else "")
+    return f'{call} -X {method} -H "Authorization: Bearer $ADMIN_TOKEN"{sent} {place}'

@@ -15,6 +15,7 @@ import msgspec
 from jobd.bodies import explain, invalid
 from jobd.commands import Command, Search
 from jobd.dashboard.live import Live
+from jobd.dashboard.places import job_place
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
 
 TIMES: Final = ("since", "until", "finished_since", "finished_until")
@@ -101,7 +102,7 @@ def moment(text: str, now: int) -> int | None:
 
 def job_wanted(wanted: JobsPage) -> str | None:
     """Where to go on, if a job is asked for by its id."""
-    return f"/jobs/{wanted.id}" if is_job_id(wanted.id) else None
+    return job_place(wanted.id) if is_job_id(wanted.id) else None
 
 
 def news_of_jobs(wanted: JobFilter) -> Live:

@@ -304,6 +304,7 @@ async def queues(guest: Guest, recorder: Recorder, wanted: QueuesPage) -> Shown:
         "since": recorder.started,
         "next": f"/queues?{urlencode({'cursor': found.next_cursor})}" if found.next_cursor else "",
         "is_first": wanted.cursor is None,
+        "cursor": wanted.cursor,
         **strip(guest, paused),
     }
 

@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 
 from jobd import __version__
 from jobd.dashboard.assets import Assets
+from jobd.dashboard.places import curl_for, job_place
 from jobd.job import DAY_MS, EARLIEST_MS, HOUR_MS, LATEST_MS, MINUTE_MS, SECOND_MS
 from jobd.replies import Text
 
@@ -81,9 +82,10 @@ class Painter:
             "rate": rate,
             "commands": commands,
             "as_is": as_is,
+            "job_place": job_place,
             "q": lambda text: quote(str(text), safe=""),
         }
-        self._made.globals |= {"asset": assets.url, "version": __version__}
+        self._made.globals |= {"asset": assets.url, "version": __version__, "curl_for": curl_for}
         for name in self._made.list_templates():
             self._made.get_template(name)
 
@@ -121,7 +123,7 @@ def commands(text: str) -> Markup:
         verb, job_id = found["verb"] or "", found["id"]
         if job_id == "ID":  # any
             continue
-        place = _PAGES[verb] if job_id is None else f"/jobs/{quote(job_id, safe='')}"
+        place = _PAGES[verb] if job_id is None else job_place(job_id)
         link = Markup('<a href="{}">{}</a>').format(place, found[0])
         shown, at = shown + escape(visible(text[at : found.start()])) + link, found.end()
     return shown + escape(visible(text[at:]))

@@ -26,6 +26,7 @@ from jobd.dashboard.filters import JobsPage, job_wanted, news_of_jobs
 from jobd.dashboard.guests import Form, Guest, ReasonForm, go_on, guest_of, is_renewal, target_of
 from jobd.dashboard.live import Live, news_at, stream
 from jobd.dashboard.paint import HTML, Painter, go_to
+from jobd.dashboard.places import job_place
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.sessions import Sessions
 from jobd.doors import Gate
@@ -88,18 +89,8 @@ class Dashboard:
                 leads=job_wanted,
                 news=news_of_jobs,
             ),
-            self._page(
-                "/jobs/{id}",
-                pages.OneJob,
-                "job",
-                "Job",
-                pages.open_job,
-                news=lambda asked: Live(job_id=asked.id),
-            ),
-            self._page("/jobs/{id}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),
-            self._form("/jobs/{id}/do", DeedForm, self._do),
-            self._open("GET", "/jobs/{id}/artefact", Artefact, self._artefact),
-            self._open("GET", "/jobs/{id}/elsewhere", Artefact, self._elsewhere),
+            *self._of_job("/jobs/{id}"),
+            *self._of_job("/job"),  # with the id in the query, for those that a path cannot name (places.py)
             self._form("/plans", bulk.PlanForm, bulk.make),
             self._page("/plans/{plan_id}", OnPlan, "plan", "Plan", bulk.show, every_s=0),
             self._form("/plans/{plan_id}/apply", bulk.ApplyForm, bulk.apply),
@@ -112,7 +103,9 @@ class Dashboard:
                 "Queues",
                 lambda guest, asked: pages.queues(guest, recorder, asked),
             ),
-            self._form("/queues/{name}/pause", chores.QueueForm, chores.pause),
+            self._form("/queues/pause", chores.QueueForm, chores.pause),
+            self._form("/queues/resume", chores.QueueForm, chores.resume),
+            self._form("/queues/{name}/pause", chores.QueueForm, chores.pause),  # as programs ask for it
             self._form("/queues/{name}/resume", chores.QueueForm, chores.resume),
             self._page("/workers", pages.WorkersPage, "workers", "Workers", pages.workers),
             self._page("/cleanup", Nothing, "cleanup", "Cleanup", lambda guest, _: pages.cleanup(guest)),
@@ -145,6 +138,23 @@ class Dashboard:
             self._page("/audit", pages.AuditPage, "audit", "Audit", pages.audit, every_s=5),
             self._page("/clock", Nothing, "clock", "Clock", lambda guest, _: clock.page(guest), every_s=0),
             self._form("/clock/accept", ReasonForm, chores.accept_clock),
+        )
+
+    def _of_job(self, place: str) -> tuple[Route, ...]:
+        """The pages of one job."""
+        return (
+            self._page(
+                place,
+                pages.OneJob,
+                "job",
+                "Job",
+                pages.open_job,
+                news=lambda asked: Live(job_id=asked.id),
+            ),
+            self._page(f"{place}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),
+            self._form(f"{place}/do", DeedForm, self._do),
+            self._open("GET", f"{place}/artefact", Artefact, self._artefact),
+            self._open("GET", f"{place}/elsewhere", Artefact, self._elsewhere),
         )
 
     # -- kinds of routes ----------------------------------------------------------------------------------------------
@@ -286,7 +296,7 @@ class Dashboard:
             return await self._job_refused(guest, job_id, done)
         if deed.verb == "delete":
             return go_on(guest, "/jobs", f"Job {job_id} was deleted.")
-        return go_on(guest, f"/jobs/{job_id}", f"{deed.label}: done. {job.status} \u2192 {deed.to or job.status}")
+        return go_on(guest, job_place(job_id), f"{deed.label}: done. {job.status} \u2192 {deed.to or job.status}")
 
     async def _job_refused(self, guest: Guest, job_id: str, refusal: Refusal) -> Answer | Refusal:
         """The job's page with what the actor said no to."""
@@ -295,6 +305,7 @@ class Dashboard:
             shown = await pages.job(guest, job_id)
         except Refused as no:  # it is gone
             return no.refusal
-        about = {"name": "job", "title": "Job", "every_s": 2, "part": "job.live.html", "here": f"/jobs/{job_id}"}
+        about = {"name": "job", "title": "Job", "every_s": 2, "part": "job.live.html"}
+        about["here"] = job_place(job_id)
         about["news"] = news_at(Live(job_id=job_id))
         return Answer(await self._paint("job.html", guest, **shown, **about, refusal=refusal), status=refusal.status)

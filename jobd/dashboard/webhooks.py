@@ -31,7 +31,10 @@ class WebhookPage(Command, frozen=True, kw_only=True):
 
 
 class TestForm(ReasonForm, frozen=True, kw_only=True):
+    """`state`: the filter of the page from which it is asked for."""
+
     name: WebhookName
+    state: Wanted = ""
 
 
 class AgainPage(Command, frozen=True, kw_only=True):
@@ -85,7 +88,8 @@ async def test(guest: Guest, form: TestForm) -> Answer | Refusal:
     if isinstance(sent, Refusal):
         return sent
     await guest.note("test-webhook", {"webhook": form.name}, form.why)
-    return go_on(guest, _place(form.name), f"A test is on its way: message {sent.id}.")
+    place = _address(WebhookPage(name=form.name, state=form.state))
+    return go_on(guest, place, f"A test is on its way: message {sent.id}.")
 
 
 async def resend(guest: Guest, form: ResendForm) -> Answer | Refusal:
