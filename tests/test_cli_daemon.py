@@ -251,22 +251,68 @@ def test_a_reader_that_has_seen_enough_is_no_error(running: Running) -> None:
 # What changes jobs
 
 
-def test_a_dry_run_changes_nothing_and_yes_does_it(jobctl: Ctl) -> None:
-    jobctl.ok("submit", "--id", "c1")
-    assert "would cancel" in jobctl.ok("cancel", "c1", "--dry-run")
-    assert jobctl.json("job", "c1")["status"] == "queued"
-    assert jobctl.ok("cancel", "c1", "--yes") == "c1: cancelled\n"
-    assert jobctl.no("cancel", "c1", "--yes")[0] == 4
-    assert jobctl.no("cancel", "c1", "--dry-run")[0] == 4
+@pytest.mark.parametrize("has_token", [True, False])
+def test_a_dry_run_changes_nothing_and_yes_does_it(
+    has_token: bool, jobctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = f"c1-{has_token}"
+    if not has_token:
+        monkeypatch.delenv("ADMIN_TOKEN")
+    jobctl.ok("submit", "--id", job_id)
+    assert "would cancel" in jobctl.ok("cancel", job_id, "--dry-run")
+    assert jobctl.json("job", job_id)["status"] == "queued"
+    assert jobctl.ok("cancel", job_id, "--yes") == f"{job_id}: cancelled\n"
+    assert jobctl.no("cancel", job_id, "--yes")[0] == 4
+    assert jobctl.no("cancel", job_id, "--dry-run")[0] == 4
 
 
-def test_of_many_jobs_the_refused_are_named_and_the_others_done(jobctl: Ctl) -> None:
+def test_of_many_jobs_the_refused_are_named_and_the_others_done(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADMIN_TOKEN")  # the worker API knows no plans
     jobctl.ok("submit", "--id", "c2")
     jobctl.ok("submit", "--id", "c3")
     code, out, err = jobctl.run("cancel", "c2", "no-such-job", "c3", "--yes")
     assert code == 4
     assert out == "c2: cancelled\nc3: cancelled\n"
     assert err.startswith("no-such-job: ")
+
+
+def test_an_operator_who_cancels_is_named_and_others_go_by_the_worker_api(
+    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    socket_ = running.places["JOBD_SOCKET"]
+    (tmp_path / "token").write_text(TOKEN)
+    running.client.create_jobs([{"id": f"cw{n}", "queue": "cw"} for n in range(4)])
+    jobctl.ok("cancel", "cw0", "-y", "--reason", "not wanted", "--operator", "eve@desk")
+    jobctl.ok("cancel", "cw1", "-y", "--reason", "not wanted", "--operator", "eve@desk", "--socket", socket_)
+    monkeypatch.delenv("ADMIN_TOKEN")
+    jobctl.ok("cancel", "cw2", "-y", "--operator", "eve@desk")
+    jobctl.ok("cancel", "cw3", "-y", "--operator", "eve@desk", "--token-file", str(tmp_path / "token"))
+    by = [running.client.timeline(f"cw{n}")[-1].by for n in range(4)]
+    assert by == ["admin:eve@desk", "client", "client", "admin:eve@desk"]
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    kept = [jobctl.json("audit", "--job", f"cw{n}")["entries"] for n in range(4)]
+    assert [len(entries) for entries in kept] == [1, 0, 0, 1]
+    assert [kept[0][0][name] for name in ("who", "what", "reason")] == ["eve@desk", "cancel", "not wanted"]
+
+
+def test_several_jobs_that_an_operator_cancels_are_a_plan(jobctl: Ctl, running: Running) -> None:
+    running.client.create_jobs([{"id": f"cp{n}", "queue": "cp"} for n in range(3)])
+    code, out, err = jobctl.run("cancel", "cp0", "cp1", "--dry-run", "--reason", "too many")
+    named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
+    assert named is not None
+    assert (code, out.count("queued → cancelled")) == (0, 2)
+    running.client.start_processing("cp0", "w")  # it is not what was seen any more
+    code, out, err = jobctl.run("apply", named[1], "-y")
+    assert (code, out) == (4, "cancel: 1 job done\n")
+    assert "cp0: changed meanwhile: queued → processing" in err
+    code, out, err = jobctl.run("cancel", "cp0", "cp2", "no-such-job", "-y")
+    assert (code, out) == (4, "cancel: 2 jobs done\n")
+    assert "There is no such job." in err
+    kept = jobctl.json("audit", "--since", "1h", "--limit", "2")["entries"]
+    assert [(each["what"], each["reason"], each["changed"]) for each in kept] == [
+        ("plan-cancel", None, 2),
+        ("plan-cancel", "too many", 1),
+    ]
 
 
 def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Running) -> None:
@@ -403,9 +449,9 @@ def test_whatever_an_operator_does_may_have_a_reason(jobctl: Ctl) -> None:
     jobctl.ok("submit", "--id", "re1", "--delay", "1h")
     jobctl.ok("run-now", "re1", "--reason", "why 1")
     assert jobctl.json("timeline", "re1")["events"][-1]["reason"] == "why 1"
-    jobctl.ok("cancel", "re1", "-y")
     for number, argv in enumerate(
         (
+            ["cancel", "re1", "-y"],
             ["delete", "re1", "-y"],
             ["pause", "re"],
             ["resume", "re"],
@@ -414,14 +460,14 @@ def test_whatever_an_operator_does_may_have_a_reason(jobctl: Ctl) -> None:
         )
     ):
         jobctl.ok(*argv, "--reason", f"why {number + 2}")
-    found = jobctl.json("audit", "--since", "1h", "--limit", "6")["entries"]
+    found = jobctl.json("audit", "--since", "1h", "--limit", "7")["entries"]
     assert [(each["what"], each["reason"]) for each in found[::-1]] == [
-        ("run-now", "why 1"), ("delete", "why 2"), ("pause", "why 3"), ("resume", "why 4"), ("cleanup", "why 5"),
-        ("accept-clock", "why 6"),
+        ("run-now", "why 1"), ("cancel", "why 2"), ("delete", "why 3"), ("pause", "why 4"), ("resume", "why 5"),
+        ("cleanup", "why 6"), ("accept-clock", "why 7"),
     ]  # fmt: skip
     events = [json.loads(line) for line in jobctl.ok("events", "--last", "100", "--json").splitlines()]
     assert [each["reason"] for each in events if each["type"] in ("deleted", "queue_paused", "queue_resumed")][-3:] == [
-        "why 2", "why 3", "why 4",
+        "why 3", "why 4", "why 5",
     ]  # fmt: skip
 
 
@@ -1104,6 +1150,7 @@ def test_a_person_is_asked_and_the_answer_counts(running: Running) -> None:
         ("force-fail", "queued", "queued → failed"),
         ("force-reset", "failed", "failed → queued"),
         ("delete", "failed", "deleted"),
+        ("cancel", "queued", "cancelled"),
     ],
 )
 def test_what_a_person_confirms_is_done_to_the_job_that_they_saw(
@@ -1145,8 +1192,9 @@ def test_what_a_person_confirms_is_told_to_programs_as_ever(running: Running, jo
         assert asked == unasked
     code, shown = _asked_nothing(running, "delete", ids[0])
     assert (code, f"{ids[0]}: delete is refused: it is queued. Only finished" in shown) == (4, True)
-    running.client.cancel_job(ids[0])
+    asked = json.loads(_on_a_terminal(running, b"y\n", "cancel", ids[0], "--json")[1])
     seen = jobctl.json("job", ids[0])
+    assert (asked, asked["status"]) == (seen, "cancelled")
     assert json.loads(_on_a_terminal(running, b"y\n", "delete", ids[0], "--json")[1]) == seen
     code, shown = _asked_nothing(running, "delete", ids[0])
     assert (code, "[job_not_found]" in shown) == (4, True)
@@ -1206,7 +1254,8 @@ def test_of_several_jobs_a_person_sees_what_would_be_done(running: Running) -> N
     running.client.create_job(id="t3", queue="t3")
     running.client.create_job(id="t4", queue="t3")
     running.client.cancel_job("t4")
-    code, out, shown = _on_a_terminal(running, b"y\n", "cancel", "t3", "t4")
+    over_there = ["--socket", running.places["JOBD_SOCKET"]]
+    code, out, shown = _on_a_terminal(running, b"y\n", "cancel", "t3", "t4", *over_there)
     assert (code, out) == (4, "t3: cancelled\n")
     assert "t3: would cancel: it is queued" in shown
     assert "t4: cancel would be refused: it is cancelled" in shown

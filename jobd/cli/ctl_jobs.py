@@ -1,4 +1,4 @@
-"""jobctl's verbs that look at jobs over the worker API, and cancel.
+"""jobctl's verbs that look at jobs over the worker API, and cancel, which is at both doors.
 
 Hold no logic of jobs: read the command line, ask the client, show the answer.
 """
@@ -14,9 +14,11 @@ from jobd.cli.ctl_plan import is_plan, where_option
 from jobd.cli.deeds import Deed, carry_out, destructive, reason_option
 from jobd.cli.group import json_option
 from jobd.cli.kinds import PAST
-from jobd.cli.places import admin_client, all_options, job_client, worker_options
+from jobd.cli.places import admin_client, all_options, has_admin_token, job_client, worker_options
 
 if TYPE_CHECKING:
+    from jobd.answers import JobView, PlanResult, PlanView
+    from jobd.client import AdminClient, JobClient
     from jobd.client.protocol import JobInfo
 
 STATUSES: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
@@ -130,26 +132,34 @@ def validate(job_id: str, as_json: bool) -> int:
 @reason_option("Kept with the job, and told to its holder.")
 @destructive
 @all_options
-def cancel(
-    ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, yes: bool, dry_run: bool, as_json: bool
-) -> int:
+def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Cancel jobs that are not finished.
 
-    A worker that holds one is told to stop. Named jobs are cancelled over the worker socket, one by one; with --where
-    the admin port makes a plan, which is shown first.
+    A worker that holds one is told to stop. With an admin token the admin port is asked: the audit log has it, with
+    your name, and for several IDs or --where a plan is made, which is shown first. Without one, or where --socket or
+    --url is given, named jobs are cancelled over the worker API one by one, and the audit log has nothing of it.
 
     \b
     Example: jobctl cancel --where queue=video --where status=queued
     """
-    is_plan(ids, where)
-    if where:
-        return ctl_plan.carry_out("cancel", ids, where, reason, yes=yes, dry_run=dry_run, as_json=as_json)
-    client = job_client()
-    deed = Deed(
+    is_many = is_plan(ids, where)
+    if not (where or has_admin_token()):
+        return carry_out(_cancel(job_client(), reason), ids, **how)
+    if is_many:
+        return ctl_plan.carry_out("cancel", ids, where, reason, **how)
+    client = admin_client()
+
+    def after(job: JobView, plan: PlanView, result: PlanResult) -> JobInfo:
+        return client.get_job(job.id)
+
+    return ctl_plan.carry_out_one(client, "cancel", _cancel(client, reason), ids[0], reason, after, **how)
+
+
+def _cancel(client: JobClient | AdminClient, reason: str | None) -> Deed:
+    return Deed(
         "cancel",
         look=client.get_job,
         to="cancelled",
         do=lambda job_id: client.cancel_job(job_id, reason),
         done=lambda job: str(job.status),
     )
-    return carry_out(deed, ids, yes=yes, dry_run=dry_run, as_json=as_json)

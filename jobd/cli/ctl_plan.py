@@ -298,9 +298,9 @@ def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **ho
 def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json: bool) -> int:
     """Apply plans that were looked at before.
 
-    Exactly what they show is done. --dry-run of retry, cancel, force-fail, force-reset and delete names its plans; in
-    the dashboard they are in the address of their page. They are kept for 15 minutes. A job that has changed since is
-    left alone.
+    Exactly what they show is done. --dry-run of retry, cancel (with an admin token), force-fail, force-reset and delete
+    names its plans; in the dashboard they are in the address of their page. They are kept for 15 minutes. A job that
+    has changed since is left alone.
 
     \b
     Example: jobctl delete --where status=completed --dry-run; jobctl apply 3fa29c01d2e4b587

@@ -127,6 +127,20 @@ def admin_token(places: Places) -> str:
     raise exits.Problem(text, exits.UNAUTHORISED)
 
 
+def has_admin_token() -> bool:
+    """Whether a verb that is at both doors has the key of the admin's: a token for it, and no other door was named.
+
+    What --token-file names beside a URL of the worker API is for that one, and goes nowhere else.
+    """
+    places = current()
+    if places.admin_url is None and (places.socket or places.url):
+        return False
+    if places.token_file:
+        is_named = places.admin_url or os.environ.get("JOBD_ADMIN_URL")
+        return bool(is_named or not os.environ.get("JOBD_URL"))
+    return bool(os.environ.get("ADMIN_TOKEN", "").strip() or os.environ.get("ADMIN_TOKEN_FILE"))
+
+
 def worker_token(places: Places) -> str | None:
     """The token for the worker API over TCP: --token-file, else the file of JOBD_WORKER_TOKEN_FILE, else none.
 
