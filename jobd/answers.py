@@ -395,9 +395,10 @@ class AlertList(Struct):
 class WebhookView(Struct, frozen=True):
     """A webhook: where it goes, what it tells, and how it is going. Times in Unix ms, None where it never happened.
 
-    `state` is that of its breaker: while it is `open` nothing is sent, `half_open` one delivery is tried. `position` is
-    the newest event that was looked at, `lag` how many were not yet. `delivered`, `failed` (tries) and `given_up` are
-    counted since the start.
+    `state` is that of its breaker: while it is `open` (on a break) nothing is sent, `half_open` one delivery is tried.
+    `next_try_at` is when the next try may be made, None where one may now, or nothing waits to be tried again.
+    `position` is the newest event that was looked at, `lag` how many were not yet. `delivered`, `failed` (tries) and
+    `given_up` are counted since the start.
     """
 
     name: str
@@ -406,6 +407,7 @@ class WebhookView(Struct, frozen=True):
     queues: list[str]
     state: Literal["starting", "closed", "open", "half_open"]
     failing_since: int | None
+    next_try_at: int | None
     position: int
     lag: int
     waiting: int

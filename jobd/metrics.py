@@ -320,7 +320,7 @@ def _webhooks(now: Snapshot) -> Iterator[Metric]:
     lags = ((name, each.lag) for name, each in now.webhooks.items())
     yield _gauges("webhook_lag_events", "Events that the webhook was not told of yet.", ["endpoint"], lags)
     paused = ((name, int(each.paused)) for name, each in now.webhooks.items())
-    help_ = "1 while nothing, or one message on trial, is sent, as too many have failed."
+    help_ = "1 during a break: nothing, or one message on trial, is sent, as too many have failed."
     yield _gauges("webhook_paused", help_, ["endpoint"], paused)
 
 

@@ -141,6 +141,13 @@ class Courier:
         """Since the first of the failures after the last success; None where the last try was one."""
         return None if self.breaker.since is None else self._now_ms() - self.breaker.since
 
+    @property
+    def put_off_ms(self) -> int | None:
+        """Until the next try may be made; None where one may now, or nothing waits to be tried again."""
+        now = self._now_ms()
+        until = max(self.breaker.until or 0, self.line.next_due() or 0)
+        return until - now if until > now else None
+
     # -- a round ------------------------------------------------------------------------------------------------------
 
     async def _survived_round(self, poster: Poster) -> float | None:

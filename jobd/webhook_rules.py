@@ -1,4 +1,4 @@
-"""When a delivery is tried again, when it is given up, and when an endpoint is left alone for a while.
+"""When a delivery is tried again, when it is given up, and when an endpoint is on a break.
 
 Knows no clock and draws no lots: time is an argument, in ms of a clock that never steps, and so is chance (0 to 1).
 """

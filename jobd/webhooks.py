@@ -142,6 +142,7 @@ class Webhooks:
     def _view(self, endpoint: Endpoint) -> WebhookView:
         courier, tally = self._couriers.get(endpoint.name), self._tallies.get(endpoint.name, Tally())
         failing_ms = None if courier is None else courier.failing_ms
+        put_off_ms = None if courier is None else courier.put_off_ms
         now = self._office.clock.moment().now
         return WebhookView(
             name=endpoint.name,
@@ -150,6 +151,7 @@ class Webhooks:
             queues=sorted(endpoint.queues),
             state="starting" if courier is None else courier.state,
             failing_since=None if failing_ms is None else now - failing_ms,
+            next_try_at=None if put_off_ms is None else now + put_off_ms,
             position=0 if courier is None else courier.reader.position,
             lag=0 if courier is None else courier.reader.lag,
             waiting=0 if courier is None else len(courier.line),

@@ -151,6 +151,7 @@ WEBHOOK = WebhookView(
     queues=[],
     state="closed",
     failing_since=None,
+    next_try_at=None,
     position=9,
     lag=0,
     waiting=1,

@@ -1031,20 +1031,27 @@ async def test_a_clock_is_accepted_by_who_was_told_what_that_deletes(
 
 
 def test_webhooks_are_listed_with_how_they_are_going(capsys: pytest.CaptureFixture[str]) -> None:
+    soon = round(time.time() * 1000) + 5 * 60_000 + 12_000
     states = [
-        replace(WEBHOOK, name=name, state=state, failing_since=since)
-        for name, state, since in (
-            ("a", "starting", None),
-            ("b", "closed", None),
-            ("c", "closed", 1),
-            ("d", "open", 1),
-            ("e", "half_open", 1),
+        replace(WEBHOOK, name=name, state=state, failing_since=since, next_try_at=next_)
+        for name, state, since, next_ in (
+            ("a", "starting", None, None),
+            ("b", "closed", None, None),
+            ("c", "closed", 1, soon),
+            ("d", "open", 1, soon),
+            ("e", "half_open", 1, None),
         )
     ]
     tables_admin.webhooks(states)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    shown = {row[0]: row[2] for row in rows if row[0] in "abcde"}
-    assert shown == {"a": "starting", "b": "well", "c": "failing", "d": "paused", "e": "paused"}
+    rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][2:4] == ["STATE", "NEXT TRY"]
+    assert {row[0]: row[2:4] for row in rows[1:]} == {
+        "a": ["starting", "-"],
+        "b": ["in order", "-"],
+        "c": ["failing", "in 5 m"],
+        "d": ["on a break", "in 5 m"],
+        "e": ["one message is tried", "-"],
+    }
 
 
 async def test_the_doctor_names_webhooks_that_fail_and_what_they_were_not_told(tmp_path: Path) -> None:

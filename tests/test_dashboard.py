@@ -1669,7 +1669,7 @@ async def test_webhooks_are_shown_with_how_they_are_going(town: Town) -> None:
     shown = {
         "starting": ">starting<",
         "closed": ">in order<",
-        "open": ">left alone<",
+        "open": ">on a break<",
         "half_open": ">one message is tried<",
     }
     for state, words in shown.items():
@@ -1677,6 +1677,12 @@ async def test_webhooks_are_shown_with_how_they_are_going(town: Town) -> None:
         page = text(await browser.get("/webhooks"))
         assert words in page
         assert "job.&lt;b&gt;" in page
+        assert "next try" not in page
+    later = round(time.time() * 1000) + 130_000
+    for state, since in (("open", 1), ("closed", 1)):
+        rooms.hooks = [replace(WEBHOOK, state=state, failing_since=since, next_try_at=later)]
+        for place in ("/webhooks", "/webhooks/q"):
+            assert re.search(rf'next try in <time [^>]*data-until="{later}"[^>]*>2 min', text(await browser.get(place)))
     rooms.hooks = [replace(WEBHOOK, state="closed", failing_since=1)]
     assert ">failing<" in text(await browser.get("/webhooks/q"))
     rooms.hooks = []
@@ -1700,7 +1706,9 @@ async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: To
     csrf = await browser.csrf()
     heard = await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="given_up")
     assert (heard.status, heard.headers["location"]) == (303, "/webhooks/q?state=given_up")
-    assert "Message 7 is sent again." in text(await browser.get("/webhooks/q"))
+    page = text(await browser.get("/webhooks/q"))
+    assert "Message 7 is on its way." in page
+    assert 'aria-label="Send message 7 now">Send now</button>' in page, "it waits"
     heard = await browser.post("/webhooks/q/test", csrf=csrf, reason=" does it hear us? ")
     assert heard.headers["location"] == "/webhooks/q"
     assert "A test is on its way: message 7." in text(await browser.get("/webhooks/q"))
@@ -1761,15 +1769,19 @@ async def test_a_message_says_what_became_of_it(town: Town) -> None:
     page = text(await browser.get("/webhooks/q"))
     rows = {int(number): row for number, row in re.findall(r'<tr id="delivery-(\d+)">(.*?)</tr>', page, re.DOTALL)}
     said = {
-        1: (">waiting<", "next try", 'queue <a href="/jobs?queue=a%20b">a b</a>'),
-        2: (">waiting<", ">due", "alerts stuck_jobs"),
-        3: (">delivered<", "HTTP 204"),
-        4: (">given up<", "&lt;no&gt;"),
+        1: (">waiting<", "next try", 'queue <a href="/jobs?queue=a%20b">a b</a>', ">Send now<"),
+        2: (">waiting<", ">due", "alerts stuck_jobs", ">Send now<"),
+        3: (">delivered<", "HTTP 204", ">Send again<"),
+        4: (">given up<", "&lt;no&gt;", ">Send again<"),
     }
     assert rows.keys() == said.keys()
     for number, words in said.items():
         for each in words:
             assert each in rows[number], (number, each)
+    rooms.hooks = [replace(WEBHOOK, state="open", failing_since=1, next_try_at=3_000_000_000_000)]
+    page = text(await browser.get("/webhooks/q"))
+    assert page.count(">after the break") == 1, "one is due before its end, the other later"
+    assert page.count(">next try <time") == 1
     found.clear()
     assert "Nothing was sent yet" in text(await browser.get("/webhooks/q"))
     assert "No message is given up." in text(await browser.get("/webhooks/q?state=given_up"))

@@ -245,8 +245,32 @@ async def test_failures_in_a_row_make_a_break_and_one_trial_ends_it(path: Path) 
         down = False
         await until(lambda: len(at.posts.taken) == 30)
         (view,) = at.webhooks.views()
-        assert (view.state, view.failing_since) == ("closed", None)
+        assert (view.state, view.failing_since, view.next_try_at) == ("closed", None, None)
         assert at.webhooks.worst() is None
+
+
+async def test_a_view_says_when_the_next_try_may_be_made(path: Path) -> None:
+    slow = replace(HASTY, retry_ms=100_000, retry_at_most_ms=100_000, pause_ms=600_000, pause_at_most_ms=600_000)
+    clock = Clock()
+    async with at_work(path, posts=Posts(lambda _: NO), clock=clock) as at:
+
+        def left_ms() -> int | None:
+            (view,) = at.webhooks.views()
+            return None if view.next_try_at is None else view.next_try_at - clock.moment().now
+
+        at.office.manners = slow
+        at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])  # a breaker that is slow, too
+        await until(lambda: at.webhooks.views()[0].state == "closed")
+        assert left_ms() is None
+        await at.commit(at.maker.create("a"))
+        await until(lambda: left_ms() is not None)
+        assert at.webhooks.views()[0].state == "closed"
+        assert 0 < (left_ms() or 0) <= 100_000
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
+        await until(lambda: at.webhooks.views()[0].state == "open")
+        assert 250_000 < (left_ms() or 0) <= 600_000, "not before the end of the break"
+        clock.step_ms += HOUR_MS  # who sets the clock moves no try
+        assert 250_000 < (left_ms() or 0) <= 600_000
 
 
 async def test_a_message_that_no_endpoint_takes_does_not_keep_the_break_for_all(path: Path) -> None:

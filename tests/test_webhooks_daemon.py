@@ -238,7 +238,7 @@ def test_operators_see_send_again_and_test(tmp_path: Path, receiver: Receiver) -
         listed = jobctl("webhooks")
         assert listed.returncode == 0, listed.stderr
         assert "billing" in listed.stdout
-        assert "well" in listed.stdout
+        assert "in order" in listed.stdout
         table = jobctl("webhooks", "deliveries", "billing")
         assert "webhook.test" in table.stdout
         assert json.loads(jobctl("webhooks", "deliveries", "billing", "--json").stdout)["next_cursor"] is None

@@ -281,9 +281,10 @@ def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
 
 
 def _state(view: WebhookView) -> str:
-    if view.state == "starting":
-        return "starting"
-    return "paused" if view.state != "closed" else "failing" if view.failing_since is not None else "well"
+    """In the words of the dashboard."""
+    if view.state == "closed":
+        return "failing" if view.failing_since is not None else "in order"
+    return {"starting": "starting", "open": "on a break", "half_open": "one message is tried"}[view.state]
 
 
 def webhooks(views: Sequence[WebhookView]) -> None:
@@ -292,6 +293,7 @@ def webhooks(views: Sequence[WebhookView]) -> None:
             view.name,
             view.url,
             _state(view),
+            show.age(view.next_try_at) if view.next_try_at is not None else "-",
             view.waiting,
             view.lag,
             view.delivered,
@@ -301,7 +303,8 @@ def webhooks(views: Sequence[WebhookView]) -> None:
         )
         for view in views
     ]
-    columns = ["WEBHOOK", "URL", "STATE", ">WAITING", ">LAG", ">DELIVERED", ">GIVEN UP", "LAST SUCCESS", "LAST ERROR"]
+    columns = ["WEBHOOK", "URL", "STATE", "NEXT TRY", ">WAITING", ">LAG", ">DELIVERED", ">GIVEN UP"]
+    columns += ["LAST SUCCESS", "LAST ERROR"]
     show.table(columns, rows, empty="No webhook is configured.")
 
 

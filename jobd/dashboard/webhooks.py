@@ -93,12 +93,12 @@ async def test(guest: Guest, form: TestForm) -> Answer | Refusal:
 
 
 async def resend(guest: Guest, form: ResendForm) -> Answer | Refusal:
-    """The same message once more, whatever became of it."""
+    """The same message, now: once more, whatever became of it, or at last where it waits."""
     sent = await guest.site.rooms.deliver_again(form.name, form.id)
     if isinstance(sent, Refusal):
         return sent
     await guest.note("resend-delivery", {"webhook": form.name, "delivery": form.id})
-    return go_on(guest, _address(WebhookPage(name=form.name, state=form.state)), f"Message {sent.id} is sent again.")
+    return go_on(guest, _address(WebhookPage(name=form.name, state=form.state)), f"Message {sent.id} is on its way.")
 
 
 async def again(guest: Guest, wanted: AgainPage) -> Shown:
