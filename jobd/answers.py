@@ -5,6 +5,7 @@ Shapes only: views.py and reads.py fill them. Their field names are the contract
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -525,11 +526,15 @@ class VersionedJob(Struct, frozen=True):
 
 
 class PlannedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
-    """A job as a plan found it, and what it would be. `to` is null where it would be deleted."""
+    """A job as a plan found it, and what it would be. `to` is null where it would be deleted.
+
+    `late_results` counts those of it that nobody has adopted; of a completed job none can be.
+    """
 
     id: str
     from_: str
     to: str | None
+    late_results: int = 0
 
 
 class SkippedJob(Struct, frozen=True, gc=False):
@@ -607,6 +612,7 @@ class PlanView(Struct, frozen=True):
     """What an action would do: to `count` jobs. `skipped` shows the first of those left alone, `skipped_count` counts
     them. `filter` is what the jobs were found by, null where they were named; `scope` says which of them were looked
     at. `more`: the plan is full, or its time was over, before all were looked at; `next_cursor` makes the next one.
+    `with_late_results` counts the jobs to which work came late that nobody has adopted.
     """
 
     plan_id: str
@@ -623,6 +629,22 @@ class PlanView(Struct, frozen=True):
     made_at: int
     expires_at: int
     result: PlanResult | None = None
+    with_late_results: int = 0
+
+
+def late_note(action: str, late: Sequence[int]) -> str | None:
+    """What who asks for `action` has to know of late results; None: nothing. `late`: how many there are of each job."""
+    jobs, results = sum(count > 0 for count in late), sum(late)
+    if not jobs:
+        return None
+    has = "It has" if len(late) == 1 else "1 of these jobs has" if jobs == 1 else f"{jobs} of these jobs have"
+    is_one = results == 1
+    what, then = ("1 late result", "it") if is_one else (f"{results} late results", "they")
+    if action == "delete":
+        then += f" {'goes' if is_one else 'go'} with the {'job' if jobs == 1 else 'jobs'}"
+    else:
+        then += " could be adopted instead"
+    return f"{has} {what} that nobody has adopted: {then}."
 
 
 class PlanSlice(Struct):

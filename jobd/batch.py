@@ -352,6 +352,9 @@ class Disk(Protocol):
     async def late(self, asked: list[LateAsked]) -> LateKnown:
         """Late results of jobs, and which of the lock ids were grants of theirs. Damaged rows are left out."""
 
+    async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
+        """How many late results those of these jobs have that have any, as the index tells: nothing is read of them."""
+
     async def expired(self, now: int, limit: int) -> list[str]:
         """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first."""
 

@@ -334,7 +334,7 @@ FIELDS: Final = {
     "last_success_at": "When a message was last delivered, or null.",
     "lastReport": "The report of the last pass, or null.",
     "late_result": "The `seq` of a late result: what that names, in the place of what the job names.",
-    "late_results": "What completes brought whose locks were lost.",
+    "late_results": "What completes brought whose locks were lost. Of a planned job: how many of them nobody adopted.",
     "limit": "At most so many.",
     "line": "The number of the line, from 1.",
     "lines": "What would become of the lines, the first 10000 of them.",
@@ -454,6 +454,7 @@ FIELDS: Final = {
     "wouldSkip": "How many lines name an id that exists, or that an earlier line has.",
     "where": "Which row it is.",
     "who": "The operator's name, `admin` where none was given.",
+    "with_late_results": "How many of the jobs have late results that nobody has adopted.",
     "worker": "The worker's name. In a query: it holds the job, or was the last to hold it.",
     "workers": "The workers.",
 }

@@ -76,6 +76,11 @@ KEEP_LATE: Final = 5  # late results of a job: those of its latest grants
 _ID = re.compile(ID_PATTERN)
 
 
+def may_adopt(status: str) -> bool:
+    """Whether a late result of such a job may still become its own: at once, or once its holder has ended."""
+    return (status, "completed") in TRANSITIONS
+
+
 def is_job_id(text: str) -> bool:
     """Whether `text` may be a job's id: 1-200 of A-Z a-z 0-9 . _ : -"""
     return _ID.fullmatch(text) is not None

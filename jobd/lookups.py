@@ -425,6 +425,20 @@ def _late_results(tables: Tables, job_seq: int, *, whole: bool) -> list[LateResu
     return sorted(found, key=lambda result: result.fencing_token)
 
 
+def count_late(tables: Tables, job_seqs: list[int]) -> dict[int, int]:
+    """See Disk.count_late."""
+    tables.check()
+    sql = "SELECT count(*) FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
+    try:
+        counts = {seq: tables.rows(sql, (seq,))[0][0] for seq in job_seqs}
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        tables.faults.append(f"the late results cannot be counted: {error}; run `jobd doctor`")
+        return {}
+    return {seq: count for seq, count in counts.items() if count}
+
+
 def _latest_grants(tables: Tables, job_seq: int) -> list[Grant]:
     """The grants of this job that the end of its journal tells of. Batches wait for this, so it has its limit."""
     try:

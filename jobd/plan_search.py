@@ -15,7 +15,7 @@ from jobd.answers import PlannedJob, SkippedJob
 from jobd.batch import Disk, Query
 from jobd.book import Book
 from jobd.commands import MAKING_S, MAX_PLAN, Expected, Filter, MakePlan, Refusal
-from jobd.job import Job
+from jobd.job import Job, may_adopt
 
 MOST_SKIPPED: Final = 1_000  # that a plan shows
 LOOK: Final = 50  # jobs read in one go,
@@ -57,6 +57,8 @@ class Search:
             some = ids[first : first + LOOK]
             async with self._turn:
                 loaded = await self._disk.load(some, [], [])
+                found = [loaded.jobs[job_id] for job_id in some if job_id in loaded.jobs]
+                await self._take([job for job in found if planning.why_not(self._asked.action, job) is None])
             for job_id in some:
                 job = loaded.jobs.get(job_id)
                 if job is None:
@@ -64,8 +66,6 @@ class Search:
                     self._skip(job_id, None, f"It is in quarantine: {wrong}" if wrong else "There is no such job.")
                 elif (why := planning.why_not(self._asked.action, job)) is not None:
                     self._skip(job_id, job.status, why)
-                else:
-                    self._take(job)
             await asyncio.sleep(PAUSE_S)
 
     async def _filtered(self, wanted: Filter) -> Refusal | None:
@@ -79,13 +79,14 @@ class Search:
         until_s = clock_s() + MAKING_S
         for status in statuses:
             while self.next_cursor is None:
+                room = MAX_PLAN - len(self.jobs)
                 async with self._turn:
                     page = await self._disk.find(as_query(wanted, status, before))
-                for job, _ in page.jobs:
-                    if len(self.jobs) >= MAX_PLAN:
-                        self.next_cursor = f"{status}.{job.seq + 1}"
-                        break
-                    self._take(job)
+                    # a job that moved on meanwhile is found in its next status, too
+                    new = [job for job, _ in page.jobs if job.id not in self._taken]
+                    await self._take(new[:room])
+                if len(new) > room:
+                    self.next_cursor = f"{status}.{new[room].seq + 1}"
                 else:
                     before = page.next_before
                     if before is None:
@@ -95,12 +96,14 @@ class Search:
                 await asyncio.sleep(PAUSE_S)
         return None
 
-    def _take(self, job: Job) -> None:
-        if job.id not in self._taken:  # a job that moved on meanwhile is found in its next status, too
-            self._taken.add(job.id)
-            self.jobs.append(PlannedJob(job.id, job.status, planning.TO[self._asked.action]))
-            version = planning.version(job, self._book.latest_late(job.seq))
-            self.expected.append(Expected(job.id, version))
+    async def _take(self, jobs: list[Job]) -> None:
+        """Put these into the plan. Their versions come first: a late result that is not counted has changed its job."""
+        self._taken.update(job.id for job in jobs)
+        self.expected += [Expected(job.id, planning.version(job, self._book.latest_late(job.seq))) for job in jobs]
+        of_use = [job.seq for job in jobs if may_adopt(job.status)]
+        late = await self._disk.count_late(of_use) if of_use else {}
+        to = planning.TO[self._asked.action]
+        self.jobs += [PlannedJob(job.id, job.status, to, late.get(job.seq, 0)) for job in jobs]
 
     def _skip(self, job_id: str, status: str | None, why: str) -> None:
         self.skipped_count += 1

@@ -106,6 +106,7 @@ class Planner:
             next_cursor=search.next_cursor,
             made_at=now,
             expires_at=now + KEPT_MS,
+            with_late_results=sum(job.late_results > 0 for job in search.jobs),
         )
         until_s = asyncio.get_running_loop().time() + KEPT_MS / SECOND_MS
         self._keep(Plan(view, search.expected, until_s, PlanSlice(0, [], [])))

@@ -196,6 +196,9 @@ class Store:
     async def late(self, asked: list[LateAsked]) -> LateKnown:
         return await self._hop(lookups.late, self._tables, asked)
 
+    async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
+        return await self._hop(lookups.count_late, self._tables, job_seqs)
+
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
         return await self._hop(lookups.journal, self._tables, after, limit)

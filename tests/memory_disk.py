@@ -249,6 +249,10 @@ class MemoryDisk:
                     known.grants[each.job_seq, grant.lock_id] = grant
         return known
 
+    async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
+        await self._enter("count_late")
+        return {seq: len(self.lates[seq]) for seq in job_seqs if self.lates.get(seq)}
+
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Up to `limit` events with a seq above `after`, oldest first."""
         await self._enter("journal")

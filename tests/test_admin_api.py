@@ -283,7 +283,7 @@ async def test_a_plan_is_made_shown_and_applied(house: House) -> None:
     assert house.figures.planned == [
         MakePlan(action="retry", filter=Filter(status="failed", queue="q", since=1), reason="r")
     ]
-    assert made.data["jobs"] == [{"id": "a", "from": "failed", "to": "queued"}]
+    assert made.data["jobs"] == [{"id": "a", "from": "failed", "to": "queued", "late_results": 0}]
     plan_id = made.data["plan_id"]
     assert (await house.ask("GET", f"{P}/plans/{plan_id}", headers=AUTH)).data == made.data
     assert (await house.ask("GET", f"{P}/plans/none", headers=AUTH)).error == "plan_not_found"

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import pytest
@@ -349,7 +349,9 @@ def test_jobs_are_found_by_text_and_by_time(jobctl: Ctl) -> None:
     assert jobctl.ok("jobs", "-q", "--finished-since", "1h", "--queue", "se") == "se1\n"
     assert jobctl.ok("jobs", "-q", "--finished-until", "1h", "--queue", "se") == ""
     where = ["--where", "queue=se", "--where", "finished_since=1h"]
-    assert jobctl.json("retry", *where, "--dry-run")["jobs"] == [{"id": "se1", "from": "cancelled", "to": "queued"}]
+    assert jobctl.json("retry", *where, "--dry-run")["jobs"] == [
+        {"id": "se1", "from": "cancelled", "to": "queued", "late_results": 0}
+    ]
     assert jobctl.json("retry", *where, "--where", "finished_until=1h", "--dry-run")["jobs"] == []
 
 
@@ -367,7 +369,7 @@ def test_many_jobs_are_planned_shown_and_done(jobctl: Ctl) -> None:
     assert jobctl.json("job", "pl-other")["status"] == "queued"
     plan = jobctl.json("retry", "--where", "text=PL1", "--where", "status=failed", "--dry-run")
     assert set(plan) == _fields(answers.PlanView)
-    assert plan["jobs"] == [{"id": "pl1", "from": "failed", "to": "queued"}]
+    assert plan["jobs"] == [{"id": "pl1", "from": "failed", "to": "queued", "late_results": 0}]
     result = jobctl.json("retry", "pl1", "pl2", "--yes")
     assert set(result) == _fields(answers.PlanResult)
     assert (result["applied"], result["changed"]) == (2, [])
@@ -646,6 +648,42 @@ def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> Non
     adopted = jobctl.json("adopt", "c6", "-y", "--result", str(late["seq"]), "--reason", "it is whole")
     assert (adopted["status"], adopted["file_path"], adopted["metadata"]) == ("completed", "/srv/6", {"a": 1})
     assert "it is whole" in jobctl.ok("timeline", "c6")
+
+
+def _came_late(running: Running, jobctl: Ctl, *ids: str) -> None:
+    """Failed jobs in a queue of this name, to each of which a result came late."""
+    for job_id in ids:
+        running.client.create_job(id=job_id, queue=ids[0])
+        grant = running.client.claim("w-late", queues=[ids[0]])[0]
+        jobctl.ok("force-fail", job_id, "-y")
+        with pytest.raises(LockLost):
+            running.client.complete_job(job_id, grant.lock_id, file_path=f"/srv/{job_id}")
+
+
+_GOES: Final = "1 late result that nobody has adopted: it goes with the job."
+_INSTEAD: Final = "1 late result that nobody has adopted: it could be adopted instead."
+
+
+def test_what_came_late_is_told_before_it_is_lost(
+    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _came_late(running, jobctl, "lt1")
+    running.client.create_job(id="lt2", queue="lt2")
+    running.client.cancel_job("lt2")
+    told = f"It has {_GOES} See: jobctl late lt1\n"
+    assert jobctl.ok("delete", "lt1", "--dry-run") == f"lt1: would delete: it is failed\n{told}"
+    assert jobctl.ok("delete", "lt2", "--dry-run") == "lt2: would delete: it is cancelled\n"
+    assert f"It has {_INSTEAD}" in jobctl.ok("force-reset", "lt1", "--dry-run")
+    assert f"It has {_INSTEAD}" in jobctl.ok("retry", "lt1", "--dry-run")
+    assert f"1 of these jobs has {_GOES} See jobctl late ID: lt1\n" in jobctl.ok("delete", "lt1", "lt2", "--dry-run")
+    plan = jobctl.json("delete", "--where", "queue=lt1", "--dry-run")
+    assert (plan["with_late_results"], [job["late_results"] for job in plan["jobs"]]) == (1, [1])
+    shown = jobctl.ok("apply", plan["plan_id"], "--dry-run")
+    assert _GOES in shown
+    code, _, asked = _on_a_terminal(running, b"n\n", "delete", "lt1")
+    assert (code, asked.index(_GOES) < asked.index("delete job lt1")) == (1, True)
+    monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+    assert f"It has {_GOES}" in jobctl.ok("delete", "lt1", "--dry-run"), "who may look is told, too"
 
 
 def test_a_queue_is_paused_and_resumed(jobctl: Ctl) -> None:

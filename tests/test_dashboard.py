@@ -1249,9 +1249,41 @@ async def test_what_comes_late_is_not_deleted_unseen(town: Town) -> None:
     heard = await browser.post("/jobs/held/do", **seen, reason="")
     assert heard.status == 409
     assert "has moved since you looked" in text(heard)
-    assert "<strong>1 late result</strong> goes with it" in text(await browser.get("/jobs/held/confirm?verb=delete"))
+    goes = "It has 1 late result that nobody has adopted: it goes with the job."
+    assert goes in text(await browser.get("/jobs/held/confirm?verb=delete"))
+    instead = "It has 1 late result that nobody has adopted: it could be adopted instead."
+    assert instead in text(await browser.get("/jobs/held/confirm?verb=force-reset"))
+    assert "late result" not in text(await browser.get("/jobs/held/confirm?verb=run-now"))
     assert (await browser.confirmed("held", "delete")).status == 303
     assert (await town.worker.ask("GET", "/v1/jobs/held")).error == "job_not_found"
+
+
+async def test_of_a_completed_job_what_came_late_is_told_and_no_more(town: Town) -> None:
+    lock = await town.held()
+    again = await town.again("held")
+    for each in (lock, again):
+        await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": each, "file_path": "/x"}))
+    assert await town.status("held") == "completed"
+    page = text(await (await town.browser()).get("/jobs/held/confirm?verb=delete"))
+    assert "Work that came late goes with it: 1 of it." in page
+    assert "adopted" not in page
+
+
+async def test_a_plan_names_the_jobs_to_which_work_came_late(town: Town) -> None:
+    await failing(town, "a")
+    lock = await town.held()
+    await town.admin.ask("POST", "/admin/job-management/force-fail", json.dumps({"jobId": "held"}), headers=AUTH)
+    await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "file_path": "/late"}))
+    browser = await town.browser()
+    await planned(browser, "/jobs?status=failed", action="delete", scope="all")
+    page = text(await browser.get("/plans/plan-1"))
+    assert "1 of these jobs has 1 late result that nobody has adopted: it goes with the job." in page
+    section = page[page.index('aria-labelledby="h-late"') :].partition("</section>")[0]
+    assert re.findall(r'href="/jobs/(\w+)"', section) == ["held"]
+    await planned(browser, "/jobs?status=failed", "a", action="delete", scope="selected")
+    assert "late result" not in text(await browser.get("/plans/plan-2"))
+    await planned(browser, "/jobs?status=failed", "held", action="retry", scope="selected")
+    assert "it could be adopted instead." in text(await browser.get("/plans/plan-3"))
 
 
 async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:

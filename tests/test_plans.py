@@ -10,9 +10,10 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd import book, foresight, plan_search, planning, plans, rows
-from jobd.answers import Answer, PlanResult, PlanView, PreviewView
+from jobd.answers import Answer, PlanResult, PlanView, PreviewView, late_note
 from jobd.batch import DiskFull
 from jobd.commands import (
+    Adopt,
     ApplyPlan,
     Cancel,
     Complete,
@@ -234,6 +235,26 @@ def test_a_change_that_was_taken_back_is_a_change() -> None:
     assert version(desk.job()) != seen
 
 
+@pytest.mark.parametrize(
+    ("action", "late", "note"),
+    [
+        ("delete", [0, 0], None),
+        ("retry", [], None),
+        ("delete", [1], "It has 1 late result that nobody has adopted: it goes with the job."),
+        ("delete", [0, 2], "1 of these jobs has 2 late results that nobody has adopted: they go with the job."),
+        ("delete", [1, 1], "2 of these jobs have 2 late results that nobody has adopted: they go with the jobs."),
+        (
+            "force-fail",
+            [1, 0],
+            "1 of these jobs has 1 late result that nobody has adopted: it could be adopted instead.",
+        ),
+        ("retry", [3], "It has 3 late results that nobody has adopted: they could be adopted instead."),
+    ],
+)
+def test_what_is_said_of_late_results(action: PlanAction, late: list[int], note: str | None) -> None:
+    assert late_note(action, late) == note
+
+
 # -- made, kept, applied ----------------------------------------------------------------------------------------------
 
 
@@ -277,6 +298,54 @@ async def test_a_plan_says_what_would_be_done_and_does_it() -> None:
         shown = planner.find("p")
         assert isinstance(shown, PlanView)
         assert shown.result == result
+
+
+async def came_late(house: Household, job_id: str, times: int = 1) -> None:
+    """A failed job to which work came late, so often."""
+    await house.yes(Create(id=job_id))
+    for _ in range(times):
+        lock_id = (await house.yes(Start(id=job_id, worker="w"))).lock_id
+        await house.yes(ForceFail(id=job_id))
+        await house.no(Complete(id=job_id, lock_id=lock_id, file_path="/out"))
+        await house.yes(ForceReset(id=job_id))
+    await house.yes(ForceFail(id=job_id))
+
+
+@in_virtual_time
+async def test_a_plan_tells_what_came_late_also_before_a_restart() -> None:
+    async with Household() as house:
+        await came_late(house, "a", times=2)
+        await came_late(house, "b")
+        await came_late(house, "done")
+        await house.yes(Adopt(id="done"))
+        await failed(house, "c")
+    async with Household(house.disk) as house:
+        planner = Planner(house.actor, house.clock)
+        for asked in ({"ids": ["a", "b", "c", "done"]}, {"filter": Filter()}):
+            plan = await made(planner, action="delete", **asked)
+            late = {job.id: job.late_results for job in plan.jobs}
+            assert (late, plan.with_late_results) == ({"a": 2, "b": 1, "c": 0, "done": 0}, 2)
+        plan = await made(planner, action="retry", filter=Filter())
+        assert [job.late_results for job in plan.jobs] == [0, 1, 2]
+
+
+@in_virtual_time
+async def test_what_comes_late_while_a_plan_is_made_is_told_or_changes_its_job() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await house.yes(Create(id="a"))
+        lock_id = (await house.yes(Start(id="a", worker="w"))).lock_id
+        await house.yes(ForceFail(id="a"))
+        count_late = house.disk.count_late
+
+        async def and_then(job_seqs: list[int]) -> dict[int, int]:
+            counted = await count_late(job_seqs)
+            await house.no(Complete(id="a", lock_id=lock_id, file_path="/out"))
+            return counted
+
+        house.disk.count_late = and_then  # type: ignore[method-assign]
+        assert (await made(planner, action="delete", filter=Filter())).with_late_results == 0
+        assert [job.id for job in (await applied(planner)).changed] == ["a"]
 
 
 @in_virtual_time

@@ -597,6 +597,21 @@ async def test_a_journal_whose_index_cannot_be_read_is_read_without_it(path: str
         assert fault.startswith("the index of the journal cannot be read")
 
 
+async def test_late_results_whose_index_cannot_be_read_cost_no_plan(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create("a")]))
+    with edited(path) as conn:
+        (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'late_results_job'").fetchone()
+    content = bytearray(read(path))
+    content[(root - 1) * 4096] = 0x77
+    write(path, content)
+    async with opened(path) as (store, _):
+        assert await store.count_late([1]) == {}
+        (fault,) = store.take_faults()
+        assert fault.startswith("the late results cannot be counted")
+
+
 async def test_an_index_that_leads_to_events_of_another_job_is_rebuilt(path: str) -> None:
     maker = Maker(2)
     async with opened(path) as (store, _):

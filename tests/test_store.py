@@ -567,6 +567,18 @@ async def test_those_of_the_latest_grants_are_kept(store: Store) -> None:
     assert [late.fencing_token for late in await late_results(store, made(second))] == [4]
 
 
+async def test_they_are_counted_by_their_index(path: str) -> None:
+    maker = Maker()
+    jobs = [maker.create(job_id) for job_id in "abc"]
+    async with opened(path) as (store, _):
+        await store.write(maker.batch(jobs))
+        await store.write(maker.batch([maker.late(made(jobs[0]), token) for token in (1, 2)]))
+        await store.write(maker.batch([maker.late(made(jobs[2]), 3)]))
+        seqs = [made(each).seq for each in jobs]
+        assert await store.count_late([]) == {}
+        assert await store.count_late([*seqs, 99]) == {seqs[0]: 2, seqs[2]: 1}
+
+
 async def test_they_go_with_their_job(store: Store) -> None:
     maker = Maker()
     created, other = maker.create("a"), maker.create("b")

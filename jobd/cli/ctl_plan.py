@@ -18,7 +18,7 @@ from jobd.cli.places import admin_client, admin_options
 from jobd.cli.waiting import busy
 
 if TYPE_CHECKING:
-    from jobd.answers import ChangedJob, JobView, PlanResult, PlanView
+    from jobd.answers import ChangedJob, JobView, PlannedJob, PlanResult, PlanView
     from jobd.client import AdminClient
     from jobd.commands import PlanAction
 
@@ -127,14 +127,17 @@ def carry_out_one(
     if dry_run:
         plan = _plan_of(client, action, job_id, reason)
         code = deeds.carry_out(deed, (job_id,), yes=yes, dry_run=True, as_json=as_json)
-        if plan is not None and plan.count and code == exits.DONE:
-            _name_plans([plan])
+        if code == exits.DONE:
+            _tell_late(client, action, job_id, plan, show.emit)
+            if plan is not None and plan.count:
+                _name_plans([plan])
         return code
     deeds.need_terminal()
     plan = client.make_plan(action, ids=[job_id], reason=reason)  # first: what happens after it is no more what it saw
     job = deed.look(job_id)
     if not plan.count:
         raise exits.Problem(_refused(deed, plan), exits.REFUSED)
+    _tell_late(client, action, job_id, plan, show.say)
     deeds.ask_about(deed, job)
     result = _applied(client, plan)
     if not result.applied:
@@ -156,6 +159,21 @@ def _plan_of(client: AdminClient, action: PlanAction, job_id: str, reason: str |
         return client.make_plan(action, ids=[job_id], reason=reason)
     except Forbidden:
         return None
+
+
+def _tell_late(
+    client: AdminClient, action: PlanAction, job_id: str, plan: PlanView | None, tell: Callable[[str], None]
+) -> None:
+    """Say what came late to the job and waits to be adopted: as its plan found it, or as it is for who has no plan."""
+    from jobd.answers import late_note
+    from jobd.job import may_adopt
+
+    if plan is not None:
+        count = sum(job.late_results for job in plan.jobs)
+    else:
+        count = len(client.late_results(job_id)) if may_adopt(client.get_job(job_id).status) else 0
+    if note := late_note(action, [count]):
+        tell(f"{note} See: jobctl late {job_id}")
 
 
 def _refused(deed: Deed, plan: PlanView) -> str:
@@ -233,11 +251,23 @@ def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
         show.table(["JOB", "WOULD BE"], rows)
     if len(jobs) > _SHOWN:
         show.emit(f"… and {len(jobs) - _SHOWN} more (--json shows all)")
+    _show_late(plans[0].action, [job for plan in plans if plan.result is None for job in plan.jobs])
     for plan in plans:
         if plan.skipped_count:
             show.emit(_skipped(plan))
         elif not plan.count and plan.scope:
             show.emit(plan.scope)
+
+
+def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
+    """Which of the jobs have work that came late and waits to be adopted, also of those that are not shown."""
+    from jobd.answers import late_note
+
+    if (note := late_note(action, [job.late_results for job in jobs])) is None:
+        return
+    late = [job.id for job in jobs if job.late_results]
+    more = f" … and {len(late) - _SHOWN} more (--json shows all)" if len(late) > _SHOWN else ""
+    show.emit(f"{note} See jobctl late ID: {' '.join(late[:_SHOWN])}{more}")
 
 
 def _skipped(plan: PlanView) -> str:

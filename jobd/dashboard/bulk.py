@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from jobd.answers import Answer, PlanView
+from jobd.answers import Answer, PlanView, late_note
 from jobd.bodies import Refused, explain, refused
 from jobd.commands import MAKING_S, MAX_PLAN, Filter, MakePlan, OnPlan, PlanAction, Refusal
 from jobd.dashboard.filters import JobFilter, chosen
@@ -114,6 +114,8 @@ async def show(guest: Guest, wanted: OnPlan) -> Shown:
         "label": ACTIONS[plan.action],
         "says": SAYS[plan.action],
         "is_grave": plan.action in GRAVE,
+        "late_note": late_note(plan.action, [job.late_results for job in plan.jobs]),
+        "late": [job for job in plan.jobs if job.late_results][:MOST_SHOWN],
         "moves": Counter((job.from_, job.to) for job in plan.jobs).most_common(),
         "jobs": plan.jobs[:MOST_SHOWN],
         "skipped": plan.skipped[:MOST_SHOWN],

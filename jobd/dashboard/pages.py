@@ -28,6 +28,7 @@ from jobd.answers import (
     VersionedJob,
     WhyView,
     WorkerList,
+    late_note,
 )
 from jobd.answers import AuditPage as AuditEntries
 from jobd.bodies import Refused, explain, refused
@@ -56,7 +57,7 @@ from jobd.dashboard.paint import pretty
 from jobd.dashboard.recorder import Recorder
 from jobd.doors import host_name
 from jobd.downloads import Artefact
-from jobd.job import STATUSES, QueueName
+from jobd.job import STATUSES, QueueName, may_adopt
 
 Shown = dict[str, Any]
 
@@ -245,7 +246,7 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
     return {
         "job": view,
         "late": late,
-        "lost": len(await _late_results(guest, wanted.id)) if deed.to == "gone" else 0,
+        "late_note": await _late_note(guest, deed, view),
         "no_link": partial(why_no_link, own=own_hosts(guest)),
         "curl": curl(deed, Chosen(wanted.id, result=None if late is None else late.seq), base_url(guest)),
         "base": base_url(guest),
@@ -254,6 +255,16 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
         "seen": found.version,
         **strip(guest, paused),
     }
+
+
+async def _late_note(guest: Guest, deed: Deed, job: JobView) -> str | None:
+    """What is to be known of the job's late results before `deed`; None: nothing."""
+    if not (deed.verb in ACTIONS and can(deed, job, guest.now)):
+        return None
+    count = len(await _late_results(guest, job.id))
+    if may_adopt(job.status):
+        return late_note(deed.verb, [count])
+    return f"Work that came late goes with it: {count} of it." if count else None
 
 
 async def _late_result(guest: Guest, job_id: str, seq: int | None) -> LateResultView:
