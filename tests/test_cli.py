@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -168,6 +169,52 @@ def test_a_table_in_a_pipe_is_not_wrapped_or_cut_and_its_cells_are_escaped(capsy
     assert len(lines) == 3
     assert "\\x1b]0;evil\\x07" in lines[1]
     assert lines[2].split() == [long, "22"]
+
+
+def test_in_a_pipe_one_long_cell_pushes_its_own_line_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    show.table(["ID", "STATUS", ">N"], [("x" * 200, "queued", 1), ("short", "failed", 22), ("other", "queued", 333)])
+    head, long, *others = capsys.readouterr().out.splitlines()
+    assert long == "x" * 200 + "  queued    1"
+    assert [head, *others] == ["ID     STATUS    N", "short  failed   22", "other  queued  333"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, width: int, columns: list[str], rows: list[tuple[object, ...]]) -> list[str]:
+    """The lines of a table on a terminal so wide, without styles."""
+    for name, value in {"COLUMNS": str(width), "LINES": "50", "NO_COLOR": "1", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, value)
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    show.table(columns, rows)
+    return out.getvalue().splitlines()
+
+
+def test_on_a_terminal_words_are_folded_and_figures_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = drawn(
+        monkeypatch, 40, ["ID", "STATUS", ">QUEUED"], [("x" * 60, "processing", 1_234_567), ("y", "queued", 8)]
+    )
+    assert max(map(len, lines)) <= 40
+    assert sum(line.count("x") for line in lines) == 60, "nothing is left out"
+    assert [line.count("1234567") for line in lines] == [0, 1, *[0] * (len(lines) - 2)]
+    assert sum("processing" in line for line in lines) == 1
+
+
+def test_a_table_that_would_be_strips_is_a_block_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = ["ID", "QUEUE", "KIND", ">TRIES", ">TOKEN"]
+    rows: list[tuple[object, ...]] = [(f"{name}" * 9, "videos-of-all", "transcoding", 3, 10**12) for name in "ab"]
+    lines = drawn(monkeypatch, 30, columns, rows)
+    assert lines.count("") == 1
+    assert [line.split() for line in lines[:5]] == [
+        ["ID", "a" * 9],
+        ["QUEUE", "videos-of-all"],
+        ["KIND", "transcoding"],
+        ["TRIES", "3"],
+        ["TOKEN", str(10**12)],
+    ]
 
 
 def test_an_empty_table_says_so_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,11 +16,12 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from jobd import commands, event_stream
 from jobd.answers import AlertView, QueueView, StatsView
-from jobd.cli import ctl, ctl_live, tables
+from jobd.cli import ctl, ctl_live, show, tables
 from jobd.cli.top import WINDOW_S, Frame, Hands, Held, Samples, picture, rows_of
 from jobd.client import AdminClient
 from jobd.events import StreamedEvent
@@ -215,9 +216,44 @@ def test_a_frame_fits_its_terminal(width: int, height: int) -> None:
     alerts = [AlertView(f"alert_{n}", True, 1, 7.0, 5.0, "a hint that is long " * 10) for n in range(2)]
     lines = drawn(a_frame(100, workers=workers, alerts=alerts), width=width, height=height)
     assert max(map(len, lines)) <= width
-    assert len(lines) <= max(height, 16)
+    assert len(lines) <= max(height, 18)
     assert any(line.startswith("and ") for line in lines)
     assert "QUEUE" in "".join(lines)
+
+
+@pytest.mark.parametrize(("width", "columns"), [(40, 2), (60, 2), (80, 4), (200, 5)])
+def test_figures_are_whole_where_names_are_long(width: int, columns: int) -> None:
+    long = "a-queue-with-quite-a-long-name-" + "x" * 20
+    queues = [QueueView(name, False, 12_345, 67_890, 24_680, 13_579, 11_111, None) for name in ("q", f"{long}-high")]
+    queues.append(replace(queues[0], name=f"{long}-low"))
+    workers = [Hands("worker-" + "y" * 60 + "-7", 1, 54_321, [Held("z" * 200, 1.0)])]
+    alerts = [AlertView("processing_jobs", True, 1, 1_234.0, 1_000.0, "More work runs at once than is usual here.")]
+    rates = {"created": 1234.5, "granted": 1000.1, "completed": 999.9, "failed": 0.5, "retried": 12.3, "stalled": 0.0}
+    frame = replace(a_frame(workers=workers, alerts=alerts, per_second=rates), queues=queues)
+    lines = drawn(frame, width=width, height=40)
+    text = "\n".join([*lines, ""])
+    assert max(map(len, lines)) <= width
+    for count in ["12345", "67890", "13579", "24680", "11111"][:columns]:
+        assert text.count(f" {count}") == 3, count
+    for part in (
+        "1234 > 1000",
+        "54321",
+        "cancelled 0",
+        "average 1.5 s",
+        *(f"{n} {rate:g}" for n, rate in rates.items()),
+    ):
+        assert part in text, part
+    assert (text.count("-high "), text.count("-low ")) == (1, 1), "both ends of a name are seen"
+    assert "ALERT processing_jobs " in text or width == 40
+
+
+def test_a_frame_in_a_pipe_is_whole_and_one_long_name_moves_its_own_line_alone() -> None:
+    queues = [QueueView(name, False, 1, 2, 3, 4, 5, None) for name in ("q" * 200, "short")]
+    lines = drawn(replace(a_frame(), queues=queues), width=show.UNBOUNDED, height=100)
+    (long,) = [line for line in lines if line.startswith("qq")]
+    (short,) = [line for line in lines if line.startswith("short")]
+    assert long.split()[0] == "q" * 200
+    assert len(short) < 100
 
 
 class Counted:

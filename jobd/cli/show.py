@@ -27,7 +27,12 @@ _DANGEROUS: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
 _SHORT: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_UNBOUNDED: Final = 1_000_000  # columns: a pipe has no width
+UNBOUNDED: Final = 1_000_000  # columns: a pipe has no width
+GAP: Final = "  "  # between the columns of a table
+ALIGNED: Final = 40  # a longer cell of a table in a pipe reaches out of its column
+_SHORT_WORDS: Final = 12  # such as a status or an age
+_READABLE: Final = 14  # columns that names need, folded
+_STRIP: Final = 6  # with fewer they are no names any more
 _STYLES: Final = {
     "queued": "cyan",
     "processing": "yellow",
@@ -176,27 +181,75 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     file = sys.stderr if stderr else sys.stdout
-    width = None if file.isatty() else _UNBOUNDED
+    width = None if file.isatty() else UNBOUNDED
     # Of NO_COLOR rich takes colours only: bold and the like it would still send to a terminal.
     force = False if os.environ.get("NO_COLOR") else None
     return Console(file=file, width=width, force_terminal=force, highlight=False, markup=False, emoji=False)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "none") -> None:
-    """Print aligned columns on stdout, those named `>X` to the right. Without rows, say `empty` on stderr."""
+    """Print aligned columns on stdout, those named `>X`, figures, to the right. Without rows, say `empty` on stderr.
+
+    Of what a terminal has no room for words are folded, never figures; a pipe gets a line for each row.
+    """
     body = [[cell(value) for value in row] for row in rows]
     if not body:
         say(empty)
+        return
+    lines = [[name.removeprefix(">") for name in columns], *body]
+    if not sys.stdout.isatty():
+        to, right = widths(lines, ALIGNED), [name.startswith(">") for name in columns]
+        sys.stdout.writelines(f"{GAP.join(filled(line, to, right)).rstrip()}\n" for line in lines)
+        return
+    out = console()
+    unfolded = _unfolded(columns, lines, out.width)
+    if unfolded is None:
+        for number, row in enumerate(body):
+            sys.stdout.write("\n" if number else "")
+            pairs(zip(lines[0], row, strict=True))
         return
     from rich.table import Table
     from rich.text import Text
 
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in columns:
-        grid.add_column(name.removeprefix(">"), justify="right" if name[0] == ">" else "left", overflow="fold")
+    for name, is_whole in zip(columns, unfolded, strict=True):
+        side = "right" if name.startswith(">") else "left"
+        grid.add_column(name.removeprefix(">"), justify=side, overflow="fold", no_wrap=is_whole)  # type: ignore[arg-type]
     for row in body:
         grid.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in row))
     _print(grid)
+
+
+def widths(lines: Sequence[Sequence[str]], most: int) -> list[int]:
+    """What each column takes, but for cells longer than `most`: one name of 200 letters shall not push all others."""
+    from rich.cells import cell_len
+
+    return [max((n for n in map(cell_len, column) if n <= most), default=0) for column in zip(*lines, strict=True)]
+
+
+def filled(line: Sequence[str], to: Sequence[int], right: Sequence[bool]) -> list[str]:
+    """The cells of a line, each with blanks up to its width in `to`; what is longer moves what follows."""
+    from rich.cells import cell_len
+
+    blanks = [" " * (width - cell_len(text)) for text, width in zip(line, to, strict=True)]
+    return [blank + text if side else text + blank for text, blank, side in zip(line, blanks, right, strict=False)]
+
+
+def _unfolded(columns: Sequence[str], lines: Sequence[Sequence[str]], room: int) -> list[bool] | None:
+    """Which columns stay whole on so much room: figures, and short words while all others get enough for that.
+
+    None where the others would be strips of a few letters even so: then each row takes a block of lines.
+    """
+    natural = widths(lines, UNBOUNDED)
+    room -= len(GAP) * (len(columns) - 1)
+    is_figure = [name.startswith(">") for name in columns]
+    is_short = [figure or width <= _SHORT_WORDS for figure, width in zip(is_figure, natural, strict=True)]
+    for whole, least in ((is_short, _READABLE), (is_figure, _STRIP)):
+        left = room - sum(width for width, stays in zip(natural, whole, strict=True) if stays)
+        folded = [width for width, stays in zip(natural, whole, strict=True) if not stays]
+        if left >= min(sum(folded), least * len(folded)):
+            return whole
+    return None
 
 
 def pairs(fields: Iterable[tuple[str, object]]) -> None:

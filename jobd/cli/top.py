@@ -23,13 +23,14 @@ from jobd.client import AdminClient, JobdError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.table import Table
     from rich.text import Text
 
 WINDOW_S: Final = 10.0  # rates are those of so long
 RATES: Final = ("created", "granted", "completed", "failed", "retried", "stalled")
 MOST: Final = 200  # workers and locks that one look asks for
-NARROW: Final = 72  # columns below which a table leaves some of its own out
+NARROW: Final = 72  # columns below which workers are shown without when they were last seen
+NAME: Final = 20  # columns that a name gets before a table leaves some of its own out
+HEAD: Final = 3  # lines above the tables that rows_of counts on
 AWAY: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
 _COUNT: Final = re.compile(r'^jobd_events_total\{type="(\w+)"\} (\S+)$', re.MULTILINE)
 
@@ -196,33 +197,48 @@ def picture(frame: Frame, note: str, height: int, width: int) -> RenderableType:
     """A frame for so many lines and columns."""
     from rich.console import Group
 
-    rows = rows_of(height - len(frame.alerts))
-    parts: list[RenderableType] = [*_head(frame, note), _alerts(frame.alerts)] if frame.alerts else _head(frame, note)
-    return Group(*parts, _line(""), _queues(frame, rows, width), _line(""), _workers(frame, rows, width))
+    head = _head(frame, note, width)
+    rows = rows_of(height - len(frame.alerts) - len(head) + HEAD)
+    alerts = _alerts(frame.alerts, width) if frame.alerts else []
+    return Group(*head, *alerts, _line(""), *_queues(frame, rows, width), _line(""), *_workers(frame, rows, width))
 
 
-def _head(frame: Frame, note: str) -> list[RenderableType]:
+def _head(frame: Frame, note: str, width: int) -> list[Text]:
     stats = frame.stats
-    counts = [f"{status} {count}" for status, count in stats.by_status.items()]
     rates = [f"{name} {rate:g}" for name, rate in frame.per_second.items()]
-    lines = [
-        f"{show.instant(stats.timestamp)}  {'  '.join(counts)}",
-        f"stuck {stats.stuck_jobs}  locked {stats.locked_jobs}"
-        f"  average {show.span(stats.average_processing_time * 1000)}",
-        f"per second (over {frame.over_s:g} s): {'  '.join(rates)}",
+    groups = [
+        [f"{status} {count}" for status, count in stats.by_status.items()],
+        [
+            show.instant(stats.timestamp),
+            f"stuck {stats.stuck_jobs}",
+            f"locked {stats.locked_jobs}",
+            f"average {show.span(stats.average_processing_time * 1000)}",
+        ],
+        [f"per second (over {frame.over_s:g} s): {rates[0]}", *rates[1:]],
     ]
+    lines = [line for group in groups for line in _packed(group, width)]
     return [*map(_line, lines), *([_line(note, "yellow")] if note else [])]
 
 
-def _alerts(alerts: Sequence[AlertView]) -> Table:
+def _packed(parts: Sequence[str], width: int) -> list[str]:
+    """The parts on as many lines as they take: a figure that is cut is another figure."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = f"{lines[-1]}{show.GAP}{part}"
+        if len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
+
+
+def _alerts(alerts: Sequence[AlertView], width: int) -> list[Text]:
     rows = [(f"ALERT {alert.name}", f"{alert.value:g} > {alert.threshold:g}", alert.hint) for alert in alerts]
-    return _table(["", "", ""], rows, len(rows), style="red")
+    return _table(["", "", ""], rows, len(rows), width, style="red")
 
 
-def _queues(frame: Frame, rows: int, width: int) -> Table:
-    columns = ["QUEUE", "STATE", ">QUEUED", ">IN FLIGHT", "OLDEST DUE"]
-    if width >= NARROW:
-        columns += [">COMPLETED", ">FAILED", ">CANCELLED"]
+def _queues(frame: Frame, rows: int, width: int) -> list[Text]:
+    columns = ["QUEUE", "STATE", ">QUEUED", ">IN FLIGHT", "OLDEST DUE", ">FAILED", ">COMPLETED", ">CANCELLED"]
     body = [
         (
             queue.name,
@@ -230,44 +246,91 @@ def _queues(frame: Frame, rows: int, width: int) -> Table:
             queue.queued,
             queue.processing,
             show.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
-            queue.completed,
             queue.failed,
+            queue.completed,
             queue.cancelled,
-        )[: len(columns)]
+        )
         for queue in frame.queues
     ]
-    return _table(columns, body, rows, is_part=frame.more_queues)
+    return _table(columns, body, rows, width, spare=4, is_part=frame.more_queues)
 
 
-def _workers(frame: Frame, rows: int, width: int) -> Table:
+def _workers(frame: Frame, rows: int, width: int) -> list[Text]:
     columns = ["WORKER", ">HOLDS", "LAST SEEN", "JOBS"] if width >= NARROW else ["WORKER", ">HOLDS", "JOBS"]
     body = []
     for each in frame.workers:
         jobs = "  ".join(f"{job.id} {show.cell(job.progress)} %" for job in each.jobs)
         seen = (show.age(each.last_seen_at),) if width >= NARROW else ()
         body.append((each.worker, each.held, *seen, jobs))
-    return _table(columns, body, rows)
+    return _table(columns, body, rows, width)
 
 
 def _table(
-    columns: Sequence[str], rows: Sequence[Sequence[object]], most: int, style: str = "", *, is_part: bool = False
-) -> Table:
-    """At most so many rows, each in one line: what is too long ends in an ellipsis. `is_part`: these are not all."""
-    from rich.table import Table
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    most: int,
+    width: int,
+    style: str = "",
+    *,
+    spare: int = 0,
+    is_part: bool = False,
+) -> list[Text]:
+    """At most so many rows, each in one line; so many of the last columns as are `spare` go first where it is narrow.
+
+    A figure is never cut: a name loses its middle, and the last column its end where it holds words (nothing is spare).
+    `is_part`: these rows are not all.
+    """
     from rich.text import Text
 
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(columns))
-    for name in columns:
-        side = "right" if name.startswith(">") else "left"
-        grid.add_column(name.removeprefix(">"), justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
-    for row in rows[:most]:
-        cells = [show.cell(value) for value in row]
-        grid.add_row(*(Text(text, style=style or show.style_of(text)) for text in cells))
+    lines = [[name.removeprefix(">") for name in columns]]
+    lines += [[show.cell(value) for value in row] for row in rows[:most]]
+    lines = _fitted(lines, width, spare)
+    # As in all tables in a pipe: one long name pushes its own line alone.
+    to = show.widths(lines, show.ALIGNED if width >= show.UNBOUNDED else width)
+    right = [name.startswith(">") for name in columns]
+    drawn = []
+    for number, line in enumerate(lines):
+        text = Text(no_wrap=True, overflow="ellipsis")
+        for each, filled in zip(line, show.filled(line, to, right), strict=True):
+            text.append(filled, style=style or ("bold" if number == 0 else show.style_of(each))).append(show.GAP)
+        text.rstrip()
+        drawn.append(text)
     if is_part:
-        grid.add_row("and more")
+        drawn.append(_line("and more"))
     elif len(rows) > most:
-        grid.add_row(f"and {len(rows) - most} more")
-    return grid
+        drawn.append(_line(f"and {len(rows) - most} more"))
+    return drawn if any(columns) else drawn[1:]
+
+
+def _fitted(lines: list[list[str]], width: int, spare: int) -> list[list[str]]:
+    """The cells of all lines, as much of them as has room beside each other."""
+    has_words = not spare
+    while True:
+        name, *rest = show.widths(lines, show.UNBOUNDED)
+        words = rest.pop() if has_words else 0
+        left = max(width - sum(rest) - len(show.GAP) * (len(lines[0]) - 1), 1)
+        if not spare or left >= min(name, NAME):
+            break
+        lines, spare = [line[:-1] for line in lines], spare - 1
+    name = min(name, max(left - words, left // 2, min(NAME, left - 1 if has_words else left), 1))
+    cut = [[_ends(line[0], name), *line[1:]] for line in lines]
+    return [[*line[:-1], _start(line[-1], max(left - name, 1))] for line in cut] if has_words else cut
+
+
+def _start(text: str, width: int) -> str:
+    from rich.cells import cell_len, set_cell_size
+
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+
+
+def _ends(text: str, width: int) -> str:
+    """Both ends of a name that is too long: of many names either is the same in all."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return set_cell_size(text, width - 1 - tail) + "…" + set_cell_size(text[::-1], tail)[::-1]
 
 
 def _line(text: str, style: str = "") -> Text:
