@@ -330,6 +330,13 @@ def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Runni
     assert jobctl.json("audit", "--what", "update")["entries"][0]["reason"] == "late"
     set_ = ["--set", "file_path=/srv/out", "--set", 'metadata={"a": [1]}']
     assert jobctl.no("transition", "c4", "failed", "completed", "-y")[0] == 4
+    said = 'c4: would transition queued → completed and set file_path "/srv/out", metadata {"a":[1]}: it is queued\n'
+    assert jobctl.ok("transition", "c4", "queued", "completed", "--dry-run", *set_) == said
+    assert "it is queued" in jobctl.no("transition", "c4", "queued", "processing", "--dry-run")[1]
+    for wrong, why in (("foo=1", "foo"), ("priority=99999", "priority"), ("storage_key=/etc", "must be relative")):
+        for how in ("--dry-run", "-y"):
+            code, err = jobctl.no("transition", "c4", "queued", "completed", how, "--set", wrong)
+            assert (code, why in err) == (2, True), err
     jobctl.ok("transition", "c4", "queued", "completed", "-y", *set_)
     job = jobctl.json("job", "c4")
     assert (job["status"], job["file_path"], job["metadata"]) == ("completed", "/srv/out", {"a": [1]})
@@ -643,7 +650,8 @@ def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> Non
     assert "adopt would be refused: it is processing" in err
     assert "force-fail c6" in jobctl.no("adopt", "c6", "-y")[1]
     running.client.release_job("c6", again.lock_id)
-    assert jobctl.ok("adopt", "c6", "--dry-run") == "c6: would adopt: it is queued\n"
+    what = f'late result {late["seq"]} of w-late (file_path /srv/6, metadata {{"a":1}})'
+    assert jobctl.ok("adopt", "c6", "--dry-run") == f"c6: would adopt {what}: it is queued\n"
     assert jobctl.no("adopt", "c6", "-y", "--result", "1")[0] == 4
     adopted = jobctl.json("adopt", "c6", "-y", "--result", str(late["seq"]), "--reason", "it is whole")
     assert (adopted["status"], adopted["file_path"], adopted["metadata"]) == ("completed", "/srv/6", {"a": 1})
@@ -688,6 +696,8 @@ def test_what_came_late_is_told_before_it_is_lost(
 
 def test_a_queue_is_paused_and_resumed(jobctl: Ctl) -> None:
     jobctl.ok("submit", "--queue", "c5")
+    assert "jobctl resume c-5" in jobctl.run("pause", "c-5")[2], "a slip of the finger"
+    jobctl.ok("resume", "c-5")
     assert jobctl.json("pause", "c5") == {"queue": "c5", "paused": True}
     listed = {queue["name"]: queue for queue in jobctl.json("queues")["queues"]}
     assert listed["c5"]["paused"] is True

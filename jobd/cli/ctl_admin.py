@@ -147,9 +147,15 @@ def workers(as_json: bool) -> None:
 def pause(queue: str, reason: str | None, as_json: bool) -> None:
     """Grant no job of QUEUE until it is resumed.
 
-    Running jobs go on.
+    Running jobs go on. A queue may be paused before it has jobs.
     """
-    view = admin_client().pause_queue(queue, reason)
+    client = admin_client()
+    has_jobs = bool(client.list_jobs(queue=queue, limit=1).jobs)
+    view = client.pause_queue(queue, reason)
+    if not has_jobs:
+        show.say(
+            f"no queue {view.queue} has jobs yet: if its name is not meant so, undo it by: jobctl resume {view.queue}"
+        )
     show.emit_json(view) if as_json else show.emit(f"{view.queue} is paused")
 
 

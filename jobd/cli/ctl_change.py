@@ -15,7 +15,7 @@ from jobd.cli.kinds import MOMENT
 from jobd.cli.places import admin_client, admin_options
 
 if TYPE_CHECKING:
-    from jobd.answers import Forced, JobView, PlanResult, PlanView
+    from jobd.answers import Forced, JobView, LateResultView, PlanResult, PlanView
     from jobd.job import Status
 
 _IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
@@ -97,14 +97,33 @@ def transition(
     Fields for --set: error_message, priority, run_at, max_attempts, download_url, file_path,
     storage_key, metadata. Example: jobctl transition j1 queued completed --set file_path=/srv/out.mp4
     """
-    client = admin_client()
     fields = dict(_update(text) for text in updates)
+    settings = _settings(fields)
+    client = admin_client()
 
     def do(one: str) -> Any:
         return client.transition_job_state(one, from_status, to_status, updates=fields or None, reason=reason)
 
-    deed = Deed(f"transition {from_status} → {to_status}", client.get_job, to_status, do, _forced, (from_status,))
+    words = f"transition {from_status} → {to_status}"
+    deed = Deed(words, client.get_job, to_status, do, _forced, (from_status,), lambda: settings)
     return carry_out(deed, (job_id,), **how)
+
+
+def _settings(fields: dict[str, Any]) -> str:
+    """What would be set, in words. UsageError where the daemon would refuse it."""
+    import msgspec
+
+    from jobd.commands import Updates
+    from jobd.job import storage_key_fault
+
+    try:
+        updates = msgspec.json.decode(msgspec.json.encode(fields), type=Updates)
+    except msgspec.ValidationError as error:
+        raise click.UsageError(f"--set: {str(error).replace('$.', '')}") from None
+    if updates.storage_key is not None and (fault := storage_key_fault(updates.storage_key)) is not None:
+        raise click.UsageError(f"--set: storage_key {fault}")
+    shown = [f"{name} {show.clip(msgspec.json.encode(value).decode())}" for name, value in fields.items()]
+    return f" and set {', '.join(shown)}" if shown else ""
 
 
 def _update(text: str) -> tuple[str, Any]:
@@ -153,22 +172,35 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
     """
     client = admin_client()
     chosen = result
+    details = ""
 
     def look(one: str) -> Any:
-        nonlocal chosen
+        nonlocal chosen, details
         fit = [late for late in client.late_results(one) if result in (None, late.seq)]
         if not fit:
             from jobd.client.errors import LateResultNotFound
 
             raise LateResultNotFound(f"Job {one} has no such late result. See those that it has: jobctl late {one}")
-        chosen = max(fit, key=lambda late: late.fencing_token).seq  # a later one has not been seen
+        latest = max(fit, key=lambda late: late.fencing_token)
+        chosen, details = latest.seq, f" {_brought(latest)}"  # a later one has not been seen
         return client.get_job(one)
 
     def do(one: str) -> Any:
         return client.adopt(one, chosen, reason=reason)
 
-    deed = Deed("adopt", look, "completed", do, lambda job: job.status, ("queued", "failed", "cancelled"))
+    froms = ("queued", "failed", "cancelled")
+    deed = Deed("adopt", look, "completed", do, lambda job: job.status, froms, lambda: details)
     return carry_out(deed, (job_id,), **how)
+
+
+def _brought(late: LateResultView) -> str:
+    """A late result in a line: its number, whose it is, what it holds."""
+    from jobd.cli.tables import json_text
+
+    held = {name: getattr(late, name) for name in ("download_url", "file_path", "storage_key")}
+    held["metadata"] = json_text(late.metadata)
+    parts = [f"{name} {show.clip(value)}" for name, value in held.items() if value is not None]
+    return f"late result {late.seq} of {late.worker} ({', '.join(parts) or 'which says nothing but that it is done'})"
 
 
 @click.command("run-now")

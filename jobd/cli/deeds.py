@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Deed:
     """`words` says what is done ("force-fail"), `to` is the status that it leads to, None where the job is deleted.
 
-    `only_from` are the statuses from which it may be done, where they are fewer than lead to `to`.
+    `only_from` are the statuses from which it may be done, where they are fewer than lead to `to`; `details` is
+    asked for after `look`: what there is to know beside the job before it is done.
     """
 
     words: str
@@ -31,6 +32,7 @@ class Deed:
     do: Callable[[str], Any]
     done: Callable[[Any], str]
     only_from: tuple[str, ...] = ()
+    details: Callable[[], str] = str
 
 
 def destructive(verb: Any) -> Any:
@@ -84,14 +86,14 @@ def _would(deed: Deed, job_id: str, tell: Callable[[str], None]) -> int:
     if not _allowed(job.status, deed):
         show.say(f"{job_id}: {deed.words} would be refused: it is {state(job)}")
         return exits.REFUSED
-    tell(f"{job_id}: would {deed.words}: it is {state(job)}")
+    tell(f"{job_id}: would {deed.words}{deed.details()}: it is {state(job)}")
     return exits.DONE
 
 
 def _allowed(status: str, deed: Deed) -> bool:
     from jobd.job import FINISHED, TRANSITIONS
 
-    if deed.only_from and status not in deed.only_from:
+    if (deed.only_from and status not in deed.only_from) or deed.to == "processing":  # which only a grant makes
         return False
     return status in FINISHED if deed.to is None else (status, deed.to) in TRANSITIONS
 
@@ -120,7 +122,8 @@ def confirm(what: str) -> None:
 
 def ask_about(deed: Deed, job: JobView) -> None:
     """Ask whether to do `deed` to the job, which is shown as it is. Problem (1) where the answer is no."""
-    confirm(f"{deed.words} job {job.id}, which is {state(job)}")
+    details = deed.details()
+    confirm(f"{deed.words}{f'{details}:' if details else ''} job {job.id}, which is {state(job)}")
 
 
 def state(job: JobView) -> str:
