@@ -6,6 +6,7 @@ import http.client
 import itertools
 import json
 import re
+import select
 import signal
 import subprocess
 import threading
@@ -160,6 +161,10 @@ def _hang_up(daemon: Daemon, queue: str, key: str | None, after_s: float) -> Non
     with closing(daemon.worker()) as line:
         line.request("POST", "/v1/claim", body, fields)
         time.sleep(after_s)  # that is the fault: so long somebody waits
+        if select.select([line.sock], [], [], 0)[0]:
+            # It slept longer than it was told to, and was answered: that grant is no lost one.
+            for grant in json.loads(line.getresponse().read())["data"]["grants"]:
+                _give_back(daemon, grant)
 
 
 def _claim_all(daemon: Daemon, queue: str, count: int) -> dict[str, Any]:
@@ -171,8 +176,12 @@ def _claim_all(daemon: Daemon, queue: str, count: int) -> dict[str, Any]:
         if len(grants) == count:
             return {grant["job"]["id"]: grant for grant in grants}
         for grant in grants:
-            path = f"/v1/jobs/{grant['job']['id']}/release"
-            assert daemon.post(path, {"lock_id": grant["lock_id"]}).status == 200
+            _give_back(daemon, grant)
+
+
+def _give_back(daemon: Daemon, grant: dict[str, Any]) -> None:
+    path = f"/v1/jobs/{grant['job']['id']}/release"
+    assert daemon.post(path, {"lock_id": grant["lock_id"]}).status == 200
 
 
 # -- killed between commit and reply -----------------------------------------------------------------------------------
