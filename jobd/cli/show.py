@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -213,8 +213,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: st
 
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name, is_whole in zip(columns, unfolded, strict=True):
-        side = "right" if name.startswith(">") else "left"
-        grid.add_column(name.removeprefix(">"), justify=side, overflow="fold", no_wrap=is_whole)  # type: ignore[arg-type]
+        side: Literal["left", "right"] = "right" if name.startswith(">") else "left"
+        grid.add_column(name.removeprefix(">"), justify=side, overflow="fold", no_wrap=is_whole)
     for row in body:
         grid.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in row))
     _print(grid)
