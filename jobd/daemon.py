@@ -324,9 +324,11 @@ class Daemon:
         recorder = Recorder.opened(read_beside(figures), self.clock.moment().now)
         self.actor.on_commit.append(recorder.note)
         self.cleaner.save_beside(recorder.kept)
-        pages = (await asyncio.to_thread(Dashboard, self._admin_gate, recorder)).routes()
-        calls = (*admin_api.ROUTES, *pages, worker_api.DOCUMENT)
-        admin = Web(self._admin_gate, calls, self.actor, self.rooms, limits=limits, admin=True)
+        dashboard = await asyncio.to_thread(Dashboard, self._admin_gate, recorder)
+        calls = (*admin_api.ROUTES, *dashboard.routes(), worker_api.DOCUMENT)
+        admin = Web(
+            self._admin_gate, calls, self.actor, self.rooms, limits=limits, admin=True, lost=dashboard.refusal_page
+        )
         doors.append(Door("admin", admin, places["admin"]))
         self._webs += [door.web for door in doors]
         listeners: list[Listener] = []

@@ -49,7 +49,7 @@ from jobd.doors import FORM, JSON, LINES, Gate, check_kind
 from jobd.envelope import Asked, Waiter
 from jobd.events import Wanted
 from jobd.job import MINUTE_MS
-from jobd.replies import Letter, Reply, accepted, refusing
+from jobd.replies import Letter, Reply, Text, accepted, refusing
 from jobd.routes import Found, Route, Table, Way
 from jobd.sparing import Sparing
 from jobd.visits import Request, Visit, looker_of, operator_of
@@ -211,7 +211,7 @@ class Web:
     """One API behind one door. `refusals` counts every refusal sent, by code.
 
     `closing`: the daemon is going down; answers say `Connection: close`. `ends` are called when that begins: streams
-    that would go on end then.
+    that would go on end then. `lost` tells a browser that there is no such page, where pages are.
     """
 
     def __init__(
@@ -223,6 +223,7 @@ class Web:
         *,
         limits: Limits | None = None,
         admin: bool = False,
+        lost: Callable[[Visit, Refusal], Text] | None = None,
     ) -> None:
         self.gate = gate
         self.actor = actor
@@ -234,6 +235,7 @@ class Web:
         self.refusals: Counter[str] = Counter()
         self._in_flight = 0
         self._quiet = asyncio.Event()
+        self._lost = lost
         self._table = Table(routes, self.limits)
         self._sparing = Sparing()
 
@@ -376,7 +378,7 @@ class Web:
         if way is not None:
             visit.route = way.route
         is_reader = False
-        if way is None or way.route.who != "anyone":
+        if self._wants_token(visit, way):
             is_reader = self.gate.admit(visit.head.headers) == "read"
             visit.admin = self.admin and not is_reader
         if self.gate.hosts is not None:
@@ -397,6 +399,14 @@ class Web:
             raise refused("not_found", message)
         visit.allow = found.allowed
         raise refused("method_not_allowed", f"This path takes {', '.join(sorted(found.allowed))}.")
+
+    def _wants_token(self, visit: Visit, way: Way | None) -> bool:
+        """Whether whoever asks has to show one. A browser has none: which pages there are is no secret to it."""
+        return way.route.who != "anyone" if way is not None else self._lost_page(visit) is None
+
+    def _lost_page(self, visit: Visit) -> Callable[[Visit, Refusal], Text] | None:
+        """What paints a refusal for a browser that has asked for a page that is not there."""
+        return self._lost if "text/html" in visit.head.headers.get(hdrs.ACCEPT, "") else None
 
     async def _body(self, visit: Visit) -> bytes:
         """The whole body, within its size and its time."""
@@ -434,7 +444,7 @@ class Web:
         """The reply to a refused request."""
         self.note_refusal(visit.route, visit.method, refusal, by=visit.by, job_id=visit.job_id)
         close = close or self.closing or refusal.code == "too_large"
-        shows = None if visit.route is None else visit.route.shows
+        shows = self._lost_page(visit) if visit.route is None else visit.route.shows
         shown = None if shows is None else shows(visit, refusal)
         return refusing(visit, refusal, allow=visit.allow, close=close, shown=shown)
 

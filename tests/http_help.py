@@ -55,7 +55,9 @@ from jobd.downloads import Downloads
 from jobd.envelope import Waiter
 from jobd.events import Wanted
 from jobd.listener import Listener
+from jobd.replies import Text
 from jobd.routes import Route
+from jobd.visits import Visit
 from jobd.watchers import Watcher
 from jobd.web import Download, Web
 from tests.conftest import tool_missing
@@ -463,10 +465,11 @@ class House:
         limits: Limits | None = None,
         admin: bool = False,
         actor: Any = None,
+        lost: Callable[[Visit, Refusal], Text] | None = None,
     ) -> None:
         self.desk = actor or Desk()
         self.figures = Figures()
-        self.site = Web(gate or Gate("worker"), routes, self.desk, self.figures, limits=limits, admin=admin)
+        self.site = Web(gate or Gate("worker"), routes, self.desk, self.figures, limits=limits, admin=admin, lost=lost)
         self.listener = Listener(self.site)
         self.path = str(place / "door.sock")
         self.port = 0

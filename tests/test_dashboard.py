@@ -169,7 +169,9 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
     async with contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(House(worker_api.ROUTES, tmp_path, actor=actor))
         routes = (*admin_api.ROUTES, *room.routes(), worker_api.DOCUMENT)
-        admin = await stack.enter_async_context(House(routes, tmp_path, gate=gate, admin=True, actor=actor))
+        admin = await stack.enter_async_context(
+            House(routes, tmp_path, gate=gate, admin=True, actor=actor, lost=room.refusal_page)
+        )
         actor.on_commit.append(admin.figures.feed.publish)
         numbers = itertools.count(1)
         admin.figures.make_plan = lambda asked: planner.make(asked, f"plan-{next(numbers)}")  # type: ignore[method-assign,assignment,return-value]
@@ -1736,18 +1738,20 @@ async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: To
     heard = await browser.get("/webhooks/q?state=lost")
     assert (heard.status, "state" in text(heard)) == (400, True)
     csrf = await browser.csrf()
-    heard = await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="given_up")
+    heard = await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="given_up", reason="they ask")
     assert (heard.status, heard.headers["location"]) == (303, "/webhooks/q?state=given_up")
     page = text(await browser.get("/webhooks/q"))
     assert "Message 7 is on its way." in page
     assert 'aria-label="Send message 7 now">Send now</button>' in page, "it waits"
+    assert '<button form="sending" formaction="/webhooks/q/resend" name="id" value="7"' in page
+    assert '<form id="sending"' in page.partition("data-every")[0], "what renews itself takes no words away"
     heard = await browser.post("/webhooks/q/test", csrf=csrf, reason=" does it hear us? ")
     assert heard.headers["location"] == "/webhooks/q"
     assert "A test is on its way: message 7." in text(await browser.get("/webhooks/q"))
     audit = await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)
     assert [(each["what"], each["details"], each["reason"]) for each in audit.data["entries"]] == [
         ("test-webhook", {"webhook": "q"}, "does it hear us?"),
-        ("resend-delivery", {"webhook": "q", "delivery": 7}, None),
+        ("resend-delivery", {"webhook": "q", "delivery": 7}, "they ask"),
         ("sign-in", {"access": "full"}, None),
     ]
     assert (await browser.post("/webhooks/q/resend", csrf=csrf, id="8")).status == 404
@@ -2238,6 +2242,39 @@ async def test_what_is_no_static_file_is_not_given_out(town: Town, name: str) ->
     heard = await town.admin.ask("GET", f"/static/{name}")
     assert heard.status in (400, 401, 404)
     assert b"jobd.dashboard" not in heard.body
+
+
+async def test_who_has_signed_in_is_named_on_the_docs_too(town: Town) -> None:
+    browser = await town.browser()
+    page = text(await browser.get("/docs"))
+    assert 'action="/sign-out"' in page
+    assert 'action="/sign-out"' not in text(await Browser(town.admin).get("/docs"))
+    heard = await town.admin.ask("GET", "/docs", headers={"Authorization": "Bearer wrong"})
+    assert heard.status == 200, "no token is wanted"
+
+
+async def test_a_browser_sees_that_there_is_no_such_page(town: Town) -> None:
+    accept = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    for browser in (await town.browser(), Browser(town.admin)):
+        heard = await browser.get("/jobz", **accept)
+        assert heard.status == 404
+        assert_safe(heard)
+        assert "<h1>Not found</h1>" in text(heard)
+        assert "There is no such path" in text(heard)
+        heard = await browser.get("/sign-out", **accept)
+        assert (heard.status, heard.headers["allow"]) == (405, "POST")
+        assert "<h1>Not done</h1>" in text(heard)
+    heard = await town.admin.ask("GET", "/jobz", headers={**accept, "Host": "elsewhere.example"})
+    assert (heard.status, "<h1>Not done</h1>" in text(heard)) == (403, True)
+
+
+async def test_a_program_is_asked_for_its_token_before_it_hears_of_paths(town: Town) -> None:
+    heard = await town.admin.ask("GET", "/jobz")
+    assert (heard.status, heard.error) == (401, "unauthorized")
+    heard = await town.admin.ask("GET", "/jobz", headers=AUTH)
+    assert (heard.status, heard.error) == (404, "not_found")
+    heard = await town.worker.ask("GET", "/jobz", headers={"Accept": "text/html"})
+    assert (heard.status, heard.error) == (404, "not_found")
 
 
 async def test_the_docs_are_for_everybody_as_their_document_is(town: Town) -> None:

@@ -23,7 +23,7 @@ from jobd.dashboard.assets import Assets
 from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of
 from jobd.dashboard.entrance import Entrance, SignIn, SignInPage, to_sign_in
 from jobd.dashboard.filters import JobsPage, job_wanted, news_of_jobs
-from jobd.dashboard.guests import Form, Guest, ReasonForm, go_on, guest_of, is_renewal, target_of
+from jobd.dashboard.guests import AUTHORIZATION, Form, Guest, ReasonForm, go_on, guest_of, is_renewal, target_of
 from jobd.dashboard.live import Live, news_at, stream
 from jobd.dashboard.paint import HTML, Painter, go_to
 from jobd.dashboard.places import job_place
@@ -171,7 +171,7 @@ class Dashboard:
             via=via,
             reads=reads,
             sends=HTML,
-            shows=self._shows,
+            shows=self.refusal_page,
         )
 
     def _page(
@@ -238,10 +238,11 @@ class Dashboard:
             **{"here": "" if guest is None else target_of(guest.visit), "now": guest.now if guest else 0, **shown},
         )
 
-    def _shows(self, visit: Visit, refusal: Refusal) -> Text:
+    def refusal_page(self, visit: Visit, refusal: Refusal) -> Text:
         """A refusal as a page: what is wrong, and a way on."""
+        title = "Not found" if refusal.status == 404 else "Not done"
         return self._painter.page(
-            "refused.html", guest=None, told=None, refusal=refusal, here="", now=0, title="Not done", name="refused"
+            "refused.html", guest=None, told=None, refusal=refusal, here="", now=0, title=title, name="refused"
         )
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -251,8 +252,9 @@ class Dashboard:
         return Refusal("not_found", "There is no such file.") if text is None else Answer(text)
 
     async def _docs(self, document: str, site: Web, visit: Visit, asked: Nothing) -> Answer:
-        """It shows what GET `document` gives to everybody, so it wants no session either."""
-        return Answer(await self._paint("docs.html", None, title="API", name="docs", document=document))
+        """It shows what GET `document` gives to everybody, so it wants no session either, and no token."""
+        guest = None if AUTHORIZATION in visit.head.headers else guest_of(site, visit, self.sessions)
+        return Answer(await self._paint("docs.html", guest, title="API", name="docs", document=document))
 
     async def _live(self, site: Web, visit: Visit, asked: Live) -> Answer | StreamResponse:
         return await stream(site, visit, asked, lambda: guest_of(site, visit, self.sessions))

@@ -13,7 +13,7 @@ from msgspec import Meta
 from jobd.answers import Answer, DeliveryPage, DeliveryState, WebhookView
 from jobd.bodies import Refused, refused
 from jobd.commands import Command, Refusal
-from jobd.dashboard.guests import Form, Guest, ReasonForm, go_on
+from jobd.dashboard.guests import Guest, ReasonForm, go_on
 from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, asked, strip
 from jobd.webhook import BACKLOG, WebhookName
 
@@ -48,7 +48,7 @@ class AgainForm(ReasonForm, frozen=True, kw_only=True):
     upto: Number
 
 
-class ResendForm(Form, frozen=True, kw_only=True):
+class ResendForm(ReasonForm, frozen=True, kw_only=True):
     """`id` of the delivery, and the address of the page from which it is asked for."""
 
     name: WebhookName
@@ -97,7 +97,7 @@ async def resend(guest: Guest, form: ResendForm) -> Answer | Refusal:
     sent = await guest.site.rooms.deliver_again(form.name, form.id)
     if isinstance(sent, Refusal):
         return sent
-    await guest.note("resend-delivery", {"webhook": form.name, "delivery": form.id})
+    await guest.note("resend-delivery", {"webhook": form.name, "delivery": form.id}, form.why)
     return go_on(guest, _address(WebhookPage(name=form.name, state=form.state)), f"Message {sent.id} is on its way.")
 
 

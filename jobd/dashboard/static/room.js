@@ -60,7 +60,9 @@
     else getSelection().selectAllChildren(source);
   });
   document.addEventListener("submit", (event) => {
-    for (const button of event.target.querySelectorAll("button")) button.disabled = true;
+    // Once the form has been read: a button that is disabled before sends no value.
+    const buttons = [...event.target.elements].filter((each) => each.type === "submit");
+    setTimeout(() => buttons.forEach((button) => (button.disabled = true)));
   });
 
   // -- jobs that are picked -------------------------------------------------------------------------------------------
