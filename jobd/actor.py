@@ -6,7 +6,7 @@ The only place that changes state. It knows no SQL, no HTTP and no rule; an answ
 from __future__ import annotations
 
 import asyncio
-import time
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
@@ -21,7 +21,7 @@ from jobd.batch import Aside, BadRows, Disk, DiskFull
 from jobd.book import Book
 from jobd.commands import AnyCommand, Call, Claim, Complete, KeyUse, Moment, Operator, Refusal, Undelivered
 from jobd.deciding import Decider, Known, Plan
-from jobd.envelope import Asked, Waiter, deleted_ids, named_ids, needs_payload_first, share, weight
+from jobd.envelope import Asked, Waiter, deleted_ids, may_go_first, named_ids, needs_payload_first, share, weight
 from jobd.events import Change
 from jobd.figures import Histogram
 from jobd.full_disk import Closed, FullDisk
@@ -29,6 +29,7 @@ from jobd.history import History
 from jobd.job import Policy
 from jobd.keys import Keys
 from jobd.parked import Parked
+from jobd.slow_disk import SlowDisk
 
 log = structlog.get_logger("jobd.actor")
 
@@ -63,7 +64,10 @@ class _Again(Exception):
 
 
 class Actor:
-    """Owner of the book. `ask` puts a command into the mailbox and waits; `run` is the one consumer."""
+    """Owner of the book. `ask` puts a command into the mailbox and waits; `run` is the one consumer.
+
+    `now_s` measures commits: seconds that only go forward, exact to a part of a millisecond. None: the loop's time.
+    """
 
     def __init__(
         self,
@@ -76,6 +80,7 @@ class Actor:
         random: Callable[[int], bytes],
         bounds: Bounds | None = None,
         is_full: bool = False,
+        now_s: Callable[[], float] | None = None,
     ) -> None:
         loop_time = asyncio.get_running_loop().time
         self.disk = disk
@@ -84,6 +89,7 @@ class Actor:
         self.bounds = bounds or Bounds()
         self.parked = Parked()
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full)
+        self.slow_disk = SlowDisk()
         self.look: Callable[[], None] = lambda: None  # called before a batch is taken
         self.on_commit: list[Callable[[Sequence[Change]], None]] = [self._note]
         self.commit_seconds = Histogram.empty(COMMIT_BUCKETS_S)
@@ -91,6 +97,7 @@ class Actor:
         self._clock = clock
         self._random = random
         self._loop_time = loop_time
+        self._now_s = now_s or loop_time
         self._mailbox: deque[Asked] = deque()
         self._bytes = 0
         self._wake = asyncio.Event()
@@ -150,12 +157,16 @@ class Actor:
         size: int = 0,
         operator: Operator | None = None,
         expected: str | None = None,
+        in_line: bool = False,
     ) -> Asked | Refusal:
-        """As `ask`, for a caller who does not wait: `waiter` gets the answer, from within the actor's turn."""
+        """As `ask`, for a caller who does not wait: `waiter` gets the answer, from within the actor's turn.
+
+        `in_line`: its sender has more on the way, and it has to be decided behind that.
+        """
         refusal = self._refuse_entry(command, size)
         if refusal is not None:
             return refusal
-        asked = Asked(Call(command, by, self._random(16), admin, operator, expected), key, size, waiter)
+        asked = Asked(Call(command, by, self._random(16), admin, operator, expected), key, size, waiter, in_line)
         self._put(asked)
         return asked
 
@@ -233,7 +244,8 @@ class Actor:
                     raise self._lost_disk
                 await self.full_disk.probe()
                 if batch or self._decider.has_due:
-                    await self._turn(batch)
+                    for part in self._parts(batch):
+                        await self._turn(part)
             except Exception as error:
                 self._fail(batch, error)
                 raise DiskBroken(str(error)) from error
@@ -254,13 +266,21 @@ class Actor:
         self._wake.clear()
 
     async def _let_in(self) -> None:
-        """What has arrived already is read before a batch is taken: one commit for all of it. Nothing is waited for."""
+        """What has arrived already is read before a batch is taken: one commit for all of it.
+
+        Nothing is waited for, unless the disk is slow: then those who were just answered, for a moment.
+        """
         if self._untold is not None:
             return  # answers wait for this batch to be on its way
         waiting = -1
         while waiting < len(self._mailbox) < BATCH_WEIGHT:
             waiting = len(self._mailbox)
             await asyncio.sleep(0)
+        while (left_s := self.slow_disk.lingers_s(len(self._mailbox), self._now_s())) > 0 and not self._stopping:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._wake.wait()
 
     def _owes(self) -> bool:
         """Whether something of our own can be done at once."""
@@ -290,6 +310,15 @@ class Actor:
             batch.append(asked)
         return batch
 
+    def _parts(self, batch: list[Asked]) -> list[list[Asked]]:
+        """What is decided together. Where a commit takes its time looks do not wait for that of their batch, too: they
+        see what was committed before, and none of it was answered when they were sent.
+        """
+        looks = [asked for asked in batch if may_go_first(asked)] if self.slow_disk.is_slow else []
+        if not looks or len(looks) == len(batch):
+            return [batch]
+        return [looks, [asked for asked in batch if not may_go_first(asked)]]
+
     async def _turn(self, batch: list[Asked]) -> None:
         """One batch, from the mailbox to its answers: again where the disk names a reason, else once."""
         while True:
@@ -311,8 +340,14 @@ class Actor:
         self._tell()  # of the batch before, where this one had nothing to wait for
         self._untold, self._under_way = plan, None
         self.book.trim_finished()
-        if not 0 < len(self._mailbox) <= TELL_LATER or self.full_disk.closed != Closed.NOTHING or self._owed:
+        if not self._may_tell_later():
             self._tell()
+
+    def _may_tell_later(self) -> bool:
+        """Whether the answers may leave beside the next commit, which is to begin at once."""
+        if self.slow_disk.is_slow or self.full_disk.closed != Closed.NOTHING or self._owed:
+            return False
+        return 0 < len(self._mailbox) <= TELL_LATER
 
     def _tell(self) -> None:
         """The answers of the last commit leave."""
@@ -375,9 +410,11 @@ class Actor:
         """One transaction; gives the payloads that the answers show, read before its end."""
         if plan.writes:
             batch = self._decider.batch(plan, self.policy)
-            started = time.perf_counter()
+            began_s = self._now_s()
             payloads = await self.disk.write(batch)
-            self.commit_seconds.add(time.perf_counter() - started, COMMIT_BUCKETS_S)
+            ended_s = self._now_s()
+            self.commit_seconds.add(ended_s - began_s, COMMIT_BUCKETS_S)
+            self.slow_disk.note(ended_s - began_s, len(plan.replies), ended_s)
             self.batch_commands.add(len(plan.replies), BATCH_BUCKETS)
             self._decider.committed(plan)
             return payloads

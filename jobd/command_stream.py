@@ -162,7 +162,7 @@ class _CommandStream:
 
     def _send(self, line: Line, slot: _Slot) -> Asked | Refusal:
         slot.by, slot.job_id, slot.weight = line.by, line.job_id, weight(line.command)
-        return self._site.actor.send(line.command, slot, by=line.by, key=line.key, size=slot.size)
+        return self._site.actor.send(line.command, slot, by=line.by, key=line.key, size=slot.size, in_line=True)
 
     def _refuse(self, slot: _Slot, refusal: Refusal) -> None:
         slot.set_result(refusal)

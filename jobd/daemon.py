@@ -326,9 +326,7 @@ class Daemon:
         self.cleaner.save_beside(recorder.kept)
         dashboard = await asyncio.to_thread(Dashboard, self._admin_gate, recorder)
         calls = (*admin_api.ROUTES, *dashboard.routes(), worker_api.DOCUMENT)
-        admin = Web(
-            self._admin_gate, calls, self.actor, self.rooms, limits=limits, admin=True, lost=dashboard.refusal_page
-        )
+        admin = Web(self._admin_gate, calls, self.actor, self.rooms, limits=limits, admin=True, pages=dashboard)
         doors.append(Door("admin", admin, places["admin"]))
         self._webs += [door.web for door in doors]
         listeners: list[Listener] = []
@@ -524,7 +522,17 @@ def _actor(store: Store, opened: Opened, clock: Clock, settings: Config) -> Acto
     limits = settings.limits
     bounds = Bounds(limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait))
     keys = Keys(_current_keys(opened.keys, book), limits.idempotency_keys)
-    actor = Actor(store, book, keys, clock, settings.policy(), random=Randomness(), bounds=bounds, is_full=opened.full)
+    actor = Actor(
+        store,
+        book,
+        keys,
+        clock,
+        settings.policy(),
+        random=Randomness(),
+        bounds=bounds,
+        is_full=opened.full,
+        now_s=time.monotonic,
+    )
     actor.on_commit.append(facts.write_lines)
     return actor
 

@@ -61,6 +61,8 @@ READS: Final = (
     Get, GetVersion, Timeline, Why, Validate, LateResults, List, Search, Queues, Workers, Stats, Locks, Export,
     AuditLog, Preview, Ping,
 )  # fmt: skip
+# What may be decided before the rest of its batch. Not Ping: it says how long a command takes.
+_GO_FIRST: Final = frozenset(READS) - {Ping}
 # What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
 ENDINGS: Final = (
     Complete, Fail, Release, Cancel, ForceFail, ReleaseLock, Undelivered,
@@ -98,6 +100,11 @@ def named_ids(command: Any) -> list[str]:
     if issubclass(kind, ApplyPlan):
         return [expected.id for expected in command.jobs]
     return command.ids if kind in (DeleteExpired, Mend) else []
+
+
+def may_go_first(asked: Asked) -> bool:
+    """Whether it is a look, and nobody can tell that it did not wait for the others of its batch."""
+    return type(asked.call.command) in _GO_FIRST and not asked.in_line
 
 
 def deleted_ids(command: Command) -> list[str]:
@@ -140,10 +147,11 @@ class Waiter(Protocol):
 class Asked:
     """One call in the mailbox. Several connections may wait for its answer (a key repeated while it is parked)."""
 
-    __slots__ = ("call", "deadline", "futures", "key", "size", "ticket")
+    __slots__ = ("call", "deadline", "futures", "in_line", "key", "size", "ticket")
 
-    def __init__(self, call: Call, key: KeyUse | None, size: int, waiter: Waiter) -> None:
+    def __init__(self, call: Call, key: KeyUse | None, size: int, waiter: Waiter, in_line: bool = False) -> None:
         self.call = call
+        self.in_line = in_line  # its sender has sent more before it
         self.key = key
         self.size = size  # bytes, as they count towards limits.inflight_bytes
         self.futures = [waiter]

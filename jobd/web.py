@@ -88,8 +88,12 @@ class Ask(Protocol):
         key: KeyUse | None,
         size: int,
         operator: Operator | None = None,
+        in_line: bool = False,
     ) -> Asked | Refusal:
-        """As `ask`, for those who do not wait for the answer but are called with it."""
+        """As `ask`, for those who do not wait for the answer but are called with it.
+
+        `in_line`: it has to be decided behind what its sender has sent before.
+        """
 
     def abandon(self, asked: Asked) -> None:
         """Nobody waits any more for what was sent."""
@@ -131,6 +135,13 @@ class Watcher(Protocol):
     over: asyncio.Event
 
     def leave(self) -> None: ...
+
+
+class Pages(Protocol):
+    """The pages beside an API: `knows` says whether the visit comes from a browser that is signed in."""
+
+    def knows(self, visit: Visit) -> bool: ...
+    def refusal_page(self, visit: Visit, refusal: Refusal) -> Text: ...
 
 
 class Rooms(Protocol):
@@ -211,7 +222,7 @@ class Web:
     """One API behind one door. `refusals` counts every refusal sent, by code.
 
     `closing`: the daemon is going down; answers say `Connection: close`. `ends` are called when that begins: streams
-    that would go on end then. `lost` tells a browser that there is no such page, where pages are.
+    that would go on end then. `pages` are those beside the API, for browsers.
     """
 
     def __init__(
@@ -223,7 +234,7 @@ class Web:
         *,
         limits: Limits | None = None,
         admin: bool = False,
-        lost: Callable[[Visit, Refusal], Text] | None = None,
+        pages: Pages | None = None,
     ) -> None:
         self.gate = gate
         self.actor = actor
@@ -235,7 +246,7 @@ class Web:
         self.refusals: Counter[str] = Counter()
         self._in_flight = 0
         self._quiet = asyncio.Event()
-        self._lost = lost
+        self._pages = pages
         self._table = Table(routes, self.limits)
         self._sparing = Sparing()
 
@@ -401,12 +412,17 @@ class Web:
         raise refused("method_not_allowed", f"This path takes {', '.join(sorted(found.allowed))}.")
 
     def _wants_token(self, visit: Visit, way: Way | None) -> bool:
-        """Whether whoever asks has to show one. A browser has none: which pages there are is no secret to it."""
-        return way.route.who != "anyone" if way is not None else self._lost_page(visit) is None
+        """Whether whoever asks has to show one. A browser that is signed in has none, and may hear of paths."""
+        if way is not None:
+            return way.route.who != "anyone"
+        return self._pages is None or not self._pages.knows(visit)
 
-    def _lost_page(self, visit: Visit) -> Callable[[Visit, Refusal], Text] | None:
-        """What paints a refusal for a browser that has asked for a page that is not there."""
-        return self._lost if "text/html" in visit.head.headers.get(hdrs.ACCEPT, "") else None
+    def _shown(self, visit: Visit, refusal: Refusal) -> Text | None:
+        """The refusal as a page, where a page was asked for, or a browser asks for what is not there."""
+        if visit.route is not None:
+            return None if visit.route.shows is None else visit.route.shows(visit, refusal)
+        is_browser = "text/html" in visit.head.headers.get(hdrs.ACCEPT, "")
+        return self._pages.refusal_page(visit, refusal) if is_browser and self._pages is not None else None
 
     async def _body(self, visit: Visit) -> bytes:
         """The whole body, within its size and its time."""
@@ -444,9 +460,7 @@ class Web:
         """The reply to a refused request."""
         self.note_refusal(visit.route, visit.method, refusal, by=visit.by, job_id=visit.job_id)
         close = close or self.closing or refusal.code == "too_large"
-        shows = self._lost_page(visit) if visit.route is None else visit.route.shows
-        shown = None if shows is None else shows(visit, refusal)
-        return refusing(visit, refusal, allow=visit.allow, close=close, shown=shown)
+        return refusing(visit, refusal, allow=visit.allow, close=close, shown=self._shown(visit, refusal))
 
     def note_refusal(self, route: Route | None, method: str, refusal: Refusal, *, by: str, job_id: str | None) -> None:
         """A refusal is counted, and logged in one line without a secret."""

@@ -55,11 +55,9 @@ from jobd.downloads import Downloads
 from jobd.envelope import Waiter
 from jobd.events import Wanted
 from jobd.listener import Listener
-from jobd.replies import Text
 from jobd.routes import Route
-from jobd.visits import Visit
 from jobd.watchers import Watcher
-from jobd.web import Download, Web
+from jobd.web import Download, Pages, Web
 from tests.conftest import tool_missing
 from tests.memory_disk import MemoryDisk
 
@@ -117,6 +115,7 @@ class Desk:
         key: KeyUse | None = None,
         size: int = 0,
         operator: Operator | None = None,
+        in_line: bool = False,
     ) -> envelope.Asked:
         self.asked.append(Asked(command, by, admin, key, size, operator))
         self.arrived.set()
@@ -465,11 +464,13 @@ class House:
         limits: Limits | None = None,
         admin: bool = False,
         actor: Any = None,
-        lost: Callable[[Visit, Refusal], Text] | None = None,
+        pages: Pages | None = None,
     ) -> None:
         self.desk = actor or Desk()
         self.figures = Figures()
-        self.site = Web(gate or Gate("worker"), routes, self.desk, self.figures, limits=limits, admin=admin, lost=lost)
+        self.site = Web(
+            gate or Gate("worker"), routes, self.desk, self.figures, limits=limits, admin=admin, pages=pages
+        )
         self.listener = Listener(self.site)
         self.path = str(place / "door.sock")
         self.port = 0

@@ -71,6 +71,7 @@ from jobd.full_disk import Closed
 from jobd.job import DAY_MS, MINUTE_MS, Job, Policy
 from jobd.keys import KEPT_MS
 from jobd.parked import Parked
+from jobd.slow_disk import IN_A_ROW
 from tests.household import Household, in_virtual_time, seconds
 from tests.memory_disk import MemoryDisk
 
@@ -1342,6 +1343,103 @@ def test_a_bug_while_answers_leave_ends_everything(others: int) -> None:
         await asyncio.gather(*asked)  # nobody waits for ever
 
     run()
+
+
+# -- a slow disk ------------------------------------------------------------------------------------------------------
+
+
+class SlowDisk(MemoryDisk):
+    """Every commit takes 20 ms; `written` are how many changes each had."""
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        await asyncio.sleep(0.02)
+        return await super().write(batch)
+
+    @property
+    def written(self) -> list[int]:
+        return [len(batch.changes) for batch in self.batches]
+
+
+async def make_known(house: Household) -> None:
+    """By now the actor has seen that the disk is slow."""
+    for _ in range(IN_A_ROW):
+        await house.actor.ask(Create())
+
+
+@in_virtual_time
+async def test_on_a_slow_disk_all_who_ask_again_and_again_share_a_commit() -> None:
+    disk = SlowDisk()
+
+    async def creator(rest_s: float) -> None:
+        for _ in range(5):
+            await house.actor.ask(Create())
+            await asyncio.sleep(rest_s)
+
+    async with household(disk) as house:
+        await make_known(house)
+        await asyncio.gather(*(creator(number / 4000) for number in range(8)))
+    assert disk.written[IN_A_ROW:] == [8] * 5
+
+
+@in_virtual_time
+async def test_on_a_slow_disk_nobody_is_waited_for_long() -> None:
+    async with household(SlowDisk()) as house:
+        loop = asyncio.get_running_loop()
+        await make_known(house)
+        await asyncio.gather(house.actor.ask(Create()), house.actor.ask(Create()))
+        began_s = loop.time()
+        await house.actor.ask(Create())  # the other has gone
+        assert loop.time() - began_s == pytest.approx(0.02 + 0.02 / 8)
+        await asyncio.sleep(1)
+        began_s = loop.time()
+        await house.actor.ask(Create())
+        assert loop.time() - began_s == pytest.approx(0.02), "that was long ago"
+
+
+@in_virtual_time
+async def test_on_a_slow_disk_a_look_waits_for_one_commit_at_most() -> None:
+    disk = SlowDisk()
+    async with household(disk) as house:
+        loop = asyncio.get_running_loop()
+        await make_known(house)
+        await house.actor.ask(Create(id="a"))
+        began_s = loop.time()
+        writing = begin(house.actor.ask(Create(id="b")))
+        await settle()
+        behind = begin(house.actor.ask(Cancel(id="a")))
+        await settle()
+        look = begin(house.actor.ask(Get(id="a")))
+        missing = begin(house.actor.ask(Get(id="none")))
+        seen = await look
+        assert loop.time() - began_s == pytest.approx(0.02)
+        assert isinstance(seen, Answer)
+        assert (seen.data.status, (await missing).code) == ("queued", "job_not_found")
+        assert writing.done()
+        assert not behind.done()
+        assert (await behind).data.status == "cancelled"
+        assert disk.written[IN_A_ROW:] == [1, 1, 1]
+
+
+@in_virtual_time
+async def test_a_look_in_line_stays_behind_what_was_sent_before_it() -> None:
+    async with household(SlowDisk()) as house:
+        await make_known(house)
+        await house.actor.ask(Create(id="a"))
+        told: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in range(2)]
+        house.actor.send(Cancel(id="a"), told[0], in_line=True)
+        house.actor.send(Get(id="a"), told[1], in_line=True)
+        assert (await told[1]).data.status == "cancelled"
+
+
+@in_virtual_time
+async def test_on_a_quick_disk_a_batch_is_decided_in_its_order() -> None:
+    async with household() as house:
+        await house.actor.ask(Create(id="a"))
+        cancelling = begin(house.actor.ask(Cancel(id="a")))
+        await asyncio.sleep(0)
+        looking = begin(house.actor.ask(Get(id="a")))
+        assert (await looking).data.status == "cancelled"
+        await cancelling
 
 
 # -- rows that are bad ------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import msgspec
 import pytest
 from msgspec import Raw
 
+from jobd import commands
+from jobd.admin_api import RowsAsked
 from jobd.commands import (
     Adopt,
     AuditLog,
@@ -18,21 +20,29 @@ from jobd.commands import (
     Create,
     Export,
     Extend,
+    ExtendLock,
     Fail,
+    Filter,
     ForceFail,
     Import,
     List,
     Locks,
+    MakePlan,
     Moment,
+    Note,
     Operator,
     Progress,
+    ReleaseLock,
     Search,
     Start,
+    Timeline,
     Transition,
     Update,
     Updates,
+    Workers,
 )
 from jobd.job import LATEST_MS, Backoff
+from jobd.streams import BackupAsked
 
 YEAR_MS = 365 * 86_400_000
 DAY_MS = 86_400_000
@@ -100,6 +110,18 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (AuditLog, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1"]),
     (Locks, {}, "limit", [1, 200], [0, 201]),
     (Locks, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1"]),
+    (Timeline, {"id": "a"}, "limit", [1, 1_000], [0, 1_001]),
+    (Workers, {}, "limit", [1, 200], [0, 201]),
+    (Workers, {}, "cursor", ["0 w", "9" * 18 + " " + LONG, "1 " + "x" * 218], ["0", "9" * 19 + " w", "1 " + "x" * 219]),
+    (Search, {}, "error", ["0123456789ab"], ["0" * 11, "0" * 13, "0" * 11 + "g", "0" * 11 + "A", "0" * 12 + "\n"]),
+    (Filter, {}, "q", ["t", LONG], ["", "x" * 201]),
+    (Filter, {}, "error", ["0123456789ab"], ["0" * 11]),
+    (MakePlan, {"action": "retry"}, "ids", [["a"], ["a"] * 10_000], [[], ["a"] * 10_001, [""]]),
+    (MakePlan, {}, "action", ["retry", "force-reset", "cancel", "force-fail", "delete"], ["", "deletes"]),
+    (MakePlan, {"action": "retry"}, "cursor", ["failed.0", "x" * 20 + "." + "9" * 18], ["failed", "failed.0\n", ".0"]),
+    (MakePlan, {"action": "retry"}, "cursor", ["a.1"], ["x" * 21 + ".0", "failed." + "9" * 19, "Failed.0", "a:1"]),
+    (RowsAsked, {}, "cursor", ["jobs:0", "late_results:" + "9" * 18], ["jobs", "jobs:0\n", "jobs.0", "JOBS:0", ":0"]),
+    (BackupAsked, {}, "id", ["a", "A-z_0.9", "x" * 64], ["", "x" * 65, "a b", "a\n", "a/b"]),
     (Import, {"id": "a"}, "attempt", [0, 1_000], [-1, 1_001]),
     (Import, {"id": "a"}, "stalls", [0, 1_000], [-1, 1_001]),
 ]
@@ -138,6 +160,18 @@ def test_what_is_meant_where_nothing_is_said() -> None:
     assert Transition(id="a", from_="queued", to="failed").updates == Updates()
     call = Call(claim)
     assert (call.by, call.seed, call.admin) == ("client", b"", False)
+
+
+def test_the_names_that_existing_dashboards_send() -> None:
+    told = {"jobId": "a", "lockId": "l", "additionalTime": 5}
+    assert msgspec.convert(told, ExtendLock) == ExtendLock(id="a", lock_id="l", additional_ms=5)
+    assert msgspec.convert({"jobId": "a", "lockId": "l"}, ReleaseLock) == ReleaseLock(id="a", lock_id="l")
+    assert msgspec.convert(MOVED, Transition) == Transition(id="a", from_="queued", to="failed")
+
+
+def test_what_is_done_is_noted_as_done() -> None:
+    assert Note(what="w").outcome == "done"
+    assert (commands.MAKING_S, commands.MAX_EVENTS, commands.MAX_PLAN) == (10.0, 1_000, 10_000)
 
 
 def test_an_operator_without_a_name_is_called_admin() -> None:

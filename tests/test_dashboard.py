@@ -169,9 +169,7 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
     async with contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(House(worker_api.ROUTES, tmp_path, actor=actor))
         routes = (*admin_api.ROUTES, *room.routes(), worker_api.DOCUMENT)
-        admin = await stack.enter_async_context(
-            House(routes, tmp_path, gate=gate, admin=True, actor=actor, lost=room.refusal_page)
-        )
+        admin = await stack.enter_async_context(House(routes, tmp_path, gate=gate, admin=True, actor=actor, pages=room))
         actor.on_commit.append(admin.figures.feed.publish)
         numbers = itertools.count(1)
         admin.figures.make_plan = lambda asked: planner.make(asked, f"plan-{next(numbers)}")  # type: ignore[method-assign,assignment,return-value]
@@ -2255,16 +2253,20 @@ async def test_who_has_signed_in_is_named_on_the_docs_too(town: Town) -> None:
 
 async def test_a_browser_sees_that_there_is_no_such_page(town: Town) -> None:
     accept = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
-    for browser in (await town.browser(), Browser(town.admin)):
-        heard = await browser.get("/jobz", **accept)
-        assert heard.status == 404
-        assert_safe(heard)
-        assert "<h1>Not found</h1>" in text(heard)
-        assert "There is no such path" in text(heard)
-        heard = await browser.get("/sign-out", **accept)
-        assert (heard.status, heard.headers["allow"]) == (405, "POST")
-        assert "<h1>Not done</h1>" in text(heard)
-    heard = await town.admin.ask("GET", "/jobz", headers={**accept, "Host": "elsewhere.example"})
+    browser = await town.browser()
+    heard = await browser.get("/jobz", **accept)
+    assert heard.status == 404
+    assert_safe(heard)
+    assert "<h1>Not found</h1>" in text(heard)
+    assert "There is no such path" in text(heard)
+    heard = await browser.get("/sign-out", **accept)
+    assert (heard.status, heard.headers["allow"]) == (405, "POST")
+    assert "<h1>Not done</h1>" in text(heard)
+    assert (await browser.get("/jobz")).error == "not_found", "a program"
+    heard = await Browser(town.admin).get("/jobz", **accept)
+    assert (heard.status, 'href="/sign-in"' in text(heard)) == (401, True)
+    assert_safe(heard)
+    heard = await town.admin.ask("GET", "/jobz", headers={**accept, **AUTH, "Host": "elsewhere.example"})
     assert (heard.status, "<h1>Not done</h1>" in text(heard)) == (403, True)
 
 

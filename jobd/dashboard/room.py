@@ -23,7 +23,7 @@ from jobd.dashboard.assets import Assets
 from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of
 from jobd.dashboard.entrance import Entrance, SignIn, SignInPage, to_sign_in
 from jobd.dashboard.filters import JobsPage, job_wanted, news_of_jobs
-from jobd.dashboard.guests import AUTHORIZATION, Form, Guest, ReasonForm, go_on, guest_of, is_renewal, target_of
+from jobd.dashboard.guests import AUTHORIZATION, Form, Guest, ReasonForm, cookie, go_on, guest_of, is_renewal, target_of
 from jobd.dashboard.live import Live, news_at, stream
 from jobd.dashboard.paint import HTML, Painter, go_to
 from jobd.dashboard.places import job_place
@@ -237,6 +237,10 @@ class Dashboard:
             told=None if session is None or template == "live.html" else session.take_told(),
             **{"here": "" if guest is None else target_of(guest.visit), "now": guest.now if guest else 0, **shown},
         )
+
+    def knows(self, visit: Visit) -> bool:
+        """Whether somebody has signed in there."""
+        return self.sessions.find(cookie(visit)) is not None
 
     def refusal_page(self, visit: Visit, refusal: Refusal) -> Text:
         """A refusal as a page: what is wrong, and a way on."""
