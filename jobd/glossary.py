@@ -128,6 +128,25 @@ CALLS: Final = {
     **{call.replace(" ", " /admin/job-management/"): words for call, words in _OPERATORS.items()},
 }
 
+# The headings of the document, in its order: what is below each, by the first part of its path.
+GROUPS: Final = {
+    "Jobs": (
+        "jobs claim commands validate-job force-fail force-reset transition extend-lock release-lock locks",
+        "One job: what it is, why, and what is done to it; and jobs for those who work.",
+    ),
+    "Many jobs": (
+        "failures plans preview import export",
+        "Jobs by what they have in common: looked at, changed, moved.",
+    ),
+    "Queues and workers": ("queues workers", "Where jobs wait, and who takes them."),
+    "Events": ("events audit webhooks", "What happened, and who is told of it."),
+    "The daemon": (
+        "stats health alerts cleanup recover-stuck reports clock metrics healthz readyz openapi.json",
+        "How it is, and what it does by itself.",
+    ),
+    "The store": ("backup backups check-rows quarantine", "The file in which everything is."),
+}
+
 # Statuses of a success beside the usual one.
 ALSO: Final = {
     "POST /v1/jobs": {200: "The same request created this job before."},

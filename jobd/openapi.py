@@ -18,7 +18,7 @@ from jobd.answers import Answer
 from jobd.commands import REFUSALS, OnJob
 from jobd.doors import JSON, LINES, OPERATOR
 from jobd.event_stream import EVENT_STREAM
-from jobd.glossary import ABOUT, ALSO, CALLS, HEADERS, REFUSED, REFUSED_TOO
+from jobd.glossary import ABOUT, ALSO, CALLS, GROUPS, HEADERS, REFUSED, REFUSED_TOO
 from jobd.glossary import REFUSALS as REFUSAL_WORDS
 from jobd.job import ID_PATTERN
 from jobd.replies import ErrorBody, Text
@@ -30,6 +30,7 @@ from jobd.web import Nothing, Web
 
 Json = dict[str, Any]
 PATH: Final = "/openapi.json"
+OPERATORS: Final = "/admin/job-management"
 
 
 def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
@@ -55,13 +56,16 @@ def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) ->
 def document(title: str, routes: Iterable[Route]) -> Json:
     """The OpenAPI document of `routes`, as plain values."""
     made = Schemas()
+    table = tuple(routes)
+    told = {group_of(route) for route in table}
     paths: dict[str, Json] = {}
-    for route in routes:
+    for route in table:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, made)
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": __version__, "description": ABOUT, "license": {"name": "MIT"}},
         "servers": [{"url": "/"}],
+        "tags": [{"name": name, "description": words} for name, (_, words) in GROUPS.items() if name in told],
         "paths": paths,
         "components": made.components | {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
     }
@@ -76,9 +80,16 @@ def call_of(route: Route) -> str:
     return f"{route.method} {route.path}"
 
 
+def group_of(route: Route) -> str:
+    """The heading below which a route stands."""
+    first = route.path.removeprefix(OPERATORS).removeprefix("/v1").split("/")[1]
+    return next(name for name, (parts, _) in GROUPS.items() if first in parts.split())
+
+
 def _operation(route: Route, made: Schemas) -> Json:
-    words = re.findall(r"\w+", route.path.replace("/admin/job-management", ""))
+    words = re.findall(r"\w+", route.path.removeprefix(OPERATORS))
     found: Json = {
+        "tags": [group_of(route)],
         "operationId": "_".join([route.method.lower(), *words]),
         "summary": CALLS[call_of(route)],
         "parameters": _parameters(route),

@@ -67,6 +67,23 @@ def _paths(name: str) -> dict[str, None]:
 
 
 @BY_DOCUMENT
+def test_every_call_stands_below_a_heading_that_says_what_is_there(name: str) -> None:
+    headings = {tag["name"]: tag["description"] for tag in DOCUMENTS[name]["tags"]}
+    used = {heading for _, said in operations(name) for heading in said["tags"]}
+    assert used == set(headings)
+    assert all(headings.values())
+
+
+def test_no_heading_is_for_paths_that_there_are_not() -> None:
+    firsts = {
+        route.path.removeprefix("/admin/job-management").removeprefix("/v1").split("/")[1]
+        for table in TABLES.values()
+        for route in table
+    }
+    assert {part for parts, _ in glossary.GROUPS.values() for part in parts.split()} == firsts
+
+
+@BY_DOCUMENT
 def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
     said = dict(operations(name))
     for route in TABLES[name]:
