@@ -12,7 +12,7 @@ MIRRORS: Final[dict[str, tuple[str, ...]]] = {
     "job": ("job", "commands", "bodies"),
     "events": ("events",),
     "commands": ("commands", "bodies", "envelope"),
-    "answers": ("rules", "worker_api"),
+    "answers": ("answers", "views", "rules", "worker_api"),
     "batch": ("batch", "rows"),
     "book": ("book",),
     "live_jobs": ("live_jobs", "book"),
@@ -47,7 +47,7 @@ MODULES: Final = tuple(MIRRORS)
 # All tests of the first level: in one process, quick, and the same each time.
 NEAR: Final = (
     "rules", "late_rules", "book", "orders", "live_jobs", "figures", "overlaps", "pace", "validation", "why", "audit",
-    "keys", "envelope", "events", "job", "draft", "views", "batch", "commands", "bodies", "rows", "plans",
+    "keys", "envelope", "events", "job", "answers", "draft", "views", "batch", "commands", "bodies", "rows", "plans",
     "fingerprints", "webhook", "webhook_addresses", "webhook_line", "webhook_rules", "webhook_url", "actor", "cleanup",
     "alerts", "worker_api", "admin_api",
 )  # fmt: skip

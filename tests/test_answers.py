@@ -1,0 +1,45 @@
+"""What is answered: the words that programs compare, and what an answer says where nothing was said."""
+
+from __future__ import annotations
+
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from msgspec.structs import FieldInfo, fields
+
+from jobd import answers
+
+# Where they stand -> the words, which are part of the contract.
+WORDS: dict[str, str] = {
+    "DeliveryState": "waiting delivered given_up",
+    "BackupState": "waiting copying checking sending sent failed",
+    "HealthStatus": "healthy degraded unhealthy",
+    "Issue.type": "warning error critical",
+    "Recovery.action": "reset failed",
+    "ImportForeseen.what": "create skip",
+    "WebhookView.state": "starting closed open half_open",
+}
+
+
+@pytest.mark.parametrize("place", WORDS)
+def test_words_that_programs_compare(place: str) -> None:
+    name, _, field = place.partition(".")
+    found: Any = getattr(answers, name)
+    if field:
+        found = get_type_hints(found)[field]
+    assert get_args(found) == tuple(WORDS[place].split())
+
+
+def test_where_nothing_is_said_nothing_has_happened() -> None:
+    """No count above zero, no flag, 200."""
+    told: dict[str, Any] = {}
+    for name, kind in vars(answers).items():
+        if isinstance(kind, type) and kind.__module__ == answers.__name__ and hasattr(kind, "__struct_fields__"):
+            told |= {f"{name}.{field.name}": field.default for field in fields(kind) if _is_plain(field)}
+    assert told.pop("Answer.status") == 200
+    assert {place: value for place, value in told.items() if value} == {}
+    assert len(told) > 10
+
+
+def _is_plain(field: FieldInfo) -> bool:
+    return isinstance(field.default, bool | int | str)
