@@ -15,7 +15,8 @@ from msgspec import Struct
 SLOW_S: Final = 0.003  # a commit that takes so long is slow,
 SLOW_EACH_S: Final = 0.000_25  # unless it is for having so much to write: it took less for each command
 IN_A_ROW: Final = 8  # of such commits: a quick disk has its moments, too, as when the log goes into the database
-LINGER: Final = 1 / 8  # of what the last commit took: so long the next one waits for those who were answered by it
+LINGER: Final = 1 / 8  # of what the last commit took: so long the next one waits for those who were answered by it,
+LINGER_S: Final = 0.02  # and no longer: who is near asks again within that
 
 
 class SlowDisk(Struct):
@@ -38,4 +39,4 @@ class SlowDisk(Struct):
         """How long the next commit still waits for more than the `waiting` commands; 0 or less where it begins."""
         if waiting >= self.commands or not self.is_slow:
             return 0.0
-        return self.ended_s + self.took_s * LINGER - now_s
+        return self.ended_s + min(self.took_s * LINGER, LINGER_S) - now_s

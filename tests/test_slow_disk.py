@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobd.slow_disk import IN_A_ROW, LINGER, SLOW_EACH_S, SLOW_S, SlowDisk
+from jobd.slow_disk import IN_A_ROW, LINGER, LINGER_S, SLOW_EACH_S, SLOW_S, SlowDisk
 
 BIT = 0.000_001
 
@@ -34,11 +34,13 @@ def test_a_commit_is_slow_for_what_it_carries(took_s: float, commands: int, is_s
 def test_who_was_answered_is_waited_for_a_part_of_what_the_commit_took() -> None:
     disk = SlowDisk()
     for _ in range(IN_A_ROW):
-        disk.note(0.8, 3, 5.0)
-    assert disk.lingers_s(2, 5.0) == pytest.approx(0.8 * LINGER)
-    assert disk.lingers_s(0, 5.05) == pytest.approx(0.05)
-    assert disk.lingers_s(2, 5.1) <= 0, "they had their time"
+        disk.note(0.08, 3, 5.0)
+    assert disk.lingers_s(2, 5.0) == pytest.approx(0.08 * LINGER)
+    assert disk.lingers_s(0, 5.004) == pytest.approx(0.006)
+    assert disk.lingers_s(2, 5.011) <= 0, "they had their time"
     assert disk.lingers_s(2, 9.0) <= 0
     assert disk.lingers_s(3, 5.0) == 0, "all are there"
+    disk.note(10.0, 3, 5.0)
+    assert disk.lingers_s(0, 5.0) == pytest.approx(LINGER_S), "who is near asks again within that"
     disk.note(SLOW_S / 2, 3, 5.0)
     assert disk.lingers_s(0, 5.0) == 0, "it is quick"
