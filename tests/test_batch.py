@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from msgspec.structs import replace
 
 from jobd.batch import (
+    PUT_OFF_MS,
     Aside,
     Audited,
     Batch,
@@ -14,7 +17,9 @@ from jobd.batch import (
     Opened,
     Query,
     QueueRow,
+    Share,
     Tombstone,
+    share_of,
     tombstones,
 )
 from jobd.job import Job, Options, Result, Untouched
@@ -44,6 +49,21 @@ def test_nothing_is_damaged_or_left_over_unless_that_is_said() -> None:
 def test_a_deed_is_done_and_changed_no_job_unless_that_is_said() -> None:
     deed = Audited(1, "eve", "unix", "pause")
     assert (deed.outcome, deed.jobs) == ("done", 0)
+
+
+def test_each_share_of_the_audit_log_has_rows_that_belong_there() -> None:
+    deeds = [
+        ("pause", "done"),
+        ("pause", "invalid"),
+        ("sign-in", "unauthorized"),
+        ("sign-in", "done"),
+        ("export", "done"),
+    ]
+    assert tuple(share_of(what, outcome) for what, outcome in deeds) == get_args(Share)
+
+
+def test_a_tombstone_is_put_off_for_two_hours_at_most() -> None:
+    assert PUT_OFF_MS == 2 * 60 * 60 * 1_000
 
 
 def test_a_page_has_payloads_and_is_slow_only_where_a_text_is_looked_for() -> None:
