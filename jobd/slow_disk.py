@@ -26,14 +26,16 @@ class SlowDisk(Struct):
     commands: int = 0
     ended_s: float = 0.0
     in_a_row: int = 0  # slow commits
+    slow_s: float = SLOW_S
+    enough: int = IN_A_ROW
 
     def note(self, took_s: float, commands: int, ended_s: float) -> None:
         self.took_s, self.commands, self.ended_s = took_s, commands, ended_s
-        self.in_a_row = self.in_a_row + 1 if took_s >= max(SLOW_S, SLOW_EACH_S * commands) else 0
+        self.in_a_row = self.in_a_row + 1 if took_s >= max(self.slow_s, SLOW_EACH_S * commands) else 0
 
     @property
     def is_slow(self) -> bool:
-        return self.in_a_row >= IN_A_ROW
+        return self.in_a_row >= self.enough
 
     def lingers_s(self, waiting: int, now_s: float) -> float:
         """How long the next commit still waits for more than the `waiting` commands; 0 or less where it begins."""

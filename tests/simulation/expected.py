@@ -62,6 +62,7 @@ ON_DISK: Final = (
 )
 OTHERS: Final = (
     "answer replayed",
+    "command on a slow disk",
     "cleanup complained",
     "mishap hang up with the answer",
     "grant undelivered",

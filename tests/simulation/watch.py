@@ -140,6 +140,7 @@ class Watch(Promises):
         if isinstance(call.command, Claim):
             self._check_arrival(call.command, decision)
         if self.daemon is not None:
+            self.fired["command on a slow disk"] += self.daemon.actor.slow_disk.is_slow
             self._check_clock(self.daemon, call.command, at)
         return decision
 
