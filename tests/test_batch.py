@@ -15,6 +15,7 @@ from jobd.batch import (
     JournalPage,
     Numbers,
     Opened,
+    Page,
     Query,
     QueueRow,
     Share,
@@ -41,7 +42,9 @@ def test_a_file_is_full_or_marked_only_where_that_is_said_and_keeps_its_mark_unt
 
 
 def test_nothing_is_damaged_or_left_over_unless_that_is_said() -> None:
-    assert (Opened(Numbers()).tombstones, Due([]).damaged) == (0, 0)
+    assert (Opened(Numbers()).tombstones, Due([]).damaged, Due([]).unmoved) == (0, 0, 0)
+    assert (Page([], None).looked, Page([], None).last_event) == (0, 0)
+    assert not Batch([], Numbers()).sweeps
     assert Aside("a", "its checksum is wrong").is_moved
     assert not JournalPage([], 0, 0).more
 
@@ -69,6 +72,7 @@ def test_a_tombstone_is_put_off_for_two_hours_at_most() -> None:
 def test_a_page_has_payloads_and_is_slow_only_where_a_text_is_looked_for() -> None:
     assert Query().payloads
     assert [Query().is_slow, Query(text="").is_slow, Query(text="t").is_slow] == [False, True, True]
+    assert Query(error="0123456789ab").is_slow, "or an error"
 
 
 def test_a_queue_without_finished_jobs_stays_at_none() -> None:
@@ -93,10 +97,11 @@ def test_only_the_deletion_of_a_job_that_names_an_object_leaves_a_tombstone() ->
 
 
 def test_a_page_of_the_journal_ends_where_it_tells_all_that_there_still_is() -> None:
-    events = [Maker().create().event]
+    maker = Maker()
+    events = [maker.create(name).event for name in ("a", "b")]
     whole, early, damaged = (
         JournalPage(events, 9, 0),
         JournalPage(events, 9, 0, more=True),
         JournalPage([], 9, 5, more=True),
     )
-    assert (whole.end, early.end, damaged.end) == (9, events[0].seq, 5)
+    assert (whole.end, early.end, damaged.end) == (9, events[1].seq, 5)

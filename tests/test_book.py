@@ -168,6 +168,15 @@ def test_finished_jobs_at_hand_have_their_size(monkeypatch: pytest.MonkeyPatch) 
     assert (list(book.finished), book._finished_bytes) == ([], 0)
 
 
+def test_finished_jobs_at_hand_have_room_for_megabytes() -> None:
+    book = Book()
+    for seq in (1, 2):
+        result = Result(metadata=Raw(b'"%s"' % (b"y" * (4 << 20))))
+        book.loaded(replace(queued(seq), status="completed", result=result))
+    book.trim_finished()
+    assert list(book.finished) == ["job-1", "job-2"]
+
+
 def test_a_deleted_job_is_gone_from_everything(desk: Desk) -> None:
     desk.completed()
     desk.yes(Delete(id="a"))
