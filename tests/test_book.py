@@ -162,7 +162,10 @@ def test_finished_jobs_at_hand_have_their_size(monkeypatch: pytest.MonkeyPatch) 
     book.swap(book.finished["job-4"], None)
     book.loaded(replace(queued(6), status="completed", result=Result(file_path="/x")))
     book.trim_finished()
-    assert list(book.finished) == ["job-3", "job-5", "job-6"]
+    assert (list(book.finished), book._finished_bytes) == (["job-3", "job-5", "job-6"], 2_000)
+    book.loaded(replace(queued(8), status="cancelled"))
+    assert book._finished_bytes == 2_000, "who has no result weighs nothing"
+    book.swap(book.finished["job-8"], None)
     book.loaded(replace(queued(7), status="completed", result=Result(metadata=Raw(b'"%s"' % (b"y" * 3_000)))))
     book.trim_finished()
     assert (list(book.finished), book._finished_bytes) == ([], 0)
@@ -199,6 +202,31 @@ def test_a_quarantined_job_leaves_every_order(desk: Desk, status: str) -> None:
     desk.passes(HOUR_MS)
     compare(desk.book, {}, desk.at)
     desk.book.quarantine("never", "bad")
+
+
+def test_a_live_job_whose_damaged_row_cannot_be_moved_leaves_every_order_too(desk: Desk) -> None:
+    desk.create("a")
+    desk.book.quarantine("a", "bad", is_moved=False)
+    assert desk.book.unmoved == {"a": None}
+    del desk.rows["a"]
+    compare(desk.book, {}, desk.at)
+    desk.book.quarantine("unknown", "bad", is_moved=False)
+    assert desk.book.unmoved == {"a": None, "unknown": None}
+
+
+def test_a_finished_job_whose_row_is_not_moved_is_counted_as_it_was_before_a_batch(desk: Desk) -> None:
+    book = desk.book
+    desk.completed("a")
+    book.quarantine("a", "bad", is_moved=False)
+    assert (book.get("a"), book.unmoved, book.totals["completed"]) == (None, {"a": ("default", "completed")}, 1)
+    book.recount_unmoved("a", replace(queued(1, status="failed"), options=Options(queue="q")))
+    assert (book.counts["q"]["failed"], book.totals["failed"], book.totals["completed"]) == (1, 1, 0)
+    book.recount_unmoved("other", queued(2, status="failed"))
+    assert (book.totals["failed"], book.unmoved) == (1, {"a": ("q", "failed")}), "it is not among them"
+    for before in (queued(1), None):
+        book.recount_unmoved("a", queued(1, status="failed"))
+        book.recount_unmoved("a", before)
+        assert (book.totals["failed"], book.totals["queued"], book.unmoved) == (0, 0, {"a": None})
 
 
 def test_who_holds_what() -> None:
@@ -253,6 +281,27 @@ def test_an_id_that_is_used_again_does_not_inherit_the_times_of_the_first(desk: 
     desk.passes(TTL)
     desk.yes(Recover(limit=1))
     assert desk.claim() == ["a"]
+
+
+def test_the_job_that_is_due_longest_of_all_queues(desk: Desk) -> None:
+    assert desk.book.oldest_due() is None
+    for queue in ("none", "b"):
+        desk.create(f"gone-{queue}", queue=queue)
+        assert desk.claim(queues=[queue]) == [f"gone-{queue}"]
+    desk.create("z", queue="a")
+    desk.create("y", queue="b")
+
+    def oldest() -> tuple[str, str]:
+        found = desk.book.oldest_due()
+        assert found is not None
+        return found[0], found[1][3]
+
+    assert oldest() == ("a", "z"), "of the same moment the first"
+    desk.yes(Update(id="y", run_at=NOW - 1))
+    assert oldest() == ("b", "y")
+    desk.yes(Update(id="y", run_at=NOW + 1))
+    desk.yes(Update(id="z", priority=5))  # what was its place is empty
+    assert oldest() == ("a", "z")
 
 
 def test_the_wall_clock_steps_back(desk: Desk) -> None:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from jobd import figures as figures_module
-from jobd.commands import AnyCommand, Cancel, Complete, Delete, DeleteExpired, Fail, ForceReset, Recover
+from jobd.commands import Adopt, AnyCommand, Cancel, Complete, Delete, DeleteExpired, Fail, ForceReset, Recover
 from jobd.draft import Decision
 from jobd.events import Change, Event
 from jobd.figures import OTHER_QUEUES, PROCESSING_BUCKETS_S, Figures, Histogram
@@ -48,6 +48,15 @@ def test_completions_of_the_last_hour(desk: Desk) -> None:
     assert figures.completed_last_hour(desk.now) == (3, 6_000)
     assert figures.completed_last_hour(desk.now + MINUTE_MS)[0] == 1
     assert figures.completed_last_hour(desk.now + HOUR_MS) == (0, 0)
+
+
+def test_late_results_are_counted_one_by_one(desk: Desk) -> None:
+    for job_id in ("a", "b"):
+        lock_id = desk.held(job_id)
+        desk.yes(ForceReset(id=job_id))
+        desk.no(Complete(id=job_id, lock_id=lock_id, file_path="/late"), "lock_lost")
+        desk.yes(Adopt(id=job_id))
+    assert (desk.book.figures.late_kept, desk.book.figures.late_adopted) == (2, 2)
 
 
 def test_old_minutes_and_hours_are_dropped() -> None:
