@@ -644,6 +644,14 @@ def test_the_first_refused_call_of_an_ended_grant_is_told_with_what_it_said(drop
     assert event.changes is None
 
 
+def test_what_a_refused_call_has_not_said_is_not_told(dropping: Desk) -> None:
+    lock_id = dropping.held()
+    dropping.yes(ForceFail(id="a"), admin=True)
+    late(dropping, call("progress", lock_id, message=None), kept=False, told=True)
+    told = {"verb": "progress", "worker": "w-1", "fencing_token": dropping.tokens[-1], "progress": 42}
+    assert dropping.last().details == told
+
+
 def test_of_each_verb_one_is_told_however_often_it_is_said(dropping: Desk) -> None:
     desk = dropping
     lock_id = stalled(desk)

@@ -209,7 +209,8 @@ def test_the_number_of_live_jobs_is_bounded() -> None:
     desk.no(ImportCheck(id="c"), "too_many_jobs")
     assert desk.yes(ImportCheck(id="c", status="cancelled")) == ImportForeseen("c", "create", "cancelled", None, 0)
     desk.yes(Release(id="b", lock_id=desk.job("b").grant.lock_id))  # type: ignore[union-attr]
-    desk.no(Import(id="c"), "too_many_jobs")  # it waits, and counts all the same
+    for command in (Import(id="c"), Create()):
+        desk.no(command, "too_many_jobs")  # both wait, and count all the same
     desk.yes(Import(id="c", status="failed", error_message="x"))
     desk.yes(Cancel(id="a"))
     desk.create("d")
