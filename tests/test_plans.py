@@ -745,6 +745,16 @@ def test_a_preview_changes_nothing_and_says_what_recovery_would_do() -> None:
     assert desk.yes(Preview(limit=1)).more
 
 
+def test_a_preview_says_where_more_have_expired_than_it_names() -> None:
+    desk = Desk()
+    for name in ("a", "b"):
+        desk.create(name, expires_at=desk.now + 10)
+    desk.passes(10)
+    for limit, named in ((1, ["a"]), (2, ["a", "b"])):
+        seen = desk.yes(Preview(limit=limit))
+        assert (seen.expired, seen.more) == (named, limit < 2)
+
+
 @in_virtual_time
 async def test_a_preview_of_a_pass_is_what_the_pass_does() -> None:
     disk = MemoryDisk()

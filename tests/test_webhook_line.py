@@ -135,6 +135,28 @@ def test_one_that_is_hurried_on_its_way_goes_again_at_once_if_it_fails() -> None
     assert taken(made, 10) == []
 
 
+def test_one_that_is_hurried_before_it_goes_waits_its_time_after_it() -> None:
+    made = line((1, "a", 50))
+    made.hurry(1)
+    assert taken(made) == [1]
+    made.put_off(1, 60)
+    assert (taken(made), made.next_due()) == ([], 60)
+
+
+def test_one_that_is_hurried_behind_another_goes_at_once_after_it() -> None:
+    made = line((1, "a", 0), (2, "a", 50))
+    assert taken(made) == [1]
+    made.hurry(2)
+    made.gone(1)
+    assert made.next_due() == 0
+    made.hurry(2)
+    assert taken(made) == [2]
+    made.hurry(2)
+    made.put_off(2, 90)
+    assert made.next_due() == 0, "it was hurried on its way"
+    assert taken(made) == [2]
+
+
 def test_in_a_hurry_those_on_their_way_wait_for_their_time_after_it() -> None:
     made = line((1, "a", 0))
     assert taken(made) == [1]
