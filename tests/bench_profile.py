@@ -47,10 +47,9 @@ def profile(kind: str, seconds: float, sources: Path) -> list[str]:
         stage = Stage(None)
         with contextlib.chdir(sources), stage:
             os.chdir(Path(__file__).parent.parent)
-            assert stage._process is not None
             stage.load(kind, seconds=1.0)  # it is warm, then
             told = Path(directory) / "stacks"
-            words = ["py-spy", "record", "--pid", str(stage._process.pid), "--duration", f"{seconds:.0f}"]
+            words = ["py-spy", "record", "--pid", str(stage.pid), "--duration", f"{seconds:.0f}"]
             words += ["--rate", str(RATE), "--gil", "--format", "raw", "--output", str(told)]
             with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as spy:
                 stage.load(kind, seconds=seconds + 1.0)

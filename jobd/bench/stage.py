@@ -100,10 +100,15 @@ class Stage:
         finally:
             os.close(ended)
 
+    @property
+    def pid(self) -> int:
+        """Of the daemon."""
+        assert self._process is not None
+        return self._process.pid
+
     def memory(self) -> int:
         """Resident bytes of the daemon."""
-        assert self._process is not None
-        status = Path(f"/proc/{self._process.pid}/status").read_text("ascii")
+        status = Path(f"/proc/{self.pid}/status").read_text("ascii")
         return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
     def _cpu_s(self) -> float:
