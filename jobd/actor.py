@@ -6,7 +6,6 @@ The only place that changes state. It knows no SQL, no HTTP and no rule; an answ
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
@@ -29,13 +28,13 @@ from jobd.history import History
 from jobd.job import Policy
 from jobd.keys import Keys
 from jobd.parked import Parked
-from jobd.slow_disk import SlowDisk
 
 log = structlog.get_logger("jobd.actor")
 
 BATCH_WEIGHT: Final = 1_000  # commands of one batch, bulk creates and claims counted by their jobs
 LATE_WEIGHT: Final = 50  # of a complete without a live grant: the journal of its job is looked through, before all else
 TELL_LATER: Final = 64  # where at most so many commands wait, they go to the disk before the last answers leave
+SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long looks do not wait for the next one
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -89,7 +88,7 @@ class Actor:
         self.bounds = bounds or Bounds()
         self.parked = Parked()
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full)
-        self.slow_disk = SlowDisk()
+        self.slow_commit_s = SLOW_COMMIT_S
         self.look: Callable[[], None] = lambda: None  # called before a batch is taken
         self.on_commit: list[Callable[[Sequence[Change]], None]] = [self._note]
         self.commit_seconds = Histogram.empty(COMMIT_BUCKETS_S)
@@ -98,6 +97,7 @@ class Actor:
         self._random = random
         self._loop_time = loop_time
         self._now_s = now_s or loop_time
+        self._commit_s = 0.0  # that the latest one took
         self._mailbox: deque[Asked] = deque()
         self._bytes = 0
         self._wake = asyncio.Event()
@@ -243,9 +243,10 @@ class Actor:
                 if self._lost_disk is not None:
                     raise self._lost_disk
                 await self.full_disk.probe()
+                if self.looks_go_first and not self._owed:
+                    batch = await self._look_first(batch)
                 if batch or self._decider.has_due:
-                    for part in self._parts(batch):
-                        await self._turn(part)
+                    await self._turn(batch)
             except Exception as error:
                 self._fail(batch, error)
                 raise DiskBroken(str(error)) from error
@@ -266,21 +267,13 @@ class Actor:
         self._wake.clear()
 
     async def _let_in(self) -> None:
-        """What has arrived already is read before a batch is taken: one commit for all of it.
-
-        Nothing is waited for, unless the disk is slow: then those who were just answered, for a moment.
-        """
+        """What has arrived already is read before a batch is taken: one commit for all of it. Nothing is waited for."""
         if self._untold is not None:
             return  # answers wait for this batch to be on its way
         waiting = -1
         while waiting < len(self._mailbox) < BATCH_WEIGHT:
             waiting = len(self._mailbox)
             await asyncio.sleep(0)
-        while (left_s := self.slow_disk.lingers_s(len(self._mailbox), self._now_s())) > 0 and not self._stopping:
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
-                    await self._wake.wait()
 
     def _owes(self) -> bool:
         """Whether something of our own can be done at once."""
@@ -310,20 +303,29 @@ class Actor:
             batch.append(asked)
         return batch
 
-    def _parts(self, batch: list[Asked]) -> list[list[Asked]]:
-        """What is decided together. Where a commit takes its time looks do not wait for that of their batch, too: they
-        see what was committed before, and none of it was answered when they were sent.
-        """
-        looks = [asked for asked in batch if may_go_first(asked)] if self.slow_disk.is_slow else []
-        if not looks or len(looks) == len(batch):
-            return [batch]
-        return [looks, [asked for asked in batch if not may_go_first(asked)]]
+    @property
+    def looks_go_first(self) -> bool:
+        """Whether a commit takes its time."""
+        return self._commit_s >= self.slow_commit_s
 
-    async def _turn(self, batch: list[Asked]) -> None:
+    async def _look_first(self, batch: list[Asked]) -> list[Asked]:
+        """Answer the looks of `batch` from what was committed before, and give the rest.
+
+        They have waited for the commit before; for that of their own batch they need not, as nobody has heard of it.
+        """
+        looks = [asked for asked in batch if may_go_first(asked)]
+        if not looks:
+            return batch
+        await self._turn(looks, serves=False)
+        self._tell()
+        await asyncio.sleep(0)  # those that look at history are before the commit on their way to the disk
+        return [asked for asked in batch if not may_go_first(asked)]
+
+    async def _turn(self, batch: list[Asked], *, serves: bool = True) -> None:
         """One batch, from the mailbox to its answers: again where the disk names a reason, else once."""
         while True:
             known, policy = await self._load(batch), self._policy_now()
-            plan = self._decider.decide(batch, self._clock.moment(), known, policy)
+            plan = self._decider.decide(batch, self._clock.moment(), known, policy, serves=serves)
             self._under_way = plan
             self._tell_meanwhile()
             try:
@@ -340,14 +342,8 @@ class Actor:
         self._tell()  # of the batch before, where this one had nothing to wait for
         self._untold, self._under_way = plan, None
         self.book.trim_finished()
-        if not self._may_tell_later():
+        if not 0 < len(self._mailbox) <= TELL_LATER or self.full_disk.closed != Closed.NOTHING or self._owed:
             self._tell()
-
-    def _may_tell_later(self) -> bool:
-        """Whether the answers may leave beside the next commit, which is to begin at once."""
-        if self.slow_disk.is_slow or self.full_disk.closed != Closed.NOTHING or self._owed:
-            return False
-        return 0 < len(self._mailbox) <= TELL_LATER
 
     def _tell(self) -> None:
         """The answers of the last commit leave."""
@@ -412,9 +408,8 @@ class Actor:
             batch = self._decider.batch(plan, self.policy)
             began_s = self._now_s()
             payloads = await self.disk.write(batch)
-            ended_s = self._now_s()
-            self.commit_seconds.add(ended_s - began_s, COMMIT_BUCKETS_S)
-            self.slow_disk.note(ended_s - began_s, len(plan.replies), ended_s)
+            self._commit_s = self._now_s() - began_s
+            self.commit_seconds.add(self._commit_s, COMMIT_BUCKETS_S)
             self.batch_commands.add(len(plan.replies), BATCH_BUCKETS)
             self._decider.committed(plan)
             return payloads

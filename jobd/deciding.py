@@ -102,20 +102,22 @@ class Decider:
         """Jobs became due that parked claims may be waiting for."""
         return bool(self._became_due)
 
-    def decide(self, batch: list[Asked], at: Moment, known: Known, policy: Policy) -> Plan:
+    def decide(self, batch: list[Asked], at: Moment, known: Known, policy: Policy, *, serves: bool = True) -> Plan:
+        """`serves`: parked claims get what has become due; where it is not, what they get waits for the next batch."""
         plan = Plan(at, known)
         self.served = plan.served
         self.book.request_hashes = dict(known.hashes)
         self.book.late = known.late
         self.book.advance(at.now, at.lease)
-        self._serve_parked(plan, policy)
+        if serves:
+            self._serve_parked(plan, policy)
         for asked in batch:
             if asked.key is None and asked.is_abandoned and isinstance(asked.call.command, (Start, Claim)):
                 continue  # nobody is left to take the grant
             answer = self._decide_one(plan, asked, policy)
             if answer is not None:
                 plan.replies.append((asked, answer))
-            if self._became_due:
+            if serves and self._became_due:
                 self._serve_parked(plan, policy)
         return plan
 

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from jobd import history, rules
 from jobd.actor import BATCH_WEIGHT, Bounds, DiskBroken
 from jobd.answers import Answer, Done, JobView
-from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, LateAsked, LateKnown, Loaded, Query
+from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, LateAsked, LateKnown, Loaded, Page, Query
 from jobd.book import Book
 from jobd.commands import (
     Adopt,
@@ -71,7 +71,6 @@ from jobd.full_disk import Closed
 from jobd.job import DAY_MS, MINUTE_MS, Job, Policy
 from jobd.keys import KEPT_MS
 from jobd.parked import Parked
-from jobd.slow_disk import IN_A_ROW
 from tests.household import Household, in_virtual_time, seconds
 from tests.memory_disk import MemoryDisk
 
@@ -1347,83 +1346,90 @@ def test_a_bug_while_answers_leave_ends_everything(others: int) -> None:
 
 # -- a slow disk ------------------------------------------------------------------------------------------------------
 
+COMMIT_S = 0.02
+
 
 class SlowDisk(MemoryDisk):
-    """Every commit takes 20 ms; `written` are how many changes each had."""
+    """Every commit takes 20 ms, and pages of jobs are read by the same thread. `written`: how many changes each had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = asyncio.Lock()
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        await asyncio.sleep(0.02)
-        return await super().write(batch)
+        async with self._thread:
+            await asyncio.sleep(COMMIT_S)
+            return await super().write(batch)
+
+    async def find(self, query: Query) -> Page:
+        async with self._thread:
+            return await super().find(query)
 
     @property
     def written(self) -> list[int]:
         return [len(batch.changes) for batch in self.batches]
 
 
-async def make_known(house: Household) -> None:
-    """By now the actor has seen that the disk is slow."""
-    for _ in range(IN_A_ROW):
-        await house.actor.ask(Create())
+class Beside:
+    """A commit is under way; behind it job "a" is to be cancelled, and what is asked comes behind that."""
+
+    def __init__(self, house: Household) -> None:
+        self.house = house
+        self.began_s = 0.0
+        self.behind: asyncio.Task[Any]
+
+    async def begin(self) -> None:
+        await self.house.actor.ask(Create(id="a"))
+        self.began_s = asyncio.get_running_loop().time()
+        begin(self.house.actor.ask(Create(id="b")))
+        await settle()
+        self.behind = begin(self.house.actor.ask(Cancel(id="a")))
+        await settle()
+
+    async def ask(self, command: AnyCommand) -> tuple[Any, int]:
+        """The answer, and how many commits it took."""
+        answer = await self.house.actor.ask(command)
+        return answer, round((asyncio.get_running_loop().time() - self.began_s) / COMMIT_S)
+
+
+@pytest.mark.parametrize("look", [Get(id="a"), GetVersion(id="a"), List(), Stats(), Why(id="a"), Get(id="none")])
+def test_on_a_slow_disk_a_look_waits_for_one_commit(look: AnyCommand) -> None:
+    @in_virtual_time
+    async def looking() -> None:
+        async with household(SlowDisk()) as house:
+            beside = Beside(house)
+            await beside.begin()
+            answer, commits = await beside.ask(look)
+            assert commits == 1
+            assert not beside.behind.done()
+            if isinstance(look, (Get, Why)) and look.id == "a":
+                assert answer.data.state if isinstance(look, Why) else answer.data.status == "queued"
+            assert (await beside.behind).data.status == "cancelled"
+
+    looking()
 
 
 @in_virtual_time
-async def test_on_a_slow_disk_all_who_ask_again_and_again_share_a_commit() -> None:
-    disk = SlowDisk()
-
-    async def creator(rest_s: float) -> None:
-        for _ in range(5):
-            await house.actor.ask(Create())
-            await asyncio.sleep(rest_s)
-
-    async with household(disk) as house:
-        await make_known(house)
-        await asyncio.gather(*(creator(number / 4000) for number in range(8)))
-    assert disk.written[IN_A_ROW:] == [8] * 5
-
-
-@in_virtual_time
-async def test_on_a_slow_disk_nobody_is_waited_for_long() -> None:
+async def test_on_a_slow_disk_a_round_trip_is_one_of_a_whole_command() -> None:
     async with household(SlowDisk()) as house:
-        loop = asyncio.get_running_loop()
-        await make_known(house)
-        await asyncio.gather(house.actor.ask(Create()), house.actor.ask(Create()))
-        began_s = loop.time()
-        await house.actor.ask(Create())  # the other has gone
-        assert loop.time() - began_s == pytest.approx(0.02 + 0.02 / 8)
-        await asyncio.sleep(1)
-        began_s = loop.time()
-        await house.actor.ask(Create())
-        assert loop.time() - began_s == pytest.approx(0.02), "that was long ago"
+        beside = Beside(house)
+        await beside.begin()
+        assert (await beside.ask(Ping()))[1] == 2, "health wants to know how long a command takes"
 
 
 @in_virtual_time
-async def test_on_a_slow_disk_a_look_waits_for_one_commit_at_most() -> None:
-    disk = SlowDisk()
-    async with household(disk) as house:
-        loop = asyncio.get_running_loop()
-        await make_known(house)
+async def test_on_a_quick_disk_a_batch_is_decided_in_its_order() -> None:
+    async with household() as house:
         await house.actor.ask(Create(id="a"))
-        began_s = loop.time()
-        writing = begin(house.actor.ask(Create(id="b")))
-        await settle()
-        behind = begin(house.actor.ask(Cancel(id="a")))
-        await settle()
-        look = begin(house.actor.ask(Get(id="a")))
-        missing = begin(house.actor.ask(Get(id="none")))
-        seen = await look
-        assert loop.time() - began_s == pytest.approx(0.02)
-        assert isinstance(seen, Answer)
-        assert (seen.data.status, (await missing).code) == ("queued", "job_not_found")
-        assert writing.done()
-        assert not behind.done()
-        assert (await behind).data.status == "cancelled"
-        assert disk.written[IN_A_ROW:] == [1, 1, 1]
+        cancelling = begin(house.actor.ask(Cancel(id="a")))
+        looking = begin(house.actor.ask(Get(id="a")))
+        assert (await looking).data.status == "cancelled"
+        await cancelling
 
 
 @in_virtual_time
 async def test_a_look_in_line_stays_behind_what_was_sent_before_it() -> None:
     async with household(SlowDisk()) as house:
-        await make_known(house)
         await house.actor.ask(Create(id="a"))
         told: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in range(2)]
         house.actor.send(Cancel(id="a"), told[0], in_line=True)
@@ -1432,14 +1438,55 @@ async def test_a_look_in_line_stays_behind_what_was_sent_before_it() -> None:
 
 
 @in_virtual_time
-async def test_on_a_quick_disk_a_batch_is_decided_in_its_order() -> None:
-    async with household() as house:
+async def test_a_look_does_not_pass_what_the_daemon_owes() -> None:
+    async with household(SlowDisk()) as house:
+        await house.actor.ask(Create(id="a", stuck_after_ms=0))
+        await house.actor.ask(Start(id="a", worker="w", lock_ttl_ms=1_000))
+        await asyncio.sleep(10)
+        house.actor.owe(CreditAbsence(ids=["a"], grace_ms=30_000))
+        stats = await house.actor.ask(Stats())
+        assert isinstance(stats, Answer)
+        assert stats.data.stuck_jobs == 0
+
+
+@in_virtual_time
+async def test_a_look_does_not_wait_for_the_grants_of_claims_that_wait() -> None:
+    async with household(SlowDisk()) as house:
+        await house.actor.ask(Create(id="late", queue="q", delay_ms=1_000))
+        claim = await parked(house, "w", queues=["q"])
+        await asyncio.sleep(0.95)
+        beside = Beside(house)
+        await beside.begin()  # while it is being written the job becomes due
+        answer, commits = await beside.ask(Get(id="late"))
+        assert (answer.data.status, commits) == ("queued", 1)
+        assert ids_of(await claim) == ["late"]
+
+
+@in_virtual_time
+async def test_who_looked_has_the_answer_though_the_commit_behind_it_fails() -> None:
+    disk = SlowDisk()
+    house = Household(disk)
+    running = asyncio.create_task(house.actor.run())
+    await house.actor.ask(Create(id="a"))
+    disk.write_errors.append(OSError("gone"))
+    cancelling = begin(house.actor.ask(Cancel(id="a")))
+    looking = begin(house.actor.ask(Get(id="a")))
+    assert (await looking).data.status == "queued"
+    assert (await cancelling).code == "outcome_unknown"
+    with pytest.raises(DiskBroken):
+        await running
+
+
+@in_virtual_time
+async def test_a_full_disk_behind_a_look_is_met_as_ever() -> None:
+    async with household(SlowDisk()) as house:
         await house.actor.ask(Create(id="a"))
-        cancelling = begin(house.actor.ask(Cancel(id="a")))
-        await asyncio.sleep(0)
+        house.disk.fill_nearly()
+        creating = begin(house.actor.ask(Create(id="b")))
         looking = begin(house.actor.ask(Get(id="a")))
-        assert (await looking).data.status == "cancelled"
-        await cancelling
+        assert (await looking).data.status == "queued"
+        assert (await creating).code == "storage_full"
+        house.disk.free()
 
 
 # -- rows that are bad ------------------------------------------------------------------------------------------------

@@ -2249,6 +2249,9 @@ async def test_who_has_signed_in_is_named_on_the_docs_too(town: Town) -> None:
     assert 'action="/sign-out"' not in text(await Browser(town.admin).get("/docs"))
     heard = await town.admin.ask("GET", "/docs", headers={"Authorization": "Bearer wrong"})
     assert heard.status == 200, "no token is wanted"
+    await browser.post("/queues/pause", csrf=await browser.csrf(), name="q")
+    assert 'role="status"' not in text(await browser.get("/docs")).partition("<main")[2]
+    assert 'class="banner good" role="status"' in text(await browser.get("/queues")), "what was done is told here"
 
 
 async def test_a_browser_sees_that_there_is_no_such_page(town: Town) -> None:
@@ -2266,6 +2269,8 @@ async def test_a_browser_sees_that_there_is_no_such_page(town: Town) -> None:
     heard = await Browser(town.admin).get("/jobz", **accept)
     assert (heard.status, 'href="/sign-in"' in text(heard)) == (401, True)
     assert_safe(heard)
+    heard = await browser.get("/jobz", **accept, Authorization="Bearer wrong")
+    assert (heard.status, "allow" in heard.headers) == (401, False), "the token is what is judged"
     heard = await town.admin.ask("GET", "/jobz", headers={**accept, **AUTH, "Host": "elsewhere.example"})
     assert (heard.status, "<h1>Not done</h1>" in text(heard)) == (403, True)
 

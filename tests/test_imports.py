@@ -27,7 +27,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     ),
     "letters": ("webhook_letter webhook_rules webhook_line webhook_addresses webhook_url", "nouns"),
     "clock": ("clock", "nouns"),
-    "actor": ("actor deciding envelope parked full_disk slow_disk history keys", "nouns book judging rules clock"),
+    "actor": ("actor deciding envelope parked full_disk history keys", "nouns book judging rules clock"),
     "store": (
         "store tables job_writer late_writer rows lookups audit_writer audit_reader webhook_tables opening wal "
         "migrations quarantine files backup doctor rehearsal row_check",

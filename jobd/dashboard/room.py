@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from aiohttp.web import StreamResponse
 from msgspec import Meta
@@ -37,6 +37,8 @@ from jobd.replies import Text
 from jobd.routes import Route
 from jobd.visits import Visit
 from jobd.web import Nothing, Web, check_reader
+
+UNTOLD: Final = ("live.html", "docs.html")  # what was done is told by the page that comes next, which is neither
 
 Shown = dict[str, Any]
 Look = Callable[[Guest, Any], Awaitable[Shown]]
@@ -234,13 +236,13 @@ class Dashboard:
             self._painter.page,
             template,
             guest=guest,
-            told=None if session is None or template == "live.html" else session.take_told(),
+            told=None if session is None or template in UNTOLD else session.take_told(),
             **{"here": "" if guest is None else target_of(guest.visit), "now": guest.now if guest else 0, **shown},
         )
 
     def knows(self, visit: Visit) -> bool:
-        """Whether somebody has signed in there."""
-        return self.sessions.find(cookie(visit)) is not None
+        """Whether somebody has signed in there. Where a token is sent, it is the token that is judged."""
+        return AUTHORIZATION not in visit.head.headers and self.sessions.find(cookie(visit)) is not None
 
     def refusal_page(self, visit: Visit, refusal: Refusal) -> Text:
         """A refusal as a page: what is wrong, and a way on."""

@@ -62,7 +62,7 @@ ON_DISK: Final = (
 )
 OTHERS: Final = (
     "answer replayed",
-    "command on a slow disk",
+    "look that may go first",
     "cleanup complained",
     "mishap hang up with the answer",
     "grant undelivered",

@@ -24,7 +24,6 @@ from jobd.clock import Clock
 from jobd.commands import AnyCommand, CreditAbsence, EndGrants, KeyUse, Operator, Refusal
 from jobd.daemon import GRACE_MS, STOP_S, _current_keys
 from jobd.keys import Keys
-from jobd.slow_disk import SlowDisk
 from jobd.sweeper import Sweeper, Sweeps
 from tests.simulation.artefacts import SimArtefacts
 from tests.simulation.disk import SimDisk, Snapshot
@@ -295,7 +294,7 @@ class Daemon:
             bounds=machine.plan.bounds,
             is_full=opened.full,
         )
-        self.actor.slow_disk = SlowDisk(slow_s=machine.plan.slow_s, enough=machine.plan.slow_in_a_row)
+        self.actor.slow_commit_s = machine.plan.slow_commit_s
         self.actor.on_commit.append(facts.write_lines)
         machine.watch.opened(self, GRACE_MS)
 

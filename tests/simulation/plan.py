@@ -11,11 +11,10 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.actor import Bounds
+from jobd.actor import SLOW_COMMIT_S, Bounds
 from jobd.artefacts import Margins
 from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.passes import Schedule
-from jobd.slow_disk import IN_A_ROW, SLOW_S
 
 FAULTS: Final = (
     "kill",
@@ -72,8 +71,7 @@ class Plan(Struct, frozen=True):
     bounds: Bounds
     keys: int
     margins: Margins  # of its artefacts, where the policy says that there is a store of them
-    slow_s: float  # a commit that takes so long is slow,
-    slow_in_a_row: int  # and so many of them make a slow disk
+    slow_commit_s: float  # after a commit that took so long looks go first
 
 
 def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
@@ -100,8 +98,7 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
             young_ms=dice.choice((5 * SECOND_MS, 30 * SECOND_MS, 60 * MINUTE_MS)),
             skew_ms=dice.choice((SECOND_MS, 15 * MINUTE_MS)),
         ),
-        slow_s=dice.choice((0.0, SLOW_S)),
-        slow_in_a_row=dice.choice((1, IN_A_ROW)),
+        slow_commit_s=dice.choice((0.0, SLOW_COMMIT_S)),
     )
 
 

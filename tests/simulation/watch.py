@@ -20,6 +20,7 @@ from jobd.batch import Batch, KeyRow
 from jobd.book import Book
 from jobd.commands import AnyCommand, Call, Claim, DeleteExpired, KeyUse, Moment, Refusal
 from jobd.draft import Decision
+from jobd.envelope import READS
 from jobd.events import Change, fold
 from jobd.full_disk import Closed
 from jobd.job import FINISHED, KEEP_LATE, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
@@ -140,7 +141,7 @@ class Watch(Promises):
         if isinstance(call.command, Claim):
             self._check_arrival(call.command, decision)
         if self.daemon is not None:
-            self.fired["command on a slow disk"] += self.daemon.actor.slow_disk.is_slow
+            self.fired["look that may go first"] += self.daemon.actor.looks_go_first and isinstance(call.command, READS)
             self._check_clock(self.daemon, call.command, at)
         return decision
 

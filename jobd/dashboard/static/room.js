@@ -4,10 +4,11 @@
 (() => {
   const find = (id) => document.getElementById(id);
 
-  // Nodes that a script fills, and details that somebody has opened, stay as they are when a page renews itself.
+  // Nodes that a script fills, details that somebody has opened, and buttons that were pressed stay as they are when a
+  // page renews itself.
   if (window.Idiomorph) {
     Idiomorph.defaults.callbacks.beforeNodeMorphed = (old) => !(old.dataset && "keep" in old.dataset);
-    Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) => !(name === "open" && node.tagName === "DETAILS") && name !== "checked";
+    Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) => !(name === "open" && node.tagName === "DETAILS") && name !== "checked" && name !== "disabled";
   }
 
   // -- the daemon does not answer -------------------------------------------------------------------------------------
