@@ -91,7 +91,7 @@ from jobd.events import StreamedEvent
 from jobd.glossary import ADMIN_TITLE
 from jobd.import_preview import ImportPreview, look_over
 from jobd.job import Text as Words
-from jobd.openapi import with_document
+from jobd.openapi import ADMIN_PREFIX, with_document
 from jobd.replies import Text
 from jobd.routes import Route, Who
 from jobd.streams import BACKUP_KIND, BackupAsked, ImportReport, give_out, take_in
@@ -302,7 +302,7 @@ async def _metrics(site: Web, visit: Visit, asked: Nothing) -> Answer:
 
 
 _A: Final[Who] = "admin"
-_P: Final = "/admin/job-management"
+_P: Final = ADMIN_PREFIX
 
 _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/stats", asks=Stats, gives=StatsView, who=_A, via=_stats),

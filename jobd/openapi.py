@@ -30,7 +30,7 @@ from jobd.web import Nothing, Web
 
 Json = dict[str, Any]
 PATH: Final = "/openapi.json"
-OPERATORS: Final = "/admin/job-management"
+ADMIN_PREFIX: Final = "/admin/job-management"
 
 
 def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
@@ -82,12 +82,12 @@ def call_of(route: Route) -> str:
 
 def group_of(route: Route) -> str:
     """The heading below which a route stands."""
-    first = route.path.removeprefix(OPERATORS).removeprefix("/v1").split("/")[1]
+    first = route.path.removeprefix(ADMIN_PREFIX).removeprefix("/v1").split("/")[1]
     return next(name for name, (parts, _) in GROUPS.items() if first in parts.split())
 
 
 def _operation(route: Route, made: Schemas) -> Json:
-    words = re.findall(r"\w+", route.path.removeprefix(OPERATORS))
+    words = re.findall(r"\w+", route.path.removeprefix(ADMIN_PREFIX))
     found: Json = {
         "tags": [group_of(route)],
         "operationId": "_".join([route.method.lower(), *words]),

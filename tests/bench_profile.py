@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from jobd.bench.stage import Stage
 
+ROOT: Final = Path(__file__).parent.parent
 RATE: Final = 200  # samples a second
 TOP: Final = 25
 # The first that fits a module of ours is its step.
@@ -46,7 +47,7 @@ def profile(kind: str, seconds: float, sources: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as directory:
         stage = Stage(None)
         with contextlib.chdir(sources), stage:
-            os.chdir(Path(__file__).parent.parent)
+            os.chdir(ROOT)  # the daemon is the other tree's, the load is ours
             stage.load(kind, seconds=1.0)  # it is warm, then
             told = Path(directory) / "stacks"
             words = ["py-spy", "record", "--pid", str(stage.pid), "--duration", f"{seconds:.0f}"]
@@ -96,7 +97,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--kind", default="lifecycle", help="the load, as in jobd bench")
     options.add_argument("--seconds", type=float, default=10.0)
-    options.add_argument("--sources", type=Path, default=Path(__file__).parent.parent)
+    options.add_argument("--sources", type=Path, default=ROOT)
     chosen = options.parse_args()
     if shutil.which("py-spy") is None:
         sys.exit("py-spy is not there: pip install py-spy")

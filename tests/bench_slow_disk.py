@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -20,13 +19,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from jobd.bench.work import Asked
+from tests.faults.slow_disk import FIRST_SLOW_SYNC
 from tests.faults.strace import SYNCS, Strace
 from tests.process import Daemon, call
 
-FIRST_SLOW_SYNC: Final = 12  # the start makes about so many
-REST_S: Final = 0.005  # between looks: they shall not be the load
+REST_S: Final = 0.005  # the pace of the looks, which shall not be the load: nothing is waited for
 SUMS: Final = ("jobd_commit_seconds_count", "jobd_commit_seconds_sum", "jobd_batch_commands_sum")
 
 
@@ -71,8 +71,9 @@ def look(daemon: Daemon, load: subprocess.Popen[str]) -> list[float]:
 
 
 def sums(daemon: Daemon) -> dict[str, float]:
-    text = daemon.admin("GET", "/metrics").body.decode()
-    return {name: float(re.search(rf"^{name} (\S+)", text, re.MULTILINE)[1]) for name in SUMS}  # type: ignore[index]
+    families = text_string_to_metric_families(daemon.admin("GET", "/metrics").body.decode())
+    found = {sample.name: sample.value for family in families for sample in family.samples}
+    return {name: found[name] for name in SUMS}
 
 
 def main() -> None:
