@@ -233,6 +233,17 @@ def test_what_a_job_says_cannot_reach_the_terminal(jobctl: Ctl, running: Running
     assert jobctl.json("job", "s6")["error_message"] == evil
 
 
+def test_a_pipe_that_breaks_within_a_command_is_no_error_either() -> None:
+    words = (
+        "import click, errno, sys; from jobd.cli import exits\n"
+        "@click.command()\n"
+        "def broken(): raise BrokenPipeError(errno.EPIPE, 'gone')\n"
+        "sys.exit(exits.run(broken, 'jobctl', []))"
+    )
+    ended = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_a_reader_that_has_seen_enough_is_no_error(running: Running) -> None:
     for number in range(300):
         running.client.create_job("x" * 400, queue="s7", id=f"s7-{number}")

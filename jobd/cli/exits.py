@@ -72,6 +72,8 @@ def _explained(error: BaseException, name: str) -> int:
     """Say on stderr what `error` means and give its exit code. What is no error of use is raised again: a bug."""
     from jobd.client.errors import JobdError
 
+    if isinstance(error, SystemExit) and type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):
+        error = BrokenPipeError()  # which click makes an exit with 1, and leaves this in its place
     match error:
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else name

@@ -318,6 +318,7 @@ def _end_with(lifeline: int) -> None:
 
 
 def main(directory: Path, console: str, variant: str) -> None:
+    os.environ["PATH"] += ":/usr/sbin:/sbin"  # pivot_root, also for who has no such directory on the path
     root = _build(directory, console)
     _install(root, variant)
     _end_with(os.dup(0))
