@@ -18,14 +18,13 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import Meta, Struct
 
-from jobd import webhook_config
+from jobd import tokens, webhook_config
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy, is_job_id
+from jobd.tokens import MAKE_TOKEN, BadToken
 from jobd.webhook_config import BadWebhook, WebhookSetting
 
 EXIT_CONFIG: Final = 78
 DEFAULT_PATH: Final = "/etc/jobd/config.toml"
-MIN_TOKEN: Final = 24
-MAKE_TOKEN: Final = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
 
 SHOWN: Final = 500  # characters of a message; a value in it may be of any length
 
@@ -272,7 +271,7 @@ def load(
     own_places = _own_places(config, environ, found, webhooks)
     check_apart(config.artefacts.url, own_places, os.path.abspath)  # where they lie may hang, also on a reload
     development = environ.get("ENVIRONMENT") == "development"
-    admin_tokens = _admin_tokens(config, environ)
+    admin_tokens, worker_tokens, reader_tokens = _tokens(config, environ)
     if not admin_tokens and need_token and not development:
         raise ConfigError(
             "no admin token: set ADMIN_TOKEN, ADMIN_TOKEN_FILE or [admin] token_file (a systemd credential named "
@@ -282,11 +281,11 @@ def load(
         config,
         {key: sources.get(key, "default") for key in KEYS},
         admin_tokens,
-        _read_tokens(config.worker.token_file, "[worker] token_file") if config.worker.token_file else (),
+        worker_tokens,
         None if found is None else str(found),
-        _reader_tokens(config, environ, admin_tokens),
+        reader_tokens,
         development,
-        (*_warnings(config), *_told_too_loud(found, webhooks)),
+        (*_warnings(config), *_told_too_loud(found, _secret_files(config, environ, webhooks), webhooks)),
         own_places,
         webhooks,
     )
@@ -392,11 +391,35 @@ def _webhooks(path: Path, tables: Any) -> tuple[WebhookSetting, ...]:
         raise ConfigError(f"{path}: {bad}") from None
 
 
-def _told_too_loud(path: Path | None, webhooks: tuple[WebhookSetting, ...]) -> tuple[str, ...]:
+def _tokens(config: Config, environ: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Those of operators, of workers, and of who may only look."""
+    try:
+        admin = tokens.of_operators(config.admin.token_file, environ)
+        workers = tokens.read(config.worker.token_file, "[worker] token_file") if config.worker.token_file else ()
+        return admin, workers, tokens.of_readers(config.admin.readonly_token_file, environ, admin)
+    except BadToken as bad:
+        raise ConfigError(str(bad)) from None
+
+
+def _told_too_loud(path: Path | None, secret_files: list[str], webhooks: tuple[WebhookSetting, ...]) -> tuple[str, ...]:
     """A secret in a file that everybody may read is none."""
-    if path is None or not any(each.is_inline for each in webhooks) or not path.stat().st_mode & 0o004:
-        return ()
-    return (f"{path} holds secrets of webhooks, and EVERYBODY may read it: chmod 640, or use secret_file.",)
+    inline = [str(path)] if path is not None and any(each.is_inline for each in webhooks) else []
+    return (
+        *(f"{each} holds a secret, and EVERYBODY may read it: chmod 640" for each in secret_files if _is_open(each)),
+        *(
+            f"{each} holds secrets of webhooks, and EVERYBODY may read it: chmod 640, or use secret_file."
+            for each in inline
+            if _is_open(each)
+        ),
+    )
+
+
+def _is_open(path: str) -> bool:
+    """Whether everybody may read it. A file that is not there is the affair of who reads it."""
+    try:
+        return bool(os.stat(path).st_mode & 0o004)
+    except OSError:
+        return False
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -572,21 +595,30 @@ def _own_places(
     config: Config, environ: Mapping[str, str], file: Path | None, webhooks: Iterable[WebhookSetting]
 ) -> tuple[str, ...]:
     """The directories, as named and without links, of the daemon's own files: store, sockets, config.toml, secrets."""
-    own = ("token_file", "tls_cert", "tls_key")
     listens = (parse_listen(place, "listen") for place in (config.worker.listen, config.admin.listen) if place)
     files = [
         "" if config.store.path == ":memory:" else config.store.path,
         config.worker.socket,
         *(place for place in listens if isinstance(place, str)),
         "" if file is None else str(file),
-        *(getattr(section, name) for section in (config.worker, config.admin) for name in own),
-        config.admin.readonly_token_file,
-        *(setting.section.secret_file for setting in webhooks),
-        *(environ.get(name, "") for name in ("ADMIN_TOKEN_FILE", "ADMIN_READONLY_TOKEN_FILE")),
+        config.worker.tls_cert,
+        config.admin.tls_cert,
+        *_secret_files(config, environ, webhooks),
     ]
     ways = [way for path in files if path for way in (os.path.abspath(path), os.path.realpath(path))]
     places = [*map(os.path.dirname, ways), environ.get("CREDENTIALS_DIRECTORY", "")]
     return tuple(dict.fromkeys(way for place in places if place for way in (place, os.path.realpath(place))))
+
+
+def _secret_files(config: Config, environ: Mapping[str, str], webhooks: Iterable[WebhookSetting]) -> list[str]:
+    """The files with tokens, keys and secrets that somebody has named. What systemd hands over it guards itself."""
+    files = [
+        *(path for section in (config.worker, config.admin) for path in (section.token_file, section.tls_key)),
+        config.admin.readonly_token_file,
+        *(setting.section.secret_file for setting in webhooks),
+        *(environ.get(name, "") for name in ("ADMIN_TOKEN_FILE", "ADMIN_READONLY_TOKEN_FILE")),
+    ]
+    return list(dict.fromkeys(filter(None, files)))
 
 
 def check_apart(url: str, own_places: tuple[str, ...], resolve: Callable[[str], str] = os.path.realpath) -> None:
@@ -620,54 +652,3 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False  # a name: whoever runs the name server says where it points
-
-
-def _admin_tokens(config: Config, environ: Mapping[str, str]) -> tuple[str, ...]:
-    if environ.get("ADMIN_TOKEN"):
-        return (check_token(environ["ADMIN_TOKEN"], "ADMIN_TOKEN"),)
-    if environ.get("ADMIN_TOKEN_FILE"):
-        return _read_tokens(environ["ADMIN_TOKEN_FILE"], "ADMIN_TOKEN_FILE")
-    if config.admin.token_file:
-        return _read_tokens(config.admin.token_file, "[admin] token_file")
-    credential = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent") / "admin_token"
-    return _read_tokens(str(credential), "credential admin_token") if credential.is_file() else ()
-
-
-def _reader_tokens(config: Config, environ: Mapping[str, str], admin_tokens: tuple[str, ...]) -> tuple[str, ...]:
-    """Tokens for who may look at everything and change nothing; none, where nobody has set any."""
-    credential = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent") / "admin_readonly_token"
-    if environ.get("ADMIN_READONLY_TOKEN_FILE"):
-        path, where = environ["ADMIN_READONLY_TOKEN_FILE"], "ADMIN_READONLY_TOKEN_FILE"
-    elif config.admin.readonly_token_file:
-        path, where = config.admin.readonly_token_file, "[admin] readonly_token_file"
-    elif credential.is_file():
-        path, where = str(credential), "credential admin_readonly_token"
-    else:
-        return ()
-    tokens = _read_tokens(path, where)
-    if set(tokens) & set(admin_tokens):
-        raise ConfigError(f"{where}: {path}: the admin token is in it too, and would open everything. Make another one")
-    return tokens
-
-
-def _read_tokens(path: str, where: str) -> tuple[str, ...]:
-    """One token a line; two may be valid at once, so that they can be rotated."""
-    try:
-        lines = Path(path).read_text("ascii").splitlines()
-    except UnicodeDecodeError:
-        raise ConfigError(f"{where}: {path}: a token is printable ASCII") from None
-    except OSError as error:
-        raise ConfigError(f"{where}: {path}: cannot be read: {error.strerror}") from None
-    tokens = tuple(check_token(line.strip(), f"{where}: {path}") for line in lines if line.strip())
-    if not 1 <= len(tokens) <= 2:
-        raise ConfigError(f"{where}: {path}: expected one token, or two while you rotate them, one a line")
-    return tokens
-
-
-def check_token(token: str, where: str) -> str:
-    """A token is at least 24 printable ASCII characters. It is never part of a message."""
-    if len(token) < MIN_TOKEN:
-        raise ConfigError(f"{where}: the token is shorter than {MIN_TOKEN} characters. Make one with: {MAKE_TOKEN}")
-    if not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError(f"{where}: a token is printable ASCII without spaces. Make one with: {MAKE_TOKEN}")
-    return token

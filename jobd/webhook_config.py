@@ -82,6 +82,8 @@ def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
         message, _, where = str(error).partition(" - at `$.")
         where = where.rstrip("`").partition("[")[0]
         raise BadWebhook(f"{where}: {message}" if where else message) from None
+    if section.name in (".", ".."):
+        raise BadWebhook(f"name: {section.name!r} means another place in a path, and it is part of paths")
     times = {key: _bounded(key, getattr(section, key), duration) for key in BOUNDS}
     _check_url(section)
     events: frozenset[str] = frozenset()

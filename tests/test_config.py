@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tomllib
@@ -38,6 +39,7 @@ def write(tmp_path: Path) -> Write:
     def file(text: str, name: str = "config.toml") -> str:
         path = tmp_path / name
         path.write_text(text, encoding="utf-8")
+        path.chmod(0o640)
         return str(path)
 
     return file
@@ -471,6 +473,25 @@ def test_what_may_be_combined(write: Write) -> None:
     assert found.warnings == ()
     assert loaded(flags={"artefacts.url": "file:///srv/results"}).config.artefacts.url == "file:///srv/results"
     assert loaded(flags={"cleanup.min_interval": "10m"}).config.cleanup.min_interval == 10 * MINUTE_MS
+
+
+def test_a_file_with_a_token_that_everybody_may_read_is_warned_of(write: Write) -> None:
+    """The worker's, the reader's, the keys, and those that the environment names; each once, however often named."""
+    files = [write(token * 2, name) for token, name in ((OTHER, "workers"), (TOKEN, "admin"), ("r" * 24, "readers"))]
+    key = write("a key", "key")
+    flags = {"worker.token_file": files[0], "admin.readonly_token_file": files[2]}
+    flags |= {"admin.listen": "127.0.0.1:8770", "admin.tls_cert": "no-such-file", "admin.tls_key": key}
+
+    def warned() -> list[str]:
+        return [text.partition(" holds a secret, and EVERYBODY may read it")[0] for text in found.warnings]
+
+    found = load(flags, {"ADMIN_TOKEN_FILE": files[1]})
+    assert warned() == []
+    for path in (*files, key):
+        os.chmod(path, 0o644)
+    found = load(flags | {"admin.token_file": files[1]}, {"ADMIN_TOKEN_FILE": files[1]})
+    assert sorted(warned()) == sorted([*files, key])
+    assert not any(token in text for text in found.warnings for token in (TOKEN, OTHER))
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_a_file_with_secrets_that_everybody_may_read_is_warned_of(read: Read, tm
     ("text", "said"),
     [
         ("webhooks = 7\n", "[[webhooks]], in two brackets"),
+        (block(name=".."), "name: '..' means another place in a path"),
         ('[webhooks]\nname = "a"\n', "[[webhooks]], in two brackets"),
         (block() * 2, "webhooks 2 (billing): name: another has it too"),
         ("".join(block(f"w{number}") for number in range(MOST + 1)), f"{MOST} at most"),
