@@ -31,6 +31,7 @@ NAMES: Final = (
     "slower_than_usual",
     "database",
     "cache",
+    "storage",
     "webhook_failing",
 )
 EVALUATE_EVERY_S: Final = 5.0
@@ -244,6 +245,7 @@ class Alerts:
         parts: dict[str, DatabaseHealth | PartHealth | None] = {
             "database": None if view is None else view.database,
             "cache": None if view is None else view.cache,
+            "storage": None if view is None else view.storage,
         }
         for name, part in parts.items():
             wrong = part is not None and part.status != "healthy"

@@ -9,6 +9,7 @@ from structlog.testing import capture_logs
 
 from jobd.alerts import EVALUATE_EVERY_S, MEASURE_EVERY_S, NAMES, Alerts, Thresholds
 from jobd.answers import AlertView
+from jobd.artefacts import StoreFault
 from jobd.commands import Complete, Create, ForceReset, Progress, Start
 from jobd.health import Health
 from jobd.job import HOUR_MS, MINUTE_MS
@@ -37,7 +38,7 @@ async def test_a_quiet_daemon_fires_nothing_and_names_every_alert() -> None:
         assert [alert.name for alert in shown] == list(NAMES)
         assert not any(alert.firing for alert in shown)
         assert all(alert.since is None and alert.hint for alert in shown)
-        assert [alert.threshold for alert in shown] == [5, 20, 600, 10, 0, 2, 0, 0, 300]
+        assert [alert.threshold for alert in shown] == [5, 20, 600, 10, 0, 2, 0, 0, 0, 300]
 
 
 @in_virtual_time
@@ -70,7 +71,7 @@ async def test_what_an_alert_says_while_it_is_quiet_is_so() -> None:
                 assert not quiet[name].firing, name
                 assert quiet[name].value == loud[name].value > 0, name
                 assert quiet[name].hint != loud[name].hint, name
-        assert {name for name in NAMES if not loud[name].firing} == {"granted_twice", "database", "cache"}
+        assert {name for name in NAMES if not loud[name].firing} == {"granted_twice", "database", "cache", "storage"}
         for name in ("stuck_jobs", "processing_jobs", "average_processing", "slower_than_usual"):
             assert "Look" not in quiet[name].hint
             assert "More work" not in quiet[name].hint
@@ -238,17 +239,27 @@ async def test_jobs_that_complete_are_what_the_pace_is_made_of() -> None:
         assert one(alerts_of(after_a_restart), "slower_than_usual").value >= 3.5
 
 
+class Away:
+    """A store that is not there."""
+
+    place = "/srv"
+
+    async def probe(self) -> None:
+        raise StoreFault("/srv is gone")
+
+
 @in_virtual_time
 async def test_what_is_not_healthy_fires_with_its_message() -> None:
     async with Household() as house:
-        health = Health(house.actor, house.clock, house.cleaner)
+        health = Health(house.actor, house.clock, house.cleaner, artefacts=Away())
         alerts = Alerts(house.book, house.clock, health, house.cleaner)
-        assert one(alerts, "database").hint == "It was not measured yet."
+        assert one(alerts, "database").hint == one(alerts, "storage").hint == "It was not measured yet."
         house.disk.errors["probe"] = OSError("broken")
         await house.yes(Create(id="a"))
         house.disk.jobs[1] = replace(house.disk.jobs[1], progress=7)
         view = await health.view()
-        assert firing(alerts) == ["database", "cache"]
+        assert firing(alerts) == ["database", "cache", "storage"]
+        assert one(alerts, "storage").hint == view.storage.message == "/srv is gone"
         assert one(alerts, "database").hint == view.database.message
         assert (one(alerts, "cache").value, one(alerts, "cache").hint) == (1, view.cache.message)
 

@@ -220,6 +220,7 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdSlowerThanUsual": firing("slower_than_usual"),
     "JobdDatabaseNotHealthy": firing("database"),
     "JobdMemoryNotHealthy": firing("cache"),
+    "JobdStoreOfArtefactsNotHealthy": firing("storage"),
     "JobdWebhookFailing": firing("webhook_failing"),
     "JobdDown": gauge("up", 0, 1),
     "JobdAbsent": ("6m", {}, {f"jobd_build_info{JOBD}": "1x240"}),

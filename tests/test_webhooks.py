@@ -834,6 +834,22 @@ async def test_one_that_waits_is_sent_at_once_even_in_a_break(path: Path) -> Non
         await until(lambda: len(at.posts.taken) == 6)
 
 
+async def test_a_test_ends_a_break(path: Path) -> None:
+    """Whoever tests a receiver that was mended is not told five minutes later."""
+    down = True
+    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
+        at.office.manners = replace(HASTY, pause_ms=600_000, pause_at_most_ms=600_000)
+        at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
+        await until(lambda: at.webhooks.views()[0].state == "closed")
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
+        await until(lambda: at.webhooks.views()[0].state == "open")
+        down = False
+        await at.webhooks.test("e")
+        await until(lambda: len(at.posts.taken) == 7)
+        assert "webhook.test" in at.posts.types()
+        assert at.webhooks.views()[0].state == "closed"
+
+
 async def test_one_on_its_way_is_sent_again_at_once_if_it_fails(path: Path) -> None:
     """It was asked for while the first try had not come back: that one's failure puts it off no more."""
     down = True

@@ -248,6 +248,10 @@ def test_operators_see_send_again_and_test(tmp_path: Path, receiver: Receiver) -
         entries = daemon.admin("GET", "audit?limit=2").data["entries"]
         assert [each["reason"] for each in entries] == ["mended", "they ask"]
         assert "would be sent" in jobctl("webhooks", "test", "billing", "--dry-run").stdout
+        assert f"{number} would be sent" in jobctl("webhooks", "resend", "billing", number, "--dry-run").stdout
+        for refused in (("test", "nobody"), ("resend", "nobody", number), ("resend", "billing", "99999")):
+            for dry in ((), ("--dry-run",)):
+                assert jobctl("webhooks", *refused, *dry).returncode == exits.REFUSED, (refused, dry)
         assert jobctl("webhooks", "resend", "billing").returncode == 2
         assert jobctl("webhooks", "resend", "billing", "--state", "waiting").returncode == 2
         assert jobctl("webhooks", "test").returncode == 2

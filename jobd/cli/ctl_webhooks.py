@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from jobd.cli import deeds, show
+from jobd.cli import deeds, exits, show
 from jobd.cli.group import json_option
 from jobd.cli.places import admin_client, admin_options
 
@@ -107,7 +107,7 @@ def _resend_all(name: str, reason: str | None, *, yes: bool, dry_run: bool, as_j
 def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool, as_json: bool) -> None:
     """One delivery again, or a test."""
     if dry_run:
-        show.emit(f"A test would be sent to {name}" if delivery is None else f"Delivery {delivery} would be sent again")
+        _would_send(name, delivery, as_json=as_json)
         return
     client = admin_client()
     sent = client.test_webhook(name, reason) if delivery is None else client.deliver_again(name, delivery, reason)
@@ -115,6 +115,17 @@ def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool,
         show.emit_json(sent)
     else:
         show.emit(f"Delivery {sent.id} ({sent.type}) is on its way: jobctl webhooks deliveries {name}")
+
+
+def _would_send(name: str, delivery: int | None, *, as_json: bool) -> None:
+    """Whether the daemon has such a webhook, and such a delivery; where not it ends as the real one would."""
+    found = _walk(name, None, 1 if delivery is None else None, None).deliveries
+    if delivery is not None and all(each.id != delivery for each in found):
+        raise exits.Problem(f"Webhook {name} has no delivery {delivery}, or has it no more.", exits.REFUSED)
+    if as_json:
+        show.emit_json({"would": 1})
+    else:
+        show.emit(f"A test would be sent to {name}" if delivery is None else f"Delivery {delivery} would be sent again")
 
 
 def _deliveries(count: int) -> str:
