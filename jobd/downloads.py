@@ -46,6 +46,10 @@ class Downloads:
         self._open: set[_Download] = set()
         self._is_closed = False
 
+    @property
+    def has_store(self) -> bool:
+        return self._store is not None
+
     async def begin(self, key: str, cut: Callable[[], None]) -> Download:
         """The object under `key`. `cut` ends the connection of one who does not read. Raises Refused."""
         if self._store is None:

@@ -425,6 +425,8 @@ def test_a_plan_that_was_looked_at_is_what_is_done(jobctl: Ctl, running: Running
     again = json.loads(out)
     assert (code, again["applied"], again["repeated"], "was applied" in err) == (4, 2, True, True)
     assert jobctl.json("apply", named[1], "--dry-run")["result"]["applied"] == 2
+    assert jobctl.run("apply", named[1], "--dry-run")[:2] == (0, "")
+    assert jobctl.run("apply", named[1], "--yes")[:2] == (4, "cancel: 2 jobs done before, nothing now\n")
     code, err = jobctl.no("apply", "none", "-y")
     assert (code, "Make it anew" in err) == (4, True)
     assert jobctl.no("apply", named[1])[0] == 2
@@ -620,6 +622,7 @@ def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: 
         check=True,
     )
     assert (done.stdout, done.stderr) == (content, b"")
+    assert "would delete with what is stored as c7/report.pdf" in jobctl.ok("delete", "c7", "--dry-run")
     (running.folder / "artefacts" / "c7" / "report.pdf").unlink()
 
 

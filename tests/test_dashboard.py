@@ -937,6 +937,16 @@ async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Pat
     assert_safe(heard)
     await town.do("jobs/held/complete", lock_id=lock, storage_key="a/page.html")
     assert 'href="/jobs/held/artefact"' in text(await browser.get("/jobs/held"))
+    with_store = text(await browser.get("/jobs/held/confirm?verb=delete"))
+    assert "So is what is stored of it" in with_store
+    assert "jobctl delete held" in with_store
+    await planned(browser, "/jobs?status=completed", "held", action="delete", scope="selected")
+    assert "So is what is stored of them" in text(await browser.get("/plans/plan-1"))
+    store, town.admin.figures.downloads = town.admin.figures.downloads, Downloads(None, 2)
+    for page in ("/jobs/held/confirm?verb=delete", "/plans/plan-1"):
+        assert "what is stored" not in text(await browser.get(page))
+    assert "/artefact" not in text(await browser.get("/jobs/held"))
+    town.admin.figures.downloads = store
     assert "any more" in text(await browser.get("/jobs/held/artefact"))
     (tmp_path / "results" / "a").mkdir()
     (tmp_path / "results" / "a" / "page.html").write_text("<script>alert(1)</script>")
@@ -1314,11 +1324,11 @@ async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
     assert "<script>alert" not in page
     assert "late-" in text(await reader.get("/jobs/held"))
     assert "verb=adopt" not in text(await reader.get("/jobs/held"))
+    assert "/artefact" not in text(await browser.get("/jobs/held")), "there is no store to take it from"
+    town.admin.figures.downloads = Downloads(FileStore("/nonexistent", "test"), 2)
     for each in (browser, reader):  # to be looked at before it is adopted; the other names none
         page = text(await each.get("/jobs/held"))
-        assert re.findall(r'href="(/jobs/held/artefact[^"]*)" download', page) == [
-            f"/jobs/held/artefact?late_result={late[1]}"
-        ]
+        assert re.findall(r'href="(/jobs/held/artefact[^"]*)"', page) == [f"/jobs/held/artefact?late_result={late[1]}"]
     page = text(await browser.get(f"/jobs/held/confirm?verb=adopt&result={late[0]}"))
     assert re.findall(r'class="status (\w+)"', page) == ["cancelled", "completed"]
     assert "/late/0" in page

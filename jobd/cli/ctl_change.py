@@ -146,15 +146,23 @@ def _update(text: str) -> tuple[str, Any]:
 @destructive
 @admin_options
 def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
-    """Delete finished jobs with their history."""
+    """Delete finished jobs with their history, and with what the store of artefacts has of them."""
     if is_plan(ids, where):
         return ctl_plan.carry_out("delete", ids, where, reason, **how)
     client = admin_client()
 
+    details = ""
+
+    def look(one: str) -> Any:
+        nonlocal details
+        job = client.get_job(one)
+        details = f" with what is stored as {job.storage_key} (artefacts.url)" if job.storage_key else ""
+        return job
+
     def do(one: str) -> Any:
         return client.delete_job(one, reason)
 
-    deed = Deed("delete", client.get_job, None, do, lambda job: "deleted")
+    deed = Deed("delete", look, None, do, lambda job: "deleted", details=lambda: details)
     return ctl_plan.carry_out_one(client, "delete", deed, ids[0], reason, lambda job, plan, result: job, **how)
 
 

@@ -135,8 +135,8 @@ def validate(job_id: str, as_json: bool) -> int:
 def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Cancel jobs that are not finished.
 
-    A worker that holds one is told to stop. With an admin token the admin port is asked: the audit log has it, with
-    your name, and for several IDs or --where a plan is made, which is shown first. Without one, or where --socket or
+    A worker that holds one is told to stop. With an admin token the admin port is asked: what would be done is
+    planned and shown first, and the audit log has it, with your name. Without one, or where --socket or
     --url is given, named jobs are cancelled over the worker API one by one, and the audit log has nothing of it.
 
     \b

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _TIMES: Final = ("since", "until", "finished_since", "finished_until")
 _NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
+_GOES_TOO: Final = "Their history goes with them, and what the store of artefacts, if there is one, has of them."
 _SHOWN: Final = 20  # jobs of a plan; --json shows all
 _AT_ONCE: Final = 5  # plans that are shown and asked about as one; the daemon keeps 20, of 100 000 jobs
 
@@ -251,6 +252,8 @@ def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
         show.table(["JOB", "WOULD BE"], rows)
     if len(jobs) > _SHOWN:
         show.emit(f"… and {len(jobs) - _SHOWN} more (--json shows all)")
+    if jobs and plans[0].action == "delete":
+        show.emit(_GOES_TOO)
     _show_late(plans[0].action, [job for plan in plans if plan.result is None for job in plan.jobs])
     for plan in plans:
         if plan.skipped_count:
@@ -277,7 +280,8 @@ def _skipped(plan: PlanView) -> str:
 
 
 def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> None:
-    show.emit(f"{plans[0].action}: {_jobs(sum(result.applied for result in results))} done")
+    before = " before, nothing now" if all(result.repeated for result in results) else ""
+    show.emit(f"{plans[0].action}: {_jobs(sum(result.applied for result in results))} done{before}")
     _show_left(results)
     for plan in plans:
         if plan.skipped_count:
@@ -339,18 +343,20 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
         deeds.need_terminal()
     client = admin_client(timeout_s=60.0)
     plans = [client.get_plan(plan_id) for plan_id in dict.fromkeys(plan_ids)]
+    new = [plan for plan in plans if plan.result is None]
     for plan in plans:
-        if not as_json and not yes:
+        if plan.result is not None:
+            show.say(f"Plan {plan.plan_id} was applied {show.when(plan.result.applied_at)}; it is done once.")
+        elif not as_json and not yes:
             _show_plans([plan], is_more=plan.more)
             if plan.reason:
                 show.emit(f"Reason: {plan.reason}")
-        if plan.result is not None:
-            show.say(f"Plan {plan.plan_id} was applied {show.when(plan.result.applied_at)}; it is done once.")
-    if dry_run:
-        for plan in plans if as_json else []:
+    if dry_run and as_json:
+        for plan in plans:
             show.emit_json(plan)
+    if dry_run:
         return exits.DONE
-    if not yes:
-        deeds.confirm(" and ".join(f"{plan.action} {_jobs(plan.count)}" for plan in plans))
+    if new and not yes:
+        deeds.confirm(" and ".join(f"{plan.action} {_jobs(plan.count)}" for plan in new))
     is_whole = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count])
     return exits.DONE if is_whole else exits.REFUSED

@@ -113,6 +113,7 @@ async def show(guest: Guest, wanted: OnPlan) -> Shown:
         "making_s": round(MAKING_S),
         "label": ACTIONS[plan.action],
         "says": SAYS[plan.action],
+        "goes_too": plan.action == "delete" and guest.site.rooms.has_artefacts(),
         "is_grave": plan.action in GRAVE,
         "late_note": late_note(plan.action, [job.late_results for job in plan.jobs]),
         "late": [job for job in plan.jobs if job.late_results][:MOST_SHOWN],

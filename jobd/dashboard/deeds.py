@@ -56,6 +56,7 @@ _ALL: Final = (
         frozenset({"queued"}),
         None,
         lambda on: RunNow(id=on.id, reason=on.reason),
+        shell="jobctl run-now",
         call="POST jobs/{id}/run-now",
     ),
     Deed(
@@ -120,6 +121,7 @@ _ALL: Final = (
         "gone",
         lambda on: Delete(id=on.id, reason=on.reason),
         is_grave=True,
+        shell="jobctl delete",
         call="DELETE jobs/{id}",
     ),
     Deed(
