@@ -113,7 +113,7 @@ def _parameters(route: Route) -> list[Json]:
     if route.key:
         known = {"name": "Idempotency-Key", "in": "header", "description": HEADERS["Idempotency-Key"]}
         found.append({**known, "schema": {"type": "string", "pattern": "^[ -~]{1,200}$"}})
-    if route.who == "admin" and (route.changes or route.secret):
+    if route.who == "admin" and (route.changes or route.secret or route.noted):
         known = {"name": OPERATOR, "in": "header", "description": HEADERS[OPERATOR]}
         found.append({**known, "schema": {"type": "string"}})
     if route.sends == EVENT_STREAM:

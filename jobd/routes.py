@@ -31,7 +31,8 @@ class Route(Struct, frozen=True, kw_only=True):
     query, for GET) decodes to; where `reads` is "lines" it is one line of the stream. `gives` is the type of `data`
     in the answer, `bytes` where the answer is not JSON but of the type `sends`. `status` is that of the usual success,
     `key` says whether an Idempotency-Key counts. `secret`: the answer holds secrets, so who may only look does not get
-    it. Without `via` the command goes to the actor, without `shows` a refusal is the error object.
+    it; `noted`: the audit log has who took it. Without `via` the command goes to the actor, without `shows` a refusal
+    is the error object.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Route(Struct, frozen=True, kw_only=True):
     reads: Literal["json", "lines", "form"] = "json"
     sends: str = JSON
     secret: bool = False
+    noted: bool = False
     shows: Shows | None = None
 
     @property

@@ -47,6 +47,8 @@ PATHS: Final = {
     "cleanup, before recovery": "/cleanup/confirm?what=recover",
     "clock": "/clock",
     "webhooks": "/webhooks",
+    "webhook with thousands of messages": "/webhooks/billing",
+    "webhook, before all go again": "/webhooks/billing/again",
     "audit": "/audit",
     "alerts": "/alerts",
     "docs": "/docs",

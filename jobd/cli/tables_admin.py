@@ -239,7 +239,7 @@ def audit(views: Sequence[AuditView]) -> None:
             entry.who,
             entry.address,
             entry.what,
-            entry.job_id or (f"queue {entry.queue}" if entry.queue else _jobs(entry.changed)),
+            _done_to(entry),
             _outcome(entry),
             show.clip(entry.reason) if entry.reason else None,
         )
@@ -249,8 +249,14 @@ def audit(views: Sequence[AuditView]) -> None:
     show.table(columns, rows, empty="No operator has done anything that fits.")
 
 
-def _jobs(changed: int) -> str | None:
-    return f"{changed} jobs" if changed else None
+def _done_to(entry: AuditView) -> str | None:
+    """The job, the queue or the webhook, else how many jobs."""
+    if entry.job_id or entry.queue:
+        return entry.job_id or f"queue {entry.queue}"
+    if webhook := entry.details.get("webhook"):
+        delivery = entry.details.get("delivery")
+        return f"webhook {webhook}" if delivery is None else f"webhook {webhook}, delivery {delivery}"
+    return f"{entry.changed} jobs" if entry.changed else None
 
 
 def _outcome(entry: AuditView) -> str:

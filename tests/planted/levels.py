@@ -34,7 +34,8 @@ def _files(names: str) -> tuple[str, ...]:
 # What pytest runs at each level; the doors are those of one process, without a daemon.
 TESTS: Final[dict[Level, tuple[str, ...]]] = {
     "rules": _files(
-        "rules late_rules book orders live_jobs keys clock job events validation why figures envelope fingerprints"
+        "rules late_rules book orders live_jobs keys clock job commands answers events validation draft views why "
+        "figures overlaps pace envelope fingerprints"
     ),
     "world": _files("small_world core_properties"),
     "simulation": ("tests/test_simulation.py::test_every_promise_holds",),
