@@ -267,9 +267,12 @@ def load(
     for key, text in flags.items():
         _set(values, sources, key, text, "flag")
     config = _settle(_convert(values, sources), environ, sources)
-    _check(config)
-    own_places = _own_places(config, environ, found, webhooks)
-    check_apart(config.artefacts.url, own_places, os.path.abspath)  # where they lie may hang, also on a reload
+    try:
+        _check(config)
+        own_places = _own_places(config, environ, found, webhooks)
+        check_apart(config.artefacts.url, own_places, os.path.abspath)  # where they lie may hang, also on a reload
+    except ConfigError as error:
+        raise ConfigError(_placed(str(error), sources)) from None
     development = environ.get("ENVIRONMENT") == "development"
     admin_tokens, worker_tokens, reader_tokens = _tokens(config, environ)
     if not admin_tokens and need_token and not development:
@@ -545,6 +548,12 @@ def parse_listen(text: str, key: str) -> tuple[str, int] | str:
     if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ConfigError(f'{key}: "{text}": expected HOST:PORT, such as 127.0.0.1:8770, or unix:/path')
     return host.strip("[]"), int(port)
+
+
+def _placed(message: str, sources: Mapping[str, str]) -> str:
+    """With where the keys come from that it names, but for those that nobody has set."""
+    places = dict.fromkeys(place for key, place in sources.items() if re.search(rf"\b{re.escape(key)}\b", message))
+    return f"{', '.join(places)}: {message}" if places else message
 
 
 def _check(config: Config) -> None:

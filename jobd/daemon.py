@@ -310,9 +310,8 @@ class Daemon:
         local = Web(Gate("worker"), worker_api.ROUTES, self.actor, self.rooms, limits=limits)
         doors = [Door("worker", local, places["worker"])]
         if settings.worker.listen:
-            self._worker_gate = Gate(
-                "worker-tcp", tokens=self._loaded.worker_tokens, hosts=own_names(settings.worker.listen)
-            )
+            # By whatever name workers call: no browser knows their token, so there is no rebinding to be feared.
+            self._worker_gate = Gate("worker-tcp", tokens=self._loaded.worker_tokens)
             remote = Web(self._worker_gate, worker_api.ROUTES, self.actor, self.rooms, limits=limits)
             doors.append(Door("worker-tcp", remote, places["worker-tcp"]))
         self._admin_gate = Gate(

@@ -41,6 +41,10 @@ TROUBLE: Final = f"""\
 processing_jobs = 2
 average_processing = '0'
 stuck_jobs = 0
+webhook_failing = '0'
+
+[artefacts]
+url = "file:///nonexistent/artefacts"
 
 [[webhooks]]
 name = "billing"
@@ -135,3 +139,10 @@ def make_trouble(daemon: Scene) -> None:
     daemon.do("jobs", id="nasty", queue="video", kind="<b>bold</b>", payload={"html": nasty})
     lock = daemon.do("jobs/nasty/start", worker="<img src=x onerror=alert(1)>")["lock_id"]
     daemon.do("jobs/nasty/progress", lock_id=lock, progress=33, message=nasty)
+    daemon.do("jobs", id="twice", queue="video", kind="transcode")
+    for worker in ("video-worker-1", "video-worker-2"):  # the second while the time of the first runs on
+        daemon.operator("POST", "force-reset", {"jobId": "twice", "reason": "it looked dead"})
+        daemon.do("jobs/twice/start", worker=worker)
+    short = daemon.do("jobs", id="short", queue="video", kind="transcode")
+    daemon.do(f"jobs/{short['id']}/start", worker="video-worker-3", lock_ttl_ms=1_000)
+    daemon.operator("GET", "health")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.bench_pages import fill
 from tests.process import TOKEN
 from tests.scenes import CHROMIUM, FLAGS, TROUBLE, Scene, give_past, make_busy, make_trouble
 
@@ -36,8 +38,19 @@ PAGES: Final = {
     "docs-worker": "/docs/worker",
 }
 # What is not to be seen in each scene.
-ONLY_IN: Final = {"webhook": {"trouble"}, "webhook-again": {"trouble"}, "plan": {"busy", "trouble"}}
-SCENES: Final = {"empty": lambda daemon: None, "busy": make_busy, "trouble": make_trouble}
+ONLY_IN: Final = {
+    "job": {"busy", "trouble"},
+    "confirm": {"busy", "trouble"},
+    "webhook": {"trouble"},
+    "webhook-again": {"trouble"},
+    "plan": {"busy", "trouble", "crowd"},
+}
+SCENES: Final[dict[str, Callable[[Scene], None]]] = {
+    "empty": lambda daemon: None,
+    "busy": make_busy,
+    "trouble": make_trouble,
+    "crowd": lambda daemon: fill(daemon, 100_000, in_work=1_000, failed=5_000),
+}
 WIDTHS: Final = {"wide": 1280, "phone": 390}
 README: Final[dict[str, tuple[Literal["light", "dark"], str]]] = {
     "overview": ("light", "/"),

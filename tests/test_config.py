@@ -475,6 +475,28 @@ def test_what_may_be_combined(write: Write) -> None:
     assert loaded(flags={"cleanup.min_interval": "10m"}).config.cleanup.min_interval == 10 * MINUTE_MS
 
 
+@pytest.mark.parametrize(
+    ("flags", "environ", "wanted"),
+    [
+        ({}, {}, "file {}: worker.listen needs worker.token_file"),
+        (
+            {"worker.listen": ""},
+            {"JOBD_LIMITS_PAYLOAD": "2000"},
+            "file {}, env JOBD_LIMITS_PAYLOAD: limits.payload must not be larger than limits.body",
+        ),
+        ({"worker.listen": "", "admin.tls_cert": "c"}, {}, "flag: admin.tls_cert and admin.tls_key go together"),
+        ({"worker.listen": "", "limits.body": "1048576", "artefacts.url": "ftp://x"}, {}, "flag: artefacts.url"),
+    ],
+)
+def test_an_impossible_combination_is_told_with_where_its_keys_come_from(
+    write: Write, flags: dict[str, str], environ: dict[str, str], wanted: str
+) -> None:
+    path = write('[worker]\nlisten = "127.0.0.1:9"\n[limits]\nbody = 1000\n')
+    with pytest.raises(ConfigError) as error:
+        load(flags, {"ADMIN_TOKEN": TOKEN, **environ}, path)
+    assert str(error.value).startswith(wanted.format(path))
+
+
 def test_a_file_with_a_token_that_everybody_may_read_is_warned_of(write: Write) -> None:
     """The worker's, the reader's, the keys, and those that the environment names; each once, however often named."""
     files = [write(token * 2, name) for token, name in ((OTHER, "workers"), (TOKEN, "admin"), ("r" * 24, "readers"))]

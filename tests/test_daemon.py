@@ -20,6 +20,7 @@ import pytest
 
 from jobd.backup import restore
 from tests.conftest import tool_missing
+from tests.faults.fuzz import free_port
 from tests.process import Daemon, call
 
 RACERS = 16
@@ -238,6 +239,26 @@ def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, said: str
     _, log = run.communicate(timeout=30)
     assert run.returncode == 78
     assert said in log.decode()
+
+
+def test_workers_call_over_tcp_by_whatever_name_the_host_has(tmp_path: Path) -> None:
+    """The token decides there; operators' browsers are another matter."""
+    token, port = tmp_path / "worker-token", free_port()
+    token.write_text("w" * 32)
+    places = {"JOBD_WORKER_LISTEN": f"127.0.0.1:{port}", "JOBD_WORKER_TOKEN_FILE": str(token)}
+    with Daemon(tmp_path, **places), closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as line:
+
+        def status(path: str, bearer: str) -> int:
+            line.request("GET", path, headers={"Host": f"jobs.example:{port}", "Authorization": f"Bearer {bearer}"})
+            response = line.getresponse()
+            response.read()
+            return response.status
+
+        assert [status("/v1/queues", "w" * 32), status("/v1/queues", "x" * 32), status("/healthz", "")] == [
+            200,
+            401,
+            200,
+        ]
 
 
 @pytest.mark.parametrize("place", [".", "link"])
