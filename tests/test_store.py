@@ -104,6 +104,25 @@ async def test_a_batch_is_read_back_after_a_restart(path: str) -> None:
         assert loaded.payloads[2].request_hash == "hash-2"
 
 
+async def test_a_batch_is_one_transaction_with_all_that_it_brings(store: Store) -> None:
+    """Jobs, events, answers that are kept under their keys, queues, a report, what operators did."""
+    maker, said = Maker(), list[str]()
+    old = KeyRow("d0", "b0", NOW, 200, b"{}")
+    await store.write(maker.batch([maker.create("old")], keys=[old]))
+    first, second = maker.create("a"), maker.create("b")
+    changes = [first, second, maker.grant(made(first)), maker.finish(made(second), "cancelled")]
+    keys = [KeyRow("d1", "b1", NOW, 201, b'{"x":1}')]
+    store._db.raw.set_trace_callback(said.append)
+    await store.write(maker.batch(changes, keys=keys, forget_keys=["d0"], report=b"{}", checked=[1]))
+    store._db.raw.set_trace_callback(None)
+    words = [each.split()[0] for each in said]
+    assert words[0] == "BEGIN"
+    assert words[-1] == "COMMIT"
+    assert (words.count("BEGIN"), words.count("COMMIT")) == (1, 1)
+    for table in ("jobs", "events", "keys", "reports", "meta"):
+        assert any(table in each for each in said[1:-1]), table
+
+
 async def test_a_batch_shows_the_payload_of_a_job_that_it_makes(store: Store) -> None:
     maker = Maker()
     assert await store.write(maker.batch([maker.create()], payloads=[1])) == {1: maker.payloads[1]}
