@@ -24,6 +24,8 @@ from tests.test_imports import PURE, ROOM_OF
 
 LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 TOO_LONG_S: Final = 600
+# A test that fails may leave threads behind, for which an interpreter that ends as usual waits.
+_RUN: Final = "import os, pytest, sys; code = pytest.main(sys.argv[1:]); sys.stdout.flush(); os._exit(code)"
 TIMED_OUT: Final = -1  # beside the exit codes of pytest
 
 
@@ -96,7 +98,7 @@ def run(level: Level, root: Path) -> Found:
 
 def _pytest(tests: Iterable[str], root: Path) -> tuple[int, str]:
     """Exit code and output. The copy comes before whatever is installed, also for what the tests start."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-c", _RUN, "-q", "-x", "--tb=line", "-p", "no:cacheprovider", *tests]
     environ = os.environ | {"PYTHONPATH": str(root), "COLUMNS": "1000"}
     run = subprocess.Popen(
         command,
