@@ -164,7 +164,14 @@ class Daemon:
             await self._running  # the disk failed meanwhile: we were never ready
         self.rooms.is_open = True
         systemd.ready()
+        stack.push_async_callback(_cancel, asyncio.create_task(self._warm(), name="templates"))
         line.info("ready", jobs=self.actor.book.total(), store=settings.store.path, pid=os.getpid())
+
+    async def _warm(self) -> None:
+        try:
+            await asyncio.to_thread(self._dashboard.warm)
+        except Exception:
+            line.exception("templates_failed")
 
     async def until_stopped(self) -> None:
         """Until a signal, or until the actor has ended by itself (the disk failed)."""
@@ -323,9 +330,9 @@ class Daemon:
         recorder = Recorder.opened(read_beside(figures), self.clock.moment().now)
         self.actor.on_commit.append(recorder.note)
         self.cleaner.save_beside(recorder.kept)
-        dashboard = await asyncio.to_thread(Dashboard, self._admin_gate, recorder)
-        calls = (*admin_api.ROUTES, *dashboard.routes(), worker_api.DOCUMENT)
-        admin = Web(self._admin_gate, calls, self.actor, self.rooms, limits=limits, admin=True, pages=dashboard)
+        self._dashboard = await asyncio.to_thread(Dashboard, self._admin_gate, recorder)
+        calls = (*admin_api.ROUTES, *self._dashboard.routes(), worker_api.DOCUMENT)
+        admin = Web(self._admin_gate, calls, self.actor, self.rooms, limits=limits, admin=True, pages=self._dashboard)
         doors.append(Door("admin", admin, places["admin"]))
         self._webs += [door.web for door in doors]
         listeners: list[Listener] = []

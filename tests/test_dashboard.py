@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import pytest
+from jinja2 import FileSystemLoader
 from msgspec import Raw
 from msgspec.structs import replace
 
@@ -183,6 +184,17 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         actor.stop_parking()
     actor.stop()
     await running
+
+
+async def test_all_templates_are_compiled_beforehand_where_there_is_time(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then no page has to wait for one."""
+    town.room.warm()
+    monkeypatch.setattr(FileSystemLoader, "get_source", None)
+    browser = await town.browser()
+    for page in ("/", "/jobs", "/queues", "/docs", "/alerts"):
+        assert "<main" in text(await browser.get(page))
 
 
 # -- who gets in -------------------------------------------------------------------------------------------------------
