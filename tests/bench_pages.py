@@ -1,8 +1,8 @@
 """How long the daemon takes for each page of the dashboard with many jobs: `python -m tests.bench_pages` prints JSON.
 
 Times are those of a client on loopback, in ms, request to last byte: the daemon's and a little more. Some of the jobs
-are in work, some have failed with several errors, one has a long story; operators have done things. Exit code 1 where
-the median of a page is over `--most-ms`.
+are in work or completed, some have failed with several errors, one has a long story; operators have done things, and a
+webhook is behind. Exit code 1 where the median of a page is over `--most-ms`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.process import TOKEN
-from tests.scenes import Scene
+from tests.scenes import WEBHOOK, Scene
 
 BULK: Final = 1_000
 QUEUES: Final = ("video", "mail", "reports", "imports", "images")
 ERRORS: Final = 40  # kinds of them
 TRIES: Final = 200  # of the job with the long story
 ENOUGH_MS: Final = 50.0
+HOOK: Final = f'{WEBHOOK}events = ["job.failed"]\n'
 PATHS: Final = {
     "overview": "/",
     "overview, renewed": "/",
@@ -35,6 +36,8 @@ PATHS: Final = {
     "jobs with a text": "/jobs?q=xxxx",
     "jobs with a text that is nowhere": "/jobs?q=nowhere",
     "failed jobs": "/jobs?status=failed",
+    "completed jobs": "/jobs?status=completed",
+    "completed jobs of a kind that is nowhere": "/jobs?status=completed&kind=none",
     "failures": "/failures",
     "job": "/jobs/job-99",
     "job with a long story": "/jobs/story",
@@ -55,7 +58,7 @@ PATHS: Final = {
 }
 
 
-def fill(daemon: Scene, count: int, in_work: int, failed: int) -> None:
+def fill(daemon: Scene, count: int, in_work: int, failed: int, completed: int) -> None:
     story(daemon)
     for first in range(0, count, BULK):
         numbers = range(first, min(first + BULK, count))
@@ -71,6 +74,10 @@ def fill(daemon: Scene, count: int, in_work: int, failed: int) -> None:
             daemon.do(f"jobs/{grant['job']['id']}/fail", lock_id=grant["lock_id"], error_message=error)
     for number in range(0, in_work, 100):
         daemon.do("claim", worker=f"worker-{number // 100}", queues=list(QUEUES), limit=min(100, in_work - number))
+    for number in range(0, completed, 100):
+        claimed = daemon.do("claim", worker="completes", queues=list(QUEUES), limit=min(100, completed - number))
+        for grant in claimed["grants"]:
+            daemon.do(f"jobs/{grant['job']['id']}/complete", lock_id=grant["lock_id"], metadata={"pages": number})
     for number in range(60):
         daemon.operator("POST", "force-fail", {"jobId": f"job-{count - 1 - number}", "reason": "a bench"})
 
@@ -124,13 +131,15 @@ def main() -> None:
     options.add_argument("--jobs", type=int, default=100_000)
     options.add_argument("--in-work", type=int, default=1_000)
     options.add_argument("--failed", type=int, default=5_000)
+    options.add_argument("--completed", type=int, default=20_000)
     options.add_argument("--rounds", type=int, default=40)
     options.add_argument("--most-ms", type=float, default=ENOUGH_MS, help="median of a page above which it is slow")
     chosen = options.parse_args()
-    with tempfile.TemporaryDirectory() as directory, Scene(Path(directory)) as daemon:
-        fill(daemon, chosen.jobs, chosen.in_work, chosen.failed)
+    with tempfile.TemporaryDirectory() as directory, Scene(Path(directory), HOOK) as daemon:
+        fill(daemon, chosen.jobs, chosen.in_work, chosen.failed, chosen.completed)
         pages = measure(daemon, chosen.rounds)
-    world = {"jobs": chosen.jobs, "in_work": chosen.in_work, "failed": chosen.failed, "rounds": chosen.rounds}
+    names = ("jobs", "in_work", "failed", "completed", "rounds")
+    world = {name: getattr(chosen, name) for name in names}
     print(json.dumps({**world, "pages": pages}, indent=2))
     slow = [name for name, found in pages.items() if found["median_ms"] > chosen.most_ms]
     if slow:

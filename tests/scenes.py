@@ -36,6 +36,14 @@ FLAGS: Final = (
 )
 READER: Final = "reader-token-0123456789abcdef"
 _SECRET: Final = "whsec_" + b64encode(bytes(32)).decode()
+# One whose receiver is not there.
+WEBHOOK: Final = f"""\
+[[webhooks]]
+name = "billing"
+url = "http://127.0.0.1:9/nobody-listens"
+allow_private = true
+secret = "{_SECRET}"
+"""
 TROUBLE: Final = f"""\
 [alerts]
 processing_jobs = 2
@@ -46,12 +54,7 @@ webhook_failing = '0'
 [artefacts]
 url = "file:///nonexistent/artefacts"
 
-[[webhooks]]
-name = "billing"
-url = "http://127.0.0.1:9/nobody-listens"
-allow_private = true
-secret = "{_SECRET}"
-"""
+{WEBHOOK}"""
 
 
 class Scene(Daemon):
