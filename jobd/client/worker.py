@@ -276,7 +276,10 @@ class _Call(ABC):
                 error = unfit
             else:
                 return await keeper.complete(give_up, **result)
-        log.warning("job %s failed", keeper.id, exc_info=error)
+        if isinstance(error, Retry | Discard):  # the handler's own word: nothing to be traced
+            log.info("job %s: %s: %s", keeper.id, type(error).__name__, error)
+        else:
+            log.warning("job %s failed", keeper.id, exc_info=error)
         await keeper.fail(give_up, _described(error), **_how(error))
         return False
 
