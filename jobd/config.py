@@ -406,18 +406,13 @@ def _tokens(config: Config, environ: Mapping[str, str]) -> tuple[tuple[str, ...]
 
 def _told_too_loud(path: Path | None, secret_files: list[str], webhooks: tuple[WebhookSetting, ...]) -> tuple[str, ...]:
     """A secret in a file that everybody may read is none."""
-    inline = [str(path)] if path is not None and any(each.is_inline for each in webhooks) else []
-    return (
-        *(f"{each} holds a secret, and EVERYBODY may read it: chmod 640" for each in secret_files if _is_open(each)),
-        *(
-            f"{each} holds secrets of webhooks, and EVERYBODY may read it: chmod 640, or use secret_file."
-            for each in inline
-            if _is_open(each)
-        ),
-    )
+    loud = [f"{each} holds a secret, and EVERYBODY may read it: chmod 640" for each in secret_files if _is_open(each)]
+    if path is not None and any(each.is_inline for each in webhooks) and _is_open(path):
+        loud.append(f"{path} holds secrets of webhooks, and EVERYBODY may read it: chmod 640, or use secret_file.")
+    return tuple(loud)
 
 
-def _is_open(path: str) -> bool:
+def _is_open(path: str | Path) -> bool:
     """Whether everybody may read it. A file that is not there is the affair of who reads it."""
     try:
         return bool(os.stat(path).st_mode & 0o004)

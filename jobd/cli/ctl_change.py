@@ -105,7 +105,7 @@ def transition(
         return client.transition_job_state(one, from_status, to_status, updates=fields or None, reason=reason)
 
     words = f"transition {from_status} → {to_status}"
-    deed = Deed(words, client.get_job, to_status, do, _forced, (from_status,), lambda: settings)
+    deed = Deed(words, client.get_job, to_status, do, _forced, (from_status,), lambda job: settings)
     return carry_out(deed, (job_id,), **how)
 
 
@@ -151,18 +151,13 @@ def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
         return ctl_plan.carry_out("delete", ids, where, reason, **how)
     client = admin_client()
 
-    details = ""
-
-    def look(one: str) -> Any:
-        nonlocal details
-        job = client.get_job(one)
-        details = f" with what is stored as {job.storage_key} (artefacts.url)" if job.storage_key else ""
-        return job
-
     def do(one: str) -> Any:
         return client.delete_job(one, reason)
 
-    deed = Deed("delete", look, None, do, lambda job: "deleted", details=lambda: details)
+    def goes_too(job: JobView) -> str:
+        return f" with what is stored as {job.storage_key} (artefacts.url)" if job.storage_key else ""
+
+    deed = Deed("delete", client.get_job, None, do, lambda job: "deleted", details=goes_too)
     return ctl_plan.carry_out_one(client, "delete", deed, ids[0], reason, lambda job, plan, result: job, **how)
 
 
@@ -197,7 +192,7 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
         return client.adopt(one, chosen, reason=reason)
 
     froms = ("queued", "failed", "cancelled")
-    deed = Deed("adopt", look, "completed", do, lambda job: job.status, froms, lambda: details)
+    deed = Deed("adopt", look, "completed", do, lambda job: job.status, froms, lambda job: details)
     return carry_out(deed, (job_id,), **how)
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Deed:
     """`words` says what is done ("force-fail"), `to` is the status that it leads to, None where the job is deleted.
 
-    `only_from` are the statuses from which it may be done, where they are fewer than lead to `to`; `details` is
-    asked for after `look`: what there is to know beside the job before it is done.
+    `only_from` are the statuses from which it may be done, where they are fewer than lead to `to`; `details` says of
+    the job that was looked at what there is to know beside it before it is done.
     """
 
     words: str
@@ -32,7 +32,7 @@ class Deed:
     do: Callable[[str], Any]
     done: Callable[[Any], str]
     only_from: tuple[str, ...] = ()
-    details: Callable[[], str] = str
+    details: Callable[[JobView], str] = lambda job: ""
 
 
 def destructive(verb: Any) -> Any:
@@ -86,7 +86,7 @@ def _would(deed: Deed, job_id: str, tell: Callable[[str], None]) -> int:
     if not _allowed(job.status, deed):
         show.say(f"{job_id}: {deed.words} would be refused: it is {state(job)}")
         return exits.REFUSED
-    tell(f"{job_id}: would {deed.words}{deed.details()}: it is {state(job)}")
+    tell(f"{job_id}: would {deed.words}{deed.details(job)}: it is {state(job)}")
     return exits.DONE
 
 
@@ -122,7 +122,7 @@ def confirm(what: str) -> None:
 
 def ask_about(deed: Deed, job: JobView) -> None:
     """Ask whether to do `deed` to the job, which is shown as it is. Problem (1) where the answer is no."""
-    details = deed.details()
+    details = deed.details(job)
     confirm(f"{deed.words}{f'{details}:' if details else ''} job {job.id}, which is {state(job)}")
 
 
