@@ -88,8 +88,19 @@ class TimelineView(Struct):
     events: list[EventView]
 
 
+class Objection(Struct, frozen=True):
+    """The refusal that something would meet: its code and its message."""
+
+    error: str
+    message: str
+
+
 class LateResultView(Struct, frozen=True):
-    """A late result. `expires_at` is the time of deletion that its worker asked for."""
+    """A late result. `expires_at` is the time of deletion that its worker asked for.
+
+    `refusal` is what its adoption would be refused with, whatever the job's status, as the daemon is set now; null
+    where nothing of the result is against it.
+    """
 
     seq: int
     at: int
@@ -100,6 +111,7 @@ class LateResultView(Struct, frozen=True):
     storage_key: str | None
     metadata: Json
     expires_at: int | None
+    refusal: Objection | None = None
 
 
 class LateResultList(Struct):
@@ -643,7 +655,7 @@ def late_note(action: str, late: Sequence[int]) -> str | None:
     if action == "delete":
         then += f" {'goes' if is_one else 'go'} with the {'job' if jobs == 1 else 'jobs'}"
     else:
-        then += " could be adopted instead"
+        then = f"see whether {then} can be adopted instead"
     return f"{has} {what} that nobody has adopted: {then}."
 
 

@@ -31,6 +31,7 @@ from jobd.commands import (
     RunNow,
     Transition,
     Update,
+    is_rehearsal,
 )
 from jobd.draft import Decision
 from jobd.events import Change
@@ -55,7 +56,7 @@ DEEDS: Final[dict[type, str]] = {
 
 def entry(call: Call, decision: Decision, at: int) -> Audited | None:
     """The row of what `call` came to; None where it is no operator's deed. `at` is wall time."""
-    if call.operator is None:
+    if call.operator is None or is_rehearsal(call.command):
         return None
     command = call.command
     if isinstance(command, Note):

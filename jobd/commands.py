@@ -299,6 +299,7 @@ class Transition(OnJobNamed, frozen=True, kw_only=True):
     to: Status
     updates: Updates = Updates()
     reason: Text | None = None
+    dry_run: bool = False
 
 
 class ExtendLock(OnJobNamed, frozen=True, kw_only=True):
@@ -336,6 +337,15 @@ class Adopt(OnJob, frozen=True, kw_only=True):
 
     result: Annotated[int, Meta(ge=1)] | None = None
     reason: Text | None = None
+    dry_run: bool = False
+
+
+_REHEARSED: Final = frozenset({Transition, Adopt})
+
+
+def is_rehearsal(command: Any) -> bool:
+    """Whether `command` is a dry run: it is answered as if it were done, and nothing is."""
+    return type(command) in _REHEARSED and command.dry_run
 
 
 class Delete(OnJob, frozen=True, kw_only=True):

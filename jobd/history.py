@@ -20,6 +20,7 @@ from jobd.commands import AuditLog, Export, List, Moment, Refusal, Search
 from jobd.envelope import Asked
 from jobd.events import view
 from jobd.job import Job, Policy
+from jobd.late_rules import refuse_adoption
 from jobd.why import ending
 
 log = structlog.get_logger("jobd.actor")
@@ -71,21 +72,22 @@ class History:
                 answer.data = await self._with_ending(answer.data, look.ended)
             else:
                 async with self._places:
-                    answer.data = await self._seen(look)
+                    answer.data = await self._seen(look, policy)
         except Exception:
             log.exception("history_failed", command=type(asked.call.command).__name__)
             asked.reply(Refusal("internal_error", "Reading the history failed. The log has the details."))
             return
         asked.reply(answer)
 
-    async def _seen(self, look: Look) -> TimelineView | LateResultList | ExportPage | AuditPage:
+    async def _seen(self, look: Look, policy: Policy) -> TimelineView | LateResultList | ExportPage | AuditPage:
         if look.timeline is not None:
             return TimelineView([view(event) for event in await self._disk.timeline(look.timeline, look.events)])
         if look.export is not None:
             return _moved(await self._disk.find(_from(look.export)))
         if look.late is not None:
             known = await self._disk.late([LateAsked(look.late, whole=True)])
-            return LateResultList([views.late_view(late) for late in known.results.get(look.late, [])])
+            found = known.results.get(look.late, [])
+            return LateResultList([views.late_view(late, refuse_adoption(late, policy)) for late in found])
         assert look.audit is not None
         return _told(await self._disk.audit(_asked(look.audit)))
 

@@ -20,6 +20,9 @@ from jobd.job import KEEP_LATE, Job, LateResult, Policy, Result, storage_key_fau
 
 ADOPTABLE: Final = frozenset({"queued", "failed", "cancelled"})
 
+_ASKING: Final = "[validation] require_download_url"
+_BY_HAND: Final = "jobctl transition ID STATUS completed --set download_url=URL"
+
 Calls = Progress | Extend | Complete | Fail | Release
 _CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and in words
     Progress: ("progress", "reported progress"),
@@ -106,13 +109,22 @@ def adopt(draft: Draft, command: Adopt) -> Answer | Refusal:
         which = "a late result" if command.result is None else f"the late result {command.result}"
         message = f"Job {job.id} does not have {which}. See those that it has: jobctl late {job.id}"
         return Refusal("late_result_not_found", message, {"job_id": job.id})
-    refusal = steps.refuse_without_url(draft, late.result.download_url)
+    refusal = refuse_adoption(late, draft.policy)
     if refusal is not None:
         return refusal
     details = {"late_result": late.seq, "worker": late.worker, "fencing_token": late.fencing_token}
     expires_at = late.expires_at if late.expires_at is not None and late.expires_at > draft.at.now else None
     fields: dict[str, Any] = {"reason": command.reason, "details": details, "expires_at": expires_at}
     return steps.job_answer(draft, steps.complete(draft, job, "adopted", job.ended, late.result, **fields))
+
+
+def refuse_adoption(late: LateResult, policy: Policy) -> Refusal | None:
+    """Why this late result may complete no job as the daemon is set now, whatever the job's status."""
+    refusal = steps.refuse_without_url(policy, late.result.download_url)
+    if refusal is None:
+        return None
+    message = f"Late result {late.seq} cannot be adopted: it has no download_url, which {_ASKING} asks for."
+    return replace(refusal, message=f"{message} If its work is whole, give an address yourself: {_BY_HAND}")
 
 
 def _granted(book: Book, job: Job, lock_id: str) -> tuple[str, int] | None:
@@ -165,7 +177,7 @@ def _kept(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal
     known = draft.book.late.results.get(job.seq, [])
     same = next((each for each in known if each.fencing_token == late.fencing_token), None)
     if same is not None:
-        return _told(job, same, refusal) if same.body_hash == late.body_hash else None
+        return _told(draft, job, same, refusal) if same.body_hash == late.body_hash else None
     result = late.result
     latest = sorted([late.fencing_token, *(each.fencing_token for each in known)])[-KEEP_LATE:]
     if late.fencing_token not in latest:
@@ -176,12 +188,17 @@ def _kept(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal
         return None
     reason = f"Worker {late.worker} completed the job after it had lost its lock; {_holder(job)}. Its result is kept."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
-    return _told(job, draft.keep_late(job, late, reason, details), refusal)
+    return _told(draft, job, draft.keep_late(job, late, reason, details), refusal)
 
 
-def _told(job: Job, late: LateResult, refusal: Refusal) -> Refusal:
+def _told(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal:
     kept = f"Its result is kept as late result {late.seq}"
-    kept += "." if job.status == "completed" else f"; an operator can adopt it: jobctl adopt {job.id}"
+    if job.status == "completed":
+        kept += "."
+    elif steps.refuse_without_url(draft.policy, late.result.download_url) is not None:
+        kept += f", but cannot be adopted: it has no download_url, which {_ASKING} asks for."
+    else:
+        kept += f"; an operator can adopt it: jobctl adopt {job.id}"
     return replace(refusal, message=f"{refusal.message} {kept}", details=refusal.details | {"late_result": late.seq})
 
 

@@ -68,14 +68,19 @@ def transition(draft: Draft, command: Transition) -> Answer | Refusal:
         return steps.refuse_transition(job, command.to, "Only a grant makes a job processing: use start or claim.")
     if (job.status, command.to) not in TRANSITIONS:
         return steps.refuse_transition(job, command.to, f"It cannot go from {job.status} to {command.to}.")
-    after = _moved(draft, job, command)
+    fields = _updated(draft, job, command.updates)
+    if command.to == "completed":
+        result = fields.get("result", job.result) or Result()
+        refusal = steps.refuse_without_url(draft.policy, result.download_url, "updates.download_url")
+        if refusal is not None:
+            return refusal
+    after = _moved(draft, job, command, fields)
     return _forced(draft, job, after, command.reason)
 
 
-def _moved(draft: Draft, job: Job, command: Transition) -> Job:
-    reason, updates = command.reason, command.updates
+def _moved(draft: Draft, job: Job, command: Transition, fields: dict[str, Any]) -> Job:
+    reason = command.reason
     ended = steps.ended_by(job, draft.at.now, "transition", "transitioned")
-    fields = _updated(draft, job, updates)
     if command.to == "queued":
         # Back by an operator's hand: the last attempt does not count.
         return steps.requeue(draft, job, "transitioned", ended, reason=reason, attempt=steps.given_back(job), **fields)

@@ -508,9 +508,10 @@ def late_row(job_seq: int, late: LateResult) -> Row:
 
 
 def late(row: Row, *, whole: bool) -> LateResult:
-    """The late result of a row whose checksum is right; `whole` with what it brought."""
+    """The late result of a row whose checksum is right; `whole` with all that it brought, else with its address alone:
+    by that is judged whether it can be adopted."""
     seq, _, at, worker, fencing_token, body_hash, expires_at = row[:7]
-    result = _result(row[7:11]) if whole else Result()
+    result = _result(row[7:11]) if whole else Result(row[7])
     return LateResult(seq, at, worker, fencing_token, body_hash, expires_at, result)
 
 

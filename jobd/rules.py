@@ -69,6 +69,7 @@ from jobd.commands import (
     Validate,
     Why,
     Workers,
+    is_rehearsal,
 )
 from jobd.draft import Decision, Draft
 from jobd.job import Backoff, Ended, Failure, Job, Policy, Result
@@ -81,6 +82,8 @@ def decide(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
     draft = Draft(book, call, at, policy)
     moved = None if call.expected is None else plan_rules.moved(draft, call.command, call.expected)
     answer = moved or _answer(draft, call.command)
+    if is_rehearsal(call.command):
+        draft.changes.clear()  # the answer alone was asked for
     report = call.command.body if isinstance(call.command, Report) else None
     return Decision(answer, draft.changes, draft.checked, report)
 

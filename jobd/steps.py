@@ -86,12 +86,13 @@ def refuse_result(draft: Draft, command: Complete) -> Refusal | None:
     """Why what `command` brings may not complete a job."""
     if command.storage_key is not None and (fault := storage_key_fault(command.storage_key)) is not None:
         return invalid("storage_key", f"storage_key {fault}.")
-    return refuse_expiry(draft, command.expires_at) or refuse_without_url(draft, command.download_url)
+    return refuse_expiry(draft, command.expires_at) or refuse_without_url(draft.policy, command.download_url)
 
 
-def refuse_without_url(draft: Draft, download_url: str | None) -> Refusal | None:
-    if draft.policy.require_download_url and not download_url:
-        return invalid("download_url", "download_url is missing; [validation] require_download_url asks for it.")
+def refuse_without_url(policy: Policy, download_url: str | None, field: str = "download_url") -> Refusal | None:
+    """Why a job may not be completed with what has this address, or none."""
+    if policy.require_download_url and not download_url:
+        return invalid(field, "download_url is missing; [validation] require_download_url asks for it.")
     return None
 
 

@@ -21,6 +21,7 @@ from jobd.answers import (
     LockList,
     LockState,
     LockView,
+    Objection,
     OldestDue,
     OldestProcessing,
     QueueList,
@@ -30,7 +31,7 @@ from jobd.answers import (
     WorkerView,
 )
 from jobd.book import Book, WorkerSeen
-from jobd.commands import Import, Locks, Moment, Queues, Workers
+from jobd.commands import Import, Locks, Moment, Queues, Refusal, Workers
 from jobd.figures import Figures
 from jobd.job import LIVE, STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
 
@@ -126,7 +127,8 @@ def moved(job: Job, payload: Raw) -> Import:
     )
 
 
-def late_view(late: LateResult) -> LateResultView:
+def late_view(late: LateResult, refusal: Refusal | None = None) -> LateResultView:
+    """`refusal` is that of its adoption, None where nothing of the result is against it."""
     result = late.result
     return LateResultView(
         late.seq,
@@ -138,6 +140,7 @@ def late_view(late: LateResult) -> LateResultView:
         result.storage_key,
         result.metadata,
         late.expires_at,
+        None if refusal is None else Objection(refusal.code, refusal.message),
     )
 
 

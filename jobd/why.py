@@ -15,6 +15,7 @@ from jobd.book import Book
 from jobd.commands import NO_REASON, Moment
 from jobd.events import Event
 from jobd.job import Grant, Job, LateResult, Lease, Policy
+from jobd.late_rules import refuse_adoption
 from jobd.steps import in_words
 
 # What ends a job by somebody's hand. Of the others (stalled, expired) the message says all.
@@ -24,16 +25,28 @@ _BY_HAND: Final = frozenset({"completed", "adopted", "cancelled", "force_failed"
 def explain(job: Job, book: Book, at: Moment, policy: Policy) -> WhyView:
     view = _explained(job, book, at)
     late = book.late.results.get(job.seq)
-    return replace(view, do=[*_late(job, late), *view.do]) if late else view
+    return replace(view, do=[*_late(job, late, policy), *view.do]) if late else view
 
 
-def _late(job: Job, late: list[LateResult]) -> list[str]:
-    """What may be done with the late results of a job."""
+def _late(job: Job, late: list[LateResult], policy: Policy) -> list[str]:
+    """What may be done with the late results of a job: of those that can be adopted the latest is named."""
     if job.status == "completed":
         return []
     latest = max(late, key=lambda each: each.fencing_token)
-    first = f"jobctl force-fail {job.id}, then " if job.status == "processing" else ""
-    return [f"A late result of worker {latest.worker} is there. To take it: {first}jobctl adopt {job.id}"]
+    fit = [each for each in late if refuse_adoption(each, policy) is None]
+    best = max(fit, key=lambda each: each.fencing_token, default=latest)
+    first, status = "", job.status
+    if job.status == "processing":
+        first, status = f"jobctl force-fail {job.id}, then ", "failed"
+    is_there = f"A late result of worker {best.worker} is there"
+    if fit:
+        number = "" if best is latest else f" --result {best.seq}"
+        return [f"{is_there}. To take it: {first}jobctl adopt {job.id}{number}"]
+    lacks = "it has no download_url, which [validation] require_download_url asks for"
+    by_hand = f"{first}jobctl transition {job.id} {status} completed --set download_url=URL"
+    return [
+        f"{is_there}, but it cannot be adopted: {lacks}. Look at it: jobctl late {job.id}. If it is whole: {by_hand}"
+    ]
 
 
 def _explained(job: Job, book: Book, at: Moment) -> WhyView:

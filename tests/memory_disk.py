@@ -242,7 +242,9 @@ class MemoryDisk:
         known = LateKnown()
         for each in asked:
             kept = self.lates.get(each.job_seq, ())
-            known.results[each.job_seq] = [late if each.whole else replace(late, result=Result()) for late in kept]
+            known.results[each.job_seq] = [
+                late if each.whole else replace(late, result=Result(late.result.download_url)) for late in kept
+            ]
             for event in self.events:
                 grant = event.changes.grant if event.type == "granted" and event.changes is not None else None
                 if event.job_seq == each.job_seq and isinstance(grant, Grant) and grant.lock_id == each.lock_id:

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from jobd import history, rules
 from jobd.actor import BATCH_WEIGHT, Bounds, DiskBroken
-from jobd.answers import Answer, Done, JobView
+from jobd.answers import Answer, Done, JobView, Objection
 from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, LateAsked, LateKnown, Loaded, Page, Query
 from jobd.book import Book
 from jobd.commands import (
@@ -1969,6 +1969,39 @@ async def test_late_results_outlive_the_daemon_and_are_read_when_asked_for() -> 
         assert (await house.yes(Get(id="a"))).file_path == "/out"
         assert (await house.yes(Delete(id="a"), admin=True)).status == "completed"
         assert disk.lates == {}
+
+
+@in_virtual_time
+async def test_whether_a_late_result_can_be_adopted_is_judged_by_the_policy_of_now() -> None:
+    async with household() as house:
+        lock_id = await lost(house)
+        await house.no(done(lock_id))
+
+        async def objection() -> Any:
+            (late,) = (await house.yes(LateResults(id="a"), admin=True)).late_results
+            return late.refusal
+
+        assert await objection() is None
+        house.actor.policy = Policy(require_download_url=True)
+        refusal = await house.no(Adopt(id="a"), admin=True)
+        assert await objection() == Objection(refusal.code, refusal.message)
+        assert "cannot be adopted" in (await house.yes(Why(id="a"))).do[0]
+        house.actor.policy = Policy()
+        assert await objection() is None
+        written = len(house.disk.batches)
+        rehearsed = await house.yes(Adopt(id="a", dry_run=True), admin=True, key=key("k"))
+        assert (rehearsed.status, rehearsed.file_path) == ("completed", "/out")
+        assert (len(house.disk.batches), house.disk.keys) == (written, {})
+        assert (await house.yes(Get(id="a"))).status == "failed"
+
+
+@in_virtual_time
+async def test_why_sees_the_address_of_a_late_result_that_only_the_disk_has() -> None:
+    disk = MemoryDisk()
+    async with household(disk) as house:
+        await house.no(done(await lost(house), download_url="u"))
+    async with household(disk, policy=Policy(require_download_url=True)) as house:
+        assert (await house.yes(Why(id="a"))).do[0].endswith("To take it: jobctl adopt a")
 
 
 @in_virtual_time

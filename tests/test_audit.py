@@ -86,6 +86,15 @@ def test_what_nobody_asked_for_as_an_operator_and_what_only_reads_is_not_kept() 
     assert entry(desk, Cancel(id="a"), operator=None) is None
 
 
+def test_a_dry_run_is_no_deed() -> None:
+    desk = Desk()
+    desk.create("a")
+    for job_id in ("a", "b"):
+        asked = Transition(id=job_id, from_="queued", to="failed", dry_run=True)
+        assert entry(desk, asked) is None
+        assert entry(desk, replace(asked, dry_run=False)) is not None
+
+
 def test_a_deed_says_who_from_where_what_why_and_what_came_of_it() -> None:
     desk = Desk()
     desk.create("a", queue="video")

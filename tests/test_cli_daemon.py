@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +56,8 @@ class Running:
         (folder / "readonly").chmod(0o600)
         (folder / "artefacts").mkdir()
         self.argv = ["serve", "--store", str(self.store), "--socket", str(folder / "worker.sock")]
-        self.argv += ["--admin-listen", f"unix:{folder}/admin.sock"]
+        self.argv += ["--admin-listen", f"unix:{folder}/admin.sock", "--config", str(folder / "config.toml")]
+        (folder / "config.toml").touch()
         with (folder / "log").open("wb") as log:
             self.process = self.start("jobd", *self.argv, stdout=log, stderr=log)
         self.client = JobClient(f"unix:{folder}/worker.sock", retry_for_s=0)
@@ -82,6 +83,25 @@ class Running:
                 assert self.process.poll() is None, (self.folder / "log").read_text()
                 assert time.monotonic() < until, (self.folder / "log").read_text()
             time.sleep(0.05)
+
+    @contextmanager
+    def configured(self, text: str) -> Iterator[None]:
+        """The daemon with this configuration, as SIGHUP makes it read it; the one before afterwards."""
+        self._reload(text)
+        try:
+            yield
+        finally:
+            self._reload("")
+
+    def _reload(self, text: str) -> None:
+        log = self.folder / "log"
+        before = log.read_text().count("event=reloaded")
+        (self.folder / "config.toml").write_text(text)
+        self.process.send_signal(signal.SIGHUP)
+        until = time.monotonic() + READY_S
+        while log.read_text().count("event=reloaded") == before:
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.02)
 
     def stop(self) -> int:
         self.client.close()
@@ -343,7 +363,8 @@ def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Runni
     assert jobctl.no("transition", "c4", "failed", "completed", "-y")[0] == 4
     said = 'c4: would transition queued → completed and set file_path "/srv/out", metadata {"a":[1]}: it is queued\n'
     assert jobctl.ok("transition", "c4", "queued", "completed", "--dry-run", *set_) == said
-    assert "it is queued" in jobctl.no("transition", "c4", "queued", "processing", "--dry-run")[1]
+    refused = "c4: transition queued → processing would be refused: Job c4 is queued. Only a grant"
+    assert refused in jobctl.no("transition", "c4", "queued", "processing", "--dry-run")[1]
     for wrong, why in (("foo=1", "foo"), ("priority=99999", "priority"), ("storage_key=/etc", "must be relative")):
         for how in ("--dry-run", "-y"):
             code, err = jobctl.no("transition", "c4", "queued", "completed", how, "--set", wrong)
@@ -661,7 +682,8 @@ def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> Non
     again = running.client.claim("w", queues=["c6"])[0]
     code, _, err = jobctl.run("adopt", "c6", "--dry-run")
     assert code == 4
-    assert "adopt would be refused: it is processing" in err
+    assert "c6: adopt would be refused: Job c6 is processing. Worker w holds it" in err
+    assert "[invalid_transition]" in err
     assert "force-fail c6" in jobctl.no("adopt", "c6", "-y")[1]
     running.client.release_job("c6", again.lock_id)
     what = f'late result {late["seq"]} of w-late (file_path /srv/6, metadata {{"a":1}})'
@@ -670,6 +692,42 @@ def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> Non
     adopted = jobctl.json("adopt", "c6", "-y", "--result", str(late["seq"]), "--reason", "it is whole")
     assert (adopted["status"], adopted["file_path"], adopted["metadata"]) == ("completed", "/srv/6", {"a": 1})
     assert "it is whole" in jobctl.ok("timeline", "c6")
+
+
+def test_where_a_download_url_is_required_a_dry_run_promises_nothing_that_is_refused(
+    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _came_late(running, jobctl, "du1")
+    (late,) = jobctl.json("late", "du1")["late_results"]
+    move = ("transition", "du1", "failed", "completed")
+    assert "would adopt" in jobctl.ok("adopt", "du1", "--dry-run")
+    with running.configured("[validation]\nrequire_download_url = true\n"):
+        lacks = f"Late result {late['seq']} cannot be adopted: it has no download_url"
+        code, out, err = jobctl.run("adopt", "du1", "--dry-run")
+        assert (code, out, err.startswith(f"du1: adopt would be refused: {lacks}")) == (4, "", True)
+        assert err.endswith("[invalid_request]\n")
+        assert jobctl.no("adopt", "du1", "-y") == (4, err.replace("du1: adopt would be refused", "jobctl"))
+        code, shown = _asked_nothing(running, "adopt", "du1")
+        assert (code, lacks in shown) == (4, True)
+        assert "but it cannot be adopted" in jobctl.json("why", "du1")["do"][0]
+        missing = "download_url is missing; [validation] require_download_url asks for it [invalid_request]\n"
+        code, err = jobctl.no(*move, "--dry-run")
+        assert (code, err) == (
+            4,
+            f"du1: transition failed → completed would be refused: {missing}".replace(" it [", " it. ["),
+        )
+        assert jobctl.no(*move, "-y") == (4, f"jobctl: {missing}")
+        assert "would transition" in jobctl.ok(*move, "--set", "download_url=https://x.test/1", "--dry-run")
+        monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+        code, err = jobctl.no("adopt", "du1", "--dry-run")
+        assert (code, lacks in err) == (4, True), "who may only look is told, too"
+        assert jobctl.no("adopt", "du1", "-y")[0] == 5
+    assert "would adopt" in jobctl.ok("adopt", "du1", "--dry-run")
+    assert "it is failed" in jobctl.ok(*move, "--dry-run")
+    assert running.client.get_job("du1").status == "failed"
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    done = [each["what"] for each in jobctl.json("audit", "--job", "du1", "--limit", "9")["entries"]]
+    assert done == ["transition", "adopt", "force-fail"], "a dry run is no deed"
 
 
 def _came_late(running: Running, jobctl: Ctl, *ids: str) -> None:
@@ -683,7 +741,7 @@ def _came_late(running: Running, jobctl: Ctl, *ids: str) -> None:
 
 
 _GOES: Final = "1 late result that nobody has adopted: it goes with the job."
-_INSTEAD: Final = "1 late result that nobody has adopted: it could be adopted instead."
+_INSTEAD: Final = "1 late result that nobody has adopted: see whether it can be adopted instead."
 
 
 def test_what_came_late_is_told_before_it_is_lost(

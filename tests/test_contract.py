@@ -476,6 +476,7 @@ def test_a_late_result_is_kept_and_adopted(daemon: Daemon, queue: str) -> None:
     assert (late["seq"], late["file_path"], late["metadata"]) == (told["late_result"], "/out", {"a": [1, None]})
     assert set(late) == {
         "seq", "at", "worker", "fencing_token", "download_url", "file_path", "storage_key", "metadata", "expires_at",
+        "refusal",
     }  # fmt: skip
     assert f"jobctl adopt {job_id}" in daemon.get(f"/v1/jobs/{job_id}/why").data["do"][0]
     refused(daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": late["seq"] + 1}), 404, "late_result_not_found")

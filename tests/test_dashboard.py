@@ -1273,7 +1273,7 @@ async def test_what_comes_late_is_not_deleted_unseen(town: Town) -> None:
     assert "has moved since you looked" in text(heard)
     goes = "It has 1 late result that nobody has adopted: it goes with the job."
     assert goes in text(await browser.get("/jobs/held/confirm?verb=delete"))
-    instead = "It has 1 late result that nobody has adopted: it could be adopted instead."
+    instead = "It has 1 late result that nobody has adopted: see whether it can be adopted instead."
     assert instead in text(await browser.get("/jobs/held/confirm?verb=force-reset"))
     assert "late result" not in text(await browser.get("/jobs/held/confirm?verb=run-now"))
     assert (await browser.confirmed("held", "delete")).status == 303
@@ -1305,7 +1305,7 @@ async def test_a_plan_names_the_jobs_to_which_work_came_late(town: Town) -> None
     await planned(browser, "/jobs?status=failed", "a", action="delete", scope="selected")
     assert "late result" not in text(await browser.get("/plans/plan-2"))
     await planned(browser, "/jobs?status=failed", "held", action="retry", scope="selected")
-    assert "it could be adopted instead." in text(await browser.get("/plans/plan-3"))
+    assert "see whether it can be adopted instead." in text(await browser.get("/plans/plan-3"))
 
 
 async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
@@ -1355,6 +1355,37 @@ async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
     assert "which is final" in page
     job = (await town.worker.ask("GET", "/v1/jobs/held")).data
     assert (job["status"], job["file_path"]) == ("completed", "/late/0")
+
+
+async def test_what_may_not_complete_a_job_is_not_offered(town: Town) -> None:
+    locks = [await town.held(), await town.again("held")]
+    late = []
+    for lock, result in zip(locks, ({"download_url": "https://x.test/1"}, {"file_path": "/late"}), strict=True):
+        if lock == locks[-1]:
+            await town.again("held")
+        heard = await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, **result}))
+        late.append(heard.json["details"]["late_result"])
+    actor: Any = town.admin.site.actor
+    actor.policy = Policy(require_download_url=True)
+    browser = await town.browser()
+    lacks = f"Late result {late[1]} cannot be adopted: it has no download_url"
+    page = text(await browser.get("/jobs/held"))
+    assert page.count("cannot be adopted") == page.count(lacks) == 1
+    assert "or fail it first, then adopt." in page
+    await town.do("jobs/held/cancel")
+    page = text(await browser.get("/jobs/held"))
+    assert re.findall(r"verb=adopt&amp;result=(\d+)", page) == [str(late[0])]
+    assert lacks in page
+    confirm = text(await browser.get(f"/jobs/held/confirm?verb=adopt&result={late[1]}"))
+    assert (lacks in confirm, 'action="/job/do"' in confirm) == (True, False)
+    actor.policy = Policy()
+    assert lacks not in text(await browser.get("/jobs/held"))
+    seen = await browser.looked("held", "adopt", f"&result={late[1]}")
+    actor.policy = Policy(require_download_url=True)
+    heard = await browser.post("/jobs/held/do", **seen)
+    assert (heard.status, lacks in text(heard)) == (400, True)
+    assert (await browser.confirmed("held", "adopt", more=f"&result={late[0]}")).status == 303
+    assert lacks not in text(await browser.get("/jobs/held")), "of a completed job none is"
 
 
 async def test_a_late_result_of_a_job_that_has_moved_is_not_adopted(town: Town) -> None:

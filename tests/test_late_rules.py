@@ -425,7 +425,16 @@ def test_nor_where_the_job_has_stalled_before() -> None:
 
 def test_what_may_not_complete_a_job_is_kept() -> None:
     desk = taking(require_download_url=True)
-    late(desk, completing(stalled(desk)))
+    refusal = late(desk, completing(stalled(desk)))
+    assert [kept.result.file_path for kept in desk.late()] == ["/out"]
+    assert refusal.message.endswith(
+        f"as late result {desk.last().seq}, but cannot be adopted: it has no download_url, which [validation] "
+        "require_download_url asks for."
+    )
+    lock_id = desk.start()
+    desk.passes(LONG)
+    desk.yes(Recover(limit=1))
+    assert desk.yes(completing(lock_id, download_url="u")).status == "completed"
 
 
 # -- adopted ----------------------------------------------------------------------------------------------------------
@@ -512,7 +521,39 @@ def test_what_every_completed_job_must_have_it_must_have() -> None:
     desk = Desk()
     late(desk, completing(stalled(desk)))
     desk.policy = Policy(require_download_url=True)
-    assert desk.no(Adopt(id="a"), "invalid_request", admin=True).details == {"field": "$.download_url"}
+    for dry_run in (False, True):
+        refusal = desk.no(Adopt(id="a", dry_run=dry_run), "invalid_request", admin=True)
+        assert refusal.details == {"field": "$.download_url"}
+        assert refusal.message == (
+            f"Late result {desk.late()[0].seq} cannot be adopted: it has no download_url, which [validation] "
+            "require_download_url asks for. If its work is whole, give an address yourself: "
+            "jobctl transition ID STATUS completed --set download_url=URL"
+        )
+    desk.policy = Policy()
+    assert desk.yes(Adopt(id="a"), admin=True).status == "completed"
+
+
+def test_of_several_one_that_may_complete_the_job_is_adopted() -> None:
+    desk = Desk(Policy(require_download_url=True))
+    locks = [stalled(desk), desk.start()]
+    desk.yes(ForceReset(id="a"), admin=True)
+    late(desk, completing(locks[0], download_url="u"))
+    late(desk, completing(locks[1]))
+    good, newer = desk.late()
+    assert late_rules.refuse_adoption(good, desk.policy) is None
+    assert desk.no(Adopt(id="a"), "invalid_request", admin=True).message.startswith(f"Late result {newer.seq} ")
+    assert desk.yes(Adopt(id="a", result=good.seq), admin=True).download_url == "u"
+
+
+def test_a_dry_run_is_answered_as_if_it_were_done_and_nothing_is(desk: Desk) -> None:
+    desk.no(Adopt(id="a", dry_run=True), "job_not_found", admin=True)
+    late(desk, completing(stalled(desk)))
+    before = desk.job()
+    decision = desk.decide(Adopt(id="a", dry_run=True), admin=True)
+    assert (decision.changes, desk.job()) == ([], before)
+    assert isinstance(decision.answer, Answer)
+    assert decision.answer.data == desk.yes(Adopt(id="a"), admin=True)
+    desk.no(Adopt(id="a", dry_run=True), "invalid_transition", admin=True)
 
 
 @pytest.mark.parametrize(("ahead", "used"), [(1, True), (0, False), (-1, False)])
@@ -540,6 +581,36 @@ def test_why_says_what_to_do_with_one(desk: Desk) -> None:
     assert advice(desk)[0] == "A late result of worker w-7 is there. To take it: jobctl adopt a"
     desk.start(worker="w-2")
     assert advice(desk)[0].endswith("To take it: jobctl force-fail a, then jobctl adopt a")
+
+
+def test_why_promises_no_adoption_that_would_be_refused(desk: Desk) -> None:
+    late(desk, completing(stalled(desk, worker="w-7")))
+    desk.policy = Policy(require_download_url=True)
+    lacks = (
+        "A late result of worker w-7 is there, but it cannot be adopted: it has no download_url, which [validation] "
+        "require_download_url asks for. Look at it: jobctl late a. If it is whole: "
+    )
+    assert advice(desk)[0] == f"{lacks}jobctl transition a queued completed --set download_url=URL"
+    lock_id = desk.start(worker="w-8")
+    by_hand = "jobctl force-fail a, then jobctl transition a failed completed --set download_url=URL"
+    assert advice(desk)[0] == lacks + by_hand
+    desk.policy = Policy()
+    assert "jobctl adopt a" in advice(desk)[0], "the policy is that of now"
+    desk.policy = Policy(require_download_url=True)
+    desk.yes(ForceFail(id="a"), admin=True)
+    refused = late(desk, completing(lock_id, download_url="u"))
+    assert refused.message.endswith("an operator can adopt it: jobctl adopt a")
+    assert advice(desk)[0] == "A late result of worker w-8 is there. To take it: jobctl adopt a"
+
+
+def test_why_names_the_late_result_that_can_be_adopted_where_it_is_not_the_latest() -> None:
+    desk = Desk(Policy(require_download_url=True))
+    locks = [stalled(desk, worker="w-7"), desk.start(worker="w-8")]
+    desk.yes(ForceReset(id="a"), admin=True)
+    late(desk, completing(locks[0], download_url="u"))
+    late(desk, completing(locks[1]))
+    named = f"jobctl adopt a --result {desk.late()[0].seq}"
+    assert advice(desk)[0] == f"A late result of worker w-7 is there. To take it: {named}"
 
 
 def test_of_several_the_one_of_the_latest_grant_is_named_before_all_other_advice(desk: Desk) -> None:

@@ -246,9 +246,9 @@ def test_a_change_that_was_taken_back_is_a_change() -> None:
         (
             "force-fail",
             [1, 0],
-            "1 of these jobs has 1 late result that nobody has adopted: it could be adopted instead.",
+            "1 of these jobs has 1 late result that nobody has adopted: see whether it can be adopted instead.",
         ),
-        ("retry", [3], "It has 3 late results that nobody has adopted: they could be adopted instead."),
+        ("retry", [3], "It has 3 late results that nobody has adopted: see whether they can be adopted instead."),
     ],
 )
 def test_what_is_said_of_late_results(action: PlanAction, late: list[int], note: str | None) -> None:

@@ -1426,6 +1426,36 @@ def test_a_late_result_is_adopted(desk: Desk) -> None:
     assert desk.job("b").result == Result("kept")
 
 
+def test_a_transition_to_completed_needs_a_download_url_where_one_is_required() -> None:
+    desk = Desk(Policy(require_download_url=True))
+    desk.create()
+    refused = Transition(id="a", from_="queued", to="completed", updates=Updates(file_path="/f"))
+    assert desk.no(refused, "invalid_request", admin=True).details == {"field": "$.updates.download_url"}
+    desk.row(replace(desk.job(), result=Result("kept")))
+    desk.no(refused, "invalid_request", admin=True)
+    rehearsed = admin(desk, Transition(id="a", from_="queued", to="completed", dry_run=True))
+    assert (rehearsed.previous_status, rehearsed.status, desk.job().status) == ("queued", "completed", "queued")
+    admin(desk, Transition(id="a", from_="queued", to="failed"))
+    admin(desk, Transition(id="a", from_="failed", to="completed"))
+    assert desk.job().result == Result("kept")
+    desk.create("b")
+    admin(desk, Transition(id="b", from_="queued", to="completed", updates=Updates(download_url="u")))
+
+
+def test_a_dry_run_changes_nothing(desk: Desk) -> None:
+    desk.create()
+    before = desk.job()
+    for asked in (Transition(id="a", from_="queued", to="failed", reason="r"),):
+        rehearsed = desk.decide(replace(asked, dry_run=True), admin=True)
+        assert (rehearsed.changes, desk.job()) == ([], before)
+        assert isinstance(rehearsed.answer, Answer)
+        done = desk.ask(asked, admin=True)
+        assert isinstance(done, Answer)
+        assert rehearsed.answer.data == done.data
+        refused = replace(asked, dry_run=True)
+        assert desk.no(refused, "invalid_transition", admin=True) == desk.no(asked, "invalid_transition", admin=True)
+
+
 def test_a_transition_to_failed_needs_no_words(desk: Desk) -> None:
     desk.create()
     admin(desk, Transition(id="a", from_="queued", to="failed"))

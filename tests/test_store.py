@@ -568,7 +568,10 @@ async def test_late_results_are_read_back_after_a_restart(path: str) -> None:
         await assert_holds(store, found, maker)
         assert await late_results(store, job) == [kept(changes[1]), kept(changes[0])], "the oldest grant first"
         names = await late_results(store, job, whole=False)
-        assert names == [replace(kept(change), result=Result()) for change in reversed(changes)]
+        addresses = [Result(), Result("https://x/y")]
+        assert names == [
+            replace(kept(change), result=each) for change, each in zip(reversed(changes), addresses, strict=True)
+        ]
         assert (await store.late([LateAsked(2), LateAsked(99)])).results == {2: [], 99: []}
 
 

@@ -9,9 +9,9 @@ from msgspec import UNSET, Raw
 from msgspec.structs import asdict, replace
 
 from jobd import views
-from jobd.answers import public_lock
+from jobd.answers import Objection, public_lock
 from jobd.book import Book
-from jobd.commands import Import, Locks, Moment
+from jobd.commands import Import, Locks, Moment, Refusal
 from jobd.figures import Figures
 from jobd.job import MINUTE_MS, Backoff, Failure, Grant, Job, LateResult, Lease, Options, Policy, Result
 from tests.desk import NOW
@@ -129,8 +129,10 @@ def test_every_field_of_a_late_result_is_shown_in_its_place() -> None:
     late = LateResult(31, NOW - 32, "w-2", 33, "hash", NOW + 34, Result("url", "file", "key", Raw(b"1")))
     assert asdict(views.late_view(late)) == {
         "seq": 31, "at": NOW - 32, "worker": "w-2", "fencing_token": 33, "download_url": "url", "file_path": "file",
-        "storage_key": "key", "metadata": Raw(b"1"), "expires_at": NOW + 34,
+        "storage_key": "key", "metadata": Raw(b"1"), "expires_at": NOW + 34, "refusal": None,
     }  # fmt: skip
+    refused = views.late_view(late, Refusal("invalid_request", "It lacks something.", {"field": "f"}))
+    assert refused.refusal == Objection("invalid_request", "It lacks something.")
 
 
 def running(began: int, created: int = NOW - 99) -> Book:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -15,7 +16,7 @@ from jobd.cli.kinds import MOMENT
 from jobd.cli.places import admin_client, admin_options
 
 if TYPE_CHECKING:
-    from jobd.answers import Forced, JobView, LateResultView, PlanResult, PlanView
+    from jobd.answers import Forced, JobView, LateResultView, Objection, PlanResult, PlanView
     from jobd.job import Status
 
 _IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
@@ -101,11 +102,14 @@ def transition(
     settings = _settings(fields)
     client = admin_client()
 
-    def do(one: str) -> Any:
-        return client.transition_job_state(one, from_status, to_status, updates=fields or None, reason=reason)
+    def do(one: str, *, dry_run: bool = False) -> Any:
+        return client.transition_job_state(
+            one, from_status, to_status, updates=fields or None, reason=reason, dry_run=dry_run
+        )
 
-    words = f"transition {from_status} → {to_status}"
-    deed = Deed(words, client.get_job, to_status, do, _forced, (from_status,), lambda job: settings)
+    words, froms = f"transition {from_status} → {to_status}", (from_status,)
+    rehearse = partial(do, dry_run=True)
+    deed = Deed(words, client.get_job, to_status, do, _forced, froms, lambda job: settings, rehearse)
     return carry_out(deed, (job_id,), **how)
 
 
@@ -174,11 +178,11 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
     The job has to be queued, failed or cancelled.
     """
     client = admin_client()
-    chosen = result
-    details = ""
+    chosen, details = result, ""
+    objection: Objection | None = None
 
     def look(one: str) -> Any:
-        nonlocal chosen, details
+        nonlocal chosen, details, objection
         fit = [late for late in client.late_results(one) if result in (None, late.seq)]
         if not fit:
             from jobd.client.errors import LateResultNotFound
@@ -186,13 +190,24 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
             raise LateResultNotFound(f"Job {one} has no such late result. See those that it has: jobctl late {one}")
         latest = max(fit, key=lambda late: late.fencing_token)
         chosen, details = latest.seq, f" {_brought(latest)}"  # a later one has not been seen
+        objection = latest.refusal
         return client.get_job(one)
 
     def do(one: str) -> Any:
         return client.adopt(one, chosen, reason=reason)
 
+    def rehearse(one: str) -> Any:
+        from jobd.client.errors import Forbidden, JobdError
+
+        try:
+            return client.adopt(one, chosen, reason=reason, dry_run=True)
+        except Forbidden:
+            if objection is None:
+                raise
+            raise JobdError(objection.message, code=objection.error) from None
+
     froms = ("queued", "failed", "cancelled")
-    deed = Deed("adopt", look, "completed", do, lambda job: job.status, froms, lambda job: details)
+    deed = Deed("adopt", look, "completed", do, lambda job: job.status, froms, lambda job: details, rehearse)
     return carry_out(deed, (job_id,), **how)
 
 

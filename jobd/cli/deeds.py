@@ -16,6 +16,7 @@ from jobd.cli import exits, show
 
 if TYPE_CHECKING:
     from jobd.answers import JobView
+    from jobd.client.errors import JobdError
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,8 @@ class Deed:
     """`words` says what is done ("force-fail"), `to` is the status that it leads to, None where the job is deleted.
 
     `only_from` are the statuses from which it may be done, where they are fewer than lead to `to`; `details` says of
-    the job that was looked at what there is to know beside it before it is done.
+    the job that was looked at what there is to know beside it before it is done. `rehearse` asks the daemon for it as
+    a dry run, which is refused like the deed; without it, and for who may only look, the statuses are what is judged.
     """
 
     words: str
@@ -33,6 +35,7 @@ class Deed:
     done: Callable[[Any], str]
     only_from: tuple[str, ...] = ()
     details: Callable[[JobView], str] = lambda job: ""
+    rehearse: Callable[[str], object] | None = None
 
 
 def destructive(verb: Any) -> Any:
@@ -83,11 +86,31 @@ def _do(deed: Deed, job_id: str, as_json: bool) -> int:
 
 def _would(deed: Deed, job_id: str, tell: Callable[[str], None]) -> int:
     job = deed.look(job_id)
+    if (no := _refused(deed, job_id)) is not None:
+        show.say(f"{job_id}: {deed.words} would be refused: {no.message} [{no.code}]")
+        return exits.of_refusal(no.code)
     if not _allowed(job.status, deed):
         show.say(f"{job_id}: {deed.words} would be refused: it is {state(job)}")
         return exits.REFUSED
     tell(f"{job_id}: would {deed.words}{deed.details(job)}: it is {state(job)}")
     return exits.DONE
+
+
+def _refused(deed: Deed, job_id: str) -> JobdError | None:
+    """What the daemon would refuse the deed with; None where it would not, or was not asked."""
+    from jobd.client.errors import Forbidden, JobdError
+
+    if deed.rehearse is None:
+        return None
+    try:
+        deed.rehearse(job_id)
+    except Forbidden:
+        return None  # a dry run is for who may do it; who may only look has what a look tells
+    except JobdError as error:
+        if exits.of_refusal(error.code) != exits.REFUSED:
+            raise  # no word about the job
+        return error
+    return None
 
 
 def _allowed(status: str, deed: Deed) -> bool:
@@ -101,7 +124,10 @@ def _allowed(status: str, deed: Deed) -> bool:
 def _ask(deed: Deed, ids: Sequence[str]) -> None:
     need_terminal()
     if len(ids) == 1:
-        ask_about(deed, deed.look(ids[0]))
+        job = deed.look(ids[0])
+        if deed.rehearse is not None:
+            deed.rehearse(ids[0])  # nobody is asked about what would be refused
+        ask_about(deed, job)
     else:
         _each(ids, lambda job_id: _would(deed, job_id, show.say))
         confirm(f"{deed.words} {len(ids)} jobs")

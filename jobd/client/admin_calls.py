@@ -262,14 +262,17 @@ def transition_job_state(
     *,
     updates: Mapping[str, Any] | None = None,
     reason: str | None = None,
+    dry_run: bool = False,
     idempotency_key: str | None = None,
 ) -> Request[Forced]:
     """Change the status if it is `from_status` now; into processing there is no way but a grant.
 
     `updates` may set error_message, priority, run_at, max_attempts, download_url, file_path, storage_key, metadata.
-    Raises JobNotFound, InvalidTransition.
+    `dry_run`: the same answer or error, and nothing is done. Raises JobNotFound, InvalidTransition, InvalidRequest
+    (into completed without a download_url, where the daemon asks for one).
     """
-    body = {"jobId": job_id, "from": from_status, "to": to_status, "updates": updates, "reason": reason}
+    body: dict[str, Any] = {"jobId": job_id, "from": from_status, "to": to_status, "updates": updates}
+    body |= {"reason": reason, "dry_run": dry_run or None}
     return _change("transition", _read_forced, body, idempotency_key)
 
 
@@ -328,13 +331,20 @@ def late_results(job_id: str) -> Request[list[LateResultView]]:
 
 
 def adopt(
-    job_id: str, result: int | None = None, *, reason: str | None = None, idempotency_key: str | None = None
+    job_id: str,
+    result: int | None = None,
+    *,
+    reason: str | None = None,
+    dry_run: bool = False,
+    idempotency_key: str | None = None,
 ) -> Request[JobInfo]:
     """Complete a queued, failed or cancelled job with a late result: the one with this `seq`, or the latest grant's.
 
-    Raises JobNotFound, LateResultNotFound, InvalidTransition (somebody holds it, or it is completed).
+    `dry_run`: the job as it would be, or the same error, and nothing is done. Raises JobNotFound, LateResultNotFound,
+    InvalidTransition (somebody holds it, or it is completed), InvalidRequest (it has no download_url, where the daemon
+    asks for one).
     """
-    body = {"result": result, "reason": reason}
+    body = {"result": result, "reason": reason, "dry_run": dry_run or None}
     return post(job_path(JOBS, job_id, "adopt"), read_job, body, key=idempotency_key or uuid7())
 
 

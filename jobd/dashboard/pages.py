@@ -254,6 +254,7 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
         "base": base_url(guest),
         "deed": deed,
         "can": can(deed, view, guest.now),
+        "objection": None if late is None else late.refusal,
         "seen": found.version,
         **strip(guest, paused),
     }
