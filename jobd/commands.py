@@ -315,6 +315,7 @@ class ReleaseLock(OnJobNamed, frozen=True, kw_only=True):
 
 class RunNow(OnJob, frozen=True, kw_only=True):
     reason: Text | None = None
+    dry_run: bool = False
 
 
 class Update(OnJob, frozen=True, kw_only=True):
@@ -322,6 +323,7 @@ class Update(OnJob, frozen=True, kw_only=True):
     run_at: UnixMs | None = None
     max_attempts: Attempts | None = None
     reason: Text | None = None
+    dry_run: bool = False
 
 
 class GetVersion(OnJob, frozen=True, kw_only=True):
@@ -340,7 +342,7 @@ class Adopt(OnJob, frozen=True, kw_only=True):
     dry_run: bool = False
 
 
-_REHEARSED: Final = frozenset({Transition, Adopt})
+_REHEARSED: Final = frozenset({Transition, RunNow, Update, Adopt})
 
 
 def is_rehearsal(command: Any) -> bool:

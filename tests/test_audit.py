@@ -90,9 +90,9 @@ def test_a_dry_run_is_no_deed() -> None:
     desk = Desk()
     desk.create("a")
     for job_id in ("a", "b"):
-        asked = Transition(id=job_id, from_="queued", to="failed", dry_run=True)
-        assert entry(desk, asked) is None
-        assert entry(desk, replace(asked, dry_run=False)) is not None
+        for asked in (RunNow(id=job_id), Update(id=job_id), Transition(id=job_id, from_="queued", to="failed")):
+            assert entry(desk, replace(asked, dry_run=True)) is None
+            assert entry(desk, asked) is not None
 
 
 def test_a_deed_says_who_from_where_what_why_and_what_came_of_it() -> None:

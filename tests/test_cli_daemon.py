@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import msgspec
@@ -25,7 +26,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd import admin_api, answers
-from jobd.cli import checkup, ctl, ctl_plan, exits, tables_admin
+from jobd.cli import checkup, ctl, ctl_change, ctl_plan, exits, tables_admin
 from jobd.cli import daemon as jobd_cli
 from jobd.cli.checkup import examine
 from jobd.client import AdminClient, JobClient, JobdError, LockLost
@@ -1337,6 +1338,64 @@ def test_what_a_dry_run_of_one_job_has_shown_can_be_done_to_exactly_that(running
     code, out, err = jobctl.run("apply", named[1], "-y")
     assert (code, "dry-1: changed meanwhile" in err) == (4, True)
     assert running.client.get_job("dry-1").status == "queued"
+
+
+@pytest.mark.parametrize("token", [TOKEN, READER_TOKEN], ids=["admin", "reader"])
+def test_a_dry_run_says_what_would_change_from_what_to_what(
+    token: str, jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"dry-{'r' if token == READER_TOKEN else 'a'}"
+    jobctl.ok("submit", "--id", name, "--queue", name, "--delay", "2h", "--priority", "4")
+    monkeypatch.setenv("ADMIN_TOKEN", token)
+    before, at = running.client.get_job(name), r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+    said = jobctl.ok("run-now", name, "--dry-run")
+    assert re.fullmatch(rf"{name}: would run-now \(due {at} \(in .*\) → {at} \(\d s ago\)\): it is queued\n", said)
+    said = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "1", "--dry-run", "--reason", "r")
+    assert said == f"{name}: would update (priority 4 → 5): it is queued\n"
+    said = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "3", "--run-at", "1h", "--dry-run")
+    changes = rf"priority 4 → 5, due {at} \(in .*\) → {at} \(in .*\), max_attempts 1 → 3"
+    assert re.fullmatch(rf"{name}: would update \({changes}\): it is queued\n", said)
+    nothing = f"{name}: would update (which changes nothing): it is queued\n"
+    assert jobctl.ok("update", name, "--priority", "4", "--dry-run") == nothing
+    assert running.client.get_job(name) == before
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    jobctl.ok("run-now", name)
+    monkeypatch.setenv("ADMIN_TOKEN", token)
+    assert jobctl.ok("run-now", name, "--dry-run") == f"{name}: would run-now (which changes nothing): it is queued\n"
+    assert jobctl.no("run-now", "never-was", "--dry-run")[0] == 4
+
+
+def test_a_dry_run_goes_by_the_clock_of_the_daemon(
+    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobctl.ok("submit", "--id", "dry-4", "--delay", "2h")
+    fast = time.time() + 10 * 3600
+    monkeypatch.setattr(ctl_change, "time", SimpleNamespace(time=lambda: fast))
+    assert "would run-now (due" in jobctl.ok("run-now", "dry-4", "--dry-run")
+
+
+def test_a_dry_run_is_refused_as_the_deed_would_be(
+    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobctl.ok("submit", "--id", "dry-3", "--queue", "dry-3")
+    grant = running.client.claim("w", queues=["dry-3"])[0]
+    assert "would update (priority 0 → 1): it is processing" in jobctl.ok(
+        "update", "dry-3", "--priority", "1", "--dry-run"
+    )
+    running.client.complete_job("dry-3", grant.lock_id, file_path="/f")
+    for argv in (["run-now", "dry-3"], ["update", "dry-3", "--priority", "1"]):
+        code, err = jobctl.no(*argv)
+        refused = f"dry-3: {argv[0]} would be refused: "
+        assert jobctl.no(*argv, "--dry-run") == (code, err.replace("jobctl: ", refused).replace(" [", ". ["))
+        assert (code, err.endswith("[invalid_transition]\n")) == (4, True)
+    wrong = ["update", "dry-3", "--priority", "9999", "--dry-run"]
+    assert (jobctl.no(*wrong)[0], "[invalid_request]" in jobctl.no(*wrong)[1]) == (4, True)
+    assert jobctl.no("update", "dry-3", "--dry-run")[0] == 2
+    monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+    for argv in (["run-now", "dry-3"], ["update", "dry-3", "--priority", "1"]):
+        refused = f"dry-3: {argv[0]} would be refused: it is completed\n"
+        assert jobctl.no(*argv, "--dry-run") == (4, refused)
+        assert jobctl.no(*argv)[0] == 5
 
 
 def test_who_may_only_look_has_a_dry_run_too(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,15 +180,28 @@ grants = st.one_of(
         stuck_after_ms=maybe_wait,
     ),
 )
+rehearsals = st.sampled_from([False, False, False, True])
 operators = st.one_of(
     st.builds(ForceFail, id=ids, reason=maybe_text),
     st.builds(ForceReset, id=ids),
-    st.builds(Transition, id=ids, from_=st.sampled_from(STATUSES), to=st.sampled_from(STATUSES), updates=updates),
-    st.builds(RunNow, id=ids),
     st.builds(
-        Update, id=ids, priority=st.none() | priorities, run_at=maybe_time, max_attempts=st.none() | st.integers(1, 3)
+        Transition,
+        id=ids,
+        from_=st.sampled_from(STATUSES),
+        to=st.sampled_from(STATUSES),
+        updates=updates,
+        dry_run=rehearsals,
     ),
-    st.builds(Adopt, id=ids, result=st.sampled_from([None, None, None, 1])),
+    st.builds(RunNow, id=ids, dry_run=rehearsals),
+    st.builds(
+        Update,
+        id=ids,
+        priority=st.none() | priorities,
+        run_at=maybe_time,
+        max_attempts=st.none() | st.integers(1, 3),
+        dry_run=rehearsals,
+    ),
+    st.builds(Adopt, id=ids, result=st.sampled_from([None, None, None, 1]), dry_run=rehearsals),
     st.builds(Delete, id=ids),
     st.builds(Pause, name=queues),
     st.builds(Resume, name=queues),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -10,17 +11,20 @@ import click
 
 from jobd.cli import ctl_plan, show
 from jobd.cli.ctl_plan import is_plan, where_option
-from jobd.cli.deeds import Deed, carry_out, destructive, reason_option
+from jobd.cli.deeds import Deed, carry_out, destructive, dry_run_option, reason_option
 from jobd.cli.group import json_option
 from jobd.cli.kinds import MOMENT
 from jobd.cli.places import admin_client, admin_options
 
 if TYPE_CHECKING:
     from jobd.answers import Forced, JobView, LateResultView, Objection, PlanResult, PlanView
+    from jobd.client import AdminClient
     from jobd.job import Status
 
 _IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
 _REASON: Final = reason_option("Kept with the job.")
+_UNFINAL: Final = ("queued", "processing", "failed", "cancelled")
+_UPDATED: Final = ("priority", "run_at", "max_attempts")  # in the order in which they are told
 _STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 
 
@@ -224,11 +228,15 @@ def _brought(late: LateResultView) -> str:
 @click.command("run-now")
 @click.argument("job_id", metavar="ID")
 @_REASON
+@dry_run_option
 @json_option
 @admin_options
-def run_now(job_id: str, reason: str | None, as_json: bool) -> None:
+def run_now(job_id: str, reason: str | None, **how: bool) -> int:
     """Make a queued job due now."""
-    _changed(lambda: admin_client().run_now(job_id, reason), as_json)
+    client = admin_client()
+    now = round(time.time() * 1000)
+    do = partial(client.run_now, reason=reason)
+    return _change("run-now", job_id, client, do, ("queued",), lambda job: {"run_at": min(job.run_at, now)}, **how)
 
 
 @click.command()
@@ -237,22 +245,64 @@ def run_now(job_id: str, reason: str | None, as_json: bool) -> None:
 @click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC), or this long from now.")
 @click.option("--max-attempts", type=int, metavar="N", help="How often it may be tried.")
 @_REASON
+@dry_run_option
 @json_option
 @admin_options
-def update(job_id: str, reason: str | None, as_json: bool, **fields: Any) -> None:
+def update(job_id: str, reason: str | None, dry_run: bool, as_json: bool, **fields: Any) -> int:
     """Change priority, due time or attempts of a job."""
     if all(value is None for value in fields.values()):
         raise click.UsageError("nothing to change: give --priority, --run-at or --max-attempts")
     client = admin_client()
-    _changed(lambda: client.update_job(job_id, reason=reason, **fields), as_json)
+    asked = {name: fields[name] for name in _UPDATED if fields[name] is not None}
+    do = partial(client.update_job, reason=reason, **asked)
+    return _change("update", job_id, client, do, _UNFINAL, lambda job: asked, dry_run=dry_run, as_json=as_json)
 
 
-def _changed(change: Callable[[], Any], as_json: bool) -> None:
-    job = change()
-    if as_json:
-        show.emit_json(job)
-    else:
-        show.emit(f"{job.id}: {job.status}, priority {job.priority}, due {show.when(job.run_at)}")
+def _change(
+    words: str,
+    job_id: str,
+    client: AdminClient,
+    do: Callable[..., Any],
+    froms: tuple[str, ...],
+    asked: Callable[[JobView], dict[str, int]],
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Set fields of a job, whose status stays. A dry run says from what to what.
+
+    `asked` is what is set of a job, as far as that can be told without the daemon: for who may only look.
+    """
+    would_be: JobView | None = None
+
+    def details(job: JobView) -> str:
+        after = asked(job)
+        if would_be is not None:
+            after = {name: getattr(would_be, name) for name in after}
+        return f" ({_differences(job, after)})"
+
+    def rehearse(one: str) -> None:
+        nonlocal would_be
+        would_be = do(one, dry_run=True)
+
+    deed = Deed(words, client.get_job, "", do, _fields, froms, details, rehearse)
+    return carry_out(deed, (job_id,), yes=True, dry_run=dry_run, as_json=as_json)
+
+
+def _differences(job: JobView, after: dict[str, int]) -> str:
+    """`priority 0 → 5, due … → …`: where `after` is not what the job has."""
+    told = []
+    for name, value in after.items():
+        before = getattr(job, name)
+        if name == "run_at" and before != value:
+            told.append(f"due {show.when(before)} → {show.when(value)}")
+        elif before != value:
+            told.append(f"{name} {before} → {value}")
+    return ", ".join(told) or "which changes nothing"
+
+
+def _fields(job: JobView) -> str:
+    return f"{job.status}, priority {job.priority}, due {show.when(job.run_at)}"
 
 
 VERBS: Final = (

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Deed:
-    """`words` says what is done ("force-fail"), `to` is the status that it leads to, None where the job is deleted.
+    """`words` says what is done ("force-fail"), `to` is the status that it leads to, None where the job is deleted, ""
+    where its status stays.
 
     `only_from` are the statuses from which it may be done, where they are fewer than lead to `to`; `details` says of
     the job that was looked at what there is to know beside it before it is done. `rehearse` asks the daemon for it as
@@ -41,8 +42,12 @@ class Deed:
 def destructive(verb: Any) -> Any:
     """--yes, --dry-run and --json for a verb that destroys something."""
     verb = click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON, one a job.")(verb)
-    verb = click.option("--dry-run", is_flag=True, help="Only say what would be done.")(verb)
+    verb = dry_run_option(verb)
     return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(verb)
+
+
+def dry_run_option(verb: Any) -> Any:
+    return click.option("--dry-run", is_flag=True, help="Only say what would be done.")(verb)
 
 
 def reason_option(kept: str) -> Callable[[Any], Any]:
@@ -118,6 +123,8 @@ def _allowed(status: str, deed: Deed) -> bool:
 
     if (deed.only_from and status not in deed.only_from) or deed.to == "processing":  # which only a grant makes
         return False
+    if deed.to == "":
+        return True
     return status in FINISHED if deed.to is None else (status, deed.to) in TRANSITIONS
 
 

@@ -306,9 +306,15 @@ def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str |
     return post(job_path(JOBS, job_id, "cancel"), read_job, {"reason": reason}, key=idempotency_key or uuid7())
 
 
-def run_now(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> Request[JobInfo]:
-    """Make a queued job due now. Raises JobNotFound, InvalidTransition."""
-    return post(job_path(JOBS, job_id, "run-now"), read_job, {"reason": reason}, key=idempotency_key or uuid7())
+def run_now(
+    job_id: str, reason: str | None = None, *, dry_run: bool = False, idempotency_key: str | None = None
+) -> Request[JobInfo]:
+    """Make a queued job due now. `dry_run`: the job as it would be, or the same error, and nothing is done.
+
+    Raises JobNotFound, InvalidTransition.
+    """
+    body = {"reason": reason, "dry_run": dry_run or None}
+    return post(job_path(JOBS, job_id, "run-now"), read_job, body, key=idempotency_key or uuid7())
 
 
 def update_job(
@@ -318,10 +324,15 @@ def update_job(
     run_at: int | None = None,
     max_attempts: int | None = None,
     reason: str | None = None,
+    dry_run: bool = False,
     idempotency_key: str | None = None,
 ) -> Request[JobInfo]:
-    """Change priority, due time (Unix ms) or the number of attempts. Raises JobNotFound, InvalidTransition."""
-    body = {"priority": priority, "run_at": run_at, "max_attempts": max_attempts, "reason": reason}
+    """Change priority, due time (Unix ms) or the number of attempts.
+
+    `dry_run`: the job as it would be, or the same error, and nothing is done. Raises JobNotFound, InvalidTransition.
+    """
+    body: dict[str, Any] = {"priority": priority, "run_at": run_at, "max_attempts": max_attempts}
+    body |= {"reason": reason, "dry_run": dry_run or None}
     return post(job_path(JOBS, job_id, "update"), read_job, body, key=idempotency_key or uuid7())
 
 
