@@ -722,6 +722,11 @@ def test_where_a_download_url_is_required_a_dry_run_promises_nothing_that_is_ref
         monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
         code, err = jobctl.no("adopt", "du1", "--dry-run")
         assert (code, lacks in err) == (4, True), "who may only look is told, too"
+        code, out, err = jobctl.run(*move, "--dry-run")
+        assert (code, "would transition" in out) == (0, True)
+        assert err == (
+            "Judged by its status alone: only who may do it can ask the daemon, and this token may only look.\n"
+        )
         assert jobctl.no("adopt", "du1", "-y")[0] == 5
     assert "would adopt" in jobctl.ok("adopt", "du1", "--dry-run")
     assert "it is failed" in jobctl.ok(*move, "--dry-run")

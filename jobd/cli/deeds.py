@@ -91,28 +91,30 @@ def _do(deed: Deed, job_id: str, as_json: bool) -> int:
 
 def _would(deed: Deed, job_id: str, tell: Callable[[str], None]) -> int:
     job = deed.look(job_id)
-    if (no := _refused(deed, job_id)) is not None:
+    no = _refused(deed, job_id)
+    may_only_look = no is not None and exits.of_refusal(no.code) == exits.UNAUTHORISED
+    if no is not None and not may_only_look:
         show.say(f"{job_id}: {deed.words} would be refused: {no.message} [{no.code}]")
         return exits.of_refusal(no.code)
     if not _allowed(job.status, deed):
         show.say(f"{job_id}: {deed.words} would be refused: it is {state(job)}")
         return exits.REFUSED
     tell(f"{job_id}: would {deed.words}{deed.details(job)}: it is {state(job)}")
+    if may_only_look:
+        show.say("Judged by its status alone: only who may do it can ask the daemon, and this token may only look.")
     return exits.DONE
 
 
 def _refused(deed: Deed, job_id: str) -> JobdError | None:
-    """What the daemon would refuse the deed with; None where it would not, or was not asked."""
-    from jobd.client.errors import Forbidden, JobdError
+    """What the daemon would refuse the deed with, or the question; None where it would not, or is not asked."""
+    from jobd.client.errors import JobdError
 
     if deed.rehearse is None:
         return None
     try:
         deed.rehearse(job_id)
-    except Forbidden:
-        return None  # a dry run is for who may do it; who may only look has what a look tells
     except JobdError as error:
-        if exits.of_refusal(error.code) != exits.REFUSED:
+        if exits.of_refusal(error.code) not in (exits.REFUSED, exits.UNAUTHORISED):
             raise  # no word about the job
         return error
     return None
