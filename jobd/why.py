@@ -81,8 +81,9 @@ def _waiting(job: Job, book: Book, at: Moment, expires: Next | None, back: str) 
     first = next(book.due([queue], [kind]), None)
     ahead = "It is the next of its kind." if first is not None and first.id == job.id else "Other jobs are before it."
     because = f"It has been due for {waiting} and waits for a worker that claims queue {queue}. {ahead}{back}"
+    held = book.counts[queue]["processing"]
     do = [
-        f"See who works: jobctl workers. Queue {queue} has {book.counts[queue]['processing']} jobs in work.",
+        f"See who works: jobctl workers. Queue {queue} has {held} {'job' if held == 1 else 'jobs'} in work.",
         f"Start a worker: jobctl run --queue {queue} -- CMD",
     ]
     offered = Next("It is handed to the next worker that claims its queue.", at.now, "claim")

@@ -58,6 +58,19 @@ def test_waiting_for_a_worker(desk: Desk) -> None:
     assert "Other jobs are before it." in why(desk, "b").because
 
 
+def test_how_many_are_in_work_beside_one_that_waits(desk: Desk) -> None:
+    for job_id in "abc":
+        desk.create(job_id, queue="q")
+    told = []
+    for job_id in "ab":
+        told.append(why(desk, "c").do[0])
+        desk.start(job_id)
+    told.append(why(desk, "c").do[0])
+    assert told == [
+        f"See who works: jobctl workers. Queue q has {held} in work." for held in ("0 jobs", "1 job", "2 jobs")
+    ]
+
+
 def test_an_expiry_comes_before_the_claim_that_may_never_come(desk: Desk) -> None:
     desk.create(expires_at=NOW + 7)
     assert at_and_rule(why(desk)) == (NOW + 7, "expires_at")
