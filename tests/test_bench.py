@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from jobd.bench import beside, load, stage, work
-from jobd.bench.scenarios import SCENARIOS, Size, measured
+from jobd.bench.scenarios import SCENARIOS, Scenario, Size, measured
 from jobd.bench.spread import over_runs, percentiles
 from jobd.bench.stage import BenchFailed, Stage
-from jobd.bench.wire import Wire
+from jobd.bench.wire import Refused, Wire
 from jobd.cli import bench
 from jobd.cli.daemon import jobd
 
@@ -61,6 +61,15 @@ async def stats_of(staged: Stage) -> Any:
     return found
 
 
+async def first_events_of(staged: Stage) -> None:
+    """Events from the first on, as long as the daemon has all of them."""
+    wire = await Wire.open(staged._socket("admin"), staged._token)
+    try:
+        await wire.get("/admin/job-management/events?last_event_id=1&follow=false")
+    finally:
+        wire.close()
+
+
 def test_lifecycles_are_counted_as_the_daemon_counts_them(tmp_path: Path) -> None:
     with Stage(tmp_path) as staged:
         for kind in ("lifecycle", "batch", "stream", "rate"):
@@ -72,6 +81,12 @@ def test_lifecycles_are_counted_as_the_daemon_counts_them(tmp_path: Path) -> Non
     assert counted["byStatus"]["queued"] == 2_500
     assert counted["byStatus"]["completed"] > 1_200
     assert counted["byStatus"]["processing"] == counted["byStatus"]["failed"] == 0
+
+
+def test_a_scenario_has_settings_of_its_own(tmp_path: Path) -> None:
+    narrow = Scenario("narrow", "", lambda stage, size: stage.load("fill", count=6), settings={"JOBD_LIMITS_BULK": "5"})
+    with pytest.raises(BenchFailed, match="Over 5 jobs in one bulk"):
+        measured(narrow, TINY, tmp_path)
 
 
 def test_a_load_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,10 +149,12 @@ def test_what_goes_wrong_beside_the_work_ends_the_load() -> None:
         asyncio.run(run(goes_on(), breaks()))
 
 
-def test_jobs_of_a_soak_are_gone_and_the_series_is_drawn(tmp_path: Path) -> None:
-    with Stage(tmp_path) as staged:
+def test_jobs_and_journal_of_a_soak_are_gone_and_the_series_is_drawn(tmp_path: Path) -> None:
+    with Stage(tmp_path, SCENARIOS["soak"].settings) as staged:
         figures = staged.load("soak", seconds=2.5, connections=2)
         wire_stats = asyncio.run(stats_of(staged))
+        with pytest.raises(Refused, match="events_gone"):
+            asyncio.run(first_events_of(staged))
     assert len(figures["series"]["database_mb"]) == len(figures["series"]["log_mb"]) >= 4
     assert wire_stats["byStatus"]["completed"] < 2.5 * figures["lifecycles_per_s"]
     assert bench._drawn([0.0, 1.0, 8.0]) == "▁▂█"

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -32,9 +33,13 @@ class BenchFailed(Exception):
 
 
 class Stage:
-    """`with Stage(place) as stage`: a running daemon in a new directory below `place` (None: the usual one)."""
+    """`with Stage(place) as stage`: a running daemon in a new directory below `place` (None: the usual one).
 
-    def __init__(self, place: Path | None) -> None:
+    `settings`: variables of its environment, for what is not to be as it is by default.
+    """
+
+    def __init__(self, place: Path | None, settings: Mapping[str, str] | None = None) -> None:
+        self._settings = dict(settings or {})
         self._directory = Path(tempfile.mkdtemp(prefix="jobd-bench-", dir=place))
         self._sockets = tempfile.mkdtemp(prefix="jobd-bench-")  # the name of a socket may have 107 bytes, no more
         self._token = secrets.token_urlsafe(32)
@@ -67,7 +72,7 @@ class Stage:
 
     def start(self) -> float:
         """Start the daemon; seconds until it is ready."""
-        own = {
+        own = self._settings | {
             "ADMIN_TOKEN": self._token,
             "JOBD_CONFIG": self._path("config.toml"),
             "JOBD_WORKER_SOCKET": self._socket("worker"),
