@@ -62,6 +62,7 @@ ON_DISK: Final = (
 )
 OTHERS: Final = (
     "answer replayed",
+    "dry run",
     "look that may go first",
     "cleanup complained",
     "mishap hang up with the answer",

@@ -9,6 +9,8 @@ import asyncio
 from random import Random
 from typing import Any
 
+from msgspec.structs import replace
+
 from jobd import commands, rules
 from jobd.answers import Answer, GrantView
 from jobd.commands import (
@@ -45,6 +47,7 @@ KEYED = (
     Create, Bulk, Start, Claim, Cancel, ForceFail, ForceReset, Transition, ExtendLock, ReleaseLock, RunNow, Update,
     Adopt, Delete, Pause, Resume,
 )  # fmt: skip
+REHEARSED = (Transition, RunNow, Update, Adopt)
 IN_DOUBT = ("outcome_unknown", "shutting_down", "overloaded")
 OLD_LOCKS = 6
 
@@ -132,13 +135,20 @@ class Creator(Person):
 
 
 class Operator(Person):
+    """In some seeds an operator asks now and then what would be done, before it is done."""
+
     def __init__(self, machine: Machine, name: str) -> None:
         super().__init__(machine, name, admin=True)
+        dice = Random(f"{machine.seed}: rehearsals")  # of their own: the others fall as they always did
+        self._careful = dice if dice.random() < 0.3 else None
 
     async def act(self) -> None:
         roll = self.dice.random()
         if roll < 0.7:
-            await self.ask(self.requests.operation(self.machine.wall()))
+            command = self.requests.operation(self.machine.wall())
+            if isinstance(command, REHEARSED) and self._careful is not None and self._careful.random() < 0.4:
+                await self.machine.call(self.name, replace(command, dry_run=True), by="admin", admin=True)
+            await self.ask(command)
         elif roll < 0.85:
             await self.ask(self.requests.read())
         elif roll < 0.9:

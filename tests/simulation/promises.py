@@ -37,6 +37,7 @@ from jobd.commands import (
     ReleaseLock,
     Start,
     Undelivered,
+    is_rehearsal,
 )
 from jobd.draft import Decision
 from jobd.events import Change, Event, fold
@@ -126,6 +127,9 @@ class Promises:
         self.must(at.lease >= self._last_lease, "S12", f"lease time went from {self._last_lease} to {at.lease}")
         self._last_lease = at.lease
         self._check_answer(book, command, decision, job, at)
+        self.must(
+            not is_rehearsal(command) or not decision.changes, "S15", f"a dry run of {name} did something", job_id
+        )
         rows: dict[str, Job | None] = {}
         for change in decision.changes:
             changed = change.event.job_id

@@ -18,7 +18,7 @@ from jobd import rules
 from jobd.answers import Answer, CleanupReport, GrantView
 from jobd.batch import Batch, KeyRow
 from jobd.book import Book
-from jobd.commands import AnyCommand, Call, Claim, DeleteExpired, KeyUse, Moment, Refusal
+from jobd.commands import AnyCommand, Call, Claim, DeleteExpired, KeyUse, Moment, Refusal, is_rehearsal
 from jobd.draft import Decision
 from jobd.envelope import READS
 from jobd.events import Change, fold
@@ -132,6 +132,7 @@ class Watch(Promises):
         if self.steps == self.machine.enough:
             self.machine.finished.set()
         self.fired[f"command {type(call.command).__name__}"] += 1
+        self.fired["dry run"] += is_rehearsal(call.command)
         whole = picture(book) if self.steps % PICTURE_EVERY == 0 else None
         decision = self.judged(self._decide, book, call, at, policy)
         self.must(whole is None or whole == picture(book), "S8", f"{type(call.command).__name__} changed the book")
