@@ -1082,7 +1082,7 @@ def test_a_poison_job_cannot_loop_for_ever(desk: Desk) -> None:
     error = desk.job().error
     assert desk.job().status == "failed"
     assert error is not None
-    assert "stalled 4 times" in (error.message or "")
+    assert "Stalls: 4, over its max_stalls of 3" in (error.message or "")
 
 
 def test_past_the_ceiling_a_job_is_stuck_at_once_and_says_so(desk: Desk) -> None:
