@@ -169,7 +169,7 @@ class Daemon:
 
     async def _warm(self) -> None:
         try:
-            await asyncio.to_thread(self._dashboard.warm)
+            await self._dashboard.warm()
         except Exception:
             line.exception("templates_failed")
 

@@ -59,7 +59,7 @@ class DeedForm(OnJob, frozen=True, kw_only=True):
 
 
 class Dashboard:
-    """The room behind one gate. Reads static files: make it off the loop, and `warm` it there."""
+    """The room behind one gate. Reads static files: make it off the loop, and `warm` it later."""
 
     def __init__(self, gate: Gate, recorder: Recorder, *, clock_s: Callable[[], float] = time.monotonic) -> None:
         self.sessions = Sessions(gate.access_of, clock_s)
@@ -68,9 +68,9 @@ class Dashboard:
         self._recorder = recorder
         self._entrance = Entrance(self.sessions, self._paint, clock_s)
 
-    def warm(self) -> None:
+    async def warm(self) -> None:
         """Compile the templates, before somebody waits for them."""
-        self._painter.warm()
+        await self._painter.warm()
 
     def routes(self) -> tuple[Route, ...]:
         """Every page, as data."""
