@@ -68,7 +68,7 @@ async def copied(store: Store, told: Told | None = None) -> BinaryIO:
             gone.set()
             await asyncio.wait([thread])
             if not thread.cancelled() and thread.exception() is None:
-                thread.result().close()
+                await asyncio.to_thread(thread.result().close)
             raise
 
 

@@ -125,7 +125,8 @@ class Copy:
         if self._ended_at is not None:
             return
         if self._file is not None:
-            self._file.close()
+            # Nobody else has it open: the system takes its room back now, which takes a while for a large one.
+            asyncio.get_running_loop().run_in_executor(None, self._file.close)
         self._state = "sent" if why is None else "failed"
         self._message = why
         self._ended_at = self._copies.now()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -54,6 +55,31 @@ class Slow:
         """One step more, and wait until the disk is there."""
         self.steps.release()
         await asyncio.to_thread(self.reached.acquire)
+
+
+class Watched:
+    """A file that tells which thread has closed it."""
+
+    def __init__(self) -> None:
+        self.closed_by = 0
+        self.is_closed = threading.Event()
+
+    def close(self) -> None:
+        self.closed_by = threading.get_ident()
+        self.is_closed.set()
+
+
+async def test_the_loop_does_not_wait_until_the_system_has_taken_back_the_room_of_a_copy(store: Store) -> None:
+    """Its file has no name: who closes it deletes it, which takes a tenth of a second for a hundred megabytes."""
+    copy = await Copies(store, lambda: 1_000).begin("a")
+    assert isinstance(copy, Copy)
+    file, copy._file = copy._file, Watched()  # type: ignore[assignment]
+    watched: Any = copy._file
+    copy.leave()
+    assert await asyncio.to_thread(watched.is_closed.wait, 5)
+    assert watched.closed_by != threading.get_ident()
+    assert file is not None
+    file.close()
 
 
 async def test_it_tells_how_far_it_is_from_the_first_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
