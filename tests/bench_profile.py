@@ -2,8 +2,9 @@
 
 Wants py-spy (`pip install py-spy`; it may need root) on the PATH. Samples are of the thread that holds the interpreter,
 as it is the interpreter that there is too little of: not of SQLite and the disk at their own work. A sample counts for
-the step of a request's walk in whose room the innermost function of ours is, with what C does for it. `--sources DIR`
-profiles the jobd of another tree, such as an older version's.
+the step of a request's walk in whose room the innermost function of ours is, with what C does for it. `held` is
+the share of the time in which anybody has it, `cores` what the event loop and the store's thread take of the two.
+`--sources DIR` profiles the jobd of another tree, such as an older version's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,8 +44,8 @@ LOOP: Final = "the event loop itself"
 _FRAME: Final = re.compile(r"^(?P<name>.+) \((?P<file>[^:()]+)(:\d+)?\)$")
 
 
-def profile(kind: str, seconds: float, sources: Path) -> list[str]:
-    """Stacks with their counts, as py-spy writes them."""
+def profile(kind: str, seconds: float, sources: Path) -> tuple[list[str], dict[str, float]]:
+    """Stacks with their counts, as py-spy writes them, and the cores that each thread of the daemon took."""
     with tempfile.TemporaryDirectory() as directory:
         stage = Stage(None)
         with contextlib.chdir(sources), stage:
@@ -55,7 +57,25 @@ def profile(kind: str, seconds: float, sources: Path) -> list[str]:
             with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as spy:
                 stage.load(kind, seconds=seconds + 1.0)
                 spy.wait()
-            return told.read_text().splitlines()
+            # By itself: the profiler stops the daemon for each sample.
+            began, before = time.perf_counter(), _cpu_s(stage.pid)
+            stage.load(kind, seconds=seconds)
+            passed, after = time.perf_counter() - began, _cpu_s(stage.pid)
+            return told.read_text().splitlines(), _shares(stage.pid, before, after, passed)
+
+
+def _cpu_s(pid: int) -> dict[int, float]:
+    """Seconds of CPU of each thread of a process."""
+    tasks = Path(f"/proc/{pid}/task")
+    return {int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks.iterdir()}
+
+
+def _shares(pid: int, before: dict[int, float], after: dict[int, float], passed_s: float) -> dict[str, float]:
+    """Cores of the loop, of the thread that took most beside it (the store's), and of all others."""
+    took = {task: (cpu_s - before.get(task, 0.0)) / passed_s for task, cpu_s in after.items()}
+    loop = took.pop(pid)
+    store, *others = sorted(took.values(), reverse=True)
+    return {"loop": round(loop, 3), "store": round(store, 3), "others": round(sum(others), 3)}
 
 
 def frames(stack: str) -> Iterator[tuple[str, str]]:
@@ -101,7 +121,10 @@ def main() -> None:
     chosen = options.parse_args()
     if shutil.which("py-spy") is None:
         sys.exit("py-spy is not there: pip install py-spy")
-    print(json.dumps(summed(profile(chosen.kind, chosen.seconds, chosen.sources)), indent=1))
+    stacks, cores = profile(chosen.kind, chosen.seconds, chosen.sources)
+    found = summed(stacks)
+    held = {"held": round(found["samples"] / RATE / chosen.seconds, 3)}  # of the time somebody has the interpreter
+    print(json.dumps({"cores": cores, **held, **found}, indent=1))
 
 
 if __name__ == "__main__":

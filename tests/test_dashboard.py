@@ -190,6 +190,7 @@ async def test_all_templates_are_compiled_beforehand_where_there_is_time(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then no page has to wait for one."""
+    monkeypatch.setattr("jobd.dashboard.paint.BREATH_S", 0)
     await town.room.warm()
     monkeypatch.setattr(FileSystemLoader, "get_source", None)
     browser = await town.browser()

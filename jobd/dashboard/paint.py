@@ -27,7 +27,7 @@ from jobd.replies import Text
 
 PLACE: Final = Path(__file__).parent / "templates"
 AT_HAND: Final = ("base.html", "refused.html")  # a refusal takes no detour
-BREATH_S: Final = 0.02  # between two templates that are compiled: most take less
+BREATH_S = 1.0  # between two templates that are compiled: each takes some milliseconds, the longest 17
 HTML: Final = "text/html; charset=utf-8"
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -94,7 +94,7 @@ class Painter:
         self._compile(AT_HAND)
 
     async def warm(self) -> None:
-        """Compile all templates: a fifth of a second, which a start need not wait for.
+        """Compile all templates, which a start need not wait for. Who wants one before has it compiled then.
 
         Off the loop, but they want the interpreter as it does: in one go they would hold up whoever asks meanwhile.
         """
