@@ -88,7 +88,7 @@ class TimelineView(Struct):
     events: list[EventView]
 
 
-class Objection(Struct, frozen=True):
+class RefusalView(Struct, frozen=True):
     """The refusal that something would meet: its code and its message."""
 
     error: str
@@ -111,7 +111,7 @@ class LateResultView(Struct, frozen=True):
     storage_key: str | None
     metadata: Json
     expires_at: int | None
-    refusal: Objection | None = None
+    refusal: RefusalView | None = None
 
 
 class LateResultList(Struct):

@@ -124,10 +124,17 @@ class Copy:
         """It was sent to its end; or not, and `why`."""
         if self._ended_at is not None:
             return
-        if self._file is not None:
-            # Nobody else has it open: the system takes its room back now, which takes a while for a large one.
-            asyncio.get_running_loop().run_in_executor(None, self._file.close)
         self._state = "sent" if why is None else "failed"
         self._message = why
         self._ended_at = self._copies.now()
         self._copies.drop(self)
+        if self._file is not None:
+            # Nobody else has it open: the system takes its room back now, which takes a while for a large one.
+            asyncio.get_running_loop().run_in_executor(None, _close, self._file)
+
+
+def _close(file: BinaryIO) -> None:
+    try:
+        file.close()
+    except OSError as error:
+        log.warning("copy_not_closed", error=str(error))

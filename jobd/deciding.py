@@ -17,7 +17,20 @@ from jobd import audit, late_rules, rules, views
 from jobd.answers import Answer, Grants
 from jobd.batch import Audited, Batch, KeyRow, LateKnown, Loaded, share_of, tombstones
 from jobd.book import Book
-from jobd.commands import Call, Claim, Complete, Create, EndGrants, KeyUse, Moment, Refusal, Start, Tick, Undelivered
+from jobd.commands import (
+    Call,
+    Claim,
+    Complete,
+    Create,
+    EndGrants,
+    KeyUse,
+    Moment,
+    Refusal,
+    Start,
+    Tick,
+    Undelivered,
+    is_rehearsal,
+)
 from jobd.draft import Decision
 from jobd.envelope import Asked
 from jobd.events import Change
@@ -204,11 +217,12 @@ class Decider:
     def _decide_one(self, plan: Plan, asked: Asked, policy: Policy) -> Answer | Refusal | None:
         """The answer to one command, or None where it waits: parked, or for its first call that is parked."""
         command = asked.call.command
-        if asked.key is not None:
-            first = self.parked.waiting_with(asked.key.digest)
+        key = None if is_rehearsal(command) else asked.key  # nothing is done that could be done twice
+        if key is not None:
+            first = self.parked.waiting_with(key.digest)
             if first is not None and first is not asked:
                 return _join(first, asked)
-            known = self._known_answer(plan, asked, asked.key, policy)
+            known = self._known_answer(plan, asked, key, policy)
             if known is not None:
                 return known  # on a full disk too: what was done is not refused afterwards
         refusal = self._refuse(command)
@@ -228,8 +242,8 @@ class Decider:
             self.parked.add(asked)
             plan.parked.append(asked)
             return None
-        if asked.key is not None:
-            self._keep_answer(plan, asked, asked.key, decision)
+        if key is not None:
+            self._keep_answer(plan, asked, key, decision)
         return decision.answer
 
     def _decided(self, plan: Plan, call: Call, policy: Policy) -> Decision:

@@ -21,7 +21,9 @@ from jobd.job import KEEP_LATE, Job, LateResult, Policy, Result, storage_key_fau
 ADOPTABLE: Final = frozenset({"queued", "failed", "cancelled"})
 
 _ASKING: Final = "[validation] require_download_url"
-_BY_HAND: Final = "jobctl transition ID STATUS completed --set download_url=URL"
+_BY_HAND: Final = (
+    "jobctl transition ID STATUS completed --set download_url=URL (what else is to stay is set there, too)"
+)
 
 Calls = Progress | Extend | Complete | Fail | Release
 _CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and in words

@@ -244,7 +244,8 @@ def stall(draft: Draft, job: Job, cause: str, *, rule: str = "recovery", why: st
     ended = ended_by(job, draft.at.now, rule, why)
     details = {"worker": job.grant.worker if job.grant else None, "progress": job.progress, "stalls": stalls}
     if stalls > options.max_stalls:
-        advice = f"Stalls: {stalls}, over its max_stalls of {options.max_stalls}; look for what kills its workers."
+        times = "once" if stalls == 1 else f"{stalls} times"
+        advice = f"It stalled {times} (max_stalls {options.max_stalls}); look for what kills its workers."
     elif options.on_stall == "requeue" or (
         options.on_stall == "auto" and (job.progress == 0 or job.attempt < options.max_attempts)
     ):

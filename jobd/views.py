@@ -21,11 +21,11 @@ from jobd.answers import (
     LockList,
     LockState,
     LockView,
-    Objection,
     OldestDue,
     OldestProcessing,
     QueueList,
     QueueView,
+    RefusalView,
     StatsView,
     WorkerList,
     WorkerView,
@@ -140,7 +140,7 @@ def late_view(late: LateResult, refusal: Refusal | None = None) -> LateResultVie
         result.storage_key,
         result.metadata,
         late.expires_at,
-        None if refusal is None else Objection(refusal.code, refusal.message),
+        None if refusal is None else RefusalView(refusal.code, refusal.message),
     )
 
 

@@ -44,6 +44,7 @@ def _late(job: Job, late: list[LateResult], policy: Policy) -> list[str]:
         return [f"{is_there}. To take it: {first}jobctl adopt {job.id}{number}"]
     lacks = "it has no download_url, which [validation] require_download_url asks for"
     by_hand = f"{first}jobctl transition {job.id} {status} completed --set download_url=URL"
+    by_hand += " (what else of it is to stay is set there, too)"
     return [
         f"{is_there}, but it cannot be adopted: {lacks}. Look at it: jobctl late {job.id}. If it is whole: {by_hand}"
     ]

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from jobd import history, rules
 from jobd.actor import BATCH_WEIGHT, Bounds, DiskBroken
-from jobd.answers import Answer, Done, JobView, Objection
+from jobd.answers import Answer, Done, JobView, RefusalView
 from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, LateAsked, LateKnown, Loaded, Page, Query
 from jobd.book import Book
 from jobd.commands import (
@@ -781,6 +781,9 @@ async def test_at_the_cap_keyed_calls_are_refused() -> None:
         assert (refusal.code, refusal.status) == ("overloaded", 503)
         await house.yes(Create())
         await asyncio.sleep(600)
+        assert (await house.no(RunNow(id="a", dry_run=True), key=key("m"))).code == "job_not_found"
+        await house.yes(Create())
+        assert set(house.disk.keys) == {"k"}, "what is not done needs no place among the keys"
         await house.yes(Create(), key=key("l"))
         assert set(house.disk.keys) == {"l"}
 
@@ -1977,17 +1980,17 @@ async def test_whether_a_late_result_can_be_adopted_is_judged_by_the_policy_of_n
         lock_id = await lost(house)
         await house.no(done(lock_id))
 
-        async def objection() -> Any:
+        async def refusal_now() -> Any:
             (late,) = (await house.yes(LateResults(id="a"), admin=True)).late_results
             return late.refusal
 
-        assert await objection() is None
+        assert await refusal_now() is None
         house.actor.policy = Policy(require_download_url=True)
         refusal = await house.no(Adopt(id="a"), admin=True)
-        assert await objection() == Objection(refusal.code, refusal.message)
+        assert await refusal_now() == RefusalView(refusal.code, refusal.message)
         assert "cannot be adopted" in (await house.yes(Why(id="a"))).do[0]
         house.actor.policy = Policy()
-        assert await objection() is None
+        assert await refusal_now() is None
         written = len(house.disk.batches)
         rehearsed = await house.yes(Adopt(id="a", dry_run=True), admin=True, key=key("k"))
         assert (rehearsed.status, rehearsed.file_path) == ("completed", "/out")

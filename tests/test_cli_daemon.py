@@ -711,6 +711,7 @@ def test_where_a_download_url_is_required_a_dry_run_promises_nothing_that_is_ref
         code, shown = _asked_nothing(running, "adopt", "du1")
         assert (code, lacks in shown) == (4, True)
         assert "but it cannot be adopted" in jobctl.json("why", "du1")["do"][0]
+        assert lacks in jobctl.ok("late", "du1").splitlines()[-1]
         missing = "download_url is missing; [validation] require_download_url asks for it [invalid_request]\n"
         code, err = jobctl.no(*move, "--dry-run")
         assert (code, err) == (
@@ -1364,6 +1365,9 @@ def test_a_dry_run_says_what_would_change_from_what_to_what(
     assert jobctl.ok("update", name, "--priority", "4", "--dry-run") == nothing
     assert running.client.get_job(name) == before
     monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    would_be = jobctl.json("update", name, "--priority", "5", "--dry-run")
+    assert (would_be["id"], would_be["priority"]) == (name, 5)
+    assert running.client.get_job(name) == before
     jobctl.ok("run-now", name)
     monkeypatch.setenv("ADMIN_TOKEN", token)
     assert jobctl.ok("run-now", name, "--dry-run") == f"{name}: would run-now (which changes nothing): it is queued\n"

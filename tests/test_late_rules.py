@@ -527,7 +527,7 @@ def test_what_every_completed_job_must_have_it_must_have() -> None:
         assert refusal.message == (
             f"Late result {desk.late()[0].seq} cannot be adopted: it has no download_url, which [validation] "
             "require_download_url asks for. If its work is whole, give an address yourself: "
-            "jobctl transition ID STATUS completed --set download_url=URL"
+            "jobctl transition ID STATUS completed --set download_url=URL (what else is to stay is set there, too)"
         )
     desk.policy = Policy()
     assert desk.yes(Adopt(id="a"), admin=True).status == "completed"
@@ -590,9 +590,10 @@ def test_why_promises_no_adoption_that_would_be_refused(desk: Desk) -> None:
         "A late result of worker w-7 is there, but it cannot be adopted: it has no download_url, which [validation] "
         "require_download_url asks for. Look at it: jobctl late a. If it is whole: "
     )
-    assert advice(desk)[0] == f"{lacks}jobctl transition a queued completed --set download_url=URL"
+    too = " (what else of it is to stay is set there, too)"
+    assert advice(desk)[0] == f"{lacks}jobctl transition a queued completed --set download_url=URL{too}"
     lock_id = desk.start(worker="w-8")
-    by_hand = "jobctl force-fail a, then jobctl transition a failed completed --set download_url=URL"
+    by_hand = f"jobctl force-fail a, then jobctl transition a failed completed --set download_url=URL{too}"
     assert advice(desk)[0] == lacks + by_hand
     desk.policy = Policy()
     assert "jobctl adopt a" in advice(desk)[0], "the policy is that of now"

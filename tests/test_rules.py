@@ -1082,7 +1082,17 @@ def test_a_poison_job_cannot_loop_for_ever(desk: Desk) -> None:
     error = desk.job().error
     assert desk.job().status == "failed"
     assert error is not None
-    assert "Stalls: 4, over its max_stalls of 3" in (error.message or "")
+    assert "It stalled 4 times (max_stalls 3);" in (error.message or "")
+
+
+def test_a_job_that_may_not_stall_at_all_has_stalled_once(desk: Desk) -> None:
+    desk.create(on_stall="requeue", max_stalls=0)
+    desk.start()
+    desk.passes(TTL)
+    desk.yes(Recover(limit=1))
+    error = desk.job().error
+    assert error is not None
+    assert "It stalled once (max_stalls 0);" in (error.message or "")
 
 
 def test_past_the_ceiling_a_job_is_stuck_at_once_and_says_so(desk: Desk) -> None:

@@ -9,7 +9,7 @@ from msgspec import UNSET, Raw
 from msgspec.structs import asdict, replace
 
 from jobd import views
-from jobd.answers import Objection, public_lock
+from jobd.answers import RefusalView, public_lock
 from jobd.book import Book
 from jobd.commands import Import, Locks, Moment, Refusal
 from jobd.figures import Figures
@@ -132,7 +132,7 @@ def test_every_field_of_a_late_result_is_shown_in_its_place() -> None:
         "storage_key": "key", "metadata": Raw(b"1"), "expires_at": NOW + 34, "refusal": None,
     }  # fmt: skip
     refused = views.late_view(late, Refusal("invalid_request", "It lacks something.", {"field": "f"}))
-    assert refused.refusal == Objection("invalid_request", "It lacks something.")
+    assert refused.refusal == RefusalView("invalid_request", "It lacks something.")
 
 
 def running(began: int, created: int = NOW - 99) -> Book:

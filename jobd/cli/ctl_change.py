@@ -17,7 +17,7 @@ from jobd.cli.kinds import MOMENT
 from jobd.cli.places import admin_client, admin_options
 
 if TYPE_CHECKING:
-    from jobd.answers import Forced, JobView, LateResultView, Objection, PlanResult, PlanView
+    from jobd.answers import Forced, JobView, LateResultView, PlanResult, PlanView, RefusalView
     from jobd.client import AdminClient
     from jobd.job import Status
 
@@ -183,10 +183,10 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
     """
     client = admin_client()
     chosen, details = result, ""
-    objection: Objection | None = None
+    refusal: RefusalView | None = None
 
     def look(one: str) -> Any:
-        nonlocal chosen, details, objection
+        nonlocal chosen, details, refusal
         fit = [late for late in client.late_results(one) if result in (None, late.seq)]
         if not fit:
             from jobd.client.errors import LateResultNotFound
@@ -194,7 +194,7 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
             raise LateResultNotFound(f"Job {one} has no such late result. See those that it has: jobctl late {one}")
         latest = max(fit, key=lambda late: late.fencing_token)
         chosen, details = latest.seq, f" {_brought(latest)}"  # a later one has not been seen
-        objection = latest.refusal
+        refusal = latest.refusal
         return client.get_job(one)
 
     def do(one: str) -> Any:
@@ -206,9 +206,9 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
         try:
             return client.adopt(one, chosen, reason=reason, dry_run=True)
         except Forbidden:
-            if objection is None:
+            if refusal is None:
                 raise
-            raise JobdError(objection.message, code=objection.error) from None
+            raise JobdError(refusal.message, code=refusal.error) from None
 
     froms = ("queued", "failed", "cancelled")
     deed = Deed("adopt", look, "completed", do, lambda job: job.status, froms, lambda job: details, rehearse)
@@ -281,9 +281,10 @@ def _change(
             after = {name: getattr(would_be, name) for name in after}
         return f" ({_differences(job, after)})"
 
-    def rehearse(one: str) -> None:
+    def rehearse(one: str) -> JobView:
         nonlocal would_be
         would_be = do(one, dry_run=True)
+        return would_be
 
     deed = Deed(words, client.get_job, "", do, _fields, froms, details, rehearse)
     return carry_out(deed, (job_id,), yes=True, dry_run=dry_run, as_json=as_json)

@@ -58,7 +58,7 @@ def reason_option(kept: str) -> Callable[[Any], Any]:
 def carry_out(deed: Deed, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
     """Do `deed` to each of `ids`, going on after a refusal; the exit code is that of the first refusal."""
     if dry_run:
-        return _each(ids, lambda job_id: _would(deed, job_id, show.emit))
+        return _each(ids, lambda job_id: _would(deed, job_id, show.emit, as_json))
     if not yes:
         _ask(deed, ids)
     return _each(ids, lambda job_id: _do(deed, job_id, as_json))
@@ -89,9 +89,10 @@ def _do(deed: Deed, job_id: str, as_json: bool) -> int:
     return exits.DONE
 
 
-def _would(deed: Deed, job_id: str, tell: Callable[[str], None]) -> int:
+def _would(deed: Deed, job_id: str, tell: Callable[[str], None], as_json: bool = False) -> int:
     job = deed.look(job_id)
-    no = _refused(deed, job_id)
+    answer = _rehearsed(deed, job_id)
+    no = _error(answer)
     may_only_look = no is not None and exits.of_refusal(no.code) == exits.UNAUTHORISED
     if no is not None and not may_only_look:
         show.say(f"{job_id}: {deed.words} would be refused: {no.message} [{no.code}]")
@@ -99,25 +100,33 @@ def _would(deed: Deed, job_id: str, tell: Callable[[str], None]) -> int:
     if not _allowed(job.status, deed):
         show.say(f"{job_id}: {deed.words} would be refused: it is {state(job)}")
         return exits.REFUSED
-    tell(f"{job_id}: would {deed.words}{deed.details(job)}: it is {state(job)}")
+    if as_json and answer is not None and no is None:
+        show.emit_json(answer)
+    else:
+        tell(f"{job_id}: would {deed.words}{deed.details(job)}: it is {state(job)}")
     if may_only_look:
         show.say("Judged by its status alone: only who may do it can ask the daemon, and this token may only look.")
     return exits.DONE
 
 
-def _refused(deed: Deed, job_id: str) -> JobdError | None:
-    """What the daemon would refuse the deed with, or the question; None where it would not, or is not asked."""
+def _rehearsed(deed: Deed, job_id: str) -> object | JobdError | None:
+    """What the daemon would answer, or refuse the deed with, or the question; None where it is not asked."""
     from jobd.client.errors import JobdError
 
     if deed.rehearse is None:
         return None
     try:
-        deed.rehearse(job_id)
+        return deed.rehearse(job_id)
     except JobdError as error:
         if exits.of_refusal(error.code) not in (exits.REFUSED, exits.UNAUTHORISED):
             raise  # no word about the job
         return error
-    return None
+
+
+def _error(answer: object) -> JobdError | None:
+    from jobd.client.errors import JobdError
+
+    return answer if isinstance(answer, JobdError) else None
 
 
 def _allowed(status: str, deed: Deed) -> bool:

@@ -230,6 +230,9 @@ def late_results(views: Sequence[LateResultView]) -> None:
     ]
     columns = [">RESULT", "TIME", "WORKER", ">TOKEN", "WHERE", "METADATA"]
     show.table(columns, rows, empty="No late results.")
+    for late in views:
+        if late.refusal is not None:
+            show.emit(late.refusal.message)
 
 
 def audit(views: Sequence[AuditView]) -> None:

@@ -254,7 +254,6 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
         "base": base_url(guest),
         "deed": deed,
         "can": can(deed, view, guest.now),
-        "objection": None if late is None else late.refusal,
         "seen": found.version,
         **strip(guest, paused),
     }

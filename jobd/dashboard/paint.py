@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import datetime
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -27,7 +26,7 @@ from jobd.replies import Text
 
 PLACE: Final = Path(__file__).parent / "templates"
 AT_HAND: Final = ("base.html", "refused.html")  # a refusal takes no detour
-BREATH_S = 1.0  # between two templates that are compiled: each takes some milliseconds, the longest 17
+BREATH_S = 1.0  # between two templates that are compiled: each takes some milliseconds, up to 25
 HTML: Final = "text/html; charset=utf-8"
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -91,7 +90,8 @@ class Painter:
         }
         self._made.globals |= {"asset": assets.url, "version": __version__, "curl_for": curl_for}
 
-        self._compile(AT_HAND)
+        for name in AT_HAND:
+            self._made.get_template(name)
 
     async def warm(self) -> None:
         """Compile all templates, which a start need not wait for. Who wants one before has it compiled then.
@@ -101,10 +101,6 @@ class Painter:
         for name in await asyncio.to_thread(self._made.list_templates):
             await asyncio.to_thread(self._made.get_template, name)
             await asyncio.sleep(BREATH_S)
-
-    def _compile(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._made.get_template(name)
 
     def page(self, template: str, **shown: Any) -> Text:
         """A page, or a part of one, with the headers of both."""
