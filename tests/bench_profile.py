@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,8 +45,8 @@ LOOP: Final = "the event loop itself"
 _FRAME: Final = re.compile(r"^(?P<name>.+) \((?P<file>[^:()]+)(:\d+)?\)$")
 
 
-def profile(kind: str, seconds: float, sources: Path) -> tuple[list[str], dict[str, float]]:
-    """Stacks with their counts, as py-spy writes them, and the cores that each thread of the daemon took."""
+def profile(kind: str, seconds: float, sources: Path) -> tuple[list[str], dict[str, Any]]:
+    """Stacks with their counts, as py-spy writes them; what was done a second, and the cores that each thread took."""
     with tempfile.TemporaryDirectory() as directory:
         stage = Stage(None)
         with contextlib.chdir(sources), stage:
@@ -54,14 +55,16 @@ def profile(kind: str, seconds: float, sources: Path) -> tuple[list[str], dict[s
             told = Path(directory) / "stacks"
             words = ["py-spy", "record", "--pid", str(stage.pid), "--duration", f"{seconds:.0f}"]
             words += ["--rate", str(RATE), "--gil", "--format", "raw", "--output", str(told)]
-            with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as spy:
-                stage.load(kind, seconds=seconds + 1.0)
-                spy.wait()
+            with ThreadPoolExecutor(1) as beside:
+                load = beside.submit(stage.load, kind, seconds=seconds + 3.0)
+                time.sleep(1.0)  # it has begun, then, and ends after the last sample
+                subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+                load.result()
             # By itself: the profiler stops the daemon for each sample.
-            began, before = time.perf_counter(), _cpu_s(stage.pid)
-            stage.load(kind, seconds=seconds)
-            passed, after = time.perf_counter() - began, _cpu_s(stage.pid)
-            return told.read_text().splitlines(), _shares(stage.pid, before, after, passed)
+            before = _cpu_s(stage.pid)
+            figures = stage.load(kind, seconds=seconds)
+            cores = _shares(stage.pid, before, _cpu_s(stage.pid), seconds)
+            return told.read_text().splitlines(), {"per_s": round(figures["lifecycles_per_s"]), "cores": cores}
 
 
 def _cpu_s(pid: int) -> dict[int, float]:
@@ -99,16 +102,19 @@ def place_of(stack: str) -> tuple[str, str]:
 
 def summed(lines: list[str]) -> dict[str, Any]:
     steps: Counter[str] = Counter()
+    rooms: Counter[str] = Counter()
     functions: Counter[str] = Counter()
     for line in lines:
         stack, _, count = line.rpartition(" ")
         step, function = place_of(stack)
         steps[step] += int(count)
+        rooms[function.partition(".")[0]] += int(count)
         functions[function] += int(count)
     whole = steps.total()
     return {
         "samples": whole,
         "percent": {step: round(100 * count / whole, 1) for step, count in steps.most_common()},
+        "rooms": {name: round(100 * count / whole, 1) for name, count in rooms.most_common(TOP)},
         "functions": {name: round(100 * count / whole, 1) for name, count in functions.most_common(TOP)},
     }
 
@@ -121,10 +127,10 @@ def main() -> None:
     chosen = options.parse_args()
     if shutil.which("py-spy") is None:
         sys.exit("py-spy is not there: pip install py-spy")
-    stacks, cores = profile(chosen.kind, chosen.seconds, chosen.sources)
+    stacks, figures = profile(chosen.kind, chosen.seconds, chosen.sources)
     found = summed(stacks)
     held = {"held": round(found["samples"] / RATE / chosen.seconds, 3)}  # of the time somebody has the interpreter
-    print(json.dumps({"cores": cores, **held, **found}, indent=1))
+    print(json.dumps({**figures, **held, **found}, indent=1))
 
 
 if __name__ == "__main__":

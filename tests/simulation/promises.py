@@ -7,7 +7,7 @@ S1 one grant a job, S2 tokens rise, S3 only the latest grant speaks, S4 complete
 stuck jobs are recovered, S6 answered means on disk and refused means nothing done, S7 journal, memory and rows are one,
 S8 a rule always answers and only reads, S9 the same key gets the same answer, S10 counters are a recount, S11 no lock
 outlives its ceiling, S12 lease time never goes back, S13 only old finished jobs are deleted, S14 claims keep the order,
-S15 what operators change is in the audit log.
+S15 what operators change is in the audit log, and a dry run changes nothing.
 """
 
 from __future__ import annotations
