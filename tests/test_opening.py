@@ -137,7 +137,7 @@ async def test_a_place_that_does_not_exist_is_an_os_error(tmp_path: Path) -> Non
 
 
 async def test_no_thread_is_left_behind(path: str, tmp_path: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     async with opened(path) as (store, _):
         with pytest.raises(StoreBusy):
             await Store.open(path)
@@ -145,8 +145,11 @@ async def test_no_thread_is_left_behind(path: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"x" * 200)
     with pytest.raises(StoreUnreadable):
         await Store.open(str(tmp_path / "x"))
-    names = [t.name for t in threading.enumerate() if not t.name.startswith(("asyncio", "uvloop"))]
-    assert len(names) <= before
+    new = [each for each in threading.enumerate() if each not in before]
+    ours = [each for each in new if not each.name.startswith(("asyncio", "uvloop"))]
+    for thread in ours:
+        await asyncio.to_thread(thread.join, 5)  # it has been told to end, and may be at its last instruction
+    assert [each.name for each in ours if each.is_alive()] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
