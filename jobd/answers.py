@@ -622,9 +622,10 @@ class BackupList(Struct, frozen=True):
 
 class PlanView(Struct, frozen=True):
     """What an action would do: to `count` jobs. `skipped` shows the first of those left alone, `skipped_count` counts
-    them. `filter` is what the jobs were found by, null where they were named; `scope` says which of them were looked
-    at. `more`: the plan is full, or its time was over, before all were looked at; `next_cursor` makes the next one.
-    `with_late_results` counts the jobs to which work came late that nobody has adopted.
+    them. `filter` is what the jobs were found by, null where they were named, or the action itself says which; `scope`
+    says which of them were looked at. `more`: the plan is full, or its time was over, before all were looked at;
+    `next_cursor` makes the next one, where it is null make it anew once this one was applied. `with_late_results`
+    counts the jobs to which work came late that nobody has adopted.
     """
 
     plan_id: str
@@ -657,6 +658,13 @@ def late_note(action: str, late: Sequence[int]) -> str | None:
     else:
         then = f"see whether {then} can be adopted instead"
     return f"{has} {what} that nobody has adopted: {then}."
+
+
+def late_note_of(action: str, jobs: Sequence[PlannedJob]) -> str | None:
+    """late_note of the jobs of a plan. Of a cleanup of those that it deletes: with the others it stays what it is."""
+    if action == "cleanup":
+        action, jobs = "delete", [job for job in jobs if job.to is None]
+    return late_note(action, [job.late_results for job in jobs])
 
 
 class PlanSlice(Struct):

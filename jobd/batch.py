@@ -355,8 +355,11 @@ class Disk(Protocol):
     async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
         """How many late results those of these jobs have that have any, as the index tells: nothing is read of them."""
 
-    async def expired(self, now: int, limit: int) -> list[str]:
-        """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first."""
+    async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
+        """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after so many to skip.
+
+        They may be fewer than `limit` and not the last.
+        """
 
     async def reports(self, limit: int) -> list[bytes]:
         """Kept cleanup reports, newest first."""

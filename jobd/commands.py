@@ -423,7 +423,8 @@ class AuditLog(Command, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
-PlanAction = Literal["retry", "force-reset", "cancel", "force-fail", "delete"]
+PlanAction = Literal["retry", "force-reset", "cancel", "force-fail", "delete", "recover-stuck", "cleanup"]
+OF_TIME: Final = frozenset({"recover-stuck", "cleanup"})  # what time does anyhow, to jobs that it names
 MAX_PLAN: Final = 10_000  # jobs of one plan
 MAKING_S: Final = 10.0  # for so long at most one plan looks for them; the next one goes on from there
 
@@ -446,7 +447,8 @@ class Filter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class MakePlan(Command, frozen=True, kw_only=True):
     """What `action` would do to the jobs that `filter` finds, or to those named. Nothing is done yet.
 
-    `cursor` is the `next_cursor` of a plan with the same action and filter: this one has what comes after it.
+    `cursor` is the `next_cursor` of a plan with the same action and filter: this one has what comes after it. An action
+    of OF_TIME takes none of the three: the daemon itself says which jobs.
     """
 
     action: PlanAction

@@ -109,7 +109,7 @@ def may_go_first(asked: Asked) -> bool:
 
 def deleted_ids(command: Command) -> list[str]:
     """The ids of the jobs that `command` may delete."""
-    if isinstance(command, ApplyPlan) and command.action == "delete":
+    if isinstance(command, ApplyPlan) and command.action in ("delete", "cleanup"):
         return named_ids(command)
     return command.ids if isinstance(command, DeleteExpired) else []
 

@@ -77,7 +77,8 @@ _OPERATORS: Final = {
     "GET reports": "Reports of cleanup passes, newest first; the last 500 are kept.",
     "GET failures": "Failed jobs and those that wait to be tried again, grouped by their error, the largest first.",
     "GET preview": "What recovery and a cleanup pass would do now: the first 1000 jobs of each kind. Nothing is done.",
-    "POST plans": "What an action would do to the jobs of a filter, or to those named: a plan. Nothing is done yet.",
+    "POST plans": "What an action would do to the jobs of a filter, to those named, or to those whose time is up: "
+    "a plan. Nothing is done yet.",
     "GET plans/{plan_id}": "A plan, with its result once it was applied. It is kept for 15 min, its result for 12 h "
     "from when it was applied.",
     "POST plans/{plan_id}/apply": "Do what a plan says, to every job that is still what it saw. Once: again gives "
@@ -313,7 +314,7 @@ FIELDS: Final = {
     "first_at": "When the first of them failed; also of those that were there before the group was empty for a while.",
     "field": "The field that it is about.",
     "file_path": "Where the result is, in the caller's words.",
-    "filter": "Which jobs: as the list of jobs takes them.",
+    "filter": "Which jobs: as the list of jobs takes them. Of a plan of recover-stuck or cleanup: null.",
     "fingerprint": "The name of the error: the same for errors that differ only in numbers, quoted texts, paths and "
     "the like.",
     "finished_at": "When it was finished.",
@@ -424,7 +425,7 @@ FIELDS: Final = {
     "rule": "The rule by which it happens.",
     "run_at": "When it is due.",
     "running": "Whether a pass is running now.",
-    "scope": "Which of the jobs that the filter finds were looked at, in words.",
+    "scope": "Which of the jobs that the filter finds, or of all, were looked at, in words.",
     "seq": "Its position in the journal, or in the audit log; null: it is in none.",
     "since": "Since when it fires, or null. In a query: only what happened from this time on, in Unix milliseconds.",
     "skipped": "How many lines named an id that exists. Of a plan: the first 1000 jobs that are left alone.",

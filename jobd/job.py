@@ -86,6 +86,14 @@ def is_job_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
+def runs_again(job: Job) -> bool:
+    """Whether one more stall puts the job back into its queue, by its `on_stall`; else it fails."""
+    options = job.options
+    if job.stalls >= options.max_stalls or options.on_stall == "fail":
+        return False
+    return options.on_stall == "requeue" or job.progress == 0 or job.attempt < options.max_attempts
+
+
 def storage_key_fault(key: str) -> str | None:
     """Why `key` may not name a stored object, in words, or None. It is relative, without `..` or NUL."""
     if "\x00" in key:

@@ -451,16 +451,16 @@ def _latest_grants(tables: Tables, job_seq: int) -> list[Grant]:
     return [event.changes.grant for event in events if event.changes and isinstance(event.changes.grant, Grant)]
 
 
-def expired(tables: Tables, now: int, limit: int) -> list[str]:
-    """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first."""
+def expired(tables: Tables, now: int, limit: int, skip: int = 0) -> list[str]:
+    """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after so many to skip."""
     tables.check()
     inner = (
         f"SELECT seq AS found, expires_at AS due FROM jobs INDEXED BY jobs_expiry "
-        f"WHERE expires_at IS NOT NULL AND {FINISHED_SQL} AND expires_at <= ? ORDER BY expires_at LIMIT ?"
+        f"WHERE expires_at IS NOT NULL AND {FINISHED_SQL} AND expires_at <= ? ORDER BY expires_at LIMIT ? OFFSET ?"
     )
     sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
     while True:
-        found, _ = tables.some_rows(sql, (now, limit), SLICE_BYTES)
+        found, _ = tables.some_rows(sql, (now, limit, skip), SLICE_BYTES)
         # Of one that could not be moved the row may be whole, and its payload damaged.
         damaged = [(row, wrong) for row in found if (wrong := fault(row) or tables.unmoved.get(row[0])) is not None]
         gone = {row[0] for row, _ in damaged}

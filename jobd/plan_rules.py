@@ -50,7 +50,7 @@ def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: Expected, don
     job = steps.find(draft, expected.id)
     if isinstance(job, Refusal):
         done.changed.append(ChangedJob(expected.id, "", None, job.message))
-    elif planning.version(job, draft.book.latest_late(job.seq)) != expected.version:
+    elif planning.version(job, draft.book.latest_late(job.seq), command.action) != expected.version:
         what = "It has changed since the plan was made."
         done.changed.append(ChangedJob(job.id, "", job.status, what))
     else:
@@ -71,5 +71,7 @@ def _asked(command: ApplyPlan, job_id: str) -> OnJob:
             return ForceFail(id=job_id, reason=command.reason)
         case "delete":
             return Delete(id=job_id, reason=command.reason)
+        case "recover-stuck" | "cleanup":
+            return OnJob(id=job_id)  # its event says why in the words of time; the audit log has the operator's
         case _:
             assert_never(command.action)

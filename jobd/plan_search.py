@@ -6,16 +6,17 @@ Decides nothing about a job: what a plan takes and what it leaves alone is said 
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from itertools import islice
+from typing import Final, Protocol
 
 from msgspec.structs import asdict
 
 from jobd import planning
+from jobd.actor import Actor
 from jobd.answers import PlannedJob, SkippedJob
-from jobd.batch import Disk, Query
-from jobd.book import Book
-from jobd.commands import MAKING_S, MAX_PLAN, Expected, Filter, MakePlan, Refusal
-from jobd.job import Job, may_adopt
+from jobd.batch import Query
+from jobd.commands import MAKING_S, MAX_PLAN, OF_TIME, Expected, Filter, MakePlan, Moment, Preview, Refusal
+from jobd.job import FINISHED, Job, may_adopt
 
 MOST_SKIPPED: Final = 1_000  # that a plan shows
 LOOK: Final = 50  # jobs read in one go,
@@ -24,24 +25,39 @@ SLOW_SCAN: Final = 250
 PAUSE_S: Final = 0.002  # after each look, so that workers get the loop and the disk in between
 
 
-class Search:
-    """The jobs of a plan. `next_cursor`: where the search ended before its end; the next one goes on there."""
+class Clock(Protocol):
+    suspect: bool
 
-    def __init__(self, asked: MakePlan, disk: Disk, book: Book, turn: asyncio.Semaphore) -> None:
+    def moment(self) -> Moment: ...
+
+
+class Search:
+    """The jobs of a plan. `more`: it ended before its end; the next one goes on at `next_cursor`, if there is one."""
+
+    def __init__(self, asked: MakePlan, actor: Actor, clock: Clock, turn: asyncio.Semaphore) -> None:
         self.jobs: list[PlannedJob] = []
         self.expected: list[Expected] = []
         self.skipped: list[SkippedJob] = []
         self.skipped_count = 0
         self.next_cursor: str | None = None
+        self._is_cut = False
         self._asked = asked
-        self._disk = disk
-        self._book = book
+        self._actor = actor
+        self._clock = clock
+        self._disk = actor.disk
+        self._book = actor.book
         self._turn = turn  # of plans that are being made: each has one look at a time
         self._taken: set[str] = set()
+
+    @property
+    def more(self) -> bool:
+        return self._is_cut or self.next_cursor is not None
 
     async def run(self) -> Refusal | None:
         """Look for the jobs, or say what is wrong with what is asked."""
         asked = self._asked
+        if asked.action in OF_TIME:
+            return await self._by_time()
         if (asked.filter is None) == (asked.ids is None):
             return _invalid("filter", "Give `filter` or `ids`, one of them.")
         if asked.ids is not None:
@@ -66,6 +82,57 @@ class Search:
                     self._skip(job_id, None, f"It is in quarantine: {wrong}" if wrong else "There is no such job.")
                 elif (why := planning.why_not(self._asked.action, job)) is not None:
                     self._skip(job_id, job.status, why)
+            await asyncio.sleep(PAUSE_S)
+
+    async def _by_time(self) -> Refusal | None:
+        """The jobs that are due by time, in the order in which a pass comes to them."""
+        for name in ("filter", "ids", "cursor"):
+            if getattr(self._asked, name) is not None:
+                message = f"{self._asked.action} takes no `{name}`: the daemon itself says which jobs."
+                return _invalid(name, message)
+        turn = await self._actor.ask(Preview(limit=0), by="daemon")  # the book knows what is due as of its last turn
+        if isinstance(turn, Refusal):
+            return turn
+        until_s = asyncio.get_running_loop().time() + MAKING_S
+        await self._alive(self._book.stuck, until_s)
+        if self._asked.action == "cleanup":
+            await self._alive(self._book.overdue, until_s)
+            if not self._clock.suspect:
+                await self._past(self._clock.moment().now, until_s)
+        return None
+
+    async def _alive(self, due: dict[str, None], until_s: float) -> None:
+        """Jobs in memory that are due; who is not any more when its turn has come is left out."""
+        room = MAX_PLAN - len(self.jobs)
+        ids = list(islice(due, room + 1))
+        self._is_cut |= len(ids) > room
+        for first in range(0, min(len(ids), room), LOOK):
+            if asyncio.get_running_loop().time() >= until_s:
+                self._is_cut = True
+                return
+            some = ids[first : min(first + LOOK, room)]
+            async with self._turn:
+                jobs = [self._book.jobs.find(job_id) for job_id in some if job_id in due]
+                await self._take([job for job in jobs if job is not None])
+            await asyncio.sleep(PAUSE_S)
+
+    async def _past(self, now: int, until_s: float) -> None:
+        """Finished jobs whose time is over, the oldest first."""
+        looked = 0
+        while True:
+            async with self._turn:
+                ids = await self._disk.expired(now, LOOK, looked)
+                loaded = await self._disk.load(ids, [], [])
+                old = [loaded.jobs[job_id] for job_id in ids if job_id in loaded.jobs and job_id not in self._taken]
+                room = MAX_PLAN - len(self.jobs)
+                await self._take([job for job in old if job.status in FINISHED][:room])
+            looked += len(ids)
+            if not ids or len(old) > room:
+                self._is_cut |= len(old) > room
+                return
+            if asyncio.get_running_loop().time() >= until_s:
+                self._is_cut = True
+                return
             await asyncio.sleep(PAUSE_S)
 
     async def _filtered(self, wanted: Filter) -> Refusal | None:
@@ -99,11 +166,11 @@ class Search:
     async def _take(self, jobs: list[Job]) -> None:
         """Put these into the plan. Their versions come first: a late result that is not counted has changed its job."""
         self._taken.update(job.id for job in jobs)
-        self.expected += [Expected(job.id, planning.version(job, self._book.latest_late(job.seq))) for job in jobs]
+        action, latest_late = self._asked.action, self._book.latest_late
+        self.expected += [Expected(job.id, planning.version(job, latest_late(job.seq), action)) for job in jobs]
         of_use = [job.seq for job in jobs if may_adopt(job.status)]
         late = await self._disk.count_late(of_use) if of_use else {}
-        to = planning.TO[self._asked.action]
-        self.jobs += [PlannedJob(job.id, job.status, to, late.get(job.seq, 0)) for job in jobs]
+        self.jobs += [PlannedJob(job.id, job.status, planning.to(action, job), late.get(job.seq, 0)) for job in jobs]
 
     def _skip(self, job_id: str, status: str | None, why: str) -> None:
         self.skipped_count += 1

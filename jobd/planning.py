@@ -10,10 +10,11 @@ from typing import Final
 
 import msgspec
 
-from jobd.commands import Filter, PlanAction
-from jobd.job import Job
+from jobd.commands import OF_TIME, Filter, PlanAction
+from jobd.job import Job, runs_again
 
-# Where each action leads to, None where the job is gone; from where it may be done, and why not from elsewhere.
+# Where an action of an operator leads to, None where the job is gone; from where it may be done, and which jobs are
+# looked at.
 TO: Final[dict[PlanAction, str | None]] = {
     "retry": "queued",
     "force-reset": "queued",
@@ -34,7 +35,24 @@ ONLY: Final[dict[PlanAction, str]] = {
     "cancel": "Only queued and processing jobs can be cancelled.",
     "force-fail": "Only queued and processing jobs can be failed.",
     "delete": "Only finished jobs can be deleted.",
+    "recover-stuck": "Only jobs that are stuck; expired locks of other jobs stay as they are.",
+    "cleanup": "Only jobs that are stuck, that nobody wants any more, or whose time is over; what a pass would mend is "
+    "not part of a plan.",
 }
+
+
+def to(action: PlanAction, job: Job) -> str | None:
+    """The status that `action` leads to from here, None where the job is gone."""
+    if action not in OF_TIME:
+        return TO[action]
+    if job.status == "processing":
+        return "queued" if runs_again(job) else "failed"
+    return "failed" if job.status == "queued" else None
+
+
+def is_ending(action: PlanAction) -> bool:
+    """Whether it may be done on a full disk, too: it ends jobs or deletes them. So does time, which recovers them."""
+    return TO.get(action) != "queued"
 
 
 def why_not(action: PlanAction, job: Job) -> str | None:
@@ -53,13 +71,14 @@ def statuses(action: PlanAction, wanted: Filter) -> list[str]:
     return [each for each in _FROM[action] if status in (None, each)]
 
 
-def version(job: Job, late: int | None = None) -> str:
+def version(job: Job, late: int | None = None, action: PlanAction | None = None) -> str:
     """What the job is, but for the signs of life of its worker: the same text means that nothing else has happened.
 
-    Without a grant a job has no signs of life, so that its `updated_at` tells of detours, too. `late` is the late
+    To an action of OF_TIME they are what counts: who is stuck has given none, and how far the job is decides where it
+    goes. Without a grant a job has no signs of life, so that its `updated_at` tells of detours, too. `late` is the late
     result that came last (Book.latest_late): its row does not tell of it, and who deletes the job deletes it as well.
     """
-    seen = (
+    seen: tuple[object, ...] = (
         job.seq,
         job.status,
         job.options,
@@ -76,4 +95,6 @@ def version(job: Job, late: int | None = None) -> str:
         job.updated_at if job.grant is None else None,
         late,
     )
+    if action in OF_TIME:
+        seen += (job.progress, job.lease)
     return blake2b(msgspec.msgpack.encode(seen), digest_size=8).hexdigest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 from msgspec import Struct
@@ -21,13 +21,12 @@ from jobd.commands import (
     ApplyPlan,
     Expected,
     MakePlan,
-    Moment,
     Note,
     Operator,
     Refusal,
 )
 from jobd.job import HOUR_MS, MINUTE_MS, SECOND_MS
-from jobd.plan_search import PAUSE_S, Search
+from jobd.plan_search import PAUSE_S, Clock, Search
 
 MOST_PLANS: Final = 20
 MOST_JOBS: Final = 100_000  # of all plans that are kept
@@ -40,10 +39,6 @@ SLICE: Final = 50  # jobs of one command
 MOST_MAKING: Final = 4  # plans being made, look by look in turn
 
 log = structlog.get_logger("jobd.plans")
-
-
-class Clock(Protocol):
-    def moment(self) -> Moment: ...
 
 
 class Plan(Struct):
@@ -83,7 +78,7 @@ class Planner:
         """A plan of what `asked.action` would do now, to be found again as `plan_id`."""
         if self._making >= MOST_MAKING:
             return Refusal("overloaded", "Other plans are being made; try again after a second.")
-        search = Search(asked, self._actor.disk, self._actor.book, self._turn)
+        search = Search(asked, self._actor, self._clock, self._turn)
         self._making += 1
         try:
             refusal = await search.run()
@@ -97,12 +92,12 @@ class Planner:
             action=asked.action,
             reason=asked.reason,
             filter=asked.filter,
-            scope=None if asked.filter is None else planning.ONLY[asked.action],
+            scope=None if asked.ids is not None else planning.ONLY[asked.action],
             count=len(search.jobs),
             jobs=search.jobs,
             skipped=search.skipped,
             skipped_count=search.skipped_count,
-            more=search.next_cursor is not None,
+            more=search.more,
             next_cursor=search.next_cursor,
             made_at=now,
             expires_at=now + KEPT_MS,
@@ -200,7 +195,7 @@ class Planner:
         if self._stopping:
             return Refusal("shutting_down", "The daemon is stopping.")
         view = plan.view
-        kind = ApplyPlan if planning.TO[view.action] == "queued" else ApplyEndings
+        kind = ApplyEndings if planning.is_ending(view.action) else ApplyPlan
         command = kind(action=view.action, jobs=some, reason=view.reason)
         answer = await self._actor.ask(command, by=operator.by, admin=True, operator=operator)
         if isinstance(answer, Refusal):

@@ -506,6 +506,8 @@ _PLANNED: Final[plan_rules.Rules] = {
     "cancel": cancel,
     "force-fail": operator_rules.force_fail,
     "delete": operator_rules.delete,
+    "recover-stuck": time_rules.recover_one,
+    "cleanup": time_rules.clean_one,
 }
 
 

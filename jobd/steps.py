@@ -28,6 +28,7 @@ from jobd.job import (
     Options,
     Policy,
     Result,
+    runs_again,
     settled,
     storage_key_fault,
 )
@@ -243,13 +244,11 @@ def stall(draft: Draft, job: Job, cause: str, *, rule: str = "recovery", why: st
     attempt = given_back(job) if job.progress == 0 else job.attempt
     ended = ended_by(job, draft.at.now, rule, why)
     details = {"worker": job.grant.worker if job.grant else None, "progress": job.progress, "stalls": stalls}
+    if runs_again(job):
+        return requeue(draft, job, "stalled", ended, reason=cause, attempt=attempt, stalls=stalls, details=details)
     if stalls > options.max_stalls:
         times = "once" if stalls == 1 else f"{stalls} times"
         advice = f"It stalled {times} (max_stalls {options.max_stalls}); look for what kills its workers."
-    elif options.on_stall == "requeue" or (
-        options.on_stall == "auto" and (job.progress == 0 or job.attempt < options.max_attempts)
-    ):
-        return requeue(draft, job, "stalled", ended, reason=cause, attempt=attempt, stalls=stalls, details=details)
     elif options.on_stall == "fail":
         advice = "Its on_stall is fail; force-reset the job to run it again."
     else:

@@ -203,8 +203,8 @@ class Store:
         """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
         return await self._hop(lookups.journal, self._tables, after, limit)
 
-    async def expired(self, now: int, limit: int) -> list[str]:
-        return await self._hop(lookups.expired, self._tables, now, limit)
+    async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
+        return await self._hop(lookups.expired, self._tables, now, limit, skip)
 
     async def reports(self, limit: int) -> list[bytes]:
         return await self._hop(lookups.reports, self._tables, limit)

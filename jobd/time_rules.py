@@ -12,7 +12,17 @@ from msgspec.structs import replace
 
 from jobd import steps
 from jobd.answers import Answer, Foreseen, Issue, Recovered, Recovery, Worked
-from jobd.commands import CreditAbsence, DeleteExpired, EndGrants, Expire, Mend, Preview, Recover
+from jobd.commands import (
+    CreditAbsence,
+    DeleteExpired,
+    EndGrants,
+    Expire,
+    Mend,
+    OnJob,
+    Preview,
+    Recover,
+    Refusal,
+)
 from jobd.draft import Draft
 from jobd.job import FINISHED, Job, Lease
 from jobd.validation import counts, safe_fixes, validate
@@ -36,6 +46,36 @@ def recover(draft: Draft, command: Recover) -> Answer:
             cleared += 1
     more = len(book.stuck) > command.limit or len(book.expired_locks) > command.limit
     return Answer(Recovered(details, cleared, more))
+
+
+def recover_one(draft: Draft, command: OnJob) -> Answer | Refusal:
+    """Recover this job, if it is stuck at this moment."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if steps.is_stuck(job, draft.at.lease):
+        steps.stall(draft, job, steps.silence(draft, job))
+        return Answer(Worked(1))
+    return _not_due(job)
+
+
+def clean_one(draft: Draft, command: OnJob) -> Answer | Refusal:
+    """What a pass does to this job at this moment, but for what it mends: recover it, fail it, or delete it."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if steps.is_overdue(job, draft.at.now):
+        steps.expire(draft, job)
+    elif _is_past(job, draft.at.now):
+        draft.delete(job)
+    else:
+        return recover_one(draft, command)
+    return Answer(Worked(1))
+
+
+def _not_due(job: Job) -> Refusal:
+    message = "Nothing is to be done to it by time any more."
+    return Refusal("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
 def preview(draft: Draft, command: Preview) -> Answer:
@@ -104,11 +144,16 @@ def delete_expired(draft: Draft, command: DeleteExpired) -> Answer:
     done = 0
     for job_id in dict.fromkeys(command.ids):
         job = draft.book.get(job_id)
-        if job is None or job.status not in FINISHED or job.expires_at is None or job.expires_at > draft.at.now:
+        if job is None or not _is_past(job, draft.at.now):
             continue
         draft.delete(job)
         done += 1
     return Answer(Worked(done))
+
+
+def _is_past(job: Job, now: int) -> bool:
+    """A finished job whose time is over."""
+    return job.status in FINISHED and job.expires_at is not None and job.expires_at <= now
 
 
 def mend(draft: Draft, command: Mend) -> Answer:

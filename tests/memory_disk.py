@@ -261,17 +261,17 @@ class MemoryDisk:
         found = [event for event in self.events if event.seq > after][:limit]
         return JournalPage(found, self.numbers.next_event - 1, self.gone_to, len(found) == limit)
 
-    async def expired(self, now: int, limit: int) -> list[str]:
+    async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
         await self._enter("expired")
         old = [job for job in self.jobs.values() if job.status in FINISHED and _expires(job) <= now]
         whole: list[str] = []
         for job in sorted(old, key=_expires):
             if (reason := self.bad_jobs.get(job.id) or self.unmoved.get(job.id)) is not None:
                 self._set_aside(job, reason)
-            elif len(whole) < limit:
+            elif len(whole) < skip + limit:
                 whole.append(job.id)
         await self._tell_aside()
-        return whole
+        return whole[skip:]
 
     async def reports(self, limit: int) -> list[bytes]:
         await self._enter("reports")

@@ -161,9 +161,9 @@ async def test_a_long_pass_delays_no_recovery() -> None:
     release = asyncio.Event()
 
     class Slow(MemoryDisk):
-        async def expired(self, now: int, limit: int) -> list[str]:
+        async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
             await release.wait()
-            return await super().expired(now, limit)
+            return await super().expired(now, limit, skip)
 
     async with Household(Slow(), schedule=replace(RECOVERING, interval_ms=MINUTE_MS)) as house:
         await house.held("a")
@@ -359,7 +359,7 @@ async def test_the_journal_of_a_deleted_job_lives_a_day_longer() -> None:
 class Stubborn(MemoryDisk):
     """Names a job as expired that no deletion finds."""
 
-    async def expired(self, now: int, limit: int) -> list[str]:
+    async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
         return ["a"]
 
 

@@ -569,10 +569,86 @@ def test_jobs_that_failed_alike_are_one_group(jobctl: Ctl) -> None:
 
 
 def test_housekeeping_says_beforehand_what_it_would_do(jobctl: Ctl) -> None:
-    assert set(jobctl.json("cleanup", "--dry-run")) == _fields(answers.PreviewView)
+    assert set(jobctl.json("cleanup", "--dry-run")) == _fields(answers.PreviewView) | {"plan_id"}
     assert "finished jobs to delete" in jobctl.ok("cleanup", "--dry-run")
-    assert jobctl.json("recover-stuck", "--dry-run") == {"recover": [], "more": False}
-    assert jobctl.ok("recover-stuck", "--dry-run") == "0 would be recovered\n"
+    assert jobctl.json("recover-stuck", "--dry-run") == {"recover": [], "more": False, "plan_id": None}
+    assert jobctl.run("recover-stuck", "--dry-run") == (0, "0 would be recovered\n", "")
+
+
+def _stuck(running: Running, *ids: str) -> list[str]:
+    """The locks of jobs that count as stuck now, and that nobody recovers."""
+    locks = []
+    for job_id in ids:
+        running.client.create_job(id=job_id, queue="time", stuck_after_ms=0)
+        locks.append(running.client.start_processing(job_id, "w-silent", lock_ttl_ms=1_000).lock_id)
+    time.sleep(1.1)
+    return locks
+
+
+_NEVER: Final = '[cleanup]\nrecover_every = "0s"\n'
+
+
+def test_what_recovery_would_do_can_be_done_exactly_so(running: Running, jobctl: Ctl) -> None:
+    with running.configured(_NEVER):
+        _, lock_id = _stuck(running, "time-1", "time-2")
+        code, out, err = jobctl.run("recover-stuck", "--dry-run", "--reason", "they are dead")
+        assert (code, out.splitlines()[0]) == (0, "2 would be recovered")
+        named = re.fullmatch(r"To do exactly this, until [^:]+:\d\d:\d\d UTC.*: jobctl apply ([0-9a-f]{16})\n", err)
+        assert named is not None, err
+        running.client.update_progress("time-2", lock_id, 40)
+        shown = jobctl.ok("apply", named[1], "--dry-run")
+        assert "recover-stuck: 2 jobs" in shown
+        assert shown.count("processing → queued") == 2
+        code, out, err = jobctl.run("apply", named[1], "-y")
+        assert (code, out) == (4, "recover-stuck: 1 job done\n")
+        assert "time-2: changed meanwhile: processing → processing." in err
+        assert [running.client.get_job(each).status for each in ("time-1", "time-2")] == ["queued", "processing"]
+        [deed] = jobctl.json("audit", "--what", "plan-recover-stuck", "--limit", "1")["entries"]
+        assert (deed["reason"], deed["changed"]) == ("they are dead", 1)
+        assert jobctl.run("apply", named[1], "-y")[0] == 4, "the same answer again"
+    jobctl.ok("cancel", "time-1", "time-2", "-y")
+
+
+def test_what_a_pass_would_do_can_be_done_exactly_so_but_for_what_it_mends(running: Running, jobctl: Ctl) -> None:
+    with running.configured(_NEVER):
+        soon = round(time.time() * 1000) + 500
+        running.client.create_job(id="time-late", queue="time-late", expires_at=soon)
+        grant = running.client.start_processing(running.client.create_job(queue="time-old").id, "w")
+        old = running.client.complete_job(grant.job.id, grant.lock_id, file_path="/f", expires_at=soon).id
+        _stuck(running, "time-3")
+        code, _, err = jobctl.run("cleanup", "--dry-run")
+        assert code == 0
+        assert re.fullmatch(r"To do exactly this, but for what would be mended, until .*: jobctl apply .*\n", err), err
+        plan_id = jobctl.json("cleanup", "--dry-run")["plan_id"]
+        _, shown, asked = _on_a_terminal(running, b"n\n", "apply", plan_id)
+        for line in ("time-3 +processing → queued", "time-late +queued → failed", f"{old} +completed → deleted"):
+            assert re.search(line, shown), shown
+        assert "Their history goes with them" in shown
+        assert "clean up 3 jobs?" in asked
+        assert jobctl.ok("apply", plan_id, "-y") == "cleanup: 3 jobs done\n"
+        assert jobctl.no("job", old)[0] == 4
+        assert jobctl.json("cleanup", "--dry-run")["plan_id"] is None
+    jobctl.ok("cancel", "time-3", "-y")
+
+
+def test_who_may_only_look_is_named_no_plan_of_time(
+    running: Running, jobctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running.configured(_NEVER):
+        _stuck(running, "time-4")
+        monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+        for verb in ("recover-stuck", "cleanup"):
+            code, out, err = jobctl.run(verb, "--dry-run")
+            assert (code, err, out.splitlines()[0]) == (0, "", "1 would be recovered")
+            assert jobctl.json(verb, "--dry-run")["plan_id"] is None
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    jobctl.ok("cancel", "time-4", "-y")
+
+
+def test_a_plan_of_time_that_does_not_take_all_says_so(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+    view = msgspec.convert(jobctl.json("retry", "--where", "queue=none", "--dry-run"), answers.PlanView)
+    ctl_plan.name_of_time(replace(view, action="recover-stuck", more=True))
+    assert "once it is applied, --dry-run names the next one" in capsys.readouterr().err
 
 
 def test_what_an_operator_did_is_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -31,6 +31,7 @@ from jobd.commands import (
     Moment,
     Note,
     Operator,
+    PlanAction,
     Progress,
     ReleaseLock,
     Search,
@@ -117,7 +118,7 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (Filter, {}, "q", ["t", LONG], ["", "x" * 201]),
     (Filter, {}, "error", ["0123456789ab"], ["0" * 11]),
     (MakePlan, {"action": "retry"}, "ids", [["a"], ["a"] * 10_000], [[], ["a"] * 10_001, [""]]),
-    (MakePlan, {}, "action", ["retry", "force-reset", "cancel", "force-fail", "delete"], ["", "deletes"]),
+    (MakePlan, {}, "action", [*get_args(PlanAction)], ["", "deletes", "stuck"]),
     (MakePlan, {"action": "retry"}, "cursor", ["failed.0", "x" * 20 + "." + "9" * 18], ["failed", "failed.0\n", ".0"]),
     (MakePlan, {"action": "retry"}, "cursor", ["a.1"], ["x" * 21 + ".0", "failed." + "9" * 19, "Failed.0", "a:1"]),
     (RowsAsked, {}, "cursor", ["jobs:0", "late_results:" + "9" * 18], ["jobs", "jobs:0\n", "jobs.0", "JOBS:0", ":0"]),

@@ -1045,6 +1045,33 @@ async def test_a_plan_up_to_the_last_time_there_is_can_be_looked_at(town: Town) 
     assert (await browser.get("/jobs?until=9999-12-31T23%3A59%3A59.999Z")).status == 200
 
 
+async def test_a_plan_of_what_time_would_do_is_shown_and_applied(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, browser = "/admin/job-management/plans", await town.browser()
+    soon = round(time.time() * 1000) + 60
+    for job_id in ("late-1", "late-2"):
+        await town.do("jobs", id=job_id, expires_at=soon)
+    await asyncio.sleep(0.1)
+    monkeypatch.setattr(plan_search, "MAX_PLAN", 1)
+    for action in ("cleanup", "recover-stuck"):
+        assert (await town.admin.ask("POST", path, json.dumps({"action": action}), headers=AUTH)).status == 200
+    wrong = await town.admin.ask("POST", path, '{"action":"cleanup","ids":["late-1"]}', headers=AUTH)
+    assert (wrong.status, wrong.json["details"]["field"]) == (400, "$.ids")
+    heard = await browser.get("/plans/plan-1")
+    assert_safe(heard)
+    page = text(heard)
+    assert "Plan: clean up 1 job" in page
+    assert "what a pass would mend is not part of a plan" in page
+    assert "Found among" not in page
+    assert "There are more" in page or "There may be more" in page
+    assert "jobctl cleanup --dry-run" in page
+    assert "/plans/plan-1/next" not in page
+    assert "Plan: recover 0 jobs" in text(await browser.get("/plans/plan-2"))
+    await browser.post("/plans/plan-1/apply", csrf=await browser.csrf())
+    assert "Done to 1 of 1 jobs" in text(await browser.get("/plans/plan-1"))
+    assert sorted([await town.status("late-1"), await town.status("late-2")]) == ["failed", "queued"]
+    assert "plan-cleanup" in text(await browser.get("/audit"))
+
+
 async def test_selected_jobs_are_planned_shown_and_done_once(town: Town) -> None:
     await failing(town, "a", "b", "c")
     await town.do("jobs", id="waits")

@@ -7,9 +7,22 @@ from typing import Any, get_args
 import pytest
 from msgspec.structs import fields
 
-from jobd.commands import AnyCommand, ApplyPlan, Bulk, Create, DeleteExpired, EndGrants, Expected, Mend, Ping, Recover
+from jobd.commands import (
+    AnyCommand,
+    ApplyEndings,
+    ApplyPlan,
+    Bulk,
+    Create,
+    DeleteExpired,
+    EndGrants,
+    Expected,
+    Mend,
+    Ping,
+    PlanAction,
+    Recover,
+)
 from jobd.commands import CreditAbsence as Credit
-from jobd.envelope import CREATES, ENDINGS, READS, named_ids, share
+from jobd.envelope import CREATES, ENDINGS, READS, deleted_ids, named_ids, share
 
 COMMANDS = get_args(AnyCommand)
 
@@ -50,6 +63,13 @@ def test_the_jobs_that_a_command_names_are_looked_up_before_it_is_decided(kind: 
         assert named == ["a", "b"]
     else:
         assert named == (["a"] if "id" in names else [])
+
+
+def test_a_plan_that_may_delete_says_so() -> None:
+    """What shows one of its jobs later in the batch needs the payload before it is gone."""
+    jobs = [Expected("a", "1")]
+    deleting = {action for action in get_args(PlanAction) if deleted_ids(ApplyEndings(action=action, jobs=jobs))}
+    assert deleting == {"delete", "cleanup"}
 
 
 def _made(kind: Any) -> Any:

@@ -538,6 +538,8 @@ async def test_expired_names_finished_jobs_only_oldest_first(store: Store) -> No
     assert await store.expired(NOW + 500, 10) == ["job-1"]
     assert await store.expired(NOW + 1_000, 10) == ["job-1", "job-2"]
     assert await store.expired(NOW + 1_000, 1) == ["job-1"]
+    assert await store.expired(NOW + 1_000, 1, 1) == ["job-2"]
+    assert await store.expired(NOW + 1_000, 10, 2) == []
     await store.write(maker.batch([maker.requeue(made(soon))]))
     assert await store.expired(NOW + 1_000, 10) == ["job-2"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import exits, show
+from jobd.cli import ctl_plan, exits, show
 from jobd.cli.deeds import confirm, need_terminal, reason_option
 from jobd.cli.group import json_option
 from jobd.cli.kinds import PAST
@@ -17,7 +17,7 @@ from jobd.cli.places import admin_client, admin_options
 from jobd.cli.waiting import busy
 
 if TYPE_CHECKING:
-    from jobd.answers import AuditView
+    from jobd.answers import AuditView, PlanView, PreviewView
 
 _REASON: Final = reason_option("Kept in the audit log.")
 
@@ -60,8 +60,9 @@ def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int
 
     client = admin_client()
     if dry_run:
-        view = client.preview()
-        show.emit_json(view) if as_json else tables_admin.preview(view)
+        plan, seen = ctl_plan.of_time(client, "cleanup", reason), client.preview()
+        show.emit_json(_foretold(seen, plan)) if as_json else tables_admin.preview(seen)
+        ctl_plan.name_of_time(plan)
         return exits.DONE
     if last:
         state = client.cleanup_state()
@@ -86,12 +87,23 @@ def recover_stuck(dry_run: bool, reason: str | None, as_json: bool) -> None:
     from jobd.cli import tables_admin
 
     if dry_run:
-        seen = admin_client().preview()
-        show.emit_json({"recover": seen.recover, "more": seen.more}) if as_json else tables_admin.foreseen(seen)
+        client = admin_client()
+        plan, seen = ctl_plan.of_time(client, "recover-stuck", reason), client.preview()
+        told = _foretold(seen, plan)
+        some = {name: told[name] for name in ("recover", "more", "plan_id")}
+        show.emit_json(some) if as_json else tables_admin.foreseen(seen)
+        ctl_plan.name_of_time(plan)
         return
     with busy("recovery"):
         view = admin_client().detect_and_recover_stuck_jobs(reason)
     show.emit_json(view) if as_json else tables_admin.recovered(view)
+
+
+def _foretold(seen: PreviewView, plan: PlanView | None) -> dict[str, Any]:
+    """What a preview says, with the plan by which it can be done, or null."""
+    import msgspec
+
+    return {**msgspec.to_builtins(seen), "plan_id": plan.plan_id if plan else None}
 
 
 @click.command()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _TIMES: Final = ("since", "until", "finished_since", "finished_until")
 _NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
 _GOES_TOO: Final = "Their history goes with them, and what the store of artefacts, if there is one, has of them."
+_WORDS: Final = {"recover-stuck": "recover", "cleanup": "clean up"}
 _SHOWN: Final = 20  # jobs of a plan; --json shows all
 _AT_ONCE: Final = 5  # plans that are shown and asked about as one; the daemon keeps 20, of 100 000 jobs
 
@@ -235,11 +236,31 @@ def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool) -
         show.say("There are more: without --dry-run all of them are done, these first.")
 
 
-def _name_plans(plans: Sequence[PlanView]) -> None:
+def _name_plans(plans: Sequence[PlanView], but: str = "") -> None:
     """How these plans can be applied later."""
     if plans:
         names = " ".join(plan.plan_id for plan in plans)
-        show.say(f"To do exactly this, until {show.instant(plans[0].expires_at)}: jobctl apply {names}")
+        show.say(f"To do exactly this{but}, until {show.instant(plans[0].expires_at)}: jobctl apply {names}")
+
+
+def of_time(client: AdminClient, action: PlanAction, reason: str | None) -> PlanView | None:
+    """A plan of what time would do now; None where it would do nothing, or for who may look, but not plan."""
+    from jobd.client.errors import Forbidden
+
+    try:
+        plan = client.make_plan(action, reason=reason)
+    except Forbidden:
+        return None
+    return plan if plan.count else None
+
+
+def name_of_time(plan: PlanView | None) -> None:
+    """How what time would do can be done exactly so, and what of it is not in the plan."""
+    if plan is None:
+        return
+    _name_plans([plan], ", but for what would be mended" if plan.action == "cleanup" else "")
+    if plan.more:
+        show.say("There are more than one plan takes: once it is applied, --dry-run names the next one.")
 
 
 def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
@@ -252,7 +273,7 @@ def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
         show.table(["JOB", "WOULD BE"], rows)
     if len(jobs) > _SHOWN:
         show.emit(f"… and {len(jobs) - _SHOWN} more (--json shows all)")
-    if jobs and plans[0].action == "delete":
+    if any(job.to is None for job in jobs):
         show.emit(_GOES_TOO)
     _show_late(plans[0].action, [job for plan in plans if plan.result is None for job in plan.jobs])
     for plan in plans:
@@ -264,9 +285,9 @@ def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
 
 def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
     """Which of the jobs have work that came late and waits to be adopted, also of those that are not shown."""
-    from jobd.answers import late_note
+    from jobd.answers import late_note_of
 
-    if (note := late_note(action, [job.late_results for job in jobs])) is None:
+    if (note := late_note_of(action, jobs)) is None:
         return
     late = [job.id for job in jobs if job.late_results]
     more = f" … and {len(late) - _SHOWN} more (--json shows all)" if len(late) > _SHOWN else ""
@@ -332,9 +353,9 @@ def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **ho
 def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json: bool) -> int:
     """Apply plans that were looked at before.
 
-    Exactly what they show is done. --dry-run of retry, cancel (with an admin token), force-fail, force-reset and delete
-    names its plans; in the dashboard they are in the address of their page. They are kept for 15 minutes. A job that
-    has changed since is left alone.
+    Exactly what they show is done. --dry-run of retry, cancel, force-fail, force-reset, delete, recover-stuck and
+    cleanup (with an admin token) names its plans; in the dashboard they are in the address of their page. They are kept
+    for 15 minutes. A job that has changed since is left alone.
 
     \b
     Example: jobctl delete --where status=completed --dry-run; jobctl apply 3fa29c01d2e4b587
@@ -357,6 +378,6 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
     if dry_run:
         return exits.DONE
     if new and not yes:
-        deeds.confirm(" and ".join(f"{plan.action} {_jobs(plan.count)}" for plan in new))
+        deeds.confirm(" and ".join(f"{_WORDS.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new))
     is_whole = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count])
     return exits.DONE if is_whole else exits.REFUSED

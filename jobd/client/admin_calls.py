@@ -51,7 +51,7 @@ from jobd.answers import (
 )
 from jobd.client.calls import read_job, read_page, read_queues, read_timeline, read_why, read_workers
 from jobd.client.protocol import NDJSON_TYPE, JobInfo, JobInfoPage, Request, T, get, job_path, post, reader, uuid7
-from jobd.commands import PlanAction
+from jobd.commands import OF_TIME, PlanAction
 from jobd.events import EventView
 from jobd.job import Status
 
@@ -210,7 +210,8 @@ def make_plan(
 ) -> Request[PlanView]:
     """What `action` would do to the jobs `ids`, or to those that the filters find. Nothing is done before apply_plan.
 
-    `action` is retry, force-reset, cancel, force-fail or delete. `jobs` are those that it would be done to, 10 000 at
+    `action` is retry, force-reset, cancel, force-fail or delete; or recover-stuck or cleanup, which take no ids, no
+    filter and no cursor: the daemon itself says which jobs. `jobs` are those that it would be done to, 10 000 at
     most; `skipped` are left alone. The filters are those of list_jobs. Where the plan has `more`, its `next_cursor` as
     `cursor` makes the next one.
     """
@@ -220,7 +221,8 @@ def make_plan(
         asked: dict[str, str | int | None] = {"status": status, "queue": queue, "kind": kind, "worker": worker}
         asked |= {"since": since, "until": until, "q": q, "error": error}
         asked |= {"finished_since": finished_since, "finished_until": finished_until}
-        body["filter"] = {name: value for name, value in asked.items() if value is not None}
+        given = {name: value for name, value in asked.items() if value is not None}
+        body["filter"] = None if action in OF_TIME and not given else given
     return post(f"{BASE}/plans", _read_plan, body, wait_ms=_PASS_MS)
 
 

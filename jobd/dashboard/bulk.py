@@ -11,9 +11,9 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from jobd.answers import Answer, PlanView, late_note
+from jobd.answers import Answer, PlanView, late_note_of
 from jobd.bodies import Refused, explain, refused
-from jobd.commands import MAKING_S, MAX_PLAN, Filter, MakePlan, OnPlan, PlanAction, Refusal
+from jobd.commands import MAKING_S, MAX_PLAN, OF_TIME, Filter, MakePlan, OnPlan, PlanAction, Refusal
 from jobd.dashboard.filters import JobFilter, chosen
 from jobd.dashboard.guests import Guest, go_on
 from jobd.dashboard.pages import ACTIONS, PAUSED, Shown, asked, strip
@@ -28,8 +28,13 @@ SAYS: Final[dict[str, str]] = {
     "cancel": "Queued and processing jobs end as cancelled. Who holds one is told to stop with the next call.",
     "force-fail": "Queued and processing jobs end as failed, with the reason as error. Who holds one has lost it.",
     "delete": "Finished jobs and their history are gone for good.",
+    "recover-stuck": "Jobs whose workers went silent lose their grants: each goes back to its queue, or fails, as its "
+    "own rule for that says.",
+    "cleanup": "What a cleanup pass would do, but for what it mends: stuck jobs are recovered, queued ones that nobody "
+    "wants any more fail, finished ones whose time is over and their history are gone for good.",
 }
-GRAVE: Final = frozenset({"force-reset", "cancel", "force-fail", "delete"})
+LABELS: Final = ACTIONS | {"recover-stuck": "Recover", "cleanup": "Clean up"}
+GRAVE: Final = frozenset({"force-reset", "cancel", "force-fail", "delete", "cleanup"})
 
 
 class PlanForm(JobFilter, frozen=True, kw_only=True):
@@ -111,14 +116,15 @@ async def show(guest: Guest, wanted: OnPlan) -> Shown:
         "is_full": plan.count >= MAX_PLAN,
         "most_jobs": MAX_PLAN,
         "making_s": round(MAKING_S),
-        "label": ACTIONS[plan.action],
+        "label": LABELS[plan.action],
         "says": SAYS[plan.action],
-        "goes_too": plan.action == "delete" and guest.site.rooms.has_artefacts(),
+        "goes_too": guest.site.rooms.has_artefacts() and any(job.to is None for job in plan.jobs),
         "is_grave": plan.action in GRAVE,
-        "late_note": late_note(plan.action, [job.late_results for job in plan.jobs]),
+        "late_note": late_note_of(plan.action, plan.jobs),
         "late": [job for job in plan.jobs if job.late_results][:MOST_SHOWN],
         "moves": Counter((job.from_, job.to) for job in plan.jobs).most_common(),
         "jobs": plan.jobs[:MOST_SHOWN],
+        "of_time": plan.action in OF_TIME,
         "skipped": plan.skipped[:MOST_SHOWN],
         "whys": Counter(job.why for job in plan.skipped).most_common(20),
         "undone": [] if result is None else [*result.changed, *result.refused][:MOST_SHOWN],

@@ -82,7 +82,7 @@ DEEDS_KEPT: Final = (
     "delete", "pause", "resume", "import", "recover-stuck", "cleanup", "accept-clock", "backup",
     "export", "artefact", "sign-in", "sign-out",
     "resend-delivery", "resend-given-up", "test-webhook", "plan-retry", "plan-force-reset", "plan-cancel",
-    "plan-force-fail", "plan-delete",
+    "plan-force-fail", "plan-delete", "plan-recover-stuck", "plan-cleanup",
 )  # fmt: skip
 PAUSED: Final = Queues(paused=True, limit=20)  # asked by every page, so it costs by the paused queues alone
 MOST_NAMES: Final = 200  # of queues that a filter offers

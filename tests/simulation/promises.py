@@ -250,7 +250,8 @@ class Promises:
             self.must(is_overdue(before, at.now), "S5", "a job expired before its time", before.id)
         if kind == "deleted":
             old = before.expires_at is not None and before.expires_at <= at.now
-            fits = before.status in FINISHED and (old or not isinstance(command, DeleteExpired))
+            by_age = isinstance(command, DeleteExpired) or getattr(command, "action", None) == "cleanup"
+            fits = before.status in FINISHED and (old or not by_age)
             self.must(fits, "S13", f"a job was deleted that is {before.status}", before.id)
         if before.status == "completed":
             final = after is None or (kind in {*NOTES, "fixed"} and after.status == "completed")

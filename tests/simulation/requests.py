@@ -39,6 +39,7 @@ from jobd.commands import (
     Note,
     Pause,
     Ping,
+    PlanAction,
     Preview,
     Queues,
     Recover,
@@ -69,6 +70,7 @@ class Requests:
         self.dice = dice
         self.plan = plan
         self.disk = disk
+        self.time_dice = Random(repr(dice.getstate()[1][:8]))  # by the seed, and without a draw from `dice`
 
     # -- words --------------------------------------------------------------------------------------------------------
 
@@ -193,11 +195,26 @@ class Requests:
             Expected(each, "other" if job is None or self.chance(0.2) else self._version(job)) for each, job in known
         ]
         kind = ApplyPlan if self.chance(0.5) else ApplyEndings
-        return kind(action=self.dice.choice(("retry", "cancel", "force-fail", "delete")), jobs=seen)
+        plan: ApplyPlan = kind(action=self.dice.choice(("retry", "cancel", "force-fail", "delete")), jobs=seen)
+        return self._of_time(known) if self.time_dice.random() < 0.3 else plan
+
+    def _of_time(self, known: list[tuple[str, Job | None]]) -> ApplyPlan:
+        """The same jobs, of a plan of what time would do."""
+        dice = self.time_dice
+        action: PlanAction = dice.choice(("recover-stuck", "cleanup"))
+
+        def seen(job: Job | None) -> str:
+            late = None if job is None else self._late(job)
+            return "other" if job is None or dice.random() < 0.1 else version(job, late, action)
+
+        return ApplyEndings(action=action, jobs=[Expected(each, seen(job)) for each, job in known])
+
+    def _late(self, job: Job) -> int | None:
+        return max((late.seq for late in self.disk.lates.get(job.seq, ())), default=None)
 
     def _version(self, job: Job) -> str:
         """As who has just looked knows it; a daemon that has started since knows of no late result."""
-        late = max((late.seq for late in self.disk.lates.get(job.seq, ())), default=None)
+        late = self._late(job)
         return version(job, late if self.chance(0.7) else None)
 
     def adoption(self, job_id: str) -> Adopt:
