@@ -36,7 +36,7 @@ from jobd.commands import (
     Start,
     Update,
 )
-from jobd.job import SECOND_MS
+from jobd.job import SECOND_MS, Grant, Options
 from jobd.planning import version
 from jobd.plans import Planner
 from tests.by_hand import full_job
@@ -98,6 +98,22 @@ def test_an_error_is_looked_for_in_failed_jobs_unless_a_status_is_asked_for(
 
 def test_a_version_is_short_enough_for_forms_and_long_enough_to_be_another_each_time() -> None:
     assert len(version(full_job())) == 16
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seq", 99),
+        ("status", "failed"),
+        ("options", Options(queue="another")),
+        *((name, 1) for name in ("run_at", "attempt", "started_at", "finished_at", "expires_at")),
+        ("stalls", 9),
+        ("grant", Grant("lock", 1, "w-1", 0, 60_000, 0, 90_000)),
+        *((name, None) for name in ("ended", "result", "error")),
+    ],
+)
+def test_every_part_of_a_job_makes_it_another_version(field: str, value: Any) -> None:
+    assert version(replace(full_job(), **{field: value})) != version(full_job())
 
 
 def test_signs_of_life_are_no_change_and_everything_else_is() -> None:

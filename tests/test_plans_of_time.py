@@ -8,12 +8,13 @@ from typing import Any, get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd import plan_search, planning, plans
-from jobd.answers import PlannedJob, PlanResult, PlanSlice, PlanView, late_note_of
+from jobd import plan_search, planning, plans, time_rules
+from jobd.answers import Answer, PlannedJob, PlanResult, PlanSlice, PlanView, Worked, late_note_of
 from jobd.commands import (
     OF_TIME,
     Adopt,
     ApplyEndings,
+    Call,
     Complete,
     Create,
     Delete,
@@ -26,12 +27,14 @@ from jobd.commands import (
     GetVersion,
     Import,
     MakePlan,
+    OnJob,
     Operator,
     PlanAction,
     Progress,
     Recover,
     Refusal,
 )
+from jobd.draft import Draft
 from jobd.job import HOUR_MS, MINUTE_MS, SECOND_MS, Job, runs_again
 from jobd.planning import version
 from jobd.plans import Planner
@@ -96,6 +99,23 @@ def test_of_late_results_a_cleanup_tells_those_that_it_deletes() -> None:
     said = "It has 2 late results that nobody has adopted: they go with the job."
     assert late_note_of("cleanup", [stuck, old]) == said
     assert late_note_of("retry", [stuck]) is not None
+
+
+def test_a_rule_for_one_job_answers_what_it_did_or_why_it_did_nothing() -> None:
+    desk = Desk()
+    desk.create("a")
+    for rule in (time_rules.recover_one, time_rules.clean_one):
+        draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
+        refusal = rule(draft, OnJob(id="a"))
+        assert refusal == Refusal("invalid_transition", NO_MORE, {"job_id": "a", "status": "queued"})
+    desk.start("a")
+    desk.passes(HOUR_MS)
+    desk.create("b", expires_at=desk.now + 5)
+    desk.passes(10)
+    for rule, job_id in ((time_rules.recover_one, "a"), (time_rules.clean_one, "a"), (time_rules.clean_one, "b")):
+        draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
+        assert rule(draft, OnJob(id=job_id)) == Answer(Worked(1))
+        assert len(draft.changes) == 1
 
 
 # -- the rule ---------------------------------------------------------------------------------------------------------
@@ -171,10 +191,6 @@ def test_who_came_back_to_life_is_left_alone(action: PlanAction, how: str) -> No
 
 def test_the_rules_of_time_refuse_a_job_that_is_not_there() -> None:
     """They look for themselves, as the rule of any other action does."""
-    from jobd import time_rules
-    from jobd.commands import Call, OnJob
-    from jobd.draft import Draft
-
     desk = Desk()
     draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
     for rule in (time_rules.recover_one, time_rules.clean_one):

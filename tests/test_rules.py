@@ -1085,6 +1085,16 @@ def test_a_poison_job_cannot_loop_for_ever(desk: Desk) -> None:
     assert "It stalled 4 times (max_stalls 3);" in (error.message or "")
 
 
+def test_the_last_stall_that_a_job_may_have_is_not_one_too_many(desk: Desk) -> None:
+    desk.create(on_stall="fail", max_stalls=1)
+    desk.start()
+    desk.passes(TTL)
+    desk.yes(Recover(limit=1))
+    error = desk.job().error
+    assert error is not None
+    assert "Its on_stall is fail" in (error.message or "")
+
+
 def test_a_job_that_may_not_stall_at_all_has_stalled_once(desk: Desk) -> None:
     desk.create(on_stall="requeue", max_stalls=0)
     desk.start()
