@@ -1085,24 +1085,21 @@ def test_a_poison_job_cannot_loop_for_ever(desk: Desk) -> None:
     assert "It stalled 4 times (max_stalls 3);" in (error.message or "")
 
 
-def test_the_last_stall_that_a_job_may_have_is_not_one_too_many(desk: Desk) -> None:
-    desk.create(on_stall="fail", max_stalls=1)
+@pytest.mark.parametrize(
+    ("on_stall", "max_stalls", "said"),
+    [
+        ("fail", 1, "Its on_stall is fail"),  # the last that it may have is not one too many
+        ("requeue", 0, "It stalled once (max_stalls 0);"),
+    ],
+)
+def test_why_a_first_stall_fails_a_job(desk: Desk, on_stall: Any, max_stalls: int, said: str) -> None:
+    desk.create(on_stall=on_stall, max_stalls=max_stalls)
     desk.start()
     desk.passes(TTL)
     desk.yes(Recover(limit=1))
     error = desk.job().error
     assert error is not None
-    assert "Its on_stall is fail" in (error.message or "")
-
-
-def test_a_job_that_may_not_stall_at_all_has_stalled_once(desk: Desk) -> None:
-    desk.create(on_stall="requeue", max_stalls=0)
-    desk.start()
-    desk.passes(TTL)
-    desk.yes(Recover(limit=1))
-    error = desk.job().error
-    assert error is not None
-    assert "It stalled once (max_stalls 0);" in (error.message or "")
+    assert said in (error.message or "")
 
 
 def test_past_the_ceiling_a_job_is_stuck_at_once_and_says_so(desk: Desk) -> None:
