@@ -10,7 +10,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd import book, foresight, plan_search, planning, plans, rows
-from jobd.answers import Answer, PlanResult, PlanView, PreviewView, late_note
+from jobd.answers import Answer, PlanView, PreviewView, late_note
 from jobd.batch import DiskFull
 from jobd.commands import (
     OF_TIME,
@@ -29,7 +29,6 @@ from jobd.commands import (
     GetVersion,
     Import,
     MakePlan,
-    Operator,
     PlanAction,
     Preview,
     Refusal,
@@ -43,9 +42,7 @@ from tests.by_hand import full_job
 from tests.desk import Desk
 from tests.household import WALL, Household, in_virtual_time, row
 from tests.memory_disk import MemoryDisk
-
-EVE = Operator("eve", "10.0.0.7")
-
+from tests.plan_help import EVE, applied, made
 
 # -- what a job is to a plan ------------------------------------------------------------------------------------------
 
@@ -273,18 +270,6 @@ def test_what_is_said_of_late_results(action: PlanAction, late: list[int], note:
 
 
 # -- made, kept, applied ----------------------------------------------------------------------------------------------
-
-
-async def made(planner: Planner, plan_id: str = "p", **asked: Any) -> PlanView:
-    view = await planner.make(MakePlan(**asked), plan_id)
-    assert isinstance(view, PlanView), view
-    return view
-
-
-async def applied(planner: Planner, plan_id: str = "p") -> PlanResult:
-    result = await planner.apply(plan_id, EVE)
-    assert isinstance(result, PlanResult), result
-    return result
 
 
 async def failed(house: Household, *ids: str, **fields: Any) -> None:

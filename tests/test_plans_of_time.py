@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd import plan_search, planning, plans, time_rules
-from jobd.answers import Answer, PlannedJob, PlanResult, PlanSlice, PlanView, Worked, late_note_of
+from jobd.answers import Answer, PlannedJob, PlanSlice, PlanView, Worked, late_note_of
 from jobd.commands import (
     OF_TIME,
     Adopt,
@@ -28,7 +28,6 @@ from jobd.commands import (
     Import,
     MakePlan,
     OnJob,
-    Operator,
     PlanAction,
     Progress,
     Recover,
@@ -41,8 +40,8 @@ from jobd.plans import Planner
 from tests.by_hand import full_job
 from tests.desk import Desk
 from tests.household import WALL, Household, in_virtual_time
+from tests.plan_help import applied, made
 
-EVE = Operator("eve", "10.0.0.7")
 NO_MORE = "Nothing is to be done to it by time any more."
 
 
@@ -200,18 +199,6 @@ def test_the_rules_of_time_refuse_a_job_that_is_not_there() -> None:
 
 
 # -- made, and applied ------------------------------------------------------------------------------------------------
-
-
-async def made(planner: Planner, plan_id: str = "p", **asked: Any) -> PlanView:
-    view = await planner.make(MakePlan(**asked), plan_id)
-    assert isinstance(view, PlanView), view
-    return view
-
-
-async def applied(planner: Planner, plan_id: str = "p") -> PlanResult:
-    result = await planner.apply(plan_id, EVE)
-    assert isinstance(result, PlanResult), result
-    return result
 
 
 async def ripe(house: Household) -> str:

@@ -1,0 +1,23 @@
+"""Plans made and applied as an operator does, for the tests of both kinds of plans."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from jobd.answers import PlanResult, PlanView
+from jobd.commands import MakePlan, Operator
+from jobd.plans import Planner
+
+EVE: Final = Operator("eve", "10.0.0.7")
+
+
+async def made(planner: Planner, plan_id: str = "p", **asked: Any) -> PlanView:
+    view = await planner.make(MakePlan(**asked), plan_id)
+    assert isinstance(view, PlanView), view
+    return view
+
+
+async def applied(planner: Planner, plan_id: str = "p") -> PlanResult:
+    result = await planner.apply(plan_id, EVE)
+    assert isinstance(result, PlanResult), result
+    return result
