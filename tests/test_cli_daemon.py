@@ -1062,6 +1062,8 @@ def test_check_config_shows_each_value_with_its_source(
         (["serve", "--set", "locks.ttl=5"], "15m"),
         (["serve", "--log-level", "loud"], "warning"),
         (["serve", "--listen", "127.0.0.1:0"], "token_file"),
+        (["check-config", "--set", "locks.tl=5m"], "locks.tl"),
+        (["check-config", "--listen", "127.0.0.1:0"], "token_file"),
     ],
 )
 def test_a_bad_configuration_is_78_in_one_line(
@@ -1073,8 +1075,18 @@ def test_a_bad_configuration_is_78_in_one_line(
     assert said in err
 
 
-def test_set_without_a_value_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _jobd(capsys, "serve", "--set", "locks.ttl")[0] == 2
+def test_check_config_takes_the_flags_of_serve(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--set", "locks.ttl=7m", "--set", "log.level=error", "--log-level", "debug", "--store", "/srv/jobd.db")
+    code, out, err = _jobd(capsys, "check-config", *flags, "--json")
+    assert code == 0, err
+    values = json.loads(out)["values"]
+    told = {key: value["value"] for key, value in values.items() if value["source"] == "flag"}
+    assert told == {"locks.ttl": "7m", "log.level": "debug", "store.path": "/srv/jobd.db"}
+
+
+@pytest.mark.parametrize("verb", ["serve", "check-config"])
+def test_set_without_a_value_is_usage(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _jobd(capsys, verb, "--set", "locks.ttl")[0] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

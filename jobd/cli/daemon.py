@@ -19,7 +19,7 @@ from jobd.cli.bench import bench
 from jobd.cli.demo import demo
 from jobd.cli.group import SETTINGS, Sections, json_option
 from jobd.cli.monitoring import monitoring
-from jobd.cli.settings import config_option, read
+from jobd.cli.settings import config_option, flag_options, read
 
 if TYPE_CHECKING:
     from jobd.config import Loaded
@@ -38,34 +38,13 @@ def jobd() -> None:
 
 @click.command()
 @config_option
-@click.option("--store", metavar="PATH", help="The database.  [store.path]")
-@click.option("--socket", metavar="PATH", help="Socket for workers.  [worker.socket]")
-@click.option("--listen", metavar="HOST:PORT", help="TCP address for workers, too.  [worker.listen]")
-@click.option("--admin-listen", metavar="ADDRESS", help="HOST:PORT or unix:PATH for operators.  [admin.listen]")
-@click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [log.level]")
-@click.option("--set", "others", metavar="KEY=VALUE", multiple=True, help="Any other key, as in locks.ttl=5m.")
-def serve(
-    config: str | None,
-    store: str | None,
-    socket: str | None,
-    listen: str | None,
-    admin_listen: str | None,
-    log_level: str | None,
-    others: tuple[str, ...],
-) -> int:
+@flag_options
+def serve(config: str | None, flags: dict[str, str]) -> int:
     """Run the daemon in the foreground until SIGTERM.
 
     Flags go over the environment (JOBD_SECTION_KEY), which goes over the configuration file. SIGTERM and SIGINT
     drain, SIGHUP reloads the configuration, SIGUSR1 writes what is going on to the log.
     """
-    named = {
-        "store.path": store,
-        "worker.socket": socket,
-        "worker.listen": listen,
-        "admin.listen": admin_listen,
-        "log.level": log_level,
-    }
-    flags = dict(map(_pair, others)) | {key: value for key, value in named.items() if value is not None}
     loaded = read(config, flags)
     gc.disable()  # until all is there: nothing of what a start makes is garbage
     _leave_out_rich()
@@ -86,24 +65,19 @@ def _leave_out_rich() -> None:
             del modules["rich"]
 
 
-def _pair(text: str) -> tuple[str, str]:
-    key, sign, value = text.partition("=")
-    if not sign:
-        raise click.UsageError(f"--set {text!r}: it has to be KEY=VALUE, as in locks.ttl=5m")
-    return key, value
-
-
 @click.command("check-config")
 @config_option
+@flag_options
 @json_option
-def check_config(config: str | None, as_json: bool) -> None:
+def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> None:
     """Check the configuration and show what is in effect.
 
-    Every value is shown with where it comes from, no secret is. Exit 78 where `jobd serve` would not start with it.
+    Every value is shown with where it comes from, no secret is. Exit 78 where `jobd serve` would not start with it and
+    with the same flags.
     """
     from jobd.config import ConfigError, check_apart, effective
 
-    loaded = read(config)
+    loaded = read(config, flags)
     try:
         check_apart(loaded.config.artefacts.url, loaded.own_places)
     except ConfigError as error:

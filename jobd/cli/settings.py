@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -17,6 +18,41 @@ if TYPE_CHECKING:
 def config_option(verb: Any) -> Any:
     text = "Configuration file.  [env: JOBD_CONFIG; default: /etc/jobd/config.toml]"
     return click.option("--config", metavar="FILE", help=text)(verb)
+
+
+_FLAGS: Final = {
+    "store": ("store.path", "PATH", "The database."),
+    "socket": ("worker.socket", "PATH", "Socket for workers."),
+    "listen": ("worker.listen", "HOST:PORT", "TCP address for workers, too."),
+    "admin-listen": ("admin.listen", "ADDRESS", "HOST:PORT or unix:PATH for operators."),
+    "log-level": ("log.level", "LEVEL", "debug, info, warning or error."),
+}
+
+
+def flag_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags that go over file and environment. `verb` gets them as `flags`, by key."""
+
+    @functools.wraps(verb)
+    def with_flags(*args: Any, others: tuple[str, ...], **given: Any) -> Any:
+        flags = dict(map(_pair, others))
+        for name, (key, _, _) in _FLAGS.items():
+            value = given.pop(name.replace("-", "_"))
+            if value is not None:
+                flags[key] = value
+        return verb(*args, flags=flags, **given)
+
+    text = "Any other key, as in locks.ttl=5m."
+    found = click.option("--set", "others", metavar="KEY=VALUE", multiple=True, help=text)(with_flags)
+    for name, (key, metavar, says) in reversed(_FLAGS.items()):
+        found = click.option(f"--{name}", metavar=metavar, help=f"{says}  [{key}]")(found)
+    return found
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise click.UsageError(f"--set {text!r}: it has to be KEY=VALUE, as in locks.ttl=5m")
+    return key, value
 
 
 def store_option(verb: Any) -> Any:
