@@ -21,25 +21,48 @@ MOST: Final = 100_000  # ids that are noted for it: a copy of them is made in on
 
 
 async def foresee(hands: Hands, look_s: float = LOOK_S) -> PreviewView:
-    """Raises passes.Refused where the actor takes no question. `look_s`: so long it looks for what is wrong."""
+    """`look_s`: so long it looks for what is old, and for what is wrong.
+
+    Raises passes.Refused where the actor takes no question.
+    """
     seen: Foreseen = await hands.ask(Preview(limit=SHOWN), "daemon")
     now = hands.clock.moment().now
-    past = await hands.actor.disk.expired(now, SHOWN + 1)
-    old, held = ([], past) if hands.clock.suspect else (past, [])  # deletion waits until the clock is accepted
+    nothing: tuple[list[str], bool] = [], False
+    past = await _past(hands, now, look_s)
+    # Deletion waits until the clock is accepted.
+    (old, more_old), (held, more_held) = (nothing, past) if hands.clock.suspect else (past, nothing)
     wrong, more_wrong = await _wrong(hands, look_s)
     settled = {*(each.job_id for each in seen.details), *seen.expired, *old}  # before a pass comes to what is wrong
     return PreviewView(
         recover=seen.details,
         expired_locks=seen.locks,
         expired_jobs=seen.expired,
-        deleted_jobs=old[:SHOWN],
+        deleted_jobs=old,
         mended_jobs=[job_id for job_id in wrong if job_id not in settled],
-        held_jobs=held[:SHOWN],
-        more_held=len(held) > SHOWN,
+        held_jobs=held,
+        more_held=more_held,
         more_mended=more_wrong,
-        more=seen.more or len(old) > SHOWN or more_wrong,
+        more=seen.more or more_old or more_wrong,
         timestamp=now,
     )
+
+
+async def _past(hands: Hands, now: int, look_s: float) -> tuple[list[str], bool]:
+    """Finished jobs whose time is over, and whether there may be more. Of large ones few are read at a time."""
+    found: dict[str, None] = {}
+    looked, spent_s = 0, 0.0
+    while len(found) <= SHOWN:
+        if spent_s >= look_s:
+            return list(found), True
+        began_s = time.perf_counter()
+        some = await hands.actor.disk.expired(now, SHOWN + 1 - len(found), looked)
+        spent_s += time.perf_counter() - began_s
+        looked += len(some)
+        found |= dict.fromkeys(some)
+        if not some:
+            return list(found), False
+        await hands.breathe()
+    return list(found)[:SHOWN], True
 
 
 async def _wrong(hands: Hands, look_s: float) -> tuple[list[str], bool]:

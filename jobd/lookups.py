@@ -452,7 +452,10 @@ def _latest_grants(tables: Tables, job_seq: int) -> list[Grant]:
 
 
 def expired(tables: Tables, now: int, limit: int, skip: int = 0) -> list[str]:
-    """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after so many to skip."""
+    """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after so many to skip.
+
+    Damaged ones that cannot be moved out of the way hide nothing that is behind them.
+    """
     tables.check()
     inner = (
         f"SELECT seq AS found, expires_at AS due FROM jobs INDEXED BY jobs_expiry "
@@ -467,8 +470,9 @@ def expired(tables: Tables, now: int, limit: int, skip: int = 0) -> list[str]:
         whole = [row[1] for row in found if row[0] not in gone]
         if damaged:
             set_jobs_aside(tables, damaged)
-        if whole or all(tables.rows(BY_SEQ, (row[0],)) for row, _ in damaged):
-            return whole  # or nothing, where the damaged ones cannot be moved out of the way
+        if whole or not found:
+            return whole
+        skip += sum(bool(tables.rows(BY_SEQ, (row[0],))) for row, _ in damaged)
 
 
 def reports(tables: Tables, limit: int) -> list[bytes]:

@@ -805,6 +805,35 @@ async def test_a_look_for_what_is_wrong_has_an_end() -> None:
 
 
 @in_virtual_time
+async def test_a_preview_names_old_jobs_also_where_few_are_read_at_a_time() -> None:
+    """Those with large results."""
+    disk = MemoryDisk()
+
+    async def one(now: int, limit: int, skip: int = 0) -> list[str]:
+        return (await MemoryDisk.expired(disk, now, limit, skip))[:1]
+
+    async def seen(house: Household, look_s: float = 60) -> tuple[int, bool, bool]:
+        view = await house.cleaner.preview(look_s)
+        assert isinstance(view, PreviewView)
+        assert not (view.deleted_jobs and view.held_jobs)
+        return len(view.deleted_jobs or view.held_jobs), view.more, view.more_held
+
+    async with Household(disk) as house:
+        for number in range(1, 7):
+            await house.yes(Import(id=f"old-{number}", status="failed", error_message="x", expires_at=WALL + number))
+        await asyncio.sleep(60)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(disk, "expired", one)
+            patch.setattr(foresight, "SHOWN", 6)
+            assert await seen(house) == (6, False, False)
+            patch.setattr(foresight, "SHOWN", 5)
+            assert await seen(house) == (5, True, False)
+            assert await seen(house, 1e-9) == (1, True, False), "one look takes longer"
+            house.clock.suspect = True
+            assert await seen(house) == (5, False, True)
+
+
+@in_virtual_time
 async def test_a_preview_while_the_clock_is_in_doubt_deletes_nothing_and_may_be_refused() -> None:
     async with Household() as house:
         await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))

@@ -267,6 +267,23 @@ async def test_damaged_rows_that_have_expired_do_not_hide_those_behind_them(path
         assert store._tables.totals == recounted(store)
 
 
+async def test_damaged_rows_that_cannot_be_moved_do_not_hide_those_behind_them_either(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk: what is deleted there makes room."""
+    maker = Maker()
+    async with opened(path) as (store, _):
+        for name in "abcd":
+            created = maker.create(name)
+            granted = maker.grant(made(created))
+            await store.write(maker.batch([created, granted, maker.finish(made(granted))]))
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
+        monkeypatch.setattr(quarantine, "_move_job", no_room)
+        assert await store.expired(maker.now * 2, 1) == ["c"]
+        assert await store.expired(maker.now * 2, 10) == ["c", "d"]
+        assert await store.expired(maker.now * 2, 1, 4) == []
+
+
 @pytest.mark.parametrize("status", ["queued", "completed"])
 async def test_an_id_that_became_that_of_another_job_is_set_aside_at_the_start(path: str, status: str) -> None:
     """Indexes are rebuilt then, and there cannot be two of one id: the start ended there."""
