@@ -165,7 +165,7 @@ async def _pass_on(response: web.StreamResponse, download: Download, visit: Visi
     except Exception as error:
         if not (isinstance(error, ConnectionError) and visit.is_cut):  # then the client has enough
             told = str(error) if isinstance(error, StoreFault) else type(error).__name__
-            log.warning("download_cut_off", job=visit.job_id, error=told)
+            log.warning("download_cut_off", job_id=visit.job_id, error=told)
         if visit.connection.transport is not None:
             visit.connection.transport.abort()
         raise ConnectionResetError("download cut off") from None

@@ -1,7 +1,7 @@
 """Committed events out to those who listen: from the journal up to now, then live, in order, each event once.
 
 Holds up nobody: publishing is a note that is taken on the actor's turn and worked off later. Who reads too slowly is
-cut off; the place in the journal that he has reached is in his hands. Knows no HTTP.
+cut off; the client keeps the place in the journal that it has reached. Knows no HTTP.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Figures that no promise depends on: what happened lately, counted from committed changes.
 
-Pure. They are kept across a restart (store.py) as far as the last save, and reset to zero costs nothing but history.
+Pure. They are kept across a restart as of the last save (store.py); to lose them costs nothing but history.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rules of what comes too late: calls whose grant has ended are told, what a complete brings is kept and adopted.
+"""Rules of what comes too late: calls whose grant has ended are noted in the journal, the result of a complete is kept.
 
 Pure. What was kept is on the disk: the actor reads what `asks` names before a batch is decided, and the book has it as
 long as that batch. A late result never changes who holds the job.

@@ -159,7 +159,7 @@ class Tables:
         self.asides = 0  # jobs that were set aside
         self.aside: dict[int, Aside] = {}  # by number; those that every batch to come knows of are dropped
         self.unmoved: dict[int, str] = {}  # seq -> reason, of jobs whose damaged rows could not be moved
-        self._crowded: set[int] = set()  # jobs whose journals are to be thinned after this batch
+        self._crowded: dict[int, None] = {}  # jobs whose journals are to be thinned, the longest crowded first
 
     # ------------------------------------------------------------------------------------------- one transaction
 
@@ -292,11 +292,13 @@ class Tables:
         self.buried += buried
         for number in [number for number in self.aside if number < told_aside]:
             del self.aside[number]
-        for job_seq in self._crowded:
-            # In a transaction of its own: it is no part of the promise and must not undo it.
+        if self._crowded:
+            # One after each batch, as all wait for it. In a transaction of its own: it is no part of the promise, and
+            # must not undo it.
+            job_seq = next(iter(self._crowded))
+            del self._crowded[job_seq]
             with contextlib.suppress(DiskFull, CannotMove):
                 self.commit(self._thin, job_seq)
-        self._crowded.clear()
         return shown
 
     def _apply(self, batch: Batch, told_aside: int) -> tuple[dict[int, bytes], int]:
@@ -339,7 +341,7 @@ class Tables:
                 begin, signs = self._signs.get(event.job_seq, (0, KEEP_SIGNS))
                 self._signs[event.job_seq] = (begin, signs + 1)
                 if signs >= KEEP_SIGNS:
-                    self._crowded.add(event.job_seq)
+                    self._crowded[event.job_seq] = None
             elif event.type == "granted":
                 self._signs[event.job_seq] = (event.seq, 0)
             elif event.after != "processing":
@@ -367,7 +369,8 @@ class Tables:
 
     def _thin(self, job_seq: int) -> None:
         begin, _ = self._signs.get(job_seq, (0, 0))
-        self._signs[job_seq] = (begin, 0)
+        if job_seq in self._signs:  # its grant has not ended meanwhile
+            self._signs[job_seq] = (begin, 0)
         sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq >= ? ORDER BY seq"
         try:
             found = self.rows(sql, (job_seq, begin))

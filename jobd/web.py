@@ -471,7 +471,7 @@ class Web:
             return
         path = None if route is None else route.path
         more = {"left_out": left_out} if left_out else {}
-        log.info("refused", method=method, path=path, code=refusal.code, by=by, job=job_id, **more)
+        log.info("refused", method=method, path=path, code=refusal.code, by=by, job_id=job_id, **more)
 
     def confess(self, visit: Visit, bug: Exception) -> Refusal:
         """A bug costs one visit. Its text may hold a secret, so the log names only its type and place."""
@@ -480,7 +480,7 @@ class Web:
         log.error(
             "request_bug",
             command=None if route is None else route.asks.__name__,
-            job=visit.job_id,
+            job_id=visit.job_id,
             error=type(bug).__name__,
             where=f"{at.filename}:{at.lineno} {at.name}",
         )

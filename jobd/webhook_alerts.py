@@ -1,6 +1,6 @@
 """What one webhook is to be told of alerts: held until its outbox has it, told without it while that cannot be written.
 
-An alert that is for getting up, a full disk before all, cannot wait until the disk has room. Writes nothing itself.
+An alert for which somebody has to get up, above all a full disk, cannot wait until the disk has room. Writes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The line before an endpoint: what waits for it, which may go now, and that of one subject none overtakes another.
+"""The line before an endpoint: what waits for it, which may go now, so that no message of a subject overtakes another.
 
 Holds numbers, not messages. Time is an argument, in ms of a clock that never steps.
 """

@@ -256,6 +256,30 @@ async def test_of_signs_of_life_the_last_of_each_grant_are_kept(path: str) -> No
         assert maker.jobs[1].progress_message == "x"
 
 
+async def test_after_a_batch_one_journal_is_thinned_the_others_after_those_to_come(path: str) -> None:
+    """Everybody waits for it: sixteen workers that report alike would hold all up for sixteen times as long."""
+    maker = Maker()
+    async with opened(path) as (store, _):
+        created = [maker.create(), maker.create()]
+        await store.write(maker.batch(created))
+        held = [maker.grant(made(change)) for change in created]
+        await store.write(maker.batch(held))
+
+        def signs() -> list[int]:
+            sql = "SELECT count(*) FROM events WHERE type = 'progress' GROUP BY job_seq ORDER BY job_seq"
+            return [count for (count,) in store._db.raw.execute(sql)]
+
+        for _ in range(KEEP_SIGNS + 1):
+            held = [maker.progress(made(change)) for change in held]
+            await store.write(maker.batch(held))
+        assert signs() == [KEEP_SIGNS, KEEP_SIGNS + 1]
+        await store.write(maker.batch([maker.finish(made(held[1])), maker.create()]))
+        assert signs() == [KEEP_SIGNS, KEEP_SIGNS]
+        assert list(store._tables._signs) == [1], "whose grant has ended is not watched any more"
+        await store.write(maker.batch([maker.create()]))
+        assert signs() == [KEEP_SIGNS, KEEP_SIGNS]
+
+
 async def test_of_a_long_story_the_latest_events_can_be_had(store: Store) -> None:
     maker = Maker()
     change = maker.create()

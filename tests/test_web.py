@@ -468,7 +468,7 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(house: H
         heard = await line.ask("POST", "/v1/jobs/job-1/progress", PROGRESS)
     assert (heard.status, heard.error) == (500, "internal_error")
     bug = logs[0]
-    assert (bug["log_level"], bug["command"], bug["job"], bug["error"]) == ("error", "Progress", "job-1", "ValueError")
+    assert (bug["log_level"], bug["command"], bug["job_id"], bug["error"]) == ("error", "Progress", "job-1", "ValueError")
     assert "test_web.py" in bug["where"]
     assert "canary" not in str(logs)
     assert "canary" not in heard.body.decode()
@@ -507,7 +507,7 @@ async def test_refusals_are_counted_and_logged_in_one_line_without_secrets(guard
         "path": "/v1/jobs/{id}/progress",
         "code": "lock_lost",
         "by": "client",
-        "job": "job-1",
+        "job_id": "job-1",
     }
     assert [entry["path"] for entry in logs[1:]] == ["/v1/jobs/{id}/progress", None, "/v1/jobs/{id}"]
     assert TOKEN not in str(logs)
@@ -519,7 +519,7 @@ async def test_the_log_names_the_job_that_the_body_of_a_refused_create_names(hou
     with capture_logs() as logs:
         await house.ask("POST", "/v1/jobs", '{"id": "job-7"}')
         await house.ask("POST", "/v1/jobs", "{}")
-    assert [(entry["code"], entry["job"]) for entry in logs] == [("job_exists", "job-7"), ("job_exists", None)]
+    assert [(entry["code"], entry["job_id"]) for entry in logs] == [("job_exists", "job-7"), ("job_exists", None)]
 
 
 async def test_a_flood_of_refusals_is_counted_but_not_written_out(
