@@ -50,6 +50,7 @@ class Clock:
         self._seen = boot()  # the boot time at which lease time was `_lease`
         self._offset = wall() - lease_ms
         self._held = False
+        self._stopped = False
         self.suspect = wall_ms > 0 and wall() - wall_ms > SUSPECT_AHEAD_MS
         self._last_wall = wall_ms
 
@@ -71,6 +72,11 @@ class Clock:
         self._advance()
         self._held = False
 
+    def stop(self) -> None:
+        """Stop lease time for good: the doors close, and from then on the daemon is as good as away."""
+        self._advance()
+        self._stopped = True
+
     @property
     def held(self) -> bool:
         return self._held
@@ -81,7 +87,7 @@ class Clock:
 
     def _advance(self) -> int:
         seen = self._boot()
-        if seen > self._seen and not self._held:
+        if seen > self._seen and not (self._held or self._stopped):
             self._lease += seen - self._seen
         self._seen = seen  # a clock that went back adds nothing, and counts on from where it is
         return self._lease

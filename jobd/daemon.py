@@ -177,6 +177,7 @@ class Daemon:
         """Until a signal, or until the actor has ended by itself (the disk failed)."""
         await self._stop.wait()
         self.rooms.is_open = False
+        self.clock.stop()  # no worker can be heard while we go down, and that may take as long as a lock lasts
         if self._running.done():
             await self._running
         systemd.stopping()

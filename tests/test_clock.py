@@ -98,6 +98,16 @@ def test_a_hold_stops_lease_time_and_only_that(sources: Sources) -> None:
     assert it.moment().lease == 15
 
 
+def test_a_stop_is_a_hold_that_nothing_ends(sources: Sources) -> None:
+    it = clock(sources)
+    sources.pass_ms(10)
+    it.stop()
+    it.hold()
+    it.resume()
+    sources.pass_ms(1_000)
+    assert (it.moment().lease, it.moment().now) == (10, WALL + 1_010)
+
+
 @pytest.mark.parametrize(
     ("wall_ms", "suspect"),
     [

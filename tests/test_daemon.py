@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -188,6 +189,27 @@ def test_a_restart_keeps_the_lock_and_the_time_it_had_left(tmp_path: Path) -> No
         assert job["lock"]["expires_at"] > job["updated_at"] + 25_000
         done = daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]})
         assert done.data["status"] == "completed"
+
+
+def test_no_job_ends_while_the_daemon_goes_down_and_its_worker_cannot_be_heard(tmp_path: Path) -> None:
+    """A slow request holds it up for longer than a lock lasts."""
+    with Daemon(tmp_path, '[cleanup]\nrecover_every = "1s"\n') as daemon, closing(daemon.worker()) as slow:
+        daemon.post("/v1/jobs", {"id": "a"})
+        slow.connect()
+        slow.sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\n")
+        slow.sock.sendall(b"Content-Length: 14\r\n\r\n{")
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 1000, "stuck_after_ms": 0}).data
+        assert daemon.process is not None
+        daemon.process.terminate()
+        daemon.until_said(b"event=stopping")
+        time.sleep(2.5)  # the lock would have ended, and recovery come by
+        slow.sock.sendall(b'"id": "slow"}')
+        assert b" 201 " in slow.sock.recv(1000)
+        assert daemon.process.wait() == 0
+        daemon.start()
+        job = daemon.get("/v1/jobs/a").data
+        assert job["status"] == "processing"
+        assert daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]}).data["status"] == "completed"
 
 
 def test_a_restore_ends_the_grants_of_the_copy_and_hands_out_higher_tokens(tmp_path: Path) -> None:

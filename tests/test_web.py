@@ -468,7 +468,12 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(house: H
         heard = await line.ask("POST", "/v1/jobs/job-1/progress", PROGRESS)
     assert (heard.status, heard.error) == (500, "internal_error")
     bug = logs[0]
-    assert (bug["log_level"], bug["command"], bug["job_id"], bug["error"]) == ("error", "Progress", "job-1", "ValueError")
+    assert (bug["log_level"], bug["command"], bug["job_id"], bug["error"]) == (
+        "error",
+        "Progress",
+        "job-1",
+        "ValueError",
+    )
     assert "test_web.py" in bug["where"]
     assert "canary" not in str(logs)
     assert "canary" not in heard.body.decode()
