@@ -458,7 +458,7 @@ FIELDS: Final = {
     "type": "What kind it is of. In the query for events: only these types, separated by commas.",
     "until": "Only what was created before, in Unix milliseconds.",
     "updated_at": "When it last changed.",
-    "updates": "Fields that are set with the status.",
+    "updates": "Fields that are set with the status. What they do not name stays.",
     "upto": "Only messages with this number, or a lower one.",
     "url": "Where it goes: scheme and host. What may be a secret is left out.",
     "validation": "What is wrong with its record.",

@@ -97,9 +97,9 @@ def _updated(draft: Draft, job: Job, updates: Updates) -> dict[str, Any]:
     fields: dict[str, Any] = _rescheduled(draft, job, updates.priority, updates.run_at, updates.max_attempts)
     if updates.error_message is not None:
         fields["error"] = Failure(updates.error_message, "transitioned")
-    result = Result(updates.download_url, updates.file_path, updates.storage_key, updates.metadata)
-    if result != Result():
-        fields["result"] = steps.kept_result(result)
+    given = {name: value for name in Result.__struct_fields__ if (value := getattr(updates, name)) is not None}
+    if given:
+        fields["result"] = steps.kept_result(replace(job.result or Result(), **given))
     return fields
 
 
