@@ -142,6 +142,11 @@ class Book:
         entry = self._deadlines.first(self._is_deadline)
         return None if entry is None else entry[0]
 
+    def next_expiry(self) -> int | None:
+        """When the next queued job is overdue (Unix ms)."""
+        entry = self._expiries.first(self._is_expiry)
+        return None if entry is None else entry[0]
+
     def live_locks(self) -> int:
         """Processing jobs whose lock has not expired, as of the last `advance`."""
         dead = (self.expired_locks, self.cleared_locks, self.stuck, self.unheld)

@@ -167,6 +167,8 @@ class Cleaner:
     async def _recover_due(self) -> None:
         if self._has_expired():
             await self._hands.recover("recovery", [])
+        if self._has_overdue():
+            await self._hands.expire("recovery")
 
     def _has_expired(self) -> bool:
         """Whether a lock has expired or a job become stuck: a look at three heads, whatever the number of jobs."""
@@ -174,6 +176,11 @@ class Cleaner:
             return True
         deadline = self._book.next_deadline()
         return deadline is not None and deadline <= self._clock.moment().lease
+
+    def _has_overdue(self) -> bool:
+        """Whether a queued job waits whose time is over."""
+        expiry = self._book.next_expiry()
+        return bool(self._book.overdue) or (expiry is not None and expiry <= self._clock.moment().now)
 
     async def _tick(self) -> None:
         """A crash shall not cost running grants their lease time: keep it on disk while there is one."""

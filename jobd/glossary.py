@@ -304,7 +304,7 @@ FIELDS: Final = {
     "expiredJobsDeleted": "Finished jobs that were deleted by age.",
     "expiredLocks": "Locks that would be cleared.",
     "expiredLocksCleared": "Locks that had expired and were cleared.",
-    "expires_at": "Of a finished job: when it is deleted. Of a queued one: not taken by then, it fails. Of a plan: it "
+    "expires_at": "Of a finished job: when it is deleted. Of a queued one: still waiting then, it fails. Of a plan: it "
     "is kept until then.",
     "extended": "False where the extension changed nothing.",
     "failed": "Number of failed jobs; of a webhook: of tries since the start.",

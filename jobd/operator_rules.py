@@ -47,11 +47,14 @@ def force_reset(draft: Draft, command: ForceReset) -> Answer | Refusal:
     job = steps.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
+    job = steps.met(draft, job)
     if job.status in ("queued", "completed"):
         what = "It waits already." if job.status == "queued" else "completed is final; create a new job instead."
         return steps.refuse_transition(job, "queued", what)
     ended = steps.ended_by(job, draft.at.now, "force-reset", "force_reset")
     fresh: dict[str, Any] = {"attempt": 0, "stalls": 0, "error": None, "run_at": draft.at.now}
+    if job.expires_at is not None and job.expires_at <= draft.at.now:
+        fresh["expires_at"] = None  # who resets it wants it all the same
     after = steps.requeue(draft, job, "force_reset", ended, reason=command.reason, **fresh)
     return _forced(draft, job, after, command.reason)
 
@@ -61,6 +64,7 @@ def transition(draft: Draft, command: Transition) -> Answer | Refusal:
     job = steps.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
+    job = steps.met(draft, job)
     if job.status != command.from_:
         what = f"The transition asked for {command.from_}; look at the job again before you decide."
         return steps.refuse_transition(job, command.to, what)
@@ -123,6 +127,7 @@ def run_now(draft: Draft, command: RunNow) -> Answer | Refusal:
     job = steps.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
+    job = steps.met(draft, job)
     if job.status != "queued":
         return steps.refuse_transition(job, "queued", "Only a queued job can be run now.")
     if job.run_at > draft.at.now:
@@ -135,6 +140,7 @@ def update(draft: Draft, command: Update) -> Answer | Refusal:
     job = steps.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
+    job = steps.met(draft, job)
     if job.status == "completed":
         return steps.refuse_transition(job, "completed", "completed is final: nothing of it can be changed.")
     fields = _rescheduled(draft, job, command.priority, command.run_at, command.max_attempts)

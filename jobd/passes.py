@@ -100,6 +100,15 @@ class Hands:
                 return
             await self.breathe()
 
+    async def expire(self, by: str) -> None:
+        """All queued jobs that their creators no longer want, slice by slice."""
+        more = True
+        while more:
+            worked: Worked = await self.ask(Expire(limit=self.schedule.batch), by)
+            self.totals.found["expired"] += worked.done
+            more = worked.more and worked.done > 0
+            await self.breathe()
+
 
 class Pass:
     """A pass under way. `run` gives its report; a step that fails is named there and stops no other."""
@@ -148,13 +157,7 @@ class Pass:
         await self._hands.recover("recovery", [])
 
     async def _expiry_step(self) -> None:
-        """Queued jobs that their creators no longer want."""
-        more = True
-        while more:
-            worked: Worked = await self._hands.ask(Expire(limit=self._batch), "cleanup")
-            self._hands.totals.found["expired"] += worked.done
-            more = worked.more and worked.done > 0
-            await self._hands.breathe()
+        await self._hands.expire("cleanup")
 
     async def _deletion_step(self) -> None:
         """Finished jobs past their time. Not while the wall clock is in doubt. What they stored: see sweeper.py."""

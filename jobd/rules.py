@@ -267,8 +267,7 @@ def start(draft: Draft, command: Start) -> Answer | Refusal:
         return job
     if steps.is_stuck(job, draft.at.lease):
         job = steps.stall(draft, job, steps.silence(draft, job))
-    if steps.is_overdue(job, draft.at.now):
-        job = steps.expire(draft, job)
+    job = steps.met(draft, job)
     refusal = _refuse_start(draft, job)
     if refusal is not None:
         return refusal

@@ -35,6 +35,7 @@ from jobd.job import (
 
 STALLED: Final = "stalled"
 EXPIRED: Final = "expired"
+TOLD_OF_ERROR: Final = 500  # characters of the last error that an expiry repeats
 
 
 def find(draft: Draft, job_id: str) -> Job | Refusal:
@@ -272,10 +273,18 @@ def silence(draft: Draft, job: Job) -> str:
 
 
 def expire(draft: Draft, job: Job) -> Job:
-    """Fail a queued job whose `expires_at` has passed: it is never granted."""
-    message = "Its expires_at passed before a worker took the job. Create it again if it is still wanted."
+    """Fail a queued job whose `expires_at` has passed: it is never granted. What its last attempt failed of is told."""
+    waited = "before a worker took the job" if job.ended is None else "while it waited to be tried again"
+    message = f"Its expires_at passed {waited}. Create it again if it is still wanted."
+    if job.error is not None and job.error.message:
+        message += f" Its last attempt failed: {job.error.message[:TOLD_OF_ERROR]}"
     error = Failure(message, EXPIRED)
     return finish(draft, job, "expired", "failed", job.ended, reason=message, error=error)
+
+
+def met(draft: Draft, job: Job) -> Job:
+    """`job` as a command meets it: time acts first on a queued job whose `expires_at` has passed."""
+    return expire(draft, job) if is_overdue(job, draft.at.now) else job
 
 
 def is_overdue(job: Job, now: int) -> bool:

@@ -16,7 +16,7 @@ from jobd.commands import NO_REASON, Moment
 from jobd.events import Event
 from jobd.job import Grant, Job, LateResult, Lease, Policy
 from jobd.late_rules import refuse_adoption
-from jobd.steps import in_words
+from jobd.steps import in_words, is_overdue
 
 # What ends a job by somebody's hand. Of the others (stalled, expired) the message says all.
 _BY_HAND: Final = frozenset({"completed", "adopted", "cancelled", "force_failed", "transitioned", "imported"})
@@ -63,6 +63,8 @@ def _explained(job: Job, book: Book, at: Moment) -> WhyView:
 def _queued(job: Job, book: Book, at: Moment) -> WhyView:
     queue, back = job.options.queue, _returned(job)
     expires = None
+    if is_overdue(job, at.now):
+        return _overdue(job, at, back)
     if job.expires_at is not None:
         expires = Next("It fails as expired, if no worker has taken it by then.", job.expires_at, "expires_at")
     if queue in book.paused:
@@ -74,6 +76,13 @@ def _queued(job: Job, book: Book, at: Moment) -> WhyView:
         first = due if expires is None or job.run_at < expires.at else expires
         return WhyView("queued", because, first, "run_at", [f"Run it now: jobctl run-now {job.id}"])
     return _waiting(job, book, at, expires, back)
+
+
+def _overdue(job: Job, at: Moment, back: str) -> WhyView:
+    assert job.expires_at is not None
+    because = f"Its expires_at passed {in_words(at.now - job.expires_at)} ago, so no worker gets it any more.{back}"
+    soon = Next("It fails as expired, with the next recovery or cleanup pass.", at.now, "expires_at")
+    return WhyView("queued", because, soon, "expires_at", [f"If it is still wanted: jobctl force-reset {job.id}"])
 
 
 def _waiting(job: Job, book: Book, at: Moment, expires: Next | None, back: str) -> WhyView:

@@ -282,6 +282,20 @@ async def test_a_new_schedule_is_in_force_at_once() -> None:
 
 
 @in_virtual_time
+async def test_queued_jobs_past_their_time_fail_with_the_next_recovery() -> None:
+    """Nobody can take them any more: an operator would look at them for as long as it is to the next pass."""
+    async with Household(schedule=RECOVERING) as house:
+        house.keep()
+        await until(lambda: house.cleaner.totals.passes == 1)
+        await house.yes(Create(id="old", expires_at=house.now + 1000))
+        await house.yes(Create(id="new", expires_at=house.now + HOUR_MS))
+        await seconds(11.5)
+        assert house.book.jobs.keys() == {"new"}
+        assert last_of(house, "old").by == "recovery"
+        assert house.cleaner.totals.passes == 1
+        assert house.cleaner.totals.found == Counter(expired=1)
+
+
 async def test_queued_jobs_past_their_time_fail() -> None:
     async with Household(schedule=replace(PASSES, batch=2)) as house:
         for number in range(5):

@@ -376,6 +376,42 @@ def test_an_overdue_job_fails_by_the_command_that_meets_it(desk: Desk) -> None:
     assert desk.job("b").status == "failed"
 
 
+def test_a_job_that_expires_while_it_waits_for_another_try_says_what_the_last_one_failed_of(desk: Desk) -> None:
+    lock_id = desk.held(expires_at=NOW + 10, max_attempts=3)
+    desk.passes(10)
+    desk.yes(Fail(id="a", lock_id=lock_id, error_message="the disk exploded" + "!" * 600))
+    assert desk.yes(Expire(limit=1)).done == 1
+    error = desk.job().error
+    assert error is not None
+    assert error.message is not None
+    assert error.message.startswith("Its expires_at passed while it waited to be tried again.")
+    assert error.message.endswith("Its last attempt failed: the disk exploded" + "!" * (500 - 17))
+    assert error.code == "expired"
+
+
+def test_operators_meet_an_overdue_job_as_one_that_has_failed(desk: Desk) -> None:
+    for job_id in "abcd":
+        desk.create(job_id, expires_at=NOW + 10)
+    desk.passes(10)
+    for command in (RunNow(id="a"), Transition(id="b", from_="queued", to="completed")):
+        refusal = desk.ask(command, admin=True)
+        assert isinstance(refusal, Refusal)
+        assert (refusal.code, refusal.details["status"]) == ("invalid_transition", "failed")
+    admin(desk, Update(id="c", priority=3))
+    assert [desk.job(job_id).status for job_id in "abc"] == ["failed"] * 3
+    assert admin(desk, ForceReset(id="d", reason="still wanted")).previous_status == "failed"
+    assert (desk.job("d").status, desk.job("d").expires_at, desk.job("d").error) == ("queued", None, None)
+
+
+def test_who_resets_a_job_at_work_past_its_expiry_wants_it_all_the_same(desk: Desk) -> None:
+    desk.held("a", expires_at=NOW + 10)
+    desk.held("b", expires_at=NOW + 11)
+    desk.passes(10)
+    for job_id in "ab":
+        admin(desk, ForceReset(id=job_id, reason="hangs"))
+    assert (desk.job("a").expires_at, desk.job("b").expires_at) == (None, NOW + 11)
+
+
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
 def test_a_finished_job_is_not_started(desk: Desk, status: Any) -> None:
     desk.yes(Import(id="a", status=status, error_message="why" if status == "failed" else None))

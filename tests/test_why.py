@@ -76,6 +76,18 @@ def test_an_expiry_comes_before_the_claim_that_may_never_come(desk: Desk) -> Non
     assert at_and_rule(why(desk)) == (NOW + 7, "expires_at")
 
 
+@pytest.mark.parametrize("paused", [False, True])
+def test_one_that_nobody_wants_any_more_waits_for_nothing_but_its_end(desk: Desk, paused: bool) -> None:
+    desk.create("a", queue="q", expires_at=NOW + 10)
+    if paused:
+        desk.yes(Pause(name="q"), admin=True)
+    desk.passes(5_010)
+    view = why(desk)
+    assert view.because == "Its expires_at passed 5 s ago, so no worker gets it any more."
+    assert (at_and_rule(view), view.blocked_by) == ((NOW + 5_010, "expires_at"), "expires_at")
+    assert view.do == ["If it is still wanted: jobctl force-reset a"]
+
+
 def test_not_due(desk: Desk) -> None:
     desk.create(delay_ms=3 * MINUTE_MS)
     view = why(desk)

@@ -24,7 +24,11 @@ _WAIT_PATIENCE_S: Final = 60.0  # who waits for a job sits out a restart of the 
 @click.option("--delay", "delay_ms", type=DURATION, metavar="10s", help="Due this long from now.")
 @click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC).")
 @click.option(
-    "--expires", "expires_at", type=MOMENT, metavar="TIME", help="Fail it if it has not started by then (UTC)."
+    "--expires",
+    "expires_at",
+    type=MOMENT,
+    metavar="TIME",
+    help="Fail it if it still waits then, or again (UTC).",
 )
 @click.option("--max-attempts", type=int, metavar="N", help="How often it may be tried (default: 1).")
 @click.option("--max-stalls", type=int, metavar="N", help="How often its worker may go silent.")
