@@ -272,19 +272,19 @@ def silence(draft: Draft, job: Job) -> str:
     return f"No update from worker {made.worker} for {in_words(silent_ms)} {where}. The lock had expired."
 
 
-def expire(draft: Draft, job: Job) -> Job:
+def expire(draft: Draft, job: Job, by: str | None = None) -> Job:
     """Fail a queued job whose `expires_at` has passed: it is never granted. What its last attempt failed of is told."""
     waited = "before a worker took the job" if job.ended is None else "while it waited to be tried again"
     message = f"Its expires_at passed {waited}. Create it again if it is still wanted."
     if job.error is not None and job.error.message:
         message += f" Its last attempt failed: {job.error.message[:TOLD_OF_ERROR]}"
     error = Failure(message, EXPIRED)
-    return finish(draft, job, "expired", "failed", job.ended, reason=message, error=error)
+    return finish(draft, job, "expired", "failed", job.ended, by=by, reason=message, error=error)
 
 
 def met(draft: Draft, job: Job) -> Job:
-    """`job` as a command meets it: time acts first on a queued job whose `expires_at` has passed."""
-    return expire(draft, job) if is_overdue(job, draft.at.now) else job
+    """`job` as a command meets it: time acts first on a queued job whose `expires_at` has passed, whoever comes by."""
+    return expire(draft, job, by="daemon") if is_overdue(job, draft.at.now) else job
 
 
 def is_overdue(job: Job, now: int) -> bool:
