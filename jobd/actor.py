@@ -33,7 +33,7 @@ log = structlog.get_logger("jobd.actor")
 
 BATCH_WEIGHT: Final = 1_000  # commands of one batch, bulk creates and claims counted by their jobs
 LATE_WEIGHT: Final = 50  # of a complete without a live grant: the journal of its job is looked through, before all else
-TELL_LATER: Final = 64  # where at most so many commands wait, they go to the disk before the last answers leave
+TELL_LATER: Final = 64  # where at most so many commands wait, they may go to the disk before the last answers leave
 SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long looks do not wait for the next one
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -342,8 +342,13 @@ class Actor:
         self._tell()  # of the batch before, where this one had nothing to wait for
         self._untold, self._under_way = plan, None
         self.book.trim_finished()
-        if not 0 < len(self._mailbox) <= TELL_LATER or self.full_disk.closed != Closed.NOTHING or self._owed:
+        if not self._may_tell_later(plan) or self.full_disk.closed != Closed.NOTHING or self._owed:
             self._tell()
+
+    def _may_tell_later(self, plan: Plan) -> bool:
+        """Whether those who wait are worth a commit of their own: few are better off with those who come back soon."""
+        waiting = len(self._mailbox)
+        return 0 < waiting <= TELL_LATER and 2 * waiting >= len(plan.replies)
 
     def _tell(self) -> None:
         """The answers of the last commit leave."""

@@ -1373,6 +1373,27 @@ class SlowDisk(MemoryDisk):
         return [len(batch.changes) for batch in self.batches]
 
 
+@pytest.mark.parametrize(("waiting", "written"), [(1, [3, 4]), (2, [3, 2, 3])])
+def test_few_who_wait_get_no_commit_of_their_own(waiting: int, written: list[int]) -> None:
+    """Those who have been answered come back at once: with them the commit is worth more."""
+
+    @in_virtual_time
+    async def creating() -> None:
+        disk = SlowDisk()
+        async with household(disk) as house:
+
+            async def create(times: int) -> None:
+                for _ in range(times):
+                    await house.yes(Create())
+
+            first = [begin(create(2)) for _ in range(3)]
+            await asyncio.sleep(COMMIT_S / 2)
+            await asyncio.gather(*first, *(begin(create(1)) for _ in range(waiting)))
+            assert disk.written == written
+
+    creating()
+
+
 class Beside:
     """A commit is under way; behind it job "a" is to be cancelled, and what is asked comes behind that."""
 
