@@ -199,7 +199,10 @@ def bulk(draft: Draft, command: Bulk) -> Answer | Refusal:
         if isinstance(made, Refusal):
             draft.changes.clear()
             message = f"jobs[{index}]: {made.message} No job was created."
-            return Refusal(made.code, message, made.details | {"index": index})
+            details = made.details | {"index": index}
+            if "field" in made.details:
+                details["field"] = f"$.jobs[{index}]{made.details['field'].removeprefix('$')}"
+            return Refusal(made.code, message, details)
         job, view, is_new = made
         answer.data.jobs.append(view)
         if not is_new:

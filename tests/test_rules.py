@@ -244,6 +244,11 @@ def test_a_repeated_bulk_shows_what_it_made(desk: Desk) -> None:
 def test_a_bulk_counts_its_own_jobs_towards_the_limit() -> None:
     desk = Desk(Policy(live_jobs=2))
     assert desk.no(Bulk(jobs=[Create(), Create(), Create()]), "too_many_jobs").details == {"limit": 2, "index": 2}
+
+
+def test_a_refused_bulk_names_the_field_by_its_path(desk: Desk) -> None:
+    refusal = desk.no(Bulk(jobs=[Create(), Create(expires_at=NOW)]), "invalid_request")
+    assert refusal.details == {"field": "$.jobs[1].expires_at", "index": 1}
     assert len(desk.yes(Bulk(jobs=[Create(), Create()])).jobs) == 2
 
 
