@@ -485,6 +485,21 @@ def test_help_names_every_verb_and_needs_neither_rich_nor_the_client() -> None:
     assert set(verbs.split()) <= {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")}
 
 
+@pytest.mark.parametrize(
+    ("verb", "variables"),
+    [
+        ("run", "[env: JOBD_WORKER_TOKEN_FILE]"),
+        ("health", "[env: ADMIN_TOKEN_FILE]"),
+        ("jobs", "[env: ADMIN_TOKEN_FILE, over the worker API JOBD_WORKER_TOKEN_FILE]"),
+    ],
+)
+def test_help_names_the_variable_behind_the_token_file(
+    verb: str, variables: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(verb, "--help") == 0
+    assert variables in " ".join(capsys.readouterr().out.split())
+
+
 def test_without_a_verb_the_help_is_shown_and_the_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
     out, err = capsys.readouterr()

@@ -114,6 +114,14 @@ def _config_rows() -> list[list[str]]:
     return rows(README, "key", "default", "live")
 
 
+def test_a_variable_that_means_a_key_is_said_to_be_read_by_the_daemon() -> None:
+    keys = {f"JOBD_{key.replace('.', '_').upper()}" for key in config.KEYS}
+    readers = {name: who for names, who, _ in rows(README, "variable", "read by") for name in ticked(names)}
+    assert keys & set(readers) == {"JOBD_WORKER_TOKEN_FILE"}
+    for name in keys & set(readers):
+        assert "daemon" in readers[name], name
+
+
 def test_every_refusal_code_with_its_status() -> None:
     assert {ticked(code)[0]: int(status) for code, status, *_ in rows(API, "code", "status")} == commands.REFUSALS
 

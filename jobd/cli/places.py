@@ -47,22 +47,29 @@ def _option(flag: str, metavar: str, text: str) -> Callable[[Any], Any]:
 _SOCKET = _option("--socket", "PATH", "Worker socket of the daemon.  [env: JOBD_SOCKET]")
 _URL = _option("--url", "URL", "Worker API over TCP, instead of the socket.  [env: JOBD_URL]")
 _ADMIN = _option("--admin-url", "URL", "Admin API: http://HOST:PORT or unix:PATH.  [env: JOBD_ADMIN_URL]")
-_TOKEN = _option("--token-file", "FILE", "File with the token, one a line; the first is used.")
+_WORKER_TOKEN_FILE: Final = "JOBD_WORKER_TOKEN_FILE"
+_ADMIN_TOKEN_FILE: Final = "ADMIN_TOKEN_FILE"
 _OPERATOR = _option("--operator", "NAME", "Who you are, for timelines and the audit log; USER@HOST by default.")
+
+
+def _token_option(variables: str) -> Callable[[Any], Any]:
+    text = f"File with the token, one a line; the first is used.  [env: {variables}]"
+    return _option("--token-file", "FILE", text)
 
 
 def worker_options(verb: Any) -> Any:
     """The options of a verb that talks to the worker API."""
-    return _SOCKET(_URL(_TOKEN(verb)))
+    return _SOCKET(_URL(_token_option(_WORKER_TOKEN_FILE)(verb)))
 
 
 def admin_options(verb: Any) -> Any:
     """The options of a verb that talks to the admin API."""
-    return _ADMIN(_TOKEN(_OPERATOR(verb)))
+    return _ADMIN(_token_option(_ADMIN_TOKEN_FILE)(_OPERATOR(verb)))
 
 
 def all_options(verb: Any) -> Any:
-    return _SOCKET(_URL(_ADMIN(_TOKEN(_OPERATOR(verb)))))
+    token = _token_option(f"{_ADMIN_TOKEN_FILE}, over the worker API {_WORKER_TOKEN_FILE}")
+    return _SOCKET(_URL(_ADMIN(token(_OPERATOR(verb)))))
 
 
 def read_token(path: str) -> str:
@@ -121,7 +128,7 @@ def admin_token(places: Places) -> str:
     token = os.environ.get("ADMIN_TOKEN", "").strip()
     if token:
         return token
-    if path := os.environ.get("ADMIN_TOKEN_FILE"):
+    if path := os.environ.get(_ADMIN_TOKEN_FILE):
         return read_token(path)
     text = "No admin token: set ADMIN_TOKEN or ADMIN_TOKEN_FILE to the daemon's, or give --token-file FILE"
     raise exits.Problem(text, exits.UNAUTHORISED)
@@ -138,7 +145,7 @@ def has_admin_token() -> bool:
     if places.token_file:
         is_named = places.admin_url or os.environ.get("JOBD_ADMIN_URL")
         return bool(is_named or not os.environ.get("JOBD_URL"))
-    return bool(os.environ.get("ADMIN_TOKEN", "").strip() or os.environ.get("ADMIN_TOKEN_FILE"))
+    return bool(os.environ.get("ADMIN_TOKEN", "").strip() or os.environ.get(_ADMIN_TOKEN_FILE))
 
 
 def worker_token(places: Places) -> str | None:
@@ -146,7 +153,7 @@ def worker_token(places: Places) -> str | None:
 
     Never ADMIN_TOKEN: that would hand it to a listener that is not the admin's.
     """
-    path = places.token_file or os.environ.get("JOBD_WORKER_TOKEN_FILE")
+    path = places.token_file or os.environ.get(_WORKER_TOKEN_FILE)
     return read_token(path) if path else None
 
 
