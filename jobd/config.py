@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import Meta, Struct
 
-from jobd import tokens, webhook_config
+from jobd import host_names, tokens, webhook_config
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy, is_job_id
 from jobd.tokens import MAKE_TOKEN, BadToken
 from jobd.webhook_config import BadWebhook, WebhookSetting
@@ -462,6 +462,9 @@ def _duration(key: str, value: Any) -> int:
 
 
 def _from_text(hint: Any, text: str) -> Any:
+    """`text` as the key has it. Lists and tables may also be written as in the file."""
+    if (hint == list[str] or get_origin(hint) is dict) and (given := _as_in_file(text)) is not None:
+        return given
     if hint == list[str]:
         return [part.strip() for part in text.split(",") if part.strip()]
     if get_origin(hint) is dict:
@@ -474,6 +477,16 @@ def _from_text(hint: Any, text: str) -> Any:
         return msgspec.convert(text, hint, strict=False)
     except msgspec.ValidationError as error:
         raise ValueError(f"{error}{_choices(hint)}") from None
+
+
+def _as_in_file(text: str) -> list[Any] | dict[str, Any] | None:
+    """The list or table that `text` is in TOML, None where it is none: an IPv6 address has brackets, too."""
+    try:
+        values = tomllib.loads(f"it = {text}")
+    except (ValueError, RecursionError):
+        return None
+    value = values.pop("it")
+    return value if isinstance(value, list | dict) and not values else None
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -573,6 +586,9 @@ def _check(config: Config) -> None:
         raise ConfigError("limits.payload must not be larger than limits.body")
     if config.limits.inflight_bytes < 2 * config.limits.body:
         raise ConfigError("limits.inflight_bytes must be at least twice limits.body, or no large request comes in")
+    for host in config.admin.hosts:
+        if not host_names.is_host(host):
+            raise ConfigError(f"admin.hosts: {host!r}: {host_names.EXPECTED}")
     for name in config.late.queues:
         if not is_job_id(name):  # names of queues are made as ids are
             raise ConfigError(f"late.queues: {name!r}: a queue has 1 to 200 characters of A-Z a-z 0-9 . _ : -")

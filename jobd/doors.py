@@ -9,6 +9,7 @@ import hmac
 import re
 from collections.abc import Iterable
 from hashlib import sha256
+from ipaddress import ip_address
 from typing import Final, Literal
 
 from aiohttp.hdrs import CONTENT_ENCODING, CONTENT_TYPE, TRANSFER_ENCODING
@@ -136,9 +137,18 @@ def own_names(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
 
     `hosts` are the operator's own. A daemon that listens on every address is called localhost as well.
     """
-    name = host_name(listen) or listen.lower()
-    names = {name, *(host.lower() for host in hosts)} - ANY_ADDRESS
+    name = _as_in_header(listen)
+    names = {name, *map(_as_in_header, hosts)} - ANY_ADDRESS
     return frozenset(names | LOOPBACK if names & LOOPBACK or name in ANY_ADDRESS else names)
+
+
+def _as_in_header(host: str) -> str:
+    """What `host_name` makes of a Host header with this name: browsers write addresses in their shortest form."""
+    name = host_name(host) or host.lower()
+    try:
+        return str(ip_address(name))
+    except ValueError:
+        return name
 
 
 def check_kind(headers: MultiMapping[str], wanted: str) -> None:

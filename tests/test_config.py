@@ -201,6 +201,28 @@ def test_environment_is_read_by_type() -> None:
     assert [policy.late_results_of(queue) for queue in ("video", "mail", "x")] == ["adopt_if_unclaimed", "keep", "drop"]
 
 
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("", []),
+        ("[]", []),
+        ("a,, b ,", ["a", "b"]),
+        ('["a", "b"]', ["a", "b"]),
+        ("['a',\n 'b']", ["a", "b"]),
+        ("[fe80::1], a", ["[fe80::1]", "a"]),
+        ("[::1]", ["[::1]"]),
+    ],
+)
+def test_a_list_is_written_with_commas_or_as_in_the_file(text: str, hosts: list[str]) -> None:
+    assert loaded(JOBD_ADMIN_HOSTS=text).config.admin.hosts == hosts
+    assert loaded(flags={"admin.hosts": text}).config.admin.hosts == hosts
+
+
+def test_a_table_is_written_in_pairs_or_as_in_the_file() -> None:
+    for text in ("video=drop, a.b = keep", '{video = "drop", "a.b" = "keep"}'):
+        assert loaded(JOBD_LATE_QUEUES=text).config.late.queues == {"video": "drop", "a.b": "keep"}
+
+
 def test_what_belongs_to_workers_and_clients_is_left_alone() -> None:
     names = ("JOBD_JOB_ID", "JOBD_JOB_FENCING_TOKEN", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL")
     assert loaded(None, None, **dict.fromkeys(names, "whatever")) == loaded()
@@ -342,6 +364,9 @@ def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ('[store]\nsynchronous = "normal"\n', ["store.synchronous", "full, extra"]),
         ('[worker]\nsocket_mode = "0999"\n', ["worker.socket_mode"]),
         ("[admin]\nhosts = [1]\n", ["admin.hosts", "str"]),
+        ('[admin]\nhosts = ["http://x/y"]\n', ["admin.hosts", "'http://x/y'", "expected a host name"]),
+        ('[admin]\nhosts = ["a", ""]\n', ["admin.hosts", "''", "expected a host name"]),
+        ('[admin]\nhosts = ["a:8770"]\n', ["admin.hosts", "'a:8770'", "without scheme, port and path"]),
         ('[log]\nlevel = "loud"\n', ["log.level", "debug"]),
         ("[locks\n", ["not valid TOML"]),
     ],
@@ -363,6 +388,12 @@ def test_a_bad_file_is_refused_by_file_and_key(text: str, parts: list[str], writ
         ("JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL", "perhaps", ["validation.require_download_url", "true or false"]),
         ("JOBD_LATE_QUEUES", "video", ["JOBD_LATE_QUEUES", "late.queues", "NAME=VALUE"]),
         ("JOBD_LATE_QUEUES", "video=adopt", ["JOBD_LATE_QUEUES", "late.queues", "adopt_if_unclaimed"]),
+        ("JOBD_ADMIN_HOSTS", "a b", ["JOBD_ADMIN_HOSTS", "admin.hosts: 'a b'", "expected a host name"]),
+        ("JOBD_ADMIN_HOSTS", "[a, b]", ["JOBD_ADMIN_HOSTS", "admin.hosts: '[a'", "expected a host name"]),
+        ("JOBD_ADMIN_HOSTS", "[1]", ["JOBD_ADMIN_HOSTS", "admin.hosts", "str"]),
+        ("JOBD_ADMIN_HOSTS", '[]\nx = ["a"]', ["JOBD_ADMIN_HOSTS", "admin.hosts", "expected a host name"]),
+        ("JOBD_ADMIN_HOSTS", "[" * 50_000, ["JOBD_ADMIN_HOSTS", "admin.hosts", "expected a host name"]),
+        ("JOBD_LATE_QUEUES", '["video"]', ["JOBD_LATE_QUEUES", "late.queues", "object"]),
         ("JOBD_STORE_SYNCHRONOUS", "off", ["JOBD_STORE_SYNCHRONOUS", "full, extra"]),
     ],
 )
@@ -543,7 +574,8 @@ def test_an_open_address_without_tls_is_a_loud_warning(address: str) -> None:
 
 def test_the_effective_configuration_reads_as_itself(write: Write) -> None:
     token = write(OTHER, "worker-token")
-    text = f'[worker]\nlisten = "127.0.0.1:1"\ntoken_file = "{token}"\n[admin]\nhosts = ["a", "b \\" c"]\n'
+    text = f'[worker]\nlisten = "127.0.0.1:1"\ntoken_file = "{token}"\n[admin]\nhosts = ["a", "b"]\n'
+    text += '[store]\npath = "/b \\" c"\n'
     path = write(text + '[late.queues]\nvideo = "drop"\n"a.b" = "keep"\n')
     found = loaded(path, {"locks.ttl": "90s"}, JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL="yes")
     text = effective(found)

@@ -51,7 +51,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     # what requests may ask of the daemon beside the actor
     "rooms": ("rooms", "nouns actor clock store copies web time watch feed downloads webhooks"),
     "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed stream downloads"),
-    "settings": ("config tokens webhook_config", "nouns letters"),
+    "settings": ("config tokens webhook_config host_names", "nouns letters"),
     "system": ("log outlet systemd", ""),
     "wiring": (
         "daemon",

@@ -1,0 +1,83 @@
+"""What can be a name of this daemon in a Host header, and what never is one."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobd.doors import host_name, own_names
+from jobd.host_names import is_host
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "jobs",
+        "Jobs.Example.com",
+        "jobs.example.com.",
+        "my_jobs",
+        "1und1.example",
+        "xn--bcher-kva.example",
+        "a" * 63,
+        ".".join(["a" * 49] * 5),
+        "10.0.0.7",
+        "[fe80::1]",
+        "FE80::1",
+        "[2001:db8:0:0::7]",
+    ],
+)
+def test_a_host_is_taken_and_found_in_a_header(text: str) -> None:
+    assert is_host(text)
+    [name] = own_names("10.9.9.9", [text]) - {"10.9.9.9"}
+    assert host_name(f"[{name}]:8770" if ":" in name else f"{name}:8770") == name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        ".",
+        "a b",
+        " a",
+        "a,b",
+        "a..b",
+        "-a",
+        "a-",
+        "a\n",
+        "*",
+        "*.example.com",
+        "http://jobs.example.com",
+        "http://x/y",
+        "jobs.example.com/",
+        "eve@jobs.example.com",
+        "jobs.example.com:8770",
+        "10.0.0.7:8770",
+        "[fe80::1]:8770",
+        "[fe80::1",
+        "fe80::1]",
+        "[jobs]",
+        "[10.0.0.7]",
+        "fe80::1%eth0",
+        "fe80::1::2",
+        "10.0.0.256",
+        "10.0.0",
+        "7",
+        "0.0.0.0",
+        "[::]",
+        "bücher.example",
+        "\u212aelvin.example",
+        '["jobs"]',
+        "a" * 64,
+        ".".join(["a" * 50] * 5),
+    ],
+)
+def test_what_is_no_host_is_not_taken(text: str) -> None:
+    assert not is_host(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("Jobs.Example.", "jobs.example"), ("[2001:DB8:0:0::7]", "2001:db8::7"), ("2001:db8::7", "2001:db8::7")],
+)
+def test_a_name_is_compared_in_the_form_that_a_header_has(text: str, name: str) -> None:
+    assert own_names("10.9.9.9", [text]) == {"10.9.9.9", name}
