@@ -233,7 +233,7 @@ REFUSALS: Final = {
 }
 
 HEADERS: Final = {
-    "Idempotency-Key": "The same key with the same body again gets the same answer; kept for 24 h.",
+    "Idempotency-Key": "The same key with the same body again gets the same answer; kept for 24 h. Two are refused.",
     "Idempotent-Replayed": "There, and `true`, where a stored answer was given again.",
     "Last-Event-ID": "The `id` of the last event that was received: the stream goes on behind it.",
     "X-Jobd-Operator": "Who you are, for timelines and the audit log: up to 64 characters; what cannot be shown "

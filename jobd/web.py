@@ -454,8 +454,11 @@ class Web:
 
     def _note_key(self, visit: Visit, route: Route, body: bytes) -> None:
         if IDEMPOTENCY_KEY in visit.head.headers:
-            keys = ", ".join(visit.head.headers.getall(IDEMPOTENCY_KEY))
-            visit.key = self.gate.key_use(keys, route.method, unquote(visit.path), body)
+            keys = visit.head.headers.getall(IDEMPOTENCY_KEY)
+            if len(keys) > 1:  # a repeat that carries one of them would not be known
+                message = "Idempotency-Key was sent more than once. Send one."
+                raise refused("invalid_request", message, field="Idempotency-Key")
+            visit.key = self.gate.key_use(keys[0], route.method, unquote(visit.path), body)
 
     def refuse(self, visit: Visit, refusal: Refusal, *, close: bool = False) -> Reply:
         """The reply to a refused request."""

@@ -126,6 +126,17 @@ def test_tokens_and_keys_are_read_and_not_kept(parser: Parser, name: str) -> Non
     assert heads.read(message("GET", "/v1/jobs", headers={name.lower(): TOKEN, "X-A": "b"})) is None
 
 
+@pytest.mark.parametrize("name", ["Authorization", "Idempotency-Key"])
+@pytest.mark.parametrize("second", ["k", "l", ""])
+def test_two_tokens_or_keys_are_left_to_the_parser(parser: Parser, name: str, second: str) -> None:
+    heads = Heads()
+    two = message("POST", "/v1/jobs", "{}", {name: f"k\r\nX-A: b\r\n{name}: {second}"})
+    for data in (message("POST", "/v1/jobs", "{}", {name: "k", "X-A": "b"}), two):
+        for parsed, payload in parser.parse(data):
+            heads.learn(data, parsed, payload)
+    assert heads.read(two) is None
+
+
 @pytest.mark.parametrize("name", ["authorization", "Cookie", "Proxy-Authorization", "idempotency-key"])
 def test_other_secrets_are_left_to_the_parser(parser: Parser, name: str) -> None:
     heads = Heads()

@@ -342,6 +342,21 @@ async def test_a_bad_key_is_a_400(house: House) -> None:
     assert (heard.status, heard.json["details"]) == (400, {"field": "Idempotency-Key"})
 
 
+@pytest.mark.parametrize(
+    "second", ["Idempotency-Key: k", "Idempotency-Key: l", "idempotency-key:k", "IDEMPOTENCY-KEY: "]
+)
+async def test_two_keys_are_none(house: House, second: str) -> None:
+    for _ in range(3):  # the head of the first is known by then
+        assert (await house.ask("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})).status == 200
+    for keys in (f"k\r\n{second}", f"k\r\nX-A: b\r\n{second}"):
+        for _ in range(2):
+            heard = await house.ask("POST", "/v1/jobs", "{}", {"Idempotency-Key": keys})
+            assert (heard.status, heard.error) == (400, "invalid_request")
+            assert heard.json["details"] == {"field": "Idempotency-Key"}
+            assert "more than once" in heard.json["message"]
+    assert len(house.desk.asked) == 3
+
+
 # -- replies ----------------------------------------------------------------------------------------------------------
 
 
