@@ -25,7 +25,7 @@ from jobd.envelope import Asked
 from jobd.heads import Heads, is_whole
 from jobd.replies import Letter, Reply, cut_off_later
 from jobd.routes import Found
-from jobd.visits import Head, Request, Visit
+from jobd.visits import Request, Visit
 from jobd.web import BUG, Web
 
 PIECE: Final = 16 << 10  # bytes that are parsed in one turn of the loop, where they have
@@ -203,7 +203,7 @@ class Connection(RequestHandler):
         message, payload = self._messages[0]
         if not is_whole(message, payload) or message.upgrade:
             return False
-        return self._depart(Visit(message.method, message.path, Head.of(message, payload), self))
+        return self._depart(Visit.of(message, payload, self))
 
     def _depart(self, visit: Visit, body: bytes | None = None) -> bool:
         """`body` is None where it has been parsed."""

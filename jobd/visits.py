@@ -6,25 +6,28 @@ Reads no body and judges nothing.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import socket
 import struct
 from typing import Final
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpVersion, RawRequestMessage
 from aiohttp.streams import EmptyStreamReader, StreamReader
 from aiohttp.web_protocol import RequestHandler
 from msgspec import Struct
 from msgspec.structs import replace
-from multidict import MultiMapping
+from multidict import CIMultiDict, CIMultiDictProxy, MultiMapping
 
 from jobd.commands import KeyUse, Operator
 from jobd.doors import OPERATOR, operator_name
 from jobd.routes import Route
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
+# A target in absolute form. One that names a user, or another scheme, is as little a path as it ever was.
+_URI: Final = re.compile(r"https?://([^/?#@]+)([/?].*)?", re.IGNORECASE)
 
 
 class Head(Struct, frozen=True):
@@ -71,11 +74,36 @@ class Visit:
         self.size = 0
         self.job_id: str | None = None
 
+    @classmethod
+    def of(
+        cls,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        connection: RequestHandler,
+        request: web.BaseRequest | None = None,
+    ) -> Visit:
+        """A request as the parser has read it. Clients that speak through a proxy send the whole URI as its target."""
+        target, head = message.path, Head.of(message, payload)
+        if not target.startswith("/"):
+            target, head = _without_authority(target, head)
+        return cls(message.method, target, head, connection, request)
+
     @property
     def is_cut(self) -> bool:
         """Whether the connection is gone, or going."""
         transport = self.connection.transport
         return transport is None or transport.is_closing()
+
+
+def _without_authority(target: str, head: Head) -> tuple[str, Head]:
+    """The path and query of a URI, whose host stands for that of the header Host from here on (RFC 9112, 3.2.2)."""
+    uri = _URI.fullmatch(target)
+    if uri is None:
+        return target, head
+    headers = CIMultiDict(head.headers)
+    headers[hdrs.HOST] = uri[1]
+    path = uri[2] or "/"
+    return path if path.startswith("/") else f"/{path}", replace(head, headers=CIMultiDictProxy(headers))
 
 
 def address_of(visit: Visit) -> str:
@@ -122,4 +150,4 @@ class Request(web.BaseRequest):
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         super().__init__(message, payload, protocol, writer, task, loop)
-        self.visit = Visit(message.method, message.path, Head.of(message, payload), protocol, self)
+        self.visit = Visit.of(message, payload, protocol, self)

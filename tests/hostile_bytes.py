@@ -64,7 +64,7 @@ WIDER = {
     "up and out, escaped": b"GET /v1/jobs/%2e%2e%2f%2e%2e%2fetc%2fpasswd HTTP/1.1\r\nHost: x\r\n\r\n",
     "up and out, escaped twice": b"GET /v1/jobs/%252e%252e%252fetc HTTP/1.1\r\nHost: x\r\n\r\n",
     "to the other API": b"GET /v1/jobs/../../admin/../admin/job-management/locks HTTP/1.1\r\nHost: x\r\n\r\n",
-    "absolute form": b"GET http://evil.example/v1/jobs HTTP/1.1\r\nHost: x\r\n\r\n",
+    "absolute form, with a user": b"GET http://x@evil.example/v1/jobs HTTP/1.1\r\nHost: x\r\n\r\n",
     "backslashes": b"GET \\v1\\jobs HTTP/1.1\r\nHost: x\r\n\r\n",
     "tabs for spaces": b"GET\t/v1/jobs\tHTTP/1.1\r\nHost: x\r\n\r\n",
     "wrong method": b"PUT /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",

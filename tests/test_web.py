@@ -86,7 +86,7 @@ async def test_a_malformed_id_is_a_400(house: House, target: str) -> None:
 @pytest.mark.parametrize(
     "target",
     ["/", "/v1", "/v1/", "/v1/jobs/", "/v1/jobs/a/", "/v1/jobs/a/b", "/v1/jobs//start", "//v1/jobs", "/V1/jobs",
-     "/v1/jobs/a/start/", "/v1/jobs;x", "/v1/jobs#x", "/v1/../v1/jobs", "/%76%31/jobs", "http://localhost/v1/jobs"],
+     "/v1/jobs/a/start/", "/v1/jobs;x", "/v1/jobs#x", "/v1/../v1/jobs", "/%76%31/jobs", "ftp://localhost/v1/jobs"],
 )  # fmt: skip
 async def test_an_unknown_path_is_a_404(house: House, target: str) -> None:
     heard = await house.ask("GET", target)
@@ -298,6 +298,45 @@ async def test_a_client_that_waits_for_leave_is_refused_before_its_body(guarded:
 async def test_a_nested_bomb_is_a_400(house: House) -> None:
     heard = await house.ask("POST", "/v1/jobs", '{"payload":' + "[" * 900)
     assert (heard.status, heard.error) == (400, "invalid_request")
+
+
+@pytest.mark.parametrize("target", ["http://x/v1/jobs?queue=a%3Ab", "HTTPS://[::1]:8/v1/jobs?queue=a%3Ab"])
+async def test_a_target_may_be_a_whole_uri(house: House, target: str) -> None:
+    for _ in range(2):
+        assert (await house.ask("GET", target)).status == 200
+        assert (await house.ask("POST", target.partition("?")[0], "{}", {"Idempotency-Key": "k"})).status == 200
+    await house.ask("GET", "/v1/jobs?queue=a%3Ab")
+    await house.ask("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})
+    asked = [(asked.command, asked.key) for asked in house.desk.asked]
+    assert asked[:2] == asked[2:4] == asked[4:]
+
+
+@pytest.mark.parametrize(
+    "target", ["http://x", "http://x/", "http://x?a", "http://u:p@x/v1/jobs", "ftp://x/v1/jobs", "http://x/v1/jobs#f"]
+)
+async def test_a_uri_without_a_path_of_ours_is_not_found(house: House, target: str) -> None:
+    assert (await house.ask("GET", target)).error == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("uri", "host", "origin", "status"),
+    [
+        ("http://ops.example", "evil.example", None, 200),
+        ("http://ops.example:8770", "", "http://ops.example:8770", 200),
+        ("http://localhost:1", "localhost:2", "http://localhost:2", 403),
+        ("http://evil.example", "ops.example", None, 403),
+        ("http://evil.example:8770", "ops.example", "http://evil.example:8770", 403),
+        ("http://ops.example.evil", "ops.example", None, 403),
+        ("http://ops.example\\.evil.example", "ops.example", None, 400),
+        ("http://ops.example@evil.example", "evil.example", None, 403),
+    ],
+)
+async def test_the_host_of_a_uri_is_judged_and_not_that_of_the_header(
+    guarded: House, uri: str, host: str, origin: str | None, status: int
+) -> None:
+    headers = {"Authorization": f"Bearer {TOKEN}", "Host": host} | ({"Origin": origin} if origin else {})
+    for method, path, body in (("GET", "/v1/jobs", None), ("POST", "/v1/jobs", "{}"), ("GET", "/readyz", None)):
+        assert (await guarded.ask(method, f"{uri}{path}", body, headers)).status == status
 
 
 # -- who asks, and with which key -------------------------------------------------------------------------------------
