@@ -273,7 +273,7 @@ def load(
         check_apart(config.artefacts.url, own_places, os.path.abspath)  # where they lie may hang, also on a reload
     except ConfigError as error:
         raise ConfigError(_placed(str(error), sources)) from None
-    development = environ.get("ENVIRONMENT") == "development"
+    development = _is_development(environ)
     admin_tokens, worker_tokens, reader_tokens = _tokens(config, environ)
     if not admin_tokens and need_token and not development:
         raise ConfigError(
@@ -288,7 +288,11 @@ def load(
         None if found is None else str(found),
         reader_tokens,
         development,
-        (*_warnings(config), *_told_too_loud(found, _secret_files(config, environ, webhooks), webhooks)),
+        (
+            *_warnings(config),
+            *_told_too_loud(found, _secret_files(config, environ, webhooks), webhooks),
+            *_surprises(config, sources, development),
+        ),
         own_places,
         webhooks,
     )
@@ -520,13 +524,17 @@ def _settle(config: Config, environ: Mapping[str, str], sources: dict[str, str])
     if not worker.socket:
         worker = msgspec.structs.replace(worker, socket=str(runtime_directory(environ) / "worker.sock"))
     if not store.path:
-        in_memory = environ.get("ENVIRONMENT") == "development" and "store.path" not in sources
+        in_memory = _is_development(environ) and "store.path" not in sources
         path = ":memory:" if in_memory else str(state_directory(environ) / "jobd.db")
         store = msgspec.structs.replace(store, path=path)
     worker = msgspec.structs.replace(worker, socket=os.path.abspath(worker.socket))
     if store.path != ":memory:":
         store = msgspec.structs.replace(store, path=os.path.abspath(store.path))
     return msgspec.structs.replace(config, worker=worker, store=store)
+
+
+def _is_development(environ: Mapping[str, str]) -> bool:
+    return environ.get("ENVIRONMENT") == "development"
 
 
 def runtime_directory(environ: Mapping[str, str]) -> Path:
@@ -665,6 +673,26 @@ def _warnings(config: Config) -> tuple[str, ...]:
         if not isinstance(place, str) and not _is_loopback(place[0]):
             loud.append(f"[{name}] listens on {section.listen} WITHOUT TLS: tokens travel in the clear. Set tls_cert.")
     return tuple(loud)
+
+
+def _surprises(config: Config, sources: Mapping[str, str], development: bool) -> tuple[str, ...]:
+    """What can be set so, and is hardly meant: of two keys the other holds, or no job is kept."""
+    told = []
+
+    def said(key: str) -> str:
+        return f"{key} = {show(_get(config, key))} ({sources.get(key, 'default')})"
+
+    if config.cleanup.interval < config.cleanup.min_interval:
+        holds = show_duration(config.cleanup.min_interval)
+        text = f"{said('cleanup.interval')} is below {said('cleanup.min_interval')}, which holds"
+        told.append(f"{text}: a pass comes every {holds}. Lower that one too.")
+    if 0 < config.locks.max_processing < config.locks.ttl:
+        text = f"{said('locks.ttl')} is above {said('locks.max_processing')}, which holds"
+        told.append(f"{text}: locks are cut to it, unless their job has a max_processing_ms. Raise that one too.")
+    if config.store.path == ":memory:" and not development:
+        text = f"{said('store.path')}: all jobs are gone when the daemon ends"
+        told.append(f"{text}. Name a file, or set ENVIRONMENT=development where that is meant.")
+    return tuple(told)
 
 
 def _is_loopback(host: str) -> bool:

@@ -17,7 +17,7 @@ import ssl
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -131,8 +131,7 @@ class Daemon:
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
         """Disk, actor, time, doors: each is taken down by `stack` in the opposite order."""
         settings = self._loaded.config
-        for warning in self._loaded.warnings:
-            line.warning("insecure", message=warning)
+        self._warn(self._loaded.warnings)
         self._given = systemd.sockets()
         store, opened = await self._open_store(stack)
         self.clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
@@ -381,6 +380,10 @@ class Daemon:
             self._take_over(new)
         systemd.ready()
 
+    def _warn(self, warnings: Iterable[str]) -> None:
+        for warning in warnings:
+            line.warning("config_warning", message=warning)
+
     def _take_over(self, new: Loaded) -> None:
         taken, refused = config.changes(self._loaded.config, new.config)
         settings = _merged(self._loaded.config, new.config, taken)
@@ -393,6 +396,7 @@ class Daemon:
         if new.webhooks != self._loaded.webhooks:
             taken.append("webhooks")
             self.webhooks.set_endpoints(each.endpoint for each in new.webhooks)
+        self._warn(warning for warning in new.warnings if warning not in self._loaded.warnings)
         self._loaded = msgspec.structs.replace(
             self._loaded,
             webhooks=new.webhooks,
@@ -400,6 +404,7 @@ class Daemon:
             admin_tokens=new.admin_tokens,
             reader_tokens=new.reader_tokens,
             worker_tokens=new.worker_tokens,
+            warnings=new.warnings,
         )
         self.actor.policy = settings.policy()
         self.cleaner.set_schedule(_schedule(settings))

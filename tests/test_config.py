@@ -569,6 +569,52 @@ def test_an_open_address_without_tls_is_a_loud_warning(address: str) -> None:
     assert loaded(flags={"admin.listen": address, "admin.tls_cert": "c", "admin.tls_key": "k"}).warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (
+            {"cleanup.interval": "30s"},
+            ['cleanup.interval = "30s" (flag)', 'cleanup.min_interval = "2m" (default), which holds', "every 2m."],
+        ),
+        (
+            {"cleanup.min_interval": "10m"},
+            ['cleanup.interval = "5m" (default)', 'cleanup.min_interval = "10m" (flag), which holds', "every 10m."],
+        ),
+        (
+            {"locks.ttl": "1h"},
+            ['locks.ttl = "1h" (flag)', 'locks.max_processing = "30m" (default), which holds', "cut to it"],
+        ),
+        (
+            {"locks.max_processing": "10m"},
+            ['locks.ttl = "15m" (default)', 'locks.max_processing = "10m" (flag), which holds', "cut to it"],
+        ),
+        ({"store.path": ":memory:"}, ['store.path = ":memory:" (flag)', "all jobs are gone"]),
+    ],
+)
+def test_what_does_not_come_as_it_reads_is_warned_of(flags: dict[str, str], parts: list[str]) -> None:
+    (warning,) = loaded(flags=flags).warnings
+    for part in parts:
+        assert part in warning, warning
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"cleanup.interval": "2m"},
+        {"cleanup.interval": "30s", "cleanup.min_interval": "30s"},
+        {"locks.ttl": "30m"},
+        {"locks.ttl": "1d", "locks.max_processing": "0"},
+    ],
+)
+def test_what_comes_as_it_reads_is_not_warned_of(flags: dict[str, str]) -> None:
+    assert loaded(flags=flags).warnings == ()
+
+
+def test_a_store_in_memory_is_what_development_is_for() -> None:
+    assert loaded(ENVIRONMENT="development").warnings == ()
+    assert loaded(flags={"store.path": ":memory:"}, ENVIRONMENT="development").warnings == ()
+
+
 # -- what is in force, and what can change at work ---------------------------------------------------------------------
 
 

@@ -360,6 +360,19 @@ def test_sighup_takes_over_what_it_can_and_keeps_the_old_on_error(tmp_path: Path
         assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["ttl_ms"] == 300_000
 
 
+def test_a_start_and_a_reload_warn_of_what_is_hardly_meant(tmp_path: Path) -> None:
+    with Daemon(tmp_path, "[cleanup]\ninterval = '30s'\n", JOBD_LOCKS_TTL="1h") as daemon:
+        assert daemon.process is not None
+        assert daemon.log.count(b"event=config_warning") == 2
+        assert b"cleanup.min_interval" in daemon.log
+        assert b"locks.max_processing" in daemon.log
+        daemon.config.write_text("[cleanup]\ninterval = '1m'\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        assert "1m" in daemon.until_said(b"level=warning event=config_warning")
+        daemon.until_said(b"event=reloaded")
+        assert daemon.log.count(b"event=config_warning") == 3  # what has been said is not said again
+
+
 def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         assert daemon.process is not None
