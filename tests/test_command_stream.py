@@ -181,7 +181,7 @@ async def test_a_refusal_is_the_usual_object_with_its_status(tmp_path: Path) -> 
         wanted = {"success": False, "error": "overloaded", "message": "Full.", "details": {"retry_after_ms": 1000}}
         assert answer == {**wanted, "status": 503}
         [line] = [line for line in logs if line["event"] == "refused"]
-        assert (line["path"], line["code"], line["job"]) == ("/v1/commands", "overloaded", "job-7")
+        assert (line["path"], line["code"], line["job_id"]) == ("/v1/commands", "overloaded", "job-7")
 
 
 async def test_answers_of_several_lines_stay_one_line(town: Town) -> None:
