@@ -1,4 +1,4 @@
-"""What lies beside the database: the lock file, the epoch file, the ballast; and how opening a store can be refused.
+"""What lies beside the database: lock file, epoch file, ballast; who has it, and how opening a store can be refused.
 
 Knows nothing of what is in the database. Everything here blocks: call it off the event loop.
 """
@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import struct
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from jobd.batch import DiskFull
 BALLAST_BYTES: Final = 16 << 20
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _LOCK_BYTES: Final = 16
+# SQLite locks the bytes from PENDING on in the database itself.
+_SQLITE_LOCKS: Final = (0x40000000, 512)
+_FLOCK: Final = "hhqqi4x"
 
 
 class StoreError(Exception):
@@ -68,9 +72,9 @@ class FileLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            pid = os.pread(self._fd, _LOCK_BYTES, 0).split()
+            pid = _holder(self._fd)
             os.close(self._fd)
-            raise StoreBusy(path, int(pid[0]) if pid and pid[0].isdigit() else None) from error
+            raise StoreBusy(path, pid) from error
         # Written over the old number in place: that needs no new block, so a full disk is no hindrance.
         with contextlib.suppress(OSError):
             os.pwrite(self._fd, str(os.getpid()).encode().ljust(_LOCK_BYTES - 1) + b"\n", 0)
@@ -85,6 +89,34 @@ class FileLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def refuse_held(path: str) -> None:
+    """As FileLock, but nothing is written, and nothing kept from a daemon that starts a moment later."""
+    try:
+        lock = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StoreBusy(path, _holder(lock)) from error
+    finally:
+        os.close(lock)
+
+
+def _holder(lock: int) -> int | None:
+    """The process that wrote its number into the open lock file."""
+    pid = os.pread(lock, _LOCK_BYTES, 0).split()
+    return int(pid[0]) if pid and pid[0].isdigit() else None
+
+
+def is_locked(path: str) -> bool:
+    """Whether a program, of jobd or not, has the database at `path` open and works with it."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_SQLITE_LOCKS, 0)
+    with open(path, "rb") as file:
+        answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked)
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import sqlite3
-import struct
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Final
@@ -28,9 +26,6 @@ _TELLING: Final = (
     "queue", "kind", "status", "priority", "progress", "attempt", "max_attempts", "stalls", "created_at", "run_at",
     "started_at", "finished_at", "error_message",
 )  # fmt: skip
-# SQLite locks the bytes from PENDING on in the database itself.
-_SQLITE_LOCKS: Final = (0x40000000, 512)
-_FLOCK: Final = "hhqqi4x"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +38,7 @@ def restore(file: str, path: str) -> list[str]:
     Raises what that would raise: StoreBusy, StoreTooNew, StoreUnreadable, DiskFull, OSError. Reads all of `file`.
     """
     _may_write(path)
-    _free_to_take(path)
+    files.refuse_held(path)
     used = files.read_epoch(path)
     if not os.path.exists(file):
         raise StoreUnreadable(f"{file} does not exist")
@@ -71,21 +66,6 @@ def _may_write(path: str) -> None:
         raise OSError(code, os.strerror(code), where)
 
 
-def _free_to_take(path: str) -> None:
-    """As FileLock, but nothing is written, and nothing kept from a daemon that starts a moment later."""
-    try:
-        lock = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        pid = os.pread(lock, 16, 0).split()
-        raise StoreBusy(path, int(pid[0]) if pid and pid[0].isdigit() else None) from error
-    finally:
-        os.close(lock)
-
-
 def _size(conn: sqlite3.Connection) -> int:
     (pages,) = conn.execute("PRAGMA page_count").fetchone()
     (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
@@ -108,7 +88,7 @@ def _mib(size: int) -> str:
 def _checked(source: sqlite3.Connection, file: str, version: int, size: int, free: int) -> Iterator[str]:
     yield f"    it is a database of jobd, whole: {_mib(size)}; {_mib(free)} are free"
     try:
-        _free_to_take(file)
+        files.refuse_held(file)
     except StoreBusy as error:
         yield f"    BEWARE: {error}. What is read of it while it is written may be torn: take a backup instead"
     if version < migrations.VERSION:
@@ -141,7 +121,7 @@ def _replaced(path: str) -> tuple[int, str]:
     """The epoch of the database that is there (0: none, or it cannot be read), and what would become of that."""
     if not os.path.exists(path):
         return 0, "    there is no database now that would be replaced"
-    if _used_by_others(path):
+    if files.is_locked(path):
         raise StoreBusy(path, None)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     kept = f"would be kept beside it, as {path}.{stamp}"
@@ -154,14 +134,6 @@ def _replaced(path: str) -> tuple[int, str]:
             return _epoch(old), f"    the database that is there ({_mib(_size(old))}, {count} jobs) {kept}"
     except StoreError:
         return 0, f"    what is there cannot be read, and {kept}"
-
-
-def _used_by_others(path: str) -> bool:
-    """Whether a program that is no jobd has the database at `path` open and works with it."""
-    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_SQLITE_LOCKS, 0)
-    with open(path, "rb") as file:
-        answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked)
-    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

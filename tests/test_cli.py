@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -28,6 +29,7 @@ from jobd.cli.kinds import duration_ms, moment_ms, past_ms
 from jobd.client.endpoint import default_socket
 from jobd.commands import REFUSALS
 from jobd.dashboard import filters, paint
+from jobd.files import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = 1_772_366_400_000
@@ -556,6 +558,33 @@ def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
             pass
         assert caught.value.code == 75
     assert (tmp_path / "copy.db").read_bytes() == b"first"
+
+
+def test_a_store_that_a_daemon_took_while_a_file_was_written_stays(tmp_path: Path) -> None:
+    (tmp_path / "copy.db").write_bytes(b"old")
+    with pytest.raises(exits.Problem) as caught:
+        _write_while_taken(tmp_path / "copy.db")
+    assert caught.value.code == 75
+    assert (tmp_path / "copy.db").read_bytes() == b"old"
+    assert not (tmp_path / "copy.db.part").exists()
+
+
+def _write_while_taken(path: Path) -> None:
+    with contextlib.ExitStack() as stack, safe_file.whole_file(path, lambda _: None) as file:
+        file.write(b"new")
+        stack.enter_context(FileLock(str(path)))
+
+
+def test_a_file_on_the_way_is_no_store_and_no_symlink(tmp_path: Path) -> None:
+    """The .part of one file may be something else's name."""
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / "copy.db.part").symlink_to(tmp_path / "theirs")
+    with pytest.raises(OSError, match="symbolic"), safe_file.whole_file(tmp_path / "copy.db", lambda _: None):
+        pass
+    with FileLock(str(tmp_path / "store.part")), pytest.raises(exits.Problem) as caught:
+        _break_off(tmp_path / "store")
+    assert caught.value.code == 75
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

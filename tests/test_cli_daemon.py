@@ -959,6 +959,96 @@ def test_backup_restore_and_doctor(
         assert str(running.process.pid) in err
 
 
+_OUT: Final = {
+    "backup": ("jobd", "backup", "--yes"),
+    "export": ("jobd.cli.ctl", "export", "--yes"),
+    "artefact": ("jobd.cli.ctl", "artefact", "no-such-job", "--yes", "-o"),
+}
+
+
+def _written(running: Running, verb: str, file: Path) -> subprocess.CompletedProcess[str]:
+    return running.done(*_OUT[verb], str(file), timeout=60)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".lock", ".epoch", ".ballast"])
+@pytest.mark.parametrize("verb", list(_OUT))
+def test_nothing_is_written_over_the_store_of_a_running_daemon(
+    jobctl: Ctl, running: Running, verb: str, suffix: str
+) -> None:
+    file = running.store.with_name(running.store.name + suffix)
+    before = {path.name: path.stat().st_ino for path in running.folder.iterdir()}
+    done = _written(running, verb, file)
+    assert (done.returncode, done.stdout) == (75, "")
+    of = "belongs to" if suffix else "is"
+    told = f"{file} {of} the store of a running daemon (process {running.process.pid}): name another file"
+    assert told in done.stderr
+    assert {path.name: path.stat().st_ino for path in running.folder.iterdir()} == before
+    assert running.process.poll() is None
+
+
+def test_nothing_is_written_over_a_store_by_way_of_another_name(running: Running, tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(running.store)
+    (tmp_path / "folder").symlink_to(running.folder)
+    for file in (tmp_path / "link.db", tmp_path / "folder" / running.store.name):
+        before = running.store.stat().st_ino
+        done = _written(running, "backup", file)
+        assert done.returncode == 75
+        assert f"(process {running.process.pid})" in done.stderr
+        assert running.store.stat().st_ino == before
+
+
+def test_nothing_is_written_over_a_store_that_its_daemon_knows_by_a_symlink(running: Running, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (tmp_path / "jobd.db").symlink_to(folder / "real.db")
+    (folder / "real.db").touch()
+    with Daemon(tmp_path):
+        for name in ("real.db", "real.db-wal"):
+            before = (folder / name).stat().st_ino
+            done = _written(running, "backup", folder / name)
+            assert done.returncode == 75
+            assert "that a program is working with: name another file" in done.stderr
+            assert (folder / name).stat().st_ino == before
+        assert _written(running, "backup", tmp_path / "jobd.db").returncode == 75
+
+
+@pytest.mark.parametrize("verb", list(_OUT))
+def test_what_is_no_regular_file_is_not_replaced(running: Running, tmp_path: Path, verb: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout, which is a pipe here
+    files = [tmp_path / name for name in ("pipe", "socket", "stdout")]
+    for file in (*files, running.folder / "worker.sock"):
+        before = file.lstat()
+        done = _written(running, verb, file)
+        assert done.returncode == 2
+        assert f"{file} is no regular file: name a new one, or one to overwrite" in done.stderr
+        assert (file.lstat().st_ino, file.lstat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_a_backup_goes_where_a_symlink_leads(running: Running, tmp_path: Path) -> None:
+    """Also to what is not there yet."""
+    link, target = tmp_path / "latest.db", tmp_path / "disk" / "today.db"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for _ in range(2):
+        assert _written(running, "backup", link).returncode == 0
+        assert link.is_symlink()
+        assert target.read_bytes().startswith(b"SQLite format 3")
+    assert [path.name for path in target.parent.iterdir()] == ["today.db"]
+
+
+def test_a_backup_does_not_come_beside_the_log_of_another_database(running: Running, tmp_path: Path) -> None:
+    """SQLite would read it into the copy."""
+    (tmp_path / "killed.db").write_bytes(b"old")
+    (tmp_path / "killed.db-wal").write_bytes(b"log")
+    done = _written(running, "backup", tmp_path / "killed.db")
+    assert done.returncode == 2
+    assert "is a database with a log beside it" in done.stderr
+    assert (tmp_path / "killed.db").read_bytes() == b"old"
+
+
 def test_a_damaged_row_is_named_with_its_mend(
     jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,14 +39,20 @@ def export(file: Path, status: Status | None, queue: str | None, kind: str | Non
     Oldest first, with payloads; nothing is changed. `jobctl import` takes them, here or elsewhere. Jobs that are
     processing are ended there by their stall rule; history, locks and pauses of queues stay behind.
     """
-    if str(file) != "-" and file.exists() and not yes:
-        raise click.UsageError(f"{file} exists: add --yes to overwrite it")
+    if str(file) != "-":
+        _may_write(file, yes=yes)
     client = admin_client(timeout_s=_PIECE_S)
     total = None if kind is not None else _expected(client, status, queue)
     with bar("export", unit="jobs") as advance:
         lines = _told(client.export_jobs(status=status, queue=queue, kind=kind), advance, total)
         count = _write(lines, file)
     show.say(f"{count} {'job' if count == 1 else 'jobs'} exported")
+
+
+def _may_write(file: Path, *, yes: bool) -> None:
+    from jobd.cli import safe_target
+
+    safe_target.check(file, yes=yes)
 
 
 def _expected(client: AdminClient, status: Status | None, queue: str | None) -> int:
@@ -165,8 +171,7 @@ def artefact(job_id: str, file: Path, yes: bool, late_result: int | None) -> Non
         client.download_artefact(job_id, sys.stdout.buffer, late_result=late_result)
         sys.stdout.flush()
         return
-    if file.exists() and not yes:
-        raise click.UsageError(f"{file} exists: add --yes to overwrite it")
+    _may_write(file, yes=yes)
     from jobd.cli.safe_file import whole_file
 
     with bar("artefact") as advance, whole_file(file, lambda done: advance(done, None)) as target:

@@ -30,13 +30,14 @@ SILENT_S: Final = 60.0  # that a backup may stand still; a slow disk is slow, a 
 def backup(file: Path, yes: bool) -> None:
     """Copy the running daemon's database to FILE, while it works.
 
-    The copy is whole, checked and marked: whoever opens it takes a new epoch and ends the grants in it.
+    The copy is whole, checked and marked: whoever opens it takes a new epoch and ends the grants in it. The store of a
+    running daemon is never overwritten.
     """
+    from jobd.cli import safe_target
     from jobd.cli.safe_file import whole_file
     from jobd.cli.waiting import bar
 
-    if file.exists() and not yes:
-        raise click.UsageError(f"{file} exists: add --yes to overwrite it")
+    safe_target.check(file, yes=yes)
     with bar("backup") as advance, whole_file(file, lambda done: None) as target:
         count = admin_client(timeout_s=SILENT_S).backup(target, told=lambda seen: _show(seen, advance))
     show.emit(f"{file}: {show.size(count)}")

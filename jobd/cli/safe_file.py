@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from jobd.cli import exits
+from jobd.cli import exits, safe_target
 
 
 class Counted:
@@ -32,10 +32,13 @@ class Counted:
 def whole_file(path: Path, told: Callable[[int], None]) -> Iterator[BinaryIO]:
     """A file to write to that becomes `path` (mode 0600) at the end of the block, or vanishes if the block raises.
 
-    Raises OSError, and Problem (75) where another program is writing the same file.
+    Raises OSError, UsageError where `path` is no regular file, and Problem (75) where it is of a store at work, or
+    another program is writing it.
     """
-    part = path.with_name(path.name + ".part")
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+    target = safe_target.resolved(path)
+    part = target.with_name(target.name + ".part")
+    safe_target.refuse_used(part)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -45,12 +48,13 @@ def whole_file(path: Path, told: Callable[[int], None]) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, Counted(file, told))
             file.flush()
             os.fsync(file.fileno())
-            os.replace(part, path)
+            safe_target.resolved(target)  # a daemon may have started there meanwhile
+            os.replace(part, target)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 part.unlink()
             raise
-    _sync_directory(path.parent)
+    _sync_directory(target.parent)
 
 
 def _sync_directory(folder: Path) -> None:
