@@ -330,6 +330,35 @@ def test_usage_errors_are_2_and_one_line(argv: list[str], said: str, capsys: pyt
     assert "--help" in err
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "submit --id",
+        "submit --queue",
+        "submit --idempotency-key",
+        "jobs --queue",
+        "jobs --worker",
+        "export --queue",
+        "events --queue",
+        "events --job",
+        "events --type",
+        "audit --who",
+        "audit --what",
+        "audit --job",
+        "run --queue",
+        "run --name",
+    ],
+)
+def test_an_empty_name_is_a_variable_that_was_not_set(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job would get another id than was meant, a worker another name, and a list would have everything."""
+    verb, option = line.split()
+    rest = ["true"] if verb == "run" else []
+    assert run(verb, option, "", *rest) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"Invalid value for '{option}': it is empty: is a variable not set?" in err
+
+
 @pytest.mark.parametrize("argv", [["jobs"], ["submit", "1"], ["why", "j"], ["job", "j"]])
 def test_no_daemon_at_the_socket_is_3(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*argv) == 3

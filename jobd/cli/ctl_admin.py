@@ -12,7 +12,7 @@ import click
 from jobd.cli import ctl_plan, exits, show
 from jobd.cli.deeds import confirm, need_terminal, reason_option
 from jobd.cli.group import json_option
-from jobd.cli.kinds import PAST
+from jobd.cli.kinds import NAME, PAST
 from jobd.cli.places import admin_client, admin_options
 from jobd.cli.waiting import busy
 
@@ -265,9 +265,9 @@ def failures(limit: int, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--who", metavar="NAME", help="Only what this operator did.")
-@click.option("--what", metavar="DEED", help="Only this deed, as in force-fail.")
-@click.option("--job", "job_id", metavar="ID", help="Only what was done to this job.")
+@click.option("--who", type=NAME, metavar="NAME", help="Only what this operator did.")
+@click.option("--what", type=NAME, metavar="DEED", help="Only this deed, as in force-fail.")
+@click.option("--job", "job_id", type=NAME, metavar="ID", help="Only what was done to this job.")
 @click.option("--since", type=PAST, metavar="TIME", help="Only from this time (UTC) on, or this long ago, as in 2h.")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
 @json_option

@@ -13,7 +13,7 @@ from jobd.cli import ctl_plan, exits, show
 from jobd.cli.ctl_plan import is_plan, where_option
 from jobd.cli.deeds import Deed, carry_out, destructive, reason_option
 from jobd.cli.group import json_option
-from jobd.cli.kinds import PAST
+from jobd.cli.kinds import NAME, PAST
 from jobd.cli.places import admin_client, all_options, has_admin_token, job_client, worker_options
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ _OF_OPERATORS: Final = frozenset({"since", "until", "finished_since", "finished_
 
 @click.command()
 @click.option("--status", type=STATUSES, help="Only jobs with this status.")
-@click.option("--queue", metavar="NAME", help="Only jobs of this queue.")
+@click.option("--queue", type=NAME, metavar="NAME", help="Only jobs of this queue.")
 @click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
-@click.option("--worker", metavar="NAME", help="Only jobs that this worker holds, or had last.")
+@click.option("--worker", type=NAME, metavar="NAME", help="Only jobs that this worker holds, or had last.")
 @click.option("--since", type=PAST, metavar="TIME", help="Only jobs created from then (UTC) on; 2h: 2 hours ago. *")
 @click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before. *")
 @click.option("--finished-since", type=PAST, metavar="TIME", help="Only jobs that ended from then on. *")

@@ -13,7 +13,7 @@ import click
 
 from jobd.cli import exits, show
 from jobd.cli.group import json_option
-from jobd.cli.kinds import DURATION
+from jobd.cli.kinds import DURATION, NAME
 from jobd.cli.places import admin_client, admin_options
 
 if TYPE_CHECKING:
@@ -27,9 +27,11 @@ MIN_INTERVAL_MS: Final = 100
 
 @click.command()
 @click.option("-f", "--follow", is_flag=True, help="Go on with events as they happen, until Ctrl-C.")
-@click.option("--queue", metavar="Q", multiple=True, help="Only of this queue; may be repeated.")
-@click.option("--job", metavar="ID", multiple=True, help="Only of this job; may be repeated.")
-@click.option("--type", "type_", metavar="T", multiple=True, help="Only of this type (completed, …); may be repeated.")
+@click.option("--queue", type=NAME, metavar="Q", multiple=True, help="Only of this queue; may be repeated.")
+@click.option("--job", type=NAME, metavar="ID", multiple=True, help="Only of this job; may be repeated.")
+@click.option(
+    "--type", "type_", type=NAME, metavar="T", multiple=True, help="Only of this type (completed, …); may be repeated."
+)
 @click.option("--after", metavar="SEQ", type=click.IntRange(0), help="Begin behind the event of this number.")
 @click.option("--last", metavar="N", type=click.IntRange(1, MAX_SHOWN), help="Begin N events ago.")
 @json_option

@@ -15,6 +15,7 @@ import click
 from jobd.cli import exits, show
 from jobd.cli.ctl_jobs import STATUSES
 from jobd.cli.group import json_option
+from jobd.cli.kinds import NAME
 from jobd.cli.places import admin_client, admin_options
 from jobd.cli.waiting import Advance, bar
 
@@ -29,7 +30,7 @@ _PIECE_S: Final = 120.0  # for one piece of a stream, or one page, on a slow dis
 @click.command()
 @click.argument("file", default="-", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
 @click.option("--status", type=STATUSES, help="Only jobs with this status.")
-@click.option("--queue", metavar="NAME", help="Only jobs of this queue.")
+@click.option("--queue", type=NAME, metavar="NAME", help="Only jobs of this queue.")
 @click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
 @admin_options

@@ -5,19 +5,21 @@ from __future__ import annotations
 import click
 
 from jobd.cli import exits
-from jobd.cli.kinds import DURATION
+from jobd.cli.kinds import DURATION, NAME
 from jobd.cli.places import current, worker_endpoint, worker_options
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--queue", "queues", metavar="NAME", multiple=True, help="Queue to work on; may be repeated.  [default]")
+@click.option(
+    "--queue", "queues", type=NAME, metavar="NAME", multiple=True, help="Queue to work on; may be repeated.  [default]"
+)
 @click.option("--kind", "kinds", metavar="KIND", multiple=True, help="Only jobs of this kind; may be repeated.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Jobs at a time.")
 @click.option("--lock-ttl", type=DURATION, default="60s", show_default=True, help="Silence after which a job is lost.")
 @click.option("--grace", type=DURATION, default="30s", show_default=True, help="What SIGTERM leaves the running job.")
 @click.option("--once", is_flag=True, help="End after one job.")
 @click.option("--drain", is_flag=True, help="End when no job is due.")
-@click.option("--name", metavar="NAME", help="Name of this worker (default: host and pid).")
+@click.option("--name", type=NAME, metavar="NAME", help="Name of this worker (default: host and pid).")
 @click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @worker_options
 def run(

@@ -9,7 +9,7 @@ import click
 
 from jobd.cli import exits, show
 from jobd.cli.group import json_option
-from jobd.cli.kinds import DURATION, MOMENT, json_text, read_stdin
+from jobd.cli.kinds import DURATION, MOMENT, NAME, json_text, read_stdin
 from jobd.cli.places import job_client, worker_options
 
 _WAIT_PATIENCE_S: Final = 60.0  # who waits for a job sits out a restart of the daemon
@@ -17,9 +17,9 @@ _WAIT_PATIENCE_S: Final = 60.0  # who waits for a job sits out a restart of the 
 
 @click.command()
 @click.argument("payload", required=False)
-@click.option("--queue", metavar="NAME", help="Queue of the job (default: default).")
+@click.option("--queue", type=NAME, metavar="NAME", help="Queue of the job (default: default).")
 @click.option("--kind", metavar="KIND", help="What sort of work it is.")
-@click.option("--id", "job_id", metavar="ID", help="The job's id; submitting the same job twice makes one.")
+@click.option("--id", "job_id", type=NAME, metavar="ID", help="The job's id; submitting the same job twice makes one.")
 @click.option("--priority", type=int, metavar="N", help="-1000 to 1000, smaller runs first.")
 @click.option("--delay", "delay_ms", type=DURATION, metavar="10s", help="Due this long from now.")
 @click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC).")
@@ -39,7 +39,7 @@ _WAIT_PATIENCE_S: Final = 60.0  # who waits for a job sits out a restart of the 
 @click.option("--backoff-base", type=DURATION, metavar="1s", help="The first wait between attempts.")
 @click.option("--backoff-max", type=DURATION, metavar="1h", help="The longest wait between attempts.")
 @click.option("--no-jitter", is_flag=True, help="Wait exactly so long between attempts, not at random up to it.")
-@click.option("--idempotency-key", metavar="KEY", help="The same key and job again changes nothing.")
+@click.option("--idempotency-key", type=NAME, metavar="KEY", help="The same key and job again changes nothing.")
 @click.option("--wait", is_flag=True, help="Wait until it is finished; exit 0 if it completed, 1 otherwise.")
 @json_option
 @worker_options

@@ -63,8 +63,20 @@ def past_ms(text: str, now_ms: int) -> int:
 
 if TYPE_CHECKING:
     _Number = click.ParamType[int]
+    _Text = click.ParamType[str]
 else:
-    _Number = click.ParamType  # which has no parameter in older click
+    _Number = _Text = click.ParamType  # which has no parameter in older click
+
+
+class _Name(_Text):
+    """An id, or the name of a queue, a worker or the like: never empty, for that is as if it had not been given."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value == "":
+            self.fail("it is empty: is a variable not set? Leave the option out, or give it a value", param, ctx)
+        return str(value)
 
 
 class _Duration(_Number):
@@ -103,6 +115,7 @@ class _Past(_Number):
             self.fail(f"{value!r}: {error}", param, ctx)
 
 
+NAME: Final = _Name()
 DURATION: Final = _Duration()
 PAST: Final = _Past()
 MOMENT: Final = _Moment()
