@@ -959,6 +959,26 @@ def test_backup_restore_and_doctor(
         assert str(running.process.pid) in err
 
 
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["retry", "--where", "queue=nothing-here"], 0),
+        (["delete", "--where", "queue=nothing-here"], 0),
+        (["cancel", "no-such-job", "nor-this-one"], 4),
+    ],
+)
+def test_a_program_reads_a_result_where_there_was_nothing_to_do(jobctl: Ctl, argv: list[str], code: int) -> None:
+    ended, out, err = jobctl.run(*argv, "--yes", "--json")
+    assert ended == code
+    assert err.startswith("No job")
+    found = msgspec.json.decode(out, type=answers.PlanResult)
+    assert (found.action, found.applied, found.changed, found.refused) == (argv[0], 0, [], [])
+    assert set(json.loads(out)) == _fields(answers.PlanResult)
+    applied, out, _ = jobctl.run("apply", found.plan_id, "--yes", "--json")
+    assert applied == 0
+    assert msgspec.json.decode(out, type=answers.PlanResult) == found
+
+
 _OUT: Final = {
     "backup": ("jobd", "backup", "--yes"),
     "export": ("jobd.cli.ctl", "export", "--yes"),

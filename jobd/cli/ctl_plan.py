@@ -104,6 +104,8 @@ def carry_out(
             left = " ".join(_skipped(plan) for plan in plans if plan.skipped_count)
             show.say(f"No job can be done: {left}" if left else "No job fits.")
             is_left = bool(ids)
+            if as_json and is_first:
+                show.emit_json(_nothing(plans[0]))
         code, is_first = exits.REFUSED if is_left else code, False
     return code
 
@@ -197,6 +199,13 @@ def _made(
             plans.append(plan)
         if cursor is None or len(plans) >= _AT_ONCE:
             return plans, cursor
+
+
+def _nothing(plan: PlanView) -> PlanResult:
+    """The result of a plan without jobs, which need not be applied: programs read one whatever there was to do."""
+    from jobd.answers import PlanResult
+
+    return PlanResult(plan.plan_id, plan.action, applied=0, changed=[], refused=[], applied_at=plan.made_at)
 
 
 def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> bool:
@@ -379,5 +388,8 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
         return exits.DONE
     if new and not yes:
         deeds.confirm(" and ".join(f"{_WORDS.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new))
+    for plan in plans if as_json else ():
+        if not plan.count:
+            show.emit_json(_nothing(plan))
     is_whole = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count])
     return exits.DONE if is_whole else exits.REFUSED
