@@ -1217,7 +1217,12 @@ def test_run_works_off_a_queue_and_its_exit_code_says_how(running: Running) -> N
     }
     assert (jobs["r1-2"].file_path, jobs["r1-2"].metadata_value) == ("/srv/2", {"n": 2})
     assert jobs["r1-0"].error_code == "exit:1"
-    assert running.done("jobd.cli.ctl", "run", "--queue", "r1", "--drain", "true").returncode == 0
+    done = running.done("jobd.cli.ctl", "run", "--queue", "r1", "--drain", "true")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    running.client.create_job(queue="r1", id="r1-later", delay_ms=3_600_000)
+    done = running.done("jobd.cli.ctl", "run", "--queue", "r1", "--drain", "true")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "jobctl run: drained; 1 job is left: 1 is not due yet.\n"
 
 
 def test_options_after_the_command_belong_to_it(running: Running) -> None:

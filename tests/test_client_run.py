@@ -17,6 +17,8 @@ import pytest
 
 import jobd
 from jobd.client import AsyncJobClient, CommandWorker, JobInfo, Unreachable, shift, uuid7
+from jobd.client.claims import Wanted
+from jobd.client.leftover import left_behind
 from jobd.client.output import LINE_BYTES, BadDirective, Filter, Said, Sink, Tail
 from jobd.client.program import Program, has_members
 from jobd.client.run import describe
@@ -545,6 +547,29 @@ async def test_drain_works_on_all_due_jobs_and_ends(client: AsyncJobClient, queu
     assert {(await client.get_job(job.id)).status for job in jobs} == {"completed"}
     assert sorted(bench.out.split()) == ["0", "1", "2", "3", "4"]
     assert (await client.get_job(later.id)).status == "queued"
+    assert bench.said == ["drained; 1 job is left: 1 is not due yet."]
+
+
+async def test_drain_says_what_is_left_and_why(
+    client: AsyncJobClient, daemon: Daemon, queue: str, tmp_path: Path
+) -> None:
+    """Of its own queues and kinds alone."""
+    paused = f"{queue}-paused"
+    await client.create_jobs({"queue": queue, "kind": kind, "delay_ms": 3_600_000} for kind in ("a", "a", "b"))
+    await client.create_job(queue=paused, kind="c")
+    daemon.admin("POST", f"queues/{paused}/pause", {})
+    told = f"drained; 4 jobs are left: 3 are not due yet, 1 is in queue {paused}, which is paused."
+    assert await _said_by_drain(client, tmp_path, queue, paused) == [told]
+    told = "drained; 2 jobs are left: 2 are not due yet."
+    assert await _said_by_drain(client, tmp_path, queue, paused, kinds=["a", "z"]) == [told]
+    assert await _said_by_drain(client, tmp_path, queue, paused, kinds=["z"]) == []
+
+
+async def _said_by_drain(client: AsyncJobClient, tmp_path: Path, *queues: str, **options: Any) -> list[str]:
+    said: list[str] = []
+    worker = CommandWorker(client, ["true"], queues=queues, drain=True, say=said.append, **options)
+    assert await worker.run(signals=False) == 0
+    return said
 
 
 async def test_drain_takes_retries_that_are_due_and_says_that_not_all_was_well(
@@ -558,7 +583,14 @@ async def test_drain_takes_retries_that_are_due_and_says_that_not_all_was_well(
 
 
 async def test_drain_of_an_empty_queue_is_done(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
-    assert await Bench(client, tmp_path, queue, "false", drain=True).run() == 0
+    bench = Bench(client, tmp_path, queue, "false", drain=True)
+    assert await bench.run() == 0
+    assert bench.said == []
+
+
+async def test_where_nobody_answers_nothing_is_said_of_what_is_left(tmp_path: Path) -> None:
+    async with AsyncJobClient(f"unix:{tmp_path}/none", retry_for_s=0) as client:
+        assert await left_behind(client, Wanted(worker="w")) is None
 
 
 async def test_once_takes_one_job(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from jobd.cli.places import current, worker_endpoint, worker_options
 @click.option("--lock-ttl", type=DURATION, default="60s", show_default=True, help="Silence after which a job is lost.")
 @click.option("--grace", type=DURATION, default="30s", show_default=True, help="What SIGTERM leaves the running job.")
 @click.option("--once", is_flag=True, help="End after one job.")
-@click.option("--drain", is_flag=True, help="End when no job is due.")
+@click.option("--drain", is_flag=True, help="End when no job is due; say what is left.")
 @click.option("--name", type=NAME, metavar="NAME", help="Name of this worker (default: host and pid).")
 @click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @worker_options

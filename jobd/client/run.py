@@ -20,6 +20,7 @@ from jobd.client.aio import AsyncJobClient
 from jobd.client.claims import LOCK_TTL_MS, Wanted, default_name
 from jobd.client.endpoint import Endpoint
 from jobd.client.keeper import Keeper, Say
+from jobd.client.leftover import left_behind
 from jobd.client.output import Filter, Said, Sink, Tail
 from jobd.client.program import Program
 from jobd.client.protocol import GrantInfo
@@ -54,8 +55,9 @@ class CommandWorker:
     stderr. A lost or cancelled job, and the end of the grace after `stop`, is a SIGTERM to the program's whole process
     group, `kill_after_s` later a SIGKILL; children that outlive their program are stopped in the same way.
 
-    `once` ends after one job, `drain` when no job is due and none is running. `say` gets messages for people, one line
-    each (stderr by default). Locks live `lock_ttl_ms` and are extended by themselves.
+    `once` ends after one job, `drain` when no job is due and none is running; it says then what is left, and why.
+    `say` gets messages for people, one line each (stderr by default). Locks live `lock_ttl_ms` and are extended by
+    themselves.
     """
 
     def __init__(
@@ -118,6 +120,8 @@ class CommandWorker:
             if signals:
                 stack.enter_context(on_signals(shift.stop))
             await shift.run()
+            if self._drain and not shift.was_stopped and (left := await left_behind(client, self._wanted)):
+                self._say(f"drained; {left}.")
         if shift.fault is not None:
             self._say(f"cannot run {self._command[0]!r}: {shift.fault}. Its job was given back.")
             return 1

@@ -98,6 +98,11 @@ class Shift:
         self._stopping.set()
         self._claims.stop()
 
+    @property
+    def was_stopped(self) -> bool:
+        """Whether it was told to end, or no work could be begun, before it ran out of jobs."""
+        return self._stopping.is_set() or self.fault is not None
+
     async def run(self) -> None:
         """Until it was stopped or ran out of jobs (once, drain). Raises the JobdError that made claiming impossible.
 
