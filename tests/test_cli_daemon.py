@@ -860,6 +860,16 @@ def test_a_queue_is_paused_and_resumed(jobctl: Ctl) -> None:
     assert jobctl.ok("resume", "c5") == "c5 is open\n"
 
 
+def test_resume_says_that_nobody_knows_the_queue(jobctl: Ctl) -> None:
+    """Its name may be mistyped."""
+    code, out, err = jobctl.run("resume", "c-typo")
+    assert (code, out) == (0, "c-typo is open\n")
+    assert "no queue c-typo has jobs yet, and none was paused" in err
+    for prepare in (["pause", "c-typo"], ["submit", "--queue", "c-typo"]):
+        jobctl.ok(*prepare)
+        assert jobctl.run("resume", "c-typo") == (0, "c-typo is open\n", "")
+
+
 def test_an_old_job_table_moves_in(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
     (tmp_path / "old.csv").write_text("id,status,progress\ni1,running,40\ni2,done,100\ni3,pending,0\n")
     example = [sys.executable, str(ROOT / "docs/examples/import_old_jobs.py"), str(tmp_path / "old.csv")]

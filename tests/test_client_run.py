@@ -695,6 +695,18 @@ async def test_a_program_that_does_not_exist_is_refused_before_any_claim(
     assert (await client.timeline(job.id))[-1].type == "created"
 
 
+async def test_a_program_that_is_not_executable_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    program = tmp_path / "my script.sh"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o644)
+    said: list[str] = []
+    for command in (str(program), str(tmp_path)):
+        worker = CommandWorker(f"unix:{tmp_path}/none", [command], say=said.append, drain=True)
+        assert await worker.run(signals=False) == 1
+    assert f"it is not executable: chmod +x '{program}'. No job was claimed." in said[0]
+    assert "it is a directory" in said[1]
+
+
 async def test_a_program_that_cannot_be_started_costs_no_job(
     client: AsyncJobClient, queue: str, tmp_path: Path
 ) -> None:

@@ -178,7 +178,11 @@ def pause(queue: str, reason: str | None, as_json: bool) -> None:
 @admin_options
 def resume(queue: str, reason: str | None, as_json: bool) -> None:
     """Grant jobs of QUEUE again."""
-    view = admin_client().resume_queue(queue, reason)
+    client = admin_client()
+    is_known = any(each.name == queue for each in client.queues())
+    view = client.resume_queue(queue, reason)
+    if not is_known:
+        show.say(f"no queue {view.queue} has jobs yet, and none was paused: jobctl queues lists those that there are")
     show.emit_json(view) if as_json else show.emit(f"{view.queue} is open")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -106,8 +107,8 @@ class CommandWorker:
         0, or 1 where the program could not be started, or, with `once` and `drain`, not every job was completed.
         Raises the JobdError that made claiming impossible.
         """
-        if await asyncio.to_thread(shutil.which, self._command[0]) is None:
-            self._say(f"cannot run {self._command[0]!r}: there is no such program. No job was claimed.")
+        if (fault := await asyncio.to_thread(_fault, self._command[0])) is not None:
+            self._say(f"cannot run {self._command[0]!r}: {fault}. No job was claimed.")
             return 1
         async with contextlib.AsyncExitStack() as stack:
             client = self._client
@@ -194,6 +195,17 @@ class _Run:
             message = f"{message} Last lines of stderr:\n{self._tail.text}"
         await keeper.fail(give_up, message[:MESSAGE_CHARACTERS], error_code=error_code)
         return False
+
+
+def _fault(program: str) -> str | None:
+    """Why `program` cannot be started, as far as that shows before it is tried."""
+    if shutil.which(program) is not None:
+        return None
+    if os.path.isdir(program):
+        return "it is a directory"
+    if os.path.isfile(program) and "/" in program:  # a bare name is looked for in PATH alone
+        return f"it is not executable: chmod +x {shlex.quote(program)}"
+    return "there is no such program"
 
 
 def environment(grant: GrantInfo, inherited: Mapping[str, str]) -> dict[str, str]:
