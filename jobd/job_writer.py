@@ -157,7 +157,7 @@ class JobWriter:
 
     def _update(self, old: Row, row: Row) -> tuple[str, Row]:
         """The statement that makes `row` of `old`, and its values but for the checksum and the seq."""
-        changed = tuple(map(ne, old, row))
+        changed = bytes(map(ne, old, row))
         values = tuple(compress(row, changed))
         shape = changed, tuple(map(type, values))
         sql = self._sql.get(shape)
