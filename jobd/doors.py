@@ -127,9 +127,13 @@ def token_digest(token: str) -> bytes:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port: lower case, an IPv6 address without brackets; "" if unreadable."""
+    """The name in a Host header, without its port: lower case, an IPv6 address in its shortest form without brackets.
+
+    "" where it is unreadable.
+    """
     parts = _HOST.fullmatch(host.lower())
-    return "" if parts is None else (parts["v6"] or parts["name"]).removesuffix(".")
+    name = "" if parts is None else (parts["v6"] or parts["name"]).removesuffix(".")
+    return _shortest(name) if ":" in name else name
 
 
 def own_names(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
@@ -143,12 +147,15 @@ def own_names(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
 
 
 def _as_in_header(host: str) -> str:
-    """What `host_name` makes of a Host header with this name: browsers write addresses in their shortest form."""
-    name = host_name(host) or host.lower()
+    """What `host_name` makes of a Host header with this name, which may be an IPv6 address without brackets."""
+    return host_name(host) or _shortest(host.lower())
+
+
+def _shortest(address: str) -> str:
     try:
-        return str(ip_address(name))
+        return str(ip_address(address))
     except ValueError:
-        return name
+        return address
 
 
 def check_kind(headers: MultiMapping[str], wanted: str) -> None:

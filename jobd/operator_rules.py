@@ -52,11 +52,14 @@ def force_reset(draft: Draft, command: ForceReset) -> Answer | Refusal:
         what = "It waits already." if job.status == "queued" else "completed is final; create a new job instead."
         return steps.refuse_transition(job, "queued", what)
     ended = steps.ended_by(job, draft.at.now, "force-reset", "force_reset")
-    fresh: dict[str, Any] = {"attempt": 0, "stalls": 0, "error": None, "run_at": draft.at.now}
-    if job.expires_at is not None and job.expires_at <= draft.at.now:
-        fresh["expires_at"] = None  # who resets it wants it all the same
+    fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": draft.at.now} | _wanted_again(draft, job)
     after = steps.requeue(draft, job, "force_reset", ended, reason=command.reason, **fresh)
     return _forced(draft, job, after, command.reason)
+
+
+def _wanted_again(draft: Draft, job: Job) -> dict[str, Any]:
+    """Who puts a job back whose `expires_at` has passed wants it all the same: it would fail again at once."""
+    return {"expires_at": None} if job.expires_at is not None and job.expires_at <= draft.at.now else {}
 
 
 def transition(draft: Draft, command: Transition) -> Answer | Refusal:
@@ -87,6 +90,7 @@ def _moved(draft: Draft, job: Job, command: Transition, fields: dict[str, Any]) 
     ended = steps.ended_by(job, draft.at.now, "transition", "transitioned")
     if command.to == "queued":
         # Back by an operator's hand: the last attempt does not count.
+        fields |= _wanted_again(draft, job)
         return steps.requeue(draft, job, "transitioned", ended, reason=reason, attempt=steps.given_back(job), **fields)
     if command.to == "completed":
         result = fields.pop("result", job.result) or Result()

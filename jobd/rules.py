@@ -319,7 +319,7 @@ def claim(draft: Draft, command: Claim) -> Answer:
             continue
         if steps.is_overdue(job, draft.at.now):
             if len(draft.changes) < EXPIRED_BY_CLAIM:
-                steps.expire(draft, job)
+                steps.expire(draft, job, by="daemon")
             continue
         granted.append(steps.grant(draft, job, command.worker, command.lock_ttl_ms, command.stuck_after_ms))
         if len(granted) == command.limit:

@@ -159,7 +159,8 @@ class Tables:
         self.asides = 0  # jobs that were set aside
         self.aside: dict[int, Aside] = {}  # by number; those that every batch to come knows of are dropped
         self.unmoved: dict[int, str] = {}  # seq -> reason, of jobs whose damaged rows could not be moved
-        self._crowded: dict[int, None] = {}  # jobs whose journals are to be thinned, the longest crowded first
+        # Jobs whose journals are to be thinned, the longest crowded first, and the event from which on.
+        self._crowded: dict[int, int] = {}
 
     # ------------------------------------------------------------------------------------------- one transaction
 
@@ -296,9 +297,8 @@ class Tables:
             # One after each batch, as all wait for it. In a transaction of its own: it is no part of the promise, and
             # must not undo it.
             job_seq = next(iter(self._crowded))
-            del self._crowded[job_seq]
             with contextlib.suppress(DiskFull, CannotMove):
-                self.commit(self._thin, job_seq)
+                self.commit(self._thin, job_seq, self._crowded.pop(job_seq))
         return shown
 
     def _apply(self, batch: Batch, told_aside: int) -> tuple[dict[int, bytes], int]:
@@ -341,7 +341,7 @@ class Tables:
                 begin, signs = self._signs.get(event.job_seq, (0, KEEP_SIGNS))
                 self._signs[event.job_seq] = (begin, signs + 1)
                 if signs >= KEEP_SIGNS:
-                    self._crowded[event.job_seq] = None
+                    self._crowded.setdefault(event.job_seq, begin)
             elif event.type == "granted":
                 self._signs[event.job_seq] = (event.seq, 0)
             elif event.after != "processing":
@@ -367,10 +367,9 @@ class Tables:
         self.aside[self.asides] = aside
         self.asides += 1  # last: the event loop looks at it from its own thread
 
-    def _thin(self, job_seq: int) -> None:
-        begin, _ = self._signs.get(job_seq, (0, 0))
-        if job_seq in self._signs:  # its grant has not ended meanwhile
-            self._signs[job_seq] = (begin, 0)
+    def _thin(self, job_seq: int, begin: int) -> None:
+        if job_seq in self._signs:  # no grant of it is at work any more, else
+            self._signs[job_seq] = (self._signs[job_seq][0], 0)
         sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq >= ? ORDER BY seq"
         try:
             found = self.rows(sql, (job_seq, begin))

@@ -39,7 +39,7 @@ def held(seq: int, worker: str, expires: int = 500) -> Job:
 def test_an_empty_book() -> None:
     book = Book()
     assert (book.total(), book.live_locks(), book.get("a"), book.oldest_due_at("q")) == (0, 0, None, None)
-    assert (book.next_run_at(), book.next_deadline()) == (None, None)
+    assert (book.next_run_at(), book.next_deadline(), book.next_expiry()) == (None, None, None)
     assert list(book.due(["q"], None)) == []
     assert book.queue_row("q") == QueueRow()
     assert book.numbers(7, 9) == Numbers(lease_ms=7, wall_ms=9)
@@ -312,10 +312,10 @@ def test_the_wall_clock_steps_back(desk: Desk) -> None:
     assert not desk.book.overdue  # the claim met it
     desk.create("d", expires_at=NOW + 20)
     desk.passes(10)
-    assert list(desk.book.overdue) == ["d"]
+    assert (list(desk.book.overdue), desk.book.next_expiry()) == (["d"], None)
     desk.now = NOW + 9
     compare(desk.book, desk.rows, desk.at)
-    assert (list(desk.book.overdue), desk.book.next_run_at()) == ([], NOW + 10)
+    assert (list(desk.book.overdue), desk.book.next_run_at(), desk.book.next_expiry()) == ([], NOW + 10, NOW + 20)
     desk.now = NOW + 20
     compare(desk.book, desk.rows, desk.at)
     assert list(desk.book.overdue) == ["d"]

@@ -1069,14 +1069,20 @@ def test_a_backup_goes_where_a_symlink_leads(running: Running, tmp_path: Path) -
     assert [path.name for path in target.parent.iterdir()] == ["today.db"]
 
 
-def test_a_backup_does_not_come_beside_the_log_of_another_database(running: Running, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("suffix", ["-wal", "-journal"])
+def test_a_backup_does_not_come_beside_the_log_of_another_database(
+    running: Running, tmp_path: Path, suffix: str, is_there: bool
+) -> None:
     """SQLite would read it into the copy."""
-    (tmp_path / "killed.db").write_bytes(b"old")
-    (tmp_path / "killed.db-wal").write_bytes(b"log")
-    done = _written(running, "backup", tmp_path / "killed.db")
+    target = tmp_path / "killed.db"
+    if is_there:
+        target.write_bytes(b"old")
+    (tmp_path / f"killed.db{suffix}").write_bytes(b"log")
+    done = _written(running, "backup", target)
     assert done.returncode == 2
-    assert "is a database with a log beside it" in done.stderr
-    assert (tmp_path / "killed.db").read_bytes() == b"old"
+    assert f"killed.db{suffix} is left of another database" in done.stderr
+    assert (target.read_bytes() if target.exists() else None) == (b"old" if is_there else None)
 
 
 def test_a_damaged_row_is_named_with_its_mend(

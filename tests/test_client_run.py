@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 import jobd
-from jobd.client import AsyncJobClient, CommandWorker, JobInfo, Unreachable, shift, uuid7
+from jobd.client import AsyncJobClient, CommandWorker, JobInfo, Unreachable, leftover, shift, uuid7
 from jobd.client.claims import Wanted
 from jobd.client.leftover import left_behind
 from jobd.client.output import LINE_BYTES, BadDirective, Filter, Said, Sink, Tail
@@ -562,6 +562,9 @@ async def test_drain_says_what_is_left_and_why(
     assert await _said_by_drain(client, tmp_path, queue, paused) == [told]
     told = "drained; 2 jobs are left: 2 are not due yet."
     assert await _said_by_drain(client, tmp_path, queue, paused, kinds=["a", "z"]) == [told]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leftover, "_PAGE", 1)
+        assert await _said_by_drain(client, tmp_path, queue, paused, kinds=["a", "z"]) == [told]
     assert await _said_by_drain(client, tmp_path, queue, paused, kinds=["z"]) == []
 
 

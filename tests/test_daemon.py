@@ -198,11 +198,11 @@ def test_no_job_ends_while_the_daemon_goes_down_and_its_worker_cannot_be_heard(t
         slow.connect()
         slow.sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\n")
         slow.sock.sendall(b"Content-Length: 14\r\n\r\n{")
-        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 1000, "stuck_after_ms": 0}).data
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 5000, "stuck_after_ms": 0}).data
         assert daemon.process is not None
         daemon.process.terminate()
         daemon.until_said(b"event=stopping")
-        time.sleep(2.5)  # the lock would have ended, and recovery come by
+        time.sleep(6.5)  # the lock would have ended, and recovery come by
         slow.sock.sendall(b'"id": "slow"}')
         assert b" 201 " in slow.sock.recv(1000)
         assert daemon.process.wait() == 0

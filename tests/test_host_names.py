@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from multidict import CIMultiDict
 
-from jobd.doors import host_name, own_names
+from jobd.doors import Gate, host_name, own_names
 from jobd.host_names import is_host
 
 
@@ -81,3 +82,10 @@ def test_what_is_no_host_is_not_taken(text: str) -> None:
 )
 def test_a_name_is_compared_in_the_form_that_a_header_has(text: str, name: str) -> None:
     assert own_names("10.9.9.9", [text]) == {"10.9.9.9", name}
+
+
+@pytest.mark.parametrize("sent", ["[2001:DB8:0:0::7]:8770", "[2001:db8::7]", "[2001:db8:0:0:0:0:0:7]:1"])
+def test_an_address_is_the_same_however_a_client_writes_it(sent: str) -> None:
+    """What was only shortened where it was configured was not found as it was sent."""
+    for names in (own_names("[2001:db8:0:0::7]:8770"), own_names("10.9.9.9", ["2001:DB8::7"])):
+        Gate("admin", hosts=names).check_origin(CIMultiDict({"Host": sent}), None)

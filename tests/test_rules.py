@@ -408,6 +408,15 @@ def test_operators_meet_an_overdue_job_as_one_that_has_failed(desk: Desk) -> Non
     assert (desk.job("d").status, desk.job("d").expires_at, desk.job("d").error) == ("queued", None, None)
 
 
+def test_time_ends_an_overdue_job_whoever_comes_by(desk: Desk) -> None:
+    for job_id in "ab":
+        desk.create(job_id, expires_at=NOW + 10)
+    desk.passes(10)
+    for command in (Start(id="a", worker="w"), Claim(worker="w")):
+        changes = desk.decide(command, by="worker:w").changes
+        assert [(change.event.type, change.event.by) for change in changes] == [("expired", "daemon")]
+
+
 def test_who_resets_a_job_at_work_past_its_expiry_wants_it_all_the_same(desk: Desk) -> None:
     desk.held("a", expires_at=NOW + 10)
     desk.held("b", expires_at=NOW + 11)
@@ -415,6 +424,10 @@ def test_who_resets_a_job_at_work_past_its_expiry_wants_it_all_the_same(desk: De
     for job_id in "ab":
         admin(desk, ForceReset(id=job_id, reason="hangs"))
     assert (desk.job("a").expires_at, desk.job("b").expires_at) == (None, NOW + 11)
+    desk.held("c", expires_at=NOW + 20)
+    desk.passes(10)
+    admin(desk, Transition(id="c", from_="processing", to="queued"))
+    assert (desk.job("c").status, desk.job("c").expires_at) == ("queued", None)
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])

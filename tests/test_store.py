@@ -280,6 +280,22 @@ async def test_after_a_batch_one_journal_is_thinned_the_others_after_those_to_co
         assert signs() == [KEEP_SIGNS, KEEP_SIGNS]
 
 
+async def test_a_journal_that_waits_to_be_thinned_is_thinned_from_the_grant_that_crowded_it(path: str) -> None:
+    """The job may be in other hands when its turn comes."""
+    maker = Maker()
+    async with opened(path) as (store, _):
+        created = [maker.create(), maker.create()]
+        held = [maker.grant(made(change)) for change in created]
+        await store.write(maker.batch([*created, *held]))
+        for _ in range(KEEP_SIGNS + 1):
+            held = [maker.progress(made(change)) for change in held]
+            await store.write(maker.batch(held))
+        back = maker.requeue(made(held[1]))
+        await store.write(maker.batch([back, maker.grant(made(back))]))
+        sql = "SELECT count(*) FROM events WHERE type = 'progress' AND job_seq = 2"
+        assert store._db.raw.execute(sql).fetchone() == (KEEP_SIGNS,)
+
+
 async def test_of_a_long_story_the_latest_events_can_be_had(store: Store) -> None:
     maker = Maker()
     change = maker.create()

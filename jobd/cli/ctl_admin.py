@@ -18,6 +18,7 @@ from jobd.cli.waiting import busy
 
 if TYPE_CHECKING:
     from jobd.answers import AuditView, PlanView, PreviewView
+    from jobd.client import AdminClient
 
 _REASON: Final = reason_option("Kept in the audit log.")
 
@@ -171,6 +172,16 @@ def pause(queue: str, reason: str | None, as_json: bool) -> None:
     show.emit_json(view) if as_json else show.emit(f"{view.queue} is paused")
 
 
+def _is_known(client: AdminClient, queue: str) -> bool:
+    """Also where that cannot be learned: a hint is no reason not to resume."""
+    from jobd.client import JobdError
+
+    try:
+        return any(each.name == queue for each in client.queues())
+    except JobdError:
+        return True
+
+
 @click.command()
 @click.argument("queue")
 @_REASON
@@ -179,7 +190,7 @@ def pause(queue: str, reason: str | None, as_json: bool) -> None:
 def resume(queue: str, reason: str | None, as_json: bool) -> None:
     """Grant jobs of QUEUE again."""
     client = admin_client()
-    is_known = any(each.name == queue for each in client.queues())
+    is_known = _is_known(client, queue)
     view = client.resume_queue(queue, reason)
     if not is_known:
         show.say(f"no queue {view.queue} has jobs yet, and none was paused: jobctl queues lists those that there are")

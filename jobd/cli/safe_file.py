@@ -38,7 +38,7 @@ def whole_file(path: Path, told: Callable[[int], None]) -> Iterator[BinaryIO]:
     target = safe_target.resolved(path)
     part = target.with_name(target.name + ".part")
     safe_target.refuse_used(part)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

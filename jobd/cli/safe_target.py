@@ -47,16 +47,17 @@ def refuse_used(path: Path) -> None:
         try:
             files.refuse_held(store)
         except StoreBusy as error:
-            who = "" if error.pid is None else f" (process {error.pid})"
-            raise exits.Problem(
-                f"{path} {words} of a running daemon{who}: name another file", exits.TRY_AGAIN
-            ) from None
+            if error.pid is not None:  # else it is no daemon that has locked it, but perhaps who calls us
+                text = f"{path} {words} of a running daemon (process {error.pid}): name another file"
+                raise exits.Problem(text, exits.TRY_AGAIN) from None
         if os.path.isfile(store) and files.is_locked(store):
             text = f"{path} {words} that a program is working with: name another file"
             raise exits.Problem(text, exits.TRY_AGAIN)
-    log = f"{path}-wal"
-    if os.path.isfile(log) and os.path.getsize(log) > 0:  # it would be read into the new file
-        raise click.UsageError(f"{path} is a database with a log beside it, {log}: name another file")
+    for suffix in ("-wal", "-journal"):
+        left = f"{path}{suffix}"
+        if os.path.isfile(left) and os.path.getsize(left) > 0:
+            text = f"{left} is left of another database, and SQLite would read it into {path}"
+            raise click.UsageError(f"{text}: remove it if nothing needs it, or name another file")
 
 
 def _stores(path: Path) -> Iterator[tuple[str, str]]:

@@ -39,14 +39,19 @@ async def _views(client: AsyncJobClient, wanted: Wanted) -> list[QueueView]:
 
 
 async def _count(client: AsyncJobClient, view: QueueView, wanted: Wanted) -> int:
-    """Queued jobs of the kinds that are wanted. Of single kinds nobody keeps a count: a page of each has to do."""
+    """Queued jobs of the kinds that are wanted. Of single kinds nobody keeps a count: they are counted page by page."""
     if wanted.kinds is None:
         return view.queued
-    pages = [
-        await client.list_jobs(status="queued", queue=view.name, kind=kind, limit=_PAGE)
-        for kind in dict.fromkeys(wanted.kinds)
-    ]
-    return sum(len(page.jobs) for page in pages)
+    return sum([await _count_kind(client, view.name, kind) for kind in dict.fromkeys(wanted.kinds)])
+
+
+async def _count_kind(client: AsyncJobClient, queue: str, kind: str) -> int:
+    count, cursor = 0, None
+    while True:
+        page = await client.list_jobs(status="queued", queue=queue, kind=kind, limit=_PAGE, cursor=cursor)
+        count, cursor = count + len(page.jobs), page.next_cursor
+        if cursor is None:
+            return count
 
 
 def _reasons(left: dict[QueueView, int]) -> Iterator[str]:

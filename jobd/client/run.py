@@ -201,10 +201,11 @@ def _fault(program: str) -> str | None:
     """Why `program` cannot be started, as far as that shows before it is tried."""
     if shutil.which(program) is not None:
         return None
-    if os.path.isdir(program):
-        return "it is a directory"
-    if os.path.isfile(program) and "/" in program:  # a bare name is looked for in PATH alone
-        return f"it is not executable: chmod +x {shlex.quote(program)}"
+    if "/" in program:  # a bare name is looked for in PATH alone
+        if os.path.isdir(program):
+            return "it is a directory"
+        if os.path.isfile(program):
+            return f"it is not executable: chmod +x {shlex.quote(program)}"
     return "there is no such program"
 
 
