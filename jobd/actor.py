@@ -328,6 +328,7 @@ class Actor:
             plan = self._decider.decide(batch, self._clock.moment(), known, policy, serves=serves)
             self._under_way = plan
             self._tell_meanwhile()
+            self._prepare_meanwhile(plan)
             try:
                 plan.fill(await self._write(plan))
                 break
@@ -366,6 +367,19 @@ class Actor:
             self._tell()
         except Exception as bug:  # beside `run`, whose end it is all the same: nobody else would notice
             self.lose_disk(bug)
+
+    def _prepare_meanwhile(self, plan: Plan) -> None:
+        """Answers are made ready while the disk is at work, where all that they show is known: so they leave sooner."""
+        wanted = plan.wanted_payloads()
+        plan.known.payloads |= self.disk.at_hand(wanted)
+        if plan.writes and plan.known.payloads.keys() >= set(wanted):
+            plan.fill({})
+            asyncio.get_running_loop().call_soon(self._prepare, plan)
+
+    def _prepare(self, plan: Plan) -> None:
+        for asked, answer in plan.replies:
+            if isinstance(answer, Answer) and answer.look is None:
+                asked.prepare(answer)
 
     async def _load(self, batch: list[Asked]) -> Known:
         """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""

@@ -326,7 +326,7 @@ class Opened(Struct):
 
 
 class Disk(Protocol):
-    """The durable half of the actor. Every method is one thread hop; every answer is from committed state.
+    """The durable half of the actor. Every method but `at_hand` is one thread hop; answers are from committed state.
 
     `on_aside` is called in the event loop, whichever method met the damaged rows, before that method ends. So is
     `on_tombstones` where a batch has left some, with their number: of late results only the disk knows what they named.
@@ -337,6 +337,9 @@ class Disk(Protocol):
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
         """Jobs by id (live or finished), payloads by job seq, stored answers by digest."""
+
+    def at_hand(self, job_seqs: list[int]) -> dict[int, bytes]:
+        """Those payloads of these jobs that need not be read. Not while a write is under way."""
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
         """Commit `batch` with fsync; gives the asked payloads. Raises DiskFull or BadRows with nothing written.

@@ -57,12 +57,13 @@ def begin(
 class Flight:
     """A request on its short way. The actor takes it for the future that waits for the answer."""
 
-    __slots__ = ("_connection", "_is_cancelled", "_is_over", "asked", "idle", "reply", "unread", "visit")
+    __slots__ = ("_connection", "_is_cancelled", "_is_over", "asked", "idle", "ready", "reply", "unread", "visit")
 
     def __init__(self, connection: Connection, visit: Visit, idle: asyncio.Future[None]) -> None:
         self.visit = visit
         self.idle = idle  # what aiohttp's loop waits for meanwhile
         self.asked: Asked | None = None
+        self.ready: tuple[Answer, Reply] | None = None  # an answer that is not on the disk yet
         self.reply: Reply | None = None
         self.unread: asyncio.TimerHandle | None = None  # runs while the client does not read the reply
         self._connection = connection
@@ -74,6 +75,10 @@ class Flight:
 
     def cancelled(self) -> bool:
         return self._is_cancelled
+
+    def prepare(self, answer: Answer) -> None:
+        reply = self._connection.prepared(self, answer)
+        self.ready = None if reply is None else (answer, reply)
 
     def set_result(self, answer: Answer | Refusal, /) -> None:
         self._is_over = True
@@ -233,8 +238,14 @@ class Connection(RequestHandler):
         else:
             self._leave(flight, sent)
 
+    def prepared(self, flight: Flight, answer: Answer) -> Reply | None:
+        return self._web.prepared(flight.visit, answer)
+
     def answer(self, flight: Flight, answer: Answer | Refusal) -> None:
         """The actor's answer leaves. Raises nothing: the actor has nothing to do with what goes wrong here."""
+        if flight.ready is not None and flight.ready[0] is answer and not self._web.closing:
+            self._leave(flight, flight.ready[1])
+            return
         try:
             reply = self._web.reply(flight.visit, answer)
         except Exception as bug:

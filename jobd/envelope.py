@@ -137,7 +137,10 @@ def weight(command: Command) -> int:
 
 
 class Waiter(Protocol):
-    """Who gets an answer: a future, or what a door has in its place. `set_result` is called once, and never raises."""
+    """Who gets an answer: a future, or what a door has in its place. `set_result` is called once, and never raises.
+
+    It may have a `prepare`, which is given the answer before its commit and never raises either.
+    """
 
     def done(self) -> bool: ...
     def cancelled(self) -> bool: ...
@@ -164,6 +167,13 @@ class Asked:
         if len(self.futures) == 1:
             return self.futures[0].cancelled()
         return all(future.cancelled() for future in self.futures)
+
+    def prepare(self, answer: Answer) -> None:
+        """So it will be answered, unless the commit fails: who can makes it ready, and tells nobody yet."""
+        for future in self.futures:
+            make_ready = getattr(future, "prepare", None)
+            if make_ready is not None:
+                make_ready(answer)
 
     def reply(self, answer: Answer | Refusal) -> int:
         """Answer everybody who still waits; how many there were."""

@@ -184,6 +184,9 @@ class Store:
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
         return await self._hop(lookups.load, self._tables, ids, payloads, digests)
 
+    def at_hand(self, job_seqs: list[int]) -> dict[int, bytes]:
+        return self._tables.at_hand(job_seqs)
+
     async def write(self, batch: Batch) -> dict[int, bytes]:
         return await self._watched(self._db.lent_hop(self._committing, self._tables.write, batch, self._told_aside))
 

@@ -424,6 +424,10 @@ class Tables:
             raise BadRows(bad)
         return shown
 
+    def at_hand(self, seqs: Iterable[int]) -> dict[int, bytes]:
+        """Payloads that were written lately. Only `write` changes what they are taken from."""
+        return {seq: body for seq in seqs if (body := self._jobs.payload(seq)) is not None}
+
     def name_of(self, seq: int) -> str | None:
         """The id of a job, also of one whose row was set aside meanwhile."""
         row = self.rows(BY_SEQ, (seq,))

@@ -292,6 +292,13 @@ class Web:
                 answer = self.confess(visit, bug)
         return self.refuse(visit, answer)
 
+    def prepared(self, visit: Visit, answer: Answer) -> Reply | None:
+        """What `reply` will make of `answer`, made before its commit. None where that is not known yet."""
+        try:
+            return None if self.closing else self._accept(visit, answer)
+        except Exception:
+            return None  # `reply` meets the same bug, and tells of it
+
     def landed(self) -> None:
         """A request has its answer, or will have none."""
         self._in_flight -= 1

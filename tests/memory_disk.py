@@ -156,6 +156,9 @@ class MemoryDisk:
 
     # -- batch.Disk ---------------------------------------------------------------------------------------------------
 
+    def at_hand(self, job_seqs: list[int]) -> dict[int, bytes]:
+        return {}
+
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
         await self._enter("load")
         loaded = Loaded({}, {}, {}, {})

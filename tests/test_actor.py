@@ -1326,6 +1326,88 @@ class Raising:
         raise ValueError("canary")
 
 
+class Ready:
+    """A waiter that makes its answer ready. `heard` is what it was given, in order."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, Any]] = []
+
+    def done(self) -> bool:
+        return any(what == "told" for what, _ in self.heard)
+
+    def cancelled(self) -> bool:
+        return False
+
+    def prepare(self, answer: Answer) -> None:
+        self.heard.append(("ready", answer))
+
+    def set_result(self, answer: Answer | Refusal, /) -> None:
+        self.heard.append(("told", answer))
+
+
+class AtHand(MemoryDisk):
+    """Has the payloads of the jobs that it names at hand."""
+
+    def __init__(self, *job_seqs: int) -> None:
+        super().__init__()
+        self._job_seqs = job_seqs
+
+    def at_hand(self, job_seqs: list[int]) -> dict[int, bytes]:
+        return {seq: b"1" for seq in job_seqs if seq in self._job_seqs}
+
+
+@in_virtual_time
+async def test_answers_are_made_ready_while_the_disk_is_at_work() -> None:
+    """Where all that they show is known: what has to be read comes with the commit."""
+    disk = AtHand(1)
+    async with household(disk) as house:
+        await house.yes(Create(id="a", payload=Raw(b"1")))
+        await house.yes(Create(id="b", payload=Raw(b"2")))
+        for job_id, ready in (("a", True), ("b", False)):
+            waiter = Ready()
+            disk.gate.clear()
+            assert isinstance(house.actor.send(Start(id=job_id, worker="w"), waiter), Asked)
+            await disk.at_gate.wait()
+            await settle()
+            assert [what for what, _ in waiter.heard] == ["ready"] * ready
+            disk.gate.set()
+            await settle()
+            *before, (what, told) = waiter.heard
+            assert what == "told"
+            assert bytes(told.data.job.payload) == (b"1" if ready else b"2")
+            assert all(answer is told for _, answer in before)
+
+
+@in_virtual_time
+async def test_an_answer_whose_commit_has_failed_is_never_told() -> None:
+    disk = MemoryDisk()
+    async with household(disk) as house:
+        waiter = Ready()
+        disk.write_errors.append(DiskFull("full"))
+        assert isinstance(house.actor.send(Create(id="a"), waiter), Asked)
+        await settle()
+        (_, ready), (_, told) = waiter.heard
+        assert isinstance(ready, Answer)
+        assert isinstance(told, Refusal)
+        assert told.code == "storage_full"
+
+
+@in_virtual_time
+async def test_what_writes_nothing_and_what_looks_at_history_are_not_made_ready() -> None:
+    async with household(MemoryDisk()) as house:
+        await house.yes(Create(id="a"))
+        for look in (Get(id="a"), Timeline(id="a")):
+            waiter = Ready()
+            house.actor.send(look, waiter)
+            await settle()
+            assert [what for what, _ in waiter.heard] == ["told"]
+        waiter = Ready()
+        house.actor.send(Create(id="b"), Ready())
+        house.actor.send(Timeline(id="a"), waiter)
+        await settle()
+        assert [what for what, _ in waiter.heard] == ["told"]
+
+
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_bug_while_answers_leave_ends_everything(others: int) -> None:
     """Also where they leave while the next batch is being written: those behind it would wait for ever."""

@@ -405,6 +405,59 @@ async def test_a_bug_behind_an_answer_never_reaches_the_actor(house: House, monk
     await house.site.quiet()
 
 
+async def test_an_answer_that_was_made_ready_leaves_as_it_is(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    Held(house)
+    line = await house.line()
+    line.send(CLAIM)
+    await arrived(house, 1)
+    [asked] = house.desk.sent
+    made = count_calls(monkeypatch, house.site, "_accept")
+    answer = Answer(Done())
+    asked.prepare(answer)
+    hearing = asyncio.ensure_future(line.hear())
+    await asyncio.sleep(0.01)
+    assert (made, hearing.done()) == ([answer], False), "nobody is told yet"
+    asked.reply(answer)
+    assert ((await hearing).status, made) == (200, [answer])
+
+
+@pytest.mark.parametrize("why", ["another answer", "a refusal", "a stop", "a bug"])
+async def test_an_answer_that_was_made_ready_for_nothing_is_made_anew(
+    house: House, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """Its commit failed, or it has to say something else now."""
+    Held(house)
+    line = await house.line()
+    line.send(CLAIM)
+    await arrived(house, 1)
+    [asked] = house.desk.sent
+    answer: Answer | Refusal = Answer(object() if why == "a bug" else Done())
+    assert isinstance(answer, Answer)
+    asked.prepare(answer)
+    if why == "another answer":
+        answer = Answer(Done(), status=202)
+    elif why == "a refusal":
+        answer = Refusal("storage_full", "The disk is full.")
+    elif why == "a stop":
+        monkeypatch.setattr(house.site, "closing", True)
+    asked.reply(answer)
+    heard = await line.hear()
+    wanted = {"another answer": 202, "a refusal": 507, "a stop": 200, "a bug": 500}
+    assert (heard.status, heard.headers.get("connection")) == (wanted[why], "close" if why == "a stop" else None)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, site: Any, name: str) -> list[Any]:
+    """The last arguments of each call that is made from now on."""
+    calls, method = [], getattr(site, name)
+
+    def counted(*args: Any) -> Any:
+        calls.append(args[-1])
+        return method(*args)
+
+    monkeypatch.setattr(site, name, counted)
+    return calls
+
+
 async def test_after_a_request_on_its_way_the_connection_is_idle_again(tmp_path: Path) -> None:
     async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
         held = Held(house)

@@ -296,6 +296,13 @@ async def test_a_journal_that_waits_to_be_thinned_is_thinned_from_the_grant_that
         assert store._db.raw.execute(sql).fetchone() == (KEEP_SIGNS,)
 
 
+async def test_what_was_written_lately_is_at_hand(store: Store, path: str) -> None:
+    maker = Maker()
+    await store.write(maker.batch([maker.create(), maker.create()]))
+    assert store.at_hand([1, 2, 3]) == {seq: maker.payloads[seq] for seq in (1, 2)}
+    assert store.at_hand([]) == {}
+
+
 async def test_of_a_long_story_the_latest_events_can_be_had(store: Store) -> None:
     maker = Maker()
     change = maker.create()
