@@ -381,6 +381,18 @@ def test_an_overdue_job_fails_by_the_command_that_meets_it(desk: Desk) -> None:
     assert desk.job("b").status == "failed"
 
 
+def test_a_job_that_nobody_took_says_so_and_nothing_of_an_error_without_words(desk: Desk) -> None:
+    desk.create(expires_at=NOW + 10)
+    desk.row(replace(desk.job(), error=Failure(None, "odd")))
+    desk.passes(10)
+    assert desk.yes(Expire(limit=1)).done == 1
+    error = desk.job().error
+    assert error is not None
+    assert error.message == (
+        "Its expires_at passed before a worker took the job. Create it again if it is still wanted."
+    )
+
+
 def test_a_job_that_expires_while_it_waits_for_another_try_says_what_the_last_one_failed_of(desk: Desk) -> None:
     lock_id = desk.held(expires_at=NOW + 10, max_attempts=3)
     desk.passes(10)

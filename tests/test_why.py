@@ -85,6 +85,7 @@ def test_one_that_nobody_wants_any_more_waits_for_nothing_but_its_end(desk: Desk
     view = why(desk)
     assert view.because == "Its expires_at passed 5 s ago, so no worker gets it any more."
     assert (at_and_rule(view), view.blocked_by) == ((NOW + 5_010, "expires_at"), "expires_at")
+    assert view.state == "queued"
     assert view.do == ["If it is still wanted: jobctl force-reset a"]
 
 
