@@ -2,8 +2,8 @@
 
 A turn is decided; its rows are written, for which the event loop stands still; its COMMIT goes to the disk, beside
 which answers leave and requests are read; the rest of them follows. Microseconds for a turn, the mean over all but the
-first, and how long of each the event loop was on a processor. The daemon is the real one: what measures is put around
-two of its calls as it starts.
+first, how long of each the event loop was on a processor, and how many of the turns had so many commands. The daemon is
+the real one: what measures is put around two of its calls as it starts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
@@ -93,6 +94,10 @@ def means(turns: list[Any]) -> dict[str, Any]:
     return {
         "turns": count,
         "commands_per_turn": round(sum(turn[-1] for turn in turns) / count, 1),
+        "percent_of_turns": {
+            str(size): round(100 * turns_of / count, 1)
+            for size, turns_of in sorted(Counter(turn[-1] for turn in turns).items())
+        },
         "us": {step: round(1e6 * each / count) for step, each in zip(STEPS, passed, strict=True)},
         "loop_busy_us": {step: round(1e6 * each / count) for step, each in zip(STEPS, busy, strict=True)},
     }
