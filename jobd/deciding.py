@@ -65,6 +65,7 @@ class Plan(Struct):
     parked: list[Asked] = field(default_factory=list)  # claims that this batch parked
     payloads: dict[int, bytes] = field(default_factory=dict)  # of the jobs that this batch makes
     audit: list[Audited] = field(default_factory=list)
+    is_filled: bool = False  # the answers show all payloads that they have to
 
     @property
     def writes(self) -> bool:
@@ -78,7 +79,10 @@ class Plan(Struct):
         return [seq for seq in seqs if seq not in self.payloads and seq not in self.known.payloads]
 
     def fill(self, read: dict[int, bytes]) -> None:
-        """Put the payloads into the job views of the answers."""
+        """Put the payloads into the job views of the answers, once."""
+        if self.is_filled:
+            return
+        self.is_filled = True
         payloads = ChainMap(read, self.payloads, self.known.payloads)
         for _, answer in self.replies:
             if isinstance(answer, Answer):

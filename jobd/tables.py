@@ -411,10 +411,6 @@ class Tables:
         shown: dict[int, bytes] = {}
         bad: dict[str, str] = {}
         for seq in batch.payloads:
-            known = self._jobs.payload(seq)
-            if known is not None:
-                shown[seq] = known
-                continue
             payload, wrong = self.payload(seq)
             if payload is not None:
                 shown[seq] = payload.body

@@ -46,12 +46,8 @@ async def _count(client: AsyncJobClient, view: QueueView, wanted: Wanted) -> int
 
 
 async def _count_kind(client: AsyncJobClient, queue: str, kind: str) -> int:
-    count, cursor = 0, None
-    while True:
-        page = await client.list_jobs(status="queued", queue=queue, kind=kind, limit=_PAGE, cursor=cursor)
-        count, cursor = count + len(page.jobs), page.next_cursor
-        if cursor is None:
-            return count
+    jobs = client.iterate_jobs(status="queued", queue=queue, kind=kind, limit=_PAGE)
+    return sum([1 async for _ in jobs])
 
 
 def _reasons(left: dict[QueueView, int]) -> Iterator[str]:
