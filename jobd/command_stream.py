@@ -62,6 +62,7 @@ class _Slot:
 
     def set_result(self, answer: Answer | Refusal, /) -> None:
         self.answer = answer
+        self.asked = None  # it knows us: a circle, and every line would be left to the garbage collector
         self._stream.has_answers.set()
 
     def cancel(self) -> None:

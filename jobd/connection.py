@@ -292,6 +292,7 @@ class Connection(RequestHandler):
             self._keepalive_handle = self._loop.call_at(closes_at, self._process_keepalive)
 
     def _end_flight(self, flight: Flight) -> None:
+        flight.asked = None  # it knows the flight: a circle, and every request would be left to the garbage collector
         self._flight = None
         self._request_in_progress = False
         if self._handler_waiter is not None and not self._handler_waiter.done():  # a stop waits, and has not given up
@@ -304,10 +305,11 @@ class Connection(RequestHandler):
         """The end, also for a request that is on its short way. aiohttp calls this where the client has gone, too."""
         flight = self._flight
         if flight is not None:
+            asked = flight.asked
             flight.cancel()
             self._end_flight(flight)
-            if flight.cancelled() and flight.asked is not None:
-                self._web.actor.abandon(flight.asked)
+            if flight.cancelled() and asked is not None:
+                self._web.actor.abandon(asked)
         super().force_close()
 
     def close_if_idle(self) -> None:

@@ -1,0 +1,76 @@
+"""What a request makes goes with its answer: nothing of it is left to the garbage collector, which takes its time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from jobd.envelope import Asked
+from tests.http_help import message
+from tests.test_command_stream import Stream
+from tests.town import Town, town
+
+
+@pytest.fixture(name="town")
+async def _town(tmp_path: Path) -> AsyncIterator[Town]:
+    async with town(tmp_path) as opened:
+        yield opened
+
+
+@contextmanager
+def left_over() -> Iterator[list[Asked]]:
+    """In the list is at the end what was asked meanwhile and is held by circles alone."""
+    left: list[Asked] = []
+    gc.collect()
+    gc.disable()
+    try:
+        yield left
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left += [each for each in gc.garbage if isinstance(each, Asked)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+async def test_requests_leave_nothing(town: Town) -> None:
+    line = await town.house.line()
+    with left_over() as left:
+        assert (await line.ask("POST", "/v1/jobs", '{"id":"a"}')).status == 201
+        assert (await line.ask("POST", "/v1/jobs", '{"id":"b"}', {"Idempotency-Key": "k"})).status == 201
+        assert (await line.ask("POST", "/v1/jobs/nobody/start", '{"worker":"w"}')).status == 404
+        assert (await line.ask("POST", "/v1/claim", '{"worker":"w","queues":["x"],"wait_ms":1}')).status == 200
+        grant = (await line.ask("POST", "/v1/claim", '{"worker":"w"}')).data["grants"][0]
+        body = f'{{"lock_id":"{grant["lock_id"]}"}}'
+        assert (await line.ask("POST", f"/v1/jobs/{grant['job']['id']}/complete", body)).status == 200
+        assert (await line.ask("GET", "/v1/jobs/a")).status == 200
+    assert left == []
+
+
+async def test_clients_that_go_away_leave_nothing(town: Town) -> None:
+    line = await town.house.line()
+    with left_over() as left:
+        line.send(message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
+        while not town.actor.parked:
+            await town.house.ask("GET", "/v1/jobs")
+        line.writer.close()
+        while town.actor.parked:
+            await town.house.ask("GET", "/v1/jobs")
+    assert left == []
+
+
+async def test_lines_of_a_stream_leave_nothing(town: Town) -> None:
+    stream = await Stream.open(town.house)
+    with left_over() as left:
+        assert (await stream.ask(op="create", id="a"))["status"] == 201
+        assert (await stream.ask(op="start", id="nobody", worker="w"))["status"] == 404
+        grant = (await stream.ask(op="claim", worker="w"))["data"]["grants"][0]
+        assert (await stream.ask(op="complete", id="a", lock_id=grant["lock_id"]))["status"] == 200
+    assert left == []
+    stream.end()
+    assert await stream.hear() is None
