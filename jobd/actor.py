@@ -384,31 +384,32 @@ class Actor:
     async def _load(self, batch: list[Asked]) -> Known:
         """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""
         known, book, now = Known(), self.book, self._clock.moment().believed
-        ids = dict.fromkeys(job_id for asked in batch for job_id in named_ids(asked.call.command))
-        unknown = [job_id for job_id in ids if book.get(job_id) is None and job_id not in book.quarantined]
+        # Most creates and claims name no job, and with that need nothing.
+        naming = [(asked, ids) for asked in batch if (ids := named_ids(asked.call.command))]
+        named = dict.fromkeys(job_id for _, ids in naming for job_id in ids)
+        unknown = [job_id for job_id in named if book.get(job_id) is None and job_id not in book.quarantined]
         digests = [asked.key.digest for asked in batch if asked.key is not None]
         stored = [digest for digest in digests if self._decider.keys.is_stored(digest, now)]
         if unknown or stored:
             self._tell_meanwhile()
             loaded = await self.disk.load(unknown, [], stored)
             known.answers = loaded.answers
-            for job in loaded.jobs.values():
-                book.loaded(job)
-        doomed = {job_id for asked in batch for job_id in deleted_ids(asked.call.command)}
-        firsts = (asked for asked in batch if needs_payload_first(asked, doomed))
-        named = (book.get(job_id) for asked in firsts for job_id in named_ids(asked.call.command))
-        wanted = {job.seq: job.id for job in named if job is not None}
+            for finished in loaded.jobs.values():
+                book.loaded(finished)
+        doomed = {job_id for asked, _ in naming for job_id in deleted_ids(asked.call.command)}
+        firsts = [ids for asked, ids in naming if needs_payload_first(asked, doomed)]
+        wanted = {job.seq: job.id for ids in firsts for job_id in ids if (job := book.get(job_id)) is not None}
         if wanted:
             self._tell_meanwhile()
             loaded = await self.disk.load([], list(wanted), [])
             known.payloads = {seq: payload.body for seq, payload in loaded.payloads.items()}
             known.hashes = {wanted[seq]: payload.request_hash for seq, payload in loaded.payloads.items()}
-        await self._load_late(batch, known)
+        await self._load_late([asked for asked, _ in naming], known)
         return known
 
-    async def _load_late(self, batch: list[Asked], known: Known) -> None:
+    async def _load_late(self, naming: list[Asked], known: Known) -> None:
         """What late results there are of the jobs whose complete comes late, or of which an operator asks."""
-        commands = (asked.call.command for asked in batch)
+        commands = (asked.call.command for asked in naming)
         wanted = {late_rules.asks(self.book, command, self.policy): None for command in commands}
         asks = [each for each in wanted if each is not None]
         if asks:

@@ -176,7 +176,8 @@ class Book:
     def put(self, change: Change) -> None:
         """Take one decided step in, so that the next command of the batch sees it. Burns the numbers that it used."""
         event, after = change.event, change.after
-        self.next_event = max(self.next_event, event.seq + 1)
+        if event.seq >= self.next_event:
+            self.next_event = event.seq + 1
         if change.late is not None:
             self.late.results.setdefault(event.job_seq, []).append(change.late)
             self._note_late(event)
@@ -184,7 +185,8 @@ class Book:
             self.set_paused(event.queue, event.type == "queue_paused")
             return
         if change.before is None and after is not None:
-            self.next_job = max(self.next_job, event.job_seq + 1)
+            if event.job_seq >= self.next_job:
+                self.next_job = event.job_seq + 1
             if change.request_hash is not None:
                 self.request_hashes[after.id] = change.request_hash
             if event.type == "imported":
@@ -460,15 +462,16 @@ class Book:
     # -- counters and validity ----------------------------------------------------------------------------------------
 
     def _count(self, before: Job | None, after: Job | None) -> None:
-        if before is not None and after is not None and before.status == after.status:
-            return  # a job never changes its queue
+        job = after or before
+        if job is None or (before is not None and after is not None and before.status == after.status):
+            return
+        counts, totals = self._counts_of(job.options.queue), self.totals  # a job never changes its queue
         if before is not None:
-            self._counts_of(before.options.queue)[before.status] -= 1
-            self.totals[before.status] -= 1
+            counts[before.status] -= 1
+            totals[before.status] -= 1
         if after is not None:
-            counts = self._counts_of(after.options.queue)
             counts[after.status] = counts.get(after.status, 0) + 1
-            self.totals[after.status] = self.totals.get(after.status, 0) + 1
+            totals[after.status] = totals.get(after.status, 0) + 1
 
     def _count_as(self, place: tuple[str, str] | None, step: int) -> None:
         """So many more finished jobs of that queue and status."""

@@ -5,7 +5,7 @@ Uses the rules and the book, touches no disk: what it needs from there is handed
 
 from __future__ import annotations
 
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Callable
 from heapq import heappop, heappush
 
@@ -74,6 +74,8 @@ class Plan(Struct):
 
     def wanted_payloads(self) -> list[int]:
         """Job seqs whose payload the answers show and nobody has read yet."""
+        if self.is_filled:
+            return []
         answers = (answer for _, answer in self.replies if isinstance(answer, Answer))
         seqs = dict.fromkeys(seq for answer in answers for seq, _ in answer.shows)
         return [seq for seq in seqs if seq not in self.payloads and seq not in self.known.payloads]
@@ -83,7 +85,7 @@ class Plan(Struct):
         if self.is_filled:
             return
         self.is_filled = True
-        payloads = ChainMap(read, self.payloads, self.known.payloads)
+        payloads = self.known.payloads | self.payloads | read
         for _, answer in self.replies:
             if isinstance(answer, Answer):
                 for seq, shown in answer.shows:
@@ -221,7 +223,9 @@ class Decider:
     def _decide_one(self, plan: Plan, asked: Asked, policy: Policy) -> Answer | Refusal | None:
         """The answer to one command, or None where it waits: parked, or for its first call that is parked."""
         command = asked.call.command
-        key = None if is_rehearsal(command) else asked.key  # nothing is done that could be done twice
+        key = asked.key
+        if key is not None and is_rehearsal(command):
+            key = None  # nothing is done that could be done twice
         if key is not None:
             first = self.parked.waiting_with(key.digest)
             if first is not None and first is not asked:

@@ -108,12 +108,10 @@ class Draft:
 
     def job_id(self, number: int) -> str:
         """A UUIDv7 (RFC 9562): 48 bits of Unix milliseconds, then bits from the call's own randomness."""
-        tail = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=10, person=b"job id").digest()
-        bits = (self.at.now & (2**48 - 1)) << 80 | int.from_bytes(tail, "big")
-        bits = bits & ~(0xF << 76) | 0x7 << 76  # version 7
-        bits = bits & ~(0x3 << 62) | 0x2 << 62  # variant of the RFC
-        text = f"{bits:032x}"
-        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+        tail = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=10, person=b"job id").hexdigest()
+        at = f"{self.at.now & (2**48 - 1):012x}"
+        variant = "89ab"[int(tail[4], 16) & 0b11]  # 0b10 and two bits more
+        return f"{at[:8]}-{at[8:]}-7{tail[1:4]}-{variant}{tail[5:8]}-{tail[8:]}"  # 7 is the version
 
     def fraction(self, number: int) -> float:
         """A number in [0, 1) from the call's own randomness."""

@@ -48,7 +48,7 @@ class FullDisk:
 
     def refuse(self, command: object) -> Refusal | None:
         """Why `command` may not be written now; None where it may be decided."""
-        if self.closed == Closed.NOTHING or isinstance(command, READS):
+        if not self.closed or isinstance(command, READS):
             return None
         if self.closed == Closed.CREATES and not isinstance(command, CREATES):
             return None
