@@ -236,6 +236,11 @@ class DueJobs:
             if (next_entry := next(following, None)) is not None:
                 heapq.heappush(frontier, (next_entry, following))
 
+    def in_line(self, kinds: Iterable[str] | None) -> Iterator[Untouched] | None:
+        """Due jobs in order, where all of them stand in one line; None where orders have to be merged."""
+        only = self._only_lane() if kinds is None else None
+        return None if only is None or only.heap.entries else filter(self._waits, only.line.jobs)
+
     def oldest(self) -> DueEntry | None:
         """The job that has been due longest; the first of each lane is its oldest."""
         firsts = (lane.first() for lanes in self.lanes.values() for lane in lanes.values())
