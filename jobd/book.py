@@ -68,7 +68,7 @@ class Book:
         self.expired_locks: dict[str, None] = {}  # expired, and recovery has not noted it yet
         self.cleared_locks: dict[str, None] = {}  # expired and noted; the holder may still revive them
         self.stuck: dict[str, None] = {}
-        self._not_live = (self.expired_locks, self.cleared_locks, self.stuck, self.unheld)
+        self._not_live = (self.expired_locks, self.cleared_locks, self.stuck, self.unheld)  # these very dicts
         self.overdue: dict[str, None] = {}  # queued jobs whose expires_at has passed
         self.on_due: Callable[[str, str], None] = lambda queue, kind: None  # told of each job that becomes due
         self._due: dict[str, DueJobs] = {}
@@ -466,16 +466,14 @@ class Book:
     # -- counters and validity ----------------------------------------------------------------------------------------
 
     def _count(self, before: Job | None, after: Job | None) -> None:
-        job = after or before
-        if job is None or (before is not None and after is not None and before.status == after.status):
-            return
-        counts, totals = self._counts_of(job.options.queue), self.totals  # a job never changes its queue
+        # A job never changes its queue. One of its id that a batch had made which is taken back may have had another.
         if before is not None:
-            counts[before.status] -= 1
-            totals[before.status] -= 1
+            self._counts_of(before.options.queue)[before.status] -= 1
+            self.totals[before.status] -= 1
         if after is not None:
+            counts = self._counts_of(after.options.queue)
             counts[after.status] = counts.get(after.status, 0) + 1
-            totals[after.status] = totals.get(after.status, 0) + 1
+            self.totals[after.status] = self.totals.get(after.status, 0) + 1
 
     def _count_as(self, place: tuple[str, str] | None, step: int) -> None:
         """So many more finished jobs of that queue and status."""

@@ -251,7 +251,8 @@ class _CommandStream:
         for slot in self._slots:
             if isinstance(slot.answer, Answer) and slot.answer.grants:
                 self._site.actor.undelivered(slot.answer)
+            asked, slot.asked = slot.asked, None
             slot.cancel()
-            if slot.cancelled() and slot.asked is not None:
-                self._site.actor.abandon(slot.asked)
+            if slot.cancelled() and asked is not None:
+                self._site.actor.abandon(asked)
         self._slots.clear()

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, repeat
 from operator import is_not, itemgetter
-from types import NoneType
 from typing import Any, Final
 
 from msgspec.structs import astuple
@@ -23,7 +22,7 @@ from jobd.rows import JOB_COLUMNS, JOB_FIELDS, Row, sealed
 Totals = tuple[int, int, int, int]  # number and XOR of the checksums of the live jobs, then of the finished ones
 Statement = tuple[str, Callable[[Row], Row]]  # and what picks its values out of a whole row
 
-KEEP_CHECKSUMS: Final = 1000
+KEEP_CHECKSUMS: Final = 1000  # each with its job
 KEEP_PAYLOAD_BYTES: Final = 2 << 20
 _SHAPES: Final = 200  # statements that are kept ready
 
@@ -144,7 +143,8 @@ class JobWriter:
 
     # A statement names only the columns that it has to: each value costs time. What is not named in an INSERT is null;
     # an UPDATE that leaves status and expires_at alone touches no index. What has changed is told by the parts of a job
-    # that are other values than before: to look at those takes half the time of comparing all columns.
+    # that are other objects than before, which takes half the time of comparing all columns. A part that is the same
+    # object cannot have changed, as jobs and their parts are frozen; an equal one that is another is written once more.
 
     def _insert(self, job: Job) -> Statement:
         """What inserts the row of `job`."""
@@ -155,7 +155,7 @@ class JobWriter:
         """What makes the row of `after` of that of `before`."""
         parts = astuple(after)
         changed = bytes(map(is_not, astuple(before), parts))
-        shape = changed, tuple(map(type, compress(parts, changed)))
+        shape = changed, bytes(map(is_not, compress(parts, changed), repeat(None)))
         return self._statements.get(shape) or self._keep_statement(shape, _updating(*shape))
 
     def _keep_statement(self, shape: Any, statement: Statement) -> Statement:
@@ -178,11 +178,11 @@ def _inserting(there: bytes) -> Statement:
     return insert("jobs", columns), _values(columns)
 
 
-def _updating(changed: bytes, kinds: tuple[type, ...]) -> Statement:
-    """Sets the columns of the parts that have `changed`: of those of kind None to null."""
-    parts = list(zip(compress(_PARTS, changed), kinds, strict=True))
-    columns = _columns(part for part, kind in parts if kind is not NoneType)
-    gone = [column for part, kind in parts if kind is NoneType for column in JOB_FIELDS[part]]
+def _updating(changed: bytes, there: bytes) -> Statement:
+    """Sets the columns of the parts that have `changed`: to null those of parts that are not `there` any more."""
+    parts = list(compress(_PARTS, changed))
+    columns = _columns(compress(parts, there))
+    gone = [column for part, is_there in zip(parts, there, strict=True) if not is_there for column in JOB_FIELDS[part]]
     settings = [*(f"{column} = ?" for column in columns), *(f"{column} = NULL" for column in gone)]
     return f"UPDATE jobs SET {', '.join(settings)} WHERE seq = ?", _values([*columns, "seq"])
 

@@ -135,6 +135,9 @@ class Maker:
         after = replace(job, status="queued", progress=0, grant=None, lease=None, finished_at=None, expires_at=None)
         return self._step(job, after, "released" if job.status == "processing" else "force_reset")
 
+    def update(self, job: Job, **fields: Any) -> Change:
+        return self._step(job, replace(job, **fields), "updated")
+
     def delete(self, job: Job) -> Change:
         return self._step(job, None, "deleted")
 

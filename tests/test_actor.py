@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from jobd import history, rules
 from jobd.actor import BATCH_WEIGHT, Bounds, DiskBroken
 from jobd.answers import Answer, Done, JobView, RefusalView
-from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, LateAsked, LateKnown, Loaded, Page, Query
+from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, LateAsked, LateKnown, Loaded, Page, Query, QueueRow
 from jobd.book import Book
 from jobd.commands import (
     Adopt,
@@ -1128,6 +1128,24 @@ async def test_a_repeat_on_a_full_disk_gets_its_answer() -> None:
             assert isinstance(again, Answer)
             assert again.replayed
         assert (await house.no(Create(id="b"), key=key("new"))).code == "storage_full"
+
+
+@in_virtual_time
+async def test_an_id_that_a_refused_batch_gave_to_a_job_of_another_queue() -> None:
+    """What is taken back is another job: the queue of each counts its own."""
+    again = Import(id="a", queue="y", status="completed"), Import(id="a", queue="y", status="cancelled")
+    for command in (Create(id="a", queue="y"), *again):
+        async with household() as house:
+            await house.yes(Create(id="a", queue="x"))
+            await house.yes(Cancel(id="a"))
+            house.disk.write_errors.append(DiskFull("once"))
+            deleted, made = fill(house, [Delete(id="a"), command])
+            assert isinstance(await deleted, Answer)
+            assert isinstance(await made, Refusal)
+            compare(house)
+            await asyncio.sleep(1)
+            await house.yes(Create(queue="x"))
+            assert house.disk.queues["x"] == QueueRow()
 
 
 @in_virtual_time

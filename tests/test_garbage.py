@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobd.envelope import Asked
+from tests.household import until
 from tests.http_help import message
 from tests.test_command_stream import Stream
 from tests.town import Town, town
@@ -25,6 +26,7 @@ async def _town(tmp_path: Path) -> AsyncIterator[Town]:
 def left_over() -> Iterator[list[Asked]]:
     """In the list is at the end what was asked meanwhile and is held by circles alone."""
     left: list[Asked] = []
+    was_on = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
@@ -35,7 +37,8 @@ def left_over() -> Iterator[list[Asked]]:
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
-        gc.enable()
+        if was_on:
+            gc.enable()
 
 
 async def test_requests_leave_nothing(town: Town) -> None:
@@ -56,11 +59,25 @@ async def test_clients_that_go_away_leave_nothing(town: Town) -> None:
     line = await town.house.line()
     with left_over() as left:
         line.send(message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
-        while not town.actor.parked:
-            await town.house.ask("GET", "/v1/jobs")
+        await until(lambda: len(town.actor.parked) > 0)
         line.writer.close()
-        while town.actor.parked:
-            await town.house.ask("GET", "/v1/jobs")
+        await until(lambda: not town.actor.parked)
+    assert left == []
+
+
+def both_wait(town: Town) -> bool:
+    waiting = town.actor.parked.first("default", "")
+    return waiting is not None and len(waiting.futures) == 2
+
+
+async def test_a_key_repeated_while_its_claim_waits_leaves_nothing(town: Town) -> None:
+    lines = [await town.house.line() for _ in range(2)]
+    with left_over() as left:
+        for line in lines:
+            line.send(message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}', {"Idempotency-Key": "k"}))
+        await until(lambda: both_wait(town))
+        assert (await town.house.ask("POST", "/v1/jobs", "{}")).status == 201
+        assert [(await line.hear()).status for line in lines] == [200, 200]
     assert left == []
 
 
@@ -74,3 +91,19 @@ async def test_lines_of_a_stream_leave_nothing(town: Town) -> None:
     assert left == []
     stream.end()
     assert await stream.hear() is None
+
+
+async def test_a_stream_that_is_given_up_leaves_nothing(town: Town) -> None:
+    stream = await Stream.open(town.house)
+    with left_over() as left:
+        town.disk.gate.clear()
+        stream.send({"op": "create", "id": "a"})
+        await town.disk.at_gate.wait()
+        stream.send({"op": "create", "id": "b"})
+        await until(lambda: town.actor.waiting > 0)
+        stream.line.writer.close()
+        await until(lambda: not town.house.listener.connections)
+        town.disk.gate.set()
+        assert (await town.house.ask("GET", "/v1/jobs")).status == 200
+        del stream
+    assert left == []

@@ -60,6 +60,19 @@ def test_an_update_names_only_what_has_changed(tables: Tables) -> None:
     assert row_of(tables, 1) == (*job_row(job), checksum(job_row(job)))
 
 
+@pytest.mark.parametrize("order", [(None, "m"), ("m", None)])
+def test_a_part_that_goes_and_one_that_comes_are_written_apart(tables: Tables, order: tuple[str | None, ...]) -> None:
+    """The same parts have changed: of the one job to nothing, of the other to a value."""
+    maker = Maker()
+    created = [maker.create(progress_message="n" if message is None else None) for message in order]
+    tables.write(maker.batch(created), 0)
+    for change, message in zip(created, order, strict=True):
+        after = maker.update(made(change), progress_message=message)
+        tables.write(maker.batch([after]), 0)
+        row = job_row(made(after))
+        assert row_of(tables, change.event.job_seq) == (*row, checksum(row))
+
+
 def test_a_row_that_is_not_there_is_not_made_by_an_update(tables: Tables) -> None:
     maker = Maker()
     grant = maker.grant(made(maker.create()))
