@@ -80,6 +80,7 @@ def _room(kind: type) -> float:
 
 # By type, once: every command asks for these on its way.
 _ROOM: Final[dict[type, float]] = {kind: _room(kind) for kind in get_args(AnyCommand)}
+_WEIGHTY: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, (Bulk, ApplyPlan, Claim, Adopt)))
 _ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, OnJob | Import))
 
 
@@ -129,11 +130,11 @@ def needs_payload_first(asked: Asked, doomed: set[str]) -> bool:
 
 def weight(command: Command) -> int:
     """Commands count by what they write, so that one batch stays a few milliseconds."""
-    if isinstance(command, Bulk | ApplyPlan):
+    if type(command) not in _WEIGHTY:
+        return 1
+    if isinstance(command, (Bulk, ApplyPlan)):
         return len(command.jobs)
-    if isinstance(command, Claim):
-        return command.limit
-    return ADOPT_WEIGHT if isinstance(command, Adopt) else 1
+    return command.limit if isinstance(command, Claim) else ADOPT_WEIGHT
 
 
 class Waiter(Protocol):

@@ -147,8 +147,8 @@ class LineReader:
         if isinstance(command, Claim) and command.wait_ms:
             message = "a claim in a stream does not wait: those behind it would. Leave it out, or send POST /v1/claim."
             raise invalid("$.wait_ms", message)
-        job_id = command.id if isinstance(command, Create | OnJob) else None
-        by = f"worker:{command.worker}" if isinstance(command, Start | Claim) else "client"
+        job_id = command.id if isinstance(command, (Create, OnJob)) else None
+        by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "client"
         return Line(command, by, job_id, self._key(op, job_id, mark.idempotency_key, line))
 
     def _key(self, op: Op, job_id: str | None, key: str | None, line: bytes) -> KeyUse | None:
