@@ -89,6 +89,17 @@ def test_lifecycles_are_counted_as_the_daemon_counts_them(tmp_path: Path) -> Non
     assert counted["byStatus"]["processing"] == counted["byStatus"]["failed"] == 0
 
 
+async def test_what_begins_early_counts_from_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what begins late from when it was due."""
+
+    async def no_sleep(seconds: float) -> None: ...
+
+    monkeypatch.setattr(asyncio, "sleep", no_sleep)
+    before = work.clock()
+    assert before <= await work.turn(before + 100) <= work.clock()
+    assert await work.turn(before) == before
+
+
 def test_a_scenario_has_settings_of_its_own(tmp_path: Path) -> None:
     narrow = Scenario("narrow", "", lambda stage, size: stage.load("fill", count=6), settings={"JOBD_LIMITS_BULK": "5"})
     with pytest.raises(BenchFailed, match="Over 5 jobs in one bulk"):

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from jobd.bench.spread import percentiles
 from jobd.bench.wire import Wire
-from jobd.bench.work import BASE, Asked, Figures, clock
+from jobd.bench.work import BASE, Asked, Figures, clock, turn
 
 PROBE_EVERY_S: Final = 0.002
 SMALL: Final = 1 << 17  # bytes
@@ -38,9 +38,9 @@ async def lag(asked: Asked) -> Figures:
     async with others(WORKS[asked.beside](asked)):
         began, number = clock(), 0
         while (due := began + number * PROBE_EVERY_S) - began < asked.seconds:
-            await asyncio.sleep(max(due - clock(), 0))
+            begins_at = await turn(due)
             await wire.get("/healthz")
-            times.append(clock() - due)
+            times.append(clock() - begins_at)
             number += 1
     return {"wait": percentiles(times)}
 

@@ -18,7 +18,20 @@ import uvloop
 from jobd.bench import beside, soak
 from jobd.bench.spread import percentiles
 from jobd.bench.wire import Flow, Wire, encode
-from jobd.bench.work import BASE, CREATE, PAYLOAD, Asked, Figures, clock, lifecycle, over, run_one, wires_of, worker
+from jobd.bench.work import (
+    BASE,
+    CREATE,
+    PAYLOAD,
+    Asked,
+    Figures,
+    clock,
+    lifecycle,
+    over,
+    run_one,
+    turn,
+    wires_of,
+    worker,
+)
 
 BULK: Final = 1000
 LONG_AGO_MS: Final = 1_000_000_000_000
@@ -158,16 +171,14 @@ async def rate(asked: Asked) -> Figures:
         free.put_nowait(wire)
     began, times, running = clock(), list[float](), set[asyncio.Task[None]]()
 
-    async def one(due: float) -> None:
+    async def one(begins_at: float) -> None:
         wire = await free.get()
         await run_one(wire, worker(1))
-        times.append(clock() - due)
+        times.append(clock() - begins_at)
         free.put_nowait(wire)
 
     for number in range(round(asked.rate * asked.seconds)):
-        due = began + number / asked.rate
-        await asyncio.sleep(max(due - clock(), 0))
-        task = asyncio.ensure_future(one(due))
+        task = asyncio.ensure_future(one(await turn(began + number / asked.rate)))
         running.add(task)
         task.add_done_callback(running.discard)
     await asyncio.gather(*running)
