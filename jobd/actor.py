@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 import structlog
@@ -404,12 +404,11 @@ class Actor:
             loaded = await self.disk.load([], list(wanted), [])
             known.payloads = {seq: payload.body for seq, payload in loaded.payloads.items()}
             known.hashes = {wanted[seq]: payload.request_hash for seq, payload in loaded.payloads.items()}
-        await self._load_late([asked for asked, _ in naming], known)
+        await self._load_late((asked.call.command for asked, _ in naming), known)
         return known
 
-    async def _load_late(self, naming: list[Asked], known: Known) -> None:
+    async def _load_late(self, commands: Iterable[AnyCommand], known: Known) -> None:
         """What late results there are of the jobs whose complete comes late, or of which an operator asks."""
-        commands = (asked.call.command for asked in naming)
         wanted = {late_rules.asks(self.book, command, self.policy): None for command in commands}
         asks = [each for each in wanted if each is not None]
         if asks:
