@@ -448,7 +448,7 @@ class Actor:
             if isinstance(answer, Answer) and answer.look is not None:
                 self._history.start(asked, answer, self.policy)
                 continue
-            if self._stays_owed(asked, answer):
+            if (self._owed or type(answer) is Refusal) and self._stays_owed(asked, answer):
                 continue
             told = asked.reply(answer)
             if told < len(asked.futures) and isinstance(answer, Answer) and answer.grants:

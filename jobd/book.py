@@ -300,7 +300,8 @@ class Book:
                 self._forget_worker(worker)
         else:
             self.workers.move_to_end(worker)
-        seen.last_seen_at = max(seen.last_seen_at, now)
+        if now > seen.last_seen_at:
+            seen.last_seen_at = now
 
     def advance(self, now: int, lease: int) -> None:
         """Time passed: delayed jobs become due, locks expire, jobs become stuck, queued jobs overdue."""

@@ -65,6 +65,7 @@ class Plan(Struct):
     parked: list[Asked] = field(default_factory=list)  # claims that this batch parked
     payloads: dict[int, bytes] = field(default_factory=dict)  # of the jobs that this batch makes
     audit: list[Audited] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)  # lock ids that are no longer those of current grants
     is_filled: bool = False  # the answers show all payloads that they have to
 
     @property
@@ -131,7 +132,7 @@ class Decider:
         if serves:
             self._serve_parked(plan, policy)
         for asked in batch:
-            if asked.key is None and asked.is_abandoned and isinstance(asked.call.command, (Start, Claim)):
+            if isinstance(asked.call.command, (Start, Claim)) and asked.key is None and asked.is_abandoned:
                 continue  # nobody is left to take the grant
             answer = self._decide_one(plan, asked, policy)
             if answer is not None:
@@ -143,9 +144,7 @@ class Decider:
     def batch(self, plan: Plan, policy: Policy) -> Batch:
         """The transaction of a plan."""
         keys, forgotten = self.keys.changed()
-        touched = (change for change in plan.changes if not (_is_live(change.before) and _is_live(change.after)))
-        queues = {change.event.queue for change in touched}
-        queues |= {change.event.queue for change in plan.changes if change.event.job_seq == 0}
+        queues = {change.event.queue for change in plan.changes if _touches_queue(change)}
         return Batch(
             changes=plan.changes,
             numbers=self.book.numbers(plan.at.lease, plan.at.believed),
@@ -164,9 +163,9 @@ class Decider:
     def committed(self, plan: Plan) -> None:
         """The plan is on disk."""
         self.keys.commit()
+        for lock_id in plan.ended:
+            self._handed.pop(lock_id, None)
         for change in plan.changes:
-            if change.before is not None and change.before.grant is not None and grant_ended(change):
-                self._handed.pop(change.before.grant.lock_id, None)
             if change.after is None:
                 self.book.suspects.pop(change.event.job_seq, None)
         for seq in plan.checked:
@@ -268,6 +267,7 @@ class Decider:
                 plan.payloads[change.event.job_seq] = change.payload
             if change.before is not None and change.before.grant is not None and grant_ended(change):
                 self.keys.ended(change.before.grant.lock_id)
+                plan.ended.append(change.before.grant.lock_id)
         plan.changes += decision.changes
         plan.checked += decision.checked
         plan.report = decision.report or plan.report
@@ -409,8 +409,12 @@ def _join(first: Asked, asked: Asked) -> Refusal | None:
     return None
 
 
-def _is_live(job: Job | None) -> bool:
-    return job is None or job.status in LIVE
+def _touches_queue(change: Change) -> bool:
+    """Whether it changes what the store keeps of its queue: whether that is paused, and how many jobs are finished."""
+    before, after = change.before, change.after
+    if before is None and after is None:
+        return True
+    return (after is not None and after.status not in LIVE) or (before is not None and before.status not in LIVE)
 
 
 def _key_reused() -> Refusal:

@@ -158,6 +158,12 @@ def _shortest(address: str) -> str:
         return address
 
 
+def is_plainly_json(headers: MultiMapping[str]) -> bool:
+    """Whether a body is JSON at first sight, as nearly all are: check_kind would take it."""
+    given = headers.get(CONTENT_TYPE, "")
+    return given in _PLAIN[JSON] and CONTENT_ENCODING not in headers and TRANSFER_ENCODING not in headers
+
+
 def check_kind(headers: MultiMapping[str], wanted: str) -> None:
     """415 unless the body is of the type `wanted`, in UTF-8 and not compressed."""
     given = headers.get(CONTENT_TYPE, "")

@@ -38,23 +38,34 @@ class Whole(Struct, frozen=True):
     body: bytes
 
 
+class _Known(Struct, frozen=True):
+    """A head, the length of the body that it announces, and the first line that it came with: many come again."""
+
+    head: Head
+    length: int
+    line: bytes
+    method: str
+    target: str
+
+
 class Heads:
     """What heads mean, but for their first lines. Where there are too many it begins anew."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, tuple[Head, int]] = {}  # with the length of the body
+        self._known: dict[bytes, _Known] = {}
 
     def read(self, data: bytes) -> Whole | None:
         """The one request that `data` is, where its head is known."""
         at, end = _bounds(data)
         lines, values = _cut(data[at:end])
-        head, length = self._known.get(lines, _UNKNOWN)
-        if head is None or len(data) != end + length:
+        known = self._known.get(lines)
+        if known is None or len(data) != end + known.length:
             return None
+        head = _with(known.head, values) if values else known.head
+        if data.startswith(known.line):
+            return Whole(known.method, known.target, head, data[end:])
         line = _FIRST_LINE.fullmatch(data, 0, at)
-        if line is None:
-            return None
-        return Whole(line[1].decode(), line[2].decode(), _with(head, values) if values else head, data[end:])
+        return None if line is None else Whole(line[1].decode(), line[2].decode(), head, data[end:])
 
     def learn(self, data: bytes, message: object, payload: StreamReader) -> bool:
         """Whether `data` was one request, of which the parser made `message` with all of its `payload`."""
@@ -63,16 +74,18 @@ class Heads:
             return False
         head = Head.of(message, payload)
         length = int(head.headers.get(hdrs.CONTENT_LENGTH, 0))
-        if len(data) != end + length or message.upgrade or _FIRST_LINE.fullmatch(data, 0, at) is None:
+        line = _FIRST_LINE.fullmatch(data, 0, at)
+        if len(data) != end + length or message.upgrade or line is None:
             return False
         if head.keep_alive and not message.chunked:
-            self._keep(*_cut(data[at:end]), head, length)
+            known = _Known(head, length, data[: at + 2], line[1].decode(), line[2].decode())
+            self._keep(*_cut(data[at:end]), known)
         return True
 
-    def _keep(self, lines: bytes, values: list[tuple[istr, str]], head: Head, length: int) -> None:
+    def _keep(self, lines: bytes, values: list[tuple[istr, str]], known: _Known) -> None:
         if not lines:
             return
-        headers = CIMultiDict(head.headers)
+        headers = CIMultiDict(known.head.headers)
         for name, value in values:
             if headers.popall(name) != [value]:
                 return
@@ -80,7 +93,7 @@ class Heads:
             return
         if len(self._known) >= MOST_KNOWN:
             self._known.clear()
-        self._known[lines] = replace(head, headers=CIMultiDictProxy(headers)), length
+        self._known[lines] = replace(known, head=replace(known.head, headers=CIMultiDictProxy(headers)))
 
 
 def is_whole(message: object, payload: StreamReader) -> TypeGuard[RawRequestMessage]:
@@ -109,9 +122,6 @@ def _with(head: Head, values: list[tuple[istr, str]]) -> Head:
     for name, value in values:
         headers.add(name, value)
     return replace(head, headers=CIMultiDictProxy(headers))
-
-
-_UNKNOWN: Final = (None, 0)
 
 
 def _bounds(data: bytes) -> tuple[int, int]:

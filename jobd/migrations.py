@@ -15,7 +15,7 @@ from jobd.files import StoreUnreadable
 from jobd.rows import META_COLUMNS, fault, sealed
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 7
+VERSION: Final = 8
 
 
 def _add_late_results(conn: sqlite3.Connection) -> None:
@@ -70,6 +70,15 @@ def _add_index_of_failed(conn: sqlite3.Connection) -> None:
     conn.execute("CREATE INDEX jobs_failed ON jobs (status) WHERE status IN ('failed', 'cancelled')")
 
 
+def _say_finished_otherwise(conn: sqlite3.Connection) -> None:
+    """The index of what is deleted by age holds what it held, by a condition that costs less for each job that ends."""
+    conn.execute("DROP INDEX jobs_expiry")
+    conn.execute(
+        "CREATE INDEX jobs_expiry ON jobs (expires_at) "
+        "WHERE expires_at IS NOT NULL AND status NOT IN ('queued', 'processing')"
+    )
+
+
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums
 # has to write them anew, and the XOR of the job checksums with them.
 MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
@@ -79,6 +88,7 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     4: _add_audit,
     5: _add_webhooks,
     6: _add_index_of_failed,
+    7: _say_finished_otherwise,
 }
 
 

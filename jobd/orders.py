@@ -161,14 +161,16 @@ class DueJobs:
     """The due jobs of one queue, in exact order over all kinds or over some of them.
 
     One lane for each kind and priority; `heads` orders the lanes by their first job, so that the cost of a claim does
-    not grow with their number. `valid` knows stale entries of a kind, `waits` untouched jobs that are gone.
+    not grow with their number (one lane alone needs no order: then it is empty). `valid` knows stale entries of a kind,
+    `waits` untouched jobs that are gone.
     """
 
-    __slots__ = ("_valid", "_waits", "heads", "lanes")
+    __slots__ = ("_count", "_valid", "_waits", "heads", "lanes")
 
     def __init__(self, valid: Callable[[str, DueEntry], bool], waits: Callable[[Untouched], bool]) -> None:
         self.lanes: dict[str, dict[int, Lane]] = {}  # kind -> priority -> lane
         self.heads: LazyHeap[tuple[int, int, int, str, str]] = LazyHeap()  # a due entry and its kind
+        self._count = 0  # of lanes
         self._valid = valid
         self._waits = waits
 
@@ -183,8 +185,7 @@ class DueJobs:
         lane.live += 1
         lane.heap.push(entry)
         if lane.heap.entries[0] is entry:
-            self.heads.push((*entry, kind))
-            self._trim_heads()
+            self._offer_head(kind, entry)
 
     def join(self, job: Untouched) -> None:
         """One more due job, which `waits` knows already."""
@@ -195,8 +196,7 @@ class DueJobs:
         lane.live += 1
         lane.line.jobs.append(job)
         if lane.line.first(self._waits) is job:
-            self.heads.push((*entry_of(job), kind))
-            self._trim_heads()
+            self._offer_head(kind, entry_of(job))
 
     def join_all(self, kind: str, priority: int, jobs: Iterable[Untouched]) -> None:
         """The first jobs of a lane, all at once, in any order."""
@@ -204,19 +204,17 @@ class DueJobs:
         assert not lane.live, "only the first jobs of a lane come all at once"
         lane.line.jobs.extend(sorted(jobs, key=attrgetter("created_at", "seq")))
         lane.live = len(lane.line.jobs)
-        self._offer_head(kind, lane)
+        self._offer_head(kind, lane.first())
 
     def remove(self, kind: str, priority: int) -> None:
         """One job of this lane is no longer due; its entry is stale already."""
         lane = self.lanes[kind][priority]
         lane.live -= 1
         if lane.live == 0:
-            del self.lanes[kind][priority]
-            if not self.lanes[kind]:
-                del self.lanes[kind]
+            self._end_lane(kind, priority)
         else:
             lane.trim()
-            self._offer_head(kind, lane)
+            self._offer_head(kind, lane.first())
 
     def due(self, kinds: Iterable[str] | None) -> Iterator[DueEntry]:
         """Entries of due jobs of `kinds` (None: of all), in order. Nothing may change while it is read."""
@@ -254,30 +252,46 @@ class DueJobs:
 
     def _only_lane(self) -> Lane | None:
         """The lane of a queue that has but one: its order is the order of the queue."""
-        if len(self.lanes) != 1:
+        if self._count != 1:
             return None
         (lanes,) = self.lanes.values()
-        return next(iter(lanes.values())) if len(lanes) == 1 else None
+        (lane,) = lanes.values()
+        return lane
 
     def _lane(self, kind: str, priority: int) -> Lane:
         lanes = self.lanes.setdefault(kind, {})
         lane = lanes.get(priority)
         if lane is None:
+            self._count += 1
+            if self._count == 2:
+                self._begin_heads()
             lane = lanes[priority] = Lane(partial(self._valid, kind), self._waits)
         return lane
 
-    def _offer_head(self, kind: str, lane: Lane) -> None:
-        first = lane.first()
+    def _end_lane(self, kind: str, priority: int) -> None:
+        del self.lanes[kind][priority]
+        if not self.lanes[kind]:
+            del self.lanes[kind]
+        self._count -= 1
+        if self._count == 1:
+            self.heads.entries.clear()
+
+    def _begin_heads(self) -> None:
+        """A second lane comes: from now on there is something to order."""
+        for kind, lanes in self.lanes.items():
+            for lane in lanes.values():
+                self._offer_head(kind, lane.first())
+
+    def _offer_head(self, kind: str, first: DueEntry | None) -> None:
+        """`first` of a lane of this kind has come to its head."""
         assert first is not None  # the lane has a job that is due
-        self.heads.push((*first, kind))
-        self._trim_heads()
+        if self._count > 1:
+            self.heads.push((*first, kind))
+            self.heads.trim(self._count, self._is_head)
 
     def _is_head(self, head: tuple[int, int, int, str, str]) -> bool:
         lane = self.lanes.get(head[4], {}).get(head[0])
         return lane is not None and lane.first() == head[:4]
-
-    def _trim_heads(self) -> None:
-        self.heads.trim(sum(map(len, self.lanes.values())), self._is_head)
 
     def _all_heads(self) -> Iterator[tuple[int, int, int, str, str]]:
         return self.heads.ordered(self._is_head)

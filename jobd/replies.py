@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from aiohttp import hdrs, web
@@ -38,6 +38,13 @@ class Text(Struct, frozen=True):
     kind: str
     body: bytes
     more: dict[str, str] = {}
+
+
+class _Accepted(Struct, frozen=True, gc=False):
+    """What every answer that is JSON is, which is no refusal. One that was encoded piece by piece would be copied."""
+
+    success: Literal[True]
+    data: Any
 
 
 class ErrorBody(Struct, frozen=True):
@@ -170,7 +177,7 @@ def accepted(
     """The answer `{"success": true, "data": …}`, or the text as it is. It was answered, whatever it says: 503 too."""
     if type(data) is Text:
         return Reply(visit, _head(status, data.kind, **data.more), data.body, close=close)
-    body = b'{"success":true,"data":%b}' % _encode(data)
+    body = _encode(_Accepted(True, data))
     head = _HEADS[status] + _REPLAYED if replayed else _HEADS[status]
     return Reply(visit, head, body, close=close, lost=lost)
 

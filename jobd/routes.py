@@ -81,25 +81,26 @@ class Table:
     """Looks routes up: exact paths first, then those with a part in braces."""
 
     def __init__(self, routes: Iterable[Route], limits: Limits) -> None:
-        self._exact: dict[str, dict[str, Way]] = {}
+        exact: dict[str, dict[str, Way]] = {}
         self._patterns: dict[str, dict[str, dict[str, Way]]] = {}  # what is before the braces, what is after them
         for route in routes:
             prefix, brace, rest = route.path.partition("{")
             methods = (
                 self._patterns.setdefault(prefix, {}).setdefault(rest.partition("}")[2], {})
                 if brace
-                else self._exact.setdefault(prefix, {})
+                else exact.setdefault(prefix, {})
             )
             assert route.method not in methods, f"two routes for {route.method} {route.path}"
             methods[route.method] = _way(route, limits)
             if route.method == "GET" and route.who == "anyone":
                 methods["HEAD"] = methods["GET"]  # balancers probe with it
+        self._exact = {path: {method: Found(way) for method, way in methods.items()} for path, methods in exact.items()}
 
     def find(self, method: str, path: str) -> Found:
         """What `path` is. The methods that it takes are told only where `method` is none of them."""
         exact = self._exact.get(path, {})
-        if method in exact:
-            return Found(exact[method])
+        if (found := exact.get(method)) is not None:
+            return found
         allowed = frozenset(exact)
         for prefix, tails in self._patterns.items():
             if path.startswith(prefix):

@@ -42,6 +42,7 @@ KEEP_REPORTS: Final = 500
 LIVE_SQL: Final = "status IN ('queued', 'processing')"
 FAILED_SQL: Final = "status IN ('failed', 'cancelled')"
 FINISHED_SQL: Final = "status IN ('completed', 'failed', 'cancelled')"
+NOT_LIVE_SQL: Final = "status NOT IN ('queued', 'processing')"  # the same of whole rows, as the index has it
 JOB_SQL: Final = f"{', '.join(JOB_COLUMNS)}, crc"
 EVENT_SQL: Final = f"{', '.join(EVENT_COLUMNS)}, crc"
 KEY_SQL: Final = f"{', '.join(KEY_COLUMNS)}, crc"

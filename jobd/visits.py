@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from multidict import CIMultiDict, CIMultiDictProxy, MultiMapping
 
 from jobd.commands import KeyUse, Operator
-from jobd.doors import OPERATOR, operator_name
+from jobd.doors import OPERATOR, is_plainly_json, operator_name
 from jobd.routes import Route
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
@@ -37,11 +37,13 @@ class Head(Struct, frozen=True):
     version: HttpVersion
     keep_alive: bool
     has_body: bool
+    is_json: bool  # the body, at first sight
 
     @classmethod
     def of(cls, message: RawRequestMessage, payload: StreamReader) -> Head:
         has_body = type(payload) is not EmptyStreamReader
-        return cls(message.headers, message.version, not message.should_close, has_body)
+        is_json = has_body and is_plainly_json(message.headers)
+        return cls(message.headers, message.version, not message.should_close, has_body, is_json)
 
 
 class Visit:

@@ -52,7 +52,7 @@ from jobd.job import MINUTE_MS
 from jobd.replies import Letter, Reply, Text, accepted, refusing
 from jobd.routes import Found, Route, Table, Way
 from jobd.sparing import Sparing
-from jobd.visits import Request, Visit, looker_of, operator_of
+from jobd.visits import Head, Request, Visit, looker_of, operator_of
 
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
@@ -366,8 +366,8 @@ class Web:
                 raise refused("invalid_request", "A GET takes no body.", field="$")
         elif visit.query:
             raise refused("invalid_request", "This call takes no query. Put the fields into the body.", field="$")
-        elif visit.head.has_body or way.route.reads == "lines":
-            check_kind(visit.head.headers, KINDS[way.route.reads])
+        elif not (visit.head.is_json and way.route.reads == "json"):  # as nearly all
+            _check_kind(visit.head, way.route.reads)
         return Entry(way, value)
 
     def _command(self, visit: Visit, entry: Entry, body: bytes) -> Command:
@@ -503,6 +503,11 @@ def check_reader(route: Route) -> None:
         raise refused("forbidden", "This token may only look. To change something use the admin token.")
     if route.secret:
         raise refused("forbidden", "What this gives holds the secrets of locks: it wants the admin token.")
+
+
+def _check_kind(head: Head, reads: str) -> None:
+    if head.has_body or reads == "lines":
+        check_kind(head.headers, KINDS[reads])
 
 
 def welcome(visit: Visit) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import islice
 
 import pytest
@@ -248,11 +249,32 @@ def test_heaps_stay_small_while_jobs_come_and_go() -> None:
 
 def test_the_heads_of_a_lane_stay_few_while_jobs_only_come_or_only_go() -> None:
     model = Model()
+    model.add("b", 0, 0, 9_999)
     items = [model.add("a", 0, 2_000 - seq, seq) for seq in range(1_000)]  # each comes before all others
-    assert len(model.due.heads.entries) <= 2 + SLACK + 1
+    assert len(model.due.heads.entries) <= 2 * 2 + SLACK + 1
     for item in reversed(items[1:]):  # each was the first
         model.remove(item)
-        assert len(model.due.heads.entries) <= 2 + SLACK + 1
+        assert len(model.due.heads.entries) <= 2 * 2 + SLACK + 1
+    model.check()
+
+
+@pytest.mark.parametrize("enter", [Model.add, Model.join])
+def test_one_lane_alone_has_no_heads_until_a_second_one_comes(enter: Callable[..., tuple[str, DueEntry]]) -> None:
+    model = Model()
+    first, second = enter(model, "a", 0, 1, 1), enter(model, "a", 0, 2, 2)
+    assert not model.due.heads.entries
+    others = [enter(model, "b", 0, 0, 3), enter(model, "b", 1, 0, 4), enter(model, "a", 2, 0, 5)]
+    assert len(model.due.heads.entries) == 4
+    model.check()
+    model.remove(first)
+    model.check()
+    for other in others:
+        model.remove(other)
+        model.check()
+    assert not model.due.heads.entries
+    enter(model, "c", 0, 0, 6)
+    model.check()
+    model.remove(second)
     model.check()
 
 

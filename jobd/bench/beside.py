@@ -12,7 +12,6 @@ from jobd.bench.wire import Wire
 from jobd.bench.work import BASE, Asked, Figures, clock, turn
 
 PROBE_EVERY_S: Final = 0.002
-SMALL: Final = 1 << 17  # bytes
 
 
 @asynccontextmanager
@@ -70,7 +69,7 @@ async def _scrape(asked: Asked) -> None:
 
 async def _back_up(asked: Asked) -> None:
     """One backup after the other. They are dropped as they come: to hold one would hold up the probes."""
-    wire = await Wire.open(asked.admin, asked.token, limit=SMALL)
+    wire = await Wire.open(asked.admin, asked.token)
     while True:
         await wire.drop(f"{BASE}/backup")
 

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
+import uvloop
+
 from tests.peers.clock import PAYLOAD, lifecycles
 from tests.peers.server import module, running, tool
 
@@ -44,7 +46,7 @@ def measure(place: Path, connections: int, seconds: float) -> float:
     subprocess.run(words, user=USER, cwd=place, check=True, capture_output=True)
     server = [tool("postgres", "postgresql", *bins), "-D", str(data), "-k", str(place), "-c", "listen_addresses="]
     with running(server, place, lambda: (place / ".s.PGSQL.5432").exists(), user=USER):
-        return asyncio.run(_load(asyncpg, str(place), connections, seconds))
+        return uvloop.run(_load(asyncpg, str(place), connections, seconds))
 
 
 async def _connected(asyncpg: Any, place: str) -> Any:
