@@ -66,8 +66,6 @@ class Figures(Struct):
         event, before, after = change.event, change.before, change.after
         self.events[event.type] = self.events.get(event.type, 0) + 1
         match event.type:
-            case "created" | "progress" | "extended":
-                pass
             case "granted":
                 self._grant(event.queue)
                 if self.overlaps.taken:
