@@ -324,7 +324,7 @@ class Book:
     def _leave(self, job: Job, after: Job | None) -> None:
         if after is None or after.status not in LIVE:
             self.jobs.drop(job.id)
-        if job.status in FINISHED and (after is None or after.status not in FINISHED):
+        if job.status not in LIVE and (after is None or after.status in LIVE):
             self._drop_finished(job.id)
         if job.status == "queued":
             if after is not None and after.status in LIVE:
@@ -336,7 +336,7 @@ class Book:
                 self._end_processing(job)  # to another grant only where a batch was taken back
 
     def _enter(self, before: Job | None, job: Job) -> None:
-        if job.status in FINISHED:
+        if job.status not in LIVE:
             self.loaded(job)
             return
         short = untouched(job) if before is None and job.status == "queued" else None
@@ -468,13 +468,13 @@ class Book:
 
     def _count(self, before: Job | None, after: Job | None) -> None:
         # A job never changes its queue. One of its id that a batch had made which is taken back may have had another.
-        if before is not None:
+        # A row that was edited by hand may have a status that is none: it is counted nowhere.
+        if before is not None and before.status in self.totals:
             self._counts_of(before.options.queue)[before.status] -= 1
             self.totals[before.status] -= 1
-        if after is not None:
-            counts = self._counts_of(after.options.queue)
-            counts[after.status] = counts.get(after.status, 0) + 1
-            self.totals[after.status] = self.totals.get(after.status, 0) + 1
+        if after is not None and after.status in self.totals:
+            self._counts_of(after.options.queue)[after.status] += 1
+            self.totals[after.status] += 1
 
     def _count_as(self, place: tuple[str, str] | None, step: int) -> None:
         """So many more finished jobs of that queue and status."""

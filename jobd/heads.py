@@ -61,11 +61,13 @@ class Heads:
         known = self._known.get(lines)
         if known is None or len(data) != end + known.length:
             return None
-        head = _with(known.head, values) if values else known.head
         if data.startswith(known.line):
-            return Whole(known.method, known.target, head, data[end:])
-        line = _FIRST_LINE.fullmatch(data, 0, at)
-        return None if line is None else Whole(line[1].decode(), line[2].decode(), head, data[end:])
+            method, target = known.method, known.target
+        elif (line := _FIRST_LINE.fullmatch(data, 0, at)) is not None:
+            method, target = line[1].decode(), line[2].decode()
+        else:
+            return None
+        return Whole(method, target, _with(known.head, values) if values else known.head, data[end:])
 
     def learn(self, data: bytes, message: object, payload: StreamReader) -> bool:
         """Whether `data` was one request, of which the parser made `message` with all of its `payload`."""

@@ -35,6 +35,7 @@ from jobd.tables import (
     BY_SEQ,
     EVENT_SQL,
     FAILED_SQL,
+    FINISHED_SQL,
     JOB_SQL,
     KEY_SQL,
     LATE_SQL,
@@ -459,7 +460,8 @@ def expired(tables: Tables, now: int, limit: int, skip: int = 0) -> list[str]:
     tables.check()
     inner = (
         f"SELECT seq AS found, expires_at AS due FROM jobs INDEXED BY jobs_expiry "
-        f"WHERE expires_at IS NOT NULL AND {NOT_LIVE_SQL} AND expires_at <= ? ORDER BY expires_at LIMIT ? OFFSET ?"
+        f"WHERE expires_at IS NOT NULL AND {NOT_LIVE_SQL} AND {FINISHED_SQL} AND expires_at <= ? "
+        "ORDER BY expires_at LIMIT ? OFFSET ?"
     )
     sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
     while True:

@@ -71,7 +71,7 @@ def _add_index_of_failed(conn: sqlite3.Connection) -> None:
 
 
 def _say_finished_otherwise(conn: sqlite3.Connection) -> None:
-    """The index of what is deleted by age holds what it held, by a condition that costs less for each job that ends."""
+    """The index of what is deleted by age has a condition that costs less for each job that ends."""
     conn.execute("DROP INDEX jobs_expiry")
     conn.execute(
         "CREATE INDEX jobs_expiry ON jobs (expires_at) "

@@ -133,6 +133,27 @@ def test_two_grants_for_one_job_end_the_run(monkeypatch: pytest.MonkeyPatch) -> 
         asyncio.run(load.contention(work.Asked("contention", "", seconds=1)))
 
 
+async def test_a_wire_takes_answers_in_whatever_pieces_and_tells_of_their_end(tmp_path: Path) -> None:
+    whole = b'HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 32\r\n\r\n{"success":true,"data":[1,2,3]}\n'
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for answer in (whole, whole, whole, whole[:-1]):
+            await reader.readuntil(b"\r\n\r\n")
+            for at in range(len(answer)):
+                writer.write(answer[at : at + 1])
+                await asyncio.sleep(0)
+        writer.close()
+
+    async with await asyncio.start_unix_server(serve, tmp_path / "socket"):
+        wire = await Wire.open(str(tmp_path / "socket"))
+        assert await wire.get("/a") == [1, 2, 3]
+        assert await wire.drop("/b") is None  # type: ignore[func-returns-value]
+        assert await wire.get("/c") == [1, 2, 3]
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                await wire.get("/d")
+
+
 def test_percentiles() -> None:
     one_to_thousand = [number / 1000 for number in range(1000, 0, -1)]
     assert list(percentiles(one_to_thousand).values()) == [500, 900, 990, 999, 1000]

@@ -13,7 +13,20 @@ from jobd import book as book_module
 from jobd import views
 from jobd.batch import Numbers, Opened, QueueRow
 from jobd.book import FINISHED_KEPT, Book
-from jobd.commands import Cancel, Create, Delete, Import, Pause, Recover, Release, Resume, Update, Workers
+from jobd.commands import (
+    Cancel,
+    Create,
+    Delete,
+    ForceReset,
+    Import,
+    Mend,
+    Pause,
+    Recover,
+    Release,
+    Resume,
+    Update,
+    Workers,
+)
 from jobd.events import Change, Event
 from jobd.job import HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options, Result, Untouched
 from jobd.orders import SLACK
@@ -557,10 +570,22 @@ def test_rows_of_hands_do_not_break_the_counts(desk: Desk) -> None:
     desk.row(queued(2, status="processing"))
     desk.row(replace(held(3, "w"), lease=None))
     compare(desk.book, desk.rows, desk.at)
-    assert (desk.book.live_locks(), desk.book.total()) == (0, 3)
+    assert (desk.book.live_locks(), desk.book.total()) == (0, 2)
     for job_id in list(desk.rows):
         desk.book.swap(desk.rows.pop(job_id), None)
     compare(desk.book, {}, desk.at)
+
+
+@pytest.mark.parametrize("status", ["odd", "complete", ""])
+def test_a_status_that_is_none_breaks_nothing_when_its_job_is_taken_up(desk: Desk, status: str) -> None:
+    job = desk.rows["job-1"] = queued(1, status=status, progress=101)
+    desk.book.loaded(job)  # as it comes from the disk: no start has counted it
+    desk.yes(Mend(ids=[job.id]))
+    assert (desk.job(job.id).status, desk.job(job.id).progress) == (status, 100)
+    compare(desk.book, desk.rows, desk.at)
+    desk.yes(ForceReset(id=job.id))
+    assert desk.job(job.id).status == "queued"
+    compare(desk.book, desk.rows, desk.at)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -57,7 +57,8 @@ def learn(heads: Heads, parser: Parser, data: bytes) -> bool:
 
 def said(head: Head) -> tuple[Any, ...]:
     """A head, whatever the order of lines with different names."""
-    return sorted(head.headers.items(), key=lambda item: item[0].lower()), head.version, head.keep_alive, head.has_body
+    lines = sorted(head.headers.items(), key=lambda item: item[0].lower())
+    return lines, head.version, head.keep_alive, head.has_body, head.is_json
 
 
 @pytest.mark.parametrize("data", [POST, GET, message("POST", "/v1/jobs", ""), message("POST", "/v1/jobs/a/cancel")])

@@ -591,6 +591,18 @@ async def test_expired_names_finished_jobs_only_oldest_first(store: Store) -> No
     assert await store.expired(NOW + 1_000, 10) == ["job-2"]
 
 
+async def test_a_job_whose_status_is_none_does_not_expire(store: Store) -> None:
+    """The index has it, as it is not live; no pass could delete it."""
+    maker = Maker()
+    jobs = [maker.create(expires_at=NOW - 5) for _ in range(3)]
+    await store.write(maker.batch(jobs))
+    ends = [maker.finish(made(job)) for job in jobs]
+    ends[0] = replace(ends[0], after=replace(made(ends[0]), status="complete"))
+    await store.write(maker.batch(ends))
+    assert await store.expired(NOW + 1_000, 10) == ["job-2", "job-3"]
+    assert await store.expired(NOW + 1_000, 1, 1) == ["job-3"]
+
+
 # -- late results -----------------------------------------------------------------------------------------------------
 
 

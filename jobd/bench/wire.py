@@ -10,9 +10,9 @@ from typing import Any, Final, cast
 
 import msgspec
 
-_LIMIT: Final = 1 << 24  # bytes that a reader buffers
+_LIMIT: Final = 1 << 24  # bytes that the reader of a stream buffers
 _END: Final = b"\r\n\r\n"  # of a head
-_LENGTH: Final = b"\r\nContent-Length: "
+_LENGTH: Final = b"\r\ncontent-length: "
 
 encode: Final = msgspec.json.Encoder().encode
 decode: Final = msgspec.json.Decoder().decode
@@ -52,16 +52,17 @@ class Wire(asyncio.Protocol):
             self._head, end, data = (self._head + data).partition(_END)
             if not end:
                 return
-            self._left = int(self._head.partition(_LENGTH)[2].partition(b"\r")[0])
+            self._left = int(self._head.lower().partition(_LENGTH)[2].partition(b"\r")[0])
             self._head = b""
         self._left -= len(data)
         if self._keeps:
             self._body.append(data)
-        if not self._left:
+        if self._left <= 0:
             assert self._answered is not None
             self._left = None
             body, self._body = b"".join(self._body), []
-            self._answered.set_result(body)
+            if not self._answered.done():  # whoever asked may have been cancelled
+                self._answered.set_result(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._answered is not None and not self._answered.done():
@@ -81,8 +82,10 @@ class Wire(asyncio.Protocol):
     async def drop(self, path: str) -> None:
         """Read an answer of whatever size to its end and keep nothing of it."""
         self._keeps = False
-        await self._ask(f"GET {path} HTTP/1.1\r\n{self._own}\r\n".encode())
-        self._keeps = True
+        try:
+            await self._ask(f"GET {path} HTTP/1.1\r\n{self._own}\r\n".encode())
+        finally:
+            self._keeps = True
 
     def close(self) -> None:
         self._transport.close()
@@ -92,6 +95,8 @@ class Wire(asyncio.Protocol):
         return self._ask(head.encode() + body)
 
     def _ask(self, request: bytes) -> Awaitable[bytes]:
+        if self._transport.is_closing():
+            raise ConnectionResetError("the daemon has closed the connection")
         self._answered = self._loop.create_future()
         self._transport.write(request)
         return self._answered

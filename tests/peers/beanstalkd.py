@@ -57,6 +57,10 @@ class _Wire(asyncio.Protocol):
             assert self._answered is not None
             self._answered.set_result(line)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_exception(exc or ConnectionResetError("beanstalkd has closed the connection"))
+
     def ask(self, command: bytes) -> Awaitable[bytes]:
         """The first line of the answer, once all of it has come."""
         self._answered = self._loop.create_future()
