@@ -324,7 +324,7 @@ class Book:
     def _leave(self, job: Job, after: Job | None) -> None:
         if after is None or after.status not in LIVE:
             self.jobs.drop(job.id)
-        if job.status not in LIVE and (after is None or after.status in LIVE):
+        if job.status not in LIVE:
             self._drop_finished(job.id)
         if job.status == "queued":
             if after is not None and after.status in LIVE:
