@@ -80,7 +80,7 @@ CREATE UNIQUE INDEX jobs_id ON jobs (id);
 CREATE INDEX jobs_live ON jobs (status) WHERE status IN ('queued', 'processing');
 -- What an operator looks for at night. A job that completes costs nothing here.
 CREATE INDEX jobs_failed ON jobs (status) WHERE status IN ('failed', 'cancelled');
--- NOT IN these two, and not IN the three others: for a list of three SQLite makes a table of its own, for every row.
+-- NOT IN these two, and not IN the three others: for a list of three SQLite makes a table of its own, row by row.
 CREATE INDEX jobs_expiry ON jobs (expires_at) WHERE expires_at IS NOT NULL AND status NOT IN ('queued', 'processing');
 -- Whether any job names a stored object. A job that names none costs nothing here.
 CREATE INDEX jobs_storage_key ON jobs (storage_key) WHERE storage_key IS NOT NULL;
