@@ -346,7 +346,7 @@ class Book:
             self.jobs.keep_short(short)
         if job.status == "queued":
             self._enter_queue(job, short)
-        elif job.status == "processing":
+        else:
             self.started_sum += job.started_at or job.created_at
             self._hold(before, job)
 
