@@ -448,7 +448,7 @@ class Actor:
             if isinstance(answer, Answer) and answer.look is not None:
                 self._history.start(asked, answer, self.policy)
                 continue
-            if (self._owed or type(answer) is Refusal) and self._stays_owed(asked, answer):
+            if self._stays_owed(asked, answer):
                 continue
             told = asked.reply(answer)
             if told < len(asked.futures) and isinstance(answer, Answer) and answer.grants:
@@ -460,6 +460,8 @@ class Actor:
 
     def _stays_owed(self, asked: Asked, answer: Answer | Refusal) -> bool:
         """Whether a command of our own was refused by the full disk: then it is the first once there is room."""
+        if not self._owed and isinstance(answer, Answer):
+            return False
         is_owed = asked in self._owed
         if isinstance(answer, Refusal) and answer.code == "storage_full":
             if not is_owed and isinstance(asked.call.command, Undelivered):

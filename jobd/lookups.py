@@ -458,7 +458,7 @@ def expired(tables: Tables, now: int, limit: int, skip: int = 0) -> list[str]:
     Damaged ones that cannot be moved out of the way hide nothing that is behind them.
     """
     tables.check()
-    inner = (
+    inner = (  # the index has all that are not live, also of a status that is none
         f"SELECT seq AS found, expires_at AS due FROM jobs INDEXED BY jobs_expiry "
         f"WHERE expires_at IS NOT NULL AND {NOT_LIVE_SQL} AND {FINISHED_SQL} AND expires_at <= ? "
         "ORDER BY expires_at LIMIT ? OFFSET ?"

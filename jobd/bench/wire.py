@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 import msgspec
 
 _LIMIT: Final = 1 << 24  # bytes that the reader of a stream buffers
+_CLOSED: Final = "the connection was closed at the other end"
 _END: Final = b"\r\n\r\n"  # of a head
 _LENGTH: Final = b"\r\ncontent-length: "
 
@@ -22,18 +23,48 @@ class Refused(Exception):
     """The daemon said no."""
 
 
-class Wire(asyncio.Protocol):
-    """One keep-alive connection, one request at a time.
+class Asking(asyncio.Protocol):
+    """One connection, one request at a time; who knows where an answer ends calls `_answer`.
 
     asyncio's streams would take half as long again for each, and where every connection waits for an answer the daemon
     has nothing to do meanwhile.
     """
 
-    def __init__(self, token: str | None = None) -> None:
-        self._own = f"Host: x\r\nAuthorization: Bearer {token}\r\n" if token else "Host: x\r\n"
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
         self._answered: asyncio.Future[bytes] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its type
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_exception(exc or ConnectionResetError(_CLOSED))
+
+    def ask(self, request: bytes) -> Awaitable[bytes]:
+        """Send `request`; its answer. Raises ConnectionError."""
+        if self._transport.is_closing():
+            raise ConnectionResetError(_CLOSED)
+        self._answered = self._loop.create_future()
+        self._transport.write(request)
+        return self._answered
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _answer(self, answer: bytes) -> None:
+        assert self._answered is not None
+        if not self._answered.done():  # whoever asked may have been cancelled
+            self._answered.set_result(answer)
+
+
+class Wire(Asking):
+    """One keep-alive connection of HTTP."""
+
+    def __init__(self, token: str | None = None) -> None:
+        super().__init__()
+        self._own = f"Host: x\r\nAuthorization: Bearer {token}\r\n" if token else "Host: x\r\n"
         self._head = b""  # of the answer, as far as it has come
         self._left: int | None = None  # bytes of its body that are still to come, once its head is there
         self._body: list[bytes] = []
@@ -43,9 +74,6 @@ class Wire(asyncio.Protocol):
     async def open(cls, path: str, token: str | None = None) -> Wire:
         _, wire = await asyncio.get_running_loop().create_unix_connection(partial(cls, token), path)
         return wire
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its type
 
     def data_received(self, data: bytes) -> None:
         if self._left is None:
@@ -58,15 +86,9 @@ class Wire(asyncio.Protocol):
         if self._keeps:
             self._body.append(data)
         if self._left <= 0:
-            assert self._answered is not None
             self._left = None
             body, self._body = b"".join(self._body), []
-            if not self._answered.done():  # whoever asked may have been cancelled
-                self._answered.set_result(body)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._answered is not None and not self._answered.done():
-            self._answered.set_exception(exc or ConnectionResetError("the daemon has closed the connection"))
+            self._answer(body)
 
     async def post(self, path: str, body: bytes, *, may_fail: bool = False) -> Any:
         """The `data` of the answer; where it may fail, None for a refusal."""
@@ -77,29 +99,19 @@ class Wire(asyncio.Protocol):
         return self._data(await self._post(path, "application/x-ndjson", lines), False)
 
     async def get(self, path: str) -> Any:
-        return self._data(await self._ask(f"GET {path} HTTP/1.1\r\n{self._own}\r\n".encode()), False)
+        return self._data(await self.ask(f"GET {path} HTTP/1.1\r\n{self._own}\r\n".encode()), False)
 
     async def drop(self, path: str) -> None:
         """Read an answer of whatever size to its end and keep nothing of it."""
         self._keeps = False
         try:
-            await self._ask(f"GET {path} HTTP/1.1\r\n{self._own}\r\n".encode())
+            await self.ask(f"GET {path} HTTP/1.1\r\n{self._own}\r\n".encode())
         finally:
             self._keeps = True
 
-    def close(self) -> None:
-        self._transport.close()
-
     def _post(self, path: str, kind: str, body: bytes) -> Awaitable[bytes]:
         head = f"POST {path} HTTP/1.1\r\n{self._own}Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-        return self._ask(head.encode() + body)
-
-    def _ask(self, request: bytes) -> Awaitable[bytes]:
-        if self._transport.is_closing():
-            raise ConnectionResetError("the daemon has closed the connection")
-        self._answered = self._loop.create_future()
-        self._transport.write(request)
-        return self._answered
+        return self.ask(head.encode() + body)
 
     def _data(self, body: bytes, may_fail: bool) -> Any:
         if not body.startswith(b'{"'):

@@ -6,10 +6,10 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import cast
 
 import uvloop
 
+from jobd.bench.wire import Asking
 from tests.faults.fuzz import free_port
 from tests.peers.clock import PAYLOAD, lifecycles
 from tests.peers.server import running, tool
@@ -35,18 +35,16 @@ def _measure(place: Path, connections: int, seconds: float, options: list[str]) 
         return uvloop.run(_load(port, connections, seconds))
 
 
-class _Wire(asyncio.Protocol):
-    """One connection, one command at a time; as lean as that of jobd bench."""
+class _Wire(Asking):
+    """An answer is its first line, given once all of it has come."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport
-        self._answered: asyncio.Future[bytes] | None = None
+        super().__init__()
         self._came = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._came += data
@@ -54,18 +52,7 @@ class _Wire(asyncio.Protocol):
         size = int(line.split()[2]) + 2 if line.startswith(b"RESERVED ") and end else 0
         if end and len(body) >= size:
             self._came = b""
-            assert self._answered is not None
-            self._answered.set_result(line)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._answered is not None and not self._answered.done():
-            self._answered.set_exception(exc or ConnectionResetError("beanstalkd has closed the connection"))
-
-    def ask(self, command: bytes) -> Awaitable[bytes]:
-        """The first line of the answer, once all of it has come."""
-        self._answered = self._loop.create_future()
-        self._transport.write(command)
-        return self._answered
+            self._answer(line)
 
 
 async def _load(port: int, connections: int, seconds: float) -> float:
