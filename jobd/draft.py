@@ -9,12 +9,12 @@ from hashlib import blake2b
 from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import astuple, replace
+from msgspec.structs import replace
 
 from jobd.answers import Answer
 from jobd.book import Book
 from jobd.commands import Call, Moment, Refusal
-from jobd.events import Change, Changes, Event, EventType
+from jobd.events import Change, Changes, Event, EventType, of_new
 from jobd.job import TOKEN_COUNTER_BITS, Job, LateResult, Policy
 
 
@@ -67,8 +67,7 @@ class Draft:
 
     def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> Job:
         """A new job. Its event carries every field."""
-        changes = Changes(*astuple(job))  # the same fields, in the same order
-        event = self._event(job, None, job.status, event_type, None, None, None, changes)
+        event = self._event(job, None, job.status, event_type, None, None, None, of_new(job))
         self.changes.append(Change(None, job, event, payload, request_hash))
         return job
 

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import astuple
 
 from jobd.job import Ended, Failure, Grant, Job, LateResult, Lease, Options, Result
 
@@ -50,7 +51,8 @@ KEEP_SIGNS: Final = 100
 class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
     """The fields of a job that an event set, with their new values; UNSET where it left them alone.
 
-    Its fields are those of Job (a test compares them).
+    Its fields are those of Job (a test compares them). The first event of a job may leave out what every new job has
+    (the defaults of Job), and the names that the event has itself.
     """
 
     seq: int | UnsetType = UNSET
@@ -72,6 +74,10 @@ class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
     ended: Ended | None | UnsetType = UNSET
     result: Result | None | UnsetType = UNSET
     error: Failure | None | UnsetType = UNSET
+
+
+_AS_NEW: Final = Job.__struct_defaults__
+_OWN: Final = len(Job.__struct_fields__) - len(_AS_NEW)  # fields that a new job does not have by itself
 
 
 class Event(Struct, frozen=True, gc=False):
@@ -160,7 +166,15 @@ def fold(job: Job | None, event: Event) -> Job | None:
         return job
     named = ((name, getattr(event.changes, name)) for name in Changes.__struct_fields__)
     changed = {name: value for name, value in named if value is not UNSET}
-    return Job(**changed) if job is None else msgspec.structs.replace(job, **changed)
+    if job is None:
+        return Job(**{"seq": event.job_seq, "id": event.job_id, **changed})
+    return msgspec.structs.replace(job, **changed)
+
+
+def of_new(job: Job) -> Changes:
+    """What the first event of `job` sets: every field, in short where it is as any new job."""
+    values = astuple(job)  # the same fields, in the same order
+    return Changes(UNSET, UNSET, *values[2:_OWN]) if values[_OWN:] == _AS_NEW else Changes(*values)
 
 
 def view(event: Event) -> EventView:

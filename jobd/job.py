@@ -114,7 +114,11 @@ class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     jitter: bool = True
 
 
-class Options(Struct, frozen=True, gc=False):
+# The parts of a job stand in the journal as arrays: their names, written again with every event, were a third of it. So
+# a new field goes to the end and has a default, and none is taken out or moved.
+
+
+class Options(Struct, frozen=True, gc=False, array_like=True):
     """What the creator asked for. Jobs with equal options share one value in memory.
 
     `stuck_after_ms` and `max_processing_ms` are None where the daemon's configuration decides.
@@ -131,7 +135,7 @@ class Options(Struct, frozen=True, gc=False):
     max_processing_ms: int | None = None
 
 
-class Grant(Struct, frozen=True, gc=False):
+class Grant(Struct, frozen=True, gc=False, array_like=True):
     """One act of handing a job to one worker: who, under which secret and which fencing token.
 
     The durations were settled when the grant was made; a later change of configuration does not touch them.
@@ -147,7 +151,7 @@ class Grant(Struct, frozen=True, gc=False):
     max_processing_ms: int
 
 
-class Lease(Struct, frozen=True, gc=False):
+class Lease(Struct, frozen=True, gc=False, array_like=True):
     """The deadlines of a grant, in lease time (milliseconds of clock.py, not wall time).
 
     `expires`: the lock has expired at this time. `silent`: latest grant, progress or extend + stuck_after_ms.
@@ -174,7 +178,7 @@ class Lease(Struct, frozen=True, gc=False):
         return silent if self.ceiling is None else min(silent, self.ceiling)
 
 
-class Ended(Struct, frozen=True, gc=False):
+class Ended(Struct, frozen=True, gc=False, array_like=True):
     """The job's last ended grant: lets a repeated ending be answered and a late one be explained.
 
     `verb` and `body_hash` are set where the holder itself ended it (complete, fail, release).
@@ -191,7 +195,7 @@ class Ended(Struct, frozen=True, gc=False):
     body_hash: str | None = None
 
 
-class Result(Struct, frozen=True, gc=False):
+class Result(Struct, frozen=True, gc=False, array_like=True):
     """What the worker left behind. `metadata` is any JSON, kept as it came."""
 
     download_url: str | None = None
@@ -216,7 +220,7 @@ class LateResult(Struct, frozen=True, gc=False):
     result: Result = Result()
 
 
-class Failure(Struct, frozen=True, gc=False):
+class Failure(Struct, frozen=True, gc=False, array_like=True):
     """The last error. It stays until the job completes or is force-reset."""
 
     message: str | None

@@ -15,7 +15,7 @@ from jobd.files import StoreUnreadable
 from jobd.rows import META_COLUMNS, fault, sealed
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 8
+VERSION: Final = 9
 
 
 def _add_late_results(conn: sqlite3.Connection) -> None:
@@ -79,6 +79,10 @@ def _say_finished_otherwise(conn: sqlite3.Connection) -> None:
     )
 
 
+def _shorten_parts(conn: sqlite3.Connection) -> None:
+    """Parts of jobs come without names in events from now on; those that are there stay as they are (rows.py)."""
+
+
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums
 # has to write them anew, and the XOR of the job checksums with them.
 MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
@@ -89,6 +93,7 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     5: _add_webhooks,
     6: _add_index_of_failed,
     7: _say_finished_otherwise,
+    8: _shorten_parts,
 }
 
 

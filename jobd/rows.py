@@ -6,8 +6,10 @@ Knows no SQL and no file. A row is a tuple in the order of its columns, its chec
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import or_
+from typing import Any, Final, get_args
 
 import msgspec
 from msgspec import UNSET, Raw, Struct
@@ -353,7 +355,7 @@ def _missing(part: str, columns: Row) -> str:
 # Events
 
 
-class _Result(Struct, frozen=True, gc=False):
+class _Result(Struct, frozen=True, gc=False, array_like=True):
     """Result as JSON gives it back: msgspec reads Raw only where nothing else may stand."""
 
     download_url: str | None = None
@@ -362,13 +364,24 @@ class _Result(Struct, frozen=True, gc=False):
     metadata: Raw = Raw(_NULL)
 
 
-def _decoder() -> Callable[[bytes], Any]:
-    types = msgspec.structs.fields(Changes)
-    fields = [(f.name, _Result | None | msgspec.UnsetType if f.name == "result" else f.type, UNSET) for f in types]
+def _decoder(read_as: Mapping[type, type]) -> Callable[[bytes], Any]:
+    """Reads the JSON of Changes, with each part of a job as the type that it is `read_as`."""
+    types = ((field.name, get_args(field.type)) for field in msgspec.structs.fields(Changes))
+    fields = [(name, reduce(or_, (read_as.get(part, part) for part in parts)), UNSET) for name, parts in types]
     return msgspec.json.Decoder(msgspec.defstruct("_Changes", fields, gc=False)).decode
 
 
-_decode_changes = _decoder()
+def _with_names(part: type[Struct]) -> type[Struct]:
+    """`part` as an object with the names of its fields."""
+    fields = [(field.name, field.type, field.default) for field in msgspec.structs.fields(part)]
+    return msgspec.defstruct(part.__name__, fields, gc=False)
+
+
+# Until schema version 8 the parts of a job were objects with names. Such events are read as long as there are any.
+_NAMED: Final[dict[type, type]] = {part: _with_names(part) for part in (Options, Grant, Lease, Ended, _Result, Failure)}
+_PART_OF: Final = {named: part for part, named in _NAMED.items()}
+_decode_changes = _decoder({Result: _Result})
+_decode_named_changes = _decoder({**_NAMED, Result: _NAMED[_Result]})
 _decode_json = msgspec.json.Decoder().decode
 _decode_grants = msgspec.json.Decoder(list[tuple[str, str]]).decode
 
@@ -398,16 +411,26 @@ def event(row: Row) -> Event:
     """The event of a row whose checksum is right."""
     seq, at, type_, job_seq, job_id, queue_, before, after, by, reason, details, changes, _ = row
     details = None if details is None else _decode_json(details)
-    changes = None if changes is None else _changes(_decode_changes(changes))
+    changes = None if changes is None else _changes(changes)
     return Event(seq, at, type_, job_seq, job_id, queue_, before, after, by, reason, details, changes)
 
 
-def _changes(read: Any) -> Changes:
-    values = {name: getattr(read, name) for name in Changes.__struct_fields__}
-    if isinstance(result := values["result"], _Result):
-        metadata = None if bytes(result.metadata) == _NULL else result.metadata.copy()
-        values["result"] = Result(result.download_url, result.file_path, result.storage_key, metadata)
-    return Changes(**values)
+def _changes(body: bytes) -> Changes:
+    try:
+        read = _decode_changes(body)
+    except msgspec.ValidationError:
+        read = _decode_named_changes(body)
+    return Changes(*map(_part, astuple(read)))
+
+
+def _part(value: Any) -> Any:
+    """A value as Changes has it."""
+    if (part := _PART_OF.get(type(value))) is not None:
+        value = part(*astuple(value))
+    if isinstance(value, _Result):
+        metadata = None if bytes(value.metadata) == _NULL else value.metadata.copy()
+        return Result(value.download_url, value.file_path, value.storage_key, metadata)
+    return value
 
 
 def thin(events: list[Event]) -> tuple[list[int], list[Event]]:

@@ -10,7 +10,7 @@ from msgspec import UNSET, Raw
 
 from jobd import rows
 from jobd.commands import Complete, Delete, Extend, Fail, Pause
-from jobd.events import SIGNS, Changes, Event, EventType, Wanted, fold, streamed, view
+from jobd.events import SIGNS, Changes, Event, EventType, Wanted, fold, of_new, streamed, view
 from jobd.job import Grant, Job, Lease, Options, Result
 from tests.desk import NOW, Desk
 
@@ -36,8 +36,17 @@ def test_fold_sets_only_what_the_event_names() -> None:
 def test_fold_begins_with_a_row_and_ends_with_none() -> None:
     whole = Changes(**{name: getattr(JOB, name) for name in Job.__struct_fields__})
     assert fold(None, event(whole, "created")) == JOB
+    assert fold(None, event(of_new(JOB), "created")) == JOB
     assert fold(JOB, event(None)) == JOB
     assert fold(JOB, event(None, "deleted")) is None
+
+
+def test_the_first_event_of_a_job_says_in_short_what_every_new_job_has() -> None:
+    said = of_new(JOB)
+    assert said == Changes(options=Options(), status="queued", created_at=NOW, updated_at=NOW, run_at=NOW)
+    for name in Job.__struct_fields__[Job.__struct_fields__.index("progress") :]:
+        other = msgspec.structs.replace(JOB, **{name: "another"})
+        assert of_new(other) == Changes(**{field: getattr(other, field) for field in Job.__struct_fields__})
 
 
 def test_an_event_survives_its_way_to_the_disk_and_back() -> None:

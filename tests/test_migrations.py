@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import re
 import signal
@@ -96,6 +97,30 @@ def _make_version_1(conn: sqlite3.Connection) -> None:
     conn.execute("PRAGMA user_version = 1")
 
 
+# The parts of a job as objects in events: all versions had them so until 8.
+NAMES = {
+    "options": "queue kind priority max_attempts backoff max_stalls on_stall stuck_after_ms max_processing_ms",
+    "grant": "lock_id fencing_token worker acquired_at ttl_ms stuck_after_ms max_processing_ms",
+    "lease": "expires silent ceiling cleared",
+    "ended": "lock_id fencing_token worker at rule reason verb body_hash",
+    "result": "download_url file_path storage_key metadata",
+    "error": "message code",
+}
+
+
+def _name_parts(conn: sqlite3.Connection) -> None:
+    """Write the parts of jobs in all events as objects."""
+    found = conn.execute("SELECT * FROM events WHERE changes IS NOT NULL").fetchall()
+    assert found
+    for *row, changes, _ in found:
+        named = {
+            field: dict(zip(NAMES[field].split(), value, strict=True)) if isinstance(value, list) else value
+            for field, value in json.loads(changes).items()
+        }
+        sealed = rows.sealed((*row, json.dumps(named, separators=(",", ":")).encode()))
+        conn.execute("UPDATE events SET changes = ?, crc = ? WHERE seq = ?", (*sealed[-2:], row[0]))
+
+
 async def test_an_older_store_is_copied_aside_and_migrated(path: str, request: pytest.FixtureRequest) -> None:
     maker = await make_store(path)
     before = migrations.VERSION
@@ -149,6 +174,7 @@ def as_of(version: int, path: str) -> None:
             )
         if version == 1:
             _make_version_1(conn)
+        _name_parts(conn)
     with edited(was) as old:
         for statement in migrations.statements((SCHEMAS / f"v{version}.sql").read_text("utf-8")):
             old.execute(statement)

@@ -167,6 +167,23 @@ def test_an_event_comes_back_as_it_was() -> None:
     assert fold(None, rows.event(row)) == job
 
 
+def test_parts_stand_in_the_journal_without_names_in_an_order_that_stays() -> None:
+    """What was written once is read by it for ever."""
+    job = full_job()
+    event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", None, None, all_of(job))
+    said = msgspec.json.decode(rows.event_row(event)[-1])
+    token = 1 << 40
+    backoff = {"kind": "exponential", "base_ms": 1000, "max_ms": 3600000, "jitter": True}
+    assert {name: value for name, value in said.items() if isinstance(value, list)} == {
+        "options": ["video", "convert", -5, 3, backoff, 3, "auto", 60_000, 90_000],
+        "grant": ["lock", token | 9, "w-1", NOW + 3, 60_000, 0, 90_000],
+        "lease": [1_000, 2_000, 3_000, True],
+        "ended": ["old", token | 3, "w-0", NOW, "stall", "silent", "fail", "abc"],
+        "result": ["https://x/y", "/a", "k/e/y", {"a": [1, None]}],
+        "error": ["it broke", "E1"],
+    }
+
+
 def test_changes_that_clear_a_field_are_not_those_that_leave_it_alone() -> None:
     changes = Changes(grant=None, result=None, error=None, expires_at=None)
     event = Event(1, NOW, "force_reset", 7, "a", "q", None, None, "admin", None, None, changes)
