@@ -45,8 +45,8 @@ class JobWriter:
 
     def __init__(self, conn: sqlite3.Connection) -> None:
         self._conn = conn
-        # By seq: a live job and the checksum of its row. Used only for the very same (immutable) job, so that a batch
-        # that was rolled back leaves nothing wrong here.
+        # By seq: a live job and the checksum of its row. Used only for an equal job, so that a batch that was rolled
+        # back leaves nothing wrong here.
         self._checksums: dict[int, tuple[Job, int]] = {}
         self._payloads: dict[int, bytes] = {}
         self._payload_bytes = 0
@@ -134,7 +134,7 @@ class JobWriter:
 
     def _checksum(self, job: Job) -> int:
         kept = self._checksums.pop(job.seq, None)
-        return kept[1] if kept is not None and kept[0] is job else rows.checksum(rows.job_row(job))
+        return kept[1] if kept is not None and kept[0] == job else rows.checksum(rows.job_row(job))
 
     def _keep_checksum(self, job: Job, crc: int) -> None:
         if len(self._checksums) >= KEEP_CHECKSUMS:
