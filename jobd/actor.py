@@ -18,7 +18,22 @@ from jobd import late_rules
 from jobd.answers import Answer, Grants
 from jobd.batch import Aside, BadRows, Disk, DiskFull
 from jobd.book import Book
-from jobd.commands import AnyCommand, Call, Claim, Complete, KeyUse, Moment, Operator, Refusal, Undelivered
+from jobd.commands import (
+    AnyCommand,
+    Call,
+    Claim,
+    Complete,
+    Create,
+    Extend,
+    Fail,
+    KeyUse,
+    Moment,
+    Operator,
+    Progress,
+    Refusal,
+    Release,
+    Undelivered,
+)
 from jobd.deciding import Decider, Known, Plan
 from jobd.envelope import Asked, Waiter, deleted_ids, may_go_first, named_ids, needs_payload_first, share, weight
 from jobd.events import Change
@@ -37,6 +52,7 @@ TELL_LATER: Final = 64  # where at most so many commands wait, they may go to th
 SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long looks do not wait for the next one
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_OF_HOLDERS: Final = (Progress, Extend, Complete, Fail, Release)
 
 
 class Clock(Protocol):
@@ -384,7 +400,8 @@ class Actor:
     async def _load(self, batch: list[Asked]) -> Known:
         """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""
         known, book, now = Known(), self.book, self._clock.moment().believed
-        # Most creates and claims name no job: nothing of one has to be read for them.
+        if all(asked.key is None and self._is_at_hand(asked.call.command) for asked in batch):
+            return known
         naming = [(asked, ids) for asked in batch if (ids := named_ids(asked.call.command))]
         named = dict.fromkeys(job_id for _, ids in naming for job_id in ids)
         unknown = [job_id for job_id in named if book.get(job_id) is None and job_id not in book.quarantined]
@@ -406,6 +423,12 @@ class Actor:
             known.hashes = {wanted[seq]: payload.request_hash for seq, payload in loaded.payloads.items()}
         await self._load_late((asked.call.command for asked, _ in naming), known)
         return known
+
+    def _is_at_hand(self, command: AnyCommand) -> bool:
+        """Whether memory has all that has to be known of it: it names no job, or comes from who holds it."""
+        if isinstance(command, _OF_HOLDERS):
+            return self.book.holds(command.id, command.lock_id)
+        return isinstance(command, Claim) or (isinstance(command, Create) and command.id is None)
 
     async def _load_late(self, commands: Iterable[AnyCommand], known: Known) -> None:
         """What late results there are of the jobs whose complete comes late, or of which an operator asks."""

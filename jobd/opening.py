@@ -60,7 +60,8 @@ _IN_FULL: Final = (
 _SLICE: Final = 10_000
 # For each null sqlite3 looks for a way to adapt it, which takes longer than all else about it. None stays None: what is
 # in no dictionary, looked up in C.
-sqlite3.register_adapter(type(None), {}.get)
+_NOTHING: Final[dict[None, None]] = {}
+sqlite3.register_adapter(type(None), _NOTHING.get)
 
 
 def connect(path: str, synchronous: str) -> sqlite3.Connection:
