@@ -24,14 +24,10 @@ from jobd.commands import (
     Claim,
     Complete,
     Create,
-    Extend,
-    Fail,
     KeyUse,
     Moment,
     Operator,
-    Progress,
     Refusal,
-    Release,
     Undelivered,
 )
 from jobd.deciding import Decider, Known, Plan
@@ -52,7 +48,6 @@ TELL_LATER: Final = 64  # where at most so many commands wait, they may go to th
 SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long looks do not wait for the next one
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-_OF_HOLDERS: Final = (Progress, Extend, Complete, Fail, Release)
 
 
 class Clock(Protocol):
@@ -426,7 +421,7 @@ class Actor:
 
     def _is_at_hand(self, command: AnyCommand) -> bool:
         """Whether memory has all that has to be known of it: it names no job, or comes from who holds it."""
-        if isinstance(command, _OF_HOLDERS):
+        if isinstance(command, late_rules.Calls):
             return self.book.holds(command.id, command.lock_id)
         return isinstance(command, Claim) or (isinstance(command, Create) and command.id is None)
 

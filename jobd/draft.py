@@ -66,7 +66,7 @@ class Draft:
         return after
 
     def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> Job:
-        """A new job. Its event carries every field."""
+        """A new job, and its first event."""
         event = self._event(job, None, job.status, event_type, None, None, None, of_new(job))
         self.changes.append(Change(None, job, event, payload, request_hash))
         return job

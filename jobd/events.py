@@ -52,7 +52,7 @@ class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
     """The fields of a job that an event set, with their new values; UNSET where it left them alone.
 
     Its fields are those of Job (a test compares them). The first event of a job may leave out what every new job has
-    (the defaults of Job), and the names that the event has itself.
+    (the defaults of Job), and `seq` and `id`, which the event says itself.
     """
 
     seq: int | UnsetType = UNSET

@@ -114,8 +114,9 @@ class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     jitter: bool = True
 
 
-# The parts of a job stand in the journal as arrays: their names, written again with every event, were a third of it. So
-# a new field goes to the end and has a default, and none is taken out or moved.
+# The parts of a job stand in the journal as arrays, without the names of their fields, which took a third of its room.
+# So a new field goes to the end and has a default; none is taken out or moved, nor renamed while older events have
+# names. Backoff is an object there, too: clients send it.
 
 
 class Options(Struct, frozen=True, gc=False, array_like=True):

@@ -10,7 +10,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.batch import Batch, KeyRow, Numbers, QueueRow
-from jobd.events import Change, Changes, Event
+from jobd.events import Change, Changes, Event, of_new
 from jobd.job import FINISHED, LIVE, Backoff, Ended, Failure, Grant, Job, LateResult, Lease, Options, Result
 
 NOW: Final = 1_700_000_000_000
@@ -226,7 +226,7 @@ class Maker:
         job = after or before
         assert job is not None
         if before is None or after is None:
-            changes = None if after is None else all_of(after)
+            changes = None if after is None else of_new(after)
         else:
             changes = between(before, after)
         event = Event(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jobd import job_writer
+from jobd import job_writer, rows
 from jobd.batch import BadRows
 from jobd.events import Change
+from jobd.job import untouched
 from jobd.opening import connect, start
 from jobd.rows import checksum, job_row
 from jobd.tables import BY_SEQ, Tables
@@ -38,6 +39,24 @@ def statements(tables: Tables, maker: Maker, *changes: Change) -> list[str]:
 def row_of(tables: Tables, seq: int) -> tuple[object, ...]:
     (row,) = tables.rows(BY_SEQ, (seq,))
     return row
+
+
+def test_the_checksum_of_a_job_that_was_written_lately_is_known(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where memory has kept it in short, and makes another object of it."""
+    maker = Maker()
+    first = maker.create()
+    tables.write(maker.batch([first]), 0)
+    short = untouched(made(first))
+    assert short is not None
+    grant = maker.grant(short.whole())
+    assert grant.before is not first.after
+    with monkeypatch.context() as now:
+        now.delattr(rows, "checksum")
+        tables.write(maker.batch([grant]), 0)
+        tables.write(maker.batch([maker.finish(made(grant))]), 0)
+    assert tables.totals == (0, 0, 1, checksum(job_row(maker.jobs[1])))
 
 
 def test_an_update_names_only_what_has_changed(tables: Tables) -> None:
