@@ -122,7 +122,7 @@ CREATE TABLE events (
     by TEXT NOT NULL,
     reason TEXT,
     details BLOB,                      -- JSON text, both
-    changes BLOB,
+    changes BLOB,                      -- parts of a job are arrays there (job.py); in events of older versions objects
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX events_job ON events (job_seq);
