@@ -116,7 +116,8 @@ class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
 
 # The parts of a job stand in the journal as arrays, without the names of their fields, which took a third of its room.
 # So a new field goes to the end and has a default; none is taken out or moved, nor renamed while older events have
-# names. Backoff is an object there, too: clients send it.
+# names. Backoff is an object there, too: clients send it. The first event of a job leaves out the defaults of Job, so
+# they stay what they are.
 
 
 class Options(Struct, frozen=True, gc=False, array_like=True):
