@@ -394,9 +394,9 @@ class Actor:
 
     async def _load(self, batch: list[Asked]) -> Known:
         """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""
-        known, book, now = Known(), self.book, self._clock.moment().believed
         if all(asked.key is None and self._is_at_hand(asked.call.command) for asked in batch):
-            return known
+            return Known()
+        known, book, now = Known(), self.book, self._clock.moment().believed
         naming = [(asked, ids) for asked in batch if (ids := named_ids(asked.call.command))]
         named = dict.fromkeys(job_id for _, ids in naming for job_id in ids)
         unknown = [job_id for job_id in named if book.get(job_id) is None and job_id not in book.quarantined]
