@@ -55,15 +55,28 @@ class Numbers(Struct, frozen=True, gc=False):
     next_event: int = 1
     lease_ms: int = 0
     wall_ms: int = 0
+    clock_suspect: bool = False  # wall_ms is the expected time, not what the clock said
 
 
 class QueueRow(Struct, frozen=True, gc=False):
-    """What the store keeps of a queue: whether it is paused, and how many finished jobs it has, by status."""
+    """What the store keeps of a queue: its pause, and how many finished jobs it has, by status.
+
+    `paused_*` and `pause_reason` describe the pause: since when, by which operator, why, until when. They are None if
+    the queue is not paused or the store does not know. Times are wall time, Unix ms.
+    """
 
     paused: bool = False
     completed: int = 0
     failed: int = 0
     cancelled: int = 0
+    paused_at: int | None = None
+    paused_by: str | None = None
+    pause_reason: str | None = None
+    paused_until: int | None = None
+
+    def with_counts(self, completed: int, failed: int, cancelled: int) -> QueueRow:
+        """The same queue with these numbers of finished jobs."""
+        return replace(self, completed=completed, failed=failed, cancelled=cancelled)
 
     def without(self, status: str) -> QueueRow:
         """One finished job of this status less, where there is one."""

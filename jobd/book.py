@@ -160,8 +160,8 @@ class Book:
     def queue_row(self, queue: str) -> QueueRow:
         """What the store keeps of `queue`."""
         counts = self.counts.get(queue, {})
-        finished = (counts.get(status, 0) for status in ("completed", "failed", "cancelled"))
-        return QueueRow(queue in self.paused, *finished)
+        completed, failed, cancelled = (counts.get(status, 0) for status in ("completed", "failed", "cancelled"))
+        return QueueRow(queue in self.paused, completed, failed, cancelled)
 
     def numbers(self, lease_ms: int, wall_ms: int) -> Numbers:
         """The high-water marks as they are persisted with a commit."""

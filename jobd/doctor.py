@@ -420,7 +420,7 @@ def _recount(tables: Tables) -> str:
         if fault(row) is None:
             kept = rows.queue(row)
             counts = counted.pop(row[0], (0, 0, 0))
-            tables.conn.execute(PUT_QUEUE, rows.queue_row(row[0], QueueRow(kept.paused, *counts)))
+            tables.conn.execute(PUT_QUEUE, rows.queue_row(row[0], kept.with_counts(*counts)))
     for name, counts in counted.items():
         tables.conn.execute(PUT_QUEUE, rows.queue_row(name, QueueRow(False, *counts)))
     tables.write_meta()

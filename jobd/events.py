@@ -74,6 +74,7 @@ class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
     ended: Ended | None | UnsetType = UNSET
     result: Result | None | UnsetType = UNSET
     error: Failure | None | UnsetType = UNSET
+    releases: int | UnsetType = UNSET
 
 
 _AS_NEW: Final = Job.__struct_defaults__

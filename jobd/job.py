@@ -234,6 +234,7 @@ class Job(Struct, frozen=True, gc=False):
 
     `seq` is the order of creation, unique in a store and never used again. `expires_at` of a live job is the
     creator's (it fails then), of a finished one the time of its deletion. Times named `*_at` are wall time, Unix ms.
+    `releases` counts the releases in a row without a progress report between them.
     """
 
     seq: int
@@ -255,6 +256,7 @@ class Job(Struct, frozen=True, gc=False):
     ended: Ended | None = None
     result: Result | None = None
     error: Failure | None = None
+    releases: int = 0
 
 
 class Untouched(Struct, frozen=True, gc=False):

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.resources import files
 from typing import Final
 
 from jobd.batch import Numbers
 from jobd.files import StoreUnreadable
-from jobd.rows import META_COLUMNS, fault, sealed
+from jobd.job import LIVE
+from jobd.rows import META_COLUMNS, Row, checksum, fault, first_checksum, sealed
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 9
+VERSION: Final = 10
+_RESEALED_AT_ONCE: Final = 10_000  # rows
 
 
 def _add_late_results(conn: sqlite3.Connection) -> None:
@@ -94,6 +97,7 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     6: _add_index_of_failed,
     7: _say_finished_otherwise,
     8: _shorten_parts,
+    9: lambda conn: _describe_pauses_and_count_releases(conn),
 }
 
 
@@ -120,6 +124,7 @@ def meta_row(
             numbers.next_event,
             numbers.lease_ms,
             numbers.wall_ms,
+            int(numbers.clock_suspect),
             *totals,
             marked,
             gone_to,
@@ -182,16 +187,87 @@ def change_meta(conn: sqlite3.Connection, **values: int) -> None:
 
 
 def _note_what_is_gone(conn: sqlite3.Connection) -> None:
-    """Version 1 did not keep which events it had pruned: all until now may be gone.
-
-    The table is laid out anew, for the checksum has to stay its last column.
-    """
+    """Version 1 did not keep which events it had pruned: all until now may be gone."""
     found = read_meta(conn)
     assert found is not None
-    crc = found.pop("crc")
-    row = {**found, "events_gone_to": found["next_event"] - 1, "crc": crc}
+    _rewrite_meta(conn, {**found, "events_gone_to": found["next_event"] - 1})
+
+
+def _rewrite_meta(conn: sqlite3.Connection, row: dict[str, int]) -> None:
+    """Lay the meta table out anew with the columns of `row`. The checksum has to stay the last column."""
+    row["crc"] = row.pop("crc")
     columns = ", ".join(f"{name} INTEGER NOT NULL" for name in row)
     conn.execute("DROP TABLE meta")
     conn.execute(f"CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), {columns}) STRICT")
     names = ", ".join(row)
     conn.execute(f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", sealed(tuple(row.values())[:-1]))
+
+
+def _describe_pauses_and_count_releases(conn: sqlite3.Connection) -> None:
+    """Add who paused a queue and why, releases in a row, and a clock that stays suspect across a restart."""
+    pause = {"paused_at": "INTEGER", "paused_by": "TEXT", "pause_reason": "TEXT", "paused_until": "INTEGER"}
+    _add_columns(conn, "queues", pause, None)
+    live_xor, finished_xor = _add_columns(conn, "jobs", {"releases": "INTEGER NOT NULL"}, 0)
+    conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.releases', 0) WHERE json_valid(row)")
+    found = read_meta(conn)
+    assert found is not None
+    row: dict[str, int] = {}
+    for name, value in found.items():
+        row[name] = value
+        if name == "wall_ms":
+            row["clock_suspect"] = 0
+    row["live_xor"] ^= live_xor
+    row["finished_xor"] ^= finished_xor
+    _rewrite_meta(conn, row)
+
+
+def _add_columns(conn: sqlite3.Connection, table: str, types: dict[str, str], value: int | None) -> tuple[int, int]:
+    """Add columns that hold `value` in front of the checksum of every row, and write the checksums anew.
+
+    Gives what that does to the XOR of the checksums of live jobs, and to that of all other rows.
+    """
+    old = f"old_{table}"
+    sql = "SELECT sql FROM sqlite_schema WHERE tbl_name = ? AND type = ? AND sql IS NOT NULL"
+    [(made_by,)] = conn.execute(sql, (table, "table"))
+    indexes = conn.execute(sql, (table, "index")).fetchall()
+    names = ", ".join(name for (name,) in conn.execute("SELECT name FROM pragma_table_info(?)", (table,)))[
+        : -len(", crc")
+    ]
+    columns = "".join(f"{name} {type_}, " for name, type_ in types.items())
+    conn.execute(f"ALTER TABLE {table} RENAME TO {old}")
+    conn.execute(made_by.replace("crc INTEGER NOT NULL", f"{columns}crc INTEGER NOT NULL"))
+    # SQLite copies the rows: it keeps text that is no UTF-8 as it is.
+    added = "".join(f"{'NULL' if value is None else value}, " for _ in types)
+    conn.execute(f"INSERT INTO {table} ({names}, {', '.join(types)}, crc) SELECT {names}, {added}crc FROM {old}")
+    conn.execute(f"DROP TABLE {old}")
+    for (made_by,) in indexes:
+        conn.execute(made_by)
+    return _reseal(conn, table, names, (value,) * len(types))
+
+
+def _reseal(conn: sqlite3.Connection, table: str, names: str, added: Row) -> tuple[int, int]:
+    """Write the checksums of the rows of `table` anew, now that they end with the values `added`.
+
+    A damaged row stays as damaged as it was: its checksum is off by the same bits.
+    """
+    xors = {True: 0, False: 0}
+    last = -1
+    conn.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+    sql = f"SELECT rowid, {'status' if table == 'jobs' else 'NULL'}, {names}, crc FROM {table} NOT INDEXED"
+    while True:
+        found = conn.execute(f"{sql} WHERE rowid > ? ORDER BY rowid LIMIT {_RESEALED_AT_ONCE}", (last,)).fetchall()
+        if not found:
+            break
+        last = found[-1][0]
+        sealed_anew = []
+        for rowid, status, *columns, crc in found:
+            was, row = (*columns, crc), (*columns, *added)
+            try:
+                now = checksum(row) ^ checksum(tuple(columns)) ^ crc
+            except (UnicodeEncodeError, OverflowError, TypeError):
+                continue
+            sealed_anew.append((now, rowid))
+            xors[status in LIVE] ^= first_checksum(was) ^ first_checksum((*row, now))
+        conn.executemany(f"UPDATE {table} SET crc = ? WHERE rowid = ?", sealed_anew)
+    conn.text_factory = str
+    return xors[True], xors[False]

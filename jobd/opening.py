@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from jobd import files, migrations, rows, wal
 from jobd.batch import DiskFull, KeyRow, Numbers, Opened, QueueRow
@@ -279,8 +280,8 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Tables:
     """The tables with their numbers and sums. Raises StoreUnreadable."""
     migrations.check_meta(conn, path)
     found = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
-    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, *sums, marked, gone_to = found
-    numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms)
+    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, suspect, *sums, marked, gone_to = found
+    numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms, bool(suspect))
     live, live_xor, finished, finished_xor = sums
     totals = (live, live_xor, finished, finished_xor)
     return Tables(conn, os.path.dirname(path) or ".", numbers, totals, bool(marked), gone_to)
@@ -308,7 +309,7 @@ def _begin_epoch(tables: Tables, epoch: int) -> None:
     """
     old = tables.numbers
     next_event = max(old.next_event, epoch << 40)
-    tables.numbers = Numbers(epoch, 1, old.next_job, next_event, old.lease_ms, old.wall_ms)
+    tables.numbers = replace(old, epoch=epoch, next_token=1, next_event=next_event)
     tables.gone_to = next_event - 1
     tables.marked = True
     tables.write_meta()

@@ -72,6 +72,7 @@ JOB_FIELDS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "result": ("download_url", "file_path", "storage_key", "metadata"),
     "error": ("error_message", "error_code"),
+    "releases": ("releases",),
 }
 JOB_COLUMNS: Final = tuple(column for columns in JOB_FIELDS.values() for column in columns)
 # Columns in which a part that is there must have a value.
@@ -85,7 +86,7 @@ _NEEDED: Final = {
 # others hold what they hold in every such job.
 NEW_COLUMNS: Final = ("seq", "id", "expires_at", *JOB_FIELDS["options"], "created_at", "run_at")
 AS_CREATED: Final[dict[str, Any]] = {
-    column: {"status": "queued", "progress": 0.0, "attempt": 0, "stalls": 0}.get(column)
+    column: {"status": "queued", "progress": 0.0, "attempt": 0, "stalls": 0, "releases": 0}.get(column)
     for column in JOB_COLUMNS
     if column not in (*NEW_COLUMNS, "updated_at")
 }
@@ -207,6 +208,7 @@ def job_row(job: Job) -> Row:
         *(_NO_ENDED if ended is None else _ended_columns(ended)),
         *(_NO_RESULT if result is None else _result_columns(result)),
         *(_NO_ERROR if error is None else (error.message, error.code)),
+        job.releases,
     )
 
 
@@ -275,6 +277,7 @@ class JobReader:
             None if ended[0] is None else self._ended(ended),
             None if result == _NO_RESULT else _result(result),
             None if error == _NO_ERROR else Failure(*error),
+            row[50],
         )
 
     def new(self, row: Row) -> Job | Untouched | None:
@@ -486,12 +489,13 @@ def key(row: Row, answer: bytes | None = None) -> KeyRow:
 
 def queue_row(name: str, queue: QueueRow) -> Row:
     """The columns of a queue in the order of QUEUE_COLUMNS, with the checksum."""
-    return sealed((name, int(queue.paused), queue.completed, queue.failed, queue.cancelled))
+    paused, *others = astuple(queue)
+    return sealed((name, int(paused), *others))
 
 
 def queue(row: Row) -> QueueRow:
     """The queue of a row whose checksum is right."""
-    return QueueRow(bool(row[1]), *row[2:5])
+    return QueueRow(bool(row[1]), *row[2:-1])
 
 
 def tombstone_row(tombstone: Tombstone) -> Row:

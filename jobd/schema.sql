@@ -13,6 +13,7 @@ CREATE TABLE meta (
     next_event INTEGER NOT NULL,
     lease_ms INTEGER NOT NULL,
     wall_ms INTEGER NOT NULL,
+    clock_suspect INTEGER NOT NULL,    -- 1: the wall clock has jumped ahead; wall_ms is the expected time
     live_count INTEGER NOT NULL,       -- jobs that are queued or processing, and the XOR of their crc
     live_xor INTEGER NOT NULL,
     finished_count INTEGER NOT NULL,   -- all others
@@ -74,6 +75,7 @@ CREATE TABLE jobs (
     metadata BLOB,                     -- JSON text
     error_message TEXT,
     error_code TEXT,
+    releases INTEGER NOT NULL,         -- in a row, without a progress report
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX jobs_id ON jobs (id);
@@ -145,6 +147,10 @@ CREATE TABLE queues (
     completed INTEGER NOT NULL,
     failed INTEGER NOT NULL,
     cancelled INTEGER NOT NULL,
+    paused_at INTEGER,                 -- the pause: since when, by whom, why, until when
+    paused_by TEXT,
+    pause_reason TEXT,
+    paused_until INTEGER,
     crc INTEGER NOT NULL
 ) STRICT;
 

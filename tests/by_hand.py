@@ -45,6 +45,7 @@ def full_job(seq: int = 7) -> Job:
         ended=Ended("old", (1 << 40) | 3, "w-0", NOW, "stall", "silent", "fail", "abc"),
         result=Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}')),
         error=Failure("it broke", "E1"),
+        releases=6,
     )
 
 

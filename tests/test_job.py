@@ -137,6 +137,7 @@ def test_a_new_job_in_short_is_the_whole_job() -> None:
         {"ended": Ended("l", 1, "w", 1, "", "")},
         {"result": Result()},
         {"error": Failure(None)},
+        {"releases": 1},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -146,4 +147,4 @@ def test_a_job_that_says_more_is_never_kept_in_short(change: dict[str, Any]) -> 
 
 def test_every_field_of_a_job_was_thought_of() -> None:
     """A new field has to be among those that are tried above, or be one that says nothing."""
-    assert len(fields(Job)) == 19
+    assert len(fields(Job)) == 20

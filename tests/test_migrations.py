@@ -17,6 +17,7 @@ import pytest
 
 from jobd import doctor, migrations, rows
 from jobd.batch import Audited, AuditQuery, LateAsked
+from jobd.job import FINISHED
 from jobd.store import Store, StoreTooNew, StoreUnreadable
 from tests.by_hand import Maker
 from tests.store_help import assert_holds, edited, make_store, opened, read
@@ -80,6 +81,22 @@ async def test_a_damaged_meta_row_is_not_sealed_anew_by_a_migration(path: str) -
         conn.execute("UPDATE meta SET next_token = next_token + 1")
     with pytest.raises(StoreUnreadable, match="meta row"):
         await Store.open(path)
+
+
+def _make_version_9(conn: sqlite3.Connection) -> None:
+    """Take the columns away that version 10 added."""
+    for table, columns in {
+        "queues": ("paused_at", "paused_by", "pause_reason", "paused_until"),
+        "jobs": ("releases",),
+        "meta": ("clock_suspect",),
+    }.items():
+        for column in columns:
+            conn.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        for rowid, *row, _ in conn.execute(f"SELECT rowid, * FROM {table}").fetchall():
+            crc = rows.sealed(tuple(row[1:] if table == "meta" else row))[-1]
+            conn.execute(f"UPDATE {table} SET crc = ? WHERE rowid = ?", (crc, rowid))
+    live, live_xor, finished, finished_xor = doctor.totals(conn)
+    migrations.change_meta(conn, live_count=live, live_xor=live_xor, finished_count=finished, finished_xor=finished_xor)
 
 
 def _make_version_1(conn: sqlite3.Connection) -> None:
@@ -172,9 +189,11 @@ def as_of(version: int, path: str) -> None:
             assert conn.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), (
                 "no older version could have had it"
             )
+        _make_version_9(conn)
         if version == 1:
             _make_version_1(conn)
-        _name_parts(conn)
+        if version < 9:
+            _name_parts(conn)
     with edited(was) as old:
         for statement in migrations.statements((SCHEMAS / f"v{version}.sql").read_text("utf-8")):
             old.execute(statement)
@@ -194,6 +213,39 @@ def schema_of(path: str) -> dict[str, str]:
     with edited(path) as conn:
         found = conn.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL").fetchall()
     return {name: "".join(re.sub(r"--.*", "", sql).split()) for name, sql in found}
+
+
+async def test_a_migration_leaves_damaged_rows_as_damaged_as_they_are(path: str) -> None:
+    maker = await make_store(path)
+    as_of(9, path)
+    live = next(job for job in maker.jobs.values() if job.status == "queued")
+    finished, unreadable = [job for job in maker.jobs.values() if job.status in FINISHED][:2]
+    with edited(path) as conn:
+        conn.execute("UPDATE jobs SET crc = (crc | 4) - (crc & 4) WHERE seq = ?", (live.seq,))
+        conn.execute("UPDATE jobs SET attempt = attempt + 1 WHERE seq = ?", (finished.seq,))
+        conn.execute("UPDATE jobs SET kind = CAST(x'ff61' AS TEXT) WHERE seq = ?", (unreadable.seq,))
+    async with opened(path) as (store, found):
+        assert list(found.quarantined) == [live.id]
+        assert found.faults == [f"job {live.id} was quarantined: its checksum is wrong"]
+        bad = (await store.load([finished.id, unreadable.id], [], [])).bad
+        assert sorted(bad) == sorted([finished.id, unreadable.id])
+    assert doctor.check(path) != []
+
+
+async def test_a_job_that_was_quarantined_before_a_migration_can_be_accepted_after_it(path: str) -> None:
+    maker = await make_store(path)
+    job = next(job for job in maker.jobs.values() if job.status == "queued")
+    as_of(9, path)
+    with edited(path) as conn:
+        row = dict(zip(rows.JOB_COLUMNS[:-1], rows.job_row(job), strict=False))
+        conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
+        conn.execute(
+            "INSERT INTO quarantined_jobs VALUES (?, ?, 'damaged', 1, ?, CAST('null' AS BLOB), '')",
+            (job.seq, job.id, json.dumps(row)),
+        )
+    async with opened(path):
+        pass
+    assert "was taken as it is" in doctor.accept(path, job.id)
 
 
 @pytest.mark.parametrize("version", range(1, migrations.VERSION))

@@ -46,8 +46,8 @@ def test_the_other_tables_have_the_columns_of_their_values(table: str, columns: 
 
 
 def test_the_meta_row_holds_every_number() -> None:
-    row = migrations.meta_row(Numbers(2, 3, 4, 5, 6, 7), (8, 9, 10, 11), 1, 13, 12)
-    assert row[:-1] == (12, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1, 13)
+    row = migrations.meta_row(Numbers(2, 3, 4, 5, 6, 7, True), (8, 9, 10, 11), 1, 13, 12)
+    assert row[:-1] == (12, 2, 3, 4, 5, 6, 7, 1, 8, 9, 10, 11, 1, 13)
     assert rows.fault(row) is None
 
 
@@ -208,8 +208,8 @@ def test_keys_and_queues_come_back_as_they_were() -> None:
     assert rows.key(tuple(columns), answer) == answered
     granted = KeyRow("d", "b", NOW, 200, None, [("job", "lock")])
     assert rows.key(rows.key_row(granted)[:-1]) == granted
-    queue = QueueRow(True, 1, 2, 3)
-    assert rows.queue(rows.queue_row("q", queue)) == queue
+    for queue in (QueueRow(True, 1, 2, 3), QueueRow(True, 1, 2, 3, NOW, "ann", "deploy", NOW + 1)):
+        assert rows.queue(rows.queue_row("q", queue)) == queue
     buried = Tombstone(7, "a", "k/ü", 1, 2, 3)
     assert rows.tombstone(rows.tombstone_row(buried)) == buried
     assert rows.fault(rows.tombstone_row(buried)) is None
