@@ -190,6 +190,7 @@ class Start(OnJob, frozen=True, kw_only=True):
     worker: Worker
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: StuckAfterMs | None = None
+    max_processing_ms: MaxProcessingMs | None = None
 
 
 class Claim(Command, frozen=True, kw_only=True):
@@ -202,6 +203,7 @@ class Claim(Command, frozen=True, kw_only=True):
     wait_ms: Annotated[int, Meta(ge=0, le=MAX_WAIT_MS)] = 0
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: StuckAfterMs | None = None
+    max_processing_ms: MaxProcessingMs | None = None
 
 
 class Progress(OnJob, frozen=True, kw_only=True):

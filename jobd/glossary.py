@@ -372,7 +372,8 @@ FIELDS: Final = {
     "made_at": "When it was made.",
     "max_attempts": "How often it is tried.",
     "max_ms": "No wait is longer.",
-    "max_processing_ms": "The lock never outlives the latest progress report by more; 0: no ceiling.",
+    "max_processing_ms": "The ceiling: the lock never outlives the latest progress report by more; 0: no ceiling. In a "
+    "start or claim it counts if the creator of the job set none.",
     "max_stalls": "A job that stalls more often fails.",
     "mendedJobs": "Jobs with issues that a pass would mend or report.",
     "message": "A sentence for people.",

@@ -274,7 +274,7 @@ def start(draft: Draft, command: Start) -> Answer | Refusal:
     refusal = _refuse_start(draft, job)
     if refusal is not None:
         return refusal
-    job = steps.grant(draft, job, command.worker, command.lock_ttl_ms, command.stuck_after_ms)
+    job = steps.grant(draft, job, command)
     answer = _granted(draft, [job])
     answer.data = answer.data.grants[0]
     return answer
@@ -321,7 +321,7 @@ def claim(draft: Draft, command: Claim) -> Answer:
             if len(draft.changes) < EXPIRED_BY_CLAIM:
                 steps.expire(draft, job, by="daemon")
             continue
-        granted.append(steps.grant(draft, job, command.worker, command.lock_ttl_ms, command.stuck_after_ms))
+        granted.append(steps.grant(draft, job, command))
         if len(granted) == command.limit:
             break
     return _granted(draft, granted)
@@ -562,7 +562,7 @@ def _past_ceiling(draft: Draft, job: Job) -> Refusal:
     message = (
         f"Job {job.id} had no progress report for {steps.in_words(limit)} (max_processing_ms {limit}). "
         "Complete, fail or release it now. Next time report progress in time, or raise max_processing_ms of the "
-        "job or max_processing under [locks]."
+        "job, of the start or claim, or max_processing under [locks]; 0 means no ceiling."
     )
     details = {"max_processing_ms": limit, "ceiling_at": draft.at.wall(job.lease.ceiling)}
     return Refusal("max_processing_time_exceeded", message, details)

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from jobd import views
 from jobd.answers import Answer
-from jobd.commands import Complete, Create, Import, Refusal
+from jobd.commands import Claim, Complete, Create, Import, Refusal, Start
 from jobd.draft import Draft
 from jobd.events import EventType
 from jobd.job import (
@@ -120,8 +120,13 @@ def whole(progress: float) -> int | float:
     return int(progress) if progress == int(progress) else progress
 
 
-def grant(draft: Draft, job: Job, worker: str, ttl_ms: int | None, stuck_after_ms: int | None) -> Job:
-    """Hand a queued job to `worker`: a new lock, a new token, one attempt more."""
+def grant(draft: Draft, job: Job, asked: Start | Claim) -> Job:
+    """Grant a queued job to the worker that asked: a new lock, a new token, one attempt more.
+
+    The stall time of the grant comes before that of the job. The ceiling that the creator set comes before that of the
+    grant, so that a worker cannot lift it.
+    """
+    worker = asked.worker
     policy, options, lease = draft.policy, job.options, draft.at.lease
     token = draft.token()
     made = Grant(
@@ -129,9 +134,11 @@ def grant(draft: Draft, job: Job, worker: str, ttl_ms: int | None, stuck_after_m
         fencing_token=token,
         worker=worker,
         acquired_at=draft.at.now,
-        ttl_ms=ttl_ms or policy.lock_ttl_ms,
-        stuck_after_ms=settled(stuck_after_ms, settled(options.stuck_after_ms, policy.stuck_after_ms)),
-        max_processing_ms=settled(options.max_processing_ms, policy.max_processing_ms),
+        ttl_ms=asked.lock_ttl_ms or policy.lock_ttl_ms,
+        stuck_after_ms=settled(asked.stuck_after_ms, settled(options.stuck_after_ms, policy.stuck_after_ms)),
+        max_processing_ms=settled(
+            options.max_processing_ms, settled(asked.max_processing_ms, policy.max_processing_ms)
+        ),
     )
     ceiling = lease + made.max_processing_ms if made.max_processing_ms else None
     return draft.step(

@@ -124,7 +124,18 @@ def _processing(job: Job, at: Moment) -> WhyView:
         because += " Its lock has expired, and it is too late to report progress; the worker may still end it."
     else:
         because += " Its lock has expired; the worker may still end it or report."
+    because += _ceiling(grant, lease, at)
     return WhyView("processing", because, _next_of(grant, lease, at), None, _advice(job, grant))
+
+
+def _ceiling(grant: Grant, lease: Lease, at: Moment) -> str:
+    """The ceiling of this grant while it lies ahead, or that there is none."""
+    if lease.ceiling is None:
+        return " This grant has no ceiling (max_processing_ms 0)."
+    left = lease.ceiling - at.lease
+    if left <= 0:
+        return ""
+    return f" Its ceiling is in {in_words(left)} (max_processing_ms {grant.max_processing_ms}); progress moves it."
 
 
 def _next_of(grant: Grant, lease: Lease, at: Moment) -> Next:

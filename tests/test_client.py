@@ -287,6 +287,8 @@ def test_an_empty_id_is_refused_before_it_names_another_path() -> None:
 
 def test_one_queue_may_be_given_as_text() -> None:
     assert msgspec.json.decode(calls.claim("w", queues="video").body or b"")["queues"] == ["video"]
+    for request in (calls.start_processing("a", "w", max_processing_ms=0), calls.claim("w", max_processing_ms=0)):
+        assert msgspec.json.decode(request.body or b"") == {"worker": "w", "max_processing_ms": 0}
 
 
 def test_a_payload_that_python_cannot_hold_does_not_spoil_the_job() -> None:

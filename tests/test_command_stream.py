@@ -200,7 +200,8 @@ async def test_the_life_of_a_job(town: Town) -> None:
     stream = await Stream.open(town.house)
     stream.send({"op": "create", "id": "j"}, {"op": "create", "id": "j"}, {"op": "get", "id": "j"})
     assert [(await stream.hear())["status"] for _ in range(3)] == [201, 200, 200]
-    grant = (await stream.ask(op="start", id="j", worker="w"))["data"]
+    grant = (await stream.ask(op="start", id="j", worker="w", max_processing_ms=0))["data"]
+    assert (grant["ceiling_at"], grant["job"]["max_processing_ms"]) == (None, 0)
     answer = await stream.ask(op="progress", id="j", lock_id=grant["lock_id"], progress=5)
     assert answer["data"]["cancel_requested"] is False
     answer = await stream.ask(op="complete", id="j", lock_id="another")

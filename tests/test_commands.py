@@ -85,6 +85,8 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (Start, {"id": "a"}, "worker", ["w", LONG, "a b"], ["", "x" * 201, "a\n", "\x00", "\x1f", "\x7f"]),
     (Start, START, "lock_ttl_ms", [1_000, DAY_MS], [999, DAY_MS + 1]),
     (Start, START, "stuck_after_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Start, START, "max_processing_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Claim, {"worker": "w"}, "max_processing_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
     (Claim, {"worker": "w"}, "queues", [["q"], ["q"] * 100], [[], ["q"] * 101, [""]]),
     (Claim, {"worker": "w"}, "kinds", [[""], ["k"] * 100], [[], ["k"] * 101]),
     (Claim, {"worker": "w"}, "limit", [1, 100], [0, 101]),

@@ -312,6 +312,49 @@ def test_a_lock_is_cut_to_its_ceiling(desk: Desk) -> None:
     assert granted.lock_expires_at == granted.ceiling_at == NOW + 500
 
 
+@pytest.mark.parametrize("by", ["start", "claim"])
+@pytest.mark.parametrize(
+    ("creator", "asked", "holds"),
+    [
+        (None, None, CEILING),
+        (None, 0, 0),
+        (None, 3_000, 3_000),
+        (2_000, None, 2_000),
+        (2_000, 0, 2_000),
+        (2_000, 3_000, 2_000),
+        (2_000, 1_000, 2_000),
+        (0, None, 0),
+        (0, 3_000, 0),
+    ],
+)
+def test_the_ceiling_is_that_of_the_creator_else_of_the_grant_else_of_the_configuration(
+    desk: Desk, by: str, creator: int | None, asked: int | None, holds: int
+) -> None:
+    desk.create(max_processing_ms=creator)
+    if by == "start":
+        granted = desk.yes(Start(id="a", worker="w", max_processing_ms=asked))
+    else:
+        (granted,) = desk.yes(Claim(worker="w", max_processing_ms=asked)).grants
+    assert granted.ceiling_at == (desk.now + holds if holds else None)
+    assert granted.job.max_processing_ms == holds
+    assert granted.lock_expires_at == desk.now + (min(TTL, holds) if holds else TTL)
+    view = desk.progress(granted.lock_id)
+    assert view.ceiling_at == granted.ceiling_at
+    desk.yes(Release(id="a", lock_id=granted.lock_id))
+    assert desk.yes(Get(id="a")).max_processing_ms == (CEILING if creator is None else creator), "it was of that grant"
+
+
+def test_without_a_ceiling_a_lock_lives_as_long_as_it_is_extended(desk: Desk) -> None:
+    desk.create()
+    lock_id = desk.start(lock_ttl_ms=MINUTE_MS, stuck_after_ms=0, max_processing_ms=0)
+    for _ in range(3 * 60):
+        desk.passes(MINUTE_MS - 1)
+        assert desk.yes(Extend(id="a", lock_id=lock_id)).lock_expires_at == desk.now + MINUTE_MS
+    desk.passes(MINUTE_MS)
+    desk.yes(Recover(limit=1))
+    assert desk.job().status == "queued", "it counts as stuck only when nothing is heard"
+
+
 def test_without_a_ceiling_there_is_none(desk: Desk) -> None:
     desk.create(**no_ceiling())
     assert desk.yes(Start(id="a", worker="w")).ceiling_at is None
@@ -1041,6 +1084,21 @@ def test_a_request_is_told_from_others_by_a_hash_of_all_that_it_says() -> None:
     assert len(hashes) == 4
     assert rules.digest(Create(id="a")) == rules.digest(Create(id="a", queue="default"))
     assert {len(each) for each in hashes} == {32}  # as in the store
+
+
+@pytest.mark.parametrize(
+    ("command", "digest"),
+    [
+        (Create(id="a"), "7fedd51c171dd1953fa559844c9cad15"),
+        (Create(id="a", queue="q", payload=Raw(b'{"x":1}'), priority=3), "13e33596d43e6150cd1d851531f63b35"),
+        (Complete(id="a", lock_id="l"), "93fb111300f6de1128947d984fb8ba84"),
+        (Fail(id="a", lock_id="l", error_message="m"), "62cd7eef3b63902a413d5942929126e9"),
+        (Release(id="a", lock_id="l"), "5d6df6a6a3d543f07a07dc2ef429c2a2"),
+    ],
+)
+def test_a_request_that_is_repeated_after_an_upgrade_has_the_hash_that_is_stored(command: Any, digest: str) -> None:
+    """The hashes are on the disk: a new field that a request does not give must not change them."""
+    assert rules.digest(command) == digest
 
 
 def test_undelivered_puts_the_job_back(desk: Desk) -> None:

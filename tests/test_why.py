@@ -162,6 +162,18 @@ def test_the_ceiling_is_named(desk: Desk) -> None:
     )
 
 
+def test_the_ceiling_that_holds_is_that_of_the_grant(desk: Desk) -> None:
+    desk.create("a")
+    lock_id = desk.start("a", max_processing_ms=0)
+    assert why(desk).because.endswith(" This grant has no ceiling (max_processing_ms 0).")
+    desk.yes(Release(id="a", lock_id=lock_id))
+    desk.start("a", max_processing_ms=40 * MINUTE_MS)
+    desk.passes(MINUTE_MS)
+    assert why(desk).because.endswith(" Its ceiling is in 39 min (max_processing_ms 2400000); progress moves it.")
+    desk.passes(39 * MINUTE_MS)
+    assert "ceiling" not in why(desk).because
+
+
 def test_a_processing_row_that_nobody_holds(desk: Desk) -> None:
     desk.held()
     whole = desk.job()

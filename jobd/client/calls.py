@@ -150,13 +150,22 @@ def start_processing(
     *,
     lock_ttl_ms: int | None = None,
     stuck_after_ms: int | None = None,
+    max_processing_ms: int | None = None,
     idempotency_key: str | None = None,
 ) -> Request[GrantInfo]:
     """Take this job for `worker`. The lock lives `lock_ttl_ms` (1 s to 24 h) unless it is extended.
 
+    The lock never outlives the latest progress report by more than `max_processing_ms`; 0 means no ceiling. A ceiling
+    that the creator of the job set comes first.
+
     Raises AlreadyLocked, NotDue, QueuePaused, InvalidTransition, JobNotFound.
     """
-    body = {"worker": worker, "lock_ttl_ms": lock_ttl_ms, "stuck_after_ms": stuck_after_ms}
+    body = {
+        "worker": worker,
+        "lock_ttl_ms": lock_ttl_ms,
+        "stuck_after_ms": stuck_after_ms,
+        "max_processing_ms": max_processing_ms,
+    }
     return post(job_path(JOBS, job_id, "start"), _read_grant, body, key=idempotency_key or uuid7())
 
 
@@ -169,12 +178,13 @@ def claim(
     wait_ms: int = 0,
     lock_ttl_ms: int | None = None,
     stuck_after_ms: int | None = None,
+    max_processing_ms: int | None = None,
     idempotency_key: str | None = None,
 ) -> Request[list[GrantInfo]]:
     """Take the first due jobs for `worker`: 1 by default, `limit` (up to 100) at most, none if there is none.
 
     `queues` are `["default"]` and `kinds` all if they are not given. With `wait_ms` (up to 60 000) the call waits
-    for a job as long as that.
+    for a job as long as that. `max_processing_ms` is as in `start_processing`.
     """
     body = {
         "worker": worker,
@@ -184,6 +194,7 @@ def claim(
         "wait_ms": wait_ms or None,
         "lock_ttl_ms": lock_ttl_ms,
         "stuck_after_ms": stuck_after_ms,
+        "max_processing_ms": max_processing_ms,
     }
     return post("/v1/claim", _granted, body, key=idempotency_key or uuid7(), wait_ms=wait_ms)
 

@@ -317,6 +317,10 @@ class Promises:
         within = lease.ceiling is None or lease.expires <= lease.ceiling
         ends = f"the lock ends at {lease.expires}, its ceiling is {lease.ceiling}"
         self.must(within, "S11", f"{kind}: {ends}", job.id)
+        if kind == "granted":
+            own, asked = job.options.max_processing_ms, getattr(command, "max_processing_ms", None)
+            fits = own == grant.max_processing_ms or (own is None and asked in (None, grant.max_processing_ms))
+            self.must(fits, "S11", f"{kind}: its ceiling is {grant.max_processing_ms}, not {own} or {asked}", job.id)
         credited = before.ceiling if before is not None else None
         if kind in ("granted", "progress"):
             ceiling = at.lease + grant.max_processing_ms if grant.max_processing_ms else None

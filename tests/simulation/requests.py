@@ -140,6 +140,7 @@ class Requests:
             wait_ms=self.dice.choice((0, 300, 3_000, 10_000, 60_000)),
             lock_ttl_ms=self.maybe(0.4, 1_000, 4_000, 60_000),
             stuck_after_ms=self.maybe(0.4, 0, 0, 2_000),
+            max_processing_ms=self.maybe(0.2, 0, 3_000, 20_000),
         )
 
     def start(self, worker: str) -> Start:
@@ -148,6 +149,7 @@ class Requests:
             worker=worker,
             lock_ttl_ms=self.maybe(0.4, 1_000, 4_000, 60_000),
             stuck_after_ms=self.maybe(0.4, 0, 0, 2_000),
+            max_processing_ms=self.maybe(0.2, 0, 3_000, 20_000),
         )
 
     # -- operators ----------------------------------------------------------------------------------------------------
