@@ -246,8 +246,8 @@ def test_what_a_job_says_cannot_reach_the_terminal(jobctl: Ctl, running: Running
     evil = "\x1b]0;owned\x07 \x9b31m line\nbreak \u202eback"
     jobctl.ok("submit", "--id", "s6", "--queue", "s6", json.dumps({"evil": evil}, ensure_ascii=False))
     grant = running.client.claim("evil-worker", queues=["s6"])[0]
-    running.client.update_progress("s6", grant.lock_id, 1, evil)
-    running.client.fail_job("s6", grant.lock_id, evil, error_code="e")
+    running.client.update_progress("s6", lock_id=grant.lock_id, progress=1, message=evil)
+    running.client.fail_job("s6", lock_id=grant.lock_id, error_message=evil, error_code="e")
     for argv in (["job", "s6"], ["jobs", "--queue", "s6"], ["timeline", "s6"], ["why", "s6"]):
         for text in (jobctl.ok(*argv), jobctl.ok(*argv, "--json")):
             assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text), argv
@@ -356,7 +356,7 @@ def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Runni
     assert set(forced) == _fields(answers.Forced)
     assert (forced["previousStatus"], forced["reason"]) == ("processing", "hung")
     with pytest.raises(JobdError, match="lock_lost"):
-        running.client.complete_job("c4", grant.lock_id)
+        running.client.complete_job("c4", lock_id=grant.lock_id)
     assert jobctl.ok("force-reset", "c4", "-y") == "c4: failed → queued\n"
     assert jobctl.json("update", "c4", "--priority", "7", "--max-attempts", "2", "--reason", "late")["priority"] == 7
     assert jobctl.json("audit", "--what", "update")["entries"][0]["reason"] == "late"
@@ -538,7 +538,9 @@ def test_jobs_that_wait_to_be_tried_again_are_in_the_group_and_can_be_run_now(ru
     for n in range(2):
         jobctl.ok("submit", "--id", f"ag{n}", "--queue", "ag", "--max-attempts", "3")
         grant = running.client.start_processing(f"ag{n}", "w")
-        running.client.fail_job(f"ag{n}", grant.lock_id, f"no road to {n}", retry_after_ms=600_000)
+        running.client.fail_job(
+            f"ag{n}", lock_id=grant.lock_id, error_message=f"no road to {n}", retry_after_ms=600_000
+        )
     found = [each for each in jobctl.json("failures")["groups"] if each["message"] == "no road to 1"]
     assert (found[0]["count"], found[0]["retrying"]) == (0, 2)
     name = found[0]["fingerprint"]
@@ -595,7 +597,7 @@ def test_what_recovery_would_do_can_be_done_exactly_so(running: Running, jobctl:
         assert (code, out.splitlines()[0]) == (0, "2 would be recovered")
         named = re.fullmatch(r"To do exactly this, until [^:]+:\d\d:\d\d UTC.*: jobctl apply ([0-9a-f]{16})\n", err)
         assert named is not None, err
-        running.client.update_progress("time-2", lock_id, 40)
+        running.client.update_progress("time-2", lock_id=lock_id, progress=40)
         shown = jobctl.ok("apply", named[1], "--dry-run")
         assert "recover-stuck: 2 jobs" in shown
         assert shown.count("processing → queued") == 2
@@ -614,7 +616,7 @@ def test_what_a_pass_would_do_can_be_done_exactly_so_but_for_what_it_mends(runni
         soon = round(time.time() * 1000) + 500
         running.client.create_job(id="time-late", queue="time-late", expires_at=soon)
         grant = running.client.start_processing(running.client.create_job(queue="time-old").id, "w")
-        old = running.client.complete_job(grant.job.id, grant.lock_id, file_path="/f", expires_at=soon).id
+        old = running.client.complete_job(grant.job.id, lock_id=grant.lock_id, file_path="/f", expires_at=soon).id
         _stuck(running, "time-3")
         code, _, err = jobctl.run("cleanup", "--dry-run")
         assert code == 0
@@ -700,7 +702,7 @@ def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: 
     assert (code, "no storage_key" in err) == (4, True)
     assert jobctl.no("artefact", "none")[0] == 4
     grant = running.client.claim("w", queues=["c7"])[0]
-    running.client.complete_job("c7", grant.lock_id, storage_key="c7/report.pdf")
+    running.client.complete_job("c7", lock_id=grant.lock_id, storage_key="c7/report.pdf")
     assert "any more" in jobctl.no("artefact", "c7", "-o", str(target))[1]
     assert not list(tmp_path.iterdir())
     (running.folder / "artefacts" / "c7").mkdir()
@@ -731,7 +733,7 @@ def test_what_came_late_is_downloaded_before_it_is_adopted(jobctl: Ctl, running:
     (running.folder / "artefacts" / "c8").mkdir()
     (running.folder / "artefacts" / "c8" / "late.bin").write_bytes(b"late")
     with pytest.raises(LockLost) as lost:
-        running.client.complete_job("c8", grant.lock_id, storage_key="c8/late.bin")
+        running.client.complete_job("c8", lock_id=grant.lock_id, storage_key="c8/late.bin")
     target = tmp_path / "late.bin"
     assert jobctl.no("artefact", "c8", "-o", str(target))[0] == 4
     assert jobctl.no("artefact", "c8", "--late-result", "1", "-o", str(target))[0] == 4
@@ -747,7 +749,7 @@ def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> Non
     grant = running.client.claim("w-late", queues=["c6"])[0]
     jobctl.ok("force-reset", "c6", "-y")
     with pytest.raises(LockLost) as lost:
-        running.client.complete_job("c6", grant.lock_id, file_path="/srv/6", metadata={"a": 1})
+        running.client.complete_job("c6", lock_id=grant.lock_id, file_path="/srv/6", metadata={"a": 1})
     (late,) = jobctl.json("late", "c6")["late_results"]
     assert set(late) == _fields(answers.LateResultView)
     assert late["seq"] == lost.value.late_result
@@ -762,7 +764,7 @@ def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> Non
     assert "c6: adopt would be refused: Job c6 is processing. Worker w holds it" in err
     assert "[invalid_transition]" in err
     assert "force-fail c6" in jobctl.no("adopt", "c6", "-y")[1]
-    running.client.release_job("c6", again.lock_id)
+    running.client.release_job("c6", lock_id=again.lock_id)
     what = f'late result {late["seq"]} of w-late (file_path /srv/6, metadata {{"a":1}})'
     assert jobctl.ok("adopt", "c6", "--dry-run") == f"c6: would adopt {what}: it is queued\n"
     assert jobctl.no("adopt", "c6", "-y", "--result", "1")[0] == 4
@@ -820,7 +822,7 @@ def _came_late(running: Running, jobctl: Ctl, *ids: str) -> None:
         grant = running.client.claim("w-late", queues=[ids[0]])[0]
         jobctl.ok("force-fail", job_id, "-y")
         with pytest.raises(LockLost):
-            running.client.complete_job(job_id, grant.lock_id, file_path=f"/srv/{job_id}")
+            running.client.complete_job(job_id, lock_id=grant.lock_id, file_path=f"/srv/{job_id}")
 
 
 _GOES: Final = "1 late result that nobody has adopted: it goes with the job."
@@ -1610,7 +1612,7 @@ def test_a_dry_run_is_refused_as_the_deed_would_be(
     assert "would update (priority 0 → 1): it is processing" in jobctl.ok(
         "update", "dry-3", "--priority", "1", "--dry-run"
     )
-    running.client.complete_job("dry-3", grant.lock_id, file_path="/f")
+    running.client.complete_job("dry-3", lock_id=grant.lock_id, file_path="/f")
     for argv in (["run-now", "dry-3"], ["update", "dry-3", "--priority", "1"]):
         code, err = jobctl.no(*argv)
         refused = f"dry-3: {argv[0]} would be refused: "
@@ -1641,7 +1643,7 @@ def test_what_is_adopted_is_what_was_there_when_a_person_was_asked(running: Runn
         grant = running.client.start_processing("late-1", f"w-{path}")
         jobctl.ok("force-reset", "late-1", "-y")
         with pytest.raises(LockLost):
-            running.client.complete_job("late-1", grant.lock_id, file_path=path)
+            running.client.complete_job("late-1", lock_id=grant.lock_id, file_path=path)
 
     bring("/first")
     assert "/second" not in jobctl.ok("late", "late-1")

@@ -62,16 +62,16 @@ def fill(daemon: Running) -> None:
     locks = {name: client.start_processing(name, "w-1").lock_id for name in ("done", "wrong", "again", "half", "begun")}
     client.complete_job(
         "done",
-        locks["done"],
+        lock_id=locks["done"],
         download_url="https://example.org/1",
         file_path="/f",
         storage_key="k",
         metadata={"n": [1]},
     )
-    client.fail_job("wrong", locks["wrong"], "it broke\n»so«", error_code="E1", retry=False)
-    client.fail_job("again", locks["again"], "not yet", retry_after_ms=3_600_000)
+    client.fail_job("wrong", lock_id=locks["wrong"], error_message="it broke\n»so«", error_code="E1", retry=False)
+    client.fail_job("again", lock_id=locks["again"], error_message="not yet", retry_after_ms=3_600_000)
     client.cancel_job("gone", "nobody wants it")
-    client.update_progress("half", locks["half"], 41.5, "nearly")
+    client.update_progress("half", lock_id=locks["half"], progress=41.5, message="nearly")
 
 
 def exported(daemon: Running, *argv: str) -> list[bytes]:

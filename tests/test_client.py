@@ -444,13 +444,38 @@ def test_an_answer_may_take_its_time_and_what_the_daemon_holds_it_back() -> None
 
 def test_a_call_sends_its_fields_and_gives_a_typed_result(peer: Peer, send: Both) -> None:
     peer.script = [ok({"lock_expires_at": 5, "ttl_ms": 6, "ceiling_at": None, "cancel_requested": False})]
-    assert send(calls.update_progress("j1", "secret", 42, "half")) == LockState(5, 6, None, False)
+    assert send(calls.update_progress("j1", lock_id="secret", progress=42, message="half")) == LockState(
+        5, 6, None, False
+    )
     (asked,) = peer.asked
     assert (asked.method, asked.path) == ("POST", "/v1/jobs/j1/progress")
     assert asked.json == {"lock_id": "secret", "progress": 42, "message": "half"}
     assert asked.headers["Content-Type"] == "application/json"
     assert asked.headers["Host"] == "localhost"
     assert asked.headers["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "write"),
+    [
+        ("fail_job", ("disk is full", "lock"), "fail_job(job_id, lock_id=..., error_message=...)"),
+        ("complete_job", ("https://x", "lock"), "complete_job(job_id, lock_id=...)"),
+        ("update_progress", (50, "half"), "update_progress(job_id, lock_id=..., progress=...)"),
+        ("extend_job_lock", ("lock", 5), "extend_job_lock(job_id, lock_id=...)"),
+        ("release_job", ("lock",), "release_job(job_id, lock_id=...)"),
+    ],
+)
+async def test_a_holders_call_takes_only_the_job_by_position(
+    peer: Peer, endpoint: str, name: str, given: tuple[Any, ...], write: str
+) -> None:
+    with JobClient(endpoint) as client, pytest.raises(TypeError) as caught:
+        getattr(client, name)("j1", *given)
+    assert str(caught.value) == f"only job_id may be positional; write {write}"
+    async with AsyncJobClient(endpoint) as jobs:
+        with pytest.raises(TypeError, match="only job_id may be positional"):
+            await getattr(jobs, name)("j1", *given)
+    assert peer.asked == []
+    assert str(inspect.signature(getattr(JobClient, name))).startswith("(self, /, job_id: 'str', *, lock_id: 'str'")
 
 
 def test_a_lost_answer_is_asked_for_again_with_the_same_bytes_and_key(peer: Peer, send: Both) -> None:

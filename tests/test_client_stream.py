@@ -60,11 +60,20 @@ def streams_of(town: Town) -> int:
         (calls.get_job(".."), {"op": "get", "id": ".."}),
         (calls.start_processing("j", worker="w"), {"op": "start", "id": "j", "worker": "w"}),
         (calls.claim("w", idempotency_key="k"), {"op": "claim", "worker": "w", "idempotency_key": "k"}),
-        (calls.update_progress("j", "l", 5), {"op": "progress", "id": "j", "lock_id": "l", "progress": 5}),
-        (calls.extend_job_lock("j", "l"), {"op": "extend", "id": "j", "lock_id": "l"}),
-        (calls.complete_job("j", "l", metadata=[1]), {"op": "complete", "id": "j", "lock_id": "l", "metadata": [1]}),
-        (calls.fail_job("j", "l", "m"), {"op": "fail", "id": "j", "lock_id": "l", "error_message": "m"}),
-        (calls.release_job("j", "l"), {"op": "release", "id": "j", "lock_id": "l"}),
+        (
+            calls.update_progress("j", lock_id="l", progress=5),
+            {"op": "progress", "id": "j", "lock_id": "l", "progress": 5},
+        ),
+        (calls.extend_job_lock("j", lock_id="l"), {"op": "extend", "id": "j", "lock_id": "l"}),
+        (
+            calls.complete_job("j", lock_id="l", metadata=[1]),
+            {"op": "complete", "id": "j", "lock_id": "l", "metadata": [1]},
+        ),
+        (
+            calls.fail_job("j", lock_id="l", error_message="m"),
+            {"op": "fail", "id": "j", "lock_id": "l", "error_message": "m"},
+        ),
+        (calls.release_job("j", lock_id="l"), {"op": "release", "id": "j", "lock_id": "l"}),
         (calls.cancel_job("j"), {"op": "cancel", "id": "j"}),
     ],
     ids=lambda given: given["op"] if isinstance(given, dict) else "",
@@ -107,13 +116,13 @@ async def test_every_call_gives_what_it_gives_over_http(town: Town, client: Asyn
         made = await jobs.create_job({"a": [1]}, id=f"a-{len(seen)}", max_attempts=5)
         [bulk] = await jobs.create_jobs([{"id": f"b-{len(seen)}", "queue": f"q-{len(seen)}"}])
         grant = await jobs.start_processing(made.id, worker="w")
-        state = await jobs.update_progress(made.id, grant.lock_id, 5, "m")
-        extended = await jobs.extend_job_lock(made.id, grant.lock_id, 60_000)
-        failed = await jobs.fail_job(made.id, grant.lock_id, "no", retry_after_ms=0)
+        state = await jobs.update_progress(made.id, lock_id=grant.lock_id, progress=5, message="m")
+        extended = await jobs.extend_job_lock(made.id, lock_id=grant.lock_id, additional_ms=60_000)
+        failed = await jobs.fail_job(made.id, lock_id=grant.lock_id, error_message="no", retry_after_ms=0)
         again = await jobs.start_processing(made.id, worker="w")
-        done = await jobs.complete_job(made.id, again.lock_id, metadata={"n": 1})
+        done = await jobs.complete_job(made.id, lock_id=again.lock_id, metadata={"n": 1})
         [claimed] = await jobs.claim("w", queues=[f"q-{len(seen)}"])
-        released = await jobs.release_job(bulk.id, claimed.lock_id)
+        released = await jobs.release_job(bulk.id, lock_id=claimed.lock_id)
         cancelled = await jobs.cancel_job(bulk.id, reason="r")
         got = await jobs.get_job(made.id)
         page = await jobs.list_jobs(limit=1)
@@ -139,9 +148,9 @@ async def test_refusals_are_the_same_errors(client: AsyncJobClient) -> None:
             await jobs.start_processing("j", worker="v")
         assert locked.value.locked_by == "w"
         with pytest.raises(LockLost):
-            await jobs.complete_job("j", "no")
+            await jobs.complete_job("j", lock_id="no")
         with pytest.raises(InvalidRequest):
-            await jobs.update_progress("j", "no", 101)
+            await jobs.update_progress("j", lock_id="no", progress=101)
         with pytest.raises(TooLarge):
             await jobs.create_job("x" * 300_000)
 

@@ -159,6 +159,56 @@ async def test_callable_objects_may_be_handlers(client: AsyncJobClient, queue: s
         assert (await finished(client, job.id)).metadata_value == 2
 
 
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
+async def test_a_handler_is_registered_without_parentheses(client: AsyncJobClient, queue: str, is_async: bool) -> None:
+    worker = Worker(client, queues=[queue])
+    if is_async:
+
+        @worker.handler
+        async def work(task: Task) -> str:
+            return "async"
+
+        assert asyncio.iscoroutinefunction(work), "the decorator returns the function itself"
+    else:
+
+        @worker.handler
+        def plain(task: SyncTask) -> str:
+            return "plain"
+
+        assert plain(None) == "plain"  # type: ignore[arg-type]
+
+    job = await client.create_job(queue=queue, kind="any")
+    async with at_work(worker):
+        assert (await finished(client, job.id)).metadata_value == ("async" if is_async else "plain")
+
+
+def test_a_wrong_use_of_the_decorator_is_a_type_error_at_once() -> None:
+    worker = Worker("unix:/nowhere")
+
+    def generator(task: Task) -> Iterator[int]:
+        yield 1
+
+    async def async_generator(task: Task) -> AsyncIterator[int]:
+        yield 1
+
+    def without_a_task() -> None: ...
+
+    def with_more(task: Task, more: int) -> None: ...
+
+    for wrong in (generator, async_generator, without_a_task, with_more):
+        with pytest.raises(TypeError):
+            worker.handler(wrong)
+        with pytest.raises(TypeError):
+            worker.handler("a")(wrong)
+    with pytest.raises(TypeError, match="cannot be a handler"):
+        worker.handler("a")("b")  # type: ignore[type-var]
+    for kinds in ((5,), (print, "a"), ("a", print), (None,)):
+        with pytest.raises(TypeError, match=r"is no kind; write @worker\.handler"):
+            worker.handler(*kinds)
+    with pytest.raises(ValueError, match="needs a handler"):
+        asyncio.run(worker.serve())
+
+
 @pytest.mark.parametrize(
     ("given", "returned", "result"),
     [

@@ -5,8 +5,10 @@ Sends nothing. Durations are in milliseconds, times in Unix milliseconds, as on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, ParamSpec, TypeVar, cast
 
 from msgspec import Struct
 
@@ -16,6 +18,9 @@ from jobd.events import EventView
 from jobd.job import Backoff, OnStall, Status
 
 JOBS: Final = "/v1/jobs"
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class _Jobs(Struct):
@@ -49,6 +54,23 @@ def read_queues(body: bytes) -> list[QueueView]:
 
 def read_workers(body: bytes) -> list[WorkerView]:
     return _read_workers(body).workers
+
+
+def _named(build: Callable[P, Request[T]]) -> Callable[P, Request[T]]:
+    """Make a positional argument after `job_id` a TypeError that says what to write.
+
+    The manager that jobd replaces has other orders (`failJob(jobId, message, lockId)`).
+    """
+    needed = [p.name for p in inspect.signature(build).parameters.values() if p.default is p.empty]
+    call = f"{build.__name__}({', '.join([needed[0], *(f'{name}=...' for name in needed[1:])])})"
+
+    @functools.wraps(build)
+    def checked(*positional: Any, **named: Any) -> Request[T]:
+        if len(positional) > 1:
+            raise TypeError(f"only job_id may be positional; write {call}")
+        return cast(Callable[..., Request[T]], build)(*positional, **named)
+
+    return cast(Callable[P, Request[T]], checked)
 
 
 def create_job(
@@ -207,7 +229,8 @@ def _granted(body: bytes) -> list[GrantInfo]:
     return _read_grants(body).grants
 
 
-def update_progress(job_id: str, lock_id: str, progress: float, message: str | None = None) -> Request[LockState]:
+@_named
+def update_progress(job_id: str, *, lock_id: str, progress: float, message: str | None = None) -> Request[LockState]:
     """Report progress (0 to 100); this renews the lock too.
 
     Raises LockLost where the job is no longer yours, MaxProcessingTimeExceeded where the last report is too old.
@@ -216,7 +239,8 @@ def update_progress(job_id: str, lock_id: str, progress: float, message: str | N
     return post(job_path(JOBS, job_id, "progress"), _read_lock, body)
 
 
-def extend_job_lock(job_id: str, lock_id: str, additional_ms: int | None = None) -> Request[LockState]:
+@_named
+def extend_job_lock(job_id: str, *, lock_id: str, additional_ms: int | None = None) -> Request[LockState]:
     """Keep the lock for at least `additional_ms` from now (the grant's TTL by default); never shortens it.
 
     Raises LockLost, MaxProcessingTimeExceeded.
@@ -224,10 +248,11 @@ def extend_job_lock(job_id: str, lock_id: str, additional_ms: int | None = None)
     return post(job_path(JOBS, job_id, "extend"), _read_lock, {"lock_id": lock_id, "additional_ms": additional_ms})
 
 
+@_named
 def complete_job(
     job_id: str,
-    lock_id: str,
     *,
+    lock_id: str,
     download_url: str | None = None,
     file_path: str | None = None,
     storage_key: str | None = None,
@@ -249,11 +274,12 @@ def complete_job(
     return post(job_path(JOBS, job_id, "complete"), read_job, body)
 
 
+@_named
 def fail_job(
     job_id: str,
+    *,
     lock_id: str,
     error_message: str,
-    *,
     error_code: str | None = None,
     retry: bool = True,
     retry_after_ms: int | None = None,
@@ -272,7 +298,8 @@ def fail_job(
     return post(job_path(JOBS, job_id, "fail"), read_job, body)
 
 
-def release_job(job_id: str, lock_id: str, delay_ms: int | None = None) -> Request[JobInfo]:
+@_named
+def release_job(job_id: str, *, lock_id: str, delay_ms: int | None = None) -> Request[JobInfo]:
     """Give the job back to its queue, unworked: the attempt does not count. Due again after `delay_ms`.
 
     After your own complete or fail it changes nothing, so it may stand in a `finally`. Raises LockLost.

@@ -106,16 +106,20 @@ class Keeper:
 
     async def complete(self, give_up: asyncio.Event, **result: Any) -> bool:
         """Complete the job; whether that was accepted. Where its result is refused, the job fails and says so."""
-        return await self._end("complete", calls.complete_job(self.id, self.grant.lock_id, **result), give_up)
+        return await self._end("complete", calls.complete_job(self.id, lock_id=self.grant.lock_id, **result), give_up)
 
     async def fail(self, give_up: asyncio.Event, message: str, **how: Any) -> bool:
         """Fail the job; whether that was accepted. Progress that was not sent yet goes first, if it can."""
         await self.stop(flush=True)
-        return await self._end("fail", calls.fail_job(self.id, self.grant.lock_id, message, **how), give_up)
+        return await self._end(
+            "fail", calls.fail_job(self.id, lock_id=self.grant.lock_id, error_message=message, **how), give_up
+        )
 
     async def release(self, give_up: asyncio.Event, delay_ms: int | None = None) -> bool:
         """Give the job back; whether that was accepted."""
-        return await self._end("release", calls.release_job(self.id, self.grant.lock_id, delay_ms), give_up)
+        return await self._end(
+            "release", calls.release_job(self.id, lock_id=self.grant.lock_id, delay_ms=delay_ms), give_up
+        )
 
     async def stop(self, *, flush: bool = False) -> None:
         """Extend the lock no more. With `flush` progress that still waits is tried once."""
@@ -158,9 +162,9 @@ class Keeper:
         """One sign of life: the progress that waits, or an extension. None where it was not accepted."""
         lock_id = self.grant.lock_id
         request = (
-            calls.extend_job_lock(self.id, lock_id)
+            calls.extend_job_lock(self.id, lock_id=lock_id)
             if report is None
-            else calls.update_progress(self.id, lock_id, report.progress, report.message)
+            else calls.update_progress(self.id, lock_id=lock_id, progress=report.progress, message=report.message)
         )
         try:
             state = await self._client.send(request, ONE_TRY)
@@ -244,7 +248,7 @@ class Keeper:
         if now - self._heard_s < self._ttl_s / 3:
             return
         with contextlib.suppress(JobdError):
-            await self._client.send(calls.extend_job_lock(self.id, self.grant.lock_id), ONE_TRY)
+            await self._client.send(calls.extend_job_lock(self.id, lock_id=self.grant.lock_id), ONE_TRY)
             self._heard_s = now
 
     async def _refused(self, verb: str, error: JobdError, give_up: asyncio.Event) -> bool:
@@ -252,7 +256,9 @@ class Keeper:
         self._say(f"job {self.id}: {verb} was refused: {error.message}")
         if verb in ("complete", "fail"):
             message = f"The work has ended, but the daemon refused its `{verb}`: {error.message}"[:4096]
-            plain = calls.fail_job(self.id, self.grant.lock_id, message, error_code=f"{verb}:{error.code}")
+            plain = calls.fail_job(
+                self.id, lock_id=self.grant.lock_id, error_message=message, error_code=f"{verb}:{error.code}"
+            )
             await self._end("the plain failure", plain, give_up)
         return False
 

@@ -15,7 +15,7 @@ import threading
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, overload
 
 import msgspec
 
@@ -184,17 +184,39 @@ class Worker:
         self._handlers: dict[str | None, Callable[[Any], Any]] = {}
         self._shift: Shift | None = None
 
-    def handler(self, *kinds: str) -> Callable[[Handler], Handler]:
-        """Decorator: this function works on jobs of these kinds, of every other kind where none is given."""
+    @overload
+    def handler(self, function: Handler, /) -> Handler: ...
 
-        def register(function: Handler) -> Handler:
-            for kind in kinds or (None,):
-                if kind in self._handlers:
-                    raise ValueError(f"there is a handler for {'every other kind' if kind is None else kind} already")
-                self._handlers[kind] = function
-            return function
+    @overload
+    def handler(self, *kinds: str) -> Callable[[Handler], Handler]: ...
 
-        return register
+    def handler(self, *kinds: Any) -> Any:
+        """Register a function for jobs of these kinds, or, without a kind, for every kind without its own handler.
+
+        `@worker.handler` means `@worker.handler()`. Raises TypeError for anything but names and one function, and for a
+        function that cannot be called with a task; ValueError if a kind has a handler already.
+        """
+        if len(kinds) == 1 and callable(kinds[0]):
+            return self._register((), kinds[0])
+        for kind in kinds:
+            if not isinstance(kind, str):
+                raise TypeError(f'{kind!r} is no kind; write @worker.handler or @worker.handler("kind", ...)')
+        return functools.partial(self._register, kinds)
+
+    def _register(self, kinds: tuple[str, ...], function: Handler) -> Handler:
+        if not callable(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"{function!r} cannot be a handler; a handler is a function or an async function of a task")
+        with contextlib.suppress(ValueError):  # some built-in callables have no signature
+            signature = inspect.signature(function)
+            try:
+                signature.bind(None)
+            except TypeError as error:
+                raise TypeError(f"{function!r} is called with a task and nothing else: {error}") from None
+        for kind in kinds or (None,):
+            if kind in self._handlers:
+                raise ValueError(f"there is a handler for {'every other kind' if kind is None else kind} already")
+        self._handlers.update(dict.fromkeys(kinds or (None,), function))
+        return function
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT, then drain. Raises the JobdError that made claiming impossible."""
