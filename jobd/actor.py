@@ -97,7 +97,7 @@ class Actor:
         self.book = book
         self.policy = policy
         self.bounds = bounds or Bounds()
-        self.parked = Parked()
+        self.parked = Parked(book.presence)
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full)
         self.slow_commit_s = SLOW_COMMIT_S
         self.look: Callable[[], None] = lambda: None  # called before a batch is taken

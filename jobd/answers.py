@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from jobd.commands import AuditLog, Export, Filter, Import, Json, List, PlanAction
+from jobd.commands import About, AuditLog, Export, Filter, Import, Json, List, PlanAction
 from jobd.events import EventView
 from jobd.job import Backoff, Job
 
@@ -188,20 +188,38 @@ class QueueList(Struct):
     next_cursor: str | None = None
 
 
+WorkerState = Literal["busy", "idle", "silent", "gone"]
+
+
 class WorkerView(Struct, frozen=True):
-    """`jobs` are the first of those that it holds, `held` is how many that are."""
+    """`jobs` are the first of those that it holds; `held` counts all of them, `expired` those whose lock has expired.
+
+    `queues` and `kinds` are those of its latest claim: `queues` is None if no claim is remembered, `kinds` is None if
+    it takes all. `waiting`: a claim of it waits for a job now.
+    """
 
     worker: str
+    state: WorkerState
     jobs: list[str]
     held: int
+    expired: int
+    queues: list[str] | None
+    kinds: list[str] | None
+    waiting: bool
+    about: About | None
     last_seen_at: int
 
 
 class WorkerList(Struct):
-    """Those that spoke last come first. `next_cursor` is None on the last page."""
+    """Those heard last come first. `next_cursor` is None on the last page.
+
+    `gone` counts the workers that are gone, whether or not they are listed. `since`: what was before is not remembered.
+    """
 
     workers: list[WorkerView]
-    next_cursor: str | None = None
+    next_cursor: str | None
+    gone: int
+    since: int
 
 
 class LockedJob(Struct, frozen=True, kw_only=True):

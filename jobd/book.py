@@ -16,24 +16,14 @@ from jobd.figures import Figures
 from jobd.job import FINISHED, LIVE, STATUSES, TOKEN_COUNTER_BITS, Job, Options, Untouched, untouched
 from jobd.live_jobs import LiveJobs
 from jobd.orders import DueEntry, DueJobs, LazyHeap, TimeEntry
+from jobd.worker_presence import WorkerPresence
 
 FINISHED_KEPT: Final = 1_000  # finished jobs at hand, for repeated endings and quick reads
 FINISHED_BYTES: Final = 16 << 20  # of their metadata
-WORKERS_KEPT: Final = 10_000  # workers without a job that are still listed
 OPTIONS_KEPT: Final = 10_000
 LATE_CALLS_KEPT: Final = 10_000  # that are not told again; where there are more, those told first are told anew
 LATE_RESULTS_KEPT: Final = 10_000  # jobs that somebody may be looking at to whom late results came since the start
 COUNTER_MASK: Final = (1 << TOKEN_COUNTER_BITS) - 1
-
-
-class WorkerSeen:
-    """What is known of a worker: the jobs that it holds and when it last spoke (wall time)."""
-
-    __slots__ = ("jobs", "last_seen_at")
-
-    def __init__(self) -> None:
-        self.jobs: dict[str, None] = {}
-        self.last_seen_at = 0
 
 
 class Book:
@@ -63,7 +53,7 @@ class Book:
         self.processing: dict[str, Job] = {}  # in the order of their grants
         self.started_sum = 0  # over all processing jobs, of when they began
         self.unheld: dict[str, None] = {}  # processing rows without a grant: left by hands, mended by a pass
-        self.workers: OrderedDict[str, WorkerSeen] = OrderedDict()
+        self.presence = WorkerPresence(numbers.wall_ms, numbers.lease_ms)
         self.suspects: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
         self.expired_locks: dict[str, None] = {}  # expired, and recovery has not noted it yet
         self.cleared_locks: dict[str, None] = {}  # expired and noted; the holder may still revive them
@@ -196,7 +186,7 @@ class Book:
         if after is not None and after.grant is not None:
             self.next_token = max(self.next_token, (after.grant.fencing_token & COUNTER_MASK) + 1)
         if event.by.startswith("worker:"):
-            self.saw(event.by[7:], event.at)
+            self.presence.saw(event.by[7:], event.at)
         if after is not change.before:
             self.swap(change.before, after)
         elif event.type == "late_call":
@@ -291,23 +281,12 @@ class Book:
             self.unmoved[job_id] = (before.options.queue, before.status) if before is not None and is_counted else None
             self._count_as(self.unmoved[job_id], +1)
 
-    def saw(self, worker: str, now: int) -> None:
-        """A worker spoke at wall time `now`."""
-        seen = self.workers.get(worker)
-        if seen is None:
-            seen = self.workers[worker] = WorkerSeen()
-            if len(self.workers) > WORKERS_KEPT:
-                self._forget_worker(worker)
-        else:
-            self.workers.move_to_end(worker)
-        if now > seen.last_seen_at:
-            seen.last_seen_at = now
-
     def advance(self, now: int, lease: int) -> None:
         """Time passed: delayed jobs become due, locks expire, jobs become stuck, queued jobs overdue."""
         if now < self._now:
             self._rewind(now)
         self._now, self._lease = now, lease
+        self.presence.tell_time(now, lease)
         for entry in self._delayed.pop_until(now):
             if self._is_delayed(entry):
                 del self._delayed_live[entry[2]]
@@ -413,9 +392,7 @@ class Book:
             self.unheld[job.id] = None  # a bad row; validation names it
             return
         if before is None or before.grant is None or before.grant.lock_id != job.grant.lock_id:
-            if job.grant.worker not in self.workers:
-                self.saw(job.grant.worker, job.updated_at)
-            self.workers[job.grant.worker].jobs[job.id] = None
+            self.presence.holds(job.grant.worker, job.id, job.updated_at)
         # An entry that is too early is looked at again when it comes up, so a moved deadline costs nothing here.
         # One moves back only with a batch that is taken back.
         known = self._deadline_of.get(job.id)
@@ -428,15 +405,17 @@ class Book:
         self._unsort(job)
         if self._deadline_of.pop(job.id, None) is not None:
             self._deadlines.trim(len(self._deadline_of), self._is_deadline)
-        if job.grant is not None and (seen := self.workers.get(job.grant.worker)) is not None:
-            seen.jobs.pop(job.id, None)
+        if job.grant is not None:
+            self.presence.lets_go(job.grant.worker, job.id)
 
     def _schedule(self, job: Job) -> None:
         """Sort a processing job into live, expired or stuck, and set its next deadline."""
-        lease = job.lease
-        assert lease is not None
+        grant, lease = job.grant, job.lease
+        assert grant is not None and lease is not None
         self._unsort(job)
         stuck = lease.stuck
+        if not lease.is_live(self._lease):
+            self.presence.set_expired(grant.worker, job.id, True)
         if self._lease >= stuck:
             self.stuck[job.id] = None
             self._deadline_of.pop(job.id, None)
@@ -451,8 +430,10 @@ class Book:
 
     def _unsort(self, job: Job) -> None:
         for order in self._not_live:
-            if order:
-                order.pop(job.id, None)
+            if order and job.id in order:
+                del order[job.id]
+                if job.grant is not None:
+                    self.presence.set_expired(job.grant.worker, job.id, False)
 
     def _rewind(self, now: int) -> None:
         """The wall clock stepped back: what is not due any more waits again."""
@@ -497,12 +478,6 @@ class Book:
         if queue in self._due:
             for kind in list(self._due[queue].lanes):
                 self.on_due(queue, kind)
-
-    def _forget_worker(self, new: str) -> None:
-        """Drop the worker without a job that spoke first; `new` is about to get one."""
-        idle = next((name for name, seen in self.workers.items() if not seen.jobs and name != new), None)
-        if idle is not None:
-            del self.workers[idle]
 
     def _is_due(self, kind: str, entry: DueEntry) -> bool:
         job = self.jobs.find(entry[3])

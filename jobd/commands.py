@@ -99,6 +99,7 @@ Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$(?!\n)")]
 MomentMs = Annotated[int, Meta(ge=0, le=LATEST_MS)]  # Unix ms, as bounds of a search: such as can be written as a date
 MAX_OPERATOR: Final = 64
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
+PRINTABLE: Final = r"^[ -~]*$(?!\n)"  # ASCII
 Cursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$(?!\n)")]
 WorkerCursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220)]  # when one spoke last, and its name
 RowCursor = Annotated[str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)")]  # a table, and a row of it
@@ -186,11 +187,22 @@ class Search(List, frozen=True, kw_only=True):
     error: Fingerprint | None = None
 
 
+class About(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True, gc=False):
+    """What a worker says of itself: shown with it, and else without effect. The bounds keep it below 1 KiB."""
+
+    instance: Annotated[str, Meta(pattern=PRINTABLE, max_length=200)] | None = None
+    host: Annotated[str, Meta(pattern=PRINTABLE, max_length=253)] | None = None
+    pid: Annotated[int, Meta(ge=1, le=2**32 - 1)] | None = None
+    version: Annotated[str, Meta(pattern=PRINTABLE, max_length=100)] | None = None
+    concurrency: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+
+
 class Start(OnJob, frozen=True, kw_only=True):
     worker: Worker
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: StuckAfterMs | None = None
     max_processing_ms: MaxProcessingMs | None = None
+    about: About | None = None
 
 
 class Claim(Command, frozen=True, kw_only=True):
@@ -204,6 +216,7 @@ class Claim(Command, frozen=True, kw_only=True):
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: StuckAfterMs | None = None
     max_processing_ms: MaxProcessingMs | None = None
+    about: About | None = None
 
 
 class Progress(OnJob, frozen=True, kw_only=True):
@@ -256,10 +269,11 @@ class Queues(Command, frozen=True, kw_only=True):
 
 
 class Workers(Command, frozen=True, kw_only=True):
-    """Workers, those that spoke last first: all of them, or a page."""
+    """A page of workers, those heard last first, without those that are gone. `gone`: only those."""
 
-    limit: PageLimit | None = None
+    limit: PageLimit = MAX_PAGE
     cursor: WorkerCursor | None = None
+    gone: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ class Decider:
         if refusal is not None and not (isinstance(command, Complete) and late_rules.is_late(self.book, command)):
             return refusal  # who has lost the lock hears that on a full disk too: it writes nothing
         if isinstance(command, (Start, Claim)):
-            self.book.saw(command.worker, plan.at.now)
+            self.book.presence.asks(command)
         elif isinstance(command, Undelivered) and self._handed.get(command.lock_id, 0) > 0:
             return Refusal("lock_lost", "Another connection has received this grant.")
         elif isinstance(command, Tick):

@@ -10,15 +10,20 @@ from collections.abc import Iterator
 
 from jobd.commands import Claim
 from jobd.envelope import Asked
+from jobd.worker_presence import ClaimSet, WorkerPresence
 
 Place = tuple[str, str | None]  # queue, and kind or None for all kinds
 
 
 class Parked:
-    """Waiting claims by the lanes that they wait for. Deadlines are in the event loop's time, seconds."""
+    """Waiting claims by the lanes that they wait for. Deadlines are in the event loop's time, seconds.
 
-    def __init__(self) -> None:
-        self._all: dict[int, tuple[Asked, list[Place]]] = {}
+    `presence` is told of each wait: a worker counts as heard for as long as its claim waits.
+    """
+
+    def __init__(self, presence: WorkerPresence) -> None:
+        self._presence = presence
+        self._all: dict[int, tuple[Asked, list[Place], ClaimSet]] = {}
         self._at: dict[Place, dict[int, Asked]] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._by_digest: dict[str, Asked] = {}
@@ -34,7 +39,7 @@ class Parked:
         if asked.ticket == 0:
             asked.ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         places: list[Place] = [(queue, kind) for queue in dict.fromkeys(claim.queues) for kind in _kinds(claim)]
-        self._all[asked.ticket] = (asked, places)
+        self._all[asked.ticket] = (asked, places, self._presence.waits(claim))
         for place in places:
             waiting = self._at.setdefault(place, {})
             late = bool(waiting) and next(reversed(waiting)) > asked.ticket
@@ -50,6 +55,9 @@ class Parked:
         found = self._all.pop(asked.ticket, None)
         if found is None:
             return False
+        claim = asked.call.command
+        assert isinstance(claim, Claim)
+        self._presence.waits_no_more(claim.worker, found[2])
         for place in found[1]:
             del self._at[place][asked.ticket]
             if not self._at[place]:
@@ -81,7 +89,7 @@ class Parked:
             yield asked
 
     def take_all(self) -> list[Asked]:
-        everybody = [asked for asked, _ in self._all.values()]
+        everybody = [asked for asked, _, _ in self._all.values()]
         for asked in everybody:
             self.remove(asked)
         return everybody

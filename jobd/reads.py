@@ -57,7 +57,7 @@ def answer(draft: Draft, command: Reading) -> Answer | Refusal:
         case Queues():
             return Answer(views.queues(draft.book, command))
         case Workers():
-            return Answer(views.workers(draft.book, command))
+            return Answer(views.workers(draft.book, draft.at, command))
         case Stats():
             return Answer(views.stats(draft.book, draft.book.figures, draft.at))
         case Locks():

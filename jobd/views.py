@@ -5,7 +5,7 @@ Pure reading: nothing here changes a job or decides about one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from functools import partial
 from heapq import nsmallest
 from itertools import islice
@@ -30,10 +30,11 @@ from jobd.answers import (
     WorkerList,
     WorkerView,
 )
-from jobd.book import Book, WorkerSeen
+from jobd.book import Book
 from jobd.commands import Import, Locks, Moment, Queues, Refusal, Workers
 from jobd.figures import Figures
 from jobd.job import LIVE, STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
+from jobd.worker_presence import WorkerPresence, WorkerSeen
 
 JOBS_SHOWN: Final = 100  # of a worker
 NO_RESULT = Result()
@@ -194,29 +195,45 @@ def _queue(book: Book, name: str) -> QueueView:
     return QueueView(name=name, paused=name in book.paused, oldest_due_at=book.oldest_due_at(name), **by_status)
 
 
-def workers(book: Book, command: Workers) -> WorkerList:
-    """Workers that hold a job, and those without one that spoke lately (since the start); the latest first.
+def workers(book: Book, at: Moment, command: Workers) -> WorkerList:
+    """A page of the workers that are remembered, or with `gone` of those that are gone; those heard last come first.
 
-    From page to page: who speaks meanwhile is among the first, and may be missing on the pages behind.
+    A worker that is heard between two pages moves to the front, so later pages may lack it.
     """
-    seen: Iterable[tuple[str, WorkerSeen]] = book.workers.items()
+    presence = book.presence
+    there: list[tuple[str, WorkerSeen]] = []
+    gone: list[tuple[str, WorkerSeen]] = []
+    for each in presence.remembered():
+        (gone if presence.state(each[1]) == "gone" else there).append(each)
+    asked = gone if command.gone else there
     if command.cursor is not None:
-        at, _, last = command.cursor.partition(" ")
-        seen = (each for each in seen if _by_latest(each) > (-int(at), last))
-    if command.limit is None:
-        return WorkerList([_worker(*each) for each in sorted(seen, key=_by_latest)])
-    found = nsmallest(command.limit + 1, seen, key=_by_latest)
+        before, _, last = command.cursor.partition(" ")
+        asked = [each for each in asked if _by_latest(each) > (-int(before), last)]
+    found = nsmallest(command.limit + 1, asked, key=_by_latest)
     shown = found[: command.limit]
     following = f"{shown[-1][1].last_seen_at} {shown[-1][0]}" if len(found) > len(shown) else None
-    return WorkerList([_worker(*each) for each in shown], following)
+    since = at.now if presence.started_at is None else presence.started_at
+    return WorkerList([_worker(presence, *each) for each in shown], following, len(gone), since)
 
 
 def _by_latest(each: tuple[str, WorkerSeen]) -> tuple[int, str]:
     return -each[1].last_seen_at, each[0]
 
 
-def _worker(name: str, seen: WorkerSeen) -> WorkerView:
-    return WorkerView(name, list(islice(seen.jobs, JOBS_SHOWN)), len(seen.jobs), seen.last_seen_at)
+def _worker(presence: WorkerPresence, name: str, seen: WorkerSeen) -> WorkerView:
+    claims = seen.claims
+    return WorkerView(
+        name,
+        presence.state(seen),
+        list(islice(seen.jobs, JOBS_SHOWN)),
+        len(seen.jobs),
+        len(seen.expired),
+        None if claims is None else claims.queues,
+        None if claims is None else claims.kinds,
+        seen.waiting > 0,
+        seen.about,
+        presence.heard_at(seen),
+    )
 
 
 def locks(book: Book, at: Moment, command: Locks, *, admin: bool) -> LockList:

@@ -60,7 +60,11 @@ class Steps:
         self._tables = tables
         self._book = Book()
         self._decider = Decider(
-            self._book, Keys([], 1_000), Parked(), refuse=lambda command: None, loop_time=time.monotonic
+            self._book,
+            Keys([], 1_000),
+            Parked(self._book.presence),
+            refuse=lambda command: None,
+            loop_time=time.monotonic,
         )
         self._policy = Policy()
         self._began = time.monotonic_ns()

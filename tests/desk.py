@@ -210,7 +210,7 @@ def picture(book: Book) -> dict[str, Any]:
     """Everything of a book that a decision must leave alone (caches and stale entries of heaps aside)."""
     shown = {name: copy.deepcopy(getattr(book, name)) for name in PLAIN}
     shown["order"] = [job.id for job in book.due(list(book.counts), None)]
-    shown["workers"] = {name: (list(seen.jobs), seen.last_seen_at) for name, seen in book.workers.items()}
+    shown["workers"] = {name: (list(seen.jobs), seen.last_seen_at) for name, seen in book.presence.workers.items()}
     return shown
 
 
@@ -297,4 +297,4 @@ def _compare_locks(book: Book, rows: dict[str, Job], at: Moment) -> None:
     for job in processing.values():
         if job.grant is not None and job.lease is not None:
             holders.setdefault(job.grant.worker, set()).add(job.id)
-    assert {name: set(seen.jobs) for name, seen in book.workers.items() if seen.jobs} == holders
+    assert {name: set(seen.jobs) for name, seen in book.presence.workers.items() if seen.jobs} == holders

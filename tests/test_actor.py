@@ -71,6 +71,7 @@ from jobd.full_disk import Closed
 from jobd.job import DAY_MS, MINUTE_MS, Job, Policy
 from jobd.keys import KEPT_MS
 from jobd.parked import Parked
+from jobd.worker_presence import WorkerPresence
 from tests.household import Household, in_virtual_time, seconds
 from tests.memory_disk import MemoryDisk
 
@@ -1994,7 +1995,7 @@ def test_bad_rows_name_their_jobs() -> None:
 
 def test_a_claim_is_found_by_who_waited_longest() -> None:
     async def test() -> None:
-        lot = Parked()
+        lot = Parked(WorkerPresence())
         loop = asyncio.get_running_loop()
 
         def claim(deadline: float, **fields: Any) -> Asked:

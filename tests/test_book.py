@@ -10,7 +10,6 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd import book as book_module
-from jobd import views
 from jobd.batch import Numbers, Opened, QueueRow
 from jobd.book import FINISHED_KEPT, Book
 from jobd.commands import (
@@ -25,7 +24,6 @@ from jobd.commands import (
     Release,
     Resume,
     Update,
-    Workers,
 )
 from jobd.events import Change, Event
 from jobd.job import HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options, Result, Untouched
@@ -433,7 +431,7 @@ def test_a_grant_that_is_taken_back_leaves_the_job_to_its_former_holder() -> Non
     book.swap(former, replace(queued(1)))
     book.swap(book.get("job-1"), new)
     book.swap(new, former)  # the disk was full: nothing of it has happened
-    holders = {name: list(seen.jobs) for name, seen in book.workers.items()}
+    holders = {name: list(seen.jobs) for name, seen in book.presence.workers.items()}
     assert holders == {"w-1": ["job-1"], "w-2": []}
     assert (book.live_locks(), book.next_deadline()) == (1, 500)
 
@@ -504,62 +502,6 @@ def test_what_runs_is_summed_up_from_when_it_began() -> None:
     assert book.started_sum == NOW - 9
     book.swap(replace(job, started_at=None), None)
     assert book.started_sum == 0
-
-
-def test_a_worker_is_known_by_its_jobs_and_its_last_word(desk: Desk) -> None:
-    lock_id = desk.held(worker="w-1")
-    desk.passes(7)
-    desk.progress(lock_id)
-    seen = desk.book.workers["w-1"]
-    assert (list(seen.jobs), seen.last_seen_at) == (["a"], NOW + 7)
-    desk.now -= 5
-    desk.yes(Release(id="a", lock_id=lock_id))
-    assert (list(seen.jobs), seen.last_seen_at) == ([], NOW + 7)
-
-
-def test_after_a_start_workers_were_seen_when_their_jobs_last_changed_and_the_latest_come_first() -> None:
-    jobs = [replace(held(seq, f"w-{seq}"), updated_at=NOW + at) for seq, at in ((1, -50), (2, -10), (3, -90))]
-    book = Book.opened(Opened(Numbers(wall_ms=NOW), jobs))
-    seen = [(each.worker, each.jobs, each.last_seen_at) for each in views.workers(book, Workers()).workers]
-    assert seen == [("w-2", ["job-2"], NOW - 10), ("w-1", ["job-1"], NOW - 50), ("w-3", ["job-3"], NOW - 90)]
-
-
-def test_idle_workers_are_forgotten_the_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(book_module, "WORKERS_KEPT", 2)
-    book = Book()
-    book.saw("idle", NOW)
-    book.swap(None, held(1, "busy"))
-    assert list(book.workers) == ["idle", "busy"]
-    book.saw("idle", NOW + 1)
-    book.saw("new", NOW)
-    assert list(book.workers) == ["busy", "new"]
-
-
-def test_who_spoke_last_is_forgotten_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(book_module, "WORKERS_KEPT", 2)
-    book = Book()
-    for worker in ("first", "second", "first", "third"):
-        book.saw(worker, NOW)
-    assert list(book.workers) == ["first", "third"]
-
-
-def test_a_worker_with_a_job_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even the one that is about to get its first job while all others hold one."""
-    monkeypatch.setattr(book_module, "WORKERS_KEPT", 2)
-    book = Book()
-    for number in range(1, 5):
-        book.swap(None, held(number, f"w-{number}"))
-    assert {name: list(seen.jobs) for name, seen in book.workers.items()} == {
-        f"w-{number}": [f"job-{number}"] for number in range(1, 5)
-    }
-
-
-def test_a_worker_that_was_forgotten_may_lose_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    book = Book()
-    book.swap(None, held(1, "w"))
-    del book.workers["w"]
-    book.swap(held(1, "w"), queued(1))
-    assert book.live_locks() == 0
 
 
 # -- all at once ------------------------------------------------------------------------------------------------------

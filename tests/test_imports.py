@@ -19,7 +19,7 @@ PACKAGE: Final = Path(jobd.__file__).parent
 ROOMS: Final[dict[str, tuple[str, str]]] = {
     "nouns": ("job events commands answers batch webhook", ""),
     "fingerprints": ("fingerprints", ""),
-    "book": ("book live_jobs orders figures overlaps pace", "nouns"),
+    "book": ("book live_jobs orders figures overlaps pace worker_presence", "nouns"),
     "judging": ("views validation planning", "nouns book"),
     "rules": (
         "rules operator_rules late_rules time_rules reads steps draft why audit plan_rules",

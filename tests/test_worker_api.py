@@ -10,6 +10,7 @@ import msgspec.inspect
 import pytest
 
 from jobd.commands import (
+    About,
     Bulk,
     Cancel,
     Claim,
@@ -48,6 +49,8 @@ CALLS: list[tuple[str, str, str, Command]] = [
     ("POST", "/v1/claim",
      '{"worker":"w","queues":["q"],"kinds":["k"],"limit":100,"wait_ms":60000,"max_processing_ms":5}',
      Claim(worker="w", queues=["q"], kinds=["k"], limit=100, wait_ms=60000, max_processing_ms=5)),
+    ("POST", "/v1/claim", '{"worker":"w","about":{"instance":"i","host":"h","pid":7,"version":"1","concurrency":4}}',
+     Claim(worker="w", about=About(instance="i", host="h", pid=7, version="1", concurrency=4))),
     ("POST", "/v1/jobs/{id}/progress", '{"lock_id":"x","progress":1,"message":"m"}',
      Progress(id="j", lock_id="x", progress=1, message="m")),
     ("POST", "/v1/jobs/{id}/extend", '{"lock_id":"x","additional_ms":1000}',

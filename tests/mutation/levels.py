@@ -20,6 +20,7 @@ MIRRORS: Final[dict[str, tuple[str, ...]]] = {
     "figures": ("figures",),
     "overlaps": ("overlaps", "figures"),
     "pace": ("pace", "figures"),
+    "worker_presence": ("worker_presence", "book"),
     "views": ("views", "rules"),
     "validation": ("validation",),
     "rules": ("rules",),
@@ -48,7 +49,7 @@ MODULES: Final = tuple(MIRRORS)
 NEAR: Final = (
     "rules", "late_rules", "book", "orders", "live_jobs", "figures", "overlaps", "pace", "validation", "why", "audit",
     "keys", "envelope", "events", "job", "answers", "draft", "views", "batch", "commands", "bodies", "rows", "plans",
-    "plans_of_time",
+    "plans_of_time", "worker_presence",
     "fingerprints", "webhook", "webhook_addresses", "webhook_line", "webhook_rules", "webhook_url", "actor", "cleanup",
     "alerts", "worker_api", "admin_api",
 )  # fmt: skip

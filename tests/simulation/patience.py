@@ -62,7 +62,7 @@ class Patience:
     def _work_for(self, daemon: Daemon, command: Claim) -> str | None:
         """The job that a parked claim should have got."""
         asked: Asked | None = next(
-            (asked for asked, _ in daemon.actor.parked._all.values() if asked.call.command is command), None
+            (asked for asked, *_ in daemon.actor.parked._all.values() if asked.call.command is command), None
         )
         if asked is None or asked.is_abandoned:
             return None

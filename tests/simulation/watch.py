@@ -167,7 +167,7 @@ class Watch(Promises):
         if self.daemon is None:
             return
         parked = self.daemon.actor.parked
-        mine = next((asked for asked, _ in parked._all.values() if asked.call.command is command), None)
+        mine = next((asked for asked, *_ in parked._all.values() if asked.call.command is command), None)
         for change in decision.changes:
             if change.event.type != "granted" or change.after is None:
                 continue
