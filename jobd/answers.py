@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from jobd.commands import About, AuditLog, Export, Filter, Import, Json, List, PlanAction
-from jobd.events import EventView
+from jobd.events import EventView, QueuePause
 from jobd.job import Backoff, Job
 
 
@@ -179,6 +179,14 @@ class QueueView(Struct, frozen=True):
     failed: int
     cancelled: int
     oldest_due_at: int | None
+    paused_at: int | None = None
+    paused_by: str | None = None
+    pause_reason: str | None = None
+    paused_until: int | None = None
+
+    @property
+    def pause(self) -> QueuePause:
+        return QueuePause(self.paused_at, self.paused_by, self.pause_reason, self.paused_until)
 
 
 class QueueList(Struct):
@@ -321,8 +329,18 @@ class Worked(Struct, frozen=True):
 
 
 class PausedView(Struct, frozen=True):
+    """Whether a queue is paused, and if so, since when, by which operator, why, and until when."""
+
     queue: str
     paused: bool
+    paused_at: int | None = None
+    paused_by: str | None = None
+    pause_reason: str | None = None
+    paused_until: int | None = None
+
+    @property
+    def pause(self) -> QueuePause:
+        return QueuePause(self.paused_at, self.paused_by, self.pause_reason, self.paused_until)
 
 
 class Imported(Struct, frozen=True):

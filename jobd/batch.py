@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, Protocol
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.events import Change, Event
+from jobd.events import Change, Event, QueuePause
 from jobd.job import HOUR_MS, Grant, Job, LateResult, Untouched
 
 PUT_OFF_MS: Final = 2 * HOUR_MS  # no tombstone waits longer: one that seems to was put off by another clock
@@ -73,6 +73,13 @@ class QueueRow(Struct, frozen=True, gc=False):
     paused_by: str | None = None
     pause_reason: str | None = None
     paused_until: int | None = None
+
+    @property
+    def pause(self) -> QueuePause | None:
+        """The pause of the queue; None if it is not paused."""
+        if not self.paused:
+            return None
+        return QueuePause(self.paused_at, self.paused_by, self.pause_reason, self.paused_until)
 
     def with_counts(self, completed: int, failed: int, cancelled: int) -> QueueRow:
         """The same queue with these numbers of finished jobs."""

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
 from typing import Final
 
+from msgspec.structs import astuple
+
 from jobd.batch import LateKnown, Numbers, Opened, QueueRow
-from jobd.events import Change, Event
+from jobd.events import Change, Event, QueuePause
 from jobd.figures import Figures
 from jobd.job import FINISHED, LIVE, STATUSES, TOKEN_COUNTER_BITS, Job, Options, Untouched, untouched
 from jobd.live_jobs import LiveJobs
@@ -46,7 +48,7 @@ class Book:
         self.late = LateKnown()  # late results that the decisions of this batch ask for
         self._late_calls: dict[tuple[int, int, str], None] = {}  # job seq, fencing token, verb: those that were told
         self._late_results: dict[int, int] = {}  # job seq -> seq of the latest that came since the start
-        self.paused: set[str] = set()
+        self.paused: dict[str, QueuePause] = {}
         self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
         self.figures = Figures()  # filled by the actor from what was committed
@@ -82,8 +84,8 @@ class Book:
             book.counts[name] = dict.fromkeys(STATUSES, 0) | kept
             for status, count in kept.items():
                 book.totals[status] += count
-            if row.paused:
-                book.paused.add(name)
+            if row.pause is not None:
+                book.paused[name] = row.pause
         book._enter_all(found.in_short)
         for job in found.jobs:
             book.swap(None, job)
@@ -151,7 +153,9 @@ class Book:
         """What the store keeps of `queue`."""
         counts = self.counts.get(queue, {})
         completed, failed, cancelled = (counts.get(status, 0) for status in ("completed", "failed", "cancelled"))
-        return QueueRow(queue in self.paused, completed, failed, cancelled)
+        pause = self.paused.get(queue)
+        described = (None,) * 4 if pause is None else astuple(pause)
+        return QueueRow(pause is not None, completed, failed, cancelled, *described)
 
     def numbers(self, lease_ms: int, wall_ms: int) -> Numbers:
         """The high-water marks as they are persisted with a commit."""
@@ -174,7 +178,7 @@ class Book:
             self.late.results.setdefault(event.job_seq, []).append(change.late)
             self._note_late(event)
         if event.job_seq == 0:
-            self.set_paused(event.queue, event.type == "queue_paused")
+            self.set_paused(event.queue, _pause_of(event))
             return
         if change.before is None and after is not None:
             if event.job_seq >= self.next_job:
@@ -470,11 +474,11 @@ class Book:
             counts = self.counts[queue] = dict.fromkeys(STATUSES, 0)
         return counts
 
-    def set_paused(self, queue: str, paused: bool) -> None:
-        if paused:
-            self.paused.add(queue)
+    def set_paused(self, queue: str, pause: QueuePause | None) -> None:
+        if pause is not None:
+            self.paused[queue] = pause
             return
-        self.paused.discard(queue)
+        self.paused.pop(queue, None)
         if queue in self._due:
             for kind in list(self._due[queue].lanes):
                 self.on_due(queue, kind)
@@ -499,6 +503,13 @@ class Book:
 
     def _is_deadline(self, entry: TimeEntry) -> bool:
         return self._deadline_of.get(entry[2]) == entry[0] and self.processing[entry[2]].seq == entry[1]
+
+
+def _pause_of(event: Event) -> QueuePause | None:
+    if event.type != "queue_paused":
+        return None
+    details = event.details or {}
+    return QueuePause(details.get("since", event.at), event.by, event.reason, details.get("until"))
 
 
 def _call_of(event: Event) -> tuple[int, int, str]:

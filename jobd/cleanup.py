@@ -17,7 +17,7 @@ from msgspec.structs import astuple
 
 from jobd.actor import Actor
 from jobd.answers import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery
-from jobd.commands import Operator, Refusal, Report, Tick
+from jobd.commands import EndPauses, Operator, Refusal, Report, Tick
 from jobd.figures import PROCESSING_BUCKETS_S, Figures
 from jobd.foresight import LOOK_S, foresee
 from jobd.job import SECOND_MS
@@ -183,7 +183,9 @@ class Cleaner:
         return bool(self._book.overdue) or (expiry is not None and expiry <= self._clock.moment().now)
 
     async def _tick(self) -> None:
-        """A crash shall not cost running grants their lease time: keep it on disk while there is one."""
+        """End the pauses that are over, and persist lease time while a grant lives: a crash must not cost it time."""
+        if any(pause.until is not None for pause in self._book.paused.values()):
+            await self._actor.ask(EndPauses(), by="daemon")  # a refusal is no harm: the next tick asks again
         if self._book.processing:
             await self._actor.ask(Tick(), by="daemon")  # a refusal is no harm: on a full disk lease time stands still
 

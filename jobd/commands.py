@@ -371,8 +371,11 @@ class Delete(OnJob, frozen=True, kw_only=True):
 
 
 class Pause(Command, frozen=True, kw_only=True):
+    """Grant nothing of a queue. `until`: the daemon resumes it at this wall time (Unix ms)."""
+
     name: QueueName
     reason: Text | None = None
+    until: UnixMs | None = None
 
 
 class Resume(Command, frozen=True, kw_only=True):
@@ -589,6 +592,10 @@ class Note(Command, frozen=True, kw_only=True):
     reason: str | None = None
 
 
+class EndPauses(Command, frozen=True, kw_only=True):
+    """Resume the queues whose pause is over."""
+
+
 class Tick(Command, frozen=True, kw_only=True):
     """Persist lease time; changes no job."""
 
@@ -701,6 +708,7 @@ AnyCommand = (
     | DeleteExpired
     | Mend
     | Note
+    | EndPauses
     | Tick
     | Ping
     | Report

@@ -33,7 +33,7 @@ from jobd.commands import (
 )
 from jobd.draft import Decision
 from jobd.envelope import Asked
-from jobd.events import Change
+from jobd.events import Change, QueuePause
 from jobd.job import LIVE, Job, Policy
 from jobd.keys import Keys
 from jobd.parked import Parked
@@ -65,6 +65,7 @@ class Plan(Struct):
     parked: list[Asked] = field(default_factory=list)  # claims that this batch parked
     payloads: dict[int, bytes] = field(default_factory=dict)  # of the jobs that this batch makes
     audit: list[Audited] = field(default_factory=list)
+    pauses: dict[str, QueuePause | None] = field(default_factory=dict)  # as they were before this batch
     ended: list[str] = field(default_factory=list)  # lock ids that are no longer those of current grants
     is_filled: bool = False  # the answers show all payloads that they have to
 
@@ -196,8 +197,8 @@ class Decider:
                 self.book.forget_call(change.event)
             if change.late is not None:
                 self.book.forget_late(change.event)
-            if change.event.job_seq == 0:
-                self.book.set_paused(change.event.queue, change.event.type != "queue_paused")
+        for queue, pause in plan.pauses.items():
+            self.book.set_paused(queue, pause)
         for asked, answer in plan.replies:
             if asked.key is not None and isinstance(answer, Answer):
                 self._hand(asked, answer, -len(asked.futures))
@@ -262,6 +263,8 @@ class Decider:
             message = "A rule failed on this command; nothing was changed. The log has the details."
             return Decision(Refusal("internal_error", message))
         for change in decision.changes:
+            if not change.event.job_seq:
+                plan.pauses.setdefault(change.event.queue, self.book.paused.get(change.event.queue))
             self.book.put(change)
             if change.payload is not None:
                 plan.payloads[change.event.job_seq] = change.payload

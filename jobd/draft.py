@@ -86,9 +86,12 @@ class Draft:
         event = self._event(job, job.status, None, "deleted", None, reason, None, None)
         self.changes.append(Change(job, None, event))
 
-    def queue(self, name: str, event_type: EventType, reason: str | None = None) -> None:
+    def queue(
+        self, name: str, event_type: EventType, reason: str | None = None, details: dict[str, Any] | None = None
+    ) -> None:
         """A step of a queue, not of a job."""
-        event = Event(self._event_number(), self.at.now, event_type, 0, "", name, None, None, self.call.by, reason)
+        by = self.call.by
+        event = Event(self._event_number(), self.at.now, event_type, 0, "", name, None, None, by, reason, details)
         self.changes.append(Change(None, None, event))
 
     def job_number(self) -> int:

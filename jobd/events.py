@@ -6,6 +6,7 @@ Nothing here decides anything: rules.py makes events, store.py keeps them.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 import msgspec
@@ -101,6 +102,38 @@ class Event(Struct, frozen=True, gc=False):
     reason: str | None = None
     details: dict[str, Any] | None = None
     changes: Changes | None = None
+
+
+class QueuePause(Struct, frozen=True, gc=False):
+    """Why a queue grants nothing: since when, paused by which operator, for what reason, until when.
+
+    Times are wall time, Unix ms. `by` has the form of `Event.by`. All fields are None if the pause is older than schema
+    version 10; `until` is None if only an operator ends it.
+    """
+
+    at: int | None = None
+    by: str | None = None
+    reason: str | None = None
+    until: int | None = None
+
+    def in_words(self) -> str:
+        """Say it in words that follow "paused": `by operator ana at 2026-03-01 12:03 UTC, until resumed: deploy`."""
+        by = "" if self.by is None else f"by {by_in_words(self.by)} "
+        since = "since an unknown time" if self.at is None else f"at {_utc(self.at)}"
+        until = "until resumed" if self.until is None else f"until {_utc(self.until)}"
+        return f"{by}{since}, {until}: {self.reason or 'no reason given'}"
+
+
+def by_in_words(by: str) -> str:
+    """Name in words what `Event.by` names."""
+    kind, _, name = by.partition(":")
+    if not name:
+        return {"admin": "an operator", "client": "a client"}.get(kind, kind)
+    return f"{'operator' if kind == 'admin' else kind} {name}"
+
+
+def _utc(at: int) -> str:
+    return datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 class EventView(Struct, frozen=True, rename={"from_": "from"}):

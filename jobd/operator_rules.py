@@ -10,7 +10,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from jobd import steps, views
-from jobd.answers import AdminLock, Answer, Forced, Imported, ImportForeseen, LockState, PausedView
+from jobd.answers import AdminLock, Answer, Forced, Imported, ImportForeseen, LockState
 from jobd.commands import (
     NO_REASON,
     Delete,
@@ -27,6 +27,7 @@ from jobd.commands import (
     Updates,
 )
 from jobd.draft import Draft
+from jobd.events import QueuePause
 from jobd.job import FINISHED, LIVE, MAX_PERCENT, TRANSITIONS, Failure, Grant, Job, Lease, Result, Status
 
 
@@ -166,16 +167,26 @@ def delete(draft: Draft, command: Delete) -> Answer | Refusal:
     return answer
 
 
-def pause(draft: Draft, command: Pause) -> Answer:
-    if command.name not in draft.book.paused:
-        draft.queue(command.name, "queue_paused", command.reason)
-    return Answer(PausedView(command.name, True))
+def pause(draft: Draft, command: Pause) -> Answer | Refusal:
+    """Pause a queue. A further pause with another reason or end replaces both and keeps the time of the first one."""
+    now, known = draft.at.now, draft.book.paused.get(command.name)
+    if command.until is not None and command.until <= now:
+        message = (
+            f"until {command.until} is not in the future; it is Unix milliseconds. Leave it out to pause for good."
+        )
+        return steps.invalid("until", message)
+    asked = command.reason, command.until
+    if known is not None and asked in ((None, None), (known.reason, known.until)):
+        return Answer(views.paused_view(command.name, known))
+    pause = QueuePause(now if known is None else known.at, draft.call.by, *asked)
+    draft.queue(command.name, "queue_paused", pause.reason, {"since": pause.at, "until": pause.until})
+    return Answer(views.paused_view(command.name, pause))
 
 
 def resume(draft: Draft, command: Resume) -> Answer:
     if command.name in draft.book.paused:
         draft.queue(command.name, "queue_resumed", command.reason)
-    return Answer(PausedView(command.name, False))
+    return Answer(views.paused_view(command.name, None))
 
 
 def import_job(draft: Draft, command: Import) -> Answer | Refusal:

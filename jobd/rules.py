@@ -30,6 +30,7 @@ from jobd.commands import (
     Delete,
     DeleteExpired,
     EndGrants,
+    EndPauses,
     Expire,
     Export,
     Extend,
@@ -170,6 +171,8 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             return time_rules.credit_absence(draft, command)
         case EndGrants():
             return time_rules.end_grants(draft, command)
+        case EndPauses():
+            return time_rules.end_pauses(draft)
         case Tick() | Ping() | Report() | Note():
             return Answer(Done())
         case _:
@@ -291,9 +294,11 @@ def _refuse_start(draft: Draft, job: Job) -> Refusal | None:
         wait_ms = job.run_at - at.now
         message = f"Job {job.id} is not due for another {steps.in_words(wait_ms)}."
         return Refusal("not_due", message, {"run_at": job.run_at, "retry_after_ms": wait_ms})
-    if job.options.queue in draft.book.paused:
-        message = f"Queue {job.options.queue} is paused. An operator resumes it: jobctl resume {job.options.queue}"
-        return Refusal("queue_paused", message, {"queue": job.options.queue})
+    queue = job.options.queue
+    if (pause := draft.book.paused.get(queue)) is not None:
+        message = f"Queue {queue} is paused {pause.in_words()}. An operator resumes it: jobctl resume {queue}"
+        details = msgspec.to_builtins(views.paused_view(queue, pause))
+        return Refusal("queue_paused", message, details)
     return None
 
 

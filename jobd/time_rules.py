@@ -156,6 +156,18 @@ def _is_past(job: Job, now: int) -> bool:
     return job.status in FINISHED and job.expires_at is not None and job.expires_at <= now
 
 
+def end_pauses(draft: Draft) -> Answer:
+    """Resume the queues whose pause is over, by the trusted wall time."""
+    over = [
+        name
+        for name, pause in draft.book.paused.items()
+        if pause.until is not None and pause.until <= draft.at.believed
+    ]
+    for name in over:
+        draft.queue(name, "queue_resumed", "Its pause was to end now.")
+    return Answer(Worked(len(over)))
+
+
 def mend(draft: Draft, command: Mend) -> Answer:
     """Validate the named jobs and apply the safe fixes; what has none is reported, and looked at again each time."""
     found: list[tuple[str, Issue]] = []

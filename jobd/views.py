@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Final, cast
 
 from msgspec import UNSET, Raw, UnsetType
+from msgspec.structs import astuple
 
 from jobd.answers import (
     GrantView,
@@ -23,6 +24,7 @@ from jobd.answers import (
     LockView,
     OldestDue,
     OldestProcessing,
+    PausedView,
     QueueList,
     QueueView,
     RefusalView,
@@ -32,6 +34,7 @@ from jobd.answers import (
 )
 from jobd.book import Book
 from jobd.commands import Import, Locks, Moment, Queues, Refusal, Workers
+from jobd.events import QueuePause
 from jobd.figures import Figures
 from jobd.job import LIVE, STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
 from jobd.worker_presence import WorkerPresence, WorkerSeen
@@ -184,15 +187,29 @@ def _by_load(book: Book, name: str) -> tuple[int, str]:
 def _named(book: Book, paused: bool | None) -> Set[str]:
     """The names of all queues, or of those that are paused, or not."""
     if paused:
-        return book.paused
-    names = book.counts.keys() | book.paused
-    return names if paused is None else names - book.paused
+        return book.paused.keys()
+    names = book.counts.keys() | book.paused.keys()
+    return names if paused is None else names - book.paused.keys()
 
 
 def _queue(book: Book, name: str) -> QueueView:
     counts = book.counts.get(name, {})
     by_status = {status: counts.get(status, 0) for status in STATUSES}
-    return QueueView(name=name, paused=name in book.paused, oldest_due_at=book.oldest_due_at(name), **by_status)
+    pause = book.paused.get(name, QueuePause())
+    return QueueView(
+        name=name,
+        paused=name in book.paused,
+        oldest_due_at=book.oldest_due_at(name),
+        paused_at=pause.at,
+        paused_by=pause.by,
+        pause_reason=pause.reason,
+        paused_until=pause.until,
+        **by_status,
+    )
+
+
+def paused_view(queue: str, pause: QueuePause | None) -> PausedView:
+    return PausedView(queue, pause is not None, *(() if pause is None else astuple(pause)))
 
 
 def workers(book: Book, at: Moment, command: Workers) -> WorkerList:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from jobd.answers import Next, WhyView
 from jobd.book import Book
 from jobd.commands import NO_REASON, Moment
-from jobd.events import Event
+from jobd.events import Event, QueuePause, by_in_words
 from jobd.job import Grant, Job, LateResult, Lease, Policy
 from jobd.late_rules import refuse_adoption
 from jobd.steps import in_words, is_overdue
@@ -67,15 +67,28 @@ def _queued(job: Job, book: Book, at: Moment) -> WhyView:
         return _overdue(job, at, back)
     if job.expires_at is not None:
         expires = Next("It fails as expired, if no worker has taken it by then.", job.expires_at, "expires_at")
-    if queue in book.paused:
-        because = f"Queue {queue} is paused, so no job of it is handed out.{back}"
-        return WhyView("queued", because, expires, "queue_paused", [f"Resume the queue: jobctl resume {queue}"])
+    if (pause := book.paused.get(queue)) is not None:
+        because = f"Queue {queue} is paused {pause.in_words()}. No job of it is granted.{back}"
+        return WhyView("queued", because, _pause_ends(pause, expires), "queue_paused", _resuming(queue, pause))
     if job.run_at > at.now:
         because = f"It is not due for another {in_words(job.run_at - at.now)}.{back}"
         due = Next("It becomes due and is offered to workers.", job.run_at, "run_at")
         first = due if expires is None or job.run_at < expires.at else expires
         return WhyView("queued", because, first, "run_at", [f"Run it now: jobctl run-now {job.id}"])
     return _waiting(job, book, at, expires, back)
+
+
+def _pause_ends(pause: QueuePause, expires: Next | None) -> Next | None:
+    if pause.until is None or (expires is not None and expires.at <= pause.until):
+        return expires
+    return Next("The daemon resumes the queue.", pause.until, "pause")
+
+
+def _resuming(queue: str, pause: QueuePause) -> list[str]:
+    """Advise to resume only with the reason for the pause in sight."""
+    by = "the operator who paused it" if pause.by is None else by_in_words(pause.by)
+    reason = f" The pause says: {pause.reason}" if pause.reason else " The pause gives no reason: ask first."
+    return [f"If {by} no longer needs the pause: jobctl resume {queue}.{reason}"]
 
 
 def _overdue(job: Job, at: Moment, back: str) -> WhyView:
@@ -187,7 +200,7 @@ def ending(job: Job, events: Sequence[Event] = ()) -> str:
 def _failed(job: Job, end: Event | None) -> str:
     message = (job.error.message if job.error else None) or "without a message."
     if end is not None and end.type == "failed":
-        return f"It failed at {_who(end.by)}: {message}"
+        return f"It failed at {by_in_words(end.by)}: {message}"
     if end is None or end.type not in _BY_HAND:
         return f"It failed: {message}"
     is_said = message in (end.reason, NO_REASON)
@@ -200,12 +213,4 @@ def _by_hand(end: Event) -> str:
     if end.type == "adopted":
         how += f" with a late result of worker {(end.details or {}).get('worker')}"
     reason = f": {end.reason.removesuffix('.')}" if end.reason not in (None, "", NO_REASON) else ""
-    return f"{how} by {_who(end.by)}{reason}"
-
-
-def _who(by: str) -> str:
-    """The `by` of an event in words."""
-    kind, _, name = by.partition(":")
-    if not name:
-        return {"admin": "an operator", "client": "a client"}.get(kind, kind)
-    return f"{'operator' if kind == 'admin' else kind} {name}"
+    return f"{how} by {by_in_words(end.by)}{reason}"

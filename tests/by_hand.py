@@ -149,7 +149,9 @@ class Maker:
         return replace(change, late=kept)
 
     def queue_event(self, queue: str, paused: bool) -> Change:
-        self.queues[queue] = replace(self.queues.get(queue, QueueRow()), paused=paused)
+        at, by = (self.now, "admin") if paused else (None, None)
+        row = self.queues.get(queue, QueueRow())
+        self.queues[queue] = replace(row, paused=paused, paused_at=at, paused_by=by)
         type_ = "queue_paused" if paused else "queue_resumed"
         return Change(None, None, Event(self._event(), self.now, type_, 0, "", queue, None, None, "admin"))  # type: ignore[arg-type]
 

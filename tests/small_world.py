@@ -60,6 +60,7 @@ from jobd.commands import (
     Validate,
     Why,
 )
+from jobd.events import QueuePause
 from jobd.job import (
     LIVE,
     STATUSES,
@@ -154,7 +155,7 @@ class State(Struct, frozen=True):
             book.swap(None, self.job)
             book.late = LateKnown({self.job.seq: [LATE]})
         if self.paused:
-            book.set_paused("default", True)
+            book.set_paused("default", QueuePause(self.now, "admin"))
         book.advance(self.now, self.lease)
         return book
 

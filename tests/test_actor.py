@@ -1054,19 +1054,21 @@ async def test_a_refused_batch_leaves_nothing_behind() -> None:
         await house.yes(Create(id="b"))
         token = (await house.yes(Start(id="b", worker="w"))).fencing_token
         await house.yes(Complete(id="b", lock_id=house.book.jobs["b"].grant.lock_id))  # type: ignore[union-attr]
-        await house.yes(Pause(name="paused"))
+        await house.yes(Pause(name="paused", reason="deploy"))
+        before = dict(house.book.paused)
         keys = dict(house.disk.keys)
         house.disk.fits = lambda batch: False
         tasks = fill(house, [
             Create(id="c"), Import(id="d", status="failed", error_message="e"), Delete(id="b"), Create(id="b"),
             Release(id="a", lock_id=lock_id), Start(id="a", worker="w"), Pause(name="q"), Resume(name="paused"),
+            Pause(name="paused", reason="again"),
         ])  # fmt: skip
         keyed = begin(house.actor.ask(Claim(worker="w"), key=key("k")))
         assert {(await task).code for task in tasks} == {"storage_full"}
         assert (await keyed).code == "storage_full"
         compare(house)
         assert house.disk.keys == keys
-        assert (house.book.paused, house.book.suspects) == ({"paused"}, {})
+        assert (house.book.paused, house.book.suspects) == (before, {})
         assert house.book.holds("a", lock_id)
         house.disk.free()
         await asyncio.sleep(1)

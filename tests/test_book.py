@@ -25,7 +25,7 @@ from jobd.commands import (
     Resume,
     Update,
 )
-from jobd.events import Change, Event
+from jobd.events import Change, Event, QueuePause
 from jobd.job import HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options, Result, Untouched
 from jobd.orders import SLACK
 from tests.desk import NOW, Desk, compare, picture
@@ -65,7 +65,7 @@ def test_a_start_finds_live_jobs_and_the_counts_of_finished_ones() -> None:
     assert book.total() == 12
     assert book.counts["default"] == {"queued": 2, "processing": 2, "completed": 5, "failed": 2, "cancelled": 0}
     assert book.totals["cancelled"] == 1
-    assert book.paused == {"idle"}
+    assert book.paused == {"idle": QueuePause()}
     assert [job.seq for job in book.due(["default"], None)] == [1]
     assert (book.live_locks(), list(book.stuck)) == (1, ["job-4"])
     assert (book.next_run_at(), book.next_deadline()) == (NOW + 1, 500)
@@ -92,7 +92,7 @@ def test_jobs_in_short_enter_all_at_once_as_one_by_one(seed: int) -> None:
     rows = {job.id: job for job in [*(job.whole() for job in jobs), *touched]}
     for step_ms in (0, 3, -20, 30):
         for book in (at_once, one_by_one):
-            book.set_paused("q", False)
+            book.set_paused("q", None)
             book.advance(book._now + step_ms, 0)
         assert picture(at_once) == picture(one_by_one)
         assert at_once.next_run_at() == one_by_one.next_run_at()

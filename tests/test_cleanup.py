@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from jobd.answers import CleanupReport, RecoverStuckView
 from jobd.batch import Audited, DiskFull
 from jobd.cleanup import TICK_S, read_beside, read_figures
-from jobd.commands import Complete, Create, Delete, Extend, ForceFail, Get, Progress, Refusal, Timeline
+from jobd.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Refusal, Timeline
 from jobd.events import Event
 from jobd.figures import Figures, Histogram
 from jobd.full_disk import Closed
@@ -139,6 +139,18 @@ async def test_lease_time_is_persisted_while_a_job_is_processing_and_only_then()
         assert house.disk.numbers.lease_ms == lease
         ticks = [batch for batch in house.disk.batches[batches:] if not batch.changes]
         assert len(ticks) in (9, 10)
+
+
+@in_virtual_time
+async def test_a_pause_ends_by_itself_also_without_recovery() -> None:
+    async with Household(schedule=replace(RECOVERING, recover_every_ms=0)) as house:
+        house.keep()
+        await house.yes(Pause(name="q", until=house.clock.moment().now + 60_000))
+        await seconds(60 - TICK_S)
+        assert list(house.book.paused) == ["q"]
+        await seconds(2 * TICK_S)
+        assert house.book.paused == {}
+        assert house.disk.queues["q"].pause is None
 
 
 @in_virtual_time

@@ -855,9 +855,19 @@ def test_a_queue_is_paused_and_resumed(jobctl: Ctl) -> None:
     jobctl.ok("submit", "--queue", "c5")
     assert "jobctl resume c-5" in jobctl.run("pause", "c-5")[2], "a slip of the finger"
     jobctl.ok("resume", "c-5")
-    assert jobctl.json("pause", "c5") == {"queue": "c5", "paused": True}
+    paused = jobctl.json("pause", "c5", "--reason", "deploy", "--until", "2h")
     listed = {queue["name"]: queue for queue in jobctl.json("queues")["queues"]}
-    assert listed["c5"]["paused"] is True
+    assert {name: listed["c5"][name] for name in paused if name != "queue"} == {
+        "paused": True,
+        "paused_at": paused["paused_at"],
+        "paused_by": paused["paused_by"],
+        "pause_reason": "deploy",
+        "paused_until": paused["paused_until"],
+    }
+    assert paused["paused_by"].startswith("admin")
+    assert 7_190_000 < paused["paused_until"] - paused["paused_at"] <= 7_200_000
+    assert "by operator" in jobctl.ok("queues")
+    assert "UTC: deploy" in jobctl.ok("queues")
     assert set(listed["c5"]) == _fields(answers.QueueView)
     assert jobctl.ok("resume", "c5") == "c5 is open\n"
 

@@ -20,6 +20,7 @@ from jobd.answers import (
     JobView,
     Look,
     OldestDue,
+    PausedView,
     QueueList,
     Recovered,
     Worked,
@@ -36,6 +37,7 @@ from jobd.commands import (
     Delete,
     DeleteExpired,
     EndGrants,
+    EndPauses,
     Expire,
     Export,
     Extend,
@@ -367,7 +369,14 @@ def test_start_judges_due_before_paused(desk: Desk) -> None:
     desk.passes(9)
     desk.no(Start(id="a", worker="w"), "not_due")
     desk.passes(1)
-    assert desk.no(Start(id="a", worker="w"), "queue_paused").details == {"queue": "default"}
+    assert desk.no(Start(id="a", worker="w"), "queue_paused").details == {
+        "queue": "default",
+        "paused": True,
+        "paused_at": NOW,
+        "paused_by": "client",
+        "pause_reason": None,
+        "paused_until": None,
+    }
     desk.yes(Resume(name="default"))
     desk.start()
 
@@ -924,7 +933,7 @@ def test_the_journal_says_how_a_job_began_waited_and_went(desk: Desk) -> None:
         ("granted", "queued", "processing", "worker:w-1", None, granted, "q"),
         ("cancelled", "processing", "cancelled", "client", None, None, "q"),
         ("deleted", "cancelled", None, "admin", None, None, "q"),
-        ("queue_paused", None, None, "admin", None, None, "q"),
+        ("queue_paused", None, None, "admin", None, {"since": NOW, "until": None}, "q"),
         ("queue_resumed", None, None, "admin", None, None, "q"),
     ]
 
@@ -1684,6 +1693,42 @@ def test_pause_and_resume_are_steps_of_the_queue(desk: Desk) -> None:
     assert not desk.decide(Pause(name="q")).changes
     assert admin(desk, Resume(name="q")).paused is False
     assert not desk.decide(Resume(name="q")).changes
+
+
+def test_a_pause_says_who_when_why_and_until_when(desk: Desk) -> None:
+    view = desk.yes(Pause(name="q", reason="deploy", until=NOW + 9), by="admin:ana")
+    said = PausedView("q", True, NOW, "admin:ana", "deploy", NOW + 9)
+    assert view == said
+    desk.passes(1)
+    assert desk.yes(Pause(name="q"), by="admin:bob") == said, "a plain pause changes nothing"
+    assert not desk.decide(Pause(name="q", reason="deploy", until=NOW + 9), by="admin:bob").changes
+    replaced = desk.yes(Pause(name="q", reason="disk"), by="admin:bob")
+    assert replaced == PausedView("q", True, NOW, "admin:bob", "disk", None), "the time of the first one stays"
+    [listed] = desk.yes(Queues()).queues
+    assert listed.pause == replaced.pause == desk.book.queue_row("q").pause
+    assert desk.yes(Resume(name="q")) == PausedView("q", False)
+
+
+def test_a_pause_cannot_end_in_the_past(desk: Desk) -> None:
+    refusal = desk.no(Pause(name="q", until=NOW), "invalid_request")
+    assert (refusal.details, "Unix milliseconds" in refusal.message) == ({"field": "$.until"}, True)
+    assert desk.book.paused == {}
+
+
+def test_a_pause_that_is_over_ends(desk: Desk) -> None:
+    desk.create()
+    desk.yes(Pause(name="default", until=NOW + 10), by="admin")
+    desk.yes(Pause(name="other"), by="admin")
+    desk.passes(9)
+    assert desk.yes(EndPauses()).done == 0
+    desk.passes(1)
+    assert desk.yes(EndPauses(), by="daemon").done == 1
+    last = desk.last()
+    assert (last.type, last.queue, last.by, last.reason) == (
+        "queue_resumed", "default", "daemon", "Its pause was to end now.",
+    )  # fmt: skip
+    assert list(desk.book.paused) == ["other"]
+    desk.start()
 
 
 # -- import -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from jobd.commands import (
     ApplyPlan,
     AuditLog,
     CreditAbsence,
+    EndPauses,
     Export,
     GetVersion,
     ImportCheck,
@@ -56,6 +57,7 @@ REFUSALS = {
 
 # These look at many jobs, at history, or keep the clock: to one job they do nothing. An absence has a world of its own.
 NOT_PLAYED = {
+    EndPauses,
     List,
     Search,
     ImportCheck,

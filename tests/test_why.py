@@ -22,6 +22,7 @@ from jobd.commands import (
     Updates,
     Why,
 )
+from jobd.events import QueuePause
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS
 from jobd.why import ending
 from tests.desk import NOW, Desk
@@ -100,13 +101,35 @@ def test_not_due(desk: Desk) -> None:
 
 def test_paused(desk: Desk) -> None:
     desk.create()
-    desk.yes(Pause(name="default"))
+    desk.yes(Pause(name="default"), by="admin:ana")
     view = why(desk)
     assert (view.state, view.blocked_by, view.next) == ("queued", "queue_paused", None)
-    assert view.because == "Queue default is paused, so no job of it is handed out."
-    assert view.do == ["Resume the queue: jobctl resume default"]
+    paused = "Queue default is paused by operator ana at 2023-11-14 22:13 UTC, until resumed: no reason given."
+    assert view.because == f"{paused} No job of it is granted."
+    assert view.do == [
+        "If operator ana no longer needs the pause: jobctl resume default. The pause gives no reason: ask first."
+    ]
     desk.create("b", expires_at=NOW + 9)
     assert at_and_rule(why(desk, "b")) == (NOW + 9, "expires_at")
+
+
+def test_a_pause_that_ends_by_itself_is_what_happens_next(desk: Desk) -> None:
+    desk.create()
+    desk.create("b", expires_at=NOW + MINUTE_MS)
+    desk.yes(Pause(name="default", reason="deploy", until=NOW + HOUR_MS), by="admin")
+    view = why(desk)
+    assert at_and_rule(view) == (NOW + HOUR_MS, "pause")
+    assert "paused by an operator at 2023-11-14 22:13 UTC, until 2023-11-14 23:13 UTC: deploy." in view.because
+    assert view.do == ["If an operator no longer needs the pause: jobctl resume default. The pause says: deploy"]
+    assert at_and_rule(why(desk, "b")) == (NOW + MINUTE_MS, "expires_at")
+
+
+def test_a_pause_of_an_older_store_says_that_its_origin_is_unknown(desk: Desk) -> None:
+    desk.create()
+    desk.book.set_paused("default", QueuePause())
+    view = why(desk)
+    assert "paused since an unknown time, until resumed: no reason given." in view.because
+    assert view.do[0].startswith("If the operator who paused it no longer needs the pause:")
 
 
 def test_what_brought_it_back(desk: Desk) -> None:

@@ -12,7 +12,7 @@ import click
 from jobd.cli import ctl_plan, exits, show
 from jobd.cli.deeds import confirm, need_terminal, reason_option
 from jobd.cli.group import json_option
-from jobd.cli.kinds import NAME, PAST
+from jobd.cli.kinds import MOMENT, NAME, PAST
 from jobd.cli.places import admin_client, admin_options
 from jobd.cli.waiting import busy
 
@@ -155,21 +155,22 @@ def workers(as_json: bool) -> None:
 @click.command()
 @click.argument("queue")
 @_REASON
+@click.option("--until", type=MOMENT, metavar="TIME", help="When the daemon resumes it: a time, or 2h from now.")
 @json_option
 @admin_options
-def pause(queue: str, reason: str | None, as_json: bool) -> None:
+def pause(queue: str, reason: str | None, until: int | None, as_json: bool) -> None:
     """Grant no job of QUEUE until it is resumed.
 
     Running jobs go on. A queue may be paused before it has jobs.
     """
     client = admin_client()
     has_jobs = bool(client.list_jobs(queue=queue, limit=1).jobs)
-    view = client.pause_queue(queue, reason)
+    view = client.pause_queue(queue, reason, until=until)
     if not has_jobs:
         show.say(
             f"no queue {view.queue} has jobs yet: if its name is not meant so, undo it by: jobctl resume {view.queue}"
         )
-    show.emit_json(view) if as_json else show.emit(f"{view.queue} is paused")
+    show.emit_json(view) if as_json else show.emit(f"{view.queue} is paused {view.pause.in_words()}")
 
 
 def _is_known(client: AdminClient, queue: str) -> bool:

@@ -29,6 +29,8 @@ from jobd.cli import show, tables
 
 
 def queues(views: Sequence[QueueView]) -> None:
+    """With a column that describes pauses if a queue is paused."""
+    is_described = any(queue.paused for queue in views)
     rows = [
         (
             queue.name,
@@ -39,10 +41,13 @@ def queues(views: Sequence[QueueView]) -> None:
             queue.failed,
             queue.cancelled,
             show.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
+            *([queue.pause.in_words() if queue.paused else None] if is_described else ()),
         )
         for queue in views
     ]
     columns = ["QUEUE", "STATE", ">QUEUED", ">PROCESSING", ">COMPLETED", ">FAILED", ">CANCELLED", "OLDEST DUE"]
+    if is_described:
+        columns.append("PAUSED")
     show.table(columns, rows, empty="No queues: no job was ever submitted.")
 
 

@@ -239,6 +239,9 @@ def _alerts(alerts: Sequence[AlertView], width: int) -> list[Text]:
 
 def _queues(frame: Frame, rows: int, width: int) -> list[Text]:
     columns = ["QUEUE", "STATE", ">QUEUED", ">IN FLIGHT", "OLDEST DUE", ">FAILED", ">COMPLETED", ">CANCELLED"]
+    is_described = width >= NARROW and any(queue.paused for queue in frame.queues)
+    if is_described:
+        columns.append("PAUSED")
     body = [
         (
             queue.name,
@@ -249,6 +252,7 @@ def _queues(frame: Frame, rows: int, width: int) -> list[Text]:
             queue.failed,
             queue.completed,
             queue.cancelled,
+            *([queue.pause.in_words() if queue.paused else None] if is_described else ()),
         )
         for queue in frame.queues
     ]

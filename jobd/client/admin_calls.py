@@ -457,9 +457,13 @@ def alerts() -> Request[list[AlertView]]:
     return get(f"{BASE}/alerts", lambda body: _read_alerts(body).alerts)
 
 
-def pause_queue(queue: str, reason: str | None = None) -> Request[PausedView]:
-    """Grant nothing of this queue any more until it is resumed. Holders go on."""
-    return post(job_path(f"{BASE}/queues", queue, "pause"), _read_paused, {"reason": reason}, key=uuid7())
+def pause_queue(queue: str, reason: str | None = None, *, until: int | None = None) -> Request[PausedView]:
+    """Grant nothing of this queue until it is resumed: by an operator, or by the daemon at `until` (Unix ms).
+
+    Holders continue. A second pause replaces reason and end of the first one.
+    """
+    body = {"reason": reason, "until": until}
+    return post(job_path(f"{BASE}/queues", queue, "pause"), _read_paused, body, key=uuid7())
 
 
 def resume_queue(queue: str, reason: str | None = None) -> Request[PausedView]:

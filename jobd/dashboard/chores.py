@@ -28,10 +28,13 @@ class QueueForm(ReasonForm, frozen=True, kw_only=True):
 
     name: QueueName
     cursor: QueueName | None = None
+    for_ms: Literal["", "900000", "3600000", "14400000", "86400000"] = ""
 
 
 async def pause(guest: Guest, asked: QueueForm) -> Answer | Refusal:
-    return await _on_queue(guest, asked, Pause(name=asked.name, reason=asked.why), f"Queue {asked.name} is paused.")
+    until = guest.now + int(asked.for_ms) if asked.for_ms else None
+    command = Pause(name=asked.name, reason=asked.why, until=until)
+    return await _on_queue(guest, asked, command, f"Queue {asked.name} is paused.")
 
 
 async def resume(guest: Guest, asked: QueueForm) -> Answer | Refusal:

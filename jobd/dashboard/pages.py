@@ -85,6 +85,7 @@ DEEDS_KEPT: Final = (
     "plan-force-fail", "plan-delete", "plan-recover-stuck", "plan-cleanup",
 )  # fmt: skip
 PAUSED: Final = Queues(paused=True, limit=20)  # asked by every page, so it costs by the paused queues alone
+PAUSE_CHOICES: Final = (("15 minutes", "900000"), ("1 hour", "3600000"), ("4 hours", "14400000"), ("1 day", "86400000"))
 MOST_NAMES: Final = 200  # of queues that a filter offers
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]-]{1,200}")
 
@@ -156,7 +157,7 @@ async def overview(guest: Guest, recorder: Recorder) -> Shown:
 def strip(guest: Guest, paused: QueueList) -> Shown:
     """What every page says at its top: paused queues (the answer to PAUSED), and alerts."""
     return {
-        "paused": [queue.name for queue in paused.queues],
+        "paused": paused.queues,
         "more_paused": paused.next_cursor is not None,
         "firing": [alert for alert in guest.site.rooms.alerts() if alert.firing],
     }
@@ -318,6 +319,7 @@ async def queues(guest: Guest, recorder: Recorder, wanted: QueuesPage) -> Shown:
         "next": f"/queues?{urlencode({'cursor': found.next_cursor})}" if found.next_cursor else "",
         "is_first": wanted.cursor is None,
         "cursor": wanted.cursor,
+        "pause_choices": PAUSE_CHOICES,
         **strip(guest, paused),
     }
 

@@ -182,7 +182,7 @@ class Requests:
             case 9:
                 return Delete(id=job_id)
             case 10:
-                return Pause(name=self.queue())
+                return Pause(name=self.queue(), reason=self.maybe(0.3, "deploy"), until=self.maybe(0.5, self.time(now)))
             case 11 | 12:
                 return Resume(name=self.queue())
             case 13 | 14:
