@@ -15,7 +15,18 @@ from msgspec.structs import astuple
 from jobd.batch import LateKnown, Numbers, Opened, QueueRow
 from jobd.events import Change, Event, QueuePause
 from jobd.figures import Figures
-from jobd.job import FINISHED, LIVE, STATUSES, TOKEN_COUNTER_BITS, Job, Options, Untouched, untouched
+from jobd.job import (
+    FINISHED,
+    LIVE,
+    LOOP_FROM,
+    STATUSES,
+    TOKEN_COUNTER_BITS,
+    Job,
+    Options,
+    Untouched,
+    is_release_loop,
+    untouched,
+)
 from jobd.live_jobs import LiveJobs
 from jobd.orders import DueEntry, DueJobs, LazyHeap, TimeEntry
 from jobd.worker_presence import WorkerPresence
@@ -62,6 +73,7 @@ class Book:
         self.stuck: dict[str, None] = {}
         self._not_live = (self.expired_locks, self.cleared_locks, self.stuck, self.unheld)  # these very dicts
         self.overdue: dict[str, None] = {}  # queued jobs whose expires_at has passed
+        self.release_loops: dict[str, int] = {}  # id -> releases of the live jobs that is_release_loop names
         self.on_due: Callable[[str, str], None] = lambda queue, kind: None  # told of each job that becomes due
         self._due: dict[str, DueJobs] = {}
         self._delayed: LazyHeap[TimeEntry] = LazyHeap()
@@ -305,6 +317,8 @@ class Book:
     # -- the job's way through the orders -----------------------------------------------------------------------------
 
     def _leave(self, job: Job, after: Job | None) -> None:
+        if job.releases >= LOOP_FROM:
+            self.release_loops.pop(job.id, None)
         if after is None or after.status not in LIVE:
             self.jobs.drop(job.id)
         if job.status not in LIVE:
@@ -323,6 +337,8 @@ class Book:
             self.loaded(job)
             return
         short = untouched(job) if before is None and job.status == "queued" else None
+        if job.releases >= LOOP_FROM and is_release_loop(job):
+            self.release_loops[job.id] = job.releases
         if short is None:
             self.jobs.keep(job)
         else:

@@ -72,6 +72,9 @@ Place = Annotated[str, Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096
 Code = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200)]
 MAX_PERCENT: Final = 100
 KEEP_LATE: Final = 5  # late results of a job: those of its latest grants
+# Releases in a row without progress: from which on the job waits, and from which on it is in a loop if it does not.
+DELAYED_FROM: Final = 5
+LOOP_FROM: Final = 20
 
 _ID = re.compile(ID_PATTERN)
 
@@ -92,6 +95,27 @@ def runs_again(job: Job) -> bool:
     if job.stalls >= options.max_stalls or options.on_stall == "fail":
         return False
     return options.on_stall == "requeue" or job.progress == 0 or job.attempt < options.max_attempts
+
+
+def release_delay_ms(releases: int) -> int | None:
+    """The delay of the release with this number in a row without progress: 1 s for the fifth, doubling to 1 min.
+
+    None before the fifth: the job keeps its place in the queue.
+    """
+    if releases < DELAYED_FROM:
+        return None
+    return min(SECOND_MS << min(releases - DELAYED_FROM, 6), MINUTE_MS)
+
+
+def is_release_loop(job: Job) -> bool:
+    """Whether the job was released LOOP_FROM times in a row without progress, the last time with a delay below 1 s.
+
+    After a grant that was not delivered, the delay is unknown until the next release.
+    """
+    ended = job.ended
+    if job.releases < LOOP_FROM or ended is None or ended.rule not in ("release", "release-lock"):
+        return False
+    return job.run_at - ended.at < SECOND_MS
 
 
 def storage_key_fault(key: str) -> str | None:
@@ -234,7 +258,8 @@ class Job(Struct, frozen=True, gc=False):
 
     `seq` is the order of creation, unique in a store and never used again. `expires_at` of a live job is the
     creator's (it fails then), of a finished one the time of its deletion. Times named `*_at` are wall time, Unix ms.
-    `releases` counts the releases in a row without a progress report between them.
+    `releases` counts the releases in a row without progress. A report above 0 % sets it to 0, and so does every other
+    end of a grant; a grant that was not delivered leaves it as it is.
     """
 
     seq: int

@@ -73,7 +73,7 @@ from jobd.commands import (
     is_rehearsal,
 )
 from jobd.draft import Decision, Draft
-from jobd.job import Backoff, Ended, Failure, Job, Policy, Result
+from jobd.job import DELAYED_FROM, Backoff, Ended, Failure, Job, Policy, Result, release_delay_ms
 
 EXPIRED_BY_CLAIM: Final = 200  # overdue jobs that one claim fails on its way; the others are left to cleanup
 
@@ -352,8 +352,8 @@ def undelivered(draft: Draft, command: Undelivered) -> Answer | Refusal:
         return _lock_lost(job, command.lock_id)
     ended = steps.ended_by(job, draft.at.now, "undelivered", "undelivered")
     reason = "The connection closed before the grant was sent."
-    attempt = steps.given_back(job)
-    return steps.job_answer(draft, steps.requeue(draft, job, "undelivered", ended, reason=reason, attempt=attempt))
+    fields: dict[str, Any] = {"attempt": steps.given_back(job), "releases": job.releases}
+    return steps.job_answer(draft, steps.requeue(draft, job, "undelivered", ended, reason=reason, **fields))
 
 
 # -- the holder's commands: the latest grant wins ---------------------------------------------------------------------
@@ -372,6 +372,7 @@ def progress(draft: Draft, command: Progress) -> Answer | Refusal:
     details: dict[str, Any] = {"progress": value}
     if command.message is not None:
         details["message"] = command.message
+    fields: dict[str, Any] = {"releases": 0} if value > 0 and job.releases else {}
     draft.step(
         job,
         "progress",
@@ -380,6 +381,7 @@ def progress(draft: Draft, command: Progress) -> Answer | Refusal:
         progress=value,
         progress_message=command.message,
         lease=lease,
+        **fields,
     )
     return Answer(views.lock_state(job.grant, lease, draft.at))
 
@@ -480,7 +482,10 @@ def release_lock(draft: Draft, command: ReleaseLock) -> Answer | Refusal:
 
 
 def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None) -> Answer | Refusal:
-    """Back to the job's place in the queue (or later, where the holder asks), the attempt given back."""
+    """Back to the job's place in the queue, the attempt given back.
+
+    The job is due later if the holder asks for a delay, or if it was released too often in a row without progress.
+    """
     job = _held(draft, command, "release")
     if not isinstance(job, Job):
         return job
@@ -490,7 +495,14 @@ def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None)
     else:
         ended, reason = _ended_by_holder(draft, job, command, "release"), None
         by = f"worker:{ended.worker}"
-    fields: dict[str, Any] = {} if delay_ms is None else {"run_at": draft.at.now + delay_ms}
+    releases = job.releases + 1
+    fields: dict[str, Any] = {"releases": releases}
+    if delay_ms is None:
+        delay_ms = release_delay_ms(releases)
+    if delay_ms is not None:
+        fields["run_at"] = draft.at.now + delay_ms
+    if releases >= DELAYED_FROM:
+        fields["details"] = {"releases": releases, "delay_ms": delay_ms}
     attempt = steps.given_back(job)
     job = steps.requeue(draft, job, "released", ended, by=by, reason=reason, attempt=attempt, **fields)
     return steps.job_answer(draft, job)

@@ -180,7 +180,9 @@ def requeue(
     **fields: Any,
 ) -> Job:
     """Back to `queued`. `run_at` stays, and with it the job's place, unless `fields` set it; the last error stays."""
-    fields = {"progress": 0, "progress_message": None, "started_at": None, "finished_at": None} | fields
+    fields = {"progress": 0, "progress_message": None, "started_at": None, "finished_at": None, "releases": 0} | fields
+    if fields["releases"] == job.releases:
+        del fields["releases"]
     if job.status != "processing":
         fields.setdefault("expires_at", None)  # it was the time of deletion of a finished job
     _end_grant(fields, job, ended)
@@ -204,6 +206,8 @@ def finish(
         fields["expires_at"] = now + keep_ms(draft.policy, status)
     fields["status"] = status
     fields["finished_at"] = max(now, job.created_at, job.started_at or 0)  # also where the wall clock stepped back
+    if job.releases:
+        fields["releases"] = 0
     _end_grant(fields, job, ended)
     return draft.step(job, event_type, by=by, reason=reason, **fields)
 

@@ -14,7 +14,7 @@ from jobd.answers import Next, WhyView
 from jobd.book import Book
 from jobd.commands import NO_REASON, Moment
 from jobd.events import Event, QueuePause, by_in_words
-from jobd.job import Grant, Job, LateResult, Lease, Policy
+from jobd.job import DELAYED_FROM, Grant, Job, LateResult, Lease, Policy
 from jobd.late_rules import refuse_adoption
 from jobd.steps import in_words, is_overdue
 
@@ -73,8 +73,12 @@ def _queued(job: Job, book: Book, at: Moment) -> WhyView:
     if job.run_at > at.now:
         because = f"It is not due for another {in_words(job.run_at - at.now)}.{back}"
         due = Next("It becomes due and is offered to workers.", job.run_at, "run_at")
+        do = [f"Run it now: jobctl run-now {job.id}"]
+        if job.releases >= DELAYED_FROM and job.ended is not None:
+            due = Next("The next worker gets it.", job.run_at, "release delay")
+            do = [f"Find out why its workers release it; {job.ended.worker} was the last.", *do]
         first = due if expires is None or job.run_at < expires.at else expires
-        return WhyView("queued", because, first, "run_at", [f"Run it now: jobctl run-now {job.id}"])
+        return WhyView("queued", because, first, "run_at", do)
     return _waiting(job, book, at, expires, back)
 
 
@@ -115,11 +119,19 @@ def _waiting(job: Job, book: Book, at: Moment, expires: Next | None, back: str) 
 
 def _returned(job: Job) -> str:
     """What brought the job back to its queue, if something did."""
+    back = ""
     if job.error is not None and job.error.message:
-        return f" Its last attempt failed: {job.error.message}"
-    if job.ended is None:
+        back = f" Its last attempt failed: {job.error.message}"
+    elif job.ended is not None:
+        back = f" Its last grant, to worker {job.ended.worker}, ended by {job.ended.rule}."
+    return back + _released(job)
+
+
+def _released(job: Job, when: str = "") -> str:
+    """That the job is released again and again, once that delays it."""
+    if job.releases < DELAYED_FROM:
         return ""
-    return f" Its last grant, to worker {job.ended.worker}, ended by {job.ended.rule}."
+    return f" It was released {job.releases} times in a row without progress{when}."
 
 
 def _processing(job: Job, at: Moment) -> WhyView:
@@ -137,7 +149,7 @@ def _processing(job: Job, at: Moment) -> WhyView:
         because += " Its lock has expired, and it is too late to report progress; the worker may still end it."
     else:
         because += " Its lock has expired; the worker may still end it or report."
-    because += _ceiling(grant, lease, at)
+    because += _ceiling(grant, lease, at) + _released(job, " before this grant" if job.progress == 0 else "")
     return WhyView("processing", because, _next_of(grant, lease, at), None, _advice(job, grant))
 
 

@@ -16,7 +16,7 @@ from jobd.book import Book
 from jobd.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Refusal, Start
 from jobd.draft import Decision
 from jobd.events import Change, Event, fold
-from jobd.job import KEEP_LATE, LIVE, STATUSES, Grant, Job, LateResult, Policy
+from jobd.job import KEEP_LATE, LIVE, STATUSES, Grant, Job, LateResult, Policy, is_release_loop
 
 NOW: Final = 1_700_000_000_000
 SEED: Final = b"0123456789abcdef"
@@ -33,6 +33,7 @@ PLAIN: Final = [
     "request_hashes",
     "late",
     "_late_calls",
+    "release_loops",
     "paused",
     "counts",
     "totals",
@@ -261,6 +262,7 @@ def _compare_counts(book: Book, rows: dict[str, Job]) -> None:
 def _compare_orders(book: Book, rows: dict[str, Job], at: Moment) -> None:
     jobs = rows.values()
     assert book.jobs == {job.id: job for job in jobs if job.status in LIVE}
+    assert book.release_loops == {job.id: job.releases for job in jobs if job.status in LIVE and is_release_loop(job)}
     queues = sorted(book.counts)
     kinds = sorted({job.options.kind for job in jobs})
     assert [job.id for job in book.due(queues, None)] == due_order(jobs, at.now, queues, None, book.paused)

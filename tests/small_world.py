@@ -161,7 +161,7 @@ class State(Struct, frozen=True):
 
     def key(self, world: World) -> tuple[Any, ...]:
         """What the rules can tell of this state. Which worker remembers a lock is all one, and older ones are never
-        good for anything again."""
+        good for anything again. The shortest way to a state has fewer releases than delay a job: they are left out."""
         job, off, furthest = self.job, self.off, world.furthest
         if job is None:
             return (None, self.paused, off)

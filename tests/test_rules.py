@@ -25,6 +25,8 @@ from jobd.answers import (
     Recovered,
     Worked,
 )
+from jobd.batch import Opened
+from jobd.book import Book
 from jobd.commands import (
     AnyCommand,
     Bulk,
@@ -80,6 +82,7 @@ from jobd.job import (
     DAY_MS,
     FINISHED,
     HOUR_MS,
+    LOOP_FROM,
     MINUTE_MS,
     STATUSES,
     TOKEN_COUNTER_BITS,
@@ -92,6 +95,7 @@ from jobd.job import (
     Options,
     Policy,
     Result,
+    release_delay_ms,
 )
 from tests.desk import NOW, SEED, Desk
 
@@ -837,6 +841,144 @@ def test_release_may_ask_for_a_delay(desk: Desk) -> None:
     desk.passes(9)
     desk.passes(1)
     assert desk.yes(Release(id="a", lock_id=desk.start(), delay_ms=0)).run_at == NOW + 10
+
+
+DELAYS: Final = [0, 0, 0, 0, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000, 60_000, 60_000]
+
+
+def released(desk: Desk, times: int, job_id: str = "a", **fields: Any) -> JobView:
+    """The job after so many more rounds of start and release."""
+    view: JobView
+    for _ in range(times):
+        desk.passes(max(desk.job(job_id).run_at - desk.now, 0))
+        view = desk.yes(Release(id=job_id, lock_id=desk.start(job_id), **fields))
+    return view
+
+
+def test_from_the_fifth_release_in_a_row_without_progress_on_the_job_waits_longer_each_time(desk: Desk) -> None:
+    desk.create()
+    desk.passes(10)
+    for number, delay_ms in enumerate(DELAYS, 1):
+        view = released(desk, 1)
+        assert (view.status, view.attempt) == ("queued", 0)
+        assert view.run_at == (desk.now + delay_ms if delay_ms else NOW), number
+        assert desk.job().releases == number
+    assert release_delay_ms(1_000_000) == MINUTE_MS
+
+
+def test_the_event_of_a_delayed_release_says_why_the_job_waits(desk: Desk) -> None:
+    desk.create()
+    released(desk, 4)
+    assert desk.events[-1].details is None
+    released(desk, 1)
+    assert desk.events[-1].details == {"releases": 5, "delay_ms": 1_000}
+
+
+@pytest.mark.parametrize("delay_ms", [0, 1, 999, 5_000])
+def test_a_release_with_a_delay_of_its_own_keeps_it(desk: Desk, delay_ms: int) -> None:
+    desk.create()
+    released(desk, 7, delay_ms=delay_ms)
+    assert (desk.job().run_at, desk.job().releases) == (desk.now + delay_ms, 7)
+    released(desk, 1)
+    assert desk.job().run_at == desk.now + 8_000, "the next one without a delay counts those before"
+
+
+def test_a_repeated_release_is_answered_and_counts_once(desk: Desk) -> None:
+    desk.create()
+    released(desk, 4)
+    lock_id = desk.start()
+    first = desk.yes(Release(id="a", lock_id=lock_id))
+    again = desk.yes(Release(id="a", lock_id=lock_id))
+    assert (again.repeated, again.run_at, desk.job().releases) == (True, first.run_at, 5)
+
+
+def test_an_operators_release_counts_as_the_holders(desk: Desk) -> None:
+    desk.create()
+    released(desk, 4)
+    admin(desk, ReleaseLock(id="a", lock_id=desk.start()))
+    assert (desk.job().releases, desk.job().run_at) == (5, desk.now + 1_000)
+
+
+@pytest.mark.parametrize(
+    ("between", "count"),
+    [
+        (lambda lock: [Progress(id="a", lock_id=lock, progress=0.1)], 0),
+        (lambda lock: [Progress(id="a", lock_id=lock, progress=0, message="getting ready")], 6),
+        (lambda lock: [Extend(id="a", lock_id=lock)], 6),
+        (lambda lock: [Undelivered(id="a", lock_id=lock)], 6),
+        (lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry_after_ms=0)], 0),
+        (lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry=False)], 0),
+        (lambda lock: [Complete(id="a", lock_id=lock)], 0),
+        (lambda lock: [Cancel(id="a")], 0),
+        (lambda lock: [ForceFail(id="a")], 0),
+        (lambda lock: [ForceReset(id="a")], 0),
+        (lambda lock: [Transition(id="a", from_="processing", to="queued")], 0),
+        (lambda lock: [EndGrants(ids=["a"], last=True)], 0),
+        (lambda lock: [Undelivered(id="a", lock_id=lock), Update(id="a", priority=1)], 6),
+        (lambda lock: [Undelivered(id="a", lock_id=lock), Cancel(id="a"), ForceReset(id="a")], 0),
+    ],
+    ids=str,
+)
+def test_what_ends_a_row_of_releases(desk: Desk, between: Any, count: int) -> None:
+    desk.create(max_attempts=9)
+    released(desk, 6)
+    desk.passes(2_000)
+    for command in between(desk.start()):
+        admin(desk, command)
+    assert desk.job().releases == count
+
+
+def test_a_stall_ends_a_row_of_releases(desk: Desk) -> None:
+    desk.create()
+    released(desk, 6)
+    desk.passes(2_000)
+    desk.start(lock_ttl_ms=1_000, stuck_after_ms=0)
+    desk.passes(1_000)
+    desk.yes(Recover(limit=1))
+    assert (desk.job().status, desk.job().releases) == ("queued", 0)
+    assert desk.job().run_at <= desk.now, "recovery keeps the place"
+
+
+def test_jobs_that_are_released_in_a_loop_are_known(desk: Desk) -> None:
+    """The book names them without looking at the others, through grants, restarts and whatever ends the loop."""
+    for job_id in "abc":
+        desk.create(job_id)
+    loops = desk.book.release_loops
+    released(desk, LOOP_FROM - 1, "a", delay_ms=999)
+    assert loops == {}
+    released(desk, 1, "a", delay_ms=999)
+    assert loops == {"a": 20}
+    desk.passes(999)
+    lock_id = desk.start("a")
+    assert loops == {"a": 20}, "also while a worker holds it"
+    desk.yes(Undelivered(id="a", lock_id=lock_id))
+    assert loops == {}, "the delay before it is not known any more"
+    released(desk, 1, "a", delay_ms=0)
+    assert loops == {"a": 21}
+    released(desk, LOOP_FROM + 5, "b")
+    assert loops == {"a": 21}, "this one waits a minute each time"
+    admin(desk, ReleaseLock(id="a", lock_id=desk.start("a")))
+    assert loops == {}, "so does this one now"
+    released(desk, 1, "a", delay_ms=0)
+    released(desk, 1, "a", delay_ms=1_000)
+    assert loops == {}
+    released(desk, LOOP_FROM, "c", delay_ms=0)
+    assert loops == {"c": 20}
+    opened = Opened(desk.book.numbers(desk.lease, desk.now), [desk.job(job_id) for job_id in "abc"])
+    assert Book.opened(opened).release_loops == {"c": 20}
+    desk.yes(Progress(id="c", lock_id=desk.start("c"), progress=1))
+    assert loops == {}
+
+
+@pytest.mark.parametrize(
+    "command", [Cancel(id="a"), ForceFail(id="a"), Transition(id="a", from_="queued", to="completed")], ids=str
+)
+def test_a_finished_job_is_in_no_loop(desk: Desk, command: Any) -> None:
+    desk.create()
+    released(desk, LOOP_FROM, delay_ms=0)
+    assert desk.book.release_loops
+    admin(desk, command)
+    assert desk.book.release_loops == {}
 
 
 def test_cancel_ends_a_grant_at_once(desk: Desk) -> None:

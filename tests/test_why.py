@@ -197,6 +197,39 @@ def test_the_ceiling_that_holds_is_that_of_the_grant(desk: Desk) -> None:
     assert "ceiling" not in why(desk).because
 
 
+def test_a_job_that_is_released_again_and_again(desk: Desk) -> None:
+    desk.create()
+
+    def release(**fields: Any) -> str:
+        lock_id = desk.start(worker="w-7")
+        desk.yes(Release(id="a", lock_id=lock_id, **fields))
+        return why(desk).because
+
+    for _ in range(4):
+        assert release().endswith("Its last grant, to worker w-7, ended by release.")
+    assert release() == (
+        "It is not due for another 1 s. Its last grant, to worker w-7, ended by release. "
+        "It was released 5 times in a row without progress."
+    )
+    view = why(desk)
+    assert view.next == Next("The next worker gets it.", desk.now + 1_000, "release delay")
+    assert view.do[0] == "Find out why its workers release it; w-7 was the last."
+    desk.passes(1_000)
+    assert release(delay_ms=0).endswith("It was released 6 times in a row without progress.")
+    assert why(desk).blocked_by == "no free worker"
+    lock_id = desk.start()
+    assert why(desk).because.endswith("It was released 6 times in a row without progress before this grant.")
+    desk.progress(lock_id, 1)
+    assert "released" not in why(desk).because
+
+
+def test_a_row_of_releases_does_not_hide_an_expiry(desk: Desk) -> None:
+    desk.create(expires_at=NOW + 500)
+    for _ in range(5):
+        desk.yes(Release(id="a", lock_id=desk.start()))
+    assert at_and_rule(why(desk)) == (NOW + 500, "expires_at")
+
+
 def test_a_processing_row_that_nobody_holds(desk: Desk) -> None:
     desk.held()
     whole = desk.job()

@@ -180,6 +180,8 @@ class Client:
             body["metadata"] = {"by": self._mark}
         elif verb == "fail":
             body |= {"error_message": self._mark, "retry": self._dice.random() < 0.7, "retry_after_ms": 0}
+        elif verb == "release":
+            body["delay_ms"] = 0  # without it, the fifth in a row without progress would delay the job
         return body
 
     # -- asking -------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from jobd.commands import (
 )
 from jobd.draft import Decision
 from jobd.events import Change, Event, fold
-from jobd.job import FINISHED, STATUSES, TRANSITIONS, Job, Lease, Policy
+from jobd.job import FINISHED, STATUSES, TRANSITIONS, Job, Lease, Policy, release_delay_ms
 from tests.desk import due_order
 
 HOLDERS: Final = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
@@ -266,8 +266,12 @@ class Promises:
         if before.status == "processing" and kind != "deleted":
             ends = after is None or after.status != "processing"
             self.must(ends == (kind in ENDINGS | BY_HAND), "S4", f"{kind} of a run, ended: {ends}", before.id)
-        if kind in ("stalled", "undelivered") or (kind == "released" and getattr(command, "delay_ms", None) is None):
-            stays = after is not None and after.run_at == before.run_at
+        if kind in ("stalled", "undelivered", "released"):
+            assert after is not None
+            delay_ms = None
+            if kind == "released" and (delay_ms := getattr(command, "delay_ms", None)) is None:
+                delay_ms = release_delay_ms(before.releases + 1)
+            stays = after.run_at == (before.run_at if delay_ms is None else at.now + delay_ms)
             self.must(stays, "S14", f"{kind} took the job from its place", before.id)
 
     def _check_stall(self, before: Job, at: Moment) -> None:
@@ -297,6 +301,16 @@ class Promises:
             self.must(due, "S14", "granted before it was due, or after it had expired", job.id)
         if before is not None:
             self._check_attempt(before, job, event)
+            self._check_releases(before, job, event)
+
+    def _check_releases(self, before: Job, job: Job, event: Event) -> None:
+        """Releases in a row without progress delay a job; whatever else ends a grant, and progress, end the row."""
+        expected = before.releases
+        if event.type == "released":
+            expected += 1
+        elif event.type != "undelivered" and (job.progress > before.progress or job.status != before.status):
+            expected = expected if event.type == "granted" else 0
+        self.must(job.releases == expected, "S14", f"{event.type}: {before.releases} releases became {job.releases}")
 
     def _check_attempt(self, before: Job, job: Job, event: Event) -> None:
         """A grant is one attempt; only `fail` and a stall with progress use it up, the other ends give it back."""
