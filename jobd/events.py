@@ -48,6 +48,13 @@ EventType = Literal[
 SIGNS: Final = frozenset({"progress", "extended"})
 KEEP_SIGNS: Final = 100
 
+# A job that is granted and given back many times fills its journal. It keeps the first KEEP_FIRST_GRANTS and the last
+# KEEP_GRANTS grants. Of a grant between them that ended by one of GIVEN_BACK the ROUTINE events go.
+GIVEN_BACK: Final = frozenset({"released", "undelivered"})
+ROUTINE: Final = frozenset({"granted", "lock_expired", "resumed", "late_call", *SIGNS, *GIVEN_BACK})
+KEEP_FIRST_GRANTS: Final = 10
+KEEP_GRANTS: Final = 100
+
 
 class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
     """The fields of a job that an event set, with their new values; UNSET where it left them alone.

@@ -16,7 +16,7 @@ from msgspec import UNSET, Raw, Struct
 from msgspec.structs import astuple
 
 from jobd.batch import Audited, KeyRow, Numbers, QueueRow, Tombstone
-from jobd.events import KEEP_SIGNS, SIGNS, Changes, Event
+from jobd.events import GIVEN_BACK, KEEP_SIGNS, ROUTINE, SIGNS, Changes, Event
 from jobd.job import Backoff, Ended, Failure, Grant, Job, LateResult, Lease, Options, Result, Untouched
 
 Row = tuple[Any, ...]
@@ -451,6 +451,31 @@ def thin(events: list[Event]) -> tuple[list[int], list[Event]]:
                 gone.add(event.seq)
         elif event.type == "granted":
             seen = dict.fromkeys(SIGNS, 0)
+    return sorted(gone), _carried(events, gone)
+
+
+def compact(events: list[Event]) -> tuple[list[int], list[Event]]:
+    """Which events in a part of one job's journal belong to grants that were given back, by seq: they can go.
+
+    Events before the first grant stay, and so does the last grant. Also gives the events that change; as in `thin`,
+    folding gives the same row as before.
+    """
+    gone: set[int] = set()
+    routine: list[int] = []  # events of the grant at hand; none before the first grant
+    is_given_back = False
+    for event in events:
+        if event.type == "granted":
+            if is_given_back:
+                gone.update(routine)
+            routine, is_given_back = [event.seq], False
+        elif routine and event.type in ROUTINE:
+            routine.append(event.seq)
+            is_given_back = is_given_back or event.type in GIVEN_BACK
+    return sorted(gone), _carried(events, gone)
+
+
+def _carried(events: list[Event], gone: set[int]) -> list[Event]:
+    """The events that take over what the events in front of them set that are `gone`."""
     changed: list[Event] = []
     carried: Changes | None = None
     for event in events:
@@ -460,7 +485,7 @@ def thin(events: list[Event]) -> tuple[list[int], list[Event]]:
         elif carried is not None:
             changed.append(msgspec.structs.replace(event, changes=both))
             carried = None
-    return sorted(gone), changed
+    return changed
 
 
 def _merged(first: Changes | None, then: Changes | None) -> Changes | None:

@@ -16,9 +16,10 @@ from typing import Any, Final, TypeVar
 from jobd import files, rows
 from jobd.audit_writer import AuditWriter
 from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow, Tombstone, distinct
-from jobd.events import KEEP_SIGNS, SIGNS, Change
+from jobd.events import GIVEN_BACK, KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_SIGNS, SIGNS, Change, Event
 from jobd.files import StoreBroken
 from jobd.fingerprints import fingerprint_of_bytes
+from jobd.job import LIVE
 from jobd.job_writer import JobWriter, RowsMissing, Totals, insert
 from jobd.late_writer import LateWriter
 from jobd.migrations import VERSION, meta_row
@@ -38,6 +39,8 @@ from jobd.rows import (
 T = TypeVar("T")
 
 KEEP_REPORTS: Final = 500
+COMPACTED_AT_ONCE: Final = 1_000  # events that are read after one batch to compact a journal
+GIVEN_BACK_KEPT: Final = 10_000  # jobs whose grants are counted that were given back
 
 LIVE_SQL: Final = "status IN ('queued', 'processing')"
 FAILED_SQL: Final = "status IN ('failed', 'cancelled')"
@@ -160,8 +163,10 @@ class Tables:
         self.asides = 0  # jobs that were set aside
         self.aside: dict[int, Aside] = {}  # by number; those that every batch to come knows of are dropped
         self.unmoved: dict[int, str] = {}  # seq -> reason, of jobs whose damaged rows could not be moved
-        # Jobs whose journals are to be thinned, the longest crowded first, and the event from which on.
-        self._crowded: dict[int, int] = {}
+        # By job: the event up to which its journal is compact (0: unknown), and the grants given back since then.
+        self._given_back: dict[int, tuple[int, int]] = {}
+        # Jobs whose journals are to be thinned or compacted, the longest crowded first, and the event from which on.
+        self._crowded: dict[tuple[Callable[[int, int], None], int], int] = {}
 
     # ------------------------------------------------------------------------------------------- one transaction
 
@@ -297,9 +302,9 @@ class Tables:
         if self._crowded:
             # One after each batch, as all wait for it. In a transaction of its own: it is no part of the promise, and
             # must not undo it.
-            job_seq = next(iter(self._crowded))
+            shorten, job_seq = next(iter(self._crowded))
             with contextlib.suppress(DiskFull, CannotMove):
-                self.commit(self._thin, job_seq, self._crowded.pop(job_seq))
+                self.commit(shorten, job_seq, self._crowded.pop((shorten, job_seq)))
         return shown
 
     def _apply(self, batch: Batch, told_aside: int) -> tuple[dict[int, bytes], int]:
@@ -342,11 +347,24 @@ class Tables:
                 begin, signs = self._signs.get(event.job_seq, (0, KEEP_SIGNS))
                 self._signs[event.job_seq] = (begin, signs + 1)
                 if signs >= KEEP_SIGNS:
-                    self._crowded.setdefault(event.job_seq, begin)
+                    self._crowded.setdefault((self._thin, event.job_seq), begin)
             elif event.type == "granted":
                 self._signs[event.job_seq] = (event.seq, 0)
             elif event.after != "processing":
                 self._signs.pop(event.job_seq, None)
+                if event.type in GIVEN_BACK:
+                    self._count_given_back(event.job_seq)
+                elif event.after not in LIVE:
+                    self._given_back.pop(event.job_seq, None)
+
+    def _count_given_back(self, job_seq: int) -> None:
+        """Count one more grant of this job that was given back; the job where that is longest ago is forgotten."""
+        begin, count = self._given_back.pop(job_seq, (0, 0))
+        self._given_back[job_seq] = (begin, (count + 1) % KEEP_GRANTS)
+        if count + 1 == KEEP_GRANTS:
+            self._crowded.setdefault((self._compact, job_seq), begin)
+        if len(self._given_back) > GIVEN_BACK_KEPT:
+            del self._given_back[next(iter(self._given_back))]
 
     def note_aside(self, job_seq: int, aside: Aside) -> None:
         """Damaged rows of that job were met, and moved or not. Of one that still cannot be nobody is told again."""
@@ -372,15 +390,47 @@ class Tables:
         if job_seq in self._signs:  # no grant of it is at work any more, else
             self._signs[job_seq] = (self._signs[job_seq][0], 0)
         sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq >= ? ORDER BY seq"
+        found = self._journal_rows(sql, (job_seq, begin))
+        if any(fault(row) for row in found):
+            return  # timeline sets it aside and names it
+        self._shorten(*rows.thin([rows.event(row) for row in found]))
+
+    def _compact(self, job_seq: int, begin: int) -> None:
+        """Compact the journal of a job from the event `begin` on (0: after its first grants) up to its last grants."""
+        if not begin:
+            begin = self._nth_grant(job_seq, "ASC", KEEP_FIRST_GRANTS)
+        end = self._nth_grant(job_seq, "DESC", KEEP_GRANTS - 1)
+        if begin >= end:
+            return
+        sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
+        found = self._journal_rows(sql, (job_seq, begin, end, COMPACTED_AT_ONCE))
+        damaged = [place for place, row in enumerate(found) if fault(row)]
+        events = [rows.event(row) for row in found[damaged[-1] + 1 if damaged else 0 :]]
+        self._shorten(*rows.compact(events))
+        if found and found[-1][0] < end:  # go on after the next batch, from the last grant, which was left as it is
+            grants = [event.seq for event in events[1:] if event.type == "granted"]
+            end = grants[-1] if grants else found[-1][0] + 1
+            self._crowded[self._compact, job_seq] = end
+        if job_seq in self._given_back:
+            self._given_back[job_seq] = (end, self._given_back[job_seq][1])
+
+    def _nth_grant(self, job_seq: int, way: str, skipped: int) -> int:
+        """The event of the grant behind so many `skipped` ones (with DESC: from the end); 0 if there is none."""
+        sql = (
+            "SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? AND type = 'granted' "
+            f"ORDER BY seq {way} LIMIT 1 OFFSET ?"
+        )
+        return next((seq for (seq,) in self._journal_rows(sql, (job_seq, skipped))), 0)
+
+    def _journal_rows(self, sql: str, args: tuple[Any, ...]) -> list[Row]:
         try:
-            found = self.rows(sql, (job_seq, begin))
+            return self.rows(sql, args)
         except sqlite3.DatabaseError as error:
             if is_corrupt(error):
                 raise CannotMove(str(error)) from error
             raise
-        if any(fault(row) for row in found):
-            return  # timeline sets it aside and names it
-        gone, changed = rows.thin([rows.event(row) for row in found])
+
+    def _shorten(self, gone: list[int], changed: list[Event]) -> None:
         self.conn.executemany("DELETE FROM events WHERE seq = ?", [(seq,) for seq in gone])
         merged = [sealed(rows.event_row(event)) for event in changed]
         self.conn.executemany(_UPDATE_EVENT, [(*row[-2:], row[0]) for row in merged])

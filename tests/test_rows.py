@@ -13,9 +13,22 @@ from msgspec.structs import replace
 
 from jobd import migrations, rows
 from jobd.batch import Audited, KeyRow, Numbers, QueueRow, Tombstone
-from jobd.events import KEEP_SIGNS, Changes, Event, fold
+from jobd.commands import (
+    Complete,
+    Extend,
+    Fail,
+    ForceReset,
+    Progress,
+    Recover,
+    Release,
+    ReleaseLock,
+    Undelivered,
+    Update,
+)
+from jobd.events import GIVEN_BACK, KEEP_SIGNS, ROUTINE, Changes, Event, fold
 from jobd.job import Failure, Job, Result, untouched
 from tests.by_hand import NOW, OPTIONS, Maker, all_of, full_job
+from tests.desk import Desk
 
 
 def columns_of(table: str) -> tuple[str, ...]:
@@ -287,3 +300,85 @@ def test_forgotten_signs_of_life_leave_the_same_row(seed: int) -> None:
 def test_few_signs_of_life_are_all_kept() -> None:
     _, events = journal_with(KEEP_SIGNS, 1)
     assert rows.thin(events) == ([], [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grants that were given back
+
+
+def loop_of_grants(seed: int) -> tuple[Desk, list[Event]]:
+    """A job that was granted 80 times, and given back most of the time."""
+    desk, dice = Desk(), random.Random(seed)
+    desk.create(max_attempts=1_000, max_stalls=1_000, on_stall="requeue")
+    for _ in range(80):
+        desk.passes(max(desk.job().run_at - desk.now, 0) + 1)
+        lock_id = desk.start(lock_ttl_ms=1_000, stuck_after_ms=0)
+        for _ in range(dice.choice((0, 0, 1, 3))):
+            desk.passes(1)
+            percent = dice.randrange(100)
+            sign = dice.choice((Extend(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=percent)))
+            desk.yes(sign)
+        match dice.randrange(12):
+            case 0:
+                desk.yes(Fail(id="a", lock_id=lock_id, error_message="boom", error_code="E"))
+            case 1:
+                desk.passes(2_000)
+                desk.yes(Recover(limit=1))
+                desk.no(Complete(id="a", lock_id=lock_id, file_path="/late"), "lock_lost")
+            case 2:
+                desk.yes(ForceReset(id="a"), admin=True)
+            case 3 | 4:
+                desk.yes(Undelivered(id="a", lock_id=lock_id))
+                desk.no(Extend(id="a", lock_id=lock_id), "lock_lost")  # a late call
+            case 5:
+                desk.yes(ReleaseLock(id="a", lock_id=lock_id), admin=True)
+                desk.yes(Update(id="a", priority=dice.randrange(9)), admin=True)
+            case _:
+                desk.yes(Release(id="a", lock_id=lock_id, delay_ms=dice.choice((None, 0, 5))))
+    return desk, list(desk.events)
+
+
+def rows_after(events: list[Event]) -> dict[int, Job | None]:
+    """The row after each event."""
+    row, found = None, {}
+    for event in events:
+        row = found[event.seq] = fold(row, event)
+    return found
+
+
+def without(events: list[Event], begin: int, end: int) -> list[Event]:
+    """`events` with the part from `begin` to `end` compacted."""
+    gone, changed = rows.compact(events[begin:end])
+    new, lost = {event.seq: event for event in changed}, set(gone)
+    return [new.get(event.seq, event) for event in events if event.seq not in lost]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_compacted_journal_gives_the_same_row_after_each_event_that_is_left(seed: int) -> None:
+    desk, events = loop_of_grants(seed)
+    before = rows_after(events)
+    dice = random.Random(seed)
+    left = events
+    for _ in range(4):  # parts that meet, overlap, and begin and end anywhere
+        begin, end = sorted(dice.sample(range(len(left) + 1), 2))
+        left = without(left, begin, end)
+        after = rows_after(left)
+        assert after == {seq: before[seq] for seq in after}
+    left = without(left, 0, len(left))
+    assert rows_after(left)[left[-1].seq] == desk.job()
+    assert rows.compact(left) == ([], [])
+    assert len(left) < len(events) / 2
+
+
+def test_of_grants_that_were_given_back_what_is_not_routine_stays() -> None:
+    _, events = loop_of_grants(1)
+    left = without(events, 0, len(events))
+    kept, seqs = {event.type for event in left}, {event.seq for event in left}
+    assert {"created", "retried", "stalled", "force_reset", "late_result", "updated", "granted"} <= kept
+    assert all(event.seq in seqs for event in events if event.type not in ROUTINE)
+    places = [place for place, event in enumerate(events) if event.type == "granted"]
+    for place, behind in zip(places, [*places[1:], len(events)], strict=True):
+        part = events[place:behind]
+        given_back = any(event.type in GIVEN_BACK for event in part)
+        stays = not given_back or place == places[-1]
+        assert all((event.seq in seqs) == (stays or event.type not in ROUTINE) for event in part), part

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import files, lookups
+from jobd import files, lookups, rows
+from jobd import tables as tables_module
 from jobd.batch import (
     PUT_OFF_MS,
     BadRows,
@@ -32,7 +33,7 @@ from jobd.batch import (
     Query,
     Tombstone,
 )
-from jobd.events import KEEP_SIGNS, Change, Event
+from jobd.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_SIGNS, Change, Event, fold
 from jobd.fingerprints import fingerprint
 from jobd.job import KEEP_LATE, Ended, Failure, Grant, Job, LateResult, Lease, Result
 from jobd.store import MEMORY, Store
@@ -294,6 +295,127 @@ async def test_a_journal_that_waits_to_be_thinned_is_thinned_from_the_grant_that
         await store.write(maker.batch([back, maker.grant(made(back))]))
         sql = "SELECT count(*) FROM events WHERE type = 'progress' AND job_seq = 2"
         assert store._db.raw.execute(sql).fetchone() == (KEEP_SIGNS,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grants that were given back
+
+
+def round_of(maker: Maker, job: Job, signs: int = 0) -> tuple[Job, list[Change]]:
+    """A grant that is given back."""
+    changes = [maker.grant(job)]
+    for _ in range(signs):
+        changes.append(maker.extend(made(changes[-1])))
+    changes.append(maker.requeue(made(changes[-1])))
+    return made(changes[-1]), changes
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    grants = (event.changes.grant for event in events if event.type == "granted" and event.changes is not None)
+    return [grant.fencing_token for grant in grants if isinstance(grant, Grant)]
+
+
+def folded(events: list[Event]) -> Job | None:
+    row = None
+    for event in events:
+        row = fold(row, event)
+    return row
+
+
+async def test_of_grants_that_were_given_back_the_first_and_the_last_are_kept(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker, compact = Maker(), rows.compact
+    read: list[int] = []
+    tokens: list[int] = []
+
+    def counting(events: list[Event]) -> tuple[list[int], list[Event]]:
+        read.append(len(events))
+        return compact(events)
+
+    monkeypatch.setattr(rows, "compact", counting)
+    change = maker.create()
+    job, count = made(change), 0
+    most = 1 + 2 * (KEEP_FIRST_GRANTS + 2 * KEEP_GRANTS)
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([change]))
+        for _ in range(5 * KEEP_GRANTS):
+            job, changes = round_of(maker, job)
+            tokens += tokens_of([each.event for each in changes])
+            await store.write(maker.batch(changes))
+            (count,) = store._db.raw.execute("SELECT count(*) FROM events").fetchone()
+            assert count <= most
+        assert count == 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
+        assert read == [2 * (KEEP_GRANTS - KEEP_FIRST_GRANTS) + 1, *[2 * KEEP_GRANTS + 1] * 3]
+    async with opened(path) as (store, _):  # it knows nothing of them any more
+        for _ in range(KEEP_GRANTS):
+            job, changes = round_of(maker, job)
+            tokens += tokens_of([each.event for each in changes])
+            await store.write(maker.batch(changes))
+        events = await store.timeline(1)
+        assert tokens_of(events) == [*tokens[:KEEP_FIRST_GRANTS], *tokens[-KEEP_GRANTS:]]
+        assert folded(events) == job
+        page = await store.journal(0, 10_000)
+        assert (page.gone_to, [event.seq for event in page.events]) == (0, [event.seq for event in events])
+
+
+async def test_a_long_journal_is_compacted_slice_by_slice(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch waits for more than one slice, also where a single grant is longer than that."""
+    monkeypatch.setattr(tables_module, "COMPACTED_AT_ONCE", 20)
+    maker = Maker()
+    change = maker.create()
+    job, changes = made(change), [change]
+    for number in range(2 * KEEP_GRANTS):
+        job, more = round_of(maker, job, signs=40 if number == 50 else 0)
+        changes += more
+    kept = 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
+    async with opened(path) as (store, _):
+        await store.write(maker.batch(changes))
+        counts = []
+        while store._tables._crowded:
+            counts.append(store._db.raw.execute("SELECT count(*) FROM events").fetchone()[0])
+            await store.write(maker.batch([maker.create()]))
+        assert counts[0] == len(changes) - 18, "two slices would be more: the grant at its end stays"
+        (count,) = store._db.raw.execute("SELECT count(*) FROM events WHERE job_seq = 1").fetchone()
+        assert count == kept + 42, "what is longer than a slice stays whole"
+        assert folded(await store.timeline(1)) == job
+
+
+async def test_a_journal_is_compacted_behind_a_damaged_row(path: str) -> None:
+    maker = Maker()
+    change = maker.create()
+    job, changes = made(change), [change]
+    for _ in range(2 * KEEP_GRANTS):
+        job, more = round_of(maker, job)
+        changes += more
+    damaged = 1 + 2 * 45 + 1  # the event of a grant
+    async with opened(path) as (store, _):
+        await store.write(maker.batch(changes[: 2 * damaged]))
+        store._db.raw.execute("UPDATE events SET reason = 'x' WHERE seq = ?", (damaged,))
+        await store.write(maker.batch(changes[2 * damaged :]))
+        seqs = [seq for (seq,) in store._db.raw.execute("SELECT seq FROM events WHERE job_seq = 1 ORDER BY seq")]
+        assert seqs == [*range(1, damaged + 2), *range(len(changes) - 2 * KEEP_GRANTS + 1, len(changes) + 1)]
+        events = await store.timeline(1)
+        assert folded(events) == job
+        assert len(events) == len(seqs) - 1, "it was set aside"
+
+
+async def test_grants_that_were_given_back_are_counted_of_live_jobs_up_to_a_limit(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables_module, "GIVEN_BACK_KEPT", 2)
+    maker = Maker()
+    created = [maker.create() for _ in range(3)]
+    async with opened(path) as (store, _):
+        await store.write(maker.batch(created))
+        jobs = []
+        for change in [*created, created[1]]:
+            job, changes = round_of(maker, maker.jobs[made(change).seq])
+            jobs.append(job)
+            await store.write(maker.batch(changes))
+        assert store._tables._given_back == {3: (0, 1), 2: (0, 2)}
+        await store.write(maker.batch([maker.finish(jobs[2], "failed")]))
+        assert store._tables._given_back == {2: (0, 2)}
 
 
 async def test_what_was_written_lately_is_at_hand(store: Store, path: str) -> None:
