@@ -304,7 +304,8 @@ class JournalPage(Struct, frozen=True):
     """A piece of the journal of the whole store, and what that journal is, all read at one moment.
 
     `last` is the highest number of an event that was committed. Events up to `gone_to` may be gone: pruned, or damaged
-    and set aside, or undone by a backup that was put back. Above it only signs of life are missing (KEEP_SIGNS).
+    and set aside, or undone by a backup that was put back. Above it two things are missing: older signs of life
+    (KEEP_SIGNS), and grants of one job that were given back, between its first and its last ones (KEEP_GRANTS).
     """
 
     events: list[Event]

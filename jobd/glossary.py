@@ -290,7 +290,8 @@ FIELDS: Final = {
     "deletedJobs": "Finished jobs that would be deleted by age.",
     "delivered": "How many messages were delivered since the start.",
     "deliveries": "The deliveries, newest first.",
-    "delay_ms": "How long from now until it is due.",
+    "delay_ms": "How long from now until it is due. A release without it delays the job from the 5th in a row without "
+    "progress on.",
     "details": "More about it, for programs.",
     "do": "What somebody can do about it.",
     "dry_run": "Nothing is done; the answer is what it would be, or the refusal.",

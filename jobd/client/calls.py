@@ -302,6 +302,7 @@ def fail_job(
 def release_job(job_id: str, *, lock_id: str, delay_ms: int | None = None) -> Request[JobInfo]:
     """Give the job back to its queue, unworked: the attempt does not count. Due again after `delay_ms`.
 
+    Without `delay_ms` it keeps its place; from the 5th release in a row without progress on it waits 1 s to 1 min.
     After your own complete or fail it changes nothing, so it may stand in a `finally`. Raises LockLost.
     """
     return post(job_path(JOBS, job_id, "release"), read_job, {"lock_id": lock_id, "delay_ms": delay_ms})
