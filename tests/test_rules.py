@@ -917,7 +917,22 @@ def test_an_operators_release_counts_as_the_holders(desk: Desk) -> None:
         (lambda lock: [Undelivered(id="a", lock_id=lock), Update(id="a", priority=1)], 6),
         (lambda lock: [Undelivered(id="a", lock_id=lock), Cancel(id="a"), ForceReset(id="a")], 0),
     ],
-    ids=str,
+    ids=[
+        "progress",
+        "a report of 0 %",
+        "extend",
+        "undelivered",
+        "fail and retry",
+        "fail",
+        "complete",
+        "cancel",
+        "force-fail",
+        "force-reset",
+        "transition",
+        "end of grants",
+        "update",
+        "reset of a cancelled job",
+    ],
 )
 def test_what_ends_a_row_of_releases(desk: Desk, between: Any, count: int) -> None:
     desk.create(max_attempts=9)
