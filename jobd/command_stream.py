@@ -29,6 +29,7 @@ AHEAD_WEIGHT: Final = 256  # commands of one stream that are on their way at onc
 AHEAD_BYTES: Final = 1 << 20  # of their lines
 PIECE_BYTES: Final = 64 << 10  # answers that are written at once
 TURN_LINES: Final = 64  # lines that are read in one turn of the loop
+NEXT_CHUNK: Final = b"0"  # a leading zero in the size of the chunk that comes next
 
 log = structlog.get_logger("jobd.web")
 
@@ -79,7 +80,7 @@ class _CommandStream:
         self._site = site
         self._visit = visit
         self._reader = LineReader(site.gate, site.limits)
-        self._lines = Lines(visit.request.content, site.limits, rests=True)
+        self._lines = Lines(visit.request, site.limits, rests=True)
         self._slots: deque[_Slot] = deque()
         self._weight = 0
         self._bytes = 0
@@ -92,6 +93,8 @@ class _CommandStream:
         writer = await self._response.prepare(self._visit.request)
         assert isinstance(writer, StreamWriter)
         writer.send_headers()  # a client may wait for them before it sends its first line
+        if writer.chunked:
+            self._visit.request.probe = NEXT_CHUNK
         reading = asyncio.ensure_future(self._read())
         reading.add_done_callback(self._note_read)
 
@@ -105,6 +108,7 @@ class _CommandStream:
             await self._write(writer)
             if not reading.cancelled():
                 reading.result()
+            self._visit.request.probe = b""
             async with asyncio.timeout(PATIENCE_S):
                 await self._response.write_eof()
         except ConnectionError:

@@ -9,21 +9,24 @@ bodies that are still on their way, streams, requests that came before the last 
 from __future__ import annotations
 
 import asyncio
+import gc
+import select
+import socket
 from typing import Any, Final
 
 import structlog
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
-from aiohttp.streams import StreamReader
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler
 
 from jobd.answers import Answer
 from jobd.commands import Refusal
 from jobd.envelope import Asked
 from jobd.heads import Heads, is_whole
-from jobd.replies import Letter, Reply, cut_off_later
+from jobd.replies import HTTP_VERSION, Letter, Reply, cut_off_later
 from jobd.routes import Found
 from jobd.visits import Request, Visit
 from jobd.web import BUG, Web
@@ -36,6 +39,9 @@ WRONG_HEAD: Final = (
 )
 # Bytes of bodies that are read while another request is being answered, and what one read gives.
 AHEAD: Final = 256 << 10
+# The delay between two checks whether the client of a half-closed connection is still there: it doubles.
+FIRST_CHECK_S: Final = 0.01
+CHECK_S: Final = 1.0
 
 log = structlog.get_logger("jobd.web")
 
@@ -51,7 +57,9 @@ def begin(
     assert isinstance(connection, Connection)
     if not payload.is_eof():
         payload.on_eof(connection.free_place_soon)
-    return Request(message, payload, connection, writer, task, asyncio.get_running_loop())
+    request = Request(message, payload, connection, writer, task, asyncio.get_running_loop())
+    connection.note_begun(request)
+    return request
 
 
 class Flight:
@@ -98,7 +106,10 @@ class Connection(RequestHandler):
     `_waiter` is aiohttp's: the future that its loop waits for while nothing is to be done, None while something is.
     """
 
-    __slots__ = ("_flight", "_heads", "_is_between", "_rest", "_web")
+    __slots__ = (
+        "_ahead", "_flight", "_hangup_check", "_heads", "_is_between", "_is_half_closed", "_latest", "_rest",
+        "_truncated", "_web",
+    )  # fmt: skip
 
     def __init__(self, manager: web.Server, site: Web, heads: Heads, **options: Any) -> None:
         super().__init__(manager, **options)
@@ -107,6 +118,11 @@ class Connection(RequestHandler):
         self._is_between = True  # all that came so far was read: with what comes next a request begins
         self._flight: Flight | None = None
         self._rest = bytearray()  # has been read, and is parsed in the next turns of the loop
+        self._latest: Request | None = None  # the last that aiohttp's loop has begun
+        self._is_half_closed = False  # the client sends no more
+        self._truncated: StreamReader | None = None  # the body whose end it has not sent
+        self._ahead = 0  # bytes of the flight's response that have been sent as a probe
+        self._hangup_check: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Whatever of an answer the system does not take at once has a slow reader, for whom nobody waits for ever.
@@ -157,6 +173,7 @@ class Connection(RequestHandler):
         super().data_received(data)
         self._waiter = waiter
         if len(self._messages) > before and not isinstance(self._messages[-1][0], RawRequestMessage):
+            self._keep_earlier()
             self._break_body()
         if self._messages and idle is None and not self._buffer_paused and self._is_far_ahead():
             self._pause_reading_for_buffer()
@@ -164,6 +181,20 @@ class Connection(RequestHandler):
         self._is_between = self._is_between and is_one and self._heads.learn(data, *self._messages[-1])
         if idle is not None and self._messages and not (is_one and self._depart_parsed()):
             idle.set_result(None)
+
+    def _keep_earlier(self) -> None:
+        """Put the requests that came in one piece with a malformed one before its error: they are answered first.
+
+        A request whose body is not whole, or whose coding is none that tells its length, is the malformed one itself.
+        """
+        error = self._messages.pop()
+        self._messages += _take_parsed(self._parser)
+        if self._messages:
+            message, payload = self._messages[-1]
+            is_coded = isinstance(message, RawRequestMessage) and hdrs.TRANSFER_ENCODING in message.headers
+            if not payload.is_eof() or (is_coded and payload is EMPTY_PAYLOAD):
+                self._messages.pop()
+        self._messages.append(error)
 
     def _break_body(self) -> None:
         """The bytes are no HTTP any more. Whoever still reads a body hears of it; aiohttp's parser does not tell."""
@@ -200,6 +231,95 @@ class Connection(RequestHandler):
         if self._parser is not None:
             self._parser.message_consumed()
             self._parse(b"")
+
+    # -- half-closed connections ---------------------------------------------------------------------------------------
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer what the client has asked for, also if it sends no more; then close. TLS knows no half-closed state.
+
+        A client that has closed altogether must not keep a grant. A Unix socket tells both apart. TCP does not, until
+        something is sent: then a closed client resets the connection. So the response is begun at once with bytes that
+        do not depend on it, and its grants are released as long as nothing else of it has been written.
+        """
+        transport = self.transport
+        if transport is None or transport.get_extra_info("sslcontext") is not None:
+            return False
+        if self._is_half_closed:  # asyncio tells it again when reading resumes
+            return True
+        if self._is_idle() or self._is_hung_up(transport):
+            return False
+        self._is_half_closed = True
+        self._truncate_body()
+        self._close_after_last()
+        if transport.get_extra_info("socket").family != socket.AF_UNIX:
+            self._send_probe(transport)
+        self._check_later(FIRST_CHECK_S)
+        return True
+
+    def note_begun(self, request: Request) -> None:
+        """aiohttp's loop begins `request`."""
+        self._latest = request
+        if self._is_half_closed:
+            request.is_truncated = request.content is self._truncated
+            self._close_after_last()
+
+    def _is_idle(self) -> bool:
+        """Whether no request is being answered or waits for that; a part of a head counts for nothing."""
+        if self._flight is not None or self._messages:
+            return False
+        return self._latest is None or (self._waiter is not None and not self._waiter.done())
+
+    def _truncate_body(self) -> None:
+        """End the body whose rest does not come."""
+        request = self._latest if self._flight is None and not self._messages else None
+        payload = self._messages[-1][1] if self._messages else None if request is None else request.content
+        if payload is None or payload.is_eof():
+            return
+        self._truncated = payload
+        if request is not None:
+            request.is_truncated = True
+        payload.feed_eof()
+
+    def _close_after_last(self) -> None:
+        """Let aiohttp's loop end with the request that it answers now, unless others wait."""
+        if not self._messages and not self._message_tail:
+            self.close()
+
+    def _send_probe(self, transport: asyncio.Transport) -> None:
+        """Send what the response to the current request begins with, or goes on with: a closed client resets."""
+        if self._flight is not None:
+            if self._flight.reply is None:
+                self._ahead = len(HTTP_VERSION)
+                transport.write(HTTP_VERSION)
+        elif self._latest is not None and self._latest.probe:
+            transport.write(self._latest.probe)
+            self._latest.ahead, self._latest.probe = len(self._latest.probe), b""
+
+    def _check_later(self, delay_s: float) -> None:
+        self._hangup_check = self._loop.call_later(delay_s, self._check_hangup, delay_s)
+
+    def _check_hangup(self, delay_s: float) -> None:
+        """asyncio does not watch a connection after its end of file: a client that goes then is found here."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        if self._is_hung_up(transport):
+            transport.abort()
+        else:
+            self._check_later(min(2 * delay_s, CHECK_S))
+
+    @staticmethod
+    def _is_hung_up(transport: asyncio.Transport) -> bool:
+        """Whether the client has closed its Unix socket, or reset the TCP connection."""
+        poll = select.poll()
+        poll.register(transport.get_extra_info("socket").fileno(), 0)
+        return bool(poll.poll(0))
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._hangup_check is not None:
+            self._hangup_check.cancel()
+        super().connection_lost(exc)
+        self._latest = None  # it knows us: a circle
 
     # -- the short way -------------------------------------------------------------------------------------------------
 
@@ -260,7 +380,7 @@ class Connection(RequestHandler):
     def _leave(self, flight: Flight, reply: Reply) -> None:
         flight.reply = reply
         transport = self.transport
-        if reply.write(transport) and self.writing_paused:
+        if reply.write(transport, self._ahead) and self.writing_paused:
             assert transport is not None
             flight.unread = cut_off_later(transport)
         else:
@@ -294,6 +414,7 @@ class Connection(RequestHandler):
     def _end_flight(self, flight: Flight) -> None:
         flight.asked = None  # it knows the flight: a circle, and every request would be left to the garbage collector
         self._flight = None
+        self._ahead = 0
         self._request_in_progress = False
         if self._handler_waiter is not None and not self._handler_waiter.done():  # a stop waits, and has not given up
             self._handler_waiter.set_result(None)
@@ -349,3 +470,16 @@ class Connection(RequestHandler):
 
     def log_debug(self, *args: Any, **kw: Any) -> None:
         """aiohttp's own chatter about clients that went away."""
+
+
+def _take_parsed(parser: object) -> list[tuple[RawRequestMessage, StreamReader]]:
+    """The requests that aiohttp's parser has read before the malformed one.
+
+    It keeps them in a list of its own, and raises without them. Taken, so that none of them comes twice.
+    """
+    for kept in gc.get_referents(parser):
+        if isinstance(kept, list) and kept and isinstance(kept[0], tuple) and type(kept[0][0]) is RawRequestMessage:
+            taken = kept[:]
+            kept.clear()
+            return taken
+    return []

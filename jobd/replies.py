@@ -20,10 +20,12 @@ from msgspec import Struct
 from jobd.answers import Answer
 from jobd.commands import Refusal
 from jobd.doors import JSON
-from jobd.visits import Visit
+from jobd.visits import Request, Visit
 
 PATIENCE_S: Final = 75.0  # how long an answer may wait for a client that does not read it
 RETRY_AFTER_S: Final = 1
+
+HTTP_VERSION: Final = b"HTTP/1.1 "  # how every response begins
 
 # What every answer says of itself: it may hold secrets, and it is of the type that it says.
 SAFE: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
@@ -119,10 +121,10 @@ class Reply:
     def _connection(self) -> bytes:
         return b"Connection: close\r\n" if self.close else b"Connection: keep-alive\r\n"
 
-    def write(self, transport: asyncio.Transport | None) -> bool:
-        """Whether it could be written; where it could not, `lost` has been called."""
+    def write(self, transport: asyncio.Transport | None, ahead: int = 0) -> bool:
+        """Whether it could be written; where it could not, `lost` has been called. `ahead` bytes of it have left."""
         if transport is not None and not transport.is_closing():
-            transport.write(self.data)
+            transport.write(self.data[ahead:] if ahead else self.data)
             if not transport.is_closing():  # the client may be gone, and we learn it by writing to it
                 return True
         if self.lost is not None:
@@ -133,7 +135,7 @@ class Reply:
 class Letter(web.StreamResponse):
     """A reply as aiohttp takes it from a handler."""
 
-    def __init__(self, reply: Reply, request: web.BaseRequest) -> None:
+    def __init__(self, reply: Reply, request: Request) -> None:
         self._reply = reply
         self._request = request
         self._keep_alive = not reply.close
@@ -142,8 +144,9 @@ class Letter(web.StreamResponse):
         return request.writer
 
     async def write_eof(self, data: bytes = b"") -> None:
-        transport = self._request.transport
-        if not self._reply.write(transport):
+        transport, request = self._request.transport, self._request
+        request.probe = b""
+        if not self._reply.write(transport, request.ahead):
             raise ConnectionResetError("the client is gone")
         assert transport is not None
         if self._request.protocol.writing_paused:

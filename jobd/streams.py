@@ -15,7 +15,6 @@ from typing import Any, Final, TypeVar
 import msgspec
 import structlog
 from aiohttp import web
-from aiohttp.streams import StreamReader
 from msgspec import Struct
 
 from jobd.answers import Answer, Imported
@@ -24,7 +23,7 @@ from jobd.bodies import Limits, Refused, Shape, refused
 from jobd.commands import BackupId, Command, Import, Refusal
 from jobd.job import is_job_id
 from jobd.replies import PATIENCE_S, SAFE
-from jobd.visits import Visit, in_parts
+from jobd.visits import Request, Visit, in_parts
 from jobd.web import Copy, Web, note, welcome
 
 AHEAD_LINES: Final = 64  # commands of one import that wait for their commit at the same time
@@ -79,11 +78,12 @@ class Lines:
     """The lines of a stream without their ends; None in place of one that is over `limits.body` bytes.
 
     `rests`: between two lines there may be any time. Raises Refused where a line does not arrive within its deadline
-    (408) or the framing of the stream is broken (400).
+    (408), the framing of the stream is broken (400), or the stream broke off before its end (400, after its lines).
     """
 
-    def __init__(self, content: StreamReader, limits: Limits, *, rests: bool = False) -> None:
-        self._content = content
+    def __init__(self, request: Request, limits: Limits, *, rests: bool = False) -> None:
+        self._request = request
+        self._content = request.content
         self._limits = limits
         self._rests = rests
         self._buffer = bytearray()
@@ -96,6 +96,9 @@ class Lines:
     async def __anext__(self) -> bytes | None:
         if not self._has_line():
             await self._fill()
+        if self._is_last and self._request.is_truncated:
+            message = "The stream broke off before its end. What was sent after the last line break was not read."
+            raise refused("invalid_request", message)
         if self._is_last and not self._buffer:
             raise StopAsyncIteration
         end = self._buffer.find(b"\n")
@@ -143,7 +146,7 @@ class Importing:
     def __init__(self, site: Web, visit: Visit) -> None:
         self._site = site
         assert visit.request is not None
-        self._content = visit.request.content
+        self._request = visit.request
         self._by = visit.by
         self._operator = in_parts(visit.operator)
         self._shape = Shape(Import, None, site.limits)
@@ -172,7 +175,7 @@ class Importing:
 
     async def _read(self) -> None:
         try:
-            async for line in Lines(self._content, self._site.limits):
+            async for line in Lines(self._request, self._site.limits):
                 self._lines += 1
                 self._send(self._lines, line)
                 await self._settle(AHEAD_LINES, AHEAD_BYTES)

@@ -60,7 +60,7 @@ class Visit:
         target: str,
         head: Head,
         connection: RequestHandler,
-        request: web.BaseRequest | None = None,
+        request: Request | None = None,
     ) -> None:
         self.method = method
         self.path, _, self.query = target.partition("?")  # as they came
@@ -82,7 +82,7 @@ class Visit:
         message: RawRequestMessage,
         payload: StreamReader,
         connection: RequestHandler,
-        request: web.BaseRequest | None = None,
+        request: Request | None = None,
     ) -> Visit:
         """A request as the parser has read it. Clients that speak through a proxy send the whole URI as its target."""
         target, head = message.path, Head.of(message, payload)
@@ -140,7 +140,15 @@ def in_parts(operator: Operator | None) -> Operator | None:
 
 
 class Request(web.BaseRequest):
-    """aiohttp's request, for what takes its time: it waits for its body, or is answered bit by bit."""
+    """aiohttp's request, for what takes its time: it waits for its body, or is answered bit by bit.
+
+    `is_truncated`: the client has sent no more before the end of the body. `probe` holds bytes with which the response
+    is certain to continue; `ahead` of the response's bytes have been sent as a probe (see `Connection.eof_received`).
+    """
+
+    is_truncated = False
+    probe = b""
+    ahead = 0
 
     def __init__(
         self,

@@ -49,7 +49,7 @@ from jobd.doors import FORM, JSON, LINES, Gate, check_kind
 from jobd.envelope import Asked, Waiter
 from jobd.events import Wanted
 from jobd.job import MINUTE_MS
-from jobd.replies import Letter, Reply, Text, accepted, refusing
+from jobd.replies import HTTP_VERSION, Letter, Reply, Text, accepted, refusing
 from jobd.routes import Found, Route, Table, Way
 from jobd.sparing import Sparing
 from jobd.visits import Head, Request, Visit, looker_of, operator_of
@@ -345,6 +345,8 @@ class Web:
         via = entry.way.route.via or ask
         if entry.way.route.reads == "lines":
             return await via(self, visit, None)
+        if via is ask and visit.request is not None:
+            visit.request.probe = HTTP_VERSION
         body = await self._body(visit) if visit.head.has_body else b""
         return await via(self, visit, self._command(visit, entry, body))
 
@@ -437,9 +439,12 @@ class Web:
         assert visit.request is not None
         payload = visit.request.content
         try:
-            return payload.read_nowait() if payload.is_eof() else await self._slow_body(visit, payload)
+            body = payload.read_nowait() if payload.is_eof() else await self._slow_body(visit, payload)
         except web.RequestPayloadError:
             raise refused("invalid_request", "The body is broken: its chunks or its length are wrong.") from None
+        if visit.request.is_truncated:
+            raise refused("invalid_request", "The body broke off before its end. Send the whole request again.")
+        return body
 
     async def _slow_body(self, visit: Visit, payload: StreamReader) -> bytes:
         """A body that has not arrived yet, up to one piece over its limit."""

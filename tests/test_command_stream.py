@@ -19,6 +19,7 @@ from jobd.answers import Answer, Done, Grants
 from jobd.batch import DiskFull
 from jobd.bodies import Limits
 from jobd.commands import Refusal
+from jobd.connection import Connection
 from jobd.doors import Gate
 from jobd.stream_lines import OPS
 from jobd.worker_api import ROUTES
@@ -83,6 +84,78 @@ async def _town(tmp_path: Path) -> AsyncIterator[Town]:
 async def house(tmp_path: Path) -> AsyncIterator[House]:
     async with House(ROUTES, tmp_path) as opened:
         yield opened
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Half-closed connections.
+
+
+@pytest.fixture(params=["unix", "tcp"])
+async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[House]:
+    """A listener on a Unix socket, and one on TCP: what the end of a client's bytes means differs."""
+    gate = Gate("worker", hosts=None if request.param == "unix" else ["localhost"])
+    async with House(ROUTES, tmp_path, gate=gate) as opened:
+        yield opened
+
+
+class Held:
+    """Answers of a desk that come when the test says so."""
+
+    def __init__(self, house: House, answer: Answer) -> None:
+        self.go = asyncio.Event()
+        self._answer = answer
+        house.desk.answer = self.answer
+
+    async def answer(self, _: Any) -> Answer:
+        await self.go.wait()
+        return self._answer
+
+
+async def half_closed(house: House) -> None:
+    """Until the listener knows that a client has stopped to send."""
+    connections = house.listener._server.connections
+    while not any(cast("Connection", connection)._is_half_closed for connection in connections):  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+
+async def test_a_stream_that_has_ended_is_answered_to_a_half_closed_client(either: House) -> None:
+    held = Held(either, Answer(Done()))
+    stream = await Stream.open(either)
+    stream.send({"op": "create", "id": "a"}, {"op": "create", "id": "b"})
+    stream.end()
+    stream.line.writer.write_eof()
+    await half_closed(either)
+    held.go.set()
+    assert [(await stream.hear())["status"] for _ in range(2)] == [200, 200]
+    assert await stream.hear() is None
+    assert await stream.line.is_closed()
+
+
+async def test_the_lines_of_a_stream_that_breaks_off_are_answered(either: House) -> None:
+    stream = await Stream.open(either)
+    stream.raw(b'{"op":"create","id":"a"}\n{"op":"create","id":"b"}\n{"op":"cre')
+    stream.line.writer.write_eof()
+    assert [(await stream.hear())["status"] for _ in range(2)] == [200, 200]
+    last = await stream.hear()
+    assert (last["status"], last["error"], "broke off" in last["message"]) == (400, "invalid_request", True)
+    assert await stream.hear() is None
+    assert await stream.line.is_closed()
+    assert [asked.command.id for asked in either.desk.asked] == ["a", "b"]
+
+
+async def test_grants_of_a_stream_whose_client_has_closed_go_back(either: House) -> None:
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(either, answer)
+    stream = await Stream.open(either)
+    stream.send({"op": "claim", "worker": "w"})
+    while not either.desk.asked:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0.001)
+    await stream.line.close()
+    while either.listener.connections:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    held.go.set()
+    await either.site.quiet()
+    assert either.desk.cancelled.is_set() or either.desk.taken_back == [answer]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from jobd.commands import Refusal
 from jobd.connection import AHEAD, Connection
 from jobd.doors import Gate
 from jobd.worker_api import ROUTES
-from tests.hostile_bytes import CHUNKED
-from tests.http_help import TOKEN, House, Line, message
+from tests.hostile_bytes import CHUNKED, HOSTILE
+from tests.http_help import TOKEN, House, Line, message, tls_pair
 
 CLAIM = message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
 
@@ -529,6 +529,188 @@ async def test_requests_cut_anywhere_are_answered_in_order(tmp_path: Path, seed:
                     await asyncio.sleep(0)
             assert [(await line.hear()).data for _ in ids] == ids
         await house.site.quiet()
+
+
+# -- half-closed connections ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["unix", "tcp"])
+async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[House]:
+    """A listener on a Unix socket, and one on TCP: what the end of a client's bytes means differs."""
+    gate = Gate("worker", hosts=None if request.param == "unix" else ["localhost", "x"])
+    async with House(ROUTES, tmp_path, gate=gate, limits=Limits(body=1000)) as opened:
+        yield opened
+
+
+async def half_closed(house: House) -> Connection:
+    """The connection whose client has just stopped to send, once the listener knows it."""
+    while True:
+        for connection in house.listener._server.connections:
+            assert isinstance(connection, Connection)
+            if connection._is_half_closed:
+                return connection
+        await asyncio.sleep(0.001)
+
+
+@WAYS
+async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: House, send: Any) -> None:
+    held = Held(either)
+    line = await either.line()
+    await send(line, message("POST", "/v1/jobs", '{"queue":"first"}'))
+    await arrived(either, 1)
+    either.desk.answer = lambda command: Answer(command.queue)
+    line.send(b"".join(message("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
+    line.writer.write_eof()
+    held.go.set()
+    heard = [(await line.hear()).data for _ in range(1 + MAX_MSG_QUEUE_SIZE * 2)]
+    assert heard[1:] == [str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2)]
+    assert await line.is_closed()
+    await emptied(either)
+
+
+@WAYS
+async def test_a_half_closed_client_may_wait(either: House, send: Any) -> None:
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(either, answer)
+    line = await either.line()
+    await send(line, CLAIM)
+    await arrived(either, 1)
+    line.writer.write_eof()
+    connection = await half_closed(either)
+    connection._check_hangup(0)  # it is still there
+    held.go.set()
+    assert (await line.hear()).status == 200
+    assert await line.is_closed()
+    assert (either.desk.taken_back, either.desk.cancelled.is_set()) == ([], False)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /v1/jobs HTT", message("GET", "/v1/jobs") + b"GET"])
+async def test_the_end_of_the_bytes_ends_a_connection_on_which_nothing_waits(either: House, sent: bytes) -> None:
+    line = await either.line()
+    line.send(sent)
+    if sent.startswith(message("GET", "/v1/jobs")):
+        assert (await line.hear()).status == 200
+    line.writer.write_eof()
+    assert await line.is_closed()
+
+
+async def test_a_request_right_before_the_end_of_the_bytes_is_answered(either: House) -> None:
+    """Data and end are there before aiohttp's loop has had a turn."""
+    for request in (message("GET", "/v1/jobs"), message("GET", "/healthz"), message("GET", "/v1/jobs") * 2):
+        line = await either.line()
+        line.send(request)
+        line.writer.write_eof()
+        assert [(await line.hear()).status for _ in range(request.count(b"GET"))] == [200] * request.count(b"GET")
+        assert await line.is_closed()
+
+
+@pytest.mark.parametrize("before", [b"", message("GET", "/v1/jobs")])
+async def test_a_body_that_breaks_off_is_a_400(either: House, before: bytes) -> None:
+    for request in (message("POST", "/v1/jobs", '{"queue":"a"}')[:-1], CHUNKED + b"2\r\n{}\r\n"):
+        line = await either.line()
+        line.send(before + request)
+        line.writer.write_eof()
+        if before:
+            assert (await line.hear()).status == 200
+        heard = await line.hear()
+        assert (heard.status, heard.error, "broke off" in heard.json["message"]) == (400, "invalid_request", True)
+        assert await line.is_closed()
+    assert len(either.desk.asked) == (2 if before else 0)
+
+
+@WAYS
+async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: House, send: Any) -> None:
+    """Over TCP this looks like a half-closed connection, until the first bytes of the response are sent."""
+    held = Held(either, Answer(Done(), grants=[("a", "lock")]))
+    line = await either.line()
+    await send(line, CLAIM)
+    await arrived(either, 1)
+    await line.close()
+    await either.desk.cancelled.wait()
+    await emptied(either)
+    await either.site.quiet()
+    assert not held.go.is_set()
+
+
+@WAYS
+async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(house: House, send: Any) -> None:
+    Held(house)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    line.writer.write_eof()
+    await half_closed(house)
+    await line.close()
+    await house.desk.cancelled.wait()
+    await emptied(house)
+    await house.site.quiet()
+
+
+@WAYS
+async def test_the_probe_is_a_part_of_the_response(either: House, monkeypatch: pytest.MonkeyPatch, send: Any) -> None:
+    """A closed client resets the connection at the probe, before the check: the rest of the response finds it gone."""
+    monkeypatch.setattr("jobd.connection.FIRST_CHECK_S", 3600)
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(either, answer)
+    line = await either.line()
+    await send(line, CLAIM)
+    await arrived(either, 1)
+    if either.port:
+        await line.close()
+        await half_closed(either)
+    else:
+        line.writer.write_eof()
+        await half_closed(either)
+        await line.close()
+    held.go.set()
+    await emptied(either)
+    await either.site.quiet()
+    assert either.desk.taken_back == [answer]
+
+
+async def test_tls_knows_no_half_closed_connection(tmp_path: Path) -> None:
+    server, client = await tls_pair(tmp_path)
+    async with House(ROUTES, tmp_path) as house:
+        Held(house)
+        [(_, port)] = await house.listener.open_tcp("127.0.0.1", 0, tls=server)
+        line = Line(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
+        line.send(CLAIM)
+        await arrived(house, 1)
+        await line.close()
+        await house.desk.cancelled.wait()
+        await emptied(house)
+
+
+# -- what is wrong ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["NUL in a header", "bad chunk size", "coding in disguise", "both lengths", "no HTTP"])
+async def test_requests_before_a_malformed_one_are_answered_first(either: House, name: str) -> None:
+    """They came in the same segment, and each is done once. What comes after it is not looked at."""
+    line = await either.line()
+    valid = [message("POST", "/v1/jobs", f'{{"id":"a-{n}"}}') for n in range(3)] + [message("GET", "/v1/jobs")]
+    line.send(b"".join(valid) + HOSTILE[name] + message("GET", "/v1/jobs"))
+    assert [(await line.hear()).status for _ in valid] == [200] * len(valid)
+    heard = await line.hear()
+    assert (heard.status, heard.error, heard.headers["connection"]) == (400, "invalid_request", "close")
+    line.send(message("GET", "/v1/jobs"))
+    assert await line.is_closed()
+    assert [getattr(asked.command, "id", None) for asked in either.desk.asked] == ["a-0", "a-1", "a-2", None]
+
+
+async def test_a_malformed_request_behind_one_that_waits_is_answered_after_it(house: House) -> None:
+    held = Held(house)
+    line = await house.line()
+    line.send(CLAIM)
+    await arrived(house, 1)
+    line.send(message("GET", "/v1/jobs") + HOSTILE["NUL in a header"])
+    await asyncio.sleep(0.01)
+    line.send(HOSTILE["NUL in a header"])
+    assert (await house.ask("GET", "/healthz")).status == 200
+    held.go.set()
+    assert [(await line.hear()).status for _ in range(3)] == [200, 200, 400]
+    assert await line.is_closed()
+    assert len(house.desk.asked) == 2
 
 
 def in_chunks(job_id: str) -> bytes:

@@ -73,6 +73,16 @@ async def test_each_line_is_one_command_in_the_order_of_the_lines(house: House) 
     assert {asked.operator for asked in house.desk.asked} == {last.operator}  # all of it is one deed
 
 
+async def test_an_import_that_breaks_off_says_so_after_its_lines(house: House) -> None:
+    line = await house.line()
+    line.send(head(house) + chunk(b'{"id":"a"}\n{"id":"b"}\n{"id":'))
+    line.writer.write_eof()
+    heard = await line.hear()
+    assert (heard.status, heard.error, heard.json["details"]["line"]) == (400, "invalid_request", 3)
+    assert "broke off" in heard.json["message"]
+    assert [asked.command.id for asked in lines_of(house)] == ["a", "b"]
+
+
 async def test_an_empty_import_is_done_at_once(house: House) -> None:
     empty = {"imported": 0, "skipped": 0, "refusedCount": 0, "refused": []}
     assert (await put(house)).data == empty

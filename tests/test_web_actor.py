@@ -119,6 +119,30 @@ async def test_a_parked_claim_whose_client_goes_away_takes_no_job(town: Town) ->
     assert grant["job"]["attempt"] == 1
 
 
+async def test_over_tcp_a_waiting_client_that_closes_takes_no_job_and_a_half_closed_one_gets_it(
+    town: Town, tmp_path: Path
+) -> None:
+    (tmp_path / "tcp").mkdir()
+    claim = message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
+    gate = Gate("worker", hosts=["localhost"])
+    async with House(worker_api.ROUTES, tmp_path / "tcp", gate=gate, actor=town.actor) as tcp:
+        gone, half = await tcp.line(), await tcp.line()
+        gone.send(claim)
+        while not town.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
+            await asyncio.sleep(0.001)
+        await gone.close()
+        while town.actor.parked:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        half.send(claim)
+        half.writer.write_eof()
+        while not town.actor.parked:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        await town.post("/v1/jobs", '{"id":"job-1"}')
+        [grant] = (await half.hear()).data["grants"]
+        assert grant["job"]["attempt"] == 1
+        assert await half.is_closed()
+
+
 async def test_a_grant_whose_client_has_gone_before_the_answer_goes_back(town: Town) -> None:
     await town.post("/v1/jobs", '{"id":"job-1"}')
     town.disk.gate.clear()
