@@ -63,6 +63,7 @@ REFUSALS: Final[dict[str, int]] = {
     "events_gone": 410,
     "too_large": 413,
     "unsupported_media_type": 415,
+    "expectation_failed": 417,
     "idempotency_key_reused": 422,
     "internal_error": 500,
     "overloaded": 503,

@@ -68,6 +68,10 @@ class AdminSection(Struct, frozen=True, forbid_unknown_fields=True):
     tls_key: str = ""
 
 
+class ServerSection(Struct, frozen=True, forbid_unknown_fields=True):
+    python_parser: bool = False
+
+
 class StoreSection(Struct, frozen=True, forbid_unknown_fields=True):
     path: str = ""
     synchronous: Literal["full", "extra"] = "full"
@@ -146,6 +150,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
     worker: WorkerSection = WorkerSection()
     admin: AdminSection = AdminSection()
+    server: ServerSection = ServerSection()
     store: StoreSection = StoreSection()
     locks: LocksSection = LocksSection()
     stuck: StuckSection = StuckSection()
@@ -273,6 +278,8 @@ def load(
         check_apart(config.artefacts.url, own_places, os.path.abspath)  # where they lie may hang, also on a reload
     except ConfigError as error:
         raise ConfigError(_placed(str(error), sources)) from None
+    if need_token:
+        _check_parser(config)
     development = _is_development(environ)
     admin_tokens, worker_tokens, reader_tokens = _tokens(config, environ)
     if not admin_tokens and need_token and not development:
@@ -295,6 +302,18 @@ def load(
         ),
         own_places,
         webhooks,
+    )
+
+
+def _check_parser(config: Config) -> None:
+    """Refuse to serve with aiohttp's Python parser: it accepts requests that its C parser rejects."""
+    from aiohttp import http_parser  # only a daemon needs it
+
+    if config.server.python_parser or http_parser.HttpRequestParser is not http_parser.HttpRequestParserPy:
+        return
+    raise ConfigError(
+        "aiohttp has no C parser here, and its Python parser accepts malformed requests. Unset AIOHTTP_NO_EXTENSIONS "
+        "and reinstall aiohttp from a wheel or with a C compiler; or accept it: [server] python_parser = true"
     )
 
 

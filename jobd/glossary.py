@@ -224,6 +224,7 @@ REFUSALS: Final = {
     "events_gone": "events after the one named are no longer in the journal, or it is of another store",
     "too_large": "body, payload, metadata or number of jobs above its limit",
     "unsupported_media_type": "the body is of another type, or compressed",
+    "expectation_failed": "`Expect` asks for anything but `100-continue`",
     "idempotency_key_reused": "the key was used with another body",
     "internal_error": "a fault in jobd; nothing was changed",
     "overloaded": "too much is waiting; nothing was done. Wait `Retry-After` seconds",

@@ -207,7 +207,7 @@ def _header(name: str, schema: Json) -> Json:
 
 def refusals(route: Route) -> list[str]:
     """Every code with which this call may be refused, in the order of the table of codes."""
-    codes = {"invalid_request", "forbidden", "internal_error"}
+    codes = {"invalid_request", "forbidden", "expectation_failed", "internal_error"}
     codes |= {*REFUSED.get(route.asks, ()), *REFUSED_TOO.get(call_of(route), ())}
     if route.who != "anyone":
         codes.add("unauthorized")

@@ -38,12 +38,14 @@ class Head(Struct, frozen=True):
     keep_alive: bool
     has_body: bool
     is_json: bool  # the body, at first sight
+    expects: str  # the header Expect, in lower case
 
     @classmethod
     def of(cls, message: RawRequestMessage, payload: StreamReader) -> Head:
         has_body = type(payload) is not EmptyStreamReader
         is_json = has_body and is_plainly_json(message.headers)
-        return cls(message.headers, message.version, not message.should_close, has_body, is_json)
+        expects = ", ".join(message.headers.getall(hdrs.EXPECT)).lower() if hdrs.EXPECT in message.headers else ""
+        return cls(message.headers, message.version, not message.should_close, has_body, is_json, expects)
 
 
 class Visit:

@@ -57,6 +57,7 @@ from jobd.visits import Head, Request, Visit, looker_of, operator_of
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
 IDEMPOTENCY_KEY: Final = istr("Idempotency-Key")
+MET: Final = frozenset({"", "100-continue"})  # what a request may expect
 KINDS: Final = {"json": JSON, "lines": LINES, "form": FORM}
 
 log = structlog.get_logger("jobd.web")
@@ -359,6 +360,8 @@ class Web:
     def _enter(self, visit: Visit, found: Found) -> Entry:
         """All that is judged before the body: who asks, and for what."""
         way = self._admit(visit, found)
+        if visit.head.expects not in MET:
+            raise refused("expectation_failed", "Only `Expect: 100-continue` can be met. Leave the header out.")
         shape, value = way.shape, None
         if shape.given is not None:
             value = path_value(shape.given, found.given or "")
@@ -518,7 +521,7 @@ def _check_kind(head: Head, reads: str) -> None:
 def welcome(visit: Visit) -> None:
     """Tell a client that waits for leave to send its body (`Expect: 100-continue`) to go on."""
     transport = visit.connection.transport
-    if visit.head.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and transport is not None:
+    if visit.head.expects and transport is not None:
         transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiohttp.http_parser import HttpRequestParserPy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -320,6 +321,14 @@ def test_without_a_token_it_does_not_start() -> None:
     with pytest.raises(ConfigError, match=r"ADMIN_TOKEN.*token_urlsafe"):
         load({}, {})
     assert load({}, {}, need_token=False).admin_tokens == ()
+
+
+def test_it_does_not_start_without_the_c_parser_unless_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiohttp.http_parser.HttpRequestParser", HttpRequestParserPy)
+    with pytest.raises(ConfigError, match=r"no C parser.*AIOHTTP_NO_EXTENSIONS.*\[server\] python_parser = true"):
+        loaded()
+    assert loaded(JOBD_SERVER_PYTHON_PARSER="true").config.server.python_parser
+    assert not load({}, {}, need_token=False).config.server.python_parser  # work on files needs no parser
 
 
 def test_development(write: Write) -> None:

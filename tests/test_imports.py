@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import sys
 import tomllib
 from pathlib import Path
 from typing import Final
 
 import pytest
+from packaging.requirements import Requirement
 
 import jobd
 
 PACKAGE: Final = Path(jobd.__file__).parent
+ROOT: Final = PACKAGE.parent
 
 # A room: its modules, and the rooms that they may import beside their own.
 ROOMS: Final[dict[str, tuple[str, str]]] = {
@@ -220,3 +223,15 @@ def test_what_an_extra_brings_is_imported_in_one_place_alone() -> None:
     """Everything else works without it."""
     users = {module_of(source) for source in SOURCES if any(name.startswith("obstore") for name in imports(source))}
     assert users == {"artefact_s3"}
+
+
+def test_the_pinned_versions_are_within_the_bounds() -> None:
+    """Upper bounds hold what relies on undocumented behaviour of these two."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    pins = dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", (ROOT / ".ci/constraints.txt").read_text("utf-8"), re.M))
+    wanted = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
+    assert {name: str(bounds) for name, bounds in wanted.items() if "<" in str(bounds)} == {
+        "aiohttp": "<3.15,>=3.14.4",
+        "aiosqlite": "<0.23,>=0.21",
+    }
+    assert all(bounds.contains(pins[name]) for name, bounds in wanted.items())

@@ -106,6 +106,21 @@ async def test_chunks_that_break_off_later_are_a_4xx_too(tmp_path: Path, rest: b
         assert house.desk.asked == []
 
 
+@pytest.mark.parametrize("expect", ["200-ok", "100-continue, 200-ok", "100", "nonsense"])
+async def test_an_expectation_that_cannot_be_met_is_a_417(house: House, expect: str) -> None:
+    for headers in ({"Expect": expect}, {"Expect": expect, "Idempotency-Key": "k"}):
+        heard = await house.ask("POST", "/v1/jobs", "{}", headers)
+        assert (heard.status, heard.error) == (417, "expectation_failed")
+    assert (await house.ask("GET", "/healthz", headers={"Expect": expect})).status == 417
+    assert house.desk.asked == []
+    line = await house.line()
+    head, _, body = message("POST", "/v1/jobs", "{}", {"Expect": "100-Continue"}).partition(b"\r\n\r\n")
+    line.send(head + b"\r\n\r\n")
+    assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    line.send(body)
+    assert (await line.hear()).status == 200
+
+
 async def test_a_bug_beyond_the_walk_ends_one_connection(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise ValueError("canary")
