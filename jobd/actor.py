@@ -90,6 +90,7 @@ class Actor:
         random: Callable[[int], bytes],
         bounds: Bounds | None = None,
         is_full: bool = False,
+        has_reserve: bool = True,
         now_s: Callable[[], float] | None = None,
     ) -> None:
         loop_time = asyncio.get_running_loop().time
@@ -98,7 +99,7 @@ class Actor:
         self.policy = policy
         self.bounds = bounds or Bounds()
         self.parked = Parked(book.presence)
-        self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full)
+        self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
         self.look: Callable[[], None] = lambda: None  # called before a batch is taken
         self.on_commit: list[Callable[[Sequence[Change]], None]] = [self._note]
@@ -297,8 +298,8 @@ class Actor:
             waits.append(deadline - self._loop_time())
             if (run_at := self.book.next_run_at()) is not None:
                 waits.append((run_at - self._clock.moment().now) / 1000)
-        if self.full_disk.closed != Closed.NOTHING:
-            waits.append(self.full_disk.next_probe - self._loop_time())
+        if (probe_at := self.full_disk.probe_at) is not None:
+            waits.append(probe_at - self._loop_time())
         return min(waits, default=None)
 
     def _take(self) -> list[Asked]:

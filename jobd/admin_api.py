@@ -171,6 +171,7 @@ async def _stats(site: Web, visit: Visit, asked: Stats) -> Answer | Refusal:
         state = site.rooms.cleanup_state()
         answer.data = replace(
             answer.data,
+            disk=await site.rooms.disk_space(),
             cleanup_running=state.cleanup_running,
             time_since_last_cleanup=state.time_since_last_cleanup,
         )

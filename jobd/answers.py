@@ -266,6 +266,14 @@ class OldestDue(Struct, frozen=True):
     due_at: int
 
 
+class DiskView(Struct, frozen=True, rename="camel"):
+    """The path of the store, and the space of the disk that it is on. `free_bytes`: for the daemon's user."""
+
+    path: str
+    free_bytes: int
+    total_bytes: int
+
+
 class StatsView(Struct, frozen=True, rename="camel"):
     """Times in seconds where a dashboard expects them so; `time_since_last_cleanup` in ms."""
 
@@ -279,6 +287,7 @@ class StatsView(Struct, frozen=True, rename="camel"):
     timestamp: int
     cleanup_running: bool = False
     time_since_last_cleanup: int | None = None
+    disk: DiskView | None = None  # None for a store in memory
 
 
 class Forced(Struct, frozen=True, rename="camel"):
@@ -399,9 +408,14 @@ HealthStatus = Literal["healthy", "degraded", "unhealthy"]
 
 
 class DatabaseHealth(Struct, frozen=True, rename="camel"):
+    """`path`, `free_bytes` and `total_bytes` are those of the store's disk; None for a store in memory."""
+
     status: HealthStatus
     message: str
     total_jobs: int
+    path: str | None = None
+    free_bytes: int | None = None
+    total_bytes: int | None = None
 
 
 class PartHealth(Struct, frozen=True):

@@ -122,10 +122,11 @@ def _pausing(step: Told, page_bytes: int) -> Callable[[int, int, int], None]:
 def _need_room(path: str, target: str) -> None:
     """A copy that fills the disk would stop the daemon from writing: see first."""
     size = sum(os.path.getsize(name) for name in (path, f"{path}-wal") if os.path.exists(name))
-    disk = os.statvfs(os.path.dirname(target) or ".")
+    directory = os.path.dirname(target) or "."
+    disk = os.statvfs(directory)
     need, free = size + _SPARE_BYTES, disk.f_bavail * disk.f_frsize
     if free < need:
-        raise DiskFull(f"a backup needs {need >> 20} MiB free beside the store, there are {free >> 20} MiB")
+        raise DiskFull(f"a backup needs {need >> 20} MiB free in {directory}, there are {free >> 20} MiB")
 
 
 @contextlib.contextmanager

@@ -14,11 +14,21 @@ from msgspec.structs import replace
 from jobd.events import Change, Event, QueuePause
 from jobd.job import HOUR_MS, Grant, Job, LateResult, Untouched
 
+RESERVE_BYTES: Final = 16 << 20  # of the ballast file
+SPARE_BYTES: Final = 1 << 20  # that are to be free before a full disk is taken to have room again
 PUT_OFF_MS: Final = 2 * HOUR_MS  # no tombstone waits longer: one that seems to was put off by another clock
 
 
 class DiskFull(Exception):
     """SQLITE_FULL or ENOSPC: the transaction was rolled back, the disk is as before and may be read."""
+
+
+class DiskSpace(Struct, frozen=True):
+    """The path of the store, and the space of the disk that it is on. `free_bytes`: for the daemon's user."""
+
+    path: str
+    free_bytes: int
+    total_bytes: int
 
 
 class BadRows(Exception):
@@ -338,6 +348,7 @@ class Opened(Struct):
     faults: list[str] = []
     figures: bytes | None = None
     full: bool = False  # the disk was full already at start
+    has_reserve: bool = True  # the ballast file is there
     marked: bool = False  # a backup was put back: end every grant by its stall rule, then Batch.unmark
     tombstones: int = 0  # how many wait
 
@@ -412,11 +423,14 @@ class Disk(Protocol):
     async def save_figures(self, body: bytes) -> None:
         """Keep the counters that outlive a restart but no promise depends on."""
 
-    async def probe(self) -> None:
-        """A write and a read back, each committed. Raises DiskFull or anything else."""
+    async def probe(self, spare_bytes: int = 0) -> None:
+        """A write and a read back, each committed, with so much room to spare. Raises DiskFull or anything else."""
+
+    async def space(self) -> DiskSpace | None:
+        """Free and total space of the disk; None for a store in memory, or if the disk does not say."""
 
     async def drop_ballast(self) -> bool:
         """Give up the ballast file so that endings and deletions have room; whether there was one."""
 
     async def build_ballast(self) -> None:
-        """Make the ballast file again. Raises DiskFull where there is no room."""
+        """Make the ballast file again. Raises DiskFull without room for it and SPARE_BYTES beside it."""

@@ -200,6 +200,10 @@ class Daemon:
         stack.push_async_callback(store.close)
         for fault in opened.faults:
             line.error("store_fault", message=fault)
+        if opened.full:
+            line.error("disk_full", refused="creates", reserve=opened.has_reserve)
+        elif not opened.has_reserve:
+            line.warning("reserve_file_missing", message="on a full disk, running jobs may not be able to end")
         return store, opened
 
     def _look_for_others(self) -> None:
@@ -543,6 +547,7 @@ def _actor(store: Store, opened: Opened, clock: Clock, settings: Config) -> Acto
         random=Randomness(),
         bounds=bounds,
         is_full=opened.full,
+        has_reserve=opened.has_reserve,
         now_s=time.monotonic,
     )
     actor.on_commit.append(facts.write_lines)

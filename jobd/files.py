@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from jobd.batch import DiskFull
+from jobd.batch import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
 
-BALLAST_BYTES: Final = 16 << 20
+BALLAST_BYTES: Final = RESERVE_BYTES
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _LOCK_BYTES: Final = 16
 # SQLite locks the bytes from PENDING on in the database itself.
@@ -212,10 +212,50 @@ def write_epoch(path: str, epoch: int) -> None:
     replace(f"{path}.epoch", b"%s %08x\n" % (number, zlib.crc32(number)))
 
 
+def space(path: str) -> DiskSpace | None:
+    """Free and total bytes of the disk of `path`; None if the file system does not say."""
+    path = os.path.abspath(path)
+    try:
+        disk = os.statvfs(path)
+    except OSError:
+        return None
+    return DiskSpace(path, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)
+
+
+@contextlib.contextmanager
+def spare(path: str, size: int) -> Iterator[None]:
+    """Occupy `size` bytes beside `path` for as long as it lasts. Raises DiskFull.
+
+    Of a disk of less than 16 times `size` a sixteenth is enough: it could never have more to spare.
+    """
+    disk = space(path)
+    size = size if disk is None else min(size, disk.total_bytes // 16)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(path) or "."))
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        except OSError as error:  # whatever it is, it says nothing about the database
+            raise DiskFull(str(error)) from error
+        yield
+
+
+def has_ballast(path: str) -> bool:
+    """Whether `<path>.ballast` takes up its whole size on the disk."""
+    try:
+        return os.stat(f"{path}.ballast").st_blocks * 512 >= BALLAST_BYTES
+    except FileNotFoundError:
+        return False
+
+
 def build_ballast(path: str) -> None:
-    """Make sure that `<path>.ballast` takes up its whole size on the disk. Raises DiskFull."""
+    """Make sure that `<path>.ballast` takes up its whole size, with SPARE_BYTES left beside it. Raises DiskFull."""
+    if has_ballast(path):
+        return
     name = f"{path}.ballast"
-    with room():
+    disk = space(path)
+    if disk is not None and disk.free_bytes < BALLAST_BYTES + SPARE_BYTES:
+        raise DiskFull(f"{name} needs {BALLAST_BYTES + SPARE_BYTES} bytes, {disk.free_bytes} are free")
+    with spare(path, SPARE_BYTES), room():
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, BALLAST_BYTES)

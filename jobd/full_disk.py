@@ -1,18 +1,18 @@
-"""What a full disk closes, step by step, and what opens it again.
+"""Writes that a full disk rejects, in steps, and the probe that accepts them again.
 
-First creates are refused; where that is not enough, everything but endings and deletions, with the ballast given up
-and lease time standing still (no sign of life can be taken); at worst every write. Reads go on all the while.
+Creates are rejected first. If that is not enough, everything but endings and deletions is rejected, the reserve file is
+released, and lease time stands still, as no sign of life can be written. At worst every write is rejected. Reads go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 
-from jobd.batch import Disk, DiskFull
+from jobd.batch import SPARE_BYTES, Disk, DiskFull, DiskSpace
 from jobd.commands import Refusal
 from jobd.envelope import CREATES, ENDINGS, READS
 
@@ -36,26 +36,74 @@ class LeaseTime(Protocol):
 
 
 class FullDisk:
-    """`closed` says what is refused now. `loop_time` is that of the event loop, in seconds."""
+    """`closed` says what is rejected now. `loop_time` is that of the event loop, in seconds.
 
-    def __init__(self, disk: Disk, lease: LeaseTime, loop_time: Callable[[], float], *, is_full: bool) -> None:
+    `space` is as of the last `measure`; None for a store in memory, and before the first one.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        lease: LeaseTime,
+        loop_time: Callable[[], float],
+        *,
+        is_full: bool,
+        has_reserve: bool = True,
+    ) -> None:
         self.closed = Closed.CREATES if is_full else Closed.NOTHING
+        self.space: DiskSpace | None = None
         self.next_probe = loop_time()
-        self._has_ballast = False  # one was given up, and has to be there again before we open
+        self._needs_reserve = not has_reserve
+        self._is_released = False  # the reserve file, and its room is still set aside for endings
+        self._reserve_fault = ""  # why it could not be rebuilt, if not for lack of room
+        self._logged = self.closed  # the furthest step since writes were accepted last
         self._disk = disk
         self._lease = lease
         self._loop_time = loop_time
 
+    @property
+    def has_reserve(self) -> bool:
+        """Whether endings have the room of the reserve file when the disk is full."""
+        return self._is_released or not self._needs_reserve
+
+    @property
+    def probe_at(self) -> float | None:
+        """Loop time of the next probe; None if there is nothing to find out."""
+        return self.next_probe if self.closed or self._needs_reserve else None
+
     def refuse(self, command: object) -> Refusal | None:
-        """Why `command` may not be written now; None where it may be decided."""
+        """Why `command` may not be written now; None if it may be decided."""
         if not self.closed or isinstance(command, READS):
             return None
         if self.closed == Closed.CREATES and not isinstance(command, CREATES):
             return None
         if self.closed == Closed.ALL_BUT_ENDINGS and isinstance(command, ENDINGS):
             return None
-        message = "The disk of the store is full; nothing was changed. Free some space: it is tried again every second."
-        return Refusal("storage_full", message)
+        return self.refusal("nothing was changed. Free some space: jobd tries again every second.")
+
+    def refusal(self, what: str) -> Refusal:
+        """A `storage_full` error that names the path and the free bytes, and then says `what`."""
+        return Refusal("storage_full", f"{self.described()}; {what}", self._figures())
+
+    def described(self) -> str:
+        """Name the path, the free bytes, and the reserve file if it is not there."""
+        space = self.space
+        where = "The disk of the store is full"
+        if space is not None:
+            where = f"{where} ({space.free_bytes} bytes free at {space.path})"
+        if self._is_released:
+            return f"{where}, and the reserve file is released for endings"
+        return where if self.has_reserve else f"{where}, and the reserve file is missing, so endings may not fit either"
+
+    def _figures(self) -> dict[str, Any]:
+        space = self.space
+        if space is None:
+            return {}
+        return {"path": space.path, "free_bytes": space.free_bytes, "total_bytes": space.total_bytes}
+
+    async def measure(self) -> None:
+        """Read the free and total space of the disk."""
+        self.space = await self._disk.space()
 
     async def close_further(self) -> None:
         """A write hit the full disk although `closed` was respected."""
@@ -63,33 +111,61 @@ class FullDisk:
         self.next_probe = self._loop_time() + PROBE_EVERY_S
         if self.closed == Closed.ALL_BUT_ENDINGS:
             self._lease.hold()
-            self._has_ballast = await self._disk.drop_ballast() or self._has_ballast
-        log.error("disk_full", refused=self.closed.name.lower())
+            self._is_released = await self._disk.drop_ballast() or self._is_released
+            self._needs_reserve = True
+        await self.measure()
+        if self.closed > self._logged:
+            self._logged = self.closed
+            log.error("disk_full", refused=self.closed.name.lower(), reserve=self.has_reserve, **self._figures())
 
     async def probe(self) -> None:
-        """Once a second while closed: is there room again? Then the ballast is made anew and everything let in.
+        """Once a second while it matters: accept writes again, and then rebuild the reserve file, if there is room.
 
         Raises what the disk raises, except DiskFull.
         """
-        if self.closed == Closed.NOTHING or self._loop_time() < self.next_probe:
+        if (due := self.probe_at) is None or self._loop_time() < due:
             return
         self.next_probe = self._loop_time() + PROBE_EVERY_S
-        try:
-            await self._disk.probe()
-            if self.closed >= Closed.ALL_BUT_ENDINGS:
-                self.closed = Closed.ALL_BUT_ENDINGS
-                await self._rebuild_ballast()
-        except DiskFull:
+        if self.closed and not await self._has_room():
             return
+        if self._needs_reserve:
+            await self._rebuild_reserve()
+
+    async def _has_room(self) -> bool:
+        """Whether everything is accepted again. Without the spare room endings are tried at least."""
+        try:
+            await self._disk.probe(SPARE_BYTES)
+        except DiskFull:
+            if self.closed == Closed.ALL_WRITES and await self._fits():
+                self.closed = Closed.ALL_BUT_ENDINGS
+            await self.measure()
+            return False
         if self.closed >= Closed.ALL_BUT_ENDINGS:
             self._lease.resume()
-        self.closed = Closed.NOTHING
-        log.info("disk_has_room", message="writes are taken again")
+        self.closed = self._logged = Closed.NOTHING
+        self._is_released = False
+        await self.measure()
+        log.info("disk_has_room", message="writes are taken again", reserve=self.has_reserve, **self._figures())
+        return True
 
-    async def _rebuild_ballast(self) -> None:
-        """A store that was too small for a ballast from the start opens without one. Raises DiskFull."""
+    async def _fits(self) -> bool:
+        try:
+            await self._disk.probe()
+        except DiskFull:
+            return False
+        return True
+
+    async def _rebuild_reserve(self) -> None:
+        """Failing to do so rejects no write: the next probe tries again."""
         try:
             await self._disk.build_ballast()
         except DiskFull:
-            if self._has_ballast:
-                raise
+            return
+        except OSError as error:
+            if str(error) != self._reserve_fault:
+                self._reserve_fault = str(error)
+                log.warning("reserve_file_not_rebuilt", reason=str(error))
+            return
+        self._needs_reserve = False
+        await self.measure()
+        log.info("reserve_file_rebuilt", **self._figures())

@@ -6,6 +6,7 @@ Changes no job and never raises: what cannot be measured is said to be so.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import chain, islice
@@ -17,7 +18,7 @@ from msgspec.structs import replace
 from jobd.actor import Actor
 from jobd.answers import CleanupHealth, CleanupState, DatabaseHealth, HealthStatus, HealthView, PartHealth
 from jobd.artefacts import StoreFault
-from jobd.batch import DiskFull
+from jobd.batch import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
 from jobd.commands import Moment, Ping, Refusal
 from jobd.full_disk import Closed
 from jobd.job import STATUSES, Job
@@ -25,6 +26,7 @@ from jobd.job import STATUSES, Job
 log = structlog.get_logger("jobd.health")
 
 MAX_AGE_S: Final = 5.0
+SPACE_MAX_AGE_S: Final = 1.0
 PATIENCE_S: Final = 2.0  # for one part; what takes longer is unhealthy, and is not asked a second time meanwhile
 STORAGE_PATIENCE_S: Final = 5.0  # a bucket may be far away
 SAMPLE: Final = 50  # jobs that are compared with the disk
@@ -34,6 +36,7 @@ FAULTS_KEPT: Final = 100
 NAMED: Final = 5  # jobs or faults that a message names
 _WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
 _REFUSED: Final = {
+    Closed.NOTHING: "no write fits",
     Closed.CREATES: "new jobs are refused",
     Closed.ALL_BUT_ENDINGS: "only endings and deletions are taken",
     Closed.ALL_WRITES: "every change is refused",
@@ -87,8 +90,9 @@ class Health:
         self._sweeper = sweeper
         self._faults: deque[str] = deque(faults, FAULTS_KEPT)
         self._take_faults = take_faults
-        self._closed = Closed.NOTHING  # how far a full disk had closed the daemon then
+        self._full = self._full_now()  # at the last measurement
         self._measured_at = 0.0  # loop time at the beginning of the measurement
+        self._space_at: float | None = None  # loop time at which the space of the disk was read
         self._measuring: asyncio.Task[HealthView] | None = None
         self._open: dict[str, asyncio.Task[Any]] = {}  # what was asked and has not been answered yet
         self._next_sample = 0
@@ -96,13 +100,26 @@ class Health:
     async def view(self) -> HealthView:
         """The health of the daemon, at most 5 s old. Callers that come during a measurement share it."""
         loop_time = asyncio.get_running_loop().time()
-        is_fresh = loop_time - self._measured_at < MAX_AGE_S and self._closed == self._actor.full_disk.closed
+        is_fresh = loop_time - self._measured_at < MAX_AGE_S and self._full == self._full_now()
         if self.last is not None and self._measuring is None and is_fresh:
             return self._as_of_now(self.last)
         if self._measuring is None:
-            self._measured_at, self._closed = loop_time, self._actor.full_disk.closed
+            self._measured_at, self._full = loop_time, self._full_now()
             self._measuring = asyncio.create_task(self._measure())
         return await asyncio.shield(self._measuring)
+
+    async def space(self) -> DiskSpace | None:
+        """Free and total space of the store's disk, a second old at most; older if the disk does not respond."""
+        loop_time, full_disk = asyncio.get_running_loop().time, self._actor.full_disk
+        if self._space_at is None or loop_time() - self._space_at >= SPACE_MAX_AGE_S:
+            with contextlib.suppress(TimeoutError):
+                await self._in_time("space", full_disk.measure)
+                self._space_at = loop_time()
+        return full_disk.space
+
+    def _full_now(self) -> tuple[Closed, bool]:
+        full_disk = self._actor.full_disk
+        return full_disk.closed, full_disk.has_reserve
 
     def _as_of_now(self, last: HealthView) -> HealthView:
         """What was measured; whether a pass runs costs nothing to know, so it is never old."""
@@ -130,8 +147,10 @@ class Health:
             )
             cleanup, cleanup_status = self._tried_cleanup()
             worst = max((database.status, cache.status, storage.status, cleanup_status), key=_WORST.index)
-            total = self._actor.book.total()
+            total, disk = self._actor.book.total(), self._actor.full_disk.space
             told = DatabaseHealth(database.status, database.message, total)
+            if disk is not None:
+                told = replace(told, path=disk.path, free_bytes=disk.free_bytes, total_bytes=disk.total_bytes)
             self.last = HealthView(worst, told, cache, storage, cleanup, timestamp)
             return self.last
         finally:
@@ -152,7 +171,7 @@ class Health:
         done, _ = await asyncio.wait({task}, timeout=patience_s)
         if not done:
             raise TimeoutError
-        del self._open[what]
+        self._open.pop(what, None)
         if task.cancelled():
             raise TimeoutError  # by `close`
         return task.result()
@@ -165,23 +184,28 @@ class Health:
         try:
             await self._in_time("probe", self._actor.disk.probe)
         except DiskFull:
-            closed = self._actor.full_disk.closed
-            return self._full(_REFUSED[closed] if closed != Closed.NOTHING else "no write fits")
+            return await self._full_disk()
         except TimeoutError:
             return PartHealth("unhealthy", f"The disk has not answered a write for {PATIENCE_S:g} s. Is it overloaded?")
         except Exception as error:
             return PartHealth("unhealthy", f"A write and a read back failed ({error}). See the log; run: jobd doctor")
         took_ms = (loop_time() - began) * 1000
-        closed = self._actor.full_disk.closed
-        if closed != Closed.NOTHING:
-            return self._full(_REFUSED[closed])
-        if damage is not None:
-            return PartHealth("degraded", damage)
+        if self._actor.full_disk.closed:
+            return await self._full_disk()
+        space = await self.space()
+        wrong = [] if damage is None else [damage]
+        if not self._actor.full_disk.has_reserve:
+            wrong.append(_without_reserve(space))
+        if wrong:
+            return PartHealth("degraded", " ".join(wrong))
         return PartHealth("healthy", f"A write and a read back took {took_ms:.1f} ms.")
 
-    def _full(self, what: str) -> PartHealth:
-        message = f"The disk of the store is full: {what}. Free some space; it is tried again every second."
-        return PartHealth("degraded", message)
+    async def _full_disk(self) -> PartHealth:
+        """New jobs are rejected, or the next one will be."""
+        full_disk = self._actor.full_disk
+        await self.space()
+        told = f"{full_disk.described()}: {_REFUSED[full_disk.closed]}."
+        return PartHealth("unhealthy", f"{told} Free some space; it is tried again every second.")
 
     def _damage(self) -> str | None:
         """What is known to be damaged, and how it is mended."""
@@ -314,6 +338,13 @@ class Health:
 
 async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:
     return await ask()
+
+
+def _without_reserve(space: DiskSpace | None) -> str:
+    """What follows from a missing reserve file, and what brings it back."""
+    needed = RESERVE_BYTES + SPARE_BYTES
+    where = "" if space is None else f" beside {space.path} ({needed} bytes are needed, {space.free_bytes} are free)"
+    return f"The reserve file is missing{where}: on a full disk, running jobs may not be able to end. Free some space."
 
 
 def _some(names: list[str], count: int, between: str = ", ") -> str:

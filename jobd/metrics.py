@@ -28,6 +28,7 @@ from jobd import __version__, views
 from jobd.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
 from jobd.alerts import Alerts
 from jobd.answers import Vitals
+from jobd.batch import DiskSpace
 from jobd.book import Book
 from jobd.cleanup import Cleaner
 from jobd.commands import REFUSALS, Moment
@@ -72,6 +73,7 @@ class Snapshot(Struct, frozen=True):
     quarantined: int
     clock_suspect: bool
     disk_full: int  # full_disk.Closed
+    disk: DiskSpace | None
     commit_seconds: Counts
     batch_commands: Counts
     mailbox: int
@@ -202,6 +204,7 @@ class Metrics:
             quarantined=len(book.quarantined),
             clock_suspect=self._clock.suspect,
             disk_full=int(actor.full_disk.closed),
+            disk=actor.full_disk.space,
             commit_seconds=_copy(actor.commit_seconds),
             batch_commands=_copy(actor.batch_commands),
             mailbox=actor.waiting,
@@ -340,6 +343,10 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
     yield _gauge("loop_lag_seconds", "The worst lag of the event loop in the last 20 s.", now.lag_s)
     help_ = "What a full disk closes: 0 nothing, 1 creates, 2 all but endings and deletions, 3 every change."
     yield _gauge("disk_full", help_, now.disk_full)
+    disks = [] if now.disk is None else [now.disk]
+    help_ = "Free space of the disk of the store, for jobd."
+    yield _gauges("disk_free_bytes", help_, [], [(disk.free_bytes,) for disk in disks])
+    yield _gauges("disk_total_bytes", "Size of the disk of the store.", [], [(disk.total_bytes,) for disk in disks])
     yield _gauge(
         "clock_suspect", "1 while the wall clock is not trusted and nothing is deleted by age.", now.clock_suspect
     )
@@ -350,9 +357,6 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
 def _files(store_path: str) -> Iterator[Metric]:
     yield _gauge("wal_bytes", "Size of the write-ahead log.", _size(f"{store_path}-wal"))
     yield _gauge("database_bytes", "Size of the database file.", _size(store_path))
-    free = _free(store_path)
-    rows = [] if free is None else [(free,)]
-    yield _gauges("disk_free_bytes", "Room that is left on the disk of the store, for jobd.", [], rows)
 
 
 def oldest_due_s(book: Book, now: int) -> dict[str, float]:
@@ -401,15 +405,6 @@ def _size(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:  # no log yet, or a store in memory
         return 0
-
-
-def _free(path: str) -> int | None:
-    """None for a store in memory."""
-    try:
-        room = os.statvfs(path)
-    except FileNotFoundError:
-        return None
-    return room.f_bavail * room.f_frsize
 
 
 def _gauge(name: str, help_: str, value: float) -> Metric:

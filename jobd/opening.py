@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd import files, migrations, rows, wal
-from jobd.batch import DiskFull, KeyRow, Numbers, Opened, QueueRow
+from jobd.batch import SPARE_BYTES, DiskFull, KeyRow, Numbers, Opened, QueueRow
 from jobd.files import StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
 from jobd.job import Job, Untouched
 from jobd.lookups import read_job
@@ -211,6 +211,7 @@ def start(conn: sqlite3.Connection, path: str) -> tuple[Tables, Opened]:
         if path != MEMORY:
             _remove_leftovers(path)
             opened.full = not _has_space(tables, path)
+            opened.has_reserve = _has_reserve(path)
         opened.faults = tables.faults.copy()
         return tables, opened
 
@@ -321,16 +322,27 @@ def _remove_leftovers(path: str) -> None:
         Path(name).unlink(missing_ok=True)
 
 
+def probe(tables: Tables, path: str, spare_bytes: int) -> None:
+    """Write and read back with so many bytes to spare on the disk. Raises DiskFull."""
+    if path == MEMORY or not spare_bytes:
+        tables.probe()
+        return
+    with files.spare(path, spare_bytes):
+        tables.probe()
+
+
 def _has_space(tables: Tables, path: str) -> bool:
     try:
-        tables.probe()
+        probe(tables, path, SPARE_BYTES)
     except DiskFull:
         return False
+    return True
+
+
+def _has_reserve(path: str) -> bool:
     try:
         files.build_ballast(path)
     except DiskFull:
-        room = f"there was no room for the ballast of {files.BALLAST_BYTES >> 20} MiB beside the store"
-        tables.faults.append(f"{room}: on a full disk nothing could be ended either; free some space and restart")
         return False
     return True
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from heapq import nsmallest
-from typing import Final
 
 import structlog
 from msgspec import Struct
@@ -26,6 +25,7 @@ from jobd.answers import (
     DeliveryPage,
     DeliveryState,
     DeliveryView,
+    DiskView,
     FailuresView,
     HealthView,
     PlanResult,
@@ -54,8 +54,6 @@ from jobd.row_walk import RowWalk
 from jobd.watchers import Watcher
 from jobd.web import Download
 from jobd.webhooks import Webhooks
-
-NOT_NOW: Final = Refusal("storage_full", "The outbox of the webhook cannot be written now; try again in a moment.")
 
 log = structlog.get_logger("jobd.daemon")
 
@@ -109,7 +107,12 @@ class Rooms(Struct):
     def alerts(self) -> list[AlertView]:
         return self.alerts_.evaluate()
 
+    async def disk_space(self) -> DiskView | None:
+        space = await self.health_.space()
+        return None if space is None else DiskView(space.path, space.free_bytes, space.total_bytes)
+
     async def metrics(self) -> bytes:
+        await self.health_.space()
         return await self.metrics_.render()
 
     async def vitals(self) -> Vitals:
@@ -181,7 +184,7 @@ class Rooms(Struct):
         try:
             found = await self.webhooks_.again(webhook, delivery)
         except DiskFull:
-            return NOT_NOW
+            return await self._no_outbox()
         if found is None:
             return Refusal("not_found", f"Webhook {webhook} has no delivery {delivery}, or has it no more.")
         log.info("webhook_sent_again", webhook=webhook, delivery=delivery)
@@ -193,7 +196,7 @@ class Rooms(Struct):
         try:
             count = await self.webhooks_.again_all(webhook, upto)
         except DiskFull:
-            return NOT_NOW
+            return await self._no_outbox()
         log.info("webhook_all_sent_again", webhook=webhook, count=count)
         return Resent(count)
 
@@ -203,9 +206,13 @@ class Rooms(Struct):
         try:
             sent = await self.webhooks_.test(webhook)
         except DiskFull:
-            return NOT_NOW
+            return await self._no_outbox()
         log.info("webhook_tested", webhook=webhook)
         return sent
+
+    async def _no_outbox(self) -> Refusal:
+        await self.health_.space()
+        return self.actor.full_disk.refusal("the outbox of the webhook cannot be written. Try again in a moment.")
 
     def is_ready(self) -> bool:
         return self.is_open and self.runs()

@@ -23,6 +23,7 @@ from jobd.batch import (
     AuditQuery,
     AuditRows,
     Batch,
+    DiskSpace,
     Due,
     JournalPage,
     LateAsked,
@@ -267,8 +268,11 @@ class Store:
     async def save_figures(self, body: bytes) -> None:
         await self._hop(self._tables.save_figures, body)
 
-    async def probe(self) -> None:
-        await self._hop(self._tables.probe)
+    async def probe(self, spare_bytes: int = 0) -> None:
+        await self._hop(opening.probe, self._tables, self.path, spare_bytes)
+
+    async def space(self) -> DiskSpace | None:
+        return None if self.path == MEMORY else await self._hop(files.space, self.path)
 
     async def drop_ballast(self) -> bool:
         return self.path != MEMORY and await self._hop(files.drop_ballast, self.path)

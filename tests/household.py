@@ -95,6 +95,7 @@ class Household:
             random=lambda size: b"s" * size,
             bounds=bounds,
             is_full=opened.full,
+            has_reserve=opened.has_reserve,
         )
         self.cleaner = Cleaner(self.actor, self.clock, schedule, **cleaner)
         self._tasks: list[asyncio.Task[None]] = []

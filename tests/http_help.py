@@ -29,6 +29,7 @@ from jobd.answers import (
     DeliveryPage,
     DeliveryState,
     DeliveryView,
+    DiskView,
     Done,
     FailureGroup,
     FailuresView,
@@ -62,6 +63,7 @@ from tests.conftest import tool_missing
 from tests.memory_disk import MemoryDisk
 
 TOKEN = "canary-token-0123456789abcdef"
+DISK = DiskView("/var/lib/jobd/jobd.db", 3 << 30, 8 << 30)
 REPORT = CleanupReport(1_700_000_000_000, 1, 2, 3, 4, 5, 6, [], True)
 
 
@@ -272,11 +274,14 @@ class Figures:
 
     async def health(self) -> HealthView:
         part = PartHealth(self.status, "measured")
-        database = DatabaseHealth(self.status, "measured", 7)
+        database = DatabaseHealth(self.status, "measured", 7, DISK.path, DISK.free_bytes, DISK.total_bytes)
         return HealthView(self.status, database, part, part, CleanupHealth(False, None, "idle"), 1_700_000_000_000)
 
     def alerts(self) -> list[AlertView]:
         return [AlertView("stuck_jobs", False, None, 0, 5, "look at the workers")]
+
+    async def disk_space(self) -> DiskView | None:
+        return DISK
 
     async def metrics(self) -> bytes:
         return self.metrics_text

@@ -23,6 +23,7 @@ from jobd.batch import (
     BadRows,
     Batch,
     DiskFull,
+    DiskSpace,
     Due,
     JournalPage,
     KeyRow,
@@ -53,6 +54,7 @@ class MemoryDisk:
     What may go wrong, and how a test asks for it:
     - `write_errors`: the next writes raise these, in order, with nothing written (None: that write succeeds).
     - `lost_answers`: so many next writes commit and raise OSError all the same, as a failed fsync may.
+    - `has_spare`: false, a batch may fit, and nothing is to spare beside it. `disk_space`: what `space` gives.
     - `fits`: a batch for which it is false raises DiskFull; `fill` and `fill_nearly` set it, `free` clears it.
     - `bad_jobs` (id to reason), `bad_payloads` (job seq to reason): rows whose checksum is wrong.
     - `can_move`: where it is false for a damaged job its rows stay where they are, as on a full disk.
@@ -78,6 +80,8 @@ class MemoryDisk:
         self.marked = False
         self.gone_to = 0
         self.has_ballast = True
+        self.disk_space: DiskSpace | None = DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)
+        self.has_spare = True
         self.batches: list[Batch] = []  # those that were committed
         self.calls: dict[str, int] = {}
         self.write_errors: deque[Exception | None] = deque()
@@ -111,6 +115,7 @@ class MemoryDisk:
 
     def free(self) -> None:
         self.fits = lambda batch: True
+        self.has_spare = True
 
     def put(self, job: Job, payload: bytes = b"null", request_hash: str = "") -> None:
         """A row that hands or an import have left: it is there, and suspect."""
@@ -150,6 +155,7 @@ class MemoryDisk:
             faults=[],
             figures=self.figures,
             full=not self.fits(Batch([], self.numbers)),
+            has_reserve=self.has_ballast,
             marked=self.marked,
             tombstones=len(self.tombstones),
         )
@@ -345,10 +351,14 @@ class MemoryDisk:
         await self._enter("save_figures")
         self.figures = bytes(body)
 
-    async def probe(self) -> None:
+    async def probe(self, spare_bytes: int = 0) -> None:
         await self._enter("probe")
-        if not self.fits(Batch([], self.numbers)):
+        if not self.fits(Batch([], self.numbers)) or (spare_bytes and not self.has_spare):
             raise DiskFull("the disk of this test is full")
+
+    async def space(self) -> DiskSpace | None:
+        await self._enter("space")
+        return self.disk_space
 
     async def drop_ballast(self) -> bool:
         await self._enter("drop_ballast")

@@ -18,7 +18,20 @@ from structlog.testing import capture_logs
 from jobd import history, rules
 from jobd.actor import BATCH_WEIGHT, Bounds, DiskBroken
 from jobd.answers import Answer, Done, JobView, RefusalView
-from jobd.batch import Aside, BadRows, Batch, DiskFull, KeyRow, LateAsked, LateKnown, Loaded, Page, Query, QueueRow
+from jobd.batch import (
+    Aside,
+    BadRows,
+    Batch,
+    DiskFull,
+    DiskSpace,
+    KeyRow,
+    LateAsked,
+    LateKnown,
+    Loaded,
+    Page,
+    Query,
+    QueueRow,
+)
 from jobd.book import Book
 from jobd.commands import (
     Adopt,
@@ -991,6 +1004,7 @@ async def test_then_the_ballast_goes_and_only_endings_are_taken() -> None:
         assert closed(house) == "ALL_BUT_ENDINGS"
         assert not house.disk.has_ballast
         assert house.clock.held
+        house.disk.has_spare = False
         lease = house.clock.moment().lease
         await asyncio.sleep(3.5)
         assert house.clock.moment().lease == lease  # no sign of life can be taken, so no lock ages
@@ -1020,20 +1034,131 @@ async def test_at_worst_every_write_is_refused_and_reads_go_on() -> None:
         assert (await house.yes(Complete(id="a", lock_id=lock_id))).status == "completed"
 
 
+@pytest.mark.parametrize("error", [DiskFull("no room for 16 MiB"), OSError("the file cannot be made")])
+def test_writes_are_accepted_without_room_for_the_reserve_file(error: Exception) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        async with household() as house:
+            lock_id = await house.held("a")
+            house.disk.fill()
+            await house.no(Progress(id="a", lock_id=lock_id, progress=1))
+            assert house.actor.full_disk.has_reserve  # its room is there for endings
+            house.disk.errors["build_ballast"] = error
+            with capture_logs() as lines:
+                await asyncio.sleep(1.1)
+                assert closed(house) == "NOTHING"
+                assert not house.clock.held
+                await house.yes(Create())
+                await asyncio.sleep(5)
+            assert closed(house) == "NOTHING"
+            assert not house.actor.full_disk.has_reserve
+            told = ["disk_has_room"] + ["reserve_file_not_rebuilt"] * isinstance(error, OSError)
+            assert [line["event"] for line in lines] == told
+            house.disk.free()
+            del house.disk.errors["build_ballast"]
+            await asyncio.sleep(1.1)
+            assert house.disk.has_ballast
+            assert house.actor.full_disk.has_reserve
+            tries = house.disk.calls["build_ballast"]
+            await asyncio.sleep(5)
+            assert house.disk.calls["build_ballast"] == tries
+
+    test()
+
+
 @in_virtual_time
-async def test_room_for_the_ballast_alone_is_missing() -> None:
+async def test_a_write_that_fits_is_not_enough_without_spare_room() -> None:
+    async with household() as house:
+        house.disk.fits = lambda batch: False
+        await house.no(Create())
+        house.disk.free()
+        house.disk.has_spare = False
+        await asyncio.sleep(3)
+        assert closed(house) == "CREATES"
+        house.disk.has_spare = True
+        await asyncio.sleep(1.1)
+        assert closed(house) == "NOTHING"
+
+
+@in_virtual_time
+async def test_endings_are_tried_again_before_there_is_spare_room() -> None:
     async with household() as house:
         lock_id = await house.held("a")
-        house.disk.fill()
-        await house.no(Progress(id="a", lock_id=lock_id, progress=1))
-        house.disk.errors["build_ballast"] = DiskFull("no room for 16 MiB")
+        house.disk.fits = lambda batch: False
+        await house.no(Complete(id="a", lock_id=lock_id))
+        assert closed(house) == "ALL_WRITES"
         house.disk.free()
-        await asyncio.sleep(2)
+        house.disk.has_spare = False
+        await asyncio.sleep(1.1)
         assert closed(house) == "ALL_BUT_ENDINGS"
         assert house.clock.held
-        del house.disk.errors["build_ballast"]
-        await asyncio.sleep(1)
-        assert closed(house) == "NOTHING"
+        assert (await house.no(Create())).code == "storage_full"
+        await house.yes(Complete(id="a", lock_id=lock_id))
+
+
+@in_virtual_time
+async def test_a_disk_that_stays_full_is_logged_once_a_step() -> None:
+    async with household() as house:
+        lock_id = await house.held("a")
+        house.disk.fits = lambda batch: False
+        with capture_logs() as lines:
+            for _ in range(5):
+                await house.no(Complete(id="a", lock_id=lock_id))
+                house.disk.free()
+                house.disk.has_spare = False
+                await asyncio.sleep(1.1)  # endings are tried again, and do not fit
+                house.disk.fits = lambda batch: False
+        assert [line["refused"] for line in lines] == ["creates", "all_but_endings", "all_writes"]
+        house.disk.free()
+        with capture_logs() as lines:
+            await asyncio.sleep(1.1)
+            house.disk.fits = lambda batch: False
+            await house.no(Complete(id="a", lock_id=lock_id))
+        told = ["disk_has_room", "reserve_file_rebuilt", "disk_full", "disk_full", "disk_full"]
+        assert [line["event"] for line in lines] == told
+
+
+@in_virtual_time
+async def test_room_that_is_used_up_at_once_ages_no_lock() -> None:
+    """Each second the probe succeeds, and the next write does not fit: locks age only while writes are accepted."""
+    async with household() as house:
+        lock_id = await house.held("a")
+        house.disk.fits = lambda batch: False
+        await house.no(Complete(id="a", lock_id=lock_id))
+        began = house.clock.moment().lease
+        for _ in range(60):
+            house.disk.free()
+            await asyncio.sleep(1.1)
+            assert closed(house) == "NOTHING"
+            house.disk.fits = lambda batch: False
+            await house.no(Complete(id="a", lock_id=lock_id))
+            assert house.clock.held
+        assert house.clock.moment().lease - began < 60 * 150  # of 66 s
+        house.disk.free()
+        await asyncio.sleep(1.1)
+        await house.yes(Complete(id="a", lock_id=lock_id))
+
+
+@in_virtual_time
+async def test_the_refusal_names_path_and_free_bytes() -> None:
+    async with household() as house:
+        lock_id = await house.held("a")
+        house.disk.fits = lambda batch: False
+        house.disk.disk_space = DiskSpace("/disk/jobd.db", 4096, 20 << 20)
+        no = await house.no(Create())
+        assert no.message.startswith("The disk of the store is full (4096 bytes free at /disk/jobd.db); nothing was ")
+        assert no.details == {"path": "/disk/jobd.db", "free_bytes": 4096, "total_bytes": 20 << 20}
+        house.disk.disk_space = DiskSpace("/disk/jobd.db", 512, 20 << 20)
+        await asyncio.sleep(1.1)
+        assert "(512 bytes free at" in (await house.no(Create())).message
+        house.disk.has_ballast = False  # deleted by hand
+        message = (await house.no(Complete(id="a", lock_id=lock_id))).message
+        assert "the reserve file is missing, so endings may not fit either" in message
+        house.disk.disk_space = None
+        await asyncio.sleep(1.1)
+        no = await house.no(Create())
+        assert no.message.startswith("The disk of the store is full, and the reserve file is missing")
+        assert no.details == {}
 
 
 @in_virtual_time
@@ -1219,6 +1344,7 @@ async def test_jobs_that_became_due_on_a_full_disk_are_handed_out_once_there_is_
         await house.yes(Create(id="a", delay_ms=2_000))
         waiting = await parked(house, "w")
         house.disk.fill()
+        house.disk.has_spare = False
         await house.no(Tick())
         assert closed(house) == "ALL_BUT_ENDINGS"
         await asyncio.sleep(5)

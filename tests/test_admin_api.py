@@ -365,6 +365,7 @@ async def test_stats_say_whether_a_pass_is_running(house: House) -> None:
     house.desk.answer = lambda _: Answer(STATS)
     data = (await house.ask("GET", f"{P}/stats", headers=AUTH)).data
     assert (data["totalJobs"], data["cleanupRunning"], data["timeSinceLastCleanup"]) == (3, True, 1234)
+    assert data["disk"] == {"path": "/var/lib/jobd/jobd.db", "freeBytes": 3 << 30, "totalBytes": 8 << 30}
     assert house.desk.asked[0].command == Stats()
     house.desk.answer = lambda _: Refusal("overloaded", "Too much.")
     assert (await house.ask("GET", f"{P}/stats", headers=AUTH)).status == 503
@@ -380,7 +381,8 @@ async def test_health_has_the_same_body_whatever_its_status(
     heard = await house.ask("GET", f"{P}/health", headers=AUTH)
     assert (heard.status, heard.json["success"]) == (code, success)
     data = heard.json["data"]
-    assert data["database"] == {"status": status, "message": "measured", "totalJobs": 7}
+    disk = {"path": "/var/lib/jobd/jobd.db", "freeBytes": 3 << 30, "totalBytes": 8 << 30}
+    assert data["database"] == {"status": status, "message": "measured", "totalJobs": 7, **disk}
     assert data["cleanupStatus"] == {"running": False, "timeSinceLastCleanup": None, "message": "idle"}
 
 

@@ -31,6 +31,7 @@ from jobd.cli import daemon as jobd_cli
 from jobd.cli.checkup import examine
 from jobd.client import AdminClient, JobClient, JobdError, LockLost
 from tests.http_help import DELIVERY, WEBHOOK, Desk, House
+from tests.process import TOKEN as DAEMON_TOKEN
 from tests.process import Daemon, die_with_us
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -911,6 +912,35 @@ def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Ctl) -> None:
     assert set(jobctl.json("alerts")["alerts"][0]) == _fields(answers.AlertView)
     assert jobctl.json("workers")["workers"]
     assert "locks" in jobctl.json("locks")
+
+
+def test_a_disk_that_rejects_new_jobs_is_unhealthy_and_exit_1(
+    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = small_disk / "jobd.db"
+    monkeypatch.setenv("ADMIN_TOKEN", DAEMON_TOKEN)
+    with Daemon(tmp_path, JOBD_STORE_PATH=str(store)) as daemon:
+        monkeypatch.setenv("JOBD_ADMIN_URL", f"unix:{daemon.admin_socket}")
+        filler = small_disk / "filler"
+        with suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        while (no := daemon.post("/v1/jobs", {"payload": "x" * 50_000})).status == 201:
+            pass
+        assert (no.status, no.error) == (507, "storage_full")
+        assert f"bytes free at {store})" in no.body["message"]
+        health = daemon.admin("GET", "health")
+        assert (health.status, health.data["status"], health.data["database"]["path"]) == (503, "unhealthy", str(store))
+        assert health.data["database"]["freeBytes"] < 1 << 20
+        assert daemon.get("/readyz").status == 200
+        code = ctl.main(["health"])
+        out = capsys.readouterr().out
+        assert (code, "free at" in out, f"of 20.0 MiB ({store})" in out) == (1, True, True)
+        os.truncate(filler, filler.stat().st_size - (3 << 20))
+        daemon.until_said(b"event=disk_has_room")
+        assert ctl.main(["health"]) == 0
+        assert daemon.post("/v1/jobs", {}).status == 201
+        assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -309,6 +310,7 @@ def test_one_frame_for_people_and_for_programs(daemon: Daemon, jobctl: Any) -> N
     assert rows["mail"][1:4] == ["paused", "0", "0"]
     assert rows["w-1"][1] == "1"
     assert rows["w-1"][-3:] == ["a", "42", "%"]
+    assert re.search(r"  disk \S+ \S+ free of \S+ \S+ \(/.*/jobd\.db\)$", out, re.MULTILINE)
     code, out, _ = jobctl("top", "--json", "--interval", "100ms")
     frame = msgspec.json.decode(out, type=Frame)
     assert (code, frame.stats.total_jobs, frame.workers[0].jobs) == (0, 2, [Held("a", 42)])

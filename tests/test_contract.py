@@ -410,7 +410,7 @@ def test_stats_health_cleanup_have_the_old_names(daemon: Daemon, queue: str) -> 
     stats = daemon.admin("GET", "stats").data
     assert set(stats) == {
         "totalJobs", "byStatus", "stuckJobs", "lockedJobs", "averageProcessingTime", "oldestProcessingJob",
-        "stuckJobsRecovered", "timestamp", "cleanupRunning", "timeSinceLastCleanup",
+        "stuckJobsRecovered", "timestamp", "cleanupRunning", "timeSinceLastCleanup", "disk",
     }  # fmt: skip
     assert set(stats["byStatus"]) == {"queued", "processing", "completed", "failed", "cancelled"}
     assert set(stats["oldestProcessingJob"]) == {"id", "age", "progress"}

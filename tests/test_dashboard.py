@@ -667,6 +667,13 @@ async def test_every_page_without_and_with_jobs(town: Town, target: str) -> None
         assert ("<html" in text(heard)) == (not headers)
 
 
+async def test_the_overview_shows_the_space_of_the_disk(town: Town) -> None:
+    browser = await town.browser()
+    page = text(await browser.get("/"))
+    assert "3.0 GiB free of 8.0 GiB" in page
+    assert "/var/lib/jobd/jobd.db" in page
+
+
 async def test_pages_without_a_session_and_refusals_are_as_safe(town: Town) -> None:
     browser = await town.browser()
     targets = ("/sign-in", "/docs/worker", "/jobs", "/static/none.js")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobd import files
-from jobd.batch import DiskFull
+from jobd.batch import SPARE_BYTES, DiskFull, DiskSpace
 from jobd.files import FileLock, StoreBusy, StoreUnreadable
 
 
@@ -80,6 +81,45 @@ def test_the_ballast_takes_up_its_room_and_gives_it_back(path: str) -> None:
     assert os.stat(f"{path}.ballast").st_blocks * 512 >= files.BALLAST_BYTES
     assert files.drop_ballast(path) is True
     assert not os.path.exists(f"{path}.ballast")
+
+
+def test_the_ballast_is_not_built_without_spare_room_beside_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = files.BALLAST_BYTES + SPARE_BYTES - 1
+    monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, short, 1 << 40))
+    with pytest.raises(DiskFull):
+        files.build_ballast(path)
+    assert not files.has_ballast(path)
+    monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, short + 1, 1 << 40))
+    files.build_ballast(path)
+    monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, 0, 1 << 40))
+    files.build_ballast(path)  # it is there
+    assert files.has_ballast(path)
+
+
+def test_spare_room_is_occupied_and_given_back(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: asked.append(size))
+    with files.spare(path, SPARE_BYTES):
+        pass
+    monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, 0, 4 << 20))
+    with files.spare(path, SPARE_BYTES):  # of a small disk a part of it
+        pass
+    assert asked == [SPARE_BYTES, (4 << 20) // 16]
+    monkeypatch.undo()
+    with pytest.raises(DiskFull), files.spare(path, 1 << 60):
+        raise AssertionError("there is no such room")
+    with pytest.raises(PermissionError), files.spare(path, SPARE_BYTES):
+        raise PermissionError("of the caller")
+    assert not [name for name in os.listdir(os.path.dirname(path)) if name.startswith("tmp")]
+
+
+def test_the_space_of_the_disk_is_that_of_the_file_system(path: str) -> None:
+    assert files.space(path) is None  # there is no such file
+    Path(path).touch()
+    found, disk = files.space(path), shutil.disk_usage(path)
+    assert found is not None
+    assert (found.path, found.total_bytes) == (path, disk.total)
+    assert found.free_bytes == pytest.approx(disk.free, abs=1 << 28)
 
 
 def test_a_new_file_is_private_and_an_old_one_is_left_alone(path: str) -> None:

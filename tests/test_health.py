@@ -13,10 +13,19 @@ from msgspec.structs import replace
 from jobd.actor import Bounds
 from jobd.answers import CleanupState, HealthView
 from jobd.artefact_files import FileStore
-from jobd.batch import DiskFull, Loaded
+from jobd.batch import DiskFull, DiskSpace, Loaded
 from jobd.commands import Create, Get, Progress
 from jobd.full_disk import Closed
-from jobd.health import FAULTS_KEPT, MAX_AGE_S, PATIENCE_S, SAMPLE, SAMPLED_FROM, STORAGE_PATIENCE_S, Health
+from jobd.health import (
+    FAULTS_KEPT,
+    MAX_AGE_S,
+    PATIENCE_S,
+    SAMPLE,
+    SAMPLED_FROM,
+    SPACE_MAX_AGE_S,
+    STORAGE_PATIENCE_S,
+    Health,
+)
 from tests.household import Household, in_virtual_time, row, seconds
 from tests.memory_disk import MemoryDisk
 
@@ -39,9 +48,14 @@ class SlowDisk(MemoryDisk):
         self.answers = asyncio.Event()
         self.answers.set()
 
-    async def probe(self) -> None:
-        await super().probe()
+    async def probe(self, spare_bytes: int = 0) -> None:
+        await super().probe(spare_bytes)
         await self.answers.wait()
+
+    async def space(self) -> DiskSpace | None:
+        found = await super().space()
+        await self.answers.wait()
+        return found
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
         await self.answers.wait()
@@ -128,12 +142,79 @@ async def test_a_failing_disk_is_unhealthy() -> None:
 
 
 @in_virtual_time
-async def test_a_full_disk_is_degraded_and_says_what_to_do() -> None:
+async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
     async with Household() as house:
         house.disk.errors["probe"] = DiskFull("full")
+        house.disk.disk_space = DiskSpace("/disk/jobd.db", 4096, 1 << 20)
         view = await measured(house)
+        assert view.status == view.database.status == "unhealthy"
+        assert view.database.message == (
+            "The disk of the store is full (4096 bytes free at /disk/jobd.db): no write fits. "
+            "Free some space; it is tried again every second."
+        )
+        found = (view.database.path, view.database.free_bytes, view.database.total_bytes)
+        assert found == ("/disk/jobd.db", 4096, 1 << 20)
+
+
+@in_virtual_time
+async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
+    disk = MemoryDisk()
+    disk.has_ballast = False
+    disk.errors["build_ballast"] = DiskFull("no room for 16 MiB")
+    disk.disk_space = DiskSpace("/disk/jobd.db", 2 << 20, 20 << 20)
+    async with Household(disk) as house:
+        health = health_of(house, ["2 jobs have vanished"])
+        view = await health.view()
         assert view.status == view.database.status == "degraded"
-        assert "Free some space" in view.database.message
+        assert view.database.message == (
+            "Damage: 2 jobs have vanished. Run: jobd doctor The reserve file is missing beside /disk/jobd.db "
+            "(17825792 bytes are needed, 2097152 are free): on a full disk, running jobs may not be able to end. "
+            "Free some space."
+        )
+        await house.yes(Create(id="a"))  # nothing is rejected for it
+        disk.disk_space = None
+        assert "The reserve file is missing: on a full" in (await measured(house)).database.message
+        del disk.errors["build_ballast"]
+        await seconds(1.1)
+        assert (await measured(house)).status == "healthy"
+        assert "reserve" not in (await health.view()).database.message
+
+
+@in_virtual_time
+async def test_the_space_of_the_disk_is_a_second_old_at_most() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        house.disk.disk_space = first = DiskSpace("/disk/jobd.db", 2, 3)
+        assert [await space for space in (health.space(), health.space())] == [first, first]
+        house.disk.disk_space = second = DiskSpace("/disk/jobd.db", 1, 3)
+        assert await health.space() == first
+        assert house.disk.calls["space"] == 1
+        await seconds(SPACE_MAX_AGE_S)
+        assert await health.space() == second
+        house.disk.disk_space = None
+        await seconds(SPACE_MAX_AGE_S)
+        assert await health.space() is None
+        database = (await health.view()).database
+        assert (database.path, database.free_bytes, database.total_bytes) == (None, None, None)
+
+
+@in_virtual_time
+async def test_a_disk_that_does_not_answer_leaves_the_last_figures() -> None:
+    disk = SlowDisk()
+    async with Household(disk) as house:
+        health = health_of(house)
+        known = await health.space()
+        assert known is not None
+        disk.answers.clear()
+        await seconds(SPACE_MAX_AGE_S)
+        began = asyncio.get_running_loop().time()
+        found = await asyncio.gather(*(health.space() for _ in range(3)))
+        assert found == [known] * 3
+        assert asyncio.get_running_loop().time() - began < 2 * PATIENCE_S
+        assert await health.space() == known
+        assert disk.calls["space"] == 2  # asked once meanwhile
+        disk.answers.set()
+        await health.close()
 
 
 @pytest.mark.parametrize(
@@ -151,8 +232,9 @@ def test_what_a_full_disk_closes_is_told(closed: Closed, said: str) -> None:
             house.actor.full_disk.closed = closed
             house.actor.full_disk.next_probe = asyncio.get_running_loop().time() + 60
             view = await measured(house)
-            assert view.database.status == "degraded"
+            assert view.status == view.database.status == "unhealthy"
             assert said in view.database.message
+            assert "8589934592 bytes free at /disk/jobd.db" in view.database.message
             assert view.cache.status == "healthy"
 
     test()

@@ -89,6 +89,7 @@ EXPECTED = {
     "jobd_clock_suspect": "gauge",
     "jobd_disk_full": "gauge",
     "jobd_disk_free_bytes": "gauge",
+    "jobd_disk_total_bytes": "gauge",
     "jobd_alert_firing": "gauge",
     "jobd_webhook_deliveries_total": "counter",
     "jobd_webhook_waiting_deliveries": "gauge",
@@ -194,6 +195,7 @@ async def test_a_life_of_jobs_on_a_real_store_is_counted(tmp_path: Path) -> None
         assert report.errors == []
         assert (report.expired_jobs_deleted, report.stuck_jobs_recovered) == (5, 1)
         assert (await daemon.cleaner.reports(1)) == [report]
+        await daemon.actor.full_disk.measure()
         body = await daemon.metrics.render()
         assert value(body, "jobd_jobs", status="queued") == 1
         assert value(body, "jobd_queue_jobs", queue="video", status="completed") == 0
@@ -207,8 +209,9 @@ async def test_a_life_of_jobs_on_a_real_store_is_counted(tmp_path: Path) -> None
         assert value(body, "jobd_cleanup_passes_total") == daemon.cleaner.totals.passes >= 1
         assert value(body, "jobd_commit_seconds_count") == value(body, "jobd_batch_commands_count") >= 10
         assert value(body, "jobd_database_bytes") > 0
-        free = shutil.disk_usage(tmp_path).free
-        assert value(body, "jobd_disk_free_bytes") == pytest.approx(free, abs=1 << 28)
+        disk = shutil.disk_usage(tmp_path)
+        assert value(body, "jobd_disk_free_bytes") == pytest.approx(disk.free, abs=1 << 28)
+        assert value(body, "jobd_disk_total_bytes") == disk.total
         assert value(body, "jobd_wal_bytes") == (tmp_path / "jobd.db-wal").stat().st_size
         vitals = await daemon.metrics.vitals()
         assert (vitals.commit_p99_s or 0) > 0
@@ -252,9 +255,11 @@ async def test_the_slowest_commits_are_those_of_the_last_minutes() -> None:
 @in_virtual_time
 async def test_a_store_in_memory_has_no_files() -> None:
     async with Household() as house:
+        house.disk.disk_space = None
+        await house.actor.full_disk.measure()
         body = shown(house)
         assert value(body, "jobd_database_bytes") == value(body, "jobd_wal_bytes") == 0
-        assert read(body)["jobd_disk_free_bytes"].samples == []
+        assert read(body)["jobd_disk_free_bytes"].samples == read(body)["jobd_disk_total_bytes"].samples == []
 
 
 async def test_vitals_of_a_store_in_memory_have_no_sizes() -> None:

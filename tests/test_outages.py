@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd.batch import DiskFull, Query
+from jobd.batch import SPARE_BYTES, DiskFull, Query
 from jobd.job import LIVE
 from jobd.store import Store, StoreBroken, StoreBusy
 from tests.by_hand import Maker, full_job
@@ -217,7 +217,7 @@ async def test_a_start_on_a_full_disk_opens_and_says_so(small_disk: Path) -> Non
             await store.write(maker.any_batch(20))
     filler = fill(small_disk)
     async with opened(path) as (store, found):
-        assert found.full
+        assert (found.full, found.has_reserve) == (True, True)
         found.full = False
         await assert_holds(store, found, maker)
         with pytest.raises(StoreBusy) as caught:
@@ -229,8 +229,30 @@ async def test_a_start_on_a_full_disk_opens_and_says_so(small_disk: Path) -> Non
     os.unlink(f"{path}.ballast")
     fill(small_disk)
     async with opened(path) as (_, found):
-        assert found.full
+        assert (found.full, found.has_reserve) == (True, False)
         assert not exists(f"{path}.ballast")
+
+
+async def test_a_full_disk_has_room_again_with_a_mebibyte_to_spare(small_disk: Path) -> None:
+    path = str(small_disk / "jobd.db")
+    async with opened(path) as (store, found):
+        assert (found.full, found.has_reserve) == (False, True)
+        await store.drop_ballast()
+        filler = fill(small_disk)
+        os.truncate(filler, filler.stat().st_size - SPARE_BYTES // 2)
+        await store.probe()
+        with pytest.raises(DiskFull):
+            await store.probe(SPARE_BYTES)
+        os.truncate(filler, filler.stat().st_size - SPARE_BYTES)
+        await store.probe(SPARE_BYTES)
+        with pytest.raises(DiskFull):
+            await store.build_ballast()
+        space = await store.space()
+        assert space is not None
+        assert SPARE_BYTES < space.free_bytes < 2 * SPARE_BYTES
+        assert (space.path, space.total_bytes) == (path, 20 << 20)
+    async with opened(path) as (store, found):  # nothing is rejected for a missing reserve file
+        assert (found.full, found.has_reserve, found.faults) == (False, False, [])
 
 
 async def test_a_damaged_row_on_a_full_disk_is_named_all_the_same(small_disk: Path) -> None:

@@ -444,7 +444,8 @@ async def test_on_a_full_disk_a_plan_stops_and_goes_on_with_the_rest() -> None:
         house.disk.fits = lambda batch: len(house.disk.batches) < 2 * (plans.SLICE + 5) + 1
         refusal = await planner.apply("p", EVE)
         assert isinstance(refusal, Refusal)
-        assert (refusal.code, refusal.details) == ("storage_full", {"applied": plans.SLICE, "left": 5})
+        disk = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
+        assert (refusal.code, refusal.details) == ("storage_full", {**disk, "applied": plans.SLICE, "left": 5})
         house.disk.write_errors.clear()
         house.disk.free()
         await asyncio.sleep(2)

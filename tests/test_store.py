@@ -20,6 +20,7 @@ from jobd import files, lookups, rows
 from jobd import tables as tables_module
 from jobd.batch import (
     PUT_OFF_MS,
+    SPARE_BYTES,
     BadRows,
     Batch,
     Disk,
@@ -200,6 +201,8 @@ async def test_a_store_in_memory_works_alike() -> None:
         for _ in range(30):
             await store.write(maker.any_batch(10))
         assert len((await store.find(Query(limit=200))).jobs) == len(maker.jobs)
+        assert await store.space() is None
+        await store.probe(SPARE_BYTES)
         assert await store.drop_ballast() is False
         await store.build_ballast()
         await store.probe()

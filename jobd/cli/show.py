@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
+    from jobd.answers import DiskView
+
 SECOND_MS: Final = 1_000
 MINUTE_MS: Final = 60 * SECOND_MS
 HOUR_MS: Final = 60 * MINUTE_MS
@@ -115,6 +117,11 @@ def instant(at_ms: int) -> str:
         return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (OverflowError, ValueError, OSError):
         return f"{at_ms} ms"
+
+
+def disk_space(disk: DiskView) -> str:
+    """The space of the store's disk and the path of the store: `1.5 GiB free of 8.0 GiB (/var/lib/jobd/jobd.db)`."""
+    return f"{size(disk.free_bytes)} free of {size(disk.total_bytes)} ({disk.path})"
 
 
 def size(count: int) -> str:

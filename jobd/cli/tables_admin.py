@@ -76,6 +76,8 @@ def stats(view: StatsView) -> None:
             ("longest running", f"{oldest.id}, {show.span(oldest.age * 1000)}, {show.cell(oldest.progress)} %")
         )
     fields.append(("cleanup", _cleanup(view.cleanup_running, view.time_since_last_cleanup)))
+    if view.disk is not None:
+        fields.append(("disk", show.disk_space(view.disk)))
     show.pairs(fields)
 
 
@@ -85,9 +87,9 @@ def _cleanup(running: bool, since_ms: int | None) -> str:
 
 
 def health(view: HealthView) -> None:
-    clean = view.cleanup_status
+    clean, database = view.cleanup_status, view.database
     rows = [
-        ("database", view.database.status, view.database.message),
+        ("database", database.status, database.message),
         ("cache", view.cache.status, view.cache.message),
         ("storage", view.storage.status, view.storage.message),
         (
@@ -97,6 +99,9 @@ def health(view: HealthView) -> None:
         ),
         ("all", view.status, f"measured {show.age(view.timestamp)}"),
     ]
+    if database.path is not None and database.free_bytes is not None and database.total_bytes is not None:
+        free, total = show.size(database.free_bytes), show.size(database.total_bytes)
+        rows.insert(1, ("disk", f"{free} free", f"of {total} ({database.path})"))
     show.table(["PART", "STATUS", "MESSAGE"], rows)
 
 

@@ -213,6 +213,7 @@ def _head(frame: Frame, note: str, width: int) -> list[Text]:
             f"stuck {stats.stuck_jobs}",
             f"locked {stats.locked_jobs}",
             f"average {show.span(stats.average_processing_time * 1000)}",
+            *([] if stats.disk is None else [f"disk {show.disk_space(stats.disk)}"]),
         ],
         [f"per second (over {frame.over_s:g} s): {rates[0]}", *rates[1:]],
     ]

@@ -148,6 +148,7 @@ async def overview(guest: Guest, recorder: Recorder) -> Shown:
         "since": recorder.since,
         "cleanup": rooms.cleanup_state(),
         "vitals": await rooms.vitals(),
+        "disk": await rooms.disk_space(),
         "clock": rooms.clock(),
         "damaged": len(rooms.quarantine()),
         **strip(guest, paused),

@@ -227,8 +227,8 @@ def _judged(place: Place, ending: Ending) -> str:
     assert code == 0, story
     if no_room:
         return "full disk, goes on"
-    if place.error == "ENOSPC" and b"there was no room for the ballast" in log:
-        return "no room for the ballast, goes on"
+    if place.error == "ENOSPC" and b"event=reserve_file_missing" in log:
+        return "no room for the reserve file, goes on"
     assert ending.no_commit_was_hit(), story
     return "no commit was hit, goes on"
 

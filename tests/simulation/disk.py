@@ -114,7 +114,7 @@ class SimDisk(MemoryDisk):
         self.is_broken = False
         opened = super().opened()
         opened.full = self.full >= 2
-        self.has_ballast = not opened.full
+        self.has_ballast = opened.has_reserve = not opened.full
         return opened
 
     # -- batch.Disk ---------------------------------------------------------------------------------------------------

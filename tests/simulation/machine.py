@@ -293,6 +293,7 @@ class Daemon:
             random=machine.dice.randbytes,
             bounds=machine.plan.bounds,
             is_full=opened.full,
+            has_reserve=opened.has_reserve,
         )
         self.actor.slow_commit_s = machine.plan.slow_commit_s
         self.actor.on_commit.append(facts.write_lines)
