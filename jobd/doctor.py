@@ -9,7 +9,7 @@ import contextlib
 import os
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -40,6 +40,7 @@ from jobd.webhook_tables import CURSOR_SQL, DELIVERY_SQL
 
 # Of one kind of problem so many are named, the rest counted.
 NAMED: Final = 100
+NOTHING_DAMAGED: Final = "no job is in quarantine, and no row is damaged"
 LONG_MS: Final = DAY_MS  # that a tombstone may wait: a store of artefacts may be away for a while
 
 _ACCEPT: Final = "mend the row with sqlite3, then `jobd doctor --accept {}`"
@@ -295,12 +296,26 @@ def _beside(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
 # Taking rows as they are
 
 
-def accept(path: str, id_: str) -> str:
-    """Take the edited row of job `id_`, in its place or in quarantine, as it is; says what was done.
+def accept(path: str, ids: Sequence[str] | None) -> str:
+    """Take the edited rows of jobs, in their place or in quarantine, as they are; says what was done, line by line.
 
-    Its checksum is made anew and the job is suspect: validation judges it. Raises Refused where the row makes no job.
+    None stands for every job in quarantine or with a damaged row. The rows get new checksums, and validation judges the
+    jobs. One transaction: raises Refused, with nothing written, if a named row makes no job. If all are taken, such
+    rows stay as they are and are named.
     """
-    return _changing(path, lambda tables: tables.commit(_accept, tables, id_))
+    return _changing(path, lambda tables: tables.commit(_accept, tables, path, ids))
+
+
+def damaged(tables: Tables, path: str) -> list[str]:
+    """Ids of the jobs that are in quarantine or whose rows are damaged. Reads every job."""
+    aside = [readable(id_) for (id_,) in _every(tables.conn, "SELECT id FROM quarantined_jobs ORDER BY seq")]
+    named = (
+        problem.where.removeprefix("job ")
+        for part in (_jobs, _payloads)
+        for problem in part(tables.conn, path)
+        if problem.mend.startswith(_ACCEPT.partition("{")[0])
+    )
+    return list(dict.fromkeys([*aside, *named]))
 
 
 def recount(path: str) -> str:
@@ -339,12 +354,27 @@ def edited(tables: Tables, id_: str) -> Edited:
     """The edited row of job `id_`. Raises Refused where there is none, or where it makes no job."""
     run = tables.conn.execute
     aside = run("SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?", (id_,)).fetchone()
-    row, body, request_hash = _in_place(tables, id_) if aside is None else (*_row_aside(aside), aside[3])
-    row = _taken(tables, row)
+    row, body, request_hash = _in_place(tables, id_) if aside is None else (*_row_aside(id_, aside), aside[3])
+    row = _taken(tables, id_, row)
     return Edited(None if aside is None else aside[0], row, _json_text(id_, body), request_hash or "")
 
 
-def _accept(tables: Tables, id_: str) -> str:
+def _accept(tables: Tables, path: str, ids: Sequence[str] | None) -> str:
+    lines = []
+    for id_ in damaged(tables, path) if ids is None else dict.fromkeys(ids):
+        tables.conn.execute("SAVEPOINT row")
+        try:
+            lines.append(_accept_row(tables, id_))
+        except Refused as refused:
+            if ids is not None:
+                raise
+            tables.conn.execute("ROLLBACK TO row")
+            lines.append(f"{refused}. It stays as it is")
+        tables.conn.execute("RELEASE row")
+    return "\n".join([*lines, _recount(tables)] if lines else [NOTHING_DAMAGED])
+
+
+def _accept_row(tables: Tables, id_: str) -> str:
     run = tables.conn.execute
     taken = edited(tables, id_)
     if taken.aside is not None:
@@ -359,7 +389,7 @@ def _accept(tables: Tables, id_: str) -> str:
     payload = rows.sealed((seq, taken.body, taken.request_hash))
     run(insert("payloads", ("job_seq", "body", "request_hash", "crc")), payload)
     run("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (seq,))
-    return f"job {id_}: {taken.where} was taken as it is, validation will judge it. {_recount(tables)}"
+    return f"job {id_}: {taken.where} was taken as it is, validation will judge it"
 
 
 def _in_place(tables: Tables, id_: str) -> tuple[Row, Any, Any]:
@@ -370,22 +400,22 @@ def _in_place(tables: Tables, id_: str) -> tuple[Row, Any, Any]:
     return (found[0][:-1], *(payload[0] if payload else (b"null", "")))
 
 
-def _row_aside(aside: Row) -> tuple[Row, Any]:
+def _row_aside(id_: str, aside: Row) -> tuple[Row, Any]:
     try:
         row = rows.from_text(JOB_COLUMNS, aside[1])
     except rows.Unreadable as error:
-        raise Refused(f"quarantined_jobs: {error}") from error
+        raise Refused(f"job {id_}: its row in quarantine: {error}") from error
     return row, b"null" if aside[2] is None else aside[2]
 
 
-def _taken(tables: Tables, row: Row) -> Row:
+def _taken(tables: Tables, id_: str, row: Row) -> Row:
     """The row as jobd would write it. Raises Refused where it makes no job."""
     try:
         job = tables.reader.job(row)
         taken = rows.job_row(job)
         rows.checksum(taken)
     except (rows.Unreadable, AttributeError, TypeError, UnicodeEncodeError) as error:
-        raise Refused(f"the row makes no job: {error}") from error
+        raise Refused(f"job {id_}: the row makes no job: {error}") from error
     if not isinstance(job.id, str) or not is_job_id(job.id):
         raise Refused(f"{readable(job.id)!r} is no id of a job")
     given = (tables.numbers.epoch << TOKEN_COUNTER_BITS) | tables.numbers.next_token

@@ -49,6 +49,7 @@ LATEST_MS: Final = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 
 # `$` alone would let a line end through that comes last.
 ID_PATTERN: Final = r"^[A-Za-z0-9_.:\-]{1,200}$(?!\n)"
+MAX_PRIORITY: Final = 1000  # from minus that on; smaller runs first
 TOKEN_COUNTER_BITS: Final = 40
 
 # Types of the wire and of the record: a value outside is 400 invalid_request, never clamped.
@@ -57,7 +58,7 @@ QueueName = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200)]
 Kind = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200)]
 Worker = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)", min_length=1, max_length=200)]
 LockId = Annotated[str, Meta(min_length=1, max_length=200)]
-Priority = Annotated[int, Meta(ge=-1000, le=1000)]
+Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
 Attempts = Annotated[int, Meta(ge=1, le=1000)]
 Stalls = Annotated[int, Meta(ge=0, le=1000)]

@@ -9,9 +9,9 @@ import contextlib
 import errno
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from jobd import backup, doctor, files, migrations, opening
 from jobd.batch import DiskFull
@@ -140,25 +140,42 @@ def _replaced(path: str) -> tuple[int, str]:
 # Repairs
 
 
-def accept(path: str, id_: str) -> list[str]:
+def accept(path: str, ids: Sequence[str] | None) -> list[str]:
     """What `doctor.accept` would write. Raises what that would raise."""
     with _looking(path) as tables:
         if isinstance(tables, str):
             return [tables]
-        taken = doctor.edited(tables, id_)
-        row = dict(zip(JOB_COLUMNS, taken.row, strict=True))
-        other = tables.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (row["id"], row["seq"]))
-        if other:
-            raise doctor.Refused(f"job {id_}: another row has this id")
-        values = ", ".join(f"{name} {readable(row[name])}" for name in _TELLING if row[name] not in (None, ""))
         live, _, finished, _ = doctor.totals(tables.conn)
-        is_new = not tables.rows("SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?", (row["seq"],))
-        live, finished = live + (is_new and row["status"] in LIVE), finished + (is_new and row["status"] not in LIVE)
-        return [
-            f"job {id_}: {taken.where} would be taken as it is, with a new checksum; validation would judge it",
-            f"    {values}; a payload of {len(taken.body)} bytes",
-            *_counts(tables, (live, finished)),
-        ]
+        lines: list[str] = []
+        for id_ in doctor.damaged(tables, path) if ids is None else dict.fromkeys(ids):
+            try:
+                row, told = _accepted(tables, id_)
+            except doctor.Refused as refused:
+                if ids is not None:
+                    raise
+                lines.append(f"{refused}. It would stay as it is")
+                continue
+            lines += told
+            is_new = not tables.rows("SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?", (row["seq"],))
+            live, finished = (
+                live + (is_new and row["status"] in LIVE),
+                finished + (is_new and row["status"] not in LIVE),
+            )
+        return [*lines, *_counts(tables, (live, finished))] if lines else [doctor.NOTHING_DAMAGED]
+
+
+def _accepted(tables: Tables, id_: str) -> tuple[dict[str, Any], list[str]]:
+    """The row of job `id_` as it would be taken, and what to say of it."""
+    taken = doctor.edited(tables, id_)
+    row = dict(zip(JOB_COLUMNS, taken.row, strict=True))
+    other = tables.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (row["id"], row["seq"]))
+    if other:
+        raise doctor.Refused(f"job {id_}: another row has this id")
+    values = ", ".join(f"{name} {readable(row[name])}" for name in _TELLING if row[name] not in (None, ""))
+    return row, [
+        f"job {id_}: {taken.where} would be taken as it is, with a new checksum; validation would judge it",
+        f"    {values}; a payload of {len(taken.body)} bytes",
+    ]
 
 
 def recount(path: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from jobd.answers import Issue, Validation
 from jobd.commands import Moment
-from jobd.job import FINISHED, MAX_PERCENT, STATUSES, Failure, Job, Policy, storage_key_fault
+from jobd.job import FINISHED, LIVE, MAX_PERCENT, MAX_PRIORITY, STATUSES, Failure, Job, Policy, storage_key_fault
 
 NO_MESSAGE: Final = "No error message was recorded."
 
@@ -18,7 +18,9 @@ def validate(job: Job, at: Moment, policy: Policy) -> Validation:
     """Everything that is wrong with `job` now. `can_proceed` is false where an issue is critical."""
     issues = [
         *_identity(job),
+        *_priority(job),
         *_progress(job),
+        *_old_error(job),
         *_ending(job, policy),
         *_storage_key(job),
         *_lock(job, at),
@@ -40,14 +42,24 @@ def safe_fixes(job: Job) -> dict[str, Any]:
     A processing job without a grant has no field to fix: it is treated as stalled (rules.py).
     """
     fixes: dict[str, Any] = {}
-    progress = MAX_PERCENT if job.status == "completed" else min(max(job.progress, 0), MAX_PERCENT)
-    if progress != job.progress:
+    if (progress := _right_progress(job)) != job.progress:
         fixes["progress"] = progress
     if job.status == "failed" and (job.error is None or not job.error.message):
         fixes["error"] = Failure(NO_MESSAGE, job.error.code if job.error else None)
     if job.status != "processing" and (job.grant is not None or job.lease is not None):
         fixes["grant"], fixes["lease"] = None, None
     return fixes | _ordered_times(job)
+
+
+def _right_progress(job: Job) -> float:
+    """The valid progress that is nearest: a queued job has made none, a completed one has made all."""
+    match job.status:
+        case "queued":
+            return 0
+        case "completed":
+            return MAX_PERCENT
+        case _:
+            return min(max(job.progress, 0), MAX_PERCENT)
 
 
 def _ordered_times(job: Job) -> dict[str, Any]:
@@ -77,14 +89,37 @@ def _identity(job: Job) -> list[Issue]:
     return issues
 
 
+def _priority(job: Job) -> list[Issue]:
+    priority = job.options.priority
+    if -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        return []
+    message = f"Priority is {priority}, outside -{MAX_PRIORITY} to {MAX_PRIORITY}."
+    fix = "Correct the row, then run: jobd doctor --accept ID"
+    if job.status in LIVE:
+        fix = f"Set a valid one: jobctl update {job.id} --priority N"
+    return [Issue("error", "priority", message, fix)]
+
+
 def _progress(job: Job) -> list[Issue]:
-    if not 0 <= job.progress <= MAX_PERCENT:
-        message = f"Progress is {job.progress:g}, outside 0 to 100."
-        return [Issue("error", "progress", message, "A cleanup pass sets it to the nearest valid value.")]
-    if job.status == "completed" and job.progress != MAX_PERCENT:
-        message = f"The job is completed, but its progress is {job.progress:g}."
-        return [Issue("error", "progress", message, "A cleanup pass sets it to 100.")]
-    return []
+    right = _right_progress(job)
+    if right == job.progress:
+        return []
+    message = f"Progress is {job.progress:g}, outside 0 to 100."
+    if job.status in ("queued", "completed"):
+        message = f"The job is {job.status}, but its progress is {job.progress:g}."
+    return [Issue("error", "progress", message, f"A cleanup pass sets it to {right:g}.")]
+
+
+def _old_error(job: Job) -> list[Issue]:
+    """A queued job keeps the error of its last attempt. An error without an attempt comes from elsewhere."""
+    if job.status != "queued" or job.error is None or job.attempt or job.ended is not None:
+        return []
+    message = "The job is queued and was never tried, but has an error."
+    return [
+        Issue(
+            "warning", "error_message", message, f"It goes when the job completes, or now: jobctl force-reset {job.id}"
+        )
+    ]
 
 
 def _ending(job: Job, policy: Policy) -> list[Issue]:

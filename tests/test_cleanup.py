@@ -433,7 +433,7 @@ async def test_a_pass_mends_what_hands_and_imports_left_alive_and_finished() -> 
         assert not disk.suspects
         over, silent, nobody, odd = (disk.job(name) for name in ("over", "silent", "nobody", "odd"))
         assert over is not None
-        assert over.progress == 100
+        assert over.progress == 0
         assert silent is not None
         assert silent.error == Failure("No error message was recorded.")
         assert nobody is not None

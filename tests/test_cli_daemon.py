@@ -1131,6 +1131,7 @@ def test_a_damaged_row_is_named_with_its_mend(
     jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobctl.ok("submit", "--id", "b2")
+    jobctl.ok("submit", "--id", "b3")
     copy = tmp_path / "copy.db"
     assert _jobd(capsys, "backup", str(copy))[0] == 0
     with sqlite3.connect(copy) as db:
@@ -1174,6 +1175,15 @@ def test_a_damaged_row_is_named_with_its_mend(
     assert code == 0
     assert "job b2: its row was taken as it is" in out
     assert "Counted:" in _jobd(capsys, "doctor", "--store", str(copy), "--recount", "--yes")[1]
+    for wrong in (["b2"], ["--all"], ["--accept"], ["--accept", "b2", "--all"]):
+        assert _jobd(capsys, "doctor", "--store", str(copy), *wrong, "--dry-run")[0] == 2, wrong
+    for several in (["--accept", "b2", "b3"], ["--accept", "b2", "--accept", "b3"]):
+        code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), *several, "--dry-run")
+        assert (code, out.count("would be taken as it is")) == (0, 2)
+    assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "--all", "--yes")[:2] == (
+        0,
+        "no job is in quarantine, and no row is damaged\n",
+    )
 
 
 def test_the_doctor_looks_at_the_running_daemon(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:

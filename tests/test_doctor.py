@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd import doctor, migrations
+from jobd import doctor, migrations, rehearsal
 from jobd.batch import Audited, KeyRow, Tombstone
 from jobd.doctor import Problem, Refused, accept, check, recount
 from jobd.job import DAY_MS, FINISHED, LIVE
@@ -72,7 +72,7 @@ async def test_what_stands_in_the_log_counts_and_stays_there(path: str) -> None:
 
 async def test_a_store_that_a_daemon_holds_is_not_looked_at(path: str) -> None:
     async with opened(path):
-        for call in (lambda: check(path), lambda: accept(path, "a"), lambda: recount(path)):
+        for call in (lambda: check(path), lambda: accept(path, ["a"]), lambda: recount(path)):
             with pytest.raises(StoreBusy, match=str(os.getpid())):
                 call()
 
@@ -81,7 +81,7 @@ async def test_what_is_no_store_of_ours_is_refused(path: str) -> None:
     with pytest.raises(FileNotFoundError):
         check(path)
     with pytest.raises(StoreUnreadable, match="does not exist"):
-        accept(path, "a")
+        accept(path, ["a"])
     assert not exists(path)
     write(path, b"rubbish" * 100)
     with pytest.raises(StoreUnreadable, match="not a database"):
@@ -246,7 +246,7 @@ async def test_an_edited_row_is_taken_in_its_place(path: str) -> None:
     with edited(path) as conn:
         conn.execute("UPDATE jobs SET status = 'failed', lock_id = NULL, progress = 50 WHERE seq = ?", (job.seq,))
     assert places(check(path))[0] == f"job {job.id}"
-    assert "was taken as it is" in accept(path, job.id)
+    assert "was taken as it is" in accept(path, [job.id])
     assert check(path) == []
     async with opened(path) as (store, found):
         assert found.faults == []
@@ -265,12 +265,43 @@ async def test_a_row_comes_back_from_quarantine(path: str) -> None:
     queue = job.options.queue
     with edited(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
-    accept(path, job.id)
+    accept(path, [job.id])
     assert check(path) == []
     async with opened(path) as (store, found):
         assert (found.faults, found.quarantined) == ([], {})
         maker.suspects.add(job.seq)
         await assert_holds(store, found, maker)
+
+
+async def test_all_damaged_rows_are_taken_at_once_but_for_those_that_make_no_job(path: str) -> None:
+    maker = await busy_store(path)
+    aside, in_place, hopeless = (
+        pick(maker, frozenset({"queued"})),
+        *[job for job in maker.jobs.values() if job.status in FINISHED][:2],
+    )
+    flip(path, "jobs", "queue", "seq", aside.seq)
+    async with opened(path):
+        pass
+    with edited(path) as conn:
+        conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (aside.options.queue,))
+        conn.execute("UPDATE jobs SET attempt = attempt + 1 WHERE seq = ?", (in_place.seq,))
+        conn.execute("UPDATE jobs SET ended_lock_id = 'l', ended_worker = NULL WHERE seq = ?", (hopeless.seq,))
+    named = [aside.id, in_place.id, hopeless.id]
+    with pytest.raises(doctor.Refused, match="makes no job"):
+        accept(path, named)
+    assert sorted(places(check(path))) == sorted(f"job {id_}" for id_ in named), "nothing was written"
+    foreseen = rehearsal.accept(path, None)
+    told = accept(path, None).splitlines()
+    assert [line.partition(":")[0] for line in told] == [*(f"job {id_}" for id_ in named), "Counted"]
+    assert "It stays as it is" in told[2]
+    assert any("It would stay as it is" in line for line in foreseen)
+    assert places(check(path)) == [f"job {hopeless.id}"]
+    assert accept(path, [in_place.id, in_place.id]).count("was taken") == 1
+
+
+async def test_nothing_is_taken_if_nothing_is_damaged(path: str) -> None:
+    await busy_store(path)
+    assert accept(path, None) == rehearsal.accept(path, None)[0] == doctor.NOTHING_DAMAGED
 
 
 async def test_a_job_with_a_bad_payload_comes_back_with_the_mended_one(path: str) -> None:
@@ -281,10 +312,10 @@ async def test_a_job_with_a_bad_payload_comes_back_with_the_mended_one(path: str
     async with opened(path) as (store, _):
         assert list((await store.load([], [job.seq], [])).bad) == [job.id]
     with pytest.raises(Refused, match="its payload is no JSON"):
-        accept(path, job.id)
+        accept(path, [job.id])
     with edited(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET payload = CAST('{}' AS BLOB)")
-    accept(path, job.id)
+    accept(path, [job.id])
     assert check(path) == []
     async with opened(path) as (store, found):
         assert (await store.load([], [job.seq], [])).payloads[job.seq].body == b"{}"
@@ -296,7 +327,7 @@ async def test_a_missing_payload_is_taken_as_null(path: str) -> None:
     job = pick(maker, LIVE)
     with edited(path) as conn:
         conn.execute("DELETE FROM payloads WHERE job_seq = ?", (job.seq,))
-    accept(path, job.id)
+    accept(path, [job.id])
     async with opened(path) as (store, _):
         assert (await store.load([], [job.seq], [])).payloads[job.seq].body == b"null"
 
@@ -317,7 +348,7 @@ async def test_a_row_that_makes_no_job_is_refused_and_nothing_changes(path: str,
         conn.execute(edit.format(seq=job.seq))
     before = check(path)
     with pytest.raises(Refused, match=message):
-        accept(path, "no id" if "no id" in edit else job.id)
+        accept(path, ["no id" if "no id" in edit else job.id])
     assert check(path) == before
 
 
@@ -329,7 +360,7 @@ async def test_an_id_that_was_given_again_is_refused(path: str) -> None:
         lose(maker, job)
         await store.write(maker.batch([maker.create(job.id)]))
     with pytest.raises(Refused, match="UNIQUE"):
-        accept(path, job.id)
+        accept(path, [job.id])
 
 
 async def test_a_row_in_quarantine_that_is_no_json_is_refused(path: str) -> None:
@@ -341,7 +372,7 @@ async def test_a_row_in_quarantine_that_is_no_json_is_refused(path: str) -> None
         with edited(path) as conn:
             conn.execute("UPDATE quarantined_jobs SET row = ?", (row,))
         with pytest.raises(Refused):
-            accept(path, job.id)
+            accept(path, [job.id])
 
 
 async def test_counting_anew_takes_what_is_there(path: str) -> None:
@@ -361,7 +392,7 @@ async def test_counting_anew_takes_what_is_there(path: str) -> None:
     assert check(path) == []
     lose(maker, live)
     lose(maker, done)
-    maker.queues["video"] = replace(maker.queues["video"], paused=False)
+    maker.queues["video"] = replace(maker.queues["video"], paused=False, paused_at=None, paused_by=None)
     async with opened(path) as (store, found):
         await assert_holds(store, found, maker)
 

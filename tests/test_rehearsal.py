@@ -95,7 +95,7 @@ async def test_an_older_file_would_be_migrated(path: str, copy: str, monkeypatch
     monkeypatch.setattr(migrations, "VERSION", migrations.VERSION + 1)
     told = "\n".join(rehearsal.restore(copy, path))
     assert f"its schema version is {migrations.VERSION - 1}" in told
-    for lines in (rehearsal.recount(copy), rehearsal.accept(copy, "a")):
+    for lines in (rehearsal.recount(copy), rehearsal.accept(copy, ["a"])):
         assert len(lines) == 1
         assert f"would be made {migrations.VERSION} first" in lines[0]
 
@@ -162,7 +162,7 @@ async def test_what_accept_would_write_is_what_it_writes(path: str) -> None:
     with edited(path) as conn:
         conn.execute("UPDATE jobs SET priority = 77 WHERE seq = ?", (job.seq,))
     before = state(path)
-    told = "\n".join(rehearsal.accept(path, job.id))
+    told = "\n".join(rehearsal.accept(path, [job.id]))
     assert {name: kept[0] for name, kept in state(path).items() if not name.endswith(".lock")} == {
         name: kept[0] for name, kept in before.items() if not name.endswith(".lock")
     }
@@ -170,7 +170,7 @@ async def test_what_accept_would_write_is_what_it_writes(path: str) -> None:
     assert "priority 77" in told
     assert job.grant.lock_id not in told
     assert "the counts would stay" in told
-    doctor.accept(path, job.id)
+    doctor.accept(path, [job.id])
     assert doctor.check(path) == []
 
 
@@ -185,26 +185,26 @@ async def test_from_quarantine_a_job_counts_again(path: str, statuses: frozenset
         await store.load([job.id], [], [])
     with edited(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
-    told = "\n".join(rehearsal.accept(path, job.id))
+    told = "\n".join(rehearsal.accept(path, [job.id]))
     assert "its row in quarantine would be taken" in told
     live = sum(each.status in LIVE for each in maker.jobs.values())
     assert f"the counts would be: {live} live and {len(maker.jobs) - live} finished jobs" in told
-    doctor.accept(path, job.id)
+    doctor.accept(path, [job.id])
     assert doctor.check(path) == []
 
 
 async def test_what_cannot_be_taken_is_refused_alike(path: str) -> None:
     maker = await make_store(path)
     one = pick(maker, frozenset({"processing"}))
-    calls: list[Callable[[str, str], Any]] = [rehearsal.accept, doctor.accept]
+    calls: list[Callable[[str, list[str]], Any]] = [rehearsal.accept, doctor.accept]
     for call in calls:
         with pytest.raises(doctor.Refused, match="there is no job nobody"):
-            call(path, "nobody")
+            call(path, ["nobody"])
     with edited(path) as conn:
         conn.execute("UPDATE jobs SET worker = NULL WHERE seq = ?", (one.seq,))
     for call in calls:
         with pytest.raises(doctor.Refused, match="makes no job"):
-            call(path, one.id)
+            call(path, [one.id])
 
 
 async def test_a_second_row_of_an_id_is_refused(path: str) -> None:
@@ -218,7 +218,7 @@ async def test_a_second_row_of_an_id_is_refused(path: str) -> None:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?)", (other.id,))
     for call in (rehearsal.accept, doctor.accept):
         with pytest.raises(doctor.Refused):
-            call(path, one.id)
+            call(path, [one.id])
 
 
 async def test_a_recount_is_told_with_what_differs(path: str) -> None:

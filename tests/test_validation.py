@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from jobd.answers import Issue
 from jobd.commands import Moment
-from jobd.job import STATUSES, Failure, Grant, Job, Lease, Options, Policy, Result
+from jobd.job import STATUSES, Ended, Failure, Grant, Job, Lease, Options, Policy, Result
 from jobd.validation import NO_MESSAGE, counts, safe_fixes, validate
 from tests.desk import NOW
 
@@ -47,7 +47,12 @@ BAD: list[tuple[str, Job, str, str, dict[str, Any]]] = [
     ("no queue", replace(row(), options=Options(queue="")), "critical", "queue", {}),
     ("unknown status", row("paused"), "critical", "status", {}),
     ("progress below", row(progress=-0.5), "error", "progress", {"progress": 0}),
-    ("progress above", row(progress=100.5), "error", "progress", {"progress": 100}),
+    ("progress above", row("processing", progress=100.5), "error", "progress", {"progress": 100}),
+    ("progress of a queued job", row(progress=40), "error", "progress", {"progress": 0}),
+    ("progress above of a queued job", row(progress=100.5), "error", "progress", {"progress": 0}),
+    ("priority below", row(options=Options(priority=-1001)), "error", "priority", {}),
+    ("priority above", row("failed", options=Options(priority=1001)), "error", "priority", {}),
+    ("an error without an attempt", row(error=Failure("old")), "warning", "error_message", {}),
     ("completed at 99", row("completed", progress=99), "error", "progress", {"progress": 100}),
     ("completed above", row("completed", progress=101), "error", "progress", {"progress": 100}),
     ("no message", row("failed", error=None), "error", "error_message", {"error": Failure(NO_MESSAGE)}),
@@ -77,6 +82,8 @@ FIXES = (
     "Recovery",
     "It fails",
     "Delete",
+    "It goes",
+    "Set",
     "Correct",
     "Pass",
     "Force-fail is not",
@@ -99,7 +106,11 @@ def test_bad_rows(job: Job, kind: str, field: str, fixes: dict[str, Any]) -> Non
 def test_boundaries_that_are_good() -> None:
     good = [
         row(progress=0),
-        row(progress=100),
+        row("processing", progress=100),
+        row(options=Options(priority=-1000)),
+        row(options=Options(priority=1000)),
+        row(error=Failure("old"), attempt=1),
+        row(error=Failure("old"), ended=Ended("l", 1, "w", NOW, "release", "release")),
         row("processing", lease=Lease(900, 1_001, None)),
         row("processing", lease=Lease(1_500, 1_500, 1_001)),
         row("processing", expires_at=NOW - 5),  # a running job does not expire

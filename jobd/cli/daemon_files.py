@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -90,10 +91,19 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
 @click.command()
 @click.option("--running", is_flag=True, help="Check the running daemon over its admin API.")
 @click.option("--rows", is_flag=True, help="With --running: check also every row's checksum, as it works (minutes).")
-@click.option("--accept", metavar="ID", help="Take the edited row of this job as it is, and let validation judge it.")
+@click.option(
+    "--accept",
+    metavar="ID",
+    multiple=True,
+    is_flag=False,
+    flag_value="",
+    help="Take the edited rows of these jobs as they are (--accept ID ...), and let validation judge them.",
+)
+@click.option("--all", "everything", is_flag=True, help="With --accept: every job in quarantine or with a damaged row.")
 @click.option("--recount", is_flag=True, help="Take the rows that are there as all there are: counts are made anew.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask (--accept, --recount).")
 @click.option("--dry-run", is_flag=True, help="Only say what would be written (--accept, --recount).")
+@click.argument("ids", nargs=-1, metavar="[ID]...")
 @json_option
 @store_option
 @config_option
@@ -101,7 +111,9 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
 def doctor(
     running: bool,
     rows: bool,
-    accept: str | None,
+    accept: tuple[str, ...],
+    everything: bool,
+    ids: tuple[str, ...],
     recount: bool,
     yes: bool,
     dry_run: bool,
@@ -115,20 +127,30 @@ def doctor(
     """
     from jobd.cli.waiting import busy
 
-    if running + (accept is not None) + recount > 1 or (running and (store or config)):
+    named = [*filter(None, accept), *ids]
+    if (ids or everything) and not accept:
+        raise click.UsageError("ids of jobs and --all belong to --accept")
+    if accept and bool(named) == everything:
+        raise click.UsageError("--accept takes the ids of jobs, or --all")
+    if running + bool(accept) + recount > 1 or (running and (store or config)):
         raise click.UsageError("--running, --accept and --recount exclude each other; the first takes no database")
-    if (yes or dry_run) and accept is None and not recount:
+    if (yes or dry_run) and not accept and not recount:
         raise click.UsageError("--yes and --dry-run belong to --accept and --recount: nothing else writes")
     if rows and not running:
         raise click.UsageError("--rows belongs to --running: without it all rows are checked")
     if running:
         return _diagnosis(_checkup(admin_client(), rows=rows), as_json)
     from jobd import doctor as offline
+    from jobd import rehearsal
     from jobd.files import StoreBusy
 
     path = store_path(store, config)
-    if accept is not None or recount:
-        return _repair(path, accept, yes=yes, dry_run=dry_run)
+    if recount:
+        return _repair(path, rehearsal.recount, offline.recount, yes=yes, dry_run=dry_run)
+    if accept:
+        chosen = None if everything else named
+        look, write = partial(rehearsal.accept, ids=chosen), partial(offline.accept, ids=chosen)
+        return _repair(path, look, write, yes=yes, dry_run=dry_run)
     try:
         with busy(f"checking {path}"):
             problems = offline.check(path)
@@ -146,23 +168,23 @@ def _checkup(client: AdminClient, *, rows: bool) -> list[Finding]:
     return found + [each for each in damaged if each.where not in {known.where for known in found}]
 
 
-def _repair(path: str, accept: str | None, *, yes: bool, dry_run: bool) -> int:
-    """Take the row of job `accept` as it is, or all rows as they are: shown first, asked, then written."""
-    from jobd import doctor as offline
-    from jobd import rehearsal
+def _repair(
+    path: str, look: Callable[[str], list[str]], write: Callable[[str], str], *, yes: bool, dry_run: bool
+) -> int:
+    """Show what would be written, ask, and write it."""
     from jobd.cli.waiting import busy
 
     if not yes:
         if not dry_run:
             need_terminal()
         with busy(f"looking at {path}"):
-            lines = rehearsal.recount(path) if accept is None else rehearsal.accept(path, accept)
+            lines = look(path)
         for line in lines:
             show.emit(line) if dry_run else show.say(line)
         if dry_run:
             return exits.DONE
         confirm("write that")
-    show.emit(offline.recount(path) if accept is None else offline.accept(path, accept))
+    show.emit(write(path))
     return exits.DONE
 
 
