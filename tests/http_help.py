@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import shutil
 import ssl
+import string
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -444,6 +446,23 @@ def message(
     fields |= headers or {}
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     return f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode() + (raw or b"")
+
+
+def wrong_tokens(token: str, count: int = 5_000) -> list[str]:
+    """Tokens that must not be taken for `token`: random ones of its length, and those that have much in common with it.
+
+    A comparison of one byte of a digest takes one of 256 random tokens.
+    """
+    dice, letters = random.Random(token), string.ascii_letters + string.digits + "-"
+    wrong = ["".join(dice.choices(letters, k=len(token))) for _ in range(count)]
+    others = ["".join(dice.choices(letters.replace(char, ""), k=1)) for char in token]
+    for at, other in enumerate(others):
+        wrong += [token[:at] + other + token[at + 1 :], token[:at], token[at + 1 :]]
+        wrong += [token[:at] + "".join(others[at:]), "".join(others[: at + 1]) + token[at + 1 :]]
+    wrong += [token + more for more in ("x", " x", ".", "=", "0", token, "," + token, "x" * 900)]
+    wrong += ["x" + token, token.upper(), token[::-1], "*", "null", "undefined"]
+    assert token not in wrong
+    return wrong
 
 
 async def tls_pair(place: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:

@@ -50,7 +50,7 @@ from jobd.plans import Planner
 from jobd.rooms import Rooms
 from jobd.webhook import BACKLOG
 from tests import vendor
-from tests.http_help import DELIVERY, TOKEN, WEBHOOK, Heard, House, Line, message, tls_pair
+from tests.http_help import DELIVERY, TOKEN, WEBHOOK, Heard, House, Line, message, tls_pair, wrong_tokens
 from tests.memory_disk import MemoryDisk
 
 READER = "reader-token-0123456789abcdef"
@@ -311,6 +311,23 @@ async def test_a_wrong_token_opens_nothing_and_a_right_one_does_whatever_was_sen
     *wrong, right, _ = await deeds(town)
     assert wrong == [("eve", "sign-in", "unauthorized", {"times": times}) for times in range(1, 11)]  # one row on disk
     assert right == ("admin", "sign-in", "done", {"access": "full"})
+
+
+async def test_no_wrong_token_signs_in(town: Town) -> None:
+    """5,000 of them below the form, and some by it. Time goes on, so that no response is held back."""
+    assert [each for each in wrong_tokens(TOKEN) if town.room.sessions.sign_in(each) is not None] == []
+    line = await town.admin.line()
+    wrong = wrong_tokens(TOKEN, 500) + wrong_tokens(READER, 0)
+    for at in range(0, len(wrong), sessions.MOST_WRONG):
+        given = wrong[at : at + sessions.MOST_WRONG]
+        town.now_s += sessions.WRONG_WITHIN_S
+        forms = [urlencode({"token": each}) for each in given]
+        line.send(b"".join(message("POST", "/sign-in", form, {"Content-Type": FORM}) for form in forms))
+        heard = [await line.hear() for _ in given]
+        assert [each for each, answer in zip(given, heard, strict=True) if answer.status != 401] == []
+        assert not any("set-cookie" in answer.headers for answer in heard)
+    assert len(town.room.sessions) == 0
+    await Browser(town.admin).sign_in()
 
 
 async def test_of_wrong_tokens_at_the_same_time_so_many_are_held_back(
@@ -626,6 +643,40 @@ async def test_who_may_only_look_changes_nothing(town: Town, target: str, fields
     assert await town.status("held") == "processing"
     assert town.admin.figures.forced == []
     assert not town.admin.figures.accepted
+
+
+@pytest.mark.parametrize(
+    ("target", "fields"),
+    [
+        ("/jobs/held/do", {"verb": "cancel"}),
+        ("/queues/pause", {"name": "video"}),
+        ("/queues/video/resume", {}),
+        ("/cleanup/run", {}),
+        ("/cleanup/recover", {}),
+        ("/clock/accept", {}),
+        ("/webhooks/q/test", {}),
+        ("/webhooks/q/resend", {"id": "7"}),
+        ("/webhooks/q/resend-given-up", {"upto": "7"}),
+        ("/sign-out", {}),
+    ],
+)
+async def test_a_form_needs_the_secret_of_its_session_also_from_htmx(
+    town: Town, target: str, fields: dict[str, str]
+) -> None:
+    """Any page can make a browser send `HX-Request`, so it stands for nothing."""
+    await town.held()
+    browser = await town.browser()
+    if target == "/jobs/held/do":
+        fields = await browser.looked("held", "cancel")
+    for given in ("", "x", await (await town.browser()).csrf()):
+        for headers in ({}, {"HX-Request": "true"}, {"HX-Request": "true", "X-CSRF-Token": given}):
+            heard = await browser.post(target, headers, **{**fields, "csrf": given})
+            assert (heard.status, "not of your session" in text(heard)) == (403, True), headers
+    assert await town.status("held") == "processing"
+    assert (town.admin.figures.forced, town.admin.figures.accepted, town.admin.figures.resent) == ([], False, [])
+    assert (await browser.get("/")).status == 200, "it is still signed in"
+    heard = await browser.post(target, {"HX-Request": "true"}, **{**fields, "csrf": await browser.csrf()})
+    assert heard.status == 303
 
 
 async def test_a_reader_of_the_api_sees_no_lock_id(town: Town) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from multidict import CIMultiDict
 
+from jobd import admin_api, worker_api
 from jobd.bodies import Refused
 from jobd.doors import JSON, LINES, Gate, check_kind, host_name, own_names, token_digest
+from tests.http_help import House, message, wrong_tokens
 
 GOOD = "good-token-0123456789abcdef"
 OTHER = "other-token-0123456789abcdef"
@@ -48,6 +52,26 @@ def headers(**fields: str) -> CIMultiDict[str]:
 def test_any_valid_token_opens_and_nothing_else(given: str, wanted: str | None) -> None:
     gate = Gate("admin", tokens=[GOOD, OTHER])
     assert code(gate.admit, headers(Authorization=given)) == wanted
+
+
+@pytest.mark.parametrize("name", ["worker", "admin"])
+async def test_no_wrong_token_is_taken_by_either_api(name: str, tmp_path: Path) -> None:
+    """Over TCP, where workers need a token as operators do. The right one is tried last, on the same connection."""
+    gate = Gate(name, tokens=[GOOD], readers=[OTHER] if name == "admin" else [], hosts=["localhost"])
+    routes, call = {
+        "worker": (worker_api.ROUTES, "/v1/jobs"),
+        "admin": (admin_api.ROUTES, "/admin/job-management/jobs"),
+    }[name]
+    wrong = wrong_tokens(GOOD) + wrong_tokens(OTHER, 0)
+    async with House(routes, tmp_path, gate=gate, admin=name == "admin") as house:
+        line = await house.line()
+        for at in range(0, len(wrong), 50):
+            given = wrong[at : at + 50]
+            line.send(b"".join(message("GET", call, headers={"Authorization": f"Bearer {each}"}) for each in given))
+            taken = [each for each in given if (await line.hear()).status != 401]
+            assert taken == []
+        assert house.desk.asked == []
+        assert (await line.ask("GET", call, headers={"Authorization": f"Bearer {GOOD}"})).status == 200
 
 
 def test_a_token_that_may_only_look_is_told_from_the_others() -> None:

@@ -44,7 +44,7 @@ TESTS: Final[dict[Level, tuple[str, ...]]] = {
     "actor": _files("actor cleanup health sweeper artefacts artefact_files audit plans failures"),
     "store": _files("store audit_log rows files opening migrations quarantine backup outages doctor"),
     "doors": _files("doors bodies web worker_api admin_api web_actor listener streams command_stream contract"),
-    "process": _files("daemon systemd secrets faults"),
+    "process": _files("dashboard daemon systemd secrets faults"),
 }
 
 # The rooms of tests/test_imports.py that the levels from here on can see; what is in none of these only a process can.
