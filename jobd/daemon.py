@@ -200,8 +200,8 @@ class Daemon:
         stack.push_async_callback(store.close)
         for fault in opened.faults:
             line.error("store_fault", message=fault)
-        if opened.full:
-            line.error("disk_full", refused="creates", reserve=opened.has_reserve)
+        if opened.full and (space := await store.space()) is not None:
+            line.error("disk_full", refused="creates", reserve=opened.has_reserve, **msgspec.structs.asdict(space))
         elif not opened.has_reserve:
             line.warning("reserve_file_missing", message="on a full disk, running jobs may not be able to end")
         return store, opened

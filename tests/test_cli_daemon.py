@@ -941,6 +941,12 @@ def test_a_disk_that_rejects_new_jobs_is_unhealthy_and_exit_1(
         assert ctl.main(["health"]) == 0
         assert daemon.post("/v1/jobs", {}).status == 201
         assert daemon.stop() == 0
+        with filler.open("ab", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        daemon.start()
+        assert f"refused=creates reserve=true path={store} free_bytes=0".encode() in daemon.log
+        assert daemon.post("/v1/jobs", {}).error == "storage_full"
 
 
 @pytest.mark.parametrize(

@@ -419,6 +419,9 @@ def test_the_alert_of_a_full_disk_is_told_while_it_is_full(
         daemon.admin("GET", "health")  # nobody need wait for the next look
         receiver.wait_for(lambda _: bool(heard_of("alert.firing")))
         assert daemon.post("/v1/jobs", {"id": "none"}).error == "storage_full", "it is still full"
+        no = daemon.admin("POST", "webhooks/billing/test", {})
+        assert (no.status, no.error) == (507, "storage_full")
+        assert f"bytes free at {small_disk}/jobd.db" in no.body["message"]
         (told,) = heard_of("alert.firing")
         assert json.loads(told)["data"]["name"] == "database"
         filler.unlink()
