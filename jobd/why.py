@@ -73,13 +73,19 @@ def _queued(job: Job, book: Book, at: Moment) -> WhyView:
     if job.run_at > at.now:
         because = f"It is not due for another {in_words(job.run_at - at.now)}.{back}"
         due = Next("It becomes due and is offered to workers.", job.run_at, "run_at")
-        do = [f"Run it now: jobctl run-now {job.id}"]
-        if job.releases >= DELAYED_FROM and job.ended is not None:
+        if job.releases >= DELAYED_FROM:
             due = Next("The next worker gets it.", job.run_at, "release delay")
-            do = [f"Find out why its workers release it; {job.ended.worker} was the last.", *do]
         first = due if expires is None or job.run_at < expires.at else expires
+        do = [*_look_at_releases(job), f"Run it now: jobctl run-now {job.id}"]
         return WhyView("queued", because, first, "run_at", do)
-    return _waiting(job, book, at, expires, back)
+    view = _waiting(job, book, at, expires, back)
+    return replace(view, do=[*_look_at_releases(job), *view.do])
+
+
+def _look_at_releases(job: Job) -> list[str]:
+    if job.releases < DELAYED_FROM or job.ended is None:
+        return []
+    return [f"Find out why its workers release it; {job.ended.worker} was the last."]
 
 
 def _pause_ends(pause: QueuePause, expires: Next | None) -> Next | None:
@@ -119,12 +125,12 @@ def _waiting(job: Job, book: Book, at: Moment, expires: Next | None, back: str) 
 
 def _returned(job: Job) -> str:
     """What brought the job back to its queue, if something did."""
-    back = ""
+    back = _released(job)
     if job.error is not None and job.error.message:
-        back = f" Its last attempt failed: {job.error.message}"
-    elif job.ended is not None:
-        back = f" Its last grant, to worker {job.ended.worker}, ended by {job.ended.rule}."
-    return back + _released(job)
+        return f"{back} Its last attempt failed: {job.error.message}"
+    if job.ended is None:
+        return back
+    return f"{back} Its last grant, to worker {job.ended.worker}, ended by {job.ended.rule}."
 
 
 def _released(job: Job, when: str = "") -> str:
