@@ -68,6 +68,7 @@ OTHERS: Final = (
     "mishap hang up with the answer",
     "grant undelivered",
     "late result taken",
+    "release delayed",
     "operator cleanup",
     "operator recover-stuck",
     "artefact delete",

@@ -179,6 +179,7 @@ class Worker(Person):
     def __init__(self, machine: Machine, name: str) -> None:
         super().__init__(machine, name)
         self.old: list[tuple[str, str]] = []
+        self.lacks_all = self.dice.random() < 0.3  # whatever it needs: it releases what it is granted
 
     async def act(self) -> None:
         roll = self.dice.random()
@@ -237,6 +238,9 @@ class Worker(Person):
         job_id, lock_id = granted.job.id, granted.lock_id
         self.old = [*self.old[1 - OLD_LOCKS :], (job_id, lock_id)]
         if self.has("worker dies", 0.12):
+            return
+        if self.lacks_all and self.has("worker releases", 0.95):
+            await self.ask(Release(id=job_id, lock_id=lock_id, delay_ms=self.requests.maybe(0.1, 0, 900)))
             return
         for _ in range(self.dice.randrange(4)):
             await self._toil(granted)

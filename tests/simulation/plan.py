@@ -49,6 +49,7 @@ MISHAPS: Final = (
     "worker sleeps",
     "worker talks on",
     "ended twice",
+    "worker releases",
 )
 RARE: Final = frozenset({"rot", "restore", "long wall step", "read error", "lost fsync answer", "write error"})
 

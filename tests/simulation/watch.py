@@ -185,6 +185,7 @@ class Watch(Promises):
             event, before, after = change.event, change.before, change.after
             self._durable[event.seq] = event.type
             self.fired[f"event {event.type}"] += 1
+            self.fired["release delayed"] += event.type == "released" and event.details is not None
             self.fired["late result taken"] += event.type == "adopted" and event.by.startswith("worker:")
             self.machine.note("event", event)
             if event.job_seq == 0:
