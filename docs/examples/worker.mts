@@ -121,7 +121,8 @@ process.on("SIGINT", () => (stopping = true));
 while (!stopping) {
   try {
     // stuck_after_ms 0: we extend by ourselves, so an expired lock means that this process is dead.
-    const ask = { worker, lock_ttl_ms: 60_000, stuck_after_ms: 0, wait_ms: 5_000 };
+    // max_processing_ms 0: no ceiling, so work without a progress report may take long.
+    const ask = { worker, lock_ttl_ms: 60_000, stuck_after_ms: 0, max_processing_ms: 0, wait_ms: 5_000 };
     const { grants } = await call<{ grants: Grant[] }>("/v1/claim", ask, { "idempotency-key": key });
     key = randomUUID();
     for (const grant of grants) await run(grant);
