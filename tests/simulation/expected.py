@@ -26,6 +26,7 @@ OF_THE_DOORS: Final = frozenset(
         "plan_not_found",
         "too_large",
         "unsupported_media_type",
+        "expectation_failed",
     }
 )
 # Counted by what they do, in more than one way.
