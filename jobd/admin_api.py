@@ -280,9 +280,11 @@ async def _clock(site: Web, visit: Visit, asked: Nothing) -> Answer:
     return Answer(site.rooms.clock())
 
 
-async def _accept_clock(site: Web, visit: Visit, asked: Because) -> Answer:
+async def _accept_clock(site: Web, visit: Visit, asked: Because) -> Answer | Refusal:
     view = await site.rooms.accept_clock()
-    await note(site, visit.operator, "accept-clock", reason=asked.reason)  # its commit keeps the time that was accepted
+    if isinstance(view, Refusal):
+        return view
+    await note(site, visit.operator, "accept-clock", reason=asked.reason)
     return Answer(view)
 
 

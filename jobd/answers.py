@@ -527,7 +527,7 @@ class ReportList(Struct):
 
 
 class ClockView(Struct, frozen=True):
-    """`suspect` holds deletion by age back until an operator accepts the clock."""
+    """While the clock is `suspect`, nothing is deleted or failed by age; `message` says why, and what to do."""
 
     now: int
     suspect: bool
@@ -739,7 +739,7 @@ class PreviewView(Struct, frozen=True, rename="camel"):
 
     `more_mended`: not all jobs that are alive were looked at for `mended_jobs`, or there are more than are shown.
 
-    `held_jobs` are past their time too, but are kept while the clock is in doubt.
+    `held_jobs` are past their time too, but are kept while the clock is suspect.
     """
 
     recover: list[Recovery]

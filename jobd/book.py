@@ -48,6 +48,7 @@ class Book:
         self.next_token = numbers.next_token
         self.next_job = numbers.next_job
         self.next_event = numbers.next_event
+        self.clock_suspect = numbers.clock_suspect  # as it is persisted
         self.jobs = LiveJobs()
         self.finished: OrderedDict[str, Job] = OrderedDict()
         self._finished_bytes = 0  # of their metadata
@@ -169,9 +170,10 @@ class Book:
         described = (None,) * 4 if pause is None else astuple(pause)
         return QueueRow(pause is not None, completed, failed, cancelled, *described)
 
-    def numbers(self, lease_ms: int, wall_ms: int) -> Numbers:
+    def numbers(self, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Numbers:
         """The high-water marks as they are persisted with a commit."""
-        return Numbers(self.epoch, self.next_token, self.next_job, self.next_event, lease_ms, wall_ms)
+        marks = (self.epoch, self.next_token, self.next_job, self.next_event)
+        return Numbers(*marks, lease_ms, wall_ms, clock_suspect)
 
     def shared(self, options: Options) -> Options:
         """One value for all equal options: a million jobs of a few kinds hold a few of them."""

@@ -178,15 +178,18 @@ class Cleaner:
         return deadline is not None and deadline <= self._clock.moment().lease
 
     def _has_overdue(self) -> bool:
-        """Whether a queued job waits whose time is over."""
-        expiry = self._book.next_expiry()
-        return bool(self._book.overdue) or (expiry is not None and expiry <= self._clock.moment().now)
+        """Whether a queued job waits whose time is over. While the clock is suspect none is failed for it."""
+        expiry, at = self._book.next_expiry(), self._clock.moment()
+        return not at.suspect and (bool(self._book.overdue) or (expiry is not None and expiry <= at.now))
 
     async def _tick(self) -> None:
-        """End the pauses that are over, and persist lease time while a grant lives: a crash must not cost it time."""
+        """End the pauses that are over. Persist lease time while a grant lives, and a clock that is or was suspect.
+
+        An idle daemon notices here that its clock has stepped, or is trusted again.
+        """
         if any(pause.until is not None for pause in self._book.paused.values()):
             await self._actor.ask(EndPauses(), by="daemon")  # a refusal is no harm: the next tick asks again
-        if self._book.processing:
+        if self._book.processing or self._clock.moment().suspect or self._book.clock_suspect:
             await self._actor.ask(Tick(), by="daemon")  # a refusal is no harm: on a full disk lease time stands still
 
     # -- passes -------------------------------------------------------------------------------------------------------

@@ -648,11 +648,16 @@ class Moment(Struct, frozen=True):
     now: int
     lease: int
     offset: int  # wall minus lease, steady between steps of the wall clock, so that shown times do not flicker
-    trusted: int | None = None  # the wall time to persist, where `now` is not believed yet
+    trusted: int | None = None  # the expected wall time while the clock is suspect, else None
+
+    @property
+    def suspect(self) -> bool:
+        """Whether wall time is ahead of its expected value: then nothing is deleted or failed by age."""
+        return self.trusted is not None
 
     @property
     def believed(self) -> int:
-        """The wall time by which things grow old: a jump that nobody has confirmed ages nothing."""
+        """The wall time to persist, and by which stored responses grow old: a suspect jump ages nothing."""
         return self.now if self.trusted is None else self.trusted
 
     def wall(self, lease_ms: int) -> int:

@@ -134,7 +134,8 @@ class Daemon:
         self._warn(self._loaded.warnings)
         self._given = systemd.sockets()
         store, opened = await self._open_store(stack)
-        self.clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
+        numbers, keep_ms = opened.numbers, settings.policy().shortest_keep_ms
+        self.clock = Clock(numbers.lease_ms, numbers.wall_ms, suspect=numbers.clock_suspect, keep_ms=keep_ms)
         self.actor = _actor(store, opened, self.clock, settings)
         store.on_broken = self.actor.lose_disk
         self.feed = Feed(store, opened.numbers.next_event - 1, settings.limits.event_streams)
@@ -411,6 +412,7 @@ class Daemon:
             warnings=new.warnings,
         )
         self.actor.policy = settings.policy()
+        self.clock.keep_ms = self.actor.policy.shortest_keep_ms
         self.cleaner.set_schedule(_schedule(settings))
         self.alerts.thresholds = _thresholds(settings)
         self._admin_gate.replace_tokens(self._admin_tokens(), new.reader_tokens)

@@ -126,6 +126,8 @@ class Decider:
     def decide(self, batch: list[Asked], at: Moment, known: Known, policy: Policy, *, serves: bool = True) -> Plan:
         """`serves`: parked claims get what has become due; where it is not, what they get waits for the next batch."""
         plan = Plan(at, known)
+        if at.suspect != self.book.clock_suspect and self._refuse(Create()) is None:
+            plan.tick = True  # durable with the first batch that knows it; on a full disk with the first that writes
         self.served = plan.served
         self.book.request_hashes = dict(known.hashes)
         self.book.late = known.late
@@ -148,7 +150,7 @@ class Decider:
         queues = {change.event.queue for change in plan.changes if _touches_queue(change)}
         return Batch(
             changes=plan.changes,
-            numbers=self.book.numbers(plan.at.lease, plan.at.believed),
+            numbers=self.book.numbers(plan.at.lease, plan.at.believed, plan.at.suspect),
             queues={queue: self.book.queue_row(queue) for queue in queues},
             keys=keys,
             forget_keys=forgotten,
@@ -164,6 +166,7 @@ class Decider:
     def committed(self, plan: Plan) -> None:
         """The plan is on disk."""
         self.keys.commit()
+        self.book.clock_suspect = plan.at.suspect
         for lock_id in plan.ended:
             self._handed.pop(lock_id, None)
         for change in plan.changes:

@@ -26,11 +26,11 @@ async def foresee(hands: Hands, look_s: float = LOOK_S) -> PreviewView:
     Raises passes.Refused where the actor takes no question.
     """
     seen: Foreseen = await hands.ask(Preview(limit=SHOWN), "daemon")
-    now = hands.clock.moment().now
+    at = hands.clock.moment()
     nothing: tuple[list[str], bool] = [], False
-    past = await _past(hands, now, look_s)
-    # Deletion waits until the clock is accepted.
-    (old, more_old), (held, more_held) = (nothing, past) if hands.clock.suspect else (past, nothing)
+    past = await _past(hands, at.now, look_s)
+    # Deletion waits until the clock is trusted.
+    (old, more_old), (held, more_held) = (nothing, past) if at.suspect else (past, nothing)
     wrong, more_wrong = await _wrong(hands, look_s)
     settled = {*(each.job_id for each in seen.details), *seen.expired, *old}  # before a pass comes to what is wrong
     return PreviewView(
@@ -43,7 +43,7 @@ async def foresee(hands: Hands, look_s: float = LOOK_S) -> PreviewView:
         more_held=more_held,
         more_mended=more_wrong,
         more=seen.more or more_old or more_wrong,
-        timestamp=now,
+        timestamp=at.now,
     )
 
 

@@ -44,9 +44,8 @@ _REFUSED: Final = {
 
 
 class Clock(Protocol):
-    @property
-    def suspect(self) -> bool: ...
     def moment(self) -> Moment: ...
+    def doubt(self) -> str | None: ...
 
 
 class Cleanup(Protocol):
@@ -90,7 +89,7 @@ class Health:
         self._sweeper = sweeper
         self._faults: deque[str] = deque(faults, FAULTS_KEPT)
         self._take_faults = take_faults
-        self._full = self._full_now()  # at the last measurement
+        self._known = self._known_now()  # at the last measurement
         self._measured_at = 0.0  # loop time at the beginning of the measurement
         self._space_at: float | None = None  # loop time at which the space of the disk was read
         self._measuring: asyncio.Task[HealthView] | None = None
@@ -100,11 +99,11 @@ class Health:
     async def view(self) -> HealthView:
         """The health of the daemon, at most 5 s old. Callers that come during a measurement share it."""
         loop_time = asyncio.get_running_loop().time()
-        is_fresh = loop_time - self._measured_at < MAX_AGE_S and self._full == self._full_now()
+        is_fresh = loop_time - self._measured_at < MAX_AGE_S and self._known == self._known_now()
         if self.last is not None and self._measuring is None and is_fresh:
             return self._as_of_now(self.last)
         if self._measuring is None:
-            self._measured_at, self._full = loop_time, self._full_now()
+            self._measured_at, self._known = loop_time, self._known_now()
             self._measuring = asyncio.create_task(self._measure())
         return await asyncio.shield(self._measuring)
 
@@ -117,9 +116,10 @@ class Health:
                 self._space_at = loop_time()
         return full_disk.space
 
-    def _full_now(self) -> tuple[Closed, bool]:
+    def _known_now(self) -> tuple[Closed, bool, bool]:
+        """What is never shown old: how full the disk is, and whether the clock is suspect."""
         full_disk = self._actor.full_disk
-        return full_disk.closed, full_disk.has_reserve
+        return full_disk.closed, full_disk.has_reserve, self._clock.moment().suspect
 
     def _as_of_now(self, last: HealthView) -> HealthView:
         """What was measured; whether a pass runs costs nothing to know, so it is never old."""
@@ -325,12 +325,7 @@ class Health:
 
     def _cleanup_health(self) -> tuple[CleanupHealth, HealthStatus]:
         state = self._cleanup.state()
-        said = [] if (complaint := self._cleanup.complaint()) is None else [complaint]
-        if self._clock.suspect:
-            said.append(
-                "The wall clock has jumped more than 30 days ahead, so nothing is deleted by age. "
-                "Check it, then confirm: jobctl clock accept"
-            )
+        said = [told for told in (self._cleanup.complaint(), self._clock.doubt()) if told is not None]
         message = " ".join(said) or "Passes run in time."
         view = CleanupHealth(state.cleanup_running, state.time_since_last_cleanup, message)
         return view, "degraded" if said else "healthy"

@@ -327,6 +327,12 @@ class Policy(Struct, frozen=True):
     idempotency_keys: int = 200_000
     artefacts: bool = False  # there is a store of them: what a deleted job named there is deleted, too
 
+    @property
+    def shortest_keep_ms(self) -> int:
+        """The shortest retention; 0 deletes at once, whatever the clock says, and does not count."""
+        kept = (self.keep_completed_ms, self.keep_failed_ms, self.keep_cancelled_ms)
+        return min((keep_ms for keep_ms in kept if keep_ms), default=7 * DAY_MS)
+
     def late_results_of(self, queue: str) -> LatePolicy:
         """What becomes of the late results of this queue's jobs."""
         return self.late_queues.get(queue, self.late_results)

@@ -348,7 +348,7 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
     yield _gauges("disk_free_bytes", help_, [], [(disk.free_bytes,) for disk in disks])
     yield _gauges("disk_total_bytes", "Size of the disk of the store.", [], [(disk.total_bytes,) for disk in disks])
     yield _gauge(
-        "clock_suspect", "1 while the wall clock is not trusted and nothing is deleted by age.", now.clock_suspect
+        "clock_suspect", "1 while the wall clock is suspect and nothing is deleted or failed by age.", now.clock_suspect
     )
     build = [(__version__, platform.python_version(), 1)]
     yield _gauges("build_info", "Which jobd this is.", ["version", "python"], build)

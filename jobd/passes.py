@@ -39,8 +39,6 @@ class Schedule(Struct, frozen=True):
 
 
 class Clock(Protocol):
-    @property
-    def suspect(self) -> bool: ...
     def moment(self) -> Moment: ...
 
 
@@ -160,14 +158,14 @@ class Pass:
         await self._hands.expire("cleanup")
 
     async def _deletion_step(self) -> None:
-        """Finished jobs past their time. Not while the wall clock is in doubt. What they stored: see sweeper.py."""
-        while not self._clock.suspect:
-            ids = await self._disk.expired(self._clock.moment().now, self._batch)
+        """Finished jobs past their time. Not while the wall clock is suspect. What they stored: see sweeper.py."""
+        while not (at := self._clock.moment()).suspect:
+            ids = await self._disk.expired(at.now, self._batch)
             if not ids:
                 break
             worked: Worked = await self._hands.ask(DeleteExpired(ids=ids), "cleanup")
             self._hands.totals.found["deleted"] += worked.done
-            if not worked.done:
+            if not worked.done and not self._clock.moment().suspect:
                 raise Unfinished(f"{len(ids)} expired jobs could not be deleted, the first is {ids[0]}.")
             await self._hands.breathe()
 
@@ -209,19 +207,18 @@ class Pass:
     async def _journal_step(self) -> None:
         """The journal of jobs that were deleted long enough ago."""
         limit = self._batch
-        while not self._clock.suspect:
+        while not (at := self._clock.moment()).suspect:
             keep_ms = max(self._hands.schedule.journal_ms, self._hands.hold_journal_ms())
-            before = self._clock.moment().now - keep_ms
-            if await self._disk.prune(before, limit) < limit:
+            if await self._disk.prune(at.now - keep_ms, limit) < limit:
                 break
             await self._hands.breathe()
 
     async def _audit_step(self) -> None:
-        """What operators did long ago, or more often than is kept. While the clock is in doubt nothing is old."""
+        """What operators did long ago, or more often than is kept. While the clock is suspect nothing is old."""
         limit = self._batch
         while True:
-            is_doubtful = self._clock.suspect
-            before = 0 if is_doubtful else self._clock.moment().now - self._hands.schedule.audit_ms
+            at = self._clock.moment()
+            before = 0 if at.suspect else at.now - self._hands.schedule.audit_ms
             if await self._disk.trim_audit(before, limit) < limit:
                 break
             await self._hands.breathe()

@@ -26,8 +26,6 @@ PAUSE_S: Final = 0.002  # after each look, so that workers get the loop and the 
 
 
 class Clock(Protocol):
-    suspect: bool
-
     def moment(self) -> Moment: ...
 
 
@@ -95,10 +93,10 @@ class Search:
             return turn
         until_s = asyncio.get_running_loop().time() + MAKING_S
         await self._alive(self._book.stuck, until_s)
-        if self._asked.action == "cleanup":
+        at = self._clock.moment()
+        if self._asked.action == "cleanup" and not at.suspect:
             await self._alive(self._book.overdue, until_s)
-            if not self._clock.suspect:
-                await self._past(self._clock.moment().now, until_s)
+            await self._past(at.now, until_s)
         return None
 
     async def _alive(self, due: dict[str, None], until_s: float) -> None:

@@ -40,7 +40,7 @@ from jobd.answers import (
 from jobd.batch import DiskFull
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
-from jobd.commands import MakePlan, Operator, Refusal
+from jobd.commands import MakePlan, Operator, Refusal, Tick
 from jobd.copies import Copies, Copy
 from jobd.downloads import Downloads
 from jobd.events import Wanted
@@ -122,19 +122,17 @@ class Rooms(Struct):
         return await self.cleaner.reports(limit)
 
     def clock(self) -> ClockView:
-        at = self.clock_.moment()
-        if not self.clock_.suspect:
-            return ClockView(at.now, False, "The wall clock is in step with the store.")
-        message = (
-            "At the start the wall clock was more than 30 days ahead of the store, so nothing is deleted by age. "
-            "Check the date of this machine; if it is right: jobctl clock accept"
-        )
-        return ClockView(at.now, True, message)
+        at, doubt = self.clock_.moment(), self.clock_.doubt()
+        return ClockView(at.now, doubt is not None, doubt or "The wall clock is in step with the store.")
 
-    async def accept_clock(self) -> ClockView:
+    async def accept_clock(self) -> ClockView | Refusal:
+        """The response comes after the commit, so that the next start trusts the clock too."""
+        refusal = self.actor.full_disk.refuse(Tick())
+        if refusal is not None:
+            return refusal
         self.clock_.accept()
-        log.info("clock_accepted", by="admin")
-        return self.clock()
+        kept = await self.actor.ask(Tick(), by="daemon")
+        return kept if isinstance(kept, Refusal) else self.clock()
 
     def quarantine(self) -> list[QuarantinedJob]:
         return [QuarantinedJob(job_id, reason) for job_id, reason in sorted(self.actor.book.quarantined.items())]

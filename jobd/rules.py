@@ -290,6 +290,9 @@ def _refuse_start(draft: Draft, job: Job) -> Refusal | None:
     if job.status != "queued":
         why = f" ({job.error.message})" if job.error and job.error.message else ""
         return steps.refuse_transition(job, "processing", f"Only a queued job can be started{why}.")
+    if steps.is_overdue(job, at.now):  # and not failed, because the clock is suspect
+        what = f"It is not granted, because its expires_at has passed. {steps.CLOCK_SUSPECT}"
+        return steps.refuse_transition(job, "processing", what)
     if job.run_at > at.now:
         wait_ms = job.run_at - at.now
         message = f"Job {job.id} is not due for another {steps.in_words(wait_ms)}."
@@ -323,7 +326,7 @@ def claim(draft: Draft, command: Claim) -> Answer:
         if job.run_at > draft.at.now:
             continue
         if steps.is_overdue(job, draft.at.now):
-            if len(draft.changes) < EXPIRED_BY_CLAIM:
+            if not draft.at.suspect and len(draft.changes) < EXPIRED_BY_CLAIM:
                 steps.expire(draft, job, by="daemon")
             continue
         granted.append(steps.grant(draft, job, command))

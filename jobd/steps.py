@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from jobd import views
 from jobd.answers import Answer
-from jobd.commands import Claim, Complete, Create, Import, Refusal, Start
+from jobd.commands import Claim, Complete, Create, Import, Moment, Refusal, Start
 from jobd.draft import Draft
 from jobd.events import EventType
 from jobd.job import (
@@ -36,6 +36,9 @@ from jobd.job import (
 STALLED: Final = "stalled"
 EXPIRED: Final = "expired"
 TOLD_OF_ERROR: Final = 500  # characters of the last error that an expiry repeats
+CLOCK_SUSPECT: Final = (
+    "The wall clock is suspect, so nothing is deleted or failed by age. Check it; if it is right: jobctl clock accept"
+)
 
 
 def find(draft: Draft, job_id: str) -> Job | Refusal:
@@ -79,7 +82,7 @@ def invalid(field: str, message: str) -> Refusal:
 
 
 def refuse_expiry(draft: Draft, expires_at: int | None) -> Refusal | None:
-    if expires_at is not None and expires_at <= draft.at.now:
+    if expires_at is not None and expires_at <= draft.at.believed:
         return invalid("expires_at", f"expires_at {expires_at} is not in the future; it is Unix milliseconds.")
     return None
 
@@ -295,7 +298,12 @@ def expire(draft: Draft, job: Job, by: str | None = None) -> Job:
 
 def met(draft: Draft, job: Job) -> Job:
     """`job` as a command meets it: time acts first on a queued job whose `expires_at` has passed, whoever comes by."""
-    return expire(draft, job, by="daemon") if is_overdue(job, draft.at.now) else job
+    return expire(draft, job, by="daemon") if may_expire(job, draft.at) else job
+
+
+def may_expire(job: Job, at: Moment) -> bool:
+    """Whether the job is overdue by a clock that is not suspect: then it fails."""
+    return not at.suspect and is_overdue(job, at.now)
 
 
 def is_overdue(job: Job, now: int) -> bool:

@@ -36,8 +36,6 @@ STORE: Final = "store"
 
 
 class Clock(Protocol):
-    @property
-    def suspect(self) -> bool: ...
     def moment(self) -> Moment: ...
 
 
@@ -115,9 +113,10 @@ class Sweeper:
 
     async def _slice(self) -> bool:
         """Look at what is due; whether there may be more that can be done at once."""
-        if self._clock.suspect:
+        at = self._clock.moment()
+        if at.suspect:
             return False  # as nothing is deleted by age then
-        now = self._clock.moment().now
+        now = at.now
         due = await self._disk.due_tombstones(now, SLICE)
         self.sweeps.waiting -= due.damaged
         self.sweeps.behind_ms = max((now - each.due_at for each, _ in due.found), default=0)

@@ -18,6 +18,7 @@ from jobd.commands import (
     EndGrants,
     Expire,
     Mend,
+    Moment,
     OnJob,
     Preview,
     Recover,
@@ -56,7 +57,7 @@ def recover_one(draft: Draft, command: OnJob) -> Answer | Refusal:
     if steps.is_stuck(job, draft.at.lease):
         steps.stall(draft, job, steps.silence(draft, job))
         return Answer(Worked(1))
-    return _not_due(job)
+    return _not_due(job, draft.at)
 
 
 def clean_one(draft: Draft, command: OnJob) -> Answer | Refusal:
@@ -64,17 +65,17 @@ def clean_one(draft: Draft, command: OnJob) -> Answer | Refusal:
     job = steps.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
-    if steps.is_overdue(job, draft.at.now):
+    if steps.may_expire(job, draft.at):
         steps.expire(draft, job)
-    elif _is_past(job, draft.at.now):
+    elif _is_past(job, draft.at):
         draft.delete(job)
     else:
         return recover_one(draft, command)
     return Answer(Worked(1))
 
 
-def _not_due(job: Job) -> Refusal:
-    message = "Nothing is to be done to it by time any more."
+def _not_due(job: Job, at: Moment) -> Refusal:
+    message = steps.CLOCK_SUSPECT if at.suspect else "Nothing is to be done to it by time any more."
     return Refusal("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
@@ -82,7 +83,7 @@ def preview(draft: Draft, command: Preview) -> Answer:
     """What `recover` and `expire` would do now, found out by doing it to a draft that nobody writes."""
     recovered = recover(draft, Recover(limit=command.limit)).data
     overdue = list(islice(draft.book.overdue, command.limit))
-    expired = [job_id for job_id in overdue if steps.is_overdue(draft.book.jobs[job_id], draft.at.now)]
+    expired = [job_id for job_id in overdue if steps.may_expire(draft.book.jobs[job_id], draft.at)]
     draft.changes.clear()
     more = recovered.more or len(draft.book.overdue) > command.limit
     return Answer(Foreseen(recovered.details, recovered.locks_cleared, expired, more))
@@ -133,7 +134,7 @@ def expire(draft: Draft, command: Expire) -> Answer:
     """Fail queued jobs that their creators no longer want."""
     overdue = list(islice(draft.book.overdue, command.limit))
     jobs = [draft.book.jobs[job_id] for job_id in overdue]
-    late = [job for job in jobs if steps.is_overdue(job, draft.at.now)]
+    late = [job for job in jobs if steps.may_expire(job, draft.at)]
     for job in late:
         steps.expire(draft, job)
     return Answer(Worked(len(late), more=len(draft.book.overdue) > command.limit))
@@ -144,16 +145,16 @@ def delete_expired(draft: Draft, command: DeleteExpired) -> Answer:
     done = 0
     for job_id in dict.fromkeys(command.ids):
         job = draft.book.get(job_id)
-        if job is None or not _is_past(job, draft.at.now):
+        if job is None or not _is_past(job, draft.at):
             continue
         draft.delete(job)
         done += 1
     return Answer(Worked(done))
 
 
-def _is_past(job: Job, now: int) -> bool:
-    """A finished job whose time is over."""
-    return job.status in FINISHED and job.expires_at is not None and job.expires_at <= now
+def _is_past(job: Job, at: Moment) -> bool:
+    """Whether the job is finished and past its `expires_at` by a clock that is not suspect."""
+    return not at.suspect and job.status in FINISHED and job.expires_at is not None and job.expires_at <= at.now
 
 
 def end_pauses(draft: Draft) -> Answer:

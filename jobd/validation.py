@@ -176,4 +176,6 @@ def _expiry(job: Job, at: Moment) -> list[Issue]:
         return []
     message = f"The job expired at {job.expires_at} (Unix ms)."
     fix = "It fails with error_code expired." if job.status == "queued" else "The next cleanup pass deletes it."
+    if at.suspect:
+        fix = "None, as long as the clock is suspect. Check it; if it is right: jobctl clock accept"
     return [Issue("warning", "expires_at", message, fix)]

@@ -104,6 +104,10 @@ def _resuming(queue: str, pause: QueuePause) -> list[str]:
 def _overdue(job: Job, at: Moment, back: str) -> WhyView:
     assert job.expires_at is not None
     because = f"Its expires_at passed {in_words(at.now - job.expires_at)} ago, so no worker gets it any more.{back}"
+    if at.suspect:
+        because += " The wall clock is suspect, so the job is not failed either."
+        do = ["Check the date of the daemon's machine. If it is right: jobctl clock accept"]
+        return WhyView("queued", because, None, "clock", do)
     soon = Next("It fails as expired, with the next recovery or cleanup pass.", at.now, "expires_at")
     return WhyView("queued", because, soon, "expires_at", [f"If it is still wanted: jobctl force-reset {job.id}"])
 
@@ -191,7 +195,8 @@ def _advice(job: Job, grant: Grant) -> list[str]:
 def _finished(job: Job, at: Moment) -> WhyView:
     deleted = None
     if job.expires_at is not None:
-        deleted = Next("A cleanup pass deletes it.", max(job.expires_at, at.now), "retention")
+        what = "A cleanup pass deletes it" + (" once the clock is no longer suspect." if at.suspect else ".")
+        deleted = Next(what, max(job.expires_at, at.now), "retention")
     match job.status:
         case "completed":
             return WhyView("completed", ending(job), deleted, None, [])

@@ -56,6 +56,7 @@ class Desk:
         self.book = Book()
         self.now = now
         self.lease = lease
+        self.trusted: int | None = None  # the expected wall time while the clock is suspect
         self.rows: dict[str, Job] = {}
         self.events: list[Event] = []
         self.checked: list[int] = []
@@ -66,7 +67,7 @@ class Desk:
 
     @property
     def at(self) -> Moment:
-        return Moment(self.now, self.lease, self.now - self.lease)
+        return Moment(self.now, self.lease, self.now - self.lease, self.trusted)
 
     def passes(self, ms: int) -> None:
         """Time passes, on both clocks."""

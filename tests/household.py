@@ -70,17 +70,23 @@ class Household:
         schedule: Schedule = QUIET,
         policy: Policy | None = None,
         bounds: Bounds | None = None,
+        step_ms: int = 0,
         **cleaner: Any,
     ) -> None:
         self.disk = disk or MemoryDisk()
         opened = self.disk.opened()
         loop_time = asyncio.get_running_loop().time
-        self.step_ms = 0  # of the wall clock
+        self.step_ms = step_ms  # of the wall clock
+        self.synchronised = False  # as the kernel reports it
+        policy = policy or Policy()
         self.clock = Clock(
             opened.numbers.lease_ms,
             opened.numbers.wall_ms,
+            suspect=opened.numbers.clock_suspect,
+            keep_ms=policy.shortest_keep_ms,
             wall=lambda: WALL + self.step_ms + round(loop_time() * 1000),
             boot=lambda: round(loop_time() * 1000),
+            synchronised=lambda: self.synchronised,
         )
         self.book = Book.opened(opened)
         self.book.suspects = dict(opened.suspects)
@@ -91,7 +97,7 @@ class Household:
             self.book,
             Keys(opened.keys, 1000),
             self.clock,
-            policy or Policy(),
+            policy,
             random=lambda size: b"s" * size,
             bounds=bounds,
             is_full=opened.full,

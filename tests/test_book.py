@@ -53,15 +53,16 @@ def test_an_empty_book() -> None:
     assert (book.next_run_at(), book.next_deadline(), book.next_expiry()) == (None, None, None)
     assert list(book.due(["q"], None)) == []
     assert book.queue_row("q") == QueueRow()
-    assert book.numbers(7, 9) == Numbers(lease_ms=7, wall_ms=9)
+    assert book.numbers(7, 9, False) == Numbers(lease_ms=7, wall_ms=9)
 
 
 def test_a_start_finds_live_jobs_and_the_counts_of_finished_ones() -> None:
-    numbers = Numbers(3, 11, 12, 13, 400, NOW)
+    numbers = Numbers(3, 11, 12, 13, 400, NOW, True)
     jobs = [queued(1), queued(2, run_at=NOW + 1), held(3, "w-1"), held(4, "w-2", expires=400)]
     queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, cancelled=1)}
     book = Book.opened(Opened(numbers, jobs, queues=queues))
-    assert book.numbers(400, NOW) == numbers
+    assert book.numbers(400, NOW, True) == numbers
+    assert book.clock_suspect
     assert book.total() == 12
     assert book.counts["default"] == {"queued": 2, "processing": 2, "completed": 5, "failed": 2, "cancelled": 0}
     assert book.totals["cancelled"] == 1

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
+from collections.abc import MutableMapping
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
-from jobd.clock import SUSPECT_AHEAD_MS, Clock, boot_clock_ms, wall_clock_ms
+from jobd import clock as clock_module
+from jobd.clock import Clock, boot_clock_ms, is_synchronised, wall_clock_ms
 from jobd.commands import Moment
+from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
 
 WALL = 1_700_000_000_000
+WEEK_MS = 7 * DAY_MS
 
 
 class Sources:
@@ -20,6 +28,12 @@ class Sources:
     def __init__(self) -> None:
         self.wall_ms = WALL
         self.boot_ms = 5_000
+        self.synchronised = False
+        self.looks = 0  # at the kernel's synchronisation
+
+    def is_synchronised(self) -> bool:
+        self.looks += 1
+        return self.synchronised
 
     def wall(self) -> int:
         return self.wall_ms
@@ -37,8 +51,23 @@ def sources() -> Sources:
     return Sources()
 
 
-def clock(sources: Sources, lease_ms: int = 0, wall_ms: int = 0) -> Clock:
-    return Clock(lease_ms, wall_ms, wall=sources.wall, boot=sources.boot)
+def clock(
+    sources: Sources, lease_ms: int = 0, wall_ms: int = 0, *, suspect: bool = False, keep_ms: int = WEEK_MS
+) -> Clock:
+    return Clock(
+        lease_ms,
+        wall_ms,
+        suspect=suspect,
+        keep_ms=keep_ms,
+        wall=sources.wall,
+        boot=sources.boot,
+        synchronised=sources.is_synchronised,
+    )
+
+
+def said(logs: list[MutableMapping[str, Any]]) -> list[tuple[str, str]]:
+    """Event and level of the lines about trust, each of which has to come once."""
+    return [(line["event"], line["log_level"]) for line in logs]
 
 
 def test_lease_time_starts_where_it_was_persisted_and_goes_on(sources: Sources) -> None:
@@ -57,7 +86,6 @@ def test_a_step_of_the_wall_clock_moves_no_lease(sources: Sources, step_ms: int)
     assert at.lease == 1_010
     assert at.now == sources.wall_ms
     assert at.wall(1_010) == sources.wall_ms
-    assert not it.suspect  # judged at the start only
 
 
 def test_the_offset_does_not_flicker(sources: Sources) -> None:
@@ -108,21 +136,241 @@ def test_a_stop_is_a_hold_that_nothing_ends(sources: Sources) -> None:
     assert (it.moment().lease, it.moment().now) == (10, WALL + 1_010)
 
 
+# -- trust ------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("wall_ms", "suspect"),
+    ("keep_ms", "bound_ms"),
+    [(WEEK_MS, DAY_MS), (2 * DAY_MS, DAY_MS), (DAY_MS, 12 * HOUR_MS), (MINUTE_MS, 30 * SECOND_MS), (1, SECOND_MS)],
+)
+def test_while_running_a_day_or_half_the_shortest_retention_ahead_is_suspect(
+    sources: Sources, keep_ms: int, bound_ms: int
+) -> None:
+    it = clock(sources, keep_ms=keep_ms)
+    sources.pass_ms(10 * DAY_MS)  # boot time goes on too
+    assert not it.suspect
+    sources.wall_ms += bound_ms
+    assert not it.moment().suspect
+    sources.wall_ms += 1
+    at = it.moment()
+    assert at.suspect
+    assert (at.now, at.believed) == (sources.wall_ms, sources.wall_ms - bound_ms - 1)
+
+
+def test_the_very_moment_after_a_step_is_suspect_and_expects_boot_time_to_go_on(sources: Sources) -> None:
+    it = clock(sources)
+    sources.wall_ms += 40 * DAY_MS
+    assert it.moment().believed == WALL
+    sources.pass_ms(HOUR_MS)
+    assert it.moment().believed == WALL + HOUR_MS
+    it.hold()  # the full disk stops lease time, not the expected time
+    sources.pass_ms(HOUR_MS)
+    assert it.moment().believed == WALL + 2 * HOUR_MS
+
+
+def test_small_steps_ahead_add_up_and_suspend_is_none(sources: Sources) -> None:
+    it = clock(sources)
+    sources.pass_ms(30 * DAY_MS)  # a suspend: boot time counts it
+    assert not it.suspect
+    for _ in range(2):
+        sources.wall_ms += 12 * HOUR_MS
+        assert not it.suspect
+    sources.wall_ms += 12 * HOUR_MS
+    assert it.suspect
+
+
+@pytest.mark.parametrize("back_ms", [1, 5 * SECOND_MS, 3 * DAY_MS, 50 * 365 * DAY_MS])
+def test_a_step_back_is_trusted_and_what_comes_after_is_judged_by_it(sources: Sources, back_ms: int) -> None:
+    it = clock(sources)
+    sources.wall_ms -= back_ms
+    assert not it.suspect
+    sources.wall_ms += DAY_MS
+    assert not it.suspect
+    sources.wall_ms += 2
+    assert it.suspect
+
+
+@pytest.mark.parametrize(
+    ("wall_ms", "keep_ms", "suspect"),
     [
-        (0, False),  # a new store
-        (WALL, False),
-        (WALL + 10 * SUSPECT_AHEAD_MS, False),  # the clock went back: nothing is old by that
-        (WALL - SUSPECT_AHEAD_MS, False),
-        (WALL - SUSPECT_AHEAD_MS - 1, True),
+        (0, WEEK_MS, False),  # a new store
+        (WALL, WEEK_MS, False),
+        (WALL + 100 * DAY_MS, WEEK_MS, False),  # the clock went back: nothing is old by that
+        (WALL - WEEK_MS // 2, WEEK_MS, False),
+        (WALL - WEEK_MS // 2 - 1, WEEK_MS, True),
+        (WALL - 29 * DAY_MS, WEEK_MS, True),
+        (WALL - HOUR_MS // 2, HOUR_MS, False),
+        (WALL - HOUR_MS // 2 - 1, HOUR_MS, True),
     ],
 )
-def test_a_wall_clock_far_ahead_at_the_start_is_suspect(sources: Sources, wall_ms: int, suspect: bool) -> None:
-    it = clock(sources, wall_ms=wall_ms)
+def test_a_start_half_the_shortest_retention_ahead_is_suspect(
+    sources: Sources, wall_ms: int, keep_ms: int, suspect: bool
+) -> None:
+    it = clock(sources, wall_ms=wall_ms, keep_ms=keep_ms)
     assert it.suspect is suspect
+    assert it.moment().believed == (wall_ms if suspect else WALL)
+
+
+def test_a_start_after_a_suspect_clock_is_suspect_where_the_jump_alone_would_not_be(sources: Sources) -> None:
+    assert not clock(sources, wall_ms=WALL - 2 * DAY_MS).suspect
+    it = clock(sources, wall_ms=WALL - 2 * DAY_MS, suspect=True)
+    assert it.suspect
+    assert it.moment().believed == WALL - 2 * DAY_MS
+
+
+def test_a_new_retention_counts_at_once(sources: Sources) -> None:
+    it = clock(sources)
+    sources.wall_ms += 20 * HOUR_MS
+    assert not it.suspect
+    it.keep_ms = DAY_MS
+    assert it.suspect
+    it.keep_ms = WEEK_MS
+    assert not it.suspect
+
+
+def test_a_suspect_clock_is_told_once_with_the_jump_and_what_to_do(sources: Sources) -> None:
+    with capture_logs() as logs:
+        it = clock(sources)
+        assert it.doubt() is None
+        sources.wall_ms += 40 * DAY_MS
+        for _ in range(3):
+            it.moment()
+            sources.pass_ms(SECOND_MS)
+    assert said(logs) == [("clock_suspect", "warning")]
+    assert logs[0]["ahead_ms"] == 40 * DAY_MS
+    for text in (logs[0]["message"], it.doubt()):
+        assert text is not None
+        assert "40 days ahead of its expected value (2023-11-14 22:13:2" in text
+        assert "jobctl clock accept" in text
+    with capture_logs() as logs:
+        clock(sources, wall_ms=WALL)
+    assert said(logs) == [("clock_suspect", "warning")]
+
+
+@pytest.mark.parametrize(
+    ("ahead_ms", "words"), [(30 * HOUR_MS, "30 h"), (31 * MINUTE_MS, "31 min"), (31 * SECOND_MS, "31 s")]
+)
+def test_the_jump_is_told_in_words(sources: Sources, ahead_ms: int, words: str) -> None:
+    it = clock(sources, keep_ms=MINUTE_MS)
+    sources.wall_ms += ahead_ms
+    assert f"is {words} ahead" in (it.doubt() or "")
+
+
+def test_the_first_way_out_is_an_operator(sources: Sources) -> None:
+    it = clock(sources)
     it.accept()
-    assert it.suspect is False
+    sources.wall_ms += 40 * DAY_MS
+    assert it.suspect
+    with capture_logs() as logs:
+        it.accept()
+        it.accept()
+        assert it.moment() == Moment(WALL + 40 * DAY_MS, 0, WALL + 40 * DAY_MS)
+    assert said(logs) == [("clock_trusted", "info")]
+    assert logs[0]["because"] == "an operator accepted the clock"
+    sources.wall_ms += DAY_MS + 1
+    assert it.suspect
+
+
+@pytest.mark.parametrize("left_ms", [-3 * DAY_MS, 0, DAY_MS])
+def test_the_second_way_out_is_a_wall_time_that_agrees_again(sources: Sources, left_ms: int) -> None:
+    it = clock(sources)
+    sources.wall_ms += 40 * DAY_MS
+    assert it.suspect
+    sources.pass_ms(HOUR_MS)
+    sources.wall_ms += left_ms - 40 * DAY_MS + 1
+    assert it.suspect is (left_ms == DAY_MS)
+    with capture_logs() as logs:
+        sources.wall_ms -= 1
+        assert it.moment() == Moment(WALL + HOUR_MS + left_ms, HOUR_MS, it.moment().offset)
+    assert [line["because"] for line in logs] == ["wall time agrees with its expected value again"] * (
+        left_ms == DAY_MS
+    )
+
+
+def test_a_clock_that_is_set_right_while_the_daemon_is_down_is_trusted_at_the_start(sources: Sources) -> None:
+    with capture_logs() as logs:
+        it = clock(sources, wall_ms=WALL - HOUR_MS, suspect=True)
+        assert not it.suspect
+    assert said(logs)[-1] == ("clock_trusted", "info")
+
+
+def after(sources: Sources, it: Clock, ms: int, *, step_ms: int = 10 * SECOND_MS) -> bool:
+    """Whether the clock is suspect after that time, in which it is asked every `step_ms`."""
+    for _ in range(ms // step_ms):
+        sources.pass_ms(step_ms)
+        it.moment()
+    return it.suspect
+
+
+def test_the_third_way_out_is_a_kernel_that_is_synchronised_for_ten_minutes(sources: Sources) -> None:
+    it = clock(sources)
+    sources.wall_ms += 40 * DAY_MS
+    assert it.suspect
+    assert after(sources, it, HOUR_MS)
+    sources.synchronised = True
+    assert after(sources, it, 10 * MINUTE_MS)
+    with capture_logs() as logs:
+        assert not after(sources, it, 10 * SECOND_MS)
+    assert said(logs) == [("clock_trusted", "info")]
+    assert logs[0]["because"] == "the kernel has reported the clock as synchronised for 10 min"
+    assert it.moment().believed == sources.wall_ms
+    looks = sources.looks
+    assert not after(sources, it, HOUR_MS)
+    assert sources.looks == looks, "a clock that is trusted needs no look"
+    sources.wall_ms += 2 * DAY_MS
+    assert it.suspect, "what was said of the clock before it stepped counts no more"
+
+
+def test_ten_minutes_begin_anew_after_a_break(sources: Sources) -> None:
+    it = clock(sources)
+    sources.wall_ms += 40 * DAY_MS
+    sources.synchronised = True
+    assert after(sources, it, 9 * MINUTE_MS)
+    sources.synchronised = False
+    assert after(sources, it, 10 * SECOND_MS)
+    sources.synchronised = True
+    assert after(sources, it, 10 * MINUTE_MS)
+    sources.pass_ms(MINUTE_MS + 1)  # nobody looked: who knows what the kernel would have said
+    assert it.suspect
+    assert after(sources, it, 10 * MINUTE_MS - 10 * SECOND_MS)
+    sources.wall_ms += HOUR_MS  # the kernel has not confirmed this time for long
+    assert it.suspect
+    assert after(sources, it, 10 * MINUTE_MS - 10 * SECOND_MS)
+    assert not after(sources, it, 10 * SECOND_MS)
+
+
+def test_a_busy_daemon_looks_at_the_kernel_once_a_second(sources: Sources) -> None:
+    it = clock(sources)
+    sources.wall_ms += 40 * DAY_MS
+    assert after(sources, it, 10 * SECOND_MS, step_ms=10)
+    assert sources.looks == 10
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "synchronised"), [(0, 0, True), (5, 0x40, False), (5, 0, True), (-1, 0, False)]
+)
+def test_what_the_kernel_says_is_read_from_its_status(
+    monkeypatch: pytest.MonkeyPatch, state: int, status: int, synchronised: bool
+) -> None:
+    def adjtimex(timex: Any) -> int:
+        assert timex._obj.modes == 0, "nothing may be set"
+        timex._obj.status = status
+        return state
+
+    monkeypatch.setattr(clock_module, "_adjtimex", adjtimex)
+    assert is_synchronised() is synchronised
+
+
+def test_a_system_without_adjtimex_is_not_synchronised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock_module, "_adjtimex", None)
+    assert not is_synchronised()
+
+
+def test_the_real_kernel_can_be_asked() -> None:
+    buffer = ctypes.create_string_buffer(512)
+    state = ctypes.CDLL(None).adjtimex(buffer)
+    unsynchronised = bool(int.from_bytes(buffer.raw[40:44], sys.byteorder) & 0x40)
+    assert is_synchronised() is (state >= 0 and not unsynchronised)
 
 
 @given(st.lists(st.tuples(st.integers(-1_000, 5_000), st.integers(-(10**9), 10**9), st.sampled_from("hrn"))))

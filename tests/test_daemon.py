@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import os
 import re
@@ -18,8 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from jobd.backup import restore
+from jobd.batch import Batch
+from jobd.clock import wall_clock_ms
+from jobd.job import DAY_MS, HOUR_MS
+from jobd.store import Store
 from tests.conftest import tool_missing
 from tests.faults.fuzz import free_port
 from tests.process import Daemon, call
@@ -371,6 +377,44 @@ def test_a_start_and_a_reload_warn_of_what_is_hardly_meant(tmp_path: Path) -> No
         assert "1m" in daemon.until_said(b"level=warning event=config_warning")
         daemon.until_said(b"event=reloaded")
         assert daemon.log.count(b"event=config_warning") == 3  # what has been said is not said again
+
+
+async def _left_suspect(store: Path, expected_ms: int) -> None:
+    """A store whose daemon ended while its clock was suspect."""
+    disk, found = await Store.open(str(store))
+    await disk.write(Batch([], replace(found.numbers, wall_ms=expected_ms, clock_suspect=True)))
+    await disk.close()
+
+
+def test_a_suspect_clock_survives_restarts_until_it_is_accepted(tmp_path: Path) -> None:
+    # Two days are more than a running daemon allows, and less than a start allows by itself.
+    asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 2 * DAY_MS))
+    with Daemon(tmp_path) as daemon:
+        for _ in range(2):
+            clock = daemon.admin("GET", "clock").data
+            assert clock["suspect"], clock
+            health = daemon.admin("GET", "health").data
+            assert health["status"] == "degraded"
+            assert "The wall clock is 2 days ahead" in health["cleanupStatus"]["message"]
+            assert b"level=warning event=clock_suspect " in daemon.log
+            daemon.post("/v1/jobs", {})
+            daemon.kill()
+            daemon.start()
+        assert not daemon.admin("POST", "clock/accept", {}).data["suspect"]
+        daemon.kill()
+        daemon.start()
+        assert not daemon.admin("GET", "clock").data["suspect"]
+
+
+def test_a_reloaded_retention_says_how_far_ahead_the_clock_may_be(tmp_path: Path) -> None:
+    asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 20 * HOUR_MS))
+    with Daemon(tmp_path) as daemon:
+        assert daemon.process is not None
+        assert not daemon.admin("GET", "clock").data["suspect"]
+        daemon.config.write_text("[retention]\ncancelled = '1d'\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.until_said(b"event=reloaded")
+        assert daemon.admin("GET", "clock").data["suspect"]
 
 
 def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from jobd.commands import (
     Start,
     Update,
 )
-from jobd.job import SECOND_MS, Grant, Options
+from jobd.job import DAY_MS, SECOND_MS, Grant, Options
 from jobd.planning import version
 from jobd.plans import Planner
 from tests.by_hand import full_job
@@ -830,7 +830,7 @@ async def test_a_preview_names_old_jobs_also_where_few_are_read_at_a_time() -> N
             patch.setattr(foresight, "SHOWN", 5)
             assert await seen(house) == (5, True, False)
             assert await seen(house, 1e-9) == (1, True, False), "one look takes longer"
-            house.clock.suspect = True
+            house.step_ms = 2 * DAY_MS
             assert await seen(house) == (5, False, True)
 
 
@@ -839,11 +839,11 @@ async def test_a_preview_while_the_clock_is_in_doubt_deletes_nothing_and_may_be_
     async with Household() as house:
         await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
         await asyncio.sleep(60)
-        house.clock.suspect = True
+        house.step_ms = 2 * DAY_MS
         view = await house.cleaner.preview()
         assert isinstance(view, PreviewView)
         assert (view.deleted_jobs, view.held_jobs, view.more_held) == ([], ["old"], False)
-        house.clock.suspect = False
+        house.step_ms = 0
         view = await house.cleaner.preview()
         assert isinstance(view, PreviewView)
         assert (view.deleted_jobs, view.held_jobs) == (["old"], [])

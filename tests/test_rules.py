@@ -979,7 +979,7 @@ def test_jobs_that_are_released_in_a_loop_are_known(desk: Desk) -> None:
     assert loops == {}
     released(desk, LOOP_FROM, "c", delay_ms=0)
     assert loops == {"c": 20}
-    opened = Opened(desk.book.numbers(desk.lease, desk.now), [desk.job(job_id) for job_id in "abc"])
+    opened = Opened(desk.book.numbers(desk.lease, desk.now, False), [desk.job(job_id) for job_id in "abc"])
     assert Book.opened(opened).release_loops == {"c": 20}
     desk.yes(Progress(id="c", lock_id=desk.start("c"), progress=1))
     assert loops == {}

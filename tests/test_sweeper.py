@@ -76,6 +76,7 @@ async def test_by_age_as_by_hand() -> None:
         for number in range(3 * SLICE + 1):
             await at.done(f"job-{number}", f"k/{number}")
         at.house.step_ms = 8 * DAY_MS
+        at.house.clock.accept()
         await at.house.yes(DeleteExpired(ids=[f"job-{number}" for number in range(3 * SLICE + 1)]))
         assert len(at.house.disk.tombstones) > 0
         await until(lambda: not at.store.objects)
@@ -451,7 +452,7 @@ async def test_a_disk_that_fails_is_survived_and_complained_of() -> None:
 async def test_nothing_goes_while_the_clock_is_in_doubt() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
-        at.house.clock.suspect = True
+        at.house.step_ms = 2 * DAY_MS
         await at.delete("a")
         await seconds(60)
         assert at.store.objects
@@ -463,6 +464,7 @@ async def test_nothing_goes_while_the_clock_is_in_doubt() -> None:
 async def test_a_clock_that_stepped_back_puts_nothing_off_for_ever() -> None:
     async with sweeping() as at:
         at.house.step_ms = 40 * DAY_MS
+        at.house.clock.accept()
         await at.done("a", "k")
         at.store.broken = StoreFault("down")
         await at.delete("a")
@@ -500,6 +502,7 @@ async def test_how_many_failures_are_remembered_has_a_limit() -> None:
             await at.done(f"job-{number}", f"k/{number}")
         at.store.broken = StoreFault("down")
         at.house.step_ms = 8 * DAY_MS
+        at.house.clock.accept()
         await at.house.yes(DeleteExpired(ids=[f"job-{number}" for number in range(FAILING_KEPT + 50)]))
         await seconds(3600)
         assert len(at.sweeper._failing) == FAILING_KEPT

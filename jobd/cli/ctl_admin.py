@@ -221,8 +221,8 @@ def alerts(firing: bool, as_json: bool) -> int:
 def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Show the daemon's clock, or accept it after a jump.
 
-    Where the clock stood far ahead at start, nothing is deleted by age until `clock accept` says that it is right.
-    It says first what would be deleted then, and asks.
+    While the clock is suspect, nothing is deleted or failed by age. `clock accept` ends that if the clock is right. It
+    says first what would be deleted then, and asks.
     """
     from jobd.cli import tables_admin
 
@@ -238,7 +238,7 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
             show.emit_json({"heldJobs": seen.held_jobs, "moreHeld": seen.more_held})
             return
         told = f"{tables_admin.held(seen)} finished jobs would be deleted by age; the daemon's time is "
-        told += f"{show.instant(view.now)}" if view.suspect else f"{show.instant(view.now)}, and is not in doubt"
+        told += f"{show.instant(view.now)}" if view.suspect else f"{show.instant(view.now)}, and is not suspect"
         if dry_run:
             show.emit(told)
             return

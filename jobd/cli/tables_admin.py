@@ -193,7 +193,7 @@ def preview(view: PreviewView) -> None:
             ("jobs with issues", _named(view.mended_jobs)),
             *([("", "not all jobs were looked at for issues: there are too many")] if view.more_mended else []),
             *([("", "there are more: these are the first of each kind")] if view.more else []),
-            *([("kept while the clock is in doubt", held(view))] if view.held_jobs else []),
+            *([("kept while the clock is suspect", held(view))] if view.held_jobs else []),
         ]
     )
 

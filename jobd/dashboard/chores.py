@@ -96,7 +96,9 @@ async def recover(guest: Guest, asked: ReasonForm) -> Answer | Refusal:
     return go_on(guest, "/cleanup", message)
 
 
-async def accept_clock(guest: Guest, asked: ReasonForm) -> Answer:
-    await guest.site.rooms.accept_clock()
+async def accept_clock(guest: Guest, asked: ReasonForm) -> Answer | Refusal:
+    view = await guest.site.rooms.accept_clock()
+    if isinstance(view, Refusal):
+        return view
     await guest.note("accept-clock", reason=asked.why)
-    return go_on(guest, "/alerts", "The clock is taken as right: jobs are deleted by age again.")
+    return go_on(guest, "/alerts", "The clock is taken as right: jobs are deleted and failed by age again.")

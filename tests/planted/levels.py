@@ -41,7 +41,7 @@ TESTS: Final[dict[Level, tuple[str, ...]]] = {
     ),
     "world": _files("small_world core_properties"),
     "simulation": ("tests/test_simulation.py::test_every_promise_holds",),
-    "actor": _files("actor cleanup health sweeper artefacts artefact_files audit plans failures"),
+    "actor": _files("actor suspect_clock cleanup health sweeper artefacts artefact_files audit plans failures"),
     "store": _files("store audit_log rows files opening migrations quarantine backup outages doctor"),
     "doors": _files("doors bodies web worker_api admin_api web_actor listener streams command_stream contract"),
     "process": _files("dashboard daemon systemd secrets faults"),

@@ -11,6 +11,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from jobd.job import DAY_MS
 from tests.simulation.machine import Machine
 from tests.simulation.plan import policy
 
@@ -27,6 +28,7 @@ UPKEEP: Final = (
     "settle_tombstones",
     "trim_audit",
 )
+LEAP_MS: Final = 40 * DAY_MS
 LONG_STEPS_MS: Final = (25 * 3_600_000, 8 * 86_400_000, 45 * 86_400_000)
 
 
@@ -75,6 +77,8 @@ class Chaos:
                 step_ms = dice.choice(steps) * dice.choice((1, -1)) + dice.random()
                 machine.move_clocks(wall_ms=step_ms)
                 machine.fault(name, step_ms)
+            case "leap":
+                await self._leap()
             case "suspend":
                 asleep_ms = dice.choice((500, 20_000, 4_000_000))
                 machine.move_clocks(wall_ms=asleep_ms, boot_ms=asleep_ms)
@@ -172,6 +176,14 @@ class Chaos:
         methods = frozenset(self.dice.sample(UPKEEP, self.dice.randint(1, len(UPKEEP))))
         await self._failing(methods, self.dice.choice((8, 8, 8, 200)))
 
+    async def _leap(self) -> None:
+        """The wall clock is far ahead for a while, and then right again: nothing is old by that, unless accepted."""
+        machine = self.machine
+        machine.leap(LEAP_MS)
+        machine.fault("leap")
+        await asyncio.sleep(self.dice.uniform(0.2, 30))
+        machine.leap(-LEAP_MS)
+
     def _rot(self) -> None:
         machine = self.machine
         seqs = list(machine.disk.jobs)
@@ -193,3 +205,4 @@ class Chaos:
         machine.fault("reload", machine.next_policy)
         if machine.daemon is not None:
             machine.daemon.actor.policy = machine.next_policy
+            machine.daemon.clock.keep_ms = machine.next_policy.shortest_keep_ms

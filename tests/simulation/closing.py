@@ -63,7 +63,7 @@ class Closing:
         self.watch.must(opened_in_s <= READY_S, "L4", f"the daemon took {opened_in_s:.1f} s to come up")
         await asyncio.sleep(1.5)  # a disk that was full is probed once a second
         machine.closing_since = daemon.clock.moment().lease
-        daemon.clock.accept()
+        machine.accept_clock(daemon)
         return daemon
 
     async def _nothing_stuck(self, daemon: Daemon) -> None:
@@ -159,6 +159,7 @@ class Closing:
         machine, disk = self.machine, self.machine.disk
         times = [job.expires_at or 0 for job in disk.jobs.values()]
         machine.move_clocks(wall_ms=max([*times, machine.wall()]) + DAY_MS - machine.wall())
+        machine.accept_clock(daemon)
         await self._pass(daemon)
         times = [
             *disk.deleted.values(),
@@ -166,6 +167,7 @@ class Closing:
             *(its.at for its in disk.tombstones.values()),
         ]
         machine.move_clocks(wall_ms=max([*times, machine.wall()]) + 2 * DAY_MS - machine.wall())
+        machine.accept_clock(daemon)
         await self._pass(daemon)
 
     async def _pass(self, daemon: Daemon) -> CleanupReport:

@@ -23,6 +23,7 @@ from jobd.cleanup import Cleaner, read_figures
 from jobd.clock import Clock
 from jobd.commands import AnyCommand, CreditAbsence, EndGrants, KeyUse, Operator, Refusal
 from jobd.daemon import GRACE_MS, STOP_S, _current_keys
+from jobd.job import DAY_MS
 from jobd.keys import Keys
 from jobd.sweeper import Sweeper, Sweeps
 from tests.simulation.artefacts import SimArtefacts
@@ -90,6 +91,8 @@ class Machine:
         self.wall_shift_ms = 0.3
         self.boot_shift_ms = 0.0
         self.clocks_moved_s = 0.0  # loop time of the latest step of a clock
+        self.leap_ms = 0  # by so much the wall clock is known to be wrong, and nobody has accepted it
+        self.synchronised = Random(f"{seed}: kernel").random() < 0.3
         self.downtime_s = 0.5
         self.off = False
         self.dice = Random(f"{seed}: machine")
@@ -109,6 +112,15 @@ class Machine:
         self.wall_shift_ms += wall_ms
         self.boot_shift_ms += boot_ms
         self.clocks_moved_s = self.loop.now_s
+
+    def leap(self, ms: int) -> None:
+        """A step ahead that is undone later. After a longer step back the store may have seen that time: no leap."""
+        self.move_clocks(wall_ms=ms)
+        self.leap_ms = ms if ms > 0 and self.disk.numbers.wall_ms < self.wall() - ms + DAY_MS else 0
+
+    def accept_clock(self, daemon: Daemon) -> None:
+        self.leap_ms = 0
+        daemon.clock.accept()
 
     def note(self, what: str, *details: Any) -> None:
         self.journal.note(self.loop.now_s, what, *details)
@@ -279,7 +291,16 @@ class Daemon:
     def _build(self, opened: Opened) -> None:
         machine = self.machine
         self.opened = opened
-        self.clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms, wall=machine.wall, boot=machine.boot)
+        numbers = opened.numbers
+        self.clock = Clock(
+            numbers.lease_ms,
+            numbers.wall_ms,
+            suspect=numbers.clock_suspect,
+            keep_ms=machine.next_policy.shortest_keep_ms,
+            wall=machine.wall,
+            boot=machine.boot,
+            synchronised=lambda: machine.synchronised,
+        )
         self.book = Book.opened(opened)
         self.book.quarantined = dict(opened.quarantined)
         self.book.suspects = dict(opened.suspects)
@@ -309,7 +330,7 @@ class Daemon:
         self.cleaning = self.spawn(self.cleaner.run())
         sweeping = self._sweep()
         self.is_open, self.opened_s = True, machine.loop.now_s
-        machine.note("machine", "open", self.book.numbers(0, 0), self.clock.suspect)
+        machine.note("machine", "open", self.book.numbers(0, 0, False), self.clock.suspect)
         await self.stopped.wait()
         self.is_open = False
         self.how = "disk broken" if running.done() else "stopped"

@@ -168,7 +168,7 @@ class Operator(Person):
             self.machine.fired["operator cleanup"] += 1
             work = daemon.cleaner.run_pass(forced=self.dice.random() < 0.5)
         else:
-            daemon.clock.accept()
+            self.machine.accept_clock(daemon)
             return
         await asyncio.wait([daemon.spawn(work)])
 

@@ -31,6 +31,7 @@ FAULTS: Final = (
     "rot",
     "wall step",
     "long wall step",
+    "leap",
     "suspend",
     "boot step back",
     "freeze",
@@ -51,7 +52,7 @@ MISHAPS: Final = (
     "ended twice",
     "worker releases",
 )
-RARE: Final = frozenset({"rot", "restore", "long wall step", "read error", "lost fsync answer", "write error"})
+RARE: Final = frozenset({"rot", "restore", "long wall step", "leap", "read error", "lost fsync answer", "write error"})
 
 
 class Plan(Struct, frozen=True):

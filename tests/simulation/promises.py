@@ -110,6 +110,10 @@ class Promises:
     def recovered(self, job: Job, at: Moment) -> None:
         """A stuck job is being recovered: was it in time?"""
 
+    def aged(self, job: Job, at: Moment) -> None:
+        """A job is being deleted or failed by age: may it be?"""
+        self.must(not at.suspect, "S13", f"a {job.status} job is old by a clock that is suspect", job.id)
+
     # -- one decision -------------------------------------------------------------------------------------------------
 
     def judged(self, decide: Decide, book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
@@ -248,11 +252,14 @@ class Promises:
             self._check_stall(before, at)
         if kind == "expired":
             self.must(is_overdue(before, at.now), "S5", "a job expired before its time", before.id)
+            self.aged(before, at)
         if kind == "deleted":
             old = before.expires_at is not None and before.expires_at <= at.now
             by_age = isinstance(command, DeleteExpired) or getattr(command, "action", None) == "cleanup"
             fits = before.status in FINISHED and (old or not by_age)
             self.must(fits, "S13", f"a job was deleted that is {before.status}", before.id)
+            if by_age:
+                self.aged(before, at)
         if before.status == "completed":
             final = after is None or (kind in {*NOTES, "fixed"} and after.status == "completed")
             self.must(final, "S4", f"{kind} changed a completed job", before.id)

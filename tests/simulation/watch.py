@@ -18,7 +18,7 @@ from jobd import rules
 from jobd.answers import Answer, CleanupReport, GrantView
 from jobd.batch import Batch, KeyRow
 from jobd.book import Book
-from jobd.commands import AnyCommand, Call, Claim, DeleteExpired, KeyUse, Moment, Refusal, is_rehearsal
+from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Refusal, is_rehearsal
 from jobd.draft import Decision
 from jobd.envelope import READS
 from jobd.events import Change, fold
@@ -143,16 +143,19 @@ class Watch(Promises):
             self._check_arrival(call.command, decision)
         if self.daemon is not None:
             self.fired["look that may go first"] += self.daemon.actor.looks_go_first and isinstance(call.command, READS)
-            self._check_clock(self.daemon, call.command, at)
+            self._check_clock(self.daemon, at)
         return decision
 
-    def _check_clock(self, daemon: Daemon, command: AnyCommand, at: Moment) -> None:
-        """Lease time stands still while no sign of life can be taken; a wall clock in doubt deletes nothing."""
+    def _check_clock(self, daemon: Daemon, at: Moment) -> None:
+        """Lease time stands still while no sign of life can be taken."""
         is_held = daemon.actor.full_disk.closed >= Closed.ALL_BUT_ENDINGS
         self._held_at = (self._held_at or at.lease) if is_held else None
         self.must(self._held_at in (None, at.lease), "S11", f"lease time went on from {self._held_at} on a full disk")
-        of_a_pass = isinstance(command, DeleteExpired) and id(command) not in self._decided
-        self.must(not of_a_pass or not daemon.clock.suspect, "S13", "a pass deletes by a clock that is in doubt")
+
+    def aged(self, job: Job, at: Moment) -> None:
+        """S13: nothing is old by a clock that is known to be wrong, whatever the daemon itself thinks of it."""
+        super().aged(job, at)
+        self.must(not self.machine.leap_ms, "S13", f"a {job.status} job is old by a leap of the clock", job.id)
 
     def recovered(self, job: Job, at: Moment) -> None:
         """L2, once the faults have stopped."""
@@ -270,7 +273,7 @@ class Watch(Promises):
 
     def pruned(self, before: int) -> None:
         """S13: the journal of a deleted job is kept for its time."""
-        kept_ms = self.machine.wall() - before
+        kept_ms = self.machine.wall() - self.machine.leap_ms - before
         self.must(kept_ms >= self.machine.plan.schedule.journal_ms, "S13", f"journals are deleted after {kept_ms} ms")
 
     def recount(self, book: Book) -> None:
