@@ -16,13 +16,14 @@ import msgspec
 import pytest
 
 import jobd
-from jobd.client import AsyncJobClient, CommandWorker, JobInfo, Unreachable, leftover, shift, uuid7
+from jobd.client import AsyncJobClient, CommandWorker, JobInfo, Unreachable, leftover, shift, uuid7, watchdog
 from jobd.client.claims import Wanted
 from jobd.client.leftover import left_behind
 from jobd.client.output import LINE_BYTES, BadDirective, Filter, Said, Sink, Tail
 from jobd.client.program import Program, has_members
 from jobd.client.run import describe
-from tests.peer import Peer, serving, until
+from jobd.client.watchdog import Watchdog
+from tests.peer import Peer, ok, serving, until
 from tests.process import Daemon, die_with_us
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -808,3 +809,131 @@ async def test_jobctl_run_is_this_worker_and_sigterm_gives_the_job_back(
     assert not has_members(int(out))
     back = await client.get_job(job.id)
     assert (back.status, back.attempt) == ("queued", 0)
+
+
+async def test_a_program_that_takes_longer_than_its_timeout_is_stopped_and_its_attempt_fails(
+    client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    script = "trap 'echo told >&2; exit 0' TERM; sleep 1000 & echo $$; while :; do sleep 0.01; done"
+    job = await client.create_job(queue=queue)
+    bench = Bench(client, tmp_path, queue, script, once=True, timeout=0.5)
+    assert await bench.run() == 1
+    failed = await client.get_job(job.id)
+    assert (failed.status, failed.error_code) == ("failed", "timeout")
+    assert failed.error_message is not None
+    first, *_, last = failed.error_message.splitlines()
+    assert (first, last) == ("The run took longer than its timeout of 0.5 s. Last lines of stderr:", "told")
+    assert not has_members(int(bench.out))
+
+
+async def test_a_program_that_ignores_the_end_of_its_time_is_killed(
+    client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    script = "trap '' TERM; sleep 1000 & echo $$; while :; do sleep 0.01; done"
+    job = await client.create_job(queue=queue, max_attempts=2)
+    bench = Bench(client, tmp_path, queue, script, once=True, timeout=0.3, kill_after_s=0.2)
+    assert await bench.run() == 1
+    back = await client.get_job(job.id)
+    assert (back.status, back.error_code) == ("queued", "timeout")
+    assert not has_members(int(bench.out))
+
+
+@pytest.mark.parametrize(("limit", "sent"), [({}, 0), ({"max_processing_ms": 5000}, 5000)])
+async def test_the_locks_have_no_ceiling_unless_one_is_given(tmp_path: Path, limit: dict[str, Any], sent: int) -> None:
+    peer = Peer()
+    peer.always = lambda asked: ok({"grants": []})
+    with serving(peer, tmp_path / "p") as endpoint:
+        await CommandWorker(endpoint, ["true"], drain=True, **limit).run(signals=False)
+    assert peer.asked[0].json["max_processing_ms"] == sent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A worker that is killed takes its programs along.
+
+
+@pytest.mark.parametrize("is_stubborn", [False, True], ids=["SIGTERM ends it", "it ignores SIGTERM"])
+async def test_a_killed_run_takes_its_program_and_the_children_along(
+    client: AsyncJobClient, daemon: Daemon, queue: str, tmp_path: Path, is_stubborn: bool
+) -> None:
+    trap = "trap '' TERM;" if is_stubborn else ""
+    script = f"{trap} sleep 1000 & echo ::meta child=$!; echo $$ $! > {tmp_path}/pids.new; "
+    script += f"mv {tmp_path}/pids.new {tmp_path}/pids; wait; while :; do sleep 0.01; done"
+    environ = {**os.environ, "PYTHONPATH": str(Path(jobd.__file__).parents[1])}
+    run = ["run", "--socket", daemon.socket, "--queue", queue, "--lock-ttl", "1s", "--", "sh", "-c", script]
+    command = [sys.executable, "-c", "from jobd.cli.ctl import main; main()", *run]
+    await client.create_job(queue=queue)
+    start = functools.partial(subprocess.Popen, command, env=environ, preexec_fn=die_with_us)
+    process = await asyncio.to_thread(start)
+    try:
+        await until((tmp_path / "pids").exists)
+        program, child = map(int, (tmp_path / "pids").read_text().split())
+        watchdogs = await asyncio.to_thread(_watchdogs_of, process.pid)
+        assert len(watchdogs) == 1
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+    await until(lambda: not has_members(program) and not is_alive(child))
+    await until(lambda: not is_alive(watchdogs[0]))
+
+
+def _watchdogs_of(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    pids = [int(each) for path in children for each in path.read_text().split()]
+    return [each for each in pids if b"watchdog.py" in Path(f"/proc/{each}/cmdline").read_bytes()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; a zombie waits for its parent only."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+async def test_a_watchdog_that_was_killed_is_replaced_and_knows_all_programs() -> None:
+    dog = Watchdog(10)
+    first, second = await Ran().start("sleep", "1000"), await Ran().start("sleep", "1000")
+    dog.started(1, first._process.pid)
+    before = dog._process
+    assert before is not None
+    before.kill()
+    await asyncio.to_thread(before.wait)
+    dog.started(2, second._process.pid)
+    assert dog._process is not before
+    await asyncio.to_thread(dog.close)
+    await asyncio.gather(first.done, second.done)
+    assert (first.returncode, second.returncode) == (-signal.SIGTERM, -signal.SIGTERM)
+
+
+async def test_a_watchdog_finds_a_program_that_was_only_about_to_start_and_leaves_those_that_have_ended() -> None:
+    dog = Watchdog(10)
+    started = await Ran().start("sleep", "1000", JOBD_JOB_FENCING_TOKEN="4711")
+    other = await Ran().start("sleep", "1000", JOBD_JOB_FENCING_TOKEN="4712")
+    dog.starts(4710)
+    dog.starts(4711)
+    dog.started(4712, other._process.pid)
+    dog.ended(4712)
+    await asyncio.to_thread(dog.close)
+    await started.done
+    assert started.returncode == -signal.SIGTERM
+    assert not other.done.done()
+    other.abort()
+    await other.done
+
+
+def test_a_watchdog_kills_what_ignores_sigterm() -> None:
+    with subprocess.Popen(
+        ["sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.01; done"],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as program:
+        assert program.stdout is not None
+        program.stdout.readline()
+        watchdog.end({program.pid, program.pid}, 0.1)
+        assert program.wait() == -signal.SIGKILL
+
+
+async def test_a_run_leaves_no_watchdog(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    await client.create_job(queue=queue)
+    assert await Bench(client, tmp_path, queue, "true", once=True).run() == 0
+    assert _watchdogs_of(os.getpid()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import logging
 import os
@@ -11,7 +12,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from jobd.client import (
     AsyncJobClient,
     Discard,
     InvalidRequest,
+    JobClient,
     JobInfo,
     LockLost,
     Retry,
@@ -34,6 +38,8 @@ from jobd.client import (
     Worker,
     uuid7,
 )
+from jobd.client import worker as client_worker
+from jobd.client.keeper import Keeper
 from jobd.client.worker import _described, _how, _result
 from tests.peer import Asked, Peer, Step, drop, no, ok, serving, until
 from tests.process import TOKEN, Daemon, die_with_us
@@ -466,6 +472,238 @@ async def test_the_lock_is_kept_as_long_as_the_handler_runs(client: AsyncJobClie
         assert held.stalls == 0
         go.set()
         assert (await finished(client, job.id)).attempt == 1
+
+
+async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
+    client: AsyncJobClient,
+    queue: str,
+    daemon: Daemon,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The job is looked at by a client of another thread: nothing of this loop runs meanwhile."""
+    monkeypatch.setattr(client_worker, "LAG_S", 0.2)
+    monkeypatch.setattr(client_worker, "LOOK_S", 0.1)
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+
+    @worker.handler
+    async def work(task: Task) -> int:
+        with JobClient(f"unix:{daemon.socket}") as jobs:
+            while [event.type for event in jobs.timeline(task.job.id)].count("extended") < 6:  # two TTL
+                time.sleep(0.05)
+        return task.job.attempt
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker):
+        done = await finished(client, job.id)
+        await until(lambda: "turns again" in caplog.text)
+    assert (done.status, done.metadata_value, done.stalls) == ("completed", 1, 0)
+    assert f"job {job.id}: the event loop of the handlers has not turned for 0." in caplog.text
+
+
+async def test_a_grant_that_comes_while_the_loop_is_blocked_is_kept_and_its_handler_runs_later(
+    client: AsyncJobClient, queue: str, daemon: Daemon
+) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000, concurrency=2)
+
+    @worker.handler("blocks")
+    async def block(task: Task) -> None:
+        with JobClient(f"unix:{daemon.socket}") as jobs:
+            other = jobs.create_job(queue=queue, kind="other")
+            while [event.type for event in jobs.timeline(other.id)].count("extended") < 4:
+                time.sleep(0.05)
+        task.set_result(metadata=other.id)
+
+    @worker.handler
+    async def work(task: Task) -> str:
+        return "later"
+
+    job = await client.create_job(queue=queue, kind="blocks")
+    async with at_work(worker):
+        other = await finished(client, (await finished(client, job.id)).metadata_value)
+    assert (other.status, other.attempt, other.stalls) == ("completed", 1, 0)
+
+
+async def test_a_loss_that_is_found_while_the_loop_is_blocked_reaches_the_handler(
+    client: AsyncJobClient, queue: str, daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    ended: list[BaseException] = []
+
+    @worker.handler
+    async def work(task: Task) -> None:
+        with JobClient(f"unix:{daemon.socket}") as jobs:
+            jobs.cancel_job(task.job.id)
+        while "stopping its work" not in caplog.text:
+            time.sleep(0.01)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as error:
+            ended.append(error)
+            task.raise_if_lost()
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker):
+        await until(lambda: bool(ended))
+    assert (await client.get_job(job.id)).status == "cancelled"
+
+
+async def test_a_fault_of_the_service_thread_is_raised_by_serve(
+    client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Keeper, "start", lambda self, *, at_once=False: 1 / 0)
+    worker = Worker(client, queues=[queue])
+    worker.handler(print)
+    await client.create_job(queue=queue)
+    with pytest.raises(ZeroDivisionError):
+        await worker.serve()
+
+
+async def test_a_handler_sees_the_context_of_serve(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], concurrency=2)
+    variable = contextvars.ContextVar[str]("variable")
+
+    @worker.handler("async")
+    async def work(task: Task) -> str:
+        return variable.get()
+
+    @worker.handler
+    def plain(task: SyncTask) -> str:
+        return variable.get()
+
+    variable.set("of the caller")
+    async with at_work(worker):
+        for kind in ("async", "plain"):
+            job = await client.create_job(queue=queue, kind=kind)
+            assert (await finished(client, job.id)).metadata_value == "of the caller"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits of a run.
+
+
+async def test_the_locks_of_a_worker_have_no_ceiling_unless_it_sets_one(tmp_path: Path) -> None:
+    limits: list[tuple[dict[str, Any], int]] = [({}, 0), ({"max_processing_ms": 5000}, 5000)]
+    for limit, sent in limits:
+        daemon = Scripted()
+        with serving(daemon.peer, tmp_path / "p") as endpoint:
+            worker = Worker(endpoint, **limit)
+            worker.handler(lambda task: None)
+            async with at_work(worker):
+                await daemon.hear("complete")
+        assert daemon.bodies("claim")[0]["max_processing_ms"] == sent
+
+
+@pytest.mark.parametrize("is_own", [True, False], ids=["of the handler", "of the worker"])
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
+async def test_a_run_that_takes_longer_than_its_timeout_fails(
+    client: AsyncJobClient, queue: str, is_async: bool, is_own: bool
+) -> None:
+    limit = timedelta(milliseconds=200)
+    worker = Worker(client, queues=[queue], timeout=1000 if is_own else limit)
+    seen: list[BaseException] = []
+
+    async def work(task: Task) -> str:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as error:
+            seen.append(error)
+        return "too late"
+
+    def plain(task: SyncTask) -> str:
+        task.cancelled.wait()
+        try:
+            task.progress(5)
+        except Stopped as error:
+            seen.append(error)
+        return "too late"
+
+    worker.handler("k", timeout=limit if is_own else None)(work if is_async else plain)
+    job = await client.create_job(queue=queue, kind="k", max_attempts=2)
+    async with at_work(worker):
+        waiting = await when(client, job.id, lambda job: job.error_code is not None)
+    assert (waiting.status, waiting.error_code, waiting.attempt) == ("queued", "timeout", 1)
+    assert waiting.error_message == "The run took longer than its timeout of 0.2 s."
+    assert len(seen) == 1
+
+
+async def test_a_thread_that_goes_on_after_its_timeout_keeps_its_place(
+    client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_worker, "STOP_S", 0.05)
+    worker = Worker(client, queues=[queue], timeout=0.1)
+    go = threading.Event()
+
+    @worker.handler("long")
+    def long(task: SyncTask) -> str:
+        go.wait()
+        return "too late"
+
+    @worker.handler
+    def short(task: SyncTask) -> None: ...
+
+    job = await client.create_job(queue=queue, kind="long")
+    after = await client.create_job(queue=queue)
+    async with at_work(worker):
+        failed = await finished(client, job.id)
+        await until(lambda: "its work does not stop" in caplog.text)
+        assert (await client.get_job(after.id)).status == "queued"
+        go.set()
+        await finished(client, after.id)
+    assert failed.error_code == "timeout"
+    assert failed.error_message == (
+        "The run took longer than its timeout of 0.1 s. The handler was told to stop, but it still runs."
+    )
+    assert (await client.get_job(job.id)).metadata_value is None
+
+
+async def test_a_run_that_ends_in_time_is_not_limited(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], timeout=1000)
+    worker.handler(lambda task: "in time")
+    job = await client.create_job(queue=queue)
+    async with at_work(worker):
+        assert (await finished(client, job.id)).metadata_value == "in time"
+
+
+@pytest.mark.parametrize("wrong", [0, -1, timedelta(0)])
+def test_a_timeout_is_above_0(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="timeout must be above 0"):
+        Worker(timeout=wrong)
+    with pytest.raises(ValueError, match="timeout must be above 0"):
+        Worker().handler("k", timeout=wrong)
+
+
+async def test_progress_after_the_end_of_a_run_is_refused_at_once(
+    client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_worker, "STOP_S", 0.05)
+    worker = Worker(client, queues=[queue], timeout=0.1)
+    errors: list[Exception] = []
+    go = asyncio.Event()
+
+    async def report(task: Task) -> None:
+        try:
+            await task.progress(50)
+        except (LockLost, Stopped) as error:
+            errors.append(error)
+
+    tasks: list[Task] = []
+
+    @worker.handler
+    async def work(task: Task) -> None:
+        tasks.append(task)
+        with contextlib.suppress(asyncio.CancelledError):
+            await go.wait()
+        await go.wait()
+        await report(task)
+
+    job = await client.create_job(queue=queue)
+    async with at_work(worker):
+        await finished(client, job.id)
+        go.set()
+        await until(lambda: bool(errors))
+    await report(tasks[0])
+    assert [type(error) for error in errors] == [LockLost, Stopped]
 
 
 async def test_a_cancelled_job_cancels_its_async_handler_and_the_worker_goes_on(

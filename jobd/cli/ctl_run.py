@@ -16,6 +16,10 @@ from jobd.cli.places import current, worker_endpoint, worker_options
 @click.option("--kind", "kinds", metavar="KIND", multiple=True, help="Only jobs of this kind; may be repeated.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Jobs at a time.")
 @click.option("--lock-ttl", type=DURATION, default="60s", show_default=True, help="Silence after which a job is lost.")
+@click.option("--timeout", type=DURATION, help="Limit of a whole run; then SIGTERM, 10 s later SIGKILL.  [none]")
+@click.option(
+    "--max-processing", type=DURATION, default="0", help="Time without progress that loses the job.  [0: no limit]"
+)
 @click.option("--grace", type=DURATION, default="30s", show_default=True, help="What SIGTERM leaves the running job.")
 @click.option("--once", is_flag=True, help="End after one job.")
 @click.option("--drain", is_flag=True, help="End when no job is due; say what is left.")
@@ -27,6 +31,8 @@ def run(
     kinds: tuple[str, ...],
     concurrency: int,
     lock_ttl: int,
+    timeout: int | None,
+    max_processing: int,
     grace: int,
     once: bool,
     drain: bool,
@@ -37,7 +43,8 @@ def run(
 
     CMD gets the payload as JSON on stdin and the job's fields as JOBD_JOB_* variables. Lines that it prints as
     "::progress 42 text", "::meta key=value" and "::result file_path=value" are for jobd, all others pass through.
-    Exit 0 completes the job, anything else fails it. With --once and --drain: exit 0 if all jobs were completed.
+    Exit 0 completes the job, anything else fails it; a run over --timeout fails with "timeout". With --once and
+    --drain: exit 0 if all jobs were completed.
 
     \b
     Example: jobctl run --queue video --concurrency 2 -- ./convert.sh --quality high
@@ -46,6 +53,8 @@ def run(
         raise click.UsageError("--once and --drain are two ways to end: give one")
     if once and concurrency > 1:
         raise click.UsageError("--once works on one job: leave out --concurrency")
+    if timeout == 0:
+        raise click.UsageError("--timeout must be above 0; without it a run may take as long as it likes")
     import asyncio
 
     from jobd.client.run import CommandWorker
@@ -57,6 +66,8 @@ def run(
         kinds=kinds or None,
         concurrency=concurrency,
         lock_ttl_ms=lock_ttl,
+        max_processing_ms=max_processing,
+        timeout=timeout and timeout / 1000,
         grace_s=grace / 1000,
         once=once,
         drain=drain,

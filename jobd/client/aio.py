@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import io
 import random
@@ -78,6 +79,12 @@ class _AsyncClient:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+    def twin(self) -> Self:
+        """Make a client like this one with connections of its own, for another event loop."""
+        twin = copy.copy(self)
+        twin._session = None
+        return twin
 
     async def send(
         self,
@@ -286,6 +293,11 @@ class StreamClient(AsyncJobClient):
         super().__init__(client.endpoint, tls=client._tls)
         self._policy = client._policy
         self._pipe = Pipe(self._open_stream)
+
+    def twin(self) -> Self:
+        twin = super().twin()
+        twin._pipe = Pipe(twin._open_stream)
+        return twin
 
     async def close(self) -> None:
         """End the stream, when what was sent has been answered, and close all connections."""

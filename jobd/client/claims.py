@@ -15,8 +15,8 @@ from typing import Final
 from jobd.client import calls
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import JobdError
-from jobd.client.keeper import Say
 from jobd.client.protocol import RETRIED, GrantInfo, RetryPolicy
+from jobd.client.service_thread import Say
 from jobd.client.waiting import first_of
 
 POLL_MS: Final = 30_000
@@ -27,12 +27,16 @@ PASSING: Final = RETRIED | {"storage_full", "internal_error", "request_timeout"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What is claimed, for whom. A job that is held for `lock_ttl_ms` without a sign of life is another's at once."""
+    """What is claimed, for whom. A job that is held for `lock_ttl_ms` without a sign of life is another's at once.
+
+    The locks have no ceiling (`max_processing_ms` 0): long quiet work is not killed.
+    """
 
     worker: str
     queues: Sequence[str] = ("default",)
     kinds: Sequence[str] | None = None
     lock_ttl_ms: int = LOCK_TTL_MS
+    max_processing_ms: int = 0
 
 
 class Claims:
@@ -123,6 +127,7 @@ class Claims:
             wait_ms=0 if self._drain else POLL_MS,
             lock_ttl_ms=wanted.lock_ttl_ms,
             stuck_after_ms=0,
+            max_processing_ms=wanted.max_processing_ms,
         )
         self._is_resent = False
         policy = RetryPolicy(total_s=self._patience_s, timeout_s=10.0, codes=PASSING)

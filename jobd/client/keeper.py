@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -29,6 +28,7 @@ from jobd.client.errors import (
     TooLarge,
 )
 from jobd.client.protocol import RETRIED, GrantInfo, JobInfo, Request, RetryPolicy
+from jobd.client.service_thread import Say
 from jobd.client.waiting import within
 
 # A call on a held job is tried again at least every 5 s: one try takes 4 s at most, the wait after it 1 s.
@@ -41,8 +41,6 @@ LOST: Final = (LockLost, MaxProcessingTimeExceeded, JobNotFound, JobQuarantined)
 # The daemon will say the same of this ending for ever.
 _REFUSED: Final = (InvalidRequest, TooLarge, IdempotencyKeyReused)
 _BUGS_BORNE: Final = 5  # answers `internal_error` to one ending before it is given up
-
-Say = Callable[[str], None]
 
 
 @dataclass(slots=True)
@@ -72,6 +70,7 @@ class Keeper:
         self._pending: _Report | None = None
         self._wake = asyncio.Event()
         self._is_reachable = True
+        self._is_over = False
         self._beat: asyncio.Task[None] | None = None
 
     @property
@@ -94,8 +93,8 @@ class Keeper:
         is the daemon's refusal, or the loss of the lock.
         """
         told = self._pending.told if self._pending else asyncio.get_running_loop().create_future()
-        if self.lost.done():
-            _settle(told, self.lost.result())
+        if self.lost.done() or self._is_over:
+            _settle(told, self.lost.result() if self.lost.done() else LockLost("This run of the job has ended."))
             return told
         self._pending = _Report(progress, message, told)
         if self._is_reachable:
@@ -123,6 +122,7 @@ class Keeper:
 
     async def stop(self, *, flush: bool = False) -> None:
         """Extend the lock no more. With `flush` progress that still waits is tried once."""
+        self._is_over = True
         if self._beat is not None:
             beat, self._beat = self._beat, None
             beat.cancel()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from jobd.client.waiting import first_of, settle, within
+from jobd.client.watchdog import Watchdog
 
 KILLED_S: Final = 5.0  # after SIGKILL only a process stuck in the kernel is still there
 POLL_S: Final = 0.05  # nothing tells when grandchildren end
@@ -36,12 +37,13 @@ class Program:
     as subprocess has it: the exit status, negative for a signal.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], kill_after_s: float) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], kill_after_s: float, on_gone: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
         self.done: Final[asyncio.Future[None]] = loop.create_future()
         self.returncode: int | None = None
         self._process = process
         self._kill_after_s = kill_after_s
+        self._on_gone = on_gone
         self._kill_at: float | None = None  # loop time; set with the first SIGTERM
         self._readers: list[asyncio.Task[None]] = []
         self._read_bytes = 0
@@ -60,19 +62,40 @@ class Program:
         on_stderr: Feed,
         *,
         kill_after_s: float,
+        watchdog: Watchdog | None = None,
+        token: int = 0,
     ) -> Program:
-        """Start it. The feeds get what it says piece by piece, and b"" at the end. Raises OSError."""
-        process = await asyncio.to_thread(
-            subprocess.Popen,
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            env=dict(environ),
-            start_new_session=True,
-        )
-        program = cls(process, kill_after_s)
+        """Start it. The feeds get what it says piece by piece, and b"" at the end. Raises OSError.
+
+        `watchdog` ends it if this process is killed; `token` names it there.
+        """
+
+        def popen() -> subprocess.Popen[bytes]:
+            if watchdog is not None:
+                watchdog.starts(token)
+            try:
+                process = subprocess.Popen(
+                    list(command),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    bufsize=0,
+                    env=dict(environ),
+                    start_new_session=True,
+                )
+            except OSError:
+                on_gone()
+                raise
+            if watchdog is not None:
+                watchdog.started(token, process.pid)
+            return process
+
+        def on_gone() -> None:
+            if watchdog is not None:
+                with contextlib.suppress(OSError):
+                    watchdog.ended(token)
+
+        program = cls(await asyncio.to_thread(popen), kill_after_s, on_gone)
         program._attend(stdin, on_stdout, on_stderr)
         return program
 
@@ -150,6 +173,7 @@ class Program:
         await self._end_output()
         if self._writer is not None:
             self._writer.cancel()
+        await asyncio.to_thread(self._on_gone)
         self.returncode = self._process.wait()
 
     async def _end_group(self) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Final
 
 from msgspec import UNSET
@@ -20,15 +22,16 @@ from msgspec import UNSET
 from jobd.client.aio import AsyncJobClient
 from jobd.client.claims import LOCK_TTL_MS, Wanted, default_name
 from jobd.client.endpoint import Endpoint
-from jobd.client.keeper import Keeper, Say
+from jobd.client.keeper import Keeper
 from jobd.client.leftover import left_behind
 from jobd.client.output import Filter, Said, Sink, Tail
 from jobd.client.program import Program
 from jobd.client.protocol import GrantInfo
-from jobd.client.shift import Effort, Shift, on_signals
+from jobd.client.service_thread import Say, ServiceThread
+from jobd.client.shift import MESSAGE_CHARACTERS, Effort, Shift, on_signals, seconds
+from jobd.client.watchdog import Watchdog
 
 PROGRESS_EVERY_S: Final = 0.2  # a program may report as often as it likes; this often it is sent
-MESSAGE_CHARACTERS: Final = 4096
 PREFIX: Final = "JOBD_JOB_"
 # The fields of a job that its program finds in its environment, as JOBD_JOB_<NAME>.
 FIELDS: Final = (
@@ -54,11 +57,13 @@ class CommandWorker:
     `::progress 42 text`, `::meta key=value` and `::result download_url|file_path|storage_key=value` are for jobd; the
     rest of it, and stderr, is passed through. Exit 0 completes the job, anything else fails it with the last lines of
     stderr. A lost or cancelled job, and the end of the grace after `stop`, is a SIGTERM to the program's whole process
-    group, `kill_after_s` later a SIGKILL; children that outlive their program are stopped in the same way.
+    group, `kill_after_s` later a SIGKILL; children that outlive their program are stopped in the same way. So is a run
+    that takes longer than `timeout` (a timedelta, or seconds): its attempt fails with `error_code` "timeout". If this
+    process is killed, a watchdog process ends the groups, with SIGKILL after half the TTL of the lock at the latest.
 
     `once` ends after one job, `drain` when no job is due and none is running; it says then what is left, and why.
-    `say` gets messages for people, one line each (stderr by default). Locks live `lock_ttl_ms` and are extended by
-    themselves.
+    `say` gets messages for people, one line each (stderr by default), in another thread. Locks live `lock_ttl_ms` and
+    are extended by themselves, in a thread of their own. They have no ceiling unless `max_processing_ms` sets one.
     """
 
     def __init__(
@@ -70,6 +75,8 @@ class CommandWorker:
         kinds: Sequence[str] | None = None,
         concurrency: int = 1,
         lock_ttl_ms: int = LOCK_TTL_MS,
+        max_processing_ms: int = 0,
+        timeout: timedelta | float | None = None,
         grace_s: float = 30.0,
         kill_after_s: float = 10.0,
         once: bool = False,
@@ -86,7 +93,14 @@ class CommandWorker:
         self.name: Final = name or default_name()
         self._client = client
         self._command = list(command)
-        self._wanted = Wanted(worker=self.name, queues=list(queues), kinds=kinds, lock_ttl_ms=lock_ttl_ms)
+        self._wanted = Wanted(
+            worker=self.name,
+            queues=list(queues),
+            kinds=kinds,
+            lock_ttl_ms=lock_ttl_ms,
+            max_processing_ms=max_processing_ms,
+        )
+        self._timeout_s = seconds(timeout)
         self._once = once
         self._drain = drain
         self._concurrency = concurrency
@@ -94,12 +108,17 @@ class CommandWorker:
         self._kill_after_s = kill_after_s
         self._say = say or _say
         self._fds = (stdout_fd, stderr_fd)
-        self._shift: Shift | None = None
+        self._sinks: list[Sink] = []
+        self._watchdog = Watchdog(min(kill_after_s, lock_ttl_ms / 2000))  # before another worker can have the job
+        self._stop: Callable[[], None] | None = None
 
     def stop(self) -> None:
-        """As SIGTERM: claim no more, let running programs end; a second call ends the grace, a third kills them."""
-        if self._shift is not None:
-            self._shift.stop()
+        """As SIGTERM: claim no more, let running programs end; a second call ends the grace, a third kills them.
+
+        May be called from any thread.
+        """
+        if self._stop is not None:
+            self._stop()
 
     async def run(self, *, signals: bool = True) -> int:
         """Work until stopped (or `once`, `drain`); with `signals` SIGTERM and SIGINT stop it. Gives the exit status.
@@ -110,33 +129,14 @@ class CommandWorker:
         if (fault := await asyncio.to_thread(_fault, self._command[0])) is not None:
             self._say(f"cannot run {self._command[0]!r}: {fault}. No job was claimed.")
             return 1
-        async with contextlib.AsyncExitStack() as stack:
-            client = self._client
-            if not isinstance(client, AsyncJobClient):
-                client = await stack.enter_async_context(AsyncJobClient(client))
-            sinks = [Sink(fd) for fd in self._fds]
-            for sink in sinks:
-                stack.callback(sink.close)
-            shift = self._shift = self._made(client, *sinks)
-            if signals:
-                stack.enter_context(on_signals(shift.stop))
-            await shift.run()
-            if self._drain and not shift.was_stopped and (left := await left_behind(client, self._wanted)):
-                self._say(f"drained; {left}.")
-        if shift.fault is not None:
-            self._say(f"cannot run {self._command[0]!r}: {shift.fault}. Its job was given back.")
-            return 1
-        return int((self._drain or self._once) and (shift.not_completed > 0 or (self._once and not shift.completed)))
-
-    def _made(self, client: AsyncJobClient, stdout: Sink, stderr: Sink) -> Shift:
-        async def begin(keeper: Keeper) -> Effort:
-            return await self._begin(keeper, stdout, stderr)
-
-        return Shift(
+        client = self._client.twin() if isinstance(self._client, AsyncJobClient) else AsyncJobClient(self._client)
+        service = ServiceThread(f"jobd worker {self.name}")
+        say = service.say(self._say)
+        shift = Shift(
             client,
             self._wanted,
-            begin,
-            self._say,
+            functools.partial(self._begin, say),
+            say,
             concurrency=self._concurrency,
             grace_s=self._grace_s,
             stop_s=self._kill_after_s,
@@ -145,13 +145,34 @@ class CommandWorker:
             progress_every_s=PROGRESS_EVERY_S,
         )
 
-    async def _begin(self, keeper: Keeper, stdout: Sink, stderr: Sink) -> Effort:
+        async def work() -> None:
+            async with client:
+                self._sinks = [Sink(fd) for fd in self._fds]
+                try:
+                    await shift.run()
+                finally:
+                    for sink in self._sinks:
+                        sink.close()
+                    await asyncio.to_thread(self._watchdog.close)
+                if self._drain and not shift.was_stopped and (left := await left_behind(client, self._wanted)):
+                    say(f"drained; {left}.")
+
+        self._stop = functools.partial(service.call, shift.stop)
+        with on_signals(self._stop) if signals else contextlib.nullcontext():
+            await service.run(work, shift.abandon)
+        if shift.fault is not None:
+            self._say(f"cannot run {self._command[0]!r}: {shift.fault}. Its job was given back.")
+            return 1
+        return int((self._drain or self._once) and (shift.not_completed > 0 or (self._once and not shift.completed)))
+
+    async def _begin(self, say: Say, keeper: Keeper) -> Effort:
         """Start the program for one job."""
         job = keeper.grant.job
+        stdout, stderr = self._sinks
         is_one_of_many = self._concurrency > 1
         said, tail = Said(keeper.report), Tail()
-        out = Filter(said, lambda text: self._say(f"job {job.id}: {text}"), whole_lines=is_one_of_many)
-        err = Filter(None, self._say, whole_lines=is_one_of_many)
+        out = Filter(said, lambda text: say(f"job {job.id}: {text}"), whole_lines=is_one_of_many)
+        err = Filter(None, say, whole_lines=is_one_of_many)
 
         async def on_stdout(piece: bytes) -> None:
             await stdout.write(out.feed(piece) if piece else out.end())
@@ -168,14 +189,17 @@ class CommandWorker:
             on_stdout,
             on_stderr,
             kill_after_s=self._kill_after_s,
+            watchdog=self._watchdog,
+            token=keeper.grant.fencing_token,
         )
-        return _Run(program, said, tail)
+        return _Run(program, said, tail, self._timeout_s)
 
 
 class _Run:
     """One program at work on one job."""
 
-    def __init__(self, program: Program, said: Said, tail: Tail) -> None:
+    def __init__(self, program: Program, said: Said, tail: Tail, timeout_s: float | None) -> None:
+        self.timeout_s: Final = timeout_s
         self._program = program
         self._said = said
         self._tail = tail
@@ -191,10 +215,14 @@ class _Run:
             return await keeper.complete(give_up, **self._said.result)
         assert code is not None
         error_code, message = describe(code)
-        if self._tail.text:
-            message = f"{message} Last lines of stderr:\n{self._tail.text}"
-        await keeper.fail(give_up, message[:MESSAGE_CHARACTERS], error_code=error_code)
+        await keeper.fail(give_up, f"{message}{self._last_lines()}"[:MESSAGE_CHARACTERS], error_code=error_code)
         return False
+
+    def describe_timeout(self) -> str:
+        return f"{'' if self.done.done() else ' It cannot be killed.'}{self._last_lines()}"
+
+    def _last_lines(self) -> str:
+        return f" Last lines of stderr:\n{self._tail.text}" if self._tail.text else ""
 
 
 def _fault(program: str) -> str | None:

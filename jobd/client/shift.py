@@ -9,16 +9,19 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import timedelta
 from typing import Final, Protocol
 
 from jobd.client.aio import AsyncJobClient
 from jobd.client.claims import Claims, Wanted
-from jobd.client.keeper import Keeper, Say
+from jobd.client.keeper import Keeper
 from jobd.client.protocol import GrantInfo
+from jobd.client.service_thread import Say
 from jobd.client.waiting import first_of, within
 
 STOP_S: Final = 10.0  # what work that was told to stop gets to do so
 PATIENCE_S: Final = 30.0  # how long a daemon that is not there is waited for where an end is wanted (once, drain)
+MESSAGE_CHARACTERS: Final = 4096  # of an error_message
 ENDING_S: Final = 10.0  # how long a stopping worker goes on telling an unreachable daemon how its jobs ended
 
 
@@ -28,6 +31,10 @@ class Effort(Protocol):
     @property
     def done(self) -> asyncio.Future[None]:
         """Done when nothing of the work is left running."""
+
+    @property
+    def timeout_s(self) -> float | None:
+        """How long the work may take."""
 
     async def stop(self, at_once: asyncio.Event) -> None:
         """Have the work end before its time. Returns when it is gone, or when it does not go; then `done` is not done.
@@ -40,6 +47,9 @@ class Effort(Protocol):
 
     async def finish(self, keeper: Keeper, give_up: asyncio.Event) -> bool:
         """The work ended by itself: complete the job, or fail it; whether it is completed."""
+
+    def describe_timeout(self) -> str:
+        """What to add to the message of a run that took too long. The work was told to stop, and may still run."""
 
 
 Begin = Callable[[Keeper], Awaitable[Effort]]
@@ -98,25 +108,21 @@ class Shift:
         self._stopping.set()
         self._claims.stop()
 
+    def abandon(self) -> None:
+        """Stop without grace."""
+        self.stop()
+        self._hurry.set()
+
     @property
     def was_stopped(self) -> bool:
         """Whether it was told to end, or no work could be begun, before it ran out of jobs."""
         return self._stopping.is_set() or self.fault is not None
 
     async def run(self) -> None:
-        """Until it was stopped or ran out of jobs (once, drain). Raises the JobdError that made claiming impossible.
-
-        Cancelling it is a stop without grace.
-        """
+        """Until it was stopped or ran out of jobs (once, drain). Raises the JobdError that made claiming impossible."""
         clock = asyncio.ensure_future(self._end_grace())
-        claims = asyncio.ensure_future(self._claims.run())
         try:
-            await asyncio.shield(claims)
-        except asyncio.CancelledError:
-            self.stop()
-            self._hurry.set()
-            await claims
-            raise
+            await self._claims.run()
         finally:
             clock.cancel()
             await asyncio.gather(clock, return_exceptions=True)
@@ -152,30 +158,46 @@ class Shift:
             self._claims.stop()  # the next job would fare no better
             await keeper.release(self._give_up)
             return False
-        if not await self._was_stopped(effort, keeper):
-            return await effort.finish(keeper, self._give_up)
-        if not keeper.lost.done() and effort.done.done():
-            await keeper.release(self._give_up)
-        return False
+        try:
+            return await self._see_out(effort, keeper)
+        finally:
+            if not effort.done.done():
+                effort.abort()
 
-    async def _was_stopped(self, effort: Effort, keeper: Keeper) -> bool:
-        """Wait until the work is gone; whether it was told to stop, because the job was lost or the shift is over."""
+    async def _see_out(self, effort: Effort, keeper: Keeper) -> bool:
+        """Wait until the work is gone, and stop it if the job is lost, the shift is over, or its time is over."""
         hurry = asyncio.ensure_future(self._hurry.wait())
         try:
-            await first_of(effort.done, keeper.lost, hurry)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(effort.timeout_s):
+                    await first_of(effort.done, keeper.lost, hurry)
             if effort.done.done():
-                return False
+                return await effort.finish(keeper, self._give_up)
+            timed_out = not keeper.lost.done() and not hurry.done()
             if keeper.lost.done():
                 self._say(f"job {keeper.id}: stopping its work: {keeper.lost.result().message}")
+            elif timed_out:
+                self._say(f"job {keeper.id}: stopping its work: it took longer than {effort.timeout_s} s.")
             await effort.stop(self._give_up)
+            if timed_out:
+                message = f"The run took longer than its timeout of {effort.timeout_s} s.{effort.describe_timeout()}"
+                await keeper.fail(self._give_up, message[:MESSAGE_CHARACTERS], error_code="timeout")
             if not effort.done.done():
                 self._say(f"job {keeper.id}: its work does not stop.")
                 await first_of(effort.done, hurry)
-            return True
+            if not timed_out and not keeper.lost.done() and effort.done.done():
+                await keeper.release(self._give_up)
+            return False
         finally:
             hurry.cancel()
-            if not effort.done.done():
-                effort.abort()
+
+
+def seconds(timeout: timedelta | float | None) -> float | None:
+    """`timeout` in seconds. Raises ValueError unless it is above 0."""
+    time_s = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if time_s is not None and time_s <= 0:
+        raise ValueError("timeout must be above 0; None means no limit")
+    return time_s
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """A worker in Python: a handler for each kind of job, N at a time, locks kept by themselves.
 
-Speaks to the daemon only through shift.py and keeper.py.
+Handlers run on the caller's event loop or in threads. All that speaks to the daemon runs in a service thread.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import logging
 import threading
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar, overload
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, Final, NamedTuple, TypeVar, overload
 
 import msgspec
 
@@ -24,12 +26,15 @@ from jobd.client.claims import LOCK_TTL_MS, Wanted, default_name
 from jobd.client.endpoint import Endpoint
 from jobd.client.keeper import Keeper
 from jobd.client.protocol import JobInfo
-from jobd.client.shift import STOP_S, Effort, Shift, on_signals
+from jobd.client.service_thread import Say, ServiceThread, call_on
+from jobd.client.shift import STOP_S, Effort, Shift, on_signals, seconds
 from jobd.client.waiting import first_of, within
 
 TRACE_LINES: Final = 20
 MESSAGE_CHARACTERS: Final = 4096
 STREAM_FROM: Final = 8  # jobs at a time, from which on they are reported and ended over one stream of commands
+LAG_S: Final = 5.0  # from here on a blocked event loop is reported
+LOOK_S: Final = 1.0  # between two looks at it
 RESULT_FIELDS: Final = frozenset({"download_url", "file_path", "storage_key", "metadata"})
 
 log = logging.getLogger("jobd.client")
@@ -53,7 +58,7 @@ class Discard(Exception):
 
 
 class Stopped(Exception):
-    """Raised inside a plain handler when the worker is stopping: its job goes back to the queue."""
+    """Raised inside a plain handler whose run is to end: the worker is stopping, or its timeout is over."""
 
 
 class _Task:
@@ -61,6 +66,7 @@ class _Task:
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
+        self._service = asyncio.get_running_loop()
         self.job: Final[JobInfo] = keeper.grant.job
         self.fencing_token: Final = keeper.grant.fencing_token
         self.result: Final[dict[str, Any]] = {}
@@ -92,6 +98,28 @@ class _Task:
         if self._keeper.lost.done():
             raise self._keeper.lost.result()
 
+    def _report(self, progress: float, message: str | None) -> Future[None]:
+        """Have the keeper report progress, in its thread."""
+        told: Future[None] = Future()
+
+        def report() -> None:
+            self._keeper.report(progress, message).add_done_callback(functools.partial(_copy, told))
+
+        try:
+            self._service.call_soon_threadsafe(report)
+        except RuntimeError:
+            raise Stopped("The worker has stopped.") from None
+        return told
+
+
+def _copy(told: Future[None], reported: asyncio.Future[None]) -> None:
+    if not told.set_running_or_notify_cancel():
+        return
+    if (error := reported.exception()) is None:
+        told.set_result(None)
+    else:
+        told.set_exception(error)
+
 
 class Task(_Task):
     """One job, given to an async handler.
@@ -109,38 +137,33 @@ class Task(_Task):
 
         Raises LockLost, MaxProcessingTimeExceeded, InvalidRequest.
         """
-        await self._keeper.report(progress, message)
+        await asyncio.wrap_future(self._report(progress, message))
 
 
 class SyncTask(_Task):
     """One job, given to a plain handler in a thread of its own.
 
     As Task, but nothing can cancel a thread: report progress, look at `cancelled` (a threading.Event) or call
-    `raise_if_lost` now and then, and return soon when the job is lost or the worker is stopping.
+    `raise_if_lost` now and then, and return soon when the job is lost, the worker is stopping, or the timeout is over.
     """
 
     def __init__(self, keeper: Keeper) -> None:
         super().__init__(keeper)
-        self._loop = asyncio.get_running_loop()
         self.cancelled: Final = threading.Event()
 
     def progress(self, progress: float, message: str | None = None) -> None:
         """Report progress (0 to 100), which renews the lock. Returns at once while the daemon is unreachable.
 
-        Raises LockLost, MaxProcessingTimeExceeded, InvalidRequest, and Stopped when the worker is stopping.
+        Raises LockLost, MaxProcessingTimeExceeded, InvalidRequest, and Stopped when the run is to end.
         """
         self.raise_if_lost()
-
-        async def report() -> None:
-            await self._keeper.report(progress, message)
-
-        asyncio.run_coroutine_threadsafe(report(), self._loop).result()
+        self._report(progress, message).result()
 
     def raise_if_lost(self) -> None:
         """Raise LockLost (or MaxProcessingTimeExceeded) where the job is no longer ours, Stopped where we must stop."""
         super().raise_if_lost()
         if self.cancelled.is_set():
-            raise Stopped("The worker is stopping.")
+            raise Stopped("This run is to end: the worker is stopping, or the timeout is over.")
 
 
 class Worker:
@@ -161,6 +184,16 @@ class Worker:
     `lock_ttl_ms` and are extended by themselves; a handler whose job was lost or cancelled is stopped. SIGTERM and
     SIGINT drain: no more claims, the running handlers get `grace_s` seconds, then they are stopped and their jobs
     released. What goes on is logged to `jobd.client`.
+
+    A thread with an event loop and connections of its own claims jobs and keeps locks, so a handler that blocks its
+    loop loses no lock. After 5 s a blocked loop is logged. Nothing helps against an extension that holds the GIL for
+    longer than a lock lives: it stops every thread.
+
+    `timeout` (a timedelta, or seconds) limits a whole run; a handler may have its own. When it is over an async handler
+    is cancelled, a plain one finds `cancelled` set and gets Stopped from `progress`. Both have 10 s to end. Then the
+    attempt fails with `error_code` "timeout", whatever the handler returns. Nothing can kill a thread: a plain handler
+    that goes on meets the job's next attempt, its result is dropped, and its place among the `concurrency` stays taken
+    until it returns. Locks have no other ceiling unless `max_processing_ms` sets one.
     """
 
     def __init__(
@@ -171,6 +204,8 @@ class Worker:
         concurrency: int = 1,
         name: str | None = None,
         lock_ttl_ms: int = LOCK_TTL_MS,
+        max_processing_ms: int = 0,
+        timeout: timedelta | float | None = None,
         grace_s: float = 30.0,
     ) -> None:
         if concurrency < 1:
@@ -180,30 +215,34 @@ class Worker:
         self._queues = [queues] if isinstance(queues, str) else list(queues)
         self._concurrency = concurrency
         self._lock_ttl_ms = lock_ttl_ms
+        self._max_processing_ms = max_processing_ms
+        self._timeout_s = seconds(timeout)
         self._grace_s = grace_s
-        self._handlers: dict[str | None, Callable[[Any], Any]] = {}
-        self._shift: Shift | None = None
+        self._handlers: dict[str | None, _Handler] = {}
+        self._stop: Callable[[], None] | None = None
 
     @overload
     def handler(self, function: Handler, /) -> Handler: ...
 
     @overload
-    def handler(self, *kinds: str) -> Callable[[Handler], Handler]: ...
+    def handler(self, *kinds: str, timeout: timedelta | float | None = None) -> Callable[[Handler], Handler]: ...
 
-    def handler(self, *kinds: Any) -> Any:
+    def handler(self, *kinds: Any, timeout: timedelta | float | None = None) -> Any:
         """Register a function for jobs of these kinds, or, without a kind, for every kind without its own handler.
 
         `@worker.handler` means `@worker.handler()`. Raises TypeError for anything but names and one function, and for a
-        function that cannot be called with a task; ValueError if a kind has a handler already.
+        function that cannot be called with a task; ValueError if a kind has a handler already. `timeout` comes before
+        that of the worker.
         """
+        timeout_s = seconds(timeout)
         if len(kinds) == 1 and callable(kinds[0]):
-            return self._register((), kinds[0])
+            return self._register((), timeout_s, kinds[0])
         for kind in kinds:
             if not isinstance(kind, str):
                 raise TypeError(f'{kind!r} is no kind; write @worker.handler or @worker.handler("kind", ...)')
-        return functools.partial(self._register, kinds)
+        return functools.partial(self._register, kinds, timeout_s)
 
-    def _register(self, kinds: tuple[str, ...], function: Handler) -> Handler:
+    def _register(self, kinds: tuple[str, ...], timeout_s: float | None, function: Handler) -> Handler:
         if not callable(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"{function!r} cannot be a handler; a handler is a function or an async function of a task")
         with contextlib.suppress(ValueError):  # some built-in callables have no signature
@@ -215,7 +254,8 @@ class Worker:
         for kind in kinds or (None,):
             if kind in self._handlers:
                 raise ValueError(f"there is a handler for {'every other kind' if kind is None else kind} already")
-        self._handlers.update(dict.fromkeys(kinds or (None,), function))
+        handler = _Handler(function, timeout_s or self._timeout_s)
+        self._handlers.update(dict.fromkeys(kinds or (None,), handler))
         return function
 
     def run(self) -> None:
@@ -223,53 +263,138 @@ class Worker:
         asyncio.run(self.serve(signals=True))
 
     def stop(self) -> None:
-        """Drain, as SIGTERM: a second call ends the grace, a third all patience. Call it on the event loop."""
-        if self._shift is not None:
-            self._shift.stop()
+        """Drain, as SIGTERM: a second call ends the grace, a third all patience. May be called from any thread."""
+        if self._stop is not None:
+            self._stop()
 
     async def serve(self, *, signals: bool = False) -> None:
-        """Work until `stop`, on this event loop. With `signals` SIGTERM and SIGINT drain, as in `run`.
+        """Work until `stop`; async handlers run on this event loop. With `signals` SIGTERM and SIGINT drain.
 
         Cancelling it stops the handlers at once and releases their jobs.
         """
         if not self._handlers:
             raise ValueError("a worker needs a handler: @worker.handler(...)")
-        async with contextlib.AsyncExitStack() as stack:
-            client = self._client
-            if not isinstance(client, AsyncJobClient):
-                client = await stack.enter_async_context(AsyncJobClient(client))
-                if self._concurrency >= STREAM_FROM:
-                    client = await stack.enter_async_context(client.stream())
-            self._shift = Shift(
-                client, self._wanted(), self._begin, log.warning, concurrency=self._concurrency, grace_s=self._grace_s
-            )
-            if signals:
-                stack.enter_context(on_signals(self._shift.stop))
-            await self._shift.run()
+        client = self._client.twin() if isinstance(self._client, AsyncJobClient) else self._streaming(self._client)
+        service = ServiceThread(f"jobd worker {self.name}")
+        say = service.say(log.warning)
+        loop = _HandlersLoop(say)
+        shift = Shift(
+            client,
+            self._wanted(),
+            functools.partial(self._begin, loop),
+            say,
+            concurrency=self._concurrency,
+            grace_s=self._grace_s,
+        )
+
+        async def work() -> None:
+            watching = asyncio.ensure_future(loop.watch())
+            try:
+                async with client:
+                    await shift.run()
+            finally:
+                watching.cancel()
+
+        self._stop = functools.partial(service.call, shift.stop)
+        with on_signals(self._stop) if signals else contextlib.nullcontext():
+            await service.run(work, shift.abandon)
+
+    def _streaming(self, endpoint: Endpoint | str | None) -> AsyncJobClient:
+        client = AsyncJobClient(endpoint)
+        return client.stream() if self._concurrency >= STREAM_FROM else client
 
     def _wanted(self) -> Wanted:
-        kinds = None if None in self._handlers else [kind for kind in self._handlers if kind is not None]
-        return Wanted(worker=self.name, queues=self._queues, kinds=kinds, lock_ttl_ms=self._lock_ttl_ms)
+        return Wanted(
+            worker=self.name,
+            queues=self._queues,
+            kinds=None if None in self._handlers else [kind for kind in self._handlers if kind is not None],
+            lock_ttl_ms=self._lock_ttl_ms,
+            max_processing_ms=self._max_processing_ms,
+        )
 
-    async def _begin(self, keeper: Keeper) -> Effort:
+    async def _begin(self, loop: _HandlersLoop, keeper: Keeper) -> Effort:
         kind = keeper.grant.job.kind
         handler = self._handlers[kind if kind in self._handlers else None]
-        return _OnLoop(handler, keeper) if _is_async(handler) else _InThread(handler, keeper)
+        return (_OnLoop if _is_async(handler.function) else _InThread)(handler, keeper, loop)
+
+
+class _Handler(NamedTuple):
+    function: Callable[[Any], Any]
+    timeout_s: float | None
 
 
 def _is_async(handler: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))  # noqa: B004
 
 
+class _HandlersLoop:
+    """The event loop and the context that the worker was started in, as the service thread sees them."""
+
+    def __init__(self, say: Say) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
+        self._say = say
+        self._jobs: dict[asyncio.Task[Any], str] = {}
+
+    @property
+    def context(self) -> contextvars.Context:
+        """A copy of the context, for one handler."""
+        return self._context.copy()
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call `function` on the loop soon. Thread-safe."""
+        call_on(self._loop, function, context=self.context)
+
+    def begin(self, work: Coroutine[Any, Any, Any], job_id: str) -> asyncio.Task[Any]:
+        """Start a task for this job. Called on the loop."""
+        task = self._loop.create_task(work, name=f"job {job_id}")
+        self._jobs[task] = job_id
+        task.add_done_callback(self._jobs.pop)
+        return task
+
+    async def watch(self) -> None:
+        """Measure, in the service thread, how long the loop does not turn, and how long this thread does not run."""
+        here = asyncio.get_running_loop()
+        while True:
+            asked_s, turned = here.time(), asyncio.Event()
+            self.call(functools.partial(call_on, here, turned.set))
+            if not await within(LAG_S, turned) and self._jobs:
+                jobs = self._running()
+                self._say(
+                    f"{jobs}: the event loop of the handlers has not turned for {here.time() - asked_s:.1f} s. Locks "
+                    "are kept, other async handlers wait. Use asyncio.to_thread for what blocks, or a plain handler."
+                )
+                await turned.wait()
+                self._say(f"{jobs}: the event loop of the handlers turns again, after {here.time() - asked_s:.1f} s.")
+            asked_s = here.time()
+            await asyncio.sleep(LOOK_S)
+            if (late_s := here.time() - asked_s - LOOK_S) >= LAG_S:
+                self._say(
+                    f"{self._running()}: no thread ran for {late_s:.1f} s, so no lock was extended. "
+                    "Does an extension hold the GIL?"
+                )
+
+    def _running(self) -> str:
+        """The job whose task is running, or all that may be."""
+        task = asyncio.current_task(self._loop)
+        jobs = [self._jobs[task]] if task in self._jobs else list(self._jobs.values())
+        return f"job {', '.join(jobs)}" if jobs else "no async job"
+
+
 class _Call(ABC):
-    """A handler at work on one job."""
+    """A handler at work on one job. Made and asked in the service thread."""
 
     task: _Task
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float | None) -> None:
+        self.timeout_s: Final = timeout_s
         self.done: Final[asyncio.Future[None]] = asyncio.get_running_loop().create_future()
         self._returned: Any = None
         self._raised: BaseException | None = None
+
+    def _ended(self, returned: Any, raised: BaseException | None) -> None:
+        """Called by the handler's side."""
+        call_on(self.done.get_loop(), self._end, returned, raised)
 
     def _end(self, returned: Any, raised: BaseException | None) -> None:
         self._returned, self._raised = returned, raised
@@ -287,62 +412,90 @@ class _Call(ABC):
     def abort(self) -> None:
         """Tell the handler to stop."""
 
+    def describe_timeout(self) -> str:
+        return "" if self.done.done() else " The handler was told to stop, but it still runs."
+
     async def finish(self, keeper: Keeper, give_up: asyncio.Event) -> bool:
         """Complete the job with what the handler returned, or fail it with what it raised."""
+        ending = await asyncio.to_thread(self._ending, keeper.id)  # runs code of the handler's objects, writes the log
+        if isinstance(ending, _Failure):
+            await keeper.fail(give_up, ending.message, **ending.how)
+            return False
+        return await keeper.complete(give_up, **ending)
+
+    def _ending(self, job_id: str) -> dict[str, Any] | _Failure:
         error = self._raised
         if error is None:
             try:
                 result = _result(self.task.result, self._returned)
+                if result.get("metadata") is not None:
+                    result = {**result, "metadata": msgspec.Raw(msgspec.json.encode(result["metadata"]))}
                 msgspec.json.encode(result)
             except (TypeError, ValueError, RecursionError) as unfit:
                 error = unfit
             else:
-                return await keeper.complete(give_up, **result)
+                return result
         if isinstance(error, Retry | Discard):  # the handler's own word: nothing to be traced
-            log.info("job %s: %s: %s", keeper.id, type(error).__name__, error)
+            log.info("job %s: %s: %s", job_id, type(error).__name__, error)
         else:
-            log.warning("job %s failed", keeper.id, exc_info=error)
-        await keeper.fail(give_up, _described(error), **_how(error))
-        return False
+            log.warning("job %s failed", job_id, exc_info=error)
+        return _Failure(_described(error), _how(error))
+
+
+class _Failure(NamedTuple):
+    message: str
+    how: dict[str, Any]
 
 
 class _OnLoop(_Call):
     """An async handler."""
 
-    def __init__(self, handler: Callable[[Task], Any], keeper: Keeper) -> None:
-        super().__init__()
+    def __init__(self, handler: _Handler, keeper: Keeper, loop: _HandlersLoop) -> None:
+        super().__init__(handler.timeout_s)
         self.task: Task = Task(keeper)
-        self._running = asyncio.ensure_future(self._run(handler))
+        self._loop = loop
+        self._running: asyncio.Task[Any] | None = None
+        loop.call(functools.partial(self._begin, handler.function))
 
-    async def _run(self, handler: Callable[[Task], Any]) -> None:
+    def _begin(self, function: Callable[[Task], Any]) -> None:
+        self._running = self._loop.begin(self._run(function), self.task.job.id)
+        self._running.add_done_callback(self._tell)
+
+    async def _run(self, function: Callable[[Task], Any]) -> tuple[Any, BaseException | None]:
         try:
-            self._end(await handler(self.task), None)
+            return await function(self.task), None
         except BaseException as error:  # SystemExit too: it ends the job, not the worker
-            self._end(None, error)
+            return None, error
+
+    def _tell(self, running: asyncio.Task[Any]) -> None:
+        self._ended(*((None, asyncio.CancelledError()) if running.cancelled() else running.result()))
 
     def abort(self) -> None:
+        self._loop.call(self._cancel)
+
+    def _cancel(self) -> None:
         self.task.cancelled.set()
-        self._running.cancel()
+        assert self._running is not None, "it was begun by an earlier call"
+        # Later than what has arrived already: the handler gets LockLost from `progress`, not a cancellation.
+        asyncio.get_running_loop().call_soon(self._running.cancel)
 
 
 class _InThread(_Call):
     """A plain handler, in a thread that does not keep the process alive."""
 
-    def __init__(self, handler: Callable[[SyncTask], Any], keeper: Keeper) -> None:
-        super().__init__()
+    def __init__(self, handler: _Handler, keeper: Keeper, loop: _HandlersLoop) -> None:
+        super().__init__(handler.timeout_s)
         self.task: SyncTask = SyncTask(keeper)
-        self._loop = asyncio.get_running_loop()
-        run = functools.partial(contextvars.copy_context().run, self._run, handler)
+        run = functools.partial(loop.context.run, self._run, handler.function)
         threading.Thread(target=run, name=f"job {keeper.id}", daemon=True).start()
 
-    def _run(self, handler: Callable[[SyncTask], Any]) -> None:
+    def _run(self, function: Callable[[SyncTask], Any]) -> None:
         returned, raised = None, None
         try:
-            returned = handler(self.task)
+            returned = function(self.task)
         except BaseException as error:
             raised = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._end, returned, raised)
+        self._ended(returned, raised)
 
     def abort(self) -> None:
         self.task.cancelled.set()

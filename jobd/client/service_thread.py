@@ -1,0 +1,74 @@
+"""An event loop in a thread of its own. Locks are kept there, so a handler that blocks its loop cannot expire one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+Say = Callable[[str], None]
+
+
+class ServiceThread:
+    """Runs one coroutine on an event loop of its own, in a thread of its own.
+
+    The thread ends with the process: a keeper that outlives the work would hold its locks forever.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._loop: Final = asyncio.new_event_loop()
+        self._messages: Final = ThreadPoolExecutor(1, f"{name}: messages")
+
+    def say(self, say: Say) -> Say:
+        """Call `say` from another thread: the writer of a log may block."""
+
+        def later(text: str) -> None:
+            self._messages.submit(say, text)
+
+        return later
+
+    def call(self, function: Callable[..., object]) -> None:
+        """Call `function` on this loop soon. Thread-safe. Does nothing after the end of `run`."""
+        call_on(self._loop, function)
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, None]], stop: Callable[[], object]) -> None:
+        """Run `work` there until it ends. If the caller is cancelled, call `stop` there and wait for the end."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        threading.Thread(target=self._run, args=(work, done), name=self._name, daemon=True).start()
+        try:
+            await asyncio.shield(done)
+        except asyncio.CancelledError:
+            self.call(stop)
+            await asyncio.wait([done])
+            if done.exception() is None:
+                raise
+            done.result()
+
+    def _run(self, work: Callable[[], Coroutine[Any, Any, None]], done: asyncio.Future[None]) -> None:
+        error: BaseException | None = None
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(work())
+        except BaseException as raised:  # it is raised by `run`, in the caller's thread
+            error = raised
+        self._messages.shutdown()
+        call_on(done.get_loop(), lambda: _end(done, error))
+
+
+def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object, **how: Any) -> None:
+    """Call `function` soon on a loop of another thread. Does nothing if that loop is closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args, **how)
+
+
+def _end(done: asyncio.Future[None], error: BaseException | None) -> None:
+    if done.cancelled():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)

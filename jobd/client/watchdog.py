@@ -1,0 +1,128 @@
+"""Ends the programs of a worker that was killed: a process that holds a pipe to the worker and outlives it.
+
+A parent-death signal reaches only the direct child, and is bound to a thread. The end of a pipe is neither.
+This file is also the program of that process. There it imports nothing of jobd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+POLL_S: Final = 0.05  # nothing tells when a process group ends
+MARK: Final = "JOBD_JOB_FENCING_TOKEN"  # in the environment of each program
+
+
+class Watchdog:
+    """The process, as the worker sees it. It gets a line for each program: `<token> <group>`.
+
+    The group is 0 before the program starts and -1 after its end. If the worker dies in between, the process finds
+    the program by the token in its environment. All methods may be called from any thread.
+    """
+
+    def __init__(self, kill_after_s: float) -> None:
+        self._command = [sys.executable, "-I", "-S", __file__, str(kill_after_s)]
+        self._guard = threading.Lock()
+        self._groups: dict[int, int] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def starts(self, token: int) -> None:
+        """A program for the grant with this token is about to start."""
+        self._tell(token, 0)
+
+    def started(self, token: int, group: int) -> None:
+        """It runs, as this process group."""
+        self._tell(token, group)
+
+    def ended(self, token: int) -> None:
+        """Nothing of it is left, or it could not start. Call this before its number can be another process's."""
+        self._tell(token, -1)
+
+    def close(self) -> None:
+        """End the process; groups that are left are ended first."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.communicate()
+
+    def _tell(self, token: int, group: int) -> None:
+        with self._guard:
+            if group < 0:
+                self._groups.pop(token, None)
+            else:
+                self._groups[token] = group
+            try:
+                self._write({token: group})
+            except OSError:  # the process was killed, and everything that it knew is gone
+                self.close()
+                self._write(self._groups)
+
+    def _write(self, groups: dict[int, int]) -> None:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                cwd="/",
+                start_new_session=True,
+            )
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"".join(b"%d %d\n" % each for each in groups.items()))
+
+
+def watch(fd: int, kill_after_s: float) -> None:
+    """Read lines until the worker is gone, then end what it has left."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # whatever stops the worker: this process ends after it
+    groups: dict[int, int] = {}
+    with os.fdopen(fd, "rb") as lines:
+        for line in lines:
+            token, group = map(int, line.split())
+            groups[token] = group
+            if group < 0:
+                del groups[token]
+    end({group or _find(token) for token, group in groups.items()} - {0}, kill_after_s)
+
+
+def end(groups: set[int], kill_after_s: float) -> None:
+    """SIGTERM to all of them, SIGKILL to what is left after `kill_after_s`."""
+    for group in groups:
+        _signal(group, signal.SIGTERM)
+        _signal(group, signal.SIGCONT)  # a stopped program gets it too
+    kill_at_s = time.monotonic() + kill_after_s
+    while (groups := {group for group in groups if _signal(group, 0)}) and time.monotonic() < kill_at_s:
+        time.sleep(POLL_S)
+    for group in groups:
+        _signal(group, signal.SIGKILL)
+
+
+def _signal(group: int, number: int) -> bool:
+    """Whether the group exists and may be sent this signal."""
+    try:
+        os.killpg(group, number)
+    except OSError:
+        return False
+    return True
+
+
+def _find(token: int) -> int:
+    """The group of the program that was started for this token, 0 if there is none."""
+    mark = f"{MARK}={token}".encode()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(entry.name)
+            if os.getsid(pid) == pid and mark in (entry / "environ").read_bytes().split(b"\0"):
+                return pid
+    return 0
+
+
+if __name__ == "__main__":
+    watch(0, float(sys.argv[1]))
