@@ -190,6 +190,12 @@ class UnsupportedMediaType(JobdError):
     code, status = "unsupported_media_type", 415
 
 
+class ExpectationFailed(JobdError):
+    """The request had an `Expect` header with another value than `100-continue`."""
+
+    code, status = "expectation_failed", 417
+
+
 class IdempotencyKeyReused(JobdError):
     """The key was used before with another body."""
 
