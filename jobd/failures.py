@@ -20,7 +20,7 @@ from jobd.answers import FailureGroup, FailuresView
 from jobd.batch import Disk, Query
 from jobd.events import Change
 from jobd.fingerprints import fingerprint
-from jobd.job import Job
+from jobd.job import Job, first_line
 
 MOST_GROUPS: Final = 1_000  # beyond it errors that nobody has seen yet are counted together
 MOST_GONE: Final = 1_000  # groups that are empty now, of which it is known since when there were such errors
@@ -28,7 +28,7 @@ MOST_NAMES: Final = 20  # queues and kinds of a group
 MOST_IDS: Final = 20  # of the latest jobs of a group;
 SHOWN_IDS: Final = 5  # so many are shown
 SHOWN_NAMES: Final = 10
-SHOWN_TEXT: Final = 500  # characters of a message
+SHOWN_TEXT: Final = 500  # characters of a message; its first line is whole
 SCAN: Final = 500  # rows of history in one go
 LIMIT: Final = 50  # failed jobs of these
 PAUSE_S: Final = 0.005  # between two looks
@@ -249,14 +249,14 @@ def _what(job: Job | None) -> What | None:
 
 def _name(job: Job) -> str | None:
     error = job.error
-    return None if error is None else fingerprint(error.message, error.code)
+    return None if error is None else fingerprint(error.message, error.code, job.id)
 
 
 def _shown(name: str, group: Group) -> FailureGroup:
     latest = sorted(group.ids, key=lambda job_id: -group.ids[job_id])
     return FailureGroup(
         fingerprint=name,
-        message=group.message[:SHOWN_TEXT],
+        message=group.message[: max(SHOWN_TEXT, len(first_line(group.message)))],
         error_code=group.code,
         count=group.failed,
         retrying=group.retrying,

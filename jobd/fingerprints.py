@@ -10,7 +10,8 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
-LOOKED_AT: Final = 1_000  # characters of a message; what comes after is mostly a trace, which differs
+LOOKED_AT: Final = 1_000  # characters of a message with its marks; what comes after is mostly a trace, which differs
+LONGEST: Final = 4_096  # characters of a message that are marked
 BYTES: Final = 6  # of a fingerprint: twelve digits
 
 # What differs from job to job, the longest first: each alternative begins where no word goes on.
@@ -27,21 +28,34 @@ _DIFFERS: Final = re.compile(
 )
 
 
-def normal(message: str) -> str:
-    """`message` with a mark in the place of each quoted text, URL, path, UUID, hexadecimal and number."""
-    marked = _DIFFERS.sub(lambda found: f"<{found.lastgroup}>", message[:LOOKED_AT])
-    return " ".join(marked.split())
+_MARK: Final = re.compile("<[a-z]+>")
+
+
+def normal(message: str, job_id: str = "") -> str:
+    """Put a mark in the place of each quoted text, URL, path, UUID, hexadecimal and number, and of the job's own id."""
+    marked = _marked(message)
+    own = _marked(job_id)
+    # An id that is nothing but marks (a number, a UUID) is marked already, as in the messages of other jobs.
+    if own in marked and any(each.isalpha() for each in _MARK.sub("", own)):
+        marked = re.sub(rf"(?<![\w<]){re.escape(own)}(?![\w>])", "<id>", marked)
+    return marked[:LOOKED_AT].strip()
 
 
 @lru_cache(maxsize=4_096)
-def fingerprint(message: str | None, code: str | None) -> str | None:
+def _marked(message: str) -> str:
+    marked = _DIFFERS.sub(lambda found: f"<{found.lastgroup}>", message[:LONGEST])
+    return " ".join(marked.split())
+
+
+def fingerprint(message: str | None, code: str | None, job_id: str = "") -> str | None:
     """The name of an error, the same for errors that differ only in what `normal` marks; None where there is none."""
     if message is None and code is None:
         return None
-    said = f"{code or ''}\n{normal(message or '')}"
+    said = f"{code or ''}\n{normal(message or '', job_id)}"
     return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=BYTES).hexdigest()
 
 
-def fingerprint_of_bytes(message: bytes | None, code: bytes | None) -> str | None:
+def fingerprint_of_bytes(message: bytes | None, code: bytes | None, job_id: bytes | None) -> str | None:
     """The same for what a row has, which may be damaged."""
-    return fingerprint(*(None if each is None else each.decode("utf-8", "replace") for each in (message, code)))
+    said, named, own = (None if each is None else each.decode("utf-8", "replace") for each in (message, code, job_id))
+    return fingerprint(said, named, own or "")

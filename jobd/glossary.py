@@ -323,8 +323,8 @@ FIELDS: Final = {
     "field": "The field that it is about.",
     "file_path": "Where the result is, in the caller's words.",
     "filter": "Which jobs: as the list of jobs takes them. Of a plan of recover-stuck or cleanup: null.",
-    "fingerprint": "The name of the error: the same for errors that differ only in numbers, quoted texts, paths and "
-    "the like.",
+    "fingerprint": "The name of the error: the same for errors that differ only in numbers, quoted texts, paths, the "
+    "job's own id, and the like.",
     "finished_at": "When it was finished.",
     "finished_since": "Only what finished from this time on, in Unix milliseconds.",
     "finished_until": "Only what finished before, in Unix milliseconds.",

@@ -130,6 +130,18 @@ def storage_key_fault(key: str) -> str | None:
     return None
 
 
+def first_line(text: str) -> str:
+    """Return `text` up to its first line feed."""
+    return text.partition("\n")[0]
+
+
+def headline(message: str, width: int) -> str:
+    """Shorten an error message for a list: its first line is whole. More follows up to `width`, but no traceback."""
+    said = message.partition("\nTraceback (most recent call last):")[0]
+    width = max(width, len(first_line(said)))
+    return said if len(said) <= width else f"{said[:width]}…"
+
+
 class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """How long a failed job waits before its next attempt."""
 

@@ -267,7 +267,8 @@ def _conditions(query: Query) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...
     if query.text is not None:
         found[_HAS_TEXT] = (_lower(query.text),) * 3
     if query.error is not None:
-        found["fingerprint(CAST(error_message AS BLOB), CAST(error_code AS BLOB)) = ?"] = (query.error,)
+        texts = ", ".join(f"CAST({name} AS BLOB)" for name in ("error_message", "error_code", "id"))
+        found[f"fingerprint({texts}) = ?"] = (query.error,)
     return scope, scope_args, "".join(f" AND {each}" for each in found), tuple(chain(*found.values()))
 
 

@@ -148,7 +148,7 @@ class Tables:
         self.gone_to = gone_to  # events up to this one may be gone
         self.reader = rows.JobReader()
         self._jobs = JobWriter(conn)
-        conn.create_function("fingerprint", 2, fingerprint_of_bytes, deterministic=True)
+        conn.create_function("fingerprint", 3, fingerprint_of_bytes, deterministic=True)
         self._late = LateWriter(conn, self.rows, self.note_fault)
         self._audit = AuditWriter(conn)
         self.at_commit: Callable[[], object] = lambda: None  # called when all is said and the disk comes next

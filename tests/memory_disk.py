@@ -555,7 +555,7 @@ def _expires(job: Job) -> float:
 
 def _name(job: Job) -> str | None:
     assert job.error is not None
-    return fingerprint(job.error.message, job.error.code)
+    return fingerprint(job.error.message, job.error.code, job.id)
 
 
 def _is_asked(audited: Audited, query: AuditQuery) -> bool:

@@ -40,6 +40,7 @@ from jobd.client import (
 )
 from jobd.client import worker as client_worker
 from jobd.client.keeper import Keeper
+from jobd.client.protocol import job_path
 from jobd.client.worker import _described, _how, _result
 from tests.peer import Asked, Peer, Step, drop, no, ok, serving, until
 from tests.process import TOKEN, Daemon, die_with_us
@@ -264,8 +265,11 @@ async def test_an_exception_fails_the_job_with_its_class_and_traceback(
         failed = await finished(client, job.id)
     assert (failed.status, failed.error_code) == ("failed", "ZeroDivisionError")
     assert failed.error_message is not None
-    assert failed.error_message.endswith("ZeroDivisionError: no more numbers")
+    first, heading, *frames = failed.error_message.splitlines()
+    assert (first, heading) == ("ZeroDivisionError: no more numbers", "Traceback (most recent call last):")
+    assert "in work" in frames[0] or "in plain" in frames[0]
     assert "in burst" in failed.error_message
+    assert "jobd/client" not in failed.error_message
 
 
 async def test_a_failed_attempt_is_followed_by_the_next(client: AsyncJobClient, queue: str) -> None:
@@ -311,15 +315,87 @@ async def test_discard_fails_for_good(client: AsyncJobClient, queue: str) -> Non
     assert (failed.status, failed.error_message, failed.error_code) == ("failed", "nobody needs it", "Discard")
 
 
-def test_the_message_of_an_error_is_bounded_and_its_end_is_kept() -> None:
+def raised(error: Callable[[], Any]) -> str:
+    """The description of what this raises."""
     try:
-        raise ValueError("x" * 10_000 + " the end")
-    except ValueError as error:
-        message = _described(error)
+        error()
+    except BaseException as caught:
+        return _described(caught)
+    raise AssertionError("nothing was raised")
+
+
+def test_the_message_of_an_error_is_bounded_and_its_first_line_and_its_end_are_kept() -> None:
+    def deep(left: int) -> None:
+        if left == 0:
+            raise ValueError("the first line " + "x" * 500 + "\nthe second line\n" + "y\n" * 2000)
+        [deep][left % 1](left - 1)
+
+    message = raised(lambda: deep(3))
     assert len(message) == 4096
-    assert message.endswith("the end")
+    assert message.startswith("ValueError: the first line " + "x" * 500 + "\nthe second line\n")
+    assert "\n[...]\n" in message
+    assert "raise ValueError" in "".join(message.splitlines()[-2:])
+
+    def long() -> None:
+        raise ValueError("x" * 10_000)
+
+    assert raised(long) == "ValueError: " + "x" * (4096 - 13) + "…"
     assert _described(Discard("")) == "Discard"
     assert _how(Retry(after_ms=5)) == {"error_code": "Retry", "retry_after_ms": 5}
+
+
+def test_an_error_is_told_with_its_chain_its_notes_and_its_group() -> None:
+    def chained() -> None:
+        try:
+            dict[str, int]()["a"]
+        except KeyError as missing:
+            error = LookupError("no customer\nof this name")
+            error.add_note("a note")
+            raise error from missing
+
+    told = raised(chained)
+    assert told.startswith("LookupError: no customer\nof this name\na note\nTraceback (most recent call last):\n")
+    assert "KeyError: 'a'\n\nThe above exception was the direct cause of the following exception:\n" in told
+    assert told.count("no customer") == 1
+
+    def grouped() -> None:
+        raise ExceptionGroup("two of three", [ValueError("one"), KeyError("two")])
+
+    told = raised(grouped)
+    assert told.startswith("ExceptionGroup: two of three (2 sub-exceptions)\n")
+    assert "| ValueError: one" in told
+    assert "| KeyError: 'two'" in told
+
+
+def test_an_error_without_frames_of_the_handler_is_one_line() -> None:
+    assert _described(asyncio.CancelledError()) == "CancelledError"
+    assert _described(TypeError("no result")) == "TypeError: no result"
+    assert "client" + "/protocol.py" not in raised(lambda: job_path("/v1/jobs", ""))
+
+
+def test_an_error_that_cannot_be_told_is_told_all_the_same() -> None:
+    class Broken(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+    assert _described(Broken()) == "Broken: <exception str() failed>"
+    assert _described(OSError("no such file: \udcff\x00")) == "OSError: no such file: \\udcff\\x00"
+    assert _described(Retry("line one\nline two")) == "line one\nline two"
+
+
+async def test_a_message_that_json_cannot_carry_fails_its_job_alone(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler
+    def work(task: SyncTask) -> None:
+        raise FileNotFoundError(os.fsdecode(b"/srv/\xff") + "\x00")
+
+    jobs = [await client.create_job(queue=queue) for _ in range(2)]
+    async with at_work(worker):
+        for job in jobs:
+            failed = await finished(client, job.id)
+            assert (failed.error_message or "").startswith("FileNotFoundError: /srv/\\udcff\\x00\n")
+            assert failed.error_code == "FileNotFoundError"
 
 
 async def test_sys_exit_in_a_handler_fails_the_job_not_the_worker(client: AsyncJobClient, queue: str) -> None:

@@ -34,14 +34,14 @@ from tests.memory_disk import MemoryDisk
 def counted(house: Household) -> dict[str, int]:
     """The failed jobs of the disk by fingerprint, without those that have none."""
     failed = [job for job in house.disk.jobs.values() if job.status == "failed"]
-    names = [fingerprint(job.error.message, job.error.code) for job in failed if job.error]
+    names = [fingerprint(job.error.message, job.error.code, job.id) for job in failed if job.error]
     return dict(Counter(name for name in names if name))
 
 
 def waiting(house: Household) -> dict[str, int]:
     """The jobs of the disk that wait to be tried again, by fingerprint."""
-    errors = [job.error for job in house.disk.jobs.values() if job.status == "queued" and job.error]
-    return dict(Counter(fingerprint(error.message, error.code) or "" for error in errors))
+    jobs = [(job.id, job.error) for job in house.disk.jobs.values() if job.status == "queued" and job.error]
+    return dict(Counter(fingerprint(error.message, error.code, job_id) or "" for job_id, error in jobs))
 
 
 def groups(known: Failures) -> dict[str, int]:
@@ -259,13 +259,37 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few")
 @in_virtual_time
+async def test_the_first_line_of_a_group_is_whole() -> None:
+    async with Household() as house:
+        known = watching(house)
+        await fail(house, "a", "alphabet\nand more")
+        await fail(house, "b", "a\nb\nc")
+        assert {group.message for group in known.view(9).groups} == {"alphabet", "a\nb\n"}
+
+
+@in_virtual_time
+async def test_a_group_does_not_depend_on_the_ids_of_its_jobs() -> None:
+    async with Household() as house:
+        known = watching(house)
+        for job_id in ("order-abc", "k3f9z", "4711"):
+            await fail(house, job_id, f"{job_id}: no customer {job_id}-7, job {job_id} ends")
+        assert [(group.count, group.fingerprint) for group in known.view(9).groups] == [
+            (2, fingerprint("x: no customer x-7, job x ends", "force_failed", "x")),
+            (1, fingerprint("1: no customer 1-7, job 1 ends", "force_failed")),
+        ]
+        found = await house.yes(Search(error=known.view(9).groups[0].fingerprint))
+        assert {job.id for job in found.jobs} == {"order-abc", "k3f9z"}
+
+
+@pytest.mark.usefixtures("few")
+@in_virtual_time
 async def test_everything_that_is_kept_has_its_limit() -> None:
     async with Household() as house:
         known = watching(house)
         for n, reason in enumerate(("alpha", "beta", "gamma", "gamma", "alpha", "alpha", "alpha")):
             await fail(house, f"j{n}", reason, queue=f"q{n}")
         view = known.view(9)
-        assert [(group.message, group.count) for group in view.groups] == [("alph", 4), ("beta", 1)]
+        assert [(group.message, group.count) for group in view.groups] == [("alpha", 4), ("beta", 1)]
         assert (view.total, view.other) == (7, 2)
         assert len(view.groups[0].job_ids) == 2
         assert view.groups[0].queues == ["q0", "q4"]
@@ -284,7 +308,7 @@ async def test_everything_that_is_kept_has_its_limit() -> None:
         await fail(house, "j8", "alpha")
         await fail(house, "j9", "beta")
         since = {group.message: group.first_at for group in known.view(9).groups}
-        assert since["alph"] < later <= since["beta"], "of that one too much has come and gone since"
+        assert since["alpha"] < later <= since["beta"], "of that one too much has come and gone since"
         await house.yes(Create(id="j10", max_attempts=2))
         await try_once(house, "j10", "gamma")
         assert (known.view(9).retrying, known.view(9).other_retrying) == (1, 1)

@@ -53,6 +53,35 @@ def test_alike_is_what_has_the_same_code_and_words() -> None:
     assert fingerprint("", None) is not None
 
 
+@pytest.mark.parametrize(
+    ("message", "job_id", "marked"),
+    [
+        ("order-abc: customer is gone", "order-abc", "<id>: customer is gone"),
+        ("cannot bill invoice-7f-a (order-abc)", "invoice-7f-a", "cannot bill <id> (order-abc)"),
+        ("k3f9z has no picture", "k3f9z", "<id> has no picture"),
+        ("a disk is full", "disk", "a <id> is full"),
+        ("order-abc.tmp of reorder-abc", "order-abc", "<id>.tmp of reorder-abc"),
+        ("nothing of it", "order-abc", "nothing of it"),
+        ("n of 17", "n", "<id> of <n>"),
+        ("17 of 20 are left", "17", "<n> of <n> are left"),
+        ("018bcff4-ab6d-764b-96ff-6a4154d27e6b is gone", "018bcff4-ab6d-764b-96ff-6a4154d27e6b", "<uuid> is gone"),
+        ('"order-abc" is gone', "order-abc", "<text> is gone"),
+    ],
+)
+def test_the_id_of_the_job_is_marked_too(message: str, job_id: str, marked: str) -> None:
+    assert normal(message, job_id) == marked
+
+
+def test_jobs_with_the_same_error_have_one_name_whatever_their_ids_are() -> None:
+    trace = "\nTraceback (most recent call last):\n" + '  File "/srv/app.py", line 12, in work\n    call()\n' * 30
+    names = {
+        fingerprint(f"LookupError: no customer for {job_id}, try {n}{trace}", "LookupError", job_id)
+        for n, job_id in enumerate(("order-a", "order-bcdef", "x9k2", "j", "018bcff4-ab6d-764b-96ff-6a4154d27e6b"), 8)
+    }
+    assert len(names) == 2, "a UUID is marked as one, as before"
+    assert len({fingerprint(f"E: {'y' * 900} {n} {trace}", "E", f"j{n}") for n in (9, 10, 100_000)}) == 1
+
+
 def test_only_the_beginning_of_a_message_counts() -> None:
     """How long it is, is a part of the names: with another bound a long message would have another."""
     assert LOOKED_AT == 1_000
@@ -66,9 +95,9 @@ def test_half_a_character_is_as_good_as_any() -> None:
 
 
 def test_what_a_row_has_may_be_damaged() -> None:
-    assert fingerprint_of_bytes(b"took 12 s", None) == fingerprint("took 12 s", None)
-    assert fingerprint_of_bytes(b"\xff\xfe", b"\x80") is not None
-    assert fingerprint_of_bytes(None, None) is None
+    assert fingerprint_of_bytes(b"took 12 s", None, None) == fingerprint("took 12 s", None)
+    assert fingerprint_of_bytes(b"\xff\xfe", b"\x80", b"\x80") is not None
+    assert fingerprint_of_bytes(None, None, b"j1") is None
 
 
 @given(st.text(), st.none() | st.text())

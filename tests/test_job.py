@@ -23,6 +23,7 @@ from jobd.job import (
     Options,
     Policy,
     Result,
+    headline,
     is_job_id,
     storage_key_fault,
     untouched,
@@ -148,3 +149,18 @@ def test_a_job_that_says_more_is_never_kept_in_short(change: dict[str, Any]) -> 
 def test_every_field_of_a_job_was_thought_of() -> None:
     """A new field has to be among those that are tried above, or be one that says nothing."""
     assert len(fields(Job)) == 20
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("short", "short"),
+        ("longer than eight", "longer than eight"),
+        ("ValueError: no\nTraceback (most recent call last):\n  File", "ValueError: no"),
+        ("first\nsecond", "first\nse…"),
+        ("longer than eight\nsecond", "longer than eight…"),
+        ("", ""),
+    ],
+)
+def test_a_headline_has_the_whole_first_line(message: str, shown: str) -> None:
+    assert headline(message, 8) == shown

@@ -13,6 +13,7 @@ import msgspec
 from jobd.answers import JobView, Validation, WhyView
 from jobd.cli import show
 from jobd.events import EventView, StreamedEvent
+from jobd.job import headline
 
 _LONG = 4_000
 
@@ -31,7 +32,7 @@ def jobs(page: Sequence[JobView]) -> None:
                 f"{job.attempt}/{job.max_attempts}",
                 job.lock.worker if job.lock else None,
                 show.age(job.updated_at),
-                show.clip(note(job), 60),
+                note(job),
             )
             for job in page
         ],
@@ -42,8 +43,8 @@ def jobs(page: Sequence[JobView]) -> None:
 def note(job: JobView) -> str:
     """The one thing to know beside the status: the error of a failed job, else the last progress message."""
     if job.status == "failed" or (job.error_message and not job.progress_message):
-        return job.error_message or ""
-    return job.progress_message or ""
+        return show.clean(headline(job.error_message or "", 60))
+    return show.clip(job.progress_message or "", 60)
 
 
 def job(view: JobView) -> None:

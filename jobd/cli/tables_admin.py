@@ -26,6 +26,7 @@ from jobd.answers import (
     WorkerView,
 )
 from jobd.cli import show, tables
+from jobd.job import headline
 
 
 def queues(views: Sequence[QueueView]) -> None:
@@ -161,7 +162,7 @@ def failures(view: FailuresView) -> None:
             show.age(group.last_at),
             " ".join(kind or '""' for kind in group.kinds),
             " ".join(group.queues),
-            show.clip(group.message, 120),
+            show.clean(headline(group.message, 120)),
         )
         for group in view.groups
     ]

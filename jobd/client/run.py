@@ -22,13 +22,14 @@ from msgspec import UNSET
 from jobd.client.aio import AsyncJobClient
 from jobd.client.claims import LOCK_TTL_MS, Wanted, default_name
 from jobd.client.endpoint import Endpoint
+from jobd.client.error_text import MESSAGE_CHARACTERS
 from jobd.client.keeper import Keeper
 from jobd.client.leftover import left_behind
 from jobd.client.output import Filter, Said, Sink, Tail
 from jobd.client.program import Program
 from jobd.client.protocol import GrantInfo
 from jobd.client.service_thread import Say, ServiceThread
-from jobd.client.shift import MESSAGE_CHARACTERS, Effort, Shift, on_signals, seconds
+from jobd.client.shift import Effort, Shift, on_signals, seconds
 from jobd.client.watchdog import Watchdog
 
 PROGRESS_EVERY_S: Final = 0.2  # a program may report as often as it likes; this often it is sent

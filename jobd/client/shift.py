@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from jobd.client.aio import AsyncJobClient
 from jobd.client.claims import Claims, Wanted
+from jobd.client.error_text import MESSAGE_CHARACTERS
 from jobd.client.keeper import Keeper
 from jobd.client.protocol import GrantInfo
 from jobd.client.service_thread import Say
@@ -21,7 +22,6 @@ from jobd.client.waiting import first_of, within
 
 STOP_S: Final = 10.0  # what work that was told to stop gets to do so
 PATIENCE_S: Final = 30.0  # how long a daemon that is not there is waited for where an end is wanted (once, drain)
-MESSAGE_CHARACTERS: Final = 4096  # of an error_message
 ENDING_S: Final = 10.0  # how long a stopping worker goes on telling an unreachable daemon how its jobs ended
 
 

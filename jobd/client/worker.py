@@ -12,7 +12,6 @@ import functools
 import inspect
 import logging
 import threading
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
@@ -24,14 +23,13 @@ import msgspec
 from jobd.client.aio import AsyncJobClient
 from jobd.client.claims import LOCK_TTL_MS, Wanted, default_name
 from jobd.client.endpoint import Endpoint
+from jobd.client.error_text import describe_error, fitted
 from jobd.client.keeper import Keeper
 from jobd.client.protocol import JobInfo
 from jobd.client.service_thread import Say, ServiceThread, call_on
 from jobd.client.shift import STOP_S, Effort, Shift, on_signals, seconds
 from jobd.client.waiting import first_of, within
 
-TRACE_LINES: Final = 20
-MESSAGE_CHARACTERS: Final = 4096
 STREAM_FROM: Final = 8  # jobs at a time, from which on they are reported and ended over one stream of commands
 LAG_S: Final = 5.0  # from here on a blocked event loop is reported
 LOOK_S: Final = 1.0  # between two looks at it
@@ -180,7 +178,8 @@ class Worker:
 
     Async handlers run on the event loop, plain ones in threads. What a handler returns is the job's result: a dict with
     download_url, file_path, storage_key or metadata (its other keys are metadata too), any other value is metadata. An
-    exception fails the job with its class as `error_code`; Retry and Discard say what happens next. Locks live
+    exception fails the job with its class as `error_code`; the `error_message` is `Type: message`, then the traceback.
+    Retry and Discard say what happens next. Locks live
     `lock_ttl_ms` and are extended by themselves; a handler whose job was lost or cancelled is stopped. SIGTERM and
     SIGINT drain: no more claims, the running handlers get `grace_s` seconds, then they are stopped and their jobs
     released. What goes on is logged to `jobd.client`.
@@ -518,11 +517,11 @@ def _result(given: dict[str, Any], returned: Any) -> dict[str, Any]:
 
 
 def _described(error: BaseException) -> str:
-    """The message of a failed job: what the handler said, or the last lines of its traceback."""
+    """The message of a failed job: what the handler said, or its error with the traceback."""
     if isinstance(error, Retry | Discard):
-        return str(error)[:MESSAGE_CHARACTERS] or type(error).__name__
-    lines = "".join(traceback.format_exception(error)).strip().splitlines()
-    return "\n".join(lines[-TRACE_LINES:])[-MESSAGE_CHARACTERS:]
+        first, _, rest = (str(error) or type(error).__name__).partition("\n")
+        return fitted(first, rest)
+    return describe_error(error)
 
 
 def _how(error: BaseException) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from markupsafe import Markup, escape
 from jobd import __version__
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.places import curl_for, job_place
-from jobd.job import DAY_MS, EARLIEST_MS, HOUR_MS, LATEST_MS, MINUTE_MS, SECOND_MS
+from jobd.job import DAY_MS, EARLIEST_MS, HOUR_MS, LATEST_MS, MINUTE_MS, SECOND_MS, headline
 from jobd.replies import Text
 
 PLACE: Final = Path(__file__).parent / "templates"
@@ -82,6 +82,7 @@ class Painter:
             "size": size,
             "thousands": thousands,
             "json": short_json,
+            "headline": headline,
             "rate": rate,
             "commands": commands,
             "as_is": as_is,
