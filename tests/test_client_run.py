@@ -559,8 +559,8 @@ async def test_drain_says_what_is_left_and_why(
     await client.create_jobs({"queue": queue, "kind": kind, "delay_ms": 3_600_000} for kind in ("a", "a", "b"))
     await client.create_job(queue=paused, kind="c")
     daemon.admin("POST", f"queues/{paused}/pause", {})
-    told = f"drained; 4 jobs are left: 3 are not due yet, 1 is in queue {paused}, which is paused."
-    assert await _said_by_drain(client, tmp_path, queue, paused) == [told]
+    (said,) = await _said_by_drain(client, tmp_path, queue, paused)
+    assert said.startswith(f"drained; 4 jobs are left: 3 are not due yet, 1 is in queue {paused}, which is paused by ")
     told = "drained; 2 jobs are left: 2 are not due yet."
     assert await _said_by_drain(client, tmp_path, queue, paused, kinds=["a", "z"]) == [told]
     with pytest.MonkeyPatch.context() as patch:
