@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
+from itertools import takewhile
 from typing import Final
 
 from msgspec.structs import astuple
@@ -28,7 +29,7 @@ from jobd.job import (
     untouched,
 )
 from jobd.live_jobs import LiveJobs
-from jobd.orders import DueEntry, DueJobs, LazyHeap, TimeEntry
+from jobd.orders import DueEntry, Lane, LaneName, LazyHeap, QueuedJobs, Sorted, TimeEntry, entry_of
 from jobd.worker_presence import WorkerPresence
 
 FINISHED_KEPT: Final = 1_000  # finished jobs at hand, for repeated endings and quick reads
@@ -73,14 +74,12 @@ class Book:
         self.cleared_locks: dict[str, None] = {}  # expired and noted; the holder may still revive them
         self.stuck: dict[str, None] = {}
         self._not_live = (self.expired_locks, self.cleared_locks, self.stuck, self.unheld)  # these very dicts
-        self.overdue: dict[str, None] = {}  # queued jobs whose expires_at has passed
         self.release_loops: dict[str, int] = {}  # id -> releases of the live jobs that is_release_loop names
         self.on_due: Callable[[str, str], None] = lambda queue, kind: None  # told of each job that becomes due
-        self._due: dict[str, DueJobs] = {}
-        self._delayed: LazyHeap[TimeEntry] = LazyHeap()
-        self._delayed_live: dict[str, int] = {}  # id -> run_at
-        self._expiries: LazyHeap[TimeEntry] = LazyHeap()
-        self._expiries_live: dict[str, int] = {}
+        self._queued: dict[str, QueuedJobs] = {}
+        self._lanes: OrderedDict[Lane, None] = OrderedDict()  # those in which a job became due last at the end
+        self._wakes: LazyHeap[tuple[int, LaneName]] = LazyHeap()  # run_at of the next job of a lane that is not due
+        self._expiries: Sorted[TimeEntry] = Sorted()  # expires_at of queued jobs
         self._deadlines: LazyHeap[TimeEntry] = LazyHeap()
         self._deadline_of: dict[str, int] = {}  # id -> lease time of its one valid entry
         self._now = 0
@@ -117,33 +116,48 @@ class Book:
         return job is not None and job.grant is not None and job.grant.lock_id == lock_id
 
     def due(self, queues: Iterable[str], kinds: Iterable[str] | None) -> Iterator[Job]:
-        """Due jobs of unpaused `queues`, merged by priority, run_at, creation. The book must not change meanwhile."""
-        named = [self._due[queue] for queue in dict.fromkeys(queues) if queue in self._due and queue not in self.paused]
-        if len(named) == 1 and (line := named[0].in_line(kinds)) is not None:
+        """Due jobs of unpaused `queues` that are not overdue, merged by priority, run_at, creation, as of the last
+        `advance`. The book must not change meanwhile."""
+        now = self._now
+        named = [
+            self._queued[queue] for queue in dict.fromkeys(queues) if queue in self._queued and queue not in self.paused
+        ]
+        if len(named) == 1 and (line := named[0].in_line(kinds, now)) is not None:
             return map(Untouched.whole, line)  # as nearly every claim finds its jobs
-        orders = [due.due(kinds) for due in named]
+        orders = [queued.eligible(kinds, now) for queued in named]
         entries = orders[0] if len(orders) == 1 else merge(*orders)
         return (self.jobs[entry[3]] for entry in entries)
 
     def oldest_due_at(self, queue: str) -> int | None:
         """`run_at` of the job of `queue` that has been due longest (Unix ms)."""
-        oldest = self._due[queue].oldest() if queue in self._due else None
+        oldest = self._queued[queue].oldest(self._now) if queue in self._queued else None
         return None if oldest is None else oldest[1]
 
     def oldest_due(self) -> tuple[str, DueEntry] | None:
         """The queue and the entry of the job that has been due longest of all. Costs by the queues that wait."""
-        firsts = ((queue, due.oldest()) for queue, due in self._due.items())
+        firsts = ((queue, queued.oldest(self._now)) for queue, queued in self._queued.items())
         found = ((queue, entry) for queue, entry in firsts if entry is not None)
         return min(found, key=lambda each: (each[1][1], each[1][2]), default=None)
 
     def due_lanes(self, queue: str) -> int:
-        """So many lanes `oldest_due_at` has to look at: kinds and priorities of the due jobs of `queue`."""
-        return sum(map(len, self._due[queue].lanes.values())) if queue in self._due else 0
+        """So many lanes `oldest_due_at` has to look at: kinds and priorities of the queued jobs of `queue`."""
+        return sum(map(len, self._queued[queue].lanes.values())) if queue in self._queued else 0
+
+    def overdue(self) -> Iterator[str]:
+        """Ids of queued jobs whose expires_at has passed as of the last `advance`, in the order in which it did.
+
+        The book must not change meanwhile.
+        """
+        return (entry[2] for entry in takewhile(lambda entry: entry[0] <= self._now, self._expiries))
 
     def next_run_at(self) -> int | None:
-        """When the next delayed job becomes due (Unix ms)."""
-        entry = self._delayed.first(self._is_delayed)
-        return None if entry is None else entry[0]
+        """When the next job becomes due (Unix ms)."""
+        while (wake := self._wakes.first(self._is_wake)) is not None:
+            lane = self._lane(wake[1])
+            if (run_at := lane.next_run_at(self._now)) == wake[0]:
+                return run_at
+            self._wake_at(lane, run_at)  # the job that was to come first has left
+        return None
 
     def next_deadline(self) -> int | None:
         """The lease time at which the next lock expires or the next job becomes stuck."""
@@ -151,8 +165,8 @@ class Book:
         return None if entry is None else entry[0]
 
     def next_expiry(self) -> int | None:
-        """When the next queued job is overdue (Unix ms)."""
-        entry = self._expiries.first(self._is_expiry)
+        """The first expires_at of all queued jobs (Unix ms), which may have passed."""
+        entry = self._expiries.first()
         return None if entry is None else entry[0]
 
     def live_locks(self) -> int:
@@ -300,18 +314,17 @@ class Book:
             self._count_as(self.unmoved[job_id], +1)
 
     def advance(self, now: int, lease: int) -> None:
-        """Time passed: delayed jobs become due, locks expire, jobs become stuck, queued jobs overdue."""
+        """Time passed: delayed jobs become due, locks expire, jobs become stuck.
+
+        Queued jobs become overdue without any work: every order leaves them out by the time.
+        """
         if now < self._now:
             self._rewind(now)
         self._now, self._lease = now, lease
         self.presence.tell_time(now, lease)
-        for entry in self._delayed.pop_until(now):
-            if self._is_delayed(entry):
-                del self._delayed_live[entry[2]]
-                self._add_due(self.jobs[entry[2]])
-        for entry in self._expiries.pop_until(now):
-            if self._is_expiry(entry):
-                self.overdue[entry[2]] = None
+        for wake in self._wakes.pop_until(now):
+            if self._is_wake(wake):
+                self._wake(self._lane(wake[1]))
         for entry in self._deadlines.pop_until(lease):
             if self._is_deadline(entry):
                 self._schedule(self.processing[entry[2]])
@@ -356,10 +369,7 @@ class Book:
         groups: defaultdict[int, list[Untouched]] = defaultdict(list)
         lanes: defaultdict[tuple[str, str, int], list[Untouched]] = defaultdict(list)
         for job in jobs:
-            if job.created_at <= self._now:
-                groups[id(job.options)].append(job)  # by the value that they share: to compare values takes longer
-            else:
-                self.swap(None, job.whole())
+            groups[id(job.options)].append(job)  # by the value that they share: to compare values takes longer
         for group in groups.values():
             options = group[0].options
             lanes[(options.queue, options.kind, options.priority)] += group
@@ -367,45 +377,65 @@ class Book:
             self.totals["queued"] += len(group)
             self.jobs.keep_all_short(group)
         for (queue, kind, priority), group in lanes.items():
-            self._due_of(queue).join_all(kind, priority, group)
+            lane = self._queued_of(queue).join_all(kind, priority, group, self._now)
+            self._became_due(lane)
+            self._wake_at(lane, lane.next_run_at(self._now))  # the clock may have been set back
 
     def _enter_queue(self, job: Job, short: Untouched | None) -> None:
-        if job.run_at <= self._now:
-            self._add_due(job, short)
+        options, now = job.options, self._now
+        queued = self._queued_of(options.queue)
+        lane = queued.add(options.kind, entry_of(job), now) if short is None else queued.join(short, now)
+        if job.run_at <= now:
+            self._became_due(lane)
+            self.on_due(options.queue, options.kind)
         else:
-            self._delayed_live[job.id] = job.run_at
-            self._delayed.push((job.run_at, job.seq, job.id))
+            if lane not in self._lanes:
+                self._lanes[lane] = None
+                self._lanes.move_to_end(lane, last=False)
+            if lane.wakes_at is None or job.run_at < lane.wakes_at:
+                self._wake_at(lane, job.run_at)
         if job.expires_at is not None:
-            self._expiries_live[job.id] = job.expires_at
-            self._expiries.push((job.expires_at, job.seq, job.id))
+            self._expiries.add((job.expires_at, job.seq, job.id))
 
-    def _add_due(self, job: Job, short: Untouched | None = None) -> None:
-        options = job.options
-        due = self._due_of(options.queue)
-        if short is not None:
-            due.join(short)
-        else:
-            due.add(options.kind, (options.priority, job.run_at, job.seq, job.id))
-        self.on_due(options.queue, options.kind)
+    def _queued_of(self, queue: str) -> QueuedJobs:
+        queued = self._queued.get(queue)
+        if queued is None:
+            queued = self._queued[queue] = QueuedJobs(queue, self.jobs.waits)
+        return queued
 
-    def _due_of(self, queue: str) -> DueJobs:
-        due = self._due.get(queue)
-        if due is None:
-            due = self._due[queue] = DueJobs(self._is_due, self.jobs.waits)
-        return due
+    def _became_due(self, lane: Lane) -> None:
+        if lane.due_at != self._now:
+            lane.due_at = self._now
+            self._lanes[lane] = None
+            self._lanes.move_to_end(lane)
 
     def _leave_queue(self, job: Job) -> None:
-        if self._delayed_live.pop(job.id, None) is None:
-            due = self._due[job.options.queue]
-            due.remove(job.options.kind, job.options.priority)
-            if not due.lanes:
-                del self._due[job.options.queue]
-        else:
-            self._delayed.trim(len(self._delayed_live), self._is_delayed)
+        queued = self._queued[job.options.queue]
+        ended = queued.remove(job.options.kind, entry_of(job), self._now)
+        if ended is not None:
+            del self._lanes[ended]
+            if not queued.lanes:
+                del self._queued[job.options.queue]
         if job.expires_at is not None:
-            self.overdue.pop(job.id, None)
-            self._expiries_live.pop(job.id, None)
-            self._expiries.trim(len(self._expiries_live), self._is_expiry)
+            self._expiries.remove((job.expires_at, job.seq, job.id))
+
+    def _lane(self, name: LaneName) -> Lane:
+        queue, kind, priority = name
+        return self._queued[queue].lanes[kind][priority]
+
+    def _wake(self, lane: Lane) -> None:
+        """The next job of `lane` has become due."""
+        queue, kind, _ = lane.name
+        self._became_due(lane)
+        self._queued[queue].offer(lane, self._now)
+        self._wake_at(lane, lane.next_run_at(self._now))
+        self.on_due(queue, kind)
+
+    def _wake_at(self, lane: Lane, run_at: int | None) -> None:
+        lane.wakes_at = run_at
+        if run_at is not None:
+            self._wakes.push((run_at, lane.name))
+            self._wakes.trim(len(self._lanes), self._is_wake)
 
     def _hold(self, before: Job | None, job: Job) -> None:
         self.processing[job.id] = job
@@ -458,14 +488,22 @@ class Book:
                     self.presence.set_expired(job.grant.worker, job.id, False)
 
     def _rewind(self, now: int) -> None:
-        """The wall clock stepped back: what is not due any more waits again."""
+        """The wall clock stepped back: jobs that were due may have to wait again, and overdue ones be due again.
+
+        They stay where they are. Only the lanes in which a job became due since have to be told when to wake.
+        """
+        expiry = self.next_expiry()
+        was_overdue = expiry is not None and expiry <= self._now
         self._now = now
-        ahead = [entry for due in self._due.values() for _, entry in due.entries() if entry[1] > now]
-        early = [job_id for job_id in self.overdue if (self.jobs[job_id].expires_at or 0) > now]
-        for job_id in [*(entry[3] for entry in ahead), *early]:
-            job = self.jobs[job_id]
-            self.swap(job, None)
-            self.swap(None, job)
+        for lane in reversed(self._lanes):
+            if lane.due_at <= now:
+                break
+            lane.due_at = now
+            self._wake_at(lane, lane.next_run_at(now))
+        if was_overdue:
+            for queue, queued in self._queued.items():
+                for kind in queued.lanes:
+                    self.on_due(queue, kind)
 
     # -- counters and validity ----------------------------------------------------------------------------------------
 
@@ -497,27 +535,15 @@ class Book:
             self.paused[queue] = pause
             return
         self.paused.pop(queue, None)
-        if queue in self._due:
-            for kind in list(self._due[queue].lanes):
+        if queue in self._queued:
+            for kind in self._queued[queue].lanes:
                 self.on_due(queue, kind)
 
-    def _is_due(self, kind: str, entry: DueEntry) -> bool:
-        job = self.jobs.find(entry[3])
-        return (
-            job is not None
-            and job.status == "queued"
-            and job.run_at == entry[1]
-            and job.seq == entry[2]
-            and job.options.priority == entry[0]
-            and job.options.kind == kind
-            and entry[3] not in self._delayed_live
-        )
-
-    def _is_delayed(self, entry: TimeEntry) -> bool:
-        return self._delayed_live.get(entry[2]) == entry[0] and self.jobs[entry[2]].seq == entry[1]
-
-    def _is_expiry(self, entry: TimeEntry) -> bool:
-        return self._expiries_live.get(entry[2]) == entry[0] and self.jobs[entry[2]].seq == entry[1]
+    def _is_wake(self, wake: tuple[int, LaneName]) -> bool:
+        queue, kind, priority = wake[1]
+        queued = self._queued.get(queue)
+        lane = None if queued is None else queued.lanes.get(kind, {}).get(priority)
+        return lane is not None and lane.wakes_at == wake[0]
 
     def _is_deadline(self, entry: TimeEntry) -> bool:
         return self._deadline_of.get(entry[2]) == entry[0] and self.processing[entry[2]].seq == entry[1]

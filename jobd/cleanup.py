@@ -180,7 +180,7 @@ class Cleaner:
     def _has_overdue(self) -> bool:
         """Whether a queued job waits whose time is over. While the clock is suspect none is failed for it."""
         expiry, at = self._book.next_expiry(), self._clock.moment()
-        return not at.suspect and (bool(self._book.overdue) or (expiry is not None and expiry <= at.now))
+        return not at.suspect and expiry is not None and expiry <= at.now
 
     async def _tick(self) -> None:
         """End the pauses that are over. Persist lease time while a grant lives, and a clock that is or was suspect.

@@ -380,8 +380,6 @@ class Decider:
         answer = decision.answer
         if not decision.changes or not isinstance(answer, Answer):
             return
-        if isinstance(asked.call.command, Claim) and not answer.grants:
-            return  # it only met jobs that had expired
         if answer.grants:
             self._hand(asked, answer, len(asked.futures))
             self.keys.add(KeyRow(key.digest, key.body_hash, plan.at.believed, grants=list(answer.grants)))

@@ -1,36 +1,50 @@
-"""The orders in which jobs are looked for: heaps whose entries go stale instead of being removed.
+"""The orders in which jobs are looked for: sorted blocks for queues, heaps with stale entries for times.
 
-Pure structures. What makes an entry valid is the book's business, handed in as a predicate.
+Pure structures. Each is told the time; none reads a clock.
 """
 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from heapq import merge
-from itertools import groupby
-from operator import attrgetter
-from typing import Generic, TypeVar
+from itertools import chain, islice, takewhile
+from operator import attrgetter, itemgetter
+from typing import Final, Generic, TypeVar
 
-from jobd.job import Untouched
+from jobd.job import Job, Untouched
 
 Entry = TypeVar("Entry", bound=tuple[object, ...])
 
-DueEntry = tuple[int, int, int, str]  # priority, run_at, job seq, job id: the order of claims
+# priority, run_at, job seq, job id, expires_at: the order of claims
+DueEntry = tuple[int, int, int, str, int]
 TimeEntry = tuple[int, int, str]  # time, job seq, job id
+LaneName = tuple[str, str, int]  # queue, kind, priority
 
 SLACK = 64  # stale entries that a heap may always hold; beyond, at most as many as it has valid ones
+BLOCK: Final = 512  # entries
+NEVER: Final = 1 << 63  # the expires_at of a job that has none
+_LONG_AGO: Final = -1
+
+_run_at: Callable[[DueEntry], int] = itemgetter(1)
+_created_at: Callable[[Untouched], int] = attrgetter("created_at")
+_expires_at: Callable[[DueEntry], int] = itemgetter(4)
 
 
 def _due_since(entry: DueEntry) -> tuple[int, int]:
     return entry[1], entry[2]
 
 
-def entry_of(job: Untouched) -> DueEntry:
+def entry_of(job: Job) -> DueEntry:
+    """The place of `job` in its queue."""
+    return (job.options.priority, job.run_at, job.seq, job.id, NEVER if job.expires_at is None else job.expires_at)
+
+
+def short_entry(job: Untouched) -> DueEntry:
     """The place of an untouched job: due since its creation."""
-    return (job.options.priority, job.created_at, job.seq, job.id)
+    return (job.options.priority, job.created_at, job.seq, job.id, NEVER)
 
 
 class LazyHeap(Generic[Entry]):
@@ -87,10 +101,133 @@ class LazyHeap(Generic[Entry]):
             self.entries = sorted({entry for entry in self.entries if valid(entry)})
 
 
-class Line:
-    """Jobs to which nothing has happened, in order of creation: 8 bytes for each, where an entry of a heap takes 90.
+class Sorted(Generic[Entry]):
+    """Entries in order, in blocks of at most BLOCK: each is found, added and removed by bisection.
 
-    One joins at the end, and only where it belongs there. As in a heap, those that are gone stay until they come to
+    `_last` holds the last entry of each block.
+    """
+
+    __slots__ = ("_blocks", "_last")
+
+    def __init__(self) -> None:
+        self._blocks: list[list[Entry]] = []
+        self._last: list[Entry] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._blocks)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return chain.from_iterable(self._blocks)
+
+    def first(self) -> Entry | None:
+        return self._blocks[0][0] if self._blocks else None
+
+    def add(self, entry: Entry) -> int:
+        """Return the number of the block that has it now."""
+        place = bisect_left(self._last, entry)
+        if place == len(self._last):  # it comes last
+            if not place or len(self._blocks[-1]) >= BLOCK:
+                self._insert(place, [entry])
+                return place
+            place -= 1
+        elif len(self._blocks[place]) >= BLOCK:
+            place += entry > self._split(place)
+        block = self._blocks[place]
+        insort(block, entry)
+        self._last[place] = block[-1]
+        return place
+
+    def remove(self, entry: Entry) -> bool:
+        """Return whether `entry` was here."""
+        place = bisect_left(self._last, entry)
+        if place == len(self._last):
+            return False
+        block = self._blocks[place]
+        at = bisect_left(block, entry)
+        if block[at] != entry:
+            return False
+        del block[at]
+        if not block:
+            self._drop(place)
+        elif at == len(block):
+            self._last[place] = block[-1]
+        return True
+
+    def _split(self, place: int) -> Entry:
+        """Move the upper half of a block into one of its own. Return the last entry of the lower half."""
+        block = self._blocks[place]
+        upper = block[BLOCK // 2 :]
+        del block[BLOCK // 2 :]
+        self._last[place] = block[-1]
+        self._insert(place + 1, upper)
+        return block[-1]
+
+    def _insert(self, place: int, block: list[Entry]) -> None:
+        self._blocks.insert(place, block)
+        self._last.insert(place, block[-1])
+
+    def _drop(self, place: int) -> None:
+        del self._blocks[place], self._last[place]
+
+
+class Places(Sorted[DueEntry]):
+    """The entries of one lane. `_expiry` holds an upper bound of the expires_at in each block.
+
+    So a claim passes a block of overdue jobs in one step.
+    """
+
+    __slots__ = ("_expiry",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._expiry: list[int] = []
+
+    def add(self, entry: DueEntry) -> int:
+        place = super().add(entry)
+        if entry[4] > self._expiry[place]:
+            self._expiry[place] = entry[4]
+        return place
+
+    def eligible(self, now: int) -> Iterator[DueEntry]:
+        """Entries of jobs that are due and not overdue, in order. Nothing may be added or removed meanwhile."""
+        for place, expiry in enumerate(self._expiry):
+            if expiry <= now:
+                continue
+            is_passed = True
+            for entry in self._blocks[place]:
+                if entry[1] > now:
+                    return
+                if entry[4] > now:
+                    is_passed = False
+                    yield entry
+            if is_passed:  # the job with the latest expires_at has left
+                self._expiry[place] = _latest(self._blocks[place])
+
+    def next_run_at(self, now: int) -> int | None:
+        """The first `run_at` after `now`."""
+        place = bisect_right(self._last, now, key=_run_at)
+        if place == len(self._last):
+            return None
+        block = self._blocks[place]
+        return block[bisect_right(block, now, key=_run_at)][1]
+
+    def _insert(self, place: int, block: list[DueEntry]) -> None:
+        super()._insert(place, block)
+        self._expiry.insert(place, _latest(block))
+
+    def _drop(self, place: int) -> None:
+        super()._drop(place)
+        del self._expiry[place]
+
+
+def _latest(block: list[DueEntry]) -> int:
+    return max(map(_expires_at, block))
+
+
+class Line:
+    """Jobs to which nothing has happened, in order of creation: 8 bytes for each, where an entry takes 100.
+
+    A job joins at the end, and only if it belongs there. As in a heap, those that are gone stay until they come to
     the front or `trim` finds too many of them.
     """
 
@@ -115,6 +252,17 @@ class Line:
             jobs.popleft()
         return None
 
+    def ends_by(self, now: int) -> bool:
+        """Whether all in line were created at or before `now`."""
+        return not self.jobs or self.jobs[-1].created_at <= now
+
+    def next_created_at(self, now: int, waits: Callable[[Untouched], bool]) -> int | None:
+        """The first `created_at` after `now` of a job that still waits."""
+        if self.ends_by(now):
+            return None
+        ahead = islice(self.jobs, bisect_right(self.jobs, now, key=_created_at), None)
+        return next((job.created_at for job in ahead if waits(job)), None)
+
     def trim(self, live: int, waits: Callable[[Untouched], bool]) -> None:
         """Drop those that are gone where they outnumber the `live` ones."""
         if len(self.jobs) > 2 * live + SLACK:
@@ -122,111 +270,115 @@ class Line:
 
 
 class Lane:
-    """The due jobs of one queue, kind and priority: new ones in line, all others in a heap.
+    """The queued jobs of one queue, kind and priority: new ones in line, all others sorted. `live` counts them.
 
-    `live` counts them; beside them either may hold what is stale.
+    Jobs that are not due yet come behind those that are: both orders go by `run_at`. `wakes_at` is the time at which
+    the next of them becomes due, or earlier. `due_at` is when a job of the lane last became due.
     """
 
-    __slots__ = ("heap", "line", "live", "valid", "waits")
+    __slots__ = ("due_at", "line", "live", "name", "others", "waits", "wakes_at")
 
-    def __init__(self, valid: Callable[[DueEntry], bool], waits: Callable[[Untouched], bool]) -> None:
-        self.heap: LazyHeap[DueEntry] = LazyHeap()
+    def __init__(self, name: LaneName, waits: Callable[[Untouched], bool]) -> None:
+        self.name = name
         self.line = Line()
+        self.others = Places()
         self.live = 0
-        self.valid = valid
         self.waits = waits
+        self.wakes_at: int | None = None
+        self.due_at = _LONG_AGO
 
-    def first(self) -> DueEntry | None:
-        """The entry of the job that comes first."""
-        in_line, in_heap = self.line.first(self.waits), self.heap.first(self.valid)
+    def head(self) -> DueEntry | None:
+        """The first entry, whether its job may be granted or not."""
+        in_line, other = self.line.first(self.waits), self.others.first()
         if in_line is None:
-            return in_heap
-        entry = entry_of(in_line)
-        return entry if in_heap is None or entry <= in_heap else in_heap
+            return other
+        entry = short_entry(in_line)
+        return entry if other is None or entry <= other else other
 
-    def entries(self) -> Iterator[DueEntry]:
-        """Every valid entry once, in order, cost by the number taken. Nothing may change while it is read."""
-        in_line = map(entry_of, filter(self.waits, self.line.jobs))
-        if not self.heap.entries:
-            return in_line
-        # A job that left and came back in another way may be in both, with equal entries: give it once.
-        return (entry for entry, _ in groupby(merge(in_line, self.heap.ordered(self.valid))))
+    def eligible(self, now: int) -> Iterator[DueEntry]:
+        """Entries of jobs that are due and not overdue, in order. Nothing may change meanwhile."""
+        in_line: Iterator[Untouched] = filter(self.waits, self.line.jobs)
+        if not self.line.ends_by(now):
+            in_line = takewhile(lambda job: job.created_at <= now, in_line)
+        entries = map(short_entry, in_line)
+        return merge(entries, self.others.eligible(now)) if self.others else entries
 
-    def trim(self) -> None:
-        self.heap.trim(self.live, self.valid)
-        self.line.trim(self.live, self.waits)
+    def next_run_at(self, now: int) -> int | None:
+        """The first `run_at` after `now`."""
+        ahead = self.line.next_created_at(now, self.waits), self.others.next_run_at(now)
+        return min((time for time in ahead if time is not None), default=None)
 
 
-class DueJobs:
-    """The due jobs of one queue, in exact order over all kinds or over some of them.
+class QueuedJobs:
+    """The queued jobs of one queue, in exact order over all kinds or over some of them.
 
-    One lane for each kind and priority; `heads` orders the lanes by their first job, so that the cost of a claim does
-    not grow with their number (one lane alone needs no order: then it is empty). `valid` knows stale entries of a kind,
-    `waits` untouched jobs that are gone.
+    One lane for each kind and priority; `heads` orders the lanes with due jobs by their first job, so that the cost of
+    a claim does not grow with their number (one lane alone needs no order: then it is empty). `waits` knows untouched
+    jobs that are gone.
     """
 
-    __slots__ = ("_count", "_valid", "_waits", "heads", "lanes")
+    __slots__ = ("_count", "_name", "_waits", "heads", "lanes")
 
-    def __init__(self, valid: Callable[[str, DueEntry], bool], waits: Callable[[Untouched], bool]) -> None:
+    def __init__(self, name: str, waits: Callable[[Untouched], bool]) -> None:
         self.lanes: dict[str, dict[int, Lane]] = {}  # kind -> priority -> lane
         self.heads: LazyHeap[tuple[int, int, int, str, str]] = LazyHeap()  # a due entry and its kind
         self._count = 0  # of lanes
-        self._valid = valid
+        self._name = name
         self._waits = waits
 
-    @property
-    def live(self) -> int:
-        """How many jobs are due here."""
-        return sum(lane.live for lanes in self.lanes.values() for lane in lanes.values())
-
-    def add(self, kind: str, entry: DueEntry) -> None:
-        """One more due job of this kind, whatever has happened to it."""
-        lane = self._lane(kind, entry[0])
+    def add(self, kind: str, entry: DueEntry, now: int) -> Lane:
+        """Add a job of this kind, whatever has happened to it."""
+        lane = self._lane(kind, entry[0], now)
         lane.live += 1
-        lane.heap.push(entry)
-        if lane.heap.entries[0] is entry:
-            self._offer_head(kind, entry)
+        lane.others.add(entry)
+        if lane.others.first() is entry:
+            self.offer(lane, now)
+        return lane
 
-    def join(self, job: Untouched) -> None:
-        """One more due job, which `waits` knows already."""
-        kind, lane = job.options.kind, self._lane(job.options.kind, job.options.priority)
+    def join(self, job: Untouched, now: int) -> Lane:
+        """Add a job that `waits` knows already."""
+        kind = job.options.kind
+        lane = self._lane(kind, job.options.priority, now)
         if not lane.line.takes(job):
-            self.add(kind, entry_of(job))
-            return
+            return self.add(kind, short_entry(job), now)
         lane.live += 1
         lane.line.jobs.append(job)
         if lane.line.first(self._waits) is job:
-            self._offer_head(kind, entry_of(job))
+            self.offer(lane, now)
+        return lane
 
-    def join_all(self, kind: str, priority: int, jobs: Iterable[Untouched]) -> None:
-        """The first jobs of a lane, all at once, in any order."""
-        lane = self._lane(kind, priority)
+    def join_all(self, kind: str, priority: int, jobs: Iterable[Untouched], now: int) -> Lane:
+        """Add the first jobs of a lane, all at once, in any order."""
+        lane = self._lane(kind, priority, now)
         assert not lane.live, "only the first jobs of a lane come all at once"
         lane.line.jobs.extend(sorted(jobs, key=attrgetter("created_at", "seq")))
         lane.live = len(lane.line.jobs)
-        self._offer_head(kind, lane.first())
+        self.offer(lane, now)
+        return lane
 
-    def remove(self, kind: str, priority: int) -> None:
-        """One job of this lane is no longer due; its entry is stale already."""
-        lane = self.lanes[kind][priority]
+    def remove(self, kind: str, entry: DueEntry, now: int) -> Lane | None:
+        """Remove a job; one that was in line does not wait any more already. Return its lane if that has ended."""
+        lane = self.lanes[kind][entry[0]]
         lane.live -= 1
+        lane.others.remove(entry)
         if lane.live == 0:
-            self._end_lane(kind, priority)
-        else:
-            lane.trim()
-            self._offer_head(kind, lane.first())
+            self._end_lane(kind, entry[0])
+            return lane
+        lane.line.trim(lane.live, self._waits)
+        self.offer(lane, now)
+        return None
 
-    def due(self, kinds: Iterable[str] | None) -> Iterator[DueEntry]:
-        """Entries of due jobs of `kinds` (None: of all), in order. Nothing may change while it is read."""
+    def eligible(self, kinds: Iterable[str] | None, now: int) -> Iterator[DueEntry]:
+        """Entries of jobs of `kinds` (None: of all) that are due and not overdue, in order. Nothing may change."""
         if kinds is None and (only := self._only_lane()) is not None:
-            yield from only.entries()
+            yield from only.eligible(now)
             return
-        heads = self._all_heads() if kinds is None else self._heads_of(kinds)
+        heads = self._all_heads(now) if kinds is None else self._heads_of(kinds, now)
         upcoming = next(heads, None)
         frontier: list[tuple[DueEntry, Iterator[DueEntry]]] = []
         while upcoming is not None or frontier:
             if upcoming is not None and (not frontier or upcoming[:4] <= frontier[0][0]):
-                following = self.lanes[upcoming[4]][upcoming[0]].entries()
+                following = self.lanes[upcoming[4]][upcoming[0]].eligible(now)
                 upcoming = next(heads, None)
             else:
                 entry, following = heapq.heappop(frontier)
@@ -234,21 +386,25 @@ class DueJobs:
             if (next_entry := next(following, None)) is not None:
                 heapq.heappush(frontier, (next_entry, following))
 
-    def in_line(self, kinds: Iterable[str] | None) -> Iterator[Untouched] | None:
-        """Due jobs in order, where all of them stand in one line; None where orders have to be merged."""
+    def in_line(self, kinds: Iterable[str] | None, now: int) -> Iterator[Untouched] | None:
+        """Due jobs in order, if all of them stand in one line; None if orders have to be merged."""
         only = self._only_lane() if kinds is None else None
-        return None if only is None or only.heap.entries else filter(self._waits, only.line.jobs)
+        if only is None or only.others or not only.line.ends_by(now):
+            return None
+        return filter(self._waits, only.line.jobs)
 
-    def oldest(self) -> DueEntry | None:
-        """The job that has been due longest; the first of each lane is its oldest."""
-        firsts = (lane.first() for lanes in self.lanes.values() for lane in lanes.values())
+    def oldest(self, now: int) -> DueEntry | None:
+        """The job that has been due longest and is not overdue; the first of each lane is its oldest."""
+        firsts = (next(lane.eligible(now), None) for lanes in self.lanes.values() for lane in lanes.values())
         return min((entry for entry in firsts if entry is not None), key=_due_since, default=None)
 
-    def entries(self) -> Iterator[tuple[str, DueEntry]]:
-        """Every valid entry with its kind, in no order."""
-        for kind, lanes in self.lanes.items():
-            for lane in lanes.values():
-                yield from ((kind, entry) for entry in lane.entries())
+    def offer(self, lane: Lane, now: int) -> None:
+        """Another job may have come to the head of this lane. One that is not due is offered when it is."""
+        first = lane.head()
+        assert first is not None  # the lane has a job
+        if self._count > 1 and first[1] <= now:
+            self.heads.push((*first[:4], lane.name[1]))
+            self.heads.trim(self._count, self._is_head)
 
     def _only_lane(self) -> Lane | None:
         """The lane of a queue that has but one: its order is the order of the queue."""
@@ -258,14 +414,14 @@ class DueJobs:
         (lane,) = lanes.values()
         return lane
 
-    def _lane(self, kind: str, priority: int) -> Lane:
+    def _lane(self, kind: str, priority: int, now: int) -> Lane:
         lanes = self.lanes.setdefault(kind, {})
         lane = lanes.get(priority)
         if lane is None:
             self._count += 1
             if self._count == 2:
-                self._begin_heads()
-            lane = lanes[priority] = Lane(partial(self._valid, kind), self._waits)
+                self._begin_heads(now)
+            lane = lanes[priority] = Lane((self._name, kind, priority), self._waits)
         return lane
 
     def _end_lane(self, kind: str, priority: int) -> None:
@@ -276,27 +432,24 @@ class DueJobs:
         if self._count == 1:
             self.heads.entries.clear()
 
-    def _begin_heads(self) -> None:
+    def _begin_heads(self, now: int) -> None:
         """A second lane comes: from now on there is something to order."""
-        for kind, lanes in self.lanes.items():
+        for lanes in self.lanes.values():
             for lane in lanes.values():
-                self._offer_head(kind, lane.first())
-
-    def _offer_head(self, kind: str, first: DueEntry | None) -> None:
-        """`first` of a lane of this kind has come to its head."""
-        assert first is not None  # the lane has a job that is due
-        if self._count > 1:
-            self.heads.push((*first, kind))
-            self.heads.trim(self._count, self._is_head)
+                self.offer(lane, now)
 
     def _is_head(self, head: tuple[int, int, int, str, str]) -> bool:
         lane = self.lanes.get(head[4], {}).get(head[0])
-        return lane is not None and lane.first() == head[:4]
+        if lane is None:
+            return False
+        first = lane.head()
+        return first is not None and first[:4] == head[:4]
 
-    def _all_heads(self) -> Iterator[tuple[int, int, int, str, str]]:
-        return self.heads.ordered(self._is_head)
+    def _all_heads(self, now: int) -> Iterator[tuple[int, int, int, str, str]]:
+        """The heads of lanes with due jobs. One that is not due any more is offered again when it is."""
+        return self.heads.ordered(lambda head: head[1] <= now and self._is_head(head))
 
-    def _heads_of(self, kinds: Iterable[str]) -> Iterator[tuple[int, int, int, str, str]]:
-        lanes = ((kind, lane) for kind in set(kinds) for lane in self.lanes.get(kind, {}).values())
-        firsts = ((lane.first(), kind) for kind, lane in lanes)
-        return iter(sorted((*first, kind) for first, kind in firsts if first is not None))
+    def _heads_of(self, kinds: Iterable[str], now: int) -> Iterator[tuple[int, int, int, str, str]]:
+        lanes = (lane for kind in set(kinds) for lane in self.lanes.get(kind, {}).values())
+        firsts = ((lane.head(), lane.name[1]) for lane in lanes)
+        return iter(sorted((*first[:4], kind) for first, kind in firsts if first is not None and first[1] <= now))

@@ -6,6 +6,7 @@ Decides nothing about a job: what a plan takes and what it leaves alone is said 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Final, Protocol
 
@@ -92,14 +93,14 @@ class Search:
         if isinstance(turn, Refusal):
             return turn
         until_s = asyncio.get_running_loop().time() + MAKING_S
-        await self._alive(self._book.stuck, until_s)
+        await self._alive(self._book.stuck, lambda job: job.id in self._book.stuck, until_s)
         at = self._clock.moment()
         if self._asked.action == "cleanup" and not at.suspect:
-            await self._alive(self._book.overdue, until_s)
+            await self._alive(self._book.overdue(), lambda job: job.status == "queued", until_s)
             await self._past(at.now, until_s)
         return None
 
-    async def _alive(self, due: dict[str, None], until_s: float) -> None:
+    async def _alive(self, due: Iterable[str], is_due: Callable[[Job], bool], until_s: float) -> None:
         """Jobs in memory that are due; who is not any more when its turn has come is left out."""
         room = MAX_PLAN - len(self.jobs)
         ids = list(islice(due, room + 1))
@@ -110,8 +111,8 @@ class Search:
                 return
             some = ids[first : min(first + LOOK, room)]
             async with self._turn:
-                jobs = [self._book.jobs.find(job_id) for job_id in some if job_id in due]
-                await self._take([job for job in jobs if job is not None])
+                jobs = map(self._book.jobs.find, some)
+                await self._take([job for job in jobs if job is not None and is_due(job)])
             await asyncio.sleep(PAUSE_S)
 
     async def _past(self, now: int, until_s: float) -> None:

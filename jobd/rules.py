@@ -8,6 +8,7 @@ late_rules.py, plain reading is in reads.py.
 from __future__ import annotations
 
 from hashlib import blake2b
+from itertools import islice
 from typing import Any, Final, assert_never
 
 import msgspec
@@ -74,8 +75,6 @@ from jobd.commands import (
 )
 from jobd.draft import Decision, Draft
 from jobd.job import DELAYED_FROM, Backoff, Ended, Failure, Job, Policy, Result, release_delay_ms
-
-EXPIRED_BY_CLAIM: Final = 200  # overdue jobs that one claim fails on its way; the others are left to cleanup
 
 
 def decide(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
@@ -320,19 +319,9 @@ def _already_locked(draft: Draft, job: Job) -> Refusal:
 
 
 def claim(draft: Draft, command: Claim) -> Answer:
-    """Grant the first due jobs of the queues, by priority, run_at, creation; overdue ones on the way expire."""
-    granted: list[Job] = []
-    for job in draft.book.due(command.queues, command.kinds):
-        if job.run_at > draft.at.now:
-            continue
-        if steps.is_overdue(job, draft.at.now):
-            if not draft.at.suspect and len(draft.changes) < EXPIRED_BY_CLAIM:
-                steps.expire(draft, job, by="daemon")
-            continue
-        granted.append(steps.grant(draft, job, command))
-        if len(granted) == command.limit:
-            break
-    return _granted(draft, granted)
+    """Grant the first due jobs of the queues, by priority, run_at, creation."""
+    due = islice(draft.book.due(command.queues, command.kinds), command.limit)
+    return _granted(draft, [steps.grant(draft, job, command) for job in due])
 
 
 def _granted(draft: Draft, jobs: list[Job]) -> Answer:

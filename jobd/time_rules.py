@@ -82,10 +82,10 @@ def _not_due(job: Job, at: Moment) -> Refusal:
 def preview(draft: Draft, command: Preview) -> Answer:
     """What `recover` and `expire` would do now, found out by doing it to a draft that nobody writes."""
     recovered = recover(draft, Recover(limit=command.limit)).data
-    overdue = list(islice(draft.book.overdue, command.limit))
-    expired = [job_id for job_id in overdue if steps.may_expire(draft.book.jobs[job_id], draft.at)]
+    overdue, more_overdue = _overdue(draft, command.limit)
+    expired = [job.id for job in overdue if steps.may_expire(job, draft.at)]
     draft.changes.clear()
-    more = recovered.more or len(draft.book.overdue) > command.limit
+    more = recovered.more or more_overdue
     return Answer(Foreseen(recovered.details, recovered.locks_cleared, expired, more))
 
 
@@ -132,12 +132,17 @@ def _credited(lease: Lease, since: int, until: int) -> Lease:
 
 def expire(draft: Draft, command: Expire) -> Answer:
     """Fail queued jobs that their creators no longer want."""
-    overdue = list(islice(draft.book.overdue, command.limit))
-    jobs = [draft.book.jobs[job_id] for job_id in overdue]
-    late = [job for job in jobs if steps.may_expire(job, draft.at)]
+    overdue, more = _overdue(draft, command.limit)
+    late = [job for job in overdue if steps.may_expire(job, draft.at)]
     for job in late:
         steps.expire(draft, job)
-    return Answer(Worked(len(late), more=len(draft.book.overdue) > command.limit))
+    return Answer(Worked(len(late), more=more))
+
+
+def _overdue(draft: Draft, limit: int) -> tuple[list[Job], bool]:
+    """Return the jobs that have been overdue longest, and whether there are more of them."""
+    found = list(islice(draft.book.overdue(), limit + 1))
+    return [draft.book.jobs[job_id] for job_id in found[:limit]], len(found) > limit
 
 
 def delete_expired(draft: Draft, command: DeleteExpired) -> Answer:

@@ -44,7 +44,6 @@ PLAIN: Final = [
     "expired_locks",
     "cleared_locks",
     "stuck",
-    "overdue",
 ]
 
 
@@ -211,6 +210,7 @@ class Desk:
 def picture(book: Book) -> dict[str, Any]:
     """Everything of a book that a decision must leave alone (caches and stale entries of heaps aside)."""
     shown = {name: copy.deepcopy(getattr(book, name)) for name in PLAIN}
+    shown["overdue"] = list(book.overdue())
     shown["order"] = [job.id for job in book.due(list(book.counts), None)]
     shown["workers"] = {name: (list(seen.jobs), seen.last_seen_at) for name, seen in book.presence.workers.items()}
     return shown
@@ -228,6 +228,7 @@ def due_order(
         and job.run_at <= now
         and job.options.queue in allowed
         and (wanted is None or job.options.kind in wanted)
+        and not steps.is_overdue(job, now)
     ]
     return [job.id for job in sorted(due, key=lambda job: (job.options.priority, job.run_at, job.seq))]
 
@@ -272,9 +273,10 @@ def _compare_orders(book: Book, rows: dict[str, Job], at: Moment) -> None:
             jobs, at.now, [queue], kinds[:1], book.paused
         )
         queued = [job for job in jobs if job.status == "queued" and job.options.queue == queue]
-        lanes = {(job.options.kind, job.options.priority) for job in queued if job.run_at <= at.now}
+        lanes = {(job.options.kind, job.options.priority) for job in queued}
         assert book.due_lanes(queue) == len(lanes)
-        assert book.oldest_due_at(queue) == min((j.run_at for j in queued if j.run_at <= at.now), default=None)
+        due = [job.run_at for job in queued if job.run_at <= at.now and not steps.is_overdue(job, at.now)]
+        assert book.oldest_due_at(queue) == min(due, default=None)
     waiting = [job.run_at for job in jobs if job.status == "queued" and job.run_at > at.now]
     assert book.next_run_at() == min(waiting, default=None)
 
@@ -289,7 +291,7 @@ def _compare_locks(book: Book, rows: dict[str, Job], at: Moment) -> None:
     assert set(book.expired_locks) == {job_id for job_id in dead if not leases[job_id].cleared}
     assert set(book.cleared_locks) == {job_id for job_id in dead if leases[job_id].cleared}
     assert book.live_locks() == len(leases) - len(stuck) - len(dead)
-    assert set(book.overdue) == {job.id for job in rows.values() if steps.is_overdue(job, at.now)}
+    assert set(book.overdue()) == {job.id for job in rows.values() if steps.is_overdue(job, at.now)}
     ahead = [lease.stuck for job_id, lease in leases.items() if job_id in dead]
     ahead += [min(leases[job_id].expires, leases[job_id].stuck) for job_id in leases.keys() - dead - stuck]
     first = book.next_deadline()

@@ -27,7 +27,7 @@ from jobd.commands import (
 )
 from jobd.events import Change, Event, QueuePause
 from jobd.job import HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options, Result, Untouched
-from jobd.orders import SLACK
+from jobd.orders import SLACK, Lane
 from tests.desk import NOW, Desk, compare, picture
 
 TTL = 15 * MINUTE_MS
@@ -97,9 +97,7 @@ def test_jobs_in_short_enter_all_at_once_as_one_by_one(seed: int) -> None:
             book.advance(book._now + step_ms, 0)
         assert picture(at_once) == picture(one_by_one)
         assert at_once.next_run_at() == one_by_one.next_run_at()
-        assert [due.live for _, due in sorted(at_once._due.items())] == [
-            due.live for _, due in sorted(one_by_one._due.items())
-        ]
+        assert {lane.name: lane.live for lane in at_once._lanes} == {lane.name: lane.live for lane in one_by_one._lanes}
     for book in (at_once, one_by_one):
         for job in rows.values():
             book.swap(job, None)
@@ -107,7 +105,7 @@ def test_jobs_in_short_enter_all_at_once_as_one_by_one(seed: int) -> None:
 
 
 def compare_nothing_left(book: Book) -> None:
-    assert (len(book.jobs), book._due, book._delayed_live) == (0, {}, {})
+    assert (len(book.jobs), book._queued, book._lanes) == (0, {}, {})
     assert {status: count for status, count in book.totals.items() if count} == {"failed": 2}
 
 
@@ -265,7 +263,7 @@ def test_delayed_jobs_become_due_and_somebody_is_told(desk: Desk) -> None:
     desk.passes(4)
     assert len(told) == 1
     desk.passes(1)
-    assert told[1:] == [("default", "k"), ("default", "k")]
+    assert told[1:] == [("default", "k")]
     assert desk.claim(limit=9) == ["a", "b"]
 
 
@@ -286,7 +284,7 @@ def test_an_id_that_is_used_again_does_not_inherit_the_times_of_the_first(desk: 
     desk.yes(Delete(id="a"))
     desk.create("a", delay_ms=5, expires_at=NOW + 7)
     desk.passes(7)
-    assert list(desk.book.overdue) == ["a"]
+    assert list(desk.book.overdue()) == ["a"]
     desk.yes(Cancel(id="a"))
     desk.yes(Delete(id="a"))
     desk.held("a")
@@ -321,16 +319,59 @@ def test_the_wall_clock_steps_back(desk: Desk) -> None:
     desk.create("c", delay_ms=10)
     desk.passes(10)
     assert desk.claim() == ["b"]
-    assert not desk.book.overdue  # the claim met it
+    assert list(desk.book.overdue()) == ["a"], "a claim leaves it to recovery"
     desk.create("d", expires_at=NOW + 20)
     desk.passes(10)
-    assert (list(desk.book.overdue), desk.book.next_expiry()) == (["d"], None)
+    assert (list(desk.book.overdue()), desk.book.next_run_at()) == (["a", "d"], None)
     desk.now = NOW + 9
     compare(desk.book, desk.rows, desk.at)
-    assert (list(desk.book.overdue), desk.book.next_run_at(), desk.book.next_expiry()) == ([], NOW + 10, NOW + 20)
+    assert (list(desk.book.overdue()), desk.book.next_run_at(), desk.book.next_expiry()) == ([], NOW + 10, NOW + 10)
     desk.now = NOW + 20
     compare(desk.book, desk.rows, desk.at)
-    assert list(desk.book.overdue) == ["d"]
+    assert list(desk.book.overdue()) == ["a", "d"]
+    desk.now = NOW + 9
+    assert desk.claim(limit=9) == ["a"]
+
+
+def test_a_step_back_of_the_clock_looks_only_at_lanes_in_which_a_job_became_due_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    book, looked = Book(), list[Lane]()
+    next_run_at = Lane.next_run_at
+
+    def counted(lane: Lane, now: int) -> int | None:
+        looked.append(lane)
+        return next_run_at(lane, now)
+
+    monkeypatch.setattr(Lane, "next_run_at", counted)
+    rows = {}
+    for number in range(1, 1_001):
+        book.advance(NOW + number, 0)
+        job = rows[f"job-{number}"] = queued(number, run_at=NOW + number, options=Options("q", f"k-{number // 10}"))
+        book.swap(None, job)
+    looked.clear()
+    book.advance(NOW + 999, 0)
+    assert [lane.name for lane in looked] == [("q", "k-100", 0)]
+    book.swap(
+        None, queued(2_000, run_at=NOW + 5_000, options=Options("q", "later"))
+    )  # its lane hides none of the others
+    looked.clear()
+    book.advance(NOW + 975, 0)
+    assert {lane.name[1] for lane in looked} == {"k-97", "k-98", "k-99", "k-100"}
+    assert len(list(book.due(["q"], None))) == 975
+    assert book.next_run_at() == NOW + 976
+
+
+def test_overdue_jobs_that_the_clock_brings_back_are_told_to_claims_that_wait(desk: Desk) -> None:
+    desk.create("a", expires_at=NOW + 10, kind="k")
+    desk.passes(10)
+    told: list[tuple[str, str]] = []
+    desk.book.on_due = lambda queue, kind: told.append((queue, kind))
+    desk.passes(1)
+    assert (told, desk.claim()) == ([], [])
+    desk.passes(-2)
+    assert told == [("default", "k")]
+    assert desk.claim() == ["a"]
 
 
 def test_time_that_goes_on_costs_no_look_at_every_job(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,8 +451,9 @@ def test_heaps_do_not_grow_while_jobs_come_and_go(desk: Desk) -> None:
         taken = held(number, "w")
         book.swap(job, taken)
         book.swap(taken, None)
-    for heap in (book._delayed, book._expiries, book._deadlines):
+    for heap in (book._wakes, book._deadlines):
         assert len(heap.entries) <= SLACK + 2
+    assert not book._expiries
     compare(book, {}, desk.at)
 
 

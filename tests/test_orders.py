@@ -1,15 +1,16 @@
-"""Heaps whose entries go stale: what they find, in which order, and that they do not grow without end."""
+"""The orders of jobs: what they find, in which order, how many entries they look at, and that they stay small."""
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 
 import pytest
 
 from jobd.job import Options, Untouched
-from jobd.orders import SLACK, DueEntry, DueJobs, LazyHeap, Line, entry_of
+from jobd.orders import BLOCK, NEVER, SLACK, DueEntry, Lane, LazyHeap, Line, Places, QueuedJobs, Sorted, short_entry
 
 Timed = tuple[int, int, str]
 
@@ -87,46 +88,97 @@ def test_a_line_too_waits_with_its_trim_until_the_stale_outnumber_the_live() -> 
     assert list(line.jobs) == [jobs[7], jobs[9]]
 
 
+def test_sorted_entries_match_a_list() -> None:
+    dice = random.Random(3)
+    found: Sorted[Timed] = Sorted()
+    model: list[Timed] = []
+    for time in [dice.randint(0, 5_000) for _ in range(3 * BLOCK)]:
+        if dice.random() < 0.7 or not model:
+            if entry(time) not in model:
+                model.append(entry(time))
+                found.add(entry(time))
+        else:
+            gone = dice.choice(model)
+            model.remove(gone)
+            assert found.remove(gone)
+        assert found.first() == min(model, default=None)
+    assert list(found) == sorted(model)
+    assert not found.remove(entry(5_001))
+    assert not found.remove((7, 7, "another"))
+    for gone in sorted(model, reverse=True):
+        assert found.remove(gone)
+    assert not found
+    assert found.first() is None
+    assert not found.remove(entry(1))
+
+
+def test_a_full_block_is_split_and_one_that_only_grows_at_its_end_is_left_full() -> None:
+    growing: Sorted[Timed] = Sorted()
+    for time in range(2 * BLOCK):
+        growing.add(entry(2 * time))
+    assert [len(block) for block in growing._blocks] == [BLOCK, BLOCK]
+    growing.add(entry(1))
+    growing.add(entry(3 * BLOCK - 1))
+    assert [len(block) for block in growing._blocks] == [BLOCK // 2 + 1, BLOCK // 2, BLOCK // 2, BLOCK // 2 + 1]
+    assert list(growing) == sorted(growing)
+
+
 class Model:
-    """Due jobs as a plain set, beside the real thing."""
+    """Queued jobs as a plain set, beside the real thing."""
 
     def __init__(self) -> None:
         self.live: set[tuple[str, DueEntry]] = set()
         self.short: dict[DueEntry, Untouched] = {}  # those that joined and have not left
-        self.due = DueJobs(lambda kind, found: (kind, found) in self.live, self._waits)
+        self.due = QueuedJobs("q", self._waits)
+        self.now = 100_000
 
     def _waits(self, job: Untouched) -> bool:
-        return self.short.get(entry_of(job)) is job
+        return self.short.get(short_entry(job)) is job
 
-    def add(self, kind: str, *found: int) -> tuple[str, DueEntry]:
+    def add(self, kind: str, *found: int, expires_at: int = NEVER) -> tuple[str, DueEntry]:
         priority, run_at, seq = found
-        item = (kind, (priority, run_at, seq, f"{seq}"))
+        item = (kind, (priority, run_at, seq, f"{seq}", expires_at))
         self.live.add(item)
-        self.due.add(*item)
+        self.due.add(*item, self.now)
         return item
 
     def join(self, kind: str, *found: int) -> tuple[str, DueEntry]:
         job = untouched(kind, *found)
-        item = (kind, entry_of(job))
+        item = (kind, short_entry(job))
         self.live.add(item)
-        self.short[entry_of(job)] = job
-        self.due.join(job)
+        self.short[short_entry(job)] = job
+        self.due.join(job, self.now)
         return item
 
     def remove(self, item: tuple[str, DueEntry]) -> None:
         self.live.remove(item)
         self.short.pop(item[1], None)
-        self.due.remove(item[0], item[1][0])
+        self.due.remove(*item, self.now)
+
+    def at(self, now: int) -> None:
+        """Time goes to `now`: lanes whose first job becomes due are offered, as by the book."""
+        self.now = now
+        for lanes in self.due.lanes.values():
+            for lane in lanes.values():
+                self.due.offer(lane, now)
 
     def check(self) -> None:
+        now = self.now
+        eligible = {(kind, found) for kind, found in self.live if found[1] <= now < found[4]}
         for kinds in (None, ["a"], ["b", "a", "b"], ["none"], []):
-            expected = sorted(found for kind, found in self.live if kinds is None or kind in kinds)
-            assert list(self.due.due(kinds)) == expected
-            assert list(islice(self.due.due(kinds), 2)) == expected[:2]
-        assert self.due.live == len(self.live)
-        assert sorted(self.due.entries()) == sorted(self.live)
-        oldest = min((found for _, found in self.live), key=lambda found: (found[1], found[2]), default=None)
-        assert self.due.oldest() == oldest
+            expected = sorted(found for kind, found in eligible if kinds is None or kind in kinds)
+            assert list(self.due.eligible(kinds, now)) == expected
+            assert list(islice(self.due.eligible(kinds, now), 2)) == expected[:2]
+            if (line := self.due.in_line(kinds, now)) is not None:
+                assert list(map(short_entry, line)) == expected
+        counts = Counter((kind, found[0]) for kind, found in self.live)
+        lanes = [(kind, priority, lane) for kind, of in self.due.lanes.items() for priority, lane in of.items()]
+        assert {(kind, priority): lane.live for kind, priority, lane in lanes} == counts
+        for kind, priority, lane in lanes:
+            ahead = [found[1] for each, found in self.live if (each, found[0]) == (kind, priority) and found[1] > now]
+            assert lane.next_run_at(now) == min(ahead, default=None)
+        oldest = min((found for _, found in eligible), key=lambda found: (found[1], found[2]), default=None)
+        assert self.due.oldest(now) == oldest
 
 
 def test_due_jobs_come_in_exact_order_over_kinds_and_priorities() -> None:
@@ -135,7 +187,7 @@ def test_due_jobs_come_in_exact_order_over_kinds_and_priorities() -> None:
     for kind, *found in [("a", 0, 5, 1), ("b", 0, 4, 2), ("a", -1, 9, 3), ("b", 1, 1, 4), ("a", 0, 4, 5)]:
         model.add(kind, *found)
         model.check()
-    assert [found[2] for found in model.due.due(None)] == [3, 2, 5, 1, 4]
+    assert [found[2] for found in model.due.eligible(None, model.now)] == [3, 2, 5, 1, 4]
 
 
 def test_a_lane_goes_with_its_last_job() -> None:
@@ -170,16 +222,21 @@ def test_any_sequence_of_adds_and_removes_matches_a_sort(seed: int) -> None:
     for seq in range(400):
         action = dice.random()
         if action < 0.5 or not model.live:
-            enter = dice.choice([model.add, model.join])
-            enter(dice.choice("ab"), dice.randint(-1, 1), dice.choice([dice.randint(0, 9), 10 + seq]), seq)
+            found = dice.choice("ab"), dice.randint(-1, 1), dice.choice([dice.randint(0, 9), 10 + seq]), seq
+            if dice.random() < 0.3:
+                model.add(*found, expires_at=dice.randint(0, 500))
+            else:
+                dice.choice([model.add, model.join])(*found)
         elif action < 0.9:
             gone.append(dice.choice(sorted(model.live)))
             model.remove(gone[-1])
         elif gone:
-            kind, found = gone.pop()
-            dice.choice([model.add, model.join])(kind, *found[:3])
+            kind, entry_gone = gone.pop()
+            dice.choice([model.add, model.join])(kind, *entry_gone[:3])
         if seq % 10 == 0:
+            model.at(dice.choice([0, 5, 100, seq, 200, 100_000]))  # the clock may be set back
             model.check()
+    model.at(100_000)
     model.check()
 
 
@@ -187,7 +244,7 @@ def test_a_job_that_comes_back_in_another_way_is_given_once() -> None:
     model = Model()
     item = model.add("a", 0, 1, 1)
     model.remove(item)
-    model.join("a", 0, 1, 1)  # its first entry is right again
+    model.join("a", 0, 1, 1)
     model.check()
     model.join("a", 0, 2, 2)
     model.check()
@@ -210,16 +267,16 @@ def test_a_job_joins_the_line_only_at_its_end() -> None:
         model.check()
     (lane,) = model.due.lanes["a"].values()
     assert [job.seq for job in lane.line.jobs] == [2, 4]
-    assert len(lane.heap.entries) == 2
+    assert len(list(lane.others)) == 2
 
 
 def test_the_first_jobs_of_a_lane_come_all_at_once_in_any_order() -> None:
     model = Model()
     jobs = [untouched("a", 3, created_at, seq) for created_at, seq in [(5, 2), (4, 3), (5, 1), (5, 4)]]
     for job in jobs:
-        model.live.add(("a", entry_of(job)))
-        model.short[entry_of(job)] = job
-    model.due.join_all("a", 3, jobs)
+        model.live.add(("a", short_entry(job)))
+        model.short[short_entry(job)] = job
+    model.due.join_all("a", 3, jobs, model.now)
     model.join("a", 3, 6, 5)
     model.join("b", 2, 7, 6)
     model.check()
@@ -242,7 +299,7 @@ def test_heaps_stay_small_while_jobs_come_and_go() -> None:
         model.remove(model.add("a", 0, seq, seq))
         model.remove(model.add("b", seq % 7, 1, seq))
     (lane,) = model.due.lanes["a"].values()
-    assert len(lane.heap.entries) <= 2 + SLACK + 1
+    assert len(list(lane.others)) <= 2 + SLACK + 1
     assert len(model.due.heads.entries) <= 2 + SLACK + 1
     model.check()
 
@@ -279,14 +336,63 @@ def test_one_lane_alone_has_no_heads_until_a_second_one_comes(enter: Callable[..
 
 
 @pytest.mark.parametrize("enter", ["add", "join"])
-def test_the_first_of_many_lanes_is_found_without_a_look_at_them_all(enter: str) -> None:
-    looked: list[object] = []
-    due = DueJobs(lambda kind, found: not looked.append(found), lambda job: not looked.append(job))  # type: ignore[func-returns-value]
+def test_the_first_of_many_lanes_is_found_without_a_look_at_them_all(
+    enter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Lane] = []
+    head = Lane.head
+
+    def counted(lane: Lane) -> DueEntry | None:
+        looked.append(lane)
+        return head(lane)
+
+    monkeypatch.setattr(Lane, "head", counted)
+    due = QueuedJobs("q", lambda job: True)
     for seq in range(1_000):
         if enter == "add":
-            due.add(f"k-{seq}", (0, seq, seq, f"{seq}"))
+            due.add(f"k-{seq}", (0, seq, seq, f"{seq}", NEVER), 1_000)
         else:
-            due.join(untouched(f"k-{seq}", 0, seq, seq))
+            due.join(untouched(f"k-{seq}", 0, seq, seq), 1_000)
+    for seq in range(1_000):
+        due.add(f"later-{seq}", (-1, 2_000, seq, f"{seq}", NEVER), 1_000)
     looked.clear()
-    assert [found[2] for found in islice(due.due(None), 3)] == [0, 1, 2]
+    assert [found[2] for found in islice(due.eligible(None, 1_000), 3)] == [0, 1, 2]
     assert len(looked) < 60
+
+
+class Now(int):
+    """A time that counts with how many others it is compared."""
+
+    compared = 0
+
+    def __ge__(self, other: int) -> bool:
+        self.compared += 1
+        return int(self) >= other
+
+    def __lt__(self, other: int) -> bool:
+        self.compared += 1
+        return int(self) < other
+
+
+def test_overdue_jobs_are_passed_by_the_block_and_come_back_with_the_clock() -> None:
+    places, jobs = Places(), 40 * BLOCK
+    for seq in range(jobs):
+        places.add((0, 1, seq, f"{seq}", 10 + seq % 2))
+    places.add((0, 1, jobs, f"{jobs}", NEVER))
+    now = Now(11)
+    assert [found[2] for found in places.eligible(now)] == [jobs]
+    assert now.compared < 50, "a look at each block, and at the entries of the last one"
+    assert next(places.eligible(10))[2] == 1, "the clock was set back"
+    assert next(places.eligible(9))[2] == 0
+
+
+def test_a_block_whose_last_job_has_left_is_looked_through_once() -> None:
+    places, jobs = Places(), 10 * BLOCK
+    for seq in range(jobs):
+        places.add((0, 1, seq, f"{seq}", 20 if seq % BLOCK == 5 else 10))
+    for seq in range(5, jobs, BLOCK):
+        places.remove((0, 1, seq, f"{seq}", 20))
+    assert list(places.eligible(10)) == []
+    now = Now(10)
+    assert list(places.eligible(now)) == []
+    assert now.compared == 10

@@ -14,7 +14,6 @@ from jobd import rules, steps, views
 from jobd.answers import (
     Answer,
     Done,
-    Grants,
     Imported,
     ImportForeseen,
     JobView,
@@ -434,7 +433,7 @@ def test_an_overdue_job_fails_by_the_command_that_meets_it(desk: Desk) -> None:
     assert (job.status, job.error.code, job.expires_at) == ("failed", "expired", desk.now + 30 * DAY_MS)
     assert (desk.last().type, desk.last().reason) == ("expired", job.error.message)
     assert desk.claim(limit=5) == ["c"]
-    assert desk.job("b").status == "failed"
+    assert desk.job("b").status == "queued"
 
 
 def test_a_job_that_nobody_took_says_so_and_nothing_of_an_error_without_words(desk: Desk) -> None:
@@ -480,9 +479,9 @@ def test_time_ends_an_overdue_job_whoever_comes_by(desk: Desk) -> None:
     for job_id in "ab":
         desk.create(job_id, expires_at=NOW + 10)
     desk.passes(10)
-    for command in (Start(id="a", worker="w"), Claim(worker="w")):
-        changes = desk.decide(command, by="worker:w").changes
-        assert [(change.event.type, change.event.by) for change in changes] == [("expired", "daemon")]
+    changes = desk.decide(Start(id="a", worker="w"), by="worker:w").changes
+    assert [(change.event.type, change.event.by) for change in changes] == [("expired", "daemon")]
+    assert not desk.decide(Claim(worker="w"), by="worker:w").changes
 
 
 def test_who_resets_a_job_at_work_past_its_expiry_wants_it_all_the_same(desk: Desk) -> None:
@@ -1439,13 +1438,11 @@ def test_time_is_judged_when_a_command_is_applied(desk: Desk) -> None:
     """The book was advanced further than the moment of the command: nothing that is not so yet is acted upon."""
     desk.held("a")
     desk.held("b", stuck_after_ms=HOUR_MS, **no_ceiling())
-    desk.create("c", delay_ms=5)
     desk.create("d", queue="other", expires_at=NOW + 5)
     desk.book.advance(NOW + 5, desk.lease + TTL)
     before = Moment(NOW + 4, desk.lease + TTL - 1, NOW - desk.lease)
     nothings: list[tuple[AnyCommand, Any]] = [
         (Recover(limit=9), Recovered([], 0, False)),
-        (Claim(worker="w"), Grants([])),
         (Expire(limit=9), Worked(0)),
     ]
     for command, nothing in nothings:
@@ -1938,14 +1935,15 @@ def test_missing_times_of_an_import_become_now(desk: Desk) -> None:
     assert (job.progress, job.started_at, job.finished_at, job.expires_at) == (0, None, None, None)
 
 
-def test_a_claim_fails_a_bounded_number_of_overdue_jobs(desk: Desk) -> None:
-    for number in range(rules.EXPIRED_BY_CLAIM + 5):
+def test_a_claim_leaves_overdue_jobs_to_recovery(desk: Desk) -> None:
+    for number in range(5):
         desk.create(f"late-{number}", expires_at=NOW + 1)
     desk.create("good")
     desk.passes(1)
-    granted = desk.yes(Claim(worker="w"))
-    assert [grant.job.id for grant in granted.grants] == ["good"]
-    assert desk.book.totals["failed"] == rules.EXPIRED_BY_CLAIM
+    decision = desk.decide(Claim(worker="w"))
+    assert [change.event.job_id for change in decision.changes] == ["good"]
+    assert desk.yes(Expire(limit=3)) == Worked(3, more=True)
+    assert desk.yes(Expire(limit=3)) == Worked(2)
 
 
 def test_an_import_without_a_creation_was_created_before_all_that_is_given(desk: Desk) -> None:

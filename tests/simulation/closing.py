@@ -13,6 +13,7 @@ from jobd.answers import Answer, CleanupReport, GrantView
 from jobd.commands import MAX_PAGE, AnyCommand, Claim, Complete, List, Progress, Refusal, Resume, RunNow, Stats
 from jobd.job import DAY_MS, SECOND_MS
 from tests.simulation.machine import Daemon, Machine
+from tests.simulation.promises import is_overdue
 
 READY_S: Final = 2.0
 ALL_TIME_S: Final = 3 * 3_600.0  # longer than any lock, ceiling or delay of a plan
@@ -86,7 +87,7 @@ class Closing:
             await self.machine.call(WHO, Stats())
 
     async def _work_off(self, daemon: Daemon) -> None:
-        """L3: every job is granted once somebody claims its queue."""
+        """L3: every job is granted once somebody claims its queue; the overdue ones are left to the cleaner."""
         book = daemon.book
         for queue in sorted(book.paused):
             await self._yes(Resume(name=queue), admin=True)
@@ -101,8 +102,9 @@ class Closing:
                 break
             for granted in answer.data.grants:
                 await self._finish(granted)
-        if book.jobs and not self.watch.first:
-            self.watch.fail("L3", f"never granted: {sorted(book.jobs)}", sorted(book.jobs)[0])
+        left = sorted(job.id for job in book.jobs.values() if not is_overdue(job, self.machine.wall()))
+        if left and not self.watch.first:
+            self.watch.fail("L3", f"never granted: {left}", left[0])
 
     async def _finish(self, granted: GrantView) -> None:
         job_id, lock_id = granted.job.id, granted.lock_id
