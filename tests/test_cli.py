@@ -318,6 +318,7 @@ def test_every_refusal_of_the_daemon_has_its_exit_code() -> None:
         (["transition", "j", "queued"], "TO"),
         (["cancel"], "ID"),
         (["run"], "CMD"),
+        (["run", "--timeout", "0", "true"], "--timeout must be above 0"),
     ],
 )
 def test_usage_errors_are_2_and_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

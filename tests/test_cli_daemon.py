@@ -1299,6 +1299,17 @@ def test_run_works_off_a_queue_and_its_exit_code_says_how(running: Running) -> N
     assert done.stderr == "jobctl run: drained; 1 job is left: 1 is not due yet.\n"
 
 
+def test_a_run_over_its_timeout_fails_with_timeout(running: Running) -> None:
+    running.client.create_job(queue="r-timeout", id="r-timeout")
+    limits = ("--timeout", "200ms", "--max-processing", "1h")
+    done = running.done("jobd.cli.ctl", "run", "--queue", "r-timeout", *limits, "--once", "sleep", "1000")
+    assert done.returncode == 1, done.stderr
+    assert "it took longer than 0.2 s" in done.stderr
+    job = running.client.get_job("r-timeout")
+    assert (job.status, job.error_code) == ("failed", "timeout")
+    assert job.error_message == "The run took longer than its timeout of 0.2 s."
+
+
 def test_options_after_the_command_belong_to_it(running: Running) -> None:
     running.client.create_job(None, queue="r2", id="r2")
     done = running.done("jobd.cli.ctl", "run", "--queue", "r2", "--once", "echo", "--drain", "--json")

@@ -845,6 +845,7 @@ async def test_the_locks_have_no_ceiling_unless_one_is_given(tmp_path: Path, lim
     with serving(peer, tmp_path / "p") as endpoint:
         await CommandWorker(endpoint, ["true"], drain=True, **limit).run(signals=False)
     assert peer.asked[0].json["max_processing_ms"] == sent
+    assert peer.asked[0].json["about"].keys() == {"instance", "host", "pid", "version", "concurrency"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

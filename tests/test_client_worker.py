@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,6 +40,7 @@ from jobd.client import (
     uuid7,
 )
 from jobd.client import worker as client_worker
+from jobd.client.claims import about_us
 from jobd.client.keeper import Keeper
 from jobd.client.protocol import job_path
 from jobd.client.worker import _described, _how, _result
@@ -1261,6 +1263,34 @@ async def test_an_invalid_token_ends_the_worker_after_its_jobs(tmp_path: Path) -
         worker.handler()(print)
         with pytest.raises(Unauthorized):
             await worker.serve()
+
+
+async def test_a_worker_says_who_it_is(tmp_path: Path) -> None:
+    daemon = Scripted()
+    with serving(daemon.peer, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint, concurrency=3)
+        worker.handler(lambda task: None)
+        async with at_work(worker):
+            await daemon.hear("claim", 2)
+        before = len(daemon.bodies("claim"))
+        async with at_work(worker):
+            await daemon.hear("claim", before + 1)
+    first, second, other = (daemon.bodies("claim")[each]["about"] for each in (0, 1, before))
+    assert first == second
+    assert first["instance"] != other["instance"], "of the same name, but another run"
+    assert {**first, "instance": None} == {
+        "instance": None,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "version": jobd.__version__,
+        "concurrency": 3,
+    }
+
+
+def test_a_host_name_that_the_daemon_would_refuse_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "größer")
+    assert about_us(10**6).host is None
+    assert about_us(10**6).concurrency == 100_000
 
 
 async def test_an_idle_worker_ends_though_its_claim_is_parked(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from jobd.answers import LockState, QueueList, QueueView, TimelineView, Validation, WhyView, WorkerList, WorkerView
 from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, Request, get, job_path, post, reader, uuid7
+from jobd.commands import About
 from jobd.events import EventView
 from jobd.job import Backoff, OnStall, Status
 
@@ -173,12 +174,13 @@ def start_processing(
     lock_ttl_ms: int | None = None,
     stuck_after_ms: int | None = None,
     max_processing_ms: int | None = None,
+    about: About | None = None,
     idempotency_key: str | None = None,
 ) -> Request[GrantInfo]:
     """Take this job for `worker`. The lock lives `lock_ttl_ms` (1 s to 24 h) unless it is extended.
 
     The lock never outlives the latest progress report by more than `max_processing_ms`; 0 means no ceiling. A ceiling
-    that the creator of the job set comes first.
+    that the creator of the job set comes first. `about` is what `jobctl workers` shows of the worker.
 
     Raises AlreadyLocked, NotDue, QueuePaused, InvalidTransition, JobNotFound.
     """
@@ -187,6 +189,7 @@ def start_processing(
         "lock_ttl_ms": lock_ttl_ms,
         "stuck_after_ms": stuck_after_ms,
         "max_processing_ms": max_processing_ms,
+        "about": about,
     }
     return post(job_path(JOBS, job_id, "start"), _read_grant, body, key=idempotency_key or uuid7())
 
@@ -201,12 +204,14 @@ def claim(
     lock_ttl_ms: int | None = None,
     stuck_after_ms: int | None = None,
     max_processing_ms: int | None = None,
+    about: About | None = None,
     idempotency_key: str | None = None,
 ) -> Request[list[GrantInfo]]:
     """Take the first due jobs for `worker`: 1 by default, `limit` (up to 100) at most, none if there is none.
 
     `queues` are `["default"]` and `kinds` all if they are not given. With `wait_ms` (up to 60 000) the call waits
-    for a job as long as that. `max_processing_ms` is as in `start_processing`.
+    for a job as long as that. `max_processing_ms` and `about` are as in
+    `start_processing`.
     """
     body = {
         "worker": worker,
@@ -217,6 +222,7 @@ def claim(
         "lock_ttl_ms": lock_ttl_ms,
         "stuck_after_ms": stuck_after_ms,
         "max_processing_ms": max_processing_ms,
+        "about": about,
     }
     return post("/v1/claim", _granted, body, key=idempotency_key or uuid7(), wait_ms=wait_ms)
 

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from jobd import __version__
 from jobd.client import calls
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import JobdError
-from jobd.client.protocol import RETRIED, GrantInfo, RetryPolicy
+from jobd.client.protocol import RETRIED, GrantInfo, RetryPolicy, uuid7
 from jobd.client.service_thread import Say
 from jobd.client.waiting import first_of
+from jobd.commands import PRINTABLE, About
 
+MOST_CONCURRENCY: Final = 100_000  # that About can name
 POLL_MS: Final = 30_000
 LOCK_TTL_MS: Final = 60_000
 # A worker outlasts whatever the daemon may get over: a full disk, a fault of its own.
@@ -37,6 +41,7 @@ class Wanted:
     kinds: Sequence[str] | None = None
     lock_ttl_ms: int = LOCK_TTL_MS
     max_processing_ms: int = 0
+    about: About | None = None
 
 
 class Claims:
@@ -128,6 +133,7 @@ class Claims:
             lock_ttl_ms=wanted.lock_ttl_ms,
             stuck_after_ms=0,
             max_processing_ms=wanted.max_processing_ms,
+            about=wanted.about,
         )
         self._is_resent = False
         policy = RetryPolicy(total_s=self._patience_s, timeout_s=10.0, codes=PASSING)
@@ -151,6 +157,18 @@ class Claims:
         if not self._is_resent:
             self._is_resent = True
             self._say(f"cannot claim: {error.message} Trying again.")
+
+
+def about_us(concurrency: int) -> About:
+    """Describe this process to the operators."""
+    host = socket.gethostname()
+    return About(
+        instance=uuid7(),
+        host=host if re.fullmatch(PRINTABLE, host) else None,
+        pid=os.getpid(),
+        version=__version__,
+        concurrency=min(concurrency, MOST_CONCURRENCY),
+    )
 
 
 def default_name() -> str:

@@ -14,13 +14,14 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Final
 
 from msgspec import UNSET
 
 from jobd.client.aio import AsyncJobClient
-from jobd.client.claims import LOCK_TTL_MS, Wanted, default_name
+from jobd.client.claims import LOCK_TTL_MS, Wanted, about_us, default_name
 from jobd.client.endpoint import Endpoint
 from jobd.client.error_text import MESSAGE_CHARACTERS
 from jobd.client.keeper import Keeper
@@ -131,11 +132,12 @@ class CommandWorker:
             self._say(f"cannot run {self._command[0]!r}: {fault}. No job was claimed.")
             return 1
         client = self._client.twin() if isinstance(self._client, AsyncJobClient) else AsyncJobClient(self._client)
+        wanted = replace(self._wanted, about=about_us(self._concurrency))
         service = ServiceThread(f"jobd worker {self.name}")
         say = service.say(self._say)
         shift = Shift(
             client,
-            self._wanted,
+            wanted,
             functools.partial(self._begin, say),
             say,
             concurrency=self._concurrency,

@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple, TypeVar, overload
 import msgspec
 
 from jobd.client.aio import AsyncJobClient
-from jobd.client.claims import LOCK_TTL_MS, Wanted, default_name
+from jobd.client.claims import LOCK_TTL_MS, Wanted, about_us, default_name
 from jobd.client.endpoint import Endpoint
 from jobd.client.error_text import describe_error, fitted
 from jobd.client.keeper import Keeper
@@ -309,6 +309,7 @@ class Worker:
             kinds=None if None in self._handlers else [kind for kind in self._handlers if kind is not None],
             lock_ttl_ms=self._lock_ttl_ms,
             max_processing_ms=self._max_processing_ms,
+            about=about_us(self._concurrency),
         )
 
     async def _begin(self, loop: _HandlersLoop, keeper: Keeper) -> Effort:
