@@ -203,7 +203,7 @@ def restore(file: str, path: str) -> str | None:
         try:
             _check_and_copy(file, new)
             epoch, aside = _keep_old(path)
-            if epoch > used:
+            if epoch > used.epoch:
                 files.write_epoch(path, epoch)
             _give_to_owner(path, aside)
             os.replace(new, path)
@@ -271,8 +271,7 @@ def _settle_old(path: str) -> int:
             (application,) = old.execute("PRAGMA application_id").fetchone()
             if application != migrations.APPLICATION_ID:
                 return 0
-            (epoch,) = old.execute("SELECT epoch FROM meta").fetchone()
-            return int(epoch)
+            return migrations.epoch_of(old)
     except sqlite3.Error as error:
         if (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF == sqlite3.SQLITE_BUSY:
             raise files.StoreBusy(path, None) from error

@@ -60,7 +60,7 @@ class Numbers(Struct, frozen=True, gc=False):
     """The high-water marks and clocks that are persisted with each commit. `next_*` is the next number to give."""
 
     epoch: int = 1
-    next_token: int = 1  # the counter part; a fencing token is (epoch << 40) | counter
+    next_token: int = 1  # the counter of the next fencing token, or 2^24 if the counter is full: see job.py
     next_job: int = 1
     next_event: int = 1
     lease_ms: int = 0
@@ -346,6 +346,7 @@ class Opened(Struct):
     quarantined: dict[str, str] = {}
     suspects: dict[int, str] = {}  # job seq to id of rows to be validated
     faults: list[str] = []
+    epoch_warning: str | None = None  # fencing tokens are not as safe as they should be: the wall clock is wrong
     figures: bytes | None = None
     full: bool = False  # the disk was full already at start
     has_reserve: bool = True  # the ballast file is there

@@ -17,6 +17,7 @@ from jobd.batch import LateKnown, Numbers, Opened, QueueRow
 from jobd.events import Change, Event, QueuePause
 from jobd.figures import Figures
 from jobd.job import (
+    COUNTER_MASK,
     FINISHED,
     LIVE,
     LOOP_FROM,
@@ -37,7 +38,6 @@ FINISHED_BYTES: Final = 16 << 20  # of their metadata
 OPTIONS_KEPT: Final = 10_000
 LATE_CALLS_KEPT: Final = 10_000  # that are not told again; where there are more, those told first are told anew
 LATE_RESULTS_KEPT: Final = 10_000  # jobs that somebody may be looking at to whom late results came since the start
-COUNTER_MASK: Final = (1 << TOKEN_COUNTER_BITS) - 1
 
 
 class Book:
@@ -216,13 +216,21 @@ class Book:
             if event.type == "imported":
                 self.suspects[event.job_seq] = event.job_id
         if after is not None and after.grant is not None:
-            self.next_token = max(self.next_token, (after.grant.fencing_token & COUNTER_MASK) + 1)
+            self._burn_token(after.grant.fencing_token)
         if event.by.startswith("worker:"):
             self.presence.saw(event.by[7:], event.at)
         if after is not change.before:
             self.swap(change.before, after)
         elif event.type == "late_call":
             self._note_call(event)
+
+    def _burn_token(self, token: int) -> None:
+        """Never give `token` again, nor one below it. Grants of an earlier epoch say nothing about the counter."""
+        epoch, counter = token >> TOKEN_COUNTER_BITS, token & COUNTER_MASK
+        if epoch > self.epoch:
+            self.epoch, self.next_token = epoch, counter + 1
+        elif epoch == self.epoch and counter >= self.next_token:
+            self.next_token = counter + 1
 
     def was_told(self, job_seq: int, fencing_token: int, verb: str) -> bool:
         """Whether the journal has a refused call like this, as far as memory reaches."""

@@ -205,6 +205,8 @@ class Daemon:
             line.error("disk_full", refused="creates", reserve=opened.has_reserve, **msgspec.structs.asdict(space))
         elif not opened.has_reserve:
             line.warning("reserve_file_missing", message="on a full disk, running jobs may not be able to end")
+        if opened.epoch_warning is not None:
+            line.warning("fencing_epoch", message=opened.epoch_warning)
         return store, opened
 
     def _look_for_others(self) -> None:

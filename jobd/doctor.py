@@ -169,7 +169,7 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
             what = f"{sums[live][0]} where {kept[0]} had been written"
             what = what if sums[live][0] != kept[0] else f"the {kept[0]} rows are not those that had been written"
             yield Problem(f"{name} jobs", what, _RECOUNT)
-    if next_job > meta["next_job"] or next_token > (meta["epoch"] << TOKEN_COUNTER_BITS) | meta["next_token"]:
+    if next_job > meta["next_job"] or next_token > (meta["epoch"] << TOKEN_COUNTER_BITS) + meta["next_token"]:
         yield Problem("meta", "a job has a number that is still to be given", _RESTORE)
 
 
@@ -283,11 +283,24 @@ def _aside(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
         yield Problem(f"{readable(place)} set aside", readable(what), mend)
 
 
-def _beside(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
+def _epoch_file(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
     try:
-        files.read_epoch(path)
+        file = files.read_epoch(path)
     except StoreError as error:
         yield Problem("epoch file", str(error), "see there")
+        return
+    meta = _known_meta(conn)
+    if meta is not None and not meta["marked"] and file.is_ahead_of(meta["epoch"]):
+        what = f"it has seen epoch {file.epoch}, the database {meta['epoch']}: the database is an older copy"
+        yield Problem("epoch file", what, "nothing to do: the next start takes a new epoch and ends all grants")
+    name = f"{path}.epoch"
+    if os.path.exists(name) and os.stat(name).st_uid != (owner := os.stat(path).st_uid):
+        what = f"it belongs to user {os.stat(name).st_uid}, the database to user {owner}"
+        yield Problem("epoch file", what, f"chown --reference {path} {name}")
+
+
+def _beside(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
+    yield from _epoch_file(conn, path)
     if os.stat(path).st_mode & 0o077:
         yield Problem(path, "others may read it; it holds payloads and lock ids", f"chmod 600 {path}")
 
@@ -418,7 +431,7 @@ def _taken(tables: Tables, id_: str, row: Row) -> Row:
         raise Refused(f"job {id_}: the row makes no job: {error}") from error
     if not isinstance(job.id, str) or not is_job_id(job.id):
         raise Refused(f"{readable(job.id)!r} is no id of a job")
-    given = (tables.numbers.epoch << TOKEN_COUNTER_BITS) | tables.numbers.next_token
+    given = (tables.numbers.epoch << TOKEN_COUNTER_BITS) + tables.numbers.next_token
     if job.seq >= tables.numbers.next_job or (job.grant is not None and job.grant.fencing_token >= given):
         raise Refused(f"job {job.id}: its seq or fencing_token is higher than any that was ever given")
     return taken

@@ -15,7 +15,7 @@ from jobd.answers import Answer
 from jobd.book import Book
 from jobd.commands import Call, Moment, Refusal
 from jobd.events import Change, Changes, Event, EventType, of_new
-from jobd.job import TOKEN_COUNTER_BITS, Job, LateResult, Policy
+from jobd.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
 
 
 class Decision(Struct):
@@ -33,7 +33,9 @@ class Decision(Struct):
 class Draft:
     """The steps of one decision so far, and the numbers that they use."""
 
-    __slots__ = ("_next_event", "_next_job", "_next_token", "at", "book", "call", "changes", "checked", "policy")
+    __slots__ = (
+        "_epoch", "_next_event", "_next_job", "_next_token", "at", "book", "call", "changes", "checked", "policy",
+    )  # fmt: skip
 
     def __init__(self, book: Book, call: Call, at: Moment, policy: Policy) -> None:
         self.book = book
@@ -44,6 +46,7 @@ class Draft:
         self.checked: list[int] = []
         self._next_event = book.next_event
         self._next_job = book.next_job
+        self._epoch = book.epoch
         self._next_token = book.next_token
 
     def step(
@@ -100,9 +103,11 @@ class Draft:
         return number
 
     def token(self) -> int:
-        """The fencing token of a new grant, greater than every one before."""
+        """The fencing token of a new grant, greater than every one before. A full counter takes the next epoch."""
+        if self._next_token > COUNTER_MASK:
+            self._epoch, self._next_token = new_epoch(self._epoch, self.at.believed), 1
         counter, self._next_token = self._next_token, self._next_token + 1
-        return (self.book.epoch << TOKEN_COUNTER_BITS) | counter
+        return (self._epoch << TOKEN_COUNTER_BITS) | counter
 
     def secret(self, number: int) -> str:
         """A lock id that nobody can guess: from the call's own randomness, so that a replay gives it again."""

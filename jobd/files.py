@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 import tempfile
 import zlib
@@ -16,7 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from msgspec import Struct
+
 from jobd.batch import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
+from jobd.job import LAST_EPOCH, TOKEN_COUNTER_BITS
 
 BALLAST_BYTES: Final = RESERVE_BYTES
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -24,6 +28,7 @@ _LOCK_BYTES: Final = 16
 # SQLite locks the bytes from PENDING on in the database itself.
 _SQLITE_LOCKS: Final = (0x40000000, 512)
 _FLOCK: Final = "hhqqi4x"
+_OLD_EPOCH: Final = (1 << 16) - 1
 
 
 class StoreError(Exception):
@@ -171,13 +176,18 @@ def create_private(path: str) -> bool:
     return True
 
 
-def replace(path: str, content: bytes) -> None:
-    """Put `content` at `path` durably: after a crash there is the old file or the new one. Raises DiskFull."""
+def replace(path: str, content: bytes, like: str | None = None) -> None:
+    """Put `content` at `path` durably: after a crash there is the old file or the new one. Raises DiskFull.
+
+    The file is private, or has the mode of the file `like` and, if root writes it, the owner of that.
+    """
     new = f"{path}.new"
     with room():
         try:
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
+                if like is not None and os.path.exists(like):
+                    _make_like(fd, os.stat(like))
                 os.write(fd, content)
                 os.fsync(fd)
             finally:
@@ -189,27 +199,67 @@ def replace(path: str, content: bytes) -> None:
         sync_directory(path)
 
 
-def read_epoch(path: str) -> int:
-    """The highest epoch ever used at `path`, from its epoch file; 0 where there is none.
+def _make_like(fd: int, model: os.stat_result) -> None:
+    if os.geteuid() == 0:
+        os.fchown(fd, model.st_uid, model.st_gid)
+    os.fchmod(fd, stat.S_IMODE(model.st_mode))
 
-    Raises StoreUnreadable: to guess it could give a fencing token twice.
+
+class EpochFile(Struct, frozen=True):
+    """The highest epoch that the store's epoch file has seen.
+
+    `is_current` is False if there is no file, or one of schema version 9 or older. The epochs of those count for 2^16
+    of today's: `epoch` is then the last of these.
+    """
+
+    epoch: int = 0
+    is_current: bool = False
+
+    def is_ahead_of(self, own: int) -> bool:
+        """Whether the database, whose epoch is `own`, is older than the file."""
+        return self.epoch > (own if self.is_current else own | _OLD_EPOCH)
+
+
+def read_epoch(path: str) -> EpochFile:
+    """Read the epoch file of the store at `path`.
+
+    Raises StoreUnreadable: to guess its number could give a fencing token twice.
     """
     name = f"{path}.epoch"
     try:
         words = Path(name).read_bytes().split()
     except FileNotFoundError:
-        return 0
-    if len(words) == 1 and words[0].isdigit():  # written by hand
-        return int(words[0])
-    if len(words) == 2 and words[1] == b"%08x" % zlib.crc32(words[0]):
-        return int(words[0])
-    raise StoreUnreadable(f"{name} is damaged: write a number into it that is higher than every epoch used here")
+        return EpochFile()
+    except (PermissionError, IsADirectoryError) as error:
+        hint = f"give the file to the owner of {path}, with mode 0600"
+        raise StoreUnreadable(f"{name} cannot be read ({error.strerror}): {hint}") from error
+    found = _epoch_of(words)
+    if found is None or found.epoch > LAST_EPOCH:
+        raise StoreUnreadable(
+            f"{name} is damaged: write a number into it that is higher than every epoch used here, such as that of "
+            f"now: echo $(($(date +%s) - 1577836800)) > {name}"
+        )
+    return found
+
+
+def _epoch_of(words: list[bytes]) -> EpochFile | None:
+    if not words or not words[0].isdigit():
+        return None
+    epoch = int(words[0])
+    if len(words) == 1 or words[1:] == [b"%d" % TOKEN_COUNTER_BITS, _epoch_crc(epoch)]:
+        return EpochFile(epoch, is_current=True)  # one word: written by hand
+    if words[1:] == [b"%08x" % zlib.crc32(words[0])]:
+        return EpochFile(epoch << 16 | _OLD_EPOCH)
+    return None
+
+
+def _epoch_crc(epoch: int) -> bytes:
+    return b"%08x" % zlib.crc32(b"%d %d" % (epoch, TOKEN_COUNTER_BITS))
 
 
 def write_epoch(path: str, epoch: int) -> None:
-    """Keep `epoch` as the highest one used at `path`. Raises DiskFull."""
-    number = b"%d" % epoch
-    replace(f"{path}.epoch", b"%s %08x\n" % (number, zlib.crc32(number)))
+    """Keep `epoch` as the highest one used at `path`, in a file of the same owner and mode. Raises DiskFull."""
+    replace(f"{path}.epoch", b"%d %d %s\n" % (epoch, TOKEN_COUNTER_BITS, _epoch_crc(epoch)), like=path)
 
 
 def space(path: str) -> DiskSpace | None:

@@ -50,7 +50,14 @@ LATEST_MS: Final = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 # `$` alone would let a line end through that comes last.
 ID_PATTERN: Final = r"^[A-Za-z0-9_.:\-]{1,200}$(?!\n)"
 MAX_PRIORITY: Final = 1000  # from minus that on; smaller runs first
-TOKEN_COUNTER_BITS: Final = 40
+
+# A fencing token is (epoch << TOKEN_COUNTER_BITS) | counter. Up to SAFE_EPOCH it is below 2^53, so JavaScript reads it
+# exactly; beyond LAST_EPOCH SQLite could not store it.
+TOKEN_COUNTER_BITS: Final = 24
+COUNTER_MASK: Final = (1 << TOKEN_COUNTER_BITS) - 1
+SAFE_EPOCH: Final = (1 << 29) - 1  # a second of January 2037
+LAST_EPOCH: Final = (1 << 39) - 1
+_EPOCHS_BEGIN_MS: Final = 1_577_836_800_000  # 2020-01-01T00:00:00Z
 
 # Types of the wire and of the record: a value outside is 400 invalid_request, never clamped.
 JobId = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200)]
@@ -140,6 +147,21 @@ def headline(message: str, width: int) -> str:
     said = message.partition("\nTraceback (most recent call last):")[0]
     width = max(width, len(first_line(said)))
     return said if len(said) <= width else f"{said[:width]}…"
+
+
+def seconds_of_epochs(now_ms: int) -> int:
+    """The seconds since 2020-01-01 UTC at the wall time `now_ms`."""
+    return (now_ms - _EPOCHS_BEGIN_MS) // SECOND_MS
+
+
+def new_epoch(seen: int, now_ms: int) -> int:
+    """The epoch that is taken at the wall time `now_ms`, above `seen`, the highest one known.
+
+    Copies of one store take different epochs, because they take them in different seconds. A clock past SAFE_EPOCH is
+    wrong or too late for that: the epoch after `seen` keeps tokens below 2^53 as long as it can.
+    """
+    seconds = seconds_of_epochs(now_ms)
+    return max(seconds, seen + 1) if seconds <= SAFE_EPOCH else seen + 1
 
 
 class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):

@@ -13,7 +13,7 @@ from typing import Final
 
 from jobd.batch import Numbers
 from jobd.files import StoreUnreadable
-from jobd.job import LIVE
+from jobd.job import COUNTER_MASK, LIVE, TOKEN_COUNTER_BITS
 from jobd.rows import META_COLUMNS, Row, checksum, fault, first_checksum, sealed
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
@@ -138,7 +138,7 @@ def create(conn: sqlite3.Connection) -> None:
     conn.execute("BEGIN IMMEDIATE")
     for statement in statements(script):
         conn.execute(statement)
-    row = meta_row(Numbers(), (0, 0, 0, 0), 0, 0, VERSION)
+    row = meta_row(Numbers(epoch=0), (0, 0, 0, 0), 0, 0, VERSION)  # opening.py takes the first epoch
     names = ", ".join((*META_COLUMNS, "crc"))
     conn.execute(f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", row)
     conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -167,6 +167,26 @@ def read_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
     found = cursor.fetchone()
     names = [column[0] for column in cursor.description]
     return None if found is None else dict(zip(names[1:], found[1:], strict=True))
+
+
+def token_numbers(meta: dict[str, int]) -> tuple[int, int]:
+    """Epoch and counter of the next fencing token, from the meta row of any schema version.
+
+    Before version 10 the counter had 40 bits. The next token is the same number either way.
+    """
+    epoch, counter = meta["epoch"], meta["next_token"]
+    if meta["schema_version"] >= 10:
+        return epoch, counter
+    token = (epoch << 40) + counter
+    return token >> TOKEN_COUNTER_BITS, token & COUNTER_MASK
+
+
+def epoch_of(conn: sqlite3.Connection) -> int:
+    """The epoch of a database of any schema version, as epochs are counted today; 0 if its meta row is damaged."""
+    found = read_meta(conn)
+    if found is None or fault(tuple(found.values())) is not None:
+        return 0
+    return token_numbers(found)[0]
 
 
 def check_meta(conn: sqlite3.Connection, path: str) -> None:
@@ -216,6 +236,7 @@ def _describe_pauses_and_count_releases(conn: sqlite3.Connection) -> None:
         row[name] = value
         if name == "wall_ms":
             row["clock_suspect"] = 0
+    row["epoch"], row["next_token"] = token_numbers(found)
     row["live_xor"] ^= live_xor
     row["finished_xor"] ^= finished_xor
     _rewrite_meta(conn, row)

@@ -10,6 +10,7 @@ import glob
 import os
 import sqlite3
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -20,8 +21,8 @@ from msgspec.structs import replace
 
 from jobd import files, migrations, rows, wal
 from jobd.batch import SPARE_BYTES, DiskFull, KeyRow, Numbers, Opened, QueueRow
-from jobd.files import StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
-from jobd.job import Job, Untouched
+from jobd.files import EpochFile, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
+from jobd.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, Job, Untouched, new_epoch, seconds_of_epochs
 from jobd.lookups import read_job
 from jobd.quarantine import set_jobs_aside, set_rows_aside
 from jobd.rows import AS_CREATED, KEY_COLUMNS, META_COLUMNS, NEW_COLUMNS, QUEUE_COLUMNS, Row, fault
@@ -59,6 +60,7 @@ _IN_FULL: Final = (
     f"SELECT {JOB_SQL} FROM (SELECT value AS found FROM json_each(?)) CROSS JOIN jobs NOT INDEXED ON seq = found"
 )
 _SLICE: Final = 10_000
+_EPOCH_SLACK_S: Final = 60  # starts that follow each other within a second count on by one
 # For each null sqlite3 looks for a way to adapt it, which takes longer than all else about it. None stays None. A look
 # into an empty dictionary gives it without a call of Python.
 _NOTHING: Final[dict[None, None]] = {}
@@ -205,9 +207,10 @@ def start(conn: sqlite3.Connection, path: str) -> tuple[Tables, Opened]:
     with refusals(path):
         prepare_schema(conn, path)
         tables = read_meta(conn, path)
-        marked = path != MEMORY and _settle_epoch(tables, path)
+        marked = _settle_epoch(tables, path)
         opened = _read_all(tables)
         opened.marked = marked
+        opened.epoch_warning = epoch_warning(tables.numbers.epoch, now_ms())
         if path != MEMORY:
             _remove_leftovers(path)
             opened.full = not _has_space(tables, path)
@@ -289,31 +292,53 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Tables:
 
 
 def _settle_epoch(tables: Tables, path: str) -> bool:
-    """Whether a backup was put back: then a new epoch begins, in the epoch file first."""
-    used = files.read_epoch(path)
-    own = tables.numbers.epoch
-    if not tables.marked and used <= own:
-        if used < own:
-            files.write_epoch(path, own)
-        return False
-    epoch = max(own, used) + 1
-    files.write_epoch(path, epoch)
-    tables.commit(_begin_epoch, tables, epoch)
-    return True
+    """Take a new epoch for a new store, a backup, and a database that its epoch file does not belong to.
 
-
-def _begin_epoch(tables: Tables, epoch: int) -> None:
-    """The mark stays until every grant has been ended (Batch.unmark).
-
-    Somebody may have seen events that the backup does not know. Their numbers are not used again: those of an epoch
-    begin above all numbers of the one before, and who comes with an older one is told that what followed it is gone.
+    Gives whether a backup or an older copy was put back, whose grants have to end. An epoch is in the database before
+    it is in the file: a file that is ahead of its database tells of an older copy.
     """
-    old = tables.numbers
-    next_event = max(old.next_event, epoch << 40)
-    tables.numbers = replace(old, epoch=epoch, next_token=1, next_event=next_event)
-    tables.gone_to = next_event - 1
-    tables.marked = True
+    file = EpochFile(is_current=True) if path == MEMORY else files.read_epoch(path)
+    own = tables.numbers.epoch
+    is_put_back = tables.marked or file.is_ahead_of(own)
+    if is_put_back or own == 0 or not file.is_current:
+        epoch = new_epoch(max(own, file.epoch), now_ms())
+        if epoch > LAST_EPOCH:
+            raise StoreUnreadable(f"{path}: there is no epoch for fencing tokens above {epoch - 1}")
+        tables.commit(_begin_epoch, tables, epoch, is_put_back)
+    if path != MEMORY:
+        if file != EpochFile(tables.numbers.epoch, is_current=True):
+            files.write_epoch(path, tables.numbers.epoch)
+        tables.keep_epoch = partial(files.write_epoch, path)
+    tables.kept_epoch = tables.numbers.epoch
+    return is_put_back
+
+
+def _begin_epoch(tables: Tables, epoch: int, is_put_back: bool) -> None:
+    """Begin `epoch`. The mark of a backup stays until every grant has been ended (Batch.unmark).
+
+    After a backup was put back, clients may have seen events that it does not know. Their numbers are not used again:
+    new ones begin above them, and a client that comes with an older one is told that what followed it is gone.
+    """
+    tables.numbers = replace(tables.numbers, epoch=epoch, next_token=1)
+    if is_put_back:
+        next_event = max(tables.numbers.next_event, epoch << TOKEN_COUNTER_BITS)
+        tables.numbers = replace(tables.numbers, next_event=next_event)
+        tables.gone_to = next_event - 1
+        tables.marked = True
     tables.write_meta()
+
+
+def epoch_warning(epoch: int, now: int) -> str | None:
+    """Say what a wrong wall clock means for fencing tokens, if it is wrong at the time `now` or was before."""
+    seconds = seconds_of_epochs(now)
+    if epoch > SAFE_EPOCH:
+        return f"epoch {epoch} makes fencing tokens of 2^53 and more, which JavaScript does not read exactly"
+    if seconds > SAFE_EPOCH:
+        return "the wall clock is past 2036: epochs are counted on by one, and copies of this store may take the same"
+    if epoch > seconds + _EPOCH_SLACK_S:
+        behind = f"the wall clock is {epoch - seconds} s behind epoch {epoch} of the fencing tokens"
+        return f"{behind}: until it has caught up, copies of this store may take the same epoch"
+    return None
 
 
 def _remove_leftovers(path: str) -> None:

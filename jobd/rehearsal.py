@@ -16,9 +16,9 @@ from typing import Any, Final
 from jobd import backup, doctor, files, migrations, opening
 from jobd.batch import DiskFull
 from jobd.files import FileLock, StoreBusy, StoreError, StoreUnreadable
-from jobd.job import LIVE
+from jobd.job import LIVE, new_epoch
 from jobd.rows import JOB_COLUMNS
-from jobd.tables import Tables, readable
+from jobd.tables import Tables, now_ms, readable
 
 SHOWN: Final = 10  # problems, of a file that would be put back
 # Of an edited row: what tells an operator whether it is the one that was meant. A lock id is a secret.
@@ -51,10 +51,11 @@ def restore(file: str, path: str) -> list[str]:
         migrations.check_meta(source, file)
         backup.check_whole(source, file)
         lines = [f"would put {file} in place as {path}", *_checked(source, file, found[1], size, free)]
-        own = _epoch(source)
+        own = migrations.epoch_of(source)
         lines += _ended(source)
     old, replaced = _replaced(path)
-    lines.append(f"    epoch {max(own, used, old) + 1} would begin: every fencing token from it is above all before")
+    epoch = new_epoch(max(own, used.epoch, old), now_ms())
+    lines.append(f"    epoch {epoch} would begin, or a later one: its fencing tokens are above all before")
     return [*lines, replaced]
 
 
@@ -113,10 +114,6 @@ def _ended(source: sqlite3.Connection) -> Iterator[str]:
     yield f"    being worked on: {held}; their stall rule would end them, and their grants with them"
 
 
-def _epoch(conn: sqlite3.Connection) -> int:
-    return int((migrations.read_meta(conn) or {}).get("epoch", 0))
-
-
 def _replaced(path: str) -> tuple[int, str]:
     """The epoch of the database that is there (0: none, or it cannot be read), and what would become of that."""
     if not os.path.exists(path):
@@ -131,7 +128,7 @@ def _replaced(path: str) -> tuple[int, str]:
         with opening.refusals(path), opening.read_only(path) as old:
             opening.check_ours(old, path)
             (count,) = old.execute("SELECT count(*) FROM jobs NOT INDEXED").fetchone()
-            return _epoch(old), f"    the database that is there ({_mib(_size(old))}, {count} jobs) {kept}"
+            return migrations.epoch_of(old), f"    the database that is there ({_mib(_size(old))}, {count} jobs) {kept}"
     except StoreError:
         return 0, f"    what is there cannot be read, and {kept}"
 

@@ -7,8 +7,8 @@
 CREATE TABLE meta (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     schema_version INTEGER NOT NULL,
-    epoch INTEGER NOT NULL,            -- the upper part of fencing tokens
-    next_token INTEGER NOT NULL,       -- their counter; next_*: the next number to give
+    epoch INTEGER NOT NULL,            -- the upper part of fencing tokens; 0: none was taken yet
+    next_token INTEGER NOT NULL,       -- their counter (24 bits); next_*: the next number to give
     next_job INTEGER NOT NULL,
     next_event INTEGER NOT NULL,
     lease_ms INTEGER NOT NULL,

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Final, TypeVar
 
+from msgspec.structs import replace
+
 from jobd import files, rows
 from jobd.audit_writer import AuditWriter
 from jobd.batch import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow, Tombstone, distinct
@@ -151,6 +153,8 @@ class Tables:
         conn.create_function("fingerprint", 3, fingerprint_of_bytes, deterministic=True)
         self._late = LateWriter(conn, self.rows, self.note_fault)
         self._audit = AuditWriter(conn)
+        self.keep_epoch: Callable[[int], object] = lambda epoch: None  # in the epoch file
+        self.kept_epoch = numbers.epoch  # up to there
         self.at_commit: Callable[[], object] = lambda: None  # called when all is said and the disk comes next
         self.quarantined: dict[str, str] = {}
         self.faults: list[str] = []
@@ -295,6 +299,8 @@ class Tables:
 
     def write(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
         """Commit `batch`, whose counts know of the first `told_aside` jobs of `aside`; gives the asked payloads."""
+        if batch.numbers.epoch > self.kept_epoch:
+            self._take_epoch(batch.numbers.epoch)
         shown, buried = self.commit(self._apply, batch, told_aside)
         self.buried += buried
         for number in [number for number in self.aside if number < told_aside]:
@@ -306,6 +312,17 @@ class Tables:
             with contextlib.suppress(DiskFull, CannotMove):
                 self.commit(shorten, job_seq, self._crowded.pop((shorten, job_seq)))
         return shown
+
+    def _take_epoch(self, epoch: int) -> None:
+        """Keep the epoch that follows a full counter before its first token is; in the database first (opening.py)."""
+        if epoch > self.numbers.epoch:
+            self.commit(self._begin_epoch, epoch)
+        self.keep_epoch(epoch)
+        self.kept_epoch = epoch
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self.numbers = replace(self.numbers, epoch=epoch, next_token=1)
+        self.write_meta()
 
     def _apply(self, batch: Batch, told_aside: int) -> tuple[dict[int, bytes], int]:
         """The payloads that were asked for, and how many tombstones were written."""

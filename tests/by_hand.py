@@ -11,7 +11,20 @@ from msgspec.structs import replace
 
 from jobd.batch import Batch, KeyRow, Numbers, QueueRow
 from jobd.events import Change, Changes, Event, of_new
-from jobd.job import FINISHED, LIVE, Backoff, Ended, Failure, Grant, Job, LateResult, Lease, Options, Result
+from jobd.job import (
+    FINISHED,
+    LIVE,
+    TOKEN_COUNTER_BITS,
+    Backoff,
+    Ended,
+    Failure,
+    Grant,
+    Job,
+    LateResult,
+    Lease,
+    Options,
+    Result,
+)
 
 NOW: Final = 1_700_000_000_000
 LATE: Final = Result(file_path="/late")
@@ -40,9 +53,9 @@ def full_job(seq: int = 7) -> Job:
         started_at=NOW + 3,
         finished_at=NOW + 4,
         expires_at=NOW + 5,
-        grant=Grant("lock", (1 << 40) | 9, "w-1", NOW + 3, 60_000, 0, 90_000),
+        grant=Grant("lock", (1 << TOKEN_COUNTER_BITS) | 9, "w-1", NOW + 3, 60_000, 0, 90_000),
         lease=Lease(1_000, 2_000, 3_000, True),
-        ended=Ended("old", (1 << 40) | 3, "w-0", NOW, "stall", "silent", "fail", "abc"),
+        ended=Ended("old", (1 << TOKEN_COUNTER_BITS) | 3, "w-0", NOW, "stall", "silent", "fail", "abc"),
         result=Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}')),
         error=Failure("it broke", "E1"),
         releases=6,
@@ -88,7 +101,7 @@ class Maker:
         return self._step(None, job, type_, payload=payload, request_hash=f"hash-{seq}")
 
     def grant(self, job: Job, *, stuck_after_ms: int = 600_000) -> Change:
-        token = (self.numbers.epoch << 40) | self.numbers.next_token
+        token = (self.numbers.epoch << TOKEN_COUNTER_BITS) | self.numbers.next_token
         self.numbers = replace(self.numbers, next_token=self.numbers.next_token + 1)
         worker = f"w-{self.random.randrange(4)}"
         grant = Grant(f"lock-{token}", token, worker, self.now, 900_000, stuck_after_ms, 1_800_000)

@@ -16,9 +16,11 @@ import uvloop
 from blockbuster import BlockBuster
 
 import jobd
+from jobd import opening, rehearsal
 
 OURS = str(Path(jobd.__file__).parent) + os.sep
 TESTS = str(Path(__file__).parent) + os.sep
+EPOCH_1_MS = 1_577_836_801_000  # the wall time at which epoch 1 is taken
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "uvloop": uvloop.new_event_loop,
@@ -33,6 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_asyncio_loop_factories(config: pytest.Config) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     chosen = config.getoption("--loop")
     return LOOPS if chosen == "both" else {chosen: LOOPS[chosen]}
+
+
+@pytest.fixture(autouse=True)
+def first_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store takes its epoch in the first second of 2020: 1 if it is new, and one more for each that follows."""
+    monkeypatch.setattr(opening, "now_ms", lambda: EPOCH_1_MS)
+    monkeypatch.setattr(rehearsal, "now_ms", lambda: EPOCH_1_MS)
 
 
 @pytest.fixture(autouse=True)

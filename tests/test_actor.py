@@ -28,6 +28,7 @@ from jobd.batch import (
     LateAsked,
     LateKnown,
     Loaded,
+    Numbers,
     Page,
     Query,
     QueueRow,
@@ -81,7 +82,7 @@ from jobd.envelope import Asked
 from jobd.events import Change, fold
 from jobd.fingerprints import fingerprint
 from jobd.full_disk import Closed
-from jobd.job import DAY_MS, MINUTE_MS, Job, Policy
+from jobd.job import COUNTER_MASK, DAY_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Job, Policy, new_epoch
 from jobd.keys import KEPT_MS
 from jobd.parked import Parked
 from jobd.worker_presence import WorkerPresence
@@ -1200,6 +1201,47 @@ async def test_a_refused_batch_leaves_nothing_behind() -> None:
         await asyncio.sleep(1)
         await house.yes(Release(id="a", lock_id=lock_id))
         assert (await house.yes(Start(id="a", worker="w"))).fencing_token > token + 1  # what was handed out is burnt
+
+
+class TokenDisk(MemoryDisk):
+    """Notes every fencing token that it was asked to write, also those of batches that it refuses."""
+
+    def __init__(self, numbers: Numbers | None = None) -> None:
+        super().__init__(numbers)
+        self.tokens: list[int] = []
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        grants = [change.after.grant for change in batch.changes if change.after and change.event.type == "granted"]
+        self.tokens += [grant.fencing_token for grant in grants if grant is not None]
+        return await super().write(batch)
+
+
+@in_virtual_time
+async def test_a_token_of_a_refused_batch_is_never_given_again() -> None:
+    disk = TokenDisk()
+    async with household(disk) as house:
+        await house.yes(Bulk(jobs=[Create(id=f"job-{number}") for number in range(4)]))
+        disk.write_errors.append(DiskFull("full"))
+        answers = [await task for task in fill(house, [Start(id=f"job-{number}", worker="w") for number in range(3)])]
+        last = await house.yes(Start(id="job-3", worker="w"))
+        assert len(disk.tokens) == 7
+        assert disk.tokens == sorted(set(disk.tokens))
+        assert [answer.data.fencing_token for answer in answers] == disk.tokens[3:6]
+        assert disk.numbers.next_token == last.fencing_token - (1 << TOKEN_COUNTER_BITS) + 1
+
+
+@in_virtual_time
+async def test_a_full_counter_takes_the_next_epoch_in_the_midst_of_a_batch() -> None:
+    disk = TokenDisk(Numbers(epoch=5, next_token=COUNTER_MASK))
+    async with household(disk) as house:
+        await house.yes(Bulk(jobs=[Create(id=f"job-{number}") for number in range(4)]))
+        epoch = new_epoch(5, house.now)
+        disk.write_errors.append(DiskFull("full"))  # its tokens are not used again either
+        answers = [await task for task in fill(house, [Start(id=f"job-{number}", worker="w") for number in range(3)])]
+        expected = [5 << TOKEN_COUNTER_BITS | COUNTER_MASK, *((epoch << TOKEN_COUNTER_BITS) + n for n in range(1, 6))]
+        assert disk.tokens == expected
+        assert [answer.data.fencing_token for answer in answers] == expected[3:]
+        assert (disk.numbers.epoch, disk.numbers.next_token) == (epoch, 6)
 
 
 @in_virtual_time

@@ -157,7 +157,7 @@ async def test_a_job_given_away_under_its_worker_fires_for_an_hour_and_says_whic
         with capture_logs() as logs:
             now = [one(alerts, "granted_twice") for _ in range(3)][-1]
         assert (now.firing, now.value, now.threshold) == (True, 1, 0)
-        tokens = [(1 << 40) + 1, (1 << 40) + 2]
+        tokens = [(1 << 24) + 1, (1 << 24) + 2]
         for said in ("cat-1", "w-1", "w-2", *map(str, tokens), "jobctl timeline cat-1"):
             assert said in now.hint
         assert lock_id not in now.hint

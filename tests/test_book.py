@@ -26,7 +26,7 @@ from jobd.commands import (
     Update,
 )
 from jobd.events import Change, Event, QueuePause
-from jobd.job import HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options, Result, Untouched
+from jobd.job import COUNTER_MASK, HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options, Result, Untouched
 from jobd.orders import SLACK, Lane
 from tests.desk import NOW, Desk, compare, picture
 
@@ -129,6 +129,21 @@ def test_numbers_are_burnt_as_they_are_used() -> None:
     earlier = queued(3)
     book.put(Change(None, earlier, Event(5, NOW, "created", 3, earlier.id, "default", None, "queued", "client")))
     assert (book.next_event, book.next_job, book.next_token) == (10, 8, 41)
+
+
+def test_a_grant_of_an_earlier_epoch_does_not_use_up_the_counter() -> None:
+    book = Book(Numbers(epoch=3, next_token=5))
+    for epoch, counter, numbers in [
+        (2, COUNTER_MASK, (3, 5)),
+        (3, 4, (3, 5)),
+        (3, 5, (3, 6)),
+        (3, COUNTER_MASK, (3, COUNTER_MASK + 1)),
+        (8, 1, (8, 2)),
+        (3, COUNTER_MASK, (8, 2)),
+    ]:
+        job = replace(held(7, "w"), grant=Grant("l", (epoch << TOKEN_COUNTER_BITS) | counter, "w", NOW, 1, 1, 0))
+        book.put(Change(job, job, Event(9, NOW, "extended", 7, job.id, "default", "processing", "processing", "w")))
+        assert (book.epoch, book.next_token) == numbers
 
 
 def test_the_request_that_made_a_job_is_known_for_the_rest_of_the_batch(desk: Desk) -> None:

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd.answers import CleanupReport, RecoverStuckView
+from jobd.answers import Answer, CleanupReport, RecoverStuckView
 from jobd.batch import Audited, DiskFull
 from jobd.cleanup import TICK_S, read_beside, read_figures
-from jobd.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Refusal, Timeline
+from jobd.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Recover, Refusal, Timeline
 from jobd.events import Event
 from jobd.figures import Figures, Histogram
 from jobd.full_disk import Closed
@@ -56,6 +56,25 @@ async def test_a_stuck_job_is_recovered_within_a_period_and_a_second() -> None:
         await seconds(12)
         assert house.book.jobs["a"].status == "queued"
         assert (last_of(house, "a").type, last_of(house, "a").by) == ("stalled", "recovery")
+
+
+@in_virtual_time
+async def test_a_job_that_reports_after_the_scan_is_not_recovered() -> None:
+    async with Household() as house:
+        lock_id = await house.held("a", lock_ttl_ms=60_000)
+        await seconds(61)
+        at = house.clock.moment()
+        house.book.advance(at.now, at.lease)
+        assert list(house.book.stuck) == ["a"]
+        # Both commands are in one batch, whose scan has found the job stuck.
+        reporting = asyncio.create_task(house.actor.ask(Progress(id="a", lock_id=lock_id, progress=7)))
+        recovering = asyncio.create_task(house.actor.ask(Recover(limit=10), by="recovery"))
+        assert isinstance(await reporting, Answer)
+        recovered = await recovering
+        assert isinstance(recovered, Answer)
+        assert (recovered.data.details, recovered.data.locks_cleared) == ([], 0)
+        assert house.book.holds("a", lock_id)
+        assert last_of(house, "a").type == "progress"
 
 
 @in_virtual_time

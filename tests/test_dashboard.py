@@ -516,7 +516,7 @@ async def test_a_form_without_the_secret_of_its_session_does_nothing(town: Town,
         ("/queues/pause", {"name": "video"}),
         ("/cleanup/run", {}),
         ("/clock/accept", {}),
-        ("/jobs/held/do", {"verb": "cancel", "seen": "processing 1099511627777"}),
+        ("/jobs/held/do", {"verb": "cancel", "seen": "processing 16777217"}),
     ):
         heard = await browser.post(target, **fields, **({} if csrf is None else {"csrf": csrf}))
         assert (heard.status, "not of your session" in text(heard)) == (403, True), target
@@ -617,7 +617,7 @@ async def test_who_may_only_look_sees_no_button_and_no_secret(town: Town) -> Non
 @pytest.mark.parametrize(
     ("target", "fields"),
     [
-        ("/jobs/held/do", {"verb": "cancel", "seen": "processing 1099511627777"}),
+        ("/jobs/held/do", {"verb": "cancel", "seen": "processing 16777217"}),
         ("/queues/pause", {"name": "video"}),
         ("/queues/video/resume", {}),
         ("/cleanup/run", {}),

@@ -6,12 +6,13 @@ import glob
 import os
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd import doctor, migrations, rehearsal
+from jobd import doctor, files, migrations, rehearsal
 from jobd.batch import Audited, KeyRow, Tombstone
 from jobd.doctor import Problem, Refused, accept, check, recount
 from jobd.job import DAY_MS, FINISHED, LIVE
@@ -234,6 +235,29 @@ async def test_rows_set_aside_and_files_beside_are_looked_at(path: str) -> None:
     assert places(problems) == [f"job {job.id}", "keys set aside", "epoch file", path]
     assert f"--accept {job.id}" in problems[0].mend
     assert "d1" in problems[1].what
+
+
+async def test_an_epoch_file_that_does_not_fit_its_database_is_named(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await busy_store(path)
+    files.write_epoch(path, 4)
+    owner = os.stat(path).st_uid
+    stat = os.stat
+
+    def of_another(name: Any, *args: Any, **settings: Any) -> Any:
+        found = stat(name, *args, **settings)
+        return os.stat_result((*found[:4], owner + 1, *found[5:])) if str(name).endswith(".epoch") else found
+
+    monkeypatch.setattr(os, "stat", of_another)
+    older, foreign = check(path)
+    assert older.what == "it has seen epoch 4, the database 1: the database is an older copy"
+    assert foreign.what == f"it belongs to user {owner + 1}, the database to user {owner}"
+    assert foreign.mend == f"chown --reference {path} {path}.epoch"
+    monkeypatch.undo()
+    with edited(path) as conn:
+        migrations.change_meta(conn, marked=1)
+    assert check(path) == []  # a backup that was put back: its next start takes an epoch
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ from uuid import UUID
 
 from msgspec.structs import replace
 
+from jobd.batch import Numbers
 from jobd.book import Book
 from jobd.commands import Call, Moment, Ping
 from jobd.draft import Draft
-from jobd.job import Job, Options, Policy
+from jobd.job import COUNTER_MASK, DAY_MS, TOKEN_COUNTER_BITS, Job, Options, Policy, new_epoch
 from tests.desk import NOW, SEED
 
 AT = Moment(NOW, 1_000, NOW - 1_000)
@@ -33,6 +34,21 @@ def test_numbers_go_up_by_one() -> None:
     drafted.queue("q", "queue_paused")
     assert [change.event.seq for change in drafted.changes] == [1, 2, 3, 4]
     assert (drafted.changes[-1].event.job_seq, drafted.changes[-1].event.job_id) == (0, "")
+
+
+def test_a_full_counter_takes_the_epoch_of_the_time_that_is_believed() -> None:
+    for trusted, believed in ((None, NOW), (NOW - DAY_MS, NOW - DAY_MS)):
+        book = Book(Numbers(epoch=3, next_token=COUNTER_MASK))
+        drafted = Draft(book, Call(Ping(), "client", SEED), Moment(NOW, 0, NOW, trusted), Policy())
+        epoch = new_epoch(3, believed)
+        assert epoch > 4
+        tokens = [drafted.token() for _ in range(3)]
+        assert tokens == [
+            (3 << TOKEN_COUNTER_BITS) + COUNTER_MASK,
+            (epoch << TOKEN_COUNTER_BITS) + 1,
+            (epoch << TOKEN_COUNTER_BITS) + 2,
+        ]
+        assert (book.epoch, book.next_token) == (3, COUNTER_MASK)  # a draft only reads the book
 
 
 def test_a_row_was_updated_after_all_else_that_it_says() -> None:

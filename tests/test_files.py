@@ -6,15 +6,18 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
 from jobd import files
 from jobd.batch import SPARE_BYTES, DiskFull, DiskSpace
-from jobd.files import FileLock, StoreBusy, StoreUnreadable
+from jobd.files import EpochFile, FileLock, StoreBusy, StoreUnreadable
+from jobd.job import LAST_EPOCH, TOKEN_COUNTER_BITS
 
 
 @pytest.fixture
@@ -47,10 +50,10 @@ def test_a_holder_that_could_not_write_its_number_is_another_process(path: str) 
 
 
 def test_the_epoch_is_kept_and_read_back(path: str) -> None:
-    assert files.read_epoch(path) == 0
+    assert files.read_epoch(path) == EpochFile()
     for epoch in (1, 2, 1 << 22):
         files.write_epoch(path, epoch)
-        assert files.read_epoch(path) == epoch
+        assert files.read_epoch(path) == EpochFile(epoch, is_current=True)
     assert not os.path.exists(f"{path}.epoch.new")
 
 
@@ -63,15 +66,54 @@ def test_every_flipped_bit_of_the_epoch_file_is_told(path: str) -> None:
             content[place] ^= 1 << bit
             Path(f"{path}.epoch").write_bytes(content)
             with contextlib.suppress(StoreUnreadable):
-                assert files.read_epoch(path) == 12  # of the space between them became another one
+                assert files.read_epoch(path).epoch == 12  # of the space between them became another one
 
 
 def test_a_number_written_by_hand_is_taken(path: str) -> None:
     Path(f"{path}.epoch").write_text("17\n")
-    assert files.read_epoch(path) == 17
+    assert files.read_epoch(path) == EpochFile(17, is_current=True)
     Path(f"{path}.epoch").write_text("")
     with pytest.raises(StoreUnreadable):
         files.read_epoch(path)
+
+
+def test_an_epoch_file_of_an_older_version_stands_for_the_last_of_its_epochs(path: str) -> None:
+    number = b"7"
+    Path(f"{path}.epoch").write_bytes(b"%s %08x\n" % (number, zlib.crc32(number)))
+    found = files.read_epoch(path)
+    assert found == EpochFile((8 << 16) - 1)
+    assert (found.epoch + 1) << TOKEN_COUNTER_BITS == 8 << 40  # above every token of epoch 7
+    for own, is_older in ((6 << 16, True), (7 << 16, False), ((7 << 16) + 9, False), (8 << 16, False)):
+        assert found.is_ahead_of(own) is is_older
+    files.write_epoch(path, found.epoch)
+    assert [files.read_epoch(path).is_ahead_of(found.epoch - less) for less in (0, 1)] == [False, True]
+
+
+@pytest.mark.parametrize("content", ["7 24 1", "7 23 1 2", "x", "7 1", f"{LAST_EPOCH + 1}"])
+def test_an_epoch_is_never_guessed(path: str, content: str) -> None:
+    Path(f"{path}.epoch").write_text(content)
+    with pytest.raises(StoreUnreadable, match=rf"epoch is damaged: write a number .* > {path}\.epoch"):
+        files.read_epoch(path)
+
+
+def test_an_epoch_file_that_cannot_be_read_is_named(path: str) -> None:
+    os.mkdir(f"{path}.epoch")
+    with pytest.raises(StoreUnreadable, match=r"epoch cannot be read \(Is a directory\): give the file to the owner"):
+        files.read_epoch(path)
+
+
+def test_the_epoch_file_has_the_mode_of_the_database(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_epoch(path, 1)
+    assert stat.S_IMODE(os.stat(f"{path}.epoch").st_mode) == 0o600
+    files.create_private(path)
+    os.chmod(path, 0o640)
+    owners = []
+    monkeypatch.setattr(os, "fchown", lambda fd, uid, gid: owners.append((uid, gid)))
+    for user in (1000, 0):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        files.write_epoch(path, 2)
+        assert stat.S_IMODE(os.stat(f"{path}.epoch").st_mode) == 0o640
+    assert owners == [(os.stat(path).st_uid, os.stat(path).st_gid)]  # what root writes belongs to the owner
 
 
 def test_the_ballast_takes_up_its_room_and_gives_it_back(path: str) -> None:

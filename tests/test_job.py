@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from datetime import UTC, datetime
+from typing import Any, Final, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import fields, replace
 
 from jobd.commands import Moment
 from jobd.job import (
+    COUNTER_MASK,
     FINISHED,
     KEEP_LATE,
+    LAST_EPOCH,
     LIVE,
+    SAFE_EPOCH,
+    SECOND_MS,
     STATUSES,
+    TOKEN_COUNTER_BITS,
     TRANSITIONS,
     Ended,
     Failure,
@@ -25,6 +33,8 @@ from jobd.job import (
     Result,
     headline,
     is_job_id,
+    new_epoch,
+    seconds_of_epochs,
     storage_key_fault,
     untouched,
 )
@@ -164,3 +174,34 @@ def test_every_field_of_a_job_was_thought_of() -> None:
 )
 def test_a_headline_has_the_whole_first_line(message: str, shown: str) -> None:
     assert headline(message, 8) == shown
+
+
+# -- epochs of fencing tokens -----------------------------------------------------------------------------------------
+
+EPOCH_0_MS: Final = 1_577_836_800_000
+SECONDS: Final = st.integers(-(1 << 31), 1 << 40)
+
+
+@given(st.integers(0, SAFE_EPOCH), SECONDS)
+def test_an_epoch_is_above_all_that_were_seen(seen: int, seconds: int) -> None:
+    epoch = new_epoch(seen, EPOCH_0_MS + seconds * SECOND_MS)
+    assert epoch > seen
+    assert epoch == seconds if seen < seconds <= SAFE_EPOCH else epoch == seen + 1
+    if seen < SAFE_EPOCH:
+        assert (epoch << TOKEN_COUNTER_BITS) | COUNTER_MASK < 1 << 53
+
+
+@given(st.lists(st.integers(1, SAFE_EPOCH), min_size=2, unique=True), st.integers(0, 1 << 39))
+def test_copies_of_one_store_take_different_epochs_in_different_seconds(seconds: list[int], seen: int) -> None:
+    """Only if the clock is behind the epoch in the file they may take the same."""
+    ahead = [each for each in seconds if each > seen]
+    assert len({new_epoch(seen, EPOCH_0_MS + each * SECOND_MS) for each in ahead}) == len(ahead)
+
+
+def test_epochs_begin_in_2020_and_tokens_are_safe_until_2037() -> None:
+    assert datetime.fromtimestamp(EPOCH_0_MS / 1000, UTC) == datetime(2020, 1, 1, tzinfo=UTC)
+    assert datetime.fromtimestamp(EPOCH_0_MS / 1000 + SAFE_EPOCH, UTC).year == 2037
+    assert (SAFE_EPOCH << TOKEN_COUNTER_BITS) | COUNTER_MASK == (1 << 53) - 1
+    assert (LAST_EPOCH << TOKEN_COUNTER_BITS) | COUNTER_MASK == (1 << 63) - 1
+    assert [new_epoch(0, EPOCH_0_MS + ms) for ms in (-1, 0, 999, 1_000, 1_999, 2_000)] == [1, 1, 1, 1, 1, 2]
+    assert seconds_of_epochs(EPOCH_0_MS - 1) == -1

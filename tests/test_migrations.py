@@ -11,16 +11,18 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
-from jobd import doctor, migrations, rows
+from jobd import doctor, files, migrations, opening, rows
 from jobd.batch import Audited, AuditQuery, LateAsked
-from jobd.job import FINISHED
+from jobd.files import EpochFile
+from jobd.job import FINISHED, LIVE, TOKEN_COUNTER_BITS
 from jobd.store import Store, StoreTooNew, StoreUnreadable
 from tests.by_hand import Maker
-from tests.store_help import assert_holds, edited, make_store, opened, read
+from tests.store_help import assert_holds, edited, make_store, opened, read, write
 
 
 @pytest.fixture
@@ -189,6 +191,10 @@ def as_of(version: int, path: str) -> None:
             assert conn.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), (
                 "no older version could have had it"
             )
+        numbers = migrations.read_meta(conn)
+        assert numbers is not None
+        next_token = (numbers["epoch"] << TOKEN_COUNTER_BITS) + numbers["next_token"]
+        migrations.change_meta(conn, epoch=next_token >> 40, next_token=next_token & ((1 << 40) - 1))
         _make_version_9(conn)
         if version == 1:
             _make_version_1(conn)
@@ -268,6 +274,59 @@ async def test_a_store_of_every_older_version_becomes_one_of_this(path: str, tmp
     async with opened(fresh):
         pass
     assert schema_of(path) == schema_of(fresh)
+
+
+def write_old_epoch(path: str, epoch: int) -> None:
+    """As schema version 9 and older write it."""
+    write(f"{path}.epoch", b"%d %08x\n" % (epoch, zlib.crc32(b"%d" % epoch)))
+
+
+@pytest.mark.parametrize(("clock", "epoch"), [(218_000_000, 218_000_000), (5, (4 << 16) + 0)])
+async def test_an_older_store_takes_an_epoch_above_its_own_and_keeps_its_grants(
+    path: str, monkeypatch: pytest.MonkeyPatch, clock: int, epoch: int
+) -> None:
+    maker = await make_store(path)
+    as_of(9, path)
+    counter = (9 << TOKEN_COUNTER_BITS) + 7
+    with edited(path) as conn:
+        migrations.change_meta(conn, epoch=3, next_token=counter)
+    write_old_epoch(path, 3)
+    monkeypatch.setattr(opening, "now_ms", lambda: 1_577_836_800_000 + clock * 1000)
+    async with opened(path) as (_, found):
+        assert not found.marked
+        assert (found.numbers.epoch, found.numbers.next_token) == (epoch, 1)
+        assert found.numbers.epoch << TOKEN_COUNTER_BITS > (3 << 40) | counter
+        assert found.numbers.next_event == maker.numbers.next_event
+        assert {job.seq for job in found.live()} == {seq for seq, job in maker.jobs.items() if job.status in LIVE}
+    assert files.read_epoch(path) == EpochFile(epoch, is_current=True)
+    assert doctor.check(path) == []
+
+
+async def test_the_next_token_of_an_older_store_is_the_same_number_after_its_migration(path: str) -> None:
+    await make_store(path)
+    as_of(9, path)
+    with edited(path) as conn:
+        migrations.change_meta(conn, epoch=3, next_token=(9 << TOKEN_COUNTER_BITS) + 7)
+        assert migrations.epoch_of(conn) == (3 << 16) + 9
+        migrations.migrate(conn, 9)
+        found = migrations.read_meta(conn)
+        assert found is not None
+        assert (found["epoch"], found["next_token"]) == ((3 << 16) + 9, 7)
+        assert migrations.epoch_of(conn) == (3 << 16) + 9
+        conn.execute("UPDATE meta SET epoch = epoch + 1")
+        assert migrations.epoch_of(conn) == 0  # a row that is damaged says nothing
+        conn.execute("DELETE FROM meta")
+        assert migrations.epoch_of(conn) == 0
+
+
+async def test_an_older_copy_of_an_older_version_is_known_by_its_epoch_file(path: str) -> None:
+    await make_store(path)
+    as_of(9, path)
+    with edited(path) as conn:
+        migrations.change_meta(conn, epoch=3, next_token=9)
+    write_old_epoch(path, 4)
+    async with opened(path) as (_, found):
+        assert (found.marked, found.numbers.epoch) == (True, 5 << 16)  # above every token of the old epoch 4
 
 
 MIGRATOR = """

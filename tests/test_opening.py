@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd import files, migrations
+from jobd import files, migrations, opening
+from jobd.backup import restore
 from jobd.batch import Batch
-from jobd.store import Store, StoreBusy, StoreTooNew, StoreUnreadable
+from jobd.files import EpochFile
+from jobd.job import COUNTER_MASK, LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS
+from jobd.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
 from tests.by_hand import Maker
 from tests.store_help import (
     edited,
@@ -166,7 +169,7 @@ async def test_a_marked_file_takes_a_new_epoch_until_its_grants_were_ended(path:
     async with opened(path) as (_, found):
         assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (True, 2, 1)
         assert found.numbers.next_job == 2
-        assert files.read_epoch(path) == 2
+        assert files.read_epoch(path).epoch == 2
     async with opened(path) as (store, found):  # a crash before the grants were ended: again, with another epoch
         assert (found.marked, found.numbers.epoch) == (True, 3)
         await store.write(Batch([], replace(found.numbers, next_token=7)))
@@ -184,10 +187,117 @@ async def test_an_older_copy_without_a_mark_is_known_by_the_epoch_file(path: str
     async with opened(path) as (store, found):
         assert (found.marked, found.numbers.epoch) == (True, 6)
         await store.write(Batch([], found.numbers, unmark=True))
+
+
+async def test_a_store_without_its_epoch_file_takes_a_new_epoch_and_keeps_its_grants(path: str) -> None:
+    async with opened(path) as (store, found):
+        await store.write(Batch([], replace(found.numbers, next_token=9, next_event=5)))
     os.unlink(f"{path}.epoch")
-    async with opened(path) as (_, found):  # moved without its file: the own epoch counts, and is kept anew
-        assert (found.marked, found.numbers.epoch) == (False, 6)
-    assert files.read_epoch(path) == 6
+    async with opened(path) as (_, found):  # it may be a copy beside the store that it was taken from
+        assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (False, 2, 1)
+        assert found.numbers.next_event == 5
+    assert files.read_epoch(path) == EpochFile(2, is_current=True)
+    async with opened(path) as (_, found):
+        assert found.numbers.epoch == 2
+
+
+def clock_says(monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
+    """Seconds since 2020."""
+    monkeypatch.setattr(opening, "now_ms", lambda: 1_577_836_800_000 + seconds * 1000)
+
+
+async def test_two_machines_that_restore_one_backup_take_different_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = str(tmp_path / "jobd.db")
+    clock_says(monkeypatch, 1_000)
+    async with opened(original) as (_, found):
+        assert (found.numbers.epoch, found.epoch_warning) == (1_000, None)
+    given: dict[str, range] = {}
+    for second, machine in enumerate("abc", 2_000):
+        clock_says(monkeypatch, second)
+        path = str(tmp_path / machine)
+        assert restore(original, path) is None
+        async with opened(path) as (store, found):
+            assert (found.marked, found.numbers.epoch) == (True, second)
+            await store.write(Batch([], replace(found.numbers, next_token=1 << TOKEN_COUNTER_BITS), unmark=True))
+        async with opened(path) as (_, found):  # a plain start goes on
+            first, last = second << TOKEN_COUNTER_BITS, found.numbers.epoch << TOKEN_COUNTER_BITS
+            given[machine] = range(first + 1, last + found.numbers.next_token)
+    a, b, c = given.values()
+    assert len(a) == COUNTER_MASK
+    assert a.stop <= b.start
+    assert b.stop <= c.start
+
+
+@pytest.mark.parametrize(
+    ("seconds", "epoch", "warning"),
+    [
+        (-50, 1_001, "the wall clock is 1051 s behind epoch 1001"),
+        (999, 1_001, None),
+        (SAFE_EPOCH, SAFE_EPOCH, None),
+        (SAFE_EPOCH + 1, 1_001, "the wall clock is past 2036"),
+    ],
+)
+async def test_a_wrong_clock_at_a_restore_is_told(
+    path: str, monkeypatch: pytest.MonkeyPatch, seconds: int, epoch: int, warning: str | None
+) -> None:
+    clock_says(monkeypatch, 1_000)
+    async with opened(path):
+        pass
+    with edited(path) as conn:
+        migrations.change_meta(conn, marked=1)
+    clock_says(monkeypatch, seconds)
+    async with opened(path) as (_, found):
+        assert found.numbers.epoch == epoch
+        assert (found.epoch_warning or "").startswith(warning or "")
+        assert (found.epoch_warning is None) is (warning is None)
+        assert epoch << TOKEN_COUNTER_BITS < 1 << 53
+
+
+async def test_a_number_by_hand_may_leave_no_safe_epoch_or_none_at_all(path: str) -> None:
+    async with opened(path):
+        pass
+    write(f"{path}.epoch", b"%d" % SAFE_EPOCH)
+    async with opened(path) as (_, found):
+        assert found.numbers.epoch == SAFE_EPOCH + 1
+        assert "makes fencing tokens of 2^53 and more" in str(found.epoch_warning)
+    write(f"{path}.epoch", b"%d" % LAST_EPOCH)
+    with pytest.raises(StoreUnreadable, match=f"no epoch for fencing tokens above {LAST_EPOCH}"):
+        await Store.open(path)
+
+
+async def test_a_crash_between_database_and_epoch_file_ends_no_grant(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(path: str, epoch: int) -> None:
+        raise OSError("the power goes")
+
+    async with opened(path):
+        pass
+    os.unlink(f"{path}.epoch")
+    with monkeypatch.context() as cut:
+        cut.setattr(files, "write_epoch", crash)
+        with pytest.raises(OSError, match="the power goes"):
+            await Store.open(path)
+    async with opened(path) as (_, found):
+        assert (found.marked, found.numbers.epoch) == (False, 3)
+
+
+async def test_a_new_store_begins_above_the_epoch_file_of_one_that_was_deleted(path: str) -> None:
+    async with opened(path):
+        pass
+    os.unlink(path)
+    async with opened(path) as (_, found):
+        assert (found.numbers.epoch, found.numbers.next_event) == (2, 2 << TOKEN_COUNTER_BITS)
+
+
+async def test_a_store_in_memory_takes_its_epoch_from_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_says(monkeypatch, 700)
+    async with opened(MEMORY) as (store, found):
+        assert (found.numbers.epoch, found.marked) == (700, False)
+        await store.write(Batch([], replace(found.numbers, epoch=900)))  # a full counter
+    assert not os.path.exists(f"{MEMORY}.epoch")
 
 
 async def test_a_damaged_epoch_file_stops_the_start(path: str) -> None:

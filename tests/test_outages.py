@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd.batch import SPARE_BYTES, DiskFull, Query
+from jobd.batch import SPARE_BYTES, DiskFull, Numbers, Query
 from jobd.job import LIVE
 from jobd.store import Store, StoreBroken, StoreBusy
 from tests.by_hand import Maker, full_job
@@ -299,8 +299,8 @@ from tests.by_hand import Maker
 from jobd.store import Store
 
 async def main():
-    maker = Maker(int(sys.argv[2]))
-    store, _ = await Store.open(sys.argv[1])
+    store, found = await Store.open(sys.argv[1])
+    maker = Maker(int(sys.argv[2]), found.numbers)
     while True:
         await store.write(maker.any_batch(maker.random.choice((1, 5, 40))))
         print(maker.numbers.next_event, flush=True)
@@ -329,7 +329,7 @@ async def test_what_a_killed_process_had_acknowledged_is_there(path: str, seed: 
     assert await writer.wait() == -signal.SIGKILL
     async with opened(path) as (store, found):
         assert found.numbers.next_event >= acknowledged
-        maker = Maker(seed)
+        maker = Maker(seed, Numbers(epoch=found.numbers.epoch))
         while maker.numbers.next_event < found.numbers.next_event:
             maker.any_batch(maker.random.choice((1, 5, 40)))
         await assert_holds(store, found, maker)
@@ -340,7 +340,7 @@ async def test_a_kill_between_write_and_fsync_leaves_whole_batches(path: str) ->
         pytest.skip("test of a kill at a system call: there is no strace here")
     here = os.path.dirname(os.path.dirname(__file__))
     for when in (9, 10, 11):
-        remove(path)
+        remove(path, f"{path}.epoch")
         inject = [
             "-f",
             "-o",
@@ -360,7 +360,7 @@ async def test_a_kill_between_write_and_fsync_leaves_whole_batches(path: str) ->
         await writer.wait()
         async with opened(path) as (store, found):
             assert found.numbers.next_event >= acknowledged
-            maker = Maker(5)
+            maker = Maker(5, Numbers(epoch=found.numbers.epoch))
             while maker.numbers.next_event < found.numbers.next_event:
                 maker.any_batch(maker.random.choice((1, 5, 40)))
             await assert_holds(store, found, maker)

@@ -185,7 +185,7 @@ def test_parts_stand_in_the_journal_without_names_in_an_order_that_stays() -> No
     job = full_job()
     event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", None, None, all_of(job))
     said = msgspec.json.decode(rows.event_row(event)[-1])
-    token = 1 << 40
+    token = 1 << 24
     backoff = {"kind": "exponential", "base_ms": 1000, "max_ms": 3600000, "jitter": True}
     assert {name: value for name, value in said.items() if isinstance(value, list)} == {
         "options": ["video", "convert", -5, 3, backoff, 3, "auto", 60_000, 90_000],

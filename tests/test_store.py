@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import stat
 import threading
@@ -24,6 +25,7 @@ from jobd.batch import (
     BadRows,
     Batch,
     Disk,
+    DiskFull,
     Due,
     JournalPage,
     KeyRow,
@@ -36,7 +38,7 @@ from jobd.batch import (
 )
 from jobd.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_SIGNS, Change, Event, fold
 from jobd.fingerprints import fingerprint
-from jobd.job import KEEP_LATE, Ended, Failure, Grant, Job, LateResult, Lease, Result
+from jobd.job import COUNTER_MASK, KEEP_LATE, Ended, Failure, Grant, Job, LateResult, Lease, Result
 from jobd.store import MEMORY, Store
 from tests.by_hand import NOW, OPTIONS, Maker, all_of
 from tests.store_help import (
@@ -1142,3 +1144,57 @@ async def test_a_job_that_names_its_key_no_more_holds_nothing(store: Store) -> N
     del maker.jobs[job.seq]
     await store.write(maker.batch([maker.delete(other)]))
     assert (await store.due_tombstones(NOW, 9)).found == [(buried(90), False)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A full counter of fencing tokens
+
+
+async def test_the_epoch_after_a_full_counter_is_kept_before_its_first_token_is(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_epoch, has_room = files.write_epoch, [False, False, True]
+
+    def write_if_there_is_room(path: str, epoch: int) -> None:
+        if not has_room.pop(0):
+            raise DiskFull("no room for the epoch file")
+        write_epoch(path, epoch)
+
+    maker = Maker(numbers=Numbers(epoch=1, next_token=COUNTER_MASK))
+    monkeypatch.setattr(files, "write_epoch", write_if_there_is_room)
+    has_room.insert(0, True)  # for the epoch of the new store
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create("a"), maker.create("b"), maker.grant(maker.jobs[1])]))
+        maker.numbers = replace(maker.numbers, epoch=9, next_token=1)
+        batch = maker.batch([maker.grant(maker.jobs[2])])
+        for _ in range(2):
+            with pytest.raises(DiskFull, match="no room for the epoch file"):
+                await store.write(batch)
+            assert (await store.load(["b"], [], [])).jobs["b"].status == "queued"
+            assert files.read_epoch(path).epoch == 1
+        await store.write(batch)
+        assert files.read_epoch(path).epoch == 9
+    assert has_room == []
+    async with opened(path) as (store, found):
+        assert not found.marked
+        await assert_holds(store, found, maker)
+
+
+async def test_a_crash_as_a_full_counter_takes_the_next_epoch_ends_no_grant(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create("a"), maker.grant(maker.jobs[1])]))
+        kept = maker.numbers
+
+        def crash(epoch: int) -> None:
+            raise OSError(errno.EIO, "the disk fails")
+
+        monkeypatch.setattr(store._tables, "keep_epoch", crash)
+        with pytest.raises(OSError, match="the disk fails"):
+            await store.write(Batch([], replace(kept, epoch=9, next_token=4, lease_ms=77)))
+    async with opened(path) as (_, found):
+        assert (found.marked, found.numbers) == (False, replace(kept, epoch=9, next_token=1))
+        assert found.live() == [maker.jobs[1]]
+    assert files.read_epoch(path).epoch == 9

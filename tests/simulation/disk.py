@@ -15,8 +15,10 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from jobd.batch import BadRows, Batch, DiskFull, Numbers, Opened
-from jobd.job import Job
+from jobd.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, new_epoch, seconds_of_epochs
 from tests.memory_disk import MemoryDisk
 
 STATE: Final = (
@@ -42,7 +44,7 @@ class SimDisk(MemoryDisk):
     `unknown` raise with nothing written, `lost_answer` raises although it was. `committed` is told of each batch.
     """
 
-    def __init__(self, dice: Random, fired: Counter[str]) -> None:
+    def __init__(self, dice: Random, fired: Counter[str], wall: Callable[[], int]) -> None:
         super().__init__()
         self.full = 0
         self.slowness_s = 0.0
@@ -50,7 +52,11 @@ class SimDisk(MemoryDisk):
         self.failing: frozenset[str] = frozenset()
         self.write_fault: str | None = None
         self.armed: tuple[str, Callable[[], None]] | None = None  # a crash at that stage of the next write
-        self.epoch_file = 1
+        self.wall = wall
+        epoch = self.epoch_file = new_epoch(0, wall())
+        # Sometimes the counter is full after a while.
+        left = dice.choice((COUNTER_MASK, dice.randrange(200)))
+        self.numbers = Numbers(epoch=epoch, next_token=COUNTER_MASK + 1 - left)
         self.committed: Callable[[Batch], None] = lambda batch: None
         self.broken: Callable[[str], None] = lambda message: None
         self.pruning: Callable[[int], None] = lambda before: None
@@ -107,10 +113,16 @@ class SimDisk(MemoryDisk):
     def opened(self) -> Opened:
         """What a start finds; where a copy was put back a new epoch begins."""
         if self.marked or self.epoch_file > self.numbers.epoch:
-            epoch = max(self.epoch_file, self.numbers.epoch) + 1
-            old, self.epoch_file, self.marked = self.numbers, epoch, True
+            wall, old = self.wall(), self.numbers
+            seen = max(self.epoch_file, old.epoch)
+            if seconds_of_epochs(wall) > seen and self._dice.random() < 0.5:
+                seen = old.epoch  # as on another machine, which has no epoch file
+                self._fired["restored on another machine"] += 1
+            epoch = new_epoch(seen, wall)
+            self.epoch_file, self.marked = epoch, True
             # As opening.py does: what those have seen who come from before is not numbered again.
-            self.numbers = Numbers(epoch, 1, old.next_job, max(old.next_event, epoch << 40), old.lease_ms, old.wall_ms)
+            next_event = max(old.next_event, epoch << TOKEN_COUNTER_BITS)
+            self.numbers = replace(old, epoch=epoch, next_token=1, next_event=next_event)
         self.is_broken = False
         opened = super().opened()
         opened.full = self.full >= 2
@@ -162,6 +174,8 @@ class SimDisk(MemoryDisk):
             self.broken(str(error))
             raise
         self.batches.clear()
+        self._fired["full counter of tokens"] += batch.numbers.epoch > self.epoch_file
+        self.epoch_file = max(self.epoch_file, batch.numbers.epoch)
         self.committed(batch)
         return shown
 

@@ -50,6 +50,8 @@ ON_DISK: Final = (
     "write on a full disk (2)",
     "write on a full disk (3)",
     "damaged row not moved",
+    "full counter of tokens",
+    "restored on another machine",
     "load failed",
     "find failed",
     "timeline failed",

@@ -74,7 +74,8 @@ class Machine:
         self.loop = loop
         self.journal = journal
         self.fired: Counter[str] = Counter()
-        self.disk = SimDisk(Random(f"{seed}: disk"), self.fired)
+        self.wall_shift_ms = 0.3
+        self.disk = SimDisk(Random(f"{seed}: disk"), self.fired, self.wall)
         self.finished = asyncio.Event()
         self.watch = Watch(self, self.fired)
         self.artefacts = SimArtefacts(self, Random(f"{seed}: artefacts"))
@@ -88,7 +89,6 @@ class Machine:
         self.closing_since: int | None = None  # lease time at which the faults had stopped
         self.had_read_errors = False
         self.backups: list[Backup] = []
-        self.wall_shift_ms = 0.3
         self.boot_shift_ms = 0.0
         self.clocks_moved_s = 0.0  # loop time of the latest step of a clock
         self.leap_ms = 0  # by so much the wall clock is known to be wrong, and nobody has accepted it
