@@ -318,7 +318,7 @@ FIELDS: Final = {
     "failed": "Number of failed jobs; of a webhook: of tries since the start.",
     "failedJobs": "How many of them failed.",
     "failing_since": "Since when all tries have failed, or null.",
-    "fencing_token": "Rises with every grant of this store: a resource can refuse an older one.",
+    "fencing_token": "Rises with every grant of this store, below 2^53: a resource can refuse an older one.",
     "first_at": "When the first of them failed; also of those that were there before the group was empty for a while.",
     "field": "The field that it is about.",
     "file_path": "Where the result is, in the caller's words.",
