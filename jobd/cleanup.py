@@ -189,7 +189,10 @@ class Cleaner:
         """
         if any(pause.until is not None for pause in self._book.paused.values()):
             await self._actor.ask(EndPauses(), by="daemon")  # a refusal is no harm: the next tick asks again
-        if self._book.processing or self._clock.moment().suspect or self._book.clock_suspect:
+        # A start compares the clock with the time that was persisted last. Reports keep that fresh, unless the shortest
+        # retention is as short as the time between them.
+        is_short = self._clock.keep_ms < 4 * self.schedule.interval_ms
+        if self._book.processing or is_short or self._clock.moment().suspect or self._book.clock_suspect:
             await self._actor.ask(Tick(), by="daemon")  # a refusal is no harm: on a full disk lease time stands still
 
     # -- passes -------------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ class Schedule(Struct, frozen=True):
 
 
 class Clock(Protocol):
+    keep_ms: int  # the shortest retention
+
     def moment(self) -> Moment: ...
 
 

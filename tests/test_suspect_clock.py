@@ -342,6 +342,18 @@ async def test_a_restart_29_days_ahead_deletes_nothing() -> None:
 
 
 @in_virtual_time
+async def test_a_short_retention_makes_no_clock_suspect_at_the_restart_of_an_idle_daemon() -> None:
+    disk, policy = MemoryDisk(), Policy(keep_cancelled_ms=MINUTE_MS)
+    async with Household(disk, policy=policy) as house:
+        house.keep()
+        await seconds(30 * 60)
+        left_ms = house.now
+    assert disk.numbers.wall_ms >= left_ms - 10 * SECOND_MS
+    async with Household(disk, policy=policy, step_ms=15 * SECOND_MS) as house:
+        assert not house.clock.suspect
+
+
+@in_virtual_time
 async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself() -> None:
     disk = MemoryDisk()
     async with Household(disk) as house:
