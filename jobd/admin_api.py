@@ -41,6 +41,7 @@ from jobd.answers import (
     ReportList,
     Resent,
     StatsView,
+    TakenBack,
     TimelineView,
     ValidateJobView,
     WebhookList,
@@ -77,6 +78,7 @@ from jobd.commands import (
     RunNow,
     Search,
     Stats,
+    TakeBack,
     Timeline,
     Transition,
     Update,
@@ -203,6 +205,10 @@ async def _cleanup_state(site: Web, visit: Visit, asked: Nothing) -> Answer:
 async def _recover_stuck(site: Web, visit: Visit, asked: Because) -> Answer | Refusal:
     done = await site.rooms.recover_stuck(in_parts(visit.operator), asked.reason)
     return done if isinstance(done, Refusal) else Answer(done)
+
+
+async def _take_back(site: Web, visit: Visit, asked: TakeBack) -> Answer | Refusal:
+    return _given(await site.rooms.take_back(asked, in_parts(visit.operator)))
 
 
 async def _failures(site: Web, visit: Visit, asked: FailuresAsked) -> Answer:
@@ -355,6 +361,9 @@ _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/locks", asks=Locks, gives=LockList, who=_A),
     Route(method="GET", path=f"{_P}/queues", asks=Queues, gives=QueueList, who=_A),
     Route(method="GET", path=f"{_P}/workers", asks=Workers, gives=WorkerList, who=_A),
+    Route(
+        method="POST", path=f"{_P}/workers/{{name}}/take-back", asks=TakeBack, gives=TakenBack, who=_A, via=_take_back
+    ),
     Route(method="GET", path=f"{_P}/reports", asks=Reports, gives=ReportList, who=_A, via=_reports),
     Route(method="GET", path=f"{_P}/failures", asks=FailuresAsked, gives=FailuresView, who=_A, via=_failures),
     Route(method="GET", path=f"{_P}/preview", asks=Nothing, gives=PreviewView, who=_A, via=_preview),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from jobd.commands import About, AuditLog, Export, Filter, Import, Json, List, PlanAction
+from jobd.commands import About, AuditLog, Export, Filter, Import, Json, List, PlanAction, WorkerState
 from jobd.events import EventView, QueuePause
 from jobd.job import Backoff, Job
 
@@ -30,7 +30,10 @@ def public_lock(lock: LockView | None) -> LockView | None:
 
 
 class JobView(Struct):
-    """A job as everybody sees it. `payload` is filled in from the disk before the answer leaves."""
+    """A job as everybody sees it. `payload` is filled in from the disk before the answer leaves.
+
+    `worker` holds the job, also while its lock has expired and `lock` is null.
+    """
 
     id: str
     queue: str
@@ -61,6 +64,7 @@ class JobView(Struct):
     metadata: Json
     error_message: str | None
     error_code: str | None
+    worker: str | None = None
     repeated: bool | UnsetType = UNSET
 
 
@@ -142,10 +146,10 @@ class LockState(Struct):
 
 
 class Next(Struct, frozen=True):
-    """The next thing that will happen to a job by itself."""
+    """The next thing that will happen to a job. `at` is None if it depends on a worker."""
 
     what: str
-    at: int
+    at: int | None
     rule: str
 
 
@@ -196,9 +200,6 @@ class QueueList(Struct):
     next_cursor: str | None = None
 
 
-WorkerState = Literal["busy", "idle", "silent", "gone"]
-
-
 class WorkerView(Struct, frozen=True):
     """`jobs` are the first of those that it holds; `held` counts all of them, `expired` those whose lock has expired.
 
@@ -221,12 +222,12 @@ class WorkerView(Struct, frozen=True):
 class WorkerList(Struct):
     """Those heard last come first. `next_cursor` is None on the last page.
 
-    `gone` counts the workers that are gone, whether or not they are listed. `since`: what was before is not remembered.
+    `by_state` counts all workers. `since`: what was before is not remembered.
     """
 
     workers: list[WorkerView]
     next_cursor: str | None
-    gone: int
+    by_state: dict[WorkerState, int]
     since: int
 
 
@@ -326,6 +327,18 @@ class Recovered(Struct, frozen=True):
     details: list[Recovery]
     locks_cleared: int
     more: bool
+
+
+class TakenBack(Struct, frozen=True, rename="camel"):
+    """What a take-back did, or as a dry run would do. `more`: jobs are left; of a dry run: it lists the first ones."""
+
+    worker: str
+    recovered_jobs: int
+    reset_jobs: int
+    failed_jobs: int
+    details: list[Recovery]
+    more: bool
+    timestamp: int
 
 
 class Worked(Struct, frozen=True):

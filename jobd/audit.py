@@ -29,6 +29,7 @@ from jobd.commands import (
     ReleaseLock,
     Resume,
     RunNow,
+    TakeBack,
     Transition,
     Update,
     is_rehearsal,
@@ -51,6 +52,7 @@ DEEDS: Final[dict[type, str]] = {
     Resume: "resume",
     Import: "import",
     Recover: "recover-stuck",
+    TakeBack: "take-back",
 }
 
 
@@ -76,8 +78,15 @@ def entry(call: Call, decision: Decision, at: int) -> Audited | None:
         reason=getattr(command, "reason", None),
         outcome=decision.answer.code if isinstance(decision.answer, Refusal) else "done",
         jobs=len({change.event.job_seq for change in changes if change.event.job_seq}),
-        details=_told(changes) if is_one and isinstance(decision.answer, Answer) else None,
+        details=_details(command, decision),
     )
+
+
+def _details(command: AnyCommand, decision: Decision) -> dict[str, Any] | None:
+    if isinstance(command, TakeBack):
+        return {"worker": command.name}
+    is_done = isinstance(command, OnJob) and isinstance(decision.answer, Answer)
+    return _told(decision.changes) if is_done else None
 
 
 def _job_of(command: AnyCommand) -> str | None:

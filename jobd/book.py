@@ -69,6 +69,7 @@ class Book:
         self.started_sum = 0  # over all processing jobs, of when they began
         self.unheld: dict[str, None] = {}  # processing rows without a grant: left by hands, mended by a pass
         self.presence = WorkerPresence(numbers.wall_ms, numbers.lease_ms)
+        self.next_cleanup_at: int | None = None  # wall time of the next cleanup run, if recovery is left to it
         self.suspects: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
         self.expired_locks: dict[str, None] = {}  # expired, and recovery has not noted it yet
         self.cleared_locks: dict[str, None] = {}  # expired and noted; the holder may still revive them

@@ -16,8 +16,8 @@ from msgspec import Raw
 from msgspec.structs import astuple
 
 from jobd.actor import Actor
-from jobd.answers import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery
-from jobd.commands import EndPauses, Operator, Refusal, Report, Tick
+from jobd.answers import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery, TakenBack
+from jobd.commands import EndPauses, Operator, Refusal, Report, TakeBack, Tick
 from jobd.figures import PROCESSING_BUCKETS_S, Figures
 from jobd.foresight import LOOK_S, foresee
 from jobd.job import SECOND_MS
@@ -50,6 +50,7 @@ class Cleaner:
         self._last_begin = self._last_success = asyncio.get_running_loop().time()  # loop times, in seconds
         self._last_end: float | None = None
         self._beside: Callable[[], bytes] = lambda: b"null"
+        self._announce_pass()
 
     @property
     def schedule(self) -> Schedule:
@@ -82,6 +83,7 @@ class Cleaner:
     def set_schedule(self, schedule: Schedule) -> None:
         """A new configuration, in force at once."""
         self._hands.schedule = schedule
+        self._announce_pass()
         self._pass_wake.set()
         self._time_wake.set()
 
@@ -118,6 +120,13 @@ class Cleaner:
             details=details,
             timestamp=self._clock.moment().now,
         )
+
+    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | Refusal:
+        """End the expired grants of a silent worker, for an operator."""
+        try:
+            return await self._hands.take_back(command, "admin" if operator is None else operator.by, operator)
+        except Refused as refused:
+            return refused.refusal
 
     async def preview(self, look_s: float = LOOK_S) -> PreviewView | Refusal:
         """What recovery and a pass would do now; `look_s` is for jobs that are wrong, which are seldom."""
@@ -202,6 +211,7 @@ class Cleaner:
         while not self._hands.stopping:
             if self._asked is not None or loop_time() >= self._next_pass():
                 await self._one_pass()
+            self._announce_pass()
             await _pause(self._pass_wake, self._next_pass() - loop_time())
         await self._survive("figures", self._save_figures)
 
@@ -212,6 +222,12 @@ class Cleaner:
         schedule = self.schedule
         period_end = self._last_begin + schedule.interval_ms / SECOND_MS
         return max(period_end, self._last_end + schedule.min_interval_ms / SECOND_MS)
+
+    def _announce_pass(self) -> None:
+        """Let the book know when the next pass begins, if recovery is left to the passes."""
+        wait_s = self._next_pass() - asyncio.get_running_loop().time()
+        is_left = self.schedule.recover_every_ms == 0
+        self._book.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if is_left else None
 
     async def _one_pass(self) -> None:
         loop_time = asyncio.get_running_loop().time

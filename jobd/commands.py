@@ -49,6 +49,7 @@ REFUSALS: Final[dict[str, int]] = {
     "not_found": 404,
     "job_not_found": 404,
     "late_result_not_found": 404,
+    "worker_not_found": 404,
     "plan_not_found": 404,
     "method_not_allowed": 405,
     "request_timeout": 408,
@@ -60,6 +61,7 @@ REFUSALS: Final[dict[str, int]] = {
     "lock_lost": 409,
     "max_processing_time_exceeded": 409,
     "job_quarantined": 409,
+    "worker_not_silent": 409,
     "events_gone": 410,
     "too_large": 413,
     "unsupported_media_type": 415,
@@ -269,12 +271,15 @@ class Queues(Command, frozen=True, kw_only=True):
     busiest: bool = False
 
 
+WorkerState = Literal["busy", "idle", "silent", "gone"]
+
+
 class Workers(Command, frozen=True, kw_only=True):
-    """A page of workers, those heard last first, without those that are gone. `gone`: only those."""
+    """A page of workers, those heard last first: those in this state, or all that are not gone."""
 
     limit: PageLimit = MAX_PAGE
     cursor: WorkerCursor | None = None
-    gone: bool = False
+    state: WorkerState | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,14 +364,6 @@ class Adopt(OnJob, frozen=True, kw_only=True):
     dry_run: bool = False
 
 
-_REHEARSED: Final = frozenset({Transition, RunNow, Update, Adopt})
-
-
-def is_rehearsal(command: Any) -> bool:
-    """Whether `command` is a dry run: it is answered as if it were done, and nothing is."""
-    return type(command) in _REHEARSED and command.dry_run
-
-
 class Delete(OnJob, frozen=True, kw_only=True):
     reason: Text | None = None
 
@@ -382,6 +379,14 @@ class Pause(Command, frozen=True, kw_only=True):
 class Resume(Command, frozen=True, kw_only=True):
     name: QueueName
     reason: Text | None = None
+
+
+class TakeBack(Command, frozen=True, kw_only=True):
+    """End the expired grants of a silent worker by their stall rule. `dry_run`: say which; nothing is done."""
+
+    name: Worker
+    reason: Text | None = None
+    dry_run: bool = False
 
 
 class Import(Command, frozen=True, kw_only=True):
@@ -518,6 +523,14 @@ class Locks(Command, frozen=True, kw_only=True):
 
     limit: PageLimit | None = None
     cursor: Cursor | None = None
+
+
+_REHEARSED: Final = frozenset({Transition, RunNow, Update, Adopt, TakeBack})
+
+
+def is_rehearsal(command: Any) -> bool:
+    """Whether `command` is a dry run: it is answered as if it were done, and nothing is."""
+    return type(command) in _REHEARSED and command.dry_run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,6 +710,7 @@ AnyCommand = (
     | Delete
     | Pause
     | Resume
+    | TakeBack
     | Import
     | ImportCheck
     | Export

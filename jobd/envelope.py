@@ -49,6 +49,7 @@ from jobd.commands import (
     Search,
     Start,
     Stats,
+    TakeBack,
     Timeline,
     Undelivered,
     Validate,
@@ -66,7 +67,7 @@ _GO_FIRST: Final = frozenset(READS) - {Ping}
 # What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
 ENDINGS: Final = (
     Complete, Fail, Release, Cancel, ForceFail, ReleaseLock, Undelivered,
-    Recover, Expire, EndGrants, CreditAbsence, Delete, DeleteExpired,
+    Recover, TakeBack, Expire, EndGrants, CreditAbsence, Delete, DeleteExpired,
     ApplyEndings,
 )  # fmt: skip
 ADOPT_WEIGHT: Final = 20  # its late results are read with all that they brought

@@ -69,12 +69,14 @@ _OPERATORS: Final = {
     "POST jobs/{id}/cancel": "Cancel a queued or processing job.",
     "POST jobs/{id}/run-now": "A queued job is due now.",
     "POST jobs/{id}/update": "Change priority, due time or attempts of a job that is not completed.",
+    "POST workers/{name}/take-back": "End the expired grants of a silent worker by their stall rule, now. Live locks "
+    "stay as they are. `dry_run`: only say which.",
     "POST queues/{name}/pause": "Grant nothing of a queue until an operator resumes it, or until `until`.",
     "POST queues/{name}/resume": "Hand out a queue's jobs again.",
     "GET locks": "Every current grant, the oldest first, or a page of them.",
     "GET queues": "Counts of every queue, its oldest due job, whether it is paused.",
-    "GET workers": "A page of workers, those heard last first: state, latest claim, jobs held; with `gone`, those that "
-    "are gone.",
+    "GET workers": "A page of workers, those heard last first: state, latest claim, jobs held. Those that are gone are "
+    "left out unless `state` asks for them.",
     "GET reports": "Reports of cleanup passes, newest first; the last 500 are kept.",
     "GET failures": "Failed jobs and those that wait to be tried again, grouped by their error, the largest first.",
     "GET preview": "What recovery and a cleanup pass would do now: the first 1000 jobs of each kind. Nothing is done.",
@@ -121,8 +123,8 @@ CALLS: Final = {
     "POST /v1/jobs/{id}/cancel": "Cancel a queued or processing job; its holder hears of it with its next call.",
     "POST /v1/commands": "A stream of commands, one a line; each is answered by a line, in order, after its commit.",
     "GET /v1/queues": "Counts of every queue, its oldest due job, whether it is paused.",
-    "GET /v1/workers": "A page of workers, those heard last first: state, latest claim, jobs held; with `gone`, those "
-    "that are gone.",
+    "GET /v1/workers": "A page of workers, those heard last first: state, latest claim, jobs held. Those that are gone "
+    "are left out unless `state` asks for them.",
     "GET /v1/events": "Events as they happen (Server-Sent Events), behind `Last-Event-ID` without gap or repeat.",
     "GET /healthz": "Whether the daemon is alive.",
     "GET /readyz": "Whether the daemon takes requests, also while a full disk makes it reject new jobs.",
@@ -185,6 +187,14 @@ REFUSED: Final[dict[type[Command], tuple[str, ...]]] = {
 # The same of calls that are no command to the actor.
 REFUSED_TOO: Final = {
     "POST /admin/job-management/recover-stuck": ("overloaded", "shutting_down", "outcome_unknown", "storage_full"),
+    "POST /admin/job-management/workers/{name}/take-back": (
+        "worker_not_found",
+        "worker_not_silent",
+        "overloaded",
+        "shutting_down",
+        "outcome_unknown",
+        "storage_full",
+    ),
     "GET /admin/job-management/jobs/{id}/artefact": (
         "not_found",
         "storage_unavailable",
@@ -209,6 +219,8 @@ REFUSALS: Final = {
     "or the token may only look",
     "not_found": "there is no such path, webhook or delivery; or the job has no stored result, or that is gone",
     "late_result_not_found": "the job has no late result, or none with this `seq`",
+    "worker_not_found": "no worker of this name is remembered",
+    "worker_not_silent": "the worker holds no job whose lock has expired; nothing was changed",
     "job_not_found": "no job has this id: never created, or deleted after its time",
     "plan_not_found": "there is no such plan, or no more: make it anew",
     "method_not_allowed": "the path exists, the method does not",
@@ -270,6 +282,7 @@ FIELDS: Final = {
     "by": "Who did it: `worker:NAME`, `client`, `admin:NAME` (`admin` where no name was given), `recovery`, "
     "`cleanup` or `daemon`.",
     "byStatus": "Number of jobs by status.",
+    "by_state": "How many workers are in each state.",
     "cache": "The state in memory.",
     "canProceed": "False where an issue is critical.",
     "cancel_requested": "Whether the work should stop.",
@@ -335,7 +348,6 @@ FIELDS: Final = {
     "freeBytes": "Free space of the disk of the store, for the daemon's user. Null for a store in memory.",
     "from": "The status before.",
     "given_up": "How many messages were given up since the start.",
-    "gone": "How many workers are gone: not heard for 5 min, without a job. In a query: list only these.",
     "grants": "One grant for each job; none where no job is due.",
     "groups": "The groups, the largest first.",
     "heldJobs": "Finished jobs past their time that are kept while the clock is suspect: accepted, it deletes them.",

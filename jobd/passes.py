@@ -15,8 +15,8 @@ import structlog
 from msgspec import Struct, field
 
 from jobd.actor import Actor
-from jobd.answers import CleanupReport, Issue, Recovered, Recovery, Worked
-from jobd.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Operator, Recover, Refusal
+from jobd.answers import CleanupReport, Issue, Recovered, Recovery, TakenBack, Worked
+from jobd.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Operator, Recover, Refusal, TakeBack
 from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS
 from jobd.validation import counts, validate
 
@@ -99,6 +99,22 @@ class Hands:
             if not done.more or not (done.details or done.locks_cleared):
                 return
             await self.breathe()
+
+    async def take_back(self, command: TakeBack, by: str, operator: Operator | None) -> TakenBack:
+        """The expired grants of a silent worker, slice by slice. A refused first slice raises Refused."""
+        done: TakenBack = await self.ask(command, by, operator)
+        details, more = list(done.details), done.more
+        while more and not command.dry_run:
+            try:
+                await self.breathe()
+                done = await self.ask(command, by, operator)
+            except (Refused, Unfinished) as ended:
+                more = not (isinstance(ended, Refused) and ended.refusal.code == "worker_not_silent")
+                break
+            details += done.details
+            more = done.more
+        reset = sum(each.action == "reset" for each in details)
+        return TakenBack(command.name, len(details), reset, len(details) - reset, details, more, done.timestamp)
 
     async def expire(self, by: str) -> None:
         """All queued jobs that their creators no longer want, slice by slice."""

@@ -34,13 +34,14 @@ from jobd.answers import (
     QuarantinedJob,
     RecoverStuckView,
     Resent,
+    TakenBack,
     Vitals,
     WebhookView,
 )
 from jobd.batch import DiskFull
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
-from jobd.commands import MakePlan, Operator, Refusal, Tick
+from jobd.commands import MakePlan, Operator, Refusal, TakeBack, Tick
 from jobd.copies import Copies, Copy
 from jobd.downloads import Downloads
 from jobd.events import Wanted
@@ -85,6 +86,9 @@ class Rooms(Struct):
 
     async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView | Refusal:
         return await self.cleaner.recover_stuck(operator, reason)
+
+    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | Refusal:
+        return await self.cleaner.take_back(command, operator)
 
     def failures(self, limit: int) -> FailuresView:
         return self.failures_.view(limit)

@@ -63,6 +63,7 @@ from jobd.commands import (
     RunNow,
     Start,
     Stats,
+    TakeBack,
     Tick,
     Timeline,
     Transition,
@@ -158,6 +159,8 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             return plan_rules.apply(draft, command, _PLANNED)
         case Preview():
             return time_rules.preview(draft, command)
+        case TakeBack():
+            return time_rules.take_back(draft, command)
         case Recover():
             return time_rules.recover(draft, command)
         case Expire():

@@ -6,12 +6,12 @@ Pure. Whether they apply is judged here, when the command is applied, not when s
 from __future__ import annotations
 
 from itertools import islice
-from typing import Literal
+from typing import Final, Literal
 
 from msgspec.structs import replace
 
 from jobd import steps
-from jobd.answers import Answer, Foreseen, Issue, Recovered, Recovery, Worked
+from jobd.answers import Answer, Foreseen, Issue, Recovered, Recovery, TakenBack, Worked
 from jobd.commands import (
     CreditAbsence,
     DeleteExpired,
@@ -23,10 +23,13 @@ from jobd.commands import (
     Preview,
     Recover,
     Refusal,
+    TakeBack,
 )
 from jobd.draft import Draft
 from jobd.job import FINISHED, Job, Lease
 from jobd.validation import counts, safe_fixes, validate
+
+TAKEN_BACK: Final = 200  # jobs of one take-back command
 
 
 def recover(draft: Draft, command: Recover) -> Answer:
@@ -37,8 +40,7 @@ def recover(draft: Draft, command: Recover) -> Answer:
         job = book.processing[job_id]
         if steps.is_stuck(job, lease):
             job = steps.stall(draft, job, steps.silence(draft, job))
-            action: Literal["reset", "failed"] = "reset" if job.status == "queued" else "failed"
-            details.append(Recovery(job_id, action, draft.changes[-1].event.reason or ""))
+            details.append(_recovery(draft, job))
     cleared = 0
     for job_id in islice(book.expired_locks, command.limit):
         job = book.processing[job_id]
@@ -47,6 +49,40 @@ def recover(draft: Draft, command: Recover) -> Answer:
             cleared += 1
     more = len(book.stuck) > command.limit or len(book.expired_locks) > command.limit
     return Answer(Recovered(details, cleared, more))
+
+
+def take_back(draft: Draft, command: TakeBack) -> Answer | Refusal:
+    """End the first expired grants of a silent worker by their stall rule. Live locks stay as they are."""
+    name, presence = command.name, draft.book.presence
+    worker = presence.workers.get(name)
+    if worker is None:
+        message = f"No worker {name} is known since the start. List the workers: jobctl workers"
+        return Refusal("worker_not_found", message, {"worker": name})
+    if not worker.expired:
+        state = presence.state(worker)
+        held = (
+            f"the locks of its {len(worker.jobs)} jobs are live"
+            if len(worker.jobs) > 1
+            else "the lock of its job is live"
+        )
+        why = held if worker.jobs else "it holds no job"
+        message = f"Worker {name} is {state}, not silent: {why}. To end a live grant: jobctl force-reset ID"
+        return Refusal("worker_not_silent", message, {"worker": name, "state": state})
+    details = []
+    for job_id in islice(worker.expired, TAKEN_BACK):
+        job = draft.book.processing[job_id]
+        cause = f"{steps.silence(draft, job)} An operator took the job back."
+        job = steps.stall(draft, job, cause, rule="take-back", why="taken_back")
+        details.append(_recovery(draft, job))
+    reset = sum(each.action == "reset" for each in details)
+    more = len(worker.expired) > len(details)
+    return Answer(TakenBack(name, len(details), reset, len(details) - reset, details, more, draft.at.now))
+
+
+def _recovery(draft: Draft, job: Job) -> Recovery:
+    """What the last step did to a stalled job."""
+    action: Literal["reset", "failed"] = "reset" if job.status == "queued" else "failed"
+    return Recovery(job.id, action, draft.changes[-1].event.reason or "")
 
 
 def recover_one(draft: Draft, command: OnJob) -> Answer | Refusal:

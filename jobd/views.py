@@ -33,7 +33,7 @@ from jobd.answers import (
     WorkerView,
 )
 from jobd.book import Book
-from jobd.commands import Import, Locks, Moment, Queues, Refusal, Workers
+from jobd.commands import Import, Locks, Moment, Queues, Refusal, Workers, WorkerState
 from jobd.events import QueuePause
 from jobd.figures import Figures
 from jobd.job import LIVE, STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
@@ -92,6 +92,7 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         result.metadata,
         error.message,
         error.code,
+        None if grant is None else grant.worker,
     )
 
 
@@ -213,24 +214,27 @@ def paused_view(queue: str, pause: QueuePause | None) -> PausedView:
 
 
 def workers(book: Book, at: Moment, command: Workers) -> WorkerList:
-    """A page of the workers that are remembered, or with `gone` of those that are gone; those heard last come first.
+    """A page of the workers in a state, or of all that are not gone; those heard last come first.
 
     A worker that is heard between two pages moves to the front, so later pages may lack it.
     """
     presence = book.presence
-    there: list[tuple[str, WorkerSeen]] = []
-    gone: list[tuple[str, WorkerSeen]] = []
+    by_state: dict[WorkerState, int] = {"busy": 0, "idle": 0, "silent": 0, "gone": 0}
+    asked: list[tuple[str, WorkerSeen]] = []
     for each in presence.remembered():
-        (gone if presence.state(each[1]) == "gone" else there).append(each)
-    asked = gone if command.gone else there
+        state = presence.state(each[1])
+        by_state[state] += 1
+        if state == command.state or (command.state is None and state != "gone"):
+            asked.append(each)
     if command.cursor is not None:
         before, _, last = command.cursor.partition(" ")
         asked = [each for each in asked if _by_latest(each) > (-int(before), last)]
-    found = nsmallest(command.limit + 1, asked, key=_by_latest)
-    shown = found[: command.limit]
-    following = f"{shown[-1][1].last_seen_at} {shown[-1][0]}" if len(found) > len(shown) else None
+    asked.reverse()  # nearly in order now, so that sorting is cheap
+    asked.sort(key=_by_latest)
+    shown = asked[: command.limit]
+    following = f"{shown[-1][1].last_seen_at} {shown[-1][0]}" if len(asked) > len(shown) else None
     since = at.now if presence.started_at is None else presence.started_at
-    return WorkerList([_worker(presence, *each) for each in shown], following, len(gone), since)
+    return WorkerList([_worker(presence, *each) for each in shown], following, by_state, since)
 
 
 def _by_latest(each: tuple[str, WorkerSeen]) -> tuple[int, str]:

@@ -10,8 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final
 
-from jobd.answers import WorkerState
-from jobd.commands import About, Claim, Start
+from jobd.commands import About, Claim, Start, WorkerState
 from jobd.job import DAY_MS, MINUTE_MS
 
 GONE_AFTER_MS: Final = 5 * MINUTE_MS
@@ -56,17 +55,18 @@ class ClaimSet:
 class WorkerSeen:
     """One worker. `jobs` are those that it holds, `expired` those of them whose lock has expired.
 
-    It was last heard at `last_seen_at` (wall time) and at `heard` (lease time). `claims` is None if no claim of it is
-    remembered; `waiting` is the number of its claims that wait for a job now.
+    It was last heard at `last_seen_at` (wall time) and at `heard` (lease time), and claimed last at `claimed` (lease
+    time). `claims` is None if no claim of it is remembered; `waiting` is the number of its claims that wait now.
     """
 
-    __slots__ = ("about", "claims", "expired", "heard", "jobs", "last_seen_at", "waiting")
+    __slots__ = ("about", "claimed", "claims", "expired", "heard", "jobs", "last_seen_at", "waiting")
 
     def __init__(self) -> None:
         self.jobs: dict[str, None] = {}
         self.expired: dict[str, None] = {}
         self.last_seen_at = 0
         self.heard = 0
+        self.claimed = 0
         self.claims: ClaimSet | None = None
         self.waiting = 0
         self.about: About | None = None
@@ -81,13 +81,14 @@ class WorkerPresence:
     """All workers that are remembered, and the claim sets by queue.
 
     `started_at` is the wall time of the start, None until time is told. Since `since` (lease time) every claim is
-    remembered: that is the start, unless claim sets had to be forgotten.
+    remembered: that is the start, unless claim sets had to be forgotten (`has_forgotten`).
     """
 
     def __init__(self, now: int = 0, lease: int = 0) -> None:
         self.workers: OrderedDict[str, WorkerSeen] = OrderedDict()  # the last heard at the end, as a rule
         self.started_at: int | None = None
         self.since = lease
+        self.has_forgotten = False
         self.now = now
         self.lease = lease
         self._sets: dict[SetKey, ClaimSet] = {}
@@ -163,7 +164,7 @@ class WorkerPresence:
             if claims is None or claims.queues != command.queues or claims.kinds != command.kinds:
                 claims = self._set_of(command)
                 self._assign(command.worker, worker, claims)
-            claims.claimed = self.lease
+            claims.claimed = worker.claimed = self.lease
         return worker
 
     def waits(self, command: Claim) -> ClaimSet:
@@ -177,9 +178,10 @@ class WorkerPresence:
 
     def waits_no_more(self, name: str, claims: ClaimSet) -> None:
         """A wait has ended: until now the worker counts as heard."""
-        self.saw(name, self.now).waiting -= 1
+        worker = self.saw(name, self.now)
+        worker.waiting -= 1
         claims.waiting -= 1
-        claims.claimed = self.lease
+        claims.claimed = worker.claimed = self.lease
 
     def holds(self, name: str, job_id: str, at: int) -> None:
         """A worker has a job; one that is unknown was last heard at wall time `at`."""
@@ -259,4 +261,5 @@ class WorkerPresence:
             for name in list(claims.workers):
                 self._assign(name, self.workers[name], None)
             self.since = max(self.since, claims.claimed)
+            self.has_forgotten = True
         self._names_kept = max(NAMES_KEPT, self._names + self._names // 4)

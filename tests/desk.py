@@ -81,6 +81,8 @@ class Desk:
         self.book.advance(self.now, self.lease)
         self.book.request_hashes = dict(self.requests)  # as the actor reads them from the disk
         self.book.late = self._known_late(command)
+        if isinstance(command, Start | Claim):
+            self.book.presence.asks(command)
         before = picture(self.book)
         decision = rules.decide(self.book, Call(command, by, SEED, admin, expected=expected), self.at, self.policy)
         assert picture(self.book) == before, "decide changed the book"

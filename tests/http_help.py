@@ -48,11 +48,12 @@ from jobd.answers import (
     Recovery,
     Resent,
     SkippedJob,
+    TakenBack,
     Vitals,
     WebhookView,
 )
 from jobd.bodies import Limits
-from jobd.commands import Call, Command, KeyUse, MakePlan, Operator, Refusal
+from jobd.commands import Call, Command, KeyUse, MakePlan, Operator, Refusal, TakeBack
 from jobd.doors import Gate
 from jobd.downloads import Downloads
 from jobd.envelope import Waiter
@@ -273,6 +274,12 @@ class Figures:
 
     async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView:
         return RecoverStuckView(1, 1, 0, [Recovery("a", "reset", "stalled")], 1_700_000_000_000)
+
+    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | Refusal:
+        if command.name == "unknown":
+            return Refusal("worker_not_found", "No worker unknown is known.")
+        details = [Recovery("a", "reset", "No update. An operator took the job back.")]
+        return TakenBack(command.name, 1, 1, 0, details, False, 1_700_000_000_000)
 
     async def health(self) -> HealthView:
         part = PartHealth(self.status, "measured")

@@ -146,6 +146,8 @@ def make_trouble(daemon: Scene) -> None:
     for worker in ("video-worker-1", "video-worker-2"):  # the second while the time of the first runs on
         daemon.operator("POST", "force-reset", {"jobId": "twice", "reason": "it looked dead"})
         daemon.do("jobs/twice/start", worker=worker)
-    short = daemon.do("jobs", id="short", queue="video", kind="transcode")
-    daemon.do(f"jobs/{short['id']}/start", worker="video-worker-3", lock_ttl_ms=1_000)
+    daemon.do("jobs", id="short", queue="brief", kind="transcode")
+    about = {"host": "render-2", "pid": 4711, "version": "0.1.0", "concurrency": 4, "instance": "8f2c"}
+    daemon.do("claim", worker="video-worker-3", queues=["brief"], lock_ttl_ms=1_000, about=about)
+    daemon.do("claim", worker="image-worker-1", queues=["images", "thumbs"], kinds=["resize", "crop"], about=about)
     daemon.operator("GET", "health")

@@ -25,6 +25,8 @@ PAGES: Final = {
     "failures": "/failures",
     "queues": "/queues",
     "workers": "/workers",
+    "take-back": "/workers/take-back?name=video-worker-3",
+    "silent": "/jobs/short",
     "alerts": "/alerts",
     "cleanup": "/cleanup",
     "cleanup-confirm": "/cleanup/confirm?what=run",
@@ -42,6 +44,8 @@ ONLY_IN: Final = {
     "job": {"busy", "trouble"},
     "confirm": {"busy", "trouble"},
     "webhook": {"trouble"},
+    "take-back": {"trouble"},
+    "silent": {"trouble"},
     "webhook-again": {"trouble"},
     "plan": {"busy", "trouble", "crowd"},
 }

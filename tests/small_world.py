@@ -54,6 +54,7 @@ from jobd.commands import (
     RunNow,
     Start,
     Stats,
+    TakeBack,
     Transition,
     Undelivered,
     Update,
@@ -314,6 +315,7 @@ class Walk(Promises):
             Delete(id=ID),
             Pause(name="default"),
             Resume(name="default"),
+            TakeBack(name=WORKERS[0]),
             *(Transition(id=ID, from_=here, to=there) for here in STATUSES for there in STATUSES if here != there),
         )
         yield from (Step(command, admin=True) for command in commands)

@@ -104,6 +104,7 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
     ("GET", f"{P}/queues", "", Queues(), False),
     ("GET", f"{P}/queues", "limit=5&busiest=true", Queues(limit=5, busiest=True), False),
     ("GET", f"{P}/workers", "", Workers(), False),
+    ("GET", f"{P}/workers", "state=silent&limit=5", Workers(state="silent", limit=5), False),
 ]  # fmt: skip
 
 plain_view = msgspec.to_builtins
@@ -115,6 +116,10 @@ ROOMS: list[tuple[str, str, Any]] = [
     ("POST", f"{P}/recover-stuck",
      {"recoveredJobs": 1, "resetJobs": 1, "failedJobs": 0, "timestamp": 1_700_000_000_000,
       "details": [{"jobId": "a", "action": "reset", "reason": "stalled"}]}),
+    ("POST", f"{P}/workers/{{name}}/take-back",
+     {"worker": "q", "recoveredJobs": 1, "resetJobs": 1, "failedJobs": 0, "more": False,
+      "timestamp": 1_700_000_000_000,
+      "details": [{"jobId": "a", "action": "reset", "reason": "No update. An operator took the job back."}]}),
     ("GET", f"{P}/reports", {"reports": [REPORT]}),
     ("GET", f"{P}/alerts", {"alerts": [{"name": "stuck_jobs", "firing": False, "since": None, "value": 0.0,
                                         "threshold": 5.0, "hint": "look at the workers"}]}),

@@ -49,7 +49,7 @@ EVE = Operator("eve", "10.0.0.7")
 # Commands that come from workers, creators or the daemon itself; those of operators are in audit.DEEDS.
 NO_DEEDS = {
     "Create", "Bulk", "Start", "Claim", "Progress", "Extend", "Complete", "Fail", "Release", "Undelivered",
-    "ImportCheck", "CreditAbsence", "EndGrants", "Expire", "DeleteExpired", "Mend", "Tick", "Report",
+    "ImportCheck", "CreditAbsence", "EndGrants", "EndPauses", "Expire", "DeleteExpired", "Mend", "Tick", "Report",
 }  # fmt: skip
 
 

@@ -142,6 +142,26 @@ async def test_recover_every_0_leaves_recovery_to_the_passes() -> None:
 
 
 @in_virtual_time
+async def test_the_book_knows_the_next_pass_if_recovery_is_left_to_the_passes() -> None:
+    async with Household(schedule=replace(RECOVERING, recover_every_ms=0)) as house:
+        assert house.book.next_cleanup_at == house.now, "the first one comes with the start"
+        house.keep()
+        await seconds(1)
+        announced = house.book.next_cleanup_at
+        assert announced is not None
+        report = house.cleaner.last_report
+        assert report is not None
+        await seconds((announced - house.now) / 1000 - 1)
+        assert house.cleaner.last_report is report
+        await seconds(2)
+        assert house.cleaner.last_report is not report
+        assert house.book.next_cleanup_at is not None
+        assert house.book.next_cleanup_at > house.now
+        house.cleaner.set_schedule(RECOVERING)
+        assert house.book.next_cleanup_at is None
+
+
+@in_virtual_time
 async def test_lease_time_is_persisted_while_a_job_is_processing_and_only_then() -> None:
     async with Household(schedule=RECOVERING) as house:
         house.keep()

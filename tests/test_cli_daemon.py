@@ -612,6 +612,30 @@ def test_what_recovery_would_do_can_be_done_exactly_so(running: Running, jobctl:
     jobctl.ok("cancel", "time-1", "time-2", "-y")
 
 
+def test_the_jobs_of_a_silent_worker_can_be_taken_back(running: Running, jobctl: Ctl) -> None:
+    with running.configured(_NEVER):
+        _stuck(running, "back-1", "back-2")
+        assert jobctl.json("workers", "--state", "silent")["workers"][0]["worker"] == "w-silent"
+        assert "w-silent (silent)" in jobctl.ok("locks")
+        assert "Take its expired jobs back now: jobctl take-back w-silent" in jobctl.ok("why", "back-1")
+        code, _, err = jobctl.run("take-back", "w-silent")
+        assert (code, "--dry-run to look first" in err) == (2, True)
+        seen = jobctl.ok("take-back", "w-silent", "--dry-run")
+        assert "back-1: would go back to its queue: No update from worker w-silent" in seen
+        assert "would take back 2 jobs of w-silent: 2 to the queue, 0 failed" in seen
+        assert running.client.get_job("back-1").status == "processing"
+        done = jobctl.ok("take-back", "w-silent", "--yes", "--reason", "lost its power")
+        assert "took back 2 jobs of w-silent: 2 to the queue, 0 failed" in done
+        assert [running.client.get_job(each).status for each in ("back-1", "back-2")] == ["queued", "queued"]
+        code, _, err = jobctl.run("take-back", "w-silent", "-y")
+        assert (code, "[worker_not_silent]" in err) == (4, True)
+        code, _, err = jobctl.run("take-back", "w-unknown", "-y")
+        assert (code, "[worker_not_found]" in err) == (4, True)
+        [deed] = jobctl.json("audit", "--what", "take-back", "--limit", "3")["entries"][2:]
+        assert (deed["reason"], deed["changed"], deed["details"]) == ("lost its power", 2, {"worker": "w-silent"})
+    jobctl.ok("cancel", "back-1", "back-2", "-y")
+
+
 def test_what_a_pass_would_do_can_be_done_exactly_so_but_for_what_it_mends(running: Running, jobctl: Ctl) -> None:
     with running.configured(_NEVER):
         soon = round(time.time() * 1000) + 500

@@ -193,7 +193,7 @@ def a_frame(queues: int = 3, **fields: Any) -> Frame:
         "per_second": {"created": 1.5, "granted": 0.0},
         "over_s": 10.0,
         "queues": [QueueView(f"queue-{n}", n == 0, n, 1, 0, 0, 0, None) for n in range(queues)],
-        "workers": [Hands("w\x1b[2J", 1, 2, [Held("a", 42.5), Held("b", 0)])],
+        "workers": [Hands("w\x1b[2J", "busy", 1, "mail (kinds: \x1b)", None, 2, [Held("a", 42.5), Held("b", 0)])],
         "alerts": [],
     }
     return Frame(**{**made, **fields})
@@ -213,7 +213,10 @@ def test_a_frame_tells_what_matters() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(40, 10), (60, 20), (80, 24), (200, 60)])
 def test_a_frame_fits_its_terminal(width: int, height: int) -> None:
-    workers = [Hands(f"worker-with-a-long-name-{n}", 1, 1, [Held("x" * 200, 1.0)]) for n in range(100)]
+    held = [Held("x" * 200, 1.0)]
+    workers = [
+        Hands(f"worker-with-a-long-name-{n}", "silent", 1, "q" * 200, "host " + "h" * 200, 1, held) for n in range(100)
+    ]
     alerts = [AlertView(f"alert_{n}", True, 1, 7.0, 5.0, "a hint that is long " * 10) for n in range(2)]
     lines = drawn(a_frame(100, workers=workers, alerts=alerts), width=width, height=height)
     assert max(map(len, lines)) <= width
@@ -227,7 +230,7 @@ def test_figures_are_whole_where_names_are_long(width: int, columns: int) -> Non
     long = "a-queue-with-quite-a-long-name-" + "x" * 20
     queues = [QueueView(name, False, 12_345, 67_890, 24_680, 13_579, 11_111, None) for name in ("q", f"{long}-high")]
     queues.append(replace(queues[0], name=f"{long}-low"))
-    workers = [Hands("worker-" + "y" * 60 + "-7", 1, 54_321, [Held("z" * 200, 1.0)])]
+    workers = [Hands("worker-" + "y" * 60 + "-7", "busy", 1, None, None, 54_321, [Held("z" * 200, 1.0)])]
     alerts = [AlertView("processing_jobs", True, 1, 1_234.0, 1_000.0, "More work runs at once than is usual here.")]
     rates = {"created": 1234.5, "granted": 1000.1, "completed": 999.9, "failed": 0.5, "retried": 12.3, "stalled": 0.0}
     frame = replace(a_frame(workers=workers, alerts=alerts, per_second=rates), queues=queues)
@@ -308,7 +311,7 @@ def test_one_frame_for_people_and_for_programs(daemon: Daemon, jobctl: Any) -> N
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert rows["video"][1:4] == ["open", "0", "1"]
     assert rows["mail"][1:4] == ["paused", "0", "0"]
-    assert rows["w-1"][1] == "1"
+    assert rows["w-1"][1:3] == ["busy", "1"]
     assert rows["w-1"][-3:] == ["a", "42", "%"]
     assert re.search(r"  disk \S+ \S+ free of \S+ \S+ \(/.*/jobd\.db\)$", out, re.MULTILINE)
     code, out, _ = jobctl("top", "--json", "--interval", "100ms")

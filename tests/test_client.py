@@ -158,7 +158,7 @@ def test_details_of_another_shape_are_none_rather_than_a_surprise() -> None:
 
 
 def _placeholders(method: str, path: str) -> tuple[str, str]:
-    return method, path.split("?")[0].replace("/x", "/{}").replace("/q/", "/{}/")
+    return method, path.split("?")[0].replace("/x", "/{}").replace("/q/", "/{}/").replace("/w/", "/{}/")
 
 
 def _all_requests() -> list[Request[Any]]:

@@ -33,7 +33,8 @@ from jobd.answers import AlertView, ClockView, DeliveryPage, OldestDue, PreviewV
 from jobd.artefact_files import FileStore
 from jobd.batch import AuditQuery, Query
 from jobd.book import Book
-from jobd.clock import Clock
+from jobd.cleanup import Cleaner
+from jobd.clock import Clock, boot_clock_ms, wall_clock_ms
 from jobd.commands import ForceFail, Refusal
 from jobd.dashboard import bulk, entrance, filters, live, pages, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
@@ -46,6 +47,7 @@ from jobd.events import Change, Event
 from jobd.failures import Failures
 from jobd.job import LATEST_MS, Policy
 from jobd.keys import Keys
+from jobd.passes import Hands, Schedule
 from jobd.plans import Planner
 from jobd.rooms import Rooms
 from jobd.webhook import BACKLOG
@@ -119,7 +121,10 @@ def text(heard: Heard) -> str:
 
 
 class Town:
-    """An actor behind a worker door and the admin door with its pages. `now_s` is the clock of the sessions."""
+    """An actor behind a worker door and the admin door with its pages. `now_s` is the clock of the sessions.
+
+    `ahead_ms` is by how much the daemon's clocks are ahead.
+    """
 
     def __init__(self, worker: House, admin: House, room: Dashboard, disk: MemoryDisk) -> None:
         self.worker = worker
@@ -127,6 +132,7 @@ class Town:
         self.room = room
         self.disk = disk
         self.now_s = 1_000.0
+        self.ahead_ms = 0
 
     async def do(self, target: str, **body: Any) -> Any:
         heard = await self.worker.ask("POST", f"/v1/{target}", json.dumps(body))
@@ -156,7 +162,12 @@ class Town:
 @pytest.fixture
 async def town(tmp_path: Path) -> AsyncIterator[Town]:
     disk = MemoryDisk()
-    clock = Clock()
+    made: list[Town] = []
+
+    def ahead_ms() -> int:
+        return made[0].ahead_ms if made else 0
+
+    clock = Clock(wall=lambda: wall_clock_ms() + ahead_ms(), boot=lambda: boot_clock_ms() + ahead_ms())
     actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
     recorder = Recorder(clock.moment().now)
     actor.on_commit.append(recorder.note)
@@ -165,7 +176,6 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
     await known.run()
     running = asyncio.create_task(actor.run())
     gate = Gate("admin", tokens=[TOKEN], readers=[READER], hosts=own_names("127.0.0.1"))
-    made: list[Town] = []
     room = await asyncio.to_thread(Dashboard, gate, recorder, clock_s=lambda: made[0].now_s)
     async with contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(House(worker_api.ROUTES, tmp_path, actor=actor))
@@ -176,6 +186,8 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         admin.figures.make_plan = lambda asked: planner.make(asked, f"plan-{next(numbers)}")  # type: ignore[method-assign,assignment,return-value]
         admin.figures.failures = known.view  # type: ignore[method-assign]
         admin.figures.queue_names = partial(Rooms.queue_names, SimpleNamespace(actor=actor))  # type: ignore[method-assign,arg-type]
+        hands = Hands(actor, clock, Schedule())
+        admin.figures.take_back = partial(Cleaner.take_back, SimpleNamespace(_hands=hands))  # type: ignore[method-assign,arg-type]
         admin.figures.plan = planner.find  # type: ignore[method-assign]
         admin.figures.apply_plan = planner.apply  # type: ignore[method-assign,assignment]
         admin.figures.clock = lambda: ClockView(clock.moment().now, not admin.figures.accepted, "30 days ahead")  # type: ignore[method-assign]
@@ -623,6 +635,7 @@ async def test_who_may_only_look_sees_no_button_and_no_secret(town: Town) -> Non
         ("/cleanup/run", {}),
         ("/cleanup/recover", {}),
         ("/clock/accept", {}),
+        ("/workers/take-back", {"name": "w-1"}),
         ("/webhooks/q/test", {}),
         ("/webhooks/q/resend", {"id": "7"}),
         ("/webhooks/q/resend-given-up", {"upto": "7"}),
@@ -1778,6 +1791,43 @@ async def test_housekeeping(town: Town) -> None:
     assert 'href="/clock"' not in page
 
 
+async def test_the_jobs_of_a_silent_worker_are_taken_back(town: Town) -> None:
+    browser, reader = await town.browser(), await town.browser(READER)
+    await town.do("jobs", id="held")
+    await town.do("claim", worker="w <7>")
+    assert "silent" not in text(await browser.get("/jobs/held"))
+    town.ahead_ms = Policy().lock_ttl_ms
+    place = "/workers/take-back?name=w%20%3C7%3E"
+    for page in ("/jobs/held", "/workers", "/workers?state=silent"):
+        heard = await browser.get(page)
+        assert_safe(heard)
+        assert 'class="badge bad">silent' in text(heard), page
+        assert f'href="{place}"' in text(heard), page
+        assert place not in text(await reader.get(page)), page
+    assert 'class="badge bad">silent' in text(await browser.get("/jobs"))
+    overview = text(await browser.get("/"))
+    assert "1 silent</a> w &lt;7&gt;" in overview
+    assert (await reader.get(place)).status == 403
+    heard = await browser.get(place)
+    assert_safe(heard)
+    page = text(heard)
+    assert 'action="/workers/take-back"' in page
+    assert "No update from worker w &lt;7&gt;" in page
+    assert "jobctl take-back &#39;w &lt;7&gt;&#39;" in page
+    assert await town.status("held") == "processing", "nothing is done yet"
+    assert (await browser.post("/workers/take-back", name="w <7>")).status == 403, "without the token of the form"
+    csrf = await browser.csrf()
+    heard = await browser.post("/workers/take-back", name="w <7>", reason="dead", csrf=csrf)
+    assert (heard.status, heard.headers["location"]) == (303, "/workers")
+    assert "1 jobs taken back: 1 queued again, 0 failed." in text(await browser.get("/workers"))
+    assert await town.status("held") == "queued"
+    heard = await browser.get(place)
+    assert (heard.status, "is gone, not silent: it holds no job" in text(heard)) == (409, True)
+    heard = await browser.post("/workers/take-back", name="w <7>", csrf=csrf)
+    assert (heard.status, "not silent" in text(heard)) == (409, True)
+    assert (await browser.get("/workers/take-back?name=nobody")).status == 404
+
+
 async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     browser, reader, rooms = await town.browser(), await town.browser(READER), town.admin.figures
     page = text(await browser.get("/cleanup"))
@@ -2266,7 +2316,7 @@ async def test_queues_and_workers_are_shown_page_by_page(town: Town) -> None:
     assert sorted(itertools.chain(*pages)) == ["all", *(f"w-{number:03}" for number in range(120))]
     page = text(await browser.get("/workers"))
     assert re.search(r'id="worker-all">.*?class="figure">100<.*?and 97 more', page, re.DOTALL)
-    assert "No worker that was seen earlier is left" in text(await browser.get("/workers?seen=1%20w"))
+    assert "No worker that was heard earlier is left" in text(await browser.get("/workers?seen=1%20w"))
     assert (await browser.get("/workers?seen=w")).status == 400
 
 

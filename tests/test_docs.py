@@ -184,6 +184,7 @@ SHAPES: Final[dict[str, Any]] = {
     "report": answers.CleanupReport,
     "cleanup state": answers.CleanupState,
     "recovered": answers.RecoverStuckView,
+    "taken back": answers.TakenBack,
     "recovery": answers.Recovery,
     "validated job": answers.ValidateJobView,
     "forced": answers.Forced,

@@ -29,7 +29,7 @@ COMMANDS = get_args(AnyCommand)
 # Neither new work, nor reading, nor an ending: refused while a full disk leaves room for endings alone.
 OTHERS = {
     "Adopt", "ApplyPlan", "Claim", "Start", "Progress", "Extend", "ExtendLock", "ForceReset", "Transition", "RunNow",
-    "Update", "Pause", "Resume", "Mend", "Note", "Tick", "Report",
+    "Update", "Pause", "Resume", "EndPauses", "Mend", "Note", "Tick", "Report",
 }  # fmt: skip
 
 

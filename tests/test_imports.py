@@ -94,6 +94,7 @@ HARMLESS: Final = frozenset(
         "msgspec",
         "operator",
         "re",
+        "shlex",
         "types",
         "typing",
         "urllib",

@@ -51,7 +51,7 @@ EVENTS = {
 }  # fmt: skip
 REFUSALS = {
     "job_not_found", "job_exists", "already_locked", "queue_paused", "invalid_transition", "lock_lost",
-    "max_processing_time_exceeded", "late_result_not_found",
+    "max_processing_time_exceeded", "late_result_not_found", "worker_not_found", "worker_not_silent",
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def test_every_field_of_a_job_is_shown_in_its_place() -> None:
         "lock": {"worker": "w-1", "fencing_token": 11, "acquired_at": NOW - 12, "expires_at": NOW + 16,
                  "lock_id": UNSET},
         "download_url": "url", "file_path": "file", "storage_key": "key", "metadata": Raw(b"1"),
-        "error_message": "words", "error_code": "code", "repeated": UNSET,
+        "error_message": "words", "error_code": "code", "worker": "w-1", "repeated": UNSET,
     }  # fmt: skip
 
 

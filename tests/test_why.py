@@ -11,6 +11,7 @@ from jobd.answers import Answer, Look, Next, WhyView
 from jobd.commands import (
     Adopt,
     Cancel,
+    Claim,
     Complete,
     Fail,
     ForceFail,
@@ -51,25 +52,125 @@ def test_waiting_for_a_worker(desk: Desk) -> None:
     desk.create("b", queue="q", kind="k")
     desk.passes(5_000)
     view = why(desk)
-    assert (view.state, view.blocked_by) == ("queued", "no free worker")
-    assert "due for 5 s" in view.because
-    assert "It is the next of its kind." in view.because
-    assert at_and_rule(view) == (NOW + 5_000, "claim")
-    assert view.do[1] == "Start a worker: jobctl run --queue q -- CMD"
+    assert (view.state, view.blocked_by) == ("queued", "no worker")
+    since = "no worker has claimed queue `q` since the start at 22:13 UTC"
+    assert view.because == f"It has been due for 5 s: {since}. It is the next of its kind."
+    assert at_and_rule(view) == (None, "claim")
+    assert view.do == ["See who works: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"]
     assert "Other jobs are before it." in why(desk, "b").because
 
 
-def test_how_many_are_in_work_beside_one_that_waits(desk: Desk) -> None:
-    for job_id in "abc":
-        desk.create(job_id, queue="q")
-    told = []
-    for job_id in "ab":
-        told.append(why(desk, "c").do[0])
-        desk.start(job_id)
-    told.append(why(desk, "c").do[0])
-    assert told == [
-        f"See who works: jobctl workers. Queue q has {held} in work." for held in ("0 jobs", "1 job", "2 jobs")
-    ]
+def clause(desk: Desk, job_id: str = "a") -> str:
+    """What is said of the workers that could take a due job."""
+    return why(desk, job_id).because.partition(": ")[2].partition(". ")[0]
+
+
+def claims(desk: Desk, worker: str, kinds: str | None = None, queue: str = "q", *, waits: bool = False) -> None:
+    command = Claim(worker=worker, queues=[queue], kinds=None if kinds is None else kinds.split(","))
+    (desk.book.presence.waits if waits else desk.book.presence.asks)(command)
+
+
+def test_a_start_long_ago_has_its_date(desk: Desk) -> None:
+    desk.create(queue="q")
+    desk.passes(12 * HOUR_MS)
+    assert clause(desk) == "no worker has claimed queue `q` since the start at 2023-11-14 22:13 UTC"
+
+
+def test_since_when_claims_are_remembered_if_some_were_forgotten(desk: Desk) -> None:
+    desk.create(queue="q")
+    desk.book.presence._names_kept = 0
+    claims(desk, "w-1", queue="r")
+    desk.passes(3 * MINUTE_MS)
+    claims(desk, "w-2", queue="s")
+    claims(desk, "w-3", queue="t")
+    assert clause(desk) == "no worker has claimed queue `q` since 22:13 UTC"
+    desk.book.presence._names_kept = 0
+    claims(desk, "w-4", queue="u")
+    assert clause(desk) == "no worker has claimed queue `q` since 22:16 UTC"
+
+
+def test_workers_that_take_other_kinds_only(desk: Desk) -> None:
+    desk.create(queue="q", kind="crop")
+    claims(desk, "claims-1", "scale")
+    claims(desk, "idle-1", "resize", waits=True)
+    view = why(desk)
+    since = "no worker has claimed kind `crop` of this queue since the start at 22:13 UTC"
+    others = "idle-1 waits on this queue but takes only: resize (1 more takes other kinds)"
+    assert clause(desk) == f"{others}; {since}"
+    assert (view.blocked_by, at_and_rule(view)) == ("no worker of its kind", (None, "claim"))
+    desk.create("none", queue="q")
+    assert "no worker has claimed jobs without a kind of this queue" in clause(desk, "none")
+    claims(desk, "w", "a,b,c,d,", "r")
+    desk.create("r", queue="r", kind="z")
+    assert clause(desk, "r").startswith("w claims this queue but takes only: a, b, c and 2 more; ")
+    claims(desk, "v", "", "s")
+    desk.create("s", queue="s", kind="z")
+    assert clause(desk, "s").startswith("v claims this queue but takes only: jobs without a kind; ")
+
+
+def test_workers_of_other_kinds_that_are_gone_do_not_count(desk: Desk) -> None:
+    desk.create(queue="q", kind="crop")
+    claims(desk, "w-1", "resize")
+    desk.passes(5 * MINUTE_MS)
+    assert clause(desk) == "no worker has claimed kind `crop` of queue `q` since the start at 22:13 UTC"
+    assert why(desk).blocked_by == "no worker"
+
+
+def test_all_workers_are_busy(desk: Desk) -> None:
+    desk.create("a", queue="q")
+    for number in range(4):
+        desk.held(f"job-{number}", worker=f"w-{number}", queue="q")
+        claims(desk, f"w-{number}")
+        desk.passes(MINUTE_MS)
+    view = why(desk)
+    assert clause(desk) == "all 4 workers of this queue are busy, the longest for 4 min"
+    assert (view.blocked_by, at_and_rule(view)) == ("no free worker", (None, "claim"))
+    assert view.do == ["See who works: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"]
+
+
+def test_a_busy_worker_that_is_silent_is_named(desk: Desk) -> None:
+    desk.create("a", queue="q")
+    desk.held("b", worker="w 1", queue="q", stuck_after_ms=HOUR_MS)
+    claims(desk, "w 1")
+    desk.passes(TTL)
+    view = why(desk)
+    assert clause(desk) == (
+        "w 1, the only worker of this queue, has been busy for 15 min; silent, with an expired lock: w 1"
+    )
+    assert view.do[1] == "Take the jobs of w 1 back: jobctl take-back 'w 1'"
+
+
+def test_no_worker_waits_but_one_claimed_lately(desk: Desk) -> None:
+    desk.create(queue="q")
+    claims(desk, "worker-1")
+    desk.passes(40_000)
+    view = why(desk)
+    assert clause(desk) == "no worker is waiting now; worker-1 claimed this queue 40 s ago"
+    assert (view.blocked_by, at_and_rule(view)) == ("no waiting worker", (None, "claim"))
+    claims(desk, "worker-2")
+    assert clause(desk) == ("no worker is waiting now; worker-2 claimed this queue 0 ms ago; 1 more is idle")
+
+
+def test_a_worker_waits(desk: Desk) -> None:
+    """While the disk is full a claim may wait although a job is due."""
+    desk.create(queue="q")
+    claims(desk, "w-1", waits=True)
+    view = why(desk)
+    assert (clause(desk), view.blocked_by) == ("a worker waits for jobs like it", None)
+    assert at_and_rule(view) == (NOW, "claim")
+
+
+def test_the_workers_of_the_queue_are_gone_or_claim_another(desk: Desk) -> None:
+    desk.create(queue="q")
+    claims(desk, "w-1")
+    claims(desk, "w-2")
+    desk.passes(12 * MINUTE_MS)
+    view = why(desk)
+    assert clause(desk) == "no worker claims this queue any more; the last claim was 12 min ago, by w-1, which is gone"
+    assert view.blocked_by == "no worker"
+    for worker in ("w-1", "w-2"):
+        claims(desk, worker, queue="other")
+    assert clause(desk) == "no worker claims this queue any more; the last claim was 12 min ago"
 
 
 def test_an_expiry_comes_before_the_claim_that_may_never_come(desk: Desk) -> None:
@@ -164,6 +265,39 @@ def test_a_lock_that_expires_before_the_job_is_stuck(desk: Desk) -> None:
     assert at_and_rule(why(desk)) == (NOW + 20 * MINUTE_MS, "stuck_after")
     desk.passes(5 * MINUTE_MS)
     assert at_and_rule(why(desk)) == (desk.now, "recovery")
+
+
+def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(desk: Desk) -> None:
+    desk.held(stuck_after_ms=20 * MINUTE_MS)
+    desk.create("late", queue="q", expires_at=NOW + MINUTE_MS)
+    desk.book.next_cleanup_at = NOW + 45 * MINUTE_MS
+    view = why(desk)
+    assert at_and_rule(view) == (NOW + TTL, "lock expiry")
+    desk.passes(TTL)
+    view = why(desk)
+    assert view.next is not None
+    assert view.next.what.startswith("It counts as stuck and is recovered by the next cleanup run after that, unless")
+    assert at_and_rule(why(desk, "late")) == (NOW + 45 * MINUTE_MS, "expires_at")
+    desk.passes(5 * MINUTE_MS)
+    view = why(desk)
+    assert view.next is not None
+    assert view.next.what == (
+        "The next cleanup run recovers it (recover_every is 0): on_stall decides between its queue and failed."
+    )
+    assert at_and_rule(view) == (NOW + 45 * MINUTE_MS, "cleanup")
+    desk.passes(HOUR_MS)
+    assert at_and_rule(why(desk)) == (desk.now, "cleanup"), "it is due now"
+
+
+def test_the_worker_of_an_expired_lock_is_silent(desk: Desk) -> None:
+    desk.held(stuck_after_ms=20 * MINUTE_MS, worker="w 7")
+    assert not any("take-back" in each for each in why(desk).do)
+    desk.passes(TTL)
+    for _ in range(2):
+        view = why(desk)
+        assert "Its lock has expired: the worker is silent. It may still end the job or report." in view.because
+        assert view.do[1] == "Take its expired jobs back now: jobctl take-back 'w 7'"
+        desk.yes(Recover(limit=1))
 
 
 def test_past_the_ceiling_nobody_is_told_to_report(desk: Desk) -> None:

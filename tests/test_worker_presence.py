@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd import worker_presence
-from jobd.answers import Answer, WorkerList, WorkerView
+from jobd import audit, time_rules, worker_presence
+from jobd.answers import Answer, TakenBack, WorkerList, WorkerView
 from jobd.batch import DiskFull, Numbers, Opened
 from jobd.book import Book
-from jobd.commands import About, Call, Claim, Complete, Create, Extend, Recover, Release, Start, Workers
+from jobd.commands import (
+    About,
+    Call,
+    Claim,
+    Complete,
+    Create,
+    Extend,
+    Operator,
+    Recover,
+    Refusal,
+    Release,
+    Start,
+    TakeBack,
+    Workers,
+)
 from jobd.draft import Draft
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Lease, Options, Policy
 from jobd.views import workers
@@ -89,8 +106,8 @@ def test_a_worker_is_busy_idle_silent_and_gone(desk: Desk) -> None:
     assert listed(desk) == [("w-1", "idle")]
     desk.passes(1)
     assert listed(desk) == []
-    assert listed(desk, gone=True) == [("w-1", "gone")]
-    assert desk.yes(Workers()).gone == 1
+    assert listed(desk, state="gone") == [("w-1", "gone")]
+    assert desk.yes(Workers()).by_state["gone"] == 1
 
 
 def test_one_expired_lock_makes_a_worker_silent_and_a_recovered_job_no_more(desk: Desk) -> None:
@@ -106,9 +123,9 @@ def test_one_expired_lock_makes_a_worker_silent_and_a_recovered_job_no_more(desk
 def test_the_gone_are_forgotten_after_a_day(desk: Desk) -> None:
     desk.yes(Release(id="a", lock_id=desk.held(worker="w-1")))
     desk.passes(DAY_MS - 1)
-    assert listed(desk, gone=True) == [("w-1", "gone")]
+    assert listed(desk, state="gone") == [("w-1", "gone")]
     desk.passes(1)
-    assert (listed(desk, gone=True), desk.yes(Workers()).gone) == ([], 0)
+    assert (listed(desk, state="gone"), desk.yes(Workers()).by_state["gone"]) == ([], 0)
     assert list(desk.book.presence.workers) == ["w-1"]
     desk.start(worker="w-2")
     assert list(desk.book.presence.workers) == ["w-2"]
@@ -260,6 +277,138 @@ async def test_a_waiting_claim_that_is_served_waits_no_more_and_one_that_is_take
 async def state_of(house: Household) -> tuple[str, bool, int]:
     (worker,) = (await house.yes(Workers())).workers
     return worker.state, worker.waiting, worker.last_seen_at
+
+
+# -- take-back --------------------------------------------------------------------------------------------------------
+
+
+def silent(desk: Desk, count: int) -> list[str]:
+    """A worker whose first `count` jobs have an expired lock and whose last one has a live lock."""
+    locks = [desk.held(f"job-{n}", worker="w", stuck_after_ms=HOUR_MS, max_processing_ms=0) for n in range(count)]
+    desk.passes(TTL)
+    return [*locks, desk.held("live", worker="w")]
+
+
+def test_the_expired_jobs_of_a_silent_worker_are_taken_back(desk: Desk) -> None:
+    locks = silent(desk, 3)
+    desk.yes(Extend(id="job-2", lock_id=locks[2]))
+    desk.progress(locks[1], job_id="job-1")
+    desk.passes(TTL - 1)
+    desk.yes(Extend(id="job-2", lock_id=locks[2]))
+    desk.yes(Extend(id="live", lock_id=locks[3]))
+    desk.passes(1)
+    done = desk.yes(TakeBack(name="w"), admin=True, by="admin:ana")
+    assert (done.worker, done.recovered_jobs, done.reset_jobs, done.failed_jobs, done.more) == ("w", 2, 1, 1, False)
+    assert [(each.job_id, each.action) for each in done.details] == [("job-0", "reset"), ("job-1", "failed")]
+    assert done.details[0].reason == (
+        "No update from worker w for 30 min at 0 % (attempt 1 of 1). The lock had expired. "
+        "An operator took the job back."
+    )
+    first, second = desk.job("job-0"), desk.job("job-1")
+    assert (first.status, first.stalls, first.attempt, first.grant) == ("queued", 1, 0, None)
+    assert second.error is not None
+    assert (second.status, second.stalls, second.error.code) == ("failed", 1, "stalled")
+    assert [desk.job(job_id).status for job_id in ("job-2", "live")] == ["processing", "processing"]
+    assert (desk.last().type, desk.last().by) == ("stalled", "admin:ana")
+    lost = desk.no(Complete(id="job-0", lock_id=locks[0]), "lock_lost")
+    assert (lost.details["reason"], lost.details["rule"]) == ("taken_back", "take-back")
+    assert one(desk).state == "busy"
+
+
+def test_a_take_back_goes_in_slices(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_rules, "TAKEN_BACK", 2)
+    silent(desk, 5)
+    desk.yes(Recover(limit=9))
+    done = [desk.yes(TakeBack(name="w"), admin=True) for _ in range(3)]
+    assert [(len(each.details), each.more) for each in done] == [(2, True), (2, True), (1, False)]
+
+
+def test_a_dry_run_of_a_take_back_changes_nothing(desk: Desk) -> None:
+    silent(desk, 2)
+    events = len(desk.events)
+    done = desk.yes(TakeBack(name="w", dry_run=True), admin=True)
+    assert [each.job_id for each in done.details] == ["job-0", "job-1"]
+    assert len(desk.events) == events
+    assert one(desk).state == "silent"
+
+
+def test_only_the_jobs_of_a_silent_worker_are_taken_back(desk: Desk) -> None:
+    unknown = desk.no(TakeBack(name="nobody"), "worker_not_found", admin=True)
+    assert unknown.message == "No worker nobody is known since the start. List the workers: jobctl workers"
+    desk.held("a", worker="w")
+    said = desk.no(TakeBack(name="w"), "worker_not_silent", admin=True)
+    assert said.message == (
+        "Worker w is busy, not silent: the lock of its job is live. To end a live grant: jobctl force-reset ID"
+    )
+    desk.held("b", worker="w")
+    said = desk.no(TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
+    assert "the locks of its 2 jobs are live" in said.message
+    other = desk.held("d", worker="v")
+    desk.yes(Complete(id="d", lock_id=other))
+    said = desk.no(TakeBack(name="v"), "worker_not_silent", admin=True)
+    assert (said.details, "it holds no job" in said.message) == ({"worker": "v", "state": "idle"}, True)
+
+
+def test_a_take_back_is_in_the_audit_log(desk: Desk) -> None:
+    silent(desk, 2)
+    command = TakeBack(name="w", reason="w-7 lost its power")
+    decision = desk.decide(command, admin=True)
+    row = audit.entry(Call(command, operator=Operator("ana", "127.0.0.1")), decision, NOW)
+    assert row is not None
+    assert (row.what, row.details, row.jobs, row.reason) == ("take-back", {"worker": "w"}, 2, "w-7 lost its power")
+    again = desk.decide(command, admin=True)
+    row = audit.entry(Call(command, operator=Operator("ana", "127.0.0.1")), again, NOW)
+    assert row is not None
+    assert (row.outcome, row.jobs) == ("worker_not_silent", 0)
+
+
+@asynccontextmanager
+async def slices_of_two() -> AsyncIterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time_rules, "TAKEN_BACK", 2)
+        yield
+
+
+@in_virtual_time
+async def test_a_take_back_of_many_jobs_is_one_answer() -> None:
+    async with slices_of_two(), household() as house:
+        for number in range(5):
+            await house.held(f"job-{number}", stuck_after_ms=HOUR_MS)
+        command, operator = TakeBack(name="w-1"), Operator("ana", "here", "part")
+        refused = await house.cleaner.take_back(command, operator)
+        assert isinstance(refused, Refusal)
+        assert refused.code == "worker_not_silent"
+        await seconds(60)
+        seen = await house.cleaner.take_back(replace(command, dry_run=True), operator)
+        assert isinstance(seen, TakenBack)
+        assert (len(seen.details), seen.more) == (2, True)
+        done = await house.cleaner.take_back(command, operator)
+        assert isinstance(done, TakenBack)
+        assert (done.recovered_jobs, done.reset_jobs, len(done.details), done.more) == (5, 5, 5, False)
+
+
+@in_virtual_time
+async def test_a_take_back_that_is_cut_short_says_what_it_did() -> None:
+    """Because the worker came back, or because the daemon stops."""
+    async with slices_of_two(), household() as house:
+        locks = {}
+        for number in range(6):
+            locks[f"job-{number}"] = await house.held(f"job-{number}", stuck_after_ms=HOUR_MS)
+        await seconds(60)
+        taking = asyncio.create_task(house.cleaner.take_back(TakeBack(name="w-1"), None))
+        await until(lambda: house.book.totals["queued"] == 2)
+        for job_id in ("job-2", "job-3", "job-4", "job-5"):
+            await house.yes(Extend(id=job_id, lock_id=locks[job_id]))
+        done = await taking
+        assert isinstance(done, TakenBack)
+        assert (done.recovered_jobs, done.more) == (2, False)
+        await seconds(60)
+        taking = asyncio.create_task(house.cleaner.take_back(TakeBack(name="w-1"), None))
+        await until(lambda: house.book.totals["queued"] == 4)
+        house.cleaner.stop()
+        done = await taking
+        assert isinstance(done, TakenBack)
+        assert (done.recovered_jobs, done.more) == (2, True)
 
 
 # -- what a worker says of itself -------------------------------------------------------------------------------------
@@ -431,9 +580,9 @@ def test_a_page_of_workers_costs_by_the_page(desk: Desk) -> None:
     for number in range(500):
         desk.book.presence.asks(claim(f"w-{number:03}"))
     page = workers(draft.book, draft.at, Workers())
-    assert (len(page.workers), page.next_cursor, page.gone) == (200, f"{NOW} w-199", 0)
+    assert (len(page.workers), page.next_cursor, page.by_state["idle"]) == (200, f"{NOW} w-199", 500)
     desk.passes(GONE_AFTER_MS)
     folded = workers(draft.book, desk.at, Workers())
-    assert (folded.workers, folded.next_cursor, folded.gone) == ([], None, 500)
-    last = workers(draft.book, desk.at, Workers(gone=True, cursor=f"{NOW} w-399"))
-    assert (len(last.workers), last.next_cursor, last.gone) == (100, None, 500)
+    assert (folded.workers, folded.next_cursor, folded.by_state["gone"]) == ([], None, 500)
+    last = workers(draft.book, desk.at, Workers(state="gone", cursor=f"{NOW} w-399"))
+    assert (len(last.workers), last.next_cursor, last.by_state["gone"]) == (100, None, 500)

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd.cli import ctl_plan, exits, show
-from jobd.cli.deeds import confirm, need_terminal, reason_option
+from jobd.cli.deeds import confirm, destructive, need_terminal, reason_option
 from jobd.cli.group import json_option
 from jobd.cli.kinds import MOMENT, NAME, PAST
 from jobd.cli.places import admin_client, admin_options
 from jobd.cli.waiting import busy
 
 if TYPE_CHECKING:
-    from jobd.answers import AuditView, PlanView, PreviewView
+    from jobd.answers import AuditView, PlanView, PreviewView, WorkerView
     from jobd.client import AdminClient
+    from jobd.commands import WorkerState
 
 _REASON: Final = reason_option("Kept in the audit log.")
 
@@ -142,14 +143,55 @@ def queues(as_json: bool) -> None:
 
 
 @click.command()
+@click.option(
+    "--state", type=click.Choice(["busy", "idle", "silent", "gone"]), help="Only those in this state.  [all but gone]"
+)
 @json_option
 @admin_options
-def workers(as_json: bool) -> None:
-    """List the workers and the jobs that they hold."""
+def workers(state: WorkerState | None, as_json: bool) -> None:
+    """List the workers: their state, what they claim, and the jobs that they hold.
+
+    \b
+    busy    holds a job
+    silent  holds a job whose lock has expired: jobctl take-back WORKER
+    idle    holds nothing, and was heard within 5 min
+    gone    holds nothing, and was not heard for 5 min: listed with --state gone
+    """
     from jobd.cli import tables_admin
 
-    found = admin_client().workers()
-    show.emit_json({"workers": found}) if as_json else tables_admin.workers(found)
+    client, cursor = admin_client(), None
+    found: list[WorkerView] = []
+    while True:
+        page = client.worker_page(state=state, cursor=cursor)
+        found += page.workers
+        if (cursor := page.next_cursor) is None:
+            break
+    if as_json:
+        show.emit_json({"workers": found, "by_state": page.by_state, "since": page.since})
+    else:
+        tables_admin.workers(found, page, state)
+
+
+@click.command("take-back")
+@click.argument("worker", type=NAME)
+@destructive
+@_REASON
+@admin_options
+def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json: bool) -> None:
+    """End the expired grants of a silent WORKER now, by the stall rule of each job.
+
+    A job at progress 0 or with attempts left goes back to its queue, else it fails. Live locks stay as they are.
+    """
+    from jobd.cli import tables_admin
+
+    client = admin_client()
+    if not yes and not dry_run:
+        need_terminal()
+        seen = client.take_back(worker, dry_run=True)
+        tables_admin.taken_back(seen, show.say, would=True)
+        confirm(f"take these jobs back from worker {worker}")
+    view = client.take_back(worker, reason, dry_run=dry_run)
+    show.emit_json(view) if as_json else tables_admin.taken_back(view, show.emit, would=dry_run)
 
 
 @click.command()
@@ -309,6 +351,7 @@ VERBS: Final = (
     alerts,
     queues,
     workers,
+    take_back,
     late,
     locks,
     cleanup,

@@ -112,7 +112,8 @@ def _kill_one(stage: Stage, client: JobClient, jobs: Sequence[JobInfo], story: S
             why = client.why(job.id)
             out.say(f"  why {job.id}? {why.because}")
             if why.next is not None:
-                out.say(f"  next: {why.next.what.rstrip('.')}: {show.age(why.next.at)}")
+                at = "" if why.next.at is None else f": {show.age(why.next.at)}"
+                out.say(f"  next: {why.next.what.rstrip('.')}{at}")
             return
 
 

@@ -30,7 +30,7 @@ def jobs(page: Sequence[JobView]) -> None:
                 job.status,
                 job.progress,
                 f"{job.attempt}/{job.max_attempts}",
-                job.lock.worker if job.lock else None,
+                holder(job),
                 show.age(job.updated_at),
                 note(job),
             )
@@ -38,6 +38,11 @@ def jobs(page: Sequence[JobView]) -> None:
         ],
         empty="No jobs.",
     )
+
+
+def holder(job: JobView) -> str | None:
+    """The worker that holds the job; `silent` if its lock was cleared."""
+    return f"{job.worker} (silent)" if job.worker and job.lock is None else job.worker
 
 
 def note(job: JobView) -> str:
@@ -66,7 +71,7 @@ def job(view: JobView) -> None:
         ("started", show.when(view.started_at) if view.started_at else None),
         ("finished", show.when(view.finished_at) if view.finished_at else None),
         ("expires", show.when(view.expires_at) if view.expires_at else None),
-        ("held by", f"{lock.worker} (fencing token {lock.fencing_token})" if lock else None),
+        ("held by", f"{lock.worker} (fencing token {lock.fencing_token})" if lock else holder(view)),
         ("lock expires", show.when(lock.expires_at) if lock else None),
         ("stuck after", show.span(view.stuck_after_ms)),
         ("ceiling", show.span(view.max_processing_ms) if view.max_processing_ms else "none"),
@@ -137,7 +142,8 @@ def why(view: WhyView) -> None:
     """State, reason, what happens next, what to do: a few sentences."""
     show.emit(f"{view.state}: {view.because}")
     if view.next is not None:
-        show.emit(f"next: {view.next.what.rstrip('.')}: {show.when(view.next.at)} [{view.next.rule}]")
+        at = "" if view.next.at is None else f": {show.when(view.next.at)}"
+        show.emit(f"next: {view.next.what.rstrip('.')}{at} [{view.next.rule}]")
     if view.blocked_by:
         show.emit(f"blocked by: {view.blocked_by}")
     for hint in view.do:

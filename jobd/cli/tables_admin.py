@@ -5,7 +5,8 @@ Asks nobody and decides nothing; the words for times and spans are those of show
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from jobd.answers import (
     AlertView,
@@ -22,11 +23,16 @@ from jobd.answers import (
     QueueView,
     RecoverStuckView,
     StatsView,
+    TakenBack,
     WebhookView,
+    WorkerList,
     WorkerView,
 )
 from jobd.cli import show, tables
+from jobd.commands import About, WorkerState
 from jobd.job import headline
+
+MOST_NAMED: Final = 4  # queues or kinds of a worker
 
 
 def queues(views: Sequence[QueueView]) -> None:
@@ -52,9 +58,65 @@ def queues(views: Sequence[QueueView]) -> None:
     show.table(columns, rows, empty="No queues: no job was ever submitted.")
 
 
-def workers(views: Sequence[WorkerView]) -> None:
-    rows = [(worker.worker, worker.held, show.age(worker.last_seen_at), _held(worker)) for worker in views]
-    show.table(["WORKER", ">HOLDS", "LAST SEEN", "JOBS"], rows, empty="No workers were seen.")
+def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | None) -> None:
+    """`page` has what is known of all of them."""
+    rows = [
+        (
+            worker.worker,
+            worker.state,
+            worker.held,
+            show.age(worker.last_seen_at),
+            claims(worker),
+            about(worker.about),
+            _held(worker),
+        )
+        for worker in views
+    ]
+    since = f"since the start at {show.instant(page.since)}"
+    empty = f"No worker was heard lately, {since}." if state is None else f"No worker is {state}."
+    show.table(["WORKER", "STATE", ">HOLDS", "LAST SEEN", "CLAIMS", "ABOUT", "JOBS"], rows, empty=empty)
+    gone = page.by_state["gone"]
+    if gone and state is None:
+        show.say(f"{gone} more {'is' if gone == 1 else 'are'} gone: jobctl workers --state gone")
+
+
+def claims(worker: WorkerView) -> str | None:
+    """Queues and kinds of its latest claim: `mail images (kinds: resize)`."""
+    if worker.queues is None:
+        return None
+    kinds = "" if worker.kinds is None else f" (kinds: {_few(kind or '(none)' for kind in worker.kinds)})"
+    return f"{_few(worker.queues)}{kinds}"
+
+
+def about(said: About | None) -> str | None:
+    """`host box, pid 42, jobd 1.0, 4 at once`."""
+    if said is None:
+        return None
+    parts = [
+        said.host,
+        f"pid {said.pid}" if said.pid is not None else None,
+        f"version {said.version}" if said.version else None,
+        f"{said.concurrency} at once" if said.concurrency is not None else None,
+        said.instance,
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _few(names: Iterable[str]) -> str:
+    shown = list(names)
+    more = [f"and {len(shown) - MOST_NAMED} more"] if len(shown) > MOST_NAMED else []
+    return " ".join([*shown[:MOST_NAMED], *more])
+
+
+def taken_back(view: TakenBack, tell: Callable[[str], None], *, would: bool) -> None:
+    """What a take-back did to each job, or would do."""
+    done = {"reset": "back in its queue", "failed": "failed"}
+    foreseen = {"reset": "would go back to its queue", "failed": "would fail"}
+    for each in view.details:
+        tell(f"{each.job_id}: {(foreseen if would else done)[each.action]}: {each.reason}")
+    jobs = "1 job" if view.recovered_jobs == 1 else f"{view.recovered_jobs} jobs"
+    how = f"{view.reset_jobs} to the queue, {view.failed_jobs} failed{'; there are more' if view.more else ''}"
+    tell(f"{'would take' if would else 'took'} back {jobs} of {view.worker}: {how}")
 
 
 def _held(worker: WorkerView) -> str:
@@ -213,7 +275,7 @@ def locks(views: Sequence[LockedJob]) -> None:
     rows = [
         (
             lock.id,
-            lock.worker,
+            lock.worker if lock.live else f"{lock.worker} (silent)",
             "live" if lock.live else "expired",
             show.age(lock.expires_at),
             show.age(lock.stuck_at),

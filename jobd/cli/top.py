@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 
 from jobd.answers import AlertView, LockedJob, QueueView, StatsView
-from jobd.cli import show
+from jobd.cli import show, tables_admin
 from jobd.client import AdminClient, JobdError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ WINDOW_S: Final = 10.0  # rates are those of so long
 RATES: Final = ("created", "granted", "completed", "failed", "retried", "stalled")
 MOST: Final = 200  # workers and locks that one look asks for
 NARROW: Final = 72  # columns below which workers are shown without when they were last seen
+WIDE: Final = 140  # columns from which on workers are shown with what they claim and say of themselves
+MIDDLE: Final = 32  # columns of what a worker claims, and of what it says of itself
 NAME: Final = 20  # columns that a name gets before a table leaves some of its own out
 HEAD: Final = 3  # lines above the tables that rows_of counts on
 AWAY: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
@@ -46,7 +48,10 @@ class Hands(Struct, frozen=True):
     """A worker and what it holds, the one that has got furthest first."""
 
     worker: str
+    state: str
     last_seen_at: int
+    claims: str | None
+    about: str | None
     held: int
     jobs: list[Held]  # of the locks that were looked at
 
@@ -61,6 +66,7 @@ class Frame(Struct, frozen=True):
     workers: list[Hands]
     alerts: list[AlertView]  # those that fire
     more_queues: bool = False  # there are more than were asked for
+    gone: int = 0  # workers that are not listed
 
 
 class Samples:
@@ -75,7 +81,7 @@ class Samples:
         stats, queues, seen, locks = (
             client.stats(),
             client.queues(limit=None if most_queues is None else most_queues + 1, busiest=True),
-            client.workers(limit=MOST),
+            client.worker_page(limit=MOST),
             client.locks(limit=MOST),
         )
         alerts = [alert for alert in client.alerts() if alert.firing]
@@ -84,11 +90,19 @@ class Samples:
         for lock in locks:
             by_worker.setdefault(lock.worker, []).append(lock)
         workers = [
-            Hands(each.worker, each.last_seen_at, each.held, _held(by_worker.get(each.worker, ())))
-            for each in sorted(seen, key=lambda each: (-each.held, each.worker))
+            Hands(
+                each.worker,
+                each.state,
+                each.last_seen_at,
+                tables_admin.claims(each),
+                tables_admin.about(each.about),
+                each.held,
+                _held(by_worker.get(each.worker, ())),
+            )
+            for each in sorted(seen.workers, key=lambda each: (-each.held, each.worker))
         ]
         more = most_queues is not None and len(queues) > most_queues
-        return Frame(stats, per_second, over_s, queues[:most_queues], workers, alerts, more)
+        return Frame(stats, per_second, over_s, queues[:most_queues], workers, alerts, more, seen.by_state["gone"])
 
     def rates(self, metrics: str) -> tuple[dict[str, float], float]:
         """Events per second since the oldest look of the window; none at the first look."""
@@ -261,13 +275,16 @@ def _queues(frame: Frame, rows: int, width: int) -> list[Text]:
 
 
 def _workers(frame: Frame, rows: int, width: int) -> list[Text]:
-    columns = ["WORKER", ">HOLDS", "LAST SEEN", "JOBS"] if width >= NARROW else ["WORKER", ">HOLDS", "JOBS"]
+    seen = ["LAST SEEN"] if width >= NARROW else []
+    claims = ["CLAIMS", "ABOUT"] if width >= WIDE else []
     body = []
     for each in frame.workers:
         jobs = "  ".join(f"{job.id} {show.cell(job.progress)} %" for job in each.jobs)
-        seen = (show.age(each.last_seen_at),) if width >= NARROW else ()
-        body.append((each.worker, each.held, *seen, jobs))
-    return _table(columns, body, rows, width)
+        last = [show.age(each.last_seen_at)] if seen else []
+        more = [text and show.clip(text, MIDDLE) for text in (each.claims, each.about)] if claims else []
+        body.append((each.worker, each.state, each.held, *last, *more, jobs))
+    lines = _table(["WORKER", "STATE", ">HOLDS", *seen, *claims, "JOBS"], body, rows, width)
+    return [*lines, _line(f"{frame.gone} gone")] if frame.gone else lines
 
 
 def _table(

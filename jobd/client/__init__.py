@@ -44,6 +44,8 @@ from jobd.client.errors import (
     Unauthorized,
     Unreachable,
     UnsupportedMediaType,
+    WorkerNotFound,
+    WorkerNotSilent,
 )
 from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, RetryPolicy, uuid7
 from jobd.client.sync import AdminClient, JobClient
@@ -128,6 +130,8 @@ __all__ = [
     "UnsupportedMediaType",
     "ValidatedJob",
     "Worker",
+    "WorkerNotFound",
+    "WorkerNotSilent",
     "admin_endpoint",
     "default_socket",
     "parse_endpoint",

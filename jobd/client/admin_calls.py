@@ -43,15 +43,17 @@ from jobd.answers import (
     ReportList,
     Resent,
     StatsView,
+    TakenBack,
     ValidateJobView,
     WebhookList,
     WebhookView,
     WhyView,
+    WorkerList,
     WorkerView,
 )
 from jobd.client.calls import read_job, read_page, read_queues, read_timeline, read_why, read_workers
 from jobd.client.protocol import NDJSON_TYPE, JobInfo, JobInfoPage, Request, T, get, job_path, post, reader, uuid7
-from jobd.commands import OF_TIME, PlanAction
+from jobd.commands import OF_TIME, PlanAction, WorkerState
 from jobd.events import EventView
 from jobd.job import Status
 
@@ -122,6 +124,7 @@ _read_health = reader(HealthView)
 _read_report = reader(CleanupReport)
 _read_cleanup = reader(CleanupState)
 _read_recovered = reader(RecoverStuckView)
+_read_taken_back = reader(TakenBack)
 _read_validated = reader(ValidatedJob)
 _read_forced = reader(Forced)
 _read_lock = reader(AdminLock)
@@ -426,8 +429,27 @@ def queues(*, limit: int | None = None, busiest: bool = False) -> Request[list[Q
 
 
 def workers(*, limit: int | None = None) -> Request[list[WorkerView]]:
-    """The workers: which jobs they hold, and when they were last heard of. With a `limit` (up to 200) the latest."""
-    return get(f"{BASE}/workers", read_workers, limit=limit)
+    """The workers that are not gone, those heard last first, up to 200 (or `limit`): state, latest claim, jobs held."""
+    return get(f"{BASE}/workers", lambda body: read_workers(body).workers, limit=limit)
+
+
+def worker_page(
+    *, state: WorkerState | None = None, limit: int | None = None, cursor: str | None = None
+) -> Request[WorkerList]:
+    """A page of workers, those heard last first: `limit` of them (200 by default, and at most).
+
+    Those in this `state`, or all that are not gone. `cursor` is the `next_cursor` of the page before.
+    """
+    return get(f"{BASE}/workers", read_workers, state=state, limit=limit, cursor=cursor)
+
+
+def take_back(worker: str, reason: str | None = None, *, dry_run: bool = False) -> Request[TakenBack]:
+    """End the expired grants of a silent worker by their stall rule, now. `dry_run`: only say which, up to 200.
+
+    Raises WorkerNotFound, WorkerNotSilent.
+    """
+    body = {"reason": reason, "dry_run": dry_run or None}
+    return post(job_path(f"{BASE}/workers", worker, "take-back"), _read_taken_back, body, wait_ms=_PASS_MS)
 
 
 def reports(limit: int | None = None) -> Request[list[CleanupReport]]:

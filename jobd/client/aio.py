@@ -271,6 +271,7 @@ class AsyncJobClient(_AsyncClient):
     cancel_job = _method(calls.cancel_job)
     queues = _method(calls.queues)
     workers = _method(calls.workers)
+    worker_page = _method(calls.worker_page)
     iterate_jobs = _pages(calls.list_jobs)
 
     def stream(self) -> StreamClient:
@@ -355,6 +356,8 @@ class AsyncAdminClient(_AsyncClient):
     locks = _method(admin_calls.locks)
     queues = _method(admin_calls.queues)
     workers = _method(admin_calls.workers)
+    worker_page = _method(admin_calls.worker_page)
+    take_back = _method(admin_calls.take_back)
     reports = _method(admin_calls.reports)
     audit = _method(admin_calls.audit)
     failures = _method(admin_calls.failures)

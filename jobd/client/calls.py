@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from jobd.answers import LockState, QueueList, QueueView, TimelineView, Validation, WhyView, WorkerList, WorkerView
 from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, Request, get, job_path, post, reader, uuid7
-from jobd.commands import About
+from jobd.commands import About, WorkerState
 from jobd.events import EventView
 from jobd.job import Backoff, OnStall, Status
 
@@ -42,7 +42,7 @@ _read_lock = reader(LockState)
 _read_timeline = reader(TimelineView)
 _read_validation = reader(Validation)
 _read_queues = reader(QueueList)
-_read_workers = reader(WorkerList)
+read_workers = reader(WorkerList)
 
 
 def read_timeline(body: bytes) -> list[EventView]:
@@ -51,10 +51,6 @@ def read_timeline(body: bytes) -> list[EventView]:
 
 def read_queues(body: bytes) -> list[QueueView]:
     return _read_queues(body).queues
-
-
-def read_workers(body: bytes) -> list[WorkerView]:
-    return _read_workers(body).workers
 
 
 def _named(build: Callable[P, Request[T]]) -> Callable[P, Request[T]]:
@@ -328,5 +324,15 @@ def queues() -> Request[list[QueueView]]:
 
 
 def workers() -> Request[list[WorkerView]]:
-    """The workers: which jobs they hold, and when they were last heard of."""
-    return get("/v1/workers", read_workers)
+    """The workers that are not gone, those heard last first, up to 200: state, latest claim, jobs held."""
+    return get("/v1/workers", lambda body: read_workers(body).workers)
+
+
+def worker_page(
+    *, state: WorkerState | None = None, limit: int | None = None, cursor: str | None = None
+) -> Request[WorkerList]:
+    """A page of workers, those heard last first: `limit` of them (200 by default, and at most).
+
+    Those in this `state`, or all that are not gone. `cursor` is the `next_cursor` of the page before.
+    """
+    return get("/v1/workers", read_workers, state=state, limit=limit, cursor=cursor)

@@ -81,6 +81,12 @@ class LateResultNotFound(JobdError):
     code, status = "late_result_not_found", 404
 
 
+class WorkerNotFound(JobdError):
+    """No worker of this name is remembered."""
+
+    code, status = "worker_not_found", 404
+
+
 class PlanNotFound(JobdError):
     """There is no such plan, or no more: make it anew."""
 
@@ -170,6 +176,12 @@ class JobQuarantined(JobdError):
     """The job's row on disk is damaged; `jobd doctor` says what to do."""
 
     code, status = "job_quarantined", 409
+
+
+class WorkerNotSilent(JobdError):
+    """The worker holds no job whose lock has expired; nothing was changed."""
+
+    code, status = "worker_not_silent", 409
 
 
 class EventsGone(JobdError):

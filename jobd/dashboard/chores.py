@@ -10,11 +10,11 @@ from urllib.parse import urlencode
 
 from jobd.answers import Answer
 from jobd.bodies import Refused
-from jobd.commands import Command, Pause, Refusal, Resume
+from jobd.commands import Command, Pause, Refusal, Resume, TakeBack
 from jobd.dashboard import pages
 from jobd.dashboard.guests import Guest, ReasonForm, go_on
 from jobd.dashboard.pages import Shown
-from jobd.job import QueueName
+from jobd.job import QueueName, Worker
 from jobd.visits import in_parts
 
 MOST_SHOWN: Final = 50  # jobs of each kind
@@ -94,6 +94,38 @@ async def recover(guest: Guest, asked: ReasonForm) -> Answer | Refusal:
         return done
     message = f"{done.recovered_jobs} stuck jobs recovered: {done.reset_jobs} queued again, {done.failed_jobs} failed."
     return go_on(guest, "/cleanup", message)
+
+
+class TakeBackPage(Command, frozen=True, kw_only=True):
+    name: Worker
+
+
+class TakeBackForm(ReasonForm, frozen=True, kw_only=True):
+    name: Worker
+
+
+async def confirm_take_back(guest: Guest, asked: TakeBackPage) -> Shown:
+    """What a take-back would do now. It is done by the form on that page."""
+    seen = await guest.site.rooms.take_back(TakeBack(name=asked.name, dry_run=True), guest.visit.operator)
+    [paused] = await pages.asked(guest, pages.PAUSED)
+    is_refused = isinstance(seen, Refusal)
+    shown: Shown = {"refusal": seen, "status": seen.status} if isinstance(seen, Refusal) else {}
+    return {
+        "name": asked.name,
+        "seen": None if is_refused else seen,
+        "most": MOST_SHOWN,
+        **shown,
+        **pages.strip(guest, paused),
+    }
+
+
+async def take_back(guest: Guest, asked: TakeBackForm) -> Answer | Refusal:
+    command = TakeBack(name=asked.name, reason=asked.why)
+    done = await guest.site.rooms.take_back(command, in_parts(guest.visit.operator))
+    if isinstance(done, Refusal):
+        return done
+    message = f"{done.recovered_jobs} jobs taken back: {done.reset_jobs} queued again, {done.failed_jobs} failed."
+    return go_on(guest, "/workers", message)
 
 
 async def accept_clock(guest: Guest, asked: ReasonForm) -> Answer | Refusal:

@@ -48,6 +48,7 @@ from jobd.commands import (
     Why,
     WorkerCursor,
     Workers,
+    WorkerState,
 )
 from jobd.dashboard.deeds import DEEDS, Chosen, Deed, Verb, can, curl, open_to
 from jobd.dashboard.filters import JobsPage, address, given, moment_of, search
@@ -79,13 +80,14 @@ ACTIONS: Final = {  # on many jobs
 }
 DEEDS_KEPT: Final = (
     "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
-    "delete", "pause", "resume", "import", "recover-stuck", "cleanup", "accept-clock", "backup",
+    "delete", "pause", "resume", "import", "recover-stuck", "take-back", "cleanup", "accept-clock", "backup",
     "export", "artefact", "sign-in", "sign-out",
     "resend-delivery", "resend-given-up", "test-webhook", "plan-retry", "plan-force-reset", "plan-cancel",
     "plan-force-fail", "plan-delete", "plan-recover-stuck", "plan-cleanup",
 )  # fmt: skip
 PAUSED: Final = Queues(paused=True, limit=20)  # asked by every page, so it costs by the paused queues alone
 PAUSE_CHOICES: Final = (("15 minutes", "900000"), ("1 hour", "3600000"), ("4 hours", "14400000"), ("1 day", "86400000"))
+SILENT_NAMED: Final = 3  # workers
 MOST_NAMES: Final = 200  # of queues that a filter offers
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]-]{1,200}")
 
@@ -107,10 +109,11 @@ class QueuesPage(Command, frozen=True, kw_only=True):
 
 
 class WorkersPage(Command, frozen=True, kw_only=True):
-    """`cursor`: where the page of locks begins; `seen`: that of the workers."""
+    """`cursor`: where the page of locks begins; `seen`: that of the workers, which are those in `state` or not gone."""
 
     cursor: Cursor | None = None
     seen: WorkerCursor | None = None
+    state: WorkerState | None = None
 
 
 class OneJob(OnJob, frozen=True, kw_only=True):
@@ -140,10 +143,13 @@ async def answers(guest: Guest, *commands: Command) -> list[Answer]:
 
 async def overview(guest: Guest, recorder: Recorder) -> Shown:
     stats: StatsView
-    stats, paused = await asked(guest, Stats(), PAUSED)
+    workers: WorkerList
+    stats, workers, paused = await asked(guest, Stats(), Workers(state="silent", limit=SILENT_NAMED), PAUSED)
     rooms, now = guest.site.rooms, guest.now
     return {
         "stats": stats,
+        "by_state": workers.by_state,
+        "silent": workers.workers,
         "rates": recorder.rates(now),
         "since": recorder.since,
         "cleanup": rooms.cleanup_state(),
@@ -327,19 +333,23 @@ async def queues(guest: Guest, recorder: Recorder, wanted: QueuesPage) -> Shown:
 
 async def workers(guest: Guest, wanted: WorkersPage) -> Shown:
     """Two lists, each of which is walked by itself."""
+    in_state = {"state": wanted.state} if wanted.state else {}
     found: WorkerList
     held: LockList
     stats: StatsView
     found, held, stats, paused = await asked(
         guest,
-        Workers(limit=MOST_HELD, cursor=wanted.seen),
+        Workers(limit=MOST_HELD, cursor=wanted.seen, state=wanted.state),
         Locks(limit=MOST_HELD, cursor=wanted.cursor),
         Stats(),
         PAUSED,
     )
     return {
         "workers": found.workers,
-        "next_workers": f"/workers?{urlencode({'seen': found.next_cursor})}" if found.next_cursor else "",
+        "by_state": found.by_state,
+        "state": wanted.state,
+        "remembered_since": found.since,
+        "next_workers": f"/workers?{urlencode(in_state | {'seen': found.next_cursor})}" if found.next_cursor else "",
         "are_first": wanted.seen is None,
         "locks": held.locks,
         "held": stats.by_status["processing"],

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import datetime
 import re
+import shlex
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -85,6 +86,7 @@ class Painter:
             "headline": headline,
             "rate": rate,
             "commands": commands,
+            "shell": shlex.quote,
             "as_is": as_is,
             "job_place": job_place,
             "q": lambda text: quote(str(text), safe=""),

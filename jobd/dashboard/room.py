@@ -114,6 +114,16 @@ class Dashboard:
             self._form("/queues/{name}/pause", chores.QueueForm, chores.pause),  # as programs ask for it
             self._form("/queues/{name}/resume", chores.QueueForm, chores.resume),
             self._page("/workers", pages.WorkersPage, "workers", "Workers", pages.workers),
+            self._page(
+                "/workers/take-back",
+                chores.TakeBackPage,
+                "take_back",
+                "Workers",
+                chores.confirm_take_back,
+                every_s=0,
+                changes=True,
+            ),
+            self._form("/workers/take-back", chores.TakeBackForm, chores.take_back),
             self._page("/cleanup", Nothing, "cleanup", "Cleanup", lambda guest, _: pages.cleanup(guest)),
             self._page(
                 "/cleanup/confirm",

@@ -36,6 +36,7 @@ from jobd.commands import (
     Release,
     ReleaseLock,
     Start,
+    TakeBack,
     Undelivered,
     is_rehearsal,
 )
@@ -248,7 +249,11 @@ class Promises:
     def _check_leaving(self, before: Job, after: Job | None, event: Event, command: AnyCommand, at: Moment) -> None:
         """What may happen to a job that is as `before`."""
         kind = event.type
-        if kind == "stalled" and not isinstance(command, (EndGrants, Import)):
+        if kind == "stalled" and isinstance(command, TakeBack):
+            is_live = before.lease is None or before.lease.is_live(at.lease)
+            is_its = before.grant is not None and before.grant.worker == command.name
+            self.must(is_its and not is_live, "S5", "a live lock or that of another was taken back", before.id)
+        elif kind == "stalled" and not isinstance(command, (EndGrants, Import)):
             self._check_stall(before, at)
         if kind == "expired":
             self.must(is_overdue(before, at.now), "S5", "a job expired before its time", before.id)

@@ -49,6 +49,7 @@ from jobd.commands import (
     Search,
     Start,
     Stats,
+    TakeBack,
     Timeline,
     Transition,
     Update,
@@ -183,8 +184,10 @@ class Requests:
                 return Delete(id=job_id)
             case 10:
                 return Pause(name=self.queue(), reason=self.maybe(0.3, "deploy"), until=self.maybe(0.5, self.time(now)))
-            case 11 | 12:
+            case 11:
                 return Resume(name=self.queue())
+            case 12:
+                return TakeBack(name=f"w-{self.dice.randrange(4)}", dry_run=self.chance(0.2))
             case 13 | 14:
                 return self.adoption(job_id) if self.chance(0.7) else self.planned(job_id)
             case _:

@@ -242,7 +242,7 @@ class Watch(Promises):
         """S15: what an operator changes is on the disk with its entry in the audit log."""
         told = {entry.job_id or entry.queue for entry in batch.audit if entry.outcome == "done"}
         moved_in = {change.event.job_id for change in batch.changes if change.event.type == "imported"}
-        recovered = any(entry.what == "recover-stuck" for entry in batch.audit)
+        recovered = any(entry.what in ("recover-stuck", "take-back") for entry in batch.audit)
         entries = sum(entry.jobs for entry in batch.audit if entry.what == "import")
         self.must(entries == len(moved_in), "S15", f"{len(moved_in)} jobs were imported, the log says {entries}")
         planned: set[str] = set()
