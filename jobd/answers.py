@@ -32,7 +32,7 @@ def public_lock(lock: LockView | None) -> LockView | None:
 class JobView(Struct):
     """A job as everybody sees it. `payload` is filled in from the disk before the answer leaves.
 
-    `worker` holds the job, also while its lock has expired and `lock` is null.
+    `worker` is there while its lock has expired and `lock` is null: that worker may still end the job.
     """
 
     id: str
@@ -64,7 +64,7 @@ class JobView(Struct):
     metadata: Json
     error_message: str | None
     error_code: str | None
-    worker: str | None = None
+    worker: str | UnsetType = UNSET
     repeated: bool | UnsetType = UNSET
 
 

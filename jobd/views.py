@@ -92,7 +92,7 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         result.metadata,
         error.message,
         error.code,
-        None if grant is None else grant.worker,
+        grant.worker if grant is not None and job.lease is not None and job.lease.cleared else UNSET,
     )
 
 

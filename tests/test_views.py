@@ -54,7 +54,7 @@ def test_every_field_of_a_job_is_shown_in_its_place() -> None:
         "lock": {"worker": "w-1", "fencing_token": 11, "acquired_at": NOW - 12, "expires_at": NOW + 16,
                  "lock_id": UNSET},
         "download_url": "url", "file_path": "file", "storage_key": "key", "metadata": Raw(b"1"),
-        "error_message": "words", "error_code": "code", "worker": "w-1", "repeated": UNSET,
+        "error_message": "words", "error_code": "code", "worker": UNSET, "repeated": UNSET,
     }  # fmt: skip
 
 
@@ -99,6 +99,13 @@ def test_only_an_operator_is_shown_the_secret() -> None:
 @pytest.mark.parametrize("change", [{"grant": None}, {"lease": None}, {"lease": replace(LEASE, cleared=True)}])
 def test_half_a_lock_and_a_cleared_one_are_none(change: dict[str, Any]) -> None:
     assert views.lock_view(replace(JOB, **change), AT) is None
+
+
+def test_the_worker_of_a_cleared_lock_is_named() -> None:
+    """The row that lacks a part has no holder."""
+    changes: list[dict[str, Any]] = [{}, {"grant": None}, {"lease": None}, {"lease": replace(LEASE, cleared=True)}]
+    shown = [views.job_view(replace(JOB, **change), AT, Policy()) for change in changes]
+    assert [view.worker for view in shown] == [UNSET, UNSET, UNSET, "w-1"]
 
 
 def book(*jobs: Job) -> Book:

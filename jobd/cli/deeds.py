@@ -174,6 +174,8 @@ def state(job: JobView) -> str:
     """A job's status in a few words: `processing at 45 %, held by w-7`."""
     if job.status != "processing":
         return job.status
-    holder = f"held by {job.worker}" if job.worker else "held by no worker"
-    expired = "" if job.lock else ", whose lock has expired"
-    return f"processing at {show.cell(job.progress)} %, {holder}{expired}"
+    if job.lock:
+        holder = f"held by {job.lock.worker}"
+    else:
+        holder = f"held by {job.worker}, whose lock has expired" if job.worker else "held by no worker"
+    return f"processing at {show.cell(job.progress)} %, {holder}"

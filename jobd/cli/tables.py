@@ -42,7 +42,9 @@ def jobs(page: Sequence[JobView]) -> None:
 
 def holder(job: JobView) -> str | None:
     """The worker that holds the job; `silent` if its lock was cleared."""
-    return f"{job.worker} (silent)" if job.worker and job.lock is None else job.worker
+    if job.lock is not None:
+        return job.lock.worker
+    return f"{job.worker} (silent)" if job.worker else None
 
 
 def note(job: JobView) -> str:
