@@ -25,7 +25,7 @@ from jobd.commands import (
 )
 from jobd.events import QueuePause
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS
-from jobd.why import ending
+from jobd.why import ending, explain
 from tests.desk import NOW, Desk
 
 TTL = 15 * MINUTE_MS
@@ -189,6 +189,14 @@ def test_one_that_nobody_wants_any_more_waits_for_nothing_but_its_end(desk: Desk
     assert (at_and_rule(view), view.blocked_by) == ((NOW + 5_010, "expires_at"), "expires_at")
     assert view.state == "queued"
     assert view.do == ["If it is still wanted: jobctl force-reset a"]
+
+
+def test_a_suspect_clock_fails_no_job_by_age(desk: Desk) -> None:
+    desk.create(expires_at=NOW + MINUTE_MS)
+    desk.passes(HOUR_MS)
+    view = explain(desk.job(), desk.book, replace(desk.at, trusted=NOW), desk.policy)
+    assert view.because.endswith("The wall clock is suspect, so the job is not failed either.")
+    assert (view.next, view.blocked_by) == (None, "clock")
 
 
 def test_not_due(desk: Desk) -> None:
