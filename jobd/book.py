@@ -62,7 +62,8 @@ class Book:
         self._late_calls: dict[tuple[int, int, str], None] = {}  # job seq, fencing token, verb: those that were told
         self._late_results: dict[int, int] = {}  # job seq -> seq of the latest that came since the start
         self.paused: dict[str, QueuePause] = {}
-        self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs
+        self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs, of the queues that have jobs
+        self.queue_names: Sorted[str] = Sorted()  # of queues that have jobs or are paused
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
         self.figures = Figures()  # filled by the actor from what was committed
         self.processing: dict[str, Job] = {}  # in the order of their grants
@@ -94,11 +95,12 @@ class Book:
         book._now, book._lease = found.numbers.wall_ms, found.numbers.lease_ms
         for name, row in found.queues.items():
             kept = {"completed": row.completed, "failed": row.failed, "cancelled": row.cancelled}
-            book.counts[name] = dict.fromkeys(STATUSES, 0) | kept
             for status, count in kept.items():
-                book.totals[status] += count
+                if count:
+                    book._counts_of(name)[status] = count
+                    book.totals[status] += count
             if row.pause is not None:
-                book.paused[name] = row.pause
+                book.set_paused(name, row.pause)
         book._enter_all(found.in_short)
         for job in found.jobs:
             book.swap(None, job)
@@ -525,6 +527,8 @@ class Book:
         if after is not None and after.status in self.totals:
             self._counts_of(after.options.queue)[after.status] += 1
             self.totals[after.status] += 1
+        if before is not None and (after is None or after.options.queue != before.options.queue):
+            self._end_if_empty(before.options.queue)
 
     def _count_as(self, place: tuple[str, str] | None, step: int) -> None:
         """So many more finished jobs of that queue and status."""
@@ -532,18 +536,31 @@ class Book:
             queue, status = place
             self._counts_of(queue)[status] += step
             self.totals[status] += step
+            self._end_if_empty(queue)
 
     def _counts_of(self, queue: str) -> dict[str, int]:
         counts = self.counts.get(queue)
         if counts is None:
+            if queue not in self.paused:
+                self.queue_names.add(queue)
             counts = self.counts[queue] = dict.fromkeys(STATUSES, 0)
         return counts
 
+    def _end_if_empty(self, queue: str) -> None:
+        """A queue is there as long as it has jobs."""
+        if queue in self.counts and not any(self.counts[queue].values()):
+            del self.counts[queue]
+            if queue not in self.paused:
+                self.queue_names.remove(queue)
+
     def set_paused(self, queue: str, pause: QueuePause | None) -> None:
         if pause is not None:
+            if queue not in self.counts and queue not in self.paused:
+                self.queue_names.add(queue)
             self.paused[queue] = pause
             return
-        self.paused.pop(queue, None)
+        if self.paused.pop(queue, None) is not None and queue not in self.counts:
+            self.queue_names.remove(queue)
         if queue in self._queued:
             for kind in self._queued[queue].lanes:
                 self.on_due(queue, kind)

@@ -74,6 +74,7 @@ REFUSALS: Final[dict[str, int]] = {
     "outcome_unknown": 503,
     "storage_full": 507,
     "too_many_jobs": 507,
+    "too_many_queues": 507,
 }
 
 
@@ -260,12 +261,12 @@ class Cancel(OnJob, frozen=True, kw_only=True):
 
 
 class Queues(Command, frozen=True, kw_only=True):
-    """Queues by name: all of them, or a page. `paused`: only those that are, or that are not.
+    """A page of the queues that have jobs or are paused, by name. `paused`: only those that are, or that are not.
 
     `busiest`: not by name, but those with the most jobs that wait or are worked on; no page comes after it.
     """
 
-    limit: PageLimit | None = None
+    limit: PageLimit = MAX_PAGE
     cursor: QueueName | None = None
     paused: bool | None = None
     busiest: bool = False

@@ -123,6 +123,7 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     event_streams: Positive = 100
     downloads: Positive = 20
     live_jobs: Positive = 5_000_000
+    queues: Positive = 10_000
     idempotency_keys: Positive = 200_000
 
 
@@ -179,6 +180,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             late_queues=self.late.queues,
             late_bytes=self.limits.payload,
             live_jobs=self.limits.live_jobs,
+            queues=self.limits.queues,
             idempotency_keys=self.limits.idempotency_keys,
             artefacts=bool(self.artefacts.url),
         )
@@ -210,6 +212,7 @@ RELOADABLE: Final = frozenset(
         "validation.require_download_url",
         *(f"late.{name}" for name in LateSection.__struct_fields__),
         "limits.live_jobs",
+        "limits.queues",
         "worker.token_file",
         "admin.token_file",
         "admin.readonly_token_file",

@@ -74,7 +74,7 @@ _OPERATORS: Final = {
     "POST queues/{name}/pause": "Grant nothing of a queue until an operator resumes it, or until `until`.",
     "POST queues/{name}/resume": "Hand out a queue's jobs again.",
     "GET locks": "Every current grant, the oldest first, or a page of them.",
-    "GET queues": "Counts of every queue, its oldest due job, whether it is paused.",
+    "GET queues": "Counts of each queue, its oldest due job, whether it is paused: up to 200 on a page.",
     "GET workers": "A page of workers, those heard last first: state, latest claim, jobs held. Those that are gone are "
     "left out unless `state` asks for them.",
     "GET reports": "Reports of cleanup passes, newest first; the last 500 are kept.",
@@ -122,7 +122,7 @@ CALLS: Final = {
     "POST /v1/jobs/{id}/release": "Give the job back unworked; the attempt does not count.",
     "POST /v1/jobs/{id}/cancel": "Cancel a queued or processing job; its holder hears of it with its next call.",
     "POST /v1/commands": "A stream of commands, one a line; each is answered by a line, in order, after its commit.",
-    "GET /v1/queues": "Counts of every queue, its oldest due job, whether it is paused.",
+    "GET /v1/queues": "Counts of each queue, its oldest due job, whether it is paused: up to 200 on a page.",
     "GET /v1/workers": "A page of workers, those heard last first: state, latest claim, jobs held. Those that are gone "
     "are left out unless `state` asks for them.",
     "GET /v1/events": "Events as they happen (Server-Sent Events), behind `Last-Event-ID` without gap or repeat.",
@@ -162,9 +162,9 @@ ALSO: Final = {
 
 # What a command may be refused with beside what holds for every call.
 REFUSED: Final[dict[type[Command], tuple[str, ...]]] = {
-    Create: ("job_exists", "job_quarantined", "too_many_jobs"),
-    Bulk: ("job_exists", "job_quarantined", "too_many_jobs"),
-    Import: ("too_many_jobs",),
+    Create: ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues"),
+    Bulk: ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues"),
+    Import: ("too_many_jobs", "too_many_queues"),
     Start: ("already_locked", "not_due", "queue_paused", "invalid_transition"),
     Claim: (),
     Progress: ("lock_lost", "invalid_transition", "max_processing_time_exceeded"),
@@ -245,6 +245,7 @@ REFUSALS: Final = {
     "storage_unavailable": "the store of artefacts cannot be read now",
     "storage_full": "the disk is full; nothing was done",
     "too_many_jobs": "as many unfinished jobs as are allowed are there",
+    "too_many_queues": "as many queues as are allowed have jobs; a job for a queue that has some is taken",
 }
 
 HEADERS: Final = {

@@ -358,6 +358,7 @@ class Policy(Struct, frozen=True):
     late_bytes: int = 256 << 10  # of the metadata of a late result
     late_calls: bool = True  # refused calls of ended grants are told in the journal
     live_jobs: int = 5_000_000
+    queues: int = 10_000  # with jobs
     idempotency_keys: int = 200_000
     artefacts: bool = False  # there is a store of them: what a deleted job named there is deleted, too
 

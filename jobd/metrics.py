@@ -184,7 +184,7 @@ class Metrics:
         alerts = {alert.name: alert.firing for alert in self._alerts.evaluate()}
         return Snapshot(
             jobs=dict(book.totals),
-            queues=[(name, counts.copy()) for name, counts in book.counts.items()],
+            queues=capped(book),
             paused={name: name in book.paused for name in islice(book.counts, QUEUES_SHOWN)},
             oldest_due_s=oldest_due_s(book, self._clock.moment().now),
             stuck=len(book.stuck),
@@ -253,7 +253,7 @@ class _Collected(Collector):
 def _jobs(now: Snapshot) -> Iterator[Metric]:
     by_status = ((status, now.jobs.get(status, 0)) for status in STATUSES)
     yield _gauges("jobs", "Jobs by status.", ["status"], by_status)
-    queues = ((name, status, counts.get(status, 0)) for name, counts in capped(now.queues) for status in STATUSES)
+    queues = ((name, status, counts.get(status, 0)) for name, counts in now.queues for status in STATUSES)
     yield _gauges("queue_jobs", "Jobs by queue and status.", ["queue", "status"], queues)
     paused = ((name, int(is_paused)) for name, is_paused in now.paused.items())
     yield _gauges("queue_paused", "1 while an operator keeps the queue from being worked on.", ["queue"], paused)
@@ -372,14 +372,13 @@ def oldest_due_s(book: Book, now: int) -> dict[str, float]:
     return found
 
 
-def capped(queues: list[tuple[str, dict[str, int]]]) -> list[tuple[str, dict[str, int]]]:
-    """Label values have a limit: beyond it, all further queues are one."""
-    if len(queues) <= QUEUES_SHOWN:
-        return queues
-    rest: Counter[str] = Counter()
-    for _, counts in queues[QUEUES_SHOWN:]:
-        rest.update(counts)
-    return [*queues[:QUEUES_SHOWN], (OTHER_QUEUES, dict(rest))]
+def capped(book: Book) -> list[tuple[str, dict[str, int]]]:
+    """Label values have a limit: beyond it, all further queues are one. Costs by the queues that are shown."""
+    shown = [(name, counts.copy()) for name, counts in islice(book.counts.items(), QUEUES_SHOWN)]
+    if len(book.counts) <= QUEUES_SHOWN:
+        return shown
+    rest = {status: total - sum(counts[status] for _, counts in shown) for status, total in book.totals.items()}
+    return [*shown, (OTHER_QUEUES, rest)]
 
 
 def quantile(part: float, counts: Sequence[int], bounds: Sequence[float]) -> float | None:

@@ -195,6 +195,8 @@ def import_job(draft: Draft, command: Import) -> Answer | Refusal:
         return Answer(Imported(command.id, skipped=True))
     if command.status in LIVE and draft.book.totals["queued"] + len(draft.book.processing) >= draft.policy.live_jobs:
         return steps.too_many_jobs(draft)
+    if (refusal := steps.refuse_queue(draft, command.queue)) is not None:
+        return refusal
     job = draft.create(_imported(draft, command), "imported", bytes(command.payload), "")
     if job.status == "processing":
         steps.stall(draft, job, "The job was processing when it was imported; its worker is unknown here.")

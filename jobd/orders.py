@@ -17,6 +17,7 @@ from typing import Final, Generic, TypeVar
 from jobd.job import Job, Untouched
 
 Entry = TypeVar("Entry", bound=tuple[object, ...])
+Item = TypeVar("Item", "DueEntry", "TimeEntry", str)
 
 # priority, run_at, job seq, job id, expires_at: the order of claims
 DueEntry = tuple[int, int, int, str, int]
@@ -101,7 +102,7 @@ class LazyHeap(Generic[Entry]):
             self.entries = sorted({entry for entry in self.entries if valid(entry)})
 
 
-class Sorted(Generic[Entry]):
+class Sorted(Generic[Item]):
     """Entries in order, in blocks of at most BLOCK: each is found, added and removed by bisection.
 
     `_last` holds the last entry of each block.
@@ -110,19 +111,19 @@ class Sorted(Generic[Entry]):
     __slots__ = ("_blocks", "_last")
 
     def __init__(self) -> None:
-        self._blocks: list[list[Entry]] = []
-        self._last: list[Entry] = []
+        self._blocks: list[list[Item]] = []
+        self._last: list[Item] = []
 
     def __bool__(self) -> bool:
         return bool(self._blocks)
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[Item]:
         return chain.from_iterable(self._blocks)
 
-    def first(self) -> Entry | None:
+    def first(self) -> Item | None:
         return self._blocks[0][0] if self._blocks else None
 
-    def add(self, entry: Entry) -> int:
+    def add(self, entry: Item) -> int:
         """Return the number of the block that has it now."""
         place = bisect_left(self._last, entry)
         if place == len(self._last):  # it comes last
@@ -137,7 +138,7 @@ class Sorted(Generic[Entry]):
         self._last[place] = block[-1]
         return place
 
-    def remove(self, entry: Entry) -> bool:
+    def remove(self, entry: Item) -> bool:
         """Return whether `entry` was here."""
         place = bisect_left(self._last, entry)
         if place == len(self._last):
@@ -153,7 +154,15 @@ class Sorted(Generic[Entry]):
             self._last[place] = block[-1]
         return True
 
-    def _split(self, place: int) -> Entry:
+    def after(self, entry: Item) -> Iterator[Item]:
+        """Those behind `entry`, in order. Nothing may be added or removed meanwhile."""
+        place = bisect_right(self._last, entry)
+        if place < len(self._last):
+            block = self._blocks[place]
+            yield from islice(block, bisect_right(block, entry), None)
+            yield from chain.from_iterable(islice(self._blocks, place + 1, None))
+
+    def _split(self, place: int) -> Item:
         """Move the upper half of a block into one of its own. Return the last entry of the lower half."""
         block = self._blocks[place]
         upper = block[BLOCK // 2 :]
@@ -162,7 +171,7 @@ class Sorted(Generic[Entry]):
         self._insert(place + 1, upper)
         return block[-1]
 
-    def _insert(self, place: int, block: list[Entry]) -> None:
+    def _insert(self, place: int, block: list[Item]) -> None:
         self._blocks.insert(place, block)
         self._last.insert(place, block[-1])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from heapq import nsmallest
+from itertools import islice
 
 import structlog
 from msgspec import Struct
@@ -143,7 +143,7 @@ class Rooms(Struct):
 
     def queue_names(self, most: int) -> list[str]:
         """The first names of queues, for who is about to write one: without their counts it is no view of jobs."""
-        return nsmallest(most, self.actor.book.counts)
+        return list(islice(self.actor.book.queue_names, most))
 
     async def backup(self, id_: str) -> Copy | Refusal:
         log.info("backup_started", by="admin")

@@ -223,7 +223,7 @@ def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | Refusa
         if isinstance(existing, Refusal):
             return existing
         return existing, views.job_view(existing, draft.at, draft.policy, admin=draft.call.admin), False
-    refusal = _refuse_times(draft, command) or _refuse_more(draft)
+    refusal = _refuse_times(draft, command) or _refuse_more(draft) or steps.refuse_queue(draft, command.queue)
     if refusal is not None:
         return refusal
     now = draft.at.now

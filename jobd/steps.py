@@ -77,6 +77,22 @@ def too_many_jobs(draft: Draft) -> Refusal:
     return Refusal("too_many_jobs", message, {"limit": limit})
 
 
+def refuse_queue(draft: Draft, queue: str) -> Refusal | None:
+    """Why `queue` may not get its first job. A store that has more queues than the limit keeps those that it has."""
+    limit, known = draft.policy.queues, draft.book.counts
+    if queue in known or len(known) + len(draft.changes) < limit:
+        return None
+    new = {change.event.queue for change in draft.changes} - known.keys()
+    if queue in new or len(known) + len(new) < limit:
+        return None
+    message = (
+        f"Queue {queue} would be a new one, and {len(known) + len(new)} queues have jobs (limits.queues {limit}). "
+        "Use a queue that has jobs, raise the limit, or wait until a queue has none: its finished jobs count, too, "
+        "until they are deleted."
+    )
+    return Refusal("too_many_queues", message, {"queue": queue, "limit": limit})
+
+
 def invalid(field: str, message: str) -> Refusal:
     return Refusal("invalid_request", message, {"field": f"$.{field}"})
 

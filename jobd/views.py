@@ -5,7 +5,7 @@ Pure reading: nothing here changes a job or decides about one.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator
 from functools import partial
 from heapq import nsmallest
 from itertools import islice
@@ -36,7 +36,7 @@ from jobd.book import Book
 from jobd.commands import Import, Locks, Moment, Queues, Refusal, Workers, WorkerState
 from jobd.events import QueuePause
 from jobd.figures import Figures
-from jobd.job import LIVE, STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
+from jobd.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
 from jobd.worker_presence import WorkerPresence, WorkerSeen
 
 JOBS_SHOWN: Final = 100  # of a worker
@@ -167,30 +167,27 @@ def grant_view(job: Job, at: Moment, view: JobView) -> GrantView:
 
 
 def queues(book: Book, command: Queues) -> QueueList:
-    """Those behind the cursor, as many as are asked for: by name, or the busiest first. A view costs more than a look
-    at a name, so that it is made of those alone that are shown."""
-    after = command.cursor or ""
-    names = (name for name in _named(book, command.paused) if name > after)
-    order = partial(_by_load, book) if command.busiest else None
-    if command.limit is None:
-        return QueueList([_queue(book, name) for name in sorted(names, key=order)])
-    found = nsmallest(command.limit + 1, names, key=order)
+    """A page of the queues behind the cursor, by name, or the busiest."""
+    if command.busiest:
+        busiest = nsmallest(command.limit, _named(book, command), key=partial(_by_load, book))
+        return QueueList([_queue(book, name) for name in busiest])
+    found = list(islice(_named(book, command), command.limit + 1))
     shown = found[: command.limit]
-    goes_on = len(found) > len(shown) and not command.busiest
-    return QueueList([_queue(book, name) for name in shown], shown[-1] if goes_on else None)
+    return QueueList([_queue(book, name) for name in shown], shown[-1] if len(found) > len(shown) else None)
 
 
 def _by_load(book: Book, name: str) -> tuple[int, str]:
-    counts = book.counts.get(name, {})
-    return -sum(counts.get(status, 0) for status in LIVE), name
+    counts = book.counts.get(name)
+    return (0 if counts is None else -counts["queued"] - counts["processing"]), name
 
 
-def _named(book: Book, paused: bool | None) -> Set[str]:
-    """The names of all queues, or of those that are paused, or not."""
-    if paused:
-        return book.paused.keys()
-    names = book.counts.keys() | book.paused.keys()
-    return names if paused is None else names - book.paused.keys()
+def _named(book: Book, command: Queues) -> Iterator[str]:
+    """The names behind the cursor of all queues, or of those that are paused, or not."""
+    after = command.cursor or ""
+    if command.paused:
+        return iter(sorted(name for name in book.paused if name > after))
+    names = book.queue_names.after(after)
+    return names if command.paused is None else (name for name in names if name not in book.paused)
 
 
 def _queue(book: Book, name: str) -> QueueView:

@@ -254,6 +254,8 @@ def _compare_counts(book: Book, rows: dict[str, Job]) -> None:
     for job in known:
         counts[job.options.queue][job.status] += 1
     assert book.counts == counts
+    assert all(any(count.values()) for count in counts.values()), "a queue without jobs is kept"
+    assert list(book.queue_names) == sorted(book.counts.keys() | book.paused.keys())
     assert book.total() == len(known)
     for status in STATUSES:
         assert book.totals[status] == sum(job.status == status for job in rows.values())

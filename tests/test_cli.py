@@ -299,7 +299,7 @@ def test_points_in_time() -> None:
 
 def test_every_refusal_of_the_daemon_has_its_exit_code() -> None:
     again = {"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs", "request_timeout"}
-    again.add("storage_unavailable")
+    again |= {"storage_unavailable", "too_many_queues"}
     special = {"unauthorized": 5, "forbidden": 5, "internal_error": 1, **dict.fromkeys(again, 75)}
     assert {code: exits.of_refusal(code) for code in REFUSALS} == {code: special.get(code, 4) for code in REFUSALS}
     assert exits.of_refusal("unreachable") == 3

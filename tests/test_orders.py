@@ -103,6 +103,8 @@ def test_sorted_entries_match_a_list() -> None:
             assert found.remove(gone)
         assert found.first() == min(model, default=None)
     assert list(found) == sorted(model)
+    for time in (-1, 0, 1_000, 4_990, 5_001):
+        assert list(found.after(entry(time))) == sorted(each for each in model if each > entry(time))
     assert not found.remove(entry(5_001))
     assert not found.remove((7, 7, "another"))
     for gone in sorted(model, reverse=True):

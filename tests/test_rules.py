@@ -205,6 +205,65 @@ def test_a_quarantined_id_is_refused_by_every_command_that_names_it(desk: Desk) 
     assert desk.yes(Import(id="a")) == Imported("a", skipped=True)
 
 
+def test_the_number_of_queues_with_jobs_is_bounded() -> None:
+    desk = Desk(Policy(queues=2))
+    desk.create("a", queue="p")
+    desk.create("b", queue="q")
+    for command in (Create(queue="r"), Import(id="c", queue="r", status="completed"), ImportCheck(id="c", queue="r")):
+        refusal = desk.no(command, "too_many_queues")
+        assert (refusal.status, refusal.details) == (507, {"queue": "r", "limit": 2})
+        assert refusal.message.startswith("Queue r would be a new one, and 2 queues have jobs (limits.queues 2). ")
+    desk.create("c", queue="q")
+    desk.yes(Cancel(id="a"))
+    desk.no(Create(queue="r"), "too_many_queues")
+    admin(desk, Delete(id="a"))  # its queue has no jobs any more
+    desk.create("d", queue="r")
+
+
+def test_a_bulk_create_counts_the_queues_that_it_would_make() -> None:
+    desk = Desk(Policy(queues=2))
+    desk.create("a", queue="p")
+    refusal = desk.no(Bulk(jobs=[Create(queue="q"), Create(queue="q"), Create(queue="r")]), "too_many_queues")
+    assert (refusal.details["index"], desk.book.total()) == (2, 1)
+    desk.yes(Bulk(jobs=[Create(queue="q"), Create(queue="q"), Create(queue="p")]))
+    assert desk.book.total() == 4
+
+
+def test_a_store_with_more_queues_than_the_limit_takes_jobs_of_those_that_it_has() -> None:
+    desk = Desk(Policy(queues=9))
+    for name in "pqr":
+        desk.create(name, queue=name)
+    desk.policy = Policy(queues=1)
+    desk.create("a", queue="r")
+    desk.no(Create(queue="s"), "too_many_queues")
+
+
+def test_a_queue_without_jobs_is_listed_only_while_it_is_paused(desk: Desk) -> None:
+    desk.create("a", queue="q")
+    admin(desk, Pause(name="q"))
+    desk.yes(Cancel(id="a"))
+    admin(desk, Delete(id="a"))
+    assert [(each.name, each.cancelled) for each in desk.yes(Queues()).queues] == [("q", 0)]
+    admin(desk, Resume(name="q"))
+    assert desk.yes(Queues()) == QueueList([])
+    admin(desk, Pause(name="q"))
+    admin(desk, Pause(name="q", reason="again"))
+    desk.create("b", queue="q")
+    admin(desk, Resume(name="q"))
+    assert [each.name for each in desk.yes(Queues()).queues] == ["q"]
+
+
+def test_a_page_of_queues_looks_at_no_other_queue(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1_000):
+        desk.book.swap(None, Job(number, f"j-{number}", Options(f"q-{number:03}"), "queued", NOW, NOW, NOW))
+    looked: list[str] = []
+    monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: looked.append(queue))
+    found = rules.decide(desk.book, Call(Queues(cursor="q-499")), desk.at, desk.policy).answer
+    assert isinstance(found, Answer)
+    assert [each.name for each in found.data.queues] == [f"q-{number}" for number in range(500, 700)]
+    assert (found.data.next_cursor, len(looked)) == ("q-699", 200)
+
+
 def test_the_number_of_live_jobs_is_bounded() -> None:
     desk = Desk(Policy(live_jobs=2))
     desk.create("a")

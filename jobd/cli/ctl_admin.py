@@ -138,7 +138,7 @@ def queues(as_json: bool) -> None:
     """List the queues with their counts."""
     from jobd.cli import tables_admin
 
-    found = admin_client().queues()
+    found = list(admin_client().iterate_queues())
     show.emit_json({"queues": found}) if as_json else tables_admin.queues(found)
 
 
@@ -220,7 +220,7 @@ def _is_known(client: AdminClient, queue: str) -> bool:
     from jobd.client import JobdError
 
     try:
-        return any(each.name == queue for each in client.queues())
+        return any(each.name == queue for each in client.iterate_queues())
     except JobdError:
         return True
 

@@ -59,7 +59,7 @@ def _may_write(file: Path, *, yes: bool) -> None:
 def _expected(client: AdminClient, status: Status | None, queue: str | None) -> int:
     """How many jobs there are now, for the progress display."""
     counted = ("queued", "processing", "completed", "failed", "cancelled") if status is None else (status,)
-    named = [each for each in client.queues() if queue in (None, each.name)]
+    named = [each for each in client.iterate_queues() if queue in (None, each.name)]
     return sum(getattr(each, name) for each in named for name in counted)
 
 

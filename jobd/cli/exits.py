@@ -37,6 +37,7 @@ _BY_CODE: Final = {
     "outcome_unknown": TRY_AGAIN,
     "storage_full": TRY_AGAIN,
     "too_many_jobs": TRY_AGAIN,
+    "too_many_queues": TRY_AGAIN,
     "unreachable": UNREACHABLE,
     "bad_answer": UNREACHABLE,
 }

@@ -20,6 +20,7 @@ from msgspec import Struct
 from jobd.answers import AlertView, LockedJob, QueueView, StatsView
 from jobd.cli import show, tables_admin
 from jobd.client import AdminClient, JobdError
+from jobd.commands import MAX_PAGE
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -80,7 +81,7 @@ class Samples:
         """One more look, at so many queues, the busiest, or at all: each costs the daemon something."""
         stats, queues, seen, locks = (
             client.stats(),
-            client.queues(limit=None if most_queues is None else most_queues + 1, busiest=True),
+            client.queues(limit=MAX_PAGE if most_queues is None else min(most_queues + 1, MAX_PAGE), busiest=True),
             client.worker_page(limit=MOST),
             client.locks(limit=MOST),
         )

@@ -422,10 +422,13 @@ def locks(*, limit: int | None = None) -> Request[list[LockedJob]]:
     return get(f"{BASE}/locks", lambda body: _read_locks(body).locks, limit=limit)
 
 
-def queues(*, limit: int | None = None, busiest: bool = False) -> Request[list[QueueView]]:
-    """The queues by name: counts by status, the oldest due job, whether they are paused. With a `limit` (up to 200) the
-    first; `busiest`: those with the most jobs that wait or are worked on come first."""
-    return get(f"{BASE}/queues", read_queues, limit=limit, busiest="true" if busiest else None)
+def queues(*, limit: int | None = None, cursor: str | None = None, busiest: bool = False) -> Request[list[QueueView]]:
+    """A page of the queues by name: counts by status, the oldest due job, whether they are paused.
+
+    `limit` is 200 by default and at most. `cursor` is the name of the last queue of the page before. `busiest`: those
+    with the most jobs that wait or are worked on, of which there is one page.
+    """
+    return get(f"{BASE}/queues", read_queues, limit=limit, cursor=cursor, busiest="true" if busiest else None)
 
 
 def workers(*, limit: int | None = None) -> Request[list[WorkerView]]:

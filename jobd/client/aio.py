@@ -15,11 +15,12 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from types import TracebackType
-from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
+from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar
 
 import aiohttp
 from yarl import URL
 
+from jobd.answers import QueueView
 from jobd.client import admin_calls, calls
 from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
 from jobd.client.errors import JobdError, Unreachable
@@ -39,6 +40,7 @@ from jobd.client.protocol import (
     uuid7,
 )
 from jobd.client.stream import Pipe, line_of
+from jobd.commands import MAX_PAGE
 from jobd.events import StreamedEvent
 from jobd.job import Status
 
@@ -240,6 +242,27 @@ def _pages(build: Callable[P, Request[JobInfoPage]]) -> Callable[Concatenate[_As
     return signed(method, build)
 
 
+class _QueuePage(Protocol):
+    def __call__(self, *, cursor: str | None = None) -> Request[list[QueueView]]: ...
+
+
+def _all_queues(page: _QueuePage) -> Callable[[_AsyncClient], AsyncIterator[QueueView]]:
+    """The method that walks through all pages of queues."""
+
+    async def iterate_queues(self: _AsyncClient) -> AsyncIterator[QueueView]:
+        """Every queue by name, page by page: counts by status, the oldest due job, whether it is paused."""
+        cursor = None
+        while True:
+            found = await self.send(page(cursor=cursor))
+            for queue in found:
+                yield queue
+            if len(found) < MAX_PAGE:
+                return
+            cursor = found[-1].name
+
+    return iterate_queues
+
+
 class AsyncJobClient(_AsyncClient):
     """The worker API for asyncio: JobClient with every method a coroutine. See there for the arguments."""
 
@@ -270,6 +293,7 @@ class AsyncJobClient(_AsyncClient):
     release_job = _method(calls.release_job)
     cancel_job = _method(calls.cancel_job)
     queues = _method(calls.queues)
+    iterate_queues = _all_queues(calls.queues)
     workers = _method(calls.workers)
     worker_page = _method(calls.worker_page)
     iterate_jobs = _pages(calls.list_jobs)
@@ -355,6 +379,7 @@ class AsyncAdminClient(_AsyncClient):
     why = _method(admin_calls.why)
     locks = _method(admin_calls.locks)
     queues = _method(admin_calls.queues)
+    iterate_queues = _all_queues(admin_calls.queues)
     workers = _method(admin_calls.workers)
     worker_page = _method(admin_calls.worker_page)
     take_back = _method(admin_calls.take_back)

@@ -92,7 +92,8 @@ def create_job(
 
     `payload` is anything that JSON can say (msgspec.Raw is sent as it is). Without an `id` the client makes one
     (UUIDv7), so that a lost answer is asked for again and makes no second job. Raises JobExists where another request
-    created a job with this `id`, TooLarge for a payload above the limit, TooManyJobs, StorageFull.
+    created a job with this `id`, TooLarge for a payload above the limit, TooManyJobs,
+    TooManyQueues, StorageFull.
     """
     body = {
         "id": id or uuid7(),
@@ -318,9 +319,12 @@ def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str |
     return post(job_path(JOBS, job_id, "cancel"), read_job, {"reason": reason}, key=idempotency_key or uuid7())
 
 
-def queues() -> Request[list[QueueView]]:
-    """The queues: counts by status, the oldest due job, whether they are paused."""
-    return get("/v1/queues", read_queues)
+def queues(*, limit: int | None = None, cursor: str | None = None) -> Request[list[QueueView]]:
+    """A page of the queues by name: counts by status, the oldest due job, whether they are paused.
+
+    `limit` is 200 by default and at most. `cursor` is the name of the last queue of the page before.
+    """
+    return get("/v1/queues", read_queues, limit=limit, cursor=cursor)
 
 
 def workers() -> Request[list[WorkerView]]:

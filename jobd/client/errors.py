@@ -256,6 +256,12 @@ class TooManyJobs(JobdError):
     code, status = "too_many_jobs", 507
 
 
+class TooManyQueues(JobdError):
+    """The job would be the first of its queue, and as many queues as are allowed have jobs; nothing was done."""
+
+    code, status = "too_many_queues", 507
+
+
 class Unreachable(JobdError):
     """No answer: the daemon is not there, or the connection broke. What was asked may have been done or not."""
 

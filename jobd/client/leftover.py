@@ -35,7 +35,7 @@ async def left_behind(client: AsyncJobClient, wanted: Wanted) -> str | None:
 
 
 async def _views(client: AsyncJobClient, wanted: Wanted) -> list[QueueView]:
-    return [view for view in await client.queues() if view.name in wanted.queues and view.queued]
+    return [view async for view in client.iterate_queues() if view.name in wanted.queues and view.queued]
 
 
 async def _count(client: AsyncJobClient, view: QueueView, wanted: Wanted) -> int:

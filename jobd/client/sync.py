@@ -17,8 +17,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from types import TracebackType
-from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
+from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar
 
+from jobd.answers import QueueView
 from jobd.client import admin_calls, calls
 from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
 from jobd.client.errors import JobdError, Unreachable
@@ -37,6 +38,7 @@ from jobd.client.protocol import (
     signed,
     uuid7,
 )
+from jobd.commands import MAX_PAGE
 from jobd.events import StreamedEvent
 from jobd.job import Status
 
@@ -279,6 +281,26 @@ def _pages(build: Callable[P, Request[JobInfoPage]]) -> Callable[Concatenate[_Cl
     return signed(method, build)
 
 
+class _QueuePage(Protocol):
+    def __call__(self, *, cursor: str | None = None) -> Request[list[QueueView]]: ...
+
+
+def _all_queues(page: _QueuePage) -> Callable[[_Client], Iterator[QueueView]]:
+    """The method that walks through all pages of queues."""
+
+    def iterate_queues(self: _Client) -> Iterator[QueueView]:
+        """Every queue by name, page by page: counts by status, the oldest due job, whether it is paused."""
+        cursor = None
+        while True:
+            found = self.send(page(cursor=cursor))
+            yield from found
+            if len(found) < MAX_PAGE:
+                return
+            cursor = found[-1].name
+
+    return iterate_queues
+
+
 class JobClient(_Client):
     """The worker API for blocking code. Times are Unix ms, durations `*_ms` milliseconds.
 
@@ -315,6 +337,7 @@ class JobClient(_Client):
     release_job = _method(calls.release_job)
     cancel_job = _method(calls.cancel_job)
     queues = _method(calls.queues)
+    iterate_queues = _all_queues(calls.queues)
     workers = _method(calls.workers)
     worker_page = _method(calls.worker_page)
 
@@ -368,6 +391,7 @@ class AdminClient(_Client):
     why = _method(admin_calls.why)
     locks = _method(admin_calls.locks)
     queues = _method(admin_calls.queues)
+    iterate_queues = _all_queues(admin_calls.queues)
     workers = _method(admin_calls.workers)
     worker_page = _method(admin_calls.worker_page)
     take_back = _method(admin_calls.take_back)

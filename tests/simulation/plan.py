@@ -121,6 +121,7 @@ def policy(dice: Random) -> Policy:
         late_results=dice.choice(("keep", "keep", "adopt_if_unclaimed", "adopt_if_unclaimed", "drop")),
         late_queues={"q2": "adopt_if_unclaimed"} if dice.random() < 0.3 else {},
         live_jobs=dice.choice((4, 12, 5_000_000, 5_000_000)),
+        queues=dice.choice((1, 2, 10_000)),
     )
 
 
