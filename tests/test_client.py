@@ -591,6 +591,28 @@ def test_pages_are_walked_to_their_end(peer: Peer, endpoint: str) -> None:
     assert asyncio.run(walk()) == ["c", "b", "a"]
 
 
+@pytest.mark.parametrize("blocking", [True, False])
+def test_queues_are_walked_through_page_by_page(peer: Peer, endpoint: str, blocking: bool) -> None:
+    counts = dict.fromkeys(("queued", "processing", "completed", "failed", "cancelled"), 1)
+    names = [f"q-{number:03}" for number in range(201)]
+    views = [{"name": name, "paused": False, "oldest_due_at": None, **counts} for name in names]
+    peer.script = [
+        ok({"queues": views[:200], "next_cursor": "q-199"}),
+        ok({"queues": views[200:], "next_cursor": None}),
+    ]
+
+    async def walk() -> list[str]:
+        async with AsyncJobClient(endpoint) as client:
+            return [queue.name async for queue in client.iterate_queues()]
+
+    if blocking:
+        with JobClient(endpoint) as client:
+            assert [queue.name for queue in client.iterate_queues()] == names
+    else:
+        assert asyncio.run(walk()) == names
+    assert [asked.path for asked in peer.asked] == ["/v1/queues", "/v1/queues?cursor=q-199"]
+
+
 def test_over_tcp_the_token_is_sent(peer: Peer) -> None:
     with serving(peer) as url, JobClient(url, token="t" * 24) as client:
         peer.script = [EMPTY_PAGE]
