@@ -665,6 +665,42 @@ def test_a_csv_with_other_names_is_mapped(
     assert json.loads(capsys.readouterr().out) == {"id": "7", "kind": "mail", "status": "queued"}
 
 
+def test_several_columns_go_into_the_payload(
+    old_jobs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.csv").write_text(
+        'id,name,width,data,owner\n7,cat.mov,320,"{""hd"": true}",\n8,dog.mov,,5,eve\n9,,,,\n'
+    )
+    mapped = ["--map", "payload.file=name", "--map", "payload.width=width", "--map", "metadata.owner=owner"]
+    assert old_jobs.main([str(tmp_path / "old.csv"), *mapped]) == 1
+    out, err = capsys.readouterr()
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"id": "7", "status": "queued", "payload": {"hd": True, "file": "cat.mov", "width": 320}},
+        {"id": "9", "status": "queued"},
+    ]
+    assert err == "row 2 (id 8) is left out: payload.file: the payload column of this row is no JSON object\n"
+    (tmp_path / "old.csv").write_text("id,name,owner\n7,cat.mov,eve\n")
+    assert old_jobs.main([str(tmp_path / "old.csv"), "--map", "payload.file=name", *mapped[4:]]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line == {"id": "7", "status": "queued", "payload": {"file": "cat.mov"}, "metadata": {"owner": "eve"}}
+
+
+@pytest.mark.parametrize("name", ["nope", "kind.x", "payload.", "nope.x"])
+def test_a_name_that_is_no_field_and_no_key_of_one_is_refused(old_jobs: ModuleType, tmp_path: Path, name: str) -> None:
+    (tmp_path / "old.csv").write_text("id,what\n7,mail\n")
+    with pytest.raises(SystemExit, match=f"jobd has no field {name}; it has id, .*, payload.KEY$"):
+        old_jobs.main([str(tmp_path / "old.csv"), "--map", f"{name}=what"])
+
+
+def test_a_whole_payload_comes_before_its_keys_however_they_are_given(
+    old_jobs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.csv").write_text('id,extra,file\n7,"{""x"": 1}",cat.mov\n')
+    argv = [str(tmp_path / "old.csv"), "--map", "payload.file=file", "--map", "payload=extra"]
+    assert old_jobs.main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["payload"] == {"x": 1, "file": "cat.mov"}
+
+
 def test_a_mapped_column_that_is_not_there_is_refused_with_those_that_are(
     old_jobs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,11 @@
 
     python3 import_old_jobs.py old.db --table jobs | jobctl import -
     python3 import_old_jobs.py jobs.csv --map kind=task --status parked=queued --timezone local | jobctl import -
+    python3 import_old_jobs.py old.db --map payload.url=source_url --map payload.size=width | jobctl import -
+
+`--map payload.KEY=COLUMN` makes the payload an object and puts the column into it under KEY. Repeat it for more
+columns. A payload column that is there too gives the other keys. `metadata.KEY` does the same for the metadata.
+A column that holds JSON, such as a number in a CSV file, is read as JSON; any other text stays text.
 
 Nothing is changed in the old table. Lines go to stdout. Columns that no field takes are named on stderr; so are rows
 that cannot be read, which are left out (the exit code is 1 then). A BLOB that holds text is read as text; other bytes
@@ -147,14 +152,21 @@ def to_whole(value: Any) -> int:
 def convert(row: Mapping[str, Any], taken: Mapping[str, str], statuses: Mapping[str, str], zone: str) -> dict[str, Any]:
     """One old row as one line of an import. ValueError says what is wrong with it."""
     job: dict[str, Any] = {}
-    for field, column in taken.items():
+    for target, column in taken.items():
         value = row.get(column)
         if value is None or value in ("", b""):
             continue
+        field, _, key = target.partition(".")
         try:
-            job[field] = _value(field, value, zone)
+            read_value = _value(field, value, zone)
         except (ValueError, OverflowError) as error:
-            raise ValueError(f"{field}: {value!r:.80} cannot be read ({error})") from None
+            raise ValueError(f"{target}: {value!r:.80} cannot be read ({error})") from None
+        if not key:
+            job[field] = read_value
+        elif isinstance(into := job.setdefault(field, {}), dict):
+            into[key] = read_value
+        else:
+            raise ValueError(f"{target}: the {field} column of this row is no JSON object")
     if "id" not in job:
         raise ValueError("it has no id")
     old = str(job.get("status", "queued"))
@@ -187,7 +199,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a SQLite file, or a CSV file with a line of column names")
     parser.add_argument("--table", default="jobs", help="table of the SQLite file (default: jobs)")
-    parser.add_argument("--map", action="append", default=[], metavar="FIELD=COLUMN", help="may be repeated")
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="may be repeated; payload.KEY=COLUMN and metadata.KEY=COLUMN put several columns into one field",
+    )
     parser.add_argument("--status", action="append", default=[], metavar="OLD=NEW", help="may be repeated")
     parser.add_argument("--timezone", choices=["utc", "local"], default="utc", help="of times without one")
     return parser.parse_args(argv)
@@ -202,19 +220,30 @@ def split_pairs(pairs: list[str]) -> dict[str, str]:
 
 def take(names: Sequence[str], mapped: dict[str, str]) -> dict[str, str]:
     """Which column each field is taken from; the columns that are left over are named on stderr."""
-    unknown = set(mapped) - set(COLUMNS)
+    unknown = {name for name in mapped if not _is_known(name)}
     if unknown:
-        sys.exit(f"import_old_jobs: jobd has no field {', '.join(sorted(unknown))}; it has {', '.join(COLUMNS)}")
+        known = ", ".join([*COLUMNS, *(f"{field}.KEY" for field in sorted(JSON_FIELDS))])
+        sys.exit(f"import_old_jobs: jobd has no field {', '.join(sorted(unknown))}; it has {known}")
     absent = [column for column in mapped.values() if column not in names]
     if absent:
         sys.exit(f"import_old_jobs: there is no column {', '.join(absent)}; there are: {', '.join(names)}")
-    taken = {field: name for field, known in COLUMNS.items() for name in reversed(known) if name in names} | mapped
+    # A column that is mapped to a key is not taken by a field of that name too.
+    keyed = {column for name, column in mapped.items() if "." in name}
+    free = [name for name in names if name not in keyed]
+    taken = {field: name for field, known in COLUMNS.items() for name in reversed(known) if name in free} | mapped
+    taken = dict(sorted(taken.items(), key=lambda pair: "." in pair[0]))  # a whole payload first, then its keys
     if "id" not in taken:
         sys.exit(f"import_old_jobs: no column is the id: add --map id=COLUMN; there are: {', '.join(names)}")
     ignored = [name for name in names if name not in taken.values()]
     if ignored:
         print(f"columns ignored: {', '.join(ignored)}", file=sys.stderr)
     return taken
+
+
+def _is_known(name: str) -> bool:
+    """Whether a name before the `=` of --map is a field, or a key of a field that holds JSON."""
+    field, dot, key = name.partition(".")
+    return field in COLUMNS and (not dot or (bool(key) and field in JSON_FIELDS))
 
 
 def line_of(names: Sequence[str], values: Sequence[Any], *how: Any) -> str:
