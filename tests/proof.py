@@ -1,7 +1,9 @@
 """`python -m tests.proof [PART ...] [--out DIR] [--write]`: run the proofs, and put what they print into the documents.
 
 Each part is a program of its own (see PARTS). What one has printed for this version is kept in DIR and not run again:
-an interrupted run goes on. `--write` fills docs/RELIABILITY.md with what is there. Exit code 1 where one failed.
+an interrupted run goes on. `--write` fills docs/RELIABILITY.md with what is there; every figure comes with its commit,
+command and interpreter. `--rows FILE` puts single faults there, as `python -m tests.faults NAME ... --json` printed
+them. Exit code 1 if one failed.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
+
+from tests.faults.frame import commit
 
 ROOT: Final = Path(__file__).parent.parent
 DOCUMENT: Final = ROOT / "docs/RELIABILITY.md"
@@ -38,10 +42,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--out", type=Path, default=OUT, help="what the parts have printed, by version")
     parser.add_argument("--write", action="store_true", help="put what is there into docs/RELIABILITY.md")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="put these faults into docs/RELIABILITY.md")
     given = parser.parse_args(arguments)
+    if given.rows:
+        outcomes = json.loads(given.rows.read_text("utf-8"))
+        broken = [each["name"] for each in outcomes if each["verdict"] != "passed"]
+        DOCUMENT.write_text(with_rows(DOCUMENT.read_text("utf-8"), outcomes), "utf-8")
+        print(f"not put there: {', '.join(broken)}" if broken else "all of them are there", file=sys.stderr)
+        return int(bool(broken))
     if unknown := [name for name in given.parts if name not in PARTS]:
         parser.error(f"no parts: {', '.join(unknown)}")
-    out: Path = given.out / version()
+    out: Path = given.out / commit()
     out.mkdir(parents=True, exist_ok=True)
     failed = [] if given.write and not given.parts else [name for name in given.parts or PARTS if not prove(name, out)]
     if given.write:
@@ -52,14 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
         DOCUMENT.write_text(text, "utf-8")
     print(f"failed: {', '.join(failed)}" if failed else f"all that was asked for is in {out}", file=sys.stderr)
     return int(bool(failed))
-
-
-def version() -> str:
-    """The commit, and whether something was changed since."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return described.stdout.strip()
 
 
 def prove(name: str, out: Path) -> bool:
@@ -76,14 +79,19 @@ def prove(name: str, out: Path) -> bool:
         )
     print(f"{name}: {run.returncode} after {time.monotonic() - began_s:.0f} s", file=sys.stderr, flush=True)
     if run.returncode == 0:
-        heading = f"{time.strftime('%Y-%m-%d')}, {machine()}\n"
+        heading = f"{time.strftime('%Y-%m-%d')}, commit `{commit()}`, {command(name)}, {machine()}\n"
         kept.write_text(heading + unfinished.read_text("utf-8"), "utf-8")
         unfinished.unlink()
     return run.returncode == 0
 
 
+def command(name: str) -> str:
+    """What runs a part again."""
+    return f"`python -m {' '.join(PARTS[name])}`"
+
+
 def machine() -> str:
-    """Where it ran, in one line."""
+    """The machine and the interpreter, in one line."""
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.M)
     name = model[1].strip() if model else platform.machine()
     return f"{os.cpu_count()} CPUs ({name}), Linux {platform.release()}, Python {platform.python_version()}"
@@ -127,13 +135,36 @@ def _simulation(printed: str) -> str:
 
 def _faults(printed: str) -> str:
     outcomes: list[dict[str, Any]] = json.loads(printed)
-    rows = [
-        f"| `{each['name']}` | {each['promise']} | {_counts(each['counts'])} | {each['seconds']:.0f} s |"
-        for each in outcomes
+    verdicts = [each["verdict"] for each in outcomes]
+    skipped = ", ".join(each["name"] for each in outcomes if each["verdict"] == "skipped")
+    head = [
+        "| fault | what is promised | what was counted | took | commit, Python | skipped without |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    passed = sum(each["verdict"] == "passed" for each in outcomes)
-    head = ["| fault | what is promised | what was counted | took |", "| --- | --- | --- | --- |"]
-    return "\n".join([*head, *rows, "", f"{passed} of {len(outcomes)} passed, none was skipped."])
+    total = f"{verdicts.count('passed')} of {len(outcomes)} passed, skipped: {skipped or 'none'}. `python -m tests.faults NAME` makes one again."
+    return "\n".join([*head, *map(_row, outcomes), "", total])
+
+
+def _row(each: dict[str, Any]) -> str:
+    cells = [
+        f"`{each['name']}`",
+        each["promise"],
+        _counts(each["counts"]) or each["verdict"],
+        f"{each['seconds']:.0f} s",
+        f"`{each['commit']}`, {each['python']}",
+        ", ".join(each["needs"]) or "nothing",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def with_rows(document: str, outcomes: list[dict[str, Any]]) -> str:
+    """`document` with the rows of these faults in place of those that it has. Only what passed is put there."""
+    for each in outcomes:
+        if each["verdict"] == "passed":
+            row = re.compile(rf"^\| `{re.escape(each['name'])}` \|.*$", re.M)
+            assert len(row.findall(document)) == 1, f"there is no row for {each['name']}"
+            document = row.sub(_row(each).replace("\\", r"\\"), document)
+    return document
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from tests import proof
-from tests.faults.frame import checks
+from tests.faults import __main__ as faults
+from tests.faults import frame
+from tests.faults.frame import Check, Outcome, Tool, checks
 from tests.test_docs import ROOT, rows, ticked
 
 DOCUMENT = "before\n<!-- world -->\nold\n<!-- end -->\nbetween\n<!-- planted -->\n<!-- end -->\nafter\n"
@@ -48,10 +53,90 @@ def test_what_the_faults_counted_becomes_a_table() -> None:
         "verdict": "passed",
         "seconds": 1.6,
         "counts": {"kills": 1200},
+        "commit": "0123456789ab",
+        "python": "3.11.7",
+        "needs": ["strace"],
     }
-    shown = proof.SHOWN["faults"](json.dumps([outcome]))
-    assert "| `kill` | nothing is lost | 1,200 kills | 2 s |" in shown
-    assert "1 of 1 passed" in shown
+    skipped = outcome | {"name": "cut", "verdict": "skipped", "counts": {}, "needs": []}
+    shown = proof.SHOWN["faults"](json.dumps([outcome, skipped]))
+    row = "| `kill` | nothing is lost | 1,200 kills | 2 s | `0123456789ab`, 3.11.7 | strace |"
+    assert row in shown
+    assert "| `cut` | nothing is lost | skipped | 2 s | `0123456789ab`, 3.11.7 | nothing |" in shown
+    assert "1 of 2 passed, skipped: cut. `python -m tests.faults NAME`" in shown
+
+
+def test_single_faults_replace_their_rows_if_they_passed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document, rows_file = tmp_path / "document.md", tmp_path / "rows.json"
+    document.write_text("| `kill` | old |\n| `kill-more` | old |\n| `cut` | old |\n")
+    monkeypatch.setattr(proof, "DOCUMENT", document)
+    kill = Outcome("kill", "nothing is \\1 lost", "passed", 1, {"kills": 2}, commit="abc", python="3.11.7")
+    rows_file.write_text(json.dumps([asdict(kill), asdict(Outcome("cut", "", "FAILED", 1))]))
+    assert proof.main(["--rows", str(rows_file)]) == 1
+    new = "| `kill` | nothing is \\1 lost | 2 kills | 1 s | `abc`, 3.11.7 | nothing |\n"
+    assert document.read_text() == f"{new}| `kill-more` | old |\n| `cut` | old |\n"
+    assert "not put there: cut" in capsys.readouterr().err
+    rows_file.write_text(json.dumps([asdict(kill)]))
+    assert proof.main(["--rows", str(rows_file)]) == 0
+    rows_file.write_text(json.dumps([asdict(Outcome("new", "", "passed", 1))]))
+    with pytest.raises(AssertionError, match="no row for new"):
+        proof.main(["--rows", str(rows_file)])
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_fault_says_its_commit_command_interpreter_and_tools(
+    is_here: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = Check(
+        "kill",
+        "nothing is lost",
+        lambda trial: {"kills": trial.rounds},
+        9,
+        needs=(Tool("saw", "tools", lambda: is_here),),
+    )
+    monkeypatch.setattr(faults, "checks", lambda: {"kill": check})
+    monkeypatch.setattr(frame, "commit", lambda: "0123456789ab")
+    monkeypatch.delenv("CI", raising=False)
+    assert faults.main(["--report"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"commit 0123456789ab, Python {platform.python_version()}"
+    assert lines[2].strip() == "python -m tests.faults kill; needs: saw"
+    told = ("9 kills", "1 passed, 0 FAILED, 0 skipped")
+    if not is_here:
+        told = ("missing: saw (Debian: tools)", "0 passed, 0 FAILED, 1 skipped: kill")
+    assert (lines[3].strip(), lines[4]) == told
+    assert faults.main(["kill", "--few", "--rounds", "3", "--json"]) == 0
+    (outcome,) = json.loads(capsys.readouterr().out)
+    assert outcome["command"] == "python -m tests.faults kill --rounds 3 --few"
+    assert (outcome["commit"], outcome["needs"]) == ("0123456789ab", ["saw"])
+
+
+def test_every_figure_in_the_document_has_commit_command_and_interpreter() -> None:
+    document = proof.DOCUMENT.read_text("utf-8")
+    for name in proof.PARTS:
+        block = document.partition(f"<!-- {name} -->\n")[2].partition("<!-- end -->")[0]
+        assert re.search(rf"commit `[0-9a-f]{{12}}`, `python -m {proof.PARTS[name][0]}\b.*Python 3\.\d+", block), name
+    for fault, _, _, _, measured, needs in rows(proof.DOCUMENT, "fault", "what is promised"):
+        assert re.search(r"`[0-9a-f]{12}`, 3\.\d+\.\d+$", measured), fault
+        tools = [tool.name for tool in checks()[ticked(fault)[0]].needs]
+        assert needs == (", ".join(tools) or "nothing"), fault
+
+
+def test_the_table_of_what_is_skipped_names_every_program_that_tests_ask_for() -> None:
+    skips = {row[0]: row[1] for row in rows(proof.DOCUMENT, "missing", "skipped")}
+    asked = {
+        name
+        for file in (ROOT / "tests").glob("*.py")
+        for name in re.findall(r'tool_missing\("([^"]+)"', file.read_text("utf-8"))
+    }
+    assert len(asked) > 5
+    for name in asked:
+        assert any(f"`{name}`" in missing for missing in skips), name
+    for check in checks().values():
+        named = [cell for cell in skips.values() if f"`{check.name}`" in cell]
+        by_strace = all(tool.name == "strace" for tool in check.needs)
+        assert bool(named) == (not by_strace), check.name
 
 
 def test_the_table_of_mutants_leaves_out_which_test_noticed() -> None:
@@ -72,7 +157,7 @@ def test_a_part_that_was_run_is_kept_and_one_that_failed_is_not(
     [version] = tmp_path.iterdir()
     assert sorted(path.name for path in version.iterdir()) == ["planted.unfinished", "world.txt"]
     heading, title, *_ = (version / "world.txt").read_text("utf-8").splitlines()
-    assert "CPU" in heading
+    assert re.search(r"commit `[0-9a-f]{12}(-dirty)?`, `python -m calendar 2026 11`, .*CPU.*Python 3", heading)
     assert "November 2026" in title
     (version / "world.txt").write_text("kept\n")
     assert proof.main(["world", "--out", str(tmp_path)]) == 0

@@ -49,13 +49,16 @@ def _parser(known: Iterable[Check]) -> argparse.ArgumentParser:
 
 
 def _told(outcomes: list[Outcome]) -> str:
-    lines = []
+    lines = [f"commit {outcomes[0].commit}, Python {outcomes[0].python}"]
     for outcome in outcomes:
         lines.append(f"{outcome.verdict:8} {outcome.name:22} {outcome.seconds:7.1f} s  {outcome.promise}")
+        lines.append(f"{'':9}{outcome.command}; needs: {', '.join(outcome.needs) or 'nothing'}")
         counts = ", ".join(f"{count:,} {what}" for what, count in outcome.counts.items())
         lines += [f"{'':9}{line}" for line in (counts, *outcome.story.splitlines()) if line]
     verdicts = Counter(outcome.verdict for outcome in outcomes)
     lines.append(", ".join(f"{verdicts[name]} {name}" for name in ("passed", "FAILED", "skipped")))
+    if skipped := [outcome.name for outcome in outcomes if outcome.verdict == "skipped"]:
+        lines[-1] += f": {', '.join(skipped)}"
     return "\n".join(lines)
 
 

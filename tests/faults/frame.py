@@ -5,15 +5,19 @@ Makes no fault itself and knows no check but by the list of modules.
 
 from __future__ import annotations
 
+import platform
 import shutil
+import subprocess
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Final, Literal
+
+ROOT: Final = Path(__file__).parent.parent.parent
 
 # Each has a tuple of its checks, CHECKS.
 MODULES: Final = (
@@ -83,7 +87,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a check; `story` says what broke, or which tools are missing."""
+    """What came of a check; `story` says what broke, or which tools are missing.
+
+    `command` makes the same check again. `commit` is that of the code, with `-dirty` if it has been changed since.
+    `needs` names the tools without which the check is skipped.
+    """
 
     name: str
     promise: str
@@ -91,6 +99,10 @@ class Outcome:
     seconds: float
     counts: Counts = field(default_factory=dict)
     story: str = ""
+    command: str = ""
+    commit: str = ""
+    python: str = ""
+    needs: list[str] = field(default_factory=list)
 
 
 def checks() -> dict[str, Check]:
@@ -99,11 +111,30 @@ def checks() -> dict[str, Check]:
     return {check.name: check for module in modules for check in module.CHECKS}
 
 
+def commit() -> str:
+    """The commit of the code, and whether something has been changed since."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def play(check: Check, rounds: int, *, timed: bool) -> Outcome:
-    """Run one check. Whatever it raises is its failure; where a tool is missing it is not run."""
+    """Run one check. Whatever it raises is its failure; if a tool is missing, the check is skipped."""
+    command = f"python -m tests.faults {check.name}"
+    command += f" --rounds {rounds}" if rounds != check.rounds else ""
+    command += "" if timed else " --few"
+    begun = Outcome(
+        check.name,
+        check.promise,
+        "skipped",
+        0.0,
+        command=command,
+        commit=commit(),
+        python=platform.python_version(),
+        needs=[tool.name for tool in check.needs],
+    )
     missing = [f"{tool.name} (Debian: {tool.package})" for tool in check.needs if not tool.is_here()]
     if missing:
-        return Outcome(check.name, check.promise, "skipped", 0.0, story=f"missing: {', '.join(missing)}")
+        return replace(begun, story=f"missing: {', '.join(missing)}")
     began_s = time.monotonic()
     counts: Counts = {}
     story = ""
@@ -113,4 +144,4 @@ def play(check: Check, rounds: int, *, timed: bool) -> Outcome:
         except Exception:
             story = traceback.format_exc()
     seconds = round(time.monotonic() - began_s, 1)
-    return Outcome(check.name, check.promise, "FAILED" if story else "passed", seconds, counts, story)
+    return replace(begun, verdict="FAILED" if story else "passed", seconds=seconds, counts=counts, story=story)
