@@ -141,7 +141,8 @@ def _faults(printed: str) -> str:
         "| fault | what is promised | what was counted | took | commit, Python | skipped without |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    total = f"{verdicts.count('passed')} of {len(outcomes)} passed, skipped: {skipped or 'none'}. `python -m tests.faults NAME` makes one again."
+    again = "`python -m tests.faults NAME` makes one again."
+    total = f"{verdicts.count('passed')} of {len(outcomes)} passed, skipped: {skipped or 'none'}. {again}"
     return "\n".join([*head, *map(_row, outcomes), "", total])
 
 
