@@ -17,7 +17,7 @@ from jobd.commands import MAX_NAMES, Command
 from jobd.events import EventType, Wanted
 from jobd.job import is_job_id
 from jobd.replies import PATIENCE_S, SAFE
-from jobd.streams import finish, write
+from jobd.streams import finish, notice_hangup, write
 from jobd.visits import Visit
 from jobd.web import Listener, Web
 
@@ -60,6 +60,7 @@ async def follow(site: Web, visit: Visit, asked: Follow) -> web.StreamResponse:
         headers = {"Content-Type": EVENT_STREAM, "X-Accel-Buffering": "no", "Server": "jobd", **SAFE}
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)
+        notice_hangup(request, response)
         await _pass_on(response, first, listener, visit)
         return response
     finally:

@@ -310,6 +310,11 @@ async def _drain(visit: Visit) -> None:
         await visit.request.writer.drain()
 
 
+def notice_hangup(request: Request, response: web.StreamResponse) -> None:
+    """Let the connection send a comment when the client of these events stops sending: a closed client resets it."""
+    request.probe = b"3\r\n:\n\n\r\n" if response.chunked else b":\n\n"
+
+
 async def write(response: web.StreamResponse, piece: bytes) -> None:
     """Send `piece`; a client that does not read is waited for, but not for ever."""
     async with asyncio.timeout(PATIENCE_S):

@@ -159,7 +159,7 @@ def _fields(shape: type[msgspec.Struct]) -> set[str]:
     return set(shape.__struct_encode_fields__)
 
 
-JOB_FIELDS = _fields(answers.JobView) - {"repeated"}
+JOB_FIELDS = _fields(answers.JobView) - {"repeated", "worker"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1860,7 +1860,7 @@ async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: 
     assert "1\u202f000 or more" in page
     assert "950 more." in page
     assert "&lt;x&gt;" in page
-    assert "nothing is deleted by age" in page, "the clock is in doubt"
+    assert "nothing is deleted or failed by age" in page, "the clock is suspect"
     many = PreviewView([], 0, [], [], ["w1", "w2"], True, 1, more_mended=True)
     page = text(await browser.get("/cleanup/confirm?what=run"))
     assert "2 or more with issues" in page

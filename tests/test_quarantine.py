@@ -372,7 +372,8 @@ async def test_bad_queues_figures_and_reports_are_set_aside_and_counted_anew(pat
         conn.execute("UPDATE reports SET body = X'31' WHERE seq = 1")
     async with opened(path) as (store, found):
         assert found.figures is None
-        assert found.queues == {**maker.queues, "video": replace(maker.queues["video"], paused=False)}
+        open_again = replace(maker.queues["video"], paused=False, paused_at=None, paused_by=None)
+        assert found.queues == {**maker.queues, "video": open_again}
         assert len(found.faults) == 2
         assert any("queues video: its checksum is wrong: whether it was paused" in fault for fault in found.faults)
         assert await store.reports(9) == [b"r2"]

@@ -23,7 +23,7 @@ from jobd.event_stream import EVENT_STREAM
 from jobd.feed import HEARTBEAT_S, RETRY_MS
 from jobd.job import JobId, QueueName
 from jobd.replies import SAFE, Text
-from jobd.streams import write
+from jobd.streams import notice_hangup, write
 from jobd.visits import Visit
 from jobd.web import Watcher, Web
 
@@ -63,6 +63,7 @@ async def stream(
     try:
         response = web.StreamResponse(headers={"Content-Type": EVENT_STREAM, "Server": "jobd", **SAFE, **HEADERS})
         await response.prepare(request)
+        notice_hangup(request, response)
         floor_s = FLOOR_OF_ALL_S if asked.job_id is None else FLOOR_S
         try:
             await _tell(response, watcher, guest, floor_s)
