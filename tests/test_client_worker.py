@@ -700,7 +700,8 @@ async def test_a_run_that_takes_longer_than_its_timeout_fails(
         return "too late"
 
     worker.handler("k", timeout=limit if is_own else None)(work if is_async else plain)
-    job = await client.create_job(queue=queue, kind="k", max_attempts=2)
+    later = {"kind": "fixed", "base_ms": 3_600_000}  # so that no second attempt begins meanwhile
+    job = await client.create_job(queue=queue, kind="k", max_attempts=2, backoff=later)
     async with at_work(worker):
         waiting = await when(client, job.id, lambda job: job.error_code is not None)
     assert (waiting.status, waiting.error_code, waiting.attempt) == ("queued", "timeout", 1)
