@@ -30,9 +30,9 @@ def public_lock(lock: LockView | None) -> LockView | None:
 
 
 class JobView(Struct):
-    """A job as everybody sees it. `payload` is filled in from the disk before the answer leaves.
+    """A job as responses show it. `payload` is read from the disk before the response is sent.
 
-    `worker` is there while its lock has expired and `lock` is null: that worker may still end the job.
+    `worker` is set only while the lock has expired and `lock` is null: that worker may still end the job.
     """
 
     id: str
@@ -146,7 +146,7 @@ class LockState(Struct):
 
 
 class Next(Struct, frozen=True):
-    """The next thing that will happen to a job. `at` is None if it depends on a worker."""
+    """The next event of a job. `at` is None if it depends on a worker."""
 
     what: str
     at: int | None
@@ -201,10 +201,10 @@ class QueueList(Struct):
 
 
 class WorkerView(Struct, frozen=True):
-    """`jobs` are the first of those that it holds; `held` counts all of them, `expired` those whose lock has expired.
+    """A worker. `jobs` are the first jobs that it holds, `held` counts all, `expired` those with an expired lock.
 
     `queues` and `kinds` are those of its latest claim: `queues` is None if no claim is remembered, `kinds` is None if
-    it takes all. `waiting`: a claim of it waits for a job now.
+    the claim takes all kinds. `waiting` is true while a claim of it waits for a job.
     """
 
     worker: str
@@ -220,9 +220,9 @@ class WorkerView(Struct, frozen=True):
 
 
 class WorkerList(Struct):
-    """Those heard last come first. `next_cursor` is None on the last page.
+    """A page of workers, most recently seen first. `next_cursor` is None on the last page.
 
-    `by_state` counts all workers. `since`: what was before is not remembered.
+    `by_state` counts all workers. Nothing before `since` (Unix ms) is remembered.
     """
 
     workers: list[WorkerView]
@@ -268,7 +268,7 @@ class OldestDue(Struct, frozen=True):
 
 
 class DiskView(Struct, frozen=True, rename="camel"):
-    """The path of the store, and the space of the disk that it is on. `free_bytes`: for the daemon's user."""
+    """The path of the store, and the space on its disk. `free_bytes` is the space available to the daemon's user."""
 
     path: str
     free_bytes: int
@@ -330,7 +330,7 @@ class Recovered(Struct, frozen=True):
 
 
 class TakenBack(Struct, frozen=True, rename="camel"):
-    """What a take-back did, or as a dry run would do. `more`: jobs are left; of a dry run: it lists the first ones."""
+    """The jobs that a take-back ended, or would end as a dry run. `more`: not all jobs are in `details`."""
 
     worker: str
     recovered_jobs: int
@@ -351,7 +351,7 @@ class Worked(Struct, frozen=True):
 
 
 class PausedView(Struct, frozen=True):
-    """Whether a queue is paused, and if so, since when, by which operator, why, and until when."""
+    """Whether a queue is paused, and the start, operator, reason and end of the pause. Times are Unix ms."""
 
     queue: str
     paused: bool
@@ -421,7 +421,7 @@ HealthStatus = Literal["healthy", "degraded", "unhealthy"]
 
 
 class DatabaseHealth(Struct, frozen=True, rename="camel"):
-    """`path`, `free_bytes` and `total_bytes` are those of the store's disk; None for a store in memory."""
+    """Health of the database. `path`, `free_bytes` and `total_bytes` describe its disk; None for a store in memory."""
 
     status: HealthStatus
     message: str
@@ -540,7 +540,7 @@ class ReportList(Struct):
 
 
 class ClockView(Struct, frozen=True):
-    """While the clock is `suspect`, nothing is deleted or failed by age; `message` says why, and what to do."""
+    """The clock. While it is `suspect`, nothing is deleted or failed by age; `message` says why and what to do."""
 
     now: int
     suspect: bool
@@ -752,7 +752,7 @@ class PreviewView(Struct, frozen=True, rename="camel"):
 
     `more_mended`: not all jobs that are alive were looked at for `mended_jobs`, or there are more than are shown.
 
-    `held_jobs` are past their time too, but are kept while the clock is suspect.
+    `held_jobs` are past their retention too, but are kept while the clock is suspect.
     """
 
     recover: list[Recovery]

@@ -126,7 +126,7 @@ def _need_room(path: str, target: str) -> None:
     disk = os.statvfs(directory)
     need, free = size + _SPARE_BYTES, disk.f_bavail * disk.f_frsize
     if free < need:
-        raise DiskFull(f"a backup needs {need >> 20} MiB free in {directory}, there are {free >> 20} MiB")
+        raise DiskFull(f"a backup needs {need >> 20} MiB free in {directory}, but only {free >> 20} MiB are free")
 
 
 @contextlib.contextmanager

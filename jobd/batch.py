@@ -14,8 +14,8 @@ from msgspec.structs import replace
 from jobd.events import Change, Event, QueuePause
 from jobd.job import HOUR_MS, Grant, Job, LateResult, Untouched
 
-RESERVE_BYTES: Final = 16 << 20  # of the ballast file
-SPARE_BYTES: Final = 1 << 20  # that are to be free before a full disk is taken to have room again
+RESERVE_BYTES: Final = 16 << 20  # size of the reserve file
+SPARE_BYTES: Final = 1 << 20  # free space at which a full disk accepts writes again
 PUT_OFF_MS: Final = 2 * HOUR_MS  # no tombstone waits longer: one that seems to was put off by another clock
 
 
@@ -24,7 +24,7 @@ class DiskFull(Exception):
 
 
 class DiskSpace(Struct, frozen=True):
-    """The path of the store, and the space of the disk that it is on. `free_bytes`: for the daemon's user."""
+    """The path of the store, and the space on its disk. `free_bytes` is the space available to the daemon's user."""
 
     path: str
     free_bytes: int
@@ -60,19 +60,19 @@ class Numbers(Struct, frozen=True, gc=False):
     """The high-water marks and clocks that are persisted with each commit. `next_*` is the next number to give."""
 
     epoch: int = 1
-    next_token: int = 1  # the counter of the next fencing token, or 2^24 if the counter is full: see job.py
+    next_token: int = 1  # the counter of the next fencing token, 2^24 if the counter is full (see job.py)
     next_job: int = 1
     next_event: int = 1
     lease_ms: int = 0
     wall_ms: int = 0
-    clock_suspect: bool = False  # wall_ms is the expected time, not what the clock said
+    clock_suspect: bool = False  # then wall_ms is the expected time, not the time of the clock
 
 
 class QueueRow(Struct, frozen=True, gc=False):
-    """What the store keeps of a queue: its pause, and how many finished jobs it has, by status.
+    """The stored state of a queue: its pause, and the number of its finished jobs by status.
 
-    `paused_*` and `pause_reason` describe the pause: since when, by which operator, why, until when. They are None if
-    the queue is not paused or the store does not know. Times are wall time, Unix ms.
+    `paused_at`, `paused_by`, `pause_reason` and `paused_until` are the start, operator, reason and end of the pause.
+    They are None if the queue is not paused or if they are not known. Times are wall time, Unix ms.
     """
 
     paused: bool = False
@@ -92,7 +92,7 @@ class QueueRow(Struct, frozen=True, gc=False):
         return QueuePause(self.paused_at, self.paused_by, self.pause_reason, self.paused_until)
 
     def with_counts(self, completed: int, failed: int, cancelled: int) -> QueueRow:
-        """The same queue with these numbers of finished jobs."""
+        """Return this row with other numbers of finished jobs."""
         return replace(self, completed=completed, failed=failed, cancelled=cancelled)
 
     def without(self, status: str) -> QueueRow:
@@ -315,7 +315,7 @@ class JournalPage(Struct, frozen=True):
 
     `last` is the highest number of an event that was committed. Events up to `gone_to` may be gone: pruned, or damaged
     and set aside, or undone by a backup that was put back. Above it two things are missing: older signs of life
-    (KEEP_SIGNS), and grants of one job that were given back, between its first and its last ones (KEEP_GRANTS).
+    (KEEP_SIGNS), and grants that were given back, between the first and the last grants of a job (KEEP_GRANTS).
     """
 
     events: list[Event]
@@ -346,10 +346,10 @@ class Opened(Struct):
     quarantined: dict[str, str] = {}
     suspects: dict[int, str] = {}  # job seq to id of rows to be validated
     faults: list[str] = []
-    epoch_warning: str | None = None  # fencing tokens are not as safe as they should be: the wall clock is wrong
+    epoch_warning: str | None = None  # a wrong wall clock makes fencing tokens less safe
     figures: bytes | None = None
     full: bool = False  # the disk was full already at start
-    has_reserve: bool = True  # the ballast file is there
+    has_reserve: bool = True  # the reserve file exists
     marked: bool = False  # a backup was put back: end every grant by its stall rule, then Batch.unmark
     tombstones: int = 0  # how many wait
 
@@ -425,13 +425,13 @@ class Disk(Protocol):
         """Keep the counters that outlive a restart but no promise depends on."""
 
     async def probe(self, spare_bytes: int = 0) -> None:
-        """A write and a read back, each committed, with so much room to spare. Raises DiskFull or anything else."""
+        """Commit a write and a read back, with `spare_bytes` left free. Raises DiskFull, or any other error."""
 
     async def space(self) -> DiskSpace | None:
-        """Free and total space of the disk; None for a store in memory, or if the disk does not say."""
+        """Return free and total space of the disk; None for a store in memory, or if it is not known."""
 
     async def drop_ballast(self) -> bool:
         """Give up the ballast file so that endings and deletions have room; whether there was one."""
 
     async def build_ballast(self) -> None:
-        """Make the ballast file again. Raises DiskFull without room for it and SPARE_BYTES beside it."""
+        """Rebuild the reserve file. Raises DiskFull if it and SPARE_BYTES do not fit on the disk."""

@@ -70,17 +70,17 @@ class Book:
         self.started_sum = 0  # over all processing jobs, of when they began
         self.unheld: dict[str, None] = {}  # processing rows without a grant: left by hands, mended by a pass
         self.presence = WorkerPresence(numbers.wall_ms, numbers.lease_ms)
-        self.next_cleanup_at: int | None = None  # wall time of the next cleanup run, if recovery is left to it
+        self.next_cleanup_at: int | None = None  # wall time of the next cleanup run, if only cleanup runs recover jobs
         self.suspects: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
         self.expired_locks: dict[str, None] = {}  # expired, and recovery has not noted it yet
         self.cleared_locks: dict[str, None] = {}  # expired and noted; the holder may still revive them
         self.stuck: dict[str, None] = {}
         self._not_live = (self.expired_locks, self.cleared_locks, self.stuck, self.unheld)  # these very dicts
-        self.release_loops: dict[str, int] = {}  # id -> releases of the live jobs that is_release_loop names
+        self.release_loops: dict[str, int] = {}  # id -> releases of live jobs for which is_release_loop is true
         self.on_due: Callable[[str, str], None] = lambda queue, kind: None  # told of each job that becomes due
         self._queued: dict[str, QueuedJobs] = {}
-        self._lanes: OrderedDict[Lane, None] = OrderedDict()  # those in which a job became due last at the end
-        self._wakes: LazyHeap[tuple[int, LaneName]] = LazyHeap()  # run_at of the next job of a lane that is not due
+        self._lanes: OrderedDict[Lane, None] = OrderedDict()  # ordered by when a job in it last became due
+        self._wakes: LazyHeap[tuple[int, LaneName]] = LazyHeap()  # run_at of the next delayed job of each lane
         self._expiries: Sorted[TimeEntry] = Sorted()  # expires_at of queued jobs
         self._deadlines: LazyHeap[TimeEntry] = LazyHeap()
         self._deadline_of: dict[str, int] = {}  # id -> lease time of its one valid entry
@@ -119,8 +119,10 @@ class Book:
         return job is not None and job.grant is not None and job.grant.lock_id == lock_id
 
     def due(self, queues: Iterable[str], kinds: Iterable[str] | None) -> Iterator[Job]:
-        """Due jobs of unpaused `queues` that are not overdue, merged by priority, run_at, creation, as of the last
-        `advance`. The book must not change meanwhile."""
+        """Iterate over due jobs of unpaused `queues` that are not overdue, by priority, run_at and creation.
+
+        Due and overdue are as of the last `advance`. The book must not change meanwhile.
+        """
         now = self._now
         named = [
             self._queued[queue] for queue in dict.fromkeys(queues) if queue in self._queued and queue not in self.paused
@@ -143,23 +145,23 @@ class Book:
         return min(found, key=lambda each: (each[1][1], each[1][2]), default=None)
 
     def due_lanes(self, queue: str) -> int:
-        """So many lanes `oldest_due_at` has to look at: kinds and priorities of the queued jobs of `queue`."""
+        """Return the number of lanes that `oldest_due_at` reads: one for each kind and priority of queued jobs."""
         return sum(map(len, self._queued[queue].lanes.values())) if queue in self._queued else 0
 
     def overdue(self) -> Iterator[str]:
-        """Ids of queued jobs whose expires_at has passed as of the last `advance`, in the order in which it did.
+        """Iterate over ids of queued jobs whose expires_at has passed as of the last `advance`, in that order.
 
         The book must not change meanwhile.
         """
         return (entry[2] for entry in takewhile(lambda entry: entry[0] <= self._now, self._expiries))
 
     def next_run_at(self) -> int | None:
-        """When the next job becomes due (Unix ms)."""
+        """Return when the next job becomes due (Unix ms)."""
         while (wake := self._wakes.first(self._is_wake)) is not None:
             lane = self._lane(wake[1])
             if (run_at := lane.next_run_at(self._now)) == wake[0]:
                 return run_at
-            self._wake_at(lane, run_at)  # the job that was to come first has left
+            self._wake_at(lane, run_at)  # the job that was first is no longer queued
         return None
 
     def next_deadline(self) -> int | None:
@@ -168,7 +170,7 @@ class Book:
         return None if entry is None else entry[0]
 
     def next_expiry(self) -> int | None:
-        """The first expires_at of all queued jobs (Unix ms), which may have passed."""
+        """Return the first expires_at of all queued jobs (Unix ms), which may have passed."""
         entry = self._expiries.first()
         return None if entry is None else entry[0]
 
@@ -228,7 +230,7 @@ class Book:
             self._note_call(event)
 
     def _burn_token(self, token: int) -> None:
-        """Never give `token` again, nor one below it. Grants of an earlier epoch say nothing about the counter."""
+        """Never issue `token` again, nor a lower one. A grant of an earlier epoch does not move the counter."""
         epoch, counter = token >> TOKEN_COUNTER_BITS, token & COUNTER_MASK
         if epoch > self.epoch:
             self.epoch, self.next_token = epoch, counter + 1
@@ -325,9 +327,9 @@ class Book:
             self._count_as(self.unmoved[job_id], +1)
 
     def advance(self, now: int, lease: int) -> None:
-        """Time passed: delayed jobs become due, locks expire, jobs become stuck.
+        """Apply the time: delayed jobs become due, locks expire, jobs become stuck.
 
-        Queued jobs become overdue without any work: every order leaves them out by the time.
+        Overdue queued jobs need no work here, because every order skips them by time.
         """
         if now < self._now:
             self._rewind(now)
@@ -380,7 +382,7 @@ class Book:
         groups: defaultdict[int, list[Untouched]] = defaultdict(list)
         lanes: defaultdict[tuple[str, str, int], list[Untouched]] = defaultdict(list)
         for job in jobs:
-            groups[id(job.options)].append(job)  # by the value that they share: to compare values takes longer
+            groups[id(job.options)].append(job)  # by identity: comparing the values takes longer
         for group in groups.values():
             options = group[0].options
             lanes[(options.queue, options.kind, options.priority)] += group
@@ -435,7 +437,7 @@ class Book:
         return self._queued[queue].lanes[kind][priority]
 
     def _wake(self, lane: Lane) -> None:
-        """The next job of `lane` has become due."""
+        """Handle that the next job of `lane` has become due."""
         queue, kind, _ = lane.name
         self._became_due(lane)
         self._queued[queue].offer(lane, self._now)
@@ -499,9 +501,9 @@ class Book:
                     self.presence.set_expired(job.grant.worker, job.id, False)
 
     def _rewind(self, now: int) -> None:
-        """The wall clock stepped back: jobs that were due may have to wait again, and overdue ones be due again.
+        """Apply a step back of the wall clock: due jobs may have to wait again, and overdue jobs may be due again.
 
-        They stay where they are. Only the lanes in which a job became due since have to be told when to wake.
+        No job moves. Only lanes in which a job has become due since then get a new wake time.
         """
         expiry = self.next_expiry()
         was_overdue = expiry is not None and expiry <= self._now
@@ -547,7 +549,7 @@ class Book:
         return counts
 
     def _end_if_empty(self, queue: str) -> None:
-        """A queue is there as long as it has jobs."""
+        """Forget a queue that has no jobs left, unless it is paused."""
         if queue in self.counts and not any(self.counts[queue].values()):
             del self.counts[queue]
             if queue not in self.paused:

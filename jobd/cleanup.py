@@ -187,19 +187,19 @@ class Cleaner:
         return deadline is not None and deadline <= self._clock.moment().lease
 
     def _has_overdue(self) -> bool:
-        """Whether a queued job waits whose time is over. While the clock is suspect none is failed for it."""
+        """Return whether a queued job is overdue. While the clock is suspect, none is failed for that."""
         expiry, at = self._book.next_expiry(), self._clock.moment()
         return not at.suspect and expiry is not None and expiry <= at.now
 
     async def _tick(self) -> None:
-        """End the pauses that are over. Persist lease time while a grant lives, and a clock that is or was suspect.
+        """End pauses whose time has come. Persist lease time while a grant lives, and changes of a suspect clock.
 
         An idle daemon notices here that its clock has stepped, or is trusted again.
         """
         if any(pause.until is not None for pause in self._book.paused.values()):
-            await self._actor.ask(EndPauses(), by="daemon")  # a refusal is no harm: the next tick asks again
-        # A start compares the clock with the time that was persisted last. Reports keep that fresh, unless the shortest
-        # retention is as short as the time between them.
+            await self._actor.ask(EndPauses(), by="daemon")  # a rejection is harmless: the next tick tries again
+        # A start compares the clock with the last persisted time. The reports of cleanup runs keep that time fresh,
+        # unless the shortest retention is about as short as the interval between them.
         is_short = self._clock.keep_ms < 4 * self.schedule.interval_ms
         if self._book.processing or is_short or self._clock.moment().suspect or self._book.clock_suspect:
             await self._actor.ask(Tick(), by="daemon")  # a refusal is no harm: on a full disk lease time stands still
@@ -224,7 +224,7 @@ class Cleaner:
         return max(period_end, self._last_end + schedule.min_interval_ms / SECOND_MS)
 
     def _announce_pass(self) -> None:
-        """Let the book know when the next pass begins, if recovery is left to the passes."""
+        """Tell the book when the next cleanup run begins, if only cleanup runs recover jobs."""
         wait_s = self._next_pass() - asyncio.get_running_loop().time()
         is_left = self.schedule.recover_every_ms == 0
         self._book.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if is_left else None

@@ -1,7 +1,7 @@
 """One clock: wall time for people, lease time for locks, which no step of the wall clock moves.
 
-It also knows the expected wall time, and says when the wall clock is too far ahead of it to be trusted. The rules
-decide what follows from that.
+It also keeps the expected wall time. The wall clock is suspect while it is too far ahead of that time; the rules decide
+what follows.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import structlog
 from jobd.commands import Moment
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
 
-AHEAD_AT_MOST_MS: Final = DAY_MS  # of boot time, while running
+AHEAD_AT_MOST_MS: Final = DAY_MS  # ahead of boot time, while running
 SYNCHRONISED_FOR_MS: Final = 10 * MINUTE_MS
-LOOK_EVERY_MS: Final = SECOND_MS  # at the kernel's synchronisation, and only while the clock is suspect
-BREAK_MS: Final = MINUTE_MS  # without a look counts as a break
-_NOISE_MS: Final = SECOND_MS  # a difference that small is no step, whatever the retention
+LOOK_EVERY_MS: Final = SECOND_MS  # the kernel's synchronisation is read this often, and only while the clock is suspect
+BREAK_MS: Final = MINUTE_MS  # a longer gap between two reads starts the 10 min again
+_NOISE_MS: Final = SECOND_MS  # a smaller difference is not a step, whatever the retention
 _FLICKER_MS: Final = 1  # two clocks read one after the other, each cut to a millisecond, differ by that much
 
 Ended = Literal["accepted", "agrees", "synchronised"]
@@ -42,7 +42,7 @@ def boot_clock_ms() -> int:
 
 
 class _Timex(ctypes.Structure):
-    """The head of `struct timex`; `rest` is larger than what follows."""
+    """The head of `struct timex`; `rest` is larger than its other fields."""
 
     _fields_ = (
         ("modes", ctypes.c_uint),
@@ -60,7 +60,7 @@ _adjtimex: Final = getattr(ctypes.CDLL(None), "adjtimex", None)
 
 
 def is_synchronised() -> bool:
-    """Whether the kernel reports its clock as synchronised. False if it cannot be asked."""
+    """Return whether the kernel reports its clock as synchronised. False if adjtimex is not available."""
     timex = _Timex()  # modes 0: nothing is set
     return _adjtimex is not None and _adjtimex(ctypes.byref(timex)) >= 0 and not timex.status & _STA_UNSYNC
 
@@ -71,7 +71,7 @@ class Clock:
     `wall_ms` and `suspect` were persisted with it (0: a new store). `keep_ms` is the shortest retention in force. The
     clock is suspect if wall time is ahead of its expected value: at the start by more than half of `keep_ms` against
     `wall_ms`, while running by more than a day (or half of `keep_ms`, if that is less) against boot time. Steps add up:
-    the expected value follows the wall clock back, and ahead only when the clock is accepted or synchronised.
+    the expected value follows a step back at once, and a step ahead only when the clock is accepted or synchronised.
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class Clock:
         self._suspect = wall_ms > 0 and (suspect or now - wall_ms > max(keep_ms // 2, _NOISE_MS))
         self._expected = wall_ms if self._suspect else now
         self._ahead = now - self._expected
-        self._looked_at = self._seen  # boot time of the latest look at the kernel's synchronisation
+        self._looked_at = self._seen  # boot time of the latest read of the kernel's synchronisation
         self._looked_ahead = self._ahead
         self._synchronised_since: int | None = None  # boot time
         if self._suspect:
             self._warn()
 
     def moment(self) -> Moment:
-        """The time now, judged: a batch knows of a step before it decides anything.
+        """Return the time now, with a suspect clock already detected, so that a batch decides nothing by a wrong time.
 
         `offset` changes only when the wall clock has moved against lease time.
         """
@@ -117,15 +117,15 @@ class Clock:
 
     @property
     def suspect(self) -> bool:
-        """Whether wall time is ahead of its expected value now."""
+        """Whether wall time is too far ahead of its expected value."""
         return self.moment().suspect
 
     def doubt(self) -> str | None:
-        """What an operator should know and do, or None while the clock is trusted."""
+        """Return what is wrong and what an operator should do, or None while the clock is trusted."""
         return self._complaint() if self.suspect else None
 
     def accept(self) -> None:
-        """An operator says that the wall clock is right."""
+        """Trust the wall clock, because an operator says that it is right."""
         if self.suspect:
             self._trust("accepted")
         self._expected = self._wall()
@@ -173,7 +173,7 @@ class Clock:
             self._expected = now
 
     def _has_been_synchronised(self) -> bool:
-        """Whether the kernel has reported it at every look for long enough, of a wall clock that made no step."""
+        """Return whether every read for long enough found the clock synchronised, with no step of the wall clock."""
         gap_ms, step_ms = self._seen - self._looked_at, abs(self._ahead - self._looked_ahead)
         if gap_ms >= LOOK_EVERY_MS or step_ms > _NOISE_MS:
             self._looked_at, self._looked_ahead = self._seen, self._ahead
@@ -206,7 +206,7 @@ _BECAUSE: Final[dict[Ended, str]] = {
 
 
 def _in_words(ms: int) -> str:
-    """`40 days`, `26 h`, `31 min`, `5 s`."""
+    """Format a duration: `40 days`, `26 h`, `31 min`, `5 s`."""
     for unit_ms, unit in ((DAY_MS, "days"), (HOUR_MS, "h"), (MINUTE_MS, "min")):
         if ms >= 2 * unit_ms:
             return f"{ms // unit_ms} {unit}"

@@ -29,7 +29,7 @@ AHEAD_WEIGHT: Final = 256  # commands of one stream that are on their way at onc
 AHEAD_BYTES: Final = 1 << 20  # of their lines
 PIECE_BYTES: Final = 64 << 10  # answers that are written at once
 TURN_LINES: Final = 64  # lines that are read in one turn of the loop
-NEXT_CHUNK: Final = b"0"  # a leading zero in the size of the chunk that comes next
+NEXT_CHUNK: Final = b"0"  # a leading zero of the size of the next chunk
 
 log = structlog.get_logger("jobd.web")
 

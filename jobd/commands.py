@@ -192,7 +192,7 @@ class Search(List, frozen=True, kw_only=True):
 
 
 class About(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True, gc=False):
-    """What a worker says of itself: shown with it, and else without effect. The bounds keep it below 1 KiB."""
+    """A worker's description of itself. It is only shown. The bounds keep it below 1 KiB."""
 
     instance: Annotated[str, Meta(pattern=PRINTABLE, max_length=200)] | None = None
     host: Annotated[str, Meta(pattern=PRINTABLE, max_length=253)] | None = None
@@ -261,7 +261,7 @@ class Cancel(OnJob, frozen=True, kw_only=True):
 
 
 class Queues(Command, frozen=True, kw_only=True):
-    """A page of the queues that have jobs or are paused, by name. `paused`: only those that are, or that are not.
+    """A page of the queues that have jobs or are paused, by name. `paused` selects paused or unpaused queues.
 
     `busiest`: not by name, but those with the most jobs that wait or are worked on; no page comes after it.
     """
@@ -276,7 +276,7 @@ WorkerState = Literal["busy", "idle", "silent", "gone"]
 
 
 class Workers(Command, frozen=True, kw_only=True):
-    """A page of workers, those heard last first: those in this state, or all that are not gone."""
+    """A page of workers, most recently seen first: those in `state`, or all that are not gone."""
 
     limit: PageLimit = MAX_PAGE
     cursor: WorkerCursor | None = None
@@ -370,7 +370,7 @@ class Delete(OnJob, frozen=True, kw_only=True):
 
 
 class Pause(Command, frozen=True, kw_only=True):
-    """Grant nothing of a queue. `until`: the daemon resumes it at this wall time (Unix ms)."""
+    """Grant no job of a queue. The daemon resumes it at the wall time `until` (Unix ms)."""
 
     name: QueueName
     reason: Text | None = None
@@ -383,7 +383,7 @@ class Resume(Command, frozen=True, kw_only=True):
 
 
 class TakeBack(Command, frozen=True, kw_only=True):
-    """End the expired grants of a silent worker by their stall rule. `dry_run`: say which; nothing is done."""
+    """End the expired grants of a silent worker by their stall rule. `dry_run` only lists them."""
 
     name: Worker
     reason: Text | None = None
@@ -530,7 +530,7 @@ _REHEARSED: Final = frozenset({Transition, RunNow, Update, Adopt, TakeBack})
 
 
 def is_rehearsal(command: Any) -> bool:
-    """Whether `command` is a dry run: it is answered as if it were done, and nothing is."""
+    """Return whether `command` is a dry run: its response shows the effect, but nothing is changed."""
     return type(command) in _REHEARSED and command.dry_run
 
 
@@ -666,12 +666,12 @@ class Moment(Struct, frozen=True):
 
     @property
     def suspect(self) -> bool:
-        """Whether wall time is ahead of its expected value: then nothing is deleted or failed by age."""
+        """Whether wall time is too far ahead of its expected value. Then nothing is deleted or failed by age."""
         return self.trusted is not None
 
     @property
     def believed(self) -> int:
-        """The wall time to persist, and by which stored responses grow old: a suspect jump ages nothing."""
+        """The wall time to persist, and to age stored responses by: a suspect jump ages nothing."""
         return self.now if self.trusted is None else self.trusted
 
     def wall(self, lease_ms: int) -> int:

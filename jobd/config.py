@@ -309,7 +309,7 @@ def load(
 
 
 def _check_parser(config: Config) -> None:
-    """Refuse to serve with aiohttp's Python parser: it accepts requests that its C parser rejects."""
+    """Refuse to serve with aiohttp's Python parser, which accepts requests that the C parser rejects."""
     from aiohttp import http_parser  # only a daemon needs it
 
     if config.server.python_parser or http_parser.HttpRequestParser is not http_parser.HttpRequestParserPy:

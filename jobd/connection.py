@@ -39,7 +39,7 @@ WRONG_HEAD: Final = (
 )
 # Bytes of bodies that are read while another request is being answered, and what one read gives.
 AHEAD: Final = 256 << 10
-# The delay between two checks whether the client of a half-closed connection is still there: it doubles.
+# The delay between two checks whether the client of a half-closed connection has closed it. It doubles.
 FIRST_CHECK_S: Final = 0.01
 CHECK_S: Final = 1.0
 
@@ -118,10 +118,10 @@ class Connection(RequestHandler):
         self._is_between = True  # all that came so far was read: with what comes next a request begins
         self._flight: Flight | None = None
         self._rest = bytearray()  # has been read, and is parsed in the next turns of the loop
-        self._latest: Request | None = None  # the last that aiohttp's loop has begun
+        self._latest: Request | None = None  # the request that aiohttp's loop began last
         self._is_half_closed = False  # the client sends no more
-        self._truncated: StreamReader | None = None  # the body whose end it has not sent
-        self._ahead = 0  # bytes of the flight's response that have been sent as a probe
+        self._truncated: StreamReader | None = None  # the body whose end the client has not sent
+        self._ahead = 0  # bytes of the pending response that were sent as a probe
         self._hangup_check: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -183,9 +183,9 @@ class Connection(RequestHandler):
             idle.set_result(None)
 
     def _keep_earlier(self) -> None:
-        """Put the requests that came in one piece with a malformed one before its error: they are answered first.
+        """Put requests that arrived in one segment with a malformed one before its error, so they are answered first.
 
-        A request whose body is not whole, or whose coding is none that tells its length, is the malformed one itself.
+        A request with an incomplete body, or with a transfer coding other than chunked, is the malformed one itself.
         """
         error = self._messages.pop()
         self._messages += _take_parsed(self._parser)
@@ -235,16 +235,16 @@ class Connection(RequestHandler):
     # -- half-closed connections ---------------------------------------------------------------------------------------
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Answer what the client has asked for, also if it sends no more; then close. TLS knows no half-closed state.
+        """Answer the requests that have arrived, then close. TLS has no half-closed state and closes at once.
 
-        A client that has closed altogether must not keep a grant. A Unix socket tells both apart. TCP does not, until
-        something is sent: then a closed client resets the connection. So the response is begun at once with bytes that
-        do not depend on it, and its grants are released as long as nothing else of it has been written.
+        A client that has closed its socket must not keep a grant. A Unix socket tells closed from half-closed clients.
+        TCP does so only after a write: a closed client resets the connection. So the bytes with which every response
+        begins are sent at once, and its grants are released if nothing else of it has been written.
         """
         transport = self.transport
         if transport is None or transport.get_extra_info("sslcontext") is not None:
             return False
-        if self._is_half_closed:  # asyncio tells it again when reading resumes
+        if self._is_half_closed:  # asyncio calls this again when reading resumes
             return True
         if self._is_idle() or self._is_hung_up(transport):
             return False
@@ -257,20 +257,20 @@ class Connection(RequestHandler):
         return True
 
     def note_begun(self, request: Request) -> None:
-        """aiohttp's loop begins `request`."""
+        """Note that aiohttp's loop begins `request`."""
         self._latest = request
         if self._is_half_closed:
             request.is_truncated = request.content is self._truncated
             self._close_after_last()
 
     def _is_idle(self) -> bool:
-        """Whether no request is being answered or waits for that; a part of a head counts for nothing."""
+        """Return whether no request is being answered or waits to be. An incomplete head does not count."""
         if self._flight is not None or self._messages:
             return False
         return self._latest is None or (self._waiter is not None and not self._waiter.done())
 
     def _truncate_body(self) -> None:
-        """End the body whose rest does not come."""
+        """End a body that is incomplete."""
         request = self._latest if self._flight is None and not self._messages else None
         payload = self._messages[-1][1] if self._messages else None if request is None else request.content
         if payload is None or payload.is_eof():
@@ -281,12 +281,12 @@ class Connection(RequestHandler):
         payload.feed_eof()
 
     def _close_after_last(self) -> None:
-        """Let aiohttp's loop end with the request that it answers now, unless others wait."""
+        """Let aiohttp's loop end after the current request, unless others wait."""
         if not self._messages and not self._message_tail:
             self.close()
 
     def _send_probe(self, transport: asyncio.Transport) -> None:
-        """Send what the response to the current request begins with, or goes on with: a closed client resets."""
+        """Send the next bytes of the current response that are certain, so that a closed client resets."""
         if self._flight is not None:
             if self._flight.reply is None:
                 self._ahead = len(HTTP_VERSION)
@@ -299,7 +299,7 @@ class Connection(RequestHandler):
         self._hangup_check = self._loop.call_later(delay_s, self._check_hangup, delay_s)
 
     def _check_hangup(self, delay_s: float) -> None:
-        """asyncio does not watch a connection after its end of file: a client that goes then is found here."""
+        """Abort if the client has closed. asyncio does not watch a connection after its end of file."""
         transport = self.transport
         if transport is None or transport.is_closing():
             return
@@ -310,7 +310,7 @@ class Connection(RequestHandler):
 
     @staticmethod
     def _is_hung_up(transport: asyncio.Transport) -> bool:
-        """Whether the client has closed its Unix socket, or reset the TCP connection."""
+        """Return whether the client has closed its Unix socket, or reset the TCP connection."""
         poll = select.poll()
         poll.register(transport.get_extra_info("socket").fileno(), 0)
         return bool(poll.poll(0))
@@ -319,7 +319,7 @@ class Connection(RequestHandler):
         if self._hangup_check is not None:
             self._hangup_check.cancel()
         super().connection_lost(exc)
-        self._latest = None  # it knows us: a circle
+        self._latest = None  # it refers to this connection: break the cycle
 
     # -- the short way -------------------------------------------------------------------------------------------------
 
@@ -473,9 +473,9 @@ class Connection(RequestHandler):
 
 
 def _take_parsed(parser: object) -> list[tuple[RawRequestMessage, StreamReader]]:
-    """The requests that aiohttp's parser has read before the malformed one.
+    """Take the requests that aiohttp's parser has read before the malformed one.
 
-    It keeps them in a list of its own, and raises without them. Taken, so that none of them comes twice.
+    The parser keeps them in a list, and raises without them. The list is emptied, so that no request is read twice.
     """
     for kept in gc.get_referents(parser):
         if isinstance(kept, list) and kept and isinstance(kept[0], tuple) and type(kept[0][0]) is RawRequestMessage:

@@ -292,7 +292,7 @@ def _epoch_file(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
     meta = _known_meta(conn)
     if meta is not None and not meta["marked"] and file.is_ahead_of(meta["epoch"]):
         what = f"it has seen epoch {file.epoch}, the database {meta['epoch']}: the database is an older copy"
-        yield Problem("epoch file", what, "nothing to do: the next start takes a new epoch and ends all grants")
+        yield Problem("epoch file", what, "nothing to do: the next start begins a new epoch and ends all grants")
     name = f"{path}.epoch"
     if os.path.exists(name) and os.stat(name).st_uid != (owner := os.stat(path).st_uid):
         what = f"it belongs to user {os.stat(name).st_uid}, the database to user {owner}"
@@ -310,17 +310,17 @@ def _beside(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
 
 
 def accept(path: str, ids: Sequence[str] | None) -> str:
-    """Take the edited rows of jobs, in their place or in quarantine, as they are; says what was done, line by line.
+    """Accept the edited rows of jobs, in place or in quarantine, and return a line about each.
 
-    None stands for every job in quarantine or with a damaged row. The rows get new checksums, and validation judges the
-    jobs. One transaction: raises Refused, with nothing written, if a named row makes no job. If all are taken, such
-    rows stay as they are and are named.
+    `ids` None means all jobs that are in quarantine or have a damaged row. The rows get new checksums, and validation
+    checks the jobs. All rows are one transaction. If a named row is not a valid job, this raises Refused and writes
+    nothing. With `ids` None such rows do not change, and a line names each.
     """
     return _changing(path, lambda tables: tables.commit(_accept, tables, path, ids))
 
 
 def damaged(tables: Tables, path: str) -> list[str]:
-    """Ids of the jobs that are in quarantine or whose rows are damaged. Reads every job."""
+    """Return the ids of jobs that are in quarantine or have damaged rows. Reads every job."""
     aside = [readable(id_) for (id_,) in _every(tables.conn, "SELECT id FROM quarantined_jobs ORDER BY seq")]
     named = (
         problem.where.removeprefix("job ")
@@ -382,7 +382,7 @@ def _accept(tables: Tables, path: str, ids: Sequence[str] | None) -> str:
             if ids is not None:
                 raise
             tables.conn.execute("ROLLBACK TO row")
-            lines.append(f"{refused}. It stays as it is")
+            lines.append(f"{refused}. The row does not change")
         tables.conn.execute("RELEASE row")
     return "\n".join([*lines, _recount(tables)] if lines else [NOTHING_DAMAGED])
 
@@ -402,7 +402,7 @@ def _accept_row(tables: Tables, id_: str) -> str:
     payload = rows.sealed((seq, taken.body, taken.request_hash))
     run(insert("payloads", ("job_seq", "body", "request_hash", "crc")), payload)
     run("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (seq,))
-    return f"job {id_}: {taken.where} was taken as it is, validation will judge it"
+    return f"job {id_}: {taken.where} was accepted as it is; validation will check it"
 
 
 def _in_place(tables: Tables, id_: str) -> tuple[Row, Any, Any]:
@@ -428,7 +428,7 @@ def _taken(tables: Tables, id_: str, row: Row) -> Row:
         taken = rows.job_row(job)
         rows.checksum(taken)
     except (rows.Unreadable, AttributeError, TypeError, UnicodeEncodeError) as error:
-        raise Refused(f"job {id_}: the row makes no job: {error}") from error
+        raise Refused(f"job {id_}: the row is not a valid job: {error}") from error
     if not isinstance(job.id, str) or not is_job_id(job.id):
         raise Refused(f"{readable(job.id)!r} is no id of a job")
     given = (tables.numbers.epoch << TOKEN_COUNTER_BITS) + tables.numbers.next_token

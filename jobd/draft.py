@@ -103,7 +103,7 @@ class Draft:
         return number
 
     def token(self) -> int:
-        """The fencing token of a new grant, greater than every one before. A full counter takes the next epoch."""
+        """Return the fencing token of a new grant, greater than all before. A full counter begins the next epoch."""
         if self._next_token > COUNTER_MASK:
             self._epoch, self._next_token = new_epoch(self._epoch, self.at.believed), 1
         counter, self._next_token = self._next_token, self._next_token + 1

@@ -48,8 +48,8 @@ EventType = Literal[
 SIGNS: Final = frozenset({"progress", "extended"})
 KEEP_SIGNS: Final = 100
 
-# A job that is granted and given back many times fills its journal. It keeps the first KEEP_FIRST_GRANTS and the last
-# KEEP_GRANTS grants. Of a grant between them that ended by one of GIVEN_BACK the ROUTINE events go.
+# A job that is granted and given back many times would fill the journal. Its first KEEP_FIRST_GRANTS and last
+# KEEP_GRANTS grants are kept. A grant between them that ended by one of GIVEN_BACK loses its ROUTINE events.
 GIVEN_BACK: Final = frozenset({"released", "undelivered"})
 ROUTINE: Final = frozenset({"granted", "lock_expired", "resumed", "late_call", *SIGNS, *GIVEN_BACK})
 KEEP_FIRST_GRANTS: Final = 10
@@ -112,7 +112,7 @@ class Event(Struct, frozen=True, gc=False):
 
 
 class QueuePause(Struct, frozen=True, gc=False):
-    """Why a queue grants nothing: since when, paused by which operator, for what reason, until when.
+    """The pause of a queue: its start, operator, reason and end.
 
     Times are wall time, Unix ms. `by` has the form of `Event.by`. All fields are None if the pause is older than schema
     version 10; `until` is None if only an operator ends it.
@@ -124,7 +124,7 @@ class QueuePause(Struct, frozen=True, gc=False):
     until: int | None = None
 
     def in_words(self) -> str:
-        """Say it in words that follow "paused": `by operator ana at 2026-03-01 12:03 UTC, until resumed: deploy`."""
+        """Describe it after the word "paused": `by operator ana at 2026-03-01 12:03 UTC, until resumed: deploy`."""
         by = "" if self.by is None else f"by {by_in_words(self.by)} "
         since = "since an unknown time" if self.at is None else f"at {_utc(self.at)}"
         until = "until resumed" if self.until is None else f"until {_utc(self.until)}"
@@ -132,7 +132,7 @@ class QueuePause(Struct, frozen=True, gc=False):
 
 
 def by_in_words(by: str) -> str:
-    """Name in words what `Event.by` names."""
+    """Put `Event.by` into words."""
     kind, _, name = by.partition(":")
     if not name:
         return {"admin": "an operator", "client": "a client"}.get(kind, kind)

@@ -179,7 +179,7 @@ def create_private(path: str) -> bool:
 def replace(path: str, content: bytes, like: str | None = None) -> None:
     """Put `content` at `path` durably: after a crash there is the old file or the new one. Raises DiskFull.
 
-    The file is private, or has the mode of the file `like` and, if root writes it, the owner of that.
+    The file has mode 0600, or the mode of the file `like`. If root writes it, it also gets the owner of `like`.
     """
     new = f"{path}.new"
     with room():
@@ -206,24 +206,24 @@ def _make_like(fd: int, model: os.stat_result) -> None:
 
 
 class EpochFile(Struct, frozen=True):
-    """The highest epoch that the store's epoch file has seen.
+    """The highest epoch in the store's epoch file.
 
-    `is_current` is False if there is no file, or one of schema version 9 or older. The epochs of those count for 2^16
-    of today's: `epoch` is then the last of these.
+    `is_current` is False if there is no file, or if schema version 9 or older wrote it. An epoch of such a file stands
+    for 2^16 current ones, and `epoch` is the last of them.
     """
 
     epoch: int = 0
     is_current: bool = False
 
     def is_ahead_of(self, own: int) -> bool:
-        """Whether the database, whose epoch is `own`, is older than the file."""
+        """Return whether the file is newer than the database, whose epoch is `own`."""
         return self.epoch > (own if self.is_current else own | _OLD_EPOCH)
 
 
 def read_epoch(path: str) -> EpochFile:
     """Read the epoch file of the store at `path`.
 
-    Raises StoreUnreadable: to guess its number could give a fencing token twice.
+    Raises StoreUnreadable if it is damaged: a guessed epoch could grant one fencing token twice.
     """
     name = f"{path}.epoch"
     try:
@@ -231,13 +231,13 @@ def read_epoch(path: str) -> EpochFile:
     except FileNotFoundError:
         return EpochFile()
     except (PermissionError, IsADirectoryError) as error:
-        hint = f"give the file to the owner of {path}, with mode 0600"
+        hint = f"make it a file of the owner of {path}, with mode 0600"
         raise StoreUnreadable(f"{name} cannot be read ({error.strerror}): {hint}") from error
     found = _epoch_of(words)
     if found is None or found.epoch > LAST_EPOCH:
         raise StoreUnreadable(
-            f"{name} is damaged: write a number into it that is higher than every epoch used here, such as that of "
-            f"now: echo $(($(date +%s) - 1577836800)) > {name}"
+            f"{name} is damaged: write a number into it that is higher than all epochs of this store, such as the "
+            f"current one: echo $(($(date +%s) - 1577836800)) > {name}"
         )
     return found
 
@@ -247,7 +247,7 @@ def _epoch_of(words: list[bytes]) -> EpochFile | None:
         return None
     epoch = int(words[0])
     if len(words) == 1 or words[1:] == [b"%d" % TOKEN_COUNTER_BITS, _epoch_crc(epoch)]:
-        return EpochFile(epoch, is_current=True)  # one word: written by hand
+        return EpochFile(epoch, is_current=True)  # one word: an operator wrote it
     if words[1:] == [b"%08x" % zlib.crc32(words[0])]:
         return EpochFile(epoch << 16 | _OLD_EPOCH)
     return None
@@ -258,12 +258,12 @@ def _epoch_crc(epoch: int) -> bytes:
 
 
 def write_epoch(path: str, epoch: int) -> None:
-    """Keep `epoch` as the highest one used at `path`, in a file of the same owner and mode. Raises DiskFull."""
+    """Store `epoch` as the highest one of the store at `path`, with its owner and mode. Raises DiskFull."""
     replace(f"{path}.epoch", b"%d %d %s\n" % (epoch, TOKEN_COUNTER_BITS, _epoch_crc(epoch)), like=path)
 
 
 def space(path: str) -> DiskSpace | None:
-    """Free and total bytes of the disk of `path`; None if the file system does not say."""
+    """Return free and total bytes of the disk of `path`; None if the file system does not report them."""
     path = os.path.abspath(path)
     try:
         disk = os.statvfs(path)
@@ -274,9 +274,9 @@ def space(path: str) -> DiskSpace | None:
 
 @contextlib.contextmanager
 def spare(path: str, size: int) -> Iterator[None]:
-    """Occupy `size` bytes beside `path` for as long as it lasts. Raises DiskFull.
+    """Occupy `size` bytes beside `path` inside the context. Raises DiskFull.
 
-    Of a disk of less than 16 times `size` a sixteenth is enough: it could never have more to spare.
+    On a disk smaller than 16 times `size`, a sixteenth of the disk is enough.
     """
     disk = space(path)
     size = size if disk is None else min(size, disk.total_bytes // 16)
@@ -284,13 +284,13 @@ def spare(path: str, size: int) -> Iterator[None]:
         try:
             file = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(path) or "."))
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
-        except OSError as error:  # whatever it is, it says nothing about the database
+        except OSError as error:  # any error: it says nothing about the database
             raise DiskFull(str(error)) from error
         yield
 
 
 def has_ballast(path: str) -> bool:
-    """Whether `<path>.ballast` takes up its whole size on the disk."""
+    """Return whether the reserve file `<path>.ballast` has its full size on disk."""
     try:
         return os.stat(f"{path}.ballast").st_blocks * 512 >= BALLAST_BYTES
     except FileNotFoundError:
@@ -298,7 +298,7 @@ def has_ballast(path: str) -> bool:
 
 
 def build_ballast(path: str) -> None:
-    """Make sure that `<path>.ballast` takes up its whole size, with SPARE_BYTES left beside it. Raises DiskFull."""
+    """Give the reserve file `<path>.ballast` its full size, with SPARE_BYTES left free. Raises DiskFull."""
     if has_ballast(path):
         return
     name = f"{path}.ballast"

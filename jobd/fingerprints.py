@@ -10,7 +10,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
-LOOKED_AT: Final = 1_000  # characters of a message with its marks; what comes after is mostly a trace, which differs
+LOOKED_AT: Final = 1_000  # characters of a message with its marks; most of the rest is a traceback, which differs
 LONGEST: Final = 4_096  # characters of a message that are marked
 BYTES: Final = 6  # of a fingerprint: twelve digits
 
@@ -32,10 +32,10 @@ _MARK: Final = re.compile("<[a-z]+>")
 
 
 def normal(message: str, job_id: str = "") -> str:
-    """Put a mark in the place of each quoted text, URL, path, UUID, hexadecimal and number, and of the job's own id."""
+    """Replace each quoted text, URL, path, UUID, hexadecimal, number, and the job's own id by a mark."""
     marked = _marked(message)
     own = _marked(job_id)
-    # An id that is nothing but marks (a number, a UUID) is marked already, as in the messages of other jobs.
+    # An id that consists of marks only (a number, a UUID) is replaced already, as in the messages of other jobs.
     if own in marked and any(each.isalpha() for each in _MARK.sub("", own)):
         marked = re.sub(rf"(?<![\w<]){re.escape(own)}(?![\w>])", "<id>", marked)
     return marked[:LOOKED_AT].strip()

@@ -29,7 +29,7 @@ async def foresee(hands: Hands, look_s: float = LOOK_S) -> PreviewView:
     at = hands.clock.moment()
     nothing: tuple[list[str], bool] = [], False
     past = await _past(hands, at.now, look_s)
-    # Deletion waits until the clock is trusted.
+    # Nothing is deleted until the clock is trusted.
     (old, more_old), (held, more_held) = (nothing, past) if at.suspect else (past, nothing)
     wrong, more_wrong = await _wrong(hands, look_s)
     settled = {*(each.job_id for each in seen.details), *seen.expired, *old}  # before a pass comes to what is wrong

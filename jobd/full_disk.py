@@ -1,7 +1,8 @@
-"""Writes that a full disk rejects, in steps, and the probe that accepts them again.
+"""Reject writes on a full disk, in steps, and probe when they can be accepted again.
 
-Creates are rejected first. If that is not enough, everything but endings and deletions is rejected, the reserve file is
-released, and lease time stands still, as no sign of life can be written. At worst every write is rejected. Reads go on.
+Creates are rejected first. If that is not enough, all writes but endings and deletions are rejected, the reserve file
+is released, and lease time stands still, because no sign of life can be written. At worst every write is rejected.
+Reads are always accepted.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class LeaseTime(Protocol):
 
 
 class FullDisk:
-    """`closed` says what is rejected now. `loop_time` is that of the event loop, in seconds.
+    """The state of the disk. `closed` says what is rejected now. `loop_time` is the event loop's time, in seconds.
 
     `space` is as of the last `measure`; None for a store in memory, and before the first one.
     """
@@ -54,8 +55,8 @@ class FullDisk:
         self.space: DiskSpace | None = None
         self.next_probe = loop_time()
         self._needs_reserve = not has_reserve
-        self._is_released = False  # the reserve file, and its room is still set aside for endings
-        self._reserve_fault = ""  # why it could not be rebuilt, if not for lack of room
+        self._is_released = False  # the reserve file is released, and its space is left for endings
+        self._reserve_fault = ""  # why it could not be rebuilt, other than a full disk
         self._logged = self.closed  # the furthest step since writes were accepted last
         self._disk = disk
         self._lease = lease
@@ -63,30 +64,30 @@ class FullDisk:
 
     @property
     def has_reserve(self) -> bool:
-        """Whether endings have the room of the reserve file when the disk is full."""
+        """Whether endings have the space of the reserve file when the disk is full."""
         return self._is_released or not self._needs_reserve
 
     @property
     def probe_at(self) -> float | None:
-        """Loop time of the next probe; None if there is nothing to find out."""
+        """The loop time of the next probe; None if no probe is needed."""
         return self.next_probe if self.closed or self._needs_reserve else None
 
     def refuse(self, command: object) -> Refusal | None:
-        """Why `command` may not be written now; None if it may be decided."""
+        """Return why `command` may not be written now; None if it may."""
         if not self.closed or isinstance(command, READS):
             return None
         if self.closed == Closed.CREATES and not isinstance(command, CREATES):
             return None
         if self.closed == Closed.ALL_BUT_ENDINGS and isinstance(command, ENDINGS):
             return None
-        return self.refusal("nothing was changed. Free some space: jobd tries again every second.")
+        return self.refusal("nothing was changed. Free some space; jobd tries again every second.")
 
     def refusal(self, what: str) -> Refusal:
-        """A `storage_full` error that names the path and the free bytes, and then says `what`."""
+        """Return a `storage_full` error that names the path and the free bytes, followed by `what`."""
         return Refusal("storage_full", f"{self.described()}; {what}", self._figures())
 
     def described(self) -> str:
-        """Name the path, the free bytes, and the reserve file if it is not there."""
+        """Describe the full disk: path, free bytes, and the reserve file if it is released or missing."""
         space = self.space
         where = "The disk of the store is full"
         if space is not None:
@@ -119,7 +120,7 @@ class FullDisk:
             log.error("disk_full", refused=self.closed.name.lower(), reserve=self.has_reserve, **self._figures())
 
     async def probe(self) -> None:
-        """Once a second while it matters: accept writes again, and then rebuild the reserve file, if there is room.
+        """Accept writes again and rebuild the reserve file if there is room. Once a second while one of them is due.
 
         Raises what the disk raises, except DiskFull.
         """
@@ -132,7 +133,7 @@ class FullDisk:
             await self._rebuild_reserve()
 
     async def _has_room(self) -> bool:
-        """Whether everything is accepted again. Without the spare room endings are tried at least."""
+        """Return whether all writes are accepted again. If space is short, at least try to accept endings."""
         try:
             await self._disk.probe(SPARE_BYTES)
         except DiskFull:
@@ -145,7 +146,7 @@ class FullDisk:
         self.closed = self._logged = Closed.NOTHING
         self._is_released = False
         await self.measure()
-        log.info("disk_has_room", message="writes are taken again", reserve=self.has_reserve, **self._figures())
+        log.info("disk_has_room", message="writes are accepted again", reserve=self.has_reserve, **self._figures())
         return True
 
     async def _fits(self) -> bool:
@@ -156,7 +157,7 @@ class FullDisk:
         return True
 
     async def _rebuild_reserve(self) -> None:
-        """Failing to do so rejects no write: the next probe tries again."""
+        """Rebuild the reserve file if there is room. A failure rejects no write; the next probe tries again."""
         try:
             await self._disk.build_ballast()
         except DiskFull:

@@ -89,7 +89,7 @@ class Health:
         self._sweeper = sweeper
         self._faults: deque[str] = deque(faults, FAULTS_KEPT)
         self._take_faults = take_faults
-        self._known = self._known_now()  # at the last measurement
+        self._known = self._known_now()  # as of the last measurement
         self._measured_at = 0.0  # loop time at the beginning of the measurement
         self._space_at: float | None = None  # loop time at which the space of the disk was read
         self._measuring: asyncio.Task[HealthView] | None = None
@@ -108,7 +108,7 @@ class Health:
         return await asyncio.shield(self._measuring)
 
     async def space(self) -> DiskSpace | None:
-        """Free and total space of the store's disk, a second old at most; older if the disk does not respond."""
+        """Return free and total space of the store's disk, at most a second old, or older if the disk hangs."""
         loop_time, full_disk = asyncio.get_running_loop().time, self._actor.full_disk
         if self._space_at is None or loop_time() - self._space_at >= SPACE_MAX_AGE_S:
             with contextlib.suppress(TimeoutError):
@@ -117,7 +117,7 @@ class Health:
         return full_disk.space
 
     def _known_now(self) -> tuple[Closed, bool, bool]:
-        """What is never shown old: how full the disk is, and whether the clock is suspect."""
+        """Return the values that are never served from the cache: the limits of a full disk, and a suspect clock."""
         full_disk = self._actor.full_disk
         return full_disk.closed, full_disk.has_reserve, self._clock.moment().suspect
 
@@ -201,11 +201,11 @@ class Health:
         return PartHealth("healthy", f"A write and a read back took {took_ms:.1f} ms.")
 
     async def _full_disk(self) -> PartHealth:
-        """New jobs are rejected, or the next one will be."""
+        """Describe a full disk: new jobs are rejected, or the next one will be."""
         full_disk = self._actor.full_disk
         await self.space()
         told = f"{full_disk.described()}: {_REFUSED[full_disk.closed]}."
-        return PartHealth("unhealthy", f"{told} Free some space; it is tried again every second.")
+        return PartHealth("unhealthy", f"{told} Free some space; jobd tries again every second.")
 
     def _damage(self) -> str | None:
         """What is known to be damaged, and how it is mended."""
@@ -336,10 +336,10 @@ async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def _without_reserve(space: DiskSpace | None) -> str:
-    """What follows from a missing reserve file, and what brings it back."""
+    """Describe what a missing reserve file means, and how to get it back."""
     needed = RESERVE_BYTES + SPARE_BYTES
     where = "" if space is None else f" beside {space.path} ({needed} bytes are needed, {space.free_bytes} are free)"
-    return f"The reserve file is missing{where}: on a full disk, running jobs may not be able to end. Free some space."
+    return f"The reserve file is missing{where}. On a full disk, running jobs may not be able to end. Free some space."
 
 
 def _some(names: list[str], count: int, between: str = ", ") -> str:

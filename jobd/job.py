@@ -49,13 +49,13 @@ LATEST_MS: Final = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 
 # `$` alone would let a line end through that comes last.
 ID_PATTERN: Final = r"^[A-Za-z0-9_.:\-]{1,200}$(?!\n)"
-MAX_PRIORITY: Final = 1000  # from minus that on; smaller runs first
+MAX_PRIORITY: Final = 1000  # priorities range from -MAX_PRIORITY; a smaller one runs first
 
-# A fencing token is (epoch << TOKEN_COUNTER_BITS) | counter. Up to SAFE_EPOCH it is below 2^53, so JavaScript reads it
-# exactly; beyond LAST_EPOCH SQLite could not store it.
+# A fencing token is (epoch << TOKEN_COUNTER_BITS) | counter. Up to SAFE_EPOCH it is below 2^53, which JavaScript reads
+# exactly. Above LAST_EPOCH, SQLite could not store it.
 TOKEN_COUNTER_BITS: Final = 24
 COUNTER_MASK: Final = (1 << TOKEN_COUNTER_BITS) - 1
-SAFE_EPOCH: Final = (1 << 29) - 1  # a second of January 2037
+SAFE_EPOCH: Final = (1 << 29) - 1  # in January 2037
 LAST_EPOCH: Final = (1 << 39) - 1
 _EPOCHS_BEGIN_MS: Final = 1_577_836_800_000  # 2020-01-01T00:00:00Z
 
@@ -80,7 +80,8 @@ Place = Annotated[str, Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096
 Code = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200)]
 MAX_PERCENT: Final = 100
 KEEP_LATE: Final = 5  # late results of a job: those of its latest grants
-# Releases in a row without progress: from which on the job waits, and from which on it is in a loop if it does not.
+# Releases in a row without progress: from DELAYED_FROM on, the job waits. From LOOP_FROM on, a job that does not wait
+# is in a release loop.
 DELAYED_FROM: Final = 5
 LOOP_FROM: Final = 20
 
@@ -106,9 +107,9 @@ def runs_again(job: Job) -> bool:
 
 
 def release_delay_ms(releases: int) -> int | None:
-    """The delay of the release with this number in a row without progress: 1 s for the fifth, doubling to 1 min.
+    """Return the delay after `releases` releases in a row without progress: 1 s after the fifth, doubling to 1 min.
 
-    None before the fifth: the job keeps its place in the queue.
+    Before the fifth it is None: the job keeps its place in the queue.
     """
     if releases < DELAYED_FROM:
         return None
@@ -116,7 +117,7 @@ def release_delay_ms(releases: int) -> int | None:
 
 
 def is_release_loop(job: Job) -> bool:
-    """Whether the job was released LOOP_FROM times in a row without progress, the last time with a delay below 1 s.
+    """Return whether the job was released LOOP_FROM times in a row without progress, last with a delay below 1 s.
 
     After a grant that was not delivered, the delay is unknown until the next release.
     """
@@ -143,22 +144,22 @@ def first_line(text: str) -> str:
 
 
 def headline(message: str, width: int) -> str:
-    """Shorten an error message for a list: its first line is whole. More follows up to `width`, but no traceback."""
+    """Shorten an error message for a list: the whole first line, and more up to `width`, but no traceback."""
     said = message.partition("\nTraceback (most recent call last):")[0]
     width = max(width, len(first_line(said)))
     return said if len(said) <= width else f"{said[:width]}…"
 
 
 def seconds_of_epochs(now_ms: int) -> int:
-    """The seconds since 2020-01-01 UTC at the wall time `now_ms`."""
+    """Return the seconds from 2020-01-01 UTC to the wall time `now_ms`."""
     return (now_ms - _EPOCHS_BEGIN_MS) // SECOND_MS
 
 
 def new_epoch(seen: int, now_ms: int) -> int:
-    """The epoch that is taken at the wall time `now_ms`, above `seen`, the highest one known.
+    """Return the epoch that begins at the wall time `now_ms`, above `seen`, the highest one known.
 
-    Copies of one store take different epochs, because they take them in different seconds. A clock past SAFE_EPOCH is
-    wrong or too late for that: the epoch after `seen` keeps tokens below 2^53 as long as it can.
+    Copies of one store get different epochs, because they begin in different seconds. If the clock is past SAFE_EPOCH,
+    the epoch is `seen` + 1, which keeps tokens below 2^53 as long as possible.
     """
     seconds = seconds_of_epochs(now_ms)
     return max(seconds, seen + 1) if seconds <= SAFE_EPOCH else seen + 1
@@ -294,7 +295,7 @@ class Job(Struct, frozen=True, gc=False):
     `seq` is the order of creation, unique in a store and never used again. `expires_at` of a live job is the
     creator's (it fails then), of a finished one the time of its deletion. Times named `*_at` are wall time, Unix ms.
     `releases` counts the releases in a row without progress. A report above 0 % sets it to 0, and so does every other
-    end of a grant; a grant that was not delivered leaves it as it is.
+    end of a grant. A grant that was not delivered does not change it.
     """
 
     seq: int
@@ -358,13 +359,13 @@ class Policy(Struct, frozen=True):
     late_bytes: int = 256 << 10  # of the metadata of a late result
     late_calls: bool = True  # refused calls of ended grants are told in the journal
     live_jobs: int = 5_000_000
-    queues: int = 10_000  # with jobs
+    queues: int = 10_000  # that may have jobs
     idempotency_keys: int = 200_000
     artefacts: bool = False  # there is a store of them: what a deleted job named there is deleted, too
 
     @property
     def shortest_keep_ms(self) -> int:
-        """The shortest retention; 0 deletes at once, whatever the clock says, and does not count."""
+        """The shortest retention. A retention of 0 does not count: it deletes at once, whatever the clock says."""
         kept = (self.keep_completed_ms, self.keep_failed_ms, self.keep_cancelled_ms)
         return min((keep_ms for keep_ms in kept if keep_ms), default=7 * DAY_MS)
 

@@ -373,7 +373,7 @@ def oldest_due_s(book: Book, now: int) -> dict[str, float]:
 
 
 def capped(book: Book) -> list[tuple[str, dict[str, int]]]:
-    """Label values have a limit: beyond it, all further queues are one. Costs by the queues that are shown."""
+    """Return the counts of the first QUEUES_SHOWN queues, and of all others as one, to limit the label values."""
     shown = [(name, counts.copy()) for name, counts in islice(book.counts.items(), QUEUES_SHOWN)]
     if len(book.counts) <= QUEUES_SHOWN:
         return shown

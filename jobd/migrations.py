@@ -138,7 +138,7 @@ def create(conn: sqlite3.Connection) -> None:
     conn.execute("BEGIN IMMEDIATE")
     for statement in statements(script):
         conn.execute(statement)
-    row = meta_row(Numbers(epoch=0), (0, 0, 0, 0), 0, 0, VERSION)  # opening.py takes the first epoch
+    row = meta_row(Numbers(epoch=0), (0, 0, 0, 0), 0, 0, VERSION)  # opening.py begins the first epoch
     names = ", ".join((*META_COLUMNS, "crc"))
     conn.execute(f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", row)
     conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -170,9 +170,9 @@ def read_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
 
 
 def token_numbers(meta: dict[str, int]) -> tuple[int, int]:
-    """Epoch and counter of the next fencing token, from the meta row of any schema version.
+    """Return epoch and counter of the next fencing token, from the meta row of any schema version.
 
-    Before version 10 the counter had 40 bits. The next token is the same number either way.
+    Before version 10 the counter had 40 bits. The number of the next token does not change.
     """
     epoch, counter = meta["epoch"], meta["next_token"]
     if meta["schema_version"] >= 10:
@@ -182,7 +182,7 @@ def token_numbers(meta: dict[str, int]) -> tuple[int, int]:
 
 
 def epoch_of(conn: sqlite3.Connection) -> int:
-    """The epoch of a database of any schema version, as epochs are counted today; 0 if its meta row is damaged."""
+    """Return the epoch of a database of any schema version, in today's numbering; 0 if its meta row is damaged."""
     found = read_meta(conn)
     if found is None or fault(tuple(found.values())) is not None:
         return 0
@@ -207,14 +207,14 @@ def change_meta(conn: sqlite3.Connection, **values: int) -> None:
 
 
 def _note_what_is_gone(conn: sqlite3.Connection) -> None:
-    """Version 1 did not keep which events it had pruned: all until now may be gone."""
+    """Mark all events until now as pruned, because version 1 did not store which events it had pruned."""
     found = read_meta(conn)
     assert found is not None
     _rewrite_meta(conn, {**found, "events_gone_to": found["next_event"] - 1})
 
 
 def _rewrite_meta(conn: sqlite3.Connection, row: dict[str, int]) -> None:
-    """Lay the meta table out anew with the columns of `row`. The checksum has to stay the last column."""
+    """Rebuild the meta table with the columns of `row`. The checksum has to stay the last column."""
     row["crc"] = row.pop("crc")
     columns = ", ".join(f"{name} INTEGER NOT NULL" for name in row)
     conn.execute("DROP TABLE meta")
@@ -224,7 +224,7 @@ def _rewrite_meta(conn: sqlite3.Connection, row: dict[str, int]) -> None:
 
 
 def _describe_pauses_and_count_releases(conn: sqlite3.Connection) -> None:
-    """Add who paused a queue and why, releases in a row, and a clock that stays suspect across a restart."""
+    """Add columns for the details of a pause, releases in a row, and a suspect clock."""
     pause = {"paused_at": "INTEGER", "paused_by": "TEXT", "pause_reason": "TEXT", "paused_until": "INTEGER"}
     _add_columns(conn, "queues", pause, None)
     live_xor, finished_xor = _add_columns(conn, "jobs", {"releases": "INTEGER NOT NULL"}, 0)
@@ -243,9 +243,9 @@ def _describe_pauses_and_count_releases(conn: sqlite3.Connection) -> None:
 
 
 def _add_columns(conn: sqlite3.Connection, table: str, types: dict[str, str], value: int | None) -> tuple[int, int]:
-    """Add columns that hold `value` in front of the checksum of every row, and write the checksums anew.
+    """Add columns that hold `value` before the checksum of every row, and recompute the checksums.
 
-    Gives what that does to the XOR of the checksums of live jobs, and to that of all other rows.
+    Return the changes to the XOR of the checksums of live jobs, and to that of all other rows.
     """
     old = f"old_{table}"
     sql = "SELECT sql FROM sqlite_schema WHERE tbl_name = ? AND type = ? AND sql IS NOT NULL"
@@ -257,7 +257,7 @@ def _add_columns(conn: sqlite3.Connection, table: str, types: dict[str, str], va
     columns = "".join(f"{name} {type_}, " for name, type_ in types.items())
     conn.execute(f"ALTER TABLE {table} RENAME TO {old}")
     conn.execute(made_by.replace("crc INTEGER NOT NULL", f"{columns}crc INTEGER NOT NULL"))
-    # SQLite copies the rows: it keeps text that is no UTF-8 as it is.
+    # SQLite copies the rows, because it does not change text that is not UTF-8.
     added = "".join(f"{'NULL' if value is None else value}, " for _ in types)
     conn.execute(f"INSERT INTO {table} ({names}, {', '.join(types)}, crc) SELECT {names}, {added}crc FROM {old}")
     conn.execute(f"DROP TABLE {old}")
@@ -267,9 +267,9 @@ def _add_columns(conn: sqlite3.Connection, table: str, types: dict[str, str], va
 
 
 def _reseal(conn: sqlite3.Connection, table: str, names: str, added: Row) -> tuple[int, int]:
-    """Write the checksums of the rows of `table` anew, now that they end with the values `added`.
+    """Recompute the checksums of the rows of `table`, which now end with the values `added`.
 
-    A damaged row stays as damaged as it was: its checksum is off by the same bits.
+    The checksum of a damaged row stays wrong by the same bits.
     """
     xors = {True: 0, False: 0}
     last = -1

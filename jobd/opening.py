@@ -60,7 +60,7 @@ _IN_FULL: Final = (
     f"SELECT {JOB_SQL} FROM (SELECT value AS found FROM json_each(?)) CROSS JOIN jobs NOT INDEXED ON seq = found"
 )
 _SLICE: Final = 10_000
-_EPOCH_SLACK_S: Final = 60  # starts that follow each other within a second count on by one
+_EPOCH_SLACK_S: Final = 60  # starts within one second use epochs ahead of the clock
 # For each null sqlite3 looks for a way to adapt it, which takes longer than all else about it. None stays None. A look
 # into an empty dictionary gives it without a call of Python.
 _NOTHING: Final[dict[None, None]] = {}
@@ -292,10 +292,10 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Tables:
 
 
 def _settle_epoch(tables: Tables, path: str) -> bool:
-    """Take a new epoch for a new store, a backup, and a database that its epoch file does not belong to.
+    """Begin a new epoch for a new store, a backup, and a database whose epoch file is missing or newer.
 
-    Gives whether a backup or an older copy was put back, whose grants have to end. An epoch is in the database before
-    it is in the file: a file that is ahead of its database tells of an older copy.
+    Return whether a backup or an older copy was put back, so that its grants have to end. An epoch is written to the
+    database before the file, so a file that is ahead of its database means that the database is an older copy.
     """
     file = EpochFile(is_current=True) if path == MEMORY else files.read_epoch(path)
     own = tables.numbers.epoch
@@ -314,10 +314,10 @@ def _settle_epoch(tables: Tables, path: str) -> bool:
 
 
 def _begin_epoch(tables: Tables, epoch: int, is_put_back: bool) -> None:
-    """Begin `epoch`. The mark of a backup stays until every grant has been ended (Batch.unmark).
+    """Begin `epoch`. The mark of a backup stays until every grant has ended (Batch.unmark).
 
-    After a backup was put back, clients may have seen events that it does not know. Their numbers are not used again:
-    new ones begin above them, and a client that comes with an older one is told that what followed it is gone.
+    After a backup is put back, clients may have seen events that it lacks. Their numbers are not used again: new events
+    begin above them, and a client that resumes from an older number gets an error that later events are gone.
     """
     tables.numbers = replace(tables.numbers, epoch=epoch, next_token=1)
     if is_put_back:
@@ -329,15 +329,15 @@ def _begin_epoch(tables: Tables, epoch: int, is_put_back: bool) -> None:
 
 
 def epoch_warning(epoch: int, now: int) -> str | None:
-    """Say what a wrong wall clock means for fencing tokens, if it is wrong at the time `now` or was before."""
+    """Describe the effect of a wrong wall clock on fencing tokens; None if it is right now and was before."""
     seconds = seconds_of_epochs(now)
     if epoch > SAFE_EPOCH:
-        return f"epoch {epoch} makes fencing tokens of 2^53 and more, which JavaScript does not read exactly"
+        return f"epoch {epoch} gives fencing tokens of 2^53 and more, which JavaScript cannot read exactly"
     if seconds > SAFE_EPOCH:
-        return "the wall clock is past 2036: epochs are counted on by one, and copies of this store may take the same"
+        return "the wall clock is past 2036: epochs only count up by 1, and copies of this store may use the same one"
     if epoch > seconds + _EPOCH_SLACK_S:
         behind = f"the wall clock is {epoch - seconds} s behind epoch {epoch} of the fencing tokens"
-        return f"{behind}: until it has caught up, copies of this store may take the same epoch"
+        return f"{behind}: until it has caught up, copies of this store may use the same epoch"
     return None
 
 
@@ -348,7 +348,7 @@ def _remove_leftovers(path: str) -> None:
 
 
 def probe(tables: Tables, path: str, spare_bytes: int) -> None:
-    """Write and read back with so many bytes to spare on the disk. Raises DiskFull."""
+    """Write and read back with `spare_bytes` left free on the disk. Raises DiskFull."""
     if path == MEMORY or not spare_bytes:
         tables.probe()
         return

@@ -1,6 +1,6 @@
-"""The orders in which jobs are looked for: sorted blocks for queues, heaps with stale entries for times.
+"""Orders in which jobs are found: sorted blocks for queues, heaps with stale entries for times.
 
-Pure structures. Each is told the time; none reads a clock.
+Pure structures. The time is an argument.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _due_since(entry: DueEntry) -> tuple[int, int]:
 
 
 def entry_of(job: Job) -> DueEntry:
-    """The place of `job` in its queue."""
+    """Return the position of `job` in its queue."""
     return (job.options.priority, job.run_at, job.seq, job.id, NEVER if job.expires_at is None else job.expires_at)
 
 
@@ -103,7 +103,7 @@ class LazyHeap(Generic[Entry]):
 
 
 class Sorted(Generic[Item]):
-    """Entries in order, in blocks of at most BLOCK: each is found, added and removed by bisection.
+    """Entries in order, in blocks of at most BLOCK entries. Bisection finds, adds and removes an entry.
 
     `_last` holds the last entry of each block.
     """
@@ -124,9 +124,9 @@ class Sorted(Generic[Item]):
         return self._blocks[0][0] if self._blocks else None
 
     def add(self, entry: Item) -> int:
-        """Return the number of the block that has it now."""
+        """Add `entry`. Return the number of its block."""
         place = bisect_left(self._last, entry)
-        if place == len(self._last):  # it comes last
+        if place == len(self._last):  # after all others
             if not place or len(self._blocks[-1]) >= BLOCK:
                 self._insert(place, [entry])
                 return place
@@ -139,7 +139,7 @@ class Sorted(Generic[Item]):
         return place
 
     def remove(self, entry: Item) -> bool:
-        """Return whether `entry` was here."""
+        """Remove `entry`. Return whether it was present."""
         place = bisect_left(self._last, entry)
         if place == len(self._last):
             return False
@@ -155,7 +155,7 @@ class Sorted(Generic[Item]):
         return True
 
     def after(self, entry: Item) -> Iterator[Item]:
-        """Those behind `entry`, in order. Nothing may be added or removed meanwhile."""
+        """Iterate over the entries after `entry`, in order. Nothing may be added or removed meanwhile."""
         place = bisect_right(self._last, entry)
         if place < len(self._last):
             block = self._blocks[place]
@@ -163,7 +163,7 @@ class Sorted(Generic[Item]):
             yield from chain.from_iterable(islice(self._blocks, place + 1, None))
 
     def _split(self, place: int) -> Item:
-        """Move the upper half of a block into one of its own. Return the last entry of the lower half."""
+        """Move the upper half of a block into a new one. Return the last entry of the lower half."""
         block = self._blocks[place]
         upper = block[BLOCK // 2 :]
         del block[BLOCK // 2 :]
@@ -180,9 +180,9 @@ class Sorted(Generic[Item]):
 
 
 class Places(Sorted[DueEntry]):
-    """The entries of one lane. `_expiry` holds an upper bound of the expires_at in each block.
+    """The entries of one lane. `_expiry` holds an upper bound of the `expires_at` in each block.
 
-    So a claim passes a block of overdue jobs in one step.
+    With it a claim skips a block of overdue jobs in one step.
     """
 
     __slots__ = ("_expiry",)
@@ -198,7 +198,7 @@ class Places(Sorted[DueEntry]):
         return place
 
     def eligible(self, now: int) -> Iterator[DueEntry]:
-        """Entries of jobs that are due and not overdue, in order. Nothing may be added or removed meanwhile."""
+        """Iterate over jobs that are due and not overdue, in order. Nothing may be added or removed meanwhile."""
         for place, expiry in enumerate(self._expiry):
             if expiry <= now:
                 continue
@@ -209,11 +209,11 @@ class Places(Sorted[DueEntry]):
                 if entry[4] > now:
                     is_passed = False
                     yield entry
-            if is_passed:  # the job with the latest expires_at has left
+            if is_passed:  # the job with the latest expires_at was removed
                 self._expiry[place] = _latest(self._blocks[place])
 
     def next_run_at(self, now: int) -> int | None:
-        """The first `run_at` after `now`."""
+        """Return the first `run_at` after `now`."""
         place = bisect_right(self._last, now, key=_run_at)
         if place == len(self._last):
             return None
@@ -262,11 +262,11 @@ class Line:
         return None
 
     def ends_by(self, now: int) -> bool:
-        """Whether all in line were created at or before `now`."""
+        """Return whether all jobs in line were created at or before `now`."""
         return not self.jobs or self.jobs[-1].created_at <= now
 
     def next_created_at(self, now: int, waits: Callable[[Untouched], bool]) -> int | None:
-        """The first `created_at` after `now` of a job that still waits."""
+        """Return the first `created_at` after `now` of a job that still waits."""
         if self.ends_by(now):
             return None
         ahead = islice(self.jobs, bisect_right(self.jobs, now, key=_created_at), None)
@@ -297,7 +297,7 @@ class Lane:
         self.due_at = _LONG_AGO
 
     def head(self) -> DueEntry | None:
-        """The first entry, whether its job may be granted or not."""
+        """Return the first entry, even if its job may not be granted."""
         in_line, other = self.line.first(self.waits), self.others.first()
         if in_line is None:
             return other
@@ -305,7 +305,7 @@ class Lane:
         return entry if other is None or entry <= other else other
 
     def eligible(self, now: int) -> Iterator[DueEntry]:
-        """Entries of jobs that are due and not overdue, in order. Nothing may change meanwhile."""
+        """Iterate over jobs that are due and not overdue, in order. Nothing may change meanwhile."""
         in_line: Iterator[Untouched] = filter(self.waits, self.line.jobs)
         if not self.line.ends_by(now):
             in_line = takewhile(lambda job: job.created_at <= now, in_line)
@@ -313,7 +313,7 @@ class Lane:
         return merge(entries, self.others.eligible(now)) if self.others else entries
 
     def next_run_at(self, now: int) -> int | None:
-        """The first `run_at` after `now`."""
+        """Return the first `run_at` after `now`."""
         ahead = self.line.next_created_at(now, self.waits), self.others.next_run_at(now)
         return min((time for time in ahead if time is not None), default=None)
 
@@ -321,9 +321,9 @@ class Lane:
 class QueuedJobs:
     """The queued jobs of one queue, in exact order over all kinds or over some of them.
 
-    One lane for each kind and priority; `heads` orders the lanes with due jobs by their first job, so that the cost of
-    a claim does not grow with their number (one lane alone needs no order: then it is empty). `waits` knows untouched
-    jobs that are gone.
+    There is one lane for each kind and priority. `heads` orders the lanes with due jobs by their first job, so that the
+    cost of a claim does not grow with their number. It is empty if there is only one lane. `waits` tells which
+    untouched jobs still wait.
     """
 
     __slots__ = ("_count", "_name", "_waits", "heads", "lanes")
@@ -336,7 +336,7 @@ class QueuedJobs:
         self._waits = waits
 
     def add(self, kind: str, entry: DueEntry, now: int) -> Lane:
-        """Add a job of this kind, whatever has happened to it."""
+        """Add a job of this kind, untouched or not."""
         lane = self._lane(kind, entry[0], now)
         lane.live += 1
         lane.others.add(entry)
@@ -345,7 +345,7 @@ class QueuedJobs:
         return lane
 
     def join(self, job: Untouched, now: int) -> Lane:
-        """Add a job that `waits` knows already."""
+        """Add an untouched job."""
         kind = job.options.kind
         lane = self._lane(kind, job.options.priority, now)
         if not lane.line.takes(job):
@@ -366,7 +366,7 @@ class QueuedJobs:
         return lane
 
     def remove(self, kind: str, entry: DueEntry, now: int) -> Lane | None:
-        """Remove a job; one that was in line does not wait any more already. Return its lane if that has ended."""
+        """Remove a job. A job in line has been marked as no longer waiting. Return its lane if that is now empty."""
         lane = self.lanes[kind][entry[0]]
         lane.live -= 1
         lane.others.remove(entry)
@@ -378,7 +378,7 @@ class QueuedJobs:
         return None
 
     def eligible(self, kinds: Iterable[str] | None, now: int) -> Iterator[DueEntry]:
-        """Entries of jobs of `kinds` (None: of all) that are due and not overdue, in order. Nothing may change."""
+        """Iterate over jobs of `kinds` (None: all) that are due and not overdue, in order. Nothing may change."""
         if kinds is None and (only := self._only_lane()) is not None:
             yield from only.eligible(now)
             return
@@ -396,19 +396,19 @@ class QueuedJobs:
                 heapq.heappush(frontier, (next_entry, following))
 
     def in_line(self, kinds: Iterable[str] | None, now: int) -> Iterator[Untouched] | None:
-        """Due jobs in order, if all of them stand in one line; None if orders have to be merged."""
+        """Return the due jobs in order if all of them are in one line; None if orders have to be merged."""
         only = self._only_lane() if kinds is None else None
         if only is None or only.others or not only.line.ends_by(now):
             return None
         return filter(self._waits, only.line.jobs)
 
     def oldest(self, now: int) -> DueEntry | None:
-        """The job that has been due longest and is not overdue; the first of each lane is its oldest."""
+        """Return the job that has been due longest and is not overdue. The first job of each lane is its oldest."""
         firsts = (next(lane.eligible(now), None) for lanes in self.lanes.values() for lane in lanes.values())
         return min((entry for entry in firsts if entry is not None), key=_due_since, default=None)
 
     def offer(self, lane: Lane, now: int) -> None:
-        """Another job may have come to the head of this lane. One that is not due is offered when it is."""
+        """Update `heads` after a change of this lane. A lane whose first job is not due is offered when it is."""
         first = lane.head()
         assert first is not None  # the lane has a job
         if self._count > 1 and first[1] <= now:
@@ -455,7 +455,7 @@ class QueuedJobs:
         return first is not None and first[:4] == head[:4]
 
     def _all_heads(self, now: int) -> Iterator[tuple[int, int, int, str, str]]:
-        """The heads of lanes with due jobs. One that is not due any more is offered again when it is."""
+        """Iterate over the heads of lanes with due jobs. A head that is no longer due is offered again when it is."""
         return self.heads.ordered(lambda head: head[1] <= now and self._is_head(head))
 
     def _heads_of(self, kinds: Iterable[str], now: int) -> Iterator[tuple[int, int, int, str, str]]:

@@ -18,7 +18,7 @@ Place = tuple[str, str | None]  # queue, and kind or None for all kinds
 class Parked:
     """Waiting claims by the lanes that they wait for. Deadlines are in the event loop's time, seconds.
 
-    `presence` is told of each wait: a worker counts as heard for as long as its claim waits.
+    `presence` records each wait, because a worker counts as seen while its claim waits.
     """
 
     def __init__(self, presence: WorkerPresence) -> None:

@@ -101,7 +101,7 @@ class Hands:
             await self.breathe()
 
     async def take_back(self, command: TakeBack, by: str, operator: Operator | None) -> TakenBack:
-        """The expired grants of a silent worker, slice by slice. A refused first slice raises Refused."""
+        """End the expired grants of a silent worker, slice by slice. Raises Refused if the first slice is refused."""
         done: TakenBack = await self.ask(command, by, operator)
         details, more = list(done.details), done.more
         while more and not command.dry_run:
@@ -176,7 +176,7 @@ class Pass:
         await self._hands.expire("cleanup")
 
     async def _deletion_step(self) -> None:
-        """Finished jobs past their time. Not while the wall clock is suspect. What they stored: see sweeper.py."""
+        """Delete finished jobs past their retention, unless the wall clock is suspect. For artifacts see sweeper.py."""
         while not (at := self._clock.moment()).suspect:
             ids = await self._disk.expired(at.now, self._batch)
             if not ids:
@@ -232,7 +232,7 @@ class Pass:
             await self._hands.breathe()
 
     async def _audit_step(self) -> None:
-        """What operators did long ago, or more often than is kept. While the clock is suspect nothing is old."""
+        """Delete old audit entries, and those above the limit. While the clock is suspect, no entry is old."""
         limit = self._batch
         while True:
             at = self._clock.moment()

@@ -55,7 +55,7 @@ def restore(file: str, path: str) -> list[str]:
         lines += _ended(source)
     old, replaced = _replaced(path)
     epoch = new_epoch(max(own, used.epoch, old), now_ms())
-    lines.append(f"    epoch {epoch} would begin, or a later one: its fencing tokens are above all before")
+    lines.append(f"    epoch {epoch} or a later one would begin: its fencing tokens are above all earlier ones")
     return [*lines, replaced]
 
 
@@ -150,7 +150,7 @@ def accept(path: str, ids: Sequence[str] | None) -> list[str]:
             except doctor.Refused as refused:
                 if ids is not None:
                     raise
-                lines.append(f"{refused}. It would stay as it is")
+                lines.append(f"{refused}. The row would not change")
                 continue
             lines += told
             is_new = not tables.rows("SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?", (row["seq"],))
@@ -162,7 +162,7 @@ def accept(path: str, ids: Sequence[str] | None) -> list[str]:
 
 
 def _accepted(tables: Tables, id_: str) -> tuple[dict[str, Any], list[str]]:
-    """The row of job `id_` as it would be taken, and what to say of it."""
+    """Return the row of job `id_` as it would be accepted, and lines that describe it."""
     taken = doctor.edited(tables, id_)
     row = dict(zip(JOB_COLUMNS, taken.row, strict=True))
     other = tables.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (row["id"], row["seq"]))
@@ -170,7 +170,7 @@ def _accepted(tables: Tables, id_: str) -> tuple[dict[str, Any], list[str]]:
         raise doctor.Refused(f"job {id_}: another row has this id")
     values = ", ".join(f"{name} {readable(row[name])}" for name in _TELLING if row[name] not in (None, ""))
     return row, [
-        f"job {id_}: {taken.where} would be taken as it is, with a new checksum; validation would judge it",
+        f"job {id_}: {taken.where} would be accepted as it is, with a new checksum; validation would check it",
         f"    {values}; a payload of {len(taken.body)} bytes",
     ]
 

@@ -122,7 +122,7 @@ class Reply:
         return b"Connection: close\r\n" if self.close else b"Connection: keep-alive\r\n"
 
     def write(self, transport: asyncio.Transport | None, ahead: int = 0) -> bool:
-        """Whether it could be written; where it could not, `lost` has been called. `ahead` bytes of it have left."""
+        """Write it. Return whether that succeeded; if not, `lost` has been called. `ahead` bytes have been sent."""
         if transport is not None and not transport.is_closing():
             transport.write(self.data[ahead:] if ahead else self.data)
             if not transport.is_closing():  # the client may be gone, and we learn it by writing to it

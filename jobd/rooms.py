@@ -130,7 +130,7 @@ class Rooms(Struct):
         return ClockView(at.now, doubt is not None, doubt or "The wall clock is in step with the store.")
 
     async def accept_clock(self) -> ClockView | Refusal:
-        """The response comes after the commit, so that the next start trusts the clock too."""
+        """Accept the clock. The response follows the commit, so that the next start trusts the clock too."""
         refusal = self.actor.full_disk.refuse(Tick())
         if refusal is not None:
             return refusal
@@ -214,7 +214,9 @@ class Rooms(Struct):
 
     async def _no_outbox(self) -> Refusal:
         await self.health_.space()
-        return self.actor.full_disk.refusal("the outbox of the webhook cannot be written. Try again in a moment.")
+        return self.actor.full_disk.refusal(
+            "the outbox of the webhook cannot be written. Free some space; jobd tries again every second."
+        )
 
     def is_ready(self) -> bool:
         return self.is_open and self.runs()

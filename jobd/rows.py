@@ -455,9 +455,9 @@ def thin(events: list[Event]) -> tuple[list[int], list[Event]]:
 
 
 def compact(events: list[Event]) -> tuple[list[int], list[Event]]:
-    """Which events in a part of one job's journal belong to grants that were given back, by seq: they can go.
+    """Return the seqs of events in a part of one job's journal that can be deleted: their grants were given back.
 
-    Events before the first grant stay, and so does the last grant. Also gives the events that change; as in `thin`,
+    Events before the first grant are kept, and so is the last grant. Also return the events that change; as in `thin`,
     folding gives the same row as before.
     """
     gone: set[int] = set()
@@ -475,7 +475,7 @@ def compact(events: list[Event]) -> tuple[list[int], list[Event]]:
 
 
 def _carried(events: list[Event], gone: set[int]) -> list[Event]:
-    """The events that take over what the events in front of them set that are `gone`."""
+    """Return the events that carry the values set by `gone` events before them."""
     changed: list[Event] = []
     carried: Changes | None = None
     for event in events:

@@ -292,7 +292,7 @@ def _refuse_start(draft: Draft, job: Job) -> Refusal | None:
     if job.status != "queued":
         why = f" ({job.error.message})" if job.error and job.error.message else ""
         return steps.refuse_transition(job, "processing", f"Only a queued job can be started{why}.")
-    if steps.is_overdue(job, at.now):  # and not failed, because the clock is suspect
+    if steps.is_overdue(job, at.now):  # not failed yet, because the clock is suspect
         what = f"It is not granted, because its expires_at has passed. {steps.CLOCK_SUSPECT}"
         return steps.refuse_transition(job, "processing", what)
     if job.run_at > at.now:
@@ -322,7 +322,7 @@ def _already_locked(draft: Draft, job: Job) -> Refusal:
 
 
 def claim(draft: Draft, command: Claim) -> Answer:
-    """Grant the first due jobs of the queues, by priority, run_at, creation."""
+    """Grant the first due jobs of the queues, by priority, run_at and creation."""
     due = islice(draft.book.due(command.queues, command.kinds), command.limit)
     return _granted(draft, [steps.grant(draft, job, command) for job in due])
 
@@ -477,9 +477,9 @@ def release_lock(draft: Draft, command: ReleaseLock) -> Answer | Refusal:
 
 
 def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None) -> Answer | Refusal:
-    """Back to the job's place in the queue, the attempt given back.
+    """Put the job back in its place in the queue, and give the attempt back.
 
-    The job is due later if the holder asks for a delay, or if it was released too often in a row without progress.
+    The job is due later if the holder asks for a delay, or after DELAYED_FROM releases in a row without progress.
     """
     job = _held(draft, command, "release")
     if not isinstance(job, Job):

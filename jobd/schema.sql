@@ -7,8 +7,8 @@
 CREATE TABLE meta (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     schema_version INTEGER NOT NULL,
-    epoch INTEGER NOT NULL,            -- the upper part of fencing tokens; 0: none was taken yet
-    next_token INTEGER NOT NULL,       -- their counter (24 bits); next_*: the next number to give
+    epoch INTEGER NOT NULL,            -- the upper part of fencing tokens; 0: no epoch yet
+    next_token INTEGER NOT NULL,       -- the counter (24 bits) of the next fencing token; next_*: the next number
     next_job INTEGER NOT NULL,
     next_event INTEGER NOT NULL,
     lease_ms INTEGER NOT NULL,
@@ -75,7 +75,7 @@ CREATE TABLE jobs (
     metadata BLOB,                     -- JSON text
     error_message TEXT,
     error_code TEXT,
-    releases INTEGER NOT NULL,         -- in a row, without a progress report
+    releases INTEGER NOT NULL,         -- releases in a row without progress
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX jobs_id ON jobs (id);
@@ -147,7 +147,7 @@ CREATE TABLE queues (
     completed INTEGER NOT NULL,
     failed INTEGER NOT NULL,
     cancelled INTEGER NOT NULL,
-    paused_at INTEGER,                 -- the pause: since when, by whom, why, until when
+    paused_at INTEGER,                 -- the pause: start, operator, reason, end
     paused_by TEXT,
     pause_reason TEXT,
     paused_until INTEGER,

@@ -37,7 +37,7 @@ STALLED: Final = "stalled"
 EXPIRED: Final = "expired"
 TOLD_OF_ERROR: Final = 500  # characters of the last error that an expiry repeats
 CLOCK_SUSPECT: Final = (
-    "The wall clock is suspect, so nothing is deleted or failed by age. Check it; if it is right: jobctl clock accept"
+    "The wall clock is suspect, so nothing is deleted or failed by age. Check it. If it is right: jobctl clock accept"
 )
 
 
@@ -78,7 +78,7 @@ def too_many_jobs(draft: Draft) -> Refusal:
 
 
 def refuse_queue(draft: Draft, queue: str) -> Refusal | None:
-    """Why `queue` may not get its first job. A store that has more queues than the limit keeps those that it has."""
+    """Return an error if `queue` may not get its first job. Queues that exist above a lowered limit still get jobs."""
     limit, known = draft.policy.queues, draft.book.counts
     if queue in known or len(known) + len(draft.changes) < limit:
         return None
@@ -86,9 +86,9 @@ def refuse_queue(draft: Draft, queue: str) -> Refusal | None:
     if queue in new or len(known) + len(new) < limit:
         return None
     message = (
-        f"Queue {queue} would be a new one, and {len(known) + len(new)} queues have jobs (limits.queues {limit}). "
-        "Use a queue that has jobs, raise the limit, or wait until a queue has none: its finished jobs count, too, "
-        "until they are deleted."
+        f"Queue {queue} would be new, and {len(known) + len(new)} queues have jobs (limits.queues {limit}). "
+        "Use a queue that has jobs, raise the limit, or wait until a queue has none. Finished jobs count too, until "
+        "they are deleted."
     )
     return Refusal("too_many_queues", message, {"queue": queue, "limit": limit})
 
@@ -140,10 +140,10 @@ def whole(progress: float) -> int | float:
 
 
 def grant(draft: Draft, job: Job, asked: Start | Claim) -> Job:
-    """Grant a queued job to the worker that asked: a new lock, a new token, one attempt more.
+    """Grant a queued job to the worker of the request: a new lock, a new fencing token, one more attempt.
 
-    The stall time of the grant comes before that of the job. The ceiling that the creator set comes before that of the
-    grant, so that a worker cannot lift it.
+    The stall time of the request takes precedence over that of the job. The ceiling of the job takes precedence over
+    that of the request, so that a worker cannot raise it.
     """
     worker = asked.worker
     policy, options, lease = draft.policy, job.options, draft.at.lease
@@ -318,7 +318,7 @@ def met(draft: Draft, job: Job) -> Job:
 
 
 def may_expire(job: Job, at: Moment) -> bool:
-    """Whether the job is overdue by a clock that is not suspect: then it fails."""
+    """Return whether the job is overdue by a clock that is not suspect. Then it fails."""
     return not at.suspect and is_overdue(job, at.now)
 
 

@@ -78,7 +78,7 @@ class Lines:
     """The lines of a stream without their ends; None in place of one that is over `limits.body` bytes.
 
     `rests`: between two lines there may be any time. Raises Refused where a line does not arrive within its deadline
-    (408), the framing of the stream is broken (400), or the stream broke off before its end (400, after its lines).
+    (408), the framing of the stream is broken (400), or the stream ended too early (400, after its lines).
     """
 
     def __init__(self, request: Request, limits: Limits, *, rests: bool = False) -> None:
@@ -97,7 +97,9 @@ class Lines:
         if not self._has_line():
             await self._fill()
         if self._is_last and self._request.is_truncated:
-            message = "The stream broke off before its end. What was sent after the last line break was not read."
+            message = (
+                "The stream ended too early. The bytes after the last line feed were not read. Send that line again."
+            )
             raise refused("invalid_request", message)
         if self._is_last and not self._buffer:
             raise StopAsyncIteration

@@ -41,8 +41,8 @@ from jobd.rows import (
 T = TypeVar("T")
 
 KEEP_REPORTS: Final = 500
-COMPACTED_AT_ONCE: Final = 1_000  # events that are read after one batch to compact a journal
-GIVEN_BACK_KEPT: Final = 10_000  # jobs whose grants are counted that were given back
+COMPACTED_AT_ONCE: Final = 1_000  # events of a journal that are read after one batch
+GIVEN_BACK_KEPT: Final = 10_000  # jobs with a count of grants that were given back
 
 LIVE_SQL: Final = "status IN ('queued', 'processing')"
 FAILED_SQL: Final = "status IN ('failed', 'cancelled')"
@@ -167,9 +167,9 @@ class Tables:
         self.asides = 0  # jobs that were set aside
         self.aside: dict[int, Aside] = {}  # by number; those that every batch to come knows of are dropped
         self.unmoved: dict[int, str] = {}  # seq -> reason, of jobs whose damaged rows could not be moved
-        # By job: the event up to which its journal is compact (0: unknown), and the grants given back since then.
+        # For each job: the event up to which its journal is compact (0: unknown), and the grants given back since.
         self._given_back: dict[int, tuple[int, int]] = {}
-        # Jobs whose journals are to be thinned or compacted, the longest crowded first, and the event from which on.
+        # Jobs whose journals have to be thinned or compacted, oldest first, with the event to begin at.
         self._crowded: dict[tuple[Callable[[int, int], None], int], int] = {}
 
     # ------------------------------------------------------------------------------------------- one transaction
@@ -314,7 +314,7 @@ class Tables:
         return shown
 
     def _take_epoch(self, epoch: int) -> None:
-        """Keep the epoch that follows a full counter before its first token is; in the database first (opening.py)."""
+        """Store the epoch after a full counter before its first token, in the database first (see opening.py)."""
         if epoch > self.numbers.epoch:
             self.commit(self._begin_epoch, epoch)
         self.keep_epoch(epoch)
@@ -375,7 +375,7 @@ class Tables:
                     self._given_back.pop(event.job_seq, None)
 
     def _count_given_back(self, job_seq: int) -> None:
-        """Count one more grant of this job that was given back; the job where that is longest ago is forgotten."""
+        """Count a grant of this job that was given back. Above the limit, drop the job counted longest ago."""
         begin, count = self._given_back.pop(job_seq, (0, 0))
         self._given_back[job_seq] = (begin, (count + 1) % KEEP_GRANTS)
         if count + 1 == KEEP_GRANTS:
@@ -409,7 +409,7 @@ class Tables:
         sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq >= ? ORDER BY seq"
         found = self._journal_rows(sql, (job_seq, begin))
         if any(fault(row) for row in found):
-            return  # timeline sets it aside and names it
+            return  # timeline quarantines the row and names it
         self._shorten(*rows.thin([rows.event(row) for row in found]))
 
     def _compact(self, job_seq: int, begin: int) -> None:
@@ -424,7 +424,7 @@ class Tables:
         damaged = [place for place, row in enumerate(found) if fault(row)]
         events = [rows.event(row) for row in found[damaged[-1] + 1 if damaged else 0 :]]
         self._shorten(*rows.compact(events))
-        if found and found[-1][0] < end:  # go on after the next batch, from the last grant, which was left as it is
+        if found and found[-1][0] < end:  # continue after the next batch, from the last grant, which did not change
             grants = [event.seq for event in events[1:] if event.type == "granted"]
             end = grants[-1] if grants else found[-1][0] + 1
             self._crowded[self._compact, job_seq] = end
@@ -432,7 +432,7 @@ class Tables:
             self._given_back[job_seq] = (end, self._given_back[job_seq][1])
 
     def _nth_grant(self, job_seq: int, way: str, skipped: int) -> int:
-        """The event of the grant behind so many `skipped` ones (with DESC: from the end); 0 if there is none."""
+        """Return the seq of the grant after `skipped` others (from the end with DESC); 0 if there is none."""
         sql = (
             "SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? AND type = 'granted' "
             f"ORDER BY seq {way} LIMIT 1 OFFSET ?"

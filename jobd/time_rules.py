@@ -52,11 +52,11 @@ def recover(draft: Draft, command: Recover) -> Answer:
 
 
 def take_back(draft: Draft, command: TakeBack) -> Answer | Refusal:
-    """End the first expired grants of a silent worker by their stall rule. Live locks stay as they are."""
+    """End the first expired grants of a silent worker by their stall rule. Live locks do not change."""
     name, presence = command.name, draft.book.presence
     worker = presence.workers.get(name)
     if worker is None:
-        message = f"No worker {name} is known since the start. List the workers: jobctl workers"
+        message = f"No worker {name} was seen since the start. List the workers: jobctl workers"
         return Refusal("worker_not_found", message, {"worker": name})
     if not worker.expired:
         state = presence.state(worker)
@@ -80,7 +80,7 @@ def take_back(draft: Draft, command: TakeBack) -> Answer | Refusal:
 
 
 def _recovery(draft: Draft, job: Job) -> Recovery:
-    """What the last step did to a stalled job."""
+    """Describe what the last step did to a stalled job."""
     action: Literal["reset", "failed"] = "reset" if job.status == "queued" else "failed"
     return Recovery(job.id, action, draft.changes[-1].event.reason or "")
 
@@ -111,7 +111,7 @@ def clean_one(draft: Draft, command: OnJob) -> Answer | Refusal:
 
 
 def _not_due(job: Job, at: Moment) -> Refusal:
-    message = steps.CLOCK_SUSPECT if at.suspect else "Nothing is to be done to it by time any more."
+    message = steps.CLOCK_SUSPECT if at.suspect else "It is no longer due for deletion or expiry."
     return Refusal("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
@@ -176,7 +176,7 @@ def expire(draft: Draft, command: Expire) -> Answer:
 
 
 def _overdue(draft: Draft, limit: int) -> tuple[list[Job], bool]:
-    """Return the jobs that have been overdue longest, and whether there are more of them."""
+    """Return the jobs that have been overdue longest, and whether there are more."""
     found = list(islice(draft.book.overdue(), limit + 1))
     return [draft.book.jobs[job_id] for job_id in found[:limit]], len(found) > limit
 
@@ -194,7 +194,7 @@ def delete_expired(draft: Draft, command: DeleteExpired) -> Answer:
 
 
 def _is_past(job: Job, at: Moment) -> bool:
-    """Whether the job is finished and past its `expires_at` by a clock that is not suspect."""
+    """Return whether the job is finished and past its `expires_at` by a clock that is not suspect."""
     return not at.suspect and job.status in FINISHED and job.expires_at is not None and job.expires_at <= at.now
 
 
@@ -206,7 +206,7 @@ def end_pauses(draft: Draft) -> Answer:
         if pause.until is not None and pause.until <= draft.at.believed
     ]
     for name in over:
-        draft.queue(name, "queue_resumed", "Its pause was to end now.")
+        draft.queue(name, "queue_resumed", "The pause ended at its set time.")
     return Answer(Worked(len(over)))
 
 

@@ -32,7 +32,7 @@ def validate(job: Job, at: Moment, policy: Policy) -> Validation:
 
 
 def counts(issue: Issue) -> bool:
-    """Whether a cleanup pass counts `issue`: warnings are shown, not counted."""
+    """Whether a cleanup run counts `issue`: warnings are shown, not counted."""
     return issue.type != "warning"
 
 
@@ -52,7 +52,7 @@ def safe_fixes(job: Job) -> dict[str, Any]:
 
 
 def _right_progress(job: Job) -> float:
-    """The valid progress that is nearest: a queued job has made none, a completed one has made all."""
+    """Return the nearest valid progress: 0 for a queued job, 100 for a completed one."""
     match job.status:
         case "queued":
             return 0
@@ -107,24 +107,27 @@ def _progress(job: Job) -> list[Issue]:
     message = f"Progress is {job.progress:g}, outside 0 to 100."
     if job.status in ("queued", "completed"):
         message = f"The job is {job.status}, but its progress is {job.progress:g}."
-    return [Issue("error", "progress", message, f"A cleanup pass sets it to {right:g}.")]
+    return [Issue("error", "progress", message, f"A cleanup run sets it to {right:g}.")]
 
 
 def _old_error(job: Job) -> list[Issue]:
-    """A queued job keeps the error of its last attempt. An error without an attempt comes from elsewhere."""
+    """Report an error on a queued job without an attempt. Only an attempt leaves an error."""
     if job.status != "queued" or job.error is None or job.attempt or job.ended is not None:
         return []
-    message = "The job is queued and was never tried, but has an error."
+    message = "The job is queued and had no attempt, but it has an error."
     return [
         Issue(
-            "warning", "error_message", message, f"It goes when the job completes, or now: jobctl force-reset {job.id}"
+            "warning",
+            "error_message",
+            message,
+            f"It is cleared when the job completes. To clear it now: jobctl force-reset {job.id}",
         )
     ]
 
 
 def _ending(job: Job, policy: Policy) -> list[Issue]:
     if job.status == "failed" and (job.error is None or not job.error.message):
-        fix = "A cleanup pass fills in a default message."
+        fix = "A cleanup run fills in a default message."
         return [Issue("error", "error_message", "The job failed without an error message.", fix)]
     if job.status != "completed":
         return []
@@ -155,10 +158,10 @@ def _lock(job: Job, at: Moment) -> list[Issue]:
         if job.grant is None and job.lease is None:
             return []
         message = f"The job is {job.status}, but has a lock."
-        return [Issue("error", "lock", message, "A cleanup pass removes the orphan lock.")]
+        return [Issue("error", "lock", message, "A cleanup run removes the orphan lock.")]
     if job.grant is None or job.lease is None:
         message = "The job is processing, but nobody holds it."
-        return [Issue("critical", "lock", message, "A cleanup pass treats it as stalled.")]
+        return [Issue("critical", "lock", message, "A cleanup run treats it as stalled.")]
     if at.lease >= job.lease.stuck:
         message = f"The job is stuck: no sign of life from worker {job.grant.worker} in time."
         return [Issue("error", "lock", message, "Recovery puts it back or fails it, within cleanup.recover_every.")]
@@ -168,14 +171,14 @@ def _lock(job: Job, at: Moment) -> list[Issue]:
 def _times(job: Job) -> list[Issue]:
     wrong = _ordered_times(job)
     message = "Times are out of order: created, started, finished, updated must follow each other."
-    return [Issue("error", name, message, "A cleanup pass puts them in order.") for name in wrong]
+    return [Issue("error", name, message, "A cleanup run puts them in order.") for name in wrong]
 
 
 def _expiry(job: Job, at: Moment) -> list[Issue]:
     if job.expires_at is None or job.expires_at > at.now or job.status == "processing":
         return []
     message = f"The job expired at {job.expires_at} (Unix ms)."
-    fix = "It fails with error_code expired." if job.status == "queued" else "The next cleanup pass deletes it."
+    fix = "It fails with error_code expired." if job.status == "queued" else "The next cleanup run deletes it."
     if at.suspect:
-        fix = "None, as long as the clock is suspect. Check it; if it is right: jobctl clock accept"
+        fix = "None while the clock is suspect. Check the clock; if it is right: jobctl clock accept"
     return [Issue("warning", "expires_at", message, fix)]

@@ -167,7 +167,7 @@ def grant_view(job: Job, at: Moment, view: JobView) -> GrantView:
 
 
 def queues(book: Book, command: Queues) -> QueueList:
-    """A page of the queues behind the cursor, by name, or the busiest."""
+    """Return a page of the queues after the cursor, by name, or the busiest queues."""
     if command.busiest:
         busiest = nsmallest(command.limit, _named(book, command), key=partial(_by_load, book))
         return QueueList([_queue(book, name) for name in busiest])
@@ -182,7 +182,7 @@ def _by_load(book: Book, name: str) -> tuple[int, str]:
 
 
 def _named(book: Book, command: Queues) -> Iterator[str]:
-    """The names behind the cursor of all queues, or of those that are paused, or not."""
+    """Return the names after the cursor of all queues, or only of paused or unpaused ones."""
     after = command.cursor or ""
     if command.paused:
         return iter(sorted(name for name in book.paused if name > after))
@@ -211,9 +211,9 @@ def paused_view(queue: str, pause: QueuePause | None) -> PausedView:
 
 
 def workers(book: Book, at: Moment, command: Workers) -> WorkerList:
-    """A page of the workers in a state, or of all that are not gone; those heard last come first.
+    """Return a page of the workers in a state, or of all that are not gone, most recently seen first.
 
-    A worker that is heard between two pages moves to the front, so later pages may lack it.
+    A worker that is seen between two pages moves to the front, so later pages may lack it.
     """
     presence = book.presence
     by_state: dict[WorkerState, int] = {"busy": 0, "idle": 0, "silent": 0, "gone": 0}
@@ -226,7 +226,7 @@ def workers(book: Book, at: Moment, command: Workers) -> WorkerList:
     if command.cursor is not None:
         before, _, last = command.cursor.partition(" ")
         asked = [each for each in asked if _by_latest(each) > (-int(before), last)]
-    asked.reverse()  # nearly in order now, so that sorting is cheap
+    asked.reverse()  # nearly in order, so sorting is cheap
     asked.sort(key=_by_latest)
     shown = asked[: command.limit]
     following = f"{shown[-1][1].last_seen_at} {shown[-1][0]}" if len(asked) > len(shown) else None

@@ -142,10 +142,10 @@ def in_parts(operator: Operator | None) -> Operator | None:
 
 
 class Request(web.BaseRequest):
-    """aiohttp's request, for what takes its time: it waits for its body, or is answered bit by bit.
+    """aiohttp's request, for a request that waits for its body or gets a streamed response.
 
-    `is_truncated`: the client has sent no more before the end of the body. `probe` holds bytes with which the response
-    is certain to continue; `ahead` of the response's bytes have been sent as a probe (see `Connection.eof_received`).
+    `is_truncated`: the client stopped sending before the end of the body. `probe` holds the next bytes of the response
+    that are certain. `ahead` bytes of the response have been sent as a probe (see `Connection.eof_received`).
     """
 
     is_truncated = False

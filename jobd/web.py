@@ -59,7 +59,7 @@ from jobd.visits import Head, Request, Visit, looker_of, operator_of
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
 IDEMPOTENCY_KEY: Final = istr("Idempotency-Key")
-MET: Final = frozenset({"", "100-continue"})  # what a request may expect
+MET: Final = frozenset({"", "100-continue"})  # values of the Expect header that are accepted
 KINDS: Final = {"json": JSON, "lines": LINES, "form": FORM}
 
 log = structlog.get_logger("jobd.web")
@@ -365,7 +365,7 @@ class Web:
         """All that is judged before the body: who asks, and for what."""
         way = self._admit(visit, found)
         if visit.head.expects not in MET:
-            raise refused("expectation_failed", "Only `Expect: 100-continue` can be met. Leave the header out.")
+            raise refused("expectation_failed", "The header `Expect` may only be `100-continue`. Leave it out.")
         shape, value = way.shape, None
         if shape.given is not None:
             value = path_value(shape.given, found.given or "")
@@ -450,7 +450,7 @@ class Web:
         except web.RequestPayloadError:
             raise refused("invalid_request", "The body is broken: its chunks or its length are wrong.") from None
         if visit.request.is_truncated:
-            raise refused("invalid_request", "The body broke off before its end. Send the whole request again.")
+            raise refused("invalid_request", "The body ended too early. Send the whole request again.")
         return body
 
     async def _slow_body(self, visit: Visit, payload: StreamReader) -> bytes:

@@ -21,7 +21,7 @@ from jobd.late_rules import refuse_adoption
 from jobd.steps import in_words, is_overdue
 from jobd.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
 
-MOST_NAMED: Final = 3  # workers or kinds that a sentence names
+MOST_NAMED: Final = 3  # workers or kinds that a sentence lists
 
 # What ends a job by somebody's hand. Of the others (stalled, expired) the message says all.
 _BY_HAND: Final = frozenset({"completed", "adopted", "cancelled", "force_failed", "transitioned", "imported"})
@@ -100,9 +100,9 @@ def _pause_ends(pause: QueuePause, expires: Next | None) -> Next | None:
 
 
 def _resuming(queue: str, pause: QueuePause) -> list[str]:
-    """Advise to resume only with the reason for the pause in sight."""
+    """Suggest to resume the queue, and quote the reason for the pause."""
     by = "the operator who paused it" if pause.by is None else by_in_words(pause.by)
-    reason = f" The pause says: {pause.reason}" if pause.reason else " The pause gives no reason: ask first."
+    reason = f" The pause says: {pause.reason}" if pause.reason else " The pause gives no reason; ask first."
     return [f"If {by} no longer needs the pause: jobctl resume {queue}.{reason}"]
 
 
@@ -110,7 +110,7 @@ def _overdue(job: Job, book: Book, at: Moment, back: str) -> WhyView:
     assert job.expires_at is not None
     because = f"Its expires_at passed {in_words(at.now - job.expires_at)} ago, so no worker gets it any more.{back}"
     if at.suspect:
-        because += " The wall clock is suspect, so the job is not failed either."
+        because += " The wall clock is suspect, so recovery does not fail it."
         do = ["Check the date of the daemon's machine. If it is right: jobctl clock accept"]
         return WhyView("queued", because, None, "clock", do)
     do = [f"If it is still wanted: jobctl force-reset {job.id}"]
@@ -130,7 +130,7 @@ def _waiting(job: Job, book: Book, at: Moment, expires: Next | None, back: str) 
 
 
 class _Outlook(NamedTuple):
-    """Which workers could take a due job."""
+    """The workers that could take a due job, as `why` reports them."""
 
     clause: str
     next: Next
@@ -143,23 +143,23 @@ def _outlook(job: Job, book: Book, at: Moment) -> _Outlook:
     presence = book.presence
     sets = list(presence.claim_sets(queue))
     fitting = [claims for claims in sets if claims.takes(kind)]
-    see, start = "See who works: jobctl workers", f"Start a worker: jobctl run --queue {queue} -- CMD"
+    see, start = "List the workers: jobctl workers", f"Start a worker: jobctl run --queue {queue} -- CMD"
     if any(claims.waiting for claims in fitting):
-        offered = Next("It is handed to a worker that waits.", at.now, "claim")
+        offered = Next("A waiting worker gets it.", at.now, "claim")
         return _Outlook("a worker waits for jobs like it", offered, None, [see])
     workers = [(name, presence.workers[name]) for claims in fitting for name in claims.workers]
     idle = [each for each in workers if presence.state(each[1]) == "idle"]
     busy = [each for each in workers if each[1].jobs]
     if idle:
-        offered = Next("It is handed to the next worker that claims its queue.", None, "claim")
+        offered = Next("The next worker that claims its queue gets it.", None, "claim")
         return _Outlook(_idle(idle, presence), offered, "no waiting worker", [see, start])
     if busy:
-        offered = Next("It is handed to the first worker of its queue that is free again.", None, "claim")
+        offered = Next("The first worker of its queue that becomes free gets it.", None, "claim")
         silent = [
             f"Take the jobs of {name} back: jobctl take-back {quote(name)}" for name, each in busy if each.expired
         ]
         return _Outlook(_busy(busy, book, at), offered, "no free worker", [see, *silent[:MOST_NAMED], start])
-    offered = Next("It is handed to the first worker that claims its queue and kind.", None, "claim")
+    offered = Next("The first worker that claims its queue and kind gets it.", None, "claim")
     if fitting:
         ago = in_words(presence.lease - max(claims.claimed for claims in fitting))
         gone = max(workers, key=lambda each: each[1].heard, default=None)
@@ -194,14 +194,14 @@ def _busy(busy: list[tuple[str, WorkerSeen]], book: Book, at: Moment) -> str:
 
 
 def _busy_since(worker: WorkerSeen, book: Book) -> int:
-    """The wall time of the oldest grant that it holds."""
+    """Return the wall time of the oldest grant that the worker holds."""
     grant = book.processing[next(iter(worker.jobs))].grant
     assert grant is not None
     return grant.acquired_at
 
 
 def _others(sets: list[ClaimSet], presence: WorkerPresence) -> str:
-    """Workers of the queue that take other kinds only, one that waits first; empty if all of them are gone."""
+    """Describe the workers of the queue that take other kinds only; empty if all of them are gone."""
     found = [(name, presence.workers[name]) for claims in sets for name in claims.workers]
     there = [each for each in found if presence.state(each[1]) != "gone"]
     if not there:
@@ -230,7 +230,7 @@ def _since(presence: WorkerPresence, at: Moment) -> str:
 
 
 def _utc(time_ms: int, now_ms: int) -> str:
-    """A time of day, with its date if that was not within the last 12 hours."""
+    """Format a time of day, with its date if it is more than 12 hours ago."""
     time = datetime.fromtimestamp(time_ms // SECOND_MS, UTC)
     return f"{time:%H:%M} UTC" if 0 <= now_ms - time_ms < 12 * HOUR_MS else f"{time:%Y-%m-%d %H:%M} UTC"
 
@@ -246,7 +246,7 @@ def _returned(job: Job) -> str:
 
 
 def _released(job: Job, when: str = "") -> str:
-    """That the job is released again and again, once that delays it."""
+    """Return a sentence about repeated releases, once they delay the job."""
     if job.releases < DELAYED_FROM:
         return ""
     return f" It was released {job.releases} times in a row without progress{when}."
@@ -256,7 +256,7 @@ def _processing(job: Job, book: Book, at: Moment) -> WhyView:
     grant, lease = job.grant, job.lease
     if grant is None or lease is None:
         because = "The row says processing, but nobody holds the job. Such rows come from imports or from hands."
-        soon = Next("The next cleanup pass treats it as stalled.", _cleanup_at(book, at), "validation")
+        soon = Next("The next cleanup run treats it as stalled.", _cleanup_at(book, at), "validation")
         return WhyView("processing", because, soon, None, ["Run a pass now: jobctl cleanup"])
     since = in_words(at.now - grant.acquired_at)
     because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %."
@@ -265,7 +265,7 @@ def _processing(job: Job, book: Book, at: Moment) -> WhyView:
         because += f" Its lock is live for another {until}."
     elif lease.is_past_ceiling(at.lease):
         because += (
-            " Its lock has expired: the worker is silent. It is too late to report progress, but it may still end it."
+            " Its lock has expired: the worker is silent. It can no longer report progress, but may still end the job."
         )
     else:
         because += " Its lock has expired: the worker is silent. It may still end the job or report."
@@ -274,7 +274,7 @@ def _processing(job: Job, book: Book, at: Moment) -> WhyView:
 
 
 def _ceiling(grant: Grant, lease: Lease, at: Moment) -> str:
-    """The ceiling of this grant while it lies ahead, or that there is none."""
+    """Return a sentence about the ceiling of this grant; empty once it has passed."""
     if lease.ceiling is None:
         return " This grant has no ceiling (max_processing_ms 0)."
     left = lease.ceiling - at.lease
@@ -284,18 +284,16 @@ def _ceiling(grant: Grant, lease: Lease, at: Moment) -> str:
 
 
 def _cleanup_at(book: Book, at: Moment) -> int:
-    """When the next cleanup run begins, as far as it is known."""
+    """Return when the next cleanup run begins; now if that is not known."""
     return max(book.next_cleanup_at or 0, at.now)
 
 
 def _next_of(grant: Grant, lease: Lease, book: Book, at: Moment) -> Next:
     if at.lease >= lease.stuck:
         if book.next_cleanup_at is not None:
-            what = (
-                "The next cleanup run recovers it (recover_every is 0): on_stall decides between its queue and failed."
-            )
+            what = "The next cleanup run recovers it (recover_every is 0): on_stall queues it again or fails it."
             return Next(what, _cleanup_at(book, at), "cleanup")
-        return Next("Recovery acts on it: on_stall decides between its queue and failed.", at.now, "recovery")
+        return Next("Recovery acts on it: on_stall queues it again or fails it.", at.now, "recovery")
     if lease.is_live(at.lease) and lease.expires < lease.stuck:
         what = f"The lock expires, unless worker {grant.worker} extends it or reports progress."
         return Next(what, at.wall(lease.expires), "lock expiry")
@@ -320,7 +318,7 @@ def _advice(job: Job, grant: Grant, lease: Lease, at: Moment) -> list[str]:
 def _finished(job: Job, at: Moment) -> WhyView:
     deleted = None
     if job.expires_at is not None:
-        what = "A cleanup pass deletes it" + (" once the clock is no longer suspect." if at.suspect else ".")
+        what = "A cleanup run deletes it" + (" once the clock is no longer suspect." if at.suspect else ".")
         deleted = Next(what, max(job.expires_at, at.now), "retention")
     match job.status:
         case "completed":

@@ -1,7 +1,7 @@
-"""Presence of workers: when each was last heard, what it claims, what it holds, what it says of itself.
+"""Presence of workers: for each, when it was last seen, its latest claim, its jobs, and its description of itself.
 
-Pure, and memory only: after a start it knows the holders of jobs, and else nothing. Ages are measured in lease time, so
-that no step of the wall clock makes a worker gone.
+Pure, and only in memory: after a start it knows only the holders of jobs. Ages are in lease time, so that a step of the
+wall clock does not make a worker gone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GONE_AFTER_MS: Final = 5 * MINUTE_MS
 FORGOTTEN_AFTER_MS: Final = DAY_MS
 WORKERS_KEPT: Final = 10_000  # workers that hold no job and wait for none
 NAMES_KEPT: Final = 100_000  # queues and kinds over all claim sets
-EVICTION_LOOKS: Final = 16  # workers that one new worker may inspect for one to forget
+EVICTION_LOOKS: Final = 16  # workers that are inspected for eviction when a new one is added
 
 SetKey = tuple[tuple[str, ...], tuple[str, ...] | None]
 
@@ -43,20 +43,20 @@ class ClaimSet:
 
     @property
     def names(self) -> int:
-        """The number of names, as a measure of its memory."""
+        """The number of names, as a measure of the memory that the set takes."""
         return len(self.queues) + len(self.kinds or ())
 
     @property
     def key(self) -> SetKey:
-        """Equal for equal sets, whatever their order."""
+        """The same for equal sets, whatever their order."""
         return tuple(sorted(set(self.queues))), None if self.kinds is None else tuple(sorted(set(self.kinds)))
 
 
 class WorkerSeen:
-    """One worker. `jobs` are those that it holds, `expired` those of them whose lock has expired.
+    """One worker. `jobs` are the jobs that it holds, `expired` those of them whose lock has expired.
 
-    It was last heard at `last_seen_at` (wall time) and at `heard` (lease time), and claimed last at `claimed` (lease
-    time). `claims` is None if no claim of it is remembered; `waiting` is the number of its claims that wait now.
+    `last_seen_at` (wall time) and `heard` (lease time) are when it was last seen, `claimed` is the lease time of its
+    latest claim. `claims` is None if no claim is remembered. `waiting` is the number of its claims that wait now.
     """
 
     __slots__ = ("about", "claimed", "claims", "expired", "heard", "jobs", "last_seen_at", "waiting")
@@ -73,19 +73,19 @@ class WorkerSeen:
 
     @property
     def is_resting(self) -> bool:
-        """Whether it holds nothing and waits for nothing."""
+        """Whether it holds no job and no claim of it waits."""
         return not (self.jobs or self.waiting)
 
 
 class WorkerPresence:
     """All workers that are remembered, and the claim sets by queue.
 
-    `started_at` is the wall time of the start, None until time is told. Since `since` (lease time) every claim is
-    remembered: that is the start, unless claim sets had to be forgotten (`has_forgotten`).
+    `started_at` is the wall time of the start, None before the first `tell_time`. All claims after `since` (lease time)
+    are remembered. It is the start, unless claim sets had to be forgotten (`has_forgotten`).
     """
 
     def __init__(self, now: int = 0, lease: int = 0) -> None:
-        self.workers: OrderedDict[str, WorkerSeen] = OrderedDict()  # the last heard at the end, as a rule
+        self.workers: OrderedDict[str, WorkerSeen] = OrderedDict()  # roughly by when they were last seen
         self.started_at: int | None = None
         self.since = lease
         self.has_forgotten = False
@@ -106,29 +106,30 @@ class WorkerPresence:
         return "idle" if worker.waiting or self.lease - worker.heard < GONE_AFTER_MS else "gone"
 
     def remembered(self) -> Iterator[tuple[str, WorkerSeen]]:
-        """Names and workers, without those that have been gone for a day."""
+        """Iterate over names and workers, without those that have been gone for a day."""
         oldest = self.lease - FORGOTTEN_AFTER_MS
         return (each for each in self.workers.items() if each[1].heard > oldest or not each[1].is_resting)
 
     def heard_at(self, worker: WorkerSeen) -> int:
-        """The wall time at which it was last heard; now while a claim of it waits."""
+        """Return the wall time at which the worker was last seen; now while a claim of it waits."""
         return self.now if worker.waiting else min(worker.last_seen_at, self.now)
 
     def claim_sets(self, queue: str) -> Iterator[ClaimSet]:
-        """The sets with this queue."""
+        """Iterate over the sets that contain this queue."""
         return iter(self._of_queue.get(queue, ()))
 
     def last_claim(self, queue: str, kind: str) -> int | None:
-        """The lease time of the latest claim of this queue and kind; now while one waits. None: none is remembered."""
+        """Return the lease time of the latest claim of this queue and kind, now while one waits; None if unknown."""
         fitting = [claims for claims in self.claim_sets(queue) if claims.takes(kind)]
         if any(claims.waiting for claims in fitting):
             return self.lease
         return max((claims.claimed for claims in fitting), default=None)
 
     def unclaimed_ms(self, queue: str, kind: str, lease: int) -> int:
-        """For how long, at lease time `lease`, no worker has claimed this queue and kind, as far as is remembered.
+        """Return for how long, at lease time `lease`, no worker has claimed this queue and kind.
 
-        Costs by the number of sets with this queue. 0 while a claim waits; since the start if there was none.
+        0 while a claim waits. Without a remembered claim it counts from `since`. The cost grows with the number of sets
+        that contain this queue.
         """
         fitting = [claims for claims in self.claim_sets(queue) if claims.takes(kind)]
         if any(claims.waiting for claims in fitting):
@@ -143,7 +144,7 @@ class WorkerPresence:
             self.started_at = now
 
     def saw(self, name: str, at: int) -> WorkerSeen:
-        """A worker was heard at wall time `at`: that of the batch, or before the start."""
+        """Note that a worker was seen at wall time `at`: the time of the batch, or a time before the start."""
         worker = self.workers.get(name)
         if worker is None:
             worker = self.workers[name] = WorkerSeen()
@@ -155,7 +156,7 @@ class WorkerPresence:
         return worker
 
     def asks(self, command: Start | Claim) -> WorkerSeen:
-        """A worker asks for a job."""
+        """Note that a worker asks for a job."""
         worker = self.saw(command.worker, self.now)
         if command.about is not None:
             worker.about = command.about
@@ -168,7 +169,7 @@ class WorkerPresence:
         return worker
 
     def waits(self, command: Claim) -> ClaimSet:
-        """The claim begins to wait for a job. Gives the set that has to be named when its wait ends."""
+        """Note that a claim begins to wait. Return the set to pass to `waits_no_more`."""
         worker = self.asks(command)
         claims = worker.claims
         assert claims is not None
@@ -177,25 +178,25 @@ class WorkerPresence:
         return claims
 
     def waits_no_more(self, name: str, claims: ClaimSet) -> None:
-        """A wait has ended: until now the worker counts as heard."""
+        """Note that a wait has ended. The worker counts as seen until now."""
         worker = self.saw(name, self.now)
         worker.waiting -= 1
         claims.waiting -= 1
         claims.claimed = worker.claimed = self.lease
 
     def holds(self, name: str, job_id: str, at: int) -> None:
-        """A worker has a job; one that is unknown was last heard at wall time `at`."""
+        """Note that a worker holds a job. An unknown worker was last seen at wall time `at`."""
         worker = self.workers.get(name) or self.saw(name, at)
         worker.jobs[job_id] = None
 
     def lets_go(self, name: str, job_id: str) -> None:
-        """A worker has this job no more."""
+        """Note that a worker no longer holds this job."""
         if (worker := self.workers.get(name)) is not None:
             worker.jobs.pop(job_id, None)
             worker.expired.pop(job_id, None)
 
     def set_expired(self, name: str, job_id: str, expired: bool) -> None:
-        """Whether the lock of a job that this worker holds has expired."""
+        """Note whether the lock of a job that this worker holds has expired."""
         if (worker := self.workers.get(name)) is None:
             return
         if expired:
@@ -206,9 +207,9 @@ class WorkerPresence:
     # -- bounds -------------------------------------------------------------------------------------------------------
 
     def _make_room(self, new: str) -> None:
-        """Forget workers that have been gone for a day, and the one heard longest ago if there are too many.
+        """Forget workers that have been gone for a day, and the one seen longest ago if there are too many.
 
-        A worker at the front that has a job or waits for one is put to the end, so that it is not inspected each time.
+        A worker at the front that has a job or waits for one moves to the end, so that it is not inspected each time.
         """
         oldest = self.lease - FORGOTTEN_AFTER_MS
         for _ in range(EVICTION_LOOKS):
@@ -224,7 +225,7 @@ class WorkerPresence:
                 self.workers.move_to_end(name)
 
     def _assign(self, name: str, worker: WorkerSeen, claims: ClaimSet | None) -> None:
-        """Make `claims` the set of the worker's latest claim."""
+        """Set `claims` as the set of the worker's latest claim."""
         if worker.claims is not None:
             worker.claims.workers.pop(name, None)
         worker.claims = claims
@@ -232,7 +233,7 @@ class WorkerPresence:
             claims.workers[name] = None
 
     def _set_of(self, command: Claim) -> ClaimSet:
-        """The one set of these queues and kinds."""
+        """Return the shared set of these queues and kinds."""
         made = ClaimSet(command.queues, command.kinds)
         known = self._sets.get(key := made.key)
         if known is not None:
@@ -246,9 +247,9 @@ class WorkerPresence:
         return made
 
     def _forget_sets(self) -> None:
-        """Forget the quarter of the sets that was claimed longest ago: so the cost of a new set does not grow.
+        """Forget the quarter of the sets that was claimed longest ago, so that the cost of a new set does not grow.
 
-        What is not remembered any more must not look as if it had not been: `since` moves.
+        `since` moves forward, so that a forgotten claim does not look as if it never existed.
         """
         resting = sorted((each for each in self._sets.items() if not each[1].waiting), key=lambda each: each[1].claimed)
         for key, claims in resting[: len(resting) // 4 + 1]:

@@ -212,7 +212,7 @@ def test_a_wrong_use_of_the_decorator_is_a_type_error_at_once() -> None:
     with pytest.raises(TypeError, match="cannot be a handler"):
         worker.handler("a")("b")  # type: ignore[type-var]
     for kinds in ((5,), (print, "a"), ("a", print), (None,)):
-        with pytest.raises(TypeError, match=r"is no kind; write @worker\.handler"):
+        with pytest.raises(TypeError, match=r"is not a kind; write @worker\.handler"):
             worker.handler(*kinds)
     with pytest.raises(ValueError, match="needs a handler"):
         asyncio.run(worker.serve())
@@ -577,9 +577,9 @@ async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
     job = await client.create_job(queue=queue)
     async with at_work(worker):
         done = await finished(client, job.id)
-        await until(lambda: "turns again" in caplog.text)
+        await until(lambda: "runs again" in caplog.text)
     assert (done.status, done.metadata_value, done.stalls) == ("completed", 1, 0)
-    assert f"job {job.id}: the event loop of the handlers has not turned for 0." in caplog.text
+    assert f"job {job.id}: the event loop of the handlers is blocked for 0." in caplog.text
 
 
 async def test_a_grant_that_comes_while_the_loop_is_blocked_is_kept_and_its_handler_runs_later(

@@ -137,7 +137,7 @@ async def test_the_lines_of_a_stream_that_breaks_off_are_answered(either: House)
     stream.line.writer.write_eof()
     assert [(await stream.hear())["status"] for _ in range(2)] == [200, 200]
     last = await stream.hear()
-    assert (last["status"], last["error"], "broke off" in last["message"]) == (400, "invalid_request", True)
+    assert (last["status"], last["error"], "ended too early" in last["message"]) == (400, "invalid_request", True)
     assert await stream.hear() is None
     assert await stream.line.is_closed()
     assert [asked.command.id for asked in either.desk.asked] == ["a", "b"]

@@ -613,7 +613,7 @@ async def test_a_body_that_breaks_off_is_a_400(either: House, before: bytes) -> 
         if before:
             assert (await line.hear()).status == 200
         heard = await line.hear()
-        assert (heard.status, heard.error, "broke off" in heard.json["message"]) == (400, "invalid_request", True)
+        assert (heard.status, heard.error, "ended too early" in heard.json["message"]) == (400, "invalid_request", True)
         assert await line.is_closed()
     assert len(either.desk.asked) == (2 if before else 0)
 

@@ -1779,7 +1779,7 @@ async def test_housekeeping(town: Town) -> None:
     for target, onward, said in (
         ("/cleanup/run", "/cleanup", "The pass took 6 ms: 1 recovered"),
         ("/cleanup/recover", "/cleanup", "1 stuck jobs recovered: 1 queued again, 0 failed."),
-        ("/clock/accept", "/alerts", "The clock is taken as right"),
+        ("/clock/accept", "/alerts", "The clock is accepted"),
     ):
         heard = await browser.post(target, csrf=csrf)
         assert (heard.status, heard.headers["location"]) == (303, onward)
@@ -1819,7 +1819,7 @@ async def test_the_jobs_of_a_silent_worker_are_taken_back(town: Town) -> None:
     csrf = await browser.csrf()
     heard = await browser.post("/workers/take-back", name="w <7>", reason="dead", csrf=csrf)
     assert (heard.status, heard.headers["location"]) == (303, "/workers")
-    assert "1 jobs taken back: 1 queued again, 0 failed." in text(await browser.get("/workers"))
+    assert "Jobs taken back: 1 (1 queued again, 0 failed)." in text(await browser.get("/workers"))
     assert await town.status("held") == "queued"
     heard = await browser.get(place)
     assert (heard.status, "is gone, not silent: it holds no job" in text(heard)) == (409, True)
@@ -2316,7 +2316,7 @@ async def test_queues_and_workers_are_shown_page_by_page(town: Town) -> None:
     assert sorted(itertools.chain(*pages)) == ["all", *(f"w-{number:03}" for number in range(120))]
     page = text(await browser.get("/workers"))
     assert re.search(r'id="worker-all">.*?class="figure">100<.*?and 97 more', page, re.DOTALL)
-    assert "No worker that was heard earlier is left" in text(await browser.get("/workers?seen=1%20w"))
+    assert "No more workers" in text(await browser.get("/workers?seen=1%20w"))
     assert (await browser.get("/workers?seen=w")).status == 400
 
 

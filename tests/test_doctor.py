@@ -270,7 +270,7 @@ async def test_an_edited_row_is_taken_in_its_place(path: str) -> None:
     with edited(path) as conn:
         conn.execute("UPDATE jobs SET status = 'failed', lock_id = NULL, progress = 50 WHERE seq = ?", (job.seq,))
     assert places(check(path))[0] == f"job {job.id}"
-    assert "was taken as it is" in accept(path, [job.id])
+    assert "was accepted as it is" in accept(path, [job.id])
     assert check(path) == []
     async with opened(path) as (store, found):
         assert found.faults == []
@@ -311,16 +311,16 @@ async def test_all_damaged_rows_are_taken_at_once_but_for_those_that_make_no_job
         conn.execute("UPDATE jobs SET attempt = attempt + 1 WHERE seq = ?", (in_place.seq,))
         conn.execute("UPDATE jobs SET ended_lock_id = 'l', ended_worker = NULL WHERE seq = ?", (hopeless.seq,))
     named = [aside.id, in_place.id, hopeless.id]
-    with pytest.raises(doctor.Refused, match="makes no job"):
+    with pytest.raises(doctor.Refused, match="is not a valid job"):
         accept(path, named)
     assert sorted(places(check(path))) == sorted(f"job {id_}" for id_ in named), "nothing was written"
     foreseen = rehearsal.accept(path, None)
     told = accept(path, None).splitlines()
     assert [line.partition(":")[0] for line in told] == [*(f"job {id_}" for id_ in named), "Counted"]
-    assert "It stays as it is" in told[2]
-    assert any("It would stay as it is" in line for line in foreseen)
+    assert "The row does not change" in told[2]
+    assert any("The row would not change" in line for line in foreseen)
     assert places(check(path)) == [f"job {hopeless.id}"]
-    assert accept(path, [in_place.id, in_place.id]).count("was taken") == 1
+    assert accept(path, [in_place.id, in_place.id]).count("was accepted") == 1
 
 
 async def test_nothing_is_taken_if_nothing_is_damaged(path: str) -> None:

@@ -98,7 +98,7 @@ def test_an_epoch_is_never_guessed(path: str, content: str) -> None:
 
 def test_an_epoch_file_that_cannot_be_read_is_named(path: str) -> None:
     os.mkdir(f"{path}.epoch")
-    with pytest.raises(StoreUnreadable, match=r"epoch cannot be read \(Is a directory\): give the file to the owner"):
+    with pytest.raises(StoreUnreadable, match=r"epoch cannot be read \(Is a directory\): make it a file of the owner"):
         files.read_epoch(path)
 
 

@@ -151,7 +151,7 @@ async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
         assert view.status == view.database.status == "unhealthy"
         assert view.database.message == (
             "The disk of the store is full (4096 bytes free at /disk/jobd.db): no write fits. "
-            "Free some space; it is tried again every second."
+            "Free some space; jobd tries again every second."
         )
         found = (view.database.path, view.database.free_bytes, view.database.total_bytes)
         assert found == ("/disk/jobd.db", 4096, 1 << 20)
@@ -169,12 +169,12 @@ async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
         assert view.status == view.database.status == "degraded"
         assert view.database.message == (
             "Damage: 2 jobs have vanished. Run: jobd doctor The reserve file is missing beside /disk/jobd.db "
-            "(17825792 bytes are needed, 2097152 are free): on a full disk, running jobs may not be able to end. "
+            "(17825792 bytes are needed, 2097152 are free). On a full disk, running jobs may not be able to end. "
             "Free some space."
         )
         await house.yes(Create(id="a"))  # nothing is rejected for it
         disk.disk_space = None
-        assert "The reserve file is missing: on a full" in (await measured(house)).database.message
+        assert "The reserve file is missing. On a full" in (await measured(house)).database.message
         del disk.errors["build_ballast"]
         await seconds(1.1)
         assert (await measured(house)).status == "healthy"

@@ -42,7 +42,7 @@ from tests.desk import Desk
 from tests.household import WALL, Household, in_virtual_time
 from tests.plan_help import applied, made
 
-NO_MORE = "Nothing is to be done to it by time any more."
+NO_MORE = "It is no longer due for deletion or expiry."
 
 
 # -- what would become of a job ---------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def test_the_number_of_queues_with_jobs_is_bounded() -> None:
     for command in (Create(queue="r"), Import(id="c", queue="r", status="completed"), ImportCheck(id="c", queue="r")):
         refusal = desk.no(command, "too_many_queues")
         assert (refusal.status, refusal.details) == (507, {"queue": "r", "limit": 2})
-        assert refusal.message.startswith("Queue r would be a new one, and 2 queues have jobs (limits.queues 2). ")
+        assert refusal.message.startswith("Queue r would be new, and 2 queues have jobs (limits.queues 2). ")
     desk.create("c", queue="q")
     desk.yes(Cancel(id="a"))
     desk.no(Create(queue="r"), "too_many_queues")
@@ -1938,7 +1938,7 @@ def test_a_pause_that_is_over_ends(desk: Desk) -> None:
     assert desk.yes(EndPauses(), by="daemon").done == 1
     last = desk.last()
     assert (last.type, last.queue, last.by, last.reason) == (
-        "queue_resumed", "default", "daemon", "Its pause was to end now.",
+        "queue_resumed", "default", "daemon", "The pause ended at its set time.",
     )  # fmt: skip
     assert list(desk.book.paused) == ["other"]
     desk.start()

@@ -79,7 +79,7 @@ async def test_an_import_that_breaks_off_says_so_after_its_lines(house: House) -
     line.writer.write_eof()
     heard = await line.hear()
     assert (heard.status, heard.error, heard.json["details"]["line"]) == (400, "invalid_request", 3)
-    assert "broke off" in heard.json["message"]
+    assert "ended too early" in heard.json["message"]
     assert [asked.command.id for asked in lines_of(house)] == ["a", "b"]
 
 

@@ -139,12 +139,12 @@ def test_why_and_validation_say_what_is_held_back_and_what_to_do() -> None:
     desk.now, desk.trusted = desk.now + STEP_MS, desk.now
     view = desk.yes(Why(id="waits"))
     assert (view.next, view.blocked_by) == (None, "clock")
-    assert "The wall clock is suspect, so the job is not failed either." in view.because
+    assert "The wall clock is suspect, so recovery does not fail it." in view.because
     assert "jobctl clock accept" in view.do[0]
-    assert desk.yes(Why(id="done")).next.what == "A cleanup pass deletes it once the clock is no longer suspect."
+    assert desk.yes(Why(id="done")).next.what == "A cleanup run deletes it once the clock is no longer suspect."
     for job_id in ("done", "waits"):
         [issue] = [issue for issue in desk.yes(Validate(id=job_id)).issues if issue.field == "expires_at"]
-        assert "as long as the clock is suspect" in issue.fix
+        assert "while the clock is suspect" in issue.fix
 
 
 @in_virtual_time

@@ -77,12 +77,12 @@ BAD: list[tuple[str, Job, str, str, dict[str, Any]]] = [
 
 # How the sentence begins that says what will mend it, or who has to.
 FIXES = (
-    "A cleanup pass",
-    "The next cleanup pass",
+    "A cleanup run",
+    "The next cleanup run",
     "Recovery",
     "It fails",
     "Delete",
-    "It goes",
+    "It is cleared",
     "Set",
     "Correct",
     "Pass",
@@ -146,7 +146,7 @@ def test_times_are_put_in_order_and_never_back() -> None:
 
 @pytest.mark.parametrize(
     ("status", "fix"),
-    [("queued", "It fails with error_code expired."), ("failed", "The next cleanup pass deletes it.")],
+    [("queued", "It fails with error_code expired."), ("failed", "The next cleanup run deletes it.")],
 )
 def test_what_has_expired_says_what_becomes_of_it(status: str, fix: str) -> None:
     assert [issue.fix for issue in validate(row(status, expires_at=NOW), AT, Policy()).issues] == [fix]

@@ -56,7 +56,7 @@ def test_waiting_for_a_worker(desk: Desk) -> None:
     since = "no worker has claimed queue `q` since the start at 22:13 UTC"
     assert view.because == f"It has been due for 5 s: {since}. It is the next of its kind."
     assert at_and_rule(view) == (None, "claim")
-    assert view.do == ["See who works: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"]
+    assert view.do == ["List the workers: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"]
     assert "Other jobs are before it." in why(desk, "b").because
 
 
@@ -125,7 +125,7 @@ def test_all_workers_are_busy(desk: Desk) -> None:
     view = why(desk)
     assert clause(desk) == "all 4 workers of this queue are busy, the longest for 4 min"
     assert (view.blocked_by, at_and_rule(view)) == ("no free worker", (None, "claim"))
-    assert view.do == ["See who works: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"]
+    assert view.do == ["List the workers: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"]
 
 
 def test_a_busy_worker_that_is_silent_is_named(desk: Desk) -> None:
@@ -195,7 +195,7 @@ def test_a_suspect_clock_fails_no_job_by_age(desk: Desk) -> None:
     desk.create(expires_at=NOW + MINUTE_MS)
     desk.passes(HOUR_MS)
     view = explain(desk.job(), desk.book, replace(desk.at, trusted=NOW), desk.policy)
-    assert view.because.endswith("The wall clock is suspect, so the job is not failed either.")
+    assert view.because.endswith("The wall clock is suspect, so recovery does not fail it.")
     assert (view.next, view.blocked_by) == (None, "clock")
 
 
@@ -216,7 +216,7 @@ def test_paused(desk: Desk) -> None:
     paused = "Queue default is paused by operator ana at 2023-11-14 22:13 UTC, until resumed: no reason given."
     assert view.because == f"{paused} No job of it is granted."
     assert view.do == [
-        "If operator ana no longer needs the pause: jobctl resume default. The pause gives no reason: ask first."
+        "If operator ana no longer needs the pause: jobctl resume default. The pause gives no reason; ask first."
     ]
     desk.create("b", expires_at=NOW + 9)
     assert at_and_rule(why(desk, "b")) == (NOW + 9, "expires_at")
@@ -290,7 +290,7 @@ def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(desk: Desk) -> 
     view = why(desk)
     assert view.next is not None
     assert view.next.what == (
-        "The next cleanup run recovers it (recover_every is 0): on_stall decides between its queue and failed."
+        "The next cleanup run recovers it (recover_every is 0): on_stall queues it again or fails it."
     )
     assert at_and_rule(view) == (NOW + 45 * MINUTE_MS, "cleanup")
     desk.passes(HOUR_MS)
@@ -313,7 +313,7 @@ def test_past_the_ceiling_nobody_is_told_to_report(desk: Desk) -> None:
     desk.passes(TTL)
     because = why(desk).because
     assert because.startswith("Worker w-1 has held it for ")
-    assert "too late to report progress" in because
+    assert "can no longer report progress" in because
 
 
 def test_the_ceiling_is_named(desk: Desk) -> None:

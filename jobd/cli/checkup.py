@@ -63,7 +63,7 @@ def _health(client: AdminClient) -> Iterator[Finding]:
 def _clock(client: AdminClient) -> Iterator[Finding]:
     clock = client.clock()
     if clock.suspect:
-        mend = "if the time shown is right: jobctl clock accept; else set the clock"
+        mend = "if this time is right: jobctl clock accept; if not, set the clock"
         yield Finding("clock", f"{clock.message} The daemon's time is {show.instant(clock.now)}.", mend)
 
 

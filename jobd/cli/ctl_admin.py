@@ -144,18 +144,20 @@ def queues(as_json: bool) -> None:
 
 @click.command()
 @click.option(
-    "--state", type=click.Choice(["busy", "idle", "silent", "gone"]), help="Only those in this state.  [all but gone]"
+    "--state",
+    type=click.Choice(["busy", "idle", "silent", "gone"]),
+    help="List only workers in this state.  [all but gone]",
 )
 @json_option
 @admin_options
 def workers(state: WorkerState | None, as_json: bool) -> None:
-    """List the workers: their state, what they claim, and the jobs that they hold.
+    """List the workers with their state, latest claim, and held jobs.
 
     \b
     busy    holds a job
     silent  holds a job whose lock has expired: jobctl take-back WORKER
-    idle    holds nothing, and was heard within 5 min
-    gone    holds nothing, and was not heard for 5 min: listed with --state gone
+    idle    holds nothing, and was seen in the last 5 min
+    gone    holds nothing, and was not seen for 5 min: listed with --state gone
     """
     from jobd.cli import tables_admin
 
@@ -180,7 +182,7 @@ def workers(state: WorkerState | None, as_json: bool) -> None:
 def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json: bool) -> None:
     """End the expired grants of a silent WORKER now, by the stall rule of each job.
 
-    A job at progress 0 or with attempts left goes back to its queue, else it fails. Live locks stay as they are.
+    A job at progress 0 or with attempts left goes back to its queue. Any other job fails. Live locks do not change.
     """
     from jobd.cli import tables_admin
 
@@ -197,7 +199,12 @@ def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json
 @click.command()
 @click.argument("queue")
 @_REASON
-@click.option("--until", type=MOMENT, metavar="TIME", help="When the daemon resumes it: a time, or 2h from now.")
+@click.option(
+    "--until",
+    type=MOMENT,
+    metavar="TIME",
+    help="When the daemon resumes the queue: a time, or a duration from now such as 2h.",
+)
 @json_option
 @admin_options
 def pause(queue: str, reason: str | None, until: int | None, as_json: bool) -> None:
@@ -263,8 +270,8 @@ def alerts(firing: bool, as_json: bool) -> int:
 def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Show the daemon's clock, or accept it after a jump.
 
-    While the clock is suspect, nothing is deleted or failed by age. `clock accept` ends that if the clock is right. It
-    says first what would be deleted then, and asks.
+    While the clock is suspect, nothing is deleted or failed by age. If the clock is right, run `clock accept`. It lists
+    what would then be deleted, and asks first.
     """
     from jobd.cli import tables_admin
 

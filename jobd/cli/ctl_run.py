@@ -16,9 +16,12 @@ from jobd.cli.places import current, worker_endpoint, worker_options
 @click.option("--kind", "kinds", metavar="KIND", multiple=True, help="Only jobs of this kind; may be repeated.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Jobs at a time.")
 @click.option("--lock-ttl", type=DURATION, default="60s", show_default=True, help="Silence after which a job is lost.")
-@click.option("--timeout", type=DURATION, help="Limit of a whole run; then SIGTERM, 10 s later SIGKILL.  [none]")
+@click.option("--timeout", type=DURATION, help="How long a run may take; then SIGTERM, 10 s later SIGKILL.  [none]")
 @click.option(
-    "--max-processing", type=DURATION, default="0", help="Time without progress that loses the job.  [0: no limit]"
+    "--max-processing",
+    type=DURATION,
+    default="0",
+    help="Longest time without progress before the job is lost.  [0: no limit]",
 )
 @click.option("--grace", type=DURATION, default="30s", show_default=True, help="What SIGTERM leaves the running job.")
 @click.option("--once", is_flag=True, help="End after one job.")
@@ -43,7 +46,7 @@ def run(
 
     CMD gets the payload as JSON on stdin and the job's fields as JOBD_JOB_* variables. Lines that it prints as
     "::progress 42 text", "::meta key=value" and "::result file_path=value" are for jobd, all others pass through.
-    Exit 0 completes the job, anything else fails it; a run over --timeout fails with "timeout". With --once and
+    Exit 0 completes the job, any other code fails it. A run longer than --timeout fails with "timeout". With --once and
     --drain: exit 0 if all jobs were completed.
 
     \b
@@ -54,7 +57,7 @@ def run(
     if once and concurrency > 1:
         raise click.UsageError("--once works on one job: leave out --concurrency")
     if timeout == 0:
-        raise click.UsageError("--timeout must be above 0; without it a run may take as long as it likes")
+        raise click.UsageError("--timeout must be above 0; leave it out for no limit")
     import asyncio
 
     from jobd.client.run import CommandWorker

@@ -97,9 +97,11 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
     multiple=True,
     is_flag=False,
     flag_value="",
-    help="Take the edited rows of these jobs as they are (--accept ID ...), and let validation judge them.",
+    help="Accept the edited rows of these jobs (--accept ID ...) as they are. Validation then checks the jobs.",
 )
-@click.option("--all", "everything", is_flag=True, help="With --accept: every job in quarantine or with a damaged row.")
+@click.option(
+    "--all", "everything", is_flag=True, help="With --accept: all jobs that are in quarantine or have a damaged row."
+)
 @click.option("--recount", is_flag=True, help="Take the rows that are there as all there are: counts are made anew.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask (--accept, --recount).")
 @click.option("--dry-run", is_flag=True, help="Only say what would be written (--accept, --recount).")
@@ -129,9 +131,9 @@ def doctor(
 
     named = [*filter(None, accept), *ids]
     if (ids or everything) and not accept:
-        raise click.UsageError("ids of jobs and --all belong to --accept")
+        raise click.UsageError("job ids and --all need --accept")
     if accept and bool(named) == everything:
-        raise click.UsageError("--accept takes the ids of jobs, or --all")
+        raise click.UsageError("--accept needs job ids or --all, not both")
     if running + bool(accept) + recount > 1 or (running and (store or config)):
         raise click.UsageError("--running, --accept and --recount exclude each other; the first takes no database")
     if (yes or dry_run) and not accept and not recount:
@@ -171,7 +173,7 @@ def _checkup(client: AdminClient, *, rows: bool) -> list[Finding]:
 def _repair(
     path: str, look: Callable[[str], list[str]], write: Callable[[str], str], *, yes: bool, dry_run: bool
 ) -> int:
-    """Show what would be written, ask, and write it."""
+    """Show the planned changes, ask, and write them."""
     from jobd.cli.waiting import busy
 
     if not yes:

@@ -72,7 +72,7 @@ class LiveScreen(Screen):
         for job_id in self._bars.keys() - at_work.keys():
             self._progress.remove_task(self._bars.pop(job_id))
         for job_id, job in at_work.items():
-            holder = job.lock.worker if job.lock else f"{job.worker}, silent: the lock has expired"
+            holder = job.lock.worker if job.lock else f"{job.worker} (silent: the lock has expired)"
             text = show.clip(f"  {job_id} on {holder}", 60)
             if job_id not in self._bars:
                 self._bars[job_id] = self._progress.add_task(text, total=100)

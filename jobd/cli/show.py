@@ -120,7 +120,7 @@ def instant(at_ms: int) -> str:
 
 
 def disk_space(disk: DiskView) -> str:
-    """The space of the store's disk and the path of the store: `1.5 GiB free of 8.0 GiB (/var/lib/jobd/jobd.db)`."""
+    """Describe the disk of the store: `1.5 GiB free of 8.0 GiB (/var/lib/jobd/jobd.db)`."""
     return f"{size(disk.free_bytes)} free of {size(disk.total_bytes)} ({disk.path})"
 
 

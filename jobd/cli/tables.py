@@ -41,7 +41,7 @@ def jobs(page: Sequence[JobView]) -> None:
 
 
 def holder(job: JobView) -> str | None:
-    """The worker that holds the job; `silent` if its lock was cleared."""
+    """Return the worker that holds the job, marked `(silent)` if its lock has expired."""
     if job.lock is not None:
         return job.lock.worker
     return f"{job.worker} (silent)" if job.worker else None

@@ -36,7 +36,7 @@ MOST_NAMED: Final = 4  # queues or kinds of a worker
 
 
 def queues(views: Sequence[QueueView]) -> None:
-    """With a column that describes pauses if a queue is paused."""
+    """Show queues in a table. If one is paused, a column describes the pauses."""
     is_described = any(queue.paused for queue in views)
     rows = [
         (
@@ -59,7 +59,7 @@ def queues(views: Sequence[QueueView]) -> None:
 
 
 def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | None) -> None:
-    """`page` has what is known of all of them."""
+    """Show workers in a table. `page` is the last page: its counts and `since` cover all workers."""
     rows = [
         (
             worker.worker,
@@ -73,7 +73,7 @@ def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | 
         for worker in views
     ]
     since = f"since the start at {show.instant(page.since)}"
-    empty = f"No worker was heard lately, {since}." if state is None else f"No worker is {state}."
+    empty = f"No worker was seen lately, {since}." if state is None else f"No worker is {state}."
     show.table(["WORKER", "STATE", ">HOLDS", "LAST SEEN", "CLAIMS", "ABOUT", "JOBS"], rows, empty=empty)
     gone = page.by_state["gone"]
     if gone and state is None:
@@ -81,7 +81,7 @@ def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | 
 
 
 def claims(worker: WorkerView) -> str | None:
-    """Queues and kinds of its latest claim: `mail images (kinds: resize)`."""
+    """Describe the queues and kinds of the latest claim: `mail images (kinds: resize)`."""
     if worker.queues is None:
         return None
     kinds = "" if worker.kinds is None else f" (kinds: {_few(kind or '(none)' for kind in worker.kinds)})"
@@ -89,7 +89,7 @@ def claims(worker: WorkerView) -> str | None:
 
 
 def about(said: About | None) -> str | None:
-    """`host box, pid 42, jobd 1.0, 4 at once`."""
+    """Describe a worker: `box, pid 42, version 1.0, 4 at once`."""
     if said is None:
         return None
     parts = [
@@ -109,7 +109,7 @@ def _few(names: Iterable[str]) -> str:
 
 
 def taken_back(view: TakenBack, tell: Callable[[str], None], *, would: bool) -> None:
-    """What a take-back did to each job, or would do."""
+    """Show the effect of a take-back on each job: done, or planned with `would`."""
     done = {"reset": "back in its queue", "failed": "failed"}
     foreseen = {"reset": "would go back to its queue", "failed": "would fail"}
     for each in view.details:

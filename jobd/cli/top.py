@@ -30,8 +30,8 @@ WINDOW_S: Final = 10.0  # rates are those of so long
 RATES: Final = ("created", "granted", "completed", "failed", "retried", "stalled")
 MOST: Final = 200  # workers and locks that one look asks for
 NARROW: Final = 72  # columns below which workers are shown without when they were last seen
-WIDE: Final = 140  # columns from which on workers are shown with what they claim and say of themselves
-MIDDLE: Final = 32  # columns of what a worker claims, and of what it says of itself
+WIDE: Final = 140  # columns of a terminal that has room for the claims and descriptions of workers
+MIDDLE: Final = 32  # columns of a worker's claim, and of its description
 NAME: Final = 20  # columns that a name gets before a table leaves some of its own out
 HEAD: Final = 3  # lines above the tables that rows_of counts on
 AWAY: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
@@ -67,7 +67,7 @@ class Frame(Struct, frozen=True):
     workers: list[Hands]
     alerts: list[AlertView]  # those that fire
     more_queues: bool = False  # there are more than were asked for
-    gone: int = 0  # workers that are not listed
+    gone: int = 0  # workers that are not shown
 
 
 class Samples:

@@ -423,31 +423,32 @@ def locks(*, limit: int | None = None) -> Request[list[LockedJob]]:
 
 
 def queues(*, limit: int | None = None, cursor: str | None = None, busiest: bool = False) -> Request[list[QueueView]]:
-    """A page of the queues by name: counts by status, the oldest due job, whether they are paused.
+    """Get a page of queues by name: counts by status, the oldest due job, and the pause if there is one.
 
-    `limit` is 200 by default and at most. `cursor` is the name of the last queue of the page before. `busiest`: those
-    with the most jobs that wait or are worked on, of which there is one page.
+    `limit` is at most 200, the default. `cursor` is the name of the last queue of the page before. `busiest` gives one
+    page with the queues that have the most queued and processing jobs.
     """
     return get(f"{BASE}/queues", read_queues, limit=limit, cursor=cursor, busiest="true" if busiest else None)
 
 
 def workers(*, limit: int | None = None) -> Request[list[WorkerView]]:
-    """The workers that are not gone, those heard last first, up to 200 (or `limit`): state, latest claim, jobs held."""
+    """List up to 200 (or `limit`) workers that are not gone, most recently seen first: state, latest claim, jobs."""
     return get(f"{BASE}/workers", lambda body: read_workers(body).workers, limit=limit)
 
 
 def worker_page(
     *, state: WorkerState | None = None, limit: int | None = None, cursor: str | None = None
 ) -> Request[WorkerList]:
-    """A page of workers, those heard last first: `limit` of them (200 by default, and at most).
+    """Get a page of workers, most recently seen first. `limit` is at most 200, the default.
 
-    Those in this `state`, or all that are not gone. `cursor` is the `next_cursor` of the page before.
+    `state` selects workers in that state; without it, all that are not gone. `cursor` is the `next_cursor` of the page
+    before.
     """
     return get(f"{BASE}/workers", read_workers, state=state, limit=limit, cursor=cursor)
 
 
 def take_back(worker: str, reason: str | None = None, *, dry_run: bool = False) -> Request[TakenBack]:
-    """End the expired grants of a silent worker by their stall rule, now. `dry_run`: only say which, up to 200.
+    """End the expired grants of a silent worker by their stall rule, now. `dry_run` only lists them, up to 200.
 
     Raises WorkerNotFound, WorkerNotSilent.
     """
@@ -483,9 +484,9 @@ def alerts() -> Request[list[AlertView]]:
 
 
 def pause_queue(queue: str, reason: str | None = None, *, until: int | None = None) -> Request[PausedView]:
-    """Grant nothing of this queue until it is resumed: by an operator, or by the daemon at `until` (Unix ms).
+    """Grant no job of this queue until an operator resumes it, or until the daemon does so at `until` (Unix ms).
 
-    Holders continue. A second pause replaces reason and end of the first one.
+    Holders continue. A second pause replaces the reason and end of the first one.
     """
     body = {"reason": reason, "until": until}
     return post(job_path(f"{BASE}/queues", queue, "pause"), _read_paused, body, key=uuid7())

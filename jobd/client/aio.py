@@ -247,10 +247,10 @@ class _QueuePage(Protocol):
 
 
 def _all_queues(page: _QueuePage) -> Callable[[_AsyncClient], AsyncIterator[QueueView]]:
-    """The method that walks through all pages of queues."""
+    """Build the method that reads all pages of queues."""
 
     async def iterate_queues(self: _AsyncClient) -> AsyncIterator[QueueView]:
-        """Every queue by name, page by page: counts by status, the oldest due job, whether it is paused."""
+        """Iterate over all queues by name: counts by status, the oldest due job, and the pause if there is one."""
         cursor = None
         while True:
             found = await self.send(page(cursor=cursor))

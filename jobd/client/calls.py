@@ -54,9 +54,9 @@ def read_queues(body: bytes) -> list[QueueView]:
 
 
 def _named(build: Callable[P, Request[T]]) -> Callable[P, Request[T]]:
-    """Make a positional argument after `job_id` a TypeError that says what to write.
+    """Reject positional arguments after `job_id` with a TypeError that shows the correct call.
 
-    The manager that jobd replaces has other orders (`failJob(jobId, message, lockId)`).
+    The manager that jobd replaces orders them differently (`failJob(jobId, message, lockId)`).
     """
     needed = [p.name for p in inspect.signature(build).parameters.values() if p.default is p.empty]
     call = f"{build.__name__}({', '.join([needed[0], *(f'{name}=...' for name in needed[1:])])})"
@@ -176,8 +176,8 @@ def start_processing(
 ) -> Request[GrantInfo]:
     """Take this job for `worker`. The lock lives `lock_ttl_ms` (1 s to 24 h) unless it is extended.
 
-    The lock never outlives the latest progress report by more than `max_processing_ms`; 0 means no ceiling. A ceiling
-    that the creator of the job set comes first. `about` is what `jobctl workers` shows of the worker.
+    The lock never outlives the latest progress report by more than `max_processing_ms`; 0 means no ceiling. The ceiling
+    of the job itself takes precedence. `jobctl workers` shows `about`.
 
     Raises AlreadyLocked, NotDue, QueuePaused, InvalidTransition, JobNotFound.
     """
@@ -305,7 +305,7 @@ def fail_job(
 def release_job(job_id: str, *, lock_id: str, delay_ms: int | None = None) -> Request[JobInfo]:
     """Give the job back to its queue, unworked: the attempt does not count. Due again after `delay_ms`.
 
-    Without `delay_ms` it keeps its place; from the 5th release in a row without progress on it waits 1 s to 1 min.
+    Without `delay_ms` it keeps its place. From the 5th release in a row without progress, it waits 1 s to 1 min.
     After your own complete or fail it changes nothing, so it may stand in a `finally`. Raises LockLost.
     """
     return post(job_path(JOBS, job_id, "release"), read_job, {"lock_id": lock_id, "delay_ms": delay_ms})
@@ -320,23 +320,24 @@ def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str |
 
 
 def queues(*, limit: int | None = None, cursor: str | None = None) -> Request[list[QueueView]]:
-    """A page of the queues by name: counts by status, the oldest due job, whether they are paused.
+    """Get a page of queues by name: counts by status, the oldest due job, and the pause if there is one.
 
-    `limit` is 200 by default and at most. `cursor` is the name of the last queue of the page before.
+    `limit` is at most 200, the default. `cursor` is the name of the last queue of the page before.
     """
     return get("/v1/queues", read_queues, limit=limit, cursor=cursor)
 
 
 def workers() -> Request[list[WorkerView]]:
-    """The workers that are not gone, those heard last first, up to 200: state, latest claim, jobs held."""
+    """List up to 200 workers that are not gone, most recently seen first: state, latest claim, jobs."""
     return get("/v1/workers", lambda body: read_workers(body).workers)
 
 
 def worker_page(
     *, state: WorkerState | None = None, limit: int | None = None, cursor: str | None = None
 ) -> Request[WorkerList]:
-    """A page of workers, those heard last first: `limit` of them (200 by default, and at most).
+    """Get a page of workers, most recently seen first. `limit` is at most 200, the default.
 
-    Those in this `state`, or all that are not gone. `cursor` is the `next_cursor` of the page before.
+    `state` selects workers in that state; without it, all that are not gone. `cursor` is the `next_cursor` of the page
+    before.
     """
     return get("/v1/workers", read_workers, state=state, limit=limit, cursor=cursor)

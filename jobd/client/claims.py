@@ -22,7 +22,7 @@ from jobd.client.service_thread import Say
 from jobd.client.waiting import first_of
 from jobd.commands import PRINTABLE, About
 
-MOST_CONCURRENCY: Final = 100_000  # that About can name
+MOST_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
 POLL_MS: Final = 30_000
 LOCK_TTL_MS: Final = 60_000
 # A worker outlasts whatever the daemon may get over: a full disk, a fault of its own.
@@ -33,7 +33,7 @@ PASSING: Final = RETRIED | {"storage_full", "internal_error", "request_timeout"}
 class Wanted:
     """What is claimed, for whom. A job that is held for `lock_ttl_ms` without a sign of life is another's at once.
 
-    The locks have no ceiling (`max_processing_ms` 0): long quiet work is not killed.
+    The locks have no ceiling (`max_processing_ms` 0), so long work without progress reports keeps its lock.
     """
 
     worker: str

@@ -1,4 +1,4 @@
-"""The error message of a failed handler: `Type: message`, then the traceback without jobd's own frames."""
+"""Error messages of failed handlers: `Type: message`, then the traceback without jobd's own frames."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _CUT: Final = "\n[...]\n"
 
 
 def describe_error(error: BaseException) -> str:
-    """Describe `error`. The first line is whole; a long text loses the middle of the rest."""
+    """Describe `error`. The first line is complete. If the rest is too long, its middle is cut out."""
     first, *more = headed(type(error).__name__, _text(error)).split("\n")
     notes = [str(note) for note in getattr(error, "__notes__", ())]
     return fitted(first, "\n".join([*more, *notes, _trace(error)]).strip("\n"))
 
 
 def headed(name: str, message: str) -> str:
-    """`Type: message`, or the type alone if there is no message."""
+    """Return `Type: message`, or the type alone if there is no message."""
     return f"{name}: {message}" if message else name
 
 
 def fitted(first: str, rest: str) -> str:
-    """Fit both into an error_message, as text that JSON can carry."""
+    """Join both into an `error_message` of legal length, escaping what JSON cannot carry."""
     first, rest = (each.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00") for each in (first, rest))
     room = MESSAGE_CHARACTERS - len(first) - 1
     if len(rest) > room:
@@ -40,12 +40,12 @@ def fitted(first: str, rest: str) -> str:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # the handler's class may do anything
+    except Exception:  # __str__ of the handler's exception class may raise
         return "<exception str() failed>"
 
 
 def _trace(error: BaseException) -> str:
-    """The traceback with its chain, without jobd's frames and without the last lines, which repeat the error."""
+    """Format the traceback and its chain without jobd's frames and the final lines, which repeat the error."""
     told = traceback.TracebackException.from_exception(error, compact=True)
     _strip(told)
     if not (told.stack or told.__cause__ or told.__context__ or told.exceptions):

@@ -257,7 +257,7 @@ class TooManyJobs(JobdError):
 
 
 class TooManyQueues(JobdError):
-    """The job would be the first of its queue, and as many queues as are allowed have jobs; nothing was done."""
+    """The job would be the first of a new queue, but `limits.queues` queues have jobs; nothing was done."""
 
     code, status = "too_many_queues", 507
 

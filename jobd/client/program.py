@@ -65,9 +65,9 @@ class Program:
         watchdog: Watchdog | None = None,
         token: int = 0,
     ) -> Program:
-        """Start it. The feeds get what it says piece by piece, and b"" at the end. Raises OSError.
+        """Start it. The feeds get its output piece by piece, and b"" at the end. Raises OSError.
 
-        `watchdog` ends it if this process is killed; `token` names it there.
+        `watchdog` ends the program if this process is killed; `token` identifies it there.
         """
 
         def popen() -> subprocess.Popen[bytes]:

@@ -61,11 +61,11 @@ class CommandWorker:
     stderr. A lost or cancelled job, and the end of the grace after `stop`, is a SIGTERM to the program's whole process
     group, `kill_after_s` later a SIGKILL; children that outlive their program are stopped in the same way. So is a run
     that takes longer than `timeout` (a timedelta, or seconds): its attempt fails with `error_code` "timeout". If this
-    process is killed, a watchdog process ends the groups, with SIGKILL after half the TTL of the lock at the latest.
+    process is killed, a watchdog process ends the groups, with SIGKILL at the latest after half the TTL of the lock.
 
     `once` ends after one job, `drain` when no job is due and none is running; it says then what is left, and why.
     `say` gets messages for people, one line each (stderr by default), in another thread. Locks live `lock_ttl_ms` and
-    are extended by themselves, in a thread of their own. They have no ceiling unless `max_processing_ms` sets one.
+    are extended automatically in a separate thread. They have no ceiling unless `max_processing_ms` sets one.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class CommandWorker:
         self._stop: Callable[[], None] | None = None
 
     def stop(self) -> None:
-        """As SIGTERM: claim no more, let running programs end; a second call ends the grace, a third kills them.
+        """Do the same as SIGTERM: stop claiming, let programs end. A second call ends the grace, a third kills them.
 
         May be called from any thread.
         """

@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own. Locks are kept there, so a handler that blocks its loop cannot expire one."""
+"""An event loop in a separate thread. It extends locks, so a handler that blocks its own loop loses none."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Say = Callable[[str], None]
 
 
 class ServiceThread:
-    """Runs one coroutine on an event loop of its own, in a thread of its own.
+    """Run one coroutine on a separate event loop in a separate thread.
 
-    The thread ends with the process: a keeper that outlives the work would hold its locks forever.
+    The thread is a daemon thread and ends with the process. Otherwise it could extend locks of work that has ended.
     """
 
     def __init__(self, name: str) -> None:
@@ -24,7 +24,7 @@ class ServiceThread:
         self._messages: Final = ThreadPoolExecutor(1, f"{name}: messages")
 
     def say(self, say: Say) -> Say:
-        """Call `say` from another thread: the writer of a log may block."""
+        """Return a function that calls `say` in another thread, because writing a log may block."""
 
         def later(text: str) -> None:
             self._messages.submit(say, text)
@@ -32,11 +32,11 @@ class ServiceThread:
         return later
 
     def call(self, function: Callable[..., object]) -> None:
-        """Call `function` on this loop soon. Thread-safe. Does nothing after the end of `run`."""
+        """Schedule `function` on this loop. Thread-safe. Does nothing after `run` has ended."""
         call_on(self._loop, function)
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, None]], stop: Callable[[], object]) -> None:
-        """Run `work` there until it ends. If the caller is cancelled, call `stop` there and wait for the end."""
+        """Run `work` in the thread until it ends. If the caller is cancelled, call `stop` there and wait."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         threading.Thread(target=self._run, args=(work, done), name=self._name, daemon=True).start()
         try:
@@ -53,14 +53,14 @@ class ServiceThread:
         try:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(work())
-        except BaseException as raised:  # it is raised by `run`, in the caller's thread
+        except BaseException as raised:  # `run` raises it in the caller's thread
             error = raised
         self._messages.shutdown()
         call_on(done.get_loop(), lambda: _end(done, error))
 
 
 def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object, **how: Any) -> None:
-    """Call `function` soon on a loop of another thread. Does nothing if that loop is closed."""
+    """Schedule `function` on the loop of another thread. Does nothing if that loop is closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *args, **how)
 

@@ -34,7 +34,7 @@ class Effort(Protocol):
 
     @property
     def timeout_s(self) -> float | None:
-        """How long the work may take."""
+        """How long the work may take, in seconds; None: no limit."""
 
     async def stop(self, at_once: asyncio.Event) -> None:
         """Have the work end before its time. Returns when it is gone, or when it does not go; then `done` is not done.
@@ -49,7 +49,7 @@ class Effort(Protocol):
         """The work ended by itself: complete the job, or fail it; whether it is completed."""
 
     def describe_timeout(self) -> str:
-        """What to add to the message of a run that took too long. The work was told to stop, and may still run."""
+        """Return a suffix for the message of a run that took too long. The work was told to stop, and may still run."""
 
 
 Begin = Callable[[Keeper], Awaitable[Effort]]
@@ -165,7 +165,7 @@ class Shift:
                 effort.abort()
 
     async def _see_out(self, effort: Effort, keeper: Keeper) -> bool:
-        """Wait until the work is gone, and stop it if the job is lost, the shift is over, or its time is over."""
+        """Wait until the work has ended. Stop it if the job is lost, the shift is over, or the timeout has passed."""
         hurry = asyncio.ensure_future(self._hurry.wait())
         try:
             with contextlib.suppress(TimeoutError):
@@ -193,7 +193,7 @@ class Shift:
 
 
 def seconds(timeout: timedelta | float | None) -> float | None:
-    """`timeout` in seconds. Raises ValueError unless it is above 0."""
+    """Return `timeout` in seconds. Raises ValueError unless it is above 0."""
     time_s = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     if time_s is not None and time_s <= 0:
         raise ValueError("timeout must be above 0; None means no limit")

@@ -1,7 +1,7 @@
-"""Ends the programs of a worker that was killed: a process that holds a pipe to the worker and outlives it.
+"""End the programs of a worker that was killed, from a process that reads a pipe from the worker and outlives it.
 
-A parent-death signal reaches only the direct child, and is bound to a thread. The end of a pipe is neither.
-This file is also the program of that process. There it imports nothing of jobd.
+A parent-death signal reaches only the direct child, and is sent when the parent thread ends. The end of a pipe has
+neither limit. This file is also the program of that process, and then imports nothing of jobd.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 from typing import Final
 
-POLL_S: Final = 0.05  # nothing tells when a process group ends
-MARK: Final = "JOBD_JOB_FENCING_TOKEN"  # in the environment of each program
+POLL_S: Final = 0.05  # there is no notification of the end of a process group
+MARK: Final = "JOBD_JOB_FENCING_TOKEN"  # the environment variable of each program that holds its token
 
 
 class Watchdog:
-    """The process, as the worker sees it. It gets a line for each program: `<token> <group>`.
+    """The worker's side of the watchdog process. It sends one line for each change: `<token> <group>`.
 
-    The group is 0 before the program starts and -1 after its end. If the worker dies in between, the process finds
-    the program by the token in its environment. All methods may be called from any thread.
+    The group is 0 before the program starts and -1 after its end. If the worker dies while the group is 0, the process
+    finds the program by the token in its environment. All methods may be called from any thread.
     """
 
     def __init__(self, kill_after_s: float) -> None:
@@ -34,19 +34,19 @@ class Watchdog:
         self._process: subprocess.Popen[bytes] | None = None
 
     def starts(self, token: int) -> None:
-        """A program for the grant with this token is about to start."""
+        """Announce that a program for the grant with this token is about to start."""
         self._tell(token, 0)
 
     def started(self, token: int, group: int) -> None:
-        """It runs, as this process group."""
+        """Announce the process group of the program."""
         self._tell(token, group)
 
     def ended(self, token: int) -> None:
-        """Nothing of it is left, or it could not start. Call this before its number can be another process's."""
+        """Announce that no process of it is left, or that it did not start. Call this before its pid can be reused."""
         self._tell(token, -1)
 
     def close(self) -> None:
-        """End the process; groups that are left are ended first."""
+        """End the process. It first ends the groups that are left."""
         process, self._process = self._process, None
         if process is not None:
             process.communicate()
@@ -59,7 +59,7 @@ class Watchdog:
                 self._groups[token] = group
             try:
                 self._write({token: group})
-            except OSError:  # the process was killed, and everything that it knew is gone
+            except OSError:  # the process was killed: start another one, and send it all groups
                 self.close()
                 self._write(self._groups)
 
@@ -79,9 +79,9 @@ class Watchdog:
 
 
 def watch(fd: int, kill_after_s: float) -> None:
-    """Read lines until the worker is gone, then end what it has left."""
+    """Read lines until the worker has ended, then end the programs that are left."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # whatever stops the worker: this process ends after it
+        signal.signal(number, signal.SIG_IGN)  # a signal that stops the worker must not stop this process
     groups: dict[int, int] = {}
     with os.fdopen(fd, "rb") as lines:
         for line in lines:
@@ -93,10 +93,10 @@ def watch(fd: int, kill_after_s: float) -> None:
 
 
 def end(groups: set[int], kill_after_s: float) -> None:
-    """SIGTERM to all of them, SIGKILL to what is left after `kill_after_s`."""
+    """Send SIGTERM to all groups, and SIGKILL to those that are left after `kill_after_s`."""
     for group in groups:
         _signal(group, signal.SIGTERM)
-        _signal(group, signal.SIGCONT)  # a stopped program gets it too
+        _signal(group, signal.SIGCONT)  # a stopped program cannot handle SIGTERM
     kill_at_s = time.monotonic() + kill_after_s
     while (groups := {group for group in groups if _signal(group, 0)}) and time.monotonic() < kill_at_s:
         time.sleep(POLL_S)
@@ -105,7 +105,7 @@ def end(groups: set[int], kill_after_s: float) -> None:
 
 
 def _signal(group: int, number: int) -> bool:
-    """Whether the group exists and may be sent this signal."""
+    """Send a signal. Return whether the group exists and accepts it."""
     try:
         os.killpg(group, number)
     except OSError:
@@ -114,7 +114,7 @@ def _signal(group: int, number: int) -> bool:
 
 
 def _find(token: int) -> int:
-    """The group of the program that was started for this token, 0 if there is none."""
+    """Return the group of the program that was started for this token, 0 if there is none."""
     mark = f"{MARK}={token}".encode()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):

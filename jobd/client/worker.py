@@ -1,6 +1,6 @@
 """A worker in Python: a handler for each kind of job, N at a time, locks kept by themselves.
 
-Handlers run on the caller's event loop or in threads. All that speaks to the daemon runs in a service thread.
+Handlers run on the caller's event loop or in threads. All calls to the daemon are made in a service thread.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from jobd.client.shift import STOP_S, Effort, Shift, on_signals, seconds
 from jobd.client.waiting import first_of, within
 
 STREAM_FROM: Final = 8  # jobs at a time, from which on they are reported and ended over one stream of commands
-LAG_S: Final = 5.0  # from here on a blocked event loop is reported
-LOOK_S: Final = 1.0  # between two looks at it
+LAG_S: Final = 5.0  # an event loop that is blocked for longer is reported
+LOOK_S: Final = 1.0  # between two measurements
 RESULT_FIELDS: Final = frozenset({"download_url", "file_path", "storage_key", "metadata"})
 
 log = logging.getLogger("jobd.client")
@@ -56,7 +56,7 @@ class Discard(Exception):
 
 
 class Stopped(Exception):
-    """Raised inside a plain handler whose run is to end: the worker is stopping, or its timeout is over."""
+    """Raised inside a plain handler that has to return: the worker is stopping, or the timeout has passed."""
 
 
 class _Task:
@@ -97,7 +97,7 @@ class _Task:
             raise self._keeper.lost.result()
 
     def _report(self, progress: float, message: str | None) -> Future[None]:
-        """Have the keeper report progress, in its thread."""
+        """Let the keeper report progress in its own thread."""
         told: Future[None] = Future()
 
         def report() -> None:
@@ -142,7 +142,7 @@ class SyncTask(_Task):
     """One job, given to a plain handler in a thread of its own.
 
     As Task, but nothing can cancel a thread: report progress, look at `cancelled` (a threading.Event) or call
-    `raise_if_lost` now and then, and return soon when the job is lost, the worker is stopping, or the timeout is over.
+    `raise_if_lost` often, and return soon if the job is lost, the worker is stopping, or the timeout has passed.
     """
 
     def __init__(self, keeper: Keeper) -> None:
@@ -152,7 +152,7 @@ class SyncTask(_Task):
     def progress(self, progress: float, message: str | None = None) -> None:
         """Report progress (0 to 100), which renews the lock. Returns at once while the daemon is unreachable.
 
-        Raises LockLost, MaxProcessingTimeExceeded, InvalidRequest, and Stopped when the run is to end.
+        Raises LockLost, MaxProcessingTimeExceeded, InvalidRequest, and Stopped if the handler has to return.
         """
         self.raise_if_lost()
         self._report(progress, message).result()
@@ -161,7 +161,7 @@ class SyncTask(_Task):
         """Raise LockLost (or MaxProcessingTimeExceeded) where the job is no longer ours, Stopped where we must stop."""
         super().raise_if_lost()
         if self.cancelled.is_set():
-            raise Stopped("This run is to end: the worker is stopping, or the timeout is over.")
+            raise Stopped("The handler has to return: the worker is stopping, or the timeout has passed.")
 
 
 class Worker:
@@ -184,15 +184,15 @@ class Worker:
     SIGINT drain: no more claims, the running handlers get `grace_s` seconds, then they are stopped and their jobs
     released. What goes on is logged to `jobd.client`.
 
-    A thread with an event loop and connections of its own claims jobs and keeps locks, so a handler that blocks its
-    loop loses no lock. After 5 s a blocked loop is logged. Nothing helps against an extension that holds the GIL for
-    longer than a lock lives: it stops every thread.
+    A service thread with its own event loop and connections claims jobs and extends locks, so a handler that blocks its
+    loop loses no lock. A loop that is blocked for 5 s is logged. An extension that holds the GIL for longer than a lock
+    lives stops every thread, and the lock is lost.
 
-    `timeout` (a timedelta, or seconds) limits a whole run; a handler may have its own. When it is over an async handler
-    is cancelled, a plain one finds `cancelled` set and gets Stopped from `progress`. Both have 10 s to end. Then the
-    attempt fails with `error_code` "timeout", whatever the handler returns. Nothing can kill a thread: a plain handler
-    that goes on meets the job's next attempt, its result is dropped, and its place among the `concurrency` stays taken
-    until it returns. Locks have no other ceiling unless `max_processing_ms` sets one.
+    `timeout` (a timedelta, or seconds) limits a whole run; a handler may have its own. When it has passed, an async
+    handler is cancelled. A plain one finds `cancelled` set, and `progress` raises Stopped. Both have 10 s to end. Then
+    the attempt fails with `error_code` "timeout", whatever the handler returns. A thread cannot be killed: a plain
+    handler that continues may run beside the job's next attempt. Its result is dropped, and it counts against
+    `concurrency` until it returns. Locks have no ceiling unless `max_processing_ms` sets one.
     """
 
     def __init__(
@@ -230,15 +230,15 @@ class Worker:
         """Register a function for jobs of these kinds, or, without a kind, for every kind without its own handler.
 
         `@worker.handler` means `@worker.handler()`. Raises TypeError for anything but names and one function, and for a
-        function that cannot be called with a task; ValueError if a kind has a handler already. `timeout` comes before
-        that of the worker.
+        function that cannot be called with a task; ValueError if a kind has a handler already. `timeout` takes
+        precedence over that of the worker.
         """
         timeout_s = seconds(timeout)
         if len(kinds) == 1 and callable(kinds[0]):
             return self._register((), timeout_s, kinds[0])
         for kind in kinds:
             if not isinstance(kind, str):
-                raise TypeError(f'{kind!r} is no kind; write @worker.handler or @worker.handler("kind", ...)')
+                raise TypeError(f'{kind!r} is not a kind; write @worker.handler or @worker.handler("kind", ...)')
         return functools.partial(self._register, kinds, timeout_s)
 
     def _register(self, kinds: tuple[str, ...], timeout_s: float | None, function: Handler) -> Handler:
@@ -249,7 +249,9 @@ class Worker:
             try:
                 signature.bind(None)
             except TypeError as error:
-                raise TypeError(f"{function!r} is called with a task and nothing else: {error}") from None
+                raise TypeError(
+                    f"{function!r} cannot be a handler; it must be callable with a task as its only argument: {error}"
+                ) from None
         for kind in kinds or (None,):
             if kind in self._handlers:
                 raise ValueError(f"there is a handler for {'every other kind' if kind is None else kind} already")
@@ -262,7 +264,7 @@ class Worker:
         asyncio.run(self.serve(signals=True))
 
     def stop(self) -> None:
-        """Drain, as SIGTERM: a second call ends the grace, a third all patience. May be called from any thread."""
+        """Drain, as on SIGTERM. A second call ends the grace, a third stops at once. May be called from any thread."""
         if self._stop is not None:
             self._stop()
 
@@ -328,7 +330,7 @@ def _is_async(handler: Callable[..., Any]) -> bool:
 
 
 class _HandlersLoop:
-    """The event loop and the context that the worker was started in, as the service thread sees them."""
+    """The service thread's access to the event loop and context in which the worker was started."""
 
     def __init__(self, say: Say) -> None:
         self._loop = asyncio.get_running_loop()
@@ -353,7 +355,7 @@ class _HandlersLoop:
         return task
 
     async def watch(self) -> None:
-        """Measure, in the service thread, how long the loop does not turn, and how long this thread does not run."""
+        """Measure, in the service thread, how long the loop is blocked, and how long this thread does not run."""
         here = asyncio.get_running_loop()
         while True:
             asked_s, turned = here.time(), asyncio.Event()
@@ -361,11 +363,11 @@ class _HandlersLoop:
             if not await within(LAG_S, turned) and self._jobs:
                 jobs = self._running()
                 self._say(
-                    f"{jobs}: the event loop of the handlers has not turned for {here.time() - asked_s:.1f} s. Locks "
-                    "are kept, other async handlers wait. Use asyncio.to_thread for what blocks, or a plain handler."
+                    f"{jobs}: the event loop of the handlers is blocked for {here.time() - asked_s:.1f} s. Locks "
+                    "are extended, but other async handlers wait. Use asyncio.to_thread or a plain handler."
                 )
                 await turned.wait()
-                self._say(f"{jobs}: the event loop of the handlers turns again, after {here.time() - asked_s:.1f} s.")
+                self._say(f"{jobs}: the event loop of the handlers runs again, after {here.time() - asked_s:.1f} s.")
             asked_s = here.time()
             await asyncio.sleep(LOOK_S)
             if (late_s := here.time() - asked_s - LOOK_S) >= LAG_S:
@@ -375,14 +377,14 @@ class _HandlersLoop:
                 )
 
     def _running(self) -> str:
-        """The job whose task is running, or all that may be."""
+        """Name the job whose task is running, or all jobs that may be."""
         task = asyncio.current_task(self._loop)
         jobs = [self._jobs[task]] if task in self._jobs else list(self._jobs.values())
         return f"job {', '.join(jobs)}" if jobs else "no async job"
 
 
 class _Call(ABC):
-    """A handler at work on one job. Made and asked in the service thread."""
+    """A handler at work on one job. Created and queried in the service thread."""
 
     task: _Task
 
@@ -393,7 +395,7 @@ class _Call(ABC):
         self._raised: BaseException | None = None
 
     def _ended(self, returned: Any, raised: BaseException | None) -> None:
-        """Called by the handler's side."""
+        """Record the end of the handler. Called in the handler's thread."""
         call_on(self.done.get_loop(), self._end, returned, raised)
 
     def _end(self, returned: Any, raised: BaseException | None) -> None:
@@ -476,7 +478,7 @@ class _OnLoop(_Call):
     def _cancel(self) -> None:
         self.task.cancelled.set()
         assert self._running is not None, "it was begun by an earlier call"
-        # Later than what has arrived already: the handler gets LockLost from `progress`, not a cancellation.
+        # After calls that are already scheduled, so that the handler gets LockLost from `progress`, not a cancellation.
         asyncio.get_running_loop().call_soon(self._running.cancel)
 
 
@@ -518,7 +520,7 @@ def _result(given: dict[str, Any], returned: Any) -> dict[str, Any]:
 
 
 def _described(error: BaseException) -> str:
-    """The message of a failed job: what the handler said, or its error with the traceback."""
+    """Describe a failed job: the message that the handler gave, or its error with the traceback."""
     if isinstance(error, Retry | Discard):
         first, _, rest = (str(error) or type(error).__name__).partition("\n")
         return fitted(first, rest)

@@ -105,7 +105,7 @@ class TakeBackForm(ReasonForm, frozen=True, kw_only=True):
 
 
 async def confirm_take_back(guest: Guest, asked: TakeBackPage) -> Shown:
-    """What a take-back would do now. It is done by the form on that page."""
+    """Preview a take-back. The form on the page does it."""
     seen = await guest.site.rooms.take_back(TakeBack(name=asked.name, dry_run=True), guest.visit.operator)
     [paused] = await pages.asked(guest, pages.PAUSED)
     is_refused = isinstance(seen, Refusal)
@@ -124,7 +124,7 @@ async def take_back(guest: Guest, asked: TakeBackForm) -> Answer | Refusal:
     done = await guest.site.rooms.take_back(command, in_parts(guest.visit.operator))
     if isinstance(done, Refusal):
         return done
-    message = f"{done.recovered_jobs} jobs taken back: {done.reset_jobs} queued again, {done.failed_jobs} failed."
+    message = f"Jobs taken back: {done.recovered_jobs} ({done.reset_jobs} queued again, {done.failed_jobs} failed)."
     return go_on(guest, "/workers", message)
 
 
@@ -133,4 +133,4 @@ async def accept_clock(guest: Guest, asked: ReasonForm) -> Answer | Refusal:
     if isinstance(view, Refusal):
         return view
     await guest.note("accept-clock", reason=asked.why)
-    return go_on(guest, "/alerts", "The clock is taken as right: jobs are deleted and failed by age again.")
+    return go_on(guest, "/alerts", "The clock is accepted. Jobs are deleted and failed by age again.")

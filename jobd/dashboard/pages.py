@@ -87,7 +87,7 @@ DEEDS_KEPT: Final = (
 )  # fmt: skip
 PAUSED: Final = Queues(paused=True, limit=20)  # asked by every page, so it costs by the paused queues alone
 PAUSE_CHOICES: Final = (("15 minutes", "900000"), ("1 hour", "3600000"), ("4 hours", "14400000"), ("1 day", "86400000"))
-SILENT_NAMED: Final = 3  # workers
+SILENT_NAMED: Final = 3  # silent workers that the overview names
 MOST_NAMES: Final = 200  # of queues that a filter offers
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]-]{1,200}")
 
@@ -109,7 +109,7 @@ class QueuesPage(Command, frozen=True, kw_only=True):
 
 
 class WorkersPage(Command, frozen=True, kw_only=True):
-    """`cursor`: where the page of locks begins; `seen`: that of the workers, which are those in `state` or not gone."""
+    """Cursors of the page: `cursor` of the locks, `seen` of the workers. `state` selects workers; else all not gone."""
 
     cursor: Cursor | None = None
     seen: WorkerCursor | None = None
