@@ -44,6 +44,7 @@ log = structlog.get_logger("jobd.actor")
 
 BATCH_WEIGHT: Final = 1_000  # commands of one batch, bulk creates and claims counted by their jobs
 LATE_WEIGHT: Final = 50  # of a complete without a live grant: the journal of its job is looked through, before all else
+CLOCK_LOOK_S: Final = 1.0  # while a step of the wall clock could make a job eligible for which a claim waits
 TELL_LATER: Final = 64  # where at most so many commands wait, they may go to the disk before the last answers leave
 SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long looks do not wait for the next one
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -292,12 +293,16 @@ class Actor:
         return bool(self._owed) and self.full_disk.closed != Closed.ALL_WRITES
 
     def _wait_s(self) -> float | None:
-        """Seconds until a claim's wait ends, a job becomes due that somebody may wait for, or a probe is due."""
+        """Seconds until a claim's wait ends, a job may become due that a claim waits for, or a probe is due."""
         waits = []
         if (deadline := self.parked.next_deadline()) is not None:
             waits.append(deadline - self._loop_time())
-            if (run_at := self.book.next_run_at()) is not None:
-                waits.append((run_at - self._clock.moment().now) / 1000)
+            now = self._clock.moment().now
+            run_at, expiry = self.book.next_run_at(), self.book.next_expiry()
+            if run_at is not None:
+                waits.append((run_at - now) / 1000)
+            if run_at is not None or (expiry is not None and expiry <= now):
+                waits.append(CLOCK_LOOK_S)
         if (probe_at := self.full_disk.probe_at) is not None:
             waits.append(probe_at - self._loop_time())
         return min(waits, default=None)

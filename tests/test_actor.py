@@ -16,7 +16,7 @@ from msgspec import UNSET, Raw
 from structlog.testing import capture_logs
 
 from jobd import history, rules
-from jobd.actor import BATCH_WEIGHT, Bounds, DiskBroken
+from jobd.actor import BATCH_WEIGHT, CLOCK_LOOK_S, Bounds, DiskBroken
 from jobd.answers import Answer, Done, JobView, RefusalView
 from jobd.batch import (
     Aside,
@@ -474,11 +474,26 @@ async def test_what_brings_work_to_a_waiting_claim() -> None:
 @in_virtual_time
 async def test_a_delayed_job_goes_to_who_waits_when_it_is_due() -> None:
     async with household() as house:
-        await house.yes(Create(id="a", delay_ms=2_000))
+        await house.yes(Create(id="a", delay_ms=2_500))
         waiting = await parked(house, "w")
         begun = house.now
         assert ids_of(await waiting) == ["a"]
-        assert house.now == begun + 2_000
+        assert house.now == begun + 2_500
+
+
+@in_virtual_time
+async def test_a_step_of_the_clock_that_makes_a_job_eligible_wakes_a_waiting_claim() -> None:
+    async with household() as house:
+        await house.yes(Create(id="a", delay_ms=DAY_MS // 2))
+        await house.yes(Create(id="b", queue="q", expires_at=house.now + DAY_MS // 4))
+        ahead = await parked(house, "ahead")
+        begun = asyncio.get_running_loop().time()
+        house.step_ms += DAY_MS // 2
+        assert ids_of(await ahead) == ["a"]
+        back = await parked(house, "back", queues=["q"])
+        house.step_ms -= DAY_MS // 2
+        assert ids_of(await back) == ["b"]
+        assert asyncio.get_running_loop().time() - begun == 2 * CLOCK_LOOK_S
 
 
 @in_virtual_time

@@ -5,12 +5,27 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import pytest
 
 from jobd.job import Options, Untouched
-from jobd.orders import BLOCK, NEVER, SLACK, DueEntry, Lane, LazyHeap, Line, Places, QueuedJobs, Sorted, short_entry
+from jobd.orders import (
+    _GONE_AT_ONCE,
+    BLOCK,
+    NEVER,
+    SLACK,
+    DueEntry,
+    Lane,
+    LazyHeap,
+    Line,
+    Places,
+    QueuedJobs,
+    Sorted,
+    short_entry,
+)
 
 Timed = tuple[int, int, str]
 
@@ -80,12 +95,46 @@ def untouched(kind: str, priority: int, created_at: int, seq: int) -> Untouched:
 def test_a_line_too_waits_with_its_trim_until_the_stale_outnumber_the_live() -> None:
     line = Line()
     jobs = [untouched("", 0, number, number) for number in range(2 * 2 + SLACK + 1)]
-    line.jobs.extend(jobs[1:])
+    line.extend(jobs[1:])
     line.trim(2, lambda job: job.seq in (7, 9))
-    assert len(line.jobs) == 2 * 2 + SLACK
-    line.jobs.append(jobs[0])
+    assert len(line) == 2 * 2 + SLACK
+    line.append(jobs[0])
     line.trim(2, lambda job: job.seq in (7, 9))
-    assert list(line.jobs) == [jobs[7], jobs[9]]
+    assert list(line) == [jobs[7], jobs[9]]
+
+
+def _is_from(seq: int, job: Untouched) -> bool:
+    return job.seq >= seq
+
+
+def test_a_line_drops_the_places_of_jobs_that_have_left_its_front() -> None:
+    jobs = [untouched("", 0, number, number) for number in range(3 * _GONE_AT_ONCE)]
+    line = Line()
+    line.extend(jobs)
+    for gone, kept in [(10, 0), (_GONE_AT_ONCE - 1, 0), (_GONE_AT_ONCE, 1), (_GONE_AT_ONCE + 100, 1), (len(jobs), 3)]:
+        first = line.first(partial(_is_from, gone))
+        assert list(line) == jobs[gone:]
+        assert first is next(iter(line), None)
+        assert len(line._jobs) == len(jobs) - kept * _GONE_AT_ONCE
+    assert line.takes(jobs[0])
+
+
+def test_the_next_job_of_a_line_is_found_without_passing_those_before_it() -> None:
+    line = Line()
+    line.extend([untouched("", 0, number, number) for number in range(100_000)])
+    looked_at: list[int] = []
+
+    class Counted(list[Untouched]):
+        def __getitem__(self, place: Any) -> Any:
+            looked_at.append(place)
+            return super().__getitem__(place)
+
+        def __iter__(self) -> Any:
+            raise AssertionError("the line is walked from its front")
+
+    line._jobs = Counted(line._jobs)
+    assert line.next_created_at(50_000, lambda job: job.seq != 50_001) == 50_002
+    assert len(looked_at) < 50
 
 
 def test_sorted_entries_match_a_list() -> None:
@@ -268,7 +317,7 @@ def test_a_job_joins_the_line_only_at_its_end() -> None:
         model.join("a", *found)
         model.check()
     (lane,) = model.due.lanes["a"].values()
-    assert [job.seq for job in lane.line.jobs] == [2, 4]
+    assert [job.seq for job in lane.line] == [2, 4]
     assert len(list(lane.others)) == 2
 
 
@@ -290,7 +339,7 @@ def test_lines_stay_small_while_jobs_come_and_go() -> None:
     for seq in range(1, 2_000):
         model.remove(model.join("a", 0, seq, seq))
     (lane,) = model.due.lanes["a"].values()
-    assert len(lane.line.jobs) <= 2 + SLACK + 1
+    assert len(lane.line) <= 2 + SLACK + 1
     model.check()
 
 
