@@ -42,7 +42,7 @@ check: $(READY)  ## all that CI runs: format, lint, types, tests on both event l
 
 # Only tests that go the same way each time: no branch may be reached by luck.
 COVERING := $(addprefix tests/test_,$(addsuffix .py,actor audit batch book clock commands draft envelope events figures fingerprints job keys late_rules \
-	live_jobs orders overlaps pace plans plans_of_time rules validation views webhook webhook_addresses webhook_line webhook_rules webhook_url why \
+	live_jobs orders overlaps pace plans plans_of_time rules suspect_clock validation views webhook webhook_addresses webhook_line webhook_rules webhook_url why \
 	worker_presence))
 coverage: $(READY)  ## every branch of the pure rooms and the actor is run by the tests that mirror them, or this fails
 	$(BIN)/coverage run -m pytest --quiet --hypothesis-seed=0 $(COVERING)

@@ -77,6 +77,7 @@ def test_a_page_has_payloads_and_is_slow_only_where_a_text_is_looked_for() -> No
 
 def test_a_queue_without_finished_jobs_stays_at_none() -> None:
     assert QueueRow(failed=2).without("failed") == QueueRow(failed=1)
+    assert QueueRow(True, 9, paused_at=1).with_counts(1, 2, 3) == QueueRow(True, 1, 2, 3, paused_at=1)
     assert QueueRow(failed=1).without("failed").without("failed") == QueueRow()
 
 
