@@ -397,9 +397,13 @@ class CleanupReport(Struct, frozen=True, rename="camel"):
 
 
 class CleanupState(Struct, frozen=True, rename="camel"):
+    """`time_since_last_cleanup` is since the last successful pass, in ms. A pass with errors is a failed one."""
+
     last_report: CleanupReport | None
     cleanup_running: bool
-    time_since_last_cleanup: int | None  # ms
+    time_since_last_cleanup: int | None
+    failed_since_last_success: int = 0  # passes
+    last_failure: CleanupReport | None = None  # since the last successful pass
 
 
 class RecoverStuckView(Struct, frozen=True, rename="camel"):
@@ -453,6 +457,9 @@ class HealthView(Struct, frozen=True, rename="camel"):
     timestamp: int
 
 
+AlertSeverity = Literal["critical", "warning", "notice"]
+
+
 class AlertView(Struct, frozen=True):
     """`since` is the Unix time in ms at which the alert began to fire, None while it does not."""
 
@@ -462,6 +469,7 @@ class AlertView(Struct, frozen=True):
     value: float
     threshold: float
     hint: str
+    severity: AlertSeverity = "warning"
 
 
 class AlertList(Struct):

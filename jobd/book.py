@@ -9,6 +9,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
 from itertools import takewhile
+from operator import itemgetter
 from typing import Final
 
 from msgspec.structs import astuple
@@ -137,6 +138,16 @@ class Book:
         """`run_at` of the job of `queue` that has been due longest (Unix ms)."""
         oldest = self._queued[queue].oldest(self._now) if queue in self._queued else None
         return None if oldest is None else oldest[1]
+
+    def queued_kinds(self, queue: str) -> list[str]:
+        """The kinds of the queued jobs of `queue`."""
+        return list(self._queued[queue].lanes) if queue in self._queued else []
+
+    def oldest_of_kind(self, queue: str, kind: str, now: int) -> tuple[int, DueEntry | None]:
+        """How many lanes the kind has, and the entry of its job that has been due longest at wall time `now`."""
+        lanes = self._queued[queue].lanes.get(kind, {}) if queue in self._queued else {}
+        firsts = [next(lane.eligible(now), None) for lane in lanes.values()]
+        return len(firsts), min((entry for entry in firsts if entry), key=itemgetter(1, 2), default=None)
 
     def oldest_due(self) -> tuple[str, DueEntry] | None:
         """The queue and the entry of the job that has been due longest of all. Costs by the queues that wait."""

@@ -28,6 +28,7 @@ log = structlog.get_logger("jobd.cleanup")
 T = TypeVar("T")
 
 TICK_S: Final = 10.0
+RESTORED: Final = 100  # reports of earlier runs in which a start looks for the last successful pass
 LATE_AFTER: Final = 3  # periods without a pass that succeeded, before health complains
 
 
@@ -47,8 +48,12 @@ class Cleaner:
         self._time_wake = asyncio.Event()
         self._asked: asyncio.Future[CleanupReport] | None = None  # the answer to who waits for the next, or this, pass
         self._forced = False
-        self._last_begin = self._last_success = asyncio.get_running_loop().time()  # loop times, in seconds
+        self.last_success: CleanupReport | None = None
+        self._failed_passes = 0  # since then
+        self._last_failure: CleanupReport | None = None  # since then
+        self._last_begin = self._started = asyncio.get_running_loop().time()  # loop times, in seconds
         self._last_end: float | None = None
+        self._last_success_end: float | None = None
         self._beside: Callable[[], bytes] = lambda: b"null"
         self._announce_pass()
 
@@ -138,7 +143,9 @@ class Cleaner:
             return Refusal("shutting_down", f"Not all was looked at: {unfinished}")
 
     def state(self) -> CleanupState:
-        return CleanupState(self.last_report, self.is_running, self._since_last_ms())
+        return CleanupState(
+            self.last_report, self.is_running, self._since_success_ms(), self._failed_passes, self._last_failure
+        )
 
     async def reports(self, limit: int) -> list[CleanupReport]:
         """Kept reports, newest first; one that cannot be read is left out and logged."""
@@ -149,7 +156,7 @@ class Cleaner:
         """What an operator should know of cleanup, or None where passes succeed in time."""
         schedule = self.schedule
         period_s = max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
-        silent_s = asyncio.get_running_loop().time() - self._last_success
+        silent_s = asyncio.get_running_loop().time() - (self._last_success_end or self._started)
         if silent_s <= LATE_AFTER * period_s:
             return None
         errors = self.last_report.errors if self.last_report else []
@@ -239,9 +246,9 @@ class Cleaner:
             report = self._no_pass(f"pass: {error}")
         finally:
             self.is_running, self._last_end = False, loop_time()
+        self._judge(report)
         if not report.errors:
-            self._last_success = self._last_end
-        self.last_report = report
+            self._last_success_end = self._last_end
         self._answer(report)
 
     async def _pass(self) -> CleanupReport:
@@ -253,6 +260,15 @@ class Cleaner:
         self.totals.passes += 1
         log.info("cleanup_pass", **msgspec.to_builtins(report))
         return report
+
+    def _judge(self, report: CleanupReport) -> None:
+        """Take the report of one more pass: a successful one ends the count of failed ones."""
+        self.last_report = report
+        if report.errors:
+            self._failed_passes += 1
+            self._last_failure = report
+        else:
+            self.last_success, self._failed_passes, self._last_failure = report, 0, None
 
     # -- reports ------------------------------------------------------------------------------------------------------
 
@@ -271,11 +287,12 @@ class Cleaner:
 
     async def _restore(self) -> None:
         try:
-            found = await self.reports(1)
+            found = await self.reports(RESTORED)
         except Exception:
             log.exception("last_report_unreadable")
             return
-        self.last_report = found[0] if found else None
+        for report in reversed(found):
+            self._judge(report)
 
     def _no_pass(self, error: str = "pass: none was made, the daemon is stopping.") -> CleanupReport:
         """The answer to who waits for a pass that cannot be made."""
@@ -288,16 +305,20 @@ class Cleaner:
 
     # -- small things -------------------------------------------------------------------------------------------------
 
-    def _since_last_ms(self) -> int | None:
-        """Since the end of the last pass; of one before the start by its report, in wall time."""
-        if self._last_end is not None:
-            return round((asyncio.get_running_loop().time() - self._last_end) * SECOND_MS)
-        if self.last_report is not None:
-            return max(self._clock.moment().now - self.last_report.timestamp, 0)
+    def _since_success_ms(self) -> int | None:
+        """Since the end of the last successful pass."""
+        return self._since_ms(self._last_success_end, self.last_success)
+
+    def _since_ms(self, ended: float | None, report: CleanupReport | None) -> int | None:
+        """Since the end of a pass; of one before the start by its report, in wall time."""
+        if ended is not None:
+            return round((asyncio.get_running_loop().time() - ended) * SECOND_MS)
+        if report is not None:
+            return max(self._clock.moment().now - report.timestamp, 0)
         return None
 
     def _may_run(self) -> bool:
-        since_ms = self._since_last_ms()
+        since_ms = self._since_ms(self._last_end, self.last_report)
         return since_ms is None or since_ms >= self.schedule.min_interval_ms
 
     async def _survive(self, what: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -135,6 +135,13 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     granted_twice: Annotated[int, Meta(ge=0)] = 0
     slower_than_usual: Annotated[float, Meta(ge=1, le=1000)] = 2.0
     webhook_failing: Duration = Duration(5 * MINUTE_MS)
+    queue_without_workers: Duration = Duration(2 * MINUTE_MS)
+    queue_waits: Duration = Duration(5 * MINUTE_MS)
+    failure_rate: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    failure_rate_attempts: Annotated[int, Meta(ge=1)] = 20
+    disk_free_percent: Annotated[float, Meta(ge=0, le=100)] = 10.0
+    disk_free_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
+    release_loop: Annotated[int, Meta(ge=0)] = 0
 
 
 class ArtefactsSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -235,6 +242,8 @@ _BOUNDS: Final[dict[str, tuple[int, int]]] = {
     "limits.claim_wait": (0, MINUTE_MS),
     "alerts.average_processing": (0, YEAR_MS),
     "alerts.webhook_failing": (0, YEAR_MS),
+    "alerts.queue_without_workers": (0, YEAR_MS),
+    "alerts.queue_waits": (0, YEAR_MS),
 }
 
 

@@ -299,6 +299,7 @@ class Daemon:
         planner = Planner(self.actor, self.clock)
         stack.push_async_callback(planner.close)
         self.alerts.failing_webhook = self.webhooks.worst
+        self.actor.on_commit.append(self.alerts.attempts.note)
         self.alerts.on_change.append(self.webhooks.alerts_changed)
         _run_beside(stack, "webhooks", self.webhooks)
         return Rooms(
@@ -617,6 +618,13 @@ def _thresholds(settings: Config) -> Thresholds:
         granted_twice=alerts.granted_twice,
         slower_than_usual=alerts.slower_than_usual,
         webhook_failing_ms=int(alerts.webhook_failing),
+        queue_without_workers_ms=int(alerts.queue_without_workers),
+        queue_waits_ms=int(alerts.queue_waits),
+        failure_rate=alerts.failure_rate,
+        failure_rate_attempts=alerts.failure_rate_attempts,
+        disk_free_percent=alerts.disk_free_percent,
+        disk_free_bytes=alerts.disk_free_bytes,
+        release_loop=alerts.release_loop,
     )
 
 

@@ -9,10 +9,13 @@ from typing import Final
 
 from msgspec import Struct, field
 
-from jobd.events import Change
+from jobd.events import Change, Event
 from jobd.job import MINUTE_MS, Grant, Lease
 
 TAKEN_KEPT: Final = 1_000  # grants that are watched; the oldest is forgotten first
+
+
+TAKE_BACK: Final = "take-back"  # the rule that ended such a grant
 
 
 class Taken(Struct, frozen=True):
@@ -32,10 +35,10 @@ class Overlap(Struct, frozen=True):
 
 
 class Overlaps(Struct):
-    """A stall of the usual kind is none: there the lock had run out before the job was given to another.
+    """A usual stall is not an overlap: the lock has expired before the next grant.
 
-    What counts is what others did while its time ran on (force-reset, transition, cancel, release-lock, a restored
-    backup), and a ceiling, which ends the grant of a worker that may have spoken a moment ago.
+    A ceiling counts, because its worker may have reported a moment ago, and so does a restored backup. What an operator
+    ends does not count, nor a grant whose worker has received `lock_lost`.
     """
 
     taken: dict[int, Taken] = field(default_factory=dict)  # job seq -> its last grant
@@ -44,18 +47,23 @@ class Overlaps(Struct):
     last: Overlap | None = None
 
     def ended(self, change: Change) -> None:
-        """A grant may have been ended by somebody else than its holder."""
+        """A job has stalled, or an operator has taken it back."""
         before, after = change.before, change.after
-        assert before is not None  # nothing ends of a job that is new
+        assert before is not None and after is not None  # a stall keeps its job
         if before.grant is None or before.lease is None:
             return
-        ended = after.ended if after is not None else None
-        if ended is not None and ended.verb is not None:
-            return  # the holder itself said that it stopped
+        if after.ended is not None and after.ended.rule == TAKE_BACK:
+            return
         made = before.grant
         self.taken[before.seq] = Taken(lock_end(made, before.lease), made.fencing_token, made.worker)
         if len(self.taken) > TAKEN_KEPT:
             del self.taken[next(iter(self.taken))]
+
+    def refused(self, event: Event) -> None:
+        """A worker has received `lock_lost` for the grant that it no longer has."""
+        taken = self.taken.get(event.job_seq)
+        if taken is not None and (event.details or {}).get("fencing_token") == taken.fencing_token:
+            del self.taken[event.job_seq]
 
     def granted(self, change: Change) -> None:
         """A job was handed to a worker. Of most jobs nothing is known here."""

@@ -67,6 +67,7 @@ class Scene(Daemon):
         self.url = f"http://127.0.0.1:{self.port}"
         places = {"JOBD_ADMIN_LISTEN": f"127.0.0.1:{self.port}", "ADMIN_READONLY_TOKEN_FILE": str(readers)}
         super().__init__(directory, config, **places)
+        self.module = "tests.prompt_alerts"  # a scene shows alerts at once
 
     def do(self, path: str, **body: Any) -> Any:
         """The data of a POST to the worker API."""

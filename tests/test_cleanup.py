@@ -834,3 +834,36 @@ async def test_operators_see_the_same_book() -> None:
         events = (await house.yes(Timeline(id="a"))).events
         assert [event.type for event in events] == ["created", "granted", "force_failed"]
         assert (await house.yes(Get(id="a"))).error_message == "enough"
+
+
+@in_virtual_time
+async def test_failed_passes_do_not_reset_the_time_since_the_last_one_that_succeeded() -> None:
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        house.keep()
+        first = await house.cleaner.run_pass(forced=True)
+        await seconds(10)
+        house.disk.errors["expired"] = OSError("broken")
+        for number in (1, 2):
+            await seconds(50)
+            failed = await house.cleaner.run_pass(forced=True)
+            assert failed.errors
+            state = house.cleaner.state()
+            assert (state.failed_since_last_success, state.last_failure) == (number, failed)
+        assert (state.time_since_last_cleanup or 0) >= 110_000
+        assert house.cleaner.last_success == first
+        assert await house.cleaner.run_pass(forced=False) is failed, "within min_interval no pass is made"
+    async with Household(disk) as house:
+        assert house.cleaner.state().last_failure is None
+        disk.gate.clear()
+        house.keep()
+        await disk.at_gate.wait()
+        state = house.cleaner.state()
+        assert (state.failed_since_last_success, house.cleaner.last_success) == (2, first), "a start reads it back"
+        assert (state.time_since_last_cleanup or 0) >= 110_000
+        del disk.errors["expired"]
+        disk.gate.set()
+        await house.cleaner.run_pass(forced=True)
+        state = house.cleaner.state()
+        assert (state.failed_since_last_success, state.last_failure) == (0, None)
+        assert (state.time_since_last_cleanup or 0) < 1_000

@@ -428,7 +428,9 @@ def test_stats_health_cleanup_have_the_old_names(daemon: Daemon, queue: str) -> 
     assert (report["forced"], report["errors"]) == (True, [])
     state = daemon.admin("GET", "cleanup").data
     assert state["lastReport"] == report
-    assert set(state) == {"lastReport", "cleanupRunning", "timeSinceLastCleanup"}
+    assert set(state) == {
+        "lastReport", "cleanupRunning", "timeSinceLastCleanup", "failedSinceLastSuccess", "lastFailure",
+    }  # fmt: skip
     assert daemon.admin("GET", "reports").data["reports"][0] == report
 
 

@@ -292,8 +292,10 @@ def test_every_event() -> None:
 
 
 def test_every_alert_with_its_threshold() -> None:
-    table = {ticked(name)[0]: ticked(threshold) for name, _, threshold in rows(OPERATIONS, "alert", "fires when")}
+    table = {ticked(name)[0]: ticked(threshold) for name, _, threshold, _ in rows(OPERATIONS, "alert", "fires when")}
     assert tuple(table) == alerts.NAMES
+    severities = {ticked(name)[0]: severity for name, _, _, severity in rows(OPERATIONS, "alert", "fires when")}
+    assert severities == alerts.SEVERITIES
     thresholds = {key for keys in table.values() for key in keys}
     assert thresholds == {key for key in config.KEYS if key.startswith("alerts.")}
 

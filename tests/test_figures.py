@@ -6,7 +6,18 @@ import msgspec
 import pytest
 
 from jobd import figures as figures_module
-from jobd.commands import Adopt, AnyCommand, Cancel, Complete, Delete, DeleteExpired, Fail, ForceReset, Recover
+from jobd.commands import (
+    Adopt,
+    AnyCommand,
+    Cancel,
+    Complete,
+    Delete,
+    DeleteExpired,
+    EndGrants,
+    Fail,
+    ForceReset,
+    Recover,
+)
 from jobd.draft import Decision
 from jobd.events import Change, Event
 from jobd.figures import OTHER_QUEUES, PROCESSING_BUCKETS_S, Figures, Histogram
@@ -166,7 +177,7 @@ def test_completions_are_told_by_kind_and_grants_that_were_taken_away(desk: Coun
     desk.passes(2_000)
     desk.yes(Complete(id="a", lock_id=lock_id))
     desk.held("b", kind="film")
-    desk.yes(ForceReset(id="b"))
+    desk.yes(EndGrants(ids=["b"], last=True))
     assert figures.overlaps.total == 0
     desk.start("b")
     assert figures.overlaps.total == 1

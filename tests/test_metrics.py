@@ -25,7 +25,7 @@ from jobd.answers import Answer
 from jobd.book import Book
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
-from jobd.commands import REFUSALS, AnyCommand, Claim, Complete, Create, ForceReset, Pause, Start
+from jobd.commands import REFUSALS, AnyCommand, Claim, Complete, Create, EndGrants, Pause, Start
 from jobd.feed import Feed
 from jobd.figures import OTHER_QUEUES
 from jobd.full_disk import Closed
@@ -68,6 +68,7 @@ EXPECTED = {
     "jobd_cleanup_passes_total": "counter",
     "jobd_cleanup_found_total": "counter",
     "jobd_cleanup_last_timestamp_seconds": "gauge",
+    "jobd_cleanup_failed_passes": "gauge",
     "jobd_validation_issues_total": "counter",
     "jobd_artefact_tombstones": "gauge",
     "jobd_artefact_sweep_behind_seconds": "gauge",
@@ -106,7 +107,7 @@ class Door:
 
 def metrics_of(house: Household, *doors: Door, store_path: str = ":memory:") -> Metrics:
     health = Health(house.actor, house.clock, house.cleaner)
-    alerts = Alerts(house.book, house.clock, health, house.cleaner)
+    alerts = Alerts(house.book, house.clock, health, house.cleaner, hold_ms=0, clear_ms=0)
     return Metrics(house.actor, house.cleaner, alerts, house.clock, Sweeps(), store_path, doors, Feed(house.disk, 0, 1))
 
 
@@ -333,7 +334,7 @@ async def test_paces_overlaps_quarantine_and_the_clock() -> None:
                 house.book.figures.paces.add("film", house.now, 1023 if hour < HOURS_NEEDED else 4095)
             await seconds(3600 if hour < HOURS_NEEDED else 0)
         await house.held("a")
-        await house.yes(ForceReset(id="a"))
+        await house.yes(EndGrants(ids=["a"], last=True), by="daemon")
         await house.yes(Start(id="a", worker="w-2"))
         house.book.quarantine("bad", "its checksum is wrong")
         house.step_ms = 3 * SECOND_MS

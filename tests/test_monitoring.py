@@ -222,6 +222,11 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdMemoryNotHealthy": firing("cache"),
     "JobdStoreOfArtefactsNotHealthy": firing("storage"),
     "JobdWebhookFailing": firing("webhook_failing"),
+    "JobdQueueWithoutWorkers": firing("queue_without_workers"),
+    "JobdQueueWaits": firing("queue_waits"),
+    "JobdFailureRate": firing("failure_rate"),
+    "JobdDiskNearlyFull": firing("disk_nearly_full"),
+    "JobdReleaseLoop": firing("release_loop"),
     "JobdDown": gauge("up", 0, 1),
     "JobdAbsent": ("6m", {}, {f"jobd_build_info{JOBD}": "1x240"}),
     "JobdRestartsOften": (

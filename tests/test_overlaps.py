@@ -20,13 +20,14 @@ from jobd.commands import (
     ForceFail,
     ForceReset,
     Import,
+    Progress,
     Recover,
     Release,
     ReleaseLock,
+    TakeBack,
     Transition,
     Undelivered,
 )
-from jobd.events import Change
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Lease
 from jobd.overlaps import Overlap, Overlaps, lock_end
 from tests.desk import Desk
@@ -42,7 +43,7 @@ def desk() -> CountingDesk:
 
 def held(desk: Desk, job_id: str = "a", **fields: Any) -> str:
     """A new job in the hands of w-1 with a lock of a minute."""
-    desk.create(job_id, **fields)
+    desk.create(job_id, max_stalls=1_000, **fields)
     return desk.start(job_id, **TTL)
 
 
@@ -52,13 +53,20 @@ def overlaps(desk: Desk) -> Overlaps:
 
 Deed = Callable[[str], list[AnyCommand]]
 
-TAKEN_AWAY: dict[str, Deed] = {
+
+def restored(job_id: str = "a") -> EndGrants:
+    """A backup was put back: the worker does not know that its grant has ended."""
+    return EndGrants(ids=[job_id], last=True)
+
+
+TAKEN_AWAY: dict[str, Deed] = {"restored backup": lambda lock: [restored()]}
+
+ENDED_BY_AN_OPERATOR: dict[str, Deed] = {
     "force-reset": lambda lock: [ForceReset(id="a")],
     "transition": lambda lock: [Transition(id="a", from_="processing", to="queued")],
     "cancel and reset": lambda lock: [Cancel(id="a"), ForceReset(id="a")],
     "force-fail and reset": lambda lock: [ForceFail(id="a"), ForceReset(id="a")],
     "release-lock": lambda lock: [ReleaseLock(id="a", lock_id=lock)],
-    "restored backup": lambda lock: [EndGrants(ids=["a"], last=True)],
 }
 
 
@@ -73,6 +81,57 @@ def test_granted_again_while_the_time_of_the_worker_before_ran_on(desk: Counting
     assert (overlaps(desk).total, overlaps(desk).last_hour(desk.now)) == (1, 1)
     assert overlaps(desk).last == Overlap("a", (desk.tokens[0], desk.tokens[1]), ("w-1", "w-2"))
     assert overlaps(desk).taken == {}
+
+
+@pytest.mark.parametrize("deed", ENDED_BY_AN_OPERATOR.values(), ids=ENDED_BY_AN_OPERATOR)
+def test_a_grant_that_an_operator_ended_is_no_overlap(desk: CountingDesk, deed: Deed) -> None:
+    lock = held(desk)
+    for command in deed(lock):
+        desk.yes(command, admin=True)
+    desk.start(worker="w-2")
+    assert (overlaps(desk).total, overlaps(desk).taken) == (0, {})
+
+
+def test_jobs_that_an_operator_takes_back_are_no_overlap(desk: CountingDesk) -> None:
+    """At its ceiling a grant ends before its worker has been silent for the time of its lock."""
+    lock = held(desk, max_processing_ms=90_000)
+    desk.passes(50_000)
+    desk.yes(Extend(id="a", lock_id=lock))
+    desk.passes(40_000)
+    desk.yes(TakeBack(name="w-1"), admin=True)
+    desk.start(worker="w-2")
+    assert (overlaps(desk).total, overlaps(desk).taken) == (0, {})
+
+
+CALLS: dict[str, Callable[[str], AnyCommand]] = {
+    "extend": lambda lock: Extend(id="a", lock_id=lock),
+    "progress": lambda lock: Progress(id="a", lock_id=lock, progress=5),
+    "complete": lambda lock: Complete(id="a", lock_id=lock, file_path="/late"),
+    "fail": lambda lock: Fail(id="a", lock_id=lock, error_message="e"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_worker_that_received_lock_lost_is_no_second_one(
+    desk: CountingDesk, call: Callable[[str], AnyCommand]
+) -> None:
+    lock = held(desk)
+    desk.yes(restored())
+    desk.no(call(lock), "lock_lost")
+    desk.start(worker="w-2")
+    assert (overlaps(desk).total, overlaps(desk).taken) == (0, {})
+
+
+def test_lock_lost_for_an_older_grant_says_nothing_of_the_latest(desk: CountingDesk) -> None:
+    lock = held(desk)
+    desk.yes(restored())
+    taken = overlaps(desk).taken[desk.job().seq]
+    told = desk.decide(Extend(id="a", lock_id=lock)).changes[0].event
+    assert told.type == "late_call"
+    overlaps(desk).taken[desk.job().seq] = taken
+    overlaps(desk).refused(replace(told, details={"fencing_token": taken.fencing_token - 1}))
+    overlaps(desk).refused(replace(told, details=None))
+    assert list(overlaps(desk).taken) == [desk.job().seq]
 
 
 @pytest.mark.parametrize("deed", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
@@ -138,7 +197,7 @@ def test_an_extended_lock_counts_from_there(desk: CountingDesk) -> None:
     lock = held(desk)
     desk.passes(50_000)
     desk.yes(Extend(id="a", lock_id=lock))
-    desk.yes(ForceReset(id="a"))
+    desk.yes(restored("a"))
     desk.passes(59_999)
     desk.start(worker="w-2")
     assert overlaps(desk).total == 1
@@ -148,7 +207,7 @@ def test_a_short_extension_counts_as_it_was_asked_for(desk: CountingDesk) -> Non
     lock = held(desk)
     desk.passes(50_000)
     desk.yes(Extend(id="a", lock_id=lock, additional_ms=20_000))
-    desk.yes(ForceReset(id="a"))
+    desk.yes(restored("a"))
     desk.passes(20_000)
     desk.start(worker="w-2")
     assert overlaps(desk).total == 0
@@ -157,7 +216,7 @@ def test_a_short_extension_counts_as_it_was_asked_for(desk: CountingDesk) -> Non
 def test_time_that_was_credited_counts(desk: CountingDesk) -> None:
     held(desk)
     desk.yes(CreditAbsence(ids=["a"], grace_ms=HOUR_MS))
-    desk.yes(ForceReset(id="a"))
+    desk.yes(restored("a"))
     desk.passes(HOUR_MS - 1)
     desk.start(worker="w-2")
     assert overlaps(desk).total == 1
@@ -171,9 +230,9 @@ def test_an_imported_job_has_no_holder_here(desk: CountingDesk) -> None:
 
 def test_the_last_grant_is_the_one_that_is_watched(desk: CountingDesk) -> None:
     held(desk)
-    desk.yes(ForceReset(id="a"))
+    desk.yes(restored("a"))
     lock = desk.start(worker="w-2", **TTL)
-    desk.yes(ForceReset(id="a"))
+    desk.yes(restored("a"))
     desk.start(worker="w-3", **TTL)
     assert overlaps(desk).total == 2
     assert overlaps(desk).last == Overlap("a", (desk.tokens[1], desk.tokens[2]), ("w-2", "w-3"))
@@ -190,7 +249,7 @@ def test_a_queued_job_that_is_cancelled_had_no_holder(desk: CountingDesk) -> Non
 
 def test_the_hour_passes(desk: CountingDesk) -> None:
     held(desk)
-    desk.yes(ForceReset(id="a"))
+    desk.yes(restored("a"))
     desk.start()
     assert overlaps(desk).last_hour(desk.now + 59 * MINUTE_MS) == 1
     assert overlaps(desk).last_hour(desk.now + HOUR_MS) == 0
@@ -201,7 +260,7 @@ def granted_twice(desk: CountingDesk, job_id: str = "a") -> None:
     """The job is given to a worker, taken from it, and given to the next at once. Nobody has it in the end."""
     for _ in range(2):
         desk.start(job_id, **TTL)
-        desk.yes(ForceReset(id=job_id))
+        desk.yes(restored(job_id))
 
 
 def test_a_later_one_does_not_make_the_hour_shorter(desk: CountingDesk) -> None:
@@ -229,7 +288,7 @@ def test_memory_is_bounded(desk: CountingDesk, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(overlaps_module, "TAKEN_KEPT", 2)
     for job_id in "abc":
         held(desk, job_id)
-        desk.yes(ForceReset(id=job_id))
+        desk.yes(restored(job_id))
     assert list(overlaps(desk).taken) == [desk.job("b").seq, desk.job("c").seq]
     for _ in range(100):
         desk.passes(MINUTE_MS)
@@ -243,24 +302,16 @@ def test_a_row_without_a_holder_is_passed_over(desk: CountingDesk, half: dict[st
     """Rows that hands have left behind have a grant without a lease, or the other way round."""
     held(desk)
     desk.row(replace(desk.job(), **half))
-    desk.yes(ForceReset(id="a"))
+    desk.yes(restored("a"))
     assert overlaps(desk).taken == {}
-
-
-def test_a_holder_of_a_job_that_is_gone_is_watched_all_the_same(desk: CountingDesk) -> None:
-    held(desk)
-    reset = desk.decide(ForceReset(id="a")).changes[0]
-    counted = Overlaps()
-    counted.ended(Change(reset.before, None, reset.event))
-    assert list(counted.taken) == [desk.job().seq]
 
 
 def test_a_job_that_was_given_out_unwatched_is_not_counted(desk: CountingDesk) -> None:
     """The grant before may be one that was forgotten."""
     held(desk, "a")
     held(desk, "b")
-    desk.yes(ForceReset(id="a"))
-    desk.yes(ForceReset(id="b"))
+    desk.yes(restored("a"))
+    desk.yes(restored("b"))
     del overlaps(desk).taken[desk.job("a").seq]
     desk.start("a")
     assert (overlaps(desk).total, list(overlaps(desk).taken)) == (0, [desk.job("b").seq])

@@ -365,7 +365,9 @@ def test_a_reload_takes_webhooks_over(tmp_path: Path, receiver: Receiver) -> Non
 
 def test_alerts_are_told(tmp_path: Path, receiver: Receiver) -> None:
     settings = config(receiver, 'events = ["alert.*"]', rest="[alerts]\nprocessing_jobs = 0")
-    with Daemon(tmp_path, settings) as daemon:
+    with Daemon.not_started(tmp_path, settings) as daemon:
+        daemon.module = "tests.prompt_alerts"
+        daemon.start()
         daemon.post("/v1/jobs", {"id": "a"})
         grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
         (firing, *_) = receiver.wait_for(lambda heard: bool(heard))
@@ -377,7 +379,9 @@ def test_alerts_are_told(tmp_path: Path, receiver: Receiver) -> None:
 
 def test_a_webhook_that_fails_for_long_is_an_alert(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = saying(500, "not today")
-    with Daemon(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
+    with Daemon.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
+        daemon.module = "tests.prompt_alerts"
+        daemon.start()
         work(daemon, "a")
 
         def alert() -> dict[str, Any]:

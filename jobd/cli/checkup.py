@@ -77,7 +77,7 @@ def _cleanup(client: AdminClient) -> Iterator[Finding]:
     state = client.cleanup_state()
     since_ms = state.time_since_last_cleanup
     if since_ms is not None and since_ms > OVERDUE_MS and not state.cleanup_running:
-        what = f"the last pass was {show.span(since_ms)} ago"
+        what = f"the last successful pass was {show.span(since_ms)} ago"
         yield Finding("cleanup", what, "look at the log for the reason, then run: jobctl cleanup")
     report = state.last_report
     if report is None:
@@ -213,5 +213,6 @@ def _figures(text: str) -> Iterator[Finding]:
 def _alerts(client: AdminClient) -> Iterator[Finding]:
     for alert in client.alerts():
         if alert.firing:
-            what = f"firing since {show.when(alert.since)}: {alert.value:g}, threshold {alert.threshold:g}"
+            since = show.when(alert.since)
+            what = f"{alert.severity}, firing since {since}: {alert.value:g}, threshold {alert.threshold:g}"
             yield Finding(f"alert {alert.name}", what, alert.hint)

@@ -145,7 +145,7 @@ def stats(view: StatsView) -> None:
 
 
 def _cleanup(running: bool, since_ms: int | None) -> str:
-    last = "no pass yet" if since_ms is None else f"last pass {show.span(since_ms)} ago"
+    last = "no pass has succeeded yet" if since_ms is None else f"last successful pass {show.span(since_ms)} ago"
     return f"{last}, one is running now" if running else last
 
 
@@ -185,6 +185,11 @@ def report(view: CleanupReport) -> None:
 
 def cleanup_state(view: CleanupState) -> None:
     show.emit(_cleanup(view.cleanup_running, view.time_since_last_cleanup))
+    if view.last_failure is not None:
+        passes = (
+            "1 pass has" if view.failed_since_last_success == 1 else f"{view.failed_since_last_success} passes have"
+        )
+        show.emit(f"{passes} failed since; the last one {show.age(view.last_failure.timestamp)}")
     if view.last_report is not None:
         report(view.last_report)
 
@@ -350,6 +355,7 @@ def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
     rows = [
         (
             alert.name,
+            alert.severity,
             "firing" if alert.firing else "quiet",
             show.when(alert.since),
             round(alert.value, 2),
@@ -359,7 +365,7 @@ def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
         for alert in views
     ]
     empty = "No alert is firing." if firing else "No alerts are defined."
-    show.table(["ALERT", "STATE", "SINCE", ">VALUE", ">THRESHOLD", "HINT"], rows, empty=empty)
+    show.table(["ALERT", "SEVERITY", "STATE", "SINCE", ">VALUE", ">THRESHOLD", "HINT"], rows, empty=empty)
 
 
 def _state(view: WebhookView) -> str:
