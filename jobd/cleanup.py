@@ -53,7 +53,7 @@ class Cleaner:
         self._last_failure: CleanupReport | None = None  # since then
         self._last_begin = self._started = asyncio.get_running_loop().time()  # loop times, in seconds
         self._last_end: float | None = None
-        self._last_success_end: float | None = None
+        self._last_success: float | None = None
         self._beside: Callable[[], bytes] = lambda: b"null"
         self._announce_pass()
 
@@ -156,7 +156,7 @@ class Cleaner:
         """What an operator should know of cleanup, or None where passes succeed in time."""
         schedule = self.schedule
         period_s = max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
-        silent_s = asyncio.get_running_loop().time() - (self._last_success_end or self._started)
+        silent_s = asyncio.get_running_loop().time() - (self._last_success or self._started)
         if silent_s <= LATE_AFTER * period_s:
             return None
         errors = self.last_report.errors if self.last_report else []
@@ -248,7 +248,7 @@ class Cleaner:
             self.is_running, self._last_end = False, loop_time()
         self._judge(report)
         if not report.errors:
-            self._last_success_end = self._last_end
+            self._last_success = self._last_end
         self._answer(report)
 
     async def _pass(self) -> CleanupReport:
@@ -307,7 +307,7 @@ class Cleaner:
 
     def _since_success_ms(self) -> int | None:
         """Since the end of the last successful pass."""
-        return self._since_ms(self._last_success_end, self.last_success)
+        return self._since_ms(self._last_success, self.last_success)
 
     def _since_ms(self, ended: float | None, report: CleanupReport | None) -> int | None:
         """Since the end of a pass; of one before the start by its report, in wall time."""

@@ -112,7 +112,8 @@ plain_view = msgspec.to_builtins
 # Calls that the daemon's rooms answer: call, data.
 ROOMS: list[tuple[str, str, Any]] = [
     ("POST", f"{P}/cleanup", REPORT),
-    ("GET", f"{P}/cleanup", {"lastReport": REPORT, "cleanupRunning": True, "timeSinceLastCleanup": 1234}),
+    ("GET", f"{P}/cleanup", {"lastReport": REPORT, "cleanupRunning": True, "timeSinceLastCleanup": 1234,
+      "failedSinceLastSuccess": 0, "lastFailure": None}),
     ("POST", f"{P}/recover-stuck",
      {"recoveredJobs": 1, "resetJobs": 1, "failedJobs": 0, "timestamp": 1_700_000_000_000,
       "details": [{"jobId": "a", "action": "reset", "reason": "stalled"}]}),
@@ -122,7 +123,7 @@ ROOMS: list[tuple[str, str, Any]] = [
       "details": [{"jobId": "a", "action": "reset", "reason": "No update. An operator took the job back."}]}),
     ("GET", f"{P}/reports", {"reports": [REPORT]}),
     ("GET", f"{P}/alerts", {"alerts": [{"name": "stuck_jobs", "firing": False, "since": None, "value": 0.0,
-                                        "threshold": 5.0, "hint": "look at the workers"}]}),
+                                        "threshold": 5.0, "hint": "look at the workers", "severity": "warning"}]}),
     ("GET", f"{P}/webhooks", {"webhooks": [plain_view(WEBHOOK)]}),
     ("GET", f"{P}/webhooks/{{name}}/deliveries", {"deliveries": [plain_view(DELIVERY)], "next_cursor": "7"}),
     ("POST", f"{P}/webhooks/{{name}}/test", plain_view(DELIVERY)),

@@ -230,7 +230,8 @@ def test_an_alert_that_fires_and_its_end_have_one_subject_and_two_ids() -> None:
         f"alert_stuck_jobs_{NOW - 5}_resolved",
     )
     data = read_by_others(firing.body)["data"]
-    assert data == {"name": "stuck_jobs", "firing": True, "since": NOW - 5, "value": 7, "threshold": 5, "hint": "Look."}
+    judged = {"value": 7, "threshold": 5, "hint": "Look.", "severity": "warning"}
+    assert data == {"name": "stuck_jobs", "firing": True, "since": NOW - 5, **judged}
     assert (firing.seq, resolved.seq) == (0, 0)
     for letter in (firing, resolved):
         assert_says_what_it_is(letter, "/j")

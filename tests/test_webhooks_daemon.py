@@ -411,8 +411,11 @@ def test_the_alert_of_a_full_disk_is_told_while_it_is_full(
     def heard_of(type_: str) -> list[bytes]:
         return [each.body for each in receiver.heard if each.event["type"] == type_]
 
-    settings = config(receiver, 'events = ["alert.*", "job.created"]')
-    with Daemon(tmp_path, settings, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
+    rest = "[alerts]\ndisk_free_percent = 0\ndisk_free_bytes = 0"
+    settings = config(receiver, 'events = ["alert.*", "job.created"]', rest=rest)
+    with Daemon.not_started(tmp_path, settings, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
+        daemon.module = "tests.prompt_alerts"
+        daemon.start()
         filler = small_disk / "filler"
         with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
             while True:

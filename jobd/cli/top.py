@@ -250,7 +250,7 @@ def _packed(parts: Sequence[str], width: int) -> list[str]:
 
 def _alerts(alerts: Sequence[AlertView], width: int) -> list[Text]:
     rows = [
-        (f"{alert.severity.upper()} {alert.name}", f"{alert.value:g}, threshold {alert.threshold:g}", alert.hint)
+        (f"{alert.severity.upper()} {alert.name}", f"{alert.value:g} / {alert.threshold:g}", alert.hint)
         for alert in alerts
     ]
     return _table(["", "", ""], rows, len(rows), width, style="red")
