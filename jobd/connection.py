@@ -9,9 +9,12 @@ bodies that are still on their way, streams, requests that came before the last 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import select
 import socket
+import struct
+import termios
 from typing import Any, Final
 
 import structlog
@@ -42,6 +45,9 @@ AHEAD: Final = 256 << 10
 # The delay between two checks whether the client of a half-closed connection has closed it. It doubles.
 FIRST_CHECK_S: Final = 0.01
 CHECK_S: Final = 1.0
+# How long a response with grants waits until the client's system has received the probe, and between two looks at it.
+PROBE_S: Final = 5.0
+PROBE_LOOK_S: Final = 0.002
 
 log = structlog.get_logger("jobd.web")
 
@@ -65,7 +71,9 @@ def begin(
 class Flight:
     """A request on its short way. The actor takes it for the future that waits for the answer."""
 
-    __slots__ = ("_connection", "_is_cancelled", "_is_over", "asked", "idle", "ready", "reply", "unread", "visit")
+    __slots__ = (
+        "_connection", "_is_cancelled", "_is_over", "asked", "held", "idle", "ready", "reply", "unread", "visit",
+    )  # fmt: skip
 
     def __init__(self, connection: Connection, visit: Visit, idle: asyncio.Future[None]) -> None:
         self.visit = visit
@@ -73,6 +81,7 @@ class Flight:
         self.asked: Asked | None = None
         self.ready: tuple[Answer, Reply] | None = None  # an answer that is not on the disk yet
         self.reply: Reply | None = None
+        self.held: asyncio.TimerHandle | None = None  # runs while the reply waits for the end of the probe
         self.unread: asyncio.TimerHandle | None = None  # runs while the client does not read the reply
         self._connection = connection
         self._is_over = False
@@ -98,6 +107,10 @@ class Flight:
         self._is_over = True
         if self.unread is not None:
             self.unread.cancel()
+        if self.held is not None:
+            self.held.cancel()
+            assert self.reply is not None and self.reply.lost is not None
+            self.reply.lost()
 
 
 class Connection(RequestHandler):
@@ -240,6 +253,7 @@ class Connection(RequestHandler):
         A client that has closed its socket must not keep a grant. A Unix socket tells closed from half-closed clients.
         TCP does so only after a write: a closed client resets the connection. So the bytes with which every response
         begins are sent at once, and its grants are released if nothing else of it has been written.
+        A response with grants continues after the client's system has acknowledged these bytes.
         """
         transport = self.transport
         if transport is None or transport.get_extra_info("sslcontext") is not None:
@@ -294,6 +308,7 @@ class Connection(RequestHandler):
         elif self._latest is not None and self._latest.probe:
             transport.write(self._latest.probe)
             self._latest.ahead, self._latest.probe = len(self._latest.probe), b""
+            self._latest.probed = self.wait_for_probe
 
     def _check_later(self, delay_s: float) -> None:
         self._hangup_check = self._loop.call_later(delay_s, self._check_hangup, delay_s)
@@ -314,6 +329,22 @@ class Connection(RequestHandler):
         poll = select.poll()
         poll.register(transport.get_extra_info("socket").fileno(), 0)
         return bool(poll.poll(0))
+
+    async def wait_for_probe(self, transport: asyncio.Transport) -> None:
+        """Wait until the client's system has acknowledged the probe, or the connection is gone."""
+        ends_at_s = self._loop.time() + PROBE_S
+        while self._is_probing(transport):
+            if self._loop.time() >= ends_at_s:
+                transport.abort()
+            else:
+                await asyncio.sleep(PROBE_LOOK_S)
+
+    def _is_probing(self, transport: asyncio.Transport) -> bool:
+        """Whether bytes are on their way whose receipt the client's system has neither acknowledged nor denied."""
+        if transport.is_closing() or self._is_hung_up(transport):
+            return False
+        count = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return bool(struct.unpack("i", count)[0])
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._hangup_check is not None:
@@ -377,9 +408,14 @@ class Connection(RequestHandler):
         if self._flight is flight:
             self._leave(flight, self._refusal(flight.visit, bug))
 
-    def _leave(self, flight: Flight, reply: Reply) -> None:
-        flight.reply = reply
+    def _leave(self, flight: Flight, reply: Reply, waits_s: float = PROBE_S) -> None:
+        flight.reply, flight.held = reply, None
         transport = self.transport
+        if self._ahead and reply.lost is not None and transport is not None and self._is_probing(transport):
+            if waits_s > 0:
+                flight.held = self._loop.call_later(PROBE_LOOK_S, self._leave, flight, reply, waits_s - PROBE_LOOK_S)
+                return
+            transport.abort()
         if reply.write(transport, self._ahead) and self.writing_paused:
             assert transport is not None
             flight.unread = cut_off_later(transport)

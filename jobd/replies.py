@@ -146,6 +146,12 @@ class Letter(web.StreamResponse):
     async def write_eof(self, data: bytes = b"") -> None:
         transport, request = self._request.transport, self._request
         request.probe = b""
+        if request.probed is not None and transport is not None and self._reply.lost is not None:
+            try:
+                await request.probed(transport)
+            except asyncio.CancelledError:
+                self._reply.lost()
+                raise
         if not self._reply.write(transport, request.ahead):
             raise ConnectionResetError("the client is gone")
         assert transport is not None

@@ -10,6 +10,7 @@ import re
 import secrets
 import socket
 import struct
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from aiohttp import hdrs, web
@@ -145,12 +146,14 @@ class Request(web.BaseRequest):
     """aiohttp's request, for a request that waits for its body or gets a streamed response.
 
     `is_truncated`: the client stopped sending before the end of the body. `probe` holds the next bytes of the response
-    that are certain. `ahead` bytes of the response have been sent as a probe (see `Connection.eof_received`).
+    that are certain. `ahead` bytes of the response have been sent as a probe (see `Connection.eof_received`), and
+    `probed` waits for their receipt.
     """
 
     is_truncated = False
     probe = b""
     ahead = 0
+    probed: Callable[[asyncio.Transport], Awaitable[None]] | None = None
 
     def __init__(
         self,

@@ -385,6 +385,39 @@ def test_an_error_that_cannot_be_told_is_told_all_the_same() -> None:
     assert _described(Retry("line one\nline two")) == "line one\nline two"
 
 
+async def test_an_error_of_any_class_fails_its_job_not_the_worker(
+    client: AsyncJobClient, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "jobd.client")
+
+    class NoText(Discard):
+        def __str__(self) -> str:
+            raise SystemExit
+
+    class NoNotes(Exception):
+        __notes__ = None
+
+    worker = Worker(client, queues=[queue])
+    errors: dict[str, Callable[[], BaseException]] = {
+        "NoText": NoText,
+        "NoNotes": lambda: NoNotes("with a text"),
+        "TypeError": lambda: Retry(after_ms=object()),  # type: ignore[arg-type]
+    }
+
+    @worker.handler
+    async def work(task: Task) -> None:
+        raise errors[task.job.kind]()
+
+    jobs = [await client.create_job(queue=queue, kind=kind) for kind in errors]
+    async with at_work(worker):
+        failed = [await finished(client, job.id) for job in jobs]
+    assert [(job.error_code, (job.error_message or "").split("\n")[0]) for job in failed] == [
+        ("NoText", "<exception str() failed>"),
+        ("NoNotes", "NoNotes: with a text"),
+        ("TypeError", "TypeError: after_ms is a whole number of milliseconds, got object"),
+    ]
+
+
 async def test_a_message_that_json_cannot_carry_fails_its_job_alone(
     client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1040,6 +1073,31 @@ async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: D
         process.kill()
         await asyncio.to_thread(process.wait)
     assert (await client.get_job(job.id)).metadata_value == "done"
+
+
+async def test_a_signal_ends_the_claims_at_once_though_a_handler_blocks_the_loop(
+    client: AsyncJobClient, queue: str
+) -> None:
+    """The handler itself sends the signal: the loop does not turn before it returns."""
+    worker = Worker(client, queues=[queue], concurrency=2)
+
+    @worker.handler("blocks")
+    async def blocks(task: Task) -> None:
+        with JobClient(client.endpoint) as blocking:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(3):  # while it blocks no other job is begun
+                later.append(blocking.create_job(queue=queue, kind="later").id)
+            time.sleep(0.2)
+
+    @worker.handler("later")
+    def begun(task: SyncTask) -> None:
+        raise AssertionError("claimed after the signal")
+
+    later: list[str] = []
+    job = await client.create_job(queue=queue, kind="blocks")
+    await worker.serve(signals=True)
+    assert (await client.get_job(job.id)).status == "completed"
+    assert {(await client.get_job(each)).status for each in later} == {"queued"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

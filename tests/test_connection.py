@@ -542,6 +542,12 @@ async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         yield opened
 
 
+@pytest.fixture
+async def tcp(tmp_path: Path) -> AsyncIterator[House]:
+    async with House(ROUTES, tmp_path, gate=Gate("worker", hosts=["localhost", "x"]), limits=Limits(body=1000)) as one:
+        yield one
+
+
 async def half_closed(house: House) -> Connection:
     """The connection whose client has just stopped to send, once the listener knows it."""
     while True:
@@ -666,6 +672,64 @@ async def test_the_probe_is_a_part_of_the_response(either: House, monkeypatch: p
     await emptied(either)
     await either.site.quiet()
     assert either.desk.taken_back == [answer]
+
+
+@WAYS
+@pytest.mark.parametrize("is_there", [True, False], ids=["half-closed", "closed"])
+async def test_a_response_with_grants_waits_for_the_end_of_the_probe(
+    tcp: House, monkeypatch: pytest.MonkeyPatch, send: Any, is_there: bool
+) -> None:
+    """The reset of a closed client takes its time on a network: until then it looks like a half-closed one."""
+    looks: list[bool] = []
+
+    def is_probing(connection: Connection, transport: asyncio.Transport) -> bool:
+        looks.append(transport.is_closing())
+        return not transport.is_closing() and (len(looks) < 3 or not is_there)
+
+    monkeypatch.setattr(Connection, "_is_probing", is_probing)
+    monkeypatch.setattr("jobd.connection.FIRST_CHECK_S", 3600)
+    monkeypatch.setattr("jobd.connection.PROBE_S", 3600 if is_there else 0.01)
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(tcp, answer)
+    line = await tcp.line()
+    await send(line, CLAIM)
+    await arrived(tcp, 1)
+    line.writer.write_eof()
+    await half_closed(tcp)
+    held.go.set()
+    if is_there:
+        assert (await line.hear()).status == 200
+    await emptied(tcp)
+    await tcp.site.quiet()
+    assert tcp.desk.taken_back == ([] if is_there else [answer])
+    assert len(looks) >= 3
+
+
+@WAYS
+async def test_a_connection_that_ends_while_its_response_waits_for_the_probe_gives_its_grants_back(
+    tcp: House, monkeypatch: pytest.MonkeyPatch, send: Any
+) -> None:
+    looked = asyncio.Event()
+
+    def is_probing(connection: Connection, transport: asyncio.Transport) -> bool:
+        looked.set()
+        return not transport.is_closing()
+
+    monkeypatch.setattr(Connection, "_is_probing", is_probing)
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(tcp, answer)
+    line = await tcp.line()
+    await send(line, CLAIM)
+    await arrived(tcp, 1)
+    line.writer.write_eof()
+    connection = await half_closed(tcp)
+    held.go.set()
+    await looked.wait()
+    assert connection.transport is not None
+    connection.transport.abort()
+    await emptied(tcp)
+    await tcp.site.quiet()
+    assert tcp.desk.taken_back == [answer]
 
 
 async def test_tls_knows_no_half_closed_connection(tmp_path: Path) -> None:

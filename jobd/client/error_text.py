@@ -14,9 +14,12 @@ _CUT: Final = "\n[...]\n"
 
 def describe_error(error: BaseException) -> str:
     """Describe `error`. The first line is complete. If the rest is too long, its middle is cut out."""
-    first, *more = headed(type(error).__name__, _text(error)).split("\n")
-    notes = [str(note) for note in getattr(error, "__notes__", ())]
-    return fitted(first, "\n".join([*more, *notes, _trace(error)]).strip("\n"))
+    first, *more = headed(type(error).__name__, safe_text(error)).split("\n")
+    try:
+        rest = [*map(safe_text, getattr(error, "__notes__", ())), _trace(error)]
+    except Exception as failed:  # such as notes that are no list
+        rest = [f"<no traceback: {type(failed).__name__}>"]
+    return fitted(first, "\n".join([*more, *rest]).strip("\n"))
 
 
 def headed(name: str, message: str) -> str:
@@ -37,11 +40,12 @@ def fitted(first: str, rest: str) -> str:
     return f"{first}\n{rest}" if rest else first
 
 
-def _text(error: BaseException) -> str:
+def safe_text(value: object) -> str:
+    """`str(value)`, or a remark if that fails: the class of a handler's error may do anything."""
     try:
-        return str(error)
-    except Exception:  # __str__ of the handler's exception class may raise
-        return "<exception str() failed>"
+        return str(value)
+    except BaseException:  # SystemExit too: it ends the job, not the worker
+        return f"<{'exception' if isinstance(value, BaseException) else type(value).__name__} str() failed>"
 
 
 def _trace(error: BaseException) -> str:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
-from typing import Final, Protocol
+from types import FrameType
+from typing import Any, Final, Protocol
 
 from jobd.client.aio import AsyncJobClient
 from jobd.client.claims import Claims, Wanted
@@ -108,6 +110,10 @@ class Shift:
         self._stopping.set()
         self._claims.stop()
 
+    def claim_no_more(self) -> None:
+        """Let what runs go on without a limit; a `stop` follows."""
+        self._claims.stop()
+
     def abandon(self) -> None:
         """Stop without grace."""
         self.stop()
@@ -201,14 +207,26 @@ def seconds(timeout: timedelta | float | None) -> float | None:
 
 
 @contextlib.contextmanager
-def on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call `stop` meanwhile."""
+def on_signals(stop: Callable[[], None], first: Callable[[], None] | None = None) -> Iterator[None]:
+    """SIGTERM and SIGINT call `stop` on the running loop meanwhile.
+
+    `first` is called at once, between two steps of what the main thread does, even if that blocks the loop.
+    """
     loop = asyncio.get_running_loop()
     names = (signal.SIGTERM, signal.SIGINT)
     for name in names:
         loop.add_signal_handler(name, stop)
+        if first is not None:
+            signal.signal(name, functools.partial(_both, first, signal.getsignal(name)))
+            signal.siginterrupt(name, False)
     try:
         yield
     finally:
         for name in names:
             loop.remove_signal_handler(name)
+
+
+def _both(first: Callable[[], None], loops: Any, number: int, frame: FrameType | None) -> None:
+    """Call `first`, then the loop's own handler."""
+    first()
+    loops(number, frame)

@@ -23,7 +23,7 @@ import msgspec
 from jobd.client.aio import AsyncJobClient
 from jobd.client.claims import LOCK_TTL_MS, Wanted, about_us, default_name
 from jobd.client.endpoint import Endpoint
-from jobd.client.error_text import describe_error, fitted
+from jobd.client.error_text import describe_error, fitted, safe_text
 from jobd.client.keeper import Keeper
 from jobd.client.protocol import JobInfo
 from jobd.client.service_thread import Say, ServiceThread, call_on
@@ -41,9 +41,14 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 class Retry(Exception):
-    """Raised by a handler: this attempt failed, try again after `after_ms` (the job's backoff by default)."""
+    """Raised by a handler: this attempt failed, try again after `after_ms` (the job's backoff by default).
+
+    Raises TypeError if `after_ms` is no whole number.
+    """
 
     def __init__(self, message: str = "The handler asked for a retry.", *, after_ms: int | None = None) -> None:
+        if not isinstance(after_ms, int | None):
+            raise TypeError(f"after_ms is a whole number of milliseconds, got {type(after_ms).__name__}")
         super().__init__(message)
         self.after_ms = after_ms
 
@@ -297,7 +302,8 @@ class Worker:
                 watching.cancel()
 
         self._stop = functools.partial(service.call, shift.stop)
-        with on_signals(self._stop) if signals else contextlib.nullcontext():
+        first = functools.partial(service.call, shift.claim_no_more)
+        with on_signals(self._stop, first) if signals else contextlib.nullcontext():
             await service.run(work, shift.abandon)
 
     def _streaming(self, endpoint: Endpoint | str | None) -> AsyncJobClient:
@@ -438,7 +444,7 @@ class _Call(ABC):
             else:
                 return result
         if isinstance(error, Retry | Discard):  # the handler's own word: nothing to be traced
-            log.info("job %s: %s: %s", job_id, type(error).__name__, error)
+            log.info("job %s: %s: %s", job_id, type(error).__name__, safe_text(error))
         else:
             log.warning("job %s failed", job_id, exc_info=error)
         return _Failure(_described(error), _how(error))
@@ -522,7 +528,7 @@ def _result(given: dict[str, Any], returned: Any) -> dict[str, Any]:
 def _described(error: BaseException) -> str:
     """Describe a failed job: the message that the handler gave, or its error with the traceback."""
     if isinstance(error, Retry | Discard):
-        first, _, rest = (str(error) or type(error).__name__).partition("\n")
+        first, _, rest = (safe_text(error) or type(error).__name__).partition("\n")
         return fitted(first, rest)
     return describe_error(error)
 
