@@ -116,9 +116,19 @@ class Shape:
             info.encode_name for info in msgspec.structs.fields(command) if get_origin(info.type) is list
         )
         self._texts = frozenset(info.encode_name for info in msgspec.structs.fields(command) if _takes_text(info.type))
+        [self._given] = [info.type for info in msgspec.structs.fields(command) if info.name == given] or [str]
+        self.given_words = _pattern_words(self._given)
         self._check = _CHECKS.get(command)
         self._decode = msgspec.json.Decoder(self.part).decode
         self._scale = Scale(self.part, {name: most(limits) for name, most in _LISTS.get(command, {}).items()})
+
+    def takes(self, value: str) -> bool:
+        """Whether the field that the path gives takes `value`."""
+        try:
+            msgspec.convert(value, self._given)
+        except msgspec.ValidationError:
+            return False
+        return True
 
     def from_body(self, body: bytes, value: str | None = None) -> Command:
         """The command that `body` (empty: every field has its default) and the path's `value` ask for."""
@@ -205,10 +215,10 @@ def _takes_text(kind: Any) -> bool:
     return kind is str or (get_origin(kind) is not Literal and any(map(_takes_text, get_args(kind))))
 
 
-def path_value(name: str, value: str) -> str:
-    """A job's id or a queue's name as the path gives it (percent-decoded), checked."""
-    if not is_job_id(value):
-        raise invalid(f"$.{name}", f"the path must give {_PATTERNS[ID_PATTERN]} here.")
+def path_value(shape: Shape, value: str) -> str:
+    """The id or name that the path gives (percent-decoded), checked by its field."""
+    if not is_job_id(value) and not shape.takes(value):
+        raise invalid(f"$.{shape.given}", f"the path must give {shape.given_words} here.")
     return value
 
 

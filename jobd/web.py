@@ -368,7 +368,7 @@ class Web:
             raise refused("expectation_failed", "The header `Expect` may only be `100-continue`. Leave it out.")
         shape, value = way.shape, None
         if shape.given is not None:
-            value = path_value(shape.given, found.given or "")
+            value = path_value(shape, found.given or "")
             visit.job_id = value if shape.given == "id" else None
         if visit.method == hdrs.METH_GET:
             if visit.head.has_body:

@@ -32,6 +32,7 @@ from jobd.commands import (
     Refusal,
     Search,
     Start,
+    TakeBack,
     Transition,
     Update,
     Updates,
@@ -457,13 +458,25 @@ def test_a_query_cannot_give_what_the_path_gives() -> None:
 @pytest.mark.parametrize("value", ["", "a b", "a/b", "a\n", "ä", "a" * 201, "\x00", "\udcff"])
 def test_a_malformed_id_in_the_path_is_a_400(value: str) -> None:
     with pytest.raises(Refused) as caught:
-        path_value("id", value)
+        path_value(Shape(Extend, "id", LIMITS), value)
     assert caught.value.refusal.details == {"field": "$.id"}
 
 
 @pytest.mark.parametrize("value", ["a", "A.b_c:d-9", "a" * 200, ".."])
 def test_a_good_id_in_the_path_is_taken(value: str) -> None:
-    assert path_value("id", value) == value
+    assert path_value(Shape(Extend, "id", LIMITS), value) == value
+
+
+@pytest.mark.parametrize("value", ["a", "a b", "a/b", "ä", "a" * 200])
+def test_any_name_that_a_worker_may_have_can_stand_in_the_path(value: str) -> None:
+    assert path_value(Shape(TakeBack, "name", LIMITS), value) == value
+
+
+@pytest.mark.parametrize("value", ["", "a\n", "a" * 201, "\x00"])
+def test_no_other_name_of_a_worker_can_stand_in_the_path(value: str) -> None:
+    with pytest.raises(Refused) as caught:
+        path_value(Shape(TakeBack, "name", LIMITS), value)
+    assert caught.value.refusal.message == "`$.name`: the path must give text without control characters here."
 
 
 @pytest.mark.parametrize("value", ["null", "NULL", "Null"])

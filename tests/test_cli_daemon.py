@@ -578,12 +578,12 @@ def test_housekeeping_says_beforehand_what_it_would_do(jobctl: Ctl) -> None:
     assert jobctl.run("recover-stuck", "--dry-run") == (0, "0 would be recovered\n", "")
 
 
-def _stuck(running: Running, *ids: str) -> list[str]:
+def _stuck(running: Running, *ids: str, worker: str = "w-silent") -> list[str]:
     """The locks of jobs that count as stuck now, and that nobody recovers."""
     locks = []
     for job_id in ids:
         running.client.create_job(id=job_id, queue="time", stuck_after_ms=0)
-        locks.append(running.client.start_processing(job_id, "w-silent", lock_ttl_ms=1_000).lock_id)
+        locks.append(running.client.start_processing(job_id, worker, lock_ttl_ms=1_000).lock_id)
     time.sleep(1.1)
     return locks
 
@@ -614,6 +614,8 @@ def test_what_recovery_would_do_can_be_done_exactly_so(running: Running, jobctl:
 
 def test_the_jobs_of_a_silent_worker_can_be_taken_back(running: Running, jobctl: Ctl) -> None:
     with running.configured(_NEVER):
+        _stuck(running, "back-3", worker="w ä/silent")
+        assert "took back 1 job of w ä/silent" in jobctl.ok("take-back", "w ä/silent", "--yes")
         _stuck(running, "back-1", "back-2")
         assert jobctl.json("workers", "--state", "silent")["workers"][0]["worker"] == "w-silent"
         assert "w-silent (silent)" in jobctl.ok("locks")
@@ -633,7 +635,7 @@ def test_the_jobs_of_a_silent_worker_can_be_taken_back(running: Running, jobctl:
         assert (code, "[worker_not_found]" in err) == (4, True)
         [deed] = jobctl.json("audit", "--what", "take-back", "--limit", "3")["entries"][2:]
         assert (deed["reason"], deed["changed"], deed["details"]) == ("lost its power", 2, {"worker": "w-silent"})
-    jobctl.ok("cancel", "back-1", "back-2", "-y")
+    jobctl.ok("cancel", "back-1", "back-2", "back-3", "-y")
 
 
 def test_what_a_pass_would_do_can_be_done_exactly_so_but_for_what_it_mends(running: Running, jobctl: Ctl) -> None:

@@ -395,7 +395,7 @@ async def test_an_error_of_any_class_fails_its_job_not_the_worker(
             raise SystemExit
 
     class NoNotes(Exception):
-        __notes__ = None
+        __notes__ = None  # type: ignore[assignment]
 
     worker = Worker(client, queues=[queue])
     errors: dict[str, Callable[[], BaseException]] = {
@@ -1085,9 +1085,12 @@ async def test_a_signal_ends_the_claims_at_once_though_a_handler_blocks_the_loop
     async def blocks(task: Task) -> None:
         with JobClient(client.endpoint) as blocking:
             os.kill(os.getpid(), signal.SIGTERM)
-            for _ in range(3):  # while it blocks no other job is begun
-                later.append(blocking.create_job(queue=queue, kind="later").id)
-            time.sleep(0.2)
+            for _ in range(100):
+                if not any(seen.waiting for seen in blocking.workers() if seen.worker == worker.name):
+                    break
+                time.sleep(0.02)
+            later.append(blocking.create_job(queue=queue, kind="later").id)
+            time.sleep(0.2)  # a claim would take it meanwhile
 
     @worker.handler("later")
     def begun(task: SyncTask) -> None:
