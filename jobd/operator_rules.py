@@ -170,7 +170,7 @@ def delete(draft: Draft, command: Delete) -> Answer | Refusal:
 def pause(draft: Draft, command: Pause) -> Answer | Refusal:
     """Pause a queue. A second pause with another reason or end replaces both and keeps the start of the first one."""
     now, known = draft.at.now, draft.book.paused.get(command.name)
-    if command.until is not None and command.until <= now:
+    if command.until is not None and command.until <= draft.at.believed:
         message = (
             f"until {command.until} is not in the future; it is in Unix milliseconds. Leave it out to pause until an "
             "operator resumes the queue."

@@ -18,10 +18,12 @@ from jobd.commands import (
     Create,
     Delete,
     DeleteExpired,
+    EndPauses,
     Expire,
     ForceReset,
     Get,
     KeyUse,
+    Pause,
     Preview,
     Recover,
     Refusal,
@@ -130,6 +132,17 @@ def test_an_operator_may_end_and_delete_jobs_all_the_same() -> None:
     desk.yes(Cancel(id="waits"))
     desk.yes(Delete(id="waits"), admin=True)
     assert "waits" not in desk.rows
+
+
+def test_a_pause_ends_by_the_expected_time_and_may_end_at_any_time_after_it() -> None:
+    desk = Desk()
+    expected = desk.now
+    desk.now, desk.trusted = desk.now + STEP_MS, expected
+    desk.no(Pause(name="q", until=expected), "invalid_request")
+    desk.yes(Pause(name="q", until=expected + HOUR_MS))
+    assert desk.yes(EndPauses()).done == 0
+    desk.trusted = expected + HOUR_MS
+    assert desk.yes(EndPauses()).done == 1
 
 
 def test_why_and_validation_say_what_is_held_back_and_what_to_do() -> None:
