@@ -609,7 +609,7 @@ def test_what_recovery_would_do_can_be_done_exactly_so(running: Running, jobctl:
         [deed] = jobctl.json("audit", "--what", "plan-recover-stuck", "--limit", "1")["entries"]
         assert (deed["reason"], deed["changed"]) == ("they are dead", 1)
         assert jobctl.run("apply", named[1], "-y")[0] == 4, "the same answer again"
-    jobctl.ok("cancel", "time-1", "time-2", "-y")
+        jobctl.ok("cancel", "time-1", "time-2", "-y")
 
 
 def test_the_jobs_of_a_silent_worker_can_be_taken_back(running: Running, jobctl: Ctl) -> None:

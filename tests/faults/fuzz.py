@@ -60,6 +60,7 @@ NOT_THERE: Final = frozenset(
         f"POST {_P}/webhooks/{{name}}/resend",
         f"POST {_P}/webhooks/{{name}}/resend-given-up",
         f"POST {_P}/webhooks/{{name}}/test",
+        f"POST {_P}/workers/{{name}}/take-back",  # no worker is silent
     }
 )
 UNASKED: Final[list[CheckFunction]] = [positive_data_acceptance]  # FAIR says it more exactly
