@@ -906,6 +906,19 @@ async def test_a_watchdog_that_was_killed_is_replaced_and_knows_all_programs() -
     assert (first.returncode, second.returncode) == (-signal.SIGTERM, -signal.SIGTERM)
 
 
+async def test_a_watchdog_that_was_killed_is_replaced_while_no_program_starts_or_ends() -> None:
+    dog = Watchdog(10)
+    program = await Ran().start("sleep", "1000")
+    dog.started(1, program._process.pid)
+    before = dog._process
+    assert before is not None
+    before.kill()
+    await until(lambda: dog._process not in (None, before))
+    await asyncio.to_thread(dog.close)
+    await program.done
+    assert program.returncode == -signal.SIGTERM
+
+
 async def test_a_watchdog_finds_a_program_that_was_only_about_to_start_and_leaves_those_that_have_ended() -> None:
     dog = Watchdog(10)
     started = await Ran().start("sleep", "1000", JOBD_JOB_FENCING_TOKEN="4711")

@@ -29,7 +29,7 @@ class Watchdog:
 
     def __init__(self, kill_after_s: float) -> None:
         self._command = [sys.executable, "-I", "-S", __file__, str(kill_after_s)]
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._groups: dict[int, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -47,9 +47,10 @@ class Watchdog:
 
     def close(self) -> None:
         """End the process. It first ends the groups that are left."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.communicate()
+        with self._guard:
+            process, self._process = self._process, None
+            if process is not None:
+                process.communicate()
 
     def _tell(self, token: int, group: int) -> None:
         with self._guard:
@@ -74,8 +75,17 @@ class Watchdog:
                 cwd="/",
                 start_new_session=True,
             )
+            threading.Thread(target=self._replace, args=(self._process,), daemon=True).start()
         assert self._process.stdin is not None
         self._process.stdin.write(b"".join(b"%d %d\n" % each for each in groups.items()))
+
+    def _replace(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for the end of the process, and start another if it was killed while programs run."""
+        is_killed = process.wait() < 0
+        with self._guard, contextlib.suppress(OSError):
+            if is_killed and self._process is process and self._groups:
+                self.close()
+                self._write(self._groups)
 
 
 def watch(fd: int, kill_after_s: float) -> None:
