@@ -24,7 +24,7 @@ BREAK_MS: Final = MINUTE_MS  # a longer gap between two reads starts the 10 min 
 _NOISE_MS: Final = SECOND_MS  # a smaller difference is not a step, whatever the retention
 _FLICKER_MS: Final = 1  # two clocks read one after the other, each cut to a millisecond, differ by that much
 
-Ended = Literal["accepted", "agrees", "synchronised"]
+TrustReason = Literal["accepted", "agrees", "synchronised"]
 
 log = structlog.get_logger("jobd.clock")
 
@@ -193,12 +193,12 @@ class Clock:
     def _warn(self) -> None:
         log.warning("clock_suspect", ahead_ms=self._ahead, message=self._complaint())
 
-    def _trust(self, ended: Ended) -> None:
+    def _trust(self, reason: TrustReason) -> None:
         self._suspect = False
-        log.info("clock_trusted", because=_BECAUSE[ended])
+        log.info("clock_trusted", because=_BECAUSE[reason])
 
 
-_BECAUSE: Final[dict[Ended, str]] = {
+_BECAUSE: Final[dict[TrustReason, str]] = {
     "accepted": "an operator accepted the clock",
     "agrees": "wall time agrees with its expected value again",
     "synchronised": "the kernel has reported the clock as synchronised for 10 min",

@@ -521,7 +521,7 @@ async def test_a_claim_whose_caller_has_gone_gets_nothing() -> None:
 
 
 @in_virtual_time
-async def test_a_claim_leaves_overdue_jobs_alone_and_waits() -> None:
+async def test_a_claim_skips_overdue_jobs_and_waits() -> None:
     async with household() as house:
         await house.yes(Create(id="a", expires_at=house.now + 1_000))
         await asyncio.sleep(1)
@@ -1232,7 +1232,7 @@ class TokenDisk(MemoryDisk):
 
 
 @in_virtual_time
-async def test_a_token_of_a_refused_batch_is_never_given_again() -> None:
+async def test_a_token_of_a_refused_batch_is_never_issued_again() -> None:
     disk = TokenDisk()
     async with household(disk) as house:
         await house.yes(Bulk(jobs=[Create(id=f"job-{number}") for number in range(4)]))
@@ -1246,7 +1246,7 @@ async def test_a_token_of_a_refused_batch_is_never_given_again() -> None:
 
 
 @in_virtual_time
-async def test_a_full_counter_takes_the_next_epoch_in_the_midst_of_a_batch() -> None:
+async def test_a_full_counter_begins_the_next_epoch_within_a_batch() -> None:
     disk = TokenDisk(Numbers(epoch=5, next_token=COUNTER_MASK))
     async with household(disk) as house:
         await house.yes(Bulk(jobs=[Create(id=f"job-{number}") for number in range(4)]))

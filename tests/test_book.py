@@ -348,7 +348,7 @@ def test_the_wall_clock_steps_back(desk: Desk) -> None:
     assert desk.claim(limit=9) == ["a"]
 
 
-def test_a_step_back_of_the_clock_looks_only_at_lanes_in_which_a_job_became_due_since(
+def test_a_step_back_of_the_clock_reads_only_lanes_in_which_a_job_became_due_since(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     book, looked = Book(), list[Lane]()
@@ -377,7 +377,7 @@ def test_a_step_back_of_the_clock_looks_only_at_lanes_in_which_a_job_became_due_
     assert book.next_run_at() == NOW + 976
 
 
-def test_overdue_jobs_that_the_clock_brings_back_are_told_to_claims_that_wait(desk: Desk) -> None:
+def test_overdue_jobs_that_a_clock_step_makes_due_again_wake_waiting_claims(desk: Desk) -> None:
     desk.create("a", expires_at=NOW + 10, kind="k")
     desk.passes(10)
     told: list[tuple[str, str]] = []

@@ -142,7 +142,7 @@ async def test_recover_every_0_leaves_recovery_to_the_passes() -> None:
 
 
 @in_virtual_time
-async def test_the_book_knows_the_next_pass_if_recovery_is_left_to_the_passes() -> None:
+async def test_the_book_knows_the_next_cleanup_run_if_only_cleanup_runs_recover_jobs() -> None:
     async with Household(schedule=replace(RECOVERING, recover_every_ms=0)) as house:
         assert house.book.next_cleanup_at == house.now, "the first one comes with the start"
         house.keep()

@@ -849,11 +849,11 @@ async def test_the_locks_have_no_ceiling_unless_one_is_given(tmp_path: Path, lim
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A worker that is killed takes its programs along.
+# The programs of a worker that is killed.
 
 
 @pytest.mark.parametrize("is_stubborn", [False, True], ids=["SIGTERM ends it", "it ignores SIGTERM"])
-async def test_a_killed_run_takes_its_program_and_the_children_along(
+async def test_a_killed_run_ends_its_program_and_the_children(
     client: AsyncJobClient, daemon: Daemon, queue: str, tmp_path: Path, is_stubborn: bool
 ) -> None:
     trap = "trap '' TERM;" if is_stubborn else ""
@@ -935,7 +935,7 @@ async def test_a_watchdog_finds_a_program_that_was_only_about_to_start_and_leave
     await other.done
 
 
-def test_a_watchdog_kills_what_ignores_sigterm() -> None:
+def test_a_watchdog_kills_a_program_that_ignores_sigterm() -> None:
     with subprocess.Popen(
         ["sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.01; done"],
         stdout=subprocess.PIPE,

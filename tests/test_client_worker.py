@@ -346,7 +346,7 @@ def test_the_message_of_an_error_is_bounded_and_its_first_line_and_its_end_are_k
     assert _how(Retry(after_ms=5)) == {"error_code": "Retry", "retry_after_ms": 5}
 
 
-def test_an_error_is_told_with_its_chain_its_notes_and_its_group() -> None:
+def test_an_error_is_described_with_its_chain_its_notes_and_its_group() -> None:
     def chained() -> None:
         try:
             dict[str, int]()["a"]
@@ -375,7 +375,7 @@ def test_an_error_without_frames_of_the_handler_is_one_line() -> None:
     assert "client" + "/protocol.py" not in raised(lambda: job_path("/v1/jobs", ""))
 
 
-def test_an_error_that_cannot_be_told_is_told_all_the_same() -> None:
+def test_an_error_whose_str_raises_is_described() -> None:
     class Broken(Exception):
         def __str__(self) -> str:
             raise ValueError("no text")
@@ -595,7 +595,7 @@ async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The job is looked at by a client of another thread: nothing of this loop runs meanwhile."""
+    """A client in another thread reads the job, because this loop is blocked."""
     monkeypatch.setattr(client_worker, "LAG_S", 0.2)
     monkeypatch.setattr(client_worker, "LOOK_S", 0.1)
     worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
@@ -742,7 +742,7 @@ async def test_a_run_that_takes_longer_than_its_timeout_fails(
     assert len(seen) == 1
 
 
-async def test_a_thread_that_goes_on_after_its_timeout_keeps_its_place(
+async def test_a_thread_that_continues_after_its_timeout_counts_against_concurrency(
     client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(client_worker, "STOP_S", 0.05)
@@ -1330,7 +1330,7 @@ async def test_an_invalid_token_ends_the_worker_after_its_jobs(tmp_path: Path) -
             await worker.serve()
 
 
-async def test_a_worker_says_who_it_is(tmp_path: Path) -> None:
+async def test_a_worker_describes_itself(tmp_path: Path) -> None:
     daemon = Scripted()
     with serving(daemon.peer, tmp_path / "p") as endpoint:
         worker = Worker(endpoint, concurrency=3)

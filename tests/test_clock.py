@@ -157,7 +157,7 @@ def test_while_running_a_day_or_half_the_shortest_retention_ahead_is_suspect(
     assert (at.now, at.believed) == (sources.wall_ms, sources.wall_ms - bound_ms - 1)
 
 
-def test_the_very_moment_after_a_step_is_suspect_and_expects_boot_time_to_go_on(sources: Sources) -> None:
+def test_the_first_moment_after_a_step_is_suspect_and_expects_boot_time_to_continue(sources: Sources) -> None:
     it = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     assert it.moment().believed == WALL
@@ -180,7 +180,7 @@ def test_small_steps_ahead_add_up_and_suspend_is_none(sources: Sources) -> None:
 
 
 @pytest.mark.parametrize("back_ms", [1, 5 * SECOND_MS, 3 * DAY_MS, 50 * 365 * DAY_MS])
-def test_a_step_back_is_trusted_and_what_comes_after_is_judged_by_it(sources: Sources, back_ms: int) -> None:
+def test_a_step_back_is_trusted_and_later_steps_are_measured_from_it(sources: Sources, back_ms: int) -> None:
     it = clock(sources)
     sources.wall_ms -= back_ms
     assert not it.suspect
@@ -211,7 +211,7 @@ def test_a_start_half_the_shortest_retention_ahead_is_suspect(
     assert it.moment().believed == (wall_ms if suspect else WALL)
 
 
-def test_a_start_after_a_suspect_clock_is_suspect_where_the_jump_alone_would_not_be(sources: Sources) -> None:
+def test_a_start_after_a_suspect_clock_is_suspect_even_if_the_jump_alone_would_not_be(sources: Sources) -> None:
     assert not clock(sources, wall_ms=WALL - 2 * DAY_MS).suspect
     it = clock(sources, wall_ms=WALL - 2 * DAY_MS, suspect=True)
     assert it.suspect
@@ -228,7 +228,7 @@ def test_a_new_retention_counts_at_once(sources: Sources) -> None:
     assert not it.suspect
 
 
-def test_a_suspect_clock_is_told_once_with_the_jump_and_what_to_do(sources: Sources) -> None:
+def test_a_suspect_clock_is_logged_once_with_the_jump_and_what_to_do(sources: Sources) -> None:
     with capture_logs() as logs:
         it = clock(sources)
         assert it.doubt() is None
@@ -250,7 +250,7 @@ def test_a_suspect_clock_is_told_once_with_the_jump_and_what_to_do(sources: Sour
 @pytest.mark.parametrize(
     ("ahead_ms", "words"), [(30 * HOUR_MS, "30 h"), (31 * MINUTE_MS, "31 min"), (31 * SECOND_MS, "31 s")]
 )
-def test_the_jump_is_told_in_words(sources: Sources, ahead_ms: int, words: str) -> None:
+def test_the_jump_is_logged_in_words(sources: Sources, ahead_ms: int, words: str) -> None:
     it = clock(sources, keep_ms=MINUTE_MS)
     sources.wall_ms += ahead_ms
     assert f"is {words} ahead" in (it.doubt() or "")
@@ -330,7 +330,7 @@ def test_ten_minutes_begin_anew_after_a_break(sources: Sources) -> None:
     assert after(sources, it, 10 * SECOND_MS)
     sources.synchronised = True
     assert after(sources, it, 10 * MINUTE_MS)
-    sources.pass_ms(MINUTE_MS + 1)  # nobody looked: who knows what the kernel would have said
+    sources.pass_ms(MINUTE_MS + 1)  # no read in this time, so synchronisation is unknown
     assert it.suspect
     assert after(sources, it, 10 * MINUTE_MS - 10 * SECOND_MS)
     sources.wall_ms += HOUR_MS  # the kernel has not confirmed this time for long
@@ -339,7 +339,7 @@ def test_ten_minutes_begin_anew_after_a_break(sources: Sources) -> None:
     assert not after(sources, it, 10 * SECOND_MS)
 
 
-def test_a_busy_daemon_looks_at_the_kernel_once_a_second(sources: Sources) -> None:
+def test_a_busy_daemon_asks_the_kernel_once_a_second(sources: Sources) -> None:
     it = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     assert after(sources, it, 10 * SECOND_MS, step_ms=10)
@@ -349,7 +349,7 @@ def test_a_busy_daemon_looks_at_the_kernel_once_a_second(sources: Sources) -> No
 @pytest.mark.parametrize(
     ("state", "status", "synchronised"), [(0, 0, True), (5, 0x40, False), (5, 0, True), (-1, 0, False)]
 )
-def test_what_the_kernel_says_is_read_from_its_status(
+def test_synchronisation_is_read_from_the_kernels_status(
     monkeypatch: pytest.MonkeyPatch, state: int, status: int, synchronised: bool
 ) -> None:
     def adjtimex(timex: Any) -> int:

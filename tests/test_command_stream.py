@@ -92,7 +92,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
 
 @pytest.fixture(params=["unix", "tcp"])
 async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[House]:
-    """A listener on a Unix socket, and one on TCP: what the end of a client's bytes means differs."""
+    """A listener on a Unix socket, and one on TCP, which differ in how they see a half-closed client."""
     gate = Gate("worker", hosts=None if request.param == "unix" else ["localhost"])
     async with House(ROUTES, tmp_path, gate=gate) as opened:
         yield opened
@@ -112,7 +112,7 @@ class Held:
 
 
 async def half_closed(house: House) -> None:
-    """Until the listener knows that a client has stopped to send."""
+    """Wait until the listener knows that a client has stopped sending."""
     connections = house.listener._server.connections
     while not any(cast("Connection", connection)._is_half_closed for connection in connections):  # noqa: ASYNC110
         await asyncio.sleep(0.001)

@@ -536,7 +536,7 @@ async def test_requests_cut_anywhere_are_answered_in_order(tmp_path: Path, seed:
 
 @pytest.fixture(params=["unix", "tcp"])
 async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[House]:
-    """A listener on a Unix socket, and one on TCP: what the end of a client's bytes means differs."""
+    """A listener on a Unix socket, and one on TCP, which differ in how they see a half-closed client."""
     gate = Gate("worker", hosts=None if request.param == "unix" else ["localhost", "x"])
     async with House(ROUTES, tmp_path, gate=gate, limits=Limits(body=1000)) as opened:
         yield opened
@@ -549,7 +549,7 @@ async def tcp(tmp_path: Path) -> AsyncIterator[House]:
 
 
 async def half_closed(house: House) -> Connection:
-    """The connection whose client has just stopped to send, once the listener knows it."""
+    """Return the connection whose client has stopped sending, once the listener knows it."""
     while True:
         for connection in house.listener._server.connections:
             assert isinstance(connection, Connection)
@@ -750,7 +750,7 @@ async def test_tls_knows_no_half_closed_connection(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["NUL in a header", "bad chunk size", "coding in disguise", "both lengths", "no HTTP"])
 async def test_requests_before_a_malformed_one_are_answered_first(either: House, name: str) -> None:
-    """They came in the same segment, and each is done once. What comes after it is not looked at."""
+    """They came in one segment, and each is done once. Bytes after the malformed request are not read."""
     line = await either.line()
     valid = [message("POST", "/v1/jobs", f'{{"id":"a-{n}"}}') for n in range(3)] + [message("GET", "/v1/jobs")]
     line.send(b"".join(valid) + HOSTILE[name] + message("GET", "/v1/jobs"))

@@ -239,7 +239,7 @@ async def test_two_machines_that_restore_one_backup_take_different_epochs(
         (SAFE_EPOCH + 1, 1_001, "the wall clock is past 2036"),
     ],
 )
-async def test_a_wrong_clock_at_a_restore_is_told(
+async def test_a_wrong_clock_at_a_restore_is_logged(
     path: str, monkeypatch: pytest.MonkeyPatch, seconds: int, epoch: int, warning: str | None
 ) -> None:
     clock_says(monkeypatch, 1_000)

@@ -387,7 +387,7 @@ def test_one_lane_alone_has_no_heads_until_a_second_one_comes(enter: Callable[..
 
 
 @pytest.mark.parametrize("enter", ["add", "join"])
-def test_the_first_of_many_lanes_is_found_without_a_look_at_them_all(
+def test_the_first_of_many_lanes_is_found_without_reading_all_of_them(
     enter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[Lane] = []
@@ -412,7 +412,7 @@ def test_the_first_of_many_lanes_is_found_without_a_look_at_them_all(
 
 
 class Now(int):
-    """A time that counts with how many others it is compared."""
+    """A time that counts its comparisons."""
 
     compared = 0
 
@@ -425,7 +425,7 @@ class Now(int):
         return int(self) < other
 
 
-def test_overdue_jobs_are_passed_by_the_block_and_come_back_with_the_clock() -> None:
+def test_overdue_jobs_are_skipped_in_blocks_and_come_back_with_the_clock() -> None:
     places, jobs = Places(), 40 * BLOCK
     for seq in range(jobs):
         places.add((0, 1, seq, f"{seq}", 10 + seq % 2))
@@ -437,7 +437,7 @@ def test_overdue_jobs_are_passed_by_the_block_and_come_back_with_the_clock() -> 
     assert next(places.eligible(9))[2] == 0
 
 
-def test_a_block_whose_last_job_has_left_is_looked_through_once() -> None:
+def test_a_block_whose_last_job_was_removed_is_read_once() -> None:
     places, jobs = Places(), 10 * BLOCK
     for seq in range(jobs):
         places.add((0, 1, seq, f"{seq}", 20 if seq % BLOCK == 5 else 10))

@@ -370,7 +370,7 @@ def test_a_compacted_journal_gives_the_same_row_after_each_event_that_is_left(se
     assert len(left) < len(events) / 2
 
 
-def test_of_grants_that_were_given_back_what_is_not_routine_stays() -> None:
+def test_grants_that_were_given_back_keep_events_that_are_not_routine() -> None:
     _, events = loop_of_grants(1)
     left = without(events, 0, len(events))
     kept, seqs = {event.type for event in left}, {event.seq for event in left}

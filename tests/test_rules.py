@@ -253,7 +253,7 @@ def test_a_queue_without_jobs_is_listed_only_while_it_is_paused(desk: Desk) -> N
     assert [each.name for each in desk.yes(Queues()).queues] == ["q"]
 
 
-def test_a_page_of_queues_looks_at_no_other_queue(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_of_queues_reads_no_other_queue(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(1_000):
         desk.book.swap(None, Job(number, f"j-{number}", Options(f"q-{number:03}"), "queued", NOW, NOW, NOW))
     looked: list[str] = []
@@ -992,7 +992,7 @@ def test_an_operators_release_counts_as_the_holders(desk: Desk) -> None:
         "reset of a cancelled job",
     ],
 )
-def test_what_ends_a_row_of_releases(desk: Desk, between: Any, count: int) -> None:
+def test_the_events_that_end_a_row_of_releases(desk: Desk, between: Any, count: int) -> None:
     desk.create(max_attempts=9)
     released(desk, 6)
     desk.passes(2_000)
@@ -1908,7 +1908,7 @@ def test_pause_and_resume_are_steps_of_the_queue(desk: Desk) -> None:
     assert not desk.decide(Resume(name="q")).changes
 
 
-def test_a_pause_says_who_when_why_and_until_when(desk: Desk) -> None:
+def test_a_pause_shows_its_operator_start_reason_and_end(desk: Desk) -> None:
     view = desk.yes(Pause(name="q", reason="deploy", until=NOW + 9), by="admin:ana")
     said = PausedView("q", True, NOW, "admin:ana", "deploy", NOW + 9)
     assert view == said

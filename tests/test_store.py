@@ -327,7 +327,7 @@ def folded(events: list[Event]) -> Job | None:
     return row
 
 
-async def test_of_grants_that_were_given_back_the_first_and_the_last_are_kept(
+async def test_the_first_and_last_of_the_grants_that_were_given_back_are_kept(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker, compact = Maker(), rows.compact
@@ -365,7 +365,7 @@ async def test_of_grants_that_were_given_back_the_first_and_the_last_are_kept(
 
 
 async def test_a_long_journal_is_compacted_slice_by_slice(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No batch waits for more than one slice, also where a single grant is longer than that."""
+    """No batch waits for more than one slice, even if a single grant is longer than that."""
     monkeypatch.setattr(tables_module, "COMPACTED_AT_ONCE", 20)
     maker = Maker()
     change = maker.create()

@@ -1,4 +1,4 @@
-"""While the clock is suspect, nothing is deleted or failed by age, by no path; and the suspicion is durable.
+"""While the clock is suspect, no path deletes or fails anything by age, and the suspicion is durable.
 
 The wall clock is a fake one: each test moves it and looks at what the very next command makes of it.
 """
@@ -114,7 +114,7 @@ async def test_a_start_of_an_overdue_job_is_refused_and_the_job_not_failed() -> 
     ],
     ids=lambda command: type(command).__name__,
 )
-def test_no_command_fails_an_overdue_job_on_its_way(command: Any) -> None:
+def test_no_command_fails_an_overdue_job_as_a_side_effect(command: Any) -> None:
     desk = Desk()
     desk.create("waits", expires_at=desk.now + DAY_MS)
     desk.now, desk.trusted = desk.now + STEP_MS, desk.now
@@ -145,7 +145,7 @@ def test_a_pause_ends_by_the_expected_time_and_may_end_at_any_time_after_it() ->
     assert desk.yes(EndPauses()).done == 1
 
 
-def test_why_and_validation_say_what_is_held_back_and_what_to_do() -> None:
+def test_why_and_validation_name_the_suspect_clock_and_the_action() -> None:
     desk = Desk()
     desk.completed("done")
     desk.create("waits", expires_at=desk.now + DAY_MS)
@@ -185,11 +185,11 @@ async def test_a_plan_made_after_the_step_names_no_job_by_age() -> None:
         assert (await made(planner, action="cleanup")).jobs == []
 
 
-# -- passes ------------------------------------------------------------------------------------------------------------
+# -- cleanup runs ------------------------------------------------------------------------------------------------------
 
 
 @in_virtual_time
-async def test_forty_days_ahead_for_six_seconds_and_a_forced_pass_lose_nothing() -> None:
+async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_nothing() -> None:
     disk = MemoryDisk()
     async with Household(disk, schedule=PASSES) as house:
         house.keep()
@@ -212,7 +212,7 @@ async def test_forty_days_ahead_for_six_seconds_and_a_forced_pass_lose_nothing()
 
 
 @in_virtual_time
-async def test_a_clock_that_steps_between_the_look_and_the_rule_costs_no_job_and_no_pass() -> None:
+async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_cleanup_run() -> None:
     disk = MemoryDisk()
     async with Household(disk) as house:
         await done(house)
@@ -245,7 +245,7 @@ async def test_recovery_fails_no_overdue_job() -> None:
 
 
 @in_virtual_time
-async def test_once_accepted_everything_by_age_goes_on() -> None:
+async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> None:
     async with Household(schedule=PASSES) as house:
         house.keep()
         await done(house)
@@ -386,7 +386,7 @@ async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself() -> None:
 
 
 @in_virtual_time
-async def test_on_a_full_disk_a_look_writes_nothing_and_the_suspicion_is_written_once_there_is_room() -> None:
+async def test_on_a_full_disk_a_read_writes_nothing_and_the_suspicion_is_written_once_there_is_room() -> None:
     disk = MemoryDisk()
     async with Household(disk) as house:
         house.keep()
@@ -402,7 +402,7 @@ async def test_on_a_full_disk_a_look_writes_nothing_and_the_suspicion_is_written
 
 
 @in_virtual_time
-async def test_a_disk_that_is_full_for_the_suspicion_alone_answers_the_look() -> None:
+async def test_a_read_is_answered_if_only_the_suspicion_does_not_fit_on_the_disk() -> None:
     disk = MemoryDisk()
     async with Household(disk) as house:
         await house.yes(Create(id="a"))

@@ -61,7 +61,7 @@ def test_waiting_for_a_worker(desk: Desk) -> None:
 
 
 def clause(desk: Desk, job_id: str = "a") -> str:
-    """What is said of the workers that could take a due job."""
+    """Return what `why` says about the workers that could take a due job."""
     return why(desk, job_id).because.partition(": ")[2].partition(". ")[0]
 
 

@@ -411,10 +411,10 @@ async def test_a_take_back_that_is_cut_short_says_what_it_did() -> None:
         assert (done.recovered_jobs, done.more) == (2, True)
 
 
-# -- what a worker says of itself -------------------------------------------------------------------------------------
+# -- the description of a worker --------------------------------------------------------------------------------------
 
 
-def test_what_a_worker_says_of_itself_is_shown(desk: Desk) -> None:
+def test_the_description_of_a_worker_is_shown(desk: Desk) -> None:
     about = About(instance="i-1", host="box", pid=42, version="1.0", concurrency=4)
     desk.book.presence.asks(claim(about=about))
     assert one(desk).about == about
@@ -425,7 +425,7 @@ def test_what_a_worker_says_of_itself_is_shown(desk: Desk) -> None:
     assert one(desk).about == newer
 
 
-def test_what_a_worker_may_say_of_itself_is_within_a_kilobyte() -> None:
+def test_the_description_of_a_worker_is_at_most_a_kilobyte() -> None:
     body = msgspec.json.encode(LARGEST)
     assert 600 < len(body) <= 1024
     assert msgspec.json.decode(body, type=About) == LARGEST
@@ -466,7 +466,7 @@ def test_a_worker_with_a_job_or_a_waiting_claim_is_never_forgotten(monkeypatch: 
 
 
 def test_many_busy_workers_do_not_make_each_new_one_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new worker inspects a few; over some of them those at rest are found all the same."""
+    """A new worker inspects a few. Over several new workers those at rest are found."""
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 100)
     book = Book()
     for number in range(1, 101):
@@ -488,7 +488,7 @@ def test_a_job_whose_worker_was_never_known_may_go() -> None:
     assert book.presence.workers == {}
 
 
-def test_claim_sets_are_bounded_and_what_is_forgotten_moves_since(
+def test_claim_sets_are_bounded_and_forgetting_one_moves_since(
     presence: WorkerPresence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_presence, "NAMES_KEPT", 40)
@@ -509,7 +509,7 @@ def test_claim_sets_are_bounded_and_what_is_forgotten_moves_since(
 def test_sets_of_waiting_claims_are_not_counted_again_with_each_new_one(
     presence: WorkerPresence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are kept, as many as there are: then there is more room, or each new set would sort them all."""
+    """Sets of waiting claims are never forgotten. The limit grows with them, or each new set would sort all of them."""
     monkeypatch.setattr(worker_presence, "NAMES_KEPT", 10)
     presence._names_kept = 10
     forgotten: list[int] = []

@@ -15,7 +15,7 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from types import TracebackType
-from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
 
 import aiohttp
 from yarl import URL
@@ -242,11 +242,7 @@ def _pages(build: Callable[P, Request[JobInfoPage]]) -> Callable[Concatenate[_As
     return signed(method, build)
 
 
-class _QueuePage(Protocol):
-    def __call__(self, *, cursor: str | None = None) -> Request[list[QueueView]]: ...
-
-
-def _all_queues(page: _QueuePage) -> Callable[[_AsyncClient], AsyncIterator[QueueView]]:
+def _all_queues(page: calls.QueuePage) -> Callable[[_AsyncClient], AsyncIterator[QueueView]]:
     """Build the method that reads all pages of queues."""
 
     async def iterate_queues(self: _AsyncClient) -> AsyncIterator[QueueView]:

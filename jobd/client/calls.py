@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, ParamSpec, TypeVar, cast
+from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
 
 from msgspec import Struct
 
@@ -51,6 +51,12 @@ def read_timeline(body: bytes) -> list[EventView]:
 
 def read_queues(body: bytes) -> list[QueueView]:
     return _read_queues(body).queues
+
+
+class QueuePage(Protocol):
+    """A call that gets a page of queues."""
+
+    def __call__(self, *, cursor: str | None = None) -> Request[list[QueueView]]: ...
 
 
 def _named(build: Callable[P, Request[T]]) -> Callable[P, Request[T]]:

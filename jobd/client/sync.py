@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from types import TracebackType
-from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
 
 from jobd.answers import QueueView
 from jobd.client import admin_calls, calls
@@ -281,11 +281,7 @@ def _pages(build: Callable[P, Request[JobInfoPage]]) -> Callable[Concatenate[_Cl
     return signed(method, build)
 
 
-class _QueuePage(Protocol):
-    def __call__(self, *, cursor: str | None = None) -> Request[list[QueueView]]: ...
-
-
-def _all_queues(page: _QueuePage) -> Callable[[_Client], Iterator[QueueView]]:
+def _all_queues(page: calls.QueuePage) -> Callable[[_Client], Iterator[QueueView]]:
     """Build the method that reads all pages of queues."""
 
     def iterate_queues(self: _Client) -> Iterator[QueueView]:

@@ -177,7 +177,7 @@ class Chaos:
         await self._failing(methods, self.dice.choice((8, 8, 8, 200)))
 
     async def _leap(self) -> None:
-        """The wall clock is far ahead for a while, and then right again: nothing is old by that, unless accepted."""
+        """Set the wall clock far ahead for a while, and then right. Nothing ages by it unless it is accepted."""
         machine = self.machine
         machine.leap(LEAP_MS)
         machine.fault("leap")

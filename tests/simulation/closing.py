@@ -87,7 +87,7 @@ class Closing:
             await self.machine.call(WHO, Stats())
 
     async def _work_off(self, daemon: Daemon) -> None:
-        """L3: every job is granted once somebody claims its queue; the overdue ones are left to the cleaner."""
+        """L3: every job is granted once a worker claims its queue. Overdue jobs are left to recovery."""
         book = daemon.book
         for queue in sorted(book.paused):
             await self._yes(Resume(name=queue), admin=True)

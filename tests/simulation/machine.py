@@ -91,7 +91,7 @@ class Machine:
         self.backups: list[Backup] = []
         self.boot_shift_ms = 0.0
         self.clocks_moved_s = 0.0  # loop time of the latest step of a clock
-        self.leap_ms = 0  # by so much the wall clock is known to be wrong, and nobody has accepted it
+        self.leap_ms = 0  # by how much the wall clock is wrong and not accepted
         self.synchronised = Random(f"{seed}: kernel").random() < 0.3
         self.downtime_s = 0.5
         self.off = False

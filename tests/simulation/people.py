@@ -179,7 +179,7 @@ class Worker(Person):
     def __init__(self, machine: Machine, name: str) -> None:
         super().__init__(machine, name)
         self.old: list[tuple[str, str]] = []
-        self.lacks_all = self.dice.random() < 0.3  # whatever it needs: it releases what it is granted
+        self.lacks_all = self.dice.random() < 0.3  # it releases every job that it is granted
 
     async def act(self) -> None:
         roll = self.dice.random()

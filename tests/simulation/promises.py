@@ -112,7 +112,7 @@ class Promises:
         """A stuck job is being recovered: was it in time?"""
 
     def aged(self, job: Job, at: Moment) -> None:
-        """A job is being deleted or failed by age: may it be?"""
+        """Check that a job may be deleted or failed by age."""
         self.must(not at.suspect, "S13", f"a {job.status} job is old by a clock that is suspect", job.id)
 
     # -- one decision -------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ class Promises:
             self._check_releases(before, job, event)
 
     def _check_releases(self, before: Job, job: Job, event: Event) -> None:
-        """Releases in a row without progress delay a job; whatever else ends a grant, and progress, end the row."""
+        """Releases in a row without progress delay a job. Progress, or any other end of a grant, ends the row."""
         expected = before.releases
         if event.type == "released":
             expected += 1

@@ -153,7 +153,7 @@ class Watch(Promises):
         self.must(self._held_at in (None, at.lease), "S11", f"lease time went on from {self._held_at} on a full disk")
 
     def aged(self, job: Job, at: Moment) -> None:
-        """S13: nothing is old by a clock that is known to be wrong, whatever the daemon itself thinks of it."""
+        """S13: nothing ages by a clock that is known to be wrong, whether the daemon suspects it or not."""
         super().aged(job, at)
         self.must(not self.machine.leap_ms, "S13", f"a {job.status} job is old by a leap of the clock", job.id)
 
