@@ -261,7 +261,7 @@ async def test_a_number_by_hand_may_leave_no_safe_epoch_or_none_at_all(path: str
     write(f"{path}.epoch", b"%d" % SAFE_EPOCH)
     async with opened(path) as (_, found):
         assert found.numbers.epoch == SAFE_EPOCH + 1
-        assert "makes fencing tokens of 2^53 and more" in str(found.epoch_warning)
+        assert "gives fencing tokens of 2^53 and more" in str(found.epoch_warning)
     write(f"{path}.epoch", b"%d" % LAST_EPOCH)
     with pytest.raises(StoreUnreadable, match=f"no epoch for fencing tokens above {LAST_EPOCH}"):
         await Store.open(path)
