@@ -179,7 +179,7 @@ class Sorted(Generic[Item]):
         del self._blocks[place], self._last[place]
 
 
-class Places(Sorted[DueEntry]):
+class LaneEntries(Sorted[DueEntry]):
     """The entries of one lane. `_expiry` holds an upper bound of the `expires_at` in each block.
 
     With it a claim skips a block of overdue jobs in one step.
@@ -311,7 +311,7 @@ class Lane:
     def __init__(self, name: LaneName, waits: Callable[[Untouched], bool]) -> None:
         self.name = name
         self.line = Line()
-        self.others = Places()
+        self.others = LaneEntries()
         self.live = 0
         self.waits = waits
         self.wakes_at: int | None = None

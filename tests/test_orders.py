@@ -19,9 +19,9 @@ from jobd.orders import (
     SLACK,
     DueEntry,
     Lane,
+    LaneEntries,
     LazyHeap,
     Line,
-    Places,
     QueuedJobs,
     Sorted,
     short_entry,
@@ -426,7 +426,7 @@ class Now(int):
 
 
 def test_overdue_jobs_are_skipped_in_blocks_and_come_back_with_the_clock() -> None:
-    places, jobs = Places(), 40 * BLOCK
+    places, jobs = LaneEntries(), 40 * BLOCK
     for seq in range(jobs):
         places.add((0, 1, seq, f"{seq}", 10 + seq % 2))
     places.add((0, 1, jobs, f"{jobs}", NEVER))
@@ -438,7 +438,7 @@ def test_overdue_jobs_are_skipped_in_blocks_and_come_back_with_the_clock() -> No
 
 
 def test_a_block_whose_last_job_was_removed_is_read_once() -> None:
-    places, jobs = Places(), 10 * BLOCK
+    places, jobs = LaneEntries(), 10 * BLOCK
     for seq in range(jobs):
         places.add((0, 1, seq, f"{seq}", 20 if seq % BLOCK == 5 else 10))
     for seq in range(5, jobs, BLOCK):
