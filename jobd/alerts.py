@@ -48,7 +48,7 @@ MEASURE_EVERY_S: Final = 10.0  # health costs a write and an fsync; an alert has
 HOLD_MS: Final = 30 * SECOND_MS  # a condition holds for so long before its alert fires
 CLEAR_MS: Final = 60 * SECOND_MS  # a condition is false for so long before its alert resolves
 LANES_IN_ONE_GO: Final = 500  # about a millisecond
-SLICES_OF_ONE_LOOK: Final = 40
+SLICES_OF_ONE_LOOK: Final = 50  # 10,000 queues of one kind fit
 NOTICEABLE_MS: Final = 100  # what takes less than that longer is no slower: twice of nothing is nothing
 CALM: Final = 0.9  # a ratio that sits at its threshold fires once: it resolves below this part of it
 

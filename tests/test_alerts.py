@@ -21,12 +21,11 @@ from jobd.answers import AlertView
 from jobd.artefacts import StoreFault
 from jobd.batch import DiskSpace
 from jobd.commands import Claim, Complete, Create, EndGrants, Fail, Pause, Progress, Start
-from jobd.events import Change, Event
-from jobd.figures import ATTEMPT_QUEUES, STEP_MS, Attempts
+from jobd.figures import STEP_MS
 from jobd.health import Health
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from jobd.pace import HOURS_NEEDED, SAMPLES_NEEDED
-from tests.household import WALL, Household, in_virtual_time, row, seconds
+from tests.household import Household, in_virtual_time, row, seconds
 from tests.memory_disk import MemoryDisk
 
 
@@ -622,20 +621,3 @@ async def test_a_job_that_is_released_again_and_again() -> None:
             assert said in shown.hint
         del house.book.release_loops["cat-9"]
         assert not one(alerts, "release_loop").firing
-
-
-def test_attempts_of_very_many_queues_are_bounded() -> None:
-    attempts = Attempts()
-
-    def ended(queue: str, at: int, kind: str = "failed") -> Change:
-        event = Event(1, at, kind, 1, "a", queue, "processing", "failed", "worker:w")  # type: ignore[arg-type]
-        return Change(None, None, event)
-
-    attempts.note([ended(f"q-{number}", WALL) for number in range(ATTEMPT_QUEUES + 5)])
-    assert len(attempts.by_queue) == ATTEMPT_QUEUES
-    attempts.note([ended("q-0", WALL + 20_000, "completed"), ended("q-0", WALL + 20_000, "granted")])
-    assert attempts.by_queue["q-0"] == (2, 1)
-    attempts.forget(WALL + 10 * MINUTE_MS)
-    assert attempts.by_queue == {"q-0": (1, 0)}
-    attempts.forget(WALL - HOUR_MS)
-    assert attempts.by_queue == {}, "a clock that was set back"

@@ -617,3 +617,17 @@ def test_creation_order_decides_among_equals(desk: Desk) -> None:
     for name in "cab":
         desk.yes(Create(id=name))
     assert desk.claim(limit=3) == ["c", "a", "b"]
+
+
+def test_the_oldest_due_job_of_a_kind(desk: Desk) -> None:
+    assert desk.book.queued_kinds("film") == []
+    assert desk.book.oldest_of_kind("film", "encode", desk.now) == (0, None)
+    desk.create("low", queue="film", kind="encode", priority=-1)
+    desk.passes(10)
+    desk.create("high", queue="film", kind="encode", priority=1)
+    desk.create("later", queue="film", kind="mail", delay_ms=1_000)
+    assert desk.book.queued_kinds("film") == ["encode", "mail"]
+    lanes, entry = desk.book.oldest_of_kind("film", "encode", desk.now)
+    assert (lanes, entry and entry[3]) == (2, "low")
+    assert desk.book.oldest_of_kind("film", "mail", desk.now) == (1, None)
+    assert desk.book.oldest_of_kind("film", "none", desk.now) == (0, None)

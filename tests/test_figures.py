@@ -15,12 +15,13 @@ from jobd.commands import (
     DeleteExpired,
     EndGrants,
     Fail,
+    ForceFail,
     ForceReset,
     Recover,
 )
 from jobd.draft import Decision
 from jobd.events import Change, Event
-from jobd.figures import OTHER_QUEUES, PROCESSING_BUCKETS_S, Figures, Histogram
+from jobd.figures import ATTEMPT_QUEUES, OTHER_QUEUES, PROCESSING_BUCKETS_S, Attempts, Figures, Histogram
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from tests.desk import NOW, Desk
 
@@ -203,3 +204,37 @@ def test_every_event_is_counted_by_its_type(desk: Desk) -> None:
     work(desk, "a", 1_000)
     work(desk, "b", 1_000)
     assert desk.book.figures.events == {"created": 2, "granted": 2, "completed": 2}
+
+
+def test_attempts_of_very_many_queues_are_bounded() -> None:
+    attempts = Attempts()
+
+    def ended(queue: str, at: int, kind: str = "failed") -> Change:
+        event = Event(1, at, kind, 1, "a", queue, "processing", "failed", "worker:w")  # type: ignore[arg-type]
+        return Change(None, None, event)
+
+    attempts.note([ended(f"q-{number}", NOW) for number in range(ATTEMPT_QUEUES + 5)])
+    assert len(attempts.by_queue) == ATTEMPT_QUEUES
+    attempts.note([ended("q-0", NOW + 20_000, "completed"), ended("q-0", NOW + 20_000, "granted")])
+    assert attempts.by_queue["q-0"] == (2, 1)
+    attempts.forget(NOW + 10 * MINUTE_MS)
+    assert attempts.by_queue == {"q-0": (1, 0)}
+    attempts.forget(NOW - HOUR_MS)
+    assert attempts.by_queue == {}, "a clock that was set back"
+
+
+def test_an_operator_who_fails_a_waiting_job_ends_no_attempt(desk: CountingDesk) -> None:
+    desk.create("a")
+    attempts = Attempts()
+    attempts.note(desk.decide(ForceFail(id="a")).changes)
+    assert attempts.by_queue == {}
+
+
+def test_recoveries_count_for_ten_minutes_and_are_bounded() -> None:
+    figures = Figures()
+    for number in range(200):
+        figures._recovered(NOW + number * 10_000, requeued=True)
+        assert len(figures.recovered) <= 60
+        assert figures.recovered_lately(NOW + number * 10_000) == min(number + 1, 60)
+    assert figures.recovered_lately(NOW + 199 * 10_000 + 10 * MINUTE_MS) == 0
+    assert figures.recovered_lately(NOW - HOUR_MS) == 0, "a clock that was set back"
