@@ -308,7 +308,7 @@ async def test_a_copy_never_fills_the_disk_of_the_store(small_disk: Path, copy: 
     path = str(small_disk / "jobd.db")
     maker = await make_store(path)
     async with opened(path) as (store, _):
-        with pytest.raises(DiskFull, match=f"MiB free in {small_disk}, there are"):
+        with pytest.raises(DiskFull, match=f"MiB free in {small_disk}, but only"):
             await take(store, copy)
         await store.write(maker.any_batch(5))
     assert not glob.glob(f"{path}.backup-*")
@@ -320,7 +320,7 @@ def test_without_room_jobd_backup_says_so_and_ends_with_75(small_disk: Path, tmp
         command = [sys.executable, "-m", "jobd", "backup", str(target), "--admin-url", f"unix:{daemon.admin_socket}"]
         done = subprocess.run(command, env=daemon.environ, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (75, "")
-        assert f"MiB free in {small_disk}, there are" in done.stderr
+        assert f"MiB free in {small_disk}, but only" in done.stderr
         assert "[storage_full]" in done.stderr
         assert done.stderr.count("\n") == 1
         assert daemon.post("/v1/jobs", {"id": "a"}).status == 201  # nothing of the store's own room was taken
