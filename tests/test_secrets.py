@@ -53,6 +53,7 @@ class House:
         files = {f"JOBD_{name.upper()}_TOKEN_FILE": str(path) for name, path in self.files.items()}
         self.daemon = Daemon(directory, f"[log]\nlevel = 'debug'\n{more}", **places, **files)
         del self.daemon.environ["ADMIN_TOKEN"]
+        self.daemon.module = "tests.prompt_alerts"  # what they say is looked at, too
         self.said: list[tuple[str, str]] = []
 
     def write(self, admin: list[str], worker: list[str]) -> None:
