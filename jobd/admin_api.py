@@ -86,8 +86,8 @@ from jobd.commands import (
     Why,
     Workers,
 )
-from jobd.downloads import KIND as ARTEFACT_KIND
-from jobd.downloads import Artefact, give
+from jobd.downloads import KIND as ARTIFACT_KIND
+from jobd.downloads import Artifact, give
 from jobd.event_stream import EVENT_STREAM, Follow, follow
 from jobd.events import StreamedEvent
 from jobd.glossary import ADMIN_TITLE
@@ -343,12 +343,12 @@ _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/jobs/{{id}}/why", asks=Why, gives=WhyView, who=_A),
     Route(
         method="GET",
-        path=f"{_P}/jobs/{{id}}/artefact",
-        asks=Artefact,
+        path=f"{_P}/jobs/{{id}}/artifact",
+        asks=Artifact,
         gives=bytes,
         who=_A,
         via=give,
-        sends=ARTEFACT_KIND,
+        sends=ARTIFACT_KIND,
         noted=True,
     ),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/late-results", asks=LateResults, gives=LateResultList, who=_A),

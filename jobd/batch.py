@@ -152,7 +152,7 @@ class Audited(Struct, frozen=True, gc=False):
 
 # What an operator does that changes no job, queue or setting: into and out of the dashboard, and what leaves the house.
 COMINGS: Final = frozenset({"sign-in", "sign-out"})
-LOOKS: Final = frozenset({"export", "backup", "artefact"})
+LOOKS: Final = frozenset({"export", "backup", "artifact"})
 Share = Literal["changes", "refusals", "strangers", "comings", "looks"]
 
 

@@ -144,7 +144,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     release_loop: Annotated[int, Meta(ge=0)] = 0
 
 
-class ArtefactsSection(Struct, frozen=True, forbid_unknown_fields=True):
+class ArtifactsSection(Struct, frozen=True, forbid_unknown_fields=True):
     url: str = ""
 
 
@@ -168,7 +168,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     late: LateSection = LateSection()
     limits: LimitsSection = LimitsSection()
     alerts: AlertsSection = AlertsSection()
-    artefacts: ArtefactsSection = ArtefactsSection()
+    artifacts: ArtifactsSection = ArtifactsSection()
     log: LogSection = LogSection()
 
     def policy(self) -> Policy:
@@ -189,7 +189,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             live_jobs=self.limits.live_jobs,
             queues=self.limits.queues,
             idempotency_keys=self.limits.idempotency_keys,
-            artefacts=bool(self.artefacts.url),
+            artifacts=bool(self.artifacts.url),
         )
 
 
@@ -204,7 +204,7 @@ class Loaded(Struct, frozen=True):
     reader_tokens: tuple[str, ...] = ()
     development: bool = False
     warnings: tuple[str, ...] = ()
-    own_places: tuple[str, ...] = ()  # directories of the daemon's own files, where no artefact may lie
+    own_places: tuple[str, ...] = ()  # directories of the daemon's own files, where no artifact may lie
     webhooks: tuple[WebhookSetting, ...] = ()
 
 
@@ -287,7 +287,7 @@ def load(
     try:
         _check(config)
         own_places = _own_places(config, environ, found, webhooks)
-        check_apart(config.artefacts.url, own_places, os.path.abspath)  # where they lie may hang, also on a reload
+        check_apart(config.artifacts.url, own_places, os.path.abspath)  # where they lie may hang, also on a reload
     except ConfigError as error:
         raise ConfigError(_placed(str(error), sources)) from None
     if need_token:
@@ -414,12 +414,17 @@ def _read_file(path: Path) -> dict[str, Any]:
             continue
         if section not in Config.__struct_fields__:
             known = ", ".join((*Config.__struct_fields__, WEBHOOKS))
-            raise ConfigError(f"{path}: unknown section [{section}]. Known: {known}")
+            raise ConfigError(f"{path}: unknown section [{section}]. Known: {known}{_renamed(section)}")
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: {section} must be a section: write [{section}] on a line of its own")
         for name, value in table.items():
             values[f"{section}.{name}"] = value
     return values
+
+
+def _renamed(section: str) -> str:
+    """Return a hint if `section` is the former name of a section, else an empty string."""
+    return ". [artefacts] was renamed to [artifacts]" if section == "artefacts" else ""
 
 
 def _webhooks(path: Path, tables: Any) -> tuple[WebhookSetting, ...]:
@@ -463,7 +468,9 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
             continue
         section, _, key = name.removeprefix("JOBD_").lower().partition("_")
         if f"{section}.{key}" not in KEYS:
-            raise ConfigError(f"environment {name}: no such key. Names are JOBD_<SECTION>_<KEY>, as in config.toml")
+            raise ConfigError(
+                f"environment {name}: no such key. Names are JOBD_<SECTION>_<KEY>, as in config.toml{_renamed(section)}"
+            )
         found[name] = f"{section}.{key}"
     return found
 
@@ -472,7 +479,7 @@ def _set(values: dict[str, dict[str, Any]], sources: dict[str, str], key: str, v
     if key not in KEYS:
         section = key.partition(".")[0]
         known = ", ".join(name.partition(".")[2] for name in KEYS if name.startswith(f"{section}."))
-        raise ConfigError(f"{source}: unknown key {key}. Known in [{section}]: {known}")
+        raise ConfigError(f"{source}: unknown key {key}. Known in [{section}]: {known}{_renamed(section)}")
     hint = KEYS[key]
     try:
         if hint is Duration:
@@ -631,23 +638,23 @@ def _check(config: Config) -> None:
     for name in config.late.queues:
         if not is_job_id(name):  # names of queues are made as ids are
             raise ConfigError(f"late.queues: {name!r}: a queue has 1 to 200 characters of A-Z a-z 0-9 . _ : -")
-    if config.artefacts.url:
-        _check_artefacts(config.artefacts.url)
+    if config.artifacts.url:
+        _check_artifacts(config.artifacts.url)
 
 
-def _check_artefacts(url: str) -> None:
+def _check_artifacts(url: str) -> None:
     """Whether that names a store, and whether what it takes is installed."""
     expected = "expected file:///DIRECTORY or s3://BUCKET/PREFIX"
     if "@" in url.partition("://")[2].partition("/")[0]:
-        raise ConfigError(f"artefacts.url: {expected}, without a key: that belongs into AWS_ACCESS_KEY_ID and its like")
+        raise ConfigError(f"artifacts.url: {expected}, without a key: that belongs into AWS_ACCESS_KEY_ID and its like")
     if re.fullmatch(r"file:///[^?#]+", url) and "\0" not in unquote(url):
         return
     bucket = re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?", url)
     prefix = unquote(bucket[1] or "").strip("/") if bucket is not None else ""
     if bucket is None or (prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/"))):
-        raise ConfigError(f'artefacts.url: "{url}": {expected}')
+        raise ConfigError(f'artifacts.url: "{url}": {expected}')
     if find_spec("obstore") is None:
-        raise ConfigError("artefacts.url: s3:// needs an extra that is not installed: pip install 'jobd[s3]'")
+        raise ConfigError("artifacts.url: s3:// needs an extra that is not installed: pip install 'jobd[s3]'")
 
 
 def _own_places(
@@ -681,7 +688,7 @@ def _secret_files(config: Config, environ: Mapping[str, str], webhooks: Iterable
 
 
 def check_apart(url: str, own_places: tuple[str, ...], resolve: Callable[[str], str] = os.path.realpath) -> None:
-    """Raise ConfigError where a file of ours lies in the directory of artefacts: workers say what is deleted there.
+    """Raise ConfigError where a file of ours lies in the directory of artifacts: workers say what is deleted there.
 
     `resolve` makes an absolute path of its name. With the one that follows links it touches the place, which may hang.
     """
@@ -691,7 +698,7 @@ def check_apart(url: str, own_places: tuple[str, ...], resolve: Callable[[str], 
     for place in own_places:
         if os.path.commonpath((directory, place)) == directory:
             told = f"the daemon's own files lie in {place}, and workers say what is deleted in {directory}"
-            raise ConfigError(f'artefacts.url: "{url}": {told}. Give artefacts a directory of their own')
+            raise ConfigError(f'artifacts.url: "{url}": {told}. Give artifacts a directory of their own')
 
 
 def _warnings(config: Config) -> tuple[str, ...]:

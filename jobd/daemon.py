@@ -32,8 +32,8 @@ from jobd import admin_api, config, facts, log, systemd, worker_api
 from jobd.actor import Actor, Bounds, DiskBroken
 from jobd.alerts import Alerts, Thresholds
 from jobd.answers import Answer
-from jobd.artefact_files import FileStore
-from jobd.artefacts import ArtefactStore, StoreFault
+from jobd.artifact_files import FileStore
+from jobd.artifacts import ArtifactStore, StoreFault
 from jobd.batch import DiskFull, KeyRow, Opened
 from jobd.bodies import Limits
 from jobd.book import Book
@@ -76,7 +76,7 @@ EXIT_CONFIG: Final = 78
 
 GRACE_MS: Final = 30 * SECOND_MS  # after a start nothing of a processing job ends sooner
 SAME_MOMENT_S: Final = 0.05
-PLACE_S: Final = 2.0  # for the directory of artefacts to answer
+PLACE_S: Final = 2.0  # for the directory of artifacts to answer
 STOP_S: Final = 20.0  # for requests in flight; systemd waits longer
 SLICE: Final = 500
 
@@ -246,15 +246,15 @@ class Daemon:
         self._credit_absence(self.clock.moment().lease - away_ms)
 
     async def _sweep(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Sweeper | None:
-        """Artefacts of deleted jobs are deleted, where there is a store of them."""
+        """Artifacts of deleted jobs are deleted, where there is a store of them."""
         self._sweeps = Sweeps(waiting=opened.tombstones)
-        self._artefacts = await _open_artefacts(self._loaded)
-        if self._artefacts is None:
+        self._artifacts = await _open_artifacts(self._loaded)
+        if self._artifacts is None:
             if opened.tombstones:
-                line.warning("artefacts_wait", tombstones=opened.tombstones, reason="artefacts.url is not set any more")
+                line.warning("artifacts_wait", tombstones=opened.tombstones, reason="artifacts.url is not set any more")
             return None
-        stack.push_async_callback(self._artefacts.close)
-        sweeper = Sweeper(store, self._artefacts, self.clock, self._sweeps)
+        stack.push_async_callback(self._artifacts.close)
+        sweeper = Sweeper(store, self._artifacts, self.clock, self._sweeps)
         store.on_tombstones = sweeper.expect
         _run_beside(stack, "sweeper", sweeper)
         return sweeper
@@ -285,7 +285,7 @@ class Daemon:
             self.cleaner,
             faults=opened.faults,
             take_faults=store.take_faults,
-            artefacts=self._artefacts,
+            artifacts=self._artifacts,
             sweeper=sweeper,
         )
         stack.push_async_callback(health.close)
@@ -312,7 +312,7 @@ class Daemon:
             self.alerts,
             metrics,
             self.feed,
-            Downloads(self._artefacts, settings.limits.downloads),
+            Downloads(self._artifacts, settings.limits.downloads),
             planner,
             self.failures,
             self.webhooks,
@@ -571,29 +571,29 @@ def _current_keys(rows: list[KeyRow], book: Book) -> list[KeyRow]:
     return kept
 
 
-async def _open_artefacts(loaded: Loaded) -> ArtefactStore | None:
-    """The store that artefacts.url names, if any. What a bucket takes is imported for a bucket alone."""
+async def _open_artifacts(loaded: Loaded) -> ArtifactStore | None:
+    """The store that artifacts.url names, if any. What a bucket takes is imported for a bucket alone."""
     settings = loaded.config
-    if not settings.artefacts.url:
+    if not settings.artifacts.url:
         return None
-    url = urlsplit(settings.artefacts.url)
+    url = urlsplit(settings.artifacts.url)
     owner = blake2b(f"{socket.gethostname()} {settings.store.path}".encode(), digest_size=6).hexdigest()
     if url.scheme == "file":
         store = FileStore(unquote(url.path), owner, loaded.own_places)
         try:
             async with asyncio.timeout(PLACE_S):  # one that hangs is health's matter; it is looked at again before use
-                await store.ask(partial(config.check_apart, settings.artefacts.url, loaded.own_places))
+                await store.ask(partial(config.check_apart, settings.artifacts.url, loaded.own_places))
         except ConfigError as error:
             raise CannotStart(str(error), EXIT_CONFIG) from None
         except TimeoutError:
-            line.warning("artefacts_wait", place=store.place, reason=f"no answer within {PLACE_S:g} s")
+            line.warning("artifacts_wait", place=store.place, reason=f"no answer within {PLACE_S:g} s")
         return store
-    from jobd.artefact_s3 import S3ArtefactStore
+    from jobd.artifact_s3 import S3ArtifactStore
 
     try:
-        return S3ArtefactStore(url.netloc, unquote(url.path).strip("/"), owner)
+        return S3ArtifactStore(url.netloc, unquote(url.path).strip("/"), owner)
     except StoreFault as fault:
-        raise CannotStart(f"artefacts.url: {fault}", EXIT_CONFIG) from None
+        raise CannotStart(f"artifacts.url: {fault}", EXIT_CONFIG) from None
 
 
 def _schedule(settings: Config) -> Schedule:

@@ -158,8 +158,8 @@ class Decider:
             report=plan.report,
             payloads=plan.wanted_payloads(),
             unmark=plan.unmark,
-            tombstones=tombstones(plan.changes) if policy.artefacts else [],
-            sweeps=policy.artefacts,
+            tombstones=tombstones(plan.changes) if policy.artifacts else [],
+            sweeps=policy.artifacts,
             audit=plan.audit,
         )
 

@@ -41,12 +41,12 @@ from jobd.webhook_tables import CURSOR_SQL, DELIVERY_SQL
 # Of one kind of problem so many are named, the rest counted.
 NAMED: Final = 100
 NOTHING_DAMAGED: Final = "no job is in quarantine, and no row is damaged"
-LONG_MS: Final = DAY_MS  # that a tombstone may wait: a store of artefacts may be away for a while
+LONG_MS: Final = DAY_MS  # that a tombstone may wait: a store of artifacts may be away for a while
 
 _ACCEPT: Final = "mend the row with sqlite3, then `jobd doctor --accept {}`"
 _RECOUNT: Final = "compare with a backup; `jobd doctor --recount` takes the rows that are there as all there are"
 _REBUILD: Final = "`jobd doctor --recount` rebuilds all indexes from the rows"
-_SWEEP: Final = "the log says why (artefact_not_deleted); is artefacts.url set, and may the daemon delete there?"
+_SWEEP: Final = "the log says why (artifact_not_deleted); is artifacts.url set, and may the daemon delete there?"
 _RESTORE: Final = "put a backup back with `jobd restore`"
 
 
@@ -271,7 +271,7 @@ def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
         days = (now - late.at) // DAY_MS
         gone = f"job {late.job_id} was deleted" if late.job_seq > 0 else f"a late result of job {late.job_id} went"
         what = f"{gone} {days} days ago, and its object not yet; {late.tries} tries have failed"
-        yield Problem(f"artefact {readable(late.key)}", what, _SWEEP)
+        yield Problem(f"artifact {readable(late.key)}", what, _SWEEP)
 
 
 def _aside(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:

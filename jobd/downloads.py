@@ -15,7 +15,7 @@ from aiohttp import hdrs, web
 from msgspec import Meta
 
 from jobd.answers import JobView, LateResultList, LateResultView
-from jobd.artefacts import ArtefactStore, Reading, StoreFault
+from jobd.artifacts import ArtifactStore, Reading, StoreFault
 from jobd.bodies import refused
 from jobd.commands import Get, LateResults, OnJob, Refusal
 from jobd.replies import PATIENCE_S, SAFE
@@ -28,10 +28,10 @@ CALL_S: Final = 10.0  # for one piece from the store
 CLOSING_S: Final = 1.0  # for the last pieces when the daemon stops
 SHOWN_NAME: Final = 150  # characters of a file's name
 
-log = structlog.get_logger("jobd.artefacts")
+log = structlog.get_logger("jobd.artifacts")
 
 
-class Artefact(OnJob, frozen=True, kw_only=True):
+class Artifact(OnJob, frozen=True, kw_only=True):
     """The object that a job's `storage_key` names, or that of its late result with this `seq`."""
 
     late_result: Annotated[int, Meta(ge=1)] | None = None
@@ -40,7 +40,7 @@ class Artefact(OnJob, frozen=True, kw_only=True):
 class Downloads:
     """Where downloads begin, at most `most` at a time. `store`: None where none is set up."""
 
-    def __init__(self, store: ArtefactStore | None, most: int) -> None:
+    def __init__(self, store: ArtifactStore | None, most: int) -> None:
         self._store = store
         self._most = most
         self._open: set[_Download] = set()
@@ -53,7 +53,7 @@ class Downloads:
     async def begin(self, key: str, cut: Callable[[], None]) -> Download:
         """The object under `key`. `cut` ends the connection of one who does not read. Raises Refused."""
         if self._store is None:
-            message = "No store of artefacts is set up here, so there is nothing to download: see artefacts.url."
+            message = "No store of artifacts is set up here, so there is nothing to download: see artifacts.url."
             raise refused("not_found", message)
         if self._is_closed:
             raise refused("shutting_down", "The daemon is stopping; ask again in a moment.")
@@ -66,14 +66,14 @@ class Downloads:
                 reading = await self._store.open(key)
         except (StoreFault, TimeoutError) as fault:
             download.leave()
-            log.warning("artefact_not_read", key=key, error=str(fault) or f"no answer within {CALL_S:g} s")
-            raise refused("storage_unavailable", "The store of artefacts cannot be read now; try again.") from fault
+            log.warning("artifact_not_read", key=key, error=str(fault) or f"no answer within {CALL_S:g} s")
+            raise refused("storage_unavailable", "The store of artifacts cannot be read now; try again.") from fault
         except BaseException:
             download.leave()
             raise
         if reading is None:
             download.leave()
-            raise refused("not_found", f"Nothing lies in the store of artefacts under {key!r} (any more).")
+            raise refused("not_found", f"Nothing lies in the store of artifacts under {key!r} (any more).")
         download.take(reading)
         return download
 
@@ -114,7 +114,7 @@ class _Download:
 
 
 async def give(site: Web, visit: Visit, asked: Any, name: str = "") -> web.StreamResponse | Refusal:
-    """The artefact that is asked for, as a file to be kept. Where it breaks off the connection is cut.
+    """The artifact that is asked for, as a file to be kept. Where it breaks off the connection is cut.
 
     `name` is that of who asks, where his session knows it.
     """
@@ -127,7 +127,7 @@ async def give(site: Web, visit: Visit, asked: Any, name: str = "") -> web.Strea
     download = await site.rooms.download(key, transport.abort)
     try:
         if visit.method != hdrs.METH_HEAD:
-            await note_look(site, visit, "artefact", name=name, job_id=asked.id)
+            await note_look(site, visit, "artifact", name=name, job_id=asked.id)
         response = web.StreamResponse(headers=_headers(key))
         response.content_length = download.size
         await response.prepare(request)
@@ -137,7 +137,7 @@ async def give(site: Web, visit: Visit, asked: Any, name: str = "") -> web.Strea
         download.leave()
 
 
-async def _key(site: Web, visit: Visit, asked: Artefact) -> str | Refusal:
+async def _key(site: Web, visit: Visit, asked: Artifact) -> str | Refusal:
     """What names the object."""
     command = Get(id=asked.id) if asked.late_result is None else LateResults(id=asked.id)
     looked = await site.actor.ask(command, by=visit.by, size=visit.size)
@@ -184,6 +184,6 @@ def _headers(key: str) -> dict[str, str]:
 
 def disposition(key: str) -> str:
     """What makes a browser keep a file under the last part of its key, whatever characters that has."""
-    name = key.rpartition("/")[2][-SHOWN_NAME:].lstrip(".") or "artefact"
+    name = key.rpartition("/")[2][-SHOWN_NAME:].lstrip(".") or "artifact"
     plain = "".join(each if each.isascii() and (each.isalnum() or each in " ._-+") else "_" for each in name)
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='', errors='replace')}"

@@ -41,7 +41,7 @@ ABOUT: Final = (
 
 _OPERATORS: Final = {
     "GET stats": "Counts, locks, the oldest running job. `averageProcessingTime` and `age` are in seconds.",
-    "GET health": "Health of database, memory, artefact store and cleanup, measured within the last 5 s.",
+    "GET health": "Health of database, memory, artifact store and cleanup, measured within the last 5 s.",
     "POST cleanup": "Run a cleanup pass now, or wait for the one that runs.",
     "GET cleanup": "The report of the last cleanup pass.",
     "POST recover-stuck": "Recover every job that counts as stuck now.",
@@ -61,7 +61,7 @@ _OPERATORS: Final = {
     "DELETE jobs/{id}": "Delete a finished job and its history.",
     "GET jobs/{id}/timeline": "What happened to a job, oldest first.",
     "GET jobs/{id}/why": "Why a job is where it is, and what happens next.",
-    "GET jobs/{id}/artefact": "What lies in the store of artefacts under the job's `storage_key`, or under that of one "
+    "GET jobs/{id}/artifact": "What lies in the store of artifacts under the job's `storage_key`, or under that of one "
     "of its late results, as a file.",
     "GET jobs/{id}/late-results": "What completes of this job brought whose locks were lost, the oldest grant first.",
     "POST jobs/{id}/adopt": "Complete a queued, failed or cancelled job with a late result: the one with this `seq`, "
@@ -195,7 +195,7 @@ REFUSED_TOO: Final = {
         "outcome_unknown",
         "storage_full",
     ),
-    "GET /admin/job-management/jobs/{id}/artefact": (
+    "GET /admin/job-management/jobs/{id}/artifact": (
         "not_found",
         "storage_unavailable",
         "late_result_not_found",
@@ -242,7 +242,7 @@ REFUSALS: Final = {
     "overloaded": "too much is waiting; nothing was done. Wait `Retry-After` seconds",
     "shutting_down": "the daemon is stopping; nothing was done",
     "outcome_unknown": "the write failed so that it may be on the disk or not: ask again with the same id or key",
-    "storage_unavailable": "the store of artefacts cannot be read now",
+    "storage_unavailable": "the store of artifacts cannot be read now",
     "storage_full": "the disk is full; nothing was done",
     "too_many_jobs": "as many unfinished jobs as are allowed are there",
     "too_many_queues": "`limits.queues` queues have jobs; jobs for those queues are still accepted",
@@ -472,7 +472,7 @@ FIELDS: Final = {
     "state": "Where the job is, or the delivery, or the backup. Of a webhook: `closed` is in order, `open` a break. Of "
     "a worker: `busy`, `idle`, `silent` (it holds a job whose lock has expired) or `gone`.",
     "status": "How it is. Of a delivery: the HTTP status of the last answer, or null.",
-    "storage": "The artefact store.",
+    "storage": "The artifact store.",
     "storage_key": "The key of the stored result: relative, without a `..` segment.",
     "stuckJobs": "Jobs that count as stuck now.",
     "stuckJobsRecovered": "Stuck jobs that were recovered.",

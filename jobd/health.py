@@ -1,4 +1,4 @@
-"""Measured health: the disk by a write and a read back, memory by a round trip and a recount, artefacts, cleanup.
+"""Measured health: the disk by a write and a read back, memory by a round trip and a recount, artifacts, cleanup.
 
 Changes no job and never raises: what cannot be measured is said to be so.
 """
@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from jobd.actor import Actor
 from jobd.answers import CleanupHealth, CleanupState, DatabaseHealth, HealthStatus, HealthView, PartHealth
-from jobd.artefacts import StoreFault
+from jobd.artifacts import StoreFault
 from jobd.batch import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
 from jobd.commands import Moment, Ping, Refusal
 from jobd.full_disk import Closed
@@ -53,7 +53,7 @@ class Cleanup(Protocol):
     def complaint(self) -> str | None: ...
 
 
-class Artefacts(Protocol):
+class Artifacts(Protocol):
     place: str
 
     async def probe(self) -> None: ...
@@ -67,7 +67,7 @@ class Health:
     """`view` measures, or gives what was measured within the last 5 s; `last` is that or an older one.
 
     `faults` are sentences about damage that the start found, `take_faults` gives (once) those met since.
-    `artefacts` and `sweeper` are None where no artefact store is configured.
+    `artifacts` and `sweeper` are None where no artifact store is configured.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class Health:
         *,
         faults: Iterable[str] = (),
         take_faults: Callable[[], Iterable[str]] = tuple,
-        artefacts: Artefacts | None = None,
+        artifacts: Artifacts | None = None,
         sweeper: Sweeper | None = None,
     ) -> None:
         self.last: HealthView | None = None
         self._actor = actor
         self._clock = clock
         self._cleanup = cleanup
-        self._artefacts = artefacts
+        self._artifacts = artifacts
         self._sweeper = sweeper
         self._faults: deque[str] = deque(faults, FAULTS_KEPT)
         self._take_faults = take_faults
@@ -130,7 +130,7 @@ class Health:
     async def close(self) -> None:
         """Wait for what was asked of the disk and the mailbox and has not been answered. Call it before they end.
 
-        Artefacts are not waited for: their place may be a mount that never answers.
+        Artifacts are not waited for: their place may be a mount that never answers.
         """
         if (storage := self._open.get("storage")) is not None:
             storage.cancel()
@@ -298,15 +298,15 @@ class Health:
             if book.jobs.find(job_id) == job and loaded.jobs.get(job_id) != job
         }
 
-    # -- artefacts and cleanup ----------------------------------------------------------------------------------------
+    # -- artifacts and cleanup ----------------------------------------------------------------------------------------
 
     async def _storage(self) -> PartHealth:
-        if self._artefacts is None:
+        if self._artifacts is None:
             return PartHealth("healthy", "not configured")
-        loop_time, place = asyncio.get_running_loop().time, self._artefacts.place
+        loop_time, place = asyncio.get_running_loop().time, self._artifacts.place
         began = loop_time()
         try:
-            await self._in_time("storage", self._artefacts.probe, STORAGE_PATIENCE_S)
+            await self._in_time("storage", self._artifacts.probe, STORAGE_PATIENCE_S)
         except TimeoutError:
             return PartHealth("unhealthy", f"{place} has not answered for {STORAGE_PATIENCE_S:g} s.")
         except StoreFault as fault:

@@ -361,7 +361,7 @@ class Policy(Struct, frozen=True):
     live_jobs: int = 5_000_000
     queues: int = 10_000  # that may have jobs
     idempotency_keys: int = 200_000
-    artefacts: bool = False  # there is a store of them: what a deleted job named there is deleted, too
+    artifacts: bool = False  # there is a store of them: what a deleted job named there is deleted, too
 
     @property
     def shortest_keep_ms(self) -> int:

@@ -304,12 +304,12 @@ def _cleanup(now: Snapshot) -> Iterator[Metric]:
     issues = ((kind, now.issues.get(kind, 0)) for kind in ISSUE_TYPES)
     yield _counters("validation_issues", "Issues that passes found since the start, by type.", ["type"], issues)
     help_ = "Stored objects of deleted jobs and late results that are to be deleted."
-    yield _gauge("artefact_tombstones", help_, now.sweeps.waiting)
+    yield _gauge("artifact_tombstones", help_, now.sweeps.waiting)
     help_ = "For how long the first of them could have been deleted."
-    yield _gauge("artefact_sweep_behind_seconds", help_, now.sweeps.behind_ms / SECOND_MS)
+    yield _gauge("artifact_sweep_behind_seconds", help_, now.sweeps.behind_ms / SECOND_MS)
     swept = {"deleted": now.sweeps.deleted, "left": now.sweeps.left, "failed": now.sweeps.failures}
     help_ = "Stored objects of deleted jobs since the start: deleted, left as another's, failed tries."
-    yield _counters("artefacts_swept", help_, ["outcome"], swept.items())
+    yield _counters("artifacts_swept", help_, ["outcome"], swept.items())
     firing = ((name, int(is_firing)) for name, is_firing in now.alerts.items())
     yield _gauges("alert_firing", "1 while the alert fires.", ["alert"], firing)
 

@@ -161,7 +161,7 @@ class Rooms(Struct):
     def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:
         return self.feed.watch(queue=queue, job_id=job_id, cut=cut)
 
-    def has_artefacts(self) -> bool:
+    def has_artifacts(self) -> bool:
         return self.downloads.has_store
 
     async def download(self, key: str, cut: Callable[[], None]) -> Download:

@@ -15,12 +15,12 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.artefacts import MARGINS, ArtefactStore, Margins, Outcome, StoreFault, judge
+from jobd.artifacts import MARGINS, ArtifactStore, Margins, Outcome, StoreFault, judge
 from jobd.batch import PUT_OFF_MS, Disk, DiskFull, Due, Tombstone
 from jobd.commands import Moment
 from jobd.job import MINUTE_MS, SECOND_MS
 
-log = structlog.get_logger("jobd.artefacts")
+log = structlog.get_logger("jobd.artifacts")
 
 SLICE: Final = 20
 PAUSE_S: Final = 0.01  # between slices, so that workers get the disk in between
@@ -61,7 +61,7 @@ class Sweeper:
     """`run` sweeps until `stop`. `expect` is told of new tombstones, and wakes it."""
 
     def __init__(
-        self, disk: Disk, store: ArtefactStore, clock: Clock, sweeps: Sweeps, margins: Margins = MARGINS
+        self, disk: Disk, store: ArtifactStore, clock: Clock, sweeps: Sweeps, margins: Margins = MARGINS
     ) -> None:
         self.sweeps = sweeps
         self._disk = disk
@@ -81,7 +81,7 @@ class Sweeper:
                 if await self._slice():
                     pause_s = PAUSE_S
             except DiskFull:
-                log.warning("artefact_sweep_waits", reason="the disk of the store is full")
+                log.warning("artifact_sweep_waits", reason="the disk of the store is full")
             except Exception as error:
                 self._note_bug(error)
             else:
@@ -149,7 +149,7 @@ class Sweeper:
         except StoreFault as fault:
             return End(tombstone, None, str(fault))
         except Exception as error:
-            log.exception("artefact_store_failed", key=tombstone.key)
+            log.exception("artifact_store_failed", key=tombstone.key)
             return End(tombstone, None, f"{self._store.place}: {type(error).__name__}: {error}")
 
     def _put_off(self, end: End, now: int) -> Tombstone:
@@ -168,15 +168,15 @@ class Sweeper:
         if outcome is None:
             self.sweeps.failures += 1
             self._note_failure(tombstone.job_seq, end.failed)
-            log.warning("artefact_not_deleted", **told, tries=tombstone.tries + 1, error=end.failed)
+            log.warning("artifact_not_deleted", **told, tries=tombstone.tries + 1, error=end.failed)
             return
         self._failing.pop(tombstone.job_seq, None)
         if outcome.what == "deleted":
             self.sweeps.deleted += 1
-            log.debug("artefact_deleted", **told)
+            log.debug("artifact_deleted", **told)
         elif outcome.what == "left":
             self.sweeps.left += 1
-            log.info("artefact_left", **told, why=outcome.why)
+            log.info("artifact_left", **told, why=outcome.why)
 
     def _note_unmoved(self, count: int) -> None:
         """Damaged tombstones that are still where they were: of what they are, nobody knows."""
@@ -189,7 +189,7 @@ class Sweeper:
         """The disk of the store has failed, or we have: told in full the first time."""
         self.sweeps.failures += 1
         log.warning(
-            "artefact_sweep_failed", error=f"{type(error).__name__}: {error}", exc_info=STORE not in self._failing
+            "artifact_sweep_failed", error=f"{type(error).__name__}: {error}", exc_info=STORE not in self._failing
         )
         self._note_failure(STORE, f"the store of jobs failed: {error}")
 

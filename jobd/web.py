@@ -174,7 +174,7 @@ class Rooms(Protocol):
     def backups(self) -> list[BackupView]: ...
     def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener: ...
     def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher: ...
-    def has_artefacts(self) -> bool: ...  # whether there is a store of them
+    def has_artifacts(self) -> bool: ...  # whether there is a store of them
     async def download(self, key: str, cut: Callable[[], None]) -> Download: ...
     def webhooks(self) -> list[WebhookView]: ...
     async def deliveries(
@@ -424,6 +424,8 @@ class Web:
                 "There is no such path here. Workers' calls are under /v1/ on the worker socket, operators' under "
                 "/admin/job-management/ on the admin port. GET /openapi.json lists those of this door."
             )
+            if visit.path.endswith("/artefact"):
+                message = f"This path is spelled artifact: {visit.path.removesuffix('/artefact')}/artifact"
             raise refused("not_found", message)
         visit.allow = found.allowed
         raise refused("method_not_allowed", f"This path takes {', '.join(sorted(found.allowed))}.")

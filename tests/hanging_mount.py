@@ -1,4 +1,4 @@
-"""`python -m tests.hanging_mount …` is jobd whose directory of artefacts never answers; SIGUSR2 breaks its own disk."""
+"""`python -m tests.hanging_mount …` is jobd whose directory of artifacts never answers; SIGUSR2 breaks its own disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import Any
 
-from jobd.artefact_files import FileStore
+from jobd.artifact_files import FileStore
 from jobd.cli.daemon import main
 from jobd.tables import Tables
 

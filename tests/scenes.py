@@ -51,8 +51,8 @@ average_processing = '0'
 stuck_jobs = 0
 webhook_failing = '0'
 
-[artefacts]
-url = "file:///nonexistent/artefacts"
+[artifacts]
+url = "file:///nonexistent/artifacts"
 
 {WEBHOOK}"""
 

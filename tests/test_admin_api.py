@@ -313,7 +313,7 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
     others = {("GET", f"{P}/stats"), ("GET", f"{P}/health"), ("POST", f"{P}/import"), ("GET", f"{P}/backup")}
     others.add(("POST", f"{P}/import/preview"))  # test_import_preview.py
     others |= {("GET", "/metrics"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/openapi.json")}
-    others |= {("GET", f"{P}/events"), ("GET", f"{P}/jobs/{{id}}/artefact")}  # test_event_stream.py, test_downloads.py
+    others |= {("GET", f"{P}/events"), ("GET", f"{P}/jobs/{{id}}/artifact")}  # test_event_stream.py, test_downloads.py
     plans = [("POST", "plans"), ("GET", "plans/{plan_id}"), ("POST", "plans/{plan_id}/apply")]
     others |= {(method, f"{P}/{path}") for method, path in plans}
     others |= {("POST", f"{P}/webhooks/{{name}}/{verb}") for verb in ("resend", "resend-given-up")}
@@ -453,3 +453,9 @@ async def test_metrics_are_text(house: House) -> None:
     heard = await house.ask("GET", "/metrics", headers=AUTH)
     assert (heard.status, heard.body) == (200, b"jobd_stuck_jobs 0\n")
     assert heard.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def test_the_old_spelling_of_artifact_is_refused_by_a_message_with_the_new_one(house: House) -> None:
+    heard = await house.ask("GET", f"{P}/jobs/a/artefact", headers=AUTH)
+    assert (heard.status, heard.error) == (404, "not_found")
+    assert f"{P}/jobs/a/artifact" in heard.json["message"]

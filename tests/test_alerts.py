@@ -18,7 +18,7 @@ from jobd.alerts import (
     Thresholds,
 )
 from jobd.answers import AlertView
-from jobd.artefacts import StoreFault
+from jobd.artifacts import StoreFault
 from jobd.batch import DiskSpace
 from jobd.commands import Claim, Complete, Create, EndGrants, Fail, Pause, Progress, Start
 from jobd.figures import STEP_MS
@@ -271,7 +271,7 @@ class Away:
 @in_virtual_time
 async def test_what_is_not_healthy_fires_with_its_message() -> None:
     async with Household() as house:
-        health = Health(house.actor, house.clock, house.cleaner, artefacts=Away())
+        health = Health(house.actor, house.clock, house.cleaner, artifacts=Away())
         alerts = Alerts(house.book, house.clock, health, house.cleaner, hold_ms=0, clear_ms=0)
         assert one(alerts, "database").hint == one(alerts, "storage").hint == "It was not measured yet."
         house.disk.errors["probe"] = OSError("broken")

@@ -239,10 +239,10 @@ async def test_while_creates_are_refused_a_change_has_its_entry_and_a_look_has_n
         await house.yes(Note(what="cleanup"), operator=EVE)
         assert [row.what for row in kept(house)] == ["cleanup"]
         house.actor.full_disk.closed = Closed.NOTHING
-        await house.yes(Note(what="artefact", job_id="a"), operator=EVE)
+        await house.yes(Note(what="artifact", job_id="a"), operator=EVE)
         await house.yes(Note(what="sign-in", outcome="unauthorized"), operator=EVE)
         assert [(row.what, row.job_id, row.outcome) for row in kept(house)[1:]] == [
-            ("artefact", "a", "done"),
+            ("artifact", "a", "done"),
             ("sign-in", None, "unauthorized"),
         ]
 

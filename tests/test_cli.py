@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -773,3 +774,9 @@ def test_the_example_only_names_fields_that_an_import_has(old_jobs: ModuleType) 
     from jobd.commands import Import
 
     assert set(old_jobs.COLUMNS) <= set(Import.__struct_encode_fields__)
+
+
+def test_the_old_spelling_of_the_verb_artifact_is_refused_by_a_message_with_the_new_one() -> None:
+    result = CliRunner().invoke(ctl.jobctl, ["artefact", "a"])
+    assert result.exit_code == 2
+    assert "spelled artifact" in result.stderr

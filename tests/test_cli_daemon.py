@@ -51,12 +51,12 @@ class Running:
             "JOBD_SOCKET": str(folder / "worker.sock"),
             "JOBD_ADMIN_URL": f"unix:{folder}/admin.sock",
             "ADMIN_TOKEN": TOKEN,
-            "JOBD_ARTEFACTS_URL": (folder / "artefacts").as_uri(),
+            "JOBD_ARTIFACTS_URL": (folder / "artifacts").as_uri(),
             "JOBD_ADMIN_READONLY_TOKEN_FILE": str(folder / "readonly"),
         }
         (folder / "readonly").write_text(READER_TOKEN)
         (folder / "readonly").chmod(0o600)
-        (folder / "artefacts").mkdir()
+        (folder / "artifacts").mkdir()
         self.argv = ["serve", "--store", str(self.store), "--socket", str(folder / "worker.sock")]
         self.argv += ["--admin-listen", f"unix:{folder}/admin.sock", "--config", str(folder / "config.toml")]
         (folder / "config.toml").touch()
@@ -725,24 +725,24 @@ def test_an_import_is_one_entry_of_the_audit_log(jobctl: Ctl, tmp_path: Path) ->
 def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
     jobctl.ok("submit", "--id", "c7", "--queue", "c7")
     target, content = tmp_path / "report.pdf", os.urandom(300_000)
-    code, err = jobctl.no("artefact", "c7", "-o", str(target))
+    code, err = jobctl.no("artifact", "c7", "-o", str(target))
     assert (code, "no storage_key" in err) == (4, True)
-    assert jobctl.no("artefact", "none")[0] == 4
+    assert jobctl.no("artifact", "none")[0] == 4
     grant = running.client.claim("w", queues=["c7"])[0]
     running.client.complete_job("c7", lock_id=grant.lock_id, storage_key="c7/report.pdf")
-    assert "any more" in jobctl.no("artefact", "c7", "-o", str(target))[1]
+    assert "any more" in jobctl.no("artifact", "c7", "-o", str(target))[1]
     assert not list(tmp_path.iterdir())
-    (running.folder / "artefacts" / "c7").mkdir()
-    (running.folder / "artefacts" / "c7" / "report.pdf").write_bytes(content)
-    assert jobctl.ok("artefact", "c7", "-o", str(target)) == f"{target}: 293.0 KiB\n"
+    (running.folder / "artifacts" / "c7").mkdir()
+    (running.folder / "artifacts" / "c7" / "report.pdf").write_bytes(content)
+    assert jobctl.ok("artifact", "c7", "-o", str(target)) == f"{target}: 293.0 KiB\n"
     assert target.read_bytes() == content
     target.write_text("mine")
-    assert "--yes" in jobctl.no("artefact", "c7", "-o", str(target))[1]
+    assert "--yes" in jobctl.no("artifact", "c7", "-o", str(target))[1]
     assert target.read_text() == "mine"
-    jobctl.ok("artefact", "c7", "-o", str(target), "-y")
+    jobctl.ok("artifact", "c7", "-o", str(target), "-y")
     assert target.read_bytes() == content
     done = subprocess.run(
-        [sys.executable, "-m", "jobd.cli.ctl", "artefact", "c7"],
+        [sys.executable, "-m", "jobd.cli.ctl", "artifact", "c7"],
         env={**running.env, **running.places},
         cwd=ROOT,
         capture_output=True,
@@ -750,22 +750,22 @@ def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: 
     )
     assert (done.stdout, done.stderr) == (content, b"")
     assert "would delete with what is stored as c7/report.pdf" in jobctl.ok("delete", "c7", "--dry-run")
-    (running.folder / "artefacts" / "c7" / "report.pdf").unlink()
+    (running.folder / "artifacts" / "c7" / "report.pdf").unlink()
 
 
 def test_what_came_late_is_downloaded_before_it_is_adopted(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
     jobctl.ok("submit", "--id", "c8", "--queue", "c8")
     grant = running.client.claim("w-late", queues=["c8"])[0]
     jobctl.ok("force-reset", "c8", "-y")
-    (running.folder / "artefacts" / "c8").mkdir()
-    (running.folder / "artefacts" / "c8" / "late.bin").write_bytes(b"late")
+    (running.folder / "artifacts" / "c8").mkdir()
+    (running.folder / "artifacts" / "c8" / "late.bin").write_bytes(b"late")
     with pytest.raises(LockLost) as lost:
         running.client.complete_job("c8", lock_id=grant.lock_id, storage_key="c8/late.bin")
     target = tmp_path / "late.bin"
-    assert jobctl.no("artefact", "c8", "-o", str(target))[0] == 4
-    assert jobctl.no("artefact", "c8", "--late-result", "1", "-o", str(target))[0] == 4
+    assert jobctl.no("artifact", "c8", "-o", str(target))[0] == 4
+    assert jobctl.no("artifact", "c8", "--late-result", "1", "-o", str(target))[0] == 4
     assert not target.exists()
-    jobctl.ok("artefact", "c8", "--late-result", str(lost.value.late_result), "-o", str(target))
+    jobctl.ok("artifact", "c8", "--late-result", str(lost.value.late_result), "-o", str(target))
     assert target.read_bytes() == b"late"
 
 
@@ -1066,7 +1066,7 @@ def test_a_program_reads_a_result_where_there_was_nothing_to_do(jobctl: Ctl, arg
 _OUT: Final = {
     "backup": ("jobd", "backup", "--yes"),
     "export": ("jobd.cli.ctl", "export", "--yes"),
-    "artefact": ("jobd.cli.ctl", "artefact", "no-such-job", "--yes", "-o"),
+    "artifact": ("jobd.cli.ctl", "artifact", "no-such-job", "--yes", "-o"),
 }
 
 
@@ -1520,7 +1520,7 @@ PASSED = {
     "write-ahead log": ("jobd_wal_bytes {}", 256 * MIB + 1, 256 * MIB, "grown to 256.0 MiB"),
     "event loop": ("jobd_loop_lag_seconds {}", 0.51, 0.5, "0.5 s late"),
     "mailbox": ("jobd_mailbox_limit_commands 100.0\njobd_mailbox_commands {}", 51, 50, "51% full"),
-    "artefacts": ("jobd_artefact_sweep_behind_seconds {}", 901, 900, "15 m 1 s after"),
+    "artifacts": ("jobd_artifact_sweep_behind_seconds {}", 901, 900, "15 m 1 s after"),
     "queue film": ('jobd_queue_oldest_due_seconds{{queue="film"}} {}', 3601, 3600, "1 h"),
 }
 

@@ -776,19 +776,19 @@ def test_a_stored_result_is_copied_piece_by_piece(peer: Peer, admin: AdminBoth) 
     refusals = [no("late_result_not_found", 404), no("not_found", 404), no("storage_unavailable", 503)]
     peer.script = [raw(content, kind="application/octet-stream"), *refusals]
     file = io.BytesIO()
-    assert admin("download_artefact", "a.b:c", file) == len(content)
+    assert admin("download_artifact", "a.b:c", file) == len(content)
     assert file.getvalue() == content
-    assert peer.asked[0].path == "/admin/job-management/jobs/a.b:c/artefact"
+    assert peer.asked[0].path == "/admin/job-management/jobs/a.b:c/artifact"
     with pytest.raises(ERRORS["late_result_not_found"]):
-        admin("download_artefact", "a", file, 7)
-    assert peer.asked[1].path == "/admin/job-management/jobs/a/artefact?late_result=7"
+        admin("download_artifact", "a", file, 7)
+    assert peer.asked[1].path == "/admin/job-management/jobs/a/artifact?late_result=7"
     for code in ("not_found", "storage_unavailable"):
         with pytest.raises(ERRORS[code]):
-            admin("download_artefact", "a", file)
+            admin("download_artifact", "a", file)
     assert file.getvalue() == content
     peer.early = [peer.cut(b"x" * 100_000, chunked=False)]
     with pytest.raises(Unreachable):
-        admin("download_artefact", "a", io.BytesIO())
+        admin("download_artifact", "a", io.BytesIO())
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "with length"])

@@ -357,6 +357,7 @@ def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     ("text", "parts"),
     [
         ("[lock]\n", ["unknown section [lock]", "locks"]),
+        ("[artefacts]\n", ["unknown section [artefacts]", "was renamed to [artifacts]"]),
         ("locks = 1\n", ["[locks]"]),
         ('[locks]\ntll = "1m"\n', ["locks.tll", "ttl, max_processing"]),
         ("[locks]\nttl = 15\n", ["locks.ttl", '"15m"']),
@@ -391,6 +392,7 @@ def test_a_bad_file_is_refused_by_file_and_key(text: str, parts: list[str], writ
     ("name", "value", "parts"),
     [
         ("JOBD_LOCKS_TLL", "1m", ["JOBD_LOCKS_TLL", "JOBD_<SECTION>_<KEY>"]),
+        ("JOBD_ARTEFACTS_URL", "file:///srv", ["JOBD_ARTEFACTS_URL", "was renamed to [artifacts]"]),
         ("JOBD_NONSENSE", "1", ["JOBD_NONSENSE"]),
         ("JOBD_LOCKS_TTL", "soon", ["JOBD_LOCKS_TTL", "locks.ttl", '"15m"']),
         ("JOBD_LIMITS_MAILBOX", "many", ["JOBD_LIMITS_MAILBOX", "limits.mailbox", "int"]),
@@ -430,18 +432,18 @@ COMBINATIONS: list[tuple[dict[str, str], str]] = [
     ({"admin.listen": "localhost:65536"}, "admin.listen"),
     ({"limits.payload": "2000000"}, "limits.payload"),
     ({"limits.inflight_bytes": "1048576"}, "limits.inflight_bytes"),
-    ({"artefacts.url": "s3://"}, "artefacts.url"),
-    ({"artefacts.url": "s3://Bucket_1"}, "artefacts.url"),
-    ({"artefacts.url": "s3://bucket/a/../b"}, "artefacts.url"),
-    ({"artefacts.url": "s3://bucket/a//b"}, "artefacts.url"),
-    ({"artefacts.url": "s3://bucket/%2e%2e/b"}, "artefacts.url"),
-    ({"artefacts.url": "s3://bucket/a?region=x"}, "artefacts.url"),
-    ({"artefacts.url": "gs://bucket"}, "artefacts.url"),
-    ({"artefacts.url": "file:///a#b"}, "artefacts.url"),
-    ({"artefacts.url": "file:///a%00b"}, "artefacts.url"),
-    ({"artefacts.url": "file:///"}, "artefacts.url"),
-    ({"artefacts.url": "file://relative"}, "artefacts.url"),
-    ({"artefacts.url": "/srv/results"}, "artefacts.url"),
+    ({"artifacts.url": "s3://"}, "artifacts.url"),
+    ({"artifacts.url": "s3://Bucket_1"}, "artifacts.url"),
+    ({"artifacts.url": "s3://bucket/a/../b"}, "artifacts.url"),
+    ({"artifacts.url": "s3://bucket/a//b"}, "artifacts.url"),
+    ({"artifacts.url": "s3://bucket/%2e%2e/b"}, "artifacts.url"),
+    ({"artifacts.url": "s3://bucket/a?region=x"}, "artifacts.url"),
+    ({"artifacts.url": "gs://bucket"}, "artifacts.url"),
+    ({"artifacts.url": "file:///a#b"}, "artifacts.url"),
+    ({"artifacts.url": "file:///a%00b"}, "artifacts.url"),
+    ({"artifacts.url": "file:///"}, "artifacts.url"),
+    ({"artifacts.url": "file://relative"}, "artifacts.url"),
+    ({"artifacts.url": "/srv/results"}, "artifacts.url"),
 ]
 
 
@@ -451,17 +453,17 @@ def test_combinations_that_cannot_work(flags: dict[str, str], named: str) -> Non
 
 
 @pytest.mark.parametrize("url", ["s3://bucket", "s3://my.bucket-1/", "s3://bucket/a/b c/", "file:///srv/a%20b"])
-def test_where_artefacts_may_be(url: str) -> None:
-    found = loaded(flags={"artefacts.url": url}).config
-    assert found.artefacts.url == url
-    assert found.policy().artefacts
-    assert not loaded().config.policy().artefacts
+def test_where_artifacts_may_be(url: str) -> None:
+    found = loaded(flags={"artifacts.url": url}).config
+    assert found.artifacts.url == url
+    assert found.policy().artifacts
+    assert not loaded().config.policy().artifacts
 
 
 @pytest.mark.parametrize(
     "where", ["", "state", "state/in", "run", "etc", "tokens", "readers", "certs", "keys", "hooks", "state/none/.."]
 )
-def test_artefacts_never_lie_where_the_daemons_own_files_do(tmp_path: Path, where: str) -> None:
+def test_artifacts_never_lie_where_the_daemons_own_files_do(tmp_path: Path, where: str) -> None:
     """Workers say what is deleted there: a storage_key of `jobd.db` would be the database."""
     for name in ("state/in/deep", "run", "etc", "tokens", "readers", "certs", "keys", "hooks", "srv"):
         (tmp_path / name).mkdir(parents=True)
@@ -483,26 +485,26 @@ def test_artefacts_never_lie_where_the_daemons_own_files_do(tmp_path: Path, wher
     places |= {"worker.listen": "127.0.0.1:0", "worker.token_file": str(tmp_path / "tokens/admin")}
     places |= {"worker.tls_cert": str(tmp_path / "certs/a.pem"), "worker.tls_key": str(tmp_path / "keys/a.pem")}
     for apart in ("srv", "state/results", "run/results", "none"):
-        load({**places, "artefacts.url": f"file://{tmp_path / apart}"}, environ, file)
+        load({**places, "artifacts.url": f"file://{tmp_path / apart}"}, environ, file)
     linked = f"file://{tmp_path / 'link'}"
-    found = load({**places, "artefacts.url": linked}, environ, file)  # it touches no place that may hang
+    found = load({**places, "artifacts.url": linked}, environ, file)  # it touches no place that may hang
     with pytest.raises(ConfigError, match="own files lie in"):
         config.check_apart(linked, found.own_places)
-    with pytest.raises(ConfigError, match=r"artefacts\.url: .*own files lie in .*a directory of their own"):
-        load({**places, "artefacts.url": f"file://{tmp_path}/{where}"}, environ, file)
+    with pytest.raises(ConfigError, match=r"artifacts\.url: .*own files lie in .*a directory of their own"):
+        load({**places, "artifacts.url": f"file://{tmp_path}/{where}"}, environ, file)
 
 
-def test_a_key_in_the_url_of_artefacts_is_refused_and_not_shown() -> None:
-    told = refusal(flags={"artefacts.url": "s3://AKIAXYZ:hush@bucket/prefix"})
+def test_a_key_in_the_url_of_artifacts_is_refused_and_not_shown() -> None:
+    told = refusal(flags={"artifacts.url": "s3://AKIAXYZ:hush@bucket/prefix"})
     assert "AWS_ACCESS_KEY_ID" in told
     assert "hush" not in told
 
 
 def test_a_bucket_without_what_it_takes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
-    told = refusal(flags={"artefacts.url": "s3://bucket"})
+    told = refusal(flags={"artifacts.url": "s3://bucket"})
     assert "pip install 'jobd[s3]'" in told
-    assert loaded(flags={"artefacts.url": "file:///srv"}).config.artefacts.url
+    assert loaded(flags={"artifacts.url": "file:///srv"}).config.artifacts.url
 
 
 def test_what_may_be_combined(write: Write) -> None:
@@ -511,7 +513,7 @@ def test_what_may_be_combined(write: Write) -> None:
     found = loaded(flags=flags)
     assert found.worker_tokens == (OTHER,)
     assert found.warnings == ()
-    assert loaded(flags={"artefacts.url": "file:///srv/results"}).config.artefacts.url == "file:///srv/results"
+    assert loaded(flags={"artifacts.url": "file:///srv/results"}).config.artifacts.url == "file:///srv/results"
     assert loaded(flags={"cleanup.min_interval": "10m"}).config.cleanup.min_interval == 10 * MINUTE_MS
 
 
@@ -525,7 +527,7 @@ def test_what_may_be_combined(write: Write) -> None:
             "file {}, env JOBD_LIMITS_PAYLOAD: limits.payload must not be larger than limits.body",
         ),
         ({"worker.listen": "", "admin.tls_cert": "c"}, {}, "flag: admin.tls_cert and admin.tls_key go together"),
-        ({"worker.listen": "", "limits.body": "1048576", "artefacts.url": "ftp://x"}, {}, "flag: artefacts.url"),
+        ({"worker.listen": "", "limits.body": "1048576", "artifacts.url": "ftp://x"}, {}, "flag: artifacts.url"),
     ],
 )
 def test_an_impossible_combination_is_told_with_where_its_keys_come_from(
@@ -668,7 +670,7 @@ def test_every_change_is_either_taken_or_refused_by_name(key: str) -> None:
     new = msgspec.structs.replace(Config(), **{section: msgspec.structs.replace(table, **{name: other})})
     taken, refused = changes(Config(), new)
     assert taken + refused == [key]
-    fixed = section in {"artefacts"} or key in {"store.path", "admin.listen", "worker.socket", "worker.listen"}
+    fixed = section in {"artifacts"} or key in {"store.path", "admin.listen", "worker.socket", "worker.listen"}
     assert not fixed or refused == [key]
 
 

@@ -290,9 +290,9 @@ def test_workers_call_over_tcp_by_whatever_name_the_host_has(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("place", [".", "link"])
-def test_artefacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, place: str) -> None:
+def test_artifacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, place: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
-    daemon = Daemon(tmp_path, JOBD_ARTEFACTS_URL=f"file://{tmp_path / place}")
+    daemon = Daemon(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / place}")
     run = daemon.spawn()
     _, log = run.communicate(timeout=30)
     assert run.returncode == 78
@@ -301,9 +301,9 @@ def test_artefacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, plac
     assert subprocess.run(checked, env=daemon.environ, capture_output=True, timeout=30, check=False).returncode == 78
 
 
-def test_artefacts_on_a_mount_that_hangs_do_not_keep_the_daemon_from_ending(tmp_path: Path) -> None:
+def test_artifacts_on_a_mount_that_hangs_do_not_keep_the_daemon_from_ending(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    with Daemon.not_started(tmp_path, JOBD_ARTEFACTS_URL=f"file://{tmp_path / 'results'}") as daemon:
+    with Daemon.not_started(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / 'results'}") as daemon:
         daemon.module = "tests.hanging_mount"
         daemon.start()
         assert daemon.admin("GET", "health").data["storage"]["status"] == "unhealthy"

@@ -30,7 +30,7 @@ from msgspec.structs import replace
 from jobd import admin_api, history, plan_search, worker_api
 from jobd.actor import Actor
 from jobd.answers import AlertView, ClockView, DeliveryPage, OldestDue, PreviewView, Recovery
-from jobd.artefact_files import FileStore
+from jobd.artifact_files import FileStore
 from jobd.batch import AuditQuery, Query
 from jobd.book import Book
 from jobd.cleanup import Cleaner
@@ -371,30 +371,30 @@ async def test_who_comes_and_goes_and_what_is_taken_along_is_in_the_audit_log(to
         await browser.post("/sign-in", token=token, name=name)
         csrf = await browser.csrf()
         for _ in range(2):
-            assert (await browser.get("/jobs/done/artefact")).status == 200
+            assert (await browser.get("/jobs/done/artifact")).status == 200
         await browser.post("/sign-out", csrf=csrf)
     for token, name in ((TOKEN, "prog"), (READER, "")):
         headers = {"Authorization": f"Bearer {token}", "X-Jobd-Operator": name}
         for _ in range(2):
             assert (await town.admin.ask("GET", "/admin/job-management/export", headers=headers)).status == 200
-        assert (await town.admin.ask("GET", "/admin/job-management/jobs/done/artefact", headers=headers)).status == 200
-        assert (await town.admin.ask("GET", "/admin/job-management/jobs/none/artefact", headers=headers)).status == 404
+        assert (await town.admin.ask("GET", "/admin/job-management/jobs/done/artifact", headers=headers)).status == 200
+        assert (await town.admin.ask("GET", "/admin/job-management/jobs/none/artifact", headers=headers)).status == 404
     found = await deeds(town)
     kept = {(*each[:3], str(each[3])) for each in found}
     full, read = "{'access': 'full'}", "{'access': 'read'}"
     again = "{'access': 'read', 'times': 2, 'names': ['reader', 'rob']}"
     assert kept == {
         ("ann", "sign-in", "done", full),
-        ("ann", "artefact", "done", "done"),
+        ("ann", "artifact", "done", "done"),
         ("ann", "sign-out", "done", full),
         ("reader", "sign-in", "done", read),
-        ("reader", "artefact", "done", "done"),
+        ("reader", "artifact", "done", "done"),
         ("reader", "sign-out", "done", read),
         ("rob", "sign-in", "done", again),
-        ("rob", "artefact", "done", "done"),
+        ("rob", "artifact", "done", "done"),
         ("rob", "sign-out", "done", again),
         ("prog", "export", "done", "{}"),
-        ("prog", "artefact", "done", "done"),
+        ("prog", "artifact", "done", "done"),
         ("reader", "export", "done", read),
     }
 
@@ -1015,12 +1015,12 @@ async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Pat
     town.admin.figures.downloads = Downloads(FileStore(str(tmp_path / "results"), "test"), 2)
     lock = await town.held()
     browser, reader = await town.browser(), await town.browser(READER)
-    assert "/jobs/held/artefact" not in text(await browser.get("/jobs/held"))
-    heard = await browser.get("/jobs/held/artefact")
+    assert "/jobs/held/artifact" not in text(await browser.get("/jobs/held"))
+    heard = await browser.get("/jobs/held/artifact")
     assert (heard.status, "no storage_key" in text(heard)) == (404, True)
     assert_safe(heard)
     await town.do("jobs/held/complete", lock_id=lock, storage_key="a/page.html")
-    assert 'href="/jobs/held/artefact"' in text(await browser.get("/jobs/held"))
+    assert 'href="/jobs/held/artifact"' in text(await browser.get("/jobs/held"))
     with_store = text(await browser.get("/jobs/held/confirm?verb=delete"))
     assert "So is what is stored of it" in with_store
     assert "jobctl delete held" in with_store
@@ -1029,13 +1029,13 @@ async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Pat
     store, town.admin.figures.downloads = town.admin.figures.downloads, Downloads(None, 2)
     for page in ("/jobs/held/confirm?verb=delete", "/plans/plan-1"):
         assert "what is stored" not in text(await browser.get(page))
-    assert "/artefact" not in text(await browser.get("/jobs/held"))
+    assert "/artifact" not in text(await browser.get("/jobs/held"))
     town.admin.figures.downloads = store
-    assert "any more" in text(await browser.get("/jobs/held/artefact"))
+    assert "any more" in text(await browser.get("/jobs/held/artifact"))
     (tmp_path / "results" / "a").mkdir()
     (tmp_path / "results" / "a" / "page.html").write_text("<script>alert(1)</script>")
     for who in (browser, reader):
-        heard = await who.get("/jobs/held/artefact")
+        heard = await who.get("/jobs/held/artifact")
         assert (heard.status, heard.body) == (200, b"<script>alert(1)</script>")
         assert heard.headers["content-type"] == "application/octet-stream"
         assert heard.headers["content-disposition"].startswith('attachment; filename="page.html"')
@@ -1043,13 +1043,13 @@ async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Pat
     line = await town.admin.line()
     for _ in range(2):
         headers = {"Cookie": browser.cookie}
-        heard = await line.ask("HEAD", "/jobs/held/artefact", headers=headers)
+        heard = await line.ask("HEAD", "/jobs/held/artifact", headers=headers)
         assert (heard.status, heard.headers["content-length"]) == (200, "25")
-    taken = [each for each in await deeds(town) if each[1] == "artefact"]
+    taken = [each for each in await deeds(town) if each[1] == "artifact"]
     assert [each[0] for each in taken] == ["admin", "reader"], "who asks for the head takes nothing along"
-    stranger = await Browser(town.admin).get("/jobs/held/artefact")
-    assert (stranger.status, stranger.headers["location"]) == (303, "/sign-in?next=%2Fjobs%2Fheld%2Fartefact")
-    assert (await browser.get("/jobs/nobody/artefact")).status == 404
+    stranger = await Browser(town.admin).get("/jobs/held/artifact")
+    assert (stranger.status, stranger.headers["location"]) == (303, "/sign-in?next=%2Fjobs%2Fheld%2Fartifact")
+    assert (await browser.get("/jobs/nobody/artifact")).status == 404
 
 
 # -- deeds -------------------------------------------------------------------------------------------------------------
@@ -1435,11 +1435,11 @@ async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
     assert "<script>alert" not in page
     assert "late-" in text(await reader.get("/jobs/held"))
     assert "verb=adopt" not in text(await reader.get("/jobs/held"))
-    assert "/artefact" not in text(await browser.get("/jobs/held")), "there is no store to take it from"
+    assert "/artifact" not in text(await browser.get("/jobs/held")), "there is no store to take it from"
     town.admin.figures.downloads = Downloads(FileStore("/nonexistent", "test"), 2)
     for each in (browser, reader):  # to be looked at before it is adopted; the other names none
         page = text(await each.get("/jobs/held"))
-        assert re.findall(r'href="(/jobs/held/artefact[^"]*)"', page) == [f"/jobs/held/artefact?late_result={late[1]}"]
+        assert re.findall(r'href="(/jobs/held/artifact[^"]*)"', page) == [f"/jobs/held/artifact?late_result={late[1]}"]
     page = text(await browser.get(f"/jobs/held/confirm?verb=adopt&result={late[0]}"))
     assert re.findall(r'class="status (\w+)"', page) == ["cancelled", "completed"]
     assert "/late/0" in page

@@ -198,15 +198,15 @@ async def test_a_tombstone_that_waits_for_long_is_named(path: str) -> None:
     async with opened(path) as (store, _):
         await store.write(maker.batch([], tombstones=buried))
     (problem,) = check(path)
-    assert problem.where == "artefact k/1"
+    assert problem.where == "artifact k/1"
     assert problem.what == "job gone-1 was deleted 3 days ago, and its object not yet; 1 tries have failed"
-    assert "artefacts.url" in problem.mend
+    assert "artifacts.url" in problem.mend
     late = Tombstone(-12, "a", "late/1", times[1], times[1], tries=4)
     async with opened(path) as (store, _):
         await store.settle_tombstones([901], [])
         await store.write(maker.batch([], tombstones=[late]))
     (problem,) = check(path)
-    assert problem.where == "artefact late/1"
+    assert problem.where == "artifact late/1"
     assert problem.what == "a late result of job a went 3 days ago, and its object not yet; 4 tries have failed"
 
 

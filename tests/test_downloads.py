@@ -16,8 +16,8 @@ from structlog.testing import capture_logs
 from jobd import downloads
 from jobd.admin_api import ROUTES
 from jobd.answers import Answer, LateResultList
-from jobd.artefact_files import FileStore
-from jobd.artefacts import PIECE_BYTES, StoreFault
+from jobd.artifact_files import FileStore
+from jobd.artifacts import PIECE_BYTES, StoreFault
 from jobd.bodies import Refused
 from jobd.commands import Get, LateResults, Note, Refusal
 from jobd.doors import Gate
@@ -28,13 +28,13 @@ from tests.desk import Desk
 from tests.http_help import TOKEN, House
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
-PATH = "/admin/job-management/jobs/a/artefact"
+PATH = "/admin/job-management/jobs/a/artifact"
 MOST = 2
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    place = tmp_path / "artefacts"
+    place = tmp_path / "artifacts"
     place.mkdir()
     return place
 
@@ -96,7 +96,7 @@ async def test_what_is_not_there_is_refused_in_words(house: House, place: Path) 
     assert "is no directory" in str(logs[0])
     house.figures.downloads = Downloads(None, MOST)
     heard = await house.ask("GET", PATH, headers=AUTH)
-    assert (heard.status, heard.error, "artefacts.url" in heard.json["message"]) == (404, "not_found", True)
+    assert (heard.status, heard.error, "artifacts.url" in heard.json["message"]) == (404, "not_found", True)
 
 
 def brings(house: House, *lates: LateResult) -> None:
@@ -223,7 +223,7 @@ async def test_downloads_end_when_the_daemon_stops(place: Path, monkeypatch: pyt
     [
         ("a/b.pdf", "filename=\"b.pdf\"; filename*=UTF-8''b.pdf"),
         ('ü "x"\r\n;.html', "filename=\"_ _x____.html\"; filename*=UTF-8''%C3%BC%20%22x%22%0D%0A%3B.html"),
-        ("..", "filename=\"artefact\"; filename*=UTF-8''artefact"),
+        ("..", "filename=\"artifact\"; filename*=UTF-8''artifact"),
         (".bashrc", "filename=\"bashrc\"; filename*=UTF-8''bashrc"),
         ("x" * 4_000, f"filename=\"{'x' * 150}\"; filename*=UTF-8''{'x' * 150}"),
     ],

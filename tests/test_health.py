@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from jobd.actor import Bounds
 from jobd.answers import CleanupState, HealthView
-from jobd.artefact_files import FileStore
+from jobd.artifact_files import FileStore
 from jobd.batch import DiskFull, DiskSpace, Loaded
 from jobd.commands import Create, Get, Progress
 from jobd.full_disk import Closed
@@ -32,9 +32,9 @@ from tests.memory_disk import MemoryDisk
 
 
 def health_of(
-    house: Household, faults: Iterable[str] = (), take_faults: Callable[[], Iterable[str]] = tuple, **artefacts: Any
+    house: Household, faults: Iterable[str] = (), take_faults: Callable[[], Iterable[str]] = tuple, **artifacts: Any
 ) -> Health:
-    return Health(house.actor, house.clock, house.cleaner, faults=faults, take_faults=take_faults, **artefacts)
+    return Health(house.actor, house.clock, house.cleaner, faults=faults, take_faults=take_faults, **artifacts)
 
 
 async def measured(house: Household) -> HealthView:
@@ -444,15 +444,15 @@ async def test_a_part_that_cannot_be_measured_is_unhealthy_and_nothing_is_raised
 # -- storage and cleanup ----------------------------------------------------------------------------------------------
 
 
-async def test_the_artefact_store_is_measured(tmp_path: Path) -> None:
+async def test_the_artifact_store_is_measured(tmp_path: Path) -> None:
     place = tmp_path / "a b"
     store = FileStore(str(place), "test")
     async with Household() as house:
-        view = await health_of(house, artefacts=store).view()
+        view = await health_of(house, artifacts=store).view()
         assert view.status == view.storage.status == "unhealthy"
-        assert view.storage.message == f"{place} is no directory. Make it, or change artefacts.url."
+        assert view.storage.message == f"{place} is no directory. Make it, or change artifacts.url."
         place.mkdir()
-        again = await health_of(house, artefacts=store).view()
+        again = await health_of(house, artifacts=store).view()
         assert again.storage.status == "healthy"
         assert again.storage.message.startswith(f"{place}: a write, a read back and a deletion took ")
     await store.close()
@@ -468,19 +468,19 @@ class Sulking:
 
 
 @in_virtual_time
-async def test_an_artefact_store_that_does_not_answer_is_unhealthy_in_time() -> None:
+async def test_an_artifact_store_that_does_not_answer_is_unhealthy_in_time() -> None:
     async with Household() as house:
-        health = health_of(house, artefacts=Sulking())
+        health = health_of(house, artifacts=Sulking())
         view = await health.view()
         assert view.storage.status == "unhealthy"
         assert view.storage.message == f"s3://far has not answered for {STORAGE_PATIENCE_S:g} s."
 
 
 @in_virtual_time
-async def test_close_does_not_wait_for_an_artefact_store_that_does_not_answer() -> None:
+async def test_close_does_not_wait_for_an_artifact_store_that_does_not_answer() -> None:
     for waited_s in (0.1, 60):  # while it is measured, and long after
         async with Household() as house:
-            health = health_of(house, artefacts=Sulking())
+            health = health_of(house, artifacts=Sulking())
             view = asyncio.create_task(health.view())
             await seconds(waited_s)
             async with asyncio.timeout(1):
@@ -496,7 +496,7 @@ class Complaining:
 async def test_objects_that_stay_degrade_the_store(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path), "test")
     async with Household() as house:
-        view = await health_of(house, artefacts=store, sweeper=Complaining()).view()
+        view = await health_of(house, artifacts=store, sweeper=Complaining()).view()
         assert view.status == view.storage.status == "degraded"
         assert view.storage.message == "2 objects of deleted jobs could not be deleted."
     await store.close()

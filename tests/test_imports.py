@@ -47,10 +47,10 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
         "webhooks webhook_courier webhook_reader webhook_alerts webhook_office webhook_sender",
         "nouns letters",
     ),
-    "artefacts": ("artefacts artefact_files artefact_s3 sweeper", "nouns"),
-    "downloads": ("downloads", "nouns web artefacts"),
-    "time": ("cleanup passes foresight plans plan_search health presence", "nouns book judging actor clock artefacts"),
-    "watch": ("metrics alerts facts failures", "nouns fingerprints book judging actor clock artefacts time"),
+    "artifacts": ("artifacts artifact_files artifact_s3 sweeper", "nouns"),
+    "downloads": ("downloads", "nouns web artifacts"),
+    "time": ("cleanup passes foresight plans plan_search health presence", "nouns book judging actor clock artifacts"),
+    "watch": ("metrics alerts facts failures", "nouns fingerprints book judging actor clock artifacts time"),
     # what requests may ask of the daemon beside the actor
     "rooms": ("rooms", "nouns actor clock store copies web time watch feed downloads webhooks"),
     "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed stream downloads"),
@@ -58,7 +58,7 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     "system": ("log outlet systemd", ""),
     "wiring": (
         "daemon",
-        "nouns book rules clock actor store copies web feed webhooks artefacts downloads time watch rooms apis "
+        "nouns book rules clock actor store copies web feed webhooks artifacts downloads time watch rooms apis "
         "settings system dashboard",
     ),
     "dashboard": ("dashboard", "nouns web feed downloads"),
@@ -223,7 +223,7 @@ def test_every_import_of_others_is_declared() -> None:
 def test_what_an_extra_brings_is_imported_in_one_place_alone() -> None:
     """Everything else works without it."""
     users = {module_of(source) for source in SOURCES if any(name.startswith("obstore") for name in imports(source))}
-    assert users == {"artefact_s3"}
+    assert users == {"artifact_s3"}
 
 
 def test_the_pinned_versions_are_within_the_bounds() -> None:

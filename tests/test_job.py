@@ -81,7 +81,7 @@ def test_what_applies_where_nothing_is_configured() -> None:
     assert (policy.stuck_after_ms, policy.max_stalls, policy.on_stall) == (10 * minute_ms, 3, "auto")
     kept_ms = (policy.keep_completed_ms, policy.keep_failed_ms, policy.keep_cancelled_ms)
     assert kept_ms == (7 * day_ms, 30 * day_ms, 7 * day_ms)
-    assert (policy.late_results, policy.late_bytes, policy.artefacts) == ("keep", 256 * 1024, False)
+    assert (policy.late_results, policy.late_bytes, policy.artifacts) == ("keep", 256 * 1024, False)
     assert (KEEP_LATE, get_args(LatePolicy)) == (5, ("keep", "adopt_if_unclaimed", "drop"))
     assert (policy.require_download_url, policy.live_jobs, policy.idempotency_keys) == (False, 5_000_000, 200_000)
     options = Options()

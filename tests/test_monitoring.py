@@ -220,7 +220,7 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdSlowerThanUsual": firing("slower_than_usual"),
     "JobdDatabaseNotHealthy": firing("database"),
     "JobdMemoryNotHealthy": firing("cache"),
-    "JobdStoreOfArtefactsNotHealthy": firing("storage"),
+    "JobdStoreOfArtifactsNotHealthy": firing("storage"),
     "JobdWebhookFailing": firing("webhook_failing"),
     "JobdQueueWithoutWorkers": firing("queue_without_workers"),
     "JobdQueueWaits": firing("queue_waits"),
@@ -261,7 +261,7 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdWalGrows": gauge("jobd_wal_bytes", 256 * MIB + 1, 256 * MIB),
     "JobdLoopLag": gauge("jobd_loop_lag_seconds", 0.6, 0.5),
     "JobdCommitsSlow": ("30m", commits(90, 100), commits(100, 100)),
-    "JobdArtefactsBehind": gauge("jobd_artefact_sweep_behind_seconds", 901, 900),
+    "JobdArtifactsBehind": gauge("jobd_artifact_sweep_behind_seconds", 901, 900),
     "JobdClockSuspect": gauge("jobd_clock_suspect", 1, 0),
     "JobdQuarantine": gauge("jobd_quarantined_jobs", 1, 0),
     "JobdWebhookGaveUp": (

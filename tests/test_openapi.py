@@ -97,7 +97,7 @@ def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
             assert f"`{code}`" in resolved(name, responses[str(commands.REFUSALS[code])])["description"]
         headers = {each["name"] for each in said[call_of(route)]["parameters"] if each["in"] == "header"}
         wanted_headers = {"Idempotency-Key"} if route.key else set()
-        taken = call_of(route).endswith(("/export", "/backup", "/artefact"))  # the audit log has who took it
+        taken = call_of(route).endswith(("/export", "/backup", "/artifact"))  # the audit log has who took it
         if route.who == "admin" and (route.method != "GET" or taken):
             wanted_headers.add("X-Jobd-Operator")
         assert headers == wanted_headers | ({"Last-Event-ID"} if route.gives is StreamedEvent else set())

@@ -282,7 +282,7 @@ def _look_everywhere(house: House) -> None:
                 path = (
                     route.path.replace("{id}", "held-1").replace("{name}", "hook").replace("{plan_id}", "none") + query
                 )
-                status = 404 if path.endswith(("/artefact", "/plans/none")) else 200  # it has none
+                status = 404 if path.endswith(("/artifact", "/plans/none")) else 200  # it has none
                 assert house.ask(api, token, "GET", path).status == status, path
 
 

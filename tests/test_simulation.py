@@ -106,7 +106,7 @@ def test_a_bug_is_found_and_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_what_was_stored_by_a_clock_that_went_back_has_its_time_too() -> None:
     """Seed 7307: stored and deleted 45 days ahead, it waited for that time, and the closing act ended before it."""
-    matters = {"kill", "reboot", "long wall step", "boot step back", "artefacts flaky", "artefacts slow"}
+    matters = {"kill", "reboot", "long wall step", "boot step back", "artifacts flaky", "artifacts slow"}
     assert simulate(7307, STEPS, without=frozenset(FAULTS) - matters).broken is None
 
 

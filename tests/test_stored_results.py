@@ -37,7 +37,7 @@ def results(tmp_path: Path) -> Path:
 def daemon_of(tmp_path: Path, url: str) -> Daemon:
     return Daemon(
         tmp_path,
-        JOBD_ARTEFACTS_URL=url,
+        JOBD_ARTIFACTS_URL=url,
         JOBD_LOG_LEVEL="debug",
         JOBD_CLEANUP_INTERVAL="1s",
         JOBD_CLEANUP_MIN_INTERVAL="0",
@@ -81,8 +81,8 @@ def test_a_result_goes_with_its_job_by_hand_and_by_age(tmp_path: Path, results: 
         assert daemon.admin("DELETE", "jobs/by-hand").status == 200
         eventually(lambda: not by_hand.exists())
         eventually(lambda: not by_age.exists())
-        eventually(lambda: metric(daemon, "jobd_artefact_tombstones") == 0)
-        assert metric(daemon, 'jobd_artefacts_swept_total{outcome="deleted"}') == 2
+        eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
+        assert metric(daemon, 'jobd_artifacts_swept_total{outcome="deleted"}') == 2
         assert kept.read_text() == "result"
         storage = daemon.admin("GET", "health").data["storage"]
         assert storage["status"] == "healthy"
@@ -103,13 +103,13 @@ def test_what_only_a_late_result_named_goes_with_its_job_also_over_a_kill(tmp_pa
         assert (told.status, "late_result" in told.body["details"]) == (409, True)
         results.rename(away)
         assert daemon.admin("DELETE", "jobs/a").status == 200
-        assert metric(daemon, "jobd_artefact_tombstones") == 1
+        assert metric(daemon, "jobd_artifact_tombstones") == 1
         daemon.kill()
         assert (away / "late" / "r1").exists()
         away.rename(results)
         daemon.start()
         eventually(lambda: not path.exists())
-        eventually(lambda: metric(daemon, "jobd_artefact_tombstones") == 0)
+        eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
 
 
 def test_a_kill_between_the_deletion_of_the_job_and_that_of_its_result_leaks_nothing(
@@ -120,15 +120,15 @@ def test_a_kill_between_the_deletion_of_the_job_and_that_of_its_result_leaks_not
         path = done(daemon, results, "a", "k")
         results.rename(away)
         assert daemon.admin("DELETE", "jobs/a").status == 200
-        daemon.until_said(b"event=artefact_not_deleted")
+        daemon.until_said(b"event=artifact_not_deleted")
         eventually(lambda: daemon.admin("GET", "health").status == 503)  # it is measured every few seconds
         daemon.kill()
         assert (away / "k").exists()
         away.rename(results)
         daemon.start()
-        eventually(lambda: b"event=artefact_deleted" in daemon.log)  # perhaps before it said that it was ready
+        eventually(lambda: b"event=artifact_deleted" in daemon.log)  # perhaps before it said that it was ready
         assert not path.exists()
-        eventually(lambda: metric(daemon, "jobd_artefact_tombstones") == 0)
+        eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
 
 
 def test_tombstones_that_nobody_sweeps_any_more_are_told_and_wait(tmp_path: Path, results: Path) -> None:
@@ -137,19 +137,19 @@ def test_tombstones_that_nobody_sweeps_any_more_are_told_and_wait(tmp_path: Path
         done(daemon, results, "a", "k")
         results.rename(away)
         daemon.admin("DELETE", "jobs/a")
-        daemon.until_said(b"event=artefact_not_deleted")
+        daemon.until_said(b"event=artifact_not_deleted")
         assert daemon.stop() == 0
-        del daemon.environ["JOBD_ARTEFACTS_URL"]
+        del daemon.environ["JOBD_ARTIFACTS_URL"]
         daemon.start()
-        assert b"event=artefacts_wait" in daemon.log
-        assert metric(daemon, "jobd_artefact_tombstones") == 1
+        assert b"event=artifacts_wait" in daemon.log
+        assert metric(daemon, "jobd_artifact_tombstones") == 1
         done(daemon, away, "b", "unowned")
         assert daemon.admin("DELETE", "jobs/b").status == 200
-        assert metric(daemon, "jobd_artefact_tombstones") == 1
+        assert metric(daemon, "jobd_artifact_tombstones") == 1
         assert daemon.admin("GET", "health").data["storage"]["message"] == "not configured"
         assert daemon.stop() == 0
         away.rename(results)
-        daemon.environ["JOBD_ARTEFACTS_URL"] = results.as_uri()
+        daemon.environ["JOBD_ARTIFACTS_URL"] = results.as_uri()
         daemon.start()
         eventually(lambda: not (results / "k").exists())
         assert (results / "unowned").exists()

@@ -11,13 +11,13 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.artefacts import MARGINS, StoreFault
+from jobd.artifacts import MARGINS, StoreFault
 from jobd.batch import PUT_OFF_MS, DiskFull, Due
 from jobd.commands import Adopt, Complete, Delete, DeleteExpired, ForceFail, ForceReset
 from jobd.job import DAY_MS, KEEP_LATE, LateResult, Policy, Result
 from jobd.sweeper import CALL_S, COMPLAIN_AFTER_S, FAILING_KEPT, POLL_S, RETRY_AT_MOST_MS, SLICE, Sweeper, Sweeps
 from tests.household import WALL, Household, in_virtual_time, row, seconds, until
-from tests.memory_artefacts import MemoryArtefacts
+from tests.memory_artifacts import MemoryArtifacts
 from tests.memory_disk import MemoryDisk
 
 YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms
@@ -26,7 +26,7 @@ YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms
 @dataclass
 class Swept:
     house: Household
-    store: MemoryArtefacts
+    store: MemoryArtifacts
     sweeper: Sweeper
 
     @property
@@ -47,9 +47,9 @@ class Swept:
 
 
 @asynccontextmanager
-async def sweeping(disk: MemoryDisk | None = None, store: MemoryArtefacts | None = None) -> AsyncIterator[Swept]:
-    async with Household(disk, policy=Policy(artefacts=True)) as house:
-        store = store or MemoryArtefacts(lambda: house.now)
+async def sweeping(disk: MemoryDisk | None = None, store: MemoryArtifacts | None = None) -> AsyncIterator[Swept]:
+    async with Household(disk, policy=Policy(artifacts=True)) as house:
+        store = store or MemoryArtifacts(lambda: house.now)
         sweeper = Sweeper(house.disk, store, house.clock, Sweeps(waiting=len(house.disk.tombstones)))
         house.disk.on_tombstones = sweeper.expect
         running = asyncio.create_task(sweeper.run())
@@ -141,7 +141,7 @@ async def test_a_key_that_another_job_names_stays_until_its_last_job_goes() -> N
         with capture_logs() as lines:
             await at.delete("a")
             await until(lambda: at.sweeps.left == 1)
-        assert [line["why"] for line in lines if line["event"] == "artefact_left"] == ["another job names its key"]
+        assert [line["why"] for line in lines if line["event"] == "artifact_left"] == ["another job names its key"]
         assert "shared" in at.store.objects
         assert not at.house.disk.tombstones
         await at.delete("b")
@@ -478,7 +478,7 @@ async def test_a_clock_that_stepped_back_puts_nothing_off_for_ever() -> None:
 
 @in_virtual_time
 async def test_a_restart_goes_on_where_it_was() -> None:
-    disk, store = MemoryDisk(), MemoryArtefacts(lambda: 0)
+    disk, store = MemoryDisk(), MemoryArtifacts(lambda: 0)
     async with sweeping(disk, store) as at:
         await at.done("a", "k")
         store.objects["k"] = at.house.now - DAY_MS
@@ -513,7 +513,7 @@ async def test_how_many_failures_are_remembered_has_a_limit() -> None:
 
 
 @in_virtual_time
-async def test_without_a_store_of_artefacts_a_deletion_leaves_no_tombstone() -> None:
+async def test_without_a_store_of_artifacts_a_deletion_leaves_no_tombstone() -> None:
     async with Household() as house:
         lock_id = await house.held("a")
         await house.yes(Complete(id="a", lock_id=lock_id, storage_key="k"))

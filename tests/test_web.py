@@ -537,7 +537,7 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(house: H
 
 async def test_a_connection_that_fails_behind_the_door_is_not_the_client_s(house: House) -> None:
     def fail(_: Any) -> Answer:
-        raise ConnectionRefusedError("the artefact store is down")
+        raise ConnectionRefusedError("the artifact store is down")
 
     house.desk.answer = fail
     assert (await house.ask("GET", "/v1/jobs")).status == 500

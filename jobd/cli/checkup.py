@@ -49,7 +49,7 @@ def examine(client: AdminClient) -> list[Finding]:
 _PART_MENDS: Final = {
     "database": "look at the daemon's log; free disk space if it is full, else stop jobd and run: jobd doctor",
     "cache": "memory and disk differ: look at the log, then restart jobd, which reads everything anew",
-    "storage": "check the place that [artefacts] url names, its rights and its free space",
+    "storage": "check the place that [artifacts] url names, its rights and its free space",
 }
 
 
@@ -164,14 +164,14 @@ THRESHOLDS: Final = (
         "commands come faster than they are committed: look at the disk, and at who sends so much",
     ),
     Threshold(
-        "JobdArtefactsBehind",
-        "jobd_artefact_sweep_behind_seconds",
+        "JobdArtifactsBehind",
+        "jobd_artifact_sweep_behind_seconds",
         900,
-        "artefacts",
+        "artifacts",
         lambda value: (
             f"stored objects of deleted jobs are still there, {show.span(int(value * 1000))} after they could go"
         ),
-        "look at the store of artefacts.url, and at what the log says: journalctl -u jobd --grep artefact",
+        "look at the store of artifacts.url, and at what the log says: journalctl -u jobd --grep artifact",
     ),
     Threshold(
         "JobdWorkWaitsLong",

@@ -154,7 +154,7 @@ def _update(text: str) -> tuple[str, Any]:
 @destructive
 @admin_options
 def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
-    """Delete finished jobs with their history, and with what the store of artefacts has of them."""
+    """Delete finished jobs with their history, and with what the store of artifacts has of them."""
     if is_plan(ids, where):
         return ctl_plan.carry_out("delete", ids, where, reason, **how)
     client = admin_client()
@@ -163,7 +163,7 @@ def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
         return client.delete_job(one, reason)
 
     def goes_too(job: JobView) -> str:
-        return f" with what is stored as {job.storage_key} (artefacts.url)" if job.storage_key else ""
+        return f" with what is stored as {job.storage_key} (artifacts.url)" if job.storage_key else ""
 
     deed = Deed("delete", client.get_job, None, do, lambda job: "deleted", details=goes_too)
     return ctl_plan.carry_out_one(client, "delete", deed, ids[0], reason, lambda job, plan, result: job, **how)

@@ -1,4 +1,4 @@
-"""jobctl's verbs that move jobs from one store to another, as JSON lines (export, import), and results out (artefact).
+"""jobctl's verbs that move jobs from one store to another, as JSON lines (export, import), and results out (artifact).
 
 Hold no logic of jobs: what comes is passed on as it is.
 """
@@ -160,7 +160,7 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
 @click.option("--late-result", type=int, metavar="N", help="What a late result names (see jobctl late), not the job.")
 @admin_options
-def artefact(job_id: str, file: Path, yes: bool, late_result: int | None) -> None:
+def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> None:
     """Download a job's stored result: what its storage_key names.
 
     FILE is there whole or not at all. On stdout it is not to be trusted unless the exit code is 0.
@@ -169,15 +169,15 @@ def artefact(job_id: str, file: Path, yes: bool, late_result: int | None) -> Non
     if str(file) == "-":
         if sys.stdout.isatty():
             raise click.UsageError("a result may hold anything: name a file (-o FILE), or redirect the output")
-        client.download_artefact(job_id, sys.stdout.buffer, late_result=late_result)
+        client.download_artifact(job_id, sys.stdout.buffer, late_result=late_result)
         sys.stdout.flush()
         return
     _may_write(file, yes=yes)
     from jobd.cli.safe_file import whole_file
 
-    with bar("artefact") as advance, whole_file(file, lambda done: advance(done, None)) as target:
-        count = client.download_artefact(job_id, target, late_result=late_result)
+    with bar("artifact") as advance, whole_file(file, lambda done: advance(done, None)) as target:
+        count = client.download_artifact(job_id, target, late_result=late_result)
     show.emit(f"{file}: {show.size(count)}")
 
 
-VERBS: Final = (export, import_, artefact)
+VERBS: Final = (export, import_, artifact)

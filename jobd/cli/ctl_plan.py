@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _TIMES: Final = ("since", "until", "finished_since", "finished_until")
 _NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
-_GOES_TOO: Final = "Their history goes with them, and what the store of artefacts, if there is one, has of them."
+_GOES_TOO: Final = "Their history goes with them, and what the store of artifacts, if there is one, has of them."
 _WORDS: Final = {"recover-stuck": "recover", "cleanup": "clean up"}
 _SHOWN: Final = 20  # jobs of a plan; --json shows all
 _AT_ONCE: Final = 5  # plans that are shown and asked about as one; the daemon keeps 20, of 100 000 jobs

@@ -79,7 +79,7 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
 
     loaded = read(config, flags)
     try:
-        check_apart(loaded.config.artefacts.url, loaded.own_places)
+        check_apart(loaded.config.artifacts.url, loaded.own_places)
     except ConfigError as error:
         raise exits.Problem(str(error), exits.CONFIG) from None
     if as_json:

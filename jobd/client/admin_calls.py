@@ -156,7 +156,7 @@ def stats() -> Request[StatsView]:
 
 
 def health() -> Request[HealthView]:
-    """How the database, the memory and the artefact store are, measured at most 5 s ago.
+    """How the database, the memory and the artifact store are, measured at most 5 s ago.
 
     Something unhealthy is a result, not an error: look at `status`.
     """
@@ -364,9 +364,9 @@ def adopt(
     return post(job_path(JOBS, job_id, "adopt"), read_job, body, key=idempotency_key or uuid7())
 
 
-def download_artefact(job_id: str, late_result: int | None = None) -> Request[bytes]:
-    """What lies in the store of artefacts under the job's `storage_key`, or that of its late result with this `seq`."""
-    return get(job_path(JOBS, job_id, "artefact"), bytes, late_result=late_result)
+def download_artifact(job_id: str, late_result: int | None = None) -> Request[bytes]:
+    """What lies in the store of artifacts under the job's `storage_key`, or that of its late result with this `seq`."""
+    return get(job_path(JOBS, job_id, "artifact"), bytes, late_result=late_result)
 
 
 def delete_job(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> Request[JobInfo]:

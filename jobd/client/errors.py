@@ -233,7 +233,7 @@ class ShuttingDown(JobdError):
 
 
 class StorageUnavailable(JobdError):
-    """The store of artefacts cannot be read now; the daemon's log says why."""
+    """The store of artifacts cannot be read now; the daemon's log says why."""
 
     code, status = "storage_unavailable", 503
 

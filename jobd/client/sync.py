@@ -518,14 +518,14 @@ class AdminClient(_Client):
         if patience.is_over(time.monotonic()):
             raise Unreachable(f"The daemon at {self.endpoint}: {patience.words()}")
 
-    def download_artefact(self, job_id: str, file: BinaryIO, late_result: int | None = None) -> int:
-        """Write what lies in the store of artefacts under the job's `storage_key` to `file`; gives its bytes.
+    def download_artifact(self, job_id: str, file: BinaryIO, late_result: int | None = None) -> int:
+        """Write what lies in the store of artifacts under the job's `storage_key` to `file`; gives its bytes.
 
         With `late_result`, the `seq` of one, that under the key of this. Raises JobNotFound, LateResultNotFound,
         NotFound (no store, no key, or nothing under it), StorageUnavailable, and Unreachable where it broke off: what
         was written is not all of it then. An error of `file` is raised as it is.
         """
-        return self._download(admin_calls.download_artefact(job_id, late_result), file)
+        return self._download(admin_calls.download_artifact(job_id, late_result), file)
 
     def _download(self, request: Request[bytes], file: BinaryIO) -> int:
         connection = _Connection(self.endpoint, self._tls)

@@ -118,7 +118,7 @@ async def show(guest: Guest, wanted: OnPlan) -> Shown:
         "making_s": round(MAKING_S),
         "label": LABELS[plan.action],
         "says": SAYS[plan.action],
-        "goes_too": guest.site.rooms.has_artefacts() and any(job.to is None for job in plan.jobs),
+        "goes_too": guest.site.rooms.has_artifacts() and any(job.to is None for job in plan.jobs),
         "is_grave": plan.action in GRAVE,
         "late_note": late_note_of(plan.action, plan.jobs),
         "late": [job for job in plan.jobs if job.late_results][:MOST_SHOWN],

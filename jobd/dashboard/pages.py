@@ -57,7 +57,7 @@ from jobd.dashboard.links import why_no_link
 from jobd.dashboard.paint import pretty
 from jobd.dashboard.recorder import Recorder
 from jobd.doors import host_name
-from jobd.downloads import Artefact
+from jobd.downloads import Artifact
 from jobd.job import STATUSES, QueueName, may_adopt
 
 Shown = dict[str, Any]
@@ -81,7 +81,7 @@ ACTIONS: Final = {  # on many jobs
 DEEDS_KEPT: Final = (
     "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
     "delete", "pause", "resume", "import", "recover-stuck", "take-back", "cleanup", "accept-clock", "backup",
-    "export", "artefact", "sign-in", "sign-out",
+    "export", "artifact", "sign-in", "sign-out",
     "resend-delivery", "resend-given-up", "test-webhook", "plan-retry", "plan-force-reset", "plan-cancel",
     "plan-force-fail", "plan-delete", "plan-recover-stuck", "plan-cleanup",
 )  # fmt: skip
@@ -229,7 +229,7 @@ async def job(guest: Guest, job_id: str) -> Shown:
         "why": why,
         "late": late.late_results[::-1],
         "can_adopt": guest.may_change and can(DEEDS["adopt"], view, guest.now),
-        "has_store": guest.site.rooms.has_artefacts(),
+        "has_store": guest.site.rooms.has_artifacts(),
         "deeds": open_to(view, guest.now) if guest.may_change else [],
         "base": base_url(guest),
         "no_link": partial(why_no_link, own=own_hosts(guest)),
@@ -256,7 +256,7 @@ async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
         "job": view,
         "late": late,
         "late_note": await _late_note(guest, deed, view),
-        "goes_too": deed.verb == "delete" and guest.site.rooms.has_artefacts(),
+        "goes_too": deed.verb == "delete" and guest.site.rooms.has_artifacts(),
         "no_link": partial(why_no_link, own=own_hosts(guest)),
         "curl": curl(deed, Chosen(wanted.id, result=None if late is None else late.seq), base_url(guest)),
         "base": base_url(guest),
@@ -290,7 +290,7 @@ def own_hosts(guest: Guest) -> set[str]:
     return {host_name(guest.visit.head.headers.get("Host", "")), *(guest.site.gate.hosts or ())} - {""}
 
 
-async def elsewhere(guest: Guest, wanted: Artefact) -> str:
+async def elsewhere(guest: Guest, wanted: Artifact) -> str:
     """The `download_url` of a job or of its late result. Refused where there is none that one may be led to."""
     if wanted.late_result is None:
         view: JobView

@@ -30,7 +30,7 @@ from jobd.dashboard.places import job_place
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.sessions import Sessions
 from jobd.doors import Gate
-from jobd.downloads import Artefact, give
+from jobd.downloads import Artifact, give
 from jobd.event_stream import EVENT_STREAM
 from jobd.job import Text as Words
 from jobd.replies import Text
@@ -169,8 +169,8 @@ class Dashboard:
             ),
             self._page(f"{place}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),
             self._form(f"{place}/do", DeedForm, self._do),
-            self._open("GET", f"{place}/artefact", Artefact, self._artefact),
-            self._open("GET", f"{place}/elsewhere", Artefact, self._elsewhere),
+            self._open("GET", f"{place}/artifact", Artifact, self._artifact),
+            self._open("GET", f"{place}/elsewhere", Artifact, self._elsewhere),
         )
 
     # -- kinds of routes ----------------------------------------------------------------------------------------------
@@ -285,14 +285,14 @@ class Dashboard:
             raise refused("unauthorized", "Nobody is signed in here.")
         return Answer(self._recorder.chart(guest.now))
 
-    async def _artefact(self, site: Web, visit: Visit, asked: Artefact) -> Answer | Refusal | StreamResponse:
+    async def _artifact(self, site: Web, visit: Visit, asked: Artifact) -> Answer | Refusal | StreamResponse:
         """The job's stored result: the API's call, for who has signed in."""
         guest = guest_of(site, visit, self.sessions)
         if guest is None:
             return to_sign_in(visit)
         return await give(site, visit, asked, guest.name)
 
-    async def _elsewhere(self, site: Web, visit: Visit, asked: Artefact) -> Answer:
+    async def _elsewhere(self, site: Web, visit: Visit, asked: Artifact) -> Answer:
         """The way out to where a worker says that its result is."""
         guest = guest_of(site, visit, self.sessions)
         if guest is None:

@@ -53,7 +53,7 @@ _P: Final = "/admin/job-management"
 # Calls about what this daemon has not, or what nobody can guess: they are asked, and may be refused each time.
 NOT_THERE: Final = frozenset(
     {
-        f"GET {_P}/jobs/{{id}}/artefact",
+        f"GET {_P}/jobs/{{id}}/artifact",
         f"GET {_P}/plans/{{plan_id}}",
         f"POST {_P}/plans/{{plan_id}}/apply",
         f"GET {_P}/webhooks/{{name}}/deliveries",

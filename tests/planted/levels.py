@@ -41,14 +41,14 @@ TESTS: Final[dict[Level, tuple[str, ...]]] = {
     ),
     "world": _files("small_world core_properties"),
     "simulation": ("tests/test_simulation.py::test_every_promise_holds",),
-    "actor": _files("actor suspect_clock cleanup health sweeper artefacts artefact_files audit plans failures"),
+    "actor": _files("actor suspect_clock cleanup health sweeper artifacts artifact_files audit plans failures"),
     "store": _files("store audit_log rows files opening migrations quarantine backup outages doctor"),
     "doors": _files("doors bodies web worker_api admin_api web_actor listener streams command_stream contract"),
     "process": _files("dashboard daemon systemd secrets faults"),
 }
 
 # The rooms of tests/test_imports.py that the levels from here on can see; what is in none of these only a process can.
-_CORE: Final = frozenset({"actor", "artefacts", "time", "watch", "wiring"})
+_CORE: Final = frozenset({"actor", "artifacts", "time", "watch", "wiring"})
 _SEEN_FROM: Final[dict[str, Level]] = {
     **dict.fromkeys(_CORE, "simulation"),
     "store": "store",

@@ -92,8 +92,8 @@ class Chaos:
                 machine.fault(name, frozen_s)
                 machine.loop.freeze(frozen_s)
                 machine.watch.frozen(frozen_s)
-            case "artefacts away" | "artefacts flaky" | "artefacts slow":
-                await self._artefacts(name)
+            case "artifacts away" | "artifacts flaky" | "artifacts slow":
+                await self._artifacts(name)
             case "reload":
                 self._reload()
             case _:
@@ -192,16 +192,16 @@ class Chaos:
             machine.fault("rot payload" if payload else "rot row", machine.disk.jobs[seq].id)
             machine.disk.rot(seq, payload=payload, stays=self.dice.choice((0, 0, 1, 3)))
 
-    async def _artefacts(self, name: str) -> None:
+    async def _artifacts(self, name: str) -> None:
         machine = self.machine
-        machine.artefacts.fault = name.partition(" ")[2]
+        machine.artifacts.fault = name.partition(" ")[2]
         machine.fault(name)
         await asyncio.sleep(self.dice.choice((2, 20, 400)))
-        machine.artefacts.fault = None
+        machine.artifacts.fault = None
 
     def _reload(self) -> None:
         machine = self.machine
-        machine.next_policy = replace(policy(self.dice), artefacts=machine.plan.policy.artefacts)
+        machine.next_policy = replace(policy(self.dice), artifacts=machine.plan.policy.artifacts)
         machine.fault("reload", machine.next_policy)
         if machine.daemon is not None:
             machine.daemon.actor.policy = machine.next_policy

@@ -44,7 +44,7 @@ class Closing:
         limit_s = ALL_TIME_S
         _, waiting = await asyncio.wait(people, timeout=limit_s) if people else (None, None)
         machine.disk.heal()  # of a fault that was still under way
-        machine.artefacts.fault = None
+        machine.artifacts.fault = None
         if waiting:
             self.watch.fail("L1", f"{len(waiting)} callers have no answer after {limit_s:.0f} s")
 
@@ -144,16 +144,16 @@ class Closing:
     async def _swept(self) -> None:
         """No object of a deleted job is left, and nothing waits to be deleted."""
         machine = self.machine
-        if not machine.plan.policy.artefacts:
+        if not machine.plan.policy.artifacts:
             return
         for _ in range(int(ALL_TIME_S / 10)):
-            if not machine.artefacts.waiting() or self.watch.first:
+            if not machine.artifacts.waiting() or self.watch.first:
                 break
             await asyncio.sleep(10)
-        if waiting := machine.artefacts.waiting():
+        if waiting := machine.artifacts.waiting():
             first = waiting[0]
             self.watch.fail("S13", f"{len(waiting)} tombstones are left, the first of {first.key}", first.job_id)
-        if leaked := machine.artefacts.leaked():
+        if leaked := machine.artifacts.leaked():
             self.watch.fail("S13", f"objects of deleted jobs are left: {leaked}")
 
     async def _all_time_passes(self, daemon: Daemon) -> None:

@@ -26,7 +26,7 @@ from jobd.daemon import GRACE_MS, STOP_S, _current_keys
 from jobd.job import DAY_MS
 from jobd.keys import Keys
 from jobd.sweeper import Sweeper, Sweeps
-from tests.simulation.artefacts import SimArtefacts
+from tests.simulation.artifacts import SimArtifacts
 from tests.simulation.disk import SimDisk, Snapshot
 from tests.simulation.journal import Journal
 from tests.simulation.loop import SimLoop
@@ -78,7 +78,7 @@ class Machine:
         self.disk = SimDisk(Random(f"{seed}: disk"), self.fired, self.wall)
         self.finished = asyncio.Event()
         self.watch = Watch(self, self.fired)
-        self.artefacts = SimArtefacts(self, Random(f"{seed}: artefacts"))
+        self.artifacts = SimArtifacts(self, Random(f"{seed}: artifacts"))
         self.disk.committed = self.watch.committed
         self.disk.pruning = self.watch.pruned
         self.disk.broken = lambda message: self.watch.fail("S7", message)
@@ -163,7 +163,7 @@ class Machine:
         """No daemon runs: the disk is as it was at an earlier time."""
         snapshot, acknowledged = backup
         self.disk.put_back(snapshot)
-        self.artefacts.put_back()
+        self.artifacts.put_back()
         self.watch.put_back(acknowledged)
 
     # -- connections --------------------------------------------------------------------------------------------------
@@ -353,10 +353,10 @@ class Daemon:
 
     def _sweep(self) -> asyncio.Task[None] | None:
         machine = self.machine
-        if not machine.plan.policy.artefacts:
+        if not machine.plan.policy.artifacts:
             return None
         sweeps = Sweeps(waiting=self.opened.tombstones)
-        self.sweeper = Sweeper(machine.disk, machine.artefacts, self.clock, sweeps, machine.plan.margins)
+        self.sweeper = Sweeper(machine.disk, machine.artifacts, self.clock, sweeps, machine.plan.margins)
         machine.disk.on_tombstones = self.sweeper.expect
         return self.spawn(self.sweeper.run())
 

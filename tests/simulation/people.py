@@ -200,7 +200,7 @@ class Worker(Person):
     async def ask(self, command: AnyCommand, *, tries: int = 4) -> Answer | Refusal | None:
         """Who has something to store does so before he says that he is done; it may take a while."""
         if isinstance(command, Complete) and command.storage_key is not None:
-            self.machine.artefacts.store(command.storage_key, command.lock_id)
+            self.machine.artifacts.store(command.storage_key, command.lock_id)
             if self.dice.random() < 0.4:
                 await asyncio.sleep(self.dice.choice((0.05, 1.0, 4.0)))
         return await super().ask(command, tries=tries)

@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.actor import SLOW_COMMIT_S, Bounds
-from jobd.artefacts import Margins
+from jobd.artifacts import Margins
 from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.passes import Schedule
 
@@ -37,9 +37,9 @@ FAULTS: Final = (
     "freeze",
     "reload",
     "backup",
-    "artefacts away",
-    "artefacts flaky",
-    "artefacts slow",
+    "artifacts away",
+    "artifacts flaky",
+    "artifacts slow",
 )
 MISHAPS: Final = (
     "answer unread",
@@ -72,7 +72,7 @@ class Plan(Struct, frozen=True):
     schedule: Schedule
     bounds: Bounds
     keys: int
-    margins: Margins  # of its artefacts, where the policy says that there is a store of them
+    margins: Margins  # of its artifacts, where the policy says that there is a store of them
     slow_commit_s: float  # after a commit that took so long looks go first
 
 
@@ -92,7 +92,7 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
         kinds=("", "k1", "k2")[: dice.randint(1, 3)],
         pace_s=dice.choice((1.0, 5.0, 20.0)),
         think_s=dice.choice((0.02, 0.3, 1.0)),
-        policy=replace(policy(dice), artefacts=dice.random() < 0.8),
+        policy=replace(policy(dice), artifacts=dice.random() < 0.8),
         schedule=_schedule(dice),
         bounds=_bounds(dice),
         keys=dice.choice((3, 30, 1000)),

@@ -193,7 +193,7 @@ class Watch(Promises):
             self.machine.note("event", event)
             if event.job_seq == 0:
                 continue
-            self.machine.artefacts.committed(change)
+            self.machine.artifacts.committed(change)
             if event.type == "late_call" and event.details is not None:
                 call = (event.job_seq, event.details["fencing_token"], event.details["verb"])
                 self.must(call not in self._calls, "S3", "a late call was told twice", event.job_id)
@@ -233,7 +233,7 @@ class Watch(Promises):
         """S13: the deletion of a job is on the disk together with what is left to do about its object."""
         job = change.before
         key = None if job is None or job.result is None else job.result.storage_key
-        due = key is not None and self.machine.plan.policy.artefacts
+        due = key is not None and self.machine.plan.policy.artifacts
         left = [tombstone.key for tombstone in batch.tombstones if tombstone.job_seq == change.event.job_seq]
         expected = [key] if due else []
         self.must(left == expected, "S13", f"tombstones for {left}, not {expected}", change.event.job_id)

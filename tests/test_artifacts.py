@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobd.artefacts import MARGINS, Verdict, judge
+from jobd.artifacts import MARGINS, Verdict, judge
 from jobd.batch import Tombstone
 from jobd.job import DAY_MS
 

@@ -1,6 +1,6 @@
-"""Stored results: what a store of artefacts has to do, and whose an object is that lies under the key of a deleted job.
+"""Stored results: what a store of artifacts has to do, and whose an object is that lies under the key of a deleted job.
 
-Touches none itself: directories are in artefact_files.py, buckets in artefact_s3.py. What is deleted when is the matter
+Touches none itself: directories are in artifact_files.py, buckets in artifact_s3.py. What is deleted when is the matter
 of sweeper.py.
 """
 
@@ -56,7 +56,7 @@ class Reading(Protocol):
         """No more of it is wanted. Does not wait."""
 
 
-class ArtefactStore(Protocol):
+class ArtifactStore(Protocol):
     """Where the objects are. A call that takes too long may be cancelled, and does no harm if it still takes effect."""
 
     place: str  # for people

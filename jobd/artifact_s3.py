@@ -1,6 +1,6 @@
-"""Artefacts in a bucket of S3 or what speaks like it, by the extra `s3` (obstore): endpoint and keys from AWS_*.
+"""Artifacts in a bucket of S3 or what speaks like it, by the extra `s3` (obstore): endpoint and keys from AWS_*.
 
-Imported only where artefacts.url names a bucket. No key, token or signature is in a message.
+Imported only where artifacts.url names a bucket. No key, token or signature is in a message.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 from yarl import URL
 
-from jobd.artefacts import Judge, Outcome, StoreFault
+from jobd.artifacts import Judge, Outcome, StoreFault
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _CODE: Final = re.compile(r"<Code>(\w+)</Code>")
 
 
-class S3ArtefactStore:
+class S3ArtifactStore:
     """The store of `s3://BUCKET/PREFIX`; a key is what comes after the prefix."""
 
     def __init__(self, bucket: str, prefix: str, owner: str) -> None:
@@ -109,7 +109,7 @@ class S3ArtefactStore:
             await self._asked(self._read(key))
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
-                raise StoreFault(f"{self.place}: there is no such bucket. Make it, or change artefacts.url.") from error
+                raise StoreFault(f"{self.place}: there is no such bucket. Make it, or change artifacts.url.") from error
 
     async def _read(self, name: str, options: Any = None) -> bytes:
         found = await obstore.get_async(self._store, name, options=options)
@@ -154,7 +154,7 @@ class S3ArtefactStore:
 class S3Reading:
     """An object that is read in ranges: a slow reader holds no connection to the bucket, and no request takes long."""
 
-    def __init__(self, store: S3ArtefactStore, key: str, size: int, e_tag: str | None) -> None:
+    def __init__(self, store: S3ArtifactStore, key: str, size: int, e_tag: str | None) -> None:
         self.size = size
         self._store = store
         self._key = key

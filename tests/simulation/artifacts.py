@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
-from jobd.artefacts import Judge, Outcome, StoreFault
+from jobd.artifacts import Judge, Outcome, StoreFault
 from jobd.batch import Tombstone
 from jobd.events import Change
 from jobd.job import SECOND_MS, Job, LateResult, storage_key_fault
-from tests.memory_artefacts import MemoryArtefacts
+from tests.memory_artifacts import MemoryArtifacts
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine
@@ -35,7 +35,7 @@ class Upload(Struct):
     is_lost: bool = False
 
 
-class SimArtefacts(MemoryArtefacts):
+class SimArtifacts(MemoryArtifacts):
     """`fault` of the store: away (it fails), flaky (every other time), slow."""
 
     def __init__(self, machine: Machine, dice: Random) -> None:
@@ -54,20 +54,20 @@ class SimArtefacts(MemoryArtefacts):
         if key is not None and storage_key_fault(key) is None:
             self.upload(key)
             self.uploads[key] = Upload(lock_id, self._machine.loop.now_s, self.objects[key])
-            self._machine.note("artefact", "stored", key)
+            self._machine.note("artifact", "stored", key)
 
     # -- the store ----------------------------------------------------------------------------------------------------
 
     async def delete(self, key: str, judge: Judge) -> Outcome:
         await self.pause()
         if self.fault == "away" or (self.fault == "flaky" and self._dice.random() < 0.5):
-            self._machine.fired["artefact store failed"] += 1
+            self._machine.fired["artifact store failed"] += 1
             raise StoreFault("simulated: it is away")
         modified_at = self.objects.get(key)
         if modified_at is None:
             return Outcome("missing")
         verdict = judge(modified_at)
-        self._machine.fired[f"artefact {verdict}"] += 1
+        self._machine.fired[f"artifact {verdict}"] += 1
         if verdict != "delete":
             return Outcome("left" if verdict == "leave" else "young", "", modified_at)
         loop = asyncio.get_running_loop()
@@ -80,12 +80,12 @@ class SimArtefacts(MemoryArtefacts):
     def _take_effect(self, key: str, modified_at: int, tell: Callable[[None], object]) -> None:
         if self.objects.get(key) == modified_at:
             del self.objects[key]
-            self._machine.note("artefact", "deleted", key)
+            self._machine.note("artifact", "deleted", key)
             self._judge_deletion(key)
         try:
             tell(None)
         except asyncio.InvalidStateError:  # nobody waits any more
-            self._machine.fired["artefact deleted unheard"] += 1
+            self._machine.fired["artifact deleted unheard"] += 1
 
     async def pause(self) -> None:
         await asyncio.sleep(self._delay_s())
@@ -93,7 +93,7 @@ class SimArtefacts(MemoryArtefacts):
     def _delay_s(self) -> float:
         return self._dice.random() * (4.0 if self.fault == "slow" else 0.01)
 
-    # -- S13: an artefact goes only if no job row names its key, and goes with its job --------------------------------
+    # -- S13: an artifact goes only if no job row names its key, and goes with its job --------------------------------
 
     def _judge_deletion(self, key: str) -> None:
         machine = self._machine

@@ -1,14 +1,14 @@
-"""A store of artefacts in memory that fails when a test asks for it: for the sweeper's tests and the simulation."""
+"""A store of artifacts in memory that fails when a test asks for it: for the sweeper's tests and the simulation."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-from jobd.artefacts import Judge, Outcome, Reading, StoreFault
+from jobd.artifacts import Judge, Outcome, Reading, StoreFault
 
 
-class MemoryArtefacts:
+class MemoryArtifacts:
     """Objects by key, with the wall time of their upload. `faults` names keys that cannot be deleted, and why.
 
     `gate`: cleared, deletions wait for it once they have looked; `broken` is raised by every call.

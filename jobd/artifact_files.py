@@ -1,4 +1,4 @@
-"""Artefacts in a directory: read and deleted by name, never followed out of it.
+"""Artifacts in a directory: read and deleted by name, never followed out of it.
 
 Touches the file system in a thread of its own, one call after the other, so that a mount that hangs holds nobody up.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
-from jobd.artefacts import PIECE_BYTES, Judge, Outcome, StoreFault
+from jobd.artifacts import PIECE_BYTES, Judge, Outcome, StoreFault
 
 T = TypeVar("T")
 Undo = Callable[[Any], None]
@@ -47,7 +47,7 @@ class FileStore:
         self._probe_name = f".jobd-probe-{owner}"
         self._asked: Calls = SimpleQueue()
         # Not of a pool: the interpreter waits for those threads at its end, and one that hangs would never let it go.
-        self._thread = threading.Thread(target=_answer, args=(self._asked,), name="artefacts", daemon=True)
+        self._thread = threading.Thread(target=_answer, args=(self._asked,), name="artifacts", daemon=True)
 
     async def open(self, key: str) -> FileReading | None:
         opened = await self.ask(lambda: self._open(key), _close)
@@ -163,7 +163,7 @@ class FileStore:
     def _look_at_root(self) -> None:
         """A directory that is not there, or not mounted, is a fault: it does not mean that its objects are gone."""
         if not Path(self.place).is_dir():
-            raise StoreFault(f"{self.place} is no directory. Make it, or change artefacts.url.")
+            raise StoreFault(f"{self.place} is no directory. Make it, or change artifacts.url.")
 
     def _probe(self) -> None:
         fault = directory_fault(self.place)
@@ -295,10 +295,10 @@ def _put_back(folder: int, name: str, aside: str) -> None:
 
 
 def directory_fault(directory: str) -> str | None:
-    """Why artefacts cannot be kept in `directory`, or None. Touches the file system: call it off the event loop."""
+    """Why artifacts cannot be kept in `directory`, or None. Touches the file system: call it off the event loop."""
     try:
         if not Path(directory).is_dir():
-            return f"{directory} is no directory. Make it, or change artefacts.url."
+            return f"{directory} is no directory. Make it, or change artifacts.url."
         if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             return f"{directory} cannot be written to. Give the daemon's user the right to."
         usage = os.statvfs(directory)

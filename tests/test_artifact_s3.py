@@ -1,4 +1,4 @@
-"""Artefacts in a bucket, on real servers: what goes, what stays, and what is told where it cannot be done."""
+"""Artifacts in a bucket, on real servers: what goes, what stays, and what is told where it cannot be done."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 from obstore.store import S3Store
 from yarl import URL
 
-from jobd import artefact_s3
-from jobd.artefact_s3 import S3ArtefactStore
-from jobd.artefacts import Margins, Outcome, StoreFault, Verdict
+from jobd import artifact_s3
+from jobd.artifact_s3 import S3ArtifactStore
+from jobd.artifacts import Margins, Outcome, StoreFault, Verdict
 from jobd.batch import Tombstone
 from jobd.clock import Clock
 from jobd.store import Store
@@ -79,8 +79,8 @@ async def bucket(at: str, request: pytest.FixtureRequest) -> Bucket:
 
 
 @pytest.fixture
-async def store(bucket: Bucket) -> AsyncIterator[S3ArtefactStore]:
-    store = S3ArtefactStore(bucket.name, "pre/fix", "test")
+async def store(bucket: Bucket) -> AsyncIterator[S3ArtifactStore]:
+    store = S3ArtifactStore(bucket.name, "pre/fix", "test")
     yield store
     await store.close()
 
@@ -90,7 +90,7 @@ def yes(_: int) -> Verdict:
 
 
 @pytest.mark.parametrize("key", ["k", "2026/11/job-1.mp4", "a b+c&d=é/ü%20?#", ".hidden"])
-async def test_what_a_key_names_is_deleted_and_nothing_else(bucket: Bucket, store: S3ArtefactStore, key: str) -> None:
+async def test_what_a_key_names_is_deleted_and_nothing_else(bucket: Bucket, store: S3ArtifactStore, key: str) -> None:
     others = [key, f"pre/fix/{key}2", f"pre/{key}"]
     bucket.put(f"pre/fix/{key}", *others)
     assert await store.delete(key, yes) == Outcome("deleted")
@@ -103,20 +103,20 @@ async def test_what_a_key_names_is_deleted_and_nothing_else(bucket: Bucket, stor
     "key",
     ["a~b", "a*b", "a{b}", "a|b", 'a"b', "a\\b", "a[b]^`<>", "%2F", " x ", "\ufeffx", "\x85", "x" * 1016],
 )
-async def test_an_odd_key_is_asked_for(bucket: Bucket, store: S3ArtefactStore, key: str) -> None:
+async def test_an_odd_key_is_asked_for(bucket: Bucket, store: S3ArtifactStore, key: str) -> None:
     assert await store.delete(key, yes) == Outcome("missing")
 
 
 async def test_a_bucket_without_a_prefix(bucket: Bucket) -> None:
     bucket.put("a/k", "k")
-    store = S3ArtefactStore(bucket.name, "", "test")
+    store = S3ArtifactStore(bucket.name, "", "test")
     assert store.place == f"s3://{bucket.name}"
     assert await store.delete("k", yes) == Outcome("deleted")
     assert bucket.keys() == ["a/k"]
     await store.close()
 
 
-async def test_what_is_young_or_another_s_stays(bucket: Bucket, store: S3ArtefactStore) -> None:
+async def test_what_is_young_or_another_s_stays(bucket: Bucket, store: S3ArtifactStore) -> None:
     bucket.put("pre/fix/k")
     modified_at = round(obstore.head(bucket.all, "pre/fix/k")["last_modified"].timestamp() * 1000)
     assert await store.delete("k", lambda _: "wait") == Outcome("young", "", modified_at)
@@ -127,7 +127,7 @@ async def test_what_is_young_or_another_s_stays(bucket: Bucket, store: S3Artefac
 @pytest.mark.parametrize(
     "key", ["", ".", "a//b", "a/./b", "a/", "..", "a/../b", "a\tb", "a\x01b", "a\nb", "a\x7f", "x" * 1017, "é" * 509]
 )
-async def test_a_key_that_cannot_be_asked_for_is_left(store: S3ArtefactStore, key: str) -> None:
+async def test_a_key_that_cannot_be_asked_for_is_left(store: S3ArtifactStore, key: str) -> None:
     assert (await store.delete(key, yes)).what == "left"
     assert await store.open(key) is None
 
@@ -135,11 +135,11 @@ async def test_a_key_that_cannot_be_asked_for_is_left(store: S3ArtefactStore, ke
 @pytest.mark.parametrize("key", ["k", "a b+c&d=é/ü%20?#"])
 @pytest.mark.parametrize("pieces", [0, 0.5, 1, 2, 2.5])
 async def test_what_a_key_names_is_read_in_ranges(
-    at: str, bucket: Bucket, store: S3ArtefactStore, key: str, pieces: float
+    at: str, bucket: Bucket, store: S3ArtifactStore, key: str, pieces: float
 ) -> None:
     if at == "radosgw":
         pieces = min(pieces, 1)  # on dbstore it gives every range from the beginning of the object
-    size = round(pieces * artefact_s3.PIECE_BYTES)
+    size = round(pieces * artifact_s3.PIECE_BYTES)
     content = os.urandom(size)
     obstore.put(bucket.all, f"pre/fix/{key}", content)
     reading = await store.open(key)
@@ -154,12 +154,12 @@ async def test_what_a_key_names_is_read_in_ranges(
     assert await store.open(f"{key}2") is None
 
 
-async def test_an_object_that_changes_while_it_is_read_is_a_fault(bucket: Bucket, store: S3ArtefactStore) -> None:
-    obstore.put(bucket.all, "pre/fix/k", b"x" * (artefact_s3.PIECE_BYTES + 1))
+async def test_an_object_that_changes_while_it_is_read_is_a_fault(bucket: Bucket, store: S3ArtifactStore) -> None:
+    obstore.put(bucket.all, "pre/fix/k", b"x" * (artifact_s3.PIECE_BYTES + 1))
     reading = await store.open("k")
     assert reading is not None
-    assert len(await reading.more()) == artefact_s3.PIECE_BYTES
-    obstore.put(bucket.all, "pre/fix/k", b"y" * (artefact_s3.PIECE_BYTES + 1))
+    assert len(await reading.more()) == artifact_s3.PIECE_BYTES
+    obstore.put(bucket.all, "pre/fix/k", b"y" * (artifact_s3.PIECE_BYTES + 1))
     with pytest.raises(StoreFault):
         await reading.more()
     obstore.delete(bucket.all, "pre/fix/k")
@@ -168,14 +168,14 @@ async def test_an_object_that_changes_while_it_is_read_is_a_fault(bucket: Bucket
 
 
 async def test_a_bucket_that_is_away_cannot_be_read(at: str) -> None:
-    store = S3ArtefactStore("no-such-bucket", "", "test")
+    store = S3ArtifactStore("no-such-bucket", "", "test")
     with pytest.raises(StoreFault, match="no such bucket"):
         await store.open("k")
     await store.close()
 
 
 @pytest.mark.parametrize("server", ["moto"], indirect=True)
-async def test_what_is_stored_between_look_and_deletion_stays(bucket: Bucket, store: S3ArtefactStore) -> None:
+async def test_what_is_stored_between_look_and_deletion_stays(bucket: Bucket, store: S3ArtifactStore) -> None:
     bucket.put("pre/fix/k")
     verdicts: list[Verdict] = ["delete", "leave"]
 
@@ -188,13 +188,13 @@ async def test_what_is_stored_between_look_and_deletion_stays(bucket: Bucket, st
     assert bytes(obstore.get(bucket.all, "pre/fix/k").bytes()) == b"the result of another job"
 
 
-async def test_a_probe_leaves_nothing(bucket: Bucket, store: S3ArtefactStore) -> None:
+async def test_a_probe_leaves_nothing(bucket: Bucket, store: S3ArtifactStore) -> None:
     await store.probe()
     assert bucket.keys() == []
 
 
 async def test_a_bucket_that_is_not_there_is_a_fault_and_no_deletion(at: str) -> None:
-    store = S3ArtefactStore("test-nowhere", "", "test")
+    store = S3ArtifactStore("test-nowhere", "", "test")
     with pytest.raises(StoreFault, match="there is no such bucket"):
         await store.delete("k", yes)
     with pytest.raises(StoreFault, match="404 Not Found"):
@@ -206,7 +206,7 @@ async def test_a_bucket_that_is_not_there_is_a_fault_and_no_deletion(at: str) ->
 async def test_keys_that_are_refused_are_told_and_not_shown(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.put("k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
-    store = S3ArtefactStore(bucket.name, "", "test")
+    store = S3ArtifactStore(bucket.name, "", "test")
     for call in (store.delete("k", yes), store.probe()):
         with pytest.raises(StoreFault) as told:
             await call
@@ -218,7 +218,7 @@ async def test_keys_that_are_refused_are_told_and_not_shown(bucket: Bucket, monk
     assert bucket.keys() == ["k"]
 
 
-async def test_the_sweeper_empties_it(bucket: Bucket, store: S3ArtefactStore, tmp_path: Path) -> None:
+async def test_the_sweeper_empties_it(bucket: Bucket, store: S3ArtifactStore, tmp_path: Path) -> None:
     maker = Maker()
     disk, _ = await Store.open(str(tmp_path / "jobd.db"))
     async with disk:
@@ -241,12 +241,12 @@ async def test_the_sweeper_empties_it(bucket: Bucket, store: S3ArtefactStore, tm
 # -- without a server -------------------------------------------------------------------------------------------------
 
 
-def told_of(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> S3ArtefactStore:
+def told_of(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> S3ArtifactStore:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    return S3ArtefactStore("bucket", "", "test")
+    return S3ArtifactStore("bucket", "", "test")
 
 
 async def test_a_server_that_is_away_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +260,7 @@ async def test_a_server_that_is_away_is_a_fault(monkeypatch: pytest.MonkeyPatch)
 
 async def test_a_server_that_does_not_answer_is_a_fault_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
-        monkeypatch.setattr(artefact_s3, "CALL_S", 0.1)
+        monkeypatch.setattr(artifact_s3, "CALL_S", 0.1)
         store = told_of(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(StoreFault, match=r"no answer within 0.1 s"):
             await store.probe()

@@ -1,4 +1,4 @@
-"""Artefacts in a real directory: what goes, what stays, and that nobody is led out of it."""
+"""Artifacts in a real directory: what goes, what stays, and that nobody is led out of it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from typing import Final
 
 import pytest
 
-from jobd.artefact_files import WAITING, FileStore, directory_fault
-from jobd.artefacts import PIECE_BYTES, Outcome, StoreFault, Verdict
+from jobd.artifact_files import WAITING, FileStore, directory_fault
+from jobd.artifacts import PIECE_BYTES, Outcome, StoreFault, Verdict
 
 OLD_S = 1_600_000_000
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    place = tmp_path / "artefacts"
+    place = tmp_path / "artifacts"
     place.mkdir()
     return place
 
@@ -129,7 +129,7 @@ async def test_no_file_goes_that_lies_with_the_daemons_own(tmp_path: Path, place
 
 HANGS: Final = """
 import asyncio, sys
-from jobd.artefact_files import FileStore
+from jobd.artifact_files import FileStore
 
 async def main():
     store = FileStore(sys.argv[1], "test")
@@ -255,7 +255,7 @@ async def test_what_comes_while_another_is_put_back_stays(
 
 KILLED = """
 import asyncio, os, signal, sys
-from jobd.artefact_files import FileStore
+from jobd.artifact_files import FileStore
 
 call, place, new = sys.argv[1:]
 real = getattr(os, call)
@@ -398,7 +398,7 @@ async def test_a_probe_that_reads_something_else_is_a_fault(
 
 async def test_a_probe_names_what_is_wrong_with_the_directory(place: Path, store: FileStore) -> None:
     place.rmdir()
-    with pytest.raises(StoreFault, match=r"is no directory. Make it, or change artefacts.url."):
+    with pytest.raises(StoreFault, match=r"is no directory. Make it, or change artifacts.url."):
         await store.probe()
 
 
@@ -410,15 +410,15 @@ async def test_a_probe_is_no_way_out(tmp_path: Path, place: Path, store: FileSto
     assert outside.read_text() == "result"
 
 
-def test_where_artefacts_can_be_kept(tmp_path: Path) -> None:
+def test_where_artifacts_can_be_kept(tmp_path: Path) -> None:
     assert directory_fault(str(tmp_path)) is None
     missing = tmp_path / "none"
-    assert directory_fault(str(missing)) == f"{missing} is no directory. Make it, or change artefacts.url."
+    assert directory_fault(str(missing)) == f"{missing} is no directory. Make it, or change artifacts.url."
     missing.write_text("a file")
     assert "is no directory" in (directory_fault(str(missing)) or "")
 
 
-def test_a_directory_of_others_is_no_place_for_artefacts(tmp_path: Path) -> None:
+def test_a_directory_of_others_is_no_place_for_artifacts(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     tmp_path.chmod(0o700)
@@ -435,7 +435,7 @@ def test_a_directory_of_others_is_no_place_for_artefacts(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("blocks", "files", "free", "full"), [(0, 9, 9, True), (9, 9, 0, True), (9, 0, 0, False)])
-def test_a_full_file_system_is_no_place_for_artefacts(
+def test_a_full_file_system_is_no_place_for_artifacts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, files: int, free: int, full: bool
 ) -> None:
     usage = SimpleNamespace(f_bavail=blocks, f_files=files, f_favail=free)
