@@ -170,7 +170,7 @@ SHAPES: Final[dict[str, Any]] = {
     "late result": answers.LateResultView,
     "event": events.EventView,
     "streamed event": events.StreamedEvent,
-    "streamed answer": StreamedAnswer,
+    "streamed response": StreamedAnswer,
     "why": answers.WhyView,
     "next": answers.Next,
     "validation": answers.Validation,
