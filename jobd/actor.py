@@ -18,20 +18,10 @@ from jobd import late_rules
 from jobd.answers import Answer, Grants
 from jobd.batch import Aside, BadRows, Disk, DiskFull
 from jobd.book import Book
-from jobd.commands import (
-    AnyCommand,
-    Call,
-    Claim,
-    Complete,
-    Create,
-    KeyUse,
-    Moment,
-    Operator,
-    Refusal,
-    Undelivered,
-)
+from jobd.commands import AnyCommand, Call, Claim, Complete, Create, KeyUse, Moment, Operator, Undelivered
 from jobd.deciding import Decider, Known, Plan
 from jobd.envelope import Asked, Waiter, deleted_ids, may_go_first, named_ids, needs_payload_first, share, weight
+from jobd.errors import Refusal
 from jobd.events import Change
 from jobd.figures import Histogram
 from jobd.full_disk import Closed, FullDisk

@@ -49,6 +49,7 @@ from jobd.answers import (
     WorkerList,
     public_lock,
 )
+from jobd.auditing import note, note_look
 from jobd.commands import (
     MAX_PAGE,
     Adopt,
@@ -71,7 +72,6 @@ from jobd.commands import (
     OnPlan,
     Pause,
     Queues,
-    Refusal,
     ReleaseLock,
     Resume,
     RowCursor,
@@ -86,19 +86,22 @@ from jobd.commands import (
     Why,
     Workers,
 )
+from jobd.downloads import BACKUP_KIND, Artifact, BackupAsked, give, give_out
 from jobd.downloads import KIND as ARTIFACT_KIND
-from jobd.downloads import Artifact, give
+from jobd.errors import Refusal
 from jobd.event_stream import EVENT_STREAM, Follow, follow
 from jobd.events import StreamedEvent
 from jobd.glossary import ADMIN_TITLE
 from jobd.import_preview import ImportPreview, look_over
+from jobd.imports import ImportReport, take_in
 from jobd.job import Text as Words
 from jobd.openapi import ADMIN_PREFIX, with_document
+from jobd.probes import PROBES
 from jobd.replies import Text
+from jobd.rooms import Rooms
 from jobd.routes import Route, Who
-from jobd.streams import BACKUP_KIND, BackupAsked, ImportReport, give_out, take_in
 from jobd.visits import Visit, in_parts, operator_of
-from jobd.web import PROBES, Nothing, Web, ask, note, note_look
+from jobd.web import Nothing, Web, ask
 from jobd.webhook import WebhookName
 
 MAX_REPORTS: Final = 500
@@ -167,7 +170,7 @@ class TestWebhook(Command, frozen=True, kw_only=True):
     reason: Words | None = None
 
 
-async def _stats(site: Web, visit: Visit, asked: Stats) -> Answer | Refusal:
+async def _stats(site: Web[Rooms], visit: Visit, asked: Stats) -> Answer | Refusal:
     answer = await ask(site, visit, asked)
     if isinstance(answer, Answer):
         state = site.rooms.cleanup_state()
@@ -180,12 +183,12 @@ async def _stats(site: Web, visit: Visit, asked: Stats) -> Answer | Refusal:
     return answer
 
 
-async def _health(site: Web, visit: Visit, asked: Nothing) -> Answer:
+async def _health(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
     view = await site.rooms.health()
     return Answer(view, status=503 if view.status == "unhealthy" else 200)
 
 
-async def _validate_job(site: Web, visit: Visit, asked: ValidateJob) -> Answer | Refusal:
+async def _validate_job(site: Web[Rooms], visit: Visit, asked: ValidateJob) -> Answer | Refusal:
     visit.job_id = asked.id
     answer = await site.actor.ask(Validate(id=asked.id), by=visit.by, admin=True)
     if isinstance(answer, Answer) and not visit.admin:
@@ -193,41 +196,41 @@ async def _validate_job(site: Web, visit: Visit, asked: ValidateJob) -> Answer |
     return answer
 
 
-async def _cleanup(site: Web, visit: Visit, asked: Because) -> Answer:
+async def _cleanup(site: Web[Rooms], visit: Visit, asked: Because) -> Answer:
     await note(site, visit.operator, "cleanup", reason=asked.reason)
     return Answer(await site.rooms.run_cleanup(forced=True))
 
 
-async def _cleanup_state(site: Web, visit: Visit, asked: Nothing) -> Answer:
+async def _cleanup_state(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
     return Answer(site.rooms.cleanup_state())
 
 
-async def _recover_stuck(site: Web, visit: Visit, asked: Because) -> Answer | Refusal:
+async def _recover_stuck(site: Web[Rooms], visit: Visit, asked: Because) -> Answer | Refusal:
     done = await site.rooms.recover_stuck(in_parts(visit.operator), asked.reason)
     return done if isinstance(done, Refusal) else Answer(done)
 
 
-async def _take_back(site: Web, visit: Visit, asked: TakeBack) -> Answer | Refusal:
+async def _take_back(site: Web[Rooms], visit: Visit, asked: TakeBack) -> Answer | Refusal:
     return _given(await site.rooms.take_back(asked, in_parts(visit.operator)))
 
 
-async def _failures(site: Web, visit: Visit, asked: FailuresAsked) -> Answer:
+async def _failures(site: Web[Rooms], visit: Visit, asked: FailuresAsked) -> Answer:
     return Answer(site.rooms.failures(asked.limit))
 
 
-async def _preview(site: Web, visit: Visit, asked: Nothing) -> Answer | Refusal:
+async def _preview(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer | Refusal:
     return _given(await site.rooms.preview())
 
 
-async def _make_plan(site: Web, visit: Visit, asked: MakePlan) -> Answer | Refusal:
+async def _make_plan(site: Web[Rooms], visit: Visit, asked: MakePlan) -> Answer | Refusal:
     return _given(await site.rooms.make_plan(asked))
 
 
-async def _plan(site: Web, visit: Visit, asked: OnPlan) -> Answer | Refusal:
+async def _plan(site: Web[Rooms], visit: Visit, asked: OnPlan) -> Answer | Refusal:
     return _given(site.rooms.plan(asked.plan_id))
 
 
-async def _apply_plan(site: Web, visit: Visit, asked: OnPlan) -> Answer | Refusal:
+async def _apply_plan(site: Web[Rooms], visit: Visit, asked: OnPlan) -> Answer | Refusal:
     return _given(await site.rooms.apply_plan(asked.plan_id, visit.operator or operator_of(visit)))
 
 
@@ -235,24 +238,24 @@ def _given(found: Any) -> Answer | Refusal:
     return found if isinstance(found, Refusal) else Answer(found)
 
 
-async def _reports(site: Web, visit: Visit, asked: Reports) -> Answer:
+async def _reports(site: Web[Rooms], visit: Visit, asked: Reports) -> Answer:
     return Answer(ReportList(await site.rooms.reports(asked.limit)))
 
 
-async def _alerts(site: Web, visit: Visit, asked: Nothing) -> Answer:
+async def _alerts(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
     return Answer(AlertList(site.rooms.alerts()))
 
 
-async def _webhooks(site: Web, visit: Visit, asked: Nothing) -> Answer:
+async def _webhooks(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
     return Answer(WebhookList(site.rooms.webhooks()))
 
 
-async def _deliveries(site: Web, visit: Visit, asked: Deliveries) -> Answer | Refusal:
+async def _deliveries(site: Web[Rooms], visit: Visit, asked: Deliveries) -> Answer | Refusal:
     before = None if asked.cursor is None else int(asked.cursor)
     return _given(await site.rooms.deliveries(asked.name, asked.state, before, asked.limit))
 
 
-async def _deliver_again(site: Web, visit: Visit, asked: DeliverAgain) -> Answer | Refusal:
+async def _deliver_again(site: Web[Rooms], visit: Visit, asked: DeliverAgain) -> Answer | Refusal:
     sent = await site.rooms.deliver_again(asked.name, asked.id)
     if not isinstance(sent, Refusal):
         details = {"webhook": asked.name, "delivery": asked.id}
@@ -260,7 +263,7 @@ async def _deliver_again(site: Web, visit: Visit, asked: DeliverAgain) -> Answer
     return _given(sent)
 
 
-async def _deliver_all_again(site: Web, visit: Visit, asked: DeliverAllAgain) -> Answer | Refusal:
+async def _deliver_all_again(site: Web[Rooms], visit: Visit, asked: DeliverAllAgain) -> Answer | Refusal:
     sent = await site.rooms.deliver_all_again(asked.name, asked.upto)
     if not isinstance(sent, Refusal):
         details = {"webhook": asked.name, "resent": sent.resent}
@@ -268,25 +271,25 @@ async def _deliver_all_again(site: Web, visit: Visit, asked: DeliverAllAgain) ->
     return _given(sent)
 
 
-async def _export(site: Web, visit: Visit, asked: Export) -> Answer | Refusal:
+async def _export(site: Web[Rooms], visit: Visit, asked: Export) -> Answer | Refusal:
     page = await ask(site, visit, asked)
     if isinstance(page, Answer):
         await note_look(site, visit, "export")
     return page
 
 
-async def _test_webhook(site: Web, visit: Visit, asked: TestWebhook) -> Answer | Refusal:
+async def _test_webhook(site: Web[Rooms], visit: Visit, asked: TestWebhook) -> Answer | Refusal:
     sent = await site.rooms.test_webhook(asked.name)
     if not isinstance(sent, Refusal):
         await note(site, visit.operator, "test-webhook", {"webhook": asked.name}, asked.reason)
     return _given(sent)
 
 
-async def _clock(site: Web, visit: Visit, asked: Nothing) -> Answer:
+async def _clock(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
     return Answer(site.rooms.clock())
 
 
-async def _accept_clock(site: Web, visit: Visit, asked: Because) -> Answer | Refusal:
+async def _accept_clock(site: Web[Rooms], visit: Visit, asked: Because) -> Answer | Refusal:
     view = await site.rooms.accept_clock()
     if isinstance(view, Refusal):
         return view
@@ -294,19 +297,19 @@ async def _accept_clock(site: Web, visit: Visit, asked: Because) -> Answer | Ref
     return Answer(view)
 
 
-async def _quarantine(site: Web, visit: Visit, asked: Nothing) -> Answer:
+async def _quarantine(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
     return Answer(QuarantineList(site.rooms.quarantine()))
 
 
-async def _check_rows(site: Web, visit: Visit, asked: RowsAsked) -> Answer | Refusal:
+async def _check_rows(site: Web[Rooms], visit: Visit, asked: RowsAsked) -> Answer | Refusal:
     return _given(await site.rooms.check_rows(asked.cursor))
 
 
-async def _backups(site: Web, visit: Visit, asked: Nothing) -> Answer:
+async def _backups(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
     return Answer(BackupList(site.rooms.backups()))
 
 
-async def _metrics(site: Web, visit: Visit, asked: Nothing) -> Answer:
+async def _metrics(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
     return Answer(Text(METRICS_KIND, await site.rooms.metrics()))
 
 

@@ -25,7 +25,6 @@ from jobd.commands import (
     Operator,
     Pause,
     Recover,
-    Refusal,
     ReleaseLock,
     Resume,
     RunNow,
@@ -35,6 +34,7 @@ from jobd.commands import (
     is_rehearsal,
 )
 from jobd.draft import Decision
+from jobd.errors import Refusal
 from jobd.events import Change
 
 DEEDS: Final[dict[type, str]] = {

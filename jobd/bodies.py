@@ -29,12 +29,12 @@ from jobd.commands import (
     Import,
     MakePlan,
     PlanCursor,
-    Refusal,
     RowCursor,
     Transition,
     Updates,
     WorkerCursor,
 )
+from jobd.errors import Refused, invalid, refused, too_large
 from jobd.job import EARLIEST_MS, ID_PATTERN, Code, Kind, Place, Worker, is_job_id, storage_key_fault
 from jobd.webhook import WebhookName
 from jobd.weighing import BIG_BODY, Scale, TooLong, TooMuch
@@ -70,14 +70,6 @@ _PATTERNS: Final[dict[str, str]] = {
 }
 
 
-class Refused(Exception):
-    """Stops the walk of a request with a definite no."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.code)
-        self.refusal = refusal
-
-
 class Limits(Struct, frozen=True):
     """What a request may cost. Sizes in bytes, times in seconds."""
 
@@ -86,16 +78,6 @@ class Limits(Struct, frozen=True):
     bulk: int = 1000
     body_deadline_s: float = 10.0  # for a body, and for each line of a stream
     idle_s: float = 75.0
-
-
-def refused(code: str, message: str, **details: Any) -> Refused:
-    """A refusal to raise; `details` are those of the answer."""
-    return Refused(Refusal(code, message, details))
-
-
-def invalid(field: str, message: str) -> Refused:
-    """400 invalid_request that names the path of the field."""
-    return refused("invalid_request", f"`{field}`: {message}", field=field)
 
 
 class Shape:
@@ -242,11 +224,6 @@ def _parameters(query: str, lists: frozenset[str] = frozenset(), most: int = MAX
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What types cannot say.
-
-
-def too_large(message: str, **details: Any) -> Refused:
-    """413, with what is too large and what the limit is."""
-    return refused("too_large", message, **details)
 
 
 def _check_payload(payload: Raw, field: str, limits: Limits) -> None:

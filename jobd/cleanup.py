@@ -17,7 +17,8 @@ from msgspec.structs import astuple
 
 from jobd.actor import Actor
 from jobd.answers import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery, TakenBack
-from jobd.commands import EndPauses, Operator, Refusal, Report, TakeBack, Tick
+from jobd.commands import EndPauses, Operator, Report, TakeBack, Tick
+from jobd.errors import Refusal
 from jobd.figures import PROCESSING_BUCKETS_S, Figures
 from jobd.foresight import LOOK_S, foresee
 from jobd.job import SECOND_MS

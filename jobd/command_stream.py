@@ -15,11 +15,11 @@ from aiohttp import web
 from aiohttp.http import StreamWriter
 
 from jobd.answers import Answer
-from jobd.bodies import Refused, too_large
-from jobd.commands import Refusal
 from jobd.doors import LINES
 from jobd.envelope import Asked, weight
+from jobd.errors import Refusal, Refused, too_large
 from jobd.replies import PATIENCE_S, SAFE, answer_line, refusal_line
+from jobd.rooms import Rooms
 from jobd.stream_lines import Line, LineReader
 from jobd.streams import Lines
 from jobd.visits import Visit
@@ -34,7 +34,7 @@ NEXT_CHUNK: Final = b"0"  # a leading zero of the size of the next chunk
 log = structlog.get_logger("jobd.web")
 
 
-async def serve(site: Web, visit: Visit, _: Any) -> web.StreamResponse:
+async def serve(site: Web[Rooms], visit: Visit, _: Any) -> web.StreamResponse:
     """The stream. It ends where the body does, when the daemon stops, or with the line that says what is wrong."""
     welcome(visit)
     return await _CommandStream(site, visit).run()
@@ -74,7 +74,7 @@ class _Slot:
 class _CommandStream:
     """One stream. `_slots` are its lines whose answers have not left, in their order."""
 
-    def __init__(self, site: Web, visit: Visit) -> None:
+    def __init__(self, site: Web[Rooms], visit: Visit) -> None:
         assert visit.request is not None
         self.has_answers = asyncio.Event()
         self._site = site

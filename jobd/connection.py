@@ -26,8 +26,8 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler
 
 from jobd.answers import Answer
-from jobd.commands import Refusal
 from jobd.envelope import Asked
+from jobd.errors import Refusal
 from jobd.heads import Heads, is_whole
 from jobd.replies import HTTP_VERSION, Letter, Reply, cut_off_later
 from jobd.routes import Found
@@ -124,7 +124,7 @@ class Connection(RequestHandler):
         "_truncated", "_web",
     )  # fmt: skip
 
-    def __init__(self, manager: web.Server, site: Web, heads: Heads, **options: Any) -> None:
+    def __init__(self, manager: web.Server, site: Web[Any], heads: Heads, **options: Any) -> None:
         super().__init__(manager, **options)
         self._web = site
         self._heads = heads

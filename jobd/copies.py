@@ -16,7 +16,7 @@ import structlog
 from jobd import backup
 from jobd.answers import BackupState, BackupView
 from jobd.batch import DiskFull, NoBackup
-from jobd.commands import Refusal
+from jobd.errors import Refusal
 from jobd.store import Store
 
 AT_ONCE: Final = 8  # one is copied, the others wait or are sent

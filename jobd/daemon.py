@@ -32,6 +32,7 @@ from jobd import admin_api, config, facts, log, systemd, worker_api
 from jobd.actor import Actor, Bounds, DiskBroken
 from jobd.alerts import Alerts, Thresholds
 from jobd.answers import Answer
+from jobd.artifact_downloads import Downloads
 from jobd.artifact_files import FileStore
 from jobd.artifacts import ArtifactStore, StoreFault
 from jobd.batch import DiskFull, KeyRow, Opened
@@ -45,7 +46,6 @@ from jobd.copies import Copies
 from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import Gate, own_names
-from jobd.downloads import Downloads
 from jobd.failures import Failures
 from jobd.feed import Feed
 from jobd.files import StoreError
@@ -126,7 +126,7 @@ class Daemon:
         self._reload = reload
         self._stop = asyncio.Event()
         self._asked_at = 0.0
-        self._webs: list[Web] = []
+        self._webs: list[Web[Rooms]] = []
 
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
         """Disk, actor, time, doors: each is taken down by `stack` in the opposite order."""
@@ -477,7 +477,7 @@ class Door(msgspec.Struct):
     """One API and where it listens, unless systemd has opened its socket already."""
 
     name: str
-    web: Web
+    web: Web[Rooms]
     listen: str
 
     async def open(self, given: list[socket.socket] | None, settings: Config) -> Listener:

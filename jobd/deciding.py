@@ -13,7 +13,7 @@ import msgspec
 import structlog
 from msgspec import Raw, Struct, field
 
-from jobd import audit, late_rules, rules, views
+from jobd import audit, decide, late_rules, views
 from jobd.answers import Answer, Grants
 from jobd.batch import Audited, Batch, KeyRow, LateKnown, Loaded, share_of, tombstones
 from jobd.book import Book
@@ -25,7 +25,6 @@ from jobd.commands import (
     EndGrants,
     KeyUse,
     Moment,
-    Refusal,
     Start,
     Tick,
     Undelivered,
@@ -33,6 +32,7 @@ from jobd.commands import (
 )
 from jobd.draft import Decision
 from jobd.envelope import Asked
+from jobd.errors import Refusal
 from jobd.events import Change, QueuePause
 from jobd.job import LIVE, Job, Policy
 from jobd.keys import Keys
@@ -260,7 +260,7 @@ class Decider:
     def _decided(self, plan: Plan, call: Call, policy: Policy) -> Decision:
         """Ask the rules and take their steps in. A bug in a rule costs one command."""
         try:
-            decision = rules.decide(self.book, call, plan.at, policy)
+            decision = decide.decide(self.book, call, plan.at, policy)
         except Exception:
             log.exception("rule_failed", command=type(call.command).__name__, by=call.by)
             message = "A rule failed on this command; nothing was changed. The log has the details."

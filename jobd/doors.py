@@ -15,8 +15,8 @@ from typing import Final, Literal
 from aiohttp.hdrs import CONTENT_ENCODING, CONTENT_TYPE, TRANSFER_ENCODING
 from multidict import MultiMapping
 
-from jobd.bodies import refused
 from jobd.commands import MAX_OPERATOR, KeyUse
+from jobd.errors import refused
 
 JSON: Final = "application/json"
 LINES: Final = "application/x-ndjson"

@@ -6,8 +6,10 @@ Decides nothing about jobs. What is given out is never shown by a browser as a p
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Annotated, Any, Final
+import contextlib
+import secrets
+from collections.abc import Coroutine
+from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import quote
 
 import structlog
@@ -15,17 +17,20 @@ from aiohttp import hdrs, web
 from msgspec import Meta
 
 from jobd.answers import JobView, LateResultList, LateResultView
-from jobd.artifacts import ArtifactStore, Reading, StoreFault
-from jobd.bodies import refused
-from jobd.commands import Get, LateResults, OnJob, Refusal
+from jobd.artifact_downloads import Download
+from jobd.artifacts import StoreFault
+from jobd.auditing import note, note_look
+from jobd.batch import DiskFull, NoBackup
+from jobd.commands import BackupId, Command, Get, LateResults, OnJob
+from jobd.copies import Copy
+from jobd.errors import Refusal
 from jobd.replies import PATIENCE_S, SAFE
-from jobd.streams import write
+from jobd.rooms import Rooms
+from jobd.streams import finish, write
 from jobd.visits import Visit
-from jobd.web import Download, Web, note_look
+from jobd.web import Web
 
 KIND: Final = "application/octet-stream"
-CALL_S: Final = 10.0  # for one piece from the store
-CLOSING_S: Final = 1.0  # for the last pieces when the daemon stops
 SHOWN_NAME: Final = 150  # characters of a file's name
 
 log = structlog.get_logger("jobd.artifacts")
@@ -37,83 +42,7 @@ class Artifact(OnJob, frozen=True, kw_only=True):
     late_result: Annotated[int, Meta(ge=1)] | None = None
 
 
-class Downloads:
-    """Where downloads begin, at most `most` at a time. `store`: None where none is set up."""
-
-    def __init__(self, store: ArtifactStore | None, most: int) -> None:
-        self._store = store
-        self._most = most
-        self._open: set[_Download] = set()
-        self._is_closed = False
-
-    @property
-    def has_store(self) -> bool:
-        return self._store is not None
-
-    async def begin(self, key: str, cut: Callable[[], None]) -> Download:
-        """The object under `key`. `cut` ends the connection of one who does not read. Raises Refused."""
-        if self._store is None:
-            message = "No store of artifacts is set up here, so there is nothing to download: see artifacts.url."
-            raise refused("not_found", message)
-        if self._is_closed:
-            raise refused("shutting_down", "The daemon is stopping; ask again in a moment.")
-        if len(self._open) >= self._most:
-            message = f"{self._most} downloads are under way (limits.downloads); try again in a moment."
-            raise refused("overloaded", message)
-        download = _Download(self._open, cut)  # its place is taken while it is looked for
-        try:
-            async with asyncio.timeout(CALL_S):
-                reading = await self._store.open(key)
-        except (StoreFault, TimeoutError) as fault:
-            download.leave()
-            log.warning("artifact_not_read", key=key, error=str(fault) or f"no answer within {CALL_S:g} s")
-            raise refused("storage_unavailable", "The store of artifacts cannot be read now; try again.") from fault
-        except BaseException:
-            download.leave()
-            raise
-        if reading is None:
-            download.leave()
-            raise refused("not_found", f"Nothing lies in the store of artifacts under {key!r} (any more).")
-        download.take(reading)
-        return download
-
-    def close(self) -> None:
-        """No new ones. Those under way may end; whoever takes longer is cut off soon."""
-        self._is_closed = True
-        if self._open:
-            asyncio.get_running_loop().call_later(CLOSING_S, self._cut_all)
-
-    def _cut_all(self) -> None:
-        for download in list(self._open):
-            download.cut()
-
-
-class _Download:
-    """One that is under way, among the others of `places`."""
-
-    def __init__(self, places: set[_Download], cut: Callable[[], None]) -> None:
-        self.size = 0
-        self.cut = cut
-        self._places = places
-        self._reading: Reading | None = None
-        places.add(self)
-
-    def take(self, reading: Reading) -> None:
-        self._reading = reading
-        self.size = reading.size
-
-    async def more(self) -> bytes:
-        assert self._reading is not None
-        async with asyncio.timeout(CALL_S):
-            return await self._reading.more()
-
-    def leave(self) -> None:
-        self._places.discard(self)
-        if self._reading is not None:
-            self._reading.close()
-
-
-async def give(site: Web, visit: Visit, asked: Any, name: str = "") -> web.StreamResponse | Refusal:
+async def give(site: Web[Rooms], visit: Visit, asked: Any, name: str = "") -> web.StreamResponse | Refusal:
     """The artifact that is asked for, as a file to be kept. Where it breaks off the connection is cut.
 
     `name` is that of who asks, where his session knows it.
@@ -137,7 +66,7 @@ async def give(site: Web, visit: Visit, asked: Any, name: str = "") -> web.Strea
         download.leave()
 
 
-async def _key(site: Web, visit: Visit, asked: Artifact) -> str | Refusal:
+async def _key(site: Web[Rooms], visit: Visit, asked: Artifact) -> str | Refusal:
     """What names the object."""
     command = Get(id=asked.id) if asked.late_result is None else LateResults(id=asked.id)
     looked = await site.actor.ask(command, by=visit.by, size=visit.size)
@@ -187,3 +116,79 @@ def disposition(key: str) -> str:
     name = key.rpartition("/")[2][-SHOWN_NAME:].lstrip(".") or "artifact"
     plain = "".join(each if each.isascii() and (each.isalnum() or each in " ._-+") else "_" for each in name)
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+
+
+LOOK_S: Final = 0.5  # between two looks whether the client of a backup is still there
+BACKUP_KIND: Final = "application/vnd.sqlite3"
+T = TypeVar("T")
+
+
+class BackupAsked(Command, frozen=True, kw_only=True):
+    """Under `id` its progress is told, beside this call."""
+
+    id: BackupId | None = None
+
+
+async def give_out(site: Web[Rooms], visit: Visit, asked: BackupAsked) -> web.StreamResponse | Refusal:
+    """Backup: copied and checked, then the pieces. Where they stop half-way the connection is cut: the client knows."""
+    await note(site, visit.operator, "backup")
+    try:
+        copy = await _while_there(site, visit, site.rooms.backup(asked.id or secrets.token_hex(8)))
+    except DiskFull as full:
+        return Refusal("storage_full", f"No backup: {full}. Free some and try again.")
+    except NoBackup as why:
+        log.error("no backup", reason=str(why))
+        return Refusal("shutting_down" if site.closing else "internal_error", f"No backup: {why}.")
+    if isinstance(copy, Refusal):
+        return copy
+    left: str | None = "it was not read to its end"
+    try:
+        response = web.StreamResponse(headers={"Content-Type": BACKUP_KIND, "Server": "jobd", **SAFE})
+        response.content_length = copy.size
+        assert visit.request is not None
+        await response.prepare(visit.request)
+        await _send_backup(response, copy, visit)
+        left = None
+        return response
+    finally:
+        copy.leave(left)
+
+
+async def _while_there(site: Web[Rooms], visit: Visit, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives. It is given up when the client goes away, or the daemon stops: neither waits for minutes."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            if visit.is_cut:
+                raise ConnectionResetError("the client is gone")
+            if site.closing:
+                raise NoBackup("the daemon is stopping")
+            await asyncio.wait([task], timeout=LOOK_S)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    return task.result()
+
+
+async def _send_backup(response: web.StreamResponse, copy: Copy, visit: Visit) -> None:
+    transport = visit.connection.transport
+    left = copy.size
+    try:
+        while left > 0 and (piece := await copy.more()):
+            left -= len(piece)
+            await write(response, piece)
+        with contextlib.suppress(ConnectionError):  # who has all of it may hang up at once
+            await _drain(visit)
+            await finish(response)
+    except Exception as error:
+        log.error("backup cut off", error=type(error).__name__)
+        if transport is not None:
+            transport.abort()
+        raise ConnectionResetError("backup cut off") from None
+
+
+async def _drain(visit: Visit) -> None:
+    """Wait until all is out: an answer with a length has no end of its own that would be waited for."""
+    assert visit.request is not None
+    async with asyncio.timeout(PATIENCE_S):
+        await visit.request.writer.drain()

@@ -13,7 +13,8 @@ from msgspec.structs import replace
 
 from jobd.answers import Answer
 from jobd.book import Book
-from jobd.commands import Call, Moment, Refusal
+from jobd.commands import Call, Moment
+from jobd.errors import Refusal
 from jobd.events import Change, Changes, Event, EventType, of_new
 from jobd.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
 

@@ -43,7 +43,6 @@ from jobd.commands import (
     Preview,
     Queues,
     Recover,
-    Refusal,
     Release,
     ReleaseLock,
     Search,
@@ -56,6 +55,7 @@ from jobd.commands import (
     Why,
     Workers,
 )
+from jobd.errors import Refusal
 
 CREATES: Final = (Create, Bulk, Import, ImportCheck)  # the last is refused where the import would be
 READS: Final = (

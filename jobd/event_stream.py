@@ -12,14 +12,16 @@ from aiohttp import web
 from msgspec import Meta
 from multidict import istr
 
-from jobd.bodies import Refused, invalid
 from jobd.commands import MAX_NAMES, Command
+from jobd.errors import Refused, invalid
 from jobd.events import EventType, Wanted
+from jobd.feed import Listener
 from jobd.job import is_job_id
 from jobd.replies import PATIENCE_S, SAFE
+from jobd.rooms import Rooms
 from jobd.streams import finish, notice_hangup, write
 from jobd.visits import Visit
-from jobd.web import Listener, Web
+from jobd.web import Web
 
 EVENT_STREAM: Final = "text/event-stream"
 LAST_EVENT_ID: Final = istr("Last-Event-ID")
@@ -47,7 +49,7 @@ class Follow(Command, frozen=True, kw_only=True):
     follow: bool = True
 
 
-async def follow(site: Web, visit: Visit, asked: Follow) -> web.StreamResponse:
+async def follow(site: Web[Rooms], visit: Visit, asked: Follow) -> web.StreamResponse:
     """The stream. It ends when the client has enough or the daemon stops; whoever reads too slowly is cut off."""
     wanted, after = _wanted(asked), _after(asked, visit)
     transport, request = visit.connection.transport, visit.request

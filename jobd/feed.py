@@ -16,7 +16,7 @@ import structlog
 from msgspec import Struct
 
 from jobd.batch import JournalPage
-from jobd.bodies import refused
+from jobd.errors import refused
 from jobd.events import Change, Event, StreamedEvent, Wanted, streamed
 from jobd.watchers import Watcher, Watchers
 

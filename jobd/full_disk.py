@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol
 import structlog
 
 from jobd.batch import SPARE_BYTES, Disk, DiskFull, DiskSpace
-from jobd.commands import Refusal
 from jobd.envelope import CREATES, ENDINGS, READS
+from jobd.errors import Refusal
 
 log = structlog.get_logger("jobd.actor")
 

@@ -19,7 +19,8 @@ from jobd.actor import Actor
 from jobd.answers import CleanupHealth, CleanupState, DatabaseHealth, HealthStatus, HealthView, PartHealth
 from jobd.artifacts import StoreFault
 from jobd.batch import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
-from jobd.commands import Moment, Ping, Refusal
+from jobd.commands import Moment, Ping
+from jobd.errors import Refusal
 from jobd.full_disk import Closed
 from jobd.job import STATUSES, Job
 

@@ -16,8 +16,9 @@ from msgspec.structs import replace
 from jobd import views
 from jobd.answers import Answer, AuditPage, AuditView, ExportPage, JobPage, LateResultList, Look, TimelineView, WhyView
 from jobd.batch import AuditQuery, AuditRows, Disk, LateAsked, Page, Query
-from jobd.commands import AuditLog, Export, List, Moment, Refusal, Search
+from jobd.commands import AuditLog, Export, List, Moment, Search
 from jobd.envelope import Asked
+from jobd.errors import Refusal
 from jobd.events import view
 from jobd.job import Job, Policy
 from jobd.late_rules import refuse_adoption

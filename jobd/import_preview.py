@@ -11,9 +11,11 @@ from typing import Any, Final, Literal
 from msgspec import Struct, structs
 
 from jobd.answers import Answer, ImportForeseen
-from jobd.commands import Import, ImportCheck, Refusal
+from jobd.commands import Import, ImportCheck
+from jobd.errors import Refusal
+from jobd.imports import STOPPING, Ahead, Importing
 from jobd.job import LIVE
-from jobd.streams import STOPPING, Ahead, Importing
+from jobd.rooms import Rooms
 from jobd.visits import Visit
 from jobd.web import Web, welcome
 
@@ -46,7 +48,7 @@ class ImportPreview(Struct, rename="camel"):
     stop_reason: str | None = None
 
 
-async def look_over(site: Web, visit: Visit, _: Any) -> Answer | Refusal:
+async def look_over(site: Web[Rooms], visit: Visit, _: Any) -> Answer | Refusal:
     """The preview of an import."""
     welcome(visit)
     return await _Previewing(site, visit).run()
@@ -55,7 +57,7 @@ async def look_over(site: Web, visit: Visit, _: Any) -> Answer | Refusal:
 class _Previewing(Importing):
     """An import that only asks."""
 
-    def __init__(self, site: Web, visit: Visit) -> None:
+    def __init__(self, site: Web[Rooms], visit: Visit) -> None:
         super().__init__(site, visit)
         self._seen = ImportPreview()
         self._first: dict[int, int] = {}  # the hash of an id that would be created: its line

@@ -14,8 +14,9 @@ from jobd import steps
 from jobd.answers import Answer
 from jobd.batch import LateAsked
 from jobd.book import Book
-from jobd.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Refusal, Release, Why
+from jobd.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Release, Why
 from jobd.draft import Draft
+from jobd.errors import Refusal
 from jobd.job import KEEP_LATE, Job, LateResult, Policy, Result, storage_key_fault
 
 ADOPTABLE: Final = frozenset({"queued", "failed", "cancelled"})

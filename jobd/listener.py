@@ -35,7 +35,7 @@ log = structlog.get_logger("jobd.web")
 class _Server(web.Server):
     """Makes a Connection where aiohttp would make its own."""
 
-    def __init__(self, site: Web, **options: Any) -> None:
+    def __init__(self, site: Web[Any], **options: Any) -> None:
         super().__init__(site.handle, request_factory=begin, handler_cancellation=True)
         self._site = site
         self._heads = Heads()
@@ -48,7 +48,7 @@ class _Server(web.Server):
 class Listener:
     """The sockets of one `Web`. Make it inside the event loop."""
 
-    def __init__(self, site: Web) -> None:
+    def __init__(self, site: Web[Any]) -> None:
         self.site = site
         self._server = _Server(
             site,

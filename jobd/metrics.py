@@ -31,7 +31,8 @@ from jobd.answers import Vitals
 from jobd.batch import DiskSpace
 from jobd.book import Book
 from jobd.cleanup import Cleaner
-from jobd.commands import REFUSALS, Moment
+from jobd.commands import Moment
+from jobd.errors import REFUSALS
 from jobd.events import EventType
 from jobd.figures import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram
 from jobd.job import SECOND_MS, STATUSES

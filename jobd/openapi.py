@@ -15,8 +15,9 @@ import msgspec
 
 from jobd import __version__
 from jobd.answers import Answer
-from jobd.commands import REFUSALS, OnJob
+from jobd.commands import OnJob
 from jobd.doors import JSON, LINES, OPERATOR
+from jobd.errors import REFUSALS
 from jobd.event_stream import EVENT_STREAM
 from jobd.glossary import ABOUT, ALSO, CALLS, GROUPS, HEADERS, REFUSED, REFUSED_TOO
 from jobd.glossary import REFUSALS as REFUSAL_WORDS
@@ -43,7 +44,7 @@ def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
 def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) -> Route:
     """GET `path`, which gives out the document of `routes`. It holds no secret and asks for no token."""
 
-    async def give(site: Web, visit: Visit, asked: Nothing) -> Answer:
+    async def give(site: Web[Any], visit: Visit, asked: Nothing) -> Answer:
         return Answer(Text(JSON, await asyncio.to_thread(text)))
 
     @cache

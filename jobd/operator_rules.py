@@ -19,7 +19,6 @@ from jobd.commands import (
     Import,
     ImportCheck,
     Pause,
-    Refusal,
     Resume,
     RunNow,
     Transition,
@@ -27,6 +26,7 @@ from jobd.commands import (
     Updates,
 )
 from jobd.draft import Draft
+from jobd.errors import Refusal
 from jobd.events import QueuePause
 from jobd.job import FINISHED, LIVE, MAX_PERCENT, TRANSITIONS, Failure, Grant, Job, Lease, Result, Status
 

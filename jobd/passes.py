@@ -16,7 +16,8 @@ from msgspec import Struct, field
 
 from jobd.actor import Actor
 from jobd.answers import CleanupReport, Issue, Recovered, Recovery, TakenBack, Worked
-from jobd.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Operator, Recover, Refusal, TakeBack
+from jobd.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Operator, Recover, TakeBack
+from jobd.errors import Refusal
 from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS
 from jobd.validation import counts, validate
 

@@ -10,19 +10,9 @@ from typing import Any, assert_never
 
 from jobd import planning, steps
 from jobd.answers import Answer, ChangedJob, PlanSlice
-from jobd.commands import (
-    AnyCommand,
-    ApplyPlan,
-    Cancel,
-    Delete,
-    Expected,
-    ForceFail,
-    ForceReset,
-    OnJob,
-    PlanAction,
-    Refusal,
-)
+from jobd.commands import AnyCommand, ApplyPlan, Cancel, Delete, Expected, ForceFail, ForceReset, OnJob, PlanAction
 from jobd.draft import Draft
+from jobd.errors import Refusal
 
 Rules = Mapping[PlanAction, Callable[[Draft, Any], Answer | Refusal]]
 

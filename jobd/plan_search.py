@@ -16,7 +16,8 @@ from jobd import planning
 from jobd.actor import Actor
 from jobd.answers import PlannedJob, SkippedJob
 from jobd.batch import Query
-from jobd.commands import MAKING_S, MAX_PLAN, OF_TIME, Expected, Filter, MakePlan, Moment, Preview, Refusal
+from jobd.commands import MAKING_S, MAX_PLAN, OF_TIME, Expected, Filter, MakePlan, Moment, Preview
+from jobd.errors import Refusal
 from jobd.job import FINISHED, Job, may_adopt
 
 MOST_SKIPPED: Final = 1_000  # that a plan shows

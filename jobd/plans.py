@@ -16,15 +16,8 @@ from msgspec.structs import asdict, replace
 from jobd import planning
 from jobd.actor import Actor
 from jobd.answers import ChangedJob, PlanResult, PlanSlice, PlanView
-from jobd.commands import (
-    ApplyEndings,
-    ApplyPlan,
-    Expected,
-    MakePlan,
-    Note,
-    Operator,
-    Refusal,
-)
+from jobd.commands import ApplyEndings, ApplyPlan, Expected, MakePlan, Note, Operator
+from jobd.errors import Refusal
 from jobd.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.plan_search import PAUSE_S, Clock, Search
 

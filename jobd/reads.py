@@ -28,7 +28,6 @@ from jobd.commands import (
     List,
     Locks,
     Queues,
-    Refusal,
     Stats,
     Timeline,
     Validate,
@@ -36,6 +35,7 @@ from jobd.commands import (
     Workers,
 )
 from jobd.draft import Draft
+from jobd.errors import Refusal
 from jobd.job import FINISHED
 from jobd.validation import validate
 from jobd.why import explain

@@ -18,8 +18,8 @@ from aiohttp.abc import AbstractStreamWriter
 from msgspec import Struct
 
 from jobd.answers import Answer
-from jobd.commands import Refusal
 from jobd.doors import JSON
+from jobd.errors import Refusal
 from jobd.visits import Request, Visit
 
 PATIENCE_S: Final = 75.0  # how long an answer may wait for a client that does not read it

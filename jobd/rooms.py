@@ -1,7 +1,7 @@
 """What a request may ask of the daemon beside the actor: cleanup, health, alerts, metrics, the clock, a backup, events,
 stored results.
 
-Wires; decides nothing. web.py has the protocol that this fulfils.
+Wires; decides nothing.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from jobd.answers import (
     Vitals,
     WebhookView,
 )
+from jobd.artifact_downloads import Download, Downloads
 from jobd.batch import DiskFull
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
-from jobd.commands import MakePlan, Operator, Refusal, TakeBack, Tick
+from jobd.commands import MakePlan, Operator, TakeBack, Tick
 from jobd.copies import Copies, Copy
-from jobd.downloads import Downloads
+from jobd.errors import Refusal
 from jobd.events import Wanted
 from jobd.failures import Failures
 from jobd.feed import Feed, Listener
@@ -53,7 +54,6 @@ from jobd.metrics import Metrics
 from jobd.plans import Planner
 from jobd.row_walk import RowWalk
 from jobd.watchers import Watcher
-from jobd.web import Download
 from jobd.webhooks import Webhooks
 
 log = structlog.get_logger("jobd.daemon")

@@ -14,8 +14,9 @@ from msgspec import Struct
 
 from jobd.answers import Answer
 from jobd.bodies import Limits, Shape
-from jobd.commands import Claim, Command, Create, OnJobNamed, Refusal, Start
+from jobd.commands import Claim, Command, Create, OnJobNamed, Start
 from jobd.doors import JSON
+from jobd.errors import Refusal
 
 Who = Literal["anyone", "worker", "admin"]
 # How a call is answered that is not one command to the actor: given the Web, the Visit and what was decoded.

@@ -9,7 +9,7 @@ import asyncio
 from typing import Final
 
 from jobd.answers import CheckedRows, DamagedRow
-from jobd.commands import Refusal
+from jobd.errors import Refusal
 from jobd.row_check import TABLES
 from jobd.store import Store
 

@@ -12,8 +12,9 @@ from msgspec.structs import replace
 
 from jobd import views
 from jobd.answers import Answer
-from jobd.commands import Claim, Complete, Create, Import, Moment, Refusal, Start
+from jobd.commands import Claim, Complete, Create, Import, Moment, Start
 from jobd.draft import Draft
+from jobd.errors import Refusal
 from jobd.events import EventType
 from jobd.job import (
     MAX_PERCENT,

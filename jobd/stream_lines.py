@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from jobd.bodies import Limits, Shape, explain, invalid, malformed, part_of
+from jobd.bodies import Limits, Shape, explain, malformed, part_of
 from jobd.commands import (
     Bulk,
     Cancel,
@@ -30,6 +30,7 @@ from jobd.commands import (
     Start,
 )
 from jobd.doors import Gate
+from jobd.errors import invalid
 
 OpName = Literal[
     "create", "bulk", "start", "claim", "progress", "extend", "complete", "fail", "release", "cancel", "get"

@@ -22,10 +22,10 @@ from jobd.commands import (
     OnJob,
     Preview,
     Recover,
-    Refusal,
     TakeBack,
 )
 from jobd.draft import Draft
+from jobd.errors import Refusal
 from jobd.job import FINISHED, Job, Lease
 from jobd.validation import counts, safe_fixes, validate
 

@@ -33,7 +33,8 @@ from jobd.answers import (
     WorkerView,
 )
 from jobd.book import Book
-from jobd.commands import Import, Locks, Moment, Queues, Refusal, Workers, WorkerState
+from jobd.commands import Import, Locks, Moment, Queues, Workers, WorkerState
+from jobd.errors import Refusal
 from jobd.events import QueuePause
 from jobd.figures import Figures
 from jobd.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled

@@ -11,50 +11,27 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Generic, Protocol, TypeVar
 from urllib.parse import unquote
 
 import structlog
 from aiohttp import hdrs, web
 from aiohttp.streams import StreamReader
 from msgspec import Struct
-from msgspec.structs import replace
 from multidict import istr
 
 from jobd.answers import (
-    AlertView,
     Answer,
-    BackupView,
-    CheckedRows,
-    CleanupReport,
-    CleanupState,
-    ClockView,
-    DeliveryPage,
-    DeliveryState,
-    DeliveryView,
-    DiskView,
-    FailuresView,
-    HealthView,
-    PlanResult,
-    PlanView,
-    PreviewView,
-    QuarantinedJob,
-    RecoverStuckView,
-    Resent,
-    TakenBack,
-    Vitals,
-    WebhookView,
 )
-from jobd.bodies import Limits, Refused, path_value, refused, too_large
-from jobd.commands import Command, KeyUse, MakePlan, Note, Operator, Refusal, TakeBack
+from jobd.bodies import Limits, path_value
+from jobd.commands import Command, KeyUse, Operator
 from jobd.doors import FORM, JSON, LINES, Gate, check_kind
 from jobd.envelope import Asked, Waiter
-from jobd.events import Wanted
-from jobd.job import MINUTE_MS
+from jobd.errors import Refusal, Refused, refused, too_large
 from jobd.replies import HTTP_VERSION, Letter, Reply, Text, accepted, refusing
 from jobd.routes import Found, Route, Table, Way
 from jobd.sparing import Sparing
-from jobd.visits import Head, Request, Visit, looker_of, operator_of
+from jobd.visits import Head, Request, Visit, operator_of
 
 BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
@@ -63,6 +40,9 @@ MET: Final = frozenset({"", "100-continue"})  # values of the Expect header that
 KINDS: Final = {"json": JSON, "lines": LINES, "form": FORM}
 
 log = structlog.get_logger("jobd.web")
+
+
+S = TypeVar("S")  # the services behind an API
 
 
 class Ask(Protocol):
@@ -105,41 +85,6 @@ class Ask(Protocol):
         """The reply could not be delivered: its grants are released."""
 
 
-class Download(Protocol):
-    """A stored result on its way out: `size` bytes by `more`, nothing at the end; `leave` at last."""
-
-    size: int
-
-    async def more(self) -> bytes: ...
-    def leave(self) -> None: ...
-
-
-class Copy(Protocol):
-    """A backup on its way out: `size` bytes by `more`, nothing at the end; `leave` at last, and why it is not whole."""
-
-    size: int
-
-    async def more(self) -> bytes: ...
-    def leave(self, why: str | None = None) -> None: ...
-
-
-class Listener(Protocol):
-    """Somebody who is told of events as they happen: `begin`, then `more` until it gives nothing; `leave` at last."""
-
-    async def begin(self, after: int | None, back: int) -> bytes: ...
-    async def more(self) -> bytes: ...
-    def leave(self) -> None: ...
-
-
-class Watcher(Protocol):
-    """Somebody who is told that something has happened: `news`; `over` where nothing more comes; `leave` at last."""
-
-    news: asyncio.Event
-    over: asyncio.Event
-
-    def leave(self) -> None: ...
-
-
 class Pages(Protocol):
     """The pages beside an API: `knows` says whether the visit comes from a browser that is signed in."""
 
@@ -147,74 +92,11 @@ class Pages(Protocol):
     def refusal_page(self, visit: Visit, refusal: Refusal) -> Text: ...
 
 
-class Rooms(Protocol):
-    """Everything of the daemon that a request may ask for and that is not one command to the actor."""
-
-    async def run_cleanup(self, *, forced: bool) -> CleanupReport: ...
-    def cleanup_state(self) -> CleanupState: ...
-    async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView | Refusal: ...
-    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | Refusal: ...
-    def failures(self, limit: int) -> FailuresView: ...
-    async def preview(self, look_s: float = ...) -> PreviewView | Refusal: ...
-    async def make_plan(self, asked: MakePlan) -> PlanView | Refusal: ...
-    def plan(self, plan_id: str) -> PlanView | Refusal: ...
-    async def apply_plan(self, plan_id: str, operator: Operator) -> PlanResult | Refusal: ...
-    async def health(self) -> HealthView: ...
-    def alerts(self) -> list[AlertView]: ...
-    async def disk_space(self) -> DiskView | None: ...
-    async def metrics(self) -> bytes: ...  # Prometheus text
-    async def vitals(self) -> Vitals: ...
-    async def reports(self, limit: int) -> list[CleanupReport]: ...  # newest first
-    def clock(self) -> ClockView: ...
-    async def accept_clock(self) -> ClockView | Refusal: ...
-    def quarantine(self) -> list[QuarantinedJob]: ...
-    def queue_names(self, most: int) -> list[str]: ...  # the first of them
-    async def backup(self, id_: str) -> Copy | Refusal: ...
-    async def check_rows(self, cursor: str | None) -> CheckedRows | Refusal: ...
-    def backups(self) -> list[BackupView]: ...
-    def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener: ...
-    def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher: ...
-    def has_artifacts(self) -> bool: ...  # whether there is a store of them
-    async def download(self, key: str, cut: Callable[[], None]) -> Download: ...
-    def webhooks(self) -> list[WebhookView]: ...
-    async def deliveries(
-        self, webhook: str, state: DeliveryState | None, before: int | None, limit: int
-    ) -> DeliveryPage | Refusal: ...
-    async def given_up(self, webhook: str) -> tuple[int, int]: ...
-    async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | Refusal: ...
-    async def deliver_all_again(self, webhook: str, upto: int | None) -> Resent | Refusal: ...
-    async def test_webhook(self, webhook: str) -> DeliveryView | Refusal: ...
-    def is_ready(self) -> bool: ...
-    def is_alive(self) -> bool: ...
-
-
-async def ask(site: Web, visit: Visit, command: Any) -> Answer | Refusal:
+async def ask(site: Web[Any], visit: Visit, command: Any) -> Answer | Refusal:
     """The way of almost every route: one command to the actor."""
     return await site.actor.ask(
         command, by=visit.by, admin=visit.admin, key=visit.key, size=visit.size, operator=visit.operator
     )
-
-
-async def note(
-    site: Web, operator: Operator | None, what: str, details: dict[str, Any] | None = None, reason: str | None = None
-) -> None:
-    """Keep in the audit log what an operator does that is no command on jobs. It does not depend on that."""
-    done = await site.actor.ask(Note(what=what, details=details, reason=reason), operator=operator)
-    if isinstance(done, Refusal):
-        log.warning("audit_missed", what=what, by=None if operator is None else operator.by, reason=done.code)
-
-
-async def note_look(site: Web, visit: Visit, what: str, *, name: str = "", job_id: str | None = None) -> None:
-    """Keep in the audit log what somebody takes with him: the same within a minute is one entry, however many requests
-    it takes."""
-    looker, details = looker_of(visit, name), {"access": "read"} if visit.by == "reader" else None
-    minute = site.rooms.clock().now // MINUTE_MS
-    part_of = " ".join((what, looker.who, looker.address, job_id or "", str(minute)))
-    done = await site.actor.ask(
-        Note(what=what, details=details, job_id=job_id), operator=replace(looker, part_of=part_of)
-    )
-    if isinstance(done, Refusal):
-        log.warning("audit_missed", what=what, by=looker.by, reason=done.code)
 
 
 class Entry(Struct, frozen=True):
@@ -224,7 +106,7 @@ class Entry(Struct, frozen=True):
     value: str | None
 
 
-class Web:
+class Web(Generic[S]):
     """One API behind one door. `refusals` counts every refusal sent, by code.
 
     `closing`: the daemon is going down; answers say `Connection: close`. `ends` are called when that begins: streams
@@ -236,7 +118,7 @@ class Web:
         gate: Gate,
         routes: Iterable[Route],
         actor: Ask,
-        rooms: Rooms,
+        rooms: S,
         *,
         limits: Limits | None = None,
         admin: bool = False,
@@ -537,25 +419,3 @@ def welcome(visit: Visit) -> None:
 
 class Nothing(Command, frozen=True, kw_only=True):
     """A call that takes no fields."""
-
-
-class Probe(Struct, frozen=True):
-    status: Literal["ok", "unavailable"]
-
-
-def _probe(is_well: bool) -> Answer:
-    return Answer(Probe("ok")) if is_well else Answer(Probe("unavailable"), status=503)
-
-
-async def _alive(site: Web, visit: Visit, asked: Nothing) -> Answer:
-    return _probe(site.rooms.is_alive())
-
-
-async def _ready(site: Web, visit: Visit, asked: Nothing) -> Answer:
-    return _probe(site.rooms.is_ready())
-
-
-PROBES: Final = (
-    Route(method="GET", path="/healthz", asks=Nothing, gives=Probe, who="anyone", via=_alive),
-    Route(method="GET", path="/readyz", asks=Nothing, gives=Probe, who="anyone", via=_ready),
-)

@@ -42,9 +42,9 @@ from jobd.event_stream import EVENT_STREAM, Follow, follow
 from jobd.events import StreamedEvent
 from jobd.glossary import WORKER_TITLE
 from jobd.openapi import document_at, with_document
+from jobd.probes import PROBES
 from jobd.routes import Route, Who
 from jobd.stream_lines import StreamedAnswer, StreamedCommand
-from jobd.web import PROBES
 
 _W: Final[Who] = "worker"
 

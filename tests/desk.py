@@ -9,12 +9,13 @@ import copy
 from collections.abc import Iterable
 from typing import Any, Final
 
-from jobd import late_rules, rules, steps
+from jobd import decide, late_rules, steps
 from jobd.answers import Answer, GrantView
 from jobd.batch import LateKnown
 from jobd.book import Book
-from jobd.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Refusal, Start
+from jobd.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Start
 from jobd.draft import Decision
+from jobd.errors import Refusal
 from jobd.events import Change, Event, fold
 from jobd.job import KEEP_LATE, LIVE, STATUSES, Grant, Job, LateResult, Policy, is_release_loop
 
@@ -84,7 +85,7 @@ class Desk:
         if isinstance(command, Start | Claim):
             self.book.presence.asks(command)
         before = picture(self.book)
-        decision = rules.decide(self.book, Call(command, by, SEED, admin, expected=expected), self.at, self.policy)
+        decision = decide.decide(self.book, Call(command, by, SEED, admin, expected=expected), self.at, self.policy)
         assert picture(self.book) == before, "decide changed the book"
         for change in decision.changes:
             self._put(change)

@@ -15,7 +15,8 @@ from jobd.answers import Answer, GrantView
 from jobd.book import Book
 from jobd.cleanup import Cleaner, read_figures
 from jobd.clock import Clock
-from jobd.commands import AnyCommand, Create, Refusal, Start
+from jobd.commands import AnyCommand, Create, Start
+from jobd.errors import Refusal
 from jobd.job import HOUR_MS, Job, Options, Policy
 from jobd.keys import Keys
 from jobd.passes import Schedule

@@ -52,16 +52,17 @@ from jobd.answers import (
     Vitals,
     WebhookView,
 )
+from jobd.artifact_downloads import Download, Downloads
 from jobd.bodies import Limits
-from jobd.commands import Call, Command, KeyUse, MakePlan, Operator, Refusal, TakeBack
+from jobd.commands import Call, Command, KeyUse, MakePlan, Operator, TakeBack
 from jobd.doors import Gate
-from jobd.downloads import Downloads
 from jobd.envelope import Waiter
+from jobd.errors import Refusal
 from jobd.events import Wanted
 from jobd.listener import Listener
 from jobd.routes import Route
 from jobd.watchers import Watcher
-from jobd.web import Download, Pages, Web
+from jobd.web import Pages, Web
 from tests.conftest import tool_missing
 from tests.memory_disk import MemoryDisk
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd import rules
+from jobd import decide, rules
 from jobd.answers import Answer, Validation, WhyView
 from jobd.batch import LateKnown, Numbers, Opened
 from jobd.book import Book
@@ -47,7 +47,6 @@ from jobd.commands import (
     Pause,
     Progress,
     Recover,
-    Refusal,
     Release,
     ReleaseLock,
     Resume,
@@ -61,6 +60,7 @@ from jobd.commands import (
     Validate,
     Why,
 )
+from jobd.errors import Refusal
 from jobd.events import QueuePause
 from jobd.job import (
     LIVE,
@@ -339,7 +339,7 @@ class Walk(Promises):
         book = state.book()
         self._begin(state)
         call = Call(command, "admin" if step.admin else "client", SEED, step.admin)
-        decision = self.judged(rules.decide, book, call, state.at, self.policy)
+        decision = self.judged(decide.decide, book, call, state.at, self.policy)
         self.decisions += 1
         self.played.add(type(command))
         self._count(decision.answer)
@@ -390,7 +390,7 @@ class Walk(Promises):
 
     def _ask(self, book: Book, state: State, command: AnyCommand) -> Any:
         self._begin(state)
-        decision = self.judged(rules.decide, book, Call(command, "client", SEED), state.at, self.policy)
+        decision = self.judged(decide.decide, book, Call(command, "client", SEED), state.at, self.policy)
         self.played.add(type(command))
         self.must(isinstance(decision.answer, Answer) and not decision.changes, "S8", f"{decision.answer}", ID)
         assert isinstance(decision.answer, Answer)

@@ -15,7 +15,7 @@ import pytest
 from msgspec import UNSET, Raw
 from structlog.testing import capture_logs
 
-from jobd import history, rules
+from jobd import decide, history
 from jobd.actor import BATCH_WEIGHT, CLOCK_LOOK_S, Bounds, DiskBroken
 from jobd.answers import Answer, Done, JobView, RefusalView
 from jobd.batch import (
@@ -64,7 +64,6 @@ from jobd.commands import (
     Ping,
     Progress,
     Recover,
-    Refusal,
     Release,
     Report,
     Resume,
@@ -79,6 +78,7 @@ from jobd.commands import (
 )
 from jobd.draft import Decision
 from jobd.envelope import Asked
+from jobd.errors import Refusal
 from jobd.events import Change, fold
 from jobd.fingerprints import fingerprint
 from jobd.full_disk import Closed
@@ -258,15 +258,15 @@ async def test_nobody_is_told_before_the_commit() -> None:
 @in_virtual_time
 async def test_a_bug_in_a_rule_costs_one_command() -> None:
     house = Household()
-    decide = rules.decide
+    original = decide.decide
 
     def broken(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
         if isinstance(call.command, Pause):
             raise ZeroDivisionError
-        return decide(book, call, at, policy)
+        return original(book, call, at, policy)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rules, "decide", broken)
+        patch.setattr(decide, "decide", broken)
         tasks = fill(house, [Create(id="a"), Pause(name="q"), Create(id="b")])
         async with house:
             answers = [await task for task in tasks]

@@ -33,7 +33,6 @@ from jobd.commands import (
     Operator,
     Pause,
     Queues,
-    Refusal,
     ReleaseLock,
     Resume,
     RunNow,
@@ -48,6 +47,7 @@ from jobd.commands import (
     Workers,
 )
 from jobd.doors import Gate
+from jobd.errors import Refusal
 from jobd.job import Policy
 from jobd.views import job_view
 from tests.http_help import BACKUP, DELIVERY, TOKEN, WEBHOOK, House

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from jobd.admin_api import Deliveries, RowsAsked
-from jobd.bodies import Limits, Refused, Shape, explain, part_of, path_value
+from jobd.bodies import Limits, Shape, explain, part_of, path_value
 from jobd.commands import (
     AuditLog,
     Bulk,
@@ -29,7 +29,6 @@ from jobd.commands import (
     MakePlan,
     Pause,
     Progress,
-    Refusal,
     Search,
     Start,
     TakeBack,
@@ -39,8 +38,9 @@ from jobd.commands import (
 )
 from jobd.dashboard.pages import WorkersPage
 from jobd.dashboard.webhooks import WebhookPage
+from jobd.downloads import BackupAsked
+from jobd.errors import Refusal, Refused
 from jobd.job import Backoff
-from jobd.streams import BackupAsked
 from jobd.weighing import MANY_KEYS
 
 LIMITS = Limits()

@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from jobd.answers import Answer, CleanupReport, RecoverStuckView
 from jobd.batch import Audited, DiskFull
 from jobd.cleanup import TICK_S, read_beside, read_figures
-from jobd.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Recover, Refusal, Timeline
+from jobd.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Recover, Timeline
+from jobd.errors import Refusal
 from jobd.events import Event
 from jobd.figures import Figures, Histogram
 from jobd.full_disk import Closed

@@ -28,8 +28,8 @@ from jobd.answers import AuditView
 from jobd.cli import ctl, deeds, exits, own_daemon, places, safe_file, show, tables_admin
 from jobd.cli.kinds import duration_ms, moment_ms, past_ms
 from jobd.client.endpoint import default_socket
-from jobd.commands import REFUSALS
 from jobd.dashboard import filters, paint
+from jobd.errors import REFUSALS
 from jobd.files import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent

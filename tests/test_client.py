@@ -50,7 +50,7 @@ from jobd.client import (
     worker_endpoint,
 )
 from jobd.client.protocol import RETRIED, Reply, Request, Tries, get, job_path, json_lines, reader, result
-from jobd.commands import REFUSALS
+from jobd.errors import REFUSALS
 from tests.conftest import tool_missing
 from tests.peer import Peer, closing, drop, early, no, ok, raw, serving
 

@@ -18,9 +18,9 @@ from jobd.actor import Bounds
 from jobd.answers import Answer, Done, Grants
 from jobd.batch import DiskFull
 from jobd.bodies import Limits
-from jobd.commands import Refusal
 from jobd.connection import Connection
 from jobd.doors import Gate
+from jobd.errors import Refusal
 from jobd.stream_lines import OPS
 from jobd.worker_api import ROUTES
 from tests.household import until

@@ -42,8 +42,8 @@ from jobd.commands import (
     Updates,
     Workers,
 )
+from jobd.downloads import BackupAsked
 from jobd.job import LATEST_MS, Backoff
-from jobd.streams import BackupAsked
 
 YEAR_MS = 365 * 86_400_000
 DAY_MS = 86_400_000

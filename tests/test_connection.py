@@ -16,9 +16,9 @@ from structlog.testing import capture_logs
 
 from jobd.answers import Answer, Done
 from jobd.bodies import Limits
-from jobd.commands import Refusal
 from jobd.connection import AHEAD, Connection
 from jobd.doors import Gate
+from jobd.errors import Refusal
 from jobd.worker_api import ROUTES
 from tests.hostile_bytes import CHUNKED, HOSTILE
 from tests.http_help import TOKEN, House, Line, message, tls_pair

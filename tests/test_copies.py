@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd import backup, copies, streams
+from jobd import backup, copies, downloads
 from jobd.answers import BackupView
 from jobd.backup import BackupStopped
 from jobd.batch import DiskFull
-from jobd.commands import Refusal
 from jobd.copies import Copies, Copy
+from jobd.errors import Refusal
 from jobd.store import Store
 from tests.by_hand import Maker
 from tests.store_help import edited, opened, write
@@ -187,4 +187,4 @@ async def test_why_there_is_none_is_kept(store: Store, monkeypatch: pytest.Monke
     views = kept.views()
     assert [view.id for view in views] == [str(number) for number in range(copies.KEPT + 2, 2, -1)]
     assert {(view.state, view.message) for view in views} == {("failed", "a backup needs 48 MiB free")}
-    assert streams.LOOK_S < 1
+    assert downloads.LOOK_S < 1

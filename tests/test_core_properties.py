@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import rules, steps
+from jobd import decide, steps
 from jobd.answers import Answer
 from jobd.commands import (
     Adopt,
@@ -46,7 +46,6 @@ from jobd.commands import (
     Progress,
     Queues,
     Recover,
-    Refusal,
     Release,
     ReleaseLock,
     Report,
@@ -65,6 +64,7 @@ from jobd.commands import (
     Workers,
 )
 from jobd.draft import Decision
+from jobd.errors import Refusal
 from jobd.job import (
     FINISHED,
     STATUSES,
@@ -448,7 +448,7 @@ def test_rules_take_any_row_that_hands_may_leave(job: Job, sequence: list[tuple[
         desk.now += ms
         desk.lease += ms
         book.advance(desk.now, desk.lease)
-        decision = rules.decide(book, Call(_aimed(command), "client", SEED), desk.at, POLICY)
+        decision = decide.decide(book, Call(_aimed(command), "client", SEED), desk.at, POLICY)
         assert isinstance(decision.answer, (Answer, Refusal))
         for change in decision.changes:
             book.put(change)
@@ -468,7 +468,7 @@ def test_a_pass_leaves_no_row_that_it_could_mend(job: Job) -> None:
 
     def mend() -> Any:
         desk.book.advance(desk.now, desk.lease)
-        decision = rules.decide(desk.book, Call(Mend(ids=["a"]), "cleanup", SEED), desk.at, POLICY)
+        decision = decide.decide(desk.book, Call(Mend(ids=["a"]), "cleanup", SEED), desk.at, POLICY)
         for change in decision.changes:
             desk.book.put(change)
         assert isinstance(decision.answer, Answer)

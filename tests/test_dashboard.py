@@ -30,19 +30,20 @@ from msgspec.structs import replace
 from jobd import admin_api, history, plan_search, worker_api
 from jobd.actor import Actor
 from jobd.answers import AlertView, ClockView, DeliveryPage, OldestDue, PreviewView, Recovery
+from jobd.artifact_downloads import Downloads
 from jobd.artifact_files import FileStore
 from jobd.batch import AuditQuery, Query
 from jobd.book import Book
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock, boot_clock_ms, wall_clock_ms
-from jobd.commands import ForceFail, Refusal
+from jobd.commands import ForceFail
 from jobd.dashboard import bulk, entrance, filters, live, pages, paint, sessions
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.deeds import DEEDS
 from jobd.dashboard.recorder import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
 from jobd.dashboard.room import Dashboard
 from jobd.doors import FORM, Access, Gate, own_names
-from jobd.downloads import Downloads
+from jobd.errors import Refusal
 from jobd.events import Change, Event
 from jobd.failures import Failures
 from jobd.job import LATEST_MS, Policy

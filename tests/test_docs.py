@@ -24,16 +24,16 @@ from msgspec import inspect, structs
 from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
-from jobd import admin_api, alerts, answers, commands, config, events, worker_api
+from jobd import admin_api, alerts, answers, commands, config, errors, events, worker_api
 from jobd.cli import exits
 from jobd.cli.ctl import jobctl as jobctl_program
 from jobd.cli.daemon import jobd as jobd_program
 from jobd.client.run import FIELDS, PREFIX
 from jobd.import_preview import ImportPreview
+from jobd.imports import ImportReport
 from jobd.pace import SAMPLES_NEEDED
 from jobd.routes import Route
 from jobd.stream_lines import OPS, StreamedAnswer
-from jobd.streams import ImportReport
 from tests.conftest import tool_missing
 from tests.process import TOKEN, Daemon, die_with_us
 
@@ -123,7 +123,7 @@ def test_a_variable_that_means_a_key_is_said_to_be_read_by_the_daemon() -> None:
 
 
 def test_every_refusal_code_with_its_status() -> None:
-    assert {ticked(code)[0]: int(status) for code, status, *_ in rows(API, "code", "status")} == commands.REFUSALS
+    assert {ticked(code)[0]: int(status) for code, status, *_ in rows(API, "code", "status")} == errors.REFUSALS
 
 
 @pytest.mark.parametrize(

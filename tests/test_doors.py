@@ -8,8 +8,8 @@ import pytest
 from multidict import CIMultiDict
 
 from jobd import admin_api, worker_api
-from jobd.bodies import Refused
 from jobd.doors import JSON, LINES, Gate, check_kind, host_name, own_names, token_digest
+from jobd.errors import Refused
 from tests.http_help import House, message, wrong_tokens
 
 GOOD = "good-token-0123456789abcdef"

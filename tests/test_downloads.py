@@ -13,15 +13,16 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd import downloads
+from jobd import artifact_downloads
 from jobd.admin_api import ROUTES
 from jobd.answers import Answer, LateResultList
+from jobd.artifact_downloads import Downloads
 from jobd.artifact_files import FileStore
 from jobd.artifacts import PIECE_BYTES, StoreFault
-from jobd.bodies import Refused
-from jobd.commands import Get, LateResults, Note, Refusal
+from jobd.commands import Get, LateResults, Note
 from jobd.doors import Gate
-from jobd.downloads import Downloads, disposition
+from jobd.downloads import disposition
+from jobd.errors import Refusal, Refused
 from jobd.job import Job, LateResult, Policy, Result
 from jobd.views import job_view, late_view
 from tests.desk import Desk
@@ -191,7 +192,7 @@ async def test_a_result_that_cannot_be_read_to_its_end_is_short_of_its_length(
 async def test_a_store_that_does_not_answer_is_not_waited_for_for_ever(
     house: House, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downloads, "CALL_S", 0.05)
+    monkeypatch.setattr(artifact_downloads, "CALL_S", 0.05)
     names(house, "k")
     store: Any = house.figures.downloads._store
 
@@ -205,7 +206,7 @@ async def test_a_store_that_does_not_answer_is_not_waited_for_for_ever(
 
 
 async def test_downloads_end_when_the_daemon_stops(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "CLOSING_S", 0.01)
+    monkeypatch.setattr(artifact_downloads, "CLOSING_S", 0.01)
     (place / "k").write_text("result")
     opened = Downloads(FileStore(str(place), "test"), MOST)
     cut = asyncio.Event()

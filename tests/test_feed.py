@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobd import feed as feed_module
-from jobd.bodies import Refused
+from jobd.errors import Refused
 from jobd.events import Change, Wanted
 from jobd.feed import HEARTBEAT_S, PAGE, Feed, Listener
 from tests.by_hand import Maker

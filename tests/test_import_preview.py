@@ -15,8 +15,9 @@ from jobd.admin_api import ROUTES
 from jobd.answers import Answer, ImportForeseen
 from jobd.bodies import Limits
 from jobd.client import AdminClient, AsyncAdminClient
-from jobd.commands import ImportCheck, Refusal
+from jobd.commands import ImportCheck
 from jobd.doors import Gate
+from jobd.errors import Refusal
 from tests.http_help import TOKEN, Heard, House
 from tests.process import Daemon
 

@@ -20,12 +20,12 @@ ROOT: Final = PACKAGE.parent
 
 # A room: its modules, and the rooms that they may import beside their own.
 ROOMS: Final[dict[str, tuple[str, str]]] = {
-    "nouns": ("job events commands answers batch webhook", ""),
+    "nouns": ("job events commands errors answers batch webhook", ""),
     "fingerprints": ("fingerprints", ""),
     "book": ("book live_jobs orders figures overlaps pace worker_presence", "nouns"),
     "judging": ("views validation planning", "nouns book"),
     "rules": (
-        "rules operator_rules late_rules time_rules reads steps draft why audit plan_rules",
+        "decide rules operator_rules late_rules time_rules reads steps draft why audit plan_rules",
         "nouns book judging",
     ),
     "letters": ("webhook_letter webhook_rules webhook_line webhook_addresses webhook_url", "nouns"),
@@ -38,30 +38,32 @@ ROOMS: Final[dict[str, tuple[str, str]]] = {
     ),
     "copies": ("copies row_walk", "nouns store"),
     "web": (
-        "web bodies weighing doors routes visits heads replies sparing streams import_preview connection listener",
+        "web bodies weighing doors routes visits heads replies sparing streams connection listener",
         "nouns actor",
     ),
-    "stream": ("stream_lines command_stream", "nouns actor web"),
-    "feed": ("feed watchers event_stream", "nouns web actor"),
+    "stream": ("stream_lines command_stream", "nouns actor web rooms"),
+    "feed": ("feed watchers", "nouns web actor"),
     "webhooks": (
         "webhooks webhook_courier webhook_reader webhook_alerts webhook_office webhook_sender",
         "nouns letters",
     ),
-    "artifacts": ("artifacts artifact_files artifact_s3 sweeper", "nouns"),
-    "downloads": ("downloads", "nouns web artifacts"),
+    "artifacts": ("artifacts artifact_downloads artifact_files artifact_s3 sweeper", "nouns"),
     "time": ("cleanup passes foresight plans plan_search health presence", "nouns book judging actor clock artifacts"),
     "watch": ("metrics alerts facts failures", "nouns fingerprints book judging actor clock artifacts time"),
     # what requests may ask of the daemon beside the actor
-    "rooms": ("rooms", "nouns actor clock store copies web time watch feed downloads webhooks"),
-    "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed stream downloads"),
+    "rooms": (
+        "rooms auditing probes imports import_preview downloads event_stream",
+        "nouns actor clock store copies web time watch feed webhooks artifacts",
+    ),
+    "apis": ("worker_api admin_api openapi schemas glossary", "nouns web feed stream rooms"),
     "settings": ("config tokens webhook_config host_names", "nouns letters"),
     "system": ("log outlet systemd", ""),
     "wiring": (
         "daemon",
-        "nouns book rules clock actor store copies web feed webhooks artifacts downloads time watch rooms apis "
+        "nouns book rules clock actor store copies web feed webhooks artifacts time watch rooms apis "
         "settings system dashboard",
     ),
-    "dashboard": ("dashboard", "nouns web feed downloads"),
+    "dashboard": ("dashboard", "nouns web feed rooms"),
     "client": ("client", "nouns"),
     # The daemon's own verbs work on its files; jobctl's get no further than the client (see below).
     "cli": ("cli __main__", "nouns client store settings wiring system bench"),
@@ -74,8 +76,9 @@ NOUNS: Final = {
     "job": set(),
     "events": {"job"},
     "commands": {"job", "events"},
-    "answers": {"job", "events", "commands"},
-    "batch": {"job", "events"},
+    "errors": set(),
+    "answers": {"job", "events", "commands", "errors"},
+    "batch": {"job", "events", "errors"},
     "webhook": {"job", "events", "answers"},
 }
 
@@ -194,12 +197,12 @@ def test_the_store_decides_nothing() -> None:
 
 @pytest.mark.parametrize("source", sorted((PACKAGE / "client").rglob("*.py")), ids=lambda source: source.name)
 def test_the_client_knows_nothing_of_the_server(source: Path) -> None:
-    assert ours(source) <= {"job", "events", "commands", "answers", "client"}
+    assert ours(source) <= {"job", "events", "commands", "errors", "answers", "client"}
 
 
 @pytest.mark.parametrize("source", sorted((PACKAGE / "cli").glob("ctl*.py")), ids=lambda source: source.name)
 def test_jobctl_is_a_client(source: Path) -> None:
-    assert ours(source) <= {"job", "commands", "answers", "client", "cli"}
+    assert ours(source) <= {"job", "commands", "errors", "answers", "client", "cli"}
 
 
 def test_only_the_daemon_is_wired_by_hand() -> None:

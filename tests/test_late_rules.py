@@ -8,7 +8,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import book, late_rules, rules
+from jobd import book, decide, late_rules
 from jobd.answers import Answer, JobView, LateResultList, Look, WhyView
 from jobd.batch import LateKnown
 from jobd.commands import (
@@ -27,7 +27,6 @@ from jobd.commands import (
     LateResults,
     Progress,
     Recover,
-    Refusal,
     Release,
     ReleaseLock,
     Transition,
@@ -36,6 +35,7 @@ from jobd.commands import (
     Why,
 )
 from jobd.draft import Draft
+from jobd.errors import Refusal
 from jobd.job import DAY_MS, KEEP_LATE, MINUTE_MS, LatePolicy, Policy, Result
 from tests.desk import NOW, Desk
 
@@ -222,7 +222,7 @@ def test_a_lock_that_ends_in_the_batch_of_its_complete_leaves_its_result(desk: D
     lock_id = desk.held()
     desk.yes(ForceReset(id="a"), admin=True)
     desk.book.late = LateKnown()
-    decision = rules.decide(desk.book, Call(completing(lock_id)), desk.at, desk.policy)
+    decision = decide.decide(desk.book, Call(completing(lock_id)), desk.at, desk.policy)
     assert isinstance(decision.answer, Refusal)
     assert decision.answer.details["late_result"] == decision.changes[0].event.seq
 
@@ -504,7 +504,7 @@ def test_a_job_that_is_created_in_the_same_batch_has_none(desk: Desk) -> None:
     """Before the batch it was not there: nobody looked what the disk has of it."""
     desk.create()
     desk.book.late = LateKnown()
-    refusal = rules.decide(desk.book, Call(Adopt(id="a"), admin=True), desk.at, desk.policy).answer
+    refusal = decide.decide(desk.book, Call(Adopt(id="a"), admin=True), desk.at, desk.policy).answer
     assert isinstance(refusal, Refusal)
     assert refusal.code == "late_result_not_found"
 

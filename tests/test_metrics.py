@@ -25,7 +25,8 @@ from jobd.answers import Answer
 from jobd.book import Book
 from jobd.cleanup import Cleaner
 from jobd.clock import Clock
-from jobd.commands import REFUSALS, AnyCommand, Claim, Complete, Create, EndGrants, Pause, Start
+from jobd.commands import AnyCommand, Claim, Complete, Create, EndGrants, Pause, Start
+from jobd.errors import REFUSALS
 from jobd.feed import Feed
 from jobd.figures import OTHER_QUEUES
 from jobd.full_disk import Closed

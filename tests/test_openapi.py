@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from jobd import admin_api, commands, glossary, worker_api
-from jobd.bodies import Limits, Refused, Shape
+from jobd import admin_api, errors, glossary, worker_api
+from jobd.bodies import Limits, Shape
 from jobd.doors import Gate, own_names
+from jobd.errors import Refused
 from jobd.events import StreamedEvent
 from jobd.job import storage_key_fault
 from jobd.openapi import call_of, document, refusals
@@ -89,12 +90,12 @@ def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
     for route in TABLES[name]:
         responses = said[call_of(route)]["responses"]
         wanted = {route.status, *glossary.ALSO.get(call_of(route), {})}
-        wanted |= {commands.REFUSALS[code] for code in refusals(route)}
+        wanted |= {errors.REFUSALS[code] for code in refusals(route)}
         assert {int(status) for status in responses} == wanted
         kinds = resolved(name, responses[str(route.status)])["content"]
         assert list(kinds) == [route.sends]
         for code in refusals(route):
-            assert f"`{code}`" in resolved(name, responses[str(commands.REFUSALS[code])])["description"]
+            assert f"`{code}`" in resolved(name, responses[str(errors.REFUSALS[code])])["description"]
         headers = {each["name"] for each in said[call_of(route)]["parameters"] if each["in"] == "header"}
         wanted_headers = {"Idempotency-Key"} if route.key else set()
         taken = call_of(route).endswith(("/export", "/backup", "/artifact"))  # the audit log has who took it
@@ -111,8 +112,8 @@ def test_the_glossary_has_a_word_for_everything_and_none_too_many() -> None:
     assert set(glossary.CALLS) == calls
     assert set(glossary.ALSO) | set(glossary.REFUSED_TOO) <= calls
     assert set(glossary.REFUSED) <= {route.asks for route in routes}
-    assert set(glossary.REFUSALS) == set(commands.REFUSALS)
-    assert all(code in commands.REFUSALS for codes in glossary.REFUSED.values() for code in codes)
+    assert set(glossary.REFUSALS) == set(errors.REFUSALS)
+    assert all(code in errors.REFUSALS for codes in glossary.REFUSED.values() for code in codes)
     said = {field for name in TABLES for field in _fields(DOCUMENTS[name])}
     assert set(glossary.FIELDS) == said
 
@@ -133,7 +134,7 @@ def _fields(said: Any) -> set[str]:
 
 def test_every_refusal_is_somewhere_but_for_those_of_unknown_paths() -> None:
     told = {code for table in TABLES.values() for route in table for code in refusals(route)}
-    assert set(commands.REFUSALS) - told == {"method_not_allowed"}
+    assert set(errors.REFUSALS) - told == {"method_not_allowed"}
 
 
 @pytest.fixture(params=TABLES)
@@ -214,7 +215,7 @@ def value_at(body: Any, path: str) -> Any:
     return body
 
 
-def is_beside_its_schema(refusal: commands.Refusal, body: Any) -> bool:
+def is_beside_its_schema(refusal: errors.Refusal, body: Any) -> bool:
     """Whether `body` may be refused although its schema takes it: for the value of the very field that is named.
 
     A storage key may be no way to an object, and what JSON Schema takes for an integer, 5.0, is none to us.
@@ -248,7 +249,7 @@ def is_beside_its_schema(refusal: commands.Refusal, body: Any) -> bool:
     ],
 )
 def test_what_may_be_refused_beside_its_schema(body: Any, field: str, message: str, fair: bool) -> None:
-    assert is_beside_its_schema(commands.Refusal("invalid_request", message, {"field": field}), body) == fair
+    assert is_beside_its_schema(errors.Refusal("invalid_request", message, {"field": field}), body) == fair
 
 
 @pytest.mark.parametrize("call", READERS)
@@ -263,7 +264,7 @@ def test_a_body_is_taken_by_the_decoder_just_where_its_schema_takes_it(call: str
         taken: object = shape.from_body(json.dumps(body).encode(), given_by_path)
     except Refused as no:
         taken = no.refusal
-    if isinstance(taken, commands.Refusal):
+    if isinstance(taken, errors.Refusal):
         assert taken.code == "invalid_request"
         assert is_beside_its_schema(taken, body) or not schema.is_valid(body), taken.message
     else:

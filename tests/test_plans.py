@@ -31,10 +31,10 @@ from jobd.commands import (
     MakePlan,
     PlanAction,
     Preview,
-    Refusal,
     Start,
     Update,
 )
+from jobd.errors import Refusal
 from jobd.job import DAY_MS, SECOND_MS, Grant, Options
 from jobd.planning import version
 from jobd.plans import Planner

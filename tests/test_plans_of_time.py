@@ -31,9 +31,9 @@ from jobd.commands import (
     PlanAction,
     Progress,
     Recover,
-    Refusal,
 )
 from jobd.draft import Draft
+from jobd.errors import Refusal
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, runs_again
 from jobd.planning import version
 from jobd.plans import Planner

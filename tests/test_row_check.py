@@ -10,7 +10,7 @@ import pytest
 
 from jobd import row_check, row_walk
 from jobd.answers import CheckedRows
-from jobd.commands import Refusal
+from jobd.errors import Refusal
 from jobd.job import FINISHED, LIVE
 from jobd.row_check import TABLES
 from jobd.row_walk import RowWalk

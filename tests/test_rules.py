@@ -10,7 +10,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import rules, steps, views
+from jobd import decide, rules, steps, views
 from jobd.answers import (
     Answer,
     Done,
@@ -59,7 +59,6 @@ from jobd.commands import (
     Progress,
     Queues,
     Recover,
-    Refusal,
     Release,
     ReleaseLock,
     Report,
@@ -77,6 +76,7 @@ from jobd.commands import (
     Why,
     Workers,
 )
+from jobd.errors import Refusal
 from jobd.job import (
     DAY_MS,
     FINISHED,
@@ -258,7 +258,7 @@ def test_a_page_of_queues_reads_no_other_queue(desk: Desk, monkeypatch: pytest.M
         desk.book.swap(None, Job(number, f"j-{number}", Options(f"q-{number:03}"), "queued", NOW, NOW, NOW))
     looked: list[str] = []
     monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: looked.append(queue))
-    found = rules.decide(desk.book, Call(Queues(cursor="q-499")), desk.at, desk.policy).answer
+    found = decide.decide(desk.book, Call(Queues(cursor="q-499")), desk.at, desk.policy).answer
     assert isinstance(found, Answer)
     assert [each.name for each in found.data.queues] == [f"q-{number}" for number in range(500, 700)]
     assert (found.data.next_cursor, len(looked)) == ("q-699", 200)
@@ -1505,7 +1505,7 @@ def test_time_is_judged_when_a_command_is_applied(desk: Desk) -> None:
         (Expire(limit=9), Worked(0)),
     ]
     for command, nothing in nothings:
-        decision = rules.decide(desk.book, Call(command, seed=SEED), before, desk.policy)
+        decision = decide.decide(desk.book, Call(command, seed=SEED), before, desk.policy)
         assert not isinstance(decision.answer, Refusal)
         assert decision.answer.data == nothing
         assert not decision.changes
@@ -1515,7 +1515,7 @@ def test_a_lock_is_not_cleared_any_more_where_its_job_has_become_stuck(desk: Des
     desk.held(stuck_after_ms=HOUR_MS, **no_ceiling())
     desk.passes(TTL)
     later = Moment(desk.now + HOUR_MS, desk.lease + HOUR_MS, NOW - desk.lease)
-    decision = rules.decide(desk.book, Call(Recover(limit=9), seed=SEED), later, desk.policy)
+    decision = decide.decide(desk.book, Call(Recover(limit=9), seed=SEED), later, desk.policy)
     assert decision.answer == Answer(Recovered([], 0, False))
 
 

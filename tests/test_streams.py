@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from jobd import streams
+from jobd import downloads, imports, streams
 from jobd.admin_api import ROUTES
 from jobd.answers import Answer, Done, Imported
 from jobd.backup import BackupStopped, BadCopy
 from jobd.batch import DiskFull
 from jobd.bodies import Limits
-from jobd.commands import Import, Note, Refusal
+from jobd.commands import Import, Note
 from jobd.doors import Gate
+from jobd.errors import Refusal
 from tests.http_help import TOKEN, Heard, House, Line, Pieces, message
 
 IMPORT = "/admin/job-management/import"
@@ -136,7 +137,7 @@ async def test_a_line_at_its_limit_is_taken_and_one_byte_more_is_not(house: Hous
 
 
 async def test_only_so_many_refusals_are_shown(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "SHOWN_REFUSALS", 3)
+    monkeypatch.setattr(imports, "SHOWN_REFUSALS", 3)
     heard = await put(house, *(["x"] * 10))
     assert heard.data["refusedCount"] == 10
     assert [no["line"] for no in heard.data["refused"]] == [1, 2, 3]
@@ -163,10 +164,10 @@ async def test_an_import_reads_no_further_than_a_few_lines_ahead(house: House) -
     answering(house, hold)
     line = await house.line()
     line.send(head(house) + chunk(b"".join(b'{"id":"job-%d"}\n' % n for n in range(500))) + b"0\r\n\r\n")
-    while len(house.desk.asked) <= streams.AHEAD_LINES:  # noqa: ASYNC110 - the desk has no event for it
+    while len(house.desk.asked) <= imports.AHEAD_LINES:  # noqa: ASYNC110 - the desk has no event for it
         await asyncio.sleep(0.001)
     assert (await house.ask("GET", "/healthz")).status == 200  # everybody else is served; the import has not moved
-    assert len(house.desk.asked) == streams.AHEAD_LINES + 1
+    assert len(house.desk.asked) == imports.AHEAD_LINES + 1
     go.set()
     assert (await line.hear()).data["imported"] == 500
 
@@ -288,7 +289,7 @@ async def test_a_backup_is_refused_where_too_many_are_under_way(house: House) ->
 
 
 async def test_who_goes_away_before_the_copy_is_whole_stops_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "LOOK_S", 0.01)
+    monkeypatch.setattr(downloads, "LOOK_S", 0.01)
     house.figures.held = asyncio.Event()
     line = await house.line()
     line.send(message("GET", BACKUP, headers=AUTH))
@@ -298,7 +299,7 @@ async def test_who_goes_away_before_the_copy_is_whole_stops_it(house: House, mon
 
 
 async def test_a_daemon_that_stops_does_not_wait_for_a_copy(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "LOOK_S", 0.01)
+    monkeypatch.setattr(downloads, "LOOK_S", 0.01)
     house.figures.held = asyncio.Event()
     asking = asyncio.create_task(house.ask("GET", BACKUP, headers=AUTH))
     await house.figures.begun.wait()
@@ -365,6 +366,7 @@ async def test_a_backup_whose_client_goes_away_is_given_up(house: House) -> None
 
 
 async def test_a_backup_whose_client_does_not_read_is_given_up(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "PATIENCE_S", 0.05)
     monkeypatch.setattr(streams, "PATIENCE_S", 0.05)
     house.figures.pieces = [b"x" * 1_000_000] * 200
     line = await house.line()
@@ -376,6 +378,7 @@ async def test_a_backup_whose_client_does_not_read_is_given_up(house: House, mon
 
 
 async def test_a_backup_whose_end_is_not_read_is_given_up(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "PATIENCE_S", 0.05)
     monkeypatch.setattr(streams, "PATIENCE_S", 0.05)
     house.figures.pieces = [b"x"]
     line = await house.line()

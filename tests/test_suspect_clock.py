@@ -26,7 +26,6 @@ from jobd.commands import (
     Pause,
     Preview,
     Recover,
-    Refusal,
     RunNow,
     Start,
     Tick,
@@ -36,6 +35,7 @@ from jobd.commands import (
     Validate,
     Why,
 )
+from jobd.errors import Refusal
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.passes import Schedule
 from jobd.plans import Planner

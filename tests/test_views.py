@@ -11,7 +11,8 @@ from msgspec.structs import asdict, replace
 from jobd import views
 from jobd.answers import RefusalView, public_lock
 from jobd.book import Book
-from jobd.commands import Import, Locks, Moment, Refusal
+from jobd.commands import Import, Locks, Moment
+from jobd.errors import Refusal
 from jobd.figures import Figures
 from jobd.job import MINUTE_MS, Backoff, Failure, Grant, Job, LateResult, Lease, Options, Policy, Result
 from tests.desk import NOW

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobd.bodies import Refused
+from jobd.errors import Refused
 from jobd.events import Change, Event, Wanted
 from jobd.feed import Feed
 from jobd.watchers import Watcher

@@ -15,8 +15,9 @@ from structlog.testing import capture_logs
 
 from jobd.answers import Answer, Done, LockState
 from jobd.bodies import Limits
-from jobd.commands import Cancel, Claim, Create, Get, List, Progress, Refusal, Start
+from jobd.commands import Cancel, Claim, Create, Get, List, Progress, Start
 from jobd.doors import Gate, own_names
+from jobd.errors import Refusal
 from jobd.routes import Route, Table
 from jobd.sparing import MOST_A_SECOND, Sparing
 from jobd.worker_api import ROUTES

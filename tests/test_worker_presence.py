@@ -25,13 +25,13 @@ from jobd.commands import (
     Extend,
     Operator,
     Recover,
-    Refusal,
     Release,
     Start,
     TakeBack,
     Workers,
 )
 from jobd.draft import Draft
+from jobd.errors import Refusal
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Lease, Options, Policy
 from jobd.views import workers
 from jobd.worker_presence import GONE_AFTER_MS, ClaimSet, WorkerPresence

@@ -12,12 +12,13 @@ from urllib.parse import urlencode
 import msgspec
 
 from jobd.answers import Answer, PlanView, late_note_of
-from jobd.bodies import Refused, explain, refused
-from jobd.commands import MAKING_S, MAX_PLAN, OF_TIME, Filter, MakePlan, OnPlan, PlanAction, Refusal
+from jobd.bodies import explain
+from jobd.commands import MAKING_S, MAX_PLAN, OF_TIME, Filter, MakePlan, OnPlan, PlanAction
 from jobd.dashboard.filters import JobFilter, chosen
 from jobd.dashboard.guests import Guest, go_on
 from jobd.dashboard.pages import ACTIONS, PAUSED, Shown, asked, strip
 from jobd.dashboard.paint import iso
+from jobd.errors import Refusal, Refused, refused
 from jobd.job import JobId, Text
 
 MOST_SHOWN: Final = 200

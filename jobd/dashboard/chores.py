@@ -9,11 +9,11 @@ from typing import Final, Literal
 from urllib.parse import urlencode
 
 from jobd.answers import Answer
-from jobd.bodies import Refused
-from jobd.commands import Command, Pause, Refusal, Resume, TakeBack
+from jobd.commands import Command, Pause, Resume, TakeBack
 from jobd.dashboard import pages
 from jobd.dashboard.guests import Guest, ReasonForm, go_on
 from jobd.dashboard.pages import Shown
+from jobd.errors import Refusal, Refused
 from jobd.job import QueueName, Worker
 from jobd.visits import in_parts
 

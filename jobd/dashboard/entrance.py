@@ -16,14 +16,16 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from jobd.answers import Answer
+from jobd.auditing import note
 from jobd.commands import Command, Note, Operator
 from jobd.dashboard.guests import Form, Guest, cookie, is_renewal, is_secure, set_cookie, target_of
 from jobd.dashboard.paint import HEADERS, HTML, go_to
 from jobd.dashboard.sessions import LONGEST_S, Brake, Comings, Session, Sessions
 from jobd.doors import operator_name
 from jobd.replies import Text
+from jobd.rooms import Rooms
 from jobd.visits import Visit, address_of
-from jobd.web import Web, note
+from jobd.web import Web
 
 # Addresses to which a sign-in leads on: with all that browsers leave in an address as it is, but for the backslash,
 # which they take for a slash. `//` would be another host.
@@ -54,7 +56,7 @@ class Entrance:
         self._comings = Comings(clock_s)
         self._held = 0  # answers that are held back
 
-    async def page(self, site: Web, visit: Visit, asked: SignInPage) -> Answer:
+    async def page(self, site: Web[Rooms], visit: Visit, asked: SignInPage) -> Answer:
         if self._sessions.find(cookie(visit)) is not None:
             return Answer(go_to(onward(asked.next)), status=303)
         return Answer(await self._form(asked.next, ""))
@@ -63,7 +65,7 @@ class Entrance:
         shown = {"title": "Sign in", "name": "sign-in", "onward": onward(wanted), "fault": fault}
         return await self._paint("sign_in.html", None, **shown)
 
-    async def sign_in(self, site: Web, visit: Visit, asked: SignIn) -> Answer:
+    async def sign_in(self, site: Web[Rooms], visit: Visit, asked: SignIn) -> Answer:
         """No secret of a session is in this form, as there is none yet. What another site could gain by sending it is
         that somebody is signed in with a token that this site knows; and the gate has looked at Origin."""
         address, name = address_of(visit), operator_name(asked.name)
@@ -76,7 +78,7 @@ class Entrance:
         self._sessions.sign_out(cookie(visit))
         return Answer(go_to(onward(asked.next), Set_Cookie=set_cookie(visit, secret, LONGEST_S)), status=303)
 
-    async def _refuse(self, site: Web, asked: SignIn, who: Operator) -> Answer:
+    async def _refuse(self, site: Web[Rooms], asked: SignIn, who: Operator) -> Answer:
         """A wrong token. Its answer may be held back; of those that are at the same time there is a limit, too."""
         wrong = self._brake.wrong(who.address)
         site.refusals["unauthorized"] += 1
@@ -102,7 +104,7 @@ class Entrance:
             await self._note(guest.site, guest.session, address_of(guest.visit), "sign-out")
         return Answer(go_to("/sign-in", Set_Cookie=set_cookie(guest.visit, "", 0)), status=303)
 
-    async def _note(self, site: Web, session: Session, address: str, what: str) -> None:
+    async def _note(self, site: Web[Rooms], session: Session, address: str, what: str) -> None:
         who = Operator(session.name or ("reader" if session.access == "read" else ""), address)
         coming = self._comings.note(what, session.access, address, who.who)
         more = {"times": coming.times, "names": list(coming.names)} if coming.times > 1 else {}

@@ -12,10 +12,11 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from jobd.bodies import explain, invalid
+from jobd.bodies import explain
 from jobd.commands import Command, Search
 from jobd.dashboard.live import Live
 from jobd.dashboard.places import job_place
+from jobd.errors import invalid
 from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
 
 TIMES: Final = ("since", "until", "finished_since", "finished_until")

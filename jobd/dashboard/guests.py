@@ -10,14 +10,16 @@ from typing import Any, Final
 from msgspec import Struct
 
 from jobd.answers import Answer
-from jobd.bodies import refused
-from jobd.commands import Command, Refusal
+from jobd.auditing import note
+from jobd.commands import Command
 from jobd.dashboard.paint import go_to
 from jobd.dashboard.sessions import Session, Sessions, Told
 from jobd.doors import Access
+from jobd.errors import Refusal, refused
 from jobd.job import Text
+from jobd.rooms import Rooms
 from jobd.visits import Visit, operator_of
-from jobd.web import Web, note
+from jobd.web import Web
 
 AUTHORIZATION: Final = "Authorization"
 CSRF_HEADER: Final = "X-CSRF-Token"
@@ -42,7 +44,7 @@ class ReasonForm(Form, frozen=True, kw_only=True):
 class Guest(Struct):
     """Who asks for a page. `session` is None for a program, which sends its token with every request."""
 
-    site: Web
+    site: Web[Rooms]
     visit: Visit
     access: Access
     session: Session | None = None
@@ -96,7 +98,7 @@ class Guest(Struct):
             raise refused("forbidden", "This form is not of your session. Open its page again, then send it.")
 
 
-def guest_of(site: Web, visit: Visit, sessions: Sessions) -> Guest | None:
+def guest_of(site: Web[Rooms], visit: Visit, sessions: Sessions) -> Guest | None:
     """Who asks; None where nobody has signed in. 401 where a token is sent that is not valid."""
     guest = None
     if AUTHORIZATION in visit.head.headers:

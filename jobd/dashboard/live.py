@@ -15,17 +15,19 @@ import structlog
 from aiohttp import hdrs, web
 
 from jobd.answers import Answer
-from jobd.bodies import Refused, refused
 from jobd.commands import Command
 from jobd.dashboard.guests import Guest
 from jobd.dashboard.paint import HEADERS
+from jobd.errors import Refused, refused
 from jobd.event_stream import EVENT_STREAM
 from jobd.feed import HEARTBEAT_S, RETRY_MS
 from jobd.job import JobId, QueueName
 from jobd.replies import SAFE, Text
+from jobd.rooms import Rooms
 from jobd.streams import notice_hangup, write
 from jobd.visits import Visit
-from jobd.web import Watcher, Web
+from jobd.watchers import Watcher
+from jobd.web import Web
 
 # Between two pieces of news, however much happens: a page costs the daemon some ms.
 FLOOR_S: Final = 1.0
@@ -49,7 +51,7 @@ def news_at(live: Live) -> str:
 
 
 async def stream(
-    site: Web, visit: Visit, asked: Live, guest: Callable[[], Guest | None]
+    site: Web[Rooms], visit: Visit, asked: Live, guest: Callable[[], Guest | None]
 ) -> web.StreamResponse | Answer:
     """The stream. `guest` says who asks, as of now."""
     if not _is_still_here(guest):

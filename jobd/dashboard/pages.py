@@ -31,7 +31,7 @@ from jobd.answers import (
     late_note,
 )
 from jobd.answers import AuditPage as AuditEntries
-from jobd.bodies import Refused, explain, refused
+from jobd.bodies import explain
 from jobd.commands import (
     AuditLog,
     Command,
@@ -42,7 +42,6 @@ from jobd.commands import (
     Locks,
     OnJob,
     Queues,
-    Refusal,
     Stats,
     Timeline,
     Why,
@@ -58,6 +57,7 @@ from jobd.dashboard.paint import pretty
 from jobd.dashboard.recorder import Recorder
 from jobd.doors import host_name
 from jobd.downloads import Artifact
+from jobd.errors import Refusal, Refused, refused
 from jobd.job import STATUSES, QueueName, may_adopt
 
 Shown = dict[str, Any]

@@ -16,8 +16,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from jobd.answers import Answer, JobView
-from jobd.bodies import Refused, refused
-from jobd.commands import Command, Get, OnJob, OnPlan, Refusal
+from jobd.commands import Command, Get, OnJob, OnPlan
 from jobd.dashboard import bulk, chores, clock, links, pages, webhooks
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.deeds import DEEDS, Chosen, Verb, lock_id_of
@@ -31,9 +30,11 @@ from jobd.dashboard.recorder import Recorder
 from jobd.dashboard.sessions import Sessions
 from jobd.doors import Gate
 from jobd.downloads import Artifact, give
+from jobd.errors import Refusal, Refused, refused
 from jobd.event_stream import EVENT_STREAM
 from jobd.job import Text as Words
 from jobd.replies import Text
+from jobd.rooms import Rooms
 from jobd.routes import Route
 from jobd.visits import Visit
 from jobd.web import Nothing, Web, check_reader
@@ -209,7 +210,7 @@ class Dashboard:
         `changes`: it leads to a change, so it is not for who may only look.
         """
 
-        async def via(site: Web, visit: Visit, asked: Any) -> Answer:
+        async def via(site: Web[Rooms], visit: Visit, asked: Any) -> Answer:
             guest = guest_of(site, visit, self.sessions)
             if guest is None:
                 return to_sign_in(visit)
@@ -231,7 +232,7 @@ class Dashboard:
     def _form(self, path: str, asks: type[Command], act: Act, *, for_readers: bool = False) -> Route:
         """A form of a page: whoever sends it has a session and its secret, and may change things."""
 
-        async def via(site: Web, visit: Visit, asked: Any) -> Answer | Refusal:
+        async def via(site: Web[Rooms], visit: Visit, asked: Any) -> Answer | Refusal:
             guest = guest_of(site, visit, self.sessions)
             if guest is None:
                 raise refused("unauthorized", "Nobody is signed in here, or no more. Sign in, then do it again.")
@@ -267,32 +268,32 @@ class Dashboard:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    async def _static(self, site: Web, visit: Visit, asked: Asset) -> Answer | Refusal:
+    async def _static(self, site: Web[Rooms], visit: Visit, asked: Asset) -> Answer | Refusal:
         text = self._assets.text(asked.name, asked.v)
         return Refusal("not_found", "There is no such file.") if text is None else Answer(text)
 
-    async def _docs(self, document: str, site: Web, visit: Visit, asked: Nothing) -> Answer:
+    async def _docs(self, document: str, site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
         """It shows what GET `document` gives to everybody, so it wants no session either, and no token."""
         guest = None if AUTHORIZATION in visit.head.headers else guest_of(site, visit, self.sessions)
         return Answer(await self._paint("docs.html", guest, title="API", name="docs", document=document))
 
-    async def _live(self, site: Web, visit: Visit, asked: Live) -> Answer | StreamResponse:
+    async def _live(self, site: Web[Rooms], visit: Visit, asked: Live) -> Answer | StreamResponse:
         return await stream(site, visit, asked, lambda: guest_of(site, visit, self.sessions))
 
-    async def _chart(self, site: Web, visit: Visit, asked: Nothing) -> Answer:
+    async def _chart(self, site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
         guest = guest_of(site, visit, self.sessions)
         if guest is None:
             raise refused("unauthorized", "Nobody is signed in here.")
         return Answer(self._recorder.chart(guest.now))
 
-    async def _artifact(self, site: Web, visit: Visit, asked: Artifact) -> Answer | Refusal | StreamResponse:
+    async def _artifact(self, site: Web[Rooms], visit: Visit, asked: Artifact) -> Answer | Refusal | StreamResponse:
         """The job's stored result: the API's call, for who has signed in."""
         guest = guest_of(site, visit, self.sessions)
         if guest is None:
             return to_sign_in(visit)
         return await give(site, visit, asked, guest.name)
 
-    async def _elsewhere(self, site: Web, visit: Visit, asked: Artifact) -> Answer:
+    async def _elsewhere(self, site: Web[Rooms], visit: Visit, asked: Artifact) -> Answer:
         """The way out to where a worker says that its result is."""
         guest = guest_of(site, visit, self.sessions)
         if guest is None:

@@ -11,10 +11,10 @@ from urllib.parse import quote, urlencode
 from msgspec import Meta
 
 from jobd.answers import Answer, DeliveryPage, DeliveryState, WebhookView
-from jobd.bodies import Refused, refused
-from jobd.commands import Command, Refusal
+from jobd.commands import Command
 from jobd.dashboard.guests import Guest, ReasonForm, go_on
 from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, asked, strip
+from jobd.errors import Refusal, Refused, refused
 from jobd.webhook import BACKLOG, WebhookName
 
 STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)

@@ -12,6 +12,8 @@ MIRRORS: Final[dict[str, tuple[str, ...]]] = {
     "job": ("job", "commands", "bodies"),
     "events": ("events",),
     "commands": ("commands", "bodies", "envelope"),
+    "errors": ("commands", "bodies"),
+    "decide": ("rules",),
     "answers": ("answers", "views", "rules", "worker_api"),
     "batch": ("batch", "rows"),
     "book": ("book",),

@@ -52,7 +52,7 @@ _CORE: Final = frozenset({"actor", "artifacts", "time", "watch", "wiring"})
 _SEEN_FROM: Final[dict[str, Level]] = {
     **dict.fromkeys(_CORE, "simulation"),
     "store": "store",
-    **dict.fromkeys(("web", "stream", "apis", "settings"), "doors"),
+    **dict.fromkeys(("web", "stream", "rooms", "apis", "settings"), "doors"),
 }
 _PURE: Final = PURE | {"envelope", "clock"}  # those of the actor's parts that are tested by themselves
 

@@ -10,7 +10,8 @@ import asyncio
 from typing import Any, Final
 
 from jobd.answers import Answer, CleanupReport, GrantView
-from jobd.commands import MAX_PAGE, AnyCommand, Claim, Complete, List, Progress, Refusal, Resume, RunNow, Stats
+from jobd.commands import MAX_PAGE, AnyCommand, Claim, Complete, List, Progress, Resume, RunNow, Stats
+from jobd.errors import Refusal
 from jobd.job import DAY_MS, SECOND_MS
 from tests.simulation.machine import Daemon, Machine
 from tests.simulation.promises import is_overdue

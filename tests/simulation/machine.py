@@ -21,8 +21,9 @@ from jobd.batch import DiskFull, Opened
 from jobd.book import Book
 from jobd.cleanup import Cleaner, read_figures
 from jobd.clock import Clock
-from jobd.commands import AnyCommand, CreditAbsence, EndGrants, KeyUse, Operator, Refusal
+from jobd.commands import AnyCommand, CreditAbsence, EndGrants, KeyUse, Operator
 from jobd.daemon import GRACE_MS, STOP_S, _current_keys
+from jobd.errors import Refusal
 from jobd.job import DAY_MS
 from jobd.keys import Keys
 from jobd.sweeper import Sweeper, Sweeps

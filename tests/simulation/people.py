@@ -30,7 +30,6 @@ from jobd.commands import (
     KeyUse,
     Pause,
     Progress,
-    Refusal,
     Release,
     ReleaseLock,
     Resume,
@@ -39,6 +38,7 @@ from jobd.commands import (
     Transition,
     Update,
 )
+from jobd.errors import Refusal
 from jobd.job import SECOND_MS
 from tests.simulation.machine import Machine
 from tests.simulation.requests import Requests

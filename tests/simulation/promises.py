@@ -32,7 +32,6 @@ from jobd.commands import (
     Moment,
     Progress,
     Recover,
-    Refusal,
     Release,
     ReleaseLock,
     Start,
@@ -41,6 +40,7 @@ from jobd.commands import (
     is_rehearsal,
 )
 from jobd.draft import Decision
+from jobd.errors import Refusal
 from jobd.events import Change, Event, fold
 from jobd.job import FINISHED, STATUSES, TRANSITIONS, Job, Lease, Policy, release_delay_ms
 from tests.desk import due_order

@@ -17,7 +17,7 @@ from typing import Any, Final
 import structlog
 from msgspec import Struct, field
 
-from jobd import rules
+from jobd import decide
 from jobd.batch import DiskFull
 from tests.simulation.chaos import Chaos
 from tests.simulation.closing import Closing
@@ -114,7 +114,7 @@ async def _end(machine: Machine, tasks: list[asyncio.Task[Any]]) -> None:
 @contextlib.contextmanager
 def _watched(machine: Machine) -> Iterator[None]:
     """Decisions go through the watch; the log is silent, but for a failure that nobody asked for."""
-    before, decide = structlog.get_config(), rules.decide
+    before, original = structlog.get_config(), decide.decide
 
     def listen(_: Any, __: str, entry: MutableMapping[str, Any]) -> str:
         if entry.get("exc_info"):
@@ -127,11 +127,11 @@ def _watched(machine: Machine) -> Iterator[None]:
         wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
         cache_logger_on_first_use=False,
     )
-    rules.decide = machine.watch.decide
+    decide.decide = machine.watch.decide
     try:
         yield
     finally:
-        rules.decide = decide
+        decide.decide = original
         structlog.configure(**before)
 
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Raw
 
-from jobd import rules
+from jobd import decide
 from jobd.answers import Answer, CleanupReport, GrantView
 from jobd.batch import Batch, KeyRow
 from jobd.book import Book
-from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, Refusal, is_rehearsal
+from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, is_rehearsal
 from jobd.draft import Decision
 from jobd.envelope import READS
+from jobd.errors import Refusal
 from jobd.events import Change, fold
 from jobd.full_disk import Closed
 from jobd.job import FINISHED, KEEP_LATE, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
@@ -60,7 +61,7 @@ class Watch(Promises):
         self._good_pass_s = 0.0  # loop time of the start, or of the latest pass without errors
         self._key_rows: dict[str, KeyRow] = {}  # as committed, with answers
         self._commits = 0
-        self._decide: Decide = rules.decide
+        self._decide: Decide = decide.decide
 
     @property
     def daemon(self) -> Daemon | None:
