@@ -1,3 +1,3 @@
-"""jobd: one daemon that owns all job state. See README.md; the walk through the code starts in web.py and rules.py."""
+"""jobd: one daemon that owns all job state. docs/architecture.md is the way into the code."""
 
 __version__ = "0.1.0"

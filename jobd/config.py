@@ -51,106 +51,240 @@ Positive = Annotated[int, Meta(ge=1)]
 
 
 class WorkerSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where workers connect."""
+
     socket: str = ""
+    """Path of the worker API's Unix socket. Empty: `worker.sock` in the runtime directory."""
     socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$(?!\n)")] = "0660"
+    """Octal permissions of the socket. A process that can connect to it can work on jobs.
+
+    They apply to a Unix socket in `admin.listen` as well.
+    """
     listen: str = ""
+    """TCP address of the worker API, such as `127.0.0.1:8771`. Empty: no TCP. Requires `worker.token_file`."""
     token_file: str = ""
+    """File with the token that workers send over TCP. During a rotation it holds two, one per line."""
     tls_cert: str = ""
+    """PEM certificate chain for the TCP address."""
     tls_key: str = ""
+    """PEM private key of that certificate."""
 
 
 class AdminSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where operators connect."""
+
     listen: str = "127.0.0.1:8770"
+    """Address of the admin API and the dashboard: `HOST:PORT` or `unix:/path`."""
     token_file: str = ""
+    """File with the admin token. `ADMIN_TOKEN` and `ADMIN_TOKEN_FILE` take precedence.
+
+    Without any of the three, a systemd credential named `admin_token` is used.
+    """
     readonly_token_file: str = ""
+    """File with a read-only token. `ADMIN_READONLY_TOKEN_FILE` takes precedence.
+
+    The token gives access to every page and every GET except the backup, and shows no lock ids.
+    """
     hosts: list[str] = []
+    """Additional names allowed in the `Host` header, such as that of a reverse proxy. Ports are ignored."""
     tls_cert: str = ""
+    """PEM certificate chain. Without one, an address other than loopback logs a warning."""
     tls_key: str = ""
+    """PEM private key of that certificate."""
 
 
 class ServerSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """HTTP, on both listeners."""
+
     python_parser: bool = False
+    """Start even if aiohttp's C parser is missing. Its Python parser accepts some malformed requests.
+
+    If this is `false` and the C parser is missing, the start fails with exit code 78.
+    """
 
 
 class StoreSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where job state is stored."""
+
     path: str = ""
+    """Path of the SQLite database. Empty: `jobd.db` in the state directory.
+
+    `:memory:` uses no file, and all jobs are lost when the daemon exits.
+    """
     synchronous: Literal["full", "extra"] = "full"
+    """`full`: fsync the database before every response. `extra`: fsync its directory as well."""
 
 
 class LocksSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """How long a worker can hold a job without reporting."""
+
     ttl: Duration = Duration(15 * MINUTE_MS)
+    """Lifetime of a lock, unless the grant asks for another. Progress reports and extensions renew it."""
     max_processing: Duration = Duration(30 * MINUTE_MS)
+    """Ceiling: the longest time that a lock can last after the latest progress report. `"0"`: no ceiling.
+
+    `max_processing_ms` of a job or a grant overrides it. `Worker` and `jobctl run` ask for no ceiling.
+    """
 
 
 class StuckSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """What happens to a job whose worker stopped reporting."""
+
     after: Duration = Duration(10 * MINUTE_MS)
+    """Time since the last report after which a processing job without a live lock is stalled."""
     max_stalls: Annotated[int, Meta(ge=0, le=1000)] = 3
+    """A job that stalls more often than this fails."""
     on_stall: OnStall = "auto"
+    """What happens to a stalled job: `auto`, `requeue` or `fail`.
+
+    `auto` requeues the job if it reported no progress or has attempts left, and fails it otherwise.
+    """
 
 
 class CleanupSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """How often stalled jobs are recovered and cleanup runs."""
+
     interval: Duration = Duration(5 * MINUTE_MS)
+    """Time between two cleanup runs."""
     min_interval: Duration = Duration(2 * MINUTE_MS)
+    """Shortest time between two cleanup runs, unless an operator forces one.
+
+    It takes precedence over a shorter `cleanup.interval`.
+    """
     recover_every: Duration = Duration(10 * SECOND_MS)
+    """Time between two recoveries of stalled jobs. `"0"`: only cleanup runs recover them."""
     batch: Annotated[int, Meta(ge=1, le=1000)] = 200
+    """Number of jobs that a cleanup run handles at a time, 1 to 1000.
+
+    Workers wait for one such batch at most.
+    """
 
 
 class RetentionSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """How long finished jobs and records are kept."""
+
     completed: Duration = Duration(7 * DAY_MS)
+    """How long completed jobs are kept, unless `complete` sets `expires_at`."""
     failed: Duration = Duration(30 * DAY_MS)
+    """How long failed jobs are kept."""
     cancelled: Duration = Duration(7 * DAY_MS)
+    """How long cancelled jobs are kept."""
     journal: Duration = Duration(DAY_MS)
+    """How long the journal keeps the events of a deleted job."""
     audit: Duration = Duration(90 * DAY_MS)
+    """How long audit entries are kept. At most 100,000 changes are kept."""
 
 
 class ValidationSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a completed job must have."""
+
     require_download_url: bool = False
+    """Reject a `complete` without a `download_url`.
+
+    Completion by an operator is rejected as well; an import is not.
+    """
 
 
 class LateSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Results that a worker submits after it lost its lock."""
+
     results: LatePolicy = "keep"
+    """What happens to a late result: `keep`, `adopt_if_unclaimed` or `drop`.
+
+    `keep` stores it beside the job until an operator adopts it. `adopt_if_unclaimed` completes the job with it if
+    nothing has happened to the job since recovery ended the grant, and keeps it otherwise. `drop` discards it.
+    """
     queues: dict[str, LatePolicy] = {}
+    """Exceptions by queue, such as `{video = "adopt_if_unclaimed"}`."""
 
 
 class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Upper limits. A request above one is rejected with the error code named here."""
+
     mailbox: Positive = 10_000
+    """Commands that can wait in the mailbox; above it `503 overloaded`."""
     inflight_bytes: Positive = 64 << 20
+    """Total bytes of request bodies that wait; above it `503 overloaded`."""
     body: Positive = 1 << 20
+    """Bytes of a request body, or of one line of a stream; above it `413 too_large`."""
     payload: Positive = 256 << 10
+    """Bytes of a job's payload, and of its metadata; above it `413 too_large`."""
     bulk: Annotated[int, Meta(ge=1, le=1000)] = 1000
+    """Jobs in one bulk create, 1 to 1000; above it `413 too_large`."""
     claim_wait: Duration = Duration(MINUTE_MS)
+    """Longest time that a claim can wait for work, at most one minute."""
     parked_claims: Positive = 10_000
+    """Claims that can wait for work at the same time; above it `503 overloaded`."""
     event_streams: Positive = 100
+    """Open event streams of both APIs and the dashboard together; above it `503 overloaded`."""
     downloads: Positive = 20
+    """Stored results that can be downloaded at the same time; above it `503 overloaded`."""
     live_jobs: Positive = 5_000_000
+    """Unfinished jobs; above it `507 too_many_jobs`."""
     queues: Positive = 10_000
+    """Queues with jobs, finished jobs included; the first job of one more queue gets `507 too_many_queues`."""
     idempotency_keys: Positive = 200_000
+    """Stored responses to requests with an `Idempotency-Key`.
+
+    Above it, the oldest response is removed once it is 10 minutes old; until then, requests with a key get
+    `503 overloaded`.
+    """
 
 
 class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Alert thresholds. An alert fires above its threshold unless noted otherwise."""
+
     stuck_jobs: Annotated[int, Meta(ge=0)] = 5
+    """Jobs that are stalled now or were recovered in the last 10 minutes."""
     processing_jobs: Annotated[int, Meta(ge=0)] = 20
+    """Jobs in `processing`."""
     average_processing: Duration = Duration(10 * MINUTE_MS)
+    """Average processing time."""
     pass_issues: Annotated[int, Meta(ge=0)] = 10
+    """Issues found by one cleanup run."""
     granted_twice: Annotated[int, Meta(ge=0)] = 0
+    """Jobs granted again in the last hour while the previous worker's lock had time left."""
     slower_than_usual: Annotated[float, Meta(ge=1, le=1000)] = 2.0
+    """95th percentile of a kind's processing time, as a multiple of what is usual for the kind.
+
+    It compares the last hour with the hours before it.
+    """
     webhook_failing: Duration = Duration(5 * MINUTE_MS)
+    """Time for which a webhook has accepted no message."""
     queue_without_workers: Duration = Duration(2 * MINUTE_MS)
+    """Time for which a job has been due while no worker claimed its queue and kind."""
     queue_waits: Duration = Duration(5 * MINUTE_MS)
+    """Time for which the oldest due job of a queue has waited. Paused queues are ignored."""
     failure_rate: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    """Share of a queue's attempts in the last 10 minutes that failed. Fires at the threshold, too."""
     failure_rate_attempts: Annotated[int, Meta(ge=1)] = 20
+    """Number of attempts in the last 10 minutes from which `failure_rate` applies."""
     disk_free_percent: Annotated[float, Meta(ge=0, le=100)] = 10.0
+    """Free space on the store's disk, in percent. Fires below the threshold."""
     disk_free_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
+    """Free space on the store's disk, in bytes. Fires below the threshold."""
     release_loop: Annotated[int, Meta(ge=0)] = 0
+    """Jobs released 20 times in a row without progress, the last time with a delay below 1 s."""
 
 
 class ArtifactsSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where stored results are kept."""
+
     url: str = ""
+    """Store of the objects that `storage_key` names: `file:///DIRECTORY` or `s3://BUCKET/PREFIX`. Empty: none.
+
+    An object is deleted with its job. `s3` URLs need the extra `s3`; see
+    [stored results](operations.md#stored-results).
+    """
 
 
 class LogSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the daemon writes to stderr."""
+
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """`debug` (one line per job change), `info`, `warning` or `error`."""
     format: Literal["auto", "console", "logfmt", "json"] = "auto"
+    """`auto` (`console` on a terminal, else `logfmt`), `console`, `logfmt` or `json`."""
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):

@@ -37,14 +37,29 @@ class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
     """One `[[webhooks]]` as it is written. Durations are text, such as "10s"."""
 
     name: WebhookName
+    """Name of the webhook. It keeps its position under this name, after a restart or with another `url`."""
     url: str
+    """Receiver: `https://HOST/PATH`, or `http://` if `allow_private` is set."""
     events: list[str] = field(default_factory=lambda: ["*"])
+    """Event types or patterns: `job.completed`, `job.*`, `queue.*`, `alert.*`, `*`.
+
+    `job.progress` and `job.extended` must be named; no pattern includes them.
+    """
     queues: list[str] = []
+    """Send events of jobs in these queues only. Empty: all queues.
+
+    Alerts are always sent.
+    """
     secret: str | list[str] = ""
+    """Signing secret, `whsec_…`. During a rotation a list of up to three, newest first."""
     secret_file: str = ""
+    """File with the secrets, one per line, instead of `secret`."""
     allow_private: bool = False
+    """Also allow addresses of this machine and of private networks, and `http://`."""
     timeout: str = "10s"
+    """Time limit of one delivery attempt, 100 ms to 1 min."""
     give_up_after: str = "3d"
+    """Age at which an undelivered message is dead-lettered, after at least 8 attempts; 1 min to 30 d."""
 
 
 class WebhookSetting(Struct, frozen=True):

@@ -1,8 +1,8 @@
 """What the documents say is what the code does: tables against code, examples really run, links and commands exist.
 
-Judges no prose. In a document `<!-- run -->` marks a shell block that is run, `<!-- shows -->` what it prints (… stands
-for anything, a line of it alone for any number of lines), `<!-- file: NAME -->` a block that is saved as NAME first.
-The README has two more: `<!-- node -->` runs where Node.js is, `<!-- clean -->` removes what the others have made.
+In a document `<!-- run -->` marks a shell block that is run, `<!-- shows -->` what it prints (… stands for any text,
+alone on a line for any number of lines), `<!-- file: NAME -->` a block that is saved as NAME first. `<!-- node -->`
+marks a block that needs Node.js, `<!-- clean -->` one that removes what the others have created.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ from jobd.routes import Route
 from jobd.stream_lines import OPS, StreamedAnswer
 from tests.conftest import tool_missing
 from tests.process import TOKEN, Daemon, die_with_us
+from tests.support import config_reference
 
 ROOT: Final = Path(__file__).parent.parent
 PACKAGE: Final = Path(jobd.__file__).parent
 DOCUMENTS: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "systemd" / "README.md"]
 README, API, OPERATIONS = ROOT / "README.md", ROOT / "docs/api.md", ROOT / "docs/operations.md"
+QUICKSTART, WORKERS, MIGRATION = ROOT / "docs/quickstart.md", ROOT / "docs/workers.md", ROOT / "docs/migration.md"
+CONFIGURATION, CLI = ROOT / "docs/configuration.md", ROOT / "docs/cli.md"
 PROGRAMS: Final = {"jobd": jobd_program, "jobctl": jobctl_program}
 
 
@@ -101,7 +104,7 @@ def section(document: Path, title: str) -> str:
 
 
 def test_every_config_key_with_its_default() -> None:
-    said = {ticked(key)[0]: (ticked(default)[0], live == "live") for key, default, live, _ in _config_rows()}
+    said = {ticked(key)[0]: (ticked(default)[0], live == "yes") for key, default, live, _ in _config_rows()}
     defaults = config.Config()
     meant = {}
     for key in config.KEYS:
@@ -111,12 +114,19 @@ def test_every_config_key_with_its_default() -> None:
 
 
 def _config_rows() -> list[list[str]]:
-    return rows(README, "key", "default", "live")
+    return rows(CONFIGURATION, "key", "default", "live")
+
+
+@pytest.mark.parametrize("file", config_reference.generated(), ids=lambda file: file.name)
+def test_generated_documents_are_up_to_date(file: Path) -> None:
+    assert file.read_text(encoding="utf-8") == config_reference.generated()[file], (
+        f"{file.name} is out of date. Regenerate it with: {config_reference.COMMAND}"
+    )
 
 
 def test_a_variable_that_means_a_key_is_said_to_be_read_by_the_daemon() -> None:
     keys = {f"JOBD_{key.replace('.', '_').upper()}" for key in config.KEYS}
-    readers = {name: who for names, who, _ in rows(README, "variable", "read by") for name in ticked(names)}
+    readers = {name: who for names, who, _ in rows(CONFIGURATION, "variable", "read by") for name in ticked(names)}
     assert keys & set(readers) == {"JOBD_WORKER_TOKEN_FILE"}
     for name in keys & set(readers):
         assert "daemon" in readers[name], name
@@ -342,13 +352,11 @@ def test_every_module_has_its_line() -> None:
 
 def test_every_exit_code() -> None:
     codes = {value for name, value in vars(exits).items() if name.isupper() and isinstance(value, int)}
-    assert [int(code) for code, _ in rows(README, "exit code", "meaning")] == sorted(codes)
+    assert [int(code) for code, _ in rows(CLI, "exit code", "meaning")] == sorted(codes)
 
 
 def test_every_verb() -> None:
-    said: dict[str, set[str]] = {name: set() for name in PROGRAMS}
-    for who, verbs in rows(README, "program", "verbs"):
-        said[ticked(who)[0]] |= set(ticked(verbs))
+    said = {name: {verb for verbs, _ in rows(CLI, f"`{name}` verb") for verb in ticked(verbs)} for name in PROGRAMS}
     assert said == {name: set(program.commands) for name, program in PROGRAMS.items()}
 
 
@@ -369,9 +377,7 @@ OLD_CALLS: Final = [
 
 
 def test_every_old_call_is_answered() -> None:
-    for document in (README, ROOT / "docs/migration.md"):
-        said = [ticked(row[0])[0].partition("(")[0] for row in rows(document, "old call")]
-        assert said == OLD_CALLS, document.name
+    assert [ticked(row[0])[0].partition("(")[0] for row in rows(MIGRATION, "old call")] == OLD_CALLS
 
 
 def test_calls_that_the_migration_names_exist() -> None:
@@ -379,7 +385,7 @@ def test_calls_that_the_migration_names_exist() -> None:
     from jobd.client import AdminClient, AsyncJobClient, JobClient
 
     clients: dict[str, Any] = {"client": (JobClient, AsyncJobClient), "admin": (AdminClient,)}
-    for document in (README, ROOT / "docs/migration.md"):
+    for document in (README, QUICKSTART, WORKERS, MIGRATION):
         text = document.read_text(encoding="utf-8")
         for method, path in re.findall(r"\b(GET|POST|DELETE) `?(/(?:v1|admin)[\w/{}-]+)`?", text):
             assert (method, path) in routes, f"{document.name}: {method} {path}"
@@ -576,17 +582,38 @@ def test_what_matches() -> None:
     assert not matches("a\n…\nz", "a\nb\n")
 
 
-def test_the_readme_from_top_to_bottom(place: Told) -> None:
-    """Shell and Python, with a daemon that the README itself starts and stops."""
+def test_the_readme_from_top_to_bottom(place: Told, tmp_path: Path) -> None:
+    """Run the examples of the README against the daemon that it starts itself."""
+    address = free_address()
+    text = README.read_text(encoding="utf-8")
+    assert "http://127.0.0.1:8770/" in text
+    copy = tmp_path / "README.md"
+    copy.write_text(text.replace("127.0.0.1:8770", address), encoding="utf-8")
+    environ = {**place.environ, "JOBD_ADMIN_LISTEN": address}
     directory = place.directory / "jobd-try"
-    run(README, place, directory, cleanup='kill $(cat "$HOME"/jobd-try/*.pid) 2>/dev/null || true')
+    run(copy, Told(place.directory, environ), directory, cleanup="kill $(jobs -p) 2>/dev/null || true")
     assert "event=stopped" in (directory / "jobd.log").read_text()
-    [clean] = (block.text for block in blocks(README) if block.mark == "clean")
+
+
+def test_the_quickstart_from_top_to_bottom(place: Told) -> None:
+    """Run the quickstart, with a daemon that it starts and stops itself."""
+    directory = place.directory / "jobd-try"
+    run(QUICKSTART, place, directory, cleanup='kill $(cat "$HOME"/jobd-try/*.pid) 2>/dev/null || true')
+    assert "event=stopped" in (directory / "jobd.log").read_text()
+    [clean] = (block.text for block in blocks(QUICKSTART) if block.mark == "clean")
     subprocess.run(["bash", "-euc", clean], cwd=directory, env=dict(place.environ), check=True, timeout=30)
     assert not directory.exists()
 
 
-@pytest.mark.parametrize("name", ["troubleshooting.md", "migration.md"])
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+STOP_WORKER: Final = "kill $(cat worker.pid 2>/dev/null) 2>/dev/null || true"
+
+
+@pytest.mark.parametrize("name", ["troubleshooting.md", "migration.md", "workers.md"])
 def test_a_page_against_a_daemon(name: str, place: Told) -> None:
     token = place.directory / "admin_token"
     token.write_text(TOKEN)
@@ -598,9 +625,12 @@ def test_a_page_against_a_daemon(name: str, place: Told) -> None:
             "JOBD_STORE_PATH": str(daemon.store),
             "ADMIN_TOKEN_FILE": str(token),
         }
-        run(ROOT / "docs" / name, Told(place.directory, environ), place.directory)
+        run(ROOT / "docs" / name, Told(place.directory, environ), place.directory, cleanup=STOP_WORKER)
+        script = "".join(block.text for block in blocks(ROOT / "docs" / name) if block.mark == "run")
         examples = [block for block in blocks(ROOT / "docs" / name) if block.language == "python"]
         for block in examples:
+            if block.mark.removeprefix("file: ") in script:
+                continue
             file = place.directory / block.mark.removeprefix("file: ")
             done = subprocess.run(
                 [sys.executable, str(file)], env=environ, capture_output=True, text=True, timeout=30, check=True
@@ -610,26 +640,26 @@ def test_a_page_against_a_daemon(name: str, place: Told) -> None:
 
 
 def test_every_python_example_is_run() -> None:
-    """A block without a name would be read by people and run by nobody."""
+    """A block without a name would not be run."""
     for document in DOCUMENTS:
         for block in blocks(document):
             if block.language in ("python", "ts"):
                 assert block.mark.startswith("file: "), f"{document.name}: {block.text[:60]}"
-    script = "".join(block.text for block in blocks(README) if block.mark == "run")
-    for block in blocks(README):
-        if block.language == "python":
-            assert block.mark.removeprefix("file: ") in script, block.mark
+    for document in (README, QUICKSTART, WORKERS):
+        script = "".join(block.text for block in blocks(document) if block.mark == "run")
+        for block in blocks(document):
+            if block.language == "python":
+                assert block.mark.removeprefix("file: ") in script, f"{document.name}: {block.mark}"
 
 
 def test_the_typescript_example(place: Told) -> None:
     if shutil.which("node") is None:
         tool_missing("node", "nodejs")
-    example = next(block for block in blocks(README) if block.language == "ts")
+    example = next(block for block in blocks(WORKERS) if block.language == "ts")
     file = place.directory / example.mark.removeprefix("file: ")
     file.write_text(example.text)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    [steps] = (block.text for block in blocks(README) if block.mark == "node")
+    address = free_address()
+    [steps] = (block.text for block in blocks(WORKERS) if block.mark == "node")
     assert "127.0.0.1:8771" in steps
     script = "trap 'kill $(cat sums.pid) 2>/dev/null || true' EXIT\n" + steps.replace("127.0.0.1:8771", address)
     done = subprocess.run(
@@ -641,7 +671,7 @@ def test_the_typescript_example(place: Told) -> None:
     ready, _, printed = done.stdout.partition("\n")
     assert ready == '{"success":true,"data":{"status":"ok"}}'
     assert (place.directory / "worker_token").stat().st_mode & 0o777 == 0o600
-    said = re.search(r"It prints `(.+?)` and then `(.+?)`", README.read_text(encoding="utf-8"))
+    said = re.search(r"It prints `(.+?)` and then `(.+?)`", WORKERS.read_text(encoding="utf-8"))
     assert said is not None
     assert f"{said[1]}\n{said[2]}\n" == printed == "sum-1 completed 6.5\ninvalid_transition\n"
 

@@ -228,7 +228,7 @@ async def test_the_object_of_an_adopted_late_result_goes_with_its_job_and_is_loo
 
 @in_virtual_time
 async def test_a_key_of_its_own_for_each_grant_leaves_nothing() -> None:
-    """As the README advises: the second grant completes with its own object, the first comes late with its own."""
+    """As docs/workers.md advises: the second grant completes with its own object, the first comes late with its own."""
     async with sweeping() as at:
         await late(at, "a", "out-1")
         await at.house.yes(ForceReset(id="a"), by="admin", admin=True)
