@@ -679,7 +679,7 @@ def test_several_columns_go_into_the_payload(
         {"id": "7", "status": "queued", "payload": {"hd": True, "file": "cat.mov", "width": 320}},
         {"id": "9", "status": "queued"},
     ]
-    assert err == "row 2 (id 8) is left out: payload.file: the payload column of this row is no JSON object\n"
+    assert err == "row 2 (id 8) is left out: payload.file: the payload column of this row is not a JSON object\n"
     (tmp_path / "old.csv").write_text("id,name,owner\n7,cat.mov,eve\n")
     assert old_jobs.main([str(tmp_path / "old.csv"), "--map", "payload.file=name", *mapped[4:]]) == 0
     line = json.loads(capsys.readouterr().out)
@@ -723,8 +723,8 @@ def test_columns_that_nothing_takes_are_named_once(
     assert json.loads(out) == {"id": "a", "attempt": 3, "storage_key": "out/a.zip", "status": "queued"}
     assert err.splitlines() == [
         "columns ignored: lockId, colour",
-        "row 2 (id b) is left out: attempt: '2.5' cannot be read (it is not whole)",
-        "row 3 (id c) is left out: it has more values than there are columns",
+        "row 2 (id b) is left out: attempt: '2.5' cannot be read (not an integer)",
+        "row 3 (id c) is left out: more values than columns",
     ]
 
 

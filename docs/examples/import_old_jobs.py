@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Turn an old, hand-written job table (a SQLite file or a CSV dump) into lines for `jobctl import`.
+"""Convert an old job table (a SQLite file or a CSV dump) into lines for `jobctl import`.
 
     python3 import_old_jobs.py old.db --table jobs | jobctl import -
     python3 import_old_jobs.py jobs.csv --map kind=task --status parked=queued --timezone local | jobctl import -
     python3 import_old_jobs.py old.db --map payload.url=source_url --map payload.size=width | jobctl import -
 
-`--map payload.KEY=COLUMN` makes the payload an object and puts the column into it under KEY. Repeat it for more
-columns. A payload column that is there too gives the other keys. `metadata.KEY` does the same for the metadata.
-A column that holds JSON, such as a number in a CSV file, is read as JSON; any other text stays text.
+`--map payload.KEY=COLUMN` makes the payload an object and stores the column in it under KEY. Repeat it for more
+columns. If there is a payload column too, it provides the other keys. `metadata.KEY` does the same for the metadata.
+A column that contains JSON, such as a number in a CSV file, is read as JSON; any other text stays text.
 
-Nothing is changed in the old table. Lines go to stdout. Columns that no field takes are named on stderr; so are rows
-that cannot be read, which are left out (the exit code is 1 then). A BLOB that holds text is read as text; other bytes
-become base64 in payload and metadata. Run it as often as you like: the import skips an id that jobd has already.
+The old table is not changed. Lines go to stdout. Columns that match no field are named on stderr. So are rows that
+cannot be read; they are left out, and the exit code is 1. A BLOB that contains text is read as text; other bytes become
+base64 in payload and metadata. You can run it repeatedly, because the import skips ids that jobd has already.
 
-Uses the standard library alone, so that you can copy it and bend it to your table.
+It uses the standard library only, so that you can copy it and adapt it to your table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# What old tables call a field of jobd; the first column that exists is taken. --map FIELD=COLUMN overrides.
+# Usual column names for each field of jobd; the first that exists is used. --map FIELD=COLUMN overrides them.
 COLUMNS = {
     "id": ["id", "job_id", "jobId", "uuid"],
     "queue": ["queue", "queue_name"],
@@ -81,7 +81,7 @@ WHOLE_NUMBERS = {"attempt", "max_attempts", "priority"}
 
 
 def read(source: Path, table: str) -> Iterator[Sequence[Any]]:
-    """The names of the columns first, then the values of each row. Ends the program where the source cannot be read."""
+    """Yield the column names, then the values of each row. Exits if the source cannot be read."""
     try:
         yield from read_csv(source) if source.suffix.lower() == ".csv" else read_sqlite(source, table)
     except (OSError, sqlite3.Error, csv.Error, UnicodeError) as error:
@@ -90,7 +90,7 @@ def read(source: Path, table: str) -> Iterator[Sequence[Any]]:
 
 def read_sqlite(path: Path, table: str) -> Iterator[Sequence[Any]]:
     with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
-        db.text_factory = bytes  # a text that is no UTF-8 costs its row, not the run
+        db.text_factory = bytes  # text that is not UTF-8 skips its row and does not end the run
         quoted = table.replace('"', '""')
         rows = db.execute(f'SELECT * FROM "{quoted}"')  # an identifier cannot be a parameter
         yield [column[0] for column in rows.description]
@@ -104,7 +104,7 @@ def read_csv(path: Path) -> Iterator[Sequence[Any]]:
 
 
 def as_text(value: bytes) -> str | None:
-    """The text that these bytes hold, None where they hold none."""
+    """Decode `value`. Returns None if it is not text."""
     try:
         text = value.decode()
     except UnicodeDecodeError:
@@ -113,11 +113,11 @@ def as_text(value: bytes) -> str | None:
 
 
 def to_ms(value: Any, zone: str) -> int:
-    """Unix milliseconds from a number (seconds or milliseconds) or an ISO text; `zone` where the text has none."""
+    """Return Unix milliseconds of a number (seconds or milliseconds) or an ISO time; `zone` applies if it has none."""
     text = str(value).strip()
     if re.fullmatch(r"\d+(\.\d+)?", text):
         number = float(text)
-        return round(number if number >= 1e11 else number * 1000)  # 10^11 ms is 1973: below that it is seconds
+        return round(number if number >= 1e11 else number * 1000)  # 10^11 ms is in 1973; smaller numbers are seconds
     moment = datetime.fromisoformat(text)
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC) if zone == "utc" else moment.astimezone()
@@ -125,7 +125,7 @@ def to_ms(value: Any, zone: str) -> int:
 
 
 def to_json(value: Any) -> Any:
-    """JSON text as its value; any other text stays a text."""
+    """Parse JSON text. Any other text stays text."""
     if not isinstance(value, str):
         return value
     try:
@@ -135,22 +135,22 @@ def to_json(value: Any) -> Any:
 
 
 def _no_json(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def to_whole(value: Any) -> int:
-    """A whole number, also where a dump has written it as 3.0."""
+    """Return an integer, also for a dump that writes it as 3.0."""
     try:
         return int(str(value))
     except ValueError:
         number = float(value)
     if not number.is_integer():
-        raise ValueError("it is not whole")
+        raise ValueError("not an integer")
     return int(number)
 
 
 def convert(row: Mapping[str, Any], taken: Mapping[str, str], statuses: Mapping[str, str], zone: str) -> dict[str, Any]:
-    """One old row as one line of an import. ValueError says what is wrong with it."""
+    """Convert an old row into a job to import. Raises ValueError with the reason if it cannot be read."""
     job: dict[str, Any] = {}
     for target, column in taken.items():
         value = row.get(column)
@@ -166,9 +166,9 @@ def convert(row: Mapping[str, Any], taken: Mapping[str, str], statuses: Mapping[
         elif isinstance(into := job.setdefault(field, {}), dict):
             into[key] = read_value
         else:
-            raise ValueError(f"{target}: the {field} column of this row is no JSON object")
+            raise ValueError(f"{target}: the {field} column of this row is not a JSON object")
     if "id" not in job:
-        raise ValueError("it has no id")
+        raise ValueError("no id")
     old = str(job.get("status", "queued"))
     if old.lower() not in statuses:
         raise ValueError(f"unknown status {old!r}: add --status {old}=queued (or what it means)")
@@ -180,7 +180,7 @@ def _value(field: str, value: Any, zone: str) -> Any:
     if isinstance(value, bytes):
         text = as_text(value)
         if text is None and field not in JSON_FIELDS:
-            raise ValueError("it is no text")
+            raise ValueError("not text")
         if text is None:
             return base64.b64encode(value).decode()
         value = text
@@ -207,19 +207,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="may be repeated; payload.KEY=COLUMN and metadata.KEY=COLUMN put several columns into one field",
     )
     parser.add_argument("--status", action="append", default=[], metavar="OLD=NEW", help="may be repeated")
-    parser.add_argument("--timezone", choices=["utc", "local"], default="utc", help="of times without one")
+    parser.add_argument("--timezone", choices=["utc", "local"], default="utc", help="time zone of times without one")
     return parser.parse_args(argv)
 
 
 def split_pairs(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
-            sys.exit(f"import_old_jobs: {pair!r} is no NAME=NAME")
+            sys.exit(f"import_old_jobs: {pair!r} is not NAME=NAME")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
 def take(names: Sequence[str], mapped: dict[str, str]) -> dict[str, str]:
-    """Which column each field is taken from; the columns that are left over are named on stderr."""
+    """Return the column of each field. Names unused columns on stderr."""
     unknown = {name for name in mapped if not _is_known(name)}
     if unknown:
         known = ", ".join([*COLUMNS, *(f"{field}.KEY" for field in sorted(JSON_FIELDS))])
@@ -227,11 +227,11 @@ def take(names: Sequence[str], mapped: dict[str, str]) -> dict[str, str]:
     absent = [column for column in mapped.values() if column not in names]
     if absent:
         sys.exit(f"import_old_jobs: there is no column {', '.join(absent)}; there are: {', '.join(names)}")
-    # A column that is mapped to a key is not taken by a field of that name too.
+    # A column that is mapped to a key is not used for a field of the same name as well.
     keyed = {column for name, column in mapped.items() if "." in name}
     free = [name for name in names if name not in keyed]
     taken = {field: name for field, known in COLUMNS.items() for name in reversed(known) if name in free} | mapped
-    taken = dict(sorted(taken.items(), key=lambda pair: "." in pair[0]))  # a whole payload first, then its keys
+    taken = dict(sorted(taken.items(), key=lambda pair: "." in pair[0]))  # the payload column first, then its keys
     if "id" not in taken:
         sys.exit(f"import_old_jobs: no column is the id: add --map id=COLUMN; there are: {', '.join(names)}")
     ignored = [name for name in names if name not in taken.values()]
@@ -241,15 +241,15 @@ def take(names: Sequence[str], mapped: dict[str, str]) -> dict[str, str]:
 
 
 def _is_known(name: str) -> bool:
-    """Whether a name before the `=` of --map is a field, or a key of a field that holds JSON."""
+    """Return whether the name before the `=` of --map is a field, or a key of a JSON field."""
     field, dot, key = name.partition(".")
     return field in COLUMNS and (not dot or (bool(key) and field in JSON_FIELDS))
 
 
 def line_of(names: Sequence[str], values: Sequence[Any], *how: Any) -> str:
-    """One row as a line of JSON. ValueError says what is wrong with it."""
+    """Convert a row to a line of JSON. Raises ValueError with the reason if it cannot be read."""
     if len(values) > len(names):
-        raise ValueError("it has more values than there are columns")
+        raise ValueError("more values than columns")
     return json.dumps(convert(dict(zip(names, values, strict=False)), *how), allow_nan=False)
 
 
@@ -278,5 +278,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly, as it does other tools
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly in a pipe to `head`, as other tools do
     sys.exit(main())

@@ -1,10 +1,10 @@
-// A jobd worker in TypeScript without any package: node 22.18 or later runs this file as it is.
+// A jobd worker in TypeScript without dependencies. Node.js 22.18 or newer runs this file as it is.
 //
 //   node docs/examples/worker.mts                          over the Unix socket (JOBD_SOCKET, /run/jobd/worker.sock)
-//   JOBD_URL=http://127.0.0.1:8771 JOBD_WORKER_TOKEN_FILE=…  node docs/examples/worker.mts     over TCP, by plain fetch
+//   JOBD_URL=http://127.0.0.1:8771 JOBD_WORKER_TOKEN_FILE=…  node docs/examples/worker.mts     over TCP, with fetch
 //
-// It takes jobs of the queue `default`, one at a time. SIGTERM lets the job in hand end, then stops (within 5 s
-// where it is idle). ONCE=1 ends after one job. What to copy: the lock is extended while the work runs, and a lost lock stops the work.
+// It works on jobs of the queue `default`, one at a time. On SIGTERM it finishes the current job, then exits (within 5 s
+// if it is idle). With ONCE=1 it exits after one job. It extends the lock while it works, and stops working if the lock is lost.
 
 import { randomUUID } from "node:crypto";
 import { readFileSync } from "node:fs";
@@ -21,8 +21,8 @@ const tokenFile = process.env.JOBD_WORKER_TOKEN_FILE;
 const token = tokenFile && readFileSync(tokenFile, "utf8").trim().split("\n")[0];
 const worker = `${hostname()}-${process.pid}`;
 
-/** What the daemon refused. `code` is stable (`lock_lost`, `already_locked`, …), the message is for people. */
-class Refused extends Error {
+/** An error response. `code` is stable (`lock_lost`, `already_locked`, …); the message is for people. */
+class ApiError extends Error {
   code: string;
   constructor(code: string, message: string) {
     super(message);
@@ -30,14 +30,14 @@ class Refused extends Error {
   }
 }
 
-/** One call. Rejects with Refused where the daemon said no, with anything else where it was not reached. */
+/** Make one call. Rejects with ApiError for an error response, and with another error if the daemon is not reachable. */
 async function call<T>(path: string, body: object, headers: Record<string, string> = {}): Promise<T> {
   headers = { "content-type": "application/json", ...headers };
   if (token) headers.authorization = `Bearer ${token}`;
   const text = JSON.stringify(body);
-  const answer = JSON.parse(url ? await overTcp(path, text, headers) : await overSocket(path, text, headers));
-  if (!answer.success) throw new Refused(answer.error, answer.message);
-  return answer.data as T;
+  const response = JSON.parse(url ? await overTcp(path, text, headers) : await overSocket(path, text, headers));
+  if (!response.success) throw new ApiError(response.error, response.message);
+  return response.data as T;
 }
 
 async function overTcp(path: string, body: string, headers: Record<string, string>): Promise<string> {
@@ -58,21 +58,21 @@ function overSocket(path: string, body: string, headers: Record<string, string>)
   });
 }
 
-/** Calls until there is an answer: at-least-once is safe here, because a repeated ending gets the same answer. */
-async function untilAnswered<T>(path: string, body: object): Promise<T> {
+/** Repeat a call until there is a response. This is safe: a repeated ending gets the same response. */
+async function callWithRetry<T>(path: string, body: object): Promise<T> {
   for (let pause = 100; ; pause = Math.min(pause * 2, 5_000)) {
     try {
       return await call<T>(path, body);
     } catch (error) {
-      if (error instanceof Refused && error.code !== "overloaded" && error.code !== "shutting_down") throw error;
+      if (error instanceof ApiError && error.code !== "overloaded" && error.code !== "shutting_down") throw error;
       await new Promise((resume) => setTimeout(resume, pause));
     }
   }
 }
 
-const said = (error: unknown) => (error instanceof Error && error.message) || String(error);
+const messageOf = (error: unknown) => (error instanceof Error && error.message) || String(error);
 
-/** Your work. `report` tells how far it is; `lost` fires when the job is no longer ours: stop, write nothing more. */
+/** The work itself. `report` reports progress. `lost` fires when the lock is lost: stop, and write nothing more. */
 async function work(job: Job, report: (percent: number, message?: string) => Promise<void>, lost: AbortSignal) {
   const numbers = Array.isArray(job.payload) ? job.payload.map(Number) : [];
   let sum = 0;
@@ -88,47 +88,47 @@ async function run(grant: Grant) {
   const { job, lock_id, ttl_ms } = grant;
   const at = `/v1/jobs/${encodeURIComponent(job.id)}`;
   const lost = new AbortController();
-  const alive = async (verb: string, body: object) => {
+  const renew = async (verb: string, body: object) => {
     try {
       await call(`${at}/${verb}`, { lock_id, ...body });
     } catch (error) {
-      if (!(error instanceof Refused)) return; // not reached: the lock lives on, the next call may get through
+      if (!(error instanceof ApiError)) return; // not reachable: the lock is still live, and the next call may succeed
       lost.abort(error);
     }
   };
-  const timer = setInterval(() => void alive("extend", {}), ttl_ms / 3);
+  const timer = setInterval(() => void renew("extend", {}), ttl_ms / 3);
   try {
-    const result = await work(job, (progress, message) => alive("progress", { progress, message }), lost.signal);
-    await untilAnswered(`${at}/complete`, { lock_id, ...result });
+    const result = await work(job, (progress, message) => renew("progress", { progress, message }), lost.signal);
+    await callWithRetry(`${at}/complete`, { lock_id, ...result });
     console.log(`${job.id} completed`);
   } catch (error) {
-    if (lost.signal.aborted || (error instanceof Refused && error.code === "lock_lost")) {
-      console.error(`${job.id} is no longer ours: ${said(error)}`);
+    if (lost.signal.aborted || (error instanceof ApiError && error.code === "lock_lost")) {
+      console.error(`${job.id} lost its lock: ${messageOf(error)}`);
       return;
     }
-    await untilAnswered(`${at}/fail`, { lock_id, error_message: said(error).slice(0, 4096) });
-    console.error(`${job.id} failed: ${said(error)}`);
+    await callWithRetry(`${at}/fail`, { lock_id, error_message: messageOf(error).slice(0, 4096) });
+    console.error(`${job.id} failed: ${messageOf(error)}`);
   } finally {
     clearInterval(timer);
   }
 }
 
-let key = randomUUID(); // of the claim: where its answer got lost, the repeat gets the same grants
+let key = randomUUID(); // idempotency key of the claim: if the response is lost, the repeat gets the same grants
 let stopping = false;
 process.on("SIGTERM", () => (stopping = true));
 process.on("SIGINT", () => (stopping = true));
 
 while (!stopping) {
   try {
-    // stuck_after_ms 0: we extend by ourselves, so an expired lock means that this process is dead.
-    // max_processing_ms 0: no ceiling, so work without a progress report may take long.
+    // stuck_after_ms 0: this worker extends its locks, so an expired lock means that it is dead.
+    // max_processing_ms 0: no ceiling, so work without progress reports can take long.
     const ask = { worker, lock_ttl_ms: 60_000, stuck_after_ms: 0, max_processing_ms: 0, wait_ms: 5_000 };
     const { grants } = await call<{ grants: Grant[] }>("/v1/claim", ask, { "idempotency-key": key });
     key = randomUUID();
     for (const grant of grants) await run(grant);
     if (process.env.ONCE && grants.length) break;
   } catch (error) {
-    console.error(`cannot claim: ${said(error)}`);
+    console.error(`cannot claim: ${messageOf(error)}`);
     await new Promise((resume) => setTimeout(resume, 1_000));
   }
 }

@@ -10,7 +10,7 @@ import ast
 import inspect
 import textwrap
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from msgspec import NODEFAULT, Struct, structs
 
@@ -81,7 +81,7 @@ def sections() -> list[tuple[str, type[Struct]]]:
 
 def lead(section: type[Struct]) -> str:
     """Return the first line of the section's docstring."""
-    return inspect.getdoc(section).partition("\n")[0]  # type: ignore[union-attr]
+    return (inspect.getdoc(section) or "").partition("\n")[0]
 
 
 def example() -> str:
@@ -146,7 +146,8 @@ def generated() -> dict[Path, str]:
     return {EXAMPLE: example(), REFERENCE: reference()}
 
 
-def main(*_: Any) -> None:
+def main() -> None:
+    """Write the generated files."""
     for file, text in generated().items():
         file.write_text(text, encoding="utf-8")
 
