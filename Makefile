@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check coverage faults planted mutation format demo bench bench-peers vendor screenshots linearizability simulation world proof pins clean
+.PHONY: help venv test check coverage faults planted format demo bench bench-peers vendor screenshots linearizability simulation world proof pins clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,9 +63,6 @@ linearizability: $(READY)  ## histories of contending clients under faults, each
 
 planted: $(READY)  ## planted bugs, each put into a copy: which tests find it, and how fast (ARGS: NAME ..., --promises)
 	$(BIN)/python -m tests.planted --jobs $(PARALLEL) $(ARGS)
-
-mutation: $(READY)  ## small changes to the pure rooms, one at a time: which does no test notice? (ARGS: --modules rules,book)
-	$(BIN)/python -m tests.mutation --jobs $(PARALLEL) $(ARGS)
 
 proof: $(READY)  ## all of these, one after the other, as root: hours (ARGS="PART ... --write" for some, and into docs/RELIABILITY.md)
 	$(BIN)/python -m tests.proof $(ARGS)

@@ -18,10 +18,12 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import Meta, Struct
 
-from jobd import host_names, tokens, webhook_config
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy, is_job_id
-from jobd.tokens import MAKE_TOKEN, BadToken
-from jobd.webhook_config import BadWebhook, WebhookSetting
+from jobd import credentials as tokens
+from jobd import host_names
+from jobd.credentials import MAKE_TOKEN, BadToken
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy, is_job_id
+from jobd.webhooks import config as webhook_config
+from jobd.webhooks.config import BadWebhook, WebhookSetting
 
 EXIT_CONFIG: Final = 78
 DEFAULT_PATH: Final = "/etc/jobd/config.toml"

@@ -28,46 +28,50 @@ from urllib.parse import quote, unquote, urlsplit
 import msgspec
 import structlog
 
-from jobd import admin_api, config, facts, log, systemd, worker_api
-from jobd.actor import Actor, Bounds, DiskBroken
-from jobd.alerts import Alerts, Thresholds
-from jobd.answers import Answer
-from jobd.artifact_downloads import Downloads
-from jobd.artifact_files import FileStore
-from jobd.artifacts import ArtifactStore, StoreFault
-from jobd.batch import DiskFull, KeyRow, Opened
-from jobd.bodies import Limits
-from jobd.book import Book
-from jobd.cleanup import Cleaner, read_beside, read_figures
-from jobd.clock import Clock
-from jobd.commands import CreditAbsence, EndGrants, Ping
+from jobd import config, systemd
+from jobd import logging as log
+from jobd.api import admin as admin_api
+from jobd.api import worker as worker_api
+from jobd.api.services import Rooms
 from jobd.config import Config, ConfigError, Loaded
-from jobd.copies import Copies
-from jobd.dashboard.recorder import Recorder
-from jobd.dashboard.room import Dashboard
-from jobd.doors import Gate, own_names
-from jobd.failures import Failures
-from jobd.feed import Feed
-from jobd.files import StoreError
-from jobd.full_disk import Closed
-from jobd.health import Health
-from jobd.job import SECOND_MS
-from jobd.keys import Keys
-from jobd.listener import Listener, is_taken
-from jobd.metrics import Metrics
-from jobd.passes import Schedule
-from jobd.plans import Planner
-from jobd.presence import Presence
-from jobd.rooms import Rooms
-from jobd.row_walk import RowWalk
-from jobd.store import Store, Synchronous
-from jobd.sweeper import Sweeper, Sweeps
-from jobd.web import Web
-from jobd.webhook import Endpoint
-from jobd.webhook_courier import PARALLEL
-from jobd.webhook_office import Office
-from jobd.webhook_sender import Sender
-from jobd.webhooks import Webhooks
+from jobd.core.state import Book
+from jobd.dashboard.routes import Dashboard
+from jobd.engine.actor import Actor, Bounds, DiskBroken
+from jobd.engine.clock import Clock
+from jobd.engine.disk_full import Closed
+from jobd.engine.event_feed import Feed
+from jobd.engine.idempotency import Keys
+from jobd.http.app import Web
+from jobd.http.auth import Gate, own_names
+from jobd.http.decoding import Limits
+from jobd.http.server import Listener, is_taken
+from jobd.maintenance.artifact_sweeper import Sweeper, Sweeps
+from jobd.maintenance.backups import Copies
+from jobd.maintenance.cleanup_pass import Schedule
+from jobd.maintenance.maintainer import Cleaner, read_beside, read_figures
+from jobd.maintenance.plans import Planner
+from jobd.maintenance.scrubber import RowWalk
+from jobd.maintenance.suspend_detector import Presence
+from jobd.model.commands import CreditAbsence, EndGrants, Ping
+from jobd.model.job import SECOND_MS
+from jobd.model.responses import Answer
+from jobd.model.storage import DiskFull, KeyRow, Opened
+from jobd.model.webhooks import Endpoint
+from jobd.monitoring import event_log as facts
+from jobd.monitoring.alerts import Alerts, Thresholds
+from jobd.monitoring.failure_groups import Failures
+from jobd.monitoring.health import Health
+from jobd.monitoring.metrics import Metrics
+from jobd.monitoring.timeseries import Recorder
+from jobd.storage.artifacts.base import ArtifactStore, StoreFault
+from jobd.storage.artifacts.downloads import Downloads
+from jobd.storage.artifacts.filesystem import FileStore
+from jobd.storage.files import StoreError
+from jobd.storage.store import Store, Synchronous
+from jobd.webhooks.context import Office
+from jobd.webhooks.dispatcher import PARALLEL
+from jobd.webhooks.manager import Webhooks
+from jobd.webhooks.transport import Sender
 
 EXIT_OK: Final = 0
 EXIT_IO: Final = 74
@@ -588,7 +592,7 @@ async def _open_artifacts(loaded: Loaded) -> ArtifactStore | None:
         except TimeoutError:
             line.warning("artifacts_wait", place=store.place, reason=f"no answer within {PLACE_S:g} s")
         return store
-    from jobd.artifact_s3 import S3ArtifactStore
+    from jobd.storage.artifacts.s3 import S3ArtifactStore
 
     try:
         return S3ArtifactStore(url.netloc, unquote(url.path).strip("/"), owner)

@@ -18,18 +18,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from jobd import opening
-from jobd.answers import Answer
-from jobd.bodies import Limits, Shape
-from jobd.book import Book
-from jobd.commands import Call, Claim, Command, Complete, Create, Moment
-from jobd.deciding import Decider, Known, Plan
-from jobd.envelope import Asked
-from jobd.job import Policy
-from jobd.keys import Keys
-from jobd.parked import Parked
-from jobd.replies import answer_line
-from jobd.tables import Tables
+from jobd.core.state import Book
+from jobd.engine.batch import Decider, Known, Plan
+from jobd.engine.idempotency import Keys
+from jobd.engine.mailbox import Asked
+from jobd.engine.waiting_claims import Parked
+from jobd.http.decoding import Limits, Shape
+from jobd.http.response import answer_line
+from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
+from jobd.model.job import Policy
+from jobd.model.responses import Answer
+from jobd.storage import startup as opening
+from jobd.storage.database import Tables
 
 T = TypeVar("T")
 

@@ -9,9 +9,8 @@ from typing import Any, Final
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.batch import Batch, KeyRow, Numbers, QueueRow
-from jobd.events import Change, Changes, Event, of_new
-from jobd.job import (
+from jobd.model.events import Change, Changes, Event, of_new
+from jobd.model.job import (
     FINISHED,
     LIVE,
     TOKEN_COUNTER_BITS,
@@ -25,6 +24,7 @@ from jobd.job import (
     Options,
     Result,
 )
+from jobd.model.storage import Batch, KeyRow, Numbers, QueueRow
 
 NOW: Final = 1_700_000_000_000
 LATE: Final = Result(file_path="/late")

@@ -16,7 +16,8 @@ import uvloop
 from blockbuster import BlockBuster
 
 import jobd
-from jobd import opening, rehearsal
+from jobd.storage import dry_run as rehearsal
+from jobd.storage import startup as opening
 
 OURS = str(Path(jobd.__file__).parent) + os.sep
 TESTS = str(Path(__file__).parent) + os.sep
@@ -54,7 +55,7 @@ def no_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
     for guarded in alarm.functions.values():
         guarded.can_block_predicate = _or_asked_for(guarded.can_block_predicate)
     # On purpose, and never for long: see there.
-    alarm.functions["threading.Lock.acquire"].can_block_in("jobd/store.py", "lent_hop")
+    alarm.functions["threading.Lock.acquire"].can_block_in("jobd/storage/store.py", "lent_hop")
     alarm.activate()
     try:
         yield

@@ -9,15 +9,17 @@ import copy
 from collections.abc import Iterable
 from typing import Any, Final
 
-from jobd import decide, late_rules, steps
-from jobd.answers import Answer, GrantView
-from jobd.batch import LateKnown
-from jobd.book import Book
-from jobd.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Start
-from jobd.draft import Decision
-from jobd.errors import Refusal
-from jobd.events import Change, Event, fold
-from jobd.job import KEEP_LATE, LIVE, STATUSES, Grant, Job, LateResult, Policy, is_release_loop
+from jobd.core import decide
+from jobd.core import late_result_rules as late_rules
+from jobd.core import transitions as steps
+from jobd.core.changeset import Decision
+from jobd.core.state import Book
+from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Start
+from jobd.model.errors import Refusal
+from jobd.model.events import Change, Event, fold
+from jobd.model.job import KEEP_LATE, LIVE, STATUSES, Grant, Job, LateResult, Policy, is_release_loop
+from jobd.model.responses import Answer, GrantView
+from jobd.model.storage import LateKnown
 
 NOW: Final = 1_700_000_000_000
 SEED: Final = b"0123456789abcdef"

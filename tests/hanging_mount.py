@@ -7,9 +7,9 @@ import sys
 import threading
 from typing import Any
 
-from jobd.artifact_files import FileStore
-from jobd.cli.daemon import main
-from jobd.tables import Tables
+from jobd.cli.daemon.main import main
+from jobd.storage.artifacts.filesystem import FileStore
+from jobd.storage.database import Tables
 
 
 def hang(*_: Any) -> None:

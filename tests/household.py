@@ -10,16 +10,16 @@ import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from jobd.actor import Actor, Bounds
-from jobd.answers import Answer, GrantView
-from jobd.book import Book
-from jobd.cleanup import Cleaner, read_figures
-from jobd.clock import Clock
-from jobd.commands import AnyCommand, Create, Start
-from jobd.errors import Refusal
-from jobd.job import HOUR_MS, Job, Options, Policy
-from jobd.keys import Keys
-from jobd.passes import Schedule
+from jobd.core.state import Book
+from jobd.engine.actor import Actor, Bounds
+from jobd.engine.clock import Clock
+from jobd.engine.idempotency import Keys
+from jobd.maintenance.cleanup_pass import Schedule
+from jobd.maintenance.maintainer import Cleaner, read_figures
+from jobd.model.commands import AnyCommand, Create, Start
+from jobd.model.errors import Refusal
+from jobd.model.job import HOUR_MS, Job, Options, Policy
+from jobd.model.responses import Answer, GrantView
 from tests.memory_disk import MemoryDisk
 
 WALL: Final = 1_700_000_000_000

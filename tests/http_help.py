@@ -15,8 +15,19 @@ from typing import Any, cast
 
 from msgspec import Struct
 
-from jobd import envelope, feed
-from jobd.answers import (
+from jobd.engine import event_feed as feed
+from jobd.engine import mailbox as envelope
+from jobd.engine.change_watchers import Watcher
+from jobd.engine.mailbox import Waiter
+from jobd.http.app import Pages, Web
+from jobd.http.auth import Gate
+from jobd.http.decoding import Limits
+from jobd.http.routing import Route
+from jobd.http.server import Listener
+from jobd.model.commands import Call, Command, KeyUse, MakePlan, Operator, TakeBack
+from jobd.model.errors import Refusal
+from jobd.model.events import Wanted
+from jobd.model.responses import (
     AlertView,
     Answer,
     BackupView,
@@ -52,17 +63,7 @@ from jobd.answers import (
     Vitals,
     WebhookView,
 )
-from jobd.artifact_downloads import Download, Downloads
-from jobd.bodies import Limits
-from jobd.commands import Call, Command, KeyUse, MakePlan, Operator, TakeBack
-from jobd.doors import Gate
-from jobd.envelope import Waiter
-from jobd.errors import Refusal
-from jobd.events import Wanted
-from jobd.listener import Listener
-from jobd.routes import Route
-from jobd.watchers import Watcher
-from jobd.web import Pages, Web
+from jobd.storage.artifacts.downloads import Download, Downloads
 from tests.conftest import tool_missing
 from tests.memory_disk import MemoryDisk
 

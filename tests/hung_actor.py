@@ -7,8 +7,8 @@ import signal
 import sys
 from typing import Any
 
-from jobd.actor import Actor
-from jobd.cli.daemon import main
+from jobd.cli.daemon.main import main
+from jobd.engine.actor import Actor
 
 
 async def hang(*_: Any) -> None:

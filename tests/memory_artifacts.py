@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from jobd.artifacts import Judge, Outcome, Reading, StoreFault
+from jobd.storage.artifacts.base import Judge, Outcome, Reading, StoreFault
 
 
 class MemoryArtifacts:

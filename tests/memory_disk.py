@@ -12,9 +12,10 @@ from typing import Final, get_args
 
 from msgspec.structs import replace
 
-from jobd import rows
-from jobd.audit_writer import KEEP_AUDIT, KEEP_BESIDE
-from jobd.batch import (
+from jobd.model.events import Change, Event
+from jobd.model.fingerprints import fingerprint
+from jobd.model.job import FINISHED, KEEP_LATE, LIVE, Grant, Job, LateResult, Result, untouched
+from jobd.model.storage import (
     PUT_OFF_MS,
     Aside,
     Audited,
@@ -41,9 +42,8 @@ from jobd.batch import (
     distinct,
     share_of,
 )
-from jobd.events import Change, Event
-from jobd.fingerprints import fingerprint
-from jobd.job import FINISHED, KEEP_LATE, LIVE, Grant, Job, LateResult, Result, untouched
+from jobd.storage import codec as rows
+from jobd.storage.audit_writer import KEEP_AUDIT, KEEP_BESIDE
 
 KEPT_REPORTS: Final = 500
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from jobd.answers import PlanResult, PlanView
-from jobd.commands import MakePlan, Operator
-from jobd.plans import Planner
+from jobd.maintenance.plans import Planner
+from jobd.model.commands import MakePlan, Operator
+from jobd.model.responses import PlanResult, PlanView
 
 EVE: Final = Operator("eve", "10.0.0.7")
 

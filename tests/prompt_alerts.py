@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from jobd import daemon
-from jobd.alerts import Alerts
-from jobd.cli.daemon import main
+from jobd.cli.daemon.main import main
+from jobd.monitoring.alerts import Alerts
 
 if __name__ == "__main__":
     prompt: Any = daemon

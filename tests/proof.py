@@ -33,7 +33,6 @@ PARTS: Final[dict[str, list[str]]] = {
     "linearizability": ["tests.linearizability", "--histories", "500"],
     "faults": ["tests.faults", "--report", "--json"],
     "planted": ["tests.planted", "--jobs", "2"],
-    "mutation": ["tests.mutation", "--jobs", "2"],
 }
 
 
@@ -172,20 +171,12 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {what}" for what, count in counts.items())
 
 
-def _mutation(printed: str) -> str:
-    lines = printed.strip().splitlines()
-    table = [line.partition("   killed by")[0].rstrip() for line in lines[:1]]
-    table += [line[:68].rstrip() for line in lines[1:-1] if line.strip()]
-    return _fenced([*table, lines[-1]])
-
-
 SHOWN: Final[dict[str, Callable[[str], str]]] = {
     "world": _whole,
     "simulation": _simulation,
     "linearizability": _whole,
     "faults": _faults,
     "planted": _last,
-    "mutation": _mutation,
 }
 
 

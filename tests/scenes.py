@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import msgspec
 
-from jobd.dashboard.recorder import SLOT_MS, SLOTS, STEP_MS, STEPS, Kept
-from jobd.store import Store
+from jobd.monitoring.timeseries import SLOT_MS, SLOTS, STEP_MS, STEPS, Kept
+from jobd.storage.store import Store
 from tests.faults.fuzz import free_port
 from tests.process import TOKEN, Daemon
 

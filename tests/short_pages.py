@@ -6,9 +6,9 @@ import sys
 from functools import partial
 from typing import Any
 
-from jobd import history
-from jobd.batch import Query
-from jobd.cli.daemon import main
+from jobd.cli.daemon.main import main
+from jobd.engine import history
+from jobd.model.storage import Query
 
 if __name__ == "__main__":
     short: Any = history

@@ -17,11 +17,10 @@ from typing import Any, Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd import decide, rules
-from jobd.answers import Answer, Validation, WhyView
-from jobd.batch import LateKnown, Numbers, Opened
-from jobd.book import Book
-from jobd.commands import (
+from jobd.core import decide
+from jobd.core import worker_rules as rules
+from jobd.core.state import Book
+from jobd.model.commands import (
     Adopt,
     AnyCommand,
     Bulk,
@@ -60,9 +59,9 @@ from jobd.commands import (
     Validate,
     Why,
 )
-from jobd.errors import Refusal
-from jobd.events import QueuePause
-from jobd.job import (
+from jobd.model.errors import Refusal
+from jobd.model.events import QueuePause
+from jobd.model.job import (
     LIVE,
     STATUSES,
     TOKEN_COUNTER_BITS,
@@ -75,6 +74,8 @@ from jobd.job import (
     Policy,
     Result,
 )
+from jobd.model.responses import Answer, Validation, WhyView
+from jobd.model.storage import LateKnown, Numbers, Opened
 from tests.desk import compare
 from tests.simulation.promises import Promises
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from jobd import migrations
-from jobd.batch import Opened
-from jobd.events import Change, fold
-from jobd.job import FINISHED, LIVE, Job
-from jobd.store import Store
+from jobd.model.events import Change, fold
+from jobd.model.job import FINISHED, LIVE, Job
+from jobd.model.storage import Opened
+from jobd.storage import migrations
+from jobd.storage.store import Store
 from tests.by_hand import Maker
 
 

@@ -15,26 +15,17 @@ import pytest
 from msgspec import UNSET, Raw
 from structlog.testing import capture_logs
 
-from jobd import decide, history
-from jobd.actor import BATCH_WEIGHT, CLOCK_LOOK_S, Bounds, DiskBroken
-from jobd.answers import Answer, Done, JobView, RefusalView
-from jobd.batch import (
-    Aside,
-    BadRows,
-    Batch,
-    DiskFull,
-    DiskSpace,
-    KeyRow,
-    LateAsked,
-    LateKnown,
-    Loaded,
-    Numbers,
-    Page,
-    Query,
-    QueueRow,
-)
-from jobd.book import Book
-from jobd.commands import (
+from jobd.core import decide
+from jobd.core.changeset import Decision
+from jobd.core.state import Book
+from jobd.core.worker_presence import WorkerPresence
+from jobd.engine import history
+from jobd.engine.actor import BATCH_WEIGHT, CLOCK_LOOK_S, Bounds, DiskBroken
+from jobd.engine.disk_full import Closed
+from jobd.engine.idempotency import KEPT_MS
+from jobd.engine.mailbox import Asked
+from jobd.engine.waiting_claims import Parked
+from jobd.model.commands import (
     Adopt,
     AnyCommand,
     Bulk,
@@ -76,16 +67,26 @@ from jobd.commands import (
     Update,
     Why,
 )
-from jobd.draft import Decision
-from jobd.envelope import Asked
-from jobd.errors import Refusal
-from jobd.events import Change, fold
-from jobd.fingerprints import fingerprint
-from jobd.full_disk import Closed
-from jobd.job import COUNTER_MASK, DAY_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Job, Policy, new_epoch
-from jobd.keys import KEPT_MS
-from jobd.parked import Parked
-from jobd.worker_presence import WorkerPresence
+from jobd.model.errors import Refusal
+from jobd.model.events import Change, fold
+from jobd.model.fingerprints import fingerprint
+from jobd.model.job import COUNTER_MASK, DAY_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Job, Policy, new_epoch
+from jobd.model.responses import Answer, Done, JobView, RefusalView
+from jobd.model.storage import (
+    Aside,
+    BadRows,
+    Batch,
+    DiskFull,
+    DiskSpace,
+    KeyRow,
+    LateAsked,
+    LateKnown,
+    Loaded,
+    Numbers,
+    Page,
+    Query,
+    QueueRow,
+)
 from tests.household import Household, in_virtual_time, seconds
 from tests.memory_disk import MemoryDisk
 

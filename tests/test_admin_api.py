@@ -12,9 +12,10 @@ import msgspec.inspect
 import pytest
 from structlog.testing import capture_logs
 
-from jobd.admin_api import ROUTES
-from jobd.answers import Answer, StatsView, ValidateJobView, Validation
-from jobd.commands import (
+from jobd.api.admin import ROUTES
+from jobd.core.views import job_view
+from jobd.http.auth import Gate
+from jobd.model.commands import (
     Adopt,
     AuditLog,
     Cancel,
@@ -46,10 +47,9 @@ from jobd.commands import (
     Why,
     Workers,
 )
-from jobd.doors import Gate
-from jobd.errors import Refusal
-from jobd.job import Policy
-from jobd.views import job_view
+from jobd.model.errors import Refusal
+from jobd.model.job import Policy
+from jobd.model.responses import Answer, StatsView, ValidateJobView, Validation
 from tests.http_help import BACKUP, DELIVERY, TOKEN, WEBHOOK, House
 from tests.test_views import AT, JOB
 

@@ -8,7 +8,13 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.alerts import (
+from jobd.core.pace import HOURS_NEEDED, SAMPLES_NEEDED
+from jobd.core.stats import STEP_MS
+from jobd.model.commands import Claim, Complete, Create, EndGrants, Fail, Pause, Progress, Start
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
+from jobd.model.responses import AlertView
+from jobd.model.storage import DiskSpace
+from jobd.monitoring.alerts import (
     EVALUATE_EVERY_S,
     LANES_IN_ONE_GO,
     MEASURE_EVERY_S,
@@ -17,14 +23,8 @@ from jobd.alerts import (
     Alerts,
     Thresholds,
 )
-from jobd.answers import AlertView
-from jobd.artifacts import StoreFault
-from jobd.batch import DiskSpace
-from jobd.commands import Claim, Complete, Create, EndGrants, Fail, Pause, Progress, Start
-from jobd.figures import STEP_MS
-from jobd.health import Health
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
-from jobd.pace import HOURS_NEEDED, SAMPLES_NEEDED
+from jobd.monitoring.health import Health
+from jobd.storage.artifacts.base import StoreFault
 from tests.household import Household, in_virtual_time, row, seconds
 from tests.memory_disk import MemoryDisk
 

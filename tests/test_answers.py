@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from msgspec.structs import FieldInfo, fields
 
-from jobd import answers
+from jobd.model import responses as answers
 
 # Where they stand -> the words, which are part of the contract.
 WORDS: dict[str, str] = {

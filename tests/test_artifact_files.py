@@ -18,8 +18,8 @@ from typing import Final
 
 import pytest
 
-from jobd.artifact_files import WAITING, FileStore, directory_fault
-from jobd.artifacts import PIECE_BYTES, Outcome, StoreFault, Verdict
+from jobd.storage.artifacts.base import PIECE_BYTES, Outcome, StoreFault, Verdict
+from jobd.storage.artifacts.filesystem import WAITING, FileStore, directory_fault
 
 OLD_S = 1_600_000_000
 

@@ -17,13 +17,13 @@ import pytest
 from obstore.store import S3Store
 from yarl import URL
 
-from jobd import artifact_s3
-from jobd.artifact_s3 import S3ArtifactStore
-from jobd.artifacts import Margins, Outcome, StoreFault, Verdict
-from jobd.batch import Tombstone
-from jobd.clock import Clock
-from jobd.store import Store
-from jobd.sweeper import Sweeper, Sweeps
+from jobd.engine.clock import Clock
+from jobd.maintenance.artifact_sweeper import Sweeper, Sweeps
+from jobd.model.storage import Tombstone
+from jobd.storage.artifacts import s3 as artifact_s3
+from jobd.storage.artifacts.base import Margins, Outcome, StoreFault, Verdict
+from jobd.storage.artifacts.s3 import S3ArtifactStore
+from jobd.storage.store import Store
 from tests.by_hand import Maker
 from tests.household import until
 from tests.s3_servers import KEY, SECRET, moto, radosgw

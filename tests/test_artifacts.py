@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jobd.artifacts import MARGINS, Verdict, judge
-from jobd.batch import Tombstone
-from jobd.job import DAY_MS
+from jobd.model.job import DAY_MS
+from jobd.model.storage import Tombstone
+from jobd.storage.artifacts.base import MARGINS, Verdict, judge
 
 DELETED: int = 1_700_000_000_000
 YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms

@@ -8,10 +8,14 @@ from typing import get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd import admin_api, audit
-from jobd.answers import Answer, AuditPage, Done
-from jobd.batch import COMINGS, LOOKS, Audited, share_of
-from jobd.commands import (
+from jobd.api import admin as admin_api
+from jobd.core import audit
+from jobd.core.changeset import Decision
+from jobd.core.planning import version
+from jobd.dashboard.pages import DEEDS_KEPT
+from jobd.engine.disk_full import Closed
+from jobd.engine.mailbox import READS
+from jobd.model.commands import (
     AnyCommand,
     ApplyEndings,
     ApplyPlan,
@@ -35,12 +39,9 @@ from jobd.commands import (
     Transition,
     Update,
 )
-from jobd.dashboard.pages import DEEDS_KEPT
-from jobd.draft import Decision
-from jobd.envelope import READS
-from jobd.full_disk import Closed
-from jobd.job import SECOND_MS
-from jobd.planning import version
+from jobd.model.job import SECOND_MS
+from jobd.model.responses import Answer, AuditPage, Done
+from jobd.model.storage import COMINGS, LOOKS, Audited, share_of
 from tests.desk import Desk
 from tests.household import Household, in_virtual_time
 from tests.memory_disk import MemoryDisk

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd import audit_writer
-from jobd.batch import Audited, AuditQuery, BadRows
-from jobd.store import Store
+from jobd.model.storage import Audited, AuditQuery, BadRows
+from jobd.storage import audit_writer
+from jobd.storage.store import Store
 from tests import store_help
 from tests.by_hand import NOW, Maker
 from tests.store_help import edited, made, opened, read

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd import backup, files, migrations
-from jobd.backup import BackupStopped, copied, restore
-from jobd.batch import Batch, DiskFull
-from jobd.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
-from jobd.job import FINISHED, LIVE
-from jobd.store import MEMORY, Store, StoreBroken
+from jobd.model.job import FINISHED, LIVE
+from jobd.model.storage import Batch, DiskFull
+from jobd.storage import backup, files, migrations
+from jobd.storage.backup import BackupStopped, copied, restore
+from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
+from jobd.storage.store import MEMORY, Store, StoreBroken
 from tests.by_hand import Maker
 from tests.process import Daemon
 from tests.store_help import assert_holds, edited, exists, make_store, opened, read, remove, spoil, write

@@ -6,7 +6,8 @@ from typing import get_args
 
 from msgspec.structs import replace
 
-from jobd.batch import (
+from jobd.model.job import Job, Options, Result, Untouched
+from jobd.model.storage import (
     PUT_OFF_MS,
     Aside,
     Audited,
@@ -23,7 +24,6 @@ from jobd.batch import (
     share_of,
     tombstones,
 )
-from jobd.job import Job, Options, Result, Untouched
 from tests.by_hand import Maker
 
 SHORT = Untouched(1, "a", Options(), 1_000)

@@ -15,8 +15,8 @@ from jobd.bench.scenarios import SCENARIOS, Scenario, Size, measured
 from jobd.bench.spread import over_runs, percentiles
 from jobd.bench.stage import BenchFailed, Stage
 from jobd.bench.wire import Wire
-from jobd.cli import bench
-from jobd.cli.daemon import jobd
+from jobd.cli.daemon import bench
+from jobd.cli.daemon.main import jobd
 
 TINY = Size(seconds=0.2, connections=4, rate=50, live=1_000, backlogs=((1_000, 0), (1_500, 500)))
 TIMES = {"p50_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms"}

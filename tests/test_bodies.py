@@ -11,9 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from jobd.admin_api import Deliveries, RowsAsked
-from jobd.bodies import Limits, Shape, explain, part_of, path_value
-from jobd.commands import (
+from jobd.api.admin import Deliveries, RowsAsked
+from jobd.api.downloads import BackupAsked
+from jobd.dashboard.pages import WorkersPage
+from jobd.dashboard.webhooks import WebhookPage
+from jobd.http.decoding import Limits, Shape, explain, part_of, path_value
+from jobd.http.weighing import MANY_KEYS
+from jobd.model.commands import (
     AuditLog,
     Bulk,
     Cancel,
@@ -36,12 +40,8 @@ from jobd.commands import (
     Update,
     Updates,
 )
-from jobd.dashboard.pages import WorkersPage
-from jobd.dashboard.webhooks import WebhookPage
-from jobd.downloads import BackupAsked
-from jobd.errors import Refusal, Refused
-from jobd.job import Backoff
-from jobd.weighing import MANY_KEYS
+from jobd.model.errors import Refusal, Refused
+from jobd.model.job import Backoff
 
 LIMITS = Limits()
 SHAPES: dict[str, Shape] = {

@@ -9,10 +9,10 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import book as book_module
-from jobd.batch import Numbers, Opened, QueueRow
-from jobd.book import FINISHED_KEPT, Book
-from jobd.commands import (
+from jobd.core import state as book_module
+from jobd.core.ready_queue import SLACK, Lane
+from jobd.core.state import FINISHED_KEPT, Book
+from jobd.model.commands import (
     Cancel,
     Create,
     Delete,
@@ -25,9 +25,20 @@ from jobd.commands import (
     Resume,
     Update,
 )
-from jobd.events import Change, Event, QueuePause
-from jobd.job import COUNTER_MASK, HOUR_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Grant, Job, Lease, Options, Result, Untouched
-from jobd.orders import SLACK, Lane
+from jobd.model.events import Change, Event, QueuePause
+from jobd.model.job import (
+    COUNTER_MASK,
+    HOUR_MS,
+    MINUTE_MS,
+    TOKEN_COUNTER_BITS,
+    Grant,
+    Job,
+    Lease,
+    Options,
+    Result,
+    Untouched,
+)
+from jobd.model.storage import Numbers, Opened, QueueRow
 from tests.desk import NOW, Desk, compare, picture
 
 TTL = 15 * MINUTE_MS

@@ -9,16 +9,16 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd.answers import Answer, CleanupReport, RecoverStuckView
-from jobd.batch import Audited, DiskFull
-from jobd.cleanup import TICK_S, read_beside, read_figures
-from jobd.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Recover, Timeline
-from jobd.errors import Refusal
-from jobd.events import Event
-from jobd.figures import Figures, Histogram
-from jobd.full_disk import Closed
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy
-from jobd.passes import Schedule
+from jobd.core.stats import Figures, Histogram
+from jobd.engine.disk_full import Closed
+from jobd.maintenance.cleanup_pass import Schedule
+from jobd.maintenance.maintainer import TICK_S, read_beside, read_figures
+from jobd.model.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Recover, Timeline
+from jobd.model.errors import Refusal
+from jobd.model.events import Event
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy
+from jobd.model.responses import Answer, CleanupReport, RecoverStuckView
+from jobd.model.storage import Audited, DiskFull
 from tests.household import WALL, Household, in_virtual_time, row, seconds, until
 from tests.memory_disk import MemoryDisk
 

@@ -24,13 +24,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobd import config
-from jobd.answers import AuditView
-from jobd.cli import ctl, deeds, exits, own_daemon, places, safe_file, show, tables_admin
-from jobd.cli.kinds import duration_ms, moment_ms, past_ms
+from jobd.cli import confirm as deeds
+from jobd.cli import connection as places
+from jobd.cli import exit_codes as exits
+from jobd.cli import own_daemon, safe_file, tables_admin
+from jobd.cli import terminal as show
+from jobd.cli.ctl import main as ctl
+from jobd.cli.params import duration_ms, moment_ms, past_ms
 from jobd.client.endpoint import default_socket
-from jobd.dashboard import filters, paint
-from jobd.errors import REFUSALS
-from jobd.files import FileLock
+from jobd.dashboard import filters
+from jobd.dashboard import rendering as paint
+from jobd.model.errors import REFUSALS
+from jobd.model.responses import AuditView
+from jobd.storage.files import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = 1_772_366_400_000
@@ -771,7 +777,7 @@ def test_a_source_that_cannot_be_read_is_named(old_jobs: ModuleType, tmp_path: P
 
 
 def test_the_example_only_names_fields_that_an_import_has(old_jobs: ModuleType) -> None:
-    from jobd.commands import Import
+    from jobd.model.commands import Import
 
     assert set(old_jobs.COLUMNS) <= set(Import.__struct_encode_fields__)
 

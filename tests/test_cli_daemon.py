@@ -25,11 +25,18 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd import admin_api, answers
-from jobd.cli import checkup, ctl, ctl_change, ctl_plan, exits, tables_admin
-from jobd.cli import daemon as jobd_cli
-from jobd.cli.checkup import examine
+import jobd
+from jobd.api import admin as admin_api
+from jobd.cli import exit_codes as exits
+from jobd.cli import tables_admin
+from jobd.cli.ctl import change as ctl_change
+from jobd.cli.ctl import main as ctl
+from jobd.cli.ctl import plans as ctl_plan
+from jobd.cli.daemon import checkup
+from jobd.cli.daemon import main as jobd_cli
+from jobd.cli.daemon.checkup import examine
 from jobd.client import AdminClient, JobClient, JobdError, LockLost
+from jobd.model import responses as answers
 from tests.http_help import DELIVERY, WEBHOOK, Desk, House
 from tests.process import TOKEN as DAEMON_TOKEN
 from tests.process import Daemon, die_with_us
@@ -194,10 +201,10 @@ def test_submit_takes_every_option(jobctl: Ctl) -> None:
 
 
 def test_submit_reads_the_payload_from_stdin(running: Running) -> None:
-    done = running.done("jobd.cli.ctl", "submit", "--json", "-", input='["from stdin"]')
+    done = running.done("jobd.cli.ctl.main", "submit", "--json", "-", input='["from stdin"]')
     assert done.returncode == 0
     assert json.loads(done.stdout)["payload"] == ["from stdin"]
-    assert running.done("jobd.cli.ctl", "submit", "-", input="not json").returncode == 2
+    assert running.done("jobd.cli.ctl.main", "submit", "-", input="not json").returncode == 2
 
 
 def test_the_same_job_again_is_the_same_and_another_is_refused(jobctl: Ctl) -> None:
@@ -270,7 +277,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(running: Running) -> None:
     for number in range(300):
         running.client.create_job("x" * 400, queue="s7", id=f"s7-{number}")
     with running.start(
-        "jobd.cli.ctl", "jobs", "--queue", "s7", "--all", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        "jobd.cli.ctl.main", "jobs", "--queue", "s7", "--all", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -742,7 +749,7 @@ def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: 
     jobctl.ok("artifact", "c7", "-o", str(target), "-y")
     assert target.read_bytes() == content
     done = subprocess.run(
-        [sys.executable, "-m", "jobd.cli.ctl", "artifact", "c7"],
+        [sys.executable, "-m", "jobd.cli.ctl.main", "artifact", "c7"],
         env={**running.env, **running.places},
         cwd=ROOT,
         capture_output=True,
@@ -1065,8 +1072,8 @@ def test_a_program_reads_a_result_where_there_was_nothing_to_do(jobctl: Ctl, arg
 
 _OUT: Final = {
     "backup": ("jobd", "backup", "--yes"),
-    "export": ("jobd.cli.ctl", "export", "--yes"),
-    "artifact": ("jobd.cli.ctl", "artifact", "no-such-job", "--yes", "-o"),
+    "export": ("jobd.cli.ctl.main", "export", "--yes"),
+    "artifact": ("jobd.cli.ctl.main", "artifact", "no-such-job", "--yes", "-o"),
 }
 
 
@@ -1197,8 +1204,8 @@ def test_a_damaged_row_is_named_with_its_mend(
         raise exits.Problem("nothing was done")
 
     with monkeypatch.context() as patched:
-        patched.setattr("jobd.cli.daemon_files.need_terminal", lambda: None)
-        patched.setattr("jobd.cli.daemon_files.confirm", no)
+        patched.setattr("jobd.cli.daemon.store.need_terminal", lambda: None)
+        patched.setattr("jobd.cli.daemon.store.confirm", no)
         code, out, err = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2")
         assert (code, out, asked) == (1, "", ["write that"])
         assert "job b2: its row would be accepted as it is" in err
@@ -1307,7 +1314,7 @@ def test_run_works_off_a_queue_and_its_exit_code_says_how(running: Running) -> N
     for number in (1, 2, 0):
         running.client.create_job(number, queue="r1", id=f"r1-{number}")
     script = 'read n; echo "::result file_path=/srv/$n"; echo "::meta n=$n"; test "$n" != 0'
-    done = running.done("jobd.cli.ctl", "run", "--queue", "r1", "--drain", "--", "sh", "-c", script)
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "--", "sh", "-c", script)
     assert done.returncode == 1, done.stderr
     jobs = {job.id: job for job in running.client.list_jobs(queue="r1").jobs}
     assert {name: job.status for name, job in jobs.items()} == {
@@ -1317,10 +1324,10 @@ def test_run_works_off_a_queue_and_its_exit_code_says_how(running: Running) -> N
     }
     assert (jobs["r1-2"].file_path, jobs["r1-2"].metadata_value) == ("/srv/2", {"n": 2})
     assert jobs["r1-0"].error_code == "exit:1"
-    done = running.done("jobd.cli.ctl", "run", "--queue", "r1", "--drain", "true")
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "true")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     running.client.create_job(queue="r1", id="r1-later", delay_ms=3_600_000)
-    done = running.done("jobd.cli.ctl", "run", "--queue", "r1", "--drain", "true")
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "true")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "jobctl run: drained; 1 job is left: 1 is not due yet.\n"
 
@@ -1328,7 +1335,7 @@ def test_run_works_off_a_queue_and_its_exit_code_says_how(running: Running) -> N
 def test_a_run_over_its_timeout_fails_with_timeout(running: Running) -> None:
     running.client.create_job(queue="r-timeout", id="r-timeout")
     limits = ("--timeout", "200ms", "--max-processing", "1h")
-    done = running.done("jobd.cli.ctl", "run", "--queue", "r-timeout", *limits, "--once", "sleep", "1000")
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r-timeout", *limits, "--once", "sleep", "1000")
     assert done.returncode == 1, done.stderr
     assert "it took longer than 0.2 s" in done.stderr
     job = running.client.get_job("r-timeout")
@@ -1338,7 +1345,7 @@ def test_a_run_over_its_timeout_fails_with_timeout(running: Running) -> None:
 
 def test_options_after_the_command_belong_to_it(running: Running) -> None:
     running.client.create_job(None, queue="r2", id="r2")
-    done = running.done("jobd.cli.ctl", "run", "--queue", "r2", "--once", "echo", "--drain", "--json")
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r2", "--once", "echo", "--drain", "--json")
     assert done.returncode == 0, done.stderr
     assert "--drain --json" in done.stdout
 
@@ -1347,9 +1354,16 @@ def test_options_after_the_command_belong_to_it(running: Running) -> None:
 def test_submit_waits_for_the_end(command: str, code: int, running: Running) -> None:
     queue = f"r3-{command}"
     waiting = running.start(
-        "jobd.cli.ctl", "submit", "--queue", queue, "--wait", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        "jobd.cli.ctl.main",
+        "submit",
+        "--queue",
+        queue,
+        "--wait",
+        "--json",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    assert running.done("jobd.cli.ctl", "run", "--queue", queue, "--once", command).returncode == code
+    assert running.done("jobd.cli.ctl.main", "run", "--queue", queue, "--once", command).returncode == code
     out, err = waiting.communicate()
     assert waiting.returncode == code, err
     assert json.loads(out)["status"] == ("completed" if code == 0 else "failed")
@@ -1357,7 +1371,7 @@ def test_submit_waits_for_the_end(command: str, code: int, running: Running) -> 
 
 def test_who_stops_waiting_leaves_the_job_alone(running: Running) -> None:
     waiting = running.start(
-        "jobd.cli.ctl",
+        "jobd.cli.ctl.main",
         "submit",
         "--id",
         "r4",
@@ -1381,7 +1395,7 @@ def test_the_shell_worker_of_the_docs(running: Running, tmp_path: Path) -> None:
     payload = {"source": str(tmp_path / "cat.txt"), "target": str(tmp_path / "cat.txt.gz")}
     running.client.create_job(payload, queue="r5", id="r5")
     example = str(ROOT / "docs/examples/worker.sh")
-    done = running.done("jobd.cli.ctl", "run", "--queue", "r5", "--once", "--", example)
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r5", "--once", "--", example)
     assert done.returncode == 0, done.stderr
     job = running.client.get_job("r5")
     assert job.file_path == str(tmp_path / "cat.txt.gz")
@@ -1464,8 +1478,8 @@ async def test_a_clock_is_accepted_by_who_was_told_what_that_deletes(
     assert await _clock(tmp_path, held, "--yes") == (2, False)
     assert await _clock(tmp_path, held, "accept", "--yes") == (0, True)
     asked: list[str] = []
-    monkeypatch.setattr("jobd.cli.ctl_admin.need_terminal", lambda: None)
-    monkeypatch.setattr("jobd.cli.ctl_admin.confirm", asked.append)
+    monkeypatch.setattr("jobd.cli.ctl.admin.need_terminal", lambda: None)
+    monkeypatch.setattr("jobd.cli.ctl.admin.confirm", asked.append)
     assert await _clock(tmp_path, held, "accept") == (0, True)
     assert asked == ["take the clock as right"]
     assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().err
@@ -1543,7 +1557,7 @@ def test_the_doctor_names_some_of_many_queues_and_none_that_is_paused() -> None:
 
 
 def test_the_thresholds_of_the_doctor_are_those_of_the_rules() -> None:
-    text = (Path(checkup.__file__).parent.parent / "monitoring" / "jobd.rules.yml").read_text("utf-8")
+    text = (Path(jobd.__file__).parent / "monitoring" / "jobd.rules.yml").read_text("utf-8")
     rules = {rule["alert"]: rule["expr"] for group in msgspec.yaml.decode(text)["groups"] for rule in group["rules"]}
     for each in checkup.THRESHOLDS:
         assert each.metric in rules[each.rule]
@@ -1565,7 +1579,7 @@ def _on_a_terminal(
     """
     ours, theirs = pty.openpty()
     try:
-        process = running.start("jobd.cli.ctl", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
+        process = running.start("jobd.cli.ctl.main", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
         os.close(theirs)
         shown = b""
         while b"[y/N]" not in shown:
@@ -1750,7 +1764,7 @@ def _asked_nothing(running: Running, *argv: str) -> tuple[int, str]:
     """As `_on_a_terminal`, of what is refused before anybody is asked: exit code, what the terminal showed."""
     ours, theirs = pty.openpty()
     try:
-        process = running.start("jobd.cli.ctl", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
+        process = running.start("jobd.cli.ctl.main", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
         assert process.communicate()[0] == ""
         shown = os.read(ours, 4096).decode()
         os.close(theirs)
@@ -1794,10 +1808,10 @@ def _drawn(running: Running, module: str, *argv: str, no_color: str) -> str:
 @pytest.mark.parametrize(
     ("module", "argv"),
     [
-        ("jobd.cli.ctl", ("jobs", "--queue", "t2")),
-        ("jobd.cli.ctl", ("job", "t2")),
-        ("jobd.cli.ctl", ("health",)),
-        ("jobd.cli.ctl", ("--help",)),
+        ("jobd.cli.ctl.main", ("jobs", "--queue", "t2")),
+        ("jobd.cli.ctl.main", ("job", "t2")),
+        ("jobd.cli.ctl.main", ("health",)),
+        ("jobd.cli.ctl.main", ("--help",)),
         ("jobd", ("backup", "--yes", "COPY")),
         ("jobd", ("check-config",)),
     ],
@@ -1817,7 +1831,11 @@ def test_with_no_color_a_terminal_is_sent_no_escape_sequence(
 
 def test_jobctl_and_backup_find_a_daemon_by_its_own_settings(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
-        for command in ("jobd.cli.ctl submit --id a", "jobd.cli.ctl stats", f"jobd backup {tmp_path / 'copy.db'}"):
+        for command in (
+            "jobd.cli.ctl.main submit --id a",
+            "jobd.cli.ctl.main stats",
+            f"jobd backup {tmp_path / 'copy.db'}",
+        ):
             argv = [sys.executable, "-m", *command.split()]
             done = subprocess.run(argv, env=daemon.environ, cwd=ROOT, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
@@ -1825,7 +1843,7 @@ def test_jobctl_and_backup_find_a_daemon_by_its_own_settings(tmp_path: Path) -> 
     with Daemon(tmp_path, settings) as daemon:
         told = {"ADMIN_TOKEN": daemon.environ["ADMIN_TOKEN"], "JOBD_CONFIG": str(daemon.config)}
         env = {name: value for name, value in daemon.environ.items() if not name.startswith("JOBD_")} | told
-        for command in ("jobd.cli.ctl job a", "jobd.cli.ctl stats"):
+        for command in ("jobd.cli.ctl.main job a", "jobd.cli.ctl.main stats"):
             argv = [sys.executable, "-m", *command.split()]
             done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr

@@ -20,12 +20,16 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
-from jobd import commands, event_stream
-from jobd.answers import AlertView, QueueView, StatsView
-from jobd.cli import ctl, ctl_live, show, tables
-from jobd.cli.top import WINDOW_S, Frame, Hands, Held, Samples, picture, rows_of
+from jobd.api import events as event_stream
+from jobd.cli import tables
+from jobd.cli import terminal as show
+from jobd.cli.ctl import events as ctl_live
+from jobd.cli.ctl import main as ctl
+from jobd.cli.ctl.top import WINDOW_S, Frame, Hands, Held, Samples, picture, rows_of
 from jobd.client import AdminClient
-from jobd.events import StreamedEvent
+from jobd.model import commands
+from jobd.model.events import StreamedEvent
+from jobd.model.responses import AlertView, QueueView, StatsView
 from tests.process import TOKEN, Daemon, die_with_us
 
 STATS = StatsView(
@@ -136,7 +140,7 @@ def test_what_cannot_be_shown_is_said(daemon: Daemon, jobctl: Any) -> None:
 
 
 def test_with_f_it_goes_on_over_a_restart_until_ctrl_c(daemon: Daemon) -> None:
-    command = [sys.executable, "-m", "jobd.cli.ctl", "events", "-f", "--after", "0", "--json"]
+    command = [sys.executable, "-m", "jobd.cli.ctl.main", "events", "-f", "--after", "0", "--json"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with (
         subprocess.Popen(command, env=environ(daemon), preexec_fn=die_with_us, **pipes) as process,
@@ -336,7 +340,7 @@ class Terminal:
         if not more:
             env.pop("NO_COLOR", None)
         self._ours, theirs = pty.openpty()
-        command = [sys.executable, "-m", "jobd.cli.ctl", "top", "--interval", "100ms"]
+        command = [sys.executable, "-m", "jobd.cli.ctl.main", "top", "--interval", "100ms"]
         self.process = subprocess.Popen(
             command, env=env, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=die_with_us, start_new_session=True
         )

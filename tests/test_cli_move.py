@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 import pytest
 
-from jobd.cli import ctl
+from jobd.cli.ctl import main as ctl
 from jobd.client import AdminClient
 from tests.test_cli_daemon import ROOT, TOKEN, Running
 
@@ -76,7 +76,7 @@ def fill(daemon: Running) -> None:
 
 def exported(daemon: Running, *argv: str) -> list[bytes]:
     done = subprocess.run(
-        [sys.executable, "-m", "jobd.cli.ctl", "export", *argv],
+        [sys.executable, "-m", "jobd.cli.ctl.main", "export", *argv],
         env={**daemon.env, **daemon.places}, cwd=ROOT, capture_output=True, check=True,
     )  # fmt: skip
     lines = done.stdout.splitlines()
@@ -91,20 +91,20 @@ def ids(lines: list[bytes]) -> list[str]:
 
 def test_there_and_back_every_job_is_the_same(here: Running, there: Running, tmp_path: Path) -> None:
     file = tmp_path / "jobs.ndjson"
-    assert here.done("jobd.cli.ctl", "export", str(file)).returncode == 0
+    assert here.done("jobd.cli.ctl.main", "export", str(file)).returncode == 0
     assert file.stat().st_mode & 0o777 == 0o600
     lines = file.read_bytes().splitlines()
     assert len(lines) == len(ODD) + MANY + 7
-    assert here.done("jobd.cli.ctl", "export", str(file)).returncode == 2, "it is there already"
-    assert here.done("jobd.cli.ctl", "export", str(file), "--yes").returncode == 0
+    assert here.done("jobd.cli.ctl.main", "export", str(file)).returncode == 2, "it is there already"
+    assert here.done("jobd.cli.ctl.main", "export", str(file), "--yes").returncode == 0
     assert file.read_bytes().splitlines() == lines, "an export changes nothing"
-    looked = there.done("jobd.cli.ctl", "import", "--dry-run", str(file))
+    looked = there.done("jobd.cli.ctl.main", "import", "--dry-run", str(file))
     assert looked.returncode == 0
     assert len(looked.stdout.splitlines()) == len(lines)
     assert looked.stderr == f"{len(lines)} would be imported, 0 skipped, 0 refused\n"
     assert "(many-7): would be created as queued" in looked.stdout
     assert there.client.list_jobs().jobs == []  # nothing was written
-    moved = there.done("jobd.cli.ctl", "import", str(file))
+    moved = there.done("jobd.cli.ctl.main", "import", str(file))
     assert moved.stdout == f"{len(lines)} imported, 0 skipped, 0 refused\n"
     again = exported(there)
     assert ids(again) == ids(lines), "the order of creation is the order of the queue"
@@ -123,7 +123,7 @@ def test_there_and_back_every_job_is_the_same(here: Running, there: Running, tmp
         assert kept == payload.replace("\n", " ").replace("\r", " ").encode(), (
             "line breaks between the parts are spaces now"
         )
-    assert there.done("jobd.cli.ctl", "import", str(file)).stdout.startswith(f"0 imported, {len(lines)} skipped")
+    assert there.done("jobd.cli.ctl.main", "import", str(file)).stdout.startswith(f"0 imported, {len(lines)} skipped")
 
 
 def test_what_the_creator_left_to_the_daemon_is_left_to_the_next(here: Running) -> None:
@@ -143,7 +143,7 @@ def test_some_of_them(here: Running) -> None:
 
 def test_on_a_terminal_one_sees_how_far_it_is(here: Running) -> None:
     main_end, terminal = pty.openpty()
-    process = here.start("jobd.cli.ctl", "export", stdout=subprocess.DEVNULL, stderr=terminal)
+    process = here.start("jobd.cli.ctl.main", "export", stdout=subprocess.DEVNULL, stderr=terminal)
     os.close(terminal)
     seen = b""
     while True:
@@ -186,7 +186,7 @@ def test_an_import_that_is_only_looked_at_says_why(there: Running, tmp_path: Pat
     there.client.create_job(id="old")
     file = tmp_path / "jobs.ndjson"
     file.write_text('{"id":"a"}\n{"id":"old"}\n{"id":"a"}\n{"id":"b","priority":7000}\n', encoding="utf-8")
-    looked = there.done("jobd.cli.ctl", "import", str(file), "--dry-run")
+    looked = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run")
     assert looked.returncode == 1  # as the import itself
     said = looked.stdout.splitlines()
     assert said[:3] == [
@@ -196,5 +196,5 @@ def test_an_import_that_is_only_looked_at_says_why(there: Running, tmp_path: Pat
     ]
     assert said[3].startswith("line 4 (b): would be refused: ")
     assert "priority" in said[3]
-    told = there.done("jobd.cli.ctl", "import", str(file), "--dry-run", "--json")
+    told = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run", "--json")
     assert json.loads(told.stdout)["wouldRefuse"] == 1

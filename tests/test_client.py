@@ -21,8 +21,8 @@ import pytest
 from aiohttp import web
 
 import jobd.client
-from jobd import admin_api, worker_api
-from jobd.answers import JobView, LockState
+from jobd.api import admin as admin_api
+from jobd.api import worker as worker_api
 from jobd.client import (
     ERRORS,
     AdminClient,
@@ -39,18 +39,19 @@ from jobd.client import (
     Overloaded,
     RetryPolicy,
     Unreachable,
-    admin_calls,
     admin_endpoint,
     aio,
-    calls,
     default_socket,
     parse_endpoint,
     sync,
     uuid7,
     worker_endpoint,
 )
+from jobd.client import admin_requests as admin_calls
+from jobd.client import worker_requests as calls
 from jobd.client.protocol import RETRIED, Reply, Request, Tries, get, job_path, json_lines, reader, result
-from jobd.errors import REFUSALS
+from jobd.model.errors import REFUSALS
+from jobd.model.responses import JobView, LockState
 from tests.conftest import tool_missing
 from tests.peer import Peer, closing, drop, early, no, ok, raw, serving
 

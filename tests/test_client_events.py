@@ -26,7 +26,7 @@ from jobd.client import (
     Unauthorized,
     Unreachable,
 )
-from jobd.client.events import EVENTS, Listening
+from jobd.client.event_subscription import EVENTS, Listening
 from jobd.client.protocol import Reply
 from tests.peer import Peer, Step, drop, no, raw, serving
 from tests.process import TOKEN, Daemon

@@ -16,13 +16,16 @@ import msgspec
 import pytest
 
 import jobd
-from jobd.client import AsyncJobClient, CommandWorker, JobInfo, Unreachable, leftover, shift, uuid7, watchdog
-from jobd.client.claims import Wanted
-from jobd.client.leftover import left_behind
-from jobd.client.output import LINE_BYTES, BadDirective, Filter, Said, Sink, Tail
-from jobd.client.program import Program, has_members
-from jobd.client.run import describe
-from jobd.client.watchdog import Watchdog
+from jobd.client import AsyncJobClient, CommandWorker, JobInfo, Unreachable, uuid7
+from jobd.client.worker import drain as leftover
+from jobd.client.worker import runner as shift
+from jobd.client.worker import watchdog
+from jobd.client.worker.claimer import Wanted
+from jobd.client.worker.command_worker import describe
+from jobd.client.worker.drain import left_behind
+from jobd.client.worker.output import LINE_BYTES, BadDirective, Filter, Said, Sink, Tail
+from jobd.client.worker.process import Program, has_members
+from jobd.client.worker.watchdog import Watchdog
 from tests.peer import Peer, ok, serving, until
 from tests.process import Daemon, die_with_us
 
@@ -791,7 +794,7 @@ async def test_jobctl_run_is_this_worker_and_sigterm_gives_the_job_back(
 ) -> None:
     job = await client.create_job(queue=queue)
     script = "echo ::progress 1; echo $$; sleep 1000"
-    command = [sys.executable, "-m", "jobd.cli.ctl", "--socket", daemon.socket, "run", "--queue", queue]
+    command = [sys.executable, "-m", "jobd.cli.ctl.main", "--socket", daemon.socket, "run", "--queue", queue]
     command += ["--grace", "50ms", "--", "sh", "-c", script]
     environ = {**os.environ, "PYTHONPATH": str(Path(jobd.__file__).parents[1])}
     start = functools.partial(
@@ -861,7 +864,7 @@ async def test_a_killed_run_ends_its_program_and_the_children(
     script += f"mv {tmp_path}/pids.new {tmp_path}/pids; wait; while :; do sleep 0.01; done"
     environ = {**os.environ, "PYTHONPATH": str(Path(jobd.__file__).parents[1])}
     run = ["run", "--socket", daemon.socket, "--queue", queue, "--lock-ttl", "1s", "--", "sh", "-c", script]
-    command = [sys.executable, "-c", "from jobd.cli.ctl import main; main()", *run]
+    command = [sys.executable, "-c", "from jobd.cli.ctl.main import main; main()", *run]
     await client.create_job(queue=queue)
     start = functools.partial(subprocess.Popen, command, env=environ, preexec_fn=die_with_us)
     process = await asyncio.to_thread(start)

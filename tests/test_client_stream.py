@@ -21,11 +21,11 @@ from jobd.client import (
     Unauthorized,
     Unreachable,
     Worker,
-    calls,
 )
+from jobd.client import worker_requests as calls
+from jobd.client.command_stream import line_of
 from jobd.client.protocol import Request
-from jobd.client.stream import line_of
-from jobd.doors import Gate
+from jobd.http.auth import Gate
 from tests.household import until
 from tests.http_help import TOKEN
 from tests.town import Town, town

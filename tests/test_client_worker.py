@@ -39,11 +39,11 @@ from jobd.client import (
     Worker,
     uuid7,
 )
-from jobd.client import worker as client_worker
-from jobd.client.claims import about_us
-from jobd.client.keeper import Keeper
 from jobd.client.protocol import job_path
-from jobd.client.worker import _described, _how, _result
+from jobd.client.worker import worker as client_worker
+from jobd.client.worker.claimer import about_us
+from jobd.client.worker.lease import Keeper
+from jobd.client.worker.worker import _described, _how, _result
 from tests.peer import Asked, Peer, Step, drop, no, ok, serving, until
 from tests.process import TOKEN, Daemon, die_with_us
 from tests.test_client import JOB

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from jobd import clock as clock_module
-from jobd.clock import Clock, boot_clock_ms, is_synchronised, wall_clock_ms
-from jobd.commands import Moment
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
+from jobd.engine import clock as clock_module
+from jobd.engine.clock import Clock, boot_clock_ms, is_synchronised, wall_clock_ms
+from jobd.model.commands import Moment
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
 
 WALL = 1_700_000_000_000
 WEEK_MS = 7 * DAY_MS

@@ -13,16 +13,17 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
-from jobd import admin_api, command_stream
-from jobd.actor import Bounds
-from jobd.answers import Answer, Done, Grants
-from jobd.batch import DiskFull
-from jobd.bodies import Limits
-from jobd.connection import Connection
-from jobd.doors import Gate
-from jobd.errors import Refusal
-from jobd.stream_lines import OPS
-from jobd.worker_api import ROUTES
+from jobd.api import admin as admin_api
+from jobd.api import command_stream
+from jobd.api.stream_lines import OPS
+from jobd.api.worker import ROUTES
+from jobd.engine.actor import Bounds
+from jobd.http.auth import Gate
+from jobd.http.decoding import Limits
+from jobd.http.protocol import Connection
+from jobd.model.errors import Refusal
+from jobd.model.responses import Answer, Done, Grants
+from jobd.model.storage import DiskFull
 from tests.household import until
 from tests.http_help import TOKEN, Desk, House, Line, message
 from tests.process import Daemon

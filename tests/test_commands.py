@@ -8,9 +8,10 @@ import msgspec
 import pytest
 from msgspec import Raw
 
-from jobd import commands
-from jobd.admin_api import RowsAsked
-from jobd.commands import (
+from jobd.api.admin import RowsAsked
+from jobd.api.downloads import BackupAsked
+from jobd.model import commands
+from jobd.model.commands import (
     Adopt,
     AuditLog,
     Bulk,
@@ -42,8 +43,7 @@ from jobd.commands import (
     Updates,
     Workers,
 )
-from jobd.downloads import BackupAsked
-from jobd.job import LATEST_MS, Backoff
+from jobd.model.job import LATEST_MS, Backoff
 
 YEAR_MS = 365 * 86_400_000
 DAY_MS = 86_400_000

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from jobd import config
 from jobd.config import KEYS, Config, ConfigError, Loaded, changes, effective, load, parse_duration, show_duration
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, Policy
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, Policy
 
 TOKEN = "canary-admin-0123456789abcdef"
 OTHER = "canary-other-0123456789abcdef"

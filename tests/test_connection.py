@@ -14,12 +14,12 @@ from aiohttp import web
 from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, RequestHandler
 from structlog.testing import capture_logs
 
-from jobd.answers import Answer, Done
-from jobd.bodies import Limits
-from jobd.connection import AHEAD, Connection
-from jobd.doors import Gate
-from jobd.errors import Refusal
-from jobd.worker_api import ROUTES
+from jobd.api.worker import ROUTES
+from jobd.http.auth import Gate
+from jobd.http.decoding import Limits
+from jobd.http.protocol import AHEAD, Connection
+from jobd.model.errors import Refusal
+from jobd.model.responses import Answer, Done
 from tests.hostile_bytes import CHUNKED, HOSTILE
 from tests.http_help import TOKEN, House, Line, message, tls_pair
 
@@ -234,7 +234,7 @@ async def test_a_reader_that_takes_too_long_is_cut_off(
     house: House, monkeypatch: pytest.MonkeyPatch, send: Any, end: str
 ) -> None:
     if end == "patience":
-        monkeypatch.setattr("jobd.replies.PATIENCE_S", 0.05)
+        monkeypatch.setattr("jobd.http.response.PATIENCE_S", 0.05)
     answer = Answer("x" * 3_000_000, grants=[("a", "lock")])
     house.desk.answer = lambda _: answer
     line = await house.line()
@@ -259,7 +259,7 @@ async def test_a_few_bytes_that_nobody_reads_hold_no_connection_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: Any, close: dict[str, str]
 ) -> None:
     """A transport that is closed before all is written waits for the reader, and not even an idle client ends that."""
-    monkeypatch.setattr("jobd.replies.PATIENCE_S", 0.05)
+    monkeypatch.setattr("jobd.http.response.PATIENCE_S", 0.05)
     async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.02)) as house:
         line = await house.line()
         await send(line, CLAIM)
@@ -655,7 +655,7 @@ async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(hous
 @WAYS
 async def test_the_probe_is_a_part_of_the_response(either: House, monkeypatch: pytest.MonkeyPatch, send: Any) -> None:
     """A closed client resets the connection at the probe, before the check: the rest of the response finds it gone."""
-    monkeypatch.setattr("jobd.connection.FIRST_CHECK_S", 3600)
+    monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     answer = Answer(Done(), grants=[("a", "lock")])
     held = Held(either, answer)
     line = await either.line()
@@ -687,8 +687,8 @@ async def test_a_response_with_grants_waits_for_the_end_of_the_probe(
         return not transport.is_closing() and (len(looks) < 3 or not is_there)
 
     monkeypatch.setattr(Connection, "_is_probing", is_probing)
-    monkeypatch.setattr("jobd.connection.FIRST_CHECK_S", 3600)
-    monkeypatch.setattr("jobd.connection.PROBE_S", 3600 if is_there else 0.01)
+    monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
+    monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
     answer = Answer(Done(), grants=[("a", "lock")])
     held = Held(tcp, answer)
     line = await tcp.line()

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd import backup, copies, downloads
-from jobd.answers import BackupView
-from jobd.backup import BackupStopped
-from jobd.batch import DiskFull
-from jobd.copies import Copies, Copy
-from jobd.errors import Refusal
-from jobd.store import Store
+from jobd.api import downloads
+from jobd.maintenance import backups as copies
+from jobd.maintenance.backups import Copies, Copy
+from jobd.model.errors import Refusal
+from jobd.model.responses import BackupView
+from jobd.model.storage import DiskFull
+from jobd.storage import backup
+from jobd.storage.backup import BackupStopped
+from jobd.storage.store import Store
 from tests.by_hand import Maker
 from tests.store_help import edited, opened, write
 
@@ -44,7 +46,7 @@ class Slow:
         self.steps = threading.Semaphore(0)
         self.reached = threading.Semaphore(0)
         self.free = False
-        monkeypatch.setattr("jobd.backup.time.sleep", self._sleep)
+        monkeypatch.setattr("jobd.storage.backup.time.sleep", self._sleep)
 
     def _sleep(self, _: float) -> None:
         self.reached.release()

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import decide, steps
-from jobd.answers import Answer
-from jobd.commands import (
+from jobd.core import decide
+from jobd.core import transitions as steps
+from jobd.core.changeset import Decision
+from jobd.core.validation import counts, validate
+from jobd.model.commands import (
     Adopt,
     AnyCommand,
     Bulk,
@@ -63,9 +65,8 @@ from jobd.commands import (
     Why,
     Workers,
 )
-from jobd.draft import Decision
-from jobd.errors import Refusal
-from jobd.job import (
+from jobd.model.errors import Refusal
+from jobd.model.job import (
     FINISHED,
     STATUSES,
     TRANSITIONS,
@@ -79,7 +80,7 @@ from jobd.job import (
     Policy,
     Result,
 )
-from jobd.validation import counts, validate
+from jobd.model.responses import Answer
 from tests.desk import NOW, SEED, Desk, due_order
 from tests.simulation.promises import NOTES
 

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd.backup import restore
-from jobd.batch import Batch
-from jobd.clock import wall_clock_ms
-from jobd.job import DAY_MS, HOUR_MS
-from jobd.store import Store
+from jobd.engine.clock import wall_clock_ms
+from jobd.model.job import DAY_MS, HOUR_MS
+from jobd.model.storage import Batch
+from jobd.storage.backup import restore
+from jobd.storage.store import Store
 from tests.conftest import tool_missing
 from tests.faults.fuzz import free_port
 from tests.process import Daemon, call

@@ -27,31 +27,38 @@ from jinja2 import FileSystemLoader
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import admin_api, history, plan_search, worker_api
-from jobd.actor import Actor
-from jobd.answers import AlertView, ClockView, DeliveryPage, OldestDue, PreviewView, Recovery
-from jobd.artifact_downloads import Downloads
-from jobd.artifact_files import FileStore
-from jobd.batch import AuditQuery, Query
-from jobd.book import Book
-from jobd.cleanup import Cleaner
-from jobd.clock import Clock, boot_clock_ms, wall_clock_ms
-from jobd.commands import ForceFail
-from jobd.dashboard import bulk, entrance, filters, live, pages, paint, sessions
+from jobd.api import admin as admin_api
+from jobd.api import worker as worker_api
+from jobd.api.services import Rooms
+from jobd.core.state import Book
+from jobd.dashboard import filters, pages, sessions
+from jobd.dashboard import live_updates as live
+from jobd.dashboard import plans as bulk
+from jobd.dashboard import rendering as paint
+from jobd.dashboard import sign_in as entrance
 from jobd.dashboard.assets import PLACE as STATIC
-from jobd.dashboard.deeds import DEEDS
-from jobd.dashboard.recorder import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
-from jobd.dashboard.room import Dashboard
-from jobd.doors import FORM, Access, Gate, own_names
-from jobd.errors import Refusal
-from jobd.events import Change, Event
-from jobd.failures import Failures
-from jobd.job import LATEST_MS, Policy
-from jobd.keys import Keys
-from jobd.passes import Hands, Schedule
-from jobd.plans import Planner
-from jobd.rooms import Rooms
-from jobd.webhook import BACKLOG
+from jobd.dashboard.job_actions import DEEDS
+from jobd.dashboard.routes import Dashboard
+from jobd.engine import history
+from jobd.engine.actor import Actor
+from jobd.engine.clock import Clock, boot_clock_ms, wall_clock_ms
+from jobd.engine.idempotency import Keys
+from jobd.http.auth import FORM, Access, Gate, own_names
+from jobd.maintenance import plan_builder as plan_search
+from jobd.maintenance.cleanup_pass import Hands, Schedule
+from jobd.maintenance.maintainer import Cleaner
+from jobd.maintenance.plans import Planner
+from jobd.model.commands import ForceFail
+from jobd.model.errors import Refusal
+from jobd.model.events import Change, Event
+from jobd.model.job import LATEST_MS, Policy
+from jobd.model.responses import AlertView, ClockView, DeliveryPage, OldestDue, PreviewView, Recovery
+from jobd.model.storage import AuditQuery, Query
+from jobd.model.webhooks import BACKLOG
+from jobd.monitoring.failure_groups import Failures
+from jobd.monitoring.timeseries import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
+from jobd.storage.artifacts.downloads import Downloads
+from jobd.storage.artifacts.filesystem import FileStore
 from tests import vendor
 from tests.http_help import DELIVERY, TOKEN, WEBHOOK, Heard, House, Line, message, tls_pair, wrong_tokens
 from tests.memory_disk import MemoryDisk
@@ -203,7 +210,7 @@ async def test_all_templates_are_compiled_beforehand_where_there_is_time(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then no page has to wait for one."""
-    monkeypatch.setattr("jobd.dashboard.paint.BREATH_S", 0)
+    monkeypatch.setattr("jobd.dashboard.rendering.BREATH_S", 0)
     await town.room.warm()
     monkeypatch.setattr(FileSystemLoader, "get_source", None)
     browser = await town.browser()
@@ -2424,7 +2431,7 @@ async def test_static_files_are_of_their_type_and_kept_while_they_are_the_same(t
 
 @pytest.mark.parametrize(
     "name",
-    ["none.js", "..", "../room.py", "%2e%2e%2froom.py", "..%2froom.py", "%2Fetc%2Fpasswd", "room.js%00", ".", ""],
+    ["none.js", "..", "../routes.py", "%2e%2e%2froutes.py", "..%2froutes.py", "%2Fetc%2Fpasswd", "room.js%00", ".", ""],
 )
 async def test_what_is_no_static_file_is_not_given_out(town: Town, name: str) -> None:
     heard = await town.admin.ask("GET", f"/static/{name}")

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from jobd.cli import demo_checks, demo_files, demo_play, demo_verdict
-from jobd.events import EventView
+from jobd.cli.demo import checks as demo_verdict
+from jobd.cli.demo import demo_checks
+from jobd.cli.demo import files as demo_files
+from jobd.cli.demo import main as demo_play
+from jobd.model.events import EventView
 from tests.process import die_with_us
 
 ROOT = Path(__file__).resolve().parent.parent

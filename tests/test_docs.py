@@ -24,16 +24,21 @@ from msgspec import inspect, structs
 from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
-from jobd import admin_api, alerts, answers, commands, config, errors, events, worker_api
-from jobd.cli import exits
-from jobd.cli.ctl import jobctl as jobctl_program
-from jobd.cli.daemon import jobd as jobd_program
-from jobd.client.run import FIELDS, PREFIX
-from jobd.import_preview import ImportPreview
-from jobd.imports import ImportReport
-from jobd.pace import SAMPLES_NEEDED
-from jobd.routes import Route
-from jobd.stream_lines import OPS, StreamedAnswer
+from jobd import config
+from jobd.api import admin as admin_api
+from jobd.api import worker as worker_api
+from jobd.api.import_preview import ImportPreview
+from jobd.api.imports import ImportReport
+from jobd.api.stream_lines import OPS, StreamedAnswer
+from jobd.cli import exit_codes as exits
+from jobd.cli.ctl.main import jobctl as jobctl_program
+from jobd.cli.daemon.main import jobd as jobd_program
+from jobd.client.worker.command_worker import FIELDS, PREFIX
+from jobd.core.pace import SAMPLES_NEEDED
+from jobd.http.routing import Route
+from jobd.model import commands, errors, events
+from jobd.model import responses as answers
+from jobd.monitoring import alerts
 from tests.conftest import tool_missing
 from tests.process import TOKEN, Daemon, die_with_us
 from tests.support import config_reference
@@ -509,7 +514,7 @@ def place(tmp_path: Path) -> Told:
     tools.mkdir()
     # The daemon of a document is a child of its shell: it goes with it, and that with us.
     mortal = "setpriv --pdeathsig KILL -- " if shutil.which("setpriv") else ""
-    for name, started in (("jobd", "-m jobd"), ("jobctl", "-m jobd.cli.ctl"), ("python3", "")):
+    for name, started in (("jobd", "-m jobd"), ("jobctl", "-m jobd.cli.ctl.main"), ("python3", "")):
         tool = tools / name
         tool.write_text(f'#!/bin/sh\nexec {mortal}{shlex.quote(sys.executable)} {started} "$@"\n')
         tool.chmod(0o755)

@@ -12,13 +12,14 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd import doctor, files, migrations, rehearsal
-from jobd.batch import Audited, KeyRow, Tombstone
-from jobd.doctor import Problem, Refused, accept, check, recount
-from jobd.job import DAY_MS, FINISHED, LIVE
-from jobd.store import StoreBusy, StoreTooNew, StoreUnreadable
-from jobd.tables import now_ms
-from jobd.webhook import Cursor, Delivery
+from jobd.model.job import DAY_MS, FINISHED, LIVE
+from jobd.model.storage import Audited, KeyRow, Tombstone
+from jobd.model.webhooks import Cursor, Delivery
+from jobd.storage import doctor, files, migrations
+from jobd.storage import dry_run as rehearsal
+from jobd.storage.database import now_ms
+from jobd.storage.doctor import Problem, Refused, accept, check, recount
+from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.by_hand import NOW, Maker
 from tests.store_help import assert_holds, edited, exists, flip, lose, make_store, opened, pick, read, remove, write
 

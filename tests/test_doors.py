@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from multidict import CIMultiDict
 
-from jobd import admin_api, worker_api
-from jobd.doors import JSON, LINES, Gate, check_kind, host_name, own_names, token_digest
-from jobd.errors import Refused
+from jobd.api import admin as admin_api
+from jobd.api import worker as worker_api
+from jobd.http.auth import JSON, LINES, Gate, check_kind, host_name, own_names, token_digest
+from jobd.model.errors import Refused
 from tests.http_help import House, message, wrong_tokens
 
 GOOD = "good-token-0123456789abcdef"

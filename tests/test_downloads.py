@@ -13,18 +13,18 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd import artifact_downloads
-from jobd.admin_api import ROUTES
-from jobd.answers import Answer, LateResultList
-from jobd.artifact_downloads import Downloads
-from jobd.artifact_files import FileStore
-from jobd.artifacts import PIECE_BYTES, StoreFault
-from jobd.commands import Get, LateResults, Note
-from jobd.doors import Gate
-from jobd.downloads import disposition
-from jobd.errors import Refusal, Refused
-from jobd.job import Job, LateResult, Policy, Result
-from jobd.views import job_view, late_view
+from jobd.api.admin import ROUTES
+from jobd.api.downloads import disposition
+from jobd.core.views import job_view, late_view
+from jobd.http.auth import Gate
+from jobd.model.commands import Get, LateResults, Note
+from jobd.model.errors import Refusal, Refused
+from jobd.model.job import Job, LateResult, Policy, Result
+from jobd.model.responses import Answer, LateResultList
+from jobd.storage.artifacts import downloads as artifact_downloads
+from jobd.storage.artifacts.base import PIECE_BYTES, StoreFault
+from jobd.storage.artifacts.downloads import Downloads
+from jobd.storage.artifacts.filesystem import FileStore
 from tests.desk import Desk
 from tests.http_help import TOKEN, House
 
@@ -160,7 +160,7 @@ async def test_only_so_many_at_a_time_and_places_are_given_back(house: House, pl
 async def test_who_does_not_read_is_cut_off_and_holds_nobody_up(
     house: House, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobd.streams.PATIENCE_S", 0.2)
+    monkeypatch.setattr("jobd.http.streaming.PATIENCE_S", 0.2)
     put(house, place, "k", bytes(64 << 20))
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX) as stalled:

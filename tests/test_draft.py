@@ -8,11 +8,11 @@ from uuid import UUID
 
 from msgspec.structs import replace
 
-from jobd.batch import Numbers
-from jobd.book import Book
-from jobd.commands import Call, Moment, Ping
-from jobd.draft import Draft
-from jobd.job import COUNTER_MASK, DAY_MS, TOKEN_COUNTER_BITS, Job, Options, Policy, new_epoch
+from jobd.core.changeset import Draft
+from jobd.core.state import Book
+from jobd.model.commands import Call, Moment, Ping
+from jobd.model.job import COUNTER_MASK, DAY_MS, TOKEN_COUNTER_BITS, Job, Options, Policy, new_epoch
+from jobd.model.storage import Numbers
 from tests.desk import NOW, SEED
 
 AT = Moment(NOW, 1_000, NOW - 1_000)

@@ -7,7 +7,8 @@ from typing import Any, get_args
 import pytest
 from msgspec.structs import fields
 
-from jobd.commands import (
+from jobd.engine.mailbox import CREATES, ENDINGS, READS, deleted_ids, named_ids, share
+from jobd.model.commands import (
     AnyCommand,
     ApplyEndings,
     ApplyPlan,
@@ -21,8 +22,7 @@ from jobd.commands import (
     PlanAction,
     Recover,
 )
-from jobd.commands import CreditAbsence as Credit
-from jobd.envelope import CREATES, ENDINGS, READS, deleted_ids, named_ids, share
+from jobd.model.commands import CreditAbsence as Credit
 
 COMMANDS = get_args(AnyCommand)
 

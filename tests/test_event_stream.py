@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from jobd import event_stream, feed, streams
-from jobd.admin_api import ROUTES as ADMIN_ROUTES
-from jobd.doors import Gate
-from jobd.worker_api import ROUTES
+from jobd.api import events as event_stream
+from jobd.api.admin import ROUTES as ADMIN_ROUTES
+from jobd.api.worker import ROUTES
+from jobd.engine import event_feed as feed
+from jobd.http import streaming as streams
+from jobd.http.auth import Gate
 from tests.by_hand import Maker
 from tests.household import until
 from tests.http_help import TOKEN, House, Line, message

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from msgspec import UNSET, Raw
 
-from jobd import rows
-from jobd.commands import Complete, Delete, Extend, Fail, Pause
-from jobd.events import SIGNS, Changes, Event, EventType, Wanted, fold, of_new, streamed, view
-from jobd.job import Grant, Job, Lease, Options, Result
+from jobd.model.commands import Complete, Delete, Extend, Fail, Pause
+from jobd.model.events import SIGNS, Changes, Event, EventType, Wanted, fold, of_new, streamed, view
+from jobd.model.job import Grant, Job, Lease, Options, Result
+from jobd.storage import codec as rows
 from tests.desk import NOW, Desk
 
 GRANT = Grant("secret", 1, "w", NOW, 1, 2, 3)

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobd import failures
-from jobd.answers import Answer, FailureGroup
-from jobd.commands import (
+from jobd.model.commands import (
     Cancel,
     Create,
     Delete,
@@ -25,8 +23,10 @@ from jobd.commands import (
     Transition,
     Updates,
 )
-from jobd.failures import Failures
-from jobd.fingerprints import fingerprint
+from jobd.model.fingerprints import fingerprint
+from jobd.model.responses import Answer, FailureGroup
+from jobd.monitoring import failure_groups as failures
+from jobd.monitoring.failure_groups import Failures
 from tests.household import Household, in_virtual_time
 from tests.memory_disk import MemoryDisk
 

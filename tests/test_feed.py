@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from jobd import feed as feed_module
-from jobd.errors import Refused
-from jobd.events import Change, Wanted
-from jobd.feed import HEARTBEAT_S, PAGE, Feed, Listener
+from jobd.engine import event_feed as feed_module
+from jobd.engine.event_feed import HEARTBEAT_S, PAGE, Feed, Listener
+from jobd.model.errors import Refused
+from jobd.model.events import Change, Wanted
 from tests.by_hand import Maker
 from tests.household import in_virtual_time, seconds
 from tests.memory_disk import MemoryDisk

@@ -5,8 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from jobd import figures as figures_module
-from jobd.commands import (
+from jobd.core import stats as figures_module
+from jobd.core.changeset import Decision
+from jobd.core.stats import ATTEMPT_QUEUES, OTHER_QUEUES, PROCESSING_BUCKETS_S, Attempts, Figures, Histogram
+from jobd.model.commands import (
     Adopt,
     AnyCommand,
     Cancel,
@@ -19,10 +21,8 @@ from jobd.commands import (
     ForceReset,
     Recover,
 )
-from jobd.draft import Decision
-from jobd.events import Change, Event
-from jobd.figures import ATTEMPT_QUEUES, OTHER_QUEUES, PROCESSING_BUCKETS_S, Attempts, Figures, Histogram
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
+from jobd.model.events import Change, Event
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from tests.desk import NOW, Desk
 
 

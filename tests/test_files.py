@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from jobd import files
-from jobd.batch import SPARE_BYTES, DiskFull, DiskSpace
-from jobd.files import EpochFile, FileLock, StoreBusy, StoreUnreadable
-from jobd.job import LAST_EPOCH, TOKEN_COUNTER_BITS
+from jobd.model.job import LAST_EPOCH, TOKEN_COUNTER_BITS
+from jobd.model.storage import SPARE_BYTES, DiskFull, DiskSpace
+from jobd.storage import files
+from jobd.storage.files import EpochFile, FileLock, StoreBusy, StoreUnreadable
 
 
 @pytest.fixture
@@ -26,7 +26,10 @@ def path(tmp_path: Path) -> str:
 
 
 def test_a_lock_is_exclusive_named_and_gone_with_its_process(path: str) -> None:
-    code = "import sys\nfrom jobd.files import FileLock\nheld = FileLock(sys.argv[1])\nprint(1, flush=True)\ninput()"
+    code = (
+        "import sys\nfrom jobd.storage.files import FileLock\n"
+        "held = FileLock(sys.argv[1])\nprint(1, flush=True)\ninput()"
+    )
     with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"1\n"

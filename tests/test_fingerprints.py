@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobd.fingerprints import LOOKED_AT, fingerprint, fingerprint_of_bytes, normal
+from jobd.model.fingerprints import LOOKED_AT, fingerprint, fingerprint_of_bytes, normal
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd.envelope import Asked
+from jobd.engine.mailbox import Asked
 from tests.household import until
 from tests.http_help import message
 from tests.test_command_stream import Stream

@@ -13,8 +13,8 @@ from aiohttp.streams import StreamReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobd.heads import LONGEST, MOST_KNOWN, Heads
-from jobd.visits import Head
+from jobd.http.head_cache import LONGEST, MOST_KNOWN, Heads
+from jobd.http.request import Head
 from tests.hostile_bytes import HOSTILE
 from tests.http_help import TOKEN, message
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd.actor import Bounds
-from jobd.answers import CleanupState, HealthView
-from jobd.artifact_files import FileStore
-from jobd.batch import DiskFull, DiskSpace, Loaded
-from jobd.commands import Create, Get, Progress
-from jobd.full_disk import Closed
-from jobd.health import (
+from jobd.engine.actor import Bounds
+from jobd.engine.disk_full import Closed
+from jobd.model.commands import Create, Get, Progress
+from jobd.model.job import DAY_MS
+from jobd.model.responses import CleanupState, HealthView
+from jobd.model.storage import DiskFull, DiskSpace, Loaded
+from jobd.monitoring.health import (
     FAULTS_KEPT,
     MAX_AGE_S,
     PATIENCE_S,
@@ -26,7 +26,7 @@ from jobd.health import (
     STORAGE_PATIENCE_S,
     Health,
 )
-from jobd.job import DAY_MS
+from jobd.storage.artifacts.filesystem import FileStore
 from tests.household import Household, in_virtual_time, row, seconds
 from tests.memory_disk import MemoryDisk
 

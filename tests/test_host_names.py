@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from multidict import CIMultiDict
 
-from jobd.doors import Gate, host_name, own_names
 from jobd.host_names import is_host
+from jobd.http.auth import Gate, host_name, own_names
 
 
 @pytest.mark.parametrize(

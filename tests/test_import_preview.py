@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from jobd import import_preview
-from jobd.admin_api import ROUTES
-from jobd.answers import Answer, ImportForeseen
-from jobd.bodies import Limits
+from jobd.api import import_preview
+from jobd.api.admin import ROUTES
 from jobd.client import AdminClient, AsyncAdminClient
-from jobd.commands import ImportCheck
-from jobd.doors import Gate
-from jobd.errors import Refusal
+from jobd.http.auth import Gate
+from jobd.http.decoding import Limits
+from jobd.model.commands import ImportCheck
+from jobd.model.errors import Refusal
+from jobd.model.responses import Answer, ImportForeseen
 from tests.http_help import TOKEN, Heard, House
 from tests.process import Daemon
 

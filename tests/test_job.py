@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import fields, replace
 
-from jobd.commands import Moment
-from jobd.job import (
+from jobd.core.validation import validate
+from jobd.model.commands import Moment
+from jobd.model.job import (
     COUNTER_MASK,
     FINISHED,
     KEEP_LATE,
@@ -38,7 +39,6 @@ from jobd.job import (
     storage_key_fault,
     untouched,
 )
-from jobd.validation import validate
 
 NEW = Job(3, "a", Options(queue="q", kind="k"), "queued", 1_000, 1_000, 1_000)
 

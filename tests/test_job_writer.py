@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from jobd import job_writer, rows
-from jobd.batch import BadRows
-from jobd.events import Change
-from jobd.job import untouched
-from jobd.opening import connect, start
-from jobd.rows import checksum, job_row
-from jobd.tables import BY_SEQ, Tables
+from jobd.model.events import Change
+from jobd.model.job import untouched
+from jobd.model.storage import BadRows
+from jobd.storage import codec as rows
+from jobd.storage import writers as job_writer
+from jobd.storage.codec import checksum, job_row
+from jobd.storage.database import BY_SEQ, Tables
+from jobd.storage.startup import connect, start
 from tests.by_hand import Maker
 from tests.store_help import made
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jobd.batch import KeyRow
-from jobd.keys import KEPT_MS, SAFE_MS, Keys
+from jobd.engine.idempotency import KEPT_MS, SAFE_MS, Keys
+from jobd.model.storage import KeyRow
 from tests.desk import NOW
 
 

@@ -8,10 +8,11 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import book, decide, late_rules
-from jobd.answers import Answer, JobView, LateResultList, Look, WhyView
-from jobd.batch import LateKnown
-from jobd.commands import (
+from jobd.core import decide
+from jobd.core import late_result_rules as late_rules
+from jobd.core import state as book
+from jobd.core.changeset import Draft
+from jobd.model.commands import (
     Adopt,
     Call,
     Cancel,
@@ -34,9 +35,10 @@ from jobd.commands import (
     Update,
     Why,
 )
-from jobd.draft import Draft
-from jobd.errors import Refusal
-from jobd.job import DAY_MS, KEEP_LATE, MINUTE_MS, LatePolicy, Policy, Result
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, KEEP_LATE, MINUTE_MS, LatePolicy, Policy, Result
+from jobd.model.responses import Answer, JobView, LateResultList, Look, WhyView
+from jobd.model.storage import LateKnown
 from tests.desk import NOW, Desk
 
 LONG = 60 * MINUTE_MS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobd.dashboard.links import HERE, ODD, OWN, why_no_link
+from jobd.dashboard.urls import HERE, ODD, OWN, why_no_link
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from jobd.answers import Answer, Done
-from jobd.bodies import Limits
-from jobd.connection import PIECE
-from jobd.doors import Gate, own_names
-from jobd.listener import is_taken
-from jobd.worker_api import ROUTES
+from jobd.api.worker import ROUTES
+from jobd.http.auth import Gate, own_names
+from jobd.http.decoding import Limits
+from jobd.http.protocol import PIECE
+from jobd.http.server import is_taken
+from jobd.model.responses import Answer, Done
 from tests.hostile_bytes import CHUNKED, GET, HOSTILE, POST
 from tests.http_help import TOKEN, House, Line, message, tls_pair
 
@@ -252,7 +252,7 @@ async def test_a_slow_reader_keeps_its_answer_and_nobody_else_waits(house: House
 
 
 async def test_a_client_that_never_reads_is_cut_off(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobd.replies.PATIENCE_S", 0.05)
+    monkeypatch.setattr("jobd.http.response.PATIENCE_S", 0.05)
     house.desk.answer = lambda _: Answer("x" * 3_000_000)
     slow = await house.line()
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]

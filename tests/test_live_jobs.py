@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from jobd.job import Job, Options, Untouched
-from jobd.live_jobs import LiveJobs
+from jobd.core.live_jobs import LiveJobs
+from jobd.model.job import Job, Options, Untouched
 
 SHORT = Untouched(1, "a", Options(), 1_000)
 WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)

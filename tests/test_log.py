@@ -19,8 +19,8 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobd import log
-from jobd.commands import Release
+from jobd import logging as log
+from jobd.model.commands import Release
 from tests.process import TOKEN, Daemon
 
 SECRET = "canary-0123456789-0123456789"

@@ -19,21 +19,24 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
-from jobd.actor import COMMIT_BUCKETS_S, Actor
-from jobd.alerts import NAMES, Alerts
-from jobd.answers import Answer
-from jobd.book import Book
-from jobd.cleanup import Cleaner
-from jobd.clock import Clock
-from jobd.commands import AnyCommand, Claim, Complete, Create, EndGrants, Pause, Start
-from jobd.errors import REFUSALS
-from jobd.feed import Feed
-from jobd.figures import OTHER_QUEUES
-from jobd.full_disk import Closed
-from jobd.health import Health
-from jobd.job import SECOND_MS, STATUSES, Job, Options, Policy
-from jobd.keys import Keys
-from jobd.metrics import (
+from jobd.core.pace import HOURS_NEEDED, SAMPLES_NEEDED
+from jobd.core.state import Book
+from jobd.core.stats import OTHER_QUEUES
+from jobd.engine.actor import COMMIT_BUCKETS_S, Actor
+from jobd.engine.clock import Clock
+from jobd.engine.disk_full import Closed
+from jobd.engine.event_feed import Feed
+from jobd.engine.idempotency import Keys
+from jobd.maintenance.artifact_sweeper import Sweeps
+from jobd.maintenance.cleanup_pass import Schedule
+from jobd.maintenance.maintainer import Cleaner
+from jobd.model.commands import AnyCommand, Claim, Complete, Create, EndGrants, Pause, Start
+from jobd.model.errors import REFUSALS
+from jobd.model.job import SECOND_MS, STATUSES, Job, Options, Policy
+from jobd.model.responses import Answer
+from jobd.monitoring.alerts import NAMES, Alerts
+from jobd.monitoring.health import Health
+from jobd.monitoring.metrics import (
     COMMITS_KEPT,
     LAG_EVERY_S,
     LANES_SEEN,
@@ -45,10 +48,7 @@ from jobd.metrics import (
     quantile,
     text,
 )
-from jobd.pace import HOURS_NEEDED, SAMPLES_NEEDED
-from jobd.passes import Schedule
-from jobd.store import Store
-from jobd.sweeper import Sweeps
+from jobd.storage.store import Store
 from tests.household import Household, in_virtual_time, row, seconds
 from tests.memory_disk import MemoryDisk
 

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from jobd import doctor, files, migrations, opening, rows
-from jobd.batch import Audited, AuditQuery, LateAsked
-from jobd.files import EpochFile
-from jobd.job import FINISHED, LIVE, TOKEN_COUNTER_BITS
-from jobd.store import Store, StoreTooNew, StoreUnreadable
+from jobd.model.job import FINISHED, LIVE, TOKEN_COUNTER_BITS
+from jobd.model.storage import Audited, AuditQuery, LateAsked
+from jobd.storage import codec as rows
+from jobd.storage import doctor, files, migrations
+from jobd.storage import startup as opening
+from jobd.storage.files import EpochFile
+from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.by_hand import Maker
 from tests.store_help import assert_holds, edited, make_store, opened, read, write
 

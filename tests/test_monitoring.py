@@ -23,14 +23,14 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
-from jobd import alerts
-from jobd.cli.ctl import jobctl as jobctl_program
-from jobd.cli.daemon import jobd as jobd_program
-from jobd.cli.daemon import main
-from jobd.cli.monitoring import FILES
-from jobd.figures import Figures
-from jobd.pace import HOURS_NEEDED, SAMPLES_NEEDED, Pace
-from jobd.store import Store
+from jobd.cli.ctl.main import jobctl as jobctl_program
+from jobd.cli.daemon.main import jobd as jobd_program
+from jobd.cli.daemon.main import main
+from jobd.cli.daemon.monitoring import FILES
+from jobd.core.pace import HOURS_NEEDED, SAMPLES_NEEDED, Pace
+from jobd.core.stats import Figures
+from jobd.monitoring import alerts
+from jobd.storage.store import Store
 from tests.conftest import tool_missing
 from tests.process import Daemon
 from tests.test_docs import NOBODY, complete_some
@@ -125,8 +125,8 @@ def test_another_file_is_there_none(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_they_are_part_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    assert "monitoring/*" in project["tool"]["setuptools"]["package-data"]["jobd"]
-    assert {path.name for path in SHIPPED.iterdir()} == set(FILES.values())
+    assert set(project["tool"]["setuptools"]["package-data"]["jobd.monitoring"]) == set(FILES.values())
+    assert {path.name for path in SHIPPED.iterdir() if path.suffix not in (".py", "")} == set(FILES.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,15 +15,18 @@ from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from jobd import admin_api, errors, glossary, worker_api
-from jobd.bodies import Limits, Shape
-from jobd.doors import Gate, own_names
-from jobd.errors import Refused
-from jobd.events import StreamedEvent
-from jobd.job import storage_key_fault
-from jobd.openapi import call_of, document, refusals
-from jobd.routes import Route
-from jobd.stream_lines import PARTS, StreamedCommand, shapes
+from jobd.api import admin as admin_api
+from jobd.api import descriptions as glossary
+from jobd.api import worker as worker_api
+from jobd.api.openapi import call_of, document, refusals
+from jobd.api.stream_lines import PARTS, StreamedCommand, shapes
+from jobd.http.auth import Gate, own_names
+from jobd.http.decoding import Limits, Shape
+from jobd.http.routing import Route
+from jobd.model import errors
+from jobd.model.errors import Refused
+from jobd.model.events import StreamedEvent
+from jobd.model.job import storage_key_fault
 from tests.http_help import TOKEN, House
 
 TABLES: dict[str, Sequence[Route]] = {"worker": worker_api.ROUTES, "admin": admin_api.ROUTES}

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd import files, migrations, opening
-from jobd.backup import restore
-from jobd.batch import Batch
-from jobd.files import EpochFile
-from jobd.job import COUNTER_MASK, LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS
-from jobd.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
+from jobd.model.job import COUNTER_MASK, LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS
+from jobd.model.storage import Batch
+from jobd.storage import files, migrations
+from jobd.storage import startup as opening
+from jobd.storage.backup import restore
+from jobd.storage.files import EpochFile
+from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
 from tests.by_hand import Maker
 from tests.store_help import (
     edited,
@@ -49,7 +50,7 @@ def untouched(path: str) -> dict[str, bytes]:
 
 async def test_a_second_store_is_refused_and_names_the_process(store: Store, path: str) -> None:
     before = untouched(path)
-    code = "import asyncio, sys\nfrom jobd.store import Store\nasyncio.run(Store.open(sys.argv[1]))"
+    code = "import asyncio, sys\nfrom jobd.storage.store import Store\nasyncio.run(Store.open(sys.argv[1]))"
     other = await asyncio.create_subprocess_exec(sys.executable, "-c", code, path, stderr=subprocess.PIPE)
     _, errors = await other.communicate()
     assert other.returncode == 1

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobd.job import Options, Untouched
-from jobd.orders import (
+from jobd.core.ready_queue import (
     _GONE_AT_ONCE,
     BLOCK,
     NEVER,
@@ -26,6 +25,7 @@ from jobd.orders import (
     Sorted,
     short_entry,
 )
+from jobd.model.job import Options, Untouched
 
 Timed = tuple[int, int, str]
 

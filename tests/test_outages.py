@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd.batch import SPARE_BYTES, DiskFull, Numbers, Query
-from jobd.job import LIVE
-from jobd.store import Store, StoreBroken, StoreBusy
+from jobd.model.job import LIVE
+from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, Query
+from jobd.storage.store import Store, StoreBroken, StoreBusy
 from tests.by_hand import Maker, full_job
 from tests.store_help import (
     assert_holds,

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd import overlaps as overlaps_module
-from jobd.commands import (
+from jobd.core import overlaps as overlaps_module
+from jobd.core.overlaps import Overlap, Overlaps, lock_end
+from jobd.model.commands import (
     AnyCommand,
     Cancel,
     Complete,
@@ -28,8 +29,7 @@ from jobd.commands import (
     Transition,
     Undelivered,
 )
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Lease
-from jobd.overlaps import Overlap, Overlaps, lock_end
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Lease
 from tests.desk import Desk
 from tests.test_figures import CountingDesk
 

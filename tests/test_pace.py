@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobd import pace as pace_module
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, YEAR_MS
-from jobd.pace import (
+from jobd.core import pace as pace_module
+from jobd.core.pace import (
     HOURS_KEPT,
     HOURS_NEEDED,
     KINDS_KEPT,
@@ -22,6 +21,7 @@ from jobd.pace import (
     percentile_95,
     top,
 )
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, YEAR_MS
 
 HOUR = 1_700_002_800_000  # the beginning of one
 assert HOUR % HOUR_MS == 0

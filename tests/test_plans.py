@@ -9,10 +9,14 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import book, foresight, plan_search, planning, plans, rows
-from jobd.answers import Answer, PlanView, PreviewView, late_note
-from jobd.batch import DiskFull
-from jobd.commands import (
+from jobd.core import planning
+from jobd.core import state as book
+from jobd.core.planning import version
+from jobd.maintenance import plan_builder as plan_search
+from jobd.maintenance import plans
+from jobd.maintenance import preview as foresight
+from jobd.maintenance.plans import Planner
+from jobd.model.commands import (
     OF_TIME,
     Adopt,
     ApplyPlan,
@@ -34,10 +38,11 @@ from jobd.commands import (
     Start,
     Update,
 )
-from jobd.errors import Refusal
-from jobd.job import DAY_MS, SECOND_MS, Grant, Options
-from jobd.planning import version
-from jobd.plans import Planner
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, SECOND_MS, Grant, Options
+from jobd.model.responses import Answer, PlanView, PreviewView, late_note
+from jobd.model.storage import DiskFull
+from jobd.storage import codec as rows
 from tests.by_hand import full_job
 from tests.desk import Desk
 from tests.household import WALL, Household, in_virtual_time, row

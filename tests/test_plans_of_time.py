@@ -8,9 +8,14 @@ from typing import Any, get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd import plan_search, planning, plans, time_rules
-from jobd.answers import Answer, PlannedJob, PlanSlice, PlanView, Worked, late_note_of
-from jobd.commands import (
+from jobd.core import maintenance_rules as time_rules
+from jobd.core import planning
+from jobd.core.changeset import Draft
+from jobd.core.planning import version
+from jobd.maintenance import plan_builder as plan_search
+from jobd.maintenance import plans
+from jobd.maintenance.plans import Planner
+from jobd.model.commands import (
     OF_TIME,
     Adopt,
     ApplyEndings,
@@ -32,11 +37,9 @@ from jobd.commands import (
     Progress,
     Recover,
 )
-from jobd.draft import Draft
-from jobd.errors import Refusal
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, runs_again
-from jobd.planning import version
-from jobd.plans import Planner
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, runs_again
+from jobd.model.responses import Answer, PlannedJob, PlanSlice, PlanView, Worked, late_note_of
 from tests.by_hand import full_job
 from tests.desk import Desk
 from tests.household import WALL, Household, in_virtual_time

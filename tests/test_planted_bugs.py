@@ -38,15 +38,15 @@ def test_a_bug_is_a_program_that_could_have_been_written(tmp_path: Path) -> None
 
 
 def test_a_bug_that_does_not_fit_any_more_is_told(tmp_path: Path) -> None:
-    place = tmp_path / "jobd" / "job.py"
-    place.parent.mkdir()
-    bug = Bug("b", "something", "rules", (Edit("jobd/job.py", "x = 1\n", "x = 2\n"),))
+    place = tmp_path / "jobd" / "model" / "job.py"
+    place.parent.mkdir(parents=True)
+    bug = Bug("b", "something", "rules", (Edit("jobd/model/job.py", "x = 1\n", "x = 2\n"),))
     for text in ("", "x = 1\nx = 1\n"):
         place.write_text(text)
-        with pytest.raises(Rotten, match=r"b: this text is [02] times in jobd/job.py"):
+        with pytest.raises(Rotten, match=r"b: this text is [02] times in jobd/model/job.py"):
             plant(bug, tmp_path)
     place.write_text("x = 1\ny = 1\n")
-    plant(replace(bug, edits=(*bug.edits, Edit("jobd/job.py", "y = 1\n", "y = x\n"))), tmp_path)
+    plant(replace(bug, edits=(*bug.edits, Edit("jobd/model/job.py", "y = 1\n", "y = x\n"))), tmp_path)
     assert place.read_text() == "x = 2\ny = x\n"
 
 

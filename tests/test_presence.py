@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from jobd import presence
-from jobd.presence import AWAY_MS, Presence
+from jobd.maintenance import suspend_detector as presence
+from jobd.maintenance.suspend_detector import AWAY_MS, Presence
 
 
 class Boot:

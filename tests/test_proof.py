@@ -139,16 +139,6 @@ def test_the_table_of_what_is_skipped_names_every_program_that_tests_ask_for() -
         assert bool(named) == (not by_strace), check.name
 
 
-def test_the_table_of_mutants_leaves_out_which_test_noticed() -> None:
-    printed = (
-        "module  mutants   killed by\nrules        9" + " " * 60 + "test_rules.py 9\n\n9 mutants in 1 s: 9 killed\n"
-    )
-    shown = proof.SHOWN["mutation"](printed)
-    assert "killed by" not in shown
-    assert "test_rules" not in shown
-    assert "9 mutants in 1 s: 9 killed" in shown
-
-
 def test_a_part_that_was_run_is_kept_and_one_that_failed_is_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,8 +11,9 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import quarantine
-from jobd.batch import (
+from jobd.model.events import fold
+from jobd.model.job import FINISHED, LIVE, Job, Options, Result
+from jobd.model.storage import (
     Aside,
     Audited,
     AuditQuery,
@@ -27,10 +28,9 @@ from jobd.batch import (
     QueueRow,
     Tombstone,
 )
-from jobd.events import fold
-from jobd.job import FINISHED, LIVE, Job, Options, Result
-from jobd.rows import JOB_COLUMNS
-from jobd.store import Store, StoreTooNew, StoreUnreadable
+from jobd.storage import quarantine
+from jobd.storage.codec import JOB_COLUMNS
+from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.by_hand import NOW, Maker
 from tests.store_help import (
     assert_holds,
@@ -650,7 +650,7 @@ async def test_an_index_that_leads_to_events_of_another_job_is_rebuilt(path: str
 
 
 async def test_single_flipped_bits_all_over_the_file_never_give_a_wrong_answer(path: str) -> None:
-    from jobd import doctor
+    from jobd.storage import doctor
 
     maker = await make_store(path)
     whole = read(path)
@@ -676,7 +676,7 @@ async def test_single_flipped_bits_all_over_the_file_never_give_a_wrong_answer(p
 
 def _examined(path: str) -> bool:
     """Whether the doctor names anything."""
-    from jobd import doctor
+    from jobd.storage import doctor
 
     try:
         return bool(doctor.check(path))

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from jobd import backup, doctor, files, migrations, rehearsal
-from jobd.batch import DiskFull
-from jobd.files import StoreBusy, StoreTooNew, StoreUnreadable
-from jobd.job import FINISHED, LIVE
+from jobd.model.job import FINISHED, LIVE
+from jobd.model.storage import DiskFull
+from jobd.storage import backup, doctor, files, migrations
+from jobd.storage import dry_run as rehearsal
+from jobd.storage.files import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.store_help import edited, exists, make_store, opened, pick, read, remove, spoil, write
 
 
@@ -146,7 +147,7 @@ async def test_room_is_looked_for(path: str, copy: str, monkeypatch: pytest.Monk
     await make_store(copy)
     real = os.statvfs(path.rpartition("/")[0])
     short = os.statvfs_result((real.f_bsize, 4096, 10, 10, os.path.getsize(copy) // 4096 - 1, 1, 1, 1, 1, 255))
-    monkeypatch.setattr("jobd.rehearsal.os.statvfs", lambda _: short)
+    monkeypatch.setattr("jobd.storage.dry_run.os.statvfs", lambda _: short)
     with pytest.raises(DiskFull, match="MiB"):
         rehearsal.restore(copy, path)
 

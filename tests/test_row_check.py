@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from jobd import row_check, row_walk
-from jobd.answers import CheckedRows
-from jobd.errors import Refusal
-from jobd.job import FINISHED, LIVE
-from jobd.row_check import TABLES
-from jobd.row_walk import RowWalk
-from jobd.store import Store
+from jobd.maintenance import scrubber as row_walk
+from jobd.maintenance.scrubber import RowWalk
+from jobd.model.errors import Refusal
+from jobd.model.job import FINISHED, LIVE
+from jobd.model.responses import CheckedRows
+from jobd.storage import scrub as row_check
+from jobd.storage.scrub import TABLES
+from jobd.storage.store import Store
 from tests.store_help import edited, make_store, opened, pick
 from tests.test_doctor import busy_store
 

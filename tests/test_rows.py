@@ -11,9 +11,7 @@ import pytest
 from msgspec import UNSET, Raw
 from msgspec.structs import replace
 
-from jobd import migrations, rows
-from jobd.batch import Audited, KeyRow, Numbers, QueueRow, Tombstone
-from jobd.commands import (
+from jobd.model.commands import (
     Complete,
     Extend,
     Fail,
@@ -25,8 +23,11 @@ from jobd.commands import (
     Undelivered,
     Update,
 )
-from jobd.events import GIVEN_BACK, KEEP_SIGNS, ROUTINE, Changes, Event, fold
-from jobd.job import Failure, Job, Result, untouched
+from jobd.model.events import GIVEN_BACK, KEEP_SIGNS, ROUTINE, Changes, Event, fold
+from jobd.model.job import Failure, Job, Result, untouched
+from jobd.model.storage import Audited, KeyRow, Numbers, QueueRow, Tombstone
+from jobd.storage import codec as rows
+from jobd.storage import migrations
 from tests.by_hand import NOW, OPTIONS, Maker, all_of, full_job
 from tests.desk import Desk
 

@@ -10,23 +10,11 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import decide, rules, steps, views
-from jobd.answers import (
-    Answer,
-    Done,
-    Imported,
-    ImportForeseen,
-    JobView,
-    Look,
-    OldestDue,
-    PausedView,
-    QueueList,
-    Recovered,
-    Worked,
-)
-from jobd.batch import Opened
-from jobd.book import Book
-from jobd.commands import (
+from jobd.core import decide, views
+from jobd.core import transitions as steps
+from jobd.core import worker_rules as rules
+from jobd.core.state import Book
+from jobd.model.commands import (
     AnyCommand,
     Bulk,
     Call,
@@ -76,8 +64,8 @@ from jobd.commands import (
     Why,
     Workers,
 )
-from jobd.errors import Refusal
-from jobd.job import (
+from jobd.model.errors import Refusal
+from jobd.model.job import (
     DAY_MS,
     FINISHED,
     HOUR_MS,
@@ -96,6 +84,20 @@ from jobd.job import (
     Result,
     release_delay_ms,
 )
+from jobd.model.responses import (
+    Answer,
+    Done,
+    Imported,
+    ImportForeseen,
+    JobView,
+    Look,
+    OldestDue,
+    PausedView,
+    QueueList,
+    Recovered,
+    Worked,
+)
+from jobd.model.storage import Opened
 from tests.desk import NOW, SEED, Desk
 
 TTL = 15 * MINUTE_MS

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from jobd import admin_api, worker_api
+from jobd.api import admin as admin_api
+from jobd.api import worker as worker_api
 from tests.faults.fuzz import free_port
 from tests.http_help import tls_pair
 from tests.process import Daemon, Reply, call
@@ -228,7 +229,7 @@ def test_of_a_webhook_s_url_nothing_is_said_but_its_host(hooks: tuple[str, Recei
         house.run("check-config", "--config", str(house.daemon.config))
         house.run("check-config", "--json", "--config", str(house.daemon.config))
         house.run("doctor", "--running", ADMIN_TOKEN=ADMIN[0])
-        house.run("webhooks", ADMIN_TOKEN=ADMIN[0], module="jobd.cli.ctl")
+        house.run("webhooks", ADMIN_TOKEN=ADMIN[0], module="jobd.cli.ctl.main")
         assert house.daemon.process is not None
         house.daemon.process.send_signal(signal.SIGUSR1)
         house.daemon.until_said(b"event=dump_thread")

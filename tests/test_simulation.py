@@ -17,9 +17,9 @@ from typing import Final
 
 import pytest
 
-from jobd.actor import Actor
-from jobd.commands import Stats
-from jobd.deciding import Plan
+from jobd.engine.actor import Actor
+from jobd.engine.batch import Plan
+from jobd.model.commands import Stats
 from tests.simulation import __main__ as program
 from tests.simulation.expected import never
 from tests.simulation.journal import Journal

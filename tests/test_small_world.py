@@ -10,8 +10,10 @@ from typing import get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd import rules, steps
-from jobd.commands import (
+from jobd.core import transitions as steps
+from jobd.core import worker_rules as rules
+from jobd.core.changeset import Draft
+from jobd.model.commands import (
     AnyCommand,
     ApplyEndings,
     ApplyPlan,
@@ -34,8 +36,7 @@ from jobd.commands import (
     Timeline,
     Workers,
 )
-from jobd.draft import Draft
-from jobd.job import Job
+from jobd.model.job import Job
 from tests.simulation.promises import Broken
 from tests.small_world import WORLDS, Walk, World, main
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd import files, lookups, rows
-from jobd import tables as tables_module
-from jobd.batch import (
+from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_SIGNS, Change, Event, fold
+from jobd.model.fingerprints import fingerprint
+from jobd.model.job import COUNTER_MASK, KEEP_LATE, Ended, Failure, Grant, Job, LateResult, Lease, Result
+from jobd.model.storage import (
     PUT_OFF_MS,
     SPARE_BYTES,
     BadRows,
@@ -36,10 +37,11 @@ from jobd.batch import (
     Query,
     Tombstone,
 )
-from jobd.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_SIGNS, Change, Event, fold
-from jobd.fingerprints import fingerprint
-from jobd.job import COUNTER_MASK, KEEP_LATE, Ended, Failure, Grant, Job, LateResult, Lease, Result
-from jobd.store import MEMORY, Store
+from jobd.storage import codec as rows
+from jobd.storage import database as tables_module
+from jobd.storage import files
+from jobd.storage import queries as lookups
+from jobd.storage.store import MEMORY, Store
 from tests.by_hand import NOW, OPTIONS, Maker, all_of
 from tests.store_help import (
     assert_holds,

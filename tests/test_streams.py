@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from jobd import downloads, imports, streams
-from jobd.admin_api import ROUTES
-from jobd.answers import Answer, Done, Imported
-from jobd.backup import BackupStopped, BadCopy
-from jobd.batch import DiskFull
-from jobd.bodies import Limits
-from jobd.commands import Import, Note
-from jobd.doors import Gate
-from jobd.errors import Refusal
+from jobd.api import downloads, imports
+from jobd.api.admin import ROUTES
+from jobd.http import streaming as streams
+from jobd.http.auth import Gate
+from jobd.http.decoding import Limits
+from jobd.model.commands import Import, Note
+from jobd.model.errors import Refusal
+from jobd.model.responses import Answer, Done, Imported
+from jobd.model.storage import DiskFull
+from jobd.storage.backup import BackupStopped, BadCopy
 from tests.http_help import TOKEN, Heard, House, Line, Pieces, message
 
 IMPORT = "/admin/job-management/import"

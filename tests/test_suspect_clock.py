@@ -9,9 +9,10 @@ from typing import Any, Final, cast
 
 import pytest
 
-from jobd.answers import Answer
-from jobd.batch import Audited, KeyRow
-from jobd.commands import (
+from jobd.api.services import Rooms
+from jobd.maintenance.cleanup_pass import Schedule
+from jobd.maintenance.plans import Planner
+from jobd.model.commands import (
     Cancel,
     Claim,
     Complete,
@@ -35,11 +36,10 @@ from jobd.commands import (
     Validate,
     Why,
 )
-from jobd.errors import Refusal
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
-from jobd.passes import Schedule
-from jobd.plans import Planner
-from jobd.rooms import Rooms
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
+from jobd.model.responses import Answer
+from jobd.model.storage import Audited, KeyRow
 from tests.desk import Desk
 from tests.household import Household, in_virtual_time, seconds, until
 from tests.memory_disk import MemoryDisk

@@ -11,11 +11,20 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.artifacts import MARGINS, StoreFault
-from jobd.batch import PUT_OFF_MS, DiskFull, Due
-from jobd.commands import Adopt, Complete, Delete, DeleteExpired, ForceFail, ForceReset
-from jobd.job import DAY_MS, KEEP_LATE, LateResult, Policy, Result
-from jobd.sweeper import CALL_S, COMPLAIN_AFTER_S, FAILING_KEPT, POLL_S, RETRY_AT_MOST_MS, SLICE, Sweeper, Sweeps
+from jobd.maintenance.artifact_sweeper import (
+    CALL_S,
+    COMPLAIN_AFTER_S,
+    FAILING_KEPT,
+    POLL_S,
+    RETRY_AT_MOST_MS,
+    SLICE,
+    Sweeper,
+    Sweeps,
+)
+from jobd.model.commands import Adopt, Complete, Delete, DeleteExpired, ForceFail, ForceReset
+from jobd.model.job import DAY_MS, KEEP_LATE, LateResult, Policy, Result
+from jobd.model.storage import PUT_OFF_MS, DiskFull, Due
+from jobd.storage.artifacts.base import MARGINS, StoreFault
 from tests.household import WALL, Household, in_virtual_time, row, seconds, until
 from tests.memory_artifacts import MemoryArtifacts
 from tests.memory_disk import MemoryDisk

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.answers import Issue
-from jobd.commands import Moment
-from jobd.job import STATUSES, Ended, Failure, Grant, Job, Lease, Options, Policy, Result
-from jobd.validation import NO_MESSAGE, counts, safe_fixes, validate
+from jobd.core.validation import NO_MESSAGE, counts, safe_fixes, validate
+from jobd.model.commands import Moment
+from jobd.model.job import STATUSES, Ended, Failure, Grant, Job, Lease, Options, Policy, Result
+from jobd.model.responses import Issue
 from tests.desk import NOW
 
 AT = Moment(NOW, 1_000, NOW - 1_000)

@@ -8,13 +8,13 @@ import pytest
 from msgspec import UNSET, Raw
 from msgspec.structs import asdict, replace
 
-from jobd import views
-from jobd.answers import RefusalView, public_lock
-from jobd.book import Book
-from jobd.commands import Import, Locks, Moment
-from jobd.errors import Refusal
-from jobd.figures import Figures
-from jobd.job import MINUTE_MS, Backoff, Failure, Grant, Job, LateResult, Lease, Options, Policy, Result
+from jobd.core import views
+from jobd.core.state import Book
+from jobd.core.stats import Figures
+from jobd.model.commands import Import, Locks, Moment
+from jobd.model.errors import Refusal
+from jobd.model.job import MINUTE_MS, Backoff, Failure, Grant, Job, LateResult, Lease, Options, Policy, Result
+from jobd.model.responses import RefusalView, public_lock
 from tests.desk import NOW
 
 AT = Moment(NOW, 1_000, NOW - 1_000)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobd import doctor, wal
-from jobd.backup import restore
-from jobd.files import StoreUnreadable
+from jobd.storage import doctor, wal
+from jobd.storage.backup import restore
+from jobd.storage.files import StoreUnreadable
 from tests.by_hand import Maker
 from tests.store_help import opened, read, write
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from jobd.errors import Refused
-from jobd.events import Change, Event, Wanted
-from jobd.feed import Feed
-from jobd.watchers import Watcher
+from jobd.engine.change_watchers import Watcher
+from jobd.engine.event_feed import Feed
+from jobd.model.errors import Refused
+from jobd.model.events import Change, Event, Wanted
 from tests.memory_disk import MemoryDisk
 
 MOST = 4
@@ -76,7 +76,7 @@ async def test_who_leaves_hears_no_more_and_gives_his_place_back(feed: Feed) -> 
 
 
 async def test_it_is_over_when_the_daemon_stops(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobd.feed.CLOSING_S", 0.01)
+    monkeypatch.setattr("jobd.engine.event_feed.CLOSING_S", 0.01)
     cut = asyncio.Event()
     watcher = feed.watch(queue=None, job_id="a", cut=cut.set)
     assert not watcher.over.is_set()

@@ -13,14 +13,14 @@ import pytest
 from msgspec import Raw
 from structlog.testing import capture_logs
 
-from jobd.answers import Answer, Done, LockState
-from jobd.bodies import Limits
-from jobd.commands import Cancel, Claim, Create, Get, List, Progress, Start
-from jobd.doors import Gate, own_names
-from jobd.errors import Refusal
-from jobd.routes import Route, Table
-from jobd.sparing import MOST_A_SECOND, Sparing
-from jobd.worker_api import ROUTES
+from jobd.api.worker import ROUTES
+from jobd.http.auth import Gate, own_names
+from jobd.http.decoding import Limits
+from jobd.http.routing import Route, Table
+from jobd.http.sparing import MOST_A_SECOND, Sparing
+from jobd.model.commands import Cancel, Claim, Create, Get, List, Progress, Start
+from jobd.model.errors import Refusal
+from jobd.model.responses import Answer, Done, LockState
 from tests.http_help import TOKEN, House, message
 
 PROGRESS = '{"lock_id":"canary-lock","progress":50}'

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from jobd import admin_api, worker_api
-from jobd.actor import Actor
-from jobd.book import Book
-from jobd.clock import Clock
-from jobd.doors import Gate
-from jobd.job import Policy
-from jobd.keys import Keys
+from jobd.api import admin as admin_api
+from jobd.api import worker as worker_api
+from jobd.core.state import Book
+from jobd.engine.actor import Actor
+from jobd.engine.clock import Clock
+from jobd.engine.idempotency import Keys
+from jobd.http.auth import Gate
+from jobd.model.job import Policy
 from tests.http_help import TOKEN, House, message
 from tests.memory_disk import MemoryDisk
 

@@ -13,10 +13,10 @@ from cloudevents.core.bindings.http import HTTPMessage, from_http_event
 from msgspec.structs import replace
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from jobd.answers import AlertView
-from jobd.events import SIGNS, Event, EventType
-from jobd.job import DAY_MS
-from jobd.webhook import (
+from jobd.model.events import SIGNS, Event, EventType
+from jobd.model.job import DAY_MS
+from jobd.model.responses import AlertView
+from jobd.model.webhooks import (
     ALERTS,
     GONE,
     TEST,
@@ -29,7 +29,7 @@ from jobd.webhook import (
     matching,
     type_of,
 )
-from jobd.webhook_letter import (
+from jobd.webhooks.message import (
     BadSecret,
     Letter,
     headers,

@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from jobd.webhook_addresses import why_not
+from jobd.webhooks.url_policy import why_not
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 from msgspec.structs import asdict
 
 from jobd.config import ConfigError, Loaded, effective, load
-from jobd.job import DAY_MS, HOUR_MS
-from jobd.webhook import TYPES, Endpoint, matching
-from jobd.webhook_config import MOST
+from jobd.model.job import DAY_MS, HOUR_MS
+from jobd.model.webhooks import TYPES, Endpoint, matching
+from jobd.webhooks.config import MOST
 from tests.test_docs import OPERATIONS, rows, ticked
 
 OLD, NEW = b"o" * 24, b"n" * 32
@@ -173,7 +173,7 @@ def test_a_secret_that_is_no_text_is_refused(read: Read, tmp_path: Path) -> None
 
 
 def test_the_handbook_names_every_key_of_a_webhook_and_every_type() -> None:
-    from jobd.webhook_config import WebhookSection
+    from jobd.webhooks.config import WebhookSection
 
     named = [ticked(row[0])[0] for row in rows(OPERATIONS, "key of a webhook", "default")]
     assert named == list(WebhookSection.__struct_fields__)
@@ -184,7 +184,7 @@ def test_the_handbook_names_every_key_of_a_webhook_and_every_type() -> None:
 
 
 def test_the_shipped_configuration_shows_every_key_of_a_webhook() -> None:
-    from jobd.webhook_config import WebhookSection
+    from jobd.webhooks.config import WebhookSection
 
     shown = (Path(__file__).parent.parent / "config.toml").read_text(encoding="utf-8").partition("[[webhooks]]")[2]
     assert [name for name in WebhookSection.__struct_fields__ if f"#   {name} = " not in shown] == []

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from jobd.webhook_line import Line, Waiting
+from jobd.webhooks.delivery_queue import Line, Waiting
 
 
 def line(*waiting: tuple[int, str, int]) -> Line:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from jobd.job import DAY_MS
-from jobd.webhook import Delivery, Endpoint, Outcome
-from jobd.webhook_rules import (
+from jobd.model.job import DAY_MS
+from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.webhooks.retry import (
     LEAST_TRIES,
     OPENS_AFTER,
     PAUSE_AT_MOST_MS,

@@ -16,9 +16,9 @@ from aiohttp import web
 from msgspec.structs import replace
 from standardwebhooks import Webhook
 
-from jobd import webhook_sender
-from jobd.webhook import Delivery, Endpoint, Outcome
-from jobd.webhook_sender import Resolver, Sender
+from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.webhooks import transport as webhook_sender
+from jobd.webhooks.transport import Resolver, Sender
 from tests.http_help import tls_pair
 from tests.receiver import Receiver, echoing, rude, saying
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd import webhook_tables
-from jobd.batch import DiskFull
-from jobd.job import DAY_MS
-from jobd.rows import fault
-from jobd.store import Store
-from jobd.webhook import UNTOLD, Cursor, Delivery
+from jobd.model.job import DAY_MS
+from jobd.model.storage import DiskFull
+from jobd.model.webhooks import UNTOLD, Cursor, Delivery
+from jobd.storage import outbox as webhook_tables
+from jobd.storage.codec import fault
+from jobd.storage.store import Store
 from tests.by_hand import NOW, Maker
 from tests.store_help import edited, flip, make_store, opened
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobd import webhook_url
-from jobd.webhook_url import hushed
+from jobd.webhooks import webhook_url
+from jobd.webhooks.webhook_url import hushed
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,17 @@ import pytest
 import structlog
 from msgspec.structs import replace
 
-from jobd import lookups, webhook_alerts, webhook_courier, webhook_reader, webhook_tables
-from jobd.batch import DiskFull
-from jobd.events import Change
-from jobd.job import DAY_MS, HOUR_MS, Job
-from jobd.store import Store
-from jobd.webhook import Delivery, Endpoint, Outcome
-from jobd.webhooks import Webhooks
+from jobd.model.events import Change
+from jobd.model.job import DAY_MS, HOUR_MS, Job
+from jobd.model.storage import DiskFull
+from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.storage import outbox as webhook_tables
+from jobd.storage import queries as lookups
+from jobd.storage.store import Store
+from jobd.webhooks import alert_source as webhook_alerts
+from jobd.webhooks import dispatcher as webhook_courier
+from jobd.webhooks import journal_reader as webhook_reader
+from jobd.webhooks.manager import Webhooks
 from tests.by_hand import NOW, Maker
 from tests.store_help import edited, made
 from tests.webhook_help import HASTY, KEY, NO, YES, Clock, Posts, at_work, endpoint, until
@@ -448,7 +452,7 @@ async def test_what_cannot_be_noted_on_a_full_disk_is_not_sent(path: Path, monke
 
 
 async def test_a_full_disk_at_the_start_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobd.webhooks.FULL_S", 0.02)
+    monkeypatch.setattr("jobd.webhooks.manager.FULL_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         disk.faults["open_outbox"] = DiskFull("no room")
@@ -457,7 +461,7 @@ async def test_a_full_disk_at_the_start_is_waited_for(path: Path, monkeypatch: p
         assert [view.state for view in at.webhooks.views()] == ["closed", "starting"]
         assert at.webhooks.hold_ms() > 0
         disk.faults["open_outbox"] = RuntimeError("oops")
-        monkeypatch.setattr("jobd.webhooks.TROUBLE_S", 0.02)
+        monkeypatch.setattr("jobd.webhooks.manager.TROUBLE_S", 0.02)
         calls = disk.calls["open_outbox"]
         await until(lambda: disk.calls["open_outbox"] > calls + 1)
         disk.faults.clear()

@@ -24,8 +24,8 @@ from aiohttp import web
 from msgspec.structs import replace
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from jobd.cli import exits
-from jobd.store import Store
+from jobd.cli import exit_codes as exits
+from jobd.storage.store import Store
 from tests.process import TOKEN, Daemon, Reply
 from tests.receiver import Heard, Receiver, saying, taken
 from tests.test_docs import OPERATIONS, blocks
@@ -233,7 +233,7 @@ def test_operators_see_send_again_and_test(tmp_path: Path, receiver: Receiver) -
         environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
 
         def jobctl(*words: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-c", "from jobd.cli.ctl import main; import sys; sys.exit(main())", *words]
+            command = [sys.executable, "-c", "from jobd.cli.ctl.main import main; import sys; sys.exit(main())", *words]
             return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
 
         listed = jobctl("webhooks")
@@ -275,7 +275,7 @@ def test_all_that_was_given_up_is_listed_page_by_page_and_sent_again(tmp_path: P
         environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
 
         def jobctl(*words: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "jobd.cli.ctl", "webhooks", *words]
+            command = [sys.executable, "-m", "jobd.cli.ctl.main", "webhooks", *words]
             return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
         def listed(*words: str) -> Any:

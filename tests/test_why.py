@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd.answers import Answer, Look, Next, WhyView
-from jobd.commands import (
+from jobd.core.explain import ending, explain
+from jobd.model.commands import (
     Adopt,
     Cancel,
     Claim,
@@ -23,9 +23,9 @@ from jobd.commands import (
     Updates,
     Why,
 )
-from jobd.events import QueuePause
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS
-from jobd.why import ending, explain
+from jobd.model.events import QueuePause
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS
+from jobd.model.responses import Answer, Look, Next, WhyView
 from tests.desk import NOW, Desk
 
 TTL = 15 * MINUTE_MS

@@ -9,7 +9,8 @@ import msgspec
 import msgspec.inspect
 import pytest
 
-from jobd.commands import (
+from jobd.api.worker import ROUTES
+from jobd.model.commands import (
     About,
     Bulk,
     Cancel,
@@ -31,7 +32,6 @@ from jobd.commands import (
     Why,
     Workers,
 )
-from jobd.worker_api import ROUTES
 from tests.http_help import House
 
 # Call, example of a body (or query), the command that it is.

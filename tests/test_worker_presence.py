@@ -12,11 +12,13 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd import audit, time_rules, worker_presence
-from jobd.answers import Answer, TakenBack, WorkerList, WorkerView
-from jobd.batch import DiskFull, Numbers, Opened
-from jobd.book import Book
-from jobd.commands import (
+from jobd.core import audit, worker_presence
+from jobd.core import maintenance_rules as time_rules
+from jobd.core.changeset import Draft
+from jobd.core.state import Book
+from jobd.core.views import workers
+from jobd.core.worker_presence import GONE_AFTER_MS, ClaimSet, WorkerPresence
+from jobd.model.commands import (
     About,
     Call,
     Claim,
@@ -30,11 +32,10 @@ from jobd.commands import (
     TakeBack,
     Workers,
 )
-from jobd.draft import Draft
-from jobd.errors import Refusal
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Lease, Options, Policy
-from jobd.views import workers
-from jobd.worker_presence import GONE_AFTER_MS, ClaimSet, WorkerPresence
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Lease, Options, Policy
+from jobd.model.responses import Answer, TakenBack, WorkerList, WorkerView
+from jobd.model.storage import DiskFull, Numbers, Opened
 from tests.desk import NOW, Desk
 from tests.household import Household, in_virtual_time, seconds, until
 from tests.test_actor import household, parked

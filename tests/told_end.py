@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from jobd.actor import Actor
-from jobd.cli.daemon import main
-from jobd.listener import Listener
-from jobd.store import Store
+from jobd.cli.daemon.main import main
+from jobd.engine.actor import Actor
+from jobd.http.server import Listener
+from jobd.storage.store import Store
 
 
 def line(text: str) -> None:

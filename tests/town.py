@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from jobd.actor import Actor, Bounds
-from jobd.book import Book
-from jobd.clock import Clock
-from jobd.job import Policy
-from jobd.keys import Keys
-from jobd.worker_api import ROUTES
+from jobd.api.worker import ROUTES
+from jobd.core.state import Book
+from jobd.engine.actor import Actor, Bounds
+from jobd.engine.clock import Clock
+from jobd.engine.idempotency import Keys
+from jobd.model.job import Policy
 from tests.http_help import House
 from tests.memory_disk import MemoryDisk
 

@@ -9,14 +9,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from jobd.answers import AlertView
-from jobd.commands import Moment
-from jobd.events import Change
-from jobd.store import Store
-from jobd.webhook import Delivery, Endpoint, Outcome
-from jobd.webhook_office import Disk, Office
-from jobd.webhook_rules import Manners
-from jobd.webhooks import Webhooks
+from jobd.model.commands import Moment
+from jobd.model.events import Change
+from jobd.model.responses import AlertView
+from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.storage.store import Store
+from jobd.webhooks.context import Disk, Office
+from jobd.webhooks.manager import Webhooks
+from jobd.webhooks.retry import Manners
 from tests.by_hand import NOW, Maker
 
 YES = Outcome(204)

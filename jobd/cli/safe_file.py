@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from jobd.cli import exits, safe_target
+from jobd.cli import exit_codes as exits
+from jobd.cli import files as safe_target
 
 
 class Counted:

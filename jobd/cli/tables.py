@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-from jobd.answers import JobView, Validation, WhyView
-from jobd.cli import show
-from jobd.events import EventView, StreamedEvent
-from jobd.job import headline
+from jobd.cli import terminal as show
+from jobd.model.events import EventView, StreamedEvent
+from jobd.model.job import headline
+from jobd.model.responses import JobView, Validation, WhyView
 
 _LONG = 4_000
 

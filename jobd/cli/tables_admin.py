@@ -8,7 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from jobd.answers import (
+from jobd.cli import tables
+from jobd.cli import terminal as show
+from jobd.model.commands import About, WorkerState
+from jobd.model.job import headline
+from jobd.model.responses import (
     AlertView,
     AuditView,
     CleanupReport,
@@ -28,9 +32,6 @@ from jobd.answers import (
     WorkerList,
     WorkerView,
 )
-from jobd.cli import show, tables
-from jobd.commands import About, WorkerState
-from jobd.job import headline
 
 MOST_NAMED: Final = 4  # queues or kinds of a worker
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jobd.client.admin_calls import ImportResult, RefusedLine, ValidatedJob
+from jobd.client.admin_requests import ImportResult, RefusedLine, ValidatedJob
 from jobd.client.endpoint import Endpoint, admin_endpoint, default_socket, parse_endpoint, worker_endpoint
 from jobd.client.errors import (
     ERRORS,
@@ -50,24 +50,24 @@ from jobd.client.errors import (
 )
 from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, RetryPolicy, uuid7
 from jobd.client.sync import AdminClient, JobClient
-from jobd.events import StreamedEvent
+from jobd.model.events import StreamedEvent
 
 if TYPE_CHECKING:
     from jobd.client.aio import AsyncAdminClient, AsyncJobClient
-    from jobd.client.run import CommandWorker
-    from jobd.client.worker import Discard, Retry, Stopped, SyncTask, Task, Worker
+    from jobd.client.worker.command_worker import CommandWorker
+    from jobd.client.worker.worker import Discard, Retry, Stopped, SyncTask, Task, Worker
 
 # aiohttp takes a fifth of a second to import: programs that block do without it.
 _LATER = {
     "AsyncAdminClient": "jobd.client.aio",
     "AsyncJobClient": "jobd.client.aio",
-    "CommandWorker": "jobd.client.run",
-    "Discard": "jobd.client.worker",
-    "Retry": "jobd.client.worker",
-    "Stopped": "jobd.client.worker",
-    "SyncTask": "jobd.client.worker",
-    "Task": "jobd.client.worker",
-    "Worker": "jobd.client.worker",
+    "CommandWorker": "jobd.client.worker.command_worker",
+    "Discard": "jobd.client.worker.worker",
+    "Retry": "jobd.client.worker.worker",
+    "Stopped": "jobd.client.worker.worker",
+    "SyncTask": "jobd.client.worker.worker",
+    "Task": "jobd.client.worker.worker",
+    "Worker": "jobd.client.worker.worker",
 }
 
 

@@ -16,8 +16,8 @@ from urllib.parse import quote, urlencode
 import msgspec
 from msgspec import UNSET, Struct
 
-from jobd.answers import GrantView, JobView
 from jobd.client.errors import ERRORS, BadAnswer, InvalidRequest, JobdError, Unreachable
+from jobd.model.responses import GrantView, JobView
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Callable[..., Any])

@@ -19,12 +19,12 @@ from concurrent.futures import wait as wait_for
 from types import TracebackType
 from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
 
-from jobd.answers import QueueView
-from jobd.client import admin_calls, calls
+from jobd.client import admin_requests as admin_calls
+from jobd.client import worker_requests as calls
+from jobd.client.backup_progress import LOOK_S, Patience, Told
 from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
 from jobd.client.errors import JobdError, Unreachable
-from jobd.client.events import ADMIN_EVENTS, EVENTS, PATIENT, SILENCE_S, Listening
-from jobd.client.patience import LOOK_S, Patience, Told
+from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, PATIENT, SILENCE_S, Listening
 from jobd.client.protocol import (
     JobInfo,
     JobInfoPage,
@@ -38,9 +38,10 @@ from jobd.client.protocol import (
     signed,
     uuid7,
 )
-from jobd.commands import MAX_PAGE
-from jobd.events import StreamedEvent
-from jobd.job import Status
+from jobd.model.commands import MAX_PAGE
+from jobd.model.events import StreamedEvent
+from jobd.model.job import Status
+from jobd.model.responses import QueueView
 
 P = ParamSpec("P")
 T = TypeVar("T")

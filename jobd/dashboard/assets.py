@@ -11,7 +11,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from jobd.replies import Text
+from jobd.http.response import Text
 
 PLACE: Final = Path(__file__).parent / "static"
 KINDS: Final = {

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from jobd.dashboard.guests import Guest
+from jobd.dashboard.context import Guest
 from jobd.dashboard.pages import PAUSED, Shown, asked, strip
-from jobd.errors import Refusal
+from jobd.model.errors import Refusal
 
 MOST_NAMED: Final = 50
 

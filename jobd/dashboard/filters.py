@@ -12,12 +12,12 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from jobd.bodies import explain
-from jobd.commands import Command, Search
-from jobd.dashboard.live import Live
+from jobd.dashboard.live_updates import Live
 from jobd.dashboard.places import job_place
-from jobd.errors import invalid
-from jobd.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
+from jobd.http.decoding import explain
+from jobd.model.commands import Command, Search
+from jobd.model.errors import invalid
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
 
 TIMES: Final = ("since", "until", "finished_since", "finished_until")
 FILTERS: Final = ("status", "queue", "kind", "worker", *TIMES, "q", "error")

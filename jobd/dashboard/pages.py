@@ -15,24 +15,15 @@ import msgspec
 from msgspec import UNSET, Meta, Raw
 from msgspec.structs import replace
 
-from jobd.answers import (
-    Answer,
-    JobPage,
-    JobView,
-    LateResultList,
-    LateResultView,
-    LockList,
-    QueueList,
-    StatsView,
-    TimelineView,
-    VersionedJob,
-    WhyView,
-    WorkerList,
-    late_note,
-)
-from jobd.answers import AuditPage as AuditEntries
-from jobd.bodies import explain
-from jobd.commands import (
+from jobd.api.downloads import Artifact
+from jobd.dashboard.context import Guest, is_renewal, is_secure
+from jobd.dashboard.filters import JobsPage, address, given, moment_of, search
+from jobd.dashboard.job_actions import DEEDS, Chosen, Deed, Verb, can, curl, open_to
+from jobd.dashboard.rendering import pretty
+from jobd.dashboard.urls import why_no_link
+from jobd.http.auth import host_name
+from jobd.http.decoding import explain
+from jobd.model.commands import (
     AuditLog,
     Command,
     Cursor,
@@ -49,16 +40,25 @@ from jobd.commands import (
     Workers,
     WorkerState,
 )
-from jobd.dashboard.deeds import DEEDS, Chosen, Deed, Verb, can, curl, open_to
-from jobd.dashboard.filters import JobsPage, address, given, moment_of, search
-from jobd.dashboard.guests import Guest, is_renewal, is_secure
-from jobd.dashboard.links import why_no_link
-from jobd.dashboard.paint import pretty
-from jobd.dashboard.recorder import Recorder
-from jobd.doors import host_name
-from jobd.downloads import Artifact
-from jobd.errors import Refusal, Refused, refused
-from jobd.job import STATUSES, QueueName, may_adopt
+from jobd.model.errors import Refusal, Refused, refused
+from jobd.model.job import STATUSES, QueueName, may_adopt
+from jobd.model.responses import (
+    Answer,
+    JobPage,
+    JobView,
+    LateResultList,
+    LateResultView,
+    LockList,
+    QueueList,
+    StatsView,
+    TimelineView,
+    VersionedJob,
+    WhyView,
+    WorkerList,
+    late_note,
+)
+from jobd.model.responses import AuditPage as AuditEntries
+from jobd.monitoring.timeseries import Recorder
 
 Shown = dict[str, Any]
 

@@ -15,7 +15,7 @@ from typing import Final, get_args
 import msgspec
 from msgspec import Struct
 
-from jobd.doors import Access, token_digest
+from jobd.http.auth import Access, token_digest
 
 MOST_SESSIONS: Final = 200  # of each access; beyond it, the one of them that was used longest ago ends
 IDLE_S: Final = 3_600.0

@@ -10,12 +10,12 @@ from urllib.parse import quote, urlencode
 
 from msgspec import Meta
 
-from jobd.answers import Answer, DeliveryPage, DeliveryState, WebhookView
-from jobd.commands import Command
-from jobd.dashboard.guests import Guest, ReasonForm, go_on
+from jobd.dashboard.context import Guest, ReasonForm, go_on
 from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, asked, strip
-from jobd.errors import Refusal, Refused, refused
-from jobd.webhook import BACKLOG, WebhookName
+from jobd.model.commands import Command
+from jobd.model.errors import Refusal, Refused, refused
+from jobd.model.responses import Answer, DeliveryPage, DeliveryState, WebhookView
+from jobd.model.webhooks import BACKLOG, WebhookName
 
 STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 Wanted = Literal["", "waiting", "delivered", "given_up"]  # a form sends the choice of all of them, too

@@ -284,7 +284,7 @@ def _install(root: Path, variant: str) -> None:
     (root / "opt/jobd/pyvenv.cfg").write_text(f"home = {home}/bin\ninclude-system-site-packages = false\n")
     (root / "opt/jobd/bin/python3").symlink_to(home / "bin" / PYTHON)
     script = root / "opt/jobd/bin/jobd"
-    script.write_text("#!/opt/jobd/bin/python3\nimport sys\nfrom jobd.cli.daemon import main\nsys.exit(main())\n")
+    script.write_text("#!/opt/jobd/bin/python3\nimport sys\nfrom jobd.cli.daemon.main import main\nsys.exit(main())\n")
     script.chmod(0o755)
     for left in root.glob("usr/lib/systemd/system/*.target.wants"):
         shutil.rmtree(left)

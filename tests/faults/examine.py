@@ -11,10 +11,12 @@ from typing import Any
 
 import msgspec
 
-from jobd import doctor, opening, rows
-from jobd.events import Event, fold
-from jobd.job import Grant, Job
-from jobd.tables import EVENT_SQL, JOB_SQL
+from jobd.model.events import Event, fold
+from jobd.model.job import Grant, Job
+from jobd.storage import codec as rows
+from jobd.storage import doctor
+from jobd.storage import startup as opening
+from jobd.storage.database import EVENT_SQL, JOB_SQL
 
 
 @dataclass

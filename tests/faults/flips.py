@@ -16,10 +16,10 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from jobd import doctor
-from jobd.batch import Query
-from jobd.files import StoreError
-from jobd.store import Store
+from jobd.model.storage import Query
+from jobd.storage import doctor
+from jobd.storage.files import StoreError
+from jobd.storage.store import Store
 from tests.faults.examine import Contents, contents
 from tests.faults.frame import Check, Counts, Trial
 from tests.faults.ledger import Ledger

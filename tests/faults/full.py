@@ -9,7 +9,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, Final
 
-from jobd.files import BALLAST_BYTES
+from jobd.storage.files import BALLAST_BYTES
 from tests.faults.examine import examined
 from tests.faults.frame import Check, Counts, Trial
 from tests.faults.ledger import Asked, Ledger, Told

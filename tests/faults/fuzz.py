@@ -24,11 +24,12 @@ from schemathesis.core.result import Ok
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
-from jobd import admin_api, worker_api
-from jobd.doors import LINES
-from jobd.job import STATUSES
-from jobd.openapi import document
-from jobd.routes import Route
+from jobd.api import admin as admin_api
+from jobd.api import worker as worker_api
+from jobd.api.openapi import document
+from jobd.http.auth import LINES
+from jobd.http.routing import Route
+from jobd.model.job import STATUSES
 from tests.faults.frame import Check, Counts, Trial
 from tests.process import TOKEN, Daemon
 

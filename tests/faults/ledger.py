@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from jobd.events import Event
+from jobd.model.events import Event
 from tests.faults.examine import Contents
 from tests.process import Doors
 

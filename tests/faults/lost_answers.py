@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, Final
 
-from jobd.job import Grant
+from jobd.model.job import Grant
 from tests.faults.daemons import slow_disk
 from tests.faults.examine import Contents, examined
 from tests.faults.frame import Check, Counts, Trial, program

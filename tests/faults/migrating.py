@@ -16,7 +16,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from jobd import migrations, opening
+from jobd.storage import migrations
+from jobd.storage import startup as opening
 from tests.faults.examine import contents, examined
 from tests.faults.frame import Check, Counts, Trial
 from tests.faults.ledger import Ledger

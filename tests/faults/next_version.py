@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sqlite3
 
-from jobd import migrations
-from jobd.cli.daemon import main
+from jobd.cli.daemon.main import main
+from jobd.storage import migrations
 
 AHEAD = 2
 

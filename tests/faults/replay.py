@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from jobd import doctor, opening
-from jobd.job import TOKEN_COUNTER_BITS
-from jobd.store import Store
+from jobd.model.job import TOKEN_COUNTER_BITS
+from jobd.storage import doctor
+from jobd.storage import startup as opening
+from jobd.storage.store import Store
 from tests.faults.examine import contents
 from tests.faults.frame import Check, Counts, Tool, Trial, program
 from tests.faults.ledger import Ledger

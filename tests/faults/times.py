@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from jobd.events import fold
-from jobd.job import Grant, Job, Lease
+from jobd.model.events import fold
+from jobd.model.job import Grant, Job, Lease
 from tests.faults.daemons import stopped
 from tests.faults.examine import Contents, examined
 from tests.faults.frame import Check, Counts, Tool, Trial

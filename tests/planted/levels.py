@@ -20,7 +20,6 @@ from msgspec import Struct
 
 from tests.planted.bugs import Bug, Level
 from tests.process import die_with_us
-from tests.test_imports import PURE, ROOM_OF
 
 LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 TOO_LONG_S: Final = 600
@@ -47,14 +46,14 @@ TESTS: Final[dict[Level, tuple[str, ...]]] = {
     "process": _files("dashboard daemon systemd secrets faults"),
 }
 
-# The rooms of tests/test_imports.py that the levels from here on can see; what is in none of these only a process can.
-_CORE: Final = frozenset({"actor", "artifacts", "time", "watch", "wiring"})
+# The first level that can see a package; the process can see all of them.
 _SEEN_FROM: Final[dict[str, Level]] = {
-    **dict.fromkeys(_CORE, "simulation"),
-    "store": "store",
-    **dict.fromkeys(("web", "stream", "rooms", "apis", "settings"), "doors"),
+    **dict.fromkeys(("model", "core"), "rules"),
+    **dict.fromkeys(("engine", "maintenance", "monitoring"), "simulation"),
+    "storage": "store",
+    **dict.fromkeys(("http", "api"), "doors"),
 }
-_PURE: Final = PURE | {"envelope", "clock"}  # those of the actor's parts that are tested by themselves
+_RULES: Final = {"mailbox.py", "clock.py", "idempotency.py"}  # parts of the engine that are tested by themselves
 
 _FAILED: Final = re.compile(r"^(?:FAILED|ERROR) (.*)$", re.M)
 _BROKEN: Final = re.compile(r"""\(\\?'(?P<promise>[SL]\d+|loop|log)\\?', \\?["'](?P<what>.*?)\\?["']\): python -m""")
@@ -76,8 +75,11 @@ def fitting(bug: Bug) -> list[Level]:
 
 
 def _first(file: Path) -> Level:
-    module = file.parts[1].removesuffix(".py") if file.parts[0] == "jobd" else ""
-    return "rules" if module in _PURE else _SEEN_FROM.get(ROOM_OF.get(module, ""), "process")
+    if file.name in _RULES or file.match("jobd/*.py"):
+        return "rules" if file.name in _RULES else "simulation"
+    if file.match("jobd/storage/artifacts/*"):
+        return "simulation"
+    return _SEEN_FROM.get(file.parts[1], "process")
 
 
 def run(level: Level, root: Path) -> Found:

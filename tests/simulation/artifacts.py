@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
-from jobd.artifacts import Judge, Outcome, StoreFault
-from jobd.batch import Tombstone
-from jobd.events import Change
-from jobd.job import SECOND_MS, Job, LateResult, storage_key_fault
+from jobd.model.events import Change
+from jobd.model.job import SECOND_MS, Job, LateResult, storage_key_fault
+from jobd.model.storage import Tombstone
+from jobd.storage.artifacts.base import Judge, Outcome, StoreFault
 from tests.memory_artifacts import MemoryArtifacts
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from jobd.job import DAY_MS
+from jobd.model.job import DAY_MS
 from tests.simulation.machine import Machine
 from tests.simulation.plan import policy
 

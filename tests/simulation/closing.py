@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from jobd.answers import Answer, CleanupReport, GrantView
-from jobd.commands import MAX_PAGE, AnyCommand, Claim, Complete, List, Progress, Resume, RunNow, Stats
-from jobd.errors import Refusal
-from jobd.job import DAY_MS, SECOND_MS
+from jobd.model.commands import MAX_PAGE, AnyCommand, Claim, Complete, List, Progress, Resume, RunNow, Stats
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, SECOND_MS
+from jobd.model.responses import Answer, CleanupReport, GrantView
 from tests.simulation.machine import Daemon, Machine
 from tests.simulation.promises import is_overdue
 

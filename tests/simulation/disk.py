@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from jobd.batch import BadRows, Batch, DiskFull, Numbers, Opened
-from jobd.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, new_epoch, seconds_of_epochs
+from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, new_epoch, seconds_of_epochs
+from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, Opened
 from tests.memory_disk import MemoryDisk
 
 STATE: Final = (

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, get_args
 
-from jobd.commands import AnyCommand
-from jobd.errors import REFUSALS
-from jobd.events import EventType
+from jobd.model.commands import AnyCommand
+from jobd.model.errors import REFUSALS
+from jobd.model.events import EventType
 from tests.simulation.chaos import UPKEEP
 from tests.simulation.plan import FAULTS, MISHAPS
 

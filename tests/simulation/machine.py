@@ -14,19 +14,19 @@ from typing import Any, Final
 
 import msgspec
 
-from jobd import facts
-from jobd.actor import Actor, DiskBroken
-from jobd.answers import Answer
-from jobd.batch import DiskFull, Opened
-from jobd.book import Book
-from jobd.cleanup import Cleaner, read_figures
-from jobd.clock import Clock
-from jobd.commands import AnyCommand, CreditAbsence, EndGrants, KeyUse, Operator
+from jobd.core.state import Book
 from jobd.daemon import GRACE_MS, STOP_S, _current_keys
-from jobd.errors import Refusal
-from jobd.job import DAY_MS
-from jobd.keys import Keys
-from jobd.sweeper import Sweeper, Sweeps
+from jobd.engine.actor import Actor, DiskBroken
+from jobd.engine.clock import Clock
+from jobd.engine.idempotency import Keys
+from jobd.maintenance.artifact_sweeper import Sweeper, Sweeps
+from jobd.maintenance.maintainer import Cleaner, read_figures
+from jobd.model.commands import AnyCommand, CreditAbsence, EndGrants, KeyUse, Operator
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS
+from jobd.model.responses import Answer
+from jobd.model.storage import DiskFull, Opened
+from jobd.monitoring import event_log as facts
 from tests.simulation.artifacts import SimArtifacts
 from tests.simulation.disk import SimDisk, Snapshot
 from tests.simulation.journal import Journal

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from jobd.commands import AnyCommand, Claim
-from jobd.envelope import Asked
-from jobd.full_disk import Closed
-from jobd.job import SECOND_MS
+from jobd.engine.disk_full import Closed
+from jobd.engine.mailbox import Asked
+from jobd.model.commands import AnyCommand, Claim
+from jobd.model.job import SECOND_MS
 from tests.desk import due_order
 from tests.simulation.promises import is_overdue
 

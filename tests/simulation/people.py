@@ -11,9 +11,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from jobd import commands, rules
-from jobd.answers import Answer, GrantView
-from jobd.commands import (
+from jobd.core import worker_rules as rules
+from jobd.model import commands
+from jobd.model.commands import (
     Adopt,
     AnyCommand,
     Bulk,
@@ -38,8 +38,9 @@ from jobd.commands import (
     Transition,
     Update,
 )
-from jobd.errors import Refusal
-from jobd.job import SECOND_MS
+from jobd.model.errors import Refusal
+from jobd.model.job import SECOND_MS
+from jobd.model.responses import Answer, GrantView
 from tests.simulation.machine import Machine
 from tests.simulation.requests import Requests
 

@@ -11,10 +11,10 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.actor import SLOW_COMMIT_S, Bounds
-from jobd.artifacts import Margins
-from jobd.job import DAY_MS, MINUTE_MS, SECOND_MS, Policy
-from jobd.passes import Schedule
+from jobd.engine.actor import SLOW_COMMIT_S, Bounds
+from jobd.maintenance.cleanup_pass import Schedule
+from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, Policy
+from jobd.storage.artifacts.base import Margins
 
 FAULTS: Final = (
     "kill",

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from jobd.answers import Answer, Recovered
-from jobd.book import Book
-from jobd.commands import (
+from jobd.core.changeset import Decision
+from jobd.core.state import Book
+from jobd.model.commands import (
     Adopt,
     AnyCommand,
     Call,
@@ -39,10 +39,10 @@ from jobd.commands import (
     Undelivered,
     is_rehearsal,
 )
-from jobd.draft import Decision
-from jobd.errors import Refusal
-from jobd.events import Change, Event, fold
-from jobd.job import FINISHED, STATUSES, TRANSITIONS, Job, Lease, Policy, release_delay_ms
+from jobd.model.errors import Refusal
+from jobd.model.events import Change, Event, fold
+from jobd.model.job import FINISHED, STATUSES, TRANSITIONS, Job, Lease, Policy, release_delay_ms
+from jobd.model.responses import Answer, Recovered
 from tests.desk import due_order
 
 HOLDERS: Final = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)

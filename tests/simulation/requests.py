@@ -10,7 +10,8 @@ from typing import Any
 
 from msgspec import Raw
 
-from jobd.commands import (
+from jobd.core.planning import version
+from jobd.model.commands import (
     Adopt,
     AnyCommand,
     ApplyEndings,
@@ -58,8 +59,7 @@ from jobd.commands import (
     Why,
     Workers,
 )
-from jobd.job import STATUSES, Backoff, Job
-from jobd.planning import version
+from jobd.model.job import STATUSES, Backoff, Job
 from tests.simulation.disk import SimDisk
 from tests.simulation.plan import Plan
 

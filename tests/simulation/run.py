@@ -17,8 +17,8 @@ from typing import Any, Final
 import structlog
 from msgspec import Struct, field
 
-from jobd import decide
-from jobd.batch import DiskFull
+from jobd.core import decide
+from jobd.model.storage import DiskFull
 from tests.simulation.chaos import Chaos
 from tests.simulation.closing import Closing
 from tests.simulation.journal import Journal

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Raw
 
-from jobd import decide
-from jobd.answers import Answer, CleanupReport, GrantView
-from jobd.batch import Batch, KeyRow
-from jobd.book import Book
-from jobd.commands import AnyCommand, Call, Claim, KeyUse, Moment, is_rehearsal
-from jobd.draft import Decision
-from jobd.envelope import READS
-from jobd.errors import Refusal
-from jobd.events import Change, fold
-from jobd.full_disk import Closed
-from jobd.job import FINISHED, KEEP_LATE, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
-from jobd.keys import KEPT_MS, SAFE_MS
+from jobd.core import decide
+from jobd.core.changeset import Decision
+from jobd.core.state import Book
+from jobd.engine.disk_full import Closed
+from jobd.engine.idempotency import KEPT_MS, SAFE_MS
+from jobd.engine.mailbox import READS
+from jobd.model.commands import AnyCommand, Call, Claim, KeyUse, Moment, is_rehearsal
+from jobd.model.errors import Refusal
+from jobd.model.events import Change, fold
+from jobd.model.job import FINISHED, KEEP_LATE, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
+from jobd.model.responses import Answer, CleanupReport, GrantView
+from jobd.model.storage import Batch, KeyRow
 from tests.desk import compare, picture
 from tests.simulation.patience import Patience
 from tests.simulation.promises import BY_TIME, NOTES, Broken, Decide, Promises

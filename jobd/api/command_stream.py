@@ -1,0 +1,262 @@
+"""A stream of commands: line after line comes in, line after line is answered, in the same order, over one request.
+
+Decides nothing about jobs: each line is one command to the actor, and its answer leaves after its commit. What is on
+its way is bounded, so whoever does not read the answers is not read either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any, Final
+
+import structlog
+from aiohttp import web
+from aiohttp.http import StreamWriter
+
+from jobd.api.services import Rooms
+from jobd.api.stream_lines import Line, LineReader
+from jobd.engine.mailbox import Asked, weight
+from jobd.http.app import Web, welcome
+from jobd.http.auth import LINES
+from jobd.http.request import Visit
+from jobd.http.response import PATIENCE_S, SAFE, answer_line, refusal_line
+from jobd.http.streaming import Lines
+from jobd.model.errors import Refusal, Refused, too_large
+from jobd.model.responses import Answer
+
+AHEAD_WEIGHT: Final = 256  # commands of one stream that are on their way at once; bulks and claims count by their jobs
+AHEAD_BYTES: Final = 1 << 20  # of their lines
+PIECE_BYTES: Final = 64 << 10  # answers that are written at once
+TURN_LINES: Final = 64  # lines that are read in one turn of the loop
+NEXT_CHUNK: Final = b"0"  # a leading zero of the size of the next chunk
+
+log = structlog.get_logger("jobd.web")
+
+
+async def serve(site: Web[Rooms], visit: Visit, _: Any) -> web.StreamResponse:
+    """The stream. It ends where the body does, when the daemon stops, or with the line that says what is wrong."""
+    welcome(visit)
+    return await _CommandStream(site, visit).run()
+
+
+class _Slot:
+    """The place of a line's answer. The actor takes it for the future that waits for the answer."""
+
+    __slots__ = ("_is_cancelled", "_stream", "answer", "asked", "by", "job_id", "size", "weight")
+
+    def __init__(self, stream: _CommandStream, size: int) -> None:
+        self._stream = stream
+        self._is_cancelled = False
+        self.answer: Answer | Refusal | None = None
+        self.asked: Asked | None = None
+        self.by = "client"
+        self.job_id: str | None = None
+        self.size = size
+        self.weight = 1
+
+    def done(self) -> bool:
+        return self._is_cancelled or self.answer is not None
+
+    def cancelled(self) -> bool:
+        return self._is_cancelled
+
+    def set_result(self, answer: Answer | Refusal, /) -> None:
+        self.answer = answer
+        self.asked = None  # it knows us: a circle, and every line would be left to the garbage collector
+        self._stream.has_answers.set()
+
+    def cancel(self) -> None:
+        """Nobody is there for the answer any more."""
+        self._is_cancelled = self.answer is None
+
+
+class _CommandStream:
+    """One stream. `_slots` are its lines whose answers have not left, in their order."""
+
+    def __init__(self, site: Web[Rooms], visit: Visit) -> None:
+        assert visit.request is not None
+        self.has_answers = asyncio.Event()
+        self._site = site
+        self._visit = visit
+        self._reader = LineReader(site.gate, site.limits)
+        self._lines = Lines(visit.request, site.limits, rests=True)
+        self._slots: deque[_Slot] = deque()
+        self._weight = 0
+        self._bytes = 0
+        self._has_room = asyncio.Event()
+        self._is_read = False
+        self._response = web.StreamResponse(headers={"Content-Type": LINES, "Server": "jobd", **SAFE})
+
+    async def run(self) -> web.StreamResponse:
+        assert self._visit.request is not None
+        writer = await self._response.prepare(self._visit.request)
+        assert isinstance(writer, StreamWriter)
+        writer.send_headers()  # a client may wait for them before it sends its first line
+        if writer.chunked:
+            self._visit.request.probe = NEXT_CHUNK
+        reading = asyncio.ensure_future(self._read())
+        reading.add_done_callback(self._note_read)
+
+        def end() -> None:
+            reading.cancel()
+
+        self._site.ends.add(end)
+        if self._site.closing:
+            end()
+        try:
+            await self._write(writer)
+            if not reading.cancelled():
+                reading.result()
+            self._visit.request.probe = b""
+            async with asyncio.timeout(PATIENCE_S):
+                await self._response.write_eof()
+        except ConnectionError:
+            raise
+        except TimeoutError:
+            log.info("command_stream_cut_off", reason=f"nothing was read for {PATIENCE_S:g} s")
+            raise self._cut() from None
+        except Exception as bug:  # too late for a 500: the client notices that the stream broke off
+            self._site.confess(self._visit, bug)
+            raise self._cut() from None
+        finally:
+            self._site.ends.discard(end)
+            reading.cancel()
+            self._give_up()
+        return self._response
+
+    # -- lines come in -------------------------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        """Until the stream ends or breaks, or the daemon stops: what comes after that is not looked at."""
+        try:
+            taken = 0
+            async for line in self._lines:
+                if line is None or line.strip():
+                    self._take(line)
+                    await self._room()
+                taken += 1
+                if taken % TURN_LINES == 0:
+                    await asyncio.sleep(0)
+        except Refused as no:  # nobody can tell any more where the next line begins
+            self._refuse(_Slot(self, 0), no.refusal)
+            self._response.force_close()
+
+    def _note_read(self, reading: asyncio.Future[None]) -> None:
+        """No more lines come. A daemon that stops ends the reading, perhaps before it began."""
+        self._is_read = True
+        self.has_answers.set()
+        if reading.cancelled():
+            self._response.force_close()
+
+    def _take(self, line: bytes | None) -> None:
+        """Send the line's command to the actor, or put what is wrong with it into its place."""
+        slot = _Slot(self, 0 if line is None else len(line))
+        try:
+            if line is None:
+                limit = self._site.limits.body
+                raise too_large(f"The line is over {limit} bytes. Split it.", limit=limit)
+            asked = self._send(self._reader.read(line), slot)
+        except Refused as no:
+            asked = no.refusal
+        if isinstance(asked, Refusal):
+            self._refuse(slot, asked)
+        else:
+            slot.asked = asked
+            self._queue(slot)
+
+    def _send(self, line: Line, slot: _Slot) -> Asked | Refusal:
+        slot.by, slot.job_id, slot.weight = line.by, line.job_id, weight(line.command)
+        return self._site.actor.send(line.command, slot, by=line.by, key=line.key, size=slot.size, in_line=True)
+
+    def _refuse(self, slot: _Slot, refusal: Refusal) -> None:
+        slot.set_result(refusal)
+        self._queue(slot)
+
+    def _queue(self, slot: _Slot) -> None:
+        self._slots.append(slot)
+        self._weight += slot.weight
+        self._bytes += slot.size
+
+    async def _room(self) -> None:
+        while self._weight >= AHEAD_WEIGHT or self._bytes >= AHEAD_BYTES:
+            self._has_room.clear()
+            await self._has_room.wait()
+
+    # -- answers leave -------------------------------------------------------------------------------------------------
+
+    async def _write(self, writer: StreamWriter) -> None:
+        """Answers in the order of their lines, as many at once as there are."""
+        while not (self._is_read and not self._slots):
+            await self.has_answers.wait()
+            self.has_answers.clear()
+            while self._slots and self._slots[0].answer is not None:
+                await self._write_piece(writer)
+
+    async def _write_piece(self, writer: StreamWriter) -> None:
+        """The next answers, in one piece. Grants of which not a byte was written go back."""
+        piece, grants = self._next_piece()
+        self._has_room.set()
+        connection, written = self._visit.connection, 0
+        try:
+            if self._visit.is_cut:
+                raise ConnectionResetError("the client is gone")
+            await writer.write(piece, drain=False)
+            transport = connection.transport
+            if transport is None or transport.is_closing():  # we learn by writing that the client has gone
+                raise ConnectionResetError("the client is gone")
+            if not connection.writing_paused:
+                written = len(piece)
+                return
+            # What was not taken at once is behind what the client has not read: it may never get there.
+            written = len(piece) + len(b"\r\n") - transport.get_write_buffer_size()
+            async with asyncio.timeout(PATIENCE_S):
+                await writer.drain()
+            written = len(piece)
+        finally:
+            for begins_at, answer in grants:
+                if begins_at >= written:
+                    self._site.actor.undelivered(answer)
+
+    def _next_piece(self) -> tuple[bytes, list[tuple[int, Answer]]]:
+        """Lines of answers, and where in them the grants begin."""
+        piece, grants = bytearray(), []
+        while self._slots and len(piece) < PIECE_BYTES and (answer := self._slots[0].answer) is not None:
+            slot = self._slots.popleft()
+            self._weight -= slot.weight
+            self._bytes -= slot.size
+            begins_at = len(piece)
+            if isinstance(answer, Answer):
+                try:
+                    piece += answer_line(answer)
+                    if answer.grants:
+                        grants.append((begins_at, answer))
+                    continue
+                except Exception as bug:
+                    if answer.grants:
+                        self._site.actor.undelivered(answer)
+                    answer = self._site.confess(self._visit, bug)
+            piece += self._refusal_line(slot, answer)
+        return bytes(piece), grants
+
+    def _refusal_line(self, slot: _Slot, refusal: Refusal) -> bytes:
+        self._site.note_refusal(self._visit.route, self._visit.method, refusal, by=slot.by, job_id=slot.job_id)
+        return refusal_line(refusal)
+
+    # -- ends ----------------------------------------------------------------------------------------------------------
+
+    def _cut(self) -> ConnectionResetError:
+        if self._visit.connection.transport is not None:
+            self._visit.connection.transport.abort()
+        return ConnectionResetError("command stream cut off")
+
+    def _give_up(self) -> None:
+        """Nobody is there for what has not left: grants go back, and what has not been decided need not be."""
+        for slot in self._slots:
+            if isinstance(slot.answer, Answer) and slot.answer.grants:
+                self._site.actor.undelivered(slot.answer)
+            asked, slot.asked = slot.asked, None
+            slot.cancel()
+            if slot.cancelled() and asked is not None:
+                self._site.actor.abandon(asked)
+        self._slots.clear()

@@ -1,0 +1,194 @@
+"""Stored results out to those who ask: so many at a time, piece by piece, as fast as they are read.
+
+Decides nothing about jobs. What is given out is never shown by a browser as a page: it is others' bytes under our name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Coroutine
+from typing import Annotated, Any, Final, TypeVar
+from urllib.parse import quote
+
+import structlog
+from aiohttp import hdrs, web
+from msgspec import Meta
+
+from jobd.api.auditing import note, note_look
+from jobd.api.services import Rooms
+from jobd.http.app import Web
+from jobd.http.request import Visit
+from jobd.http.response import PATIENCE_S, SAFE
+from jobd.http.streaming import finish, write
+from jobd.maintenance.backups import Copy
+from jobd.model.commands import BackupId, Command, Get, LateResults, OnJob
+from jobd.model.errors import Refusal
+from jobd.model.responses import JobView, LateResultList, LateResultView
+from jobd.model.storage import DiskFull, NoBackup
+from jobd.storage.artifacts.base import StoreFault
+from jobd.storage.artifacts.downloads import Download
+
+KIND: Final = "application/octet-stream"
+SHOWN_NAME: Final = 150  # characters of a file's name
+
+log = structlog.get_logger("jobd.artifacts")
+
+
+class Artifact(OnJob, frozen=True, kw_only=True):
+    """The object that a job's `storage_key` names, or that of its late result with this `seq`."""
+
+    late_result: Annotated[int, Meta(ge=1)] | None = None
+
+
+async def give(site: Web[Rooms], visit: Visit, asked: Any, name: str = "") -> web.StreamResponse | Refusal:
+    """The artifact that is asked for, as a file to be kept. Where it breaks off the connection is cut.
+
+    `name` is that of who asks, where his session knows it.
+    """
+    key = await _key(site, visit, asked)
+    if isinstance(key, Refusal):
+        return key
+    transport, request = visit.connection.transport, visit.request
+    if transport is None or request is None:
+        raise ConnectionResetError("the client is gone")
+    download = await site.rooms.download(key, transport.abort)
+    try:
+        if visit.method != hdrs.METH_HEAD:
+            await note_look(site, visit, "artifact", name=name, job_id=asked.id)
+        response = web.StreamResponse(headers=_headers(key))
+        response.content_length = download.size
+        await response.prepare(request)
+        await _pass_on(response, download, visit)
+        return response
+    finally:
+        download.leave()
+
+
+async def _key(site: Web[Rooms], visit: Visit, asked: Artifact) -> str | Refusal:
+    """What names the object."""
+    command = Get(id=asked.id) if asked.late_result is None else LateResults(id=asked.id)
+    looked = await site.actor.ask(command, by=visit.by, size=visit.size)
+    if isinstance(looked, Refusal):
+        return looked
+    named: JobView | LateResultView | None
+    if asked.late_result is None:
+        named, what = looked.data, f"Job {asked.id}"
+    else:
+        listed: LateResultList = looked.data
+        named = next((late for late in listed.late_results if late.seq == asked.late_result), None)
+        what = f"The late result {asked.late_result} of job {asked.id}"
+        if named is None:
+            message = f"{what} is not there (any more). See those that it has: jobctl late {asked.id}"
+            return Refusal("late_result_not_found", message, {"job_id": asked.id})
+    return named.storage_key or Refusal("not_found", f"{what} names no stored result: it has no storage_key.")
+
+
+async def _pass_on(response: web.StreamResponse, download: Download, visit: Visit) -> None:
+    try:
+        while visit.method != hdrs.METH_HEAD and (piece := await download.more()):
+            await write(response, piece)
+        async with asyncio.timeout(PATIENCE_S):
+            await response.write_eof()
+    except Exception as error:
+        if not (isinstance(error, ConnectionError) and visit.is_cut):  # then the client has enough
+            told = str(error) if isinstance(error, StoreFault) else type(error).__name__
+            log.warning("download_cut_off", job_id=visit.job_id, error=told)
+        if visit.connection.transport is not None:
+            visit.connection.transport.abort()
+        raise ConnectionResetError("download cut off") from None
+
+
+def _headers(key: str) -> dict[str, str]:
+    return {
+        "Content-Type": KIND,
+        "Content-Disposition": disposition(key),
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Server": "jobd",
+        **SAFE,
+    }
+
+
+def disposition(key: str) -> str:
+    """What makes a browser keep a file under the last part of its key, whatever characters that has."""
+    name = key.rpartition("/")[2][-SHOWN_NAME:].lstrip(".") or "artifact"
+    plain = "".join(each if each.isascii() and (each.isalnum() or each in " ._-+") else "_" for each in name)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+
+
+LOOK_S: Final = 0.5  # between two looks whether the client of a backup is still there
+BACKUP_KIND: Final = "application/vnd.sqlite3"
+T = TypeVar("T")
+
+
+class BackupAsked(Command, frozen=True, kw_only=True):
+    """Under `id` its progress is told, beside this call."""
+
+    id: BackupId | None = None
+
+
+async def give_out(site: Web[Rooms], visit: Visit, asked: BackupAsked) -> web.StreamResponse | Refusal:
+    """Backup: copied and checked, then the pieces. Where they stop half-way the connection is cut: the client knows."""
+    await note(site, visit.operator, "backup")
+    try:
+        copy = await _while_there(site, visit, site.rooms.backup(asked.id or secrets.token_hex(8)))
+    except DiskFull as full:
+        return Refusal("storage_full", f"No backup: {full}. Free some and try again.")
+    except NoBackup as why:
+        log.error("no backup", reason=str(why))
+        return Refusal("shutting_down" if site.closing else "internal_error", f"No backup: {why}.")
+    if isinstance(copy, Refusal):
+        return copy
+    left: str | None = "it was not read to its end"
+    try:
+        response = web.StreamResponse(headers={"Content-Type": BACKUP_KIND, "Server": "jobd", **SAFE})
+        response.content_length = copy.size
+        assert visit.request is not None
+        await response.prepare(visit.request)
+        await _send_backup(response, copy, visit)
+        left = None
+        return response
+    finally:
+        copy.leave(left)
+
+
+async def _while_there(site: Web[Rooms], visit: Visit, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives. It is given up when the client goes away, or the daemon stops: neither waits for minutes."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            if visit.is_cut:
+                raise ConnectionResetError("the client is gone")
+            if site.closing:
+                raise NoBackup("the daemon is stopping")
+            await asyncio.wait([task], timeout=LOOK_S)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    return task.result()
+
+
+async def _send_backup(response: web.StreamResponse, copy: Copy, visit: Visit) -> None:
+    transport = visit.connection.transport
+    left = copy.size
+    try:
+        while left > 0 and (piece := await copy.more()):
+            left -= len(piece)
+            await write(response, piece)
+        with contextlib.suppress(ConnectionError):  # who has all of it may hang up at once
+            await _drain(visit)
+            await finish(response)
+    except Exception as error:
+        log.error("backup cut off", error=type(error).__name__)
+        if transport is not None:
+            transport.abort()
+        raise ConnectionResetError("backup cut off") from None
+
+
+async def _drain(visit: Visit) -> None:
+    """Wait until all is out: an answer with a length has no end of its own that would be waited for."""
+    assert visit.request is not None
+    async with asyncio.timeout(PATIENCE_S):
+        await visit.request.writer.drain()

@@ -1,0 +1,130 @@
+"""Events as Server-Sent Events: what a listener asks for, and the answer that goes on until somebody has enough.
+
+Decides nothing about events: feed.py gives the pieces, here they are written as fast as they are read.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, get_args
+
+import structlog
+from aiohttp import web
+from msgspec import Meta
+from multidict import istr
+
+from jobd.api.services import Rooms
+from jobd.engine.event_feed import Listener
+from jobd.http.app import Web
+from jobd.http.request import Visit
+from jobd.http.response import PATIENCE_S, SAFE
+from jobd.http.streaming import finish, notice_hangup, write
+from jobd.model.commands import MAX_NAMES, Command
+from jobd.model.errors import Refused, invalid
+from jobd.model.events import EventType, Wanted
+from jobd.model.job import is_job_id
+
+EVENT_STREAM: Final = "text/event-stream"
+LAST_EVENT_ID: Final = istr("Last-Event-ID")
+MAX_BACK: Final = 10_000
+MAX_SEQ: Final = (1 << 63) - 1
+_TYPES: Final = frozenset(get_args(EventType))
+
+log = structlog.get_logger("jobd.web")
+
+Names = Annotated[str, Meta(min_length=1, max_length=MAX_NAMES * 201)]
+
+
+class Follow(Command, frozen=True, kw_only=True):
+    """Events as they happen. The names in a filter are separated by commas; those of different filters all have to fit.
+
+    It goes on after the event of the header `Last-Event-ID`, else after `last_event_id`, else `last` events ago, else
+    from now on. Without `follow` it ends where the journal does.
+    """
+
+    queue: Names | None = None
+    job_id: Names | None = None
+    type: Names | None = None
+    last_event_id: Annotated[int, Meta(ge=0, le=MAX_SEQ)] | None = None
+    last: Annotated[int, Meta(ge=1, le=MAX_BACK)] | None = None
+    follow: bool = True
+
+
+async def follow(site: Web[Rooms], visit: Visit, asked: Follow) -> web.StreamResponse:
+    """The stream. It ends when the client has enough or the daemon stops; whoever reads too slowly is cut off."""
+    wanted, after = _wanted(asked), _after(asked, visit)
+    transport, request = visit.connection.transport, visit.request
+    if transport is None or request is None:
+        raise ConnectionResetError("the client is gone")
+    listener = site.rooms.listen(wanted, follow=asked.follow, cut=transport.abort)
+    try:
+        first = await listener.begin(after, asked.last or 0)
+        # X-Accel-Buffering: nginx would hold events back until it has a buffer full of them.
+        headers = {"Content-Type": EVENT_STREAM, "X-Accel-Buffering": "no", "Server": "jobd", **SAFE}
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+        notice_hangup(request, response)
+        await _pass_on(response, first, listener, visit)
+        return response
+    finally:
+        listener.leave()
+
+
+async def _pass_on(response: web.StreamResponse, first: bytes, listener: Listener, visit: Visit) -> None:
+    piece = first
+    try:
+        while piece:
+            await write(response, piece)
+            piece = await listener.more()
+        await finish(response)
+    except Exception as error:
+        # Too late for a refusal: the client notices that the stream broke off, asks again, and is told then.
+        _log_end(error, visit)
+        if visit.connection.transport is not None:
+            visit.connection.transport.abort()
+        raise ConnectionResetError("event stream cut off") from None
+
+
+def _log_end(error: Exception, visit: Visit) -> None:
+    match error:
+        case Refused():
+            log.info("event_stream_cut_off", reason=error.refusal.code)
+        case TimeoutError():
+            log.info("event_stream_cut_off", reason=f"nothing was read for {PATIENCE_S:g} s")
+        case ConnectionError() if visit.is_cut:
+            pass  # the client has enough
+        case _:
+            log.error("event_stream_cut_off", error=type(error).__name__)
+
+
+def _after(asked: Follow, visit: Visit) -> int | None:
+    """Where to go on. A browser that connects again sends the header beside the query of the first time."""
+    told = visit.head.headers.get(LAST_EVENT_ID, "").strip()
+    if told:
+        # By its length first: of thousands of digits Python makes no number.
+        if not (told.isascii() and told.isdigit()) or len(told) > len(str(MAX_SEQ)) or int(told) > MAX_SEQ:
+            raise invalid("Last-Event-ID", "must be the `id` of an event, or left out.")
+        return int(told)
+    if asked.last_event_id is not None and asked.last is not None:
+        raise invalid("$.last", "and `last_event_id` say two beginnings. Give one.")
+    return asked.last_event_id
+
+
+def _wanted(asked: Follow) -> Wanted:
+    types = _names("type", asked.type)
+    if unknown := sorted(types - _TYPES):
+        raise invalid("$.type", f"{unknown[0][:80]!r} is no type of event. Known: {', '.join(sorted(_TYPES))}.")
+    return Wanted(_ids("queue", asked.queue), _ids("job_id", asked.job_id), types)
+
+
+def _ids(field: str, text: str | None) -> frozenset[str]:
+    names = _names(field, text)
+    if not all(map(is_job_id, names)):
+        raise invalid(f"$.{field}", "must be names of 1 to 200 characters of A-Z a-z 0-9 . _ : -, separated by commas.")
+    return names
+
+
+def _names(field: str, text: str | None) -> frozenset[str]:
+    names = frozenset(text.split(",")) if text else frozenset()
+    if len(names) > MAX_NAMES:
+        raise invalid(f"$.{field}", f"may name {MAX_NAMES} at most.")
+    return names

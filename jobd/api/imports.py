@@ -1,0 +1,168 @@
+"""Import jobs, one line of the request body each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Coroutine
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from jobd.api.auditing import note
+from jobd.api.services import Rooms
+from jobd.http.app import Web, welcome
+from jobd.http.decoding import Shape
+from jobd.http.request import Visit, in_parts
+from jobd.http.streaming import Lines
+from jobd.model.commands import Import
+from jobd.model.errors import Refusal, Refused
+from jobd.model.job import is_job_id
+from jobd.model.responses import Answer, Imported
+
+AHEAD_LINES: Final = 64  # commands of one import that wait for their commit at the same time
+AHEAD_BYTES: Final = 4 << 20
+SHOWN_REFUSALS: Final = 1_000
+# Refusals that the next line would meet as well: the import stops there, and can be sent again later.
+STOPPING: Final = frozenset({"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs"})
+
+
+class RefusedLine(Struct, frozen=True):
+    """`line` counts from 1; `id` is null where the line does not tell it."""
+
+    line: int
+    id: str | None
+    reason: str
+
+
+class ImportReport(Struct, rename="camel"):
+    """What became of an import. `refused` shows the first SHOWN_REFUSALS of them, `refused_count` counts all."""
+
+    imported: int = 0
+    skipped: int = 0
+    refused_count: int = 0
+    refused: list[RefusedLine] = []
+
+    def refuse(self, line: int, job_id: str | None, reason: str) -> None:
+        self.refused_count += 1
+        if len(self.refused) < SHOWN_REFUSALS:
+            self.refused.append(RefusedLine(line, job_id, reason))
+
+
+class _Id(Struct):
+    id: str
+
+
+class Ahead(Struct):
+    """A line on its way through the actor."""
+
+    line: int
+    job_id: str
+    size: int
+    task: asyncio.Task[Answer | Refusal]
+
+
+async def take_in(site: Web[Rooms], visit: Visit, _: Any) -> Answer | Refusal:
+    """Import: each line of the body is created, skipped or refused by itself, in the order of the lines."""
+    welcome(visit)
+    return await Importing(site, visit).run()
+
+
+class Importing:
+    """One import: a few lines are on their way through the actor while the next ones are read."""
+
+    def __init__(self, site: Web[Rooms], visit: Visit) -> None:
+        self._site = site
+        assert visit.request is not None
+        self._request = visit.request
+        self._by = visit.by
+        self._operator = in_parts(visit.operator)
+        self._shape = Shape(Import, None, site.limits)
+        self._report = ImportReport()
+        self._lines = 0
+        self._ahead: deque[Ahead] = deque()
+        self._bytes = 0
+        self._stop: Refusal | None = None
+
+    async def run(self) -> Answer | Refusal:
+        try:
+            await self._read()
+            await self._settle(0, 0)
+            self._report.refused.sort(key=lambda no: no.line)
+            await self._note()
+            return self._stop or Answer(self._report)
+        finally:
+            for ahead in self._ahead:
+                ahead.task.cancel()
+
+    async def _note(self) -> None:
+        """The lines that made jobs are one row of the audit log already; it is told what became of the others."""
+        report = self._report
+        counts = {"imported": report.imported, "skipped": report.skipped, "refused": report.refused_count}
+        await note(self._site, self._operator, "import", counts)
+
+    async def _read(self) -> None:
+        try:
+            async for line in Lines(self._request, self._site.limits):
+                self._lines += 1
+                self._send(self._lines, line)
+                await self._settle(AHEAD_LINES, AHEAD_BYTES)
+                if self._stop is not None:
+                    return
+        except Refused as no:
+            await self._settle(0, 0)
+            self._stop = self._stop or self._stopped(no.refusal, self._lines + 1)
+
+    def _send(self, number: int, line: bytes | None) -> None:
+        if line is None:
+            self._refuse(number, None, f"The line is over {self._site.limits.body} bytes.")
+            return
+        if not line.strip():
+            return
+        try:
+            command = self._shape.from_body(line)
+        except Refused as no:
+            self._refuse(number, _id_of(line), no.refusal.message)
+            return
+        assert isinstance(command, Import)
+        asked = self._asked(command, len(line))
+        self._ahead.append(Ahead(number, command.id, len(line), asyncio.ensure_future(asked)))
+        self._bytes += len(line)
+
+    async def _settle(self, lines: int, size: int) -> None:
+        """Take answers, oldest first, until at most `lines` lines of `size` bytes are on their way."""
+        while self._ahead and (len(self._ahead) > lines or self._bytes > size):
+            first = self._ahead.popleft()
+            self._bytes -= first.size
+            self._count(first, await first.task)
+
+    def _asked(self, command: Import, size: int) -> Coroutine[Any, Any, Answer | Refusal]:
+        return self._site.actor.ask(command, by=self._by, admin=True, size=size, operator=self._operator)
+
+    def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
+        self._report.refuse(line, job_id, reason)
+
+    def _count(self, line: Ahead, answer: Answer | Refusal) -> None:
+        if isinstance(answer, Answer):
+            done: Imported = answer.data
+            self._report.skipped += done.skipped
+            self._report.imported += not done.skipped
+        elif answer.code in STOPPING:
+            self._stop = self._stop or self._stopped(answer, line.line)
+        else:
+            self._refuse(line.line, line.job_id, answer.message)
+
+    def _stopped(self, why: Refusal, line: int) -> Refusal:
+        """The import ends early: what has been done stays, and a second run skips it."""
+        message = f"The import stopped at line {line}: {why.message} Send it again; what is there already is skipped."
+        return Refusal(why.code, message, {**why.details, "line": line})
+
+
+def _id_of(line: bytes) -> str | None:
+    """The id in a line that is no job, for the report."""
+    try:
+        job_id = msgspec.json.decode(line, type=_Id).id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return job_id if is_job_id(job_id) else None

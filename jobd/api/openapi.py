@@ -1,0 +1,224 @@
+"""The OpenAPI 3.1 document of an API, made from the table that serves it, and the call that gives it out.
+
+Describes and decides nothing: paths, fields and bounds are those of the routes, the words are those of glossary.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, Final
+
+import msgspec
+
+from jobd import __version__
+from jobd.api.descriptions import ABOUT, ALSO, CALLS, GROUPS, HEADERS, REFUSED, REFUSED_TOO
+from jobd.api.descriptions import REFUSALS as REFUSAL_WORDS
+from jobd.api.events import EVENT_STREAM
+from jobd.api.schemas import Schemas, not_null
+from jobd.api.stream_lines import PARTS, StreamedCommand
+from jobd.http.app import Nothing, Web
+from jobd.http.auth import JSON, LINES, OPERATOR
+from jobd.http.request import Visit
+from jobd.http.response import ErrorBody, Text
+from jobd.http.routing import Route
+from jobd.model.commands import OnJob
+from jobd.model.errors import REFUSALS
+from jobd.model.job import ID_PATTERN
+from jobd.model.responses import Answer
+
+Json = dict[str, Any]
+PATH: Final = "/openapi.json"
+ADMIN_PREFIX: Final = "/admin/job-management"
+
+
+def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
+    """`routes`, and one more: GET /openapi.json, which describes them all."""
+    own = document_at(PATH, title, lambda: table)
+    table = (*routes, own)
+    return table
+
+
+def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) -> Route:
+    """GET `path`, which gives out the document of `routes`. It holds no secret and asks for no token."""
+
+    async def give(site: Web[Any], visit: Visit, asked: Nothing) -> Answer:
+        return Answer(Text(JSON, await asyncio.to_thread(text)))
+
+    @cache
+    def text() -> bytes:
+        return msgspec.json.encode(document(title, routes()))
+
+    return Route(method="GET", path=path, asks=Nothing, gives=bytes, who="anyone", via=give)
+
+
+def document(title: str, routes: Iterable[Route]) -> Json:
+    """The OpenAPI document of `routes`, as plain values."""
+    made = Schemas()
+    table = tuple(routes)
+    told = {group_of(route) for route in table}
+    paths: dict[str, Json] = {}
+    for route in table:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, made)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": title, "version": __version__, "description": ABOUT, "license": {"name": "MIT"}},
+        "servers": [{"url": "/"}],
+        "tags": [{"name": name, "description": words} for name, (_, words) in GROUPS.items() if name in told],
+        "paths": paths,
+        "components": made.components | {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls.
+
+
+def call_of(route: Route) -> str:
+    """A route as the glossary names it."""
+    return f"{route.method} {route.path}"
+
+
+def group_of(route: Route) -> str:
+    """The heading below which a route stands."""
+    first = route.path.removeprefix(ADMIN_PREFIX).removeprefix("/v1").split("/")[1]
+    return next(name for name, (parts, _) in GROUPS.items() if first in parts.split())
+
+
+def _operation(route: Route, made: Schemas) -> Json:
+    words = re.findall(r"\w+", route.path.removeprefix(ADMIN_PREFIX))
+    found: Json = {
+        "tags": [group_of(route)],
+        "operationId": "_".join([route.method.lower(), *words]),
+        "summary": CALLS[call_of(route)],
+        "parameters": _parameters(route),
+        "responses": _responses(route, made),
+    }
+    found["security"] = {"anyone": [{}], "worker": [{}, {"token": []}], "admin": [{"token": []}]}[route.who]
+    if route.reads == "lines":
+        found["requestBody"] = _lines(route, made)
+    elif route.method != "GET":
+        body = made.asked(route.asks, route.given)
+        needed = bool(made.shown(body).get("required"))
+        found["requestBody"] = {"required": needed, "content": {JSON: {"schema": body}}}
+    return found
+
+
+def _parameters(route: Route) -> list[Json]:
+    found = []
+    if route.given is not None:
+        place = {"name": route.given, "in": "path", "required": True, "description": f"Percent-encoded {route.given}."}
+        found.append({**place, "schema": {"type": "string", "pattern": ID_PATTERN}})
+    if route.key:
+        known = {"name": "Idempotency-Key", "in": "header", "description": HEADERS["Idempotency-Key"]}
+        found.append({**known, "schema": {"type": "string", "pattern": "^[ -~]{1,200}$"}})
+    if route.who == "admin" and (route.changes or route.secret or route.noted):
+        known = {"name": OPERATOR, "in": "header", "description": HEADERS[OPERATOR]}
+        found.append({**known, "schema": {"type": "string"}})
+    if route.sends == EVENT_STREAM:
+        known = {"name": "Last-Event-ID", "in": "header", "description": HEADERS["Last-Event-ID"]}
+        found.append({**known, "schema": {"type": "string", "pattern": "^[0-9]{0,19}$"}})  # empty: none
+    if route.method == "GET":
+        asked = Schemas()
+        shown = asked.shown(asked.asked(route.asks, route.given))
+        for name, schema in shown["properties"].items():
+            needed = name in shown.get("required", ())
+            found.append({"name": name, "in": "query", "required": needed, "schema": not_null(schema)})
+    return found
+
+
+def _lines(route: Route, made: Schemas) -> Json:
+    words = f"JSON lines; each is one `{route.asks.__name__}`, in one line."
+    kinds = [made.asked(part) for part in PARTS.values()] if route.asks is StreamedCommand else []
+    line = {"oneOf": kinds} if kinds else made.asked(route.asks)
+    schema = {"type": "string", "contentMediaType": LINES, "description": words, "x-line": line}
+    return {"required": True, "content": {LINES: {"schema": schema}}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers.
+
+
+def _responses(route: Route, made: Schemas) -> Json:
+    found: dict[int, Json] = {}
+    for status, words in {route.status: "Done.", **ALSO.get(call_of(route), {})}.items():
+        found[status] = {"description": words, "content": {route.sends: {"schema": _success(route, made)}}}
+        if route.key:
+            found[status]["headers"] = {"Idempotent-Replayed": _header("Idempotent-Replayed", {"const": "true"})}
+    by_status: dict[int, list[str]] = {}
+    for code in refusals(route):
+        by_status.setdefault(REFUSALS[code], []).append(code)
+    for status, codes in by_status.items():
+        no = _refusal(codes, made)
+        found[status] = _either(found[status], no) if status in found else made.shared("responses", ".".join(codes), no)
+    return {str(status): found[status] for status in sorted(found)}
+
+
+def _success(route: Route, made: Schemas) -> Json:
+    if route.gives is bytes:
+        return {"type": "object" if route.sends == JSON else "string"}
+    if route.sends == EVENT_STREAM:
+        words = (
+            f"Server-Sent Events: `id` is `seq`, `event` is `type`, `data` is one `{route.gives.__name__}` in one line."
+        )
+        text = {"type": "string"}
+        data = {**text, "contentMediaType": JSON, "contentSchema": made.answered(route.gives)}
+        fields = {"id": text, "event": text, "data": data, "retry": {"type": "integer"}}
+        return {"type": "object", "description": words, "properties": fields}  # of one event, as readers give it
+    if route.sends == LINES:
+        words = f"JSON lines; each is one `{route.gives.__name__}`, in the order of the lines that are answered."
+        return {
+            "type": "string",
+            "contentMediaType": LINES,
+            "description": words,
+            "x-line": made.answered(route.gives),
+        }
+    return {
+        "type": "object",
+        "properties": {"success": {"const": True}, "data": made.answered(route.gives)},
+        "required": ["success", "data"],
+        "additionalProperties": False,
+    }
+
+
+def _refusal(codes: list[str], made: Schemas) -> Json:
+    """The response with which a call is refused for one of `codes`, which share a status."""
+    words = "; ".join(f"`{code}`: {REFUSAL_WORDS[code]}" for code in codes) + "."
+    narrow = {"properties": {"success": {"const": False}, "error": {"enum": codes}}}
+    found: Json = {"description": words, "content": {JSON: {"schema": {"allOf": [made.answered(ErrorBody), narrow]}}}}
+    if "overloaded" in codes:
+        found["headers"] = {"Retry-After": _header("Retry-After", {"type": "integer", "minimum": 1})}
+    if "unauthorized" in codes:
+        found["headers"] = {"WWW-Authenticate": _header("WWW-Authenticate", {"const": "Bearer"})}
+    return found
+
+
+def _either(yes: Json, no: Json) -> Json:
+    """One status for a success and for refusals."""
+    schemas = [each["content"][JSON]["schema"] for each in (yes, no)]
+    words = f"{yes['description']} Or {no['description']}"
+    return {**yes, **no, "description": words, "content": {JSON: {"schema": {"oneOf": schemas}}}}
+
+
+def _header(name: str, schema: Json) -> Json:
+    return {"description": HEADERS[name], "schema": schema}
+
+
+def refusals(route: Route) -> list[str]:
+    """Every code with which this call may be refused, in the order of the table of codes."""
+    codes = {"invalid_request", "forbidden", "expectation_failed", "internal_error"}
+    codes |= {*REFUSED.get(route.asks, ()), *REFUSED_TOO.get(call_of(route), ())}
+    if route.who != "anyone":
+        codes.add("unauthorized")
+    if route.method != "GET":
+        codes |= {"request_timeout", "too_large", "unsupported_media_type"}
+    if route.asks is not Nothing:
+        codes |= {"overloaded", "shutting_down", "outcome_unknown"}
+        codes |= {"storage_full"} if route.method != "GET" else set()
+    if issubclass(route.asks, OnJob):
+        codes |= {"job_not_found", "job_quarantined"}
+    if route.key:
+        codes |= {"idempotency_key_reused", "overloaded"}
+    return [code for code in REFUSALS if code in codes]

@@ -1,0 +1,182 @@
+"""Doing something to jobs that cannot be taken back: look first (--dry-run), ask (or --yes), then do it to each.
+
+Knows no verb; the daemon judges, this only asks and reports.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobd.cli import exit_codes as exits
+from jobd.cli import terminal as show
+
+if TYPE_CHECKING:
+    from jobd.client.errors import JobdError
+    from jobd.model.responses import JobView
+
+
+@dataclass(frozen=True, slots=True)
+class Deed:
+    """`words` says what is done ("force-fail"), `to` is the status that it leads to, None where the job is deleted, ""
+    where its status stays.
+
+    `only_from` are the statuses from which it may be done, where they are fewer than lead to `to`; `details` says of
+    the job that was looked at what there is to know beside it before it is done. `rehearse` asks the daemon for it as
+    a dry run, which is refused like the deed; without it, and for who may only look, the statuses are what is judged.
+    """
+
+    words: str
+    look: Callable[[str], JobView]
+    to: str | None
+    do: Callable[[str], Any]
+    done: Callable[[Any], str]
+    only_from: tuple[str, ...] = ()
+    details: Callable[[JobView], str] = lambda job: ""
+    rehearse: Callable[[str], object] | None = None
+
+
+def destructive(verb: Any) -> Any:
+    """--yes, --dry-run and --json for a verb that destroys something."""
+    verb = click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON, one a job.")(verb)
+    verb = dry_run_option(verb)
+    return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(verb)
+
+
+def dry_run_option(verb: Any) -> Any:
+    return click.option("--dry-run", is_flag=True, help="Only say what would be done.")(verb)
+
+
+def reason_option(kept: str) -> Callable[[Any], Any]:
+    """--reason, with what becomes of it."""
+    return click.option("--reason", metavar="TEXT", help=f"Why, for those who come after you. {kept}")
+
+
+def carry_out(deed: Deed, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
+    """Do `deed` to each of `ids`, going on after a refusal; the exit code is that of the first refusal."""
+    if dry_run:
+        return _each(ids, lambda job_id: _would(deed, job_id, show.emit, as_json))
+    if not yes:
+        _ask(deed, ids)
+    return _each(ids, lambda job_id: _do(deed, job_id, as_json))
+
+
+def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
+    from jobd.client.errors import JobdError
+
+    worst = exits.DONE
+    for job_id in ids:
+        try:
+            code = act(job_id)
+        except JobdError as error:
+            code = exits.of_refusal(error.code)
+            if len(ids) == 1 or code in (exits.UNREACHABLE, exits.UNAUTHORISED, exits.TRY_AGAIN):
+                raise  # the others would fare alike
+            show.say(f"{job_id}: {error.message} [{error.code}]")
+        worst = worst or code
+    return worst
+
+
+def _do(deed: Deed, job_id: str, as_json: bool) -> int:
+    answer = deed.do(job_id)
+    if as_json:
+        show.emit_json(answer)
+    else:
+        show.emit(f"{job_id}: {deed.done(answer)}")
+    return exits.DONE
+
+
+def _would(deed: Deed, job_id: str, tell: Callable[[str], None], as_json: bool = False) -> int:
+    job = deed.look(job_id)
+    answer = _rehearsed(deed, job_id)
+    no = _error(answer)
+    may_only_look = no is not None and exits.of_refusal(no.code) == exits.UNAUTHORISED
+    if no is not None and not may_only_look:
+        show.say(f"{job_id}: {deed.words} would be refused: {no.message} [{no.code}]")
+        return exits.of_refusal(no.code)
+    if not _allowed(job.status, deed):
+        show.say(f"{job_id}: {deed.words} would be refused: it is {state(job)}")
+        return exits.REFUSED
+    if as_json and answer is not None and no is None:
+        show.emit_json(answer)
+    else:
+        tell(f"{job_id}: would {deed.words}{deed.details(job)}: it is {state(job)}")
+    if may_only_look:
+        show.say("Judged by its status alone: only who may do it can ask the daemon, and this token may only look.")
+    return exits.DONE
+
+
+def _rehearsed(deed: Deed, job_id: str) -> object | JobdError | None:
+    """What the daemon would answer, or refuse the deed with, or the question; None where it is not asked."""
+    from jobd.client.errors import JobdError
+
+    if deed.rehearse is None:
+        return None
+    try:
+        return deed.rehearse(job_id)
+    except JobdError as error:
+        if exits.of_refusal(error.code) not in (exits.REFUSED, exits.UNAUTHORISED):
+            raise  # no word about the job
+        return error
+
+
+def _error(answer: object) -> JobdError | None:
+    from jobd.client.errors import JobdError
+
+    return answer if isinstance(answer, JobdError) else None
+
+
+def _allowed(status: str, deed: Deed) -> bool:
+    from jobd.model.job import FINISHED, TRANSITIONS
+
+    if (deed.only_from and status not in deed.only_from) or deed.to == "processing":  # which only a grant makes
+        return False
+    if deed.to == "":
+        return True
+    return status in FINISHED if deed.to is None else (status, deed.to) in TRANSITIONS
+
+
+def _ask(deed: Deed, ids: Sequence[str]) -> None:
+    need_terminal()
+    if len(ids) == 1:
+        job = deed.look(ids[0])
+        if deed.rehearse is not None:
+            deed.rehearse(ids[0])  # nobody is asked about what would be refused
+        ask_about(deed, job)
+    else:
+        _each(ids, lambda job_id: _would(deed, job_id, show.say))
+        confirm(f"{deed.words} {len(ids)} jobs")
+
+
+def need_terminal() -> None:
+    """Usage error where nobody can be asked."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise click.UsageError("this asks first, and here is no terminal: add --yes to do it, --dry-run to look first")
+
+
+def confirm(what: str) -> None:
+    """Ask whether to do `what`. Problem (1) where the answer is no."""
+    need_terminal()
+    if not click.confirm(show.clean(f"{what}?"), default=False, err=True):
+        raise exits.Problem("nothing was done")
+
+
+def ask_about(deed: Deed, job: JobView) -> None:
+    """Ask whether to do `deed` to the job, which is shown as it is. Problem (1) where the answer is no."""
+    details = deed.details(job)
+    confirm(f"{deed.words}{f'{details}:' if details else ''} job {job.id}, which is {state(job)}")
+
+
+def state(job: JobView) -> str:
+    """A job's status in a few words: `processing at 45 %, held by w-7`."""
+    if job.status != "processing":
+        return job.status
+    if job.lock:
+        holder = f"held by {job.lock.worker}"
+    else:
+        holder = f"held by {job.worker}, whose lock has expired" if job.worker else "held by no worker"
+    return f"processing at {show.cell(job.progress)} %, {holder}"

@@ -1,0 +1,374 @@
+"""jobctl's verbs for operators, over the admin API: looking and housekeeping. What changes jobs is in ctl_change.py.
+
+Hold no logic of jobs: read the command line, ask the client, show the answer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from jobd.cli import exit_codes as exits
+from jobd.cli import terminal as show
+from jobd.cli.confirm import confirm, destructive, need_terminal, reason_option
+from jobd.cli.connection import admin_client, admin_options
+from jobd.cli.ctl import plans as ctl_plan
+from jobd.cli.group import json_option
+from jobd.cli.params import MOMENT, NAME, PAST
+from jobd.cli.progress import busy
+
+if TYPE_CHECKING:
+    from jobd.client import AdminClient
+    from jobd.model.commands import WorkerState
+    from jobd.model.responses import AuditView, PlanView, PreviewView, WorkerView
+
+_REASON: Final = reason_option("Kept in the audit log.")
+
+
+@click.command()
+@json_option
+@admin_options
+def stats(as_json: bool) -> None:
+    """Show how many jobs there are, and how long they take."""
+    from jobd.cli import tables_admin
+
+    view = admin_client().stats()
+    show.emit_json(view) if as_json else tables_admin.stats(view)
+
+
+@click.command()
+@json_option
+@admin_options
+def health(as_json: bool) -> int:
+    """Show how the daemon is; exit 1 if it is unhealthy."""
+    from jobd.cli import tables_admin
+
+    view = admin_client().health()
+    show.emit_json(view) if as_json else tables_admin.health(view)
+    return exits.FAILED if view.status == "unhealthy" else exits.DONE
+
+
+@click.command()
+@click.option("--last", is_flag=True, help="Run none: show the last pass.")
+@click.option("--dry-run", is_flag=True, help="Run none: show what one would do.")
+@_REASON
+@json_option
+@admin_options
+def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int:
+    """Run a cleanup pass now and show its report.
+
+    Exit 1 where a step of it failed.
+    """
+    from jobd.cli import tables_admin
+
+    client = admin_client()
+    if dry_run:
+        plan, seen = ctl_plan.of_time(client, "cleanup", reason), client.preview()
+        show.emit_json(_foretold(seen, plan)) if as_json else tables_admin.preview(seen)
+        ctl_plan.name_of_time(plan)
+        return exits.DONE
+    if last:
+        state = client.cleanup_state()
+        show.emit_json(state) if as_json else tables_admin.cleanup_state(state)
+        return exits.DONE
+    with busy("cleanup pass"):
+        report = client.force_cleanup(reason)
+    show.emit_json(report) if as_json else tables_admin.report(report)
+    return exits.FAILED if report.errors else exits.DONE
+
+
+@click.command("recover-stuck")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@_REASON
+@json_option
+@admin_options
+def recover_stuck(dry_run: bool, reason: str | None, as_json: bool) -> None:
+    """Recover the jobs that are stuck now.
+
+    Jobs with a live lock are left alone.
+    """
+    from jobd.cli import tables_admin
+
+    if dry_run:
+        client = admin_client()
+        plan, seen = ctl_plan.of_time(client, "recover-stuck", reason), client.preview()
+        told = _foretold(seen, plan)
+        some = {name: told[name] for name in ("recover", "more", "plan_id")}
+        show.emit_json(some) if as_json else tables_admin.foreseen(seen)
+        ctl_plan.name_of_time(plan)
+        return
+    with busy("recovery"):
+        view = admin_client().detect_and_recover_stuck_jobs(reason)
+    show.emit_json(view) if as_json else tables_admin.recovered(view)
+
+
+def _foretold(seen: PreviewView, plan: PlanView | None) -> dict[str, Any]:
+    """What a preview says, with the plan by which it can be done, or null."""
+    import msgspec
+
+    return {**msgspec.to_builtins(seen), "plan_id": plan.plan_id if plan else None}
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+@admin_options
+def late(job_id: str, as_json: bool) -> None:
+    """List a job's late results: what workers brought that had lost its lock."""
+    from jobd.cli import tables_admin
+
+    found = admin_client().late_results(job_id)
+    show.emit_json({"late_results": found}) if as_json else tables_admin.late_results(found)
+
+
+@click.command()
+@json_option
+@admin_options
+def locks(as_json: bool) -> None:
+    """List the current grants: who holds what, until when."""
+    from jobd.cli import tables_admin
+
+    found = admin_client().locks()
+    show.emit_json({"locks": found}) if as_json else tables_admin.locks(found)
+
+
+@click.command()
+@json_option
+@admin_options
+def queues(as_json: bool) -> None:
+    """List the queues with their counts."""
+    from jobd.cli import tables_admin
+
+    found = list(admin_client().iterate_queues())
+    show.emit_json({"queues": found}) if as_json else tables_admin.queues(found)
+
+
+@click.command()
+@click.option(
+    "--state",
+    type=click.Choice(["busy", "idle", "silent", "gone"]),
+    help="List only workers in this state.  [all but gone]",
+)
+@json_option
+@admin_options
+def workers(state: WorkerState | None, as_json: bool) -> None:
+    """List the workers with their state, latest claim, and held jobs.
+
+    \b
+    busy    holds a job
+    silent  holds a job whose lock has expired: jobctl take-back WORKER
+    idle    holds nothing, and was seen in the last 5 min
+    gone    holds nothing, and was not seen for 5 min: listed with --state gone
+    """
+    from jobd.cli import tables_admin
+
+    client, cursor = admin_client(), None
+    found: list[WorkerView] = []
+    while True:
+        page = client.worker_page(state=state, cursor=cursor)
+        found += page.workers
+        if (cursor := page.next_cursor) is None:
+            break
+    if as_json:
+        show.emit_json({"workers": found, "by_state": page.by_state, "since": page.since})
+    else:
+        tables_admin.workers(found, page, state)
+
+
+@click.command("take-back")
+@click.argument("worker", type=NAME)
+@destructive
+@_REASON
+@admin_options
+def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json: bool) -> None:
+    """End the expired grants of a silent WORKER now, by the stall rule of each job.
+
+    A job at progress 0 or with attempts left goes back to its queue. Any other job fails. Live locks do not change.
+    """
+    from jobd.cli import tables_admin
+
+    client = admin_client()
+    if not yes and not dry_run:
+        need_terminal()
+        seen = client.take_back(worker, dry_run=True)
+        tables_admin.taken_back(seen, show.say, would=True)
+        confirm(f"take these jobs back from worker {worker}")
+    view = client.take_back(worker, reason, dry_run=dry_run)
+    show.emit_json(view) if as_json else tables_admin.taken_back(view, show.emit, would=dry_run)
+
+
+@click.command()
+@click.argument("queue")
+@_REASON
+@click.option(
+    "--until",
+    type=MOMENT,
+    metavar="TIME",
+    help="When the daemon resumes the queue: a time, or a duration from now such as 2h.",
+)
+@json_option
+@admin_options
+def pause(queue: str, reason: str | None, until: int | None, as_json: bool) -> None:
+    """Grant no job of QUEUE until it is resumed.
+
+    Running jobs go on. A queue may be paused before it has jobs.
+    """
+    client = admin_client()
+    has_jobs = bool(client.list_jobs(queue=queue, limit=1).jobs)
+    view = client.pause_queue(queue, reason, until=until)
+    if not has_jobs:
+        show.say(
+            f"no queue {view.queue} has jobs yet: if its name is not meant so, undo it by: jobctl resume {view.queue}"
+        )
+    show.emit_json(view) if as_json else show.emit(f"{view.queue} is paused {view.pause.in_words()}")
+
+
+def _is_known(client: AdminClient, queue: str) -> bool:
+    """Also where that cannot be learned: a hint is no reason not to resume."""
+    from jobd.client import JobdError
+
+    try:
+        return any(each.name == queue for each in client.iterate_queues())
+    except JobdError:
+        return True
+
+
+@click.command()
+@click.argument("queue")
+@_REASON
+@json_option
+@admin_options
+def resume(queue: str, reason: str | None, as_json: bool) -> None:
+    """Grant jobs of QUEUE again."""
+    client = admin_client()
+    is_known = _is_known(client, queue)
+    view = client.resume_queue(queue, reason)
+    if not is_known:
+        show.say(f"no queue {view.queue} has jobs yet, and none was paused: jobctl queues lists those that there are")
+    show.emit_json(view) if as_json else show.emit(f"{view.queue} is open")
+
+
+@click.command()
+@click.option("--firing", is_flag=True, help="Only those that fire; exit 1 where there is one.")
+@json_option
+@admin_options
+def alerts(firing: bool, as_json: bool) -> int:
+    """List the alerts with their values and thresholds."""
+    from jobd.cli import tables_admin
+
+    found = [alert for alert in admin_client().alerts() if alert.firing or not firing]
+    show.emit_json({"alerts": found}) if as_json else tables_admin.alerts(found, firing=firing)
+    return exits.FAILED if firing and found else exits.DONE
+
+
+@click.command()
+@click.argument("what", required=False, type=click.Choice(["accept"]))
+@click.option("-y", "--yes", is_flag=True, help="Accept it without asking.")
+@click.option("--dry-run", is_flag=True, help="Only say what accepting it would delete.")
+@_REASON
+@json_option
+@admin_options
+def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_json: bool) -> None:
+    """Show the daemon's clock, or accept it after a jump.
+
+    While the clock is suspect, nothing is deleted or failed by age. If the clock is right, run `clock accept`. It lists
+    what would then be deleted, and asks first.
+    """
+    from jobd.cli import tables_admin
+
+    if (yes or dry_run) and what is None:
+        raise click.UsageError("--yes and --dry-run belong to: clock accept")
+    client = admin_client()
+    view = client.clock()
+    if what == "accept" and (dry_run or (view.suspect and not yes)):
+        if not dry_run:
+            need_terminal()
+        seen = client.preview()
+        if dry_run and as_json:
+            show.emit_json({"heldJobs": seen.held_jobs, "moreHeld": seen.more_held})
+            return
+        told = f"{tables_admin.held(seen)} finished jobs would be deleted by age; the daemon's time is "
+        told += f"{show.instant(view.now)}" if view.suspect else f"{show.instant(view.now)}, and is not suspect"
+        if dry_run:
+            show.emit(told)
+            return
+        show.say(told)
+        confirm("take the clock as right")
+    if what == "accept":
+        view = client.accept_clock(reason)
+    show.emit_json(view) if as_json else tables_admin.clock(view)
+
+
+@click.command()
+@click.option("--limit", type=click.IntRange(1, 500), default=20, show_default=True, help="How many at most.")
+@json_option
+@admin_options
+def reports(limit: int, as_json: bool) -> None:
+    """List the reports of cleanup passes, newest first."""
+    from jobd.cli import tables_admin
+
+    found = admin_client().reports()[:limit]
+    show.emit_json({"reports": found}) if as_json else tables_admin.reports(found)
+
+
+@click.command()
+@click.option("--limit", type=click.IntRange(1, 200), default=20, show_default=True, help="How many groups at most.")
+@json_option
+@admin_options
+def failures(limit: int, as_json: bool) -> None:
+    """Group the failed jobs, and those that wait to be tried again (AGAIN), by their error, the largest groups first.
+
+    Numbers, names in quotes, paths and the like make no difference.
+
+    \b
+    Then: jobctl jobs --error ERROR, jobctl retry --where error=ERROR
+    Of those that wait: jobctl jobs --error ERROR --status queued, jobctl run-now ID
+    """
+    from jobd.cli import tables_admin
+
+    view = admin_client().failures(limit)
+    show.emit_json(view) if as_json else tables_admin.failures(view)
+
+
+@click.command()
+@click.option("--who", type=NAME, metavar="NAME", help="Only what this operator did.")
+@click.option("--what", type=NAME, metavar="DEED", help="Only this deed, as in force-fail.")
+@click.option("--job", "job_id", type=NAME, metavar="ID", help="Only what was done to this job.")
+@click.option("--since", type=PAST, metavar="TIME", help="Only from this time (UTC) on, or this long ago, as in 2h.")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
+@json_option
+@admin_options
+def audit(limit: int, as_json: bool, **match: Any) -> None:
+    """List what operators did and were refused, newest first."""
+    from jobd.cli import tables_admin
+
+    client, cursor = admin_client(), None
+    found: list[AuditView] = []
+    while True:
+        page = client.audit(limit=min(limit - len(found), 200), cursor=cursor, **match)
+        found += page.entries
+        cursor = page.next_cursor
+        if cursor is None or len(found) >= limit:
+            break
+    show.emit_json({"entries": found, "next_cursor": cursor}) if as_json else tables_admin.audit(found)
+
+
+VERBS: Final = (
+    stats,
+    health,
+    alerts,
+    queues,
+    workers,
+    take_back,
+    late,
+    locks,
+    cleanup,
+    recover_stuck,
+    failures,
+    reports,
+    audit,
+    pause,
+    resume,
+    clock,
+)

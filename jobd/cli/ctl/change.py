@@ -1,0 +1,312 @@
+"""jobctl's verbs with which an operator changes jobs over the admin API: forced ends, resets, transitions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from jobd.cli import terminal as show
+from jobd.cli.confirm import Deed, carry_out, destructive, dry_run_option, reason_option
+from jobd.cli.connection import admin_client, admin_options
+from jobd.cli.ctl import plans as ctl_plan
+from jobd.cli.ctl.plans import is_plan, where_option
+from jobd.cli.group import json_option
+from jobd.cli.params import MOMENT
+
+if TYPE_CHECKING:
+    from jobd.client import AdminClient
+    from jobd.model.job import Status
+    from jobd.model.responses import Forced, JobView, LateResultView, PlanResult, PlanView, RefusalView
+
+_IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
+_REASON: Final = reason_option("Kept with the job.")
+_UNFINAL: Final = ("queued", "processing", "failed", "cancelled")
+_UPDATED: Final = ("priority", "run_at", "max_attempts")  # in the order in which they are told
+_STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
+
+
+@click.command("force-fail")
+@_IDS
+@where_option
+@_REASON
+@destructive
+@admin_options
+def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
+    """End jobs as failed, also while they are worked on.
+
+    The reason becomes their error message.
+    """
+    if is_plan(ids, where):
+        return ctl_plan.carry_out("force-fail", ids, where, reason, **how)
+    client = admin_client()
+    deed = Deed("force-fail", client.get_job, "failed", lambda job_id: client.force_fail(job_id, reason), _forced)
+    return ctl_plan.carry_out_one(client, "force-fail", deed, ids[0], reason, _forced_by_plan, **how)
+
+
+@click.command("force-reset")
+@_IDS
+@where_option
+@_REASON
+@destructive
+@admin_options
+def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
+    """Put jobs back into their queue as new, also while they are worked on.
+
+    They are due now; a worker that holds one loses it. `jobctl retry` is the same for failed and cancelled jobs alone.
+
+    \b
+    Example: jobctl force-reset --where status=processing --where worker=w-7
+    """
+    if is_plan(ids, where):
+        return ctl_plan.carry_out("force-reset", ids, where, reason, **how)
+    client = admin_client()
+    deed = Deed("force-reset", client.get_job, "queued", lambda job_id: client.force_reset(job_id, reason), _forced)
+    return ctl_plan.carry_out_one(client, "force-reset", deed, ids[0], reason, _forced_by_plan, **how)
+
+
+def _forced_by_plan(job: JobView, plan: PlanView, result: PlanResult) -> Forced:
+    """What the call without a plan would have answered."""
+    from jobd.model.commands import NO_REASON
+    from jobd.model.responses import Forced
+
+    did = plan.jobs[0]
+    reason = plan.reason or (NO_REASON if plan.action == "force-fail" else None)
+    return Forced(did.id, did.from_, str(did.to), reason, result.applied_at)
+
+
+def _forced(answer: Any) -> str:
+    return f"{answer.previous_status} → {answer.status}"
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@click.argument("from_status", metavar="FROM", type=_STATUS)
+@click.argument("to_status", metavar="TO", type=_STATUS)
+@click.option(
+    "--set", "updates", metavar="NAME=VALUE", multiple=True, help="A field to set too; VALUE is JSON or text."
+)
+@_REASON
+@destructive
+@admin_options
+def transition(
+    job_id: str, from_status: Status, to_status: Status, updates: tuple[str, ...], reason: str | None, **how: bool
+) -> int:
+    """Change a job's status from FROM to TO.
+
+    Refused where it is not FROM any more.
+
+    \b
+    Fields for --set: error_message, priority, run_at, max_attempts, download_url, file_path,
+    storage_key, metadata. Example: jobctl transition j1 queued completed --set file_path=/srv/out.mp4
+    """
+    fields = dict(_update(text) for text in updates)
+    settings = _settings(fields)
+    client = admin_client()
+
+    def do(one: str, *, dry_run: bool = False) -> Any:
+        return client.transition_job_state(
+            one, from_status, to_status, updates=fields or None, reason=reason, dry_run=dry_run
+        )
+
+    words, froms = f"transition {from_status} → {to_status}", (from_status,)
+    rehearse = partial(do, dry_run=True)
+    deed = Deed(words, client.get_job, to_status, do, _forced, froms, lambda job: settings, rehearse)
+    return carry_out(deed, (job_id,), **how)
+
+
+def _settings(fields: dict[str, Any]) -> str:
+    """What would be set, in words. UsageError where the daemon would refuse it."""
+    import msgspec
+
+    from jobd.model.commands import Updates
+    from jobd.model.job import storage_key_fault
+
+    try:
+        updates = msgspec.json.decode(msgspec.json.encode(fields), type=Updates)
+    except msgspec.ValidationError as error:
+        raise click.UsageError(f"--set: {str(error).replace('$.', '')}") from None
+    if updates.storage_key is not None and (fault := storage_key_fault(updates.storage_key)) is not None:
+        raise click.UsageError(f"--set: storage_key {fault}")
+    shown = [f"{name} {show.clip(msgspec.json.encode(value).decode())}" for name, value in fields.items()]
+    return f" and set {', '.join(shown)}" if shown else ""
+
+
+def _update(text: str) -> tuple[str, Any]:
+    """`name=value`: the value as JSON where it is JSON, else as the text that it is."""
+    import msgspec
+
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise click.UsageError(f"--set {text!r}: it has to be NAME=VALUE")
+    try:
+        return name, msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return name, value
+
+
+@click.command()
+@_IDS
+@where_option
+@reason_option("Kept in the audit log.")
+@destructive
+@admin_options
+def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
+    """Delete finished jobs with their history, and with what the store of artifacts has of them."""
+    if is_plan(ids, where):
+        return ctl_plan.carry_out("delete", ids, where, reason, **how)
+    client = admin_client()
+
+    def do(one: str) -> Any:
+        return client.delete_job(one, reason)
+
+    def goes_too(job: JobView) -> str:
+        return f" with what is stored as {job.storage_key} (artifacts.url)" if job.storage_key else ""
+
+    deed = Deed("delete", client.get_job, None, do, lambda job: "deleted", details=goes_too)
+    return ctl_plan.carry_out_one(client, "delete", deed, ids[0], reason, lambda job, plan, result: job, **how)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@click.option("--result", type=click.IntRange(min=1), metavar="N", help="Which one: see jobctl late.")
+@_REASON
+@destructive
+@admin_options
+def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> int:
+    """Complete a job with a late result.
+
+    It is what a worker brought that had lost its lock: that of the latest grant, unless --result names another.
+    The job has to be queued, failed or cancelled.
+    """
+    client = admin_client()
+    chosen, details = result, ""
+    refusal: RefusalView | None = None
+
+    def look(one: str) -> Any:
+        nonlocal chosen, details, refusal
+        fit = [late for late in client.late_results(one) if result in (None, late.seq)]
+        if not fit:
+            from jobd.client.errors import LateResultNotFound
+
+            raise LateResultNotFound(f"Job {one} has no such late result. See those that it has: jobctl late {one}")
+        latest = max(fit, key=lambda late: late.fencing_token)
+        chosen, details = latest.seq, f" {_brought(latest)}"  # a later one has not been seen
+        refusal = latest.refusal
+        return client.get_job(one)
+
+    def do(one: str) -> Any:
+        return client.adopt(one, chosen, reason=reason)
+
+    def rehearse(one: str) -> Any:
+        from jobd.client.errors import Forbidden, JobdError
+
+        try:
+            return client.adopt(one, chosen, reason=reason, dry_run=True)
+        except Forbidden:
+            if refusal is None:
+                raise
+            raise JobdError(refusal.message, code=refusal.error) from None
+
+    froms = ("queued", "failed", "cancelled")
+    deed = Deed("adopt", look, "completed", do, lambda job: job.status, froms, lambda job: details, rehearse)
+    return carry_out(deed, (job_id,), **how)
+
+
+def _brought(late: LateResultView) -> str:
+    """A late result in a line: its number, whose it is, what it holds."""
+    from jobd.cli.tables import json_text
+
+    held = {name: getattr(late, name) for name in ("download_url", "file_path", "storage_key")}
+    held["metadata"] = json_text(late.metadata)
+    parts = [f"{name} {show.clip(value)}" for name, value in held.items() if value is not None]
+    return f"late result {late.seq} of {late.worker} ({', '.join(parts) or 'which says nothing but that it is done'})"
+
+
+@click.command("run-now")
+@click.argument("job_id", metavar="ID")
+@_REASON
+@dry_run_option
+@json_option
+@admin_options
+def run_now(job_id: str, reason: str | None, **how: bool) -> int:
+    """Make a queued job due now."""
+    client = admin_client()
+    now = round(time.time() * 1000)
+    do = partial(client.run_now, reason=reason)
+    return _change("run-now", job_id, client, do, ("queued",), lambda job: {"run_at": min(job.run_at, now)}, **how)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@click.option("--priority", type=int, metavar="N", help="-1000 to 1000, smaller runs first.")
+@click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC), or this long from now.")
+@click.option("--max-attempts", type=int, metavar="N", help="How often it may be tried.")
+@_REASON
+@dry_run_option
+@json_option
+@admin_options
+def update(job_id: str, reason: str | None, dry_run: bool, as_json: bool, **fields: Any) -> int:
+    """Change priority, due time or attempts of a job."""
+    if all(value is None for value in fields.values()):
+        raise click.UsageError("nothing to change: give --priority, --run-at or --max-attempts")
+    client = admin_client()
+    asked = {name: fields[name] for name in _UPDATED if fields[name] is not None}
+    do = partial(client.update_job, reason=reason, **asked)
+    return _change("update", job_id, client, do, _UNFINAL, lambda job: asked, dry_run=dry_run, as_json=as_json)
+
+
+def _change(
+    words: str,
+    job_id: str,
+    client: AdminClient,
+    do: Callable[..., Any],
+    froms: tuple[str, ...],
+    asked: Callable[[JobView], dict[str, int]],
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Set fields of a job, whose status stays. A dry run says from what to what.
+
+    `asked` is what is set of a job, as far as that can be told without the daemon: for who may only look.
+    """
+    would_be: JobView | None = None
+
+    def details(job: JobView) -> str:
+        after = asked(job)
+        if would_be is not None:
+            after = {name: getattr(would_be, name) for name in after}
+        return f" ({_differences(job, after)})"
+
+    def rehearse(one: str) -> JobView:
+        nonlocal would_be
+        would_be = do(one, dry_run=True)
+        return would_be
+
+    deed = Deed(words, client.get_job, "", do, _fields, froms, details, rehearse)
+    return carry_out(deed, (job_id,), yes=True, dry_run=dry_run, as_json=as_json)
+
+
+def _differences(job: JobView, after: dict[str, int]) -> str:
+    """`priority 0 → 5, due … → …`: where `after` is not what the job has."""
+    told = []
+    for name, value in after.items():
+        before = getattr(job, name)
+        if name == "run_at" and before != value:
+            told.append(f"due {show.when(before)} → {show.when(value)}")
+        elif before != value:
+            told.append(f"{name} {before} → {value}")
+    return ", ".join(told) or "which changes nothing"
+
+
+def _fields(job: JobView) -> str:
+    return f"{job.status}, priority {job.priority}, due {show.when(job.run_at)}"
+
+
+VERBS: Final = (
+    ctl_plan.retry, force_fail, force_reset, transition, adopt, run_now, update, delete, ctl_plan.apply_plans,
+)  # fmt: skip

@@ -1,0 +1,167 @@
+"""jobctl's verbs that look at jobs over the worker API, and cancel, which is at both doors.
+
+Hold no logic of jobs: read the command line, ask the client, show the answer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from jobd.cli import exit_codes as exits
+from jobd.cli import terminal as show
+from jobd.cli.confirm import Deed, carry_out, destructive, reason_option
+from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, worker_options
+from jobd.cli.ctl import plans as ctl_plan
+from jobd.cli.ctl.plans import is_plan, where_option
+from jobd.cli.group import json_option
+from jobd.cli.params import NAME, PAST
+
+if TYPE_CHECKING:
+    from jobd.client import AdminClient, JobClient
+    from jobd.client.protocol import JobInfo
+    from jobd.model.responses import JobView, PlanResult, PlanView
+
+STATUSES: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
+_PAGE: Final = 200
+_OF_OPERATORS: Final = frozenset({"since", "until", "finished_since", "finished_until", "q", "error"})
+
+
+@click.command()
+@click.option("--status", type=STATUSES, help="Only jobs with this status.")
+@click.option("--queue", type=NAME, metavar="NAME", help="Only jobs of this queue.")
+@click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
+@click.option("--worker", type=NAME, metavar="NAME", help="Only jobs that this worker holds, or had last.")
+@click.option("--since", type=PAST, metavar="TIME", help="Only jobs created from then (UTC) on; 2h: 2 hours ago. *")
+@click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before. *")
+@click.option("--finished-since", type=PAST, metavar="TIME", help="Only jobs that ended from then on. *")
+@click.option("--finished-until", type=PAST, metavar="TIME", help="Only jobs that ended before. *")
+@click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in id, payload or error message. *")
+@click.option("--error", metavar="NAME", help="Only jobs that failed alike: see jobctl failures. *")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@click.option("--cursor", metavar="CURSOR", help="Go on where a page ended.")
+@click.option("-q", "--quiet", is_flag=True, help="Only the ids, one a line: for xargs.")
+@json_option
+@all_options
+def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json: bool, **match: Any) -> None:
+    """List jobs, newest first.
+
+    With an option that is marked * the admin port is asked instead of the worker socket.
+    """
+    found, following = _pages(None if everything else limit, cursor, match)
+    if as_json:
+        show.emit_json({"jobs": found, "next_cursor": following})
+        return
+    if quiet:
+        for job in found:
+            show.emit(job.id)
+    else:
+        from jobd.cli import tables
+
+        tables.jobs(found)
+    if following is not None:
+        show.say(f"There are more: --cursor {following} goes on, --all shows all.")
+
+
+def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tuple[list[JobInfo], str | None]:
+    """Up to `limit` jobs (None: all) over as many pages as it takes, and the cursor of what follows."""
+    asked = {name: value for name, value in match.items() if value is not None}
+    client = admin_client() if _OF_OPERATORS & asked.keys() else job_client()
+    found: list[JobInfo] = []
+    while True:
+        left = _PAGE if limit is None else min(_PAGE, limit - len(found))
+        page = client.list_jobs(limit=left, cursor=cursor, **asked)
+        found += page.jobs
+        cursor = page.next_cursor
+        if cursor is None or (limit is not None and len(found) >= limit):
+            return found, cursor
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+@worker_options
+def job(job_id: str, as_json: bool) -> None:
+    """Show everything about one job."""
+    from jobd.cli import tables
+
+    view = job_client().get_job(job_id)
+    show.emit_json(view) if as_json else tables.job(view)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+@worker_options
+def why(job_id: str, as_json: bool) -> None:
+    """Say why a job is where it is, and what happens next."""
+    from jobd.cli import tables
+
+    view = job_client().why(job_id)
+    show.emit_json(view) if as_json else tables.why(view)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+@worker_options
+def timeline(job_id: str, as_json: bool) -> None:
+    """Show what happened to a job, oldest first."""
+    from jobd.cli import tables
+
+    events = job_client().timeline(job_id)
+    show.emit_json({"events": events}) if as_json else tables.timeline(events)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+@worker_options
+def validate(job_id: str, as_json: bool) -> int:
+    """Check a job's record: exit 0 if it is valid, 1 if not."""
+    from jobd.cli import tables
+
+    found = job_client().validate_job_state(job_id)
+    show.emit_json(found) if as_json else tables.validation(found)
+    return exits.DONE if found.is_valid else exits.FAILED
+
+
+@click.command()
+@click.argument("ids", metavar="[ID...]", nargs=-1)
+@where_option
+@reason_option("Kept with the job, and told to its holder.")
+@destructive
+@all_options
+def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
+    """Cancel jobs that are not finished.
+
+    A worker that holds one is told to stop. With an admin token the admin port is asked: what would be done is
+    planned and shown first, and the audit log has it, with your name. Without one, or where --socket or
+    --url is given, named jobs are cancelled over the worker API one by one, and the audit log has nothing of it.
+
+    \b
+    Example: jobctl cancel --where queue=video --where status=queued
+    """
+    is_many = is_plan(ids, where)
+    if not (where or has_admin_token()):
+        return carry_out(_cancel(job_client(), reason), ids, **how)
+    if is_many:
+        return ctl_plan.carry_out("cancel", ids, where, reason, **how)
+    client = admin_client()
+
+    def after(job: JobView, plan: PlanView, result: PlanResult) -> JobInfo:
+        return client.get_job(job.id)
+
+    return ctl_plan.carry_out_one(client, "cancel", _cancel(client, reason), ids[0], reason, after, **how)
+
+
+def _cancel(client: JobClient | AdminClient, reason: str | None) -> Deed:
+    return Deed(
+        "cancel",
+        look=client.get_job,
+        to="cancelled",
+        do=lambda job_id: client.cancel_job(job_id, reason),
+        done=lambda job: str(job.status),
+    )

@@ -1,0 +1,67 @@
+"""jobctl: the program. Its verbs are in ctl_submit.py, ctl_run.py, ctl_jobs.py (worker API), and for operators in
+ctl_admin.py, ctl_webhooks.py, ctl_live.py, ctl_move.py, ctl_change.py, ctl_plan.py (admin API).
+
+Imports only what the command line itself needs, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from jobd import __version__
+from jobd.cli import exit_codes as exits
+from jobd.cli.connection import all_options
+from jobd.cli.ctl import admin as ctl_admin
+from jobd.cli.ctl import change as ctl_change
+from jobd.cli.ctl import events as ctl_live
+from jobd.cli.ctl import jobs as ctl_jobs
+from jobd.cli.ctl import run as ctl_run
+from jobd.cli.ctl import submit as ctl_submit
+from jobd.cli.ctl import transfer as ctl_move
+from jobd.cli.ctl import webhooks as ctl_webhooks
+from jobd.cli.group import SETTINGS, Sections
+
+
+@click.group(cls=Sections, context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="jobctl")
+@all_options
+def jobctl() -> None:
+    """Talk to a running jobd: submit, run and look at jobs, and operate the daemon.
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not reachable, 4 not found or refused,
+    5 not authorised, 74 I/O error, 75 try again, 78 configuration, 130 interrupted (Ctrl-C).
+    """
+
+
+jobctl.add_all(
+    "Jobs (worker socket)",
+    ctl_submit.submit,
+    ctl_run.run,
+    ctl_jobs.jobs,
+    ctl_jobs.job,
+    ctl_jobs.why,
+    ctl_jobs.timeline,
+    ctl_jobs.validate,
+    ctl_jobs.cancel,
+)
+jobctl.add_all(
+    "Operators (admin port)",
+    *ctl_admin.VERBS,
+    ctl_webhooks.webhooks,
+    *ctl_live.VERBS,
+    *ctl_move.VERBS,
+    *ctl_change.VERBS,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run jobctl; gives the exit code."""
+    return exits.run(jobctl, "jobctl", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

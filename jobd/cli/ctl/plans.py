@@ -1,0 +1,397 @@
+"""Doing something to many jobs: plans are made and shown, then applied; jobctl retry, and jobctl apply.
+
+Knows nothing of jobs: the daemon makes the plan and says what would be done, and what was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from jobd.cli import confirm as deeds
+from jobd.cli import exit_codes as exits
+from jobd.cli import terminal as show
+from jobd.cli.confirm import Deed, destructive, reason_option
+from jobd.cli.connection import admin_client, admin_options
+from jobd.cli.params import past_ms
+from jobd.cli.progress import busy
+
+if TYPE_CHECKING:
+    from jobd.client import AdminClient
+    from jobd.model.commands import PlanAction
+    from jobd.model.responses import ChangedJob, JobView, PlannedJob, PlanResult, PlanView
+
+_TIMES: Final = ("since", "until", "finished_since", "finished_until")
+_NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
+_GOES_TOO: Final = "Their history goes with them, and what the store of artifacts, if there is one, has of them."
+_WORDS: Final = {"recover-stuck": "recover", "cleanup": "clean up"}
+_SHOWN: Final = 20  # jobs of a plan; --json shows all
+_AT_ONCE: Final = 5  # plans that are shown and asked about as one; the daemon keeps 20, of 100 000 jobs
+
+
+def where_option(verb: Any) -> Any:
+    """--where NAME=VALUE, as often as it takes."""
+    text = (
+        "Instead of IDs: all jobs that fit. NAME is status, queue, kind, worker, text, error (see "
+        "jobctl failures), since or until (of the creation), finished_since or finished_until (a time in UTC, or 2h: 2 "
+        "hours ago); several have to fit together."
+    )
+    return click.option("--where", "where", metavar="NAME=VALUE", multiple=True, help=text)(verb)
+
+
+def is_plan(ids: Sequence[str], where: Sequence[str]) -> bool:
+    """Whether it takes a plan: for --where, or more than one ID. Usage error unless there are either IDs or --where."""
+    if bool(ids) == bool(where):
+        raise click.UsageError("name jobs by their IDs, or say which with --where NAME=VALUE: one of them")
+    return bool(where) or len(ids) > 1
+
+
+def _filter(where: Sequence[str]) -> dict[str, Any]:
+    """The filters of --where."""
+    found: dict[str, Any] = {}
+    for text in where:
+        name, sign, value = text.partition("=")
+        if not sign or name not in _NAMES:
+            raise click.UsageError(f"--where {text!r}: it has to be NAME=VALUE, NAME one of {', '.join(_NAMES)}")
+        if name in found:
+            raise click.UsageError(f"--where {name} is given twice: a job has to fit all of them")
+        found[name] = value
+    for name in _TIMES:
+        if name in found:
+            try:
+                found[name] = past_ms(found[name], round(time.time() * 1000))
+            except ValueError as error:
+                raise click.UsageError(f"--where {name}={found[name]}: {error}") from None
+    if "text" in found:
+        found["q"] = found.pop("text")
+    return found
+
+
+def carry_out(
+    action: PlanAction,
+    ids: Sequence[str],
+    where: Sequence[str],
+    reason: str | None,
+    *,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Make plans, show them, ask, apply them: so many at once, until the whole filter is done.
+
+    Exit 4 where something of it could not be done.
+    """
+    wanted: dict[str, Any] = _filter(where) if where else {"ids": list(ids)}
+    if not (yes or dry_run):
+        deeds.need_terminal()
+    client = admin_client(timeout_s=60.0)
+    code, cursor, is_first = exits.DONE, None, True
+    while is_first or cursor is not None:
+        plans, cursor = _made(client, action, cursor, {"reason": reason, **wanted})
+        is_left = bool(ids) and any(plan.skipped_count for plan in plans)
+        count = sum(plan.count for plan in plans)
+        if dry_run:
+            _show_all(plans, cursor, as_json=as_json)
+            return exits.REFUSED if is_left else exits.DONE
+        if not yes:
+            _show_plans(plans, is_more=cursor is not None)
+            if count:
+                deeds.confirm(f"{action} {_jobs(count)}")
+        if count:
+            is_left = not _apply(client, plans, as_json=as_json) or is_left
+        elif is_first or any(plan.skipped_count for plan in plans):
+            left = " ".join(_skipped(plan) for plan in plans if plan.skipped_count)
+            show.say(f"No job can be done: {left}" if left else "No job fits.")
+            is_left = bool(ids)
+            if as_json and is_first:
+                show.emit_json(_nothing(plans[0]))
+        code, is_first = exits.REFUSED if is_left else code, False
+    return code
+
+
+def carry_out_one(
+    client: AdminClient,
+    action: PlanAction,
+    deed: Deed,
+    job_id: str,
+    reason: str | None,
+    answer: Callable[[JobView, PlanView, PlanResult], Any],
+    *,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Do `deed` to one job. Who looks at it first has a plan of what they see: it is done to that, or not at all.
+
+    With --yes nobody has seen anything: the daemon is asked at once. `answer` makes of a plan what it would have said.
+    """
+    if yes and not dry_run:
+        return deeds.carry_out(deed, (job_id,), yes=True, dry_run=False, as_json=as_json)
+    if dry_run:
+        plan = _plan_of(client, action, job_id, reason)
+        code = deeds.carry_out(deed, (job_id,), yes=yes, dry_run=True, as_json=as_json)
+        if code == exits.DONE:
+            _tell_late(client, action, job_id, plan, show.emit)
+            if plan is not None and plan.count:
+                _name_plans([plan])
+        return code
+    deeds.need_terminal()
+    plan = client.make_plan(action, ids=[job_id], reason=reason)  # first: what happens after it is no more what it saw
+    job = deed.look(job_id)
+    if not plan.count:
+        raise exits.Problem(_refused(deed, plan), exits.REFUSED)
+    _tell_late(client, action, job_id, plan, show.say)
+    deeds.ask_about(deed, job)
+    result = _applied(client, plan)
+    if not result.applied:
+        _show_left([result])
+        return exits.REFUSED
+    done = answer(job, plan, result)
+    if as_json:
+        show.emit_json(done)
+    else:
+        show.emit(f"{job_id}: {deed.done(done)}")
+    return exits.DONE
+
+
+def _plan_of(client: AdminClient, action: PlanAction, job_id: str, reason: str | None) -> PlanView | None:
+    """A plan of one job; None for who may look, but not plan."""
+    from jobd.client.errors import Forbidden
+
+    try:
+        return client.make_plan(action, ids=[job_id], reason=reason)
+    except Forbidden:
+        return None
+
+
+def _tell_late(
+    client: AdminClient, action: PlanAction, job_id: str, plan: PlanView | None, tell: Callable[[str], None]
+) -> None:
+    """Say what came late to the job and waits to be adopted: as its plan found it, or as it is for who has no plan."""
+    from jobd.model.job import may_adopt
+    from jobd.model.responses import late_note
+
+    if plan is not None:
+        count = sum(job.late_results for job in plan.jobs)
+    else:
+        count = len(client.late_results(job_id)) if may_adopt(client.get_job(job_id).status) else 0
+    if note := late_note(action, [count]):
+        tell(f"{note} See: jobctl late {job_id}")
+
+
+def _refused(deed: Deed, plan: PlanView) -> str:
+    left = plan.skipped[0]
+    is_ = f"it is {left.status}. " if left.status else ""
+    return f"{left.id}: {deed.words} is refused: {is_}{left.why}"
+
+
+def _made(
+    client: AdminClient, action: PlanAction, cursor: str | None, wanted: dict[str, Any]
+) -> tuple[list[PlanView], str | None]:
+    """Some plans, one at least, and where the next one would begin (None: these are all)."""
+    plans: list[PlanView] = []
+    while True:
+        with busy(f"plan: {_jobs(sum(plan.count for plan in plans))} so far"):
+            plan = client.make_plan(action, cursor=cursor, **wanted)
+        cursor = plan.next_cursor
+        if plan.count or not (plan.more or plans):
+            plans.append(plan)
+        if cursor is None or len(plans) >= _AT_ONCE:
+            return plans, cursor
+
+
+def _nothing(plan: PlanView) -> PlanResult:
+    """The result of a plan without jobs, which need not be applied: programs read one whatever there was to do."""
+    from jobd.model.responses import PlanResult
+
+    return PlanResult(plan.plan_id, plan.action, applied=0, changed=[], refused=[], applied_at=plan.made_at)
+
+
+def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> bool:
+    """Do what the plans say; whether that was everything."""
+    results = []
+    for plan in plans:
+        if not plan.count:
+            continue
+        results.append(_applied(client, plan))
+        if as_json:
+            show.emit_json(results[-1])
+    if not as_json:
+        _show_results(plans, results)
+    return not any(result.changed or result.refused for result in results)
+
+
+def _applied(client: AdminClient, plan: PlanView) -> PlanResult:
+    from jobd.client.errors import JobdError
+
+    try:
+        with busy(f"{plan.action}: {_jobs(plan.count)}"):
+            return client.apply_plan(plan.plan_id)
+    except JobdError:
+        show.say(f"To go on with this plan: jobctl apply {plan.plan_id}")
+        raise
+
+
+def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool) -> None:
+    """Plans that are not applied now, and how they can be."""
+    if as_json:
+        for plan in plans:
+            show.emit_json(plan)
+    else:
+        _show_plans(plans, is_more=cursor is not None)
+    _name_plans([plan for plan in plans if plan.count])
+    if cursor is not None:
+        show.say("There are more: without --dry-run all of them are done, these first.")
+
+
+def _name_plans(plans: Sequence[PlanView], but: str = "") -> None:
+    """How these plans can be applied later."""
+    if plans:
+        names = " ".join(plan.plan_id for plan in plans)
+        show.say(f"To do exactly this{but}, until {show.instant(plans[0].expires_at)}: jobctl apply {names}")
+
+
+def of_time(client: AdminClient, action: PlanAction, reason: str | None) -> PlanView | None:
+    """A plan of what time would do now; None where it would do nothing, or for who may look, but not plan."""
+    from jobd.client.errors import Forbidden
+
+    try:
+        plan = client.make_plan(action, reason=reason)
+    except Forbidden:
+        return None
+    return plan if plan.count else None
+
+
+def name_of_time(plan: PlanView | None) -> None:
+    """How what time would do can be done exactly so, and what of it is not in the plan."""
+    if plan is None:
+        return
+    _name_plans([plan], ", but for what would be mended" if plan.action == "cleanup" else "")
+    if plan.more:
+        show.say("There are more than one plan takes: once it is applied, --dry-run names the next one.")
+
+
+def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
+    jobs = [job for plan in plans for job in plan.jobs]
+    names = f"plan {plans[0].plan_id}" if len(plans) == 1 else f"{len(plans)} plans"
+    more = ", and there are more, which come after these" if is_more else ""
+    show.emit(f"{plans[0].action}: {_jobs(len(jobs))} ({names}){more}")
+    rows = [(job.id, f"{job.from_} → {job.to or 'deleted'}") for job in jobs[:_SHOWN]]
+    if rows:
+        show.table(["JOB", "WOULD BE"], rows)
+    if len(jobs) > _SHOWN:
+        show.emit(f"… and {len(jobs) - _SHOWN} more (--json shows all)")
+    if any(job.to is None for job in jobs):
+        show.emit(_GOES_TOO)
+    _show_late(plans[0].action, [job for plan in plans if plan.result is None for job in plan.jobs])
+    for plan in plans:
+        if plan.skipped_count:
+            show.emit(_skipped(plan))
+        elif not plan.count and plan.scope:
+            show.emit(plan.scope)
+
+
+def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
+    """Which of the jobs have work that came late and waits to be adopted, also of those that are not shown."""
+    from jobd.model.responses import late_note_of
+
+    if (note := late_note_of(action, jobs)) is None:
+        return
+    late = [job.id for job in jobs if job.late_results]
+    more = f" … and {len(late) - _SHOWN} more (--json shows all)" if len(late) > _SHOWN else ""
+    show.emit(f"{note} See jobctl late ID: {' '.join(late[:_SHOWN])}{more}")
+
+
+def _skipped(plan: PlanView) -> str:
+    """How many are left alone, and the reasons."""
+    reasons = dict.fromkeys(f"{job.why}" for job in plan.skipped)
+    return f"{_jobs(plan.skipped_count)} left alone: {' '.join(list(reasons)[:3])}"
+
+
+def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> None:
+    before = " before, nothing now" if all(result.repeated for result in results) else ""
+    show.emit(f"{plans[0].action}: {_jobs(sum(result.applied for result in results))} done{before}")
+    _show_left(results)
+    for plan in plans:
+        if plan.skipped_count:
+            show.say(_skipped(plan))
+
+
+def _show_left(results: Sequence[PlanResult]) -> None:
+    """Jobs of plans to which nothing was done, and why."""
+    changed = [job for result in results for job in result.changed]
+    refused = [job for result in results for job in result.refused]
+    for title, left in (("changed meanwhile", changed), ("refused", refused)):
+        for job in left[:_SHOWN]:
+            show.say(f"{job.id}: {title}: {_moved(job)}")
+        if len(left) > _SHOWN:
+            show.say(f"… and {len(left) - _SHOWN} more {title} (--json shows all)")
+
+
+def _moved(job: ChangedJob) -> str:
+    return f"{job.from_} → {job.now or 'gone'}. {job.why}"
+
+
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count} jobs"
+
+
+@click.command()
+@click.argument("ids", metavar="[ID...]", nargs=-1)
+@where_option
+@reason_option("Kept with the jobs.")
+@destructive
+@admin_options
+def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
+    """Put failed and cancelled jobs back into their queue as new.
+
+    What would be done is shown first. A job that changes meanwhile is left alone.
+
+    \b
+    Example: jobctl retry --where queue=video --where status=failed --where since=1d
+    """
+    is_plan(ids, where)
+    return carry_out("retry", ids, where, reason, **how)
+
+
+@click.command("apply")
+@click.argument("plan_ids", metavar="PLAN_ID...", nargs=-1, required=True)
+@destructive
+@admin_options
+def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json: bool) -> int:
+    """Apply plans that were looked at before.
+
+    Exactly what they show is done. --dry-run of retry, cancel, force-fail, force-reset, delete, recover-stuck and
+    cleanup (with an admin token) names its plans; in the dashboard they are in the address of their page. They are kept
+    for 15 minutes. A job that has changed since is left alone.
+
+    \b
+    Example: jobctl delete --where status=completed --dry-run; jobctl apply 3fa29c01d2e4b587
+    """
+    if not (yes or dry_run):
+        deeds.need_terminal()
+    client = admin_client(timeout_s=60.0)
+    plans = [client.get_plan(plan_id) for plan_id in dict.fromkeys(plan_ids)]
+    new = [plan for plan in plans if plan.result is None]
+    for plan in plans:
+        if plan.result is not None:
+            show.say(f"Plan {plan.plan_id} was applied {show.when(plan.result.applied_at)}; it is done once.")
+        elif not as_json and not yes:
+            _show_plans([plan], is_more=plan.more)
+            if plan.reason:
+                show.emit(f"Reason: {plan.reason}")
+    if dry_run and as_json:
+        for plan in plans:
+            show.emit_json(plan)
+    if dry_run:
+        return exits.DONE
+    if new and not yes:
+        deeds.confirm(" and ".join(f"{_WORDS.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new))
+    for plan in plans if as_json else ():
+        if not plan.count:
+            show.emit_json(_nothing(plan))
+    is_whole = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count])
+    return exits.DONE if is_whole else exits.REFUSED

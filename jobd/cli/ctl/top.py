@@ -1,0 +1,366 @@
+"""The live table of `jobctl top`: what one look at the daemon gives, and how it is drawn.
+
+Asks the client and changes nothing. Everything from outside is escaped as in show.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+
+from jobd.cli import tables_admin
+from jobd.cli import terminal as show
+from jobd.client import AdminClient, JobdError
+from jobd.model.commands import MAX_PAGE
+from jobd.model.responses import AlertView, LockedJob, QueueView, StatsView
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.text import Text
+
+WINDOW_S: Final = 10.0  # rates are those of so long
+RATES: Final = ("created", "granted", "completed", "failed", "retried", "stalled")
+MOST: Final = 200  # workers and locks that one look asks for
+NARROW: Final = 72  # columns below which workers are shown without when they were last seen
+WIDE: Final = 140  # columns of a terminal that has room for the claims and descriptions of workers
+MIDDLE: Final = 32  # columns of a worker's claim, and of its description
+NAME: Final = 20  # columns that a name gets before a table leaves some of its own out
+HEAD: Final = 3  # lines above the tables that rows_of counts on
+AWAY: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
+_COUNT: Final = re.compile(r'^jobd_events_total\{type="(\w+)"\} (\S+)$', re.MULTILINE)
+
+
+class Held(Struct, frozen=True):
+    """A job in the hands of a worker."""
+
+    id: str
+    progress: float
+
+
+class Hands(Struct, frozen=True):
+    """A worker and what it holds, the one that has got furthest first."""
+
+    worker: str
+    state: str
+    last_seen_at: int
+    claims: str | None
+    about: str | None
+    held: int
+    jobs: list[Held]  # of the locks that were looked at
+
+
+class Frame(Struct, frozen=True):
+    """One look. `per_second` is by type of event, over `over_s` seconds; times are Unix ms."""
+
+    stats: StatsView
+    per_second: dict[str, float]
+    over_s: float
+    queues: list[QueueView]
+    workers: list[Hands]
+    alerts: list[AlertView]  # those that fire
+    more_queues: bool = False  # there are more than were asked for
+    gone: int = 0  # workers that are not shown
+
+
+class Samples:
+    """Looks at the daemon, and the counts of the last ones that rates are made of."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._counts: deque[tuple[float, dict[str, float]]] = deque()
+
+    def take(self, client: AdminClient, most_queues: int | None = None) -> Frame:
+        """One more look, at so many queues, the busiest, or at all: each costs the daemon something."""
+        stats, queues, seen, locks = (
+            client.stats(),
+            client.queues(limit=MAX_PAGE if most_queues is None else min(most_queues + 1, MAX_PAGE), busiest=True),
+            client.worker_page(limit=MOST),
+            client.locks(limit=MOST),
+        )
+        alerts = [alert for alert in client.alerts() if alert.firing]
+        per_second, over_s = self.rates(client.metrics())
+        by_worker: dict[str, list[LockedJob]] = {}
+        for lock in locks:
+            by_worker.setdefault(lock.worker, []).append(lock)
+        workers = [
+            Hands(
+                each.worker,
+                each.state,
+                each.last_seen_at,
+                tables_admin.claims(each),
+                tables_admin.about(each.about),
+                each.held,
+                _held(by_worker.get(each.worker, ())),
+            )
+            for each in sorted(seen.workers, key=lambda each: (-each.held, each.worker))
+        ]
+        more = most_queues is not None and len(queues) > most_queues
+        return Frame(stats, per_second, over_s, queues[:most_queues], workers, alerts, more, seen.by_state["gone"])
+
+    def rates(self, metrics: str) -> tuple[dict[str, float], float]:
+        """Events per second since the oldest look of the window; none at the first look."""
+        now = self._clock()
+        counts = {name: float(number) for name, number in _COUNT.findall(metrics)}
+        while len(self._counts) > 1 and now - self._counts[1][0] >= WINDOW_S:
+            self._counts.popleft()
+        self._counts.append((now, counts))
+        since, before = self._counts[0]
+        over_s = now - since
+        if over_s <= 0:
+            return dict.fromkeys(RATES, 0.0), 0.0
+        # A daemon that was killed may count on from a little earlier.
+        gained = {name: max(counts.get(name, 0) - before.get(name, 0), 0) for name in RATES}
+        return {name: round(count / over_s, 1) for name, count in gained.items()}, round(over_s, 1)
+
+
+def _held(locks: Sequence[LockedJob]) -> list[Held]:
+    return [Held(lock.id, lock.progress) for lock in sorted(locks, key=lambda lock: (-lock.progress, lock.id))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a terminal
+
+
+def watch(client: AdminClient, samples: Samples, interval_s: float) -> None:
+    """Look again and again, until somebody presses q. A daemon that is away is waited for."""
+    out = show.console()
+    frame, note = samples.take(client, min(rows_of(out.height), MOST - 1)), ""
+    with _screen(out) as draw, _keys() as is_wanted:
+        while True:
+            draw(frame, note)
+            if not is_wanted(interval_s):
+                return
+            try:
+                frame, note = samples.take(client, min(rows_of(out.height), MOST - 1)), ""
+            except JobdError as error:
+                if error.code not in AWAY:
+                    raise
+                note = f"What is shown is older, trying again. {error.message}"
+
+
+@contextmanager
+def _screen(out: Console) -> Iterator[Callable[[Frame, str], None]]:
+    """What draws a frame in the place of the last; one below the other where escape sequences are not wanted."""
+    if not show.may_draw(sys.stdout):
+        yield lambda frame, note: out.print(picture(frame, note, out.height, out.width), "")
+        return
+    from rich.live import Live
+
+    with Live(console=out, screen=True, auto_refresh=False) as live:
+        yield lambda frame, note: live.update(picture(frame, note, out.height, out.width), refresh=True)
+
+
+@contextmanager
+def _keys() -> Iterator[Callable[[float], bool]]:
+    """What waits so many seconds and says whether to go on: not where q was pressed meanwhile."""
+    if not sys.stdin.isatty():
+        yield pause
+        return
+    import termios
+    import tty
+
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin)
+    try:
+        yield _until_pressed
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _until_pressed(wait_s: float) -> bool:
+    end_s = time.monotonic() + wait_s
+    while (left_s := end_s - time.monotonic()) > 0:
+        ready, _, _ = select.select([sys.stdin], [], [], left_s)
+        if ready:
+            pressed = os.read(sys.stdin.fileno(), 64)
+            if not pressed or b"q" in pressed.lower():  # or the terminal is gone
+                return False
+    return True
+
+
+def pause(wait_s: float) -> bool:
+    """Wait; nobody can say that it is enough."""
+    time.sleep(wait_s)
+    return True
+
+
+def draw_once(frame: Frame) -> None:
+    """One frame on stdout, with every queue and worker."""
+    out = show.console()
+    everything = 20 + len(frame.queues) + len(frame.workers) + len(frame.alerts)
+    show.print_plain(out, picture(frame, "", 2 * everything, out.width))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A frame as it looks
+
+
+def rows_of(height: int) -> int:
+    """So many queues, and as many workers, have room on so many lines."""
+    return max((height - 12) // 2, 2)
+
+
+def picture(frame: Frame, note: str, height: int, width: int) -> RenderableType:
+    """A frame for so many lines and columns."""
+    from rich.console import Group
+
+    head = _head(frame, note, width)
+    rows = rows_of(height - len(frame.alerts) - len(head) + HEAD)
+    alerts = _alerts(frame.alerts, width) if frame.alerts else []
+    return Group(*head, *alerts, _line(""), *_queues(frame, rows, width), _line(""), *_workers(frame, rows, width))
+
+
+def _head(frame: Frame, note: str, width: int) -> list[Text]:
+    stats = frame.stats
+    rates = [f"{name} {rate:g}" for name, rate in frame.per_second.items()]
+    groups = [
+        [f"{status} {count}" for status, count in stats.by_status.items()],
+        [
+            show.instant(stats.timestamp),
+            f"stuck {stats.stuck_jobs}",
+            f"locked {stats.locked_jobs}",
+            f"average {show.span(stats.average_processing_time * 1000)}",
+            *([] if stats.disk is None else [f"disk {show.disk_space(stats.disk)}"]),
+        ],
+        [f"per second (over {frame.over_s:g} s): {rates[0]}", *rates[1:]],
+    ]
+    lines = [line for group in groups for line in _packed(group, width)]
+    return [*map(_line, lines), *([_line(note, "yellow")] if note else [])]
+
+
+def _packed(parts: Sequence[str], width: int) -> list[str]:
+    """The parts on as many lines as they take: a figure that is cut is another figure."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = f"{lines[-1]}{show.GAP}{part}"
+        if len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
+
+
+def _alerts(alerts: Sequence[AlertView], width: int) -> list[Text]:
+    rows = [
+        (f"{alert.severity.upper()} {alert.name}", f"{alert.value:g} / {alert.threshold:g}", alert.hint)
+        for alert in alerts
+    ]
+    return _table(["", "", ""], rows, len(rows), width, style="red")
+
+
+def _queues(frame: Frame, rows: int, width: int) -> list[Text]:
+    columns = ["QUEUE", "STATE", ">QUEUED", ">IN FLIGHT", "OLDEST DUE", ">FAILED", ">COMPLETED", ">CANCELLED"]
+    is_described = width >= NARROW and any(queue.paused for queue in frame.queues)
+    if is_described:
+        columns.append("PAUSED")
+    body = [
+        (
+            queue.name,
+            "paused" if queue.paused else "open",
+            queue.queued,
+            queue.processing,
+            show.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
+            queue.failed,
+            queue.completed,
+            queue.cancelled,
+            *([queue.pause.in_words() if queue.paused else None] if is_described else ()),
+        )
+        for queue in frame.queues
+    ]
+    return _table(columns, body, rows, width, spare=4, is_part=frame.more_queues)
+
+
+def _workers(frame: Frame, rows: int, width: int) -> list[Text]:
+    seen = ["LAST SEEN"] if width >= NARROW else []
+    claims = ["CLAIMS", "ABOUT"] if width >= WIDE else []
+    body = []
+    for each in frame.workers:
+        jobs = "  ".join(f"{job.id} {show.cell(job.progress)} %" for job in each.jobs)
+        last = [show.age(each.last_seen_at)] if seen else []
+        more = [text and show.clip(text, MIDDLE) for text in (each.claims, each.about)] if claims else []
+        body.append((each.worker, each.state, each.held, *last, *more, jobs))
+    lines = _table(["WORKER", "STATE", ">HOLDS", *seen, *claims, "JOBS"], body, rows, width)
+    return [*lines, _line(f"{frame.gone} gone")] if frame.gone else lines
+
+
+def _table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    most: int,
+    width: int,
+    style: str = "",
+    *,
+    spare: int = 0,
+    is_part: bool = False,
+) -> list[Text]:
+    """At most so many rows, each in one line; so many of the last columns as are `spare` go first where it is narrow.
+
+    A figure is never cut: a name loses its middle, and the last column its end where it holds words (nothing is spare).
+    `is_part`: these rows are not all.
+    """
+    from rich.text import Text
+
+    lines = [[name.removeprefix(">") for name in columns]]
+    lines += [[show.cell(value) for value in row] for row in rows[:most]]
+    lines = _fitted(lines, width, spare)
+    # As in all tables in a pipe: one long name pushes its own line alone.
+    to = show.widths(lines, show.ALIGNED if width >= show.UNBOUNDED else width)
+    right = [name.startswith(">") for name in columns]
+    drawn = []
+    for number, line in enumerate(lines):
+        text = Text(no_wrap=True, overflow="ellipsis")
+        for each, filled in zip(line, show.filled(line, to, right), strict=True):
+            text.append(filled, style=style or ("bold" if number == 0 else show.style_of(each))).append(show.GAP)
+        text.rstrip()
+        drawn.append(text)
+    if is_part:
+        drawn.append(_line("and more"))
+    elif len(rows) > most:
+        drawn.append(_line(f"and {len(rows) - most} more"))
+    return drawn if any(columns) else drawn[1:]
+
+
+def _fitted(lines: list[list[str]], width: int, spare: int) -> list[list[str]]:
+    """The cells of all lines, as much of them as has room beside each other."""
+    has_words = not spare
+    while True:
+        name, *rest = show.widths(lines, show.UNBOUNDED)
+        words = rest.pop() if has_words else 0
+        left = max(width - sum(rest) - len(show.GAP) * (len(lines[0]) - 1), 1)
+        if not spare or left >= min(name, NAME):
+            break
+        lines, spare = [line[:-1] for line in lines], spare - 1
+    name = min(name, max(left - words, left // 2, min(NAME, left - 1 if has_words else left), 1))
+    cut = [[_ends(line[0], name), *line[1:]] for line in lines]
+    return [[*line[:-1], _start(line[-1], max(left - name, 1))] for line in cut] if has_words else cut
+
+
+def _start(text: str, width: int) -> str:
+    from rich.cells import cell_len, set_cell_size
+
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+
+
+def _ends(text: str, width: int) -> str:
+    """Both ends of a name that is too long: of many names either is the same in all."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return set_cell_size(text, width - 1 - tail) + "…" + set_cell_size(text[::-1], tail)[::-1]
+
+
+def _line(text: str, style: str = "") -> Text:
+    from rich.text import Text
+
+    return Text(show.clean(text), style=style, no_wrap=True, overflow="ellipsis")

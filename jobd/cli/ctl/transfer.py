@@ -1,0 +1,184 @@
+"""jobctl's verbs that move jobs from one store to another, as JSON lines (export, import), and results out (artifact).
+
+Hold no logic of jobs: what comes is passed on as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, BinaryIO, Final
+
+import click
+
+from jobd.cli import exit_codes as exits
+from jobd.cli import terminal as show
+from jobd.cli.connection import admin_client, admin_options
+from jobd.cli.ctl.jobs import STATUSES
+from jobd.cli.group import json_option
+from jobd.cli.params import NAME
+from jobd.cli.progress import Advance, bar
+
+if TYPE_CHECKING:
+    from jobd.client import AdminClient
+    from jobd.client.admin_requests import ImportForeseen
+    from jobd.model.job import Status
+
+_PIECE_S: Final = 120.0  # for one piece of a stream, or one page, on a slow disk
+
+
+@click.command()
+@click.argument("file", default="-", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
+@click.option("--status", type=STATUSES, help="Only jobs with this status.")
+@click.option("--queue", type=NAME, metavar="NAME", help="Only jobs of this queue.")
+@click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
+@click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
+@admin_options
+def export(file: Path, status: Status | None, queue: str | None, kind: str | None, yes: bool) -> None:
+    """Write jobs to FILE (default: stdout), one JSON a line.
+
+    Oldest first, with payloads; nothing is changed. `jobctl import` takes them, here or elsewhere. Jobs that are
+    processing are ended there by their stall rule; history, locks and pauses of queues stay behind.
+    """
+    if str(file) != "-":
+        _may_write(file, yes=yes)
+    client = admin_client(timeout_s=_PIECE_S)
+    total = None if kind is not None else _expected(client, status, queue)
+    with bar("export", unit="jobs") as advance:
+        lines = _told(client.export_jobs(status=status, queue=queue, kind=kind), advance, total)
+        count = _write(lines, file)
+    show.say(f"{count} {'job' if count == 1 else 'jobs'} exported")
+
+
+def _may_write(file: Path, *, yes: bool) -> None:
+    from jobd.cli import files as safe_target
+
+    safe_target.check(file, yes=yes)
+
+
+def _expected(client: AdminClient, status: Status | None, queue: str | None) -> int:
+    """How many jobs there are now, for the progress display."""
+    counted = ("queued", "processing", "completed", "failed", "cancelled") if status is None else (status,)
+    named = [each for each in client.iterate_queues() if queue in (None, each.name)]
+    return sum(getattr(each, name) for each in named for name in counted)
+
+
+def _told(lines: Iterable[bytes], advance: Advance, total: int | None) -> Iterator[bytes]:
+    for done, line in enumerate(lines, 1):
+        yield line
+        advance(done, None if total is None else max(total, done))
+
+
+def _write(lines: Iterable[bytes], file: Path) -> int:
+    """How many lines there were. A file is there whole or not at all."""
+    if str(file) == "-":
+        count = _pour(lines, sys.stdout.buffer)
+        sys.stdout.flush()
+        return count
+    from jobd.cli.safe_file import whole_file
+
+    with whole_file(file, lambda size: None) as target:
+        return _pour(lines, target)
+
+
+def _pour(lines: Iterable[bytes], target: BinaryIO) -> int:
+    count = 0
+    for line in lines:
+        target.write(line + b"\n")
+        count += 1
+    return count
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option("--dry-run", is_flag=True, help="Only say what would become of each line.")
+@json_option
+@admin_options
+def import_(file: str, dry_run: bool, as_json: bool) -> int:
+    """Move jobs in from FILE (- for stdin), one JSON a line.
+
+    They may have any status and their own times.
+
+    An id that exists is skipped, so an import may be run again. Exit 1 where a line was refused.
+    With --dry-run nothing is written, and the exit code is what it would be.
+    """
+    client = admin_client(timeout_s=_PIECE_S)
+    if dry_run:
+        with click.open_file(file, "rb") as lines, bar("import") as advance:
+            seen = client.preview_import(_read(lines, file, advance))
+        show.emit_json(seen) if as_json else _preview(seen)
+        return exits.FAILED if seen.would_refuse or seen.stops_at is not None else exits.DONE
+    with click.open_file(file, "rb") as lines, bar("import") as advance:
+        result = client.import_jobs(_read(lines, file, advance))
+    if as_json:
+        show.emit_json(result)
+    else:
+        show.emit(f"{result.imported} imported, {result.skipped} skipped, {result.refused_count} refused")
+        for line in result.refused:
+            show.say(f"line {line.line}{f' ({line.id})' if line.id else ''}: {line.reason}")
+    return exits.FAILED if result.refused_count else exits.DONE
+
+
+_WOULD: Final = {"create": "would be created", "skip": "would be skipped", "refuse": "would be refused"}
+
+
+def _preview(seen: ImportForeseen) -> None:
+    for line in seen.lines:
+        status = f" as {line.status}" if line.what == "create" else ""
+        reason = f": {line.reason}" if line.reason else ""
+        show.emit(f"line {line.line}{f' ({line.id})' if line.id else ''}: {_WOULD[line.what]}{status}{reason}")
+    if seen.more:
+        show.say(f"Only the first {len(seen.lines)} lines are shown.")
+    if seen.stops_at is not None:
+        show.say(f"The import would stop at line {seen.stops_at}: {seen.stop_reason}")
+    show.say(f"{seen.would_import} would be imported, {seen.would_skip} skipped, {seen.would_refuse} refused")
+
+
+def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
+    total = None if name == "-" else Path(name).stat().st_size
+    done = 0
+    try:
+        for line in lines:
+            done += len(line)
+            yield line
+            advance(done, total)
+    except OSError as error:
+        raise exits.Problem(f"Cannot read {name}: {error.strerror or error}", exits.IO_ERROR) from error
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@click.option(
+    "-o",
+    "--output",
+    "file",
+    metavar="FILE",
+    default="-",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Where to write it (default: stdout).",
+)
+@click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
+@click.option("--late-result", type=int, metavar="N", help="What a late result names (see jobctl late), not the job.")
+@admin_options
+def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> None:
+    """Download a job's stored result: what its storage_key names.
+
+    FILE is there whole or not at all. On stdout it is not to be trusted unless the exit code is 0.
+    """
+    client = admin_client(timeout_s=_PIECE_S)
+    if str(file) == "-":
+        if sys.stdout.isatty():
+            raise click.UsageError("a result may hold anything: name a file (-o FILE), or redirect the output")
+        client.download_artifact(job_id, sys.stdout.buffer, late_result=late_result)
+        sys.stdout.flush()
+        return
+    _may_write(file, yes=yes)
+    from jobd.cli.safe_file import whole_file
+
+    with bar("artifact") as advance, whole_file(file, lambda done: advance(done, None)) as target:
+        count = client.download_artifact(job_id, target, late_result=late_result)
+    show.emit(f"{file}: {show.size(count)}")
+
+
+VERBS: Final = (export, import_, artifact)

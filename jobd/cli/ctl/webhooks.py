@@ -1,0 +1,134 @@
+"""jobctl's verb for webhooks: who is told of what happens, what waits for them, and sending again.
+
+Holds no logic: reads the command line, asks the client, shows the answer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from jobd.cli import confirm as deeds
+from jobd.cli import exit_codes as exits
+from jobd.cli import terminal as show
+from jobd.cli.connection import admin_client, admin_options
+from jobd.cli.group import json_option
+
+if TYPE_CHECKING:
+    from jobd.model.responses import DeliveryPage, DeliveryState
+
+STATES: Final = ("waiting", "delivered", "given_up")
+_PAGE: Final = 200
+
+
+@click.command()
+@click.argument("what", required=False, type=click.Choice(["deliveries", "resend", "test"]))
+@click.argument("name", required=False)
+@click.argument("delivery", required=False, type=click.IntRange(1))
+@click.option("--state", type=click.Choice(STATES), help="Only deliveries in this state.")
+@click.option("--limit", type=click.IntRange(1, 200), default=50, show_default=True, help="How many at most.")
+@click.option("--cursor", metavar="CURSOR", help="Go on where the page before ended.")
+@click.option("--all", "everything", is_flag=True, help="All deliveries, however many there are.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before all are sent again.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be sent.")
+@deeds.reason_option("Kept in the audit log, of what is sent.")
+@json_option
+@admin_options
+def webhooks(
+    what: str | None,
+    name: str | None,
+    delivery: int | None,
+    state: DeliveryState | None,
+    limit: int,
+    cursor: str | None,
+    everything: bool,
+    yes: bool,
+    dry_run: bool,
+    reason: str | None,
+    as_json: bool,
+) -> None:
+    """List the webhooks and how they are going.
+
+    `webhooks deliveries NAME` lists what waits for one and what became of the latest, `webhooks resend NAME DELIVERY`
+    sends one again, `webhooks resend NAME --state given_up` all that were given up and are kept, after a question, and
+    `webhooks test NAME` sends a message that says it is a test.
+    """
+    from jobd.cli import tables_admin
+
+    if what is None:
+        found = admin_client().webhooks()
+        show.emit_json({"webhooks": found}) if as_json else tables_admin.webhooks(found)
+        return
+    if name is None:
+        raise click.UsageError(f"Which webhook? jobctl webhooks {what} NAME; jobctl webhooks lists them.")
+    if what == "deliveries":
+        page = _walk(name, state, None if everything else limit, cursor)
+        show.emit_json(page) if as_json else tables_admin.deliveries(page)
+    elif what == "resend" and delivery is None:
+        if state != "given_up":
+            message = "Which delivery? jobctl webhooks deliveries NAME lists them; --state given_up means all of those."
+            raise click.UsageError(message)
+        _resend_all(name, reason, yes=yes, dry_run=dry_run, as_json=as_json)
+    else:
+        _send(name, delivery if what == "resend" else None, reason, dry_run=dry_run, as_json=as_json)
+
+
+def _walk(name: str, state: DeliveryState | None, limit: int | None, cursor: str | None) -> DeliveryPage:
+    """Up to `limit` deliveries (None: all) over as many pages as it takes."""
+    from jobd.model.responses import DeliveryPage
+
+    client, found = admin_client(), DeliveryPage([], cursor)
+    while True:
+        left = _PAGE if limit is None else min(_PAGE, limit - len(found.deliveries))
+        page = client.deliveries(name, state=state, limit=left, cursor=found.next_cursor)
+        found.deliveries += page.deliveries
+        found.next_cursor = page.next_cursor
+        if page.next_cursor is None or len(found.deliveries) == limit:
+            return found
+
+
+def _resend_all(name: str, reason: str | None, *, yes: bool, dry_run: bool, as_json: bool) -> None:
+    """Count them, ask, and send those that were counted."""
+    if not (yes or dry_run):
+        deeds.need_terminal()
+    found = _walk(name, "given_up", None, None).deliveries
+    if dry_run or not found:
+        said = f"{_deliveries(len(found))} would be sent again" if found else f"No delivery of {name} was given up."
+        show.emit_json({"resent": 0, "would": len(found)}) if as_json else show.emit(said)
+        return
+    if not yes:
+        deeds.confirm(f"send {_deliveries(len(found))} again")
+    count = admin_client(timeout_s=60.0).deliver_all_again(name, found[0].id, reason)
+    if as_json:
+        show.emit_json({"resent": count, "would": len(found)})
+    else:
+        show.emit(f"{_deliveries(count)} on the way: jobctl webhooks deliveries {name}")
+
+
+def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool, as_json: bool) -> None:
+    """One delivery again, or a test."""
+    if dry_run:
+        _would_send(name, delivery, as_json=as_json)
+        return
+    client = admin_client()
+    sent = client.test_webhook(name, reason) if delivery is None else client.deliver_again(name, delivery, reason)
+    if as_json:
+        show.emit_json(sent)
+    else:
+        show.emit(f"Delivery {sent.id} ({sent.type}) is on its way: jobctl webhooks deliveries {name}")
+
+
+def _would_send(name: str, delivery: int | None, *, as_json: bool) -> None:
+    """Whether the daemon has such a webhook, and such a delivery; where not it ends as the real one would."""
+    found = _walk(name, None, 1 if delivery is None else None, None).deliveries
+    if delivery is not None and all(each.id != delivery for each in found):
+        raise exits.Problem(f"Webhook {name} has no delivery {delivery}, or has it no more.", exits.REFUSED)
+    if as_json:
+        show.emit_json({"would": 1})
+    else:
+        show.emit(f"A test would be sent to {name}" if delivery is None else f"Delivery {delivery} would be sent again")
+
+
+def _deliveries(count: int) -> str:
+    return "1 delivery" if count == 1 else f"{count} deliveries"

@@ -1,0 +1,129 @@
+"""jobd: the daemon's program. Its verbs on files are in daemon_files.py, the demo in demo.py.
+
+Imports only what the command line itself needs; `serve` brings in the daemon.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobd import __version__
+from jobd.cli import exit_codes as exits
+from jobd.cli import terminal as show
+from jobd.cli.daemon import store as daemon_files
+from jobd.cli.daemon.bench import bench
+from jobd.cli.daemon.monitoring import monitoring
+from jobd.cli.daemon.settings import config_option, flag_options, read
+from jobd.cli.demo.demo import demo
+from jobd.cli.group import SETTINGS, Sections, json_option
+
+if TYPE_CHECKING:
+    from jobd.config import Loaded
+
+
+@click.group(cls=Sections, context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="jobd")
+def jobd() -> None:
+    """The daemon that owns all job state, and what works on its files.
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not reachable, 4 not found or refused,
+    5 not authorised, 74 I/O error, 75 try again, 78 configuration, 130 interrupted (Ctrl-C).
+    """
+
+
+@click.command()
+@config_option
+@flag_options
+def serve(config: str | None, flags: dict[str, str]) -> int:
+    """Run the daemon in the foreground until SIGTERM.
+
+    Flags go over the environment (JOBD_SECTION_KEY), which goes over the configuration file. SIGTERM and SIGINT
+    drain, SIGHUP reloads the configuration, SIGUSR1 writes what is going on to the log.
+    """
+    loaded = read(config, flags)
+    gc.disable()  # until all is there: nothing of what a start makes is garbage
+    _leave_out_rich()
+    from jobd.config import load
+    from jobd.daemon import serve as run
+
+    return run(loaded, lambda: load(flags, os.environ, config))
+
+
+def _leave_out_rich() -> None:
+    """structlog looks for rich, to colour tracebacks as our log never does: that would be a tenth of a start."""
+    modules: dict[str, Any] = sys.modules
+    if "rich" not in modules:
+        modules["rich"] = None
+        try:
+            import structlog  # noqa: F401
+        finally:
+            del modules["rich"]
+
+
+@click.command("check-config")
+@config_option
+@flag_options
+@json_option
+def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> None:
+    """Check the configuration and show what is in effect.
+
+    Every value is shown with where it comes from, no secret is. Exit 78 where `jobd serve` would not start with it and
+    with the same flags.
+    """
+    from jobd.config import ConfigError, check_apart, effective
+
+    loaded = read(config, flags)
+    try:
+        check_apart(loaded.config.artifacts.url, loaded.own_places)
+    except ConfigError as error:
+        raise exits.Problem(str(error), exits.CONFIG) from None
+    if as_json:
+        show.emit_json({"path": loaded.path, "values": _values(loaded), "webhooks": _webhooks(loaded)})
+    else:
+        for line in effective(loaded).splitlines():
+            show.emit(line)
+    for warning in loaded.warnings:
+        show.say(f"jobd: {warning}")
+
+
+def _webhooks(loaded: Loaded) -> list[dict[str, object]]:
+    """The webhooks without their secrets; how many they have is told."""
+    from msgspec.structs import asdict
+
+    return [
+        {name: value for name, value in asdict(each.section).items() if name != "secret"}
+        | {"secrets": len(each.endpoint.secrets)}
+        for each in loaded.webhooks
+    ]
+
+
+def _values(loaded: Loaded) -> dict[str, dict[str, object]]:
+    """Every key with its value, a duration as the file would say it, and where the value comes from."""
+    from jobd.config import Duration, show_duration
+
+    found: dict[str, dict[str, object]] = {}
+    for key, source in loaded.sources.items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(loaded.config, section), name)
+        found[key] = {"value": show_duration(value) if isinstance(value, Duration) else value, "source": source}
+    return found
+
+
+jobd.add_all("The daemon", serve, check_config, demo, bench, monitoring)
+jobd.add_all("Its files", daemon_files.backup, daemon_files.restore, daemon_files.doctor)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run jobd; gives the exit code."""
+    return exits.run(jobd, "jobd", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""`jobd monitoring`: what Prometheus and Grafana want to know of jobd, out of the installed package.
+
+Prints files as they are; asks no daemon.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Final
+
+import click
+
+from jobd.cli import terminal as show
+
+FILES: Final = {"rules": "jobd.rules.yml", "dashboard": "grafana.json"}
+
+
+@click.command()
+@click.argument("what", type=click.Choice(list(FILES)))
+def monitoring(what: str) -> None:
+    """Print alerting rules for Prometheus, or a dashboard for Grafana.
+
+    \b
+    jobd monitoring rules > /etc/prometheus/jobd.rules.yml
+    jobd monitoring dashboard > jobd.json
+    """
+    for line in files("jobd").joinpath("monitoring", FILES[what]).read_text("utf-8").splitlines():
+        show.emit(line)

@@ -1,0 +1,203 @@
+"""jobd's verbs on its files: backup (from the running daemon), restore and doctor (offline, or on the running one)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from jobd.cli import exit_codes as exits
+from jobd.cli import terminal as show
+from jobd.cli.confirm import confirm, need_terminal
+from jobd.cli.connection import admin_client, admin_options
+from jobd.cli.daemon.settings import config_option, store_option, store_path
+from jobd.cli.group import json_option
+
+if TYPE_CHECKING:
+    from jobd.cli.daemon.checkup import Finding
+    from jobd.cli.progress import Advance
+    from jobd.client import AdminClient
+    from jobd.model.responses import BackupView
+
+SILENT_S: Final = 60.0  # that a backup may stand still; a slow disk is slow, a broken one says nothing
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
+@admin_options
+def backup(file: Path, yes: bool) -> None:
+    """Copy the running daemon's database to FILE, while it works.
+
+    The copy is whole, checked and marked: whoever opens it takes a new epoch and ends the grants in it. The store of a
+    running daemon is never overwritten.
+    """
+    from jobd.cli import files as safe_target
+    from jobd.cli.progress import bar
+    from jobd.cli.safe_file import whole_file
+
+    safe_target.check(file, yes=yes)
+    with bar("backup") as advance, whole_file(file, lambda done: None) as target:
+        count = admin_client(timeout_s=SILENT_S).backup(target, told=lambda seen: _show(seen, advance))
+    show.emit(f"{file}: {show.size(count)}")
+
+
+def _show(seen: BackupView, advance: Advance) -> None:
+    """How far the daemon is. Nobody knows beforehand how long a check takes."""
+    is_known = seen.state in ("copying", "sending")
+    advance(seen.bytes_done if is_known else 0, seen.bytes_total if is_known else None, f"backup: {seen.state}")
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only check, and say what would be done.")
+@store_option
+@config_option
+def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str | None) -> None:
+    """Put a backup in place of the database; jobd must be stopped.
+
+    The database that was there is kept beside it. Jobs that were being worked on when the backup was made are ended
+    by their stall rule, and no fencing token is given twice.
+    """
+    path = store_path(store, config)
+    if not file.exists():
+        raise exits.Problem(f"{file} does not exist: name a file that jobd backup has written", exits.IO_ERROR)
+    from jobd.cli.progress import busy
+    from jobd.model.storage import DiskFull
+    from jobd.storage import dry_run as rehearsal
+    from jobd.storage.backup import restore as put_back
+
+    try:
+        if dry_run:
+            with busy(f"checking {file}"):
+                lines = rehearsal.restore(str(file), path)
+            for line in lines:
+                show.emit(line)
+            return
+        if Path(path).exists() and not yes:
+            confirm(f"put {file} in place of the database {path} (which is kept beside it)")
+        with busy(f"checking and copying {file}"):
+            aside = put_back(str(file), path)
+    except DiskFull as error:
+        raise exits.Problem(f"No room for it: {error}. Free some and try again", exits.IO_ERROR) from None
+    show.emit(path)
+    if aside is not None:
+        show.say(f"The database that was there is kept as {aside}.")
+
+
+@click.command()
+@click.option("--running", is_flag=True, help="Check the running daemon over its admin API.")
+@click.option("--rows", is_flag=True, help="With --running: check also every row's checksum, as it works (minutes).")
+@click.option(
+    "--accept",
+    metavar="ID",
+    multiple=True,
+    is_flag=False,
+    flag_value="",
+    help="Accept the edited rows of these jobs (--accept ID ...) as they are. Validation then checks the jobs.",
+)
+@click.option(
+    "--all", "everything", is_flag=True, help="With --accept: all jobs that are in quarantine or have a damaged row."
+)
+@click.option("--recount", is_flag=True, help="Take the rows that are there as all there are: counts are made anew.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask (--accept, --recount).")
+@click.option("--dry-run", is_flag=True, help="Only say what would be written (--accept, --recount).")
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@json_option
+@store_option
+@config_option
+@admin_options
+def doctor(
+    running: bool,
+    rows: bool,
+    accept: tuple[str, ...],
+    everything: bool,
+    ids: tuple[str, ...],
+    recount: bool,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
+    store: str | None,
+    config: str | None,
+) -> int:
+    """Name every problem of a database, and its mend.
+
+    Reads all of a database that no daemon has open, or asks a running daemon. Exit 0 where nothing is wrong, else 1.
+    """
+    from jobd.cli.progress import busy
+
+    named = [*filter(None, accept), *ids]
+    if (ids or everything) and not accept:
+        raise click.UsageError("job ids and --all need --accept")
+    if accept and bool(named) == everything:
+        raise click.UsageError("--accept needs job ids or --all, not both")
+    if running + bool(accept) + recount > 1 or (running and (store or config)):
+        raise click.UsageError("--running, --accept and --recount exclude each other; the first takes no database")
+    if (yes or dry_run) and not accept and not recount:
+        raise click.UsageError("--yes and --dry-run belong to --accept and --recount: nothing else writes")
+    if rows and not running:
+        raise click.UsageError("--rows belongs to --running: without it all rows are checked")
+    if running:
+        return _diagnosis(_checkup(admin_client(), rows=rows), as_json)
+    from jobd.storage import doctor as offline
+    from jobd.storage import dry_run as rehearsal
+    from jobd.storage.files import StoreBusy
+
+    path = store_path(store, config)
+    if recount:
+        return _repair(path, rehearsal.recount, offline.recount, yes=yes, dry_run=dry_run)
+    if accept:
+        chosen = None if everything else named
+        look, write = partial(rehearsal.accept, ids=chosen), partial(offline.accept, ids=chosen)
+        return _repair(path, look, write, yes=yes, dry_run=dry_run)
+    try:
+        with busy(f"checking {path}"):
+            problems = offline.check(path)
+    except StoreBusy as error:
+        raise exits.Problem(f"{error}; or check it as it runs: jobd doctor --running", exits.TRY_AGAIN) from None
+    return _diagnosis(problems, as_json)
+
+
+def _checkup(client: AdminClient, *, rows: bool) -> list[Finding]:
+    from jobd.cli.daemon.checkup import examine
+    from jobd.cli.daemon.rows_running import walk
+
+    damaged = walk(client) if rows else []
+    found = examine(client)  # names all that is in quarantine by now
+    return found + [each for each in damaged if each.where not in {known.where for known in found}]
+
+
+def _repair(
+    path: str, look: Callable[[str], list[str]], write: Callable[[str], str], *, yes: bool, dry_run: bool
+) -> int:
+    """Show the planned changes, ask, and write them."""
+    from jobd.cli.progress import busy
+
+    if not yes:
+        if not dry_run:
+            need_terminal()
+        with busy(f"looking at {path}"):
+            lines = look(path)
+        for line in lines:
+            show.emit(line) if dry_run else show.say(line)
+        if dry_run:
+            return exits.DONE
+        confirm("write that")
+    show.emit(write(path))
+    return exits.DONE
+
+
+def _diagnosis(problems: Sequence[Any], as_json: bool) -> int:
+    """Print problems (`where`, `what`, `mend`); 0 where there are none."""
+    if as_json:
+        show.emit_json({"problems": problems})
+    elif not problems:
+        show.emit("nothing is wrong")
+    for problem in () if as_json else problems:
+        show.emit(f"{problem.where}: {problem.what}")
+        show.emit(f"    mend: {problem.mend}")
+    return exits.FAILED if problems else exits.DONE

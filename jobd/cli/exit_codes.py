@@ -1,0 +1,119 @@
+"""Exit codes, and the one place where an error becomes a line on stderr and a code.
+
+Knows the error classes of the client, no verb. A verb raises Problem or lets the client's error pass.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+import click
+
+from jobd.cli import terminal as show
+
+DONE: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+UNREACHABLE: Final = 3
+REFUSED: Final = 4
+UNAUTHORISED: Final = 5
+IO_ERROR: Final = 74
+TRY_AGAIN: Final = 75
+CONFIG: Final = 78
+INTERRUPTED: Final = 130
+
+# Refusal codes that are no plain "not found or refused".
+_BY_CODE: Final = {
+    "unauthorized": UNAUTHORISED,
+    "forbidden": UNAUTHORISED,
+    "internal_error": FAILED,
+    "request_timeout": TRY_AGAIN,
+    "overloaded": TRY_AGAIN,
+    "shutting_down": TRY_AGAIN,
+    "storage_unavailable": TRY_AGAIN,
+    "outcome_unknown": TRY_AGAIN,
+    "storage_full": TRY_AGAIN,
+    "too_many_jobs": TRY_AGAIN,
+    "too_many_queues": TRY_AGAIN,
+    "unreachable": UNREACHABLE,
+    "bad_answer": UNREACHABLE,
+}
+
+
+class Problem(Exception):
+    """Something that ends the program: one line that says what to do, and the exit code."""
+
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def of_refusal(code: str) -> int:
+    """The exit code for a refusal code of the daemon."""
+    return _BY_CODE.get(code, REFUSED)
+
+
+def run(program: click.Command, name: str, argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (sys.argv's by default) and give the exit code; errors become one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to fail
+    try:
+        code = program.main(args=list(argv) if argv is not None else None, prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else DONE
+    except BaseException as error:
+        return _explained(error, name)
+
+
+def _explained(error: BaseException, name: str) -> int:
+    """Say on stderr what `error` means and give its exit code. What is no error of use is raised again: a bug."""
+    from jobd.client.errors import JobdError
+
+    if isinstance(error, SystemExit) and type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):
+        error = BrokenPipeError()  # which click makes an exit with 1, and leaves this in its place
+    match error:
+        case click.UsageError():
+            path = error.ctx.command_path if error.ctx else name
+            show.say(f"{name}: {_sentence(error.format_message())}. See: {path} --help")
+            return USAGE
+        case click.FileError():
+            show.say(f"{name}: {_sentence(error.format_message())}")
+            return IO_ERROR
+        case click.Abort() | KeyboardInterrupt():
+            show.say(f"{name}: interrupted")
+            return INTERRUPTED
+        case Problem():
+            show.say(f"{name}: {error}")
+            return error.code
+        case JobdError():
+            show.say(f"{name}: {_sentence(error.message)}{_ADVICE.get(error.code, '')} [{error.code}]")
+            return of_refusal(error.code)
+        case BrokenPipeError():
+            # Whoever read us has seen enough (`| head`). Nothing may be flushed into the closed pipe at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return DONE
+        case OSError():
+            show.say(f"{name}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+            return IO_ERROR
+        case Exception() if isinstance(code := getattr(error, "exit_code", None), int):  # errors of the store know it
+            show.say(f"{name}: {_sentence(str(error))}")
+            return code
+        case _:
+            raise error
+
+
+_ADVICE: Final = {
+    "unreachable": ". Is jobd running there? Say where with --socket, --url or --admin-url",
+    "unauthorized": (
+        ". Admin API: set ADMIN_TOKEN or ADMIN_TOKEN_FILE; "
+        "worker API: give --token-file FILE or set JOBD_WORKER_TOKEN_FILE"
+    ),
+}
+
+
+def _sentence(text: str) -> str:
+    return text.rstrip().rstrip(".")

@@ -1,0 +1,73 @@
+"""Waiting with something to see: a job's end, a long call, a stream. The display is on stderr, on a terminal alone."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, Protocol
+
+from jobd.cli import terminal as show
+
+if TYPE_CHECKING:
+    from jobd.client import JobClient
+    from jobd.client.protocol import JobInfo
+
+_FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
+_FIRST_S: Final = 0.1
+_LONGEST_S: Final = 2.0
+
+
+class Advance(Protocol):
+    """Shows `done` of `total`, None where that is not known; and that it is now `what`."""
+
+    def __call__(self, done: int, total: int | None, what: str | None = None) -> None: ...
+
+
+def until_finished(client: JobClient, job_id: str) -> JobInfo:
+    """Look at the job, at growing intervals up to 2 s, until it is finished."""
+    pause = _FIRST_S
+    with bar(job_id, unit="%") as advance:
+        while True:
+            job = client.get_job(job_id)
+            if job.status in _FINISHED:
+                return job
+            advance(int(job.progress), 100)
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_S)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner while a call takes its time."""
+    if not show.may_draw(sys.stderr):
+        yield
+        return
+    with show.console(stderr=True).status(show.clean(what)):
+        yield
+
+
+@contextmanager
+def bar(what: str, *, unit: str = "bytes") -> Iterator[Advance]:
+    """A progress bar; what it gives is called with how much is done. Bytes are shown with their rate."""
+    if not show.may_draw(sys.stderr):
+        yield lambda done, total, what=None: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TransferSpeedColumn
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
+    if unit == "bytes":
+        columns += [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+    else:
+        columns += [TextColumn("{task.completed} " + unit)]
+    with Progress(*columns, console=show.console(stderr=True), transient=True) as progress:
+        task = progress.add_task(show.clip(what, 60), total=None)
+
+        def advance(done: int, total: int | None, what: str | None = None) -> None:
+            if total is None:
+                progress.tasks[0].total = None  # update() takes None for "as it was"
+            name = None if what is None else show.clip(what, 60)
+            progress.update(task, completed=done, total=total, description=name)
+
+        yield advance

@@ -1,0 +1,292 @@
+"""How things look on a terminal and in a pipe: times, spans, sizes, tables, JSON, one-line messages.
+
+Knows no verb and asks nobody. Everything that came from outside is escaped here, so that a job cannot draw on a screen.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import IO, TYPE_CHECKING, Any, Final, Literal
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from jobd.model.responses import DiskView
+
+SECOND_MS: Final = 1_000
+MINUTE_MS: Final = 60 * SECOND_MS
+HOUR_MS: Final = 60 * MINUTE_MS
+DAY_MS: Final = 24 * HOUR_MS
+
+# C0 and C1 controls (ESC, CSI …), line separators, and the marks that reorder text on screen; lone surrogates.
+_DANGEROUS: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+_SHORT: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+UNBOUNDED: Final = 1_000_000  # columns: a pipe has no width
+GAP: Final = "  "  # between the columns of a table
+ALIGNED: Final = 40  # a longer cell of a table in a pipe reaches out of its column
+_SHORT_WORDS: Final = 12  # such as a status or an age
+_READABLE: Final = 14  # columns that names need, folded
+_STRIP: Final = 6  # with fewer they are no names any more
+_STYLES: Final = {
+    "queued": "cyan",
+    "processing": "yellow",
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "magenta",
+    "healthy": "green",
+    "degraded": "yellow",
+    "unhealthy": "red",
+    "firing": "red",
+    "paused": "yellow",
+    "critical": "red",
+    "error": "red",
+    "warning": "yellow",
+}
+
+
+def clean(text: str) -> str:
+    """`text` with control characters written out (`\\x1b`, `\\n`, `\\u202e`): safe on a terminal, always one line."""
+    return _DANGEROUS.sub(_spell, text)
+
+
+def _spell(match: re.Match[str]) -> str:
+    char = match.group()
+    code = ord(char)
+    return _SHORT.get(char) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
+def clip(text: str, width: int = 100) -> str:
+    """`text` cleaned, and cut with an ellipsis where it is longer than `width` characters."""
+    text = clean(text)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def span(ms: int | float) -> str:
+    """A duration in two units at most: `850 ms`, `12 s`, `3 m 20 s`, `2 h 5 m`, `4 d`."""
+    if ms < 0:
+        return "-" + span(-ms)
+    if ms < SECOND_MS:
+        return f"{round(ms)} ms"
+    if ms < 10 * SECOND_MS:
+        return f"{ms / SECOND_MS:.1f} s"
+    for unit, small, name, small_name in ((DAY_MS, HOUR_MS, "d", "h"), (HOUR_MS, MINUTE_MS, "h", "m")):
+        if ms >= unit:
+            return _two(int(ms), unit, small, name, small_name)
+    if ms >= MINUTE_MS:
+        return _two(int(ms), MINUTE_MS, SECOND_MS, "m", "s")
+    return f"{int(ms // SECOND_MS)} s"
+
+
+def _two(ms: int, unit: int, small: int, name: str, small_name: str) -> str:
+    whole, rest = divmod(ms, unit)
+    return f"{whole} {name} {rest // small} {small_name}" if rest >= small else f"{whole} {name}"
+
+
+def age(at_ms: int, now_ms: int | None = None) -> str:
+    """How far `at_ms` (Unix ms) is from now: `12 m ago`, `in 3 s`."""
+    gap = (now_ms if now_ms is not None else round(time.time() * 1000)) - at_ms
+    return f"{_rough(gap)} ago" if gap >= 0 else f"in {_rough(-gap)}"
+
+
+def _rough(ms: int) -> str:
+    for unit, name in ((DAY_MS, "d"), (HOUR_MS, "h"), (MINUTE_MS, "m")):
+        if ms >= 2 * unit:
+            return f"{round(ms / unit)} {name}"
+    return f"{ms // SECOND_MS} s"
+
+
+def when(at_ms: int | None, now_ms: int | None = None) -> str:
+    """A Unix time in ms with its age: `2026-03-01 14:05:09 UTC (12 m ago)`; `-` for None."""
+    if at_ms is None:
+        return "-"
+    return f"{instant(at_ms)} ({age(at_ms, now_ms)})"
+
+
+def instant(at_ms: int) -> str:
+    """A Unix time in ms as in the dashboard, `2026-03-01 14:05:09 UTC`: operators in several time zones speak of the
+    same time, whatever the zone of the host. The bare number where the calendar does not reach."""
+    try:
+        return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, ValueError, OSError):
+        return f"{at_ms} ms"
+
+
+def disk_space(disk: DiskView) -> str:
+    """Describe the disk of the store: `1.5 GiB free of 8.0 GiB (/var/lib/jobd/jobd.db)`."""
+    return f"{size(disk.free_bytes)} free of {size(disk.total_bytes)} ({disk.path})"
+
+
+def size(count: int) -> str:
+    """Bytes for people: `512 B`, `1.5 MiB`."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def cell(value: object) -> str:
+    """One value as a table shows it: `-` for nothing, yes or no, numbers without a trailing `.0`."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.1f}".removesuffix(".0")
+    return clean(str(value))
+
+
+def as_json(value: Any) -> str:
+    """`value` (a typed answer or plain data) as JSON text: indented for a terminal, one line in a pipe."""
+    import msgspec
+
+    raw = msgspec.json.encode(value)
+    if sys.stdout.isatty():
+        raw = msgspec.json.format(raw, indent=2)
+    # Outside of strings JSON has only spaces and line ends, so what is escaped here is inside a string.
+    return _DANGEROUS.sub(lambda m: m.group() if m.group() == "\n" else f"\\u{ord(m.group()):04x}", raw.decode())
+
+
+def emit_json(value: Any) -> None:
+    sys.stdout.write(as_json(value) + "\n")
+
+
+def emit_json_line(value: Any) -> None:
+    """`value` as one line of JSON, on a terminal too."""
+    import msgspec
+
+    text = msgspec.json.encode(value).decode()
+    sys.stdout.write(_DANGEROUS.sub(lambda m: f"\\u{ord(m.group()):04x}", text) + "\n")
+
+
+def emit(line: str) -> None:
+    """One line of data on stdout."""
+    sys.stdout.write(clean(line) + "\n")
+
+
+def say(line: str) -> None:
+    """One line of message on stderr."""
+    sys.stderr.write(clean(line) + "\n")
+
+
+def may_draw(stream: IO[str]) -> bool:
+    """Whether `stream` is a terminal that may be sent escape sequences: NO_COLOR forbids them all, bars too."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console that leaves text alone; a pipe is not wrapped."""
+    from rich.console import Console
+
+    file = sys.stderr if stderr else sys.stdout
+    width = None if file.isatty() else UNBOUNDED
+    # Of NO_COLOR rich takes colours only: bold and the like it would still send to a terminal.
+    force = False if os.environ.get("NO_COLOR") else None
+    return Console(file=file, width=width, force_terminal=force, highlight=False, markup=False, emoji=False)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "none") -> None:
+    """Print aligned columns on stdout, those named `>X`, figures, to the right. Without rows, say `empty` on stderr.
+
+    Of what a terminal has no room for words are folded, never figures; a pipe gets a line for each row.
+    """
+    body = [[cell(value) for value in row] for row in rows]
+    if not body:
+        say(empty)
+        return
+    lines = [[name.removeprefix(">") for name in columns], *body]
+    if not sys.stdout.isatty():
+        to, right = widths(lines, ALIGNED), [name.startswith(">") for name in columns]
+        sys.stdout.writelines(f"{GAP.join(filled(line, to, right)).rstrip()}\n" for line in lines)
+        return
+    out = console()
+    unfolded = _unfolded(columns, lines, out.width)
+    if unfolded is None:
+        for number, row in enumerate(body):
+            sys.stdout.write("\n" if number else "")
+            pairs(zip(lines[0], row, strict=True))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name, is_whole in zip(columns, unfolded, strict=True):
+        side: Literal["left", "right"] = "right" if name.startswith(">") else "left"
+        grid.add_column(name.removeprefix(">"), justify=side, overflow="fold", no_wrap=is_whole)
+    for row in body:
+        grid.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in row))
+    _print(grid)
+
+
+def widths(lines: Sequence[Sequence[str]], most: int) -> list[int]:
+    """What each column takes, but for cells longer than `most`: one name of 200 letters shall not push all others."""
+    from rich.cells import cell_len
+
+    return [max((n for n in map(cell_len, column) if n <= most), default=0) for column in zip(*lines, strict=True)]
+
+
+def filled(line: Sequence[str], to: Sequence[int], right: Sequence[bool]) -> list[str]:
+    """The cells of a line, each with blanks up to its width in `to`; what is longer moves what follows."""
+    from rich.cells import cell_len
+
+    blanks = [" " * (width - cell_len(text)) for text, width in zip(line, to, strict=True)]
+    return [blank + text if side else text + blank for text, blank, side in zip(line, blanks, right, strict=False)]
+
+
+def _unfolded(columns: Sequence[str], lines: Sequence[Sequence[str]], room: int) -> list[bool] | None:
+    """Which columns stay whole on so much room: figures, and short words while all others get enough for that.
+
+    None where the others would be strips of a few letters even so: then each row takes a block of lines.
+    """
+    natural = widths(lines, UNBOUNDED)
+    room -= len(GAP) * (len(columns) - 1)
+    is_figure = [name.startswith(">") for name in columns]
+    is_short = [figure or width <= _SHORT_WORDS for figure, width in zip(is_figure, natural, strict=True)]
+    for whole, least in ((is_short, _READABLE), (is_figure, _STRIP)):
+        left = room - sum(width for width, stays in zip(natural, whole, strict=True) if stays)
+        folded = [width for width, stays in zip(natural, whole, strict=True) if not stays]
+        if left >= min(sum(folded), least * len(folded)):
+            return whole
+    return None
+
+
+def pairs(fields: Iterable[tuple[str, object]]) -> None:
+    """Print `name  value` lines on stdout, names aligned."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in fields:
+        text = cell(value)
+        grid.add_row(name, Text(text, style=_STYLES.get(text, "")))
+    _print(grid)
+
+
+def style_of(text: str) -> str:
+    """How a word of a table is coloured."""
+    return _STYLES.get(text, "")
+
+
+def _print(grid: Table) -> None:
+    print_plain(console(), grid)
+
+
+def print_plain(out: Console, picture: RenderableType) -> None:
+    """Print on stdout. A pipe gets no blanks at the ends of lines."""
+    if out.is_terminal:
+        out.print(picture)
+        return
+    with out.capture() as held:
+        out.print(picture)
+    sys.stdout.write("".join(line.rstrip() + "\n" for line in held.get().splitlines()))

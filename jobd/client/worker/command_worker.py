@@ -1,0 +1,264 @@
+"""A worker around any program: one run of it for each job. This is `jobctl run` without its command line.
+
+Speaks to the daemon only through shift.py and keeper.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, Final
+
+from msgspec import UNSET
+
+from jobd.client.aio import AsyncJobClient
+from jobd.client.endpoint import Endpoint
+from jobd.client.protocol import GrantInfo
+from jobd.client.worker.claimer import LOCK_TTL_MS, Wanted, about_us, default_name
+from jobd.client.worker.drain import left_behind
+from jobd.client.worker.error_text import MESSAGE_CHARACTERS
+from jobd.client.worker.lease import Keeper
+from jobd.client.worker.output import Filter, Said, Sink, Tail
+from jobd.client.worker.process import Program
+from jobd.client.worker.runner import Effort, Shift, on_signals, seconds
+from jobd.client.worker.service_thread import Say, ServiceThread
+from jobd.client.worker.watchdog import Watchdog
+
+PROGRESS_EVERY_S: Final = 0.2  # a program may report as often as it likes; this often it is sent
+PREFIX: Final = "JOBD_JOB_"
+# The fields of a job that its program finds in its environment, as JOBD_JOB_<NAME>.
+FIELDS: Final = (
+    "id",
+    "queue",
+    "kind",
+    "priority",
+    "attempt",
+    "max_attempts",
+    "stalls",
+    "max_stalls",
+    "created_at",
+    "run_at",
+    "started_at",
+    "expires_at",
+)
+
+
+class CommandWorker:
+    """Claims jobs and runs `command` for each, `concurrency` at a time.
+
+    The program gets the payload as JSON on its stdin and the job's fields as JOBD_JOB_* variables. On its stdout lines
+    `::progress 42 text`, `::meta key=value` and `::result download_url|file_path|storage_key=value` are for jobd; the
+    rest of it, and stderr, is passed through. Exit 0 completes the job, anything else fails it with the last lines of
+    stderr. A lost or cancelled job, and the end of the grace after `stop`, is a SIGTERM to the program's whole process
+    group, `kill_after_s` later a SIGKILL; children that outlive their program are stopped in the same way. So is a run
+    that takes longer than `timeout` (a timedelta, or seconds): its attempt fails with `error_code` "timeout". If this
+    process is killed, a watchdog process ends the groups, with SIGKILL at the latest after half the TTL of the lock.
+
+    `once` ends after one job, `drain` when no job is due and none is running; it says then what is left, and why.
+    `say` gets messages for people, one line each (stderr by default), in another thread. Locks live `lock_ttl_ms` and
+    are extended automatically in a separate thread. They have no ceiling unless `max_processing_ms` sets one.
+    """
+
+    def __init__(
+        self,
+        client: AsyncJobClient | Endpoint | str | None,
+        command: Sequence[str],
+        *,
+        queues: Sequence[str] = ("default",),
+        kinds: Sequence[str] | None = None,
+        concurrency: int = 1,
+        lock_ttl_ms: int = LOCK_TTL_MS,
+        max_processing_ms: int = 0,
+        timeout: timedelta | float | None = None,
+        grace_s: float = 30.0,
+        kill_after_s: float = 10.0,
+        once: bool = False,
+        drain: bool = False,
+        name: str | None = None,
+        say: Say | None = None,
+        stdout_fd: int = 1,
+        stderr_fd: int = 2,
+    ) -> None:
+        if not command:
+            raise ValueError("a command is needed")
+        if concurrency < 1:
+            raise ValueError("concurrency must be at least 1")
+        self.name: Final = name or default_name()
+        self._client = client
+        self._command = list(command)
+        self._wanted = Wanted(
+            worker=self.name,
+            queues=list(queues),
+            kinds=kinds,
+            lock_ttl_ms=lock_ttl_ms,
+            max_processing_ms=max_processing_ms,
+        )
+        self._timeout_s = seconds(timeout)
+        self._once = once
+        self._drain = drain
+        self._concurrency = concurrency
+        self._grace_s = grace_s
+        self._kill_after_s = kill_after_s
+        self._say = say or _say
+        self._fds = (stdout_fd, stderr_fd)
+        self._sinks: list[Sink] = []
+        self._watchdog = Watchdog(min(kill_after_s, lock_ttl_ms / 2000))  # before another worker can have the job
+        self._stop: Callable[[], None] | None = None
+
+    def stop(self) -> None:
+        """Do the same as SIGTERM: stop claiming, let programs end. A second call ends the grace, a third kills them.
+
+        May be called from any thread.
+        """
+        if self._stop is not None:
+            self._stop()
+
+    async def run(self, *, signals: bool = True) -> int:
+        """Work until stopped (or `once`, `drain`); with `signals` SIGTERM and SIGINT stop it. Gives the exit status.
+
+        0, or 1 where the program could not be started, or, with `once` and `drain`, not every job was completed.
+        Raises the JobdError that made claiming impossible.
+        """
+        if (fault := await asyncio.to_thread(_fault, self._command[0])) is not None:
+            self._say(f"cannot run {self._command[0]!r}: {fault}. No job was claimed.")
+            return 1
+        client = self._client.twin() if isinstance(self._client, AsyncJobClient) else AsyncJobClient(self._client)
+        wanted = replace(self._wanted, about=about_us(self._concurrency))
+        service = ServiceThread(f"jobd worker {self.name}")
+        say = service.say(self._say)
+        shift = Shift(
+            client,
+            wanted,
+            functools.partial(self._begin, say),
+            say,
+            concurrency=self._concurrency,
+            grace_s=self._grace_s,
+            stop_s=self._kill_after_s,
+            once=self._once,
+            drain=self._drain,
+            progress_every_s=PROGRESS_EVERY_S,
+        )
+
+        async def work() -> None:
+            async with client:
+                self._sinks = [Sink(fd) for fd in self._fds]
+                try:
+                    await shift.run()
+                finally:
+                    for sink in self._sinks:
+                        sink.close()
+                    await asyncio.to_thread(self._watchdog.close)
+                if self._drain and not shift.was_stopped and (left := await left_behind(client, self._wanted)):
+                    say(f"drained; {left}.")
+
+        self._stop = functools.partial(service.call, shift.stop)
+        with on_signals(self._stop) if signals else contextlib.nullcontext():
+            await service.run(work, shift.abandon)
+        if shift.fault is not None:
+            self._say(f"cannot run {self._command[0]!r}: {shift.fault}. Its job was given back.")
+            return 1
+        return int((self._drain or self._once) and (shift.not_completed > 0 or (self._once and not shift.completed)))
+
+    async def _begin(self, say: Say, keeper: Keeper) -> Effort:
+        """Start the program for one job."""
+        job = keeper.grant.job
+        stdout, stderr = self._sinks
+        is_one_of_many = self._concurrency > 1
+        said, tail = Said(keeper.report), Tail()
+        out = Filter(said, lambda text: say(f"job {job.id}: {text}"), whole_lines=is_one_of_many)
+        err = Filter(None, say, whole_lines=is_one_of_many)
+
+        async def on_stdout(piece: bytes) -> None:
+            await stdout.write(out.feed(piece) if piece else out.end())
+
+        async def on_stderr(piece: bytes) -> None:
+            tail.feed(piece)
+            await stderr.write(err.feed(piece) if piece else err.end())
+
+        payload = b"null" if job.payload is UNSET else bytes(job.payload)
+        program = await Program.start(
+            self._command,
+            environment(keeper.grant, os.environ),
+            payload + b"\n",
+            on_stdout,
+            on_stderr,
+            kill_after_s=self._kill_after_s,
+            watchdog=self._watchdog,
+            token=keeper.grant.fencing_token,
+        )
+        return _Run(program, said, tail, self._timeout_s)
+
+
+class _Run:
+    """One program at work on one job."""
+
+    def __init__(self, program: Program, said: Said, tail: Tail, timeout_s: float | None) -> None:
+        self.timeout_s: Final = timeout_s
+        self._program = program
+        self._said = said
+        self._tail = tail
+        self.done: Final = program.done
+        self.stop: Final = program.stop
+        self.abort: Final = program.abort
+
+    async def finish(self, keeper: Keeper, give_up: asyncio.Event) -> bool:
+        """Complete the job where the program ended with 0, else fail it."""
+        self.done.result()  # raises what went wrong on our side
+        code = self._program.returncode
+        if code == 0:
+            return await keeper.complete(give_up, **self._said.result)
+        assert code is not None
+        error_code, message = describe(code)
+        await keeper.fail(give_up, f"{message}{self._last_lines()}"[:MESSAGE_CHARACTERS], error_code=error_code)
+        return False
+
+    def describe_timeout(self) -> str:
+        return f"{'' if self.done.done() else ' It cannot be killed.'}{self._last_lines()}"
+
+    def _last_lines(self) -> str:
+        return f" Last lines of stderr:\n{self._tail.text}" if self._tail.text else ""
+
+
+def _fault(program: str) -> str | None:
+    """Why `program` cannot be started, as far as that shows before it is tried."""
+    if shutil.which(program) is not None:
+        return None
+    if "/" in program:  # a bare name is looked for in PATH alone
+        if os.path.isdir(program):
+            return "it is a directory"
+        if os.path.isfile(program):
+            return f"it is not executable: chmod +x {shlex.quote(program)}"
+    return "there is no such program"
+
+
+def environment(grant: GrantInfo, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The program's environment: what it inherits, and the job's fields. The `lock_id` stays a secret of ours."""
+    values: dict[str, Any] = {field: getattr(grant.job, field) for field in FIELDS}
+    values["fencing_token"] = grant.fencing_token
+    values["worker"] = None if grant.job.lock is None else grant.job.lock.worker
+    named = {f"{PREFIX}{name.upper()}": str(value) for name, value in values.items() if value is not None}
+    return {name: value for name, value in inherited.items() if not name.startswith(PREFIX)} | named
+
+
+def describe(code: int) -> tuple[str, str]:
+    """The `error_code` and the sentence for an exit status other than 0, as subprocess has it."""
+    if code > 0:
+        return f"exit:{code}", f"The program ended with exit status {code}."
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        name = str(-code)
+    return f"signal:{name}", f"The program was ended by {name}."
+
+
+def _say(text: str) -> None:
+    print(f"jobctl run: {text}", file=sys.stderr, flush=True)

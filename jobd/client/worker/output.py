@@ -1,0 +1,216 @@
+"""What a program says: its directives taken out of its output, the rest passed on, the last lines kept.
+
+Knows neither daemon nor process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from jobd.client.worker.aio_utils import settle
+from jobd.model.job import MAX_PERCENT, storage_key_fault
+
+LINE_BYTES: Final = 64 << 10  # a longer line is no directive, and is passed on in pieces
+TEXT_CHARACTERS: Final = 4096
+PLACES: Final = ("download_url", "file_path", "storage_key")
+_VERBS: Final = (b"::progress", b"::meta", b"::result")
+
+
+class BadDirective(ValueError):
+    """A line that looks like a directive and is none; the text says why."""
+
+
+class Said:
+    """What a program's directives said so far. `on_progress` hears of each progress."""
+
+    def __init__(self, on_progress: Callable[[float, str | None], object]) -> None:
+        self._on_progress = on_progress
+        self.places: Final[dict[str, str]] = {}
+        self.metadata: Final[dict[str, Any]] = {}
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The fields of `complete`."""
+        return {**self.places, "metadata": self.metadata or None}
+
+    def take(self, line: bytes) -> bool:
+        """Whether `line` (without its end) is a directive, and done. Raises BadDirective for one that is wrong."""
+        verb, _, rest = line.partition(b" ")
+        if verb not in _VERBS:
+            return False
+        try:
+            text = rest.decode().strip()
+        except UnicodeDecodeError:
+            raise BadDirective("it is not UTF-8") from None
+        if verb == b"::progress":
+            self._progress(text)
+        elif verb == b"::meta":
+            key, value = _pair(text)
+            self.metadata[key] = _json_or_text(value)
+        else:
+            self._result(*_pair(text))
+        return True
+
+    def _progress(self, text: str) -> None:
+        number, _, message = text.partition(" ")
+        try:
+            progress = float(number)
+        except ValueError:
+            raise BadDirective(f"expected a number from 0 to {MAX_PERCENT} after ::progress") from None
+        if not math.isfinite(progress) or not 0 <= progress <= MAX_PERCENT:
+            raise BadDirective(f"progress is out of 0 to {MAX_PERCENT}")
+        if len(message) > TEXT_CHARACTERS:
+            raise BadDirective(f"its text is over {TEXT_CHARACTERS} characters")
+        self._on_progress(int(progress) if progress.is_integer() else progress, message.strip() or None)
+
+    def _result(self, name: str, value: str) -> None:
+        if name not in PLACES:
+            raise BadDirective(f"expected one of {', '.join(PLACES)}")
+        if not 1 <= len(value) <= TEXT_CHARACTERS or "\x00" in value:
+            raise BadDirective(f"{name} needs 1 to {TEXT_CHARACTERS} characters, none of them NUL")
+        fault = storage_key_fault(value) if name == "storage_key" else None
+        if fault is not None:
+            raise BadDirective(f"storage_key {fault}")
+        self.places[name] = value
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise BadDirective("expected key=value")
+    return key.strip(), value.strip()
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError):
+        return value
+
+
+class Filter:
+    """Splits one stream into directives (none where `said` is None) and the rest, which leaves unchanged, at once.
+
+    Held back is only what may still become a directive; with `whole_lines` also a line that has not ended, so that the
+    lines of several programs do not run into each other.
+    """
+
+    def __init__(self, said: Said | None, warn: Callable[[str], None], *, whole_lines: bool = False) -> None:
+        self._said = said
+        self._warn = warn
+        self._whole_lines = whole_lines
+        self._held = b""
+        self._is_inside = False  # the start of the current line has left already
+
+    def feed(self, data: bytes) -> bytes:
+        """What is to be passed on of `data`, and of what was held back."""
+        text = self._held + data
+        end = text.rfind(b"\n") + 1
+        passed, self._held = self._without_directives(text[:end]), text[end:]
+        self._is_inside = self._is_inside and not end
+        if len(self._held) > LINE_BYTES or not (self._whole_lines or self._may_be_directive()):
+            passed += self._held
+            self._is_inside = self._is_inside or bool(self._held)
+            self._held = b""
+        return passed
+
+    def _without_directives(self, lines: bytes) -> bytes:
+        """Whole lines, less those that are directives. The first one is none if its start has left already."""
+        if b"::" not in lines:
+            return lines
+        kept = [
+            line
+            for number, line in enumerate(lines[:-1].split(b"\n"))
+            if (number == 0 and self._is_inside) or not self._is_directive(line)
+        ]
+        return b"".join(line + b"\n" for line in kept)
+
+    def end(self) -> bytes:
+        """What is left when the stream ends: its last line may have no end."""
+        left, self._held = self._held, b""
+        return b"" if not self._is_inside and self._is_directive(left) else left
+
+    def _may_be_directive(self) -> bool:
+        if self._said is None:
+            return False
+        start = self._held[:12]
+        return not self._is_inside and any(start.startswith(verb) or verb.startswith(start) for verb in _VERBS)
+
+    def _is_directive(self, line: bytes) -> bool:
+        if self._said is None or len(line) > LINE_BYTES or not line.startswith(b"::"):
+            return False
+        try:
+            return self._said.take(line.rstrip(b"\r\n"))
+        except BadDirective as bad:
+            self._warn(f"not a directive, passed on: {line[:80].decode(errors='replace').rstrip()!r}: {bad}")
+            return False
+
+
+class Tail:
+    """The last lines of a stream, for a failed job's message."""
+
+    def __init__(self, lines: int = 20, characters: int = 3000) -> None:
+        self._lines: deque[bytes] = deque(maxlen=lines)
+        self._open = b""
+        self._characters = characters
+
+    def feed(self, data: bytes) -> None:
+        first, *rest = data.split(b"\n")
+        self._open = (self._open + first)[-self._characters :]
+        for line in rest:
+            self._lines.append(self._open)
+            self._open = line[-self._characters :]
+
+    @property
+    def text(self) -> str:
+        """The last lines, as text."""
+        lines = [*self._lines, self._open] if self._open else list(self._lines)
+        return b"\n".join(lines).decode(errors="replace").strip()[-self._characters :]
+
+
+class Sink:
+    """Writes to a file descriptor from a thread: a reader that is slow or stopped holds the program up, never the loop.
+
+    Where nobody reads any more (a closed pipe, a full disk) the rest is dropped: the work counts, not its output.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._loop = asyncio.get_running_loop()
+        self._queue: queue.SimpleQueue[tuple[bytes, asyncio.Future[None]] | None] = queue.SimpleQueue()
+        self._is_broken = False
+        threading.Thread(target=self._run, name=f"writer of fd {fd}", daemon=True).start()
+
+    async def write(self, data: bytes) -> None:
+        """Done when `data` was written, in one piece."""
+        if data and not self._is_broken:
+            written: asyncio.Future[None] = self._loop.create_future()
+            self._queue.put((data, written))
+            await written
+
+    def close(self) -> None:
+        """Let the thread end. The descriptor stays open."""
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            data, written = item
+            try:
+                rest = memoryview(data)
+                while rest and not self._is_broken:
+                    rest = rest[os.write(self._fd, rest) :]
+            except OSError:
+                self._is_broken = True
+            try:
+                self._loop.call_soon_threadsafe(settle, written)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                return

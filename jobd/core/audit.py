@@ -1,0 +1,108 @@
+"""What of an operator's command is kept in the audit log: who, from where, what, on which job, and what came of it.
+
+Pure. Only commands that came by an operator's door have an operator; what only reads is no deed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from jobd.core.changeset import Decision
+from jobd.model.commands import (
+    Adopt,
+    AnyCommand,
+    ApplyPlan,
+    Call,
+    Cancel,
+    Delete,
+    ExtendLock,
+    ForceFail,
+    ForceReset,
+    Import,
+    Note,
+    OnJob,
+    Operator,
+    Pause,
+    Recover,
+    ReleaseLock,
+    Resume,
+    RunNow,
+    TakeBack,
+    Transition,
+    Update,
+    is_rehearsal,
+)
+from jobd.model.errors import Refusal
+from jobd.model.events import Change
+from jobd.model.responses import Answer
+from jobd.model.storage import Audited
+
+DEEDS: Final[dict[type, str]] = {
+    ForceFail: "force-fail",
+    ForceReset: "force-reset",
+    Transition: "transition",
+    ExtendLock: "extend-lock",
+    ReleaseLock: "release-lock",
+    RunNow: "run-now",
+    Update: "update",
+    Adopt: "adopt",
+    Cancel: "cancel",
+    Delete: "delete",
+    Pause: "pause",
+    Resume: "resume",
+    Import: "import",
+    Recover: "recover-stuck",
+    TakeBack: "take-back",
+}
+
+
+def entry(call: Call, decision: Decision, at: int) -> Audited | None:
+    """The row of what `call` came to; None where it is no operator's deed. `at` is wall time."""
+    if call.operator is None or is_rehearsal(call.command):
+        return None
+    command = call.command
+    if isinstance(command, Note):
+        told = {"job_id": command.job_id, "outcome": command.outcome, "details": command.details}
+        return _row(call.operator, at, command.what, reason=command.reason, **told)
+    what = f"plan-{command.action}" if isinstance(command, ApplyPlan) else DEEDS.get(type(command))
+    if what is None or (isinstance(command, Import) and not decision.changes):
+        return None  # it reads; or it is a line of an import that was skipped or refused, of which the report tells
+    changes, queue = decision.changes, command.name if isinstance(command, Pause | Resume) else None
+    is_one = isinstance(command, OnJob)
+    return _row(
+        call.operator,
+        at,
+        what,
+        job_id=_job_of(command),
+        queue=changes[0].event.queue if is_one and changes else queue,
+        reason=getattr(command, "reason", None),
+        outcome=decision.answer.code if isinstance(decision.answer, Refusal) else "done",
+        jobs=len({change.event.job_seq for change in changes if change.event.job_seq}),
+        details=_details(command, decision),
+    )
+
+
+def _details(command: AnyCommand, decision: Decision) -> dict[str, Any] | None:
+    if isinstance(command, TakeBack):
+        return {"worker": command.name}
+    is_done = isinstance(command, OnJob) and isinstance(decision.answer, Answer)
+    return _told(decision.changes) if is_done else None
+
+
+def _job_of(command: AnyCommand) -> str | None:
+    """The one job that the deed is about: a plan may have one, too."""
+    if isinstance(command, ApplyPlan):
+        return command.jobs[0].id if len(command.jobs) == 1 else None
+    return command.id if isinstance(command, OnJob) else None
+
+
+def _row(operator: Operator, at: int, what: str, **more: Any) -> Audited:
+    return Audited(at, operator.who, operator.address, what, part_of=operator.part_of, **more)
+
+
+def _told(changes: list[Change]) -> dict[str, Any] | None:
+    """From where to where, the event that says so, and what else it says in public."""
+    if not changes:
+        return None
+    first, last = changes[0].event, changes[-1].event
+    return {**(last.details or {}), "from": first.before, "to": last.after, "event": last.seq}

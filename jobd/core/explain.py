@@ -1,0 +1,362 @@
+"""Why a job is where it is and what happens next, in words for a tired operator.
+
+Pure reading. Every job that is not finished has a next thing that will happen to it, at a known time, by a named rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from shlex import quote
+from typing import Final, NamedTuple
+
+from msgspec.structs import replace
+
+from jobd.core.late_result_rules import refuse_adoption
+from jobd.core.state import Book
+from jobd.core.transitions import in_words, is_overdue
+from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
+from jobd.model.commands import NO_REASON, Moment
+from jobd.model.events import Event, QueuePause, by_in_words
+from jobd.model.job import DELAYED_FROM, HOUR_MS, SECOND_MS, Grant, Job, LateResult, Lease, Policy
+from jobd.model.responses import Next, WhyView
+
+MOST_NAMED: Final = 3  # workers or kinds that a sentence lists
+
+# What ends a job by somebody's hand. Of the others (stalled, expired) the message says all.
+_BY_HAND: Final = frozenset({"completed", "adopted", "cancelled", "force_failed", "transitioned", "imported"})
+
+
+def explain(job: Job, book: Book, at: Moment, policy: Policy) -> WhyView:
+    view = _explained(job, book, at)
+    late = book.late.results.get(job.seq)
+    return replace(view, do=[*_late(job, late, policy), *view.do]) if late else view
+
+
+def _late(job: Job, late: list[LateResult], policy: Policy) -> list[str]:
+    """What may be done with the late results of a job: of those that can be adopted the latest is named."""
+    if job.status == "completed":
+        return []
+    latest = max(late, key=lambda each: each.fencing_token)
+    fit = [each for each in late if refuse_adoption(each, policy) is None]
+    best = max(fit, key=lambda each: each.fencing_token, default=latest)
+    first, status = "", job.status
+    if job.status == "processing":
+        first, status = f"jobctl force-fail {job.id}, then ", "failed"
+    is_there = f"A late result of worker {best.worker} is there"
+    if fit:
+        number = "" if best is latest else f" --result {best.seq}"
+        return [f"{is_there}. To take it: {first}jobctl adopt {job.id}{number}"]
+    lacks = "it has no download_url, which [validation] require_download_url asks for"
+    by_hand = f"{first}jobctl transition {job.id} {status} completed --set download_url=URL"
+    by_hand += " (what else of it is to stay is set there, too)"
+    return [
+        f"{is_there}, but it cannot be adopted: {lacks}. Look at it: jobctl late {job.id}. If it is whole: {by_hand}"
+    ]
+
+
+def _explained(job: Job, book: Book, at: Moment) -> WhyView:
+    match job.status:
+        case "queued":
+            return _queued(job, book, at)
+        case "processing":
+            return _processing(job, book, at)
+        case _:
+            return _finished(job, at)
+
+
+def _queued(job: Job, book: Book, at: Moment) -> WhyView:
+    queue, back = job.options.queue, _returned(job)
+    expires = None
+    if is_overdue(job, at.now):
+        return _overdue(job, book, at, back)
+    if job.expires_at is not None:
+        expires = Next("It fails as expired, if no worker has taken it by then.", job.expires_at, "expires_at")
+    if (pause := book.paused.get(queue)) is not None:
+        because = f"Queue {queue} is paused {pause.in_words()}. No job of it is granted.{back}"
+        return WhyView("queued", because, _pause_ends(pause, expires), "queue_paused", _resuming(queue, pause))
+    if job.run_at > at.now:
+        because = f"It is not due for another {in_words(job.run_at - at.now)}.{back}"
+        due = Next("It becomes due and is offered to workers.", job.run_at, "run_at")
+        if job.releases >= DELAYED_FROM:
+            due = Next("The next worker gets it.", job.run_at, "release delay")
+        first = due if job.expires_at is None or job.run_at < job.expires_at else expires
+        do = [*_look_at_releases(job), f"Run it now: jobctl run-now {job.id}"]
+        return WhyView("queued", because, first, "run_at", do)
+    view = _waiting(job, book, at, expires, back)
+    return replace(view, do=[*_look_at_releases(job), *view.do])
+
+
+def _look_at_releases(job: Job) -> list[str]:
+    if job.releases < DELAYED_FROM or job.ended is None:
+        return []
+    return [f"Find out why its workers release it; {job.ended.worker} was the last."]
+
+
+def _pause_ends(pause: QueuePause, expires: Next | None) -> Next | None:
+    if pause.until is None or (expires is not None and (expires.at or 0) <= pause.until):
+        return expires
+    return Next("The daemon resumes the queue.", pause.until, "pause")
+
+
+def _resuming(queue: str, pause: QueuePause) -> list[str]:
+    """Suggest to resume the queue, and quote the reason for the pause."""
+    by = "the operator who paused it" if pause.by is None else by_in_words(pause.by)
+    reason = f" The pause says: {pause.reason}" if pause.reason else " The pause gives no reason; ask first."
+    return [f"If {by} no longer needs the pause: jobctl resume {queue}.{reason}"]
+
+
+def _overdue(job: Job, book: Book, at: Moment, back: str) -> WhyView:
+    assert job.expires_at is not None
+    because = f"Its expires_at passed {in_words(at.now - job.expires_at)} ago, so no worker gets it any more.{back}"
+    if at.suspect:
+        because += " The wall clock is suspect, so recovery does not fail it."
+        do = ["Check the date of the daemon's machine. If it is right: jobctl clock accept"]
+        return WhyView("queued", because, None, "clock", do)
+    do = [f"If it is still wanted: jobctl force-reset {job.id}"]
+    soon = Next("It fails as expired, with the next recovery or cleanup pass.", at.now, "expires_at")
+    if book.next_cleanup_at is not None:
+        soon = Next("It fails as expired, with the next cleanup run.", max(book.next_cleanup_at, at.now), "expires_at")
+    return WhyView("queued", because, soon, "expires_at", do)
+
+
+def _waiting(job: Job, book: Book, at: Moment, expires: Next | None, back: str) -> WhyView:
+    queue, kind = job.options.queue, job.options.kind
+    first = next(book.due([queue], [kind]), None)
+    ahead = "It is the next of its kind." if first is not None and first.id == job.id else "Other jobs are before it."
+    outlook = _outlook(job, book, at)
+    because = f"It has been due for {in_words(at.now - job.run_at)}: {outlook.clause}. {ahead}{back}"
+    return WhyView("queued", because, expires or outlook.next, outlook.blocked_by, outlook.do)
+
+
+class _Outlook(NamedTuple):
+    """The workers that could take a due job, as `why` reports them."""
+
+    clause: str
+    next: Next
+    blocked_by: str | None
+    do: list[str]
+
+
+def _outlook(job: Job, book: Book, at: Moment) -> _Outlook:
+    queue, kind = job.options.queue, job.options.kind
+    presence = book.presence
+    sets = list(presence.claim_sets(queue))
+    fitting = [claims for claims in sets if claims.takes(kind)]
+    see, start = "List the workers: jobctl workers", f"Start a worker: jobctl run --queue {queue} -- CMD"
+    if any(claims.waiting for claims in fitting):
+        offered = Next("A waiting worker gets it.", at.now, "claim")
+        return _Outlook("a worker waits for jobs like it", offered, None, [see])
+    workers = [(name, presence.workers[name]) for claims in fitting for name in claims.workers]
+    idle = [each for each in workers if presence.state(each[1]) == "idle"]
+    busy = [each for each in workers if each[1].jobs]
+    if idle:
+        offered = Next("The next worker that claims its queue gets it.", None, "claim")
+        return _Outlook(_idle(idle, presence), offered, "no waiting worker", [see, start])
+    if busy:
+        offered = Next("The first worker of its queue that becomes free gets it.", None, "claim")
+        silent = [
+            f"Take the jobs of {name} back: jobctl take-back {quote(name)}" for name, each in busy if each.expired
+        ]
+        return _Outlook(_busy(busy, book, at), offered, "no free worker", [see, *silent[:MOST_NAMED], start])
+    offered = Next("The first worker that claims its queue and kind gets it.", None, "claim")
+    if fitting:
+        ago = in_words(presence.lease - max(claims.claimed for claims in fitting))
+        gone = max(workers, key=lambda each: each[1].heard, default=None)
+        who = "" if gone is None else f", by {gone[0]}, which is gone"
+        clause = f"no worker claims this queue any more; the last claim was {ago} ago{who}"
+        return _Outlook(clause, offered, "no worker", [see, start])
+    if sets and (others := _others(sets, presence)):
+        clause = f"{others}; no worker has claimed {_of_kind(kind)} of this queue {_since(presence, at)}"
+        return _Outlook(clause, offered, "no worker of its kind", [see, f"{start} (it takes all kinds)"])
+    what = f"queue `{queue}`" if not sets else f"{_of_kind(kind)} of queue `{queue}`"
+    return _Outlook(f"no worker has claimed {what} {_since(presence, at)}", offered, "no worker", [see, start])
+
+
+def _idle(idle: list[tuple[str, WorkerSeen]], presence: WorkerPresence) -> str:
+    name, latest = max(idle, key=lambda each: each[1].claimed)
+    others = "" if len(idle) == 1 else f"; {len(idle) - 1} more {'is' if len(idle) == 2 else 'are'} idle"
+    return (
+        f"no worker is waiting now; {name} claimed this queue {in_words(presence.lease - latest.claimed)} ago{others}"
+    )
+
+
+def _busy(busy: list[tuple[str, WorkerSeen]], book: Book, at: Moment) -> str:
+    since = min(_busy_since(worker, book) for _, worker in busy)
+    longest = in_words(at.now - since)
+    count, silent = len(busy), [name for name, worker in busy if worker.expired]
+    if count == 1:
+        clause = f"{busy[0][0]}, the only worker of this queue, has been busy for {longest}"
+    else:
+        everyone = "both" if count == 2 else f"all {count}"
+        clause = f"{everyone} workers of this queue are busy, the longest for {longest}"
+    return f"{clause}; silent, with an expired lock: {_listed(silent)}" if silent else clause
+
+
+def _busy_since(worker: WorkerSeen, book: Book) -> int:
+    """Return the wall time of the oldest grant that the worker holds."""
+    grant = book.processing[next(iter(worker.jobs))].grant
+    assert grant is not None
+    return grant.acquired_at
+
+
+def _others(sets: list[ClaimSet], presence: WorkerPresence) -> str:
+    """Describe the workers of the queue that take other kinds only; empty if all of them are gone."""
+    found = [(name, presence.workers[name]) for claims in sets for name in claims.workers]
+    there = [each for each in found if presence.state(each[1]) != "gone"]
+    if not there:
+        return ""
+    name, worker = max(there, key=lambda each: (each[1].waiting > 0, each[1].claimed))
+    assert worker.claims is not None and worker.claims.kinds is not None
+    does = "waits on" if worker.waiting else "claims"
+    more = "" if len(there) == 1 else f" ({len(there) - 1} more {'takes' if len(there) == 2 else 'take'} other kinds)"
+    kinds = [kind or "jobs without a kind" for kind in worker.claims.kinds]
+    return f"{name} {does} this queue but takes only: {_listed(kinds)}{more}"
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _of_kind(kind: str) -> str:
+    return f"kind `{kind}`" if kind else "jobs without a kind"
+
+
+def _since(presence: WorkerPresence, at: Moment) -> str:
+    if presence.has_forgotten or presence.started_at is None:
+        return f"since {_utc(at.wall(presence.since), at.now)}"
+    return f"since the start at {_utc(presence.started_at, at.now)}"
+
+
+def _utc(time_ms: int, now_ms: int) -> str:
+    """Format a time of day, with its date if it is more than 12 hours ago."""
+    time = datetime.fromtimestamp(time_ms // SECOND_MS, UTC)
+    return f"{time:%H:%M} UTC" if 0 <= now_ms - time_ms < 12 * HOUR_MS else f"{time:%Y-%m-%d %H:%M} UTC"
+
+
+def _returned(job: Job) -> str:
+    """What brought the job back to its queue, if something did."""
+    back = _released(job)
+    if job.error is not None and job.error.message:
+        return f"{back} Its last attempt failed: {job.error.message}"
+    if job.ended is None:
+        return back
+    return f"{back} Its last grant, to worker {job.ended.worker}, ended by {job.ended.rule}."
+
+
+def _released(job: Job, when: str = "") -> str:
+    """Return a sentence about repeated releases, once they delay the job."""
+    if job.releases < DELAYED_FROM:
+        return ""
+    return f" It was released {job.releases} times in a row without progress{when}."
+
+
+def _processing(job: Job, book: Book, at: Moment) -> WhyView:
+    grant, lease = job.grant, job.lease
+    if grant is None or lease is None:
+        because = "The row says processing, but nobody holds the job. Such rows come from imports or from hands."
+        soon = Next("The next cleanup run treats it as stalled.", _cleanup_at(book, at), "validation")
+        return WhyView("processing", because, soon, None, ["Run a pass now: jobctl cleanup"])
+    since = in_words(at.now - grant.acquired_at)
+    because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %."
+    if lease.is_live(at.lease):
+        until = in_words(lease.expires - at.lease)
+        because += f" Its lock is live for another {until}."
+    elif lease.is_past_ceiling(at.lease):
+        because += (
+            " Its lock has expired: the worker is silent. It can no longer report progress, but may still end the job."
+        )
+    else:
+        because += " Its lock has expired: the worker is silent. It may still end the job or report."
+    because += _ceiling(grant, lease, at) + _released(job, " before this grant" if job.progress == 0 else "")
+    return WhyView("processing", because, _next_of(grant, lease, book, at), None, _advice(job, grant, lease, at))
+
+
+def _ceiling(grant: Grant, lease: Lease, at: Moment) -> str:
+    """Return a sentence about the ceiling of this grant; empty once it has passed."""
+    if lease.ceiling is None:
+        return " This grant has no ceiling (max_processing_ms 0)."
+    left = lease.ceiling - at.lease
+    if left <= 0:
+        return ""
+    return f" Its ceiling is in {in_words(left)} (max_processing_ms {grant.max_processing_ms}); progress moves it."
+
+
+def _cleanup_at(book: Book, at: Moment) -> int:
+    """Return when the next cleanup run begins; now if that is not known."""
+    return max(book.next_cleanup_at or 0, at.now)
+
+
+def _next_of(grant: Grant, lease: Lease, book: Book, at: Moment) -> Next:
+    if at.lease >= lease.stuck:
+        if book.next_cleanup_at is not None:
+            what = "The next cleanup run recovers it (recover_every is 0): on_stall queues it again or fails it."
+            return Next(what, _cleanup_at(book, at), "cleanup")
+        return Next("Recovery acts on it: on_stall queues it again or fails it.", at.now, "recovery")
+    if lease.is_live(at.lease) and lease.expires < lease.stuck:
+        what = f"The lock expires, unless worker {grant.worker} extends it or reports progress."
+        return Next(what, at.wall(lease.expires), "lock expiry")
+    by = "" if book.next_cleanup_at is None else " by the next cleanup run after that"
+    what = f"It counts as stuck and is recovered{by}, unless worker {grant.worker}"
+    if lease.ceiling is not None and lease.stuck == lease.ceiling:  # which more time for the lock does not move
+        return Next(f"{what} reports progress or ends it.", at.wall(lease.stuck), "max_processing")
+    return Next(f"{what} is heard of.", at.wall(lease.stuck), "stuck_after")
+
+
+def _advice(job: Job, grant: Grant, lease: Lease, at: Moment) -> list[str]:
+    take_back = (
+        [] if lease.is_live(at.lease) else [f"Take its expired jobs back now: jobctl take-back {quote(grant.worker)}"]
+    )
+    return [
+        f"Is the worker alive? Look at {grant.worker}.",
+        *take_back,
+        f"If it is dead and you cannot wait: jobctl force-reset {job.id} (runs it again) or jobctl force-fail {job.id}",
+    ]
+
+
+def _finished(job: Job, at: Moment) -> WhyView:
+    deleted = None
+    if job.expires_at is not None:
+        what = "A cleanup run deletes it" + (" once the clock is no longer suspect." if at.suspect else ".")
+        deleted = Next(what, max(job.expires_at, at.now), "retention")
+    match job.status:
+        case "completed":
+            return WhyView("completed", ending(job), deleted, None, [])
+        case "failed":
+            do = [f"Mend the cause, then run it again: jobctl force-reset {job.id}"]
+            return WhyView("failed", ending(job), deleted, None, do)
+        case "cancelled":
+            do = [f"If it is wanted after all: jobctl force-reset {job.id}"]
+            return WhyView("cancelled", ending(job), deleted, None, do)
+        case _:
+            do = ["Correct the row with the daemon stopped, then: jobd doctor --accept ID"]
+            return WhyView(job.status, f"Status {job.status} is unknown, so no rule applies to it.", None, None, do)
+
+
+def ending(job: Job, events: Sequence[Event] = ()) -> str:
+    """How a finished job ended; by whom, and why they said, as far as its latest events tell."""
+    end = next((event for event in reversed(events) if event.after == job.status != event.before), None)
+    if job.status == "failed":
+        return _failed(job, end)
+    how = job.status if end is None or end.type not in _BY_HAND else _by_hand(end)
+    return f"It was {how}; that is final." if job.status == "completed" else f"It was {how}."
+
+
+def _failed(job: Job, end: Event | None) -> str:
+    message = (job.error.message if job.error else None) or "without a message."
+    if end is not None and end.type == "failed":
+        return f"It failed at {by_in_words(end.by)}: {message}"
+    if end is None or end.type not in _BY_HAND:
+        return f"It failed: {message}"
+    is_said = message in (end.reason, NO_REASON)
+    return f"It was {_by_hand(end)}." if is_said else f"It was {_by_hand(end)}. Its error: {message}"
+
+
+def _by_hand(end: Event) -> str:
+    """`cancelled by operator ana: no longer needed`."""
+    how = f"imported as {end.after}" if end.type == "imported" else str(end.after)
+    if end.type == "adopted":
+        how += f" with a late result of worker {(end.details or {}).get('worker')}"
+    reason = f": {end.reason.removesuffix('.')}" if end.reason not in (None, "", NO_REASON) else ""
+    return f"{how} by {by_in_words(end.by)}{reason}"

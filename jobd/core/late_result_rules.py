@@ -1,0 +1,232 @@
+"""Rules of what comes too late: calls whose grant has ended are noted in the journal, the result of a complete is kept.
+
+Pure. What was kept is on the disk: the actor reads what `asks` names before a batch is decided, and the book has it as
+long as that batch. A late result never changes who holds the job.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from jobd.core import transitions as steps
+from jobd.core.changeset import Draft
+from jobd.core.state import Book
+from jobd.model.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Release, Why
+from jobd.model.errors import Refusal
+from jobd.model.job import KEEP_LATE, Job, LateResult, Policy, Result, storage_key_fault
+from jobd.model.responses import Answer
+from jobd.model.storage import LateAsked
+
+ADOPTABLE: Final = frozenset({"queued", "failed", "cancelled"})
+
+_ASKING: Final = "[validation] require_download_url"
+_BY_HAND: Final = (
+    "jobctl transition ID STATUS completed --set download_url=URL (what else is to stay is set there, too)"
+)
+
+Calls = Progress | Extend | Complete | Fail | Release
+_CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and in words
+    Progress: ("progress", "reported progress"),
+    Extend: ("extend", "asked for more time"),
+    Complete: ("complete", "completed the job"),
+    Fail: ("fail", "failed the job"),
+    Release: ("release", "gave the job back"),
+}
+
+
+def asks(book: Book, command: AnyCommand, policy: Policy) -> LateAsked | None:
+    """What of late results has to be read before `command` is decided."""
+    if not isinstance(command, (Complete, Why, Adopt)):
+        return None
+    if isinstance(command, Complete) and not is_late(book, command):
+        return None
+    job = book.get(command.id)
+    if job is None:
+        return None
+    if not isinstance(command, Complete):
+        return LateAsked(job.seq, whole=isinstance(command, Adopt))
+    last = job.ended if job.ended is not None and job.ended.lock_id == command.lock_id else None
+    if policy.late_results_of(job.options.queue) == "drop" or (last is not None and last.verb):
+        return None  # it will be forgotten, or repeats what its holder has said
+    return LateAsked(job.seq, command.lock_id if last is None else None)
+
+
+def is_late(book: Book, command: Complete) -> bool:
+    """Whether `command` does not come from who holds the job."""
+    return not book.holds(command.id, command.lock_id)
+
+
+def complete(draft: Draft, command: Complete, refusal: Refusal, body_hash: str) -> Answer | Refusal:
+    """A complete that is refused with `lock_lost`: forgotten, kept, or taken all the same, as its queue has it.
+
+    Only what was a grant of this job leaves anything, and of each grant the first that it said counts.
+    """
+    job = draft.book.get(command.id)
+    assert job is not None  # its lock was looked at
+    granted = _granted(draft.book, job, command.lock_id)
+    policy = draft.policy.late_results_of(job.options.queue)
+    if granted is None:
+        return refusal
+    if policy == "drop":
+        return _not_kept(draft, job, command, refusal)
+    worker, token = granted
+    result = (
+        steps.kept_result(Result(command.download_url, command.file_path, command.storage_key, command.metadata))
+        or Result()
+    )
+    late = LateResult(0, draft.at.now, worker, token, body_hash, command.expires_at, result)
+    is_free = policy == "adopt_if_unclaimed" and _is_unclaimed(draft, job, command.lock_id)
+    if is_free and steps.refuse_result(draft, command) is None:
+        return _taken(draft, job, late)
+    return _kept(draft, job, late, refusal) or _not_kept(draft, job, command, refusal)
+
+
+def tell(draft: Draft, job: Job, command: Calls) -> None:
+    """Of the calls of a grant that are refused with `lock_lost` the first with each verb is told in the journal.
+
+    Only of the last grant that ended, which memory has: no guess leaves anything, and no call costs a look at the disk.
+    """
+    ended = job.ended
+    if ended is None or ended.lock_id != command.lock_id or not draft.policy.late_calls:
+        return
+    verb, did = _CALLS[type(command)]
+    if draft.book.was_told(job.seq, ended.fencing_token, verb):
+        return
+    lost = f"after it had lost its lock ({ended.rule})"
+    reason = f"Worker {ended.worker} {did} {lost}; {_holder(job)}. The call was refused."
+    details = {"verb": verb, "worker": ended.worker, "fencing_token": ended.fencing_token, **_said(command)}
+    draft.note_call(job, ended.worker, reason, details)
+
+
+def adopt(draft: Draft, command: Adopt) -> Answer | Refusal:
+    """A late result becomes the job's own, which is completed by it."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if job.status not in ADOPTABLE:
+        return steps.refuse_transition(job, "completed", _advice(job))
+    late = _chosen(draft.book.late.results.get(job.seq, []), command.result)
+    if late is None:
+        which = "a late result" if command.result is None else f"the late result {command.result}"
+        message = f"Job {job.id} does not have {which}. See those that it has: jobctl late {job.id}"
+        return Refusal("late_result_not_found", message, {"job_id": job.id})
+    refusal = refuse_adoption(late, draft.policy)
+    if refusal is not None:
+        return refusal
+    details = {"late_result": late.seq, "worker": late.worker, "fencing_token": late.fencing_token}
+    expires_at = late.expires_at if late.expires_at is not None and late.expires_at > draft.at.now else None
+    fields: dict[str, Any] = {"reason": command.reason, "details": details, "expires_at": expires_at}
+    return steps.job_answer(draft, steps.complete(draft, job, "adopted", job.ended, late.result, **fields))
+
+
+def refuse_adoption(late: LateResult, policy: Policy) -> Refusal | None:
+    """Why this late result may complete no job as the daemon is set now, whatever the job's status."""
+    refusal = steps.refuse_without_url(policy, late.result.download_url)
+    if refusal is None:
+        return None
+    message = f"Late result {late.seq} cannot be adopted: it has no download_url, which {_ASKING} asks for."
+    return replace(refusal, message=f"{message} If its work is whole, give an address yourself: {_BY_HAND}")
+
+
+def _granted(book: Book, job: Job, lock_id: str) -> tuple[str, int] | None:
+    """Worker and token of the ended grant of `job` that had this lock id; None where there was none."""
+    if job.ended is not None and job.ended.lock_id == lock_id:
+        return job.ended.worker, job.ended.fencing_token
+    older = book.late.grants.get((job.seq, lock_id))
+    return None if older is None else (older.worker, older.fencing_token)
+
+
+def _is_unclaimed(draft: Draft, job: Job, lock_id: str) -> bool:
+    """Whether nothing has happened to the job since recovery ended this grant.
+
+    Nobody was given it, and no operator has touched it: a step of theirs had set `updated_at`, a reset `stalls`.
+    """
+    ended = job.ended
+    if ended is None or ended.lock_id != lock_id or ended.rule != "recovery":
+        return False
+    if job.updated_at != ended.at or not job.stalls or steps.is_overdue(job, draft.at.now):
+        return False
+    return job.status == "queued" or (
+        job.status == "failed" and job.error is not None and job.error.code == steps.STALLED
+    )
+
+
+def _taken(draft: Draft, job: Job, late: LateResult) -> Answer:
+    """As if the holder had still been there: a repeat is answered in the same way."""
+    assert job.ended is not None  # that of this grant
+    ended = replace(
+        job.ended, at=late.at, rule="complete", reason="complete", verb="complete", body_hash=late.body_hash
+    )
+    reason = f"Worker {late.worker} had lost its lock, but nobody had been given the job since: its result was taken."
+    details = {"worker": late.worker, "fencing_token": late.fencing_token}
+    fields: dict[str, Any] = {"reason": reason, "details": details, "expires_at": late.expires_at}
+    by = f"worker:{late.worker}"
+    return steps.job_answer(draft, steps.complete(draft, job, "adopted", ended, late.result, by=by, **fields))
+
+
+def _not_kept(draft: Draft, job: Job, command: Complete, refusal: Refusal) -> Refusal:
+    tell(draft, job, command)
+    return refusal
+
+
+def _kept(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal | None:
+    """Keep it, if it is the first of its grant, not too large, and no later grants have left as many as are kept.
+
+    A grant whose late result has made room for later ones keeps none again, so a loop of calls adds nothing. None
+    where it is not kept.
+    """
+    known = draft.book.late.results.get(job.seq, [])
+    same = next((each for each in known if each.fencing_token == late.fencing_token), None)
+    if same is not None:
+        return _told(draft, job, same, refusal) if same.body_hash == late.body_hash else None
+    result = late.result
+    latest = sorted([late.fencing_token, *(each.fencing_token for each in known)])[-KEEP_LATE:]
+    if late.fencing_token not in latest:
+        return None
+    if result.metadata is not None and len(bytes(result.metadata)) > draft.policy.late_bytes:
+        return None
+    if result.storage_key is not None and storage_key_fault(result.storage_key) is not None:
+        return None
+    reason = f"Worker {late.worker} completed the job after it had lost its lock; {_holder(job)}. Its result is kept."
+    details = {"worker": late.worker, "fencing_token": late.fencing_token}
+    return _told(draft, job, draft.keep_late(job, late, reason, details), refusal)
+
+
+def _told(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal:
+    kept = f"Its result is kept as late result {late.seq}"
+    if job.status == "completed":
+        kept += "."
+    elif steps.refuse_without_url(draft.policy, late.result.download_url) is not None:
+        kept += f", but cannot be adopted: it has no download_url, which {_ASKING} asks for."
+    else:
+        kept += f"; an operator can adopt it: jobctl adopt {job.id}"
+    return replace(refusal, message=f"{refusal.message} {kept}", details=refusal.details | {"late_result": late.seq})
+
+
+def _holder(job: Job) -> str:
+    return f"worker {job.grant.worker} holds the job" if job.grant is not None else f"the job is {job.status}"
+
+
+def _said(command: Calls) -> dict[str, Any]:
+    """What a refused call would have said."""
+    said: dict[str, Any] = {}
+    if isinstance(command, Progress):
+        said = {"progress": steps.whole(command.progress), "message": command.message}
+    elif isinstance(command, Fail):
+        said = {"error_message": command.error_message, "error_code": command.error_code}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _chosen(known: list[LateResult], seq: int | None) -> LateResult | None:
+    if seq is None:
+        return max(known, key=lambda late: late.fencing_token, default=None)
+    return next((late for late in known if late.seq == seq), None)
+
+
+def _advice(job: Job) -> str:
+    if job.status == "completed":
+        return "completed is final: its late results can only be looked at."
+    holder = f"Worker {job.grant.worker} holds it" if job.grant is not None else "It is being worked on"
+    return f"{holder}: let it end, or take the job from it first (jobctl force-fail {job.id}), then adopt."

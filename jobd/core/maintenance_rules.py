@@ -1,0 +1,239 @@
+"""Rules of time: recovery, expiry, deletion by age, validation passes, the daemon's own absence.
+
+Pure. Whether they apply is judged here, when the command is applied, not when somebody looked.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Final, Literal
+
+from msgspec.structs import replace
+
+from jobd.core import transitions as steps
+from jobd.core.changeset import Draft
+from jobd.core.validation import counts, safe_fixes, validate
+from jobd.model.commands import (
+    CreditAbsence,
+    DeleteExpired,
+    EndGrants,
+    Expire,
+    Mend,
+    Moment,
+    OnJob,
+    Preview,
+    Recover,
+    TakeBack,
+)
+from jobd.model.errors import Refusal
+from jobd.model.job import FINISHED, Job, Lease
+from jobd.model.responses import Answer, Foreseen, Issue, Recovered, Recovery, TakenBack, Worked
+
+TAKEN_BACK: Final = 200  # jobs of one take-back command
+
+
+def recover(draft: Draft, command: Recover) -> Answer:
+    """Recover stuck jobs by their stall rule and clear expired locks, up to `limit` of each."""
+    book, lease = draft.book, draft.at.lease
+    details = []
+    for job_id in islice(book.stuck, command.limit):
+        job = book.processing[job_id]
+        if steps.is_stuck(job, lease):
+            job = steps.stall(draft, job, steps.silence(draft, job))
+            details.append(_recovery(draft, job))
+    cleared = 0
+    for job_id in islice(book.expired_locks, command.limit):
+        job = book.processing[job_id]
+        if job.lease is not None and lease >= job.lease.expires and not steps.is_stuck(job, lease):
+            _clear_lock(draft, job, job.lease)
+            cleared += 1
+    more = len(book.stuck) > command.limit or len(book.expired_locks) > command.limit
+    return Answer(Recovered(details, cleared, more))
+
+
+def take_back(draft: Draft, command: TakeBack) -> Answer | Refusal:
+    """End the first expired grants of a silent worker by their stall rule. Live locks do not change."""
+    name, presence = command.name, draft.book.presence
+    worker = presence.workers.get(name)
+    if worker is None:
+        message = f"No worker {name} was seen since the start. List the workers: jobctl workers"
+        return Refusal("worker_not_found", message, {"worker": name})
+    if not worker.expired:
+        state = presence.state(worker)
+        held = (
+            f"the locks of its {len(worker.jobs)} jobs are live"
+            if len(worker.jobs) > 1
+            else "the lock of its job is live"
+        )
+        why = held if worker.jobs else "it holds no job"
+        message = f"Worker {name} is {state}, not silent: {why}. To end a live grant: jobctl force-reset ID"
+        return Refusal("worker_not_silent", message, {"worker": name, "state": state})
+    details = []
+    for job_id in islice(worker.expired, TAKEN_BACK):
+        job = draft.book.processing[job_id]
+        cause = f"{steps.silence(draft, job)} An operator took the job back."
+        job = steps.stall(draft, job, cause, rule="take-back", why="taken_back")
+        details.append(_recovery(draft, job))
+    reset = sum(each.action == "reset" for each in details)
+    more = len(worker.expired) > len(details)
+    return Answer(TakenBack(name, len(details), reset, len(details) - reset, details, more, draft.at.now))
+
+
+def _recovery(draft: Draft, job: Job) -> Recovery:
+    """Describe what the last step did to a stalled job."""
+    action: Literal["reset", "failed"] = "reset" if job.status == "queued" else "failed"
+    return Recovery(job.id, action, draft.changes[-1].event.reason or "")
+
+
+def recover_one(draft: Draft, command: OnJob) -> Answer | Refusal:
+    """Recover this job, if it is stuck at this moment."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if steps.is_stuck(job, draft.at.lease):
+        steps.stall(draft, job, steps.silence(draft, job))
+        return Answer(Worked(1))
+    return _not_due(job, draft.at)
+
+
+def clean_one(draft: Draft, command: OnJob) -> Answer | Refusal:
+    """What a pass does to this job at this moment, but for what it mends: recover it, fail it, or delete it."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if steps.may_expire(job, draft.at):
+        steps.expire(draft, job)
+    elif _is_past(job, draft.at):
+        draft.delete(job)
+    else:
+        return recover_one(draft, command)
+    return Answer(Worked(1))
+
+
+def _not_due(job: Job, at: Moment) -> Refusal:
+    message = steps.CLOCK_SUSPECT if at.suspect else "It is no longer due for deletion or expiry."
+    return Refusal("invalid_transition", message, {"job_id": job.id, "status": job.status})
+
+
+def preview(draft: Draft, command: Preview) -> Answer:
+    """What `recover` and `expire` would do now, found out by doing it to a draft that nobody writes."""
+    recovered = recover(draft, Recover(limit=command.limit)).data
+    overdue, more_overdue = _overdue(draft, command.limit)
+    expired = [job.id for job in overdue if steps.may_expire(job, draft.at)]
+    draft.changes.clear()
+    more = recovered.more or more_overdue
+    return Answer(Foreseen(recovered.details, recovered.locks_cleared, expired, more))
+
+
+def _clear_lock(draft: Draft, job: Job, lease: Lease) -> None:
+    """The lock has expired; the grant stays, and its holder may revive it until the job counts as stuck."""
+    details = {"worker": job.grant.worker if job.grant else None}
+    draft.step(job, "lock_expired", details=details, lease=replace(lease, cleared=True))
+
+
+def end_grants(draft: Draft, command: EndGrants) -> Answer:
+    """End grants that were made before the store was put back from a backup."""
+    done = 0
+    for job_id in dict.fromkeys(command.ids):
+        job = draft.book.processing.get(job_id)
+        if job is not None:
+            cause = "The store was put back from a backup, which ends every grant in it."
+            steps.stall(draft, job, cause, rule="restore", why="restored")
+            done += 1
+    return Answer(Worked(done))
+
+
+def credit_absence(draft: Draft, command: CreditAbsence) -> Answer:
+    """After a start nothing of a processing job ends within `grace_ms`: its worker needs time to find the daemon."""
+    until = draft.at.lease + command.grace_ms
+    since = draft.at.lease if command.since is None else command.since
+    done = 0
+    for job_id in dict.fromkeys(command.ids):
+        job = draft.book.processing.get(job_id)
+        if job is None or job.lease is None:
+            continue
+        lease = _credited(job.lease, since, until)
+        if lease != job.lease:
+            draft.step(job, "resumed", details={"grace_ms": command.grace_ms}, lease=lease)
+            done += 1
+    return Answer(Worked(done))
+
+
+def _credited(lease: Lease, since: int, until: int) -> Lease:
+    """No lock that was live at `since`, no ceiling and no stuck time ends before `until`."""
+    expires = max(lease.expires, until) if lease.is_live(since) else lease.expires
+    ceiling = None if lease.ceiling is None else max(lease.ceiling, until)
+    return replace(lease, expires=expires, silent=max(lease.silent, until), ceiling=ceiling)
+
+
+def expire(draft: Draft, command: Expire) -> Answer:
+    """Fail queued jobs that their creators no longer want."""
+    overdue, more = _overdue(draft, command.limit)
+    late = [job for job in overdue if steps.may_expire(job, draft.at)]
+    for job in late:
+        steps.expire(draft, job)
+    return Answer(Worked(len(late), more=more))
+
+
+def _overdue(draft: Draft, limit: int) -> tuple[list[Job], bool]:
+    """Return the jobs that have been overdue longest, and whether there are more."""
+    found = list(islice(draft.book.overdue(), limit + 1))
+    return [draft.book.jobs[job_id] for job_id in found[:limit]], len(found) > limit
+
+
+def delete_expired(draft: Draft, command: DeleteExpired) -> Answer:
+    """Delete those of the named jobs that are finished and past their `expires_at` now."""
+    done = 0
+    for job_id in dict.fromkeys(command.ids):
+        job = draft.book.get(job_id)
+        if job is None or not _is_past(job, draft.at):
+            continue
+        draft.delete(job)
+        done += 1
+    return Answer(Worked(done))
+
+
+def _is_past(job: Job, at: Moment) -> bool:
+    """Return whether the job is finished and past its `expires_at` by a clock that is not suspect."""
+    return not at.suspect and job.status in FINISHED and job.expires_at is not None and job.expires_at <= at.now
+
+
+def end_pauses(draft: Draft) -> Answer:
+    """Resume the queues whose pause is over, by the trusted wall time."""
+    over = [
+        name
+        for name, pause in draft.book.paused.items()
+        if pause.until is not None and pause.until <= draft.at.believed
+    ]
+    for name in over:
+        draft.queue(name, "queue_resumed", "The pause ended at its set time.")
+    return Answer(Worked(len(over)))
+
+
+def mend(draft: Draft, command: Mend) -> Answer:
+    """Validate the named jobs and apply the safe fixes; what has none is reported, and looked at again each time."""
+    found: list[tuple[str, Issue]] = []
+    fixed = 0
+    for job_id in dict.fromkeys(command.ids):
+        job = draft.book.get(job_id)
+        if job is None:
+            continue
+        issues = [issue for issue in validate(job, draft.at, draft.policy).issues if counts(issue)]
+        found.extend((job_id, issue) for issue in issues)
+        left = issues
+        if issues:
+            left = [issue for issue in validate(_mend(draft, job), draft.at, draft.policy).issues if counts(issue)]
+            fixed += len(issues) - len(left)
+        if not left:
+            draft.checked.append(job.seq)
+    return Answer(Worked(fixed, found=len(found), issues=found))
+
+
+def _mend(draft: Draft, job: Job) -> Job:
+    """Apply the safe fixes to one job, if there are any; its row after that."""
+    fixes = safe_fixes(job)
+    if fixes:
+        job = draft.step(job, "fixed", reason="validation", details={"fields": sorted(fixes)}, **fixes)
+    if job.status == "processing" and (job.grant is None or job.lease is None):
+        job = steps.stall(draft, job, steps.silence(draft, job))
+    return job

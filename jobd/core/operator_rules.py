@@ -1,0 +1,298 @@
+"""Rules of operators: force-fail, force-reset, transition, update, run-now, delete, pause, import.
+
+Pure. A live grant that an operator ends is revoked: its holder's next call is told so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from jobd.core import transitions as steps
+from jobd.core import views
+from jobd.core.changeset import Draft
+from jobd.model.commands import (
+    NO_REASON,
+    Delete,
+    ForceFail,
+    ForceReset,
+    Import,
+    ImportCheck,
+    Pause,
+    Resume,
+    RunNow,
+    Transition,
+    Update,
+    Updates,
+)
+from jobd.model.errors import Refusal
+from jobd.model.events import QueuePause
+from jobd.model.job import FINISHED, LIVE, MAX_PERCENT, TRANSITIONS, Failure, Grant, Job, Lease, Result, Status
+from jobd.model.responses import AdminLock, Answer, Forced, Imported, ImportForeseen, LockState
+
+
+def force_fail(draft: Draft, command: ForceFail) -> Answer | Refusal:
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if job.status not in LIVE:
+        return steps.refuse_transition(job, "failed", "Only a queued or processing job can be failed.")
+    reason = command.reason or NO_REASON
+    ended = steps.ended_by(job, draft.at.now, "force-fail", "force_failed")
+    error = Failure(reason, "force_failed")
+    after = steps.finish(draft, job, "force_failed", "failed", ended, reason=reason, error=error)
+    return _forced(draft, job, after, reason)
+
+
+def force_reset(draft: Draft, command: ForceReset) -> Answer | Refusal:
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    job = steps.met(draft, job)
+    if job.status in ("queued", "completed"):
+        what = "It waits already." if job.status == "queued" else "completed is final; create a new job instead."
+        return steps.refuse_transition(job, "queued", what)
+    ended = steps.ended_by(job, draft.at.now, "force-reset", "force_reset")
+    fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": draft.at.now} | _wanted_again(draft, job)
+    after = steps.requeue(draft, job, "force_reset", ended, reason=command.reason, **fresh)
+    return _forced(draft, job, after, command.reason)
+
+
+def _wanted_again(draft: Draft, job: Job) -> dict[str, Any]:
+    """Who puts a job back whose `expires_at` has passed wants it all the same: it would fail again at once."""
+    return {"expires_at": None} if job.expires_at is not None and job.expires_at <= draft.at.now else {}
+
+
+def transition(draft: Draft, command: Transition) -> Answer | Refusal:
+    """Compare-and-set: only a job that is still `from_` moves."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    job = steps.met(draft, job)
+    if job.status != command.from_:
+        what = f"The transition asked for {command.from_}; look at the job again before you decide."
+        return steps.refuse_transition(job, command.to, what)
+    if command.to == "processing":
+        return steps.refuse_transition(job, command.to, "Only a grant makes a job processing: use start or claim.")
+    if (job.status, command.to) not in TRANSITIONS:
+        return steps.refuse_transition(job, command.to, f"It cannot go from {job.status} to {command.to}.")
+    fields = _updated(draft, job, command.updates)
+    if command.to == "completed":
+        result = fields.get("result", job.result) or Result()
+        refusal = steps.refuse_without_url(draft.policy, result.download_url, "updates.download_url")
+        if refusal is not None:
+            return refusal
+    after = _moved(draft, job, command, fields)
+    return _forced(draft, job, after, command.reason)
+
+
+def _moved(draft: Draft, job: Job, command: Transition, fields: dict[str, Any]) -> Job:
+    reason = command.reason
+    ended = steps.ended_by(job, draft.at.now, "transition", "transitioned")
+    if command.to == "queued":
+        # Back by an operator's hand: the last attempt does not count.
+        fields |= _wanted_again(draft, job)
+        return steps.requeue(draft, job, "transitioned", ended, reason=reason, attempt=steps.given_back(job), **fields)
+    if command.to == "completed":
+        result = fields.pop("result", job.result) or Result()
+        return steps.complete(draft, job, "transitioned", ended, result, reason=reason, **fields)
+    if command.to == "failed":
+        fields.setdefault("error", Failure(reason or NO_REASON, "transitioned"))
+    return steps.finish(draft, job, "transitioned", command.to, ended, reason=reason, **fields)
+
+
+def _updated(draft: Draft, job: Job, updates: Updates) -> dict[str, Any]:
+    """The fields of the job that `updates` set."""
+    fields: dict[str, Any] = _rescheduled(draft, job, updates.priority, updates.run_at, updates.max_attempts)
+    if updates.error_message is not None:
+        fields["error"] = Failure(updates.error_message, "transitioned")
+    given = {name: value for name in Result.__struct_fields__ if (value := getattr(updates, name)) is not None}
+    if given:
+        fields["result"] = steps.kept_result(replace(job.result or Result(), **given))
+    return fields
+
+
+def _rescheduled(
+    draft: Draft, job: Job, priority: int | None, run_at: int | None, max_attempts: int | None
+) -> dict[str, Any]:
+    options = job.options
+    if priority is not None:
+        options = replace(options, priority=priority)
+    if max_attempts is not None:
+        options = replace(options, max_attempts=max_attempts)
+    fields: dict[str, Any] = {}
+    if options != job.options:
+        fields["options"] = draft.book.shared(options)
+    if run_at is not None:
+        fields["run_at"] = run_at
+    return fields
+
+
+def run_now(draft: Draft, command: RunNow) -> Answer | Refusal:
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    job = steps.met(draft, job)
+    if job.status != "queued":
+        return steps.refuse_transition(job, "queued", "Only a queued job can be run now.")
+    if job.run_at > draft.at.now:
+        reason = command.reason or "run now"
+        job = draft.step(job, "updated", reason=reason, details={"run_at": draft.at.now}, run_at=draft.at.now)
+    return steps.job_answer(draft, job)
+
+
+def update(draft: Draft, command: Update) -> Answer | Refusal:
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    job = steps.met(draft, job)
+    if job.status == "completed":
+        return steps.refuse_transition(job, "completed", "completed is final: nothing of it can be changed.")
+    fields = _rescheduled(draft, job, command.priority, command.run_at, command.max_attempts)
+    if fields:
+        asked = {"priority": command.priority, "run_at": command.run_at, "max_attempts": command.max_attempts}
+        details = {name: value for name, value in asked.items() if value is not None}
+        job = draft.step(job, "updated", reason=command.reason, details=details, **fields)
+    return steps.job_answer(draft, job)
+
+
+def delete(draft: Draft, command: Delete) -> Answer | Refusal:
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if job.status not in FINISHED:
+        return steps.refuse_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
+    answer = steps.job_answer(draft, job)
+    draft.delete(job, command.reason)
+    return answer
+
+
+def pause(draft: Draft, command: Pause) -> Answer | Refusal:
+    """Pause a queue. A second pause with another reason or end replaces both and keeps the start of the first one."""
+    now, known = draft.at.now, draft.book.paused.get(command.name)
+    if command.until is not None and command.until <= draft.at.believed:
+        message = (
+            f"until {command.until} is not in the future; it is in Unix milliseconds. Leave it out to pause until an "
+            "operator resumes the queue."
+        )
+        return steps.invalid("until", message)
+    asked = command.reason, command.until
+    if known is not None and asked in ((None, None), (known.reason, known.until)):
+        return Answer(views.paused_view(command.name, known))
+    pause = QueuePause(now if known is None else known.at, draft.call.by, *asked)
+    draft.queue(command.name, "queue_paused", pause.reason, {"since": pause.at, "until": pause.until})
+    return Answer(views.paused_view(command.name, pause))
+
+
+def resume(draft: Draft, command: Resume) -> Answer:
+    if command.name in draft.book.paused:
+        draft.queue(command.name, "queue_resumed", command.reason)
+    return Answer(views.paused_view(command.name, None))
+
+
+def import_job(draft: Draft, command: Import) -> Answer | Refusal:
+    """A job from elsewhere, as it was. An id that exists is skipped, so that an import can be repeated."""
+    if draft.book.get(command.id) is not None or command.id in draft.book.quarantined:
+        return Answer(Imported(command.id, skipped=True))
+    if command.status in LIVE and draft.book.totals["queued"] + len(draft.book.processing) >= draft.policy.live_jobs:
+        return steps.too_many_jobs(draft)
+    if (refusal := steps.refuse_queue(draft, command.queue)) is not None:
+        return refusal
+    job = draft.create(_imported(draft, command), "imported", bytes(command.payload), "")
+    if job.status == "processing":
+        steps.stall(draft, job, "The job was processing when it was imported; its worker is unknown here.")
+    return Answer(Imported(command.id, skipped=False), status=201)
+
+
+def check_import(draft: Draft, command: ImportCheck) -> Answer | Refusal:
+    """What `import_job` would do, by doing it in a draft of its own, which is thrown away."""
+    live = draft.book.totals["queued"] + len(draft.book.processing)
+    room = max(draft.policy.live_jobs - live, 0)
+    if command.id in draft.book.quarantined:
+        reason = "A job with this id is there; its row is damaged."
+        return Answer(ImportForeseen(command.id, "skip", None, reason, room))
+    there = draft.book.get(command.id)
+    if there is not None:
+        reason = f"A job with this id exists: it is {there.status}."
+        return Answer(ImportForeseen(command.id, "skip", there.status, reason, room))
+    trial = Draft(draft.book, draft.call, draft.at, draft.policy)
+    answer = import_job(trial, command)
+    if isinstance(answer, Refusal):
+        return answer
+    last = trial.changes[-1]
+    assert last.after is not None
+    return Answer(ImportForeseen(command.id, "create", last.after.status, last.event.reason, room))
+
+
+def _imported(draft: Draft, command: Import) -> Job:
+    now = draft.at.now
+    given = (command.started_at, command.finished_at, command.updated_at)
+    created = command.created_at or min([now, *(time for time in given if time is not None)])
+    updated = command.updated_at or max(created, command.finished_at or now)
+    finished = (command.finished_at or updated) if command.status in FINISHED else command.finished_at
+    expires = command.expires_at
+    if expires is None and command.status in FINISHED:
+        expires = now + steps.keep_ms(draft.policy, command.status)  # counted from the move, so that nothing vanishes
+    job = Job(
+        seq=draft.job_number(),
+        id=command.id,
+        options=steps.asked_options(draft, command),
+        status=command.status,
+        created_at=created,
+        updated_at=updated,
+        run_at=command.run_at or created,
+        progress=steps.whole(_progress(command.status, command.progress)),
+        progress_message=command.progress_message,
+        attempt=command.attempt,
+        stalls=command.stalls,
+        started_at=command.started_at,
+        finished_at=finished,
+        expires_at=expires,
+        result=steps.kept_result(
+            Result(command.download_url, command.file_path, command.storage_key, command.metadata)
+        ),
+        error=_imported_error(command),
+    )
+    return _held_elsewhere(draft, job, command.worker or "unknown") if command.status == "processing" else job
+
+
+def _progress(status: Status, progress: float | None) -> float:
+    if progress is not None:
+        return progress
+    return MAX_PERCENT if status == "completed" else 0
+
+
+def _imported_error(command: Import) -> Failure | None:
+    if command.error_message is None and command.error_code is None:
+        return None
+    return Failure(command.error_message, command.error_code)
+
+
+def _held_elsewhere(draft: Draft, job: Job, worker: str) -> Job:
+    """The grant that the job had where it came from, as far as it can be known: its stall rule needs one to end."""
+    now, lease, policy = draft.at.now, draft.at.lease, draft.policy
+    token = draft.token()
+    started = job.started_at or job.updated_at
+    made = Grant(draft.secret(token), token, worker, started, policy.lock_ttl_ms, policy.stuck_after_ms, 0)
+    attempt = max(job.attempt, 1)
+    return replace(job, grant=made, lease=Lease(lease, lease, None), started_at=min(started, now), attempt=attempt)
+
+
+def lock_answer(draft: Draft, job: Job, state: LockState | None) -> Answer:
+    """The lock after extend-lock or release-lock, in the names that existing dashboards expect."""
+    return Answer(
+        AdminLock(
+            job_id=job.id,
+            status=job.status,
+            lock=views.lock_view(job, draft.at, admin=True),
+            lock_expires_at=state.lock_expires_at if state else None,
+            ceiling_at=state.ceiling_at if state else None,
+            extended=bool(state and state.extended),
+            timestamp=draft.at.now,
+        )
+    )
+
+
+def _forced(draft: Draft, before: Job, after: Job, reason: str | None) -> Answer:
+    return Answer(Forced(before.id, before.status, after.status, reason, draft.at.now))

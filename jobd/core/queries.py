@@ -1,0 +1,96 @@
+"""Commands that only read: one job, its timeline, why it is where it is, lists, queues, workers, stats.
+
+Pure, and without changes: what history holds is fetched by the actor after the commit (`Answer.look`).
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from jobd.core import planning, views
+from jobd.core import transitions as steps
+from jobd.core.changeset import Draft
+from jobd.core.explain import explain
+from jobd.core.validation import validate
+from jobd.model.commands import (
+    AuditLog,
+    Export,
+    Get,
+    GetVersion,
+    LateResults,
+    List,
+    Locks,
+    Queues,
+    Stats,
+    Timeline,
+    Validate,
+    Why,
+    Workers,
+)
+from jobd.model.errors import Refusal
+from jobd.model.job import FINISHED
+from jobd.model.responses import (
+    Answer,
+    AuditPage,
+    ExportPage,
+    JobPage,
+    LateResultList,
+    Look,
+    TimelineView,
+    ValidateJobView,
+    VersionedJob,
+)
+
+OfJob = Get | GetVersion | Timeline | Why | Validate | LateResults
+Reading = OfJob | List | Queues | Workers | Stats | Locks | Export | AuditLog
+
+
+def answer(draft: Draft, command: Reading) -> Answer | Refusal:
+    match command:
+        case Get() | GetVersion() | Timeline() | Why() | Validate() | LateResults():
+            return _of_job(draft, command)
+        case List():
+            return Answer(JobPage([], None), look=Look(page=command))
+        case Export():
+            return Answer(ExportPage([], None), look=Look(export=command))
+        case AuditLog():
+            return Answer(AuditPage([], None), look=Look(audit=command))
+        case Queues():
+            return Answer(views.queues(draft.book, command))
+        case Workers():
+            return Answer(views.workers(draft.book, draft.at, command))
+        case Stats():
+            return Answer(views.stats(draft.book, draft.book.figures, draft.at))
+        case Locks():
+            return Answer(views.locks(draft.book, draft.at, command, admin=draft.call.admin))
+        case _:
+            assert_never(command)
+
+
+def _of_job(draft: Draft, command: OfJob) -> Answer | Refusal:
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    match command:
+        case Get():
+            return steps.job_answer(draft, job)
+        case GetVersion():
+            shown = steps.job_answer(draft, job)
+            shown.data = VersionedJob(shown.data, planning.version(job, draft.book.latest_late(job.seq)))
+            return shown
+        case Timeline():
+            return Answer(TimelineView([]), look=Look(timeline=job.seq, events=command.limit))
+        case LateResults():
+            return Answer(LateResultList([]), look=Look(late=job.seq))
+        case Why():
+            ended = Look(ended=job) if job.status in FINISHED else None
+            return Answer(explain(job, draft.book, draft.at, draft.policy), look=ended)
+        case Validate():
+            found = validate(job, draft.at, draft.policy)
+            if not draft.call.admin:
+                return Answer(found)
+            shown = steps.job_answer(draft, job)
+            shown.data = ValidateJobView(job.id, shown.data, found, draft.at.now)
+            return shown
+        case _:
+            assert_never(command)

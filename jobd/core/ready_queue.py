@@ -1,0 +1,485 @@
+"""Orders in which jobs are found: sorted blocks for queues, heaps with stale entries for times.
+
+Pure structures. The time is an argument.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator
+from heapq import merge
+from itertools import chain, islice, takewhile
+from operator import attrgetter, itemgetter
+from typing import Final, Generic, TypeVar
+
+from jobd.model.job import Job, Untouched
+
+Entry = TypeVar("Entry", bound=tuple[object, ...])
+Item = TypeVar("Item", "DueEntry", "TimeEntry", str)
+
+# priority, run_at, job seq, job id, expires_at: the order of claims
+DueEntry = tuple[int, int, int, str, int]
+TimeEntry = tuple[int, int, str]  # time, job seq, job id
+LaneName = tuple[str, str, int]  # queue, kind, priority
+
+SLACK = 64  # stale entries that a heap may always hold; beyond, at most as many as it has valid ones
+BLOCK: Final = 512  # entries
+NEVER: Final = 1 << 63  # the expires_at of a job that has none
+_LONG_AGO: Final = -1
+_GONE_AT_ONCE: Final = 4096  # jobs that have left the front of a line, at most, before their places are dropped
+
+_run_at: Callable[[DueEntry], int] = itemgetter(1)
+_created_at: Callable[[Untouched], int] = attrgetter("created_at")
+_expires_at: Callable[[DueEntry], int] = itemgetter(4)
+
+
+def _due_since(entry: DueEntry) -> tuple[int, int]:
+    return entry[1], entry[2]
+
+
+def entry_of(job: Job) -> DueEntry:
+    """Return the position of `job` in its queue."""
+    return (job.options.priority, job.run_at, job.seq, job.id, NEVER if job.expires_at is None else job.expires_at)
+
+
+def short_entry(job: Untouched) -> DueEntry:
+    """The place of an untouched job: due since its creation."""
+    return (job.options.priority, job.created_at, job.seq, job.id, NEVER)
+
+
+class LazyHeap(Generic[Entry]):
+    """A heap that finds its smallest valid entries without removing them.
+
+    Removal would cost a search, so a removed entry stays until it reaches the top or `trim` finds too many of them.
+    """
+
+    __slots__ = ("entries",)
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+
+    def push(self, entry: Entry) -> None:
+        heapq.heappush(self.entries, entry)
+
+    def first(self, valid: Callable[[Entry], bool]) -> Entry | None:
+        """The smallest valid entry; stale ones above it are dropped."""
+        entries = self.entries
+        while entries:
+            if valid(entries[0]):
+                return entries[0]
+            heapq.heappop(entries)
+        return None
+
+    def ordered(self, valid: Callable[[Entry], bool]) -> Iterator[Entry]:
+        """Valid entries in order, each once, cost by the number taken. The heap must not change meanwhile."""
+        last = self.first(valid)
+        if last is None:
+            return
+        yield last
+        entries = self.entries
+        frontier = [(entries[child], child) for child in (1, 2) if child < len(entries)]
+        heapq.heapify(frontier)
+        while frontier:
+            entry, place = heapq.heappop(frontier)
+            for child in (2 * place + 1, 2 * place + 2):
+                if child < len(entries):
+                    heapq.heappush(frontier, (entries[child], child))
+            # A job that went and came back has equal entries, next to each other: give it once.
+            if entry != last and valid(entry):
+                last = entry
+                yield entry
+
+    def pop_until(self, time: int) -> Iterator[Entry]:
+        """Take out every entry whose first part is at or before `time`, valid or not."""
+        entries = self.entries
+        while entries and entries[0][0] <= time:  # type: ignore[operator]  # the first part of every entry is an int
+            yield heapq.heappop(entries)
+
+    def trim(self, live: int, valid: Callable[[Entry], bool]) -> None:
+        """Drop the stale entries where they outnumber the `live` ones; amortised, a constant cost per removal."""
+        if len(self.entries) > 2 * live + SLACK:
+            self.entries = sorted({entry for entry in self.entries if valid(entry)})
+
+
+class Sorted(Generic[Item]):
+    """Entries in order, in blocks of at most BLOCK entries. Bisection finds, adds and removes an entry.
+
+    `_last` holds the last entry of each block.
+    """
+
+    __slots__ = ("_blocks", "_last")
+
+    def __init__(self) -> None:
+        self._blocks: list[list[Item]] = []
+        self._last: list[Item] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._blocks)
+
+    def __iter__(self) -> Iterator[Item]:
+        return chain.from_iterable(self._blocks)
+
+    def first(self) -> Item | None:
+        return self._blocks[0][0] if self._blocks else None
+
+    def add(self, entry: Item) -> int:
+        """Add `entry`. Return the number of its block."""
+        place = bisect_left(self._last, entry)
+        if place == len(self._last):  # after all others
+            if not place or len(self._blocks[-1]) >= BLOCK:
+                self._insert(place, [entry])
+                return place
+            place -= 1
+        elif len(self._blocks[place]) >= BLOCK:
+            place += entry > self._split(place)
+        block = self._blocks[place]
+        insort(block, entry)
+        self._last[place] = block[-1]
+        return place
+
+    def remove(self, entry: Item) -> bool:
+        """Remove `entry`. Return whether it was present."""
+        place = bisect_left(self._last, entry)
+        if place == len(self._last):
+            return False
+        block = self._blocks[place]
+        at = bisect_left(block, entry)
+        if block[at] != entry:
+            return False
+        del block[at]
+        if not block:
+            self._drop(place)
+        elif at == len(block):
+            self._last[place] = block[-1]
+        return True
+
+    def after(self, entry: Item) -> Iterator[Item]:
+        """Iterate over the entries after `entry`, in order. Nothing may be added or removed meanwhile."""
+        place = bisect_right(self._last, entry)
+        if place < len(self._last):
+            block = self._blocks[place]
+            yield from islice(block, bisect_right(block, entry), None)
+            yield from chain.from_iterable(islice(self._blocks, place + 1, None))
+
+    def _split(self, place: int) -> Item:
+        """Move the upper half of a block into a new one. Return the last entry of the lower half."""
+        block = self._blocks[place]
+        upper = block[BLOCK // 2 :]
+        del block[BLOCK // 2 :]
+        self._last[place] = block[-1]
+        self._insert(place + 1, upper)
+        return block[-1]
+
+    def _insert(self, place: int, block: list[Item]) -> None:
+        self._blocks.insert(place, block)
+        self._last.insert(place, block[-1])
+
+    def _drop(self, place: int) -> None:
+        del self._blocks[place], self._last[place]
+
+
+class LaneEntries(Sorted[DueEntry]):
+    """The entries of one lane. `_expiry` holds an upper bound of the `expires_at` in each block.
+
+    With it a claim skips a block of overdue jobs in one step.
+    """
+
+    __slots__ = ("_expiry",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._expiry: list[int] = []
+
+    def add(self, entry: DueEntry) -> int:
+        place = super().add(entry)
+        if entry[4] > self._expiry[place]:
+            self._expiry[place] = entry[4]
+        return place
+
+    def eligible(self, now: int) -> Iterator[DueEntry]:
+        """Iterate over jobs that are due and not overdue, in order. Nothing may be added or removed meanwhile."""
+        for place, expiry in enumerate(self._expiry):
+            if expiry <= now:
+                continue
+            is_passed = True
+            for entry in self._blocks[place]:
+                if entry[1] > now:
+                    return
+                if entry[4] > now:
+                    is_passed = False
+                    yield entry
+            if is_passed:  # the job with the latest expires_at was removed
+                self._expiry[place] = _latest(self._blocks[place])
+
+    def next_run_at(self, now: int) -> int | None:
+        """Return the first `run_at` after `now`."""
+        place = bisect_right(self._last, now, key=_run_at)
+        if place == len(self._last):
+            return None
+        block = self._blocks[place]
+        return block[bisect_right(block, now, key=_run_at)][1]
+
+    def _insert(self, place: int, block: list[DueEntry]) -> None:
+        super()._insert(place, block)
+        self._expiry.insert(place, _latest(block))
+
+    def _drop(self, place: int) -> None:
+        super()._drop(place)
+        del self._expiry[place]
+
+
+def _latest(block: list[DueEntry]) -> int:
+    return max(map(_expires_at, block))
+
+
+class Line:
+    """Jobs to which nothing has happened, in order of creation: 8 bytes for each, where an entry takes 100.
+
+    A job joins at the end, and only if it belongs there. Jobs that are gone stay until they come to the front or `trim`
+    finds too many of them. The jobs in line begin at `_first`; the places before it are dropped together. It is a list,
+    because a deque is slow to reach a job in its middle.
+    """
+
+    __slots__ = ("_first", "_jobs")
+
+    def __init__(self) -> None:
+        self._jobs: list[Untouched] = []
+        self._first = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs) - self._first
+
+    def __iter__(self) -> Iterator[Untouched]:
+        return self._from(self._first)
+
+    def takes(self, job: Untouched) -> bool:
+        """Whether `job` comes after all that are in line."""
+        if not self:
+            return True
+        last = self._jobs[-1]
+        return last.created_at <= job.created_at and last.seq < job.seq
+
+    def append(self, job: Untouched) -> None:
+        self._jobs.append(job)
+
+    def extend(self, jobs: Iterable[Untouched]) -> None:
+        self._jobs.extend(jobs)
+
+    def first(self, waits: Callable[[Untouched], bool]) -> Untouched | None:
+        """The first that still waits; those before it are dropped."""
+        jobs, first = self._jobs, self._first
+        while first < len(jobs):
+            if waits(jobs[first]):
+                break
+            first += 1
+        if first > SLACK and (2 * first > len(jobs) or first >= _GONE_AT_ONCE):
+            del jobs[:first]
+            first = 0
+        self._first = first
+        return jobs[first] if first < len(jobs) else None
+
+    def ends_by(self, now: int) -> bool:
+        """Return whether all jobs in line were created at or before `now`."""
+        return not self or self._jobs[-1].created_at <= now
+
+    def next_created_at(self, now: int, waits: Callable[[Untouched], bool]) -> int | None:
+        """Return the first `created_at` after `now` of a job that still waits."""
+        if self.ends_by(now):
+            return None
+        ahead = self._from(bisect_right(self._jobs, now, self._first, key=_created_at))
+        return next((job.created_at for job in ahead if waits(job)), None)
+
+    def trim(self, live: int, waits: Callable[[Untouched], bool]) -> None:
+        """Drop those that are gone where they outnumber the `live` ones."""
+        if len(self) > 2 * live + SLACK:
+            self._jobs, self._first = list(filter(waits, self)), 0
+
+    def _from(self, place: int) -> Iterator[Untouched]:
+        return map(self._jobs.__getitem__, range(place, len(self._jobs)))
+
+
+class Lane:
+    """The queued jobs of one queue, kind and priority: new ones in line, all others sorted. `live` counts them.
+
+    Jobs that are not due yet come behind those that are: both orders go by `run_at`. `wakes_at` is the time at which
+    the next of them becomes due, or earlier. `due_at` is when a job of the lane last became due.
+    """
+
+    __slots__ = ("due_at", "line", "live", "name", "others", "waits", "wakes_at")
+
+    def __init__(self, name: LaneName, waits: Callable[[Untouched], bool]) -> None:
+        self.name = name
+        self.line = Line()
+        self.others = LaneEntries()
+        self.live = 0
+        self.waits = waits
+        self.wakes_at: int | None = None
+        self.due_at = _LONG_AGO
+
+    def head(self) -> DueEntry | None:
+        """Return the first entry, even if its job may not be granted."""
+        in_line, other = self.line.first(self.waits), self.others.first()
+        if in_line is None:
+            return other
+        entry = short_entry(in_line)
+        return entry if other is None or entry <= other else other
+
+    def eligible(self, now: int) -> Iterator[DueEntry]:
+        """Iterate over jobs that are due and not overdue, in order. Nothing may change meanwhile."""
+        in_line: Iterator[Untouched] = filter(self.waits, self.line)
+        if not self.line.ends_by(now):
+            in_line = takewhile(lambda job: job.created_at <= now, in_line)
+        entries = map(short_entry, in_line)
+        return merge(entries, self.others.eligible(now)) if self.others else entries
+
+    def next_run_at(self, now: int) -> int | None:
+        """Return the first `run_at` after `now`."""
+        ahead = self.line.next_created_at(now, self.waits), self.others.next_run_at(now)
+        return min((time for time in ahead if time is not None), default=None)
+
+
+class QueuedJobs:
+    """The queued jobs of one queue, in exact order over all kinds or over some of them.
+
+    There is one lane for each kind and priority. `heads` orders the lanes with due jobs by their first job, so that the
+    cost of a claim does not grow with their number. It is empty if there is only one lane. `waits` tells which
+    untouched jobs still wait.
+    """
+
+    __slots__ = ("_count", "_name", "_waits", "heads", "lanes")
+
+    def __init__(self, name: str, waits: Callable[[Untouched], bool]) -> None:
+        self.lanes: dict[str, dict[int, Lane]] = {}  # kind -> priority -> lane
+        self.heads: LazyHeap[tuple[int, int, int, str, str]] = LazyHeap()  # a due entry and its kind
+        self._count = 0  # of lanes
+        self._name = name
+        self._waits = waits
+
+    def add(self, kind: str, entry: DueEntry, now: int) -> Lane:
+        """Add a job of this kind, untouched or not."""
+        lane = self._lane(kind, entry[0], now)
+        lane.live += 1
+        lane.others.add(entry)
+        if lane.others.first() is entry:
+            self.offer(lane, now)
+        return lane
+
+    def join(self, job: Untouched, now: int) -> Lane:
+        """Add an untouched job."""
+        kind = job.options.kind
+        lane = self._lane(kind, job.options.priority, now)
+        if not lane.line.takes(job):
+            return self.add(kind, short_entry(job), now)
+        lane.live += 1
+        lane.line.append(job)
+        if lane.line.first(self._waits) is job:
+            self.offer(lane, now)
+        return lane
+
+    def join_all(self, kind: str, priority: int, jobs: Iterable[Untouched], now: int) -> Lane:
+        """Add the first jobs of a lane, all at once, in any order."""
+        lane = self._lane(kind, priority, now)
+        assert not lane.live, "only the first jobs of a lane come all at once"
+        lane.line.extend(sorted(jobs, key=attrgetter("created_at", "seq")))
+        lane.live = len(lane.line)
+        self.offer(lane, now)
+        return lane
+
+    def remove(self, kind: str, entry: DueEntry, now: int) -> Lane | None:
+        """Remove a job. A job in line has been marked as no longer waiting. Return its lane if that is now empty."""
+        lane = self.lanes[kind][entry[0]]
+        lane.live -= 1
+        lane.others.remove(entry)
+        if lane.live == 0:
+            self._end_lane(kind, entry[0])
+            return lane
+        lane.line.trim(lane.live, self._waits)
+        self.offer(lane, now)
+        return None
+
+    def eligible(self, kinds: Iterable[str] | None, now: int) -> Iterator[DueEntry]:
+        """Iterate over jobs of `kinds` (None: all) that are due and not overdue, in order. Nothing may change."""
+        if kinds is None and (only := self._only_lane()) is not None:
+            yield from only.eligible(now)
+            return
+        heads = self._all_heads(now) if kinds is None else self._heads_of(kinds, now)
+        upcoming = next(heads, None)
+        frontier: list[tuple[DueEntry, Iterator[DueEntry]]] = []
+        while upcoming is not None or frontier:
+            if upcoming is not None and (not frontier or upcoming[:4] <= frontier[0][0]):
+                following = self.lanes[upcoming[4]][upcoming[0]].eligible(now)
+                upcoming = next(heads, None)
+            else:
+                entry, following = heapq.heappop(frontier)
+                yield entry
+            if (next_entry := next(following, None)) is not None:
+                heapq.heappush(frontier, (next_entry, following))
+
+    def in_line(self, kinds: Iterable[str] | None, now: int) -> Iterator[Untouched] | None:
+        """Return the due jobs in order if all of them are in one line; None if orders have to be merged."""
+        only = self._only_lane() if kinds is None else None
+        if only is None or only.others or not only.line.ends_by(now):
+            return None
+        return filter(self._waits, only.line)
+
+    def oldest(self, now: int) -> DueEntry | None:
+        """Return the job that has been due longest and is not overdue. The first job of each lane is its oldest."""
+        firsts = (next(lane.eligible(now), None) for lanes in self.lanes.values() for lane in lanes.values())
+        return min((entry for entry in firsts if entry is not None), key=_due_since, default=None)
+
+    def offer(self, lane: Lane, now: int) -> None:
+        """Update `heads` after a change of this lane. A lane whose first job is not due is offered when it is."""
+        first = lane.head()
+        assert first is not None  # the lane has a job
+        if self._count > 1 and first[1] <= now:
+            self.heads.push((*first[:4], lane.name[1]))
+            self.heads.trim(self._count, self._is_head)
+
+    def _only_lane(self) -> Lane | None:
+        """The lane of a queue that has but one: its order is the order of the queue."""
+        if self._count != 1:
+            return None
+        (lanes,) = self.lanes.values()
+        (lane,) = lanes.values()
+        return lane
+
+    def _lane(self, kind: str, priority: int, now: int) -> Lane:
+        lanes = self.lanes.setdefault(kind, {})
+        lane = lanes.get(priority)
+        if lane is None:
+            self._count += 1
+            if self._count == 2:
+                self._begin_heads(now)
+            lane = lanes[priority] = Lane((self._name, kind, priority), self._waits)
+        return lane
+
+    def _end_lane(self, kind: str, priority: int) -> None:
+        del self.lanes[kind][priority]
+        if not self.lanes[kind]:
+            del self.lanes[kind]
+        self._count -= 1
+        if self._count == 1:
+            self.heads.entries.clear()
+
+    def _begin_heads(self, now: int) -> None:
+        """A second lane comes: from now on there is something to order."""
+        for lanes in self.lanes.values():
+            for lane in lanes.values():
+                self.offer(lane, now)
+
+    def _is_head(self, head: tuple[int, int, int, str, str]) -> bool:
+        lane = self.lanes.get(head[4], {}).get(head[0])
+        if lane is None:
+            return False
+        first = lane.head()
+        return first is not None and first[:4] == head[:4]
+
+    def _all_heads(self, now: int) -> Iterator[tuple[int, int, int, str, str]]:
+        """Iterate over the heads of lanes with due jobs. A head that is no longer due is offered again when it is."""
+        return self.heads.ordered(lambda head: head[1] <= now and self._is_head(head))
+
+    def _heads_of(self, kinds: Iterable[str], now: int) -> Iterator[tuple[int, int, int, str, str]]:
+        lanes = (lane for kind in set(kinds) for lane in self.lanes.get(kind, {}).values())
+        firsts = ((lane.head(), lane.name[1]) for lane in lanes)
+        return iter(sorted((*first[:4], kind) for first, kind in firsts if first is not None and first[1] <= now))

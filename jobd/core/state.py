@@ -1,0 +1,610 @@
+"""Live jobs in memory and the orders in which we look for them: due, delayed, deadlines, counters.
+
+Pure: it is told of changes and of the time, decides nothing and reads no clock. Finished jobs pass through only.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from heapq import merge
+from itertools import takewhile
+from operator import itemgetter
+from typing import Final
+
+from msgspec.structs import astuple
+
+from jobd.core.live_jobs import LiveJobs
+from jobd.core.ready_queue import DueEntry, Lane, LaneName, LazyHeap, QueuedJobs, Sorted, TimeEntry, entry_of
+from jobd.core.stats import Figures
+from jobd.core.worker_presence import WorkerPresence
+from jobd.model.events import Change, Event, QueuePause
+from jobd.model.job import (
+    COUNTER_MASK,
+    FINISHED,
+    LIVE,
+    LOOP_FROM,
+    STATUSES,
+    TOKEN_COUNTER_BITS,
+    Job,
+    Options,
+    Untouched,
+    is_release_loop,
+    untouched,
+)
+from jobd.model.storage import LateKnown, Numbers, Opened, QueueRow
+
+FINISHED_KEPT: Final = 1_000  # finished jobs at hand, for repeated endings and quick reads
+FINISHED_BYTES: Final = 16 << 20  # of their metadata
+OPTIONS_KEPT: Final = 10_000
+LATE_CALLS_KEPT: Final = 10_000  # that are not told again; where there are more, those told first are told anew
+LATE_RESULTS_KEPT: Final = 10_000  # jobs that somebody may be looking at to whom late results came since the start
+
+
+class Book:
+    """All live jobs. `swap` is the one way in and out, so that every order and counter follows the job itself."""
+
+    def __init__(self, numbers: Numbers | None = None) -> None:
+        numbers = numbers or Numbers()
+        self.epoch = numbers.epoch
+        self.next_token = numbers.next_token
+        self.next_job = numbers.next_job
+        self.next_event = numbers.next_event
+        self.clock_suspect = numbers.clock_suspect  # as it is persisted
+        self.jobs = LiveJobs()
+        self.finished: OrderedDict[str, Job] = OrderedDict()
+        self._finished_bytes = 0  # of their metadata
+        self.quarantined: dict[str, str] = {}
+        # Of these the ones whose rows are still where they were, with the queue and status of a finished one, as which
+        # it is counted here, too, until its row is moved.
+        self.unmoved: dict[str, tuple[str, str] | None] = {}
+        self.request_hashes: dict[str, str] = {}  # of the jobs that the creates of this batch name
+        self.late = LateKnown()  # late results that the decisions of this batch ask for
+        self._late_calls: dict[tuple[int, int, str], None] = {}  # job seq, fencing token, verb: those that were told
+        self._late_results: dict[int, int] = {}  # job seq -> seq of the latest that came since the start
+        self.paused: dict[str, QueuePause] = {}
+        self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs, of the queues that have jobs
+        self.queue_names: Sorted[str] = Sorted()  # of queues that have jobs or are paused
+        self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
+        self.figures = Figures()  # filled by the actor from what was committed
+        self.processing: dict[str, Job] = {}  # in the order of their grants
+        self.started_sum = 0  # over all processing jobs, of when they began
+        self.unheld: dict[str, None] = {}  # processing rows without a grant: left by hands, mended by a pass
+        self.presence = WorkerPresence(numbers.wall_ms, numbers.lease_ms)
+        self.next_cleanup_at: int | None = None  # wall time of the next cleanup run, if only cleanup runs recover jobs
+        self.suspects: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
+        self.expired_locks: dict[str, None] = {}  # expired, and recovery has not noted it yet
+        self.cleared_locks: dict[str, None] = {}  # expired and noted; the holder may still revive them
+        self.stuck: dict[str, None] = {}
+        self._not_live = (self.expired_locks, self.cleared_locks, self.stuck, self.unheld)  # these very dicts
+        self.release_loops: dict[str, int] = {}  # id -> releases of live jobs for which is_release_loop is true
+        self.on_due: Callable[[str, str], None] = lambda queue, kind: None  # told of each job that becomes due
+        self._queued: dict[str, QueuedJobs] = {}
+        self._lanes: OrderedDict[Lane, None] = OrderedDict()  # ordered by when a job in it last became due
+        self._wakes: LazyHeap[tuple[int, LaneName]] = LazyHeap()  # run_at of the next delayed job of each lane
+        self._expiries: Sorted[TimeEntry] = Sorted()  # expires_at of queued jobs
+        self._deadlines: LazyHeap[TimeEntry] = LazyHeap()
+        self._deadline_of: dict[str, int] = {}  # id -> lease time of its one valid entry
+        self._now = 0
+        self._lease = 0
+        self._options: dict[Options, Options] = {}
+
+    @classmethod
+    def opened(cls, found: Opened) -> Book:
+        """The book as a start finds it: live jobs, and the counts of finished ones that the store kept."""
+        book = cls(found.numbers)
+        book._now, book._lease = found.numbers.wall_ms, found.numbers.lease_ms
+        for name, row in found.queues.items():
+            kept = {"completed": row.completed, "failed": row.failed, "cancelled": row.cancelled}
+            for status, count in kept.items():
+                if count:
+                    book._counts_of(name)[status] = count
+                    book.totals[status] += count
+            if row.pause is not None:
+                book.set_paused(name, row.pause)
+        book._enter_all(found.in_short)
+        for job in found.jobs:
+            book.swap(None, job)
+        book.order_processing()
+        return book
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def get(self, job_id: str) -> Job | None:
+        """The live job, or the finished one if it was loaded."""
+        return self.jobs.find(job_id) or self.finished.get(job_id)
+
+    def holds(self, job_id: str, lock_id: str) -> bool:
+        """Whether `lock_id` is that of the job's current grant."""
+        job = self.jobs.find(job_id)
+        return job is not None and job.grant is not None and job.grant.lock_id == lock_id
+
+    def due(self, queues: Iterable[str], kinds: Iterable[str] | None) -> Iterator[Job]:
+        """Iterate over due jobs of unpaused `queues` that are not overdue, by priority, run_at and creation.
+
+        Due and overdue are as of the last `advance`. The book must not change meanwhile.
+        """
+        now = self._now
+        named = [
+            self._queued[queue] for queue in dict.fromkeys(queues) if queue in self._queued and queue not in self.paused
+        ]
+        if len(named) == 1 and (line := named[0].in_line(kinds, now)) is not None:
+            return map(Untouched.whole, line)  # as nearly every claim finds its jobs
+        orders = [queued.eligible(kinds, now) for queued in named]
+        entries = orders[0] if len(orders) == 1 else merge(*orders)
+        return (self.jobs[entry[3]] for entry in entries)
+
+    def oldest_due_at(self, queue: str) -> int | None:
+        """`run_at` of the job of `queue` that has been due longest (Unix ms)."""
+        oldest = self._queued[queue].oldest(self._now) if queue in self._queued else None
+        return None if oldest is None else oldest[1]
+
+    def queued_kinds(self, queue: str) -> list[str]:
+        """The kinds of the queued jobs of `queue`."""
+        return list(self._queued[queue].lanes) if queue in self._queued else []
+
+    def oldest_of_kind(self, queue: str, kind: str, now: int) -> tuple[int, DueEntry | None]:
+        """How many lanes the kind has, and the entry of its job that has been due longest at wall time `now`."""
+        lanes = self._queued[queue].lanes.get(kind, {}) if queue in self._queued else {}
+        firsts = [next(lane.eligible(now), None) for lane in lanes.values()]
+        return len(firsts), min((entry for entry in firsts if entry), key=itemgetter(1, 2), default=None)
+
+    def oldest_due(self) -> tuple[str, DueEntry] | None:
+        """The queue and the entry of the job that has been due longest of all. Costs by the queues that wait."""
+        firsts = ((queue, queued.oldest(self._now)) for queue, queued in self._queued.items())
+        found = ((queue, entry) for queue, entry in firsts if entry is not None)
+        return min(found, key=lambda each: (each[1][1], each[1][2]), default=None)
+
+    def due_lanes(self, queue: str) -> int:
+        """Return the number of lanes that `oldest_due_at` reads: one for each kind and priority of queued jobs."""
+        return sum(map(len, self._queued[queue].lanes.values())) if queue in self._queued else 0
+
+    def overdue(self) -> Iterator[str]:
+        """Iterate over ids of queued jobs whose expires_at has passed as of the last `advance`, in that order.
+
+        The book must not change meanwhile.
+        """
+        return (entry[2] for entry in takewhile(lambda entry: entry[0] <= self._now, self._expiries))
+
+    def next_run_at(self) -> int | None:
+        """Return when the next job becomes due (Unix ms)."""
+        while (wake := self._wakes.first(self._is_wake)) is not None:
+            lane = self._lane(wake[1])
+            if (run_at := lane.next_run_at(self._now)) == wake[0]:
+                return run_at
+            self._wake_at(lane, run_at)  # the job that was first is no longer queued
+        return None
+
+    def next_deadline(self) -> int | None:
+        """The lease time at which the next lock expires or the next job becomes stuck."""
+        entry = self._deadlines.first(self._is_deadline)
+        return None if entry is None else entry[0]
+
+    def next_expiry(self) -> int | None:
+        """Return the first expires_at of all queued jobs (Unix ms), which may have passed."""
+        entry = self._expiries.first()
+        return None if entry is None else entry[0]
+
+    def live_locks(self) -> int:
+        """Processing jobs whose lock has not expired, as of the last `advance`."""
+        return len(self.processing) - sum(map(len, self._not_live))
+
+    def total(self) -> int:
+        return sum(self.totals.values())
+
+    def queue_row(self, queue: str) -> QueueRow:
+        """What the store keeps of `queue`."""
+        counts = self.counts.get(queue, {})
+        completed, failed, cancelled = (counts.get(status, 0) for status in ("completed", "failed", "cancelled"))
+        pause = self.paused.get(queue)
+        described = (None,) * 4 if pause is None else astuple(pause)
+        return QueueRow(pause is not None, completed, failed, cancelled, *described)
+
+    def numbers(self, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Numbers:
+        """The high-water marks as they are persisted with a commit."""
+        marks = (self.epoch, self.next_token, self.next_job, self.next_event)
+        return Numbers(*marks, lease_ms, wall_ms, clock_suspect)
+
+    def shared(self, options: Options) -> Options:
+        """One value for all equal options: a million jobs of a few kinds hold a few of them."""
+        if len(self._options) >= OPTIONS_KEPT:
+            self._options.clear()
+        return self._options.setdefault(options, options)
+
+    # -- changing -----------------------------------------------------------------------------------------------------
+
+    def put(self, change: Change) -> None:
+        """Take one decided step in, so that the next command of the batch sees it. Burns the numbers that it used."""
+        event, after = change.event, change.after
+        if event.seq >= self.next_event:
+            self.next_event = event.seq + 1
+        if change.late is not None:
+            self.late.results.setdefault(event.job_seq, []).append(change.late)
+            self._note_late(event)
+        if event.job_seq == 0:
+            self.set_paused(event.queue, _pause_of(event))
+            return
+        if change.before is None and after is not None:
+            if event.job_seq >= self.next_job:
+                self.next_job = event.job_seq + 1
+            if change.request_hash is not None:
+                self.request_hashes[after.id] = change.request_hash
+            if event.type == "imported":
+                self.suspects[event.job_seq] = event.job_id
+        if after is not None and after.grant is not None:
+            self._burn_token(after.grant.fencing_token)
+        if event.by.startswith("worker:"):
+            self.presence.saw(event.by[7:], event.at)
+        if after is not change.before:
+            self.swap(change.before, after)
+        elif event.type == "late_call":
+            self._note_call(event)
+
+    def _burn_token(self, token: int) -> None:
+        """Never issue `token` again, nor a lower one. A grant of an earlier epoch does not move the counter."""
+        epoch, counter = token >> TOKEN_COUNTER_BITS, token & COUNTER_MASK
+        if epoch > self.epoch:
+            self.epoch, self.next_token = epoch, counter + 1
+        elif epoch == self.epoch and counter >= self.next_token:
+            self.next_token = counter + 1
+
+    def was_told(self, job_seq: int, fencing_token: int, verb: str) -> bool:
+        """Whether the journal has a refused call like this, as far as memory reaches."""
+        return (job_seq, fencing_token, verb) in self._late_calls
+
+    def _note_call(self, event: Event) -> None:
+        self._late_calls[_call_of(event)] = None
+        if len(self._late_calls) > LATE_CALLS_KEPT:
+            del self._late_calls[next(iter(self._late_calls))]
+
+    def forget_call(self, event: Event) -> None:
+        """The batch that told of it is taken back."""
+        self._late_calls.pop(_call_of(event), None)
+
+    def latest_late(self, job_seq: int) -> int | None:
+        """Seq of the late result that came last to a job, as far as memory reaches: not beyond the start."""
+        return self._late_results.get(job_seq)
+
+    def _note_late(self, event: Event) -> None:
+        self._late_results.pop(event.job_seq, None)
+        self._late_results[event.job_seq] = event.seq
+        if len(self._late_results) > LATE_RESULTS_KEPT:
+            del self._late_results[next(iter(self._late_results))]
+
+    def forget_late(self, event: Event) -> None:
+        """The batch that kept it is taken back."""
+        self._late_results.pop(event.job_seq, None)
+
+    def swap(self, before: Job | None, after: Job | None) -> None:
+        """Replace a job's row by another in every order and counter. None: it did not exist, or is gone."""
+        self._count(before, after)
+        if before is not None:
+            self._leave(before, after)
+        if after is not None:
+            self._enter(before, after)
+
+    def order_processing(self) -> None:
+        """The oldest grant first again, where rows came in another order: at a start, or from a batch taken back."""
+        by_token = sorted(self.processing.items(), key=lambda item: item[1].grant.fencing_token if item[1].grant else 0)
+        self.processing = dict(by_token)
+
+    def loaded(self, job: Job) -> None:
+        """A finished job was read from the disk: keep it at hand."""
+        self._drop_finished(job.id)
+        self.finished[job.id] = job
+        self._finished_bytes += _metadata_bytes(job)
+
+    def trim_finished(self) -> None:
+        """Between batches: keep only the finished jobs that were named last."""
+        while len(self.finished) > FINISHED_KEPT or self._finished_bytes > FINISHED_BYTES:
+            self._drop_finished(next(iter(self.finished)))
+
+    def _drop_finished(self, job_id: str) -> None:
+        if (job := self.finished.pop(job_id, None)) is not None:
+            self._finished_bytes -= _metadata_bytes(job)
+
+    def quarantine(
+        self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None, *, is_moved: bool = True
+    ) -> None:
+        """The rows of this job are bad: it is out of every order and count, and only its name remains.
+
+        `uncounted` is the queue and status of a finished job that is not at hand. A finished one whose row is not moved
+        stays in the counts, as the disk has it there: it leaves both together.
+        """
+        self.quarantined[job_id] = reason
+        job = self.get(job_id)
+        if job is not None:
+            self.suspects.pop(job.seq, None)
+        if is_moved:
+            counted = self.unmoved.pop(job_id, None) or uncounted
+            if job is not None:
+                self.swap(job, None)
+            else:
+                self._count_as(counted, -1)
+        elif job is not None and job.status in FINISHED:
+            self._drop_finished(job_id)
+            self.unmoved[job_id] = job.options.queue, job.status
+        else:
+            if job is not None:
+                self.swap(job, None)
+            self.unmoved.setdefault(job_id, None)
+
+    def recount_unmoved(self, job_id: str, before: Job | None) -> None:
+        """A batch is taken back that went on from `before`: a job whose row was not moved is counted as it was then."""
+        if job_id in self.unmoved:
+            self._count_as(self.unmoved[job_id], -1)
+            is_counted = before is not None and before.status in FINISHED
+            self.unmoved[job_id] = (before.options.queue, before.status) if before is not None and is_counted else None
+            self._count_as(self.unmoved[job_id], +1)
+
+    def advance(self, now: int, lease: int) -> None:
+        """Apply the time: delayed jobs become due, locks expire, jobs become stuck.
+
+        Overdue queued jobs need no work here, because every order skips them by time.
+        """
+        if now < self._now:
+            self._rewind(now)
+        self._now, self._lease = now, lease
+        self.presence.tell_time(now, lease)
+        for wake in self._wakes.pop_until(now):
+            if self._is_wake(wake):
+                self._wake(self._lane(wake[1]))
+        for entry in self._deadlines.pop_until(lease):
+            if self._is_deadline(entry):
+                self._schedule(self.processing[entry[2]])
+
+    # -- the job's way through the orders -----------------------------------------------------------------------------
+
+    def _leave(self, job: Job, after: Job | None) -> None:
+        if job.releases >= LOOP_FROM:
+            self.release_loops.pop(job.id, None)
+        if after is None or after.status not in LIVE:
+            self.jobs.drop(job.id)
+        if job.status not in LIVE:
+            self._drop_finished(job.id)
+        if job.status == "queued":
+            if after is not None and after.status in LIVE:
+                self.jobs.keep(after)  # its old entries are stale from here on
+            self._leave_queue(job)
+        elif job.status == "processing":
+            self.started_sum -= job.started_at or job.created_at
+            if after is None or after.status != "processing" or _lock(after) != _lock(job):
+                self._end_processing(job)  # to another grant only where a batch was taken back
+
+    def _enter(self, before: Job | None, job: Job) -> None:
+        if job.status not in LIVE:
+            self.loaded(job)
+            return
+        short = untouched(job) if before is None and job.status == "queued" else None
+        if job.releases >= LOOP_FROM and is_release_loop(job):
+            self.release_loops[job.id] = job.releases
+        if short is None:
+            self.jobs.keep(job)
+        else:
+            self.jobs.keep_short(short)
+        if job.status == "queued":
+            self._enter_queue(job, short)
+        else:
+            self.started_sum += job.started_at or job.created_at
+            self._hold(before, job)
+
+    def _enter_all(self, jobs: Iterable[Untouched]) -> None:
+        """What swapping each in would do to an empty book, at a quarter of the cost."""
+        groups: defaultdict[int, list[Untouched]] = defaultdict(list)
+        lanes: defaultdict[tuple[str, str, int], list[Untouched]] = defaultdict(list)
+        for job in jobs:
+            groups[id(job.options)].append(job)  # by identity: comparing the values takes longer
+        for group in groups.values():
+            options = group[0].options
+            lanes[(options.queue, options.kind, options.priority)] += group
+            self._counts_of(options.queue)["queued"] += len(group)
+            self.totals["queued"] += len(group)
+            self.jobs.keep_all_short(group)
+        for (queue, kind, priority), group in lanes.items():
+            lane = self._queued_of(queue).join_all(kind, priority, group, self._now)
+            self._became_due(lane)
+            self._wake_at(lane, lane.next_run_at(self._now))  # the clock may have been set back
+
+    def _enter_queue(self, job: Job, short: Untouched | None) -> None:
+        options, now = job.options, self._now
+        queued = self._queued_of(options.queue)
+        lane = queued.add(options.kind, entry_of(job), now) if short is None else queued.join(short, now)
+        if job.run_at <= now:
+            self._became_due(lane)
+            self.on_due(options.queue, options.kind)
+        else:
+            if lane not in self._lanes:
+                self._lanes[lane] = None
+                self._lanes.move_to_end(lane, last=False)
+            if lane.wakes_at is None or job.run_at < lane.wakes_at:
+                self._wake_at(lane, job.run_at)
+        if job.expires_at is not None:
+            self._expiries.add((job.expires_at, job.seq, job.id))
+
+    def _queued_of(self, queue: str) -> QueuedJobs:
+        queued = self._queued.get(queue)
+        if queued is None:
+            queued = self._queued[queue] = QueuedJobs(queue, self.jobs.waits)
+        return queued
+
+    def _became_due(self, lane: Lane) -> None:
+        if lane.due_at != self._now:
+            lane.due_at = self._now
+            self._lanes[lane] = None
+            self._lanes.move_to_end(lane)
+
+    def _leave_queue(self, job: Job) -> None:
+        queued = self._queued[job.options.queue]
+        ended = queued.remove(job.options.kind, entry_of(job), self._now)
+        if ended is not None:
+            del self._lanes[ended]
+            if not queued.lanes:
+                del self._queued[job.options.queue]
+        if job.expires_at is not None:
+            self._expiries.remove((job.expires_at, job.seq, job.id))
+
+    def _lane(self, name: LaneName) -> Lane:
+        queue, kind, priority = name
+        return self._queued[queue].lanes[kind][priority]
+
+    def _wake(self, lane: Lane) -> None:
+        """Handle that the next job of `lane` has become due."""
+        queue, kind, _ = lane.name
+        self._became_due(lane)
+        self._queued[queue].offer(lane, self._now)
+        self._wake_at(lane, lane.next_run_at(self._now))
+        self.on_due(queue, kind)
+
+    def _wake_at(self, lane: Lane, run_at: int | None) -> None:
+        lane.wakes_at = run_at
+        if run_at is not None:
+            self._wakes.push((run_at, lane.name))
+            self._wakes.trim(len(self._lanes), self._is_wake)
+
+    def _hold(self, before: Job | None, job: Job) -> None:
+        self.processing[job.id] = job
+        if job.grant is None or job.lease is None:
+            self._unsort(job)
+            self.unheld[job.id] = None  # a bad row; validation names it
+            return
+        if before is None or before.grant is None or before.grant.lock_id != job.grant.lock_id:
+            self.presence.holds(job.grant.worker, job.id, job.updated_at)
+        # An entry that is too early is looked at again when it comes up, so a moved deadline costs nothing here.
+        # One moves back only with a batch that is taken back.
+        known = self._deadline_of.get(job.id)
+        too_late = known is None or known > job.lease.expires or known > job.lease.stuck
+        if too_late or job.id in self.expired_locks or job.id in self.cleared_locks:
+            self._schedule(job)
+
+    def _end_processing(self, job: Job) -> None:
+        self.processing.pop(job.id, None)
+        self._unsort(job)
+        if self._deadline_of.pop(job.id, None) is not None:
+            self._deadlines.trim(len(self._deadline_of), self._is_deadline)
+        if job.grant is not None:
+            self.presence.lets_go(job.grant.worker, job.id)
+
+    def _schedule(self, job: Job) -> None:
+        """Sort a processing job into live, expired or stuck, and set its next deadline."""
+        grant, lease = job.grant, job.lease
+        assert grant is not None and lease is not None
+        self._unsort(job)
+        stuck = lease.stuck
+        if not lease.is_live(self._lease):
+            self.presence.set_expired(grant.worker, job.id, True)
+        if self._lease >= stuck:
+            self.stuck[job.id] = None
+            self._deadline_of.pop(job.id, None)
+            return
+        if lease.is_live(self._lease):
+            deadline = min(lease.expires, stuck)
+        else:
+            (self.cleared_locks if lease.cleared else self.expired_locks)[job.id] = None
+            deadline = stuck
+        self._deadline_of[job.id] = deadline
+        self._deadlines.push((deadline, job.seq, job.id))
+
+    def _unsort(self, job: Job) -> None:
+        for order in self._not_live:
+            if order and job.id in order:
+                del order[job.id]
+                if job.grant is not None:
+                    self.presence.set_expired(job.grant.worker, job.id, False)
+
+    def _rewind(self, now: int) -> None:
+        """Apply a step back of the wall clock: due jobs may have to wait again, and overdue jobs may be due again.
+
+        No job moves. Only lanes in which a job has become due since then get a new wake time.
+        """
+        expiry = self.next_expiry()
+        was_overdue = expiry is not None and expiry <= self._now
+        self._now = now
+        for lane in reversed(self._lanes):
+            if lane.due_at <= now:
+                break
+            lane.due_at = now
+            self._wake_at(lane, lane.next_run_at(now))
+        if was_overdue:
+            for queue, queued in self._queued.items():
+                for kind in queued.lanes:
+                    self.on_due(queue, kind)
+
+    # -- counters and validity ----------------------------------------------------------------------------------------
+
+    def _count(self, before: Job | None, after: Job | None) -> None:
+        # A job never changes its queue. One of its id that a batch had made which is taken back may have had another.
+        # A row that was edited by hand may have a status that is none: it is counted nowhere.
+        if before is not None and before.status in self.totals:
+            self._counts_of(before.options.queue)[before.status] -= 1
+            self.totals[before.status] -= 1
+        if after is not None and after.status in self.totals:
+            self._counts_of(after.options.queue)[after.status] += 1
+            self.totals[after.status] += 1
+        if before is not None and (after is None or after.options.queue != before.options.queue):
+            self._end_if_empty(before.options.queue)
+
+    def _count_as(self, place: tuple[str, str] | None, step: int) -> None:
+        """So many more finished jobs of that queue and status."""
+        if place is not None:
+            queue, status = place
+            self._counts_of(queue)[status] += step
+            self.totals[status] += step
+            self._end_if_empty(queue)
+
+    def _counts_of(self, queue: str) -> dict[str, int]:
+        counts = self.counts.get(queue)
+        if counts is None:
+            if queue not in self.paused:
+                self.queue_names.add(queue)
+            counts = self.counts[queue] = dict.fromkeys(STATUSES, 0)
+        return counts
+
+    def _end_if_empty(self, queue: str) -> None:
+        """Forget a queue that has no jobs left, unless it is paused."""
+        if queue in self.counts and not any(self.counts[queue].values()):
+            del self.counts[queue]
+            if queue not in self.paused:
+                self.queue_names.remove(queue)
+
+    def set_paused(self, queue: str, pause: QueuePause | None) -> None:
+        if pause is not None:
+            if queue not in self.counts and queue not in self.paused:
+                self.queue_names.add(queue)
+            self.paused[queue] = pause
+            return
+        if self.paused.pop(queue, None) is not None and queue not in self.counts:
+            self.queue_names.remove(queue)
+        if queue in self._queued:
+            for kind in self._queued[queue].lanes:
+                self.on_due(queue, kind)
+
+    def _is_wake(self, wake: tuple[int, LaneName]) -> bool:
+        queue, kind, priority = wake[1]
+        queued = self._queued.get(queue)
+        lane = None if queued is None else queued.lanes.get(kind, {}).get(priority)
+        return lane is not None and lane.wakes_at == wake[0]
+
+    def _is_deadline(self, entry: TimeEntry) -> bool:
+        return self._deadline_of.get(entry[2]) == entry[0] and self.processing[entry[2]].seq == entry[1]
+
+
+def _pause_of(event: Event) -> QueuePause | None:
+    if event.type != "queue_paused":
+        return None
+    details = event.details or {}
+    return QueuePause(details.get("since", event.at), event.by, event.reason, details.get("until"))
+
+
+def _call_of(event: Event) -> tuple[int, int, str]:
+    details = event.details
+    assert details is not None
+    return event.job_seq, details["fencing_token"], details["verb"]
+
+
+def _lock(job: Job) -> str | None:
+    return None if job.grant is None else job.grant.lock_id
+
+
+def _metadata_bytes(job: Job) -> int:
+    metadata = None if job.result is None else job.result.metadata
+    return 0 if metadata is None else memoryview(metadata).nbytes

@@ -1,0 +1,358 @@
+"""The steps that a job can take: grant, back to the queue, finish, stall, expire. Rules choose them, nobody else.
+
+Pure. Each step writes one event into the draft and gives the new row; guards are the rules' part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from msgspec import UNSET, Raw, UnsetType
+from msgspec.structs import replace
+
+from jobd.core import views
+from jobd.core.changeset import Draft
+from jobd.model.commands import Claim, Complete, Create, Import, Moment, Start
+from jobd.model.errors import Refusal
+from jobd.model.events import EventType
+from jobd.model.job import (
+    MAX_PERCENT,
+    MINUTE_MS,
+    SECOND_MS,
+    TRANSITIONS,
+    Ended,
+    Failure,
+    Grant,
+    Job,
+    Lease,
+    Options,
+    Policy,
+    Result,
+    runs_again,
+    settled,
+    storage_key_fault,
+)
+from jobd.model.responses import Answer
+
+STALLED: Final = "stalled"
+EXPIRED: Final = "expired"
+TOLD_OF_ERROR: Final = 500  # characters of the last error that an expiry repeats
+CLOCK_SUSPECT: Final = (
+    "The wall clock is suspect, so nothing is deleted or failed by age. Check it. If it is right: jobctl clock accept"
+)
+
+
+def find(draft: Draft, job_id: str) -> Job | Refusal:
+    """The job of this id, or why it cannot be had."""
+    reason = draft.book.quarantined.get(job_id)
+    if reason is not None:
+        message = f"Job {job_id} is in quarantine: {reason}. An operator mends it: jobd doctor names it and its mend."
+        return Refusal("job_quarantined", message, {"job_id": job_id, "reason": reason})
+    job = draft.book.get(job_id)
+    if job is None:
+        message = (
+            f"There is no job {job_id}: it was never created, or deleted after its time. "
+            "Look for it in the list of jobs (GET /v1/jobs, `jobctl jobs`)."
+        )
+        return Refusal("job_not_found", message, {"job_id": job_id})
+    return job
+
+
+def refuse_transition(job: Job, to: str, what: str) -> Refusal:
+    """Not a pair of the table: `what` says what may be done instead, `allowed` where an operator may move the job."""
+    allowed = sorted(status for source, status in TRANSITIONS if source == job.status and status != "processing")
+    details = {"status": job.status, "to": to, "allowed": allowed}
+    return Refusal("invalid_transition", f"Job {job.id} is {job.status}. {what}", details)
+
+
+def job_answer(draft: Draft, job: Job, *, repeated: bool | UnsetType = UNSET) -> Answer:
+    """The job as it is now; the actor reads its payload before the answer leaves."""
+    view = views.job_view(job, draft.at, draft.policy, admin=draft.call.admin)
+    view.repeated = repeated
+    return Answer(view, shows=[(job.seq, view)])
+
+
+def too_many_jobs(draft: Draft) -> Refusal:
+    limit = draft.policy.live_jobs
+    message = f"There are {limit} unfinished jobs (limits.live_jobs). Wait until some are finished, or raise the limit."
+    return Refusal("too_many_jobs", message, {"limit": limit})
+
+
+def refuse_queue(draft: Draft, queue: str) -> Refusal | None:
+    """Return an error if `queue` may not get its first job. Queues that exist above a lowered limit still get jobs."""
+    limit, known = draft.policy.queues, draft.book.counts
+    if queue in known or len(known) + len(draft.changes) < limit:
+        return None
+    new = {change.event.queue for change in draft.changes} - known.keys()
+    if queue in new or len(known) + len(new) < limit:
+        return None
+    message = (
+        f"Queue {queue} would be new, and {len(known) + len(new)} queues have jobs (limits.queues {limit}). "
+        "Use a queue that has jobs, raise the limit, or wait until a queue has none. Finished jobs count too, until "
+        "they are deleted."
+    )
+    return Refusal("too_many_queues", message, {"queue": queue, "limit": limit})
+
+
+def invalid(field: str, message: str) -> Refusal:
+    return Refusal("invalid_request", message, {"field": f"$.{field}"})
+
+
+def refuse_expiry(draft: Draft, expires_at: int | None) -> Refusal | None:
+    if expires_at is not None and expires_at <= draft.at.believed:
+        return invalid("expires_at", f"expires_at {expires_at} is not in the future; it is Unix milliseconds.")
+    return None
+
+
+def refuse_result(draft: Draft, command: Complete) -> Refusal | None:
+    """Why what `command` brings may not complete a job."""
+    if command.storage_key is not None and (fault := storage_key_fault(command.storage_key)) is not None:
+        return invalid("storage_key", f"storage_key {fault}.")
+    return refuse_expiry(draft, command.expires_at) or refuse_without_url(draft.policy, command.download_url)
+
+
+def refuse_without_url(policy: Policy, download_url: str | None, field: str = "download_url") -> Refusal | None:
+    """Why a job may not be completed with what has this address, or none."""
+    if policy.require_download_url and not download_url:
+        return invalid(field, "download_url is missing; [validation] require_download_url asks for it.")
+    return None
+
+
+def asked_options(draft: Draft, asked: Create | Import) -> Options:
+    """What the creator asked for; max_stalls and on_stall are settled here, so that the job shows what applies."""
+    policy = draft.policy
+    options = Options(
+        queue=asked.queue,
+        kind=asked.kind,
+        priority=asked.priority,
+        max_attempts=asked.max_attempts,
+        backoff=asked.backoff,
+        max_stalls=policy.max_stalls if asked.max_stalls is None else asked.max_stalls,
+        on_stall=asked.on_stall or policy.on_stall,
+        stuck_after_ms=asked.stuck_after_ms,
+        max_processing_ms=asked.max_processing_ms,
+    )
+    return draft.book.shared(options)
+
+
+def whole(progress: float) -> int | float:
+    """42.0 is shown as 42."""
+    return int(progress) if progress == int(progress) else progress
+
+
+def grant(draft: Draft, job: Job, asked: Start | Claim) -> Job:
+    """Grant a queued job to the worker of the request: a new lock, a new fencing token, one more attempt.
+
+    The stall time of the request takes precedence over that of the job. The ceiling of the job takes precedence over
+    that of the request, so that a worker cannot raise it.
+    """
+    worker = asked.worker
+    policy, options, lease = draft.policy, job.options, draft.at.lease
+    token = draft.token()
+    made = Grant(
+        lock_id=draft.secret(token),
+        fencing_token=token,
+        worker=worker,
+        acquired_at=draft.at.now,
+        ttl_ms=asked.lock_ttl_ms or policy.lock_ttl_ms,
+        stuck_after_ms=settled(asked.stuck_after_ms, settled(options.stuck_after_ms, policy.stuck_after_ms)),
+        max_processing_ms=settled(
+            options.max_processing_ms, settled(asked.max_processing_ms, policy.max_processing_ms)
+        ),
+    )
+    ceiling = lease + made.max_processing_ms if made.max_processing_ms else None
+    return draft.step(
+        job,
+        "granted",
+        by=f"worker:{worker}",
+        details={"worker": worker, "fencing_token": token, "attempt": job.attempt + 1, "ttl_ms": made.ttl_ms},
+        status="processing",
+        started_at=max(draft.at.now, job.created_at),
+        progress=0,
+        progress_message=None,
+        attempt=job.attempt + 1,
+        grant=made,
+        lease=Lease(_cut(lease + made.ttl_ms, ceiling), lease + made.stuck_after_ms, ceiling),
+    )
+
+
+def keep_alive(made: Grant, lease: Lease, now: int, additional_ms: int, *, progressed: bool) -> Lease:
+    """The lease after a sign of life at lease time `now`: at least `additional_ms` from now, never shorter.
+
+    Only progress moves the ceiling; an extension is cut to it. No deadline goes back: after a start each may be later
+    than the grant itself would have it, and who reports must not lose that.
+    """
+    ceiling = lease.ceiling
+    if progressed and made.max_processing_ms:
+        ceiling = max(now + made.max_processing_ms, ceiling or 0)
+    expires = max(lease.expires, _cut(now + additional_ms, ceiling))
+    return Lease(expires, max(lease.silent, now + made.stuck_after_ms), ceiling)
+
+
+def requeue(
+    draft: Draft,
+    job: Job,
+    event_type: EventType,
+    ended: Ended | None,
+    *,
+    reason: str | None = None,
+    by: str | None = None,
+    **fields: Any,
+) -> Job:
+    """Back to `queued`. `run_at` stays, and with it the job's place, unless `fields` set it; the last error stays."""
+    fields = {"progress": 0, "progress_message": None, "started_at": None, "finished_at": None, "releases": 0} | fields
+    if fields["releases"] == job.releases:
+        del fields["releases"]
+    if job.status != "processing":
+        fields.setdefault("expires_at", None)  # it was the time of deletion of a finished job
+    _end_grant(fields, job, ended)
+    return draft.step(job, event_type, by=by, reason=reason, status="queued", **fields)
+
+
+def finish(
+    draft: Draft,
+    job: Job,
+    event_type: EventType,
+    status: str,
+    ended: Ended | None,
+    *,
+    reason: str | None = None,
+    by: str | None = None,
+    **fields: Any,
+) -> Job:
+    """To a finished status. It is deleted after the retention of that status, unless `fields` say when."""
+    now = draft.at.now
+    if fields.get("expires_at") is None:
+        fields["expires_at"] = now + keep_ms(draft.policy, status)
+    fields["status"] = status
+    fields["finished_at"] = max(now, job.created_at, job.started_at or 0)  # also where the wall clock stepped back
+    if job.releases:
+        fields["releases"] = 0
+    _end_grant(fields, job, ended)
+    return draft.step(job, event_type, by=by, reason=reason, **fields)
+
+
+def complete(draft: Draft, job: Job, event_type: EventType, ended: Ended | None, result: Result, **fields: Any) -> Job:
+    """To `completed`, which is final: progress 100, no error."""
+    fields["progress"], fields["result"], fields["error"] = MAX_PERCENT, kept_result(result), None
+    return finish(draft, job, event_type, "completed", ended, **fields)
+
+
+def keep_ms(policy: Policy, status: str) -> int:
+    """How long a finished job of this status is kept."""
+    if status == "completed":
+        return policy.keep_completed_ms
+    return policy.keep_failed_ms if status == "failed" else policy.keep_cancelled_ms
+
+
+def kept_result(result: Result) -> Result | None:
+    """None where nothing was given; null is nothing. The bytes are copied out of the request that they came in."""
+    if result.metadata is not None:
+        body = bytes(result.metadata)
+        result = replace(result, metadata=None if body == b"null" else Raw(body))
+    return None if result == Result() else result
+
+
+def ended_by(
+    job: Job, now: int, rule: str, reason: str, verb: str | None = None, body_hash: str | None = None
+) -> Ended | None:
+    """The record of the current grant's end; the one before stays where the job has no grant."""
+    if job.grant is None:
+        return job.ended
+    return Ended(job.grant.lock_id, job.grant.fencing_token, job.grant.worker, now, rule, reason, verb, body_hash)
+
+
+def given_back(job: Job) -> int:
+    """The attempt count where the current grant does not use one up."""
+    return max(job.attempt - 1, 0)
+
+
+def stall(draft: Draft, job: Job, cause: str, *, rule: str = "recovery", why: str = STALLED) -> Job:
+    """End the grant of a job whose worker went silent, as its `on_stall` says. `cause` is a sentence.
+
+    `rule` and `why` are what the holder is told, should it come back.
+    """
+    options, stalls = job.options, job.stalls + 1
+    attempt = given_back(job) if job.progress == 0 else job.attempt
+    ended = ended_by(job, draft.at.now, rule, why)
+    details = {"worker": job.grant.worker if job.grant else None, "progress": job.progress, "stalls": stalls}
+    if runs_again(job):
+        return requeue(draft, job, "stalled", ended, reason=cause, attempt=attempt, stalls=stalls, details=details)
+    if stalls > options.max_stalls:
+        times = "once" if stalls == 1 else f"{stalls} times"
+        advice = f"It stalled {times} (max_stalls {options.max_stalls}); look for what kills its workers."
+    elif options.on_stall == "fail":
+        advice = "Its on_stall is fail; force-reset the job to run it again."
+    else:
+        advice = "The work may be half done; check it, then force-reset the job to run it again."
+    error = Failure(f"{cause} {advice}", STALLED)
+    failed: dict[str, Any] = {"attempt": attempt, "stalls": stalls, "error": error, "details": details}
+    return finish(draft, job, "stalled", "failed", ended, reason=error.message, **failed)
+
+
+def silence(draft: Draft, job: Job) -> str:
+    """Why a stuck job counts as stuck, in a sentence for operators."""
+    made, lease = job.grant, job.lease
+    if made is None or lease is None:
+        return "The job was processing, but nobody held it."
+    where = f"at {job.progress:g} % (attempt {job.attempt} of {job.options.max_attempts})"
+    if lease.is_past_ceiling(draft.at.lease):
+        limit = in_words(made.max_processing_ms)
+        return f"Worker {made.worker} reported no progress for {limit} (max_processing_ms) {where}."
+    silent_ms = draft.at.lease - (lease.silent - made.stuck_after_ms)
+    return f"No update from worker {made.worker} for {in_words(silent_ms)} {where}. The lock had expired."
+
+
+def expire(draft: Draft, job: Job, by: str | None = None) -> Job:
+    """Fail a queued job whose `expires_at` has passed: it is never granted. What its last attempt failed of is told."""
+    waited = "before a worker took the job" if job.ended is None else "while it waited to be tried again"
+    message = f"Its expires_at passed {waited}. Create it again if it is still wanted."
+    if job.error is not None and job.error.message:
+        message += f" Its last attempt failed: {job.error.message[:TOLD_OF_ERROR]}"
+    error = Failure(message, EXPIRED)
+    return finish(draft, job, "expired", "failed", job.ended, by=by, reason=message, error=error)
+
+
+def met(draft: Draft, job: Job) -> Job:
+    """`job` as a command meets it: time acts first on a queued job whose `expires_at` has passed, whoever comes by."""
+    return expire(draft, job, by="daemon") if may_expire(job, draft.at) else job
+
+
+def may_expire(job: Job, at: Moment) -> bool:
+    """Return whether the job is overdue by a clock that is not suspect. Then it fails."""
+    return not at.suspect and is_overdue(job, at.now)
+
+
+def is_overdue(job: Job, now: int) -> bool:
+    """A queued job that its creator no longer wants."""
+    return job.status == "queued" and job.expires_at is not None and job.expires_at <= now
+
+
+def is_stuck(job: Job, lease_ms: int) -> bool:
+    """Processing, silent for too long, judged at lease time `lease_ms`. Without a grant it is stuck at once."""
+    return job.status == "processing" and (job.lease is None or job.grant is None or lease_ms >= job.lease.stuck)
+
+
+def in_words(ms: int) -> str:
+    """A duration for people: `45 s`, `12 min`, `3 h 5 min`."""
+    if ms < SECOND_MS:
+        return f"{max(ms, 0)} ms"
+    seconds = ms // SECOND_MS
+    if ms < 2 * MINUTE_MS:
+        return f"{seconds} s"
+    minutes = seconds // 60
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def _end_grant(fields: dict[str, Any], job: Job, ended: Ended | None) -> None:
+    if job.grant is not None or job.lease is not None:
+        fields["grant"] = fields["lease"] = None
+    if ended != job.ended:
+        fields["ended"] = ended
+
+
+def _cut(expires: int, ceiling: int | None) -> int:
+    return expires if ceiling is None else min(expires, ceiling)

@@ -1,0 +1,315 @@
+"""What is shown of jobs, grants, queues, workers and the whole: the book's figures in the shapes of the wire.
+
+Pure reading: nothing here changes a job or decides about one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from heapq import nsmallest
+from itertools import islice
+from typing import Final, cast
+
+from msgspec import UNSET, Raw, UnsetType
+from msgspec.structs import astuple
+
+from jobd.core.state import Book
+from jobd.core.stats import Figures
+from jobd.core.worker_presence import WorkerPresence, WorkerSeen
+from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
+from jobd.model.errors import Refusal
+from jobd.model.events import QueuePause
+from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
+from jobd.model.responses import (
+    GrantView,
+    JobView,
+    LateResultView,
+    LockedJob,
+    LockList,
+    LockState,
+    LockView,
+    OldestDue,
+    OldestProcessing,
+    PausedView,
+    QueueList,
+    QueueView,
+    RefusalView,
+    StatsView,
+    WorkerList,
+    WorkerView,
+)
+
+JOBS_SHOWN: Final = 100  # of a worker
+NO_RESULT = Result()
+NO_ERROR = Failure(None)
+
+
+def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
+    """The lock of `job`: null once it is cleared, or where the job is not processing."""
+    if job.grant is None or job.lease is None or job.lease.cleared:
+        return None
+    grant = job.grant
+    return LockView(
+        worker=grant.worker,
+        fencing_token=grant.fencing_token,
+        acquired_at=grant.acquired_at,
+        expires_at=at.wall(job.lease.expires),
+        lock_id=grant.lock_id if admin else UNSET,
+    )
+
+
+def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, payload: Raw | UnsetType = UNSET) -> JobView:
+    """The whole job. Durations that the creator left to the daemon are shown as they apply now."""
+    options, grant, result, error = job.options, job.grant, job.result or NO_RESULT, job.error or NO_ERROR
+    # By position: a claim of a hundred jobs makes a hundred of these, and names cost six times as much.
+    return JobView(
+        job.id,
+        options.queue,
+        options.kind,
+        payload,
+        options.priority,
+        job.status,
+        job.progress,
+        job.progress_message,
+        job.attempt,
+        options.max_attempts,
+        options.backoff,
+        job.stalls,
+        options.max_stalls,
+        options.on_stall,
+        grant.stuck_after_ms if grant else settled(options.stuck_after_ms, policy.stuck_after_ms),
+        grant.max_processing_ms if grant else settled(options.max_processing_ms, policy.max_processing_ms),
+        job.created_at,
+        job.updated_at,
+        job.run_at,
+        job.started_at,
+        job.finished_at,
+        job.expires_at,
+        None if grant is None else lock_view(job, at, admin=admin),
+        result.download_url,
+        result.file_path,
+        result.storage_key,
+        result.metadata,
+        error.message,
+        error.code,
+        grant.worker if grant is not None and job.lease is not None and job.lease.cleared else UNSET,
+    )
+
+
+def moved(job: Job, payload: Raw) -> Import:
+    """The job as an import takes it. A bad row is shown as it is: the import refuses it, or a pass there mends it."""
+    options, result, error = job.options, job.result or NO_RESULT, job.error or NO_ERROR
+    return Import(
+        id=job.id,
+        queue=options.queue,
+        kind=options.kind,
+        payload=payload,
+        priority=options.priority,
+        status=cast(Status, job.status),
+        progress=job.progress,
+        progress_message=job.progress_message,
+        attempt=job.attempt,
+        max_attempts=options.max_attempts,
+        backoff=options.backoff,
+        stalls=job.stalls,
+        max_stalls=options.max_stalls,
+        on_stall=options.on_stall,
+        stuck_after_ms=options.stuck_after_ms,
+        max_processing_ms=options.max_processing_ms,
+        created_at=job.created_at,
+        updated_at=job.updated_at,
+        run_at=job.run_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        expires_at=job.expires_at,
+        worker=job.grant.worker if job.grant else None,
+        download_url=result.download_url,
+        file_path=result.file_path,
+        storage_key=result.storage_key,
+        metadata=result.metadata,
+        error_message=error.message,
+        error_code=error.code,
+    )
+
+
+def late_view(late: LateResult, refusal: Refusal | None = None) -> LateResultView:
+    """`refusal` is that of its adoption, None where nothing of the result is against it."""
+    result = late.result
+    return LateResultView(
+        late.seq,
+        late.at,
+        late.worker,
+        late.fencing_token,
+        result.download_url,
+        result.file_path,
+        result.storage_key,
+        result.metadata,
+        late.expires_at,
+        None if refusal is None else RefusalView(refusal.code, refusal.message),
+    )
+
+
+def ceiling_at(lease: Lease, at: Moment) -> int | None:
+    return None if lease.ceiling is None else at.wall(lease.ceiling)
+
+
+def lock_state(grant: Grant, lease: Lease, at: Moment, extended: bool | UnsetType = UNSET) -> LockState:
+    return LockState(at.wall(lease.expires), grant.ttl_ms, ceiling_at(lease, at), extended=extended)
+
+
+def grant_view(job: Job, at: Moment, view: JobView) -> GrantView:
+    """The current grant of `job`, for its holder."""
+    assert job.grant is not None and job.lease is not None
+    grant, lease = job.grant, job.lease
+    return GrantView(
+        view, grant.lock_id, grant.fencing_token, at.wall(lease.expires), grant.ttl_ms, ceiling_at(lease, at)
+    )
+
+
+def queues(book: Book, command: Queues) -> QueueList:
+    """Return a page of the queues after the cursor, by name, or the busiest queues."""
+    if command.busiest:
+        busiest = nsmallest(command.limit, _named(book, command), key=partial(_by_load, book))
+        return QueueList([_queue(book, name) for name in busiest])
+    found = list(islice(_named(book, command), command.limit + 1))
+    shown = found[: command.limit]
+    return QueueList([_queue(book, name) for name in shown], shown[-1] if len(found) > len(shown) else None)
+
+
+def _by_load(book: Book, name: str) -> tuple[int, str]:
+    counts = book.counts.get(name)
+    return (0 if counts is None else -counts["queued"] - counts["processing"]), name
+
+
+def _named(book: Book, command: Queues) -> Iterator[str]:
+    """Return the names after the cursor of all queues, or only of paused or unpaused ones."""
+    after = command.cursor or ""
+    if command.paused:
+        return iter(sorted(name for name in book.paused if name > after))
+    names = book.queue_names.after(after)
+    return names if command.paused is None else (name for name in names if name not in book.paused)
+
+
+def _queue(book: Book, name: str) -> QueueView:
+    counts = book.counts.get(name, {})
+    by_status = {status: counts.get(status, 0) for status in STATUSES}
+    pause = book.paused.get(name, QueuePause())
+    return QueueView(
+        name=name,
+        paused=name in book.paused,
+        oldest_due_at=book.oldest_due_at(name),
+        paused_at=pause.at,
+        paused_by=pause.by,
+        pause_reason=pause.reason,
+        paused_until=pause.until,
+        **by_status,
+    )
+
+
+def paused_view(queue: str, pause: QueuePause | None) -> PausedView:
+    return PausedView(queue, pause is not None, *(() if pause is None else astuple(pause)))
+
+
+def workers(book: Book, at: Moment, command: Workers) -> WorkerList:
+    """Return a page of the workers in a state, or of all that are not gone, most recently seen first.
+
+    A worker that is seen between two pages moves to the front, so later pages may lack it.
+    """
+    presence = book.presence
+    by_state: dict[WorkerState, int] = {"busy": 0, "idle": 0, "silent": 0, "gone": 0}
+    asked: list[tuple[str, WorkerSeen]] = []
+    for each in presence.remembered():
+        state = presence.state(each[1])
+        by_state[state] += 1
+        if state == command.state or (command.state is None and state != "gone"):
+            asked.append(each)
+    if command.cursor is not None:
+        before, _, last = command.cursor.partition(" ")
+        asked = [each for each in asked if _by_latest(each) > (-int(before), last)]
+    asked.reverse()  # nearly in order, so sorting is cheap
+    asked.sort(key=_by_latest)
+    shown = asked[: command.limit]
+    following = f"{shown[-1][1].last_seen_at} {shown[-1][0]}" if len(asked) > len(shown) else None
+    since = at.now if presence.started_at is None else presence.started_at
+    return WorkerList([_worker(presence, *each) for each in shown], following, by_state, since)
+
+
+def _by_latest(each: tuple[str, WorkerSeen]) -> tuple[int, str]:
+    return -each[1].last_seen_at, each[0]
+
+
+def _worker(presence: WorkerPresence, name: str, seen: WorkerSeen) -> WorkerView:
+    claims = seen.claims
+    return WorkerView(
+        name,
+        presence.state(seen),
+        list(islice(seen.jobs, JOBS_SHOWN)),
+        len(seen.jobs),
+        len(seen.expired),
+        None if claims is None else claims.queues,
+        None if claims is None else claims.kinds,
+        seen.waiting > 0,
+        seen.about,
+        presence.heard_at(seen),
+    )
+
+
+def locks(book: Book, at: Moment, command: Locks, *, admin: bool) -> LockList:
+    """Current grants, the oldest first: those behind the cursor, which is a token, as many as are asked for."""
+    after = int(command.cursor or 0)
+    held = ((job, job.grant, job.lease) for job in book.processing.values() if job.grant and job.lease)
+    asked = (each for each in held if each[1].fencing_token > after) if after else held
+    shown = [_locked(*each, at, admin) for each in islice(asked, command.limit)]
+    is_last = command.limit is None or len(shown) < command.limit or next(asked, None) is None
+    return LockList(shown, None if is_last else str(shown[-1].fencing_token))
+
+
+def _locked(job: Job, grant: Grant, lease: Lease, at: Moment, admin: bool) -> LockedJob:
+    return LockedJob(
+        id=job.id,
+        queue=job.options.queue,
+        kind=job.options.kind,
+        worker=grant.worker,
+        lock_id=grant.lock_id if admin else UNSET,
+        fencing_token=grant.fencing_token,
+        acquired_at=grant.acquired_at,
+        expires_at=at.wall(lease.expires),
+        live=lease.is_live(at.lease),
+        ceiling_at=ceiling_at(lease, at),
+        stuck_at=at.wall(lease.stuck),
+        progress=job.progress,
+    )
+
+
+def stats(book: Book, figures: Figures, at: Moment) -> StatsView:
+    oldest = next(iter(book.processing.values()), None)
+    shown = None if oldest is None else OldestProcessing(oldest.id, _age_s(oldest, at), oldest.progress)
+    return StatsView(
+        total_jobs=book.total(),
+        by_status={status: book.totals[status] for status in STATUSES},
+        stuck_jobs=len(book.stuck),
+        locked_jobs=book.live_locks(),
+        average_processing_time=average_processing_s(book, figures, at),
+        oldest_processing_job=shown,
+        stuck_jobs_recovered=figures.recovered_last_day(at.now),
+        timestamp=at.now,
+    )
+
+
+def oldest_due(book: Book) -> OldestDue | None:
+    """The job that has been due longest of all."""
+    found = book.oldest_due()
+    return None if found is None else OldestDue(found[1][3], found[0], found[1][1])
+
+
+def average_processing_s(book: Book, figures: Figures, at: Moment) -> float:
+    """Seconds, over the completions of the last hour and the jobs that are processing now."""
+    count, total_ms = figures.completed_last_hour(at.now)
+    running = len(book.processing)
+    total_ms += running * at.now - book.started_sum
+    return round(max(total_ms, 0) / 1000 / (count + running), 3) if count + running else 0.0
+
+
+def _age_s(job: Job, at: Moment) -> float:
+    return round(max(at.now - (job.started_at or job.created_at), 0) / 1000, 3)

@@ -1,0 +1,266 @@
+"""Presence of workers: for each, when it was last seen, its latest claim, its jobs, and its description of itself.
+
+Pure, and only in memory: after a start it knows only the holders of jobs. Ages are in lease time, so that a step of the
+wall clock does not make a worker gone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Final
+
+from jobd.model.commands import About, Claim, Start, WorkerState
+from jobd.model.job import DAY_MS, MINUTE_MS
+
+GONE_AFTER_MS: Final = 5 * MINUTE_MS
+FORGOTTEN_AFTER_MS: Final = DAY_MS
+WORKERS_KEPT: Final = 10_000  # workers that hold no job and wait for none
+NAMES_KEPT: Final = 100_000  # queues and kinds over all claim sets
+EVICTION_LOOKS: Final = 16  # workers that are inspected for eviction when a new one is added
+
+SetKey = tuple[tuple[str, ...], tuple[str, ...] | None]
+
+
+class ClaimSet:
+    """Queues and kinds (None: all) that at least one worker has claimed. Workers with equal sets share one.
+
+    `queues` and `kinds` are as they were first sent. `claimed` is the lease time of the latest claim, `waiting` the
+    number of claims that wait for a job now.
+    """
+
+    __slots__ = ("claimed", "kinds", "queues", "waiting", "workers")
+
+    def __init__(self, queues: list[str], kinds: list[str] | None) -> None:
+        self.queues = queues
+        self.kinds = kinds
+        self.claimed = 0
+        self.waiting = 0
+        self.workers: dict[str, None] = {}  # those whose latest claim this is
+
+    def takes(self, kind: str) -> bool:
+        return self.kinds is None or kind in self.kinds
+
+    @property
+    def names(self) -> int:
+        """The number of names, as a measure of the memory that the set takes."""
+        return len(self.queues) + len(self.kinds or ())
+
+    @property
+    def key(self) -> SetKey:
+        """The same for equal sets, whatever their order."""
+        return tuple(sorted(set(self.queues))), None if self.kinds is None else tuple(sorted(set(self.kinds)))
+
+
+class WorkerSeen:
+    """One worker. `jobs` are the jobs that it holds, `expired` those of them whose lock has expired.
+
+    `last_seen_at` (wall time) and `heard` (lease time) are when it was last seen, `claimed` is the lease time of its
+    latest claim. `claims` is None if no claim is remembered. `waiting` is the number of its claims that wait now.
+    """
+
+    __slots__ = ("about", "claimed", "claims", "expired", "heard", "jobs", "last_seen_at", "waiting")
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, None] = {}
+        self.expired: dict[str, None] = {}
+        self.last_seen_at = 0
+        self.heard = 0
+        self.claimed = 0
+        self.claims: ClaimSet | None = None
+        self.waiting = 0
+        self.about: About | None = None
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it holds no job and no claim of it waits."""
+        return not (self.jobs or self.waiting)
+
+
+class WorkerPresence:
+    """All workers that are remembered, and the claim sets by queue.
+
+    `started_at` is the wall time of the start, None before the first `tell_time`. All claims after `since` (lease time)
+    are remembered. It is the start, unless claim sets had to be forgotten (`has_forgotten`).
+    """
+
+    def __init__(self, now: int = 0, lease: int = 0) -> None:
+        self.workers: OrderedDict[str, WorkerSeen] = OrderedDict()  # roughly by when they were last seen
+        self.started_at: int | None = None
+        self.since = lease
+        self.has_forgotten = False
+        self.now = now
+        self.lease = lease
+        self._sets: dict[SetKey, ClaimSet] = {}
+        self._of_queue: dict[str, dict[ClaimSet, None]] = {}
+        self._names = 0
+        self._names_kept = NAMES_KEPT
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def state(self, worker: WorkerSeen) -> WorkerState:
+        if worker.expired:
+            return "silent"
+        if worker.jobs:
+            return "busy"
+        return "idle" if worker.waiting or self.lease - worker.heard < GONE_AFTER_MS else "gone"
+
+    def remembered(self) -> Iterator[tuple[str, WorkerSeen]]:
+        """Iterate over names and workers, without those that have been gone for a day."""
+        oldest = self.lease - FORGOTTEN_AFTER_MS
+        return (each for each in self.workers.items() if each[1].heard > oldest or not each[1].is_resting)
+
+    def heard_at(self, worker: WorkerSeen) -> int:
+        """Return the wall time at which the worker was last seen; now while a claim of it waits."""
+        return self.now if worker.waiting else min(worker.last_seen_at, self.now)
+
+    def claim_sets(self, queue: str) -> Iterator[ClaimSet]:
+        """Iterate over the sets that contain this queue."""
+        return iter(self._of_queue.get(queue, ()))
+
+    def last_claim(self, queue: str, kind: str) -> int | None:
+        """Return the lease time of the latest claim of this queue and kind, now while one waits; None if unknown."""
+        fitting = [claims for claims in self.claim_sets(queue) if claims.takes(kind)]
+        if any(claims.waiting for claims in fitting):
+            return self.lease
+        return max((claims.claimed for claims in fitting), default=None)
+
+    def unclaimed_ms(self, queue: str, kind: str, lease: int) -> int:
+        """Return for how long, at lease time `lease`, no worker has claimed this queue and kind.
+
+        0 while a claim waits. Without a remembered claim it counts from `since`. The cost grows with the number of sets
+        that contain this queue.
+        """
+        fitting = [claims for claims in self.claim_sets(queue) if claims.takes(kind)]
+        if any(claims.waiting for claims in fitting):
+            return 0
+        return max(lease - max((claims.claimed for claims in fitting), default=self.since), 0)
+
+    # -- changing -----------------------------------------------------------------------------------------------------
+
+    def tell_time(self, now: int, lease: int) -> None:
+        self.now, self.lease = now, lease
+        if self.started_at is None:
+            self.started_at = now
+
+    def saw(self, name: str, at: int) -> WorkerSeen:
+        """Note that a worker was seen at wall time `at`: the time of the batch, or a time before the start."""
+        worker = self.workers.get(name)
+        if worker is None:
+            worker = self.workers[name] = WorkerSeen()
+            self._make_room(name)
+        else:
+            self.workers.move_to_end(name)
+        worker.last_seen_at = at
+        worker.heard = self.lease - (self.now - at)
+        return worker
+
+    def asks(self, command: Start | Claim) -> WorkerSeen:
+        """Note that a worker asks for a job."""
+        worker = self.saw(command.worker, self.now)
+        if command.about is not None:
+            worker.about = command.about
+        if isinstance(command, Claim):
+            claims = worker.claims
+            if claims is None or claims.queues != command.queues or claims.kinds != command.kinds:
+                claims = self._set_of(command)
+                self._assign(command.worker, worker, claims)
+            claims.claimed = worker.claimed = self.lease
+        return worker
+
+    def waits(self, command: Claim) -> ClaimSet:
+        """Note that a claim begins to wait. Return the set to pass to `waits_no_more`."""
+        worker = self.asks(command)
+        claims = worker.claims
+        assert claims is not None
+        worker.waiting += 1
+        claims.waiting += 1
+        return claims
+
+    def waits_no_more(self, name: str, claims: ClaimSet) -> None:
+        """Note that a wait has ended. The worker counts as seen until now."""
+        worker = self.saw(name, self.now)
+        worker.waiting -= 1
+        claims.waiting -= 1
+        claims.claimed = worker.claimed = self.lease
+
+    def holds(self, name: str, job_id: str, at: int) -> None:
+        """Note that a worker holds a job. An unknown worker was last seen at wall time `at`."""
+        worker = self.workers.get(name) or self.saw(name, at)
+        worker.jobs[job_id] = None
+
+    def lets_go(self, name: str, job_id: str) -> None:
+        """Note that a worker no longer holds this job."""
+        if (worker := self.workers.get(name)) is not None:
+            worker.jobs.pop(job_id, None)
+            worker.expired.pop(job_id, None)
+
+    def set_expired(self, name: str, job_id: str, expired: bool) -> None:
+        """Note whether the lock of a job that this worker holds has expired."""
+        if (worker := self.workers.get(name)) is None:
+            return
+        if expired:
+            worker.expired[job_id] = None
+        else:
+            worker.expired.pop(job_id, None)
+
+    # -- bounds -------------------------------------------------------------------------------------------------------
+
+    def _make_room(self, new: str) -> None:
+        """Forget workers that have been gone for a day, and the one seen longest ago if there are too many.
+
+        A worker at the front that has a job or waits for one moves to the end, so that it is not inspected each time.
+        """
+        oldest = self.lease - FORGOTTEN_AFTER_MS
+        for _ in range(EVICTION_LOOKS):
+            name, worker = next(iter(self.workers.items()))
+            if worker.heard > oldest and len(self.workers) <= WORKERS_KEPT:
+                return
+            if name == new:
+                return
+            if worker.is_resting:
+                self._assign(name, worker, None)
+                del self.workers[name]
+            else:
+                self.workers.move_to_end(name)
+
+    def _assign(self, name: str, worker: WorkerSeen, claims: ClaimSet | None) -> None:
+        """Set `claims` as the set of the worker's latest claim."""
+        if worker.claims is not None:
+            worker.claims.workers.pop(name, None)
+        worker.claims = claims
+        if claims is not None:
+            claims.workers[name] = None
+
+    def _set_of(self, command: Claim) -> ClaimSet:
+        """Return the shared set of these queues and kinds."""
+        made = ClaimSet(command.queues, command.kinds)
+        known = self._sets.get(key := made.key)
+        if known is not None:
+            return known
+        if self._names > self._names_kept:
+            self._forget_sets()
+        self._sets[key] = made
+        self._names += made.names
+        for queue in key[0]:
+            self._of_queue.setdefault(queue, {})[made] = None
+        return made
+
+    def _forget_sets(self) -> None:
+        """Forget the quarter of the sets that was claimed longest ago, so that the cost of a new set does not grow.
+
+        `since` moves forward, so that a forgotten claim does not look as if it never existed.
+        """
+        resting = sorted((each for each in self._sets.items() if not each[1].waiting), key=lambda each: each[1].claimed)
+        for key, claims in resting[: len(resting) // 4 + 1]:
+            del self._sets[key]
+            self._names -= claims.names
+            for queue in key[0]:
+                del self._of_queue[queue][claims]
+                if not self._of_queue[queue]:
+                    del self._of_queue[queue]
+            for name in list(claims.workers):
+                self._assign(name, self.workers[name], None)
+            self.since = max(self.since, claims.claimed)
+            self.has_forgotten = True
+        self._names_kept = max(NAMES_KEPT, self._names + self._names // 4)

@@ -1,0 +1,454 @@
+"""The state machine: `decide`, and one function per command of creators and holders (operators in their place, too).
+
+Pure: no IO, clock, randomness, logging. A rule checks its guards in the documented order, then takes its steps
+(steps.py). Operators' rules are in operator_rules.py, those of time in time_rules.py, what comes too late is judged in
+late_rules.py, plain reading is in reads.py.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, Final
+
+import msgspec
+
+from jobd.core import late_result_rules as late_rules
+from jobd.core import maintenance_rules as time_rules
+from jobd.core import operator_rules, plan_rules, views
+from jobd.core import transitions as steps
+from jobd.core.changeset import Draft
+from jobd.model.commands import (
+    AnyCommand,
+    Bulk,
+    Cancel,
+    Claim,
+    Complete,
+    Create,
+    Extend,
+    ExtendLock,
+    Fail,
+    Progress,
+    Release,
+    ReleaseLock,
+    Start,
+    Undelivered,
+)
+from jobd.model.errors import Refusal
+from jobd.model.job import DELAYED_FROM, Backoff, Ended, Failure, Job, Result, release_delay_ms
+from jobd.model.responses import Answer, Grants, JobList, JobView
+
+# -- create -----------------------------------------------------------------------------------------------------------
+
+
+def create(draft: Draft, command: Create) -> Answer | Refusal:
+    made = _create(draft, command)
+    if isinstance(made, Refusal):
+        return made
+    job, view, is_new = made
+    return Answer(view, status=201) if is_new else Answer(view, shows=[(job.seq, view)])
+
+
+def bulk(draft: Draft, command: Bulk) -> Answer | Refusal:
+    """All or nothing, in the order given. Jobs that the same request made before are answered as they are."""
+    ids = [asked.id for asked in command.jobs if asked.id is not None]
+    if len(ids) != len(set(ids)):
+        twice = next(job_id for job_id in ids if ids.count(job_id) > 1)
+        return steps.invalid("jobs", f"The id {twice} is in the list twice; give each job its own.")
+    answer = Answer(JobList([]), status=201)
+    for index, asked in enumerate(command.jobs):
+        made = _create(draft, asked)
+        if isinstance(made, Refusal):
+            draft.changes.clear()
+            message = f"jobs[{index}]: {made.message} No job was created."
+            details = made.details | {"index": index}
+            if "field" in made.details:
+                details["field"] = f"$.jobs[{index}]{made.details['field'].removeprefix('$')}"
+            return Refusal(made.code, message, details)
+        job, view, is_new = made
+        answer.data.jobs.append(view)
+        if not is_new:
+            answer.shows.append((job.seq, view))
+    return answer
+
+
+def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | Refusal:
+    """The new job, or the one that the same request made before, its view, and whether it is new."""
+    # A job whose id is ours cannot be asked for again: who names its id asks for something else.
+    request_hash = "" if command.id is None else digest(command)
+    if command.id is not None and (existing := _existing(draft, command.id, request_hash)) is not None:
+        if isinstance(existing, Refusal):
+            return existing
+        return existing, views.job_view(existing, draft.at, draft.policy, admin=draft.call.admin), False
+    refusal = _refuse_times(draft, command) or _refuse_more(draft) or steps.refuse_queue(draft, command.queue)
+    if refusal is not None:
+        return refusal
+    now = draft.at.now
+    number = draft.job_number()
+    job = Job(
+        seq=number,
+        id=command.id or draft.job_id(number),
+        options=steps.asked_options(draft, command),
+        status="queued",
+        created_at=now,
+        updated_at=now,
+        run_at=command.run_at or now + (command.delay_ms or 0),
+        expires_at=command.expires_at,
+    )
+    draft.create(job, "created", bytes(command.payload), request_hash)
+    return job, views.job_view(job, draft.at, draft.policy, admin=draft.call.admin, payload=command.payload), True
+
+
+def _existing(draft: Draft, job_id: str, request_hash: str) -> Job | Refusal | None:
+    if job_id in draft.book.quarantined:
+        return steps.find(draft, job_id)
+    job = draft.book.get(job_id)
+    if job is None or draft.book.request_hashes.get(job_id) == request_hash:
+        return job
+    message = f"Job {job_id} exists and was created by another request. Use another id, or none."
+    return Refusal("job_exists", message, {"job_id": job_id, "status": job.status})
+
+
+def _refuse_times(draft: Draft, command: Create) -> Refusal | None:
+    if command.run_at is not None and command.delay_ms is not None:
+        return steps.invalid("run_at", "Give run_at or delay_ms, not both.")
+    return steps.refuse_expiry(draft, command.expires_at)
+
+
+def _refuse_more(draft: Draft) -> Refusal | None:
+    totals = draft.book.totals
+    if totals["queued"] + totals["processing"] + len(draft.changes) >= draft.policy.live_jobs:
+        return steps.too_many_jobs(draft)
+    return None
+
+
+# -- grants -----------------------------------------------------------------------------------------------------------
+
+
+def start(draft: Draft, command: Start) -> Answer | Refusal:
+    """Grant the named job: queued, due, its queue not paused. Time acts first: a stuck job is recovered before."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if steps.is_stuck(job, draft.at.lease):
+        job = steps.stall(draft, job, steps.silence(draft, job))
+    job = steps.met(draft, job)
+    refusal = _refuse_start(draft, job)
+    if refusal is not None:
+        return refusal
+    job = steps.grant(draft, job, command)
+    answer = _granted(draft, [job])
+    answer.data = answer.data.grants[0]
+    return answer
+
+
+def _refuse_start(draft: Draft, job: Job) -> Refusal | None:
+    at = draft.at
+    if job.status == "processing":
+        return _already_locked(draft, job)
+    if job.status != "queued":
+        why = f" ({job.error.message})" if job.error and job.error.message else ""
+        return steps.refuse_transition(job, "processing", f"Only a queued job can be started{why}.")
+    if steps.is_overdue(job, at.now):  # not failed yet, because the clock is suspect
+        what = f"It is not granted, because its expires_at has passed. {steps.CLOCK_SUSPECT}"
+        return steps.refuse_transition(job, "processing", what)
+    if job.run_at > at.now:
+        wait_ms = job.run_at - at.now
+        message = f"Job {job.id} is not due for another {steps.in_words(wait_ms)}."
+        return Refusal("not_due", message, {"run_at": job.run_at, "retry_after_ms": wait_ms})
+    queue = job.options.queue
+    if (pause := draft.book.paused.get(queue)) is not None:
+        message = f"Queue {queue} is paused {pause.in_words()}. An operator resumes it: jobctl resume {queue}"
+        details = msgspec.to_builtins(views.paused_view(queue, pause))
+        return Refusal("queue_paused", message, details)
+    return None
+
+
+def _already_locked(draft: Draft, job: Job) -> Refusal:
+    at = draft.at
+    assert job.grant is not None and job.lease is not None  # without them it would have been stuck
+    free_at = job.lease.expires if job.lease.is_live(at.lease) else job.lease.stuck
+    wait_ms = free_at - at.lease
+    details = {
+        "locked_by": job.grant.worker,
+        "lock_expires_at": at.wall(job.lease.expires),
+        "retry_after_ms": wait_ms,
+    }
+    message = f"Job {job.id} is held by worker {job.grant.worker}. Try again in {steps.in_words(wait_ms)}."
+    return Refusal("already_locked", message, details)
+
+
+def claim(draft: Draft, command: Claim) -> Answer:
+    """Grant the first due jobs of the queues, by priority, run_at and creation."""
+    due = islice(draft.book.due(command.queues, command.kinds), command.limit)
+    return _granted(draft, [steps.grant(draft, job, command) for job in due])
+
+
+def _granted(draft: Draft, jobs: list[Job]) -> Answer:
+    answer = Answer(Grants([]), shows=[], grants=[])
+    for job in jobs:
+        view = views.job_view(job, draft.at, draft.policy, admin=draft.call.admin)
+        answer.data.grants.append(views.grant_view(job, draft.at, view))
+        answer.shows.append((job.seq, view))
+        assert job.grant is not None
+        answer.grants.append((job.id, job.grant.lock_id))
+    return answer
+
+
+def undelivered(draft: Draft, command: Undelivered) -> Answer | Refusal:
+    """The grant never reached its worker: the job goes back to its place, and the attempt is given back."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if job.status != "processing" or job.grant is None or job.grant.lock_id != command.lock_id:
+        return _lock_lost(job, command.lock_id)
+    ended = steps.ended_by(job, draft.at.now, "undelivered", "undelivered")
+    reason = "The connection closed before the grant was sent."
+    fields: dict[str, Any] = {"attempt": steps.given_back(job), "releases": job.releases}
+    return steps.job_answer(draft, steps.requeue(draft, job, "undelivered", ended, reason=reason, **fields))
+
+
+# -- the holder's commands: the latest grant wins ---------------------------------------------------------------------
+
+
+def progress(draft: Draft, command: Progress) -> Answer | Refusal:
+    """A report, and a sign of life: the lock is renewed and the ceiling moves."""
+    job = _held(draft, command, "progress")
+    if not isinstance(job, Job):
+        return job
+    assert job.grant is not None and job.lease is not None
+    if job.lease.is_past_ceiling(draft.at.lease):
+        return _past_ceiling(draft, job)
+    lease = steps.keep_alive(job.grant, job.lease, draft.at.lease, job.grant.ttl_ms, progressed=True)
+    value = steps.whole(command.progress)
+    details: dict[str, Any] = {"progress": value}
+    if command.message is not None:
+        details["message"] = command.message
+    fields: dict[str, Any] = {"releases": 0} if value > 0 and job.releases else {}
+    draft.step(
+        job,
+        "progress",
+        by=f"worker:{job.grant.worker}",
+        details=details,
+        progress=value,
+        progress_message=command.message,
+        lease=lease,
+        **fields,
+    )
+    return Answer(views.lock_state(job.grant, lease, draft.at))
+
+
+def extend(draft: Draft, command: Extend) -> Answer | Refusal:
+    return _extend(draft, command, command.additional_ms)
+
+
+def extend_lock(draft: Draft, command: ExtendLock) -> Answer | Refusal:
+    """As the holder's extend, by an operator."""
+    answer = _extend(draft, command, command.additional_ms, command.reason)
+    if isinstance(answer, Refusal):
+        return answer
+    return operator_rules.lock_answer(draft, _latest(draft), answer.data)
+
+
+def _extend(
+    draft: Draft, command: Extend | ExtendLock, additional_ms: int | None, reason: str | None = None
+) -> Answer | Refusal:
+    """At least `additional_ms` from now, never shorter than before, cut to the ceiling."""
+    job = _held(draft, command, "extend")
+    if not isinstance(job, Job):
+        return job
+    assert job.grant is not None and job.lease is not None
+    if job.lease.is_past_ceiling(draft.at.lease):
+        return _past_ceiling(draft, job)
+    lease = steps.keep_alive(job.grant, job.lease, draft.at.lease, additional_ms or job.grant.ttl_ms, progressed=False)
+    extended = lease.expires > job.lease.expires
+    by = None if draft.call.admin else f"worker:{job.grant.worker}"
+    details = {"lock_expires_at": draft.at.wall(lease.expires)}
+    draft.step(job, "extended", by=by, reason=reason, details=details, lease=lease)
+    return Answer(views.lock_state(job.grant, lease, draft.at, extended))
+
+
+def complete(draft: Draft, command: Complete) -> Answer | Refusal:
+    """The work is done. From a grant that has ended it comes late: then it may still be of use."""
+    job = _held(draft, command, "complete")
+    if isinstance(job, Refusal) and job.code == "lock_lost":
+        return late_rules.complete(draft, command, job, digest(command))
+    if not isinstance(job, Job):
+        return job
+    refusal = steps.refuse_result(draft, command)
+    if refusal is not None:
+        return refusal
+    ended = _ended_by_holder(draft, job, command, "complete")
+    result = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
+    by = f"worker:{ended.worker}"
+    job = steps.complete(draft, job, "completed", ended, result, by=by, expires_at=command.expires_at)
+    return steps.job_answer(draft, job)
+
+
+def fail(draft: Draft, command: Fail) -> Answer | Refusal:
+    """With attempts left, back to the queue after a delay; otherwise failed."""
+    job = _held(draft, command, "fail")
+    if not isinstance(job, Job):
+        return job
+    ended = _ended_by_holder(draft, job, command, "fail")
+    error = Failure(command.error_message, command.error_code)
+    by = f"worker:{ended.worker}"
+    if not command.retry or job.attempt >= job.options.max_attempts:
+        job = steps.finish(draft, job, "failed", "failed", ended, by=by, reason=error.message, error=error)
+        return steps.job_answer(draft, job)
+    wait_ms = command.retry_after_ms
+    if wait_ms is None:
+        wait_ms = backoff_ms(job.options.backoff, job.attempt, draft.fraction(job.attempt))
+    run_at = draft.at.now + wait_ms
+    details = {"attempt": job.attempt, "run_at": run_at}
+    job = steps.requeue(
+        draft, job, "retried", ended, by=by, reason=error.message, details=details, run_at=run_at, error=error
+    )
+    return steps.job_answer(draft, job)
+
+
+def backoff_ms(backoff: Backoff, attempt: int, fraction: float) -> int:
+    """The wait after failed attempt number `attempt` (1 is the first). `fraction` in [0, 1) is the jitter's die.
+
+    Full jitter: anything from 0 to the full wait, so that jobs that failed together do not come back together.
+    """
+    full = backoff.base_ms
+    if backoff.kind == "exponential":
+        full = backoff.base_ms << min(max(attempt - 1, 0), 62)
+    full = min(full, backoff.max_ms)
+    return int(full * fraction) if backoff.jitter else full
+
+
+def release(draft: Draft, command: Release) -> Answer | Refusal:
+    return _release(draft, command, command.delay_ms)
+
+
+def release_lock(draft: Draft, command: ReleaseLock) -> Answer | Refusal:
+    """As the holder's release, by an operator."""
+    answer = _release(draft, command, None)
+    if isinstance(answer, Refusal):
+        return answer
+    job = _latest(draft) if draft.changes else steps.find(draft, command.id)
+    assert isinstance(job, Job)
+    return operator_rules.lock_answer(draft, job, None)
+
+
+def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None) -> Answer | Refusal:
+    """Put the job back in its place in the queue, and give the attempt back.
+
+    The job is due later if the holder asks for a delay, or after DELAYED_FROM releases in a row without progress.
+    """
+    job = _held(draft, command, "release")
+    if not isinstance(job, Job):
+        return job
+    if isinstance(command, ReleaseLock):
+        # The holder did not end it: its next call is told that the lock is lost.
+        ended, by, reason = steps.ended_by(job, draft.at.now, "release-lock", "released"), None, command.reason
+    else:
+        ended, reason = _ended_by_holder(draft, job, command, "release"), None
+        by = f"worker:{ended.worker}"
+    releases = job.releases + 1
+    fields: dict[str, Any] = {"releases": releases}
+    if delay_ms is None:
+        delay_ms = release_delay_ms(releases)
+    if delay_ms is not None:
+        fields["run_at"] = draft.at.now + delay_ms
+    if releases >= DELAYED_FROM:
+        fields["details"] = {"releases": releases, "delay_ms": delay_ms}
+    attempt = steps.given_back(job)
+    job = steps.requeue(draft, job, "released", ended, by=by, reason=reason, attempt=attempt, **fields)
+    return steps.job_answer(draft, job)
+
+
+def cancel(draft: Draft, command: Cancel) -> Answer | Refusal:
+    """At once, also from under a holder: its next call is told so."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if job.status not in ("queued", "processing"):
+        return steps.refuse_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
+    ended = steps.ended_by(job, draft.at.now, "cancel", "cancelled")
+    return steps.job_answer(draft, steps.finish(draft, job, "cancelled", "cancelled", ended, reason=command.reason))
+
+
+_PLANNED: Final[plan_rules.Rules] = {
+    "retry": operator_rules.force_reset,
+    "force-reset": operator_rules.force_reset,
+    "cancel": cancel,
+    "force-fail": operator_rules.force_fail,
+    "delete": operator_rules.delete,
+    "recover-stuck": time_rules.recover_one,
+    "cleanup": time_rules.clean_one,
+}
+
+
+# -- who may speak ----------------------------------------------------------------------------------------------------
+
+Holders = Progress | Extend | Complete | Fail | Release | ExtendLock | ReleaseLock
+
+
+def _held(draft: Draft, command: Holders, verb: str) -> Job | Answer | Refusal:
+    """The job, if `command` names its latest grant; else the answer to a repeated ending, or the refusal."""
+    job = steps.find(draft, command.id)
+    if isinstance(job, Refusal):
+        return job
+    if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
+        # A job without a lease is a bad row until a pass has mended it; nobody holds it.
+        return job if job.lease is not None else _lock_lost(job, command.lock_id)
+    ended = job.ended
+    if ended is None or ended.lock_id != command.lock_id or ended.verb is None:
+        if isinstance(command, (Progress, Extend, Fail, Release)):
+            late_rules.tell(draft, job, command)
+        return _lock_lost(job, command.lock_id)
+    if verb == ended.verb and digest(command) == ended.body_hash:
+        return steps.job_answer(draft, job, repeated=True)
+    if verb == "release" and ended.verb in ("complete", "fail"):
+        return steps.job_answer(draft, job, repeated=True)
+    message = f"This grant of job {job.id} was ended by {ended.verb} already; {verb} changes nothing."
+    return Refusal("invalid_transition", message, {"status": job.status, "ended_by": ended.verb, "ended_at": ended.at})
+
+
+def _lock_lost(job: Job, lock_id: str) -> Refusal:
+    """What happened to an old grant, so that its worker can log it and stop."""
+    holder = job.grant.worker if job.grant else None
+    details: dict[str, Any] = {"status": job.status, "held_by": holder}
+    ended = job.ended
+    if ended is not None and ended.lock_id == lock_id:
+        details |= {"reason": ended.reason, "at": ended.at, "rule": ended.rule}
+        if ended.reason == "cancelled":
+            details["cancel_requested"] = True
+        what = f"it ended by {ended.rule}"
+    else:
+        details |= {"reason": "not_current", "at": job.updated_at, "rule": "the latest grant wins"}
+        what = "a later grant was made, or it never was one of this job"
+    now = f"worker {holder} holds the job now" if holder else f"the job is {job.status}"
+    return Refusal("lock_lost", f"This lock of job {job.id} is lost: {what}; {now}. Stop the work.", details)
+
+
+def _past_ceiling(draft: Draft, job: Job) -> Refusal:
+    assert job.grant is not None and job.lease is not None and job.lease.ceiling is not None
+    limit = job.grant.max_processing_ms
+    message = (
+        f"Job {job.id} had no progress report for {steps.in_words(limit)} (max_processing_ms {limit}). "
+        "Complete, fail or release it now. Next time report progress in time, or raise max_processing_ms of the "
+        "job, of the start or claim, or max_processing under [locks]; 0 means no ceiling."
+    )
+    details = {"max_processing_ms": limit, "ceiling_at": draft.at.wall(job.lease.ceiling)}
+    return Refusal("max_processing_time_exceeded", message, details)
+
+
+def _ended_by_holder(draft: Draft, job: Job, command: Holders, verb: str) -> Ended:
+    ended = steps.ended_by(job, draft.at.now, verb, verb, verb, digest(command))
+    assert ended is not None  # only a held job comes here
+    return ended
+
+
+def _latest(draft: Draft) -> Job:
+    after = draft.changes[-1].after
+    assert after is not None
+    return after
+
+
+def digest(command: AnyCommand) -> str:
+    """A hash of what was asked, the same for the same request however it was spelled."""
+    return blake2b(msgspec.json.encode(command), digest_size=16).hexdigest()

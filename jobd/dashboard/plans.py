@@ -1,0 +1,147 @@
+"""What is done to many jobs: planned from the page of jobs, shown, applied. Plans themselves are kept by the daemon.
+
+Does nothing to a job: it asks for a plan, and for its being applied.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final, Literal
+from urllib.parse import urlencode
+
+import msgspec
+
+from jobd.dashboard.context import Guest, go_on
+from jobd.dashboard.filters import JobFilter, chosen
+from jobd.dashboard.pages import ACTIONS, PAUSED, Shown, asked, strip
+from jobd.dashboard.rendering import iso
+from jobd.http.decoding import explain
+from jobd.model.commands import MAKING_S, MAX_PLAN, OF_TIME, Filter, MakePlan, OnPlan, PlanAction
+from jobd.model.errors import Refusal, Refused, refused
+from jobd.model.job import JobId, Text
+from jobd.model.responses import Answer, PlanView, late_note_of
+
+MOST_SHOWN: Final = 200
+SAYS: Final[dict[str, str]] = {
+    "retry": "Failed and cancelled jobs wait again as if they were new: no attempts, no stalls, no error, due now.",
+    "force-reset": "Failed, cancelled and processing jobs wait again as if they were new. Who holds one has lost it, "
+    "and may have done half of the work.",
+    "cancel": "Queued and processing jobs end as cancelled. Who holds one is told to stop with the next call.",
+    "force-fail": "Queued and processing jobs end as failed, with the reason as error. Who holds one has lost it.",
+    "delete": "Finished jobs and their history are gone for good.",
+    "recover-stuck": "Jobs whose workers went silent lose their grants: each goes back to its queue, or fails, as its "
+    "own rule for that says.",
+    "cleanup": "What a cleanup pass would do, but for what it mends: stuck jobs are recovered, queued ones that nobody "
+    "wants any more fail, finished ones whose time is over and their history are gone for good.",
+}
+LABELS: Final = ACTIONS | {"recover-stuck": "Recover", "cleanup": "Clean up"}
+GRAVE: Final = frozenset({"force-reset", "cancel", "force-fail", "delete", "cleanup"})
+
+
+class PlanForm(JobFilter, frozen=True, kw_only=True):
+    """`scope`: the jobs of `ids`, or all that the filters find."""
+
+    action: PlanAction
+    scope: Literal["selected", "all"]
+    ids: list[JobId] = msgspec.field(default_factory=list)
+    reason: Text = ""
+    csrf: str = ""
+
+
+class ApplyForm(OnPlan, frozen=True, kw_only=True):
+    csrf: str = ""
+
+
+class NextForm(OnPlan, frozen=True, kw_only=True):
+    csrf: str = ""
+
+
+async def make(guest: Guest, form: PlanForm) -> Answer | Refusal:
+    """A plan, and on to its page. Nothing is done yet."""
+    found = await guest.site.rooms.make_plan(_wanted(guest, form))
+    return found if isinstance(found, Refusal) else go_on(guest, f"/plans/{found.plan_id}")
+
+
+async def make_next(guest: Guest, form: NextForm) -> Answer | Refusal:
+    """A plan of what comes after this one, and on to its page."""
+    plan = guest.site.rooms.plan(form.plan_id)
+    if isinstance(plan, Refusal):
+        return plan
+    if plan.next_cursor is None:
+        raise refused("invalid_request", "Nothing comes after this plan: it has all that its filter found.")
+    wanted = MakePlan(
+        action=plan.action,
+        filter=plan.filter,
+        cursor=plan.next_cursor,
+        reason=plan.reason,
+    )
+    found = await guest.site.rooms.make_plan(wanted)
+    return found if isinstance(found, Refusal) else go_on(guest, f"/plans/{found.plan_id}")
+
+
+def _filters(plan: PlanView) -> dict[str, str]:
+    """What the plan's jobs were found by, as the page of jobs takes it."""
+    given = {} if plan.filter is None else msgspec.structs.asdict(plan.filter)
+    return {
+        name: iso(value) if isinstance(value, int) else str(value) for name, value in given.items() if value is not None
+    }
+
+
+def _wanted(guest: Guest, form: PlanForm) -> MakePlan:
+    reason = form.reason.strip() or None
+    if form.scope == "all":
+        if form.error is not None and not form.error.strip():  # else it would be all jobs, for those of one group
+            raise refused("invalid_request", "This group has no name to find its jobs by.", field="$.error")
+        try:
+            return MakePlan(action=form.action, filter=msgspec.convert(chosen(form, guest.now), Filter), reason=reason)
+        except msgspec.ValidationError as fault:
+            raise explain(str(fault), Filter) from None
+    if not form.ids:
+        raise refused("invalid_request", "No job is selected: tick some, or choose all that match.", field="$.ids")
+    return MakePlan(action=form.action, ids=form.ids, reason=reason)
+
+
+async def show(guest: Guest, wanted: OnPlan) -> Shown:
+    """The page of a plan: what it would do, or what became of it."""
+    found = guest.site.rooms.plan(wanted.plan_id)
+    if isinstance(found, Refusal):
+        raise Refused(found)
+    plan: PlanView = found
+    [paused] = await asked(guest, PAUSED)
+    result = plan.result
+    filters = _filters(plan)
+    return {
+        "plan": plan,
+        "filters": filters,
+        "back": f"/jobs?{urlencode(filters)}" if filters else "/jobs",
+        "is_full": plan.count >= MAX_PLAN,
+        "most_jobs": MAX_PLAN,
+        "making_s": round(MAKING_S),
+        "label": LABELS[plan.action],
+        "says": SAYS[plan.action],
+        "goes_too": guest.site.rooms.has_artifacts() and any(job.to is None for job in plan.jobs),
+        "is_grave": plan.action in GRAVE,
+        "late_note": late_note_of(plan.action, plan.jobs),
+        "late": [job for job in plan.jobs if job.late_results][:MOST_SHOWN],
+        "moves": Counter((job.from_, job.to) for job in plan.jobs).most_common(),
+        "jobs": plan.jobs[:MOST_SHOWN],
+        "of_time": plan.action in OF_TIME,
+        "skipped": plan.skipped[:MOST_SHOWN],
+        "whys": Counter(job.why for job in plan.skipped).most_common(20),
+        "undone": [] if result is None else [*result.changed, *result.refused][:MOST_SHOWN],
+        "undone_count": 0 if result is None else len(result.changed) + len(result.refused),
+        "most": MOST_SHOWN,
+        **strip(guest, paused),
+    }
+
+
+async def apply(guest: Guest, form: ApplyForm) -> Answer | Refusal:
+    """Do what the plan says, and on to its page, which tells what became of it."""
+    operator = guest.visit.operator
+    assert operator is not None  # who may change something is one
+    done = await guest.site.rooms.apply_plan(form.plan_id, operator)
+    if isinstance(done, Refusal):
+        return done
+    jobs = f"{done.applied} {'job' if done.applied == 1 else 'jobs'}"
+    said = "It had been applied before; nothing was done this time." if done.repeated else f"It was done to {jobs}."
+    return go_on(guest, f"/plans/{form.plan_id}", said)

@@ -1,0 +1,535 @@
+"""The mailbox and its one consumer: take what waits, decide, write, answer.
+
+The only place that changes state. It knows no SQL, no HTTP and no rule; an answer never runs ahead of the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, Protocol
+
+import structlog
+from msgspec import Struct
+from msgspec.structs import replace
+
+from jobd.core import late_result_rules as late_rules
+from jobd.core.state import Book
+from jobd.core.stats import Histogram
+from jobd.engine.batch import Decider, Known, Plan
+from jobd.engine.disk_full import Closed, FullDisk
+from jobd.engine.history import History
+from jobd.engine.idempotency import Keys
+from jobd.engine.mailbox import Asked, Waiter, deleted_ids, may_go_first, named_ids, needs_payload_first, share, weight
+from jobd.engine.waiting_claims import Parked
+from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, KeyUse, Moment, Operator, Undelivered
+from jobd.model.errors import Refusal
+from jobd.model.events import Change
+from jobd.model.job import Policy
+from jobd.model.responses import Answer, Grants
+from jobd.model.storage import Aside, BadRows, Disk, DiskFull
+
+log = structlog.get_logger("jobd.actor")
+
+BATCH_WEIGHT: Final = 1_000  # commands of one batch, bulk creates and claims counted by their jobs
+LATE_WEIGHT: Final = 50  # of a complete without a live grant: the journal of its job is looked through, before all else
+CLOCK_LOOK_S: Final = 1.0  # while a step of the wall clock could make a job eligible for which a claim waits
+TELL_LATER: Final = 64  # where at most so many commands wait, they may go to the disk before the last answers leave
+SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long looks do not wait for the next one
+COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Clock(Protocol):
+    def moment(self) -> Moment: ...
+    def hold(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+class Bounds(Struct, frozen=True):
+    """The limits of the mailbox and of what waits beside it."""
+
+    mailbox: int = 10_000  # commands
+    inflight_bytes: int = 64 << 20
+    parked_claims: int = 10_000
+    claim_wait_ms: int = 60_000
+
+
+class DiskBroken(Exception):
+    """What the disk holds is unknown: the process has to end and start again from what is there."""
+
+
+class _Again(Exception):
+    """Memory learned something from the disk that the decisions did not know: decide again."""
+
+
+class Actor:
+    """Owner of the book. `ask` puts a command into the mailbox and waits; `run` is the one consumer.
+
+    `now_s` measures commits: seconds that only go forward, exact to a part of a millisecond. None: the loop's time.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        book: Book,
+        keys: Keys,
+        clock: Clock,
+        policy: Policy,
+        *,
+        random: Callable[[int], bytes],
+        bounds: Bounds | None = None,
+        is_full: bool = False,
+        has_reserve: bool = True,
+        now_s: Callable[[], float] | None = None,
+    ) -> None:
+        loop_time = asyncio.get_running_loop().time
+        self.disk = disk
+        self.book = book
+        self.policy = policy
+        self.bounds = bounds or Bounds()
+        self.parked = Parked(book.presence)
+        self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
+        self.slow_commit_s = SLOW_COMMIT_S
+        self.look: Callable[[], None] = lambda: None  # called before a batch is taken
+        self.on_commit: list[Callable[[Sequence[Change]], None]] = [self._note]
+        self.commit_seconds = Histogram.empty(COMMIT_BUCKETS_S)
+        self.batch_commands = Histogram.empty(BATCH_BUCKETS)
+        self._clock = clock
+        self._random = random
+        self._loop_time = loop_time
+        self._now_s = now_s or loop_time
+        self._commit_s = 0.0  # that the latest one took
+        self._mailbox: deque[Asked] = deque()
+        self._bytes = 0
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._owed: list[Asked] = []
+        self._untold: Plan | None = None  # committed; its answers leave while the next batch is being written
+        self._under_way: Plan | None = None  # decided, and perhaps not on the disk yet
+        self._lost_disk: Exception | None = None
+        disk.on_aside = self._put_aside
+        self._decider = Decider(
+            book,
+            keys,
+            self.parked,
+            refuse=self.full_disk.refuse,
+            loop_time=loop_time,
+        )
+        self._history = History(disk, clock.moment)
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    async def ask(
+        self,
+        command: AnyCommand,
+        *,
+        by: str = "client",
+        admin: bool = False,
+        key: KeyUse | None = None,
+        size: int = 0,
+        operator: Operator | None = None,
+        expected: str | None = None,
+    ) -> Answer | Refusal:
+        """Put `command` into the mailbox; the answer comes after its commit. `size` is that of its body, in bytes.
+
+        With an `operator` it is kept in the audit log, in the same transaction. With an `expected` version it is done
+        only if its job is still that one when it is decided.
+        """
+        future: asyncio.Future[Answer | Refusal] = asyncio.get_running_loop().create_future()
+        asked = self.send(command, future, by=by, admin=admin, key=key, size=size, operator=operator, expected=expected)
+        if isinstance(asked, Refusal):
+            return asked
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.abandon(asked)
+            if future.done() and not future.cancelled() and isinstance(answer := future.result(), Answer):
+                self.undelivered(answer)  # it was set, and nobody will read it
+            raise
+
+    def send(
+        self,
+        command: AnyCommand,
+        waiter: Waiter,
+        *,
+        by: str = "client",
+        admin: bool = False,
+        key: KeyUse | None = None,
+        size: int = 0,
+        operator: Operator | None = None,
+        expected: str | None = None,
+        in_line: bool = False,
+    ) -> Asked | Refusal:
+        """As `ask`, for a caller who does not wait: `waiter` gets the answer, from within the actor's turn.
+
+        `in_line`: its sender has more on the way, and it has to be decided behind that.
+        """
+        refusal = self._refuse_entry(command, size)
+        if refusal is not None:
+            return refusal
+        asked = Asked(Call(command, by, self._random(16), admin, operator, expected), key, size, waiter, in_line)
+        self._put(asked)
+        return asked
+
+    def abandon(self, asked: Asked) -> None:
+        """Who sent `asked` waits no more: a claim of his does not stay parked."""
+        first = self.parked.waiting_with(asked.key.digest) if asked.key is not None else asked
+        if first is not None and first.is_abandoned:
+            self.parked.remove(first)
+
+    def undelivered(self, answer: Answer) -> None:
+        """A connection closed before the first byte of `answer`: its grants go back, if nobody else has them."""
+        for command in self._decider.undelivered(answer):
+            self._put(self._own(command))
+
+    def owe(self, command: AnyCommand) -> None:
+        """A command of the daemon itself that comes before every other, and stays until the disk has room for it."""
+        self._owed.append(self._own(command))
+        self._wake.set()
+
+    def lose_disk(self, error: Exception) -> None:
+        """A commit beside ours has failed: what the disk holds is unknown, so `run` ends."""
+        self._lost_disk = error
+        self._wake.set()
+
+    def stop_parking(self) -> None:
+        """Claims do not wait any more; those that do are answered empty."""
+        self._decider.parking = False
+        self._wake.set()
+
+    def stop(self) -> None:
+        """No more commands come in; `run` ends when the mailbox is empty."""
+        self._stopping = True
+        self.stop_parking()
+
+    @property
+    def waiting(self) -> int:
+        """Commands in the mailbox, and looks at history that are not answered yet."""
+        return len(self._mailbox) + len(self._history)
+
+    def _refuse_entry(self, command: AnyCommand, size: int) -> Refusal | None:
+        if self._stopping:
+            return _stopping()
+        room, bounds = share(command), self.bounds
+        if self.waiting >= bounds.mailbox * room or self._bytes + size > bounds.inflight_bytes * room:
+            return Refusal("overloaded", "Too many commands wait already; try again after a second.")
+        if isinstance(command, Claim) and command.wait_ms:
+            if command.wait_ms > bounds.claim_wait_ms:
+                message = f"wait_ms may be {bounds.claim_wait_ms} at most (limits.claim_wait), not {command.wait_ms}."
+                return Refusal("invalid_request", message, {"field": "$.wait_ms"})
+            if len(self.parked) >= bounds.parked_claims:
+                return Refusal("overloaded", "Too many claims wait for work already; ask again without wait_ms.")
+        return None
+
+    def _own(self, command: AnyCommand) -> Asked:
+        """A command of our own, whose answer nobody waits for."""
+        future: asyncio.Future[Answer | Refusal] = asyncio.get_running_loop().create_future()
+        return Asked(Call(command, "daemon", self._random(16)), None, 0, future)
+
+    def _put(self, asked: Asked) -> None:
+        self._mailbox.append(asked)
+        self._bytes += asked.size
+        self._wake.set()
+
+    # -- the consumer -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve the mailbox until `stop`. Raises DiskBroken where the outcome of a commit is unknown."""
+        while not (self._stopping and not self._mailbox and not self.parked and not self._owes()):
+            await self._something_to_do()
+            await self._let_in()
+            self.look()
+            batch = self._take()
+            try:
+                if self._lost_disk is not None:
+                    raise self._lost_disk
+                await self.full_disk.probe()
+                if self.looks_go_first and not self._owed:
+                    batch = await self._look_first(batch)
+                if batch or self._decider.has_due:
+                    await self._turn(batch)
+            except Exception as error:
+                self._fail(batch, error)
+                raise DiskBroken(str(error)) from error
+            self._answer_late_claims()
+        await self._history.finish()
+
+    async def _something_to_do(self) -> None:
+        """Until a command waits, or time itself gives us something to do."""
+        if not (self._mailbox or self._stopping or self._owes() or self._lost_disk):
+            timer = None
+            if (wait_s := self._wait_s()) is not None:
+                timer = asyncio.get_running_loop().call_later(max(wait_s, 0), self._wake.set)
+            await self._wake.wait()
+            if timer is not None:
+                timer.cancel()
+                at = self._clock.moment()
+                self.book.advance(at.now, at.lease)
+        self._wake.clear()
+
+    async def _let_in(self) -> None:
+        """What has arrived already is read before a batch is taken: one commit for all of it. Nothing is waited for."""
+        if self._untold is not None:
+            return  # answers wait for this batch to be on its way
+        waiting = -1
+        while waiting < len(self._mailbox) < BATCH_WEIGHT:
+            waiting = len(self._mailbox)
+            await asyncio.sleep(0)
+
+    def _owes(self) -> bool:
+        """Whether something of our own can be done at once."""
+        return bool(self._owed) and self.full_disk.closed != Closed.ALL_WRITES
+
+    def _wait_s(self) -> float | None:
+        """Seconds until a claim's wait ends, a job may become due that a claim waits for, or a probe is due."""
+        waits = []
+        if (deadline := self.parked.next_deadline()) is not None:
+            waits.append(deadline - self._loop_time())
+            now = self._clock.moment().now
+            run_at, expiry = self.book.next_run_at(), self.book.next_expiry()
+            if run_at is not None:
+                waits.append((run_at - now) / 1000)
+            if run_at is not None or (expiry is not None and expiry <= now):
+                waits.append(CLOCK_LOOK_S)
+        if (probe_at := self.full_disk.probe_at) is not None:
+            waits.append(probe_at - self._loop_time())
+        return min(waits, default=None)
+
+    def _take(self) -> list[Asked]:
+        """What we owe, and what waits, up to a batch that takes a few milliseconds."""
+        batch = list(self._owed)
+        weights = 0
+        while self._mailbox and weights < BATCH_WEIGHT:
+            asked = self._mailbox.popleft()
+            self._bytes -= asked.size
+            command = asked.call.command
+            is_late = type(command) is Complete and late_rules.is_late(self.book, command)
+            weights += LATE_WEIGHT if is_late else weight(command)
+            batch.append(asked)
+        return batch
+
+    @property
+    def looks_go_first(self) -> bool:
+        """Whether a commit takes its time."""
+        return self._commit_s >= self.slow_commit_s
+
+    async def _look_first(self, batch: list[Asked]) -> list[Asked]:
+        """Answer the looks of `batch` from what was committed before, and give the rest.
+
+        They have waited for the commit before; for that of their own batch they need not, as nobody has heard of it.
+        """
+        looks = [asked for asked in batch if may_go_first(asked)]
+        if not looks:
+            return batch
+        await self._turn(looks, serves=False)
+        self._tell()
+        await asyncio.sleep(0)  # those that look at history are before the commit on their way to the disk
+        return [asked for asked in batch if not may_go_first(asked)]
+
+    async def _turn(self, batch: list[Asked], *, serves: bool = True) -> None:
+        """One batch, from the mailbox to its answers: again where the disk names a reason, else once."""
+        while True:
+            known, policy = await self._load(batch), self._policy_now()
+            plan = self._decider.decide(batch, self._clock.moment(), known, policy, serves=serves)
+            self._under_way = plan
+            self._tell_meanwhile()
+            self._prepare_meanwhile(plan)
+            try:
+                plan.fill(await self._write(plan))
+                break
+            except DiskFull:
+                await self._take_back(plan)
+                await self.full_disk.close_further()
+            except BadRows as bad:
+                await self._take_back(plan)
+                await self._set_aside(bad.jobs)
+            except _Again:
+                await self._take_back(plan)
+        self._tell()  # of the batch before, where this one had nothing to wait for
+        self._untold, self._under_way = plan, None
+        self.book.trim_finished()
+        if not self._may_tell_later(plan) or self.full_disk.closed != Closed.NOTHING or self._owed:
+            self._tell()
+
+    def _may_tell_later(self, plan: Plan) -> bool:
+        """Whether those who wait are worth a commit of their own: few are better off with those who come back soon."""
+        waiting = len(self._mailbox)
+        return 0 < waiting <= TELL_LATER and 2 * waiting >= len(plan.replies)
+
+    def _tell(self) -> None:
+        """The answers of the last commit leave."""
+        plan, self._untold = self._untold, None
+        if plan is not None:
+            self._answer(plan)
+
+    def _tell_meanwhile(self) -> None:
+        """The answers of the last commit leave as soon as the disk has its next work: both run side by side."""
+        if self._untold is not None:
+            asyncio.get_running_loop().call_soon(self._tell_aside)
+
+    def _tell_aside(self) -> None:
+        try:
+            self._tell()
+        except Exception as bug:  # beside `run`, whose end it is all the same: nobody else would notice
+            self.lose_disk(bug)
+
+    def _prepare_meanwhile(self, plan: Plan) -> None:
+        """Answers are made ready while the disk is at work, where all that they show is known: so they leave sooner."""
+        wanted = plan.wanted_payloads()
+        plan.known.payloads |= self.disk.at_hand(wanted)
+        if plan.writes and plan.known.payloads.keys() >= set(wanted):
+            plan.fill({})
+            asyncio.get_running_loop().call_soon(self._prepare, plan)
+
+    def _prepare(self, plan: Plan) -> None:
+        for asked, answer in plan.replies:
+            if isinstance(answer, Answer) and answer.look is None:
+                asked.prepare(answer)
+
+    async def _load(self, batch: list[Asked]) -> Known:
+        """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""
+        if all(asked.key is None and self._is_at_hand(asked.call.command) for asked in batch):
+            return Known()
+        known, book, now = Known(), self.book, self._clock.moment().believed
+        naming = [(asked, ids) for asked in batch if (ids := named_ids(asked.call.command))]
+        named = dict.fromkeys(job_id for _, ids in naming for job_id in ids)
+        unknown = [job_id for job_id in named if book.get(job_id) is None and job_id not in book.quarantined]
+        digests = [asked.key.digest for asked in batch if asked.key is not None]
+        stored = [digest for digest in digests if self._decider.keys.is_stored(digest, now)]
+        if unknown or stored:
+            self._tell_meanwhile()
+            loaded = await self.disk.load(unknown, [], stored)
+            known.answers = loaded.answers
+            for finished in loaded.jobs.values():
+                book.loaded(finished)
+        doomed = {job_id for asked, _ in naming for job_id in deleted_ids(asked.call.command)}
+        firsts = [ids for asked, ids in naming if needs_payload_first(asked, doomed)]
+        wanted = {job.seq: job.id for ids in firsts for job_id in ids if (job := book.get(job_id)) is not None}
+        if wanted:
+            self._tell_meanwhile()
+            loaded = await self.disk.load([], list(wanted), [])
+            known.payloads = {seq: payload.body for seq, payload in loaded.payloads.items()}
+            known.hashes = {wanted[seq]: payload.request_hash for seq, payload in loaded.payloads.items()}
+        await self._load_late((asked.call.command for asked, _ in naming), known)
+        return known
+
+    def _is_at_hand(self, command: AnyCommand) -> bool:
+        """Whether memory has all that has to be known of it: it names no job, or comes from who holds it."""
+        if isinstance(command, late_rules.Calls):
+            return self.book.holds(command.id, command.lock_id)
+        return isinstance(command, Claim) or (isinstance(command, Create) and command.id is None)
+
+    async def _load_late(self, commands: Iterable[AnyCommand], known: Known) -> None:
+        """What late results there are of the jobs whose complete comes late, or of which an operator asks."""
+        wanted = {late_rules.asks(self.book, command, self.policy): None for command in commands}
+        asks = [each for each in wanted if each is not None]
+        if asks:
+            self._tell_meanwhile()
+            known.late = await self.disk.late(sorted(asks, key=lambda each: each.whole))
+
+    def _policy_now(self) -> Policy:
+        """On a full disk there is no room for what comes late."""
+        if self.full_disk.closed == Closed.NOTHING:
+            return self.policy
+        return replace(self.policy, late_results="drop", late_queues={}, late_calls=False)
+
+    async def _write(self, plan: Plan) -> dict[int, bytes]:
+        """One transaction; gives the payloads that the answers show, read before its end."""
+        if plan.writes:
+            batch = self._decider.batch(plan, self.policy)
+            began_s = self._now_s()
+            payloads = await self.disk.write(batch)
+            self._commit_s = self._now_s() - began_s
+            self.commit_seconds.add(self._commit_s, COMMIT_BUCKETS_S)
+            self.batch_commands.add(len(plan.replies), BATCH_BUCKETS)
+            self._decider.committed(plan)
+            return payloads
+        wanted = plan.wanted_payloads()
+        if not wanted:
+            return {}
+        loaded = await self.disk.load([], wanted, [])
+        if loaded.bad:
+            raise _Again
+        if missing := [seq for seq in wanted if seq not in loaded.payloads]:
+            raise LookupError(f"the disk has no payloads of jobs {missing}, and does not say why")
+        return {seq: payload.body for seq, payload in loaded.payloads.items()}
+
+    def _answer(self, plan: Plan) -> None:
+        """Everything is on disk: tell everybody."""
+        for asked, answer in plan.replies:
+            if isinstance(answer, Answer) and answer.look is not None:
+                self._history.start(asked, answer, self.policy)
+                continue
+            if self._stays_owed(asked, answer):
+                continue
+            told = asked.reply(answer)
+            if told < len(asked.futures) and isinstance(answer, Answer) and answer.grants:
+                for command in self._decider.not_told(asked, answer, told):
+                    self._put(self._own(command))
+        if plan.changes:
+            for listener in self.on_commit:
+                listener(plan.changes)
+
+    def _stays_owed(self, asked: Asked, answer: Answer | Refusal) -> bool:
+        """Whether a command of our own was refused by the full disk: then it is the first once there is room."""
+        if not self._owed and isinstance(answer, Answer):
+            return False
+        is_owed = asked in self._owed
+        if isinstance(answer, Refusal) and answer.code == "storage_full":
+            if not is_owed and isinstance(asked.call.command, Undelivered):
+                self._owed.append(asked)
+            return is_owed or isinstance(asked.call.command, Undelivered)
+        if is_owed:
+            self._owed.remove(asked)
+        return False
+
+    def _answer_late_claims(self) -> None:
+        """Claims whose wait is over, or all of them when nobody may wait any more, are answered empty."""
+        late = self.parked.take_late(self._loop_time()) if self._decider.parking else self.parked.take_all()
+        for asked in late:
+            asked.reply(Answer(Grants([])))
+
+    # -- when something is wrong --------------------------------------------------------------------------------------
+
+    async def _take_back(self, plan: Plan) -> None:
+        """The batch was not written: its jobs are read again from the disk."""
+        ids = {change.event.job_id: None for change in plan.changes if change.event.job_seq}
+        loaded = await self.disk.load(list(ids), [], [])
+        self._decider.take_back(plan, loaded)
+
+    async def _set_aside(self, bad: dict[str, str]) -> None:
+        for job_id in bad:
+            if (job := self.book.get(job_id)) is not None:
+                await self.disk.quarantine(job, bad[job_id])
+            elif job_id not in self.book.quarantined:
+                raise LookupError(f"the disk has bad rows of {job_id}, which is no job: {bad[job_id]}")
+
+    def _put_aside(self, aside: Aside) -> None:
+        """Whoever met the damaged rows. A job that the batch under way changes is not counted any more as it was."""
+        changes = self._under_way.changes if self._under_way is not None else []
+        is_changed = any(change.event.job_id == aside.id for change in changes)
+        if aside.id not in self.book.quarantined:
+            log.error("job_quarantined", job_id=aside.id, reason=aside.reason)
+        self.book.quarantine(aside.id, aside.reason, None if is_changed else aside.uncounted, is_moved=aside.is_moved)
+
+    def _fail(self, batch: list[Asked], error: Exception) -> None:
+        """What the disk holds is unknown: say so to those whose commands were under way, and let nobody else in."""
+        self._stopping = True
+        self._tell()
+        log.critical("commit_failed", error=str(error), kind=type(error).__name__, commands=len(batch))
+        message = "It is not known whether this was done: the disk failed. Ask again, with the same id or key."
+        for asked in [*batch, *self._decider.served, *self.parked.take_all()]:
+            asked.reply(Refusal("outcome_unknown", message, {"outcome": "unknown"}))
+        for asked in self._mailbox:
+            asked.reply(_stopping())
+        self._mailbox.clear()
+
+    def _note(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            self.book.figures.note(change)
+
+
+def _stopping() -> Refusal:
+    return Refusal("shutting_down", "The daemon is stopping; ask again in a moment.")

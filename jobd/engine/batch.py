@@ -1,0 +1,427 @@
+"""A batch, decided: every command in order, parked claims served between them, idempotency keys looked up and kept.
+
+Uses the rules and the book, touches no disk: what it needs from there is handed in, what must be written is its plan.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from heapq import heappop, heappush
+
+import msgspec
+import structlog
+from msgspec import Raw, Struct, field
+
+from jobd.core import audit, decide, views
+from jobd.core import late_result_rules as late_rules
+from jobd.core.changeset import Decision
+from jobd.core.state import Book
+from jobd.engine.idempotency import Keys
+from jobd.engine.mailbox import Asked
+from jobd.engine.waiting_claims import Parked
+from jobd.model.commands import (
+    Call,
+    Claim,
+    Complete,
+    Create,
+    EndGrants,
+    KeyUse,
+    Moment,
+    Start,
+    Tick,
+    Undelivered,
+    is_rehearsal,
+)
+from jobd.model.errors import Refusal
+from jobd.model.events import Change, QueuePause
+from jobd.model.job import LIVE, Job, Policy
+from jobd.model.responses import Answer, Grants
+from jobd.model.storage import Audited, Batch, KeyRow, LateKnown, Loaded, share_of, tombstones
+
+log = structlog.get_logger("jobd.actor")
+
+
+class Known(Struct):
+    """What was read from the disk for the decisions of one batch."""
+
+    answers: dict[str, KeyRow] = field(default_factory=dict)  # stored answers that may be replayed
+    hashes: dict[str, str] = field(default_factory=dict)  # job id -> hash of the request that made it
+    payloads: dict[int, bytes] = field(default_factory=dict)  # job seq -> payload
+    late: LateKnown = field(default_factory=LateKnown)
+
+
+class Plan(Struct):
+    """A decided batch: what to write, and what to tell whom afterwards."""
+
+    at: Moment
+    known: Known
+    replies: list[tuple[Asked, Answer | Refusal]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    checked: list[int] = field(default_factory=list)
+    report: bytes | None = None
+    tick: bool = False
+    unmark: bool = False
+    served: list[Asked] = field(default_factory=list)  # parked claims that this batch answers
+    parked: list[Asked] = field(default_factory=list)  # claims that this batch parked
+    payloads: dict[int, bytes] = field(default_factory=dict)  # of the jobs that this batch makes
+    audit: list[Audited] = field(default_factory=list)
+    pauses: dict[str, QueuePause | None] = field(default_factory=dict)  # as they were before this batch
+    ended: list[str] = field(default_factory=list)  # lock ids that are no longer those of current grants
+    is_filled: bool = False  # the answers show all payloads that they have to
+
+    @property
+    def writes(self) -> bool:
+        is_more = self.report is not None or self.tick or self.unmark
+        return bool(self.changes or self.checked or self.audit or is_more)
+
+    def wanted_payloads(self) -> list[int]:
+        """Job seqs whose payload the answers show and nobody has read yet."""
+        if self.is_filled:
+            return []
+        answers = (answer for _, answer in self.replies if isinstance(answer, Answer))
+        seqs = dict.fromkeys(seq for answer in answers for seq, _ in answer.shows)
+        return [seq for seq in seqs if seq not in self.payloads and seq not in self.known.payloads]
+
+    def fill(self, read: dict[int, bytes]) -> None:
+        """Put the payloads into the job views of the answers, once."""
+        if self.is_filled:
+            return
+        self.is_filled = True
+        payloads = self.known.payloads | self.payloads | read
+        for _, answer in self.replies:
+            if isinstance(answer, Answer):
+                for seq, shown in answer.shows:
+                    shown.payload = Raw(payloads[seq])
+
+
+class Decider:
+    """Decides batches over one book. `refuse` may turn a command away before it is decided (a full disk)."""
+
+    def __init__(
+        self,
+        book: Book,
+        keys: Keys,
+        parked: Parked,
+        *,
+        refuse: Callable[[object], Refusal | None],
+        loop_time: Callable[[], float],
+    ) -> None:
+        self.book = book
+        self.keys = keys
+        self.parked = parked
+        self.parking = True  # off once the daemon stops
+        self.served: list[Asked] = []  # parked claims of the latest plan: until it is on disk nobody else has them
+        self._refuse = refuse
+        self._loop_time = loop_time
+        self._became_due: dict[tuple[str, str], None] = {}
+        # Lock id -> connections that have or await its (keyed) answer; a daemon before us may have sent one, too.
+        self._handed: Counter[str] = Counter(keys.lock_ids())
+        book.on_due = self._note_due
+
+    @property
+    def has_due(self) -> bool:
+        """Jobs became due that parked claims may be waiting for."""
+        return bool(self._became_due)
+
+    def decide(self, batch: list[Asked], at: Moment, known: Known, policy: Policy, *, serves: bool = True) -> Plan:
+        """`serves`: parked claims get what has become due; where it is not, what they get waits for the next batch."""
+        plan = Plan(at, known)
+        if at.suspect != self.book.clock_suspect and self._refuse(Create()) is None:
+            plan.tick = True  # durable with the first batch that knows it; on a full disk with the first that writes
+        self.served = plan.served
+        self.book.request_hashes = dict(known.hashes)
+        self.book.late = known.late
+        self.book.advance(at.now, at.lease)
+        if serves:
+            self._serve_parked(plan, policy)
+        for asked in batch:
+            if isinstance(asked.call.command, (Start, Claim)) and asked.key is None and asked.is_abandoned:
+                continue  # nobody is left to take the grant
+            answer = self._decide_one(plan, asked, policy)
+            if answer is not None:
+                plan.replies.append((asked, answer))
+            if serves and self._became_due:
+                self._serve_parked(plan, policy)
+        return plan
+
+    def batch(self, plan: Plan, policy: Policy) -> Batch:
+        """The transaction of a plan."""
+        keys, forgotten = self.keys.changed()
+        queues = {change.event.queue for change in plan.changes if _touches_queue(change)}
+        return Batch(
+            changes=plan.changes,
+            numbers=self.book.numbers(plan.at.lease, plan.at.believed, plan.at.suspect),
+            queues={queue: self.book.queue_row(queue) for queue in queues},
+            keys=keys,
+            forget_keys=forgotten,
+            checked=plan.checked,
+            report=plan.report,
+            payloads=plan.wanted_payloads(),
+            unmark=plan.unmark,
+            tombstones=tombstones(plan.changes) if policy.artifacts else [],
+            sweeps=policy.artifacts,
+            audit=plan.audit,
+        )
+
+    def committed(self, plan: Plan) -> None:
+        """The plan is on disk."""
+        self.keys.commit()
+        self.book.clock_suspect = plan.at.suspect
+        for lock_id in plan.ended:
+            self._handed.pop(lock_id, None)
+        for change in plan.changes:
+            if change.after is None:
+                self.book.suspects.pop(change.event.job_seq, None)
+        for seq in plan.checked:
+            self.book.suspects.pop(seq, None)
+
+    def take_back(self, plan: Plan, loaded: Loaded) -> None:
+        """The plan was not written: its jobs are what the disk says (`loaded`). Numbers that it used stay used."""
+        self.keys.rollback()
+        # First the claims that wait: the jobs that come back below may be due for them.
+        for asked in plan.parked:
+            self.parked.remove(asked)
+        for asked in plan.served:
+            if asked not in plan.parked:
+                self.parked.add(asked)
+        before: dict[str, Job | None] = {}
+        for change in plan.changes:
+            if change.event.job_seq:
+                before.setdefault(change.event.job_id, change.before)
+        for job_id, job in before.items():
+            found = None if job_id in self.book.quarantined else loaded.jobs.get(job_id)
+            self.book.swap(self.book.get(job_id), found)
+            self.book.recount_unmoved(job_id, job)
+        self.book.order_processing()
+        for change in reversed(plan.changes):
+            if change.event.type == "imported":
+                self.book.suspects.pop(change.event.job_seq, None)
+            if change.event.type == "late_call":
+                self.book.forget_call(change.event)
+            if change.late is not None:
+                self.book.forget_late(change.event)
+        for queue, pause in plan.pauses.items():
+            self.book.set_paused(queue, pause)
+        for asked, answer in plan.replies:
+            if asked.key is not None and isinstance(answer, Answer):
+                self._hand(asked, answer, -len(asked.futures))
+
+    def not_told(self, asked: Asked, answer: Answer, told: int) -> list[Undelivered]:
+        """Of those who asked only `told` still waited: the grants that nobody has received go back."""
+        self._hand(asked, answer, told - len(asked.futures))
+        return self.undelivered(answer, forgone=0) if told == 0 else []
+
+    def undelivered(self, answer: Answer, *, forgone: int = 1) -> list[Undelivered]:
+        """`forgone` connections closed before the first byte of `answer`: what has to be released, if anything."""
+        released = []
+        for job_id, lock_id in answer.grants:
+            if lock_id in self._handed:
+                self._handed[lock_id] -= forgone
+            if self._handed.get(lock_id, 0) <= 0:
+                released.append(Undelivered(id=job_id, lock_id=lock_id))
+        return released
+
+    # -- one command --------------------------------------------------------------------------------------------------
+
+    def _decide_one(self, plan: Plan, asked: Asked, policy: Policy) -> Answer | Refusal | None:
+        """The answer to one command, or None where it waits: parked, or for its first call that is parked."""
+        command = asked.call.command
+        key = asked.key
+        if key is not None and is_rehearsal(command):
+            key = None  # nothing is done that could be done twice
+        if key is not None:
+            first = self.parked.waiting_with(key.digest)
+            if first is not None and first is not asked:
+                return _join(first, asked)
+            known = self._known_answer(plan, asked, key, policy)
+            if known is not None:
+                return known  # on a full disk too: what was done is not refused afterwards
+        refusal = self._refuse(command)
+        if refusal is not None and not (isinstance(command, Complete) and late_rules.is_late(self.book, command)):
+            return refusal  # who has lost the lock hears that on a full disk too: it writes nothing
+        if isinstance(command, (Start, Claim)):
+            self.book.presence.asks(command)
+        elif isinstance(command, Undelivered) and self._handed.get(command.lock_id, 0) > 0:
+            return Refusal("lock_lost", "Another connection has received this grant.")
+        elif isinstance(command, Tick):
+            plan.tick = True
+        elif isinstance(command, EndGrants):
+            plan.unmark = plan.unmark or command.last
+        decision = self._decided(plan, asked.call, policy)
+        if isinstance(command, Claim) and self._parks(command, decision):
+            asked.deadline = self._loop_time() + command.wait_ms / 1000
+            self.parked.add(asked)
+            plan.parked.append(asked)
+            return None
+        if key is not None:
+            self._keep_answer(plan, asked, key, decision)
+        return decision.answer
+
+    def _decided(self, plan: Plan, call: Call, policy: Policy) -> Decision:
+        """Ask the rules and take their steps in. A bug in a rule costs one command."""
+        try:
+            decision = decide.decide(self.book, call, plan.at, policy)
+        except Exception:
+            log.exception("rule_failed", command=type(call.command).__name__, by=call.by)
+            message = "A rule failed on this command; nothing was changed. The log has the details."
+            return Decision(Refusal("internal_error", message))
+        for change in decision.changes:
+            if not change.event.job_seq:
+                plan.pauses.setdefault(change.event.queue, self.book.paused.get(change.event.queue))
+            self.book.put(change)
+            if change.payload is not None:
+                plan.payloads[change.event.job_seq] = change.payload
+            if change.before is not None and change.before.grant is not None and grant_ended(change):
+                self.keys.ended(change.before.grant.lock_id)
+                plan.ended.append(change.before.grant.lock_id)
+        plan.changes += decision.changes
+        plan.checked += decision.checked
+        plan.report = decision.report or plan.report
+        if call.operator is not None:
+            self._audit(plan, call, decision)
+        return decision
+
+    def _audit(self, plan: Plan, call: Call, decision: Decision) -> None:
+        """What an operator changed is written with the change; all else, where the disk has room for it."""
+        audited = audit.entry(call, decision, plan.at.now)
+        if audited is None:
+            return
+        if share_of(audited.what, audited.outcome) == "changes" or self._refuse(Create()) is None:
+            plan.audit.append(audited)
+
+    # -- parked claims ------------------------------------------------------------------------------------------------
+
+    def _parks(self, claim: Claim, decision: Decision) -> bool:
+        if not self.parking or claim.wait_ms == 0:
+            return False
+        return isinstance(decision.answer, Answer) and not decision.answer.grants
+
+    def _note_due(self, queue: str, kind: str) -> None:
+        if self.parked:
+            self._became_due[(queue, kind)] = None
+
+    def _serve_parked(self, plan: Plan, policy: Policy) -> None:
+        """Jobs became due while claims wait for them: who has waited longest is served first, before anybody new.
+
+        Longest over all queues at once: a claim may take jobs of a queue for which another has waited longer.
+        """
+        waiting: list[tuple[int, str, str]] = []  # ticket of the first who waits, queue, kind
+        while self._became_due or waiting:
+            lanes, self._became_due = self._became_due, {}
+            for queue, kind in lanes:
+                self._line_up(waiting, queue, kind)
+            if not waiting:
+                return
+            ticket, queue, kind = heappop(waiting)
+            asked = self.parked.first(queue, kind)
+            if asked is not None and self._refuse(asked.call.command) is not None:
+                # They stay due for whoever waits, until the disk has room.
+                self._became_due = dict.fromkeys([(queue, kind), *((queue, kind) for _, queue, kind in waiting)])
+                return
+            if asked is not None and (asked.ticket != ticket or self._serve(plan, asked, policy)):
+                self._line_up(waiting, queue, kind)
+
+    def _line_up(self, waiting: list[tuple[int, str, str]], queue: str, kind: str) -> None:
+        if (asked := self.parked.first(queue, kind)) is not None:
+            heappush(waiting, (asked.ticket, queue, kind))
+
+    def _serve(self, plan: Plan, asked: Asked, policy: Policy) -> bool:
+        """Whether the parked claim got something."""
+        decision = self._decided(plan, asked.call, policy)
+        if not isinstance(decision.answer, Answer) or not decision.answer.grants:
+            return False
+        self.parked.remove(asked)
+        plan.served.append(asked)
+        plan.replies.append((asked, decision.answer))
+        if asked.key is not None:
+            self._keep_answer(plan, asked, asked.key, decision)
+        return True
+
+    # -- idempotency keys ---------------------------------------------------------------------------------------------
+
+    def _known_answer(self, plan: Plan, asked: Asked, key: KeyUse, policy: Policy) -> Answer | Refusal | None:
+        """The stored answer of a repeated call; None where it has to be judged."""
+        row = self.keys.find(key.digest, plan.at.believed)
+        if row is None:
+            if self.keys.has_room(plan.at.believed):
+                return None
+            return Refusal("overloaded", "Too many idempotency keys are in use; try again later, or without a key.")
+        if row.body_hash != key.body_hash:
+            return _key_reused()
+        if row.grants is not None:
+            return self._current_grants(plan, asked, row.grants, policy)
+        stored = row if row.answer is not None else plan.known.answers.get(key.digest)
+        if stored is None or stored.answer is None:
+            message = (
+                "The stored answer of this Idempotency-Key is damaged. See what the first call did, use a new key."
+            )
+            return Refusal("internal_error", message)
+        return Answer(Raw(stored.answer), status=stored.status, replayed=True)
+
+    def _current_grants(self, plan: Plan, asked: Asked, grants: list[tuple[str, str]], policy: Policy) -> Answer | None:
+        """The grants of the first call that are still current; None where none is: the call is judged anew."""
+        answer = Answer(Grants([]), shows=[], grants=[], replayed=True)
+        for job_id, lock_id in grants:
+            if self.book.holds(job_id, lock_id):
+                job = self.book.jobs[job_id]
+                shown = views.job_view(job, plan.at, policy, admin=asked.call.admin)
+                answer.data.grants.append(views.grant_view(job, plan.at, shown))
+                answer.shows.append((job.seq, shown))
+                answer.grants.append((job_id, lock_id))
+        if not answer.grants:
+            return None
+        if isinstance(asked.call.command, Start):
+            answer.data = answer.data.grants[0]
+        self._hand(asked, answer, len(asked.futures))
+        return answer
+
+    def _keep_answer(self, plan: Plan, asked: Asked, key: KeyUse, decision: Decision) -> None:
+        """The answer to a keyed call that changed something is stored in the transaction of the change."""
+        answer = decision.answer
+        if not decision.changes or not isinstance(answer, Answer):
+            return
+        if answer.grants:
+            self._hand(asked, answer, len(asked.futures))
+            self.keys.add(KeyRow(key.digest, key.body_hash, plan.at.believed, grants=list(answer.grants)))
+            return
+        known = plan.known.payloads | plan.payloads
+        for seq, shown in answer.shows:
+            shown.payload = Raw(known[seq])
+        answer.shows = []
+        body = msgspec.json.encode(answer.data)
+        self.keys.add(KeyRow(key.digest, key.body_hash, plan.at.believed, answer.status, body))
+
+    def _hand(self, asked: Asked, answer: Answer, connections: int) -> None:
+        if asked.key is not None:
+            for _, lock_id in answer.grants:
+                self._handed[lock_id] += connections
+
+
+def grant_ended(change: Change) -> bool:
+    """Whether the grant that the job had before is no longer its current one."""
+    before, after = change.before, change.after
+    assert before is not None and before.grant is not None
+    return after is None or after.grant is None or after.grant.lock_id != before.grant.lock_id
+
+
+def _join(first: Asked, asked: Asked) -> Refusal | None:
+    """A parked call was repeated under its key: both wait for the one answer."""
+    assert first.key is not None and asked.key is not None
+    if first.key.body_hash != asked.key.body_hash:
+        return _key_reused()
+    first.futures += [future for future in asked.futures if future not in first.futures]
+    return None
+
+
+def _touches_queue(change: Change) -> bool:
+    """Whether it changes what the store keeps of its queue: whether that is paused, and how many jobs are finished."""
+    before, after = change.before, change.after
+    if before is None and after is None:
+        return True
+    return (after is not None and after.status not in LIVE) or (before is not None and before.status not in LIVE)
+
+
+def _key_reused() -> Refusal:
+    message = "This Idempotency-Key was used with another body. Use a new key for a new request."
+    return Refusal("idempotency_key_reused", message)

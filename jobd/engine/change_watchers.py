@@ -1,0 +1,92 @@
+"""Who wants to know that something has happened, to a job, in a queue or at all, and does not ask what.
+
+However much happens, a watcher costs one look-up a change and is never behind. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+
+from jobd.model.events import Change
+
+
+class Watcher:
+    """One of them. `news` is set where something has happened, `over` where nothing more comes; `leave` in any case.
+
+    `queue` and `job_id`: what it is about, None where that does not matter. `cut` ends the connection behind it.
+    """
+
+    def __init__(self, among: Watchers, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> None:
+        self.queue = queue
+        self.job_id = job_id
+        self.news = asyncio.Event()
+        self.over = asyncio.Event()
+        self.cut = cut
+        self._among = among
+        among.add(self)
+
+    def end(self) -> None:
+        self.over.set()
+        self.news.set()
+
+    def leave(self) -> None:
+        self._among.discard(self)
+
+
+class Watchers:
+    """All of them, also by what they are about: a job, else a queue."""
+
+    def __init__(self) -> None:
+        self._all: set[Watcher] = set()
+        self._of_all: set[Watcher] = set()
+        self._of_queue: dict[str, set[Watcher]] = {}
+        self._of_job: dict[str, set[Watcher]] = {}
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def add(self, watcher: Watcher) -> None:
+        self._all.add(watcher)
+        self._those_of(watcher).add(watcher)
+
+    def discard(self, watcher: Watcher) -> None:
+        self._all.discard(watcher)
+        those = self._those_of(watcher)
+        those.discard(watcher)
+        if not those and watcher.job_id is not None:
+            del self._of_job[watcher.job_id]
+        elif not those and watcher.queue is not None:
+            del self._of_queue[watcher.queue]
+
+    def _those_of(self, watcher: Watcher) -> set[Watcher]:
+        if watcher.job_id is not None:
+            return self._of_job.setdefault(watcher.job_id, set())
+        if watcher.queue is not None:
+            return self._of_queue.setdefault(watcher.queue, set())
+        return self._of_all
+
+    def stir(self, changes: Sequence[Change]) -> None:
+        """Something has happened. What happens to a queue as a whole concerns everybody: every page tells of it."""
+        _wake(self._of_all)
+        if len(self._of_all) == len(self._all):
+            return
+        for change in changes:
+            if not change.event.job_id:
+                _wake(self._all)
+                return
+            _wake(self._of_queue.get(change.event.queue, ()))
+            _wake(self._of_job.get(change.event.job_id, ()))
+
+    def end(self) -> None:
+        for watcher in self._all:
+            watcher.end()
+
+    def cut(self) -> None:
+        for watcher in list(self._all):
+            watcher.cut()
+
+
+def _wake(watchers: Iterable[Watcher]) -> None:
+    for watcher in watchers:
+        watcher.news.set()

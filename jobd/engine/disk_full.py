@@ -1,0 +1,172 @@
+"""Reject writes on a full disk, in steps, and probe when they can be accepted again.
+
+Creates are rejected first. If that is not enough, all writes but endings and deletions are rejected, the reserve file
+is released, and lease time stands still, because no sign of life can be written. At worst every write is rejected.
+Reads are always accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, Final, Protocol
+
+import structlog
+
+from jobd.engine.mailbox import CREATES, ENDINGS, READS
+from jobd.model.errors import Refusal
+from jobd.model.storage import SPARE_BYTES, Disk, DiskFull, DiskSpace
+
+log = structlog.get_logger("jobd.actor")
+
+PROBE_EVERY_S: Final = 1.0
+
+
+class Closed(IntEnum):
+    """How far the full disk has closed the daemon."""
+
+    NOTHING = 0
+    CREATES = 1
+    ALL_BUT_ENDINGS = 2
+    ALL_WRITES = 3
+
+
+class LeaseTime(Protocol):
+    def hold(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+class FullDisk:
+    """The state of the disk. `closed` says what is rejected now. `loop_time` is the event loop's time, in seconds.
+
+    `space` is as of the last `measure`; None for a store in memory, and before the first one.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        lease: LeaseTime,
+        loop_time: Callable[[], float],
+        *,
+        is_full: bool,
+        has_reserve: bool = True,
+    ) -> None:
+        self.closed = Closed.CREATES if is_full else Closed.NOTHING
+        self.space: DiskSpace | None = None
+        self.next_probe = loop_time()
+        self._needs_reserve = not has_reserve
+        self._is_released = False  # the reserve file is released, and its space is left for endings
+        self._reserve_fault = ""  # why it could not be rebuilt, other than a full disk
+        self._logged = self.closed  # the furthest step since writes were accepted last
+        self._disk = disk
+        self._lease = lease
+        self._loop_time = loop_time
+
+    @property
+    def has_reserve(self) -> bool:
+        """Whether endings have the space of the reserve file when the disk is full."""
+        return self._is_released or not self._needs_reserve
+
+    @property
+    def probe_at(self) -> float | None:
+        """The loop time of the next probe; None if no probe is needed."""
+        return self.next_probe if self.closed or self._needs_reserve else None
+
+    def refuse(self, command: object) -> Refusal | None:
+        """Return why `command` may not be written now; None if it may."""
+        if not self.closed or isinstance(command, READS):
+            return None
+        if self.closed == Closed.CREATES and not isinstance(command, CREATES):
+            return None
+        if self.closed == Closed.ALL_BUT_ENDINGS and isinstance(command, ENDINGS):
+            return None
+        return self.refusal("nothing was changed. Free some space; jobd tries again every second.")
+
+    def refusal(self, what: str) -> Refusal:
+        """Return a `storage_full` error that names the path and the free bytes, followed by `what`."""
+        return Refusal("storage_full", f"{self.described()}; {what}", self._figures())
+
+    def described(self) -> str:
+        """Describe the full disk: path, free bytes, and the reserve file if it is released or missing."""
+        space = self.space
+        where = "The disk of the store is full"
+        if space is not None:
+            where = f"{where} ({space.free_bytes} bytes free at {space.path})"
+        if self._is_released:
+            return f"{where}, and the reserve file is released for endings"
+        return where if self.has_reserve else f"{where}, and the reserve file is missing, so endings may not fit either"
+
+    def _figures(self) -> dict[str, Any]:
+        space = self.space
+        if space is None:
+            return {}
+        return {"path": space.path, "free_bytes": space.free_bytes, "total_bytes": space.total_bytes}
+
+    async def measure(self) -> None:
+        """Read the free and total space of the disk."""
+        self.space = await self._disk.space()
+
+    async def close_further(self) -> None:
+        """A write hit the full disk although `closed` was respected."""
+        self.closed = Closed(min(self.closed + 1, Closed.ALL_WRITES))
+        self.next_probe = self._loop_time() + PROBE_EVERY_S
+        if self.closed == Closed.ALL_BUT_ENDINGS:
+            self._lease.hold()
+            self._is_released = await self._disk.drop_ballast() or self._is_released
+            self._needs_reserve = True
+        await self.measure()
+        if self.closed > self._logged:
+            self._logged = self.closed
+            log.error("disk_full", refused=self.closed.name.lower(), reserve=self.has_reserve, **self._figures())
+
+    async def probe(self) -> None:
+        """Accept writes again and rebuild the reserve file if there is room. Once a second while one of them is due.
+
+        Raises what the disk raises, except DiskFull.
+        """
+        if (due := self.probe_at) is None or self._loop_time() < due:
+            return
+        self.next_probe = self._loop_time() + PROBE_EVERY_S
+        if self.closed and not await self._has_room():
+            return
+        if self._needs_reserve:
+            await self._rebuild_reserve()
+
+    async def _has_room(self) -> bool:
+        """Return whether all writes are accepted again. If space is short, at least try to accept endings."""
+        try:
+            await self._disk.probe(SPARE_BYTES)
+        except DiskFull:
+            if self.closed == Closed.ALL_WRITES and await self._fits():
+                self.closed = Closed.ALL_BUT_ENDINGS
+            await self.measure()
+            return False
+        if self.closed >= Closed.ALL_BUT_ENDINGS:
+            self._lease.resume()
+        self.closed = self._logged = Closed.NOTHING
+        self._is_released = False
+        await self.measure()
+        log.info("disk_has_room", message="writes are accepted again", reserve=self.has_reserve, **self._figures())
+        return True
+
+    async def _fits(self) -> bool:
+        try:
+            await self._disk.probe()
+        except DiskFull:
+            return False
+        return True
+
+    async def _rebuild_reserve(self) -> None:
+        """Rebuild the reserve file if there is room. A failure rejects no write; the next probe tries again."""
+        try:
+            await self._disk.build_ballast()
+        except DiskFull:
+            return
+        except OSError as error:
+            if str(error) != self._reserve_fault:
+                self._reserve_fault = str(error)
+                log.warning("reserve_file_not_rebuilt", reason=str(error))
+            return
+        self._needs_reserve = False
+        await self.measure()
+        log.info("reserve_file_rebuilt", **self._figures())

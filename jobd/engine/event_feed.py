@@ -1,0 +1,414 @@
+"""Committed events out to those who listen: from the journal up to now, then live, in order, each event once.
+
+Holds up nobody: publishing is a note that is taken on the actor's turn and worked off later. Who reads too slowly is
+cut off; the client keeps the place in the journal that it has reached. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+from jobd.engine.change_watchers import Watcher, Watchers
+from jobd.model.errors import refused
+from jobd.model.events import Change, Event, StreamedEvent, Wanted, streamed
+from jobd.model.storage import JournalPage
+
+RETRY_MS: Final = 2_000  # how long a client should wait before it connects again
+HEARTBEAT_S: Final = 15.0  # the longest silence: proxies and clients notice a dead peer
+GATHER_S: Final = 0.01  # between two rounds of news: a hundred listeners cost a hundred turns a round, not a commit
+BACKLOG_BYTES: Final = 8 << 20  # of events that the slowest may lag behind, in one place for all listeners
+PIECE_BYTES: Final = 64 << 10  # written in one go
+PAGE: Final = 100  # events of the journal read between two batches: below 2 ms
+PAUSE_S: Final = 0.002  # after each page, so that workers get the disk in between
+SHARED_PAGES: Final = 8  # kept for those who come by the same place a moment later
+JOIN_WITHIN: Final = 2_000  # events before the newest: from there on a listener hears news while he reads the rest
+CLOSING_S: Final = 1.0  # for the last pieces to be written when the daemon stops
+
+log = structlog.get_logger("jobd.feed")
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class Journal(Protocol):
+    async def journal(self, after: int, limit: int) -> JournalPage:
+        """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
+
+
+class Frame(Struct, frozen=True):
+    """An event as it is sent to whoever wants it."""
+
+    event: StreamedEvent
+    text: bytes
+
+    @classmethod
+    def of(cls, event: Event) -> Frame:
+        shown = streamed(event)
+        return cls(shown, b"id: %d\nevent: %b\ndata: %b\n\n" % (shown.seq, shown.type.encode(), _encode(shown)))
+
+
+class Round:
+    """The events of one round of news. `text` is all of them in one piece."""
+
+    __slots__ = ("frames", "text")
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self.frames = [Frame.of(event) for event in events]
+        self.text = b"".join(frame.text for frame in self.frames)
+
+    def since(self, position: int, wanted: Wanted) -> bytes:
+        """What of it is above `position` and wanted."""
+        if wanted.is_everything and self.frames[0].event.seq > position:
+            return self.text
+        return _texts(self.frames, position, wanted)
+
+    @property
+    def last(self) -> int:
+        return self.frames[-1].event.seq
+
+
+class Piece:
+    """A page of the journal for all who go on from somewhere in it: every event above `begin` up to `end`.
+
+    `last` and `gone_to` are those of the journal then; `more`: it went on.
+    """
+
+    __slots__ = ("_round", "begin", "end", "events", "gone_to", "last", "more")
+
+    def __init__(self, after: int, page: JournalPage) -> None:
+        self.events = page.events
+        self.begin, self.end = after, page.end
+        self.last, self.gone_to, self.more = page.last, page.gone_to, page.more
+        self._round: Round | None = None
+
+    def since(self, position: int, wanted: Wanted) -> bytes:
+        """What of it is above `position` and wanted."""
+        if not wanted.is_everything:
+            some = (event for event in self.events if event.seq > position and wanted.has(event))
+            return b"".join(Frame.of(event).text for event in some)
+        return self.round.since(position, wanted) if self.events else b""
+
+    @property
+    def round(self) -> Round:
+        """Made once for all who want everything."""
+        if self._round is None:
+            self._round = Round(self.events)
+        return self._round
+
+
+class Reading:
+    """A page that somebody reads, or waits for his turn to. `piece` is there in the end, where nothing went wrong."""
+
+    __slots__ = ("begin", "ended", "piece")
+
+    def __init__(self, after: int) -> None:
+        self.begin = after
+        self.ended = asyncio.Event()
+        self.piece: Piece | None = None
+
+
+class Feed:
+    """Where committed events come in and listeners get theirs. `last`: the number of the newest event that came in.
+
+    `most` is the limit of listeners; `dropped` counts those that were cut off because they read too slowly.
+    """
+
+    def __init__(self, journal: Journal, last: int, most: int) -> None:
+        self.last = last
+        self.dropped = 0
+        self.is_closed = False
+        self.rounds: deque[Round] = deque()
+        self.first = 0  # the number of rounds[0] among all rounds
+        self._journal = journal
+        self._most = most
+        self._listeners: set[Listener] = set()
+        self._watchers = Watchers()
+        self._live = 0  # how many of them hear news
+        self._bytes = 0
+        self._news: list[Sequence[Change]] = []
+        self._next_round_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._places = asyncio.Semaphore(1)
+        self._readings: list[Reading] = []
+        self._pieces: deque[Piece] = deque(maxlen=SHARED_PAGES)  # those read last: who resumes together shares them
+
+    @property
+    def listeners(self) -> int:
+        return len(self._listeners) + len(self._watchers)
+
+    def publish(self, changes: Sequence[Change]) -> None:
+        """Committed changes, in their order. Called on the actor's turn: it takes a note and returns."""
+        self.last = changes[-1].event.seq
+        if self._watchers:
+            self._watchers.stir(changes)
+        if self._live:
+            self._news.append(changes)
+            if self._timer is None:
+                loop = asyncio.get_running_loop()
+                self._timer = loop.call_at(max(loop.time(), self._next_round_s), self._spread)
+
+    def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener:
+        """A place among the listeners, given back with `leave`. `cut` ends the connection of one who does not read.
+
+        Raises Refused where the daemon stops, or all places are taken.
+        """
+        self._check_place()
+        listener = Listener(self, wanted, follow=follow, cut=cut)
+        self._listeners.add(listener)
+        return listener
+
+    def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:
+        """A place, as with `listen`, for one who is told that something has happened, and not what. Raises Refused."""
+        self._check_place()
+        return Watcher(self._watchers, queue, job_id, cut)
+
+    def _check_place(self) -> None:
+        if self.is_closed:
+            raise refused("shutting_down", "The daemon is stopping; connect again in a moment.")
+        if self.listeners >= self._most:
+            message = f"{self._most} event streams are open already (limits.event_streams); try again later."
+            raise refused("overloaded", message)
+
+    def close(self) -> None:
+        """Listeners get what is there, then their streams end. Whoever does not read it is cut off soon."""
+        self._spread()
+        self.is_closed = True
+        self._wake()
+        self._watchers.end()
+        if self.listeners:
+            asyncio.get_running_loop().call_later(CLOSING_S, self._cut_all)
+
+    async def page(self, after: int, *, is_first: bool = False) -> Piece:
+        """A page of the journal, in turn with all who read it; or that of another who reads the same, or has just.
+
+        The first is no older than the call. Raises Refused (410) where the journal does not go on there.
+        """
+        while True:
+            if not is_first and (piece := self._read_before(after)) is not None:
+                await asyncio.sleep(0)
+                return piece
+            reading = next((each for each in self._readings if each.begin <= after < each.begin + PAGE), None)
+            if reading is None:
+                return await self._read(after)
+            await reading.ended.wait()
+            if reading.piece is not None and after <= reading.piece.end:
+                return reading.piece
+
+    async def _read(self, after: int) -> Piece:
+        reading = Reading(after)
+        self._readings.append(reading)
+        try:
+            async with self._places:
+                page = await self._journal.journal(after, PAGE)
+                self._check_page(after, page)
+                piece = reading.piece = Piece(after, page)
+                if page.more:  # else it grows
+                    self._pieces.append(piece)
+                self._end(reading)
+                await asyncio.sleep(PAUSE_S)
+            return piece
+        finally:
+            self._end(reading)
+
+    def _end(self, reading: Reading) -> None:
+        """Whoever waits for it gets its page, or reads his own."""
+        if reading in self._readings:
+            self._readings.remove(reading)
+        reading.ended.set()
+
+    def _read_before(self, after: int) -> Piece | None:
+        return next((piece for piece in self._pieces if piece.begin <= after < piece.end), None)
+
+    def _check_page(self, after: int, page: JournalPage) -> None:
+        if after > page.last:
+            raise refused(
+                "events_gone", f"There was no event {after} yet: it is of another store. {_ANEW}", last=page.last
+            )
+        if after < page.gone_to:
+            message = f"Of the events after {after} some are no longer in the journal. {_ANEW}"
+            raise refused("events_gone", message, last=page.last)
+
+    def join(self) -> int:
+        """One more hears news; gives the number of the first round that will be his."""
+        self._live += 1
+        return self.first + len(self.rounds)
+
+    def leave(self, listener: Listener, *, was_live: bool) -> None:
+        self._listeners.discard(listener)
+        self._live -= was_live
+        if not self._listeners:
+            self._pieces.clear()
+        if not self._live:
+            self._bytes = 0
+            self.first += len(self.rounds)
+            self.rounds.clear()
+            self._news.clear()
+
+    # -- rounds --------------------------------------------------------------------------------------------------------
+
+    def _spread(self) -> None:
+        """One round: everything that has come in since the last."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._next_round_s = asyncio.get_running_loop().time() + GATHER_S
+        events = [change.event for changes in self._news for change in changes]
+        self._news.clear()
+        if events:
+            self.rounds.append(Round(events))
+            self._bytes += len(self.rounds[-1].text)
+            self._forget()
+            self._wake()
+
+    def _forget(self) -> None:
+        """The backlog keeps its bound; listeners for whom it was not enough are cut off."""
+        first = self.first
+        while self._bytes > BACKLOG_BYTES and len(self.rounds) > 1:
+            self._bytes -= len(self.rounds.popleft().text)
+            self.first += 1
+        if self.first > first:
+            for listener in [each for each in self._listeners if each.is_behind and not each.is_cut]:
+                self.dropped += 1
+                log.info("event_stream_dropped", position=listener.position, newest=self.last)
+                listener.cut()
+
+    def _wake(self) -> None:
+        for listener in self._listeners:
+            listener.news.set()
+
+    def _cut_all(self) -> None:
+        for listener in list(self._listeners):
+            listener.cut()
+        self._watchers.cut()
+
+
+class Listener:
+    """One stream. `begin`, then `more` until it gives nothing, and `leave` in any case.
+
+    `position`: every event up to this number was given, if it was wanted.
+    """
+
+    def __init__(self, feed: Feed, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> None:
+        self.position = 0
+        self.news = asyncio.Event()
+        self._feed = feed
+        self._wanted = wanted
+        self._follow = follow
+        self._cut = cut
+        self._is_live = False  # hears news
+        self._is_whole = False  # and the journal has nothing more for him
+        self.is_cut = False
+        self._round = 0
+        self._until = 0  # what comes after this event is among the news; without news, nothing is wanted of it
+        self._page: Piece | None = None
+        self._silent_since_s = 0.0
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether news that he has not had is gone from the backlog."""
+        return self._is_live and self._round < self._feed.first
+
+    async def begin(self, after: int | None, back: int = 0) -> bytes:
+        """The first piece. The stream goes on after the event `after`; without it `back` events ago, or from now on.
+
+        Raises Refused where events after `after` are no longer in the journal.
+        """
+        self._until = self._feed.last
+        if after is not None:
+            self._page = await self._feed.page(after, is_first=True)
+            self.position = after
+        elif back:
+            self._page = await self._reach_back(back)
+        else:
+            self.position = self._feed.last
+            self._join()
+            self._is_whole = True
+        return b"retry: %d\nid: %d\n\n" % (RETRY_MS, self.position)
+
+    async def more(self) -> bytes:
+        """The next piece, which may be a sign of life; nothing at the end. Raises Refused as `begin` does."""
+        if self._feed.is_closed and not self._is_whole:
+            if self._follow:
+                return b""
+            raise refused("shutting_down", "The daemon is stopping, and the journal was not read to its end.")
+        self._silent_since_s = asyncio.get_running_loop().time()
+        return await (self._from_backlog() if self._is_whole else self._from_journal())
+
+    def cut(self) -> None:
+        """He does not read, or not fast enough."""
+        self.is_cut = True
+        self._cut()
+        self.news.set()
+
+    def leave(self) -> None:
+        self._feed.leave(self, was_live=self._is_live)
+        self._is_live = False
+
+    def _join(self) -> None:
+        self._round = self._feed.join()
+        self._is_live = True
+        self._until = self._feed.last
+
+    async def _reach_back(self, back: int) -> Piece:
+        """A page from so many numbers ago, or from where the journal begins to be whole."""
+        page = await self._feed.page(self._feed.last, is_first=True)
+        self.position = max(page.last - back, page.gone_to, 0)
+        return await self._feed.page(self.position, is_first=True)
+
+    async def _from_journal(self) -> bytes:
+        """A page of it. Near its end he begins to hear news; what came before those is his once he has read so far.
+
+        So nothing is missed, and he need not be faster than all that comes in, which many who resume together are not.
+        """
+        page, self._page = self._page or await self._feed.page(self.position), None
+        text = page.since(self.position, self._wanted)
+        self.position = max(self.position, page.end)
+        if self._follow and not self._is_live and self._feed.last - self.position < JOIN_WITHIN:
+            self._join()
+        self._is_whole = self.position >= self._until and (self._is_live or not self._follow)
+        return text or self._marker()
+
+    async def _from_backlog(self) -> bytes:
+        """What is there of it, up to a piece; else the next news, or after a while a sign of life."""
+        if not self._follow:
+            return b""
+        while not (text := self._take()):
+            if self.is_cut or self._feed.is_closed:
+                return b""
+            left_s = self._silent_since_s + HEARTBEAT_S - asyncio.get_running_loop().time()
+            try:
+                async with asyncio.timeout(left_s):
+                    await self.news.wait()
+            except TimeoutError:
+                return b": still here\n" + self._marker()
+        return text
+
+    def _take(self) -> bytes:
+        self.news.clear()
+        taken, size = [], 0
+        if self.is_behind:
+            return b""
+        while size < PIECE_BYTES and (at := self._round - self._feed.first) < len(self._feed.rounds):
+            news = self._feed.rounds[at]
+            taken.append(news.since(self.position, self._wanted))
+            size += len(taken[-1])
+            self.position = max(self.position, news.last)
+            self._round += 1
+        return b"".join(taken)
+
+    def _marker(self) -> bytes:
+        """Moves the client's Last-Event-ID past what he did not want: it does not grow old in a quiet stream."""
+        return b"id: %d\n\n" % self.position
+
+
+_ANEW: Final = "Read the state anew, then listen from now on (without Last-Event-ID)."
+
+
+def _texts(frames: Sequence[Frame], position: int, wanted: Wanted) -> bytes:
+    return b"".join(each.text for each in frames if each.event.seq > position and wanted.has(each.event))

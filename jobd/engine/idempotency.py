@@ -1,0 +1,136 @@
+"""Idempotency keys in memory: which answers are stored, which grants keep a key alive, what may be forgotten.
+
+Pure. The answers themselves lie on the disk (store.py); the actor stores each in the transaction of its change.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Final
+
+from msgspec.structs import replace
+
+from jobd.model.job import DAY_MS, MINUTE_MS
+from jobd.model.storage import KeyRow
+
+KEPT_MS: Final = DAY_MS
+SAFE_MS: Final = 10 * MINUTE_MS  # a client may still be repeating a call that is younger than this
+
+
+class Keys:
+    """Rows by digest, oldest first; changes since the last `commit` can be taken back with `rollback`.
+
+    `rows` are those of the disk; of a start or claim only the grants that are still current.
+    """
+
+    def __init__(self, rows: list[KeyRow], limit: int) -> None:
+        self.limit = limit
+        self._answers: dict[str, KeyRow] = {}
+        self._grants: dict[str, KeyRow] = {}
+        self._current: dict[str, dict[str, None]] = {}  # digest -> lock ids of its grants that are still current
+        self._by_lock: dict[str, str] = {}  # lock_id -> digest
+        self._added: dict[str, KeyRow] = {}
+        self._removed: dict[str, KeyRow] = {}
+        self._ended: list[tuple[str, str]] = []
+        for row in sorted(rows, key=lambda row: row.at):
+            self._insert(row)
+
+    def __len__(self) -> int:
+        return len(self._answers) + len(self._grants)
+
+    def lock_ids(self) -> list[str]:
+        """Of the current grants that a key can ask for again."""
+        return list(self._by_lock)
+
+    def find(self, digest: str, now: int) -> KeyRow | None:
+        """The row of a key that is still kept at wall time `now`. Its answer may be on disk only."""
+        row = self._answers.get(digest)
+        if row is None:
+            return self._grants.get(digest)
+        if now >= row.at + KEPT_MS:
+            self._forget(row)
+            return None
+        return row
+
+    def is_stored(self, digest: str, now: int) -> bool:
+        """Whether the answer of this key has to be read from the disk to be replayed."""
+        row = self.find(digest, now)
+        return row is not None and row.grants is None
+
+    def has_room(self, now: int) -> bool:
+        """Whether one more key can be kept, after dropping what is old enough."""
+        for row in list(islice(self._answers.values(), 2)):  # two for each new one: the oldest never pile up
+            if now >= row.at + KEPT_MS:
+                self._forget(row)
+        if len(self) < self.limit:
+            return True
+        oldest = next(iter(self._answers.values()), None)
+        if oldest is None or now < oldest.at + SAFE_MS:
+            return False
+        self._forget(oldest)
+        return True
+
+    def add(self, row: KeyRow) -> None:
+        """Keep the answer of a call that changed something."""
+        self._added[row.digest] = row
+        self._insert(row)
+
+    def ended(self, lock_id: str) -> None:
+        """A grant ended. A key of a start or claim lives while one of its grants is current."""
+        digest = self._by_lock.get(lock_id)
+        if digest is None:
+            return
+        self._current[digest].pop(lock_id, None)
+        self._ended.append((digest, lock_id))
+        if not self._current[digest]:
+            self._forget(self._grants[digest])
+
+    def changed(self) -> tuple[list[KeyRow], list[str]]:
+        """What the next commit has to store, and the digests that it has to delete."""
+        return list(self._added.values()), [digest for digest in self._removed if digest not in self._added]
+
+    def commit(self) -> None:
+        """The changes are on disk: the answers need not stay in memory."""
+        for digest, row in self._added.items():
+            if digest in self._answers:
+                self._answers[digest] = replace(row, answer=None)
+        self._added, self._removed, self._ended = {}, {}, []
+
+    def rollback(self) -> None:
+        """Nothing since the last commit happened."""
+        added, removed, ended = self._added, self._removed, self._ended
+        self._added, self._removed, self._ended = {}, {}, []
+        for row in added.values():
+            self._drop(row)
+        for row in removed.values():
+            self._insert(row)
+            if row.grants is not None:
+                self._current[row.digest] = {}  # those that ended since the last commit come back, no earlier ones
+        for digest, lock_id in ended:
+            if self._by_lock.get(lock_id) == digest:
+                self._current[digest][lock_id] = None
+        if removed:  # they were the oldest
+            self._answers = dict(sorted(self._answers.items(), key=lambda item: item[1].at))
+
+    def _insert(self, row: KeyRow) -> None:
+        if row.grants is None:
+            self._answers[row.digest] = row
+            return
+        self._grants[row.digest] = row
+        self._current[row.digest] = {lock_id: None for _, lock_id in row.grants}
+        for _, lock_id in row.grants:
+            self._by_lock[lock_id] = row.digest
+
+    def _forget(self, row: KeyRow) -> None:
+        self._drop(row)
+        if self._added.pop(row.digest, None) is None:
+            self._removed[row.digest] = row
+
+    def _drop(self, row: KeyRow) -> None:
+        if row.grants is None:
+            self._answers.pop(row.digest, None)
+            return
+        self._grants.pop(row.digest, None)
+        self._current.pop(row.digest, None)
+        for _, lock_id in row.grants:
+            self._by_lock.pop(lock_id, None)

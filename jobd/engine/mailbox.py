@@ -1,0 +1,187 @@
+"""A command on its way: who waits for its answer, under which key, and which share of the mailbox it may use.
+
+Knows no rule and no disk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Protocol, get_args
+
+from jobd.model.commands import (
+    Adopt,
+    AnyCommand,
+    ApplyEndings,
+    ApplyPlan,
+    AuditLog,
+    Bulk,
+    Call,
+    Cancel,
+    Claim,
+    Command,
+    Complete,
+    Create,
+    CreditAbsence,
+    Delete,
+    DeleteExpired,
+    EndGrants,
+    Expire,
+    Export,
+    Fail,
+    ForceFail,
+    Get,
+    GetVersion,
+    Import,
+    ImportCheck,
+    KeyUse,
+    LateResults,
+    List,
+    Locks,
+    Mend,
+    OnJob,
+    Ping,
+    Preview,
+    Queues,
+    Recover,
+    Release,
+    ReleaseLock,
+    Search,
+    Start,
+    Stats,
+    TakeBack,
+    Timeline,
+    Undelivered,
+    Validate,
+    Why,
+    Workers,
+)
+from jobd.model.errors import Refusal
+from jobd.model.responses import Answer
+
+CREATES: Final = (Create, Bulk, Import, ImportCheck)  # the last is refused where the import would be
+READS: Final = (
+    Get, GetVersion, Timeline, Why, Validate, LateResults, List, Search, Queues, Workers, Stats, Locks, Export,
+    AuditLog, Preview, Ping,
+)  # fmt: skip
+# What may be decided before the rest of its batch. Not Ping: it says how long a command takes.
+_GO_FIRST: Final = frozenset(READS) - {Ping}
+# What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
+ENDINGS: Final = (
+    Complete, Fail, Release, Cancel, ForceFail, ReleaseLock, Undelivered,
+    Recover, TakeBack, Expire, EndGrants, CreditAbsence, Delete, DeleteExpired,
+    ApplyEndings,
+)  # fmt: skip
+ADOPT_WEIGHT: Final = 20  # its late results are read with all that they brought
+
+
+def _room(kind: type) -> float:
+    if kind in CREATES:
+        return 0.70
+    return 0.85 if kind in (Start, Claim, *READS) and kind is not Ping else 1.0
+
+
+# By type, once: every command asks for these on its way.
+_ROOM: Final[dict[type, float]] = {kind: _room(kind) for kind in get_args(AnyCommand)}
+_WEIGHTY: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, (Bulk, ApplyPlan, Claim, Adopt)))
+_ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, OnJob | Import))
+
+
+def share(command: Command) -> float:
+    """How full the mailbox may be for `command` to come in: running work and operators come in last of all."""
+    return _ROOM[type(command)]
+
+
+def named_ids(command: Any) -> list[str]:
+    """The ids of the jobs that the decision about `command` will look up."""
+    kind = type(command)
+    if kind in _ON_JOB:
+        return [command.id]
+    if kind is Create:
+        return [command.id] if command.id is not None else []
+    if kind is Bulk:
+        return [job.id for job in command.jobs if job.id is not None]
+    if issubclass(kind, ApplyPlan):
+        return [expected.id for expected in command.jobs]
+    return command.ids if kind in (DeleteExpired, Mend) else []
+
+
+def may_go_first(asked: Asked) -> bool:
+    """Whether it is a look, and nobody can tell that it did not wait for the others of its batch."""
+    return type(asked.call.command) in _GO_FIRST and not asked.in_line
+
+
+def deleted_ids(command: Command) -> list[str]:
+    """The ids of the jobs that `command` may delete."""
+    if isinstance(command, ApplyPlan) and command.action in ("delete", "cleanup"):
+        return named_ids(command)
+    return command.ids if isinstance(command, DeleteExpired) else []
+
+
+def needs_payload_first(asked: Asked, doomed: set[str]) -> bool:
+    """Whether the payload (or the request hash) of a job that exists is read before the decision.
+
+    It has to be where the decision needs it, or where the job may be gone (`doomed`) when the answer shows it.
+    """
+    command = asked.call.command
+    if isinstance(command, (Create, Bulk, Delete)):
+        return True
+    if isinstance(command, OnJob) and command.id in doomed:
+        return True
+    return asked.key is not None and isinstance(command, OnJob) and not isinstance(command, Start)
+
+
+def weight(command: Command) -> int:
+    """Commands count by what they write, so that one batch stays a few milliseconds."""
+    if type(command) not in _WEIGHTY:
+        return 1
+    if isinstance(command, (Bulk, ApplyPlan)):
+        return len(command.jobs)
+    return command.limit if isinstance(command, Claim) else ADOPT_WEIGHT
+
+
+class Waiter(Protocol):
+    """Who gets an answer: a future, or what a door has in its place. `set_result` is called once, and never raises.
+
+    It may have a `prepare`, which is given the answer before its commit and never raises either.
+    """
+
+    def done(self) -> bool: ...
+    def cancelled(self) -> bool: ...
+    def set_result(self, answer: Answer | Refusal, /) -> None: ...
+
+
+class Asked:
+    """One call in the mailbox. Several connections may wait for its answer (a key repeated while it is parked)."""
+
+    __slots__ = ("call", "deadline", "futures", "in_line", "key", "size", "ticket")
+
+    def __init__(self, call: Call, key: KeyUse | None, size: int, waiter: Waiter, in_line: bool = False) -> None:
+        self.call = call
+        self.in_line = in_line  # its sender has sent more before it
+        self.key = key
+        self.size = size  # bytes, as they count towards limits.inflight_bytes
+        self.futures = [waiter]
+        self.ticket = 0  # order of arrival among the parked
+        self.deadline = 0.0  # loop time at which a parked claim is answered empty
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Nobody waits for the answer any more."""
+        if len(self.futures) == 1:
+            return self.futures[0].cancelled()
+        return all(future.cancelled() for future in self.futures)
+
+    def prepare(self, answer: Answer) -> None:
+        """So it will be answered, unless the commit fails: who can makes it ready, and tells nobody yet."""
+        for future in self.futures:
+            make_ready = getattr(future, "prepare", None)
+            if make_ready is not None:
+                make_ready(answer)
+
+    def reply(self, answer: Answer | Refusal) -> int:
+        """Answer everybody who still waits; how many there were."""
+        told = 0
+        for future in self.futures:
+            if not future.done():
+                future.set_result(answer)
+                told += 1
+        return told

@@ -1,0 +1,99 @@
+"""Claims that wait for work, outside the mailbox: found by queue and kind, served in order of arrival.
+
+Decides nothing and grants nothing: the actor asks who is next.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from jobd.core.worker_presence import ClaimSet, WorkerPresence
+from jobd.engine.mailbox import Asked
+from jobd.model.commands import Claim
+
+Place = tuple[str, str | None]  # queue, and kind or None for all kinds
+
+
+class Parked:
+    """Waiting claims by the lanes that they wait for. Deadlines are in the event loop's time, seconds.
+
+    `presence` records each wait, because a worker counts as seen while its claim waits.
+    """
+
+    def __init__(self, presence: WorkerPresence) -> None:
+        self._presence = presence
+        self._all: dict[int, tuple[Asked, list[Place], ClaimSet]] = {}
+        self._at: dict[Place, dict[int, Asked]] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._by_digest: dict[str, Asked] = {}
+        self._next_ticket = 1
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def add(self, asked: Asked) -> None:
+        """Park a claim; one that was parked before (its batch was refused by the disk) gets its old place."""
+        claim = asked.call.command
+        assert isinstance(claim, Claim)
+        if asked.ticket == 0:
+            asked.ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        places: list[Place] = [(queue, kind) for queue in dict.fromkeys(claim.queues) for kind in _kinds(claim)]
+        self._all[asked.ticket] = (asked, places, self._presence.waits(claim))
+        for place in places:
+            waiting = self._at.setdefault(place, {})
+            late = bool(waiting) and next(reversed(waiting)) > asked.ticket
+            waiting[asked.ticket] = asked
+            if late:
+                self._at[place] = dict(sorted(waiting.items()))
+        heapq.heappush(self._deadlines, (asked.deadline, asked.ticket))
+        if asked.key is not None:
+            self._by_digest[asked.key.digest] = asked
+
+    def remove(self, asked: Asked) -> bool:
+        """Whether it was parked."""
+        found = self._all.pop(asked.ticket, None)
+        if found is None:
+            return False
+        claim = asked.call.command
+        assert isinstance(claim, Claim)
+        self._presence.waits_no_more(claim.worker, found[2])
+        for place in found[1]:
+            del self._at[place][asked.ticket]
+            if not self._at[place]:
+                del self._at[place]
+        if asked.key is not None and self._by_digest.get(asked.key.digest) is asked:
+            del self._by_digest[asked.key.digest]
+        return True
+
+    def first(self, queue: str, kind: str) -> Asked | None:
+        """Who has waited longest for a job of this queue and kind."""
+        waiting = [self._at[place] for place in ((queue, kind), (queue, None)) if place in self._at]
+        ticket = min((next(iter(tickets)) for tickets in waiting), default=None)
+        return None if ticket is None else self._all[ticket][0]
+
+    def waiting_with(self, digest: str) -> Asked | None:
+        """The parked claim with this idempotency key."""
+        return self._by_digest.get(digest)
+
+    def next_deadline(self) -> float | None:
+        while self._deadlines and self._deadlines[0][1] not in self._all:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def take_late(self, time: float) -> Iterator[Asked]:
+        """Take out the claims whose wait is over at loop time `time`."""
+        while (deadline := self.next_deadline()) is not None and deadline <= time:
+            asked = self._all[heapq.heappop(self._deadlines)[1]][0]
+            self.remove(asked)
+            yield asked
+
+    def take_all(self) -> list[Asked]:
+        everybody = [asked for asked, _, _ in self._all.values()]
+        for asked in everybody:
+            self.remove(asked)
+        return everybody
+
+
+def _kinds(claim: Claim) -> list[str] | list[None]:
+    return [None] if claim.kinds is None else list(dict.fromkeys(claim.kinds))

@@ -1,0 +1,168 @@
+"""One request on its way: what it asks for, and what the actor and the log line of a refusal need to know of it.
+
+Reads no body and judges nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import HttpVersion, RawRequestMessage
+from aiohttp.streams import EmptyStreamReader, StreamReader
+from aiohttp.web_protocol import RequestHandler
+from msgspec import Struct
+from msgspec.structs import replace
+from multidict import CIMultiDict, CIMultiDictProxy, MultiMapping
+
+from jobd.http.auth import OPERATOR, is_plainly_json, operator_name
+from jobd.http.routing import Route
+from jobd.model.commands import KeyUse, Operator
+
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
+# A target in absolute form. One that names a user, or another scheme, is as little a path as it ever was.
+_URI: Final = re.compile(r"https?://([^/?#@]+)([/?].*)?", re.IGNORECASE)
+
+
+class Head(Struct, frozen=True):
+    """What a request says of itself beside its first line."""
+
+    headers: MultiMapping[str]
+    version: HttpVersion
+    keep_alive: bool
+    has_body: bool
+    is_json: bool  # the body, at first sight
+    expects: str  # the header Expect, in lower case
+
+    @classmethod
+    def of(cls, message: RawRequestMessage, payload: StreamReader) -> Head:
+        has_body = type(payload) is not EmptyStreamReader
+        is_json = has_body and is_plainly_json(message.headers)
+        expects = ", ".join(message.headers.getall(hdrs.EXPECT)).lower() if hdrs.EXPECT in message.headers else ""
+        return cls(message.headers, message.version, not message.should_close, has_body, is_json, expects)
+
+
+class Visit:
+    """A request, as everybody here sees it. `request` is aiohttp's own object, where it was made."""
+
+    __slots__ = (
+        "admin", "allow", "by", "connection", "head", "job_id", "key", "method", "operator", "path", "query", "request",
+        "route", "size",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        method: str,
+        target: str,
+        head: Head,
+        connection: RequestHandler,
+        request: Request | None = None,
+    ) -> None:
+        self.method = method
+        self.path, _, self.query = target.partition("?")  # as they came
+        self.head = head
+        self.connection = connection
+        self.request = request
+        self.by = "client"
+        self.admin = False  # whether the answer may hold secrets
+        self.operator: Operator | None = None  # who of the operators asks for a change
+        self.route: Route | None = None
+        self.allow: frozenset[str] = frozenset()
+        self.key: KeyUse | None = None
+        self.size = 0
+        self.job_id: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        connection: RequestHandler,
+        request: Request | None = None,
+    ) -> Visit:
+        """A request as the parser has read it. Clients that speak through a proxy send the whole URI as its target."""
+        target, head = message.path, Head.of(message, payload)
+        if not target.startswith("/"):
+            target, head = _without_authority(target, head)
+        return cls(message.method, target, head, connection, request)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the connection is gone, or going."""
+        transport = self.connection.transport
+        return transport is None or transport.is_closing()
+
+
+def _without_authority(target: str, head: Head) -> tuple[str, Head]:
+    """The path and query of a URI, whose host stands for that of the header Host from here on (RFC 9112, 3.2.2)."""
+    uri = _URI.fullmatch(target)
+    if uri is None:
+        return target, head
+    headers = CIMultiDict(head.headers)
+    headers[hdrs.HOST] = uri[1]
+    path = uri[2] or "/"
+    return path if path.startswith("/") else f"/{path}", replace(head, headers=CIMultiDictProxy(headers))
+
+
+def address_of(visit: Visit) -> str:
+    """Where the connection comes from: an address, or the user at the other end of a Unix socket."""
+    transport = visit.connection.transport
+    if transport is None:
+        return "gone"
+    peer = transport.get_extra_info("peername")
+    if isinstance(peer, tuple):
+        return str(peer[0])
+    opened = transport.get_extra_info("socket")
+    _, uid, _ = _CREDENTIALS.unpack(opened.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return f"unix uid={uid}"
+
+
+def operator_of(visit: Visit, name: str = "") -> Operator:
+    """Who asks for a change: by `name`, where it is known, else by the one that the request gives."""
+    return Operator(name or operator_name(visit.head.headers.get(OPERATOR, "")), address_of(visit))
+
+
+def looker_of(visit: Visit, name: str = "") -> Operator:
+    """Who looks at what is worth an entry in the audit log; who has no name and may only look is `reader`."""
+    if visit.operator is not None:
+        return visit.operator
+    name = name or operator_name(visit.head.headers.get(OPERATOR, ""))
+    return Operator(name or ("reader" if visit.by == "reader" else ""), address_of(visit))
+
+
+def in_parts(operator: Operator | None) -> Operator | None:
+    """`operator` for a deed of many commands, which is one row of the audit log."""
+    return None if operator is None else replace(operator, part_of=secrets.token_hex(8))
+
+
+class Request(web.BaseRequest):
+    """aiohttp's request, for a request that waits for its body or gets a streamed response.
+
+    `is_truncated`: the client stopped sending before the end of the body. `probe` holds the next bytes of the response
+    that are certain. `ahead` bytes of the response have been sent as a probe (see `Connection.eof_received`), and
+    `probed` waits for their receipt.
+    """
+
+    is_truncated = False
+    probe = b""
+    ahead = 0
+    probed: Callable[[asyncio.Transport], Awaitable[None]] | None = None
+
+    def __init__(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__(message, payload, protocol, writer, task, loop)
+        self.visit = Visit.of(message, payload, protocol, self)

@@ -1,0 +1,118 @@
+"""Routes as data, and how a path finds its route.
+
+Handles no request: that is web.py. The tables themselves are worker_api.py and admin_api.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Literal
+from urllib.parse import unquote
+
+from aiohttp.web import StreamResponse
+from msgspec import Struct
+
+from jobd.http.auth import JSON
+from jobd.http.decoding import Limits, Shape
+from jobd.model.commands import Claim, Command, Create, OnJobNamed, Start
+from jobd.model.errors import Refusal
+from jobd.model.responses import Answer
+
+Who = Literal["anyone", "worker", "admin"]
+# How a call is answered that is not one command to the actor: given the Web, the Visit and what was decoded.
+Via = Callable[[Any, Any, Any], Awaitable[Answer | Refusal | StreamResponse]]
+# How a refusal is told where people read it: given the Visit and the Refusal, the data of an answer.
+Shows = Callable[[Any, Refusal], Any]
+
+
+class Route(Struct, frozen=True, kw_only=True):
+    """One call of an API, as data: the OpenAPI document is made from it.
+
+    `path` may have one part in braces, named like the field of `asks` that it gives. `asks` is what a body (or a
+    query, for GET) decodes to; where `reads` is "lines" it is one line of the stream. `gives` is the type of `data`
+    in the answer, `bytes` where the answer is not JSON but of the type `sends`. `status` is that of the usual success,
+    `key` says whether an Idempotency-Key counts. `secret`: the answer holds secrets, so who may only look does not get
+    it; `noted`: the audit log has who took it. Without `via` the command goes to the actor, without `shows` a refusal
+    is the error object.
+    """
+
+    method: str
+    path: str
+    asks: type[Command]
+    gives: Any
+    who: Who
+    via: Via | None = None
+    key: bool = False
+    status: int = 200
+    reads: Literal["json", "lines", "form"] = "json"
+    sends: str = JSON
+    secret: bool = False
+    noted: bool = False
+    shows: Shows | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether the call may change something."""
+        return self.method != "GET"
+
+    @property
+    def given(self) -> str | None:
+        """The name of the part of the path in braces."""
+        return self.path[self.path.index("{") + 1 : self.path.index("}")] if "{" in self.path else None
+
+
+class Way(Struct, frozen=True):
+    """A route with the reader of its command, and with what that command says of itself."""
+
+    route: Route
+    shape: Shape
+    names_worker: bool  # it comes from a worker, and says from which
+    names_job: bool
+
+
+class Found(Struct, frozen=True):
+    """What a path is: its way for a method, what it gives for its part in braces (decoded), the methods it takes."""
+
+    way: Way | None
+    given: str | None = None
+    allowed: frozenset[str] = frozenset()
+
+
+class Table:
+    """Looks routes up: exact paths first, then those with a part in braces."""
+
+    def __init__(self, routes: Iterable[Route], limits: Limits) -> None:
+        exact: dict[str, dict[str, Way]] = {}
+        self._patterns: dict[str, dict[str, dict[str, Way]]] = {}  # what is before the braces, what is after them
+        for route in routes:
+            prefix, brace, rest = route.path.partition("{")
+            methods = (
+                self._patterns.setdefault(prefix, {}).setdefault(rest.partition("}")[2], {})
+                if brace
+                else exact.setdefault(prefix, {})
+            )
+            assert route.method not in methods, f"two routes for {route.method} {route.path}"
+            methods[route.method] = _way(route, limits)
+            if route.method == "GET" and route.who == "anyone":
+                methods["HEAD"] = methods["GET"]  # balancers probe with it
+        self._exact = {path: {method: Found(way) for method, way in methods.items()} for path, methods in exact.items()}
+
+    def find(self, method: str, path: str) -> Found:
+        """What `path` is. The methods that it takes are told only where `method` is none of them."""
+        exact = self._exact.get(path, {})
+        if (found := exact.get(method)) is not None:
+            return found
+        allowed = frozenset(exact)
+        for prefix, tails in self._patterns.items():
+            if path.startswith(prefix):
+                given, slash, rest = path[len(prefix) :].partition("/")
+                methods = tails.get(slash + rest, {}) if given else {}
+                if method in methods:
+                    return Found(methods[method], unquote(given))
+                allowed |= methods.keys()
+        return Found(None, None, allowed)
+
+
+def _way(route: Route, limits: Limits) -> Way:
+    shape = Shape(route.asks, route.given, limits)
+    return Way(route, shape, issubclass(route.asks, Start | Claim), issubclass(route.asks, Create | OnJobNamed))

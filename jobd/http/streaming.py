@@ -1,0 +1,97 @@
+"""What does not fit into one message: an import comes in line by line, a backup goes out piece by piece.
+
+Decides nothing about jobs: each line is one command to the actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+from aiohttp import web
+
+from jobd.http.decoding import Limits
+from jobd.http.request import Request
+from jobd.http.response import PATIENCE_S
+from jobd.model.errors import refused
+
+log = structlog.get_logger("jobd.web")
+
+
+class Lines:
+    """The lines of a stream without their ends; None in place of one that is over `limits.body` bytes.
+
+    `rests`: between two lines there may be any time. Raises Refused where a line does not arrive within its deadline
+    (408), the framing of the stream is broken (400), or the stream ended too early (400, after its lines).
+    """
+
+    def __init__(self, request: Request, limits: Limits, *, rests: bool = False) -> None:
+        self._request = request
+        self._content = request.content
+        self._limits = limits
+        self._rests = rests
+        self._buffer = bytearray()
+        self._is_over = False
+        self._is_last = False
+
+    def __aiter__(self) -> Lines:
+        return self
+
+    async def __anext__(self) -> bytes | None:
+        if not self._has_line():
+            await self._fill()
+        if self._is_last and self._request.is_truncated:
+            message = (
+                "The stream ended too early. The bytes after the last line feed were not read. Send that line again."
+            )
+            raise refused("invalid_request", message)
+        if self._is_last and not self._buffer:
+            raise StopAsyncIteration
+        end = self._buffer.find(b"\n")
+        line = bytes(self._buffer if end < 0 else self._buffer[:end])
+        del self._buffer[: len(line) + 1]
+        is_over = self._is_over or len(line) > self._limits.body
+        self._is_over = False
+        return None if is_over else line
+
+    def _has_line(self) -> bool:
+        return self._is_last or b"\n" in self._buffer
+
+    async def _fill(self) -> None:
+        """Until a whole line has come, or the rest."""
+        try:
+            if self._rests and not self._buffer:
+                await self._take_piece()
+            async with asyncio.timeout(self._limits.body_deadline_s):
+                while not self._has_line():
+                    if len(self._buffer) > self._limits.body:
+                        self._is_over = True
+                        self._buffer.clear()
+                    await self._take_piece()
+        except TimeoutError:
+            message = f"No whole line arrived within {self._limits.body_deadline_s:g} s."
+            raise refused("request_timeout", message) from None
+        except web.RequestPayloadError:
+            raise refused("invalid_request", "The stream is broken: its chunks or its length are wrong.") from None
+
+    async def _take_piece(self) -> None:
+        piece = await self._content.readany()
+        self._buffer += piece
+        self._is_last = not piece
+
+
+def notice_hangup(request: Request, response: web.StreamResponse) -> None:
+    """Let the connection send a comment when the client of these events stops sending: a closed client resets it."""
+    request.probe = b"3\r\n:\n\n\r\n" if response.chunked else b":\n\n"
+
+
+async def write(response: web.StreamResponse, piece: bytes) -> None:
+    """Send `piece`; a client that does not read is waited for, but not for ever."""
+    async with asyncio.timeout(PATIENCE_S):
+        await response.write(piece)
+
+
+async def finish(response: web.StreamResponse) -> None:
+    """Send the end; the client may have to read much before that is out."""
+    async with asyncio.timeout(PATIENCE_S):
+        await response.write_eof()

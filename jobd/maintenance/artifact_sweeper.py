@@ -1,0 +1,219 @@
+"""Deletes the stored objects of deleted jobs: a tombstone at a time, in small slices, again and again until it is done.
+
+Nothing is lost by a crash: the tombstone came with the deletion of the job (or of the late result) that named the
+object, and goes once the object is gone. What is not there any more is done. It decides nothing about jobs, and never
+raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Final, Literal, Protocol
+
+import structlog
+from msgspec import Struct
+from msgspec.structs import replace
+
+from jobd.model.commands import Moment
+from jobd.model.job import MINUTE_MS, SECOND_MS
+from jobd.model.storage import PUT_OFF_MS, Disk, DiskFull, Due, Tombstone
+from jobd.storage.artifacts.base import MARGINS, ArtifactStore, Margins, Outcome, StoreFault, judge
+
+log = structlog.get_logger("jobd.artifacts")
+
+SLICE: Final = 20
+PAUSE_S: Final = 0.01  # between slices, so that workers get the disk in between
+POLL_S: Final = 3.0  # while tombstones wait that are not due
+CALL_S: Final = 10.0  # for one object
+RETRY_MS: Final = 2 * SECOND_MS  # after the first failure, then twice as long each time
+RETRY_AT_MOST_MS: Final = 10 * MINUTE_MS
+COMPLAIN_AFTER_S: Final = 300.0
+FAILING_KEPT: Final = 1_000  # whose first failure is remembered
+# They stand beside the numbers of tombstones: those that cannot be read, and the store of jobs itself.
+DAMAGED: Final = "damaged"
+STORE: Final = "store"
+
+
+class Clock(Protocol):
+    def moment(self) -> Moment: ...
+
+
+class Sweeps(Struct):
+    """Tombstones that wait, and what was done since the process started, for metrics."""
+
+    waiting: int = 0
+    deleted: int = 0
+    left: int = 0
+    failures: int = 0
+    behind_ms: int = 0  # since the first of those that are due could have been deleted
+
+
+class End(Struct, frozen=True):
+    """What came of one tombstone. `failed` is a sentence."""
+
+    tombstone: Tombstone
+    outcome: Outcome | None
+    failed: str = ""
+
+
+class Sweeper:
+    """`run` sweeps until `stop`. `expect` is told of new tombstones, and wakes it."""
+
+    def __init__(
+        self, disk: Disk, store: ArtifactStore, clock: Clock, sweeps: Sweeps, margins: Margins = MARGINS
+    ) -> None:
+        self.sweeps = sweeps
+        self._disk = disk
+        self._store = store
+        self._clock = clock
+        self._margins = margins
+        self._wake = asyncio.Event()
+        self._stopping = False
+        # Number of a tombstone -> loop time of its first failure, the last words.
+        self._failing: dict[int | str, tuple[float, str]] = {}
+
+    async def run(self) -> None:
+        """Until `stop`, which waits for the slice under way. Survives whatever fails."""
+        while not self._stopping:
+            pause_s = POLL_S
+            try:
+                if await self._slice():
+                    pause_s = PAUSE_S
+            except DiskFull:
+                log.warning("artifact_sweep_waits", reason="the disk of the store is full")
+            except Exception as error:
+                self._note_bug(error)
+            else:
+                self._failing.pop(STORE, None)
+            await self._pause(pause_s)
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    def expect(self, count: int) -> None:
+        """So many new tombstones are on the disk."""
+        self.sweeps.waiting += count
+        self._wake.set()
+
+    def complaint(self) -> str | None:
+        """What an operator should know, or None where objects are deleted in time."""
+        if not self._failing:
+            return None
+        since, why = min(self._failing.values())
+        silent_s = asyncio.get_running_loop().time() - since
+        if silent_s < COMPLAIN_AFTER_S:
+            return None
+        is_counted = self._failing.keys().isdisjoint((STORE, DAMAGED))
+        kept = f"{len(self._failing)} objects of deleted jobs" if is_counted else "Objects of deleted jobs"
+        return f"{kept} could not be deleted, the first for {silent_s:.0f} s: {why}"
+
+    # -- a slice ------------------------------------------------------------------------------------------------------
+
+    async def _slice(self) -> bool:
+        """Look at what is due; whether there may be more that can be done at once."""
+        at = self._clock.moment()
+        if at.suspect:
+            return False  # as nothing is deleted by age then
+        now = at.now
+        due = await self._disk.due_tombstones(now, SLICE)
+        self.sweeps.waiting -= due.damaged
+        self.sweeps.behind_ms = max((now - each.due_at for each, _ in due.found), default=0)
+        self._note_unmoved(due.unmoved)
+        held = [End(each, Outcome("young", modified_at=now)) for each, named in due.found if _is_held(due, each, named)]
+        free = [(each, named) for each, named in due.found if not _is_held(due, each, named)]
+        ends = [*held, *await asyncio.gather(*(self._try(tombstone, named, now) for tombstone, named in free))]
+        gone = [end.tombstone.job_seq for end in ends if end.outcome is not None and end.outcome.what != "young"]
+        later = [self._put_off(end, now) for end in ends if end.tombstone.job_seq not in gone]
+        if ends:
+            await self._disk.settle_tombstones(gone, later)
+        self.sweeps.waiting -= len(gone)
+        for end in ends:
+            self._note(end)
+        if len(ends) < SLICE:
+            self.sweeps.behind_ms = 0
+        return len(ends) == SLICE and not all(end.failed for end in ends)
+
+    async def _try(self, tombstone: Tombstone, named: bool, now: int) -> End:
+        """A key that a job names is left alone; the store hears of it all the same, and mends what a crash left."""
+        whose = _leave if named else partial(judge, tombstone, self._margins, now)
+        try:
+            async with asyncio.timeout(CALL_S):
+                outcome = await self._store.delete(tombstone.key, whose)
+            if named and outcome.what == "left" and outcome.modified_at:  # else the store itself says why
+                outcome = replace(outcome, why="another job names its key")
+            return End(tombstone, outcome)
+        except TimeoutError:
+            return End(tombstone, None, f"{self._store.place} has not answered for {CALL_S:g} s.")
+        except StoreFault as fault:
+            return End(tombstone, None, str(fault))
+        except Exception as error:
+            log.exception("artifact_store_failed", key=tombstone.key)
+            return End(tombstone, None, f"{self._store.place}: {type(error).__name__}: {error}")
+
+    def _put_off(self, end: End, now: int) -> Tombstone:
+        """The tombstone with the time of its next try; one of a young object when that will be old enough."""
+        tombstone, outcome = end.tombstone, end.outcome
+        if outcome is not None:
+            return replace(
+                tombstone, due_at=min(outcome.modified_at + self._margins.young_ms, now + PUT_OFF_MS), tries=0
+            )
+        wait_ms = min(RETRY_MS << min(tombstone.tries, 10), RETRY_AT_MOST_MS)
+        return replace(tombstone, due_at=now + wait_ms, tries=tombstone.tries + 1)
+
+    def _note(self, end: End) -> None:
+        tombstone, outcome = end.tombstone, end.outcome
+        told = {"job_id": tombstone.job_id, "key": tombstone.key}
+        if outcome is None:
+            self.sweeps.failures += 1
+            self._note_failure(tombstone.job_seq, end.failed)
+            log.warning("artifact_not_deleted", **told, tries=tombstone.tries + 1, error=end.failed)
+            return
+        self._failing.pop(tombstone.job_seq, None)
+        if outcome.what == "deleted":
+            self.sweeps.deleted += 1
+            log.debug("artifact_deleted", **told)
+        elif outcome.what == "left":
+            self.sweeps.left += 1
+            log.info("artifact_left", **told, why=outcome.why)
+
+    def _note_unmoved(self, count: int) -> None:
+        """Damaged tombstones that are still where they were: of what they are, nobody knows."""
+        if count:
+            self._note_failure(DAMAGED, f"{count} damaged tombstones cannot be set aside; run: jobd doctor")
+        else:
+            self._failing.pop(DAMAGED, None)
+
+    def _note_bug(self, error: Exception) -> None:
+        """The disk of the store has failed, or we have: told in full the first time."""
+        self.sweeps.failures += 1
+        log.warning(
+            "artifact_sweep_failed", error=f"{type(error).__name__}: {error}", exc_info=STORE not in self._failing
+        )
+        self._note_failure(STORE, f"the store of jobs failed: {error}")
+
+    def _note_failure(self, what: int | str, why: str) -> None:
+        since = self._failing[what][0] if what in self._failing else asyncio.get_running_loop().time()
+        if what in self._failing or len(self._failing) < FAILING_KEPT:
+            self._failing[what] = since, why
+
+    async def _pause(self, seconds: float) -> None:
+        """Until something is new, or for so long where something waits."""
+        timer = None
+        if self.sweeps.waiting > 0 or self._failing or seconds < POLL_S:
+            timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+        if not self._stopping:
+            await self._wake.wait()
+        self._wake.clear()
+        if timer is not None:
+            timer.cancel()
+
+
+def _is_held(due: Due, tombstone: Tombstone, named: bool) -> bool:
+    """A late result names the key, and no job: the object waits for what becomes of that."""
+    return not named and tombstone.job_seq in due.held
+
+
+def _leave(_: int) -> Literal["leave"]:
+    return "leave"

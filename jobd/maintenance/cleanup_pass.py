@@ -1,0 +1,263 @@
+"""One cleanup pass: recovery, expiry, deletion by age, validation, journal, audit log, and what was done as a report.
+
+Every change is a command that the rules judge when it is applied; a pass goes in slices and gives way between them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import islice
+from typing import Any, Final, Protocol
+
+import structlog
+from msgspec import Struct, field
+
+from jobd.core.validation import counts, validate
+from jobd.engine.actor import Actor
+from jobd.model.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Operator, Recover, TakeBack
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
+from jobd.model.responses import CleanupReport, Issue, Recovered, Recovery, TakenBack, Worked
+
+log = structlog.get_logger("jobd.cleanup")
+
+PAUSE_S: Final = 0.002  # after each slice, so that workers get the loop and the disk in between
+SCAN: Final = 500  # jobs validated in one go: below a millisecond
+ISSUES_LOGGED: Final = 20  # of one pass; the rest is in the report's count
+
+
+class Schedule(Struct, frozen=True):
+    """When passes and recovery run, and in what slices. `recover_every_ms` 0 leaves recovery to the passes."""
+
+    interval_ms: int = 5 * MINUTE_MS
+    min_interval_ms: int = 2 * MINUTE_MS
+    recover_every_ms: int = 10 * SECOND_MS
+    batch: int = 200  # jobs of one command
+    journal_ms: int = DAY_MS  # how long the journal of a deleted job is kept
+    audit_ms: int = 90 * DAY_MS  # how long it is kept what operators did
+
+
+class Clock(Protocol):
+    keep_ms: int  # the shortest retention
+
+    def moment(self) -> Moment: ...
+
+
+class Totals(Struct):
+    """What was done since the process started, for metrics."""
+
+    passes: int = 0
+    found: Counter[str] = field(default_factory=Counter)  # kind -> jobs
+    issues: Counter[str] = field(default_factory=Counter)  # type -> issues
+
+
+class Refused(Exception):
+    """The actor refused one of our commands."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+class Unfinished(Exception):
+    """A step could not do all of its work; the message says why."""
+
+
+class Hands:
+    """How time acts: commands of our own, in slices, until it is told to stop."""
+
+    def __init__(self, actor: Actor, clock: Clock, schedule: Schedule) -> None:
+        self.actor = actor
+        self.clock = clock
+        self.schedule = schedule
+        self.hold_journal_ms: Callable[[], int] = lambda: 0  # so long somebody still needs it
+        self.totals = Totals()
+        self.stopping = False
+
+    async def ask(self, command: AnyCommand, by: str, operator: Operator | None = None) -> Any:
+        """The data of the answer. Raises Refused."""
+        answer = await self.actor.ask(command, by=by, operator=operator)
+        if isinstance(answer, Refusal):
+            raise Refused(answer)
+        return answer.data
+
+    async def breathe(self) -> None:
+        await asyncio.sleep(PAUSE_S)
+        if self.stopping:
+            raise Unfinished("the daemon is stopping; the rest is for the next pass.")
+
+    async def recover(
+        self, by: str, details: list[Recovery], operator: Operator | None = None, reason: str | None = None
+    ) -> None:
+        """All stuck jobs and expired locks, slice by slice; what was done goes into `details`."""
+        while True:
+            done: Recovered = await self.ask(Recover(limit=self.schedule.batch, reason=reason), by, operator)
+            details += done.details
+            self.totals.found["stuck"] += len(done.details)
+            self.totals.found["expired_locks"] += done.locks_cleared
+            if not done.more or not (done.details or done.locks_cleared):
+                return
+            await self.breathe()
+
+    async def take_back(self, command: TakeBack, by: str, operator: Operator | None) -> TakenBack:
+        """End the expired grants of a silent worker, slice by slice. Raises Refused if the first slice is refused."""
+        done: TakenBack = await self.ask(command, by, operator)
+        details, more = list(done.details), done.more
+        while more and not command.dry_run:
+            try:
+                await self.breathe()
+                done = await self.ask(command, by, operator)
+            except (Refused, Unfinished) as ended:
+                more = not (isinstance(ended, Refused) and ended.refusal.code == "worker_not_silent")
+                break
+            details += done.details
+            more = done.more
+        reset = sum(each.action == "reset" for each in details)
+        return TakenBack(command.name, len(details), reset, len(details) - reset, details, more, done.timestamp)
+
+    async def expire(self, by: str) -> None:
+        """All queued jobs that their creators no longer want, slice by slice."""
+        more = True
+        while more:
+            worked: Worked = await self.ask(Expire(limit=self.schedule.batch), by)
+            self.totals.found["expired"] += worked.done
+            more = worked.more and worked.done > 0
+            await self.breathe()
+
+
+class Pass:
+    """A pass under way. `run` gives its report; a step that fails is named there and stops no other."""
+
+    def __init__(self, hands: Hands, *, forced: bool) -> None:
+        self.errors: list[str] = []
+        self._hands = hands
+        self._forced = forced
+        self._book = hands.actor.book
+        self._disk = hands.actor.disk
+        self._clock = hands.clock
+        self._batch = hands.schedule.batch
+        self._found = 0
+        self._fixed = 0
+        self._logged = 0
+        self._began = asyncio.get_running_loop().time()
+
+    async def run(self) -> CleanupReport:
+        for name, step in (
+            ("recovery", self._recovery_step),
+            ("expiry", self._expiry_step),
+            ("deletion", self._deletion_step),
+            ("validation", self._validation_step),
+            ("journal", self._journal_step),
+            ("audit", self._audit_step),
+        ):
+            await self.step(name, step)
+        return self._report()
+
+    async def step(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
+        """One step; where it fails the pass goes on and its report says so."""
+        if self._hands.stopping:
+            if "pass" not in {error.partition(":")[0] for error in self.errors}:
+                self.errors.append("pass: it was ended early because the daemon is stopping.")
+            return
+        try:
+            await step()
+        except (Refused, Unfinished) as refused:
+            log.warning("cleanup_step_failed", step=name, error=str(refused))
+            self.errors.append(f"{name}: {refused}")
+        except Exception as error:
+            log.exception("cleanup_step_failed", step=name)
+            self.errors.append(f"{name}: {type(error).__name__}: {error}")
+
+    async def _recovery_step(self) -> None:
+        await self._hands.recover("recovery", [])
+
+    async def _expiry_step(self) -> None:
+        await self._hands.expire("cleanup")
+
+    async def _deletion_step(self) -> None:
+        """Delete finished jobs past their retention, unless the wall clock is suspect. For artifacts see sweeper.py."""
+        while not (at := self._clock.moment()).suspect:
+            ids = await self._disk.expired(at.now, self._batch)
+            if not ids:
+                break
+            worked: Worked = await self._hands.ask(DeleteExpired(ids=ids), "cleanup")
+            self._hands.totals.found["deleted"] += worked.done
+            if not worked.done and not self._clock.moment().suspect:
+                raise Unfinished(f"{len(ids)} expired jobs could not be deleted, the first is {ids[0]}.")
+            await self._hands.breathe()
+
+    async def _validation_step(self) -> None:
+        """Rows that hands or imports brought, and all that are alive; only what looks wrong costs a command."""
+        suspects = list(dict.fromkeys(self._book.suspects.values()))
+        for ids in _slices(suspects, self._batch):
+            await self._mend(ids)
+        looked_at = set(suspects)
+        # Untouched jobs hold nothing that could be wrong (job.untouched); there may be millions of them.
+        for ids in _slices(list(self._book.jobs.touched()), SCAN):
+            wrong = [job_id for job_id in ids if job_id not in looked_at and self._looks_wrong(job_id)]
+            for some in _slices(wrong, self._batch):
+                await self._mend(some)
+            await self._hands.breathe()
+
+    def _looks_wrong(self, job_id: str) -> bool:
+        job = self._book.jobs.find(job_id)
+        if job is None:
+            return False
+        return any(map(counts, validate(job, self._clock.moment(), self._hands.actor.policy).issues))
+
+    async def _mend(self, ids: list[str]) -> None:
+        worked: Worked = await self._hands.ask(Mend(ids=ids), "cleanup")
+        self._found += worked.found
+        self._fixed += worked.done
+        self._hands.totals.found["issues"] += worked.found
+        for job_id, issue in worked.issues:
+            self._note_issue(job_id, issue)
+        await self._hands.breathe()
+
+    def _note_issue(self, job_id: str, issue: Issue) -> None:
+        self._hands.totals.issues[issue.type] += 1
+        if self._logged < ISSUES_LOGGED:
+            self._logged += 1
+            told = {"severity": issue.type, "field": issue.field, "problem": issue.message, "fix": issue.fix}
+            log.warning("validation_issue", job_id=job_id, **told)
+
+    async def _journal_step(self) -> None:
+        """The journal of jobs that were deleted long enough ago."""
+        limit = self._batch
+        while not (at := self._clock.moment()).suspect:
+            keep_ms = max(self._hands.schedule.journal_ms, self._hands.hold_journal_ms())
+            if await self._disk.prune(at.now - keep_ms, limit) < limit:
+                break
+            await self._hands.breathe()
+
+    async def _audit_step(self) -> None:
+        """Delete old audit entries, and those above the limit. While the clock is suspect, no entry is old."""
+        limit = self._batch
+        while True:
+            at = self._clock.moment()
+            before = 0 if at.suspect else at.now - self._hands.schedule.audit_ms
+            if await self._disk.trim_audit(before, limit) < limit:
+                break
+            await self._hands.breathe()
+
+    def _report(self) -> CleanupReport:
+        since = self._book.figures.since_report
+        return CleanupReport(
+            timestamp=self._clock.moment().now,
+            stuck_jobs_recovered=since.recovered,
+            expired_jobs_deleted=since.deleted,
+            expired_locks_cleared=since.locks_cleared,
+            validation_issues_fixed=self._fixed,
+            validation_issues_found=self._found,
+            total_processing_time=round((asyncio.get_running_loop().time() - self._began) * SECOND_MS),
+            errors=self.errors,
+            forced=self._forced,
+        )
+
+
+def _slices(ids: list[str], size: int) -> Iterator[list[str]]:
+    left = iter(ids)
+    while some := list(islice(left, size)):
+        yield some

@@ -1,0 +1,370 @@
+"""Time as one more sender of commands: when to recover, to keep lease time, to make a pass (passes.py).
+
+Decides nothing about a job: it only looks for work, and the rules judge each command when it is applied. Once running
+it is stopped by a message, never cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+import msgspec
+import structlog
+from msgspec import Raw
+from msgspec.structs import astuple
+
+from jobd.core.stats import PROCESSING_BUCKETS_S, Figures
+from jobd.engine.actor import Actor
+from jobd.maintenance.cleanup_pass import Clock, Hands, Pass, Refused, Schedule, Unfinished
+from jobd.maintenance.preview import LOOK_S, foresee
+from jobd.model.commands import EndPauses, Operator, Report, TakeBack, Tick
+from jobd.model.errors import Refusal
+from jobd.model.job import SECOND_MS
+from jobd.model.responses import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery, TakenBack
+
+log = structlog.get_logger("jobd.cleanup")
+
+T = TypeVar("T")
+
+TICK_S: Final = 10.0
+RESTORED: Final = 100  # reports of earlier runs in which a start looks for the last successful pass
+LATE_AFTER: Final = 3  # periods without a pass that succeeded, before health complains
+
+
+class Cleaner:
+    """Two loops beside each other, so that a long pass delays no recovery: `run` is both, until `stop`."""
+
+    def __init__(self, actor: Actor, clock: Clock, schedule: Schedule | None = None) -> None:
+        self._hands = Hands(actor, clock, schedule or Schedule())
+        self.last_report: CleanupReport | None = None
+        self.totals = self._hands.totals
+        self.is_running = False  # a pass is under way
+        self._actor = actor
+        self._book = actor.book
+        self._disk = actor.disk
+        self._clock = clock
+        self._pass_wake = asyncio.Event()
+        self._time_wake = asyncio.Event()
+        self._asked: asyncio.Future[CleanupReport] | None = None  # the answer to who waits for the next, or this, pass
+        self._forced = False
+        self.last_success: CleanupReport | None = None
+        self._failed_passes = 0  # since then
+        self._last_failure: CleanupReport | None = None  # since then
+        self._last_begin = self._started = asyncio.get_running_loop().time()  # loop times, in seconds
+        self._last_end: float | None = None
+        self._last_success: float | None = None
+        self._beside: Callable[[], bytes] = lambda: b"null"
+        self._announce_pass()
+
+    @property
+    def schedule(self) -> Schedule:
+        return self._hands.schedule
+
+    def hold_journal(self, for_ms: Callable[[], int]) -> None:
+        """Keep the journal of what is gone for so long at least, as long as somebody has not read it."""
+        self._hands.hold_journal_ms = for_ms
+
+    def save_beside(self, kept: Callable[[], bytes]) -> None:
+        """Keep this JSON with the figures, for `read_beside`."""
+        self._beside = kept
+
+    # -- for others ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until `stop`. Survives any exception of a step; the counters are saved at the end."""
+        await self._restore()
+        try:
+            await asyncio.gather(self._keep_time(), self._keep_house())
+        finally:
+            self._answer(self._no_pass())
+
+    def stop(self) -> None:
+        """End after the slice that is under way. Call it while the actor still takes commands."""
+        self._hands.stopping = True
+        self._pass_wake.set()
+        self._time_wake.set()
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """A new configuration, in force at once."""
+        self._hands.schedule = schedule
+        self._announce_pass()
+        self._pass_wake.set()
+        self._time_wake.set()
+
+    async def run_pass(self, *, forced: bool) -> CleanupReport:
+        """The report of the pass under way, or of a new one. Unforced within `min_interval_ms`: the last report."""
+        if self._asked is None:
+            if self._hands.stopping:
+                return self._no_pass()
+            if not forced and self.last_report is not None and not self._may_run():
+                return self.last_report
+            self._asked = asyncio.get_running_loop().create_future()
+        if not self.is_running:
+            self._forced = self._forced or forced
+            self._pass_wake.set()
+        return await asyncio.shield(self._asked)
+
+    async def recover_stuck(
+        self, operator: Operator | None = None, reason: str | None = None
+    ) -> RecoverStuckView | Refusal:
+        """Recover every stuck job now, for an operator. A refusal where nothing could be done."""
+        details: list[Recovery] = []
+        try:
+            await self._hands.recover("admin" if operator is None else operator.by, details, operator, reason)
+        except Refused as refused:
+            if not details:
+                return refused.refusal
+        except Unfinished:
+            log.info("recovery_unfinished", recovered=len(details))
+        reset = sum(recovery.action == "reset" for recovery in details)
+        return RecoverStuckView(
+            recovered_jobs=len(details),
+            reset_jobs=reset,
+            failed_jobs=len(details) - reset,
+            details=details,
+            timestamp=self._clock.moment().now,
+        )
+
+    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | Refusal:
+        """End the expired grants of a silent worker, for an operator."""
+        try:
+            return await self._hands.take_back(command, "admin" if operator is None else operator.by, operator)
+        except Refused as refused:
+            return refused.refusal
+
+    async def preview(self, look_s: float = LOOK_S) -> PreviewView | Refusal:
+        """What recovery and a pass would do now; `look_s` is for jobs that are wrong, which are seldom."""
+        try:
+            return await foresee(self._hands, look_s)
+        except Refused as refused:
+            return refused.refusal
+        except Unfinished as unfinished:
+            return Refusal("shutting_down", f"Not all was looked at: {unfinished}")
+
+    def state(self) -> CleanupState:
+        return CleanupState(
+            self.last_report, self.is_running, self._since_success_ms(), self._failed_passes, self._last_failure
+        )
+
+    async def reports(self, limit: int) -> list[CleanupReport]:
+        """Kept reports, newest first; one that cannot be read is left out and logged."""
+        found = [_read(body, CleanupReport) for body in await self._disk.reports(limit)]
+        return [report for report in found if report is not None]
+
+    def complaint(self) -> str | None:
+        """What an operator should know of cleanup, or None where passes succeed in time."""
+        schedule = self.schedule
+        period_s = max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
+        silent_s = asyncio.get_running_loop().time() - (self._last_success or self._started)
+        if silent_s <= LATE_AFTER * period_s:
+            return None
+        errors = self.last_report.errors if self.last_report else []
+        why = f" The last one said: {' '.join(errors)}" if errors else ""
+        return f"No cleanup pass has succeeded for {silent_s:.0f} s (cleanup.interval {period_s:.0f} s).{why}"
+
+    # -- time: recovery and ticks -------------------------------------------------------------------------------------
+
+    async def _keep_time(self) -> None:
+        loop_time = asyncio.get_running_loop().time
+        next_recovery = next_tick = loop_time()
+        while not self._hands.stopping:
+            every_s = self.schedule.recover_every_ms / SECOND_MS
+            next_recovery = min(next_recovery, loop_time() + every_s)
+            if every_s and loop_time() >= next_recovery:
+                next_recovery = loop_time() + every_s
+                await self._survive("recovery", self._recover_due)
+            if loop_time() >= next_tick:
+                next_tick = loop_time() + TICK_S
+                await self._survive("tick", self._tick)
+            upcoming = min(next_tick, next_recovery) if every_s else next_tick
+            await _pause(self._time_wake, upcoming - loop_time())
+
+    async def _recover_due(self) -> None:
+        if self._has_expired():
+            await self._hands.recover("recovery", [])
+        if self._has_overdue():
+            await self._hands.expire("recovery")
+
+    def _has_expired(self) -> bool:
+        """Whether a lock has expired or a job become stuck: a look at three heads, whatever the number of jobs."""
+        if self._book.stuck or self._book.expired_locks:
+            return True
+        deadline = self._book.next_deadline()
+        return deadline is not None and deadline <= self._clock.moment().lease
+
+    def _has_overdue(self) -> bool:
+        """Return whether a queued job is overdue. While the clock is suspect, none is failed for that."""
+        expiry, at = self._book.next_expiry(), self._clock.moment()
+        return not at.suspect and expiry is not None and expiry <= at.now
+
+    async def _tick(self) -> None:
+        """End pauses whose time has come. Persist lease time while a grant lives, and changes of a suspect clock.
+
+        An idle daemon notices here that its clock has stepped, or is trusted again.
+        """
+        if any(pause.until is not None for pause in self._book.paused.values()):
+            await self._actor.ask(EndPauses(), by="daemon")  # a rejection is harmless: the next tick tries again
+        # A start compares the clock with the last persisted time. The reports of cleanup runs keep that time fresh,
+        # unless the shortest retention is about as short as the interval between them.
+        is_short = self._clock.keep_ms < 4 * self.schedule.interval_ms
+        if self._book.processing or is_short or self._clock.moment().suspect or self._book.clock_suspect:
+            await self._actor.ask(Tick(), by="daemon")  # a refusal is no harm: on a full disk lease time stands still
+
+    # -- passes -------------------------------------------------------------------------------------------------------
+
+    async def _keep_house(self) -> None:
+        loop_time = asyncio.get_running_loop().time
+        while not self._hands.stopping:
+            if self._asked is not None or loop_time() >= self._next_pass():
+                await self._one_pass()
+            self._announce_pass()
+            await _pause(self._pass_wake, self._next_pass() - loop_time())
+        await self._survive("figures", self._save_figures)
+
+    def _next_pass(self) -> float:
+        """The loop time at which the next pass begins by itself: the first one at once."""
+        if self._last_end is None:
+            return self._last_begin
+        schedule = self.schedule
+        period_end = self._last_begin + schedule.interval_ms / SECOND_MS
+        return max(period_end, self._last_end + schedule.min_interval_ms / SECOND_MS)
+
+    def _announce_pass(self) -> None:
+        """Tell the book when the next cleanup run begins, if only cleanup runs recover jobs."""
+        wait_s = self._next_pass() - asyncio.get_running_loop().time()
+        is_left = self.schedule.recover_every_ms == 0
+        self._book.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if is_left else None
+
+    async def _one_pass(self) -> None:
+        loop_time = asyncio.get_running_loop().time
+        self.is_running, self._last_begin = True, loop_time()
+        try:
+            report = await self._pass()
+        except Exception as error:
+            log.exception("cleanup_pass_failed")
+            report = self._no_pass(f"pass: {error}")
+        finally:
+            self.is_running, self._last_end = False, loop_time()
+        self._judge(report)
+        if not report.errors:
+            self._last_success = self._last_end
+        self._answer(report)
+
+    async def _pass(self) -> CleanupReport:
+        now = Pass(self._hands, forced=self._forced)
+        self._forced = False
+        report = await now.run()
+        await now.step("report", lambda: self._keep(report))
+        await now.step("figures", self._save_figures)
+        self.totals.passes += 1
+        log.info("cleanup_pass", **msgspec.to_builtins(report))
+        return report
+
+    def _judge(self, report: CleanupReport) -> None:
+        """Take the report of one more pass: a successful one ends the count of failed ones."""
+        self.last_report = report
+        if report.errors:
+            self._failed_passes += 1
+            self._last_failure = report
+        else:
+            self.last_success, self._failed_passes, self._last_failure = report, 0, None
+
+    # -- reports ------------------------------------------------------------------------------------------------------
+
+    async def _keep(self, report: CleanupReport) -> None:
+        """Store it; what it counted is then taken off, not what was done while it was written."""
+        await self._hands.ask(Report(body=msgspec.json.encode(report)), "cleanup")
+        since = self._book.figures.since_report
+        since.recovered -= report.stuck_jobs_recovered
+        since.deleted -= report.expired_jobs_deleted
+        since.locks_cleared -= report.expired_locks_cleared
+
+    async def _save_figures(self) -> None:
+        kept = _Kept(*astuple(self._book.figures))
+        kept.beside = Raw(self._beside())
+        await self._disk.save_figures(msgspec.json.encode(kept))
+
+    async def _restore(self) -> None:
+        try:
+            found = await self.reports(RESTORED)
+        except Exception:
+            log.exception("last_report_unreadable")
+            return
+        for report in reversed(found):
+            self._judge(report)
+
+    def _no_pass(self, error: str = "pass: none was made, the daemon is stopping.") -> CleanupReport:
+        """The answer to who waits for a pass that cannot be made."""
+        return CleanupReport(self._clock.moment().now, 0, 0, 0, 0, 0, 0, [error], self._forced)
+
+    def _answer(self, report: CleanupReport) -> None:
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            asked.set_result(report)
+
+    # -- small things -------------------------------------------------------------------------------------------------
+
+    def _since_success_ms(self) -> int | None:
+        """Since the end of the last successful pass."""
+        return self._since_ms(self._last_success, self.last_success)
+
+    def _since_ms(self, ended: float | None, report: CleanupReport | None) -> int | None:
+        """Since the end of a pass; of one before the start by its report, in wall time."""
+        if ended is not None:
+            return round((asyncio.get_running_loop().time() - ended) * SECOND_MS)
+        if report is not None:
+            return max(self._clock.moment().now - report.timestamp, 0)
+        return None
+
+    def _may_run(self) -> bool:
+        since_ms = self._since_ms(self._last_end, self.last_report)
+        return since_ms is None or since_ms >= self.schedule.min_interval_ms
+
+    async def _survive(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Time goes on whatever happens."""
+        try:
+            await work()
+        except (Refused, Unfinished) as refused:
+            log.warning("cleanup_refused", what=what, error=str(refused))
+        except Exception:
+            log.exception("cleanup_failed", what=what)
+
+
+class _Kept(Figures):
+    """The figures as they are saved: with what others keep beside them."""
+
+    beside: Raw = Raw(b"null")
+
+
+def read_beside(body: bytes | None) -> bytes:
+    """The JSON that was saved beside the figures; null where there is none."""
+    kept = None if body is None else _read(body, _Kept)
+    return b"null" if kept is None else bytes(kept.beside)
+
+
+def read_figures(body: bytes | None) -> Figures:
+    """The figures that the last run saved; fresh ones where there are none, or they cannot be read (logged)."""
+    figures = None if body is None else _read(body, Figures)
+    if figures is None:
+        return Figures()
+    places = len(PROCESSING_BUCKETS_S) + 1  # those of an older version may have had other bounds
+    figures.processing = {queue: found for queue, found in figures.processing.items() if len(found.counts) == places}
+    return figures
+
+
+def _read(body: bytes, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        log.warning("kept_value_unreadable", kind=kind.__name__, error=str(error))
+        return None
+
+
+async def _pause(wake: asyncio.Event, seconds: float) -> None:
+    """Until `wake` is set, or `seconds` have passed."""
+    timer = asyncio.get_running_loop().call_later(max(seconds, 0), wake.set)
+    await wake.wait()
+    timer.cancel()
+    wake.clear()

@@ -1,0 +1,191 @@
+"""One plan while it is made: its jobs are looked for slice by slice, in turn with other plans, and not for ever.
+
+Decides nothing about a job: what a plan takes and what it leaves alone is said by planning.py. Keeps no plan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Final, Protocol
+
+from msgspec.structs import asdict
+
+from jobd.core import planning
+from jobd.engine.actor import Actor
+from jobd.model.commands import MAKING_S, MAX_PLAN, OF_TIME, Expected, Filter, MakePlan, Moment, Preview
+from jobd.model.errors import Refusal
+from jobd.model.job import FINISHED, Job, may_adopt
+from jobd.model.responses import PlannedJob, SkippedJob
+from jobd.model.storage import Query
+
+MOST_SKIPPED: Final = 1_000  # that a plan shows
+LOOK: Final = 50  # jobs read in one go,
+SCAN: Final = 500  # of rows that are looked at; where each takes its time
+SLOW_SCAN: Final = 250
+PAUSE_S: Final = 0.002  # after each look, so that workers get the loop and the disk in between
+
+
+class Clock(Protocol):
+    def moment(self) -> Moment: ...
+
+
+class Search:
+    """The jobs of a plan. `more`: it ended before its end; the next one goes on at `next_cursor`, if there is one."""
+
+    def __init__(self, asked: MakePlan, actor: Actor, clock: Clock, turn: asyncio.Semaphore) -> None:
+        self.jobs: list[PlannedJob] = []
+        self.expected: list[Expected] = []
+        self.skipped: list[SkippedJob] = []
+        self.skipped_count = 0
+        self.next_cursor: str | None = None
+        self._is_cut = False
+        self._asked = asked
+        self._actor = actor
+        self._clock = clock
+        self._disk = actor.disk
+        self._book = actor.book
+        self._turn = turn  # of plans that are being made: each has one look at a time
+        self._taken: set[str] = set()
+
+    @property
+    def more(self) -> bool:
+        return self._is_cut or self.next_cursor is not None
+
+    async def run(self) -> Refusal | None:
+        """Look for the jobs, or say what is wrong with what is asked."""
+        asked = self._asked
+        if asked.action in OF_TIME:
+            return await self._by_time()
+        if (asked.filter is None) == (asked.ids is None):
+            return _invalid("filter", "Give `filter` or `ids`, one of them.")
+        if asked.ids is not None:
+            if asked.cursor is not None:
+                return _invalid("cursor", "A `cursor` goes with the `filter` of the plan before.")
+            await self._named(list(dict.fromkeys(asked.ids)))
+            return None
+        assert asked.filter is not None
+        return await self._filtered(asked.filter)
+
+    async def _named(self, ids: list[str]) -> None:
+        for first in range(0, len(ids), LOOK):
+            some = ids[first : first + LOOK]
+            async with self._turn:
+                loaded = await self._disk.load(some, [], [])
+                found = [loaded.jobs[job_id] for job_id in some if job_id in loaded.jobs]
+                await self._take([job for job in found if planning.why_not(self._asked.action, job) is None])
+            for job_id in some:
+                job = loaded.jobs.get(job_id)
+                if job is None:
+                    wrong = loaded.bad.get(job_id) or self._book.quarantined.get(job_id)
+                    self._skip(job_id, None, f"It is in quarantine: {wrong}" if wrong else "There is no such job.")
+                elif (why := planning.why_not(self._asked.action, job)) is not None:
+                    self._skip(job_id, job.status, why)
+            await asyncio.sleep(PAUSE_S)
+
+    async def _by_time(self) -> Refusal | None:
+        """The jobs that are due by time, in the order in which a pass comes to them."""
+        for name in ("filter", "ids", "cursor"):
+            if getattr(self._asked, name) is not None:
+                message = f"{self._asked.action} takes no `{name}`: the daemon itself says which jobs."
+                return _invalid(name, message)
+        turn = await self._actor.ask(Preview(limit=0), by="daemon")  # the book knows what is due as of its last turn
+        if isinstance(turn, Refusal):
+            return turn
+        until_s = asyncio.get_running_loop().time() + MAKING_S
+        await self._alive(self._book.stuck, lambda job: job.id in self._book.stuck, until_s)
+        at = self._clock.moment()
+        if self._asked.action == "cleanup" and not at.suspect:
+            await self._alive(self._book.overdue(), lambda job: job.status == "queued", until_s)
+            await self._past(at.now, until_s)
+        return None
+
+    async def _alive(self, due: Iterable[str], is_due: Callable[[Job], bool], until_s: float) -> None:
+        """Jobs in memory that are due; who is not any more when its turn has come is left out."""
+        room = MAX_PLAN - len(self.jobs)
+        ids = list(islice(due, room + 1))
+        self._is_cut |= len(ids) > room
+        for first in range(0, min(len(ids), room), LOOK):
+            if asyncio.get_running_loop().time() >= until_s:
+                self._is_cut = True
+                return
+            some = ids[first : min(first + LOOK, room)]
+            async with self._turn:
+                jobs = map(self._book.jobs.find, some)
+                await self._take([job for job in jobs if job is not None and is_due(job)])
+            await asyncio.sleep(PAUSE_S)
+
+    async def _past(self, now: int, until_s: float) -> None:
+        """Finished jobs whose time is over, the oldest first."""
+        looked = 0
+        while True:
+            async with self._turn:
+                ids = await self._disk.expired(now, LOOK, looked)
+                loaded = await self._disk.load(ids, [], [])
+                old = [loaded.jobs[job_id] for job_id in ids if job_id in loaded.jobs and job_id not in self._taken]
+                room = MAX_PLAN - len(self.jobs)
+                await self._take([job for job in old if job.status in FINISHED][:room])
+            looked += len(ids)
+            if not ids or len(old) > room:
+                self._is_cut |= len(old) > room
+                return
+            if asyncio.get_running_loop().time() >= until_s:
+                self._is_cut = True
+                return
+            await asyncio.sleep(PAUSE_S)
+
+    async def _filtered(self, wanted: Filter) -> Refusal | None:
+        statuses, before = planning.statuses(self._asked.action, wanted), None
+        if self._asked.cursor is not None:
+            status, _, number = self._asked.cursor.partition(".")
+            if status not in statuses:
+                return _invalid("cursor", "This cursor is of a plan with another action or another filter.")
+            statuses, before = statuses[statuses.index(status) :], int(number)
+        clock_s = asyncio.get_running_loop().time
+        until_s = clock_s() + MAKING_S
+        for status in statuses:
+            while self.next_cursor is None:
+                room = MAX_PLAN - len(self.jobs)
+                async with self._turn:
+                    page = await self._disk.find(as_query(wanted, status, before))
+                    # a job that moved on meanwhile is found in its next status, too
+                    new = [job for job, _ in page.jobs if job.id not in self._taken]
+                    await self._take(new[:room])
+                if len(new) > room:
+                    self.next_cursor = f"{status}.{new[room].seq + 1}"
+                else:
+                    before = page.next_before
+                    if before is None:
+                        break
+                    if clock_s() >= until_s:
+                        self.next_cursor = f"{status}.{before}"
+                await asyncio.sleep(PAUSE_S)
+        return None
+
+    async def _take(self, jobs: list[Job]) -> None:
+        """Put these into the plan. Their versions come first: a late result that is not counted has changed its job."""
+        self._taken.update(job.id for job in jobs)
+        action, latest_late = self._asked.action, self._book.latest_late
+        self.expected += [Expected(job.id, planning.version(job, latest_late(job.seq), action)) for job in jobs]
+        of_use = [job.seq for job in jobs if may_adopt(job.status)]
+        late = await self._disk.count_late(of_use) if of_use else {}
+        self.jobs += [PlannedJob(job.id, job.status, planning.to(action, job), late.get(job.seq, 0)) for job in jobs]
+
+    def _skip(self, job_id: str, status: str | None, why: str) -> None:
+        self.skipped_count += 1
+        if len(self.skipped) < MOST_SKIPPED:
+            self.skipped.append(SkippedJob(job_id, status, why))
+
+
+def as_query(wanted: Filter, status: str, before: int | None) -> Query:
+    """One look for jobs of a filter that have this status."""
+    filters = asdict(wanted)
+    filters["text"] = filters.pop("q")
+    is_slow = wanted.q is not None or wanted.error is not None
+    look = {"limit": LOOK, "before": before, "scan": SLOW_SCAN if is_slow else SCAN, "payloads": False}
+    return Query(**{**filters, **look, "status": status})
+
+
+def _invalid(field: str, message: str) -> Refusal:
+    return Refusal("invalid_request", message, {"field": f"$.{field}"})

@@ -1,0 +1,47 @@
+"""The walk over all rows of the running daemon's store, for who asks for it: some slices for each call, with rests.
+
+Reads no row itself: row_check.py does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from jobd.model.errors import Refusal
+from jobd.model.responses import CheckedRows, DamagedRow
+from jobd.storage.scrub import TABLES
+from jobd.storage.store import Store
+
+CALL_S: Final = 0.25  # that one call walks on, rests included
+
+
+class RowWalk:
+    """One at a time: another call waits for its turn."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._turn = asyncio.Lock()
+
+    async def go_on(self, cursor: str | None) -> CheckedRows | Refusal:
+        """Walk on from `cursor` (`TABLE:ROWID`; None: from the beginning)."""
+        table, _, after_text = (cursor or f"{TABLES[0]}:0").partition(":")
+        if table not in TABLES:
+            return Refusal("invalid_request", "`cursor` must be the `next_cursor` of the call before.")
+        after, checked, damaged = int(after_text), 0, []
+        loop = asyncio.get_running_loop()
+        async with self._turn:
+            until_s = loop.time() + CALL_S
+            while True:
+                began_s = loop.time()
+                seen = await self._store.check_rows(table, after)
+                checked += seen.checked
+                damaged += [DamagedRow(where, what) for where, what in seen.damaged]
+                if seen.last is None:
+                    following = TABLES[TABLES.index(table) + 1 :]
+                    return CheckedRows(table, checked, damaged, f"{following[0]}:0" if following else None)
+                after = seen.last
+                if loop.time() >= until_s:
+                    return CheckedRows(table, checked, damaged, f"{table}:{after}")
+                # The store's thread and the interpreter are for others at least as long as they were for this.
+                await asyncio.sleep(loop.time() - began_s)

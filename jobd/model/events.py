@@ -1,0 +1,248 @@
+"""What can have happened: the facts that are journaled, streamed and shown, and how they fold into rows.
+
+An event carries the new values of every field it changed, so folding a job's events in order gives its row again.
+Nothing here decides anything: rules.py makes events, store.py keeps them.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import astuple
+
+from jobd.model.job import Ended, Failure, Grant, Job, LateResult, Lease, Options, Result
+
+EventType = Literal[
+    "created",
+    "imported",
+    "granted",
+    "progress",
+    "extended",
+    "lock_expired",
+    "completed",
+    "failed",
+    "retried",
+    "released",
+    "undelivered",
+    "cancelled",
+    "stalled",
+    "expired",
+    "late_result",
+    "late_call",
+    "adopted",
+    "force_failed",
+    "force_reset",
+    "transitioned",
+    "updated",
+    "fixed",
+    "resumed",
+    "deleted",
+    "queue_paused",
+    "queue_resumed",
+]
+
+# Signs of life come many to a grant: of each of these types the journal keeps the last KEEP_SIGNS per grant.
+SIGNS: Final = frozenset({"progress", "extended"})
+KEEP_SIGNS: Final = 100
+
+# A job that is granted and given back many times would fill the journal. Its first KEEP_FIRST_GRANTS and last
+# KEEP_GRANTS grants are kept. A grant between them that ended by one of GIVEN_BACK loses its ROUTINE events.
+GIVEN_BACK: Final = frozenset({"released", "undelivered"})
+ROUTINE: Final = frozenset({"granted", "lock_expired", "resumed", "late_call", *SIGNS, *GIVEN_BACK})
+KEEP_FIRST_GRANTS: Final = 10
+KEEP_GRANTS: Final = 100
+
+
+class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
+    """The fields of a job that an event set, with their new values; UNSET where it left them alone.
+
+    Its fields are those of Job (a test compares them). The first event of a job may leave out what every new job has
+    (the defaults of Job), and `seq` and `id`, which the event says itself.
+    """
+
+    seq: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    options: Options | UnsetType = UNSET
+    status: str | UnsetType = UNSET
+    created_at: int | UnsetType = UNSET
+    updated_at: int | UnsetType = UNSET
+    run_at: int | UnsetType = UNSET
+    progress: int | float | UnsetType = UNSET
+    progress_message: str | None | UnsetType = UNSET
+    attempt: int | UnsetType = UNSET
+    stalls: int | UnsetType = UNSET
+    started_at: int | None | UnsetType = UNSET
+    finished_at: int | None | UnsetType = UNSET
+    expires_at: int | None | UnsetType = UNSET
+    grant: Grant | None | UnsetType = UNSET
+    lease: Lease | None | UnsetType = UNSET
+    ended: Ended | None | UnsetType = UNSET
+    result: Result | None | UnsetType = UNSET
+    error: Failure | None | UnsetType = UNSET
+    releases: int | UnsetType = UNSET
+
+
+_AS_NEW: Final = Job.__struct_defaults__
+_OWN: Final = len(Job.__struct_fields__) - len(_AS_NEW)  # fields that a new job does not have by itself
+
+
+class Event(Struct, frozen=True, gc=False):
+    """One fact, in the order of `seq` over the whole store (unique, never used again; gaps are allowed).
+
+    `at` is wall time in Unix ms. `by` names who: `worker:NAME`, `client`, `admin`, `recovery`, `cleanup`, `daemon`.
+    `job_seq` 0 and an empty `job_id` mean that the event concerns a queue, not a job.
+    `details` is public; `changes` holds the lock_id and is shown to nobody.
+    """
+
+    seq: int
+    at: int
+    type: EventType
+    job_seq: int
+    job_id: str
+    queue: str
+    before: str | None  # status before, None where there was no job
+    after: str | None  # status after, None where the job is gone
+    by: str
+    reason: str | None = None
+    details: dict[str, Any] | None = None
+    changes: Changes | None = None
+
+
+class QueuePause(Struct, frozen=True, gc=False):
+    """The pause of a queue: its start, operator, reason and end.
+
+    Times are wall time, Unix ms. `by` has the form of `Event.by`. All fields are None if the pause is older than schema
+    version 10; `until` is None if only an operator ends it.
+    """
+
+    at: int | None = None
+    by: str | None = None
+    reason: str | None = None
+    until: int | None = None
+
+    def in_words(self) -> str:
+        """Describe it after the word "paused": `by operator ana at 2026-03-01 12:03 UTC, until resumed: deploy`."""
+        by = "" if self.by is None else f"by {by_in_words(self.by)} "
+        since = "since an unknown time" if self.at is None else f"at {_utc(self.at)}"
+        until = "until resumed" if self.until is None else f"until {_utc(self.until)}"
+        return f"{by}{since}, {until}: {self.reason or 'no reason given'}"
+
+
+def by_in_words(by: str) -> str:
+    """Put `Event.by` into words."""
+    kind, _, name = by.partition(":")
+    if not name:
+        return {"admin": "an operator", "client": "a client"}.get(kind, kind)
+    return f"{'operator' if kind == 'admin' else kind} {name}"
+
+
+def _utc(at: int) -> str:
+    return datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+class EventView(Struct, frozen=True, rename={"from_": "from"}):
+    """An event as timelines and streams show it."""
+
+    seq: int
+    at: int
+    type: str
+    from_: str | None
+    to: str | None
+    by: str
+    reason: str | None
+    details: dict[str, Any]
+
+
+class StreamedEvent(EventView, frozen=True, rename={"from_": "from"}):
+    """An event as streams show it: they tell of many jobs. `job_id` is None where it concerns a queue."""
+
+    job_id: str | None
+    queue: str
+
+
+class Wanted(Struct, frozen=True):
+    """Which events somebody wants to hear of; an empty set of names leaves none out."""
+
+    queues: frozenset[str] = frozenset()
+    job_ids: frozenset[str] = frozenset()
+    types: frozenset[str] = frozenset()
+
+    @property
+    def is_everything(self) -> bool:
+        return not (self.queues or self.job_ids or self.types)
+
+    def has(self, event: Event | StreamedEvent) -> bool:
+        """Whether `event` is one of them."""
+        return (
+            (not self.queues or event.queue in self.queues)
+            and (not self.job_ids or event.job_id in self.job_ids)
+            and (not self.types or event.type in self.types)
+        )
+
+
+class Change(Struct, frozen=True, gc=False):
+    """One step of one job: its row before and after, and the event that says so.
+
+    `before` is None for a new job, `after` is None for a deleted one. Both are None for an event of a queue.
+    `payload` (JSON text) and `request_hash` come with a new job and are written once. Where the row stays as it was
+    both are the same value, as with a late result, which is written beside it, and with a late call.
+    """
+
+    before: Job | None
+    after: Job | None
+    event: Event
+    payload: bytes | None = None
+    request_hash: str | None = None
+    late: LateResult | None = None
+
+
+def fold(job: Job | None, event: Event) -> Job | None:
+    """The row after `event`, given the row before it. Folding a job's whole journal from None gives its row."""
+    if event.type == "deleted":
+        return None
+    if event.changes is None:
+        return job
+    named = ((name, getattr(event.changes, name)) for name in Changes.__struct_fields__)
+    changed = {name: value for name, value in named if value is not UNSET}
+    if job is None:
+        return Job(**{"seq": event.job_seq, "id": event.job_id, **changed})
+    return msgspec.structs.replace(job, **changed)
+
+
+def of_new(job: Job) -> Changes:
+    """What the first event of `job` sets: every field, in short where it is as any new job."""
+    values = astuple(job)  # the same fields, in the same order
+    return Changes(UNSET, UNSET, *values[2:_OWN]) if values[_OWN:] == _AS_NEW else Changes(*values)
+
+
+def view(event: Event) -> EventView:
+    """What anybody may see of `event`: everything but its raw changes (they hold the lock_id)."""
+    return EventView(
+        seq=event.seq,
+        at=event.at,
+        type=event.type,
+        from_=event.before,
+        to=event.after,
+        by=event.by,
+        reason=event.reason,
+        details=event.details or {},
+    )
+
+
+def streamed(event: Event) -> StreamedEvent:
+    """The same with its job and queue, for those who hear of many jobs."""
+    return StreamedEvent(
+        seq=event.seq,
+        at=event.at,
+        type=event.type,
+        from_=event.before,
+        to=event.after,
+        by=event.by,
+        reason=event.reason,
+        details=event.details or {},
+        job_id=event.job_id or None,
+        queue=event.queue,
+    )

@@ -1,0 +1,437 @@
+"""What goes to the disk in one transaction, what comes back, and how a disk may fail: values and one protocol.
+
+The actor speaks to a Disk, not to SQLite; store.py is the real one, tests have others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Literal, Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from jobd.model.events import Change, Event, QueuePause
+from jobd.model.job import HOUR_MS, Grant, Job, LateResult, Untouched
+
+RESERVE_BYTES: Final = 16 << 20  # size of the reserve file
+SPARE_BYTES: Final = 1 << 20  # free space at which a full disk accepts writes again
+PUT_OFF_MS: Final = 2 * HOUR_MS  # no tombstone waits longer: one that seems to was put off by another clock
+
+
+class DiskFull(Exception):
+    """SQLITE_FULL or ENOSPC: the transaction was rolled back, the disk is as before and may be read."""
+
+
+class DiskSpace(Struct, frozen=True):
+    """The path of the store, and the space on its disk. `free_bytes` is the space available to the daemon's user."""
+
+    path: str
+    free_bytes: int
+    total_bytes: int
+
+
+class BadRows(Exception):
+    """Rows that the batch needed are damaged or set aside; nothing was written. `jobs`: id to what is wrong."""
+
+    def __init__(self, jobs: dict[str, str]) -> None:
+        super().__init__(f"bad rows: {jobs}")
+        self.jobs = jobs
+
+
+class Aside(Struct, frozen=True):
+    """A job whose damaged rows were set aside, and why.
+
+    `uncounted`: the queue and status among whose finished jobs it is not counted any more, where that could be read.
+    Without `is_moved` its rows are where they were (the disk is full, say), and counted there: they will be met again.
+    """
+
+    id: str
+    reason: str
+    uncounted: tuple[str, str] | None = None
+    is_moved: bool = True
+
+
+class NoBackup(Exception):
+    """No copy of the store could be made; the text is a sentence for the operator."""
+
+
+class Numbers(Struct, frozen=True, gc=False):
+    """The high-water marks and clocks that are persisted with each commit. `next_*` is the next number to give."""
+
+    epoch: int = 1
+    next_token: int = 1  # the counter of the next fencing token, 2^24 if the counter is full (see job.py)
+    next_job: int = 1
+    next_event: int = 1
+    lease_ms: int = 0
+    wall_ms: int = 0
+    clock_suspect: bool = False  # then wall_ms is the expected time, not the time of the clock
+
+
+class QueueRow(Struct, frozen=True, gc=False):
+    """The stored state of a queue: its pause, and the number of its finished jobs by status.
+
+    `paused_at`, `paused_by`, `pause_reason` and `paused_until` are the start, operator, reason and end of the pause.
+    They are None if the queue is not paused or if they are not known. Times are wall time, Unix ms.
+    """
+
+    paused: bool = False
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    paused_at: int | None = None
+    paused_by: str | None = None
+    pause_reason: str | None = None
+    paused_until: int | None = None
+
+    @property
+    def pause(self) -> QueuePause | None:
+        """The pause of the queue; None if it is not paused."""
+        if not self.paused:
+            return None
+        return QueuePause(self.paused_at, self.paused_by, self.pause_reason, self.paused_until)
+
+    def with_counts(self, completed: int, failed: int, cancelled: int) -> QueueRow:
+        """Return this row with other numbers of finished jobs."""
+        return replace(self, completed=completed, failed=failed, cancelled=cancelled)
+
+    def without(self, status: str) -> QueueRow:
+        """One finished job of this status less, where there is one."""
+        return replace(self, **{status: max(getattr(self, status) - 1, 0)})
+
+
+class KeyRow(Struct, frozen=True, gc=False):
+    """A stored idempotent answer. `digest` is the hash of listener, method, path and key; `body_hash` that of the body.
+
+    Either `answer` is set (the encoded `data`, with its HTTP status), or `grants`: the (job id, lock id) of a start
+    or claim, replayed from the current state while one of them is current.
+    """
+
+    digest: str
+    body_hash: str
+    at: int
+    status: int = 200
+    answer: bytes | None = None
+    grants: list[tuple[str, str]] | None = None
+
+
+class Tombstone(Struct, frozen=True, gc=False):
+    """A stored object that lost its job, or the late result that named it: it is deleted, too, unless a job names it.
+
+    Times are wall time, Unix ms. There is one at most for each deleted job and each late result that is gone, and those
+    were larger: they need no limit.
+    """
+
+    job_seq: int  # its number: of what a late result named that one's seq, as a negative number
+    job_id: str
+    key: str  # the storage_key
+    at: int  # when the job was deleted, or the late result went
+    due_at: int  # when the object is looked at next
+    tries: int = 0  # that have failed
+
+
+class Audited(Struct, frozen=True, gc=False):
+    """What an operator did, or was refused: a row of the audit log. `at` is wall time, Unix ms.
+
+    `job_id` and `queue` say of what, where it was one. `outcome` is "done" or the code of the refusal, `jobs` how many
+    jobs were changed. Rows of the same `part_of` become one row, which counts their jobs and has the last details.
+    """
+
+    at: int
+    who: str
+    address: str
+    what: str
+    job_id: str | None = None
+    queue: str | None = None
+    reason: str | None = None
+    outcome: str = "done"
+    jobs: int = 0
+    details: dict[str, Any] | None = None
+    part_of: str | None = None
+
+
+# What an operator does that changes no job, queue or setting: into and out of the dashboard, and what leaves the house.
+COMINGS: Final = frozenset({"sign-in", "sign-out"})
+LOOKS: Final = frozenset({"export", "backup", "artifact"})
+Share = Literal["changes", "refusals", "strangers", "comings", "looks"]
+
+
+def share_of(what: str, outcome: str) -> Share:
+    """In which part of the audit log a row stands: none of them can push out what is in another."""
+    if what in COMINGS:
+        return "comings" if outcome == "done" else "strangers"
+    if outcome != "done":
+        return "refusals"
+    return "looks" if what in LOOKS else "changes"
+
+
+class AuditQuery(Struct, frozen=True):
+    """A page of the audit log, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most."""
+
+    who: str | None = None
+    what: str | None = None
+    job_id: str | None = None
+    since: int | None = None  # wall time, Unix ms
+    limit: int = 50
+    before: int | None = None
+    scan: int = 5_000
+
+
+class AuditRows(Struct):
+    """Rows with their numbers. `next_before` is the `before` of the next page, None at the end."""
+
+    found: list[tuple[int, Audited]]
+    next_before: int | None = None
+
+
+class Due(Struct):
+    """Tombstones that are due, each with whether a job names its key; `damaged` more were set aside.
+
+    `unmoved`: so many damaged ones could not be, and are where they were. `held`: numbers of those whose key a late
+    result names: it may be adopted, or go with its own job.
+    """
+
+    found: list[tuple[Tombstone, bool]]
+    damaged: int = 0
+    held: set[int] = set()
+    unmoved: int = 0
+
+
+def tombstones(changes: Iterable[Change]) -> list[Tombstone]:
+    """What the deletions among `changes` leave to be deleted of stored objects, but for what late results named."""
+    left = []
+    for change in changes:
+        job, event = change.before, change.event
+        if change.after is None and job is not None and job.result is not None and job.result.storage_key is not None:
+            left.append(Tombstone(job.seq, job.id, job.result.storage_key, event.at, event.at))
+    return left
+
+
+def distinct(left: Iterable[Tombstone]) -> list[Tombstone]:
+    """Where a job named an object twice, as the job's own result and as a late one, the last of them is enough."""
+    return list({(each.job_id, each.key): each for each in left}.values())
+
+
+class Batch(Struct):
+    """One transaction. `queues` holds the rows of every queue whose pause or finished counts changed."""
+
+    changes: list[Change]
+    numbers: Numbers
+    queues: dict[str, QueueRow] = {}
+    keys: list[KeyRow] = []
+    forget_keys: list[str] = []
+    checked: list[int] = []  # job seqs whose rows were validated: no longer suspect
+    report: bytes | None = None
+    payloads: list[int] = []  # job seqs whose payload the answers show; read inside the transaction
+    unmark: bool = False  # every grant of a marked file has been ended: clear its mark
+    tombstones: list[Tombstone] = []  # of the jobs that it deletes
+    sweeps: bool = False  # stored objects are deleted: late results that go leave their tombstones, too
+    audit: list[Audited] = []
+
+
+class Payload(Struct, frozen=True, gc=False):
+    body: bytes
+    request_hash: str
+
+
+class Loaded(Struct):
+    """What a look at the disk found. An id in neither `jobs` nor `bad` does not exist.
+
+    Rows with a wrong checksum are in `bad` (id to reason); the store has moved them to quarantine.
+    """
+
+    jobs: dict[str, Job] = {}
+    payloads: dict[int, Payload] = {}
+    answers: dict[str, KeyRow] = {}
+    bad: dict[str, str] = {}
+
+
+class LateAsked(Struct, frozen=True):
+    """What a decision has to know of the late results of a job: all of them, and whether `lock_id` was a grant of it.
+
+    Without `whole` what they brought stays on the disk.
+    """
+
+    job_seq: int
+    lock_id: str | None = None
+    whole: bool = False
+
+
+class LateKnown(Struct):
+    """What was read of late results: those of a job, the oldest grant first, and grants of it by (job seq, lock id)."""
+
+    results: dict[int, list[LateResult]] = {}
+    grants: dict[tuple[int, str], Grant] = {}
+
+
+class Query(Struct, frozen=True):
+    """A page of jobs, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most.
+
+    Where `after` is given: oldest first, seq above it. `worker` is that of the latest grant, current or ended. `since`
+    and `until` bound created_at, `finished_*` finished_at; `text` is looked for in id, payload and error message.
+    Without `payloads` the page is without them.
+    """
+
+    status: str | None = None
+    queue: str | None = None
+    kind: str | None = None
+    worker: str | None = None
+    limit: int = 50
+    before: int | None = None
+    after: int | None = None
+    scan: int = 5_000
+    payload_bytes: int = 4 << 20  # a page ends early rather than carry more payload and metadata than this
+    since: int | None = None
+    until: int | None = None
+    finished_since: int | None = None
+    finished_until: int | None = None
+    text: str | None = None
+    error: str | None = None  # the fingerprint of the error
+    payloads: bool = True
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether each row that is looked at takes its time: such a page is read in slices."""
+        return self.text is not None or self.error is not None
+
+
+class Page(Struct):
+    """`next_before` is the `before` of the next page (oldest first: its `after`), None at the end.
+
+    `looked_to_at`: when the last row that was looked at was created, where the page ended for having looked at enough.
+    `looked`: at so many rows at most. `last_event` is the highest number of an event that had been committed when the
+    page was read.
+    """
+
+    jobs: list[tuple[Job, bytes]]
+    next_before: int | None
+    looked_to_at: int | None = None
+    looked: int = 0
+    last_event: int = 0
+
+
+class JournalPage(Struct, frozen=True):
+    """A piece of the journal of the whole store, and what that journal is, all read at one moment.
+
+    `last` is the highest number of an event that was committed. Events up to `gone_to` may be gone: pruned, or damaged
+    and set aside, or undone by a backup that was put back. Above it two things are missing: older signs of life
+    (KEEP_SIGNS), and grants that were given back, between the first and the last grants of a job (KEEP_GRANTS).
+    """
+
+    events: list[Event]
+    last: int
+    gone_to: int
+    more: bool = False  # it ends before `last`: by the number of its events, or by their size
+
+    @property
+    def end(self) -> int:
+        """Up to where it tells everything that the journal still has. Where all its rows are damaged, they are gone."""
+        if not self.more:
+            return self.last
+        return self.events[-1].seq if self.events else self.gone_to
+
+
+class Opened(Struct):
+    """Everything the daemon needs in memory, as read and checked at start.
+
+    `quarantined` maps the ids of all quarantined jobs to what was wrong; `faults` are sentences for the log and health
+    (rows set aside, counts that do not match). `keys` come without their answers. `figures` is what save_figures kept.
+    """
+
+    numbers: Numbers
+    jobs: list[Job] = []
+    in_short: list[Untouched] = []  # all other live jobs
+    queues: dict[str, QueueRow] = {}
+    keys: list[KeyRow] = []
+    quarantined: dict[str, str] = {}
+    suspects: dict[int, str] = {}  # job seq to id of rows to be validated
+    faults: list[str] = []
+    epoch_warning: str | None = None  # a wrong wall clock makes fencing tokens less safe
+    figures: bytes | None = None
+    full: bool = False  # the disk was full already at start
+    has_reserve: bool = True  # the reserve file exists
+    marked: bool = False  # a backup was put back: end every grant by its stall rule, then Batch.unmark
+    tombstones: int = 0  # how many wait
+
+    def live(self) -> list[Job]:
+        """All live jobs, whole."""
+        return [*(job.whole() for job in self.in_short), *self.jobs]
+
+
+class Disk(Protocol):
+    """The durable half of the actor. Every method but `at_hand` is one thread hop; answers are from committed state.
+
+    `on_aside` is called in the event loop, whichever method met the damaged rows, before that method ends. So is
+    `on_tombstones` where a batch has left some, with their number: of late results only the disk knows what they named.
+    """
+
+    on_aside: Callable[[Aside], None]
+    on_tombstones: Callable[[int], None]
+
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+        """Jobs by id (live or finished), payloads by job seq, stored answers by digest."""
+
+    def at_hand(self, job_seqs: list[int]) -> dict[int, bytes]:
+        """Those payloads of these jobs that need not be read. Not while a write is under way."""
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        """Commit `batch` with fsync; gives the asked payloads. Raises DiskFull or BadRows with nothing written.
+
+        Any other exception means that what the disk holds is unknown.
+        """
+
+    async def find(self, query: Query) -> Page: ...
+
+    async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
+        """The journal of one job, or so many of its latest events; oldest first."""
+
+    async def late(self, asked: list[LateAsked]) -> LateKnown:
+        """Late results of jobs, and which of the lock ids were grants of theirs. Damaged rows are left out."""
+
+    async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
+        """How many late results those of these jobs have that have any, as the index tells: nothing is read of them."""
+
+    async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
+        """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after so many to skip.
+
+        They may be fewer than `limit` and not the last.
+        """
+
+    async def reports(self, limit: int) -> list[bytes]:
+        """Kept cleanup reports, newest first."""
+
+    async def quarantine(self, job: Job, reason: str) -> None:
+        """Move the rows of `job` aside, out of every count."""
+
+    async def prune(self, before: int, limit: int) -> int:
+        """Delete up to `limit` journal rows of jobs deleted before wall time `before`; how many went."""
+
+    async def audit(self, query: AuditQuery) -> AuditRows:
+        """What operators did, newest first. Damaged rows are left out."""
+
+    async def trim_audit(self, before: int, limit: int) -> int:
+        """Delete up to `limit` rows of the audit log: older than wall time `before`, or too many of their share.
+
+        Gives how many went, and `limit` as well where not all rows were looked at yet.
+        """
+
+    async def due_tombstones(self, now: int, limit: int) -> Due:
+        """Tombstones due at wall time `now`, up to `limit`, those that have waited longest first."""
+
+    async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
+        """Forget those of the numbers `gone`, and put off others: `later` are their new values."""
+
+    async def save_figures(self, body: bytes) -> None:
+        """Keep the counters that outlive a restart but no promise depends on."""
+
+    async def probe(self, spare_bytes: int = 0) -> None:
+        """Commit a write and a read back, with `spare_bytes` left free. Raises DiskFull, or any other error."""
+
+    async def space(self) -> DiskSpace | None:
+        """Return free and total space of the disk; None for a store in memory, or if it is not known."""
+
+    async def drop_ballast(self) -> bool:
+        """Give up the ballast file so that endings and deletions have room; whether there was one."""
+
+    async def build_ballast(self) -> None:
+        """Rebuild the reserve file. Raises DiskFull if it and SPARE_BYTES do not fit on the disk."""

@@ -1,0 +1,447 @@
+"""Conditions that an operator is told of: when they hold, since when, and what to do.
+
+Reads figures and the last measured health; changes nothing. Firing and resolving are logged here, once each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Final, Protocol
+
+import structlog
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from jobd.core.pace import KindPace
+from jobd.core.state import Book
+from jobd.core.stats import Attempts
+from jobd.core.views import average_processing_s
+from jobd.model.commands import Moment
+from jobd.model.job import MINUTE_MS, SECOND_MS
+from jobd.model.responses import AlertSeverity, AlertView, CleanupReport, DatabaseHealth, HealthView, PartHealth
+from jobd.model.storage import DiskSpace
+
+log = structlog.get_logger("jobd.alerts")
+
+SEVERITIES: Final[dict[str, AlertSeverity]] = {
+    "stuck_jobs": "warning",
+    "processing_jobs": "notice",
+    "average_processing": "warning",
+    "pass_issues": "warning",
+    "granted_twice": "critical",
+    "slower_than_usual": "warning",
+    "database": "critical",
+    "cache": "critical",
+    "storage": "warning",
+    "webhook_failing": "warning",
+    "queue_without_workers": "warning",
+    "queue_waits": "warning",
+    "failure_rate": "warning",
+    "disk_nearly_full": "warning",
+    "release_loop": "warning",
+}
+NAMES: Final = tuple(SEVERITIES)
+EVALUATE_EVERY_S: Final = 5.0
+MEASURE_EVERY_S: Final = 10.0  # health costs a write and an fsync; an alert has to fire 45 s after a part has failed
+HOLD_MS: Final = 30 * SECOND_MS  # a condition holds for so long before its alert fires
+CLEAR_MS: Final = 60 * SECOND_MS  # a condition is false for so long before its alert resolves
+LANES_IN_ONE_GO: Final = 500  # about a millisecond
+SLICES_OF_ONE_LOOK: Final = 50  # 10,000 queues of one kind fit
+NOTICEABLE_MS: Final = 100  # what takes less than that longer is no slower: twice of nothing is nothing
+CALM: Final = 0.9  # a ratio that sits at its threshold fires once: it resolves below this part of it
+
+
+class Thresholds(Struct, frozen=True):
+    """An alert fires above its threshold, not at it, unless stated otherwise."""
+
+    stuck_jobs: int = 5
+    processing_jobs: int = 20
+    average_processing_ms: int = 10 * MINUTE_MS
+    pass_issues: int = 10
+    granted_twice: int = 0  # jobs in the last hour
+    slower_than_usual: float = 2.0  # times the usual
+    webhook_failing_ms: int = 5 * MINUTE_MS
+    queue_without_workers_ms: int = 2 * MINUTE_MS
+    queue_waits_ms: int = 5 * MINUTE_MS
+    failure_rate: float = 0.5  # of the attempts of a queue; fires at it, too
+    failure_rate_attempts: int = 20
+    disk_free_percent: float = 10.0
+    disk_free_bytes: int = 1 << 30
+    release_loop: int = 0  # jobs
+
+
+class Clock(Protocol):
+    def moment(self) -> Moment: ...
+
+
+class Health(Protocol):
+    last: HealthView | None
+
+    async def view(self) -> HealthView: ...
+    async def space(self) -> DiskSpace | None: ...
+
+
+class Cleanup(Protocol):
+    @property
+    def last_report(self) -> CleanupReport | None: ...
+
+
+class Failing(Protocol):
+    """A webhook that takes nothing."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def for_ms(self) -> int: ...
+    @property
+    def error(self) -> str: ...
+
+
+class Condition(Struct, frozen=True):
+    """One alert as it is now. `value` and `threshold` are numbers of jobs or issues, seconds, times, 1 for not healthy.
+
+    `hint` says what to look at where it fires, `quiet` what is so where it does not (None: the hint holds then, too).
+    Once it fires it does so until `value` is no longer above `calm`, where that is given, and below the threshold.
+    `inclusive`: it holds at the threshold, too.
+    """
+
+    name: str
+    value: float
+    threshold: float
+    hint: str
+    quiet: str | None = None
+    calm: float | None = None
+    inclusive: bool = False
+
+
+class Waiting(Struct):
+    """The job that waits longest, of one round over the queues."""
+
+    for_ms: int = 0
+    queue: str = ""
+    kind: str = ""
+    job_id: str = ""
+
+
+class Round(Struct):
+    """One walk over the queues and kinds of queued jobs. It may take several looks."""
+
+    left: Iterator[tuple[str, str]]
+    unclaimed: Waiting = field(default_factory=Waiting)  # no worker has claimed the queue and kind either
+    oldest: Waiting = field(default_factory=Waiting)  # in a queue that is not paused
+
+
+class Alerts:
+    """`evaluate` is cheap and may be called at any time; `run` calls `look` every few seconds, until `stop`.
+
+    An alert fires after its condition has held for `hold_ms`, and resolves after it has been false for `clear_ms`.
+    """
+
+    def __init__(
+        self,
+        book: Book,
+        clock: Clock,
+        health: Health,
+        cleanup: Cleanup,
+        thresholds: Thresholds | None = None,
+        *,
+        hold_ms: int = HOLD_MS,
+        clear_ms: int = CLEAR_MS,
+    ) -> None:
+        self.thresholds = thresholds or Thresholds()
+        self.paces: list[KindPace] = []  # as of the last look
+        self.on_change: list[Callable[[], None]] = []  # called when one fires, or fires no more
+        self.failing_webhook: Callable[[], Failing | None] = lambda: None  # that which fails for longest
+        self.attempts = Attempts()  # told of every commit
+        self._book = book
+        self._clock = clock
+        self._hold_ms = hold_ms
+        self._clear_ms = clear_ms
+        self._health = health
+        self._cleanup = cleanup
+        self._since: dict[str, int] = {}  # of those that fire: wall time, Unix ms
+        self._turned: dict[str, int] = {}  # lease time since which the condition of an alert differs from its state
+        self._first: int | None = None  # lease time of the first look with measured health
+        self._space: DiskSpace | None = None
+        self._round: Round | None = None  # under way
+        self._waiting = Round(iter(()))  # the last whole one
+        self._views: list[AlertView] = []  # as of the last look
+        self._stop = asyncio.Event()
+
+    def evaluate(self) -> list[AlertView]:
+        """All alerts, in the order of NAMES."""
+        at, before = self._clock.moment(), set(self._since)
+        self._views = [self._judge(condition, at) for condition in self._conditions(at)]
+        if before != set(self._since):
+            self._tell()
+        return self._views
+
+    def known(self) -> list[AlertView] | None:
+        """As of the last look. None until health was measured and a condition could have held for long enough.
+
+        So a restart does not resolve an alert whose condition goes on.
+        """
+        is_known = self._first is not None and self._clock.moment().lease - self._first >= self._hold_ms
+        return self._views if is_known else None
+
+    async def look(self) -> list[AlertView]:
+        """Read the free space of the disk, walk the queues in slices, and evaluate."""
+        self._space = await self._health.space()
+        for _ in range(SLICES_OF_ONE_LOOK):
+            if self._walk():
+                break
+            await asyncio.sleep(0)
+        return self.evaluate()
+
+    def _walk(self) -> bool:
+        """Walk on over the queues, for about a millisecond. True at the end of the round.
+
+        A suspect jump of the wall clock makes no job wait longer.
+        """
+        book, at = self._book, self._clock.moment()
+        if self._round is None:
+            self._round = Round((queue, kind) for queue in list(book.counts) for kind in book.queued_kinds(queue))
+        now, lanes = min(at.now, at.believed), 0
+        for queue, kind in self._round.left:
+            count, entry = book.oldest_of_kind(queue, kind, now)
+            if entry is not None:
+                self._compare(self._round, Waiting(now - entry[1], queue, kind, entry[3]), at.lease)
+            lanes += count + 1
+            if lanes >= LANES_IN_ONE_GO:
+                return False
+        self._waiting, self._round = self._round, None
+        return True
+
+    def _compare(self, found: Round, waits: Waiting, lease: int) -> None:
+        if waits.for_ms > found.oldest.for_ms and waits.queue not in self._book.paused:
+            found.oldest = waits
+        if waits.for_ms > found.unclaimed.for_ms:
+            unclaimed_ms = self._book.presence.unclaimed_ms(waits.queue, waits.kind, lease)
+            if unclaimed_ms > found.unclaimed.for_ms:
+                found.unclaimed = replace(waits, for_ms=min(waits.for_ms, unclaimed_ms))
+
+    def _tell(self) -> None:
+        for tell in self.on_change:
+            tell()
+
+    async def run(self) -> None:
+        """Look at the figures every few seconds, and at health now and then. Survives whatever fails."""
+        loop_time = asyncio.get_running_loop().time
+        next_measurement = loop_time()
+        while not self._stop.is_set():
+            try:
+                if loop_time() >= next_measurement:
+                    next_measurement = loop_time() + MEASURE_EVERY_S
+                    await self._health.view()
+                was_known = self.known() is not None
+                await self.look()
+                if self._first is None:
+                    self._first = self._clock.moment().lease
+                if not was_known and self.known() is not None:
+                    self._tell()
+            except Exception:
+                log.exception("alerts_failed")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), EVALUATE_EVERY_S)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _judge(self, condition: Condition, at: Moment) -> AlertView:
+        """Firing or not; a change of that is logged."""
+        name, limit = condition.name, condition.threshold
+        if name in self._since and condition.calm is not None:
+            limit = condition.calm
+        holds = condition.value > limit or (condition.inclusive and condition.value == limit)
+        hint = condition.hint if holds or condition.quiet is None else condition.quiet
+        severity = SEVERITIES[name]
+        told = {"alert": name, "severity": severity, "value": condition.value, "threshold": condition.threshold}
+        if holds == (name in self._since):
+            self._turned.pop(name, None)
+        elif at.lease - self._turned.setdefault(name, at.lease) >= (self._hold_ms if holds else self._clear_ms):
+            del self._turned[name]
+            if holds:
+                self._since[name] = at.now
+                log.warning("alert_firing", **told, hint=hint)
+            else:
+                log.info("alert_resolved", **told, since=self._since.pop(name))
+        since = self._since.get(name)
+        return AlertView(name, since is not None, since, condition.value, condition.threshold, hint, severity)
+
+    def _conditions(self, at: Moment) -> Iterator[Condition]:
+        yield self._stuck(at)
+        yield self._processing()
+        yield self._average(at)
+        yield self._pass_issues()
+        yield self._granted_twice(at)
+        yield self._slower(at)
+        yield from self._unhealthy()
+        yield self._webhook()
+        yield self._without_workers()
+        yield self._waits()
+        yield self._failure_rate(at)
+        yield self._disk()
+        yield self._release_loop()
+
+    def _stuck(self, at: Moment) -> Condition:
+        stuck, recovered = len(self._book.stuck), self._book.figures.recovered_lately(at.now)
+        quiet = f"{stuck} jobs are stuck now, {recovered} were recovered in the last 10 minutes."
+        hint = f"{quiet} Look for workers that crash or hang: jobctl workers, jobctl timeline ID"
+        return Condition("stuck_jobs", stuck + recovered, self.thresholds.stuck_jobs, hint, quiet)
+
+    def _processing(self) -> Condition:
+        hint = "More work runs at once than is usual here. Compare with your workers: jobctl workers, jobctl locks"
+        value, threshold = self._book.totals["processing"], self.thresholds.processing_jobs
+        quiet = f"Jobs in processing: {value}, no more than is usual here."
+        return Condition("processing_jobs", value, threshold, hint, quiet)
+
+    def _average(self, at: Moment) -> Condition:
+        value = average_processing_s(self._book, self._book.figures, at)
+        threshold = self.thresholds.average_processing_ms / SECOND_MS
+        hint = "Jobs take longer than is usual here (seconds on average, last hour). Look at the oldest: jobctl stats"
+        quiet = "No job took any time in the last hour."
+        if value:
+            quiet = f"Jobs take no longer than is usual here: {value:g} s on average (last hour)."
+        return Condition("average_processing", value, threshold, hint, quiet)
+
+    def _pass_issues(self) -> Condition:
+        report = self._cleanup.last_report
+        value, quiet = 0, "No cleanup pass has ended yet."
+        where = "The log names them; see one with: jobctl validate ID"
+        if report is not None:
+            value, quiet = report.validation_issues_found, "The last cleanup pass found no bad rows."
+        if value:
+            quiet = f"The last cleanup pass found few bad rows (issues: {value}). {where}"
+        hint = f"The last cleanup pass found many bad rows. {where}"
+        return Condition("pass_issues", value, self.thresholds.pass_issues, hint, quiet)
+
+    def _granted_twice(self, at: Moment) -> Condition:
+        overlaps = self._book.figures.overlaps
+        value, hint = overlaps.last_hour(at.now), "No job was given away while its worker before had time left."
+        if value and (last := overlaps.last) is not None:
+            (token, next_token), (worker, next_worker) = last.tokens, last.workers
+            hint = (
+                f"Two workers may have worked on one job at once ({value} in the last hour). The last one: "
+                f"{last.job_id} was taken from {worker} (token {token}) while its time ran on, and given to "
+                f"{next_worker} (token {next_token}). Compare the tokens where its results lie; "
+                f"who did it: jobctl timeline {last.job_id}"
+            )
+        return Condition("granted_twice", value, self.thresholds.granted_twice, hint)
+
+    def _slower(self, at: Moment) -> Condition:
+        """The kind that is furthest from its usual."""
+        self.paces = self._book.figures.paces.view(at.now)
+        threshold = self.thresholds.slower_than_usual
+        slower = [found for pace in self.paces if (found := _times(pace)) is not None]
+        value, quiet, hint = 0.0, "No kind of job is known to take longer than usual.", ""
+        if slower:
+            value, pace, last_s, usual_s = max(slower, key=lambda found: found[0])
+            kind = f"kind {pace.kind}" if pace.kind else "no kind"
+            quiet = (
+                f"Jobs of {kind} take {last_s:g} s (95 of 100, last hour, {pace.completed} jobs); "
+                f"usual is {usual_s:g} s."
+            )
+            look = "Look at what they wait for: the machine, the disk, a service; then at the oldest: jobctl stats"
+            hint = f"{quiet} {look}"
+        return Condition("slower_than_usual", value, threshold, hint, quiet, calm=threshold * CALM)
+
+    def _unhealthy(self) -> Iterator[Condition]:
+        """By the last measured health; while there is none, nothing is known to be wrong."""
+        view = self._health.last
+        parts: dict[str, DatabaseHealth | PartHealth | None] = {
+            "database": None if view is None else view.database,
+            "cache": None if view is None else view.cache,
+            "storage": None if view is None else view.storage,
+        }
+        for name, part in parts.items():
+            wrong = part is not None and part.status != "healthy"
+            yield Condition(name, int(wrong), 0, "It was not measured yet." if part is None else part.message)
+
+    def _webhook(self) -> Condition:
+        """Seconds that the one has been failing that fails for longest."""
+        threshold, worst = self.thresholds.webhook_failing_ms / SECOND_MS, self.failing_webhook()
+        if worst is None:
+            return Condition("webhook_failing", 0, threshold, "No webhook fails.")
+        value, tried = worst.for_ms // SECOND_MS, f"The last try: {worst.error}"
+        hint = (
+            f"Webhook {worst.name} takes nothing. What it should be told is kept and tried again; "
+            f"look with: jobctl webhooks. {tried}"
+        )
+        quiet = f"Webhook {worst.name} has taken nothing for {value} s; it is tried again. {tried}"
+        return Condition("webhook_failing", value, threshold, hint, quiet)
+
+    def _without_workers(self) -> Condition:
+        """Seconds for which a due job waits and no worker claims its queue and kind."""
+        waits, threshold = self._waiting.unclaimed, self.thresholds.queue_without_workers_ms / SECOND_MS
+        value, quiet, hint = waits.for_ms // SECOND_MS, "A worker claims each queue and kind that has due jobs.", ""
+        if value:
+            queued = self._book.counts.get(waits.queue, {}).get("queued", 0)
+            quiet = (
+                f"No worker has claimed {_lane(waits)} for {value} s. Its job {waits.job_id} is due; "
+                f"the queue has {queued} queued jobs."
+            )
+            look = f"See which workers claim what: jobctl workers, jobctl why {waits.job_id}"
+            hint = f"{quiet} Start a worker for it. {look}"
+        return Condition("queue_without_workers", value, threshold, hint, quiet)
+
+    def _waits(self) -> Condition:
+        """Seconds for which the oldest due job waits."""
+        waits, threshold = self._waiting.oldest, self.thresholds.queue_waits_ms / SECOND_MS
+        value, quiet, hint = waits.for_ms // SECOND_MS, "No due job waits.", ""
+        if value:
+            quiet = f"The oldest due job, {waits.job_id} of {_lane(waits)}, has waited for {value} s."
+            look = f"See why it waits: jobctl why {waits.job_id}, jobctl queues"
+            hint = f"{quiet} Add workers, or find out who creates so many jobs. {look}"
+        return Condition("queue_waits", value, threshold, hint, quiet)
+
+    def _failure_rate(self, at: Moment) -> Condition:
+        """The queue with the highest share of failed attempts in the last 10 minutes."""
+        self.attempts.forget(at.now)
+        least, threshold = self.thresholds.failure_rate_attempts, self.thresholds.failure_rate
+        counted = ((found[1] / found[0], *found, queue) for queue, found in self.attempts.by_queue.items() if found[1])
+        share, ended, failed, queue = max((each for each in counted if each[1] >= least), default=(0.0, 0, 0, ""))
+        quiet, hint = f"No queue had {least} attempts with failures in the last 10 minutes.", ""
+        if failed:
+            quiet = f"In queue {queue} {failed} of {ended} attempts failed in the last 10 minutes."
+            hint = f"{quiet} See its errors: jobctl failures, jobctl jobs --queue {queue} --status failed"
+        return Condition("failure_rate", round(share, 4), threshold, hint, quiet, inclusive=True)
+
+    def _disk(self) -> Condition:
+        """How many percent of the disk are used; the threshold is that of the limit that comes first."""
+        space, limits = self._space, self.thresholds
+        percent = 100 - limits.disk_free_percent
+        if space is None or not space.total_bytes:
+            return Condition("disk_nearly_full", 0, percent, "The space of the disk is unknown.")
+        threshold = max(min(percent, 100 - 100 * limits.disk_free_bytes / space.total_bytes), 0)
+        used = 100 - 100 * space.free_bytes / space.total_bytes
+        quiet = f"{space.free_bytes} of {space.total_bytes} bytes are free on the disk of {space.path}."
+        look = "See what is stored: jobctl stats"
+        hint = f"{quiet} On a full disk the daemon rejects new jobs. Free some space, or shorten [retention]. {look}"
+        return Condition("disk_nearly_full", used, threshold, hint, quiet)
+
+    def _release_loop(self) -> Condition:
+        """Jobs that workers release again and again."""
+        loops, threshold = self._book.release_loops, self.thresholds.release_loop
+        quiet, hint = "No job is released again and again.", ""
+        if loops:
+            job_id, releases = next(iter(loops.items()))
+            quiet = f"Job {job_id} was released {releases} times in a row without progress."
+            hint = (
+                f"{quiet} Its workers cannot do it. See which release it, and why: jobctl timeline {job_id}; "
+                f"to end the loop: jobctl cancel {job_id}"
+            )
+        return Condition("release_loop", len(loops), threshold, hint, quiet)
+
+
+def _lane(waits: Waiting) -> str:
+    return f"queue {waits.queue}, kind {waits.kind}" if waits.kind else f"queue {waits.queue}"
+
+
+def _times(pace: KindPace) -> tuple[float, KindPace, float, float] | None:
+    """How many times the usual the last hour was, and both in seconds; None where nobody can say, or feel it."""
+    if pace.last_hour_ms is None or pace.usual_ms is None or pace.last_hour_ms - pace.usual_ms < NOTICEABLE_MS:
+        return None
+    times = round(pace.last_hour_ms / max(pace.usual_ms, 1), 2)
+    return times, pace, pace.last_hour_ms / SECOND_MS, pace.usual_ms / SECOND_MS

@@ -1,0 +1,57 @@
+"""One log line for each committed fact: ordinary changes at debug, recoveries and operators' actions at info.
+
+Called after the commit; rules never log. No secret is in a fact's public part.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+
+from jobd.model.events import Change
+
+log = structlog.get_logger("jobd.facts")
+
+AT_INFO: Final = frozenset(
+    {
+        "stalled",
+        "expired",
+        "late_result",
+        "adopted",
+        "force_failed",
+        "force_reset",
+        "transitioned",
+        "updated",
+        "fixed",
+        "queue_paused",
+        "queue_resumed",
+        "undelivered",
+    }
+)
+
+
+def write_lines(changes: Sequence[Change]) -> None:
+    """Log committed changes, in their order."""
+    debugs = logging.getLogger("jobd").isEnabledFor(logging.DEBUG)
+    for change in changes:
+        event = change.event
+        if event.type in AT_INFO or (event.by.startswith("admin") and event.type != "imported"):
+            _line(change, log.info)
+        elif debugs:
+            _line(change, log.debug)
+
+
+def _line(change: Change, write: structlog.typing.WrappedLogger) -> None:
+    event = change.event
+    about = {
+        "job_id": event.job_id or None,
+        "queue": event.queue,
+        "from_status": event.before,
+        "to_status": event.after,
+        "by": event.by,
+        "reason": event.reason,
+    }
+    write(event.type, **{name: value for name, value in about.items() if value is not None})

@@ -1,0 +1,268 @@
+"""Failed jobs, and those that wait to be tried again, grouped by the fingerprint of their error: counted as they come
+and go.
+
+Kept in memory, from committed changes; what was there before the start is looked at once, in small slices. Nothing is
+looked for when somebody asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Final, Literal
+
+import structlog
+from msgspec import Struct, field
+
+from jobd.model.events import Change
+from jobd.model.fingerprints import fingerprint
+from jobd.model.job import Job, first_line
+from jobd.model.responses import FailureGroup, FailuresView
+from jobd.model.storage import Disk, Query
+
+MOST_GROUPS: Final = 1_000  # beyond it errors that nobody has seen yet are counted together
+MOST_GONE: Final = 1_000  # groups that are empty now, of which it is known since when there were such errors
+MOST_NAMES: Final = 20  # queues and kinds of a group
+MOST_IDS: Final = 20  # of the latest jobs of a group;
+SHOWN_IDS: Final = 5  # so many are shown
+SHOWN_NAMES: Final = 10
+SHOWN_TEXT: Final = 500  # characters of a message; its first line is never cut
+SCAN: Final = 500  # rows of history in one go
+LIMIT: Final = 50  # failed jobs of these
+PAUSE_S: Final = 0.005  # between two looks
+AGAIN_S: Final = 5.0  # after a look that failed
+
+log = structlog.get_logger("jobd.failures")
+
+
+What = Literal["failed", "retrying"]  # queued with the error of its last attempt
+
+
+class Group(Struct):
+    """Jobs with the same error. `ids` are the latest of them, with the time of their failure."""
+
+    first_at: int  # also of those that were in it before it was empty for a while
+    message: str = ""
+    code: str | None = None
+    failed: int = 0
+    retrying: int = 0
+    last_at: int = 0
+    queues: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    ids: dict[str, int] = {}
+
+    @property
+    def count(self) -> int:
+        return self.failed + self.retrying
+
+    def enter(self, job: Job, what: What, at: int) -> None:
+        if at >= self.last_at:
+            self.message = (job.error.message if job.error else None) or ""
+            self.code = job.error.code if job.error else None
+        self.first_at = min(self.first_at, at)
+        self.last_at = max(self.last_at, at)
+        self._add(what, 1)
+        for names, name in ((self.queues, job.options.queue), (self.kinds, job.options.kind)):
+            if name in names or len(names) < MOST_NAMES:
+                names[name] += 1
+        self.ids[job.id] = at
+        if len(self.ids) > MOST_IDS:
+            del self.ids[min(self.ids, key=self.ids.__getitem__)]
+
+    def leave(self, job: Job, what: What) -> bool:
+        """False where none of its jobs is there in this way: it was counted elsewhere."""
+        if (self.failed if what == "failed" else self.retrying) == 0:
+            return False
+        self._add(what, -1)
+        self.ids.pop(job.id, None)
+        for names, name in ((self.queues, job.options.queue), (self.kinds, job.options.kind)):
+            if names[name] > 1:
+                names[name] -= 1
+            else:
+                del names[name]
+        return True
+
+    def _add(self, what: What, step: int) -> None:
+        if what == "failed":
+            self.failed += step
+        else:
+            self.retrying += step
+
+
+class Failures:
+    """`committed` is told of every commit; `run` looks at what was there at the start: the failed jobs below `top`, and
+    `live` jobs."""
+
+    def __init__(self, disk: Disk, top: int, live: Iterable[Job] = ()) -> None:
+        self._disk = disk
+        self._groups: dict[str, Group] = {}
+        self._gone: dict[str, int] = {}  # since when there were such errors, of groups that are empty now
+        self._other: dict[What, int] = {"failed": 0, "retrying": 0}  # jobs whose error has no group of its own
+        # Live jobs as they were at the start: not counted yet, as nothing has happened to them since.
+        self._unseen = {job.id: job for job in live if job.error is not None and job.status == "queued"}
+        self._top = top
+        # Of each slice that was looked at, from the top down: below which seq it ends (negated: bisect wants them
+        # rising), and the last event that it knows of. What the jobs of a slice did before is counted already.
+        self._ends: list[int] = []
+        self._known: list[int] = []
+        self._below = top  # jobs below it are still to be looked at
+        self._wake = asyncio.Event()
+        self._stopping = False
+
+    # -- what happens -------------------------------------------------------------------------------------------------
+
+    def committed(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            before, after = change.before, change.after
+            if (before is None or (before.error is None and before.status != "failed")) and (
+                after is None or (after.error is None and after.status != "failed")
+            ):
+                continue  # as nearly every change: no call is spent on it
+            was, now = _what(before), _what(after)
+            if was == "retrying" and self._unseen.pop(change.event.job_id, None) is not None:
+                was = None
+            if "failed" in (was, now) and change.event.seq <= self._known_of(change.event.job_seq):
+                # As a failed job it is counted by the look at what was there, or was.
+                was, now = None if was == "failed" else was, None if now == "failed" else now
+            self._count(change, was, now)
+
+    def _count(self, change: Change, was: What | None, now: What | None) -> None:
+        before, after = change.before, change.after
+        if before is not None and after is not None and was == now and before.error == after.error:
+            return
+        if before is not None and was is not None:
+            self._leave(before, was)
+        if after is not None and now is not None:
+            self._enter(after, now, after.finished_at or change.event.at)
+        if before is not None and was is not None:  # not before it has entered: it may be the same group
+            self._forget_if_empty(_name(before))
+
+    def _known_of(self, job_seq: int) -> float:
+        """The last event that is counted of this job already; all of them, where it is still to be looked at."""
+        if job_seq >= self._top:
+            return 0
+        if job_seq < self._below:
+            return float("inf")
+        return self._known[bisect_left(self._ends, -job_seq)]
+
+    def _enter(self, job: Job, what: What, at: int) -> None:
+        group = self._group(job, at)
+        if group is None:
+            self._other[what] += 1
+        else:
+            group.enter(job, what, at)
+
+    def _leave(self, job: Job, what: What) -> None:
+        name = _name(job)
+        group = None if name is None else self._groups.get(name)
+        if group is None or not group.leave(job, what):
+            self._other[what] = max(self._other[what] - 1, 0)
+
+    def _forget_if_empty(self, name: str | None) -> None:
+        group = None if name is None else self._groups.get(name)
+        if name is None or group is None or group.count > 0:
+            return
+        del self._groups[name]
+        self._gone[name] = group.first_at
+        if len(self._gone) > MOST_GONE:
+            del self._gone[next(iter(self._gone))]
+
+    def _group(self, job: Job, at: int) -> Group | None:
+        """None where all groups are taken, or where the job has no error (an import may bring some): by no name they
+        could be found, so nothing could be done to just those."""
+        name = _name(job)
+        if name is None:
+            return None
+        if name not in self._groups and len(self._groups) < MOST_GROUPS:
+            self._groups[name] = Group(self._gone.pop(name, at))
+        return self._groups.get(name)
+
+    # -- what was there -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all jobs have been looked at."""
+        return self._below <= 0 and not self._unseen
+
+    async def run(self) -> None:
+        """Until `stop`, or until all jobs have been looked at."""
+        while not (self._stopping or self.is_whole):
+            pause_s = PAUSE_S
+            try:
+                await self._slice()
+            except Exception:
+                log.exception("failures_not_read")
+                pause_s = AGAIN_S
+            await self._pause(pause_s)
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    async def _slice(self) -> None:
+        if self._unseen:
+            for _ in range(min(LIMIT, len(self._unseen))):
+                _, job = self._unseen.popitem()
+                self._enter(job, "retrying", job.updated_at)
+            return
+        query = Query(status="failed", limit=LIMIT, before=self._below, scan=SCAN, payloads=False)
+        page = await self._disk.find(query)
+        # From here on nothing else happens before the end.
+        for job, _ in page.jobs:
+            self._enter(job, "failed", job.finished_at or job.updated_at)
+        self._below = page.next_before or 0
+        self._ends.append(-self._below)
+        self._known.append(page.last_event)
+
+    async def _pause(self, seconds: float) -> None:
+        timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+        await self._wake.wait()
+        timer.cancel()
+        self._wake.clear()
+
+    # -- what somebody asks -------------------------------------------------------------------------------------------
+
+    def view(self, limit: int) -> FailuresView:
+        """The `limit` largest groups."""
+        largest = sorted(self._groups.items(), key=lambda each: (-each[1].count, -each[1].last_at, each[0]))
+        shown = [_shown(name, group) for name, group in largest[:limit]]
+        failed = sum(group.failed for group in self._groups.values()) + self._other["failed"]
+        retrying = sum(group.retrying for group in self._groups.values()) + self._other["retrying"]
+        return FailuresView(
+            groups=shown,
+            total=failed,
+            retrying=retrying,
+            other=failed - sum(group.count for group in shown),
+            other_retrying=retrying - sum(group.retrying for group in shown),
+            whole=self.is_whole,
+        )
+
+
+def _what(job: Job | None) -> What | None:
+    """As what a job counts, if it does."""
+    if job is None or (job.error is None and job.status != "failed"):
+        return None
+    return "failed" if job.status == "failed" else "retrying" if job.status == "queued" else None
+
+
+def _name(job: Job) -> str | None:
+    error = job.error
+    return None if error is None else fingerprint(error.message, error.code, job.id)
+
+
+def _shown(name: str, group: Group) -> FailureGroup:
+    latest = sorted(group.ids, key=lambda job_id: -group.ids[job_id])
+    return FailureGroup(
+        fingerprint=name,
+        message=group.message[: max(SHOWN_TEXT, len(first_line(group.message)))],
+        error_code=group.code,
+        count=group.failed,
+        retrying=group.retrying,
+        kinds=[kind for kind, _ in group.kinds.most_common(SHOWN_NAMES)],
+        queues=[queue for queue, _ in group.queues.most_common(SHOWN_NAMES)],
+        first_at=group.first_at,
+        last_at=group.last_at,
+        job_ids=latest[:SHOWN_IDS],
+    )

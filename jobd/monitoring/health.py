@@ -1,0 +1,348 @@
+"""Measured health: the disk by a write and a read back, memory by a round trip and a recount, artifacts, cleanup.
+
+Changes no job and never raises: what cannot be measured is said to be so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import chain, islice
+from typing import Any, Final, Protocol
+
+import structlog
+from msgspec.structs import replace
+
+from jobd.engine.actor import Actor
+from jobd.engine.disk_full import Closed
+from jobd.model.commands import Moment, Ping
+from jobd.model.errors import Refusal
+from jobd.model.job import STATUSES, Job
+from jobd.model.responses import CleanupHealth, CleanupState, DatabaseHealth, HealthStatus, HealthView, PartHealth
+from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
+from jobd.storage.artifacts.base import StoreFault
+
+log = structlog.get_logger("jobd.health")
+
+MAX_AGE_S: Final = 5.0
+SPACE_MAX_AGE_S: Final = 1.0
+PATIENCE_S: Final = 2.0  # for one part; what takes longer is unhealthy, and is not asked a second time meanwhile
+STORAGE_PATIENCE_S: Final = 5.0  # a bucket may be far away
+SAMPLE: Final = 50  # jobs that are compared with the disk
+SAMPLED_FROM: Final = 10_000  # the oldest live jobs; a sample begins somewhere among them, the next one further on
+COMPARISONS: Final = 3
+FAULTS_KEPT: Final = 100
+NAMED: Final = 5  # jobs or faults that a message names
+_WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
+_REFUSED: Final = {
+    Closed.NOTHING: "no write fits",
+    Closed.CREATES: "new jobs are refused",
+    Closed.ALL_BUT_ENDINGS: "only endings and deletions are taken",
+    Closed.ALL_WRITES: "every change is refused",
+}
+
+
+class Clock(Protocol):
+    def moment(self) -> Moment: ...
+    def doubt(self) -> str | None: ...
+
+
+class Cleanup(Protocol):
+    def state(self) -> CleanupState: ...
+    def complaint(self) -> str | None: ...
+
+
+class Artifacts(Protocol):
+    place: str
+
+    async def probe(self) -> None: ...
+
+
+class Sweeper(Protocol):
+    def complaint(self) -> str | None: ...
+
+
+class Health:
+    """`view` measures, or gives what was measured within the last 5 s; `last` is that or an older one.
+
+    `faults` are sentences about damage that the start found, `take_faults` gives (once) those met since.
+    `artifacts` and `sweeper` are None where no artifact store is configured.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        clock: Clock,
+        cleanup: Cleanup,
+        *,
+        faults: Iterable[str] = (),
+        take_faults: Callable[[], Iterable[str]] = tuple,
+        artifacts: Artifacts | None = None,
+        sweeper: Sweeper | None = None,
+    ) -> None:
+        self.last: HealthView | None = None
+        self._actor = actor
+        self._clock = clock
+        self._cleanup = cleanup
+        self._artifacts = artifacts
+        self._sweeper = sweeper
+        self._faults: deque[str] = deque(faults, FAULTS_KEPT)
+        self._take_faults = take_faults
+        self._known = self._known_now()  # as of the last measurement
+        self._measured_at = 0.0  # loop time at the beginning of the measurement
+        self._space_at: float | None = None  # loop time at which the space of the disk was read
+        self._measuring: asyncio.Task[HealthView] | None = None
+        self._open: dict[str, asyncio.Task[Any]] = {}  # what was asked and has not been answered yet
+        self._next_sample = 0
+
+    async def view(self) -> HealthView:
+        """The health of the daemon, at most 5 s old. Callers that come during a measurement share it."""
+        loop_time = asyncio.get_running_loop().time()
+        is_fresh = loop_time - self._measured_at < MAX_AGE_S and self._known == self._known_now()
+        if self.last is not None and self._measuring is None and is_fresh:
+            return self._as_of_now(self.last)
+        if self._measuring is None:
+            self._measured_at, self._known = loop_time, self._known_now()
+            self._measuring = asyncio.create_task(self._measure())
+        return await asyncio.shield(self._measuring)
+
+    async def space(self) -> DiskSpace | None:
+        """Return free and total space of the store's disk, at most a second old, or older if the disk hangs."""
+        loop_time, full_disk = asyncio.get_running_loop().time, self._actor.full_disk
+        if self._space_at is None or loop_time() - self._space_at >= SPACE_MAX_AGE_S:
+            with contextlib.suppress(TimeoutError):
+                await self._in_time("space", full_disk.measure)
+                self._space_at = loop_time()
+        return full_disk.space
+
+    def _known_now(self) -> tuple[Closed, bool, bool]:
+        """Return the values that are never served from the cache: the limits of a full disk, and a suspect clock."""
+        full_disk = self._actor.full_disk
+        return full_disk.closed, full_disk.has_reserve, self._clock.moment().suspect
+
+    def _as_of_now(self, last: HealthView) -> HealthView:
+        """What was measured; whether a pass runs costs nothing to know, so it is never old."""
+        state, cleanup = self._cleanup.state(), last.cleanup_status
+        now = replace(cleanup, running=state.cleanup_running, time_since_last_cleanup=state.time_since_last_cleanup)
+        return replace(last, cleanup_status=now)
+
+    async def close(self) -> None:
+        """Wait for what was asked of the disk and the mailbox and has not been answered. Call it before they end.
+
+        Artifacts are not waited for: their place may be a mount that never answers.
+        """
+        if (storage := self._open.get("storage")) is not None:
+            storage.cancel()
+        under_way = [*self._open.values(), *([self._measuring] if self._measuring else [])]
+        await asyncio.gather(*under_way, return_exceptions=True)
+
+    async def _measure(self) -> HealthView:
+        try:
+            timestamp = self._clock.moment().now
+            database, cache, storage = await asyncio.gather(
+                self._tried("database", self._database),
+                self._tried("cache", self._cache),
+                self._tried("storage", self._storage),
+            )
+            cleanup, cleanup_status = self._tried_cleanup()
+            worst = max((database.status, cache.status, storage.status, cleanup_status), key=_WORST.index)
+            total, disk = self._actor.book.total(), self._actor.full_disk.space
+            told = DatabaseHealth(database.status, database.message, total)
+            if disk is not None:
+                told = replace(told, path=disk.path, free_bytes=disk.free_bytes, total_bytes=disk.total_bytes)
+            self.last = HealthView(worst, told, cache, storage, cleanup, timestamp)
+            return self.last
+        finally:
+            self._measuring = None
+
+    async def _tried(self, part: str, measure: Callable[[], Awaitable[PartHealth]]) -> PartHealth:
+        try:
+            return await measure()
+        except Exception as error:
+            log.exception("health_check_failed", part=part)
+            return PartHealth("unhealthy", f"It could not be measured: {type(error).__name__}: {error}")
+
+    async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S) -> Any:
+        """The answer, or TimeoutError after that time; nothing is cancelled, a late answer is waited for next time."""
+        task = self._open.get(what)
+        if task is None:
+            task = self._open[what] = asyncio.create_task(_awaited(ask))
+        done, _ = await asyncio.wait({task}, timeout=patience_s)
+        if not done:
+            raise TimeoutError
+        self._open.pop(what, None)
+        if task.cancelled():
+            raise TimeoutError  # by `close`
+        return task.result()
+
+    # -- the database -------------------------------------------------------------------------------------------------
+
+    async def _database(self) -> PartHealth:
+        loop_time = asyncio.get_running_loop().time
+        began, damage = loop_time(), self._damage()
+        try:
+            await self._in_time("probe", self._actor.disk.probe)
+        except DiskFull:
+            return await self._full_disk()
+        except TimeoutError:
+            return PartHealth("unhealthy", f"The disk has not answered a write for {PATIENCE_S:g} s. Is it overloaded?")
+        except Exception as error:
+            return PartHealth("unhealthy", f"A write and a read back failed ({error}). See the log; run: jobd doctor")
+        took_ms = (loop_time() - began) * 1000
+        if self._actor.full_disk.closed:
+            return await self._full_disk()
+        space = await self.space()
+        wrong = [] if damage is None else [damage]
+        if not self._actor.full_disk.has_reserve:
+            wrong.append(_without_reserve(space))
+        if wrong:
+            return PartHealth("degraded", " ".join(wrong))
+        return PartHealth("healthy", f"A write and a read back took {took_ms:.1f} ms.")
+
+    async def _full_disk(self) -> PartHealth:
+        """Describe a full disk: new jobs are rejected, or the next one will be."""
+        full_disk = self._actor.full_disk
+        await self.space()
+        told = f"{full_disk.described()}: {_REFUSED[full_disk.closed]}."
+        return PartHealth("unhealthy", f"{told} Free some space; jobd tries again every second.")
+
+    def _damage(self) -> str | None:
+        """What is known to be damaged, and how it is mended."""
+        for fault in self._take_faults():
+            log.error("store_fault", fault=fault)
+            if fault not in self._faults:
+                self._faults.append(fault)
+        said = []
+        if quarantined := self._actor.book.quarantined:
+            names = _some(list(islice(quarantined, NAMED)), len(quarantined))
+            said.append(f"Jobs in quarantine: {names}.")
+        if self._faults:
+            said.append(f"Damage: {_some(list(islice(self._faults, NAMED)), len(self._faults), '; ')}.")
+        return f"{' '.join(said)} Run: jobd doctor" if said else None
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    async def _cache(self) -> PartHealth:
+        loop_time = asyncio.get_running_loop().time
+        began = loop_time()
+        try:
+            answer = await self._in_time("ping", self._ping)
+        except TimeoutError:
+            waiting = f"{self._actor.waiting} commands wait"
+            return PartHealth("unhealthy", f"The mailbox has not answered for {PATIENCE_S:g} s; {waiting}.")
+        if isinstance(answer, Refusal):
+            status: HealthStatus = "degraded" if answer.code == "overloaded" else "unhealthy"
+            return PartHealth(status, answer.message)
+        took_ms = (loop_time() - began) * 1000
+        wrong = self._miscount()
+        if wrong is not None:
+            return PartHealth("unhealthy", f"{wrong} Restart the daemon: it counts anew.")
+        try:
+            differing, compared = await self._in_time("sample", self._recount)
+        except TimeoutError:
+            return PartHealth("degraded", f"The disk has not answered a read for {PATIENCE_S:g} s.")
+        if differing:
+            message = f"Memory and disk differ for {', '.join(differing)}."
+            return PartHealth("unhealthy", f"{message} Restart the daemon: in doubt the disk is right.")
+        return PartHealth("healthy", f"A round trip took {took_ms:.1f} ms; {compared} jobs are as on the disk.")
+
+    async def _ping(self) -> object:
+        return await self._actor.ask(Ping(), by="daemon")
+
+    def _miscount(self) -> str | None:
+        """Which counters do not agree with each other and with what they count."""
+        book = self._actor.book
+        for status in STATUSES:
+            total, by_queue = book.totals[status], sum(counts.get(status, 0) for counts in book.counts.values())
+            if total != by_queue:
+                return f"There are {total} {status} jobs by one counter and {by_queue} by another."
+        for status, held in (("processing", len(book.processing)), ("queued", len(book.jobs) - len(book.processing))):
+            if book.totals[status] != held:
+                return f"{held} jobs are {status}, but the counter says {book.totals[status]}."
+        return None
+
+    async def _recount(self) -> tuple[list[str], int]:
+        """Ids of a sample of live jobs whose rows differ from the disk's, and how many were compared.
+
+        While a batch is written memory may be ahead of the disk, and after a refused one for a moment too. So a job
+        counts as differing only if it does so each time, unchanged in memory, with a whole round trip
+        through the mailbox in between.
+        """
+        sample = self._sample()
+        compared = len(sample)
+        for _ in range(COMPARISONS):
+            sample = await self._differing(sample)
+            if not sample:
+                return [], compared
+            if isinstance(await self._ping(), Refusal):
+                return [], 0  # too busy, or stopping: the next measurement says more
+        return sorted(sample)[:NAMED], compared
+
+    def _sample(self) -> dict[str, Job]:
+        """Processing jobs and queued ones, from further on each time."""
+        book = self._actor.book
+        begin = self._next_sample if self._next_sample < min(len(book.jobs), SAMPLED_FROM) else 0
+        self._next_sample = begin + SAMPLE
+        held = islice(book.processing.values(), SAMPLE // 2)
+        window = (book.jobs[job_id] for job_id in islice(book.jobs, begin, begin + SAMPLE))
+        return {job.id: job for job in islice(chain(held, window), SAMPLE)}
+
+    async def _differing(self, sample: dict[str, Job]) -> dict[str, Job]:
+        """Those of `sample` that are still the same in memory and are not so on the disk."""
+        book = self._actor.book
+        loaded = await self._actor.disk.load(list(sample), [], [])
+        return {
+            job_id: job
+            for job_id, job in sample.items()
+            if book.jobs.find(job_id) == job and loaded.jobs.get(job_id) != job
+        }
+
+    # -- artifacts and cleanup ----------------------------------------------------------------------------------------
+
+    async def _storage(self) -> PartHealth:
+        if self._artifacts is None:
+            return PartHealth("healthy", "not configured")
+        loop_time, place = asyncio.get_running_loop().time, self._artifacts.place
+        began = loop_time()
+        try:
+            await self._in_time("storage", self._artifacts.probe, STORAGE_PATIENCE_S)
+        except TimeoutError:
+            return PartHealth("unhealthy", f"{place} has not answered for {STORAGE_PATIENCE_S:g} s.")
+        except StoreFault as fault:
+            return PartHealth("unhealthy", str(fault))
+        if self._sweeper is not None and (complaint := self._sweeper.complaint()) is not None:
+            return PartHealth("degraded", complaint)
+        took_ms = (loop_time() - began) * 1000
+        return PartHealth("healthy", f"{place}: a write, a read back and a deletion took {took_ms:.1f} ms.")
+
+    def _tried_cleanup(self) -> tuple[CleanupHealth, HealthStatus]:
+        try:
+            return self._cleanup_health()
+        except Exception as error:
+            log.exception("health_check_failed", part="cleanup")
+            return CleanupHealth(False, None, f"It could not be measured: {type(error).__name__}: {error}"), "unhealthy"
+
+    def _cleanup_health(self) -> tuple[CleanupHealth, HealthStatus]:
+        state = self._cleanup.state()
+        said = [told for told in (self._cleanup.complaint(), self._clock.doubt()) if told is not None]
+        message = " ".join(said) or "Passes run in time."
+        view = CleanupHealth(state.cleanup_running, state.time_since_last_cleanup, message)
+        return view, "degraded" if said else "healthy"
+
+
+async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:
+    return await ask()
+
+
+def _without_reserve(space: DiskSpace | None) -> str:
+    """Describe what a missing reserve file means, and how to get it back."""
+    needed = RESERVE_BYTES + SPARE_BYTES
+    where = "" if space is None else f" beside {space.path} ({needed} bytes are needed, {space.free_bytes} are free)"
+    return f"The reserve file is missing{where}. On a full disk, running jobs may not be able to end. Free some space."
+
+
+def _some(names: list[str], count: int, between: str = ", ") -> str:
+    more = count - len(names)
+    return between.join(names) + (f" and {more} more" if more > 0 else "")

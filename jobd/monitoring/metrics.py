@@ -1,0 +1,438 @@
+"""Figures as Prometheus text: plain numbers are copied on the event loop, the text is made of them in a thread.
+
+Counts nothing itself but the lag of the loop; all other numbers are kept by those who know them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import platform
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from itertools import accumulate, islice
+from typing import Final, Protocol, get_args
+
+from msgspec import Struct
+from prometheus_client import generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.utils import floatToGoString
+
+from jobd import __version__
+from jobd.core import views
+from jobd.core.pace import KindPace
+from jobd.core.state import Book
+from jobd.core.stats import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram
+from jobd.engine.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
+from jobd.maintenance.artifact_sweeper import Sweeps
+from jobd.maintenance.maintainer import Cleaner
+from jobd.model.commands import Moment
+from jobd.model.errors import REFUSALS
+from jobd.model.events import EventType
+from jobd.model.job import SECOND_MS, STATUSES
+from jobd.model.responses import Vitals
+from jobd.model.storage import DiskSpace
+from jobd.monitoring.alerts import Alerts
+
+QUEUES_SHOWN: Final = 200  # those that were seen first; the rest is summed up under OTHER_QUEUES
+LANES_SEEN: Final = 2_000  # to know since when the oldest due job of a queue waits, each of its lanes is looked at
+LAG_EVERY_S: Final = 1.0
+COMMITS_KEPT: Final = 300  # as many seconds back the commits of `vitals` go
+LAGS_KEPT: Final = 20  # the worst of them is shown, so that a scrape every 15 s misses none
+FOUND_KINDS: Final = ("stuck", "expired_locks", "expired", "deleted", "issues")
+ISSUE_TYPES: Final = ("error", "critical")  # warnings are not counted by passes
+
+Counts = tuple[list[int], float]  # of a histogram: by bucket, and the sum
+
+
+class Snapshot(Struct, frozen=True):
+    """Every number of one moment, shared with nobody."""
+
+    jobs: dict[str, int]  # status -> jobs
+    queues: list[tuple[str, dict[str, int]]]
+    paused: dict[str, bool]  # queue -> whether it is
+    oldest_due_s: dict[str, float]  # queue -> seconds
+    stuck: int
+    locked: int
+    grants: dict[str, int]  # queue -> grants
+    refusals: dict[str, int]  # code -> answers
+    stalls: int
+    recovered: dict[str, int]  # action -> jobs
+    late: dict[str, int]  # action -> late results
+    passes: int
+    found: dict[str, int]  # kind -> jobs
+    last_pass_at: int | None  # of the last successful pass, Unix ms
+    failed_passes: int  # since then
+    issues: dict[str, int]  # type -> issues
+    processing: dict[str, Counts]  # queue -> seconds
+    paces: list[KindPace]
+    granted_twice: int
+    quarantined: int
+    clock_suspect: bool
+    disk_full: int  # full_disk.Closed
+    disk: DiskSpace | None
+    commit_seconds: Counts
+    batch_commands: Counts
+    mailbox: int
+    mailbox_limit: int
+    events: dict[str, int]  # type -> events
+    parked: int
+    listeners: int
+    dropped: int
+    lag_s: float
+    alerts: dict[str, bool]
+    sweeps: Sweeps
+    webhooks: dict[str, WebhookFigures]  # by name
+
+
+class WebhookFigures(Protocol):
+    @property
+    def delivered(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def given_up(self) -> int: ...
+    @property
+    def gaps(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def lag(self) -> int: ...
+    @property
+    def paused(self) -> bool: ...
+
+
+class Door(Protocol):
+    refusals: Counter[str]  # code -> answers
+
+
+class Clock(Protocol):
+    @property
+    def suspect(self) -> bool: ...
+    def moment(self) -> Moment: ...
+
+
+class Feed(Protocol):
+    dropped: int
+
+    @property
+    def listeners(self) -> int: ...
+
+
+class Metrics:
+    """`render` gives the text; `run` measures the lag of the loop until `stop`.
+
+    `doors` may be opened later: the list is read anew each time. A store in memory has no files, and no sizes.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        cleaner: Cleaner,
+        alerts: Alerts,
+        clock: Clock,
+        sweeps: Sweeps,
+        store_path: str,
+        doors: Sequence[Door],
+        feed: Feed,
+    ) -> None:
+        self._actor = actor
+        self._cleaner = cleaner
+        self._alerts = alerts
+        self._clock = clock
+        self._sweeps = sweeps
+        self._doors = doors
+        self._feed = feed
+        self._store_path = store_path
+        self.webhooks: Callable[[], Mapping[str, WebhookFigures]] = dict
+        self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
+        self._commits: deque[list[int]] = deque([actor.commit_seconds.counts.copy()], COMMITS_KEPT)
+        self._born_s = time.monotonic()
+        self._stop = asyncio.Event()
+
+    async def render(self) -> bytes:
+        """Prometheus text, format 0.0.4."""
+        return await asyncio.to_thread(text, self.snapshot(), self._store_path)
+
+    async def vitals(self) -> Vitals:
+        """How the process is, for people."""
+        path = self._store_path
+        database, wal = await asyncio.to_thread(lambda: (_size(path), _size(f"{path}-wal")))
+        return Vitals(
+            mailbox=self._actor.waiting,
+            parked=len(self._actor.parked),
+            commit_p99_s=self.commit_p99_s(),
+            loop_lag_s=max(self._lags, default=0.0),
+            database_bytes=database,
+            wal_bytes=wal,
+            uptime_ms=int((time.monotonic() - self._born_s) * SECOND_MS),
+            oldest_due=views.oldest_due(self._actor.book),
+        )
+
+    def commit_p99_s(self) -> float | None:
+        """So long took 99 of 100 commits of the last minutes at most; None where there was none."""
+        before, now = self._commits[0], self._actor.commit_seconds.counts
+        return quantile(0.99, [count - then for count, then in zip(now, before, strict=True)], COMMIT_BUCKETS_S)
+
+    def snapshot(self) -> Snapshot:
+        """Copies only, nothing is formatted: it takes the loop for well under a millisecond, or 2 ms with 100 kinds."""
+        actor, book, cleaner = self._actor, self._actor.book, self._cleaner
+        figures, report = book.figures, cleaner.last_success
+        alerts = {alert.name: alert.firing for alert in self._alerts.evaluate()}
+        return Snapshot(
+            jobs=dict(book.totals),
+            queues=capped(book),
+            paused={name: name in book.paused for name in islice(book.counts, QUEUES_SHOWN)},
+            oldest_due_s=oldest_due_s(book, self._clock.moment().now),
+            stuck=len(book.stuck),
+            locked=book.live_locks(),
+            grants=dict(figures.grants),
+            refusals=dict(sum((door.refusals for door in self._doors), Counter[str]())),
+            stalls=figures.stalls,
+            late={"kept": figures.late_kept, "adopted": figures.late_adopted},
+            recovered={"reset": figures.reset, "failed": figures.failed},
+            passes=cleaner.totals.passes,
+            found=dict(cleaner.totals.found),
+            last_pass_at=None if report is None else report.timestamp,
+            failed_passes=cleaner.state().failed_since_last_success,
+            issues=dict(cleaner.totals.issues),
+            processing={queue: _copy(histogram) for queue, histogram in figures.processing.items()},
+            paces=self._alerts.paces,
+            granted_twice=figures.overlaps.total,
+            quarantined=len(book.quarantined),
+            clock_suspect=self._clock.suspect,
+            disk_full=int(actor.full_disk.closed),
+            disk=actor.full_disk.space,
+            commit_seconds=_copy(actor.commit_seconds),
+            batch_commands=_copy(actor.batch_commands),
+            mailbox=actor.waiting,
+            mailbox_limit=actor.bounds.mailbox,
+            events=dict(figures.events),
+            parked=len(actor.parked),
+            listeners=self._feed.listeners,
+            dropped=self._feed.dropped,
+            lag_s=max(self._lags, default=0.0),
+            alerts=alerts,
+            sweeps=copy(self._sweeps),
+            webhooks=dict(self.webhooks()),
+        )
+
+    async def run(self) -> None:
+        """How much later than asked for the loop comes back to us, once a second."""
+        while not self._stop.is_set():
+            began = time.perf_counter()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), LAG_EVERY_S)
+            self._lags.append(max(time.perf_counter() - began - LAG_EVERY_S, 0.0))
+            self._commits.append(self._actor.commit_seconds.counts.copy())
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+def text(now: Snapshot, store_path: str) -> bytes:
+    """The exposition of `now` and of the sizes of the store's files. Reads the file system: call it off the loop."""
+    registry = CollectorRegistry(auto_describe=False)  # our own: nothing of the process comes in by itself
+    registry.register(_Collected([*_jobs(now), *_cleanup(now), *_webhooks(now), *_machine(now), *_files(store_path)]))
+    return generate_latest(registry)
+
+
+class _Collected(Collector):
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _jobs(now: Snapshot) -> Iterator[Metric]:
+    by_status = ((status, now.jobs.get(status, 0)) for status in STATUSES)
+    yield _gauges("jobs", "Jobs by status.", ["status"], by_status)
+    queues = ((name, status, counts.get(status, 0)) for name, counts in now.queues for status in STATUSES)
+    yield _gauges("queue_jobs", "Jobs by queue and status.", ["queue", "status"], queues)
+    paused = ((name, int(is_paused)) for name, is_paused in now.paused.items())
+    yield _gauges("queue_paused", "1 while an operator keeps the queue from being worked on.", ["queue"], paused)
+    help_ = "For how long the oldest job that is due has waited, by queue."
+    yield _gauges("queue_oldest_due_seconds", help_, ["queue"], now.oldest_due_s.items())
+    yield _gauge("stuck_jobs", "Jobs whose worker went silent for too long.", now.stuck)
+    yield _gauge("locked_jobs", "Jobs with a live lock.", now.locked)
+    yield _counters("grants", "Jobs handed to workers, by queue.", ["queue"], now.grants.items())
+    events = ((kind, now.events.get(kind, 0)) for kind in get_args(EventType))
+    yield _counters("events", "Committed events, by type: what timelines and streams show.", ["type"], events)
+    refusals = ((code, now.refusals.get(code, 0)) for code in REFUSALS)
+    yield _counters("refusals", "Requests refused, by code; already_locked is lock contention.", ["code"], refusals)
+    yield _counter("stalls", "Grants that ended because the worker went silent.", now.stalls)
+    yield _counters("recovered", "Stuck jobs recovered: reset to queued, or failed.", ["action"], now.recovered.items())
+    yield _counters("late_results", "Results of workers that had lost their lock.", ["action"], now.late.items())
+    help_ = "Time from grant to completion, by queue."
+    seconds = HistogramMetricFamily("jobd_processing_seconds", help_, labels=["queue"])
+    for queue, counts in now.processing.items():
+        seconds.add_metric([queue], _buckets(counts[0], PROCESSING_BUCKETS_S), counts[1])
+    yield seconds
+    help_ = "Within so much time 95 of 100 jobs of the kind were completed, in the last hour and usually."
+    yield _gauges("processing_p95_seconds", help_, ["kind", "window"], _paces(now))
+    help_ = "Jobs granted again while the worker before had time left and had not said that it stopped."
+    yield _counter("granted_twice", help_, now.granted_twice)
+    help_ = "Jobs whose damaged rows were set aside."
+    yield _gauge("quarantined_jobs", help_, now.quarantined)
+
+
+def _paces(now: Snapshot) -> Iterator[tuple[str, str, float]]:
+    for pace in now.paces:
+        for window, ms in (("hour", pace.last_hour_ms), ("usual", pace.usual_ms)):
+            if ms is not None:
+                yield pace.kind, window, ms / SECOND_MS
+
+
+def _cleanup(now: Snapshot) -> Iterator[Metric]:
+    yield _counter("cleanup_passes", "Cleanup passes since the start.", now.passes)
+    found = ((kind, now.found.get(kind, 0)) for kind in FOUND_KINDS)
+    yield _counters("cleanup_found", "What recovery and passes found and acted on since the start.", ["kind"], found)
+    last = [] if now.last_pass_at is None else [(now.last_pass_at / SECOND_MS,)]
+    yield _gauges(
+        "cleanup_last_timestamp_seconds", "When the last successful cleanup pass ended (Unix time).", [], last
+    )
+    help_ = "Cleanup passes with errors since the last successful one."
+    yield _gauge("cleanup_failed_passes", help_, now.failed_passes)
+    issues = ((kind, now.issues.get(kind, 0)) for kind in ISSUE_TYPES)
+    yield _counters("validation_issues", "Issues that passes found since the start, by type.", ["type"], issues)
+    help_ = "Stored objects of deleted jobs and late results that are to be deleted."
+    yield _gauge("artifact_tombstones", help_, now.sweeps.waiting)
+    help_ = "For how long the first of them could have been deleted."
+    yield _gauge("artifact_sweep_behind_seconds", help_, now.sweeps.behind_ms / SECOND_MS)
+    swept = {"deleted": now.sweeps.deleted, "left": now.sweeps.left, "failed": now.sweeps.failures}
+    help_ = "Stored objects of deleted jobs since the start: deleted, left as another's, failed tries."
+    yield _counters("artifacts_swept", help_, ["outcome"], swept.items())
+    firing = ((name, int(is_firing)) for name, is_firing in now.alerts.items())
+    yield _gauges("alert_firing", "1 while the alert fires.", ["alert"], firing)
+
+
+def _webhooks(now: Snapshot) -> Iterator[Metric]:
+    help_ = (
+        "Messages to webhooks since the start: delivered, failed tries, given up; gap: events that could not be told."
+    )
+    family = CounterMetricFamily("jobd_webhook_deliveries", help_, labels=["endpoint", "outcome"])
+    for name, each in now.webhooks.items():
+        outcomes = {"delivered": each.delivered, "failed": each.failed, "given_up": each.given_up, "gap": each.gaps}
+        for outcome, count in outcomes.items():
+            family.add_metric([name, outcome], count)
+    yield family
+    waiting = ((name, each.waiting) for name, each in now.webhooks.items())
+    yield _gauges("webhook_waiting_deliveries", "Messages that wait to be delivered.", ["endpoint"], waiting)
+    lags = ((name, each.lag) for name, each in now.webhooks.items())
+    yield _gauges("webhook_lag_events", "Events that the webhook was not told of yet.", ["endpoint"], lags)
+    paused = ((name, int(each.paused)) for name, each in now.webhooks.items())
+    help_ = "1 during a break: nothing, or one message on trial, is sent, as too many have failed."
+    yield _gauges("webhook_paused", help_, ["endpoint"], paused)
+
+
+def _machine(now: Snapshot) -> Iterator[Metric]:
+    for name, help_, counts, bounds in (
+        ("commit_seconds", "Time of one commit with its fsync.", now.commit_seconds, COMMIT_BUCKETS_S),
+        ("batch_commands", "Commands of one commit.", now.batch_commands, BATCH_BUCKETS),
+    ):
+        family = HistogramMetricFamily(f"jobd_{name}", help_)
+        family.add_metric([], _buckets(counts[0], bounds), counts[1])
+        yield family
+    yield _gauge("mailbox_commands", "Commands that wait to be decided.", now.mailbox)
+    yield _gauge("mailbox_limit_commands", "So many commands may wait (limits.mailbox).", now.mailbox_limit)
+    yield _gauge("parked_claims", "Claims that wait for work.", now.parked)
+    yield _gauge("event_streams", "Open streams of events.", now.listeners)
+    yield _counter("event_streams_dropped", "Streams of events cut off because they were read too slowly.", now.dropped)
+    yield _gauge("loop_lag_seconds", "The worst lag of the event loop in the last 20 s.", now.lag_s)
+    help_ = "What a full disk closes: 0 nothing, 1 creates, 2 all but endings and deletions, 3 every change."
+    yield _gauge("disk_full", help_, now.disk_full)
+    disks = [] if now.disk is None else [now.disk]
+    help_ = "Free space of the disk of the store, for jobd."
+    yield _gauges("disk_free_bytes", help_, [], [(disk.free_bytes,) for disk in disks])
+    yield _gauges("disk_total_bytes", "Size of the disk of the store.", [], [(disk.total_bytes,) for disk in disks])
+    yield _gauge(
+        "clock_suspect", "1 while the wall clock is suspect and nothing is deleted or failed by age.", now.clock_suspect
+    )
+    build = [(__version__, platform.python_version(), 1)]
+    yield _gauges("build_info", "Which jobd this is.", ["version", "python"], build)
+
+
+def _files(store_path: str) -> Iterator[Metric]:
+    yield _gauge("wal_bytes", "Size of the write-ahead log.", _size(f"{store_path}-wal"))
+    yield _gauge("database_bytes", "Size of the database file.", _size(store_path))
+
+
+def oldest_due_s(book: Book, now: int) -> dict[str, float]:
+    """For each queue that is shown by its name, 0 where nothing is due. Queues of very many lanes are passed over."""
+    found, left = {}, LANES_SEEN
+    for queue in islice(book.counts, QUEUES_SHOWN):
+        left -= (lanes := book.due_lanes(queue))
+        if left < 0:
+            left += lanes
+            continue
+        oldest = book.oldest_due_at(queue)
+        found[queue] = 0.0 if oldest is None else max(now - oldest, 0) / SECOND_MS
+    return found
+
+
+def capped(book: Book) -> list[tuple[str, dict[str, int]]]:
+    """Return the counts of the first QUEUES_SHOWN queues, and of all others as one, to limit the label values."""
+    shown = [(name, counts.copy()) for name, counts in islice(book.counts.items(), QUEUES_SHOWN)]
+    if len(book.counts) <= QUEUES_SHOWN:
+        return shown
+    rest = {status: total - sum(counts[status] for _, counts in shown) for status, total in book.totals.items()}
+    return [*shown, (OTHER_QUEUES, rest)]
+
+
+def quantile(part: float, counts: Sequence[int], bounds: Sequence[float]) -> float | None:
+    """The bound of the bucket in which the `part` of all lies; infinity above all bounds, None where there are none."""
+    wanted = part * sum(counts)
+    if not wanted:
+        return None
+    return next(bound for total, bound in zip(accumulate(counts), (*bounds, math.inf), strict=True) if total >= wanted)
+
+
+def _copy(histogram: Histogram) -> Counts:
+    return histogram.counts.copy(), histogram.total
+
+
+def _buckets(counts: list[int], bounds: Sequence[float]) -> list[tuple[str, float]]:
+    """Upper bound and how many were at or below it, as Prometheus wants them."""
+    names = [*map(floatToGoString, bounds), "+Inf"]
+    return list(zip(names, accumulate(counts), strict=True))
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:  # no log yet, or a store in memory
+        return 0
+
+
+def _gauge(name: str, help_: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"jobd_{name}", help_, value=value)
+
+
+def _counter(name: str, help_: str, value: float) -> Metric:
+    """Shown as `jobd_<name>_total`."""
+    return CounterMetricFamily(f"jobd_{name}", help_, value=value)
+
+
+def _gauges(name: str, help_: str, labels: list[str], rows: Iterable[tuple[str | float, ...]]) -> Metric:
+    """A row is its label values and the number."""
+    family = GaugeMetricFamily(f"jobd_{name}", help_, labels=labels)
+    for *values, number in rows:
+        family.add_metric([str(value) for value in values], float(number))
+    return family
+
+
+def _counters(name: str, help_: str, labels: list[str], rows: Iterable[tuple[str, float]]) -> Metric:
+    family = CounterMetricFamily(f"jobd_{name}", help_, labels=labels)
+    for value, number in rows:
+        family.add_metric([value], number)
+    return family

@@ -1,0 +1,600 @@
+"""Rows and their values: a job, an event, a key, a queue as columns and back, and the checksum of a row.
+
+Knows no SQL and no file. A row is a tuple in the order of its columns, its checksum last.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import or_
+from typing import Any, Final, get_args
+
+import msgspec
+from msgspec import UNSET, Raw, Struct
+from msgspec.structs import astuple
+
+from jobd.model.events import GIVEN_BACK, KEEP_SIGNS, ROUTINE, SIGNS, Changes, Event
+from jobd.model.job import Backoff, Ended, Failure, Grant, Job, LateResult, Lease, Options, Result, Untouched
+from jobd.model.storage import Audited, KeyRow, Numbers, QueueRow, Tombstone
+
+Row = tuple[Any, ...]
+
+# The columns of each field of Job, in the order of the table.
+JOB_FIELDS: Final[dict[str, tuple[str, ...]]] = {
+    "seq": ("seq",),
+    "id": ("id",),
+    "status": ("status",),
+    "expires_at": ("expires_at",),
+    "options": (
+        "queue",
+        "kind",
+        "priority",
+        "max_attempts",
+        "backoff_kind",
+        "backoff_base_ms",
+        "backoff_max_ms",
+        "backoff_jitter",
+        "max_stalls",
+        "on_stall",
+        "stuck_after_ms",
+        "max_processing_ms",
+    ),
+    "created_at": ("created_at",),
+    "updated_at": ("updated_at",),
+    "run_at": ("run_at",),
+    "progress": ("progress",),
+    "progress_message": ("progress_message",),
+    "attempt": ("attempt",),
+    "stalls": ("stalls",),
+    "started_at": ("started_at",),
+    "finished_at": ("finished_at",),
+    "grant": (
+        "lock_id",
+        "fencing_token",
+        "worker",
+        "acquired_at",
+        "lock_ttl_ms",
+        "lock_stuck_after_ms",
+        "lock_max_processing_ms",
+    ),
+    "lease": ("lock_expires_lease_ms", "silent_lease_ms", "ceiling_lease_ms", "lock_cleared"),
+    "ended": (
+        "ended_lock_id",
+        "ended_fencing_token",
+        "ended_worker",
+        "ended_at",
+        "ended_rule",
+        "ended_reason",
+        "ended_verb",
+        "ended_body_hash",
+    ),
+    "result": ("download_url", "file_path", "storage_key", "metadata"),
+    "error": ("error_message", "error_code"),
+    "releases": ("releases",),
+}
+JOB_COLUMNS: Final = tuple(column for columns in JOB_FIELDS.values() for column in columns)
+# Columns in which a part that is there must have a value.
+_NEEDED: Final = {
+    "grant": JOB_FIELDS["grant"],
+    "lease": ("lock_expires_lease_ms", "silent_lease_ms", "lock_cleared"),
+    "ended": JOB_FIELDS["ended"][:6],
+}
+
+# Of a job to which nothing has happened since its creation these columns say all: updated_at is created_at, and the
+# others hold what they hold in every such job.
+NEW_COLUMNS: Final = ("seq", "id", "expires_at", *JOB_FIELDS["options"], "created_at", "run_at")
+AS_CREATED: Final[dict[str, Any]] = {
+    column: {"status": "queued", "progress": 0.0, "attempt": 0, "stalls": 0, "releases": 0}.get(column)
+    for column in JOB_COLUMNS
+    if column not in (*NEW_COLUMNS, "updated_at")
+}
+_NEW_END: Final = tuple(AS_CREATED[column] for column in JOB_COLUMNS[JOB_COLUMNS.index("progress") :])
+
+EVENT_COLUMNS: Final = Event.__struct_fields__
+KEY_COLUMNS: Final = ("digest", "body_hash", "at", "status", "grants", "answer_crc")
+LATE_COLUMNS: Final = (
+    "seq",
+    "job_seq",
+    "at",
+    "worker",
+    "fencing_token",
+    "body_hash",
+    "expires_at",
+    *JOB_FIELDS["result"],
+)
+QUEUE_COLUMNS: Final = ("name", *QueueRow.__struct_fields__)
+TOMBSTONE_COLUMNS: Final = Tombstone.__struct_fields__
+AUDIT_COLUMNS: Final = ("seq", *Audited.__struct_fields__)
+META_COLUMNS: Final = (
+    "schema_version",
+    *Numbers.__struct_fields__,
+    "live_count",
+    "live_xor",
+    "finished_count",
+    "finished_xor",
+    "marked",
+    "events_gone_to",
+)
+
+_NO_GRANT: Final = (None,) * 7
+_NO_LEASE: Final = (None,) * 4
+_NO_ENDED: Final = (None,) * 8
+_NO_RESULT: Final = (None,) * 4
+_NO_ERROR: Final = (None, None)
+_NULL: Final = b"null"
+
+_pack = msgspec.msgpack.Encoder().encode
+_json = msgspec.json.Encoder().encode
+
+
+class Unreadable(Exception):
+    """A row that makes no value; the message says which column is wrong and how."""
+
+
+def checksum(row: Row) -> int:
+    """CRC-32 of all columns but the checksum itself. Its form knows integer, float, text, bytes and null apart."""
+    return zlib.crc32(_pack(row))
+
+
+def sealed(row: Row) -> Row:
+    """`row` with its checksum as the last column."""
+    return (*row, zlib.crc32(_pack(row)))
+
+
+def fault(row: Row) -> str | None:
+    """What is wrong with a row read from the disk, its checksum last; None where it is as it was written."""
+    try:
+        found = zlib.crc32(_pack(row[:-1]))
+    except (UnicodeEncodeError, OverflowError):
+        return "its text is not readable"
+    return None if found == row[-1] else "its checksum is wrong"
+
+
+def first_checksum(row: Row) -> int:
+    """The checksum that a bad row most likely had when it was written.
+
+    One flipped bit in the checksum itself leaves the two a single bit apart; one in the other columns never does.
+    """
+    stored = row[-1] if isinstance(row[-1], int) else 0
+    try:
+        found = zlib.crc32(_pack(row[:-1]))
+    except (UnicodeEncodeError, OverflowError):
+        return stored
+    return found if (found ^ stored).bit_count() == 1 else stored
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs
+
+
+def job_row(job: Job) -> Row:
+    """The columns of `job` in the order of JOB_COLUMNS, without the checksum.
+
+    Only plain integers, floats, text, bytes and None: the checksum tells True from 1. `progress` is always a float,
+    as the disk gives it back.
+    """
+    options, grant, lease = job.options, job.grant, job.lease
+    ended, result, error = job.ended, job.result, job.error
+    return (
+        job.seq,
+        job.id,
+        job.status,
+        job.expires_at,
+        options.queue,
+        options.kind,
+        options.priority,
+        options.max_attempts,
+        options.backoff.kind,
+        options.backoff.base_ms,
+        options.backoff.max_ms,
+        1 if options.backoff.jitter else 0,
+        options.max_stalls,
+        options.on_stall,
+        options.stuck_after_ms,
+        options.max_processing_ms,
+        job.created_at,
+        job.updated_at,
+        job.run_at,
+        job.progress + 0.0,
+        job.progress_message,
+        job.attempt,
+        job.stalls,
+        job.started_at,
+        job.finished_at,
+        *(_NO_GRANT if grant is None else _grant_columns(grant)),
+        *(_NO_LEASE if lease is None else (lease.expires, lease.silent, lease.ceiling, 1 if lease.cleared else 0)),
+        *(_NO_ENDED if ended is None else _ended_columns(ended)),
+        *(_NO_RESULT if result is None else _result_columns(result)),
+        *(_NO_ERROR if error is None else (error.message, error.code)),
+        job.releases,
+    )
+
+
+def _grant_columns(grant: Grant) -> Row:
+    return (
+        grant.lock_id,
+        grant.fencing_token,
+        grant.worker,
+        grant.acquired_at,
+        grant.ttl_ms,
+        grant.stuck_after_ms,
+        grant.max_processing_ms,
+    )
+
+
+def _ended_columns(ended: Ended) -> Row:
+    return (
+        ended.lock_id,
+        ended.fencing_token,
+        ended.worker,
+        ended.at,
+        ended.rule,
+        ended.reason,
+        ended.verb,
+        ended.body_hash,
+    )
+
+
+def _result_columns(result: Result) -> Row:
+    metadata = None if result.metadata is None else bytes(result.metadata)
+    return (result.download_url, result.file_path, result.storage_key, None if metadata == _NULL else metadata)
+
+
+class JobReader:
+    """Makes jobs of rows; what many jobs have in common (options, names) exists once in memory."""
+
+    def __init__(self) -> None:
+        self._options: dict[Row, Options] = {}
+        self._last: tuple[Row, Options] = (), Options()
+        self._words: Any = {}  # text to itself; not typed, as some words are literals
+
+    def job(self, row: Row) -> Job:
+        """The job of a row whose checksum is right. Raises Unreadable where a part of it is missing."""
+        (seq, id_, status, expires_at) = row[:4]
+        (created_at, updated_at, run_at, progress, message, attempt, stalls, started_at, finished_at) = row[16:25]
+        grant, lease, ended = row[25:32], row[32:36], row[36:44]
+        result, error = row[44:48], row[48:50]
+        options = self._options.get(row[4:16])
+        return Job(
+            seq,
+            id_,
+            self._new_options(row[4:16]) if options is None else options,
+            self._words.setdefault(status, status),
+            created_at,
+            created_at if updated_at == created_at else updated_at,
+            created_at if run_at == created_at else run_at,
+            int(progress) if progress.is_integer() else progress,
+            message,
+            attempt,
+            stalls,
+            started_at,
+            finished_at,
+            expires_at,
+            None if grant[0] is None else self._grant(grant),
+            None if lease[0] is None else self._lease(lease),
+            None if ended[0] is None else self._ended(ended),
+            None if result == _NO_RESULT else _result(result),
+            None if error == _NO_ERROR else Failure(*error),
+            row[50],
+        )
+
+    def new(self, row: Row) -> Job | Untouched | None:
+        """The job of a row of NEW_COLUMNS and its checksum, whose other columns are AS_CREATED.
+
+        None where the checksum is wrong: fault says more of the whole row.
+        """
+        seq, id_, expires_at = row[:3]
+        columns = row[3:15]
+        created_at, run_at, crc = row[15:18]
+        whole = (seq, id_, "queued", expires_at, *columns, created_at, created_at, run_at, *_NEW_END)
+        try:
+            if zlib.crc32(_pack(whole)) != crc:
+                return None
+        except (UnicodeEncodeError, OverflowError):
+            return None
+        if columns != self._last[0]:  # neighbours are often alike, and to compare is quicker than to look up
+            self._last = columns, self._options.get(columns) or self._new_options(columns)
+        options = self._last[1]
+        if run_at == created_at and expires_at is None and id_ and options.queue:
+            return Untouched(seq, id_, options, created_at)
+        return Job(seq, id_, options, "queued", created_at, created_at, run_at, expires_at=expires_at)
+
+    def _new_options(self, columns: Row) -> Options:
+        (queue, kind, priority, max_attempts, shape, base_ms, max_ms, jitter, *rest) = columns
+        words = self._words
+        backoff = Backoff(words.setdefault(shape, shape), base_ms, max_ms, bool(jitter))
+        queue, kind = words.setdefault(queue, queue), words.setdefault(kind, kind)
+        max_stalls, on_stall, stuck_after_ms, max_processing_ms = rest
+        options = Options(
+            queue,
+            kind,
+            priority,
+            max_attempts,
+            backoff,
+            max_stalls,
+            words.setdefault(on_stall, on_stall),
+            stuck_after_ms,
+            max_processing_ms,
+        )
+        if len(self._options) >= 10_000:  # options that all differ: sharing has no use then
+            self._options.clear()
+            self._words.clear()
+        self._options[columns] = options
+        return options
+
+    def _grant(self, columns: Row) -> Grant:
+        if None in columns:
+            raise Unreadable(_missing("grant", columns))
+        lock_id, token, worker, *rest = columns
+        if len(self._words) < 10_000:
+            worker = self._words.setdefault(worker, worker)
+        return Grant(lock_id, token, worker, *rest)
+
+    def _lease(self, columns: Row) -> Lease:
+        expires, silent, ceiling, cleared = columns
+        if silent is None or cleared is None:
+            raise Unreadable(_missing("lease", columns))
+        return Lease(expires, silent, ceiling, bool(cleared))
+
+    def _ended(self, columns: Row) -> Ended:
+        if None in columns[:6]:
+            raise Unreadable(_missing("ended", columns))
+        return Ended(*columns)
+
+
+def _result(columns: Row) -> Result:
+    url, path, key, metadata = columns
+    return Result(url, path, key, None if metadata is None else Raw(metadata))
+
+
+def _missing(part: str, columns: Row) -> str:
+    names = [n for n, v in zip(JOB_FIELDS[part], columns, strict=True) if v is None and n in _NEEDED[part]]
+    return f"{', '.join(names)} must not be null while {JOB_FIELDS[part][0]} is set"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Events
+
+
+class _Result(Struct, frozen=True, gc=False, array_like=True):
+    """Result as JSON gives it back: msgspec reads Raw only where nothing else may stand."""
+
+    download_url: str | None = None
+    file_path: str | None = None
+    storage_key: str | None = None
+    metadata: Raw = Raw(_NULL)
+
+
+def _decoder(read_as: Mapping[type, type]) -> Callable[[bytes], Any]:
+    """Reads the JSON of Changes, with each part of a job as the type that it is `read_as`."""
+    types = ((field.name, get_args(field.type)) for field in msgspec.structs.fields(Changes))
+    fields = [(name, reduce(or_, (read_as.get(part, part) for part in parts)), UNSET) for name, parts in types]
+    return msgspec.json.Decoder(msgspec.defstruct("_Changes", fields, gc=False)).decode
+
+
+def _with_names(part: type[Struct]) -> type[Struct]:
+    """`part` as an object with the names of its fields."""
+    fields = [(field.name, field.type, field.default) for field in msgspec.structs.fields(part)]
+    return msgspec.defstruct(part.__name__, fields, gc=False)
+
+
+# Until schema version 8 the parts of a job were objects with names. Such events are read as long as there are any.
+_NAMED: Final[dict[type, type]] = {part: _with_names(part) for part in (Options, Grant, Lease, Ended, _Result, Failure)}
+_PART_OF: Final = {named: part for part, named in _NAMED.items()}
+_decode_changes = _decoder({Result: _Result})
+_decode_named_changes = _decoder({**_NAMED, Result: _NAMED[_Result]})
+_decode_json = msgspec.json.Decoder().decode
+_decode_grants = msgspec.json.Decoder(list[tuple[str, str]]).decode
+
+
+def event_row(event: Event) -> Row:
+    """The columns of `event` in the order of EVENT_COLUMNS, without the checksum.
+
+    JSON as bytearray, which sqlite3 takes as it is; for bytes it would first look for a way to adapt them.
+    """
+    return (
+        event.seq,
+        event.at,
+        event.type,
+        event.job_seq,
+        event.job_id,
+        event.queue,
+        event.before,
+        event.after,
+        event.by,
+        event.reason,
+        None if event.details is None else bytearray(_json(event.details)),
+        None if event.changes is None else bytearray(_json(event.changes)),
+    )
+
+
+def event(row: Row) -> Event:
+    """The event of a row whose checksum is right."""
+    seq, at, type_, job_seq, job_id, queue_, before, after, by, reason, details, changes, _ = row
+    details = None if details is None else _decode_json(details)
+    changes = None if changes is None else _changes(changes)
+    return Event(seq, at, type_, job_seq, job_id, queue_, before, after, by, reason, details, changes)
+
+
+def _changes(body: bytes) -> Changes:
+    try:
+        read = _decode_changes(body)
+    except msgspec.ValidationError:
+        read = _decode_named_changes(body)
+    return Changes(*map(_part, astuple(read)))
+
+
+def _part(value: Any) -> Any:
+    """A value as Changes has it."""
+    if (part := _PART_OF.get(type(value))) is not None:
+        value = part(*astuple(value))
+    if isinstance(value, _Result):
+        metadata = None if bytes(value.metadata) == _NULL else value.metadata.copy()
+        return Result(value.download_url, value.file_path, value.storage_key, metadata)
+    return value
+
+
+def thin(events: list[Event]) -> tuple[list[int], list[Event]]:
+    """Which signs of life in one job's journal may be forgotten, by seq, and the events that change thereby.
+
+    The last KEEP_SIGNS of each type and grant stay. What a forgotten event set goes into the event behind it, which
+    has the last word: folding gives the same row as before. `events` are in order and begin at a grant or earlier.
+    """
+    seen = dict.fromkeys(SIGNS, 0)
+    gone: set[int] = set()
+    for event in reversed(events):
+        if event.type in SIGNS:
+            seen[event.type] += 1
+            if seen[event.type] > KEEP_SIGNS:
+                gone.add(event.seq)
+        elif event.type == "granted":
+            seen = dict.fromkeys(SIGNS, 0)
+    return sorted(gone), _carried(events, gone)
+
+
+def compact(events: list[Event]) -> tuple[list[int], list[Event]]:
+    """Return the seqs of events in a part of one job's journal that can be deleted: their grants were given back.
+
+    Events before the first grant are kept, and so is the last grant. Also return the events that change; as in `thin`,
+    folding gives the same row as before.
+    """
+    gone: set[int] = set()
+    routine: list[int] = []  # events of the grant at hand; none before the first grant
+    is_given_back = False
+    for event in events:
+        if event.type == "granted":
+            if is_given_back:
+                gone.update(routine)
+            routine, is_given_back = [event.seq], False
+        elif routine and event.type in ROUTINE:
+            routine.append(event.seq)
+            is_given_back = is_given_back or event.type in GIVEN_BACK
+    return sorted(gone), _carried(events, gone)
+
+
+def _carried(events: list[Event], gone: set[int]) -> list[Event]:
+    """Return the events that carry the values set by `gone` events before them."""
+    changed: list[Event] = []
+    carried: Changes | None = None
+    for event in events:
+        both = _merged(carried, event.changes)
+        if event.seq in gone:
+            carried = both
+        elif carried is not None:
+            changed.append(msgspec.structs.replace(event, changes=both))
+            carried = None
+    return changed
+
+
+def _merged(first: Changes | None, then: Changes | None) -> Changes | None:
+    if first is None or then is None:
+        return then if first is None else first
+    later = {n: v for n in Changes.__struct_fields__ if (v := getattr(then, n)) is not UNSET}
+    return msgspec.structs.replace(first, **later)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys, queues, tombstones
+
+
+def key_row(key: KeyRow) -> Row:
+    """The columns of `key`: KEY_COLUMNS, the checksum over them, and the answer."""
+    answer_crc = None if key.answer is None else zlib.crc32(key.answer)
+    grants = None if key.grants is None else _json(key.grants)
+    return (*sealed((key.digest, key.body_hash, key.at, key.status, grants, answer_crc)), key.answer)
+
+
+def key(row: Row, answer: bytes | None = None) -> KeyRow:
+    """The key of a row of KEY_COLUMNS whose checksum is right."""
+    digest, body_hash, at, status, grants = row[:5]
+    return KeyRow(digest, body_hash, at, status, answer, None if grants is None else _decode_grants(grants))
+
+
+def queue_row(name: str, queue: QueueRow) -> Row:
+    """The columns of a queue in the order of QUEUE_COLUMNS, with the checksum."""
+    paused, *others = astuple(queue)
+    return sealed((name, int(paused), *others))
+
+
+def queue(row: Row) -> QueueRow:
+    """The queue of a row whose checksum is right."""
+    return QueueRow(bool(row[1]), *row[2:-1])
+
+
+def tombstone_row(tombstone: Tombstone) -> Row:
+    """The columns of a tombstone in the order of TOMBSTONE_COLUMNS, with the checksum."""
+    return sealed(astuple(tombstone))
+
+
+def tombstone(row: Row) -> Tombstone:
+    """The tombstone of a row whose checksum is right."""
+    return Tombstone(*row[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Audit
+
+
+def audit_row(seq: int, audited: Audited) -> Row:
+    """The columns of a row of the audit log in the order of AUDIT_COLUMNS, with the checksum."""
+    *about, details, part_of = astuple(audited)
+    return sealed((seq, *about, None if details is None else _json(details), part_of))
+
+
+def audited(row: Row) -> Audited:
+    """What a row of the audit log says whose checksum is right."""
+    *about, details, part_of = row[1:-1]
+    return Audited(*(*about, None if details is None else msgspec.json.decode(details), part_of))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Late results
+
+
+def late_row(job_seq: int, late: LateResult) -> Row:
+    """The columns of a late result in the order of LATE_COLUMNS, with the checksum."""
+    about = (late.seq, job_seq, late.at, late.worker, late.fencing_token, late.body_hash, late.expires_at)
+    return sealed((*about, *_result_columns(late.result)))
+
+
+def late(row: Row, *, whole: bool) -> LateResult:
+    """The late result of a row whose checksum is right; `whole` with all that it brought, else with its address alone:
+    by that is judged whether it can be adopted."""
+    seq, _, at, worker, fencing_token, body_hash, expires_at = row[:7]
+    result = _result(row[7:11]) if whole else Result(row[7])
+    return LateResult(seq, at, worker, fencing_token, body_hash, expires_at, result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows set aside
+
+
+def as_text(columns: tuple[str, ...], row: Row) -> str:
+    """A row as JSON for people, column to value: bytes as {"hex": ...}, text that is no UTF-8 as its bytes."""
+    return msgspec.json.encode(dict(zip(columns, map(_plain, row), strict=True))).decode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return {"hex": value.encode(errors="surrogateescape").hex()}
+    return {"hex": value.hex()} if isinstance(value, bytes) else value
+
+
+def from_text(columns: tuple[str, ...], text: str) -> Row:
+    """The row of as_text. Raises Unreadable where a column is missing or there is no such JSON."""
+    try:
+        values = msgspec.json.decode(text, type=dict[str, Any])
+        return tuple(_unplain(values[column]) for column in columns)
+    except (msgspec.DecodeError, ValueError, TypeError) as error:
+        raise Unreadable(f"the row is not the JSON of a row: {error}") from error
+    except KeyError as error:
+        raise Unreadable(f"column {error.args[0]} is missing") from error
+
+
+def _unplain(value: Any) -> Any:
+    return bytes.fromhex(value["hex"]) if isinstance(value, dict) else value

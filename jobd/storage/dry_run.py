@@ -1,0 +1,220 @@
+"""What a restore, or a repair of a store that nobody has open, would do: all that it would check and find, in words.
+
+Writes nothing. What would be refused raises what the real one would raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from jobd.model.job import LIVE, new_epoch
+from jobd.model.storage import DiskFull
+from jobd.storage import backup, doctor, files, migrations
+from jobd.storage import startup as opening
+from jobd.storage.codec import JOB_COLUMNS
+from jobd.storage.database import Tables, now_ms, readable
+from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
+
+SHOWN: Final = 10  # problems, of a file that would be put back
+# Of an edited row: what tells an operator whether it is the one that was meant. A lock id is a secret.
+_TELLING: Final = (
+    "queue", "kind", "status", "priority", "progress", "attempt", "max_attempts", "stalls", "created_at", "run_at",
+    "started_at", "finished_at", "error_message",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Restore
+
+
+def restore(file: str, path: str) -> list[str]:
+    """What `backup.restore` would do with `file` at `path`: its checks, what would be replaced, what would be ended.
+
+    Raises what that would raise: StoreBusy, StoreTooNew, StoreUnreadable, DiskFull, OSError. Reads all of `file`.
+    """
+    _may_write(path)
+    files.refuse_held(path)
+    used = files.read_epoch(path)
+    if not os.path.exists(file):
+        raise StoreUnreadable(f"{file} does not exist")
+    found = opening.peek(file)
+    opening.refuse_newer(file, found)
+    with opening.refusals(file), opening.read_only(file) as source:
+        opening.check_ours(source, file)
+        size = _size(source)
+        free = _room(path, size)
+        migrations.check_meta(source, file)
+        backup.check_whole(source, file)
+        lines = [f"would put {file} in place as {path}", *_checked(source, file, found[1], size, free)]
+        own = migrations.epoch_of(source)
+        lines += _ended(source)
+    old, replaced = _replaced(path)
+    epoch = new_epoch(max(own, used.epoch, old), now_ms())
+    lines.append(f"    epoch {epoch} or a later one would begin: its fencing tokens are above all earlier ones")
+    return [*lines, replaced]
+
+
+def _may_write(path: str) -> None:
+    """OSError where the restore could not put a file there."""
+    where = os.path.dirname(path) or "."
+    if not os.access(where, os.W_OK | os.X_OK):
+        code = errno.EACCES if os.path.isdir(where) else errno.ENOENT
+        raise OSError(code, os.strerror(code), where)
+
+
+def _size(conn: sqlite3.Connection) -> int:
+    (pages,) = conn.execute("PRAGMA page_count").fetchone()
+    (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
+    return int(pages * page_bytes)
+
+
+def _room(path: str, need: int) -> int:
+    """What is free beside `path`, in bytes. Raises DiskFull where that is less than `need`."""
+    disk = os.statvfs(os.path.dirname(path) or ".")
+    free = disk.f_bavail * disk.f_frsize
+    if free < need:
+        raise DiskFull(f"{path} needs {_mib(need)} beside it, {_mib(free)} are free")
+    return free
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
+
+
+def _checked(source: sqlite3.Connection, file: str, version: int, size: int, free: int) -> Iterator[str]:
+    yield f"    it is a database of jobd, whole: {_mib(size)}; {_mib(free)} are free"
+    try:
+        files.refuse_held(file)
+    except StoreBusy as error:
+        yield f"    BEWARE: {error}. What is read of it while it is written may be torn: take a backup instead"
+    if version < migrations.VERSION:
+        yield f"    its schema version is {version}: the daemon would make it {migrations.VERSION} when it starts"
+        return
+    problems = [problem for problem in doctor.problems(source, file) if problem.where != file]
+    if not problems:
+        yield "    the checksums of all its rows are right"
+        return
+    yield f"    BEWARE: {len(problems)} problems; what is damaged would be set aside:"
+    yield from (f"        {problem.where}: {problem.what}" for problem in problems[:SHOWN])
+    if len(problems) > SHOWN:
+        yield f"        and more: jobd doctor --store {file}"
+
+
+def _ended(source: sqlite3.Connection) -> Iterator[str]:
+    counts = dict(source.execute("SELECT status, count(*) FROM jobs NOT INDEXED GROUP BY status").fetchall())
+    each = ", ".join(f"{count} {readable(status)}" for status, count in counts.items())
+    total = sum(counts.values())
+    yield f"    it holds {total} {'job' if total == 1 else 'jobs'}{f': {each}' if each else ''}"
+    held = counts.get("processing", 0)
+    yield f"    being worked on: {held}; their stall rule would end them, and their grants with them"
+
+
+def _replaced(path: str) -> tuple[int, str]:
+    """The epoch of the database that is there (0: none, or it cannot be read), and what would become of that."""
+    if not os.path.exists(path):
+        return 0, "    there is no database now that would be replaced"
+    if files.is_locked(path):
+        raise StoreBusy(path, None)
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    kept = f"would be kept beside it, as {path}.{stamp}"
+    try:
+        opening.peek(path)
+        opening.refuse_damaged_log(path)
+        with opening.refusals(path), opening.read_only(path) as old:
+            opening.check_ours(old, path)
+            (count,) = old.execute("SELECT count(*) FROM jobs NOT INDEXED").fetchone()
+            return migrations.epoch_of(old), f"    the database that is there ({_mib(_size(old))}, {count} jobs) {kept}"
+    except StoreError:
+        return 0, f"    what is there cannot be read, and {kept}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Repairs
+
+
+def accept(path: str, ids: Sequence[str] | None) -> list[str]:
+    """What `doctor.accept` would write. Raises what that would raise."""
+    with _looking(path) as tables:
+        if isinstance(tables, str):
+            return [tables]
+        live, _, finished, _ = doctor.totals(tables.conn)
+        lines: list[str] = []
+        for id_ in doctor.damaged(tables, path) if ids is None else dict.fromkeys(ids):
+            try:
+                row, told = _accepted(tables, id_)
+            except doctor.Refused as refused:
+                if ids is not None:
+                    raise
+                lines.append(f"{refused}. The row would not change")
+                continue
+            lines += told
+            is_new = not tables.rows("SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?", (row["seq"],))
+            live, finished = (
+                live + (is_new and row["status"] in LIVE),
+                finished + (is_new and row["status"] not in LIVE),
+            )
+        return [*lines, *_counts(tables, (live, finished))] if lines else [doctor.NOTHING_DAMAGED]
+
+
+def _accepted(tables: Tables, id_: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the row of job `id_` as it would be accepted, and lines that describe it."""
+    taken = doctor.edited(tables, id_)
+    row = dict(zip(JOB_COLUMNS, taken.row, strict=True))
+    other = tables.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (row["id"], row["seq"]))
+    if other:
+        raise doctor.Refused(f"job {id_}: another row has this id")
+    values = ", ".join(f"{name} {readable(row[name])}" for name in _TELLING if row[name] not in (None, ""))
+    return row, [
+        f"job {id_}: {taken.where} would be accepted as it is, with a new checksum; validation would check it",
+        f"    {values}; a payload of {len(taken.body)} bytes",
+    ]
+
+
+def recount(path: str) -> list[str]:
+    """What `doctor.recount` would write. Raises what that would raise."""
+    with _looking(path) as tables:
+        if isinstance(tables, str):
+            return [tables]
+        found = doctor.totals(tables.conn)
+        lines = ["all indexes would be rebuilt from the rows", *_counts(tables, (found[0], found[2]))]
+        if found != tables.totals and found[::2] == tables.totals[::2]:
+            lines.append("the rows are not those that had been written; they would be taken as all there are")
+        lines += [f"{each.where}: {each.what}" for each in doctor.queues(tables.conn, path)]
+        return lines
+
+
+def _counts(tables: Tables, counted: tuple[int, int]) -> list[str]:
+    before = tables.totals[0], tables.totals[2]
+    if counted == before:
+        return [f"the counts would stay: {counted[0]} live and {counted[1]} finished jobs"]
+    now = f"{counted[0]} live and {counted[1]} finished jobs"
+    return [f"the counts would be: {now} (had been written: {before[0]} and {before[1]})"]
+
+
+@contextlib.contextmanager
+def _looking(path: str) -> Iterator[Tables | str]:
+    """The tables, to read with; or, of an older version, what would come before anything else."""
+    with contextlib.ExitStack() as stack:
+        if os.path.exists(f"{path}.lock"):
+            stack.enter_context(FileLock(path))
+        if not os.path.exists(path):
+            raise StoreUnreadable(f"{path} does not exist")
+        found = opening.peek(path)
+        opening.refuse_newer(path, found)
+        opening.refuse_damaged_log(path)
+        stack.enter_context(opening.refusals(path))
+        conn = stack.enter_context(opening.read_only(path))
+        opening.check_ours(conn, path)
+        if found[1] < migrations.VERSION:
+            yield (
+                f"{path} has schema version {found[1]}: it would be made {migrations.VERSION} first, after a copy "
+                "beside it. Start the daemon once, or --yes, then more can be told"
+            )
+            return
+        yield opening.read_meta(conn, path)

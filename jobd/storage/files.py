@@ -1,0 +1,328 @@
+"""What lies beside the database: lock file, epoch file, ballast; who has it, and how opening a store can be refused.
+
+Knows nothing of what is in the database. Everything here blocks: call it off the event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from jobd.model.job import LAST_EPOCH, TOKEN_COUNTER_BITS
+from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
+
+BALLAST_BYTES: Final = RESERVE_BYTES
+NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_LOCK_BYTES: Final = 16
+# SQLite locks the bytes from PENDING on in the database itself.
+_SQLITE_LOCKS: Final = (0x40000000, 512)
+_FLOCK: Final = "hhqqi4x"
+_OLD_EPOCH: Final = (1 << 16) - 1
+
+
+class StoreError(Exception):
+    """A store that cannot be used as it is. `exit_code` is what a program ends with."""
+
+    exit_code = 78
+
+
+class StoreBusy(StoreError):
+    """Another process holds the store; `pid` is None where it cannot be told."""
+
+    exit_code = 75
+
+    def __init__(self, path: str, pid: int | None) -> None:
+        who = "another process" if pid is None else f"process {pid}"
+        super().__init__(f"{path} is in use by {who}: stop it first, or choose another store.path")
+        self.pid = pid
+
+
+class StoreTooNew(StoreError):
+    """The store was written by a newer version; it has not been touched."""
+
+
+class StoreUnreadable(StoreError):
+    """The store, or what it says about itself, cannot be read; starting again does not help."""
+
+
+class StoreFailed(StoreError):
+    """The disk failed while the store was being opened; starting again may help."""
+
+    exit_code = 74
+
+
+class StoreBroken(StoreError):
+    """An earlier write failed and what the disk holds is unknown: nothing goes through this connection any more."""
+
+    exit_code = 74
+
+
+class FileLock:
+    """The exclusive right to a store, held by an open `<path>.lock` and lost with the process. The file stays."""
+
+    def __init__(self, path: str) -> None:
+        """Take the lock of the store at `path` or raise StoreBusy; nothing else of the store is touched."""
+        self._fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = _holder(self._fd)
+            os.close(self._fd)
+            raise StoreBusy(path, pid) from error
+        # Written over the old number in place: that needs no new block, so a full disk is no hindrance.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._fd, str(os.getpid()).encode().ljust(_LOCK_BYTES - 1) + b"\n", 0)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def refuse_held(path: str) -> None:
+    """As FileLock, but nothing is written, and nothing kept from a daemon that starts a moment later."""
+    try:
+        lock = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StoreBusy(path, _holder(lock)) from error
+    finally:
+        os.close(lock)
+
+
+def _holder(lock: int) -> int | None:
+    """The process that wrote its number into the open lock file."""
+    pid = os.pread(lock, _LOCK_BYTES, 0).split()
+    return int(pid[0]) if pid and pid[0].isdigit() else None
+
+
+def is_locked(path: str) -> bool:
+    """Whether a program, of jobd or not, has the database at `path` open and works with it."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_SQLITE_LOCKS, 0)
+    with open(path, "rb") as file:
+        answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked)
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+
+
+@contextlib.contextmanager
+def room() -> Iterator[None]:
+    """Turn an OSError that says that there is no room into DiskFull."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise DiskFull(str(error)) from error
+        raise
+
+
+def has_room(directory: str) -> bool:
+    """Whether 64 KiB can be had in `directory`: what tells an exceeded quota from a broken disk."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, 64 << 10)
+    except OSError as error:
+        return error.errno not in NO_ROOM
+    return True
+
+
+def sync(path: str) -> None:
+    """Make the content of the file at `path`, and its name, durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    sync_directory(path)
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in the directory of `path` durable."""
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def create_private(path: str) -> bool:
+    """Make an empty file that only its owner may read, durably; whether it was new."""
+    with room():
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            return False
+        os.close(fd)
+        sync_directory(path)
+    return True
+
+
+def replace(path: str, content: bytes, like: str | None = None) -> None:
+    """Put `content` at `path` durably: after a crash there is the old file or the new one. Raises DiskFull.
+
+    The file has mode 0600, or the mode of the file `like`. If root writes it, it also gets the owner of `like`.
+    """
+    new = f"{path}.new"
+    with room():
+        try:
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                if like is not None and os.path.exists(like):
+                    _make_like(fd, os.stat(like))
+                os.write(fd, content)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(new, path)
+        except OSError:
+            Path(new).unlink(missing_ok=True)
+            raise
+        sync_directory(path)
+
+
+def _make_like(fd: int, model: os.stat_result) -> None:
+    if os.geteuid() == 0:
+        os.fchown(fd, model.st_uid, model.st_gid)
+    os.fchmod(fd, stat.S_IMODE(model.st_mode))
+
+
+class EpochFile(Struct, frozen=True):
+    """The highest epoch in the store's epoch file.
+
+    `is_current` is False if there is no file, or if schema version 9 or older wrote it. An epoch of such a file stands
+    for 2^16 current ones, and `epoch` is the last of them.
+    """
+
+    epoch: int = 0
+    is_current: bool = False
+
+    def is_ahead_of(self, own: int) -> bool:
+        """Return whether the file is newer than the database, whose epoch is `own`."""
+        return self.epoch > (own if self.is_current else own | _OLD_EPOCH)
+
+
+def read_epoch(path: str) -> EpochFile:
+    """Read the epoch file of the store at `path`.
+
+    Raises StoreUnreadable if it is damaged: a guessed epoch could grant one fencing token twice.
+    """
+    name = f"{path}.epoch"
+    try:
+        words = Path(name).read_bytes().split()
+    except FileNotFoundError:
+        return EpochFile()
+    except (PermissionError, IsADirectoryError) as error:
+        hint = f"make it a file of the owner of {path}, with mode 0600"
+        raise StoreUnreadable(f"{name} cannot be read ({error.strerror}): {hint}") from error
+    found = _epoch_of(words)
+    if found is None or found.epoch > LAST_EPOCH:
+        raise StoreUnreadable(
+            f"{name} is damaged: write a number into it that is higher than all epochs of this store, such as the "
+            f"current one: echo $(($(date +%s) - 1577836800)) > {name}"
+        )
+    return found
+
+
+def _epoch_of(words: list[bytes]) -> EpochFile | None:
+    if not words or not words[0].isdigit():
+        return None
+    epoch = int(words[0])
+    if len(words) == 1 or words[1:] == [b"%d" % TOKEN_COUNTER_BITS, _epoch_crc(epoch)]:
+        return EpochFile(epoch, is_current=True)  # one word: an operator wrote it
+    if words[1:] == [b"%08x" % zlib.crc32(words[0])]:
+        return EpochFile(epoch << 16 | _OLD_EPOCH)
+    return None
+
+
+def _epoch_crc(epoch: int) -> bytes:
+    return b"%08x" % zlib.crc32(b"%d %d" % (epoch, TOKEN_COUNTER_BITS))
+
+
+def write_epoch(path: str, epoch: int) -> None:
+    """Store `epoch` as the highest one of the store at `path`, with its owner and mode. Raises DiskFull."""
+    replace(f"{path}.epoch", b"%d %d %s\n" % (epoch, TOKEN_COUNTER_BITS, _epoch_crc(epoch)), like=path)
+
+
+def space(path: str) -> DiskSpace | None:
+    """Return free and total bytes of the disk of `path`; None if the file system does not report them."""
+    path = os.path.abspath(path)
+    try:
+        disk = os.statvfs(path)
+    except OSError:
+        return None
+    return DiskSpace(path, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)
+
+
+@contextlib.contextmanager
+def spare(path: str, size: int) -> Iterator[None]:
+    """Occupy `size` bytes beside `path` inside the context. Raises DiskFull.
+
+    On a disk smaller than 16 times `size`, a sixteenth of the disk is enough.
+    """
+    disk = space(path)
+    size = size if disk is None else min(size, disk.total_bytes // 16)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(path) or "."))
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        except OSError as error:  # any error: it says nothing about the database
+            raise DiskFull(str(error)) from error
+        yield
+
+
+def has_ballast(path: str) -> bool:
+    """Return whether the reserve file `<path>.ballast` has its full size on disk."""
+    try:
+        return os.stat(f"{path}.ballast").st_blocks * 512 >= BALLAST_BYTES
+    except FileNotFoundError:
+        return False
+
+
+def build_ballast(path: str) -> None:
+    """Give the reserve file `<path>.ballast` its full size, with SPARE_BYTES left free. Raises DiskFull."""
+    if has_ballast(path):
+        return
+    name = f"{path}.ballast"
+    disk = space(path)
+    if disk is not None and disk.free_bytes < BALLAST_BYTES + SPARE_BYTES:
+        raise DiskFull(f"{name} needs {BALLAST_BYTES + SPARE_BYTES} bytes, {disk.free_bytes} are free")
+    with spare(path, SPARE_BYTES), room():
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, BALLAST_BYTES)
+            os.fsync(fd)
+        except OSError:
+            Path(name).unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+        sync_directory(path)
+
+
+def drop_ballast(path: str) -> bool:
+    """Give the ballast up; whether there was any."""
+    try:
+        os.unlink(f"{path}.ballast")
+    except FileNotFoundError:
+        return False
+    sync_directory(path)
+    return True

@@ -1,0 +1,294 @@
+"""Schema versions: how a new database begins and how an older one becomes this version's.
+
+A step runs inside the one transaction of its migration and commits nothing itself.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.resources import files
+from typing import Final
+
+from jobd.model.job import COUNTER_MASK, LIVE, TOKEN_COUNTER_BITS
+from jobd.model.storage import Numbers
+from jobd.storage.codec import META_COLUMNS, Row, checksum, fault, first_checksum, sealed
+from jobd.storage.files import StoreUnreadable
+
+APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
+VERSION: Final = 10
+_RESEALED_AT_ONCE: Final = 10_000  # rows
+
+
+def _add_late_results(conn: sqlite3.Connection) -> None:
+    """Late results are kept from now on."""
+    conn.execute(
+        "CREATE TABLE late_results (seq INTEGER PRIMARY KEY, job_seq INTEGER NOT NULL, at INTEGER NOT NULL, "
+        "worker TEXT NOT NULL, fencing_token INTEGER NOT NULL, body_hash TEXT NOT NULL, expires_at INTEGER, "
+        "download_url TEXT, file_path TEXT, storage_key TEXT, metadata BLOB, crc INTEGER NOT NULL) STRICT"
+    )
+    conn.execute("CREATE INDEX late_results_job ON late_results (job_seq)")
+
+
+def _add_tombstones(conn: sqlite3.Connection) -> None:
+    """Stored objects of jobs that were deleted. Of those that were deleted before nothing is known any more."""
+    conn.execute(
+        "CREATE TABLE tombstones (job_seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL, key TEXT NOT NULL, "
+        "at INTEGER NOT NULL, due_at INTEGER NOT NULL, tries INTEGER NOT NULL, crc INTEGER NOT NULL) STRICT"
+    )
+    conn.execute("CREATE INDEX tombstones_due ON tombstones (due_at)")
+    conn.execute("CREATE INDEX jobs_storage_key ON jobs (storage_key) WHERE storage_key IS NOT NULL")
+    conn.execute("CREATE INDEX late_results_storage_key ON late_results (storage_key) WHERE storage_key IS NOT NULL")
+
+
+def _add_audit(conn: sqlite3.Connection) -> None:
+    """What operators do is kept from now on; of what they did before, the journal says `admin`."""
+    conn.execute(
+        "CREATE TABLE audit (seq INTEGER PRIMARY KEY, at INTEGER NOT NULL, who TEXT NOT NULL, address TEXT NOT NULL, "
+        "what TEXT NOT NULL, job_id TEXT, queue TEXT, reason TEXT, outcome TEXT NOT NULL, jobs INTEGER NOT NULL, "
+        "details BLOB, part_of TEXT, crc INTEGER NOT NULL) STRICT"
+    )
+    conn.execute("CREATE INDEX audit_job ON audit (job_id) WHERE job_id IS NOT NULL")
+
+
+def _add_webhooks(conn: sqlite3.Connection) -> None:
+    """Webhooks are told of what happens from now on."""
+    conn.execute(
+        "CREATE TABLE webhooks (name TEXT PRIMARY KEY NOT NULL, position INTEGER NOT NULL, gone_to INTEGER NOT NULL, "
+        "next_delivery INTEGER NOT NULL, alerts BLOB NOT NULL, updated_at INTEGER NOT NULL, crc INTEGER NOT NULL) "
+        "STRICT"
+    )
+    conn.execute(
+        "CREATE TABLE deliveries (id INTEGER PRIMARY KEY, endpoint TEXT NOT NULL, state TEXT NOT NULL, "
+        "subject TEXT NOT NULL, type TEXT NOT NULL, event_id TEXT NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, "
+        "due_at INTEGER NOT NULL, tries INTEGER NOT NULL, ended_at INTEGER, status INTEGER, error TEXT, "
+        "body BLOB NOT NULL, crc INTEGER NOT NULL) STRICT"
+    )
+    conn.execute("CREATE INDEX deliveries_place ON deliveries (endpoint, state, id)")
+
+
+def _add_index_of_failed(conn: sqlite3.Connection) -> None:
+    """Failed and cancelled jobs are found without a look at all others."""
+    conn.execute("CREATE INDEX jobs_failed ON jobs (status) WHERE status IN ('failed', 'cancelled')")
+
+
+def _say_finished_otherwise(conn: sqlite3.Connection) -> None:
+    """The index of what is deleted by age has a condition that costs less for each job that ends."""
+    conn.execute("DROP INDEX jobs_expiry")
+    conn.execute(
+        "CREATE INDEX jobs_expiry ON jobs (expires_at) "
+        "WHERE expires_at IS NOT NULL AND status NOT IN ('queued', 'processing')"
+    )
+
+
+def _shorten_parts(conn: sqlite3.Connection) -> None:
+    """Parts of jobs come without names in events from now on; those that are there stay as they are (rows.py)."""
+
+
+# MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums
+# has to write them anew, and the XOR of the job checksums with them.
+MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
+    1: lambda conn: _note_what_is_gone(conn),
+    2: _add_late_results,
+    3: _add_tombstones,
+    4: _add_audit,
+    5: _add_webhooks,
+    6: _add_index_of_failed,
+    7: _say_finished_otherwise,
+    8: _shorten_parts,
+    9: lambda conn: _describe_pauses_and_count_releases(conn),
+}
+
+
+def statements(script: str) -> Iterator[str]:
+    """The statements of an SQL script, one by one (executescript would commit)."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def meta_row(
+    numbers: Numbers, totals: tuple[int, int, int, int], marked: int, gone_to: int, version: int
+) -> tuple[int, ...]:
+    """The row of META_COLUMNS with its checksum."""
+    return sealed(
+        (
+            version,
+            numbers.epoch,
+            numbers.next_token,
+            numbers.next_job,
+            numbers.next_event,
+            numbers.lease_ms,
+            numbers.wall_ms,
+            int(numbers.clock_suspect),
+            *totals,
+            marked,
+            gone_to,
+        )
+    )
+
+
+def create(conn: sqlite3.Connection) -> None:
+    """Lay out an empty database, in one transaction of its own."""
+    script = files("jobd.storage").joinpath("schema.sql").read_text("utf-8")
+    conn.execute("BEGIN IMMEDIATE")
+    for statement in statements(script):
+        conn.execute(statement)
+    row = meta_row(Numbers(epoch=0), (0, 0, 0, 0), 0, 0, VERSION)  # opening.py begins the first epoch
+    names = ", ".join((*META_COLUMNS, "crc"))
+    conn.execute(f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", row)
+    conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    conn.execute(f"PRAGMA user_version = {VERSION}")
+    conn.execute("COMMIT")
+
+
+def migrate(conn: sqlite3.Connection, found: int) -> None:
+    """Bring a database of schema version `found` to VERSION: all steps in one transaction."""
+    conn.execute("BEGIN IMMEDIATE")
+    for version in range(found, VERSION):
+        MIGRATIONS[version](conn)
+    set_version(conn, VERSION)
+    conn.execute("COMMIT")
+
+
+def set_version(conn: sqlite3.Connection, version: int) -> None:
+    """Note the schema version in the header and in the meta row."""
+    change_meta(conn, schema_version=version)
+    conn.execute(f"PRAGMA user_version = {version}")
+
+
+def read_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
+    """The meta row of any schema version, column to value, the checksum last; None where there is none."""
+    cursor = conn.execute("SELECT * FROM meta WHERE id = 1")
+    found = cursor.fetchone()
+    names = [column[0] for column in cursor.description]
+    return None if found is None else dict(zip(names[1:], found[1:], strict=True))
+
+
+def token_numbers(meta: dict[str, int]) -> tuple[int, int]:
+    """Return epoch and counter of the next fencing token, from the meta row of any schema version.
+
+    Before version 10 the counter had 40 bits. The number of the next token does not change.
+    """
+    epoch, counter = meta["epoch"], meta["next_token"]
+    if meta["schema_version"] >= 10:
+        return epoch, counter
+    token = (epoch << 40) + counter
+    return token >> TOKEN_COUNTER_BITS, token & COUNTER_MASK
+
+
+def epoch_of(conn: sqlite3.Connection) -> int:
+    """Return the epoch of a database of any schema version, in today's numbering; 0 if its meta row is damaged."""
+    found = read_meta(conn)
+    if found is None or fault(tuple(found.values())) is not None:
+        return 0
+    return token_numbers(found)[0]
+
+
+def check_meta(conn: sqlite3.Connection, path: str) -> None:
+    """Raise StoreUnreadable where what the store says about itself is not what was written."""
+    found = read_meta(conn)
+    wrong = "it is missing" if found is None else fault(tuple(found.values()))
+    if wrong is not None:
+        raise StoreUnreadable(f"{path}: the meta row cannot be trusted, {wrong}: put a backup back with `jobd restore`")
+
+
+def change_meta(conn: sqlite3.Connection, **values: int) -> None:
+    """Set columns of the meta row, which was checked before, and its checksum."""
+    found = read_meta(conn)
+    assert found is not None
+    row = {**found, **values}
+    row["crc"] = sealed(tuple(row.values())[:-1])[-1]
+    conn.execute(f"UPDATE meta SET {', '.join(f'{name} = ?' for name in row)} WHERE id = 1", tuple(row.values()))
+
+
+def _note_what_is_gone(conn: sqlite3.Connection) -> None:
+    """Mark all events until now as pruned, because version 1 did not store which events it had pruned."""
+    found = read_meta(conn)
+    assert found is not None
+    _rewrite_meta(conn, {**found, "events_gone_to": found["next_event"] - 1})
+
+
+def _rewrite_meta(conn: sqlite3.Connection, row: dict[str, int]) -> None:
+    """Rebuild the meta table with the columns of `row`. The checksum has to stay the last column."""
+    row["crc"] = row.pop("crc")
+    columns = ", ".join(f"{name} INTEGER NOT NULL" for name in row)
+    conn.execute("DROP TABLE meta")
+    conn.execute(f"CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), {columns}) STRICT")
+    names = ", ".join(row)
+    conn.execute(f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", sealed(tuple(row.values())[:-1]))
+
+
+def _describe_pauses_and_count_releases(conn: sqlite3.Connection) -> None:
+    """Add columns for the details of a pause, releases in a row, and a suspect clock."""
+    pause = {"paused_at": "INTEGER", "paused_by": "TEXT", "pause_reason": "TEXT", "paused_until": "INTEGER"}
+    _add_columns(conn, "queues", pause, None)
+    live_xor, finished_xor = _add_columns(conn, "jobs", {"releases": "INTEGER NOT NULL"}, 0)
+    conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.releases', 0) WHERE json_valid(row)")
+    found = read_meta(conn)
+    assert found is not None
+    row: dict[str, int] = {}
+    for name, value in found.items():
+        row[name] = value
+        if name == "wall_ms":
+            row["clock_suspect"] = 0
+    row["epoch"], row["next_token"] = token_numbers(found)
+    row["live_xor"] ^= live_xor
+    row["finished_xor"] ^= finished_xor
+    _rewrite_meta(conn, row)
+
+
+def _add_columns(conn: sqlite3.Connection, table: str, types: dict[str, str], value: int | None) -> tuple[int, int]:
+    """Add columns that hold `value` before the checksum of every row, and recompute the checksums.
+
+    Return the changes to the XOR of the checksums of live jobs, and to that of all other rows.
+    """
+    old = f"old_{table}"
+    sql = "SELECT sql FROM sqlite_schema WHERE tbl_name = ? AND type = ? AND sql IS NOT NULL"
+    [(made_by,)] = conn.execute(sql, (table, "table"))
+    indexes = conn.execute(sql, (table, "index")).fetchall()
+    names = ", ".join(name for (name,) in conn.execute("SELECT name FROM pragma_table_info(?)", (table,)))[
+        : -len(", crc")
+    ]
+    columns = "".join(f"{name} {type_}, " for name, type_ in types.items())
+    conn.execute(f"ALTER TABLE {table} RENAME TO {old}")
+    conn.execute(made_by.replace("crc INTEGER NOT NULL", f"{columns}crc INTEGER NOT NULL"))
+    # SQLite copies the rows, because it does not change text that is not UTF-8.
+    added = "".join(f"{'NULL' if value is None else value}, " for _ in types)
+    conn.execute(f"INSERT INTO {table} ({names}, {', '.join(types)}, crc) SELECT {names}, {added}crc FROM {old}")
+    conn.execute(f"DROP TABLE {old}")
+    for (made_by,) in indexes:
+        conn.execute(made_by)
+    return _reseal(conn, table, names, (value,) * len(types))
+
+
+def _reseal(conn: sqlite3.Connection, table: str, names: str, added: Row) -> tuple[int, int]:
+    """Recompute the checksums of the rows of `table`, which now end with the values `added`.
+
+    The checksum of a damaged row stays wrong by the same bits.
+    """
+    xors = {True: 0, False: 0}
+    last = -1
+    conn.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+    sql = f"SELECT rowid, {'status' if table == 'jobs' else 'NULL'}, {names}, crc FROM {table} NOT INDEXED"
+    while True:
+        found = conn.execute(f"{sql} WHERE rowid > ? ORDER BY rowid LIMIT {_RESEALED_AT_ONCE}", (last,)).fetchall()
+        if not found:
+            break
+        last = found[-1][0]
+        sealed_anew = []
+        for rowid, status, *columns, crc in found:
+            was, row = (*columns, crc), (*columns, *added)
+            try:
+                now = checksum(row) ^ checksum(tuple(columns)) ^ crc
+            except (UnicodeEncodeError, OverflowError, TypeError):
+                continue
+            sealed_anew.append((now, rowid))
+            xors[status in LIVE] ^= first_checksum(was) ^ first_checksum((*row, now))
+        conn.executemany(f"UPDATE {table} SET crc = ? WHERE rowid = ?", sealed_anew)
+    conn.text_factory = str
+    return xors[True], xors[False]

@@ -1,0 +1,514 @@
+"""Looks at what is committed: jobs by id, pages, journals, late results, reports. Damaged rows met are set aside.
+
+Changes nothing else. Plain calls, made from the store's thread.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Iterable
+from itertools import chain
+from string import ascii_uppercase
+from typing import Any, Final
+
+from jobd.model.events import Event
+from jobd.model.job import LIVE, Grant, Job, LateResult
+from jobd.model.storage import (
+    PUT_OFF_MS,
+    Aside,
+    Due,
+    JournalPage,
+    KeyRow,
+    LateAsked,
+    LateKnown,
+    Loaded,
+    Page,
+    Payload,
+    Query,
+)
+from jobd.storage import codec as rows
+from jobd.storage.codec import EVENT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
+from jobd.storage.database import (
+    BY_ID,
+    BY_SEQ,
+    EVENT_SQL,
+    FAILED_SQL,
+    FINISHED_SQL,
+    JOB_SQL,
+    KEY_SQL,
+    LATE_SQL,
+    LIVE_SQL,
+    NOT_LIVE_SQL,
+    TOMBSTONE_SQL,
+    Tables,
+    is_corrupt,
+)
+from jobd.storage.quarantine import set_jobs_aside, set_rows_aside
+
+_NO_LIMIT: Final = 1 << 62
+_EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
+_JOB_SEQ: Final = EVENT_COLUMNS.index("job_seq")
+_ALL: Final = -1  # SQLite: no limit
+_CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
+_METADATA: Final = JOB_COLUMNS.index("metadata")
+_LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
+SLICE_BYTES: Final = 256 << 10  # of a piece that is read between two batches: below 2 ms
+LOOKED_BACK: Final = 1_000  # events of a job, in which a grant is looked for whose lock is long lost
+_GRANTS: Final = (
+    f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
+    "ORDER BY seq DESC LIMIT ?) CROSS JOIN events NOT INDEXED ON seq = found WHERE type = 'granted'"
+)
+LOOKED_BEHIND: Final = 10  # slices of damaged tombstones, for those behind them
+_NAMED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
+_DUE: Final = f"SELECT {TOMBSTONE_SQL} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
+TEXT_BYTES: Final = 2 << 20  # of payloads that are looked through in one go
+_SIZE: Final = "ifnull((SELECT length(body) FROM payloads WHERE job_seq = jobs.seq), 0)"
+_HAS_TEXT: Final = (
+    "(instr(lower(id), ?) OR instr(lower(error_message), ?) OR EXISTS (SELECT 1 FROM payloads "
+    "WHERE job_seq = jobs.seq AND instr(lower(CAST(body AS TEXT)), ?)))"
+)
+_TABLE: Final = "NOT INDEXED WHERE true"
+# Where jobs of a status are looked for; completed ones are in no index.
+_SCOPES: Final = {
+    **dict.fromkeys(LIVE, f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?"),
+    **dict.fromkeys(("failed", "cancelled"), f"INDEXED BY jobs_failed WHERE {FAILED_SQL} AND status = ?"),
+}
+_CAPITALS: Final = {ord(capital): ord(capital) + 32 for capital in ascii_uppercase}
+_NO_PAYLOAD: Final = Payload(b"null", "")
+# Also jobs that were set aside: an operator may take them back as they are.
+_NAMED: Final = (
+    "SELECT 1 FROM jobs INDEXED BY jobs_storage_key WHERE storage_key = ?1 "
+    "UNION ALL SELECT 1 FROM quarantined_jobs WHERE json_valid(row) AND json_extract(row, '$.storage_key') = ?1"
+)
+
+
+def read_job(tables: Tables, row: Row) -> tuple[Job | None, str]:
+    """The job of a row, or None and what is wrong with it."""
+    wrong = fault(row)
+    if wrong is None:
+        try:
+            return tables.reader.job(row), ""
+        except rows.Unreadable as error:
+            wrong = str(error)
+    return None, wrong
+
+
+def load(tables: Tables, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+    """See Disk.load."""
+    tables.check()
+    loaded = Loaded()
+    damaged: list[tuple[Row, str]] = []
+    for id_ in ids:
+        row, wrong = _row_by_id(tables, id_)
+        job = None
+        if row is not None:
+            job, wrong = read_job(tables, row)
+        if job is not None:
+            loaded.jobs[id_] = job
+        elif wrong:
+            loaded.bad[id_] = wrong
+            if row is not None:
+                damaged.append((row, wrong))
+    for seq in payloads:
+        payload, wrong = tables.payload(seq)
+        if payload is not None:
+            loaded.payloads[seq] = payload
+        elif row_of := tables.rows(BY_SEQ, (seq,)):
+            damaged.append((row_of[0], wrong))
+        elif (id_of := tables.name_of(seq)) is not None:
+            loaded.bad[id_of] = tables.quarantined.get(id_of, wrong)  # set aside since the caller knew of it
+    if damaged:
+        loaded.bad.update(set_jobs_aside(tables, damaged))
+        loaded.jobs = {id_: job for id_, job in loaded.jobs.items() if id_ not in loaded.bad}
+    for digest in digests:
+        if (key := _answer(tables, digest)) is not None:
+            loaded.answers[digest] = key
+    return loaded
+
+
+def _row_by_id(tables: Tables, id_: str) -> tuple[Row | None, str]:
+    """The row of a job, or None and why it cannot be had ("" where there is none)."""
+    try:
+        found = tables.rows(BY_ID, (id_,))
+        if found and _is_of_another(found[0], id_):
+            tables.rebuild_indexes()
+            found = tables.rows(BY_ID, (id_,))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        return None, _lost(tables, id_, f"its row cannot be read: {error}")
+    if not found:
+        return None, tables.quarantined.get(id_, "")
+    if _is_of_another(found[0], id_):
+        return None, _lost(tables, id_, "its row cannot be found: the table is damaged")
+    return found[0], ""
+
+
+def _is_of_another(row: Row, id_: str) -> bool:
+    """Whether the index of ids led to the whole row of another job."""
+    return bool(row[1] != id_) and fault(row) is None
+
+
+def _lost(tables: Tables, id_: str, reason: str) -> str:
+    """Name a job whose row cannot even be moved aside."""
+    if tables.quarantined.get(id_) != reason:
+        tables.quarantined[id_] = reason
+        tables.tell_aside(Aside(id_, reason, is_moved=False))
+        tables.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
+    return reason
+
+
+def _answer(tables: Tables, digest: str) -> KeyRow | None:
+    """A stored answer. One that is damaged is set aside: the call is judged anew, as after 24 hours."""
+    found = tables.rows(f"SELECT rowid, {KEY_SQL}, answer FROM keys WHERE digest = ?", (digest,))
+    if not found:
+        return None
+    rowid, *columns, answer = found[0]
+    wrong = fault(tuple(columns))
+    if wrong is None and (None if answer is None else zlib.crc32(answer)) != columns[5]:
+        wrong = "the checksum of its answer is wrong"
+    if wrong is None:
+        return rows.key(tuple(columns), answer)
+    set_rows_aside(tables, "keys", (*KEY_COLUMNS, "crc", "answer"), [(rowid, found[0][1:], wrong)])
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages
+
+
+def find(tables: Tables, query: Query) -> Page:
+    """See Disk.find: newest first, or oldest first; at most `scan` rows looked at."""
+    tables.check()
+    try:
+        page = _page(tables, query)
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        page = _page_one_by_one(tables, query)
+    page.last_event = tables.numbers.next_event - 1
+    return page
+
+
+def _page(tables: Tables, query: Query) -> Page:
+    scope, scope_args, filters, args = _conditions(query)
+    if query.after is None:
+        beyond, upto, way = "seq < ?", "seq >= ?", "DESC"
+        begin, end = _NO_LIMIT if query.before is None else query.before, 0
+    else:
+        beyond, upto, way = "seq > ?", "seq <= ?", "ASC"
+        begin, end = query.after, _NO_LIMIT
+    edge_sql = f"SELECT seq FROM jobs {scope} AND {beyond} ORDER BY seq {way} LIMIT 1 OFFSET ?"
+    edge = tables.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
+    if query.text is not None:
+        sized_sql = f"SELECT seq, {_SIZE} FROM jobs {scope} AND {beyond} ORDER BY seq {way} LIMIT ?"
+        edge = _heavy_edge(tables.conn.execute(sized_sql, (*scope_args, begin, query.scan))) or edge
+    end = end if edge is None else edge[0]
+    rows_sql = f"FROM jobs {scope} AND {beyond} AND {upto}"
+    if scope == _TABLE:
+        sql = f"SELECT {JOB_SQL} {rows_sql}{filters} ORDER BY seq {way} LIMIT ?"  # takes half the time of the other
+    else:
+        sql = (
+            f"SELECT {JOB_SQL} FROM (SELECT seq AS found {rows_sql} ORDER BY seq {way}) CROSS JOIN jobs NOT INDEXED "
+            f"ON seq = found WHERE true{filters} ORDER BY found {way} LIMIT ?"
+        )
+    matched, is_cut = tables.some_rows(sql, (*scope_args, begin, end, *args, query.limit + 1), query.payload_bytes)
+    page = Page([], None, looked=query.scan)
+    last = _fill(tables, page, matched, query)
+    if is_cut and last is None:
+        last = matched[-1][0]
+    if last is not None:
+        page.next_before = last
+    elif edge is not None:
+        more = tables.conn.execute(f"SELECT 1 FROM jobs {scope} AND {beyond}", (*scope_args, end)).fetchone()
+        if more is not None:
+            page.next_before = end
+            found = tables.conn.execute(_CREATED, (end,)).fetchone()
+            page.looked_to_at = None if found is None else found[0]
+    return page
+
+
+def _page_one_by_one(tables: Tables, query: Query) -> Page:
+    """The page of a damaged table: each seq is asked for, those that cannot be read are named and left out."""
+    _, _, filters, args = _conditions(query)
+    sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?{filters}"
+    top = tables.numbers.next_job
+    if query.after is None:
+        top = top if query.before is None else query.before
+        end = max(0, top - query.scan)
+        seqs, is_last = range(top - 1, max(end - 1, 0), -1), end <= 1
+    else:
+        end = query.after + query.scan
+        seqs, is_last = range(query.after + 1, min(end + 1, top)), end + 1 >= top
+    page = Page([], None)
+    last = _fill(tables, page, tables.each(sql, seqs, "jobs", args), query)
+    page.next_before = last if last is not None else None if is_last else end
+    return page
+
+
+def _conditions(query: Query) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...]]:
+    """Which rows count as looked at (those of an index, where the query allows it), and which match."""
+    scope = _TABLE
+    scope_args: tuple[Any, ...] = ()
+    if query.status in _SCOPES:
+        scope, scope_args = _SCOPES[query.status], (query.status,)
+    wanted = {
+        "status = ?": query.status,
+        "queue = ?": query.queue,
+        "kind = ?": query.kind,
+        "ifnull(worker, ended_worker) = ?": query.worker,  # of the latest grant: a job keeps the one before it, too
+        "created_at >= ?": query.since,
+        "created_at < ?": query.until,
+        "finished_at >= ?": query.finished_since,
+        "finished_at < ?": query.finished_until,
+    }
+    found: dict[str, tuple[Any, ...]] = {each: (value,) for each, value in wanted.items() if value is not None}
+    if query.text is not None:
+        found[_HAS_TEXT] = (_lower(query.text),) * 3
+    if query.error is not None:
+        texts = ", ".join(f"CAST({name} AS BLOB)" for name in ("error_message", "error_code", "id"))
+        found[f"fingerprint({texts}) = ?"] = (query.error,)
+    return scope, scope_args, "".join(f" AND {each}" for each in found), tuple(chain(*found.values()))
+
+
+def _lower(text: str) -> str:
+    """As SQLite's lower(): of A to Z alone."""
+    return text.translate(_CAPITALS)
+
+
+def _heavy_edge(sized: Iterable[Row]) -> Row | None:
+    """The row up to which so much payload is looked through that it is enough for once; None: it is less."""
+    total = 0
+    for seq, size in sized:
+        total += size
+        if total > TEXT_BYTES:
+            return (seq,)
+    return None
+
+
+def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int | None:
+    """Put the rows of a page in; gives the seq it ended with where rows are left for the next one."""
+    damaged: list[tuple[Row, str]] = []
+    size, last = 0, None
+    for row in matched:
+        if len(page.jobs) + len(damaged) >= query.limit:
+            break
+        job, wrong = read_job(tables, row)
+        payload, wrong = (None, wrong) if job is None else _payload_of(tables, query, job)
+        if job is None or payload is None:
+            damaged.append((row, wrong))
+        elif page.jobs and size + len(payload.body) + len(row[_METADATA] or "") > query.payload_bytes:
+            break
+        else:
+            page.jobs.append((job, payload.body))
+            size += len(payload.body) + len(row[_METADATA] or "")
+        last = row[0]
+    else:
+        last = None
+    if damaged:
+        set_jobs_aside(tables, damaged)
+    return last
+
+
+def _payload_of(tables: Tables, query: Query, job: Job) -> tuple[Payload | None, str]:
+    return tables.payload(job.seq) if query.payloads else (_NO_PAYLOAD, "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Journals, ages, reports
+
+
+def timeline(tables: Tables, job_seq: int, limit: int | None = None) -> list[Event]:
+    """The journal of one job, or its latest events, oldest first; of signs of life the last of each grant."""
+    tables.check()
+    found = _timeline(tables, job_seq, _ALL if limit is None else limit)
+    events = [event for event in _events(tables, found) if event.job_seq == job_seq]
+    gone, changed = rows.thin(events)
+    forgotten, new = set(gone), {event.seq: event for event in changed}
+    return [new.get(event.seq, event) for event in events if event.seq not in forgotten]
+
+
+def _timeline(tables: Tables, job_seq: int, limit: int) -> list[Row]:
+    inner = "SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq DESC LIMIT ?"
+    sql = f"SELECT {EVENT_SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
+    try:
+        found = tables.rows(sql, (job_seq, limit))
+        if any(row[_JOB_SEQ] != job_seq and fault(row) is None for row in found):  # the index led to other jobs
+            tables.rebuild_indexes()
+            found = tables.rows(sql, (job_seq, limit))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        found = _timeline_of_a_damaged_table(tables, job_seq)[-limit if limit > 0 else 0 :]
+    return found
+
+
+def _timeline_of_a_damaged_table(tables: Tables, job_seq: int) -> list[Row]:
+    """The events that can be read; the others are named. Where it is the index that is damaged, all rows are read."""
+    try:
+        seqs = tables.rows("SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq", (job_seq,))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        tables.faults.append(f"the index of the journal cannot be read: {error}; run `jobd doctor`")
+        return tables.rows(f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq", (job_seq,))
+    return tables.each(_EVENT, [seq for (seq,) in seqs], "events")
+
+
+def journal(tables: Tables, after: int, limit: int) -> JournalPage:
+    """Up to `limit` events of the whole store with a seq above `after`, oldest first; fewer where they are large.
+
+    A damaged one is as good as gone, also where it cannot be moved aside: nobody is led past it.
+    """
+    tables.check()
+    last = tables.numbers.next_event - 1
+    sql = f"SELECT {EVENT_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
+    try:
+        found, is_cut = tables.some_rows(sql, (after, limit), SLICE_BYTES)
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        tables.faults.append(f"the journal cannot be read after event {after}: {error}; run `jobd doctor`")
+        return JournalPage([], last, last)
+    events = _events(tables, found)
+    if len(events) < len(found):
+        whole = {event.seq for event in events}
+        tables.note_gone(max(row[0] for row in found if row[0] not in whole))
+    return JournalPage(events, last, tables.gone_to, is_cut or len(found) == limit)
+
+
+def _events(tables: Tables, found: list[Row]) -> list[Event]:
+    """The events of rows; damaged ones are set aside."""
+    damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
+    if damaged:
+        set_rows_aside(tables, "events", (*EVENT_COLUMNS, "crc"), damaged)
+        aside = {seq for seq, _, _ in damaged}
+        found = [row for row in found if row[0] not in aside]
+    return [rows.event(row) for row in found]
+
+
+def late(tables: Tables, asked: list[LateAsked]) -> LateKnown:
+    """See Disk.late. Many may ask of one job: it is looked at once."""
+    tables.check()
+    whole: dict[int, bool] = {}
+    locks: dict[int, set[str]] = {}
+    for each in asked:
+        whole[each.job_seq] = each.whole or whole.get(each.job_seq, False)
+        if each.lock_id is not None:
+            locks.setdefault(each.job_seq, set()).add(each.lock_id)
+    known = LateKnown()
+    for job_seq, is_whole in whole.items():
+        known.results[job_seq] = _late_results(tables, job_seq, whole=is_whole)
+    for job_seq, lock_ids in locks.items():
+        made = {grant.lock_id: grant for grant in _latest_grants(tables, job_seq)}
+        known.grants |= {(job_seq, lock_id): made[lock_id] for lock_id in lock_ids & made.keys()}
+    return known
+
+
+def _late_results(tables: Tables, job_seq: int, *, whole: bool) -> list[LateResult]:
+    """The oldest grant first. Damaged rows are set aside; nobody but an operator waits for what they held."""
+    try:
+        sql = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? ORDER BY seq"
+        seqs = [seq for (seq,) in tables.rows(sql, (job_seq,))]
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        tables.faults.append(f"the late results cannot be read: {error}; run `jobd doctor`")
+        return []
+    found: list[LateResult] = []
+    damaged: list[tuple[int, Row, str]] = []
+    for row in tables.each(_LATE, seqs, "late results"):
+        if (wrong := fault(row)) is not None:
+            damaged.append((row[0], row, wrong))
+        elif row[1] == job_seq:
+            found.append(rows.late(row, whole=whole))
+    set_rows_aside(tables, "late_results", (*LATE_COLUMNS, "crc"), damaged)
+    return sorted(found, key=lambda result: result.fencing_token)
+
+
+def count_late(tables: Tables, job_seqs: list[int]) -> dict[int, int]:
+    """See Disk.count_late."""
+    tables.check()
+    sql = "SELECT count(*) FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
+    try:
+        counts = {seq: tables.rows(sql, (seq,))[0][0] for seq in job_seqs}
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        tables.faults.append(f"the late results cannot be counted: {error}; run `jobd doctor`")
+        return {}
+    return {seq: count for seq, count in counts.items() if count}
+
+
+def _latest_grants(tables: Tables, job_seq: int) -> list[Grant]:
+    """The grants of this job that the end of its journal tells of. Batches wait for this, so it has its limit."""
+    try:
+        found = tables.rows(_GRANTS, (job_seq, LOOKED_BACK))
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        return []  # whoever asks for the timeline is told
+    events = [event for event in _events(tables, found) if event.job_seq == job_seq and event.changes is not None]
+    return [event.changes.grant for event in events if event.changes and isinstance(event.changes.grant, Grant)]
+
+
+def expired(tables: Tables, now: int, limit: int, skip: int = 0) -> list[str]:
+    """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after so many to skip.
+
+    Damaged ones that cannot be moved out of the way hide nothing that is behind them.
+    """
+    tables.check()
+    inner = (  # the index has all that are not live, also of a status that is none
+        f"SELECT seq AS found, expires_at AS due FROM jobs INDEXED BY jobs_expiry "
+        f"WHERE expires_at IS NOT NULL AND {NOT_LIVE_SQL} AND {FINISHED_SQL} AND expires_at <= ? "
+        "ORDER BY expires_at LIMIT ? OFFSET ?"
+    )
+    sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
+    while True:
+        found, _ = tables.some_rows(sql, (now, limit, skip), SLICE_BYTES)
+        # Of one that could not be moved the row may be whole, and its payload damaged.
+        damaged = [(row, wrong) for row in found if (wrong := fault(row) or tables.unmoved.get(row[0])) is not None]
+        gone = {row[0] for row, _ in damaged}
+        whole = [row[1] for row in found if row[0] not in gone]
+        if damaged:
+            set_jobs_aside(tables, damaged)
+        if whole or not found:
+            return whole
+        skip += sum(bool(tables.rows(BY_SEQ, (row[0],))) for row, _ in damaged)
+
+
+def reports(tables: Tables, limit: int) -> list[bytes]:
+    """Kept cleanup reports, newest first."""
+    tables.check()
+    found = tables.rows("SELECT seq, body, crc FROM reports ORDER BY seq DESC LIMIT ?", (limit,))
+    damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
+    set_rows_aside(tables, "reports", ("seq", "body", "crc"), damaged)
+    return [body for _, body, _ in (row for row in found if fault(row) is None)]
+
+
+def due_tombstones(tables: Tables, now: int, limit: int) -> Due:
+    """See Disk.due_tombstones. Whether a key is named is looked up here, next to what will be done about it.
+
+    Damaged ones that cannot be moved out of the way are passed by, a few hundred of them.
+    """
+    tables.check()
+    met: set[int] = set()
+    unmoved: set[int] = set()
+    for _ in range(LOOKED_BEHIND):
+        most = limit + len(unmoved)
+        found = tables.rows(_DUE.format("<="), (now, most)) or tables.rows(_DUE.format(">"), (now + PUT_OFF_MS, most))
+        new = [(row[0], row, wrong) for row in found if row[0] not in met and (wrong := fault(row)) is not None]
+        unmoved |= set_rows_aside(tables, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), new)
+        met |= {seq for seq, _, _ in new}
+        whole = [rows.tombstone(row) for row in found if row[0] not in met]
+        if not new or len(whole) >= limit:
+            break
+    late = {each.job_seq for each in whole if tables.conn.execute(_NAMED_LATE, (each.key,)).fetchone() is not None}
+    named = [(each, is_named(tables, each.key)) for each in whole]
+    return Due(named, len(met) - len(unmoved), late, len(unmoved))
+
+
+def is_named(tables: Tables, key: str) -> bool:
+    """Whether any job has `key` as its storage_key."""
+    return tables.conn.execute(_NAMED, (key,)).fetchone() is not None

@@ -1,0 +1,108 @@
+"""A walk over all rows of the open store, slice by slice: every checksum. Damaged rows are set aside as they are met.
+
+Each call is one slice of at most SLICE_S, made from the store's thread between the batches.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+import zlib
+from typing import Final
+
+from msgspec import Struct
+
+from jobd.storage.audit_writer import AUDIT_SQL
+from jobd.storage.codec import AUDIT_COLUMNS, EVENT_COLUMNS, LATE_COLUMNS, Row, fault
+from jobd.storage.database import EVENT_SQL, JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Tables, is_corrupt, readable
+from jobd.storage.outbox import DELIVERY_SQL
+from jobd.storage.quarantine import set_jobs_aside, set_rows_aside
+from jobd.storage.queries import read_job
+
+SLICE_S: Final = 0.002
+MOST_ROWS: Final = 100  # read at once; they hold a few kilobytes each, or a payload alone
+MOST_BYTES: Final = 1 << 20
+
+# Columns with the checksum, last. Those with names are set aside; the others are named only: who needs them meets them.
+_COLUMNS: Final[dict[str, tuple[str, tuple[str, ...] | None]]] = {
+    "events": (EVENT_SQL, (*EVENT_COLUMNS, "crc")),
+    "late_results": (LATE_SQL, (*LATE_COLUMNS, "crc")),
+    "audit": (AUDIT_SQL, (*AUDIT_COLUMNS, "crc")),
+    "keys": (f"{KEY_SQL}, answer", None),
+    "tombstones": (TOMBSTONE_SQL, None),
+    "deliveries": (DELIVERY_SQL, None),
+}
+TABLES: Final = ("jobs", *_COLUMNS)
+
+
+class Slice(Struct):
+    """Rows of `table` up to `last` (a rowid; None: it was the end): how many, and which are damaged, with what."""
+
+    table: str
+    checked: int = 0
+    last: int | None = None
+    damaged: list[tuple[str, str]] = []
+
+
+def look(tables: Tables, table: str, after: int) -> Slice:
+    """The next rows of `table` behind the rowid `after`. A page that cannot be read ends the table, and is named."""
+    tables.check()
+    found = Slice(table)
+    until_s = time.perf_counter() + SLICE_S
+    try:
+        (_jobs if table == "jobs" else _others)(tables, found, after, until_s)
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        found.damaged.append((f"{table} after {max(found.last or 0, after)}", f"they cannot be read: {error}"))
+        found.last = None
+    return found
+
+
+def _jobs(tables: Tables, found: Slice, after: int, until_s: float) -> None:
+    sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq > ? ORDER BY seq LIMIT ?"
+    read, is_cut = tables.some_rows(sql, (after, MOST_ROWS), MOST_BYTES)
+    damaged: list[tuple[Row, str]] = []
+    size = 0
+    for row in read:
+        job, wrong = read_job(tables, row)
+        if job is not None:
+            payload, wrong = tables.payload(job.seq)
+            size += 0 if payload is None else len(payload.body)
+        if wrong:
+            damaged.append((row, wrong))
+        found.checked += 1
+        found.last = row[0]
+        if size > MOST_BYTES or time.perf_counter() > until_s:
+            break
+    else:
+        found.last = read[-1][0] if is_cut or len(read) == MOST_ROWS else None
+    found.damaged += [(f"job {id_}", wrong) for id_, wrong in set_jobs_aside(tables, damaged).items()]
+
+
+def _others(tables: Tables, found: Slice, after: int, until_s: float) -> None:
+    columns, names = _COLUMNS[found.table]
+    sql = f"SELECT rowid, {columns} FROM {found.table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
+    read, is_cut = tables.some_rows(sql, (after, MOST_ROWS), MOST_BYTES)
+    damaged: list[tuple[int, Row, str]] = []
+    for rowid, *values in read:
+        wrong = _wrong_key(tuple(values)) if found.table == "keys" else fault(tuple(values))
+        if wrong is not None:
+            damaged.append((rowid, tuple(values), wrong))
+        found.checked += 1
+        found.last = rowid
+        if time.perf_counter() > until_s:
+            break
+    else:
+        found.last = read[-1][0] if is_cut or len(read) == MOST_ROWS else None
+    if names is not None:
+        set_rows_aside(tables, found.table, names, damaged)
+    found.damaged += [(f"{found.table} {readable(row[0])}", wrong) for _, row, wrong in damaged]
+
+
+def _wrong_key(row: Row) -> str | None:
+    *columns, answer = row
+    wrong = fault(tuple(columns))
+    if wrong is None and (None if answer is None else zlib.crc32(answer)) != columns[5]:
+        wrong = "the checksum of its answer is wrong"
+    return wrong

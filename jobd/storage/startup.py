@@ -1,0 +1,529 @@
+"""How a store is opened: the one connection, the schema, the epoch, and everything that is alive, checked row by row.
+
+Touches nothing before the lock is held and the schema version is known. Plain calls, made from the store's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import sqlite3
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, Job, Untouched, new_epoch, seconds_of_epochs
+from jobd.model.storage import SPARE_BYTES, DiskFull, KeyRow, Numbers, Opened, QueueRow
+from jobd.storage import codec as rows
+from jobd.storage import files, migrations, wal
+from jobd.storage.codec import AS_CREATED, KEY_COLUMNS, META_COLUMNS, NEW_COLUMNS, QUEUE_COLUMNS, Row, fault
+from jobd.storage.database import (
+    FINISHED_SQL,
+    JOB_SQL,
+    KEY_SQL,
+    LIVE_SQL,
+    QUEUE_SQL,
+    CannotMove,
+    Tables,
+    code_of,
+    is_undecodable,
+    lenient,
+    now_ms,
+    readable,
+)
+from jobd.storage.files import EpochFile, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
+from jobd.storage.quarantine import set_jobs_aside, set_rows_aside
+from jobd.storage.queries import read_job
+
+MEMORY: Final = ":memory:"
+PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows at work; more is memory that no job uses
+_WAL_PAGES: Final = 1000  # measured: fewer checkpoint too often, more make single commits wait longer
+_LOG_BYTES: Final = 32 << 20  # what is left of a log that one large transaction made longer
+_MAGIC: Final = b"SQLite format 3\0"
+# Live jobs are found by their index and read by their seq. Most are as they were created: a third of the columns says
+# all of these, and is read in half the time. Only the others are read in full, so many at once.
+_AS_CREATED: Final = " AND ".join(
+    f"{column} IS NULL" if value is None else f"{column} = {value!r}" for column, value in AS_CREATED.items()
+)
+_LIVE_JOBS: Final = (
+    f"SELECT {', '.join(NEW_COLUMNS)}, crc, updated_at = created_at AND {_AS_CREATED} "
+    f"FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
+    "CROSS JOIN jobs NOT INDEXED ON seq = found"
+)
+_IN_FULL: Final = (
+    f"SELECT {JOB_SQL} FROM (SELECT value AS found FROM json_each(?)) CROSS JOIN jobs NOT INDEXED ON seq = found"
+)
+_SLICE: Final = 10_000
+_EPOCH_SLACK_S: Final = 60  # starts within one second use epochs ahead of the clock
+# For each null sqlite3 looks for a way to adapt it, which takes longer than all else about it. None stays None. A look
+# into an empty dictionary gives it without a call of Python.
+_NOTHING: Final[dict[None, None]] = {}
+sqlite3.register_adapter(type(None), _NOTHING.get)
+
+
+def connect(path: str, synchronous: str) -> sqlite3.Connection:
+    """The connection of a store, exclusive, before anything is read from it. The lock file is held already."""
+    if path != MEMORY and not files.create_private(path):
+        refuse_newer(path, peek(path))
+        refuse_damaged_log(path)
+    conn = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=256)
+    try:
+        with refusals(path):
+            # EXCLUSIVE before WAL: no other connection, and no shared memory file, ever.
+            conn.execute("PRAGMA locking_mode = EXCLUSIVE")
+            if path != MEMORY:
+                journal_mode(conn, path, "wal")
+            conn.execute(f"PRAGMA synchronous = {synchronous}")
+            conn.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+            conn.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
+            conn.execute(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
+            conn.execute("PRAGMA temp_store = MEMORY")
+            conn.execute("PRAGMA cell_size_check = ON")
+            conn.execute("PRAGMA trusted_schema = OFF")
+            conn.execute("PRAGMA secure_delete = FAST")
+            conn.execute("BEGIN EXCLUSIVE")
+            conn.execute("COMMIT")
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
+def journal_mode(conn: sqlite3.Connection, path: str, mode: str) -> None:
+    """Change the journal mode. What went wrong is told in the second step only, or by a mode that stays as it was."""
+    (now,) = conn.execute(f"PRAGMA journal_mode = {mode}").fetchone()
+    if now != mode:
+        raise StoreFailed(f"{path}: the disk failed: its journal mode stays {now}")
+
+
+@contextlib.contextmanager
+def refusals(path: str) -> Iterator[None]:
+    """Turn SQLite's errors at the opening of `path` into those of a store."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = code_of(error) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise StoreBusy(path, None) from error
+        if code == sqlite3.SQLITE_FULL:
+            raise DiskFull(f"{path}: {error}") from error
+        if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH):
+            raise StoreUnreadable(_unreadable(path, error)) from error
+        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+            raise StoreFailed(f"{path}: {error}: the disk failed; see the log of the kernel") from error
+        raise
+    except UnicodeDecodeError as error:  # a name in the schema
+        raise StoreUnreadable(_unreadable(path, error)) from error
+
+
+def _unreadable(path: str, error: Exception) -> str:
+    return f"{path} cannot be read ({error}): see `jobd doctor`, or put a backup back with `jobd restore`"
+
+
+def peek(path: str) -> tuple[int, int]:
+    """Application id and schema version of the file at `path`, which is not written to; (0, 0) of an empty one."""
+    with open(path, "rb") as file:
+        header = file.read(100)
+    if not header:
+        return 0, 0
+    if len(header) < 100 or not header.startswith(_MAGIC):
+        raise StoreUnreadable(f"{path} is not a database: set store.path to another file")
+    in_file = int.from_bytes(header[68:72]), int.from_bytes(header[60:64])
+    if not os.path.exists(f"{path}-wal") or os.path.getsize(f"{path}-wal") == 0:
+        return in_file
+    return _peek_log(path, in_file)
+
+
+def _peek_log(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
+    """The same where the write-ahead log may hold a newer header. A read-only connection leaves file and log alone."""
+    try:
+        with read_only(path) as conn:
+            (application,) = conn.execute("PRAGMA application_id").fetchone()
+            (version,) = conn.execute("PRAGMA user_version").fetchone()
+            return application, version
+    except sqlite3.Error:
+        return in_file  # a full disk, for one: the header of the file has to do
+
+
+@contextlib.contextmanager
+def read_only(path: str) -> Iterator[sqlite3.Connection]:
+    """A connection that writes nothing. Nobody else may write meanwhile: hold the lock, or own the file."""
+    log = f"{path}-wal"
+    shared = f"{path}-shm"
+    with_log = os.path.exists(log) and os.path.getsize(log) > 0
+    had_shared = os.path.exists(shared)
+    mode = "mode=ro" if with_log else "mode=ro&immutable=1"
+    conn = sqlite3.connect(f"file:{quote(path)}?{mode}", uri=True, timeout=1.0, isolation_level=None)
+    try:
+        yield conn
+    finally:
+        conn.close()
+        if not had_shared:
+            Path(shared).unlink(missing_ok=True)
+
+
+def refuse_newer(path: str, found: tuple[int, int]) -> None:
+    """Raise for a file that is not ours or newer than this version."""
+    application, version = found
+    if application not in (0, migrations.APPLICATION_ID):
+        raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
+    if version > migrations.VERSION:
+        raise StoreTooNew(
+            f"{path} has schema version {version}, this jobd knows {migrations.VERSION}: "
+            "use the newer jobd, or a backup made by this one. The file was left as it is"
+        )
+
+
+def refuse_damaged_log(path: str) -> None:
+    """Raise StoreUnreadable where SQLite would pass over commits in the write-ahead log of `path`."""
+    log = f"{path}-wal"
+    if not wal.has_frames(log):
+        return
+    try:
+        with read_only(path) as conn:
+            conn.execute("PRAGMA user_version").fetchone()
+            taken = wal.frames_taken(f"{path}-shm")
+    except (sqlite3.Error, OSError):
+        return  # a full disk, for one
+    if wal.is_damaged(log, taken):
+        raise StoreUnreadable(
+            f"{log} is damaged after {taken} pages, and later commits cannot be read: put a backup back with "
+            f"`jobd restore`, or go on from before the damage with `jobd restore {path}`, which keeps the damaged files"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a connection to what the daemon needs in memory
+
+
+def start(conn: sqlite3.Connection, path: str) -> tuple[Tables, Opened]:
+    """Bring the schema up to date, settle the epoch, read and check everything that is alive."""
+    with refusals(path):
+        prepare_schema(conn, path)
+        tables = read_meta(conn, path)
+        marked = _settle_epoch(tables, path)
+        opened = _read_all(tables)
+        opened.marked = marked
+        opened.epoch_warning = epoch_warning(tables.numbers.epoch, now_ms())
+        if path != MEMORY:
+            _remove_leftovers(path)
+            opened.full = not _has_space(tables, path)
+            opened.has_reserve = _has_reserve(path)
+        opened.faults = tables.faults.copy()
+        return tables, opened
+
+
+def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
+    """Lay out an empty file; migrate an older one, after a copy of it was put beside it."""
+    (application,) = conn.execute("PRAGMA application_id").fetchone()
+    (version,) = conn.execute("PRAGMA user_version").fetchone()
+    refuse_newer(path, (application, version))
+    (known,) = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if not known:
+        migrations.create(conn)
+        return
+    check_ours(conn, path)
+    if version < migrations.VERSION:
+        migrations.check_meta(conn, path)
+        if path != MEMORY:
+            _copy_aside(conn, path, version)
+        migrations.migrate(conn, version)
+    if lacking := missing_from_schema(conn):
+        raise StoreUnreadable(f"{path}: its schema lacks {', '.join(lacking)}: put a backup back with `jobd restore`")
+
+
+def missing_from_schema(conn: sqlite3.Connection) -> list[str]:
+    """Columns and indexes that a store of this version has, and this one has not. A damaged name is another name."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as fresh:
+        migrations.create(fresh)
+        return sorted(_names_in_schema(fresh) - _names_in_schema(conn))
+
+
+def _names_in_schema(conn: sqlite3.Connection) -> set[str]:
+    names = set()
+    with lenient(conn):
+        for kind, name in conn.execute("SELECT type, name FROM sqlite_schema WHERE sql IS NOT NULL").fetchall():
+            names.add(name)
+            if kind == "table":
+                columns = conn.execute("SELECT name FROM pragma_table_info(?)", (readable(name),))
+                names |= {f"{name}.{column}" for (column,) in columns}
+    return names
+
+
+def check_ours(conn: sqlite3.Connection, path: str) -> None:
+    """Raise StoreUnreadable for a database of another program."""
+    (application,) = conn.execute("PRAGMA application_id").fetchone()
+    if application != migrations.APPLICATION_ID:
+        raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
+
+
+def _copy_aside(conn: sqlite3.Connection, path: str, version: int) -> None:
+    """The copy has its name once it is whole; what a crash leaves of one is removed as of other backups."""
+    part = f"{path}.backup-v{version}"
+    try:
+        Path(part).unlink(missing_ok=True)
+        files.create_private(part)
+        with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as copy:
+            conn.backup(copy)
+            journal_mode(copy, part, "delete")
+        files.sync(part)
+        os.replace(part, f"{path}.v{version}-{now_ms()}")
+        files.sync_directory(path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def read_meta(conn: sqlite3.Connection, path: str) -> Tables:
+    """The tables with their numbers and sums. Raises StoreUnreadable."""
+    migrations.check_meta(conn, path)
+    found = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
+    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, suspect, *sums, marked, gone_to = found
+    numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms, bool(suspect))
+    live, live_xor, finished, finished_xor = sums
+    totals = (live, live_xor, finished, finished_xor)
+    return Tables(conn, os.path.dirname(path) or ".", numbers, totals, bool(marked), gone_to)
+
+
+def _settle_epoch(tables: Tables, path: str) -> bool:
+    """Begin a new epoch for a new store, a backup, and a database whose epoch file is missing or newer.
+
+    Return whether a backup or an older copy was put back, so that its grants have to end. An epoch is written to the
+    database before the file, so a file that is ahead of its database means that the database is an older copy.
+    """
+    file = EpochFile(is_current=True) if path == MEMORY else files.read_epoch(path)
+    own = tables.numbers.epoch
+    is_put_back = tables.marked or file.is_ahead_of(own)
+    if is_put_back or own == 0 or not file.is_current:
+        epoch = new_epoch(max(own, file.epoch), now_ms())
+        if epoch > LAST_EPOCH:
+            raise StoreUnreadable(f"{path}: there is no epoch for fencing tokens above {epoch - 1}")
+        tables.commit(_begin_epoch, tables, epoch, is_put_back)
+    if path != MEMORY:
+        if file != EpochFile(tables.numbers.epoch, is_current=True):
+            files.write_epoch(path, tables.numbers.epoch)
+        tables.keep_epoch = partial(files.write_epoch, path)
+    tables.kept_epoch = tables.numbers.epoch
+    return is_put_back
+
+
+def _begin_epoch(tables: Tables, epoch: int, is_put_back: bool) -> None:
+    """Begin `epoch`. The mark of a backup stays until every grant has ended (Batch.unmark).
+
+    After a backup is put back, clients may have seen events that it lacks. Their numbers are not used again: new events
+    begin above them, and a client that resumes from an older number gets an error that later events are gone.
+    """
+    tables.numbers = replace(tables.numbers, epoch=epoch, next_token=1)
+    if is_put_back:
+        next_event = max(tables.numbers.next_event, epoch << TOKEN_COUNTER_BITS)
+        tables.numbers = replace(tables.numbers, next_event=next_event)
+        tables.gone_to = next_event - 1
+        tables.marked = True
+    tables.write_meta()
+
+
+def epoch_warning(epoch: int, now: int) -> str | None:
+    """Describe the effect of a wrong wall clock on fencing tokens; None if it is right now and was before."""
+    seconds = seconds_of_epochs(now)
+    if epoch > SAFE_EPOCH:
+        return f"epoch {epoch} gives fencing tokens of 2^53 and more, which JavaScript cannot read exactly"
+    if seconds > SAFE_EPOCH:
+        return "the wall clock is past 2036: epochs only count up by 1, and copies of this store may use the same one"
+    if epoch > seconds + _EPOCH_SLACK_S:
+        behind = f"the wall clock is {epoch - seconds} s behind epoch {epoch} of the fencing tokens"
+        return f"{behind}: until it has caught up, copies of this store may use the same epoch"
+    return None
+
+
+def _remove_leftovers(path: str) -> None:
+    """Temporary files of backups that a crash cut short."""
+    for name in glob.glob(f"{glob.escape(path)}.backup-*"):
+        Path(name).unlink(missing_ok=True)
+
+
+def probe(tables: Tables, path: str, spare_bytes: int) -> None:
+    """Write and read back with `spare_bytes` left free on the disk. Raises DiskFull."""
+    if path == MEMORY or not spare_bytes:
+        tables.probe()
+        return
+    with files.spare(path, spare_bytes):
+        tables.probe()
+
+
+def _has_space(tables: Tables, path: str) -> bool:
+    try:
+        probe(tables, path, SPARE_BYTES)
+    except DiskFull:
+        return False
+    return True
+
+
+def _has_reserve(path: str) -> bool:
+    try:
+        files.build_ballast(path)
+    except DiskFull:
+        return False
+    return True
+
+
+def _read_all(tables: Tables) -> Opened:
+    for id_, reason in tables.rows("SELECT id, reason FROM quarantined_jobs"):
+        tables.quarantined[readable(id_)] = reason
+    aside = tables.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
+    tables.faults += [f"{count} damaged rows of {place} are set aside: see `jobd doctor`" for place, count in aside]
+    jobs, in_short = _live_jobs(tables)
+    opened = Opened(
+        numbers=tables.numbers,
+        jobs=jobs,
+        in_short=in_short,
+        queues=_queues(tables),
+        keys=_keys(tables),
+        quarantined={},
+        suspects=dict(tables.rows("SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq")),
+        faults=[],
+        figures=_figures(tables),
+        tombstones=tables.conn.execute("SELECT count(*) FROM tombstones").fetchone()[0],
+    )
+    opened.quarantined = tables.quarantined.copy()
+    return opened
+
+
+class _Live(Struct):
+    """The live jobs, the damaged rows among them, and the XOR of the checksums of all, as they were written."""
+
+    jobs: list[Job] = []
+    in_short: list[Untouched] = []
+    damaged: list[tuple[Row, str]] = []
+    xor: int = 0
+
+    def found(self) -> tuple[int, int]:
+        """Number and XOR of all rows."""
+        return len(self.jobs) + len(self.in_short) + len(self.damaged), self.xor
+
+
+def _live_jobs(tables: Tables) -> tuple[list[Job], list[Untouched]]:
+    """All queued and processing jobs. Their number and the XOR of their checksums must be those that were kept."""
+    for rebuilt in (False, True):
+        kept = tables.totals[:2]
+        live = _scan(tables)
+        named = set_jobs_aside(tables, live.damaged)
+        tables.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in named.items()]
+        found = live.found()
+        if found == kept:
+            return live.jobs, live.in_short
+        if not rebuilt:
+            try:
+                tables.rebuild_indexes()
+            except (DiskFull, CannotMove):
+                break
+    tables.faults.append(
+        f"{found[0]} live jobs were found where {kept[0]} had been written"
+        if found[0] != kept[0]
+        else f"the {found[0]} live jobs are not those that had been written"
+    )
+    # A damaged tree may give a row twice.
+    by_seq = {job.seq: job for job in live.jobs}
+    in_short = {job.seq: job for job in live.in_short if job.seq not in by_seq}
+    return list(by_seq.values()), list(in_short.values())
+
+
+def _scan(tables: Tables) -> _Live:
+    try:
+        return _scan_once(tables)
+    except sqlite3.OperationalError as error:
+        if not is_undecodable(error):
+            raise
+    with lenient(tables.conn):
+        return _scan_once(tables)
+
+
+def _scan_once(tables: Tables) -> _Live:
+    live = _Live()
+    others = _scan_new(tables, live)
+    for first in range(0, len(others), _SLICE):
+        seqs = msgspec.json.encode(others[first : first + _SLICE]).decode()
+        for row in tables.conn.execute(_IN_FULL, (seqs,)):
+            job, wrong = read_job(tables, row)
+            if job is None:
+                live.damaged.append((row, wrong))
+                live.xor ^= rows.first_checksum(row)
+            else:
+                live.jobs.append(job)
+                live.xor ^= row[-1]
+    return live
+
+
+def _scan_new(tables: Tables, live: _Live) -> list[int]:
+    """Take the jobs that are as they were created; gives the seqs of all others, and of rows that are not right."""
+    others: list[int] = []
+    xor = 0
+    new = tables.reader.new
+    for row in tables.conn.execute(_LIVE_JOBS):
+        job = new(row) if row[-1] else None
+        if job is None:
+            others.append(row[0])
+            continue
+        xor ^= row[-2]
+        if isinstance(job, Untouched):
+            live.in_short.append(job)
+        else:
+            live.jobs.append(job)
+    live.xor ^= xor
+    return others
+
+
+def _queues(tables: Tables) -> dict[str, QueueRow]:
+    queues: dict[str, QueueRow] = {}
+    damaged: list[tuple[int, Row, str]] = []
+    for rowid, *columns in tables.rows(f"SELECT rowid, {QUEUE_SQL} FROM queues"):
+        row = tuple(columns)
+        if (wrong := fault(row)) is None:
+            queues[row[0]] = rows.queue(row)
+        else:
+            damaged.append((rowid, row, f"{wrong}: whether it was paused is not known, it is not now"))
+    set_rows_aside(tables, "queues", (*QUEUE_COLUMNS, "crc"), damaged)
+    if damaged:
+        for name, counts in recount_queues(tables.conn).items():
+            queues.setdefault(name, QueueRow(False, *counts))
+    return queues
+
+
+def recount_queues(conn: sqlite3.Connection) -> dict[str, tuple[int, int, int]]:
+    """How many completed, failed and cancelled jobs each queue has, counted. Reads every job."""
+    counts: dict[str, dict[str, int]] = {}
+    sql = f"SELECT queue, status, count(*) FROM jobs NOT INDEXED WHERE {FINISHED_SQL} GROUP BY queue, status"
+    for queue, status, count in conn.execute(sql):
+        counts.setdefault(queue, dict.fromkeys(("completed", "failed", "cancelled"), 0))[status] = count
+    return {queue: (c["completed"], c["failed"], c["cancelled"]) for queue, c in counts.items()}
+
+
+def _keys(tables: Tables) -> list[KeyRow]:
+    keys: list[KeyRow] = []
+    damaged: list[tuple[int, Row, str]] = []
+    for rowid, *columns in tables.rows(f"SELECT rowid, {KEY_SQL} FROM keys ORDER BY at"):
+        row = tuple(columns)
+        if (wrong := fault(row)) is None:
+            keys.append(rows.key(row))
+        else:
+            damaged.append((rowid, row, wrong))
+    set_rows_aside(tables, "keys", (*KEY_COLUMNS, "crc"), damaged)
+    return keys
+
+
+def _figures(tables: Tables) -> bytes | None:
+    found = tables.rows("SELECT rowid, id, body, crc FROM figures")
+    if not found:
+        return None
+    wrong = fault(found[0][1:])
+    if wrong is None:
+        body: bytes = found[0][2]
+        return body
+    set_rows_aside(tables, "figures", ("id", "body", "crc"), [(found[0][0], found[0][1:], wrong)])
+    return None

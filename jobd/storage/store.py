@@ -1,0 +1,286 @@
+"""The disk of the actor on SQLite: one connection in a thread of its own, one hop to it for each batch.
+
+Decides nothing. What goes over the connection is in tables.py, lookups.py and quarantine.py, its beginning in
+opening.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any, Final, Literal, TypeVar
+
+import aiosqlite
+
+from jobd.model.events import Event
+from jobd.model.job import Job
+from jobd.model.responses import DeliveryState
+from jobd.model.storage import (
+    Aside,
+    AuditQuery,
+    AuditRows,
+    Batch,
+    DiskSpace,
+    Due,
+    JournalPage,
+    LateAsked,
+    LateKnown,
+    Loaded,
+    Opened,
+    Page,
+    Query,
+    Tombstone,
+)
+from jobd.model.webhooks import Cursor, Delivery, Outbox
+from jobd.storage import audit_reader, files, quarantine
+from jobd.storage import outbox as webhook_tables
+from jobd.storage import queries as lookups
+from jobd.storage import scrub as row_check
+from jobd.storage import startup as opening
+from jobd.storage.database import Tables
+from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
+from jobd.storage.startup import MEMORY
+
+__all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTooNew", "StoreUnreadable"]
+
+T = TypeVar("T")
+Synchronous = Literal["FULL", "EXTRA"]
+_CHUNK: Final = 64
+LEND_S: Final = 0.002  # a batch of a dozen commands is at its COMMIT after a fifth of that
+
+
+class Connection(aiosqlite.Connection):
+    """aiosqlite's connection with its thread, asked for whole pieces of work: it pays a hop for each call."""
+
+    async def hop(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run `fn` in the connection's thread, after everything that was asked before."""
+        result: T = await self._execute(fn, *args)  # type: ignore[no-untyped-call]
+        return result
+
+    async def lent_hop(self, until: threading.Event, fn: Callable[..., T], *args: Any) -> T:
+        """As `hop`; the event loop stands still until `fn` has set `until`, or for LEND_S.
+
+        Two threads that both want the interpreter get in each other's way: the transaction would crawl while the loop
+        has work, and the loop would have none left while the disk writes. So the thread has it alone at first.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        until.clear()
+        self._tx.put_nowait((future, partial(fn, *args)))
+        until.wait(LEND_S)
+        return await future
+
+    async def ended(self) -> None:
+        """Close, and wait for the end of the thread also where the connection never came to be."""
+        await self.close()
+        thread: Any = getattr(self, "_thread", self)  # before aiosqlite 0.22 the connection is the thread
+        await asyncio.to_thread(thread.join)
+
+    @property
+    def raw(self) -> sqlite3.Connection:
+        """The connection itself, for work inside a hop (and for an online backup beside them)."""
+        return self._conn
+
+
+class Store:
+    """The durable half of the actor: see batch.Disk. Made by `open`, ended by `close` on every path."""
+
+    def __init__(self, path: str, db: Connection, tables: Tables, lock: FileLock | None) -> None:
+        self.path = path
+        self._db = db
+        self._tables = tables
+        self._lock = lock
+        self.on_broken: Callable[[Exception], None] = lambda error: None
+        self.on_aside: Callable[[Aside], None] = lambda aside: None
+        self.on_tombstones: Callable[[int], None] = lambda count: None
+        self._committing = threading.Event()
+        tables.at_commit = self._committing.set
+        self._told_aside = tables.asides  # those of the start are told by what it found
+        self._told_buried = 0
+        self._closing = threading.Event()
+        self._beside = asyncio.Lock()
+
+    @classmethod
+    async def open(
+        cls, path: str, *, synchronous: Synchronous = "FULL", once_held: Callable[[], None] | None = None
+    ) -> tuple[Store, Opened]:
+        """Open the store at `path` (or MEMORY), made with mode 0600 where there is none.
+
+        `once_held` is called when the lock is held and nothing has been touched yet: what it raises ends the opening.
+        Raises StoreBusy (before anything is touched), StoreTooNew, StoreUnreadable, DiskFull where there is no room
+        even to begin, or an OSError.
+        """
+        if synchronous not in ("FULL", "EXTRA"):
+            raise ValueError("synchronous must be FULL or EXTRA: anything less loses acknowledged work")
+        lock = None if path == MEMORY else await asyncio.to_thread(FileLock, path)
+
+        def connect() -> sqlite3.Connection:
+            if once_held is not None:
+                once_held()
+            return opening.connect(path, synchronous)
+
+        db = Connection(connect, _CHUNK)
+        try:
+            await db
+            tables, opened = await db.hop(opening.start, db.raw, path)
+        except BaseException:
+            await db.ended()
+            if lock is not None:
+                lock.release()
+            raise
+        return cls(path, db, tables, lock), opened
+
+    async def close(self) -> None:
+        """End the connection and its thread and give the lock back. A backup that is under way is cut short."""
+        self._closing.set()
+        async with self._beside:
+            try:
+                await self._db.close()
+            finally:
+                if self._lock is not None:
+                    self._lock.release()
+
+    @contextlib.asynccontextmanager
+    async def beside(self) -> AsyncIterator[tuple[sqlite3.Connection, threading.Event]]:
+        """The connection for an online backup from another thread, and the event that tells it to stop.
+
+        One at a time; `close` sets the event and waits for the end.
+        """
+        async with self._beside:
+            if self._closing.is_set():
+                raise StoreBroken("the store is closed")
+            yield self._db.raw, self._closing
+
+    async def __aenter__(self) -> Store:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _hop(self, fn: Callable[..., T], *args: Any) -> T:
+        """One function in the connection's thread; a failure that leaves the disk unknown is told, whoever called."""
+        return await self._watched(self._db.hop(fn, *args))
+
+    async def _watched(self, hop: Awaitable[T]) -> T:
+        try:
+            return await hop
+        except Exception as error:
+            if self._tables.is_broken:
+                self.on_broken(error)
+            raise
+        finally:
+            while self._told_aside < self._tables.asides:
+                self._told_aside += 1
+                self.on_aside(self._tables.aside[self._told_aside - 1])
+            if new := self._tables.buried - self._told_buried:
+                self._told_buried += new
+                self.on_tombstones(new)
+
+    def take_faults(self) -> list[str]:
+        """Sentences about damage that was met since the start or the last call."""
+        faults, self._tables.faults = self._tables.faults, []
+        return faults
+
+    # ------------------------------------------------------------------------------------------------ batch.Disk
+
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+        return await self._hop(lookups.load, self._tables, ids, payloads, digests)
+
+    def at_hand(self, job_seqs: list[int]) -> dict[int, bytes]:
+        return self._tables.at_hand(job_seqs)
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        return await self._watched(self._db.lent_hop(self._committing, self._tables.write, batch, self._told_aside))
+
+    async def find(self, query: Query) -> Page:
+        return await self._hop(lookups.find, self._tables, query)
+
+    async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
+        return await self._hop(lookups.timeline, self._tables, job_seq, limit)
+
+    async def late(self, asked: list[LateAsked]) -> LateKnown:
+        return await self._hop(lookups.late, self._tables, asked)
+
+    async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
+        return await self._hop(lookups.count_late, self._tables, job_seqs)
+
+    async def journal(self, after: int, limit: int) -> JournalPage:
+        """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
+        return await self._hop(lookups.journal, self._tables, after, limit)
+
+    async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
+        return await self._hop(lookups.expired, self._tables, now, limit, skip)
+
+    async def reports(self, limit: int) -> list[bytes]:
+        return await self._hop(lookups.reports, self._tables, limit)
+
+    async def check_rows(self, table: str, after: int) -> row_check.Slice:
+        """The checksums of some rows of `table` behind the rowid `after`: some milliseconds' work."""
+        return await self._hop(row_check.look, self._tables, table, after)
+
+    async def quarantine(self, job: Job, reason: str) -> None:
+        await self._hop(quarantine.quarantine, self._tables, job, reason)
+
+    async def prune(self, before: int, limit: int) -> int:
+        return await self._hop(self._tables.prune, before, limit)
+
+    async def audit(self, query: AuditQuery) -> AuditRows:
+        return await self._hop(audit_reader.page, self._tables, query)
+
+    async def trim_audit(self, before: int, limit: int) -> int:
+        return await self._hop(self._tables.trim_audit, before, limit)
+
+    async def due_tombstones(self, now: int, limit: int) -> Due:
+        return await self._hop(lookups.due_tombstones, self._tables, now, limit)
+
+    async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
+        await self._hop(self._tables.settle_tombstones, gone, later)
+
+    # --------------------------------------------------------------------------------- the outbox of the webhooks
+
+    async def open_outbox(self, names: list[str], now: int) -> Outbox:
+        return await self._hop(webhook_tables.open_outbox, self._tables, names, now)
+
+    async def plan_deliveries(self, moved: Cursor, new: list[Delivery]) -> None:
+        await self._hop(webhook_tables.plan, self._tables, moved, new)
+
+    async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
+        return await self._hop(webhook_tables.settle, self._tables, settled, now)
+
+    async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
+        return await self._hop(webhook_tables.again, self._tables, endpoint, id_, now)
+
+    async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
+        return await self._hop(webhook_tables.again_all, self._tables, endpoint, upto, limit, now)
+
+    async def deliveries(self, ids: list[int]) -> list[Delivery]:
+        return await self._hop(webhook_tables.by_ids, self._tables, ids)
+
+    async def given_up(self, endpoint: str) -> tuple[int, int]:
+        return await self._hop(webhook_tables.given_up, self._tables, endpoint)
+
+    async def page_of_deliveries(
+        self, endpoint: str, state: DeliveryState | None, before: int, limit: int
+    ) -> list[Delivery]:
+        return await self._hop(webhook_tables.page, self._tables, endpoint, state, before, limit)
+
+    # ------------------------------------------------------------------------------------------ small things
+
+    async def save_figures(self, body: bytes) -> None:
+        await self._hop(self._tables.save_figures, body)
+
+    async def probe(self, spare_bytes: int = 0) -> None:
+        await self._hop(opening.probe, self._tables, self.path, spare_bytes)
+
+    async def space(self) -> DiskSpace | None:
+        return None if self.path == MEMORY else await self._hop(files.space, self.path)
+
+    async def drop_ballast(self) -> bool:
+        return self.path != MEMORY and await self._hop(files.drop_ballast, self.path)
+
+    async def build_ballast(self) -> None:
+        if self.path != MEMORY:
+            await self._hop(files.build_ballast, self.path)

@@ -1,0 +1,190 @@
+"""The `[[webhooks]]` of the configuration as endpoints. Secrets end here: nobody gets them back out of a setting.
+
+Reads the files that secret_file names, and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Struct, field
+
+from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, is_job_id
+from jobd.model.webhooks import TYPES, Endpoint, WebhookName, matching
+from jobd.webhooks.message import BadSecret, key_of
+from jobd.webhooks.url_policy import why_not
+from jobd.webhooks.webhook_url import shown
+
+MOST: Final = 20
+MOST_SECRETS: Final = 3
+MAKE_SECRET: Final = (
+    """python3 -c 'import base64, secrets; print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'"""
+)
+_HOST: Final = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+(%[a-z0-9._-]+)?")  # a name, or an address with its zone
+BOUNDS: Final = {"timeout": (100, MINUTE_MS), "give_up_after": (MINUTE_MS, 30 * DAY_MS)}
+
+
+class BadWebhook(Exception):
+    """What is wrong, in one line, without a secret."""
+
+
+class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """One `[[webhooks]]` as it is written. Durations are text, such as "10s"."""
+
+    name: WebhookName
+    """Name of the webhook. It keeps its position under this name, after a restart or with another `url`."""
+    url: str
+    """Receiver: `https://HOST/PATH`, or `http://` if `allow_private` is set."""
+    events: list[str] = field(default_factory=lambda: ["*"])
+    """Event types or patterns: `job.completed`, `job.*`, `queue.*`, `alert.*`, `*`.
+
+    `job.progress` and `job.extended` must be named; no pattern includes them.
+    """
+    queues: list[str] = []
+    """Send events of jobs in these queues only. Empty: all queues.
+
+    Alerts are always sent.
+    """
+    secret: str | list[str] = ""
+    """Signing secret, `whsec_…`. During a rotation a list of up to three, newest first.
+
+    The part after `whsec_` is 24 to 64 bytes in base64. Set `secret` or `secret_file`, not both.
+    """
+    secret_file: str = ""
+    """File with the secrets, one per line, instead of `secret`."""
+    allow_private: bool = False
+    """Also allow addresses of this machine and of private networks, and `http://`."""
+    timeout: str = "10s"
+    """Time limit of one delivery attempt, 100 ms to 1 min."""
+    give_up_after: str = "3d"
+    """Age at which an undelivered message is dead-lettered, after at least 8 attempts; 1 min to 30 d."""
+
+
+class WebhookSetting(Struct, frozen=True):
+    """A webhook as it is in effect; `section` is without its secret, and what of its URL may be one."""
+
+    section: WebhookSection
+    endpoint: Endpoint
+    is_inline: bool  # its secret stands in the file itself
+
+
+def read(tables: Any, duration: Callable[[str], int]) -> tuple[WebhookSetting, ...]:
+    """The webhooks of `[[webhooks]]`. `duration` reads one in ms. Raises BadWebhook."""
+    if not isinstance(tables, list):
+        raise BadWebhook("webhooks is a list of tables: write [[webhooks]], in two brackets, before each of them")
+    if len(tables) > MOST:
+        raise BadWebhook(f"there are {len(tables)} [[webhooks]], {MOST} at most can be served")
+    settings: list[WebhookSetting] = []
+    for number, table in enumerate(tables, 1):
+        try:
+            setting = _setting(table, duration)
+            if any(setting.section.name == each.section.name for each in settings):
+                raise BadWebhook("name: another has it too, and its name says where a webhook goes on after a restart")
+        except BadWebhook as bad:
+            name = table.get("name") if isinstance(table, dict) else None
+            named = f" ({name})" if isinstance(name, str) and is_job_id(name) else ""
+            raise BadWebhook(f"webhooks {number}{named}: {bad}") from None
+        settings.append(setting)
+    return tuple(settings)
+
+
+def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
+    try:
+        section = msgspec.convert(table, WebhookSection)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$.")
+        where = where.rstrip("`").partition("[")[0]
+        raise BadWebhook(f"{where}: {message}" if where else message) from None
+    if section.name in (".", ".."):
+        raise BadWebhook(f"name: {section.name!r} means another place in a path, and it is part of paths")
+    times = {key: _bounded(key, getattr(section, key), duration) for key in BOUNDS}
+    _check_url(section)
+    events: frozenset[str] = frozenset()
+    for pattern in section.events:
+        if not (found := matching(pattern)):
+            known = ", ".join(("*", "job.*", "queue.*", "alert.*", *TYPES))
+            raise BadWebhook(f"events: {pattern!r} is no type of event. Known: {known}")
+        events |= found
+    if not events:
+        raise BadWebhook('events: name at least one type, such as "job.completed", or leave it out for all')
+    if wrong := [name for name in section.queues if not is_job_id(name)]:
+        raise BadWebhook(f"queues: {wrong[0]!r}: a queue has 1 to 200 characters of A-Z a-z 0-9 . _ : -")
+    endpoint = Endpoint(
+        name=section.name,
+        url=section.url,
+        secrets=_keys(section),
+        events=events,
+        queues=frozenset(section.queues),
+        allow_private=section.allow_private,
+        timeout_ms=times["timeout"],
+        give_up_after_ms=times["give_up_after"],
+    )
+    said = msgspec.structs.replace(section, secret="", url=shown(section.url))
+    return WebhookSetting(said, endpoint, bool(section.secret))
+
+
+def _bounded(key: str, text: str, duration: Callable[[str], int]) -> int:
+    least, most = BOUNDS[key]
+    try:
+        ms = duration(text)
+    except ValueError as error:
+        raise BadWebhook(f"{key}: {error}") from None
+    if not least <= ms <= most:
+        raise BadWebhook(f"{key}: {text} is outside {least / SECOND_MS:g} s to {most / SECOND_MS:g} s")
+    return ms
+
+
+def _check_url(section: WebhookSection) -> None:
+    """Whether something can be sent there, and may be. What the name of a host stands for is judged at each try."""
+    expected = "url: expected https://HOST/PATH"
+    if not section.url.isascii() or not section.url.isprintable() or " " in section.url:
+        raise BadWebhook(f"{expected} in ASCII, without spaces")
+    try:
+        parts = urlsplit(section.url)
+        port = parts.port
+    except ValueError:
+        raise BadWebhook(f"{expected}, with a port that there is") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.fragment:
+        raise BadWebhook(expected)
+    if not _HOST.fullmatch(parts.hostname):
+        raise BadWebhook(f"{expected}: a name has letters, digits and . _ - alone")
+    if "@" in parts.netloc:
+        raise BadWebhook(f"{expected}, without user and password: receivers know us by the signature")
+    if section.allow_private:
+        return
+    if parts.scheme == "http":
+        raise BadWebhook(
+            "url: http:// can be read on its way; use https://, or set allow_private where it stays inside"
+        )
+    is_numeric = ":" in parts.hostname or parts.hostname.replace(".", "").isdigit()
+    if is_numeric and (why := why_not(parts.hostname)) is not None:
+        raise BadWebhook(f"url: {parts.hostname} is {why}; set allow_private if that is meant")
+
+
+def _keys(section: WebhookSection) -> tuple[bytes, ...]:
+    """The keys of its secrets, the newest first."""
+    if bool(section.secret) == bool(section.secret_file):
+        raise BadWebhook(f"set secret or secret_file, one of them. Make a secret with: {MAKE_SECRET}")
+    where, secrets = "secret", [section.secret] if isinstance(section.secret, str) else section.secret
+    if section.secret_file:
+        where, secrets = f"secret_file: {section.secret_file}", _lines(section.secret_file)
+    if not 1 <= len(secrets) <= MOST_SECRETS:
+        raise BadWebhook(f"{where}: expected one secret, or up to {MOST_SECRETS} while you change them, newest first")
+    try:
+        return tuple(key_of(secret) for secret in secrets)
+    except BadSecret as bad:
+        raise BadWebhook(f"{where}: {bad}. Make one with: {MAKE_SECRET}") from None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return [line.strip() for line in Path(path).read_text("ascii").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise BadWebhook(f"secret_file: {path}: a secret is ASCII, one a line") from None
+    except OSError as error:
+        raise BadWebhook(f"secret_file: {path}: cannot be read: {error.strerror}") from None

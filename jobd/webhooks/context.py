@@ -1,0 +1,87 @@
+"""What the couriers of all webhooks share: the disk and the clock as they see them, and the numbers of deliveries.
+
+Does nothing by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from msgspec import Struct
+
+from jobd.model.commands import Moment
+from jobd.model.responses import AlertView, DeliveryState
+from jobd.model.storage import JournalPage
+from jobd.model.webhooks import Cursor, Delivery, Endpoint, Outbox, Outcome
+from jobd.webhooks.message import Letter
+from jobd.webhooks.retry import Manners
+
+
+class Clock(Protocol):
+    def moment(self) -> Moment: ...
+
+
+class Disk(Protocol):
+    """The part of the store that holds the outbox. Raises DiskFull with nothing written."""
+
+    async def journal(self, after: int, limit: int) -> JournalPage: ...
+    async def open_outbox(self, names: list[str], now: int) -> Outbox: ...
+    async def plan_deliveries(self, moved: Cursor, new: list[Delivery]) -> None: ...
+    async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool: ...
+    async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None: ...
+    async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]: ...
+    async def deliveries(self, ids: list[int]) -> list[Delivery]: ...
+    async def given_up(self, endpoint: str) -> tuple[int, int]: ...
+    async def page_of_deliveries(
+        self, endpoint: str, state: DeliveryState | None, before: int, limit: int
+    ) -> list[Delivery]: ...
+
+
+class Poster(Protocol):
+    async def post(self, endpoint: Endpoint, delivery: Delivery) -> Outcome: ...
+    async def close(self) -> None: ...
+
+
+class Office(Struct):
+    """What all couriers share. `next_delivery` is the next number to give; one that was given is never given again."""
+
+    disk: Disk
+    clock: Clock
+    source: str  # what CloudEvents call this daemon
+    may_write: Callable[[], bool]  # not while the disk is full: its last room is for the endings of jobs
+    alerts: Callable[[], Sequence[AlertView] | None]  # as they are; None where nobody has looked yet
+    chance: Callable[[], float]  # 0 to 1
+    manners: Manners = Manners()
+    next_delivery: int = 1
+
+    def number(self, letter: Letter, endpoint: str, now: int) -> Delivery:
+        """The letter as a delivery that waits."""
+        id_, self.next_delivery = self.next_delivery, self.next_delivery + 1
+        return Delivery(
+            id=id_,
+            endpoint=endpoint,
+            state="waiting",
+            subject=letter.subject,
+            type=letter.type,
+            event_id=letter.event_id,
+            seq=letter.seq,
+            at=now,
+            due_at=now,
+            tries=0,
+            ended_at=None,
+            status=None,
+            error=None,
+            body=letter.body,
+        )
+
+
+class Tally(Struct):
+    """What was done since the process started, and how the last tries went. Times in Unix ms."""
+
+    delivered: int = 0
+    failed: int = 0  # tries
+    given_up: int = 0
+    last_success_at: int | None = None
+    last_error: str | None = None
+    last_error_at: int | None = None

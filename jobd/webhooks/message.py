@@ -1,0 +1,128 @@
+"""What a webhook sends: an event as a CloudEvent, signed as Standard Webhooks say.
+
+Sends nothing. A body is made once and kept; a signature is made for each try.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import msgspec
+
+from jobd.model.events import Event, streamed
+from jobd.model.responses import AlertView
+from jobd.model.webhooks import FIRING, GONE, RESOLVED, TEST, type_of
+
+CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
+PREFIX: Final = "whsec_"
+LEAST_KEY: Final = 24  # bytes, both by the specification
+MOST_KEY: Final = 64
+EPOCH: Final = datetime(1970, 1, 1)
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class BadSecret(ValueError):
+    """A secret that is none; the text is a sentence, without it."""
+
+
+def key_of(secret: str) -> bytes:
+    """The key of `whsec_…`. Raises BadSecret."""
+    if not secret.startswith(PREFIX):
+        raise BadSecret(f"a secret begins with {PREFIX}")
+    try:
+        key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        raise BadSecret(f"what follows {PREFIX} has to be base64") from None
+    if not LEAST_KEY <= len(key) <= MOST_KEY:
+        raise BadSecret(f"a secret has {LEAST_KEY} to {MOST_KEY} bytes in base64, not {len(key)}")
+    return key
+
+
+def signature(keys: Sequence[bytes], event_id: str, timestamp_s: int, body: bytes) -> str:
+    """The header `webhook-signature`: one signature for each key, so that keys can be rotated."""
+    signed = b"%b.%d.%b" % (event_id.encode(), timestamp_s, body)
+    digests = (hmac.digest(key, signed, hashlib.sha256) for key in keys)
+    return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
+
+
+def headers(keys: Sequence[bytes], event_id: str, timestamp_s: int, body: bytes) -> dict[str, str]:
+    """The headers of one try."""
+    return {
+        "Content-Type": CONTENT_TYPE,
+        "webhook-id": event_id,
+        "webhook-timestamp": str(timestamp_s),
+        "webhook-signature": signature(keys, event_id, timestamp_s, body),
+    }
+
+
+class Letter(msgspec.Struct, frozen=True):
+    """What a delivery says, before it has a number."""
+
+    subject: str
+    type: str
+    event_id: str
+    body: bytes
+    seq: int = 0
+
+
+def of_event(event: Event, source: str) -> Letter:
+    """An event of the journal. Its id is another even where a new store numbers its events from 1 again."""
+    subject = f"jobs/{event.job_id}" if event.job_id else f"queues/{event.queue}"
+    kind, event_id = type_of(event.type), f"evt_{event.at}_{event.seq}"
+    more = {"sequence": str(event.seq)}
+    body = _body(source, subject, kind, event_id, event.at, streamed(event), more)
+    return Letter(subject, kind, event_id, body, event.seq)
+
+
+def of_alert(alert: AlertView, at: int, source: str) -> Letter:
+    """An alert that fires, or has been resolved. `alert.since` says in both cases when it began to."""
+    subject, kind = f"alerts/{alert.name}", FIRING if alert.firing else RESOLVED
+    event_id = f"alert_{alert.name}_{alert.since}_{kind.partition('.')[2]}"
+    return Letter(subject, kind, event_id, _body(source, subject, kind, event_id, at, alert))
+
+
+def of_gone(name: str, after: int, upto: int, at: int, source: str) -> Letter:
+    """Some events are no longer in the journal or the outbox, and were not told before. Another gap has another id."""
+    subject, event_id = f"webhooks/{name}", f"gone_{after}_{upto}_{at}"
+    message = (
+        f"Of the events after {after} up to {upto} some were not told, and are kept no longer. Read the state anew."
+    )
+    data = {"after": after, "upto": upto, "message": message}
+    return Letter(subject, GONE, event_id, _body(source, subject, GONE, event_id, at, data))
+
+
+def of_test(name: str, number: int, at: int, source: str) -> Letter:
+    """An operator wants to see whether messages arrive."""
+    subject, event_id = f"webhooks/{name}", f"test_{at}_{number}"
+    data = {"message": "This is a test. Nothing has happened."}
+    return Letter(subject, TEST, event_id, _body(source, subject, TEST, event_id, at, data))
+
+
+def _body(
+    source: str, subject: str, kind: str, event_id: str, at: int, data: Any, more: dict[str, str] | None = None
+) -> bytes:
+    return _encode(
+        {
+            "specversion": "1.0",
+            "id": event_id,
+            "source": source,
+            "type": kind,
+            "subject": subject,
+            "time": rfc3339(at),
+            **(more or {}),
+            "datacontenttype": "application/json",
+            "data": data,
+        }
+    )
+
+
+def rfc3339(at: int) -> str:
+    """Unix ms as RFC 3339 in UTC."""
+    return f"{(EPOCH + timedelta(milliseconds=at)).isoformat(timespec='milliseconds')}Z"

@@ -1,0 +1,89 @@
+"""When a delivery is tried again, when it is given up, and when an endpoint is on a break.
+
+Knows no clock and draws no lots: time is an argument, in ms of a clock that never steps, and so is chance (0 to 1).
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from msgspec import Struct
+
+from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
+from jobd.model.webhooks import Delivery, Endpoint, Outcome
+
+RETRY_MS: Final = 5 * SECOND_MS  # after the first failure, then twice as long each time
+RETRY_AT_MOST_MS: Final = HOUR_MS
+LEAST_TRIES: Final = 8  # before a delivery is given up: age alone may be a step of the clock, or a long sleep
+
+OPENS_AFTER: Final = 5  # failures in a row
+PAUSE_MS: Final = 10 * SECOND_MS  # of the first break, then twice as long each time
+PAUSE_AT_MOST_MS: Final = 5 * MINUTE_MS
+
+BreakerState = Literal["closed", "open", "half_open"]
+
+
+class Manners(Struct, frozen=True):
+    """How patient we are. Tests are less so."""
+
+    retry_ms: int = RETRY_MS
+    retry_at_most_ms: int = RETRY_AT_MOST_MS
+    least_tries: int = LEAST_TRIES
+    opens_after: int = OPENS_AFTER
+    pause_ms: int = PAUSE_MS
+    pause_at_most_ms: int = PAUSE_AT_MOST_MS
+
+
+def retry_wait_ms(tries: int, chance: float, manners: Manners, asked_ms: int | None = None) -> int:
+    """How long to wait after `tries` failures: half of it fixed, half of it by chance; not less than was asked for."""
+    whole = min(manners.retry_ms << min(tries - 1, 20), manners.retry_at_most_ms)
+    return max(_spread(whole, chance), min(asked_ms or 0, manners.retry_at_most_ms))
+
+
+def is_given_up(delivery: Delivery, endpoint: Endpoint, now: int, manners: Manners) -> bool:
+    """Whether one more failure is the last, at wall time `now`. `delivery.tries` counts it."""
+    return delivery.tries >= manners.least_tries and now - delivery.at >= endpoint.give_up_after_ms
+
+
+def _spread(whole_ms: int, chance: float) -> int:
+    return whole_ms // 2 + int(whole_ms / 2 * chance)
+
+
+class Breaker:
+    """Closed, all is tried. After some failures in a row it opens: nothing is, for a while; then one, on trial.
+
+    That one closes it, or opens it for longer. `since`: the moment of the first of the failures in a row.
+    """
+
+    def __init__(self, manners: Manners) -> None:
+        self.failures = 0
+        self.since: int | None = None
+        self.until: int | None = None  # it is open until then
+        self._breaks = 0
+        self._manners = manners
+
+    def state(self, now: int) -> BreakerState:
+        if self.until is None:
+            return "closed"
+        return "open" if now < self.until else "half_open"
+
+    def succeeded(self) -> bool:
+        """One was delivered; whether that ended a break."""
+        was_open = self.until is not None
+        self.failures, self.since, self.until, self._breaks = 0, None, None, 0
+        return was_open
+
+    def failed(self, outcome: Outcome, now: int, chance: float) -> bool:
+        """One was not; whether a break begins thereby."""
+        self.failures += 1
+        self.since = now if self.since is None else self.since
+        state = self.state(now)
+        if state == "open":
+            return False  # it was on its way when the break began
+        if state == "closed" and self.failures < self._manners.opens_after and not outcome.gone:
+            return False
+        self._breaks = 20 if outcome.gone else min(self._breaks + 1, 20)
+        pause_ms = min(self._manners.pause_ms << (self._breaks - 1), self._manners.pause_at_most_ms)
+        pause_ms = max(_spread(pause_ms, chance), min(outcome.retry_after_ms or 0, self._manners.pause_at_most_ms))
+        self.until = now + pause_ms
+        return True
