@@ -18,8 +18,7 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import Meta, Struct
 
-from jobd import credentials as tokens
-from jobd import host_names
+from jobd import credentials, host_names
 from jobd.credentials import MAKE_TOKEN, BadToken
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy, is_job_id
 from jobd.webhooks import config as webhook_config
@@ -573,9 +572,9 @@ def _webhooks(path: Path, tables: Any) -> tuple[WebhookSetting, ...]:
 def _tokens(config: Config, environ: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Those of operators, of workers, and of who may only look."""
     try:
-        admin = tokens.of_operators(config.admin.token_file, environ)
-        workers = tokens.read(config.worker.token_file, "[worker] token_file") if config.worker.token_file else ()
-        return admin, workers, tokens.of_readers(config.admin.readonly_token_file, environ, admin)
+        admin = credentials.of_operators(config.admin.token_file, environ)
+        workers = credentials.read(config.worker.token_file, "[worker] token_file") if config.worker.token_file else ()
+        return admin, workers, credentials.of_readers(config.admin.readonly_token_file, environ, admin)
     except BadToken as bad:
         raise ConfigError(str(bad)) from None
 

@@ -28,10 +28,9 @@ from urllib.parse import quote, unquote, urlsplit
 import msgspec
 import structlog
 
-from jobd import config, systemd
-from jobd import logging as log
+from jobd import config, logging, systemd
 from jobd.api import admin as admin_api
-from jobd.api import worker as worker_api
+from jobd.api import worker
 from jobd.api.services import Rooms
 from jobd.config import Config, ConfigError, Loaded
 from jobd.core.state import Book
@@ -57,7 +56,7 @@ from jobd.model.job import SECOND_MS
 from jobd.model.responses import Answer
 from jobd.model.storage import DiskFull, KeyRow, Opened
 from jobd.model.webhooks import Endpoint
-from jobd.monitoring import event_log as facts
+from jobd.monitoring import event_log
 from jobd.monitoring.alerts import Alerts, Thresholds
 from jobd.monitoring.failure_groups import Failures
 from jobd.monitoring.health import Health
@@ -97,7 +96,7 @@ class CannotStart(Exception):
 
 def serve(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
     """Run the daemon until it is told to stop; gives the exit code. `reload` reads the configuration again."""
-    log.configure(loaded.config.log.level, loaded.config.log.format)
+    logging.configure(loaded.config.log.level, loaded.config.log.format)
     try:
         import uvloop
 
@@ -326,12 +325,12 @@ class Daemon:
     async def _open_doors(self, stack: contextlib.AsyncExitStack, figures: bytes | None) -> None:
         settings, given, places = self._loaded.config, self._given, _places(self._loaded.config)
         limits = Limits(body=settings.limits.body, payload=settings.limits.payload, bulk=settings.limits.bulk)
-        local = Web(Gate("worker"), worker_api.ROUTES, self.actor, self.rooms, limits=limits)
+        local = Web(Gate("worker"), worker.ROUTES, self.actor, self.rooms, limits=limits)
         doors = [Door("worker", local, places["worker"])]
         if settings.worker.listen:
             # By whatever name workers call: no browser knows their token, so there is no rebinding to be feared.
             self._worker_gate = Gate("worker-tcp", tokens=self._loaded.worker_tokens)
-            remote = Web(self._worker_gate, worker_api.ROUTES, self.actor, self.rooms, limits=limits)
+            remote = Web(self._worker_gate, worker.ROUTES, self.actor, self.rooms, limits=limits)
             doors.append(Door("worker-tcp", remote, places["worker-tcp"]))
         self._admin_gate = Gate(
             "admin",
@@ -343,7 +342,7 @@ class Daemon:
         self.actor.on_commit.append(recorder.note)
         self.cleaner.save_beside(recorder.kept)
         self._dashboard = await asyncio.to_thread(Dashboard, self._admin_gate, recorder)
-        calls = (*admin_api.ROUTES, *self._dashboard.routes(), worker_api.DOCUMENT)
+        calls = (*admin_api.ROUTES, *self._dashboard.routes(), worker.DOCUMENT)
         admin = Web(self._admin_gate, calls, self.actor, self.rooms, limits=limits, admin=True, pages=self._dashboard)
         doors.append(Door("admin", admin, places["admin"]))
         self._webs += [door.web for door in doors]
@@ -425,7 +424,7 @@ class Daemon:
         self._admin_gate.replace_tokens(self._admin_tokens(), new.reader_tokens)
         if settings.worker.listen:
             self._worker_gate.replace_tokens(new.worker_tokens)
-        log.set_level(settings.log.level)
+        logging.set_level(settings.log.level)
         line.info("reloaded", changed=taken, need_restart=refused)
 
     def _dump(self) -> None:
@@ -559,7 +558,7 @@ def _actor(store: Store, opened: Opened, clock: Clock, settings: Config) -> Acto
         has_reserve=opened.has_reserve,
         now_s=time.monotonic,
     )
-    actor.on_commit.append(facts.write_lines)
+    actor.on_commit.append(event_log.write_lines)
     return actor
 
 

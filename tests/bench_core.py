@@ -28,7 +28,7 @@ from jobd.http.response import answer_line
 from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
 from jobd.model.job import Policy
 from jobd.model.responses import Answer
-from jobd.storage import startup as opening
+from jobd.storage import startup
 from jobd.storage.database import Tables
 
 T = TypeVar("T")
@@ -106,9 +106,9 @@ class Steps:
 
 def measure(place: Path, size: int, rounds: int) -> dict[str, float]:
     path = str(place / f"core-{size}.db")
-    conn = opening.connect(path, "FULL")
+    conn = startup.connect(path, "FULL")
     try:
-        steps = Steps(opening.start(conn, path)[0])
+        steps = Steps(startup.start(conn, path)[0])
         for _ in range(rounds):
             steps.lifecycle(size)
     finally:

@@ -16,8 +16,7 @@ import uvloop
 from blockbuster import BlockBuster
 
 import jobd
-from jobd.storage import dry_run as rehearsal
-from jobd.storage import startup as opening
+from jobd.storage import dry_run, startup
 
 OURS = str(Path(jobd.__file__).parent) + os.sep
 TESTS = str(Path(__file__).parent) + os.sep
@@ -41,8 +40,8 @@ def pytest_asyncio_loop_factories(config: pytest.Config) -> Mapping[str, Callabl
 @pytest.fixture(autouse=True)
 def first_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store takes its epoch in the first second of 2020: 1 if it is new, and one more for each that follows."""
-    monkeypatch.setattr(opening, "now_ms", lambda: EPOCH_1_MS)
-    monkeypatch.setattr(rehearsal, "now_ms", lambda: EPOCH_1_MS)
+    monkeypatch.setattr(startup, "now_ms", lambda: EPOCH_1_MS)
+    monkeypatch.setattr(dry_run, "now_ms", lambda: EPOCH_1_MS)
 
 
 @pytest.fixture(autouse=True)

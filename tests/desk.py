@@ -9,9 +9,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any, Final
 
-from jobd.core import decide
-from jobd.core import late_result_rules as late_rules
-from jobd.core import transitions as steps
+from jobd.core import decide, late_result_rules, transitions
 from jobd.core.changeset import Decision
 from jobd.core.state import Book
 from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Start
@@ -166,7 +164,7 @@ class Desk:
 
     def _known_late(self, command: AnyCommand) -> LateKnown:
         """As the actor reads them from the disk."""
-        asked = late_rules.asks(self.book, command, self.policy)
+        asked = late_result_rules.asks(self.book, command, self.policy)
         if asked is None:
             return LateKnown()
         made = (event for event in self.events if event.job_seq == asked.job_seq and event.type == "granted")
@@ -233,7 +231,7 @@ def due_order(
         and job.run_at <= now
         and job.options.queue in allowed
         and (wanted is None or job.options.kind in wanted)
-        and not steps.is_overdue(job, now)
+        and not transitions.is_overdue(job, now)
     ]
     return [job.id for job in sorted(due, key=lambda job: (job.options.priority, job.run_at, job.seq))]
 
@@ -282,7 +280,7 @@ def _compare_orders(book: Book, rows: dict[str, Job], at: Moment) -> None:
         queued = [job for job in jobs if job.status == "queued" and job.options.queue == queue]
         lanes = {(job.options.kind, job.options.priority) for job in queued}
         assert book.due_lanes(queue) == len(lanes)
-        due = [job.run_at for job in queued if job.run_at <= at.now and not steps.is_overdue(job, at.now)]
+        due = [job.run_at for job in queued if job.run_at <= at.now and not transitions.is_overdue(job, at.now)]
         assert book.oldest_due_at(queue) == min(due, default=None)
     waiting = [job.run_at for job in jobs if job.status == "queued" and job.run_at > at.now]
     assert book.next_run_at() == min(waiting, default=None)
@@ -298,7 +296,7 @@ def _compare_locks(book: Book, rows: dict[str, Job], at: Moment) -> None:
     assert set(book.expired_locks) == {job_id for job_id in dead if not leases[job_id].cleared}
     assert set(book.cleared_locks) == {job_id for job_id in dead if leases[job_id].cleared}
     assert book.live_locks() == len(leases) - len(stuck) - len(dead)
-    assert set(book.overdue()) == {job.id for job in rows.values() if steps.is_overdue(job, at.now)}
+    assert set(book.overdue()) == {job.id for job in rows.values() if transitions.is_overdue(job, at.now)}
     ahead = [lease.stuck for job_id, lease in leases.items() if job_id in dead]
     ahead += [min(leases[job_id].expires, leases[job_id].stuck) for job_id in leases.keys() - dead - stuck]
     first = book.next_deadline()

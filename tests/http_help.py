@@ -15,8 +15,7 @@ from typing import Any, cast
 
 from msgspec import Struct
 
-from jobd.engine import event_feed as feed
-from jobd.engine import mailbox as envelope
+from jobd.engine import event_feed, mailbox
 from jobd.engine.change_watchers import Watcher
 from jobd.engine.mailbox import Waiter
 from jobd.http.app import Pages, Web
@@ -90,7 +89,7 @@ class Desk:
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
         self.answer = answer or (lambda command: Answer(Done()))
-        self._tasks: dict[envelope.Asked, asyncio.Task[None]] = {}
+        self._tasks: dict[mailbox.Asked, asyncio.Task[None]] = {}
 
     async def ask(
         self,
@@ -123,10 +122,10 @@ class Desk:
         size: int = 0,
         operator: Operator | None = None,
         in_line: bool = False,
-    ) -> envelope.Asked:
+    ) -> mailbox.Asked:
         self.asked.append(Asked(command, by, admin, key, size, operator))
         self.arrived.set()
-        asked = envelope.Asked(Call(cast("Any", command), by, b"", admin), key, size, waiter)
+        asked = mailbox.Asked(Call(cast("Any", command), by, b"", admin), key, size, waiter)
         self._tasks[asked] = asyncio.ensure_future(self._tell(waiter, self.answer(command)))
         return asked
 
@@ -142,10 +141,10 @@ class Desk:
             self.taken_back.append(told)
 
     @property
-    def sent(self) -> list[envelope.Asked]:
+    def sent(self) -> list[mailbox.Asked]:
         return list(self._tasks)
 
-    def abandon(self, asked: envelope.Asked) -> None:
+    def abandon(self, asked: mailbox.Asked) -> None:
         self._tasks[asked].cancel()
 
     def undelivered(self, answer: Answer) -> None:
@@ -233,7 +232,7 @@ class Figures:
         self.closed = asyncio.Event()
         self.pieces_of = Pieces
         self.disk = MemoryDisk()
-        self.feed = feed.Feed(self.disk, 0, 3)
+        self.feed = event_feed.Feed(self.disk, 0, 3)
         self.downloads = Downloads(None, 2)
         self.hooks = [WEBHOOK]
         self.deliveries_page = DeliveryPage([DELIVERY], "7")
@@ -357,7 +356,7 @@ class Figures:
     def backups(self) -> list[BackupView]:
         return [BACKUP]
 
-    def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> feed.Listener:
+    def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> event_feed.Listener:
         return self.feed.listen(wanted, follow=follow, cut=cut)
 
     def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:

@@ -17,8 +17,7 @@ from typing import Any, Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.core import decide
-from jobd.core import worker_rules as rules
+from jobd.core import decide, worker_rules
 from jobd.core.state import Book
 from jobd.model.commands import (
     Adopt,
@@ -214,7 +213,7 @@ def _ended(ended: Ended | None) -> tuple[Any, ...] | None:
     """The hash holds the lock id: all that matters is which of the two ways to fail it was."""
     if ended is None:
         return None
-    return (ended.rule, ended.reason, ended.verb, ended.body_hash == rules.digest(_failing(ended.lock_id, True)))
+    return (ended.rule, ended.reason, ended.verb, ended.body_hash == worker_rules.digest(_failing(ended.lock_id, True)))
 
 
 def _failing(lock_id: str, retry: bool) -> Fail:

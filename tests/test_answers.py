@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from msgspec.structs import FieldInfo, fields
 
-from jobd.model import responses as answers
+from jobd.model import responses
 
 # Where they stand -> the words, which are part of the contract.
 WORDS: dict[str, str] = {
@@ -24,7 +24,7 @@ WORDS: dict[str, str] = {
 @pytest.mark.parametrize("place", WORDS)
 def test_words_that_programs_compare(place: str) -> None:
     name, _, field = place.partition(".")
-    found: Any = getattr(answers, name)
+    found: Any = getattr(responses, name)
     if field:
         found = get_type_hints(found)[field]
     assert get_args(found) == tuple(WORDS[place].split())
@@ -33,8 +33,8 @@ def test_words_that_programs_compare(place: str) -> None:
 def test_where_nothing_is_said_nothing_has_happened() -> None:
     """No count above zero, no flag, 200."""
     told: dict[str, Any] = {}
-    for name, kind in vars(answers).items():
-        if isinstance(kind, type) and kind.__module__ == answers.__name__ and hasattr(kind, "__struct_fields__"):
+    for name, kind in vars(responses).items():
+        if isinstance(kind, type) and kind.__module__ == responses.__name__ and hasattr(kind, "__struct_fields__"):
             told |= {f"{name}.{field.name}": field.default for field in fields(kind) if _is_plain(field)}
     assert told.pop("Answer.status") == 200
     assert told.pop("AlertView.severity") == "warning", "of a daemon that does not say it"

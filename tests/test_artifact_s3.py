@@ -20,7 +20,7 @@ from yarl import URL
 from jobd.engine.clock import Clock
 from jobd.maintenance.artifact_sweeper import Sweeper, Sweeps
 from jobd.model.storage import Tombstone
-from jobd.storage.artifacts import s3 as artifact_s3
+from jobd.storage.artifacts import s3
 from jobd.storage.artifacts.base import Margins, Outcome, StoreFault, Verdict
 from jobd.storage.artifacts.s3 import S3ArtifactStore
 from jobd.storage.store import Store
@@ -139,7 +139,7 @@ async def test_what_a_key_names_is_read_in_ranges(
 ) -> None:
     if at == "radosgw":
         pieces = min(pieces, 1)  # on dbstore it gives every range from the beginning of the object
-    size = round(pieces * artifact_s3.PIECE_BYTES)
+    size = round(pieces * s3.PIECE_BYTES)
     content = os.urandom(size)
     obstore.put(bucket.all, f"pre/fix/{key}", content)
     reading = await store.open(key)
@@ -155,11 +155,11 @@ async def test_what_a_key_names_is_read_in_ranges(
 
 
 async def test_an_object_that_changes_while_it_is_read_is_a_fault(bucket: Bucket, store: S3ArtifactStore) -> None:
-    obstore.put(bucket.all, "pre/fix/k", b"x" * (artifact_s3.PIECE_BYTES + 1))
+    obstore.put(bucket.all, "pre/fix/k", b"x" * (s3.PIECE_BYTES + 1))
     reading = await store.open("k")
     assert reading is not None
-    assert len(await reading.more()) == artifact_s3.PIECE_BYTES
-    obstore.put(bucket.all, "pre/fix/k", b"y" * (artifact_s3.PIECE_BYTES + 1))
+    assert len(await reading.more()) == s3.PIECE_BYTES
+    obstore.put(bucket.all, "pre/fix/k", b"y" * (s3.PIECE_BYTES + 1))
     with pytest.raises(StoreFault):
         await reading.more()
     obstore.delete(bucket.all, "pre/fix/k")
@@ -260,7 +260,7 @@ async def test_a_server_that_is_away_is_a_fault(monkeypatch: pytest.MonkeyPatch)
 
 async def test_a_server_that_does_not_answer_is_a_fault_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
-        monkeypatch.setattr(artifact_s3, "CALL_S", 0.1)
+        monkeypatch.setattr(s3, "CALL_S", 0.1)
         store = told_of(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(StoreFault, match=r"no answer within 0.1 s"):
             await store.probe()

@@ -9,7 +9,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import state as book_module
+from jobd.core import state
 from jobd.core.ready_queue import SLACK, Lane
 from jobd.core.state import FINISHED_KEPT, Book
 from jobd.model.commands import (
@@ -165,7 +165,7 @@ def test_the_request_that_made_a_job_is_known_for_the_rest_of_the_batch(desk: De
 
 
 def test_equal_options_are_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(book_module, "OPTIONS_KEPT", 2)
+    monkeypatch.setattr(state, "OPTIONS_KEPT", 2)
     book = Book()
     first = book.shared(Options(queue="a"))
     assert book.shared(Options(queue="a")) is first
@@ -187,7 +187,7 @@ def test_finished_jobs_pass_through(desk: Desk) -> None:
 
 
 def test_finished_jobs_at_hand_have_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(book_module, "FINISHED_BYTES", 3_000)
+    monkeypatch.setattr(state, "FINISHED_BYTES", 3_000)
     book = Book()
     for seq in range(1, 6):
         result = Result(metadata=Raw(b'"%s"' % (b"y" * 998)))

@@ -24,16 +24,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobd import config
-from jobd.cli import confirm as deeds
-from jobd.cli import connection as places
-from jobd.cli import exit_codes as exits
-from jobd.cli import own_daemon, safe_file, tables_admin
-from jobd.cli import terminal as show
-from jobd.cli.ctl import main as ctl
+from jobd.cli import confirm, connection, exit_codes, own_daemon, safe_file, tables_admin, terminal
+from jobd.cli.ctl import main
 from jobd.cli.params import duration_ms, moment_ms, past_ms
 from jobd.client.endpoint import default_socket
-from jobd.dashboard import filters
-from jobd.dashboard import rendering as paint
+from jobd.dashboard import filters, rendering
 from jobd.model.errors import REFUSALS
 from jobd.model.responses import AuditView
 from jobd.storage.files import FileLock
@@ -50,11 +45,11 @@ def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("JOBD_SOCKET", str(tmp_path / "nobody.sock"))
     monkeypatch.setenv("JOBD_ADMIN_URL", f"unix:{tmp_path}/nobody.sock")
-    monkeypatch.setattr(places, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(connection, "PATIENCE_S", 0.0)
 
 
 def run(*argv: str) -> int:
-    return ctl.main(list(argv))
+    return main.main(list(argv))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,13 +87,13 @@ def test_the_audit_log_says_what_a_deed_came_to(
     ],
 )
 def test_clean_writes_control_characters_out(text: str, shown: str) -> None:
-    assert show.clean(text) == shown
-    assert show.clean(shown) == shown
+    assert terminal.clean(text) == shown
+    assert terminal.clean(shown) == shown
 
 
 @given(st.text())
 def test_clean_text_is_one_printable_line(text: str) -> None:
-    cleaned = show.clean(text)
+    cleaned = terminal.clean(text)
     assert cleaned.splitlines() in ([], [cleaned])
     assert not any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in cleaned)
 
@@ -107,9 +102,9 @@ def test_clean_text_is_one_printable_line(text: str) -> None:
 def test_json_holds_the_same_value_and_no_control_character(value: Any) -> None:
     if _has_surrogate(value):
         return
-    text = show.as_json(value)
+    text = terminal.as_json(value)
     assert json.loads(text) == value
-    assert show.clean(text) == text
+    assert terminal.clean(text) == text
 
 
 def _has_surrogate(value: Any) -> bool:
@@ -136,7 +131,7 @@ def _has_surrogate(value: Any) -> bool:
     ],
 )
 def test_span(ms: int, shown: str) -> None:
-    assert show.span(ms) == shown
+    assert terminal.span(ms) == shown
 
 
 @pytest.mark.parametrize(
@@ -144,7 +139,7 @@ def test_span(ms: int, shown: str) -> None:
     [(0, "0 s ago"), (119_000, "119 s ago"), (720_000, "12 m ago"), (-30_000, "in 30 s"), (-172_800_000, "in 2 d")],
 )
 def test_age(gap_ms: int, shown: str) -> None:
-    assert show.age(NOW - gap_ms, NOW) == shown
+    assert terminal.age(NOW - gap_ms, NOW) == shown
 
 
 @pytest.fixture(params=["UTC", "America/New_York", "Asia/Tokyo"])
@@ -158,22 +153,22 @@ def zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def test_a_time_is_that_of_the_dashboard_and_has_its_age(zone: str) -> None:
-    assert show.instant(1_772_366_400_000) == "2026-03-01 12:00:00 UTC" == paint.instant(1_772_366_400_000)
-    assert show.when(1_772_366_400_000, 1_772_367_120_000) == "2026-03-01 12:00:00 UTC (12 m ago)"
-    assert show.when(None) == "-"
-    assert show.instant(10**18) == f"{10**18} ms"
+    assert terminal.instant(1_772_366_400_000) == "2026-03-01 12:00:00 UTC" == rendering.instant(1_772_366_400_000)
+    assert terminal.when(1_772_366_400_000, 1_772_367_120_000) == "2026-03-01 12:00:00 UTC (12 m ago)"
+    assert terminal.when(None) == "-"
+    assert terminal.instant(10**18) == f"{10**18} ms"
 
 
 @pytest.mark.parametrize(
     ("count", "shown"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (1 << 40, "1.0 TiB")]
 )
 def test_size(count: int, shown: str) -> None:
-    assert show.size(count) == shown
+    assert terminal.size(count) == shown
 
 
 def test_a_table_in_a_pipe_is_not_wrapped_or_cut_and_its_cells_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     long = "x" * 500
-    show.table(["ID", ">N"], [("\x1b]0;evil\x07", 1), (long, 22)])
+    terminal.table(["ID", ">N"], [("\x1b]0;evil\x07", 1), (long, 22)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert "\\x1b]0;evil\\x07" in lines[1]
@@ -181,7 +176,9 @@ def test_a_table_in_a_pipe_is_not_wrapped_or_cut_and_its_cells_are_escaped(capsy
 
 
 def test_in_a_pipe_one_long_cell_pushes_its_own_line_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    show.table(["ID", "STATUS", ">N"], [("x" * 200, "queued", 1), ("short", "failed", 22), ("other", "queued", 333)])
+    terminal.table(
+        ["ID", "STATUS", ">N"], [("x" * 200, "queued", 1), ("short", "failed", 22), ("other", "queued", 333)]
+    )
     head, long, *others = capsys.readouterr().out.splitlines()
     assert long == "x" * 200 + "  queued    1"
     assert [head, *others] == ["ID     STATUS    N", "short  failed   22", "other  queued  333"]
@@ -198,7 +195,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, width: int, columns: list[str], rows:
         monkeypatch.setenv(name, value)
     out = Terminal()
     monkeypatch.setattr(sys, "stdout", out)
-    show.table(columns, rows)
+    terminal.table(columns, rows)
     return out.getvalue().splitlines()
 
 
@@ -227,7 +224,7 @@ def test_a_table_that_would_be_strips_is_a_block_for_each_row(monkeypatch: pytes
 
 
 def test_an_empty_table_says_so_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    show.table(["ID"], [], empty="No jobs.")
+    terminal.table(["ID"], [], empty="No jobs.")
     assert capsys.readouterr() == ("", "No jobs.\n")
 
 
@@ -261,16 +258,16 @@ def test_an_operator_is_the_user_behind_the_command(monkeypatch: pytest.MonkeyPa
     host = socket.gethostname()
     monkeypatch.delenv("SUDO_USER", raising=False)
     monkeypatch.setenv("LOGNAME", "eve")
-    assert places.this_operator() == f"eve@{host}"
+    assert connection.this_operator() == f"eve@{host}"
     monkeypatch.setenv("SUDO_USER", "bob")
-    assert places.this_operator() == f"bob@{host}"
+    assert connection.this_operator() == f"bob@{host}"
     monkeypatch.delenv("SUDO_USER")
 
     def nameless() -> str:
         raise KeyError("uid not found")
 
     monkeypatch.setattr("getpass.getuser", nameless)
-    assert places.this_operator() == f"uid-{os.getuid()}@{host}"
+    assert connection.this_operator() == f"uid-{os.getuid()}@{host}"
 
 
 @pytest.mark.parametrize(
@@ -308,8 +305,8 @@ def test_every_refusal_of_the_daemon_has_its_exit_code() -> None:
     again = {"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs", "request_timeout"}
     again |= {"storage_unavailable", "too_many_queues"}
     special = {"unauthorized": 5, "forbidden": 5, "internal_error": 1, **dict.fromkeys(again, 75)}
-    assert {code: exits.of_refusal(code) for code in REFUSALS} == {code: special.get(code, 4) for code in REFUSALS}
-    assert exits.of_refusal("unreachable") == 3
+    assert {code: exit_codes.of_refusal(code) for code in REFUSALS} == {code: special.get(code, 4) for code in REFUSALS}
+    assert exit_codes.of_refusal("unreachable") == 3
 
 
 @pytest.mark.parametrize(
@@ -396,18 +393,18 @@ def test_a_token_file_that_cannot_be_used_is_78(tmp_path: Path, capsys: pytest.C
 
 
 def test_no_option_takes_a_token_as_its_value() -> None:
-    verbs = [ctl.jobctl, *ctl.jobctl.commands.values()]
+    verbs = [main.jobctl, *main.jobctl.commands.values()]
     assert not [option for verb in verbs for param in verb.params for option in param.opts if option == "--token"]
 
 
 def test_the_admin_token_never_goes_to_the_worker_api(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
-    assert places.worker_token(places.Places()) is None
+    assert connection.worker_token(connection.Places()) is None
 
 
 def test_the_token_file_may_hold_several_and_the_first_is_used(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("first-first-first-first\nsecond-second-second-s\n")
-    assert places.read_token(str(tmp_path / "token")) == "first-first-first-first"
+    assert connection.read_token(str(tmp_path / "token")) == "first-first-first-first"
 
 
 @pytest.fixture
@@ -422,10 +419,10 @@ def untold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def found(**given: str) -> tuple[str, str]:
     """Where the worker API and the admin API are found."""
-    told = places.Places()
+    told = connection.Places()
     for name, value in given.items():
         setattr(told, name, value)
-    return str(places.worker_endpoint(told)), str(places.admin_endpoint(told))
+    return str(connection.worker_endpoint(told)), str(connection.admin_endpoint(told))
 
 
 def test_the_nearer_word_on_where_the_daemon_is_wins(untold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,14 +544,14 @@ def test_without_a_verb_the_help_is_shown_and_the_code_is_2(capsys: pytest.Captu
 
 
 def test_a_deed_is_allowed_where_the_table_of_transitions_says_so() -> None:
-    def deed(to: str | None, only_from: tuple[str, ...] = ()) -> deeds.Deed:
-        return deeds.Deed("x", lambda _: None, to, lambda _: None, lambda _: "", only_from)  # type: ignore[arg-type, return-value]
+    def deed(to: str | None, only_from: tuple[str, ...] = ()) -> confirm.Deed:
+        return confirm.Deed("x", lambda _: None, to, lambda _: None, lambda _: "", only_from)  # type: ignore[arg-type, return-value]
 
-    assert deeds._allowed("processing", deed("failed"))
-    assert not deeds._allowed("completed", deed("queued"))
-    assert not deeds._allowed("queued", deed(None))
-    assert deeds._allowed("cancelled", deed(None))
-    assert not deeds._allowed("queued", deed("failed", only_from=("processing",)))
+    assert confirm._allowed("processing", deed("failed"))
+    assert not confirm._allowed("completed", deed("queued"))
+    assert not confirm._allowed("queued", deed(None))
+    assert confirm._allowed("cancelled", deed(None))
+    assert not confirm._allowed("queued", deed("failed", only_from=("processing",)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -591,7 +588,7 @@ def _break_off(path: Path) -> None:
 def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
     with safe_file.whole_file(tmp_path / "copy.db", lambda _: None) as file:
         file.write(b"first")
-        with pytest.raises(exits.Problem) as caught, safe_file.whole_file(tmp_path / "copy.db", lambda _: None):
+        with pytest.raises(exit_codes.Problem) as caught, safe_file.whole_file(tmp_path / "copy.db", lambda _: None):
             pass
         assert caught.value.code == 75
     assert (tmp_path / "copy.db").read_bytes() == b"first"
@@ -599,7 +596,7 @@ def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
 
 def test_a_store_that_a_daemon_took_while_a_file_was_written_stays(tmp_path: Path) -> None:
     (tmp_path / "copy.db").write_bytes(b"old")
-    with pytest.raises(exits.Problem) as caught:
+    with pytest.raises(exit_codes.Problem) as caught:
         _write_while_taken(tmp_path / "copy.db")
     assert caught.value.code == 75
     assert (tmp_path / "copy.db").read_bytes() == b"old"
@@ -618,7 +615,7 @@ def test_a_file_on_the_way_is_no_store_and_no_symlink(tmp_path: Path) -> None:
     (tmp_path / "copy.db.part").symlink_to(tmp_path / "theirs")
     with pytest.raises(OSError, match="symbolic"), safe_file.whole_file(tmp_path / "copy.db", lambda _: None):
         pass
-    with FileLock(str(tmp_path / "store.part")), pytest.raises(exits.Problem) as caught:
+    with FileLock(str(tmp_path / "store.part")), pytest.raises(exit_codes.Problem) as caught:
         _break_off(tmp_path / "store")
     assert caught.value.code == 75
     assert (tmp_path / "theirs").read_bytes() == b"theirs"
@@ -783,6 +780,6 @@ def test_the_example_only_names_fields_that_an_import_has(old_jobs: ModuleType) 
 
 
 def test_the_old_spelling_of_the_verb_artifact_is_refused_by_a_message_with_the_new_one() -> None:
-    result = CliRunner().invoke(ctl.jobctl, ["artefact", "a"])
+    result = CliRunner().invoke(main.jobctl, ["artefact", "a"])
     assert result.exit_code == 2
     assert "spelled artifact" in result.stderr

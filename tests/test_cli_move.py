@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 import pytest
 
-from jobd.cli.ctl import main as ctl
+from jobd.cli.ctl import main
 from jobd.client import AdminClient
 from tests.test_cli_daemon import ROOT, TOKEN, Running
 
@@ -165,7 +165,7 @@ def test_a_file_that_cannot_be_written_says_so(
 ) -> None:
     for name, value in here.places.items():
         monkeypatch.setenv(name, value)
-    assert ctl.main(["export", str(tmp_path / "nowhere" / "jobs")]) == 74
+    assert main.main(["export", str(tmp_path / "nowhere" / "jobs")]) == 74
     assert "No such file" in capsys.readouterr().err
 
 

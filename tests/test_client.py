@@ -22,7 +22,7 @@ from aiohttp import web
 
 import jobd.client
 from jobd.api import admin as admin_api
-from jobd.api import worker as worker_api
+from jobd.api import worker
 from jobd.client import (
     ERRORS,
     AdminClient,
@@ -40,15 +40,15 @@ from jobd.client import (
     RetryPolicy,
     Unreachable,
     admin_endpoint,
+    admin_requests,
     aio,
     default_socket,
     parse_endpoint,
     sync,
     uuid7,
     worker_endpoint,
+    worker_requests,
 )
-from jobd.client import admin_requests as admin_calls
-from jobd.client import worker_requests as calls
 from jobd.client.protocol import RETRIED, Reply, Request, Tries, get, job_path, json_lines, reader, result
 from jobd.model.errors import REFUSALS
 from jobd.model.responses import JobView, LockState
@@ -180,7 +180,7 @@ def _all_requests() -> list[Request[Any]]:
         "plan_id": "x",
     }
     found = []
-    for module in (calls, admin_calls):
+    for module in (worker_requests, admin_requests):
         for name, build in inspect.getmembers(module, inspect.isfunction):
             if build.__module__ != module.__name__ or name.startswith(("_", "read_")):
                 continue
@@ -198,7 +198,7 @@ def test_every_route_of_the_daemon_has_a_call_and_every_call_a_route() -> None:
     unasked = {"/healthz", "/readyz"} | streams
     routes = {
         (route.method, "/".join("{}" if part.startswith("{") else part for part in route.path.split("/")))
-        for route in (*worker_api.ROUTES, *admin_api.ROUTES)
+        for route in (*worker.ROUTES, *admin_api.ROUTES)
         if route.path not in unasked and route.path.startswith(("/v1", "/admin", "/metrics"))
     }
     asked = {_placeholders(request.method, request.path) for request in _all_requests()}
@@ -209,7 +209,7 @@ def test_every_route_of_the_daemon_has_a_call_and_every_call_a_route() -> None:
 def test_calls_with_a_key_are_those_whose_routes_take_one() -> None:
     keyed = {
         (route.method, "/".join("{}" if part.startswith("{") else part for part in route.path.split("/")))
-        for route in (*worker_api.ROUTES, *admin_api.ROUTES)
+        for route in (*worker.ROUTES, *admin_api.ROUTES)
         if route.key
     }
     sent = {
@@ -222,8 +222,8 @@ def test_calls_with_a_key_are_those_whose_routes_take_one() -> None:
 
 def test_both_clients_have_every_call() -> None:
     for module, blocking, coroutines in (
-        (calls, JobClient, AsyncJobClient),
-        (admin_calls, AdminClient, AsyncAdminClient),
+        (worker_requests, JobClient, AsyncJobClient),
+        (admin_requests, AdminClient, AsyncAdminClient),
     ):
         names = {
             name
@@ -239,22 +239,22 @@ def test_both_clients_have_every_call() -> None:
 def test_methods_show_the_arguments_and_the_text_of_their_calls() -> None:
     assert list(inspect.signature(JobClient.claim).parameters)[:3] == ["self", "worker", "queues"]
     assert next(iter(inspect.signature(JobClient("unix:/x").claim).parameters)) == "worker"
-    assert AsyncJobClient.claim.__doc__ == calls.claim.__doc__
+    assert AsyncJobClient.claim.__doc__ == worker_requests.claim.__doc__
     assert inspect.iscoroutinefunction(AsyncJobClient.claim)
 
 
 def test_create_makes_an_id_that_stays_the_same_when_the_request_is_sent_again() -> None:
-    request = calls.create_job({"n": 1}, queue="video", delay_ms=5)
+    request = worker_requests.create_job({"n": 1}, queue="video", delay_ms=5)
     said = msgspec.json.decode(request.body or b"")
     assert said == {"id": said["id"], "payload": {"n": 1}, "queue": "video", "delay_ms": 5}
     assert len(said["id"]) == 36
     assert said["id"][14] == "7"
     assert request.repeatable
-    assert msgspec.json.decode(calls.create_job(id="mine").body or b"") == {"id": "mine"}
+    assert msgspec.json.decode(worker_requests.create_job(id="mine").body or b"") == {"id": "mine"}
 
 
 def test_bulk_gives_an_id_to_each_job_that_has_none() -> None:
-    said = msgspec.json.decode(calls.create_jobs([{"payload": 1}, {"id": "b", "payload": None}]).body or b"")
+    said = msgspec.json.decode(worker_requests.create_jobs([{"payload": 1}, {"id": "b", "payload": None}]).body or b"")
     assert [set(job) for job in said["jobs"]] == [{"id", "payload"}, {"id", "payload"}]
     assert said["jobs"][1]["id"] == "b"
 
@@ -283,18 +283,21 @@ def test_an_id_is_one_part_of_the_path(job_id: str, path: str) -> None:
 
 def test_an_empty_id_is_refused_before_it_names_another_path() -> None:
     with pytest.raises(InvalidRequest):
-        calls.get_job("")
+        worker_requests.get_job("")
 
 
 def test_one_queue_may_be_given_as_text() -> None:
-    assert msgspec.json.decode(calls.claim("w", queues="video").body or b"")["queues"] == ["video"]
-    for request in (calls.start_processing("a", "w", max_processing_ms=0), calls.claim("w", max_processing_ms=0)):
+    assert msgspec.json.decode(worker_requests.claim("w", queues="video").body or b"")["queues"] == ["video"]
+    for request in (
+        worker_requests.start_processing("a", "w", max_processing_ms=0),
+        worker_requests.claim("w", max_processing_ms=0),
+    ):
         assert msgspec.json.decode(request.body or b"") == {"worker": "w", "max_processing_ms": 0}
 
 
 def test_a_payload_that_python_cannot_hold_does_not_spoil_the_job() -> None:
     body = msgspec.json.encode({"success": True, "data": JOB}).replace(b'{"a":1}', b"1e999")
-    job = calls.read_job(body)
+    job = worker_requests.read_job(body)
     assert bytes(job.payload) == b"1e999"  # type: ignore[arg-type]
     assert job.metadata_value == {"m": [1]}
     with pytest.raises(msgspec.DecodeError):
@@ -302,7 +305,7 @@ def test_a_payload_that_python_cannot_hold_does_not_spoil_the_job() -> None:
 
 
 def test_a_job_is_the_view_of_the_daemon_and_unknown_fields_are_skipped() -> None:
-    job = calls.read_job(msgspec.json.encode({"success": True, "data": JOB, "more": 1}))
+    job = worker_requests.read_job(msgspec.json.encode({"success": True, "data": JOB, "more": 1}))
     assert isinstance(job, JobView)
     assert (job.id, job.payload_value, job.repeated) == ("j1", {"a": 1}, msgspec.UNSET)
 
@@ -427,11 +430,11 @@ def test_a_definite_answer_is_not_asked_for_again(code: str) -> None:
 
 def test_a_call_that_is_not_safe_to_repeat_is_not_repeated() -> None:
     with pytest.raises(Unreachable):
-        Tries(RetryPolicy(total_s=None), admin_calls.import_jobs(), 0).wait_s(Unreachable("x"), 0, 0)
+        Tries(RetryPolicy(total_s=None), admin_requests.import_jobs(), 0).wait_s(Unreachable("x"), 0, 0)
 
 
 def test_an_answer_may_take_its_time_and_what_the_daemon_holds_it_back() -> None:
-    request = calls.claim("w", wait_ms=60_000)
+    request = worker_requests.claim("w", wait_ms=60_000)
     tries = Tries(RetryPolicy(total_s=30, timeout_s=10), request, 0)
     assert tries.timeout_s(0) == 70
     tries.wait_s(Unreachable("x"), 20, 0)
@@ -445,7 +448,7 @@ def test_an_answer_may_take_its_time_and_what_the_daemon_holds_it_back() -> None
 
 def test_a_call_sends_its_fields_and_gives_a_typed_result(peer: Peer, send: Both) -> None:
     peer.script = [ok({"lock_expires_at": 5, "ttl_ms": 6, "ceiling_at": None, "cancel_requested": False})]
-    assert send(calls.update_progress("j1", lock_id="secret", progress=42, message="half")) == LockState(
+    assert send(worker_requests.update_progress("j1", lock_id="secret", progress=42, message="half")) == LockState(
         5, 6, None, False
     )
     (asked,) = peer.asked
@@ -481,7 +484,7 @@ async def test_a_holders_call_takes_only_the_job_by_position(
 
 def test_a_lost_answer_is_asked_for_again_with_the_same_bytes_and_key(peer: Peer, send: Both) -> None:
     peer.script = [drop, drop, drop, ok({"grants": []})]
-    assert send(calls.claim("w")) == []
+    assert send(worker_requests.claim("w")) == []
     assert len(peer.asked) == 4
     assert len({(asked.body, asked.headers["Idempotency-Key"]) for asked in peer.asked}) == 1
 
@@ -489,20 +492,20 @@ def test_a_lost_answer_is_asked_for_again_with_the_same_bytes_and_key(peer: Peer
 @pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown"])
 def test_a_passing_refusal_is_tried_again(peer: Peer, send: Both, code: str) -> None:
     peer.script = [no(code, 503), no(code, 503), EMPTY_PAGE]
-    assert send(calls.list_jobs(status="queued", limit=3)).jobs == []
+    assert send(worker_requests.list_jobs(status="queued", limit=3)).jobs == []
     assert [asked.path for asked in peer.asked] == ["/v1/jobs?status=queued&limit=3"] * 3
 
 
 def test_a_definite_refusal_is_raised_at_once(peer: Peer, send: Both) -> None:
     peer.script = [no("job_not_found", 404), EMPTY_PAGE]
     with pytest.raises(JobNotFound):
-        send(calls.get_job("j1"))
+        send(worker_requests.get_job("j1"))
     assert len(peer.asked) == 1
 
 
 def test_an_idle_connection_is_used_again(peer: Peer, send: Both) -> None:
     peer.script = [EMPTY_PAGE, EMPTY_PAGE, no("job_not_found", 404), EMPTY_PAGE]
-    send(calls.list_jobs(), calls.list_jobs())
+    send(worker_requests.list_jobs(), worker_requests.list_jobs())
     assert {asked.connection for asked in peer.asked} == {0}
 
 
@@ -528,13 +531,13 @@ def test_nobody_there_is_unreachable_and_says_where(tmp_path: Path) -> None:
     send = Both(False, f"unix:{tmp_path}/none")
     for both in (send, Both(True, f"unix:{tmp_path}/none")):
         with pytest.raises(Unreachable, match="none cannot be reached"):
-            both(calls.queues(), policy=RetryPolicy(total_s=0))
+            both(worker_requests.queues(), policy=RetryPolicy(total_s=0))
 
 
 def test_an_answer_that_does_not_come_is_unreachable(peer: Peer, send: Both) -> None:
     peer.script = [peer.hang]
     with pytest.raises(Unreachable, match="no answer in time"):
-        send(calls.queues(), policy=RetryPolicy(total_s=0, timeout_s=0.2))
+        send(worker_requests.queues(), policy=RetryPolicy(total_s=0, timeout_s=0.2))
 
 
 def test_many_threads_share_a_client(peer: Peer, endpoint: str) -> None:

@@ -17,9 +17,7 @@ import pytest
 
 import jobd
 from jobd.client import AsyncJobClient, CommandWorker, JobInfo, Unreachable, uuid7
-from jobd.client.worker import drain as leftover
-from jobd.client.worker import runner as shift
-from jobd.client.worker import watchdog
+from jobd.client.worker import drain, runner, watchdog
 from jobd.client.worker.claimer import Wanted
 from jobd.client.worker.command_worker import describe
 from jobd.client.worker.drain import left_behind
@@ -567,7 +565,7 @@ async def test_drain_says_what_is_left_and_why(
     told = "drained; 2 jobs are left: 2 are not due yet."
     assert await _said_by_drain(client, tmp_path, queue, paused, kinds=["a", "z"]) == [told]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leftover, "_PAGE", 1)
+        patch.setattr(drain, "_PAGE", 1)
         assert await _said_by_drain(client, tmp_path, queue, paused, kinds=["a", "z"]) == [told]
     assert await _said_by_drain(client, tmp_path, queue, paused, kinds=["z"]) == []
 
@@ -732,7 +730,7 @@ async def test_a_program_that_cannot_be_started_costs_no_job(
 async def test_no_daemon_is_unreachable_once_patience_is_over(
     queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shift, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(runner, "PATIENCE_S", 0.1)
     bench = Bench(f"unix:{tmp_path}/none", tmp_path, queue, "true", drain=True)
     with pytest.raises(Unreachable):
         await bench.run()

@@ -21,8 +21,8 @@ from jobd.client import (
     Unauthorized,
     Unreachable,
     Worker,
+    worker_requests,
 )
-from jobd.client import worker_requests as calls
 from jobd.client.command_stream import line_of
 from jobd.client.protocol import Request
 from jobd.http.auth import Gate
@@ -54,27 +54,27 @@ def streams_of(town: Town) -> int:
 @pytest.mark.parametrize(
     ("request_", "line"),
     [
-        (calls.create_job(5, id="j"), {"op": "create", "id": "j", "payload": 5}),
-        (calls.create_jobs([{"id": "j"}]), {"op": "bulk", "jobs": [{"id": "j"}]}),
-        (calls.get_job("a:b"), {"op": "get", "id": "a:b"}),
-        (calls.get_job(".."), {"op": "get", "id": ".."}),
-        (calls.start_processing("j", worker="w"), {"op": "start", "id": "j", "worker": "w"}),
-        (calls.claim("w", idempotency_key="k"), {"op": "claim", "worker": "w", "idempotency_key": "k"}),
+        (worker_requests.create_job(5, id="j"), {"op": "create", "id": "j", "payload": 5}),
+        (worker_requests.create_jobs([{"id": "j"}]), {"op": "bulk", "jobs": [{"id": "j"}]}),
+        (worker_requests.get_job("a:b"), {"op": "get", "id": "a:b"}),
+        (worker_requests.get_job(".."), {"op": "get", "id": ".."}),
+        (worker_requests.start_processing("j", worker="w"), {"op": "start", "id": "j", "worker": "w"}),
+        (worker_requests.claim("w", idempotency_key="k"), {"op": "claim", "worker": "w", "idempotency_key": "k"}),
         (
-            calls.update_progress("j", lock_id="l", progress=5),
+            worker_requests.update_progress("j", lock_id="l", progress=5),
             {"op": "progress", "id": "j", "lock_id": "l", "progress": 5},
         ),
-        (calls.extend_job_lock("j", lock_id="l"), {"op": "extend", "id": "j", "lock_id": "l"}),
+        (worker_requests.extend_job_lock("j", lock_id="l"), {"op": "extend", "id": "j", "lock_id": "l"}),
         (
-            calls.complete_job("j", lock_id="l", metadata=[1]),
+            worker_requests.complete_job("j", lock_id="l", metadata=[1]),
             {"op": "complete", "id": "j", "lock_id": "l", "metadata": [1]},
         ),
         (
-            calls.fail_job("j", lock_id="l", error_message="m"),
+            worker_requests.fail_job("j", lock_id="l", error_message="m"),
             {"op": "fail", "id": "j", "lock_id": "l", "error_message": "m"},
         ),
-        (calls.release_job("j", lock_id="l"), {"op": "release", "id": "j", "lock_id": "l"}),
-        (calls.cancel_job("j"), {"op": "cancel", "id": "j"}),
+        (worker_requests.release_job("j", lock_id="l"), {"op": "release", "id": "j", "lock_id": "l"}),
+        (worker_requests.cancel_job("j"), {"op": "cancel", "id": "j"}),
     ],
     ids=lambda given: given["op"] if isinstance(given, dict) else "",
 )  # fmt: skip
@@ -89,7 +89,7 @@ def test_a_request_as_a_line(request_: Request[Any], line: dict[str, Any]) -> No
 
 
 def test_a_payload_of_several_lines_is_one_line() -> None:
-    text = line_of(calls.create_job(msgspec.Raw(b'{\n"a":\r\n"b\\n"}')))
+    text = line_of(worker_requests.create_job(msgspec.Raw(b'{\n"a":\r\n"b\\n"}')))
     assert text is not None
     assert text.count(b"\n") == 1
     assert msgspec.json.decode(text)["payload"] == {"a": "b\n"}
@@ -98,10 +98,15 @@ def test_a_payload_of_several_lines_is_one_line() -> None:
 @pytest.mark.parametrize(
     "request_",
     [
-        calls.claim("w", wait_ms=5), calls.list_jobs(), calls.timeline("j"), calls.why("j"), calls.queues(),
-        calls.validate_job_state("j"), calls.workers(),
+        worker_requests.claim("w", wait_ms=5),
+        worker_requests.list_jobs(),
+        worker_requests.timeline("j"),
+        worker_requests.why("j"),
+        worker_requests.queues(),
+        worker_requests.validate_job_state("j"),
+        worker_requests.workers(),
     ],
-)  # fmt: skip
+)
 def test_what_a_stream_does_not_take(request_: Request[Any]) -> None:
     assert line_of(request_) is None
 

@@ -13,8 +13,7 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
-from jobd.api import admin as admin_api
-from jobd.api import command_stream
+from jobd.api import admin, command_stream
 from jobd.api.stream_lines import OPS
 from jobd.api.worker import ROUTES
 from jobd.engine.actor import Bounds
@@ -481,7 +480,7 @@ async def test_leave_to_send_the_stream_is_given(house: House) -> None:
 
 
 def test_operators_have_no_stream_of_commands() -> None:
-    assert "/v1/commands" not in {route.path for route in admin_api.ROUTES}
+    assert "/v1/commands" not in {route.path for route in admin.ROUTES}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.api import downloads
-from jobd.maintenance import backups as copies
+from jobd.maintenance import backups
 from jobd.maintenance.backups import Copies, Copy
 from jobd.model.errors import Refusal
 from jobd.model.responses import BackupView
@@ -149,7 +149,7 @@ async def test_a_check_that_fails_for_another_reason_says_it(tmp_path: Path) -> 
 
 
 async def test_one_after_the_other_and_no_more_than_so_many(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "AT_ONCE", 2)
+    monkeypatch.setattr(backups, "AT_ONCE", 2)
     kept = Copies(store, lambda: 1)
     slow = Slow(monkeypatch)
     first = asyncio.create_task(kept.begin("first"))
@@ -183,10 +183,10 @@ async def test_why_there_is_none_is_kept(store: Store, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(backup, "_need_room", full)
     kept = Copies(store, lambda: 1)
-    for number in range(copies.KEPT + 3):
+    for number in range(backups.KEPT + 3):
         with pytest.raises(DiskFull):
             await kept.begin(str(number))
     views = kept.views()
-    assert [view.id for view in views] == [str(number) for number in range(copies.KEPT + 2, 2, -1)]
+    assert [view.id for view in views] == [str(number) for number in range(backups.KEPT + 2, 2, -1)]
     assert {(view.state, view.message) for view in views} == {("failed", "a backup needs 48 MiB free")}
     assert downloads.LOOK_S < 1

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import decide
-from jobd.core import transitions as steps
+from jobd.core import decide, transitions
 from jobd.core.changeset import Decision
 from jobd.core.validation import counts, validate
 from jobd.model.commands import (
@@ -309,7 +308,7 @@ class Run(Desk):
         if not isinstance(command, Claim):
             return None
         order = due_order(self.rows.values(), self.now, command.queues, command.kinds, self.book.paused)
-        wanted = [job_id for job_id in order if not steps.is_overdue(self.rows[job_id], self.now)]
+        wanted = [job_id for job_id in order if not transitions.is_overdue(self.rows[job_id], self.now)]
         return wanted[: command.limit]
 
     def _check_refusal(self, decision: Decision) -> None:
@@ -344,7 +343,7 @@ class Run(Desk):
                 assert event.type in ("deleted", "fixed", *NOTES)
             if event.type == "stalled" and isinstance(command, (Recover, Start)):
                 assert before is not None
-                assert steps.is_stuck(before, self.lease)
+                assert transitions.is_stuck(before, self.lease)
             if event.type == "deleted":
                 assert before is not None
                 assert before.status in FINISHED
@@ -362,7 +361,7 @@ class Run(Desk):
                 assert job.lease.expires <= job.lease.ceiling
             if job.seq not in self.book.suspects:
                 bad = [issue for issue in validate(job, self.at, self.policy).issues if counts(issue)]
-                assert not bad or steps.is_stuck(job, self.at.lease), bad  # only recovery is left to do
+                assert not bad or transitions.is_stuck(job, self.at.lease), bad  # only recovery is left to do
             view = self.yes(Why(id=job.id))
             if job.status in ("queued", "processing") and job.options.queue not in self.book.paused:
                 assert view.next is not None

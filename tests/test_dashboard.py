@@ -31,10 +31,7 @@ from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
 from jobd.api.services import Rooms
 from jobd.core.state import Book
-from jobd.dashboard import filters, pages, sessions
-from jobd.dashboard import live_updates as live
-from jobd.dashboard import plans as bulk
-from jobd.dashboard import rendering as paint
+from jobd.dashboard import filters, live_updates, pages, plans, rendering, sessions
 from jobd.dashboard import sign_in as entrance
 from jobd.dashboard.assets import PLACE as STATIC
 from jobd.dashboard.job_actions import DEEDS
@@ -44,7 +41,7 @@ from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, boot_clock_ms, wall_clock_ms
 from jobd.engine.idempotency import Keys
 from jobd.http.auth import FORM, Access, Gate, own_names
-from jobd.maintenance import plan_builder as plan_search
+from jobd.maintenance import plan_builder
 from jobd.maintenance.cleanup_pass import Hands, Schedule
 from jobd.maintenance.maintainer import Cleaner
 from jobd.maintenance.plans import Planner
@@ -714,7 +711,7 @@ async def test_a_reader_of_the_api_sees_no_lock_id(town: Town) -> None:
 
 def assert_safe(heard: Heard) -> None:
     policy = heard.headers["content-security-policy"]
-    assert policy == paint.POLICY
+    assert policy == rendering.POLICY
     assert "unsafe" not in policy
     assert heard.headers["x-content-type-options"] == "nosniff"
     assert heard.headers["cache-control"] == "no-store"
@@ -1011,11 +1008,11 @@ async def test_a_large_payload_is_cut_and_a_deep_one_shown_as_it_came(town: Town
     await town.do("jobs", id="large", payload="x" * 100_000)
     page = text(await (await town.browser()).get("/jobs/large"))
     assert "x" * 1_000 in page
-    assert len(page) < paint.SHOWN_JSON + 20_000
+    assert len(page) < rendering.SHOWN_JSON + 20_000
     assert "more characters" in page
-    assert paint.pretty(Raw(b'{"a":1}')) == ('{\n  "a": 1\n}', 0)
+    assert rendering.pretty(Raw(b'{"a":1}')) == ('{\n  "a": 1\n}', 0)
     deep = b"[" * 5_000 + b"]" * 5_000
-    assert paint.pretty(Raw(deep))[0].startswith("[")
+    assert rendering.pretty(Raw(deep))[0].startswith("[")
 
 
 async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Path) -> None:
@@ -1130,7 +1127,7 @@ async def test_a_plan_of_what_time_would_do_is_shown_and_applied(town: Town, mon
     for job_id in ("late-1", "late-2"):
         await town.do("jobs", id=job_id, expires_at=soon)
     await asyncio.sleep(0.1)
-    monkeypatch.setattr(plan_search, "MAX_PLAN", 1)
+    monkeypatch.setattr(plan_builder, "MAX_PLAN", 1)
     for action in ("cleanup", "recover-stuck"):
         assert (await town.admin.ask("POST", path, json.dumps({"action": action}), headers=AUTH)).status == 200
     wrong = await town.admin.ask("POST", path, '{"action":"cleanup","ids":["late-1"]}', headers=AUTH)
@@ -1180,8 +1177,8 @@ async def test_selected_jobs_are_planned_shown_and_done_once(town: Town) -> None
 
 def test_details_of_the_audit_log_are_for_people() -> None:
     found = {"queue": "mail", "since": 1_700_000_000_000, "until": 10**15, "limit": 3}
-    assert paint.detail(found) == f"queue mail, since 2023-11-14 22:13:20 UTC, until {10**15}, limit 3"
-    assert (paint.detail(7), paint.detail("a"), paint.detail(True)) == ("7", "a", "True")
+    assert rendering.detail(found) == f"queue mail, since 2023-11-14 22:13:20 UTC, until {10**15}, limit 3"
+    assert (rendering.detail(7), rendering.detail("a"), rendering.detail(True)) == ("7", "a", "True")
 
 
 async def test_all_that_match_are_planned_and_what_changed_meanwhile_is_told(town: Town) -> None:
@@ -1209,7 +1206,7 @@ async def test_all_that_match_are_planned_and_what_changed_meanwhile_is_told(tow
 
 
 async def test_a_plan_that_is_full_leads_to_the_next_one(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (plan_search, bulk):
+    for module in (plan_builder, plans):
         monkeypatch.setattr(module, "MAX_PLAN", 2)
     await failing(town, "a", "b", "c")
     browser = await town.browser()
@@ -1241,7 +1238,7 @@ async def test_a_plan_that_is_full_leads_to_the_next_one(town: Town, monkeypatch
 
 async def test_a_plan_whose_time_was_over_says_so_and_goes_on(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MAKING_S": 0, "SCAN": 1}.items():
-        monkeypatch.setattr(plan_search, name, value)
+        monkeypatch.setattr(plan_builder, name, value)
     await failing(town, "old", "young")
     browser = await town.browser()
     csrf = await browser.csrf()
@@ -2069,8 +2066,8 @@ NEWS = "event: news\ndata:\n\n"
 async def test_an_open_page_hears_of_news_that_concern_it_and_of_nothing_else(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "FLOOR_S", 0.0)
-    monkeypatch.setattr(live, "FLOOR_OF_ALL_S", 0.0)
+    monkeypatch.setattr(live_updates, "FLOOR_S", 0.0)
+    monkeypatch.setattr(live_updates, "FLOOR_OF_ALL_S", 0.0)
     lock = await town.held()
     browser, reader = await town.browser(), await town.browser(READER)
     job = await listens(town, browser, "/live?job_id=held")
@@ -2096,14 +2093,14 @@ async def test_a_page_hears_of_a_thousand_events_once_a_second(town: Town, monke
     began = asyncio.get_running_loop().time()
     await town.do("jobs/bulk", jobs=[{"id": f"more-{number}"} for number in range(500)])
     assert await heard.events() == NEWS
-    assert asyncio.get_running_loop().time() - began >= live.FLOOR_S / 2
-    assert live.FLOOR_S >= 1
-    assert live.FLOOR_OF_ALL_S >= 1
+    assert asyncio.get_running_loop().time() - began >= live_updates.FLOOR_S / 2
+    assert live_updates.FLOOR_S >= 1
+    assert live_updates.FLOOR_OF_ALL_S >= 1
 
 
 @pytest.mark.parametrize("way", ["sign-out", "token", "age"])
 async def test_a_stream_of_news_ends_with_its_session(town: Town, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    monkeypatch.setattr(live, "LOOK_S", 0.01)
+    monkeypatch.setattr(live_updates, "LOOK_S", 0.01)
     browser = await town.browser()
     heard = await listens(town, browser)
     if way == "sign-out":
@@ -2120,8 +2117,8 @@ async def test_a_stream_of_news_ends_with_its_session(town: Town, monkeypatch: p
 async def test_a_page_that_is_open_keeps_its_session_and_its_stream(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "LOOK_S", 0.01)
-    monkeypatch.setattr(live, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(live_updates, "LOOK_S", 0.01)
+    monkeypatch.setattr(live_updates, "HEARTBEAT_S", 0.05)
     browser = await town.browser()
     heard = await listens(town, browser)
     for _ in range(3):
@@ -2511,7 +2508,7 @@ def test_libraries_are_what_was_brought_with_their_licences() -> None:
 def test_every_file_of_the_room_is_shipped() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     shipped = project["tool"]["setuptools"]["package-data"]["jobd.dashboard"]
-    for path in [*STATIC.rglob("*"), *paint.PLACE.rglob("*")]:
+    for path in [*STATIC.rglob("*"), *rendering.PLACE.rglob("*")]:
         name = str(path.relative_to(STATIC.parent))
         assert any(fnmatch(name, pattern) for pattern in shipped), name
 
@@ -2560,17 +2557,17 @@ def _luminance(colour: str) -> float:
     ],
 )
 def test_how_long_something_took(ms: int, words: str) -> None:
-    assert paint.span(ms) == words
+    assert rendering.span(ms) == words
 
 
 def test_sizes_and_numbers() -> None:
-    assert [paint.size(n) for n in (0, 1023, 1024, 5 << 20, 3 << 30)] == [
+    assert [rendering.size(n) for n in (0, 1023, 1024, 5 << 20, 3 << 30)] == [
         "0 B",
         "1023 B",
         "1.0 KiB",
         "5.0 MiB",
         "3.0 GiB",
     ]
-    assert paint.thousands(1234567) == "1\u202f234\u202f567"
-    assert paint.iso(1_700_000_000_123) == "2023-11-14T22:13:20.123Z"
-    assert paint.instant(1_700_000_000_123) == "2023-11-14 22:13:20 UTC"
+    assert rendering.thousands(1234567) == "1\u202f234\u202f567"
+    assert rendering.iso(1_700_000_000_123) == "2023-11-14T22:13:20.123Z"
+    assert rendering.instant(1_700_000_000_123) == "2023-11-14 22:13:20 UTC"

@@ -15,10 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd.cli.demo import checks as demo_verdict
-from jobd.cli.demo import demo_checks
-from jobd.cli.demo import files as demo_files
-from jobd.cli.demo import main as demo_play
+from jobd.cli.demo import checks, demo_checks, files, main
 from jobd.model.events import EventView
 from tests.process import die_with_us
 
@@ -33,15 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 def sources(tmp_path: Path) -> dict[str, Path]:
     """One source of each kind, by kind."""
     (tmp_path / "in").mkdir()
-    made = demo_files.make_sources(tmp_path / "in", 7, pictures=1, films=1, sales=1, logs=1)
+    made = files.make_sources(tmp_path / "in", 7, pictures=1, films=1, sales=1, logs=1)
     assert made[0][0] == "film"
     return {kind: tmp_path / "in" / name for kind, name in made}
 
 
 def _convert(kind: str, source: Path, tmp_path: Path) -> tuple[Path, dict[str, object], list[float]]:
     reported: list[float] = []
-    target = tmp_path / demo_files.target_name(kind, source.name)
-    figures = demo_files.convert(kind, source, target, lambda percent, _: reported.append(percent))
+    target = tmp_path / files.target_name(kind, source.name)
+    figures = files.convert(kind, source, target, lambda percent, _: reported.append(percent))
     return target, figures, reported
 
 
@@ -57,10 +54,10 @@ def test_each_conversion_is_right_and_leaves_no_part(kind: str, sources: dict[st
 
 def test_a_film_reports_each_frame_and_is_an_animated_png(sources: dict[str, Path], tmp_path: Path) -> None:
     target, figures, reported = _convert("film", sources["film"], tmp_path)
-    assert len(reported) == figures["frames"] == demo_files.FILM_FRAMES
+    assert len(reported) == figures["frames"] == files.FILM_FRAMES
     kinds = [kind for kind, _ in demo_checks.chunks(target)]
     assert kinds[:3] == [b"IHDR", b"acTL", b"fcTL"]
-    assert kinds.count(b"fdAT") == demo_files.FILM_FRAMES - 1
+    assert kinds.count(b"fdAT") == files.FILM_FRAMES - 1
     assert kinds[-1] == b"IEND"
 
 
@@ -68,8 +65,8 @@ def test_a_film_reports_each_frame_and_is_an_animated_png(sources: dict[str, Pat
 def test_a_result_of_another_source_is_found_out(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
     target, figures, _ = _convert(kind, sources[kind], tmp_path)
     (tmp_path / "other").mkdir()
-    demo_files.make_sources(tmp_path / "other", 8, pictures=1, films=1, sales=1, logs=1)
-    with pytest.raises(demo_files.Broken):
+    files.make_sources(tmp_path / "other", 8, pictures=1, films=1, sales=1, logs=1)
+    with pytest.raises(files.Broken):
         demo_checks.check(kind, tmp_path / "other" / sources[kind].name, target, figures)
 
 
@@ -79,19 +76,19 @@ def test_a_flipped_bit_or_a_missing_file_is_found_out(kind: str, sources: dict[s
     data = bytearray(target.read_bytes())
     data[len(data) // 2] ^= 1
     target.write_bytes(data)
-    with pytest.raises(demo_files.Broken, match="checksum"):
+    with pytest.raises(files.Broken, match="checksum"):
         demo_checks.check(kind, sources[kind], target, figures)
-    with pytest.raises((demo_files.Broken, gzip.BadGzipFile, EOFError, OSError, ValueError)):
-        demo_checks.check(kind, sources[kind], target, {"sha256": demo_files.sha256(target)})
+    with pytest.raises((files.Broken, gzip.BadGzipFile, EOFError, OSError, ValueError)):
+        demo_checks.check(kind, sources[kind], target, {"sha256": files.sha256(target)})
     target.unlink()
-    with pytest.raises(demo_files.Broken, match="not there"):
+    with pytest.raises(files.Broken, match="not there"):
         demo_checks.check(kind, sources[kind], target, figures)
 
 
 def test_a_source_that_is_no_picture_fails_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "bad.ppm").write_bytes(b"P6\n3 3\n255\nabc")
-    with pytest.raises(demo_files.Broken, match="no PPM"):
-        demo_files.convert("picture", tmp_path / "bad.ppm", tmp_path / "bad.png", lambda *_: None)
+    with pytest.raises(files.Broken, match="no PPM"):
+        files.convert("picture", tmp_path / "bad.ppm", tmp_path / "bad.png", lambda *_: None)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.ppm"]
 
 
@@ -112,14 +109,14 @@ SEEN = (
 )
 
 
-def _story() -> demo_play.Story:
-    return demo_play.Story(
+def _story() -> main.Story:
+    return main.Story(
         killed_worker="w-2", killed_job="film-1.ppm", killed_token=7, killed_progress=25, killed_code=-signal.SIGKILL
     )
 
 
-def _told(story: demo_play.Story, events: list[EventView]) -> list[bool]:
-    return [is_true for _, is_true in demo_verdict.checks(story, [], {"film-1.ppm": events}, {})][:4]
+def _told(story: main.Story, events: list[EventView]) -> list[bool]:
+    return [is_true for _, is_true in checks.checks(story, [], {"film-1.ppm": events}, {})][:4]
 
 
 def test_the_judgement_is_yes_where_everything_was_seen() -> None:
@@ -141,7 +138,7 @@ def test_the_judgement_is_no_where_the_token_did_not_rise_or_nobody_was_killed()
     story = _story()
     story.killed_code = 0
     assert _told(story, list(SEEN))[0] is False
-    assert _told(demo_play.Story(), []) == [False, False, False, False]
+    assert _told(main.Story(), []) == [False, False, False, False]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +194,7 @@ def test_the_demo_kills_a_worker_and_proves_the_recovery(temporary: dict[str, st
     assert len(_pids(text)) == 4
     assert not any(map(_is_there, _pids(text)))
     assert os.listdir(temporary["TMPDIR"]) == []
-    assert len(list((tmp_path / "kept").glob("*.png"))) == demo_play.FILES["pictures"] + demo_play.FILES["films"]
+    assert len(list((tmp_path / "kept").glob("*.png"))) == main.FILES["pictures"] + main.FILES["films"]
 
 
 def _until_at_work(process: subprocess.Popen[str]) -> str:

@@ -25,19 +25,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
 from jobd import config
-from jobd.api import admin as admin_api
-from jobd.api import worker as worker_api
+from jobd.api import admin, worker
 from jobd.api.import_preview import ImportPreview
 from jobd.api.imports import ImportReport
 from jobd.api.stream_lines import OPS, StreamedAnswer
-from jobd.cli import exit_codes as exits
+from jobd.cli import exit_codes
 from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.client.worker.command_worker import FIELDS, PREFIX
 from jobd.core.pace import SAMPLES_NEEDED
 from jobd.http.routing import Route
-from jobd.model import commands, errors, events
-from jobd.model import responses as answers
+from jobd.model import commands, errors, events, responses
 from jobd.monitoring import alerts
 from tests.conftest import tool_missing
 from tests.process import TOKEN, Daemon, die_with_us
@@ -143,7 +141,7 @@ def test_every_refusal_code_with_its_status() -> None:
 
 @pytest.mark.parametrize(
     ("title", "table"),
-    [("Worker API", worker_api.ROUTES), ("Admin API", admin_api.ROUTES)],
+    [("Worker API", worker.ROUTES), ("Admin API", admin.ROUTES)],
     ids=["worker", "admin"],
 )
 def test_every_call_with_its_fields(title: str, table: Sequence[Route]) -> None:
@@ -173,66 +171,66 @@ def test_every_kind_of_line() -> None:
 
 
 SHAPES: Final[dict[str, Any]] = {
-    "job": answers.JobView,
-    "lock": answers.LockView,
-    "grant": answers.GrantView,
-    "lock state": answers.LockState,
-    "jobs": answers.JobList,
-    "page": answers.JobPage,
-    "grants": answers.Grants,
-    "timeline": answers.TimelineView,
-    "late results": answers.LateResultList,
-    "late result": answers.LateResultView,
+    "job": responses.JobView,
+    "lock": responses.LockView,
+    "grant": responses.GrantView,
+    "lock state": responses.LockState,
+    "jobs": responses.JobList,
+    "page": responses.JobPage,
+    "grants": responses.Grants,
+    "timeline": responses.TimelineView,
+    "late results": responses.LateResultList,
+    "late result": responses.LateResultView,
     "event": events.EventView,
     "streamed event": events.StreamedEvent,
     "streamed response": StreamedAnswer,
-    "why": answers.WhyView,
-    "next": answers.Next,
-    "validation": answers.Validation,
-    "issue": answers.Issue,
-    "queues": answers.QueueList,
-    "queue": answers.QueueView,
-    "workers": answers.WorkerList,
-    "worker": answers.WorkerView,
-    "stats": answers.StatsView,
-    "health": answers.HealthView,
-    "report": answers.CleanupReport,
-    "cleanup state": answers.CleanupState,
-    "recovered": answers.RecoverStuckView,
-    "taken back": answers.TakenBack,
-    "recovery": answers.Recovery,
-    "validated job": answers.ValidateJobView,
-    "forced": answers.Forced,
-    "admin lock": answers.AdminLock,
+    "why": responses.WhyView,
+    "next": responses.Next,
+    "validation": responses.Validation,
+    "issue": responses.Issue,
+    "queues": responses.QueueList,
+    "queue": responses.QueueView,
+    "workers": responses.WorkerList,
+    "worker": responses.WorkerView,
+    "stats": responses.StatsView,
+    "health": responses.HealthView,
+    "report": responses.CleanupReport,
+    "cleanup state": responses.CleanupState,
+    "recovered": responses.RecoverStuckView,
+    "taken back": responses.TakenBack,
+    "recovery": responses.Recovery,
+    "validated job": responses.ValidateJobView,
+    "forced": responses.Forced,
+    "admin lock": responses.AdminLock,
     "import report": ImportReport,
     "import preview": ImportPreview,
-    "failures": answers.FailuresView,
-    "failure group": answers.FailureGroup,
-    "preview": answers.PreviewView,
-    "plan": answers.PlanView,
-    "planned job": answers.PlannedJob,
-    "skipped job": answers.SkippedJob,
-    "plan result": answers.PlanResult,
-    "changed job": answers.ChangedJob,
-    "audit page": answers.AuditPage,
-    "audit entry": answers.AuditView,
-    "export page": answers.ExportPage,
-    "locks": answers.LockList,
-    "locked job": answers.LockedJob,
-    "reports": answers.ReportList,
-    "alerts": answers.AlertList,
-    "alert": answers.AlertView,
-    "webhooks": answers.WebhookList,
-    "webhook": answers.WebhookView,
-    "deliveries": answers.DeliveryPage,
-    "delivery": answers.DeliveryView,
-    "resent": answers.Resent,
-    "clock": answers.ClockView,
-    "quarantine": answers.QuarantineList,
-    "checked rows": answers.CheckedRows,
-    "backups": answers.BackupList,
-    "backup": answers.BackupView,
-    "paused": answers.PausedView,
+    "failures": responses.FailuresView,
+    "failure group": responses.FailureGroup,
+    "preview": responses.PreviewView,
+    "plan": responses.PlanView,
+    "planned job": responses.PlannedJob,
+    "skipped job": responses.SkippedJob,
+    "plan result": responses.PlanResult,
+    "changed job": responses.ChangedJob,
+    "audit page": responses.AuditPage,
+    "audit entry": responses.AuditView,
+    "export page": responses.ExportPage,
+    "locks": responses.LockList,
+    "locked job": responses.LockedJob,
+    "reports": responses.ReportList,
+    "alerts": responses.AlertList,
+    "alert": responses.AlertView,
+    "webhooks": responses.WebhookList,
+    "webhook": responses.WebhookView,
+    "deliveries": responses.DeliveryPage,
+    "delivery": responses.DeliveryView,
+    "resent": responses.Resent,
+    "clock": responses.ClockView,
+    "quarantine": responses.QuarantineList,
+    "checked rows": responses.CheckedRows,
+    "backups": responses.BackupList,
+    "backup": responses.BackupView,
+    "paused": responses.PausedView,
 }
 
 
@@ -243,7 +241,7 @@ def test_every_answer_with_its_fields() -> None:
 
 def test_every_state_of_health() -> None:
     (said,) = [ticked(meaning) for shape, _, meaning in rows(API, "shape", "fields") if shape == "health"]
-    assert tuple(said[1:4]) == get_args(answers.HealthStatus)
+    assert tuple(said[1:4]) == get_args(responses.HealthStatus)
 
 
 def test_fields_of_creation_import_and_updates() -> None:
@@ -356,7 +354,7 @@ def test_every_module_has_its_line() -> None:
 
 
 def test_every_exit_code() -> None:
-    codes = {value for name, value in vars(exits).items() if name.isupper() and isinstance(value, int)}
+    codes = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
     assert [int(code) for code, _ in rows(CLI, "exit code", "meaning")] == sorted(codes)
 
 
@@ -386,7 +384,7 @@ def test_every_old_call_is_answered() -> None:
 
 
 def test_calls_that_the_migration_names_exist() -> None:
-    routes = {(route.method, route.path) for table in (worker_api.ROUTES, admin_api.ROUTES) for route in table}
+    routes = {(route.method, route.path) for table in (worker.ROUTES, admin.ROUTES) for route in table}
     from jobd.client import AdminClient, AsyncJobClient, JobClient
 
     clients: dict[str, Any] = {"client": (JobClient, AsyncJobClient), "admin": (AdminClient,)}

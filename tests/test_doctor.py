@@ -15,8 +15,7 @@ from msgspec.structs import replace
 from jobd.model.job import DAY_MS, FINISHED, LIVE
 from jobd.model.storage import Audited, KeyRow, Tombstone
 from jobd.model.webhooks import Cursor, Delivery
-from jobd.storage import doctor, files, migrations
-from jobd.storage import dry_run as rehearsal
+from jobd.storage import doctor, dry_run, files, migrations
 from jobd.storage.database import now_ms
 from jobd.storage.doctor import Problem, Refused, accept, check, recount
 from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
@@ -315,7 +314,7 @@ async def test_all_damaged_rows_are_taken_at_once_but_for_those_that_make_no_job
     with pytest.raises(doctor.Refused, match="is not a valid job"):
         accept(path, named)
     assert sorted(places(check(path))) == sorted(f"job {id_}" for id_ in named), "nothing was written"
-    foreseen = rehearsal.accept(path, None)
+    foreseen = dry_run.accept(path, None)
     told = accept(path, None).splitlines()
     assert [line.partition(":")[0] for line in told] == [*(f"job {id_}" for id_ in named), "Counted"]
     assert "The row does not change" in told[2]
@@ -326,7 +325,7 @@ async def test_all_damaged_rows_are_taken_at_once_but_for_those_that_make_no_job
 
 async def test_nothing_is_taken_if_nothing_is_damaged(path: str) -> None:
     await busy_store(path)
-    assert accept(path, None) == rehearsal.accept(path, None)[0] == doctor.NOTHING_DAMAGED
+    assert accept(path, None) == dry_run.accept(path, None)[0] == doctor.NOTHING_DAMAGED
 
 
 async def test_a_job_with_a_bad_payload_comes_back_with_the_mended_one(path: str) -> None:

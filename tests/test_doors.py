@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from multidict import CIMultiDict
 
-from jobd.api import admin as admin_api
-from jobd.api import worker as worker_api
+from jobd.api import admin, worker
 from jobd.http.auth import JSON, LINES, Gate, check_kind, host_name, own_names, token_digest
 from jobd.model.errors import Refused
 from tests.http_help import House, message, wrong_tokens
@@ -60,8 +59,8 @@ async def test_no_wrong_token_is_taken_by_either_api(name: str, tmp_path: Path) 
     """Over TCP, where workers need a token as operators do. The right one is tried last, on the same connection."""
     gate = Gate(name, tokens=[GOOD], readers=[OTHER] if name == "admin" else [], hosts=["localhost"])
     routes, call = {
-        "worker": (worker_api.ROUTES, "/v1/jobs"),
-        "admin": (admin_api.ROUTES, "/admin/job-management/jobs"),
+        "worker": (worker.ROUTES, "/v1/jobs"),
+        "admin": (admin.ROUTES, "/admin/job-management/jobs"),
     }[name]
     wrong = wrong_tokens(GOOD) + wrong_tokens(OTHER, 0)
     async with House(routes, tmp_path, gate=gate, admin=name == "admin") as house:

@@ -21,7 +21,7 @@ from jobd.model.commands import Get, LateResults, Note
 from jobd.model.errors import Refusal, Refused
 from jobd.model.job import Job, LateResult, Policy, Result
 from jobd.model.responses import Answer, LateResultList
-from jobd.storage.artifacts import downloads as artifact_downloads
+from jobd.storage.artifacts import downloads
 from jobd.storage.artifacts.base import PIECE_BYTES, StoreFault
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileStore
@@ -192,7 +192,7 @@ async def test_a_result_that_cannot_be_read_to_its_end_is_short_of_its_length(
 async def test_a_store_that_does_not_answer_is_not_waited_for_for_ever(
     house: House, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact_downloads, "CALL_S", 0.05)
+    monkeypatch.setattr(downloads, "CALL_S", 0.05)
     names(house, "k")
     store: Any = house.figures.downloads._store
 
@@ -206,7 +206,7 @@ async def test_a_store_that_does_not_answer_is_not_waited_for_for_ever(
 
 
 async def test_downloads_end_when_the_daemon_stops(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact_downloads, "CLOSING_S", 0.01)
+    monkeypatch.setattr(downloads, "CLOSING_S", 0.01)
     (place / "k").write_text("result")
     opened = Downloads(FileStore(str(place), "test"), MOST)
     cut = asyncio.Event()

@@ -17,8 +17,8 @@ from aiohttp import web
 from jobd.api import events as event_stream
 from jobd.api.admin import ROUTES as ADMIN_ROUTES
 from jobd.api.worker import ROUTES
-from jobd.engine import event_feed as feed
-from jobd.http import streaming as streams
+from jobd.engine import event_feed
+from jobd.http import streaming
 from jobd.http.auth import Gate
 from tests.by_hand import Maker
 from tests.household import until
@@ -163,11 +163,11 @@ async def test_events_that_are_gone_are_refused(house: House, commit: Commits) -
 
 async def test_a_stream_that_cannot_go_on_breaks_off(house: House, commit: Commits) -> None:
     """Its client must not take that for the end."""
-    await commit(3 * feed.PAGE)
+    await commit(3 * event_feed.PAGE)
     line = await house.line()
     line.send(message("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "0"}))
     await seqs(line, 1)
-    house.figures.disk.gone_to = 3 * feed.PAGE
+    house.figures.disk.gone_to = 3 * event_feed.PAGE
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await line.reader.readuntil(b"0\r\n\r\n")
 
@@ -219,7 +219,7 @@ async def test_who_does_not_read_is_cut_off_and_the_others_hear_everything(house
 async def test_who_reads_nothing_of_the_journal_is_not_waited_for(
     house: House, commit: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(streaming, "PATIENCE_S", 0.05)
     await commit(20_000)
     line = await house.line()
     line.send(message("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
@@ -238,7 +238,7 @@ async def test_who_does_not_take_the_end_is_not_waited_for(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(web.StreamResponse, "write_eof", waits_for_the_client)
-    monkeypatch.setattr(streams, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(streaming, "PATIENCE_S", 0.05)
     await commit(3)
     line = await opened_stream(house, "?follow=false&last=2")
     assert await seqs(line, 2) == [2, 3]
@@ -263,7 +263,7 @@ async def test_a_bug_in_a_stream_costs_that_stream(
         raise RuntimeError("a bug")
 
     line = await opened_stream(house)
-    monkeypatch.setattr(feed.Listener, "_from_journal", fail)
+    monkeypatch.setattr(event_feed.Listener, "_from_journal", fail)
     broken = await house.line()
     broken.send(message("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
@@ -421,5 +421,5 @@ def test_both_doors_share_their_places_and_figures_show_them(tmp_path: Path) -> 
 
 
 def test_the_bounds_fit_together() -> None:
-    assert event_stream.MAX_BACK >= feed.PAGE
-    assert feed.PIECE_BYTES < feed.BACKLOG_BYTES
+    assert event_stream.MAX_BACK >= event_feed.PAGE
+    assert event_feed.PIECE_BYTES < event_feed.BACKLOG_BYTES

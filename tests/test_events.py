@@ -11,7 +11,7 @@ from msgspec import UNSET, Raw
 from jobd.model.commands import Complete, Delete, Extend, Fail, Pause
 from jobd.model.events import SIGNS, Changes, Event, EventType, Wanted, fold, of_new, streamed, view
 from jobd.model.job import Grant, Job, Lease, Options, Result
-from jobd.storage import codec as rows
+from jobd.storage import codec
 from tests.desk import NOW, Desk
 
 GRANT = Grant("secret", 1, "w", NOW, 1, 2, 3)
@@ -59,7 +59,7 @@ def test_an_event_survives_its_way_to_the_disk_and_back() -> None:
         finished_at=NOW,
     )
     happened = event(changes)
-    again = rows.event(rows.sealed(rows.event_row(happened)))
+    again = codec.event(codec.sealed(codec.event_row(happened)))
     assert again == happened
     assert again.changes is not None
     assert again.changes.error is None

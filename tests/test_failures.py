@@ -25,7 +25,7 @@ from jobd.model.commands import (
 )
 from jobd.model.fingerprints import fingerprint
 from jobd.model.responses import Answer, FailureGroup
-from jobd.monitoring import failure_groups as failures
+from jobd.monitoring import failure_groups
 from jobd.monitoring.failure_groups import Failures
 from tests.household import Household, in_virtual_time
 from tests.memory_disk import MemoryDisk
@@ -174,8 +174,8 @@ async def test_since_when_there_is_an_error_is_known_though_its_group_was_empty(
 
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "SCAN", 3)
-    monkeypatch.setattr(failures, "LIMIT", 2)
+    monkeypatch.setattr(failure_groups, "SCAN", 3)
+    monkeypatch.setattr(failure_groups, "LIMIT", 2)
 
 
 @pytest.mark.usefixtures("small_slices")
@@ -212,7 +212,7 @@ def test_history_is_counted_while_its_jobs_go_and_others_fail(seed: int) -> None
                 if dice.random() < 0.5:
                     await try_once(house, dice.choice(ids), f"error {dice.choice('abcd')}")
                 if dice.random() < 0.5:
-                    await asyncio.sleep(dice.choice((0, failures.PAUSE_S / 2, failures.PAUSE_S)))
+                    await asyncio.sleep(dice.choice((0, failure_groups.PAUSE_S / 2, failure_groups.PAUSE_S)))
             await running
             assert known.is_whole
             assert groups(known) == counted(house)
@@ -232,7 +232,7 @@ async def test_a_look_that_fails_is_made_again() -> None:
         assert not known.is_whole
         assert not known.view(9).whole
         house.disk.errors.clear()
-        await asyncio.sleep(failures.AGAIN_S)
+        await asyncio.sleep(failure_groups.AGAIN_S)
         await running
         assert known.view(9).total == 1
 
@@ -254,7 +254,7 @@ async def test_a_stop_ends_the_looking() -> None:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     most = {"MOST_GROUPS": 2, "MOST_GONE": 1, "MOST_NAMES": 2, "MOST_IDS": 3}
     for name, value in {**most, "SHOWN_IDS": 2, "SHOWN_TEXT": 4}.items():
-        monkeypatch.setattr(failures, name, value)
+        monkeypatch.setattr(failure_groups, name, value)
 
 
 @pytest.mark.usefixtures("few")

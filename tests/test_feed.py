@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from jobd.engine import event_feed as feed_module
+from jobd.engine import event_feed
 from jobd.engine.event_feed import HEARTBEAT_S, PAGE, Feed, Listener
 from jobd.model.errors import Refused
 from jobd.model.events import Change, Wanted
@@ -137,7 +137,7 @@ async def test_what_comes_at_short_intervals_is_told_in_rounds() -> None:
     assert numbers(await listener.more()) == [1]
     for _ in range(3):
         await stage.commit()
-        await seconds(feed_module.GATHER_S / 4)
+        await seconds(event_feed.GATHER_S / 4)
     assert numbers(await listener.more()) == [2, 3, 4]
 
 
@@ -230,7 +230,7 @@ async def test_who_wants_nothing_of_much_hears_a_sign_of_life_too() -> None:
 @in_virtual_time
 async def test_the_slow_one_is_cut_off_and_the_others_go_on() -> None:
     with pytest.MonkeyPatch.context() as patch, capture_logs() as logs:
-        patch.setattr(feed_module, "BACKLOG_BYTES", 3_000)
+        patch.setattr(event_feed, "BACKLOG_BYTES", 3_000)
         stage = Stage()
         slow, quick = await stage.begun(), await stage.begun()
         for _ in range(30):
@@ -248,7 +248,7 @@ async def test_the_slow_one_is_cut_off_and_the_others_go_on() -> None:
 @in_virtual_time
 async def test_one_round_above_the_bound_cuts_nobody_off() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed_module, "BACKLOG_BYTES", 10)
+        patch.setattr(event_feed, "BACKLOG_BYTES", 10)
         stage = Stage()
         listener = await stage.begun()
         await stage.commit(50)
@@ -261,12 +261,12 @@ async def test_one_round_above_the_bound_cuts_nobody_off() -> None:
 @in_virtual_time
 async def test_a_piece_has_its_bound() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed_module, "PIECE_BYTES", 10)
+        patch.setattr(event_feed, "PIECE_BYTES", 10)
         stage = Stage()
         listener = await stage.begun()
         for _ in range(3):
             await stage.commit(2)
-            await seconds(feed_module.GATHER_S)
+            await seconds(event_feed.GATHER_S)
         assert [numbers(await listener.more()) for _ in range(3)] == [[1, 2], [3, 4], [5, 6]]
 
 
@@ -419,7 +419,7 @@ async def test_when_the_daemon_stops_listeners_get_what_is_there() -> None:
         stage.listen()
     assert no.value.refusal.code == "shutting_down"
     assert stage.cuts == []
-    await seconds(feed_module.CLOSING_S)
+    await seconds(event_feed.CLOSING_S)
     assert stage.cuts == [stuck]
 
 

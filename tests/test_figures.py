@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from jobd.core import stats as figures_module
+from jobd.core import stats
 from jobd.core.changeset import Decision
 from jobd.core.stats import ATTEMPT_QUEUES, OTHER_QUEUES, PROCESSING_BUCKETS_S, Attempts, Figures, Histogram
 from jobd.model.commands import (
@@ -159,7 +159,7 @@ def test_a_histogram_counts_up_to_and_with_each_bound() -> None:
 
 
 def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures_module, "HISTOGRAM_QUEUES", 2)
+    monkeypatch.setattr(stats, "HISTOGRAM_QUEUES", 2)
     figures = Figures()
     for queue in ("a", "b", "c", "d", "a"):
         figures._grant(queue)

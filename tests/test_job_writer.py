@@ -11,8 +11,7 @@ import pytest
 from jobd.model.events import Change
 from jobd.model.job import untouched
 from jobd.model.storage import BadRows
-from jobd.storage import codec as rows
-from jobd.storage import writers as job_writer
+from jobd.storage import codec, writers
 from jobd.storage.codec import checksum, job_row
 from jobd.storage.database import BY_SEQ, Tables
 from jobd.storage.startup import connect, start
@@ -54,7 +53,7 @@ def test_the_checksum_of_a_job_that_was_written_lately_is_known(
     grant = maker.grant(short.whole())
     assert grant.before is not first.after
     with monkeypatch.context() as now:
-        now.delattr(rows, "checksum")
+        now.delattr(codec, "checksum")
         tables.write(maker.batch([grant]), 0)
         tables.write(maker.batch([maker.finish(made(grant))]), 0)
     assert tables.totals == (0, 0, 1, checksum(job_row(maker.jobs[1])))
@@ -128,7 +127,7 @@ def test_what_is_written_a_second_time_counts_once(tables: Tables) -> None:
 
 @pytest.mark.parametrize("limit", ["KEEP_CHECKSUMS", "_SHAPES", "KEEP_PAYLOAD_BYTES"])
 def test_what_is_kept_at_hand_has_a_limit(tables: Tables, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    monkeypatch.setattr(job_writer, limit, 1)
+    monkeypatch.setattr(writers, limit, 1)
     maker = Maker(3)
     for _ in range(20):
         batch = maker.any_batch(15)

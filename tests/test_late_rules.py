@@ -8,9 +8,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import decide
-from jobd.core import late_result_rules as late_rules
-from jobd.core import state as book
+from jobd.core import decide, late_result_rules, state
 from jobd.core.changeset import Draft
 from jobd.model.commands import (
     Adopt,
@@ -65,7 +63,7 @@ def completing(lock_id: str, **fields: Any) -> Complete:
     return Complete(id="a", lock_id=lock_id, **({"file_path": "/out"} | fields))
 
 
-def late(desk: Desk, command: late_rules.Calls, *, kept: bool = True, told: bool = False) -> Refusal:
+def late(desk: Desk, command: late_result_rules.Calls, *, kept: bool = True, told: bool = False) -> Refusal:
     """The refusal of a call that comes late; whether it left its result, or else was told of."""
     row, before = desk.job(), len(desk.events)
     refusal = desk.no(command, "lock_lost")
@@ -542,7 +540,7 @@ def test_of_several_one_that_may_complete_the_job_is_adopted() -> None:
     late(desk, completing(locks[0], download_url="u"))
     late(desk, completing(locks[1]))
     good, newer = desk.late()
-    assert late_rules.refuse_adoption(good, desk.policy) is None
+    assert late_result_rules.refuse_adoption(good, desk.policy) is None
     assert desk.no(Adopt(id="a"), "invalid_request", admin=True).message.startswith(f"Late result {newer.seq} ")
     assert desk.yes(Adopt(id="a", result=good.seq), admin=True).download_url == "u"
 
@@ -631,7 +629,7 @@ def test_of_several_the_one_of_the_latest_grant_is_named_before_all_other_advice
 
 def test_what_has_to_be_read_before_a_decision(desk: Desk) -> None:
     def asks(command: Any) -> Any:
-        return late_rules.asks(desk.book, command, desk.policy)
+        return late_result_rules.asks(desk.book, command, desk.policy)
 
     lock_id = desk.held()
     seq = desk.job().seq
@@ -799,7 +797,7 @@ def test_word_of_a_late_call_keeps_no_result_from_being_taken() -> None:
 
 
 def test_how_many_told_calls_are_remembered_has_a_limit(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(book, "LATE_CALLS_KEPT", 2)
+    monkeypatch.setattr(state, "LATE_CALLS_KEPT", 2)
     lock_id = stalled(desk)
     for verb in ("progress", "extend", "release"):
         late(desk, call(verb, lock_id), kept=False, told=True)

@@ -18,9 +18,7 @@ import pytest
 
 from jobd.model.job import FINISHED, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Audited, AuditQuery, LateAsked
-from jobd.storage import codec as rows
-from jobd.storage import doctor, files, migrations
-from jobd.storage import startup as opening
+from jobd.storage import codec, doctor, files, migrations, startup
 from jobd.storage.files import EpochFile
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.by_hand import Maker
@@ -73,7 +71,7 @@ async def test_of_a_store_of_version_1_nobody_knows_what_was_pruned(path: str) -
     with edited(path) as conn:
         assert conn.execute("SELECT schema_version, events_gone_to FROM meta").fetchone() == (migrations.VERSION, last)
         names = [name for (name,) in conn.execute("SELECT name FROM pragma_table_info('meta')")]
-        assert names == ["id", *rows.META_COLUMNS, "crc"]
+        assert names == ["id", *codec.META_COLUMNS, "crc"]
     [copy] = glob.glob(f"{path}.v1-*")
     assert os.path.getsize(copy) > 0
 
@@ -97,7 +95,7 @@ def _make_version_9(conn: sqlite3.Connection) -> None:
         for column in columns:
             conn.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
         for rowid, *row, _ in conn.execute(f"SELECT rowid, * FROM {table}").fetchall():
-            crc = rows.sealed(tuple(row[1:] if table == "meta" else row))[-1]
+            crc = codec.sealed(tuple(row[1:] if table == "meta" else row))[-1]
             conn.execute(f"UPDATE {table} SET crc = ? WHERE rowid = ?", (crc, rowid))
     live, live_xor, finished, finished_xor = doctor.totals(conn)
     migrations.change_meta(conn, live_count=live, live_xor=live_xor, finished_count=finished, finished_xor=finished_xor)
@@ -113,7 +111,7 @@ def _make_version_1(conn: sqlite3.Connection) -> None:
     columns = ", ".join(f"{name} INTEGER NOT NULL" for name in names)
     conn.execute("DROP TABLE meta")
     conn.execute(f"CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), {columns}) STRICT")
-    values = rows.sealed(tuple(row.values()))
+    values = codec.sealed(tuple(row.values()))
     conn.execute(f"INSERT INTO meta (id, {', '.join(names)}) VALUES (1{', ?' * len(values)})", values)
     conn.execute("PRAGMA user_version = 1")
 
@@ -138,7 +136,7 @@ def _name_parts(conn: sqlite3.Connection) -> None:
             field: dict(zip(NAMES[field].split(), value, strict=True)) if isinstance(value, list) else value
             for field, value in json.loads(changes).items()
         }
-        sealed = rows.sealed((*row, json.dumps(named, separators=(",", ":")).encode()))
+        sealed = codec.sealed((*row, json.dumps(named, separators=(",", ":")).encode()))
         conn.execute("UPDATE events SET changes = ?, crc = ? WHERE seq = ?", (*sealed[-2:], row[0]))
 
 
@@ -245,7 +243,7 @@ async def test_a_job_that_was_quarantined_before_a_migration_can_be_accepted_aft
     job = next(job for job in maker.jobs.values() if job.status == "queued")
     as_of(9, path)
     with edited(path) as conn:
-        row = dict(zip(rows.JOB_COLUMNS[:-1], rows.job_row(job), strict=False))
+        row = dict(zip(codec.JOB_COLUMNS[:-1], codec.job_row(job), strict=False))
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
         conn.execute(
             "INSERT INTO quarantined_jobs VALUES (?, ?, 'damaged', 1, ?, CAST('null' AS BLOB), '')",
@@ -293,7 +291,7 @@ async def test_an_older_store_takes_an_epoch_above_its_own_and_keeps_its_grants(
     with edited(path) as conn:
         migrations.change_meta(conn, epoch=3, next_token=counter)
     write_old_epoch(path, 3)
-    monkeypatch.setattr(opening, "now_ms", lambda: 1_577_836_800_000 + clock * 1000)
+    monkeypatch.setattr(startup, "now_ms", lambda: 1_577_836_800_000 + clock * 1000)
     async with opened(path) as (_, found):
         assert not found.marked
         assert (found.numbers.epoch, found.numbers.next_token) == (epoch, 1)
@@ -389,4 +387,4 @@ def test_changing_the_meta_row_seals_it_again() -> None:
         found = migrations.read_meta(conn)
         assert found is not None
         assert (found["marked"], found["epoch"], found["schema_version"]) == (1, 9, migrations.VERSION)
-        assert rows.fault(tuple(found.values())) is None
+        assert codec.fault(tuple(found.values())) is None

@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from jobd.api import admin as admin_api
-from jobd.api import descriptions as glossary
-from jobd.api import worker as worker_api
+from jobd.api import admin, descriptions, worker
 from jobd.api.openapi import call_of, document, refusals
 from jobd.api.stream_lines import PARTS, StreamedCommand, shapes
 from jobd.http.auth import Gate, own_names
@@ -29,7 +27,7 @@ from jobd.model.events import StreamedEvent
 from jobd.model.job import storage_key_fault
 from tests.http_help import TOKEN, House
 
-TABLES: dict[str, Sequence[Route]] = {"worker": worker_api.ROUTES, "admin": admin_api.ROUTES}
+TABLES: dict[str, Sequence[Route]] = {"worker": worker.ROUTES, "admin": admin.ROUTES}
 DOCUMENTS: dict[str, dict[str, Any]] = {name: document(name, table) for name, table in TABLES.items()}
 BY_DOCUMENT = pytest.mark.parametrize("name", TABLES)
 
@@ -84,7 +82,7 @@ def test_no_heading_is_for_paths_that_there_are_not() -> None:
         for table in TABLES.values()
         for route in table
     }
-    assert {part for parts, _ in glossary.GROUPS.values() for part in parts.split()} == firsts
+    assert {part for parts, _ in descriptions.GROUPS.values() for part in parts.split()} == firsts
 
 
 @BY_DOCUMENT
@@ -92,7 +90,7 @@ def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
     said = dict(operations(name))
     for route in TABLES[name]:
         responses = said[call_of(route)]["responses"]
-        wanted = {route.status, *glossary.ALSO.get(call_of(route), {})}
+        wanted = {route.status, *descriptions.ALSO.get(call_of(route), {})}
         wanted |= {errors.REFUSALS[code] for code in refusals(route)}
         assert {int(status) for status in responses} == wanted
         kinds = resolved(name, responses[str(route.status)])["content"]
@@ -112,13 +110,13 @@ def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
 def test_the_glossary_has_a_word_for_everything_and_none_too_many() -> None:
     routes = [route for table in TABLES.values() for route in table]
     calls = {call_of(route) for route in routes}
-    assert set(glossary.CALLS) == calls
-    assert set(glossary.ALSO) | set(glossary.REFUSED_TOO) <= calls
-    assert set(glossary.REFUSED) <= {route.asks for route in routes}
-    assert set(glossary.REFUSALS) == set(errors.REFUSALS)
-    assert all(code in errors.REFUSALS for codes in glossary.REFUSED.values() for code in codes)
+    assert set(descriptions.CALLS) == calls
+    assert set(descriptions.ALSO) | set(descriptions.REFUSED_TOO) <= calls
+    assert set(descriptions.REFUSED) <= {route.asks for route in routes}
+    assert set(descriptions.REFUSALS) == set(errors.REFUSALS)
+    assert all(code in errors.REFUSALS for codes in descriptions.REFUSED.values() for code in codes)
     said = {field for name in TABLES for field in _fields(DOCUMENTS[name])}
-    assert set(glossary.FIELDS) == said
+    assert set(descriptions.FIELDS) == said
 
 
 def _fields(said: Any) -> set[str]:

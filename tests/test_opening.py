@@ -16,8 +16,7 @@ from msgspec.structs import replace
 
 from jobd.model.job import COUNTER_MASK, LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS
 from jobd.model.storage import Batch
-from jobd.storage import files, migrations
-from jobd.storage import startup as opening
+from jobd.storage import files, migrations, startup
 from jobd.storage.backup import restore
 from jobd.storage.files import EpochFile
 from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
@@ -204,7 +203,7 @@ async def test_a_store_without_its_epoch_file_takes_a_new_epoch_and_keeps_its_gr
 
 def clock_says(monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
     """Seconds since 2020."""
-    monkeypatch.setattr(opening, "now_ms", lambda: 1_577_836_800_000 + seconds * 1000)
+    monkeypatch.setattr(startup, "now_ms", lambda: 1_577_836_800_000 + seconds * 1000)
 
 
 async def test_two_machines_that_restore_one_backup_take_different_epochs(

@@ -9,12 +9,9 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import planning
-from jobd.core import state as book
+from jobd.core import planning, state
 from jobd.core.planning import version
-from jobd.maintenance import plan_builder as plan_search
-from jobd.maintenance import plans
-from jobd.maintenance import preview as foresight
+from jobd.maintenance import plan_builder, plans, preview
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (
     OF_TIME,
@@ -42,7 +39,7 @@ from jobd.model.errors import Refusal
 from jobd.model.job import DAY_MS, SECOND_MS, Grant, Options
 from jobd.model.responses import Answer, PlanView, PreviewView, late_note
 from jobd.model.storage import DiskFull
-from jobd.storage import codec as rows
+from jobd.storage import codec
 from tests.by_hand import full_job
 from tests.desk import Desk
 from tests.household import WALL, Household, in_virtual_time, row
@@ -150,7 +147,7 @@ def test_signs_of_life_are_no_change_and_everything_else_is() -> None:
 
 def test_a_job_read_from_a_row_is_the_same_job() -> None:
     job = full_job()
-    again = rows.JobReader().job(rows.sealed(rows.job_row(job)))
+    again = codec.JobReader().job(codec.sealed(codec.job_row(job)))
     assert version(again) == version(job)
     assert job.result is not None
     other = replace(job, result=replace(job.result, metadata=Raw(b"{}")))
@@ -231,7 +228,7 @@ def test_a_late_result_that_came_meanwhile_is_not_deleted_unseen(how: str) -> No
 
 
 def test_of_late_results_the_latest_is_remembered_for_so_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(book, "LATE_RESULTS_KEPT", 2)
+    monkeypatch.setattr(state, "LATE_RESULTS_KEPT", 2)
     desk = Desk()
     seqs: dict[str, int | None] = {}
     for job_id in ("a", "b", "a", "c"):
@@ -563,7 +560,7 @@ async def test_so_many_plans_are_kept_the_latest_ones() -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small limits."""
     for name, value in {"MAX_PLAN": 3, "MOST_SKIPPED": 2, "LOOK": 2, "SCAN": 4, "SLOW_SCAN": 4}.items():
-        monkeypatch.setattr(plan_search, name, value)
+        monkeypatch.setattr(plan_builder, name, value)
     monkeypatch.setattr(plans, "MOST_JOBS", 5)
 
 
@@ -637,7 +634,7 @@ async def test_a_plan_finds_a_text_wherever_it_is() -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MAKING_S": 0, "SCAN": 1}.items():
-        monkeypatch.setattr(plan_search, name, value)
+        monkeypatch.setattr(plan_builder, name, value)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -672,7 +669,7 @@ async def test_a_job_that_moves_on_while_the_plan_is_made_is_in_it_once() -> Non
         planner = Planner(house.actor, house.clock)
         await house.yes(Create(id="a"))
         making = asyncio.create_task(made(planner, action="cancel", filter=Filter()))
-        await asyncio.sleep(plan_search.PAUSE_S / 2)
+        await asyncio.sleep(plan_builder.PAUSE_S / 2)
         await house.yes(Start(id="a", worker="w"))
         plan = await making
         assert [(job.id, job.from_) for job in plan.jobs] == [("a", "queued")]
@@ -684,12 +681,12 @@ async def test_a_job_that_moves_on_while_the_plan_is_made_is_in_it_once() -> Non
 async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
-        await failed(house, *(f"j{n}" for n in range(3 * plan_search.LOOK)))
+        await failed(house, *(f"j{n}" for n in range(3 * plan_builder.LOOK)))
         long = asyncio.create_task(made(planner, "long", action="delete", filter=Filter()))
-        await asyncio.sleep(plan_search.PAUSE_S / 2)
+        await asyncio.sleep(plan_builder.PAUSE_S / 2)
         short = await made(planner, "short", action="delete", ids=["j3"])
         assert (short.count, long.done()) == (1, False)
-        assert (await long).count == 3 * plan_search.LOOK
+        assert (await long).count == 3 * plan_builder.LOOK
 
 
 @in_virtual_time
@@ -725,7 +722,7 @@ async def test_a_daemon_that_stops_ends_a_plan_after_its_slice() -> None:
         await failed(house, *(f"j{n}" for n in range(3 * plans.SLICE)))
         await made(planner, action="retry", filter=Filter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
-        await asyncio.sleep(plan_search.PAUSE_S / 2)
+        await asyncio.sleep(plan_builder.PAUSE_S / 2)
         await planner.close()
         refusal = await waiting
         assert isinstance(refusal, Refusal)
@@ -799,14 +796,14 @@ async def test_a_look_for_what_is_wrong_has_an_end() -> None:
         return len(view.mended_jobs), view.more_mended
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(foresight, "SCAN", 10)
+        patch.setattr(preview, "SCAN", 10)
         async with Household(disk) as house:
             assert await found(house, 60) == (30, False)
             assert await found(house, 1e-9) == (10, True), "one slice takes longer"
             assert await found(house, 0) == (0, True)
-            patch.setattr(foresight, "MOST", 25)
+            patch.setattr(preview, "MOST", 25)
             assert await found(house, 60) == (25, True)
-            patch.setattr(foresight, "MOST", 30)
+            patch.setattr(preview, "MOST", 30)
             assert await found(house, 60) == (30, False)
 
 
@@ -830,9 +827,9 @@ async def test_a_preview_names_old_jobs_also_where_few_are_read_at_a_time() -> N
         await asyncio.sleep(60)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk, "expired", one)
-            patch.setattr(foresight, "SHOWN", 6)
+            patch.setattr(preview, "SHOWN", 6)
             assert await seen(house) == (6, False, False)
-            patch.setattr(foresight, "SHOWN", 5)
+            patch.setattr(preview, "SHOWN", 5)
             assert await seen(house) == (5, True, False)
             assert await seen(house, 1e-9) == (1, True, False), "one look takes longer"
             house.step_ms = 2 * DAY_MS

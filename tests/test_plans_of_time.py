@@ -8,12 +8,10 @@ from typing import Any, get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd.core import maintenance_rules as time_rules
-from jobd.core import planning
+from jobd.core import maintenance_rules, planning
 from jobd.core.changeset import Draft
 from jobd.core.planning import version
-from jobd.maintenance import plan_builder as plan_search
-from jobd.maintenance import plans
+from jobd.maintenance import plan_builder, plans
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (
     OF_TIME,
@@ -106,7 +104,7 @@ def test_of_late_results_a_cleanup_tells_those_that_it_deletes() -> None:
 def test_a_rule_for_one_job_answers_what_it_did_or_why_it_did_nothing() -> None:
     desk = Desk()
     desk.create("a")
-    for rule in (time_rules.recover_one, time_rules.clean_one):
+    for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
         draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
         refusal = rule(draft, OnJob(id="a"))
         assert refusal == Refusal("invalid_transition", NO_MORE, {"job_id": "a", "status": "queued"})
@@ -114,7 +112,11 @@ def test_a_rule_for_one_job_answers_what_it_did_or_why_it_did_nothing() -> None:
     desk.passes(HOUR_MS)
     desk.create("b", expires_at=desk.now + 5)
     desk.passes(10)
-    for rule, job_id in ((time_rules.recover_one, "a"), (time_rules.clean_one, "a"), (time_rules.clean_one, "b")):
+    for rule, job_id in (
+        (maintenance_rules.recover_one, "a"),
+        (maintenance_rules.clean_one, "a"),
+        (maintenance_rules.clean_one, "b"),
+    ):
         draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
         assert rule(draft, OnJob(id=job_id)) == Answer(Worked(1))
         assert len(draft.changes) == 1
@@ -195,7 +197,7 @@ def test_the_rules_of_time_refuse_a_job_that_is_not_there() -> None:
     """They look for themselves, as the rule of any other action does."""
     desk = Desk()
     draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
-    for rule in (time_rules.recover_one, time_rules.clean_one):
+    for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
         gone = rule(draft, OnJob(id="gone"))
         assert isinstance(gone, Refusal)
         assert gone.code == "job_not_found"
@@ -302,8 +304,8 @@ async def test_on_a_full_disk_time_makes_room() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_search, "MAX_PLAN", 3)
-    monkeypatch.setattr(plan_search, "LOOK", 2)
+    monkeypatch.setattr(plan_builder, "MAX_PLAN", 3)
+    monkeypatch.setattr(plan_builder, "LOOK", 2)
 
 
 async def crowd(house: Household, stuck: int, late: int, old: int) -> None:
@@ -351,7 +353,7 @@ def test_a_plan_takes_so_many_and_the_rest_is_planned_once_it_was_applied(
 def test_a_plan_that_would_look_for_too_long_ends(
     monkeypatch: pytest.MonkeyPatch, there: tuple[int, int, int], found: int
 ) -> None:
-    monkeypatch.setattr(plan_search, "MAKING_S", 0)
+    monkeypatch.setattr(plan_builder, "MAKING_S", 0)
 
     @in_virtual_time
     async def play() -> None:
@@ -371,7 +373,7 @@ def test_who_revives_while_the_plan_is_made_is_not_in_it() -> None:
             locks = [await house.held(f"s{n}", lock_ttl_ms=SECOND_MS) for n in range(3)]
             await asyncio.sleep(120)
             making = asyncio.create_task(made(Planner(house.actor, house.clock), action="recover-stuck"))
-            await asyncio.sleep(plan_search.PAUSE_S / 2)
+            await asyncio.sleep(plan_builder.PAUSE_S / 2)
             await house.yes(Progress(id="s2", lock_id=locks[2], progress=1))
             assert [job.id for job in (await making).jobs] == ["s0", "s1"]
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from jobd.maintenance import suspend_detector as presence
+from jobd.maintenance import suspend_detector
 from jobd.maintenance.suspend_detector import AWAY_MS, Presence
 
 
@@ -28,7 +28,7 @@ def test_a_long_gap_is_told_once_and_a_short_one_is_none() -> None:
 
 
 async def test_an_idle_daemon_is_not_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence, "BEAT_S", 0)
+    monkeypatch.setattr(suspend_detector, "BEAT_S", 0)
     told, looks, enough = list[int](), 0, asyncio.Event()
 
     def boot() -> int:

@@ -12,8 +12,7 @@ import pytest
 
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.storage import DiskFull
-from jobd.storage import backup, doctor, files, migrations
-from jobd.storage import dry_run as rehearsal
+from jobd.storage import backup, doctor, dry_run, files, migrations
 from jobd.storage.files import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.store_help import edited, exists, make_store, opened, pick, read, remove, spoil, write
 
@@ -38,7 +37,7 @@ async def test_a_restore_is_told_with_what_it_ends_and_replaces(path: str, copy:
     await make_store(path, seed=12)
     files.write_epoch(path, 4)
     before = state(path, copy)
-    told = "\n".join(rehearsal.restore(copy, path))
+    told = "\n".join(dry_run.restore(copy, path))
     assert state(path, copy) == before
     held = sum(job.status == "processing" for job in maker.jobs.values())
     assert held
@@ -60,7 +59,7 @@ async def test_a_restore_is_told_with_what_it_ends_and_replaces(path: str, copy:
 
 async def test_where_nothing_is_yet_nothing_is_made(path: str, copy: str) -> None:
     await make_store(copy)
-    assert "there is no database now" in rehearsal.restore(copy, path)[-1]
+    assert "there is no database now" in dry_run.restore(copy, path)[-1]
     assert os.listdir(os.path.dirname(path)) == []
 
 
@@ -70,23 +69,23 @@ async def test_the_epoch_counts_that_only_the_old_store_knows(path: str, copy: s
     with edited(path) as conn:
         migrations.change_meta(conn, epoch=7)
     remove(f"{path}.epoch")
-    assert "epoch 8 or a later one would begin" in "\n".join(rehearsal.restore(copy, path))
+    assert "epoch 8 or a later one would begin" in "\n".join(dry_run.restore(copy, path))
 
 
 async def test_what_cannot_be_read_would_be_kept_as_it_is(path: str, copy: str) -> None:
     await make_store(copy)
     write(path, b"rubbish" * 1_000)
-    assert "what is there cannot be read, and would be kept" in rehearsal.restore(copy, path)[-1]
+    assert "what is there cannot be read, and would be kept" in dry_run.restore(copy, path)[-1]
 
 
 async def test_a_damaged_row_is_named_and_hinders_nothing(path: str, copy: str) -> None:
     maker = await make_store(copy)
     with edited(copy) as conn:
         conn.execute("UPDATE jobs SET priority = priority + 1")
-    told = rehearsal.restore(copy, path)
+    told = dry_run.restore(copy, path)
     assert any("BEWARE" in line and "problems" in line for line in told)
     named = [line for line in told if line.startswith("        job ")]
-    assert len(named) == min(rehearsal.SHOWN, len(maker.jobs))
+    assert len(named) == min(dry_run.SHOWN, len(maker.jobs))
     assert any(f"jobd doctor --store {copy}" in line for line in told)
     backup.restore(copy, path)
 
@@ -94,9 +93,9 @@ async def test_a_damaged_row_is_named_and_hinders_nothing(path: str, copy: str) 
 async def test_an_older_file_would_be_migrated(path: str, copy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await make_store(copy)
     monkeypatch.setattr(migrations, "VERSION", migrations.VERSION + 1)
-    told = "\n".join(rehearsal.restore(copy, path))
+    told = "\n".join(dry_run.restore(copy, path))
     assert f"its schema version is {migrations.VERSION - 1}" in told
-    for lines in (rehearsal.recount(copy), rehearsal.accept(copy, ["a"])):
+    for lines in (dry_run.recount(copy), dry_run.accept(copy, ["a"])):
         assert len(lines) == 1
         assert f"would be made {migrations.VERSION} first" in lines[0]
 
@@ -104,7 +103,7 @@ async def test_an_older_file_would_be_migrated(path: str, copy: str, monkeypatch
 async def test_a_file_that_a_daemon_writes_is_named(path: str, copy: str) -> None:
     await make_store(copy)
     with files.FileLock(copy):
-        assert any("BEWARE" in line and str(os.getpid()) in line for line in rehearsal.restore(copy, path))
+        assert any("BEWARE" in line and str(os.getpid()) in line for line in dry_run.restore(copy, path))
 
 
 @pytest.mark.parametrize("what", ["missing", "rubbish", "foreign", "newer", "meta", "page", "epoch", "folder"])
@@ -119,11 +118,11 @@ async def test_what_a_restore_refuses_is_refused_alike(path: str, copy: str, wha
         spoil(copy, what)
     before = state(path, copy)
     errors: list[Exception] = []
-    for call in (rehearsal.restore, backup.restore):
+    for call in (dry_run.restore, backup.restore):
         with pytest.raises((StoreTooNew, StoreUnreadable, OSError)) as caught:
             call(copy, path)
         errors.append(caught.value)
-        if call is rehearsal.restore:
+        if call is dry_run.restore:
             assert state(path, copy) == before
     assert type(errors[0]) is type(errors[1])
     assert getattr(errors[0], "errno", None) == getattr(errors[1], "errno", None)
@@ -134,13 +133,13 @@ async def test_who_holds_the_store_is_in_the_way(path: str, copy: str) -> None:
     async with opened(path):
         before = read(path)
         with pytest.raises(StoreBusy, match=str(os.getpid())):
-            rehearsal.restore(copy, path)
+            dry_run.restore(copy, path)
         assert read(path) == before
     with edited(path) as conn:
         conn.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreBusy):
-            rehearsal.restore(copy, path)
-    rehearsal.restore(copy, path)
+            dry_run.restore(copy, path)
+    dry_run.restore(copy, path)
 
 
 async def test_room_is_looked_for(path: str, copy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +148,7 @@ async def test_room_is_looked_for(path: str, copy: str, monkeypatch: pytest.Monk
     short = os.statvfs_result((real.f_bsize, 4096, 10, 10, os.path.getsize(copy) // 4096 - 1, 1, 1, 1, 1, 255))
     monkeypatch.setattr("jobd.storage.dry_run.os.statvfs", lambda _: short)
     with pytest.raises(DiskFull, match="MiB"):
-        rehearsal.restore(copy, path)
+        dry_run.restore(copy, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +162,7 @@ async def test_what_accept_would_write_is_what_it_writes(path: str) -> None:
     with edited(path) as conn:
         conn.execute("UPDATE jobs SET priority = 77 WHERE seq = ?", (job.seq,))
     before = state(path)
-    told = "\n".join(rehearsal.accept(path, [job.id]))
+    told = "\n".join(dry_run.accept(path, [job.id]))
     assert {name: kept[0] for name, kept in state(path).items() if not name.endswith(".lock")} == {
         name: kept[0] for name, kept in before.items() if not name.endswith(".lock")
     }
@@ -186,7 +185,7 @@ async def test_from_quarantine_a_job_counts_again(path: str, statuses: frozenset
         await store.load([job.id], [], [])
     with edited(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
-    told = "\n".join(rehearsal.accept(path, [job.id]))
+    told = "\n".join(dry_run.accept(path, [job.id]))
     assert "its row in quarantine would be accepted" in told
     live = sum(each.status in LIVE for each in maker.jobs.values())
     assert f"the counts would be: {live} live and {len(maker.jobs) - live} finished jobs" in told
@@ -197,7 +196,7 @@ async def test_from_quarantine_a_job_counts_again(path: str, statuses: frozenset
 async def test_what_cannot_be_taken_is_refused_alike(path: str) -> None:
     maker = await make_store(path)
     one = pick(maker, frozenset({"processing"}))
-    calls: list[Callable[[str, list[str]], Any]] = [rehearsal.accept, doctor.accept]
+    calls: list[Callable[[str, list[str]], Any]] = [dry_run.accept, doctor.accept]
     for call in calls:
         with pytest.raises(doctor.Refused, match="there is no job nobody"):
             call(path, ["nobody"])
@@ -217,7 +216,7 @@ async def test_a_second_row_of_an_id_is_refused(path: str) -> None:
         await store.load([one.id], [], [])
     with edited(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?)", (other.id,))
-    for call in (rehearsal.accept, doctor.accept):
+    for call in (dry_run.accept, doctor.accept):
         with pytest.raises(doctor.Refused):
             call(path, [one.id])
 
@@ -225,16 +224,16 @@ async def test_a_second_row_of_an_id_is_refused(path: str) -> None:
 async def test_a_recount_is_told_with_what_differs(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, FINISHED)
-    told = "\n".join(rehearsal.recount(path))
+    told = "\n".join(dry_run.recount(path))
     assert "all indexes would be rebuilt" in told
     assert "the counts would stay" in told
     with edited(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
-    told = "\n".join(rehearsal.recount(path))
+    told = "\n".join(dry_run.recount(path))
     assert "the counts would be: " in told
     assert f"queue {job.options.queue}: " in told
     doctor.recount(path)
-    assert "the counts would stay" in "\n".join(rehearsal.recount(path))
+    assert "the counts would stay" in "\n".join(dry_run.recount(path))
 
 
 async def test_rows_that_are_others_are_told_where_the_counts_agree(path: str) -> None:
@@ -242,14 +241,14 @@ async def test_rows_that_are_others_are_told_where_the_counts_agree(path: str) -
     job = pick(maker, LIVE)
     with edited(path) as conn:
         conn.execute("UPDATE jobs SET crc = crc + 1 WHERE seq = ?", (job.seq,))
-    assert "the rows are not those that had been written" in "\n".join(rehearsal.recount(path))
+    assert "the rows are not those that had been written" in "\n".join(dry_run.recount(path))
 
 
 async def test_repairs_are_told_of_no_store_but_an_own_that_nobody_has(path: str) -> None:
-    for call in (rehearsal.recount, lambda where: rehearsal.accept(where, "a")):
+    for call in (dry_run.recount, lambda where: dry_run.accept(where, "a")):
         with pytest.raises(StoreUnreadable, match="does not exist"):
             call(path)
     assert not exists(path)
     async with opened(path):
         with pytest.raises(StoreBusy):
-            rehearsal.recount(path)
+            dry_run.recount(path)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from jobd.maintenance import scrubber as row_walk
+from jobd.maintenance import scrubber
 from jobd.maintenance.scrubber import RowWalk
 from jobd.model.errors import Refusal
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.responses import CheckedRows
-from jobd.storage import scrub as row_check
+from jobd.storage import scrub
 from jobd.storage.scrub import TABLES
 from jobd.storage.store import Store
 from tests.store_help import edited, make_store, opened, pick
@@ -47,18 +47,18 @@ def rows_of(store: Store) -> dict[str, int]:
 
 @pytest.mark.parametrize("slice_s", [0, 10], ids=["row by row", "whole pages"])
 async def test_every_row_is_checked_once(path: str, monkeypatch: pytest.MonkeyPatch, slice_s: float) -> None:
-    monkeypatch.setattr(row_check, "SLICE_S", slice_s)
+    monkeypatch.setattr(scrub, "SLICE_S", slice_s)
     await busy_store(path)
     async with opened(path) as (store, _):
         there = rows_of(store)
         assert there["jobs"] > 10
-        assert there["events"] > row_check.MOST_ROWS
+        assert there["events"] > scrub.MOST_ROWS
         assert await walked(store) == (Counter(there), {})
 
 
 async def test_a_walk_is_cut_into_calls(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_walk, "CALL_S", 0)
-    monkeypatch.setattr(row_check, "MOST_ROWS", 5)
+    monkeypatch.setattr(scrubber, "CALL_S", 0)
+    monkeypatch.setattr(scrub, "MOST_ROWS", 5)
     await make_store(path)
     async with opened(path) as (store, _):
         walk = RowWalk(store)
@@ -77,8 +77,8 @@ async def test_a_walk_is_cut_into_calls(path: str, monkeypatch: pytest.MonkeyPat
 
 
 async def test_payloads_are_not_all_read_in_one_slice(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_check, "SLICE_S", 10)
-    monkeypatch.setattr(row_check, "MOST_BYTES", 1)
+    monkeypatch.setattr(scrub, "SLICE_S", 10)
+    monkeypatch.setattr(scrub, "MOST_BYTES", 1)
     await make_store(path)
     async with opened(path) as (store, _):
         seen = await store.check_rows("jobs", 0)
@@ -131,7 +131,7 @@ async def test_rows_of_other_tables_are_named_and_set_aside_where_that_is_usual(
 
 
 async def test_others_have_their_turn_while_it_walks(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_check, "MOST_ROWS", 2)
+    monkeypatch.setattr(scrub, "MOST_ROWS", 2)
     maker = await make_store(path)
     async with opened(path) as (store, _):
         task = asyncio.create_task(walked(store))

@@ -10,9 +10,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import decide, views
-from jobd.core import transitions as steps
-from jobd.core import worker_rules as rules
+from jobd.core import decide, transitions, views, worker_rules
 from jobd.core.state import Book
 from jobd.model.commands import (
     AnyCommand,
@@ -810,7 +808,7 @@ def test_the_worker_may_say_when_or_never(desk: Desk) -> None:
     ],
 )
 def test_backoff(backoff: Backoff, attempt: int, fraction: float, expected: int) -> None:
-    assert rules.backoff_ms(backoff, attempt, fraction) == expected
+    assert worker_rules.backoff_ms(backoff, attempt, fraction) == expected
 
 
 def test_jitter_comes_from_the_seed() -> None:
@@ -1306,9 +1304,9 @@ def test_a_lock_on_a_job_that_nobody_processes_lets_nobody_speak(desk: Desk) -> 
 
 
 def test_a_request_is_told_from_others_by_a_hash_of_all_that_it_says() -> None:
-    hashes = {rules.digest(Create(**fields)) for fields in ({}, {"id": "a"}, {"id": "b"}, {"priority": 1})}
+    hashes = {worker_rules.digest(Create(**fields)) for fields in ({}, {"id": "a"}, {"id": "b"}, {"priority": 1})}
     assert len(hashes) == 4
-    assert rules.digest(Create(id="a")) == rules.digest(Create(id="a", queue="default"))
+    assert worker_rules.digest(Create(id="a")) == worker_rules.digest(Create(id="a", queue="default"))
     assert {len(each) for each in hashes} == {32}  # as in the store
 
 
@@ -1324,7 +1322,7 @@ def test_a_request_is_told_from_others_by_a_hash_of_all_that_it_says() -> None:
 )
 def test_a_request_that_is_repeated_after_an_upgrade_has_the_hash_that_is_stored(command: Any, digest: str) -> None:
     """The hashes are on the disk: a new field that a request does not give must not change them."""
-    assert rules.digest(command) == digest
+    assert worker_rules.digest(command) == digest
 
 
 def test_undelivered_puts_the_job_back(desk: Desk) -> None:
@@ -1412,7 +1410,7 @@ def test_a_stall_that_has_to_fail_says_so(desk: Desk) -> None:
 def test_without_a_grant_or_its_lease_a_job_is_stuck_at_once(desk: Desk, missing: str) -> None:
     desk.held()
     desk.row(replace(desk.job(), **{missing: None}))
-    assert steps.is_stuck(desk.job(), desk.lease)
+    assert transitions.is_stuck(desk.job(), desk.lease)
     desk.start(worker="w-2")
     stalled = desk.events[-2]
     assert (stalled.type, stalled.reason) == ("stalled", "The job was processing, but nobody held it.")
@@ -2318,4 +2316,4 @@ def test_a_step_of_the_wall_clock_frees_and_prolongs_no_lock(desk: Desk) -> None
     ],
 )
 def test_durations_in_words(ms: int, words: str) -> None:
-    assert steps.in_words(ms) == words
+    assert transitions.in_words(ms) == words

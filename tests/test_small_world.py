@@ -10,8 +10,7 @@ from typing import get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd.core import transitions as steps
-from jobd.core import worker_rules as rules
+from jobd.core import transitions, worker_rules
 from jobd.core.changeset import Draft
 from jobd.model.commands import (
     AnyCommand,
@@ -109,9 +108,9 @@ def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def late(job: Job, lease_ms: int) -> bool:
         return job.status == "processing" and (job.lease is None or job.grant is None or lease_ms > job.lease.stuck)
 
-    right, grant = rules._held, steps.grant
+    right, grant = worker_rules._held, transitions.grant
 
-    def anybody(draft: Draft, command: rules.Holders, verb: str) -> object:
+    def anybody(draft: Draft, command: worker_rules.Holders, verb: str) -> object:
         job = draft.book.get(command.id)
         if job is not None and job.grant is not None:
             command = replace(command, lock_id=job.grant.lock_id)
@@ -120,7 +119,11 @@ def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def free(draft: Draft, job: Job, *given: object) -> Job:
         return grant(draft, replace(job, attempt=job.attempt - 1), *given)  # type: ignore[arg-type]
 
-    for room, name, wrong in ((steps, "is_stuck", late), (rules, "_held", anybody), (steps, "grant", free)):
+    for room, name, wrong in (
+        (transitions, "is_stuck", late),
+        (worker_rules, "_held", anybody),
+        (transitions, "grant", free),
+    ):
         with monkeypatch.context() as patch, pytest.raises(Broken):  # noqa: PT012
             patch.setattr(room, name, wrong)
             Walk(WORLDS[3]).run(BEGINNING)

@@ -37,10 +37,7 @@ from jobd.model.storage import (
     Query,
     Tombstone,
 )
-from jobd.storage import codec as rows
-from jobd.storage import database as tables_module
-from jobd.storage import files
-from jobd.storage import queries as lookups
+from jobd.storage import codec, database, files, queries
 from jobd.storage.store import MEMORY, Store
 from tests.by_hand import NOW, OPTIONS, Maker, all_of
 from tests.store_help import (
@@ -332,7 +329,7 @@ def folded(events: list[Event]) -> Job | None:
 async def test_the_first_and_last_of_the_grants_that_were_given_back_are_kept(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maker, compact = Maker(), rows.compact
+    maker, compact = Maker(), codec.compact
     read: list[int] = []
     tokens: list[int] = []
 
@@ -340,7 +337,7 @@ async def test_the_first_and_last_of_the_grants_that_were_given_back_are_kept(
         read.append(len(events))
         return compact(events)
 
-    monkeypatch.setattr(rows, "compact", counting)
+    monkeypatch.setattr(codec, "compact", counting)
     change = maker.create()
     job, count = made(change), 0
     most = 1 + 2 * (KEEP_FIRST_GRANTS + 2 * KEEP_GRANTS)
@@ -368,7 +365,7 @@ async def test_the_first_and_last_of_the_grants_that_were_given_back_are_kept(
 
 async def test_a_long_journal_is_compacted_slice_by_slice(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch waits for more than one slice, even if a single grant is longer than that."""
-    monkeypatch.setattr(tables_module, "COMPACTED_AT_ONCE", 20)
+    monkeypatch.setattr(database, "COMPACTED_AT_ONCE", 20)
     maker = Maker()
     change = maker.create()
     job, changes = made(change), [change]
@@ -410,7 +407,7 @@ async def test_a_journal_is_compacted_behind_a_damaged_row(path: str) -> None:
 async def test_grants_that_were_given_back_are_counted_of_live_jobs_up_to_a_limit(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables_module, "GIVEN_BACK_KEPT", 2)
+    monkeypatch.setattr(database, "GIVEN_BACK_KEPT", 2)
     maker = Maker()
     created = [maker.create() for _ in range(3)]
     async with opened(path) as (store, _):
@@ -683,7 +680,7 @@ async def test_pieces_of_the_journal_and_of_old_jobs_have_their_size(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches wait for them: a hundred events of 256 KiB each would take half a second."""
-    monkeypatch.setattr(lookups, "SLICE_BYTES", 3_000)
+    monkeypatch.setattr(queries, "SLICE_BYTES", 3_000)
     maker = Maker()
     await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
     seqs: list[int] = []
@@ -697,7 +694,7 @@ async def test_pieces_of_the_journal_and_of_old_jobs_have_their_size(
     assert seqs == list(range(1, 21))
     assert (await store.journal(0, 2)).more
     assert await store.expired(NOW, 100) == ["job-1", "job-2", "job-3"]
-    monkeypatch.setattr(lookups, "SLICE_BYTES", 1)
+    monkeypatch.setattr(queries, "SLICE_BYTES", 1)
     assert [event.seq for event in (await store.journal(1, 100)).events] == [2]  # one at least
     assert await store.expired(NOW, 100) == ["job-1"]
 
@@ -830,7 +827,7 @@ async def test_a_grant_is_looked_for_at_the_end_of_a_journal(store: Store, monke
     grants = [grant for change in changes if (grant := made(change).grant) is not None]
     asked = [LateAsked(seq, grant.lock_id) for grant in grants]
     assert list((await store.late(asked)).grants.values()) != []
-    monkeypatch.setattr(lookups, "LOOKED_BACK", 4)
+    monkeypatch.setattr(queries, "LOOKED_BACK", 4)
     found = (await store.late(asked)).grants
     assert sorted(grant.fencing_token for grant in found.values()) == [grant.fencing_token for grant in grants[2:]]
 
@@ -907,7 +904,7 @@ async def test_jobs_are_found_by_when_they_finished(store: Store) -> None:
 async def test_a_search_for_text_ends_early_where_payloads_are_large(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookups, "TEXT_BYTES", 1_000)
+    monkeypatch.setattr(queries, "TEXT_BYTES", 1_000)
     maker = Maker()
     big = b'"' + b"x" * 400 + b'needle"'
     await store.write(maker.batch([said(maker, f"j{n}", payload=big) for n in range(9)]))

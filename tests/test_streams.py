@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from jobd.api import downloads, imports
 from jobd.api.admin import ROUTES
-from jobd.http import streaming as streams
+from jobd.http import streaming
 from jobd.http.auth import Gate
 from jobd.http.decoding import Limits
 from jobd.model.commands import Import, Note
@@ -368,7 +368,7 @@ async def test_a_backup_whose_client_goes_away_is_given_up(house: House) -> None
 
 async def test_a_backup_whose_client_does_not_read_is_given_up(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(streams, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(streaming, "PATIENCE_S", 0.05)
     house.figures.pieces = [b"x" * 1_000_000] * 200
     line = await house.line()
     line.writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -380,7 +380,7 @@ async def test_a_backup_whose_client_does_not_read_is_given_up(house: House, mon
 
 async def test_a_backup_whose_end_is_not_read_is_given_up(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(streams, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(streaming, "PATIENCE_S", 0.05)
     house.figures.pieces = [b"x"]
     line = await house.line()
     assert (await line.ask("GET", "/healthz")).status == 200

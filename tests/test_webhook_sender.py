@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from standardwebhooks import Webhook
 
 from jobd.model.webhooks import Delivery, Endpoint, Outcome
-from jobd.webhooks import transport as webhook_sender
+from jobd.webhooks import transport
 from jobd.webhooks.transport import Resolver, Sender
 from tests.http_help import tls_pair
 from tests.receiver import Receiver, echoing, rude, saying
@@ -151,7 +151,7 @@ async def slow(status: int, request: web.Request) -> web.StreamResponse:
 async def test_a_yes_counts_however_slowly_it_goes_on(
     sender: Sender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook_sender, "HEAR_OUT_S", 0.1)
+    monkeypatch.setattr(transport, "HEAR_OUT_S", 0.1)
     receiver.answer = lambda request: slow(200, request)
     assert await sender.post(to(receiver.url), DELIVERY) == Outcome(200)
 
@@ -343,7 +343,7 @@ async def test_a_name_server_that_hangs_costs_one_try_and_is_asked_by_so_many(
         raise OSError("at last")
 
     monkeypatch.setattr(socket, "getaddrinfo", hanging)
-    monkeypatch.setattr(webhook_sender, "LOOKUPS", 2)
+    monkeypatch.setattr(transport, "LOOKUPS", 2)
     try:
         begun = time.monotonic()
         for _ in range(2):

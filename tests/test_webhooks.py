@@ -20,12 +20,9 @@ from jobd.model.events import Change
 from jobd.model.job import DAY_MS, HOUR_MS, Job
 from jobd.model.storage import DiskFull
 from jobd.model.webhooks import Delivery, Endpoint, Outcome
-from jobd.storage import outbox as webhook_tables
-from jobd.storage import queries as lookups
+from jobd.storage import outbox, queries
 from jobd.storage.store import Store
-from jobd.webhooks import alert_source as webhook_alerts
-from jobd.webhooks import dispatcher as webhook_courier
-from jobd.webhooks import journal_reader as webhook_reader
+from jobd.webhooks import alert_source, dispatcher, journal_reader
 from jobd.webhooks.manager import Webhooks
 from tests.by_hand import NOW, Maker
 from tests.store_help import edited, made
@@ -130,7 +127,7 @@ async def test_a_place_that_only_passed_by_is_kept_in_the_end(path: Path, monkey
         await until(lambda: at.webhooks.views()[0].lag == 0)
     with edited(str(path)) as conn:
         assert conn.execute("SELECT position FROM webhooks").fetchone() == (1,)
-    monkeypatch.setattr(webhook_reader, "SAVE_S", 0.05)
+    monkeypatch.setattr(journal_reader, "SAVE_S", 0.05)
     async with at_work(path, only_ends, maker=at.maker) as at:
         await at.commit(at.maker.create())
 
@@ -161,12 +158,12 @@ async def test_so_many_are_on_their_way_and_no_more(path: Path) -> None:
     async with at_work(path) as at:
         at.posts.gate.clear()
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(50)))
-        await until(lambda: len(at.posts.tried) == webhook_courier.PARALLEL)
+        await until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
         await asyncio.sleep(0.05)
-        assert len(at.posts.tried) == webhook_courier.PARALLEL
+        assert len(at.posts.tried) == dispatcher.PARALLEL
         at.posts.gate.set()
         await until(lambda: len(at.posts.taken) == 50)
-        assert at.posts.most_at_once == webhook_courier.PARALLEL
+        assert at.posts.most_at_once == dispatcher.PARALLEL
 
 
 async def test_a_long_journal_is_read_page_by_page(path: Path) -> None:
@@ -180,7 +177,7 @@ async def test_a_long_journal_is_read_page_by_page(path: Path) -> None:
 async def test_pages_that_end_early_as_their_events_are_large_are_read_on(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookups, "SLICE_BYTES", 2_000)
+    monkeypatch.setattr(queries, "SLICE_BYTES", 2_000)
     async with at_work(path) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
         await until(lambda: len(at.posts.taken) == 60)
@@ -191,7 +188,7 @@ async def test_pages_that_end_early_as_their_events_are_large_are_read_on(
 async def test_a_page_of_damaged_events_is_told_as_gone_and_passed_by(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookups, "SLICE_BYTES", 1)  # a page is one event
+    monkeypatch.setattr(queries, "SLICE_BYTES", 1)  # a page is one event
     async with at_work(path) as at:
         at.store._db.raw.execute(
             "CREATE TRIGGER spoil AFTER INSERT ON events WHEN new.seq = 2 BEGIN "
@@ -236,7 +233,7 @@ async def test_failures_in_a_row_make_a_break_and_one_trial_ends_it(path: Path) 
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
         await until(lambda: at.webhooks.views()[0].state == "open")
         tried = len(at.posts.tried)
-        assert tried <= HASTY.opens_after + webhook_courier.PARALLEL
+        assert tried <= HASTY.opens_after + dispatcher.PARALLEL
         begun = time.monotonic()
         await until(lambda: len(at.posts.tried) >= tried + 4)
         assert time.monotonic() - begun > 0.1  # one at a time, with a pause between
@@ -316,8 +313,8 @@ async def test_a_step_of_the_clock_alone_gives_nothing_up(path: Path) -> None:
 async def test_of_an_endpoint_that_is_gone_for_good_what_is_too_old_is_given_up_untried(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook_courier, "AT_ONCE", 10)
-    monkeypatch.setattr(webhook_courier, "MINUTE_MS", 10)
+    monkeypatch.setattr(dispatcher, "AT_ONCE", 10)
+    monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
     clock = Clock()
     async with at_work(path, endpoint(give_up_after_ms=200), posts=Posts(lambda _: NO), clock=clock) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
@@ -403,24 +400,24 @@ async def test_what_was_delivered_and_not_noted_is_delivered_again(path: Path) -
 async def test_while_the_disk_is_full_nothing_is_sent_that_cannot_be_noted_and_nothing_is_lost(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook_courier, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         disk.faults["settle_deliveries"] = DiskFull("no room")
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
-        await until(lambda: len(at.posts.taken) >= webhook_courier.PARALLEL)
+        await until(lambda: len(at.posts.taken) >= dispatcher.PARALLEL)
         disk.faults["plan_deliveries"] = DiskFull("no room")
         await at.commit(*a_life(at.maker, "late"))
         await asyncio.sleep(0.2)
         sent = len(at.posts.taken)
-        assert sent <= 2 * webhook_courier.PARALLEL
+        assert sent <= 2 * dispatcher.PARALLEL
         disk.faults.clear()
         await until(lambda: at.webhooks.views()[0].delivered == 33)
         assert len(at.posts.taken) == 33  # none of them twice
 
 
 async def test_the_last_room_of_a_full_disk_is_not_for_webhooks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_courier, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         at.may_write = False
@@ -437,15 +434,15 @@ async def test_the_last_room_of_a_full_disk_is_not_for_webhooks(path: Path, monk
 
 
 async def test_what_cannot_be_noted_on_a_full_disk_is_not_sent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_courier, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
     async with at_work(path) as at:
         at.posts.gate.clear()
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(40)))
-        await until(lambda: len(at.posts.tried) == webhook_courier.PARALLEL)
+        await until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
         at.may_write = False
         at.posts.gate.set()
         await asyncio.sleep(0.2)
-        assert len(at.posts.tried) == webhook_courier.PARALLEL
+        assert len(at.posts.tried) == dispatcher.PARALLEL
         at.may_write = True
         await until(lambda: at.webhooks.views()[0].delivered == 40)
         assert len(at.posts.tried) == 40
@@ -483,11 +480,11 @@ async def test_a_damaged_message_is_left_out_and_the_next_goes_on(path: Path) ->
 
 
 async def test_the_stop_does_not_wait_for_who_hangs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_courier, "GRACE_S", 0.1)
+    monkeypatch.setattr(dispatcher, "GRACE_S", 0.1)
     async with at_work(path) as at:
         at.posts.gate.clear()
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(20)))
-        await until(lambda: len(at.posts.tried) == webhook_courier.PARALLEL)
+        await until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
         begun = time.monotonic()
     assert time.monotonic() - begun < 2
     async with at_work(path, maker=at.maker) as then:
@@ -511,8 +508,8 @@ async def test_whatever_fails_and_whoever_crashes_every_event_arrives_in_the_ord
     path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At least once, and none before the one that came before it in the same job."""
-    monkeypatch.setattr(webhook_courier, "TROUBLE_S", 0.02)
-    monkeypatch.setattr(webhook_courier, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "TROUBLE_S", 0.02)
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
     chance, maker = random.Random(seed), Maker(seed)
     taken: list[Delivery] = []
     jobs: dict[str, list[Job]] = {f"job-{number}": [] for number in range(12)}
@@ -557,7 +554,7 @@ async def test_whatever_fails_and_whoever_crashes_every_event_arrives_in_the_ord
 async def test_what_does_not_fit_into_the_outbox_waits_in_the_journal(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook_courier, "BACKLOG", 150)
+    monkeypatch.setattr(dispatcher, "BACKLOG", 150)
     down = True
     async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
         for first in range(0, 400, 100):
@@ -571,8 +568,8 @@ async def test_what_does_not_fit_into_the_outbox_waits_in_the_journal(
 
 
 async def test_who_is_behind_keeps_the_journal_for_a_while(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_courier, "BACKLOG", 150)
-    monkeypatch.setattr(webhook_reader, "LAGS_S", 0.1)
+    monkeypatch.setattr(dispatcher, "BACKLOG", 150)
+    monkeypatch.setattr(journal_reader, "LAGS_S", 0.1)
     async with at_work(path, endpoint(give_up_after_ms=5 * DAY_MS), posts=Posts(lambda _: NO)) as at:
         await until(lambda: at.webhooks.hold_ms() == 0)
         for first in range(0, 300, 100):
@@ -615,7 +612,7 @@ async def test_a_lost_place_is_told_too(path: Path) -> None:
 async def test_a_receiver_is_told_that_what_was_given_up_is_kept_no_longer(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 99, "given_up": 5})
+    monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "given_up": 5})
     posts = Posts(lambda _: NO)
     async with at_work(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
         for number in range(12):
@@ -638,7 +635,7 @@ async def test_a_receiver_is_told_that_what_was_given_up_is_kept_no_longer(
 
 
 async def test_a_gap_that_waits_is_not_put_behind_itself(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 99, "given_up": 1})
+    monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "given_up": 1})
     slow = replace(NO, retry_after_ms=60_000)
     posts = Posts(lambda each: slow if each.type == "events.gone" else NO)
     async with at_work(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
@@ -701,7 +698,7 @@ async def test_who_asks_only_for_ends_of_alerts_gets_those(path: Path) -> None:
 async def test_an_alert_is_told_at_once_while_the_disk_is_full_and_by_the_outbox_once_there_is_room(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook_courier, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         at.may_write = False
@@ -731,7 +728,7 @@ async def test_an_alert_is_told_at_once_while_the_disk_is_full_and_by_the_outbox
 async def test_an_alert_whose_writing_meets_the_full_disk_is_told_at_once_too(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook_courier, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         disk.faults["plan_deliveries"] = DiskFull("no room")
@@ -747,13 +744,13 @@ async def test_an_alert_whose_writing_meets_the_full_disk_is_told_at_once_too(
 async def test_a_receiver_that_fails_while_the_disk_is_full_gets_a_few_tries_of_each_change_in_their_order(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook_courier, "FULL_S", 0.01)
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.01)
     async with at_work(path, posts=Posts(lambda _: NO)) as at:
         at.may_write = False
         at.fire("database")
-        await until(lambda: len(at.posts.tried) == webhook_alerts.TRIES)
+        await until(lambda: len(at.posts.tried) == alert_source.TRIES)
         await asyncio.sleep(0.3)
-        assert len(at.posts.tried) == webhook_alerts.TRIES
+        assert len(at.posts.tried) == alert_source.TRIES
         assert at.webhooks.views()[0].last_error == NO.error
         at.posts.answer = lambda each: YES if each.type == "alert.resolved" else NO
         at.fire("stuck_jobs")
@@ -763,7 +760,7 @@ async def test_a_receiver_that_fails_while_the_disk_is_full_gets_a_few_tries_of_
         own = [each.type for each in at.posts.tried if each.subject == "alerts/stuck_jobs"]
         assert own == sorted(own)
         await asyncio.sleep(0.2)
-        assert len(at.posts.tried) == webhook_alerts.TRIES + len(own)
+        assert len(at.posts.tried) == alert_source.TRIES + len(own)
         at.posts.answer = lambda _: YES
         at.may_write = True
         await until(lambda: at.webhooks.views()[0].delivered == 3)
@@ -772,7 +769,7 @@ async def test_a_receiver_that_fails_while_the_disk_is_full_gets_a_few_tries_of_
 async def test_of_an_alert_that_comes_and_goes_all_the_while_the_latest_is_held(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook_courier, "FULL_S", 0.01)
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.01)
     async with at_work(path, posts=Posts(lambda _: NO)) as at:
         at.may_write = False
         for number in range(9):
@@ -791,7 +788,7 @@ async def test_of_an_alert_that_comes_and_goes_all_the_while_the_latest_is_held(
 
 
 async def test_the_stop_on_a_full_disk_does_not_wait_for_who_hangs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_courier, "GRACE_S", 0.05)
+    monkeypatch.setattr(dispatcher, "GRACE_S", 0.05)
     async with at_work(path) as at:
         at.may_write = False
         at.posts.gate.clear()
@@ -900,8 +897,8 @@ async def test_those_that_went_before_a_try_was_asked_for_begin_no_new_break(pat
 
 async def test_all_that_was_given_up_is_sent_again_in_its_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each gets a try before it is given up for its age again."""
-    monkeypatch.setattr(webhook_courier, "AT_ONCE", 10)
-    monkeypatch.setattr(webhook_courier, "MINUTE_MS", 10)
+    monkeypatch.setattr(dispatcher, "AT_ONCE", 10)
+    monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
     down = True
     posts = Posts(lambda _: NO if down else YES)
     async with at_work(path, endpoint(give_up_after_ms=200), posts=posts) as at:
@@ -910,7 +907,7 @@ async def test_all_that_was_given_up_is_sent_again_in_its_order(path: Path, monk
         await until(lambda: at.webhooks.views()[0].given_up == 45)
         page = await at.webhooks.page("e", "given_up", None, 99)
         newest = page.deliveries[0].id
-        monkeypatch.setattr(webhook_courier, "MINUTE_MS", 60_000)
+        monkeypatch.setattr(dispatcher, "MINUTE_MS", 60_000)
         assert await at.webhooks.again_all("e", 0) == 0
         down = False
         assert await at.webhooks.again_all("e", newest - 3) == 42

@@ -24,7 +24,7 @@ from aiohttp import web
 from msgspec.structs import replace
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from jobd.cli import exit_codes as exits
+from jobd.cli import exit_codes
 from jobd.storage.store import Store
 from tests.process import TOKEN, Daemon, Reply
 from tests.receiver import Heard, Receiver, saying, taken
@@ -252,11 +252,11 @@ def test_operators_see_send_again_and_test(tmp_path: Path, receiver: Receiver) -
         assert f"{number} would be sent" in jobctl("webhooks", "resend", "billing", number, "--dry-run").stdout
         for refused in (("test", "nobody"), ("resend", "nobody", number), ("resend", "billing", "99999")):
             for dry in ((), ("--dry-run",)):
-                assert jobctl("webhooks", *refused, *dry).returncode == exits.REFUSED, (refused, dry)
+                assert jobctl("webhooks", *refused, *dry).returncode == exit_codes.REFUSED, (refused, dry)
         assert jobctl("webhooks", "resend", "billing").returncode == 2
         assert jobctl("webhooks", "resend", "billing", "--state", "waiting").returncode == 2
         assert jobctl("webhooks", "test").returncode == 2
-        assert jobctl("webhooks", "deliveries", "nobody").returncode == exits.REFUSED
+        assert jobctl("webhooks", "deliveries", "nobody").returncode == exit_codes.REFUSED
         metrics = daemon.admin("GET", "/metrics").body.decode()
         assert 'jobd_webhook_deliveries_total{endpoint="billing",outcome="delivered"}' in metrics
         assert daemon.stop() == 0

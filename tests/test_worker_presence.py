@@ -12,8 +12,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd.core import audit, worker_presence
-from jobd.core import maintenance_rules as time_rules
+from jobd.core import audit, maintenance_rules, worker_presence
 from jobd.core.changeset import Draft
 from jobd.core.state import Book
 from jobd.core.views import workers
@@ -317,7 +316,7 @@ def test_the_expired_jobs_of_a_silent_worker_are_taken_back(desk: Desk) -> None:
 
 
 def test_a_take_back_goes_in_slices(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_rules, "TAKEN_BACK", 2)
+    monkeypatch.setattr(maintenance_rules, "TAKEN_BACK", 2)
     silent(desk, 5)
     desk.yes(Recover(limit=9))
     done = [desk.yes(TakeBack(name="w"), admin=True) for _ in range(3)]
@@ -366,7 +365,7 @@ def test_a_take_back_is_in_the_audit_log(desk: Desk) -> None:
 @asynccontextmanager
 async def slices_of_two() -> AsyncIterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time_rules, "TAKEN_BACK", 2)
+        patch.setattr(maintenance_rules, "TAKEN_BACK", 2)
         yield
 
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobd.cli import exit_codes as exits
-from jobd.cli import terminal as show
+from jobd.cli import exit_codes, terminal
 
 if TYPE_CHECKING:
     from jobd.client.errors import JobdError
@@ -59,7 +58,7 @@ def reason_option(kept: str) -> Callable[[Any], Any]:
 def carry_out(deed: Deed, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
     """Do `deed` to each of `ids`, going on after a refusal; the exit code is that of the first refusal."""
     if dry_run:
-        return _each(ids, lambda job_id: _would(deed, job_id, show.emit, as_json))
+        return _each(ids, lambda job_id: _would(deed, job_id, terminal.emit, as_json))
     if not yes:
         _ask(deed, ids)
     return _each(ids, lambda job_id: _do(deed, job_id, as_json))
@@ -68,15 +67,15 @@ def carry_out(deed: Deed, ids: Sequence[str], *, yes: bool, dry_run: bool, as_js
 def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
     from jobd.client.errors import JobdError
 
-    worst = exits.DONE
+    worst = exit_codes.DONE
     for job_id in ids:
         try:
             code = act(job_id)
         except JobdError as error:
-            code = exits.of_refusal(error.code)
-            if len(ids) == 1 or code in (exits.UNREACHABLE, exits.UNAUTHORISED, exits.TRY_AGAIN):
+            code = exit_codes.of_refusal(error.code)
+            if len(ids) == 1 or code in (exit_codes.UNREACHABLE, exit_codes.UNAUTHORISED, exit_codes.TRY_AGAIN):
                 raise  # the others would fare alike
-            show.say(f"{job_id}: {error.message} [{error.code}]")
+            terminal.say(f"{job_id}: {error.message} [{error.code}]")
         worst = worst or code
     return worst
 
@@ -84,30 +83,30 @@ def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
 def _do(deed: Deed, job_id: str, as_json: bool) -> int:
     answer = deed.do(job_id)
     if as_json:
-        show.emit_json(answer)
+        terminal.emit_json(answer)
     else:
-        show.emit(f"{job_id}: {deed.done(answer)}")
-    return exits.DONE
+        terminal.emit(f"{job_id}: {deed.done(answer)}")
+    return exit_codes.DONE
 
 
 def _would(deed: Deed, job_id: str, tell: Callable[[str], None], as_json: bool = False) -> int:
     job = deed.look(job_id)
     answer = _rehearsed(deed, job_id)
     no = _error(answer)
-    may_only_look = no is not None and exits.of_refusal(no.code) == exits.UNAUTHORISED
+    may_only_look = no is not None and exit_codes.of_refusal(no.code) == exit_codes.UNAUTHORISED
     if no is not None and not may_only_look:
-        show.say(f"{job_id}: {deed.words} would be refused: {no.message} [{no.code}]")
-        return exits.of_refusal(no.code)
+        terminal.say(f"{job_id}: {deed.words} would be refused: {no.message} [{no.code}]")
+        return exit_codes.of_refusal(no.code)
     if not _allowed(job.status, deed):
-        show.say(f"{job_id}: {deed.words} would be refused: it is {state(job)}")
-        return exits.REFUSED
+        terminal.say(f"{job_id}: {deed.words} would be refused: it is {state(job)}")
+        return exit_codes.REFUSED
     if as_json and answer is not None and no is None:
-        show.emit_json(answer)
+        terminal.emit_json(answer)
     else:
         tell(f"{job_id}: would {deed.words}{deed.details(job)}: it is {state(job)}")
     if may_only_look:
-        show.say("Judged by its status alone: only who may do it can ask the daemon, and this token may only look.")
-    return exits.DONE
+        terminal.say("Judged by its status alone: only who may do it can ask the daemon, and this token may only look.")
+    return exit_codes.DONE
 
 
 def _rehearsed(deed: Deed, job_id: str) -> object | JobdError | None:
@@ -119,7 +118,7 @@ def _rehearsed(deed: Deed, job_id: str) -> object | JobdError | None:
     try:
         return deed.rehearse(job_id)
     except JobdError as error:
-        if exits.of_refusal(error.code) not in (exits.REFUSED, exits.UNAUTHORISED):
+        if exit_codes.of_refusal(error.code) not in (exit_codes.REFUSED, exit_codes.UNAUTHORISED):
             raise  # no word about the job
         return error
 
@@ -148,7 +147,7 @@ def _ask(deed: Deed, ids: Sequence[str]) -> None:
             deed.rehearse(ids[0])  # nobody is asked about what would be refused
         ask_about(deed, job)
     else:
-        _each(ids, lambda job_id: _would(deed, job_id, show.say))
+        _each(ids, lambda job_id: _would(deed, job_id, terminal.say))
         confirm(f"{deed.words} {len(ids)} jobs")
 
 
@@ -161,8 +160,8 @@ def need_terminal() -> None:
 def confirm(what: str) -> None:
     """Ask whether to do `what`. Problem (1) where the answer is no."""
     need_terminal()
-    if not click.confirm(show.clean(f"{what}?"), default=False, err=True):
-        raise exits.Problem("nothing was done")
+    if not click.confirm(terminal.clean(f"{what}?"), default=False, err=True):
+        raise exit_codes.Problem("nothing was done")
 
 
 def ask_about(deed: Deed, job: JobView) -> None:
@@ -179,4 +178,4 @@ def state(job: JobView) -> str:
         holder = f"held by {job.lock.worker}"
     else:
         holder = f"held by {job.worker}, whose lock has expired" if job.worker else "held by no worker"
-    return f"processing at {show.cell(job.progress)} %, {holder}"
+    return f"processing at {terminal.cell(job.progress)} %, {holder}"

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import exit_codes as exits
-from jobd.cli import own_daemon
+from jobd.cli import exit_codes, own_daemon
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient, JobClient
@@ -79,9 +78,9 @@ def read_token(path: str) -> str:
         lines = Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not text"
-        raise exits.Problem(f"Cannot read the token file {path}: {why}", exits.CONFIG) from None
+        raise exit_codes.Problem(f"Cannot read the token file {path}: {why}", exit_codes.CONFIG) from None
     if not lines:
-        raise exits.Problem(f"The token file {path} is empty: write a token into it", exits.CONFIG)
+        raise exit_codes.Problem(f"The token file {path} is empty: write a token into it", exit_codes.CONFIG)
     return lines[0]
 
 
@@ -132,7 +131,7 @@ def admin_token(places: Places) -> str:
     if path := os.environ.get(_ADMIN_TOKEN_FILE):
         return read_token(path)
     text = "No admin token: set ADMIN_TOKEN or ADMIN_TOKEN_FILE to the daemon's, or give --token-file FILE"
-    raise exits.Problem(text, exits.UNAUTHORISED)
+    raise exit_codes.Problem(text, exit_codes.UNAUTHORISED)
 
 
 def has_admin_token() -> bool:

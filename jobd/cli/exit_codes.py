@@ -12,7 +12,7 @@ from typing import Final
 
 import click
 
-from jobd.cli import terminal as show
+from jobd.cli import terminal
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -78,29 +78,29 @@ def _explained(error: BaseException, name: str) -> int:
     match error:
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else name
-            show.say(f"{name}: {_sentence(error.format_message())}. See: {path} --help")
+            terminal.say(f"{name}: {_sentence(error.format_message())}. See: {path} --help")
             return USAGE
         case click.FileError():
-            show.say(f"{name}: {_sentence(error.format_message())}")
+            terminal.say(f"{name}: {_sentence(error.format_message())}")
             return IO_ERROR
         case click.Abort() | KeyboardInterrupt():
-            show.say(f"{name}: interrupted")
+            terminal.say(f"{name}: interrupted")
             return INTERRUPTED
         case Problem():
-            show.say(f"{name}: {error}")
+            terminal.say(f"{name}: {error}")
             return error.code
         case JobdError():
-            show.say(f"{name}: {_sentence(error.message)}{_ADVICE.get(error.code, '')} [{error.code}]")
+            terminal.say(f"{name}: {_sentence(error.message)}{_ADVICE.get(error.code, '')} [{error.code}]")
             return of_refusal(error.code)
         case BrokenPipeError():
             # Whoever read us has seen enough (`| head`). Nothing may be flushed into the closed pipe at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
         case OSError():
-            show.say(f"{name}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+            terminal.say(f"{name}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
             return IO_ERROR
         case Exception() if isinstance(code := getattr(error, "exit_code", None), int):  # errors of the store know it
-            show.say(f"{name}: {_sentence(str(error))}")
+            terminal.say(f"{name}: {_sentence(str(error))}")
             return code
         case _:
             raise error

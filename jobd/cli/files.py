@@ -12,7 +12,7 @@ from typing import Final
 
 import click
 
-from jobd.cli import exit_codes as exits
+from jobd.cli import exit_codes
 from jobd.storage import files
 from jobd.storage.files import StoreBusy
 
@@ -49,10 +49,10 @@ def refuse_used(path: Path) -> None:
         except StoreBusy as error:
             if error.pid is not None:  # else it is no daemon that has locked it, but perhaps who calls us
                 text = f"{path} {words} of a running daemon (process {error.pid}): name another file"
-                raise exits.Problem(text, exits.TRY_AGAIN) from None
+                raise exit_codes.Problem(text, exit_codes.TRY_AGAIN) from None
         if os.path.isfile(store) and files.is_locked(store):
             text = f"{path} {words} that a program is working with: name another file"
-            raise exits.Problem(text, exits.TRY_AGAIN)
+            raise exit_codes.Problem(text, exit_codes.TRY_AGAIN)
     for suffix in ("-wal", "-journal"):
         left = f"{path}{suffix}"
         if os.path.isfile(left) and os.path.getsize(left) > 0:

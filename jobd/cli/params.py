@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import terminal as show
+from jobd.cli import terminal
 
 if TYPE_CHECKING:
     import msgspec
@@ -136,7 +136,7 @@ def json_text(text: str, what: str) -> msgspec.Raw:
 def read_stdin(what: str) -> str:
     """All of stdin as text."""
     if sys.stdin.isatty():
-        show.say(f"Reading {what} from the terminal; end it with Ctrl-D.")
+        terminal.say(f"Reading {what} from the terminal; end it with Ctrl-D.")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

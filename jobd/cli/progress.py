@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
-from jobd.cli import terminal as show
+from jobd.cli import terminal
 
 if TYPE_CHECKING:
     from jobd.client import JobClient
@@ -41,17 +41,17 @@ def until_finished(client: JobClient, job_id: str) -> JobInfo:
 @contextmanager
 def busy(what: str) -> Iterator[None]:
     """A spinner while a call takes its time."""
-    if not show.may_draw(sys.stderr):
+    if not terminal.may_draw(sys.stderr):
         yield
         return
-    with show.console(stderr=True).status(show.clean(what)):
+    with terminal.console(stderr=True).status(terminal.clean(what)):
         yield
 
 
 @contextmanager
 def bar(what: str, *, unit: str = "bytes") -> Iterator[Advance]:
     """A progress bar; what it gives is called with how much is done. Bytes are shown with their rate."""
-    if not show.may_draw(sys.stderr):
+    if not terminal.may_draw(sys.stderr):
         yield lambda done, total, what=None: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TransferSpeedColumn
@@ -61,13 +61,13 @@ def bar(what: str, *, unit: str = "bytes") -> Iterator[Advance]:
         columns += [DownloadColumn(binary_units=True), TransferSpeedColumn()]
     else:
         columns += [TextColumn("{task.completed} " + unit)]
-    with Progress(*columns, console=show.console(stderr=True), transient=True) as progress:
-        task = progress.add_task(show.clip(what, 60), total=None)
+    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as progress:
+        task = progress.add_task(terminal.clip(what, 60), total=None)
 
         def advance(done: int, total: int | None, what: str | None = None) -> None:
             if total is None:
                 progress.tasks[0].total = None  # update() takes None for "as it was"
-            name = None if what is None else show.clip(what, 60)
+            name = None if what is None else terminal.clip(what, 60)
             progress.update(task, completed=done, total=total, description=name)
 
         yield advance

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from jobd.cli import exit_codes as exits
-from jobd.cli import files as safe_target
+from jobd.cli import exit_codes, files
 
 
 class Counted:
@@ -36,20 +35,20 @@ def whole_file(path: Path, told: Callable[[int], None]) -> Iterator[BinaryIO]:
     Raises OSError, UsageError where `path` is no regular file, and Problem (75) where it is of a store at work, or
     another program is writing it.
     """
-    target = safe_target.resolved(path)
+    target = files.resolved(path)
     part = target.with_name(target.name + ".part")
-    safe_target.refuse_used(part)
+    files.refuse_used(part)
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise exits.Problem(f"Another program is writing {part}: wait for it", exits.TRY_AGAIN) from None
+            raise exit_codes.Problem(f"Another program is writing {part}: wait for it", exit_codes.TRY_AGAIN) from None
         try:
             file.truncate(0)
             yield cast(BinaryIO, Counted(file, told))
             file.flush()
             os.fsync(file.fileno())
-            safe_target.resolved(target)  # a daemon may have started there meanwhile
+            files.resolved(target)  # a daemon may have started there meanwhile
             os.replace(part, target)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):

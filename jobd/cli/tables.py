@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from jobd.cli import terminal as show
+from jobd.cli import terminal
 from jobd.model.events import EventView, StreamedEvent
 from jobd.model.job import headline
 from jobd.model.responses import JobView, Validation, WhyView
@@ -20,7 +20,7 @@ _LONG = 4_000
 
 def jobs(page: Sequence[JobView]) -> None:
     """A page of jobs, one a line."""
-    show.table(
+    terminal.table(
         ["ID", "QUEUE", "KIND", "STATUS", ">%", "ATTEMPT", "WORKER", "UPDATED", "NOTE"],
         [
             (
@@ -31,7 +31,7 @@ def jobs(page: Sequence[JobView]) -> None:
                 job.progress,
                 f"{job.attempt}/{job.max_attempts}",
                 holder(job),
-                show.age(job.updated_at),
+                terminal.age(job.updated_at),
                 note(job),
             )
             for job in page
@@ -50,8 +50,8 @@ def holder(job: JobView) -> str | None:
 def note(job: JobView) -> str:
     """The one thing to know beside the status: the error of a failed job, else the last progress message."""
     if job.status == "failed" or (job.error_message and not job.progress_message):
-        return show.clean(headline(job.error_message or "", 60))
-    return show.clip(job.progress_message or "", 60)
+        return terminal.clean(headline(job.error_message or "", 60))
+    return terminal.clip(job.progress_message or "", 60)
 
 
 def job(view: JobView) -> None:
@@ -62,21 +62,21 @@ def job(view: JobView) -> None:
         ("queue", view.queue),
         ("kind", view.kind),
         ("status", view.status),
-        ("progress", f"{show.cell(view.progress)} %"),
+        ("progress", f"{terminal.cell(view.progress)} %"),
         ("message", view.progress_message),
         ("attempt", f"{view.attempt} of {view.max_attempts}"),
         ("stalls", f"{view.stalls}, at most {view.max_stalls} (then: {view.on_stall})"),
         ("priority", view.priority),
-        ("created", show.when(view.created_at)),
-        ("updated", show.when(view.updated_at)),
-        ("due", show.when(view.run_at)),
-        ("started", show.when(view.started_at) if view.started_at else None),
-        ("finished", show.when(view.finished_at) if view.finished_at else None),
-        ("expires", show.when(view.expires_at) if view.expires_at else None),
+        ("created", terminal.when(view.created_at)),
+        ("updated", terminal.when(view.updated_at)),
+        ("due", terminal.when(view.run_at)),
+        ("started", terminal.when(view.started_at) if view.started_at else None),
+        ("finished", terminal.when(view.finished_at) if view.finished_at else None),
+        ("expires", terminal.when(view.expires_at) if view.expires_at else None),
         ("held by", f"{lock.worker} (fencing token {lock.fencing_token})" if lock else holder(view)),
-        ("lock expires", show.when(lock.expires_at) if lock else None),
-        ("stuck after", show.span(view.stuck_after_ms)),
-        ("ceiling", show.span(view.max_processing_ms) if view.max_processing_ms else "none"),
+        ("lock expires", terminal.when(lock.expires_at) if lock else None),
+        ("stuck after", terminal.span(view.stuck_after_ms)),
+        ("ceiling", terminal.span(view.max_processing_ms) if view.max_processing_ms else "none"),
         ("error", view.error_message),
         ("error code", view.error_code),
         ("download", view.download_url),
@@ -85,7 +85,7 @@ def job(view: JobView) -> None:
         ("metadata", json_text(view.metadata)),
         ("payload", json_text(view.payload)),
     ]
-    show.pairs((name, value) for name, value in fields if value not in (None, ""))
+    terminal.pairs((name, value) for name, value in fields if value not in (None, ""))
 
 
 def json_text(raw: Any) -> str | None:
@@ -99,12 +99,12 @@ def json_text(raw: Any) -> str | None:
 def timeline(events: Sequence[EventView]) -> None:
     """A job's events, oldest first, with the time since the first."""
     first = events[0].at if events else 0
-    show.table(
+    terminal.table(
         ["TIME", ">AFTER", "EVENT", "STATUS", "BY", "REASON"],
         [
             (
-                show.instant(event.at),
-                show.span(max(event.at - first, 0)),
+                terminal.instant(event.at),
+                terminal.span(max(event.at - first, 0)),
                 event.type,
                 _step(event),
                 event.by,
@@ -119,7 +119,7 @@ def timeline(events: Sequence[EventView]) -> None:
 def event_line(event: StreamedEvent) -> str:
     """One event of many jobs, in a line."""
     about = f"{event.job_id} ({event.queue})" if event.job_id is not None else f"queue {event.queue}"
-    parts = [show.instant(event.at), str(event.seq), event.type, about, _step(event), event.by, event.reason]
+    parts = [terminal.instant(event.at), str(event.seq), event.type, about, _step(event), event.by, event.reason]
     return "  ".join(part for part in [*parts, _details(event.details)] if part)
 
 
@@ -134,27 +134,27 @@ def _details(details: dict[str, Any]) -> str:
 def _detail(name: str, value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         if name.endswith("_at"):
-            return show.instant(value)
+            return terminal.instant(value)
         if name.endswith("_ms"):
-            return show.span(value)
-    return show.cell(value)
+            return terminal.span(value)
+    return terminal.cell(value)
 
 
 def why(view: WhyView) -> None:
     """State, reason, what happens next, what to do: a few sentences."""
-    show.emit(f"{view.state}: {view.because}")
+    terminal.emit(f"{view.state}: {view.because}")
     if view.next is not None:
-        at = "" if view.next.at is None else f": {show.when(view.next.at)}"
-        show.emit(f"next: {view.next.what.rstrip('.')}{at} [{view.next.rule}]")
+        at = "" if view.next.at is None else f": {terminal.when(view.next.at)}"
+        terminal.emit(f"next: {view.next.what.rstrip('.')}{at} [{view.next.rule}]")
     if view.blocked_by:
-        show.emit(f"blocked by: {view.blocked_by}")
+        terminal.emit(f"blocked by: {view.blocked_by}")
     for hint in view.do:
-        show.emit(f"do: {hint}")
+        terminal.emit(f"do: {hint}")
 
 
 def validation(view: Validation) -> None:
     if view.is_valid and not view.issues:
-        show.emit("valid: nothing found")
+        terminal.emit("valid: nothing found")
         return
     rows = [(issue.type, issue.field, issue.message, issue.fix) for issue in view.issues]
-    show.table(["TYPE", "FIELD", "WHAT IS WRONG", "FIX"], rows)
+    terminal.table(["TYPE", "FIELD", "WHAT IS WRONG", "FIX"], rows)

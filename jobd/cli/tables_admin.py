@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from jobd.cli import tables
-from jobd.cli import terminal as show
+from jobd.cli import tables, terminal
 from jobd.model.commands import About, WorkerState
 from jobd.model.job import headline
 from jobd.model.responses import (
@@ -48,7 +47,7 @@ def queues(views: Sequence[QueueView]) -> None:
             queue.completed,
             queue.failed,
             queue.cancelled,
-            show.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
+            terminal.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
             *([queue.pause.in_words() if queue.paused else None] if is_described else ()),
         )
         for queue in views
@@ -56,7 +55,7 @@ def queues(views: Sequence[QueueView]) -> None:
     columns = ["QUEUE", "STATE", ">QUEUED", ">PROCESSING", ">COMPLETED", ">FAILED", ">CANCELLED", "OLDEST DUE"]
     if is_described:
         columns.append("PAUSED")
-    show.table(columns, rows, empty="No queues: no job was ever submitted.")
+    terminal.table(columns, rows, empty="No queues: no job was ever submitted.")
 
 
 def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | None) -> None:
@@ -66,19 +65,19 @@ def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | 
             worker.worker,
             worker.state,
             worker.held,
-            show.age(worker.last_seen_at),
+            terminal.age(worker.last_seen_at),
             claims(worker),
             about(worker.about),
             _held(worker),
         )
         for worker in views
     ]
-    since = f"since the start at {show.instant(page.since)}"
+    since = f"since the start at {terminal.instant(page.since)}"
     empty = f"No worker was seen lately, {since}." if state is None else f"No worker is {state}."
-    show.table(["WORKER", "STATE", ">HOLDS", "LAST SEEN", "CLAIMS", "ABOUT", "JOBS"], rows, empty=empty)
+    terminal.table(["WORKER", "STATE", ">HOLDS", "LAST SEEN", "CLAIMS", "ABOUT", "JOBS"], rows, empty=empty)
     gone = page.by_state["gone"]
     if gone and state is None:
-        show.say(f"{gone} more {'is' if gone == 1 else 'are'} gone: jobctl workers --state gone")
+        terminal.say(f"{gone} more {'is' if gone == 1 else 'are'} gone: jobctl workers --state gone")
 
 
 def claims(worker: WorkerView) -> str | None:
@@ -133,20 +132,20 @@ def stats(view: StatsView) -> None:
         ("stuck now", view.stuck_jobs),
         ("recovered in 24 h", view.stuck_jobs_recovered),
         ("locked", view.locked_jobs),
-        ("average processing", show.span(view.average_processing_time * 1000)),
+        ("average processing", terminal.span(view.average_processing_time * 1000)),
     ]
     if oldest is not None:
         fields.append(
-            ("longest running", f"{oldest.id}, {show.span(oldest.age * 1000)}, {show.cell(oldest.progress)} %")
+            ("longest running", f"{oldest.id}, {terminal.span(oldest.age * 1000)}, {terminal.cell(oldest.progress)} %")
         )
     fields.append(("cleanup", _cleanup(view.cleanup_running, view.time_since_last_cleanup)))
     if view.disk is not None:
-        fields.append(("disk", show.disk_space(view.disk)))
-    show.pairs(fields)
+        fields.append(("disk", terminal.disk_space(view.disk)))
+    terminal.pairs(fields)
 
 
 def _cleanup(running: bool, since_ms: int | None) -> str:
-    last = "no pass has succeeded yet" if since_ms is None else f"last successful pass {show.span(since_ms)} ago"
+    last = "no pass has succeeded yet" if since_ms is None else f"last successful pass {terminal.span(since_ms)} ago"
     return f"{last}, one is running now" if running else last
 
 
@@ -161,36 +160,36 @@ def health(view: HealthView) -> None:
             "running" if clean.running else "idle",
             clean.message or _cleanup(False, clean.time_since_last_cleanup),
         ),
-        ("all", view.status, f"measured {show.age(view.timestamp)}"),
+        ("all", view.status, f"measured {terminal.age(view.timestamp)}"),
     ]
     if database.path is not None and database.free_bytes is not None and database.total_bytes is not None:
-        free, total = show.size(database.free_bytes), show.size(database.total_bytes)
+        free, total = terminal.size(database.free_bytes), terminal.size(database.total_bytes)
         rows.insert(1, ("disk", f"{free} free", f"of {total} ({database.path})"))
-    show.table(["PART", "STATUS", "MESSAGE"], rows)
+    terminal.table(["PART", "STATUS", "MESSAGE"], rows)
 
 
 def report(view: CleanupReport) -> None:
-    show.pairs(
+    terminal.pairs(
         [
-            ("at", show.when(view.timestamp)),
+            ("at", terminal.when(view.timestamp)),
             ("stuck jobs recovered", view.stuck_jobs_recovered),
             ("expired locks cleared", view.expired_locks_cleared),
             ("expired jobs deleted", view.expired_jobs_deleted),
             ("issues found", view.validation_issues_found),
             ("issues fixed", view.validation_issues_fixed),
-            ("took", show.span(view.total_processing_time)),
+            ("took", terminal.span(view.total_processing_time)),
             ("errors", "; ".join(view.errors) or "none"),
         ]
     )
 
 
 def cleanup_state(view: CleanupState) -> None:
-    show.emit(_cleanup(view.cleanup_running, view.time_since_last_cleanup))
+    terminal.emit(_cleanup(view.cleanup_running, view.time_since_last_cleanup))
     if view.last_failure is not None:
         passes = (
             "1 pass has" if view.failed_since_last_success == 1 else f"{view.failed_since_last_success} passes have"
         )
-        show.emit(f"{passes} failed since; the last one {show.age(view.last_failure.timestamp)}")
+        terminal.emit(f"{passes} failed since; the last one {terminal.age(view.last_failure.timestamp)}")
     if view.last_report is not None:
         report(view.last_report)
 
@@ -199,25 +198,25 @@ def reports(views: Sequence[CleanupReport]) -> None:
     columns = ["AT", ">RECOVERED", ">LOCKS", ">DELETED", ">FOUND", ">FIXED", ">TOOK", "FORCED", "ERRORS"]
     rows = [
         (
-            show.when(view.timestamp),
+            terminal.when(view.timestamp),
             view.stuck_jobs_recovered,
             view.expired_locks_cleared,
             view.expired_jobs_deleted,
             view.validation_issues_found,
             view.validation_issues_fixed,
-            show.span(view.total_processing_time),
+            terminal.span(view.total_processing_time),
             view.forced,
             "; ".join(view.errors),
         )
         for view in views
     ]
-    show.table(columns, rows, empty="No cleanup pass has run yet.")
+    terminal.table(columns, rows, empty="No cleanup pass has run yet.")
 
 
 def recovered(view: RecoverStuckView) -> None:
-    show.emit(f"{view.recovered_jobs} recovered: {view.reset_jobs} back in their queue, {view.failed_jobs} failed")
+    terminal.emit(f"{view.recovered_jobs} recovered: {view.reset_jobs} back in their queue, {view.failed_jobs} failed")
     if view.details:
-        show.table(["JOB", "ACTION", "REASON"], [(item.job_id, item.action, item.reason) for item in view.details])
+        terminal.table(["JOB", "ACTION", "REASON"], [(item.job_id, item.action, item.reason) for item in view.details])
 
 
 def failures(view: FailuresView) -> None:
@@ -227,34 +226,38 @@ def failures(view: FailuresView) -> None:
             group.retrying,
             group.fingerprint,
             group.error_code,
-            show.age(group.last_at),
+            terminal.age(group.last_at),
             " ".join(kind or '""' for kind in group.kinds),
             " ".join(group.queues),
-            show.clean(headline(group.message, 120)),
+            terminal.clean(headline(group.message, 120)),
         )
         for group in view.groups
     ]
     columns = [">FAILED", ">AGAIN", "ERROR", "CODE", "LAST", "KINDS", "QUEUES", "MESSAGE OF THE LATEST"]
-    show.table(columns, rows, empty="No job has failed.")
+    terminal.table(columns, rows, empty="No job has failed.")
     if view.other:
-        show.say(f"{view.other} of {view.total} failed jobs are in none of these groups.")
+        terminal.say(f"{view.other} of {view.total} failed jobs are in none of these groups.")
     if view.other_retrying:
-        show.say(f"{view.other_retrying} of {view.retrying} that wait to be tried again are in none of these groups.")
+        terminal.say(
+            f"{view.other_retrying} of {view.retrying} that wait to be tried again are in none of these groups."
+        )
     if not view.whole:
-        show.say("Jobs from before the start are still being counted.")
+        terminal.say("Jobs from before the start are still being counted.")
 
 
 def foreseen(view: PreviewView) -> None:
     """What recovery would do."""
-    show.emit(f"{len(view.recover)} would be recovered")
+    terminal.emit(f"{len(view.recover)} would be recovered")
     if view.recover:
-        show.table(["JOB", "WOULD BE", "REASON"], [(item.job_id, item.action, item.reason) for item in view.recover])
+        terminal.table(
+            ["JOB", "WOULD BE", "REASON"], [(item.job_id, item.action, item.reason) for item in view.recover]
+        )
 
 
 def preview(view: PreviewView) -> None:
     """What a cleanup pass would do."""
     foreseen(view)
-    show.pairs(
+    terminal.pairs(
         [
             ("expired locks to clear", view.expired_locks),
             ("queued jobs to expire", _named(view.expired_jobs)),
@@ -283,23 +286,23 @@ def locks(views: Sequence[LockedJob]) -> None:
             lock.id,
             lock.worker if lock.live else f"{lock.worker} (silent)",
             "live" if lock.live else "expired",
-            show.age(lock.expires_at),
-            show.age(lock.stuck_at),
-            show.age(lock.ceiling_at) if lock.ceiling_at is not None else "none",
+            terminal.age(lock.expires_at),
+            terminal.age(lock.stuck_at),
+            terminal.age(lock.ceiling_at) if lock.ceiling_at is not None else "none",
             lock.progress,
             lock.fencing_token,
         )
         for lock in views
     ]
     columns = ["JOB", "WORKER", "LOCK", "EXPIRES", "STUCK", "CEILING", ">%", ">TOKEN"]
-    show.table(columns, rows, empty="No locks.")
+    terminal.table(columns, rows, empty="No locks.")
 
 
 def late_results(views: Sequence[LateResultView]) -> None:
     rows = [
         (
             late.seq,
-            show.instant(late.at),
+            terminal.instant(late.at),
             late.worker,
             late.fencing_token,
             " ".join(filter(None, (late.download_url, late.file_path, late.storage_key))),
@@ -308,27 +311,27 @@ def late_results(views: Sequence[LateResultView]) -> None:
         for late in views
     ]
     columns = [">RESULT", "TIME", "WORKER", ">TOKEN", "WHERE", "METADATA"]
-    show.table(columns, rows, empty="No late results.")
+    terminal.table(columns, rows, empty="No late results.")
     for late in views:
         if late.refusal is not None:
-            show.emit(late.refusal.message)
+            terminal.emit(late.refusal.message)
 
 
 def audit(views: Sequence[AuditView]) -> None:
     rows = [
         (
-            show.instant(entry.at),
+            terminal.instant(entry.at),
             entry.who,
             entry.address,
             entry.what,
             _done_to(entry),
             _outcome(entry),
-            show.clip(entry.reason) if entry.reason else None,
+            terminal.clip(entry.reason) if entry.reason else None,
         )
         for entry in views
     ]
     columns = ["TIME", "WHO", "FROM", "DID", "TO", "OUTCOME", "REASON"]
-    show.table(columns, rows, empty="No operator has done anything that fits.")
+    terminal.table(columns, rows, empty="No operator has done anything that fits.")
 
 
 def _done_to(entry: AuditView) -> str | None:
@@ -358,7 +361,7 @@ def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
             alert.name,
             alert.severity,
             "firing" if alert.firing else "quiet",
-            show.when(alert.since),
+            terminal.when(alert.since),
             round(alert.value, 2),
             round(alert.threshold, 2),
             alert.hint,
@@ -366,7 +369,7 @@ def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
         for alert in views
     ]
     empty = "No alert is firing." if firing else "No alerts are defined."
-    show.table(["ALERT", "SEVERITY", "STATE", "SINCE", ">VALUE", ">THRESHOLD", "HINT"], rows, empty=empty)
+    terminal.table(["ALERT", "SEVERITY", "STATE", "SINCE", ">VALUE", ">THRESHOLD", "HINT"], rows, empty=empty)
 
 
 def _state(view: WebhookView) -> str:
@@ -382,19 +385,19 @@ def webhooks(views: Sequence[WebhookView]) -> None:
             view.name,
             view.url,
             _state(view),
-            show.age(view.next_try_at) if view.next_try_at is not None else "-",
+            terminal.age(view.next_try_at) if view.next_try_at is not None else "-",
             view.waiting,
             view.lag,
             view.delivered,
             view.given_up,
-            show.age(view.last_success_at) if view.last_success_at is not None else "-",
+            terminal.age(view.last_success_at) if view.last_success_at is not None else "-",
             view.last_error or "-",
         )
         for view in views
     ]
     columns = ["WEBHOOK", "URL", "STATE", "NEXT TRY", ">WAITING", ">LAG", ">DELIVERED", ">GIVEN UP"]
     columns += ["LAST SUCCESS", "LAST ERROR"]
-    show.table(columns, rows, empty="No webhook is configured.")
+    terminal.table(columns, rows, empty="No webhook is configured.")
 
 
 def deliveries(page: DeliveryPage) -> None:
@@ -405,17 +408,17 @@ def deliveries(page: DeliveryPage) -> None:
             each.subject,
             each.state.replace("_", " "),
             each.tries,
-            show.instant(each.at),
-            show.age(each.due_at) if each.due_at is not None else show.age(each.ended_at or each.at),
+            terminal.instant(each.at),
+            terminal.age(each.due_at) if each.due_at is not None else terminal.age(each.ended_at or each.at),
             each.error or each.status or "-",
         )
         for each in page.deliveries
     ]
     columns = [">DELIVERY", "TYPE", "SUBJECT", "STATE", ">TRIES", "SINCE", "DUE OR ENDED", "LAST ANSWER"]
-    show.table(columns, rows, empty="No deliveries.")
+    terminal.table(columns, rows, empty="No deliveries.")
     if page.next_cursor is not None:
-        show.say(f"There are more: --cursor {page.next_cursor} goes on, --all shows all.")
+        terminal.say(f"There are more: --cursor {page.next_cursor} goes on, --all shows all.")
 
 
 def clock(view: ClockView) -> None:
-    show.pairs([("daemon's time", show.instant(view.now)), ("suspect", view.suspect), ("", view.message)])
+    terminal.pairs([("daemon's time", terminal.instant(view.now)), ("suspect", view.suspect), ("", view.message)])

@@ -20,8 +20,7 @@ from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
 import aiohttp
 from yarl import URL
 
-from jobd.client import admin_requests as admin_calls
-from jobd.client import worker_requests as calls
+from jobd.client import admin_requests, worker_requests
 from jobd.client.backup_progress import LOOK_S, Patience, Told
 from jobd.client.command_stream import Pipe, line_of
 from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
@@ -243,7 +242,7 @@ def _pages(build: Callable[P, Request[JobInfoPage]]) -> Callable[Concatenate[_As
     return signed(method, build)
 
 
-def _all_queues(page: calls.QueuePage) -> Callable[[_AsyncClient], AsyncIterator[QueueView]]:
+def _all_queues(page: worker_requests.QueuePage) -> Callable[[_AsyncClient], AsyncIterator[QueueView]]:
     """Build the method that reads all pages of queues."""
 
     async def iterate_queues(self: _AsyncClient) -> AsyncIterator[QueueView]:
@@ -274,26 +273,26 @@ class AsyncJobClient(_AsyncClient):
     ) -> None:
         super().__init__(worker_endpoint(endpoint, token), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls)
 
-    create_job = _method(calls.create_job)
-    create_jobs = _method(calls.create_jobs)
-    get_job = _method(calls.get_job)
-    list_jobs = _method(calls.list_jobs)
-    timeline = _method(calls.timeline)
-    why = _method(calls.why)
-    validate_job_state = _method(calls.validate_job_state)
-    start_processing = _method(calls.start_processing)
-    claim = _method(calls.claim)
-    update_progress = _method(calls.update_progress)
-    extend_job_lock = _method(calls.extend_job_lock)
-    complete_job = _method(calls.complete_job)
-    fail_job = _method(calls.fail_job)
-    release_job = _method(calls.release_job)
-    cancel_job = _method(calls.cancel_job)
-    queues = _method(calls.queues)
-    iterate_queues = _all_queues(calls.queues)
-    workers = _method(calls.workers)
-    worker_page = _method(calls.worker_page)
-    iterate_jobs = _pages(calls.list_jobs)
+    create_job = _method(worker_requests.create_job)
+    create_jobs = _method(worker_requests.create_jobs)
+    get_job = _method(worker_requests.get_job)
+    list_jobs = _method(worker_requests.list_jobs)
+    timeline = _method(worker_requests.timeline)
+    why = _method(worker_requests.why)
+    validate_job_state = _method(worker_requests.validate_job_state)
+    start_processing = _method(worker_requests.start_processing)
+    claim = _method(worker_requests.claim)
+    update_progress = _method(worker_requests.update_progress)
+    extend_job_lock = _method(worker_requests.extend_job_lock)
+    complete_job = _method(worker_requests.complete_job)
+    fail_job = _method(worker_requests.fail_job)
+    release_job = _method(worker_requests.release_job)
+    cancel_job = _method(worker_requests.cancel_job)
+    queues = _method(worker_requests.queues)
+    iterate_queues = _all_queues(worker_requests.queues)
+    workers = _method(worker_requests.workers)
+    worker_page = _method(worker_requests.worker_page)
+    iterate_jobs = _pages(worker_requests.list_jobs)
 
     def stream(self) -> StreamClient:
         """The same calls over one stream: many at a time, and none waits for a connection or a commit of its own.
@@ -353,56 +352,56 @@ class AsyncAdminClient(_AsyncClient):
             admin_endpoint(endpoint, token, operator=operator), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls
         )
 
-    stats = _method(admin_calls.stats)
-    health = _method(admin_calls.health)
-    force_cleanup = _method(admin_calls.force_cleanup)
-    cleanup_state = _method(admin_calls.cleanup_state)
-    detect_and_recover_stuck_jobs = _method(admin_calls.detect_and_recover_stuck_jobs)
-    validate_job = _method(admin_calls.validate_job)
-    force_fail = _method(admin_calls.force_fail)
-    force_reset = _method(admin_calls.force_reset)
-    transition_job_state = _method(admin_calls.transition_job_state)
-    extend_lock = _method(admin_calls.extend_lock)
-    release_lock = _method(admin_calls.release_lock)
-    cancel_job = _method(admin_calls.cancel_job)
-    run_now = _method(admin_calls.run_now)
-    update_job = _method(admin_calls.update_job)
-    late_results = _method(admin_calls.late_results)
-    adopt = _method(admin_calls.adopt)
-    delete_job = _method(admin_calls.delete_job)
-    list_jobs = _method(admin_calls.list_jobs)
-    get_job = _method(admin_calls.get_job)
-    timeline = _method(admin_calls.timeline)
-    why = _method(admin_calls.why)
-    locks = _method(admin_calls.locks)
-    queues = _method(admin_calls.queues)
-    iterate_queues = _all_queues(admin_calls.queues)
-    workers = _method(admin_calls.workers)
-    worker_page = _method(admin_calls.worker_page)
-    take_back = _method(admin_calls.take_back)
-    reports = _method(admin_calls.reports)
-    audit = _method(admin_calls.audit)
-    failures = _method(admin_calls.failures)
-    preview = _method(admin_calls.preview)
-    make_plan = _method(admin_calls.make_plan)
-    get_plan = _method(admin_calls.get_plan)
-    apply_plan = _method(admin_calls.apply_plan)
-    alerts = _method(admin_calls.alerts)
-    pause_queue = _method(admin_calls.pause_queue)
-    resume_queue = _method(admin_calls.resume_queue)
-    webhooks = _method(admin_calls.webhooks)
-    deliveries = _method(admin_calls.deliveries)
-    deliver_again = _method(admin_calls.deliver_again)
-    deliver_all_again = _method(admin_calls.deliver_all_again)
-    test_webhook = _method(admin_calls.test_webhook)
-    clock = _method(admin_calls.clock)
-    accept_clock = _method(admin_calls.accept_clock)
-    quarantine = _method(admin_calls.quarantine)
-    backups = _method(admin_calls.backups)
-    check_rows = _method(admin_calls.check_rows)
-    metrics = _method(admin_calls.metrics)
-    export_page = _method(admin_calls.export_page)
-    iterate_jobs = _pages(admin_calls.list_jobs)
+    stats = _method(admin_requests.stats)
+    health = _method(admin_requests.health)
+    force_cleanup = _method(admin_requests.force_cleanup)
+    cleanup_state = _method(admin_requests.cleanup_state)
+    detect_and_recover_stuck_jobs = _method(admin_requests.detect_and_recover_stuck_jobs)
+    validate_job = _method(admin_requests.validate_job)
+    force_fail = _method(admin_requests.force_fail)
+    force_reset = _method(admin_requests.force_reset)
+    transition_job_state = _method(admin_requests.transition_job_state)
+    extend_lock = _method(admin_requests.extend_lock)
+    release_lock = _method(admin_requests.release_lock)
+    cancel_job = _method(admin_requests.cancel_job)
+    run_now = _method(admin_requests.run_now)
+    update_job = _method(admin_requests.update_job)
+    late_results = _method(admin_requests.late_results)
+    adopt = _method(admin_requests.adopt)
+    delete_job = _method(admin_requests.delete_job)
+    list_jobs = _method(admin_requests.list_jobs)
+    get_job = _method(admin_requests.get_job)
+    timeline = _method(admin_requests.timeline)
+    why = _method(admin_requests.why)
+    locks = _method(admin_requests.locks)
+    queues = _method(admin_requests.queues)
+    iterate_queues = _all_queues(admin_requests.queues)
+    workers = _method(admin_requests.workers)
+    worker_page = _method(admin_requests.worker_page)
+    take_back = _method(admin_requests.take_back)
+    reports = _method(admin_requests.reports)
+    audit = _method(admin_requests.audit)
+    failures = _method(admin_requests.failures)
+    preview = _method(admin_requests.preview)
+    make_plan = _method(admin_requests.make_plan)
+    get_plan = _method(admin_requests.get_plan)
+    apply_plan = _method(admin_requests.apply_plan)
+    alerts = _method(admin_requests.alerts)
+    pause_queue = _method(admin_requests.pause_queue)
+    resume_queue = _method(admin_requests.resume_queue)
+    webhooks = _method(admin_requests.webhooks)
+    deliveries = _method(admin_requests.deliveries)
+    deliver_again = _method(admin_requests.deliver_again)
+    deliver_all_again = _method(admin_requests.deliver_all_again)
+    test_webhook = _method(admin_requests.test_webhook)
+    clock = _method(admin_requests.clock)
+    accept_clock = _method(admin_requests.accept_clock)
+    quarantine = _method(admin_requests.quarantine)
+    backups = _method(admin_requests.backups)
+    check_rows = _method(admin_requests.check_rows)
+    metrics = _method(admin_requests.metrics)
+    export_page = _method(admin_requests.export_page)
+    iterate_jobs = _pages(admin_requests.list_jobs)
 
     async def export_jobs(
         self, *, status: Status | None = None, queue: str | None = None, kind: str | None = None
@@ -421,17 +420,17 @@ class AsyncAdminClient(_AsyncClient):
                 return
             cursor = page.next_cursor
 
-    async def import_jobs(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> admin_calls.ImportResult:
+    async def import_jobs(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> admin_requests.ImportResult:
         """Move jobs in, of any status and with their own times: mappings, or ready lines of JSON.
 
         Each is created or refused by itself, an id that exists is skipped, so an import that broke off may simply be
         run again. It is not tried again by itself.
         """
-        return await self._send_lines(admin_calls.import_jobs(), jobs)
+        return await self._send_lines(admin_requests.import_jobs(), jobs)
 
-    async def preview_import(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> admin_calls.ImportForeseen:
+    async def preview_import(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> admin_requests.ImportForeseen:
         """What import_jobs would do with the same lines, line by line. Nothing is done."""
-        return await self._send_lines(admin_calls.preview_import(), jobs)
+        return await self._send_lines(admin_requests.preview_import(), jobs)
 
     async def _send_lines(self, request: Request[T], jobs: Iterable[Mapping[str, Any] | bytes | str]) -> T:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self._policy.timeout_s)
@@ -450,7 +449,7 @@ class AsyncAdminClient(_AsyncClient):
         stream broke off: what was written is no backup then. An error of `file` is raised as it is.
         """
         patience = Patience(uuid7(), told, self._policy.timeout_s, time.monotonic())
-        opening = asyncio.ensure_future(self._opened(admin_calls.backup(patience.id), None))
+        opening = asyncio.ensure_future(self._opened(admin_requests.backup(patience.id), None))
         try:
             while not (await asyncio.wait([opening], timeout=LOOK_S))[0]:
                 await self._look(patience)
@@ -463,7 +462,7 @@ class AsyncAdminClient(_AsyncClient):
     async def _look(self, patience: Patience) -> None:
         once = RetryPolicy(total_s=0, timeout_s=min(patience.silence_s, self._policy.timeout_s))
         with contextlib.suppress(JobdError):  # then it is silent
-            patience.look(await self.send(admin_calls.backups(), once), time.monotonic())
+            patience.look(await self.send(admin_requests.backups(), once), time.monotonic())
         if patience.is_over(time.monotonic()):
             raise Unreachable(f"The daemon at {self.endpoint}: {patience.words()}")
 
@@ -474,7 +473,7 @@ class AsyncAdminClient(_AsyncClient):
         NotFound (no store, no key, or nothing under it), StorageUnavailable, and Unreachable where it broke off: what
         was written is not all of it then. An error of `file` is raised as it is.
         """
-        return await self._download(admin_calls.download_artifact(job_id, late_result), file)
+        return await self._download(admin_requests.download_artifact(job_id, late_result), file)
 
     async def _download(self, request: Request[bytes], file: BinaryIO) -> int:
         return await self._save(await self._opened(request, self._policy.timeout_s), file)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from jobd.core import late_result_rules as late_rules
-from jobd.core import maintenance_rules as time_rules
-from jobd.core import operator_rules, plan_rules
-from jobd.core import queries as reads
+from jobd.core import late_result_rules, maintenance_rules, operator_rules, plan_rules, queries
 from jobd.core.changeset import Decision, Draft
 from jobd.core.state import Book
 from jobd.core.worker_rules import (
@@ -138,7 +135,7 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             | Export()
             | AuditLog()
         ):
-            return reads.answer(draft, command)
+            return queries.answer(draft, command)
         case ForceFail():
             return operator_rules.force_fail(draft, command)
         case ForceReset():
@@ -154,7 +151,7 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
         case Update():
             return operator_rules.update(draft, command)
         case Adopt():
-            return late_rules.adopt(draft, command)
+            return late_result_rules.adopt(draft, command)
         case Delete():
             return operator_rules.delete(draft, command)
         case Pause():
@@ -168,23 +165,23 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
         case ApplyPlan():
             return plan_rules.apply(draft, command, _PLANNED)
         case Preview():
-            return time_rules.preview(draft, command)
+            return maintenance_rules.preview(draft, command)
         case TakeBack():
-            return time_rules.take_back(draft, command)
+            return maintenance_rules.take_back(draft, command)
         case Recover():
-            return time_rules.recover(draft, command)
+            return maintenance_rules.recover(draft, command)
         case Expire():
-            return time_rules.expire(draft, command)
+            return maintenance_rules.expire(draft, command)
         case DeleteExpired():
-            return time_rules.delete_expired(draft, command)
+            return maintenance_rules.delete_expired(draft, command)
         case Mend():
-            return time_rules.mend(draft, command)
+            return maintenance_rules.mend(draft, command)
         case CreditAbsence():
-            return time_rules.credit_absence(draft, command)
+            return maintenance_rules.credit_absence(draft, command)
         case EndGrants():
-            return time_rules.end_grants(draft, command)
+            return maintenance_rules.end_grants(draft, command)
         case EndPauses():
-            return time_rules.end_pauses(draft)
+            return maintenance_rules.end_pauses(draft)
         case Tick() | Ping() | Report() | Note():
             return Answer(Done())
         case _:

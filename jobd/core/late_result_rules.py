@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from jobd.core import transitions as steps
+from jobd.core import transitions
 from jobd.core.changeset import Draft
 from jobd.core.state import Book
 from jobd.model.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Release, Why
@@ -73,12 +73,12 @@ def complete(draft: Draft, command: Complete, refusal: Refusal, body_hash: str) 
         return _not_kept(draft, job, command, refusal)
     worker, token = granted
     result = (
-        steps.kept_result(Result(command.download_url, command.file_path, command.storage_key, command.metadata))
+        transitions.kept_result(Result(command.download_url, command.file_path, command.storage_key, command.metadata))
         or Result()
     )
     late = LateResult(0, draft.at.now, worker, token, body_hash, command.expires_at, result)
     is_free = policy == "adopt_if_unclaimed" and _is_unclaimed(draft, job, command.lock_id)
-    if is_free and steps.refuse_result(draft, command) is None:
+    if is_free and transitions.refuse_result(draft, command) is None:
         return _taken(draft, job, late)
     return _kept(draft, job, late, refusal) or _not_kept(draft, job, command, refusal)
 
@@ -102,11 +102,11 @@ def tell(draft: Draft, job: Job, command: Calls) -> None:
 
 def adopt(draft: Draft, command: Adopt) -> Answer | Refusal:
     """A late result becomes the job's own, which is completed by it."""
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
     if job.status not in ADOPTABLE:
-        return steps.refuse_transition(job, "completed", _advice(job))
+        return transitions.refuse_transition(job, "completed", _advice(job))
     late = _chosen(draft.book.late.results.get(job.seq, []), command.result)
     if late is None:
         which = "a late result" if command.result is None else f"the late result {command.result}"
@@ -118,12 +118,12 @@ def adopt(draft: Draft, command: Adopt) -> Answer | Refusal:
     details = {"late_result": late.seq, "worker": late.worker, "fencing_token": late.fencing_token}
     expires_at = late.expires_at if late.expires_at is not None and late.expires_at > draft.at.now else None
     fields: dict[str, Any] = {"reason": command.reason, "details": details, "expires_at": expires_at}
-    return steps.job_answer(draft, steps.complete(draft, job, "adopted", job.ended, late.result, **fields))
+    return transitions.job_answer(draft, transitions.complete(draft, job, "adopted", job.ended, late.result, **fields))
 
 
 def refuse_adoption(late: LateResult, policy: Policy) -> Refusal | None:
     """Why this late result may complete no job as the daemon is set now, whatever the job's status."""
-    refusal = steps.refuse_without_url(policy, late.result.download_url)
+    refusal = transitions.refuse_without_url(policy, late.result.download_url)
     if refusal is None:
         return None
     message = f"Late result {late.seq} cannot be adopted: it has no download_url, which {_ASKING} asks for."
@@ -146,10 +146,10 @@ def _is_unclaimed(draft: Draft, job: Job, lock_id: str) -> bool:
     ended = job.ended
     if ended is None or ended.lock_id != lock_id or ended.rule != "recovery":
         return False
-    if job.updated_at != ended.at or not job.stalls or steps.is_overdue(job, draft.at.now):
+    if job.updated_at != ended.at or not job.stalls or transitions.is_overdue(job, draft.at.now):
         return False
     return job.status == "queued" or (
-        job.status == "failed" and job.error is not None and job.error.code == steps.STALLED
+        job.status == "failed" and job.error is not None and job.error.code == transitions.STALLED
     )
 
 
@@ -163,7 +163,9 @@ def _taken(draft: Draft, job: Job, late: LateResult) -> Answer:
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
     fields: dict[str, Any] = {"reason": reason, "details": details, "expires_at": late.expires_at}
     by = f"worker:{late.worker}"
-    return steps.job_answer(draft, steps.complete(draft, job, "adopted", ended, late.result, by=by, **fields))
+    return transitions.job_answer(
+        draft, transitions.complete(draft, job, "adopted", ended, late.result, by=by, **fields)
+    )
 
 
 def _not_kept(draft: Draft, job: Job, command: Complete, refusal: Refusal) -> Refusal:
@@ -198,7 +200,7 @@ def _told(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal
     kept = f"Its result is kept as late result {late.seq}"
     if job.status == "completed":
         kept += "."
-    elif steps.refuse_without_url(draft.policy, late.result.download_url) is not None:
+    elif transitions.refuse_without_url(draft.policy, late.result.download_url) is not None:
         kept += f", but cannot be adopted: it has no download_url, which {_ASKING} asks for."
     else:
         kept += f"; an operator can adopt it: jobctl adopt {job.id}"
@@ -213,7 +215,7 @@ def _said(command: Calls) -> dict[str, Any]:
     """What a refused call would have said."""
     said: dict[str, Any] = {}
     if isinstance(command, Progress):
-        said = {"progress": steps.whole(command.progress), "message": command.message}
+        said = {"progress": transitions.whole(command.progress), "message": command.message}
     elif isinstance(command, Fail):
         said = {"error_message": command.error_message, "error_code": command.error_code}
     return {name: value for name, value in said.items() if value is not None}

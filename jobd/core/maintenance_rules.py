@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from msgspec.structs import replace
 
-from jobd.core import transitions as steps
+from jobd.core import transitions
 from jobd.core.changeset import Draft
 from jobd.core.validation import counts, safe_fixes, validate
 from jobd.model.commands import (
@@ -38,13 +38,13 @@ def recover(draft: Draft, command: Recover) -> Answer:
     details = []
     for job_id in islice(book.stuck, command.limit):
         job = book.processing[job_id]
-        if steps.is_stuck(job, lease):
-            job = steps.stall(draft, job, steps.silence(draft, job))
+        if transitions.is_stuck(job, lease):
+            job = transitions.stall(draft, job, transitions.silence(draft, job))
             details.append(_recovery(draft, job))
     cleared = 0
     for job_id in islice(book.expired_locks, command.limit):
         job = book.processing[job_id]
-        if job.lease is not None and lease >= job.lease.expires and not steps.is_stuck(job, lease):
+        if job.lease is not None and lease >= job.lease.expires and not transitions.is_stuck(job, lease):
             _clear_lock(draft, job, job.lease)
             cleared += 1
     more = len(book.stuck) > command.limit or len(book.expired_locks) > command.limit
@@ -71,8 +71,8 @@ def take_back(draft: Draft, command: TakeBack) -> Answer | Refusal:
     details = []
     for job_id in islice(worker.expired, TAKEN_BACK):
         job = draft.book.processing[job_id]
-        cause = f"{steps.silence(draft, job)} An operator took the job back."
-        job = steps.stall(draft, job, cause, rule="take-back", why="taken_back")
+        cause = f"{transitions.silence(draft, job)} An operator took the job back."
+        job = transitions.stall(draft, job, cause, rule="take-back", why="taken_back")
         details.append(_recovery(draft, job))
     reset = sum(each.action == "reset" for each in details)
     more = len(worker.expired) > len(details)
@@ -87,22 +87,22 @@ def _recovery(draft: Draft, job: Job) -> Recovery:
 
 def recover_one(draft: Draft, command: OnJob) -> Answer | Refusal:
     """Recover this job, if it is stuck at this moment."""
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
-    if steps.is_stuck(job, draft.at.lease):
-        steps.stall(draft, job, steps.silence(draft, job))
+    if transitions.is_stuck(job, draft.at.lease):
+        transitions.stall(draft, job, transitions.silence(draft, job))
         return Answer(Worked(1))
     return _not_due(job, draft.at)
 
 
 def clean_one(draft: Draft, command: OnJob) -> Answer | Refusal:
     """What a pass does to this job at this moment, but for what it mends: recover it, fail it, or delete it."""
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
-    if steps.may_expire(job, draft.at):
-        steps.expire(draft, job)
+    if transitions.may_expire(job, draft.at):
+        transitions.expire(draft, job)
     elif _is_past(job, draft.at):
         draft.delete(job)
     else:
@@ -111,7 +111,7 @@ def clean_one(draft: Draft, command: OnJob) -> Answer | Refusal:
 
 
 def _not_due(job: Job, at: Moment) -> Refusal:
-    message = steps.CLOCK_SUSPECT if at.suspect else "It is no longer due for deletion or expiry."
+    message = transitions.CLOCK_SUSPECT if at.suspect else "It is no longer due for deletion or expiry."
     return Refusal("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
@@ -119,7 +119,7 @@ def preview(draft: Draft, command: Preview) -> Answer:
     """What `recover` and `expire` would do now, found out by doing it to a draft that nobody writes."""
     recovered = recover(draft, Recover(limit=command.limit)).data
     overdue, more_overdue = _overdue(draft, command.limit)
-    expired = [job.id for job in overdue if steps.may_expire(job, draft.at)]
+    expired = [job.id for job in overdue if transitions.may_expire(job, draft.at)]
     draft.changes.clear()
     more = recovered.more or more_overdue
     return Answer(Foreseen(recovered.details, recovered.locks_cleared, expired, more))
@@ -138,7 +138,7 @@ def end_grants(draft: Draft, command: EndGrants) -> Answer:
         job = draft.book.processing.get(job_id)
         if job is not None:
             cause = "The store was put back from a backup, which ends every grant in it."
-            steps.stall(draft, job, cause, rule="restore", why="restored")
+            transitions.stall(draft, job, cause, rule="restore", why="restored")
             done += 1
     return Answer(Worked(done))
 
@@ -169,9 +169,9 @@ def _credited(lease: Lease, since: int, until: int) -> Lease:
 def expire(draft: Draft, command: Expire) -> Answer:
     """Fail queued jobs that their creators no longer want."""
     overdue, more = _overdue(draft, command.limit)
-    late = [job for job in overdue if steps.may_expire(job, draft.at)]
+    late = [job for job in overdue if transitions.may_expire(job, draft.at)]
     for job in late:
-        steps.expire(draft, job)
+        transitions.expire(draft, job)
     return Answer(Worked(len(late), more=more))
 
 
@@ -235,5 +235,5 @@ def _mend(draft: Draft, job: Job) -> Job:
     if fixes:
         job = draft.step(job, "fixed", reason="validation", details={"fields": sorted(fixes)}, **fixes)
     if job.status == "processing" and (job.grant is None or job.lease is None):
-        job = steps.stall(draft, job, steps.silence(draft, job))
+        job = transitions.stall(draft, job, transitions.silence(draft, job))
     return job

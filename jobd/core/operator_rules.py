@@ -9,8 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from jobd.core import transitions as steps
-from jobd.core import views
+from jobd.core import transitions, views
 from jobd.core.changeset import Draft
 from jobd.model.commands import (
     NO_REASON,
@@ -33,29 +32,29 @@ from jobd.model.responses import AdminLock, Answer, Forced, Imported, ImportFore
 
 
 def force_fail(draft: Draft, command: ForceFail) -> Answer | Refusal:
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
     if job.status not in LIVE:
-        return steps.refuse_transition(job, "failed", "Only a queued or processing job can be failed.")
+        return transitions.refuse_transition(job, "failed", "Only a queued or processing job can be failed.")
     reason = command.reason or NO_REASON
-    ended = steps.ended_by(job, draft.at.now, "force-fail", "force_failed")
+    ended = transitions.ended_by(job, draft.at.now, "force-fail", "force_failed")
     error = Failure(reason, "force_failed")
-    after = steps.finish(draft, job, "force_failed", "failed", ended, reason=reason, error=error)
+    after = transitions.finish(draft, job, "force_failed", "failed", ended, reason=reason, error=error)
     return _forced(draft, job, after, reason)
 
 
 def force_reset(draft: Draft, command: ForceReset) -> Answer | Refusal:
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
-    job = steps.met(draft, job)
+    job = transitions.met(draft, job)
     if job.status in ("queued", "completed"):
         what = "It waits already." if job.status == "queued" else "completed is final; create a new job instead."
-        return steps.refuse_transition(job, "queued", what)
-    ended = steps.ended_by(job, draft.at.now, "force-reset", "force_reset")
+        return transitions.refuse_transition(job, "queued", what)
+    ended = transitions.ended_by(job, draft.at.now, "force-reset", "force_reset")
     fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": draft.at.now} | _wanted_again(draft, job)
-    after = steps.requeue(draft, job, "force_reset", ended, reason=command.reason, **fresh)
+    after = transitions.requeue(draft, job, "force_reset", ended, reason=command.reason, **fresh)
     return _forced(draft, job, after, command.reason)
 
 
@@ -66,21 +65,23 @@ def _wanted_again(draft: Draft, job: Job) -> dict[str, Any]:
 
 def transition(draft: Draft, command: Transition) -> Answer | Refusal:
     """Compare-and-set: only a job that is still `from_` moves."""
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
-    job = steps.met(draft, job)
+    job = transitions.met(draft, job)
     if job.status != command.from_:
         what = f"The transition asked for {command.from_}; look at the job again before you decide."
-        return steps.refuse_transition(job, command.to, what)
+        return transitions.refuse_transition(job, command.to, what)
     if command.to == "processing":
-        return steps.refuse_transition(job, command.to, "Only a grant makes a job processing: use start or claim.")
+        return transitions.refuse_transition(
+            job, command.to, "Only a grant makes a job processing: use start or claim."
+        )
     if (job.status, command.to) not in TRANSITIONS:
-        return steps.refuse_transition(job, command.to, f"It cannot go from {job.status} to {command.to}.")
+        return transitions.refuse_transition(job, command.to, f"It cannot go from {job.status} to {command.to}.")
     fields = _updated(draft, job, command.updates)
     if command.to == "completed":
         result = fields.get("result", job.result) or Result()
-        refusal = steps.refuse_without_url(draft.policy, result.download_url, "updates.download_url")
+        refusal = transitions.refuse_without_url(draft.policy, result.download_url, "updates.download_url")
         if refusal is not None:
             return refusal
     after = _moved(draft, job, command, fields)
@@ -89,17 +90,19 @@ def transition(draft: Draft, command: Transition) -> Answer | Refusal:
 
 def _moved(draft: Draft, job: Job, command: Transition, fields: dict[str, Any]) -> Job:
     reason = command.reason
-    ended = steps.ended_by(job, draft.at.now, "transition", "transitioned")
+    ended = transitions.ended_by(job, draft.at.now, "transition", "transitioned")
     if command.to == "queued":
         # Back by an operator's hand: the last attempt does not count.
         fields |= _wanted_again(draft, job)
-        return steps.requeue(draft, job, "transitioned", ended, reason=reason, attempt=steps.given_back(job), **fields)
+        return transitions.requeue(
+            draft, job, "transitioned", ended, reason=reason, attempt=transitions.given_back(job), **fields
+        )
     if command.to == "completed":
         result = fields.pop("result", job.result) or Result()
-        return steps.complete(draft, job, "transitioned", ended, result, reason=reason, **fields)
+        return transitions.complete(draft, job, "transitioned", ended, result, reason=reason, **fields)
     if command.to == "failed":
         fields.setdefault("error", Failure(reason or NO_REASON, "transitioned"))
-    return steps.finish(draft, job, "transitioned", command.to, ended, reason=reason, **fields)
+    return transitions.finish(draft, job, "transitioned", command.to, ended, reason=reason, **fields)
 
 
 def _updated(draft: Draft, job: Job, updates: Updates) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def _updated(draft: Draft, job: Job, updates: Updates) -> dict[str, Any]:
         fields["error"] = Failure(updates.error_message, "transitioned")
     given = {name: value for name in Result.__struct_fields__ if (value := getattr(updates, name)) is not None}
     if given:
-        fields["result"] = steps.kept_result(replace(job.result or Result(), **given))
+        fields["result"] = transitions.kept_result(replace(job.result or Result(), **given))
     return fields
 
 
@@ -130,40 +133,40 @@ def _rescheduled(
 
 
 def run_now(draft: Draft, command: RunNow) -> Answer | Refusal:
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
-    job = steps.met(draft, job)
+    job = transitions.met(draft, job)
     if job.status != "queued":
-        return steps.refuse_transition(job, "queued", "Only a queued job can be run now.")
+        return transitions.refuse_transition(job, "queued", "Only a queued job can be run now.")
     if job.run_at > draft.at.now:
         reason = command.reason or "run now"
         job = draft.step(job, "updated", reason=reason, details={"run_at": draft.at.now}, run_at=draft.at.now)
-    return steps.job_answer(draft, job)
+    return transitions.job_answer(draft, job)
 
 
 def update(draft: Draft, command: Update) -> Answer | Refusal:
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
-    job = steps.met(draft, job)
+    job = transitions.met(draft, job)
     if job.status == "completed":
-        return steps.refuse_transition(job, "completed", "completed is final: nothing of it can be changed.")
+        return transitions.refuse_transition(job, "completed", "completed is final: nothing of it can be changed.")
     fields = _rescheduled(draft, job, command.priority, command.run_at, command.max_attempts)
     if fields:
         asked = {"priority": command.priority, "run_at": command.run_at, "max_attempts": command.max_attempts}
         details = {name: value for name, value in asked.items() if value is not None}
         job = draft.step(job, "updated", reason=command.reason, details=details, **fields)
-    return steps.job_answer(draft, job)
+    return transitions.job_answer(draft, job)
 
 
 def delete(draft: Draft, command: Delete) -> Answer | Refusal:
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
     if job.status not in FINISHED:
-        return steps.refuse_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
-    answer = steps.job_answer(draft, job)
+        return transitions.refuse_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
+    answer = transitions.job_answer(draft, job)
     draft.delete(job, command.reason)
     return answer
 
@@ -176,7 +179,7 @@ def pause(draft: Draft, command: Pause) -> Answer | Refusal:
             f"until {command.until} is not in the future; it is in Unix milliseconds. Leave it out to pause until an "
             "operator resumes the queue."
         )
-        return steps.invalid("until", message)
+        return transitions.invalid("until", message)
     asked = command.reason, command.until
     if known is not None and asked in ((None, None), (known.reason, known.until)):
         return Answer(views.paused_view(command.name, known))
@@ -196,12 +199,12 @@ def import_job(draft: Draft, command: Import) -> Answer | Refusal:
     if draft.book.get(command.id) is not None or command.id in draft.book.quarantined:
         return Answer(Imported(command.id, skipped=True))
     if command.status in LIVE and draft.book.totals["queued"] + len(draft.book.processing) >= draft.policy.live_jobs:
-        return steps.too_many_jobs(draft)
-    if (refusal := steps.refuse_queue(draft, command.queue)) is not None:
+        return transitions.too_many_jobs(draft)
+    if (refusal := transitions.refuse_queue(draft, command.queue)) is not None:
         return refusal
     job = draft.create(_imported(draft, command), "imported", bytes(command.payload), "")
     if job.status == "processing":
-        steps.stall(draft, job, "The job was processing when it was imported; its worker is unknown here.")
+        transitions.stall(draft, job, "The job was processing when it was imported; its worker is unknown here.")
     return Answer(Imported(command.id, skipped=False), status=201)
 
 
@@ -233,23 +236,25 @@ def _imported(draft: Draft, command: Import) -> Job:
     finished = (command.finished_at or updated) if command.status in FINISHED else command.finished_at
     expires = command.expires_at
     if expires is None and command.status in FINISHED:
-        expires = now + steps.keep_ms(draft.policy, command.status)  # counted from the move, so that nothing vanishes
+        expires = now + transitions.keep_ms(
+            draft.policy, command.status
+        )  # counted from the move, so that nothing vanishes
     job = Job(
         seq=draft.job_number(),
         id=command.id,
-        options=steps.asked_options(draft, command),
+        options=transitions.asked_options(draft, command),
         status=command.status,
         created_at=created,
         updated_at=updated,
         run_at=command.run_at or created,
-        progress=steps.whole(_progress(command.status, command.progress)),
+        progress=transitions.whole(_progress(command.status, command.progress)),
         progress_message=command.progress_message,
         attempt=command.attempt,
         stalls=command.stalls,
         started_at=command.started_at,
         finished_at=finished,
         expires_at=expires,
-        result=steps.kept_result(
+        result=transitions.kept_result(
             Result(command.download_url, command.file_path, command.storage_key, command.metadata)
         ),
         error=_imported_error(command),

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, assert_never
 
-from jobd.core import planning
-from jobd.core import transitions as steps
+from jobd.core import planning, transitions
 from jobd.core.changeset import Draft
 from jobd.model.commands import (
     AnyCommand,
@@ -38,7 +37,7 @@ def apply(draft: Draft, command: ApplyPlan, rules: Rules) -> Answer:
 def moved(draft: Draft, command: AnyCommand, expected: str) -> Refusal | None:
     """Why `command` is not done: its job is not the one any more that who asks has seen."""
     assert isinstance(command, OnJob)
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
     if planning.version(job, draft.book.latest_late(job.seq)) == expected:
@@ -48,7 +47,7 @@ def moved(draft: Draft, command: AnyCommand, expected: str) -> Refusal | None:
 
 
 def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: Expected, done: PlanSlice) -> None:
-    job = steps.find(draft, expected.id)
+    job = transitions.find(draft, expected.id)
     if isinstance(job, Refusal):
         done.changed.append(ChangedJob(expected.id, "", None, job.message))
     elif planning.version(job, draft.book.latest_late(job.seq), command.action) != expected.version:

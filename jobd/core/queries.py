@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from jobd.core import planning, views
-from jobd.core import transitions as steps
+from jobd.core import planning, transitions, views
 from jobd.core.changeset import Draft
 from jobd.core.explain import explain
 from jobd.core.validation import validate
@@ -68,14 +67,14 @@ def answer(draft: Draft, command: Reading) -> Answer | Refusal:
 
 
 def _of_job(draft: Draft, command: OfJob) -> Answer | Refusal:
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
     match command:
         case Get():
-            return steps.job_answer(draft, job)
+            return transitions.job_answer(draft, job)
         case GetVersion():
-            shown = steps.job_answer(draft, job)
+            shown = transitions.job_answer(draft, job)
             shown.data = VersionedJob(shown.data, planning.version(job, draft.book.latest_late(job.seq)))
             return shown
         case Timeline():
@@ -89,7 +88,7 @@ def _of_job(draft: Draft, command: OfJob) -> Answer | Refusal:
             found = validate(job, draft.at, draft.policy)
             if not draft.call.admin:
                 return Answer(found)
-            shown = steps.job_answer(draft, job)
+            shown = transitions.job_answer(draft, job)
             shown.data = ValidateJobView(job.id, shown.data, found, draft.at.now)
             return shown
         case _:

@@ -13,10 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from jobd.core import late_result_rules as late_rules
-from jobd.core import maintenance_rules as time_rules
-from jobd.core import operator_rules, plan_rules, views
-from jobd.core import transitions as steps
+from jobd.core import late_result_rules, maintenance_rules, operator_rules, plan_rules, transitions, views
 from jobd.core.changeset import Draft
 from jobd.model.commands import (
     AnyCommand,
@@ -54,7 +51,7 @@ def bulk(draft: Draft, command: Bulk) -> Answer | Refusal:
     ids = [asked.id for asked in command.jobs if asked.id is not None]
     if len(ids) != len(set(ids)):
         twice = next(job_id for job_id in ids if ids.count(job_id) > 1)
-        return steps.invalid("jobs", f"The id {twice} is in the list twice; give each job its own.")
+        return transitions.invalid("jobs", f"The id {twice} is in the list twice; give each job its own.")
     answer = Answer(JobList([]), status=201)
     for index, asked in enumerate(command.jobs):
         made = _create(draft, asked)
@@ -80,7 +77,7 @@ def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | Refusa
         if isinstance(existing, Refusal):
             return existing
         return existing, views.job_view(existing, draft.at, draft.policy, admin=draft.call.admin), False
-    refusal = _refuse_times(draft, command) or _refuse_more(draft) or steps.refuse_queue(draft, command.queue)
+    refusal = _refuse_times(draft, command) or _refuse_more(draft) or transitions.refuse_queue(draft, command.queue)
     if refusal is not None:
         return refusal
     now = draft.at.now
@@ -88,7 +85,7 @@ def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | Refusa
     job = Job(
         seq=number,
         id=command.id or draft.job_id(number),
-        options=steps.asked_options(draft, command),
+        options=transitions.asked_options(draft, command),
         status="queued",
         created_at=now,
         updated_at=now,
@@ -101,7 +98,7 @@ def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | Refusa
 
 def _existing(draft: Draft, job_id: str, request_hash: str) -> Job | Refusal | None:
     if job_id in draft.book.quarantined:
-        return steps.find(draft, job_id)
+        return transitions.find(draft, job_id)
     job = draft.book.get(job_id)
     if job is None or draft.book.request_hashes.get(job_id) == request_hash:
         return job
@@ -111,14 +108,14 @@ def _existing(draft: Draft, job_id: str, request_hash: str) -> Job | Refusal | N
 
 def _refuse_times(draft: Draft, command: Create) -> Refusal | None:
     if command.run_at is not None and command.delay_ms is not None:
-        return steps.invalid("run_at", "Give run_at or delay_ms, not both.")
-    return steps.refuse_expiry(draft, command.expires_at)
+        return transitions.invalid("run_at", "Give run_at or delay_ms, not both.")
+    return transitions.refuse_expiry(draft, command.expires_at)
 
 
 def _refuse_more(draft: Draft) -> Refusal | None:
     totals = draft.book.totals
     if totals["queued"] + totals["processing"] + len(draft.changes) >= draft.policy.live_jobs:
-        return steps.too_many_jobs(draft)
+        return transitions.too_many_jobs(draft)
     return None
 
 
@@ -127,16 +124,16 @@ def _refuse_more(draft: Draft) -> Refusal | None:
 
 def start(draft: Draft, command: Start) -> Answer | Refusal:
     """Grant the named job: queued, due, its queue not paused. Time acts first: a stuck job is recovered before."""
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
-    if steps.is_stuck(job, draft.at.lease):
-        job = steps.stall(draft, job, steps.silence(draft, job))
-    job = steps.met(draft, job)
+    if transitions.is_stuck(job, draft.at.lease):
+        job = transitions.stall(draft, job, transitions.silence(draft, job))
+    job = transitions.met(draft, job)
     refusal = _refuse_start(draft, job)
     if refusal is not None:
         return refusal
-    job = steps.grant(draft, job, command)
+    job = transitions.grant(draft, job, command)
     answer = _granted(draft, [job])
     answer.data = answer.data.grants[0]
     return answer
@@ -148,13 +145,13 @@ def _refuse_start(draft: Draft, job: Job) -> Refusal | None:
         return _already_locked(draft, job)
     if job.status != "queued":
         why = f" ({job.error.message})" if job.error and job.error.message else ""
-        return steps.refuse_transition(job, "processing", f"Only a queued job can be started{why}.")
-    if steps.is_overdue(job, at.now):  # not failed yet, because the clock is suspect
-        what = f"It is not granted, because its expires_at has passed. {steps.CLOCK_SUSPECT}"
-        return steps.refuse_transition(job, "processing", what)
+        return transitions.refuse_transition(job, "processing", f"Only a queued job can be started{why}.")
+    if transitions.is_overdue(job, at.now):  # not failed yet, because the clock is suspect
+        what = f"It is not granted, because its expires_at has passed. {transitions.CLOCK_SUSPECT}"
+        return transitions.refuse_transition(job, "processing", what)
     if job.run_at > at.now:
         wait_ms = job.run_at - at.now
-        message = f"Job {job.id} is not due for another {steps.in_words(wait_ms)}."
+        message = f"Job {job.id} is not due for another {transitions.in_words(wait_ms)}."
         return Refusal("not_due", message, {"run_at": job.run_at, "retry_after_ms": wait_ms})
     queue = job.options.queue
     if (pause := draft.book.paused.get(queue)) is not None:
@@ -174,14 +171,14 @@ def _already_locked(draft: Draft, job: Job) -> Refusal:
         "lock_expires_at": at.wall(job.lease.expires),
         "retry_after_ms": wait_ms,
     }
-    message = f"Job {job.id} is held by worker {job.grant.worker}. Try again in {steps.in_words(wait_ms)}."
+    message = f"Job {job.id} is held by worker {job.grant.worker}. Try again in {transitions.in_words(wait_ms)}."
     return Refusal("already_locked", message, details)
 
 
 def claim(draft: Draft, command: Claim) -> Answer:
     """Grant the first due jobs of the queues, by priority, run_at and creation."""
     due = islice(draft.book.due(command.queues, command.kinds), command.limit)
-    return _granted(draft, [steps.grant(draft, job, command) for job in due])
+    return _granted(draft, [transitions.grant(draft, job, command) for job in due])
 
 
 def _granted(draft: Draft, jobs: list[Job]) -> Answer:
@@ -197,15 +194,15 @@ def _granted(draft: Draft, jobs: list[Job]) -> Answer:
 
 def undelivered(draft: Draft, command: Undelivered) -> Answer | Refusal:
     """The grant never reached its worker: the job goes back to its place, and the attempt is given back."""
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
     if job.status != "processing" or job.grant is None or job.grant.lock_id != command.lock_id:
         return _lock_lost(job, command.lock_id)
-    ended = steps.ended_by(job, draft.at.now, "undelivered", "undelivered")
+    ended = transitions.ended_by(job, draft.at.now, "undelivered", "undelivered")
     reason = "The connection closed before the grant was sent."
-    fields: dict[str, Any] = {"attempt": steps.given_back(job), "releases": job.releases}
-    return steps.job_answer(draft, steps.requeue(draft, job, "undelivered", ended, reason=reason, **fields))
+    fields: dict[str, Any] = {"attempt": transitions.given_back(job), "releases": job.releases}
+    return transitions.job_answer(draft, transitions.requeue(draft, job, "undelivered", ended, reason=reason, **fields))
 
 
 # -- the holder's commands: the latest grant wins ---------------------------------------------------------------------
@@ -219,8 +216,8 @@ def progress(draft: Draft, command: Progress) -> Answer | Refusal:
     assert job.grant is not None and job.lease is not None
     if job.lease.is_past_ceiling(draft.at.lease):
         return _past_ceiling(draft, job)
-    lease = steps.keep_alive(job.grant, job.lease, draft.at.lease, job.grant.ttl_ms, progressed=True)
-    value = steps.whole(command.progress)
+    lease = transitions.keep_alive(job.grant, job.lease, draft.at.lease, job.grant.ttl_ms, progressed=True)
+    value = transitions.whole(command.progress)
     details: dict[str, Any] = {"progress": value}
     if command.message is not None:
         details["message"] = command.message
@@ -260,7 +257,9 @@ def _extend(
     assert job.grant is not None and job.lease is not None
     if job.lease.is_past_ceiling(draft.at.lease):
         return _past_ceiling(draft, job)
-    lease = steps.keep_alive(job.grant, job.lease, draft.at.lease, additional_ms or job.grant.ttl_ms, progressed=False)
+    lease = transitions.keep_alive(
+        job.grant, job.lease, draft.at.lease, additional_ms or job.grant.ttl_ms, progressed=False
+    )
     extended = lease.expires > job.lease.expires
     by = None if draft.call.admin else f"worker:{job.grant.worker}"
     details = {"lock_expires_at": draft.at.wall(lease.expires)}
@@ -272,17 +271,17 @@ def complete(draft: Draft, command: Complete) -> Answer | Refusal:
     """The work is done. From a grant that has ended it comes late: then it may still be of use."""
     job = _held(draft, command, "complete")
     if isinstance(job, Refusal) and job.code == "lock_lost":
-        return late_rules.complete(draft, command, job, digest(command))
+        return late_result_rules.complete(draft, command, job, digest(command))
     if not isinstance(job, Job):
         return job
-    refusal = steps.refuse_result(draft, command)
+    refusal = transitions.refuse_result(draft, command)
     if refusal is not None:
         return refusal
     ended = _ended_by_holder(draft, job, command, "complete")
     result = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
     by = f"worker:{ended.worker}"
-    job = steps.complete(draft, job, "completed", ended, result, by=by, expires_at=command.expires_at)
-    return steps.job_answer(draft, job)
+    job = transitions.complete(draft, job, "completed", ended, result, by=by, expires_at=command.expires_at)
+    return transitions.job_answer(draft, job)
 
 
 def fail(draft: Draft, command: Fail) -> Answer | Refusal:
@@ -294,17 +293,17 @@ def fail(draft: Draft, command: Fail) -> Answer | Refusal:
     error = Failure(command.error_message, command.error_code)
     by = f"worker:{ended.worker}"
     if not command.retry or job.attempt >= job.options.max_attempts:
-        job = steps.finish(draft, job, "failed", "failed", ended, by=by, reason=error.message, error=error)
-        return steps.job_answer(draft, job)
+        job = transitions.finish(draft, job, "failed", "failed", ended, by=by, reason=error.message, error=error)
+        return transitions.job_answer(draft, job)
     wait_ms = command.retry_after_ms
     if wait_ms is None:
         wait_ms = backoff_ms(job.options.backoff, job.attempt, draft.fraction(job.attempt))
     run_at = draft.at.now + wait_ms
     details = {"attempt": job.attempt, "run_at": run_at}
-    job = steps.requeue(
+    job = transitions.requeue(
         draft, job, "retried", ended, by=by, reason=error.message, details=details, run_at=run_at, error=error
     )
-    return steps.job_answer(draft, job)
+    return transitions.job_answer(draft, job)
 
 
 def backoff_ms(backoff: Backoff, attempt: int, fraction: float) -> int:
@@ -328,7 +327,7 @@ def release_lock(draft: Draft, command: ReleaseLock) -> Answer | Refusal:
     answer = _release(draft, command, None)
     if isinstance(answer, Refusal):
         return answer
-    job = _latest(draft) if draft.changes else steps.find(draft, command.id)
+    job = _latest(draft) if draft.changes else transitions.find(draft, command.id)
     assert isinstance(job, Job)
     return operator_rules.lock_answer(draft, job, None)
 
@@ -343,7 +342,7 @@ def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None)
         return job
     if isinstance(command, ReleaseLock):
         # The holder did not end it: its next call is told that the lock is lost.
-        ended, by, reason = steps.ended_by(job, draft.at.now, "release-lock", "released"), None, command.reason
+        ended, by, reason = transitions.ended_by(job, draft.at.now, "release-lock", "released"), None, command.reason
     else:
         ended, reason = _ended_by_holder(draft, job, command, "release"), None
         by = f"worker:{ended.worker}"
@@ -355,20 +354,22 @@ def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None)
         fields["run_at"] = draft.at.now + delay_ms
     if releases >= DELAYED_FROM:
         fields["details"] = {"releases": releases, "delay_ms": delay_ms}
-    attempt = steps.given_back(job)
-    job = steps.requeue(draft, job, "released", ended, by=by, reason=reason, attempt=attempt, **fields)
-    return steps.job_answer(draft, job)
+    attempt = transitions.given_back(job)
+    job = transitions.requeue(draft, job, "released", ended, by=by, reason=reason, attempt=attempt, **fields)
+    return transitions.job_answer(draft, job)
 
 
 def cancel(draft: Draft, command: Cancel) -> Answer | Refusal:
     """At once, also from under a holder: its next call is told so."""
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
     if job.status not in ("queued", "processing"):
-        return steps.refuse_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
-    ended = steps.ended_by(job, draft.at.now, "cancel", "cancelled")
-    return steps.job_answer(draft, steps.finish(draft, job, "cancelled", "cancelled", ended, reason=command.reason))
+        return transitions.refuse_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
+    ended = transitions.ended_by(job, draft.at.now, "cancel", "cancelled")
+    return transitions.job_answer(
+        draft, transitions.finish(draft, job, "cancelled", "cancelled", ended, reason=command.reason)
+    )
 
 
 _PLANNED: Final[plan_rules.Rules] = {
@@ -377,8 +378,8 @@ _PLANNED: Final[plan_rules.Rules] = {
     "cancel": cancel,
     "force-fail": operator_rules.force_fail,
     "delete": operator_rules.delete,
-    "recover-stuck": time_rules.recover_one,
-    "cleanup": time_rules.clean_one,
+    "recover-stuck": maintenance_rules.recover_one,
+    "cleanup": maintenance_rules.clean_one,
 }
 
 
@@ -389,7 +390,7 @@ Holders = Progress | Extend | Complete | Fail | Release | ExtendLock | ReleaseLo
 
 def _held(draft: Draft, command: Holders, verb: str) -> Job | Answer | Refusal:
     """The job, if `command` names its latest grant; else the answer to a repeated ending, or the refusal."""
-    job = steps.find(draft, command.id)
+    job = transitions.find(draft, command.id)
     if isinstance(job, Refusal):
         return job
     if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
@@ -398,12 +399,12 @@ def _held(draft: Draft, command: Holders, verb: str) -> Job | Answer | Refusal:
     ended = job.ended
     if ended is None or ended.lock_id != command.lock_id or ended.verb is None:
         if isinstance(command, (Progress, Extend, Fail, Release)):
-            late_rules.tell(draft, job, command)
+            late_result_rules.tell(draft, job, command)
         return _lock_lost(job, command.lock_id)
     if verb == ended.verb and digest(command) == ended.body_hash:
-        return steps.job_answer(draft, job, repeated=True)
+        return transitions.job_answer(draft, job, repeated=True)
     if verb == "release" and ended.verb in ("complete", "fail"):
-        return steps.job_answer(draft, job, repeated=True)
+        return transitions.job_answer(draft, job, repeated=True)
     message = f"This grant of job {job.id} was ended by {ended.verb} already; {verb} changes nothing."
     return Refusal("invalid_transition", message, {"status": job.status, "ended_by": ended.verb, "ended_at": ended.at})
 
@@ -429,7 +430,7 @@ def _past_ceiling(draft: Draft, job: Job) -> Refusal:
     assert job.grant is not None and job.lease is not None and job.lease.ceiling is not None
     limit = job.grant.max_processing_ms
     message = (
-        f"Job {job.id} had no progress report for {steps.in_words(limit)} (max_processing_ms {limit}). "
+        f"Job {job.id} had no progress report for {transitions.in_words(limit)} (max_processing_ms {limit}). "
         "Complete, fail or release it now. Next time report progress in time, or raise max_processing_ms of the "
         "job, of the start or claim, or max_processing under [locks]; 0 means no ceiling."
     )
@@ -438,7 +439,7 @@ def _past_ceiling(draft: Draft, job: Job) -> Refusal:
 
 
 def _ended_by_holder(draft: Draft, job: Job, command: Holders, verb: str) -> Ended:
-    ended = steps.ended_by(job, draft.at.now, verb, verb, verb, digest(command))
+    ended = transitions.ended_by(job, draft.at.now, verb, verb, verb, digest(command))
     assert ended is not None  # only a held job comes here
     return ended
 

@@ -18,10 +18,7 @@ from msgspec.structs import replace
 from jobd.api.downloads import Artifact, give
 from jobd.api.events import EVENT_STREAM
 from jobd.api.services import Rooms
-from jobd.dashboard import clock, pages, webhooks
-from jobd.dashboard import maintenance as chores
-from jobd.dashboard import plans as bulk
-from jobd.dashboard import urls as links
+from jobd.dashboard import clock, maintenance, pages, plans, urls, webhooks
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.context import (
     AUTHORIZATION,
@@ -111,10 +108,10 @@ class Dashboard:
             ),
             *self._of_job("/jobs/{id}"),
             *self._of_job("/job"),  # with the id in the query, for those that a path cannot name (places.py)
-            self._form("/plans", bulk.PlanForm, bulk.make),
-            self._page("/plans/{plan_id}", OnPlan, "plan", "Plan", bulk.show, every_s=0),
-            self._form("/plans/{plan_id}/apply", bulk.ApplyForm, bulk.apply),
-            self._form("/plans/{plan_id}/next", bulk.NextForm, bulk.make_next),
+            self._form("/plans", plans.PlanForm, plans.make),
+            self._page("/plans/{plan_id}", OnPlan, "plan", "Plan", plans.show, every_s=0),
+            self._form("/plans/{plan_id}/apply", plans.ApplyForm, plans.apply),
+            self._form("/plans/{plan_id}/next", plans.NextForm, plans.make_next),
             self._page("/failures", Nothing, "failures", "Failures", lambda guest, _: pages.failures(guest)),
             self._page(
                 "/queues",
@@ -123,33 +120,33 @@ class Dashboard:
                 "Queues",
                 lambda guest, asked: pages.queues(guest, recorder, asked),
             ),
-            self._form("/queues/pause", chores.QueueForm, chores.pause),
-            self._form("/queues/resume", chores.QueueForm, chores.resume),
-            self._form("/queues/{name}/pause", chores.QueueForm, chores.pause),  # as programs ask for it
-            self._form("/queues/{name}/resume", chores.QueueForm, chores.resume),
+            self._form("/queues/pause", maintenance.QueueForm, maintenance.pause),
+            self._form("/queues/resume", maintenance.QueueForm, maintenance.resume),
+            self._form("/queues/{name}/pause", maintenance.QueueForm, maintenance.pause),  # as programs ask for it
+            self._form("/queues/{name}/resume", maintenance.QueueForm, maintenance.resume),
             self._page("/workers", pages.WorkersPage, "workers", "Workers", pages.workers),
             self._page(
                 "/workers/take-back",
-                chores.TakeBackPage,
+                maintenance.TakeBackPage,
                 "take_back",
                 "Workers",
-                chores.confirm_take_back,
+                maintenance.confirm_take_back,
                 every_s=0,
                 changes=True,
             ),
-            self._form("/workers/take-back", chores.TakeBackForm, chores.take_back),
+            self._form("/workers/take-back", maintenance.TakeBackForm, maintenance.take_back),
             self._page("/cleanup", Nothing, "cleanup", "Cleanup", lambda guest, _: pages.cleanup(guest)),
             self._page(
                 "/cleanup/confirm",
-                chores.ChorePage,
+                maintenance.ChorePage,
                 "cleanup_confirm",
                 "Cleanup",
-                chores.confirm,
+                maintenance.confirm,
                 every_s=0,
                 changes=True,
             ),
-            self._form("/cleanup/run", ReasonForm, chores.run_cleanup),
-            self._form("/cleanup/recover", ReasonForm, chores.recover),
+            self._form("/cleanup/run", ReasonForm, maintenance.run_cleanup),
+            self._form("/cleanup/recover", ReasonForm, maintenance.recover),
             self._page("/alerts", Nothing, "alerts", "Alerts", lambda guest, _: pages.alerts(guest), every_s=5),
             self._page("/webhooks", Nothing, "webhooks", "Webhooks", webhooks.every, every_s=5),
             self._page("/webhooks/{name}", webhooks.WebhookPage, "webhook", "Webhook", webhooks.one, every_s=5),
@@ -167,7 +164,7 @@ class Dashboard:
             self._form("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
             self._page("/audit", pages.AuditPage, "audit", "Audit", pages.audit, every_s=5),
             self._page("/clock", Nothing, "clock", "Clock", lambda guest, _: clock.page(guest), every_s=0),
-            self._form("/clock/accept", ReasonForm, chores.accept_clock),
+            self._form("/clock/accept", ReasonForm, maintenance.accept_clock),
         )
 
     def _of_job(self, place: str) -> tuple[Route, ...]:
@@ -312,8 +309,8 @@ class Dashboard:
         if guest is None:
             return to_sign_in(visit)
         url = await pages.elsewhere(guest, asked)
-        text = await self._paint("elsewhere.html", guest, job_id=asked.id, url=url, style=links.STYLE)
-        more = {"Content-Security-Policy": links.LEAVING, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+        text = await self._paint("elsewhere.html", guest, job_id=asked.id, url=url, style=urls.STYLE)
+        more = {"Content-Security-Policy": urls.LEAVING, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
         return Answer(replace(text, more=more))
 
     # -- deeds --------------------------------------------------------------------------------------------------------

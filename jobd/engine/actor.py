@@ -14,7 +14,7 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.core import late_result_rules as late_rules
+from jobd.core import late_result_rules
 from jobd.core.state import Book
 from jobd.core.stats import Histogram
 from jobd.engine.batch import Decider, Known, Plan
@@ -305,7 +305,7 @@ class Actor:
             asked = self._mailbox.popleft()
             self._bytes -= asked.size
             command = asked.call.command
-            is_late = type(command) is Complete and late_rules.is_late(self.book, command)
+            is_late = type(command) is Complete and late_result_rules.is_late(self.book, command)
             weights += LATE_WEIGHT if is_late else weight(command)
             batch.append(asked)
         return batch
@@ -417,13 +417,13 @@ class Actor:
 
     def _is_at_hand(self, command: AnyCommand) -> bool:
         """Whether memory has all that has to be known of it: it names no job, or comes from who holds it."""
-        if isinstance(command, late_rules.Calls):
+        if isinstance(command, late_result_rules.Calls):
             return self.book.holds(command.id, command.lock_id)
         return isinstance(command, Claim) or (isinstance(command, Create) and command.id is None)
 
     async def _load_late(self, commands: Iterable[AnyCommand], known: Known) -> None:
         """What late results there are of the jobs whose complete comes late, or of which an operator asks."""
-        wanted = {late_rules.asks(self.book, command, self.policy): None for command in commands}
+        wanted = {late_result_rules.asks(self.book, command, self.policy): None for command in commands}
         asks = [each for each in wanted if each is not None]
         if asks:
             self._tell_meanwhile()

@@ -13,8 +13,7 @@ import msgspec
 import structlog
 from msgspec import Raw, Struct, field
 
-from jobd.core import audit, decide, views
-from jobd.core import late_result_rules as late_rules
+from jobd.core import audit, decide, late_result_rules, views
 from jobd.core.changeset import Decision
 from jobd.core.state import Book
 from jobd.engine.idempotency import Keys
@@ -238,7 +237,9 @@ class Decider:
             if known is not None:
                 return known  # on a full disk too: what was done is not refused afterwards
         refusal = self._refuse(command)
-        if refusal is not None and not (isinstance(command, Complete) and late_rules.is_late(self.book, command)):
+        if refusal is not None and not (
+            isinstance(command, Complete) and late_result_rules.is_late(self.book, command)
+        ):
             return refusal  # who has lost the lock hears that on a full disk too: it writes nothing
         if isinstance(command, (Start, Claim)):
             self.book.presence.asks(command)

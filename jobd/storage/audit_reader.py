@@ -9,7 +9,7 @@ import sqlite3
 from typing import Any, Final
 
 from jobd.model.storage import AuditQuery, AuditRows
-from jobd.storage import codec as rows
+from jobd.storage import codec
 from jobd.storage.audit_writer import AUDIT_SQL
 from jobd.storage.codec import AUDIT_COLUMNS, fault
 from jobd.storage.database import Tables, is_corrupt
@@ -55,7 +55,7 @@ def _page(tables: Tables, query: AuditQuery) -> AuditRows:
         next_before = None if more is None else end
     damaged = [(row[0], row, wrong) for row in shown if (wrong := fault(row)) is not None]
     set_rows_aside(tables, "audit", (*AUDIT_COLUMNS, "crc"), damaged)
-    return AuditRows([(row[0], rows.audited(row)) for row in shown if fault(row) is None], next_before)
+    return AuditRows([(row[0], codec.audited(row)) for row in shown if fault(row) is None], next_before)
 
 
 def _conditions(query: AuditQuery) -> tuple[str, tuple[Any, ...]]:

@@ -12,7 +12,7 @@ from typing import Final, get_args
 from msgspec.structs import replace
 
 from jobd.model.storage import Audited, Share, share_of
-from jobd.storage import codec as rows
+from jobd.storage import codec
 from jobd.storage.codec import AUDIT_COLUMNS
 from jobd.storage.writers import insert
 
@@ -51,7 +51,7 @@ class AuditWriter:
                 last += 1
                 known = last, audited
             seq, whole = known
-            self._conn.execute(_WRITE, rows.audit_row(seq, whole))
+            self._conn.execute(_WRITE, codec.audit_row(seq, whole))
             if audited.part_of is not None:
                 self._open[audited.part_of] = seq
         while len(self._open) > OPEN_DEEDS:
@@ -63,9 +63,9 @@ class AuditWriter:
         if seq is None:
             return None
         found = self._conn.execute(_READ, (seq,)).fetchone()
-        if found is None or rows.fault(found) is not None:
+        if found is None or codec.fault(found) is not None:
             return None
-        before = rows.audited(found)
+        before = codec.audited(found)
         if before.part_of != part.part_of:
             return None
         details = before.details if part.details is None else part.details

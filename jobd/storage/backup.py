@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
 from jobd.model.storage import DiskFull, NoBackup
-from jobd.storage import files, migrations
-from jobd.storage import startup as opening
+from jobd.storage import files, migrations, startup
 from jobd.storage.files import FileLock, StoreError, StoreUnreadable
 from jobd.storage.store import MEMORY, Store
 
@@ -142,10 +141,10 @@ def _full_means_full() -> Iterator[None]:
 
 def mark(path: str, step: Told | None = None) -> None:
     """Mark the copy at `path` as one, in a file without a write-ahead log, and check it through."""
-    with _full_means_full(), opening.refusals(path), contextlib.closing(_plain(path)) as copy:
-        opening.journal_mode(copy, path, "delete")
+    with _full_means_full(), startup.refusals(path), contextlib.closing(_plain(path)) as copy:
+        startup.journal_mode(copy, path, "delete")
         copy.execute("PRAGMA synchronous = OFF")  # nobody else knows the file yet
-        opening.check_ours(copy, path)
+        startup.check_ours(copy, path)
         migrations.check_meta(copy, path)
         copy.execute("BEGIN IMMEDIATE")
         migrations.change_meta(copy, marked=1)
@@ -217,9 +216,9 @@ def restore(file: str, path: str) -> str | None:
 def _check_and_copy(file: str, new: str) -> None:
     if not os.path.exists(file):
         raise StoreUnreadable(f"{file} does not exist")
-    opening.refuse_newer(file, opening.peek(file))
-    with opening.refusals(file), opening.read_only(file) as source:
-        opening.check_ours(source, file)
+    startup.refuse_newer(file, startup.peek(file))
+    with startup.refusals(file), startup.read_only(file) as source:
+        startup.check_ours(source, file)
         copy_marked(source, new)
 
 
@@ -258,11 +257,11 @@ def _keep_old(path: str) -> tuple[int, str | None]:
 def _settle_old(path: str) -> int:
     """Write the log of the old database back; its epoch, 0 where it cannot be read."""
     try:
-        opening.peek(path)
+        startup.peek(path)
     except StoreUnreadable:
         return 0  # no database at all: SQLite would throw its log away
     try:
-        opening.refuse_damaged_log(path)
+        startup.refuse_damaged_log(path)
     except StoreUnreadable:
         return 0  # what cannot be read any more is kept for whoever can
     try:

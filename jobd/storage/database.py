@@ -19,8 +19,7 @@ from jobd.model.events import GIVEN_BACK, KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_S
 from jobd.model.fingerprints import fingerprint_of_bytes
 from jobd.model.job import LIVE
 from jobd.model.storage import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow, Tombstone, distinct
-from jobd.storage import codec as rows
-from jobd.storage import files
+from jobd.storage import codec, files
 from jobd.storage.audit_writer import AuditWriter
 from jobd.storage.codec import (
     EVENT_COLUMNS,
@@ -149,7 +148,7 @@ class Tables:
         self.totals = totals
         self.marked = marked
         self.gone_to = gone_to  # events up to this one may be gone
-        self.reader = rows.JobReader()
+        self.reader = codec.JobReader()
         self._jobs = JobWriter(conn)
         conn.create_function("fingerprint", 3, fingerprint_of_bytes, deterministic=True)
         self._late = LateWriter(conn, self.rows, self.note_fault)
@@ -336,7 +335,7 @@ class Tables:
         if batch.queues:
             self._write_queues(batch.queues, [self.aside[number] for number in range(told_aside, self.asides)])
         if tombstones:
-            self.conn.executemany(_PUT_TOMBSTONE, map(rows.tombstone_row, tombstones))
+            self.conn.executemany(_PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
         self._write_rest(batch)
         self.numbers = batch.numbers
         self.marked = self.marked and not batch.unmark
@@ -357,7 +356,7 @@ class Tables:
         self.conn.execute(_UPDATE_META, meta_row(self.numbers, self.totals, int(self.marked), self.gone_to, VERSION))
 
     def _write_events(self, changes: list[Change]) -> None:
-        self.conn.executemany(_INSERT_EVENT, [sealed(rows.event_row(change.event)) for change in changes])
+        self.conn.executemany(_INSERT_EVENT, [sealed(codec.event_row(change.event)) for change in changes])
         for change in changes:
             event = change.event
             if event.type in SIGNS:
@@ -411,7 +410,7 @@ class Tables:
         found = self._journal_rows(sql, (job_seq, begin))
         if any(fault(row) for row in found):
             return  # timeline quarantines the row and names it
-        self._shorten(*rows.thin([rows.event(row) for row in found]))
+        self._shorten(*codec.thin([codec.event(row) for row in found]))
 
     def _compact(self, job_seq: int, begin: int) -> None:
         """Compact the journal of a job from the event `begin` on (0: after its first grants) up to its last grants."""
@@ -423,8 +422,8 @@ class Tables:
         sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
         found = self._journal_rows(sql, (job_seq, begin, end, COMPACTED_AT_ONCE))
         damaged = [place for place, row in enumerate(found) if fault(row)]
-        events = [rows.event(row) for row in found[damaged[-1] + 1 if damaged else 0 :]]
-        self._shorten(*rows.compact(events))
+        events = [codec.event(row) for row in found[damaged[-1] + 1 if damaged else 0 :]]
+        self._shorten(*codec.compact(events))
         if found and found[-1][0] < end:  # continue after the next batch, from the last grant, which did not change
             grants = [event.seq for event in events[1:] if event.type == "granted"]
             end = grants[-1] if grants else found[-1][0] + 1
@@ -450,7 +449,7 @@ class Tables:
 
     def _shorten(self, gone: list[int], changed: list[Event]) -> None:
         self.conn.executemany("DELETE FROM events WHERE seq = ?", [(seq,) for seq in gone])
-        merged = [sealed(rows.event_row(event)) for event in changed]
+        merged = [sealed(codec.event_row(event)) for event in changed]
         self.conn.executemany(_UPDATE_EVENT, [(*row[-2:], row[0]) for row in merged])
 
     def _write_queues(self, queues: dict[str, QueueRow], untold: list[Aside]) -> None:
@@ -459,14 +458,14 @@ class Tables:
         for name, status in (aside.uncounted for aside in untold if aside.uncounted is not None):
             if name in put:
                 put[name] = put[name].without(status)
-        self.conn.executemany(PUT_QUEUE, [rows.queue_row(name, queue) for name, queue in put.items()])
+        self.conn.executemany(PUT_QUEUE, [codec.queue_row(name, queue) for name, queue in put.items()])
 
     def _write_rest(self, batch: Batch) -> None:
         many = self.conn.executemany
         if batch.forget_keys:
             many("DELETE FROM keys WHERE digest = ?", [(digest,) for digest in batch.forget_keys])
         if batch.keys:
-            many(_REPLACE_KEY, map(rows.key_row, batch.keys))
+            many(_REPLACE_KEY, map(codec.key_row, batch.keys))
         if batch.checked:
             many("DELETE FROM suspects WHERE job_seq = ?", [(seq,) for seq in batch.checked])
         if batch.audit:
@@ -566,7 +565,7 @@ class Tables:
 
     def _settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
         self.conn.executemany("DELETE FROM tombstones WHERE job_seq = ?", [(seq,) for seq in gone])
-        self.conn.executemany(_PUT_TOMBSTONE, map(rows.tombstone_row, later))
+        self.conn.executemany(_PUT_TOMBSTONE, map(codec.tombstone_row, later))
 
     def save_figures(self, body: bytes) -> None:
         self.commit(self.conn.execute, insert("figures", ("id", "body", "crc"), "REPLACE"), sealed((1, body)))

@@ -16,9 +16,7 @@ import msgspec
 
 from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS, is_job_id
 from jobd.model.storage import Numbers, QueueRow
-from jobd.storage import codec as rows
-from jobd.storage import files, migrations
-from jobd.storage import startup as opening
+from jobd.storage import codec, files, migrations, startup
 from jobd.storage.audit_writer import AUDIT_SQL
 from jobd.storage.codec import JOB_COLUMNS, META_COLUMNS, Row, fault
 from jobd.storage.database import (
@@ -78,15 +76,15 @@ def check(path: str) -> list[Problem]:
     with contextlib.ExitStack() as stack:
         if os.path.exists(f"{path}.lock"):  # a copy that no daemon ever opened gets no lock file from us
             stack.enter_context(FileLock(path))
-        found = opening.peek(path)
-        opening.refuse_newer(path, found)
-        opening.refuse_damaged_log(path)
+        found = startup.peek(path)
+        startup.refuse_newer(path, found)
+        startup.refuse_damaged_log(path)
         if found[1] < migrations.VERSION:
             what = f"it has schema version {found[1]}, this jobd has {migrations.VERSION}"
             return [Problem(path, what, "start the daemon once: it makes a copy and migrates; then check again")]
-        stack.enter_context(opening.refusals(path))
-        conn = stack.enter_context(opening.read_only(path))
-        opening.check_ours(conn, path)
+        stack.enter_context(startup.refusals(path))
+        conn = stack.enter_context(startup.read_only(path))
+        startup.check_ours(conn, path)
         return problems(conn, path)
 
 
@@ -142,7 +140,7 @@ def _file(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
     for (line,) in conn.execute(f"PRAGMA integrity_check({NAMED + 1})"):
         if line != "ok":
             yield Problem("file", line, _REBUILD if "index" in line else _RESTORE)
-    for name in opening.missing_from_schema(conn):
+    for name in startup.missing_from_schema(conn):
         yield Problem(f"schema {name}", "it is missing", _RESTORE)
 
 
@@ -155,7 +153,7 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
         job, wrong = read_job(tables, row)
         group = sums[row[2] in LIVE]
         group[0] += 1
-        group[1] ^= rows.first_checksum(row)
+        group[1] ^= codec.first_checksum(row)
         if job is None:
             id_ = true_id(tables, row)
             yield Problem(f"job {id_}", wrong, _ACCEPT.format(id_))
@@ -240,7 +238,7 @@ def queues(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
         else:
             kept[row[0]] = row[2:5]
     with lenient(conn):
-        counted = opening.recount_queues(conn)
+        counted = startup.recount_queues(conn)
     for name in sorted(kept.keys() | counted.keys()):
         says, has = kept.get(name, (0, 0, 0)), counted.get(name, (0, 0, 0))
         if says != has:
@@ -269,7 +267,7 @@ def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[Problem]:
     for row in _every(conn, f"SELECT {TOMBSTONE_SQL} FROM tombstones NOT INDEXED WHERE at < {now - LONG_MS}"):
         if fault(row) is not None:
             continue
-        late = rows.tombstone(row)
+        late = codec.tombstone(row)
         days = (now - late.at) // DAY_MS
         gone = f"job {late.job_id} was deleted" if late.job_seq > 0 else f"a late result of job {late.job_id} went"
         what = f"{gone} {days} days ago, and its object not yet; {late.tries} tries have failed"
@@ -347,9 +345,9 @@ def _changing(path: str, change: Callable[[Tables], str]) -> str:
     with FileLock(path):
         if not os.path.exists(path):
             raise files.StoreUnreadable(f"{path} does not exist")
-        with contextlib.closing(opening.connect(path, "FULL")) as conn, opening.refusals(path):
-            opening.prepare_schema(conn, path)
-            return change(opening.read_meta(conn, path))
+        with contextlib.closing(startup.connect(path, "FULL")) as conn, startup.refusals(path):
+            startup.prepare_schema(conn, path)
+            return change(startup.read_meta(conn, path))
 
 
 class Edited(msgspec.Struct, frozen=True):
@@ -398,10 +396,10 @@ def _accept_row(tables: Tables, id_: str) -> str:
     run("DELETE FROM jobs WHERE seq = ?", (seq,))
     run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
     try:
-        run(insert("jobs", (*JOB_COLUMNS, "crc")), rows.sealed(taken.row))
+        run(insert("jobs", (*JOB_COLUMNS, "crc")), codec.sealed(taken.row))
     except sqlite3.IntegrityError as error:
         raise Refused(f"job {id_}: {error}") from error
-    payload = rows.sealed((seq, taken.body, taken.request_hash))
+    payload = codec.sealed((seq, taken.body, taken.request_hash))
     run(insert("payloads", ("job_seq", "body", "request_hash", "crc")), payload)
     run("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (seq,))
     return f"job {id_}: {taken.where} was accepted as it is; validation will check it"
@@ -417,8 +415,8 @@ def _in_place(tables: Tables, id_: str) -> tuple[Row, Any, Any]:
 
 def _row_aside(id_: str, aside: Row) -> tuple[Row, Any]:
     try:
-        row = rows.from_text(JOB_COLUMNS, aside[1])
-    except rows.Unreadable as error:
+        row = codec.from_text(JOB_COLUMNS, aside[1])
+    except codec.Unreadable as error:
         raise Refused(f"job {id_}: its row in quarantine: {error}") from error
     return row, b"null" if aside[2] is None else aside[2]
 
@@ -427,9 +425,9 @@ def _taken(tables: Tables, id_: str, row: Row) -> Row:
     """The row as jobd would write it. Raises Refused where it makes no job."""
     try:
         job = tables.reader.job(row)
-        taken = rows.job_row(job)
-        rows.checksum(taken)
-    except (rows.Unreadable, AttributeError, TypeError, UnicodeEncodeError) as error:
+        taken = codec.job_row(job)
+        codec.checksum(taken)
+    except (codec.Unreadable, AttributeError, TypeError, UnicodeEncodeError) as error:
         raise Refused(f"job {id_}: the row is not a valid job: {error}") from error
     if not isinstance(job.id, str) or not is_job_id(job.id):
         raise Refused(f"{readable(job.id)!r} is no id of a job")
@@ -460,14 +458,14 @@ def totals(conn: sqlite3.Connection) -> tuple[int, int, int, int]:
 def _recount(tables: Tables) -> str:
     before = tables.totals
     tables.totals = totals(tables.conn)
-    counted = opening.recount_queues(tables.conn)
+    counted = startup.recount_queues(tables.conn)
     for row in tables.rows(f"SELECT {QUEUE_SQL} FROM queues"):
         if fault(row) is None:
-            kept = rows.queue(row)
+            kept = codec.queue(row)
             counts = counted.pop(row[0], (0, 0, 0))
-            tables.conn.execute(PUT_QUEUE, rows.queue_row(row[0], kept.with_counts(*counts)))
+            tables.conn.execute(PUT_QUEUE, codec.queue_row(row[0], kept.with_counts(*counts)))
     for name, counts in counted.items():
-        tables.conn.execute(PUT_QUEUE, rows.queue_row(name, QueueRow(False, *counts)))
+        tables.conn.execute(PUT_QUEUE, codec.queue_row(name, QueueRow(False, *counts)))
     tables.write_meta()
     jobs = f"{tables.totals[0]} live and {tables.totals[2]} finished jobs"
     return f"Counted: {jobs} (before: {before[0]} and {before[2]})."

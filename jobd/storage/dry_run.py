@@ -15,8 +15,7 @@ from typing import Any, Final
 
 from jobd.model.job import LIVE, new_epoch
 from jobd.model.storage import DiskFull
-from jobd.storage import backup, doctor, files, migrations
-from jobd.storage import startup as opening
+from jobd.storage import backup, doctor, files, migrations, startup
 from jobd.storage.codec import JOB_COLUMNS
 from jobd.storage.database import Tables, now_ms, readable
 from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
@@ -43,10 +42,10 @@ def restore(file: str, path: str) -> list[str]:
     used = files.read_epoch(path)
     if not os.path.exists(file):
         raise StoreUnreadable(f"{file} does not exist")
-    found = opening.peek(file)
-    opening.refuse_newer(file, found)
-    with opening.refusals(file), opening.read_only(file) as source:
-        opening.check_ours(source, file)
+    found = startup.peek(file)
+    startup.refuse_newer(file, found)
+    with startup.refusals(file), startup.read_only(file) as source:
+        startup.check_ours(source, file)
         size = _size(source)
         free = _room(path, size)
         migrations.check_meta(source, file)
@@ -124,10 +123,10 @@ def _replaced(path: str) -> tuple[int, str]:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     kept = f"would be kept beside it, as {path}.{stamp}"
     try:
-        opening.peek(path)
-        opening.refuse_damaged_log(path)
-        with opening.refusals(path), opening.read_only(path) as old:
-            opening.check_ours(old, path)
+        startup.peek(path)
+        startup.refuse_damaged_log(path)
+        with startup.refusals(path), startup.read_only(path) as old:
+            startup.check_ours(old, path)
             (count,) = old.execute("SELECT count(*) FROM jobs NOT INDEXED").fetchone()
             return migrations.epoch_of(old), f"    the database that is there ({_mib(_size(old))}, {count} jobs) {kept}"
     except StoreError:
@@ -205,16 +204,16 @@ def _looking(path: str) -> Iterator[Tables | str]:
             stack.enter_context(FileLock(path))
         if not os.path.exists(path):
             raise StoreUnreadable(f"{path} does not exist")
-        found = opening.peek(path)
-        opening.refuse_newer(path, found)
-        opening.refuse_damaged_log(path)
-        stack.enter_context(opening.refusals(path))
-        conn = stack.enter_context(opening.read_only(path))
-        opening.check_ours(conn, path)
+        found = startup.peek(path)
+        startup.refuse_newer(path, found)
+        startup.refuse_damaged_log(path)
+        stack.enter_context(startup.refusals(path))
+        conn = stack.enter_context(startup.read_only(path))
+        startup.check_ours(conn, path)
         if found[1] < migrations.VERSION:
             yield (
                 f"{path} has schema version {found[1]}: it would be made {migrations.VERSION} first, after a copy "
                 "beside it. Start the daemon once, or --yes, then more can be told"
             )
             return
-        yield opening.read_meta(conn, path)
+        yield startup.read_meta(conn, path)

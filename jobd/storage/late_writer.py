@@ -12,7 +12,7 @@ from typing import Final
 from jobd.model.events import Change, Event
 from jobd.model.job import KEEP_LATE
 from jobd.model.storage import Tombstone
-from jobd.storage import codec as rows
+from jobd.storage import codec
 from jobd.storage.codec import LATE_COLUMNS, Row, fault
 from jobd.storage.writers import insert
 
@@ -45,7 +45,7 @@ class LateWriter:
         touched = [change for change in changes if change.late is not None or change.after is None]
         kept = [(change.event.job_seq, change.late) for change in touched if change.late is not None]
         if kept:
-            self._conn.executemany(_INSERT, [rows.late_row(job_seq, late) for job_seq, late in kept])
+            self._conn.executemany(_INSERT, [codec.late_row(job_seq, late) for job_seq, late in kept])
         left: list[Tombstone] = []
         # A job's last event says when: those of one that is deleted in this very batch go with it.
         for event in {change.event.job_seq: change.event for change in touched}.values():
@@ -64,8 +64,8 @@ class LateWriter:
     def _key(self, row: Row, now: int) -> str | None:
         """The storage_key that it names."""
         if (wrong := fault(row)) is None:
-            return rows.late(row, whole=True).result.storage_key
-        shown = rows.as_text((*LATE_COLUMNS, "crc"), row)
+            return codec.late(row, whole=True).result.storage_key
+        shown = codec.as_text((*LATE_COLUMNS, "crc"), row)
         self._conn.execute(_SET_ASIDE, ("late_results", f"{row[0]}: {wrong}", now, shown))
         self._note(f"late_results {row[0]}: {wrong}; the row was set aside, and what it named is not deleted")
         return None

@@ -10,7 +10,7 @@ from typing import Final
 
 from jobd.model.job import FINISHED, Job, is_job_id
 from jobd.model.storage import Aside, DiskFull
-from jobd.storage import codec as rows
+from jobd.storage import codec
 from jobd.storage.codec import EVENT_COLUMNS, JOB_COLUMNS, Row
 from jobd.storage.database import (
     BY_SEQ,
@@ -61,7 +61,7 @@ def true_id(tables: Tables, row: Row) -> str:
     seq, read = row[0], readable(row[1])
     try:
         found = tables.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
-        is_whole = bool(found) and rows.fault(found[0]) is None
+        is_whole = bool(found) and codec.fault(found[0]) is None
         journaled = readable(found[0][_JOB_ID]) if is_whole else read
         if journaled == read or not is_job_id(journaled):
             return read
@@ -86,7 +86,7 @@ def _move_job(tables: Tables, row: Row, payload: Row | None, id_: str, reason: s
     """The queue and status among whose finished jobs it was counted."""
     run = tables.conn.execute
     seq = row[0]
-    shown = rows.as_text((*JOB_COLUMNS, "crc"), row)
+    shown = codec.as_text((*JOB_COLUMNS, "crc"), row)
     was_live = run(_WAS_LIVE, (seq,)).fetchone() is not None
     run(_SET_ASIDE, (seq, id_, reason, now_ms(), shown, *(payload or (None, None))))
     is_here = run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount > 0
@@ -108,27 +108,27 @@ def _payload_columns(tables: Tables, seq: int) -> Row | None:
 
 def _uncount(tables: Tables, row: Row, was_live: bool) -> tuple[str, str] | None:
     live, live_xor, finished, finished_xor = tables.totals
-    crc = rows.first_checksum(row)
+    crc = codec.first_checksum(row)
     if was_live:
         tables.totals = (live - 1, live_xor ^ crc, finished, finished_xor)
         return None
     tables.totals = (live, live_xor, finished - 1, finished_xor ^ crc)
     status, name = readable(row[2]), readable(row[4])
     found = tables.rows(f"SELECT {QUEUE_SQL} FROM queues WHERE name = ?", (name,))
-    if status not in FINISHED or not found or rows.fault(found[0]) is not None:
+    if status not in FINISHED or not found or codec.fault(found[0]) is not None:
         return None
-    queue = rows.queue(found[0])
+    queue = codec.queue(found[0])
     count = getattr(queue, status)
     if count == 0:
         return None
-    tables.conn.execute(PUT_QUEUE, rows.queue_row(name, queue.without(status)))
+    tables.conn.execute(PUT_QUEUE, codec.queue_row(name, queue.without(status)))
     return name, status
 
 
 def quarantine(tables: Tables, job: Job, reason: str) -> None:
     """Move the rows of `job` aside because of `reason`."""
     found = tables.rows(BY_SEQ, (job.seq,))
-    set_jobs_aside(tables, [(found[0] if found else rows.sealed(rows.job_row(job)), reason)])
+    set_jobs_aside(tables, [(found[0] if found else codec.sealed(codec.job_row(job)), reason)])
 
 
 def set_rows_aside(
@@ -156,7 +156,7 @@ def set_rows_aside(
 def _set_row_aside(tables: Tables, table: str, columns: tuple[str, ...], rowid: int, row: Row, reason: str) -> None:
     aside = insert("bad_rows", ("place", "what", "at", "row"))
     what = f"{readable(row[0])}: {reason}"
-    tables.conn.execute(aside, (table, what, now_ms(), rows.as_text(columns, row)))
+    tables.conn.execute(aside, (table, what, now_ms(), codec.as_text(columns, row)))
     if table == "events":
         tables.note_gone(rowid)
         tables.write_meta()

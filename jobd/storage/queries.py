@@ -27,7 +27,7 @@ from jobd.model.storage import (
     Payload,
     Query,
 )
-from jobd.storage import codec as rows
+from jobd.storage import codec
 from jobd.storage.codec import EVENT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
 from jobd.storage.database import (
     BY_ID,
@@ -89,7 +89,7 @@ def read_job(tables: Tables, row: Row) -> tuple[Job | None, str]:
     if wrong is None:
         try:
             return tables.reader.job(row), ""
-        except rows.Unreadable as error:
+        except codec.Unreadable as error:
             wrong = str(error)
     return None, wrong
 
@@ -169,7 +169,7 @@ def _answer(tables: Tables, digest: str) -> KeyRow | None:
     if wrong is None and (None if answer is None else zlib.crc32(answer)) != columns[5]:
         wrong = "the checksum of its answer is wrong"
     if wrong is None:
-        return rows.key(tuple(columns), answer)
+        return codec.key(tuple(columns), answer)
     set_rows_aside(tables, "keys", (*KEY_COLUMNS, "crc", "answer"), [(rowid, found[0][1:], wrong)])
     return None
 
@@ -324,7 +324,7 @@ def timeline(tables: Tables, job_seq: int, limit: int | None = None) -> list[Eve
     tables.check()
     found = _timeline(tables, job_seq, _ALL if limit is None else limit)
     events = [event for event in _events(tables, found) if event.job_seq == job_seq]
-    gone, changed = rows.thin(events)
+    gone, changed = codec.thin(events)
     forgotten, new = set(gone), {event.seq: event for event in changed}
     return [new.get(event.seq, event) for event in events if event.seq not in forgotten]
 
@@ -385,7 +385,7 @@ def _events(tables: Tables, found: list[Row]) -> list[Event]:
         set_rows_aside(tables, "events", (*EVENT_COLUMNS, "crc"), damaged)
         aside = {seq for seq, _, _ in damaged}
         found = [row for row in found if row[0] not in aside]
-    return [rows.event(row) for row in found]
+    return [codec.event(row) for row in found]
 
 
 def late(tables: Tables, asked: list[LateAsked]) -> LateKnown:
@@ -422,7 +422,7 @@ def _late_results(tables: Tables, job_seq: int, *, whole: bool) -> list[LateResu
         if (wrong := fault(row)) is not None:
             damaged.append((row[0], row, wrong))
         elif row[1] == job_seq:
-            found.append(rows.late(row, whole=whole))
+            found.append(codec.late(row, whole=whole))
     set_rows_aside(tables, "late_results", (*LATE_COLUMNS, "crc"), damaged)
     return sorted(found, key=lambda result: result.fencing_token)
 
@@ -501,7 +501,7 @@ def due_tombstones(tables: Tables, now: int, limit: int) -> Due:
         new = [(row[0], row, wrong) for row in found if row[0] not in met and (wrong := fault(row)) is not None]
         unmoved |= set_rows_aside(tables, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), new)
         met |= {seq for seq, _, _ in new}
-        whole = [rows.tombstone(row) for row in found if row[0] not in met]
+        whole = [codec.tombstone(row) for row in found if row[0] not in met]
         if not new or len(whole) >= limit:
             break
     late = {each.job_seq for each in whole if tables.conn.execute(_NAMED_LATE, (each.key,)).fetchone() is not None}

@@ -21,8 +21,7 @@ from msgspec.structs import replace
 
 from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, Job, Untouched, new_epoch, seconds_of_epochs
 from jobd.model.storage import SPARE_BYTES, DiskFull, KeyRow, Numbers, Opened, QueueRow
-from jobd.storage import codec as rows
-from jobd.storage import files, migrations, wal
+from jobd.storage import codec, files, migrations, wal
 from jobd.storage.codec import AS_CREATED, KEY_COLUMNS, META_COLUMNS, NEW_COLUMNS, QUEUE_COLUMNS, Row, fault
 from jobd.storage.database import (
     FINISHED_SQL,
@@ -453,7 +452,7 @@ def _scan_once(tables: Tables) -> _Live:
             job, wrong = read_job(tables, row)
             if job is None:
                 live.damaged.append((row, wrong))
-                live.xor ^= rows.first_checksum(row)
+                live.xor ^= codec.first_checksum(row)
             else:
                 live.jobs.append(job)
                 live.xor ^= row[-1]
@@ -485,7 +484,7 @@ def _queues(tables: Tables) -> dict[str, QueueRow]:
     for rowid, *columns in tables.rows(f"SELECT rowid, {QUEUE_SQL} FROM queues"):
         row = tuple(columns)
         if (wrong := fault(row)) is None:
-            queues[row[0]] = rows.queue(row)
+            queues[row[0]] = codec.queue(row)
         else:
             damaged.append((rowid, row, f"{wrong}: whether it was paused is not known, it is not now"))
     set_rows_aside(tables, "queues", (*QUEUE_COLUMNS, "crc"), damaged)
@@ -510,7 +509,7 @@ def _keys(tables: Tables) -> list[KeyRow]:
     for rowid, *columns in tables.rows(f"SELECT rowid, {KEY_SQL} FROM keys ORDER BY at"):
         row = tuple(columns)
         if (wrong := fault(row)) is None:
-            keys.append(rows.key(row))
+            keys.append(codec.key(row))
         else:
             damaged.append((rowid, row, wrong))
     set_rows_aside(tables, "keys", (*KEY_COLUMNS, "crc"), damaged)

@@ -36,11 +36,7 @@ from jobd.model.storage import (
     Tombstone,
 )
 from jobd.model.webhooks import Cursor, Delivery, Outbox
-from jobd.storage import audit_reader, files, quarantine
-from jobd.storage import outbox as webhook_tables
-from jobd.storage import queries as lookups
-from jobd.storage import scrub as row_check
-from jobd.storage import startup as opening
+from jobd.storage import audit_reader, files, outbox, quarantine, queries, scrub, startup
 from jobd.storage.database import Tables
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
 from jobd.storage.startup import MEMORY
@@ -120,12 +116,12 @@ class Store:
         def connect() -> sqlite3.Connection:
             if once_held is not None:
                 once_held()
-            return opening.connect(path, synchronous)
+            return startup.connect(path, synchronous)
 
         db = Connection(connect, _CHUNK)
         try:
             await db
-            tables, opened = await db.hop(opening.start, db.raw, path)
+            tables, opened = await db.hop(startup.start, db.raw, path)
         except BaseException:
             await db.ended()
             if lock is not None:
@@ -187,7 +183,7 @@ class Store:
     # ------------------------------------------------------------------------------------------------ batch.Disk
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
-        return await self._hop(lookups.load, self._tables, ids, payloads, digests)
+        return await self._hop(queries.load, self._tables, ids, payloads, digests)
 
     def at_hand(self, job_seqs: list[int]) -> dict[int, bytes]:
         return self._tables.at_hand(job_seqs)
@@ -196,30 +192,30 @@ class Store:
         return await self._watched(self._db.lent_hop(self._committing, self._tables.write, batch, self._told_aside))
 
     async def find(self, query: Query) -> Page:
-        return await self._hop(lookups.find, self._tables, query)
+        return await self._hop(queries.find, self._tables, query)
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
-        return await self._hop(lookups.timeline, self._tables, job_seq, limit)
+        return await self._hop(queries.timeline, self._tables, job_seq, limit)
 
     async def late(self, asked: list[LateAsked]) -> LateKnown:
-        return await self._hop(lookups.late, self._tables, asked)
+        return await self._hop(queries.late, self._tables, asked)
 
     async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
-        return await self._hop(lookups.count_late, self._tables, job_seqs)
+        return await self._hop(queries.count_late, self._tables, job_seqs)
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
-        return await self._hop(lookups.journal, self._tables, after, limit)
+        return await self._hop(queries.journal, self._tables, after, limit)
 
     async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
-        return await self._hop(lookups.expired, self._tables, now, limit, skip)
+        return await self._hop(queries.expired, self._tables, now, limit, skip)
 
     async def reports(self, limit: int) -> list[bytes]:
-        return await self._hop(lookups.reports, self._tables, limit)
+        return await self._hop(queries.reports, self._tables, limit)
 
-    async def check_rows(self, table: str, after: int) -> row_check.Slice:
+    async def check_rows(self, table: str, after: int) -> scrub.Slice:
         """The checksums of some rows of `table` behind the rowid `after`: some milliseconds' work."""
-        return await self._hop(row_check.look, self._tables, table, after)
+        return await self._hop(scrub.look, self._tables, table, after)
 
     async def quarantine(self, job: Job, reason: str) -> None:
         await self._hop(quarantine.quarantine, self._tables, job, reason)
@@ -234,7 +230,7 @@ class Store:
         return await self._hop(self._tables.trim_audit, before, limit)
 
     async def due_tombstones(self, now: int, limit: int) -> Due:
-        return await self._hop(lookups.due_tombstones, self._tables, now, limit)
+        return await self._hop(queries.due_tombstones, self._tables, now, limit)
 
     async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
         await self._hop(self._tables.settle_tombstones, gone, later)
@@ -242,30 +238,30 @@ class Store:
     # --------------------------------------------------------------------------------- the outbox of the webhooks
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
-        return await self._hop(webhook_tables.open_outbox, self._tables, names, now)
+        return await self._hop(outbox.open_outbox, self._tables, names, now)
 
     async def plan_deliveries(self, moved: Cursor, new: list[Delivery]) -> None:
-        await self._hop(webhook_tables.plan, self._tables, moved, new)
+        await self._hop(outbox.plan, self._tables, moved, new)
 
     async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
-        return await self._hop(webhook_tables.settle, self._tables, settled, now)
+        return await self._hop(outbox.settle, self._tables, settled, now)
 
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
-        return await self._hop(webhook_tables.again, self._tables, endpoint, id_, now)
+        return await self._hop(outbox.again, self._tables, endpoint, id_, now)
 
     async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
-        return await self._hop(webhook_tables.again_all, self._tables, endpoint, upto, limit, now)
+        return await self._hop(outbox.again_all, self._tables, endpoint, upto, limit, now)
 
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
-        return await self._hop(webhook_tables.by_ids, self._tables, ids)
+        return await self._hop(outbox.by_ids, self._tables, ids)
 
     async def given_up(self, endpoint: str) -> tuple[int, int]:
-        return await self._hop(webhook_tables.given_up, self._tables, endpoint)
+        return await self._hop(outbox.given_up, self._tables, endpoint)
 
     async def page_of_deliveries(
         self, endpoint: str, state: DeliveryState | None, before: int, limit: int
     ) -> list[Delivery]:
-        return await self._hop(webhook_tables.page, self._tables, endpoint, state, before, limit)
+        return await self._hop(outbox.page, self._tables, endpoint, state, before, limit)
 
     # ------------------------------------------------------------------------------------------ small things
 
@@ -273,7 +269,7 @@ class Store:
         await self._hop(self._tables.save_figures, body)
 
     async def probe(self, spare_bytes: int = 0) -> None:
-        await self._hop(opening.probe, self._tables, self.path, spare_bytes)
+        await self._hop(startup.probe, self._tables, self.path, spare_bytes)
 
     async def space(self) -> DiskSpace | None:
         return None if self.path == MEMORY else await self._hop(files.space, self.path)

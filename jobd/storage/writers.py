@@ -16,7 +16,7 @@ from msgspec.structs import astuple
 
 from jobd.model.events import Change
 from jobd.model.job import LIVE, Job
-from jobd.storage import codec as rows
+from jobd.storage import codec
 from jobd.storage.codec import JOB_COLUMNS, JOB_FIELDS, Row, sealed
 
 Totals = tuple[int, int, int, int]  # number and XOR of the checksums of the live jobs, then of the finished ones
@@ -112,7 +112,7 @@ class JobWriter:
                     finished, finished_xor = finished - 1, finished_xor ^ crc
             if after is None:
                 continue
-            row = rows.sealed(rows.job_row(after))
+            row = codec.sealed(codec.job_row(after))
             crc = row[-1]
             if after.status in LIVE:
                 live, live_xor = live + 1, live_xor ^ crc
@@ -134,7 +134,7 @@ class JobWriter:
 
     def _checksum(self, job: Job) -> int:
         kept = self._checksums.pop(job.seq, None)
-        return kept[1] if kept is not None and kept[0] == job else rows.checksum(rows.job_row(job))
+        return kept[1] if kept is not None and kept[0] == job else codec.checksum(codec.job_row(job))
 
     def _keep_checksum(self, job: Job, crc: int) -> None:
         if len(self._checksums) >= KEEP_CHECKSUMS:

@@ -13,9 +13,7 @@ import msgspec
 
 from jobd.model.events import Event, fold
 from jobd.model.job import Grant, Job
-from jobd.storage import codec as rows
-from jobd.storage import doctor
-from jobd.storage import startup as opening
+from jobd.storage import codec, doctor, startup
 from jobd.storage.database import EVENT_SQL, JOB_SQL
 
 
@@ -39,8 +37,8 @@ def examined(path: str | Path) -> Contents:
 def contents(path: str | Path) -> Contents:
     """Everything, read and compared: each journal folds to its row, tokens rise, only who is processed has a lock."""
     found = Contents()
-    reader = rows.JobReader()
-    with opening.read_only(str(path)) as conn:
+    reader = codec.JobReader()
+    with startup.read_only(str(path)) as conn:
         for row in conn.execute(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED"):
             job = reader.job(row)
             found.jobs[job.id] = job
@@ -48,7 +46,7 @@ def contents(path: str | Path) -> Contents:
         for seq, body in conn.execute("SELECT job_seq, body FROM payloads"):
             found.payloads[by_seq[seq]] = msgspec.json.decode(body)
         for row in conn.execute(f"SELECT {EVENT_SQL} FROM events NOT INDEXED ORDER BY seq"):
-            _note(found, rows.event(row))
+            _note(found, codec.event(row))
     _compare(found)
     return found
 

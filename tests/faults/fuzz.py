@@ -24,8 +24,7 @@ from schemathesis.core.result import Ok
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
-from jobd.api import admin as admin_api
-from jobd.api import worker as worker_api
+from jobd.api import admin, worker
 from jobd.api.openapi import document
 from jobd.http.auth import LINES
 from jobd.http.routing import Route
@@ -203,8 +202,8 @@ def by_the_documents(trial: Trial) -> Counts:
     with Daemon(trial.directory, "", JOBD_WORKER_TOKEN_FILE=str(token), **environ) as daemon:
         known = Known(daemon)
         apis = [
-            Fuzz("worker", worker_api.ROUTES, ports["WORKER"], known),
-            Fuzz("admin", admin_api.ROUTES, ports["ADMIN"], known),
+            Fuzz("worker", worker.ROUTES, ports["WORKER"], known),
+            Fuzz("admin", admin.ROUTES, ports["ADMIN"], known),
         ]
         for api in apis:
             api.run(trial.rounds)

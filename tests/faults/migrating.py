@@ -16,8 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from jobd.storage import migrations
-from jobd.storage import startup as opening
+from jobd.storage import migrations, startup
 from tests.faults.examine import contents, examined
 from tests.faults.frame import Check, Counts, Trial
 from tests.faults.ledger import Ledger
@@ -100,7 +99,7 @@ def _fails(home: Path, place: Place) -> str:
 
 def _left(path: Path, ledger: Ledger) -> str:
     """What is there afterwards: the old store as it was, or the new one with a copy of the old one beside it."""
-    version = opening.peek(str(path))[1]
+    version = startup.peek(str(path))[1]
     ledger.check(contents(path))
     copies = [Path(name) for name in glob.glob(f"{path}.v{OLD}-*")]
     for copy in copies:

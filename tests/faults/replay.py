@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from jobd.model.job import TOKEN_COUNTER_BITS
-from jobd.storage import doctor
-from jobd.storage import startup as opening
+from jobd.storage import doctor, startup
 from jobd.storage.store import Store
 from tests.faults.examine import contents
 from tests.faults.frame import Check, Counts, Tool, Trial, program
@@ -96,7 +95,7 @@ class State:
     def check(self, ledger: Ledger, until_s: float, *, with_daemon: bool) -> int:
         """Nothing is wrong with it, and everything acknowledged before `until_s` is in it."""
         path = str(self.path)
-        if self.path.exists() and opening.peek(path) != (0, 0):
+        if self.path.exists() and startup.peek(path) != (0, 0):
             problems = doctor.check(path)
             assert not problems, f"the doctor finds {problems[:5]}"
         if with_daemon:

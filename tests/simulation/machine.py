@@ -26,7 +26,7 @@ from jobd.model.errors import Refusal
 from jobd.model.job import DAY_MS
 from jobd.model.responses import Answer
 from jobd.model.storage import DiskFull, Opened
-from jobd.monitoring import event_log as facts
+from jobd.monitoring import event_log
 from tests.simulation.artifacts import SimArtifacts
 from tests.simulation.disk import SimDisk, Snapshot
 from tests.simulation.journal import Journal
@@ -318,7 +318,7 @@ class Daemon:
             has_reserve=opened.has_reserve,
         )
         self.actor.slow_commit_s = machine.plan.slow_commit_s
-        self.actor.on_commit.append(facts.write_lines)
+        self.actor.on_commit.append(event_log.write_lines)
         machine.watch.opened(self, GRACE_MS)
 
     async def _live(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from jobd.core import worker_rules as rules
+from jobd.core import worker_rules
 from jobd.model import commands
 from jobd.model.commands import (
     Adopt,
@@ -116,9 +116,9 @@ class Person:
             return None
         path = f"{type(command).__name__} {getattr(command, 'id', '') if not isinstance(command, Create) else ''}"
         if self.has("key of another", 0.2):
-            return KeyUse(f"{path} shared {self.dice.randrange(3)}", rules.digest(command))
+            return KeyUse(f"{path} shared {self.dice.randrange(3)}", worker_rules.digest(command))
         self._keys += 1
-        return KeyUse(f"{path} {self.name} {self._keys}", rules.digest(command))
+        return KeyUse(f"{path} {self.name} {self._keys}", worker_rules.digest(command))
 
 
 class Creator(Person):

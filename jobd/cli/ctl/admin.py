@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import exit_codes as exits
-from jobd.cli import terminal as show
+from jobd.cli import exit_codes, terminal
 from jobd.cli.confirm import confirm, destructive, need_terminal, reason_option
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.ctl import plans as ctl_plan
+from jobd.cli.ctl import plans
 from jobd.cli.group import json_option
 from jobd.cli.params import MOMENT, NAME, PAST
 from jobd.cli.progress import busy
@@ -34,7 +33,7 @@ def stats(as_json: bool) -> None:
     from jobd.cli import tables_admin
 
     view = admin_client().stats()
-    show.emit_json(view) if as_json else tables_admin.stats(view)
+    terminal.emit_json(view) if as_json else tables_admin.stats(view)
 
 
 @click.command()
@@ -45,8 +44,8 @@ def health(as_json: bool) -> int:
     from jobd.cli import tables_admin
 
     view = admin_client().health()
-    show.emit_json(view) if as_json else tables_admin.health(view)
-    return exits.FAILED if view.status == "unhealthy" else exits.DONE
+    terminal.emit_json(view) if as_json else tables_admin.health(view)
+    return exit_codes.FAILED if view.status == "unhealthy" else exit_codes.DONE
 
 
 @click.command()
@@ -64,18 +63,18 @@ def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int
 
     client = admin_client()
     if dry_run:
-        plan, seen = ctl_plan.of_time(client, "cleanup", reason), client.preview()
-        show.emit_json(_foretold(seen, plan)) if as_json else tables_admin.preview(seen)
-        ctl_plan.name_of_time(plan)
-        return exits.DONE
+        plan, seen = plans.of_time(client, "cleanup", reason), client.preview()
+        terminal.emit_json(_foretold(seen, plan)) if as_json else tables_admin.preview(seen)
+        plans.name_of_time(plan)
+        return exit_codes.DONE
     if last:
         state = client.cleanup_state()
-        show.emit_json(state) if as_json else tables_admin.cleanup_state(state)
-        return exits.DONE
+        terminal.emit_json(state) if as_json else tables_admin.cleanup_state(state)
+        return exit_codes.DONE
     with busy("cleanup pass"):
         report = client.force_cleanup(reason)
-    show.emit_json(report) if as_json else tables_admin.report(report)
-    return exits.FAILED if report.errors else exits.DONE
+    terminal.emit_json(report) if as_json else tables_admin.report(report)
+    return exit_codes.FAILED if report.errors else exit_codes.DONE
 
 
 @click.command("recover-stuck")
@@ -92,15 +91,15 @@ def recover_stuck(dry_run: bool, reason: str | None, as_json: bool) -> None:
 
     if dry_run:
         client = admin_client()
-        plan, seen = ctl_plan.of_time(client, "recover-stuck", reason), client.preview()
+        plan, seen = plans.of_time(client, "recover-stuck", reason), client.preview()
         told = _foretold(seen, plan)
         some = {name: told[name] for name in ("recover", "more", "plan_id")}
-        show.emit_json(some) if as_json else tables_admin.foreseen(seen)
-        ctl_plan.name_of_time(plan)
+        terminal.emit_json(some) if as_json else tables_admin.foreseen(seen)
+        plans.name_of_time(plan)
         return
     with busy("recovery"):
         view = admin_client().detect_and_recover_stuck_jobs(reason)
-    show.emit_json(view) if as_json else tables_admin.recovered(view)
+    terminal.emit_json(view) if as_json else tables_admin.recovered(view)
 
 
 def _foretold(seen: PreviewView, plan: PlanView | None) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def late(job_id: str, as_json: bool) -> None:
     from jobd.cli import tables_admin
 
     found = admin_client().late_results(job_id)
-    show.emit_json({"late_results": found}) if as_json else tables_admin.late_results(found)
+    terminal.emit_json({"late_results": found}) if as_json else tables_admin.late_results(found)
 
 
 @click.command()
@@ -130,7 +129,7 @@ def locks(as_json: bool) -> None:
     from jobd.cli import tables_admin
 
     found = admin_client().locks()
-    show.emit_json({"locks": found}) if as_json else tables_admin.locks(found)
+    terminal.emit_json({"locks": found}) if as_json else tables_admin.locks(found)
 
 
 @click.command()
@@ -141,7 +140,7 @@ def queues(as_json: bool) -> None:
     from jobd.cli import tables_admin
 
     found = list(admin_client().iterate_queues())
-    show.emit_json({"queues": found}) if as_json else tables_admin.queues(found)
+    terminal.emit_json({"queues": found}) if as_json else tables_admin.queues(found)
 
 
 @click.command()
@@ -171,7 +170,7 @@ def workers(state: WorkerState | None, as_json: bool) -> None:
         if (cursor := page.next_cursor) is None:
             break
     if as_json:
-        show.emit_json({"workers": found, "by_state": page.by_state, "since": page.since})
+        terminal.emit_json({"workers": found, "by_state": page.by_state, "since": page.since})
     else:
         tables_admin.workers(found, page, state)
 
@@ -192,10 +191,10 @@ def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json
     if not yes and not dry_run:
         need_terminal()
         seen = client.take_back(worker, dry_run=True)
-        tables_admin.taken_back(seen, show.say, would=True)
+        tables_admin.taken_back(seen, terminal.say, would=True)
         confirm(f"take these jobs back from worker {worker}")
     view = client.take_back(worker, reason, dry_run=dry_run)
-    show.emit_json(view) if as_json else tables_admin.taken_back(view, show.emit, would=dry_run)
+    terminal.emit_json(view) if as_json else tables_admin.taken_back(view, terminal.emit, would=dry_run)
 
 
 @click.command()
@@ -218,10 +217,10 @@ def pause(queue: str, reason: str | None, until: int | None, as_json: bool) -> N
     has_jobs = bool(client.list_jobs(queue=queue, limit=1).jobs)
     view = client.pause_queue(queue, reason, until=until)
     if not has_jobs:
-        show.say(
+        terminal.say(
             f"no queue {view.queue} has jobs yet: if its name is not meant so, undo it by: jobctl resume {view.queue}"
         )
-    show.emit_json(view) if as_json else show.emit(f"{view.queue} is paused {view.pause.in_words()}")
+    terminal.emit_json(view) if as_json else terminal.emit(f"{view.queue} is paused {view.pause.in_words()}")
 
 
 def _is_known(client: AdminClient, queue: str) -> bool:
@@ -245,8 +244,10 @@ def resume(queue: str, reason: str | None, as_json: bool) -> None:
     is_known = _is_known(client, queue)
     view = client.resume_queue(queue, reason)
     if not is_known:
-        show.say(f"no queue {view.queue} has jobs yet, and none was paused: jobctl queues lists those that there are")
-    show.emit_json(view) if as_json else show.emit(f"{view.queue} is open")
+        terminal.say(
+            f"no queue {view.queue} has jobs yet, and none was paused: jobctl queues lists those that there are"
+        )
+    terminal.emit_json(view) if as_json else terminal.emit(f"{view.queue} is open")
 
 
 @click.command()
@@ -258,8 +259,8 @@ def alerts(firing: bool, as_json: bool) -> int:
     from jobd.cli import tables_admin
 
     found = [alert for alert in admin_client().alerts() if alert.firing or not firing]
-    show.emit_json({"alerts": found}) if as_json else tables_admin.alerts(found, firing=firing)
-    return exits.FAILED if firing and found else exits.DONE
+    terminal.emit_json({"alerts": found}) if as_json else tables_admin.alerts(found, firing=firing)
+    return exit_codes.FAILED if firing and found else exit_codes.DONE
 
 
 @click.command()
@@ -286,18 +287,18 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
             need_terminal()
         seen = client.preview()
         if dry_run and as_json:
-            show.emit_json({"heldJobs": seen.held_jobs, "moreHeld": seen.more_held})
+            terminal.emit_json({"heldJobs": seen.held_jobs, "moreHeld": seen.more_held})
             return
         told = f"{tables_admin.held(seen)} finished jobs would be deleted by age; the daemon's time is "
-        told += f"{show.instant(view.now)}" if view.suspect else f"{show.instant(view.now)}, and is not suspect"
+        told += f"{terminal.instant(view.now)}" if view.suspect else f"{terminal.instant(view.now)}, and is not suspect"
         if dry_run:
-            show.emit(told)
+            terminal.emit(told)
             return
-        show.say(told)
+        terminal.say(told)
         confirm("take the clock as right")
     if what == "accept":
         view = client.accept_clock(reason)
-    show.emit_json(view) if as_json else tables_admin.clock(view)
+    terminal.emit_json(view) if as_json else tables_admin.clock(view)
 
 
 @click.command()
@@ -309,7 +310,7 @@ def reports(limit: int, as_json: bool) -> None:
     from jobd.cli import tables_admin
 
     found = admin_client().reports()[:limit]
-    show.emit_json({"reports": found}) if as_json else tables_admin.reports(found)
+    terminal.emit_json({"reports": found}) if as_json else tables_admin.reports(found)
 
 
 @click.command()
@@ -328,7 +329,7 @@ def failures(limit: int, as_json: bool) -> None:
     from jobd.cli import tables_admin
 
     view = admin_client().failures(limit)
-    show.emit_json(view) if as_json else tables_admin.failures(view)
+    terminal.emit_json(view) if as_json else tables_admin.failures(view)
 
 
 @click.command()
@@ -351,7 +352,7 @@ def audit(limit: int, as_json: bool, **match: Any) -> None:
         cursor = page.next_cursor
         if cursor is None or len(found) >= limit:
             break
-    show.emit_json({"entries": found, "next_cursor": cursor}) if as_json else tables_admin.audit(found)
+    terminal.emit_json({"entries": found, "next_cursor": cursor}) if as_json else tables_admin.audit(found)
 
 
 VERBS: Final = (

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import terminal as show
+from jobd.cli import terminal
 from jobd.cli.confirm import Deed, carry_out, destructive, dry_run_option, reason_option
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.ctl import plans as ctl_plan
+from jobd.cli.ctl import plans
 from jobd.cli.ctl.plans import is_plan, where_option
 from jobd.cli.group import json_option
 from jobd.cli.params import MOMENT
@@ -41,10 +41,10 @@ def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None,
     The reason becomes their error message.
     """
     if is_plan(ids, where):
-        return ctl_plan.carry_out("force-fail", ids, where, reason, **how)
+        return plans.carry_out("force-fail", ids, where, reason, **how)
     client = admin_client()
     deed = Deed("force-fail", client.get_job, "failed", lambda job_id: client.force_fail(job_id, reason), _forced)
-    return ctl_plan.carry_out_one(client, "force-fail", deed, ids[0], reason, _forced_by_plan, **how)
+    return plans.carry_out_one(client, "force-fail", deed, ids[0], reason, _forced_by_plan, **how)
 
 
 @click.command("force-reset")
@@ -62,10 +62,10 @@ def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None
     Example: jobctl force-reset --where status=processing --where worker=w-7
     """
     if is_plan(ids, where):
-        return ctl_plan.carry_out("force-reset", ids, where, reason, **how)
+        return plans.carry_out("force-reset", ids, where, reason, **how)
     client = admin_client()
     deed = Deed("force-reset", client.get_job, "queued", lambda job_id: client.force_reset(job_id, reason), _forced)
-    return ctl_plan.carry_out_one(client, "force-reset", deed, ids[0], reason, _forced_by_plan, **how)
+    return plans.carry_out_one(client, "force-reset", deed, ids[0], reason, _forced_by_plan, **how)
 
 
 def _forced_by_plan(job: JobView, plan: PlanView, result: PlanResult) -> Forced:
@@ -131,7 +131,7 @@ def _settings(fields: dict[str, Any]) -> str:
         raise click.UsageError(f"--set: {str(error).replace('$.', '')}") from None
     if updates.storage_key is not None and (fault := storage_key_fault(updates.storage_key)) is not None:
         raise click.UsageError(f"--set: storage_key {fault}")
-    shown = [f"{name} {show.clip(msgspec.json.encode(value).decode())}" for name, value in fields.items()]
+    shown = [f"{name} {terminal.clip(msgspec.json.encode(value).decode())}" for name, value in fields.items()]
     return f" and set {', '.join(shown)}" if shown else ""
 
 
@@ -157,7 +157,7 @@ def _update(text: str) -> tuple[str, Any]:
 def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Delete finished jobs with their history, and with what the store of artifacts has of them."""
     if is_plan(ids, where):
-        return ctl_plan.carry_out("delete", ids, where, reason, **how)
+        return plans.carry_out("delete", ids, where, reason, **how)
     client = admin_client()
 
     def do(one: str) -> Any:
@@ -167,7 +167,7 @@ def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
         return f" with what is stored as {job.storage_key} (artifacts.url)" if job.storage_key else ""
 
     deed = Deed("delete", client.get_job, None, do, lambda job: "deleted", details=goes_too)
-    return ctl_plan.carry_out_one(client, "delete", deed, ids[0], reason, lambda job, plan, result: job, **how)
+    return plans.carry_out_one(client, "delete", deed, ids[0], reason, lambda job, plan, result: job, **how)
 
 
 @click.command()
@@ -222,7 +222,7 @@ def _brought(late: LateResultView) -> str:
 
     held = {name: getattr(late, name) for name in ("download_url", "file_path", "storage_key")}
     held["metadata"] = json_text(late.metadata)
-    parts = [f"{name} {show.clip(value)}" for name, value in held.items() if value is not None]
+    parts = [f"{name} {terminal.clip(value)}" for name, value in held.items() if value is not None]
     return f"late result {late.seq} of {late.worker} ({', '.join(parts) or 'which says nothing but that it is done'})"
 
 
@@ -297,16 +297,16 @@ def _differences(job: JobView, after: dict[str, int]) -> str:
     for name, value in after.items():
         before = getattr(job, name)
         if name == "run_at" and before != value:
-            told.append(f"due {show.when(before)} → {show.when(value)}")
+            told.append(f"due {terminal.when(before)} → {terminal.when(value)}")
         elif before != value:
             told.append(f"{name} {before} → {value}")
     return ", ".join(told) or "which changes nothing"
 
 
 def _fields(job: JobView) -> str:
-    return f"{job.status}, priority {job.priority}, due {show.when(job.run_at)}"
+    return f"{job.status}, priority {job.priority}, due {terminal.when(job.run_at)}"
 
 
 VERBS: Final = (
-    ctl_plan.retry, force_fail, force_reset, transition, adopt, run_now, update, delete, ctl_plan.apply_plans,
+    plans.retry, force_fail, force_reset, transition, adopt, run_now, update, delete, plans.apply_plans,
 )  # fmt: skip

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from jobd.cli import exit_codes as exits
-from jobd.cli import terminal as show
+from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.group import json_option
 from jobd.cli.params import DURATION, NAME
@@ -60,7 +59,7 @@ def events(
     position = [after]
 
     def lost(error: JobdError) -> None:
-        show.say(f"jobctl: {error.message} Connecting again{_from(position[0])}.")
+        terminal.say(f"jobctl: {error.message} Connecting again{_from(position[0])}.")
 
     for names in (queue, job, type_):
         if len(names) > MAX_NAMES:
@@ -71,7 +70,7 @@ def events(
     with closing(heard):
         for event in heard:
             position[0] = event.seq
-            show.emit_json_line(event) if as_json else show.emit(tables.event_line(event))
+            terminal.emit_json_line(event) if as_json else terminal.emit(tables.event_line(event))
             if follow:
                 sys.stdout.flush()
 
@@ -102,10 +101,10 @@ def top(interval: int, once: bool, as_json: bool) -> int:
         samples.rates(client.metrics())
         view.pause(interval / 1000)
         frame = samples.take(client)
-        show.emit_json(frame) if as_json else view.draw_once(frame)
-        return exits.DONE
+        terminal.emit_json(frame) if as_json else view.draw_once(frame)
+        return exit_codes.DONE
     view.watch(client, samples, interval / 1000)
-    return exits.DONE
+    return exit_codes.DONE
 
 
 VERBS: Final = (events, top)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import exit_codes as exits
-from jobd.cli import terminal as show
+from jobd.cli import exit_codes, terminal
 from jobd.cli.confirm import Deed, carry_out, destructive, reason_option
 from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, worker_options
-from jobd.cli.ctl import plans as ctl_plan
+from jobd.cli.ctl import plans
 from jobd.cli.ctl.plans import is_plan, where_option
 from jobd.cli.group import json_option
 from jobd.cli.params import NAME, PAST
@@ -52,17 +51,17 @@ def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json:
     """
     found, following = _pages(None if everything else limit, cursor, match)
     if as_json:
-        show.emit_json({"jobs": found, "next_cursor": following})
+        terminal.emit_json({"jobs": found, "next_cursor": following})
         return
     if quiet:
         for job in found:
-            show.emit(job.id)
+            terminal.emit(job.id)
     else:
         from jobd.cli import tables
 
         tables.jobs(found)
     if following is not None:
-        show.say(f"There are more: --cursor {following} goes on, --all shows all.")
+        terminal.say(f"There are more: --cursor {following} goes on, --all shows all.")
 
 
 def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tuple[list[JobInfo], str | None]:
@@ -88,7 +87,7 @@ def job(job_id: str, as_json: bool) -> None:
     from jobd.cli import tables
 
     view = job_client().get_job(job_id)
-    show.emit_json(view) if as_json else tables.job(view)
+    terminal.emit_json(view) if as_json else tables.job(view)
 
 
 @click.command()
@@ -100,7 +99,7 @@ def why(job_id: str, as_json: bool) -> None:
     from jobd.cli import tables
 
     view = job_client().why(job_id)
-    show.emit_json(view) if as_json else tables.why(view)
+    terminal.emit_json(view) if as_json else tables.why(view)
 
 
 @click.command()
@@ -112,7 +111,7 @@ def timeline(job_id: str, as_json: bool) -> None:
     from jobd.cli import tables
 
     events = job_client().timeline(job_id)
-    show.emit_json({"events": events}) if as_json else tables.timeline(events)
+    terminal.emit_json({"events": events}) if as_json else tables.timeline(events)
 
 
 @click.command()
@@ -124,8 +123,8 @@ def validate(job_id: str, as_json: bool) -> int:
     from jobd.cli import tables
 
     found = job_client().validate_job_state(job_id)
-    show.emit_json(found) if as_json else tables.validation(found)
-    return exits.DONE if found.is_valid else exits.FAILED
+    terminal.emit_json(found) if as_json else tables.validation(found)
+    return exit_codes.DONE if found.is_valid else exit_codes.FAILED
 
 
 @click.command()
@@ -148,13 +147,13 @@ def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
     if not (where or has_admin_token()):
         return carry_out(_cancel(job_client(), reason), ids, **how)
     if is_many:
-        return ctl_plan.carry_out("cancel", ids, where, reason, **how)
+        return plans.carry_out("cancel", ids, where, reason, **how)
     client = admin_client()
 
     def after(job: JobView, plan: PlanView, result: PlanResult) -> JobInfo:
         return client.get_job(job.id)
 
-    return ctl_plan.carry_out_one(client, "cancel", _cancel(client, reason), ids[0], reason, after, **how)
+    return plans.carry_out_one(client, "cancel", _cancel(client, reason), ids[0], reason, after, **how)
 
 
 def _cancel(client: JobClient | AdminClient, reason: str | None) -> Deed:

@@ -12,16 +12,9 @@ from collections.abc import Sequence
 import click
 
 from jobd import __version__
-from jobd.cli import exit_codes as exits
+from jobd.cli import exit_codes
 from jobd.cli.connection import all_options
-from jobd.cli.ctl import admin as ctl_admin
-from jobd.cli.ctl import change as ctl_change
-from jobd.cli.ctl import events as ctl_live
-from jobd.cli.ctl import jobs as ctl_jobs
-from jobd.cli.ctl import run as ctl_run
-from jobd.cli.ctl import submit as ctl_submit
-from jobd.cli.ctl import transfer as ctl_move
-from jobd.cli.ctl import webhooks as ctl_webhooks
+from jobd.cli.ctl import admin, change, events, jobs, run, submit, transfer, webhooks
 from jobd.cli.group import SETTINGS, Sections
 
 
@@ -39,28 +32,28 @@ def jobctl() -> None:
 
 jobctl.add_all(
     "Jobs (worker socket)",
-    ctl_submit.submit,
-    ctl_run.run,
-    ctl_jobs.jobs,
-    ctl_jobs.job,
-    ctl_jobs.why,
-    ctl_jobs.timeline,
-    ctl_jobs.validate,
-    ctl_jobs.cancel,
+    submit.submit,
+    run.run,
+    jobs.jobs,
+    jobs.job,
+    jobs.why,
+    jobs.timeline,
+    jobs.validate,
+    jobs.cancel,
 )
 jobctl.add_all(
     "Operators (admin port)",
-    *ctl_admin.VERBS,
-    ctl_webhooks.webhooks,
-    *ctl_live.VERBS,
-    *ctl_move.VERBS,
-    *ctl_change.VERBS,
+    *admin.VERBS,
+    webhooks.webhooks,
+    *events.VERBS,
+    *transfer.VERBS,
+    *change.VERBS,
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run jobctl; gives the exit code."""
-    return exits.run(jobctl, "jobctl", argv)
+    return exit_codes.run(jobctl, "jobctl", argv)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import confirm as deeds
-from jobd.cli import exit_codes as exits
-from jobd.cli import terminal as show
+from jobd.cli import confirm, exit_codes, terminal
 from jobd.cli.confirm import Deed, destructive, reason_option
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.params import past_ms
@@ -86,29 +84,29 @@ def carry_out(
     """
     wanted: dict[str, Any] = _filter(where) if where else {"ids": list(ids)}
     if not (yes or dry_run):
-        deeds.need_terminal()
+        confirm.need_terminal()
     client = admin_client(timeout_s=60.0)
-    code, cursor, is_first = exits.DONE, None, True
+    code, cursor, is_first = exit_codes.DONE, None, True
     while is_first or cursor is not None:
         plans, cursor = _made(client, action, cursor, {"reason": reason, **wanted})
         is_left = bool(ids) and any(plan.skipped_count for plan in plans)
         count = sum(plan.count for plan in plans)
         if dry_run:
             _show_all(plans, cursor, as_json=as_json)
-            return exits.REFUSED if is_left else exits.DONE
+            return exit_codes.REFUSED if is_left else exit_codes.DONE
         if not yes:
             _show_plans(plans, is_more=cursor is not None)
             if count:
-                deeds.confirm(f"{action} {_jobs(count)}")
+                confirm.confirm(f"{action} {_jobs(count)}")
         if count:
             is_left = not _apply(client, plans, as_json=as_json) or is_left
         elif is_first or any(plan.skipped_count for plan in plans):
             left = " ".join(_skipped(plan) for plan in plans if plan.skipped_count)
-            show.say(f"No job can be done: {left}" if left else "No job fits.")
+            terminal.say(f"No job can be done: {left}" if left else "No job fits.")
             is_left = bool(ids)
             if as_json and is_first:
-                show.emit_json(_nothing(plans[0]))
-        code, is_first = exits.REFUSED if is_left else code, False
+                terminal.emit_json(_nothing(plans[0]))
+        code, is_first = exit_codes.REFUSED if is_left else code, False
     return code
 
 
@@ -129,32 +127,32 @@ def carry_out_one(
     With --yes nobody has seen anything: the daemon is asked at once. `answer` makes of a plan what it would have said.
     """
     if yes and not dry_run:
-        return deeds.carry_out(deed, (job_id,), yes=True, dry_run=False, as_json=as_json)
+        return confirm.carry_out(deed, (job_id,), yes=True, dry_run=False, as_json=as_json)
     if dry_run:
         plan = _plan_of(client, action, job_id, reason)
-        code = deeds.carry_out(deed, (job_id,), yes=yes, dry_run=True, as_json=as_json)
-        if code == exits.DONE:
-            _tell_late(client, action, job_id, plan, show.emit)
+        code = confirm.carry_out(deed, (job_id,), yes=yes, dry_run=True, as_json=as_json)
+        if code == exit_codes.DONE:
+            _tell_late(client, action, job_id, plan, terminal.emit)
             if plan is not None and plan.count:
                 _name_plans([plan])
         return code
-    deeds.need_terminal()
+    confirm.need_terminal()
     plan = client.make_plan(action, ids=[job_id], reason=reason)  # first: what happens after it is no more what it saw
     job = deed.look(job_id)
     if not plan.count:
-        raise exits.Problem(_refused(deed, plan), exits.REFUSED)
-    _tell_late(client, action, job_id, plan, show.say)
-    deeds.ask_about(deed, job)
+        raise exit_codes.Problem(_refused(deed, plan), exit_codes.REFUSED)
+    _tell_late(client, action, job_id, plan, terminal.say)
+    confirm.ask_about(deed, job)
     result = _applied(client, plan)
     if not result.applied:
         _show_left([result])
-        return exits.REFUSED
+        return exit_codes.REFUSED
     done = answer(job, plan, result)
     if as_json:
-        show.emit_json(done)
+        terminal.emit_json(done)
     else:
-        show.emit(f"{job_id}: {deed.done(done)}")
-    return exits.DONE
+        terminal.emit(f"{job_id}: {deed.done(done)}")
+    return exit_codes.DONE
 
 
 def _plan_of(client: AdminClient, action: PlanAction, job_id: str, reason: str | None) -> PlanView | None:
@@ -218,7 +216,7 @@ def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> 
             continue
         results.append(_applied(client, plan))
         if as_json:
-            show.emit_json(results[-1])
+            terminal.emit_json(results[-1])
     if not as_json:
         _show_results(plans, results)
     return not any(result.changed or result.refused for result in results)
@@ -231,7 +229,7 @@ def _applied(client: AdminClient, plan: PlanView) -> PlanResult:
         with busy(f"{plan.action}: {_jobs(plan.count)}"):
             return client.apply_plan(plan.plan_id)
     except JobdError:
-        show.say(f"To go on with this plan: jobctl apply {plan.plan_id}")
+        terminal.say(f"To go on with this plan: jobctl apply {plan.plan_id}")
         raise
 
 
@@ -239,19 +237,19 @@ def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool) -
     """Plans that are not applied now, and how they can be."""
     if as_json:
         for plan in plans:
-            show.emit_json(plan)
+            terminal.emit_json(plan)
     else:
         _show_plans(plans, is_more=cursor is not None)
     _name_plans([plan for plan in plans if plan.count])
     if cursor is not None:
-        show.say("There are more: without --dry-run all of them are done, these first.")
+        terminal.say("There are more: without --dry-run all of them are done, these first.")
 
 
 def _name_plans(plans: Sequence[PlanView], but: str = "") -> None:
     """How these plans can be applied later."""
     if plans:
         names = " ".join(plan.plan_id for plan in plans)
-        show.say(f"To do exactly this{but}, until {show.instant(plans[0].expires_at)}: jobctl apply {names}")
+        terminal.say(f"To do exactly this{but}, until {terminal.instant(plans[0].expires_at)}: jobctl apply {names}")
 
 
 def of_time(client: AdminClient, action: PlanAction, reason: str | None) -> PlanView | None:
@@ -271,27 +269,27 @@ def name_of_time(plan: PlanView | None) -> None:
         return
     _name_plans([plan], ", but for what would be mended" if plan.action == "cleanup" else "")
     if plan.more:
-        show.say("There are more than one plan takes: once it is applied, --dry-run names the next one.")
+        terminal.say("There are more than one plan takes: once it is applied, --dry-run names the next one.")
 
 
 def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
     jobs = [job for plan in plans for job in plan.jobs]
     names = f"plan {plans[0].plan_id}" if len(plans) == 1 else f"{len(plans)} plans"
     more = ", and there are more, which come after these" if is_more else ""
-    show.emit(f"{plans[0].action}: {_jobs(len(jobs))} ({names}){more}")
+    terminal.emit(f"{plans[0].action}: {_jobs(len(jobs))} ({names}){more}")
     rows = [(job.id, f"{job.from_} → {job.to or 'deleted'}") for job in jobs[:_SHOWN]]
     if rows:
-        show.table(["JOB", "WOULD BE"], rows)
+        terminal.table(["JOB", "WOULD BE"], rows)
     if len(jobs) > _SHOWN:
-        show.emit(f"… and {len(jobs) - _SHOWN} more (--json shows all)")
+        terminal.emit(f"… and {len(jobs) - _SHOWN} more (--json shows all)")
     if any(job.to is None for job in jobs):
-        show.emit(_GOES_TOO)
+        terminal.emit(_GOES_TOO)
     _show_late(plans[0].action, [job for plan in plans if plan.result is None for job in plan.jobs])
     for plan in plans:
         if plan.skipped_count:
-            show.emit(_skipped(plan))
+            terminal.emit(_skipped(plan))
         elif not plan.count and plan.scope:
-            show.emit(plan.scope)
+            terminal.emit(plan.scope)
 
 
 def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
@@ -302,7 +300,7 @@ def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
         return
     late = [job.id for job in jobs if job.late_results]
     more = f" … and {len(late) - _SHOWN} more (--json shows all)" if len(late) > _SHOWN else ""
-    show.emit(f"{note} See jobctl late ID: {' '.join(late[:_SHOWN])}{more}")
+    terminal.emit(f"{note} See jobctl late ID: {' '.join(late[:_SHOWN])}{more}")
 
 
 def _skipped(plan: PlanView) -> str:
@@ -313,11 +311,11 @@ def _skipped(plan: PlanView) -> str:
 
 def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> None:
     before = " before, nothing now" if all(result.repeated for result in results) else ""
-    show.emit(f"{plans[0].action}: {_jobs(sum(result.applied for result in results))} done{before}")
+    terminal.emit(f"{plans[0].action}: {_jobs(sum(result.applied for result in results))} done{before}")
     _show_left(results)
     for plan in plans:
         if plan.skipped_count:
-            show.say(_skipped(plan))
+            terminal.say(_skipped(plan))
 
 
 def _show_left(results: Sequence[PlanResult]) -> None:
@@ -326,9 +324,9 @@ def _show_left(results: Sequence[PlanResult]) -> None:
     refused = [job for result in results for job in result.refused]
     for title, left in (("changed meanwhile", changed), ("refused", refused)):
         for job in left[:_SHOWN]:
-            show.say(f"{job.id}: {title}: {_moved(job)}")
+            terminal.say(f"{job.id}: {title}: {_moved(job)}")
         if len(left) > _SHOWN:
-            show.say(f"… and {len(left) - _SHOWN} more {title} (--json shows all)")
+            terminal.say(f"… and {len(left) - _SHOWN} more {title} (--json shows all)")
 
 
 def _moved(job: ChangedJob) -> str:
@@ -372,26 +370,26 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
     Example: jobctl delete --where status=completed --dry-run; jobctl apply 3fa29c01d2e4b587
     """
     if not (yes or dry_run):
-        deeds.need_terminal()
+        confirm.need_terminal()
     client = admin_client(timeout_s=60.0)
     plans = [client.get_plan(plan_id) for plan_id in dict.fromkeys(plan_ids)]
     new = [plan for plan in plans if plan.result is None]
     for plan in plans:
         if plan.result is not None:
-            show.say(f"Plan {plan.plan_id} was applied {show.when(plan.result.applied_at)}; it is done once.")
+            terminal.say(f"Plan {plan.plan_id} was applied {terminal.when(plan.result.applied_at)}; it is done once.")
         elif not as_json and not yes:
             _show_plans([plan], is_more=plan.more)
             if plan.reason:
-                show.emit(f"Reason: {plan.reason}")
+                terminal.emit(f"Reason: {plan.reason}")
     if dry_run and as_json:
         for plan in plans:
-            show.emit_json(plan)
+            terminal.emit_json(plan)
     if dry_run:
-        return exits.DONE
+        return exit_codes.DONE
     if new and not yes:
-        deeds.confirm(" and ".join(f"{_WORDS.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new))
+        confirm.confirm(" and ".join(f"{_WORDS.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new))
     for plan in plans if as_json else ():
         if not plan.count:
-            show.emit_json(_nothing(plan))
+            terminal.emit_json(_nothing(plan))
     is_whole = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count])
-    return exits.DONE if is_whole else exits.REFUSED
+    return exit_codes.DONE if is_whole else exit_codes.REFUSED

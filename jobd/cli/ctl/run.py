@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from jobd.cli import exit_codes as exits
+from jobd.cli import exit_codes
 from jobd.cli.connection import current, worker_endpoint, worker_options
 from jobd.cli.params import DURATION, NAME
 
@@ -77,4 +77,4 @@ def run(
         name=name,
     )
     code = asyncio.run(worker.run())
-    return exits.FAILED if code else exits.DONE
+    return exit_codes.FAILED if code else exit_codes.DONE

@@ -7,8 +7,7 @@ from typing import Any, Final
 
 import click
 
-from jobd.cli import exit_codes as exits
-from jobd.cli import terminal as show
+from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import job_client, worker_options
 from jobd.cli.group import json_option
 from jobd.cli.params import DURATION, MOMENT, NAME, json_text, read_stdin
@@ -69,9 +68,9 @@ def submit(
     client = job_client()
     created = client.create_job(body, id=job_id, backoff=pause or None, **options)
     if not (wait and as_json):
-        show.emit_json(created) if as_json else show.emit(created.id)
+        terminal.emit_json(created) if as_json else terminal.emit(created.id)
         sys.stdout.flush()
-    return _wait_for(created.id, as_json) if wait else exits.DONE
+    return _wait_for(created.id, as_json) if wait else exit_codes.DONE
 
 
 def _wait_for(job_id: str, as_json: bool) -> int:
@@ -79,8 +78,8 @@ def _wait_for(job_id: str, as_json: bool) -> int:
 
     job = until_finished(job_client(patience_s=_WAIT_PATIENCE_S), job_id)
     if as_json:
-        show.emit_json(job)
+        terminal.emit_json(job)
     else:
         why = f": {job.error_message}" if job.error_message and job.status != "completed" else ""
-        show.say(f"{job_id} {job.status}{why}")
-    return exits.DONE if job.status == "completed" else exits.FAILED
+        terminal.say(f"{job_id} {job.status}{why}")
+    return exit_codes.DONE if job.status == "completed" else exit_codes.FAILED

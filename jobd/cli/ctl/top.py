@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
-from jobd.cli import tables_admin
-from jobd.cli import terminal as show
+from jobd.cli import tables_admin, terminal
 from jobd.client import AdminClient, JobdError
 from jobd.model.commands import MAX_PAGE
 from jobd.model.responses import AlertView, LockedJob, QueueView, StatsView
@@ -132,7 +131,7 @@ def _held(locks: Sequence[LockedJob]) -> list[Held]:
 
 def watch(client: AdminClient, samples: Samples, interval_s: float) -> None:
     """Look again and again, until somebody presses q. A daemon that is away is waited for."""
-    out = show.console()
+    out = terminal.console()
     frame, note = samples.take(client, min(rows_of(out.height), MOST - 1)), ""
     with _screen(out) as draw, _keys() as is_wanted:
         while True:
@@ -150,7 +149,7 @@ def watch(client: AdminClient, samples: Samples, interval_s: float) -> None:
 @contextmanager
 def _screen(out: Console) -> Iterator[Callable[[Frame, str], None]]:
     """What draws a frame in the place of the last; one below the other where escape sequences are not wanted."""
-    if not show.may_draw(sys.stdout):
+    if not terminal.may_draw(sys.stdout):
         yield lambda frame, note: out.print(picture(frame, note, out.height, out.width), "")
         return
     from rich.live import Live
@@ -195,9 +194,9 @@ def pause(wait_s: float) -> bool:
 
 def draw_once(frame: Frame) -> None:
     """One frame on stdout, with every queue and worker."""
-    out = show.console()
+    out = terminal.console()
     everything = 20 + len(frame.queues) + len(frame.workers) + len(frame.alerts)
-    show.print_plain(out, picture(frame, "", 2 * everything, out.width))
+    terminal.print_plain(out, picture(frame, "", 2 * everything, out.width))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,11 +224,11 @@ def _head(frame: Frame, note: str, width: int) -> list[Text]:
     groups = [
         [f"{status} {count}" for status, count in stats.by_status.items()],
         [
-            show.instant(stats.timestamp),
+            terminal.instant(stats.timestamp),
             f"stuck {stats.stuck_jobs}",
             f"locked {stats.locked_jobs}",
-            f"average {show.span(stats.average_processing_time * 1000)}",
-            *([] if stats.disk is None else [f"disk {show.disk_space(stats.disk)}"]),
+            f"average {terminal.span(stats.average_processing_time * 1000)}",
+            *([] if stats.disk is None else [f"disk {terminal.disk_space(stats.disk)}"]),
         ],
         [f"per second (over {frame.over_s:g} s): {rates[0]}", *rates[1:]],
     ]
@@ -241,7 +240,7 @@ def _packed(parts: Sequence[str], width: int) -> list[str]:
     """The parts on as many lines as they take: a figure that is cut is another figure."""
     lines = [parts[0]]
     for part in parts[1:]:
-        longer = f"{lines[-1]}{show.GAP}{part}"
+        longer = f"{lines[-1]}{terminal.GAP}{part}"
         if len(longer) <= width:
             lines[-1] = longer
         else:
@@ -268,7 +267,7 @@ def _queues(frame: Frame, rows: int, width: int) -> list[Text]:
             "paused" if queue.paused else "open",
             queue.queued,
             queue.processing,
-            show.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
+            terminal.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
             queue.failed,
             queue.completed,
             queue.cancelled,
@@ -284,9 +283,9 @@ def _workers(frame: Frame, rows: int, width: int) -> list[Text]:
     claims = ["CLAIMS", "ABOUT"] if width >= WIDE else []
     body = []
     for each in frame.workers:
-        jobs = "  ".join(f"{job.id} {show.cell(job.progress)} %" for job in each.jobs)
-        last = [show.age(each.last_seen_at)] if seen else []
-        more = [text and show.clip(text, MIDDLE) for text in (each.claims, each.about)] if claims else []
+        jobs = "  ".join(f"{job.id} {terminal.cell(job.progress)} %" for job in each.jobs)
+        last = [terminal.age(each.last_seen_at)] if seen else []
+        more = [text and terminal.clip(text, MIDDLE) for text in (each.claims, each.about)] if claims else []
         body.append((each.worker, each.state, each.held, *last, *more, jobs))
     lines = _table(["WORKER", "STATE", ">HOLDS", *seen, *claims, "JOBS"], body, rows, width)
     return [*lines, _line(f"{frame.gone} gone")] if frame.gone else lines
@@ -310,16 +309,18 @@ def _table(
     from rich.text import Text
 
     lines = [[name.removeprefix(">") for name in columns]]
-    lines += [[show.cell(value) for value in row] for row in rows[:most]]
+    lines += [[terminal.cell(value) for value in row] for row in rows[:most]]
     lines = _fitted(lines, width, spare)
     # As in all tables in a pipe: one long name pushes its own line alone.
-    to = show.widths(lines, show.ALIGNED if width >= show.UNBOUNDED else width)
+    to = terminal.widths(lines, terminal.ALIGNED if width >= terminal.UNBOUNDED else width)
     right = [name.startswith(">") for name in columns]
     drawn = []
     for number, line in enumerate(lines):
         text = Text(no_wrap=True, overflow="ellipsis")
-        for each, filled in zip(line, show.filled(line, to, right), strict=True):
-            text.append(filled, style=style or ("bold" if number == 0 else show.style_of(each))).append(show.GAP)
+        for each, filled in zip(line, terminal.filled(line, to, right), strict=True):
+            text.append(filled, style=style or ("bold" if number == 0 else terminal.style_of(each))).append(
+                terminal.GAP
+            )
         text.rstrip()
         drawn.append(text)
     if is_part:
@@ -333,9 +334,9 @@ def _fitted(lines: list[list[str]], width: int, spare: int) -> list[list[str]]:
     """The cells of all lines, as much of them as has room beside each other."""
     has_words = not spare
     while True:
-        name, *rest = show.widths(lines, show.UNBOUNDED)
+        name, *rest = terminal.widths(lines, terminal.UNBOUNDED)
         words = rest.pop() if has_words else 0
-        left = max(width - sum(rest) - len(show.GAP) * (len(lines[0]) - 1), 1)
+        left = max(width - sum(rest) - len(terminal.GAP) * (len(lines[0]) - 1), 1)
         if not spare or left >= min(name, NAME):
             break
         lines, spare = [line[:-1] for line in lines], spare - 1
@@ -363,4 +364,4 @@ def _ends(text: str, width: int) -> str:
 def _line(text: str, style: str = "") -> Text:
     from rich.text import Text
 
-    return Text(show.clean(text), style=style, no_wrap=True, overflow="ellipsis")
+    return Text(terminal.clean(text), style=style, no_wrap=True, overflow="ellipsis")

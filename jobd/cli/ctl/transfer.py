@@ -12,8 +12,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO, Final
 
 import click
 
-from jobd.cli import exit_codes as exits
-from jobd.cli import terminal as show
+from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl.jobs import STATUSES
 from jobd.cli.group import json_option
@@ -48,13 +47,13 @@ def export(file: Path, status: Status | None, queue: str | None, kind: str | Non
     with bar("export", unit="jobs") as advance:
         lines = _told(client.export_jobs(status=status, queue=queue, kind=kind), advance, total)
         count = _write(lines, file)
-    show.say(f"{count} {'job' if count == 1 else 'jobs'} exported")
+    terminal.say(f"{count} {'job' if count == 1 else 'jobs'} exported")
 
 
 def _may_write(file: Path, *, yes: bool) -> None:
-    from jobd.cli import files as safe_target
+    from jobd.cli import files
 
-    safe_target.check(file, yes=yes)
+    files.check(file, yes=yes)
 
 
 def _expected(client: AdminClient, status: Status | None, queue: str | None) -> int:
@@ -107,17 +106,17 @@ def import_(file: str, dry_run: bool, as_json: bool) -> int:
     if dry_run:
         with click.open_file(file, "rb") as lines, bar("import") as advance:
             seen = client.preview_import(_read(lines, file, advance))
-        show.emit_json(seen) if as_json else _preview(seen)
-        return exits.FAILED if seen.would_refuse or seen.stops_at is not None else exits.DONE
+        terminal.emit_json(seen) if as_json else _preview(seen)
+        return exit_codes.FAILED if seen.would_refuse or seen.stops_at is not None else exit_codes.DONE
     with click.open_file(file, "rb") as lines, bar("import") as advance:
         result = client.import_jobs(_read(lines, file, advance))
     if as_json:
-        show.emit_json(result)
+        terminal.emit_json(result)
     else:
-        show.emit(f"{result.imported} imported, {result.skipped} skipped, {result.refused_count} refused")
+        terminal.emit(f"{result.imported} imported, {result.skipped} skipped, {result.refused_count} refused")
         for line in result.refused:
-            show.say(f"line {line.line}{f' ({line.id})' if line.id else ''}: {line.reason}")
-    return exits.FAILED if result.refused_count else exits.DONE
+            terminal.say(f"line {line.line}{f' ({line.id})' if line.id else ''}: {line.reason}")
+    return exit_codes.FAILED if result.refused_count else exit_codes.DONE
 
 
 _WOULD: Final = {"create": "would be created", "skip": "would be skipped", "refuse": "would be refused"}
@@ -127,12 +126,12 @@ def _preview(seen: ImportForeseen) -> None:
     for line in seen.lines:
         status = f" as {line.status}" if line.what == "create" else ""
         reason = f": {line.reason}" if line.reason else ""
-        show.emit(f"line {line.line}{f' ({line.id})' if line.id else ''}: {_WOULD[line.what]}{status}{reason}")
+        terminal.emit(f"line {line.line}{f' ({line.id})' if line.id else ''}: {_WOULD[line.what]}{status}{reason}")
     if seen.more:
-        show.say(f"Only the first {len(seen.lines)} lines are shown.")
+        terminal.say(f"Only the first {len(seen.lines)} lines are shown.")
     if seen.stops_at is not None:
-        show.say(f"The import would stop at line {seen.stops_at}: {seen.stop_reason}")
-    show.say(f"{seen.would_import} would be imported, {seen.would_skip} skipped, {seen.would_refuse} refused")
+        terminal.say(f"The import would stop at line {seen.stops_at}: {seen.stop_reason}")
+    terminal.say(f"{seen.would_import} would be imported, {seen.would_skip} skipped, {seen.would_refuse} refused")
 
 
 def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
@@ -144,7 +143,7 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
             yield line
             advance(done, total)
     except OSError as error:
-        raise exits.Problem(f"Cannot read {name}: {error.strerror or error}", exits.IO_ERROR) from error
+        raise exit_codes.Problem(f"Cannot read {name}: {error.strerror or error}", exit_codes.IO_ERROR) from error
 
 
 @click.command()
@@ -178,7 +177,7 @@ def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> Non
 
     with bar("artifact") as advance, whole_file(file, lambda done: advance(done, None)) as target:
         count = client.download_artifact(job_id, target, late_result=late_result)
-    show.emit(f"{file}: {show.size(count)}")
+    terminal.emit(f"{file}: {terminal.size(count)}")
 
 
 VERBS: Final = (export, import_, artifact)

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from jobd.cli import confirm as deeds
-from jobd.cli import exit_codes as exits
-from jobd.cli import terminal as show
+from jobd.cli import confirm, exit_codes, terminal
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.group import json_option
 
@@ -32,7 +30,7 @@ _PAGE: Final = 200
 @click.option("--all", "everything", is_flag=True, help="All deliveries, however many there are.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before all are sent again.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be sent.")
-@deeds.reason_option("Kept in the audit log, of what is sent.")
+@confirm.reason_option("Kept in the audit log, of what is sent.")
 @json_option
 @admin_options
 def webhooks(
@@ -58,13 +56,13 @@ def webhooks(
 
     if what is None:
         found = admin_client().webhooks()
-        show.emit_json({"webhooks": found}) if as_json else tables_admin.webhooks(found)
+        terminal.emit_json({"webhooks": found}) if as_json else tables_admin.webhooks(found)
         return
     if name is None:
         raise click.UsageError(f"Which webhook? jobctl webhooks {what} NAME; jobctl webhooks lists them.")
     if what == "deliveries":
         page = _walk(name, state, None if everything else limit, cursor)
-        show.emit_json(page) if as_json else tables_admin.deliveries(page)
+        terminal.emit_json(page) if as_json else tables_admin.deliveries(page)
     elif what == "resend" and delivery is None:
         if state != "given_up":
             message = "Which delivery? jobctl webhooks deliveries NAME lists them; --state given_up means all of those."
@@ -91,19 +89,19 @@ def _walk(name: str, state: DeliveryState | None, limit: int | None, cursor: str
 def _resend_all(name: str, reason: str | None, *, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Count them, ask, and send those that were counted."""
     if not (yes or dry_run):
-        deeds.need_terminal()
+        confirm.need_terminal()
     found = _walk(name, "given_up", None, None).deliveries
     if dry_run or not found:
         said = f"{_deliveries(len(found))} would be sent again" if found else f"No delivery of {name} was given up."
-        show.emit_json({"resent": 0, "would": len(found)}) if as_json else show.emit(said)
+        terminal.emit_json({"resent": 0, "would": len(found)}) if as_json else terminal.emit(said)
         return
     if not yes:
-        deeds.confirm(f"send {_deliveries(len(found))} again")
+        confirm.confirm(f"send {_deliveries(len(found))} again")
     count = admin_client(timeout_s=60.0).deliver_all_again(name, found[0].id, reason)
     if as_json:
-        show.emit_json({"resent": count, "would": len(found)})
+        terminal.emit_json({"resent": count, "would": len(found)})
     else:
-        show.emit(f"{_deliveries(count)} on the way: jobctl webhooks deliveries {name}")
+        terminal.emit(f"{_deliveries(count)} on the way: jobctl webhooks deliveries {name}")
 
 
 def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool, as_json: bool) -> None:
@@ -114,20 +112,22 @@ def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool,
     client = admin_client()
     sent = client.test_webhook(name, reason) if delivery is None else client.deliver_again(name, delivery, reason)
     if as_json:
-        show.emit_json(sent)
+        terminal.emit_json(sent)
     else:
-        show.emit(f"Delivery {sent.id} ({sent.type}) is on its way: jobctl webhooks deliveries {name}")
+        terminal.emit(f"Delivery {sent.id} ({sent.type}) is on its way: jobctl webhooks deliveries {name}")
 
 
 def _would_send(name: str, delivery: int | None, *, as_json: bool) -> None:
     """Whether the daemon has such a webhook, and such a delivery; where not it ends as the real one would."""
     found = _walk(name, None, 1 if delivery is None else None, None).deliveries
     if delivery is not None and all(each.id != delivery for each in found):
-        raise exits.Problem(f"Webhook {name} has no delivery {delivery}, or has it no more.", exits.REFUSED)
+        raise exit_codes.Problem(f"Webhook {name} has no delivery {delivery}, or has it no more.", exit_codes.REFUSED)
     if as_json:
-        show.emit_json({"would": 1})
+        terminal.emit_json({"would": 1})
     else:
-        show.emit(f"A test would be sent to {name}" if delivery is None else f"Delivery {delivery} would be sent again")
+        terminal.emit(
+            f"A test would be sent to {name}" if delivery is None else f"Delivery {delivery} would be sent again"
+        )
 
 
 def _deliveries(count: int) -> str:

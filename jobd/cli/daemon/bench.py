@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd import __version__
-from jobd.cli import exit_codes as exits
-from jobd.cli import terminal as show
+from jobd.cli import exit_codes, terminal
 from jobd.cli.group import json_option
 from jobd.cli.progress import busy
 
@@ -77,10 +76,10 @@ def bench(
         if not as_json:
             _show(scenario, found[scenario.name])
     if as_json:
-        show.emit_json({"version": __version__, "machine": _machine(), "scenarios": found})
+        terminal.emit_json({"version": __version__, "machine": _machine(), "scenarios": found})
     else:
-        show.emit(", ".join(f"{name} {value}" for name, value in _machine().items()))
-    return exits.DONE
+        terminal.emit(", ".join(f"{name} {value}" for name, value in _machine().items()))
+    return exit_codes.DONE
 
 
 def _figures(scenario: Scenario, size: Size, runs: int, place: Path | None) -> dict[str, Any]:
@@ -96,16 +95,16 @@ def _figures(scenario: Scenario, size: Size, runs: int, place: Path | None) -> d
             try:
                 found.append(measured(scenario, size, place))
             except BenchFailed as why:
-                raise exits.Problem(f"{scenario.name}: {why}") from None
+                raise exit_codes.Problem(f"{scenario.name}: {why}") from None
     return {"runs": runs, **over_runs(found)}
 
 
 def _show(scenario: Scenario, figures: dict[str, Any]) -> None:
-    show.emit(f"{scenario.name}: {scenario.says}")
+    terminal.emit(f"{scenario.name}: {scenario.says}")
     rows = [(name, *map(_number, (each["median"], each["min"], each["max"]))) for name, each in _flat(figures)]
-    show.table((f"of {figures['runs']}", "median", "min", "max"), rows)
+    terminal.table((f"of {figures['runs']}", "median", "min", "max"), rows)
     for name, values in figures.get("series", {}).items():
-        show.emit(f"{name}  {_drawn(values)}")
+        terminal.emit(f"{name}  {_drawn(values)}")
 
 
 def _drawn(values: Sequence[float]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
-from jobd.cli import terminal as show
+from jobd.cli import terminal
 from jobd.model.job import DAY_MS
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _clock(client: AdminClient) -> Iterator[Finding]:
     clock = client.clock()
     if clock.suspect:
         mend = "if this time is right: jobctl clock accept; if not, set the clock"
-        yield Finding("clock", f"{clock.message} The daemon's time is {show.instant(clock.now)}.", mend)
+        yield Finding("clock", f"{clock.message} The daemon's time is {terminal.instant(clock.now)}.", mend)
 
 
 def _quarantine(client: AdminClient) -> Iterator[Finding]:
@@ -77,7 +77,7 @@ def _cleanup(client: AdminClient) -> Iterator[Finding]:
     state = client.cleanup_state()
     since_ms = state.time_since_last_cleanup
     if since_ms is not None and since_ms > OVERDUE_MS and not state.cleanup_running:
-        what = f"the last successful pass was {show.span(since_ms)} ago"
+        what = f"the last successful pass was {terminal.span(since_ms)} ago"
         yield Finding("cleanup", what, "look at the log for the reason, then run: jobctl cleanup")
     report = state.last_report
     if report is None:
@@ -102,12 +102,12 @@ def _webhooks(client: AdminClient) -> Iterator[Finding]:
     for webhook in client.webhooks():
         where = f"webhook {webhook.name}"
         if webhook.failing_since is not None:
-            what = f"takes nothing since {show.when(webhook.failing_since)}, {webhook.waiting} messages wait"
+            what = f"takes nothing since {terminal.when(webhook.failing_since)}, {webhook.waiting} messages wait"
             mend = f"mend its receiver, or its url, then: jobctl webhooks test {webhook.name}"
             yield Finding(where, f"{what}: {webhook.last_error or 'not tried since the start'}", mend)
         for lost in client.deliveries(webhook.name, state="given_up", limit=1).deliveries:
             if (lost.ended_at or lost.at) > since:
-                what = f"messages were given up, the latest {show.when(lost.ended_at)}: {lost.error or 'untried'}"
+                what = f"messages were given up, the latest {terminal.when(lost.ended_at)}: {lost.error or 'untried'}"
                 yield Finding(where, what, f"send them again: jobctl webhooks resend {webhook.name} --state given_up")
 
 
@@ -135,7 +135,7 @@ THRESHOLDS: Final = (
         "jobd_disk_free_bytes",
         256 * _MIB,
         "disk",
-        lambda value: f"only {show.size(int(value))} are left on the disk of the store",
+        lambda value: f"only {terminal.size(int(value))} are left on the disk of the store",
         "free some, or shorten [retention]: when it is full new jobs are refused",
         is_least=True,
     ),
@@ -144,7 +144,7 @@ THRESHOLDS: Final = (
         "jobd_wal_bytes",
         256 * _MIB,
         "write-ahead log",
-        lambda value: f"it has grown to {show.size(int(value))}",
+        lambda value: f"it has grown to {terminal.size(int(value))}",
         "is a backup under way? The log says when one began: journalctl -u jobd --grep backup_started",
     ),
     Threshold(
@@ -169,7 +169,7 @@ THRESHOLDS: Final = (
         900,
         "artifacts",
         lambda value: (
-            f"stored objects of deleted jobs are still there, {show.span(int(value * 1000))} after they could go"
+            f"stored objects of deleted jobs are still there, {terminal.span(int(value * 1000))} after they could go"
         ),
         "look at the store of artifacts.url, and at what the log says: journalctl -u jobd --grep artifact",
     ),
@@ -178,7 +178,7 @@ THRESHOLDS: Final = (
         "jobd_queue_oldest_due_seconds",
         3600,
         "queue",
-        lambda value: f"a job has been due for {show.span(int(value * 1000))}",
+        lambda value: f"a job has been due for {terminal.span(int(value * 1000))}",
         "does any worker ask for this queue, and for all its kinds? jobctl workers, jobctl why ID",
     ),
 )
@@ -213,6 +213,6 @@ def _figures(text: str) -> Iterator[Finding]:
 def _alerts(client: AdminClient) -> Iterator[Finding]:
     for alert in client.alerts():
         if alert.firing:
-            since = show.when(alert.since)
+            since = terminal.when(alert.since)
             what = f"{alert.severity}, firing since {since}: {alert.value:g}, threshold {alert.threshold:g}"
             yield Finding(f"alert {alert.name}", what, alert.hint)

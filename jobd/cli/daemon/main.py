@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobd import __version__
-from jobd.cli import exit_codes as exits
-from jobd.cli import terminal as show
-from jobd.cli.daemon import store as daemon_files
+from jobd.cli import exit_codes, terminal
+from jobd.cli.daemon import store
 from jobd.cli.daemon.bench import bench
 from jobd.cli.daemon.monitoring import monitoring
 from jobd.cli.daemon.settings import config_option, flag_options, read
@@ -83,14 +82,14 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
     try:
         check_apart(loaded.config.artifacts.url, loaded.own_places)
     except ConfigError as error:
-        raise exits.Problem(str(error), exits.CONFIG) from None
+        raise exit_codes.Problem(str(error), exit_codes.CONFIG) from None
     if as_json:
-        show.emit_json({"path": loaded.path, "values": _values(loaded), "webhooks": _webhooks(loaded)})
+        terminal.emit_json({"path": loaded.path, "values": _values(loaded), "webhooks": _webhooks(loaded)})
     else:
         for line in effective(loaded).splitlines():
-            show.emit(line)
+            terminal.emit(line)
     for warning in loaded.warnings:
-        show.say(f"jobd: {warning}")
+        terminal.say(f"jobd: {warning}")
 
 
 def _webhooks(loaded: Loaded) -> list[dict[str, object]]:
@@ -117,12 +116,12 @@ def _values(loaded: Loaded) -> dict[str, dict[str, object]]:
 
 
 jobd.add_all("The daemon", serve, check_config, demo, bench, monitoring)
-jobd.add_all("Its files", daemon_files.backup, daemon_files.restore, daemon_files.doctor)
+jobd.add_all("Its files", store.backup, store.restore, store.doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run jobd; gives the exit code."""
-    return exits.run(jobd, "jobd", argv)
+    return exit_codes.run(jobd, "jobd", argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Final
 
 import click
 
-from jobd.cli import terminal as show
+from jobd.cli import terminal
 
 FILES: Final = {"rules": "jobd.rules.yml", "dashboard": "grafana.json"}
 
@@ -25,4 +25,4 @@ def monitoring(what: str) -> None:
     jobd monitoring dashboard > jobd.json
     """
     for line in files("jobd").joinpath("monitoring", FILES[what]).read_text("utf-8").splitlines():
-        show.emit(line)
+        terminal.emit(line)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import exit_codes as exits
+from jobd.cli import exit_codes
 
 if TYPE_CHECKING:
     from jobd.config import Loaded
@@ -66,7 +66,7 @@ def read(config: str | None, flags: Mapping[str, str] | None = None, *, need_tok
     try:
         return load(flags or {}, os.environ, config, need_token=need_token)
     except ConfigError as error:
-        raise exits.Problem(str(error), exits.CONFIG) from None
+        raise exit_codes.Problem(str(error), exit_codes.CONFIG) from None
 
 
 def store_path(store: str | None, config: str | None) -> str:
@@ -75,5 +75,7 @@ def store_path(store: str | None, config: str | None) -> str:
         return store
     path = read(config, need_token=False).config.store.path
     if path == ":memory:":
-        raise exits.Problem("The store of this configuration is in memory: name a database with --store", exits.CONFIG)
+        raise exit_codes.Problem(
+            "The store of this configuration is in memory: name a database with --store", exit_codes.CONFIG
+        )
     return path

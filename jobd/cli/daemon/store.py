@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import exit_codes as exits
-from jobd.cli import terminal as show
+from jobd.cli import exit_codes, terminal
 from jobd.cli.confirm import confirm, need_terminal
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.daemon.settings import config_option, store_option, store_path
@@ -35,14 +34,14 @@ def backup(file: Path, yes: bool) -> None:
     The copy is whole, checked and marked: whoever opens it takes a new epoch and ends the grants in it. The store of a
     running daemon is never overwritten.
     """
-    from jobd.cli import files as safe_target
+    from jobd.cli import files
     from jobd.cli.progress import bar
     from jobd.cli.safe_file import whole_file
 
-    safe_target.check(file, yes=yes)
+    files.check(file, yes=yes)
     with bar("backup") as advance, whole_file(file, lambda done: None) as target:
         count = admin_client(timeout_s=SILENT_S).backup(target, told=lambda seen: _show(seen, advance))
-    show.emit(f"{file}: {show.size(count)}")
+    terminal.emit(f"{file}: {terminal.size(count)}")
 
 
 def _show(seen: BackupView, advance: Advance) -> None:
@@ -65,7 +64,9 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
     """
     path = store_path(store, config)
     if not file.exists():
-        raise exits.Problem(f"{file} does not exist: name a file that jobd backup has written", exits.IO_ERROR)
+        raise exit_codes.Problem(
+            f"{file} does not exist: name a file that jobd backup has written", exit_codes.IO_ERROR
+        )
     from jobd.cli.progress import busy
     from jobd.model.storage import DiskFull
     from jobd.storage import dry_run as rehearsal
@@ -76,17 +77,17 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
             with busy(f"checking {file}"):
                 lines = rehearsal.restore(str(file), path)
             for line in lines:
-                show.emit(line)
+                terminal.emit(line)
             return
         if Path(path).exists() and not yes:
             confirm(f"put {file} in place of the database {path} (which is kept beside it)")
         with busy(f"checking and copying {file}"):
             aside = put_back(str(file), path)
     except DiskFull as error:
-        raise exits.Problem(f"No room for it: {error}. Free some and try again", exits.IO_ERROR) from None
-    show.emit(path)
+        raise exit_codes.Problem(f"No room for it: {error}. Free some and try again", exit_codes.IO_ERROR) from None
+    terminal.emit(path)
     if aside is not None:
-        show.say(f"The database that was there is kept as {aside}.")
+        terminal.say(f"The database that was there is kept as {aside}.")
 
 
 @click.command()
@@ -158,7 +159,9 @@ def doctor(
         with busy(f"checking {path}"):
             problems = offline.check(path)
     except StoreBusy as error:
-        raise exits.Problem(f"{error}; or check it as it runs: jobd doctor --running", exits.TRY_AGAIN) from None
+        raise exit_codes.Problem(
+            f"{error}; or check it as it runs: jobd doctor --running", exit_codes.TRY_AGAIN
+        ) from None
     return _diagnosis(problems, as_json)
 
 
@@ -183,21 +186,21 @@ def _repair(
         with busy(f"looking at {path}"):
             lines = look(path)
         for line in lines:
-            show.emit(line) if dry_run else show.say(line)
+            terminal.emit(line) if dry_run else terminal.say(line)
         if dry_run:
-            return exits.DONE
+            return exit_codes.DONE
         confirm("write that")
-    show.emit(write(path))
-    return exits.DONE
+    terminal.emit(write(path))
+    return exit_codes.DONE
 
 
 def _diagnosis(problems: Sequence[Any], as_json: bool) -> int:
     """Print problems (`where`, `what`, `mend`); 0 where there are none."""
     if as_json:
-        show.emit_json({"problems": problems})
+        terminal.emit_json({"problems": problems})
     elif not problems:
-        show.emit("nothing is wrong")
+        terminal.emit("nothing is wrong")
     for problem in () if as_json else problems:
-        show.emit(f"{problem.where}: {problem.what}")
-        show.emit(f"    mend: {problem.mend}")
-    return exits.FAILED if problems else exits.DONE
+        terminal.emit(f"{problem.where}: {problem.what}")
+        terminal.emit(f"    mend: {problem.mend}")
+    return exit_codes.FAILED if problems else exit_codes.DONE

@@ -10,9 +10,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobd.cli import exit_codes as exits
-from jobd.cli import tables
-from jobd.cli import terminal as show
+from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.demo.demo_checks import check
 from jobd.cli.demo.files import Broken, target_name
 from jobd.cli.demo.main import Story, said
@@ -30,8 +28,8 @@ def judge(stage: Stage, story: Story, keep: Path | None) -> int:
     faults = {job.id: _fault(stage, story, job) for job in jobs}
     _show_jobs(jobs, lines, faults)
     if why is not None:
-        show.emit("")
-        show.emit(
+        terminal.emit("")
+        terminal.emit(
             f"What happened to {story.killed_job}, whose worker {story.killed_worker} was killed (progress left out):"
         )
         tables.timeline([event for event in lines[story.killed_job] if event.type not in ("progress", "extended")])
@@ -42,7 +40,7 @@ def judge(stage: Stage, story: Story, keep: Path | None) -> int:
     claims.append(("the daemon stopped cleanly when asked", stage.stop_daemon() == 0))
     if keep is not None:
         shutil.copytree(stage.results, keep, dirs_exist_ok=True)
-        show.say(f"The results are in {keep}; a browser shows the films.")
+        terminal.say(f"The results are in {keep}; a browser shows the films.")
     return _verdict(claims)
 
 
@@ -67,10 +65,10 @@ def _show_jobs(jobs: Sequence[JobInfo], lines: dict[str, list[EventView]], fault
         took = (job.finished_at or job.updated_at) - (job.started_at or job.updated_at)
         proof = faults[job.id] or "right"
         rows.append(
-            (job.id, job.status, " then ".join(grants), job.attempt, job.stalls, show.span(took), result, proof)
+            (job.id, job.status, " then ".join(grants), job.attempt, job.stalls, terminal.span(took), result, proof)
         )
-    show.emit("")
-    show.table(["JOB", "STATUS", "WORKERS", ">ATTEMPTS", ">STALLS", ">TOOK", "RESULT", "CHECKED"], rows)
+    terminal.emit("")
+    terminal.table(["JOB", "STATUS", "WORKERS", ">ATTEMPTS", ">STALLS", ">TOOK", "RESULT", "CHECKED"], rows)
 
 
 def checks(
@@ -100,12 +98,12 @@ def _worker(grants: Sequence[EventView]) -> str:
 
 
 def _verdict(claims: Sequence[tuple[str, bool]]) -> int:
-    show.emit("")
+    terminal.emit("")
     for claim, is_true in claims:
-        show.emit(f"{'ok' if is_true else 'NOT SEEN':8}  {claim}")
+        terminal.emit(f"{'ok' if is_true else 'NOT SEEN':8}  {claim}")
     failed = sum(not is_true for _, is_true in claims)
     if failed:
-        show.say(f"jobd demo: {failed} of {len(claims)} claims were not seen to be true")
+        terminal.say(f"jobd demo: {failed} of {len(claims)} claims were not seen to be true")
     else:
-        show.emit("All of it was seen, and nothing is left behind.")
-    return exits.FAILED if failed else exits.DONE
+        terminal.emit("All of it was seen, and nothing is left behind.")
+    return exit_codes.FAILED if failed else exit_codes.DONE

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobd.cli import terminal as show
+from jobd.cli import terminal
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -33,7 +33,7 @@ class Screen:
         return None
 
     def say(self, text: str) -> None:
-        self._line(f"{time.monotonic() - self._start_s:6.1f} s  {show.clean(text)}")
+        self._line(f"{time.monotonic() - self._start_s:6.1f} s  {terminal.clean(text)}")
 
     def _line(self, text: str) -> None:
         sys.stdout.write(text + "\n")
@@ -51,7 +51,7 @@ class LiveScreen(Screen):
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
         columns: list[Any] = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()]
-        self._progress = Progress(*columns, console=show.console(), transient=True)
+        self._progress = Progress(*columns, console=terminal.console(), transient=True)
         self._all = self._progress.add_task("all jobs", total=None)
         self._bars: dict[str, TaskID] = {}
 
@@ -73,7 +73,7 @@ class LiveScreen(Screen):
             self._progress.remove_task(self._bars.pop(job_id))
         for job_id, job in at_work.items():
             holder = job.lock.worker if job.lock else f"{job.worker} (silent: the lock has expired)"
-            text = show.clip(f"  {job_id} on {holder}", 60)
+            text = terminal.clip(f"  {job_id} on {holder}", 60)
             if job_id not in self._bars:
                 self._bars[job_id] = self._progress.add_task(text, total=100)
             self._progress.update(self._bars[job_id], completed=job.progress, description=text)
@@ -81,4 +81,4 @@ class LiveScreen(Screen):
 
 def screen() -> Screen:
     """The moving one where stdout is a terminal that can move, else the plain one."""
-    return LiveScreen() if show.may_draw(sys.stdout) and not show.console().is_dumb_terminal else Screen()
+    return LiveScreen() if terminal.may_draw(sys.stdout) and not terminal.console().is_dumb_terminal else Screen()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from jobd.cli import terminal as show
+from jobd.cli import terminal
 from jobd.cli.demo.demo_screen import Screen
 from jobd.cli.demo.files import make_sources
 from jobd.cli.demo.processes import Stage
@@ -42,7 +42,7 @@ def play(stage: Stage, out: Screen, seed: int) -> Story:
     story = Story()
     made = make_sources(stage.sources, seed, **FILES)
     total = sum(path.stat().st_size for path in stage.sources.iterdir())
-    out.say(f"{len(made)} files made to work on, {show.size(total)}, in {stage.sources}")
+    out.say(f"{len(made)} files made to work on, {terminal.size(total)}, in {stage.sources}")
     out.say(f"jobd is up (pid {stage.start_daemon()})")
     with stage.jobs() as client:
         story.kinds = _submit(client, made)
@@ -112,7 +112,7 @@ def _kill_one(stage: Stage, client: JobClient, jobs: Sequence[JobInfo], story: S
             why = client.why(job.id)
             out.say(f"  why {job.id}? {why.because}")
             if why.next is not None:
-                at = "" if why.next.at is None else f": {show.age(why.next.at)}"
+                at = "" if why.next.at is None else f": {terminal.age(why.next.at)}"
                 out.say(f"  next: {why.next.what.rstrip('.')}{at}")
             return
 

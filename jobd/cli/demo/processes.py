@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Final, Self
 
 import jobd
-from jobd.cli import exit_codes as exits
+from jobd.cli import exit_codes
 from jobd.client import AdminClient, JobClient, JobdError
 
 LOCK_TTL_MS: Final = 3_000
@@ -95,7 +95,9 @@ class Stage:
                 return self.daemon.pid
             except JobdError as error:
                 if self.daemon.poll() is not None or time.monotonic() > until_s:
-                    raise exits.Problem(f"The daemon did not come up: {self.last_words() or error.message}") from None
+                    raise exit_codes.Problem(
+                        f"The daemon did not come up: {self.last_words() or error.message}"
+                    ) from None
             time.sleep(0.05)
 
     def last_words(self) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from jobd import __version__
-from jobd.client import worker_requests as calls
+from jobd.client import worker_requests
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import JobdError
 from jobd.client.protocol import RETRIED, GrantInfo, RetryPolicy, uuid7
@@ -124,7 +124,7 @@ class Claims:
     async def _claim(self, limit: int) -> list[GrantInfo]:
         """One claim, sent again under the same key until it is answered, or until we are told to stop."""
         wanted = self._wanted
-        request = calls.claim(
+        request = worker_requests.claim(
             wanted.worker,
             queues=wanted.queues,
             kinds=wanted.kinds,

@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 from typing import Any, Final
 
-from jobd.client import worker_requests as calls
+from jobd.client import worker_requests
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import (
     IdempotencyKeyReused,
@@ -105,19 +105,21 @@ class Keeper:
 
     async def complete(self, give_up: asyncio.Event, **result: Any) -> bool:
         """Complete the job; whether that was accepted. Where its result is refused, the job fails and says so."""
-        return await self._end("complete", calls.complete_job(self.id, lock_id=self.grant.lock_id, **result), give_up)
+        return await self._end(
+            "complete", worker_requests.complete_job(self.id, lock_id=self.grant.lock_id, **result), give_up
+        )
 
     async def fail(self, give_up: asyncio.Event, message: str, **how: Any) -> bool:
         """Fail the job; whether that was accepted. Progress that was not sent yet goes first, if it can."""
         await self.stop(flush=True)
         return await self._end(
-            "fail", calls.fail_job(self.id, lock_id=self.grant.lock_id, error_message=message, **how), give_up
+            "fail", worker_requests.fail_job(self.id, lock_id=self.grant.lock_id, error_message=message, **how), give_up
         )
 
     async def release(self, give_up: asyncio.Event, delay_ms: int | None = None) -> bool:
         """Give the job back; whether that was accepted."""
         return await self._end(
-            "release", calls.release_job(self.id, lock_id=self.grant.lock_id, delay_ms=delay_ms), give_up
+            "release", worker_requests.release_job(self.id, lock_id=self.grant.lock_id, delay_ms=delay_ms), give_up
         )
 
     async def stop(self, *, flush: bool = False) -> None:
@@ -162,9 +164,11 @@ class Keeper:
         """One sign of life: the progress that waits, or an extension. None where it was not accepted."""
         lock_id = self.grant.lock_id
         request = (
-            calls.extend_job_lock(self.id, lock_id=lock_id)
+            worker_requests.extend_job_lock(self.id, lock_id=lock_id)
             if report is None
-            else calls.update_progress(self.id, lock_id=lock_id, progress=report.progress, message=report.message)
+            else worker_requests.update_progress(
+                self.id, lock_id=lock_id, progress=report.progress, message=report.message
+            )
         )
         try:
             state = await self._client.send(request, ONE_TRY)
@@ -248,7 +252,7 @@ class Keeper:
         if now - self._heard_s < self._ttl_s / 3:
             return
         with contextlib.suppress(JobdError):
-            await self._client.send(calls.extend_job_lock(self.id, lock_id=self.grant.lock_id), ONE_TRY)
+            await self._client.send(worker_requests.extend_job_lock(self.id, lock_id=self.grant.lock_id), ONE_TRY)
             self._heard_s = now
 
     async def _refused(self, verb: str, error: JobdError, give_up: asyncio.Event) -> bool:
@@ -256,7 +260,7 @@ class Keeper:
         self._say(f"job {self.id}: {verb} was refused: {error.message}")
         if verb in ("complete", "fail"):
             message = f"The work has ended, but the daemon refused its `{verb}`: {error.message}"[:4096]
-            plain = calls.fail_job(
+            plain = worker_requests.fail_job(
                 self.id, lock_id=self.grant.lock_id, error_message=message, error_code=f"{verb}:{error.code}"
             )
             await self._end("the plain failure", plain, give_up)
