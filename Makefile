@@ -41,31 +41,29 @@ check: $(READY)  ## all that CI runs: format, lint, types, tests on both event l
 	$(BIN)/jobd demo
 
 # Only tests that go the same way each time: no branch may be reached by luck.
-COVERING := $(addprefix tests/test_,$(addsuffix .py,actor audit batch book clock commands draft envelope events figures fingerprints job keys late_rules \
-	live_jobs orders overlaps pace plans plans_of_time rules suspect_clock validation views webhook webhook_addresses webhook_line webhook_rules webhook_url why \
-	worker_presence))
+COVERING := tests/unit/model tests/unit/core tests/unit/engine tests/unit/webhooks tests/unit/maintenance/test_plans.py
 coverage: $(READY)  ## every branch of the pure rooms and the actor is run by the tests that mirror them, or this fails
 	$(BIN)/coverage run -m pytest --quiet --hypothesis-seed=0 $(COVERING)
 	$(BIN)/coverage report
 
 faults: $(READY)  ## real faults on the real daemon, as root: what is promised, and what came of it (ARGS="NAME --rounds N")
-	$(BIN)/python -m tests.faults $(or $(ARGS),--report)
+	$(BIN)/python -m tests.proof.faults $(or $(ARGS),--report)
 
 SEEDS ?= 20000
 simulation: $(READY)  ## the actor, rules and cleanup in virtual time under faults, by seed: SEEDS=20000, about an hour (ARGS: --seed K)
-	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --jobs $(PARALLEL) $(ARGS)
+	$(BIN)/python -m tests.proof.simulation --seeds $(SEEDS) --jobs $(PARALLEL) $(ARGS)
 
 world: $(READY)  ## every state that one job and three workers can get into, and what must hold in each
-	$(BIN)/python -m tests.small_world
+	$(BIN)/python -m tests.proof.small_world
 
 linearizability: $(READY)  ## histories of contending clients under faults, each explained by some order (ARGS: --seed K)
-	$(BIN)/python -m tests.linearizability --histories 500 $(ARGS)
+	$(BIN)/python -m tests.proof.linearizability --histories 500 $(ARGS)
 
 planted: $(READY)  ## planted bugs, each put into a copy: which tests find it, and how fast (ARGS: NAME ..., --promises)
-	$(BIN)/python -m tests.planted --jobs $(PARALLEL) $(ARGS)
+	$(BIN)/python -m tests.proof.planted --jobs $(PARALLEL) $(ARGS)
 
 proof: $(READY)  ## all of these, one after the other, as root: hours (ARGS="PART ... --write" for some, and into docs/RELIABILITY.md)
-	$(BIN)/python -m tests.proof $(ARGS)
+	$(BIN)/python -m tests.proof.run $(ARGS)
 
 PEERS := build/peers
 bench-peers: $(READY)  ## the same work by other queues, in the same run (installs them, as root; ARGS="PEER ... --runs N")
@@ -74,13 +72,13 @@ bench-peers: $(READY)  ## the same work by other queues, in the same run (instal
 		|| { apt-get -qq update && apt-get -qq install --yes --no-install-recommends postgresql redis-server beanstalkd nodejs npm; }
 	$(PIP) install --target $(PEERS)/python --upgrade asyncpg==0.32.0 huey==3.5.4
 	npm install --silent --no-save --no-package-lock --ignore-scripts --prefix $(PEERS) bullmq@5
-	PYTHONPATH=$(PEERS)/python JOBD_PEERS_NODE=$(PEERS)/node_modules $(BIN)/python -m tests.peers $(ARGS)
+	PYTHONPATH=$(PEERS)/python JOBD_PEERS_NODE=$(PEERS)/node_modules $(BIN)/python -m tests.benchmarks.peers $(ARGS)
 
-vendor: $(READY)  ## bring the dashboard's libraries into jobd/dashboard/static, in the versions of tests/vendor.py (needs npm)
-	$(BIN)/python -m tests.vendor
+vendor: $(READY)  ## bring the dashboard's libraries into jobd/dashboard/static, in the versions of tests/browser/vendor.py (needs npm)
+	$(BIN)/python -m tests.browser.vendor
 
 screenshots: $(READY)  ## pictures of the dashboard in build/screenshots (needs chromium; ARGS="overview jobs --scene busy", --readme)
-	$(BIN)/python -m tests.screenshots $(ARGS)
+	$(BIN)/python -m tests.browser.screenshots $(ARGS)
 
 format: $(READY)  ## put the code into its usual form
 	$(BIN)/ruff check --fix .

@@ -1,13 +1,6 @@
-"""Tests of jobd, and programs that measure and prove it.
+"""Tests of jobd. docs/architecture.md describes the folders."""
 
-Daemons and tools are started many hundred times here: what has been compiled is kept, as it is where jobd is installed.
-They are interrupted as at a terminal, also where all this runs in the background of a shell that ignores Ctrl-C there.
-"""
+from pathlib import Path
+from typing import Final
 
-import os
-import signal
-import threading
-
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+ROOT: Final = Path(__file__).resolve().parent.parent

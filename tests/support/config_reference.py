@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from msgspec import NODEFAULT, Struct, structs
 
 from jobd.config import RELOADABLE, WEBHOOKS, Config, show
-from jobd.webhook_config import WebhookSection
+from jobd.webhooks.config import WebhookSection
 
 ROOT: Final = Path(__file__).parent.parent.parent
 EXAMPLE: Final = ROOT / "config.toml"

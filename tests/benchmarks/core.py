@@ -1,0 +1,130 @@
+"""Where the time of a command goes, step by step, without sockets: `python -m tests.benchmarks.core` prints JSON.
+
+Batches of creates, then claims, then completes go through the steps that a request goes through: its body is decoded,
+the batch is decided, written with fsync, and each answer is encoded. Times are microseconds for one command, the
+median over the rounds; the sum is not what a request costs, as HTTP and the change of threads are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from jobd.core.state import Book
+from jobd.engine.batch import Decider, Known, Plan
+from jobd.engine.idempotency import Keys
+from jobd.engine.mailbox import Asked
+from jobd.engine.waiting_claims import Parked
+from jobd.http.decoding import Limits, Shape
+from jobd.http.response import answer_line
+from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
+from jobd.model.job import Policy
+from jobd.model.responses import Answer
+from jobd.storage import startup
+from jobd.storage.database import Tables
+
+T = TypeVar("T")
+
+SIZES: Final = (1, 16, 128)
+PAYLOAD: Final = json.dumps("x" * 198)
+SHAPES: Final[dict[type[Command], Shape]] = {
+    kind: Shape(kind, given, Limits()) for kind, given in ((Create, None), (Claim, None), (Complete, "id"))
+}
+
+
+class Waiter:
+    """Somebody who waits for an answer, and gets none: only the steps before are measured."""
+
+    def done(self) -> bool:
+        return False
+
+    def cancelled(self) -> bool:
+        return False
+
+    def set_result(self, answer: object, /) -> None: ...
+
+
+class Steps:
+    """The core of a daemon, and how long each of its steps took for one command."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.times: defaultdict[str, list[float]] = defaultdict(list)
+        self._tables = tables
+        self._book = Book()
+        self._decider = Decider(
+            self._book,
+            Keys([], 1_000),
+            Parked(self._book.presence),
+            refuse=lambda command: None,
+            loop_time=time.monotonic,
+        )
+        self._policy = Policy()
+        self._began = time.monotonic_ns()
+
+    def lifecycle(self, size: int) -> None:
+        """So many jobs created, claimed, completed: three batches."""
+        self._batch(Create, [(f'{{"payload":{PAYLOAD}}}'.encode(), None)] * size)
+        claims = [(f'{{"worker":"w-{number}"}}'.encode(), None) for number in range(size)]
+        granted = [answer.grants[0] for answer in self._batch(Claim, claims)]
+        self._batch(Complete, [(f'{{"lock_id":"{lock_id}"}}'.encode(), job_id) for job_id, lock_id in granted])
+
+    def _batch(self, kind: type[Command], bodies: Sequence[tuple[bytes, str | None]]) -> list[Answer]:
+        shape, count = SHAPES[kind], len(bodies)
+        commands: list[Any] = self._timed("decode", count, lambda: [shape.from_body(*body) for body in bodies])
+        asked = [Asked(Call(each, "client", secrets.token_bytes(16)), None, 0, Waiter()) for each in commands]
+        now, lease = time.time_ns() // 1_000_000, (time.monotonic_ns() - self._began) // 1_000_000
+        at = Moment(now, lease, now - lease)
+        plan = self._timed("decide", count, lambda: self._decider.decide(asked, at, Known(), self._policy))
+        batch = self._timed("gather", count, lambda: self._decider.batch(plan, self._policy))
+        plan.fill(self._timed("write and fsync", count, lambda: self._tables.write(batch, 0)))
+        self._timed("note", count, lambda: self._note(plan))
+        answers = [answer for _, answer in plan.replies if isinstance(answer, Answer)]
+        assert len(answers) == count, "no refusal is measured"
+        self._timed("encode", count, lambda: list(map(answer_line, answers)))
+        return answers
+
+    def _note(self, plan: Plan) -> None:
+        self._decider.committed(plan)
+        for change in plan.changes:
+            self._book.figures.note(change)
+        self._book.trim_finished()
+
+    def _timed(self, name: str, count: int, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        done = work()
+        self.times[name].append((time.perf_counter() - began) / count * 1e6)
+        return done
+
+
+def measure(place: Path, size: int, rounds: int) -> dict[str, float]:
+    path = str(place / f"core-{size}.db")
+    conn = startup.connect(path, "FULL")
+    try:
+        steps = Steps(startup.start(conn, path)[0])
+        for _ in range(rounds):
+            steps.lifecycle(size)
+    finally:
+        conn.close()
+    found = {name: round(statistics.median(times), 1) for name, times in steps.times.items()}
+    return {**found, "sum": round(sum(found.values()), 1)}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=200)
+    chosen = options.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        sizes = {str(size): measure(Path(directory), size, chosen.rounds) for size in SIZES}
+    print(json.dumps({"us_per_command_by_batch": sizes}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

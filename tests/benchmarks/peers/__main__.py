@@ -1,0 +1,114 @@
+"""Compare jobd with other queues, in turns, on the same disk.
+
+`python -m tests.benchmarks.peers [PEER ...] [--runs 3] [--seconds 5] [--json]`
+
+In each run everybody has one turn, so that a busy minute meets all alike; shown are medians and their ratio to the best
+of the durable others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from jobd.bench.stage import Stage
+from tests.benchmarks.peers import beanstalkd, huey, postgres, redis
+from tests.benchmarks.peers.server import Missing
+
+Measure = Callable[[Path, int, float], float]
+
+
+class Peer(Struct, frozen=True):
+    """`is_durable`: an answer means that it is on the disk."""
+
+    says: str
+    measure: Measure
+    is_durable: bool = True
+    is_ours: bool = False
+
+
+def _ours(kind: str) -> Measure:
+    def measure(place: Path, connections: int, seconds: float) -> float:
+        with Stage(place) as stage:
+            return float(stage.load(kind, connections=connections, seconds=seconds)["lifecycles_per_s"])
+
+    return measure
+
+
+PEERS: Final = {
+    "jobd": Peer("jobd, one command a request", _ours("lifecycle"), is_ours=True),
+    "jobd-stream": Peer("jobd, streams of commands", _ours("stream"), is_ours=True),
+    "beanstalkd": Peer("beanstalkd -f0", beanstalkd.durable),
+    "postgres": Peer("PostgreSQL SKIP LOCKED, asyncpg", postgres.measure),
+    "bullmq": Peer("BullMQ, Redis appendfsync always", redis.measure),
+    "huey": Peer("Huey on SQLite, fsync", huey.measure),
+    "beanstalkd-memory": Peer("beanstalkd without binlog", beanstalkd.in_memory, is_durable=False),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.peers", description=__doc__)
+    parser.add_argument("peers", nargs="*", metavar="PEER", help=", ".join(PEERS))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--dir", default=None, help="on which disk (default: that of temporary files)")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    if unknown := set(asked.peers) - PEERS.keys():
+        parser.error(f"no peers: {', '.join(sorted(unknown))}")
+    chosen = {name: PEERS[name] for name in asked.peers or PEERS}
+    rates: dict[str, list[float]] = {name: [] for name in chosen}
+    missing: dict[str, str] = {}
+    for number in range(asked.runs):
+        for name, peer in chosen.items():
+            if name in missing:
+                continue
+            print(f"{name} ({number + 1} of {asked.runs})", file=sys.stderr)
+            with tempfile.TemporaryDirectory(prefix="jobd-peer-", dir=asked.dir) as place:
+                try:
+                    rates[name].append(peer.measure(Path(place), asked.connections, asked.seconds))
+                except Missing as what:
+                    missing[name] = str(what)
+    return tell(chosen, rates, missing, as_json=asked.json)
+
+
+def tell(chosen: dict[str, Peer], rates: dict[str, list[float]], missing: dict[str, str], *, as_json: bool) -> int:
+    """The table; 1 where somebody could not be measured."""
+    medians = {name: statistics.median(found) for name, found in rates.items() if found}
+    others = [medians[name] for name in medians if chosen[name].is_durable and not chosen[name].is_ours]
+    best = max(others, default=None)
+    shown = {
+        name: {
+            "lifecycles_per_s": round(median),
+            "min": round(min(rates[name])),
+            "max": round(max(rates[name])),
+            "is_durable": chosen[name].is_durable,
+            "to_best_durable_other": None if best is None else round(median / best, 2),
+        }
+        for name, median in medians.items()
+    }
+    if as_json:
+        print(json.dumps({"peers": shown, "missing": missing}, indent=1))
+    else:
+        print("| queue | lifecycles/s | min to max | to the best durable other |\n| --- | --- | --- | --- |")
+        for name, each in shown.items():
+            durable = "" if each["is_durable"] else " (not durable)"
+            spread = f"{each['min']:,} to {each['max']:,}"
+            ratio = each["to_best_durable_other"]
+            print(f"| {chosen[name].says}{durable} | {each['lifecycles_per_s']:,} | {spread} | {ratio} |")
+        for what in missing.values():
+            print(what, file=sys.stderr)
+    return int(bool(missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""beanstalkd, with its binlog synced before each answer (-f0) or without any."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import uvloop
+
+from jobd.bench.wire import Asking
+from tests.benchmarks.peers.clock import PAYLOAD, lifecycles
+from tests.benchmarks.peers.server import running, tool
+from tests.proof.faults.fuzz import free_port
+
+
+def durable(place: Path, connections: int, seconds: float) -> float:
+    return _measure(place, connections, seconds, ["-b", str(place), "-f0"])
+
+
+def in_memory(place: Path, connections: int, seconds: float) -> float:
+    return _measure(place, connections, seconds, [])
+
+
+def _measure(place: Path, connections: int, seconds: float, options: list[str]) -> float:
+    port = free_port()
+    words = [tool("beanstalkd", "beanstalkd"), "-l", "127.0.0.1", "-p", str(port), *options]
+
+    def is_up() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    with running(words, place, is_up):
+        return uvloop.run(_load(port, connections, seconds))
+
+
+class _Wire(Asking):
+    """An answer is its first line, given once all of it has come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._came = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        self._came += data
+        line, end, body = self._came.partition(b"\r\n")
+        size = int(line.split()[2]) + 2 if line.startswith(b"RESERVED ") and end else 0
+        if end and len(body) >= size:
+            self._came = b""
+            self._answer(line)
+
+
+async def _load(port: int, connections: int, seconds: float) -> float:
+    body = f'"{PAYLOAD}"'.encode()
+    put = b"put 100 0 60 %d\r\n%b\r\n" % (len(body), body)
+
+    async def worker() -> Callable[[], Awaitable[None]]:
+        _, wire = await asyncio.get_running_loop().create_connection(_Wire, "127.0.0.1", port)
+
+        async def once() -> None:
+            _expect(await wire.ask(put), b"INSERTED")
+            reserved = _expect(await wire.ask(b"reserve\r\n"), b"RESERVED")
+            _expect(await wire.ask(b"delete %b\r\n" % reserved.split()[1]), b"DELETED")
+
+        return once
+
+    return await lifecycles([await worker() for _ in range(connections)], seconds)
+
+
+def _expect(answer: bytes, word: bytes) -> bytes:
+    if not answer.startswith(word):
+        raise SystemExit(f"beanstalkd: {answer!r}")
+    return answer

@@ -1,0 +1,27 @@
+"""BullMQ on Redis that syncs its log before each answer (appendfsync always)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from tests.benchmarks.peers.server import Missing, running, tool
+
+SCRIPT = Path(__file__).with_name("bullmq.mjs")
+
+
+def measure(place: Path, connections: int, seconds: float) -> float:
+    modules = Path(os.environ.get("JOBD_PEERS_NODE", "build/peers/node_modules")).absolute()
+    if not (modules / "bullmq").exists():
+        raise Missing(f"bullmq is not in {modules}: make bench-peers installs it")
+    socket = place / "redis.sock"
+    words = [tool("redis-server", "redis-server"), "--port", "0", "--unixsocket", str(socket), "--dir", str(place)]
+    words += ["--appendonly", "yes", "--appendfsync", "always", "--save", "", "--maxmemory-policy", "noeviction"]
+    with running(words, place, socket.exists):
+        asked = [tool("node", "nodejs"), str(SCRIPT), str(modules), str(socket), str(connections), str(seconds)]
+        run = subprocess.run(asked, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise SystemExit(f"bullmq: {run.stderr[-2000:]}")
+        return float(json.loads(run.stdout)["lifecycles_per_s"])

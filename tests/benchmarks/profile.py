@@ -1,0 +1,137 @@
+"""Where the daemon's time goes under load, by a sampling profiler: `python -m tests.benchmarks.profile` prints JSON.
+
+Wants py-spy (`pip install py-spy`; it may need root) on the PATH. Samples are of the thread that holds the interpreter,
+as it is the interpreter that there is too little of: not of SQLite and the disk at their own work. A sample counts for
+the step of a request's walk in whose room the innermost function of ours is, with what C does for it. `held` is
+the share of the time in which anybody has it, `cores` what the event loop and the store's thread take of the two.
+`--sources DIR` profiles the jobd of another tree, such as an older version's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from jobd.bench.stage import Stage
+from tests import ROOT
+
+RATE: Final = 200  # samples a second
+TOP: Final = 25
+# The first that fits a module of ours is its step.
+STEPS: Final = {
+    "bytes to a request and back": "connection listener heads visits",
+    "route, let in, decode": "web doors routes bodies weighing command_stream stream_lines streams worker_api",
+    "mailbox and turns": "actor envelope deciding parked keys full_disk slow_disk history clock",
+    "write and commit": "store tables job_writer late_writer audit_writer rows migrations batch wal",
+    "encode answers": "replies views answers",
+    "log, events, figures": "facts feed log figures overlaps pace sparing watchers",
+    "decide": "rules steps draft book orders live_jobs events job reads validation commands late_rules time_rules",
+}
+STEP_OF: Final = {module: step for step, modules in STEPS.items() for module in modules.split()}
+LOOP: Final = "the event loop itself"
+_FRAME: Final = re.compile(r"^(?P<name>.+) \((?P<file>[^:()]+)(:\d+)?\)$")
+
+
+def profile(kind: str, seconds: float, sources: Path) -> tuple[list[str], dict[str, Any]]:
+    """Stacks with their counts, as py-spy writes them; what was done a second, and the cores that each thread took."""
+    with tempfile.TemporaryDirectory() as directory:
+        stage = Stage(None)
+        with contextlib.chdir(sources), stage:
+            os.chdir(ROOT)  # the daemon is the other tree's, the load is ours
+            stage.load(kind, seconds=1.0)  # it is warm, then
+            told = Path(directory) / "stacks"
+            words = ["py-spy", "record", "--pid", str(stage.pid), "--duration", f"{seconds:.0f}"]
+            words += ["--rate", str(RATE), "--gil", "--format", "raw", "--output", str(told)]
+            with ThreadPoolExecutor(1) as beside:
+                load = beside.submit(stage.load, kind, seconds=seconds + 3.0)
+                time.sleep(1.0)  # it has begun, then, and ends after the last sample
+                subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+                load.result()
+            # By itself: the profiler stops the daemon for each sample.
+            before = _cpu_s(stage.pid)
+            figures = stage.load(kind, seconds=seconds)
+            cores = _shares(stage.pid, before, _cpu_s(stage.pid), seconds)
+            return told.read_text().splitlines(), {"per_s": round(figures["lifecycles_per_s"]), "cores": cores}
+
+
+def _cpu_s(pid: int) -> dict[int, float]:
+    """Seconds of CPU of each thread of a process."""
+    tasks = Path(f"/proc/{pid}/task")
+    return {int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks.iterdir()}
+
+
+def _shares(pid: int, before: dict[int, float], after: dict[int, float], passed_s: float) -> dict[str, float]:
+    """Cores of the loop, of the thread that took most beside it (the store's), and of all others."""
+    took = {task: (cpu_s - before.get(task, 0.0)) / passed_s for task, cpu_s in after.items()}
+    loop = took.pop(pid)
+    store, *others = sorted(took.values(), reverse=True)
+    return {"loop": round(loop, 3), "store": round(store, 3), "others": round(sum(others), 3)}
+
+
+def frames(stack: str) -> Iterator[tuple[str, str]]:
+    """Name and file of each function, the innermost first."""
+    for frame in reversed(stack.split(";")):
+        if (match := _FRAME.match(frame)) is not None:
+            yield match["name"], match["file"]
+
+
+def place_of(stack: str) -> tuple[str, str]:
+    """The step, and the innermost function of ours with the library's below it."""
+    inner = ""
+    for name, file in frames(stack):
+        path = Path(file)
+        if "jobd" in path.parts[:-1] and "site-packages" not in path.parts:
+            step = STEP_OF.get(path.stem, "the rest")
+            return step, f"{path.stem}.{name}" + (f" > {inner}" if inner else "")
+        inner = f"{path.stem}.{name}"
+    return LOOP, inner
+
+
+def summed(lines: list[str]) -> dict[str, Any]:
+    steps: Counter[str] = Counter()
+    rooms: Counter[str] = Counter()
+    functions: Counter[str] = Counter()
+    for line in lines:
+        stack, _, count = line.rpartition(" ")
+        step, function = place_of(stack)
+        steps[step] += int(count)
+        rooms[function.partition(".")[0]] += int(count)
+        functions[function] += int(count)
+    whole = steps.total()
+    return {
+        "samples": whole,
+        "percent": {step: round(100 * count / whole, 1) for step, count in steps.most_common()},
+        "rooms": {name: round(100 * count / whole, 1) for name, count in rooms.most_common(TOP)},
+        "functions": {name: round(100 * count / whole, 1) for name, count in functions.most_common(TOP)},
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--kind", default="lifecycle", help="the load, as in jobd bench")
+    options.add_argument("--seconds", type=float, default=10.0)
+    options.add_argument("--sources", type=Path, default=ROOT)
+    chosen = options.parse_args()
+    if shutil.which("py-spy") is None:
+        sys.exit("py-spy is not there: pip install py-spy")
+    stacks, figures = profile(chosen.kind, chosen.seconds, chosen.sources)
+    found = summed(stacks)
+    held = {"held": round(found["samples"] / RATE / chosen.seconds, 3)}  # of the time somebody has the interpreter
+    print(json.dumps({**figures, **held, **found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Where the time of one turn of the actor goes while clients ask: `python -m tests.benchmarks.turns` prints JSON.
+
+A turn is decided; its rows are written, for which the event loop stands still; its COMMIT goes to the disk, beside
+which answers leave and requests are read; the rest of them follows. Microseconds for a turn, the mean over all but the
+first, how long of each the event loop was on a processor, and how many of the turns had so many commands. The daemon is
+the real one: what measures is put around two of its calls as it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+from jobd.bench.stage import Stage
+
+SKIPPED: Final = 4  # one of so many turns, the first ones: the daemon is warm, then
+STEPS: Final = ("decide", "gather", "rows", "commit", "rest")  # in the order of a turn
+TOLD: Final = "TURNS_TOLD"  # names the file for what was measured
+AROUND: Final = """
+import atexit, json, os, sys
+from time import perf_counter as wall, thread_time as busy
+
+def around():
+    from jobd.deciding import Decider
+    from jobd.store import Connection
+
+    decide, lent_hop = Decider.decide, Connection.lent_hop
+    turns, marks = [], []
+
+    def mark():
+        marks.append((wall(), busy()))
+
+    class Until:
+        def __init__(self, event):
+            self.clear, self._wait = event.clear, event.wait
+
+        def wait(self, most):
+            self._wait(most)
+            mark()
+
+    def decided(self, *args, **kw):
+        if len(marks) == 5:
+            turns.append([*marks, (wall(), busy()), commands[0]])
+        marks.clear()
+        mark()
+        plan = decide(self, *args, **kw)
+        commands[0] = len(plan.replies)
+        mark()
+        return plan
+
+    async def hop(self, until, fn, *args):
+        mark()
+        try:
+            return await lent_hop(self, Until(until), fn, *args)
+        finally:
+            mark()
+
+    commands = [0]
+    Decider.decide, Connection.lent_hop = decided, hop
+    atexit.register(lambda: open(os.environ["TURNS_TOLD"], "w").write(json.dumps(turns)))
+
+if "serve" in sys.orig_argv:
+    around()
+"""
+
+
+def measure(kind: str, seconds: float, connections: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "sitecustomize.py").write_text(AROUND)
+        told = Path(directory) / "turns"
+        os.environ |= {"PYTHONPATH": directory, TOLD: str(told)}
+        with Stage(None) as stage:
+            stage.load(kind, seconds=1.0, connections=connections)
+            figures = stage.load(kind, seconds=seconds, connections=connections)
+            stage.stop()
+        turns = json.loads(told.read_text())
+        turns = turns[len(turns) // SKIPPED :]
+    return {"lifecycles_per_s": round(figures["lifecycles_per_s"]), **means(turns)}
+
+
+def means(turns: list[Any]) -> dict[str, Any]:
+    """Of each step how long it took, and how long of that the loop was on a processor."""
+    passed, busy = ([0.0] * len(STEPS) for _ in range(2))
+    for *marks, _ in turns:
+        for step in range(len(STEPS)):
+            passed[step] += marks[step + 1][0] - marks[step][0]
+            busy[step] += marks[step + 1][1] - marks[step][1]
+    count = len(turns)
+    return {
+        "turns": count,
+        "commands_per_turn": round(sum(turn[-1] for turn in turns) / count, 1),
+        "percent_of_turns": {
+            str(size): round(100 * turns_of / count, 1)
+            for size, turns_of in sorted(Counter(turn[-1] for turn in turns).items())
+        },
+        "us": {step: round(1e6 * each / count) for step, each in zip(STEPS, passed, strict=True)},
+        "loop_busy_us": {step: round(1e6 * each / count) for step, each in zip(STEPS, busy, strict=True)},
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--kind", default="lifecycle", help="the load, as in jobd bench")
+    options.add_argument("--seconds", type=float, default=5.0)
+    options.add_argument("--connections", type=int, default=16)
+    chosen = options.parse_args()
+    print(json.dumps(measure(chosen.kind, chosen.seconds, chosen.connections), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Daemons for people to look at: with nothing to do, busy, in trouble; and the browser that looks at them.
+
+For the tests of the dashboard in a browser, for its screenshots (`make screenshots`) and its bench.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import math
+import random
+import time
+from base64 import b64encode
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from jobd.monitoring.timeseries import SLOT_MS, SLOTS, STEP_MS, STEPS, Kept
+from jobd.storage.store import Store
+from tests.proof.faults.fuzz import free_port
+from tests.support.daemon_process import TOKEN, Daemon
+
+CHROMIUM: Final = "/usr/bin/chromium"
+# Without a sandbox, as CI is root; and without what calls home at each start.
+FLAGS: Final = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+READER: Final = "reader-token-0123456789abcdef"
+_SECRET: Final = "whsec_" + b64encode(bytes(32)).decode()
+# One whose receiver is not there.
+WEBHOOK: Final = f"""\
+[[webhooks]]
+name = "billing"
+url = "http://127.0.0.1:9/nobody-listens"
+allow_private = true
+secret = "{_SECRET}"
+"""
+TROUBLE: Final = f"""\
+[alerts]
+processing_jobs = 2
+average_processing = '0'
+stuck_jobs = 0
+webhook_failing = '0'
+
+[artifacts]
+url = "file:///nonexistent/artifacts"
+
+{WEBHOOK}"""
+
+
+class Scene(Daemon):
+    """A daemon with its admin port on TCP, as a browser needs it, and a token that may only look."""
+
+    def __init__(self, directory: Path, config: str = "") -> None:
+        readers = directory / "readers"
+        readers.write_text(READER)
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        places = {"JOBD_ADMIN_LISTEN": f"127.0.0.1:{self.port}", "ADMIN_READONLY_TOKEN_FILE": str(readers)}
+        super().__init__(directory, config, **places)
+        self.module = "tests.support.prompt_alerts"  # a scene shows alerts at once
+
+    def do(self, path: str, **body: Any) -> Any:
+        """The data of a POST to the worker API."""
+        return self.post(f"/v1/{path}", body).data
+
+    def operator(self, method: str, path: str, body: Any = None) -> int:
+        """The status of a call of the admin API."""
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
+            text = None if body is None else json.dumps(body)
+            connection.request(method, f"/admin/job-management/{path}", text, headers)
+            return connection.getresponse().status
+
+
+def give_past(directory: Path) -> None:
+    """A store whose daemon was at work all day: the charts have something to show. Before the scene starts."""
+    chance, now = random.Random(7), time.time_ns() // 1_000_000
+
+    def counted(at_ms: int, span_ms: int) -> list[int]:
+        hours = (now - at_ms) / 3_600_000  # ago
+        usual = 80 + 40 * math.cos(hours / 24 * 2 * math.pi) + (60 if 5 < hours < 7 else 0)  # jobs in 10 s
+        rate = usual * span_ms / 10_000
+        created, done = (max(int(chance.gauss(rate, rate**0.6)), 0) for _ in range(2))
+        return [created, done, int(done * chance.uniform(0, 0.1))]
+
+    def past(span_ms: int, most: int) -> dict[int, list[int]]:
+        last = now // span_ms
+        return {step: counted(step * span_ms, span_ms) for step in range(last - most, last)}
+
+    kept = Kept(now - SLOTS * SLOT_MS, past(STEP_MS, STEPS), past(SLOT_MS, SLOTS))
+
+    async def save() -> None:
+        store, _ = await Store.open(str(directory / "jobd.db"))
+        async with store:
+            await store.save_figures(msgspec.json.encode({"beside": kept}))
+
+    asyncio.run(save())
+
+
+def make_busy(daemon: Scene) -> None:
+    """A day at work: several queues, workers at their jobs, results, failures, one queue paused."""
+    kinds = {"video": "transcode", "mail": "newsletter", "reports": "monthly", "imports": "csv"}
+    for queue, kind in kinds.items():
+        payload = {"file": f"/srv/in/{queue}/2026-01.dat", "options": {"quality": "high", "parts": [1, 2, 3]}}
+        ids = [f"{queue}-{number:03}" for number in range(60)]
+        daemon.do(
+            "jobs/bulk",
+            jobs=[{"id": each, "queue": queue, "kind": kind, "payload": payload, "max_attempts": 3} for each in ids],
+        )
+    for queue in kinds:
+        grants = daemon.do("claim", worker=f"{queue}-worker-1", queues=[queue], limit=30)["grants"]
+        for number, grant in enumerate(grants):
+            path, lock = f"jobs/{grant['job']['id']}", grant["lock_id"]
+            if number % 5 == 3:
+                message = "Connection to storage.example refused after 3 attempts; the file was not read."
+                daemon.do(
+                    f"{path}/fail", lock_id=lock, error_message=message, error_code="storage", retry=number % 2 == 0
+                )
+            elif number % 5 == 4:
+                daemon.do(f"{path}/progress", lock_id=lock, progress=13 + 2 * number, message=f"part {number} of 30")
+            else:
+                daemon.do(f"{path}/progress", lock_id=lock, progress=50, message="half of it")
+                daemon.do(f"{path}/complete", lock_id=lock, metadata={"pages": number, "checksum": "9f2c"})
+    daemon.do("jobs/mail-040/cancel", reason="sent by hand")
+    daemon.operator("POST", "queues/imports/pause")
+    daemon.operator("POST", "cleanup")
+
+
+def make_trouble(daemon: Scene) -> None:
+    """Busy, with thresholds that are exceeded, and text that wants to be markup."""
+    make_busy(daemon)
+    nasty = "<script>alert(1)</script>\u202e\u0007 & a very long word " + "x" * 120
+    daemon.do("jobs", id="nasty", queue="video", kind="<b>bold</b>", payload={"html": nasty})
+    lock = daemon.do("jobs/nasty/start", worker="<img src=x onerror=alert(1)>")["lock_id"]
+    daemon.do("jobs/nasty/progress", lock_id=lock, progress=33, message=nasty)
+    daemon.do("jobs", id="twice", queue="video", kind="transcode")
+    for worker in ("video-worker-1", "video-worker-2"):  # the second while the time of the first runs on
+        daemon.operator("POST", "force-reset", {"jobId": "twice", "reason": "it looked dead"})
+        daemon.do("jobs/twice/start", worker=worker)
+    daemon.do("jobs", id="short", queue="brief", kind="transcode")
+    about = {"host": "render-2", "pid": 4711, "version": "0.1.0", "concurrency": 4, "instance": "8f2c"}
+    daemon.do("claim", worker="video-worker-3", queues=["brief"], lock_ttl_ms=1_000, about=about)
+    daemon.do("claim", worker="image-worker-1", queues=["images", "thumbs"], kinds=["resize", "crop"], about=about)
+    daemon.operator("GET", "health")

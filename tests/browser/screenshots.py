@@ -1,0 +1,144 @@
+"""Pictures of every page into build/screenshots (`make screenshots`): light and dark, wide and narrow, by scene.
+
+`ARGS=--readme` takes those of the README instead, into docs/images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Literal
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests import ROOT
+from tests.benchmarks.pages import fill
+from tests.browser.scenarios import CHROMIUM, FLAGS, TROUBLE, Scene, give_past, make_busy, make_trouble
+from tests.support.daemon_process import TOKEN
+
+PAGES: Final = {
+    "overview": "/",
+    "jobs": "/jobs",
+    "job": "/jobs/video-004",
+    "confirm": "/jobs/video-004/confirm?verb=force-reset",
+    "failures": "/failures",
+    "queues": "/queues",
+    "workers": "/workers",
+    "take-back": "/workers/take-back?name=video-worker-3",
+    "silent": "/jobs/short",
+    "alerts": "/alerts",
+    "cleanup": "/cleanup",
+    "cleanup-confirm": "/cleanup/confirm?what=run",
+    "clock": "/clock",
+    "webhooks": "/webhooks",
+    "webhook": "/webhooks/billing",
+    "webhook-again": "/webhooks/billing/again",
+    "plan": "/jobs?status=failed",  # where it is made
+    "audit": "/audit",
+    "docs": "/docs",
+    "docs-worker": "/docs/worker",
+}
+# What is not to be seen in each scene.
+ONLY_IN: Final = {
+    "job": {"busy", "trouble"},
+    "confirm": {"busy", "trouble"},
+    "webhook": {"trouble"},
+    "take-back": {"trouble"},
+    "silent": {"trouble"},
+    "webhook-again": {"trouble"},
+    "plan": {"busy", "trouble", "crowd"},
+}
+SCENES: Final[dict[str, Callable[[Scene], None]]] = {
+    "empty": lambda daemon: None,
+    "busy": make_busy,
+    "trouble": make_trouble,
+    "crowd": lambda daemon: fill(daemon, 100_000, in_work=1_000, failed=5_000, completed=5_000),
+}
+WIDTHS: Final = {"wide": 1280, "phone": 390}
+README: Final[dict[str, tuple[Literal["light", "dark"], str]]] = {
+    "overview": ("light", "/"),
+    "job": ("dark", "/jobs/video-004"),
+}
+IMAGES: Final = ROOT / "docs/images"
+
+
+def shoot(browser: Browser, daemon: Scene, name: str, place: Path, only: list[str]) -> None:
+    for scheme in ("light", "dark"):
+        for width, pixels in WIDTHS.items():
+            context = browser.new_context(viewport={"width": pixels, "height": 800}, color_scheme=scheme)
+            page = context.new_page()
+            if name == "empty" and not only:
+                page.goto(f"{daemon.url}/sign-in")
+                page.screenshot(path=place / f"sign-in-{scheme}-{width}.png")
+            sign_in(page, daemon)
+            for title, path in PAGES.items():
+                if (only and title not in only) or name not in ONLY_IN.get(title, SCENES):
+                    continue
+                page.goto(daemon.url + path)
+                if title == "plan":
+                    make_plan(page)
+                page.wait_for_load_state("networkidle")
+                page.screenshot(path=place / f"{title}-{name}-{scheme}-{width}.png", full_page="docs" not in title)
+            context.close()
+
+
+def sign_in(page: Page, daemon: Scene) -> None:
+    page.goto(f"{daemon.url}/sign-in")
+    page.fill("input[name=token]", TOKEN)
+    page.click("main button")
+    page.wait_for_url(f"{daemon.url}/")
+
+
+def shoot_for_readme() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        give_past(Path(directory))
+        with Scene(Path(directory)) as daemon, sync_playwright() as playwright:
+            make_busy(daemon)
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+            for name, (scheme, path) in README.items():
+                page = browser.new_page(viewport={"width": 1280, "height": 1120}, color_scheme=scheme)
+                sign_in(page, daemon)
+                page.goto(daemon.url + path)
+                page.wait_for_load_state("networkidle")
+                page.screenshot(path=IMAGES / f"dashboard-{name}.png")
+            browser.close()
+
+
+def make_plan(page: Page) -> None:
+    """From the list of jobs to what would be done to some of them."""
+    boxes = page.locator("input[name=ids]")
+    for number in range(3):
+        boxes.nth(number).check()
+    page.get_by_role("button", name="Make a plan").click()
+    page.wait_for_url("**/plans/*")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("pages", nargs="*", choices=[[], *PAGES], help="only these")
+    options.add_argument("--scene", choices=[*SCENES], help="only this one")
+    options.add_argument("--to", type=Path, default=Path("build/screenshots"))
+    options.add_argument("--readme", action="store_true", help="only the pictures of the README, into docs/images")
+    chosen = options.parse_args()
+    if chosen.readme:
+        shoot_for_readme()
+        return
+    chosen.to.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        for name, make in SCENES.items():
+            if chosen.scene in (None, name):
+                with (
+                    tempfile.TemporaryDirectory() as directory,
+                    Scene(Path(directory), TROUBLE * (name == "trouble")) as on,
+                ):
+                    make(on)
+                    shoot(browser, on, name, chosen.to, chosen.pages)
+        browser.close()
+    print(chosen.to)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,693 @@
+"""The operators' room in a real browser, against a real daemon: what people do there, and what the browser objects to.
+
+Only `expect` on locators: the pages' policy forbids eval, with which Playwright would look into them otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
+
+from tests.browser.scenarios import CHROMIUM, FLAGS, READER, TROUBLE, Scene, make_busy, make_trouble
+from tests.conftest import tool_missing
+from tests.support.daemon_process import TOKEN
+
+PATHS = [
+    "/",
+    "/jobs",
+    "/jobs/video-004",
+    "/jobs/video-004/confirm?verb=force-reset",
+    "/jobs/nasty",
+    "/queues",
+    "/workers",
+]
+ELSEWHERE = "--host-resolver-rules=MAP elsewhere.test 127.0.0.1"
+PATHS += ["/alerts", "/cleanup", "/cleanup/confirm?what=run", "/audit", "/failures", "/clock"]
+PATHS += ["/webhooks", "/webhooks/billing", "/webhooks/billing/again", "/docs/worker", "/docs"]
+
+
+# A browser takes two cores for itself: where others work beside it, it takes its time.
+pytestmark = pytest.mark.timeout(300)
+expect.set_options(timeout=30_000)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Of this module alone: while Playwright runs, its event loop is that of the thread, and no other test gets one."""
+    if not Path(CHROMIUM).exists():
+        tool_missing("chromium", "chromium")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, ELSEWHERE])
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    opened = browser.new_context()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Page:
+    return context.new_page()
+
+
+# A webhook whose receiver is not there, and low thresholds of the alerts.
+TROUBLED = pytest.mark.parametrize("daemon", [TROUBLE], ids=["troubled"], indirect=True)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    with Scene(tmp_path, getattr(request, "param", "")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def complaints(page: Page) -> list[str]:
+    """What the browser has to say: breaches of the policy, errors of scripts, files that are missing."""
+    said: list[str] = []
+
+    def note(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            said.append(f"{message.text} ({page.url})")
+
+    page.on("console", note)
+    page.on("pageerror", lambda error: said.append(f"{error} ({page.url})"))
+    return said
+
+
+def sign_in(page: Page, daemon: Scene, token: str = TOKEN, path: str = "/") -> None:
+    page.goto(daemon.url + path)
+    page.get_by_label("Admin token").fill(token)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page).to_have_url(daemon.url + path)
+
+
+def held(daemon: Scene, job_id: str) -> str:
+    """A job in the hands of a worker; its lock's secret."""
+    daemon.do("jobs", id=job_id, queue="video")
+    return str(daemon.do(f"jobs/{job_id}/start", worker="w-1")["lock_id"])
+
+
+def visit(page: Page, daemon: Scene, path: str) -> None:
+    """Go there and wait until its scripts have done what they do at once."""
+    page.goto(daemon.url + path)
+    drawn = {"/": ".chart canvas", "/docs": ".opblock", "/docs/worker": ".opblock"}.get(path, "main")
+    expect(page.locator(drawn).first).to_be_visible()
+
+
+def test_a_job_is_watched_from_queued_to_completed(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    daemon.do("jobs", id="watched", queue="video", payload={"file": "a.mov"})
+    sign_in(page, daemon, path="/jobs/watched")
+    heading = page.get_by_role("heading", level=1)
+    expect(heading).to_contain_text("queued")
+    lock = daemon.do("jobs/watched/start", worker="w-1")["lock_id"]
+    expect(heading).to_contain_text("processing")
+    expect(page.get_by_text("Worker w-1 has held it")).to_be_visible()
+    countdown = page.locator(".countdown")
+    first = countdown.inner_text()
+    daemon.do("jobs/watched/progress", lock_id=lock, progress=42, message="encoding part 3")
+    expect(page.get_by_label("Progress", exact=True).locator("progress")).to_have_attribute("value", "42")
+    expect(page.get_by_text("encoding part 3").first).to_be_visible()
+    expect(countdown).not_to_have_text(first)
+    daemon.do("jobs/watched/complete", lock_id=lock, file_path="/srv/out/a.mp4")
+    expect(heading).to_contain_text("completed")
+    expect(page.get_by_text("/srv/out/a.mp4")).to_be_visible()
+    assert complaints == []
+
+
+def test_a_page_is_live_without_asking_again(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    """The page's clock stands still, so none of its timers asks for anything."""
+    page.clock.install()
+    lock = held(daemon, "watched")
+    sign_in(page, daemon, path="/jobs/watched")
+    expect(page.get_by_role("button", name="Live")).to_be_visible()
+    page.clock.pause_at(datetime.now(UTC) + timedelta(minutes=1))
+    daemon.do("jobs/watched/progress", lock_id=lock, progress=42)
+    expect(page.get_by_label("Progress", exact=True).locator("progress")).to_have_attribute("value", "42")
+    daemon.do("jobs/watched/complete", lock_id=lock, file_path="/srv/out/a.mp4")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
+    page.goto(daemon.url)
+    expect(page.get_by_role("button", name="Live")).to_be_visible()
+    page.clock.pause_at(datetime.now(UTC) + timedelta(minutes=2))
+    daemon.do("jobs", id="another")
+    expect(page.locator("a.count.queued")).to_contain_text("1")
+    assert complaints == []
+
+
+def test_a_page_that_gets_no_stream_asks_every_few_seconds(page: Page, tmp_path: Path) -> None:
+    with Scene(tmp_path, "[limits]\nevent_streams = 1\n") as daemon:
+        lock = held(daemon, "watched")
+        sign_in(page, daemon, path="/jobs/watched")
+        expect(page.get_by_role("button", name="Live")).to_be_visible()
+        second = page.context.new_page()
+        second.goto(f"{daemon.url}/jobs/watched")
+        expect(second.get_by_role("button", name="Polling")).to_be_visible()
+        daemon.do("jobs/watched/complete", lock_id=lock, file_path="/srv/out/a.mp4")
+        expect(second.get_by_role("heading", level=1)).to_contain_text("completed")
+
+
+def test_jobs_are_filtered_and_the_address_says_how(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_busy(daemon)
+    sign_in(page, daemon, path="/jobs")
+    page.get_by_role("combobox", name="Status").select_option("failed")
+    page.get_by_role("combobox", name="Queue").fill("video")
+    page.get_by_role("button", name="Filter").click()
+    expect(page).to_have_url(re.compile(r"status=failed&queue=video"))
+    rows = page.locator("tbody tr")
+    expect(rows).to_have_count(3)
+    expect(rows.first).to_contain_text("Connection to storage.example refused")
+    page.reload()
+    expect(page.get_by_role("combobox", name="Queue")).to_have_value("video")
+    expect(rows).to_have_count(3)
+    page.get_by_role("link", name="Clear").click()
+    expect(rows).to_have_count(50)
+    page.get_by_role("link", name="Older").click()
+    expect(page.get_by_role("link", name="Newest")).to_be_visible()
+    page.get_by_role("textbox", name="Id").fill("mail-001")
+    page.get_by_role("button", name="Open").click()
+    expect(page).to_have_url(f"{daemon.url}/jobs/mail-001")
+    assert complaints == []
+
+
+def test_a_held_job_is_reset_with_a_reason(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    daemon.do("jobs", id="hung", queue="video")
+    lock = daemon.do("jobs/hung/start", worker="w-1")["lock_id"]
+    sign_in(page, daemon, path="/jobs/hung")
+    page.get_by_role("link", name="Reset").click()
+    expect(page.locator(".move")).to_contain_text("processing → queued")
+    page.get_by_label("Reason").fill("w-1 hangs, host is gone")
+    page.get_by_role("button", name="Reset").click()
+    expect(page).to_have_url(f"{daemon.url}/jobs/hung")
+    expect(page.get_by_role("status").first).to_contain_text("Reset: done. processing → queued")
+    event = page.locator("table.timeline tr", has_text="force_reset")
+    expect(event).to_contain_text("admin")
+    expect(event).to_contain_text("w-1 hangs, host is gone")
+    reply = daemon.post("/v1/jobs/hung/progress", {"lock_id": lock, "progress": 1})
+    assert (reply.status, reply.error) == (409, "lock_lost")
+    assert complaints == []
+
+
+def test_a_deed_upon_a_job_that_has_moved_is_refused_on_its_page(page: Page, daemon: Scene) -> None:
+    daemon.do("jobs", id="moved")
+    sign_in(page, daemon, path="/jobs/moved")
+    page.get_by_role("link", name="Fail", exact=True).click()
+    lock = daemon.do("jobs/moved/start", worker="w-1")["lock_id"]
+    daemon.do("jobs/moved/complete", lock_id=lock, metadata=1)
+    page.get_by_role("button", name="Fail").click()
+    expect(page.get_by_role("alert")).to_contain_text("it is completed now. Nothing was done")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
+
+
+def test_many_jobs_are_tried_again_by_a_plan(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_busy(daemon)
+    sign_in(page, daemon, path="/jobs?status=failed")
+    page.get_by_role("checkbox", name="Select video-003").check()
+    page.get_by_role("checkbox", name="Select video-013").check()
+    expect(page.locator("#picked")).to_contain_text("2 selected")
+    page.get_by_label("Reason").fill("storage is back")
+    page.get_by_role("button", name="Make a plan").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Plan: retry 2 jobs")
+    expect(page.locator(".moves")).to_contain_text("2 failed → queued")
+    daemon.operator("DELETE", "jobs/video-013")
+    page.get_by_role("button", name="Retry 2 jobs").click()
+    expect(page.get_by_role("status").first).to_contain_text("It was done to 1 job.")
+    changed = page.get_by_role("region", name="Left alone, as they had changed").locator("tbody tr")
+    expect(changed).to_have_count(1)
+    expect(changed).to_contain_text("video-013")
+    page.goto(f"{daemon.url}/jobs/video-003")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("queued")
+    page.goto(f"{daemon.url}/jobs?queue=mail&status=queued")
+    page.get_by_role("combobox", name="Do", exact=True).select_option("cancel")
+    page.get_by_role("combobox", name="To", exact=True).select_option("all")
+    page.get_by_role("button", name="Make a plan").click()
+    expect(page.locator(".moves")).to_contain_text("queued → cancelled")
+    assert complaints == []
+
+
+def test_what_is_selected_stays_where_it_is_until_nothing_is(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    """The page's clock runs fast, so that all of its timers have had their turn."""
+    page.clock.install()
+    daemon.do("jobs/bulk", jobs=[{"id": f"old-{number:02}", "queue": "video"} for number in range(50)])
+    sign_in(page, daemon, path="/jobs")
+    toggle, oldest = page.locator("#live-toggle"), page.get_by_role("checkbox", name="Select old-00")
+    expect(toggle).to_have_text("Live")
+    oldest.check()
+    expect(toggle).to_have_text("Held")
+    expect(page.locator("#picked")).to_contain_text("1 selected; meanwhile the list stays as it is.")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    news = page.context.new_page()  # which hears of the same
+    news.goto(f"{daemon.url}/jobs")
+    expect(news.locator("#live-toggle")).to_have_text("Live")
+    daemon.do("jobs/bulk", jobs=[{"id": f"new-{number:02}", "queue": "video"} for number in range(60)])
+    expect(news.locator("#job-new-59")).to_be_visible()
+    page.clock.run_for(60_000)
+    expect(page.locator("tbody tr").first).to_contain_text("old-49")
+    toggle.click()
+    toggle.click()  # stopped, and no more: that is no way to lose it either
+    expect(toggle).to_have_text("Held")
+    page.clock.run_for(60_000)
+    expect(oldest).to_be_checked()
+    assert [url for url in asked if "/live" not in url] == []
+    oldest.click()  # not uncheck, which looks again: the row may have slid off by then
+    expect(page.locator("tbody tr").first).to_contain_text("new-59")
+    expect(toggle).to_have_text(re.compile("Live|Polling"))
+    assert complaints == []
+
+
+def test_what_comes_after_the_first_tick_moves_nothing(page: Page, daemon: Scene) -> None:
+    """A renewal that was on its way already."""
+    daemon.do("jobs/bulk", jobs=[{"id": f"old-{number:02}", "queue": "video"} for number in range(50)])
+    sign_in(page, daemon, path="/jobs")
+    expect(page.locator("#live-toggle")).to_have_text("Live")
+    waiting: list[Route] = []
+    page.route("**/jobs", lambda route: waiting.append(route))
+    with page.expect_request("**/jobs"):
+        daemon.do("jobs", id="new", queue="video")
+    page.get_by_role("checkbox", name="Select old-00").check()
+    expect(page.locator("#live")).to_have_class(re.compile("htmx-request"))
+    waiting.pop().continue_()
+    page.unroute("**/jobs")
+    expect(page.locator("#live")).not_to_have_class(re.compile("htmx-request"))  # what came has been dealt with
+    expect(page.get_by_role("checkbox", name="Select old-00")).to_be_checked()
+    expect(page.locator("#job-new")).to_have_count(0)
+    page.get_by_role("checkbox", name="Select old-00").click()
+    expect(page.locator("#job-new")).to_be_visible()
+
+
+def test_who_comes_back_to_the_list_finds_no_other_job_selected(page: Page, daemon: Scene) -> None:
+    """A browser that goes back ticks by the order of the boxes, and by then others are in these places."""
+    for name in ("a", "b", "c"):
+        daemon.do("jobs", id=name, queue="video")
+    sign_in(page, daemon, path="/jobs")
+    page.get_by_role("checkbox", name="Select b").check()
+    page.get_by_role("button", name="Make a plan").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Plan")
+    daemon.do("jobs", id="d", queue="video")
+    page.go_back()
+    expect(page.locator("#job-d")).to_be_visible()
+    expect(page.locator("#picked")).to_have_text(re.compile("^Nothing"))
+    expect(page.locator("input:checked")).to_have_count(0)
+
+
+def test_what_came_late_is_adopted(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    daemon.do("jobs", id="late", queue="video")
+    lock = daemon.do("jobs/late/start", worker="w-slow")["lock_id"]
+    daemon.operator("POST", "force-fail", {"jobId": "late", "reason": "w-slow is silent"})
+    daemon.post("/v1/jobs/late/complete", {"lock_id": lock, "file_path": "/srv/out/late.mp4"})
+    sign_in(page, daemon, path="/jobs/late")
+    results = page.get_by_role("region", name="Late results")
+    expect(results).to_contain_text("/srv/out/late.mp4")
+    results.get_by_role("link", name="Adopt the result of w-slow").click()
+    expect(page.locator(".move")).to_contain_text("failed → completed")
+    page.get_by_label("Reason").fill("the file is whole")
+    page.get_by_role("button", name="Adopt").click()
+    expect(page).to_have_url(f"{daemon.url}/jobs/late")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
+    event = page.locator("table.timeline tr", has_text="adopted")
+    expect(event).to_contain_text("the file is whole")
+    assert complaints == []
+
+
+class _Listener(BaseHTTPRequestHandler):
+    """A worker's own server: keeps which cookies it is sent. `/there` leads on to `onward`."""
+
+    heard: ClassVar[list[tuple[str, str | None]]] = []
+    onward = ""
+
+    def do_GET(self) -> None:
+        self.heard.append((self.path, self.headers.get("Cookie")))
+        self.send_response(302 if self.path == "/there" else 200)
+        self.send_header("Location", self.onward)
+        self.send_header("Content-Type", "text/plain")
+        self.end_headers()
+        self.wfile.write(b"here I am")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_the_session_stays_here_wherever_a_worker_leads(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    """Cookies know no ports: what listens on another port of this host gets it from a link of ours, and also from one
+    to elsewhere that leads on to there."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port
+        _Listener.heard.clear()
+        _Listener.onward = f"http://127.0.0.1:{port}/out.mp4"
+        for name, url in (("trap", _Listener.onward), ("bent", f"http://elsewhere.test:{port}/there")):
+            daemon.do(f"jobs/{name}/complete", lock_id=held(daemon, name), download_url=url)
+        sign_in(page, daemon, path="/jobs/trap")
+        expect(page.get_by_text(_Listener.onward)).to_be_visible()
+        expect(page.locator(f'a[href*=":{port}"], a[href*="elsewhere"]')).to_have_count(0)
+        page.goto(f"{daemon.url}/jobs/bent")
+        page.get_by_role("link", name="elsewhere.test").click()
+        page.get_by_role("link", name="elsewhere.test").click()
+        expect(page.get_by_text("here I am")).to_be_visible()
+        server.shutdown()
+    asked = [each for each in _Listener.heard if "favicon" not in each[0]]
+    assert asked == [("/there", None), ("/out.mp4", None)]
+    page.goto(f"{daemon.url}/jobs/bent/elsewhere")
+    page.get_by_role("link", name="Back to the job").click()  # from a page of no origin: no cookie, so by the sign-in
+    expect(page.get_by_role("heading", level=1)).to_contain_text("bent")
+    assert complaints == []
+
+
+def test_a_paused_queue_is_overlooked_by_nobody(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_busy(daemon)
+    daemon.operator("POST", "queues/imports/resume")
+    sign_in(page, daemon, path="/queues")
+    page.get_by_label("Reason for Pause or Resume").fill("the disk is swapped")
+    page.get_by_label("Reason for Pause or Resume").press("Enter")  # it presses no queue's button
+    daemon.do("jobs", id="one-more", queue="a")
+    expect(page.get_by_role("row", name="Pause queue a")).to_be_visible()  # the page has renewed itself
+    expect(page.get_by_label("Reason for Pause or Resume")).to_have_value("the disk is swapped\n")
+    page.get_by_role("button", name="Pause queue video").click()
+    expect(page.get_by_role("status").first).to_contain_text("Queue video is paused")
+    page.goto(f"{daemon.url}/audit?what=pause")
+    expect(page.locator("table tbody tr")).to_have_count(2)  # the other is of the scene
+    expect(page.locator("table tbody tr").first).to_contain_text("the disk is swapped")
+    for path in ("/", "/jobs", "/workers", "/alerts", "/cleanup", "/jobs/mail-001"):
+        page.goto(daemon.url + path)
+        expect(page.locator(".banner.paused")).to_contain_text("Queue paused: video")
+    daemon.operator("POST", "queues/mail/pause")
+    expect(page.locator(".banner.paused")).to_contain_text("2 queues paused")
+    page.locator(".banner.paused").get_by_role("link", name="Queues").click()
+    page.get_by_role("button", name="Resume queue video").click()
+    page.get_by_role("button", name="Resume queue mail").click()
+    expect(page.locator(".banner.paused")).to_have_count(0)
+    assert complaints == []
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_what_is_called_like_a_direction_is_opened_confirmed_and_paused(
+    page: Page, daemon: Scene, complaints: list[str], name: str
+) -> None:
+    daemon.do("jobs", id=name, queue=name)
+    sign_in(page, daemon, path="/queues")
+    page.get_by_label("Reason for Pause or Resume").fill("a trial")
+    page.get_by_role("button", name=f"Pause queue {name}", exact=True).click()
+    expect(page.get_by_role("status").first).to_contain_text(f"Queue {name} is paused.")
+    page.get_by_role("button", name=f"Resume queue {name}", exact=True).click()
+    expect(page.get_by_role("status").first).to_contain_text(f"Queue {name} hands out")
+    page.goto(f"{daemon.url}/jobs")
+    page.locator("td.first").get_by_role("link", name=name, exact=True).click()
+    expect(page).to_have_url(f"{daemon.url}/job?id={name}")
+    expect(page.locator("#live-toggle")).to_have_text("Live")
+    expect(page.locator("#curl")).to_contain_text("--path-as-is")
+    page.get_by_role("link", name="Cancel").click()
+    call = page.locator("#curl").inner_text().replace("$ADMIN_TOKEN", TOKEN)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("status").first).to_contain_text("Cancel: done. queued → cancelled")
+    expect(page).to_have_url(f"{daemon.url}/job?id={name}")
+    answer = json.loads(subprocess.run(shlex.split(call), capture_output=True, check=True, timeout=60).stdout)
+    assert "invalid_transition" in json.dumps(answer), answer  # the call has found it, and it is cancelled already
+    page.goto(f"{daemon.url}/jobs")
+    page.get_by_role("textbox", name="Id").fill(name)
+    page.get_by_role("button", name="Open").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
+    assert complaints == []
+
+
+def test_a_cleanup_pass_is_shown_before_it_is_run(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_busy(daemon)
+    sign_in(page, daemon, path="/cleanup")
+    page.get_by_role("link", name="Run a pass").click()
+    expect(page.get_by_role("heading", name="What would be done")).to_be_visible()
+    page.get_by_label("Reason").fill("before the move")
+    page.get_by_role("button", name="Run a cleanup pass").click()
+    expect(page.get_by_role("status").first).to_contain_text("The pass took")
+    page.get_by_role("link", name="Recover stuck jobs").click()
+    page.get_by_role("link", name="Leave it").click()
+    expect(page).to_have_url(f"{daemon.url}/cleanup")
+    page.goto(f"{daemon.url}/audit?what=cleanup")
+    expect(page.locator("table tbody tr").first).to_contain_text("before the move")
+    assert complaints == []
+
+
+@TROUBLED
+def test_who_may_only_look_has_no_buttons(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_trouble(daemon)
+    sign_in(page, daemon, READER)
+    expect(page.get_by_text("read-only")).to_be_visible()
+    for path in [
+        each for each in PATHS if "confirm" not in each and "again" not in each and not each.startswith("/docs")
+    ]:
+        page.goto(daemon.url + path)
+        buttons = page.get_by_role("button")
+        expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+        expect(buttons).to_have_text([re.compile("Live|Polling|Sign out|Copy as curl|Filter|Open")] * buttons.count())
+        expect(page.locator("a[href*=confirm]")).to_have_count(0)
+    assert complaints == []
+    page.goto(f"{daemon.url}/jobs/video-004/confirm?verb=cancel")
+    expect(page.get_by_role("alert")).to_contain_text("may only look")
+
+
+@TROUBLED
+def test_no_page_breaks_its_policy(page: Page, daemon: Scene, complaints: list[str]) -> None:
+    make_trouble(daemon)
+    sign_in(page, daemon)
+    for path in PATHS:
+        visit(page, daemon, path)
+    page.get_by_text("/admin/job-management/force-reset").click()
+    expect(page.get_by_role("button", name="Try it out")).to_be_visible()
+    page.get_by_role("button", name="Authorize").first.click()
+    expect(page.get_by_role("heading", name="Available authorizations")).to_be_visible()
+    page.goto(daemon.url)
+    expect(page.locator(".chart canvas")).to_have_count(2)
+    assert complaints == []
+
+
+@TROUBLED
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_fits_a_phone(daemon: Scene, context: BrowserContext, scheme: Any) -> None:
+    make_trouble(daemon)
+    page = context.new_page()
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 390, "height": 800})
+    sign_in(page, daemon)
+    inspector = context.new_cdp_session(page)
+    for path in PATHS:
+        visit(page, daemon, path)
+        width = inspector.send("Page.getLayoutMetrics")["cssContentSize"]["width"]
+        assert width <= 390, path
+    page.goto(f"{daemon.url}/jobs?status=failed")
+    page.get_by_role("checkbox", name="Select video-003").check()
+    page.get_by_role("button", name="Make a plan").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Plan: retry 1 job")
+    expect(page.locator("#live-toggle")).to_be_hidden()  # there is nothing that would renew itself
+    assert inspector.send("Page.getLayoutMetrics")["cssContentSize"]["width"] <= 390
+
+
+def test_the_keyboard_gets_everywhere_and_keeps_its_place(page: Page, daemon: Scene) -> None:
+    make_busy(daemon)
+    sign_in(page, daemon, path="/queues")
+    page.goto(f"{daemon.url}/queues")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    button = page.get_by_role("button", name="Pause queue mail")
+    button.focus()
+    daemon.do("jobs", id="one-more", queue="mail")
+    daemon.do("jobs", id="first-of-all", queue="a")
+    expect(page.get_by_role("row", name="Pause queue a")).to_be_visible()
+    expect(page.get_by_role("row", name="mail")).to_contain_text("33")
+    expect(button).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status").first).to_contain_text("Queue mail is paused")
+
+
+def test_a_page_that_has_found_nothing_looks_on_by_itself(page: Page, tmp_path: Path, complaints: list[str]) -> None:
+    scene = Scene(tmp_path)
+    scene.module = "tests.support.short_pages"
+    with scene as daemon:
+        daemon.do("jobs", id="rare", queue="rare")
+        daemon.do("jobs/bulk", jobs=[{"id": f"often-{number}", "queue": "often"} for number in range(100)])
+        sign_in(page, daemon, path="/jobs")
+        page.goto(f"{daemon.url}/jobs?queue=rare")
+        expect(page.get_by_role("link", name="rare", exact=True).first).to_be_visible()
+        expect(page.get_by_text("further back")).to_have_count(0)
+        page.goto(f"{daemon.url}/jobs?kind=none")
+        expect(page.get_by_text("No older job matches.")).to_be_visible()
+        page.get_by_role("link", name="Newest").click()
+        expect(page).to_have_url(f"{daemon.url}/jobs?kind=none")
+        assert complaints == []
+
+
+def test_what_a_page_finds_by_looking_on_is_left_there(page: Page, tmp_path: Path, complaints: list[str]) -> None:
+    """Whatever happens meanwhile: a renewal would begin with the newest jobs again, where nothing matches."""
+    scene = Scene(tmp_path)
+    scene.module = "tests.support.short_pages"
+    with scene as daemon:
+        daemon.do("jobs", id="rare", queue="rare")
+        lock = daemon.do("jobs/rare/start", worker="w-1")["lock_id"]
+        daemon.do("jobs/rare/fail", lock_id=lock, error_message="rare")
+        sign_in(page, daemon, path="/failures")
+        page.goto(f"{daemon.url}/jobs?queue=rare")
+        toggle, row = page.locator("#live-toggle"), page.locator("#job-rare")
+        expect(toggle).to_have_text("Live")
+        daemon.do("jobs/bulk", jobs=[{"id": f"often-{number}", "queue": "rare-no-more"} for number in range(100)])
+        daemon.do("jobs", id="hold", queue="rare")
+        expect(page.locator("#job-hold")).to_be_visible()
+        daemon.do("jobs/bulk", jobs=[{"id": f"more-{number}", "queue": "rare-no-more"} for number in range(100)])
+        daemon.do("jobs/hold/start", worker="w-1")
+        expect(toggle).to_have_text("Stopped")
+        expect(page.locator("#job-hold")).to_be_visible()
+        toggle.click()
+        expect(toggle).to_have_text("Stopped")
+        expect(page.locator("#job-hold")).to_be_visible()
+        for number in range(100):
+            daemon.do("jobs", id=f"f-{number}", queue="other")
+            daemon.operator("POST", "force-fail", {"jobId": f"f-{number}", "reason": "of others"})
+        page.goto(f"{daemon.url}/failures")
+        page.get_by_role("link", name="rare", exact=True).first.click()
+        expect(row).to_be_visible()
+        expect(toggle).to_be_hidden()
+        assert complaints == []
+
+
+def test_renewal_can_be_stopped(page: Page, daemon: Scene) -> None:
+    daemon.do("jobs", id="a")
+    sign_in(page, daemon, path="/jobs/a")
+    page.get_by_role("button", name="Live").click()
+    stopped = page.get_by_role("button", name="Stopped")
+    expect(stopped).to_have_attribute("aria-pressed", "false")
+    daemon.do("jobs/a/cancel")
+    stopped.click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
+
+
+def test_a_job_that_is_deleted_while_its_page_is_open_offers_nothing_more(
+    page: Page, daemon: Scene, complaints: list[str]
+) -> None:
+    daemon.do("jobs", id="old")
+    daemon.do("jobs/old/cancel", reason="r")
+    sign_in(page, daemon, path="/jobs/old")
+    expect(page.get_by_role("link", name="Delete")).to_be_visible()
+    other = page.context.new_page()
+    other.goto(f"{daemon.url}/jobs/old/confirm?verb=delete")
+    other.get_by_role("button", name="Delete").click()
+    expect(other).to_have_url(f"{daemon.url}/jobs")
+    page.bring_to_front()
+    expect(page.get_by_text("The job was deleted while this page was open")).to_be_visible()
+    expect(page.locator(".deeds")).to_have_count(0)
+    expect(page.locator("#offline")).to_be_hidden()
+    page.get_by_role("link", name="Who deleted it").click()
+    expect(page.locator("tbody tr")).to_have_count(1)
+    assert complaints == []
+
+
+def test_the_apis_are_dark_in_the_dark_and_follow_what_is_asked_for(page: Page, daemon: Scene) -> None:
+    page.emulate_media(color_scheme="dark")
+    visit(page, daemon, "/docs")
+    frame = page.locator("#swagger-ui")
+    expect(frame).to_have_css("background-color", "rgb(28, 32, 34)")
+    page.emulate_media(color_scheme="light")
+    expect(frame).to_have_css("background-color", "rgb(255, 255, 255)")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_apis_can_be_read_by_who_sees_badly(browser: Browser, daemon: Scene, scheme: Any) -> None:
+    """Their colours are another's: they are measured as they are shown, past the policy that forbids to look so."""
+    context = browser.new_context(bypass_csp=True, color_scheme=scheme)
+    page = context.new_page()
+    visit(page, daemon, "/docs")
+    for method in ("get", "post", "delete"):
+        block = page.locator(f".opblock-{method}").last
+        block.locator(".opblock-summary-control").click()
+        block.get_by_role("button", name="Try it out").click()
+        expect(block.get_by_role("button", name="Cancel")).to_be_visible()
+    page.get_by_role("button", name="Schemas").click()
+    expect(page.locator("h1")).to_have_count(1)
+    expect(page.locator("h3[aria-level='2']").first).to_be_visible()
+    expect(page.locator("h4", has_text="Schemas")).to_have_attribute("aria-level", "3")
+    look = (Path(__file__).parent / "contrast.js").read_text()
+    assert page.evaluate(look) == []
+    page.get_by_role("button", name="Authorize").first.click()
+    expect(page.get_by_role("heading", name="Available authorizations")).to_be_visible()
+    assert page.evaluate(look) == []
+    context.close()
+
+
+DRAWN = """\
+window.drawn = [];
+const write = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, ...rest) {
+  const right = this.getTransform().e + x; // the numbers beside the chart end there
+  if (this.textAlign === "right") window.drawn.push([text, right - this.measureText(text).width]);
+  return write.call(this, text, x, ...rest);
+};
+"""
+# How many points of the second chart have a colour of its lines.
+COLOURED = """() => {
+  const canvas = document.querySelectorAll(".chart canvas")[1];
+  const dots = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  const isOf = (at, colour) => colour.every((part, index) => dots[at + index] === part);
+  let count = 0;
+  for (let at = 0; at < dots.length; at += 4) count += isOf(at, [107, 78, 168, 255]);
+  return count;
+}"""
+
+
+@pytest.mark.parametrize("jobs", [1, 3_000, 30_000, 6_000_000])
+def test_the_charts_say_whole_numbers_and_show_what_has_no_neighbours(
+    browser: Browser, daemon: Scene, jobs: int
+) -> None:
+    context = browser.new_context(bypass_csp=True, color_scheme="light")
+    context.add_init_script(DRAWN)
+    page = context.new_page()
+    at = [600 * number for number in range(3)]
+    lines = {"at": at, "created": [0, 0, jobs], "completed": [0, 0, 0], "failed": [0, 0, 0]}
+    chart = {"data": {"hour": lines, "day": lines, "since": 1_200_000}}  # only the last step is known
+    page.route("**/chart.json", lambda route: route.fulfill(json=chart))
+    sign_in(page, daemon)
+    expect(page.locator(".chart canvas")).to_have_count(2)
+    expect(page.locator(".u-legend").first).to_be_visible()
+    drawn = page.evaluate("window.drawn")
+    assert [text for text, left in drawn if left < 0] == []
+    numbers = {text for text, _ in drawn}
+    assert "0" in numbers
+    assert len(numbers) > 2
+    assert all(re.fullmatch("[0-9]{1,3}(\u202f[0-9]{3})*", text) for text in numbers)
+    assert max(int(text.replace("\u202f", "")) for text in numbers) >= jobs / 2
+    assert page.evaluate(COLOURED) > 5
+    context.close()
+
+
+def test_a_daemon_that_does_not_answer_is_told(page: Page, daemon: Scene) -> None:
+    sign_in(page, daemon)
+    expect(page.locator("#offline")).to_be_hidden()
+    assert daemon.stop() == 0
+    expect(page.locator("#offline")).to_contain_text("The daemon does not answer")
+    daemon.start()
+    expect(page).to_have_url(re.compile("/sign-in"))  # sessions are in memory
+
+
+def test_a_session_ends_with_its_token(page: Page, daemon: Scene) -> None:
+    sign_in(page, daemon, READER)
+    (daemon.directory / "readers").write_text("another-reader-token-0123456789")
+    assert daemon.process is not None
+    daemon.process.send_signal(signal.SIGHUP)
+    assert "read-only tokens" in daemon.until_said(b"event=reloaded")
+    expect(page).to_have_url(f"{daemon.url}/sign-in?next=%2F")
+
+
+def test_firing_alerts_are_on_the_overview_with_their_hints(page: Page, tmp_path: Path) -> None:
+    with Scene(tmp_path, TROUBLE) as daemon:
+        make_busy(daemon)
+        sign_in(page, daemon)
+        alerts = page.get_by_role("region", name="Firing alerts")
+        expect(alerts).to_contain_text("More work runs at once than is usual here")

@@ -1,0 +1,201 @@
+"""Moving jobs: what export writes, import takes back, in another daemon, byte for byte and in the same order."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import pytest
+
+from jobd.cli.ctl import main
+from jobd.client import AdminClient
+from tests import ROOT
+from tests.integration.test_cli import TOKEN, Running
+
+# Payloads as callers write them: what a detour through Python's values would change.
+ODD: Final = [
+    '{"b":1,"a":2,"b":3}',
+    "[1e999, 1.0, 1.10, 12345678901234567890123456789, -0]",
+    '"\\u00e4\\/ä"',
+    '{\n  "broken": [\n    "over", "lines"\n  ]\r\n}',
+    "null",
+    '""',
+]
+MANY: Final = 450  # pages of 200
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    daemon = Running(tmp_path_factory.mktemp("here"))
+    fill(daemon)
+    yield daemon
+    assert daemon.stop() == 0
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Iterator[Running]:
+    """An empty daemon."""
+    daemon = Running(tmp_path)
+    yield daemon
+    assert daemon.stop() == 0
+
+
+def fill(daemon: Running) -> None:
+    """Jobs of every status, with every field that a job may have."""
+    client = daemon.client
+    for number, payload in enumerate(ODD):
+        client.create_job(msgspec.Raw(payload.encode()), id=f"odd-{number}")
+    jobs = [{"id": f"many-{number}", "queue": "many", "priority": number % 3} for number in range(MANY)]
+    client.create_jobs(jobs)
+    client.create_job(
+        id="whole", queue="films", kind="film", priority=-7, max_attempts=3, delay_ms=3_600_000, max_stalls=1,
+        on_stall="requeue", stuck_after_ms=5_000, max_processing_ms=0, backoff={"kind": "fixed", "base_ms": 1},
+    )  # fmt: skip
+    for name in ("done", "wrong", "again", "gone", "half", "begun"):
+        client.create_job(id=name, queue="films", kind="film", max_attempts=2)
+    locks = {name: client.start_processing(name, "w-1").lock_id for name in ("done", "wrong", "again", "half", "begun")}
+    client.complete_job(
+        "done",
+        lock_id=locks["done"],
+        download_url="https://example.org/1",
+        file_path="/f",
+        storage_key="k",
+        metadata={"n": [1]},
+    )
+    client.fail_job("wrong", lock_id=locks["wrong"], error_message="it broke\n»so«", error_code="E1", retry=False)
+    client.fail_job("again", lock_id=locks["again"], error_message="not yet", retry_after_ms=3_600_000)
+    client.cancel_job("gone", "nobody wants it")
+    client.update_progress("half", lock_id=locks["half"], progress=41.5, message="nearly")
+
+
+def exported(daemon: Running, *argv: str) -> list[bytes]:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobd.cli.ctl.main", "export", *argv],
+        env={**daemon.env, **daemon.places}, cwd=ROOT, capture_output=True, check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert done.stdout == b"".join(line + b"\n" for line in lines)
+    assert f"{len(lines)} jobs exported\n".encode() == done.stderr or len(lines) == 1
+    return lines
+
+
+def ids(lines: list[bytes]) -> list[str]:
+    return [json.loads(line)["id"] for line in lines]
+
+
+def test_there_and_back_every_job_is_the_same(here: Running, there: Running, tmp_path: Path) -> None:
+    file = tmp_path / "jobs.ndjson"
+    assert here.done("jobd.cli.ctl.main", "export", str(file)).returncode == 0
+    assert file.stat().st_mode & 0o777 == 0o600
+    lines = file.read_bytes().splitlines()
+    assert len(lines) == len(ODD) + MANY + 7
+    assert here.done("jobd.cli.ctl.main", "export", str(file)).returncode == 2, "it is there already"
+    assert here.done("jobd.cli.ctl.main", "export", str(file), "--yes").returncode == 0
+    assert file.read_bytes().splitlines() == lines, "an export changes nothing"
+    looked = there.done("jobd.cli.ctl.main", "import", "--dry-run", str(file))
+    assert looked.returncode == 0
+    assert len(looked.stdout.splitlines()) == len(lines)
+    assert looked.stderr == f"{len(lines)} would be imported, 0 skipped, 0 refused\n"
+    assert "(many-7): would be created as queued" in looked.stdout
+    assert there.client.list_jobs().jobs == []  # nothing was written
+    moved = there.done("jobd.cli.ctl.main", "import", str(file))
+    assert moved.stdout == f"{len(lines)} imported, 0 skipped, 0 refused\n"
+    again = exported(there)
+    assert ids(again) == ids(lines), "the order of creation is the order of the queue"
+    ended = {"half": "queued", "begun": "queued"}  # attempts are left, or nothing was done yet
+    for before, after in zip(lines, again, strict=True):
+        name = json.loads(before)["id"]
+        if name in ended:
+            assert json.loads(before)["status"] == "processing"
+            assert json.loads(before)["worker"] == "w-1"
+            assert json.loads(after)["status"] == ended[name]
+            assert json.loads(after)["stalls"] == 1
+        else:
+            assert after == before, name
+    for number, payload in enumerate(ODD):
+        kept = bytes(there.client.get_job(f"odd-{number}").payload)  # type: ignore[arg-type]
+        assert kept == payload.replace("\n", " ").replace("\r", " ").encode(), (
+            "line breaks between the parts are spaces now"
+        )
+    assert there.done("jobd.cli.ctl.main", "import", str(file)).stdout.startswith(f"0 imported, {len(lines)} skipped")
+
+
+def test_what_the_creator_left_to_the_daemon_is_left_to_the_next(here: Running) -> None:
+    lines = {json.loads(line)["id"]: json.loads(line) for line in exported(here)}
+    assert (lines["gone"]["stuck_after_ms"], lines["gone"]["max_processing_ms"]) == (None, None)
+    assert (lines["whole"]["stuck_after_ms"], lines["whole"]["max_processing_ms"]) == (5_000, 0)
+    assert "lock" not in json.dumps(lines["begun"])
+
+
+def test_some_of_them(here: Running) -> None:
+    assert ids(exported(here, "--status", "cancelled")) == ["gone"]
+    assert ids(exported(here, "--queue", "films", "--status", "processing")) == ["half", "begun"]
+    assert ids(exported(here, "--kind", "film")) == ["whole", "done", "wrong", "again", "gone", "half", "begun"]
+    assert ids(exported(here, "--queue", "many")) == [f"many-{number}" for number in range(MANY)]
+    assert exported(here, "--queue", "nowhere") == []
+
+
+def test_on_a_terminal_one_sees_how_far_it_is(here: Running) -> None:
+    main_end, terminal = pty.openpty()
+    process = here.start("jobd.cli.ctl.main", "export", stdout=subprocess.DEVNULL, stderr=terminal)
+    os.close(terminal)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(main_end, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        seen += piece
+    os.close(main_end)
+    assert process.wait() == 0
+    assert b"export" in seen
+    assert f"{len(ODD) + MANY + 7} jobs".encode() in seen
+
+
+def test_a_file_that_cannot_be_written_says_so(
+    here: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in here.places.items():
+        monkeypatch.setenv(name, value)
+    assert main.main(["export", str(tmp_path / "nowhere" / "jobs")]) == 74
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_pages_go_on_where_the_last_one_ended(here: Running) -> None:
+    with AdminClient(here.places["JOBD_ADMIN_URL"], token=TOKEN) as admin:
+        cursor: str | None = None
+        found: list[Any] = []
+        while True:
+            page = admin.export_page(limit=100, cursor=cursor)
+            assert len(page.lines) <= 100
+            found += page.lines
+            if (cursor := page.next_cursor) is None:
+                break
+        assert found == list(admin.export_jobs()) == exported(here)
+
+
+def test_an_import_that_is_only_looked_at_says_why(there: Running, tmp_path: Path) -> None:
+    there.client.create_job(id="old")
+    file = tmp_path / "jobs.ndjson"
+    file.write_text('{"id":"a"}\n{"id":"old"}\n{"id":"a"}\n{"id":"b","priority":7000}\n', encoding="utf-8")
+    looked = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run")
+    assert looked.returncode == 1  # as the import itself
+    said = looked.stdout.splitlines()
+    assert said[:3] == [
+        "line 1 (a): would be created as queued",
+        "line 2 (old): would be skipped: A job with this id exists: it is queued.",
+        "line 3 (a): would be skipped: Line 1 has the same id.",
+    ]
+    assert said[3].startswith("line 4 (b): would be refused: ")
+    assert "priority" in said[3]
+    told = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run", "--json")
+    assert json.loads(told.stdout)["wouldRefuse"] == 1

@@ -1,0 +1,632 @@
+"""Streams of commands: what a line is, answers in order, bounds, clients that go away, the daemon's end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from structlog.testing import capture_logs
+
+from jobd.api import admin, command_stream
+from jobd.api.stream_lines import OPS
+from jobd.api.worker import ROUTES
+from jobd.engine.actor import Bounds
+from jobd.http.auth import Gate
+from jobd.http.decoding import Limits
+from jobd.http.protocol import Connection
+from jobd.model.errors import Refusal
+from jobd.model.responses import Answer, Done, Grants
+from jobd.model.storage import DiskFull
+from tests.support.daemon_process import Daemon
+from tests.support.http_harness import TOKEN, Desk, House, Line, message
+from tests.support.virtual_engine import until
+from tests.support.worker_api_server import Town, town
+
+KIND = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
+
+
+class Stream:
+    """A stream of commands by hand: the head, chunks out, chunks in."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self._heard = b""
+
+    @classmethod
+    async def open(cls, house: House, **headers: str) -> Stream:
+        line = await house.line()
+        line.send(message("POST", "/v1/commands", None, {**KIND, **headers}))
+        head = await line.reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 "), head
+        assert b"application/x-ndjson" in head
+        return cls(line)
+
+    def raw(self, data: bytes) -> None:
+        """One chunk."""
+        self.line.send(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def send(self, *commands: dict[str, Any]) -> None:
+        self.raw(b"".join(json.dumps(command).encode() + b"\n" for command in commands))
+
+    def end(self) -> None:
+        self.line.send(b"0\r\n\r\n")
+
+    async def hear(self) -> Any:
+        """The next answer; None at the proper end."""
+        while b"\n" not in self._heard:
+            size = int(await self.line.reader.readuntil(b"\r\n"), 16)
+            self._heard += await self.line.reader.readexactly(size)
+            await self.line.reader.readexactly(2)
+            if not size:
+                assert not self._heard
+                return None
+        answer, _, self._heard = self._heard.partition(b"\n")
+        return json.loads(answer)
+
+    async def ask(self, **command: Any) -> Any:
+        self.send(command)
+        return await self.hear()
+
+
+@pytest.fixture(name="town")
+async def _town(tmp_path: Path) -> AsyncIterator[Town]:
+    async with town(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with House(ROUTES, tmp_path) as opened:
+        yield opened
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Half-closed connections.
+
+
+@pytest.fixture(params=["unix", "tcp"])
+async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[House]:
+    """A listener on a Unix socket, and one on TCP, which differ in how they see a half-closed client."""
+    gate = Gate("worker", hosts=None if request.param == "unix" else ["localhost"])
+    async with House(ROUTES, tmp_path, gate=gate) as opened:
+        yield opened
+
+
+class Held:
+    """Answers of a desk that come when the test says so."""
+
+    def __init__(self, house: House, answer: Answer) -> None:
+        self.go = asyncio.Event()
+        self._answer = answer
+        house.desk.answer = self.answer
+
+    async def answer(self, _: Any) -> Answer:
+        await self.go.wait()
+        return self._answer
+
+
+async def half_closed(house: House) -> None:
+    """Wait until the listener knows that a client has stopped sending."""
+    connections = house.listener._server.connections
+    while not any(cast("Connection", connection)._is_half_closed for connection in connections):  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+
+async def test_a_stream_that_has_ended_is_answered_to_a_half_closed_client(either: House) -> None:
+    held = Held(either, Answer(Done()))
+    stream = await Stream.open(either)
+    stream.send({"op": "create", "id": "a"}, {"op": "create", "id": "b"})
+    stream.end()
+    stream.line.writer.write_eof()
+    await half_closed(either)
+    held.go.set()
+    assert [(await stream.hear())["status"] for _ in range(2)] == [200, 200]
+    assert await stream.hear() is None
+    assert await stream.line.is_closed()
+
+
+async def test_the_lines_of_a_stream_that_breaks_off_are_answered(either: House) -> None:
+    stream = await Stream.open(either)
+    stream.raw(b'{"op":"create","id":"a"}\n{"op":"create","id":"b"}\n{"op":"cre')
+    stream.line.writer.write_eof()
+    assert [(await stream.hear())["status"] for _ in range(2)] == [200, 200]
+    last = await stream.hear()
+    assert (last["status"], last["error"], "ended too early" in last["message"]) == (400, "invalid_request", True)
+    assert await stream.hear() is None
+    assert await stream.line.is_closed()
+    assert [asked.command.id for asked in either.desk.asked] == ["a", "b"]
+
+
+async def test_grants_of_a_stream_whose_client_has_closed_go_back(either: House) -> None:
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(either, answer)
+    stream = await Stream.open(either)
+    stream.send({"op": "claim", "worker": "w"})
+    while not either.desk.asked:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0.001)
+    await stream.line.close()
+    while either.listener.connections:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    held.go.set()
+    await either.site.quiet()
+    assert either.desk.cancelled.is_set() or either.desk.taken_back == [answer]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines.
+
+
+def test_every_kind_of_line_is_a_route_of_the_worker_api() -> None:
+    routes = {(route.method, route.path): route for route in ROUTES}
+    for op in OPS.values():
+        route = routes[op.method, op.path]
+        assert (route.asks, route.key) == (op.command, op.key)
+
+
+async def test_a_line_is_the_command_of_its_call(house: House) -> None:
+    stream = await Stream.open(house)
+    lines: list[tuple[dict[str, Any], str, str]] = [
+        ({"op": "create", "id": "j", "payload": {"a": 1}, "queue": "q"}, "/v1/jobs", "client"),
+        ({"op": "bulk", "jobs": [{"id": "a"}, {"payload": 2}]}, "/v1/jobs/bulk", "client"),
+        ({"op": "start", "id": "j", "worker": "w-1"}, "/v1/jobs/{id}/start", "worker:w-1"),
+        ({"op": "claim", "worker": "w-2", "queues": ["q"], "limit": 3}, "/v1/claim", "worker:w-2"),
+        ({"op": "progress", "id": "j", "lock_id": "l", "progress": 5.5}, "/v1/jobs/{id}/progress", "client"),
+        ({"op": "extend", "id": "j", "lock_id": "l", "additional_ms": 9}, "/v1/jobs/{id}/extend", "client"),
+        ({"op": "complete", "id": "j", "lock_id": "l", "metadata": [1]}, "/v1/jobs/{id}/complete", "client"),
+        ({"op": "fail", "id": "j", "lock_id": "l", "error_message": "m"}, "/v1/jobs/{id}/fail", "client"),
+        ({"op": "release", "id": "j", "lock_id": "l"}, "/v1/jobs/{id}/release", "client"),
+        ({"op": "cancel", "id": "j", "reason": "r"}, "/v1/jobs/{id}/cancel", "client"),
+        ({"op": "get", "id": "j"}, "/v1/jobs/{id}", "client"),
+    ]
+    assert {line["op"] for line, _, _ in lines} == OPS.keys()
+    for line, path, by in lines:
+        answer = await stream.ask(**line)
+        assert (answer["success"], answer["status"]) == (True, 200), answer
+        streamed = house.desk.asked[-1]
+        body = {name: value for name, value in line.items() if name != "op" and (name != "id" or "{id}" not in path)}
+        if line["op"] == "get":
+            await house.ask("GET", "/v1/jobs/j")
+        else:
+            await house.ask("POST", path.replace("{id}", "j"), json.dumps(body))
+        posted = house.desk.asked[-1]
+        assert type(streamed.command) is type(posted.command)
+        shown = [json.dumps(each.command, default=_plain, sort_keys=True) for each in (streamed, posted)]
+        assert shown[0] == shown[1]
+        assert (streamed.by, streamed.admin) == (by, False) == (posted.by, posted.admin)
+    stream.end()
+    assert await stream.hear() is None
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__struct_fields__"):
+        return {name: getattr(value, name) for name in value.__struct_fields__}
+    return json.loads(bytes(value)) if type(value).__name__ == "Raw" else repr(value)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "field"),
+    [
+        (b"nonsense", "invalid_request", "$"),
+        (b"[]", "invalid_request", "$"),
+        (b'{"op":"create","payload":\xff}', "invalid_request", "$"),
+        (b'{"id":"j"}', "invalid_request", "$.op"),
+        (b'{"op":"adopt","id":"j"}', "invalid_request", "$.op"),
+        (b'{"op":7}', "invalid_request", "$.op"),
+        (b'{"op":"start","worker":"w"}', "invalid_request", "$.id"),
+        (b'{"op":"start","id":"../x","worker":"w"}', "invalid_request", "$.id"),
+        (b'{"op":"claim","worker":"w","id":"j"}', "invalid_request", "$.id"),
+        (b'{"op":"claim","worker":"w","wait_ms":1}', "invalid_request", "$.wait_ms"),
+        (b'{"op":"create","colour":"red"}', "invalid_request", "$.colour"),
+        (b'{"op":"create","idempotency_key":"\\u00fc"}', "invalid_request", "Idempotency-Key"),
+        (b'{"op":"create","idempotency_key":5}', "invalid_request", "$.idempotency_key"),
+        (b'{"op":"complete","id":"j","lock_id":"l","storage_key":"/etc"}', "invalid_request", "$.storage_key"),
+        (b'{"op":"create","payload":"' + b"x" * 300 + b'"}', "too_large", "$.payload"),
+        (b'{"op":"bulk","jobs":[{},{},{}]}', "too_large", "$.jobs"),
+        (b"x" * 2_000, "too_large", None),
+    ],
+)
+async def test_a_wrong_line_is_told_what_is_wrong_and_the_stream_goes_on(
+    tmp_path: Path, line: bytes, code: str, field: str | None
+) -> None:
+    async with House(ROUTES, tmp_path, limits=Limits(body=1_000, payload=200, bulk=2)) as house:
+        stream = await Stream.open(house)
+        stream.raw(b'{"op":"get","id":"a"}\n' + line + b'\n\n  \n{"op":"get","id":"b"}\n')
+        first, wrong, last = [await stream.hear() for _ in range(3)]
+        assert first["success"] is last["success"] is True
+        assert (wrong["success"], wrong["error"], wrong["details"].get("field")) == (False, code, field), wrong
+        assert wrong["status"] == (413 if code == "too_large" else 400)
+        assert [asked.command.id for asked in house.desk.asked] == ["a", "b"]
+        assert house.site.refusals[code] == 1
+
+
+async def test_a_refusal_is_the_usual_object_with_its_status(tmp_path: Path) -> None:
+    desk = Desk(lambda command: Refusal("overloaded", "Full."))
+    async with House(ROUTES, tmp_path, actor=desk) as house:
+        stream = await Stream.open(house)
+        with capture_logs() as logs:
+            answer = await stream.ask(op="get", id="job-7")
+        wanted = {"success": False, "error": "overloaded", "message": "Full.", "details": {"retry_after_ms": 1000}}
+        assert answer == {**wanted, "status": 503}
+        [line] = [line for line in logs if line["event"] == "refused"]
+        assert (line["path"], line["code"], line["job_id"]) == ("/v1/commands", "overloaded", "job-7")
+
+
+async def test_answers_of_several_lines_stay_one_line(town: Town) -> None:
+    """What its creator wrote with line breaks is shown without them."""
+    created = await town.house.ask("POST", "/v1/jobs", '{"id":"j","payload":{\n\r\n"a": "b\\nc"\n}}')
+    assert created.status == 201
+    stream = await Stream.open(town.house)
+    assert (await stream.ask(op="get", id="j"))["data"]["payload"] == {"a": "b\nc"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With the actor.
+
+
+async def test_the_life_of_a_job(town: Town) -> None:
+    stream = await Stream.open(town.house)
+    stream.send({"op": "create", "id": "j"}, {"op": "create", "id": "j"}, {"op": "get", "id": "j"})
+    assert [(await stream.hear())["status"] for _ in range(3)] == [201, 200, 200]
+    grant = (await stream.ask(op="start", id="j", worker="w", max_processing_ms=0))["data"]
+    assert (grant["ceiling_at"], grant["job"]["max_processing_ms"]) == (None, 0)
+    answer = await stream.ask(op="progress", id="j", lock_id=grant["lock_id"], progress=5)
+    assert answer["data"]["cancel_requested"] is False
+    answer = await stream.ask(op="complete", id="j", lock_id="another")
+    assert (answer["status"], answer["error"]) == (409, "lock_lost")
+    answer = await stream.ask(op="complete", id="j", lock_id=grant["lock_id"], metadata={"n": 1})
+    assert (answer["data"]["status"], answer["data"]["metadata"]) == ("completed", {"n": 1})
+    stream.end()
+    assert await stream.hear() is None
+    again = await stream.line.ask("GET", "/v1/jobs/j")  # the connection is as good as before
+    assert again.data["status"] == "completed"
+
+
+async def test_answers_come_in_the_order_of_the_lines(town: Town) -> None:
+    """Whatever takes longer, or is refused at once."""
+    stream = await Stream.open(town.house)
+    for number in range(300):
+        stream.send({"op": "create", "id": f"j-{number}"})
+        stream.raw(b"no\n" if number % 7 == 0 else b"\n")
+    stream.end()
+    answers = [await stream.hear() for _ in range(300 + 43)]
+    made = [answer["data"]["id"] for answer in answers if answer["success"]]
+    assert made == [f"j-{number}" for number in range(300)]
+    assert [at for at, answer in enumerate(answers) if not answer["success"]] == [8 * each + 1 for each in range(43)]
+    assert await stream.hear() is None
+
+
+async def test_no_answer_runs_ahead_of_the_disk(town: Town) -> None:
+    stream = await Stream.open(town.house)
+    town.disk.gate.clear()
+    stream.send({"op": "create", "id": "j"}, {"op": "get", "id": "j"})
+    await town.disk.at_gate.wait()
+    hearing = asyncio.ensure_future(stream.hear())
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert not hearing.done()
+    town.disk.gate.set()
+    assert (await hearing)["status"] == 201
+
+
+async def test_a_key_gets_the_same_answer_again(town: Town) -> None:
+    await town.house.ask("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
+    stream = await Stream.open(town.house)
+    line = {"op": "claim", "worker": "w", "idempotency_key": "k"}
+    first, second = await stream.ask(**line), await stream.ask(**line)
+    assert "replayed" not in first
+    assert second == {**first, "replayed": True}
+    other = await stream.ask(op="claim", worker="v", idempotency_key="k")
+    assert (other["status"], other["error"]) == (422, "idempotency_key_reused")
+    assert (await stream.ask(op="get", id="b", idempotency_key="k"))["data"]["status"] == "queued"
+
+
+async def test_a_key_counts_for_its_own_call_and_job(town: Town) -> None:
+    stream = await Stream.open(town.house)
+    for job_id in ("a", "b"):
+        assert (await stream.ask(op="create", id=job_id))["status"] == 201
+    for job_id in ("a", "b"):
+        answer = await stream.ask(op="start", id=job_id, worker="w", idempotency_key="k")
+        assert (answer["data"]["job"]["id"], answer.get("replayed")) == (job_id, None)
+
+
+async def test_finished_jobs_are_found(town: Town) -> None:
+    stream = await Stream.open(town.house)
+    stream.send({"op": "create", "id": "j"}, {"op": "cancel", "id": "j"})
+    assert [(await stream.hear())["status"] for _ in range(2)] == [201, 200]
+    town.actor.book.trim_finished()
+    assert (await stream.ask(op="get", id="j"))["data"]["status"] == "cancelled"
+    assert (await stream.ask(op="get", id="k"))["error"] == "job_not_found"
+
+
+async def test_a_full_disk_refuses_lines_one_by_one(town: Town) -> None:
+    stream = await Stream.open(town.house)
+    assert (await stream.ask(op="create", id="j"))["status"] == 201
+    town.disk.write_errors.append(DiskFull("full"))
+    stream.send({"op": "create", "id": "k"}, {"op": "cancel", "id": "j"})
+    assert [(await stream.hear())["status"] for _ in range(2)] == [507, 200]
+
+
+async def test_the_mailbox_has_its_bound_for_streams_too(tmp_path: Path) -> None:
+    async with town(tmp_path, bounds=Bounds(mailbox=10)) as small:
+        stream = await Stream.open(small.house)
+        small.disk.gate.clear()
+        stream.send({"op": "create"})
+        await small.disk.at_gate.wait()
+        stream.send(*({"op": "create"} for _ in range(20)))
+        stream.end()
+        await until(lambda: small.actor.waiting == 7)
+        small.disk.gate.set()
+        statuses = [(await stream.hear())["status"] for _ in range(21)]
+        assert (statuses.count(201), statuses.count(503)) == (8, 13)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bounds.
+
+
+async def test_what_is_on_its_way_is_bounded(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+
+    async def wait(command: Any) -> Answer:
+        await gate.wait()
+        return Answer(Done())
+
+    desk = Desk(wait)
+    async with House(ROUTES, tmp_path, actor=desk) as house:
+        stream = await Stream.open(house)
+        stream.send(*({"op": "get", "id": f"j-{number}"} for number in range(1_000)))
+        stream.end()
+        await until(lambda: len(desk.asked) == command_stream.AHEAD_WEIGHT)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(desk.asked) == command_stream.AHEAD_WEIGHT
+        gate.set()
+        for _ in range(1_000):
+            assert (await stream.hear())["success"]
+        assert await stream.hear() is None
+        assert [asked.command.id for asked in desk.asked] == [f"j-{number}" for number in range(1_000)]
+
+
+async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+
+    async def wait(command: Any) -> Answer:
+        await gate.wait()
+        return Answer(Grants([]))
+
+    desk = Desk(wait)
+    async with House(ROUTES, tmp_path, actor=desk) as house:
+        claims = await Stream.open(house)
+        claims.send(*({"op": "claim", "worker": "w", "limit": 100} for _ in range(9)))
+        await until(lambda: len(desk.asked) == 3)
+        large = await Stream.open(house)
+        for _ in range(9):
+            large.send({"op": "create", "payload": "x" * 200_000})
+        await until(lambda: len(desk.asked) == 3 + 6)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(desk.asked) == 9
+        gate.set()
+        assert all([(await stream.hear())["success"] for stream in (claims, large) for _ in range(9)])
+
+
+async def test_a_reader_who_stops_reading_is_not_read_and_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_stream, "PATIENCE_S", 0.2)
+    desk = Desk(lambda command: Answer({"much": "x" * 20_000}))
+    async with House(ROUTES, tmp_path, actor=desk) as house:
+        stream = await Stream.open(house)
+        with capture_logs() as logs:
+            stream.send(*({"op": "get", "id": "j"} for _ in range(5_000)))
+            await until(lambda: house.listener.connections == 0)
+        assert len(desk.asked) < 1_000
+        assert [line["event"] for line in logs if "cut_off" in line["event"]] == ["command_stream_cut_off"]
+
+
+async def test_a_line_that_does_not_end_is_given_up_and_a_quiet_stream_is_not(tmp_path: Path) -> None:
+    async with House(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.1, idle_s=0.1)) as house:
+        stream = await Stream.open(house)
+        await asyncio.sleep(0.3)
+        assert (await stream.ask(op="get", id="j"))["success"]
+        stream.raw(b'{"op":"ge')
+        answer = await stream.hear()
+        assert (answer["error"], answer["status"]) == ("request_timeout", 408)
+        assert await stream.hear() is None
+        assert await stream.line.is_closed()
+
+
+async def test_broken_framing_ends_the_stream_after_the_answers_of_its_lines(house: House) -> None:
+    stream = await Stream.open(house)
+    assert (await stream.ask(op="get", id="j"))["success"]
+    with capture_logs() as logs:
+        stream.line.send(b"zz\r\nno chunk\r\n")
+        answer = await stream.hear()
+        assert (answer["error"], answer["status"]) == ("invalid_request", 400)
+        assert await stream.hear() is None
+        assert await stream.line.is_closed()
+    assert [line["event"] for line in logs] == ["refused"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Doors.
+
+
+async def test_a_stream_wants_its_type_and_its_token(tmp_path: Path, house: House) -> None:
+    heard = await house.ask("POST", "/v1/commands", '{"op":"get","id":"j"}')
+    assert (heard.status, heard.error) == (415, "unsupported_media_type")
+    gate = Gate("worker", tokens=[TOKEN], hosts=["localhost"])
+    (tmp_path / "tcp").mkdir()
+    async with House(ROUTES, tmp_path / "tcp", gate=gate) as guarded:
+        heard = await guarded.ask(
+            "POST", "/v1/commands", '{"op":"get","id":"j"}', {"Content-Type": KIND["Content-Type"]}
+        )
+        assert (heard.status, heard.error) == (401, "unauthorized")
+        stream = await Stream.open(guarded, Authorization=f"Bearer {TOKEN}")
+        assert (await stream.ask(op="get", id="j"))["success"]
+
+
+async def test_leave_to_send_the_stream_is_given(house: House) -> None:
+    line = await house.line()
+    line.send(message("POST", "/v1/commands", None, {**KIND, "Expect": "100-continue"}))
+    assert (await line.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+    assert (await line.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+
+
+def test_operators_have_no_stream_of_commands() -> None:
+    assert "/v1/commands" not in {route.path for route in admin.ROUTES}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clients that go away.
+
+
+async def test_grants_of_a_client_that_has_gone_go_back(town: Town) -> None:
+    await town.house.ask("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
+    stream = await Stream.open(town.house)
+    town.disk.gate.clear()
+    stream.send({"op": "claim", "worker": "gone"}, {"op": "start", "id": "b", "worker": "gone"})
+    await town.disk.at_gate.wait()
+    stream.line.writer.transport.abort()
+    await until(lambda: town.house.listener.connections == 1)  # that of the bulk
+    town.disk.gate.set()
+    for job_id in ("a", "b"):
+        while (job := await town.job(job_id))["status"] != "queued":
+            pass
+        assert job["attempt"] == 0
+
+
+async def test_grants_behind_answers_that_nobody_reads_go_back(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are committed and answered, and not a byte of them has left."""
+    monkeypatch.setattr(command_stream, "PATIENCE_S", 0.2)
+    payload = json.dumps("x" * 200_000)
+    await town.house.ask("POST", "/v1/jobs", f'{{"id":"big","priority":9,"payload":{payload}}}')
+    await town.house.ask("POST", "/v1/jobs", '{"id":"late"}')
+    stream = await Stream.open(town.house)
+    own = stream.line.writer.get_extra_info("socket")
+    assert own.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2_000_000
+    stream.send(*({"op": "get", "id": "big"} for _ in range(40)), {"op": "claim", "worker": "deaf"})
+    await until(lambda: town.house.listener.connections == 2)  # those of the two creates
+    while (job := await town.job("late"))["status"] != "queued":
+        pass
+    assert job["attempt"] == 0
+    events = (await town.house.ask("GET", "/v1/jobs/late/timeline")).data["events"]
+    assert [event["type"] for event in events] == ["created", "granted", "undelivered"]
+
+
+async def test_of_what_is_being_written_just_the_grants_that_have_left_stay(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_stream, "PATIENCE_S", 0.3)
+    payload = "x" * 3_000
+    jobs = [{"id": f"j-{number}", "payload": payload} for number in range(300)]
+    await town.house.ask("POST", "/v1/jobs/bulk", json.dumps({"jobs": jobs}))
+    stream = await Stream.open(town.house)
+    transport = cast("asyncio.ReadTransport", stream.line.writer.transport)
+    transport.pause_reading()
+    stream.send(*({"op": "start", "id": job["id"], "worker": "deaf"} for job in jobs))
+    await until(lambda: town.house.listener.connections == 1)  # that of the bulk
+    transport.resume_reading()
+    heard = await stream.line.reader.read(-1)
+    whole = heard.count(b'"status":200}')  # lines; there may be a part of one more
+    assert 10 < whole < 290
+    states = [(await town.job(job["id"]))["status"] for job in jobs]
+    assert states[:whole] == ["processing"] * whole
+    assert states[whole + 1 :] == ["queued"] * (299 - whole)
+
+
+async def test_a_grant_whose_line_has_left_stays(town: Town) -> None:
+    await town.house.ask("POST", "/v1/jobs", '{"id":"j"}')
+    stream = await Stream.open(town.house)
+    assert (await stream.ask(op="start", id="j", worker="w"))["success"]
+    stream.line.writer.transport.abort()
+    await until(lambda: town.house.listener.connections == 1)
+    assert (await town.job("j"))["status"] == "processing"
+
+
+async def test_an_answer_that_cannot_be_told_gives_its_grants_back(tmp_path: Path) -> None:
+    grant = Answer({"no": object()}, grants=[("j", "lock")])
+    desk = Desk(lambda command: grant)
+    async with House(ROUTES, tmp_path, actor=desk) as house:
+        stream = await Stream.open(house)
+        with capture_logs() as logs:
+            answer = await stream.ask(op="claim", worker="w")
+        assert (answer["error"], answer["status"]) == ("internal_error", 500)
+        assert desk.taken_back == [grant]
+        assert [line["event"] for line in logs if line["log_level"] == "error"] == ["request_bug"]
+
+
+@pytest.mark.parametrize("where", ["_take", "_next_piece"])
+async def test_a_bug_costs_one_stream(house: House, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def fail(*_: object) -> None:
+        raise LookupError(TOKEN)
+
+    stream = await Stream.open(house)
+    monkeypatch.setattr(command_stream._CommandStream, where, fail)
+    with capture_logs() as logs:
+        stream.send({"op": "get", "id": "j"})
+        assert await stream.line.is_closed()
+        await until(lambda: house.listener.connections == 0)
+    assert [(line["event"], line["error"]) for line in logs] == [("request_bug", "LookupError")]
+    assert TOKEN not in str(logs)
+    monkeypatch.undo()
+    assert (await (await Stream.open(house)).ask(op="get", id="j"))["success"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The daemon's end.
+
+
+async def test_a_stop_answers_what_was_read_and_ends_the_stream(town: Town) -> None:
+    stream = await Stream.open(town.house)
+    town.disk.gate.clear()
+    stream.send({"op": "create", "id": "j"})
+    await town.disk.at_gate.wait()
+    stopping = asyncio.ensure_future(town.house.stop(30))
+    await asyncio.sleep(0.01)
+    assert not stopping.done()
+    town.disk.gate.set()
+    assert (await stream.hear())["status"] == 201
+    assert await stream.hear() is None
+    stream.end()
+    await stopping
+    assert await stream.line.is_closed()
+
+
+async def test_a_quiet_stream_does_not_hold_up_a_stop(house: House) -> None:
+    stream = await Stream.open(house)
+    assert (await stream.ask(op="get", id="j"))["success"]
+    stopping = asyncio.ensure_future(house.stop(60))
+    assert await stream.hear() is None
+    stream.end()
+    await stopping
+    assert await stream.line.is_closed()
+
+
+async def test_a_stream_that_comes_while_the_daemon_stops_ends_at_once(house: House) -> None:
+    house.site.close()
+    stream = await Stream.open(house)
+    assert await stream.hear() is None
+    assert house.desk.asked == []
+
+
+def test_a_real_daemon_serves_a_stream_and_stops_under_it(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon, closing(socket.socket(socket.AF_UNIX)) as line:
+        line.connect(daemon.socket)
+        line.settimeout(30)
+        line.sendall(message("POST", "/v1/commands", None, KIND))
+        lines = b"".join(b'{"op":"create","id":"j-%d"}\n' % number for number in range(500))
+        line.sendall(b"%x\r\n%b\r\n" % (len(lines), lines))
+        heard = line.makefile("rb")
+        text = b""
+        while text.count(b'"success":true') < 500:
+            text += heard.readline()
+        assert text.count(b'"status":201}') == 500
+        assert daemon.stop() == 0
+        assert b"0\r\n" in heard.read()

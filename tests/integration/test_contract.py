@@ -1,0 +1,545 @@
+"""The contract from outside: what a program that only speaks HTTP to `jobd serve` may rely on, endpoint by endpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from tests.support.daemon_process import TOKEN, Daemon, Reply
+
+OLD_MS = 1_600_000_000_000
+JOB_FIELDS = {
+    "id", "queue", "kind", "payload", "priority", "status", "progress", "progress_message", "attempt", "max_attempts",
+    "backoff", "stalls", "max_stalls", "on_stall", "stuck_after_ms", "max_processing_ms", "created_at", "updated_at",
+    "run_at", "started_at", "finished_at", "expires_at", "lock", "download_url", "file_path", "storage_key", "metadata",
+    "error_message", "error_code",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon for all; each test has jobs and a queue of its own."""
+    config = "[cleanup]\ninterval = '1h'\nrecover_every = '0'\n"
+    with Daemon(tmp_path_factory.mktemp("contract"), config) as running:
+        yield running
+
+
+@pytest.fixture
+def queue() -> str:
+    return f"q-{uuid4().hex[:12]}"
+
+
+def now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def create(daemon: Daemon, queue: str, **options: Any) -> dict[str, Any]:
+    reply = daemon.post("/v1/jobs", {"queue": queue, **options})
+    assert reply.status == 201, reply.body
+    return dict(reply.data)
+
+
+def start(daemon: Daemon, job_id: str, **options: Any) -> dict[str, Any]:
+    reply = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w-1", **options})
+    assert reply.status == 200, reply.body
+    return dict(reply.data)
+
+
+def job(daemon: Daemon, job_id: str) -> dict[str, Any]:
+    return dict(daemon.get(f"/v1/jobs/{job_id}").data)
+
+
+def refused(reply: Reply, status: int, code: str) -> dict[str, Any]:
+    assert (reply.status, reply.body.get("error")) == (status, code), reply.body
+    assert set(reply.body) == {"success", "error", "message", "details"}
+    assert reply.body["message"].endswith((".", "?", "`", '"')) or " " in reply.body["message"]
+    return dict(reply.body["details"])
+
+
+# -- create -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_has_the_fields_and_defaults_of_the_contract(daemon: Daemon, queue: str) -> None:
+    before = now()
+    made = create(daemon, queue, payload={"a": [1, None, "ü"]})
+    assert set(made) == JOB_FIELDS
+    assert before <= made["created_at"] <= now()
+    assert made["created_at"] == made["updated_at"] == made["run_at"]
+    defaults = {
+        "kind": "", "priority": 0, "status": "queued", "progress": 0, "progress_message": None, "attempt": 0,
+        "max_attempts": 1, "stalls": 0, "max_stalls": 3, "on_stall": "auto", "lock": None, "started_at": None,
+        "finished_at": None, "expires_at": None, "error_message": None, "error_code": None,
+        "stuck_after_ms": 600_000, "max_processing_ms": 1_800_000,
+        "backoff": {"kind": "exponential", "base_ms": 1000, "max_ms": 3_600_000, "jitter": True},
+    }  # fmt: skip
+    assert {name: made[name] for name in defaults} == defaults
+    assert made["payload"] == {"a": [1, None, "ü"]}
+    assert job(daemon, made["id"]) == made
+    assert made["id"][14] == "7"  # a UUIDv7
+
+
+def test_the_same_request_again_is_200_another_is_409(daemon: Daemon, queue: str) -> None:
+    body = {"id": f"{queue}:1", "queue": queue, "payload": 1}
+    assert daemon.post("/v1/jobs", body).status == 201
+    again = daemon.post("/v1/jobs", body)
+    assert again.status == 200
+    assert again.data["payload"] == 1
+    refused(daemon.post("/v1/jobs", {**body, "payload": 2}), 409, "job_exists")
+    grant = start(daemon, f"{queue}:1")
+    daemon.post(f"/v1/jobs/{queue}:1/complete", {"lock_id": grant["lock_id"]})
+    finished = daemon.post("/v1/jobs", body)
+    assert (finished.status, finished.data["status"]) == (200, "completed")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("priority", 1001), ("priority", -1001), ("priority", 1.5), ("priority", "1"), ("max_attempts", 0),
+        ("queue", ""), ("queue", "a b"), ("id", ""), ("id", "x" * 201), ("id", "a/b"), ("id", "ü"), ("kind", "a\nb"),
+        ("on_stall", "never"), ("stuck_after_ms", -1), ("max_processing_ms", -1), ("run_at", 1_700_000_000),
+        ("expires_at", 1), ("unknown", 1), ("backoff", {"kind": "linear"}), ("max_stalls", -1), ("status", "queued"),
+    ],
+)  # fmt: skip
+def test_a_field_outside_its_bounds_is_400_and_named(daemon: Daemon, field: str, value: Any) -> None:
+    details = refused(daemon.post("/v1/jobs", {field: value}), 400, "invalid_request")
+    assert field in str(details["field"]) or field == "unknown"
+
+
+def test_bulk_is_all_or_nothing_and_in_order(daemon: Daemon, queue: str) -> None:
+    reply = daemon.post("/v1/jobs/bulk", {"jobs": [{"queue": queue, "payload": n} for n in range(20)]})
+    assert reply.status == 201
+    assert [made["payload"] for made in reply.data["jobs"]] == list(range(20))
+    grants = daemon.post("/v1/claim", {"worker": "w", "queues": [queue], "limit": 20}).data["grants"]
+    assert [grant["job"]["payload"] for grant in grants] == list(range(20))
+    daemon.post("/v1/jobs", {"id": f"{queue}:taken", "queue": queue})
+    bad = [{"id": f"{queue}:new", "queue": queue}, {"id": f"{queue}:taken", "queue": queue, "payload": 1}]
+    refused(daemon.post("/v1/jobs/bulk", {"jobs": bad}), 409, "job_exists")
+    refused(daemon.get(f"/v1/jobs/{queue}:new"), 404, "job_not_found")
+    refused(daemon.post("/v1/jobs/bulk", {"jobs": [{}] * 1001}), 413, "too_large")
+
+
+def test_sizes_and_kinds_of_bodies(daemon: Daemon, queue: str) -> None:
+    refused(daemon.post("/v1/jobs", {"payload": "x" * (256 * 1024)}), 413, "too_large")
+    refused(daemon.post("/v1/jobs", {"payload": "x" * (1024 * 1024)}), 413, "too_large")
+    refused(daemon.post("/v1/jobs", {}, Content_Type="text/plain"), 415, "unsupported_media_type")
+    refused(daemon.post("/v1/jobs", {}, Content_Encoding="gzip"), 415, "unsupported_media_type")
+    refused(daemon.get("/v1/nothing"), 404, "not_found")
+    refused(daemon.get("/v1/claim"), 405, "method_not_allowed")
+
+
+# -- start and claim --------------------------------------------------------------------------------------------------
+
+
+def test_a_grant_names_the_lock_and_only_its_holder_sees_the_secret(daemon: Daemon, queue: str) -> None:
+    made = create(daemon, queue, payload={"n": 1})
+    grant = start(daemon, made["id"], lock_ttl_ms=60_000)
+    assert set(grant) == {"job", "lock_id", "fencing_token", "lock_expires_at", "ttl_ms", "ceiling_at"}
+    held = grant["job"]
+    assert held["payload"] == {"n": 1}
+    assert (held["status"], held["attempt"], held["progress"]) == ("processing", 1, 0)
+    assert set(held["lock"]) == {"worker", "fencing_token", "acquired_at", "expires_at"}
+    assert held["lock"]["expires_at"] == grant["lock_expires_at"]
+    # The wall clock and lease time need not tick in the same millisecond.
+    assert abs(grant["lock_expires_at"] - held["started_at"] - grant["ttl_ms"]) <= 2
+    assert grant["ceiling_at"] == held["started_at"] + 1_800_000
+    assert grant["lock_id"] not in str(daemon.get(f"/v1/jobs/{made['id']}").body)
+    assert grant["lock_id"] not in str(daemon.get(f"/v1/jobs/{made['id']}/timeline").body)
+    assert daemon.admin("GET", f"jobs/{made['id']}").data["lock"]["lock_id"] == grant["lock_id"]
+
+
+def test_refusals_of_start(daemon: Daemon, queue: str) -> None:
+    made = create(daemon, queue)
+    grant = start(daemon, made["id"])
+    details = refused(daemon.post(f"/v1/jobs/{made['id']}/start", {"worker": "w-2"}), 409, "already_locked")
+    assert details["locked_by"] == "w-1"
+    assert details["lock_expires_at"] == grant["lock_expires_at"]
+    assert 0 < details["retry_after_ms"] <= 900_000
+    later = create(daemon, queue, run_at=now() + 60_000)
+    details = refused(daemon.post(f"/v1/jobs/{later['id']}/start", {"worker": "w"}), 409, "not_due")
+    assert 0 < details["retry_after_ms"] <= 60_000
+    waiting = create(daemon, queue)
+    daemon.admin("POST", f"queues/{queue}/pause")
+    refused(daemon.post(f"/v1/jobs/{waiting['id']}/start", {"worker": "w"}), 409, "queue_paused")
+    assert daemon.post("/v1/claim", {"worker": "w", "queues": [queue]}).data == {"grants": []}
+    daemon.admin("POST", f"queues/{queue}/resume")
+    start(daemon, waiting["id"])
+    daemon.post(f"/v1/jobs/{made['id']}/complete", {"lock_id": grant["lock_id"]})
+    refused(daemon.post(f"/v1/jobs/{made['id']}/start", {"worker": "w"}), 409, "invalid_transition")
+    refused(daemon.post("/v1/jobs/nowhere/start", {"worker": "w"}), 404, "job_not_found")
+    refused(daemon.post(f"/v1/jobs/{made['id']}/start", {}), 400, "invalid_request")
+    refused(daemon.post(f"/v1/jobs/{made['id']}/start", {"worker": "w", "lock_ttl_ms": 999}), 400, "invalid_request")
+
+
+def test_claim_is_by_priority_then_run_at_then_creation_over_queues_and_kinds(daemon: Daemon, queue: str) -> None:
+    other = f"{queue}-b"
+    past = now() - 60_000
+    create(daemon, queue, id=f"{queue}:3", kind="a")
+    create(daemon, other, id=f"{queue}:4", kind="b")
+    create(daemon, queue, id=f"{queue}:2", run_at=past)
+    create(daemon, other, id=f"{queue}:1", priority=-1)
+    create(daemon, queue, id=f"{queue}:5", priority=5, run_at=past)
+    create(daemon, queue, id=f"{queue}:never", run_at=now() + 60_000, priority=-1000)
+    only_b = daemon.post("/v1/claim", {"worker": "w", "queues": [queue, other], "kinds": ["b"], "limit": 5})
+    assert [grant["job"]["id"] for grant in only_b.data["grants"]] == [f"{queue}:4"]
+    rest = daemon.post("/v1/claim", {"worker": "w", "queues": [queue, other], "limit": 100})
+    assert [grant["job"]["id"] for grant in rest.data["grants"]] == [f"{queue}:{n}" for n in (1, 2, 3, 5)]
+    tokens = [grant["fencing_token"] for grant in rest.data["grants"]]
+    assert tokens == sorted(tokens)
+    assert min(tokens) >> 24 >= 1
+
+
+# -- the holder -------------------------------------------------------------------------------------------------------
+
+
+def test_signs_of_life_renew_and_never_shorten(daemon: Daemon, queue: str) -> None:
+    made = create(daemon, queue)
+    grant = start(daemon, made["id"], lock_ttl_ms=60_000)
+    lock = {"lock_id": grant["lock_id"]}
+    told = daemon.post(f"/v1/jobs/{made['id']}/progress", {**lock, "progress": 42.5, "message": "half"}).data
+    assert set(told) == {"lock_expires_at", "ttl_ms", "ceiling_at", "cancel_requested"}
+    assert told["cancel_requested"] is False
+    assert told["lock_expires_at"] >= grant["lock_expires_at"]
+    assert (job(daemon, made["id"])["progress"], job(daemon, made["id"])["progress_message"]) == (42.5, "half")
+    longer = daemon.post(f"/v1/jobs/{made['id']}/extend", {**lock, "additional_ms": 600_000}).data
+    assert longer["lock_expires_at"] > told["lock_expires_at"] + 500_000
+    assert longer["extended"] is True
+    shorter = daemon.post(f"/v1/jobs/{made['id']}/extend", {**lock, "additional_ms": 1_000}).data
+    assert shorter["extended"] is False
+    assert abs(shorter["lock_expires_at"] - longer["lock_expires_at"]) <= 1
+    cut = daemon.post(f"/v1/jobs/{made['id']}/extend", {**lock, "additional_ms": 86_400_000}).data
+    assert cut["lock_expires_at"] == cut["ceiling_at"]
+    for wrong in (-1, 101, "1", None):
+        refused(daemon.post(f"/v1/jobs/{made['id']}/progress", {**lock, "progress": wrong}), 400, "invalid_request")
+
+
+def test_complete_and_its_repeats(daemon: Daemon, queue: str) -> None:
+    made = create(daemon, queue)
+    grant = start(daemon, made["id"])
+    path, lock = f"/v1/jobs/{made['id']}", {"lock_id": grant["lock_id"]}
+    result = {"download_url": "https://x/y", "file_path": "../odd", "storage_key": "a/b", "metadata": {"k": [1]}}
+    done = daemon.post(f"{path}/complete", {**lock, **result}).data
+    assert {name: done[name] for name in result} == result
+    assert (done["status"], done["progress"], done["lock"]) == ("completed", 100, None)
+    assert done["expires_at"] == done["finished_at"] + 7 * 86_400_000
+    again = daemon.post(f"{path}/complete", {**lock, **result})
+    assert (again.status, again.data["repeated"]) == (200, True)
+    released = daemon.post(f"{path}/release", lock)
+    assert (released.status, released.data["repeated"], released.data["status"]) == (200, True, "completed")
+    refused(daemon.post(f"{path}/complete", {**lock, "download_url": "https://other"}), 409, "invalid_transition")
+    refused(daemon.post(f"{path}/fail", {**lock, "error_message": "x"}), 409, "invalid_transition")
+    refused(daemon.post(f"{path}/cancel"), 409, "invalid_transition")
+    refused(daemon.post(f"{path}/complete", {"lock_id": "other"}), 409, "lock_lost")
+
+
+@pytest.mark.parametrize("key", ["/abs", "a/../b", "..", "a\x00b", ""])
+def test_a_storage_key_stays_inside(daemon: Daemon, queue: str, key: str) -> None:
+    made = create(daemon, queue)
+    lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
+    refused(daemon.post(f"/v1/jobs/{made['id']}/complete", {**lock, "storage_key": key}), 400, "invalid_request")
+    for late in (1_700_000_000, now() - 1000):
+        body = {**lock, "expires_at": late}
+        refused(daemon.post(f"/v1/jobs/{made['id']}/complete", body), 400, "invalid_request")
+    assert job(daemon, made["id"])["status"] == "processing"
+
+
+def test_fail_retries_with_backoff_and_then_fails(daemon: Daemon, queue: str) -> None:
+    backoff = {"kind": "fixed", "base_ms": 40, "jitter": False}
+    made = create(daemon, queue, max_attempts=2, backoff=backoff)
+    path = f"/v1/jobs/{made['id']}"
+    lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
+    back = daemon.post(f"{path}/fail", {**lock, "error_message": "disk on fire", "error_code": "E1"}).data
+    assert (back["status"], back["error_message"], back["error_code"]) == ("queued", "disk on fire", "E1")
+    assert back["run_at"] == back["updated_at"] + 40
+    assert (back["attempt"], back["progress"], back["started_at"]) == (1, 0, None)
+    refused(daemon.post(f"{path}/extend", lock), 409, "invalid_transition")
+    grants: list[Any] = []
+    while not grants:
+        grants = daemon.post("/v1/claim", {"worker": "w", "queues": [queue], "wait_ms": 5000}).data["grants"]
+    last = daemon.post(f"{path}/fail", {"lock_id": grants[0]["lock_id"], "error_message": "again"}).data
+    assert (last["status"], last["attempt"], last["error_message"]) == ("failed", 2, "again")
+    assert last["expires_at"] == last["finished_at"] + 30 * 86_400_000
+
+
+def test_fail_without_retry_and_with_a_wait_of_its_own(daemon: Daemon, queue: str) -> None:
+    made = create(daemon, queue, max_attempts=5)
+    lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
+    body = {**lock, "error_message": "x", "retry_after_ms": 5000}
+    back = daemon.post(f"/v1/jobs/{made['id']}/fail", body).data
+    assert back["run_at"] == back["updated_at"] + 5000
+    other = create(daemon, queue, max_attempts=5)
+    lock = {"lock_id": start(daemon, other["id"])["lock_id"]}
+    gone = daemon.post(f"/v1/jobs/{other['id']}/fail", {**lock, "error_message": "x", "retry": False}).data
+    assert gone["status"] == "failed"
+
+
+def test_release_gives_the_attempt_and_the_place_back(daemon: Daemon, queue: str) -> None:
+    first, second = create(daemon, queue), create(daemon, queue)
+    lock = {"lock_id": start(daemon, first["id"])["lock_id"]}
+    back = daemon.post(f"/v1/jobs/{first['id']}/release", lock).data
+    assert (back["status"], back["attempt"], back["run_at"]) == ("queued", 0, first["run_at"])
+    grants = daemon.post("/v1/claim", {"worker": "w", "queues": [queue], "limit": 2}).data["grants"]
+    assert [grant["job"]["id"] for grant in grants] == [first["id"], second["id"]]
+    lock = {"lock_id": grants[0]["lock_id"]}
+    delayed = daemon.post(f"/v1/jobs/{first['id']}/release", {**lock, "delay_ms": 60_000}).data
+    assert delayed["run_at"] == delayed["updated_at"] + 60_000
+
+
+def test_cancel_ends_the_grant_at_once(daemon: Daemon, queue: str) -> None:
+    made = create(daemon, queue)
+    lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
+    done = daemon.post(f"/v1/jobs/{made['id']}/cancel", {"reason": "not wanted"}).data
+    assert (done["status"], done["lock"]) == ("cancelled", None)
+    for verb, body in (("progress", {"progress": 1}), ("extend", {}), ("complete", {}), ("release", {})):
+        details = refused(daemon.post(f"/v1/jobs/{made['id']}/{verb}", {**lock, **body}), 409, "lock_lost")
+        assert (details["reason"], details["cancel_requested"]) == ("cancelled", True)
+
+
+def test_past_the_ceiling_only_endings_are_taken(daemon: Daemon, queue: str) -> None:
+    made = create(daemon, queue, max_processing_ms=1)
+    lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
+    while daemon.admin("GET", "stats").data["stuckJobs"] == 0:
+        pass
+    for verb, body in (("progress", {"progress": 1}), ("extend", {})):
+        reply = daemon.post(f"/v1/jobs/{made['id']}/{verb}", {**lock, **body})
+        refused(reply, 409, "max_processing_time_exceeded")
+        assert "max_processing" in reply.body["message"]
+    assert daemon.post(f"/v1/jobs/{made['id']}/complete", lock).data["status"] == "completed"
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_idempotency_key_repeats_the_answer_and_not_the_effect(daemon: Daemon, queue: str) -> None:
+    key = {"Idempotency_Key": f"key {queue}"}
+    first = daemon.post("/v1/jobs", {"queue": queue}, **key)
+    again = daemon.post("/v1/jobs", {"queue": queue}, **key)
+    assert (again.status, again.data) == (201, first.data)
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert "Idempotent-Replayed" not in first.headers
+    refused(daemon.post("/v1/jobs", {"queue": f"{queue}x"}, **key), 422, "idempotency_key_reused")
+    refused(daemon.post("/v1/jobs", {}, Idempotency_Key="x" * 201), 400, "invalid_request")
+
+
+def test_the_key_of_a_claim_lives_with_its_grants(daemon: Daemon, queue: str) -> None:
+    for _ in range(2):
+        create(daemon, queue)
+    key = {"Idempotency_Key": f"claim {queue}"}
+    body = {"worker": "w-1", "queues": [queue]}
+    first = daemon.post("/v1/claim", body, **key).data["grants"]
+    again = daemon.post("/v1/claim", body, **key)
+    assert [grant["lock_id"] for grant in again.data["grants"]] == [first[0]["lock_id"]]
+    assert again.headers["Idempotent-Replayed"] == "true"
+    daemon.post(f"/v1/jobs/{first[0]['job']['id']}/complete", {"lock_id": first[0]["lock_id"]})
+    anew = daemon.post("/v1/claim", body, **key)
+    assert anew.data["grants"][0]["job"]["id"] != first[0]["job"]["id"]
+    assert "Idempotent-Replayed" not in anew.headers
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_pages_of_jobs_newest_first(daemon: Daemon, queue: str) -> None:
+    ids = [create(daemon, queue)["id"] for _ in range(5)]
+    start(daemon, ids[0])
+    page = daemon.get(f"/v1/jobs?queue={queue}&limit=2").data
+    assert [found["id"] for found in page["jobs"]] == [ids[4], ids[3]]
+    seen = [*page["jobs"]]
+    while page["next_cursor"] is not None:
+        page = daemon.get(f"/v1/jobs?queue={queue}&limit=2&cursor={page['next_cursor']}").data
+        seen += page["jobs"]
+    assert [found["id"] for found in seen] == ids[::-1]
+    held = daemon.get(f"/v1/jobs?queue={queue}&status=processing&worker=w-1").data["jobs"]
+    assert [found["id"] for found in held] == [ids[0]]
+    for wrong in ("limit=0", "limit=201", "status=lost", "colour=red", "limit=1&limit=2"):
+        refused(daemon.get(f"/v1/jobs?{wrong}"), 400, "invalid_request")
+
+
+def test_timeline_why_validate(daemon: Daemon, queue: str) -> None:
+    made = create(daemon, queue)
+    path = f"/v1/jobs/{made['id']}"
+    why = daemon.get(f"{path}/why").data
+    assert set(why) == {"state", "because", "next", "blocked_by", "do"}
+    assert why["state"] == "queued"
+    lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
+    why = daemon.get(f"{path}/why").data
+    assert set(why["next"]) == {"what", "at", "rule"}
+    assert "w-1" in why["because"]
+    daemon.post(f"{path}/complete", lock)
+    events = daemon.get(f"{path}/timeline").data["events"]
+    assert [event["type"] for event in events] == ["created", "granted", "completed"]
+    assert all(set(event) == {"seq", "at", "type", "from", "to", "by", "reason", "details"} for event in events)
+    assert [(event["from"], event["to"]) for event in events][1:] == [
+        ("queued", "processing"),
+        ("processing", "completed"),
+    ]
+    found = daemon.get(f"{path}/validate").data
+    assert (found["isValid"], found["canProceed"]) == (True, True)
+    assert found["issues"][0]["type"] == "warning"
+    assert set(found["issues"][0]) == {"type", "field", "message", "fix"}
+
+
+def test_queues_and_workers(daemon: Daemon, queue: str) -> None:
+    made = create(daemon, queue)
+    start(daemon, made["id"], worker=f"worker-{queue}")
+    waiting = create(daemon, queue)
+    shown = next(view for view in daemon.get("/v1/queues").data["queues"] if view["name"] == queue)
+    assert (shown["queued"], shown["processing"], shown["paused"]) == (1, 1, False)
+    assert shown["oldest_due_at"] == waiting["run_at"]
+    workers = {view["worker"]: view["jobs"] for view in daemon.get("/v1/workers").data["workers"]}
+    assert workers[f"worker-{queue}"] == [made["id"]]
+
+
+# -- operators --------------------------------------------------------------------------------------------------------
+
+
+def test_admin_needs_a_token_before_anything_else(daemon: Daemon) -> None:
+    for token in ("Bearer wrong", f"Basic {TOKEN}", "", "Bearer"):
+        refused(daemon.admin("GET", "stats", Authorization=token), 401, "unauthorized")
+    refused(daemon.admin("POST", "nothing", {}, Authorization="Bearer no"), 401, "unauthorized")
+    assert daemon.admin("GET", "/healthz", Authorization="").status == 200
+    assert daemon.admin("GET", "/readyz", Authorization="").status == 200
+
+
+def test_stats_health_cleanup_have_the_old_names(daemon: Daemon, queue: str) -> None:
+    create(daemon, queue)
+    start(daemon, create(daemon, queue)["id"])
+    stats = daemon.admin("GET", "stats").data
+    assert set(stats) == {
+        "totalJobs", "byStatus", "stuckJobs", "lockedJobs", "averageProcessingTime", "oldestProcessingJob",
+        "stuckJobsRecovered", "timestamp", "cleanupRunning", "timeSinceLastCleanup", "disk",
+    }  # fmt: skip
+    assert set(stats["byStatus"]) == {"queued", "processing", "completed", "failed", "cancelled"}
+    assert set(stats["oldestProcessingJob"]) == {"id", "age", "progress"}
+    assert stats["totalJobs"] == sum(stats["byStatus"].values())
+    health = daemon.admin("GET", "health")
+    assert health.status == 200
+    assert health.data["database"]["status"] == health.data["cache"]["status"] == "healthy"
+    assert health.data["storage"] == {"status": "healthy", "message": "not configured"}
+    assert set(health.data["cleanupStatus"]) >= {"running", "timeSinceLastCleanup"}
+    report = daemon.admin("POST", "cleanup", {}).data
+    assert set(report) == {
+        "timestamp", "stuckJobsRecovered", "expiredJobsDeleted", "expiredLocksCleared", "validationIssuesFixed",
+        "totalProcessingTime", "errors", "validationIssuesFound", "forced",
+    }  # fmt: skip
+    assert (report["forced"], report["errors"]) == (True, [])
+    state = daemon.admin("GET", "cleanup").data
+    assert state["lastReport"] == report
+    assert set(state) == {
+        "lastReport", "cleanupRunning", "timeSinceLastCleanup", "failedSinceLastSuccess", "lastFailure",
+    }  # fmt: skip
+    assert daemon.admin("GET", "reports").data["reports"][0] == report
+
+
+def test_force_fail_force_reset_transition(daemon: Daemon, queue: str) -> None:
+    made = create(daemon, queue)
+    job_id = made["id"]
+    lock = {"lock_id": start(daemon, job_id)["lock_id"]}
+    failed = daemon.admin("POST", "force-fail", {"jobId": job_id, "reason": "hung"}).data
+    assert (failed["jobId"], failed["previousStatus"], failed["reason"]) == (job_id, "processing", "hung")
+    assert job(daemon, job_id)["error_message"] == "hung"
+    assert refused(daemon.post(f"/v1/jobs/{job_id}/complete", lock), 409, "lock_lost")["rule"] == "force-fail"
+    reset = daemon.admin("POST", "force-reset", {"jobId": job_id}).data
+    assert reset["previousStatus"] == "failed"
+    fresh = job(daemon, job_id)
+    expected = ("queued", 0, 0, None, None)
+    assert (fresh["status"], fresh["attempt"], fresh["stalls"], fresh["error_message"], fresh["expires_at"]) == expected
+    refused(daemon.admin("POST", "force-reset", {"jobId": job_id}), 409, "invalid_transition")
+    move = {"jobId": job_id, "from": "processing", "to": "failed"}
+    refused(daemon.admin("POST", "transition", move), 409, "invalid_transition")
+    refused(
+        daemon.admin("POST", "transition", {**move, "from": "queued", "to": "processing"}), 409, "invalid_transition"
+    )
+    moved = daemon.admin(
+        "POST", "transition", {**move, "from": "queued", "to": "cancelled", "updates": {"priority": 7}, "reason": "r"}
+    )
+    assert moved.data["previousStatus"] == "queued"
+    assert (job(daemon, job_id)["status"], job(daemon, job_id)["priority"]) == ("cancelled", 7)
+    refused(daemon.admin("POST", "force-fail", {"jobId": job_id}), 409, "invalid_transition")
+    refused(daemon.admin("POST", "force-fail", {}), 400, "invalid_request")
+    refused(daemon.admin("POST", "force-fail", {"jobId": "nowhere"}), 404, "job_not_found")
+    assert daemon.admin("DELETE", f"jobs/{job_id}").data["id"] == job_id
+    refused(daemon.get(f"/v1/jobs/{job_id}"), 404, "job_not_found")
+
+
+def test_a_late_result_is_kept_and_adopted(daemon: Daemon, queue: str) -> None:
+    job_id = create(daemon, queue, payload={"n": 1})["id"]
+    lock = {"lock_id": start(daemon, job_id)["lock_id"]}
+    refused(daemon.admin("POST", f"jobs/{job_id}/adopt"), 409, "invalid_transition")
+    daemon.admin("POST", "force-reset", {"jobId": job_id})
+    refused(daemon.admin("POST", f"jobs/{job_id}/adopt"), 404, "late_result_not_found")
+    done = {**lock, "file_path": "/out", "metadata": {"a": [1, None]}}
+    told = refused(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost")
+    assert refused(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost") == told
+    (late,) = daemon.admin("GET", f"jobs/{job_id}/late-results").data["late_results"]
+    assert (late["seq"], late["file_path"], late["metadata"]) == (told["late_result"], "/out", {"a": [1, None]})
+    assert set(late) == {
+        "seq", "at", "worker", "fencing_token", "download_url", "file_path", "storage_key", "metadata", "expires_at",
+        "refusal",
+    }  # fmt: skip
+    assert f"jobctl adopt {job_id}" in daemon.get(f"/v1/jobs/{job_id}/why").data["do"][0]
+    refused(daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": late["seq"] + 1}), 404, "late_result_not_found")
+    refused(daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": 0}), 400, "invalid_request")
+    adopted = daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": late["seq"], "reason": "whole"}).data
+    assert (adopted["status"], adopted["file_path"], adopted["payload"]) == ("completed", "/out", {"n": 1})
+    refused(daemon.admin("POST", f"jobs/{job_id}/adopt"), 409, "invalid_transition")
+    kinds = [event["type"] for event in daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]]
+    assert kinds == ["created", "granted", "force_reset", "late_result", "adopted"]
+    refused(daemon.get(f"/v1/jobs/{job_id}/late-results"), 404, "not_found")
+
+
+def test_admin_locks_and_updates(daemon: Daemon, queue: str) -> None:
+    made = create(daemon, queue, run_at=now() + 60_000)
+    job_id = made["id"]
+    assert daemon.admin("POST", f"jobs/{job_id}/run-now").data["run_at"] <= now()
+    changed = daemon.admin("POST", f"jobs/{job_id}/update", {"priority": 3, "max_attempts": 4}).data
+    assert (changed["priority"], changed["max_attempts"]) == (3, 4)
+    grant = start(daemon, job_id, lock_ttl_ms=1000)
+    named = {"jobId": job_id, "lockId": grant["lock_id"]}
+    longer = daemon.admin("POST", "extend-lock", {**named, "additionalTime": 60_000}).data
+    assert longer["lockExpiresAt"] > grant["lock_expires_at"]
+    assert grant["lock_id"] in {held["lock_id"] for held in daemon.admin("GET", "locks").data["locks"]}
+    back = daemon.admin("POST", "release-lock", named).data
+    assert (back["status"], back["lock"]) == ("queued", None)
+    refused(daemon.admin("POST", "extend-lock", named), 409, "lock_lost")
+    assert daemon.admin("GET", f"validate-job?jobId={job_id}").data["job"]["id"] == job_id
+    refused(daemon.admin("GET", "validate-job"), 400, "invalid_request")
+
+
+def test_import_takes_old_jobs_as_they_were(daemon: Daemon, queue: str) -> None:
+    lines = [
+        f'{{"id": "{queue}:done", "queue": "{queue}", "status": "completed", "progress": 40, "created_at": {OLD_MS}}}',
+        f'{{"id": "{queue}:lost", "queue": "{queue}", "status": "processing", "progress": 10, "worker": "old-1"}}',
+        f'{{"id": "{queue}:new", "queue": "{queue}", "payload": {{"a": 1}}}}',
+        f'{{"id": "{queue}:new", "queue": "{queue}"}}',
+        f'{{"id": "{queue}:bad", "status": "odd"}}',
+        "not json",
+    ]
+    with daemon.admin_connection() as connection:
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/x-ndjson"}
+        connection.request("POST", "/admin/job-management/import", "\n".join(lines).encode(), headers)
+        told = Reply(connection.getresponse()).data
+    assert (told["imported"], told["skipped"]) == (3, 1)
+    assert [(line["line"], line["id"]) for line in told["refused"]] == [(5, f"{queue}:bad"), (6, None)]
+    assert job(daemon, f"{queue}:done")["created_at"] == OLD_MS
+    lost = job(daemon, f"{queue}:lost")
+    assert (lost["status"], lost["error_code"]) == ("failed", "stalled")  # progress 10, and no attempt left
+    assert "half done" in lost["error_message"]
+    report = daemon.admin("POST", "cleanup", {}).data
+    assert report["validationIssuesFixed"] >= 1
+    assert job(daemon, f"{queue}:done")["progress"] == 100
+
+
+def test_metrics_have_the_names_of_the_contract(daemon: Daemon) -> None:
+    text = daemon.admin("GET", "/metrics").body.decode()
+    for name in (
+        "jobs", "queue_jobs", "stuck_jobs", "locked_jobs", "grants_total", "refusals_total", "stalls_total",
+        "recovered_total", "late_results_total", "cleanup_passes_total", "cleanup_found_total",
+        "cleanup_last_timestamp_seconds",
+        "validation_issues_total", "processing_seconds", "commit_seconds", "batch_commands", "mailbox_commands",
+        "parked_claims", "wal_bytes", "database_bytes", "loop_lag_seconds", "alert_firing", "build_info",
+    ):  # fmt: skip
+        assert f"# TYPE jobd_{name} " in text, name

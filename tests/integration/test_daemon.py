@@ -1,0 +1,513 @@
+"""The real process on a real disk: races, kill -9 under load, SIGTERM with requests in flight, signals, exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.engine.clock import wall_clock_ms
+from jobd.model.job import DAY_MS, HOUR_MS
+from jobd.model.storage import Batch
+from jobd.storage.backup import restore
+from jobd.storage.store import Store
+from tests.conftest import tool_missing
+from tests.proof.faults.fuzz import free_port
+from tests.support.daemon_process import Daemon, call
+
+RACERS = 16
+
+
+def test_sixteen_processes_race_for_one_job_and_one_gets_it(tmp_path: Path) -> None:
+    racer = (
+        "import sys; from tests.support.daemon_process import OverUnix, call\n"
+        "connection = OverUnix(sys.argv[1])\n"
+        "reply = call(connection, 'POST', '/v1/jobs/prize/start', {'worker': sys.argv[2]})\n"
+        "connection.close()\n"
+        "print(reply.status, reply.body.get('error'))"
+    )
+    with Daemon(tmp_path) as daemon:
+        daemon.post("/v1/jobs", {"id": "prize"})
+        runs = [
+            subprocess.Popen([sys.executable, "-c", racer, daemon.socket, f"w-{n}"], stdout=subprocess.PIPE, text=True)
+            for n in range(RACERS)
+        ]
+        outcomes = [run.communicate(timeout=50)[0].strip() for run in runs]
+    assert sorted(outcomes) == ["200 None"] + ["409 already_locked"] * (RACERS - 1)
+
+
+def test_many_claimers_get_every_job_once(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{n}"} for n in range(300)]})
+
+        def claim_all(number: int) -> list[tuple[str, int]]:
+            mine: list[tuple[str, int]] = []
+            with closing(daemon.worker()) as connection:
+                while grants := call(connection, "POST", "/v1/claim", {"worker": f"w-{number}"}).data["grants"]:
+                    mine += [(grant["job"]["id"], grant["fencing_token"]) for grant in grants]
+            return mine
+
+        with ThreadPoolExecutor(8) as pool:
+            granted = [grant for mine in pool.map(claim_all, range(8)) for grant in mine]
+    assert sorted(job_id for job_id, _ in granted) == sorted(f"job-{n}" for n in range(300))
+    assert len({token for _, token in granted}) == 300
+
+
+class Stopping(Exception):
+    """The daemon said that it is going down: a definite no."""
+
+
+def _ask(connection: http.client.HTTPConnection, path: str, body: Any) -> Any:
+    reply = call(connection, "POST", path, body)
+    if reply.status == 503 and reply.error == "shutting_down":
+        raise Stopping
+    return reply.data
+
+
+class Load:
+    """Lifecycles from several threads; every acknowledgement is remembered, whatever is cut off is not."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._lock = threading.Lock()
+        self.created: set[str] = set()
+        self.completed: set[str] = set()
+        self.tokens: list[int] = []
+        self.enough = threading.Event()
+
+    def work(self, number: int) -> None:
+        # Where the daemon is killed, what was under way is unknown.
+        with suppress(OSError, http.client.HTTPException, Stopping), closing(self._daemon.worker()) as connection:
+            for step in range(10_000):
+                self._lifecycle(connection, f"{id(self)}-{number}-{step}")
+
+    def _lifecycle(self, connection: http.client.HTTPConnection, job_id: str) -> None:
+        _ask(connection, "/v1/jobs", {"id": job_id, "payload": {"n": job_id}})
+        self._note(created=job_id)
+        grant = _ask(connection, f"/v1/jobs/{job_id}/start", {"worker": "w"})
+        self._note(token=grant["fencing_token"])
+        done = _ask(connection, f"/v1/jobs/{job_id}/complete", {"lock_id": grant["lock_id"]})
+        assert done["status"] == "completed"
+        self._note(completed=job_id)
+
+    def _note(self, created: str | None = None, completed: str | None = None, token: int | None = None) -> None:
+        with self._lock:
+            if created is not None:
+                self.created.add(created)
+            if completed is not None:
+                self.completed.add(completed)
+            if token is not None:
+                self.tokens.append(token)
+            if len(self.completed) >= 60:
+                self.enough.set()
+
+
+def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        highest = 0
+        loads = []
+        for _ in range(3):
+            load = Load(daemon)
+            loads.append(load)
+            with ThreadPoolExecutor(6) as pool:
+                threads = [pool.submit(load.work, number) for number in range(6)]
+                assert load.enough.wait(40)
+                daemon.kill()
+            for thread in threads:
+                thread.result()  # nothing but the kill has stopped it
+            daemon.start()
+            assert min(load.tokens) > highest  # no token is given twice, over restarts either
+            highest = max(load.tokens)
+        for load in loads:
+            for job_id in load.created:
+                job = daemon.get(f"/v1/jobs/{job_id}").data
+                assert job["payload"] == {"n": job_id}
+                assert job["status"] == "completed" or job_id not in load.completed
+        stats = daemon.admin("GET", "stats").data
+        assert stats["totalJobs"] == sum(stats["byStatus"].values()) >= sum(len(load.created) for load in loads)
+        assert daemon.admin("GET", "health").data["database"]["status"] == "healthy"
+        assert daemon.stop() == 0
+
+
+def test_sigterm_answers_what_is_in_flight_and_parked(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon, closing(daemon.worker()) as parked:
+        body = '{"worker": "w-1", "wait_ms": 60000, "queues": ["idle"]}'
+        parked.request("POST", "/v1/claim", body, {"Content-Type": "application/json"})
+        _wait_for(daemon, "jobd_parked_claims 1.0")
+        load = Load(daemon)
+        with ThreadPoolExecutor(4) as pool:
+            threads = [pool.submit(load.work, number) for number in range(4)]
+            assert load.enough.wait(40)
+            assert daemon.stop() == 0
+        for thread in threads:
+            thread.result()
+        answer = parked.getresponse()
+        assert answer.status == 200
+        assert answer.read() == b'{"success":true,"data":{"grants":[]}}'
+        daemon.start()
+        for job_id in load.completed:
+            assert daemon.get(f"/v1/jobs/{job_id}").data["status"] == "completed"
+
+
+def test_doors_close_first_then_the_actor_drains_then_the_disk_closes(tmp_path: Path) -> None:
+    with Daemon.not_started(tmp_path) as daemon:
+        daemon.module = "tests.support.told_end"
+        daemon.start()
+        daemon.post("/v1/jobs", {"id": "a"})
+        assert daemon.stop() == 0
+        told = re.findall(rb"^(begins|ended): (\w+)$", daemon.log, re.M)
+        order = [b" ".join(each).decode() for each in told]
+    assert order[-3:] == ["begins actor", "begins store", "ended store"], order
+    doors = order[:-3]  # those of workers and of operators
+    assert sorted(doors) == ["begins doors"] * 2 + ["ended doors"] * 2, order
+
+
+def _wait_for(daemon: Daemon, metric: str) -> None:
+    """Until a metric says so; the test's own timeout ends the wait."""
+    while metric not in daemon.admin("GET", "/metrics").body.decode().splitlines():
+        pass
+
+
+def test_a_restart_keeps_the_lock_and_the_time_it_had_left(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        daemon.post("/v1/jobs", {"id": "a"})
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 1000, "stuck_after_ms": 0}).data
+        daemon.kill()
+        daemon.start()
+        job = daemon.get("/v1/jobs/a").data
+        assert job["status"] == "processing"
+        # Nothing of a job that was processing ends within the first 30 s after a start.
+        assert job["lock"]["expires_at"] > job["updated_at"] + 25_000
+        done = daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]})
+        assert done.data["status"] == "completed"
+
+
+def test_no_job_ends_while_the_daemon_goes_down_and_its_worker_cannot_be_heard(tmp_path: Path) -> None:
+    """A slow request holds it up for longer than a lock lasts."""
+    with Daemon(tmp_path, '[cleanup]\nrecover_every = "1s"\n') as daemon, closing(daemon.worker()) as slow:
+        daemon.post("/v1/jobs", {"id": "a"})
+        slow.connect()
+        slow.sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\n")
+        slow.sock.sendall(b"Content-Length: 14\r\n\r\n{")
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 5000, "stuck_after_ms": 0}).data
+        assert daemon.process is not None
+        daemon.process.terminate()
+        daemon.until_said(b"event=stopping")
+        time.sleep(6.5)  # the lock would have ended, and recovery come by
+        slow.sock.sendall(b'"id": "slow"}')
+        assert b" 201 " in slow.sock.recv(1000)
+        assert daemon.process.wait() == 0
+        daemon.start()
+        job = daemon.get("/v1/jobs/a").data
+        assert job["status"] == "processing"
+        assert daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]}).data["status"] == "completed"
+
+
+def test_a_restore_ends_the_grants_of_the_copy_and_hands_out_higher_tokens(tmp_path: Path) -> None:
+    """What the holders of that time did since is not in the copy: they are told that their locks are lost."""
+    copy = tmp_path / "copy.db"
+    with Daemon(tmp_path) as daemon:
+        daemon.post("/v1/jobs", {"id": "a"})
+        daemon.post("/v1/jobs", {"id": "waits"})
+        old = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
+        copy.write_bytes(daemon.admin("GET", "/admin/job-management/backup").body)
+        later = daemon.post("/v1/jobs/waits/start", {"worker": "w-2"}).data
+        daemon.stop()
+        restore(str(copy), str(daemon.store))
+        daemon.start()
+        assert {job["id"]: job["status"] for job in daemon.get("/v1/jobs").data["jobs"]} == {
+            "a": "queued",
+            "waits": "queued",
+        }
+        late = daemon.post("/v1/jobs/a/complete", {"lock_id": old["lock_id"]})
+        assert (late.status, late.error, late.body["details"]["rule"]) == (409, "lock_lost", "restore")
+        again = daemon.post("/v1/jobs/a/start", {"worker": "w-3"}).data
+        assert again["fencing_token"] > later["fencing_token"] > old["fencing_token"]
+
+
+def test_a_second_daemon_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        assert daemon.process is not None
+        before = os.stat(daemon.socket).st_ino
+        second = daemon.spawn()
+        _, log = second.communicate(timeout=30)
+        assert second.returncode == 75
+        assert f"process {daemon.process.pid}".encode() in log
+        assert os.stat(daemon.socket).st_ino == before
+        assert daemon.get("/readyz").status == 200
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("[locks]\nttl = 15\n", "locks.ttl"),
+        ("[lock]\nttl = '15m'\n", "unknown section [lock]"),
+        ("[locks]\nttk = '15m'\n", "unknown key locks.ttk"),
+        ("[worker]\nlisten = '127.0.0.1:0'\n", "worker.token_file"),
+        ("[store]\nsynchronous = 'off'\n", "store.synchronous"),
+    ],
+)
+def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, said: str) -> None:
+    run = Daemon(tmp_path, config).spawn()
+    _, log = run.communicate(timeout=30)
+    assert run.returncode == 78
+    assert said in log.decode()
+
+
+def test_workers_call_over_tcp_by_whatever_name_the_host_has(tmp_path: Path) -> None:
+    """The token decides there; operators' browsers are another matter."""
+    token, port = tmp_path / "worker-token", free_port()
+    token.write_text("w" * 32)
+    places = {"JOBD_WORKER_LISTEN": f"127.0.0.1:{port}", "JOBD_WORKER_TOKEN_FILE": str(token)}
+    with Daemon(tmp_path, **places), closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as line:
+
+        def status(path: str, bearer: str) -> int:
+            line.request("GET", path, headers={"Host": f"jobs.example:{port}", "Authorization": f"Bearer {bearer}"})
+            response = line.getresponse()
+            response.read()
+            return response.status
+
+        assert [status("/v1/queues", "w" * 32), status("/v1/queues", "x" * 32), status("/healthz", "")] == [
+            200,
+            401,
+            200,
+        ]
+
+
+@pytest.mark.parametrize("place", [".", "link"])
+def test_artifacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    daemon = Daemon(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / place}")
+    run = daemon.spawn()
+    _, log = run.communicate(timeout=30)
+    assert run.returncode == 78
+    assert "a directory of their own" in log.decode()
+    checked = [sys.executable, "-m", "jobd", "check-config", "--config", str(daemon.config)]
+    assert subprocess.run(checked, env=daemon.environ, capture_output=True, timeout=30, check=False).returncode == 78
+
+
+def test_artifacts_on_a_mount_that_hangs_do_not_keep_the_daemon_from_ending(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    with Daemon.not_started(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / 'results'}") as daemon:
+        daemon.module = "tests.support.hanging_mount"
+        daemon.start()
+        assert daemon.admin("GET", "health").data["storage"]["status"] == "unhealthy"
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(30) == 0
+        daemon.start()
+        assert daemon.admin("GET", "health").data["storage"]["status"] == "unhealthy"
+        daemon.process.send_signal(signal.SIGUSR2)  # the disk of the store breaks
+        with suppress(OSError, http.client.HTTPException):
+            daemon.post("/v1/jobs", {"id": "a"})
+        assert daemon.process.wait(30) == 74
+
+
+def test_an_actor_that_hangs_is_no_sign_of_life_to_systemd(tmp_path: Path) -> None:
+    """The loop goes on, and would feed a watchdog that asks for no more."""
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(30)
+        own = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
+        with Daemon.not_started(tmp_path, **own) as daemon:
+            daemon.module = "tests.support.hung_actor"
+            daemon.start()
+            while systemd.recv(4096) != b"WATCHDOG=1":
+                pass
+            assert daemon.process is not None
+            daemon.process.send_signal(signal.SIGUSR2)
+            systemd.settimeout(2)
+            signs = 0
+            with suppress(TimeoutError):
+                while signs < 50:  # the last few were under way
+                    signs += systemd.recv(4096) == b"WATCHDOG=1"
+            assert signs < 50
+
+
+def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> None:
+    run = Daemon(tmp_path, ADMIN_TOKEN="hunter2").spawn()
+    _, log = run.communicate(timeout=30)
+    assert run.returncode == 78
+    assert "24 characters" in log.decode()
+    assert "hunter2" not in log.decode()
+
+
+def test_sighup_takes_over_what_it_can_and_keeps_the_old_on_error(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        assert daemon.process is not None
+
+        def reload(config: str) -> str:
+            daemon.config.write_text(config)
+            daemon.process.send_signal(signal.SIGHUP)  # type: ignore[union-attr]
+            return daemon.until_said(b"reload")
+
+        said = reload("[locks]\nttl = '5m'\n[limits]\nbody = 2000000\n")
+        assert "locks.ttl" in said
+        assert "limits.body" in said
+        daemon.post("/v1/jobs", {"id": "a"})
+        assert daemon.post("/v1/jobs/a/start", {"worker": "w"}).data["ttl_ms"] == 300_000
+        assert "reload_failed" in reload("[locks]\nttl = 'soon'\n")
+        daemon.post("/v1/jobs", {"id": "b"})
+        assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["ttl_ms"] == 300_000
+
+
+def test_a_start_and_a_reload_warn_of_what_is_hardly_meant(tmp_path: Path) -> None:
+    with Daemon(tmp_path, "[cleanup]\ninterval = '30s'\n", JOBD_LOCKS_TTL="1h") as daemon:
+        assert daemon.process is not None
+        assert daemon.log.count(b"event=config_warning") == 2
+        assert b"cleanup.min_interval" in daemon.log
+        assert b"locks.max_processing" in daemon.log
+        daemon.config.write_text("[cleanup]\ninterval = '1m'\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        assert "1m" in daemon.until_said(b"level=warning event=config_warning")
+        daemon.until_said(b"event=reloaded")
+        assert daemon.log.count(b"event=config_warning") == 3  # what has been said is not said again
+
+
+async def _left_suspect(store: Path, expected_ms: int) -> None:
+    """A store whose daemon ended while its clock was suspect."""
+    disk, found = await Store.open(str(store))
+    await disk.write(Batch([], replace(found.numbers, wall_ms=expected_ms, clock_suspect=True)))
+    await disk.close()
+
+
+def test_a_suspect_clock_survives_restarts_until_it_is_accepted(tmp_path: Path) -> None:
+    # Two days are more than a running daemon allows, and less than a start allows by itself.
+    asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 2 * DAY_MS))
+    with Daemon(tmp_path) as daemon:
+        for _ in range(2):
+            clock = daemon.admin("GET", "clock").data
+            assert clock["suspect"], clock
+            health = daemon.admin("GET", "health").data
+            assert health["status"] == "degraded"
+            assert "The wall clock is 2 days ahead" in health["cleanupStatus"]["message"]
+            assert b"level=warning event=clock_suspect " in daemon.log
+            daemon.post("/v1/jobs", {})
+            daemon.kill()
+            daemon.start()
+        assert not daemon.admin("POST", "clock/accept", {}).data["suspect"]
+        daemon.kill()
+        daemon.start()
+        assert not daemon.admin("GET", "clock").data["suspect"]
+
+
+def test_a_reloaded_retention_says_how_far_ahead_the_clock_may_be(tmp_path: Path) -> None:
+    asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 20 * HOUR_MS))
+    with Daemon(tmp_path) as daemon:
+        assert daemon.process is not None
+        assert not daemon.admin("GET", "clock").data["suspect"]
+        daemon.config.write_text("[retention]\ncancelled = '1d'\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.until_said(b"event=reloaded")
+        assert daemon.admin("GET", "clock").data["suspect"]
+
+
+def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGUSR1)
+        assert "mailbox=" in daemon.until_said(b"event=dump ")
+
+
+def test_a_zombie_worker_is_taken_until_recovery_has_acted_then_refused(tmp_path: Path) -> None:
+    with Daemon(tmp_path, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
+        daemon.post("/v1/jobs", {"id": "a", "max_processing_ms": 1})
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
+        recovered: dict[str, Any] = {"recoveredJobs": 0}
+        while not recovered["recoveredJobs"]:
+            recovered = daemon.admin("POST", "recover-stuck", {}).data
+        assert recovered["details"][0]["jobId"] == "a"
+        assert recovered["details"][0]["action"] == "reset"
+        late = daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]})
+        assert late.status == 409
+        assert late.error == "lock_lost"
+        assert late.body["details"]["reason"] == "stalled"
+        assert late.body["details"]["rule"] == "recovery"
+        assert daemon.get("/v1/jobs/a").data["status"] == "queued"
+        again = daemon.post("/v1/jobs/a/start", {"worker": "w-2"}).data
+        assert again["fencing_token"] > grant["fencing_token"]
+
+
+def test_a_failed_fsync_ends_the_daemon_whoever_asked_for_it(tmp_path: Path) -> None:
+    """The health probe writes beside the actor: after its fsync failed nothing may be acknowledged any more."""
+    if shutil.which("strace") is None:
+        tool_missing("strace", "strace")
+    with Daemon(tmp_path) as daemon:
+        assert daemon.process is not None
+        assert daemon.post("/v1/jobs", {"id": "a"}).status == 201
+        inject = ["-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:error=EIO"]
+        with subprocess.Popen(
+            ["strace", "-f", "-p", str(daemon.process.pid), *inject], stderr=subprocess.PIPE
+        ) as strace:
+            assert strace.stderr is not None
+            strace.stderr.readline()  # attached
+            with suppress(OSError, http.client.HTTPException):
+                while True:
+                    if daemon.admin("GET", "health").status == 503:
+                        break
+            assert daemon.process.wait(30) == 74
+            strace.stderr.read()
+        daemon.kill()
+        daemon.start()
+        assert daemon.get("/v1/jobs/a").data["status"] == "queued"
+
+
+def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -> None:
+    if shutil.which("strace") is None:
+        tool_missing("strace", "strace")
+    with Daemon(tmp_path) as daemon, ThreadPoolExecutor(1) as pool:
+        assert daemon.process is not None
+        inject = ["-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO:delay_enter=1s"]
+        with subprocess.Popen(
+            ["strace", "-f", "-p", str(daemon.process.pid), *inject], stderr=subprocess.PIPE, bufsize=0
+        ) as strace:
+            assert strace.stderr is not None
+            strace.stderr.readline()  # attached
+            asked = pool.submit(daemon.post, "/v1/jobs", {"id": "a"})
+            said = b""
+            while b"fdatasync(" not in said:  # on its way to the disk
+                said += strace.stderr.read(100)
+            assert daemon.stop() == 74, daemon.log.decode()
+            strace.stderr.read()
+        assert asked.result().error == "outcome_unknown"
+
+
+@pytest.mark.parametrize("number", [1, 4, 5, 7])  # the log begins (twice), the schema, the first probe
+def test_a_disk_that_fails_at_the_start_is_exit_74_in_one_line(tmp_path: Path, number: int) -> None:
+    if shutil.which("strace") is None:
+        tool_missing("strace", "strace")
+    with Daemon.not_started(tmp_path) as daemon:
+        inject = ["-e", "trace=fdatasync", "-e", f"inject=fdatasync:error=EIO:when={number}"]
+        daemon.prefix = ["strace", "-D", "-f", "-o", str(tmp_path / "strace"), *inject]
+        daemon.launch()
+        assert not daemon.gets_ready()
+        assert daemon.process is not None
+        assert daemon.process.wait(30) == 74
+        (line,) = daemon.log.decode().splitlines()
+        assert "event=cannot_start" in line
+        assert "the disk failed" in line
+
+
+@pytest.mark.parametrize("place", ["a-directory", "a-file/jobd.db"])
+def test_a_store_that_cannot_be_there_is_a_matter_of_configuration(tmp_path: Path, place: str) -> None:
+    (tmp_path / "a-directory").mkdir()
+    (tmp_path / "a-file").touch()
+    run = Daemon(tmp_path, JOBD_STORE_PATH=str(tmp_path / place)).spawn()
+    _, log = run.communicate(timeout=30)
+    assert run.returncode == 78, log
+    assert "store.path has to name a file in a directory" in log.decode()

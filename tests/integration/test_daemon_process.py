@@ -1,0 +1,49 @@
+"""The daemon of the tests: it does not outlive them, and it may say as much as it likes."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.support.daemon_process import Daemon, die_with_us
+
+STARTER = """
+import sys, time
+from pathlib import Path
+from tests.process import Daemon
+with Daemon(Path(sys.argv[1])) as daemon:
+    print(daemon.process.pid, flush=True)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_daemon_dies_with_the_tests_that_were_killed(tmp_path: Path) -> None:
+    root = ROOT
+    command = [sys.executable, "-c", STARTER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, preexec_fn=die_with_us) as starter:
+        assert starter.stdout is not None
+        handle = os.pidfd_open(int(starter.stdout.readline()))
+        try:
+            assert not select.select([handle], [], [], 0)[0]  # it runs
+            starter.kill()
+            assert select.select([handle], [], [], 30)[0]
+        finally:
+            os.close(handle)
+
+
+def test_a_daemon_that_says_more_than_a_pipe_holds_goes_on(tmp_path: Path) -> None:
+    with Daemon(tmp_path, "[log]\nlevel = 'debug'\n") as daemon:
+        jobs = [{"id": f"job-{number}"} for number in range(1_000)]
+        daemon.post("/v1/jobs/bulk", {"jobs": jobs})
+        assert "job_id=job-999" in daemon.until_said(b"event=created logger=jobd.facts job_id=job-999")
+        assert daemon.stop() == 0
+    assert daemon.log.count(b"event=created") == 1_000
+    with pytest.raises(AssertionError, match="the daemon has ended"):
+        daemon.until_said(b"never said")

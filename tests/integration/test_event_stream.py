@@ -1,0 +1,425 @@
+"""Events over a real socket, and of a real daemon: asked for, resumed, refused, cut off, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing, contextmanager
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from jobd.api import events as event_stream
+from jobd.api.admin import ROUTES as ADMIN_ROUTES
+from jobd.api.worker import ROUTES
+from jobd.engine import event_feed
+from jobd.http import streaming
+from jobd.http.auth import Gate
+from tests.support.daemon_process import TOKEN as ADMIN_TOKEN
+from tests.support.daemon_process import Daemon, OverUnix
+from tests.support.factories import Maker
+from tests.support.http_harness import TOKEN, House, Line, message
+from tests.support.virtual_engine import until
+
+HEAD_END = b"\r\n\r\n"
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with House(ROUTES, tmp_path) as opened:
+        yield opened
+
+
+class Commits:
+    """What is committed, told to the house's feed."""
+
+    def __init__(self, house: House) -> None:
+        self.maker = Maker()
+        self._figures = house.figures
+
+    async def __call__(self, count: int = 1, **fields: Any) -> None:
+        changes = [self.maker.create(**fields) for _ in range(count)]
+        await self._figures.disk.write(self.maker.batch(changes))
+        self._figures.feed.publish(changes)
+
+
+@pytest.fixture
+def commit(house: House) -> Commits:
+    return Commits(house)
+
+
+async def opened_stream(house: House, query: str = "") -> Line:
+    line = await house.line()
+    line.send(message("GET", f"/v1/events{query}"))
+    head = await line.reader.readuntil(HEAD_END)
+    assert head.startswith(b"HTTP/1.1 200 "), head
+    return line
+
+
+async def next_events(line: Line, count: int) -> list[dict[str, Any]]:
+    """The next so many events of a stream, whatever comes between them."""
+    found: list[dict[str, Any]] = []
+    while len(found) < count:
+        text = await line.reader.readuntil(b"\n")
+        if text.startswith(b"data: "):
+            found.append(json.loads(text.removeprefix(b"data: ")))
+    return found
+
+
+async def seqs(line: Line, count: int) -> list[int]:
+    return [event["seq"] for event in await next_events(line, count)]
+
+
+async def test_a_stream_says_what_it_is(house: House, commit: Commits) -> None:
+    line = await house.line()
+    line.send(message("GET", "/v1/events"))
+    head = (await line.reader.readuntil(HEAD_END)).decode().lower()
+    for header in ("content-type: text/event-stream", "cache-control: no-store", "x-accel-buffering: no"):
+        assert f"\r\n{header}\r\n" in head
+    await line.reader.readuntil(b"retry: 2000\nid: 0\n\n")
+    await commit()
+    assert await seqs(line, 1) == [1]
+
+
+async def test_it_goes_on_after_the_last_event_that_was_received(house: House, commit: Commits) -> None:
+    await commit(3)
+    by_header = await house.line()
+    by_header.send(message("GET", "/v1/events", headers={"Last-Event-ID": "1"}))
+    assert await seqs(by_header, 2) == [2, 3]
+    by_query = await opened_stream(house, "?last_event_id=2")
+    assert await seqs(by_query, 1) == [3]
+    both = await house.line()  # a browser that comes again, with the query of its first time
+    both.send(message("GET", "/v1/events?last_event_id=0", headers={"Last-Event-ID": "2"}))
+    assert await seqs(both, 1) == [3]
+    await commit()
+    for line in (by_header, by_query, both):
+        assert await seqs(line, 1) == [4]
+
+
+async def test_without_following_it_ends(house: House, commit: Commits) -> None:
+    await commit(3)
+    heard = await house.ask("GET", "/v1/events?last=2&follow=false")
+    assert heard.status == 200
+    assert [line for line in heard.body.decode().splitlines() if line.startswith("id: ")] == [
+        "id: 1", "id: 2", "id: 3",
+    ]  # fmt: skip
+
+
+async def test_filters(house: House, commit: Commits) -> None:
+    await commit(2, job_id=None)
+    await commit(1, job_id="mine")
+    line = await opened_stream(house, "?last=10&job_id=other,mine&type=created,completed")
+    assert [event["job_id"] for event in await next_events(line, 1)] == ["mine"]
+    heard = await house.ask("GET", "/v1/events?last=10&follow=false&type=completed")
+    assert b"data:" not in heard.body
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("?type=nothing", "$.type"),
+        ("?type=created,", "$.type"),
+        ("?queue=a%20b", "$.queue"),
+        ("?job_id=a,,b", "$.job_id"),
+        (f"?job_id={','.join(f'j{n}' for n in range(101))}", "$.job_id"),
+        ("?queue=", "$.queue"),
+        ("?last=0", "$.last"),
+        ("?last=10001", "$.last"),
+        ("?last=1&last_event_id=1", "$.last"),
+        ("?last_event_id=-1", "$.last_event_id"),
+        ("?follow=perhaps", "$.follow"),
+        ("?unknown=1", "$.unknown"),
+        ("?queue=a&queue=b", "$.queue"),
+    ],
+)
+async def test_what_is_asked_wrongly_is_named(house: House, query: str, field: str) -> None:
+    heard = await house.ask("GET", f"/v1/events{query}")
+    assert (heard.status, heard.error, heard.json["details"]["field"]) == (400, "invalid_request", field)
+
+
+@pytest.mark.parametrize(
+    "told", ["x", "-1", "1.0", "9" * 19, "9" * 30, "0" * 20 + "9" * 30, "0" * 20 + "9" * 5_000, "²"]
+)
+async def test_a_last_event_id_is_a_number(house: House, told: str) -> None:
+    heard = await house.raw(message("GET", "/v1/events", headers={"Last-Event-ID": told}))
+    assert (heard.status, heard.json["details"]["field"]) == (400, "Last-Event-ID")
+
+
+async def test_events_that_are_gone_are_refused(house: House, commit: Commits) -> None:
+    await commit(5)
+    house.figures.disk.gone_to = 3
+    for after in ("2", "6"):
+        heard = await house.ask("GET", "/v1/events", headers={"Last-Event-ID": after})
+        assert (heard.status, heard.error, heard.json["details"]) == (410, "events_gone", {"last": 5})
+    heard = await house.ask("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "3"})
+    assert heard.status == 200
+    assert house.figures.feed.listeners == 0
+
+
+async def test_a_stream_that_cannot_go_on_breaks_off(house: House, commit: Commits) -> None:
+    """Its client must not take that for the end."""
+    await commit(3 * event_feed.PAGE)
+    line = await house.line()
+    line.send(message("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "0"}))
+    await seqs(line, 1)
+    house.figures.disk.gone_to = 3 * event_feed.PAGE
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await line.reader.readuntil(b"0\r\n\r\n")
+
+
+async def test_the_admin_api_has_it_too_and_wants_its_token(tmp_path: Path) -> None:
+    gate = Gate("admin", tokens=[TOKEN])
+    async with House(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as house:
+        path = "/admin/job-management/events?follow=false"
+        assert (await house.ask("GET", path)).status == 401
+        heard = await house.ask("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
+        assert (heard.status, heard.headers["content-type"]) == (200, "text/event-stream")
+        assert heard.body.startswith(b"retry: 2000\nid: 0\n\n")
+
+
+async def test_a_foreign_page_and_a_foreign_name_are_kept_out(tmp_path: Path) -> None:
+    gate = Gate("admin", tokens=[TOKEN], hosts=frozenset({"127.0.0.1"}))
+    async with House(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as house:
+        path, auth = "/admin/job-management/events?follow=false", {"Authorization": f"Bearer {TOKEN}"}
+        for wrong in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
+            assert (await house.ask("GET", path, headers={**auth, **wrong})).status == 403
+
+
+async def test_places_are_counted_and_given_back(house: House, commit: Commits) -> None:
+    lines = [await opened_stream(house) for _ in range(3)]
+    heard = await house.ask("GET", "/v1/events")
+    assert (heard.status, heard.error, heard.headers["retry-after"]) == (503, "overloaded", "1")
+    await lines[0].close()
+    await until(lambda: house.figures.feed.listeners == 2)
+    await opened_stream(house)
+
+
+async def test_who_does_not_read_is_cut_off_and_the_others_hear_everything(house: House, commit: Commits) -> None:
+    slow, quick = await opened_stream(house), await opened_stream(house)
+    total = 0
+    hearing = asyncio.ensure_future(next_events(quick, 60_000))
+    while not house.figures.feed.dropped:
+        await commit(1_000)
+        total += 1_000
+        await until(lambda: not house.figures.feed._news)  # as a disk gives the loop its turns
+        assert total < 60_000, "the slow one was not cut off"
+    await commit(60_000 - total)
+    assert [event["seq"] for event in await hearing] == list(range(1, 60_001))
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await next_events(slow, 60_000)
+    await until(lambda: house.figures.feed.listeners == 1)
+    assert house.figures.feed.dropped == 1
+
+
+async def test_who_reads_nothing_of_the_journal_is_not_waited_for(
+    house: House, commit: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "PATIENCE_S", 0.05)
+    await commit(20_000)
+    line = await house.line()
+    line.send(message("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
+    await until(lambda: house.figures.feed.listeners == 1)
+    await until(lambda: house.figures.feed.listeners == 0)
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await next_events(line, 20_000)
+
+
+async def test_who_does_not_take_the_end_is_not_waited_for(
+    house: House, commit: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a stream that ends by itself may be more than the socket takes."""
+
+    async def waits_for_the_client(self: web.StreamResponse) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(web.StreamResponse, "write_eof", waits_for_the_client)
+    monkeypatch.setattr(streaming, "PATIENCE_S", 0.05)
+    await commit(3)
+    line = await opened_stream(house, "?follow=false&last=2")
+    assert await seqs(line, 2) == [2, 3]
+    await until(lambda: house.figures.feed.listeners == 0)
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await seqs(line, 1)
+
+
+async def test_when_the_doors_close_streams_end_as_a_whole(house: House, commit: Commits) -> None:
+    line = await opened_stream(house)
+    await commit(2)
+    house.figures.feed.close()
+    await house.stop(5.0)
+    assert await seqs(line, 2) == [1, 2]
+    assert (await line.reader.read()).endswith(b"0\r\n\r\n")
+
+
+async def test_a_bug_in_a_stream_costs_that_stream(
+    house: House, commit: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(self: Any) -> bytes:
+        raise RuntimeError("a bug")
+
+    line = await opened_stream(house)
+    monkeypatch.setattr(event_feed.Listener, "_from_journal", fail)
+    broken = await house.line()
+    broken.send(message("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await broken.reader.readuntil(b"0\r\n\r\n")
+    await commit()
+    assert await seqs(line, 1) == [1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real daemon.
+
+
+class Stream:
+    """What a client hears of a daemon, in a thread: every event, and the last `id` beside them."""
+
+    def __init__(self, response: HTTPResponse) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.position = self._next = ""
+        self._data = b""
+        self.is_whole = False
+        self._response = response
+        self._heard = threading.Condition()
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        rest = b""
+        try:
+            while piece := self._response.read1(65_536):  # readline would take a cut for the end
+                *lines, rest = (rest + piece).split(b"\n")
+                with self._heard:
+                    self._note(lines)
+                    self._heard.notify_all()
+            self.is_whole = True
+        except (OSError, HTTPException):
+            pass  # cut off: `is_whole` stays false
+
+    def _note(self, lines: list[bytes]) -> None:
+        for line in lines:
+            if line.startswith(b"id: "):
+                self._next = line[4:].decode()
+            elif line.startswith(b"data: "):
+                self._data = line[6:]
+            elif not line:  # what was cut off before its end does not count
+                self.position = self._next
+                if self._data:
+                    self.events.append(json.loads(self._data))
+                self._data = b""
+
+    def until(self, count: int) -> None:
+        with self._heard:
+            assert self._heard.wait_for(lambda: len(self.events) >= count, 50), len(self.events)
+
+    def ended(self) -> None:
+        self._thread.join(50)
+        assert not self._thread.is_alive()
+
+
+@contextmanager
+def stream(daemon: Daemon, query: str = "", after: str = "") -> Iterator[Stream]:
+    with closing(OverUnix(daemon.socket)) as connection:
+        connection.request("GET", f"/v1/events{query}", headers={"Last-Event-ID": after} if after else {})
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        heard = Stream(response)
+        try:
+            yield heard
+        finally:
+            if connection.sock is not None:
+                connection.sock.shutdown(2)
+            heard.ended()
+
+
+def lifecycle(daemon: Daemon, job_id: str) -> None:
+    daemon.post("/v1/jobs", {"id": job_id})
+    lock = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
+    daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": lock, "metadata": 1})
+
+
+def test_a_client_that_comes_again_hears_everything_once_across_kills(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    position = "0"
+    with Daemon(tmp_path) as daemon:
+        for generation in range(3):
+            with stream(daemon, after=position) as heard:
+                for number in range(20):
+                    lifecycle(daemon, f"job-{generation}-{number}")
+                if generation % 2:
+                    heard.until(20)  # killed while some may be on their way
+                daemon.kill()
+                heard.ended()
+                assert not heard.is_whole
+            events += heard.events
+            position = heard.position or position
+            daemon.start()
+        with stream(daemon, "?follow=false", after=position) as rest:
+            rest.ended()
+            assert rest.is_whole
+        events += rest.events
+        assert [event["seq"] for event in events] == sorted({event["seq"] for event in events})
+        with stream(daemon, "?follow=false&last_event_id=0") as whole:
+            whole.ended()
+        assert events == whole.events
+        assert len([event for event in events if event["type"] == "completed"]) == 60
+        for job_id in ("job-0-0", "job-2-19"):
+            shown = [{k: v for k, v in each.items() if k not in ("job_id", "queue")} for each in events
+                     if each["job_id"] == job_id]  # fmt: skip
+            assert shown == daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]
+
+
+def test_a_stop_ends_streams_and_does_not_wait_for_those_who_do_not_read(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon, stream(daemon) as heard, closing(OverUnix(daemon.socket)) as deaf:
+        deaf.request("GET", "/v1/events")
+        deaf.getresponse()
+        lifecycle(daemon, "a")
+        heard.until(3)
+        assert daemon.stop() == 0
+        heard.ended()
+        assert heard.is_whole
+        assert b"requests_cut_off" not in daemon.log
+
+
+def test_a_journal_that_was_pruned_is_gone_and_no_secret_is_in_a_stream(tmp_path: Path) -> None:
+    with Daemon(tmp_path, '[retention]\njournal = "0s"\n') as daemon, stream(daemon) as heard:
+        lifecycle(daemon, "a")
+        daemon.post("/v1/jobs", {"id": "b"})
+        lock = daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["lock_id"]
+        assert daemon.admin("DELETE", "jobs/a").status == 200
+        heard.until(6)
+        assert lock not in str(heard.events)
+        last = heard.events[-1]
+        assert (last["type"], last["job_id"], last["to"]) == ("deleted", "a", None)
+        while daemon.get("/v1/events?last_event_id=0&follow=false").status == 200:
+            assert daemon.admin("POST", "cleanup", {}).status == 200  # until a millisecond has passed
+        gone = daemon.get("/v1/events?last_event_id=5")
+        assert (gone.status, gone.error) == (410, "events_gone")
+        assert daemon.get(f"/v1/events?last_event_id={last['seq']}&follow=false").status == 200
+        daemon.kill()
+        daemon.start()
+        assert daemon.get("/v1/events?last_event_id=5").status == 410  # remembered over a crash
+        assert daemon.get(f"/v1/events?last_event_id={last['seq']}&follow=false").status == 200
+        tail = daemon.get("/v1/events?last=100&follow=false")
+        assert b"data:" not in tail.body
+
+
+def test_both_doors_share_their_places_and_figures_show_them(tmp_path: Path) -> None:
+    with Daemon(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as heard:
+        lifecycle(daemon, "a")
+        heard.until(3)
+        no = daemon.admin("GET", "events", Authorization=f"Bearer {ADMIN_TOKEN}")
+        assert (no.status, no.error) == (503, "overloaded")
+        figures = daemon.admin("GET", "/metrics").body.decode()
+        assert "\njobd_event_streams 1.0\n" in figures
+        assert "\njobd_event_streams_dropped_total 0.0\n" in figures
+
+
+def test_the_bounds_fit_together() -> None:
+    assert event_stream.MAX_BACK >= event_feed.PAGE
+    assert event_feed.PIECE_BYTES < event_feed.BACKLOG_BYTES

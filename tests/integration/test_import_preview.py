@@ -1,0 +1,125 @@
+"""What an import would do, over a real socket, and against a real daemon: told line by line, and true."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobd.api import import_preview
+from jobd.api.admin import ROUTES
+from jobd.client import AdminClient, AsyncAdminClient
+from jobd.http.auth import Gate
+from jobd.http.decoding import Limits
+from jobd.model.commands import ImportCheck
+from jobd.model.errors import Refusal
+from jobd.model.responses import Answer, ImportForeseen
+from tests.support.daemon_process import Daemon
+from tests.support.http_harness import TOKEN, Heard, House
+
+PREVIEW = "/admin/job-management/import/preview"
+KIND = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/x-ndjson"}
+
+
+def judged(command: ImportCheck) -> Answer:
+    if command.id.startswith("old"):
+        return Answer(ImportForeseen(command.id, "skip", "failed", "A job with this id exists: it is failed.", 3))
+    return Answer(ImportForeseen(command.id, "create", command.status, None, 3))
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    limits = Limits(body=200, payload=50, body_deadline_s=0.3)
+    async with House(ROUTES, tmp_path, gate=Gate("admin", tokens=[TOKEN]), admin=True, limits=limits) as opened:
+        opened.desk.answer = judged
+        yield opened
+
+
+async def look(house: House, *lines: Any) -> Heard:
+    body = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    return await house.ask("POST", PREVIEW, body, KIND)
+
+
+async def test_each_line_is_told_in_its_order(house: House) -> None:
+    heard = await look(house, {"id": "a"}, "{", {"id": "old-1"}, {"id": "b", "status": "failed"}, "", {"id": "b"})
+    data = heard.data
+    assert (data["wouldImport"], data["wouldSkip"], data["wouldRefuse"]) == (2, 2, 1)
+    assert (data["more"], data["stopsAt"], data["stopReason"]) == (False, None, None)
+    assert [(line["line"], line["id"], line["what"], line["status"]) for line in data["lines"]] == [
+        (1, "a", "create", "queued"),
+        (2, None, "refuse", None),
+        (3, "old-1", "skip", "failed"),
+        (4, "b", "create", "failed"),
+        (6, "b", "skip", None),
+    ]
+    assert data["lines"][4]["reason"] == "Line 4 has the same id."
+    assert {type(asked.command) for asked in house.desk.asked} == {ImportCheck}  # not even a note for the audit log
+
+
+async def test_it_says_where_the_import_would_stop(house: House) -> None:
+    lines = [{"id": f"job-{n}"} for n in range(3)] + [{"id": "done", "status": "cancelled"}, {"id": "old-2"}]
+    data = (await look(house, *lines, {"id": "too-much"}, {"id": "more"})).data
+    assert (data["wouldImport"], data["wouldSkip"], data["stopsAt"]) == (4, 1, 6)
+    assert "unfinished jobs" in data["stopReason"]
+    assert data["lines"][-1]["id"] == "old-2"
+    house.desk.answer = lambda command: Refusal("too_many_jobs", "5 jobs are allowed.")
+    data = (await look(house, {"id": "a"})).data
+    assert (data["stopsAt"], data["stopReason"], data["lines"]) == (1, "5 jobs are allowed.", [])
+
+
+@pytest.mark.parametrize("code", ["overloaded", "storage_full", "shutting_down"])
+async def test_what_would_stop_it_now_is_its_answer(house: House, code: str) -> None:
+    house.desk.answer = lambda command: Refusal(code, "Not now.")
+    heard = await look(house, {"id": "a"}, {"id": "b"})
+    assert (heard.error, heard.json["details"]["line"]) == (code, 1)
+
+
+async def test_other_refusals_are_lines(house: House) -> None:
+    house.desk.answer = lambda command: Refusal("internal_error", "A bug.")
+    assert (await look(house, {"id": "a"})).data["lines"][0]["reason"] == "A bug."
+
+
+async def test_it_has_its_limits(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_preview, "SHOWN_LINES", 2)
+    data = (await look(house, *({"id": f"old-{n}"} for n in range(5)))).data
+    assert (data["wouldSkip"], len(data["lines"]), data["more"]) == (5, 2, True)
+    monkeypatch.setattr(import_preview, "MOST_LINES", 2)
+    many = await look(house, *({"id": f"a-{n}", "status": "cancelled"} for n in range(5)))
+    assert (many.status, many.error) == (413, "too_large")
+
+
+def test_the_preview_is_what_the_import_does(tmp_path: Path) -> None:
+    lines: list[Any] = [
+        {"id": "old"},
+        {"id": "q"},
+        {"id": "p", "status": "processing", "progress": 40, "worker": "w"},
+        {"id": "f", "status": "failed", "error_message": "no"},
+        {"id": "q", "status": "failed"},
+        {"id": "x", "priority": 5_000},
+        {"queue": "q"},
+    ]
+    with Daemon(tmp_path) as daemon:
+        endpoint, token = f"unix:{daemon.admin_socket}", daemon.environ["ADMIN_TOKEN"]
+        assert daemon.post("/v1/jobs", {"id": "old"}).status == 201
+        with AdminClient(endpoint, token=token) as client:
+            seen = client.preview_import(lines)
+            assert client.stats().total_jobs == 1
+            assert client.audit().entries == []
+            done = client.import_jobs(lines)
+            made = {job.id: job.status for job in client.iterate_jobs()}
+
+        async def again() -> Any:
+            async with AsyncAdminClient(endpoint, token=token) as other:
+                return await other.preview_import(lines)
+
+        after = asyncio.run(again())
+    assert (seen.would_import, seen.would_skip, seen.would_refuse) == (done.imported, done.skipped, done.refused_count)
+    made.pop("old")
+    assert {line.id: line.status for line in seen.lines if line.what == "create"} == made
+    told = {line.line: line.reason for line in seen.lines if line.what == "refuse"}
+    assert told == {line.line: line.reason for line in done.refused}
+    assert (after.would_import, after.would_skip) == (0, done.imported + done.skipped)

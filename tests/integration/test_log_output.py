@@ -1,0 +1,144 @@
+"""Lines to stderr: in order, never in the way of the daemon, counted where they are dropped, all there at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from jobd import outlet
+from jobd.outlet import Outlet
+from tests.support.daemon_process import Daemon
+
+SAY = """
+import os, sys, structlog
+from jobd import log
+log.configure('info', 'logfmt')
+for number in range(int(sys.argv[1])):
+    structlog.get_logger().info('said', number=number, pad='x' * 100)
+"""
+
+
+class Pipe:
+    """A pipe in the place of stderr that holds one page and that nobody reads until `read` is called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ours, theirs = os.pipe()
+        fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
+        self.stderr = open(theirs, "w")  # noqa: SIM115 - closed by `read`
+        monkeypatch.setattr(sys, "stderr", self.stderr)
+
+    def read(self, out: Outlet) -> list[str]:
+        """All that comes until everything is written."""
+        heard: list[bytes] = []
+
+        def listen() -> None:
+            with open(self.ours, "rb") as end:
+                heard.append(end.read())
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        assert out.flush(30)
+        self.stderr.close()
+        listener.join()
+        return heard[0].decode().splitlines()
+
+
+def test_nobody_waits_and_what_is_dropped_is_counted_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlet, "MOST_CHARS", 10_000)
+    pipe = Pipe(monkeypatch)
+    out = Outlet(lambda count: out.put(f"dropped {count}"))
+    for number in range(10_000):
+        out.put(f"{number:099}")
+    assert not out.flush(0)
+    read = pipe.read(out)
+    at = next(at for at, line in enumerate(read) if line.startswith("dropped"))
+    assert read[:at] == [f"{number:099}" for number in range(at)]  # none is missing before the first gap
+    lost = sum(int(line.split()[1]) for line in read if line.startswith("dropped"))
+    kept = [int(line) for line in read if not line.startswith("dropped")]
+    assert kept == sorted(kept)
+    assert len(kept) + lost == 10_000
+    assert lost > 9_000
+
+
+def test_many_lines_at_once_are_all_written_where_somebody_reads() -> None:
+    """While the loop is busy the writer gets few turns: they must be enough."""
+    done = subprocess.run([sys.executable, "-c", SAY, "50000"], capture_output=True, text=True, check=True)
+    assert "log_lines_dropped" not in done.stderr
+    assert len(done.stderr.splitlines()) == 50_000
+
+
+def test_a_line_larger_than_all_that_may_wait_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlet, "MOST_CHARS", 10)
+    pipe = Pipe(monkeypatch)
+    out = Outlet(lambda count: pytest.fail("nothing was dropped"))
+    out.put("x" * 100_000)
+    assert pipe.read(out) == ["x" * 100_000]
+
+
+def test_a_stderr_that_others_have_made_non_blocking_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Pipe(monkeypatch)
+    os.set_blocking(pipe.stderr.fileno(), False)
+    out = Outlet(lambda count: pytest.fail("nothing was dropped"))
+    for number in range(1_000):
+        out.put(f"{number:099}")
+    assert [int(line) for line in pipe.read(out)] == list(range(1_000))
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise SystemExit", "1 / 0"])
+def test_all_is_written_at_the_end_in_order(end: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SAY + end, "2000"], capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if "event=said" in line]
+    assert [int(number) for number in re.findall(r"number=(\d+)", "".join(said))] == list(range(2000))
+
+
+def test_last_words_are_written_even_before_a_hard_exit() -> None:
+    end = "structlog.get_logger().critical('aborted')\nos._exit(1)"
+    done = subprocess.run([sys.executable, "-c", SAY + end, "100"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 101
+    assert "event=aborted" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_process_whose_stderr_nobody_reads_ends_all_the_same(kind: str) -> None:
+    ours, theirs = pty.openpty() if kind == "terminal" else os.pipe()
+    try:
+        end = "structlog.get_logger().critical('aborted')"
+        process = subprocess.Popen([sys.executable, "-c", SAY + end, "5000"], stderr=theirs)
+        assert process.wait(30) == 0
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_daemon_whose_log_nobody_reads_goes_on_and_says_later_what_is_missing(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, "[log]\nlevel = 'debug'\n")
+    ours, theirs = os.pipe()
+    daemon.process = daemon.spawn(stderr=theirs)
+    os.close(theirs)
+    with open(ours, "rb") as log:
+        try:
+            assert any(b"event=ready" in line for line in log)
+            for first in range(0, 20_000, 1_000):  # with one line for each job
+                jobs = [{"id": f"{first + number}"} for number in range(1_000)]
+                assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
+            assert daemon.get("/healthz").status == 200
+            assert daemon.admin("GET", "health").data["status"] == "healthy"
+            daemon.process.terminate()
+            rest = log.read().decode().splitlines()
+            assert daemon.process.wait(30) == 0
+        finally:
+            daemon.process.kill()
+            daemon.process.wait()
+    assert "event=stopped" in rest[-1]
+    lost = sum(int(count) for count in re.findall(r"event=log_lines_dropped .*count=(\d+)", "\n".join(rest)))
+    assert lost
+    assert lost + sum("event=created" in line for line in rest) >= 20_000  # what else is said may be dropped, too

@@ -1,0 +1,399 @@
+"""Prometheus' rules and Grafana's dashboard: well-formed, about metrics that there are, and each rule seen to fire.
+
+PromQL is judged by promtool; names, labels and values by what a real daemon shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import msgspec
+import pytest
+from msgspec import Struct, field
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+import jobd
+from jobd.cli.ctl.main import jobctl as jobctl_program
+from jobd.cli.daemon.main import jobd as jobd_program
+from jobd.cli.daemon.main import main
+from jobd.cli.daemon.monitoring import FILES
+from jobd.core.pace import HOURS_NEEDED, SAMPLES_NEEDED, Pace
+from jobd.core.stats import Figures
+from jobd.monitoring import alerts
+from jobd.storage.store import Store
+from tests import ROOT
+from tests.conftest import tool_missing
+from tests.integration.test_docs import NOBODY, complete_some
+from tests.support.daemon_process import Daemon
+
+SHIPPED: Final = Path(jobd.__file__).parent / "monitoring"
+RULES, DASHBOARD = SHIPPED / FILES["rules"], SHIPPED / FILES["dashboard"]
+PROMETHEUS: Final = {"up"}  # metrics that Prometheus makes of every scrape
+TARGET: Final = {"instance", "job"}  # labels that it gives to all of them
+FREE: Final = {"queue", "kind", "endpoint", *TARGET}  # labels whose values are the user's
+
+
+class Rule(Struct, forbid_unknown_fields=True):
+    alert: str
+    expr: str
+    labels: dict[str, str]
+    annotations: dict[str, str]
+    lasting: str | None = field(name="for", default=None)
+
+
+class Group(Struct, forbid_unknown_fields=True):
+    name: str
+    rules: list[Rule]
+
+
+class RuleFile(Struct, forbid_unknown_fields=True):
+    groups: list[Group]
+
+
+def groups() -> list[Group]:
+    return msgspec.yaml.decode(RULES.read_bytes(), type=RuleFile).groups
+
+
+def rules() -> list[Rule]:
+    return [rule for group in groups() for rule in group.rules]
+
+
+def board() -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(DASHBOARD.read_text("utf-8"))
+    return read
+
+
+def panels() -> list[dict[str, Any]]:
+    return [panel for panel in board()["panels"] if panel["type"] != "row"]
+
+
+def targets() -> Iterator[tuple[str, str, str]]:
+    """Of each curve: its panel, its expression, its legend."""
+    for panel in panels():
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"], target["legendFormat"]
+
+
+async def save_usual(path: Path) -> None:
+    """A store whose daemon has been at work for some hours."""
+    figures = Figures()
+    figures.paces.kinds[""] = Pace(hours=[10] * HOURS_NEEDED)
+    store, _ = await Store.open(str(path))
+    async with store:
+        await store.save_figures(msgspec.json.encode(figures))
+
+
+@pytest.fixture(scope="module")
+def scraped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
+    """Sample names of a real scrape, each with the labels that it comes with. The daemon knows what is usual here."""
+    directory = tmp_path_factory.mktemp("scraped")
+    asyncio.run(save_usual(directory / "jobd.db"))
+    with Daemon(directory, NOBODY) as daemon:
+        complete_some(daemon, SAMPLES_NEEDED)
+        text = daemon.admin("GET", "/metrics").body.decode()
+    families: list[Metric] = list(text_string_to_metric_families(text))
+    found: dict[str, list[dict[str, str]]] = {}
+    for sample in (sample for family in families for sample in family.samples):
+        found.setdefault(sample.name, []).append(sample.labels)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both are there, as files and from the verb.
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_the_verb_prints_the_shipped_file(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["monitoring", what]) == 0
+    assert capsys.readouterr().out == (SHIPPED / FILES[what]).read_text("utf-8")
+
+
+def test_another_file_is_there_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["monitoring", "everything"]) == 2
+    assert "rules" in capsys.readouterr().err
+
+
+def test_they_are_part_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert set(project["tool"]["setuptools"]["package-data"]["jobd.monitoring"]) == set(FILES.values())
+    assert {path.name for path in SHIPPED.iterdir() if path.suffix not in (".py", "")} == set(FILES.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules.
+
+
+def test_every_rule_is_whole_and_has_a_name_of_its_own() -> None:
+    names = [rule.alert for rule in rules()]
+    assert len(set(names)) == len(names)
+    for rule in rules():
+        assert re.fullmatch("Jobd([A-Z][a-z]+)+", rule.alert)
+        assert re.fullmatch("[0-9]+[mh]", rule.lasting or "1m")
+        assert rule.labels in [{"severity": severity} for severity in ("critical", "warning", "info")]
+        assert set(rule.annotations) == {"summary", "description"}
+        assert all(text.endswith(".") for text in rule.annotations.values()), rule.alert
+
+
+def test_every_rule_has_a_sentence_why_its_threshold_is_what_it_is() -> None:
+    lines = RULES.read_text("utf-8").splitlines()
+    for number, line in enumerate(lines):
+        if "- alert:" in line:
+            assert re.match(r" +# .+\.$", lines[number - 1]), line
+
+
+def test_every_alert_of_jobd_has_its_rule() -> None:
+    meant = [re.findall(r'jobd_alert_firing\{alert="(\w+)"\} == 1', rule.expr) for rule in groups()[0].rules]
+    assert meant == [[name] for name in alerts.NAMES]
+
+
+def test_rules_name_what_a_daemon_shows(scraped: dict[str, list[dict[str, str]]]) -> None:
+    for rule in rules():
+        looked_at = check(rule.expr, scraped, rule.alert)
+        said = {label for text in rule.annotations.values() for label in re.findall(r"\$labels\.(\w+)", text)}
+        assert said <= looked_at | TARGET, rule.alert
+
+
+def test_commands_that_the_rules_advise_exist() -> None:
+    programs: dict[str, click.Group] = {"jobd": jobd_program, "jobctl": jobctl_program}
+    advised = 0
+    for text in (rule.annotations["description"] for rule in rules()):
+        for program, rest in re.findall(r"\b(jobctl|(?<!-u )(?<!systemctl restart )jobd) ([a-z][^,.;)]*)", text):
+            verb = rest.split()[0]
+            if program == "jobd" and verb not in programs["jobd"].commands:
+                continue  # the name of the daemon, in prose
+            assert verb in programs[program].commands, text
+            options = {name for each in programs[program].commands[verb].params for name in each.opts}
+            assert set(re.findall("--[a-z-]+", rest)) <= options, text
+            advised += 1
+    assert advised > 20
+
+
+JOBD: Final = '{instance="a", job="jobd"}'
+
+
+def firing(name: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    series = f'jobd_alert_firing{{alert="{name}", instance="a", job="jobd"}}'
+    return "12m", {series: "1x240"}, {series: "0x240"}
+
+
+def gauge(name: str, high: float, low: float, labels: str = JOBD) -> tuple[str, dict[str, str], dict[str, str]]:
+    return "20m", {f"{name}{labels}": f"{high}x240"}, {f"{name}{labels}": f"{low}x240"}
+
+
+def counted(code: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    series = f'jobd_refusals_total{{code="{code}", instance="a", job="jobd"}}'
+    return "20m", {series: "0+1x240"}, {series: "7x240"}
+
+
+def queue(name: str, values: str) -> dict[str, str]:
+    status = ', status="queued"' if name == "jobd_queue_jobs" else ""
+    return {f'{name}{{instance="a", job="jobd", queue="film"{status}}}': values}
+
+
+def commits(fast: int, slow: int) -> dict[str, str]:
+    """Buckets of commits: so many a minute below a tenth of a second, and so many in all."""
+    name = 'jobd_commit_seconds_bucket{instance="a", job="jobd", le='
+    return {f'{name}"0.1"}}': f"0+{fast}x240", f'{name}"0.5"}}': f"0+{slow}x240", f'{name}"+Inf"}}': f"0+{slow}x240"}
+
+
+MIB: Final = 1 << 20
+
+WEBHOOK: Final = 'jobd_webhook_deliveries_total{{outcome="{}", endpoint="e", instance="a", job="jobd"}}'
+
+# When to look, series by which the rule fires then (one value a minute), and series by which it does not.
+SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
+    "JobdStuckJobs": firing("stuck_jobs"),
+    "JobdManyJobsProcessing": firing("processing_jobs"),
+    "JobdAverageProcessingLong": firing("average_processing"),
+    "JobdBadRows": firing("pass_issues"),
+    "JobdJobGrantedTwice": firing("granted_twice"),
+    "JobdSlowerThanUsual": firing("slower_than_usual"),
+    "JobdDatabaseNotHealthy": firing("database"),
+    "JobdMemoryNotHealthy": firing("cache"),
+    "JobdStoreOfArtifactsNotHealthy": firing("storage"),
+    "JobdWebhookFailing": firing("webhook_failing"),
+    "JobdQueueWithoutWorkers": firing("queue_without_workers"),
+    "JobdQueueWaits": firing("queue_waits"),
+    "JobdFailureRate": firing("failure_rate"),
+    "JobdDiskNearlyFull": firing("disk_nearly_full"),
+    "JobdReleaseLoop": firing("release_loop"),
+    "JobdDown": gauge("up", 0, 1),
+    "JobdAbsent": ("6m", {}, {f"jobd_build_info{JOBD}": "1x240"}),
+    "JobdRestartsOften": (
+        "60m",
+        {f"jobd_commit_seconds_count{JOBD}": "9 2 9 2 9 2 9 2x50"},
+        {f"jobd_commit_seconds_count{JOBD}": "9 2 9 2 9 2 9x50"},
+    ),
+    "JobdCleanupOverdue": (
+        "20m",
+        {f"jobd_cleanup_last_timestamp_seconds{JOBD}": "0x240"},
+        {f"jobd_cleanup_last_timestamp_seconds{JOBD}": "0x7 300x240"},
+    ),
+    "JobdStorageFull": (
+        "20m",
+        {f"jobd_disk_full{JOBD}": "0x16 1 0x240"},
+        {f"jobd_disk_full{JOBD}": "0x240", **counted("storage_full")[1]},  # of a backup
+    ),
+    "JobdDiskFilling": gauge("jobd_disk_free_bytes", 256 * MIB - 1, 256 * MIB),
+    "JobdOverloaded": counted("overloaded"),
+    "JobdMailboxFilling": (
+        "20m",
+        {f"jobd_mailbox_commands{JOBD}": "5001x240", f"jobd_mailbox_limit_commands{JOBD}": "10000x240"},
+        {f"jobd_mailbox_commands{JOBD}": "5000x240", f"jobd_mailbox_limit_commands{JOBD}": "10000x240"},
+    ),
+    "JobdWorkWaitsLong": (
+        "20m",
+        queue("jobd_queue_oldest_due_seconds", "3601x240") | queue("jobd_queue_paused", "0x240"),
+        queue("jobd_queue_oldest_due_seconds", "3601x240") | queue("jobd_queue_paused", "1x240"),
+    ),
+    "JobdQueueGrows": ("2h", queue("jobd_queue_jobs", "0+20x240"), queue("jobd_queue_jobs", "0x70 9000x240")),
+    "JobdQueuePaused": ("242m", queue("jobd_queue_paused", "1x260"), queue("jobd_queue_paused", "1x200 0 1x50")),
+    "JobdWalGrows": gauge("jobd_wal_bytes", 256 * MIB + 1, 256 * MIB),
+    "JobdLoopLag": gauge("jobd_loop_lag_seconds", 0.6, 0.5),
+    "JobdCommitsSlow": ("30m", commits(90, 100), commits(100, 100)),
+    "JobdArtifactsBehind": gauge("jobd_artifact_sweep_behind_seconds", 901, 900),
+    "JobdClockSuspect": gauge("jobd_clock_suspect", 1, 0),
+    "JobdQuarantine": gauge("jobd_quarantined_jobs", 1, 0),
+    "JobdWebhookGaveUp": (
+        "20m",
+        {WEBHOOK.format("given_up"): "0x10 3x240"},
+        {WEBHOOK.format("failed"): "0+5x240", WEBHOOK.format("given_up"): "3x240"},
+    ),
+}
+
+
+def promtool(*arguments: str) -> str:
+    if shutil.which("promtool") is None:
+        tool_missing("promtool", "promtool")
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_prometheus_takes_the_rules() -> None:
+    assert f"{len(rules())} rules found" in promtool("check", "rules", "--lint=all", "--lint-fatal", str(RULES))
+
+
+def test_every_rule_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
+    assert list(SEEN) == [rule.alert for rule in rules()]
+    tests = []
+    for name, (when, fires, quiet) in SEEN.items():
+        expr = f'count(ALERTS{{alertname="{name}", alertstate="firing"}})'
+        for series, expected in ((fires, [{"labels": "{}", "value": 1}]), (quiet, [])):
+            given = [{"series": each, "values": values} for each, values in series.items()]
+            asked = [{"expr": expr, "eval_time": when, "exp_samples": expected}]
+            tests.append({"interval": "1m", "input_series": given, "promql_expr_test": asked, "name": name})
+    asked_of = tmp_path / "tests.yml"
+    asked_of.write_text(json.dumps({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}))
+    assert "SUCCESS" in promtool("test", "rules", str(asked_of))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The dashboard.
+
+
+def test_every_panel_has_its_place_its_name_and_a_sentence() -> None:
+    ids = [panel["id"] for panel in board()["panels"]]
+    assert len(set(ids)) == len(ids)
+    places: set[tuple[int, int]] = set()
+    for panel in board()["panels"]:
+        at = panel["gridPos"]
+        assert at["x"] + at["w"] <= 24
+        mine = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not places & mine, f"{panel['title']} lies over another"
+        places |= mine
+    for panel in panels():
+        assert panel["title"], panel["id"]
+        assert panel["description"].endswith("."), panel["title"]
+        assert panel["fieldConfig"]["defaults"].get("unit") or panel["type"] == "state-timeline", panel["title"]
+        refs = [target["refId"] for target in panel["targets"]]
+        assert refs == sorted(set(refs)), panel["title"]
+
+
+def test_it_belongs_to_no_installation() -> None:
+    """The data source is chosen on the page: no id of somebody's Grafana is in it."""
+    variables = {each["name"]: each for each in board()["templating"]["list"]}
+    assert list(variables) == ["datasource", "instance", "queue"]
+    sources = [each["datasource"] for each in (*variables.values(), *panels()) if "datasource" in each]
+    sources += [target["datasource"] for panel in panels() for target in panel["targets"]]
+    assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
+    assert "id" not in board()
+    used = set(re.findall(r"\$\{?(\w+)", DASHBOARD.read_text("utf-8"))) - {"__rate_interval", "__all"}
+    assert used == set(variables)
+
+
+def test_the_dashboard_names_what_a_daemon_shows(scraped: dict[str, list[dict[str, str]]]) -> None:
+    for title, expr, legend in targets():
+        looked_at = check(expr, scraped, title)
+        assert set(re.findall(r"\{\{(\w+)\}\}", legend)) <= looked_at | TARGET, title
+    for variable in board()["templating"]["list"][1:]:
+        asked = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+        assert asked is not None
+        assert asked[2] in check(asked[1], scraped, variable["name"]) | TARGET
+
+
+def test_every_metric_has_a_curve(scraped: dict[str, list[dict[str, str]]]) -> None:
+    shown = " ".join(expr for _, expr, _ in targets())
+    families = {re.sub("_(bucket|count|sum|created)$", "", name) for name in scraped}
+    assert {name for name in families if name not in shown} == set()
+
+
+def test_prometheus_understands_the_dashboard(tmp_path: Path) -> None:
+    """Its expressions as recording rules, the page's variables put in."""
+    recorded = [
+        {"record": f"panel:{number}", "expr": expr.replace("$__rate_interval", "5m")}
+        for number, (_, expr, _) in enumerate(targets())
+    ]
+    asked = tmp_path / "panels.yml"
+    asked.write_text(json.dumps({"groups": [{"name": "panels", "rules": recorded}]}))
+    assert f"{len(recorded)} rules found" in promtool("check", "rules", str(asked))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an expression looks at.
+
+
+def check(expr: str, scraped: dict[str, list[dict[str, str]]], where: str) -> set[str]:
+    """Every metric, label and value that `expr` names is in the scrape. Gives the labels of the metrics."""
+    found = re.findall(r"\b(jobd_\w+|up)(?:\{([^}]*)\})?", re.sub(r'"[^"]*"', lambda text: text[0], expr))
+    assert found, f"{where}: {expr}"
+    labels: set[str] = set()
+    for name, matchers in found:
+        if name in PROMETHEUS:
+            continue
+        assert name in scraped, f"{where}: {name}"
+        samples = scraped[name]
+        known = {label for sample in samples for label in sample} | TARGET
+        labels |= known
+        for label, operator, value in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', matchers):
+            assert label in known, f"{where}: {name} has no {label}"
+            if label not in FREE:
+                values = {value} if operator in ("=", "!=") else set(value.split("|"))
+                assert values <= {sample.get(label) for sample in samples}, f"{where}: {name} {label} {value}"
+    for grouped in re.findall(r"\b(?:by|on|without|ignoring) \(([^)]*)\)", expr):
+        assert {label.strip() for label in grouped.split(",")} <= labels | TARGET, f"{where}: {grouped}"
+    return labels
+
+
+def test_what_is_not_there_is_noticed(scraped: dict[str, list[dict[str, str]]]) -> None:
+    for wrong in (
+        "jobd_nothing",
+        'jobd_jobs{queue="a"}',
+        'jobd_jobs{status="waiting"}',
+        'jobd_jobs{status=~"queued|waiting"}',
+        "sum by (queue) (jobd_jobs)",
+        "1",
+    ):
+        with pytest.raises(AssertionError):
+            check(wrong, scraped, "here")
+    assert check('sum by (queue) (jobd_queue_jobs{status="queued"})', scraped, "here") >= {"queue", "status"}

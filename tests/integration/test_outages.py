@@ -1,0 +1,357 @@
+"""A full disk, a broken disk, a killed process: what was acknowledged is there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.model.job import LIVE
+from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, Query
+from jobd.storage.store import Store, StoreBroken, StoreBusy
+from tests import ROOT
+from tests.support.factories import Maker, full_job
+from tests.support.store_help import assert_holds, exists, flip, made, make_store, opened, pick, remove, seqs
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+def fill(place: Path) -> Path:
+    """Take up all room of the disk."""
+    name = place / "filler"
+    with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    return name
+
+
+def descriptor_of(name: str) -> int:
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/self/fd/{number}") == name:
+                return int(number)
+    raise AssertionError(f"{name} is not open")
+
+
+async def test_after_an_unknown_outcome_nothing_goes_through_any_more(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        first = maker.create("a")
+        await store.write(maker.batch([first]))
+        log = os.open("/dev/null", os.O_RDONLY)
+        number = descriptor_of(f"{path}-wal")
+        kept = os.dup(number)
+        os.dup2(log, number)  # the log cannot be written any more, for a reason that is not room
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+            await store.write(maker.batch([maker.create("b")]))
+        os.dup2(kept, number)
+        os.close(kept)
+        os.close(log)
+        for call in (store.write(maker.batch([])), store.find(Query()), store.load(["a"], [], []), store.probe()):
+            with pytest.raises(StoreBroken) as caught:
+                await call
+        assert caught.value.exit_code == 74
+    async with opened(path) as (_, found):
+        assert [job.id for job in found.live()] == ["a"]
+
+
+async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        first = maker.create("a")
+        await store.write(maker.batch([first]))
+        with pytest.raises(sqlite3.IntegrityError):
+            await store.write(maker.batch([maker.create("a")]))
+        with pytest.raises(StoreBroken):
+            await store.timeline(1)
+    async with opened(path) as (store, found):
+        assert [job.seq for job in found.live()] == [1]
+        with pytest.raises(sqlite3.IntegrityError, match="no row on the disk"):
+            await store.write(maker.batch([maker.grant(replace(full_job(99), status="queued"))]))
+
+
+async def test_a_log_that_has_no_room_is_a_full_disk_and_the_store_goes_on(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        first = maker.create("a")
+        await store.write(maker.batch([first]))
+        before = store._tables.totals
+        number = descriptor_of(f"{path}-wal")
+        kept, full = os.dup(number), os.open("/dev/full", os.O_RDWR)
+        os.dup2(full, number)
+        os.close(full)
+        with pytest.raises(DiskFull):
+            await store.write(maker.batch([maker.grant(made(first))]))
+        with pytest.raises(DiskFull):
+            await store.probe()
+        assert store._tables.totals == before
+        os.dup2(kept, number)
+        os.close(kept)
+        assert (await store.load(["a"], [], [])).jobs == {"a": made(first)}
+        await store.write(maker.batch([maker.create("b")]))
+    async with opened(path) as (_, found):
+        assert found.faults == []
+        assert [job.id for job in found.live()] == ["a", "b"]
+
+
+async def test_an_exceeded_quota_is_told_from_a_broken_disk_by_trying(small_disk: Path) -> None:
+    path = str(small_disk / "jobd.db")
+    maker = Maker()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create("a")]))
+        fill(small_disk)
+        number = descriptor_of(f"{path}-wal")
+        kept, closed = os.dup(number), os.open("/dev/null", os.O_RDONLY)
+        os.dup2(closed, number)  # SQLite says no more than that the write failed, as it does for a quota
+        os.close(closed)
+        with pytest.raises(DiskFull):
+            await store.probe()
+        os.dup2(kept, number)
+        os.close(kept)
+        assert list((await store.load(["a"], [], [])).jobs) == ["a"]
+
+
+FAILING = """
+import asyncio, sys
+from jobd.batch import DiskFull
+from jobd.store import Store, StoreBroken
+
+async def main():
+    store, _ = await Store.open(sys.argv[1])
+    try:
+        for _ in range(100):
+            await store.probe()
+    except DiskFull:
+        print("full")
+    except Exception as error:
+        print(type(error).__name__)
+        try:
+            await store.probe()
+        except StoreBroken:
+            print("broken")
+    await store.close()
+
+try:
+    asyncio.run(main())
+except BaseException:
+    traceback.print_exc()
+    os._exit(1)  # the store's thread would keep the process, and its readers, for ever
+"""
+
+
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+async def test_a_failed_fsync_is_an_unknown_outcome_whatever_it_says(path: str, error: str) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("test of a failed fsync: there is no strace here")
+    inject = ["-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", f"inject=fdatasync:error={error}:when=20+"]
+    process = await asyncio.create_subprocess_exec(
+        "strace", *inject, sys.executable, "-c", FAILING, path, stdout=subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    assert out.split() == [b"OperationalError", b"broken"]
+    assert process.returncode == 0
+
+
+async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path) -> None:
+    path = str(small_disk / "jobd.db")
+    maker = Maker(4)
+    store, found = await Store.open(path)
+    async with store:
+        assert not found.full
+        for _ in range(10):
+            await store.write(maker.any_batch(20))
+        filler = fill(small_disk)
+        refused = 0
+        while refused < 3:
+            back = maker.kept()
+            try:
+                await store.write(maker.any_batch(20))
+            except DiskFull:
+                refused += 1
+                back()
+        with pytest.raises(DiskFull):
+            await store.probe()
+        assert len((await store.find(Query(limit=200))).jobs) == len(maker.jobs)
+        assert await store.drop_ballast()
+        assert not await store.drop_ballast()
+        await store.probe()
+        await store.write(maker.any_batch(20))
+        fill(small_disk)
+        with pytest.raises(DiskFull):
+            await store.build_ballast()
+        assert not exists(f"{path}.ballast")
+        filler.unlink()
+        await store.build_ballast()
+        await store.write(maker.batch([]))
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+        assert not found.full
+
+
+async def test_a_start_on_a_full_disk_opens_and_says_so(small_disk: Path) -> None:
+    path = str(small_disk / "jobd.db")
+    maker = Maker(4)
+    async with opened(path) as (store, _):
+        for _ in range(10):
+            await store.write(maker.any_batch(20))
+    filler = fill(small_disk)
+    async with opened(path) as (store, found):
+        assert (found.full, found.has_reserve) == (True, True)
+        found.full = False
+        await assert_holds(store, found, maker)
+        with pytest.raises(StoreBusy) as caught:
+            await Store.open(path)
+        assert caught.value.pid == os.getpid()
+        filler.unlink()
+        await store.probe()
+        await store.build_ballast()
+    os.unlink(f"{path}.ballast")
+    fill(small_disk)
+    async with opened(path) as (_, found):
+        assert (found.full, found.has_reserve) == (True, False)
+        assert not exists(f"{path}.ballast")
+
+
+async def test_a_full_disk_has_room_again_with_a_mebibyte_to_spare(small_disk: Path) -> None:
+    path = str(small_disk / "jobd.db")
+    async with opened(path) as (store, found):
+        assert (found.full, found.has_reserve) == (False, True)
+        await store.drop_ballast()
+        filler = fill(small_disk)
+        os.truncate(filler, filler.stat().st_size - SPARE_BYTES // 2)
+        await store.probe()
+        with pytest.raises(DiskFull):
+            await store.probe(SPARE_BYTES)
+        os.truncate(filler, filler.stat().st_size - SPARE_BYTES)
+        await store.probe(SPARE_BYTES)
+        with pytest.raises(DiskFull):
+            await store.build_ballast()
+        space = await store.space()
+        assert space is not None
+        assert SPARE_BYTES < space.free_bytes < 2 * SPARE_BYTES
+        assert (space.path, space.total_bytes) == (path, 20 << 20)
+    async with opened(path) as (store, found):  # nothing is rejected for a missing reserve file
+        assert (found.full, found.has_reserve, found.faults) == (False, False, [])
+
+
+async def test_a_damaged_row_on_a_full_disk_is_named_all_the_same(small_disk: Path) -> None:
+    path = str(small_disk / "jobd.db")
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    flip(path, "jobs", "queue", "seq", job.seq)
+    fill(small_disk)
+    async with opened(path) as (store, found):
+        assert found.full
+        assert list(found.quarantined) == [job.id]
+        assert job.seq not in seqs(found.live())
+        assert list((await store.load([job.id], [], [])).bad) == [job.id]
+
+
+async def test_damaged_rows_that_cannot_be_set_aside_end_the_look(small_disk: Path) -> None:
+    path, maker = str(small_disk / "jobd.db"), Maker()
+    created = maker.create("a")
+    granted = maker.grant(made(created))
+    finished = maker.finish(made(granted))
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([created, granted, finished]))
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1")
+        store._db.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        fill(small_disk)
+        expires = made(finished).expires_at
+        assert expires is not None
+        assert await store.expired(expires, 9) == []
+
+
+async def test_a_new_store_on_a_full_disk_is_refused(small_disk: Path) -> None:
+    fill(small_disk)
+    with pytest.raises(DiskFull):
+        await Store.open(str(small_disk / "jobd.db"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Crashes
+
+WRITER = """
+import asyncio, os, sys, traceback
+sys.path.insert(0, sys.argv[3])
+from tests.by_hand import Maker
+from jobd.store import Store
+
+async def main():
+    store, found = await Store.open(sys.argv[1])
+    maker = Maker(int(sys.argv[2]), found.numbers)
+    while True:
+        await store.write(maker.any_batch(maker.random.choice((1, 5, 40))))
+        print(maker.numbers.next_event, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def start_writer(path: str, seed: int) -> asyncio.subprocess.Process:
+    here = str(ROOT)
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-c", WRITER, path, str(seed), here, stdout=subprocess.PIPE
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_what_a_killed_process_had_acknowledged_is_there(path: str, seed: int) -> None:
+    writer = await start_writer(path, seed)
+    assert writer.stdout is not None
+    acknowledged = 0
+    for _ in range(30 + 17 * seed):
+        acknowledged = int(await writer.stdout.readline())
+    writer.send_signal(signal.SIGKILL)
+    while line := await writer.stdout.readline():
+        acknowledged = int(line) if line.endswith(b"\n") else acknowledged
+    assert await writer.wait() == -signal.SIGKILL
+    async with opened(path) as (store, found):
+        assert found.numbers.next_event >= acknowledged
+        maker = Maker(seed, Numbers(epoch=found.numbers.epoch))
+        while maker.numbers.next_event < found.numbers.next_event:
+            maker.any_batch(maker.random.choice((1, 5, 40)))
+        await assert_holds(store, found, maker)
+
+
+async def test_a_kill_between_write_and_fsync_leaves_whole_batches(path: str) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("test of a kill at a system call: there is no strace here")
+    here = str(ROOT)
+    for when in (9, 10, 11):
+        remove(path, f"{path}.epoch")
+        inject = [
+            "-f",
+            "-o",
+            "/dev/null",
+            "-e",
+            "trace=fdatasync",
+            "-e",
+            f"inject=fdatasync:signal=SIGKILL:when={when}",
+        ]
+        writer = await asyncio.create_subprocess_exec(
+            "strace", *inject, sys.executable, "-c", WRITER, path, "5", here, stdout=subprocess.PIPE
+        )
+        assert writer.stdout is not None
+        acknowledged = 0
+        while line := await writer.stdout.readline():
+            acknowledged = int(line) if line.endswith(b"\n") else acknowledged
+        await writer.wait()
+        async with opened(path) as (store, found):
+            assert found.numbers.next_event >= acknowledged
+            maker = Maker(5, Numbers(epoch=found.numbers.epoch))
+            while maker.numbers.next_event < found.numbers.next_event:
+                maker.any_batch(maker.random.choice((1, 5, 40)))
+            await assert_holds(store, found, maker)

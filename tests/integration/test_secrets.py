@@ -1,0 +1,333 @@
+"""Tokens and lock ids: who may come in as tokens are rotated, and that no secret is in anything that a daemon says."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobd.api import admin as admin_api
+from jobd.api import worker as worker_api
+from tests.proof.faults.fuzz import free_port
+from tests.support.daemon_process import Daemon, Reply, call
+from tests.support.http_harness import tls_pair
+from tests.support.webhook_receiver import Receiver, echoing, rude
+
+ADMIN = ["canary-admin-one-0123456789", "canary-admin-two-0123456789", "canary-admin-new-0123456789"]
+WORKER = ["canary-worker-one-012345678", "canary-worker-two-012345678", "canary-worker-new-012345678"]
+WRONG = "canary-wrong-0123456789-012"
+SHORT = "canary-short"
+LOCKS_SHOWN = {"/admin/job-management/locks", "/admin/job-management/jobs", "/admin/job-management/jobs/{id}"}
+LOCKS_SHOWN |= {"/admin/job-management/validate-job", "/admin/job-management/backup"}
+
+
+KEY = b"canary-webhook-0123456789"
+SECRET = base64.b64encode(KEY).decode()
+HOOK = f"""
+[[webhooks]]
+name = "hook"
+url = "http://127.0.0.1:9/canary-path/hook?token=canary-query"
+secret = "whsec_{SECRET}"
+allow_private = true
+"""
+
+
+class House:
+    """A daemon with token files, both APIs on TCP ports, at log level debug. `said` is all that it answered."""
+
+    def __init__(self, directory: Path, more: str = HOOK) -> None:
+        self.files = {"admin": directory / "admin-token", "worker": directory / "worker-token"}
+        self.ports = {name: free_port() for name in self.files}
+        self.write(ADMIN[:2], WORKER[:2])
+        places = {f"JOBD_{name.upper()}_LISTEN": f"127.0.0.1:{port}" for name, port in self.ports.items()}
+        files = {f"JOBD_{name.upper()}_TOKEN_FILE": str(path) for name, path in self.files.items()}
+        self.daemon = Daemon(directory, f"[log]\nlevel = 'debug'\n{more}", **places, **files)
+        del self.daemon.environ["ADMIN_TOKEN"]
+        self.daemon.module = "tests.support.prompt_alerts"  # what they say is looked at, too
+        self.said: list[tuple[str, str]] = []
+
+    def write(self, admin: list[str], worker: list[str]) -> None:
+        self.files["admin"].write_text("\n".join(admin))
+        self.files["worker"].write_text("\n".join(worker))
+
+    def ask(self, api: str, token: str | None, method: str, path: str, body: Any = None) -> Reply:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        with closing(HTTPConnection("127.0.0.1", self.ports[api], timeout=30)) as connection:
+            reply = call(connection, method, path, body, **headers)
+        self.said.append((path, f"{reply.headers}{reply.body}"))
+        return reply
+
+    def statuses(self, api: str, path: str, *tokens: str) -> list[int]:
+        return [self.ask(api, token, "GET", path).status for token in tokens]
+
+    def reload(self) -> str:
+        assert self.daemon.process is not None
+        self.daemon.process.send_signal(signal.SIGHUP)
+        return self.daemon.until_said(b"event=reload")
+
+    def raw(self, api: str, data: bytes) -> None:
+        with socket.create_connection(("127.0.0.1", self.ports[api]), timeout=30) as line:
+            line.sendall(data)
+            self.said.append((repr(data), line.recv(65_536).decode()))
+
+    def run(self, *arguments: str, module: str = "jobd", **environ: str) -> None:
+        """One of the verbs of jobd, or of jobctl."""
+        command = [sys.executable, "-m", module, *arguments]
+        environ = {**self.daemon.environ, "JOBD_ADMIN_URL": f"http://127.0.0.1:{self.ports['admin']}", **environ}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+        self.said.append((" ".join(arguments), f"{done.stdout}{done.stderr}"))
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    opened = House(tmp_path)
+    with opened.daemon:
+        yield opened
+
+
+STATS, LIST = "/admin/job-management/stats", "/v1/jobs"
+
+
+def test_tokens_are_rotated_while_it_runs(house: House) -> None:
+    assert house.statuses("admin", STATS, *ADMIN, *WORKER[:2], WRONG) == [200, 200, 401, 401, 401, 401]
+    assert house.statuses("worker", LIST, *WORKER, *ADMIN[:2], WRONG) == [200, 200, 401, 401, 401, 401]
+    house.write(ADMIN[1:], WORKER[1:])
+    said = house.reload()
+    assert "admin tokens" in said
+    assert "worker tokens" in said
+    assert house.statuses("admin", STATS, *ADMIN) == [401, 200, 200]
+    assert house.statuses("worker", LIST, *WORKER) == [401, 200, 200]
+    for bad in ([SHORT], [*ADMIN], [], ["canary-é-0123456789-0123456789"], ["canary with blanks 0123456789"]):
+        house.write(bad, WORKER[:1])
+        said = house.reload()
+        assert "reload_failed" in said
+        assert "canary" not in said
+        assert house.statuses("admin", STATS, *ADMIN) == [401, 200, 200]
+        assert house.statuses("worker", LIST, *WORKER) == [401, 200, 200]
+
+
+GOOD = ADMIN[0].encode()
+NO_TOKENS = [
+    b"",
+    b"Bearer",
+    b"Bearer ",
+    b"Bearer x",
+    b"Bearer canary-\xc3\xa9-0123456789",
+    b"Bearer \xff\xfe",
+    b"Bearer " + b"a" * 7_000,
+    b"Basic " + GOOD,
+    b"Token " + GOOD,
+    GOOD,
+    b"Bearer " + GOOD[:-1],
+    b"Bearer " + GOOD + b"x",
+    b"Bearer " + GOOD.upper(),
+    b"Bearer " + GOOD + b", Bearer " + ADMIN[1].encode(),
+    b"Bearer " + GOOD + b"\r\nAuthorization: Bearer " + GOOD,
+]
+
+
+def test_whatever_is_no_token_is_401_and_says_nothing_of_it(house: House) -> None:
+    for given in NO_TOKENS:
+        for path in (b"/admin/job-management/stats", b"/nothing", b"/admin/job-management/force-fail"):
+            house.raw("admin", b"GET %b HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: %b\r\n\r\n" % (path, given))
+            assert house.said[-1][1].startswith("HTTP/1.1 401 "), given
+            assert "WWW-Authenticate: Bearer" in house.said[-1][1]
+            assert "canary" not in house.said[-1][1]
+
+
+def test_no_secret_is_in_anything_that_is_said(house: House, tmp_path: Path) -> None:
+    locks = _work(house)
+    _look_everywhere(house)
+    _get_it_wrong(house, locks)
+    _ask_the_process(house, locks)
+    house.run("doctor", "--running", ADMIN_TOKEN=ADMIN[0])
+    house.run("doctor", "--running", ADMIN_TOKEN=WRONG)
+    house.run("check-config", "--config", str(house.daemon.config))
+    house.run("backup", str(tmp_path / "copy.db"), ADMIN_TOKEN=ADMIN[0])
+    assert (tmp_path / "copy.db").exists(), house.said[-1]
+    assert house.daemon.stop() == 0
+    house.run("doctor", str(house.daemon.store))
+    house.run("serve", "--config", str(house.daemon.config), ADMIN_TOKEN=SHORT)
+    house.said.append(("log", house.daemon.log.decode()))
+    tokens = [*ADMIN, *WORKER, WRONG, SHORT, KEY.decode(), SECRET, "canary-query", "canary-path"]
+    assert "event=granted" in house.said[-1][1], "the level is in force"
+    assert "event=dump_task" in house.said[-1][1]
+    for where, text in house.said:
+        path = where.partition("?")[0].replace("held-1", "{id}")
+        secrets = tokens if path in LOCKS_SHOWN else tokens + locks
+        assert [secret for secret in secrets if secret in text] == [], where
+    for file in (house.daemon.store, tmp_path / "copy.db"):
+        assert not [token for token in tokens if token.encode() in file.read_bytes()], file
+
+
+END = b"\r\n\r\n"
+RUDE: dict[str, bytes] = {
+    "no-http": b"SSH-2.0-",
+    "refusal": b"HTTP/1.1 404 No" + END,
+    "broken": b"HTTP/1.1 500 No\r\nContent-Length: 9999" + END,
+    "redirect": b"HTTP/1.1 302 No\r\nLocation: http://[/" + END,
+    "bad-redirect": b"HTTP/1.1 302 No\r\nLocation: http://[",
+    "bad-status": b"HTTP/1.1 2\x000 ",
+}
+PLACE = "/canary-path/canary-more%2f?token=canary-query%20x"
+CANARIES = ("canary-path", "canary-more", "canary-query", SECRET, KEY.decode())
+
+
+@pytest.fixture
+def hooks(tmp_path: Path) -> Iterator[tuple[str, Receiver]]:
+    """Webhooks that go wrong in every way, as a configuration, and one that is told of the alerts."""
+    with ExitStack() as stack:
+        tls, _ = asyncio.run(tls_pair(tmp_path))
+        ports = {name: stack.enter_context(rude(echoing(head))) for name, head in RUDE.items()}
+        ports["too-large"] = stack.enter_context(rude(echoing(RUDE["refusal"], 200_000)))
+        places = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+        places["refused"] = f"http://127.0.0.1:{free_port()}"
+        places["bad-url"], places["no-name"] = "http://300.300.300.300", "http://nobody.invalid"
+        places["tls"] = f"https://127.0.0.1:{stack.enter_context(rude(echoing(b''), tls))}"
+        places["no-tls"] = f"https://127.0.0.1:{ports['no-http']}"
+        ear = stack.enter_context(Receiver())
+        blocks = [_block(name, f"{place}{PLACE}", "job.created") for name, place in places.items()]
+        blocks.append(_block("ear", f"http://127.0.0.1:{ear.port}{PLACE}", "alert.*"))
+        yield "[alerts]\nwebhook_failing = '0'\n" + "".join(blocks), ear
+
+
+def _block(name: str, url: str, events: str) -> str:
+    where = f'name = "{name}"\nurl = "{url}"\nevents = ["{events}"]'
+    return f'[[webhooks]]\n{where}\nsecret = "whsec_{SECRET}"\nallow_private = true\n'
+
+
+def test_of_a_webhook_s_url_nothing_is_said_but_its_host(hooks: tuple[str, Receiver], tmp_path: Path) -> None:
+    """However a try ends: not in a log line, a list, a page, an alert, what others are told of it, the store."""
+    config, ear = hooks
+    house = House(tmp_path, config)
+    with house.daemon:
+        house.ask("worker", WORKER[0], "POST", "/v1/jobs", {"id": "a"})
+        names = [line.split('"')[1] for line in config.splitlines() if line.startswith("name = ")]
+        _until(lambda: _tried(house) == len(names) - 1)
+        ear.wait_for(lambda heard: bool(heard))
+        listed = house.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
+        assert {each["url"].rpartition("/")[2] for each in listed} == {"…"}
+        for path in ("/webhooks", "/", "/alerts", "/metrics", "/admin/job-management/alerts"):
+            assert house.ask("admin", ADMIN[0], "GET", path).status == 200, path
+        for name in names:
+            assert house.ask("admin", ADMIN[0], "GET", f"/webhooks/{name}").status == 200
+            path = f"/admin/job-management/webhooks/{name}/deliveries"
+            found = house.ask("admin", ADMIN[0], "GET", path).data["deliveries"]
+            assert all(each["error"] for each in found) == (name != "ear"), found
+        house.reload()
+        house.run("check-config", "--config", str(house.daemon.config))
+        house.run("check-config", "--json", "--config", str(house.daemon.config))
+        house.run("doctor", "--running", ADMIN_TOKEN=ADMIN[0])
+        house.run("webhooks", ADMIN_TOKEN=ADMIN[0], module="jobd.cli.ctl.main")
+        assert house.daemon.process is not None
+        house.daemon.process.send_signal(signal.SIGUSR1)
+        house.daemon.until_said(b"event=dump_thread")
+        assert house.daemon.stop() == 0
+    house.said.append(("log", house.daemon.log.decode()))
+    house.said += [("alert", each.body.decode()) for each in ear.heard]
+    assert b"event=webhook_not_delivered" in house.daemon.log
+    assert {where for where, text in house.said if any(secret in text for secret in CANARIES)} == set()
+    assert [secret for secret in CANARIES if secret.encode() in house.daemon.store.read_bytes()] == []
+
+
+def _tried(house: House) -> int:
+    """How many webhooks have failed, as the daemon tells it."""
+    listed = house.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
+    return sum(each["last_error"] is not None for each in listed)
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
+
+
+def _work(house: House) -> list[str]:
+    """Jobs in many states; gives the lock ids of all grants."""
+    locks = []
+    for number in range(6):
+        job_id = f"held-{number}"
+        made = {"id": job_id, "max_attempts": 2, "max_processing_ms": 1 if number == 5 else 0}
+        assert house.ask("worker", WORKER[0], "POST", "/v1/jobs", made).status == 201
+        lock = house.daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}, Idempotency_Key=job_id).data["lock_id"]
+        house.daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}, Idempotency_Key=job_id)
+        locks.append(lock)
+    more: dict[str, dict[str, Any]] = {"progress": {"progress": 5}, "fail": {"error_message": "it broke"}}
+    for number, verb in enumerate(("progress", "extend", "release", "complete", "fail")):
+        body = {"lock_id": locks[number], **more.get(verb, {})}
+        for _ in range(2):
+            assert house.ask("worker", WORKER[0], "POST", f"/v1/jobs/held-{number}/{verb}", body).status == 200
+    house.daemon.post("/v1/jobs", {"id": "claimed", "queue": "claims"})
+    locks.append(house.daemon.post("/v1/claim", {"worker": "w", "queues": ["claims"]}).data["grants"][0]["lock_id"])
+    return locks
+
+
+def _look_everywhere(house: House) -> None:
+    for api, token, table in (("worker", WORKER[0], worker_api.ROUTES), ("admin", ADMIN[0], admin_api.ROUTES)):
+        for route in table:
+            if route.method == "GET":
+                query = "?jobId=held-1" if route.path.endswith("validate-job") else ""
+                query = "?follow=false&last=1000" if route.path.endswith("/events") else query
+                path = (
+                    route.path.replace("{id}", "held-1").replace("{name}", "hook").replace("{plan_id}", "none") + query
+                )
+                status = 404 if path.endswith(("/artifact", "/plans/none")) else 200  # it has none
+                assert house.ask(api, token, "GET", path).status == status, path
+
+
+def _get_it_wrong(house: House, locks: list[str]) -> None:
+    """Refusals that could repeat what was given."""
+    for lock in locks:
+        for path, body in (
+            ("/v1/jobs/held-0/progress", {"lock_id": lock, "progress": 101}),
+            ("/v1/jobs/held-0/progress", {"lock_id": [lock], "progress": 1}),
+            ("/v1/jobs/held-2/complete", {"lock_id": lock, "expires_at": 1}),
+            ("/v1/jobs/held-3/fail", {"lock_id": lock, "error_message": "late"}),
+            ("/v1/jobs/held-5/extend", {"lock_id": lock}),
+            ("/v1/jobs/held-4/release", {"lock_id": lock, "delay_ms": lock}),
+            ("/v1/jobs", {"id": f"{lock} "}),
+            ("/v1/jobs", {"on_stall": lock}),
+        ):
+            assert house.ask("worker", WORKER[0], "POST", path, body).status in (200, 400, 409)
+    for number, token in enumerate((*ADMIN, *WORKER, WRONG)):
+        api = ("admin", "worker")[number % 2]
+        house.raw(api, f"GET /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\x00\r\n\r\n".encode())
+        house.raw(api, f"GET /v1/jobs HTTP/1.1\r\nAuthorization : Bearer {token}\r\n\r\n".encode())
+        house.raw(api, f"GET /nothing?token={token} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        assert house.ask(api, WRONG, "POST", f"/v1/{token}", {"token": token}).status == 401
+
+
+def _ask_the_process(house: House, locks: list[str]) -> None:
+    """What it tells when it is looked into, with work in its hands."""
+    process = house.daemon.process
+    assert process is not None
+    with closing(house.daemon.worker()) as parked:
+        parked.request(
+            "POST",
+            "/v1/claim",
+            '{"worker": "w", "queues": ["none"], "wait_ms": 60000}',
+            {"Content-Type": "application/json"},
+        )
+        while b"jobd_parked_claims 1.0" not in house.ask("admin", ADMIN[0], "GET", "/metrics").body:
+            pass
+        process.send_signal(signal.SIGUSR1)
+        house.daemon.until_said(b"event=dump_thread")
+    house.write([SHORT], WORKER)
+    house.reload()
+    house.write(ADMIN[:2], WORKER[:2])
+    house.reload()
+    proc = Path(f"/proc/{process.pid}")
+    for name in ("cmdline", "comm", "status", "maps"):
+        house.said.append((name, (proc / name).read_bytes().decode()))

@@ -1,0 +1,155 @@
+"""From `complete` to the deleted file, on the real process: by hand, by age, after a kill, and while the store is away.
+
+The daemon's wall clock is two hours ahead of the files', as if they had been stored two hours ago (libfaketime).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tool_missing
+from tests.proof.faults.times import FAKETIME, _library
+from tests.support.daemon_process import Daemon
+
+AHEAD_S = 7200
+METRICS = "/metrics"
+
+pytestmark = pytest.mark.timeout(180)  # several starts of a daemon, with its clock in another library's hands
+
+
+@pytest.fixture(autouse=True)
+def _faketime() -> None:
+    if not FAKETIME.is_here():
+        tool_missing("libfaketime", "faketime")
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    place = tmp_path / "results"
+    place.mkdir()
+    return place
+
+
+def daemon_of(tmp_path: Path, url: str) -> Daemon:
+    return Daemon(
+        tmp_path,
+        JOBD_ARTIFACTS_URL=url,
+        JOBD_LOG_LEVEL="debug",
+        JOBD_CLEANUP_INTERVAL="1s",
+        JOBD_CLEANUP_MIN_INTERVAL="0",
+        LD_PRELOAD=str(_library()),
+        FAKETIME=f"+{AHEAD_S}s",
+        FAKETIME_DONT_FAKE_MONOTONIC="1",
+        NO_FAKE_STAT="1",
+    )
+
+
+def done(daemon: Daemon, place: Path, job_id: str, key: str) -> Path:
+    """A worker stores a result and says so."""
+    daemon.post("/v1/jobs", {"id": job_id})
+    lock_id = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
+    path = place / key
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("result")
+    daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": lock_id, "storage_key": key}).data  # noqa: B018
+    return path
+
+
+def metric(daemon: Daemon, name: str) -> float:
+    lines = daemon.admin("GET", METRICS).body.decode().splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """It happens in another process; as long as a test may take."""
+    while not condition():
+        time.sleep(0.02)
+
+
+def test_a_result_goes_with_its_job_by_hand_and_by_age(tmp_path: Path, results: Path) -> None:
+    with daemon_of(tmp_path, results.as_uri()) as daemon:
+        kept = done(daemon, results, "kept", "video/kept.mp4")
+        by_hand = done(daemon, results, "by-hand", "video/a.mp4")
+        assert daemon.stop() == 0
+        daemon.environ["JOBD_RETENTION_COMPLETED"] = "0"  # of what is completed from here on
+        daemon.start()
+        by_age = done(daemon, results, "by-age", "video/b.mp4")
+        assert daemon.admin("DELETE", "jobs/by-hand").status == 200
+        eventually(lambda: not by_hand.exists())
+        eventually(lambda: not by_age.exists())
+        eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
+        assert metric(daemon, 'jobd_artifacts_swept_total{outcome="deleted"}') == 2
+        assert kept.read_text() == "result"
+        storage = daemon.admin("GET", "health").data["storage"]
+        assert storage["status"] == "healthy"
+        assert [path.name for path in results.rglob("*") if path.is_file()] == ["kept.mp4"]
+        assert daemon.stop() == 0
+
+
+def test_what_only_a_late_result_named_goes_with_its_job_also_over_a_kill(tmp_path: Path, results: Path) -> None:
+    away = tmp_path / "away"
+    with daemon_of(tmp_path, results.as_uri()) as daemon:
+        daemon.post("/v1/jobs", {"id": "a"})
+        lock_id = daemon.post("/v1/jobs/a/start", {"worker": "w"}).data["lock_id"]
+        path = results / "late" / "r1"
+        path.parent.mkdir()
+        path.write_text("result")
+        assert daemon.admin("POST", "force-fail", {"jobId": "a"}).status == 200
+        told = daemon.post("/v1/jobs/a/complete", {"lock_id": lock_id, "storage_key": "late/r1"})
+        assert (told.status, "late_result" in told.body["details"]) == (409, True)
+        results.rename(away)
+        assert daemon.admin("DELETE", "jobs/a").status == 200
+        assert metric(daemon, "jobd_artifact_tombstones") == 1
+        daemon.kill()
+        assert (away / "late" / "r1").exists()
+        away.rename(results)
+        daemon.start()
+        eventually(lambda: not path.exists())
+        eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
+
+
+def test_a_kill_between_the_deletion_of_the_job_and_that_of_its_result_leaks_nothing(
+    tmp_path: Path, results: Path
+) -> None:
+    away = tmp_path / "away"
+    with daemon_of(tmp_path, results.as_uri()) as daemon:
+        path = done(daemon, results, "a", "k")
+        results.rename(away)
+        assert daemon.admin("DELETE", "jobs/a").status == 200
+        daemon.until_said(b"event=artifact_not_deleted")
+        eventually(lambda: daemon.admin("GET", "health").status == 503)  # it is measured every few seconds
+        daemon.kill()
+        assert (away / "k").exists()
+        away.rename(results)
+        daemon.start()
+        eventually(lambda: b"event=artifact_deleted" in daemon.log)  # perhaps before it said that it was ready
+        assert not path.exists()
+        eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
+
+
+def test_tombstones_that_nobody_sweeps_any_more_are_told_and_wait(tmp_path: Path, results: Path) -> None:
+    away = tmp_path / "away"
+    with daemon_of(tmp_path, results.as_uri()) as daemon:
+        done(daemon, results, "a", "k")
+        results.rename(away)
+        daemon.admin("DELETE", "jobs/a")
+        daemon.until_said(b"event=artifact_not_deleted")
+        assert daemon.stop() == 0
+        del daemon.environ["JOBD_ARTIFACTS_URL"]
+        daemon.start()
+        assert b"event=artifacts_wait" in daemon.log
+        assert metric(daemon, "jobd_artifact_tombstones") == 1
+        done(daemon, away, "b", "unowned")
+        assert daemon.admin("DELETE", "jobs/b").status == 200
+        assert metric(daemon, "jobd_artifact_tombstones") == 1
+        assert daemon.admin("GET", "health").data["storage"]["message"] == "not configured"
+        assert daemon.stop() == 0
+        away.rename(results)
+        daemon.environ["JOBD_ARTIFACTS_URL"] = results.as_uri()
+        daemon.start()
+        eventually(lambda: not (results / "k").exists())
+        assert (results / "unowned").exists()

@@ -1,0 +1,451 @@
+"""Webhooks of a real daemon to a real receiver: signed, in order, over kill -9 and restarts; a stop is a stop."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from aiohttp import web
+from msgspec.structs import replace
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from jobd.cli import exit_codes
+from jobd.storage.store import Store
+from tests.integration.test_docs import OPERATIONS, blocks
+from tests.support.daemon_process import TOKEN, Daemon, Reply
+from tests.support.webhook_receiver import Heard, Receiver, saying, taken
+
+SECRET: Final = f"whsec_{base64.b64encode(b'sssssssssssssssssssssssssssssss!').decode()}"
+
+
+def config(receiver: Receiver, more: str = "", name: str = "billing", rest: str = "") -> str:
+    return (
+        f'{rest}\n[[webhooks]]\nname = "{name}"\nurl = "{receiver.url}?token=hush"\nallow_private = true\n'
+        f'secret = "{SECRET}"\n{more}\n'
+    )
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as opened:
+        yield opened
+
+
+def work(daemon: Daemon, job_id: str) -> None:
+    """One life of a job, in three events."""
+    daemon.post("/v1/jobs", {"id": job_id})
+    grant = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w-1"}).data
+    daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": grant["lock_id"], "metadata": 1})
+
+
+LIFE: Final = ["job.created", "job.granted", "job.completed"]
+
+
+def of(heard: list[Heard], job_id: str) -> list[str]:
+    """The types of what was heard of a job, each once, in the order in which it came first."""
+    return list(dict.fromkeys(each.event["type"] for each in heard if each.event["subject"] == f"jobs/{job_id}"))
+
+
+def said(message: Heard) -> tuple[str, str]:
+    return message.event["subject"], message.event["type"]
+
+
+def done(heard: list[Heard], *job_ids: str) -> bool:
+    return all(len(of(heard, job_id)) == 3 for job_id in job_ids)
+
+
+def is_heard_of(job_id: str, heard: list[Heard]) -> bool:
+    return bool(of(heard, job_id))
+
+
+def is_heard_twice(message: Heard, heard: list[Heard]) -> bool:
+    return sum(each.body == message.body for each in heard) > 1
+
+
+def view(daemon: Daemon) -> dict[str, Any]:
+    (found,) = daemon.admin("GET", "webhooks").data["webhooks"]
+    return dict(found)
+
+
+def soon(condition: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def test_a_life_is_told_in_order_signed_and_is_what_the_handbook_s_example_takes(
+    tmp_path: Path, receiver: Receiver
+) -> None:
+    with Daemon(tmp_path, config(receiver)) as daemon:
+        work(daemon, "a")
+        heard = receiver.wait_for(lambda heard: done(heard, "a"))
+        assert daemon.stop() == 0
+    assert of(heard, "a") == LIFE
+    (example,) = (block for block in blocks(OPERATIONS) if block.mark == "file: check_webhook.py")
+    room: dict[str, Any] = {}
+    exec(example.text.replace("whsec_…", SECRET), room)
+    for each in heard:
+        headers = {name.lower(): value for name, value in each.headers.items()}
+        assert room["handle"](each.body, headers) == each.event
+        with pytest.raises(WebhookVerificationError):
+            Webhook(SECRET).verify(each.body + b" ", headers)
+    last = heard[-1].event
+    assert last["data"]["job_id"] == "a"
+    assert last["source"].startswith("/jobd/")
+    assert b"lock_id" not in b"".join(each.body for each in heard)
+
+
+def test_a_daemon_without_webhooks_opens_none(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        work(daemon, "a")
+        assert daemon.admin("GET", "webhooks").data == {"webhooks": []}
+        assert daemon.admin("GET", "webhooks/none/deliveries").status == 404
+        assert daemon.admin("POST", "webhooks/none/test", {}).error == "not_found"
+        assert b"event=webhook" not in daemon.log
+        assert daemon.stop() == 0
+
+
+def test_kill_9_between_delivery_and_its_note_delivers_again(tmp_path: Path, receiver: Receiver) -> None:
+    """The receiver kills the daemon before it answers: the daemon cannot know that the message was taken."""
+    with Daemon(tmp_path, config(receiver)) as daemon:
+
+        async def deadly(_: web.Request) -> web.StreamResponse:
+            assert daemon.process is not None
+            daemon.process.kill()
+            return web.Response(status=204)
+
+        work(daemon, "a")
+        receiver.wait_for(lambda heard: done(heard, "a"))
+        for round_ in range(2):
+            receiver.answer = deadly
+            with contextlib.suppress(OSError, http.client.HTTPException):  # the answers of a daemon that dies
+                work(daemon, f"killed-{round_}")
+            killed = receiver.wait_for(partial(is_heard_of, f"killed-{round_}"))
+            assert daemon.process is not None
+            daemon.process.wait(10)
+            daemon._hear_out()
+            receiver.answer = taken
+            daemon.start()
+            first = next(each for each in reversed(killed) if each.event["subject"] == f"jobs/killed-{round_}")
+            heard = receiver.wait_for(partial(is_heard_twice, first))
+            ids = {each.headers["webhook-id"] for each in heard if each.body == first.body}
+            assert len(ids) == 1
+            soon(lambda: view(daemon)["waiting"] == view(daemon)["lag"] == 0)  # else one of these kills the next round
+        assert daemon.stop() == 0
+
+
+def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order_of_each_job(tmp_path: Path, receiver: Receiver) -> None:
+    chance, names = random.Random(7), []
+
+    async def moody(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=500 if chance.random() < 0.2 else 204)
+
+    receiver.answer = moody
+    with Daemon(tmp_path, config(receiver)) as daemon:
+        for round_ in range(3):
+            timer = threading.Timer(0.3 + chance.random(), daemon.kill)
+            timer.start()
+            with contextlib.suppress(OSError, http.client.HTTPException):  # of a daemon that is killed
+                for number in range(60):
+                    work(daemon, f"r{round_}-{number}")
+                    names.append(f"r{round_}-{number}")
+            timer.join()
+            daemon.start()
+        receiver.answer = taken
+        assert len(names) > 10
+        wanted = {(f"jobs/{name}", type_) for name in names for type_ in LIFE}
+        heard = receiver.wait_for(lambda heard: wanted <= set(map(said, heard)), 120)
+        assert daemon.stop() == 0
+    for name in names:
+        assert of(heard, name) == LIFE
+
+
+def test_what_waits_goes_on_after_a_restart(tmp_path: Path, receiver: Receiver) -> None:
+    receiver.answer = saying(503)
+    with Daemon(tmp_path, config(receiver)) as daemon:
+        work(daemon, "a")
+        receiver.wait_for(lambda heard: len(heard) >= 1)
+        assert daemon.stop() == 0
+        receiver.answer = taken
+        daemon.start()
+        assert of(receiver.wait_for(lambda heard: done(heard, "a")), "a") == LIFE
+        assert daemon.stop() == 0
+
+
+def test_the_stop_does_not_wait_for_a_receiver_that_hangs(tmp_path: Path, receiver: Receiver) -> None:
+    async def hanging(_: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(30)
+        return web.Response(status=204)
+
+    receiver.answer = hanging
+    with Daemon(tmp_path, config(receiver, 'timeout = "1m"')) as daemon:
+        for number in range(12):
+            work(daemon, f"job-{number}")
+        receiver.wait_for(lambda heard: len(heard) >= 8)
+        begun = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - begun < 10
+        receiver.answer = taken
+        daemon.start()
+        receiver.wait_for(lambda heard: done(heard, *(f"job-{number}" for number in range(12))))
+        assert daemon.stop() == 0
+
+
+def test_operators_see_send_again_and_test(tmp_path: Path, receiver: Receiver) -> None:
+    receiver.answer = saying(500, "not today")
+    with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
+        work(daemon, "a")
+        soon(lambda: view(daemon)["failed"] > 0)
+        shown = view(daemon)
+        assert (shown["name"], shown["waiting"], shown["events"]) == ("billing", 1, ["job.created"])
+        assert shown["last_error"] == "500: not today"
+        assert shown["url"] == f"http://127.0.0.1:{receiver.port}/…"
+        receiver.answer = taken
+        (waiting,) = daemon.admin("GET", "webhooks/billing/deliveries?state=waiting").data["deliveries"]
+        assert (waiting["type"], waiting["subject"], waiting["status"]) == ("job.created", "jobs/a", 500)
+        assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).status == 200
+        soon(lambda: view(daemon)["delivered"] == 1)
+        before = len(receiver.heard)
+        assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).data["state"] == "waiting"
+        heard = receiver.wait_for(lambda heard: len(heard) > before)
+        assert heard[-1].body == heard[0].body
+        assert heard[-1].headers["webhook-id"] == heard[0].headers["webhook-id"]
+        assert daemon.admin("POST", "webhooks/billing/resend", {"id": 999}).error == "not_found"
+        sent = daemon.admin("POST", "webhooks/billing/test", {}).data
+        receiver.wait_for(lambda heard: heard[-1].event["type"] == "webhook.test")
+        assert sent["type"] == "webhook.test"
+        environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
+
+        def jobctl(*words: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-c", "from jobd.cli.ctl.main import main; import sys; sys.exit(main())", *words]
+            return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+
+        listed = jobctl("webhooks")
+        assert listed.returncode == 0, listed.stderr
+        assert "billing" in listed.stdout
+        assert "in order" in listed.stdout
+        table = jobctl("webhooks", "deliveries", "billing")
+        assert "webhook.test" in table.stdout
+        assert json.loads(jobctl("webhooks", "deliveries", "billing", "--json").stdout)["next_cursor"] is None
+        number = str(waiting["id"])
+        assert "is on its way" in jobctl("webhooks", "resend", "billing", number, "--reason", "they ask").stdout
+        assert "is on its way" in jobctl("webhooks", "test", "billing", "--reason", "mended").stdout
+        entries = daemon.admin("GET", "audit?limit=2").data["entries"]
+        assert [each["reason"] for each in entries] == ["mended", "they ask"]
+        assert "would be sent" in jobctl("webhooks", "test", "billing", "--dry-run").stdout
+        assert f"{number} would be sent" in jobctl("webhooks", "resend", "billing", number, "--dry-run").stdout
+        for refused in (("test", "nobody"), ("resend", "nobody", number), ("resend", "billing", "99999")):
+            for dry in ((), ("--dry-run",)):
+                assert jobctl("webhooks", *refused, *dry).returncode == exit_codes.REFUSED, (refused, dry)
+        assert jobctl("webhooks", "resend", "billing").returncode == 2
+        assert jobctl("webhooks", "resend", "billing", "--state", "waiting").returncode == 2
+        assert jobctl("webhooks", "test").returncode == 2
+        assert jobctl("webhooks", "deliveries", "nobody").returncode == exit_codes.REFUSED
+        metrics = daemon.admin("GET", "/metrics").body.decode()
+        assert 'jobd_webhook_deliveries_total{endpoint="billing",outcome="delivered"}' in metrics
+        assert daemon.stop() == 0
+
+
+def test_all_that_was_given_up_is_listed_page_by_page_and_sent_again(tmp_path: Path, receiver: Receiver) -> None:
+    """After an outage of days, here by the store of a daemon that is stopped."""
+    receiver.answer = saying(500, "not today")
+    with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
+        daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{number}"} for number in range(450)]})
+        soon(lambda: view(daemon)["waiting"] == 450)
+        assert daemon.stop() == 0
+    asyncio.run(give_up(daemon.store))
+    receiver.answer = taken
+    with daemon:
+        environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
+
+        def jobctl(*words: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "jobd.cli.ctl.main", "webhooks", *words]
+            return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+        def listed(*words: str) -> Any:
+            return json.loads(jobctl("deliveries", "billing", "--json", *words).stdout)
+
+        everything = listed("--all", "--state", "given_up")
+        ids = [each["id"] for each in everything["deliveries"]]
+        assert (len(set(ids)), everything["next_cursor"]) == (450, None)
+        assert ids == sorted(ids, reverse=True)
+        page = listed("--limit", "7")
+        assert [each["id"] for each in page["deliveries"]] == ids[:7]
+        assert [each["id"] for each in listed("--cursor", page["next_cursor"], "--limit", "2")["deliveries"]] == ids[
+            7:9
+        ]
+        assert "--cursor" in jobctl("deliveries", "billing").stderr
+        asked = jobctl("resend", "billing", "--state", "given_up")
+        assert (asked.returncode, "add --yes" in asked.stderr) == (2, True)
+        would = jobctl("resend", "billing", "--state", "given_up", "--dry-run")
+        assert (would.returncode, would.stdout) == (0, "450 deliveries would be sent again\n")
+        assert view(daemon)["delivered"] == 0
+        done = jobctl("resend", "billing", "--state", "given_up", "--yes", "--reason", "it is up again")
+        assert (done.returncode, done.stdout.startswith("450 deliveries on the way")) == (0, True), done.stderr
+        soon(lambda: view(daemon)["delivered"] == 450)
+        assert {each.event["subject"] for each in receiver.heard if each.headers} >= {"jobs/job-0", "jobs/job-449"}
+        again = jobctl("resend", "billing", "--state", "given_up", "--yes", "--json")
+        assert (again.returncode, json.loads(again.stdout)) == (0, {"resent": 0, "would": 0})
+        entries = daemon.admin("GET", "audit?what=resend-given-up").data["entries"]
+        assert [each["details"] for each in entries] == [{"webhook": "billing", "resent": 450}]
+        assert entries[0]["reason"] == "it is up again"
+        assert daemon.admin("POST", "webhooks/nobody/resend-given-up", {}).error == "not_found"
+        assert daemon.stop() == 0
+
+
+async def give_up(path: Path) -> None:
+    store, _ = await Store.open(str(path))
+    async with store:
+        waiting = (await store.open_outbox(["billing"], 1)).waiting["billing"]
+        ids = [each.id for each in waiting]
+        for first in range(0, len(ids), 100):
+            found = await store.deliveries(ids[first : first + 100])
+            await store.settle_deliveries([replace(each, state="given_up", ended_at=each.at) for each in found], 1)
+
+
+def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:
+    receiver.answer = saying(302, Location="/elsewhere")
+    with Daemon(tmp_path, config(receiver, rest='[log]\nlevel = "debug"')) as daemon:
+        work(daemon, "a")
+        receiver.wait_for(lambda heard: len(heard) >= 2)
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGUSR1)
+        daemon.until_said(b"event=dump ")
+        said: bytes = daemon.admin("GET", "/metrics").body
+        for path in ("webhooks", "webhooks/billing/deliveries"):
+            said += json.dumps(daemon.admin("GET", path).body).encode()
+        command = [sys.executable, "-m", "jobd", "check-config", "--config", str(daemon.config)]
+        for more in ([], ["--json"]):
+            said += subprocess.run([*command, *more], env=daemon.environ, capture_output=True, timeout=60).stdout
+        assert daemon.stop() == 0
+        said += daemon.log
+    assert b"billing" in said
+    assert b"redirects are not followed" in said
+    for secret in (SECRET, SECRET.removeprefix("whsec_"), "hush", "sssss"):
+        assert secret.encode() not in said
+    assert "/elsewhere" not in {heard.path for heard in receiver.heard}
+
+
+def test_a_reload_takes_webhooks_over(tmp_path: Path, receiver: Receiver) -> None:
+    with Daemon(tmp_path) as daemon:
+        work(daemon, "before")
+        daemon.config.write_text(config(receiver))
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGHUP)
+        assert "webhooks" in daemon.until_said(b"event=reloaded")
+        soon(lambda: view(daemon)["state"] == "closed")
+        work(daemon, "a")
+        heard = receiver.wait_for(lambda heard: done(heard, "a"))
+        assert of(heard, "before") == []
+        daemon.config.write_text(config(receiver).replace(SECRET, "whsec_x"))
+        daemon.process.send_signal(signal.SIGHUP)
+        assert "secret" in daemon.until_said(b"event=reload_failed")
+        daemon.config.write_text("")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.until_said(b"event=reloaded")
+        soon(lambda: daemon.admin("GET", "webhooks").data == {"webhooks": []})
+        assert daemon.stop() == 0
+
+
+def test_alerts_are_told(tmp_path: Path, receiver: Receiver) -> None:
+    settings = config(
+        receiver,
+        'events = ["alert.*"]',
+        rest="[alerts]\nprocessing_jobs = 0\ndisk_free_percent = 0\ndisk_free_bytes = 0",
+    )
+    with Daemon.not_started(tmp_path, settings) as daemon:
+        daemon.module = "tests.support.prompt_alerts"
+        daemon.start()
+        daemon.post("/v1/jobs", {"id": "a"})
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
+        (firing, *_) = receiver.wait_for(lambda heard: bool(heard))
+        assert (firing.event["type"], firing.event["data"]["name"]) == ("alert.firing", "processing_jobs")
+        daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"], "metadata": 1})
+        receiver.wait_for(lambda heard: heard[-1].event["type"] == "alert.resolved")
+        assert daemon.stop() == 0
+
+
+def test_a_webhook_that_fails_for_long_is_an_alert(tmp_path: Path, receiver: Receiver) -> None:
+    receiver.answer = saying(500, "not today")
+    with Daemon.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
+        daemon.module = "tests.support.prompt_alerts"
+        daemon.start()
+        work(daemon, "a")
+
+        def alert() -> dict[str, Any]:
+            listed = daemon.admin("GET", "alerts").data["alerts"]
+            return {each["name"]: dict(each) for each in listed}["webhook_failing"]
+
+        soon(lambda: alert()["firing"])
+        assert "billing" in alert()["hint"]
+        assert "500: not today" in alert()["hint"]
+        assert daemon.stop() == 0
+
+
+def test_nothing_goes_inside_unless_it_is_meant(tmp_path: Path, receiver: Receiver) -> None:
+    """The name is judged at each try by the address behind it, and `localhost` is one of ours."""
+    outside = config(receiver).replace("allow_private = true\n", "").replace("http://127.0.0.1", "https://localhost")
+    with Daemon(tmp_path, outside) as daemon:
+        work(daemon, "a")
+        soon(lambda: view(daemon)["failed"] > 0)
+        assert "is loopback" in view(daemon)["last_error"]
+        assert receiver.heard == []
+        assert daemon.stop() == 0
+
+
+def test_the_alert_of_a_full_disk_is_told_while_it_is_full(
+    tmp_path: Path, small_disk: Path, receiver: Receiver
+) -> None:
+    def heard_of(type_: str) -> list[bytes]:
+        return [each.body for each in receiver.heard if each.event["type"] == type_]
+
+    rest = "[alerts]\ndisk_free_percent = 0\ndisk_free_bytes = 0"
+    settings = config(receiver, 'events = ["alert.*", "job.created"]', rest=rest)
+    with Daemon.not_started(tmp_path, settings, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
+        daemon.module = "tests.support.prompt_alerts"
+        daemon.start()
+        filler = small_disk / "filler"
+
+        def rejected() -> Reply:
+            """Fill the disk, with the room of a released reserve file too, until a create is rejected."""
+            while True:
+                with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as file:
+                    while True:
+                        file.write(b"x" * 4096)
+                reply = daemon.post("/v1/jobs", {"payload": "x" * 50_000})
+                if reply.status != 201:
+                    return reply
+
+        rejected()
+        daemon.admin("GET", "health")  # measures at once
+        receiver.wait_for(lambda _: bool(heard_of("alert.firing")))
+        assert rejected().error == "storage_full", "it is still full"
+        no = daemon.admin("POST", "webhooks/billing/test", {})
+        assert (no.status, no.error) == (507, "storage_full")
+        assert f"bytes free at {small_disk}/jobd.db" in no.body["message"]
+        told = heard_of("alert.firing")[0]
+        assert json.loads(told)["data"]["name"] == "database"
+        filler.unlink()
+        daemon.until_said(b"event=disk_has_room")
+        receiver.wait_for(lambda _: heard_of("alert.firing").count(told) == 2)  # the same message, by the outbox
+        assert daemon.post("/v1/jobs", {"id": "after"}).status == 201
+        receiver.wait_for(lambda heard: is_heard_of("after", heard))
+        daemon.admin("GET", "health")
+        receiver.wait_for(lambda _: bool(heard_of("alert.resolved")))
+        assert daemon.stop() == 0

@@ -1,4 +1,0 @@
-"""Planted bugs: real ones, put into a copy of the sources one at a time, to see that the tests find each of them.
-
-`python -m tests.planted` plants them all. Nothing here touches the sources themselves.
-"""

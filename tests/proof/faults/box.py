@@ -1,0 +1,337 @@
+"""A machine of its own: a real systemd as PID 1 in namespaces, with jobd installed as systemd/README.md says.
+
+What is written in it, is written to memory, and everything in it ends with the process that made it. Judges nothing.
+`python -m tests.proof.faults.box DIRECTORY CONSOLE tcp|unix-only` is its first process, which becomes systemd.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import http.client
+import os
+import pty
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from tests import ROOT
+from tests.proof.faults.frame import Tool, program
+from tests.support.daemon_process import TOKEN, Doors, OverUnix, die_with_us
+
+SYSTEMD: Final = Path("/usr/lib/systemd/systemd")
+SPACES: Final = ("--mount", "--pid", "--net", "--ipc", "--cgroup")
+UP_S: Final = 60  # for whatever is waited for
+PATIENCE_S: Final = 5
+SERVICE: Final = "jobd.service"
+UNITS: Final = (SERVICE, "jobd-worker.socket", "jobd-admin.socket")
+LOG: Final = "/var/log/jobd.log"
+PYTHON: Final = f"python{sys.version_info.major}.{sys.version_info.minor}"
+
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_RB_HALT_SYSTEM: Final = 0xCDEF0123
+_CLONE_NEWNET: Final = 0x40000000
+
+# Paths and what a nested machine cannot do, nothing else.
+DROP_IN: Final = f"""
+[Service]
+PrivateUsers=no
+Environment=LD_LIBRARY_PATH=/opt/python/lib
+StandardError=append:{LOG}
+"""
+
+
+def _can_nest() -> bool:
+    """Root with namespaces and a writable cgroup tree."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None or not os.access(_own_cgroup(), os.W_OK):
+        return False
+    return subprocess.run(["unshare", *SPACES, "--fork", "true"], capture_output=True, check=False).returncode == 0
+
+
+NEEDS: Final = (
+    Tool("systemd as PID 1", "systemd", SYSTEMD.exists),
+    program("unshare", "util-linux"),
+    program("nsenter", "util-linux"),
+    Tool("namespaces, cgroup2 and overlayfs for root", "none: a kernel and a user", _can_nest),
+)
+
+
+def _own_cgroup() -> Path:
+    """Our place in the tree of cgroup2, wherever that is mounted."""
+    lines = [line.split() for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+    root = next((Path(line[1]) for line in lines if line[2] == "cgroup2"), Path("/nowhere"))
+    own = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    return root / next((line[4:] for line in own if line.startswith("0::/")), "")
+
+
+class Box(Doors):
+    """`with Box(directory) as box`: systemd runs, jobd is installed and not started. Use one at a time."""
+
+    def __init__(self, directory: Path, *, unix_only: bool = False) -> None:
+        self.directory = directory
+        self._variant = "unix-only" if unix_only else "tcp"
+        self.pid = 0  # of its systemd, as seen from here
+        self._cgroup = _own_cgroup() / f"jobd-box-{os.getpid()}"
+        self._said: list[bytes] = []
+
+    def __enter__(self) -> Box:
+        self._cgroup.mkdir()
+        self._console, console = pty.openpty()
+        command = ["unshare", *SPACES, "--fork", "--propagation", "private"]
+        command += [sys.executable, "-m", "tests.proof.faults.box"]
+        command += [str(self.directory), os.ttyname(console), self._variant]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=console, preexec_fn=self._settle)
+        os.close(console)
+        self._listener = threading.Thread(target=self._listen)
+        self._listener.start()
+        try:
+            self._get_up()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _settle(self) -> None:
+        die_with_us()
+        (self._cgroup / "cgroup.procs").write_text("0")
+
+    def _listen(self) -> None:
+        with suppress(OSError):  # the other end is closed
+            while said := os.read(self._console, 4096):
+                self._said.append(said)
+
+    def _get_up(self) -> None:
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        self._until("its first process", lambda: children.read_text() != "")
+        self.pid = int(children.read_text())
+        self._until("systemd", lambda: self.ask("systemctl", "is-active", "trial.target") == "active")
+        self.socket = f"/proc/{self.pid}/root/run/jobd/worker.sock"
+        self.admin_socket = f"/proc/{self.pid}/root/run/jobd/admin.sock"
+
+    def __exit__(self, *_: object) -> None:
+        if self.pid:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)  # and with it all in its namespace
+        else:
+            self._process.kill()
+        self._process.wait()
+        self.pid = 0
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        os.close(self._console)
+        self._listener.join()
+        self._until("the end", self._remove_cgroups)
+
+    def _remove_cgroups(self) -> bool:
+        for place, _, _ in os.walk(self._cgroup, topdown=False):
+            with suppress(OSError):  # its last process is still going
+                os.rmdir(place)
+        return not self._cgroup.exists()
+
+    def _until(self, what: str, is_so: Callable[[], bool]) -> None:
+        deadline_s = time.monotonic() + UP_S
+        while not is_so():
+            assert self.pid == 0 or self._process.poll() is None, f"{what} did not come\n{self.console}"
+            assert time.monotonic() < deadline_s, f"{what} did not come\n{self.console}"
+            time.sleep(0.02)
+
+    @property
+    def console(self) -> str:
+        """What systemd has said."""
+        return b"".join(self._said).decode(errors="replace")
+
+    @property
+    def story(self) -> str:
+        """The end of what both have said."""
+        return f"{self.console[-3000:]}\n{self.log[-3000:]}"
+
+    @property
+    def log(self) -> str:
+        """What the daemon has said, over all its lives."""
+        path = self.path(LOG)
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def worker(self) -> OverUnix:
+        return OverUnix(self.socket, timeout=2 * UP_S)  # its first answer may have to wait for a start
+
+    def path(self, inside: str) -> Path:
+        """A file in the box, as it can be read and written from here."""
+        return Path(f"/proc/{self.pid}/root{inside}")
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in it."""
+        into = ["--mount", "--pid", "--net", "--ipc", "--cgroup", "--root", "--wd=/"]
+        enter = ["nsenter", f"--target={self.pid}", *into, *command]
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        with subprocess.Popen(
+            enter, text=True, stdin=null, stdout=pipe, stderr=pipe, preexec_fn=die_with_us
+        ) as process:
+            for _ in range(UP_S // PATIENCE_S):
+                try:
+                    out, err = process.communicate(timeout=PATIENCE_S)
+                except subprocess.TimeoutExpired:
+                    # nsenter stops itself where its child was stopped, and can miss that it goes on.
+                    process.send_signal(signal.SIGCONT)
+                else:
+                    return subprocess.CompletedProcess(command, process.returncode, out, err)
+            process.kill()
+        raise AssertionError(f"{command} does not end\n{self.story}")
+
+    def ask(self, *command: str) -> str:
+        """What a command says."""
+        return self.run(*command).stdout.strip()
+
+    def do(self, *command: str) -> str:
+        """Run a command that has to succeed."""
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.story}"
+        return done.stdout.strip()
+
+    def show(self, unit: str, name: str) -> str:
+        """A property of a unit."""
+        return self.ask("systemctl", "show", "--value", f"--property={name}", unit)
+
+    def until_ready(self, not_pid: str = "0") -> str:
+        """Until the daemon runs, under another pid than `not_pid`, and is ready; gives its pid in the box."""
+        self._until("a daemon", lambda: self.show(SERVICE, "MainPID") not in ("0", not_pid))
+        self._until("readiness", lambda: self.show(SERVICE, "ActiveState") == "active")
+        return self.show(SERVICE, "MainPID")
+
+    def drop_in(self, text: str) -> None:
+        """Give the daemon's unit other settings, from its next start on."""
+        self.path(f"/etc/systemd/system/{SERVICE}.d/more.conf").write_text(text, encoding="utf-8")
+        self.do("systemctl", "daemon-reload")
+
+    def admin_port(self) -> http.client.HTTPConnection:
+        """A connection to the admin port, which only its own network has."""
+        connection = http.client.HTTPConnection("127.0.0.1", 8770, timeout=60)
+        made: list[socket.socket] = []
+
+        def connect() -> None:  # in a thread of its own: this moves the thread into the box
+            with open(f"/proc/{self.pid}/ns/net", encoding="utf-8") as space:
+                if _LIBC.setns(space.fileno(), _CLONE_NEWNET) == 0:
+                    with suppress(OSError):
+                        made.append(socket.create_connection(("127.0.0.1", 8770), 60))
+
+        thread = threading.Thread(target=connect)
+        thread.start()
+        thread.join()
+        assert made, "nobody listens on the admin port"
+        connection.sock = made[0]
+        return connection
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _mount(kind: str, place: Path | str, *, source: str = "none", options: str = "") -> None:
+    Path(place).mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", kind, *(["-o", options] if options else []), source, str(place)], check=True)
+
+
+def _bind(source: Path | str, place: Path) -> None:
+    if Path(source).is_dir():
+        place.mkdir(parents=True, exist_ok=True)
+    else:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    subprocess.run(["mount", "--bind", str(source), str(place)], check=True)
+
+
+def _build(directory: Path, console: str) -> Path:
+    """The file system: the host's, with everything that is written kept in memory."""
+    _mount("tmpfs", directory)
+    for name in ("upper", "work", "root"):
+        (directory / name).mkdir()
+    root = directory / "root"
+    layers = f"lowerdir=/,upperdir={directory}/upper,workdir={directory}/work"
+    _mount("overlay", root, source="overlay", options=layers)
+    _mount("proc", root / "proc")
+    _mount("sysfs", root / "sys")
+    _mount("cgroup2", root / "sys/fs/cgroup")
+    for name, mode in (("run", "755"), ("tmp", "1777"), ("var/tmp", "1777"), ("dev", "755"), ("dev/shm", "1777")):
+        _mount("tmpfs", root / name, options=f"mode={mode}")
+    for name in ("null", "zero", "full", "random", "urandom", "tty"):
+        _bind(f"/dev/{name}", root / "dev" / name)
+    _bind(console, root / "dev/console")
+    _mount("devpts", root / "dev/pts", options="newinstance,ptmxmode=0666")
+    _mount("mqueue", root / "dev/mqueue")
+    (root / "dev/ptmx").symlink_to("pts/ptmx")
+    (root / "dev/fd").symlink_to("/proc/self/fd")
+    return root
+
+
+def _install(root: Path, variant: str) -> None:
+    """jobd where its unit looks for it, and nothing else that could be started."""
+    packages = root / f"opt/jobd/lib/{PYTHON}/site-packages"
+    packages.mkdir(parents=True)
+    _bind(ROOT / "jobd", packages / "jobd")
+    _bind(sysconfig.get_path("purelib"), root / "opt/packages")
+    (packages / "packages.pth").write_text("/opt/packages\n")
+    home = Path(sys.base_prefix)
+    if home != Path("/usr"):  # it may lie under a home directory, which the unit hides
+        _bind(home, root / "opt/python")
+        home = Path("/opt/python")
+    (root / "opt/jobd/bin").mkdir()
+    (root / "opt/jobd/pyvenv.cfg").write_text(f"home = {home}/bin\ninclude-system-site-packages = false\n")
+    (root / "opt/jobd/bin/python3").symlink_to(home / "bin" / PYTHON)
+    script = root / "opt/jobd/bin/jobd"
+    script.write_text("#!/opt/jobd/bin/python3\nimport sys\nfrom jobd.cli.daemon.main import main\nsys.exit(main())\n")
+    script.chmod(0o755)
+    for left in root.glob("usr/lib/systemd/system/*.target.wants"):
+        shutil.rmtree(left)
+    units = root / "etc/systemd/system"
+    shutil.rmtree(units, ignore_errors=True)
+    units.mkdir(parents=True)
+    for unit in (ROOT / "systemd").glob("jobd*.s*[te]"):
+        shutil.copy(unit, units)
+    if variant == "unix-only":
+        shutil.copytree(ROOT / "systemd/unix-only", units, dirs_exist_ok=True)
+    (units / "trial.target").write_text("[Unit]\nDefaultDependencies=no\n")
+    (units / "jobd.service.d").mkdir(exist_ok=True)
+    (units / "jobd.service.d/trial.conf").write_text(DROP_IN)
+    (root / "etc/jobd").mkdir()
+    token = root / "etc/jobd/admin_token"
+    token.touch(mode=0o600)
+    token.write_text(TOKEN + "\n")
+    (root / "etc/sysusers.d").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "systemd/jobd.sysusers", root / "etc/sysusers.d/jobd.conf")
+    subprocess.run(["systemd-sysusers", f"--root={root}"], check=True, capture_output=True)
+
+
+def _end_with(lifeline: int) -> None:
+    """A process that halts this machine when the process that made it is gone."""
+    if os.fork() == 0:
+        os.setsid()
+        while os.read(lifeline, 1):
+            pass
+        _LIBC.reboot(ctypes.c_int(_RB_HALT_SYSTEM))
+        os._exit(0)
+
+
+def main(directory: Path, console: str, variant: str) -> None:
+    os.environ["PATH"] += ":/usr/sbin:/sbin"  # pivot_root, also for who has no such directory on the path
+    root = _build(directory, console)
+    _install(root, variant)
+    _end_with(os.dup(0))
+    os.chdir(root)
+    subprocess.run(["pivot_root", ".", "mnt"], check=True)
+    subprocess.run(["umount", "--lazy", "/mnt"], check=True)
+    subprocess.run(["mount", "--make-rshared", "/"], check=True)  # as on every machine: units get credentials by that
+    with open("/dev/null", "r+b") as null:
+        for number in range(3):
+            os.dup2(null.fileno(), number)
+    environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "container": "jobd-box"}
+    os.execve(SYSTEMD, ["systemd", "--system", "--unit=trial.target", "--log-target=console"], environ)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

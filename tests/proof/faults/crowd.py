@@ -1,0 +1,111 @@
+"""A crowd at a daemon's socket, as a process of its own: `python -m tests.proof.faults.crowd KIND SOCKET COUNT`.
+
+Prints one line of JSON once it is there, stays until its stdin closes, and then prints what it met.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import resource
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from tests.support.malformed_requests import POST
+
+LIST: Final = b"GET /v1/jobs?limit=200 HTTP/1.1\r\nHost: x\r\n\r\n"
+HALF: Final = POST + b"Content-Length: 1000\r\n\r\n" + b'{"kind":'
+SPARE: Final = 200  # descriptors for everything else
+WANTED: Final = 16_384  # descriptors
+
+Met = Counter[str]
+
+
+def room() -> int:
+    """How many connections this process, and those it starts, may hold: once its limit is as high as it may be."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # root may raise it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(most, WANTED), max(most, WANTED)))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most - SPARE
+
+
+async def _open(path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    while True:
+        line = socket.socket(socket.AF_UNIX)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        line.setblocking(False)
+        try:
+            line.connect(path)  # at once or not at all; asyncio would take a full backlog for one that comes later
+        except BlockingIOError:
+            line.close()
+            await asyncio.sleep(0.01)  # others of the crowd come in first
+        else:
+            return await asyncio.open_unix_connection(sock=line, limit=1_024)
+
+
+async def idle(path: str, met: Met, is_there: asyncio.Event) -> None:
+    """Connect and say nothing."""
+    reader, _ = await _open(path)
+    is_there.set()
+    await reader.read()
+    met["closed by the daemon"] += 1
+
+
+async def slow(path: str, met: Met, is_there: asyncio.Event) -> None:
+    """Ask for a long list, and read a little of it now and then."""
+    reader, writer = await _open(path)
+    writer.write(LIST)
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+    is_there.set()
+    while await reader.read(512):
+        met["little reads"] += 1
+        await asyncio.sleep(0.1)
+    met["cut off"] += 1
+
+
+async def half(path: str, met: Met, is_there: asyncio.Event) -> None:
+    """Send a part of a body, wait for the refusal, come again."""
+    while True:
+        reader, writer = await _open(path)
+        writer.write(HALF)
+        is_there.set()
+        status = (await reader.readline()).split(b" ")[1:2]
+        met[f"answers {status[0].decode()}" if status else "closed without an answer"] += 1
+        writer.close()
+
+
+KINDS: Final[dict[str, Callable[[str, Met, asyncio.Event], Coroutine[Any, Any, None]]]] = {
+    "idle": idle,
+    "slow": slow,
+    "half": half,
+}
+
+
+async def main(kind: str, path: str, count: int) -> None:
+    met: Met = Counter()
+    assert count <= room(), f"no room for {count} connections"
+    tasks = []
+    for _ in range(count):
+        is_there = asyncio.Event()
+        tasks.append(asyncio.ensure_future(KINDS[kind](path, met, is_there)))
+        if len(tasks) % 500 == 0 or len(tasks) == count:
+            await is_there.wait()
+    print(json.dumps({"count": count}), flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    broken = [task for task in tasks if task.done() and task.exception() is not None]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    if broken:
+        raise AssertionError(f"{len(broken)} broken, the first: {broken[0].exception()!r}")
+    print(json.dumps(met), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

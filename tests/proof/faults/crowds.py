@@ -1,0 +1,245 @@
+"""Crowds beside honest clients: idle connections, slow readers, half-sent bodies, a full mailbox, no descriptors left.
+
+The crowds themselves are processes of their own (crowd.py); here it is measured what honest clients notice of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any, Final
+
+from tests.proof.faults.crowd import room
+from tests.proof.faults.frame import Check, Counts, Tool, Trial, program
+from tests.support.daemon_process import Daemon, call, die_with_us
+
+SLOWER: Final = 2.0  # an honest client's p99 beside a crowd, at most, by its own without
+LIFECYCLES: Final = 150
+FLOODERS: Final = 24
+DESCRIPTORS: Final = 200
+IDLE: Final = 10_000
+MANY_FILES = Tool(f"room for {IDLE} connections", "none: raise the limit of open files", lambda: room() > IDLE)
+
+
+@contextmanager
+def crowd(kind: str, daemon: Daemon, count: int) -> Iterator[dict[str, int]]:
+    """A crowd while the block runs. Gives how many they are, and after the block what they met."""
+    command = [sys.executable, "-m", "tests.proof.faults.crowd", kind, daemon.socket, str(count)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_us
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    told: dict[str, int] = {}
+    try:
+        told |= json.loads(process.stdout.readline())
+        yield told
+        process.stdin.close()
+        told |= json.loads(process.stdout.readline())
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def descriptors(daemon: Daemon) -> int:
+    """How many files and sockets the daemon has open."""
+    assert daemon.process is not None
+    return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+
+
+def wait_until(daemon: Daemon, least: float, most: float) -> None:
+    """Until the daemon has let the crowd in, or go: so many descriptors are open then."""
+    deadline_s = time.monotonic() + 60
+    while not least <= descriptors(daemon) <= most:
+        assert time.monotonic() < deadline_s, f"{descriptors(daemon)} descriptors, not {least:.0f} to {most:.0f}"
+        time.sleep(0.01)
+
+
+def p99_ms(daemon: Daemon, lifecycles: int) -> float:
+    """Of the calls of whole lifecycles, one after the other on one connection."""
+    took_s: list[float] = []
+    with closing(daemon.worker()) as connection:
+
+        def ask(path: str, body: Any) -> Any:
+            began_s = time.perf_counter()
+            reply = call(connection, "POST", path, body)
+            took_s.append(time.perf_counter() - began_s)
+            return reply.data
+
+        for _ in range(lifecycles):
+            path = f"/v1/jobs/{ask('/v1/jobs', {'queue': 'honest', 'payload': {'a': 1}})['id']}"
+            lock = {"lock_id": ask(f"{path}/start", {"worker": "honest"})["lock_id"]}
+            ask(f"{path}/progress", {**lock, "progress": 50})
+            ask(f"{path}/complete", {**lock, "metadata": 1})
+    return statistics.quantiles(took_s, n=100)[98] * 1000
+
+
+def beside(kind: str, count: int, trial: Trial, prepare: Any = None) -> Counts:
+    """An honest client's p99 with and without a crowd, in turns."""
+    alone: list[float] = []
+    together: list[float] = []
+    met: Counter[str] = Counter()
+    lifecycles = LIFECYCLES if trial.timed else LIFECYCLES // 5
+    with Daemon(trial.directory) as daemon:
+        if prepare is not None:
+            prepare(daemon)
+        p99_ms(daemon, lifecycles)
+        few = descriptors(daemon)
+        for _ in range(trial.rounds):
+            alone.append(p99_ms(daemon, lifecycles))
+            with crowd(kind, daemon, count) as told:
+                wait_until(daemon, told["count"], math.inf)
+                together.append(p99_ms(daemon, lifecycles))
+                assert descriptors(daemon) >= told["count"] * 0.5, "the crowd went away"
+            met.update({what: number for what, number in told.items() if what != "count"})
+            wait_until(daemon, 0, few + 2)
+        assert daemon.stop() == 0
+        assert b" level=error " not in daemon.log
+    ratio = statistics.median(together) / statistics.median(alone)
+    assert ratio <= SLOWER or not trial.timed, f"p99 {alone} ms alone, {together} ms beside them"
+    times = {"p99 alone, us": alone, "p99 beside them, us": together}
+    figures = {what: round(statistics.median(values) * 1000) for what, values in times.items()}
+    return {"connections": count, **figures, "percent of its own p99": round(ratio * 100), **met}
+
+
+def idle_connections(trial: Trial) -> Counts:
+    return beside("idle", IDLE if trial.timed else 1_000, trial)
+
+
+def half_sent_bodies(trial: Trial) -> Counts:
+    return beside("half", 500 if trial.timed else 100, trial)
+
+
+def slow_readers(trial: Trial) -> Counts:
+    def long_list(daemon: Daemon) -> None:
+        jobs = [{"queue": "long", "payload": "x" * 10_000} for _ in range(90)]
+        for _ in range(3):
+            assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
+
+    return beside("slow", 100 if trial.timed else 20, trial, long_list)
+
+
+# -- a full mailbox ----------------------------------------------------------------------------------------------------
+
+
+def _flood(daemon: Daemon, stop: threading.Event, answers: Counter[str], lock: threading.Lock) -> None:
+    with closing(daemon.worker()) as connection:
+        while not stop.is_set():
+            reply = call(connection, "POST", "/v1/jobs/bulk", {"jobs": [{"queue": "flood"}] * 50})
+            if reply.status != 201:
+                assert (reply.status, reply.error) == (503, "overloaded"), reply.body
+                assert int(reply.headers["Retry-After"]) >= 1
+            with lock:
+                answers[str(reply.status)] += 1
+
+
+def mailbox_flood(trial: Trial) -> Counts:
+    """A small mailbox and many who create: work that is running reports all the same, and operators act."""
+    answers: Counter[str] = Counter()
+    lock, stop = threading.Lock(), threading.Event()
+    reports = 0
+    with Daemon(trial.directory, "[limits]\nmailbox = 10\n") as daemon, ExitStack() as threads:
+        assert daemon.post("/v1/jobs", {"id": "held"}).status == 201
+        held = {"lock_id": daemon.post("/v1/jobs/held/start", {"worker": "w"}).data["lock_id"]}
+        for _ in range(FLOODERS):
+            thread = threading.Thread(target=_flood, args=(daemon, stop, answers, lock))
+            thread.start()
+            threads.callback(thread.join)
+        threads.callback(stop.set)
+        while answers["503"] < 100:  # from here on they meet a full mailbox
+            assert daemon.post("/v1/jobs/held/extend", held).status == 200
+        for _ in range(trial.rounds):
+            for number in range(10):
+                assert daemon.post("/v1/jobs/held/progress", {**held, "progress": number}).status == 200
+                assert daemon.post("/v1/jobs/held/extend", held).status == 200
+            job_id = f"op-{reports}"
+            assert daemon.admin("POST", "queues/other/pause").status == 200
+            assert daemon.admin("POST", "force-fail", {"jobId": job_id}).status == 404
+            reports += 22
+        stop.set()
+        threads.close()
+        assert daemon.post("/v1/jobs/held/complete", held).status == 200
+        created = answers["201"] * 50
+        assert daemon.admin("GET", "stats").data["byStatus"]["queued"] == created, "what was refused left something"
+        assert daemon.stop() == 0
+    return {"reports and acts taken": reports, "creates taken": answers["201"], "creates refused": answers["503"]}
+
+
+# -- no descriptors left ----------------------------------------------------------------------------------------------
+
+
+def no_descriptors(trial: Trial) -> Counts:
+    """More connections than the daemon may have files: it lives, its store is well, and later ones are answered."""
+    refused = 0
+    daemon = Daemon(trial.directory)
+    prlimit = shutil.which("prlimit")
+    assert prlimit is not None
+    daemon.prefix = [prlimit, f"--nofile={DESCRIPTORS}"]
+    with daemon:
+        few = descriptors(daemon)
+        with closing(daemon.worker()) as early:
+            job_id = call(early, "POST", "/v1/jobs", {"payload": 1}).data["id"]
+            for _ in range(trial.rounds):
+                lines = [socket.socket(socket.AF_UNIX) for _ in range(2 * DESCRIPTORS)]
+                for line in lines:
+                    line.connect(daemon.socket)
+                assert call(early, "POST", f"/v1/jobs/{job_id}/update", {}).status == 404  # who was there is answered
+                assert call(early, "POST", "/v1/jobs", {"payload": 2}).status == 201
+                for line in lines:
+                    line.close()
+                refused += 2 * DESCRIPTORS - (DESCRIPTORS - few)
+                wait_until(daemon, 0, few + 3)
+                assert daemon.get("/readyz").status == 200
+        assert daemon.get(f"/v1/jobs/{job_id}").data["payload"] == 1
+        assert daemon.stop() == 0
+        assert len(daemon.log) < 1_000_000, "the log was flooded"
+    return {"connections over the limit": refused, "bytes of log": len(daemon.log)}
+
+
+CHECKS = (
+    Check(
+        "idle-connections",
+        "10 000 idle connections: an honest client's p99 is at most twice its own",
+        idle_connections,
+        rounds=5,
+        needs=(MANY_FILES,),
+    ),
+    Check(
+        "half-sent-bodies",
+        "500 clients that never send the rest of a body: the same",
+        half_sent_bodies,
+        rounds=5,
+    ),
+    Check(
+        "slow-readers",
+        "100 clients that hardly read the long lists that they ask for: the same",
+        slow_readers,
+        rounds=5,
+    ),
+    Check(
+        "mailbox-flood",
+        "a full mailbox: creates are told to wait, running work reports and operators act all the while",
+        mailbox_flood,
+        rounds=50,
+    ),
+    Check(
+        "no-descriptors",
+        "more connections than files allowed: the daemon lives, answers who is there, and takes new ones afterwards",
+        no_descriptors,
+        rounds=10,
+        needs=(program("prlimit", "util-linux"),),
+    ),
+)

@@ -1,0 +1,337 @@
+"""Two daemons that want the same thing, and a daemon that is told to stop while requests are in flight."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from tests.proof.faults.examine import Contents, examined
+from tests.proof.faults.frame import Check, Counts, Trial, program
+from tests.proof.faults.ledger import Ledger, asked_for, told_pattern
+from tests.proof.faults.load import load
+from tests.support.daemon_process import Daemon, Doors, Reply, call, die_with_us
+
+BUSY: Final = 75
+RIVALS: Final = 4  # daemons that start at the same moment
+PARKED: Final = 8
+STOPPED_S: Final = 10.0  # what a stop may take when every request in flight can be answered
+
+
+@contextmanager
+def stopped(daemon: Daemon) -> Iterator[None]:
+    """A daemon that does not move, by SIGSTOP: what is changed meanwhile was changed by somebody else."""
+    assert daemon.process is not None
+    os.kill(daemon.process.pid, signal.SIGSTOP)
+    try:
+        os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WNOWAIT)
+        yield
+    finally:
+        os.kill(daemon.process.pid, signal.SIGCONT)
+
+
+def ended(daemon: Daemon) -> tuple[int, str]:
+    """Start a daemon that is to be refused; its exit code and what it said."""
+    process = daemon.spawn()
+    try:
+        _, log = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, log.decode()
+
+
+def looks(directory: Path) -> dict[str, tuple[Any, ...]]:
+    """Everything in a directory, down to bytes and times."""
+    return {
+        path.name: (seen.st_ino, seen.st_mode, seen.st_size, seen.st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in directory.iterdir()
+        for seen in (path.lstat(),)
+    }
+
+
+def two_daemons(trial: Trial) -> Counts:
+    refused: Counter[str] = Counter()
+    with Daemon(_made(trial, "first")) as first:
+        assert first.process is not None
+        assert first.post("/v1/jobs", {"id": "a"}).status == 201
+        for number in range(trial.rounds):
+            each = _rivals(_made(trial, f"rival-{number}"), first)
+            for want, second, culprit in each if trial.timed else itertools.islice(each, 3):
+                with stopped(first):
+                    before = [looks(first.directory), looks(second.directory)]
+                    code, log = ended(second)
+                    assert code == BUSY, f"the same {want}: exit {code}\n{log}"
+                    assert culprit in log, f"the same {want}: {log}"
+                    after = [looks(first.directory), looks(second.directory)]
+                after[1].pop(f"{second.store.name}.lock", None)  # a place for locks, nothing of the store
+                before[1].pop(f"{second.store.name}.lock", None)
+                assert after == before, f"the same {want}: something was touched"
+                refused[f"refused for the same {want}"] += 1
+            assert first.get("/v1/jobs/a").data["status"] == "queued"
+            assert first.admin("GET", "stats").data["totalJobs"] == 1
+        assert first.stop() == 0
+    examined(first.store)
+    return {**refused}
+
+
+def _made(trial: Trial, name: str) -> Path:
+    directory = trial.directory / name
+    directory.mkdir()
+    return directory
+
+
+def _rivals(directory: Path, first: Daemon) -> Iterator[tuple[str, Daemon, str]]:
+    """What is wanted twice, who wants it, and what it has to say. The rival's own store holds a job at work."""
+    assert first.process is not None
+    holder = f"process {first.process.pid}"
+    yield "store and sockets", Daemon(directory, JOBD_STORE_PATH=str(first.store), **_sockets(first)), holder
+    with Daemon(directory) as early:
+        assert early.post("/v1/jobs", {"id": "b"}).status == 201
+        assert early.post("/v1/jobs/b/start", {"worker": "w", "lock_ttl_ms": 1000}).status == 200
+        assert early.stop() == 0
+    yield "worker socket", Daemon(directory, JOBD_WORKER_SOCKET=first.socket), "[worker] cannot listen"
+    yield "admin socket", Daemon(directory, JOBD_ADMIN_LISTEN=f"unix:{first.admin_socket}"), "[admin] cannot listen"
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = f"127.0.0.1:{taken.getsockname()[1]}"
+        yield "admin port", Daemon(directory, JOBD_ADMIN_LISTEN=port), "[admin] cannot listen"
+    yield "store", Daemon(directory, JOBD_STORE_PATH=str(first.store)), holder
+
+
+def _sockets(daemon: Daemon) -> dict[str, str]:
+    return {"JOBD_WORKER_SOCKET": daemon.socket, "JOBD_ADMIN_LISTEN": f"unix:{daemon.admin_socket}"}
+
+
+def rivals(trial: Trial) -> Counts:
+    """Started at the same moment: one gets what all want, the others are refused; it keeps it to its end."""
+    refused = 0
+    for number in range(trial.rounds):
+        directory = _made(trial, f"race-{number}")
+        shared = {"JOBD_WORKER_SOCKET": str(directory / "worker.sock")}
+        if number % 2:
+            shared["JOBD_STORE_PATH"] = str(directory / "jobd.db")
+        each = [Daemon(_made(trial, f"race-{number}-{rival}"), **shared) for rival in range(RIVALS)]
+        with ExitStack() as stack, ThreadPoolExecutor(RIVALS) as pool:
+            for daemon in each:
+                stack.push(daemon.__exit__)
+                daemon.launch()
+            ready = list(pool.map(Daemon.gets_ready, each))
+            assert ready.count(True) == 1, f"{ready.count(True)} of {RIVALS} are ready"
+            winner = each.pop(ready.index(True))
+            winner.socket = shared["JOBD_WORKER_SOCKET"]
+            for loser in each:
+                assert loser.process is not None
+                assert loser.process.wait(60) == BUSY, loser.log.decode()
+                refused += 1
+            assert winner.post("/v1/jobs", {"id": "a"}).status == 201
+            assert winner.admin("GET", "jobs/a").status == 200, "the socket is another daemon's"
+            assert winner.stop() == 0
+        examined(winner.environ["JOBD_STORE_PATH"])
+    return {"races": trial.rounds, "refused": refused}
+
+
+# -- told to stop ------------------------------------------------------------------------------------------------------
+
+
+class Claimers:
+    """Who waits for jobs and holds what it gets, and who creates them: claims are answered all the time."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self.tokens: set[int] = set()  # every grant that was received
+        self.created: set[str] = set()
+        self._lock = threading.Lock()
+
+    def claim(self, number: int) -> None:
+        with suppress(OSError, http.client.HTTPException), closing(self._daemon.worker()) as connection:
+            while True:
+                body = {"worker": f"c-{number}", "queues": ["claimed"], "limit": 3, "wait_ms": 60_000}
+                reply = call(connection, "POST", "/v1/claim", body)
+                if reply.status == 503:
+                    assert reply.error == "shutting_down", reply.body
+                    return
+                with self._lock:
+                    self.tokens |= {grant["fencing_token"] for grant in reply.data["grants"]}
+
+    def create(self, name: str) -> None:
+        with suppress(OSError, http.client.HTTPException), closing(self._daemon.worker()) as connection:
+            for number in range(1_000_000):
+                ids = [f"claimed-{name}-{number}-{each}" for each in range(4)]
+                reply = call(
+                    connection, "POST", "/v1/jobs/bulk", {"jobs": [{"id": one, "queue": "claimed"} for one in ids]}
+                )
+                if reply.status == 503:
+                    assert reply.error == "shutting_down", reply.body
+                    return
+                assert reply.status == 201, reply.body
+                self.created.update(ids)
+
+    def check(self, store: Contents) -> int:
+        """Who holds a job knows of it, and what was created is there; gives the number of grants."""
+        assert self.created <= store.jobs.keys()
+        mine = {token: job_id for token, job_id in store.tokens.items() if job_id.startswith("claimed-")}
+        for token in mine.keys() - self.tokens:
+            job = store.jobs[mine[token]]
+            held = job.grant is not None and job.grant.fencing_token == token
+            assert not held, f"{job.id} is held under token {token}, and nobody was told"
+        assert self.tokens <= mine.keys()
+        return len(mine)
+
+
+class Half:
+    """A create whose body has been sent by half."""
+
+    def __init__(self, daemon: Daemon, job_id: str) -> None:
+        self.job_id = job_id
+        self._text = json.dumps({"id": job_id, "payload": "late"}).encode()
+        self._line = daemon.worker()
+        self._line.putrequest("POST", "/v1/jobs")
+        self._line.putheader("Content-Type", "application/json")
+        self._line.putheader("Content-Length", str(len(self._text)))
+        self._line.endheaders(self._text[:10])
+
+    def rest(self) -> Reply:
+        self._line.send(self._text[10:])
+        with closing(self._line):
+            return Reply(self._line.getresponse())
+
+
+def parked(daemon: Doors) -> http.client.HTTPConnection:
+    connection = daemon.worker()
+    body = json.dumps({"worker": "parked", "queues": ["idle"], "wait_ms": 60_000})
+    connection.request("POST", "/v1/claim", body, {"Content-Type": "application/json"})
+    return connection
+
+
+def _wait_for(daemon: Daemon, metric: str) -> None:
+    deadline_s = time.monotonic() + 30
+    while metric not in daemon.admin("GET", "/metrics").body.decode().splitlines():
+        assert time.monotonic() < deadline_s, f"{metric} was not to be seen"
+
+
+@contextmanager
+def slow_disk(daemon: Daemon, delay_ms: int) -> Iterator[None]:
+    """Every fdatasync takes so much longer, from now on until the daemon ends."""
+    assert daemon.process is not None
+    inject = ["-e", "trace=fdatasync", "-e", f"inject=fdatasync:delay_enter={1000 * delay_ms}"]
+    command = ["strace", "-f", "-q", "-o", "/dev/null", "-p", str(daemon.process.pid), *inject]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=die_with_us) as strace:
+        try:
+            tracer = f"TracerPid:\t{strace.pid}\n"
+            while tracer not in Path(f"/proc/{daemon.process.pid}/status").read_text(encoding="utf-8"):
+                assert strace.poll() is None, strace.stderr and strace.stderr.read()
+            yield
+        finally:
+            strace.terminate()
+
+
+def _refused_at_the_door(daemon: Daemon) -> None:
+    """Until nobody comes in any more."""
+    deadline_s = time.monotonic() + 30
+    while True:
+        assert time.monotonic() < deadline_s, "the door is still open"
+        try:
+            with closing(daemon.worker()) as late:
+                late.connect()
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+        except BlockingIOError:  # nobody was let in for a while
+            pass
+        time.sleep(0.005)
+
+
+def told_to_stop(trial: Trial) -> Counts:
+    ledger = Ledger()
+    grants, slowest_s = 0, 0.0
+    with Daemon(trial.directory) as daemon, ThreadPoolExecutor(PARKED) as pool:
+        claimers = Claimers(daemon)
+        for number in range(trial.rounds):
+            waiting = [parked(daemon) for _ in range(PARKED)]
+            _wait_for(daemon, f"jobd_parked_claims {PARKED}.0")
+            half = Half(daemon, f"half-{number}")
+            with ExitStack() as stack:
+                if number % 2:
+                    stack.enter_context(slow_disk(daemon, 30))
+                busy = [pool.submit(claimers.claim, each) for each in range(3)] + [
+                    pool.submit(claimers.create, str(number))
+                ]
+                with load(daemon, ledger, f"round-{number}"):
+                    assert ledger.until(60), daemon.log[-2000:]
+                    began_s = time.monotonic()
+                    assert daemon.process is not None
+                    daemon.process.send_signal(signal.SIGTERM)
+                    _refused_at_the_door(daemon)
+                    assert daemon.process.poll() is None, "a request that had come half was not waited for"
+                    late = half.rest()
+                    assert late.status == 201, late.body
+                    assert daemon.process.wait(60) == 0
+                    slowest_s = max(slowest_s, time.monotonic() - began_s)
+                for connection in waiting:
+                    with closing(connection):
+                        assert Reply(connection.getresponse()).data == {"grants": []}
+                for one in busy:
+                    one.result()
+            assert b"requests_cut_off" not in daemon.log
+            store = examined(daemon.store)
+            assert store.payloads[half.job_id] == "late"
+            ledger.check(store)
+            nothing_untold(ledger, store)
+            grants = claimers.check(store)
+            daemon.start()
+            ledger.settle(daemon)
+        assert daemon.stop() == 0
+    assert slowest_s <= STOPPED_S or not trial.timed, f"a stop took {slowest_s:.1f} s"
+    checked = ledger.check(examined(daemon.store))
+    return {
+        "stops": trial.rounds,
+        "acknowledgements checked": checked,
+        "grants by claim": grants,
+        "parked claims answered": trial.rounds * PARKED,
+        "ms to the end, at most": round(slowest_s * 1000),
+    }
+
+
+def nothing_untold(ledger: Ledger, store: Contents) -> None:
+    """After an orderly end nothing was done that was not answered: a request is taken in and answered, or neither."""
+    for told in ledger.jobs.values():
+        done = asked_for(store.events.get(told.job_id, []))
+        assert re.fullmatch(told_pattern(told.events), told_pattern(done)), (
+            f"{told.job_id}: told {told.events}, and {told.open} was not answered; the store has {done}"
+        )
+
+
+CHECKS = (
+    Check(
+        "two-daemons",
+        "a second daemon on the same store, socket or port exits 75 and has touched neither store nor socket",
+        two_daemons,
+        rounds=5,
+    ),
+    Check(
+        "daemons-racing",
+        "of daemons that start at the same moment one gets the store, or the socket; the others exit 75",
+        rivals,
+        rounds=20,
+    ),
+    Check(
+        "told-to-stop",
+        "SIGTERM: doors close, all in flight is answered (parked claims with nothing), nothing else is done, exit 0",
+        told_to_stop,
+        rounds=20,
+        few=2,
+        needs=(program("strace"),),
+    ),
+)

@@ -1,0 +1,277 @@
+"""Single bits of a closed store are flipped, all over its files: nothing that is served is other than it was written.
+
+What has to be noticed by whom is not judged by the place of the bit, only by what is missing or wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
+
+from jobd.model.storage import Query
+from jobd.storage import doctor
+from jobd.storage.files import StoreError
+from jobd.storage.store import Store
+from tests.proof.faults.examine import Contents, contents
+from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.ledger import Ledger
+from tests.proof.faults.load import load
+from tests.support.daemon_process import Daemon, call
+
+PAGE: Final = 4096
+KINDS: Final = {2: "index branches", 5: "table branches", 10: "index leaves", 13: "table leaves"}
+BY_DAEMON: Final = 100  # of so many flips one is given to a daemon, all to the store
+REFUSED: Final = (74, 78)
+
+
+class Original:
+    """A store as the daemon left it: its files, and everything that is in it."""
+
+    def __init__(self, trial: Trial, *, killed: bool) -> None:
+        home = trial.directory / "original"
+        home.mkdir()
+        ledger = Ledger()
+        with Daemon(home) as daemon:
+            for number in range(3 if trial.timed else 1):
+                with load(daemon, ledger, f"load-{number}"):
+                    assert ledger.until(80), daemon.log[-2000:]
+            _odd_jobs(daemon)
+            if killed:
+                daemon.kill()
+            else:
+                assert daemon.stop() == 0
+        self.path = home / "jobd.db"
+        self.holds = contents(self.path)
+        self.files = {
+            suffix: Path(f"{self.path}{suffix}").read_bytes()
+            for suffix in ("", "-wal", ".epoch")
+            if Path(f"{self.path}{suffix}").exists()
+        }
+
+    def put(self, place: Path, suffix: str, at: int, bit: int) -> Path:
+        """The store at `place` with one bit flipped."""
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        for each, content in self.files.items():
+            text = bytearray(content)
+            if each == suffix:
+                text[at] ^= 1 << bit
+            file = place / f"jobd.db{each}"
+            file.write_bytes(text)
+            file.chmod(0o600)
+        return place / "jobd.db"
+
+
+def _odd_jobs(daemon: Daemon) -> None:
+    """Rows of all the other kinds: long payloads, a result, a deleted job, a paused queue, a report, keys."""
+    for number in range(4):
+        job = {"id": f"odd-{number}", "queue": f"queue-{number}", "payload": "y" * (5000 * number), "priority": number}
+        assert daemon.post("/v1/jobs", job, Idempotency_Key=f"key-{number}").status == 201
+    lock = daemon.post("/v1/jobs/odd-1/start", {"worker": "w"}).data["lock_id"]
+    for number in range(40):
+        assert daemon.post("/v1/jobs/odd-1/progress", {"lock_id": lock, "progress": number}).status == 200
+    done = {"lock_id": lock, "metadata": {"size": [1, 2]}, "storage_key": "a/b", "download_url": "https://x/y"}
+    assert daemon.post("/v1/jobs/odd-1/complete", done).status == 200
+    assert daemon.post("/v1/jobs/odd-2/cancel", {"reason": "no more"}).status == 200
+    assert daemon.admin("DELETE", "jobs/odd-2").status == 200
+    assert daemon.admin("POST", "queues/queue-3/pause", {}).status == 200
+    assert daemon.admin("POST", "cleanup", {}).status == 200
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a store serves, compared with what was in it
+
+
+async def _serves(path: Path, holds: Contents) -> tuple[str, bool, set[str]]:
+    """Whether the store is refused, notices something, or nothing; whether anything is missing, and of which jobs."""
+    try:
+        store, opened = await Store.open(str(path))
+    except StoreError as error:
+        return "refused" if str(path) in str(error) else f"refused without naming the file: {error}", False, set()
+    async with store:
+        noticed = bool(opened.faults or opened.quarantined)
+        loaded = await store.load(list(holds.jobs), [], [])
+        assert loaded.jobs == {job_id: holds.jobs[job_id] for job_id in loaded.jobs}, "another job is served"
+        for job in opened.live():
+            assert holds.jobs[job.id] == job, "another live job is in memory"
+        missing = {job_id for job_id in holds.jobs if job_id not in loaded.jobs and job_id not in loaded.bad}
+        noticed |= bool(loaded.bad)
+        lost = await _payloads(store, holds, set(loaded.jobs)) or await _pages(store, holds)
+        lost = await _journals(store, holds, set(loaded.jobs)) or lost
+        noticed |= bool(store.take_faults())
+    return "noticed" if noticed else "nothing", lost or bool(missing), missing
+
+
+async def _payloads(store: Store, holds: Contents, ids: set[str]) -> bool:
+    seqs = {holds.jobs[job_id].seq: job_id for job_id in ids}
+    loaded = await store.load([], list(seqs), [])
+    for seq, payload in loaded.payloads.items():
+        assert msgspec.json.decode(payload.body) == holds.payloads[seqs[seq]], f"{seqs[seq]} has another payload"
+    return False  # a payload that is not served is in `bad`, which is checked with the jobs
+
+
+async def _pages(store: Store, holds: Contents) -> bool:
+    seen = 0
+    query = Query(limit=50)
+    while True:
+        page = await store.find(query)
+        for job, body in page.jobs:
+            assert holds.jobs[job.id] == job, f"{job.id} is another on a page"
+            assert msgspec.json.decode(body) == holds.payloads[job.id], f"{job.id} has another payload on a page"
+        seen += len(page.jobs)
+        if page.next_before is None:
+            return seen < len(holds.jobs)
+        query = replace(query, before=page.next_before)
+
+
+async def _journals(store: Store, holds: Contents, ids: set[str]) -> bool:
+    lost = False
+    for job_id in ids:
+        written = {event.seq: event for event in holds.events[job_id]}
+        served = await store.timeline(holds.jobs[job_id].seq)
+        for event in served:
+            assert written.get(event.seq) == event, f"{job_id} has another event in its journal"
+        lost = lost or len(served) < len(written)
+    return lost
+
+
+def _doctor_names(path: Path) -> bool:
+    try:
+        return bool(doctor.check(str(path)))
+    except StoreError:
+        return True
+
+
+def _looked_at(path: Path, holds: Contents) -> tuple[str, bool]:
+    """What became of a flip, in a word, and whether anything was missing. AssertionError where an answer was wrong."""
+    named = _doctor_names(path)
+    verdict, lost, missing = asyncio.run(_serves(path, holds))
+    assert not lost or verdict == "noticed" or named, f"missing, and nobody says so: {missing or 'events'}"
+    if verdict == "nothing" and named:
+        verdict = "named by the doctor"
+    return verdict, lost
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same over HTTP
+
+
+def _served_by_a_daemon(path: Path, original: Original, answers: dict[str, Any]) -> None:
+    """Each job's answer is the one of before, or says that it cannot be given."""
+    with Daemon.not_started(path.parent) as daemon:
+        daemon.launch()
+        if not daemon.gets_ready():
+            assert daemon.process is not None
+            assert daemon.process.wait() in REFUSED
+            assert b"event=cannot_start" in daemon.log, daemon.log.decode()
+            return
+        missing = []
+        with closing(daemon.worker()) as connection:
+            for job_id, before in answers.items():
+                reply = call(connection, "GET", f"/v1/jobs/{job_id}")
+                if reply.status == 200:
+                    assert _same(reply.data) == before, f"{job_id} is served as {reply.data}, it was {before}"
+                elif reply.error != "job_quarantined":
+                    assert reply.error == "job_not_found", reply.body
+                    missing.append(job_id)
+        assert not missing or b" level=error " in daemon.log, f"missing, and nobody says so: {missing}"
+        assert daemon.stop() == 0, daemon.log.decode()
+
+
+def _same(job: dict[str, Any]) -> dict[str, Any]:
+    """What a restart does not change: locks get the time that they had left."""
+    return {name: value for name, value in job.items() if name not in ("lock", "updated_at")}
+
+
+def _answers(trial: Trial, original: Original) -> dict[str, Any]:
+    path = original.put(trial.directory / "whole", "none", 0, 0)
+    with Daemon(path.parent) as daemon:
+        found = {job_id: _same(daemon.get(f"/v1/jobs/{job_id}").data) for job_id in original.holds.jobs}
+        assert daemon.stop() == 0
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flips(trial: Trial, *, killed: bool) -> Counts:
+    """`trial.rounds` bits, evenly spread over the file: the database, or the write-ahead log that a kill has left."""
+    original = Original(trial, killed=killed)
+    suffix = "-wal" if killed else ""
+    content = original.files[suffix]
+    answers = _answers(trial, original)
+    chance = random.Random(0)
+    counts: Counter[str] = Counter({"flips": trial.rounds, "bytes": len(content), "jobs": len(original.holds.jobs)})
+    last = Last(content) if killed else None
+    for number in range(trial.rounds):
+        at = (number * len(content) + chance.randrange(len(content))) // trial.rounds
+        bit = chance.randrange(8)
+        path = original.put(trial.directory / "flipped", suffix, at, bit)
+        try:
+            if last is not None and last.holds(at):
+                counts["in the last transaction, not told from a torn write"] += 1
+                continue
+            verdict, lost = _looked_at(path, original.holds)
+            assert not verdict.startswith("refused without"), verdict
+            if number % BY_DAEMON == 0:
+                path = original.put(trial.directory / "flipped", suffix, at, bit)
+                _served_by_a_daemon(path, original, answers)
+                counts["given to a daemon"] += 1
+        except Exception as error:
+            raise AssertionError(f"bit {bit} of byte {at} of jobd.db{suffix}: {error!r}") from error
+        counts[verdict] += 1
+        counts["with something missing, and said so"] += lost
+        if not killed:
+            counts[f"in {_kind(content, at)}"] += 1
+    return dict(counts)
+
+
+def _kind(content: bytes, at: int) -> str:
+    page = at // PAGE * PAGE
+    if at < 100:
+        return "the header"
+    return KINDS.get(content[page + 100 if page == 0 else page], "overflow and free pages")
+
+
+class Last:
+    """The last transaction of a log, which after a crash may be there in parts, so that damage to it is not noticed."""
+
+    FRAME: Final = 24 + PAGE
+
+    def __init__(self, log: bytes) -> None:
+        places = range(32, len(log) - self.FRAME + 1, self.FRAME)
+        ours = [place for place in places if log[place + 8 : place + 16] == log[16:24]]  # of the log's present round
+        commits = [place for place in ours if any(log[place + 4 : place + 8])]
+        # The head of the commit before counts, too: damaged, it may be what a torn write has left.
+        self._head_before = commits[-2] if len(commits) > 1 else 0
+        self._begins = commits[-2] + self.FRAME if len(commits) > 1 else 32
+        self._ends = ours[-1] + self.FRAME
+
+    def holds(self, at: int) -> bool:
+        return self._begins <= at < self._ends or 0 <= at - self._head_before < 24
+
+
+CHECKS: Final = (
+    Check(
+        "flipped-bits",
+        "one bit of the closed database is flipped: never a wrong answer, what is missing is named",
+        lambda trial: flips(trial, killed=False),
+        rounds=3_000,
+        few=40,
+    ),
+    Check(
+        "flipped-bits-in-the-log",
+        "one bit of the write-ahead log is flipped after a kill: no commit is passed over in silence",
+        lambda trial: flips(trial, killed=True),
+        rounds=1_000,
+        few=20,
+    ),
+)

@@ -1,0 +1,147 @@
+"""What a check of a fault is: its promise, the tools it needs, how it is run, and what came of it.
+
+Makes no fault itself and knows no check but by the list of modules.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Final, Literal
+
+from tests import ROOT
+
+# Each has a tuple of its checks, CHECKS.
+MODULES: Final = (
+    "kills",
+    "sweeps",
+    "power",
+    "replay",
+    "full",
+    "slow_disk",
+    "flips",
+    "migrating",
+    "fuzz",
+    "hostile_http",
+    "crowds",
+    "daemons",
+    "workers",
+    "lost_answers",
+    "times",
+    "units",
+)
+
+Counts = dict[str, int]
+Verdict = Literal["passed", "FAILED", "skipped"]
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What a check needs of the machine. `package` is Debian's."""
+
+    name: str
+    package: str
+    is_here: Callable[[], bool]
+
+
+def program(name: str, package: str | None = None) -> Tool:
+    """A program on the path."""
+    return Tool(name, package or name, lambda: shutil.which(name) is not None)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a check: a directory of its own, how many rounds, and whether its deadlines count.
+
+    Deadlines do not count where a test suite shares the machine (`timed` is False); all else does.
+    """
+
+    directory: Path
+    rounds: int
+    timed: bool = True
+
+
+@dataclass(frozen=True)
+class Check:
+    """A fault and what is promised under it.
+
+    `run` gives counts of what was done and seen. It raises AssertionError, with a story, where the promise is broken.
+    `rounds` is how often the fault is made for the report, `few` how often in the test suite (some seconds).
+    """
+
+    name: str
+    promise: str
+    run: Callable[[Trial], Counts]
+    rounds: int
+    few: int = 1
+    needs: tuple[Tool, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a check; `story` says what broke, or which tools are missing.
+
+    `command` makes the same check again. `commit` is that of the code, with `-dirty` if it has been changed since.
+    `needs` names the tools without which the check is skipped.
+    """
+
+    name: str
+    promise: str
+    verdict: Verdict
+    seconds: float
+    counts: Counts = field(default_factory=dict)
+    story: str = ""
+    command: str = ""
+    commit: str = ""
+    python: str = ""
+    needs: list[str] = field(default_factory=list)
+
+
+def checks() -> dict[str, Check]:
+    """All checks, by name, in the order of MODULES."""
+    modules = [import_module(f"tests.proof.faults.{name}") for name in MODULES]
+    return {check.name: check for module in modules for check in module.CHECKS}
+
+
+def commit() -> str:
+    """The commit of the code, and whether something has been changed since."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def play(check: Check, rounds: int, *, timed: bool) -> Outcome:
+    """Run one check. Whatever it raises is its failure; if a tool is missing, the check is skipped."""
+    command = f"python -m tests.proof.faults {check.name}"
+    command += f" --rounds {rounds}" if rounds != check.rounds else ""
+    command += "" if timed else " --few"
+    begun = Outcome(
+        check.name,
+        check.promise,
+        "skipped",
+        0.0,
+        command=command,
+        commit=commit(),
+        python=platform.python_version(),
+        needs=[tool.name for tool in check.needs],
+    )
+    missing = [f"{tool.name} (Debian: {tool.package})" for tool in check.needs if not tool.is_here()]
+    if missing:
+        return replace(begun, story=f"missing: {', '.join(missing)}")
+    began_s = time.monotonic()
+    counts: Counts = {}
+    story = ""
+    with tempfile.TemporaryDirectory(prefix="jobd-fault-") as directory:
+        try:
+            counts = check.run(Trial(Path(directory), rounds, timed))
+        except Exception:
+            story = traceback.format_exc()
+    seconds = round(time.monotonic() - began_s, 1)
+    return replace(begun, verdict="FAILED" if story else "passed", seconds=seconds, counts=counts, story=story)

@@ -1,0 +1,163 @@
+"""A disk that fills up and frees up again below a daemon that stays where it is.
+
+How far the daemon closes, and in which order, is the contract of full_disk.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, Final
+
+from jobd.storage.files import BALLAST_BYTES
+from tests.proof.faults.examine import examined
+from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.ledger import Asked, Ledger, Told
+from tests.proof.faults.load import work_alone
+from tests.proof.faults.mounts import MOUNTS, tmpfs
+from tests.support.daemon_process import Daemon, Reply
+
+ROOM_BYTES: Final = 16 << 20  # the log may take 4 MiB before it begins anew, and the jobs come on top
+HELD: Final = 12
+FULL: Final = b"event=disk_full"
+
+
+def fill(place: Path) -> Path:
+    """Take up all room of the disk."""
+    name = place / "filler"
+    with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return name
+
+
+class Caller:
+    """Calls whose answers are noted in the ledger."""
+
+    def __init__(self, daemon: Daemon, ledger: Ledger) -> None:
+        self._daemon = daemon
+        self._ledger = ledger
+
+    def ask(self, event: str, told: Told, verb: str, body: dict[str, Any]) -> Reply:
+        path = f"/v1/jobs/{told.job_id}/{verb}" if verb else "/v1/jobs"
+        told.open = asked = Asked(event, path, body)
+        reply = self._daemon.post(path, body)
+        if reply.status in (200, 201):
+            self._ledger.yes(told, asked, reply.data)
+        else:
+            self._ledger.no(told, asked, reply.error)
+        return reply
+
+    def create(self, job_id: str) -> tuple[Told, Reply]:
+        told = self._ledger.begin(job_id, {"n": job_id})
+        return told, self.ask("created", told, "", {"id": job_id, "payload": {"n": job_id}})
+
+    def hold(self, job_id: str) -> tuple[Told, str]:
+        """A job and the lock of its grant."""
+        told, reply = self.create(job_id)
+        assert reply.status == 201, reply.body
+        reply = self.ask("granted", told, "start", {"worker": "w"})
+        return told, reply.data["lock_id"]
+
+
+def full_disk(trial: Trial) -> Counts:
+    ledger = Ledger()
+    endings = 0
+    with tmpfs(trial.directory / "disk", BALLAST_BYTES + ROOM_BYTES) as place:
+        store = place / "jobd.db"
+        with Daemon.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
+            daemon.start()
+            for number in range(trial.rounds):
+                endings += _fills_up(daemon, ledger, place, f"round-{number}")
+            assert daemon.stop() == 0
+        checked = ledger.check(examined(store))
+    return {
+        "times full": trial.rounds,
+        "refused with storage_full": ledger.codes["storage_full"],
+        "jobs ended on the full disk": endings,
+        "acknowledgements checked": checked,
+    }
+
+
+def _fills_up(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> int:
+    """Full, and room again; how many jobs came to their end in between."""
+    assert daemon.process is not None
+    caller = Caller(daemon, ledger)
+    held = [caller.hold(f"{name}-held-{number}") for number in range(HELD)]
+    filler = fill(place)
+    created, extended = 0, 0
+    # A log that was longer once takes some more without needing room.
+    while (reply := caller.create(f"{name}-new-{created}")[1]).status == 201:
+        created += 1
+    assert (reply.status, reply.error) == (507, "storage_full"), reply.body
+    assert "refused=creates" in daemon.until_said(FULL)
+    told, lock = held[0]
+    while (reply := caller.ask("extended", told, "extend", {"lock_id": lock, "additional_ms": 900_000})).status == 200:
+        extended += 1
+    assert reply.error == "storage_full", reply.body
+    assert "refused=all_but_endings" in daemon.until_said(FULL)
+    assert not Path(f"{place}/jobd.db.ballast").exists()
+    assert daemon.get(f"/v1/jobs/{told.job_id}").status == 200, "reads go on"
+    for told, lock in held:
+        reply = caller.ask("completed", told, "complete", {"lock_id": lock})
+        assert reply.status == 200, f"the ballast is for endings: {reply.body}"
+    daemon.until_said(b"event=disk_has_room")  # the room of the reserve file
+    assert not Path(f"{place}/jobd.db.ballast").exists()
+    assert caller.create(f"{name}-before")[1].status == 201
+    filler.unlink()
+    daemon.until_said(b"event=reserve_file_rebuilt")
+    refused = ledger.codes.total()
+    work_alone(daemon, ledger, f"{name}-after", 5)
+    assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"
+    assert Path(f"{place}/jobd.db.ballast").stat().st_blocks * 512 >= BALLAST_BYTES
+    assert daemon.process.poll() is None
+    return len(held)
+
+
+def tiny_disk(trial: Trial) -> Counts:
+    """No room for a ballast from the start: nothing acknowledged is lost, and nothing needs a restart."""
+    checked = refused = 0
+    for number in range(trial.rounds):
+        # Each on a disk of its own: after some rounds the write-ahead log alone would fill one of this size.
+        ledger = Ledger()
+        with tmpfs(trial.directory / f"disk-{number}", 1 << 20) as place:
+            store = place / "jobd.db"
+            with Daemon.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
+                daemon.start()
+                _filled_and_freed(daemon, ledger, place)
+                assert daemon.stop() == 0
+            checked += ledger.check(examined(store))
+        refused += ledger.codes["storage_full"]
+    return {"times full": trial.rounds, "refused with storage_full": refused, "acknowledgements checked": checked}
+
+
+def _filled_and_freed(daemon: Daemon, ledger: Ledger, place: Path) -> None:
+    caller = Caller(daemon, ledger)
+    jobs = 0
+    filler = fill(place)
+    while caller.create(f"new-{jobs}")[1].status == 201:
+        jobs += 1
+    daemon.until_said(FULL)
+    filler.unlink()
+    daemon.until_said(b"event=disk_has_room")
+    refused = ledger.codes.total()
+    work_alone(daemon, ledger, "after", 2)
+    assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"
+
+
+CHECKS: Final = (
+    Check(
+        "full-disk",
+        "creates are refused with storage_full, running work can end, with room again all goes on without a restart",
+        full_disk,
+        rounds=10,
+        needs=(MOUNTS,),
+    ),
+    Check(
+        "tiny-disk",
+        "the same on a disk of 1 MiB, which has no room for a ballast",
+        tiny_disk,
+        rounds=10,
+        needs=(MOUNTS,),
+    ),
+)

@@ -1,0 +1,234 @@
+"""Requests made from the OpenAPI documents, right and wrong ones, for every call of both APIs.
+
+What the documents say is the measure: nothing about single calls is known here but how to name jobs that exist.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
+
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import CheckFunction
+from schemathesis.core.failures import FailureGroup
+from schemathesis.core.result import Ok
+from schemathesis.schemas import APIOperation
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
+
+from jobd.api import admin, worker
+from jobd.api.openapi import document
+from jobd.http.auth import LINES
+from jobd.http.routing import Route
+from jobd.model.job import STATUSES
+from tests.proof.faults.frame import Check, Counts, Trial
+from tests.support.daemon_process import TOKEN, Daemon
+
+# Rules that no schema can tell: a well-formed request may be refused with these words, and with no others.
+FAIR: Final = (
+    "got a number.",  # 5.0 is an integer to JSON Schema
+    "run_at or delay_ms",
+    "is not in the future",
+    "in the list twice",
+    "separated by commas",  # the filters of events
+    "must be the `id` of an event",
+    "must be the `next_cursor` of the call before",
+    "is no type of event",
+    "say two beginnings",
+    "Give `filter` or `ids`",
+    "goes with the `filter` of the plan before",
+    "`$.storage_key`",
+    "`$.updates.storage_key`",
+)
+STATES: Final = {"held": "processing", "waiting": "queued", "finished": "cancelled"}  # and the status of each
+_P: Final = "/admin/job-management"
+# Calls about what this daemon has not, or what nobody can guess: they are asked, and may be refused each time.
+NOT_THERE: Final = frozenset(
+    {
+        f"GET {_P}/jobs/{{id}}/artifact",
+        f"GET {_P}/plans/{{plan_id}}",
+        f"POST {_P}/plans/{{plan_id}}/apply",
+        f"GET {_P}/webhooks/{{name}}/deliveries",
+        f"POST {_P}/webhooks/{{name}}/resend",
+        f"POST {_P}/webhooks/{{name}}/resend-given-up",
+        f"POST {_P}/webhooks/{{name}}/test",
+        f"POST {_P}/workers/{{name}}/take-back",  # no worker is silent
+    }
+)
+UNASKED: Final[list[CheckFunction]] = [positive_data_acceptance]  # FAIR says it more exactly
+
+
+@schemathesis.serializer(LINES)
+def _lines(_: schemathesis.SerializationContext, value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else json.dumps(value).encode()
+
+
+def strict(title: str, table: Iterable[Route]) -> dict[str, Any]:
+    """A document as a TCP listener serves it: it asks for the token, and answers hold no field beside those told."""
+    said: dict[str, Any] = json.loads(json.dumps(document(title, table)))
+    for schema in said["components"]["schemas"].values():
+        schema.setdefault("additionalProperties", False)
+    for methods in said["paths"].values():
+        for call in methods.values():
+            call["security"] = [choice for choice in call["security"] if choice] or call["security"]
+    return said
+
+
+class Known:
+    """Jobs that exist, in many states, so that not every request is about nothing."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._count = 0
+        self.locks: dict[str, str] = {}
+
+    def fresh(self, state: str) -> str:
+        """A job that waits, that was just granted, or that is cancelled and has a late result."""
+        self._count += 1
+        job_id = f"known-{self._count}"
+        self._daemon.post("/v1/jobs", {"id": job_id, "payload": {"n": self._count}})
+        if state in ("held", "finished"):
+            self.locks[job_id] = self._daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
+        if state == "finished":
+            self._daemon.post(f"/v1/jobs/{job_id}/cancel")
+            self._daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": self.locks.pop(job_id), "metadata": 1})
+        return job_id
+
+    def put_into(self, case: Case[Any], job_id: str, status: str) -> None:
+        """Let `case` be about this job, where it names one, and its status."""
+        if isinstance(case.path_parameters, dict) and "id" in case.path_parameters:
+            case.path_parameters["id"] = job_id
+        if isinstance(case.query, dict) and "jobId" in case.query:
+            case.query["jobId"] = job_id
+        if isinstance(case.body, dict):
+            if "jobId" in case.body:
+                case.body["jobId"] = job_id
+            if case.body.get("from") in STATUSES:
+                case.body["from"] = status
+            for name in ("lock_id", "lockId"):
+                if name in case.body:
+                    case.body[name] = self.locks.get(job_id, "none")
+
+
+class Fuzz:
+    """One API of a daemon, asked by its document."""
+
+    def __init__(self, title: str, table: Iterable[Route], port: int, known: Known) -> None:
+        self._schema = schemathesis.openapi.from_dict(strict(title, table))
+        self._url = f"http://127.0.0.1:{port}"
+        self._known = known
+        self._session = requests.Session()
+        self._session.headers["Authorization"] = f"Bearer {TOKEN}"
+        self.statuses: Counter[str] = Counter()
+        self.succeeded: set[str] = set()
+        self.calls: set[str] = set()
+        self.nothing_to_get_wrong: set[str] = set()
+
+    def run(self, examples: int) -> None:
+        """Ask `examples` right requests and as many wrong ones for each call."""
+        for result in self._schema.get_all_operations():
+            operation = result.ok() if isinstance(result, Ok) else None
+            assert operation is not None, result
+            self.calls.add(operation.label)
+            for mode in GenerationMode:
+                self._call(operation, mode, examples)
+        self._session.close()
+
+    def _call(self, operation: APIOperation[Any, Any, Any, Any], mode: GenerationMode, examples: int) -> None:
+        states = itertools.cycle([*STATES, "unknown"])  # each comes as often as the others, in a short run too
+
+        @seed(20_240_601)
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],
+        )
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case: Case[Any]) -> None:
+            state = next(states)
+            if mode == GenerationMode.POSITIVE and state in STATES:
+                self._known.put_into(case, self._known.fresh(state), STATES[state])
+            self._ask(case, mode)
+
+        try:
+            ask()
+        except Unsatisfiable:
+            assert mode == GenerationMode.NEGATIVE
+            self.nothing_to_get_wrong.add(operation.label)
+        except FailureGroup as found:
+            raise AssertionError(f"{operation.label}: {found}") from None
+
+    def _ask(self, case: Case[Any], mode: GenerationMode) -> None:
+        if isinstance(case.body, dict) and case.body.get("wait_ms") in range(20, 60_000):
+            case.body["wait_ms"] = 20
+        response = case.call(base_url=self._url, session=self._session)
+        self.statuses[str(response.status_code)] += 1
+        if response.status_code < 300:
+            self.succeeded.add(case.operation.label)
+        # A stream is taken whatever its lines are: the answer names those that are refused.
+        # Nothing is sent of a parameter that is an empty list: what was wrong may have been that alone.
+        sent = parse_qs(urlsplit(str(response.request.url)).query, keep_blank_values=True)
+        is_lost = isinstance(case.query, dict) and bool(case.query.keys() - sent.keys())
+        unasked = [*UNASKED, negative_data_rejection] if is_lost or case.media_type == LINES else UNASKED
+        case.validate_response(response, excluded_checks=unasked)
+        if mode == GenerationMode.POSITIVE and response.status_code == 400:
+            message = response.json()["message"]
+            assert any(words in message for words in FAIR), f"{case.as_curl_command()}\n{message}"
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def by_the_documents(trial: Trial) -> Counts:
+    token = trial.directory / "worker-token"
+    token.write_text(TOKEN)
+    ports = {"WORKER": free_port(), "ADMIN": free_port()}
+    environ = {f"JOBD_{name}_LISTEN": f"127.0.0.1:{port}" for name, port in ports.items()}
+    with Daemon(trial.directory, "", JOBD_WORKER_TOKEN_FILE=str(token), **environ) as daemon:
+        known = Known(daemon)
+        apis = [
+            Fuzz("worker", worker.ROUTES, ports["WORKER"], known),
+            Fuzz("admin", admin.ROUTES, ports["ADMIN"], known),
+        ]
+        for api in apis:
+            api.run(trial.rounds)
+            unmet = api.calls - api.succeeded - NOT_THERE
+            assert not unmet, f"never a success: {sorted(unmet)}"
+        assert b" level=error " not in daemon.log, daemon.log[-4000:]
+        assert daemon.stop() == 0
+    statuses = apis[0].statuses + apis[1].statuses
+    assert all(int(status) < 500 for status in statuses), statuses
+    spared = sum(len(api.nothing_to_get_wrong) for api in apis)
+    counts = {f"answers {status}": statuses[status] for status in sorted(statuses)}
+    return {
+        "calls": sum(len(api.calls) for api in apis),
+        "calls that take nothing": spared,
+        "requests": statuses.total(),
+        **counts,
+    }
+
+
+CHECKS = (
+    Check(
+        "openapi",
+        "whatever the documents describe, right or wrong: never a 5xx, and each answer is as the documents say",
+        by_the_documents,
+        rounds=200,
+        few=12,
+    ),
+)

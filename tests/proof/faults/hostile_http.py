@@ -1,0 +1,207 @@
+"""Giant, malformed, compressed and smuggled requests on every door: 4xx or a closed connection, and nobody else waits.
+
+The requests are in hostile_bytes.py; how much later honest clients are answered meanwhile is measured here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import http.client
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Final
+
+from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.fuzz import free_port
+from tests.support.daemon_process import TOKEN, Daemon, call
+from tests.support.malformed_requests import DEAR, HOSTILE, WIDER, post
+
+LAG_MS: Final = 20.0
+ANSWERED_S: Final = 20.0  # bodies have 10 s to arrive
+BOMB: Final = gzip.compress(bytes(64 << 20))  # 64 KB that would be 64 MiB
+
+FRAMED: Final = ("length", "coding", "chunk size")  # cases that leave it open where the request ends
+
+Door = Callable[[], socket.socket]
+
+
+class Probe:
+    """An honest client that asks again and again; `worst` is its longest wait while a block runs."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._stop = threading.Event()
+        self._turn = threading.Condition()
+        self._asked = 0
+        self._worst_s = 0.0
+        self._thread = threading.Thread(target=self._ask)
+
+    def __enter__(self) -> Probe:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        with closing(self._daemon.worker()) as connection:
+            while not self._stop.is_set():
+                began_s = time.perf_counter()
+                assert call(connection, "GET", "/healthz").status == 200
+                with self._turn:
+                    self._worst_s = max(self._worst_s, time.perf_counter() - began_s)
+                    self._asked += 1
+                    self._turn.notify_all()
+
+    @contextmanager
+    def worst(self) -> Iterator[list[float]]:
+        """Gives the longest wait in ms, once the block and the question under way at its end are over."""
+        waits: list[float] = []
+        self._settle(1)
+        with self._turn:
+            self._worst_s = 0.0
+        yield waits
+        self._settle(2)
+        with self._turn:
+            waits.append(self._worst_s * 1000)
+
+    def _settle(self, more: int) -> None:
+        with self._turn:
+            until = self._asked + more
+            assert self._turn.wait_for(lambda: self._asked >= until or not self._thread.is_alive(), ANSWERED_S)
+            assert self._thread.is_alive(), "the honest client got no answer"
+
+
+def answer_to(door: Door, request: bytes) -> int:
+    """The status of the answer, 0 where the connection was closed instead. Neither in time is a broken promise."""
+    heard = head_of(door, request)
+    return int(heard.split(b" ", 2)[1]) if heard.startswith(b"HTTP/1.1 ") else 0
+
+
+def head_of(door: Door, request: bytes) -> bytes:
+    """How the answer begins, at least up to the end of its head; empty where the connection was closed instead."""
+    with door() as line:
+        line.settimeout(ANSWERED_S)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            line.sendall(request)  # refused before its end: what was answered is there all the same
+        heard = b""
+        with contextlib.suppress(ConnectionResetError):
+            while b"\r\n\r\n" not in heard and (piece := line.recv(65_536)):
+                heard += piece
+    return heard
+
+
+def with_token(request: bytes) -> bytes:
+    """The same request of somebody who has the token."""
+    first, end, rest = request.partition(b"\r\n")
+    return first + end + f"Authorization: Bearer {TOKEN}\r\n".encode() + rest if b" HTTP/1" in first else request
+
+
+def _requests() -> dict[str, bytes]:
+    dear = {name: post(path, body) for name, (path, body) in DEAR.items()}
+    bombs = {
+        f"bomb {coding}": post("/v1/jobs", BOMB, f"Content-Encoding: {coding}")
+        for coding in ("gzip", "deflate", "br", "zstd", "identity, gzip")
+    }
+    return {**HOSTILE, **WIDER, **dear, **bombs}
+
+
+def _doors(daemon: Daemon, port: int) -> dict[str, Door]:
+    def unix(path: str) -> socket.socket:
+        opened = socket.socket(socket.AF_UNIX)
+        opened.connect(path)
+        return opened
+
+    return {
+        "worker socket": lambda: unix(daemon.socket),
+        "worker port": lambda: socket.create_connection(("127.0.0.1", port)),
+        "admin socket": lambda: unix(daemon.admin_socket),
+    }
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[tuple[Daemon, dict[str, Door]]]:
+    """A daemon with three doors: a worker's two, and that of operators."""
+    token, port = directory / "worker-token", free_port()
+    token.write_text(TOKEN)
+    environ = {"JOBD_WORKER_LISTEN": f"127.0.0.1:{port}", "JOBD_WORKER_TOKEN_FILE": str(token)}
+    with Daemon(directory, "", **environ) as daemon:
+        yield daemon, _doors(daemon, port)
+        assert daemon.post("/v1/jobs", {"payload": "honest"}).status == 201
+        assert daemon.stop() == 0
+        assert b" level=error " not in daemon.log, daemon.log[-4000:]
+        assert b"Traceback" not in daemon.log
+
+
+def hostile_requests(trial: Trial) -> Counts:
+    statuses: Counter[int] = Counter()
+    lags: dict[str, list[float]] = {}
+    sys.setswitchinterval(0.0005)  # the honest client here does not wait for the hostile one
+    with opened(trial.directory) as (daemon, doors), Probe(daemon) as probe:
+        for _ in range(trial.rounds):
+            for door_name, door in doors.items():
+                for name, request in _requests().items():
+                    for sent in {request, with_token(request)} if door_name != "worker socket" else {request}:
+                        with probe.worst() as waits:
+                            status = answer_to(door, sent)
+                        assert status == 0 or 400 <= status < 500, f"{name} on the {door_name}: {status}"
+                        statuses[status] += 1
+                        lags.setdefault(f"{name} on the {door_name}, {len(sent)} bytes", []).extend(waits)
+    # What a request costs it costs each time; what this machine does besides it does not.
+    worst, slowest = max((statistics.median(waits), name) for name, waits in lags.items())
+    assert worst <= LAG_MS or not trial.timed, f"{slowest} keeps honest clients waiting for {worst:.1f} ms"
+    told = {f"answers {status}" if status else "closed": count for status, count in sorted(statuses.items())}
+    return {"requests": statuses.total(), **told, "ms that others waited, at most": round(worst)}
+
+
+def smuggled(trial: Trial) -> Counts:
+    """Many requests in one piece, some not what they seem: as many answers, in order, and nothing of it is done."""
+    asked = ended = 0
+    with opened(trial.directory) as (daemon, doors):
+        for number in range(trial.rounds):
+            count = 100 + number % 400
+            lines = b"".join(f"GET /v1/jobs/none-{n} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for n in range(count))
+            with doors["worker socket"]() as line:
+                line.settimeout(ANSWERED_S)
+                line.sendall(lines)
+                with line.makefile("rb") as heard:
+                    for n in range(count):
+                        assert b" 404 " in heard.readline()
+                        headers = http.client.parse_headers(heard)
+                        assert f"There is no job none-{n}:" in heard.read(int(headers["Content-Length"])).decode()
+                asked += count
+            for name, carrier in {**HOSTILE, **WIDER}.items():
+                hidden = f"smuggled-{number}-{name.replace(' ', '-').replace(',', '')}"
+                head = head_of(doors["worker socket"], carrier + post("/v1/jobs", f'{{"id":"{hidden}"}}'.encode()))
+                is_over = not head or b"\r\nConnection: close\r\n" in head
+                # Where the framing was sound, it was a request of its own after a refused one.
+                assert is_over or not any(word in name for word in FRAMED), f"{name}: {head!r}"
+                assert not is_over or daemon.get(f"/v1/jobs/{hidden}").status == 404, f"smuggled behind {name}"
+                ended += is_over
+                asked += 1
+    return {"requests": asked, "connections ended by a malformed one": ended}
+
+
+CHECKS = (
+    Check(
+        "hostile-requests",
+        "giant, malformed, compressed requests on each door: 4xx or the end of the line, others wait 20 ms at most",
+        hostile_requests,
+        rounds=5,
+    ),
+    Check(
+        "smuggled-requests",
+        "requests in one piece are answered each in its turn; what hides behind a malformed one is not done",
+        smuggled,
+        rounds=5,
+    ),
+)

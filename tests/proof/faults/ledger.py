@@ -1,0 +1,182 @@
+"""What clients were told: every acknowledgement, what is still open, and whether a store or a daemon agrees with it.
+
+Asks nothing of its own accord but what `settle` repeats. How the load is made is in load.py.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from jobd.model.events import Event
+from tests.proof.faults.examine import Contents
+from tests.support.daemon_process import Doors
+
+# What the daemon does by itself may stand between the things that clients asked for.
+OWN_DOING: Final = frozenset({"daemon", "recovery", "cleanup"})
+_SETTLED: Final = frozenset({200, 201})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, as it can be sent again: `event` is what the journal says where it was taken."""
+
+    event: str
+    path: str
+    body: dict[str, Any]
+    key: str | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.key is None else {"Idempotency_Key": self.key}
+
+
+@dataclass
+class Told:
+    """One job, as its client knows it. `open` was asked and not answered; `events` are patterns for its journal."""
+
+    job_id: str
+    payload: Any
+    events: list[str] = field(default_factory=list)
+    answered_s: list[float] = field(default_factory=list)  # time.monotonic() of the answer to each
+    open: Asked | None = None
+
+    def note(self, event: str) -> None:
+        self.open = None
+        self.events.append(event)
+        self.answered_s.append(time.monotonic())
+
+    def maybe(self, event: str) -> None:
+        """That may have happened too, before what is still open."""
+        self.events.append(f"({event};)?")
+        self.answered_s.append(time.monotonic())
+
+    def pattern(self, until_s: float) -> str:
+        """What the journal may say where all that was answered before `until_s` must be in it."""
+        sure = bisect.bisect_left(self.answered_s, until_s)
+        maybe = [*self.events[sure:], *([] if self.open is None else [self.open.event])]
+        return told_pattern(self.events[:sure]) + _one_after_the_other(maybe)
+
+
+class Ledger:
+    """All jobs of all clients. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.jobs: dict[str, Told] = {}
+        self.tokens: dict[int, str] = {}
+        self.granted_s: dict[int, float] = {}  # when we heard of each
+        self.codes: Counter[str] = Counter()
+        self.acknowledged = 0
+        self._enough = 0
+        self._got_enough = threading.Event()
+
+    def until(self, more: int, timeout_s: float = 60.0) -> bool:
+        """Wait for so many more acknowledgements; whether they came."""
+        with self._lock:
+            self._enough = self.acknowledged + more
+            self._got_enough.clear()
+        return self._got_enough.wait(timeout_s)
+
+    def begin(self, job_id: str, payload: Any) -> Told:
+        with self._lock:
+            return self.jobs.setdefault(job_id, Told(job_id, payload))
+
+    def yes(self, told: Told, asked: Asked, data: Any) -> None:
+        """An answer of success came."""
+        with self._lock:
+            told.note(asked.event)
+            self._count(1)
+            if asked.event == "granted":
+                self._note_token(told, data["fencing_token"])
+
+    def no(self, told: Told, asked: Asked, code: str) -> None:
+        """A definite refusal came: nothing was changed."""
+        with self._lock:
+            told.open = None
+            self.codes[code] += 1
+
+    def _count(self, more: int) -> None:
+        self.acknowledged += more
+        if self.acknowledged >= self._enough:
+            self._got_enough.set()
+
+    def _note_token(self, told: Told, token: int) -> None:
+        holder = self.tokens.setdefault(token, told.job_id)
+        self.granted_s.setdefault(token, told.answered_s[-1])
+        assert holder == told.job_id, f"token {token} was given for {holder} and again for {told.job_id}"
+
+    # -- afterwards ---------------------------------------------------------------------------------------------------
+
+    def settle(self, daemon: Doors) -> int:
+        """Repeat what was not answered, under the same key: each is taken now or was taken then. Gives their number."""
+        settled = 0
+        for told in [told for told in self.jobs.values() if told.open is not None]:
+            asked = told.open
+            assert asked is not None
+            reply = daemon.post(asked.path, asked.body, **asked.headers)
+            assert reply.status in _SETTLED, f"{told.job_id}: {asked} was repeated and refused: {reply.body}"
+            if asked.event in ("progress", "extended"):  # these happen again
+                told.note(f"({asked.event};)?{asked.event}")
+            else:
+                self.yes(told, asked, reply.data)
+            settled += 1
+        return settled
+
+    def check(self, store: Contents, *, until_s: float = math.inf) -> int:
+        """Every acknowledgement is in the store, each once, and nothing that was refused; how many were checked.
+
+        What was answered at `until_s` (time.monotonic()) or later may be in the store or not.
+        """
+        checked = 0
+        for told in self.jobs.values():
+            seen = "".join(f"{event};" for event in asked_for(store.events.get(told.job_id, [])))
+            pattern = told.pattern(until_s)
+            assert re.fullmatch(pattern, seen), f"{told.job_id}: told {pattern}, the store has {seen}"
+            if seen:
+                assert store.payloads[told.job_id] == told.payload, f"{told.job_id} has another payload"
+            checked += bisect.bisect_left(told.answered_s, until_s)
+        for token, job_id in self.tokens.items():
+            granted_s = self.granted_s[token]
+            assert store.tokens.get(token) == job_id or granted_s >= until_s, f"token {token} of {job_id} is not there"
+        return checked
+
+    def adopt(self, store: Contents, since_s: float) -> int:
+        """Of what was answered at `since_s` or later, keep what the store has; gives how many answers are forgotten."""
+        forgotten = 0
+        for told in self.jobs.values():
+            late = len(told.events) - bisect.bisect_left(told.answered_s, since_s)
+            seen = asked_for(store.events.get(told.job_id, []))
+            if late and len(seen) < len(told.events):
+                forgotten += len(told.events) - len(seen)
+                del told.events[len(seen) :], told.answered_s[len(seen) :]
+                told.open = None
+        for token, job_id in list(self.tokens.items()):
+            if self.granted_s[token] >= since_s and store.tokens.get(token) != job_id:
+                del self.tokens[token], self.granted_s[token]
+        return forgotten
+
+
+def told_pattern(events: Iterable[str]) -> str:
+    """A pattern for all of them; what ends with ? is one already."""
+    return "".join(event if event.endswith("?") else f"{event};" for event in events)
+
+
+def _one_after_the_other(events: list[str]) -> str:
+    """A pattern for any number of them, from the first on."""
+    pattern = ""
+    for event in reversed(events):
+        pattern = f"({told_pattern([event])}{pattern})?"
+    return pattern
+
+
+def asked_for(events: Iterable[Event]) -> list[str]:
+    """What others than the daemon itself have caused; word of a refused call is no change."""
+    return [event.type for event in events if event.by not in OWN_DOING and event.type != "late_call"]

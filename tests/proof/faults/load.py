@@ -1,0 +1,114 @@
+"""Clients at work: lifecycles of every kind from several threads, every answer noted in a ledger.
+
+What is right is not judged here, but for answers that may never come.
+"""
+
+from __future__ import annotations
+
+import http.client
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import Any, Final
+
+from tests.proof.faults.ledger import Asked, Ledger, Told
+from tests.support.daemon_process import Doors, Reply, call
+
+CLIENTS: Final = 6
+ENDINGS: Final = ("completed", "failed", "retried", "released", "cancelled", "held")
+
+
+class Cut(Exception):
+    """No answer came, or one that says that the outcome is unknown: this client stops here."""
+
+
+class Refused(Exception):
+    """A definite no."""
+
+
+class Client:
+    """One connection and the jobs of its own. `job_id` names begin with `name`, which is used once in a store."""
+
+    def __init__(self, ledger: Ledger, name: str, stop: threading.Event) -> None:
+        self._ledger = ledger
+        self._name = name
+        self._stop = stop
+        self._random = random.Random(name)
+
+    def work(self, connect: Callable[[], http.client.HTTPConnection], lifecycles: int = 100_000) -> None:
+        """Until told to stop, or cut off."""
+        with closing(connect()) as connection:
+            for number in range(lifecycles):
+                if self._stop.is_set():
+                    return
+                try:
+                    self._lifecycle(connection, f"{self._name}-{number}")
+                except Refused:
+                    continue
+                except Cut:
+                    return
+
+    def _lifecycle(self, connection: http.client.HTTPConnection, job_id: str) -> None:
+        payload = {"n": job_id, "fill": "x" * self._random.randrange(300)}
+        told = self._ledger.begin(job_id, payload)
+        ending = self._random.choice(ENDINGS)
+
+        def ask(event: str, verb: str, body: dict[str, Any], key: str | None = None) -> Any:
+            path = f"/v1/jobs/{job_id}/{verb}" if verb else "/v1/jobs"
+            return self._ask(connection, told, Asked(event, path, body, key))
+
+        ask("created", "", {"id": job_id, "payload": payload, "max_attempts": 2 if ending == "retried" else 1})
+        lock = {"lock_id": ask("granted", "start", {"worker": self._name}, key=f"start-{job_id}")["lock_id"]}
+        for step in range(self._random.randrange(3)):
+            ask("progress", "progress", {**lock, "progress": 10 * step + 5, "message": f"step {step}"})
+        if self._random.random() < 0.3:
+            ask("extended", "extend", {**lock, "additional_ms": 1_200_000})
+        if ending in ("failed", "retried"):
+            ask(ending, "fail", {**lock, "error_message": "it broke", "error_code": "E1"})
+        elif ending == "cancelled":
+            ask(ending, "cancel", {"reason": "no more"}, key=f"cancel-{job_id}")
+        elif ending != "held":
+            ask(ending, "complete" if ending == "completed" else "release", lock)
+
+    def _ask(self, connection: http.client.HTTPConnection, told: Told, asked: Asked) -> Any:
+        told.open = asked
+        try:
+            reply = call(connection, "POST", asked.path, asked.body, **asked.headers)
+        except (OSError, http.client.HTTPException) as error:
+            raise Cut from error
+        self._judge(told, asked, reply)
+        return reply.data
+
+    def _judge(self, told: Told, asked: Asked, reply: Reply) -> None:
+        if reply.status in (200, 201):
+            self._ledger.yes(told, asked, reply.data)
+            return
+        code = reply.error
+        if code == "outcome_unknown":
+            self._ledger.codes[code] += 1
+            raise Cut
+        assert code in ("storage_full", "overloaded", "shutting_down"), f"{asked} was refused: {reply.body}"
+        self._ledger.no(told, asked, code)
+        raise Cut if code == "shutting_down" else Refused
+
+
+@contextmanager
+def load(daemon: Doors, ledger: Ledger, name: str, clients: int = CLIENTS) -> Iterator[list[Future[None]]]:
+    """Clients at work while the block runs; they are done when it ends. `name` is used once for a store."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(clients) as pool:
+        each = [Client(ledger, f"{name}-{number}", stop) for number in range(clients)]
+        done = [pool.submit(client.work, daemon.worker) for client in each]
+        try:
+            yield done
+        finally:
+            stop.set()
+    for one in done:
+        one.result()  # what a client found wrong
+
+
+def work_alone(daemon: Doors, ledger: Ledger, name: str, lifecycles: int) -> None:
+    """One client and so many lifecycles, or until it is cut off: the same for the same `name`."""
+    Client(ledger, name, threading.Event()).work(daemon.worker, lifecycles)

@@ -1,0 +1,263 @@
+"""Answers that never arrive: a proxy loses them, and the daemon is killed between its commit and its reply."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import re
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, Final
+
+from jobd.model.job import Grant
+from tests.proof.faults.daemons import slow_disk
+from tests.proof.faults.examine import Contents, examined
+from tests.proof.faults.frame import Check, Counts, Trial, program
+from tests.proof.faults.ledger import Asked, Ledger, Told, asked_for, told_pattern
+from tests.proof.faults.load import CLIENTS, Client, load
+from tests.proof.faults.proxy import FAULTS, Proxy
+from tests.support.daemon_process import Daemon, Reply, call, die_with_us
+
+CALLS: Final = itertools.count(1)
+LIFECYCLES: Final = 40
+AGAIN: Final = frozenset({"progress", "extended"})  # they have no key, and happen again
+
+
+class Stubborn(Client):
+    """Asks through a proxy, again and again until it is answered, and compares that with the answers that were lost."""
+
+    def __init__(self, ledger: Ledger, name: str, stop: threading.Event, proxy: Proxy) -> None:
+        super().__init__(ledger, name, stop)
+        self._proxy = proxy
+        self.faults: Counter[str] = Counter()
+        self.compared = 0
+
+    def _ask(self, connection: http.client.HTTPConnection, told: Told, asked: Asked) -> Any:
+        if asked.event == "created":  # with a key too; without one its id would do
+            asked = Asked(asked.event, asked.path, asked.body, f"create-{told.job_id}")
+        told.open = asked
+        first: tuple[int, Any] | None = None
+        for _ in range(50):
+            fault = self._random.choice(FAULTS) if self._random.random() < 0.4 else ""
+            mark = f"call-{next(CALLS)}"
+            more = {"X_Fault": fault} if fault else {}
+            with closing(self._proxy.connect()) as line:
+                try:
+                    reply = call(line, "POST", asked.path, asked.body, X_Call=mark, **asked.headers, **more)
+                except (OSError, http.client.HTTPException, ValueError):  # ValueError: half of the JSON
+                    assert fault, f"{asked}: no answer, and no fault"
+                    self.faults[fault] += 1
+                    lost = self._proxy.lost.pop(mark, None)
+                    self._note_lost(told, asked, lost)
+                    first = first or lost
+                    continue
+            self._compare(asked, first, reply)
+            self._judge(told, asked, reply)
+            return reply.data
+        raise AssertionError(f"no answer in 50 tries: {asked}")
+
+    def _note_lost(self, told: Told, asked: Asked, lost: tuple[int, Any] | None) -> None:
+        """What may stand in the journal once more: a report that was repeated, a grant that was taken back."""
+        if lost is not None:
+            assert lost[0] in (200, 201), f"{asked} was refused: {lost}"
+        if asked.event in AGAIN and lost is not None:
+            told.note(asked.event)
+            told.open = asked
+        elif asked.event in AGAIN or (asked.event == "granted" and lost is None):
+            told.maybe(asked.event)
+
+    def _compare(self, asked: Asked, first: tuple[int, Any] | None, reply: Reply) -> None:
+        if first is None or asked.event in AGAIN:
+            return
+        self.compared += 1
+        if asked.key is not None:
+            assert (reply.status, reply.body) == first, f"{asked}: first {first}, then {reply.status} {reply.body}"
+            assert reply.headers["Idempotent-Replayed"] == "true"
+        else:
+            assert reply.data.pop("repeated") is True
+            first[1]["data"].pop("repeated", None)
+            assert reply.body == first[1], f"{asked}: first {first[1]}, then {reply.body}"
+
+
+def lost_answers(trial: Trial) -> Counts:
+    ledger = Ledger()
+    stop = threading.Event()
+    with Daemon(trial.directory) as daemon, Proxy(trial.directory, daemon.socket) as proxy:
+        each = [Stubborn(ledger, f"client-{number}", stop, proxy) for number in range(CLIENTS)]
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            done = [pool.submit(client.work, daemon.worker) for client in each]
+            try:
+                assert ledger.until(trial.rounds * LIFECYCLES), daemon.log[-2000:]
+            finally:
+                stop.set()
+            for one in done:
+                one.result()
+        assert daemon.stop() == 0
+    store = examined(daemon.store)
+    checked = ledger.check(store)
+    faults = sum((client.faults for client in each), Counter[str]())
+    return {
+        "acknowledgements checked": checked,
+        "lost answers, the same when asked again": sum(client.compared for client in each),
+        "grants taken back": _taken_back(ledger, store),
+        **faults,
+    }
+
+
+def _taken_back(ledger: Ledger, store: Contents) -> int:
+    """Grants that nobody received; each ended as undelivered, at once."""
+    taken_back = 0
+    for events in store.events.values():
+        for event, after in itertools.pairwise([*events, None]):
+            if event is None or event.type != "granted":
+                continue
+            assert event.changes is not None
+            assert isinstance(event.changes.grant, Grant)
+            if event.changes.grant.fencing_token not in ledger.tokens:
+                assert after is not None, f"{event.job_id} is held, and nobody was told"
+                assert after.type == "undelivered", f"{event.job_id}: nobody was told of a grant, and then {after.type}"
+                taken_back += 1
+    return taken_back
+
+
+# -- grants that nobody waits for --------------------------------------------------------------------------------------
+
+
+def lost_grants(trial: Trial) -> Counts:
+    """Claims hang up while they are being decided, written and answered; who comes next gets it all, in order."""
+    counts = Counter[str]()
+    with Daemon(trial.directory) as daemon, slow_disk(daemon, 20):
+        for number in range(trial.rounds):
+            queue = f"q-{number}"
+            ids = [f"{queue}-{each}" for each in range(6)]
+            jobs = [{"id": job_id, "queue": queue} for job_id in ids]
+            assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
+            for each in range(3):
+                _hang_up(daemon, queue, f"key-{number}-{each}" if number % 2 else None, after_s=0.012 * each)
+            granted = _claim_all(daemon, queue, len(ids))
+            assert list(granted) == ids, f"another order: {list(granted)}"
+            for job_id, grant in granted.items():
+                assert grant["job"]["attempt"] == 1, "the attempt of a lost grant was not given back"
+                events = daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]
+                seen = told_pattern(event["type"] for event in events)
+                assert re.fullmatch("created;(granted;(undelivered|released);)*granted;", seen), seen
+                counts["grants taken back"] += seen.count("undelivered;")
+                counts["others"] += 1 + seen.count("released;")
+        assert daemon.stop() == 0
+    assert len(examined(daemon.store).tokens) == counts.total()
+    return {"claims that hung up": 3 * trial.rounds, "grants taken back": counts["grants taken back"]}
+
+
+def _hang_up(daemon: Daemon, queue: str, key: str | None, after_s: float) -> None:
+    body = json.dumps({"worker": "gone", "queues": [queue], "limit": 2})
+    fields = {"Content-Type": "application/json"} | ({} if key is None else {"Idempotency-Key": key})
+    with closing(daemon.worker()) as line:
+        line.request("POST", "/v1/claim", body, fields)
+        time.sleep(after_s)  # that is the fault: so long somebody waits
+        if select.select([line.sock], [], [], 0)[0]:
+            # It slept longer than it was told to, and was answered: that grant is no lost one.
+            for grant in json.loads(line.getresponse().read())["data"]["grants"]:
+                _give_back(daemon, grant)
+
+
+def _claim_all(daemon: Daemon, queue: str, count: int) -> dict[str, Any]:
+    """All grants of a queue, by job, in the order in which they came; they are given back until all come together."""
+    deadline_s = time.monotonic() + 30
+    while True:
+        assert time.monotonic() < deadline_s, f"of {count} jobs some are still held by nobody"
+        grants = daemon.post("/v1/claim", {"worker": "next", "queues": [queue], "limit": count}).data["grants"]
+        if len(grants) == count:
+            return {grant["job"]["id"]: grant for grant in grants}
+        for grant in grants:
+            _give_back(daemon, grant)
+
+
+def _give_back(daemon: Daemon, grant: dict[str, Any]) -> None:
+    path = f"/v1/jobs/{grant['job']['id']}/release"
+    assert daemon.post(path, {"lock_id": grant["lock_id"]}).status == 200
+
+
+# -- killed between commit and reply -----------------------------------------------------------------------------------
+
+
+def killed_before_reply(trial: Trial) -> Counts:
+    """The daemon dies at the moment at which its Nth answer would leave: what it says was done, and nobody knows."""
+    ledger = Ledger()
+    unheard = 0
+    with Daemon(trial.directory) as daemon:
+        for number in range(trial.rounds):
+            with load(daemon, ledger, f"round-{number}"):
+                assert ledger.until(20), daemon.log[-2000:]
+                _killed_at_write(daemon, 1 + number)
+                daemon.kill()
+            store = examined(daemon.store)
+            ledger.check(store)
+            daemon.start()
+            done = [told for told in ledger.jobs.values() if told.open is not None and _was_done(told, store)]
+            assert done, "every change that was made was answered"
+            unheard += len(done)
+            for told in done:
+                assert told.open is not None
+                if told.open.key is not None:
+                    reply = daemon.post(told.open.path, told.open.body, **told.open.headers)
+                    assert reply.headers["Idempotent-Replayed"] == "true", reply.body
+            ledger.settle(daemon)
+        assert daemon.stop() == 0
+    checked = ledger.check(examined(daemon.store))
+    return {
+        "kills": trial.rounds,
+        "acknowledgements checked": checked,
+        "done, never heard, heard when repeated": unheard,
+    }
+
+
+def _was_done(told: Told, store: Contents) -> bool:
+    seen = asked_for(store.events.get(told.job_id, []))
+    return (
+        told.open is not None
+        and re.fullmatch(told_pattern([*told.events, told.open.event]), told_pattern(seen)) is not None
+    )
+
+
+def _killed_at_write(daemon: Daemon, number: int) -> None:
+    """Kill the daemon when its loop's thread, which sends the answers, makes its Nth write from now on."""
+    assert daemon.process is not None
+    inject = ["-e", "trace=write", "-e", f"inject=write:signal=SIGKILL:when={number}"]
+    command = ["strace", "-q", "-o", "/dev/null", "-p", str(daemon.process.pid), *inject]
+    with subprocess.Popen(command, preexec_fn=die_with_us) as strace:
+        try:
+            assert daemon.process.wait(60) == -signal.SIGKILL, daemon.log[-2000:]
+        finally:
+            strace.terminate()
+
+
+CHECKS = (
+    Check(
+        "lost-answers",
+        "answers, requests and connections are lost: who asks again gets the first answer, and it was done once",
+        lost_answers,
+        rounds=50,
+    ),
+    Check(
+        "lost-grants",
+        "claims whose connection has closed: their jobs are with nobody, keep their place and their attempt",
+        lost_grants,
+        rounds=50,
+        few=4,
+        needs=(program("strace"),),
+    ),
+    Check(
+        "killed-before-reply",
+        "kill -9 between commit and reply: a repeat is told what was done, and nothing is done twice",
+        killed_before_reply,
+        rounds=30,
+        needs=(program("strace"),),
+    ),
+)

@@ -1,0 +1,177 @@
+"""A migration that is cut short at any of its writes, and a store that comes from a newer version.
+
+The steps are those of next_version.py; that each version has its step is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import random
+import shutil
+import signal
+import sqlite3
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+from jobd.storage import migrations, startup
+from tests.proof.faults.examine import contents, examined
+from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.ledger import Ledger
+from tests.proof.faults.load import load
+from tests.proof.faults.next_version import AHEAD
+from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace
+from tests.proof.faults.sweeps import EXIT_IO, Place
+from tests.support.daemon_process import Daemon
+
+NEXT: Final = "tests.proof.faults.next_version"
+OLD: Final = migrations.VERSION
+NEW: Final = OLD + AHEAD
+ERRORS: Final = (None, "EIO", "ENOSPC")
+EXIT_CONFIG: Final = 78
+
+
+def _old_store(trial: Trial, ledger: Ledger) -> Path:
+    """The directory of a store of this version, which was stopped as it should be."""
+    home = trial.directory / "old"
+    home.mkdir()
+    with Daemon(home) as daemon:
+        with load(daemon, ledger, "load"):
+            assert ledger.until(150 if trial.timed else 50), daemon.log[-2000:]
+        assert daemon.stop() == 0
+    ledger.check(examined(daemon.store))
+    return home
+
+
+def _copied(old: Path, place: Path) -> Path:
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for name in ("jobd.db", "jobd.db.epoch"):
+        shutil.copy2(old / name, place / name)
+    return place
+
+
+def cut_short(trial: Trial) -> Counts:
+    ledger = Ledger()
+    old = _old_store(trial, ledger)
+    places = _places(_copied(old, trial.directory / "measured"))
+    chosen = random.Random(0).sample(places, min(trial.rounds, len(places)))
+    counts: Counter[str] = Counter({"places and faults": len(places), "tried": len(chosen)})
+    for place in chosen:
+        home = _copied(old, trial.directory / "migrated")
+        try:
+            counts[_fails(home, place)] += 1
+            counts[_left(home / "jobd.db", ledger)] += 1
+            _goes_on(home, ledger)
+        except AssertionError as error:
+            raise AssertionError(f"{place}: {error}") from error
+    return dict(counts)
+
+
+def _places(home: Path) -> list[Place]:
+    """All writes and syncs of a start that migrates and of the stop after it, with what may go wrong there."""
+    with Daemon.not_started(home) as daemon:
+        daemon.module = NEXT
+        strace = Strace(daemon, (*SYNCS, *WRITES))
+        daemon.start()
+        assert daemon.stop() == 0
+    found = strace.seen()
+    (thread, _), *_ = Counter(seen.thread for seen in found).most_common()
+    made = Counter(seen.call for seen in found if seen.thread == thread)
+    return [Place(call, number, error) for call in made for number in range(1, made[call] + 1) for error in ERRORS]
+
+
+def _fails(home: Path, place: Place) -> str:
+    with Daemon.not_started(home) as daemon:
+        daemon.module = NEXT
+        Strace(daemon, (*SYNCS, *WRITES), place.inject)
+        daemon.launch()
+        assert daemon.process is not None
+        code = daemon.stop() if daemon.gets_ready() else daemon.process.wait(30)
+        assert b"Traceback" not in daemon.log, daemon.log.decode()
+    if place.error is None and code == -signal.SIGKILL:
+        return "killed"
+    assert code in (0, EXIT_IO), f"exit code {code}:\n{daemon.log.decode()}"
+    return "failed with exit code 74" if code else "got by"
+
+
+def _left(path: Path, ledger: Ledger) -> str:
+    """What is there afterwards: the old store as it was, or the new one with a copy of the old one beside it."""
+    version = startup.peek(str(path))[1]
+    ledger.check(contents(path))
+    copies = [Path(name) for name in glob.glob(f"{path}.v{OLD}-*")]
+    for copy in copies:
+        ledger.check(examined(copy))
+    assert version in (OLD, NEW), f"there is no version {version}"
+    if version == OLD:
+        ledger.check(examined(path))
+        return "left as it was"
+    assert copies, "the old store was not kept"
+    return "migrated"
+
+
+def _goes_on(home: Path, ledger: Ledger) -> None:
+    """The next start migrates what is left to migrate, and leaves no parts of copies."""
+    with Daemon.not_started(home) as daemon:
+        daemon.module = NEXT
+        daemon.start()
+        assert daemon.stop() == 0
+    with closing(sqlite3.connect(daemon.store)) as conn:
+        assert conn.execute("PRAGMA user_version").fetchone() == (NEW,)
+        assert conn.execute("SELECT count(*) FROM notes").fetchone() == (len(ledger.jobs),)
+    ledger.check(contents(daemon.store))
+    assert not glob.glob(f"{daemon.store}.backup-*")
+    assert glob.glob(f"{daemon.store}.v{OLD}-*"), "the old store was not kept"
+
+
+def newer(trial: Trial) -> Counts:
+    """A store of a newer version, closed or with the whole migration in its log, is refused and left as it is."""
+    ledger = Ledger()
+    old = _old_store(trial, ledger)
+    compared = 0
+    for number in range(trial.rounds):
+        home = _copied(old, trial.directory / "newer")
+        with Daemon.not_started(home) as daemon:
+            daemon.module = NEXT
+            daemon.start()
+            if number % 2:
+                daemon.kill()
+            else:
+                assert daemon.stop() == 0
+            before = _fingerprints(home)
+            daemon.module = "jobd"
+            daemon.launch()
+            assert not daemon.gets_ready()
+            assert daemon.process is not None
+            assert daemon.process.wait(30) == EXIT_CONFIG, daemon.log.decode()
+            assert f"has schema version {NEW}, this jobd knows {OLD}".encode() in daemon.log
+        assert _fingerprints(home) == before, "the files are not as they were"
+        compared += len(before)
+    return {"starts refused": trial.rounds, "files compared": compared}
+
+
+def _fingerprints(home: Path) -> dict[str, str]:
+    """Of everything in the directory but the lock file, which names its holder, and sockets."""
+    files = [file for file in home.iterdir() if file.is_file() and file.suffix != ".lock"]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+CHECKS: Final = (
+    Check(
+        "migration-cut-short",
+        "kill -9 or a failing disk at any write of a migration: the old store is as it was, or migrated, with its copy",
+        cut_short,
+        rounds=50,
+        few=1,
+        needs=(STRACE,),
+    ),
+    Check(
+        "newer-schema",
+        "a store of a newer version is refused with exit code 78 and left as it is, byte by byte",
+        newer,
+        rounds=4,
+        few=1,
+    ),
+)

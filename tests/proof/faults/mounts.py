@@ -1,0 +1,114 @@
+"""Small disks of our own: mounted where only this process and its children see them, gone when it ends.
+
+Needs root, as the checks say that use it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from tests.proof.faults.frame import Tool
+
+_CLONE_NEWNS: Final = 0x00020000
+_FS_IOC_SHUTDOWN: Final = 2 << 30 | 4 << 16 | ord("X") << 8 | 125  # _IOR('X', 125, __u32)
+_NO_LOG_FLUSH: Final = 2
+
+
+@functools.cache
+def _alone() -> None:
+    """From now on this process sees mounts of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    _run("mount", "--make-rprivate", "/")
+
+
+def _run(*command: str) -> None:
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise OSError(f"{' '.join(command)}: {run.stderr.strip()}")
+
+
+@contextmanager
+def tmpfs(place: Path, size: int) -> Iterator[Path]:
+    """A disk in memory with `size` bytes."""
+    _alone()
+    place.mkdir()
+    _run("mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "jobd-fault", str(place))
+    try:
+        yield place
+    finally:
+        _run("umount", "--lazy", str(place))
+
+
+class LoopDisk:
+    """An ext4 file system in a file, mounted at `place`; ended by `unmount` on every path."""
+
+    def __init__(self, place: Path, size: int) -> None:
+        _alone()
+        self.place = place
+        self._image = place.with_name(f"{place.name}.img")
+        with open(self._image, "wb") as image:
+            image.truncate(size)
+        _run("mkfs.ext4", "-q", str(self._image))
+        place.mkdir()
+
+    def mount(self) -> None:
+        _run("mount", "-o", "loop", str(self._image), str(self.place))
+
+    def unmount(self) -> None:
+        if os.path.ismount(self.place):
+            _run("umount", str(self.place))
+
+    def cut_power(self) -> None:
+        """From now on nothing gets to the disk any more, and what was not synced never does."""
+        place = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(place, _FS_IOC_SHUTDOWN, _NO_LOG_FLUSH.to_bytes(4, "little"))
+        finally:
+            os.close(place)
+
+
+@contextmanager
+def loop_disk(place: Path, size: int) -> Iterator[LoopDisk]:
+    """Mounted at `place`, whoever cuts its power."""
+    disk = LoopDisk(place, size)
+    disk.mount()
+    try:
+        yield disk
+    finally:
+        disk.unmount()
+
+
+@functools.cache
+def _can_mount() -> bool:
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            with tmpfs(Path(directory) / "tmpfs", 1 << 20):
+                return True
+        except OSError:
+            return False
+
+
+@functools.cache
+def _can_loop() -> bool:
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            with loop_disk(Path(directory) / "loop", 8 << 20) as disk:
+                disk.cut_power()
+                return True
+        except OSError:
+            return False
+
+
+MOUNTS: Final = Tool("mounts, as root", "mount", _can_mount)
+LOOP_MOUNTS: Final = Tool("loop mounts of ext4, as root", "e2fsprogs, mount", _can_loop)

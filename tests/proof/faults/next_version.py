@@ -1,0 +1,36 @@
+"""`python -m tests.proof.faults.next_version serve …` is a jobd two schema versions ahead, with real work in its steps.
+
+Knows nothing of what may go wrong on the way.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+from jobd.cli.daemon.main import main
+from jobd.storage import migrations
+
+AHEAD = 2
+
+
+def _add_notes(conn: sqlite3.Connection) -> None:
+    conn.execute("CREATE TABLE notes (seq INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT")
+    conn.execute("INSERT INTO notes SELECT seq, id FROM jobs")
+
+
+def _rewrite(conn: sqlite3.Connection) -> None:
+    """Everything is written anew, under an index that there was not."""
+    conn.execute("CREATE INDEX notes_text ON notes (text)")
+    conn.execute("UPDATE events SET reason = reason || ''")
+    conn.execute("UPDATE payloads SET request_hash = request_hash || ''")
+
+
+def come_true() -> None:
+    now = migrations.VERSION
+    migrations.MIGRATIONS.update({now: _add_notes, now + 1: _rewrite})
+    migrations.VERSION = now + AHEAD  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    come_true()
+    main()

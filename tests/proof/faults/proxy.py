@@ -1,0 +1,105 @@
+"""A proxy between clients and a daemon that loses answers, requests and connections, as each request's X-Fault asks.
+
+Keeps the answers that it lost, so that they can be compared with those to the repeats. Judges nothing.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from tests.support.daemon_process import OverUnix
+
+FAULTS: Final = (
+    "lose the answer",  # the daemon has answered, the client hears nothing
+    "cut the answer",  # the client hears half of it
+    "hang up",  # the request is in, and nobody waits for the answer
+    "lose the request",
+    "cut the request",
+)
+
+
+class Proxy:
+    """`with Proxy(directory, daemon_socket) as proxy`: `proxy.connect()` gives connections that go through it."""
+
+    def __init__(self, directory: Path, behind: str) -> None:
+        self._path = str(directory / "proxy.sock")
+        self._behind = behind
+        self._door = socket.socket(socket.AF_UNIX)
+        self._threads: list[threading.Thread] = []
+        self.lost: dict[str, tuple[int, Any]] = {}  # status and body of lost answers, by the X-Call of their requests
+
+    def __enter__(self) -> Proxy:
+        self._door.bind(self._path)
+        self._door.listen(64)
+        self._threads.append(threading.Thread(target=self._let_in))
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._door.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        self._door.close()
+        os.unlink(self._path)
+
+    def connect(self) -> http.client.HTTPConnection:
+        return OverUnix(self._path)
+
+    def _let_in(self) -> None:
+        with suppress(OSError):  # the door is shut
+            while True:
+                line, _ = self._door.accept()
+                thread = threading.Thread(target=self._carry, args=(line,))
+                self._threads.append(thread)
+                thread.start()
+
+    def _carry(self, line: socket.socket) -> None:
+        """Requests of one connection, one after the other, until one of them meets its fault."""
+        with closing(line), closing(socket.socket(socket.AF_UNIX)) as behind, suppress(OSError, EOFError):
+            behind.connect(self._behind)
+            asking, answering = line.makefile("rb"), behind.makefile("rb")
+            with closing(asking), closing(answering):
+                while True:
+                    head, body, named = _message(asking)
+                    fault = named.get("x-fault", "")
+                    if fault == "lose the request":
+                        return
+                    if fault == "cut the request":
+                        behind.sendall(head + body[: len(body) // 2])
+                        return
+                    behind.sendall(head + body)
+                    if fault == "hang up":
+                        return
+                    answer, told, _ = _message(answering)
+                    if fault:
+                        self.lost[named["x-call"]] = (int(answer.split()[1]), json.loads(told))
+                        if fault == "cut the answer":
+                            line.sendall((answer + told)[: (len(answer) + len(told)) // 2])
+                        return
+                    line.sendall(answer + told)
+
+
+def _message(stream: Any) -> tuple[bytes, bytes, dict[str, str]]:
+    """Head, body and fields of an HTTP message with a Content-Length; EOFError where there is none any more."""
+    lines: list[bytes] = []
+    while not lines or lines[-1] != b"\r\n":
+        lines.append(stream.readline())
+        if not lines[-1]:
+            raise EOFError
+    named = dict(_fields(lines[1:-1]))
+    body = stream.read(int(named.get("content-length", 0)))
+    return b"".join(lines), body, named
+
+
+def _fields(lines: list[bytes]) -> Iterator[tuple[str, str]]:
+    for line in lines:
+        name, _, value = line.decode().partition(":")
+        yield name.strip().lower(), value.strip()

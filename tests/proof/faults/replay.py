@@ -1,0 +1,127 @@
+"""Every write of a daemon under load is logged; what a crash could have left at any moment is put together and opened.
+
+More is tried than one disk does: each unsynced write, and each sector of it, gets there or not, in any order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from jobd.model.job import TOKEN_COUNTER_BITS
+from jobd.storage import doctor, startup
+from jobd.storage.store import Store
+from tests.proof.faults.examine import contents
+from tests.proof.faults.frame import Check, Counts, Tool, Trial, program
+from tests.proof.faults.ledger import Ledger
+from tests.proof.faults.load import load
+from tests.proof.faults.unsynced import MANNERS, Disk, Record, records
+from tests.support.daemon_process import Daemon
+
+COMPILER: Final = program("cc", "gcc")
+HEADERS: Final = Tool("C headers", "libc6-dev", lambda: Path("/usr/include/stdio.h").exists())
+SOURCE: Final = Path(__file__).with_name("writes.c")
+BY_DAEMON: Final = 100  # of so many states one is given to a daemon, all to the store
+
+
+def replay(trial: Trial) -> Counts:
+    ledger = Ledger()
+    log = _logged(trial, ledger, acknowledgements=200 if trial.timed else 40)
+    states = [(cut, manner) for cut in range(len(log) + 1) for manner in MANNERS]
+    chosen = sorted(random.Random(0).sample(states, min(trial.rounds, len(states))))
+    counts: Counter[str] = Counter(
+        {"writes and syncs logged": len(log), "acknowledged": ledger.acknowledged, "states": len(chosen)}
+    )
+    disk, taken = Disk(), 0
+    place = trial.directory / "state"
+    place.mkdir()
+    for number, (cut, manner) in enumerate(chosen):
+        for record in log[taken:cut]:
+            disk.take(record)
+        taken = cut
+        until_s = log[cut].time_s if cut < len(log) else float("inf")
+        state = State(place / "jobd.db", f"after {cut} of {len(log)} calls, unsynced ones {manner}")
+        state.put(disk.after_a_crash(manner, f"{cut} {manner}"))
+        counts[f"with unsynced writes {manner}"] += disk.has_unsynced()
+        try:
+            counts["acknowledgements checked"] += state.check(ledger, until_s, with_daemon=number % BY_DAEMON == 0)
+        except AssertionError as error:
+            raise AssertionError(f"{state.story}: {error}") from error
+    return dict(counts)
+
+
+def _logged(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Record]:
+    """A store from its beginning: load, kill -9, load, a stop with its checkpoint, load and a stop."""
+    library, log = trial.directory / "writes.so", trial.directory / "writes.log"
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"], check=True)
+    home = trial.directory / "logged"
+    home.mkdir()
+    environ = {"LD_PRELOAD": str(library), "WRITES_OF": str(home / "jobd.db"), "WRITES_LOG": str(log)}
+    with Daemon(home, **environ) as daemon:
+        for number, ends_by in enumerate(("kill", "stop", "stop")):
+            with load(daemon, ledger, f"load-{number}"):
+                assert ledger.until(acknowledgements), daemon.log[-2000:]
+                if ends_by == "kill":
+                    daemon.kill()
+            if ends_by == "stop":
+                assert daemon.stop() == 0
+            if number < 2:
+                daemon.start()
+                ledger.settle(daemon)
+    found = list(records(log))
+    assert found, "the writes were not logged"
+    return found
+
+
+@dataclass(frozen=True)
+class State:
+    """What a crash has left, at `path`, and how it came to be."""
+
+    path: Path
+    story: str
+
+    def put(self, files: dict[str, bytes]) -> None:
+        for old in self.path.parent.iterdir():
+            old.unlink()
+        for suffix, content in files.items():
+            Path(f"{self.path}{suffix}").write_bytes(content)
+            Path(f"{self.path}{suffix}").chmod(0o600)
+
+    def check(self, ledger: Ledger, until_s: float, *, with_daemon: bool) -> int:
+        """Nothing is wrong with it, and everything acknowledged before `until_s` is in it."""
+        path = str(self.path)
+        if self.path.exists() and startup.peek(path) != (0, 0):
+            problems = doctor.check(path)
+            assert not problems, f"the doctor finds {problems[:5]}"
+        if with_daemon:
+            with Daemon(self.path.parent) as daemon:
+                assert daemon.stop() == 0
+        next_token = asyncio.run(_opened(path))
+        given = [token for token, at_s in ledger.granted_s.items() if at_s < until_s]
+        assert next_token > max(given, default=0), f"token {next_token} would be given, and {max(given)} was"
+        return ledger.check(contents(path), until_s=until_s)
+
+
+async def _opened(path: str) -> int:
+    """The next token that the store would give."""
+    store, opened = await Store.open(path)
+    async with store:
+        assert opened.faults == [], opened.faults
+        return opened.numbers.epoch << TOKEN_COUNTER_BITS | opened.numbers.next_token
+
+
+CHECKS: Final = (
+    Check(
+        "unsynced-writes",
+        "a crash at any moment, unsynced writes dropped, in part or torn at 512 bytes: nothing acknowledged is lost",
+        replay,
+        rounds=2_000,
+        few=40,
+        needs=(COMPILER, HEADERS),
+    ),
+)

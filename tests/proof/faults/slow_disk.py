@@ -1,0 +1,137 @@
+"""Every sync takes half a second: the loop answers as ever, the mailbox stays bounded, who does not fit in is told so.
+
+The slow disk is made with strace; the crowd is one thread with many sockets, so that it does not slow itself down.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import selectors
+import socket
+import statistics
+import time
+from collections import Counter
+from contextlib import closing
+from typing import Any, Final
+
+from tests.proof.faults.examine import examined
+from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.strace import STRACE, SYNCS, Strace
+from tests.support.daemon_process import Daemon, Reply, call
+
+SYNC_US: Final = 500_000
+FIRST_SLOW_SYNC: Final = 12  # the start makes about so many
+MAILBOX: Final = 100
+CREATES: Final = 400
+HELD: Final = 10
+ANSWERS_MS: Final = 100.0  # of 20 looks 19, as others may have the processor; none waits for a sync
+
+
+class Asking:
+    """A request that is on its way, on a connection of its own."""
+
+    def __init__(self, daemon: Daemon, path: str, body: dict[str, Any]) -> None:
+        self.path = path
+        self.reply: Reply | None = None
+        self.line = socket.socket(socket.AF_UNIX)
+        self.line.settimeout(60)
+        self.line.connect(daemon.socket)
+        text = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+        self.line.sendall(head.encode() + b"\r\n\r\n" + text)
+
+    def hear(self) -> Reply:
+        """The answer, which has begun to come."""
+        response = http.client.HTTPResponse(self.line)
+        response.begin()
+        self.reply = Reply(response)
+        self.line.close()
+        return self.reply
+
+
+def slow_disk(trial: Trial) -> Counts:
+    looks: list[float] = []
+    met: Counter[str] = Counter()
+    most_waiting = 0
+    made: set[str] = set()
+    with Daemon.not_started(trial.directory, f"[limits]\nmailbox = {MAILBOX}\n") as daemon:
+        Strace(daemon, SYNCS, f"fdatasync:delay_enter={SYNC_US}:when={FIRST_SLOW_SYNC}+")
+        daemon.start()
+        jobs = [{"id": f"held-{number}"} for number in range(HELD)]
+        assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
+        grants = daemon.post("/v1/claim", {"worker": "w", "limit": HELD}).data["grants"]
+        for number in range(trial.rounds):
+            asking = [
+                Asking(daemon, "/v1/jobs", {"id": f"round-{number}-{each}", "queue": "new"}) for each in range(CREATES)
+            ]
+            for grant in grants:  # they come last, and have the full mailbox to get by
+                path = f"/v1/jobs/{grant['job']['id']}/progress"
+                asking.append(Asking(daemon, path, {"lock_id": grant["lock_id"], "progress": number % 100}))
+            most_waiting = max(most_waiting, _hear_out(daemon, asking, looks))
+            for one in asking:
+                assert one.reply is not None
+                met[_judged(one, one.reply)] += 1
+                if one.reply.status == 201:
+                    made.add(one.reply.data["id"])
+        assert daemon.stop() == 0
+    stored = examined(daemon.store)
+    assert {job_id for job_id in stored.jobs if job_id.startswith("round")} == made, "what was refused is not there"
+    assert met["overloaded"], f"the crowd was too small: {met}"
+    assert most_waiting <= MAILBOX, f"{most_waiting} commands waited"
+    usual_ms, slowest_ms = statistics.quantiles(looks, n=20)[-1] * 1000, max(looks) * 1000
+    on_time = usual_ms <= ANSWERS_MS and slowest_ms < SYNC_US / 1000
+    assert on_time or not trial.timed, f"/healthz took {usual_ms:.0f} ms, and {slowest_ms:.0f} ms at most"
+    return {
+        "crowds of 410": trial.rounds,
+        "created": met["created"],
+        "refused with overloaded": met["overloaded"],
+        "reports of running work taken": met["taken"],
+        "commands waiting, at most": most_waiting,
+        "looks at /healthz": len(looks),
+        "ms for 19 of 20 of them": round(usual_ms),
+        "ms for one of them, at most": round(slowest_ms),
+    }
+
+
+def _judged(asked: Asking, reply: Reply) -> str:
+    if asked.path != "/v1/jobs":
+        assert reply.status == 200, f"running work has to be heard: {reply.body}"
+        return "taken"
+    if reply.status == 201:
+        return "created"
+    assert (reply.status, reply.error) == (503, "overloaded"), reply.body
+    assert int(reply.headers["Retry-After"]) >= 1
+    return "overloaded"
+
+
+def _hear_out(daemon: Daemon, asking: list[Asking], looks: list[float]) -> int:
+    """Read all answers as they come and look at the daemon in between; the most commands that waited."""
+    waiting = 0
+    with selectors.DefaultSelector() as selector, closing(daemon.worker()) as connection:
+        for one in asking:
+            selector.register(one.line, selectors.EVENT_READ, one)
+        while selector.get_map():
+            began_s = time.monotonic()
+            assert call(connection, "GET", "/healthz").status == 200
+            looks.append(time.monotonic() - began_s)
+            text = daemon.admin("GET", "/metrics").body.decode()
+            found = re.search(r"^jobd_mailbox_commands (\d+)", text, re.MULTILINE)
+            assert found is not None
+            waiting = max(waiting, int(found[1]))
+            for key, _ in selector.select(0.02):
+                selector.unregister(key.fileobj)
+                key.data.hear()
+    return waiting
+
+
+CHECKS: Final = (
+    Check(
+        "slow-disk",
+        "every sync takes 500 ms: /healthz within 100 ms, the mailbox bounded, 503 beyond it, running work is heard",
+        slow_disk,
+        rounds=10,
+        needs=(STRACE,),
+    ),
+)

@@ -1,0 +1,72 @@
+"""strace around a daemon: what goes wrong at which of its system calls, and what it saw.
+
+Says nothing of what should come of it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.proof.faults.frame import program
+from tests.support.daemon_process import SAID_S, Daemon
+
+STRACE: Final = program("strace")
+WRITES: Final = ("pwrite64",)
+SYNCS: Final = ("fdatasync", "fsync")
+
+_LINE: Final = re.compile(r"^(?P<thread>\d+) +(?P<at>[\d.]+) (?P<call>\w+)\(\d+<(?P<file>[^>]*)>")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call: when, by which thread, on which file (without its directory), and whether we broke it."""
+
+    at_s: float
+    thread: int
+    call: str
+    file: str
+    injected: bool
+
+
+class Strace:
+    """Starts `daemon` under strace from now on: `calls` are seen, and `inject` is done to one of them.
+
+    `when` counts the calls of each thread by themselves. With `only` nothing but calls on that file counts.
+    """
+
+    def __init__(self, daemon: Daemon, calls: tuple[str, ...], inject: str = "", only: Path | None = None) -> None:
+        self._daemon = daemon
+        self._log = daemon.directory / "strace"
+        self._log.unlink(missing_ok=True)
+        # -D: strace stands aside, so that the process that we start, signal and wait for is the daemon itself.
+        daemon.prefix = ["strace", "-D", "-f", "-y", "-ttt", "-s", "0", "-o", str(self._log)]
+        if "signal=" not in inject:
+            daemon.prefix.append("--seccomp-bpf")  # all other calls at full speed, but no signal is injected
+        daemon.prefix += ["-e", f"trace={','.join(calls)}"]
+        if inject:
+            daemon.prefix += ["-e", f"inject={inject}"]
+        if only is not None:
+            daemon.prefix += ["-P", str(only)]
+
+    def seen(self) -> list[Seen]:
+        """All calls of the daemon, which has ended."""
+        process = self._daemon.process
+        assert process is not None
+        end = re.compile(rf"^{process.pid} .*\+\+\+ (exited|killed)", re.MULTILINE)
+        deadline_s = time.monotonic() + SAID_S
+        while not end.search(text := self._log.read_text()):  # strace may write its last lines after the end
+            assert time.monotonic() < deadline_s, f"strace does not end: {text[-500:]}"
+            time.sleep(0.01)
+        return [seen for line in text.splitlines() if (seen := _seen(line)) is not None]
+
+
+def _seen(line: str) -> Seen | None:
+    if (match := _LINE.match(line)) is None:
+        return None
+    injected = "(INJECTED)" in line or line.endswith(" = ?")  # a call that a kill was injected to never ends
+    file = match["file"].rpartition("/")[2]
+    return Seen(float(match["at"]), int(match["thread"]), match["call"], file, injected)

@@ -1,0 +1,269 @@
+"""Something goes wrong at the first, the second, … the last sync and write of the disk's thread, under strace.
+
+Each place and fault is a round with a store of its own: it happens at the start, at work, at a checkpoint or at the
+end, as it falls. Which system calls SQLite makes is not known here, they are counted.
+"""
+
+from __future__ import annotations
+
+import http.client
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from tests.proof.faults.examine import examined
+from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.ledger import Asked, Ledger
+from tests.proof.faults.load import work_alone
+from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Seen, Strace
+from tests.support.daemon_process import READY, Daemon
+
+ERRORS: Final = ("EIO", "ENOSPC", "EROFS")
+EVERY: Final = 1_000_000  # rounds: as many as there are places
+LIFECYCLES: Final = 3
+PAYLOAD: Final = "x" * 200_000  # 50 pages each: 1000 pages make a checkpoint
+LARGE_JOBS: Final = 26
+EXIT_IO: Final = 74
+
+
+@dataclass(frozen=True)
+class Place:
+    """The `number`th call of its name, counted from one; with `on` everything from there fails."""
+
+    call: str
+    number: int
+    error: str | None  # None: killed
+    on: bool = False
+
+    @property
+    def inject(self) -> str:
+        what = "signal=SIGKILL" if self.error is None else f"error={self.error}"
+        return f"{self.call}:{what}:when={self.number}{'+' if self.on else ''}"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a daemon came to its end. `calls` are those from the one that failed on, that one included."""
+
+    daemon: Daemon
+    ready: bool
+    code: int
+    asked_to_stop_s: float
+    calls: list[Seen]
+
+    def story(self) -> str:
+        return f"exit code {self.code} after {self.calls[:1]}:\n{self.daemon.log.decode()}"
+
+    def no_commit_was_hit(self) -> bool:
+        """Whether what failed is no part of a commit, as it seems from outside."""
+        hit = self.calls[0]
+        if hit.file == self.daemon.directory.name:
+            # SQLite passes over this where it makes a file, so the daemon has to do it once more.
+            return any(seen.file == hit.file and seen.call == "fsync" and not seen.injected for seen in self.calls)
+        # At a checkpoint: what had to be moved is in the log still, and moved by the next one.
+        # The number in the lock file is there to be shown, the lock holds without it.
+        return hit.file in ("jobd.db", "jobd.db.lock") or hit.at_s >= self.asked_to_stop_s
+
+
+Work = Callable[[Daemon, Ledger, str], None]
+
+
+def lifecycles(daemon: Daemon, ledger: Ledger, name: str) -> None:
+    work_alone(daemon, ledger, name, LIFECYCLES)
+
+
+def large_jobs(daemon: Daemon, ledger: Ledger, name: str) -> None:
+    """Enough for a checkpoint while the daemon is at work, and for the next one where it fails."""
+    work_alone(daemon, ledger, f"{name}-before", 1)
+    for number in range(LARGE_JOBS):
+        if not _create(daemon, ledger, f"{name}-large-{number}"):
+            return
+    work_alone(daemon, ledger, f"{name}-after", 1)
+
+
+def _create(daemon: Daemon, ledger: Ledger, job_id: str) -> bool:
+    """A large job; False where no answer came that says what became of it."""
+    told = ledger.begin(job_id, PAYLOAD)
+    told.open = asked = Asked("created", "/v1/jobs", {"id": job_id, "payload": PAYLOAD})
+    try:
+        reply = daemon.post(asked.path, asked.body)
+    except (OSError, http.client.HTTPException):
+        return False
+    if reply.status == 201:
+        ledger.yes(told, asked, reply.data)
+    elif reply.error == "storage_full":
+        ledger.no(told, asked, reply.error)
+    else:
+        assert reply.error == "outcome_unknown", reply.body
+        ledger.codes[reply.error] += 1
+        return False
+    return True
+
+
+def sweep(
+    trial: Trial, *, calls: tuple[str, ...], errors: tuple[str | None, ...], work: Work, at_checkpoints: bool = False
+) -> Counts:
+    """Choose `trial.rounds` of all places where something can go wrong; every one of them where they are fewer."""
+    made = _made(trial, calls, work, at_checkpoints)
+    pool = [
+        Place(call, number, error, on)
+        for call in calls
+        for number in range(1, made.get(call, 0) + 1)
+        for error in errors
+        for on in ((False,) if error is None else (False, True))
+    ]
+    chosen = random.Random(0).sample(pool, min(trial.rounds, len(pool)))
+    counts: Counter[str] = Counter({"places and faults": len(pool), "tried": len(chosen)})
+    for number, place in enumerate(chosen):
+        directory = trial.directory / f"{number}"
+        directory.mkdir()
+        try:
+            _round(directory, place, work, at_checkpoints, counts)
+        except AssertionError as error:
+            raise AssertionError(f"{place}: {error}") from error
+        shutil.rmtree(directory)
+    assert counts["not reached"] <= len(chosen) // 4, f"most places have to be reached: {counts}"
+    return dict(counts)
+
+
+def _made(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: bool) -> dict[str, int]:
+    """How many calls of each name there are. In the test suite it is not worth a run to know: so many there are."""
+    if not trial.timed:
+        return {"fdatasync": 8, "pwrite64": 100}
+    return Counter(seen.call for seen in _measured(trial, calls, work, at_checkpoints))
+
+
+def _only(directory: Path, at_checkpoints: bool) -> Path | None:
+    """The database itself is written at checkpoints; everything else goes to its log first."""
+    return directory / "jobd.db" if at_checkpoints else None
+
+
+def _measured(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: bool) -> list[Seen]:
+    """The calls of a run in which nothing goes wrong, of the thread that makes most of them."""
+    directory = trial.directory / "measured"
+    directory.mkdir()
+    with Daemon.not_started(directory) as daemon:
+        strace = Strace(daemon, calls, only=_only(directory, at_checkpoints))
+        daemon.start()
+        work(daemon, Ledger(), "work")
+        assert daemon.stop() == 0
+    found = strace.seen()
+    (thread, _), *_ = Counter(seen.thread for seen in found).most_common()
+    shutil.rmtree(directory)
+    return [seen for seen in found if seen.thread == thread]
+
+
+def _round(directory: Path, place: Place, work: Work, at_checkpoints: bool, counts: Counter[str]) -> None:
+    ledger = Ledger()
+    with Daemon.not_started(directory) as daemon:
+        strace = Strace(daemon, (*SYNCS, *WRITES), place.inject, _only(directory, at_checkpoints))
+        daemon.launch()
+        ready = daemon.gets_ready()
+        if ready:
+            work(daemon, ledger, "work")
+            if place.error == "ENOSPC" and not place.on:
+                _has_room_again(daemon, ledger)
+        asked_to_stop_s = time.time()
+        code = _stopped(daemon)
+        calls = strace.seen()
+        hit = next((number for number, seen in enumerate(calls) if seen.injected), len(calls))
+        ending = Ending(daemon, ready, code, asked_to_stop_s, calls[hit:])
+        counts[_judged(place, ending)] += 1
+        if READY in daemon.log:
+            ledger.check(examined(daemon.store))
+        daemon.prefix = []
+        daemon.start()
+        counts["unanswered, settled by a repeat"] += ledger.settle(daemon)
+        refused = ledger.codes.total()
+        lifecycles(daemon, ledger, "again")
+        assert ledger.codes.total() == refused, f"after the start all goes on: {ledger.codes}"
+        assert daemon.stop() == 0
+        counts["acknowledgements checked"] += ledger.check(examined(daemon.store))
+        counts["refused with storage_full"] += ledger.codes["storage_full"]
+        counts["told that the outcome is unknown"] += ledger.codes["outcome_unknown"]
+
+
+def _stopped(daemon: Daemon) -> int:
+    """The exit code of a daemon that is asked to stop, if it has not ended already."""
+    assert daemon.process is not None
+    return code if (code := daemon.process.poll()) is not None else daemon.stop(signal.SIGTERM)
+
+
+def _has_room_again(daemon: Daemon, ledger: Ledger) -> None:
+    """The disk was full for one call: creates are taken again without a restart."""
+    if b"event=disk_full" in daemon.log:
+        daemon.until_said(b"event=disk_has_room")
+        refused = ledger.codes.total()
+        lifecycles(daemon, ledger, "room")
+        assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"
+
+
+def _judged(place: Place, ending: Ending) -> str:
+    """What came of it, in a word; AssertionError where it is not what was promised."""
+    log, code, story = ending.daemon.log, ending.code, ending.story()
+    no_room = place.error == "ENOSPC" and place.call in WRITES
+    assert b"Traceback" not in log, story
+    if place.error is None:
+        assert code in (0, -signal.SIGKILL), story
+        return "killed" if code else "not reached"
+    if not ending.calls:
+        assert code == 0, story
+        return "not reached"
+    if not ending.ready:
+        assert code == EXIT_IO, story
+        assert b"event=cannot_start" in log or b"event=stopped_by_disk" in log, story
+        return "not started, exit code 74"
+    if code == EXIT_IO and not no_room:
+        assert b"event=commit_failed" in log, story
+        assert b"event=stopped_by_disk" in log, story
+        return "outcome unknown, exit code 74"
+    assert code == 0, story
+    if no_room:
+        return "full disk, goes on"
+    if place.error == "ENOSPC" and b"event=reserve_file_missing" in log:
+        return "no room for the reserve file, goes on"
+    assert ending.no_commit_was_hit(), story
+    return "no commit was hit, goes on"
+
+
+def _check(name: str, promise: str, rounds: int, few: int, run: Callable[[Trial], Counts]) -> Check:
+    return Check(name, promise, run, rounds=rounds, few=few, needs=(STRACE,))
+
+
+CHECKS: Final = (
+    _check(
+        "kill-at-each-write",
+        "kill -9 at any sync or write of the disk's thread: nothing acknowledged is lost, the next start goes on",
+        rounds=EVERY,
+        few=1,
+        run=partial(sweep, calls=(*SYNCS, *WRITES), errors=(None,), work=lifecycles),
+    ),
+    _check(
+        "failed-syncs",
+        "a sync that fails (EIO, ENOSPC, EROFS): 503 outcome unknown, exit code 74, the next start goes on",
+        rounds=EVERY,
+        few=1,
+        run=partial(sweep, calls=SYNCS, errors=ERRORS, work=lifecycles),
+    ),
+    _check(
+        "failed-writes",
+        "a write that fails: ENOSPC is refused with storage_full and the daemon goes on, EIO, EROFS are exit code 74",
+        rounds=120,
+        few=1,
+        run=partial(sweep, calls=WRITES, errors=ERRORS, work=lifecycles),
+    ),
+    _check(
+        "failed-checkpoints",
+        "a checkpoint that is killed or fails loses nothing: what it had to move is in the log still",
+        rounds=25,
+        few=1,
+        run=partial(sweep, calls=(*SYNCS, *WRITES), errors=(None, *ERRORS), work=large_jobs, at_checkpoints=True),
+    ),
+)

@@ -1,0 +1,327 @@
+"""Time itself: the wall clock steps by hours, in the running daemon and while it is down, and the daemon is suspended.
+
+The daemon's wall clock is libfaketime's, which reads its offset from a file; no other clock of it is touched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from jobd.model.events import fold
+from jobd.model.job import Grant, Job, Lease
+from tests.proof.faults.daemons import stopped
+from tests.proof.faults.examine import Contents, examined
+from tests.proof.faults.frame import Check, Counts, Tool, Trial
+from tests.proof.faults.workers import LATE_MS, RealWorker
+from tests.support.daemon_process import Daemon
+
+RECOVER_EVERY_MS: Final = 1_000
+SHORT_TTL_MS: Final = 1_000
+LONG_TTL_MS: Final = 60_000
+GRACE_MS: Final = 30_000  # after an absence nothing ends sooner
+DAY_S: Final = 86_400
+STEPS_S: Final = (-3 * DAY_S, -3_600, -90, 90, 3_600, 3 * DAY_S)
+CLAIM_WAIT_MS: Final = 60_000
+PLACES: Final = ("lib/*", "lib", "lib64", "local/lib")  # of the library, below /usr
+
+
+def _library() -> Path | None:
+    found = itertools.chain(*(Path("/usr").glob(f"{place}/faketime/libfaketimeMT.so.1") for place in PLACES))
+    return next(found, None)
+
+
+FAKETIME: Final = Tool("libfaketime", "faketime", lambda: _library() is not None)
+
+
+class Stepped(Daemon):
+    """A daemon whose wall clock is moved by `step`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file = directory / "offset"
+        self._offset_s = 0.0
+        self.step(0)
+        super().__init__(
+            directory,
+            f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\ninterval = '1h'\n",
+            LD_PRELOAD=str(_library()),
+            FAKETIME_TIMESTAMP_FILE=str(self._file),
+            FAKETIME_DONT_FAKE_MONOTONIC="1",
+            FAKETIME_NO_CACHE="1",
+            NO_FAKE_STAT="1",  # or Python finds its compiled modules out of date, at every start
+        )
+
+    def step(self, seconds: float) -> None:
+        """Its wall clock jumps, from the next look at it on."""
+        self._offset_s += seconds
+        new = self._file.with_suffix(".new")
+        new.write_text(f"{self._offset_s:+}\n", encoding="utf-8")
+        new.rename(self._file)
+
+    def now_ms(self) -> int:
+        return int((time.time() + self._offset_s) * 1000)
+
+    def made(self, job_id: str, **options: Any) -> str:
+        assert self.post("/v1/jobs", {"id": job_id, "max_attempts": 3, **options}).status == 201
+        return job_id
+
+    def grant(self, job_id: str, ttl_ms: int) -> dict[str, str]:
+        """Start it as a worker that extends by itself does; gives what its holder says."""
+        body = {"worker": "w", "lock_ttl_ms": ttl_ms, "stuck_after_ms": 0}
+        return {"lock_id": self.post(f"/v1/jobs/{job_id}/start", body).data["lock_id"]}
+
+    def left_ms(self, job_id: str) -> int:
+        """What a live lock has left, by the daemon's own wall clock."""
+        lock = self.get(f"/v1/jobs/{job_id}").data["lock"]
+        assert lock is not None, f"{job_id} has lost its lock"
+        left: int = lock["expires_at"] - self.now_ms()
+        return left
+
+    def claim(self, queue: str, wait_ms: int = 0) -> list[str]:
+        body = {"worker": "w", "queues": [queue], "limit": 10, "wait_ms": wait_ms}
+        return [grant["job"]["id"] for grant in self.post("/v1/claim", body).data["grants"]]
+
+
+def clock_steps(trial: Trial) -> Counts:
+    counts: Counter[str] = Counter()
+    dice = random.Random(trial.rounds)
+    daemon = Stepped(trial.directory)
+    with daemon:
+        for number in range(trial.rounds):
+            step_s = STEPS_S[number % len(STEPS_S)] * dice.uniform(0.5, 1)
+            counts["steps forward" if step_s > 0 else "steps back"] += 1
+            _step(daemon, f"{number}", step_s, trial, counts)
+        report = daemon.admin("POST", "cleanup", {}).data
+        assert report["validationIssuesFound"] == 0, report
+        _for_six_seconds(daemon)
+        assert daemon.stop() == 0
+    counts["events in order"] = _times_in_order(examined(daemon.store))
+    return {**counts}
+
+
+def _for_six_seconds(daemon: Stepped) -> None:
+    """The clock is 40 days ahead, a cleanup run is forced, and the clock is right again: nothing is lost."""
+    ids = [daemon.made(f"done-{number}") for number in range(3)]
+    for job_id in ids:
+        daemon.post(f"/v1/jobs/{job_id}/complete", {**daemon.grant(job_id, LONG_TTL_MS), "metadata": 1})
+    daemon.step(40 * DAY_S)
+    assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] == 0
+    daemon.until_said(b"level=warning event=clock_suspect")
+    daemon.step(-40 * DAY_S)
+    assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] == 0
+    assert [daemon.get(f"/v1/jobs/{job_id}").status for job_id in ids] == [200] * 3
+    assert not daemon.admin("GET", "clock").data["suspect"]
+
+
+def _step(daemon: Stepped, name: str, step_s: float, trial: Trial, counts: Counter[str]) -> None:
+    """One step of the clock, with jobs held, delayed and expiring; all of them are ended afterwards."""
+    step_ms = int(step_s * 1000)
+    held = daemon.made(f"held-{name}")
+    holder = daemon.grant(held, LONG_TTL_MS)
+    now = daemon.now_ms()
+    between = now + (step_ms // 2 if step_ms > 0 else 300_000)  # comes to pass with a step forward
+    beyond = now + abs(step_ms) + 600_000
+    for job_id, run_at in ((f"delayed-{name}", between), (f"later-{name}", beyond)):
+        daemon.made(job_id, queue=f"delayed-{name}", run_at=run_at)
+    for job_id, expires_at in ((f"expiring-{name}", between), (f"lasting-{name}", beyond)):
+        daemon.made(job_id, queue=f"expiring-{name}", expires_at=expires_at)
+    forgotten = daemon.made(f"forgotten-{name}", queue=f"forgotten-{name}")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(daemon.claim, f"delayed-{name}", CLAIM_WAIT_MS) if step_ms > 0 else None
+        began_s = time.monotonic()
+        daemon.grant(forgotten, SHORT_TTL_MS)
+        daemon.step(step_s)
+        assert _ended(daemon, forgotten)["status"] == "queued"
+        held_ms = round((time.monotonic() - began_s) * 1000)
+        assert held_ms >= SHORT_TTL_MS, f"a step of {step_s:.0f} s has freed a lock after {held_ms} ms"
+        assert held_ms <= SHORT_TTL_MS + RECOVER_EVERY_MS + LATE_MS or not trial.timed, (
+            f"a step of {step_s:.0f} s has kept a lock for {held_ms} ms"
+        )
+        counts["ms until a lock of 1 s was recovered, at most"] = max(
+            counts["ms until a lock of 1 s was recovered, at most"], held_ms
+        )
+        _still_held(daemon, held, holder)
+        granted = daemon.claim(f"delayed-{name}") if waiting is None else waiting.result()
+    if step_s > DAY_S:
+        _held_back(daemon, f"expiring-{name}")
+        counts["steps that made the clock suspect"] += 1
+    _judged_by_the_wall(daemon, name, granted, step_ms > 0)
+    assert daemon.post(f"/v1/jobs/{held}/complete", {**holder, "metadata": 1}).status == 200
+    for job_id in (f"delayed-{name}", f"later-{name}", f"expiring-{name}", f"lasting-{name}", forgotten):
+        daemon.post(f"/v1/jobs/{job_id}/cancel")
+
+
+def _still_held(daemon: Stepped, job_id: str, holder: dict[str, str]) -> None:
+    other = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "other"})
+    assert (other.status, other.error) == (409, "already_locked"), other.body
+    assert 0 < other.body["details"]["retry_after_ms"] <= LONG_TTL_MS
+    assert 0 < daemon.left_ms(job_id) <= LONG_TTL_MS
+    assert daemon.post(f"/v1/jobs/{job_id}/progress", {**holder, "progress": 5}).status == 200
+    assert LONG_TTL_MS / 2 < daemon.left_ms(job_id) <= LONG_TTL_MS
+
+
+def _held_back(daemon: Stepped, overdue: str) -> None:
+    """After a step of more than a day nothing fails by age until an operator accepts the clock."""
+    assert daemon.admin("GET", "clock").data["suspect"]
+    assert daemon.admin("GET", "health").data["status"] == "degraded"
+    daemon.admin("POST", "cleanup", {})
+    start = daemon.post(f"/v1/jobs/{overdue}/start", {"worker": "w"})
+    assert (start.status, start.error) == (409, "invalid_transition"), start.body
+    assert daemon.get(f"/v1/jobs/{overdue}").data["status"] == "queued"
+    assert not daemon.admin("POST", "clock/accept", {}).data["suspect"]
+
+
+def _judged_by_the_wall(daemon: Stepped, name: str, granted: list[str], forward: bool) -> None:
+    """What was to run, or to expire, at a time of the wall clock, does so by the clock as it is now."""
+    assert granted == ([f"delayed-{name}"] if forward else []), granted
+    later = daemon.post(f"/v1/jobs/later-{name}/start", {"worker": "w"})
+    assert (later.status, later.error) == (409, "not_due"), later.body
+    # Where the clock went back, what was to run at once waits too: it was to run at a time that is now to come.
+    assert daemon.claim(f"expiring-{name}") == ([f"lasting-{name}"] if forward else [])
+    # The claim passes an overdue job, and the next recovery fails it.
+    overdue = f"expiring-{name}"
+    expiring = _left(daemon, overdue, "queued") if forward else daemon.get(f"/v1/jobs/{overdue}").data
+    expected = ("failed", "expired") if forward else ("queued", None)
+    assert (expiring["status"], expiring["error_code"]) == expected, expiring
+
+
+def _times_in_order(store: Contents) -> int:
+    """Lease time never goes back in the journal, and a job's own times stay in order; gives the number of events."""
+    rows: dict[str, Job | None] = {}
+    lease_ms = 0
+    for event in sorted(itertools.chain(*store.events.values()), key=lambda event: event.seq):
+        job = rows[event.job_id] = fold(rows.get(event.job_id), event)
+        if job is None:  # deleted
+            continue
+        times = [time for time in (job.created_at, job.started_at, job.finished_at, job.updated_at) if time is not None]
+        assert times == sorted(times), f"{event.job_id} at {event.type}: {times}"
+        if event.type == "granted":  # signs of life keep a later deadline, so they do not tell the time
+            assert isinstance(job.lease, Lease)
+            assert isinstance(job.grant, Grant)
+            at = job.lease.silent - job.grant.stuck_after_ms
+            assert at >= lease_ms, f"lease time went back from {lease_ms} to {at}"
+            lease_ms = at
+    return sum(map(len, store.events.values()))
+
+
+# -- while it is down --------------------------------------------------------------------------------------------------
+
+
+def steps_while_down(trial: Trial) -> Counts:
+    """A restart, and the clock is another one: locks keep what they had left, and nothing is deleted on its word."""
+    counts: Counter[str] = Counter()
+    daemon = Stepped(trial.directory)
+    with daemon:
+        daemon.made("done")
+        daemon.post("/v1/jobs/done/complete", {**daemon.grant("done", LONG_TTL_MS), "metadata": 1})
+        for number in range(trial.rounds):
+            job_id = daemon.made(f"held-{number}")
+            holder = daemon.grant(job_id, 2 * LONG_TTL_MS)
+            before_ms = daemon.left_ms(job_id)
+            daemon.kill() if number % 2 else daemon.stop()
+            step_s = STEPS_S[number % len(STEPS_S)] / 3
+            daemon.step(step_s)
+            daemon.start()
+            after_ms = daemon.left_ms(job_id)
+            assert before_ms - 10_000 - LATE_MS <= after_ms <= before_ms + 10_000, f"{before_ms} ms, then {after_ms} ms"
+            assert daemon.post(f"/v1/jobs/{job_id}/complete", {**holder, "metadata": 1}).status == 200
+            daemon.step(-step_s)
+            counts["restarts with another clock"] += 1
+        _leap(daemon, again=trial.timed)
+        assert daemon.stop() == 0
+    _times_in_order(examined(daemon.store))
+    return {**counts, "leaps of 40 days": 1}
+
+
+def _leap(daemon: Stepped, *, again: bool) -> None:
+    """A start 40 days ahead: what would be old enough stays until an operator says that the clock is right."""
+    daemon.stop()
+    daemon.step(40 * DAY_S)
+    daemon.start()
+    assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] == 0
+    assert daemon.get("/v1/jobs/done").status == 200
+    health = daemon.admin("GET", "health").data
+    assert health["status"] == "degraded", health
+    assert "jobctl clock accept" in health["cleanupStatus"]["message"], health
+    if again:
+        daemon.stop()
+        daemon.start()  # the leap is not taken for granted with the next start
+        assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] == 0
+    assert daemon.admin("POST", "clock/accept", {}).status == 200
+    assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] >= 1
+    assert daemon.get("/v1/jobs/done").status == 404
+
+
+# -- suspended ---------------------------------------------------------------------------------------------------------
+
+
+def suspended(trial: Trial) -> Counts:
+    """The daemon is stopped for longer than locks live. Whoever asked meanwhile keeps its job; who is dead loses it."""
+    counts: Counter[str] = Counter()
+    with Daemon(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
+        with RealWorker(daemon, "q", 2_000) as worker:
+            for number in range(trial.rounds):
+                alive, dead = f"alive-{number}", f"dead-{number}"
+                for job_id, queue in ((alive, "q"), (dead, "none")):
+                    assert daemon.post("/v1/jobs", {"id": job_id, "queue": queue}).status == 201
+                assert worker.said()["job"] == alive
+                body = {"worker": "dead", "lock_ttl_ms": 2_000, "stuck_after_ms": 0}
+                assert daemon.post(f"/v1/jobs/{dead}/start", body).status == 200
+                with stopped(daemon):
+                    time.sleep(4)  # that is the fault: twice as long as a lock lives
+                other = daemon.post(f"/v1/jobs/{dead}/start", {"worker": "other"})
+                assert other.error == "already_locked", other.body
+                assert other.body["details"]["retry_after_ms"] <= GRACE_MS
+                worker.end_its_job()
+                assert worker.said()["said"] == "done"
+                assert _ended(daemon, alive)["status"] == "completed"
+                counts["jobs kept over a suspend"] += 1
+            dead_job = _ended(daemon, "dead-0") if trial.timed else None
+        assert daemon.stop() == 0
+    assert dead_job is None or (dead_job["status"], dead_job["stalls"]) == ("queued", 1)
+    examined(daemon.store)
+    return {**counts}
+
+
+def _ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
+    return _left(daemon, job_id, "processing")
+
+
+def _left(daemon: Daemon, job_id: str, status: str) -> dict[str, Any]:
+    """The job once it has left this status."""
+    deadline_s = time.monotonic() + 60
+    while (job := daemon.get(f"/v1/jobs/{job_id}").data)["status"] == status:
+        assert time.monotonic() < deadline_s, job
+        time.sleep(0.02)
+    found: dict[str, Any] = job
+    return found
+
+
+CHECKS = (
+    Check(
+        "clock-steps",
+        "the wall clock jumps by days: no lock is freed or prolonged, a suspect clock deletes and fails nothing",
+        clock_steps,
+        rounds=24,
+        few=2,
+        needs=(FAKETIME,),
+    ),
+    Check(
+        "clock-steps-while-down",
+        "the same over restarts: locks keep the time that they had left; 40 days ahead deletes nothing until accepted",
+        steps_while_down,
+        rounds=12,
+        needs=(FAKETIME,),
+    ),
+    Check(
+        "suspended-daemon",
+        "a daemon that is stopped for longer than locks live: living workers keep their jobs, dead ones lose them",
+        suspended,
+        rounds=5,
+    ),
+)

@@ -1,0 +1,335 @@
+"""The units under a real systemd: activation, readiness, reload, watchdog, crashes, stops, a wrong configuration.
+
+How the machine is made is in box.py. The units are those of systemd/; what systemd says of them unasked is counted too.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+from tests import ROOT
+from tests.proof.faults.box import NEEDS, SERVICE, UNITS, Box
+from tests.proof.faults.daemons import nothing_untold, parked
+from tests.proof.faults.examine import Contents, examined
+from tests.proof.faults.frame import Check, Counts, Trial, program
+from tests.proof.faults.ledger import Ledger
+from tests.proof.faults.load import load
+from tests.support.daemon_process import TOKEN, Reply, call
+
+SOCKETS: Final = UNITS[1:]
+STATE: Final = "/var/lib/private/jobd"
+CONFIG: Final = "/etc/jobd/config.toml"
+KNOCKERS: Final = 3
+UP_AGAIN_S: Final = 5.0  # after a crash: the longest delay of the unit, and a start
+WATCHDOG_S: Final = 2
+MOST_EXPOSED: Final = {"tcp": 13, "unix-only": 6}  # tenths
+
+
+class Knockers:
+    """Clients that come again and again, each on a new connection, and what they met, while the block runs."""
+
+    def __init__(self, box: Box) -> None:
+        self._box = box
+        self._stop = threading.Event()
+        self.met: Counter[str] = Counter()
+        self._threads = [threading.Thread(target=self._knock) for _ in range(KNOCKERS)]
+
+    def __enter__(self) -> Knockers:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _knock(self) -> None:
+        while not self._stop.is_set():
+            try:
+                met = str(self._box.get("/readyz").status)
+            except (OSError, http.client.HTTPException) as error:
+                met = type(error).__name__
+            self.met[met] += 1
+            time.sleep(0.01)
+
+    @property
+    def found_no_door(self) -> int:
+        """How often the socket was not there, or nobody listened on it."""
+        return self.met["FileNotFoundError"] + self.met["ConnectionRefusedError"]
+
+    def come_again(self, count: int) -> None:
+        """Until so many more have come, whatever they met."""
+        least, deadline_s = self.met.total() + count, time.monotonic() + 60
+        while self.met.total() < least:
+            assert time.monotonic() < deadline_s, f"clients wait for ever: {self.met}"
+            time.sleep(0.01)
+
+
+def _examined(box: Box, copy: Path) -> Contents:
+    """The store of a daemon that is down, from a copy: SQLite finds no file in another mount namespace."""
+    shutil.copytree(box.path(STATE), copy)
+    return examined(copy / "jobd.db")
+
+
+def _down(box: Box) -> bool:
+    return all(box.show(unit, "ActiveState") == "inactive" for unit in UNITS)
+
+
+def _ttl_ms(box: Box, job_id: str) -> int:
+    assert box.post("/v1/jobs", {"id": job_id, "queue": "reload"}).status == 201
+    ttl_ms: int = box.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["ttl_ms"]
+    return ttl_ms
+
+
+def started(trial: Trial) -> Counts:
+    counts: Counter[str] = Counter()
+    for number in range(trial.rounds):
+        unix_only = number % 2 == 1
+        directory = trial.directory / str(number)
+        directory.mkdir()
+        with Box(directory, unix_only=unix_only) as box:
+            box.do("systemctl", "start", *SOCKETS)
+            assert box.show(SERVICE, "ActiveState") == "inactive"
+            assert box.get("/readyz").status == 200, "the first client has to start the daemon"
+            box.until_ready()
+            counts["started by a client"] += 1
+            assert box.post("/v1/jobs", {"id": "a"}).status == 201
+            with Knockers(box) as clients:
+                _restarts(box, clients)
+                counts["clients at a restart"] += clients.met.total()
+                _stays_down(box, clients)
+            box.do("systemctl", "start", *SOCKETS)
+            assert _stats(box, unix_only)["totalJobs"] == 1, "the first operator has to start the daemon"
+            box.until_ready()
+            counts["started by an operator"] += 1
+            ids = _reloads(box)
+            counts["reloads"] += 2
+            box.do("systemctl", "stop", *UNITS)
+            assert list(_examined(box, directory / "copy").jobs) == ["a", *ids]
+    return {**counts}
+
+
+def _restarts(box: Box, clients: Knockers) -> None:
+    """Ready when systemctl comes back, and no client has met a closed door meanwhile."""
+    for _ in range(2):
+        clients.come_again(5)
+        box.do("systemctl", "restart", SERVICE)
+        assert box.show(SERVICE, "ActiveState") == "active"
+        assert box.log.splitlines()[-1].count(" event=") == 1
+        assert box.get("/readyz").status == 200
+    assert clients.found_no_door == 0, f"sockets were lost at a restart: {clients.met}"
+    assert box.get("/v1/jobs/a").data["status"] == "queued"
+
+
+def _stays_down(box: Box, clients: Knockers) -> None:
+    """Stopped with its sockets it is not started by a client, and comes with its sockets when it is started."""
+    box.do("systemctl", "stop", *UNITS)
+    clients.come_again(20)
+    assert _down(box), f"it came up by itself\n{box.console[-2000:]}"
+    box.do("systemctl", "start", SERVICE)
+    assert box.get("/v1/jobs/a").data["status"] == "queued"
+    box.do("systemctl", "stop", *UNITS)
+
+
+def _stats(box: Box, unix_only: bool) -> dict[str, Any]:
+    if unix_only:
+        found: dict[str, Any] = box.admin("GET", "stats").data
+        return found
+    with closing(box.admin_port()) as connection:
+        who = {"Authorization": f"Bearer {TOKEN}"}
+        found = call(connection, "GET", "/admin/job-management/stats", **who).data
+        return found
+
+
+def _reloads(box: Box) -> list[str]:
+    """What is changed is in force when systemctl comes back; what is wrong is left, and the daemon goes on."""
+    box.path(CONFIG).write_text("[locks]\nttl = '5m'\n", encoding="utf-8")
+    box.do("systemctl", "reload", SERVICE)
+    assert _ttl_ms(box, "b") == 300_000
+    box.path(CONFIG).write_text("[locks]\nttl = 'soon'\n", encoding="utf-8")
+    box.do("systemctl", "reload", SERVICE)
+    assert "reload_failed" in box.log
+    assert _ttl_ms(box, "c") == 300_000
+    box.path(CONFIG).unlink()
+    return ["b", "c"]
+
+
+# -- deaths ------------------------------------------------------------------------------------------------------------
+
+
+def deaths(trial: Trial) -> Counts:
+    """kill -9 again and again, then a daemon that hangs; clients are there all the time and find an open door."""
+    slowest_s, hung_s = 0.0, 0.0
+    with Box(trial.directory) as box:
+        box.drop_in(f"[Service]\nWatchdogSec={WATCHDOG_S}s\n")
+        box.do("systemctl", "start", SERVICE)
+        assert box.post("/v1/jobs", {"id": "a"}).status == 201
+        lock = {"lock_id": box.post("/v1/jobs/a/start", {"worker": "w"}).data["lock_id"]}
+        with Knockers(box) as clients:
+            for number in range(trial.rounds):
+                slowest_s = max(slowest_s, _seconds_away(box, "KILL"))
+                assert box.post("/v1/jobs/a/progress", {**lock, "progress": number}).status == 200
+            assert slowest_s <= UP_AGAIN_S or not trial.timed, f"{slowest_s:.1f} s after a kill"
+            hung_s = _seconds_away(box, "STOP")
+            assert "Watchdog timeout" in box.console
+            assert box.post("/v1/jobs/a/complete", lock).status == 200
+        assert hung_s <= 2 * WATCHDOG_S + UP_AGAIN_S or not trial.timed, f"{hung_s:.1f} s after it hung"
+        assert int(box.show(SERVICE, "NRestarts")) == trial.rounds + 1
+        assert clients.found_no_door == 0, f"sockets were lost: {clients.met}"
+        box.do("systemctl", "stop", *UNITS)
+        store = _examined(box, trial.directory / "copy")
+        assert store.jobs["a"].status == "completed"
+    return {
+        "kills": trial.rounds,
+        "ms until it was ready, at most": round(slowest_s * 1000),
+        f"ms from a hang to readiness (watchdog {WATCHDOG_S} s)": round(hung_s * 1000),
+        "clients meanwhile": clients.met.total(),
+    }
+
+
+def _seconds_away(box: Box, signal_name: str) -> float:
+    pid = box.show(SERVICE, "MainPID")
+    began_s = time.monotonic()
+    box.do("kill", f"-{signal_name}", pid)
+    box.until_ready(pid)
+    assert box.get("/readyz").status == 200
+    return time.monotonic() - began_s
+
+
+# -- stops -------------------------------------------------------------------------------------------------------------
+
+
+def stopped(trial: Trial) -> Counts:
+    """systemctl stop with work in flight: as SIGTERM, and a success in systemd's eyes too."""
+    ledger = Ledger()
+    with Box(trial.directory) as box:
+        for number in range(trial.rounds):
+            box.do("systemctl", "start", SERVICE)
+            ledger.settle(box)
+            waiting = parked(box)
+            with load(box, ledger, f"round-{number}"):
+                assert ledger.until(150), box.log[-2000:]
+                box.do("systemctl", "stop", *UNITS)
+            with closing(waiting):
+                assert Reply(waiting.getresponse()).data == {"grants": []}
+            assert box.show(SERVICE, "Result") == "success"
+            assert box.show(SERVICE, "ExecMainStatus") == "0"
+            store = _examined(box, trial.directory / f"copy-{number}")
+            checked = ledger.check(store)
+            nothing_untold(ledger, store)
+    return {"stops": trial.rounds, "acknowledgements checked": checked}
+
+
+def misconfigured(trial: Trial) -> Counts:
+    """Exit 78 is not tried again, by waiting clients now and then; once it is mended they have it started."""
+    by_clients = 0
+    with Box(trial.directory) as box:
+        for _ in range(trial.rounds):
+            box.path(CONFIG).write_text("[locks]\nttl = 15\n", encoding="utf-8")
+            assert box.run("systemctl", "start", SERVICE).returncode != 0
+            assert box.show(SERVICE, "ExecMainStatus") == "78"
+            time.sleep(0.5)  # several times RestartSec
+            assert box.show(SERVICE, "NRestarts") == "0"
+            assert box.show(SERVICE, "ActiveState") == "failed", "it was started again"
+            assert "locks.ttl" in box.log.splitlines()[-1]
+            by_clients += _knocked_at(box)
+            assert box.get("/readyz").status == 200
+            box.do("systemctl", "stop", *UNITS)
+    return {"refused starts": trial.rounds, "starts by waiting clients": by_clients}
+
+
+def _knocked_at(box: Box) -> int:
+    """Starts that clients bring about meanwhile: one in two seconds, and the door stays open."""
+    before, began_s = box.log.count("locks.ttl"), time.monotonic()
+    with Knockers(box):
+        while (took_s := time.monotonic() - began_s) < 12:
+            time.sleep(0.1)
+        starts = box.log.count("locks.ttl") - before
+        assert box.show(SOCKETS[0], "ActiveState") != "failed"
+        box.path(CONFIG).write_text("", encoding="utf-8")  # mended: the next client has it started
+    assert 1 <= starts <= took_s / 2 + 1, f"{starts} starts in {took_s:.0f} s"
+    return starts
+
+
+# -- what systemd says of the units ------------------------------------------------------------------------------------
+
+
+def judged(trial: Trial) -> Counts:
+    counts: dict[str, int] = {}
+    for variant, most in MOST_EXPOSED.items():
+        directory = _units(trial.directory / variant, variant)
+        paths = [str(directory / unit) for unit in UNITS]
+        verify = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", *paths], capture_output=True, text=True, check=False
+        )
+        assert (verify.returncode, verify.stdout + verify.stderr) == (0, "")
+        command = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--json=short", paths[0]]
+        assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        command.remove("--json=short")
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        level = re.search(r"Overall exposure level for jobd\.service: (\d+)\.(\d)", told)
+        assert level is not None, told
+        counts[f"tenths of exposure, {variant}"] = exposure = int(level[1]) * 10 + int(level[2])
+        assert exposure <= most, told
+    return counts
+
+
+def _units(directory: Path, variant: str) -> Path:
+    """The units, for a jobd that is here."""
+    directory.mkdir()
+    for unit in UNITS:
+        text = (ROOT / "systemd" / unit).read_text(encoding="utf-8")
+        (directory / unit).write_text(text.replace("/opt/jobd/bin/jobd", "/bin/true"), encoding="utf-8")
+    if variant == "unix-only":
+        shutil.copytree(ROOT / "systemd/unix-only", directory, dirs_exist_ok=True)
+    return directory
+
+
+CHECKS = (
+    Check(
+        "systemd-start",
+        "started by its first client, ready when systemd says so, no door closed at a restart, down when stopped",
+        started,
+        rounds=4,
+        needs=NEEDS,
+    ),
+    Check(
+        "systemd-deaths",
+        "killed ten times in a row or hung: up again each time within seconds, clients find an open door all the while",
+        deaths,
+        rounds=10,
+        needs=NEEDS,
+    ),
+    Check(
+        "systemd-stop",
+        "systemctl stop with work in flight: all is answered, nothing else is done, a success",
+        stopped,
+        rounds=10,
+        needs=NEEDS,
+    ),
+    Check(
+        "systemd-misconfigured",
+        "exit 78 is not tried again but for clients that knock, every two seconds; it is up once it was mended",
+        misconfigured,
+        rounds=3,
+        needs=NEEDS,
+    ),
+    Check(
+        "systemd-verdict",
+        "systemd-analyze finds nothing wrong with the units; exposure at most 1.3 with an admin port, 0.6 without",
+        judged,
+        rounds=1,
+        needs=(program("systemd-analyze", "systemd"),),
+    ),
+)

@@ -1,0 +1,42 @@
+"""A real worker in a process of its own: `python -m tests.proof.faults.worker SOCKET QUEUE LOCK_TTL_MS`.
+
+Prints a line of JSON when it begins a job, and one when the job ended or was lost; a line on stdin ends the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from typing import Any
+
+from jobd.client import Task, Worker
+
+
+def say(what: str, **more: Any) -> None:
+    print(json.dumps({"said": what, **more}), flush=True)
+
+
+async def main(path: str, queue: str, lock_ttl_ms: int) -> None:
+    logging.basicConfig(format="%(message)s")  # to stderr: why a job was lost
+    stdin = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+    worker = Worker(f"unix:{path}", queues=[queue], lock_ttl_ms=lock_ttl_ms)
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        await task.progress(10)
+        say("begun", job=task.job.id, token=task.fencing_token)
+        try:
+            await stdin.readline()
+        except asyncio.CancelledError:
+            say("lost", job=task.job.id)
+            raise
+        say("done", job=task.job.id)
+
+    await worker.serve()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

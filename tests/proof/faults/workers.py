@@ -1,0 +1,266 @@
+"""Workers that die, and workers that sleep past their lock and come back: real processes, killed and stopped.
+
+What such a worker does while it lives is in worker.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any, Final
+
+from tests.proof.faults.examine import examined
+from tests.proof.faults.frame import Check, Counts, Trial
+from tests.support.daemon_process import Daemon, call, die_with_us
+
+LOCK_TTL_MS: Final = 1_000
+RECOVER_EVERY_MS: Final = 2_000
+LATE_MS: Final = 1_000  # beyond the recovery period
+WORKERS: Final = 4
+SAID_S: Final = 60.0
+
+
+class RealWorker:
+    """A worker's process, and what it has said."""
+
+    def __init__(self, daemon: Daemon, queue: str, lock_ttl_ms: int = LOCK_TTL_MS) -> None:
+        command = [sys.executable, "-m", "tests.proof.faults.worker", daemon.socket, queue, str(lock_ttl_ms)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=die_with_us,
+        )
+        self._complaints: list[str] = []
+        self._listener = threading.Thread(target=self._listen)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        self._complaints += self.process.stderr  # until it ends
+
+    def __enter__(self) -> RealWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._listener.join()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+    @property
+    def complaints(self) -> str:
+        """What it said on stderr; complete once it has ended."""
+        return "".join(self._complaints)
+
+    def said(self) -> dict[str, Any]:
+        """The next line of its stdout."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the worker has ended: {self.complaints}"
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def end_its_job(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It does not move meanwhile."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        try:
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+            yield
+        finally:
+            os.kill(self.process.pid, signal.SIGCONT)
+
+
+def _until_expired(daemon: Daemon, job_id: str) -> None:
+    """Until its lock has run out, by the daemon's own word."""
+    deadline_s = time.monotonic() + SAID_S
+    while True:
+        job = daemon.get(f"/v1/jobs/{job_id}").data
+        assert job["status"] == "processing"
+        if job["lock"] is None or job["lock"]["expires_at"] <= time.time() * 1000:
+            return
+        assert time.monotonic() < deadline_s, f"the lock of a stopped worker does not run out: {job}"
+        time.sleep(0.05)
+
+
+def _until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
+    deadline_s = time.monotonic() + SAID_S
+    while (job := daemon.get(f"/v1/jobs/{job_id}").data)["status"] == "processing":
+        assert time.monotonic() < deadline_s, job
+        time.sleep(0.02)
+    found: dict[str, Any] = job
+    return found
+
+
+def sleeping_worker(trial: Trial) -> Counts:
+    """Recovery acts when it is asked to: so there is a time after the lock has expired and before that."""
+    counts = {"endings taken after the lock had expired": 0, "endings refused": 0, "running work stopped": 0}
+    with Daemon(trial.directory, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
+        with RealWorker(daemon, "q") as worker:
+            for number in range(trial.rounds):
+                job_id = f"job-{number}"
+                assert daemon.post("/v1/jobs", {"id": job_id, "queue": "q", "max_attempts": 3}).status == 201
+                begun = worker.said()
+                assert (begun["said"], begun["job"]) == ("begun", job_id), worker.complaints
+                (_taken, _refused, _stopped)[number % 3](daemon, worker, begun)
+                counts[tuple(counts)[number % 3]] += 1
+        assert daemon.stop() == 0
+    store = examined(daemon.store)
+    assert all(job.status == "completed" for job in store.jobs.values())
+    return {**counts, "tokens": len(store.tokens)}
+
+
+def _taken(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
+    """Nobody else can have the job: its holder may end it."""
+    with worker.stopped():
+        _until_expired(daemon, begun["job"])
+        worker.end_its_job()
+    assert worker.said()["said"] == "done"
+    assert _until_ended(daemon, begun["job"])["status"] == "completed"
+
+
+def _recovered(daemon: Daemon, begun: dict[str, Any]) -> dict[str, Any]:
+    """Recovery acts, and somebody else gets the job; gives the new grant."""
+    recovered = daemon.admin("POST", "recover-stuck", {}).data
+    assert [(one["jobId"], one["action"]) for one in recovered["details"]] == [(begun["job"], "reset")]
+    grant: dict[str, Any] = daemon.post(f"/v1/jobs/{begun['job']}/start", {"worker": "the next"}).data
+    assert grant["fencing_token"] > begun["token"], "the new token has to be the larger one"
+    return grant
+
+
+def _refused(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
+    """Its work has ended while it slept; when it says so, the job is another's, and stays as it is."""
+    with worker.stopped():
+        _until_expired(daemon, begun["job"])
+        grant = _recovered(daemon, begun)
+        before = daemon.get(f"/v1/jobs/{begun['job']}").data
+        worker.end_its_job()
+    assert worker.said()["said"] in ("done", "lost")  # it may notice before it comes to say so
+    _next_job(daemon, worker)
+    _still_the_next_ones(daemon, before, grant)
+
+
+def _stopped(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
+    """Its work goes on when it comes back: it is told, stops the work, and goes on with another job."""
+    with worker.stopped():
+        _until_expired(daemon, begun["job"])
+        grant = _recovered(daemon, begun)
+        before = daemon.get(f"/v1/jobs/{begun['job']}").data
+    assert worker.said() == {"said": "lost", "job": begun["job"]}
+    _next_job(daemon, worker)
+    _still_the_next_ones(daemon, before, grant)
+
+
+def _next_job(daemon: Daemon, worker: RealWorker) -> None:
+    """It claims again: so it has been told, and has let go."""
+    job_id = daemon.post("/v1/jobs", {"queue": "q"}).data["id"]
+    begun = worker.said()
+    assert (begun["said"], begun["job"]) == ("begun", job_id)
+    worker.end_its_job()
+    assert worker.said()["said"] == "done"
+    assert _until_ended(daemon, job_id)["status"] == "completed"
+
+
+def _still_the_next_ones(daemon: Daemon, before: dict[str, Any], grant: dict[str, Any]) -> None:
+    path = f"/v1/jobs/{before['id']}"
+    assert daemon.get(path).data == before, "the one that came back has changed the job"
+    # What it said and brought too late is told and kept beside the job, and is no change of it.
+    told = daemon.get(f"{path}/timeline").data["events"]
+    events = [event for event in told if event["type"] not in ("late_result", "late_call")]
+    assert events[-1]["type"] == "granted", events[-1]
+    assert events[-1]["by"] == "worker:the next"
+    done = daemon.post(f"{path}/complete", {"lock_id": grant["lock_id"], "metadata": 1})
+    assert done.data["status"] == "completed"
+
+
+# -- dead --------------------------------------------------------------------------------------------------------------
+
+
+def dead_worker(trial: Trial) -> Counts:
+    """Workers are killed at different moments; others wait for their jobs, and get them on time, not before."""
+    late_ms: list[int] = []
+    at_once = WORKERS if trial.timed else WORKERS // 2
+    with Daemon(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
+        for number in range(trial.rounds):
+            with ExitStack() as stack, ThreadPoolExecutor(at_once) as pool:
+                workers = [stack.enter_context(RealWorker(daemon, f"q-{number}-{each}")) for each in range(at_once)]
+                for each in range(at_once):
+                    job = {"id": f"job-{number}-{each}", "queue": f"q-{number}-{each}", "max_attempts": 2}
+                    assert daemon.post("/v1/jobs", job).status == 201
+                for each, worker in enumerate(workers):
+                    assert worker.said()["job"] == f"job-{number}-{each}"
+                offered = [pool.submit(_wait_for_job, daemon, f"q-{number}-{each}") for each in range(at_once)]
+                for worker in workers:
+                    worker.process.kill()
+                    worker.process.wait()
+                at_ms = [one.result() for one in offered]
+            late_ms += [_on_time(daemon, f"job-{number}-{each}", at, trial) for each, at in enumerate(at_ms)]
+        assert daemon.stop() == 0
+    examined(daemon.store)
+    return {
+        "workers killed": len(late_ms),
+        "ms from the lock's end to the next worker, at most": max(late_ms),
+        "at least": min(late_ms),
+    }
+
+
+def _wait_for_job(daemon: Daemon, queue: str) -> int:
+    """The wall time at which the job was offered again."""
+    with closing(daemon.worker()) as connection:
+        wait = {"worker": "the next", "queues": [queue], "wait_ms": 30_000}
+        grants = call(connection, "POST", "/v1/claim", wait).data["grants"]
+    assert grants, f"the job in {queue} was not offered again within 30 s"
+    return int(time.time() * 1000)
+
+
+def _on_time(daemon: Daemon, job_id: str, offered_at: int, trial: Trial) -> int:
+    """How many ms after the end of its lock the job was offered again."""
+    events = daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]
+    seen = [event["type"] for event in events]
+    assert seen.count("stalled") == 1, seen
+    assert seen[-1] == "granted", seen
+    stalled = events[seen.index("stalled")]
+    sign_of_life = events[seen.index("stalled") - 1]
+    if sign_of_life["type"] == "lock_expired":
+        sign_of_life = events[seen.index("stalled") - 2]
+    expires_at = sign_of_life["at"] + LOCK_TTL_MS
+    assert stalled["at"] >= expires_at, f"recovered {expires_at - stalled['at']} ms before its lock has expired"
+    assert events[-1]["at"] >= stalled["at"]
+    late_ms: int = offered_at - expires_at
+    assert late_ms <= RECOVER_EVERY_MS + LATE_MS or not trial.timed, f"{job_id} was offered {late_ms} ms late"
+    return late_ms
+
+
+CHECKS = (
+    Check(
+        "sleeping-worker",
+        "a worker that sleeps past its lock is heard until recovery has acted, then lock_lost: the new token is larger",
+        sleeping_worker,
+        rounds=15,
+        few=2,
+    ),
+    Check(
+        "dead-worker",
+        "the job of a worker that died is offered again within the recovery period + 1 s, and not before its lock ends",
+        dead_worker,
+        rounds=10,
+    ),
+)

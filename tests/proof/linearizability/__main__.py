@@ -1,0 +1,136 @@
+"""Record histories of a real daemon and check each job's.
+
+`python -m tests.proof.linearizability --histories N [--seed K]`
+
+Of each job's history mutants are made that no order can explain, and those have to be refused. Exit code 0 where every
+history was explained and every mutant refused, 1 otherwise, with the history in question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from random import Random
+
+from msgspec import Struct, field
+
+from tests.proof.linearizability.gather import Gathered, a_daemon, gather
+from tests.proof.linearizability.history import overlapping
+from tests.proof.linearizability.model import World
+from tests.proof.linearizability.mutate import KINDS, mutants
+from tests.proof.linearizability.search import judge
+from tests.proof.linearizability.tell import line, story
+
+WANTED_SHARE = 0.30
+WANTED_CLIENTS = 4
+ENOUGH = 20  # histories in which every kind of mutant has to come up
+
+
+class Figures(Struct):
+    """What the histories came to. `broken` is the story of the first that nothing explains, or that should not be."""
+
+    histories: int = 0
+    jobs: int = 0
+    operations: int = 0
+    overlapping: int = 0
+    least_share: float = 1.0  # of one history
+    unknown: int = 0
+    clients: Counter[int] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Of all operations those that overlap in time with another one on the same job."""
+        return self.overlapping / max(self.operations, 1)
+
+    def shortcomings(self) -> list[str]:
+        """Why it proves less than it should that nothing is broken."""
+        found = []
+        if self.share < WANTED_SHARE:
+            found.append(f"Only {self.share:.1%} of the operations overlap: the clients did not contend.")
+        if min(self.clients, default=0) < WANTED_CLIENTS:
+            found.append(f"There was a history of fewer than {WANTED_CLIENTS} clients.")
+        if self.histories >= ENOUGH and (never := [kind for kind in KINDS if not self.refused[kind]]):
+            found.append(f"No mutant of these kinds came up: {', '.join(never)}.")
+        return found
+
+    def add(self, gathered: Gathered) -> None:
+        """Judge one history, and the mutants of it."""
+        history = gathered.history
+        self.histories += 1
+        self.operations += len(history.operations)
+        together = overlapping(history.operations)
+        self.overlapping += together
+        self.least_share = min(self.least_share, together / max(len(history.operations), 1))
+        self.unknown += sum(each.said is None for each in history.operations)
+        self.clients[len({each.client for each in history.operations})] += 1
+        self.faults.update(gathered.faults)
+        for each in history.operations:
+            self.answers[each.said.code if each.said else "(lost)"] += 1
+            self.answers["(after a stall)"] += bool(each.said and each.said.seen.get("stalls"))
+        for job in history.terms:
+            self._judge(gathered, job)
+
+    def _judge(self, gathered: Gathered, job: str) -> None:
+        history = gathered.history
+        world = World(history.terms[job], tuple(history.outages))
+        mine = history.of(job)
+        self.jobs += 1
+        verdict = judge(mine, world)
+        if not verdict.is_explained:
+            self.broken = [f"No order explains history {gathered.number}, job {job}:", *story(mine, world, verdict)]
+            return
+        for kind, mutant in mutants(mine, world, Random(f"{gathered.number}-{job}")):
+            verdict = judge(mutant, world)
+            if verdict.is_explained:
+                first_ns = min(each.call_ns for each in mutant)
+                order = [line(each, first_ns) for each in verdict.order]
+                self.broken = [f"The mutant {kind} of history {gathered.number}, job {job}, was taken:", *order]
+                return
+            self.refused[kind] += 1
+
+
+def lines(figures: Figures, took_s: float) -> Iterator[str]:
+    """The figures, for people."""
+    clients = f"{min(figures.clients)} to {max(figures.clients)} clients"
+    yield f"{figures.histories} histories of {clients}, {figures.jobs} jobs"
+    overlap = f"{figures.share:.1%} of them overlapping ({figures.least_share:.1%} in one history at least)"
+    yield f"{figures.operations:,} operations, {overlap}, {figures.unknown:,} unknown outcomes"
+    for title, counts in (("faults", figures.faults), ("answers", figures.answers)):
+        yield f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    yield "mutants refused: " + ", ".join(f"{kind} {figures.refused[kind]:,}" for kind in KINDS)
+    yield f"{figures.jobs} jobs explained, {figures.refused.total():,} mutants refused, in {took_s:.1f} s"
+
+
+def run(histories: int, seed: int) -> Figures:
+    """As many histories, until one is broken."""
+    figures = Figures()
+    with a_daemon() as daemon:
+        for number in range(histories):
+            figures.add(gather(daemon, seed, number))
+            if figures.broken:
+                break
+    return figures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.proof.linearizability", description=__doc__)
+    parser.add_argument("--histories", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0, help="for what the clients ask; their race is the machine's")
+    given = parser.parse_args(arguments)
+    began_s = time.perf_counter()
+    figures = run(given.histories, given.seed)
+    print("\n".join(lines(figures, time.perf_counter() - began_s)))
+    figures.broken += figures.shortcomings()
+    print("\n".join(figures.broken), end="\n" if figures.broken else "")
+    return 1 if figures.broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

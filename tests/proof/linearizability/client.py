@@ -1,0 +1,245 @@
+"""A client that contends with others: what it asks next, under which lock, and whether it waits for the answer.
+
+Judges nothing; everything that it draws comes from its own dice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from random import Random
+from typing import Any, Final
+
+from tests.proof.linearizability.history import History, Operation, Said
+from tests.proof.linearizability.model import MOVES
+from tests.proof.linearizability.talk import Away, Exchange, Fate, Line, Request, claimed, said
+from tests.support.daemon_process import Daemon
+
+READY_S: Final = 40.0
+TRIES: Final = 5
+ADMIN: Final = "/admin/job-management"
+KEYED: Final = frozenset({"create", "start", "claim", "cancel", "force-fail", "force-reset", "transition"})
+CROWD: Final = {
+    "create": 8, "start": 8, "claim": 7, "claim-all": 2, "get": 6,
+    "progress": 7, "extend": 2, "complete": 3, "fail": 5, "release": 5,
+    "cancel": 1, "force-reset": 4, "force-fail": 1, "transition": 2, "delete": 2,
+}  # fmt: skip
+# Nobody but time takes a job from a worker that went silent.
+ALONE: Final = {
+    "create": 5, "start": 6, "claim": 9, "get": 3, "progress": 4, "extend": 3, "complete": 1, "fail": 1, "release": 1,
+    "delete": 2,
+}  # fmt: skip
+
+
+class Scene:
+    """What the clients of one history share: the daemon, the jobs, the locks that somebody has been told."""
+
+    def __init__(self, daemon: Daemon, history: History, *, lossy: bool, alone: bool) -> None:
+        self.daemon = daemon
+        self.history = history
+        self.lossy = lossy
+        self.weights = ALONE if alone else CROWD
+        self.faults: Counter[str] = Counter()
+        self.up = threading.Event()
+        self.up.set()
+        self.locks: dict[str, list[str]] = {job: [] for job in history.terms}
+        self._heard = threading.Condition()
+        self._calls = 0
+
+    def socket(self, admin: bool) -> str:
+        return self.daemon.admin_socket if admin else self.daemon.socket
+
+    def until_called(self, count: int) -> None:
+        with self._heard:
+            assert self._heard.wait_for(lambda: self._calls >= count, READY_S), "the clients are stuck"
+
+    def note(self, operations: list[Operation]) -> None:
+        """One call that was made, on one job or on several."""
+        with self._heard:
+            self._calls += 1
+            self._heard.notify_all()
+            self.history.operations += operations
+            for each in operations:
+                if each.said is not None and each.said.code == "granted":
+                    self.locks[each.job].append(each.lock)
+
+    def count(self, fault: str) -> None:
+        with self._heard:
+            self.faults[fault] += 1
+
+
+class Client:
+    """`play` makes so many calls, one after the other."""
+
+    def __init__(self, scene: Scene, number: int, dice: Random) -> None:
+        self._scene = scene
+        self._number = number
+        self._dice = dice
+        self._line = Line(scene.socket)
+        self._asked = 0
+        self._endings: list[tuple[str, str, dict[str, Any]]] = []
+
+    def play(self, calls: int) -> None:
+        try:
+            while self._asked < calls:
+                self._call()
+        finally:
+            self._line.close()
+
+    def look(self, job: str) -> None:
+        """See what has become of `job`, once all is quiet."""
+        self._ask("get", job, {}, fate="answered")
+        self._line.close()
+
+    def _call(self) -> None:
+        dice = self._dice
+        if self._endings and dice.random() < 0.08:
+            verb, job, body = dice.choice(self._endings)  # said twice, by whoever said it
+        else:
+            job = dice.choice(list(self._scene.history.terms))
+            verb = dice.choices(list(self._scene.weights), list(self._scene.weights.values()))[0]
+            body = self._body(verb, job)
+        if "lock_id" in body and verb in ("complete", "fail", "release"):
+            self._endings.append((verb, job, body))
+        key = f"{job}-{self._number}-{self._asked}" if verb in KEYED and dice.random() < 0.6 else None
+        is_lost = not self._ask(verb, job, body, key=key, fate=self._fate(verb))
+        # Who has lost an answer asks again, mostly; some ask again although they were told.
+        for _ in range(3):
+            if dice.random() >= (0.75 if is_lost else 0.04) or verb == "claim-all":
+                return
+            self._scene.count("asked again")
+            is_lost = not self._ask(verb, job, body, key=key, fate=self._fate(verb))
+
+    def _fate(self, verb: str) -> Fate:
+        if not self._scene.lossy or self._dice.random() > 0.12:
+            return "answered"
+        fates: list[Fate] = ["hung up", "unread"] if verb in ("get", "delete") else ["hung up", "unread", "cut"]
+        return self._dice.choice(fates)
+
+    # -- what to ask --------------------------------------------------------------------------------------------------
+
+    def _body(self, verb: str, job: str) -> dict[str, Any]:
+        build: Callable[[str], dict[str, Any]] | None = {
+            "create": self._creation,
+            "start": self._worker,
+            "claim": self._claim,
+            "claim-all": self._claim_all,
+            "transition": self._transition,
+            "force-fail": self._forced,
+            "force-reset": self._forced,
+        }.get(verb)
+        if build is not None:
+            return build(job)
+        return {} if verb in ("get", "delete", "cancel") else self._held(verb, job)
+
+    @property
+    def _mark(self) -> str:
+        """No two calls say the same, unless one is meant to repeat the other."""
+        return f"c{self._number}-{self._asked}"
+
+    def _creation(self, job: str) -> dict[str, Any]:
+        terms = self._scene.history.terms[job]
+        return {
+            "id": job,
+            "queue": job,
+            "payload": self._dice.choice(["one", "one", "one", "another"]),
+            "max_attempts": terms.max_attempts,
+            "max_processing_ms": terms.max_processing_ms,
+            "max_stalls": 1000,
+            "on_stall": terms.on_stall,
+            "backoff": {"kind": "fixed", "base_ms": 0, "jitter": False},
+        }
+
+    def _worker(self, job: str) -> dict[str, Any]:
+        return {"worker": self._mark}
+
+    def _claim(self, job: str) -> dict[str, Any]:
+        return {"worker": self._mark, "queues": [job], "wait_ms": self._dice.choice([0, 0, 2, 10, 30])}
+
+    def _claim_all(self, job: str) -> dict[str, Any]:
+        jobs = list(self._scene.history.terms)
+        return {"worker": self._mark, "queues": jobs, "limit": len(jobs), "wait_ms": self._dice.choice([0, 5])}
+
+    def _forced(self, job: str) -> dict[str, Any]:
+        return {"jobId": job, "reason": self._mark}
+
+    def _transition(self, job: str) -> dict[str, Any]:
+        begin = self._dice.choice(list(MOVES))
+        return {**self._forced(job), "from": begin, "to": self._dice.choice(MOVES[begin])}
+
+    def _held(self, verb: str, job: str) -> dict[str, Any]:
+        """Under the latest lock that anybody was told, mostly: the others' locks and old ones are tried too."""
+        locks = self._scene.locks[job] or ["never-granted"]
+        lock = locks[-1] if self._dice.random() < 0.7 else self._dice.choice(locks)
+        body: dict[str, Any] = {"lock_id": lock}
+        if verb == "progress":
+            body["progress"] = self._dice.randint(0, 100)
+        elif verb == "complete":
+            body["metadata"] = {"by": self._mark}
+        elif verb == "fail":
+            body |= {"error_message": self._mark, "retry": self._dice.random() < 0.7, "retry_after_ms": 0}
+        elif verb == "release":
+            body["delay_ms"] = 0  # without it, the fifth in a row without progress would delay the job
+        return body
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def _ask(self, verb: str, job: str, body: dict[str, Any], *, fate: Fate, key: str | None = None) -> bool:
+        """Whether there was an answer."""
+        request = _request(verb, job, body, key)
+        if fate == "cut":
+            with suppress(Away):
+                self._line.ask(request, fate)
+            self._line.close()
+            self._scene.count("request cut off")
+            fate = "answered"
+        exchange = self._exchange(request, fate)
+        if exchange.reply is None:
+            self._scene.count({"answered": "answer lost with the daemon", "hung up": "hung up"}.get(fate, "unread"))
+        self._asked += 1
+        self._scene.note(self._records(verb, job, request, exchange))
+        return exchange.reply is not None
+
+    def _exchange(self, request: Request, fate: Fate) -> Exchange:
+        """Asked again until something may have been done; a daemon that is away comes back."""
+        for _ in range(TRIES):
+            try:
+                return self._line.ask(request, fate)
+            except Away:
+                self._line.close()
+                assert self._scene.up.wait(READY_S), "the daemon does not come back"
+        raise AssertionError("the daemon is gone, and nobody has ended it")
+
+    def _records(self, verb: str, job: str, request: Request, exchange: Exchange) -> list[Operation]:
+        jobs = list(self._scene.history.terms) if verb == "claim-all" else [job]
+        return [self._record("claim" if verb == "claim-all" else verb, each, request, exchange) for each in jobs]
+
+    def _record(self, verb: str, job: str, request: Request, exchange: Exchange) -> Operation:
+        reply = exchange.reply
+        answer: Said | None = None
+        if reply is not None:
+            answer = claimed(job, reply) if verb == "claim" else said(verb, reply)
+        return Operation(
+            client=self._number,
+            verb=verb,
+            job=job,
+            body=request.body or {},
+            call_ns=exchange.call_ns,
+            return_ns=exchange.return_ns if reply is not None else None,
+            said=answer,
+            key=request.key,
+            replayed=reply is not None and reply.headers.get("Idempotent-Replayed") == "true",
+        )
+
+
+def _request(verb: str, job: str, body: dict[str, Any], key: str | None) -> Request:
+    if verb == "get":
+        return Request("GET", f"/v1/jobs/{job}", None)
+    if verb == "delete":
+        return Request("DELETE", f"{ADMIN}/jobs/{job}", None, admin=True)
+    if verb in ("force-fail", "force-reset", "transition"):
+        return Request("POST", f"{ADMIN}/{verb}", body, admin=True, key=key)
+    path = {"create": "/v1/jobs", "claim": "/v1/claim", "claim-all": "/v1/claim"}.get(verb, f"/v1/jobs/{job}/{verb}")
+    return Request("POST", path, body, key=key)

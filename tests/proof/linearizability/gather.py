@@ -1,0 +1,90 @@
+"""Histories from a real daemon: clients that contend for few jobs over real connections, while it is killed under them.
+
+Everything that can be drawn is drawn from the seed; who comes first is left to the machine.
+"""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Final
+
+from msgspec import Struct
+
+from tests.proof.linearizability.client import Client, Scene
+from tests.proof.linearizability.history import History, Outage, Terms
+from tests.proof.linearizability.talk import boot_ns
+from tests.support.daemon_process import Daemon
+
+# Recovery looks often; every change is on the disk before its answer, as always.
+CONFIG: Final = """
+[cleanup]
+recover_every = "5ms"
+"""
+CALLS: Final = 32  # of each client
+KILLS_EVERY: Final = 6  # of so many histories one loses its daemon
+
+
+class Gathered(Struct):
+    """A history and the faults that it went through."""
+
+    number: int
+    history: History
+    faults: Counter[str]
+
+
+@contextmanager
+def a_daemon() -> Iterator[Daemon]:
+    """One daemon for many histories, in a directory that goes with it."""
+    with tempfile.TemporaryDirectory(prefix="jobd-histories-") as place, Daemon(Path(place), CONFIG) as daemon:
+        yield daemon
+
+
+def gather(daemon: Daemon, seed: int, number: int) -> Gathered:
+    """History `number` of `seed`: new jobs on a daemon that is ready, and will be."""
+    dice = Random(f"{seed}-{number}")
+    kills = number % KILLS_EVERY == KILLS_EVERY - 1
+    alone = dice.random() < (0.6 if kills else 0.3)
+    terms = {f"h{number}-{letter}": _terms(dice, alone, kills) for letter in "abc"[: dice.randint(2, 3)]}
+    scene = Scene(daemon, History(terms), lossy=dice.random() < 0.6, alone=alone)
+    clients = [Client(scene, index, Random(f"{seed}-{number}-{index}")) for index in range(dice.randint(4, 6))]
+    kill_at = dice.randint(10, CALLS * len(clients) * 3 // 4) if kills else None
+    with ThreadPoolExecutor(len(clients)) as pool:
+        done = [pool.submit(client.play, CALLS) for client in clients]
+        if kill_at is not None:
+            scene.until_called(kill_at)
+            _restart(scene, dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        for each in done:
+            each.result()
+    for job in terms:
+        clients[0].look(job)
+    return Gathered(number, scene.history, scene.faults)
+
+
+def _terms(dice: Random, alone: bool, kills: bool) -> Terms:
+    """Most locks outlive the history; of some jobs they end within it, of all where only time ends them.
+
+    Where the daemon dies they are longer, so that some still live then: its absence must not age them.
+    """
+    patience_ms = dice.randint(4, 15) + 40 * kills if alone or dice.random() < 0.2 else 0
+    return Terms(dice.randint(1, 3), patience_ms, dice.choice(["auto", "requeue", "fail"]))
+
+
+def _restart(scene: Scene, how: signal.Signals) -> None:
+    """End the daemon under its clients, and start it again."""
+    scene.up.clear()
+    if how == signal.SIGKILL:
+        scene.daemon.kill()
+    else:
+        assert scene.daemon.stop(how) == 0
+    down_ns = boot_ns()
+    scene.history.outages.append(Outage(down_ns, boot_ns()))
+    scene.faults["kill -9 and restart" if how == signal.SIGKILL else "SIGTERM and restart"] += 1
+    scene.daemon.start()
+    scene.up.set()

@@ -1,0 +1,376 @@
+"""What one job promises to whoever asks: its sequential specification, in the words of the contract.
+
+Written apart from jobd's rules and without a line of theirs, or both would be wrong together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
+
+from tests.proof.linearizability.history import GRANTING, Operation, Outage, Terms
+
+NEVER: Final = 1 << 80
+MS: Final = 1_000_000
+ROUNDING: Final = 2 * MS  # the daemon counts whole milliseconds
+GRACE: Final = 30_000 * MS  # after a start no lock of a processing job ends within this
+STALLED: Final = "(stalled)"
+FINISHED: Final = ("completed", "failed", "cancelled")
+MOVES: Final = {  # what a transition may do
+    "queued": ("completed", "failed", "cancelled"),
+    "processing": ("queued", "completed", "failed", "cancelled"),
+    "failed": ("queued", "completed"),
+    "cancelled": ("queued", "completed"),
+}
+
+
+class Ended(NamedTuple):
+    """The last grant that ended: by its holder (`verb` and what it said), or by something else, for a reason."""
+
+    lock: str | None
+    verb: str | None
+    asked: str
+    reason: str
+
+
+class State(NamedTuple):
+    """A job. `lock` is "?…" where the answer to the grant was lost, and nobody knows it; `key` is that
+    under which it was granted.
+
+    `safe_until` is the time (ns) before which its lock cannot have ended by itself. `last_token` outlives the job.
+    """
+
+    status: str = "absent"
+    lock: str | None = None
+    worker: str | None = None
+    token: int | None = None
+    key: str | None = None
+    attempt: int = 0
+    progress: int = 0
+    stalls: int = 0
+    error: str | None = None
+    mark: str | None = None
+    made_by: str = ""
+    ended: Ended | None = None
+    safe_until: int = NEVER
+    last_token: int = 0
+
+
+class Expected(NamedTuple):
+    """The answer that a state gives, and the state after it. What `seen` does not name is not compared."""
+
+    code: str
+    seen: dict[str, Any]
+    after: State
+
+
+class World(NamedTuple):
+    """What does not change: the job's terms, and when the daemon was away."""
+
+    terms: Terms
+    outages: tuple[Outage, ...] = ()
+
+
+def step(state: State, operation: Operation, world: World) -> State | None:
+    """The state after `operation`, None where `state` does not give the answer that it got. A lost answer fits."""
+    expected = RULES[operation.verb](state, operation, world)
+    said = operation.said
+    if said is None:
+        return expected.after
+    if said.code != expected.code:
+        return None
+    for name, value in expected.seen.items():
+        if name in said.seen and said.seen[name] != value and not _has_cleared(name, said.seen[name], state, operation):
+            return None
+    return expected.after
+
+
+def may_change(operation: Operation) -> bool:
+    """Whether there is a state that this call, with this answer, changes."""
+    if operation.said is None:
+        return True
+    if operation.verb in ("get", "extend", "replay"):
+        return False
+    return operation.said.code in ("created", "granted", "alive", "done")
+
+
+def comes_after(lost: Operation, other: Operation) -> bool:
+    """A lost call that does something does it after `other`, which was judged under its key: else that had told."""
+    if lost.said is not None or lost.key is None or lost.verb in GRANTING:
+        return False  # of a grant the key tells while it is current; `_is_repeat` sees to that
+    return lost.key == other.key and other.said is not None and other.verb != "replay"
+
+
+def drifts(state: State, operation_must_end_ns: int, world: World) -> Iterator[State]:
+    """What may happen to a job by itself before the next call, which ends at the latest at `operation_must_end_ns`."""
+    if state.status != "processing" or state.lock is None:
+        return
+    if state.lock.startswith("?"):
+        yield _queued(state, "undelivered", attempt=max(state.attempt - 1, 0))
+    if operation_must_end_ns >= state.safe_until:
+        yield _stalled(state, world.terms)
+
+
+def _has_cleared(name: str, value: object, state: State, operation: Operation) -> bool:
+    """A lock that has expired is not shown; the grant stays until the job is recovered."""
+    cleared = name in ("worker", "token") and value is None and state.status == "processing"
+    return cleared and (operation.return_ns or NEVER) >= state.safe_until
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def _shown(state: State) -> dict[str, Any]:
+    shown = {
+        "status": state.status,
+        "attempt": state.attempt,
+        "progress": state.progress,
+        "stalls": state.stalls,
+        "error": state.error,
+        "mark": state.mark,
+        "worker": state.worker,
+        "token": state.token,
+    }
+    if state.token is None and state.lock is not None:
+        del shown["token"]  # it was in the answer that was lost
+    return shown
+
+
+def _done(after: State, code: str = "done") -> Expected:
+    return Expected(code, _shown(after), after)
+
+
+def _no(state: State, code: str, **seen: Any) -> Expected:
+    return Expected(code, seen, state)
+
+
+def _gone(state: State) -> Expected:
+    return _no(state, "job_not_found")
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def _without_grant(state: State, reason: str, verb: str | None = None, asked: str = "") -> State:
+    ended = state.ended if state.lock is None else Ended(state.lock, verb, asked, reason)
+    return state._replace(lock=None, worker=None, token=None, key=None, safe_until=NEVER, ended=ended)
+
+
+def _queued(state: State, reason: str, **fields: Any) -> State:
+    return _without_grant(state, reason)._replace(status="queued", progress=0, **fields)
+
+
+def _stalled(state: State, terms: Terms) -> State:
+    """The worker went silent: an attempt without progress does not count."""
+    attempt = state.attempt if state.progress else max(state.attempt - 1, 0)
+    counted = state._replace(stalls=state.stalls + 1)
+    again = not state.progress or state.attempt < terms.max_attempts
+    if terms.on_stall == "requeue" or (terms.on_stall == "auto" and again):
+        return _queued(counted, "stalled", attempt=attempt)
+    return _without_grant(counted, "stalled")._replace(status="failed", attempt=attempt, error=STALLED)
+
+
+def _safe_until(operation: Operation, world: World) -> int:
+    """A lock that `operation` renewed lives at least until then: its ceiling, and not while the daemon is away."""
+    if not world.terms.max_processing_ms:
+        return NEVER
+    until = operation.call_ns + world.terms.max_processing_ms * MS - ROUNDING
+    for outage in world.outages:
+        if operation.return_ns is not None and operation.return_ns <= outage.down_ns < until:
+            until = outage.up_ns + GRACE - ROUNDING
+    return until
+
+
+# -- creators ---------------------------------------------------------------------------------------------------------
+
+
+def _create(state: State, operation: Operation, world: World) -> Expected:
+    if state.status == "absent":
+        return _done(State(status="queued", made_by=operation.asked, last_token=state.last_token), "created")
+    if state.made_by == operation.asked:
+        return _done(state, "existing")
+    return _no(state, "job_exists", status=state.status)
+
+
+def _get(state: State, operation: Operation, world: World) -> Expected:
+    return _gone(state) if state.status == "absent" else _done(state)
+
+
+def _cancel(state: State, operation: Operation, world: World) -> Expected:
+    if state.status == "absent":
+        return _gone(state)
+    if state.status in FINISHED:
+        return _no(state, "invalid_transition", status=state.status)
+    return _done(_without_grant(state, "cancelled")._replace(status="cancelled"))
+
+
+# -- grants -----------------------------------------------------------------------------------------------------------
+
+
+def _start(state: State, operation: Operation, world: World) -> Expected:
+    if state.status == "absent":
+        return _gone(state)
+    if state.status == "processing":
+        if _is_repeat(state, operation):
+            return _no(state, "the grant of its first call")
+        return _no(state, "already_locked", worker=state.worker)
+    if state.status != "queued":
+        return _no(state, "invalid_transition", status=state.status)
+    return _granted(state, operation, world)
+
+
+def _claim(state: State, operation: Operation, world: World) -> Expected:
+    if state.status == "queued":
+        return _granted(state, operation, world)
+    return _no(state, "the grant of its first call" if _is_repeat(state, operation) else "nothing")
+
+
+def _is_repeat(state: State, operation: Operation) -> bool:
+    """The current grant was made under this key: whoever uses it again is told of that (`_replay`)."""
+    return operation.key is not None and operation.key == state.key
+
+
+def _granted(state: State, operation: Operation, world: World) -> Expected:
+    seen = operation.said.seen if operation.said else {}
+    token = seen.get("token")
+    if token is not None and token <= state.last_token:
+        return _no(state, "a token that is greater than every earlier one")
+    after = state._replace(
+        status="processing",
+        lock=seen.get("lock", f"?{operation.client}-{operation.call_ns}"),
+        worker=operation.body["worker"],
+        token=token,
+        key=operation.key,
+        attempt=state.attempt + 1,
+        progress=0,
+        safe_until=_safe_until(operation, world),
+        last_token=token or state.last_token,
+    )
+    return _done(after, "granted")
+
+
+def _replay(state: State, operation: Operation, world: World) -> Expected:
+    """The stored answer of a call that is repeated under its key: of a grant only while that is current."""
+    assert operation.said is not None
+    if "lock" not in operation.said.seen:
+        # It shows the job as it was, and that answer is judged where it was given.
+        return _no(state, "no such answer" if operation.said.code == "answered_by_nobody" else operation.said.code)
+    if state.lock != operation.lock:
+        return _no(state, "no current grant")
+    return _done(state, "granted")
+
+
+# -- holders: the latest grant wins -----------------------------------------------------------------------------------
+
+
+def _refused(state: State, operation: Operation) -> Expected | None:
+    """None where `operation` names the latest grant; else the answer, which changes nothing."""
+    if state.status == "absent":
+        return _gone(state)
+    if state.status == "processing" and state.lock == operation.lock:
+        return None
+    ended = state.ended
+    if ended is None or ended.lock != operation.lock:
+        return _no(state, "lock_lost", status=state.status, worker=state.worker, reason="not_current")
+    if ended.verb is None:
+        return _no(state, "lock_lost", status=state.status, worker=state.worker, reason=ended.reason)
+    is_repeat = operation.verb == ended.verb and operation.asked == ended.asked
+    if is_repeat or (operation.verb == "release" and ended.verb in ("complete", "fail")):
+        return _done(state, "repeated")
+    return _no(state, "invalid_transition", status=state.status)
+
+
+def _sign_of_life(state: State, operation: Operation, world: World) -> Expected:
+    refused = _refused(state, operation)
+    if refused is not None:
+        return refused
+    if operation.said and operation.said.code == "max_processing_time_exceeded":
+        is_past = (operation.return_ns or NEVER) >= state.safe_until
+        return _no(state, "max_processing_time_exceeded" if is_past else "a lock that is alive")
+    if operation.verb == "extend":
+        return Expected("alive", {}, state)
+    safe_until = max(state.safe_until, _safe_until(operation, world))  # no deadline ever goes back
+    return Expected("alive", {}, state._replace(progress=operation.body["progress"], safe_until=safe_until))
+
+
+def _ending(state: State, operation: Operation, world: World) -> Expected:
+    refused = _refused(state, operation)
+    if refused is not None:
+        return refused
+    verb, body = operation.verb, operation.body
+    after = _without_grant(state, verb, verb, operation.asked)
+    if verb == "complete":
+        return _done(after._replace(status="completed", progress=100, error=None, mark=body["metadata"]["by"]))
+    if verb == "release":
+        return _done(after._replace(status="queued", progress=0, attempt=max(state.attempt - 1, 0)))
+    after = after._replace(error=body["error_message"])
+    if body["retry"] and state.attempt < world.terms.max_attempts:
+        return _done(after._replace(status="queued", progress=0))
+    return _done(after._replace(status="failed"))
+
+
+# -- operators --------------------------------------------------------------------------------------------------------
+
+
+def _forced(state: State, after: State) -> Expected:
+    return Expected("done", {"before": state.status, "status": after.status}, after)
+
+
+def _force_fail(state: State, operation: Operation, world: World) -> Expected:
+    if state.status == "absent":
+        return _gone(state)
+    if state.status in FINISHED:
+        return _no(state, "invalid_transition", status=state.status)
+    after = _without_grant(state, "force_failed")
+    return _forced(state, after._replace(status="failed", error=operation.body["reason"]))
+
+
+def _force_reset(state: State, operation: Operation, world: World) -> Expected:
+    if state.status == "absent":
+        return _gone(state)
+    if state.status in ("queued", "completed"):
+        return _no(state, "invalid_transition", status=state.status)
+    return _forced(state, _queued(state, "force_reset", attempt=0, stalls=0, error=None))
+
+
+def _transition(state: State, operation: Operation, world: World) -> Expected:
+    if state.status == "absent":
+        return _gone(state)
+    to = operation.body["to"]
+    if state.status != operation.body["from"] or to not in MOVES.get(state.status, ()):
+        return _no(state, "invalid_transition", status=state.status)
+    if to == "queued":
+        return _forced(state, _queued(state, "transitioned", attempt=max(state.attempt - 1, 0)))
+    after = _without_grant(state, "transitioned")._replace(status=to)
+    if to == "completed":
+        after = after._replace(progress=100, error=None)
+    if to == "failed":
+        after = after._replace(error=operation.body["reason"])
+    return _forced(state, after)
+
+
+def _delete(state: State, operation: Operation, world: World) -> Expected:
+    if state.status == "absent":
+        return _gone(state)
+    if state.status not in FINISHED:
+        return _no(state, "invalid_transition", status=state.status)
+    return Expected("done", _shown(state), State(last_token=state.last_token))
+
+
+RULES: Final[dict[str, Callable[[State, Operation, World], Expected]]] = {
+    "create": _create,
+    "get": _get,
+    "cancel": _cancel,
+    "start": _start,
+    "claim": _claim,
+    "replay": _replay,
+    "progress": _sign_of_life,
+    "extend": _sign_of_life,
+    "complete": _ending,
+    "fail": _ending,
+    "release": _ending,
+    "force-fail": _force_fail,
+    "force-reset": _force_reset,
+    "transition": _transition,
+    "delete": _delete,
+}

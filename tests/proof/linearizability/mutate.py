@@ -1,0 +1,200 @@
+"""Histories that nothing explains, made of good ones: each kind breaks one promise, whatever else was going on.
+
+A checker that takes one of these sees nothing. Each says why no order can explain it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import permutations
+from random import Random
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from tests.proof.linearizability.history import GRANTING, Operation, Said
+from tests.proof.linearizability.model import World
+
+History = list[Operation]
+HOLDERS: Final = ("progress", "extend", "complete", "fail", "release")
+STRANGER: Final = 99
+
+
+def _accepted(operation: Operation) -> bool:
+    """The daemon took it from the holder, for the first time."""
+    return operation.verb in HOLDERS and _code(operation) in ("alive", "done")
+
+
+def _granted(operation: Operation) -> bool:
+    return operation.verb in GRANTING and _code(operation) == "granted"
+
+
+def _code(operation: Operation) -> str:
+    return operation.said.code if operation.said else ""
+
+
+def _seen(operation: Operation) -> dict[str, Any]:
+    return operation.said.seen if operation.said else {}
+
+
+def _before(first: Operation, then: Operation) -> bool:
+    """With room for a call between them."""
+    return first.return_ns is not None and first.return_ns + 3 < then.call_ns
+
+
+def _insert(history: History, verb: str, at_ns: int, said: Said, **body: Any) -> History:
+    job = history[0].job
+    return [*history, Operation(STRANGER, verb, job, body, at_ns + 1, at_ns + 2, said)]
+
+
+def _swap(history: History, old: Operation, **fields: Any) -> History:
+    return [replace(each, **fields) if each is old else each for each in history]
+
+
+def _uses(history: History) -> Iterator[tuple[Operation, Operation]]:
+    """A grant, and a call that was accepted under it, made after the grant was told."""
+    for grant in filter(_granted, history):
+        for use in filter(_accepted, history):
+            if use.lock == grant.lock and _before(grant, use):
+                yield grant, use
+
+
+def _no_deletion(history: History, after: Operation, until_ns: int) -> bool:
+    """Whether no deletion can have come between `after` and `until_ns`."""
+    return all(
+        each.call_ns > until_ns or (each.return_ns is not None and each.return_ns < after.call_ns)
+        for each in history
+        if each.verb == "delete"
+    )
+
+
+# -- one promise each: every way in which this history can be made to break it ----------------------------------------
+
+
+def granted_twice(history: History, world: World) -> Iterator[History]:
+    """Somebody else gets the job while a holder has it, whose next call is taken: its lock cannot come back."""
+    for grant, _ in _uses(history):
+        yield _insert(history, "start", grant.return_ns or 0, Said("granted", {"lock": "mutant"}), worker="mutant")
+
+
+def old_lock_accepted(history: History, world: World) -> Iterator[History]:
+    """A call under a lock after which another was granted, and told, before that call was made."""
+    for first, second in permutations(filter(_granted, history), 2):
+        if not _before(first, second):
+            continue
+        for late in history:
+            if late.verb in HOLDERS and late.lock == first.lock and _before(second, late) and not _accepted(late):
+                code = "alive" if late.verb in ("progress", "extend") else "done"
+                yield _swap(history, late, return_ns=late.return_ns or late.call_ns + 1, said=Said(code))
+
+
+def completion_lost(history: History, world: World) -> Iterator[History]:
+    """Completed is final, and nobody deleted the job, yet afterwards it is seen in the queue."""
+    for done in history:
+        end_ns = done.return_ns or 0
+        if done.verb == "complete" and _accepted(done) and _no_deletion(history, done, end_ns + 2):
+            yield _insert(history, "get", end_ns, Said("done", {"status": "queued"}))
+
+
+def completion_by_nobody(history: History, world: World) -> Iterator[History]:
+    """Without the one call that left this result, its result is seen."""
+    for done in history:
+        if done.verb != "complete" or not _accepted(done):
+            continue
+        rest = [each for each in history if (each.verb, each.asked) != (done.verb, done.asked)]
+        if any(_seen(each).get("mark") == done.body["metadata"]["by"] for each in rest):
+            yield rest
+
+
+def before_its_grant(history: History, world: World) -> Iterator[History]:
+    """A call is taken before the lock that it names was granted."""
+    for grant, use in _uses(history):
+        yield _swap(history, use, call_ns=grant.call_ns - 2, return_ns=grant.call_ns - 1)
+
+
+def token_goes_back(history: History, world: World) -> Iterator[History]:
+    """The later of two grants has the smaller token."""
+    for first, second in permutations(filter(_granted, history), 2):
+        if _before(first, second):
+            one, other = _seen(first), _seen(second)
+            swapped = _swap(history, first, said=Said("granted", {**one, "token": other["token"]}))
+            yield _swap(swapped, second, said=Said("granted", {**other, "token": one["token"]}))
+
+
+def grant_by_nobody(history: History, world: World) -> Iterator[History]:
+    """A lock is accepted that no call was given."""
+    for grant, _ in _uses(history):
+        yield [each for each in history if each is not grant]
+
+
+def recovered_too_early(history: History, world: World) -> Iterator[History]:
+    """A holder is told that it went silent, though its lock outlives the history."""
+    if not world.terms.max_processing_ms:
+        for _, use in _uses(history):
+            yield _swap(history, use, said=Said("lock_lost", {"reason": "stalled"}))
+
+
+def ended_twice(history: History, world: World) -> Iterator[History]:
+    """Two calls end one grant, and neither is told that the other did."""
+    ends = {each.lock for each in history if _accepted(each) and each.verb in ("complete", "fail", "release")}
+    for again in history:
+        if _code(again) == "repeated" and again.lock in ends:
+            yield _swap(history, again, said=Said("done"))
+
+
+def created_twice(history: History, world: World) -> Iterator[History]:
+    """Two calls are told that they made the job, and nobody deleted it between them."""
+    made = [each for each in history if _code(each) == "created"]
+    for again in history:
+        for first in made:
+            end_ns = again.return_ns or 0
+            if _code(again) == "existing" and _before(first, again) and _no_deletion(history, first, end_ns):
+                yield _swap(history, again, said=Said("created"))
+
+
+def attempts_miscounted(history: History, world: World) -> Iterator[History]:
+    """More attempts are seen than there were calls."""
+    for look in history:
+        if look.verb == "get" and _code(look) == "done":
+            yield _swap(history, look, said=Said("done", {**_seen(look), "attempt": len(history) + 1}))
+
+
+def two_holders_seen(history: History, world: World) -> Iterator[History]:
+    """While a holder has the job, from its grant to a call that is taken, another worker is seen to hold it."""
+    for grant, _ in _uses(history):
+        yield _insert(history, "get", grant.return_ns or 0, Said("done", {"worker": "mutant"}))
+
+
+def stale_answer(history: History, world: World) -> Iterator[History]:
+    """A look, made before the job was first created, is answered with what it showed later."""
+    first_ns = min((each.call_ns for each in history if each.verb == "create"), default=0)
+    for look in history:
+        if look.verb == "get" and _code(look) == "done":
+            yield _swap(history, look, call_ns=first_ns - 2, return_ns=first_ns - 1)
+
+
+KINDS: Final[dict[str, Callable[[History, World], Iterator[History]]]] = {
+    kind.__name__: kind
+    for kind in (
+        granted_twice,
+        old_lock_accepted,
+        completion_lost,
+        completion_by_nobody,
+        before_its_grant,
+        token_goes_back,
+        grant_by_nobody,
+        recovered_too_early,
+        ended_twice,
+        created_twice,
+        attempts_miscounted,
+        two_holders_seen,
+        stale_answer,
+    )
+}
+
+
+def mutants(history: History, world: World, dice: Random) -> Iterator[tuple[str, History]]:
+    """One mutant of each kind that this history of one job can be made into."""
+    for name, kind in KINDS.items():
+        if found := list(kind(history, world)) if history else []:
+            yield name, dice.choice(found)

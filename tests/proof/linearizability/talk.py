@@ -1,0 +1,158 @@
+"""One client's connections to the daemon: a call with its times, answered, or lost in one of several ways.
+
+Decides nothing about jobs; what an answer shows of a job is put into the few words that the model compares.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import select
+import time
+from collections.abc import Callable
+from typing import Any, Final, Literal
+
+from msgspec import Struct
+
+from tests.proof.linearizability.history import Said
+from tests.proof.linearizability.model import STALLED
+from tests.support.daemon_process import TOKEN, OverUnix, Reply
+
+Fate = Literal["answered", "hung up", "unread", "cut"]
+NOTHING_DONE: Final = frozenset({"shutting_down", "overloaded"})
+
+
+def boot_ns() -> int:
+    """The daemon's locks run on this clock."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+class Away(Exception):
+    """The daemon cannot be reached, or says that it did nothing."""
+
+
+class Request(Struct, frozen=True):
+    method: str
+    path: str
+    body: dict[str, Any] | None
+    admin: bool = False
+    key: str | None = None
+
+
+class Exchange(Struct, frozen=True):
+    """What became of one request: `reply` is None where its answer was lost."""
+
+    call_ns: int
+    return_ns: int
+    reply: Reply | None
+
+
+class Line:
+    """A connection to each door, opened when needed. `other` gives the socket's path, worker's or admin's."""
+
+    def __init__(self, socket_path: Callable[[bool], str]) -> None:
+        self._socket_path = socket_path
+        self._open: dict[bool, OverUnix] = {}
+
+    def close(self) -> None:
+        for connection in self._open.values():
+            connection.close()
+        self._open.clear()
+
+    def ask(self, request: Request, fate: Fate) -> Exchange:
+        """Raises Away where nothing was done for certain."""
+        connection = self._connected(request.admin)
+        call_ns = boot_ns()
+        try:
+            reply = self._exchange(connection, request, fate)
+        except (OSError, http.client.HTTPException):
+            reply = None
+        if reply is None:
+            self.close()
+        if fate == "cut" or (reply is not None and reply.body.get("error") in NOTHING_DONE):
+            raise Away
+        return Exchange(call_ns, boot_ns(), reply)
+
+    def _connected(self, admin: bool) -> OverUnix:
+        connection = self._open.get(admin)
+        if connection is None:
+            connection = OverUnix(self._socket_path(admin))
+            try:
+                connection.connect()
+            except OSError as error:
+                connection.close()
+                raise Away from error
+            self._open[admin] = connection
+        return connection
+
+    def _exchange(self, connection: OverUnix, request: Request, fate: Fate) -> Reply | None:
+        headers = {"Authorization": f"Bearer {TOKEN}"} if request.admin else {}
+        if request.key is not None:
+            headers["Idempotency-Key"] = request.key
+        body = None if request.body is None else json.dumps(request.body).encode()
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        if fate == "cut":
+            # The daemon never sees the end of it. What it did all the same would be an effect that nobody caused.
+            headers["Content-Length"] = str(len(body or b"") + 1)
+        connection.request(request.method, request.path, body, headers)
+        if fate == "unread":
+            select.select([connection.sock], [], [], 30)
+        return Reply(connection.getresponse()) if fate == "answered" else None
+
+
+# -- answers in the model's words -------------------------------------------------------------------------------------
+
+_CODES: Final = {"get": "done", "progress": "alive", "extend": "alive", "start": "granted"}
+
+
+def said(verb: str, reply: Reply) -> Said:
+    """The answer to a call on one job (of claims see `claimed`)."""
+    if not reply.body["success"]:
+        return _refusal(reply)
+    data = reply.data
+    if verb == "create":
+        return Said("created" if reply.status == 201 else "existing", shown(data))
+    if verb == "start":
+        return granted(data)
+    if "previousStatus" in data:
+        return Said("done", {"before": data["previousStatus"], "status": data["status"]})
+    code = "repeated" if data.get("repeated") else _CODES.get(verb, "done")
+    return Said(code, shown(data) if "status" in data else {})
+
+
+def granted(grant: dict[str, Any]) -> Said:
+    return Said("granted", {**shown(grant["job"]), "lock": grant["lock_id"], "token": grant["fencing_token"]})
+
+
+def claimed(job: str, reply: Reply) -> Said:
+    """The answer to a claim, as far as it concerns `job`."""
+    if not reply.body["success"]:
+        return _refusal(reply)
+    mine = [grant for grant in reply.data["grants"] if grant["job"]["id"] == job]
+    return granted(mine[0]) if mine else Said("nothing")
+
+
+def shown(view: dict[str, Any]) -> dict[str, Any]:
+    """What a view shows of the job."""
+    lock = view["lock"] or {}
+    return {
+        "status": view["status"],
+        "attempt": view["attempt"],
+        "progress": view["progress"],
+        "stalls": view["stalls"],
+        "error": STALLED if view["error_code"] == "stalled" else view["error_message"],
+        "mark": (view["metadata"] or {}).get("by"),
+        "worker": lock.get("worker"),
+        "token": lock.get("fencing_token"),
+    }
+
+
+def _refusal(reply: Reply) -> Said:
+    """A refusal with what its details tell of the job."""
+    details = reply.body["details"]
+    seen = {name: details[name] for name in ("status", "reason") if name in details}
+    for name in ("locked_by", "held_by"):
+        if name in details:
+            seen["worker"] = details[name]
+    return Said(reply.error, seen)

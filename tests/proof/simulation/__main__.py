@@ -1,0 +1,109 @@
+"""Run simulation seeds and report those that fail.
+
+`python -m tests.proof.simulation --seeds N [--seed K] [--steps M] [--jobs J] [--failing F]`
+
+It ends with the first, or the F-th, that fails. Exit code 0 where every promise held in every seed, 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Final
+
+from tests.proof.simulation.expected import never
+from tests.proof.simulation.plan import draw
+from tests.proof.simulation.run import Outcome, explain, simulate
+
+ENOUGH: Final = 1_000  # seeds in which everything has to happen
+CHUNK: Final = 10
+TOLD_EVERY_S: Final = 5.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.proof.simulation", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=100, help="how many seeds, from --seed on")
+    parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--steps", type=int, default=1_000, help="commands decided in each, before its closing act")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--failing", type=int, default=1, help="go on until so many have failed")
+    given = parser.parse_args(arguments)
+    began_s = time.perf_counter()
+    fired: Counter[str] = Counter()
+    failed: list[Outcome] = []
+    seeds = steps = 0
+    fewest = given.steps
+    told_s = began_s
+    for outcome in _outcomes(given.seed, given.seeds, given.steps, given.jobs):
+        seeds, steps = seeds + 1, steps + outcome.steps
+        fired.update(outcome.fired)
+        fewest = min(fewest, outcome.steps)
+        if outcome.broken is not None:
+            failed.append(outcome)
+            print(f"seed {outcome.seed} failed: {outcome.broken}", file=sys.stderr)
+            if len(failed) == given.failing:
+                break
+        if (now_s := time.perf_counter()) - told_s > TOLD_EVERY_S:
+            told_s = now_s
+            print(f"{seeds} of {given.seeds} seeds, {steps / (now_s - began_s):,.0f} steps/s", file=sys.stderr)
+    if failed:
+        print(f"{seeds - len(failed)} seeds held, {len(failed)} failed.")
+        for outcome in failed:
+            print(f"Seed {outcome.seed}: ", end="")
+            tell(outcome, given.steps)
+        return 1
+    took_s = time.perf_counter() - began_s
+    count_up(fired)
+    missing = never(fired) if seeds >= ENOUGH else []
+    print(f"{seeds} seeds of {fewest:,} steps at least, {steps:,} steps in {took_s:.1f} s, ", end="")
+    print(f"{steps / took_s:,.0f} steps/s: every promise held" + (", but not everything was played" if missing else ""))
+    return int(bool(missing) or fewest < given.steps)
+
+
+def _outcomes(first: int, count: int, steps: int, jobs: int) -> Iterator[Outcome]:
+    play = partial(simulate, steps=steps)
+    seeds = range(first, first + count)
+    if jobs <= 1:
+        yield from map(play, seeds)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        try:
+            yield from pool.map(play, seeds, chunksize=CHUNK)
+        except GeneratorExit:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def tell(outcome: Outcome, steps: int) -> None:
+    """The failing seed, with as little around it as can be, and the last that happened to its job."""
+    assert outcome.broken is not None
+    print(f"{outcome.broken[0]} broke: {outcome.broken[1]}")
+    print("Looking for what matters in it ...", flush=True)
+    least = explain(outcome.seed, steps, outcome.broken)
+    plan = draw(outcome.seed, frozenset(least.without))
+    assert least.broken is not None
+    rule, what, job_id = least.broken
+    print(f"With nothing but the faults {list(plan.faults)} and the mishaps {list(plan.mishaps)}:")
+    print(f"after {least.steps} steps {rule} broke: {what}" + (f" (job {job_id})" if job_id else ""))
+    for line in least.story:
+        print(f"  {line}")
+    without = f", without=frozenset({least.without})" if least.without else ""
+    print(f"Again: simulate({outcome.seed}, {steps}{without}) in tests/proof/simulation/run.py")
+
+
+def count_up(fired: Counter[str]) -> None:
+    """How often each thing happened, and what never did."""
+    width = max(map(len, fired), default=0)
+    for name, count in sorted(fired.items()):
+        print(f"{name:{width}} {count:>10,}")
+    missing = never(fired)
+    print(f"never happened: {', '.join(missing) if missing else 'nothing that should'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""The bucket of a simulated machine: it outlives every crash, fails and is slow when asked to, and knows whose what is.
+
+A deletion that was sent takes effect although its sender has died meanwhile or waits no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+
+from jobd.model.events import Change
+from jobd.model.job import SECOND_MS, Job, LateResult, storage_key_fault
+from jobd.model.storage import Tombstone
+from jobd.storage.artifacts.base import Judge, Outcome, StoreFault
+from tests.support.memory_artifacts import MemoryArtifacts
+
+if TYPE_CHECKING:
+    from tests.proof.simulation.machine import Machine
+
+MARGIN_S: Final = 120.0  # what was sent before a clock stepped has taken effect after it
+
+
+class Upload(Struct):
+    """The object under a key: who stored it, and whose it became. `lost` ones are nobody's business any more."""
+
+    lock_id: str
+    at_s: float  # loop time
+    modified_at: int
+    job_seq: int | None = None  # of the job that was completed with it, or has it among its late results
+    late_seq: int | None = None  # of that late result
+    is_lost: bool = False
+
+
+class SimArtifacts(MemoryArtifacts):
+    """`fault` of the store: away (it fails), flaky (every other time), slow."""
+
+    def __init__(self, machine: Machine, dice: Random) -> None:
+        super().__init__(machine.wall)
+        self.fault: str | None = None
+        self.uploads: dict[str, Upload] = {}
+        self.relied_on: dict[int, str] = {}  # seq of a job that stored its object in time -> key
+        self._locks: dict[int, str] = {}  # fencing token -> lock id, of all grants
+        self._machine = machine
+        self._dice = dice
+
+    # -- workers ------------------------------------------------------------------------------------------------------
+
+    def store(self, key: str | None, lock_id: str) -> None:
+        """A worker stores its result before it says that it is done."""
+        if key is not None and storage_key_fault(key) is None:
+            self.upload(key)
+            self.uploads[key] = Upload(lock_id, self._machine.loop.now_s, self.objects[key])
+            self._machine.note("artifact", "stored", key)
+
+    # -- the store ----------------------------------------------------------------------------------------------------
+
+    async def delete(self, key: str, judge: Judge) -> Outcome:
+        await self.pause()
+        if self.fault == "away" or (self.fault == "flaky" and self._dice.random() < 0.5):
+            self._machine.fired["artifact store failed"] += 1
+            raise StoreFault("simulated: it is away")
+        modified_at = self.objects.get(key)
+        if modified_at is None:
+            return Outcome("missing")
+        verdict = judge(modified_at)
+        self._machine.fired[f"artifact {verdict}"] += 1
+        if verdict != "delete":
+            return Outcome("left" if verdict == "leave" else "young", "", modified_at)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        loop.call_later(self._delay_s(), self._take_effect, key, modified_at, done.set_result)
+        await done
+        await self.pause()
+        return Outcome("deleted")
+
+    def _take_effect(self, key: str, modified_at: int, tell: Callable[[None], object]) -> None:
+        if self.objects.get(key) == modified_at:
+            del self.objects[key]
+            self._machine.note("artifact", "deleted", key)
+            self._judge_deletion(key)
+        try:
+            tell(None)
+        except asyncio.InvalidStateError:  # nobody waits any more
+            self._machine.fired["artifact deleted unheard"] += 1
+
+    async def pause(self) -> None:
+        await asyncio.sleep(self._delay_s())
+
+    def _delay_s(self) -> float:
+        return self._dice.random() * (4.0 if self.fault == "slow" else 0.01)
+
+    # -- S13: an artifact goes only if no job row names its key, and goes with its job --------------------------------
+
+    def _judge_deletion(self, key: str) -> None:
+        machine = self._machine
+        for seq, relied_on in self.relied_on.items():
+            job = machine.disk.jobs.get(seq)
+            if relied_on == key and job is not None:
+                machine.watch.fail("S13", f"the object {key} of a job was deleted", job.id)
+        self.uploads.pop(key, None)
+
+    def committed(self, change: Change) -> None:
+        """What a change means for the objects."""
+        before, after = change.before, change.after
+        if after is not None and after.grant is not None:
+            self._locks[after.grant.fencing_token] = after.grant.lock_id
+        if after is None and before is not None:
+            self.relied_on.pop(before.seq, None)
+            self._let_go(change, [its for its in self.uploads.values() if its.job_seq == before.seq])
+            self._let_go(change, self._left_to(before))
+            return
+        if change.late is not None:
+            self._came_late(change, change.late)
+            return
+        if change.event.type != "completed" or after is None or after.result is None or before is None:
+            return
+        key, grant = after.result.storage_key, before.grant
+        upload = None if key is None else self.uploads.get(key)
+        if key is None or upload is None or grant is None or upload.lock_id != grant.lock_id:
+            return
+        upload.job_seq = after.seq
+        if self._is_in_time(upload):
+            self.relied_on[after.seq] = key
+
+    def _left_to(self, job: Job) -> list[Upload]:
+        """The object that `job` names, where whose it was has gone: its tombstone went as well, as `job` was there."""
+        its = None if job.result is None else self.uploads.get(job.result.storage_key or "")
+        return [its] if its is not None and its.job_seq in self._machine.watch.deleted else []
+
+    def _came_late(self, change: Change, late: LateResult) -> None:
+        """The object of a late result is the job's as long as that is kept; perhaps another made room for it."""
+        upload = self.uploads.get(late.result.storage_key or "")
+        if upload is not None and upload.lock_id == self._locks.get(late.fencing_token):
+            upload.job_seq, upload.late_seq = change.event.job_seq, late.seq
+        gone = [its for its in self.uploads.values() if its.job_seq == change.event.job_seq and self._made_room(its)]
+        self._let_go(change, gone)
+
+    def _let_go(self, change: Change, uploads: list[Upload]) -> None:
+        for its in uploads:  # where the clock stepped back it looks like another's
+            too_new = its.modified_at > change.event.at + self._machine.plan.margins.skew_ms
+            its.is_lost = its.is_lost or too_new
+
+    def _made_room(self, upload: Upload) -> bool:
+        return upload.late_seq is not None and not self._is_kept(upload)
+
+    def _is_kept(self, upload: Upload) -> bool:
+        kept = self._machine.disk.lates.get(upload.job_seq or 0, ())
+        return any(late.seq == upload.late_seq for late in kept)
+
+    def _is_in_time(self, upload: Upload) -> bool:
+        """Named before it was old, and no clock has stepped meanwhile or just before."""
+        machine = self._machine
+        age_s = machine.loop.now_s - upload.at_s
+        return (
+            machine.clocks_moved_s + MARGIN_S < upload.at_s and age_s < machine.plan.margins.young_ms / SECOND_MS - 0.1
+        )
+
+    def put_back(self) -> None:
+        """The disk of the daemon is an older one: rows may name what has gone, and nobody knows of what came since."""
+        disk = self._machine.disk
+        self.relied_on.clear()
+        for key, upload in self.uploads.items():
+            job = None if upload.job_seq is None else disk.jobs.get(upload.job_seq)
+            names = job is not None and job.result is not None and job.result.storage_key == key
+            number = upload.job_seq if upload.late_seq is None else -upload.late_seq
+            if not names and not self._is_kept(upload) and number not in disk.tombstones:
+                upload.is_lost = True
+
+    def waiting(self) -> list[Tombstone]:
+        """Tombstones, but for those that wait for a late result of a job in quarantine."""
+        held = self._held()
+        return [each for each in self._machine.disk.tombstones.values() if each.key not in held]
+
+    def _held(self) -> set[str | None]:
+        return {late.result.storage_key for kept in self._machine.disk.lates.values() for late in kept}
+
+    def leaked(self) -> list[str]:
+        """Objects of deleted jobs, and of late results that are gone, that no job names."""
+        disk, deleted, held = self._machine.disk, self._machine.watch.deleted, self._held()
+        return [
+            key
+            for key, upload in self.uploads.items()
+            if (upload.job_seq in deleted or self._made_room(upload))
+            and not upload.is_lost
+            and not disk.is_named(key)
+            and key not in held
+        ]

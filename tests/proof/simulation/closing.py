@@ -1,0 +1,193 @@
+"""The last act: faults stop, and what was promised for then has to come (L1 to L5).
+
+Everybody is answered, the daemon is up again at once, the stuck are recovered in time, every due job is granted, and
+old jobs are deleted until nothing is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from jobd.model.commands import MAX_PAGE, AnyCommand, Claim, Complete, List, Progress, Resume, RunNow, Stats
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, SECOND_MS
+from jobd.model.responses import Answer, CleanupReport, GrantView
+from tests.proof.simulation.machine import Daemon, Machine
+from tests.proof.simulation.promises import is_overdue
+
+READY_S: Final = 2.0
+ALL_TIME_S: Final = 3 * 3_600.0  # longer than any lock, ceiling or delay of a plan
+WHO: Final = "last"
+
+
+class Closing:
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.watch = machine.watch
+
+    async def play(self, people: list[asyncio.Task[Any]]) -> None:
+        await self._quiet(people)
+        daemon = await self._up()
+        if daemon is None or self.watch.first:
+            return
+        await self._nothing_stuck(daemon)
+        await self._work_off(daemon)
+        await self._clean(daemon)
+        self.watch.recount(daemon.book)
+        self.watch.whole()
+
+    async def _quiet(self, people: list[asyncio.Task[Any]]) -> None:
+        """L1: nobody waits for ever, whatever happened before."""
+        machine = self.machine
+        machine.closing = True
+        machine.disk.heal()
+        limit_s = ALL_TIME_S
+        _, waiting = await asyncio.wait(people, timeout=limit_s) if people else (None, None)
+        machine.disk.heal()  # of a fault that was still under way
+        machine.artifacts.fault = None
+        if waiting:
+            self.watch.fail("L1", f"{len(waiting)} callers have no answer after {limit_s:.0f} s")
+
+    async def _up(self) -> Daemon | None:
+        """L4: up within two seconds of its start, with no hand repair."""
+        machine = self.machine
+        for _ in range(4):
+            daemon = machine.daemon
+            if daemon is not None and daemon.is_open:
+                break
+            await asyncio.sleep(30 if daemon is None else READY_S)
+        else:
+            self.watch.fail("L4", "the daemon does not come up")
+            return None
+        opened_in_s = daemon.opened_s - daemon.began_s
+        machine.note("machine", "up", opened_in_s)
+        self.watch.must(opened_in_s <= READY_S, "L4", f"the daemon took {opened_in_s:.1f} s to come up")
+        await asyncio.sleep(1.5)  # a disk that was full is probed once a second
+        machine.closing_since = daemon.clock.moment().lease
+        machine.accept_clock(daemon)
+        return daemon
+
+    async def _nothing_stuck(self, daemon: Daemon) -> None:
+        """L2: all holders are gone, so recovery ends every grant, in time (watch.py looks at each)."""
+        book = daemon.book
+        others = asyncio.create_task(self._keep_asking())  # who moves the book on, so that cleanup is not the first
+        until = self.machine.loop.now_s + ALL_TIME_S
+        while book.processing and self.machine.loop.now_s < until and not self.watch.first:
+            now = daemon.clock.moment().lease
+            ends = [job.lease.stuck for job in book.processing.values() if job.lease is not None]
+            wait_ms = max(min(ends, default=now) - now, 0) + self.machine.recovery_ms + 1_100
+            await asyncio.sleep(wait_ms / SECOND_MS)
+        others.cancel()
+        if book.processing:
+            self.watch.fail("L2", f"still processing: {list(book.processing)}", next(iter(book.processing)))
+
+    async def _keep_asking(self) -> None:
+        while True:
+            await asyncio.sleep(1.3)
+            await self.machine.call(WHO, Stats())
+
+    async def _work_off(self, daemon: Daemon) -> None:
+        """L3: every job is granted once a worker claims its queue. Overdue jobs are left to recovery."""
+        book = daemon.book
+        for queue in sorted(book.paused):
+            await self._yes(Resume(name=queue), admin=True)
+        for job_id in [job.id for job in book.jobs.values() if job.run_at > self.machine.wall()]:
+            await self._yes(RunNow(id=job_id), admin=True)
+        queues = sorted(book.counts) or ["default"]
+        for _ in range(500):
+            if self.watch.first or not book.jobs:
+                break
+            answer = await self._yes(Claim(worker=WHO, queues=queues, limit=5, wait_ms=1_000, lock_ttl_ms=60_000))
+            if answer is None or not answer.grants:
+                break
+            for granted in answer.data.grants:
+                await self._finish(granted)
+        left = sorted(job.id for job in book.jobs.values() if not is_overdue(job, self.machine.wall()))
+        if left and not self.watch.first:
+            self.watch.fail("L3", f"never granted: {left}", left[0])
+
+    async def _finish(self, granted: GrantView) -> None:
+        job_id, lock_id = granted.job.id, granted.lock_id
+        await self._yes(Progress(id=job_id, lock_id=lock_id, progress=50))
+        await self._yes(Complete(id=job_id, lock_id=lock_id, download_url="https://x/y"))
+
+    async def _clean(self, daemon: Daemon) -> None:
+        """L5: the cleaner has survived everything; forced, it deletes all that is old enough."""
+        machine = self.machine
+        if daemon.cleaning.done():
+            self.watch.fail("L5", "the cleaner has ended")
+            return
+        report = await self._pass(daemon)
+        if daemon.cleaner.complaint() is not None and not report.errors:
+            self.watch.fail("L5", f"a complaint after a good pass: {daemon.cleaner.complaint()}")
+        if machine.dice.random() < 0.5:
+            return
+        await self._look_at_all()
+        await self._all_time_passes(daemon)
+        if machine.disk.jobs:
+            left = next(iter(machine.disk.jobs.values()))
+            self.watch.fail("S13", f"{len(machine.disk.jobs)} old jobs are left, the first is {left.status}", left.id)
+        if any(event.job_id not in machine.disk.quarantined for event in machine.disk.events):
+            self.watch.fail("S13", f"{len(machine.disk.events)} events of deleted jobs are left")
+        await self._swept()
+
+    async def _look_at_all(self) -> None:
+        """Page by page: damaged rows for which there was no room in quarantine are met again, and moved."""
+        cursor = None
+        while (answer := await self._yes(List(limit=MAX_PAGE, cursor=cursor))) is not None:
+            cursor = answer.data.next_cursor
+            if cursor is None:
+                break
+        if self.machine.disk.unmoved:
+            self.watch.fail("L5", f"damaged rows are not in quarantine: {list(self.machine.disk.unmoved)}")
+
+    async def _swept(self) -> None:
+        """No object of a deleted job is left, and nothing waits to be deleted."""
+        machine = self.machine
+        if not machine.plan.policy.artifacts:
+            return
+        for _ in range(int(ALL_TIME_S / 10)):
+            if not machine.artifacts.waiting() or self.watch.first:
+                break
+            await asyncio.sleep(10)
+        if waiting := machine.artifacts.waiting():
+            first = waiting[0]
+            self.watch.fail("S13", f"{len(waiting)} tombstones are left, the first of {first.key}", first.job_id)
+        if leaked := machine.artifacts.leaked():
+            self.watch.fail("S13", f"objects of deleted jobs are left: {leaked}")
+
+    async def _all_time_passes(self, daemon: Daemon) -> None:
+        """Until every job is past its time, and then until every journal is, and what was stored at another time."""
+        machine, disk = self.machine, self.machine.disk
+        times = [job.expires_at or 0 for job in disk.jobs.values()]
+        machine.move_clocks(wall_ms=max([*times, machine.wall()]) + DAY_MS - machine.wall())
+        machine.accept_clock(daemon)
+        await self._pass(daemon)
+        times = [
+            *disk.deleted.values(),
+            *(event.at for event in disk.events),
+            *(its.at for its in disk.tombstones.values()),
+        ]
+        machine.move_clocks(wall_ms=max([*times, machine.wall()]) + 2 * DAY_MS - machine.wall())
+        machine.accept_clock(daemon)
+        await self._pass(daemon)
+
+    async def _pass(self, daemon: Daemon) -> CleanupReport:
+        report = await daemon.cleaner.run_pass(forced=True)
+        if daemon.cleaner.is_running or report.errors:
+            report = await daemon.cleaner.run_pass(forced=True)  # the first may have begun before the faults stopped
+        if report.errors:
+            self.watch.fail("L5", f"a pass without faults: {report.errors}")
+        return report
+
+    async def _yes(self, command: AnyCommand, *, admin: bool = False) -> Answer | None:
+        answer = await self.machine.call(WHO, command, admin=admin)
+        if isinstance(answer, Refusal) and not self._may_refuse(answer):
+            job_id = getattr(command, "id", None)
+            self.watch.fail("L3", f"{type(command).__name__} was refused without a fault: {answer.code}", job_id)
+        return answer if isinstance(answer, Answer) else None
+
+    def _may_refuse(self, answer: Refusal) -> bool:
+        """A row that was damaged before is found out now; a job may expire, or be past a very short ceiling."""
+        return answer.code in ("job_quarantined", "invalid_transition", "job_not_found")

@@ -1,0 +1,219 @@
+"""The disk of a simulated machine: MemoryDisk with seeded delays, every kind of failure, and crashes in mid-write.
+
+A write is written, then flushed, then answered. A crash after the first step may keep it (the process was killed) or
+lose it (the power was cut); after the second it is kept. What was committed is never touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import errno
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, new_epoch, seconds_of_epochs
+from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, Opened
+from tests.support.memory_storage import MemoryDisk
+
+STATE: Final = (
+    "numbers", "jobs", "payloads", "events", "lates", "queues", "keys", "suspects", "quarantined", "deleted",
+    "kept_reports", "figures", "bad_jobs", "bad_payloads", "aside", "rotten", "tombstones", "audited", "_ids",
+)  # fmt: skip
+COMMITS: Final = frozenset({"prune", "save_figures", "settle_tombstones", "trim_audit"})  # beside the batches
+
+Snapshot = dict[str, Any]
+
+
+class Injected(OSError):
+    """A failure that the simulation asked for."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(errno.EIO, f"simulated: {what}")
+
+
+class SimDisk(MemoryDisk):
+    """`dice` decides delays and failures. `full`: 0 has room, 1 no new jobs, 2 until the ballast goes, 3 nothing fits.
+
+    `failing` names methods that raise with a chance of one half. `write_fault` of the next write: `refused` and
+    `unknown` raise with nothing written, `lost_answer` raises although it was. `committed` is told of each batch.
+    """
+
+    def __init__(self, dice: Random, fired: Counter[str], wall: Callable[[], int]) -> None:
+        super().__init__()
+        self.full = 0
+        self.slowness_s = 0.0
+        self.slowed = 0  # calls that were met by slowness and go on, also when it is over
+        self.failing: frozenset[str] = frozenset()
+        self.write_fault: str | None = None
+        self.armed: tuple[str, Callable[[], None]] | None = None  # a crash at that stage of the next write
+        self.wall = wall
+        epoch = self.epoch_file = new_epoch(0, wall())
+        # Sometimes the counter is full after a while.
+        left = dice.choice((COUNTER_MASK, dice.randrange(200)))
+        self.numbers = Numbers(epoch=epoch, next_token=COUNTER_MASK + 1 - left)
+        self.committed: Callable[[Batch], None] = lambda batch: None
+        self.broken: Callable[[str], None] = lambda message: None
+        self.pruning: Callable[[int], None] = lambda before: None
+        self._dice = dice
+        self._fired = fired
+        self._stay: dict[int, int] = {}  # seq -> how many more times its row cannot be moved aside
+        self._written: tuple[Batch, int] | None = None  # not flushed yet, and what its counts know of
+        self.is_broken = False
+        self.on_broken: Callable[[Exception], None] = lambda error: None
+        self.fits = self._fits
+        self.can_move = self._can_move
+
+    def _fits(self, batch: Batch) -> bool:
+        if self.full == 1:
+            return all(change.payload is None for change in batch.changes)
+        return self.full == 0 or (self.full == 2 and not self.has_ballast)
+
+    def _can_move(self, job: Job) -> bool:
+        """Moving a damaged row aside takes room, and whole pages around it."""
+        tries = self._stay.get(job.seq, 0)
+        self._stay[job.seq] = max(tries - 1, 0)
+        self._fired["damaged row not moved"] += self.full > 0 or tries > 0
+        return self.full == 0 and tries == 0
+
+    # -- what happens to it -------------------------------------------------------------------------------------------
+
+    def heal(self) -> None:
+        """No more faults."""
+        self.full, self.slowness_s, self.failing, self.write_fault, self.armed = 0, 0.0, frozenset(), None, None
+        self._stay.clear()
+
+    def crash(self, *, power_cut: bool) -> None:
+        """Nobody uses it any more; what was written and not flushed is kept or lost as a whole."""
+        written, self._written = self._written, None
+        if written is None:
+            return
+        kept = not power_cut or self._dice.random() < 0.3
+        self._fired["crash: unflushed write " + ("kept" if kept else "lost")] += 1
+        if kept:
+            with contextlib.suppress(BadRows):
+                self._keep(*written)
+
+    def snapshot(self) -> Snapshot:
+        """A copy, as a backup takes it."""
+        return {name: copy.copy(getattr(self, name)) for name in STATE}
+
+    def put_back(self, snapshot: Snapshot) -> None:
+        """An older copy in its place, marked as one. Numbers of the epoch file stay."""
+        self.epoch_file = max(self.epoch_file, self.numbers.epoch)
+        for name, value in snapshot.items():
+            setattr(self, name, copy.copy(value))
+        self.marked = True
+
+    def opened(self) -> Opened:
+        """What a start finds; where a copy was put back a new epoch begins."""
+        if self.marked or self.epoch_file > self.numbers.epoch:
+            wall, old = self.wall(), self.numbers
+            seen = max(self.epoch_file, old.epoch)
+            if seconds_of_epochs(wall) > seen and self._dice.random() < 0.5:
+                seen = old.epoch  # as on another machine, which has no epoch file
+                self._fired["restored on another machine"] += 1
+            epoch = new_epoch(seen, wall)
+            self.epoch_file, self.marked = epoch, True
+            # As opening.py does: what those have seen who come from before is not numbered again.
+            next_event = max(old.next_event, epoch << TOKEN_COUNTER_BITS)
+            self.numbers = replace(old, epoch=epoch, next_token=1, next_event=next_event)
+        self.is_broken = False
+        opened = super().opened()
+        opened.full = self.full >= 2
+        self.has_ballast = opened.has_reserve = not opened.full
+        return opened
+
+    # -- batch.Disk ---------------------------------------------------------------------------------------------------
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        told = self._told_aside
+        await self._enter("write")
+        await self._reach("entered")
+        fault, self.write_fault = self.write_fault, None
+        if fault == "unknown":
+            self._fired["write failed, nothing written"] += 1
+            raise self._break("write")
+        if not self.fits(batch):
+            self._fired[f"write on a full disk ({self.full})"] += 1
+            raise DiskFull("the simulated disk is full")
+        self._written = batch, told
+        await self._reach("written")
+        await self._pause()
+        self._written = None
+        shown = self._keep(batch, told)
+        await self._reach("flushed")
+        await self._pause()
+        if fault == "lost_answer":
+            self._fired["write failed, yet written"] += 1
+            raise self._break("fsync")
+        return shown
+
+    async def prune(self, before: int, limit: int) -> int:
+        self.pruning(before)
+        return await super().prune(before, limit)
+
+    async def _reach(self, stage: str) -> None:
+        """Where a crash waits for this stage it happens now, and nothing after it."""
+        if self.armed is not None and self.armed[0] == stage:
+            _, strike = self.armed
+            self.armed = None
+            self._fired[f"crash: write {stage}"] += 1
+            strike()
+            await asyncio.sleep(0)  # whoever was writing is gone
+
+    def _keep(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
+        try:
+            shown = self._commit(batch, told_aside)
+        except AssertionError as error:
+            self.broken(str(error))
+            raise
+        self.batches.clear()
+        self._fired["full counter of tokens"] += batch.numbers.epoch > self.epoch_file
+        self.epoch_file = max(self.epoch_file, batch.numbers.epoch)
+        self.committed(batch)
+        return shown
+
+    async def _enter(self, name: str) -> None:
+        await self._pause()
+        if self.is_broken:
+            raise Injected("an earlier write failed")
+        if name in COMMITS and self.full == 3:
+            raise DiskFull("the simulated disk is full")
+        if name in self.failing and self._dice.random() < 0.5:
+            self._fired[f"{name} failed"] += 1
+            raise self._break(name) if name in COMMITS else Injected(name)
+
+    def _break(self, what: str) -> Injected:
+        """A commit has failed: what the disk holds is unknown, and nothing is done with it any more."""
+        error = Injected(what)
+        self.is_broken = True
+        self.on_broken(error)
+        return error
+
+    async def _pause(self) -> None:
+        roll = self._dice.random()
+        if roll < 0.5 and not self.slowness_s:
+            await asyncio.sleep(0)
+        else:
+            slowness_s = self.slowness_s
+            self.slowed += slowness_s > 0
+            try:
+                await asyncio.sleep(roll * (slowness_s or 0.002))
+            finally:
+                self.slowed -= slowness_s > 0
+
+    # -- damage -------------------------------------------------------------------------------------------------------
+
+    def rot(self, seq: int, *, payload: bool, stays: int) -> None:
+        """A bit flips in the row or in the payload of a job, which is met so many times before it can be moved."""
+        self._stay[seq] = stays
+        if payload:
+            self.bad_payloads[seq] = "the checksum of its payload is wrong"
+        else:
+            self.bad_jobs[self.jobs[seq].id] = "the checksum of its row is wrong"

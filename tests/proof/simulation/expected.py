@@ -1,0 +1,103 @@
+"""Everything that has to happen in some seed: each rule, refusal and fault, by the name under which it is counted.
+
+What never happens is not tested, however many seeds pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, get_args
+
+from jobd.model.commands import AnyCommand
+from jobd.model.errors import REFUSALS
+from jobd.model.events import EventType
+from tests.proof.simulation.chaos import UPKEEP
+from tests.proof.simulation.plan import FAULTS, MISHAPS
+
+# These are the doors' words, not the core's.
+OF_THE_DOORS: Final = frozenset(
+    {
+        "unauthorized",
+        "forbidden",
+        "not_found",
+        "method_not_allowed",
+        "request_timeout",
+        "events_gone",
+        "storage_unavailable",
+        "plan_not_found",
+        "too_large",
+        "unsupported_media_type",
+        "expectation_failed",
+    }
+)
+# Counted by what they do, in more than one way.
+IN_PARTS: Final = {
+    "full disk": ("full disk 1", "full disk 2", "full disk 3"),
+    "write error": (),
+    "lost fsync answer": (),
+    "read error": ("failing load",),
+    "upkeep error": tuple(f"failing {what}" for what in UPKEEP),
+    "rot": ("rot row", "rot payload"),
+}
+ON_DISK: Final = (
+    "crash: write entered",
+    "crash: write written",
+    "crash: write flushed",
+    "crash: unflushed write kept",
+    "crash: unflushed write lost",
+    "write failed, nothing written",
+    "write failed, yet written",
+    "write on a full disk (1)",
+    "write on a full disk (2)",
+    "write on a full disk (3)",
+    "damaged row not moved",
+    "full counter of tokens",
+    "restored on another machine",
+    "load failed",
+    "find failed",
+    "timeline failed",
+    "expired failed",
+    "reports failed",
+    "prune failed",
+    "due_tombstones failed",
+    "settle_tombstones failed",
+    "trim_audit failed",
+    "save_figures failed",
+)
+OTHERS: Final = (
+    "answer replayed",
+    "dry run",
+    "look that may go first",
+    "cleanup complained",
+    "mishap hang up with the answer",
+    "grant undelivered",
+    "late result taken",
+    "release delayed",
+    "operator cleanup",
+    "operator recover-stuck",
+    "artifact delete",
+    "artifact wait",
+    "artifact leave",
+    "artifact store failed",
+    "daemon ended: killed",
+    "daemon ended: stopped",
+    "daemon ended: disk broken",
+)
+
+
+def names() -> list[str]:
+    faults = [part for fault in FAULTS for part in IN_PARTS.get(fault, (fault,))]
+    return [
+        *(f"command {kind.__name__}" for kind in get_args(AnyCommand)),
+        *(f"event {kind}" for kind in get_args(EventType)),
+        *(f"refusal {code}" for code in REFUSALS if code not in OF_THE_DOORS),
+        *(f"fault {name}" for name in faults),
+        *(f"mishap {name}" for name in MISHAPS),
+        *ON_DISK,
+        *OTHERS,
+    ]
+
+
+def never(fired: Mapping[str, int]) -> list[str]:
+    """What should have happened and did not."""
+    return [name for name in names() if not fired.get(name)]

@@ -1,0 +1,385 @@
+"""A simulated machine: one disk, two clocks, and at most one daemon at a time, which a supervisor starts again.
+
+A daemon is put together as the real one is (daemon.py), less the sockets. It can be killed at any await.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections import Counter
+from collections.abc import Coroutine
+from random import Random
+from typing import Any, Final
+
+import msgspec
+
+from jobd.core.state import Book
+from jobd.daemon import GRACE_MS, STOP_S, _current_keys
+from jobd.engine.actor import Actor, DiskBroken
+from jobd.engine.clock import Clock
+from jobd.engine.idempotency import Keys
+from jobd.maintenance.artifact_sweeper import Sweeper, Sweeps
+from jobd.maintenance.maintainer import Cleaner, read_figures
+from jobd.model.commands import AnyCommand, CreditAbsence, EndGrants, KeyUse, Operator
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS
+from jobd.model.responses import Answer
+from jobd.model.storage import DiskFull, Opened
+from jobd.monitoring import event_log
+from tests.proof.simulation.artifacts import SimArtifacts
+from tests.proof.simulation.disk import SimDisk, Snapshot
+from tests.proof.simulation.journal import Journal
+from tests.proof.simulation.loop import SimLoop
+from tests.proof.simulation.plan import Plan
+from tests.proof.simulation.watch import Watch
+
+WALL: Final = 1_700_000_000_000
+SLICE: Final = 2  # of 500 in the real one, so that a start has several slices here too
+
+Backup = tuple[Snapshot, dict[int, tuple[str, int, str]]]
+
+_owner: contextvars.ContextVar[list[asyncio.Task[Any]] | None] = contextvars.ContextVar("owner", default=None)
+
+
+def own_tasks(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **given: Any) -> asyncio.Task[Any]:
+    """A task factory: a daemon's tasks are known to it, also those that its parts make, so that it can be killed."""
+    context = given.get("context")
+    owner = _owner.get() if context is None else context.get(_owner)
+    task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **given)
+    if owner is not None:
+        owner.append(task)
+    return task
+
+
+class Line:
+    """A connection that waits for one answer; None is told where it breaks."""
+
+    __slots__ = ("reply", "who")
+
+    def __init__(self, who: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.who = who
+        self.reply: asyncio.Future[Answer | Refusal | None] = loop.create_future()
+
+    def close(self) -> None:
+        if not self.reply.done():
+            self.reply.set_result(None)
+
+
+class Machine:
+    """`note` writes into the journal; `finished` is set where a promise broke or enough steps were made."""
+
+    def __init__(self, seed: int, plan: Plan, loop: SimLoop, journal: Journal) -> None:
+        self.seed = seed
+        self.plan = plan
+        self.loop = loop
+        self.journal = journal
+        self.fired: Counter[str] = Counter()
+        self.wall_shift_ms = 0.3
+        self.disk = SimDisk(Random(f"{seed}: disk"), self.fired, self.wall)
+        self.finished = asyncio.Event()
+        self.watch = Watch(self, self.fired)
+        self.artifacts = SimArtifacts(self, Random(f"{seed}: artifacts"))
+        self.disk.committed = self.watch.committed
+        self.disk.pruning = self.watch.pruned
+        self.disk.broken = lambda message: self.watch.fail("S7", message)
+        loop.on_error = lambda message: self.watch.fail("loop", message)
+        self.daemon: Daemon | None = None
+        self.closing = False
+        self.enough = 0  # steps
+        self.closing_since: int | None = None  # lease time at which the faults had stopped
+        self.had_read_errors = False
+        self.backups: list[Backup] = []
+        self.boot_shift_ms = 0.0
+        self.clocks_moved_s = 0.0  # loop time of the latest step of a clock
+        self.leap_ms = 0  # by how much the wall clock is wrong and not accepted
+        self.synchronised = Random(f"{seed}: kernel").random() < 0.3
+        self.downtime_s = 0.5
+        self.off = False
+        self.dice = Random(f"{seed}: machine")
+        self.next_policy = plan.policy
+        loop.set_task_factory(own_tasks)  # type: ignore[arg-type]
+
+    # -- clocks -------------------------------------------------------------------------------------------------------
+
+    def wall(self) -> int:
+        return WALL + int(self.loop.now_s * 1000 + self.wall_shift_ms)
+
+    def boot(self) -> int:
+        return int(self.loop.now_s * 1000 + self.boot_shift_ms)
+
+    def move_clocks(self, *, wall_ms: float = 0, boot_ms: float = 0) -> None:
+        """Either clock steps against the loop's time."""
+        self.wall_shift_ms += wall_ms
+        self.boot_shift_ms += boot_ms
+        self.clocks_moved_s = self.loop.now_s
+
+    def leap(self, ms: int) -> None:
+        """A step ahead that is undone later. After a longer step back the store may have seen that time: no leap."""
+        self.move_clocks(wall_ms=ms)
+        self.leap_ms = ms if ms > 0 and self.disk.numbers.wall_ms < self.wall() - ms + DAY_MS else 0
+
+    def accept_clock(self, daemon: Daemon) -> None:
+        self.leap_ms = 0
+        daemon.clock.accept()
+
+    def note(self, what: str, *details: Any) -> None:
+        self.journal.note(self.loop.now_s, what, *details)
+
+    def fault(self, name: str, *details: Any) -> None:
+        self.fired[f"fault {name}"] += 1
+        self.note("fault", name, *details)
+
+    @property
+    def recovery_ms(self) -> int:
+        schedule = self.plan.schedule
+        return schedule.recover_every_ms or max(schedule.interval_ms, schedule.min_interval_ms)
+
+    # -- the supervisor -----------------------------------------------------------------------------------------------
+
+    async def keep_running(self) -> None:
+        """As systemd: whatever ended the daemon, it is started again."""
+        while not self.off:
+            daemon = self.daemon = Daemon(self)
+            self.note("machine", "start", self.disk.numbers)
+            daemon.begin()
+            await daemon.gone.wait()
+            self.daemon = None
+            self.note("machine", "ended", daemon.how)
+            self.fired[f"daemon ended: {daemon.how}"] += 1
+            await asyncio.sleep(self.downtime_s)
+
+    def crash(self, *, power_cut: bool) -> None:
+        """The daemon is gone between two awaits."""
+        daemon, self.daemon = self.daemon, None
+        if daemon is not None:
+            daemon.kill()
+        self.disk.crash(power_cut=power_cut)
+
+    def back_up(self) -> Backup:
+        """A copy of the disk, with what had been acknowledged by then."""
+        return self.disk.snapshot(), dict(self.watch.acknowledged)
+
+    def put_back(self, backup: Backup) -> None:
+        """No daemon runs: the disk is as it was at an earlier time."""
+        snapshot, acknowledged = backup
+        self.disk.put_back(snapshot)
+        self.artifacts.put_back()
+        self.watch.put_back(acknowledged)
+
+    # -- connections --------------------------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        who: str,
+        command: AnyCommand,
+        *,
+        by: str = "client",
+        admin: bool = False,
+        key: KeyUse | None = None,
+        hang_up_s: float | None = None,
+        unread: bool = False,
+    ) -> Answer | Refusal | None:
+        """Send a command and wait; None where no answer came. `hang_up_s`: the caller closes the connection then.
+
+        `unread`: the answer goes out and is lost on the way.
+        """
+        daemon = self.daemon
+        if daemon is None or not daemon.is_open:
+            return None
+        command = msgspec.structs.replace(command)  # a request of its own, also where it is a repeated one
+        line = Line(who, self.loop)
+        daemon.lines[line] = None
+        self.note("asks", who, type(command).__name__, command, key and key.digest)
+        handler = daemon.spawn(self._handle(daemon, line, command, by, admin, key))
+        if hang_up_s is not None:
+            self.loop.call_later(hang_up_s, self._hang_up, line, handler)
+        try:
+            answer = await line.reply
+        finally:
+            daemon.lines.pop(line, None)
+        if answer is None or unread:
+            return None
+        told = answer.code if isinstance(answer, Refusal) else "yes"
+        self.note("told", who, type(command).__name__, getattr(command, "id", None), told)
+        return answer
+
+    async def _handle(
+        self, daemon: Daemon, line: Line, command: AnyCommand, by: str, admin: bool, key: KeyUse | None
+    ) -> None:
+        """What a door does with a request: ask, then answer, or say that the answer could not be delivered."""
+        size = 100 if self.plan.bounds.inflight_bytes < 1000 else 0
+        with self.watch.under_way(command):
+            operator = Operator("", "simulated") if admin else None
+            answer = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size, operator=operator)
+            self.watch.answered(command, key, answer)
+        if line.reply.done():  # the connection is closed, or the caller is gone
+            if isinstance(answer, Answer) and answer.grants:
+                self.fired["grant undelivered"] += 1
+                daemon.actor.undelivered(answer)
+            return
+        if isinstance(answer, Answer):
+            self.watch.delivered(line.who if key is None else key.digest, answer)
+        line.reply.set_result(answer)
+
+    def _hang_up(self, line: Line, handler: asyncio.Task[None]) -> None:
+        if line.reply.done():
+            return
+        roll = self.dice.random()
+        waits_for: asyncio.Future[Any] | None = handler._fut_waiter  # type: ignore[attr-defined]  # its answer
+        if roll < 0.25 and waits_for is not None:
+            waits_for.add_done_callback(lambda _: self._go_with_answer(line, handler))
+            return
+        self.fired["mishap hang up"] += 1
+        line.close()
+        if roll < 0.35:
+            handler.cancel()
+        elif roll < 0.6:
+            self.loop.call_soon(handler.cancel)
+        else:
+            self.loop.call_later(roll / 100, handler.cancel)  # a writer sees it before the handler is told
+
+    def _go_with_answer(self, line: Line, handler: asyncio.Task[None]) -> None:
+        """The answer is there, and the handler has perhaps not read it yet: now the connection breaks."""
+        if not line.reply.done():
+            self.fired["mishap hang up with the answer"] += 1
+            line.close()
+            handler.cancel()
+
+
+class Daemon:
+    """One run of the daemon, from its start to its end. `is_open`: the doors take requests."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.lines: dict[Line, None] = {}
+        self.is_open = False
+        self.how = "killed"
+        self.gone = asyncio.Event()
+        self.stopped = asyncio.Event()
+        self.began_s = self.opened_s = machine.loop.now_s
+        self.sweeper: Sweeper | None = None
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._context = contextvars.copy_context()
+        self._context.run(_owner.set, self._tasks)
+
+    def begin(self) -> None:
+        self._build(self.machine.disk.opened())
+        self._main = self.spawn(self._live())
+
+    def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        if len(self._tasks) > 500:
+            self._tasks[:] = [task for task in self._tasks if not task.done()]
+        return self.machine.loop.create_task(coro, context=self._context)
+
+    def kill(self) -> None:
+        """Nothing of it runs any more, nobody is answered, nothing is put in order."""
+        self.is_open = False
+        self._drop_lines()
+        for task in self._tasks:
+            if not task.done():
+                task.cancel()
+            elif not task.cancelled():
+                task.exception()
+        self.gone.set()
+
+    async def stop(self) -> None:
+        self.stopped.set()
+        await self.gone.wait()
+
+    # -- as in daemon.py ----------------------------------------------------------------------------------------------
+
+    def _build(self, opened: Opened) -> None:
+        machine = self.machine
+        self.opened = opened
+        numbers = opened.numbers
+        self.clock = Clock(
+            numbers.lease_ms,
+            numbers.wall_ms,
+            suspect=numbers.clock_suspect,
+            keep_ms=machine.next_policy.shortest_keep_ms,
+            wall=machine.wall,
+            boot=machine.boot,
+            synchronised=lambda: machine.synchronised,
+        )
+        self.book = Book.opened(opened)
+        self.book.quarantined = dict(opened.quarantined)
+        self.book.suspects = dict(opened.suspects)
+        self.book.figures = read_figures(opened.figures)
+        self.actor = Actor(
+            machine.disk,
+            self.book,
+            Keys(_current_keys(opened.keys, self.book), machine.plan.keys),
+            self.clock,
+            machine.next_policy,
+            random=machine.dice.randbytes,
+            bounds=machine.plan.bounds,
+            is_full=opened.full,
+            has_reserve=opened.has_reserve,
+        )
+        self.actor.slow_commit_s = machine.plan.slow_commit_s
+        self.actor.on_commit.append(event_log.write_lines)
+        machine.watch.opened(self, GRACE_MS)
+
+    async def _live(self) -> None:
+        machine = self.machine
+        machine.disk.on_broken = self.actor.lose_disk
+        self._settle()
+        running = self.spawn(self.actor.run())
+        running.add_done_callback(lambda _: self.stopped.set())
+        self.cleaner = Cleaner(self.actor, self.clock, machine.plan.schedule)
+        self.cleaning = self.spawn(self.cleaner.run())
+        sweeping = self._sweep()
+        self.is_open, self.opened_s = True, machine.loop.now_s
+        machine.note("machine", "open", self.book.numbers(0, 0, False), self.clock.suspect)
+        await self.stopped.wait()
+        self.is_open = False
+        self.how = "disk broken" if running.done() else "stopped"
+        self.actor.stop_parking()
+        await self._answer_the_rest()
+        if sweeping is not None and self.sweeper is not None:
+            self.sweeper.stop()
+            await sweeping
+        self.cleaner.stop()
+        await self.cleaning
+        self.actor.stop()
+        try:
+            await running
+        except DiskBroken as broken:
+            self.how = "disk broken"
+            if not isinstance(broken.__cause__, (OSError, DiskFull)):
+                machine.watch.fail("S8", f"the daemon ended by a bug of its own: {broken.__cause__!r}")
+        self._drop_lines()
+        self.gone.set()
+
+    def _sweep(self) -> asyncio.Task[None] | None:
+        machine = self.machine
+        if not machine.plan.policy.artifacts:
+            return None
+        sweeps = Sweeps(waiting=self.opened.tombstones)
+        self.sweeper = Sweeper(machine.disk, machine.artifacts, self.clock, sweeps, machine.plan.margins)
+        machine.disk.on_tombstones = self.sweeper.expect
+        return self.spawn(self.sweeper.run())
+
+    def _settle(self) -> None:
+        held = list(self.book.processing)
+        slices = [held[first : first + SLICE] for first in range(0, len(held), SLICE)]
+        if not self.opened.marked:
+            since = self.clock.moment().lease
+            for ids in slices:
+                self.actor.owe(CreditAbsence(ids=ids, grace_ms=GRACE_MS, since=since))
+            return
+        for index, ids in enumerate(slices or [[]]):
+            self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))
+
+    async def _answer_the_rest(self) -> None:
+        """Requests in flight are answered before the rest is taken down: L1."""
+        for _ in range(int(STOP_S / 0.02)):
+            if all(line.reply.done() for line in self.lines):
+                return
+            await asyncio.sleep(0.02)
+        self.machine.watch.fail("L1", f"{len(self.lines)} requests in flight were not answered before the end")
+
+    def _drop_lines(self) -> None:
+        for line in self.lines:
+            line.close()

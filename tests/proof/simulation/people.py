@@ -1,0 +1,265 @@
+"""Who uses a daemon: creators, workers, operators. They lose answers and ask again, oversleep, die, and talk on.
+
+They know what they were told and nothing else; what is true is watch.py's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+from typing import Any
+
+from msgspec.structs import replace
+
+from jobd.core import worker_rules
+from jobd.model import commands
+from jobd.model.commands import (
+    Adopt,
+    AnyCommand,
+    Bulk,
+    Cancel,
+    Claim,
+    Complete,
+    Create,
+    Delete,
+    Extend,
+    ExtendLock,
+    Fail,
+    ForceFail,
+    ForceReset,
+    KeyUse,
+    Pause,
+    Progress,
+    Release,
+    ReleaseLock,
+    Resume,
+    RunNow,
+    Start,
+    Transition,
+    Update,
+)
+from jobd.model.errors import Refusal
+from jobd.model.job import SECOND_MS
+from jobd.model.responses import Answer, GrantView
+from tests.proof.simulation.machine import Machine
+from tests.proof.simulation.requests import Requests
+
+KEYED = (
+    Create, Bulk, Start, Claim, Cancel, ForceFail, ForceReset, Transition, ExtendLock, ReleaseLock, RunNow, Update,
+    Adopt, Delete, Pause, Resume,
+)  # fmt: skip
+REHEARSED = (Transition, RunNow, Update, Adopt)
+IN_DOUBT = ("outcome_unknown", "shutting_down", "overloaded")
+OLD_LOCKS = 6
+
+
+class Person:
+    """One who asks until the machine closes."""
+
+    def __init__(self, machine: Machine, name: str, *, admin: bool = False) -> None:
+        self.machine = machine
+        self.name = name
+        self.admin = admin
+        self.dice = Random(f"{machine.seed}: {name}")
+        self.requests = Requests(self.dice, machine.plan, machine.disk)
+        self._keys = 0
+
+    async def live(self) -> None:
+        while not self.machine.closing:
+            await self.think()
+            await self.act()
+
+    async def act(self) -> None:
+        raise NotImplementedError
+
+    async def think(self, mean_s: float | None = None) -> None:
+        await asyncio.sleep(self.dice.expovariate(1 / (mean_s or self.machine.plan.think_s)))
+
+    def has(self, mishap: str, chance: float) -> bool:
+        """Whether this mishap happens now."""
+        if self.dice.random() >= chance or mishap not in self.machine.plan.mishaps:
+            return False
+        if mishap != "hang up":  # counted where it did something
+            self.machine.fired[f"mishap {mishap}"] += 1
+        return True
+
+    async def ask(self, command: AnyCommand, *, tries: int = 4) -> Answer | Refusal | None:
+        """Ask until there is a definite answer, with the same key; None where it was given up."""
+        key = self._key(command)
+        answer: Answer | Refusal | None = None
+        for _ in range(tries):
+            if key is not None and self.has("asked twice at once", 0.1):
+                first, second = await asyncio.gather(self._once(command, key), self._once(command, key))
+                answer = first or second
+            else:
+                answer = await self._once(command, key)
+            if answer is not None and not (isinstance(answer, Refusal) and answer.code in IN_DOUBT):
+                return answer
+            if self.machine.closing or self.dice.random() < 0.15:
+                return answer
+            await self.think()
+        return answer
+
+    async def _once(self, command: AnyCommand, key: KeyUse | None) -> Answer | Refusal | None:
+        by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "admin" if self.admin else "client"
+        hang_up_s = None
+        if self.has("hang up", 0.25 if isinstance(command, (Start, Claim)) else 0.05):
+            hang_up_s = self.dice.expovariate(self.dice.choice((800, 800, 100, 1)))  # at best while it is written
+        unread = self.has("answer unread", 0.08)
+        return await self.machine.call(
+            self.name, command, by=by, admin=self.admin, key=key, hang_up_s=hang_up_s, unread=unread
+        )
+
+    def _key(self, command: AnyCommand) -> KeyUse | None:
+        """A key of one's own, or by mistake one of others for the same path. Scope: the path of the command."""
+        if not isinstance(command, KEYED) or self.dice.random() < 0.4:
+            return None
+        path = f"{type(command).__name__} {getattr(command, 'id', '') if not isinstance(command, Create) else ''}"
+        if self.has("key of another", 0.2):
+            return KeyUse(f"{path} shared {self.dice.randrange(3)}", worker_rules.digest(command))
+        self._keys += 1
+        return KeyUse(f"{path} {self.name} {self._keys}", worker_rules.digest(command))
+
+
+class Creator(Person):
+    async def act(self) -> None:
+        now = self.machine.wall()
+        roll = self.dice.random()
+        if roll < 0.6:
+            await self.ask(self.requests.create(now))
+        elif roll < 0.75:
+            await self.ask(self.requests.bulk(now))
+        elif roll < 0.82:
+            await self.ask(self.requests.cancel())
+        else:
+            await self.ask(self.requests.read())
+
+
+class Operator(Person):
+    """In some seeds an operator asks now and then what would be done, before it is done."""
+
+    def __init__(self, machine: Machine, name: str) -> None:
+        super().__init__(machine, name, admin=True)
+        dice = Random(f"{machine.seed}: rehearsals")  # of their own: the others fall as they always did
+        self._careful = dice if dice.random() < 0.3 else None
+
+    async def act(self) -> None:
+        roll = self.dice.random()
+        if roll < 0.7:
+            command = self.requests.operation(self.machine.wall())
+            if isinstance(command, REHEARSED) and self._careful is not None and self._careful.random() < 0.4:
+                await self.machine.call(self.name, replace(command, dry_run=True), by="admin", admin=True)
+            await self.ask(command)
+        elif roll < 0.85:
+            await self.ask(self.requests.read())
+        elif roll < 0.9:
+            await self.machine.call("cleanup", self.requests.of_time(), by="cleanup")
+        else:
+            await self._by_cleaner(roll)
+
+    async def _by_cleaner(self, roll: float) -> None:
+        """What reaches the cleaner beside the mailbox. The daemon may die meanwhile: then nobody answers."""
+        daemon = self.machine.daemon
+        if daemon is None or not daemon.is_open:
+            return
+        if roll < 0.93:
+            self.machine.fired["operator recover-stuck"] += 1
+            work: Any = daemon.cleaner.recover_stuck(commands.Operator("", "simulated", "recovery"))
+        elif roll < 0.97:
+            self.machine.fired["operator cleanup"] += 1
+            work = daemon.cleaner.run_pass(forced=self.dice.random() < 0.5)
+        else:
+            self.machine.accept_clock(daemon)
+            return
+        await asyncio.wait([daemon.spawn(work)])
+
+
+class Worker(Person):
+    """Takes jobs and works on them; `old` are locks that it has held, to be misused later."""
+
+    def __init__(self, machine: Machine, name: str) -> None:
+        super().__init__(machine, name)
+        self.old: list[tuple[str, str]] = []
+        self.lacks_all = self.dice.random() < 0.3  # it releases every job that it is granted
+
+    async def act(self) -> None:
+        roll = self.dice.random()
+        if roll < 0.08 and self.old:
+            await self.ask(self._late_word(*self.dice.choice(self.old)), tries=1)
+        elif roll < 0.12:
+            await self.ask(self.requests.read())
+        elif roll < 0.3:
+            answer = await self.ask(self.requests.start(self.name))
+            if isinstance(answer, Answer) and answer.grants:
+                await self.work(answer.data)
+        else:
+            answer = await self.ask(self.requests.claim(self.name))
+            if isinstance(answer, Answer):
+                for granted in answer.data.grants:
+                    await self.work(granted)
+
+    async def ask(self, command: AnyCommand, *, tries: int = 4) -> Answer | Refusal | None:
+        """Who has something to store does so before he says that he is done; it may take a while."""
+        if isinstance(command, Complete) and command.storage_key is not None:
+            self.machine.artifacts.store(command.storage_key, command.lock_id)
+            if self.dice.random() < 0.4:
+                await asyncio.sleep(self.dice.choice((0.05, 1.0, 4.0)))
+        return await super().ask(command, tries=tries)
+
+    def _late_word(self, job_id: str, lock_id: str) -> AnyCommand:
+        return self.dice.choice((self._sign, self._ending))(job_id, lock_id)
+
+    def _sign(self, job_id: str, lock_id: str) -> AnyCommand:
+        if self.dice.random() < 0.6:
+            progress = self.dice.choice((0, 10, 42.5, 100))
+            return Progress(id=job_id, lock_id=lock_id, progress=progress, message=self.requests.maybe(0.3, "so far"))
+        return Extend(id=job_id, lock_id=lock_id, additional_ms=self.requests.maybe(0.5, 1, 2_000, 30_000, 600_000))
+
+    def _ending(self, job_id: str, lock_id: str) -> AnyCommand:
+        requests, roll = self.requests, self.dice.random()
+        if roll < 0.55:
+            return Complete(
+                id=job_id,
+                lock_id=lock_id,
+                download_url=requests.maybe(0.5, "https://x/y"),
+                storage_key=requests.maybe(0.6, "k/1", "k/1", "../k", "k/2", f"own/{lock_id}", f"own/{lock_id}"),
+                expires_at=requests.maybe(0.2, self.machine.wall() + 5_000, self.machine.wall() - 5_000),
+            )
+        if roll < 0.85:
+            return Fail(
+                id=job_id,
+                lock_id=lock_id,
+                error_message="it broke",
+                retry=self.dice.random() < 0.8,
+                retry_after_ms=requests.maybe(0.3, 0, 900, 20_000),
+            )
+        return Release(id=job_id, lock_id=lock_id, delay_ms=requests.maybe(0.3, 0, 900))
+
+    async def work(self, granted: GrantView) -> None:
+        job_id, lock_id = granted.job.id, granted.lock_id
+        self.old = [*self.old[1 - OLD_LOCKS :], (job_id, lock_id)]
+        if self.has("worker dies", 0.12):
+            return
+        if self.lacks_all and self.has("worker releases", 0.95):
+            await self.ask(Release(id=job_id, lock_id=lock_id, delay_ms=self.requests.maybe(0.1, 0, 900)))
+            return
+        for _ in range(self.dice.randrange(4)):
+            await self._toil(granted)
+            answer = await self.ask(self._sign(job_id, lock_id))
+            if isinstance(answer, Refusal) and not self.has("worker talks on", 0.3):
+                return
+            if self.machine.closing or self.has("worker dies", 0.05):
+                return
+        await self._toil(granted)
+        ending = self._ending(job_id, lock_id)
+        await self.ask(ending)
+        if self.has("ended twice", 0.2):
+            release = Release(id=job_id, lock_id=lock_id)  # as a `finally` block does
+            await self.ask(self.dice.choice((ending, ending, release, self._ending(job_id, lock_id))))
+
+    async def _toil(self, granted: GrantView) -> None:
+        ttl_s = granted.ttl_ms / SECOND_MS
+        if self.has("worker sleeps", 0.1):
+            await asyncio.sleep(ttl_s * self.dice.choice((1.0, 1.2, 3.0)))
+        else:
+            await self.think(min(ttl_s / 4, self.machine.plan.think_s * 2))

@@ -1,0 +1,388 @@
+"""What every single decision must keep, whatever the book, the command and the time.
+
+Judged by the words of the promise, not by the code that has to keep it: where both would be wrong together nothing
+would be found. S1 to S15 are the names under which a broken promise is told:
+
+S1 one grant a job, S2 tokens rise, S3 only the latest grant speaks, S4 completed is final and a run ends once, S5 only
+stuck jobs are recovered, S6 answered means on disk and refused means nothing done, S7 journal, memory and rows are one,
+S8 a rule always answers and only reads, S9 the same key gets the same answer, S10 counters are a recount, S11 no lock
+outlives its ceiling, S12 lease time never goes back, S13 only old finished jobs are deleted, S14 claims keep the order,
+S15 what operators change is in the audit log, and a dry run changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from jobd.core.changeset import Decision
+from jobd.core.state import Book
+from jobd.model.commands import (
+    Adopt,
+    AnyCommand,
+    Call,
+    Claim,
+    Complete,
+    DeleteExpired,
+    EndGrants,
+    Extend,
+    ExtendLock,
+    Fail,
+    Import,
+    Moment,
+    Progress,
+    Recover,
+    Release,
+    ReleaseLock,
+    Start,
+    TakeBack,
+    Undelivered,
+    is_rehearsal,
+)
+from jobd.model.errors import Refusal
+from jobd.model.events import Change, Event, fold
+from jobd.model.job import FINISHED, STATUSES, TRANSITIONS, Job, Lease, Policy, release_delay_ms
+from jobd.model.responses import Answer, Recovered
+from tests.support.rule_harness import due_order
+
+HOLDERS: Final = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
+CALLS: Final = (Progress, Extend, Complete, Fail, Release)  # those of workers
+BY_TIME: Final = frozenset({"stalled", "expired"})  # what time does before a refused command is judged
+NOTES: Final = frozenset({"late_result", "late_call"})  # they leave every row as it was
+ENDINGS: Final = frozenset({"completed", "failed", "retried", "released", "undelivered", "stalled"})
+BY_HAND: Final = frozenset({"cancelled", "force_failed", "force_reset", "transitioned"})  # these end a grant, too
+
+Decide = Callable[[Book, Call, Moment, Policy], Decision]
+
+
+class Broken(Exception):
+    """A promise was broken: which, how, and with which job."""
+
+    def __init__(self, rule: str, what: str, job_id: str | None) -> None:
+        super().__init__(f"{rule}: {what}" + (f" (job {job_id})" if job_id else ""))
+        self.rule = rule
+        self.what = what
+        self.job_id = job_id
+
+
+def is_live(lease: Lease, lease_ms: int) -> bool:
+    """At its end a lock has expired."""
+    return not lease.cleared and lease_ms < lease.expires
+
+
+def is_stuck(job: Job, lease_ms: int) -> bool:
+    """Processing in nobody's hands, or without a live lock and silent for too long, or past the ceiling."""
+    lease = job.lease
+    if job.status != "processing" or lease is None or job.grant is None:
+        return job.status == "processing"
+    past = lease.ceiling is not None and lease_ms >= lease.ceiling
+    return past or (not is_live(lease, lease_ms) and lease_ms >= lease.silent)
+
+
+def is_overdue(job: Job, now: int) -> bool:
+    return job.status == "queued" and job.expires_at is not None and now >= job.expires_at
+
+
+class Promises:
+    """Judges decisions. `fail` is called where one breaks a promise; `begin` is a start of the daemon."""
+
+    def __init__(self) -> None:
+        self.held_at_start: set[str] = set()  # lock ids
+        self._live_at_start: set[str] = set()
+        self._grace_ends = 0  # lease time
+        self._last_token = 0
+        self._last_lease = 0
+
+    def fail(self, rule: str, what: str, job_id: str | None = None) -> None:
+        raise Broken(rule, what, job_id)
+
+    def must(self, condition: object, rule: str, what: str, job_id: str | None = None) -> None:
+        if not condition:
+            self.fail(rule, what, job_id)
+
+    def begin(self, book: Book, lease_ms: int, grace_ms: int) -> None:
+        """Nothing of a job that is processing now ends within the grace."""
+        held = [(job.grant.lock_id, job.lease) for job in book.processing.values() if job.grant and job.lease]
+        self.held_at_start = {lock_id for lock_id, _ in held}
+        self._live_at_start = {lock_id for lock_id, lease in held if is_live(lease, lease_ms)}
+        self._grace_ends = lease_ms + grace_ms
+        self._last_token, self._last_lease = 0, lease_ms
+
+    def recovered(self, job: Job, at: Moment) -> None:
+        """A stuck job is being recovered: was it in time?"""
+
+    def aged(self, job: Job, at: Moment) -> None:
+        """Check that a job may be deleted or failed by age."""
+        self.must(not at.suspect, "S13", f"a {job.status} job is old by a clock that is suspect", job.id)
+
+    # -- one decision -------------------------------------------------------------------------------------------------
+
+    def judged(self, decide: Decide, book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
+        """The decision, once everything about it has been looked at."""
+        command = call.command
+        name, job_id = type(command).__name__, getattr(command, "id", None)
+        job = book.get(job_id) if job_id is not None else None
+        brief = _brief(book, job)
+        try:
+            decision = decide(book, call, at, policy)
+        except Exception as error:
+            self.fail("S8", f"{name} raised {error!r}", job_id)
+            raise
+        self.must(brief == _brief(book, job), "S8", f"{name} changed the book", job_id)
+        self.must(at.lease >= self._last_lease, "S12", f"lease time went from {self._last_lease} to {at.lease}")
+        self._last_lease = at.lease
+        self._check_answer(book, command, decision, job, at)
+        self.must(
+            not is_rehearsal(command) or not decision.changes, "S15", f"a dry run of {name} did something", job_id
+        )
+        rows: dict[str, Job | None] = {}
+        for change in decision.changes:
+            changed = change.event.job_id
+            goes_on = change.before == (rows[changed] if changed in rows else book.get(changed))
+            self.must(goes_on, "S7", f"{change.event.type} does not go on from the row before it", changed)
+            rows[changed] = change.after
+            self._check_change(change, command, at)
+        return decision
+
+    def _check_answer(self, book: Book, command: AnyCommand, decision: Decision, job: Job | None, at: Moment) -> None:
+        if isinstance(command, HOLDERS):
+            self._check_holder(command, decision, job, at)
+        elif isinstance(decision.answer, Refusal):
+            made = {change.event.type for change in decision.changes}
+            self.must(made <= BY_TIME, "S6", f"a refused {type(command).__name__} made {made}")
+        if isinstance(command, Claim):
+            self._check_claim(book, command, decision, at)
+        elif isinstance(command, Recover):
+            self._check_recovery(book, command, decision, at)
+        elif isinstance(command, Start) and job is not None:
+            self._check_start(job, decision, at)
+
+    def _check_claim(self, book: Book, command: Claim, decision: Decision, at: Moment) -> None:
+        order = due_order(book.jobs.values(), at.now, command.queues, command.kinds, book.paused)
+        expected = [job_id for job_id in order if not is_overdue(book.jobs[job_id], at.now)][: command.limit]
+        granted = _ids(decision.changes, "granted")
+        job_id = granted[0] if granted else None
+        self.must(granted == expected, "S14", f"a claim got {granted}, its order is {expected}", job_id)
+
+    def _check_recovery(self, book: Book, command: Recover, decision: Decision, at: Moment) -> None:
+        """Everything that is stuck, up to the limit; rows in nobody's hands are the part of a pass."""
+        stuck = sum(
+            is_stuck(job, at.lease) and job.grant is not None and job.lease is not None
+            for job in book.processing.values()
+        )
+        done = len(_ids(decision.changes, "stalled"))
+        self.must(done == min(stuck, command.limit), "S5", f"{done} jobs were recovered, {stuck} are stuck")
+        if isinstance(decision.answer, Answer) and isinstance(decision.answer.data, Recovered):
+            self.must(decision.answer.data.more or stuck <= done, "S5", "stuck jobs are left, and nobody is told")
+
+    def _check_start(self, job: Job, decision: Decision, at: Moment) -> None:
+        answer = decision.answer
+        if isinstance(answer, Refusal) and answer.code == "already_locked":
+            self.must(not is_stuck(job, at.lease), "S5", "a stuck job was called locked", job.id)
+
+    def _check_holder(self, command: Any, decision: Decision, job: Job | None, at: Moment) -> None:
+        verb, lock_id = type(command).__name__, command.lock_id
+        if isinstance(command, Complete) and {change.event.type for change in decision.changes} & {*NOTES, "adopted"}:
+            self._check_late(command, decision, job)
+            return
+        if isinstance(command, CALLS) and [change.event.type for change in decision.changes] == ["late_call"]:
+            self._check_late_call(command, decision, job)
+            return
+        is_processing = job is not None and job.status == "processing" and job.grant is not None
+        is_latest = is_processing and job is not None and job.grant is not None and job.grant.lock_id == lock_id
+        if decision.changes:
+            changed = [change.event.job_id for change in decision.changes]
+            right = is_latest and changed == [command.id]
+            self.must(right, "S3", f"{verb} of an old grant changed {changed}", command.id)
+            self.must(isinstance(decision.answer, Answer), "S3", f"a refused {verb} changed {changed}", command.id)
+        elif isinstance(decision.answer, Answer):
+            ended = job is not None and job.ended is not None and job.ended.lock_id == lock_id
+            self.must(ended, "S3", f"{verb} was taken from an older grant", command.id)
+        elif is_latest and job is not None and job.lease is not None:
+            code, ceiling = decision.answer.code, job.lease.ceiling
+            past = ceiling is not None and at.lease >= ceiling
+            allowed = {"invalid_request"} | ({"max_processing_time_exceeded"} if past else set())
+            self.must(code in allowed, "S3", f"{verb} of the latest grant was refused: {code}", command.id)
+
+    def _check_late(self, command: Complete, decision: Decision, job: Job | None) -> None:
+        """A complete of an ended grant leaves a note and is refused, or is taken where nobody has had the job since."""
+        kinds = [change.event.type for change in decision.changes]
+        is_current = job is not None and job.grant is not None and job.grant.lock_id == command.lock_id
+        self.must(len(kinds) == 1 and not is_current, "S3", f"a complete made {kinds}", command.id)
+        if kinds == ["late_call"]:
+            self._check_late_call(command, decision, job)
+            return
+        if kinds == ["late_result"]:
+            refused = isinstance(decision.answer, Refusal) and decision.answer.code == "lock_lost"
+            self.must(refused, "S3", "a late result was kept, and its complete not refused", command.id)
+            return
+        ended = job.ended if job is not None else None
+        is_last = ended is not None and ended.lock_id == command.lock_id and ended.rule == "recovery"
+        touched = job is None or ended is None or job.updated_at != ended.at
+        self.must(is_last and not touched, "S3", "a late result was taken of a job that was not left alone", command.id)
+
+    def _check_late_call(self, command: Any, decision: Decision, job: Job | None) -> None:
+        """A refused call leaves a note of who it was: the last that held the job, and did not end that itself."""
+        answer, event = decision.answer, decision.changes[0].event
+        refused = isinstance(answer, Refusal) and answer.code == "lock_lost"
+        ended = job.ended if job is not None else None
+        was_theirs = ended is not None and ended.lock_id == command.lock_id and ended.verb is None
+        self.must(refused and was_theirs, "S3", f"a {type(command).__name__} was told as a late call", command.id)
+        told = (event.details or {}).get("fencing_token"), (event.details or {}).get("verb")
+        right = ended is not None and told == (ended.fencing_token, type(command).__name__.lower())
+        self.must(right, "S3", f"a {type(command).__name__} was told as {told}", command.id)
+
+    # -- one change ---------------------------------------------------------------------------------------------------
+
+    def _check_change(self, change: Change, command: AnyCommand, at: Moment) -> None:
+        before, after, event = change.before, change.after, change.event
+        if event.job_seq == 0:
+            return
+        self.must(fold(before, event) == after, "S7", f"{event.type} does not say what happened", event.job_id)
+        if before is not None:
+            self._check_leaving(before, after, event, command, at)
+        if after is not None:
+            self._check_row(before, after, event, at)
+            if after.lease is not None and event.type != "imported":
+                self._check_lease(before.lease if before is not None else None, after, event, command, at)
+
+    def _check_leaving(self, before: Job, after: Job | None, event: Event, command: AnyCommand, at: Moment) -> None:
+        """What may happen to a job that is as `before`."""
+        kind = event.type
+        if kind == "stalled" and isinstance(command, TakeBack):
+            is_live = before.lease is None or before.lease.is_live(at.lease)
+            is_its = before.grant is not None and before.grant.worker == command.name
+            self.must(is_its and not is_live, "S5", "a live lock or that of another was taken back", before.id)
+        elif kind == "stalled" and not isinstance(command, (EndGrants, Import)):
+            self._check_stall(before, at)
+        if kind == "expired":
+            self.must(is_overdue(before, at.now), "S5", "a job expired before its time", before.id)
+            self.aged(before, at)
+        if kind == "deleted":
+            old = before.expires_at is not None and before.expires_at <= at.now
+            by_age = isinstance(command, DeleteExpired) or getattr(command, "action", None) == "cleanup"
+            fits = before.status in FINISHED and (old or not by_age)
+            self.must(fits, "S13", f"a job was deleted that is {before.status}", before.id)
+            if by_age:
+                self.aged(before, at)
+        if before.status == "completed":
+            final = after is None or (kind in {*NOTES, "fixed"} and after.status == "completed")
+            self.must(final, "S4", f"{kind} changed a completed job", before.id)
+        if kind in NOTES:
+            self.must(after == before, "S3", f"{kind} changed a row", before.id)
+        if kind == "adopted":
+            fits = before.status in ("queued", "failed", "cancelled") and isinstance(command, (Adopt, Complete))
+            self.must(fits, "S4", f"{kind} of a job that was {before.status}", before.id)
+        if kind in ENDINGS:
+            self.must(before.status == "processing", "S4", f"{kind} ended a job that was {before.status}", before.id)
+        if before.status == "processing" and kind != "deleted":
+            ends = after is None or after.status != "processing"
+            self.must(ends == (kind in ENDINGS | BY_HAND), "S4", f"{kind} of a run, ended: {ends}", before.id)
+        if kind in ("stalled", "undelivered", "released"):
+            assert after is not None
+            delay_ms = None
+            if kind == "released" and (delay_ms := getattr(command, "delay_ms", None)) is None:
+                delay_ms = release_delay_ms(before.releases + 1)
+            stays = after.run_at == (before.run_at if delay_ms is None else at.now + delay_ms)
+            self.must(stays, "S14", f"{kind} took the job from its place", before.id)
+
+    def _check_stall(self, before: Job, at: Moment) -> None:
+        self.must(is_stuck(before, at.lease), "S5", "a job was recovered that is not stuck", before.id)
+        if before.grant is None or before.lease is None:
+            return
+        graced = before.grant.lock_id in self.held_at_start and at.lease < self._grace_ends
+        self.must(not graced, "S5", "a job was recovered within the grace after a start", before.id)
+        self.recovered(before, at)
+
+    def _check_row(self, before: Job | None, job: Job, event: Event, at: Moment) -> None:
+        """One row after one event."""
+        moved = before is not None and before.status != job.status
+        pair = (event.before, job.status)
+        self.must(not moved or pair in TRANSITIONS, "S4", f"{event.type} went from {pair[0]} to {pair[1]}", job.id)
+        self.must(job.status in STATUSES, "S4", f"status {job.status}", job.id)
+        held = job.grant is not None and job.lease is not None
+        self.must(held == (job.status == "processing"), "S1", f"a {job.status} job has grant {job.grant}", job.id)
+        if job.grant is not None and (before is None or before.grant is None):
+            token = job.grant.fencing_token
+            self.must(token > self._last_token, "S2", f"token {token} after {self._last_token}", job.id)
+            self._last_token = token
+        elif job.grant is not None and before is not None:
+            self.must(job.grant == before.grant, "S1", f"{event.type} replaced a current grant", job.id)
+        if event.type == "granted" and before is not None:
+            due = before.status == "queued" and before.run_at <= at.now and not is_overdue(before, at.now)
+            self.must(due, "S14", "granted before it was due, or after it had expired", job.id)
+        if before is not None:
+            self._check_attempt(before, job, event)
+            self._check_releases(before, job, event)
+
+    def _check_releases(self, before: Job, job: Job, event: Event) -> None:
+        """Releases in a row without progress delay a job. Progress, or any other end of a grant, ends the row."""
+        expected = before.releases
+        if event.type == "released":
+            expected += 1
+        elif event.type != "undelivered" and (job.progress > before.progress or job.status != before.status):
+            expected = expected if event.type == "granted" else 0
+        self.must(job.releases == expected, "S14", f"{event.type}: {before.releases} releases became {job.releases}")
+
+    def _check_attempt(self, before: Job, job: Job, event: Event) -> None:
+        """A grant is one attempt; only `fail` and a stall with progress use it up, the other ends give it back."""
+        given_back = event.type in ("released", "undelivered") or (event.type == "stalled" and before.progress == 0)
+        if given_back:
+            expected = max(before.attempt - 1, 0)
+        elif event.type in ("force_reset", "transitioned"):
+            return
+        else:
+            expected = before.attempt + (event.type == "granted")
+        self.must(job.attempt == expected, "S4", f"{event.type}: attempt {before.attempt} became {job.attempt}", job.id)
+
+    def _check_lease(self, before: Lease | None, job: Job, event: Event, command: AnyCommand, at: Moment) -> None:
+        """The deadlines after one event: never beyond the ceiling, never back, at least what was asked for."""
+        lease, grant, kind = job.lease, job.grant, event.type
+        assert lease is not None
+        assert grant is not None
+        within = lease.ceiling is None or lease.expires <= lease.ceiling
+        ends = f"the lock ends at {lease.expires}, its ceiling is {lease.ceiling}"
+        self.must(within, "S11", f"{kind}: {ends}", job.id)
+        if kind == "granted":
+            own, asked = job.options.max_processing_ms, getattr(command, "max_processing_ms", None)
+            fits = own == grant.max_processing_ms or (own is None and asked in (None, grant.max_processing_ms))
+            self.must(fits, "S11", f"{kind}: its ceiling is {grant.max_processing_ms}, not {own} or {asked}", job.id)
+        credited = before.ceiling if before is not None else None
+        if kind in ("granted", "progress"):
+            ceiling = at.lease + grant.max_processing_ms if grant.max_processing_ms else None
+            fits = lease.ceiling == (ceiling if credited is None or ceiling is None else max(ceiling, credited))
+            self.must(fits, "S11", f"{kind}: ceiling {lease.ceiling}, not {ceiling}", job.id)
+        elif kind != "resumed" and before is not None:
+            self.must(lease.ceiling == before.ceiling, "S11", f"{kind} moved the ceiling", job.id)
+        if kind in ("granted", "progress", "extended"):
+            asked = getattr(command, "additional_ms", None) or grant.ttl_ms
+            until = min(at.lease + asked, at.lease + asked if lease.ceiling is None else lease.ceiling)
+            long = lease.expires == (until if before is None else max(until, before.expires))
+            self.must(long and not lease.cleared, "S11", f"{kind}: {ends}, it should end at {until}", job.id)
+            self.must(lease.silent >= at.lease + grant.stuck_after_ms, "S11", f"{kind}: stuck too early", job.id)
+        if before is not None:
+            back = lease.expires < before.expires or lease.silent < before.silent
+            self.must(not back, "S11", f"{kind} made a lock shorter", job.id)
+        if kind == "resumed" and before is not None and event.details is not None:
+            until = at.lease + event.details["grace_ms"]
+            pairs = zip(_deadlines(before), _deadlines(lease), strict=True)
+            fits = all(new == old or (new == until and (old or 0) < until) for old, new in pairs)
+            self.must(fits, "S11", f"{kind}: {before} became {lease}, credit is until {until}", job.id)
+        if kind == "lock_expired":
+            self.must(before is not None and at.lease >= before.expires, "S5", "a live lock was cleared", job.id)
+            graced = grant.lock_id in self._live_at_start and at.lease < self._grace_ends
+            self.must(not graced, "S5", "a live lock ended within the grace after a start", job.id)
+
+
+def _deadlines(lease: Lease) -> tuple[int | None, ...]:
+    return lease.expires, lease.silent, lease.ceiling
+
+
+def _ids(changes: Iterable[Change], kind: str) -> list[str]:
+    return [change.event.job_id for change in changes if change.event.type == kind]
+
+
+def _brief(book: Book, job: Job | None) -> tuple[Any, ...]:
+    """Enough of a book to see most changes at a small price; the whole is compared now and then."""
+    same = job is None or book.get(job.id) == job
+    return book.next_event, book.next_token, book.next_job, *book.totals.values(), len(book.jobs), same, len(book.stuck)

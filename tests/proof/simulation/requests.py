@@ -1,0 +1,302 @@
+"""What people may ask, drawn by a die: every command of both APIs with every option, sensible or not.
+
+Knows nothing of what happens; it looks at the disk only to name jobs and locks that exist.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+from msgspec import Raw
+
+from jobd.core.planning import version
+from jobd.model.commands import (
+    Adopt,
+    AnyCommand,
+    ApplyEndings,
+    ApplyPlan,
+    AuditLog,
+    Bulk,
+    Cancel,
+    Claim,
+    Create,
+    Delete,
+    DeleteExpired,
+    Expected,
+    Expire,
+    Export,
+    ExtendLock,
+    ForceFail,
+    ForceReset,
+    Get,
+    GetVersion,
+    Import,
+    ImportCheck,
+    LateResults,
+    List,
+    Locks,
+    Mend,
+    Note,
+    Pause,
+    Ping,
+    PlanAction,
+    Preview,
+    Queues,
+    Recover,
+    ReleaseLock,
+    Resume,
+    RunNow,
+    Search,
+    Start,
+    Stats,
+    TakeBack,
+    Timeline,
+    Transition,
+    Update,
+    Updates,
+    Validate,
+    Why,
+    Workers,
+)
+from jobd.model.job import STATUSES, Backoff, Job
+from tests.proof.simulation.disk import SimDisk
+from tests.proof.simulation.plan import Plan
+
+
+class Requests:
+    """Draws commands. `now` gives wall time in Unix ms, for the times that a request names."""
+
+    def __init__(self, dice: Random, plan: Plan, disk: SimDisk) -> None:
+        self.dice = dice
+        self.plan = plan
+        self.disk = disk
+        self.time_dice = Random(repr(dice.getstate()[1][:8]))  # by the seed, and without a draw from `dice`
+
+    # -- words --------------------------------------------------------------------------------------------------------
+
+    def chance(self, of: float) -> bool:
+        return self.dice.random() < of
+
+    def maybe(self, of: float, *values: Any) -> Any:
+        return self.dice.choice(values) if self.dice.random() < of else None
+
+    def new_id(self) -> str:
+        return f"j{self.dice.randrange(self.plan.ids)}"
+
+    def job_id(self) -> str:
+        """Of a job that there is, mostly."""
+        ids = list(self.disk._ids)
+        if ids and self.chance(0.95):
+            return self.dice.choice(ids[-12:])
+        return self.new_id()
+
+    def queue(self) -> str:
+        return self.dice.choice(self.plan.queues)
+
+    def kind(self) -> str:
+        return self.dice.choice(self.plan.kinds)
+
+    def time(self, now: int) -> int:
+        return now + self.dice.choice((-60_000, -1, 0, 1, 3_000, 30_000, 4_000_000))
+
+    # -- creators -----------------------------------------------------------------------------------------------------
+
+    def create(self, now: int, *, named: float = 0.7) -> Create:
+        run_at = self.maybe(0.1, self.time(now))
+        return Create(
+            id=self.new_id() if self.chance(named) else None,
+            queue=self.queue(),
+            kind=self.kind(),
+            payload=Raw(self.dice.choice((b"null", b'{"a":1}', b'"text"'))),
+            priority=self.dice.choice((0, 0, 0, -1, 5)),
+            max_attempts=self.dice.choice((1, 1, 2, 3)),
+            backoff=self.dice.choice(
+                (Backoff(), Backoff(base_ms=0), Backoff(kind="fixed", base_ms=700), Backoff(base_ms=50, jitter=False))
+            ),
+            max_stalls=self.maybe(0.3, 0, 1, 5),
+            on_stall=self.maybe(0.4, "auto", "requeue", "fail"),
+            stuck_after_ms=self.maybe(0.3, 0, 1_000, 20_000),
+            max_processing_ms=self.maybe(0.3, 0, 2_000, 10_000, 45_000),
+            run_at=run_at,
+            delay_ms=self.maybe(0.15 if run_at is None else 0.1, 0, 700, 5_000),
+            expires_at=self.maybe(0.15, now + 2_000, now + 20_000, now - 5),
+        )
+
+    def bulk(self, now: int) -> Bulk:
+        return Bulk(jobs=[self.create(now, named=0.4) for _ in range(self.dice.randint(1, 4))])
+
+    def cancel(self) -> Cancel:
+        return Cancel(id=self.job_id(), reason=self.maybe(0.5, "not wanted"))
+
+    # -- workers ------------------------------------------------------------------------------------------------------
+
+    def claim(self, worker: str) -> Claim:
+        queues = [self.queue() for _ in range(self.dice.randint(1, 3))]
+        return Claim(
+            worker=worker,
+            queues=queues,
+            kinds=[self.kind() for _ in range(self.dice.randint(1, 2))] if self.chance(0.3) else None,
+            limit=self.dice.choice((1, 1, 1, 2, 5)),
+            wait_ms=self.dice.choice((0, 300, 3_000, 10_000, 60_000)),
+            lock_ttl_ms=self.maybe(0.4, 1_000, 4_000, 60_000),
+            stuck_after_ms=self.maybe(0.4, 0, 0, 2_000),
+            max_processing_ms=self.maybe(0.2, 0, 3_000, 20_000),
+        )
+
+    def start(self, worker: str) -> Start:
+        return Start(
+            id=self.job_id(),
+            worker=worker,
+            lock_ttl_ms=self.maybe(0.4, 1_000, 4_000, 60_000),
+            stuck_after_ms=self.maybe(0.4, 0, 0, 2_000),
+            max_processing_ms=self.maybe(0.2, 0, 3_000, 20_000),
+        )
+
+    # -- operators ----------------------------------------------------------------------------------------------------
+
+    def operation(self, now: int) -> AnyCommand:
+        job_id, dice = self.job_id(), self.dice
+        job = self.disk.job(job_id)
+        lock_id = job.grant.lock_id if job is not None and job.grant is not None else "none"
+        match dice.randrange(16):
+            case 0:
+                return ForceFail(id=job_id, reason=self.maybe(0.5, "by hand"))
+            case 1 | 2:
+                return ForceReset(id=job_id)
+            case 3 | 4:
+                status = job.status if job is not None and self.chance(0.9) else "queued"
+                return self.transition(job_id, status, now)
+            case 5:
+                return ExtendLock(id=job_id, lock_id=lock_id, additional_ms=self.maybe(0.7, 1, 2_000, 60_000))
+            case 6:
+                return ReleaseLock(id=job_id, lock_id=lock_id)
+            case 7:
+                return RunNow(id=job_id) if self.chance(0.7) else Note(what="cleanup")
+            case 8:
+                return Update(
+                    id=job_id,
+                    priority=self.maybe(0.5, -3, 0, 9),
+                    run_at=self.maybe(0.3, self.time(now)),
+                    max_attempts=self.maybe(0.3, 1, 4),
+                )
+            case 9:
+                return Delete(id=job_id)
+            case 10:
+                return Pause(name=self.queue(), reason=self.maybe(0.3, "deploy"), until=self.maybe(0.5, self.time(now)))
+            case 11:
+                return Resume(name=self.queue())
+            case 12:
+                return TakeBack(name=f"w-{self.dice.randrange(4)}", dry_run=self.chance(0.2))
+            case 13 | 14:
+                return self.adoption(job_id) if self.chance(0.7) else self.planned(job_id)
+            case _:
+                return self.brought(now)
+
+    def planned(self, job_id: str) -> ApplyPlan:
+        """A slice of a plan, of which some jobs have changed since."""
+        known = [(each, self.disk.job(each)) for each in dict.fromkeys((job_id, self.job_id(), self.job_id()))]
+        seen = [
+            Expected(each, "other" if job is None or self.chance(0.2) else self._version(job)) for each, job in known
+        ]
+        kind = ApplyPlan if self.chance(0.5) else ApplyEndings
+        plan: ApplyPlan = kind(action=self.dice.choice(("retry", "cancel", "force-fail", "delete")), jobs=seen)
+        return self._of_time(known) if self.time_dice.random() < 0.3 else plan
+
+    def _of_time(self, known: list[tuple[str, Job | None]]) -> ApplyPlan:
+        """The same jobs, of a plan of what time would do."""
+        dice = self.time_dice
+        action: PlanAction = dice.choice(("recover-stuck", "cleanup"))
+
+        def seen(job: Job | None) -> str:
+            late = None if job is None else self._late(job)
+            return "other" if job is None or dice.random() < 0.1 else version(job, late, action)
+
+        return ApplyEndings(action=action, jobs=[Expected(each, seen(job)) for each, job in known])
+
+    def _late(self, job: Job) -> int | None:
+        return max((late.seq for late in self.disk.lates.get(job.seq, ())), default=None)
+
+    def _version(self, job: Job) -> str:
+        """As who has just looked knows it; a daemon that has started since knows of no late result."""
+        late = self._late(job)
+        return version(job, late if self.chance(0.7) else None)
+
+    def adoption(self, job_id: str) -> Adopt:
+        """Of a job that has a late result, mostly."""
+        kept = {self.disk.jobs[seq].id: lates for seq, lates in self.disk.lates.items() if seq in self.disk.jobs}
+        if kept and self.chance(0.8):
+            job_id = self.dice.choice(list(kept))
+        seqs = [late.seq for late in kept.get(job_id, ())]
+        return Adopt(id=job_id, result=self.maybe(0.4, *seqs, 7), reason=self.maybe(0.5, "it is right"))
+
+    def transition(self, job_id: str, status: Any, now: int) -> Transition:
+        updates = Updates(
+            error_message=self.maybe(0.2, "said so"),
+            priority=self.maybe(0.2, 1),
+            run_at=self.maybe(0.2, self.time(now)),
+            max_attempts=self.maybe(0.2, 2),
+            storage_key=self.maybe(0.2, "a/b"),
+            metadata=self.maybe(0.2, Raw(b"[1]")),
+        )
+        return Transition(id=job_id, from_=status, to=self.dice.choice(STATUSES), updates=updates)
+
+    def brought(self, now: int) -> Import:
+        """A job from elsewhere, with whatever its row says."""
+        kind = ImportCheck if self.chance(0.2) else Import
+        return kind(
+            id=self.new_id(),
+            queue=self.queue(),
+            kind=self.kind(),
+            payload=Raw(b"[]"),
+            status=self.dice.choice(STATUSES),
+            progress=self.maybe(0.5, 0, 40, 100),
+            attempt=self.dice.randint(0, 2),
+            stalls=self.dice.randint(0, 2),
+            created_at=self.maybe(0.4, self.time(now)),
+            updated_at=self.maybe(0.4, self.time(now)),
+            run_at=self.maybe(0.4, self.time(now)),
+            started_at=self.maybe(0.4, self.time(now)),
+            finished_at=self.maybe(0.4, self.time(now)),
+            expires_at=self.maybe(0.4, self.time(now)),
+            worker=self.maybe(0.3, "w-old"),
+            error_message=self.maybe(0.3, "once"),
+        )
+
+    def of_time(self) -> AnyCommand:
+        """As cleanup would ask, but about any job and at any time: each is judged when it is applied."""
+        ids = [self.job_id() for _ in range(self.dice.randint(1, 3))]
+        return self.dice.choice((Recover(limit=1), Expire(limit=1), DeleteExpired(ids=ids), Mend(ids=ids)))
+
+    # -- everybody ----------------------------------------------------------------------------------------------------
+
+    def read(self) -> AnyCommand:
+        match self.dice.randrange(11):
+            case 0 | 1:
+                return Get(id=self.job_id())
+            case 2:
+                return Timeline(id=self.job_id())
+            case 3:
+                return Why(id=self.job_id())
+            case 4:
+                return Validate(id=self.job_id()) if self.chance(0.7) else GetVersion(id=self.job_id())
+            case 5:
+                kind = self.dice.choice((List, Search))
+                return kind(
+                    status=self.maybe(0.3, *STATUSES),
+                    queue=self.maybe(0.3, self.queue()),
+                    limit=self.dice.choice((1, 50)),
+                    cursor=self.maybe(0.3, "7"),
+                )
+            case 6:
+                return self.dice.choice(
+                    (Queues(), Workers(), Export(limit=self.dice.choice((1, 50)), cursor=self.maybe(0.3, "7")))
+                )
+            case 7:
+                return Stats()
+            case 8:
+                return Locks() if self.chance(0.6) else Preview(limit=2)
+            case 9:
+                return LateResults(id=self.job_id()) if self.chance(0.7) else AuditLog(limit=2)
+            case _:
+                return Ping()

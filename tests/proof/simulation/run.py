@@ -1,0 +1,161 @@
+"""One seed from its start to its end, and what came of it; a failing one told again, and with less around it.
+
+Same seed, same journal. Nothing is kept between two runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator, MutableMapping
+from random import Random
+from typing import Any, Final
+
+import structlog
+from msgspec import Struct, field
+
+from jobd.core import decide
+from jobd.model.storage import DiskFull
+from tests.proof.simulation.chaos import Chaos
+from tests.proof.simulation.closing import Closing
+from tests.proof.simulation.journal import Journal
+from tests.proof.simulation.loop import SimLoop
+from tests.proof.simulation.machine import Machine
+from tests.proof.simulation.people import Creator, Operator, Person, Worker
+from tests.proof.simulation.plan import FAULTS, MISHAPS, draw
+
+LONGEST_S: Final = 24 * 3_600.0  # of virtual time, for seeds in which little happens
+
+
+class Outcome(Struct):
+    """What a seed came to. `broken` is None where every promise held: (rule, what, job id)."""
+
+    seed: int
+    steps: int
+    digest: str
+    fired: dict[str, int] = field(default_factory=dict)
+    broken: tuple[str, str, str | None] | None = None
+    story: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)
+
+
+def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), tell: bool = False) -> Outcome:
+    """Play `seed` until so many commands were decided, then its closing act."""
+    journal = Journal(tell=tell)
+    loop = SimLoop(Random(f"{seed}: loop"))
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        machine = runner.run(_play(seed, steps, loop, journal, without))
+    broken = machine.watch.first
+    return Outcome(
+        seed=seed,
+        steps=machine.watch.steps,
+        digest=journal.digest,
+        fired=dict(machine.fired),
+        broken=None if broken is None else (broken.rule, broken.what, broken.job_id),
+        story=journal.story(broken.job_id if broken else None) if tell else [],
+        without=sorted(without),
+    )
+
+
+async def _play(seed: int, steps: int, loop: SimLoop, journal: Journal, without: frozenset[str]) -> Machine:
+    machine = Machine(seed, draw(seed, without), loop, journal)
+    machine.enough = steps
+    with _watched(machine):
+        supervisor = asyncio.create_task(machine.keep_running())
+        chaos = Chaos(machine)
+        others = [asyncio.create_task(chaos.live())]
+        people = [asyncio.create_task(person.live()) for person in _people(machine)]
+        enough = loop.call_later(LONGEST_S, machine.finished.set)
+        await machine.finished.wait()
+        enough.cancel()
+        if machine.watch.first is None:
+            closing = asyncio.create_task(Closing(machine).play([*people, *others]))
+            await _first_of(closing, machine)
+            others.append(closing)
+        await _end(machine, [*people, *others, supervisor])
+    return machine
+
+
+def _people(machine: Machine) -> list[Person]:
+    plan = machine.plan
+    return [
+        *(Creator(machine, f"c-{number}") for number in range(plan.creators)),
+        *(Worker(machine, f"w-{number}") for number in range(plan.workers)),
+        *(Operator(machine, f"o-{number}") for number in range(plan.operators)),
+    ]
+
+
+async def _first_of(closing: asyncio.Task[None], machine: Machine) -> None:
+    """Until the closing act is over, or a promise broke."""
+    while not closing.done() and machine.watch.first is None:
+        await asyncio.wait([closing], timeout=60)
+    if closing.done():
+        closing.result()
+
+
+async def _end(machine: Machine, tasks: list[asyncio.Task[Any]]) -> None:
+    """The daemon is stopped in order where nothing broke; then everybody goes home."""
+    machine.off = True
+    if machine.daemon is not None and machine.watch.first is None:
+        await machine.daemon.stop()
+    else:
+        machine.crash(power_cut=False)
+    for task in tasks:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
+@contextlib.contextmanager
+def _watched(machine: Machine) -> Iterator[None]:
+    """Decisions go through the watch; the log is silent, but for a failure that nobody asked for."""
+    before, original = structlog.get_config(), decide.decide
+
+    def listen(_: Any, __: str, entry: MutableMapping[str, Any]) -> str:
+        if entry.get("exc_info"):
+            machine.note("log", entry["event"])
+            _judge(machine, entry["event"], sys.exc_info()[1])
+        raise structlog.DropEvent
+
+    structlog.configure(
+        processors=[listen],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
+        cache_logger_on_first_use=False,
+    )
+    decide.decide = machine.watch.decide
+    try:
+        yield
+    finally:
+        decide.decide = original
+        structlog.configure(**before)
+
+
+def _judge(machine: Machine, event: str, error: BaseException | None) -> None:
+    """A failure in the log has to be one that was asked for."""
+    if error is not None and not isinstance(error, (OSError, DiskFull)):
+        machine.watch.fail("log", f"{event}: {error!r}")
+
+
+# -- when something broke ---------------------------------------------------------------------------------------------
+
+
+def explain(seed: int, steps: int, broken: tuple[str, str, str | None]) -> Outcome:
+    """The same failure with as few faults and mishaps as can be, and its story."""
+    without: frozenset[str] = frozenset()
+    for name in (*FAULTS, *MISHAPS):
+        tried = simulate(seed, steps, without=without | {name})
+        if tried.broken is not None and tried.broken[0] == broken[0]:
+            without |= {name}
+    return simulate(seed, steps, without=without, tell=True)
+
+
+def total(outcomes: list[Outcome]) -> Counter[str]:
+    fired: Counter[str] = Counter()
+    for outcome in outcomes:
+        fired.update(outcome.fired)
+    return fired

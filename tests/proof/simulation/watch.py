@@ -1,0 +1,430 @@
+"""The promises, checked at every decision, commit, answer and start. Changes nothing, decides nothing.
+
+What a single decision must keep is in promises.py; the letters are explained there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from msgspec import Raw
+
+from jobd.core import decide
+from jobd.core.changeset import Decision
+from jobd.core.state import Book
+from jobd.engine.disk_full import Closed
+from jobd.engine.idempotency import KEPT_MS, SAFE_MS
+from jobd.engine.mailbox import READS
+from jobd.model.commands import AnyCommand, Call, Claim, KeyUse, Moment, is_rehearsal
+from jobd.model.errors import Refusal
+from jobd.model.events import Change, fold
+from jobd.model.job import FINISHED, KEEP_LATE, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
+from jobd.model.responses import Answer, CleanupReport, GrantView
+from jobd.model.storage import Batch, KeyRow
+from tests.proof.simulation.patience import Patience
+from tests.proof.simulation.promises import BY_TIME, NOTES, Broken, Decide, Promises
+from tests.support.rule_harness import compare, picture
+
+if TYPE_CHECKING:
+    from tests.proof.simulation.machine import Daemon, Machine
+
+RECOUNT_EVERY: Final = 25  # commits
+LOOKS: Final = 4  # as long as one slow step of the disk that began before the slowness ended
+LOOK_EVERY_S: Final = 0.8
+PICTURE_EVERY: Final = 500  # decisions
+
+
+class Watch(Promises):
+    """`first` is the first promise that was broken. `steps` counts decided commands, `fired` everything by name."""
+
+    def __init__(self, machine: Machine, fired: Counter[str]) -> None:
+        super().__init__()
+        self.machine = machine
+        self.fired = fired
+        self.patience = Patience(machine)
+        self.first: Broken | None = None
+        self.steps = 0
+        self.highest_token = 0  # of all that were ever committed, restored copies or not
+        self.received: dict[int, str] = {}  # token -> who got it in an answer
+        self.deleted: set[int] = set()  # seqs of jobs
+        self.acknowledged: dict[int, tuple[str, int, str]] = {}  # event seq -> type, job seq, job id
+        self._decided: dict[int, Decision | None] = {}  # by the identity of a command that is under way
+        self._durable: dict[int, str] = {}  # event seq -> type, of this daemon
+        self._calls: set[tuple[Any, ...]] = set()  # job seq, token and verb of the late calls that this daemon told
+        self._latest_wall = 0  # that this daemon has seen
+        self._held_at: int | None = None  # lease time while the full disk holds it
+        self._good_pass_s = 0.0  # loop time of the start, or of the latest pass without errors
+        self._key_rows: dict[str, KeyRow] = {}  # as committed, with answers
+        self._commits = 0
+        self._decide: Decide = decide.decide
+
+    @property
+    def daemon(self) -> Daemon | None:
+        return self.machine.daemon
+
+    def fail(self, rule: str, what: str, job_id: str | None = None) -> None:
+        if self.first is None:
+            self.first = Broken(rule, what, job_id)
+            self.machine.note("broken", rule, what, job_id)
+            self.machine.finished.set()
+
+    # -- a start ------------------------------------------------------------------------------------------------------
+
+    def opened(self, daemon: Daemon, grace_ms: int) -> None:
+        """A daemon has opened the disk: its memory is what the disk holds, and so is everything acknowledged."""
+        self._durable = {}
+        self._calls = set()
+        self._latest_wall = 0
+        self._held_at = None
+        self._good_pass_s = self.machine.loop.now_s
+        self.begin(daemon.book, daemon.clock.moment().lease, grace_ms)
+        self.recount(daemon.book)
+        self.whole()
+
+    def whole(self) -> None:
+        """Every acknowledged change is on disk, and the journal of each job folds to its row."""
+        disk = self.machine.disk
+        journal = {event.seq: event for event in disk.events}
+        for seq, (kind, job_seq, job_id) in self.acknowledged.items():
+            event = journal.get(seq)
+            if event is not None:
+                same = (event.type, event.job_id) == (kind, job_id)
+                self.must(same, "S6", f"event {seq} was acknowledged as {kind}, now it is {event.type}", job_id)
+            elif job_seq:
+                gone = job_seq in self.deleted or job_id in disk.quarantined
+                self.must(gone, "S6", f"event {seq} ({kind}) was acknowledged and is lost", job_id)
+        self._check_lates()
+        rows: dict[int, Job | None] = {}
+        for event in disk.events:
+            if event.job_seq in disk.jobs:  # the journal of a deleted one may be gone in part
+                rows[event.job_seq] = fold(rows.get(event.job_seq), event)
+        for seq, row in disk.jobs.items():
+            job = rows.get(seq)
+            self.must(row == job, "S7", f"the journal folds to {job}, the row is {row}", row.id)
+
+    def _check_lates(self) -> None:
+        """Every late result that was told of is kept with its job, or has made room for later ones."""
+        disk = self.machine.disk
+        for seq, (kind, job_seq, job_id) in self.acknowledged.items():
+            if kind == "late_result" and job_seq in disk.jobs:
+                kept = disk.lates.get(job_seq, ())
+                is_there = len(kept) == KEEP_LATE or seq in [late.seq for late in kept]
+                self.must(is_there, "S6", f"late result {seq} was acknowledged and is lost", job_id)
+        for job_seq, kept in disk.lates.items():
+            tokens = [late.fencing_token for late in kept]
+            one_each = len(tokens) <= KEEP_LATE and tokens == sorted(set(tokens))
+            self.must(one_each, "S6", f"job {job_seq} has late results of grants {tokens}")
+
+    def put_back(self, acknowledged: dict[int, tuple[str, int, str]]) -> None:
+        """An older copy of the disk is in place: what was acknowledged after it is lost, as it must be."""
+        self.acknowledged = dict(acknowledged)
+        self._key_rows = dict(self.machine.disk.keys)
+
+    # -- a decision ---------------------------------------------------------------------------------------------------
+
+    def decide(self, book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
+        """The real `decide`, with everything looked at before and after."""
+        self.steps += 1
+        if self.steps == self.machine.enough:
+            self.machine.finished.set()
+        self.fired[f"command {type(call.command).__name__}"] += 1
+        self.fired["dry run"] += is_rehearsal(call.command)
+        whole = picture(book) if self.steps % PICTURE_EVERY == 0 else None
+        decision = self.judged(self._decide, book, call, at, policy)
+        self.must(whole is None or whole == picture(book), "S8", f"{type(call.command).__name__} changed the book")
+        self._latest_wall = max(self._latest_wall, at.believed)
+        if id(call.command) in self._decided:
+            self._decided[id(call.command)] = decision
+        if isinstance(call.command, Claim):
+            self._check_arrival(call.command, decision)
+        if self.daemon is not None:
+            self.fired["look that may go first"] += self.daemon.actor.looks_go_first and isinstance(call.command, READS)
+            self._check_clock(self.daemon, at)
+        return decision
+
+    def _check_clock(self, daemon: Daemon, at: Moment) -> None:
+        """Lease time stands still while no sign of life can be taken."""
+        is_held = daemon.actor.full_disk.closed >= Closed.ALL_BUT_ENDINGS
+        self._held_at = (self._held_at or at.lease) if is_held else None
+        self.must(self._held_at in (None, at.lease), "S11", f"lease time went on from {self._held_at} on a full disk")
+
+    def aged(self, job: Job, at: Moment) -> None:
+        """S13: nothing ages by a clock that is known to be wrong, whether the daemon suspects it or not."""
+        super().aged(job, at)
+        self.must(not self.machine.leap_ms, "S13", f"a {job.status} job is old by a leap of the clock", job.id)
+
+    def recovered(self, job: Job, at: Moment) -> None:
+        """L2, once the faults have stopped."""
+        assert job.lease is not None
+        since = self.machine.closing_since
+        if since is not None:
+            late_ms = at.lease - max(job.lease.stuck, since)
+            self.must(late_ms <= self.machine.recovery_ms + 1_000, "L2", f"recovery came {late_ms} ms late", job.id)
+
+    def _check_arrival(self, command: Claim, decision: Decision) -> None:
+        """Claims that wait are served in order of arrival, and before new ones."""
+        if self.daemon is None:
+            return
+        parked = self.daemon.actor.parked
+        mine = next((asked for asked, *_ in parked._all.values() if asked.call.command is command), None)
+        for change in decision.changes:
+            if change.event.type != "granted" or change.after is None:
+                continue
+            first = parked.first(change.event.queue, change.after.options.kind)
+            passed = first is not None and first is not mine and not first.is_abandoned
+            self.must(not passed, "S14", "a claim passed by one that waited longer", change.event.job_id)
+
+    # -- a commit -----------------------------------------------------------------------------------------------------
+
+    def committed(self, batch: Batch) -> None:
+        """A batch is on the disk for good."""
+        self._commits += 1
+        daemon = self.daemon
+        for change in batch.changes:
+            event, before, after = change.event, change.before, change.after
+            self._durable[event.seq] = event.type
+            self.fired[f"event {event.type}"] += 1
+            self.fired["release delayed"] += event.type == "released" and event.details is not None
+            self.fired["late result taken"] += event.type == "adopted" and event.by.startswith("worker:")
+            self.machine.note("event", event)
+            if event.job_seq == 0:
+                continue
+            self.machine.artifacts.committed(change)
+            if event.type == "late_call" and event.details is not None:
+                call = (event.job_seq, event.details["fencing_token"], event.details["verb"])
+                self.must(call not in self._calls, "S3", "a late call was told twice", event.job_id)
+                self._calls.add(call)
+            self.must(fold(before, event) == after, "S7", f"{event.type} does not say what happened", event.job_id)
+            if event.type == "undelivered" and before is not None and before.grant is not None:
+                token = before.grant.fencing_token
+                self.must(token not in self.received, "S1", f"grant {token} was received, and taken back", before.id)
+            if after is None:
+                self.deleted.add(event.job_seq)
+                self._check_tombstone(batch, change)
+            elif after.grant is not None and (before is None or before.grant != after.grant):
+                token = after.grant.fencing_token
+                self.must(token > self.highest_token, "S2", f"token {token} after {self.highest_token}", after.id)
+                self.highest_token = max(token, self.highest_token)
+                if daemon is not None:
+                    self._expect_delivery(daemon, after.id, after.grant, LOOKS)
+        kept = batch.numbers.lease_ms
+        self.must(kept >= self._last_lease, "S12", f"lease time is {self._last_lease}, {kept} is kept")
+        counter = self.highest_token & ((1 << TOKEN_COUNTER_BITS) - 1)
+        if self.highest_token >> TOKEN_COUNTER_BITS == batch.numbers.epoch:
+            self.must(batch.numbers.next_token > counter, "S2", "the mark of the tokens went back")
+        self._check_audit(batch)
+        self._check_keys(batch)
+        self._check_passes(batch)
+        if daemon is not None:
+            disk = self.machine.disk
+            for change in batch.changes:
+                if change.event.job_seq:
+                    row = disk.jobs.get(change.event.job_seq)
+                    same = daemon.book.get(change.event.job_id) == row or row is None or row.id in disk.unmoved
+                    self.must(same, "S7", "memory is not what the disk holds", change.event.job_id)
+            if self._commits % RECOUNT_EVERY == 0:
+                self.recount(daemon.book)
+
+    def _check_tombstone(self, batch: Batch, change: Change) -> None:
+        """S13: the deletion of a job is on the disk together with what is left to do about its object."""
+        job = change.before
+        key = None if job is None or job.result is None else job.result.storage_key
+        due = key is not None and self.machine.plan.policy.artifacts
+        left = [tombstone.key for tombstone in batch.tombstones if tombstone.job_seq == change.event.job_seq]
+        expected = [key] if due else []
+        self.must(left == expected, "S13", f"tombstones for {left}, not {expected}", change.event.job_id)
+
+    def _check_audit(self, batch: Batch) -> None:
+        """S15: what an operator changes is on the disk with its entry in the audit log."""
+        told = {entry.job_id or entry.queue for entry in batch.audit if entry.outcome == "done"}
+        moved_in = {change.event.job_id for change in batch.changes if change.event.type == "imported"}
+        recovered = any(entry.what in ("recover-stuck", "take-back") for entry in batch.audit)
+        entries = sum(entry.jobs for entry in batch.audit if entry.what == "import")
+        self.must(entries == len(moved_in), "S15", f"{len(moved_in)} jobs were imported, the log says {entries}")
+        planned: set[str] = set()
+        counted = sum(entry.jobs for entry in batch.audit if entry.what.startswith("plan-"))
+        for event in (change.event for change in batch.changes if change.event.by == "admin"):
+            is_told = event.job_id in moved_in or (event.job_id or event.queue) in told
+            if not is_told and not (recovered and event.type in ("stalled", "lock_expired")):
+                planned.add(event.job_id)
+            is_told = len(planned) <= counted
+            self.must(is_told, "S15", f"{event.type} by an operator is not in the audit log", event.job_id)
+
+    def _check_passes(self, batch: Batch) -> None:
+        """L5: where no pass has succeeded for three periods cleanup says so itself."""
+        daemon, now_s = self.daemon, self.machine.loop.now_s
+        if batch.report is not None and not msgspec.json.decode(batch.report, type=CleanupReport).errors:
+            self._good_pass_s = now_s
+        if daemon is not None and daemon.is_open:
+            schedule = daemon.cleaner.schedule
+            late_s = 3 * max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
+            told = daemon.cleaner.complaint() is not None
+            self.fired["cleanup complained"] += told
+            silent_s = now_s - self._good_pass_s
+            self.must(told or silent_s <= late_s + 1, "L5", f"no pass has succeeded for {silent_s:.0f} s, none says so")
+
+    def frozen(self, seconds: float) -> None:
+        """A pass may have been under way: it has not ended before."""
+        self._good_pass_s += seconds
+
+    def pruned(self, before: int) -> None:
+        """S13: the journal of a deleted job is kept for its time."""
+        kept_ms = self.machine.wall() - self.machine.leap_ms - before
+        self.must(kept_ms >= self.machine.plan.schedule.journal_ms, "S13", f"journals are deleted after {kept_ms} ms")
+
+    def recount(self, book: Book) -> None:
+        """Every order and counter of the book against the rows of the disk.
+
+        Of a damaged row that could not be moved the book knows the name alone; a finished one counts until it is moved.
+        """
+        disk = self.machine.disk
+        rows = {job.id: job for job in disk.jobs.values() if job.id not in disk.unmoved or job.status in FINISHED}
+        at = Moment(book._now, book._lease, book._now - book._lease)
+        try:
+            compare(book, rows, at, finished_at_hand=False)
+            tokens = [job.grant.fencing_token for job in book.processing.values() if job.grant is not None]
+            assert tokens == sorted(tokens), f"the oldest grant is not the first: {tokens}"
+        except AssertionError as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self.fail("S10", f"the book is not a recount: {place.line} {str(error)[:600]}")
+
+    def _check_keys(self, batch: Batch) -> None:
+        now = self._latest_wall
+        rows = self._key_rows
+        added = {row.digest: row for row in batch.keys}
+        limit = self.machine.plan.keys
+        for digest in [*batch.forget_keys, *added]:
+            old = rows.get(digest)
+            if old is None:
+                continue
+            if old.grants is not None:
+                current = [job_id for job_id, lock_id in old.grants if self._holds(job_id, lock_id)]
+                self.must(not current, "S9", f"the key of a current grant was forgotten: {current}", _first(current))
+            else:
+                kept_ms = SAFE_MS if len(rows) >= limit - len(batch.keys) else KEPT_MS
+                suspect = self.daemon is not None and self.daemon.clock.suspect
+                old_enough = now >= old.at + kept_ms or suspect
+                self.must(old_enough, "S9", f"an answer of {now - old.at} ms ago was forgotten or made again")
+        for digest in batch.forget_keys:
+            rows.pop(digest, None)
+        rows |= added
+
+    def _holds(self, job_id: str, lock_id: str) -> bool:
+        job = self.machine.disk.job(job_id)
+        if job_id in self.machine.disk.unmoved:
+            return False  # nobody can speak for it
+        return job is not None and job.grant is not None and job.grant.lock_id == lock_id
+
+    # -- an answer ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def under_way(self, command: AnyCommand) -> Iterator[None]:
+        """What is decided about this very command is kept until it is answered."""
+        self._decided[id(command)] = None
+        self.patience.asked(command)
+        try:
+            yield
+        finally:
+            del self._decided[id(command)]
+            self.patience.forget(command)
+
+    def _expect_delivery(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
+        """A grant that nobody has received goes back, once it was seen that nobody will."""
+        self.machine.loop.call_later(LOOK_EVERY_S, self._look_for_leak, daemon, job_id, grant, looks)
+
+    def _look_for_leak(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
+        disk = self.machine.disk
+        if self.daemon is not daemon or not daemon.is_open or grant.fencing_token in self.received:
+            return
+        if not daemon.book.holds(job_id, grant.lock_id) or daemon.actor._decider._handed.get(grant.lock_id):
+            return
+        if looks or disk.full or disk.slowness_s or disk.slowed:
+            self._expect_delivery(daemon, job_id, grant, max(looks - 1, 0))
+            return
+        self.fail("S1", f"nobody has received grant {grant.fencing_token}, and it was not taken back", job_id)
+
+    def answered(self, command: AnyCommand, key: KeyUse | None, answer: Answer | Refusal) -> None:
+        """The actor has answered; in a moment the answer is on the wire."""
+        self.patience.answered(command)
+        decision = self._decided[id(command)]
+        job_id = getattr(command, "id", None)
+        name = type(command).__name__
+        if isinstance(answer, Refusal):
+            self.fired[f"refusal {answer.code}"] += 1
+            self._check_refusal(name, answer, decision, job_id)
+            return
+        if answer.replayed:
+            self.fired["answer replayed"] += 1
+            row = self._key_rows.get(key.digest) if key is not None else None
+            same = row is None or key is None or row.body_hash == key.body_hash
+            self.must(same, "S9", f"{name} got the answer to another body", job_id)
+            if row is not None and isinstance(answer.data, Raw):
+                self.must(row.answer == bytes(answer.data), "S9", "a replay differs from the first answer", job_id)
+        elif decision is not None and decision.answer is answer:
+            self._check_written(name, decision, key, answer)
+        elif decision is not None:  # a claim that was nearly served, and then answered empty when its time was over
+            self._check_undone(name, decision, "answered otherwise", job_id)
+        for _, granted in _grants(answer):
+            token = granted.fencing_token
+            committed = token <= self.highest_token
+            self.must(committed, "S6", f"grant {token} was answered before its commit", granted.job.id)
+
+    def _check_refusal(self, name: str, answer: Refusal, decision: Decision | None, job_id: str | None) -> None:
+        if answer.code == "internal_error":
+            disk = self.machine.disk
+            failing = disk.failing & {"find", "timeline"} or self.machine.had_read_errors or disk.is_broken
+            self.must(failing, "S8", f"{name}: {answer.message}", job_id)
+        if decision is None or answer.code in ("outcome_unknown", "shutting_down"):
+            return
+        if decision.answer is answer:
+            self._check_notes(decision)
+        self._check_undone(name, decision, f"refused ({answer.code})", job_id)
+
+    def _check_notes(self, decision: Decision) -> None:
+        """What a refusal says is kept is on the disk before it leaves."""
+        for change in decision.changes:
+            event = change.event
+            if event.type in NOTES:
+                self.must(
+                    event.seq in self._durable, "S6", f"{event.type} was told and is not on the disk", event.job_id
+                )
+                self.acknowledged[event.seq] = (event.type, event.job_seq, event.job_id)
+
+    def _check_undone(self, name: str, decision: Decision, how: str, job_id: str | None) -> None:
+        seqs = [change.event.seq for change in decision.changes]
+        made = [seq for seq in seqs if self._durable.get(seq, "stalled") not in BY_TIME | NOTES]
+        self.must(not made, "S6", f"{name} was {how} and is on the disk: events {made}", job_id)
+
+    def _check_written(self, name: str, decision: Decision, key: KeyUse | None, answer: Answer) -> None:
+        for change in decision.changes:
+            event = change.event
+            written = event.seq in self._durable
+            self.must(written, "S6", f"{name} was answered and {event.type} is not on the disk", event.job_id)
+            self.acknowledged[event.seq] = (event.type, event.job_seq, event.job_id)
+        if key is not None and decision.changes and name != "Claim" and not answer.grants:
+            row = self._key_rows.get(key.digest)
+            same = row is not None and row.answer == msgspec.json.encode(answer.data)
+            self.must(same, "S9", f"the answer of {name} was not stored under its key")
+
+    def delivered(self, who: str, answer: Answer) -> None:
+        """Somebody holds the answer in his hands."""
+        for job_id, granted in _grants(answer):
+            owner = self.received.setdefault(granted.fencing_token, who)
+            self.must(owner == who, "S1", f"grant {granted.fencing_token} was given to {owner} and to {who}", job_id)
+
+
+def _grants(answer: Answer) -> list[tuple[str, GrantView]]:
+    if not answer.grants:
+        return []
+    data = answer.data
+    views = [data] if isinstance(data, GrantView) else data.grants
+    return [(view.job.id, view) for view in views]
+
+
+def _first(ids: list[str]) -> str | None:
+    return ids[0] if ids else None

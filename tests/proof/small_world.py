@@ -1,0 +1,428 @@
+"""Explore every state that one job, three workers and an operator can reach, breadth first, over the real rules.
+
+`python -m tests.proof.small_world` walks all the worlds and prints how many states each has. There is no model: a state
+is a book, a step is `rules.decide`. Two states are one where no rule can tell them apart: times count from now, tokens
+by their order, and what lies in the past lies there alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from jobd.core import decide, worker_rules
+from jobd.core.state import Book
+from jobd.model.commands import (
+    Adopt,
+    AnyCommand,
+    Bulk,
+    Call,
+    Cancel,
+    Claim,
+    Complete,
+    Create,
+    CreditAbsence,
+    Delete,
+    DeleteExpired,
+    EndGrants,
+    Expire,
+    Extend,
+    ExtendLock,
+    Fail,
+    ForceFail,
+    ForceReset,
+    Get,
+    Import,
+    Mend,
+    Moment,
+    Pause,
+    Progress,
+    Recover,
+    Release,
+    ReleaseLock,
+    Resume,
+    RunNow,
+    Start,
+    Stats,
+    TakeBack,
+    Transition,
+    Undelivered,
+    Update,
+    Validate,
+    Why,
+)
+from jobd.model.errors import Refusal
+from jobd.model.events import QueuePause
+from jobd.model.job import (
+    LIVE,
+    STATUSES,
+    TOKEN_COUNTER_BITS,
+    Ended,
+    Grant,
+    Job,
+    LatePolicy,
+    LateResult,
+    Lease,
+    Policy,
+    Result,
+)
+from jobd.model.responses import Answer, Validation, WhyView
+from jobd.model.storage import LateKnown, Numbers, Opened
+from tests.proof.simulation.promises import Promises
+from tests.support.rule_harness import compare
+
+NOW: Final = 1_700_000_000_000
+LEASE: Final = 1_000_000
+TICK_MS: Final = 1_000
+ID: Final = "a"
+WORKERS: Final = ("w-1", "w-2", "w-3")
+SEED: Final = b"0123456789abcdef"
+SOON: Final = 12  # ticks, in which recovery alone has to end every grant
+
+
+# Every job has one, of a grant before those that are played.
+LATE: Final = LateResult(1, NOW, "w-old", 1, "of old", None, Result(file_path="/late"))
+
+
+class World(Struct, frozen=True):
+    """What is the same in all states of a world: the daemon's policy and the one job's options, in ticks."""
+
+    name: str
+    ttl: int = 2
+    stuck_after: int = 1
+    ceiling: int = 3
+    kept: int = 1
+    max_attempts: int = 1
+    max_stalls: int = 1
+    on_stall: Any = "auto"
+    delay: int = 0
+    expires: int | None = None
+    grace: int = 0
+    furthest: int = 0  # ticks by which the wall clock may be off, either way
+    late: LatePolicy = "keep"
+
+    def policy(self) -> Policy:
+        kept_ms = self.kept * TICK_MS
+        return Policy(
+            lock_ttl_ms=self.ttl * TICK_MS,
+            stuck_after_ms=self.stuck_after * TICK_MS,
+            max_processing_ms=self.ceiling * TICK_MS,
+            max_stalls=self.max_stalls,
+            on_stall=self.on_stall,
+            keep_completed_ms=kept_ms,
+            keep_failed_ms=kept_ms,
+            keep_cancelled_ms=kept_ms,
+            late_results=self.late,
+        )
+
+
+WORLDS: Final = (
+    World("plain"),
+    World("two attempts, later stuck", max_attempts=2, stuck_after=3, ceiling=0),
+    World("on_stall requeue", on_stall="requeue", max_stalls=0),
+    World("on_stall fail", on_stall="fail", ttl=1, stuck_after=0, ceiling=2),
+    World("delayed and unwanted after a while", delay=1, expires=2),
+    World("absence", grace=2, ceiling=2),
+    World("late results are taken", ttl=1, stuck_after=0, ceiling=0, late="adopt_if_unclaimed"),
+    World("wall clock steps", ttl=1, stuck_after=1, ceiling=0, furthest=1),
+)
+
+
+class State(Struct, frozen=True):
+    """One state: the job's row, whether its queue is paused, and the lock that each worker remembers."""
+
+    job: Job | None
+    paused: bool
+    locks: tuple[str | None, ...]
+    next_token: int
+    now: int
+    lease: int
+
+    @property
+    def at(self) -> Moment:
+        return Moment(self.now, self.lease, self.now - self.lease)
+
+    def book(self) -> Book:
+        numbers = Numbers(next_token=self.next_token, next_job=2, next_event=1, lease_ms=self.lease, wall_ms=self.now)
+        book = Book.opened(Opened(numbers))
+        if self.job is not None:
+            book.swap(None, self.job)
+            book.late = LateKnown({self.job.seq: [LATE]})
+        if self.paused:
+            book.set_paused("default", QueuePause(self.now, "admin"))
+        book.advance(self.now, self.lease)
+        return book
+
+    def key(self, world: World) -> tuple[Any, ...]:
+        """What the rules can tell of this state. Which worker remembers a lock is all one, and older ones are never
+        good for anything again. The shortest way to a state has fewer releases than delay a job: they are left out."""
+        job, off, furthest = self.job, self.off, world.furthest
+        if job is None:
+            return (None, self.paused, off)
+        return (
+            job.status,
+            self.paused,
+            off,
+            job.ended is not None and job.ended.lock_id in self.locks,
+            job.grant is not None and job.grant.lock_id in self.locks,
+            job.progress,
+            min(job.attempt, job.options.max_attempts + 1),
+            min(job.stalls, job.options.max_stalls + 1),
+            job.options.max_attempts,
+            self._wall(job.run_at, furthest),
+            self._wall(job.expires_at, furthest),
+            self._wall(job.created_at, furthest),
+            self._wall(job.started_at, furthest),
+            self._wall(job.finished_at, furthest),
+            job.error and job.error.code,
+            job.result is None,
+            self._lease(job.lease),
+            _grant(job.grant),
+            _ended(job.ended),
+            world.late == "adopt_if_unclaimed" and job.ended is not None and job.updated_at == job.ended.at,
+        )
+
+    @property
+    def off(self) -> int:
+        """Ticks by which the wall clock has been moved."""
+        return (self.now - NOW - (self.lease - LEASE)) // TICK_MS
+
+    def _wall(self, time_ms: int | None, furthest: int) -> int | None:
+        """What has passed has passed, unless the wall clock may still step back before it."""
+        return None if time_ms is None else max(-(self.off + furthest) * TICK_MS, time_ms - self.now)
+
+    def _lease(self, lease: Lease | None) -> tuple[Any, ...] | None:
+        if lease is None:
+            return None
+        times = (lease.expires, lease.silent, lease.ceiling)
+        return (*(None if time_ms is None else max(0, time_ms - self.lease) for time_ms in times), lease.cleared)
+
+
+def _grant(grant: Grant | None) -> tuple[Any, ...] | None:
+    return None if grant is None else (grant.ttl_ms, grant.stuck_after_ms, grant.max_processing_ms)
+
+
+def _ended(ended: Ended | None) -> tuple[Any, ...] | None:
+    """The hash holds the lock id: all that matters is which of the two ways to fail it was."""
+    if ended is None:
+        return None
+    return (ended.rule, ended.reason, ended.verb, ended.body_hash == worker_rules.digest(_failing(ended.lock_id, True)))
+
+
+def _failing(lock_id: str, retry: bool) -> Fail:
+    return Fail(id=ID, lock_id=lock_id, error_message="e", retry=retry, retry_after_ms=0)
+
+
+class Step(Struct, frozen=True):
+    """A command, who gives it (a worker by number, or nobody), and whether its answer reaches them."""
+
+    command: AnyCommand
+    worker: int | None = None
+    lost: bool = False
+    admin: bool = False
+
+
+class Walk(Promises):
+    """All states of one world. `states` maps each, as the rules see it, to how it was first reached."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.policy = world.policy()
+        self.states: dict[tuple[Any, ...], tuple[tuple[Any, ...] | None, Step | str]] = {}
+        self.fired: dict[str, int] = {}
+        self.played: set[type] = set()  # commands
+        self.decisions = 0
+
+    def run(self, limit: int | None = None) -> int:
+        """Walk until there is nothing new, or `limit` states; gives their number."""
+        first = State(None, False, (None,) * len(WORKERS), 1, NOW, LEASE)
+        self.states[self._key(first)] = (None, "the beginning")
+        ahead = deque([first])
+        while ahead and (limit is None or len(self.states) < limit):
+            state = ahead.popleft()
+            for how, after in self._next(state):
+                key = self._key(after)
+                if key not in self.states:
+                    self.states[key] = (self._key(state), how)
+                    self._look(after)
+                    ahead.append(after)
+        return len(self.states)
+
+    def path(self, key: tuple[Any, ...]) -> list[Step | str]:
+        """How a state was reached."""
+        steps: list[Step | str] = []
+        at: tuple[Any, ...] | None = key
+        while at is not None:
+            at, how = self.states[at]
+            steps.append(how)
+        return steps[::-1]
+
+    def _key(self, state: State) -> tuple[Any, ...]:
+        return state.key(self.world)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _next(self, state: State) -> Iterator[tuple[Step | str, State]]:
+        yield "a tick", replace(state, now=state.now + TICK_MS, lease=state.lease + TICK_MS)
+        for ticks in (-1, 1):
+            if abs(state.off + ticks) <= self.world.furthest:
+                yield f"the wall clock steps by {ticks}", replace(state, now=state.now + ticks * TICK_MS)
+        for step in self._steps(state):
+            after = self._decided(state, step)
+            if after is not None:
+                yield step, after
+
+    def _steps(self, state: State) -> Iterator[Step]:
+        """Everything that anybody may ask now."""
+        yield from self._of_everybody()
+        for worker, name in enumerate(WORKERS):
+            yield from (Step(Start(id=ID, worker=name), worker), Step(Claim(worker=name), worker))
+            lock_id = state.locks[worker]
+            if lock_id is not None and lock_id not in state.locks[:worker]:
+                yield from (Step(command, worker) for command in self._of_holder(lock_id))
+        yield Step(Start(id=ID, worker=WORKERS[0]), 0, lost=True)
+        yield from (Step(command) for command in self._of_holder("a lock of long ago"))
+        job = state.job
+        if job is not None and job.grant is not None:
+            lock_id = job.grant.lock_id
+            yield Step(Undelivered(id=ID, lock_id=lock_id))
+            yield Step(ExtendLock(id=ID, lock_id=lock_id), admin=True)
+            yield Step(ReleaseLock(id=ID, lock_id=lock_id), admin=True)
+        if job is not None and job.ended is not None:
+            yield Step(Undelivered(id=ID, lock_id=job.ended.lock_id))
+            yield Step(ReleaseLock(id=ID, lock_id=job.ended.lock_id), admin=True)
+
+    def _of_everybody(self) -> Iterator[Step]:
+        world = self.world
+        yield Step(Create(id=ID, max_attempts=world.max_attempts, delay_ms=world.delay * TICK_MS or None))
+        yield Step(Bulk(jobs=[Create(id=ID, max_attempts=world.max_attempts)]))
+        yield from (Step(Import(id=ID, status=status), admin=True) for status in STATUSES)
+        commands: tuple[AnyCommand, ...] = (
+            Cancel(id=ID),
+            ForceFail(id=ID),
+            ForceReset(id=ID),
+            RunNow(id=ID),
+            *(Adopt(id=ID, result=seq) for seq in (None, 99)),
+            Update(id=ID, max_attempts=world.max_attempts),
+            Delete(id=ID),
+            Pause(name="default"),
+            Resume(name="default"),
+            TakeBack(name=WORKERS[0]),
+            *(Transition(id=ID, from_=here, to=there) for here in STATUSES for there in STATUSES if here != there),
+        )
+        yield from (Step(command, admin=True) for command in commands)
+        of_time: tuple[AnyCommand, ...] = (Recover(limit=1), Expire(limit=1), DeleteExpired(ids=[ID]), Mend(ids=[ID]))
+        yield from (Step(command) for command in (*of_time, EndGrants(ids=[ID], last=True)))
+        if world.grace:
+            yield Step(CreditAbsence(ids=[ID], grace_ms=world.grace * TICK_MS))
+
+    def _of_holder(self, lock_id: str) -> Iterator[AnyCommand]:
+        yield from (Progress(id=ID, lock_id=lock_id, progress=percent) for percent in (0, 50))
+        yield Extend(id=ID, lock_id=lock_id)
+        yield Complete(id=ID, lock_id=lock_id, download_url="u")
+        yield from (_failing(lock_id, retry) for retry in (True, False))
+        yield Release(id=ID, lock_id=lock_id)
+
+    def _decided(self, state: State, step: Step) -> State | None:
+        """The state after the real decision; None where nothing changed."""
+        command = step.command
+        if isinstance(command, Create) and self.world.expires is not None:
+            command = replace(command, expires_at=state.now + self.world.expires * TICK_MS)
+        book = state.book()
+        self._begin(state)
+        call = Call(command, "admin" if step.admin else "client", SEED, step.admin)
+        decision = self.judged(decide.decide, book, call, state.at, self.policy)
+        self.decisions += 1
+        self.played.add(type(command))
+        self._count(decision.answer)
+        for change in decision.changes:
+            self.fired[f"event {change.event.type}"] = self.fired.get(f"event {change.event.type}", 0) + 1
+            book.put(change)
+        locks = list(state.locks)
+        if isinstance(decision.answer, Answer) and decision.answer.grants and not step.lost and step.worker is not None:
+            locks[step.worker] = decision.answer.grants[0][1]
+        paused = "default" in book.paused
+        if not decision.changes:
+            return None
+        return replace(state, job=book.get(ID), paused=paused, locks=tuple(locks), next_token=book.next_token)
+
+    def _begin(self, state: State) -> None:
+        """Each state is judged by itself: time and tokens go on from there."""
+        self._last_lease = state.lease
+        self._last_token = (1 << TOKEN_COUNTER_BITS | state.next_token) - 1
+
+    def _count(self, answer: Answer | Refusal) -> None:
+        if isinstance(answer, Refusal):
+            name = f"refusal {answer.code}"
+            self.fired[name] = self.fired.get(name, 0) + 1
+            self.must(answer.code != "internal_error", "S8", answer.message)
+
+    # -- every state --------------------------------------------------------------------------------------------------
+
+    def _look(self, state: State) -> None:
+        """What must hold in a state by itself."""
+        job = state.job
+        book = state.book()
+        rows = {} if job is None else {job.id: job}
+        compare(book, rows, state.at)
+        if job is None:
+            return
+        self.must((job.grant is not None) == (job.status == "processing"), "S1", f"a {job.status} job", ID)
+        why = self._ask(book, state, Why(id=ID))
+        assert isinstance(why, WhyView)
+        ends = why.next is not None or state.paused
+        self.must(ends or job.status not in LIVE, "promise 3", f"nothing will ever happen to it: {why}", ID)
+        found = self._ask(book, state, Validate(id=ID))
+        assert isinstance(found, Validation)
+        self.must(found.can_proceed, "validation", f"{found.issues}", ID)
+        self._ask(book, state, Get(id=ID))
+        self._ask(book, state, Stats())
+        if job.status == "processing":
+            self._check_left_alone(state)
+
+    def _ask(self, book: Book, state: State, command: AnyCommand) -> Any:
+        self._begin(state)
+        decision = self.judged(decide.decide, book, Call(command, "client", SEED), state.at, self.policy)
+        self.played.add(type(command))
+        self.must(isinstance(decision.answer, Answer) and not decision.changes, "S8", f"{decision.answer}", ID)
+        assert isinstance(decision.answer, Answer)
+        return decision.answer.data
+
+    def _check_left_alone(self, state: State) -> None:
+        """If everybody has gone, recovery alone ends the grant soon."""
+        for _ in range(SOON):
+            state = replace(state, now=state.now + TICK_MS, lease=state.lease + TICK_MS)
+            after = self._decided(state, Step(Recover(limit=1)))
+            state = after or state
+            if state.job is None or state.job.status != "processing":
+                return
+        self.fail("L2", f"recovery has not ended its grant after {SOON} ticks: {state.job}", ID)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.proof.small_world", description=__doc__)
+    parser.add_argument("--limit", type=int, default=None, help="states of each world, at most")
+    given = parser.parse_args(arguments)
+    total = 0
+    for world in WORLDS:
+        began_s = time.perf_counter()
+        walk = Walk(world)
+        total += walk.run(given.limit)
+        took_s = time.perf_counter() - began_s
+        print(
+            f"{len(walk.states):>8,} states {walk.decisions:>10,} decisions {took_s:>6.1f} s  {world.name}", flush=True
+        )
+    print(f"{total:>8,} states: every promise holds in each")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""A few hundred seeds of the simulation, and the simulation itself: same seed, same journal; nothing left unplayed.
+
+The long run is `python -m tests.proof.simulation --seeds 20000 --jobs 2`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+from collections import Counter
+from random import Random
+from typing import Final
+
+import pytest
+
+from jobd.engine.actor import Actor
+from jobd.engine.batch import Plan
+from jobd.model.commands import Stats
+from tests import ROOT
+from tests.proof.simulation import __main__ as program
+from tests.proof.simulation.expected import never
+from tests.proof.simulation.journal import Journal
+from tests.proof.simulation.loop import SimLoop
+from tests.proof.simulation.machine import Machine
+from tests.proof.simulation.plan import FAULTS, MISHAPS, draw
+from tests.proof.simulation.run import Outcome, explain, simulate
+
+CHUNKS: Final = 6
+SEEDS: Final = 30  # of each chunk
+ENOUGH: Final = 400  # seeds, in which everything has to happen
+STEPS: Final = 300
+
+# All of it is computing: on a busy machine it takes many times as long, and nothing else would be wrong then.
+pytestmark = pytest.mark.timeout(300)
+
+
+def held(outcome: Outcome) -> str:
+    """Empty, or what to do to see what happened."""
+    if outcome.broken is None:
+        return ""
+    return f"{outcome.broken[:2]}: python -m tests.proof.simulation --seed {outcome.seed} --seeds 1 --steps {STEPS}"
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_every_promise_holds(chunk: int) -> None:
+    for seed in range(chunk * SEEDS, (chunk + 1) * SEEDS):
+        assert not held(simulate(seed, STEPS))
+
+
+def test_every_rule_refusal_and_fault_is_met() -> None:
+    """Nothing is left unplayed; and once everything was met there is no need to go on."""
+    fired: Counter[str] = Counter()
+    for seed in range(CHUNKS * SEEDS, CHUNKS * SEEDS + ENOUGH):
+        outcome = simulate(seed, STEPS)
+        assert not held(outcome)
+        fired.update(outcome.fired)
+        if not never(fired):
+            break
+    assert never(fired) == []
+
+
+def test_the_same_seed_gives_the_same_journal() -> None:
+    first, second = simulate(7, 400, tell=True), simulate(7, 400)
+    assert first.digest == second.digest
+    assert (first.steps, first.fired) == (second.steps, second.fired)
+    assert simulate(8, 400).digest != first.digest
+
+
+def test_the_journal_does_not_depend_on_hash_order() -> None:
+    """Byte for byte, in processes whose sets and dicts of strings are laid out differently."""
+    code = (
+        "from tests.proof.simulation.run import simulate; print([simulate(seed, 200).digest for seed in range(20, 40)])"
+    )
+    root = ROOT
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(root)},
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2")
+    }
+    assert len(told) == 1
+
+
+def test_a_bug_is_found_and_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An actor that answers although nothing was written."""
+
+    async def write(self: Actor, plan: Plan) -> dict[int, bytes]:
+        self._decider.committed(plan)
+        return {}
+
+    monkeypatch.setattr(Actor, "_write", write)
+    assert program.main(["--seeds", "3", "--steps", "50", "--failing", "2"]) == 1
+    told = capsys.readouterr().out
+    assert "0 seeds held, 2 failed" in told
+    assert (told.count("Seed 0: "), told.count("Seed 1: "), told.count("Seed 2: ")) == (1, 1, 0)
+    assert "S6 broke" in told
+    assert "With nothing but the faults [] and the mishaps []" in told
+    assert "is not on the disk" in told
+
+
+def test_what_was_stored_by_a_clock_that_went_back_has_its_time_too() -> None:
+    """Seed 7307: stored and deleted 45 days ahead, it waited for that time, and the closing act ended before it."""
+    matters = {"kill", "reboot", "long wall step", "boot step back", "artifacts flaky", "artifacts slow"}
+    assert simulate(7307, STEPS, without=frozenset(FAULTS) - matters).broken is None
+
+
+def test_what_matters_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that goes wrong in a seed only that is left without which the promise holds."""
+
+    async def take_back(self: Actor, plan: Plan) -> None:
+        self._decider.keys.rollback()  # and the jobs stay as the refused batch had them
+
+    monkeypatch.setattr(Actor, "_take_back", take_back)
+    found = next(outcome for seed in range(50) if (outcome := simulate(seed, 300)).broken is not None)
+    assert found.broken is not None
+    least = explain(found.seed, 300, found.broken)
+    assert least.broken is not None
+    assert least.story
+    from tests.proof.simulation.plan import draw
+
+    assert set(draw(found.seed, frozenset(least.without)).faults) & {"full disk", "rot"}
+
+
+def test_a_caller_who_is_gone_is_told_nothing() -> None:
+    """Seed 5789: somebody stopped asking at the moment of an answer, and the door stumbled over it."""
+    told: list[str] = []
+    loop = SimLoop(Random("gone"))
+
+    async def ask_and_go() -> None:
+        machine = Machine(0, draw(0, frozenset(FAULTS) | frozenset(MISHAPS)), loop, Journal(tell=False))
+        loop.on_error = told.append
+        running = asyncio.create_task(machine.keep_running())
+        while machine.daemon is None or not machine.daemon.is_open:  # noqa: ASYNC110 - the machine has no event for it
+            await asyncio.sleep(0.1)
+        for turns in range(8):
+            asking = asyncio.create_task(machine.call("somebody", Stats()))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.sleep(1)
+        machine.off = True
+        await machine.daemon.stop()
+        running.cancel()
+
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(ask_and_go())
+        gc.collect()
+    assert told == []
+
+
+def test_the_program_counts_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--seeds", "12", "--steps", "60", "--jobs", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "12 seeds" in told
+    assert "never happened: " in told
+    assert "event created" in told

@@ -1,0 +1,33 @@
+"""Run jobd with an artifact directory that never answers. SIGUSR2 breaks the disk of the store.
+
+`python -m tests.support.hanging_mount …`
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from typing import Any
+
+from jobd.cli.daemon.main import main
+from jobd.storage.artifacts.filesystem import FileStore
+from jobd.storage.database import Tables
+
+
+def hang(*_: Any) -> None:
+    threading.Event().wait()
+
+
+def break_disk(*_: Any) -> None:
+    Tables._apply = no_disk  # type: ignore[method-assign,assignment]
+
+
+def no_disk(*_: Any) -> Any:
+    raise OSError("the disk of this test is broken")
+
+
+if __name__ == "__main__":
+    FileStore._probe = FileStore._delete = hang  # type: ignore[method-assign,assignment]
+    signal.signal(signal.SIGUSR2, break_disk)
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Real S3 servers on loopback for tests: Debian's radosgw on a file of its own, and moto for what that lacks.
+
+Each is a process that belongs to the test run, with one user whose keys stand here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from tests.conftest import tool_missing
+from tests.support.daemon_process import die_with_us
+
+KEY: Final = "key-of-tests"
+SECRET: Final = "secret-of-tests-0123456789abcdef"
+END_S: Final = 20  # a radosgw-admin that is at its end takes 0.05 s; one of 25 on a busy machine never gets there
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def radosgw(place: Path) -> Iterator[str]:
+    """Debian's object gateway on its dbstore, which is an SQLite file: the endpoint."""
+    for program in ("radosgw", "radosgw-admin"):
+        if shutil.which(program) is None:
+            tool_missing(program, "radosgw")
+    port = free_port()
+    (place / "ceph.conf").write_text("[global]\n")
+    options = [
+        "--no-mon-config",
+        f"--conf={place}/ceph.conf",
+        "--rgw-backend-store=dbstore",
+        "--rgw-config-store=dbstore",
+        f"--dbstore-db-dir={place}",
+        f"--dbstore-config-uri=file://{place}/config.db",
+        f"--rgw-data={place}",
+        f"--run-dir={place}",
+        "--admin-socket=",
+    ]
+    user = ["user", "create", "--uid=tests", "--display-name=tests", f"--access-key={KEY}", f"--secret-key={SECRET}"]
+    _create_user(["radosgw-admin", *options, *user])
+    serving = ["--name=client.rgw", "-f", f"--log-file={place}/log", f"--rgw-frontends=beast endpoint=127.0.0.1:{port}"]
+    with _running(["radosgw", *options, *serving], place, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def moto(place: Path) -> Iterator[str]:
+    """The endpoint of moto, which knows conditional deletions."""
+    port = free_port()
+    with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], place, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def _running(command: list[str], place: Path, port: int) -> Iterator[None]:
+    with (place / "output").open("wb") as output:
+        process = subprocess.Popen(command, cwd=place, stdout=output, stderr=output, preexec_fn=die_with_us)
+        try:
+            while not _answers(port):
+                assert process.poll() is None, (place / "output").read_text()
+                time.sleep(0.05)
+            yield
+        finally:
+            process.terminate()
+            _gone(process)
+
+
+def _create_user(command: list[str]) -> None:
+    """Run it to its end, or to the user it prints: at its end it may wait for ever for a thread of its own."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=die_with_us)
+    try:
+        said, complained = process.communicate(timeout=END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said, complained = process.communicate()
+    assert b'"user_id": "tests"' in said, complained.decode()
+
+
+def _gone(process: subprocess.Popen[bytes]) -> None:
+    """Wait for one that was told to end, and end it where it hangs."""
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True

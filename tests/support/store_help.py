@@ -1,0 +1,159 @@
+"""What tests of the store have in common: opening it, damaging its file, and comparing it with what was written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from jobd.model.events import Change, fold
+from jobd.model.job import FINISHED, LIVE, Job
+from jobd.model.storage import Opened
+from jobd.storage import migrations
+from jobd.storage.store import Store
+from tests.support.factories import Maker
+
+
+def read(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def write(path: str, content: bytes | bytearray) -> None:
+    Path(path).write_bytes(content)
+
+
+def exists(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def remove(*paths: str) -> None:
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
+
+
+@contextlib.asynccontextmanager
+async def opened(path: str) -> AsyncIterator[tuple[Store, Opened]]:
+    store, found = await Store.open(path)
+    async with store:
+        yield store, found
+
+
+@contextlib.contextmanager
+def edited(path: str) -> Iterator[sqlite3.Connection]:
+    """The closed file in the hands of an operator."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        yield conn
+
+
+def made(change: Change) -> Job:
+    assert change.after is not None
+    return change.after
+
+
+def seqs(jobs: list[Job]) -> list[int]:
+    return sorted(job.seq for job in jobs)
+
+
+async def assert_holds(store: Store, found: Opened, maker: Maker) -> None:
+    """The store, just opened, holds what `maker` made: rows, payloads, journals, counts."""
+    live = {seq: job for seq, job in maker.jobs.items() if job.status in LIVE}
+    assert found.faults == []
+    assert {job.seq: job for job in found.live()} == live
+    assert found.numbers == maker.numbers
+    assert found.queues == maker.queues
+    assert sorted(found.suspects.values()) == sorted(maker.jobs[seq].id for seq in maker.suspects)
+    everything = await store.load([job.id for job in maker.jobs.values()], list(maker.jobs), [])
+    assert everything.bad == {}
+    assert everything.jobs == {job.id: job for job in maker.jobs.values()}
+    assert {seq: payload.body for seq, payload in everything.payloads.items()} == maker.payloads
+    for seq, job in maker.jobs.items():
+        row = None
+        for event in await store.timeline(seq):
+            row = fold(row, event)
+        assert row == job
+    for seq in maker.deleted:
+        events = await store.timeline(seq)
+        assert events[-1].type == "deleted"
+
+
+def recounted(store: Store) -> tuple[int, int, int, int]:
+    count, xor = {True: 0, False: 0}, {True: 0, False: 0}
+    for status, crc in store._db.raw.execute("SELECT status, crc FROM jobs NOT INDEXED"):
+        count[status in LIVE] += 1
+        xor[status in LIVE] ^= crc
+    return count[True], xor[True], count[False], xor[False]
+
+
+async def make_store(path: str, seed: int = 11) -> Maker:
+    maker = Maker(seed)
+    async with opened(path) as (store, _):
+        for _ in range(20):
+            await store.write(maker.any_batch(15))
+    return maker
+
+
+def pick(maker: Maker, statuses: frozenset[str]) -> Job:
+    return next(job for job in maker.jobs.values() if job.status in statuses)
+
+
+def lose(maker: Maker, job: Job) -> None:
+    """What is in quarantine counts no more."""
+    del maker.jobs[job.seq], maker.payloads[job.seq]
+    maker.suspects.discard(job.seq)
+    if job.status in FINISHED:
+        row = maker.queues[job.options.queue]
+        maker.queues[job.options.queue] = replace(row, **{job.status: getattr(row, job.status) - 1})
+
+
+@contextlib.contextmanager
+def without_indexes(path: str) -> Iterator[sqlite3.Connection]:
+    """The closed file with its indexes hidden: what is changed changes as on a bad disk, in the row alone."""
+    hidden = "type = 'index' AND sql IS NOT NULL"
+    with edited(path) as conn:
+        conn.execute("PRAGMA writable_schema = ON")
+        indexes = conn.execute(f"SELECT * FROM sqlite_schema WHERE {hidden}").fetchall()
+        conn.execute(f"DELETE FROM sqlite_schema WHERE {hidden}")
+    with edited(path) as conn:
+        yield conn
+        conn.execute("PRAGMA writable_schema = ON")
+        conn.executemany("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", indexes)
+
+
+def flip(path: str, table: str, column: str, key: str, seq: int, bit: int = 0) -> None:
+    """Flip one bit of one column, in its first byte where it is text or bytes."""
+    with without_indexes(path) as conn:
+        conn.text_factory = bytes
+        (value,) = conn.execute(f"SELECT {column} FROM {table} WHERE {key} = ?", (seq,)).fetchone()
+        if isinstance(value, bytes):
+            value = bytes((value[0] ^ (1 << bit), *value[1:]))
+            text = conn.execute(f"SELECT typeof({column}) FROM {table} WHERE {key} = ?", (seq,)).fetchone() == (
+                b"text",
+            )
+            place = "CAST(? AS TEXT)" if text else "?"
+        else:
+            value, place = value ^ (1 << bit), "?"
+        conn.execute(f"UPDATE {table} SET {column} = {place} WHERE {key} = ?", (value, seq))
+
+
+def spoil(path: str, what: str) -> None:
+    """Make a backup into one that must not be put back: missing, rubbish, foreign, newer, with a bad sum or page."""
+    if what == "missing":
+        remove(path)
+    elif what == "rubbish":
+        write(path, b"rubbish" * 1_000)
+    elif what == "page":
+        content = bytearray(read(path))
+        content[-4096 + 3] ^= 0x10
+        write(path, content)
+    else:
+        statements = {
+            "foreign": "PRAGMA application_id = 5",
+            "newer": f"PRAGMA user_version = {migrations.VERSION + 1}",
+            "meta": "UPDATE meta SET next_job = 1",
+        }
+        with edited(path) as conn:
+            conn.execute(statements[what])

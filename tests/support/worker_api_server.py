@@ -1,0 +1,47 @@
+"""The real actor on a disk in memory behind a worker door, for tests of what goes over the door's wire."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from jobd.api.worker import ROUTES
+from jobd.core.state import Book
+from jobd.engine.actor import Actor, Bounds
+from jobd.engine.clock import Clock
+from jobd.engine.idempotency import Keys
+from jobd.model.job import Policy
+from tests.support.http_harness import House
+from tests.support.memory_storage import MemoryDisk
+
+
+class Town:
+    """`house` is the door, `disk` says what may go wrong."""
+
+    def __init__(self, house: House, actor: Actor, disk: MemoryDisk) -> None:
+        self.house = house
+        self.actor = actor
+        self.disk = disk
+
+    async def job(self, job_id: str) -> Any:
+        """The job as a worker sees it."""
+        return (await self.house.ask("GET", f"/v1/jobs/{job_id}")).data
+
+
+@asynccontextmanager
+async def town(place: Path, *, bounds: Bounds | None = None, **door: Any) -> AsyncIterator[Town]:
+    """`door`: what its House is made with."""
+    disk = MemoryDisk()
+    keys = Keys([], 100)
+    actor = Actor(disk, Book.opened(disk.opened()), keys, Clock(), Policy(), random=os.urandom, bounds=bounds)
+    running = asyncio.create_task(actor.run())
+    async with House(ROUTES, place, actor=actor, **door) as house:
+        yield Town(house, actor, disk)
+        disk.gate.set()
+        actor.stop_parking()
+    actor.stop()
+    await running

@@ -1,0 +1,461 @@
+"""The table of the admin API: every call with an example, over a real socket."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import msgspec.inspect
+import pytest
+from structlog.testing import capture_logs
+
+from jobd.api.admin import ROUTES
+from jobd.core.views import job_view
+from jobd.http.auth import Gate
+from jobd.model.commands import (
+    Adopt,
+    AuditLog,
+    Cancel,
+    Command,
+    Delete,
+    Export,
+    ExtendLock,
+    Filter,
+    ForceFail,
+    ForceReset,
+    Get,
+    LateResults,
+    Locks,
+    MakePlan,
+    Note,
+    Operator,
+    Pause,
+    Queues,
+    ReleaseLock,
+    Resume,
+    RunNow,
+    Search,
+    Stats,
+    Timeline,
+    Transition,
+    Update,
+    Updates,
+    Validate,
+    Why,
+    Workers,
+)
+from jobd.model.errors import Refusal
+from jobd.model.job import Policy
+from jobd.model.responses import Answer, StatsView, ValidateJobView, Validation
+from tests.support.http_harness import BACKUP, DELIVERY, TOKEN, WEBHOOK, House
+from tests.unit.core.test_views import AT, JOB
+
+P = "/admin/job-management"
+AUTH = {"Authorization": f"Bearer {TOKEN}"}
+REPORT = {
+    "timestamp": 1_700_000_000_000,
+    "stuckJobsRecovered": 1,
+    "expiredJobsDeleted": 2,
+    "expiredLocksCleared": 3,
+    "validationIssuesFixed": 4,
+    "validationIssuesFound": 5,
+    "totalProcessingTime": 6,
+    "errors": [],
+    "forced": True,
+}
+STATS = StatsView(3, {"queued": 3}, 0, 0, 0.0, None, 0, 1_700_000_000_000)
+
+# Calls that are one command to the actor: call, example of a body (or query), the command, whether a key counts.
+COMMANDS: list[tuple[str, str, str, Command, bool]] = [
+    ("GET", f"{P}/validate-job", "jobId=j", Validate(id="j"), False),
+    ("POST", f"{P}/force-fail", '{"jobId":"j","reason":"r"}', ForceFail(id="j", reason="r"), True),
+    ("POST", f"{P}/force-reset", '{"jobId":"j"}', ForceReset(id="j"), True),
+    ("POST", f"{P}/transition", '{"jobId":"j","from":"failed","to":"queued","updates":{"priority":1},"reason":"r"}',
+     Transition(id="j", from_="failed", to="queued", updates=Updates(priority=1), reason="r"), True),
+    ("POST", f"{P}/extend-lock", '{"jobId":"j","lockId":"x","additionalTime":60000}',
+     ExtendLock(id="j", lock_id="x", additional_ms=60000), True),
+    ("POST", f"{P}/release-lock", '{"jobId":"j","lockId":"x"}', ReleaseLock(id="j", lock_id="x"), True),
+    ("GET", f"{P}/export", "status=failed&queue=q&kind=k&limit=5&cursor=7",
+     Export(status="failed", queue="q", kind="k", limit=5, cursor="7"), False),
+    ("GET", f"{P}/jobs", "status=queued&worker=w&limit=5", Search(status="queued", worker="w", limit=5), False),
+    ("GET", f"{P}/jobs", "since=1&until=2&q=a%20b", Search(since=1, until=2, q="a b"), False),
+    ("GET", f"{P}/jobs", "finished_since=1&finished_until=2", Search(finished_since=1, finished_until=2), False),
+    ("GET", f"{P}/jobs", "error=0123456789ab", Search(error="0123456789ab"), False),
+    ("GET", f"{P}/jobs/{{id}}", "", Get(id="j"), False),
+    ("DELETE", f"{P}/jobs/{{id}}", "", Delete(id="j"), True),
+    ("GET", f"{P}/jobs/{{id}}/timeline", "", Timeline(id="j"), False),
+    ("GET", f"{P}/jobs/{{id}}/why", "", Why(id="j"), False),
+    ("GET", f"{P}/jobs/{{id}}/late-results", "", LateResults(id="j"), False),
+    ("POST", f"{P}/jobs/{{id}}/adopt", "", Adopt(id="j"), True),
+    ("POST", f"{P}/jobs/{{id}}/adopt", '{"result":7,"reason":"r"}', Adopt(id="j", result=7, reason="r"), True),
+    ("POST", f"{P}/jobs/{{id}}/cancel", "", Cancel(id="j"), True),
+    ("POST", f"{P}/jobs/{{id}}/run-now", "", RunNow(id="j"), True),
+    ("POST", f"{P}/jobs/{{id}}/update", '{"priority":-5,"max_attempts":3}',
+     Update(id="j", priority=-5, max_attempts=3), True),
+    ("POST", f"{P}/queues/{{name}}/pause", "", Pause(name="q"), True),
+    ("POST", f"{P}/queues/{{name}}/resume", "{}", Resume(name="q"), True),
+    ("GET", f"{P}/locks", "", Locks(), False),
+    ("GET", f"{P}/audit", "who=eve&what=cancel&job_id=j&since=5&limit=5&cursor=7",
+     AuditLog(who="eve", what="cancel", job_id="j", since=5, limit=5, cursor="7"), False),
+    ("GET", f"{P}/locks", "limit=5&cursor=7", Locks(limit=5, cursor="7"), False),
+    ("GET", f"{P}/queues", "", Queues(), False),
+    ("GET", f"{P}/queues", "limit=5&busiest=true", Queues(limit=5, busiest=True), False),
+    ("GET", f"{P}/workers", "", Workers(), False),
+    ("GET", f"{P}/workers", "state=silent&limit=5", Workers(state="silent", limit=5), False),
+]  # fmt: skip
+
+plain_view = msgspec.to_builtins
+
+# Calls that the daemon's rooms answer: call, data.
+ROOMS: list[tuple[str, str, Any]] = [
+    ("POST", f"{P}/cleanup", REPORT),
+    ("GET", f"{P}/cleanup", {"lastReport": REPORT, "cleanupRunning": True, "timeSinceLastCleanup": 1234,
+      "failedSinceLastSuccess": 0, "lastFailure": None}),
+    ("POST", f"{P}/recover-stuck",
+     {"recoveredJobs": 1, "resetJobs": 1, "failedJobs": 0, "timestamp": 1_700_000_000_000,
+      "details": [{"jobId": "a", "action": "reset", "reason": "stalled"}]}),
+    ("POST", f"{P}/workers/{{name}}/take-back",
+     {"worker": "q", "recoveredJobs": 1, "resetJobs": 1, "failedJobs": 0, "more": False,
+      "timestamp": 1_700_000_000_000,
+      "details": [{"jobId": "a", "action": "reset", "reason": "No update. An operator took the job back."}]}),
+    ("GET", f"{P}/reports", {"reports": [REPORT]}),
+    ("GET", f"{P}/alerts", {"alerts": [{"name": "stuck_jobs", "firing": False, "since": None, "value": 0.0,
+                                        "threshold": 5.0, "hint": "look at the workers", "severity": "warning"}]}),
+    ("GET", f"{P}/webhooks", {"webhooks": [plain_view(WEBHOOK)]}),
+    ("GET", f"{P}/webhooks/{{name}}/deliveries", {"deliveries": [plain_view(DELIVERY)], "next_cursor": "7"}),
+    ("POST", f"{P}/webhooks/{{name}}/test", plain_view(DELIVERY)),
+    ("GET", f"{P}/clock", {"now": 1_700_000_000_000, "suspect": True, "message": "30 days ahead"}),
+    ("POST", f"{P}/clock/accept", {"now": 1_700_000_000_000, "suspect": False, "message": "30 days ahead"}),
+    ("GET", f"{P}/failures",
+     {"groups": [{"fingerprint": "0123456789ab", "message": "no", "error_code": None, "count": 3, "retrying": 2,
+                  "kinds": ["k"], "queues": ["q"], "first_at": 1, "last_at": 2, "job_ids": ["a"]}],
+      "total": 4, "retrying": 7, "other": 1, "other_retrying": 5, "whole": False}),
+    ("GET", f"{P}/preview",
+     {"recover": [{"jobId": "a", "action": "reset", "reason": "stalled"}], "expiredLocks": 2, "expiredJobs": ["b"],
+      "deletedJobs": [], "mendedJobs": [], "heldJobs": ["old-1", "old-2"], "moreHeld": False, "moreMended": False,
+      "more": False, "timestamp": 1_700_000_000_000}),
+    ("GET", f"{P}/check-rows",
+     {"table": "jobs", "checked": 3, "damaged": [{"where": "job bad-2", "what": "checksum"}],
+      "next_cursor": "jobs:3"}),
+    ("GET", f"{P}/backups", {"backups": [plain_view(BACKUP)]}),
+    ("GET", f"{P}/quarantine", {"jobs": [{"id": "bad-1", "reason": "checksum"}]}),
+]  # fmt: skip
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with House(ROUTES, tmp_path, gate=Gate("admin", tokens=[TOKEN]), admin=True) as opened:
+        yield opened
+
+
+def plain(command: Any) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(command))
+
+
+@pytest.mark.parametrize(("method", "path", "body", "command", "keyed"), COMMANDS)
+async def test_a_call_is_its_command(
+    house: House, method: str, path: str, body: str, command: Command, keyed: bool
+) -> None:
+    target = path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1")
+    headers = {**AUTH, "Idempotency-Key": "k"}
+    if method == "GET":
+        heard = await house.ask("GET", f"{target}?{body}" if body else target, headers=headers)
+    else:
+        heard = await house.ask(method, target, body or None, headers)
+    assert heard.status == 200, heard.json
+    asked, *noted = house.desk.asked
+    assert [each.command for each in noted] == ([Note(what="export")] if isinstance(command, Export) else [])
+    assert type(asked.command) is type(command)
+    assert plain(asked.command) == plain(command)
+    assert (asked.by, asked.admin) == ("admin", True)
+    assert (asked.key is not None) == keyed
+
+
+@pytest.mark.parametrize(("method", "path", "data"), ROOMS)
+async def test_a_call_of_the_rooms_gives_their_figures(house: House, method: str, path: str, data: Any) -> None:
+    path = path.replace("{name}", "q")
+    assert (await house.ask(method, path, headers=AUTH)).data == data
+    if method == "POST":
+        assert (await house.ask(method, path, "{}", AUTH)).data == data
+        assert (await house.ask(method, path, '{"x":1}', AUTH)).status == 400
+    # Nothing but what goes into the audit log.
+    assert all(isinstance(asked.command, Note) for asked in house.desk.asked)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "what"),
+    [
+        ("POST", "cleanup", "cleanup"),
+        ("POST", "clock/accept", "accept-clock"),
+        ("GET", "backup", "backup"),
+    ],
+)
+async def test_what_is_no_command_is_noted_for_the_audit_log(house: House, method: str, path: str, what: str) -> None:
+    headers, body = {**AUTH, "X-Jobd-Operator": "eve"}, None if method == "GET" else '{"reason":"why"}'
+    assert (await house.ask(method, f"{P}/{path}", headers=headers)).status == 200
+    assert (await house.ask(method, f"{P}/{path}", body, headers)).status == 200
+    first, second = house.desk.asked
+    assert first.command == Note(what=what)
+    assert second.command == Note(what=what, reason=None if body is None else "why")
+    assert first.operator is not None
+    assert first.operator.name == "eve"
+
+
+async def test_what_is_asked_of_a_webhook_is_noted_with_which(house: House) -> None:
+    assert (await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)).status == 200
+    assert (await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
+    assert (await house.ask("POST", f"{P}/webhooks/q/test", headers=AUTH)).status == 200
+    place, why = f"{P}/webhooks/q", '"reason":"their disk was full"'
+    for verb, body in (("resend", f'{{"id":7,{why}}}'), ("resend-given-up", f"{{{why}}}"), ("test", f"{{{why}}}")):
+        assert (await house.ask("POST", f"{place}/{verb}", body, AUTH)).status == 200
+    because = "their disk was full"
+    assert [asked.command for asked in house.desk.asked] == [
+        Note(what="resend-delivery", details={"webhook": "q", "delivery": 7}),
+        Note(what="test-webhook", details={"webhook": "q"}),
+        Note(what="resend-delivery", details={"webhook": "q", "delivery": 7}, reason=because),
+        Note(what="resend-given-up", details={"webhook": "q", "resent": 3}, reason=because),
+        Note(what="test-webhook", details={"webhook": "q"}, reason=because),
+    ]
+
+
+async def test_an_export_is_noted_page_by_page_as_one_deed(house: House) -> None:
+    """Also that of one who may only look; what is refused is none."""
+    house.site.gate.replace_tokens([TOKEN], ["reader-token-0123456789abcdef"])
+    reader = {"Authorization": "Bearer reader-token-0123456789abcdef"}
+    for query, headers in (("", AUTH), ("?cursor=7", AUTH), ("", {**reader, "X-Jobd-Operator": "rob"}), ("", reader)):
+        assert (await house.ask("GET", f"{P}/export{query}", headers=headers)).status == 200
+    noted = [asked for asked in house.desk.asked if isinstance(asked.command, Note)]
+    operators = [asked.operator for asked in noted]
+    assert [each.who for each in operators if each] == ["admin", "admin", "rob", "reader"]
+    assert [asked.command.details for asked in noted] == [None, None, {"access": "read"}, {"access": "read"}]
+    parts = [each.part_of for each in operators if each]
+    assert parts[0] == parts[1]
+    assert len(set(parts)) == 3
+    house.desk.answer = lambda command: Refusal("overloaded", "Too many wait.")
+    before = len(house.desk.asked)
+    assert (await house.ask("GET", f"{P}/export", headers=AUTH)).status == 503
+    assert len(house.desk.asked) == before + 1
+
+
+async def test_what_cannot_be_noted_is_done_all_the_same(house: House) -> None:
+    house.desk.answer = lambda command: Refusal("storage_full", "The disk is full.")
+    with capture_logs() as logged:
+        assert (await house.ask("POST", f"{P}/cleanup", headers=AUTH)).status == 200
+    assert house.figures.forced == [True]
+    missed = {"event": "audit_missed", "log_level": "warning", "what": "cleanup", "by": "admin"}
+    assert missed | {"reason": "storage_full"} in logged
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (None, ""),
+        ("", ""),
+        ("  eve@build-3 ", "eve@build-3"),
+        ("zoë", "zoë"),
+        ("a\tb \u202e\x9bc", "a b c"),
+        ("\x80\x81", ""),
+        ("x" * 300, "x" * 64),
+    ],
+)
+async def test_an_operator_is_known_by_the_name_given(house: House, given: str | None, name: str) -> None:
+    headers = AUTH if given is None else {**AUTH, "X-Jobd-Operator": given}
+    assert (await house.ask("POST", f"{P}/force-reset", '{"jobId":"j"}', headers)).status == 200
+    [asked] = house.desk.asked
+    assert asked.operator == Operator(name, f"unix uid={os.getuid()}")
+    assert asked.by == (f"admin:{name}" if name else "admin")
+
+
+async def test_who_only_looks_is_no_operator(house: House) -> None:
+    await house.ask("GET", f"{P}/jobs/j", headers={**AUTH, "X-Jobd-Operator": "eve"})
+    [asked] = house.desk.asked
+    assert (asked.operator, asked.by) == (None, "admin")
+
+
+async def test_over_tcp_an_operator_comes_from_an_address(tmp_path: Path) -> None:
+    gate = Gate("admin", tokens=[TOKEN], hosts=["x"])
+    async with House(ROUTES, tmp_path, gate=gate, admin=True) as house:
+        await house.ask("POST", f"{P}/queues/q/pause", None, {**AUTH, "Host": "x"})
+        [asked] = house.desk.asked
+        assert asked.operator == Operator("", "127.0.0.1")
+
+
+async def test_a_plan_is_made_shown_and_applied(house: House) -> None:
+    body = '{"action":"retry","filter":{"status":"failed","queue":"q","since":1},"reason":"r"}'
+    made = await house.ask("POST", f"{P}/plans", body, AUTH)
+    assert house.figures.planned == [
+        MakePlan(action="retry", filter=Filter(status="failed", queue="q", since=1), reason="r")
+    ]
+    assert made.data["jobs"] == [{"id": "a", "from": "failed", "to": "queued", "late_results": 0}]
+    plan_id = made.data["plan_id"]
+    assert (await house.ask("GET", f"{P}/plans/{plan_id}", headers=AUTH)).data == made.data
+    assert (await house.ask("GET", f"{P}/plans/none", headers=AUTH)).error == "plan_not_found"
+    done = await house.ask("POST", f"{P}/plans/{plan_id}/apply", headers={**AUTH, "X-Jobd-Operator": "eve"})
+    assert done.data["changed"] == [{"id": "b", "from": "failed", "now": None, "why": "gone"}]
+    assert [operator.name for operator in house.figures.operators] == ["eve"]
+    for wrong in (
+        '{"action":"explode","ids":["a"]}',
+        '{"action":"retry","ids":[]}',
+        '{"action":"retry","filter":{"x":1}}',
+    ):
+        assert (await house.ask("POST", f"{P}/plans", wrong, AUTH)).status == 400
+
+
+async def test_a_cleanup_that_is_asked_for_is_forced(house: House) -> None:
+    await house.ask("POST", f"{P}/cleanup", headers=AUTH)
+    assert house.figures.forced == [True]
+
+
+def test_every_call_has_an_example_and_no_route_is_missing() -> None:
+    others = {("GET", f"{P}/stats"), ("GET", f"{P}/health"), ("POST", f"{P}/import"), ("GET", f"{P}/backup")}
+    others.add(("POST", f"{P}/import/preview"))  # test_import_preview.py
+    others |= {("GET", "/metrics"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/openapi.json")}
+    others |= {("GET", f"{P}/events"), ("GET", f"{P}/jobs/{{id}}/artifact")}  # test_event_stream.py, test_downloads.py
+    plans = [("POST", "plans"), ("GET", "plans/{plan_id}"), ("POST", "plans/{plan_id}/apply")]
+    others |= {(method, f"{P}/{path}") for method, path in plans}
+    others |= {("POST", f"{P}/webhooks/{{name}}/{verb}") for verb in ("resend", "resend-given-up")}
+    examples = {call[:2] for call in COMMANDS} | {call[:2] for call in ROOMS} | others
+    assert {(route.method, route.path) for route in ROUTES} == examples
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+async def test_every_call_but_the_open_ones_needs_the_token(house: House, route: Any) -> None:
+    heard = await house.ask(
+        route.method, route.path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1")
+    )
+    assert heard.status == (200 if route.who == "anyone" else 401)
+    assert house.desk.asked == []
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+def test_what_a_route_takes_and_gives_can_be_described(route: Any) -> None:
+    assert len(msgspec.inspect.multi_type_info([route.asks, route.gives])) == 2
+    assert route.who == ("anyone" if route.path in {"/healthz", "/readyz", "/openapi.json"} else "admin")
+
+
+READER = {"Authorization": "Bearer reader-token-0123456789abcdef"}
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+async def test_who_may_only_look_gets_all_that_changes_nothing_and_holds_no_secret(house: House, route: Any) -> None:
+    house.site.gate.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
+    house.desk.answer = lambda command: Refusal("job_not_found", "It is asked, which is enough here.")
+    query = {"validate-job": "?jobId=j", "events": "?follow=false"}.get(route.path.rpartition("/")[2], "")
+    target = route.path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1") + query
+    heard = await house.ask(route.method, target, headers=READER)
+    if route.method != "GET" or route.path.endswith("backup"):
+        assert (heard.status, heard.error) == (403, "forbidden")
+        assert "admin token" in heard.json["message"]
+        assert house.desk.asked == []
+    else:
+        assert heard.status in (200, 404)
+        if not route.path.endswith("validate-job"):
+            assert not any(asked.admin for asked in house.desk.asked), "no command of his may show a lock id"
+
+
+async def test_a_validated_job_is_shown_without_its_lock_id_to_who_may_only_look(house: House) -> None:
+    house.site.gate.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
+    for headers, shown in ((AUTH, True), (READER, False)):
+        held = job_view(JOB, AT, Policy(), admin=True)
+        view = ValidateJobView("a", held, Validation(True, [], True), 1)
+        house.desk.answer = lambda _, view=view: Answer(view)
+        heard = await house.ask("GET", f"{P}/validate-job?jobId=a", headers=headers)
+        assert ("lock_id" in heard.data["job"]["lock"]) == shown
+        assert heard.data["job"]["lock"]["worker"] == "w-1"
+
+
+async def test_stats_say_whether_a_pass_is_running(house: House) -> None:
+    house.desk.answer = lambda _: Answer(STATS)
+    data = (await house.ask("GET", f"{P}/stats", headers=AUTH)).data
+    assert (data["totalJobs"], data["cleanupRunning"], data["timeSinceLastCleanup"]) == (3, True, 1234)
+    assert data["disk"] == {"path": "/var/lib/jobd/jobd.db", "freeBytes": 3 << 30, "totalBytes": 8 << 30}
+    assert house.desk.asked[0].command == Stats()
+    house.desk.answer = lambda _: Refusal("overloaded", "Too much.")
+    assert (await house.ask("GET", f"{P}/stats", headers=AUTH)).status == 503
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "success"), [("healthy", 200, True), ("degraded", 200, True), ("unhealthy", 503, True)]
+)
+async def test_health_has_the_same_body_whatever_its_status(
+    house: House, status: Any, code: int, success: bool
+) -> None:
+    house.figures.status = status
+    heard = await house.ask("GET", f"{P}/health", headers=AUTH)
+    assert (heard.status, heard.json["success"]) == (code, success)
+    data = heard.json["data"]
+    disk = {"path": "/var/lib/jobd/jobd.db", "freeBytes": 3 << 30, "totalBytes": 8 << 30}
+    assert data["database"] == {"status": status, "message": "measured", "totalJobs": 7, **disk}
+    assert data["cleanupStatus"] == {"running": False, "timeSinceLastCleanup": None, "message": "idle"}
+
+
+@pytest.mark.parametrize(
+    ("target", "field"),
+    [
+        (f"{P}/validate-job", "$.jobId"),
+        (f"{P}/validate-job?jobId=", "$.jobId"),
+        (f"{P}/validate-job?id=j", "$.id"),
+        (f"{P}/validate-job?jobId=a&jobId=b", "$.jobId"),
+        (f"{P}/stats?x=1", "$.x"),
+        (f"{P}/reports?limit=0", "$.limit"),
+        (f"{P}/reports?limit=501", "$.limit"),
+    ],
+)
+async def test_a_query_out_of_its_bounds_is_named(house: House, target: str, field: str) -> None:
+    heard = await house.ask("GET", target, headers=AUTH)
+    assert (heard.status, heard.json["details"]) == (400, {"field": field})
+
+
+async def test_a_delivery_is_sent_again_by_its_number(house: House) -> None:
+    again = await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)
+    assert again.data == plain_view(DELIVERY)
+    assert (await house.ask("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
+    for body in ('{"id":0}', "{}", '{"id":"7"}'):
+        assert (await house.ask("POST", f"{P}/webhooks/q/resend", body, AUTH)).status == 400
+
+
+async def test_all_that_was_given_up_is_sent_again(house: House) -> None:
+    place = f"{P}/webhooks/q/resend-given-up"
+    assert (await house.ask("POST", place, headers=AUTH)).data == {"resent": 3}
+    assert (await house.ask("POST", place, '{"upto":9}', AUTH)).data == {"resent": 3}
+    assert house.figures.resent == [("q", None), ("q", 9)]
+    told = [asked.command for asked in house.desk.asked]
+    assert told == [Note(what="resend-given-up", details={"webhook": "q", "resent": 3})] * 2
+    assert (await house.ask("POST", f"{P}/webhooks/none/resend-given-up", headers=AUTH)).status == 404
+    for body in ('{"upto":0}', '{"upto":"9"}', '{"id":9}'):
+        assert (await house.ask("POST", place, body, AUTH)).status == 400
+    assert len(house.desk.asked) == 2
+
+
+async def test_deliveries_are_asked_for_by_state_and_page(house: House) -> None:
+    assert (await house.ask("GET", f"{P}/webhooks/q/deliveries?state=given_up&limit=5&cursor=9", headers=AUTH)).data
+    assert house.figures.asked_deliveries == [("q", "given_up", 9, 5)]
+    assert (await house.ask("GET", f"{P}/webhooks/none/deliveries", headers=AUTH)).status == 404
+    assert (await house.ask("POST", f"{P}/webhooks/none/test", headers=AUTH)).status == 404
+    for query in ("state=lost", "limit=0", "limit=201", "cursor=x"):
+        assert (await house.ask("GET", f"{P}/webhooks/q/deliveries?{query}", headers=AUTH)).status == 400
+
+
+async def test_reports_are_as_many_as_asked_for(house: House) -> None:
+    assert len((await house.ask("GET", f"{P}/reports?limit=500", headers=AUTH)).data["reports"]) == 1
+
+
+@pytest.mark.parametrize("name", ["a b", "a%2Fb", "%0a"])
+async def test_a_malformed_queue_name_is_a_400(house: House, name: str) -> None:
+    heard = await house.ask("POST", f"{P}/queues/{name.replace(' ', '%20')}/pause", headers=AUTH)
+    assert (heard.status, heard.json["details"]) == (400, {"field": "$.name"})
+
+
+async def test_metrics_are_text(house: House) -> None:
+    heard = await house.ask("GET", "/metrics", headers=AUTH)
+    assert (heard.status, heard.body) == (200, b"jobd_stuck_jobs 0\n")
+    assert heard.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def test_the_old_spelling_of_artifact_is_refused_by_a_message_with_the_new_one(house: House) -> None:
+    heard = await house.ask("GET", f"{P}/jobs/a/artefact", headers=AUTH)
+    assert (heard.status, heard.error) == (404, "not_found")
+    assert f"{P}/jobs/a/artifact" in heard.json["message"]

@@ -1,0 +1,273 @@
+"""The OpenAPI documents: valid, complete, in words, given out at both doors, and their bodies those of the decoders."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema_rs import Draft202012Validator
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from jobd.api import admin, descriptions, worker
+from jobd.api.openapi import call_of, document, refusals
+from jobd.api.stream_lines import PARTS, StreamedCommand, shapes
+from jobd.http.auth import Gate, own_names
+from jobd.http.decoding import Limits, Shape
+from jobd.http.routing import Route
+from jobd.model import errors
+from jobd.model.errors import Refused
+from jobd.model.events import StreamedEvent
+from jobd.model.job import storage_key_fault
+from tests.support.http_harness import TOKEN, House
+
+TABLES: dict[str, Sequence[Route]] = {"worker": worker.ROUTES, "admin": admin.ROUTES}
+DOCUMENTS: dict[str, dict[str, Any]] = {name: document(name, table) for name, table in TABLES.items()}
+BY_DOCUMENT = pytest.mark.parametrize("name", TABLES)
+
+
+def operations(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every call of a document with what is said of it."""
+    for path, methods in DOCUMENTS[name]["paths"].items():
+        for method, said in methods.items():
+            yield f"{method.upper()} {path}", said
+
+
+def resolved(name: str, said: dict[str, Any]) -> dict[str, Any]:
+    """`said`, or what it refers to."""
+    found: dict[str, Any] = DOCUMENTS[name]
+    if "$ref" not in said:
+        return said
+    for step in said["$ref"].removeprefix("#/").split("/"):
+        found = found[step]
+    return found
+
+
+@BY_DOCUMENT
+def test_a_document_is_valid_openapi(name: str) -> None:
+    OpenAPIV31SpecValidator(json.loads(json.dumps(DOCUMENTS[name]))).validate()
+    assert DOCUMENTS[name]["openapi"].startswith("3.1.")
+
+
+@BY_DOCUMENT
+def test_every_route_is_in_its_document_and_nothing_else(name: str) -> None:
+    assert [call for call, _ in operations(name)] == [
+        call_of(route) for route in sorted(TABLES[name], key=lambda route: list(_paths(name)).index(route.path))
+    ]
+    ids = [said["operationId"] for _, said in operations(name)]
+    assert len(ids) == len(set(ids))
+
+
+def _paths(name: str) -> dict[str, None]:
+    return dict.fromkeys(route.path for route in TABLES[name])
+
+
+@BY_DOCUMENT
+def test_every_call_stands_below_a_heading_that_says_what_is_there(name: str) -> None:
+    headings = {tag["name"]: tag["description"] for tag in DOCUMENTS[name]["tags"]}
+    used = {heading for _, said in operations(name) for heading in said["tags"]}
+    assert used == set(headings)
+    assert all(headings.values())
+
+
+def test_no_heading_is_for_paths_that_there_are_not() -> None:
+    firsts = {
+        route.path.removeprefix("/admin/job-management").removeprefix("/v1").split("/")[1]
+        for table in TABLES.values()
+        for route in table
+    }
+    assert {part for parts, _ in descriptions.GROUPS.values() for part in parts.split()} == firsts
+
+
+@BY_DOCUMENT
+def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
+    said = dict(operations(name))
+    for route in TABLES[name]:
+        responses = said[call_of(route)]["responses"]
+        wanted = {route.status, *descriptions.ALSO.get(call_of(route), {})}
+        wanted |= {errors.REFUSALS[code] for code in refusals(route)}
+        assert {int(status) for status in responses} == wanted
+        kinds = resolved(name, responses[str(route.status)])["content"]
+        assert list(kinds) == [route.sends]
+        for code in refusals(route):
+            assert f"`{code}`" in resolved(name, responses[str(errors.REFUSALS[code])])["description"]
+        headers = {each["name"] for each in said[call_of(route)]["parameters"] if each["in"] == "header"}
+        wanted_headers = {"Idempotency-Key"} if route.key else set()
+        taken = call_of(route).endswith(("/export", "/backup", "/artifact"))  # the audit log has who took it
+        if route.who == "admin" and (route.method != "GET" or taken):
+            wanted_headers.add("X-Jobd-Operator")
+        assert headers == wanted_headers | ({"Last-Event-ID"} if route.gives is StreamedEvent else set())
+        assert (said[call_of(route)]["security"] == [{"token": []}]) == (route.who == "admin")
+        assert ("requestBody" in said[call_of(route)]) == (route.method != "GET")
+
+
+def test_the_glossary_has_a_word_for_everything_and_none_too_many() -> None:
+    routes = [route for table in TABLES.values() for route in table]
+    calls = {call_of(route) for route in routes}
+    assert set(descriptions.CALLS) == calls
+    assert set(descriptions.ALSO) | set(descriptions.REFUSED_TOO) <= calls
+    assert set(descriptions.REFUSED) <= {route.asks for route in routes}
+    assert set(descriptions.REFUSALS) == set(errors.REFUSALS)
+    assert all(code in errors.REFUSALS for codes in descriptions.REFUSED.values() for code in codes)
+    said = {field for name in TABLES for field in _fields(DOCUMENTS[name])}
+    assert set(descriptions.FIELDS) == said
+
+
+def _fields(said: Any) -> set[str]:
+    """Every field that a document names, in bodies, answers and queries, each with its sentence."""
+    found: set[str] = set()
+    if isinstance(said, dict):
+        for field, schema in said.get("properties", {}).items():
+            found |= {field} if "description" in schema else set()
+        if said.get("in") == "query":
+            assert said["schema"]["description"]
+            found.add(said["name"])
+    for part in said.values() if isinstance(said, dict) else said if isinstance(said, list) else ():
+        found |= _fields(part)
+    return found
+
+
+def test_every_refusal_is_somewhere_but_for_those_of_unknown_paths() -> None:
+    told = {code for table in TABLES.values() for route in table for code in refusals(route)}
+    assert set(errors.REFUSALS) - told == {"method_not_allowed"}
+
+
+@pytest.fixture(params=TABLES)
+async def door(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[str, House]]:
+    gate = Gate(request.param, tokens=[TOKEN], hosts=own_names("127.0.0.1"))
+    async with House(tuple(TABLES[request.param]), tmp_path, gate=gate) as opened:
+        yield request.param, opened
+
+
+async def test_a_document_is_given_out_without_a_token(door: tuple[str, House]) -> None:
+    name, house = door
+    for _ in range(2):
+        heard = await house.ask("GET", "/openapi.json")
+        assert (heard.status, heard.headers["content-type"]) == (200, "application/json")
+        assert heard.json["paths"] == json.loads(json.dumps(DOCUMENTS[name]["paths"]))
+        assert heard.json["info"]["title"] == f"jobd {name} API"
+    assert (await house.ask("GET", "/openapi.json?x=1")).status == 400
+    assert (await house.ask("GET", "/openapi.json", headers={"Host": "evil.example"})).status == 403
+    assert house.desk.asked == []
+
+
+# -- bodies: what the schema takes, the decoder takes ------------------------------------------------------------------
+
+# Call, or kind of line -> its document, the name of its schema, what reads it, what its path gives.
+READERS: dict[str, tuple[str, str, Shape, str | None]] = {
+    call_of(route): (name, route.asks.__name__, Shape(route.asks, route.given, Limits()), "a" if route.given else None)
+    for name, table in TABLES.items()
+    for route in table
+    if route.method != "GET" and route.asks is not StreamedCommand
+}
+READERS |= {f"line {op}": ("worker", PARTS[op].__name__, shape, None) for op, shape in shapes(Limits()).items()}
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def near(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values that a schema takes, and some that it just does not."""
+    schema = resolved(name, schema) | {key: value for key, value in schema.items() if key != "$ref"}
+    if "anyOf" in schema:
+        return st.one_of([near(name, choice) for choice in schema["anyOf"]])
+    if "enum" in schema:
+        return st.sampled_from([*schema["enum"], "", schema["enum"][0].upper()])
+    kind = schema.get("type")
+    if kind == "object" and "properties" in schema:
+        fields = {field: near(name, part) | JSON_VALUES for field, part in schema["properties"].items()}
+        optional = {field: part for field, part in fields.items() if field not in schema["required"]}
+        needed = {field: near(name, schema["properties"][field]) for field in schema["required"]}
+        return st.fixed_dictionaries(needed, optional={**optional, "stranger": JSON_VALUES})
+    if kind == "array":
+        return st.lists(near(name, schema["items"]), max_size=schema.get("maxItems", 3) + 1)
+    if kind in ("integer", "number"):
+        low, high = schema.get("minimum", -10), schema.get("maximum", 10)
+        edges = st.sampled_from([low - 1, low, high, high + 1, low + 0.5])  # 5.0 is integer to JSON Schema, not to us
+        return st.integers(low, high) | edges
+    if kind == "string":
+        return st.text(st.sampled_from("aZ9.:-_/ \n\x00\x7fé"), max_size=12) | st.sampled_from(["job-1", "a" * 201])
+    return {"null": st.none(), "boolean": st.booleans()}.get(str(kind), JSON_VALUES)
+
+
+@cache
+def body_of(call: str) -> tuple[st.SearchStrategy[Any], Draft202012Validator]:
+    """Bodies for a call, and what tells which of them its schema takes."""
+    name, called, _, _ = READERS[call]
+    schema = {"$ref": f"#/components/schemas/{called}"}
+    return near(name, schema), Draft202012Validator(schema | {"components": DOCUMENTS[name]["components"]})
+
+
+def value_at(body: Any, path: str) -> Any:
+    """What `body` has at a path like `$.jobs[3].priority`; None where there is nothing."""
+    for name, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", path):
+        try:
+            body = body[int(index)] if index else body[name]
+        except (TypeError, KeyError, IndexError):
+            return None
+    return body
+
+
+def is_beside_its_schema(refusal: errors.Refusal, body: Any) -> bool:
+    """Whether `body` may be refused although its schema takes it: for the value of the very field that is named.
+
+    A storage key may be no way to an object, and what JSON Schema takes for an integer, 5.0, is none to us.
+    """
+    field = refusal.details["field"]
+    value = value_at(body, field)
+    if field in ("$.storage_key", "$.updates.storage_key"):
+        fault = storage_key_fault(value) if isinstance(value, str) else None
+        return fault is not None and fault in refusal.message
+    return isinstance(value, float) and value.is_integer() and "got a number" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "message", "fair"),
+    [
+        (
+            {"storage_key": "../up"},
+            "$.storage_key",
+            "`$.storage_key` " + (storage_key_fault("../up") or "") + ".",
+            True,
+        ),
+        ({"updates": {"storage_key": "/a"}}, "$.updates.storage_key", (storage_key_fault("/a") or "") + ".", True),
+        ({"storage_key": "fine"}, "$.storage_key", "expected a string.", False),
+        ({"storage_key": 5}, "$.storage_key", "expected a string, got a number.", False),
+        ({"storage_key": "../up"}, "$.x", "is not a field of this request. Known here: lock_id, storage_key.", False),
+        ({"jobs": [{"priority": 5.0}]}, "$.jobs[0].priority", "expected an integer, got a number.", True),
+        ({"jobs": [{"priority": 5.5}]}, "$.jobs[0].priority", "expected an integer, got a number.", False),
+        ({"jobs": [{"priority": 5}]}, "$.jobs[0].priority", "expected an integer, got a number.", False),
+        ({"jobs": [{"priority": 5.0}]}, "$.jobs[1].priority", "expected an integer, got a number.", False),
+        ([5.0], "$", "expected an object, got a number.", False),
+    ],
+)
+def test_what_may_be_refused_beside_its_schema(body: Any, field: str, message: str, fair: bool) -> None:
+    assert is_beside_its_schema(errors.Refusal("invalid_request", message, {"field": field}), body) == fair
+
+
+@pytest.mark.parametrize("call", READERS)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_body_is_taken_by_the_decoder_just_where_its_schema_takes_it(call: str, data: st.DataObject) -> None:
+    """Rules about values beside their types (a storage key's segments, the size of a payload) come on top."""
+    _, _, shape, given_by_path = READERS[call]
+    strategy, schema = body_of(call)
+    body = data.draw(strategy)
+    try:
+        taken: object = shape.from_body(json.dumps(body).encode(), given_by_path)
+    except Refused as no:
+        taken = no.refusal
+    if isinstance(taken, errors.Refusal):
+        assert taken.code == "invalid_request"
+        assert is_beside_its_schema(taken, body) or not schema.is_valid(body), taken.message
+    else:
+        assert type(taken) is shape.command
+        assert schema.is_valid(body)

@@ -1,0 +1,280 @@
+"""AsyncJobClient.stream: the same calls with the same results, over breaks and cancelled calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from jobd.client import (
+    AlreadyLocked,
+    AsyncJobClient,
+    InvalidRequest,
+    JobNotFound,
+    LockLost,
+    Task,
+    TooLarge,
+    Unauthorized,
+    Unreachable,
+    Worker,
+    worker_requests,
+)
+from jobd.client.command_stream import line_of
+from jobd.client.protocol import Request
+from jobd.http.auth import Gate
+from tests.support.http_harness import TOKEN
+from tests.support.virtual_engine import until
+from tests.support.worker_api_server import Town, town
+
+
+@pytest.fixture(name="town")
+async def _town(tmp_path: Path) -> AsyncIterator[Town]:
+    async with town(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def client(town: Town) -> AsyncIterator[AsyncJobClient]:
+    async with AsyncJobClient(f"unix:{town.house.path}", retry_for_s=5, timeout_s=5) as opened:
+        yield opened
+
+
+def streams_of(town: Town) -> int:
+    return len(town.house.site.ends)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests as lines.
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        (worker_requests.create_job(5, id="j"), {"op": "create", "id": "j", "payload": 5}),
+        (worker_requests.create_jobs([{"id": "j"}]), {"op": "bulk", "jobs": [{"id": "j"}]}),
+        (worker_requests.get_job("a:b"), {"op": "get", "id": "a:b"}),
+        (worker_requests.get_job(".."), {"op": "get", "id": ".."}),
+        (worker_requests.start_processing("j", worker="w"), {"op": "start", "id": "j", "worker": "w"}),
+        (worker_requests.claim("w", idempotency_key="k"), {"op": "claim", "worker": "w", "idempotency_key": "k"}),
+        (
+            worker_requests.update_progress("j", lock_id="l", progress=5),
+            {"op": "progress", "id": "j", "lock_id": "l", "progress": 5},
+        ),
+        (worker_requests.extend_job_lock("j", lock_id="l"), {"op": "extend", "id": "j", "lock_id": "l"}),
+        (
+            worker_requests.complete_job("j", lock_id="l", metadata=[1]),
+            {"op": "complete", "id": "j", "lock_id": "l", "metadata": [1]},
+        ),
+        (
+            worker_requests.fail_job("j", lock_id="l", error_message="m"),
+            {"op": "fail", "id": "j", "lock_id": "l", "error_message": "m"},
+        ),
+        (worker_requests.release_job("j", lock_id="l"), {"op": "release", "id": "j", "lock_id": "l"}),
+        (worker_requests.cancel_job("j"), {"op": "cancel", "id": "j"}),
+    ],
+    ids=lambda given: given["op"] if isinstance(given, dict) else "",
+)  # fmt: skip
+def test_a_request_as_a_line(request_: Request[Any], line: dict[str, Any]) -> None:
+    text = line_of(request_)
+    assert text is not None
+    assert text.endswith(b"\n")
+    said = msgspec.json.decode(text)
+    if "idempotency_key" not in line:
+        said.pop("idempotency_key", None)  # one that the client made
+    assert said == line
+
+
+def test_a_payload_of_several_lines_is_one_line() -> None:
+    text = line_of(worker_requests.create_job(msgspec.Raw(b'{\n"a":\r\n"b\\n"}')))
+    assert text is not None
+    assert text.count(b"\n") == 1
+    assert msgspec.json.decode(text)["payload"] == {"a": "b\n"}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        worker_requests.claim("w", wait_ms=5),
+        worker_requests.list_jobs(),
+        worker_requests.timeline("j"),
+        worker_requests.why("j"),
+        worker_requests.queues(),
+        worker_requests.validate_job_state("j"),
+        worker_requests.workers(),
+    ],
+)
+def test_what_a_stream_does_not_take(request_: Request[Any]) -> None:
+    assert line_of(request_) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls.
+
+
+async def test_every_call_gives_what_it_gives_over_http(town: Town, client: AsyncJobClient) -> None:
+    seen: list[list[type]] = []
+    for jobs in (client, client.stream()):
+        made = await jobs.create_job({"a": [1]}, id=f"a-{len(seen)}", max_attempts=5)
+        [bulk] = await jobs.create_jobs([{"id": f"b-{len(seen)}", "queue": f"q-{len(seen)}"}])
+        grant = await jobs.start_processing(made.id, worker="w")
+        state = await jobs.update_progress(made.id, lock_id=grant.lock_id, progress=5, message="m")
+        extended = await jobs.extend_job_lock(made.id, lock_id=grant.lock_id, additional_ms=60_000)
+        failed = await jobs.fail_job(made.id, lock_id=grant.lock_id, error_message="no", retry_after_ms=0)
+        again = await jobs.start_processing(made.id, worker="w")
+        done = await jobs.complete_job(made.id, lock_id=again.lock_id, metadata={"n": 1})
+        [claimed] = await jobs.claim("w", queues=[f"q-{len(seen)}"])
+        released = await jobs.release_job(bulk.id, lock_id=claimed.lock_id)
+        cancelled = await jobs.cancel_job(bulk.id, reason="r")
+        got = await jobs.get_job(made.id)
+        page = await jobs.list_jobs(limit=1)
+        waited = await jobs.claim("w", queues=["none"], wait_ms=1)
+        seen.append([type(each) for each in (made, bulk, grant, state, extended, failed, done, released, got, page)])
+        states = [each.status for each in (made, failed, done, released, cancelled, got)]
+        assert states == ["queued", "queued", "completed", "queued", "cancelled", "completed"]
+        assert (got.metadata_value, got.payload_value, waited) == ({"n": 1}, {"a": [1]}, [])
+        if jobs is not client:
+            assert streams_of(town) == 1
+            await jobs.close()
+            assert streams_of(town) == 0
+    assert seen[0] == seen[1]
+
+
+async def test_refusals_are_the_same_errors(client: AsyncJobClient) -> None:
+    async with client.stream() as jobs:
+        with pytest.raises(JobNotFound):
+            await jobs.get_job("none")
+        await jobs.create_job(id="j")
+        await jobs.start_processing("j", worker="w")
+        with pytest.raises(AlreadyLocked) as locked:
+            await jobs.start_processing("j", worker="v")
+        assert locked.value.locked_by == "w"
+        with pytest.raises(LockLost):
+            await jobs.complete_job("j", lock_id="no")
+        with pytest.raises(InvalidRequest):
+            await jobs.update_progress("j", lock_id="no", progress=101)
+        with pytest.raises(TooLarge):
+            await jobs.create_job("x" * 300_000)
+
+
+async def test_many_calls_at_a_time_share_one_stream(town: Town, client: AsyncJobClient) -> None:
+    async with client.stream() as jobs:
+        made = await asyncio.gather(*(jobs.create_job(number, id=f"j-{number}") for number in range(1_000)))
+        assert [job.id for job in made] == [f"j-{number}" for number in range(1_000)]
+        assert streams_of(town) == 1
+        assert town.house.listener.connections == 1
+    assert len(town.disk.jobs) == 1_000
+    assert len(town.disk.batches) < 100
+
+
+@pytest.mark.parametrize(("concurrency", "streams"), [(7, 0), (8, 1)])
+async def test_a_worker_with_many_jobs_at_a_time_uses_a_stream(
+    town: Town, client: AsyncJobClient, concurrency: int, streams: int
+) -> None:
+    await client.create_jobs([{"id": f"j-{number}"} for number in range(20)])
+    worker = Worker(f"unix:{town.house.path}", concurrency=concurrency)
+    seen: list[int] = []
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        await task.progress(50)
+        seen.append(streams_of(town))
+        if len(seen) == 20:
+            worker.stop()
+
+    await worker.serve()
+    assert set(seen) == {streams}
+    assert {job.status for job in town.disk.jobs.values()} == {"completed"}
+    assert streams_of(town) == 0
+
+
+async def test_a_wrong_token_is_told(tmp_path: Path) -> None:
+    gate = Gate("worker", tokens=[TOKEN], hosts=["localhost", "127.0.0.1"])
+    async with town(tmp_path, gate=gate) as guarded:
+        where = f"http://127.0.0.1:{guarded.house.port}"
+        async with AsyncJobClient(where, token="x" * 30) as client, client.stream() as jobs:
+            with pytest.raises(Unauthorized):
+                await jobs.create_job()
+        async with AsyncJobClient(where, token=TOKEN) as client, client.stream() as jobs:
+            assert (await jobs.create_job()).status == "queued"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What breaks.
+
+
+async def test_calls_go_on_over_another_stream(town: Town, client: AsyncJobClient) -> None:
+    async with client.stream() as jobs:
+        await jobs.create_job(id="a")
+        town.disk.gate.clear()
+        second = asyncio.ensure_future(jobs.create_job(id="b"))
+        await town.disk.at_gate.wait()
+        for connection in town.house.listener._server.connections:
+            assert connection.transport is not None
+            connection.transport.abort()
+        town.disk.gate.set()
+        assert (await second).id == "b"
+        assert (await jobs.create_job(id="c")).id == "c"
+    assert sorted(job.id for job in town.disk.jobs.values()) == ["a", "b", "c"]
+
+
+async def test_a_daemon_that_is_not_there(tmp_path: Path) -> None:
+    async with AsyncJobClient(f"unix:{tmp_path}/none", retry_for_s=0) as client, client.stream() as jobs:
+        for _ in range(2):
+            with pytest.raises(Unreachable):
+                await jobs.create_job()
+
+
+async def test_no_answer_in_time(town: Town) -> None:
+    client = AsyncJobClient(f"unix:{town.house.path}", retry_for_s=0, timeout_s=0.2)
+    async with client, client.stream() as jobs:
+        await jobs.create_job(id="a")
+        town.disk.gate.clear()
+        with pytest.raises(Unreachable):
+            await jobs.create_job(id="b")
+        town.disk.gate.set()
+        assert (await jobs.create_job(id="b")).id == "b"
+
+
+async def test_grants_of_a_cancelled_call_go_back(town: Town, client: AsyncJobClient) -> None:
+    async with client.stream() as jobs:
+        for job_id in ("a", "b", "c"):
+            await jobs.create_job(id=job_id)
+        town.disk.gate.clear()
+        first = asyncio.ensure_future(jobs.cancel_job("c"))
+        await town.disk.at_gate.wait()
+        gone = [
+            asyncio.ensure_future(each)
+            for each in (
+                jobs.claim("w"),
+                jobs.start_processing("b", worker="w"),
+                jobs.start_processing("c", worker="w"),
+            )
+        ]
+        await until(lambda: town.actor.waiting == 3)
+        for each in gone:
+            each.cancel()
+        await asyncio.wait(gone)
+        town.disk.gate.set()
+        await first
+        for job_id in ("a", "b"):
+            while (job := await jobs.get_job(job_id)).status != "queued":
+                pass
+            assert job.attempt == 0
+
+
+async def test_the_end_waits_for_what_was_sent(town: Town, client: AsyncJobClient) -> None:
+    jobs = client.stream()
+    await jobs.create_job(id="a")
+    town.disk.gate.clear()
+    last = asyncio.ensure_future(jobs.create_job(id="b"))
+    await town.disk.at_gate.wait()
+    closing = asyncio.ensure_future(jobs.close())
+    await asyncio.sleep(0.01)
+    assert not closing.done()
+    town.disk.gate.set()
+    await closing
+    assert (await last).id == "b"

@@ -1,0 +1,308 @@
+"""What of operators' commands is kept: with the change or not at all, refusals too, and nothing of anybody else."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import get_args
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.api import admin
+from jobd.core import audit
+from jobd.core.changeset import Decision
+from jobd.core.planning import version
+from jobd.dashboard.pages import DEEDS_KEPT
+from jobd.engine.disk_full import Closed
+from jobd.engine.mailbox import READS
+from jobd.model.commands import (
+    AnyCommand,
+    ApplyEndings,
+    ApplyPlan,
+    AuditLog,
+    Call,
+    Cancel,
+    Create,
+    Delete,
+    Expected,
+    ForceFail,
+    ForceReset,
+    Get,
+    Import,
+    KeyUse,
+    Note,
+    Operator,
+    Pause,
+    PlanAction,
+    Recover,
+    RunNow,
+    Transition,
+    Update,
+)
+from jobd.model.job import SECOND_MS
+from jobd.model.responses import Answer, AuditPage, Done
+from jobd.model.storage import COMINGS, LOOKS, Audited, share_of
+from tests.support.memory_storage import MemoryDisk
+from tests.support.rule_harness import Desk
+from tests.support.virtual_engine import Household, in_virtual_time
+
+EVE = Operator("eve", "10.0.0.7")
+# Commands that come from workers, creators or the daemon itself; those of operators are in audit.DEEDS.
+NO_DEEDS = {
+    "Create", "Bulk", "Start", "Claim", "Progress", "Extend", "Complete", "Fail", "Release", "Undelivered",
+    "ImportCheck", "CreditAbsence", "EndGrants", "EndPauses", "Expire", "DeleteExpired", "Mend", "Tick", "Report",
+}  # fmt: skip
+
+
+def kept(house: Household) -> list[Audited]:
+    return list(house.disk.audited.values())
+
+
+def entry(desk: Desk, command: AnyCommand, operator: Operator | None = EVE) -> Audited | None:
+    by = "client" if operator is None else operator.by
+    decision = desk.decide(command, by=by, admin=True)
+    return audit.entry(Call(command, by, b"", True, operator), decision, desk.now)
+
+
+def test_every_command_is_a_deed_or_is_known_to_be_none() -> None:
+    """A new command of operators has to be told how the audit log calls it."""
+    known = {kind.__name__ for kind in (*audit.DEEDS, *READS, Note, ApplyPlan, ApplyEndings)} | NO_DEEDS
+    assert known == {kind.__name__ for kind in get_args(AnyCommand)}
+
+
+def test_a_deed_is_called_as_its_call_is() -> None:
+    """Who looks for it in the log knows the path, and the documentation names the same words."""
+    calls = {route.asks: route for route in admin.ROUTES if route.asks in audit.DEEDS}
+    words = {
+        asks: "delete" if route.method == "DELETE" else route.path.rpartition("/")[2] for asks, route in calls.items()
+    }
+    assert words | {Recover: "recover-stuck"} == audit.DEEDS  # its call goes on until nothing is stuck
+
+
+def test_what_nobody_asked_for_as_an_operator_and_what_only_reads_is_not_kept() -> None:
+    desk = Desk()
+    desk.create("a")
+    assert entry(desk, Get(id="a")) is None
+    assert entry(desk, Create(id="b")) is None
+    assert entry(desk, Cancel(id="a"), operator=None) is None
+
+
+def test_a_dry_run_is_no_deed() -> None:
+    desk = Desk()
+    desk.create("a")
+    for job_id in ("a", "b"):
+        for asked in (RunNow(id=job_id), Update(id=job_id), Transition(id=job_id, from_="queued", to="failed")):
+            assert entry(desk, replace(asked, dry_run=True)) is None
+            assert entry(desk, asked) is not None
+
+
+def test_a_deed_says_who_from_where_what_why_and_what_came_of_it() -> None:
+    desk = Desk()
+    desk.create("a", queue="video")
+    found = entry(desk, ForceFail(id="a", reason="broken"))
+    details = {"from": "queued", "to": "failed", "event": desk.last().seq}
+    expected = Audited(desk.now, "eve", "10.0.0.7", "force-fail", "a", "video", "broken", "done", 1, details)
+    assert found == expected
+    nameless = entry(desk, ForceReset(id="a"), Operator("", "::1"))
+    assert nameless is not None
+    assert (nameless.who, nameless.address, nameless.reason) == ("admin", "::1", None)
+
+
+def test_what_an_update_set_is_in_its_details() -> None:
+    desk = Desk()
+    desk.create("a")
+    found = entry(desk, Update(id="a", priority=-3, reason="urgent"))
+    assert found is not None
+    assert found.reason == "urgent"
+    assert found.details == {"priority": -3, "from": "queued", "to": "queued", "event": desk.last().seq}
+
+
+def test_a_deed_that_changed_nothing_is_one_all_the_same() -> None:
+    desk = Desk()
+    desk.create("a")
+    for command, queue in ((RunNow(id="a"), None), (Pause(name="q"), "q"), (Pause(name="q"), "q")):
+        found = entry(desk, command)
+        assert found is not None
+        assert (found.outcome, found.jobs, found.queue) == ("done", 0, queue)
+
+
+def test_a_refused_deed_has_the_code_as_its_outcome() -> None:
+    desk = Desk()
+    desk.create("a")
+    missing = entry(desk, Cancel(id="nobody", reason="why"))
+    assert missing == Audited(desk.now, "eve", "10.0.0.7", "cancel", "nobody", None, "why", "job_not_found")
+    refused = entry(desk, Delete(id="a"))
+    assert refused is not None
+    assert (refused.outcome, refused.jobs, refused.details) == ("invalid_transition", 0, None)
+
+
+def test_a_deed_of_many_commands_counts_its_jobs_and_names_none() -> None:
+    desk = Desk()
+    operator = replace(EVE, part_of="p1")
+    line = entry(desk, Import(id="a", status="failed", error_message="x"), operator)
+    assert line == Audited(desk.now, "eve", "10.0.0.7", "import", jobs=1, part_of="p1")
+    assert entry(desk, Import(id="a", status="failed"), operator) is None  # skipped
+    none = entry(desk, Recover(limit=9), operator)
+    assert none == Audited(desk.now, "eve", "10.0.0.7", "recover-stuck", part_of="p1")
+
+
+def test_a_plan_counts_the_jobs_that_it_was_done_to() -> None:
+    desk = Desk()
+    desk.create("a")
+    known = Expected("a", version(desk.job("a")))
+    command = ApplyEndings(action="cancel", jobs=[known, Expected("b", "x")], reason="why")
+    found = entry(desk, command, replace(EVE, part_of="p1"))
+    assert found == Audited(desk.now, "eve", "10.0.0.7", "plan-cancel", reason="why", jobs=1, part_of="p1")
+
+
+def test_a_plan_of_one_job_names_it() -> None:
+    desk = Desk()
+    desk.create("a")
+    command = ApplyEndings(action="cancel", jobs=[Expected("a", version(desk.job("a")))])
+    found = entry(desk, command, replace(EVE, part_of="p1"))
+    assert found == Audited(desk.now, "eve", "10.0.0.7", "plan-cancel", "a", jobs=1, part_of="p1")
+
+
+def test_a_note_is_kept_as_it_is() -> None:
+    call = Call(Note(what="backup", details={"n": 1}, reason="why"), operator=EVE)
+    found = audit.entry(call, Decision(Answer(Done())), 5)
+    assert found == Audited(5, "eve", "10.0.0.7", "backup", reason="why", details={"n": 1})
+
+
+# -- through the actor ------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_deed_is_in_the_transaction_of_its_change() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a"))
+        await house.yes(ForceFail(id="a"), by=EVE.by, admin=True, operator=EVE)
+        batch = house.disk.batches[-1]
+        assert [change.event.type for change in batch.changes] == ["force_failed"]
+        assert [change.event.by for change in batch.changes] == ["admin:eve"]
+        assert [row.what for row in batch.audit] == ["force-fail"]
+
+
+@in_virtual_time
+async def test_a_refused_deed_is_kept_and_a_refused_worker_is_not() -> None:
+    async with Household() as house:
+        await house.no(Cancel(id="a"), operator=EVE)
+        await house.no(Cancel(id="a"))
+        assert [(row.what, row.outcome) for row in kept(house)] == [("cancel", "job_not_found")]
+
+
+@in_virtual_time
+async def test_a_repeated_key_is_one_deed() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a"))
+        for _ in range(2):
+            await house.yes(ForceFail(id="a"), key=KeyUse("k", "body"), operator=EVE)
+        assert len(kept(house)) == 1
+
+
+@in_virtual_time
+async def test_a_change_that_was_not_written_left_no_entry() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a"))
+        house.disk.fits = lambda batch: not batch.audit
+        await house.no(Transition(id="a", from_="queued", to="cancelled"), operator=EVE)
+        assert kept(house) == []
+        assert (await house.yes(Get(id="a"))).status == "queued"
+        assert house.actor.full_disk.closed == Closed.ALL_BUT_ENDINGS
+        house.disk.free()
+
+
+@in_virtual_time
+async def test_on_a_full_disk_endings_have_their_entry_and_refusals_none() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a"))
+        house.disk.fill()
+        await house.no(Create(id="b"))
+        await house.no(Pause(name="q"))
+        writes = len(house.disk.batches)
+        await house.no(Cancel(id="nobody"), operator=EVE)
+        assert len(house.disk.batches) == writes
+        await house.no(Pause(name="q"), operator=EVE)
+        await house.yes(Cancel(id="a"), operator=EVE)
+        assert [(row.what, row.outcome) for row in kept(house)] == [("cancel", "done")]
+        house.disk.free()
+
+
+@in_virtual_time
+async def test_while_creates_are_refused_a_change_has_its_entry_and_a_look_has_none() -> None:
+    async with Household() as house:
+        house.actor.full_disk.closed = Closed.CREATES
+        house.actor.full_disk.next_probe += 999
+        for what in sorted(LOOKS | COMINGS):
+            await house.yes(Note(what=what), operator=EVE)
+        await house.yes(Note(what="sign-in", outcome="unauthorized"), operator=EVE)
+        await house.no(Get(id="a"), operator=EVE)
+        await house.yes(Note(what="cleanup"), operator=EVE)
+        assert [row.what for row in kept(house)] == ["cleanup"]
+        house.actor.full_disk.closed = Closed.NOTHING
+        await house.yes(Note(what="artifact", job_id="a"), operator=EVE)
+        await house.yes(Note(what="sign-in", outcome="unauthorized"), operator=EVE)
+        assert [(row.what, row.job_id, row.outcome) for row in kept(house)[1:]] == [
+            ("artifact", "a", "done"),
+            ("sign-in", None, "unauthorized"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("what", "outcome", "share"),
+    [
+        ("cancel", "done", "changes"),
+        ("import", "done", "changes"),
+        ("cancel", "lock_lost", "refusals"),
+        ("sign-in", "unauthorized", "strangers"),
+        ("export", "unauthorized", "refusals"),
+        *((what, "done", "looks") for what in sorted(LOOKS)),
+        *((what, "done", "comings") for what in sorted(COMINGS)),
+    ],
+)
+def test_each_entry_has_its_share_of_the_log(what: str, outcome: str, share: str) -> None:
+    assert share_of(what, outcome) == share
+
+
+@in_virtual_time
+async def test_recovery_by_an_operator_is_kept_and_that_by_time_is_not() -> None:
+    async with Household() as house:
+        await house.held("a", lock_ttl_ms=SECOND_MS)
+        await asyncio.sleep(60)
+        await house.cleaner.recover_stuck(replace(EVE, part_of="p"), "the rack is dark")
+        await house.cleaner.recover_stuck()
+        found = [(row.what, row.who, row.jobs, row.reason) for row in kept(house)]
+        assert found == [("recover-stuck", "eve", 1, "the rack is dark")]
+        assert "No update from worker" in (house.disk.events[-1].reason or "")
+        assert house.disk.events[-1].by == "admin:eve"
+
+
+@in_virtual_time
+async def test_the_log_is_read_in_pages_newest_first() -> None:
+    async with Household(MemoryDisk()) as house:
+        for n in range(5):
+            await house.yes(Note(what=f"n{n}", details={"n": n}), operator=EVE)
+        page: AuditPage = await house.yes(AuditLog(limit=3))
+        assert [(each.seq, each.what, each.details) for each in page.entries] == [
+            (5, "n4", {"n": 4}),
+            (4, "n3", {"n": 3}),
+            (3, "n2", {"n": 2}),
+        ]
+        assert page.next_cursor == "3"
+        rest: AuditPage = await house.yes(AuditLog(limit=3, cursor="3"))
+        assert [each.what for each in rest.entries] == ["n1", "n0"]
+        assert rest.next_cursor is None
+        assert (await house.yes(AuditLog(who="bob"))).entries == []
+
+
+@pytest.mark.parametrize(("name", "who", "by"), [("", "admin", "admin"), ("eve", "eve", "admin:eve")])
+def test_an_operator_without_a_name_is_admin(name: str, who: str, by: str) -> None:
+    operator = Operator(name, "unix uid=0")
+    assert (operator.who, operator.by) == (who, by)
+
+
+def test_every_deed_can_be_looked_for_in_the_dashboard() -> None:
+    """Beside those of DEEDS: what is no command on jobs, and plans by their action."""
+    others = {"cleanup", "accept-clock", "resend-delivery", "resend-given-up", "test-webhook", *LOOKS, *COMINGS}
+    plans = {f"plan-{action}" for action in get_args(PlanAction)}
+    assert set(DEEDS_KEPT) == {*audit.DEEDS.values(), *others, *plans}

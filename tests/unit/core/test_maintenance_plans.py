@@ -1,0 +1,451 @@
+"""Plans of what time would do: recover-stuck and cleanup, for jobs that the daemon names itself."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, get_args
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.core import maintenance_rules, planning
+from jobd.core.changeset import Draft
+from jobd.core.planning import version
+from jobd.maintenance import plan_builder, plans
+from jobd.maintenance.plans import Planner
+from jobd.model.commands import (
+    OF_TIME,
+    Adopt,
+    ApplyEndings,
+    Call,
+    Complete,
+    Create,
+    Delete,
+    Expected,
+    Extend,
+    Filter,
+    ForceFail,
+    ForceReset,
+    Get,
+    GetVersion,
+    Import,
+    MakePlan,
+    OnJob,
+    PlanAction,
+    Progress,
+    Recover,
+)
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, runs_again
+from jobd.model.responses import Answer, PlannedJob, PlanSlice, PlanView, Worked, late_note_of
+from tests.support.factories import full_job
+from tests.support.plan_help import applied, made
+from tests.support.rule_harness import Desk
+from tests.support.virtual_engine import WALL, Household, in_virtual_time
+
+NO_MORE = "It is no longer due for deletion or expiry."
+
+
+# -- what would become of a job ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "progress", "again"),
+    [
+        ({}, 0, True),
+        ({"max_attempts": 1}, 40, False),
+        ({"max_attempts": 2}, 40, True),
+        ({"on_stall": "requeue"}, 40, True),
+        ({"on_stall": "fail", "max_attempts": 2}, 0, False),
+        ({"on_stall": "requeue", "max_stalls": 0}, 0, False),
+    ],
+)
+def test_where_a_stuck_job_goes_is_told_as_it_is_done(options: Any, progress: int, *, again: bool) -> None:
+    desk = Desk()
+    lock_id = desk.held(**options)
+    if progress:
+        desk.progress(lock_id, progress)
+    desk.passes(HOUR_MS)
+    job = desk.job()
+    assert runs_again(job) == again
+    assert planning.to("recover-stuck", job) == planning.to("cleanup", job) == ("queued" if again else "failed")
+    desk.yes(Recover(limit=1))
+    assert desk.job().status == ("queued" if again else "failed")
+
+
+def test_where_other_jobs_go_and_what_may_be_done_on_a_full_disk() -> None:
+    desk = Desk()
+    assert planning.to("cleanup", desk.create()) == "failed"
+    assert planning.to("cleanup", desk.completed("b")) is None
+    assert planning.to("retry", desk.job()) == "queued"
+    endings = {action for action in get_args(PlanAction) if planning.is_ending(action)}
+    assert endings == {"cancel", "force-fail", "delete", "recover-stuck", "cleanup"}
+
+
+def test_to_time_signs_of_life_are_a_change() -> None:
+    job = full_job()
+    assert job.lease is not None
+    alive = replace(job, lease=replace(job.lease, silent=job.lease.silent + 1))
+    further = replace(job, progress=job.progress + 1)
+    for action in get_args(PlanAction):
+        versions = {version(each, None, action) for each in (job, alive, further)}
+        assert len(versions) == (3 if action in OF_TIME else 1), action
+    assert version(job, None, "delete") == version(job)
+
+
+def test_of_late_results_a_cleanup_tells_those_that_it_deletes() -> None:
+    stuck, old = PlannedJob("a", "processing", "queued", 1), PlannedJob("b", "failed", None, 2)
+    assert late_note_of("cleanup", [stuck]) is None
+    said = "It has 2 late results that nobody has adopted: they go with the job."
+    assert late_note_of("cleanup", [stuck, old]) == said
+    assert late_note_of("retry", [stuck]) is not None
+
+
+def test_a_rule_for_one_job_answers_what_it_did_or_why_it_did_nothing() -> None:
+    desk = Desk()
+    desk.create("a")
+    for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
+        draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
+        refusal = rule(draft, OnJob(id="a"))
+        assert refusal == Refusal("invalid_transition", NO_MORE, {"job_id": "a", "status": "queued"})
+    desk.start("a")
+    desk.passes(HOUR_MS)
+    desk.create("b", expires_at=desk.now + 5)
+    desk.passes(10)
+    for rule, job_id in (
+        (maintenance_rules.recover_one, "a"),
+        (maintenance_rules.clean_one, "a"),
+        (maintenance_rules.clean_one, "b"),
+    ):
+        draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
+        assert rule(draft, OnJob(id=job_id)) == Answer(Worked(1))
+        assert len(draft.changes) == 1
+
+
+# -- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def known(desk: Desk, action: PlanAction, *ids: str) -> list[Expected]:
+    jobs = [desk.job(job_id) for job_id in ids]
+    return [Expected(job.id, version(job, desk.book.latest_late(job.seq), action)) for job in jobs]
+
+
+def apply(desk: Desk, action: PlanAction, jobs: list[Expected]) -> PlanSlice:
+    command = ApplyEndings(action=action, jobs=jobs, reason="the operator's")
+    done: PlanSlice = desk.yes(command, admin=True, by="admin:eve")
+    return done
+
+
+def due(desk: Desk) -> list[str]:
+    """A stuck job, one that nobody wants any more, one whose time is over; and one of each that is none."""
+    desk.create("late", expires_at=desk.now + MINUTE_MS)
+    desk.create("waits", expires_at=desk.now + 2 * HOUR_MS)
+    for job_id, after in (("old", MINUTE_MS), ("kept", 2 * HOUR_MS)):
+        desk.yes(Complete(id=job_id, lock_id=desk.held(job_id), expires_at=desk.now + after))
+    desk.held("stuck")
+    desk.passes(HOUR_MS)
+    desk.held("held")
+    return ["stuck", "late", "old", "waits", "kept", "held"]
+
+
+@pytest.mark.parametrize("action", sorted(OF_TIME))
+def test_what_is_due_is_done_and_the_rest_refused(action: PlanAction) -> None:
+    desk = Desk()
+    ids = due(desk)
+    done = apply(desk, action, known(desk, action, *ids))
+    some = ids[:1] if action == "recover-stuck" else ids[:3]
+    assert (done.applied, done.changed) == (len(some), [])
+    assert [(each.id, each.why) for each in done.refused] == [(each, NO_MORE) for each in ids[len(some) :]]
+    assert desk.job("stuck").status == "queued"
+    assert ("old" in desk.rows) == (action == "recover-stuck")
+    assert desk.job("late").status == ("queued" if action == "recover-stuck" else "failed")
+    told = {event.job_id: event for event in desk.events[-len(some) :]}
+    assert [told[each].type for each in some] == ["stalled", "expired", "deleted"][: len(some)]
+    assert all(event.by == "admin:eve" for event in told.values())
+    assert "Worker w-1 reported no progress" in (told["stuck"].reason or ""), "its own cause, not the operator's"
+    again = apply(desk, action, known(desk, action, "stuck"))
+    assert (again.applied, len(again.refused)) == (0, 1)
+
+
+@pytest.mark.parametrize("how", ["extend", "progress", "complete", "recover", "delete"])
+@pytest.mark.parametrize("action", sorted(OF_TIME))
+def test_who_came_back_to_life_is_left_alone(action: PlanAction, how: str) -> None:
+    desk = Desk()
+    lock_id = desk.held(max_attempts=2)
+    desk.passes(20 * MINUTE_MS)  # silent, but not past its ceiling
+    seen = known(desk, action, "a")
+    if how == "extend":
+        desk.yes(Extend(id="a", lock_id=lock_id, additional_ms=1))
+        desk.passes(HOUR_MS)  # stuck again, at another time
+    elif how == "progress":
+        desk.progress(lock_id, 40)
+        desk.passes(HOUR_MS)
+    elif how == "complete":
+        desk.yes(Complete(id="a", lock_id=lock_id))
+    elif how == "recover":
+        desk.yes(Recover(limit=1))
+    else:
+        desk.yes(Complete(id="a", lock_id=lock_id))
+        desk.yes(Delete(id="a"))
+    before, count = desk.rows.get("a"), len(desk.events)
+    done = apply(desk, action, seen)
+    assert (done.applied, done.refused, [each.id for each in done.changed]) == (0, [], ["a"])
+    assert (desk.rows.get("a"), len(desk.events)) == (before, count)
+
+
+def test_the_rules_of_time_refuse_a_job_that_is_not_there() -> None:
+    """They look for themselves, as the rule of any other action does."""
+    desk = Desk()
+    draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
+    for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
+        gone = rule(draft, OnJob(id="gone"))
+        assert isinstance(gone, Refusal)
+        assert gone.code == "job_not_found"
+
+
+# -- made, and applied ------------------------------------------------------------------------------------------------
+
+
+async def ripe(house: Household) -> str:
+    """Jobs for which time is up, and as many for which it is not; gives the lock of the stuck one."""
+    lock_id = await house.held("stuck", lock_ttl_ms=SECOND_MS)
+    await house.yes(Create(id="late", expires_at=house.now + SECOND_MS))
+    await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+    await house.yes(Import(id="kept", status="failed", error_message="x", expires_at=house.now + HOUR_MS))
+    await asyncio.sleep(120)
+    await house.held("held")
+    await house.yes(Create(id="waits"))
+    return lock_id
+
+
+def moves(plan: PlanView) -> list[tuple[str, str, str | None]]:
+    return [(job.id, job.from_, job.to) for job in plan.jobs]
+
+
+@in_virtual_time
+async def test_a_plan_of_time_says_what_a_pass_would_do_and_does_it_once() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await ripe(house)
+        plan = await made(planner, "r", action="recover-stuck")
+        assert moves(plan) == [("stuck", "processing", "queued")]
+        plan = await made(planner, action="cleanup", reason="now")
+        assert moves(plan) == [("stuck", "processing", "queued"), ("late", "queued", "failed"), ("old", "failed", None)]
+        assert (plan.filter, plan.more, plan.next_cursor, plan.skipped) == (None, False, None, [])
+        assert plan.scope is not None
+        assert "what a pass would mend is not part of a plan" in plan.scope
+        assert (await house.yes(Get(id="stuck"))).status == "processing", "nothing is done yet"
+        result = await applied(planner)
+        assert (result.applied, result.changed, result.refused) == (3, [], [])
+        assert (await house.yes(Get(id="late"))).status == "failed"
+        assert (await house.no(Get(id="old"))).code == "job_not_found"
+        rows = [(row.what, row.reason, row.who) for row in house.disk.audited.values()]
+        assert rows == [("plan-cleanup", "now", "eve"), ("plan-cleanup", None, "eve")], "a slice, and the whole"
+        assert (await applied(planner)).repeated
+        other = await applied(planner, "r")
+        assert (other.applied, [each.id for each in other.changed]) == (0, ["stuck"])
+        assert (await made(planner, "n", action="cleanup")).count == 0
+
+
+@pytest.mark.parametrize(("action", "count"), [("recover-stuck", 1), ("cleanup", 3)])
+def test_what_has_revived_since_is_told(action: PlanAction, count: int) -> None:
+    @in_virtual_time
+    async def play() -> None:
+        async with Household() as house:
+            planner = Planner(house.actor, house.clock)
+            lock_id = await ripe(house)
+            assert (await made(planner, action=action)).count == count
+            await house.yes(Progress(id="stuck", lock_id=lock_id, progress=1))
+            result = await applied(planner)
+            assert (result.applied, [each.id for each in result.changed]) == (count - 1, ["stuck"])
+            assert (await house.yes(Get(id="stuck"))).status == "processing"
+            assert (await made(planner, "q", action=action)).count == 0
+
+    play()
+
+
+@in_virtual_time
+async def test_the_daemon_itself_says_which_jobs() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        for action in get_args(PlanAction):
+            for name, given in (("filter", Filter()), ("ids", ["a"]), ("cursor", "failed.7")):
+                wrong = await planner.make(MakePlan(action=action, **{name: given}), "x")  # type: ignore[arg-type]
+                if action in OF_TIME:
+                    assert isinstance(wrong, Refusal)
+                    assert (wrong.code, wrong.details["field"]) == ("invalid_request", f"$.{name}")
+                    assert f"{action} takes no `{name}`" in wrong.message
+        house.actor.stop()
+        refused = await planner.make(MakePlan(action="cleanup"), "x")
+        assert isinstance(refused, Refusal)
+        assert refused.code == "shutting_down"
+
+
+@in_virtual_time
+async def test_while_the_clock_is_in_doubt_nothing_is_planned_to_be_deleted() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await ripe(house)
+        house.step_ms = 2 * DAY_MS
+        assert [job.id for job in (await made(planner, action="cleanup")).jobs] == ["stuck"]
+
+
+@in_virtual_time
+async def test_on_a_full_disk_time_makes_room() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await ripe(house)
+        await made(planner, action="cleanup")
+        house.disk.fill()
+        await house.no(Create(id="x"))
+        assert (await applied(planner)).applied == 3
+        house.disk.free()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_builder, "MAX_PLAN", 3)
+    monkeypatch.setattr(plan_builder, "LOOK", 2)
+
+
+async def crowd(house: Household, stuck: int, late: int, old: int) -> None:
+    for n in range(stuck):
+        await house.held(f"s{n}", lock_ttl_ms=SECOND_MS)
+    for n in range(late):
+        await house.yes(Create(id=f"l{n}", expires_at=house.now + SECOND_MS))
+    for n in range(old):
+        expires_at = WALL + (n + 1) * SECOND_MS
+        await house.yes(Import(id=f"o{n}", status="failed", error_message="x", expires_at=expires_at))
+    await asyncio.sleep(120)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("there", "found", "more"),
+    [
+        ((3, 0, 0), ["s0", "s1", "s2"], False),
+        ((4, 0, 0), ["s0", "s1", "s2"], True),
+        ((2, 2, 0), ["s0", "s1", "l0"], True),
+        ((0, 0, 3), ["o0", "o1", "o2"], False),
+        ((0, 0, 5), ["o0", "o1", "o2"], True),
+        ((1, 1, 1), ["s0", "l0", "o0"], False),
+        ((2, 1, 1), ["s0", "s1", "l0"], True),
+    ],
+)
+def test_a_plan_takes_so_many_and_the_rest_is_planned_once_it_was_applied(
+    there: tuple[int, int, int], found: list[str], *, more: bool
+) -> None:
+    @in_virtual_time
+    async def play() -> None:
+        async with Household() as house:
+            planner = Planner(house.actor, house.clock)
+            await crowd(house, *there)
+            plan = await made(planner, action="cleanup")
+            assert ([job.id for job in plan.jobs], plan.more, plan.next_cursor) == (found, more, None)
+            await applied(planner)
+            assert (await made(planner, "q", action="cleanup")).count == sum(there) - 3
+
+    play()
+
+
+@pytest.mark.parametrize(("there", "found"), [((3, 0, 0), 0), ((0, 0, 3), 2)])
+@pytest.mark.usefixtures("small")
+def test_a_plan_that_would_look_for_too_long_ends(
+    monkeypatch: pytest.MonkeyPatch, there: tuple[int, int, int], found: int
+) -> None:
+    monkeypatch.setattr(plan_builder, "MAKING_S", 0)
+
+    @in_virtual_time
+    async def play() -> None:
+        async with Household() as house:
+            await crowd(house, *there)
+            plan = await made(Planner(house.actor, house.clock), action="cleanup")
+            assert (plan.count, plan.more) == (found, True)
+
+    play()
+
+
+@pytest.mark.usefixtures("small")
+def test_who_revives_while_the_plan_is_made_is_not_in_it() -> None:
+    @in_virtual_time
+    async def play() -> None:
+        async with Household() as house:
+            locks = [await house.held(f"s{n}", lock_ttl_ms=SECOND_MS) for n in range(3)]
+            await asyncio.sleep(120)
+            making = asyncio.create_task(made(Planner(house.actor, house.clock), action="recover-stuck"))
+            await asyncio.sleep(plan_builder.PAUSE_S / 2)
+            await house.yes(Progress(id="s2", lock_id=locks[2], progress=1))
+            assert [job.id for job in (await making).jobs] == ["s0", "s1"]
+
+    play()
+
+
+@in_virtual_time
+async def test_who_is_not_finished_any_more_when_it_is_read_is_not_in_it() -> None:
+    async with Household() as house:
+        await crowd(house, 0, 0, 2)
+        expired = house.disk.expired
+
+        async def moved_on(now: int, limit: int, skip: int = 0) -> list[str]:
+            found = await expired(now, limit, skip)
+            if not skip:
+                await house.yes(ForceReset(id="o0"))
+            return found
+
+        house.disk.expired = moved_on  # type: ignore[method-assign]
+        plan = await made(Planner(house.actor, house.clock), action="cleanup")
+        assert [job.id for job in plan.jobs] == ["o1"]
+
+
+@in_virtual_time
+async def test_who_is_named_again_is_in_it_once() -> None:
+    """A damaged row that cannot be moved out of the way counts in the order, and is not named."""
+    async with Household() as house:
+        await crowd(house, 0, 0, 3)
+        pages = {0: ["o0", "o1"], 2: ["o1", "o2"]}
+
+        async def overlapping(now: int, limit: int, skip: int = 0) -> list[str]:
+            return pages.get(skip, [])
+
+        house.disk.expired = overlapping  # type: ignore[method-assign]
+        plan = await made(Planner(house.actor, house.clock), action="cleanup")
+        assert [job.id for job in plan.jobs] == ["o0", "o1", "o2"]
+
+
+@in_virtual_time
+async def test_late_results_of_what_is_deleted_are_counted_and_change_the_job() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        locks = {}
+        for job_id in ("a", "b"):
+            locks[job_id] = await house.held(job_id)
+            await house.yes(ForceFail(id=job_id))
+        await house.no(Complete(id="a", lock_id=locks["a"], file_path="/out"))
+        await asyncio.sleep(40 * 24 * 3600)
+        plan = await made(planner, action="cleanup")
+        assert sorted((job.id, job.late_results) for job in plan.jobs) == [("a", 1), ("b", 0)]
+        assert plan.with_late_results == 1
+        await house.no(Complete(id="b", lock_id=locks["b"], file_path="/out"))
+        result = await applied(planner)
+        assert (result.applied, [each.id for each in result.changed]) == (1, ["b"])
+        await house.yes(Adopt(id="b"))
+
+
+@in_virtual_time
+async def test_a_long_plan_of_time_goes_in_slices() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await crowd(house, 0, 0, plans.SLICE + 5)
+        assert (await made(planner, action="cleanup")).count == plans.SLICE + 5
+        assert (await applied(planner)).applied == plans.SLICE + 5
+
+
+def test_a_version_that_was_only_looked_at_does_not_serve_time() -> None:
+    """GetVersion gives that of operators' actions; a plan of time has its own."""
+    desk = Desk()
+    desk.held()
+    desk.passes(HOUR_MS)
+    seen = desk.yes(GetVersion(id="a")).version
+    assert apply(desk, "cleanup", [Expected("a", seen)]).applied == 0
+    job: Job = desk.job()
+    assert job.status == "processing"

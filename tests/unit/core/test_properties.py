@@ -1,0 +1,480 @@
+"""Any sequence of commands over the real rules and the real book: what must hold after every single step.
+
+The desk compares rows with folded events, every order and counter with a recount, and tokens with those before.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd.core import decide, transitions
+from jobd.core.changeset import Decision
+from jobd.core.validation import counts, validate
+from jobd.model.commands import (
+    Adopt,
+    AnyCommand,
+    Bulk,
+    Call,
+    Cancel,
+    Claim,
+    Complete,
+    Create,
+    CreditAbsence,
+    Delete,
+    DeleteExpired,
+    EndGrants,
+    Expire,
+    Export,
+    Extend,
+    ExtendLock,
+    Fail,
+    ForceFail,
+    ForceReset,
+    Get,
+    GetVersion,
+    Import,
+    LateResults,
+    List,
+    Locks,
+    Mend,
+    Pause,
+    Ping,
+    Progress,
+    Queues,
+    Recover,
+    Release,
+    ReleaseLock,
+    Report,
+    Resume,
+    RunNow,
+    Start,
+    Stats,
+    Tick,
+    Timeline,
+    Transition,
+    Undelivered,
+    Update,
+    Updates,
+    Validate,
+    Why,
+    Workers,
+)
+from jobd.model.errors import Refusal
+from jobd.model.job import (
+    FINISHED,
+    STATUSES,
+    TRANSITIONS,
+    Backoff,
+    Ended,
+    Failure,
+    Grant,
+    Job,
+    Lease,
+    Options,
+    Policy,
+    Result,
+)
+from jobd.model.responses import Answer
+from tests.proof.simulation.promises import NOTES
+from tests.support.rule_harness import NOW, SEED, Desk, due_order
+
+# Short times, so that a few steps cross every boundary.
+POLICY: Final = Policy(
+    lock_ttl_ms=1_000,
+    max_processing_ms=3_000,
+    stuck_after_ms=1_500,
+    max_stalls=1,
+    keep_completed_ms=2_000,
+    keep_failed_ms=4_000,
+    keep_cancelled_ms=1_000,
+    live_jobs=5,
+)
+
+ids = st.sampled_from("aaabbc")
+queues = st.sampled_from(["default", "default", "default", "q"])
+kinds = st.sampled_from(["", "", "k"])
+workers = st.sampled_from(["w-1", "w-2"])
+waits = st.integers(0, 2_500)
+maybe_wait = st.none() | waits
+maybe_time = st.none() | st.integers(NOW - 3_000, NOW + 9_000)
+priorities = st.integers(-1, 1)
+percents = st.sampled_from([0, 0.5, 50, 100])
+# Of the job's grants: the current one, the last that ended, or none that ever was.
+locks = st.sampled_from(["current"] * 6 + ["ended", "never"])
+maybe_text = st.none() | st.just("words")
+some_ids = st.lists(ids, max_size=3)
+slices = st.integers(1, 3)
+
+creates = st.builds(
+    Create,
+    id=st.none() | ids,
+    queue=queues,
+    kind=kinds,
+    priority=priorities,
+    max_attempts=st.integers(1, 2),
+    backoff=st.builds(Backoff, kind=st.sampled_from(["exponential", "fixed"]), base_ms=waits, jitter=st.booleans()),
+    on_stall=st.sampled_from([None, "auto", "requeue", "fail"]),
+    max_stalls=st.sampled_from([None, 0]),
+    stuck_after_ms=maybe_wait,
+    max_processing_ms=maybe_wait,
+    run_at=st.sampled_from([None] * 6 + [NOW - 1_000, NOW + 2_000]),
+    delay_ms=st.sampled_from([None] * 6 + [0, 1_500]),
+    expires_at=st.sampled_from([None] * 6 + [NOW + 2_000, NOW + 9_000]),
+)
+updates = st.builds(
+    Updates,
+    error_message=maybe_text,
+    priority=st.none() | priorities,
+    run_at=maybe_time,
+    max_attempts=st.none() | st.integers(1, 3),
+    storage_key=st.none() | st.just("k/1"),
+    metadata=st.none() | st.just(Raw(b"null")) | st.just(Raw(b"[1]")),
+)
+imports = st.builds(
+    Import,
+    id=ids,
+    queue=queues,
+    kind=kinds,
+    status=st.sampled_from(STATUSES),
+    progress=st.none() | percents,
+    attempt=st.integers(0, 2),
+    stalls=st.integers(0, 2),
+    created_at=maybe_time,
+    updated_at=maybe_time,
+    run_at=maybe_time,
+    started_at=maybe_time,
+    finished_at=maybe_time,
+    expires_at=maybe_time,
+    worker=st.none() | workers,
+    error_message=maybe_text,
+)
+holders = st.one_of(
+    st.builds(Progress, id=ids, lock_id=locks, progress=percents, message=maybe_text),
+    st.builds(Extend, id=ids, lock_id=locks, additional_ms=st.none() | st.integers(1, 5_000)),
+    st.builds(
+        Complete,
+        id=ids,
+        lock_id=locks,
+        storage_key=st.sampled_from([None, "k", "k", "k", "/k"]),
+        expires_at=st.sampled_from([None] * 4 + [NOW + 2_000]),
+    ),
+    st.builds(Fail, id=ids, lock_id=locks, error_message=st.just("e"), retry=st.booleans(), retry_after_ms=maybe_wait),
+    st.builds(Release, id=ids, lock_id=locks, delay_ms=maybe_wait),
+    st.builds(ExtendLock, id=ids, lock_id=locks, additional_ms=st.none() | st.integers(1, 5_000)),
+    st.builds(ReleaseLock, id=ids, lock_id=locks),
+    st.builds(Undelivered, id=ids, lock_id=locks),
+)
+grants = st.one_of(
+    st.builds(Start, id=ids, worker=workers, lock_ttl_ms=st.none() | st.integers(1, 2_000), stuck_after_ms=maybe_wait),
+    st.builds(
+        Claim,
+        worker=workers,
+        queues=st.lists(queues, min_size=1, max_size=3),
+        kinds=st.none() | st.lists(kinds, min_size=1, max_size=2),
+        limit=st.integers(1, 3),
+        stuck_after_ms=maybe_wait,
+    ),
+)
+rehearsals = st.sampled_from([False, False, False, True])
+operators = st.one_of(
+    st.builds(ForceFail, id=ids, reason=maybe_text),
+    st.builds(ForceReset, id=ids),
+    st.builds(
+        Transition,
+        id=ids,
+        from_=st.sampled_from(STATUSES),
+        to=st.sampled_from(STATUSES),
+        updates=updates,
+        dry_run=rehearsals,
+    ),
+    st.builds(RunNow, id=ids, dry_run=rehearsals),
+    st.builds(
+        Update,
+        id=ids,
+        priority=st.none() | priorities,
+        run_at=maybe_time,
+        max_attempts=st.none() | st.integers(1, 3),
+        dry_run=rehearsals,
+    ),
+    st.builds(Adopt, id=ids, result=st.sampled_from([None, None, None, 1]), dry_run=rehearsals),
+    st.builds(Delete, id=ids),
+    st.builds(Pause, name=queues),
+    st.builds(Resume, name=queues),
+    st.builds(Cancel, id=ids, reason=maybe_text),
+    imports,
+)
+of_time = st.one_of(
+    st.builds(Recover, limit=slices),
+    st.builds(Expire, limit=slices),
+    st.builds(DeleteExpired, ids=some_ids),
+    st.builds(Mend, ids=some_ids),
+    st.builds(CreditAbsence, ids=some_ids, grace_ms=waits),
+    st.builds(EndGrants, ids=some_ids, last=st.booleans()),
+    st.just(Tick()),
+    st.just(Report(body=b"{}")),
+)
+reads = st.one_of(
+    st.builds(Get, id=ids),
+    st.builds(Timeline, id=ids),
+    st.builds(GetVersion, id=ids),
+    st.builds(LateResults, id=ids),
+    st.builds(Why, id=ids),
+    st.builds(Validate, id=ids),
+    st.sampled_from([List(), Queues(), Workers(), Stats(), Locks(), Export(), Ping()]),
+)
+
+
+def weighted(*choices: tuple[int, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    """Groups by weight, however many commands each has: a walk that gets nowhere proves nothing."""
+    return st.sampled_from([group for weight, group in choices for _ in range(weight)]).flatmap(lambda group: group)
+
+
+commands = weighted(
+    (3, creates),
+    (1, st.builds(Bulk, jobs=st.lists(creates, min_size=1, max_size=3))),
+    (5, grants),
+    (5, holders),
+    (2, operators),
+    (2, of_time),
+    (1, reads),
+)
+
+
+class Passes:
+    """Time: `wall` and `lease` in ms; the wall clock may step."""
+
+    def __init__(self, wall: int, lease: int) -> None:
+        self.wall, self.lease = wall, lease
+
+    def __repr__(self) -> str:
+        return f"Passes({self.wall}, {self.lease})"
+
+
+both_clocks = waits.map(lambda ms: Passes(ms, ms))
+wall_steps = st.integers(-5_000, 5_000).map(lambda ms: Passes(ms, 0))
+steps_of_a_run = st.tuples(weighted((6, commands), (2, both_clocks), (1, wall_steps)), st.booleans())
+sequences = st.lists(steps_of_a_run, min_size=10, max_size=60)
+long_sequences = st.lists(steps_of_a_run, min_size=100, max_size=150)
+
+
+class Run(Desk):
+    """A desk that knows, for each command, what it may have done."""
+
+    def __init__(self) -> None:
+        super().__init__(POLICY)
+        self.runs: dict[str, list[str]] = {}  # seq and id of a job -> events since it was last queued
+
+    def step(self, command: Any, *, admin: bool) -> None:
+        if isinstance(command, Passes):
+            self.now += command.wall
+            self.lease += command.lease
+            return
+        command = self._named(command)
+        before = dict(self.rows)
+        expected = self._expected_claim(command)
+        decision = self.decide(command, admin=admin, by="admin" if admin else "client")
+        self._check_refusal(decision)
+        self._check_who_spoke(command, decision, before)
+        self._check_changes(command, decision)
+        self._check_rows()
+        if expected is not None:
+            assert isinstance(decision.answer, Answer)
+            assert [granted.job.id for granted in decision.answer.data.grants] == expected
+
+    def _named(self, command: AnyCommand) -> AnyCommand:
+        """Aim at a job that is there, and put the real lock id in the place of its name."""
+        job_id, name = getattr(command, "id", None), getattr(command, "lock_id", None)
+        if job_id is None or isinstance(command, (Create, Import)):
+            return command
+        held = [job.id for job in self.rows.values() if job.grant is not None]
+        if name == "current" and held and job_id not in held:
+            job_id = held[self.now % len(held)]
+        elif job_id not in self.rows and self.rows and name != "never":
+            job_id = list(self.rows)[self.now % len(self.rows)]
+        job = self.rows.get(job_id)
+        if name == "current" and job is not None and job.grant is not None:
+            return replace(command, id=job_id, lock_id=job.grant.lock_id)
+        if name == "ended" and job is not None and job.ended is not None:
+            return replace(command, id=job_id, lock_id=job.ended.lock_id)
+        return replace(command, id=job_id)
+
+    def _expected_claim(self, command: AnyCommand) -> list[str] | None:
+        """Whom a claim has to grant, by a plain sort: never a later job before an earlier one."""
+        if not isinstance(command, Claim):
+            return None
+        order = due_order(self.rows.values(), self.now, command.queues, command.kinds, self.book.paused)
+        wanted = [job_id for job_id in order if not transitions.is_overdue(self.rows[job_id], self.now)]
+        return wanted[: command.limit]
+
+    def _check_refusal(self, decision: Decision) -> None:
+        """A refusal changes nothing, but where time itself had to act first."""
+        if isinstance(decision.answer, Refusal):
+            assert all(change.event.type in ("stalled", "expired", *NOTES) for change in decision.changes)
+            assert decision.answer.status in range(400, 600)
+            assert decision.answer.message.endswith(".") or "jobctl" in decision.answer.message
+
+    def _check_who_spoke(self, command: AnyCommand, decision: Decision, before: dict[str, Job]) -> None:
+        """Only the latest grant of a processing job changes it."""
+        held = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
+        if not isinstance(command, held) or not decision.changes:
+            return
+        job = before[command.id]
+        if isinstance(decision.answer, Refusal):
+            kinds = ["late_call"], *([["late_result"]] if isinstance(command, Complete) else [])
+            assert [change.event.type for change in decision.changes] in kinds
+            assert self.rows == before
+            return
+        assert job.status == "processing"
+        assert job.grant is not None
+        assert job.grant.lock_id == command.lock_id
+        assert [change.event.job_id for change in decision.changes] == [command.id]
+
+    def _check_changes(self, command: AnyCommand, decision: Decision) -> None:
+        for change in decision.changes:
+            before, after, event = change.before, change.after, change.event
+            if before is not None and after is not None and before.status != after.status:
+                assert (before.status, after.status) in TRANSITIONS
+            if before is not None and before.status == "completed":
+                assert event.type in ("deleted", "fixed", *NOTES)
+            if event.type == "stalled" and isinstance(command, (Recover, Start)):
+                assert before is not None
+                assert transitions.is_stuck(before, self.lease)
+            if event.type == "deleted":
+                assert before is not None
+                assert before.status in FINISHED
+                assert isinstance(command, Delete) or (before.expires_at or 0) <= self.now
+            if event.type == "granted":
+                assert before is not None
+                assert before.status == "queued"
+                assert before.run_at <= self.now
+                assert before.options.queue not in self.book.paused
+
+    def _check_rows(self) -> None:
+        for job in self.rows.values():
+            assert (job.status == "processing") == (job.grant is not None) == (job.lease is not None)
+            if job.lease is not None and job.lease.ceiling is not None:
+                assert job.lease.expires <= job.lease.ceiling
+            if job.seq not in self.book.suspects:
+                bad = [issue for issue in validate(job, self.at, self.policy).issues if counts(issue)]
+                assert not bad or transitions.is_stuck(job, self.at.lease), bad  # only recovery is left to do
+            view = self.yes(Why(id=job.id))
+            if job.status in ("queued", "processing") and job.options.queue not in self.book.paused:
+                assert view.next is not None
+
+
+@settings(max_examples=200, deadline=None)
+@given(sequences)
+@example([(Create(id="a"), False), (Start(id="a", worker="w"), False), (Passes(1_500, 1_500), False),
+          (Start(id="a", worker="w"), False)])  # fmt: skip
+def test_any_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
+    run = Run()
+    for command, admin in sequence:
+        run.step(command, admin=admin)
+
+
+@settings(max_examples=12, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(long_sequences)
+def test_any_long_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
+    run = Run()
+    for command, admin in sequence:
+        run.step(command, admin=admin)
+
+
+@settings(max_examples=50, deadline=None)
+@given(sequences)
+def test_the_same_commands_at_the_same_times_give_the_same_events(sequence: list[tuple[Any, bool]]) -> None:
+    first, second = Run(), Run()
+    for command, admin in sequence:
+        first.step(command, admin=admin)
+        second.step(command, admin=admin)
+    assert first.events == second.events
+
+
+@settings(max_examples=40, deadline=None)
+@given(sequences, st.integers(0, 10_000))
+def test_nothing_stays_for_ever_once_time_passes(sequence: list[tuple[Any, bool]], away: int) -> None:
+    """When everybody has gone, recovery alone ends every grant, and no job is left in nobody's hands."""
+    run = Run()
+    for command, admin in sequence:
+        run.step(command, admin=admin)
+    run.passes(away)
+    for _ in range(20):
+        run.passes(POLICY.lock_ttl_ms + 5_000)
+        run.yes(Recover(limit=9))
+    assert not run.book.processing
+
+
+odd_times = st.sampled_from([0, 1, 999, 1_000, 1_001, 5_000])
+leases = st.builds(Lease, expires=odd_times, silent=odd_times, ceiling=st.none() | odd_times, cleared=st.booleans())
+hand_made = st.builds(
+    Job,
+    seq=st.just(900),
+    id=st.just("a"),
+    options=st.builds(Options, on_stall=st.sampled_from(["auto", "fail", "requeue", "?"]), queue=queues),
+    status=st.sampled_from([*STATUSES, "odd", ""]),
+    created_at=st.integers(NOW - 5, NOW + 5),
+    updated_at=st.integers(NOW - 5, NOW + 5),
+    run_at=st.integers(NOW - 5, NOW + 5),
+    progress=st.sampled_from([-1, 0, 50, 101.5]),
+    attempt=st.integers(0, 2),
+    stalls=st.integers(0, 9),
+    started_at=maybe_time,
+    finished_at=maybe_time,
+    expires_at=maybe_time,
+    grant=st.none() | st.builds(
+        Grant, lock_id=st.just("l"), fencing_token=st.just(1), worker=workers, acquired_at=st.just(NOW),
+        ttl_ms=st.just(1_000), stuck_after_ms=waits, max_processing_ms=waits,
+    ),
+    lease=st.none() | leases,
+    ended=st.none() | st.just(Ended("l", 1, "w", NOW, "r", "r", "release", "h")),
+    result=st.none() | st.just(Result()) | st.just(Result("u")),
+    error=st.none() | st.just(Failure(None)),
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(hand_made, st.lists(st.tuples(commands, waits), min_size=1, max_size=6))
+def test_rules_take_any_row_that_hands_may_leave(job: Job, sequence: list[tuple[AnyCommand, int]]) -> None:
+    """`decide` is total: whatever is in the book, there is an answer or a refusal, and the book can go on."""
+    desk = Desk(POLICY)
+    book = desk.book
+    book.swap(None, job)
+    for command, ms in sequence:
+        desk.now += ms
+        desk.lease += ms
+        book.advance(desk.now, desk.lease)
+        decision = decide.decide(book, Call(_aimed(command), "client", SEED), desk.at, POLICY)
+        assert isinstance(decision.answer, (Answer, Refusal))
+        for change in decision.changes:
+            book.put(change)
+        assert book.total() == sum(each.status in STATUSES for each in [*book.jobs.values(), *book.finished.values()])
+
+
+def _aimed(command: AnyCommand) -> AnyCommand:
+    return replace(command, lock_id="l") if hasattr(command, "lock_id") else command
+
+
+@settings(max_examples=100, deadline=None)
+@given(hand_made)
+def test_a_pass_leaves_no_row_that_it_could_mend(job: Job) -> None:
+    desk = Desk(POLICY)
+    desk.book.swap(None, job)
+    desk.book.suspects[job.seq] = job.id
+
+    def mend() -> Any:
+        desk.book.advance(desk.now, desk.lease)
+        decision = decide.decide(desk.book, Call(Mend(ids=["a"]), "cleanup", SEED), desk.at, POLICY)
+        for change in decision.changes:
+            desk.book.put(change)
+        assert isinstance(decision.answer, Answer)
+        return decision.answer.data
+
+    mend()
+    again = mend()
+    assert again.done == 0
+    assert all(issue.field in ("status", "lock") for _, issue in again.issues)

@@ -1,0 +1,644 @@
+"""The book: live jobs in every order and counter, as time passes, as the wall clock steps back, as rows go bad."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd.core import state
+from jobd.core.ready_queue import SLACK, Lane
+from jobd.core.state import FINISHED_KEPT, Book
+from jobd.model.commands import (
+    Cancel,
+    Create,
+    Delete,
+    ForceReset,
+    Import,
+    Mend,
+    Pause,
+    Recover,
+    Release,
+    Resume,
+    Update,
+)
+from jobd.model.events import Change, Event, QueuePause
+from jobd.model.job import (
+    COUNTER_MASK,
+    HOUR_MS,
+    MINUTE_MS,
+    TOKEN_COUNTER_BITS,
+    Grant,
+    Job,
+    Lease,
+    Options,
+    Result,
+    Untouched,
+)
+from jobd.model.storage import Numbers, Opened, QueueRow
+from tests.support.rule_harness import NOW, Desk, compare, picture
+
+TTL = 15 * MINUTE_MS
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def queued(seq: int, **fields: Any) -> Job:
+    return replace(Job(seq, f"job-{seq}", Options(), "queued", NOW, NOW, NOW), **fields)
+
+
+def held(seq: int, worker: str, expires: int = 500) -> Job:
+    grant = Grant(f"lock-{seq}", seq, worker, NOW, 1, 1, 0)
+    return replace(queued(seq), status="processing", started_at=NOW, grant=grant, lease=Lease(expires, expires, None))
+
+
+def test_an_empty_book() -> None:
+    book = Book()
+    assert (book.total(), book.live_locks(), book.get("a"), book.oldest_due_at("q")) == (0, 0, None, None)
+    assert (book.next_run_at(), book.next_deadline(), book.next_expiry()) == (None, None, None)
+    assert list(book.due(["q"], None)) == []
+    assert book.queue_row("q") == QueueRow()
+    assert book.numbers(7, 9, False) == Numbers(lease_ms=7, wall_ms=9)
+
+
+def test_a_start_finds_live_jobs_and_the_counts_of_finished_ones() -> None:
+    numbers = Numbers(3, 11, 12, 13, 400, NOW, True)
+    jobs = [queued(1), queued(2, run_at=NOW + 1), held(3, "w-1"), held(4, "w-2", expires=400)]
+    queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, cancelled=1)}
+    book = Book.opened(Opened(numbers, jobs, queues=queues))
+    assert book.numbers(400, NOW, True) == numbers
+    assert book.clock_suspect
+    assert book.total() == 12
+    assert book.counts["default"] == {"queued": 2, "processing": 2, "completed": 5, "failed": 2, "cancelled": 0}
+    assert book.totals["cancelled"] == 1
+    assert book.paused == {"idle": QueuePause()}
+    assert [job.seq for job in book.due(["default"], None)] == [1]
+    assert (book.live_locks(), list(book.stuck)) == (1, ["job-4"])
+    assert (book.next_run_at(), book.next_deadline()) == (NOW + 1, 500)
+    assert {name: row for name in queues for row in [book.queue_row(name)]} == queues
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_jobs_in_short_enter_all_at_once_as_one_by_one(seed: int) -> None:
+    dice = random.Random(seed)
+    shared = [
+        Options(queue=queue, kind=kind, priority=priority) for queue in "qr" for kind in "kl" for priority in (0, 1)
+    ]
+    jobs = []
+    for seq in dice.sample(range(1, 1_000), 300):
+        options = dice.choice(shared)
+        jobs.append(Untouched(seq, f"job-{seq}", replace(options), NOW + dice.randint(-30, 5)))  # equal, not identical
+        if dice.random() < 0.9:
+            jobs[-1] = replace(jobs[-1], options=options)
+    touched = [held(seq, f"w-{seq % 3}") for seq in range(2_000, 2_020)]
+    queues = {"q": QueueRow(paused=True, failed=2)}
+    numbers = Numbers(wall_ms=NOW)
+    at_once = Book.opened(Opened(numbers, touched, jobs, queues))
+    one_by_one = Book.opened(Opened(numbers, [*(job.whole() for job in jobs), *touched], queues=queues))
+    rows = {job.id: job for job in [*(job.whole() for job in jobs), *touched]}
+    for step_ms in (0, 3, -20, 30):
+        for book in (at_once, one_by_one):
+            book.set_paused("q", None)
+            book.advance(book._now + step_ms, 0)
+        assert picture(at_once) == picture(one_by_one)
+        assert at_once.next_run_at() == one_by_one.next_run_at()
+        assert {lane.name: lane.live for lane in at_once._lanes} == {lane.name: lane.live for lane in one_by_one._lanes}
+    for book in (at_once, one_by_one):
+        for job in rows.values():
+            book.swap(job, None)
+        compare_nothing_left(book)
+
+
+def compare_nothing_left(book: Book) -> None:
+    assert (len(book.jobs), book._queued, book._lanes) == (0, {}, {})
+    assert {status: count for status, count in book.totals.items() if count} == {"failed": 2}
+
+
+def test_only_new_jobs_are_kept_in_short(desk: Desk) -> None:
+    desk.create("a")
+    desk.create("b", delay_ms=5)
+    lock_id = desk.held("c")
+    assert desk.book.jobs.touched() == {"b", "c"}
+    desk.yes(Release(id="c", lock_id=lock_id))
+    desk.yes(Update(id="a", priority=1))
+    assert desk.book.jobs.touched() == {"a", "b", "c"}
+    assert desk.claim(limit=9) == ["c", "a"]
+
+
+def test_numbers_are_burnt_as_they_are_used() -> None:
+    book = Book(Numbers(epoch=3))
+    job = replace(held(7, "w"), grant=Grant("l", (3 << TOKEN_COUNTER_BITS) | 40, "w", NOW, 1, 1, 0))
+    book.put(Change(None, job, Event(9, NOW, "imported", 7, job.id, "default", None, "processing", "admin")))
+    assert (book.next_event, book.next_job, book.next_token) == (10, 8, 41)
+    assert book.suspects == {7: job.id}
+    earlier = queued(3)
+    book.put(Change(None, earlier, Event(5, NOW, "created", 3, earlier.id, "default", None, "queued", "client")))
+    assert (book.next_event, book.next_job, book.next_token) == (10, 8, 41)
+
+
+def test_a_grant_of_an_earlier_epoch_does_not_use_up_the_counter() -> None:
+    book = Book(Numbers(epoch=3, next_token=5))
+    for epoch, counter, numbers in [
+        (2, COUNTER_MASK, (3, 5)),
+        (3, 4, (3, 5)),
+        (3, 5, (3, 6)),
+        (3, COUNTER_MASK, (3, COUNTER_MASK + 1)),
+        (8, 1, (8, 2)),
+        (3, COUNTER_MASK, (8, 2)),
+    ]:
+        job = replace(held(7, "w"), grant=Grant("l", (epoch << TOKEN_COUNTER_BITS) | counter, "w", NOW, 1, 1, 0))
+        book.put(Change(job, job, Event(9, NOW, "extended", 7, job.id, "default", "processing", "processing", "w")))
+        assert (book.epoch, book.next_token) == numbers
+
+
+def test_the_request_that_made_a_job_is_known_for_the_rest_of_the_batch(desk: Desk) -> None:
+    desk.create("a")
+    assert set(desk.book.request_hashes) == {"a"}
+    desk.yes(Import(id="b"))
+    assert desk.book.request_hashes.get("b", "") == ""
+
+
+def test_equal_options_are_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "OPTIONS_KEPT", 2)
+    book = Book()
+    first = book.shared(Options(queue="a"))
+    assert book.shared(Options(queue="a")) is first
+    book.shared(Options(queue="b"))
+    assert book.shared(Options(queue="c")) == Options(queue="c")  # begins anew
+    assert len(book._options) == 1
+    assert book.shared(Options(queue="a")) is not first
+
+
+def test_finished_jobs_pass_through(desk: Desk) -> None:
+    for number in range(FINISHED_KEPT + 2):
+        desk.book.loaded(replace(queued(number + 1), status="cancelled"))
+    desk.book.loaded(replace(queued(1), status="cancelled"))  # named again: the last to go
+    desk.book.trim_finished()
+    assert len(desk.book.finished) == FINISHED_KEPT
+    assert desk.book.get("job-1") is not None
+    assert desk.book.get("job-2") is None
+    assert desk.book.total() == 0  # those of the disk are counted by the store
+
+
+def test_finished_jobs_at_hand_have_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "FINISHED_BYTES", 3_000)
+    book = Book()
+    for seq in range(1, 6):
+        result = Result(metadata=Raw(b'"%s"' % (b"y" * 998)))
+        book.loaded(replace(queued(seq), status="completed", result=result))
+        book.loaded(replace(queued(seq), status="completed", result=result))  # the same again weighs no more
+    book.trim_finished()
+    assert list(book.finished) == ["job-3", "job-4", "job-5"]
+    book.swap(book.finished["job-4"], None)
+    book.loaded(replace(queued(6), status="completed", result=Result(file_path="/x")))
+    book.trim_finished()
+    assert (list(book.finished), book._finished_bytes) == (["job-3", "job-5", "job-6"], 2_000)
+    book.loaded(replace(queued(8), status="cancelled"))
+    assert book._finished_bytes == 2_000, "who has no result weighs nothing"
+    book.swap(book.finished["job-8"], None)
+    book.loaded(replace(queued(7), status="completed", result=Result(metadata=Raw(b'"%s"' % (b"y" * 3_000)))))
+    book.trim_finished()
+    assert (list(book.finished), book._finished_bytes) == ([], 0)
+
+
+def test_finished_jobs_at_hand_have_room_for_megabytes() -> None:
+    book = Book()
+    for seq in (1, 2):
+        result = Result(metadata=Raw(b'"%s"' % (b"y" * (4 << 20))))
+        book.loaded(replace(queued(seq), status="completed", result=result))
+    book.trim_finished()
+    assert list(book.finished) == ["job-1", "job-2"]
+
+
+def test_a_deleted_job_is_gone_from_everything(desk: Desk) -> None:
+    desk.completed()
+    desk.yes(Delete(id="a"))
+    assert (desk.book.get("a"), desk.book.total(), desk.book.finished) == (None, 0, {})
+
+
+@pytest.mark.parametrize("status", ["queued", "processing", "completed"])
+def test_a_quarantined_job_leaves_every_order(desk: Desk, status: str) -> None:
+    desk.create()
+    if status != "queued":
+        lock_id = desk.start()
+        if status == "completed":
+            desk.row(replace(desk.job(), status="completed", grant=None, lease=None))
+        assert lock_id
+    desk.book.suspects[1] = "a"
+    desk.book.quarantine("a", "bad")
+    del desk.rows["a"]
+    assert desk.book.quarantined == {"a": "bad"}
+    assert desk.book.suspects == {}
+    desk.passes(HOUR_MS)
+    compare(desk.book, {}, desk.at)
+    desk.book.quarantine("never", "bad")
+
+
+def test_a_live_job_whose_damaged_row_cannot_be_moved_leaves_every_order_too(desk: Desk) -> None:
+    desk.create("a")
+    desk.book.quarantine("a", "bad", is_moved=False)
+    assert desk.book.unmoved == {"a": None}
+    del desk.rows["a"]
+    compare(desk.book, {}, desk.at)
+    desk.book.quarantine("unknown", "bad", is_moved=False)
+    assert desk.book.unmoved == {"a": None, "unknown": None}
+
+
+def test_a_finished_job_whose_row_is_not_moved_is_counted_as_it_was_before_a_batch(desk: Desk) -> None:
+    book = desk.book
+    desk.completed("a")
+    book.quarantine("a", "bad", is_moved=False)
+    assert (book.get("a"), book.unmoved, book.totals["completed"]) == (None, {"a": ("default", "completed")}, 1)
+    book.recount_unmoved("a", replace(queued(1, status="failed"), options=Options(queue="q")))
+    assert (book.counts["q"]["failed"], book.totals["failed"], book.totals["completed"]) == (1, 1, 0)
+    book.recount_unmoved("other", queued(2, status="failed"))
+    assert (book.totals["failed"], book.unmoved) == (1, {"a": ("q", "failed")}), "it is not among them"
+    for before in (queued(1), None):
+        book.recount_unmoved("a", queued(1, status="failed"))
+        book.recount_unmoved("a", before)
+        assert (book.totals["failed"], book.totals["queued"], book.unmoved) == (0, 0, {"a": None})
+
+
+def test_who_holds_what() -> None:
+    book = Book()
+    assert not book.holds("a", "l")
+    job = held(1, "w")
+    book.swap(None, job)
+    assert book.holds(job.id, "lock-1")
+    assert not book.holds(job.id, "lock-2")
+    book.swap(job, queued(1))
+    assert not book.holds(job.id, "lock-1")
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_delayed_jobs_become_due_and_somebody_is_told(desk: Desk) -> None:
+    told: list[tuple[str, str]] = []
+    desk.book.on_due = lambda queue, kind: told.append((queue, kind))
+    desk.create("a", delay_ms=5, kind="k")
+    desk.create("b", delay_ms=5, kind="k")
+    desk.create("c", queue="q")
+    assert told == [("q", "")]
+    desk.passes(4)
+    assert len(told) == 1
+    desk.passes(1)
+    assert told[1:] == [("default", "k")]
+    assert desk.claim(limit=9) == ["a", "b"]
+
+
+def test_a_delayed_job_that_is_gone_does_not_become_due(desk: Desk) -> None:
+    desk.create("a", delay_ms=5)
+    desk.yes(Cancel(id="a"))
+    desk.create("b", delay_ms=5)
+    desk.yes(Update(id="b", run_at=NOW + 9))
+    desk.passes(5)
+    assert desk.claim() == []
+    desk.passes(4)
+    assert desk.claim() == ["b"]
+
+
+def test_an_id_that_is_used_again_does_not_inherit_the_times_of_the_first(desk: Desk) -> None:
+    desk.create("a", delay_ms=5, expires_at=NOW + 7)
+    desk.yes(Cancel(id="a"))
+    desk.yes(Delete(id="a"))
+    desk.create("a", delay_ms=5, expires_at=NOW + 7)
+    desk.passes(7)
+    assert list(desk.book.overdue()) == ["a"]
+    desk.yes(Cancel(id="a"))
+    desk.yes(Delete(id="a"))
+    desk.held("a")
+    desk.passes(TTL)
+    desk.yes(Recover(limit=1))
+    assert desk.claim() == ["a"]
+
+
+def test_the_job_that_is_due_longest_of_all_queues(desk: Desk) -> None:
+    assert desk.book.oldest_due() is None
+    desk.create("gone", queue="b")
+    desk.create("z", queue="a")
+    desk.create("y", queue="b")
+    desk.yes(Cancel(id="gone"))
+
+    def oldest() -> tuple[str, str]:
+        found = desk.book.oldest_due()
+        assert found is not None
+        return found[0], found[1][3]
+
+    assert oldest() == ("a", "z"), "of the same moment the first"
+    desk.yes(Update(id="y", run_at=NOW - 1))
+    assert oldest() == ("b", "y")
+    desk.yes(Update(id="y", run_at=NOW + 1))
+    desk.yes(Update(id="z", priority=5))  # what was its place is empty
+    assert oldest() == ("a", "z")
+
+
+def test_the_wall_clock_steps_back(desk: Desk) -> None:
+    desk.create("a", expires_at=NOW + 10)
+    desk.create("b", delay_ms=10)
+    desk.create("c", delay_ms=10)
+    desk.passes(10)
+    assert desk.claim() == ["b"]
+    assert list(desk.book.overdue()) == ["a"], "a claim leaves it to recovery"
+    desk.create("d", expires_at=NOW + 20)
+    desk.passes(10)
+    assert (list(desk.book.overdue()), desk.book.next_run_at()) == (["a", "d"], None)
+    desk.now = NOW + 9
+    compare(desk.book, desk.rows, desk.at)
+    assert (list(desk.book.overdue()), desk.book.next_run_at(), desk.book.next_expiry()) == ([], NOW + 10, NOW + 10)
+    desk.now = NOW + 20
+    compare(desk.book, desk.rows, desk.at)
+    assert list(desk.book.overdue()) == ["a", "d"]
+    desk.now = NOW + 9
+    assert desk.claim(limit=9) == ["a"]
+
+
+def test_a_step_back_of_the_clock_reads_only_lanes_in_which_a_job_became_due_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    book, looked = Book(), list[Lane]()
+    next_run_at = Lane.next_run_at
+
+    def counted(lane: Lane, now: int) -> int | None:
+        looked.append(lane)
+        return next_run_at(lane, now)
+
+    monkeypatch.setattr(Lane, "next_run_at", counted)
+    rows = {}
+    for number in range(1, 1_001):
+        book.advance(NOW + number, 0)
+        job = rows[f"job-{number}"] = queued(number, run_at=NOW + number, options=Options("q", f"k-{number // 10}"))
+        book.swap(None, job)
+    looked.clear()
+    book.advance(NOW + 999, 0)
+    assert [lane.name for lane in looked] == [("q", "k-100", 0)]
+    book.swap(
+        None, queued(2_000, run_at=NOW + 5_000, options=Options("q", "later"))
+    )  # its lane hides none of the others
+    looked.clear()
+    book.advance(NOW + 975, 0)
+    assert {lane.name[1] for lane in looked} == {"k-97", "k-98", "k-99", "k-100"}
+    assert len(list(book.due(["q"], None))) == 975
+    assert book.next_run_at() == NOW + 976
+
+
+def test_overdue_jobs_that_a_clock_step_makes_due_again_wake_waiting_claims(desk: Desk) -> None:
+    desk.create("a", expires_at=NOW + 10, kind="k")
+    desk.passes(10)
+    told: list[tuple[str, str]] = []
+    desk.book.on_due = lambda queue, kind: told.append((queue, kind))
+    desk.passes(1)
+    assert (told, desk.claim()) == ([], [])
+    desk.passes(-2)
+    assert told == [("default", "k")]
+    assert desk.claim() == ["a"]
+
+
+def test_time_that_goes_on_costs_no_look_at_every_job(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Book, "_rewind", None)
+    for now in (NOW, NOW, NOW + 1):
+        desk.book.advance(now, 0)
+
+
+def test_a_job_that_moves_among_those_that_are_due_is_found_once_and_in_its_new_place(desk: Desk) -> None:
+    for name in "abc":
+        desk.create(name)
+
+    def order() -> list[str]:
+        return [job.id for job in desk.book.due(["default"], None)]
+
+    desk.yes(Update(id="c", run_at=NOW - 1))
+    assert order() == ["c", "a", "b"]
+    desk.yes(Update(id="c", run_at=NOW))
+    assert order() == ["a", "b", "c"]
+    desk.yes(Update(id="b", priority=-1))
+    assert order() == ["b", "a", "c"]
+    for _ in range(2):
+        desk.yes(Update(id="b", priority=0))
+        assert order() == ["a", "b", "c"]
+        desk.yes(Update(id="b", priority=-1))
+        assert order() == ["b", "a", "c"]
+
+
+def test_a_job_of_the_same_id_and_time_as_one_that_is_gone_is_found_once(desk: Desk) -> None:
+    for name in ("first", "again"):
+        desk.create(name)
+        desk.yes(Update(id=name, priority=1))
+    desk.yes(Cancel(id="again"))
+    desk.yes(Delete(id="again"))
+    desk.create("again", priority=1)
+    assert [job.id for job in desk.book.due(["default"], None)] == ["first", "again"]
+
+
+def test_who_is_taken_leaves_the_next_of_its_lane_in_sight(desk: Desk) -> None:
+    for name, kind in (("a", "x"), ("b", "x"), ("c", "y")):
+        desk.create(name, kind=kind)
+    desk.start("a")
+    assert [job.id for job in desk.book.due(["default"], None)] == ["b", "c"]
+
+
+def test_resuming_tells_of_every_kind_that_is_due(desk: Desk) -> None:
+    desk.create("a", kind="x")
+    desk.create("b", kind="y")
+    desk.yes(Pause(name="default"))
+    desk.yes(Pause(name="empty"))
+    told: list[tuple[str, str]] = []
+    desk.book.on_due = lambda queue, kind: told.append((queue, kind))
+    desk.yes(Resume(name="empty"))
+    assert told == []
+    desk.yes(Resume(name="default"))
+    assert sorted(told) == [("default", "x"), ("default", "y")]
+
+
+def test_a_moved_deadline_is_looked_at_when_the_old_one_comes_up(desk: Desk) -> None:
+    lock_id = desk.held()
+    first = desk.book.next_deadline()
+    desk.passes(5 * MINUTE_MS)
+    desk.progress(lock_id)
+    assert desk.book.next_deadline() == first  # early is no harm
+    desk.passes(10 * MINUTE_MS)
+    assert desk.book.next_deadline() == desk.lease + 5 * MINUTE_MS
+    assert desk.book.live_locks() == 1
+    desk.passes(5 * MINUTE_MS)
+    assert (desk.book.next_deadline(), list(desk.book.stuck)) == (None, ["a"])
+
+
+def test_heaps_do_not_grow_while_jobs_come_and_go(desk: Desk) -> None:
+    book = desk.book
+    for number in range(1, 500):
+        job = queued(number, run_at=NOW + number, expires_at=NOW + 1_000)
+        book.swap(None, job)
+        taken = held(number, "w")
+        book.swap(job, taken)
+        book.swap(taken, None)
+    for heap in (book._wakes, book._deadlines):
+        assert len(heap.entries) <= SLACK + 2
+    assert not book._expiries
+    compare(book, {}, desk.at)
+
+
+# -- workers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_start_knows_which_grant_is_the_oldest() -> None:
+    book = Book.opened(Opened(Numbers(), [held(1, "w-1"), replace(held(2, "w-2"), seq=3), queued(4)]))
+    late = replace(held(9, "w-9"), seq=2, id="a job that was granted last")
+    book = Book.opened(Opened(Numbers(), [late, *book.processing.values()]))
+    assert list(book.processing) == ["job-1", "job-2", "a job that was granted last"]
+
+
+def test_a_grant_that_is_taken_back_leaves_the_job_to_its_former_holder() -> None:
+    book = Book()
+    former, new = held(1, "w-1"), replace(held(2, "w-2"), seq=1, id="job-1")
+    book.swap(None, former)
+    book.swap(former, replace(queued(1)))
+    book.swap(book.get("job-1"), new)
+    book.swap(new, former)  # the disk was full: nothing of it has happened
+    holders = {name: list(seen.jobs) for name, seen in book.presence.workers.items()}
+    assert holders == {"w-1": ["job-1"], "w-2": []}
+    assert (book.live_locks(), book.next_deadline()) == (1, 500)
+
+
+def test_an_extension_that_is_taken_back_leaves_the_former_deadline() -> None:
+    book = Book()
+    job = held(1, "w-1", expires=500)
+    assert job.lease is not None
+    stays = replace(job, lease=replace(job.lease, silent=900))
+    extended = replace(job, lease=replace(job.lease, expires=99_000))
+    book.swap(None, stays)
+    book.advance(NOW, 600)
+    assert list(book.expired_locks) == ["job-1"]
+    book.swap(stays, extended)
+    assert book.next_deadline() == 99_000
+    book.swap(extended, stays)  # the disk was full: nothing of it has happened
+    assert list(book.expired_locks) == ["job-1"]
+    book.advance(NOW, 900)
+    assert list(book.stuck) == ["job-1"]
+
+
+@pytest.mark.parametrize(
+    ("before", "for_a_while", "sorted_into"),
+    [
+        (Lease(500, 900, None), Lease(800, 900, None), "expired_locks"),  # its lock ends earlier again
+        (Lease(9_000, 100, 550), Lease(9_000, 100, 9_500), "stuck"),  # made by hand: a lock beyond its ceiling
+    ],
+)
+def test_a_deadline_that_goes_back_is_seen_at_once(before: Lease, for_a_while: Lease, sorted_into: str) -> None:
+    book = Book()
+    job = held(1, "w-1")
+    stays, moved = replace(job, lease=before), replace(job, lease=for_a_while)
+    book.swap(None, moved)
+    book.advance(NOW, 600)
+    assert book.live_locks() == 1
+    book.swap(moved, stays)
+    assert list(getattr(book, sorted_into)) == ["job-1"]
+    assert book.live_locks() == 0
+
+
+def test_a_cleared_lock_that_is_revived_is_live_again(desk: Desk) -> None:
+    """Also where the job would have been stuck before the new lock ends."""
+    lock_id = desk.held(stuck_after_ms=20 * MINUTE_MS)
+    desk.passes(TTL)
+    desk.yes(Recover(limit=1))
+    assert list(desk.book.cleared_locks) == ["a"]
+    desk.progress(lock_id)
+    assert (list(desk.book.cleared_locks), desk.book.live_locks()) == ([], 1)
+
+
+def test_a_row_that_loses_its_lease_is_in_nobodys_hands(desk: Desk) -> None:
+    book, job = Book(), held(1, "w-1")
+    book.swap(None, job)
+    book.advance(NOW, 500)
+    assert list(book.stuck) == ["job-1"]
+    book.swap(job, replace(job, lease=None))
+    assert (list(book.stuck), list(book.unheld)) == ([], ["job-1"])
+
+
+def test_what_runs_is_summed_up_from_when_it_began() -> None:
+    book = Book()
+    job = replace(held(1, "w-1"), created_at=NOW - 9)
+    book.swap(None, job)
+    assert book.started_sum == NOW
+    book.swap(job, replace(job, started_at=NOW + 2))
+    assert book.started_sum == NOW + 2
+    book.swap(replace(job, started_at=NOW + 2), replace(job, started_at=None))
+    assert book.started_sum == NOW - 9
+    book.swap(replace(job, started_at=None), None)
+    assert book.started_sum == 0
+
+
+# -- all at once ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_hands_do_not_break_the_counts(desk: Desk) -> None:
+    desk.row(queued(1, status="odd"))
+    desk.row(queued(2, status="processing"))
+    desk.row(replace(held(3, "w"), lease=None))
+    compare(desk.book, desk.rows, desk.at)
+    assert (desk.book.live_locks(), desk.book.total()) == (0, 2)
+    for job_id in list(desk.rows):
+        desk.book.swap(desk.rows.pop(job_id), None)
+    compare(desk.book, {}, desk.at)
+
+
+@pytest.mark.parametrize("status", ["odd", "complete", ""])
+def test_a_status_that_is_none_breaks_nothing_when_its_job_is_taken_up(desk: Desk, status: str) -> None:
+    job = desk.rows["job-1"] = queued(1, status=status, progress=101)
+    desk.book.loaded(job)  # as it comes from the disk: no start has counted it
+    desk.yes(Mend(ids=[job.id]))
+    assert (desk.job(job.id).status, desk.job(job.id).progress) == (status, 100)
+    compare(desk.book, desk.rows, desk.at)
+    desk.yes(ForceReset(id=job.id))
+    assert desk.job(job.id).status == "queued"
+    compare(desk.book, desk.rows, desk.at)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_rows_in_any_order_match_a_recount(desk: Desk, seed: int) -> None:
+    """Rows come, change and go without rules, as after a refused batch or a start."""
+    dice = random.Random(seed)
+    for seq in range(300):
+        known = list(desk.rows)
+        if known and dice.random() < 0.5:
+            job_id = dice.choice(known)
+            desk.book.swap(desk.rows.pop(job_id), None)
+        else:
+            shift = dice.randint(-20, 20)
+            options = Options(queue=dice.choice("qr"), kind=dice.choice("kl"), priority=dice.randint(-1, 1))
+            job = replace(
+                dice.choice([queued(seq + 1), held(seq + 1, dice.choice("vw"), expires=desk.lease + shift)]),
+                options=options,
+                run_at=desk.now + shift,
+                expires_at=dice.choice([None, desk.now + dice.randint(-5, 20)]),
+            )
+            desk.row(job)
+        if dice.random() < 0.3:
+            desk.now += dice.randint(-15, 20)
+            desk.lease += dice.randint(0, 10)
+        compare(desk.book, desk.rows, desk.at)
+
+
+def test_creation_order_decides_among_equals(desk: Desk) -> None:
+    for name in "cab":
+        desk.yes(Create(id=name))
+    assert desk.claim(limit=3) == ["c", "a", "b"]
+
+
+def test_the_oldest_due_job_of_a_kind(desk: Desk) -> None:
+    assert desk.book.queued_kinds("film") == []
+    assert desk.book.oldest_of_kind("film", "encode", desk.now) == (0, None)
+    desk.create("low", queue="film", kind="encode", priority=-1)
+    desk.passes(10)
+    desk.create("high", queue="film", kind="encode", priority=1)
+    desk.create("later", queue="film", kind="mail", delay_ms=1_000)
+    assert desk.book.queued_kinds("film") == ["encode", "mail"]
+    lanes, entry = desk.book.oldest_of_kind("film", "encode", desk.now)
+    assert (lanes, entry and entry[3]) == (2, "low")
+    assert desk.book.oldest_of_kind("film", "mail", desk.now) == (1, None)
+    assert desk.book.oldest_of_kind("film", "none", desk.now) == (0, None)

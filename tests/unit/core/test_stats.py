@@ -1,0 +1,240 @@
+"""Figures from committed changes: what counts, for how long, and under which label."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from jobd.core import stats
+from jobd.core.changeset import Decision
+from jobd.core.stats import ATTEMPT_QUEUES, OTHER_QUEUES, PROCESSING_BUCKETS_S, Attempts, Figures, Histogram
+from jobd.model.commands import (
+    Adopt,
+    AnyCommand,
+    Cancel,
+    Complete,
+    Delete,
+    DeleteExpired,
+    EndGrants,
+    Fail,
+    ForceFail,
+    ForceReset,
+    Recover,
+)
+from jobd.model.events import Change, Event
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
+from tests.support.rule_harness import NOW, Desk
+
+
+class CountingDesk(Desk):
+    """A desk whose figures see every committed change, as the actor's do."""
+
+    def decide(
+        self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
+    ) -> Decision:
+        decision = super().decide(command, admin=admin, by=by, expected=expected)
+        for change in decision.changes:
+            self.book.figures.note(change)
+        return decision
+
+
+@pytest.fixture
+def desk() -> CountingDesk:
+    return CountingDesk()
+
+
+def work(desk: Desk, job_id: str, ms: int) -> None:
+    lock_id = desk.held(job_id)
+    desk.passes(ms)
+    desk.yes(Complete(id=job_id, lock_id=lock_id))
+
+
+def test_completions_of_the_last_hour(desk: Desk) -> None:
+    figures = desk.book.figures
+    work(desk, "a", 2_000)
+    work(desk, "b", 4_000)
+    assert figures.completed_last_hour(desk.now) == (2, 6_000)
+    assert figures.processing["default"].total == 6
+    desk.passes(59 * MINUTE_MS)
+    work(desk, "c", 0)
+    assert figures.completed_last_hour(desk.now) == (3, 6_000)
+    assert figures.completed_last_hour(desk.now + MINUTE_MS)[0] == 1
+    assert figures.completed_last_hour(desk.now + HOUR_MS) == (0, 0)
+
+
+def test_late_results_are_counted_one_by_one(desk: Desk) -> None:
+    for job_id in ("a", "b"):
+        lock_id = desk.held(job_id)
+        desk.yes(ForceReset(id=job_id))
+        desk.no(Complete(id=job_id, lock_id=lock_id, file_path="/late"), "lock_lost")
+        desk.yes(Adopt(id=job_id))
+    assert (desk.book.figures.late_kept, desk.book.figures.late_adopted) == (2, 2)
+
+
+def test_old_minutes_and_hours_are_dropped() -> None:
+    figures = Figures()
+    for minute in range(200):
+        figures._completed("q", NOW + minute * MINUTE_MS, 1)
+        assert len(figures.completions) <= 61
+        assert figures.completed_last_hour(NOW + minute * MINUTE_MS) == (min(minute + 1, 60),) * 2
+    for hour in range(100):
+        figures._recovered(NOW + hour * HOUR_MS, requeued=hour < 70)
+        assert len(figures.recoveries) <= 25
+        assert figures.recovered_last_day(NOW + hour * HOUR_MS) == min(hour + 1, 24)
+    assert (figures.stalls, figures.reset, figures.failed) == (100, 70, 30)
+
+
+def test_what_a_clock_had_put_ahead_that_was_set_back_does_not_count() -> None:
+    """Nor does it stay: a year that a machine was ahead is no year of an alert."""
+    figures, ahead = Figures(), NOW + 365 * DAY_MS
+    for number in range(61):
+        figures._completed("q", ahead + number * MINUTE_MS, 1)
+        figures._recovered(ahead + number * HOUR_MS, requeued=True)
+    assert (figures.completed_last_hour(NOW), figures.recovered_last_day(NOW)) == ((0, 0), 0)
+    figures._completed("q", NOW, 1)
+    figures._recovered(NOW, requeued=True)
+    assert (figures.completed_last_hour(NOW), figures.recovered_last_day(NOW)) == ((1, 1), 1)
+    assert (list(figures.completions), list(figures.recoveries)) == ([NOW // MINUTE_MS], [NOW // HOUR_MS])
+
+
+def test_recoveries_of_the_last_day(desk: Desk) -> None:
+    lock_id = desk.held("a")
+    desk.progress(lock_id, 10)
+    desk.held("b")
+    desk.held("c")
+    desk.passes(HOUR_MS)
+    desk.yes(Recover(limit=9))
+    figures = desk.book.figures
+    assert figures.recovered_last_day(desk.now) == 3
+    assert figures.recovered_last_day(desk.now + DAY_MS) == 0
+    assert (figures.stalls, figures.reset, figures.failed, figures.since_report.recovered) == (3, 2, 1, 3)
+
+
+def test_what_was_done_since_the_last_report(desk: Desk) -> None:
+    desk.held("a", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    desk.held("d", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    desk.passes(15 * MINUTE_MS)
+    desk.yes(Recover(limit=9))
+    desk.completed("b", expires_at=desk.now + 1)
+    desk.completed("c")
+    desk.passes(1)
+    desk.yes(DeleteExpired(ids=["b"]), by="cleanup")
+    desk.yes(Delete(id="c"), by="admin")  # an operator's deletion is not the pass's work
+    since = desk.book.figures.since_report
+    assert (since.locks_cleared, since.deleted, since.recovered, since.fixed) == (2, 1, 0, 0)
+
+
+def test_other_endings_are_not_counted(desk: Desk) -> None:
+    desk.yes(Fail(id="a", lock_id=desk.held("a"), error_message="e"))
+    desk.create("b")
+    desk.yes(Cancel(id="b"))
+    figures = desk.book.figures
+    assert figures.completed_last_hour(desk.now) == (0, 0)
+    assert figures.grants == {"default": 1}
+    assert figures.processing == {}
+
+
+def test_a_completion_without_a_start_or_before_it_is_no_negative_time() -> None:
+    figures = Figures()
+    job = Job(1, "a", Options(), "processing", NOW, NOW, NOW)
+    done = Event(1, NOW, "completed", 1, "a", "q", "processing", "completed", "worker:w")
+    figures.note(Change(job, None, done))
+    assert figures.completed_last_hour(NOW) == (0, 0)
+    figures.note(Change(msgspec.structs.replace(job, started_at=NOW + 5_000), None, done))  # the wall clock stepped
+    assert figures.completed_last_hour(NOW) == (1, 0)
+    assert figures.processing["q"].total == 0
+
+
+def test_the_bounds_are_those_under_which_counts_are_stored_and_dashboards_know_them() -> None:
+    assert PROCESSING_BUCKETS_S == (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1_800, 3_600, 14_400)
+
+
+def test_a_histogram_counts_up_to_and_with_each_bound() -> None:
+    histogram = Histogram.empty(PROCESSING_BUCKETS_S)
+    for value in (0.1, 0.11, 14_400, 14_401):
+        histogram.add(value, PROCESSING_BUCKETS_S)
+    assert histogram.counts[:2] == [1, 1]
+    assert histogram.counts[-2:] == [1, 1]
+    assert histogram.total == pytest.approx(28_801.21)
+
+
+def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "HISTOGRAM_QUEUES", 2)
+    figures = Figures()
+    for queue in ("a", "b", "c", "d", "a"):
+        figures._grant(queue)
+        figures._completed(queue, NOW, 1_000)
+    assert figures.grants == {"a": 2, "b": 1, "(other)": 2}  # no name that a queue may have
+    assert {name: sum(found.counts) for name, found in figures.processing.items()} == {
+        "a": 2,
+        "b": 1,
+        OTHER_QUEUES: 2,
+    }
+
+
+def test_completions_are_told_by_kind_and_grants_that_were_taken_away(desk: CountingDesk) -> None:
+    figures = desk.book.figures
+    lock_id = desk.held("a", kind="thumbnail")
+    desk.passes(2_000)
+    desk.yes(Complete(id="a", lock_id=lock_id))
+    desk.held("b", kind="film")
+    desk.yes(EndGrants(ids=["b"], last=True))
+    assert figures.overlaps.total == 0
+    desk.start("b")
+    assert figures.overlaps.total == 1
+    assert [(pace.kind, pace.completed) for pace in figures.paces.view(desk.now)] == [("thumbnail", 1)]
+
+
+def test_all_that_is_kept_is_read_again_and_older_figures_lack_some_of_it(desk: CountingDesk) -> None:
+    lock_id = desk.held("a", kind="thumbnail")
+    desk.yes(Complete(id="a", lock_id=lock_id))
+    desk.held("b")
+    desk.yes(ForceReset(id="b"))
+    desk.start("b")
+    desk.held("c")
+    desk.yes(Cancel(id="c"))
+    body = msgspec.json.encode(desk.book.figures)
+    assert msgspec.json.decode(body, type=Figures) == desk.book.figures
+    older = msgspec.json.decode(body)
+    del older["paces"], older["overlaps"]
+    assert msgspec.json.decode(msgspec.json.encode(older), type=Figures).stalls == 0
+
+
+def test_every_event_is_counted_by_its_type(desk: Desk) -> None:
+    work(desk, "a", 1_000)
+    work(desk, "b", 1_000)
+    assert desk.book.figures.events == {"created": 2, "granted": 2, "completed": 2}
+
+
+def test_attempts_of_very_many_queues_are_bounded() -> None:
+    attempts = Attempts()
+
+    def ended(queue: str, at: int, kind: str = "failed") -> Change:
+        event = Event(1, at, kind, 1, "a", queue, "processing", "failed", "worker:w")  # type: ignore[arg-type]
+        return Change(None, None, event)
+
+    attempts.note([ended(f"q-{number}", NOW) for number in range(ATTEMPT_QUEUES + 5)])
+    assert len(attempts.by_queue) == ATTEMPT_QUEUES
+    attempts.note([ended("q-0", NOW + 20_000, "completed"), ended("q-0", NOW + 20_000, "granted")])
+    assert attempts.by_queue["q-0"] == (2, 1)
+    attempts.forget(NOW + 10 * MINUTE_MS)
+    assert attempts.by_queue == {"q-0": (1, 0)}
+    attempts.forget(NOW - HOUR_MS)
+    assert attempts.by_queue == {}, "a clock that was set back"
+
+
+def test_an_operator_who_fails_a_waiting_job_ends_no_attempt(desk: CountingDesk) -> None:
+    desk.create("a")
+    attempts = Attempts()
+    attempts.note(desk.decide(ForceFail(id="a")).changes)
+    assert attempts.by_queue == {}
+
+
+def test_recoveries_count_for_ten_minutes_and_are_bounded() -> None:
+    figures = Figures()
+    for number in range(200):
+        figures._recovered(NOW + number * 10_000, requeued=True)
+        assert len(figures.recovered) <= 60
+        assert figures.recovered_lately(NOW + number * 10_000) == min(number + 1, 60)
+    assert figures.recovered_lately(NOW + 199 * 10_000 + 10 * MINUTE_MS) == 0
+    assert figures.recovered_lately(NOW - HOUR_MS) == 0, "a clock that was set back"

@@ -1,0 +1,184 @@
+"""What is shown: every field in its place, secrets to operators alone, averages and ages at their edges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec import UNSET, Raw
+from msgspec.structs import asdict, replace
+
+from jobd.core import views
+from jobd.core.state import Book
+from jobd.core.stats import Figures
+from jobd.model.commands import Import, Locks, Moment
+from jobd.model.errors import Refusal
+from jobd.model.job import MINUTE_MS, Backoff, Failure, Grant, Job, LateResult, Lease, Options, Policy, Result
+from jobd.model.responses import RefusalView, public_lock
+from tests.support.rule_harness import NOW
+
+AT = Moment(NOW, 1_000, NOW - 1_000)
+OPTIONS = Options("q", "k", 3, 4, Backoff("fixed", 1, 2, False), 5, "fail", 6, 7)
+GRANT = Grant("secret", 11, "w-1", NOW - 12, 13, 14, 15)
+LEASE = Lease(1_016, 1_017, 1_018)
+JOB = Job(
+    seq=1,
+    id="a",
+    options=OPTIONS,
+    status="processing",
+    created_at=NOW - 21,
+    updated_at=NOW - 22,
+    run_at=NOW - 23,
+    progress=24,
+    progress_message="m",
+    attempt=25,
+    stalls=26,
+    started_at=NOW - 27,
+    finished_at=NOW - 28,
+    expires_at=NOW - 29,
+    grant=GRANT,
+    lease=LEASE,
+    result=Result("url", "file", "key", Raw(b"1")),
+    error=Failure("words", "code"),
+)
+
+
+def test_every_field_of_a_job_is_shown_in_its_place() -> None:
+    shown = asdict(views.job_view(JOB, AT, Policy(), payload=Raw(b"[]")))
+    shown["lock"] = asdict(shown["lock"])
+    assert shown == {
+        "id": "a", "queue": "q", "kind": "k", "payload": Raw(b"[]"), "priority": 3, "status": "processing",
+        "progress": 24, "progress_message": "m", "attempt": 25, "max_attempts": 4,
+        "backoff": Backoff("fixed", 1, 2, False), "stalls": 26, "max_stalls": 5, "on_stall": "fail",
+        "stuck_after_ms": 14, "max_processing_ms": 15, "created_at": NOW - 21, "updated_at": NOW - 22,
+        "run_at": NOW - 23, "started_at": NOW - 27, "finished_at": NOW - 28, "expires_at": NOW - 29,
+        "lock": {"worker": "w-1", "fencing_token": 11, "acquired_at": NOW - 12, "expires_at": NOW + 16,
+                 "lock_id": UNSET},
+        "download_url": "url", "file_path": "file", "storage_key": "key", "metadata": Raw(b"1"),
+        "error_message": "words", "error_code": "code", "worker": UNSET, "repeated": UNSET,
+    }  # fmt: skip
+
+
+def test_every_field_of_a_job_is_moved_in_its_place() -> None:
+    assert views.moved(JOB, Raw(b"[]")) == Import(
+        id="a", queue="q", kind="k", payload=Raw(b"[]"), priority=3, status="processing", progress=24,
+        progress_message="m", attempt=25, max_attempts=4, backoff=Backoff("fixed", 1, 2, False), stalls=26,
+        max_stalls=5, on_stall="fail", stuck_after_ms=6, max_processing_ms=7, created_at=NOW - 21,
+        updated_at=NOW - 22, run_at=NOW - 23, started_at=NOW - 27, finished_at=NOW - 28, expires_at=NOW - 29,
+        worker="w-1", download_url="url", file_path="file", storage_key="key", metadata=Raw(b"1"),
+        error_message="words", error_code="code",
+    )  # fmt: skip
+    bare = views.moved(replace(JOB, grant=None, result=None, error=None), Raw(b"[]"))
+    assert (bare.worker, bare.metadata, bare.error_message) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("grant", "options", "shown"),
+    [
+        (GRANT, OPTIONS, (14, 15)),  # as they were settled with the grant
+        (None, OPTIONS, (6, 7)),
+        (None, Options(), (8, 9)),
+        (None, Options(stuck_after_ms=0, max_processing_ms=0), (0, 0)),
+    ],
+)
+def test_durations_are_shown_as_they_apply(grant: Grant | None, options: Options, shown: tuple[int, int]) -> None:
+    view = views.job_view(replace(JOB, grant=grant, options=options), AT, Policy(stuck_after_ms=8, max_processing_ms=9))
+    assert (view.stuck_after_ms, view.max_processing_ms) == shown
+
+
+def test_only_an_operator_is_shown_the_secret() -> None:
+    lock = views.lock_view(JOB, AT)
+    assert lock is not None
+    assert lock.lock_id is UNSET
+    shown = views.job_view(JOB, AT, Policy()).lock
+    assert shown == lock
+    for shown in (views.lock_view(JOB, AT, admin=True), views.job_view(JOB, AT, Policy(), admin=True).lock):
+        assert shown is not None
+        assert shown.lock_id == "secret"
+
+
+@pytest.mark.parametrize("change", [{"grant": None}, {"lease": None}, {"lease": replace(LEASE, cleared=True)}])
+def test_half_a_lock_and_a_cleared_one_are_none(change: dict[str, Any]) -> None:
+    assert views.lock_view(replace(JOB, **change), AT) is None
+
+
+def test_the_worker_of_a_cleared_lock_is_named() -> None:
+    """The row that lacks a part has no holder."""
+    changes: list[dict[str, Any]] = [{}, {"grant": None}, {"lease": None}, {"lease": replace(LEASE, cleared=True)}]
+    shown = [views.job_view(replace(JOB, **change), AT, Policy()) for change in changes]
+    assert [view.worker for view in shown] == [UNSET, UNSET, UNSET, "w-1"]
+
+
+def book(*jobs: Job) -> Book:
+    filled = Book()
+    for job in jobs:
+        filled.swap(None, job)
+    return filled
+
+
+def test_a_grant_that_lacks_a_part_is_no_lock() -> None:
+    rows = [
+        replace(JOB, seq=seq, id=f"{seq}", **half) for seq, half in enumerate(({"grant": None}, {"lease": None}, {}))
+    ]
+    assert [lock.id for lock in views.locks(book(*rows), AT, Locks(), admin=True).locks] == ["2"]
+
+
+@pytest.mark.parametrize("admin", [True, False])
+def test_lock_ids_are_for_admins(admin: bool) -> None:
+    assert JOB.grant is not None
+    [lock] = views.locks(book(JOB), AT, Locks(), admin=admin).locks
+    assert lock.lock_id == (JOB.grant.lock_id if admin else UNSET)
+    whole = views.lock_view(JOB, AT, admin=True)
+    assert public_lock(whole) == views.lock_view(JOB, AT)
+    assert public_lock(None) is None
+
+
+def test_every_field_of_a_late_result_is_shown_in_its_place() -> None:
+    late = LateResult(31, NOW - 32, "w-2", 33, "hash", NOW + 34, Result("url", "file", "key", Raw(b"1")))
+    assert asdict(views.late_view(late)) == {
+        "seq": 31, "at": NOW - 32, "worker": "w-2", "fencing_token": 33, "download_url": "url", "file_path": "file",
+        "storage_key": "key", "metadata": Raw(b"1"), "expires_at": NOW + 34, "refusal": None,
+    }  # fmt: skip
+    refused = views.late_view(late, Refusal("invalid_request", "It lacks something.", {"field": "f"}))
+    assert refused.refusal == RefusalView("invalid_request", "It lacks something.")
+
+
+def running(began: int, created: int = NOW - 99) -> Book:
+    return book(replace(JOB, started_at=began, created_at=created))
+
+
+def figures(*completed_ms: int) -> Figures:
+    return Figures(completions={NOW // MINUTE_MS: (len(completed_ms), sum(completed_ms))})
+
+
+@pytest.mark.parametrize(
+    ("filled", "counted", "average"),
+    [
+        (Book(), Figures(), 0.0),
+        (Book(), figures(1_000, 2_000), 1.5),
+        (running(NOW - 500), Figures(), 0.5),
+        (running(NOW - 3_000), figures(1_000, 2_000), 2.0),
+        (running(NOW - 3_000), figures(1_000), 2.0),
+        (Book(), figures(1_000, 0, 0), 0.333),
+        (running(NOW + 5_000), figures(1_000), 0.0),  # the wall clock has stepped back
+    ],
+)
+def test_the_average_is_over_what_was_completed_lately_and_what_runs(
+    filled: Book, counted: Figures, average: float
+) -> None:
+    assert views.average_processing_s(filled, counted, AT) == average
+
+
+@pytest.mark.parametrize(
+    ("filled", "age"),
+    [
+        (running(NOW - 1_500, NOW - 9_000), 1.5),
+        (running(NOW - 1_234, NOW - 9_000), 1.234),
+        (book(replace(JOB, started_at=None, created_at=NOW - 9_000)), 9.0),
+        (running(NOW + 5_000), 0.0),
+    ],
+)
+def test_the_age_of_the_oldest(filled: Book, age: float) -> None:
+    oldest = views.stats(filled, Figures(), AT).oldest_processing_job
+    assert oldest is not None
+    assert (oldest.id, oldest.progress, oldest.age) == ("a", 24, age)

@@ -1,0 +1,588 @@
+"""Presence of workers: what is remembered of each, its state, who claims a queue and kind, and the bounds of memory."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from jobd.core import audit, maintenance_rules, worker_presence
+from jobd.core.changeset import Draft
+from jobd.core.state import Book
+from jobd.core.views import workers
+from jobd.core.worker_presence import GONE_AFTER_MS, ClaimSet, WorkerPresence
+from jobd.model.commands import (
+    About,
+    Call,
+    Claim,
+    Complete,
+    Create,
+    Extend,
+    Operator,
+    Recover,
+    Release,
+    Start,
+    TakeBack,
+    Workers,
+)
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Lease, Options, Policy
+from jobd.model.responses import Answer, TakenBack, WorkerList, WorkerView
+from jobd.model.storage import DiskFull, Numbers, Opened
+from tests.support.rule_harness import NOW, Desk
+from tests.support.virtual_engine import Household, in_virtual_time, seconds, until
+from tests.unit.engine.test_actor import household, parked
+
+TTL = 15 * MINUTE_MS
+LARGEST = About(instance="~" * 200, host="~" * 253, pid=2**32 - 1, version="~" * 100, concurrency=100_000)
+
+
+@pytest.fixture
+def desk() -> Desk:
+    made = Desk()
+    made.passes(0)
+    return made
+
+
+@pytest.fixture
+def presence() -> WorkerPresence:
+    made = WorkerPresence()
+    made.tell_time(NOW, 1_000)
+    return made
+
+
+def passes(presence: WorkerPresence, ms: int) -> None:
+    presence.tell_time(presence.now + ms, presence.lease + ms)
+
+
+def claim(worker: str = "w-1", queues: str = "default", kinds: str | None = None, **fields: Any) -> Claim:
+    return Claim(worker=worker, queues=queues.split(), kinds=None if kinds is None else kinds.split(), **fields)
+
+
+def held(seq: int, worker: str, expires: int = 500) -> Job:
+    grant = Grant(f"lock-{seq}", seq, worker, NOW, 1, 1, 0)
+    job = Job(seq, f"job-{seq}", Options(), "processing", NOW, NOW, NOW, started_at=NOW)
+    return replace(job, grant=grant, lease=Lease(expires, expires, None))
+
+
+def listed(desk: Desk, **asked: Any) -> list[tuple[str, str]]:
+    page: WorkerList = desk.yes(Workers(**asked))
+    return [(each.worker, each.state) for each in page.workers]
+
+
+def one(desk: Desk) -> WorkerView:
+    page: WorkerList = desk.yes(Workers())
+    (worker,) = page.workers
+    return worker
+
+
+# -- states -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_busy_idle_silent_and_gone(desk: Desk) -> None:
+    lock_id = desk.held(worker="w-1", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    assert listed(desk) == [("w-1", "busy")]
+    desk.passes(TTL - 1)
+    assert listed(desk) == [("w-1", "busy")]
+    desk.passes(1)
+    assert listed(desk) == [("w-1", "silent")]
+    desk.yes(Recover(limit=1))
+    assert (one(desk).state, one(desk).expired, one(desk).held) == ("silent", 1, 1), (
+        "the lock is cleared, not the grant"
+    )
+    desk.yes(Extend(id="a", lock_id=lock_id))
+    assert (one(desk).state, one(desk).expired) == ("busy", 0)
+    desk.passes(HOUR_MS)
+    assert (one(desk).state, one(desk).expired) == ("silent", 1)
+    desk.yes(Complete(id="a", lock_id=lock_id))
+    assert (one(desk).state, one(desk).expired, one(desk).held) == ("idle", 0, 0)
+    desk.passes(GONE_AFTER_MS - 1)
+    assert listed(desk) == [("w-1", "idle")]
+    desk.passes(1)
+    assert listed(desk) == []
+    assert listed(desk, state="gone") == [("w-1", "gone")]
+    assert desk.yes(Workers()).by_state["gone"] == 1
+
+
+def test_one_expired_lock_makes_a_worker_silent_and_a_recovered_job_no_more(desk: Desk) -> None:
+    desk.held("a", worker="w", stuck_after_ms=0)
+    desk.passes(1_000)
+    desk.held("b", worker="w")
+    desk.passes(TTL - 1_000)
+    assert (one(desk).state, one(desk).held, one(desk).expired) == ("silent", 2, 1)
+    desk.yes(Recover(limit=9))
+    assert (one(desk).state, one(desk).jobs, one(desk).expired) == ("busy", ["b"], 0)
+
+
+def test_the_gone_are_forgotten_after_a_day(desk: Desk) -> None:
+    desk.yes(Release(id="a", lock_id=desk.held(worker="w-1")))
+    desk.passes(DAY_MS - 1)
+    assert listed(desk, state="gone") == [("w-1", "gone")]
+    desk.passes(1)
+    assert (listed(desk, state="gone"), desk.yes(Workers()).by_state["gone"]) == ([], 0)
+    assert list(desk.book.presence.workers) == ["w-1"]
+    desk.start(worker="w-2")
+    assert list(desk.book.presence.workers) == ["w-2"]
+
+
+def test_a_step_of_the_wall_clock_makes_no_worker_gone_and_keeps_none(desk: Desk) -> None:
+    desk.book.presence.asks(claim("before"))
+    desk.now += 40 * DAY_MS
+    desk.book.advance(desk.now, desk.lease)
+    assert listed(desk) == [("before", "idle")]
+    desk.book.presence.asks(claim("meanwhile"))
+    desk.now -= 40 * DAY_MS
+    desk.book.advance(desk.now, desk.lease)
+    assert [each.last_seen_at for each in desk.yes(Workers()).workers] == [NOW, NOW], "none was heard in the future"
+    desk.passes(GONE_AFTER_MS)
+    assert listed(desk) == []
+    assert desk.book.presence.unclaimed_ms("default", "", desk.lease) == GONE_AFTER_MS
+
+
+def test_a_worker_is_known_by_its_jobs_and_when_it_was_heard(desk: Desk) -> None:
+    lock_id = desk.held(worker="w-1")
+    desk.passes(7)
+    desk.progress(lock_id)
+    seen = desk.book.presence.workers["w-1"]
+    assert (list(seen.jobs), seen.last_seen_at) == (["a"], NOW + 7)
+    desk.now -= 5
+    desk.yes(Release(id="a", lock_id=lock_id))
+    assert (list(seen.jobs), seen.last_seen_at) == ([], NOW + 2)
+
+
+def test_after_a_start_workers_were_heard_when_their_jobs_last_changed() -> None:
+    jobs = [replace(held(seq, f"w-{seq}"), updated_at=NOW + at) for seq, at in ((1, -50), (2, -10), (3, -90))]
+    book = Book.opened(Opened(Numbers(wall_ms=NOW, lease_ms=400), jobs))
+    desk = Desk()
+    desk.book, desk.now, desk.lease = book, NOW + HOUR_MS, 450  # an hour later, of which the locks know nothing
+    page = workers(book, desk.at, Workers())
+    assert [(each.worker, each.jobs, each.last_seen_at) for each in page.workers] == [
+        ("w-2", ["job-2"], NOW - 10),
+        ("w-1", ["job-1"], NOW - 50),
+        ("w-3", ["job-3"], NOW - 90),
+    ]
+    assert [(each.queues, each.kinds, each.about) for each in page.workers] == [(None, None, None)] * 3
+    assert page.since == NOW + HOUR_MS
+    book.advance(desk.now, desk.lease)
+    book.advance(desk.now + 5, desk.lease + 5)
+    assert workers(book, desk.at, Workers()).since == NOW + HOUR_MS
+    assert book.presence.workers["w-3"].heard == 400 - 90
+
+
+# -- claims -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_shown_with_its_latest_claim(presence: WorkerPresence) -> None:
+    presence.asks(claim(queues="q", kinds="k l"))
+    presence.asks(claim(queues="r q"))
+    worker = presence.workers["w-1"].claims
+    assert worker is not None
+    assert (worker.queues, worker.kinds, list(worker.workers)) == (["r", "q"], None, ["w-1"])
+    (first,) = (claims for claims in presence.claim_sets("q") if claims is not worker)
+    assert (first.queues, first.kinds, first.workers) == (["q"], ["k", "l"], {})
+
+
+def test_a_start_is_no_claim(presence: WorkerPresence) -> None:
+    presence.asks(Start(id="a", worker="w-1"))
+    assert presence.workers["w-1"].claims is None
+    assert presence.last_claim("default", "") is None
+
+
+def test_equal_sets_are_stored_once(presence: WorkerPresence) -> None:
+    """In any order, and a name that is given twice counts once."""
+    for number, (queues, kinds) in enumerate([("q r", "k l"), ("r q", "l k"), ("q r q", "k l l"), ("r q", "k l")]):
+        presence.asks(claim(f"w-{number}", queues, kinds))
+        presence.asks(claim(f"w-{number}", queues, kinds))
+    (only,) = presence.claim_sets("q")
+    assert list(presence.claim_sets("r")) == [only]
+    assert list(only.workers) == ["w-0", "w-1", "w-2", "w-3"]
+    presence.asks(claim("w-1", "q r"))
+    assert len(list(presence.claim_sets("q"))) == 2, "no kinds: all of them"
+
+
+def test_when_a_queue_and_kind_was_last_claimed(presence: WorkerPresence) -> None:
+    presence.asks(claim("resize", "q", "resize"))
+    passes(presence, 100)
+    presence.asks(claim("both", "q r", "resize crop"))
+    passes(presence, 100)
+    presence.asks(claim("any", "r"))
+    passes(presence, 1_000)
+    found = [(queue, kind, presence.last_claim(queue, kind)) for queue in "qrs" for kind in ("resize", "crop", "other")]
+    assert found == [
+        ("q", "resize", 1_100), ("q", "crop", 1_100), ("q", "other", None),
+        ("r", "resize", 1_200), ("r", "crop", 1_200), ("r", "other", 1_200),
+        ("s", "resize", None), ("s", "crop", None), ("s", "other", None),
+    ]  # fmt: skip
+    assert presence.unclaimed_ms("q", "resize", 2_300) == 1_200
+    assert presence.unclaimed_ms("s", "", 2_300) == 2_300, "since the start"
+    assert presence.unclaimed_ms("q", "resize", 900) == 0
+
+
+def test_a_claim_that_waits_counts_all_the_time(presence: WorkerPresence) -> None:
+    claims = presence.waits(claim(queues="q", kinds="k", wait_ms=60_000))
+    passes(presence, HOUR_MS)
+    worker = presence.workers["w-1"]
+    assert (presence.state(worker), presence.heard_at(worker)) == ("idle", NOW + HOUR_MS)
+    assert presence.last_claim("q", "k") == presence.lease
+    assert presence.unclaimed_ms("q", "k", presence.lease + 9) == 0
+    passes(presence, DAY_MS)
+    assert [name for name, _ in presence.remembered()] == ["w-1"]
+    presence.waits_no_more("w-1", claims)
+    assert presence.unclaimed_ms("q", "k", presence.lease + 9) == 9
+    passes(presence, GONE_AFTER_MS)
+    assert presence.state(worker) == "gone"
+
+
+@in_virtual_time
+async def test_a_long_poll_is_heard_as_long_as_it_waits_and_no_longer() -> None:
+    async with household() as house:
+        for is_cut in (False, True):
+            waiting = await parked(house, "w", queues=["q"], wait_ms=60_000)
+            await seconds(50)
+            assert await state_of(house) == ("idle", True, house.now)
+            if is_cut:
+                waiting.cancel()
+            await until(lambda: len(house.actor.parked) == 0)
+            state, waits, ended_at = await state_of(house)
+            assert (state, waits, house.now - ended_at <= 1) == ("idle", False, True)
+            await seconds(GONE_AFTER_MS / 1000 - 1)
+            assert await state_of(house) == ("idle", False, ended_at)
+            await seconds(1)
+            assert (await house.yes(Workers())).workers == []
+
+
+@in_virtual_time
+async def test_a_waiting_claim_that_is_served_waits_no_more_and_one_that_is_taken_back_waits_on() -> None:
+    async with household() as house:
+        waiting = await parked(house, "w", wait_ms=60_000)
+        house.disk.write_errors.append(DiskFull())
+        assert (await house.no(Create(id="a"))).code == "storage_full"
+        assert await state_of(house) == ("idle", True, house.now)
+        await seconds(2)
+        await house.yes(Create(id="b"))
+        answer = await waiting
+        assert isinstance(answer, Answer)
+        assert [granted.job.id for granted in answer.data.grants] == ["b"]
+        seen = house.book.presence.workers["w"]
+        assert (seen.waiting, list(seen.jobs)) == (0, ["b"])
+        assert [claims.waiting for claims in house.book.presence.claim_sets("default")] == [0]
+
+
+async def state_of(house: Household) -> tuple[str, bool, int]:
+    (worker,) = (await house.yes(Workers())).workers
+    return worker.state, worker.waiting, worker.last_seen_at
+
+
+# -- take-back --------------------------------------------------------------------------------------------------------
+
+
+def silent(desk: Desk, count: int) -> list[str]:
+    """A worker whose first `count` jobs have an expired lock and whose last one has a live lock."""
+    locks = [desk.held(f"job-{n}", worker="w", stuck_after_ms=HOUR_MS, max_processing_ms=0) for n in range(count)]
+    desk.passes(TTL)
+    return [*locks, desk.held("live", worker="w")]
+
+
+def test_the_expired_jobs_of_a_silent_worker_are_taken_back(desk: Desk) -> None:
+    locks = silent(desk, 3)
+    desk.yes(Extend(id="job-2", lock_id=locks[2]))
+    desk.progress(locks[1], job_id="job-1")
+    desk.passes(TTL - 1)
+    desk.yes(Extend(id="job-2", lock_id=locks[2]))
+    desk.yes(Extend(id="live", lock_id=locks[3]))
+    desk.passes(1)
+    done = desk.yes(TakeBack(name="w"), admin=True, by="admin:ana")
+    assert (done.worker, done.recovered_jobs, done.reset_jobs, done.failed_jobs, done.more) == ("w", 2, 1, 1, False)
+    assert [(each.job_id, each.action) for each in done.details] == [("job-0", "reset"), ("job-1", "failed")]
+    assert done.details[0].reason == (
+        "No update from worker w for 30 min at 0 % (attempt 1 of 1). The lock had expired. "
+        "An operator took the job back."
+    )
+    first, second = desk.job("job-0"), desk.job("job-1")
+    assert (first.status, first.stalls, first.attempt, first.grant) == ("queued", 1, 0, None)
+    assert second.error is not None
+    assert (second.status, second.stalls, second.error.code) == ("failed", 1, "stalled")
+    assert [desk.job(job_id).status for job_id in ("job-2", "live")] == ["processing", "processing"]
+    assert (desk.last().type, desk.last().by) == ("stalled", "admin:ana")
+    lost = desk.no(Complete(id="job-0", lock_id=locks[0]), "lock_lost")
+    assert (lost.details["reason"], lost.details["rule"]) == ("taken_back", "take-back")
+    assert one(desk).state == "busy"
+
+
+def test_a_take_back_goes_in_slices(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maintenance_rules, "TAKEN_BACK", 2)
+    silent(desk, 5)
+    desk.yes(Recover(limit=9))
+    done = [desk.yes(TakeBack(name="w"), admin=True) for _ in range(3)]
+    assert [(len(each.details), each.more) for each in done] == [(2, True), (2, True), (1, False)]
+
+
+def test_a_dry_run_of_a_take_back_changes_nothing(desk: Desk) -> None:
+    silent(desk, 2)
+    events = len(desk.events)
+    done = desk.yes(TakeBack(name="w", dry_run=True), admin=True)
+    assert [each.job_id for each in done.details] == ["job-0", "job-1"]
+    assert len(desk.events) == events
+    assert one(desk).state == "silent"
+
+
+def test_only_the_jobs_of_a_silent_worker_are_taken_back(desk: Desk) -> None:
+    unknown = desk.no(TakeBack(name="nobody"), "worker_not_found", admin=True)
+    assert unknown.message == "No worker nobody was seen since the start. List the workers: jobctl workers"
+    desk.held("a", worker="w")
+    said = desk.no(TakeBack(name="w"), "worker_not_silent", admin=True)
+    assert said.message == (
+        "Worker w is busy, not silent: the lock of its job is live. To end a live grant: jobctl force-reset ID"
+    )
+    desk.held("b", worker="w")
+    said = desk.no(TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
+    assert "the locks of its 2 jobs are live" in said.message
+    other = desk.held("d", worker="v")
+    desk.yes(Complete(id="d", lock_id=other))
+    said = desk.no(TakeBack(name="v"), "worker_not_silent", admin=True)
+    assert (said.details, "it holds no job" in said.message) == ({"worker": "v", "state": "idle"}, True)
+
+
+def test_a_take_back_is_in_the_audit_log(desk: Desk) -> None:
+    silent(desk, 2)
+    command = TakeBack(name="w", reason="w-7 lost its power")
+    decision = desk.decide(command, admin=True)
+    row = audit.entry(Call(command, operator=Operator("ana", "127.0.0.1")), decision, NOW)
+    assert row is not None
+    assert (row.what, row.details, row.jobs, row.reason) == ("take-back", {"worker": "w"}, 2, "w-7 lost its power")
+    again = desk.decide(command, admin=True)
+    row = audit.entry(Call(command, operator=Operator("ana", "127.0.0.1")), again, NOW)
+    assert row is not None
+    assert (row.outcome, row.jobs) == ("worker_not_silent", 0)
+
+
+@asynccontextmanager
+async def slices_of_two() -> AsyncIterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maintenance_rules, "TAKEN_BACK", 2)
+        yield
+
+
+@in_virtual_time
+async def test_a_take_back_of_many_jobs_is_one_answer() -> None:
+    async with slices_of_two(), household() as house:
+        for number in range(5):
+            await house.held(f"job-{number}", stuck_after_ms=HOUR_MS)
+        command, operator = TakeBack(name="w-1"), Operator("ana", "here", "part")
+        refused = await house.cleaner.take_back(command, operator)
+        assert isinstance(refused, Refusal)
+        assert refused.code == "worker_not_silent"
+        await seconds(60)
+        seen = await house.cleaner.take_back(replace(command, dry_run=True), operator)
+        assert isinstance(seen, TakenBack)
+        assert (len(seen.details), seen.more) == (2, True)
+        done = await house.cleaner.take_back(command, operator)
+        assert isinstance(done, TakenBack)
+        assert (done.recovered_jobs, done.reset_jobs, len(done.details), done.more) == (5, 5, 5, False)
+
+
+@in_virtual_time
+async def test_a_take_back_that_is_cut_short_says_what_it_did() -> None:
+    """Because the worker came back, or because the daemon stops."""
+    async with slices_of_two(), household() as house:
+        locks = {}
+        for number in range(6):
+            locks[f"job-{number}"] = await house.held(f"job-{number}", stuck_after_ms=HOUR_MS)
+        await seconds(60)
+        taking = asyncio.create_task(house.cleaner.take_back(TakeBack(name="w-1"), None))
+        await until(lambda: house.book.totals["queued"] == 2)
+        for job_id in ("job-2", "job-3", "job-4", "job-5"):
+            await house.yes(Extend(id=job_id, lock_id=locks[job_id]))
+        done = await taking
+        assert isinstance(done, TakenBack)
+        assert (done.recovered_jobs, done.more) == (2, False)
+        await seconds(60)
+        taking = asyncio.create_task(house.cleaner.take_back(TakeBack(name="w-1"), None))
+        await until(lambda: house.book.totals["queued"] == 4)
+        house.cleaner.stop()
+        done = await taking
+        assert isinstance(done, TakenBack)
+        assert (done.recovered_jobs, done.more) == (2, True)
+
+
+# -- the description of a worker --------------------------------------------------------------------------------------
+
+
+def test_the_description_of_a_worker_is_shown(desk: Desk) -> None:
+    about = About(instance="i-1", host="box", pid=42, version="1.0", concurrency=4)
+    desk.book.presence.asks(claim(about=about))
+    assert one(desk).about == about
+    desk.book.presence.asks(claim())
+    assert one(desk).about == about, "what it does not say again stays"
+    newer = About(host="other")
+    desk.book.presence.asks(Start(id="a", worker="w-1", about=newer))
+    assert one(desk).about == newer
+
+
+def test_the_description_of_a_worker_is_at_most_a_kilobyte() -> None:
+    body = msgspec.json.encode(LARGEST)
+    assert 600 < len(body) <= 1024
+    assert msgspec.json.decode(body, type=About) == LARGEST
+    assert msgspec.json.encode(About()) == b"{}"
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_resting_workers_are_forgotten_the_one_heard_longest_ago_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
+    book = Book()
+    book.presence.saw("resting", NOW)
+    book.swap(None, held(1, "busy"))
+    assert list(book.presence.workers) == ["resting", "busy"]
+    book.presence.saw("resting", NOW + 1)
+    book.presence.saw("new", NOW)
+    assert list(book.presence.workers) == ["new", "busy"], "the busy one was passed over once"
+
+
+def test_a_worker_that_was_heard_last_is_forgotten_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
+    book = Book()
+    for worker in ("first", "second", "first", "third"):
+        book.presence.saw(worker, NOW)
+    assert list(book.presence.workers) == ["first", "third"]
+
+
+def test_a_worker_with_a_job_or_a_waiting_claim_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the one that is about to get its first job while all others hold one."""
+    monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
+    book = Book()
+    book.presence.waits(claim("waiting"))
+    for number in range(1, 5):
+        book.swap(None, held(number, f"w-{number}"))
+    holders = {name: list(seen.jobs) for name, seen in book.presence.workers.items()}
+    assert holders == {"waiting": []} | {f"w-{number}": [f"job-{number}"] for number in range(1, 5)}
+
+
+def test_many_busy_workers_do_not_make_each_new_one_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new worker inspects a few. Over several new workers those at rest are found."""
+    monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 100)
+    book = Book()
+    for number in range(1, 101):
+        book.swap(None, held(number, f"busy-{number}"))
+    for number in range(20):
+        book.presence.saw(f"resting-{number}", NOW)
+    resting = [name for name, seen in book.presence.workers.items() if seen.is_resting]
+    assert len(book.presence.workers) <= 100 + 100 // worker_presence.EVICTION_LOOKS + 1
+    assert resting[-1] == "resting-19"
+
+
+def test_a_job_whose_worker_was_never_known_may_go() -> None:
+    """A bad row: a grant without a lease."""
+    book = Book()
+    row = replace(held(1, "w"), lease=None)
+    book.swap(None, row)
+    book.presence.set_expired("w", "job-1", True)
+    book.swap(row, None)
+    assert book.presence.workers == {}
+
+
+def test_claim_sets_are_bounded_and_forgetting_one_moves_since(
+    presence: WorkerPresence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_presence, "NAMES_KEPT", 40)
+    presence._names_kept = 40
+    waiting = presence.waits(claim("waiting", "waiting", "k"))
+    for number in range(200):
+        passes(presence, 10)
+        presence.asks(claim(f"w-{number % 7}", f"q-{number}", "k l m"))
+        check_sets(presence)
+        assert presence._names <= 40 + 4
+    assert presence.since > 1_000
+    assert presence.last_claim("q-199", "k") == 1_000 + 2_000
+    assert presence.last_claim("q-0", "k") is None
+    assert presence.unclaimed_ms("q-0", "k", presence.lease) == presence.lease - presence.since < 2_000
+    assert list(presence.claim_sets("waiting")) == [waiting]
+
+
+def test_sets_of_waiting_claims_are_not_counted_again_with_each_new_one(
+    presence: WorkerPresence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets of waiting claims are never forgotten. The limit grows with them, or each new set would sort all of them."""
+    monkeypatch.setattr(worker_presence, "NAMES_KEPT", 10)
+    presence._names_kept = 10
+    forgotten: list[int] = []
+    original = presence._forget_sets
+
+    def counted() -> None:
+        forgotten.append(presence._names)
+        original()
+
+    monkeypatch.setattr(presence, "_forget_sets", counted)
+    for number in range(100):
+        presence.waits(claim(f"w-{number}", f"q-{number}"))
+    check_sets(presence)
+    assert presence._names == 100
+    assert len(forgotten) <= 15
+
+
+def check_sets(presence: WorkerPresence) -> None:
+    """The index and the counts against a recount."""
+    sets: list[ClaimSet] = list(presence._sets.values())
+    assert presence._names == sum(claims.names for claims in sets)
+    found: dict[str, set[ClaimSet]] = {}
+    for claims in sets:
+        for queue in claims.queues:
+            found.setdefault(queue, set()).add(claims)
+    assert {queue: set(claims) for queue, claims in presence._of_queue.items()} == found
+    for name, worker in presence.workers.items():
+        assert worker.claims is None or (worker.claims in sets and name in worker.claims.workers)
+    assert all(presence.workers[name].claims is claims for claims in sets for name in claims.workers)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_presence, "NAMES_KEPT", 30)
+    monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 6)
+    dice, presence = random.Random(seed), WorkerPresence()
+    presence._names_kept = 30
+    waits: list[tuple[str, ClaimSet]] = []
+    claims: list[tuple[int, Claim]] = []
+    for _ in range(400):
+        passes(presence, dice.randint(0, 50))
+        worker = f"w-{dice.randint(1, 12)}"
+        queues = " ".join(dice.choices("qrstuv", k=dice.randint(1, 3)))
+        kinds = dice.choice([None, "k", "k l", "l m n"])
+        asked = claim(worker, queues, kinds)
+        if dice.random() < 0.2:
+            waits.append((worker, presence.waits(asked)))
+        elif waits and dice.random() < 0.3:
+            worker, waited = waits.pop(dice.randrange(len(waits)))
+            presence.waits_no_more(worker, waited)
+            asked = Claim(worker=worker, queues=waited.queues, kinds=waited.kinds)
+        else:
+            presence.asks(asked)
+        claims.append((presence.lease, asked))
+        check_sets(presence)
+        for queue, kind in (("q", "k"), ("u", "m"), ("x", "k")):
+            fitting = [at for at, each in claims if queue in each.queues and (not each.kinds or kind in each.kinds)]
+            is_waiting = any(queue in each.queues and each.takes(kind) for _, each in waits)
+            latest = presence.lease if is_waiting else max(fitting, default=None)
+            if latest is not None and latest > presence.since:
+                assert presence.last_claim(queue, kind) == latest
+            unclaimed = presence.unclaimed_ms(queue, kind, presence.lease)
+            assert unclaimed == 0 if is_waiting else unclaimed <= presence.lease - (latest or 0)
+
+
+def test_a_page_of_workers_costs_by_the_page(desk: Desk) -> None:
+    draft = Draft(desk.book, Call(Workers()), desk.at, Policy())
+    for number in range(500):
+        desk.book.presence.asks(claim(f"w-{number:03}"))
+    page = workers(draft.book, draft.at, Workers())
+    assert (len(page.workers), page.next_cursor, page.by_state["idle"]) == (200, f"{NOW} w-199", 500)
+    desk.passes(GONE_AFTER_MS)
+    folded = workers(draft.book, desk.at, Workers())
+    assert (folded.workers, folded.next_cursor, folded.by_state["gone"]) == ([], None, 500)
+    last = workers(draft.book, desk.at, Workers(state="gone", cursor=f"{NOW} w-399"))
+    assert (len(last.workers), last.next_cursor, last.by_state["gone"]) == (100, None, 500)

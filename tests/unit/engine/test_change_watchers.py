@@ -1,0 +1,96 @@
+"""Who hears that something has happened: of what concerns him, and to its end. Its stream is in test_dashboard.py."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from jobd.engine.change_watchers import Watcher
+from jobd.engine.event_feed import Feed
+from jobd.model.errors import Refused
+from jobd.model.events import Change, Event, Wanted
+from tests.support.memory_storage import MemoryDisk
+
+MOST = 4
+ALL = Wanted()
+HOW: Any = {"follow": True, "cut": lambda: None}
+
+
+def change(job_id: str, queue: str = "q", kind: Any = "created") -> Change:
+    return Change(None, None, Event(1, 1, kind, 1, job_id, queue, None, None, "client"))
+
+
+@pytest.fixture
+def feed() -> Feed:
+    return Feed(MemoryDisk(), 0, MOST)
+
+
+def nothing() -> None:
+    pass
+
+
+def heard(*watchers: Watcher) -> list[bool]:
+    told = [watcher.news.is_set() for watcher in watchers]
+    for watcher in watchers:
+        watcher.news.clear()
+    return told
+
+
+async def test_each_hears_of_what_concerns_him(feed: Feed) -> None:
+    everything = feed.watch(queue=None, job_id=None, cut=nothing)
+    queue = feed.watch(queue="video", job_id=None, cut=nothing)
+    job = feed.watch(queue=None, job_id="a", cut=nothing)
+    assert heard(everything, queue, job) == [False, False, False]
+    feed.publish([change("b"), change("c")])
+    assert heard(everything, queue, job) == [True, False, False]
+    feed.publish([change("b"), change("a")])
+    assert heard(everything, queue, job) == [True, False, True]
+    feed.publish([change("b", "video"), change("c")])
+    assert heard(everything, queue, job) == [True, True, False]
+    feed.publish([change("a", "video")])
+    assert heard(everything, queue, job) == [True, True, True]
+    feed.publish([change("", "other", "queue_paused")])
+    assert heard(everything, queue, job) == [True, True, True], "every page tells of paused queues"
+
+
+async def test_who_leaves_hears_no_more_and_gives_his_place_back(feed: Feed) -> None:
+    places = [feed.watch(queue=None, job_id=None, cut=nothing), feed.watch(queue="q", job_id=None, cut=nothing)]
+    places += [feed.watch(queue=None, job_id="a", cut=nothing) for _ in range(2)]
+    assert feed.listeners == MOST
+    for take in (lambda: feed.watch(queue=None, job_id=None, cut=nothing), lambda: feed.listen(ALL, **HOW)):
+        with pytest.raises(Refused) as no:
+            take()
+        assert (no.value.refusal.code, "limits.event_streams" in no.value.refusal.message) == ("overloaded", True)
+    for watcher in places[:3]:
+        watcher.leave()
+        watcher.leave()
+    assert feed.listeners == 1
+    feed.publish([change("a")])
+    assert heard(*places) == [False, False, False, True]
+    places[3].leave()
+    assert feed.listeners == 0
+    watchers = feed._watchers
+    assert [watchers._all, watchers._of_all, watchers._of_queue, watchers._of_job] == [set(), set(), {}, {}]
+
+
+async def test_it_is_over_when_the_daemon_stops(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobd.engine.event_feed.CLOSING_S", 0.01)
+    cut = asyncio.Event()
+    watcher = feed.watch(queue=None, job_id="a", cut=cut.set)
+    assert not watcher.over.is_set()
+    feed.close()
+    assert (watcher.over.is_set(), watcher.news.is_set()) == (True, True)
+    await cut.wait()
+    with pytest.raises(Refused) as no:
+        feed.watch(queue=None, job_id=None, cut=nothing)
+    assert no.value.refusal.code == "shutting_down"
+
+
+async def test_news_cost_listeners_nothing_and_are_kept_for_nobody(feed: Feed) -> None:
+    feed.watch(queue=None, job_id=None, cut=nothing)
+    for _ in range(100):
+        feed.publish([change("a")])
+    assert not feed.rounds
+    assert not feed._news

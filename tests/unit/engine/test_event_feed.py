@@ -1,0 +1,434 @@
+"""What listeners hear: every event once and in order, from the journal over to live, and nobody waits for the slow."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from jobd.engine import event_feed
+from jobd.engine.event_feed import HEARTBEAT_S, PAGE, Feed, Listener
+from jobd.model.errors import Refused
+from jobd.model.events import Change, Wanted
+from tests.support.factories import Maker
+from tests.support.memory_storage import MemoryDisk
+from tests.support.virtual_engine import in_virtual_time, seconds
+
+ALL = Wanted()
+
+
+class Stage:
+    """A journal, what feeds it, and listeners. A commit may be told to the feed later, as the actor does it."""
+
+    def __init__(self, most: int = 10) -> None:
+        self.disk = MemoryDisk()
+        self.maker = Maker()
+        self.feed = Feed(self.disk, 0, most)
+        self.cuts: list[Listener] = []
+        self._untold: list[Sequence[Change]] = []
+
+    async def commit(self, count: int = 1, *, tell: bool = True, **fields: Any) -> None:
+        await self.write([self.maker.create(**fields) for _ in range(count)], tell=tell)
+
+    async def write(self, changes: list[Change], *, tell: bool = True) -> None:
+        await self.disk.write(self.maker.batch(changes))
+        self._untold.append(changes)
+        if tell:
+            self.tell()
+
+    def tell(self) -> None:
+        for changes in self._untold:
+            self.feed.publish(changes)
+        self._untold.clear()
+
+    def listen(self, wanted: Wanted = ALL, *, follow: bool = True) -> Listener:
+        listener = self.feed.listen(wanted, follow=follow, cut=lambda: self.cuts.append(listener))
+        return listener
+
+    async def begun(self, wanted: Wanted = ALL, after: int | None = None, *, follow: bool = True) -> Listener:
+        listener = self.listen(wanted, follow=follow)
+        await listener.begin(after)
+        return listener
+
+
+def told(piece: bytes) -> list[dict[str, Any]]:
+    """The events in what was sent."""
+    blocks = [block.split("\n") for block in piece.decode().split("\n\n")]
+    return [json.loads(line.removeprefix("data: ")) for block in blocks for line in block if line.startswith("data: ")]
+
+
+def numbers(piece: bytes) -> list[int]:
+    return [event["seq"] for event in told(piece)]
+
+
+async def heard(listener: Listener, up_to: int) -> list[int]:
+    """All that a listener hears until he has come so far."""
+    found: list[int] = []
+    while listener.position < up_to:
+        found += numbers(await listener.more())
+    return found
+
+
+@in_virtual_time
+async def test_an_event_as_it_is_sent() -> None:
+    stage = Stage()
+    listener = stage.listen()
+    assert await listener.begin(None) == b"retry: 2000\nid: 0\n\n"
+    change = stage.maker.create()
+    await stage.write([change])
+    event = change.event
+    head, _, data = (await listener.more()).partition(b"data: ")
+    assert head == b"id: 1\nevent: created\n"
+    assert data.endswith(b"\n\n")
+    assert json.loads(data) == {
+        "seq": 1, "at": event.at, "type": "created", "from": None, "to": "queued", "by": event.by, "reason": None,
+        "details": event.details or {}, "job_id": event.job_id, "queue": event.queue,
+    }  # fmt: skip
+
+
+@in_virtual_time
+async def test_an_event_of_a_queue_names_no_job() -> None:
+    stage = Stage()
+    listener = await stage.begun()
+    await stage.write([stage.maker.queue_event("video", True)])
+    [event] = told(await listener.more())
+    assert (event["job_id"], event["queue"]) == (None, "video")
+
+
+@in_virtual_time
+async def test_from_now_on_means_from_now_on() -> None:
+    stage = Stage()
+    await stage.commit(3)
+    listener = stage.listen()
+    assert await listener.begin(None) == b"retry: 2000\nid: 3\n\n"
+    await stage.commit(2)
+    assert numbers(await listener.more()) == [4, 5]
+
+
+@in_virtual_time
+async def test_where_nobody_listens_nothing_is_kept() -> None:
+    stage = Stage()
+    await stage.commit(3)
+    assert (stage.feed.last, stage.feed._news, len(stage.feed.rounds)) == (3, [], 0)
+    replaying = stage.listen()
+    await replaying.begin(0)
+    await stage.commit(3)  # he reads it from the journal
+    assert (stage.feed.last, stage.feed._news) == (6, [])
+
+
+@in_virtual_time
+async def test_an_event_is_encoded_once_for_all() -> None:
+    stage = Stage()
+    first, second = await stage.begun(), await stage.begun()
+    await stage.commit(5)
+    assert await first.more() is await second.more()
+
+
+@in_virtual_time
+async def test_what_comes_at_short_intervals_is_told_in_rounds() -> None:
+    stage = Stage()
+    listener = await stage.begun()
+    await stage.commit()
+    assert numbers(await listener.more()) == [1]
+    for _ in range(3):
+        await stage.commit()
+        await seconds(event_feed.GATHER_S / 4)
+    assert numbers(await listener.more()) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_from_the_journal_over_to_live_without_gap_or_repeat(seed: int) -> None:
+    """Commits, some told late, at every point of the way."""
+
+    @in_virtual_time
+    async def run() -> None:
+        dice, stage = random.Random(seed), Stage()
+        for _ in range(dice.randrange(1, 4 * PAGE // 10)):
+            await stage.commit(10)
+        after = dice.randrange(stage.feed.last)
+        listener = await stage.begun(after=after)
+        found: list[int] = []
+        for _ in range(60):
+            for _ in range(dice.randrange(3)):
+                await stage.commit(dice.choice((1, 5, PAGE)), tell=dice.random() < 0.5)
+            more = asyncio.ensure_future(listener.more())
+            for _ in range(dice.randrange(5)):
+                await asyncio.sleep(dice.choice((0, 0.001, 0.005)))
+                await stage.commit(tell=dice.random() < 0.5)
+            stage.tell()
+            found += numbers(await more)
+        await stage.commit()
+        found += await heard(listener, stage.feed.last)
+        assert found == list(range(after + 1, stage.feed.last + 1))
+
+    run()
+
+
+@in_virtual_time
+async def test_numbers_that_were_never_used_are_no_gap() -> None:
+    stage = Stage()
+    await stage.commit(3)
+    stage.maker.numbers = stage.disk.numbers = type(stage.disk.numbers)(next_job=4, next_event=1000)
+    listener = await stage.begun(after=2)
+    assert await heard(listener, 999) == [3]
+    await stage.commit()
+    assert await heard(listener, 1000) == [1000]
+
+
+@in_virtual_time
+async def test_only_what_is_wanted_and_the_position_moves_on_all_the_same() -> None:
+    stage = Stage()
+    await stage.commit(PAGE + 10)
+    name = stage.disk.events[4].job_id
+    listener = await stage.begun(Wanted(job_ids=frozenset({name})), after=0)
+    assert numbers(await listener.more()) == [5]
+    assert await listener.more() == b"id: %d\n\n" % (PAGE + 10)
+    await listener.more()
+    paused = stage.maker.queue_event("video", True)
+    await stage.write([paused])
+    assert await listener.more() == b": still here\nid: %d\n\n" % (PAGE + 11)
+
+
+@in_virtual_time
+async def test_filters_all_have_to_fit() -> None:
+    stage = Stage()
+    queue = Wanted(queues=frozenset({"video", "mail"}), types=frozenset({"queue_paused"}))
+    listener = await stage.begun(queue)
+    await stage.write([stage.maker.queue_event(name, name != "mail") for name in ("video", "mail", "audio")])
+    assert [event["queue"] for event in told(await listener.more())] == ["video"]
+
+
+@in_virtual_time
+async def test_silence_is_broken_now_and_then() -> None:
+    stage = Stage()
+    listener = await stage.begun()
+    loop = asyncio.get_running_loop()
+    for _ in range(3):
+        before = loop.time()
+        assert await listener.more() == b": still here\nid: 0\n\n"
+        assert loop.time() - before == pytest.approx(HEARTBEAT_S)
+
+
+@in_virtual_time
+async def test_who_wants_nothing_of_much_hears_a_sign_of_life_too() -> None:
+    stage = Stage()
+    listener = await stage.begun(Wanted(job_ids=frozenset({"another"})))
+    loop = asyncio.get_running_loop()
+    more, before = asyncio.ensure_future(listener.more()), loop.time()
+    while not more.done():
+        await stage.commit()
+        await seconds(0.5)
+    assert (await more).startswith(b": still here\n")
+    assert loop.time() - before == pytest.approx(HEARTBEAT_S, abs=1)
+
+
+@in_virtual_time
+async def test_the_slow_one_is_cut_off_and_the_others_go_on() -> None:
+    with pytest.MonkeyPatch.context() as patch, capture_logs() as logs:
+        patch.setattr(event_feed, "BACKLOG_BYTES", 3_000)
+        stage = Stage()
+        slow, quick = await stage.begun(), await stage.begun()
+        for _ in range(30):
+            await stage.commit()
+            assert len(numbers(await quick.more())) == 1
+    assert stage.cuts == [slow]
+    assert (stage.feed.dropped, slow.position) == (1, 0)
+    assert [(entry["event"], entry["position"]) for entry in logs] == [("event_stream_dropped", 0)]
+    assert await slow.more() == b""
+    slow.leave()
+    again = await stage.begun(after=slow.position)  # he comes again, and nothing is lost
+    assert await heard(again, 30) == list(range(1, 31))
+
+
+@in_virtual_time
+async def test_one_round_above_the_bound_cuts_nobody_off() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_feed, "BACKLOG_BYTES", 10)
+        stage = Stage()
+        listener = await stage.begun()
+        await stage.commit(50)
+        assert len(numbers(await listener.more())) == 50
+        await stage.commit(50)
+        assert len(numbers(await listener.more())) == 50
+    assert stage.cuts == []
+
+
+@in_virtual_time
+async def test_a_piece_has_its_bound() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_feed, "PIECE_BYTES", 10)
+        stage = Stage()
+        listener = await stage.begun()
+        for _ in range(3):
+            await stage.commit(2)
+            await seconds(event_feed.GATHER_S)
+        assert [numbers(await listener.more()) for _ in range(3)] == [[1, 2], [3, 4], [5, 6]]
+
+
+@in_virtual_time
+async def test_the_places_have_an_end_and_are_given_back() -> None:
+    stage = Stage(most=2)
+    first, second = await stage.begun(), await stage.begun(after=0)
+    with pytest.raises(Refused) as no:
+        stage.listen()
+    assert no.value.refusal.code == "overloaded"
+    assert "limits.event_streams" in no.value.refusal.message
+    await stage.commit()
+    await seconds(1)
+    assert len(stage.feed.rounds) == 1
+    first.leave()
+    assert (stage.feed.listeners, len(stage.feed.rounds)) == (1, 0)
+    third = await stage.begun()
+    await stage.commit()
+    assert numbers(await third.more()) == [2]
+    assert await heard(second, 2) == [1, 2]
+
+
+@pytest.mark.parametrize("spread", [0, 37, 3 * PAGE])
+def test_many_who_resume_together_get_live_while_events_go_on(spread: int) -> None:
+    """Each page is read once for all of them; nobody has to be faster than what comes in for all together."""
+
+    @in_virtual_time
+    async def run() -> None:
+        stage = Stage(most=100)
+        await stage.commit(500)
+        found: dict[Listener, list[int]] = {}
+
+        async def listen(after: int) -> None:
+            listener = await stage.begun(after=after)
+            found[listener] = [after]
+            while listener.position < 3_000:
+                found[listener] += numbers(await listener.more())
+
+        listeners = [asyncio.create_task(listen(number * spread // 40)) for number in range(40)]
+        while stage.feed.last < 3_000:  # 3 000 in a second
+            await stage.commit(15)
+            await seconds(0.005)
+        await asyncio.gather(*listeners)
+        assert stage.cuts == []
+        assert all(listener._is_whole for listener in found)
+        assert stage.disk.calls["journal"] < 150
+        for events in found.values():
+            assert events == list(range(events[0], events[-1] + 1))
+
+    run()
+
+
+@in_virtual_time
+async def test_without_follow_the_end_is_where_the_journal_was_at_the_beginning() -> None:
+    """It would never come to where many events come in while it is read."""
+    stage = Stage()
+    await stage.commit(2 * PAGE + 50)
+    listener = await stage.begun(after=0, follow=False)
+    found: list[int] = []
+    while piece := await listener.more():
+        found += numbers(piece)
+        await stage.commit(PAGE)
+    assert found[: 2 * PAGE + 50] == list(range(1, 2 * PAGE + 51))
+    assert len(found) <= 3 * PAGE
+
+
+@in_virtual_time
+async def test_what_was_pruned_is_told_at_the_beginning_and_on_the_way() -> None:
+    stage = Stage()
+    await stage.commit(3 * PAGE)
+    listener = await stage.begun(after=0)
+    assert len(numbers(await listener.more())) == PAGE
+    stage.disk.gone_to = PAGE
+    assert len(numbers(await listener.more())) == PAGE  # what he has not read yet is whole
+    stage.disk.gone_to = 3 * PAGE - 1
+    for position in (listener.position, 0, 3 * PAGE - 2):
+        with pytest.raises(Refused) as no:
+            await (listener.more() if position else stage.listen().begin(position))
+        assert (no.value.refusal.code, no.value.refusal.details) == ("events_gone", {"last": 3 * PAGE})
+        assert "Read the state anew" in no.value.refusal.message
+    assert numbers(await (await stage.begun(after=3 * PAGE - 1)).more()) == [3 * PAGE]
+
+
+@in_virtual_time
+async def test_a_position_that_was_never_reached_is_of_another_store() -> None:
+    stage = Stage()
+    await stage.commit(3)
+    with pytest.raises(Refused) as no:
+        await stage.begun(after=4)
+    assert no.value.refusal.code == "events_gone"
+    assert "another store" in no.value.refusal.message
+    await stage.begun(after=3)
+
+
+@in_virtual_time
+async def test_what_is_on_the_disk_and_not_told_yet_is_no_other_store() -> None:
+    stage = Stage()
+    await stage.commit(3, tell=False)
+    listener = await stage.begun(after=0)
+    assert await heard(listener, 3) == [1, 2, 3]
+    again = await stage.begun(after=3)
+    stage.tell()
+    await stage.commit()
+    assert await heard(again, 4) == [4]
+    assert await heard(listener, 4) == [4]
+
+
+@in_virtual_time
+async def test_so_many_events_back_as_the_journal_still_has() -> None:
+    stage = Stage()
+    await stage.commit(5)
+    for gone_to, back, expected in ((0, 2, [4, 5]), (4, 2, [5]), (0, 100, [1, 2, 3, 4, 5])):
+        stage.disk.gone_to = gone_to
+        listener = stage.listen()
+        assert await listener.begin(None, back) == b"retry: 2000\nid: %d\n\n" % (expected[0] - 1)
+        assert numbers(await listener.more()) == expected
+        listener.leave()
+
+
+@in_virtual_time
+async def test_without_following_it_ends_where_the_journal_does() -> None:
+    stage = Stage()
+    await stage.commit(PAGE + 1)
+    listener = await stage.begun(after=0, follow=False)
+    assert len(numbers(await listener.more())) == PAGE
+    await stage.commit()
+    assert numbers(await listener.more()) == [PAGE + 1, PAGE + 2]
+    assert await listener.more() == b""
+    now = await stage.begun(follow=False)
+    assert await now.more() == b""
+
+
+@in_virtual_time
+async def test_when_the_daemon_stops_listeners_get_what_is_there() -> None:
+    stage = Stage()
+    live, stuck = await stage.begun(), await stage.begun()
+    replaying, reading = await stage.begun(after=0), await stage.begun(after=0, follow=False)
+    await stage.commit(3)
+    stage.feed.close()
+    assert numbers(await live.more()) == [1, 2, 3]
+    assert await live.more() == b""
+    live.leave()
+    assert await replaying.more() == b""
+    replaying.leave()
+    with pytest.raises(Refused) as no:  # its end would be taken for that of the journal
+        await reading.more()
+    assert no.value.refusal.code == "shutting_down"
+    reading.leave()
+    with pytest.raises(Refused) as no:
+        stage.listen()
+    assert no.value.refusal.code == "shutting_down"
+    assert stage.cuts == []
+    await seconds(event_feed.CLOSING_S)
+    assert stage.cuts == [stuck]
+
+
+@in_virtual_time
+async def test_when_the_daemon_stops_those_who_wait_end_at_once() -> None:
+    stage = Stage()
+    listener = await stage.begun()
+    more, before = asyncio.ensure_future(listener.more()), asyncio.get_running_loop().time()
+    await seconds(1)
+    stage.feed.close()
+    assert await more == b""
+    assert asyncio.get_running_loop().time() - before == pytest.approx(1)

@@ -1,0 +1,211 @@
+"""Idempotency keys: what is kept and for how long, what a full store gives up, and what a refused batch takes back."""
+
+from __future__ import annotations
+
+from jobd.engine.idempotency import KEPT_MS, SAFE_MS, Keys
+from jobd.model.storage import KeyRow
+from tests.support.rule_harness import NOW
+
+
+def answer(name: str, at: int = NOW) -> KeyRow:
+    return KeyRow(name, f"body of {name}", at, 201, b"{}")
+
+
+def grants(name: str, *locks: str, at: int = NOW) -> KeyRow:
+    return KeyRow(name, f"body of {name}", at, grants=[(f"job of {lock}", lock) for lock in locks])
+
+
+def empty(limit: int = 100) -> Keys:
+    return Keys([], limit)
+
+
+def test_an_answer_is_found_until_a_day_is_over() -> None:
+    keys = empty()
+    keys.add(answer("a"))
+    assert keys.find("a", NOW) == answer("a")
+    assert keys.find("b", NOW) is None
+    assert keys.find("a", NOW + KEPT_MS - 1) is not None
+    assert keys.find("a", NOW + KEPT_MS) is None
+    assert len(keys) == 0
+    assert keys.changed() == ([], [])  # it never was on the disk
+
+
+def test_after_the_commit_the_answer_lies_on_the_disk_only() -> None:
+    keys = empty()
+    keys.add(answer("a"))
+    keys.add(grants("g", "l1"))
+    assert keys.changed() == ([answer("a"), grants("g", "l1")], [])
+    keys.commit()
+    assert keys.changed() == ([], [])
+    row = keys.find("a", NOW)
+    assert row is not None
+    assert (row.status, row.answer) == (201, None)
+    assert keys.is_stored("a", NOW)
+    assert not keys.is_stored("g", NOW)
+    assert not keys.is_stored("b", NOW)
+
+
+def test_an_old_answer_is_deleted_from_the_disk_too() -> None:
+    keys = Keys([answer("a")], 100)
+    assert keys.find("a", NOW + KEPT_MS) is None
+    assert keys.changed() == ([], ["a"])
+    keys.commit()
+    assert keys.changed() == ([], [])
+
+
+def test_a_key_given_anew_replaces_its_old_row() -> None:
+    keys = Keys([answer("a")], 100)
+    later = NOW + KEPT_MS
+    assert keys.find("a", later) is None
+    keys.add(answer("a", later))
+    assert keys.changed() == ([answer("a", later)], [])
+
+
+def test_grants_keep_their_key_while_one_of_them_is_current() -> None:
+    keys = empty()
+    keys.add(grants("g", "l1", "l2"))
+    keys.commit()
+    assert keys.find("g", NOW + 10 * KEPT_MS) is not None  # age does not matter
+    keys.ended("l1")
+    keys.ended("another")
+    assert keys.find("g", NOW) is not None
+    assert keys.changed() == ([], [])
+    keys.ended("l2")
+    assert keys.find("g", NOW) is None
+    assert keys.changed() == ([], ["g"])
+    keys.ended("l2")  # again is no harm
+
+
+def test_a_grant_made_and_ended_in_one_batch_leaves_nothing() -> None:
+    keys = empty()
+    keys.add(grants("g", "l1"))
+    keys.ended("l1")
+    assert keys.changed() == ([], [])
+    assert len(keys) == 0
+
+
+def test_a_row_replaced_and_ended_in_one_batch_is_deleted() -> None:
+    keys = Keys([grants("g", "l1")], 100)
+    keys.ended("l1")
+    keys.add(grants("g", "l2"))
+    assert keys.changed() == ([grants("g", "l2")], [])
+    keys.ended("l2")
+    assert keys.changed() == ([], ["g"])
+
+
+def test_rows_of_the_disk_are_sorted_by_age() -> None:
+    keys = Keys([answer("young", NOW + 1), answer("old", NOW)], 2)
+    assert keys.has_room(NOW + SAFE_MS)
+    assert keys.find("old", NOW) is None
+    assert keys.find("young", NOW) is not None
+
+
+def test_at_the_cap_the_oldest_answer_goes_if_it_is_old_enough() -> None:
+    keys = Keys([answer("a"), answer("b", NOW + 1), grants("g", "l", at=NOW - KEPT_MS)], 3)
+    assert not keys.has_room(NOW + SAFE_MS - 1)
+    assert keys.has_room(NOW + SAFE_MS)
+    assert keys.changed() == ([], ["a"])
+    assert keys.has_room(NOW)
+
+
+def test_grants_are_never_given_up() -> None:
+    keys = Keys([grants("g", "l")], 1)
+    assert not keys.has_room(NOW + 10 * KEPT_MS)
+    keys.ended("l")
+    assert keys.has_room(NOW)
+
+
+def test_room_is_made_by_dropping_what_is_over_two_for_each_new_one() -> None:
+    keys = Keys([answer(name) for name in "abc"], 100)
+    assert keys.has_room(NOW + KEPT_MS)
+    assert keys.changed() == ([], ["a", "b"])
+    assert keys.has_room(NOW + KEPT_MS)
+    assert len(keys) == 0
+
+
+def test_rollback_takes_everything_back() -> None:
+    rows = [answer("a"), answer("b", NOW + 1), grants("g", "l1", "l2")]
+    keys = Keys(rows, 3)
+    assert keys.has_room(NOW + SAFE_MS)  # drops a
+    keys.add(answer("c", NOW + 2))
+    keys.ended("l1")
+    keys.ended("l2")
+    keys.add(grants("h", "l3"))
+    keys.ended("l3")
+    keys.rollback()
+    assert keys.changed() == ([], [])
+    assert len(keys) == 3
+    assert [keys.find(name, NOW) for name in "abgch"] == [*rows, None, None]
+    assert keys.has_room(NOW + SAFE_MS)
+    assert keys.changed() == ([], ["a"])  # still the oldest
+    keys.ended("l1")
+    assert keys.find("g", NOW) is not None
+    keys.ended("l2")
+    assert keys.find("g", NOW) is None
+
+
+def test_rollback_revives_only_what_ended_since_the_commit() -> None:
+    """A grant that ended long ago must not keep its key alive after a refused batch."""
+    keys = Keys([grants("g", "l1", "l2")], 100)
+    keys.ended("l1")
+    keys.commit()
+    keys.ended("l2")
+    keys.rollback()
+    assert keys.find("g", NOW) is not None
+    keys.ended("l2")
+    assert keys.find("g", NOW) is None
+
+
+def test_rollback_of_one_end_among_several_grants() -> None:
+    keys = Keys([grants("g", "l1", "l2")], 100)
+    keys.ended("l1")
+    keys.rollback()
+    keys.ended("l2")
+    assert keys.find("g", NOW) is not None
+    keys.ended("l1")
+    assert keys.find("g", NOW) is None
+
+
+def test_rollback_of_a_replaced_row_revives_the_first() -> None:
+    keys = Keys([grants("g", "l1")], 100)
+    keys.ended("l1")
+    keys.add(grants("g", "l2"))
+    keys.ended("l2")
+    keys.rollback()
+    assert keys.find("g", NOW) == grants("g", "l1")
+    keys.ended("l2")
+    assert keys.find("g", NOW) is not None
+    keys.ended("l1")
+    assert keys.changed() == ([], ["g"])
+
+
+def test_a_refused_batch_gives_the_answers_back_in_the_order_of_their_age() -> None:
+    keys = Keys([answer("z", NOW), answer("y", NOW + 1), answer("x", NOW + 2)], 3)
+    assert keys.has_room(NOW + SAFE_MS)  # drops z
+    keys.rollback()
+    assert keys.has_room(NOW + SAFE_MS)
+    assert keys.changed() == ([], ["z"])
+
+
+def test_what_has_gone_leaves_nothing_in_memory() -> None:
+    keys = Keys([answer("a"), grants("g", "l1", "l2")], 9)
+    keys.add(grants("h", "l3"))
+    for lock_id in ("l1", "l2", "l3"):
+        keys.ended(lock_id)
+    assert keys.find("a", NOW + KEPT_MS) is None
+    keys.commit()
+    assert [name for name, held in vars(keys).items() if held and name != "limit"] == []
+
+
+def test_how_long_keys_are_kept() -> None:
+    assert (KEPT_MS, SAFE_MS) == (24 * 3_600_000, 600_000)
+
+
+def test_commit_keeps_no_answer_in_memory_of_a_key_that_went_again() -> None:
+    keys = empty(1)
+    keys.add(answer("a"))
+    assert keys.has_room(NOW + SAFE_MS)
+    keys.add(answer("b"))
+    assert keys.changed() == ([answer("b")], [])
+    keys.commit()
+    assert keys.find("a", NOW) is None

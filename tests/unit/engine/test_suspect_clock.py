@@ -1,0 +1,460 @@
+"""While the clock is suspect, no path deletes or fails anything by age, and the suspicion is durable.
+
+The wall clock is a fake one: each test moves it and looks at what the very next command makes of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, cast
+
+import pytest
+
+from jobd.api.services import Rooms
+from jobd.maintenance.cleanup_pass import Schedule
+from jobd.maintenance.plans import Planner
+from jobd.model.commands import (
+    Cancel,
+    Claim,
+    Complete,
+    Create,
+    Delete,
+    DeleteExpired,
+    EndPauses,
+    Expire,
+    ForceReset,
+    Get,
+    KeyUse,
+    Pause,
+    Preview,
+    Recover,
+    RunNow,
+    Start,
+    Tick,
+    Transition,
+    Update,
+    Updates,
+    Validate,
+    Why,
+)
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
+from jobd.model.responses import Answer
+from jobd.model.storage import Audited, KeyRow
+from tests.support.memory_storage import MemoryDisk
+from tests.support.plan_help import applied, made
+from tests.support.rule_harness import Desk
+from tests.support.virtual_engine import Household, in_virtual_time, seconds, until
+
+STEP_MS: Final = 40 * DAY_MS
+PASSES: Final = Schedule(interval_ms=5 * MINUTE_MS, min_interval_ms=2 * MINUTE_MS, recover_every_ms=0)
+
+
+async def done(house: Household, job_id: str = "done", **fields: Any) -> None:
+    """A completed job."""
+    await house.yes(Complete(id=job_id, lock_id=await house.held(job_id), download_url="https://x/y", **fields))
+
+
+async def waiting(house: Household, job_id: str = "waits") -> None:
+    """A queued job that is not wanted after 20 days."""
+    await house.yes(Create(id=job_id, expires_at=house.now + 20 * DAY_MS))
+
+
+def status(house: Household, job_id: str) -> str | None:
+    job = house.disk.job(job_id)
+    return None if job is None else job.status
+
+
+# -- the rules, in the first batch after the step ----------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_the_first_command_after_a_step_fails_and_deletes_nothing() -> None:
+    async with Household() as house:
+        await done(house)
+        await waiting(house)
+        for command in (
+            Claim(worker="w"),
+            Expire(limit=10),
+            DeleteExpired(ids=["done"]),
+            Recover(limit=10),
+            Preview(limit=10),
+        ):
+            house.step_ms = STEP_MS
+            data = await house.yes(command)
+            assert not getattr(data, "grants", None)
+            assert not getattr(data, "done", None)
+            assert not getattr(data, "expired", None)
+            assert (status(house, "done"), status(house, "waits")) == ("completed", "queued")
+            house.step_ms = 0
+        assert [grant.job.id for grant in (await house.yes(Claim(worker="w"))).grants] == ["waits"]
+
+
+@in_virtual_time
+async def test_a_start_of_an_overdue_job_is_refused_and_the_job_not_failed() -> None:
+    async with Household() as house:
+        await waiting(house)
+        house.step_ms = STEP_MS
+        refusal = await house.no(Start(id="waits", worker="w"))
+        assert refusal.code == "invalid_transition"
+        assert "expires_at has passed. The wall clock is suspect" in refusal.message
+        assert "jobctl clock accept" in refusal.message
+        house.step_ms = 0
+        assert (await house.yes(Start(id="waits", worker="w"))).job.status == "processing"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ForceReset(id="waits"),
+        RunNow(id="waits"),
+        Update(id="waits", priority=3),
+        Transition(id="waits", from_="processing", to="failed", updates=Updates()),
+        Validate(id="waits"),
+        Get(id="waits"),
+    ],
+    ids=lambda command: type(command).__name__,
+)
+def test_no_command_fails_an_overdue_job_as_a_side_effect(command: Any) -> None:
+    desk = Desk()
+    desk.create("waits", expires_at=desk.now + DAY_MS)
+    desk.now, desk.trusted = desk.now + STEP_MS, desk.now
+    desk.ask(command, admin=True)
+    assert desk.job("waits").status == "queued"
+    desk.trusted = None
+    desk.ask(command, admin=True)
+    assert desk.job("waits").status == ("queued" if isinstance(command, (Validate, Get, ForceReset)) else "failed")
+
+
+def test_an_operator_may_end_and_delete_jobs_all_the_same() -> None:
+    desk = Desk()
+    desk.create("waits", expires_at=desk.now + DAY_MS)
+    desk.now, desk.trusted = desk.now + STEP_MS, desk.now
+    desk.yes(Cancel(id="waits"))
+    desk.yes(Delete(id="waits"), admin=True)
+    assert "waits" not in desk.rows
+
+
+def test_a_pause_ends_by_the_expected_time_and_may_end_at_any_time_after_it() -> None:
+    desk = Desk()
+    expected = desk.now
+    desk.now, desk.trusted = desk.now + STEP_MS, expected
+    desk.no(Pause(name="q", until=expected), "invalid_request")
+    desk.yes(Pause(name="q", until=expected + HOUR_MS))
+    assert desk.yes(EndPauses()).done == 0
+    desk.trusted = expected + HOUR_MS
+    assert desk.yes(EndPauses()).done == 1
+
+
+def test_why_and_validation_name_the_suspect_clock_and_the_action() -> None:
+    desk = Desk()
+    desk.completed("done")
+    desk.create("waits", expires_at=desk.now + DAY_MS)
+    desk.now, desk.trusted = desk.now + STEP_MS, desk.now
+    view = desk.yes(Why(id="waits"))
+    assert (view.next, view.blocked_by) == (None, "clock")
+    assert "The wall clock is suspect, so recovery does not fail it." in view.because
+    assert "jobctl clock accept" in view.do[0]
+    assert desk.yes(Why(id="done")).next.what == "A cleanup run deletes it once the clock is no longer suspect."
+    for job_id in ("done", "waits"):
+        [issue] = [issue for issue in desk.yes(Validate(id=job_id)).issues if issue.field == "expires_at"]
+        assert "while the clock is suspect" in issue.fix
+
+
+@in_virtual_time
+async def test_a_plan_made_before_the_step_does_nothing_by_age_after_it() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await done(house, expires_at=house.now + SECOND_MS)
+        await house.yes(Create(id="waits", expires_at=house.now + SECOND_MS))
+        await seconds(2)
+        assert [job.id for job in (await made(planner, action="cleanup")).jobs] == ["waits", "done"]
+        house.step_ms = STEP_MS
+        result = await applied(planner)
+        assert (result.applied, [job.id for job in result.refused]) == (0, ["waits", "done"])
+        assert all("The wall clock is suspect" in job.why for job in result.refused)
+        assert (status(house, "done"), status(house, "waits")) == ("completed", "queued")
+
+
+@in_virtual_time
+async def test_a_plan_made_after_the_step_names_no_job_by_age() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await done(house)
+        await waiting(house)
+        house.step_ms = STEP_MS
+        assert (await made(planner, action="cleanup")).jobs == []
+
+
+# -- cleanup runs ------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_nothing() -> None:
+    disk = MemoryDisk()
+    async with Household(disk, schedule=PASSES) as house:
+        house.keep()
+        for job_id in ("a", "b", "c", "gone"):
+            await done(house, job_id)
+        await waiting(house)
+        await house.yes(Delete(id="gone"))
+        disk.audited = {1: Audited(1, "admin", "", "pause")}
+        house.step_ms = STEP_MS
+        report = await house.cleaner.run_pass(forced=True)
+        assert (report.expired_jobs_deleted, report.errors) == (0, [])
+        await seconds(6)
+        assert [event.type for event in disk.events if event.job_id == "gone"][-1] == "deleted"
+        assert list(disk.audited) == [1]
+        house.step_ms = 0
+        report = await house.cleaner.run_pass(forced=True)
+        assert (report.expired_jobs_deleted, report.errors) == (0, [])
+        assert [status(house, job_id) for job_id in ("a", "b", "c")] == ["completed"] * 3
+        assert status(house, "waits") == "queued"
+
+
+@in_virtual_time
+async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_cleanup_run() -> None:
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        await done(house)
+        look = disk.expired
+
+        async def expired(now: int, limit: int, skip: int = 0) -> list[str]:
+            house.step_ms = STEP_MS
+            return await look(house.now, limit, skip)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(disk, "expired", expired)
+            house.keep()
+            report = await house.cleaner.run_pass(forced=True)
+        assert (report.expired_jobs_deleted, report.errors) == (0, [])
+        assert status(house, "done") == "completed"
+
+
+@in_virtual_time
+async def test_recovery_fails_no_overdue_job() -> None:
+    async with Household(schedule=Schedule(recover_every_ms=SECOND_MS)) as house:
+        await waiting(house)
+        await house.yes(Create(id="due", expires_at=house.now + SECOND_MS))
+        house.step_ms = STEP_MS
+        house.keep()
+        await seconds(30)
+        assert (status(house, "waits"), status(house, "due")) == ("queued", "queued")
+        house.step_ms = 0
+        await until(lambda: status(house, "due") == "failed")
+        assert status(house, "waits") == "queued"
+
+
+@in_virtual_time
+async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> None:
+    async with Household(schedule=PASSES) as house:
+        house.keep()
+        await done(house)
+        await waiting(house)
+        house.step_ms = STEP_MS
+        await house.cleaner.run_pass(forced=True)
+        house.clock.accept()
+        report = await house.cleaner.run_pass(forced=True)
+        assert report.expired_jobs_deleted == 1
+        assert (status(house, "done"), status(house, "waits")) == (None, "failed")
+
+
+# -- what is done meanwhile --------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_job_that_ends_meanwhile_is_kept_for_its_whole_retention_either_way() -> None:
+    for is_right in (True, False):
+        async with Household(schedule=PASSES) as house:
+            house.keep()
+            house.step_ms = STEP_MS
+            await done(house)
+            if is_right:
+                house.clock.accept()
+            else:
+                house.step_ms = 0
+            await seconds(7 * DAY_MS / SECOND_MS - 600)
+            assert status(house, "done") == "completed"
+
+
+@in_virtual_time
+async def test_times_that_a_caller_gives_are_not_refused_because_our_clock_is_wrong() -> None:
+    async with Household() as house:
+        right = house.now
+        house.step_ms = STEP_MS
+        await done(house, expires_at=right + DAY_MS)
+        await house.yes(Create(id="new", expires_at=right + DAY_MS))
+        refusal = await house.no(Create(id="past", expires_at=right - DAY_MS))
+        assert refusal.code == "invalid_request"
+        house.step_ms = 0
+        assert not (await house.yes(Expire(limit=10))).done
+        assert (status(house, "done"), status(house, "new")) == ("completed", "queued")
+
+
+@in_virtual_time
+async def test_idempotency_keys_age_by_the_expected_time() -> None:
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        use = KeyUse("k", "body")
+        await house.actor.ask(Create(id="a"), key=use)
+        house.step_ms = STEP_MS
+        answer = await house.actor.ask(Create(id="a"), key=use)
+        assert isinstance(answer, Answer)
+        assert answer.replayed
+        await house.actor.ask(Create(id="b"), key=KeyUse("l", "body"))
+        rows: dict[str, KeyRow] = disk.keys
+        assert rows["l"].at < house.now - DAY_MS
+
+
+# -- durable -----------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_next_write_and_start() -> None:
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        await done(house, expires_at=house.now + DAY_MS)
+        writes = len(disk.batches)
+        right = house.now
+        house.step_ms = 2 * DAY_MS  # less than half of the shortest retention: the next start would not notice
+        await house.yes(Get(id="done"))
+        assert (len(disk.batches) - writes, disk.numbers.clock_suspect, disk.numbers.wall_ms) == (1, True, right)
+        await house.yes(Get(id="done"))
+        assert len(disk.batches) - writes == 1
+        await seconds(3)
+        await house.yes(Create(id="a"))
+        assert (disk.numbers.clock_suspect, disk.numbers.wall_ms) == (True, right + 3 * SECOND_MS)
+    for _ in range(2):
+        async with Household(disk, step_ms=2 * DAY_MS) as house:
+            house.keep()
+            assert house.clock.suspect
+            assert (await house.cleaner.run_pass(forced=True)).expired_jobs_deleted == 0
+            await house.yes(Tick())
+            assert disk.numbers.clock_suspect
+            assert status(house, "done") == "completed"
+    async with Household(disk, step_ms=2 * DAY_MS) as house:
+        house.keep()
+        house.clock.accept()
+        await house.yes(Get(id="done"))
+        assert not disk.numbers.clock_suspect
+        assert disk.numbers.wall_ms == house.now
+    async with Household(disk, step_ms=2 * DAY_MS) as house:
+        house.keep()
+        assert not house.clock.suspect
+        assert (await house.cleaner.run_pass(forced=True)).expired_jobs_deleted == 1
+
+
+@in_virtual_time
+async def test_a_restart_29_days_ahead_deletes_nothing() -> None:
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        await done(house)
+    async with Household(disk, step_ms=29 * DAY_MS) as house:
+        house.keep()
+        assert (await house.cleaner.run_pass(forced=True)).expired_jobs_deleted == 0
+        assert status(house, "done") == "completed"
+
+
+@in_virtual_time
+async def test_a_short_retention_makes_no_clock_suspect_at_the_restart_of_an_idle_daemon() -> None:
+    disk, policy = MemoryDisk(), Policy(keep_cancelled_ms=MINUTE_MS)
+    async with Household(disk, policy=policy) as house:
+        house.keep()
+        await seconds(30 * 60)
+        left_ms = house.now
+    assert disk.numbers.wall_ms >= left_ms - 10 * SECOND_MS
+    async with Household(disk, policy=policy, step_ms=15 * SECOND_MS) as house:
+        assert not house.clock.suspect
+
+
+@in_virtual_time
+async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself() -> None:
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        house.keep()
+        await seconds(60)
+        house.step_ms = STEP_MS
+        await until(lambda: disk.numbers.clock_suspect)
+        house.step_ms = 0
+        await until(lambda: not disk.numbers.clock_suspect)
+        house.step_ms = STEP_MS
+        house.synchronised = True
+        await until(lambda: disk.numbers.clock_suspect)
+        await seconds(9 * 60)
+        assert disk.numbers.clock_suspect
+        await until(lambda: not disk.numbers.clock_suspect)
+        assert disk.numbers.wall_ms >= house.now - 10 * SECOND_MS
+
+
+@in_virtual_time
+async def test_on_a_full_disk_a_read_writes_nothing_and_the_suspicion_is_written_once_there_is_room() -> None:
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        house.keep()
+        await house.yes(Create(id="a"))
+        disk.fill()
+        await house.no(Create(id="b"))
+        writes = disk.calls["write"]
+        house.step_ms = STEP_MS
+        await house.yes(Get(id="a"))
+        assert (disk.calls["write"], disk.numbers.clock_suspect) == (writes, False)
+        disk.free()
+        await until(lambda: disk.numbers.clock_suspect)
+
+
+@in_virtual_time
+async def test_a_read_is_answered_if_only_the_suspicion_does_not_fit_on_the_disk() -> None:
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        await house.yes(Create(id="a"))
+        disk.fill()
+        house.step_ms = STEP_MS
+        await house.yes(Get(id="a"))
+        assert house.actor.full_disk.closed
+        disk.free()
+
+
+def rooms_of(house: Household) -> Rooms:
+    """The part of them that an accepted clock needs."""
+    missing = cast(Any, None)
+    return cast(Rooms, cast(Any, Rooms)(house.actor, missing, missing, house.clock, *[missing] * 9, lambda: True))
+
+
+@in_virtual_time
+async def test_an_accepted_clock_is_on_disk_before_the_answer() -> None:
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        rooms = rooms_of(house)
+        house.step_ms = STEP_MS
+        assert rooms.clock().suspect
+        assert "40 days ahead" in rooms.clock().message
+        await house.yes(Tick())
+        assert disk.numbers.clock_suspect
+        view = await rooms.accept_clock()
+        assert not isinstance(view, Refusal)
+        assert not view.suspect
+        assert (disk.numbers.clock_suspect, disk.numbers.wall_ms) == (False, view.now)
+
+
+@in_virtual_time
+async def test_a_clock_that_cannot_be_kept_as_accepted_is_not_accepted() -> None:
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        house.step_ms = STEP_MS
+        disk.fill()
+        await house.no(Create(id="a"))
+        await house.no(Tick())
+        refused = await rooms_of(house).accept_clock()
+        assert isinstance(refused, Refusal)
+        assert refused.code == "storage_full"
+        assert house.clock.suspect
+        disk.free()
+        await until(lambda: not house.actor.full_disk.closed)
+    refused = await rooms_of(house).accept_clock()
+    assert isinstance(refused, Refusal)
+    assert refused.code == "shutting_down"
+
+
+def test_the_shortest_retention_is_of_those_that_keep_anything() -> None:
+    assert Policy().shortest_keep_ms == 7 * DAY_MS
+    assert Policy(keep_failed_ms=HOUR_MS, keep_cancelled_ms=0).shortest_keep_ms == HOUR_MS
+    assert Policy(keep_failed_ms=0, keep_cancelled_ms=0, keep_completed_ms=0).shortest_keep_ms == 7 * DAY_MS

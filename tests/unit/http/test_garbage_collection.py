@@ -1,0 +1,109 @@
+"""What a request makes goes with its answer: nothing of it is left to the garbage collector, which takes its time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from jobd.engine.mailbox import Asked
+from tests.integration.test_command_stream import Stream
+from tests.support.http_harness import message
+from tests.support.virtual_engine import until
+from tests.support.worker_api_server import Town, town
+
+
+@pytest.fixture(name="town")
+async def _town(tmp_path: Path) -> AsyncIterator[Town]:
+    async with town(tmp_path) as opened:
+        yield opened
+
+
+@contextmanager
+def left_over() -> Iterator[list[Asked]]:
+    """In the list is at the end what was asked meanwhile and is held by circles alone."""
+    left: list[Asked] = []
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield left
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left += [each for each in gc.garbage if isinstance(each, Asked)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        if was_on:
+            gc.enable()
+
+
+async def test_requests_leave_nothing(town: Town) -> None:
+    line = await town.house.line()
+    with left_over() as left:
+        assert (await line.ask("POST", "/v1/jobs", '{"id":"a"}')).status == 201
+        assert (await line.ask("POST", "/v1/jobs", '{"id":"b"}', {"Idempotency-Key": "k"})).status == 201
+        assert (await line.ask("POST", "/v1/jobs/nobody/start", '{"worker":"w"}')).status == 404
+        assert (await line.ask("POST", "/v1/claim", '{"worker":"w","queues":["x"],"wait_ms":1}')).status == 200
+        grant = (await line.ask("POST", "/v1/claim", '{"worker":"w"}')).data["grants"][0]
+        body = f'{{"lock_id":"{grant["lock_id"]}"}}'
+        assert (await line.ask("POST", f"/v1/jobs/{grant['job']['id']}/complete", body)).status == 200
+        assert (await line.ask("GET", "/v1/jobs/a")).status == 200
+    assert left == []
+
+
+async def test_clients_that_go_away_leave_nothing(town: Town) -> None:
+    line = await town.house.line()
+    with left_over() as left:
+        line.send(message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
+        await until(lambda: len(town.actor.parked) > 0)
+        line.writer.close()
+        await until(lambda: not town.actor.parked)
+    assert left == []
+
+
+def both_wait(town: Town) -> bool:
+    waiting = town.actor.parked.first("default", "")
+    return waiting is not None and len(waiting.futures) == 2
+
+
+async def test_a_key_repeated_while_its_claim_waits_leaves_nothing(town: Town) -> None:
+    lines = [await town.house.line() for _ in range(2)]
+    with left_over() as left:
+        for line in lines:
+            line.send(message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}', {"Idempotency-Key": "k"}))
+        await until(lambda: both_wait(town))
+        assert (await town.house.ask("POST", "/v1/jobs", "{}")).status == 201
+        assert [(await line.hear()).status for line in lines] == [200, 200]
+    assert left == []
+
+
+async def test_lines_of_a_stream_leave_nothing(town: Town) -> None:
+    stream = await Stream.open(town.house)
+    with left_over() as left:
+        assert (await stream.ask(op="create", id="a"))["status"] == 201
+        assert (await stream.ask(op="start", id="nobody", worker="w"))["status"] == 404
+        grant = (await stream.ask(op="claim", worker="w"))["data"]["grants"][0]
+        assert (await stream.ask(op="complete", id="a", lock_id=grant["lock_id"]))["status"] == 200
+    assert left == []
+    stream.end()
+    assert await stream.hear() is None
+
+
+async def test_a_stream_that_is_given_up_leaves_nothing(town: Town) -> None:
+    stream = await Stream.open(town.house)
+    with left_over() as left:
+        town.disk.gate.clear()
+        stream.send({"op": "create", "id": "a"})
+        await town.disk.at_gate.wait()
+        stream.send({"op": "create", "id": "b"})
+        await until(lambda: town.actor.waiting > 0)
+        stream.line.writer.close()
+        await until(lambda: not town.house.listener.connections)
+        town.disk.gate.set()
+        assert (await town.house.ask("GET", "/v1/jobs")).status == 200
+        del stream
+    assert left == []

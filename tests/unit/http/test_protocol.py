@@ -1,0 +1,792 @@
+"""The two ways of a request: at once from where it was parsed, or through aiohttp's loop. Both keep every promise."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, RequestHandler
+from structlog.testing import capture_logs
+
+from jobd.api.worker import ROUTES
+from jobd.http.auth import Gate
+from jobd.http.decoding import Limits
+from jobd.http.protocol import AHEAD, Connection
+from jobd.model.errors import Refusal
+from jobd.model.responses import Answer, Done
+from tests.support.http_harness import TOKEN, House, Line, message, tls_pair
+from tests.support.malformed_requests import CHUNKED, HOSTILE
+
+CLAIM = message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with House(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
+        yield opened
+
+
+class Held:
+    """Answers of a desk that come when the test says so."""
+
+    def __init__(self, house: House, answer: Answer | Refusal | None = None) -> None:
+        self.go = asyncio.Event()
+        self._answer = answer or Answer(Done())
+        house.desk.answer = self.answer
+
+    async def answer(self, _: Any) -> Answer | Refusal:
+        await self.go.wait()
+        return self._answer
+
+
+async def arrived(house: House, count: int) -> None:
+    """Until so many commands have come to the desk."""
+    while len(house.desk.asked) < count:
+        house.desk.arrived.clear()
+        await house.desk.arrived.wait()
+
+
+async def emptied(house: House, left: int = 0) -> None:
+    """Until no more connections than `left` are open."""
+    while house.listener.connections > left:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0.001)
+
+
+async def whole(line: Line, request: bytes) -> None:
+    line.send(request)
+
+
+async def in_two(line: Line, request: bytes) -> None:
+    """The body comes after its head has been taken in."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    line.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
+    assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    line.send(body)
+
+
+WAYS = pytest.mark.parametrize("send", [whole, in_two])
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (message("POST", "/v1/jobs", "{}"), 200),
+        (message("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"}), 200),
+        (message("POST", "/v1/jobs", "{}", {"Connection": "close"}), 200),
+        (message("POST", "/v1/jobs/a/cancel"), 200),
+        (message("GET", "/v1/jobs?queue=a"), 200),
+        (message("GET", "/v1/jobs", "{}"), 400),
+        (message("GET", "/nowhere"), 404),
+        (message("PUT", "/v1/jobs", "{}"), 405),
+        (message("POST", "/v1/jobs", "{}".ljust(1001)), 413),
+        (message("POST", "/v1/jobs", "{}", {"Content-Type": "text/plain"}), 415),
+    ],
+)
+async def test_a_whole_request_needs_no_task(
+    house: House, monkeypatch: pytest.MonkeyPatch, request_: bytes, status: int
+) -> None:
+    handled: list[web.BaseRequest] = []
+    monkeypatch.setattr(house.listener._server, "request_handler", handled.append)
+    assert (await house.raw(request_)).status == status
+    assert handled == []
+
+
+async def test_a_whole_request_without_its_token_is_refused(tmp_path: Path) -> None:
+    async with House(ROUTES, tmp_path, gate=Gate("worker", tokens=[TOKEN], hosts=["localhost"])) as house:
+        line = await house.line()
+        assert (await line.ask("GET", "/v1/jobs")).status == 401
+        assert (await line.ask("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
+        stranger = {"Authorization": f"Bearer {TOKEN}", "Origin": "http://elsewhere"}
+        assert (await line.ask("GET", "/v1/jobs", headers=stranger)).status == 403
+
+
+@WAYS
+async def test_what_comes_during_a_request_is_answered_after_it(house: House, send: Any) -> None:
+    held = Held(house)
+    line = await house.line()
+    await send(line, message("POST", "/v1/jobs", '{"queue":"first"}'))
+    await arrived(house, 1)
+    house.desk.answer = lambda command: Answer(command.queue)
+    line.send(message("POST", "/v1/jobs", '{"queue":"second"}'))
+    await asyncio.sleep(0)
+    line.send(b"".join(message("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
+    assert (await house.ask("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
+    assert len(house.desk.asked) == 2
+    held.go.set()
+    heard = [(await line.hear()).data for _ in range(2 + MAX_MSG_QUEUE_SIZE * 2)]
+    assert heard[1:] == ["second", *(str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2))]
+    assert (await line.ask("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
+
+
+@WAYS
+async def test_bodies_that_come_during_a_request_are_left_to_the_system(tmp_path: Path, send: Any) -> None:
+    async with House(ROUTES, tmp_path) as house:
+        held = Held(house)
+        line = await house.line()
+        await send(line, CLAIM)
+        await arrived(house, 1)
+        house.desk.answer = lambda command: Answer(command.queue)
+        [connection] = house.listener._server.connections
+        assert isinstance(connection, Connection)
+        sizes = [200_000] * 3 + [10] * 3
+        for size in sizes * 4:
+            line.send(message("POST", "/v1/jobs", f'{{"queue":"q-{size}","payload":"{"x" * size}"}}'))
+        while not connection._buffer_paused:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+            await asyncio.sleep(0.001)
+        for _ in range(5):
+            assert (await house.ask("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
+        waiting = sum(payload.total_bytes for _, payload in connection._messages)
+        assert AHEAD < waiting < 3 * AHEAD
+        held.go.set()
+        assert (await line.hear()).status == 200
+        assert [(await line.hear()).data for _ in sizes * 4] == [f"q-{size}" for size in sizes] * 4
+        assert (await line.ask("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
+
+
+async def test_requests_whose_bodies_came_late_leave_their_places_to_others(house: House) -> None:
+    line = await house.line()
+    for _ in range(MAX_MSG_QUEUE_SIZE):
+        await in_two(line, message("POST", "/v1/jobs", "{}"))
+        assert (await line.hear()).status == 200
+    line.send(message("GET", "/v1/jobs") * 3 + message("POST", "/v1/jobs", "{}") * 3)
+    assert [(await line.hear()).status for _ in range(6)] == [200] * 6
+
+
+@WAYS
+async def test_a_client_that_goes_abandons_what_it_asked(house: House, send: Any) -> None:
+    Held(house)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    await line.close()
+    await house.desk.cancelled.wait()
+    await house.site.quiet()  # nothing counts as in flight any more
+
+
+@WAYS
+async def test_an_answer_to_a_connection_that_is_closing_is_undelivered(house: House, send: Any) -> None:
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(house, answer)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    [connection] = house.listener._server.connections
+    assert connection.transport is not None
+    held.go.set()  # the answer leaves in the next turn of the loop,
+    connection.transport.close()  # and only then the connection is told that it has been lost
+    assert await line.is_closed()
+    await house.site.quiet()
+    assert house.desk.taken_back == [answer]
+
+
+@pytest.mark.parametrize("way", ["short", "long"])
+async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: House, way: str) -> None:
+    answer = Answer(Done(), grants=[("a", "lock")])
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client.setblocking(False)
+
+    async def gone(_: Any) -> Answer:
+        client.close()  # the connection learns it when it writes: there is no turn of the loop in between
+        return answer
+
+    house.desk.answer = gone
+    client.connect(house.path)
+    while not house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0)
+    loop = asyncio.get_running_loop()
+    if way == "long":
+        head, _, body = CLAIM.partition(b"\r\n\r\n")
+        await loop.sock_sendall(client, head + b"\r\nExpect: 100-continue\r\n\r\n")
+        assert await loop.sock_recv(client, 100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await loop.sock_sendall(client, body)
+    else:
+        await loop.sock_sendall(client, CLAIM)
+    await emptied(house)
+    await house.site.quiet()
+    assert house.desk.taken_back == [answer]
+
+
+@WAYS
+async def test_a_reader_that_takes_its_time_keeps_its_answer_and_its_connection(house: House, send: Any) -> None:
+    house.desk.answer = lambda _: Answer("x" * 3_000_000)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    house.desk.answer = lambda _: Answer(Done())
+    line.send(CLAIM)
+    assert (await house.ask("GET", "/v1/jobs")).status == 200  # nobody else waits
+    line.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    assert len((await line.hear()).data) == 3_000_000
+    assert (await line.hear()).status == 200
+    assert (await line.ask("GET", "/v1/jobs")).status == 200
+
+
+@WAYS
+@pytest.mark.parametrize("end", ["patience", "client", "stop"])
+async def test_a_reader_that_takes_too_long_is_cut_off(
+    house: House, monkeypatch: pytest.MonkeyPatch, send: Any, end: str
+) -> None:
+    if end == "patience":
+        monkeypatch.setattr("jobd.http.response.PATIENCE_S", 0.05)
+    answer = Answer("x" * 3_000_000, grants=[("a", "lock")])
+    house.desk.answer = lambda _: answer
+    line = await house.line()
+    line.writer.transport.set_write_buffer_limits(0)
+    await send(line, CLAIM)
+    line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await arrived(house, 1)
+    await asyncio.sleep(0)
+    if end == "client":
+        line.writer.transport.abort()
+    elif end == "stop":
+        with capture_logs():
+            await house.stop(0.01)
+    await emptied(house)
+    await house.site.quiet()
+    assert house.desk.taken_back == []  # its first byte has been written
+
+
+@WAYS
+@pytest.mark.parametrize("close", [{}, {"Connection": "close"}])
+async def test_a_few_bytes_that_nobody_reads_hold_no_connection_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: Any, close: dict[str, str]
+) -> None:
+    """A transport that is closed before all is written waits for the reader, and not even an idle client ends that."""
+    monkeypatch.setattr("jobd.http.response.PATIENCE_S", 0.05)
+    async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.02)) as house:
+        line = await house.line()
+        await send(line, CLAIM)
+        assert (await line.hear()).status == 200
+        [connection] = house.listener._server.connections
+        assert connection.transport is not None
+        line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        while not connection.transport.get_write_buffer_size():
+            connection.transport.write(b"x" * 1000)
+        assert connection.transport.get_write_buffer_size() < 60_000
+        line.send(message("POST", "/v1/claim", '{"worker":"w"}', close))
+        await emptied(house)
+
+
+@WAYS
+async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(house: House, send: Any) -> None:
+    held = Held(house)
+    busy = await house.line()
+    busy.send(CLAIM)
+    await arrived(house, 1)
+    house.desk.answer = lambda _: Answer("x" * 3_000_000)
+    slow = await house.line()
+    await send(slow, CLAIM)
+    slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await arrived(house, 2)
+    for _ in range(5):  # its answer has been written, as far as it goes
+        await asyncio.sleep(0)
+    with capture_logs() as logs:
+        stopping = asyncio.ensure_future(house.stop(30))
+        while not house.site.closing:  # noqa: ASYNC110 - it is in the first step of the stop
+            await asyncio.sleep(0)
+        slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        heard = await slow.hear()
+        assert "connection" not in heard.headers
+        held.go.set()
+        assert (await busy.hear()).status == 200
+        await stopping
+    assert logs == []  # nothing was cut off, and nobody waited for that
+
+
+async def test_an_answer_that_comes_as_a_stop_gives_up_harms_nobody(house: House) -> None:
+    """The actor hands it over from within its turn: what would be raised here would be its end."""
+    Held(house)
+    line = await house.line()
+    assert (await line.ask("GET", "/healthz")).status == 200
+    line.send(CLAIM)
+    await arrived(house, 1)
+    [connection] = house.listener._server.connections
+    assert isinstance(connection, Connection)
+    flight = connection._flight
+    assert flight is not None
+    stopping = asyncio.ensure_future(connection.shutdown(30))
+    while connection._handler_waiter is None:  # noqa: ASYNC110 - it is in the first step of the stop
+        await asyncio.sleep(0)
+    connection._handler_waiter.cancel()  # its deadline
+    flight.set_result(Answer(Done()))
+    assert (await line.hear()).status == 200
+    assert await line.is_closed()
+    await stopping
+    await house.site.quiet()
+
+
+@WAYS
+async def test_a_stop_waits_for_the_answer_and_says_that_the_connection_ends(house: House, send: Any) -> None:
+    held = Held(house)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    line.send(message("GET", "/v1/jobs"))  # has not been begun, and will not be
+    stopping = asyncio.ensure_future(house.stop(30))
+    while not house.site.closing:  # noqa: ASYNC110 - it is in the first step of the stop
+        await asyncio.sleep(0)
+    held.go.set()
+    assert (await line.hear()).headers["connection"] == "close"
+    assert await line.is_closed()
+    await stopping
+    assert len(house.desk.asked) == 1
+
+
+@WAYS
+async def test_after_the_deadline_of_a_stop_a_request_is_abandoned(house: House, send: Any) -> None:
+    Held(house)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    with capture_logs() as logs:
+        await house.stop(0.01)
+    assert house.desk.cancelled.is_set()
+    assert await line.is_closed()
+    assert [entry["event"] for entry in logs] == ["requests_cut_off"]
+
+
+@WAYS
+async def test_a_bug_behind_an_answer_costs_one_connection(
+    house: House, monkeypatch: pytest.MonkeyPatch, send: Any
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("canary")
+
+    house.desk.answer = lambda _: Answer(object())  # cannot be written as JSON
+    monkeypatch.setattr(house.site, "confess", fail)
+    line = await house.line()
+    with capture_logs() as logs:
+        await send(line, CLAIM)
+        heard = await line.hear()
+    assert (heard.status, heard.headers["connection"]) == (500, "close")
+    assert "canary" not in str(logs) + heard.body.decode()
+    assert await line.is_closed()
+    await house.site.quiet()
+
+
+@WAYS
+async def test_the_grants_of_an_answer_that_cannot_be_written_go_back(house: House, send: Any) -> None:
+    answer = Answer(object(), grants=[("a", "lock")])
+    house.desk.answer = lambda _: answer
+    line = await house.line()
+    await send(line, CLAIM)
+    assert (await line.hear()).status == 500
+    assert house.desk.taken_back == [answer]
+
+
+async def test_a_bug_behind_an_answer_never_reaches_the_actor(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("canary")
+
+    failed: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
+    Held(house)
+    monkeypatch.setattr(house.site, "reply", fail)
+    monkeypatch.setattr(house.site, "refuse", fail)
+    lines = [await house.line(), await house.line()]
+    for line in lines:
+        line.send(CLAIM)
+    await arrived(house, 2)
+    for asked in house.desk.sent:
+        asked.reply(Answer(Done()))  # raises nothing
+    lines[1].writer.transport.abort()
+    await emptied(house, 1)
+    assert [type(context["exception"]) for context in failed] == [ValueError, ValueError]
+    monkeypatch.undo()
+    await lines[0].close()
+    await emptied(house)
+    await house.site.quiet()
+
+
+async def test_an_answer_that_was_made_ready_leaves_as_it_is(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    Held(house)
+    line = await house.line()
+    line.send(CLAIM)
+    await arrived(house, 1)
+    [asked] = house.desk.sent
+    made = count_calls(monkeypatch, house.site, "_accept")
+    answer = Answer(Done())
+    asked.prepare(answer)
+    hearing = asyncio.ensure_future(line.hear())
+    await asyncio.sleep(0.01)
+    assert (made, hearing.done()) == ([answer], False), "nobody is told yet"
+    asked.reply(answer)
+    assert ((await hearing).status, made) == (200, [answer])
+
+
+@pytest.mark.parametrize("why", ["another answer", "a refusal", "a stop", "a bug"])
+async def test_an_answer_that_was_made_ready_for_nothing_is_made_anew(
+    house: House, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """Its commit failed, or it has to say something else now."""
+    Held(house)
+    line = await house.line()
+    line.send(CLAIM)
+    await arrived(house, 1)
+    [asked] = house.desk.sent
+    answer: Answer | Refusal = Answer(object() if why == "a bug" else Done())
+    assert isinstance(answer, Answer)
+    asked.prepare(answer)
+    if why == "another answer":
+        answer = Answer(Done(), status=202)
+    elif why == "a refusal":
+        answer = Refusal("storage_full", "The disk is full.")
+    elif why == "a stop":
+        monkeypatch.setattr(house.site, "closing", True)
+    asked.reply(answer)
+    heard = await line.hear()
+    wanted = {"another answer": 202, "a refusal": 507, "a stop": 200, "a bug": 500}
+    assert (heard.status, heard.headers.get("connection")) == (wanted[why], "close" if why == "a stop" else None)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, site: Any, name: str) -> list[Any]:
+    """The last arguments of each call that is made from now on."""
+    calls, method = [], getattr(site, name)
+
+    def counted(*args: Any) -> Any:
+        calls.append(args[-1])
+        return method(*args)
+
+    monkeypatch.setattr(site, name, counted)
+    return calls
+
+
+async def test_after_a_request_on_its_way_the_connection_is_idle_again(tmp_path: Path) -> None:
+    async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
+        held = Held(house)
+        line = await house.line()
+        line.send(CLAIM)
+        await arrived(house, 1)
+        for _ in range(2):  # others that came later have been closed for idleness
+            assert await (await house.line()).is_closed()
+        held.go.set()
+        assert (await line.hear()).status == 200
+        assert await line.is_closed()
+
+
+async def test_chunks_of_one_piece_are_whole(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    handled: list[web.BaseRequest] = []
+    monkeypatch.setattr(house.listener._server, "request_handler", handled.append)
+    heard = await house.raw(CHUNKED + b'8\r\n{"queue"\r\n8\r\n:"mail"}\r\n0\r\n\r\n')
+    assert (heard.status, house.desk.asked[0].command.queue) == (200, "mail")
+    assert handled == []
+
+
+async def test_a_head_that_is_known_is_not_parsed_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    parse = RequestHandler.data_received
+
+    def noted(handler: RequestHandler, data: bytes) -> None:
+        parsed.append(data)
+        parse(handler, data)
+
+    monkeypatch.setattr(RequestHandler, "data_received", noted)
+    line, other = await house.line(), await house.line()
+    for number in range(3):
+        for each in (line, other):
+            heard = await each.ask("POST", "/v1/jobs", f'{{"queue":"q-{number}"}}')
+            assert heard.status == 200
+    assert len(parsed) == 1
+    assert [asked.command.queue for asked in house.desk.asked] == ["q-0", "q-0", "q-1", "q-1", "q-2", "q-2"]
+    assert (await line.ask("POST", "/v1/jobs/a/progress", '{"queue":"q-0"}')).status == 400  # judged all the same
+    assert (await line.ask("GET", "/v1/jobs", '{"queue":"q-0"}')).status == 400
+    assert (await line.ask("POST", "/nowhere", '{"queue":"q-0"}')).status == 404
+    assert (await line.ask("POST", "/v1/jobs?a=b", '{"queue":"q-0"}')).status == 400
+    assert (await line.ask("PUT", "/v1/jobs", '{"queue":"q-0"}')).status == 405
+    assert len(parsed) == 2
+
+
+async def test_a_token_counts_for_the_request_that_it_comes_with(tmp_path: Path) -> None:
+    async with House(ROUTES, tmp_path, gate=Gate("worker", tokens=[TOKEN])) as house:
+        line = await house.line()
+        for _ in range(3):
+            assert (await line.ask("GET", "/v1/jobs")).status == 401
+            assert (await line.ask("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
+        house.site.gate.replace_tokens(["another-token-0123456789abcdef"])
+        assert (await line.ask("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 401
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_requests_cut_anywhere_are_answered_in_order(tmp_path: Path, seed: int) -> None:
+    dice = random.Random(seed)
+    async with House(ROUTES, tmp_path) as house:
+        house.desk.answer = lambda command: Answer(command.id)
+        line = await house.line()
+        for turn in range(30):
+            ids = [f"{turn}-{number}" for number in range(dice.choice([1, 1, 1, 2, 50]))]
+            stream = b"".join(dice.choice(SHAPES)(job_id) for job_id in ids)
+            cuts = sorted(dice.randrange(len(stream)) for _ in range(dice.choice([0, 0, 1, 3])))
+            for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+                line.send(stream[start:end])
+                for _ in range(dice.choice([0, 3])):
+                    await asyncio.sleep(0)
+            assert [(await line.hear()).data for _ in ids] == ids
+        await house.site.quiet()
+
+
+# -- half-closed connections ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["unix", "tcp"])
+async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[House]:
+    """A listener on a Unix socket, and one on TCP, which differ in how they see a half-closed client."""
+    gate = Gate("worker", hosts=None if request.param == "unix" else ["localhost", "x"])
+    async with House(ROUTES, tmp_path, gate=gate, limits=Limits(body=1000)) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def tcp(tmp_path: Path) -> AsyncIterator[House]:
+    async with House(ROUTES, tmp_path, gate=Gate("worker", hosts=["localhost", "x"]), limits=Limits(body=1000)) as one:
+        yield one
+
+
+async def half_closed(house: House) -> Connection:
+    """Return the connection whose client has stopped sending, once the listener knows it."""
+    while True:
+        for connection in house.listener._server.connections:
+            assert isinstance(connection, Connection)
+            if connection._is_half_closed:
+                return connection
+        await asyncio.sleep(0.001)
+
+
+@WAYS
+async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: House, send: Any) -> None:
+    held = Held(either)
+    line = await either.line()
+    await send(line, message("POST", "/v1/jobs", '{"queue":"first"}'))
+    await arrived(either, 1)
+    either.desk.answer = lambda command: Answer(command.queue)
+    line.send(b"".join(message("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
+    line.writer.write_eof()
+    held.go.set()
+    heard = [(await line.hear()).data for _ in range(1 + MAX_MSG_QUEUE_SIZE * 2)]
+    assert heard[1:] == [str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2)]
+    assert await line.is_closed()
+    await emptied(either)
+
+
+@WAYS
+async def test_a_half_closed_client_may_wait(either: House, send: Any) -> None:
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(either, answer)
+    line = await either.line()
+    await send(line, CLAIM)
+    await arrived(either, 1)
+    line.writer.write_eof()
+    connection = await half_closed(either)
+    connection._check_hangup(0)  # it is still there
+    held.go.set()
+    assert (await line.hear()).status == 200
+    assert await line.is_closed()
+    assert (either.desk.taken_back, either.desk.cancelled.is_set()) == ([], False)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /v1/jobs HTT", message("GET", "/v1/jobs") + b"GET"])
+async def test_the_end_of_the_bytes_ends_a_connection_on_which_nothing_waits(either: House, sent: bytes) -> None:
+    line = await either.line()
+    line.send(sent)
+    if sent.startswith(message("GET", "/v1/jobs")):
+        assert (await line.hear()).status == 200
+    line.writer.write_eof()
+    assert await line.is_closed()
+
+
+async def test_a_request_right_before_the_end_of_the_bytes_is_answered(either: House) -> None:
+    """Data and end are there before aiohttp's loop has had a turn."""
+    for request in (message("GET", "/v1/jobs"), message("GET", "/healthz"), message("GET", "/v1/jobs") * 2):
+        line = await either.line()
+        line.send(request)
+        line.writer.write_eof()
+        assert [(await line.hear()).status for _ in range(request.count(b"GET"))] == [200] * request.count(b"GET")
+        assert await line.is_closed()
+
+
+@pytest.mark.parametrize("before", [b"", message("GET", "/v1/jobs")])
+async def test_a_body_that_breaks_off_is_a_400(either: House, before: bytes) -> None:
+    for request in (message("POST", "/v1/jobs", '{"queue":"a"}')[:-1], CHUNKED + b"2\r\n{}\r\n"):
+        line = await either.line()
+        line.send(before + request)
+        line.writer.write_eof()
+        if before:
+            assert (await line.hear()).status == 200
+        heard = await line.hear()
+        assert (heard.status, heard.error, "ended too early" in heard.json["message"]) == (400, "invalid_request", True)
+        assert await line.is_closed()
+    assert len(either.desk.asked) == (2 if before else 0)
+
+
+@WAYS
+async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: House, send: Any) -> None:
+    """Over TCP this looks like a half-closed connection, until the first bytes of the response are sent."""
+    held = Held(either, Answer(Done(), grants=[("a", "lock")]))
+    line = await either.line()
+    await send(line, CLAIM)
+    await arrived(either, 1)
+    await line.close()
+    await either.desk.cancelled.wait()
+    await emptied(either)
+    await either.site.quiet()
+    assert not held.go.is_set()
+
+
+@WAYS
+async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(house: House, send: Any) -> None:
+    Held(house)
+    line = await house.line()
+    await send(line, CLAIM)
+    await arrived(house, 1)
+    line.writer.write_eof()
+    await half_closed(house)
+    await line.close()
+    await house.desk.cancelled.wait()
+    await emptied(house)
+    await house.site.quiet()
+
+
+@WAYS
+async def test_the_probe_is_a_part_of_the_response(either: House, monkeypatch: pytest.MonkeyPatch, send: Any) -> None:
+    """A closed client resets the connection at the probe, before the check: the rest of the response finds it gone."""
+    monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(either, answer)
+    line = await either.line()
+    await send(line, CLAIM)
+    await arrived(either, 1)
+    if either.port:
+        await line.close()
+        await half_closed(either)
+    else:
+        line.writer.write_eof()
+        await half_closed(either)
+        await line.close()
+    held.go.set()
+    await emptied(either)
+    await either.site.quiet()
+    assert either.desk.taken_back == [answer]
+
+
+@WAYS
+@pytest.mark.parametrize("is_there", [True, False], ids=["half-closed", "closed"])
+async def test_a_response_with_grants_waits_for_the_end_of_the_probe(
+    tcp: House, monkeypatch: pytest.MonkeyPatch, send: Any, is_there: bool
+) -> None:
+    """The reset of a closed client takes its time on a network: until then it looks like a half-closed one."""
+    looks: list[bool] = []
+
+    def is_probing(connection: Connection, transport: asyncio.Transport) -> bool:
+        looks.append(transport.is_closing())
+        return not transport.is_closing() and (len(looks) < 3 or not is_there)
+
+    monkeypatch.setattr(Connection, "_is_probing", is_probing)
+    monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
+    monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(tcp, answer)
+    line = await tcp.line()
+    await send(line, CLAIM)
+    await arrived(tcp, 1)
+    line.writer.write_eof()
+    await half_closed(tcp)
+    held.go.set()
+    if is_there:
+        assert (await line.hear()).status == 200
+    await emptied(tcp)
+    await tcp.site.quiet()
+    assert tcp.desk.taken_back == ([] if is_there else [answer])
+    assert len(looks) >= 3
+
+
+@WAYS
+async def test_a_connection_that_ends_while_its_response_waits_for_the_probe_gives_its_grants_back(
+    tcp: House, monkeypatch: pytest.MonkeyPatch, send: Any
+) -> None:
+    looked = asyncio.Event()
+
+    def is_probing(connection: Connection, transport: asyncio.Transport) -> bool:
+        looked.set()
+        return not transport.is_closing()
+
+    monkeypatch.setattr(Connection, "_is_probing", is_probing)
+    answer = Answer(Done(), grants=[("a", "lock")])
+    held = Held(tcp, answer)
+    line = await tcp.line()
+    await send(line, CLAIM)
+    await arrived(tcp, 1)
+    line.writer.write_eof()
+    connection = await half_closed(tcp)
+    held.go.set()
+    await looked.wait()
+    assert connection.transport is not None
+    connection.transport.abort()
+    await emptied(tcp)
+    await tcp.site.quiet()
+    assert tcp.desk.taken_back == [answer]
+
+
+async def test_tls_knows_no_half_closed_connection(tmp_path: Path) -> None:
+    server, client = await tls_pair(tmp_path)
+    async with House(ROUTES, tmp_path) as house:
+        Held(house)
+        [(_, port)] = await house.listener.open_tcp("127.0.0.1", 0, tls=server)
+        line = Line(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
+        line.send(CLAIM)
+        await arrived(house, 1)
+        await line.close()
+        await house.desk.cancelled.wait()
+        await emptied(house)
+
+
+# -- what is wrong ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["NUL in a header", "bad chunk size", "coding in disguise", "both lengths", "no HTTP"])
+async def test_requests_before_a_malformed_one_are_answered_first(either: House, name: str) -> None:
+    """They came in one segment, and each is done once. Bytes after the malformed request are not read."""
+    line = await either.line()
+    valid = [message("POST", "/v1/jobs", f'{{"id":"a-{n}"}}') for n in range(3)] + [message("GET", "/v1/jobs")]
+    line.send(b"".join(valid) + HOSTILE[name] + message("GET", "/v1/jobs"))
+    assert [(await line.hear()).status for _ in valid] == [200] * len(valid)
+    heard = await line.hear()
+    assert (heard.status, heard.error, heard.headers["connection"]) == (400, "invalid_request", "close")
+    line.send(message("GET", "/v1/jobs"))
+    assert await line.is_closed()
+    assert [getattr(asked.command, "id", None) for asked in either.desk.asked] == ["a-0", "a-1", "a-2", None]
+
+
+async def test_a_malformed_request_behind_one_that_waits_is_answered_after_it(house: House) -> None:
+    held = Held(house)
+    line = await house.line()
+    line.send(CLAIM)
+    await arrived(house, 1)
+    line.send(message("GET", "/v1/jobs") + HOSTILE["NUL in a header"])
+    await asyncio.sleep(0.01)
+    line.send(HOSTILE["NUL in a header"])
+    assert (await house.ask("GET", "/healthz")).status == 200
+    held.go.set()
+    assert [(await line.hear()).status for _ in range(3)] == [200, 200, 400]
+    assert await line.is_closed()
+    assert len(house.desk.asked) == 2
+
+
+def in_chunks(job_id: str) -> bytes:
+    body = b'{"id":"%b"}' % job_id.encode()
+    return CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+
+
+SHAPES: list[Callable[[str], bytes]] = [
+    lambda job_id: message("POST", "/v1/jobs", f'{{"id":"{job_id}"}}'),
+    lambda job_id: message("POST", "/v1/jobs", f'{{"id":"{job_id}","payload":"{"x" * 100_000}"}}'),
+    lambda job_id: message("POST", "/v1/jobs", f'{{"id":"{job_id}"}}', {"Idempotency-Key": job_id}),
+    lambda job_id: message("POST", f"/v1/jobs/{job_id}/cancel"),
+    lambda job_id: message("GET", f"/v1/jobs/{job_id}"),
+    in_chunks,
+]

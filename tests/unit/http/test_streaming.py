@@ -1,0 +1,396 @@
+"""Imports line by line and backups piece by piece, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from jobd.api import downloads, imports
+from jobd.api.admin import ROUTES
+from jobd.http import streaming
+from jobd.http.auth import Gate
+from jobd.http.decoding import Limits
+from jobd.model.commands import Import, Note
+from jobd.model.errors import Refusal
+from jobd.model.responses import Answer, Done, Imported
+from jobd.model.storage import DiskFull
+from jobd.storage.backup import BackupStopped, BadCopy
+from tests.support.http_harness import TOKEN, Heard, House, Line, Pieces, message
+
+IMPORT = "/admin/job-management/import"
+BACKUP = "/admin/job-management/backup"
+AUTH = {"Authorization": f"Bearer {TOKEN}"}
+KIND = {**AUTH, "Content-Type": "application/x-ndjson"}
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    gate = Gate("admin", tokens=[TOKEN])
+    limits = Limits(body=200, payload=50, body_deadline_s=0.3)
+    async with House(ROUTES, tmp_path, gate=gate, admin=True, limits=limits) as opened:
+        answering(opened, lambda command: Answer(Imported(command.id, skipped=command.id.startswith("old"))))
+        yield opened
+
+
+def answering(house: House, lines: Callable[[Any], Any]) -> None:
+    """Answer lines of an import by `lines`; what is noted for the audit log is taken."""
+    house.desk.answer = lambda command: Answer(Done()) if isinstance(command, Note) else lines(command)
+
+
+def lines_of(house: House) -> list[Any]:
+    """What was asked, without the note for the audit log."""
+    return [asked for asked in house.desk.asked if not isinstance(asked.command, Note)]
+
+
+def head(house: House) -> bytes:
+    return message("POST", IMPORT, headers={**KIND, "Transfer-Encoding": "chunked"})
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def put(house: House, *lines: Any) -> Heard:
+    body = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    return await house.ask("POST", IMPORT, body, KIND)
+
+
+async def test_each_line_is_one_command_in_the_order_of_the_lines(house: House) -> None:
+    heard = await put(house, *({"id": f"job-{n}"} for n in range(300)), {"id": "old-1"})
+    assert heard.data == {"imported": 300, "skipped": 1, "refusedCount": 0, "refused": []}
+    assert [asked.command.id for asked in lines_of(house)] == [*(f"job-{n}" for n in range(300)), "old-1"]
+    assert house.desk.asked[0].command == Import(id="job-0")
+    assert (house.desk.asked[0].by, house.desk.asked[0].admin) == ("admin", True)
+    assert house.desk.asked[0].size == len('{"id": "job-0"}')
+    last = house.desk.asked[-1]
+    assert last.command == Note(what="import", details={"imported": 300, "skipped": 1, "refused": 0})
+    assert last.operator is not None
+    assert last.operator.part_of
+    assert {asked.operator for asked in house.desk.asked} == {last.operator}  # all of it is one deed
+
+
+async def test_an_import_that_breaks_off_says_so_after_its_lines(house: House) -> None:
+    line = await house.line()
+    line.send(head(house) + chunk(b'{"id":"a"}\n{"id":"b"}\n{"id":'))
+    line.writer.write_eof()
+    heard = await line.hear()
+    assert (heard.status, heard.error, heard.json["details"]["line"]) == (400, "invalid_request", 3)
+    assert "ended too early" in heard.json["message"]
+    assert [asked.command.id for asked in lines_of(house)] == ["a", "b"]
+
+
+async def test_an_empty_import_is_done_at_once(house: House) -> None:
+    empty = {"imported": 0, "skipped": 0, "refusedCount": 0, "refused": []}
+    assert (await put(house)).data == empty
+    assert (await put(house, "", "  ", "\r")).data == empty
+
+
+async def test_bad_lines_are_named_and_the_rest_goes_on(house: House) -> None:
+    def answer(command: Any) -> Answer | Refusal:
+        if command.id == "twice":
+            return Refusal("invalid_transition", "It cannot be so.")
+        return Answer(Imported(command.id, skipped=False))
+
+    answering(house, answer)
+    heard = await put(
+        house,
+        {"id": "a"},
+        "nonsense",
+        {"id": "b", "progress": 101},
+        {"id": "c d"},
+        "",
+        {"id": "twice"},
+        {"id": "big", "payload": "x" * 60},
+        {"id": "long", "progress_message": "x" * 300},
+        {"id": "key", "storage_key": "/etc/passwd"},
+        {"id": "utf", "kind": "ä"},
+        {"id": "z"},
+    )
+    assert heard.data["imported"] == 3
+    assert [(no["line"], no["id"]) for no in heard.data["refused"]] == [
+        (2, None),
+        (3, "b"),
+        (4, None),
+        (6, "twice"),
+        (7, "big"),
+        (8, None),
+        (9, "key"),
+    ]
+    reasons = {no["line"]: no["reason"] for no in heard.data["refused"]}
+    assert "`$.progress`" in reasons[3]
+    assert reasons[6] == "It cannot be so."
+    assert "limit is 50" in reasons[7]
+    assert "over 200 bytes" in reasons[8]
+    assert house.site.refusals == {}
+
+
+async def test_a_line_at_its_limit_is_taken_and_one_byte_more_is_not(house: House) -> None:
+    line = '{"id":"a"}'
+    heard = await put(house, line.ljust(200), line.ljust(201), line.ljust(1000), line.ljust(200))
+    assert heard.data["imported"] == 2
+    assert [no["line"] for no in heard.data["refused"]] == [2, 3]
+
+
+async def test_only_so_many_refusals_are_shown(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imports, "SHOWN_REFUSALS", 3)
+    heard = await put(house, *(["x"] * 10))
+    assert heard.data["refusedCount"] == 10
+    assert [no["line"] for no in heard.data["refused"]] == [1, 2, 3]
+
+
+async def test_lines_may_be_cut_anywhere(house: House) -> None:
+    line = await house.line()
+    line.send(head(house))
+    body = b'{"id":"a"}\r\n{"id":"b","kind":"\xc3\xa4"}\n\n{"id":"c"}'
+    for at in range(len(body)):
+        line.send(chunk(body[at : at + 1]))
+        await asyncio.sleep(0)
+    line.send(b"0\r\n\r\n")
+    assert (await line.hear()).data["imported"] == 3
+
+
+async def test_an_import_reads_no_further_than_a_few_lines_ahead(house: House) -> None:
+    go = asyncio.Event()
+
+    async def hold(command: Any) -> Answer:
+        await go.wait()
+        return Answer(Imported(command.id, skipped=False))
+
+    answering(house, hold)
+    line = await house.line()
+    line.send(head(house) + chunk(b"".join(b'{"id":"job-%d"}\n' % n for n in range(500))) + b"0\r\n\r\n")
+    while len(house.desk.asked) <= imports.AHEAD_LINES:  # noqa: ASYNC110 - the desk has no event for it
+        await asyncio.sleep(0.001)
+    assert (await house.ask("GET", "/healthz")).status == 200  # everybody else is served; the import has not moved
+    assert len(house.desk.asked) == imports.AHEAD_LINES + 1
+    go.set()
+    assert (await line.hear()).data["imported"] == 500
+
+
+async def test_what_the_next_line_would_meet_too_stops_the_import(house: House) -> None:
+    def answer(command: Any) -> Answer | Refusal:
+        if command.id == "job-5":
+            return Refusal("storage_full", "The disk is full.", {"free": 0})
+        return Answer(Imported(command.id, skipped=False))
+
+    answering(house, answer)
+    heard = await put(house, *({"id": f"job-{n}"} for n in range(2000)))
+    assert (heard.status, heard.error) == (507, "storage_full")
+    assert heard.json["details"] == {"free": 0, "line": 6}
+    assert "line 6" in heard.json["message"]
+    assert len(house.desk.asked) < 200
+    assert house.site.refusals == {"storage_full": 1}
+
+
+async def test_a_line_that_does_not_arrive_is_a_408(house: House) -> None:
+    line = await house.line()
+    line.send(head(house) + chunk(b'{"id":"a"}\n{"id"'))
+    heard = await line.hear()
+    assert (heard.status, heard.error, heard.json["details"]) == (408, "request_timeout", {"line": 2})
+    assert await line.is_closed()
+    assert [asked.command.id for asked in lines_of(house)] == ["a"]
+
+
+async def test_a_broken_stream_is_a_400(house: House) -> None:
+    line = await house.line()
+    line.send(head(house) + chunk(b'{"id":"a"}\n') + b"zz\r\n")
+    heard = await line.hear()
+    assert (heard.status, heard.error) == (400, "invalid_request")
+    assert await line.is_closed()
+
+
+async def test_a_stream_that_breaks_later_is_a_400_too(house: House) -> None:
+    """Not the 408 of a line that does not come."""
+    line = await house.line()
+    line.send(head(house) + chunk(b'{"id":"a"}\n'))
+    await house.desk.arrived.wait()
+    with capture_logs() as logs:
+        line.send(b"zz\r\n")
+        heard = await line.hear()
+        assert (heard.status, heard.error, heard.json["details"]["line"]) == (400, "invalid_request", 2)
+        assert await line.is_closed()
+    assert [line["event"] for line in logs] == ["refused"]
+
+
+async def test_an_import_whose_client_goes_away_ends(house: House) -> None:
+    async def never(_: Any) -> Answer:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    answering(house, never)
+    line = await house.line()
+    line.send(head(house) + chunk(b'{"id":"a"}\n'))
+    await house.desk.arrived.wait()
+    await line.close()
+    await house.desk.cancelled.wait()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Type": "application/json"}, 415),
+        ({"Content-Encoding": "gzip"}, 415),
+        ({"Authorization": "Bearer x"}, 401),
+    ],
+)
+async def test_an_import_has_its_own_kind(house: House, headers: dict[str, str], status: int) -> None:
+    assert (await house.ask("POST", IMPORT, '{"id":"a"}', {**KIND, **headers})).status == status
+    assert lines_of(house) == []
+
+
+# -- backup -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_backup_is_streamed_to_its_end(house: House) -> None:
+    heard = await house.ask("GET", BACKUP, headers=AUTH)
+    assert heard.status == 200
+    assert heard.headers["content-type"] == "application/vnd.sqlite3"
+    assert heard.headers["content-length"] == str(len(heard.body))
+    assert heard.headers["cache-control"] == "no-store"
+    assert heard.headers["server"] == "jobd"
+    assert heard.body == b"".join(piece for piece in house.figures.pieces if isinstance(piece, bytes))
+    assert house.figures.left == [None]
+    assert (await house.ask("GET", f"{BACKUP}?id=mine", headers=AUTH)).status == 200
+    assert house.figures.backup_ids[1] == "mine"
+    assert house.figures.backup_ids[0]
+
+
+async def test_who_has_all_of_a_backup_may_hang_up_at_once(house: House) -> None:
+    slow = asyncio.Event()
+
+    class Ending(Pieces):
+        async def more(self) -> bytes:
+            piece = await super().more()
+            if not piece:  # who asks for more than there is may find that the client has hung up meanwhile
+                await slow.wait()
+            return piece
+
+    house.figures.pieces_of = Ending
+    line = await house.line()
+    line.send(message("GET", BACKUP, headers=AUTH))
+    await line.reader.readuntil(b"\r\n\r\n")
+    with capture_logs() as logs:
+        await line.reader.readexactly(16 + 100_000)
+        line.writer.transport.abort()
+        await house.figures.closed.wait()
+    assert house.figures.left == [None]
+    assert logs == []
+
+
+async def test_a_backup_is_refused_where_too_many_are_under_way(house: House) -> None:
+    house.figures.no_backup = Refusal("overloaded", "8 backups are under way.")
+    heard = await house.ask("GET", BACKUP, headers=AUTH)
+    assert (heard.status, heard.error) == (503, "overloaded")
+
+
+async def test_who_goes_away_before_the_copy_is_whole_stops_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "LOOK_S", 0.01)
+    house.figures.held = asyncio.Event()
+    line = await house.line()
+    line.send(message("GET", BACKUP, headers=AUTH))
+    await house.figures.begun.wait()
+    line.writer.transport.abort()
+    await house.figures.closed.wait()
+
+
+async def test_a_daemon_that_stops_does_not_wait_for_a_copy(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "LOOK_S", 0.01)
+    house.figures.held = asyncio.Event()
+    asking = asyncio.create_task(house.ask("GET", BACKUP, headers=AUTH))
+    await house.figures.begun.wait()
+    house.site.close()
+    heard = await asking
+    assert (heard.status, heard.error) == (503, "shutting_down")
+    assert house.figures.closed.is_set()
+
+
+async def test_the_connection_goes_on_after_a_backup(house: House) -> None:
+    line = await house.line()
+    for _ in range(2):
+        assert (await line.ask("GET", BACKUP, headers=AUTH)).status == 200
+    assert (await line.ask("GET", "/healthz")).status == 200
+
+
+async def test_a_backup_that_cannot_begin_is_a_500(house: House) -> None:
+    house.figures.pieces = [OSError("canary")]
+    heard = await house.ask("GET", BACKUP, headers=AUTH)
+    assert (heard.status, heard.error) == (500, "internal_error")
+    assert "canary" not in heard.body.decode()
+
+
+async def test_a_backup_without_room_is_a_507_that_says_how_much_it_needs(house: House) -> None:
+    house.figures.pieces = [DiskFull("a backup needs 48 MiB free beside the store, there are 3 MiB")]
+    heard = await house.ask("GET", BACKUP, headers=AUTH)
+    assert (heard.status, heard.error) == (507, "storage_full")
+    assert "needs 48 MiB free beside the store, there are 3 MiB. Free some" in heard.json["message"]
+    assert house.site.refusals == {"storage_full": 1}
+
+
+async def test_a_backup_of_a_damaged_store_says_what_is_wrong_and_is_no_bug(house: House) -> None:
+    house.figures.pieces = [BadCopy("the copy of jobd.db does not pass its check: row 5 missing from index")]
+    with capture_logs() as logs:
+        heard = await house.ask("GET", BACKUP, headers=AUTH)
+    assert (heard.status, heard.error) == (500, "internal_error")
+    assert "row 5 missing from index" in heard.json["message"]
+    assert "bug" not in heard.json["message"]
+    assert [entry["event"] for entry in logs] == ["no backup", "refused"]
+
+
+async def test_a_backup_that_the_end_of_the_daemon_cuts_short_is_a_503(house: House) -> None:
+    house.figures.pieces = [BackupStopped("the backup was cut short")]
+    house.site.closing = True
+    heard = await house.ask("GET", BACKUP, headers=AUTH)
+    assert (heard.status, heard.error) == (503, "shutting_down")
+
+
+async def test_a_backup_that_fails_half_way_never_looks_whole(house: House) -> None:
+    house.figures.pieces = [b"x" * 1000, OSError("canary")]
+    with capture_logs() as logs, pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await house.ask("GET", BACKUP, headers=AUTH)
+    assert [(entry["event"], entry["error"]) for entry in logs] == [("backup cut off", "OSError")]
+    assert house.figures.left == ["it was not read to its end"]
+
+
+async def test_a_backup_whose_client_goes_away_is_given_up(house: House) -> None:
+    house.figures.pieces = [b"x" * 1_000_000] * 200
+    line: Line = await house.line()
+    line.send(message("GET", BACKUP, headers=AUTH))
+    await line.reader.readuntil(b"\r\n\r\n")
+    line.writer.transport.abort()
+    await house.figures.closed.wait()
+
+
+async def test_a_backup_whose_client_does_not_read_is_given_up(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(streaming, "PATIENCE_S", 0.05)
+    house.figures.pieces = [b"x" * 1_000_000] * 200
+    line = await house.line()
+    line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    with capture_logs() as logs:
+        line.send(message("GET", BACKUP, headers=AUTH))
+        await house.figures.closed.wait()
+    assert [(entry["event"], entry["error"]) for entry in logs] == [("backup cut off", "TimeoutError")]
+
+
+async def test_a_backup_whose_end_is_not_read_is_given_up(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(streaming, "PATIENCE_S", 0.05)
+    house.figures.pieces = [b"x"]
+    line = await house.line()
+    assert (await line.ask("GET", "/healthz")).status == 200
+    line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    [connection] = house.listener._server.connections
+    assert connection.transport is not None
+    while not connection.transport.get_write_buffer_size():
+        connection.transport.write(b"x" * 1000)
+    with capture_logs() as logs:
+        line.send(message("GET", BACKUP, headers=AUTH))
+        while house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+            await asyncio.sleep(0.001)
+    assert [(entry["event"], entry["error"]) for entry in logs] == [("backup cut off", "TimeoutError")]

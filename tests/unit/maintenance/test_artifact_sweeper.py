@@ -1,0 +1,536 @@
+"""The sweeper: every object of a deleted job goes, in the end; nobody else's does; and it says where it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+from msgspec.structs import replace
+from structlog.testing import capture_logs
+
+from jobd.maintenance.artifact_sweeper import (
+    CALL_S,
+    COMPLAIN_AFTER_S,
+    FAILING_KEPT,
+    POLL_S,
+    RETRY_AT_MOST_MS,
+    SLICE,
+    Sweeper,
+    Sweeps,
+)
+from jobd.model.commands import Adopt, Complete, Delete, DeleteExpired, ForceFail, ForceReset
+from jobd.model.job import DAY_MS, KEEP_LATE, LateResult, Policy, Result
+from jobd.model.storage import PUT_OFF_MS, DiskFull, Due
+from jobd.storage.artifacts.base import MARGINS, StoreFault
+from tests.support.memory_artifacts import MemoryArtifacts
+from tests.support.memory_storage import MemoryDisk
+from tests.support.virtual_engine import WALL, Household, in_virtual_time, row, seconds, until
+
+YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms
+
+
+@dataclass
+class Swept:
+    house: Household
+    store: MemoryArtifacts
+    sweeper: Sweeper
+
+    @property
+    def sweeps(self) -> Sweeps:
+        return self.sweeper.sweeps
+
+    async def done(self, job_id: str, key: str, *, upload: bool = True, old: bool = True) -> None:
+        """A completed job with its object, an old one."""
+        lock_id = await self.house.held(job_id)
+        if upload:
+            self.store.upload(key)
+        if old:
+            self.store.objects[key] -= YOUNG_MS
+        await self.house.yes(Complete(id=job_id, lock_id=lock_id, storage_key=key))
+
+    async def delete(self, job_id: str) -> None:
+        await self.house.yes(Delete(id=job_id), by="admin", admin=True)
+
+
+@asynccontextmanager
+async def sweeping(disk: MemoryDisk | None = None, store: MemoryArtifacts | None = None) -> AsyncIterator[Swept]:
+    async with Household(disk, policy=Policy(artifacts=True)) as house:
+        store = store or MemoryArtifacts(lambda: house.now)
+        sweeper = Sweeper(house.disk, store, house.clock, Sweeps(waiting=len(house.disk.tombstones)))
+        house.disk.on_tombstones = sweeper.expect
+        running = asyncio.create_task(sweeper.run())
+        yield Swept(house, store, sweeper)
+        sweeper.stop()
+        await running
+
+
+@in_virtual_time
+async def test_the_object_of_a_deleted_job_is_deleted() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k/a")
+        await at.done("b", "k/b")
+        await at.delete("a")
+        await until(lambda: at.sweeps.deleted == 1)
+        assert list(at.store.objects) == ["k/b"]
+        assert not at.house.disk.tombstones
+        assert at.sweeps == Sweeps(waiting=0, deleted=1)
+
+
+@in_virtual_time
+async def test_by_age_as_by_hand() -> None:
+    async with sweeping() as at:
+        for number in range(3 * SLICE + 1):
+            await at.done(f"job-{number}", f"k/{number}")
+        at.house.step_ms = 8 * DAY_MS
+        at.house.clock.accept()
+        await at.house.yes(DeleteExpired(ids=[f"job-{number}" for number in range(3 * SLICE + 1)]))
+        assert len(at.house.disk.tombstones) > 0
+        await until(lambda: not at.store.objects)
+        await until(lambda: not at.house.disk.tombstones)
+        assert (at.sweeps.waiting, at.sweeps.deleted) == (0, 3 * SLICE + 1)
+
+
+@in_virtual_time
+async def test_a_job_without_a_key_leaves_nothing_to_do() -> None:
+    async with sweeping() as at:
+        lock_id = await at.house.held("a")
+        await at.house.yes(Complete(id="a", lock_id=lock_id, file_path="/f"))
+        await at.delete("a")
+        await seconds(1)
+        assert at.house.disk.calls["due_tombstones"] == 1  # at the start
+        assert not at.house.disk.tombstones
+
+
+@in_virtual_time
+async def test_an_idle_sweeper_costs_nothing() -> None:
+    async with sweeping() as at:
+        await seconds(1)
+        calls = dict(at.house.disk.calls)
+        await seconds(3600)
+        assert at.house.disk.calls == calls
+
+
+class Crowded(MemoryDisk):
+    """A crowd of damaged tombstones stands at the head, for which there is no room in quarantine."""
+
+    crowd = 2
+
+    async def due_tombstones(self, now: int, limit: int) -> Due:
+        due = await super().due_tombstones(now, limit)
+        return replace(due, unmoved=self.crowd)
+
+
+@in_virtual_time
+async def test_damaged_tombstones_that_cannot_be_set_aside_wait_and_are_complained_of() -> None:
+    disk = Crowded()
+    async with sweeping(disk) as at:
+        at.sweeps.waiting = 2
+        await at.done("a", "k")
+        await at.delete("a")
+        await until(lambda: at.sweeps.deleted == 1)
+        await seconds(COMPLAIN_AFTER_S + POLL_S)
+        assert at.sweeps.waiting == 2
+        complaint = at.sweeper.complaint()
+        assert complaint is not None
+        assert "Objects of deleted jobs could not be deleted" in complaint
+        assert "2 damaged tombstones cannot be set aside; run: jobd doctor" in complaint
+        disk.crowd = 0
+        await seconds(POLL_S)
+        assert at.sweeper.complaint() is None
+
+
+@in_virtual_time
+async def test_a_key_that_another_job_names_stays_until_its_last_job_goes() -> None:
+    async with sweeping() as at:
+        await at.done("a", "shared")
+        await at.done("b", "shared")
+        with capture_logs() as lines:
+            await at.delete("a")
+            await until(lambda: at.sweeps.left == 1)
+        assert [line["why"] for line in lines if line["event"] == "artifact_left"] == ["another job names its key"]
+        assert "shared" in at.store.objects
+        assert not at.house.disk.tombstones
+        await at.delete("b")
+        await until(lambda: at.sweeps.deleted == 1)
+        assert not at.store.objects
+
+
+@in_virtual_time
+async def test_a_key_that_a_job_in_quarantine_names_stays() -> None:
+    disk = MemoryDisk()
+    disk.put(row(1, "b", "completed", result=Result(storage_key="shared"), finished_at=WALL, progress=100))
+    async with sweeping(disk) as at:
+        await at.done("a", "shared")
+        await disk.quarantine(disk.jobs[1], "damaged")
+        await at.delete("a")
+        await until(lambda: at.sweeps.left == 1)
+        assert "shared" in at.store.objects
+
+
+@in_virtual_time
+async def test_a_key_that_a_late_result_names_waits_until_that_is_gone() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.house.disk.lates[77] = (LateResult(1, at.house.now, "w", 1, "hash", result=Result(storage_key="k")),)
+        await at.delete("a")
+        await seconds(3 * 3600)
+        assert "k" in at.store.objects
+        assert len(at.house.disk.tombstones) == 1
+        assert at.sweeper.complaint() is None
+        at.house.disk.lates.clear()
+        await seconds(3700)
+        assert not at.store.objects
+        assert not at.house.disk.tombstones
+
+
+async def late(at: Swept, job_id: str, key: str) -> str:
+    """A worker loses its lock and completes all the same, with an object of its own, an old one; gives its lock."""
+    lock_id = await at.house.held(job_id)
+    await at.house.yes(ForceFail(id=job_id), by="admin", admin=True)
+    at.store.upload(key)
+    at.store.objects[key] -= YOUNG_MS
+    refusal = await at.house.no(Complete(id=job_id, lock_id=lock_id, storage_key=key))
+    assert "late_result" in refusal.details
+    return lock_id
+
+
+@in_virtual_time
+async def test_the_object_of_a_late_result_goes_with_its_job() -> None:
+    async with sweeping() as at:
+        await late(at, "a", "late/1")
+        await seconds(3 * 3600)
+        assert "late/1" in at.store.objects
+        await at.delete("a")
+        assert at.sweeps.waiting == 1
+        await until(lambda: at.sweeps.deleted == 1)
+        assert not at.store.objects
+        assert not at.house.disk.tombstones
+        assert at.sweeps == Sweeps(waiting=0, deleted=1)
+
+
+@in_virtual_time
+async def test_objects_of_late_results_that_make_room_go_while_their_job_lives() -> None:
+    async with sweeping() as at:
+        for number in range(KEEP_LATE + 2):
+            await late(at, "a", f"late/{number}")
+            await at.house.yes(ForceReset(id="a"), by="admin", admin=True)
+        await until(lambda: at.sweeps.deleted == 2)
+        assert sorted(at.store.objects) == [f"late/{number}" for number in range(2, KEEP_LATE + 2)]
+        assert not at.house.disk.tombstones
+
+
+@in_virtual_time
+async def test_the_object_of_an_adopted_late_result_goes_with_its_job_and_is_looked_at_once() -> None:
+    async with sweeping() as at:
+        await late(at, "a", "late/1")
+        await at.house.yes(Adopt(id="a"), by="admin", admin=True)
+        await seconds(3 * 3600)
+        assert "late/1" in at.store.objects
+        await at.delete("a")
+        assert at.sweeps.waiting == 1
+        await until(lambda: at.sweeps.deleted == 1)
+        assert not at.house.disk.tombstones
+
+
+@in_virtual_time
+async def test_a_key_of_its_own_for_each_grant_leaves_nothing() -> None:
+    """As docs/workers.md advises: the second grant completes with its own object, the first comes late with its own."""
+    async with sweeping() as at:
+        await late(at, "a", "out-1")
+        await at.house.yes(ForceReset(id="a"), by="admin", admin=True)
+        at.store.upload("out-2")
+        at.store.objects["out-2"] -= YOUNG_MS
+        await at.house.yes(Complete(id="a", lock_id=await at.house.held("a"), storage_key="out-2"))
+        assert sorted(at.store.objects) == ["out-1", "out-2"]
+        await at.delete("a")
+        await until(lambda: at.sweeps.deleted == 2)
+        assert not at.store.objects
+
+
+@in_virtual_time
+async def test_a_young_object_of_a_late_result_waits_and_one_that_a_job_names_stays() -> None:
+    async with sweeping() as at:
+        await late(at, "a", "shared")
+        await late(at, "b", "young")
+        at.store.upload("young")
+        await at.done("c", "shared")
+        for job_id in ("a", "b"):
+            await at.delete(job_id)
+        await until(lambda: at.sweeps.left == 1)
+        await seconds(3500)
+        assert sorted(at.store.objects) == ["shared", "young"]
+        await until(lambda: "young" not in at.store.objects)
+        await seconds(10)
+        assert list(at.store.objects) == ["shared"]
+
+
+@in_virtual_time
+async def test_an_object_of_a_late_result_that_cannot_be_deleted_is_counted_among_those_complained_of() -> None:
+    async with sweeping() as at:
+        await late(at, "a", "late/1")
+        at.store.broken = StoreFault("away")
+        await at.delete("a")
+        await seconds(COMPLAIN_AFTER_S + POLL_S)
+        assert (at.sweeper.complaint() or "").startswith("1 objects of deleted jobs could not be deleted")
+        at.store.broken = None
+        await until(lambda: not at.store.objects)
+        assert at.sweeper.complaint() is None
+
+
+@in_virtual_time
+async def test_a_young_object_is_kept_until_a_job_has_had_time_to_name_it() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        lock_id = await at.house.held("b")
+        at.store.upload("k")  # b has stored it again and not said so yet
+        await at.delete("a")
+        await seconds(60)
+        assert "k" in at.store.objects
+        await at.house.yes(Complete(id="b", lock_id=lock_id, storage_key="k"))
+        await seconds(2 * 3600)
+        assert "k" in at.store.objects
+        assert not at.house.disk.tombstones
+        assert at.sweeps.left == 1
+
+
+@in_virtual_time
+async def test_a_young_object_that_nobody_names_goes_when_it_is_old_enough() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k", old=False)
+        uploaded_at = at.house.now
+        await at.delete("a")
+        tried = len(at.store.tried)
+        await seconds(3500)
+        assert "k" in at.store.objects
+        assert len(at.store.tried) <= tried + 2
+        await until(lambda: "k" not in at.store.objects)
+        assert YOUNG_MS <= at.house.now - uploaded_at <= YOUNG_MS + (POLL_S + 1) * 1000
+
+
+@in_virtual_time
+async def test_what_was_written_after_the_deletion_is_another_s() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.store.broken = StoreFault("down")
+        await at.delete("a")
+        await until(lambda: at.sweeps.failures > 0)
+        await seconds(SKEW_MS / 1000 + 1)
+        at.store.upload("k")
+        at.store.broken = None
+        await seconds(2 * 3600)
+        assert "k" in at.store.objects
+        assert not at.house.disk.tombstones
+        assert at.sweeps.left == 1
+
+
+@in_virtual_time
+async def test_what_is_stored_between_look_and_deletion_stays() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.store.gate.clear()
+        await at.delete("a")
+        await until(lambda: bool(at.store.tried))
+        await seconds(1)
+        at.store.upload("k")
+        at.store.gate.set()
+        await seconds(5)
+        assert "k" in at.store.objects
+
+
+@in_virtual_time
+async def test_what_is_not_there_is_done() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k", upload=False, old=False)
+        await at.delete("a")
+        await until(lambda: at.sweeps.waiting == 0 and not at.house.disk.tombstones)
+        assert at.sweeps.deleted == 0
+
+
+@in_virtual_time
+async def test_failures_are_tried_again_ever_more_rarely_and_delay_nobody_else() -> None:
+    async with sweeping() as at:
+        await at.done("a", "bad")
+        await at.done("b", "good")
+        at.store.faults["bad"] = "access denied"
+        await at.delete("a")
+        await at.delete("b")
+        await until(lambda: at.sweeps.deleted == 1)
+        assert list(at.store.objects) == ["bad"]
+        await seconds(3600)
+        assert 9 <= at.store.tried.count("bad") <= 16
+        (tombstone,) = at.house.disk.tombstones.values()
+        assert tombstone.due_at - at.house.now <= RETRY_AT_MOST_MS
+        del at.store.faults["bad"]
+        await seconds(RETRY_AT_MOST_MS / 1000 + POLL_S + 1)
+        assert not at.store.objects
+        assert at.sweeps.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(StoreFault("the bucket is gone"), "the bucket is gone"), (ValueError("a bug"), "memory: ValueError: a bug")],
+)
+def test_a_store_that_fails_for_long_is_complained_of(error: Exception, said: str) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        async with sweeping() as at:
+            await at.done("a", "k/a")
+            await at.done("b", "k/b")
+            at.store.broken = error
+            await at.delete("a")
+            await at.delete("b")
+            await seconds(COMPLAIN_AFTER_S - 1)
+            assert at.sweeper.complaint() is None
+            await seconds(1 + POLL_S)
+            complaint = at.sweeper.complaint() or ""
+            assert complaint.startswith("2 objects of deleted jobs could not be deleted, the first for 3")
+            assert complaint.endswith(said)
+            at.store.broken = None
+            await seconds(RETRY_AT_MOST_MS / 1000 + POLL_S)
+            assert at.sweeper.complaint() is None
+            assert not at.store.objects
+
+    run()
+
+
+@in_virtual_time
+async def test_a_store_that_does_not_answer_fails_in_time() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.store.gate.clear()
+        await at.delete("a")
+        await seconds(CALL_S + 1)
+        assert at.sweeps.failures == 1
+        at.store.gate.set()
+        await until(lambda: not at.store.objects)
+
+
+@in_virtual_time
+async def test_it_says_how_far_behind_it_is() -> None:
+    disk = MemoryDisk()
+    async with sweeping(disk) as at:
+        for number in range(3 * SLICE):
+            await at.done(f"job-{number}", f"k/{number}")
+        at.store.gate.clear()
+        for number in range(3 * SLICE):
+            await at.delete(f"job-{number}")
+        assert at.sweeps.behind_ms == 0
+        await seconds(CALL_S - 1)
+        at.store.gate.set()
+        most = 0
+        while at.store.objects:
+            await seconds(0.001)
+            most = max(most, at.sweeps.behind_ms)
+        assert (CALL_S - 2) * 1000 < most < CALL_S * 1000
+        await until(lambda: not at.house.disk.tombstones)
+        await seconds(1)
+        assert at.sweeps.behind_ms == 0
+
+
+@in_virtual_time
+async def test_a_full_disk_of_the_store_is_waited_for() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.house.disk.errors["settle_tombstones"] = DiskFull("full")
+        await at.delete("a")
+        await until(lambda: not at.store.objects)
+        await seconds(5)
+        assert at.house.disk.tombstones
+        del at.house.disk.errors["settle_tombstones"]
+        await until(lambda: not at.house.disk.tombstones)
+        assert at.sweeps.waiting == 0
+
+
+@in_virtual_time
+async def test_a_disk_that_fails_is_survived_and_complained_of() -> None:
+    async with sweeping() as at:
+        at.house.disk.errors["due_tombstones"] = OSError("broken")
+        await at.done("a", "k")
+        await at.delete("a")
+        await seconds(COMPLAIN_AFTER_S + 2 * POLL_S)
+        assert "the store of jobs failed: broken" in (at.sweeper.complaint() or "")
+        at.house.disk.errors.clear()
+        await until(lambda: not at.store.objects)
+        assert at.sweeper.complaint() is None
+
+
+@in_virtual_time
+async def test_nothing_goes_while_the_clock_is_in_doubt() -> None:
+    async with sweeping() as at:
+        await at.done("a", "k")
+        at.house.step_ms = 2 * DAY_MS
+        await at.delete("a")
+        await seconds(60)
+        assert at.store.objects
+        at.house.clock.accept()
+        await until(lambda: not at.store.objects)
+
+
+@in_virtual_time
+async def test_a_clock_that_stepped_back_puts_nothing_off_for_ever() -> None:
+    async with sweeping() as at:
+        at.house.step_ms = 40 * DAY_MS
+        at.house.clock.accept()
+        await at.done("a", "k")
+        at.store.broken = StoreFault("down")
+        await at.delete("a")
+        await until(lambda: at.sweeps.failures > 0)
+        at.house.step_ms = 0
+        at.store.broken = None
+        at.store.objects["k"] = at.house.now - DAY_MS
+        await seconds(2 * POLL_S)
+        assert not at.store.objects
+
+
+@in_virtual_time
+async def test_a_restart_goes_on_where_it_was() -> None:
+    disk, store = MemoryDisk(), MemoryArtifacts(lambda: 0)
+    async with sweeping(disk, store) as at:
+        await at.done("a", "k")
+        store.objects["k"] = at.house.now - DAY_MS
+        store.broken = StoreFault("down")
+        await at.delete("a")
+        await until(lambda: at.sweeps.failures == 1)
+    (tombstone,) = disk.tombstones.values()
+    assert (tombstone.job_id, tombstone.key, tombstone.tries) == ("a", "k", 1)
+    store.broken = None
+    async with sweeping(disk, store) as at:
+        assert at.sweeps.waiting == 1
+        await until(lambda: not disk.tombstones)
+        assert not store.objects
+        assert at.sweeps.waiting == 0
+
+
+@in_virtual_time
+async def test_how_many_failures_are_remembered_has_a_limit() -> None:
+    async with sweeping() as at:
+        for number in range(FAILING_KEPT + 50):
+            await at.done(f"job-{number}", f"k/{number}")
+        at.store.broken = StoreFault("down")
+        at.house.step_ms = 8 * DAY_MS
+        at.house.clock.accept()
+        await at.house.yes(DeleteExpired(ids=[f"job-{number}" for number in range(FAILING_KEPT + 50)]))
+        await seconds(3600)
+        assert len(at.sweeper._failing) == FAILING_KEPT
+        at.store.broken = None
+        await seconds(3 * 3600)
+        assert not at.store.objects
+        assert at.sweeper.complaint() is None
+
+
+@in_virtual_time
+async def test_without_a_store_of_artifacts_a_deletion_leaves_no_tombstone() -> None:
+    async with Household() as house:
+        lock_id = await house.held("a")
+        await house.yes(Complete(id="a", lock_id=lock_id, storage_key="k"))
+        await house.yes(Delete(id="a"), by="admin", admin=True)
+        assert not house.disk.tombstones
+
+
+def test_a_young_object_waits_less_than_a_tombstone_may() -> None:
+    """Or the second look would take its time for that of another clock."""
+    assert YOUNG_MS + SKEW_MS < PUT_OFF_MS
+    assert RETRY_AT_MOST_MS < PUT_OFF_MS

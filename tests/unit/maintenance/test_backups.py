@@ -1,0 +1,192 @@
+"""Online backups under way: how far each is, from the first moment, on disks as slow as they may be."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.api import downloads
+from jobd.maintenance import backups
+from jobd.maintenance.backups import Copies, Copy
+from jobd.model.errors import Refusal
+from jobd.model.responses import BackupView
+from jobd.model.storage import DiskFull
+from jobd.storage import backup
+from jobd.storage.backup import BackupStopped
+from jobd.storage.store import Store
+from tests.support.factories import Maker
+from tests.support.store_help import edited, opened, write
+
+PAGE = 4096
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    maker = Maker(8)
+    async with opened(str(tmp_path / "jobd.db")) as (made, _):
+        for _ in range(10):  # a few megabytes: many steps
+            await made.write(
+                maker.batch([replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)])
+            )
+        yield made
+
+
+class Slow:
+    """A disk that takes its time: the copy goes on by one step where `go` says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps = threading.Semaphore(0)
+        self.reached = threading.Semaphore(0)
+        self.free = False
+        monkeypatch.setattr("jobd.storage.backup.time.sleep", self._sleep)
+
+    def _sleep(self, _: float) -> None:
+        self.reached.release()
+        while not self.free and not self.steps.acquire(timeout=0.01):
+            pass
+
+    async def go(self) -> None:
+        """One step more, and wait until the disk is there."""
+        self.steps.release()
+        await asyncio.to_thread(self.reached.acquire)
+
+
+class Watched:
+    """A file that tells which thread has closed it."""
+
+    def __init__(self) -> None:
+        self.closed_by = 0
+        self.is_closed = threading.Event()
+
+    def close(self) -> None:
+        self.closed_by = threading.get_ident()
+        self.is_closed.set()
+
+
+async def test_the_loop_does_not_wait_until_the_system_has_taken_back_the_room_of_a_copy(store: Store) -> None:
+    """Its file has no name: who closes it deletes it, which takes a tenth of a second for a hundred megabytes."""
+    copy = await Copies(store, lambda: 1_000).begin("a")
+    assert isinstance(copy, Copy)
+    file, copy._file = copy._file, Watched()  # type: ignore[assignment]
+    watched: Any = copy._file
+    copy.leave()
+    assert await asyncio.to_thread(watched.is_closed.wait, 5)
+    assert watched.closed_by != threading.get_ident()
+    assert file is not None
+    file.close()
+
+
+async def test_it_tells_how_far_it_is_from_the_first_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Copies(store, lambda: 1_000)
+    slow = Slow(monkeypatch)
+    asking = asyncio.create_task(kept.begin("mine"))
+    await asyncio.to_thread(slow.reached.acquire)
+    seen: list[BackupView] = []
+    for _ in range(4):
+        [view] = kept.views()
+        seen.append(view)
+        await slow.go()
+    assert {view.state for view in seen} == {"copying"}
+    assert [view.bytes_done for view in seen] == [100 * PAGE * n for n in range(1, 5)]
+    assert {view.bytes_total for view in seen} == {seen[0].bytes_total}
+    assert (seen[0].id, seen[0].started_at, seen[0].ended_at, seen[0].message) == ("mine", 1_000, None, None)
+    quiet_ms = kept.views()[0].quiet_ms
+    while kept.views()[0].quiet_ms <= quiet_ms:  # noqa: ASYNC110 - the disk stands still, and that is told
+        await asyncio.sleep(0.001)
+    slow.free = True
+    copy = await asking
+    assert isinstance(copy, Copy)
+    [view] = kept.views()
+    assert (view.state, view.bytes_done, view.bytes_total) == ("sending", 0, copy.size)
+    sent = 0
+    while piece := await copy.more():
+        sent += len(piece)
+        assert kept.views()[0].bytes_done == sent
+    copy.leave()
+    copy.leave("a second time")
+    [view] = kept.views()
+    assert sent == copy.size
+    assert (view.state, view.bytes_done, view.bytes_total, view.ended_at) == ("sent", sent, sent, 1_000)
+    assert (view.message, view.quiet_ms) == (None, 0)
+
+
+async def test_a_check_tells_that_it_goes_on_and_can_be_stopped(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backup, "_CHECK_STEPS", 100)
+    told: list[str] = []
+    with await backup.copied(store, lambda step, done, total: told.append(step)):
+        pass
+    assert told.count("checking") > 10
+    assert told.index("checking") > told.count("copying") - 1  # only then
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def tell(step: str, done: int, total: int) -> None:
+        if step == "checking":
+            loop.call_soon_threadsafe(begun.set)
+            time.sleep(0.01)  # so the check would take much longer than this test
+
+    asking = asyncio.create_task(backup.copied(store, tell))
+    await begun.wait()
+    closing = asyncio.create_task(store.close())
+    with pytest.raises(BackupStopped):
+        await asking
+    await closing
+
+
+async def test_a_check_that_fails_for_another_reason_says_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "jobd.db")
+    write(path, b"")
+    with edited(path) as conn, pytest.raises(sqlite3.OperationalError), backup._telling(conn, None):
+        conn.execute("SELECT * FROM nothing")
+
+
+async def test_one_after_the_other_and_no_more_than_so_many(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backups, "AT_ONCE", 2)
+    kept = Copies(store, lambda: 1)
+    slow = Slow(monkeypatch)
+    first = asyncio.create_task(kept.begin("first"))
+    await asyncio.to_thread(slow.reached.acquire)
+    second = asyncio.create_task(kept.begin("second"))
+    await asyncio.sleep(0)
+    assert [(view.id, view.state) for view in kept.views()] == [("second", "waiting"), ("first", "copying")]
+    await slow.go()
+    one, other = kept.views()  # who waits is not silent while the other moves
+    assert abs(one.quiet_ms - other.quiet_ms) < 50
+    refused = await kept.begin("third")
+    assert isinstance(refused, Refusal)
+    assert refused.code == "overloaded"
+    first.cancel()
+    while not first.done():  # its thread looks at each step whether it is still wanted
+        slow.steps.release()
+        await asyncio.sleep(0.001)
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert [(view.id, view.state, view.message) for view in kept.views()][1] == ("first", "failed", "it was given up")
+    slow.free = True
+    copy = await second
+    assert isinstance(copy, Copy)
+    copy.leave("it was not read to its end")
+    assert kept.views()[0].message == "it was not read to its end"
+
+
+async def test_why_there_is_none_is_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise DiskFull("a backup needs 48 MiB free")
+
+    monkeypatch.setattr(backup, "_need_room", full)
+    kept = Copies(store, lambda: 1)
+    for number in range(backups.KEPT + 3):
+        with pytest.raises(DiskFull):
+            await kept.begin(str(number))
+    views = kept.views()
+    assert [view.id for view in views] == [str(number) for number in range(backups.KEPT + 2, 2, -1)]
+    assert {(view.state, view.message) for view in views} == {("failed", "a backup needs 48 MiB free")}
+    assert downloads.LOOK_S < 1

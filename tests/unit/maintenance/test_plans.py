@@ -1,0 +1,858 @@
+"""Plans: what they say beforehand, and that they do that, once, to every job that is still what the plan saw."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, get_args
+
+import pytest
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd.core import planning, state
+from jobd.core.planning import version
+from jobd.maintenance import plan_builder, plans, preview
+from jobd.maintenance.plans import Planner
+from jobd.model.commands import (
+    OF_TIME,
+    Adopt,
+    ApplyPlan,
+    Cancel,
+    Complete,
+    Create,
+    Delete,
+    Expected,
+    Fail,
+    Filter,
+    ForceFail,
+    ForceReset,
+    Get,
+    GetVersion,
+    Import,
+    MakePlan,
+    PlanAction,
+    Preview,
+    Start,
+    Update,
+)
+from jobd.model.errors import Refusal
+from jobd.model.job import DAY_MS, SECOND_MS, Grant, Options
+from jobd.model.responses import Answer, PlanView, PreviewView, late_note
+from jobd.model.storage import DiskFull
+from jobd.storage import codec
+from tests.support.factories import full_job
+from tests.support.memory_storage import MemoryDisk
+from tests.support.plan_help import EVE, applied, made
+from tests.support.rule_harness import Desk
+from tests.support.virtual_engine import WALL, Household, in_virtual_time, row
+
+# -- what a job is to a plan ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("action", "allowed"),
+    [
+        ("retry", {"failed", "cancelled"}),
+        ("force-reset", {"processing", "failed", "cancelled"}),
+        ("cancel", {"queued", "processing"}),
+        ("force-fail", {"queued", "processing"}),
+        ("delete", {"completed", "failed", "cancelled"}),
+    ],
+)
+def test_an_action_is_planned_where_its_rule_lets_it_be_done(action: PlanAction, allowed: set[str]) -> None:
+    desk = Desk()
+    desk.create("queued")
+    desk.held("processing")
+    desk.completed("completed")
+    for job_id, end in (("failed", ForceFail(id="failed")), ("cancelled", Cancel(id="cancelled"))):
+        desk.create(job_id)
+        desk.yes(end)
+    jobs = {status: desk.job(status) for status in ("queued", "processing", "completed", "failed", "cancelled")}
+    assert {status for status, job in jobs.items() if planning.why_not(action, job) is None} == allowed
+    assert all(job.status == status for status, job in jobs.items())
+    for status, job in jobs.items():
+        done = desk.yes(ApplyPlan(action=action, jobs=[Expected(job.id, version(job))]), admin=True)
+        assert done.applied == (status in allowed or (action, status) == ("retry", "processing"))
+        if done.applied:
+            there = desk.book.get(job.id)
+            assert planning.TO[action] == (None if there is None else there.status)
+
+
+@pytest.mark.parametrize(
+    ("action", "status", "error", "found"),
+    [
+        ("retry", None, None, ["failed", "cancelled"]),
+        ("retry", "cancelled", None, ["cancelled"]),
+        ("retry", "queued", None, []),
+        ("retry", None, "0" * 12, ["failed"]),
+        ("force-fail", "queued", "0" * 12, ["queued"]),
+        ("force-fail", None, "0" * 12, []),
+    ],
+)
+def test_an_error_is_looked_for_in_failed_jobs_unless_a_status_is_asked_for(
+    action: PlanAction, status: Any, error: str | None, found: list[str]
+) -> None:
+    assert planning.statuses(action, Filter(status=status, error=error)) == found
+
+
+def test_a_version_is_short_enough_for_forms_and_long_enough_to_be_another_each_time() -> None:
+    assert len(version(full_job())) == 16
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seq", 99),
+        ("status", "failed"),
+        ("options", Options(queue="another")),
+        *((name, 1) for name in ("run_at", "attempt", "started_at", "finished_at", "expires_at")),
+        ("stalls", 9),
+        ("grant", Grant("lock", 1, "w-1", 0, 60_000, 0, 90_000)),
+        *((name, None) for name in ("ended", "result", "error")),
+    ],
+)
+def test_every_part_of_a_job_makes_it_another_version(field: str, value: Any) -> None:
+    assert version(replace(full_job(), **{field: value})) != version(full_job())
+
+
+def test_signs_of_life_are_no_change_and_everything_else_is() -> None:
+    desk = Desk()
+    desk.create("a", max_attempts=3)
+    seen = [version(desk.job())]
+
+    def changed() -> bool:
+        seen.append(version(desk.job()))
+        return seen[-1] not in seen[:-1]
+
+    lock_id = desk.start("a")
+    assert changed()
+    desk.passes(5)
+    desk.progress(lock_id, 50)
+    assert not changed()
+    desk.yes(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
+    assert changed()
+    lock_id = desk.start("a")
+    assert changed()
+    desk.yes(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
+    assert changed()
+    desk.yes(Update(id="a", priority=3), admin=True)
+    assert changed()
+    desk.yes(ForceFail(id="a"), admin=True)
+    assert changed()
+    desk.yes(ForceReset(id="a"), admin=True)
+    assert changed()
+    desk.yes(ForceFail(id="a"), admin=True)
+    assert changed() or desk.now == desk.job().finished_at
+
+
+def test_a_job_read_from_a_row_is_the_same_job() -> None:
+    job = full_job()
+    again = codec.JobReader().job(codec.sealed(codec.job_row(job)))
+    assert version(again) == version(job)
+    assert job.result is not None
+    other = replace(job, result=replace(job.result, metadata=Raw(b"{}")))
+    assert version(other) != version(job)
+
+
+def test_what_has_changed_is_left_alone_and_what_a_rule_refuses_costs_no_other() -> None:
+    desk = Desk()
+    for job_id in ("a", "b", "c"):
+        desk.create(job_id)
+    known = {job_id: Expected(job_id, version(desk.job(job_id))) for job_id in ("a", "b", "c")}
+    desk.start("b")
+    gone, odd = Expected("gone", "x"), Expected("d", "y")
+    desk.completed("d")
+    odd = Expected("d", version(desk.job("d")))
+    command = ApplyPlan(action="cancel", jobs=[known["a"], known["b"], gone, odd, known["c"]], reason="enough")
+    done = desk.yes(command, admin=True, by="admin:eve")
+    assert done.applied == 2
+    assert [(each.id, each.now) for each in done.changed] == [("b", "processing"), ("gone", None)]
+    assert [(each.id, each.now) for each in done.refused] == [("d", "completed")]
+    assert [(desk.job(job_id).status) for job_id in ("a", "b", "c")] == ["cancelled", "processing", "cancelled"]
+    assert [(event.by, event.reason) for event in desk.events[-2:]] == [("admin:eve", "enough")] * 2
+    assert all("changed since" in each.why or "no job" in each.why for each in done.changed)
+
+
+@pytest.mark.parametrize("action", sorted(set(get_args(PlanAction)) - OF_TIME))
+def test_the_reason_of_a_plan_is_that_of_what_it_does(action: PlanAction) -> None:
+    desk = Desk()
+    desk.create("a")
+    if action in ("retry", "delete"):
+        desk.yes(ForceFail(id="a", reason="another"))
+    elif action == "force-reset":
+        desk.start("a")
+    asked = ApplyPlan(action=action, jobs=[Expected("a", version(desk.job()))], reason="enough")
+    assert desk.yes(asked, admin=True).applied == 1
+    assert desk.last().reason == "enough"
+
+
+@pytest.mark.parametrize("detour", [False, True])
+def test_a_command_that_expects_a_version_is_done_to_that_one_alone(*, detour: bool) -> None:
+    desk = Desk()
+    desk.create("a")
+    desk.yes(ForceFail(id="a"))
+    seen = desk.yes(GetVersion(id="a"))
+    assert (seen.job.id, seen.version) == ("a", version(desk.job()))
+    if detour:
+        desk.yes(ForceReset(id="a"))
+        desk.passes(1)
+        desk.yes(ForceFail(id="a"))
+    decision = desk.decide(Delete(id="a"), expected=seen.version)
+    assert isinstance(decision.answer, Refusal) == detour
+    assert ("a" in desk.rows) == detour
+    if isinstance(decision.answer, Refusal):
+        assert decision.changes == []
+        assert (decision.answer.code, decision.answer.details) == (
+            "invalid_transition", {"job_id": "a", "status": "failed"},
+        )  # fmt: skip
+    gone = desk.decide(Delete(id="none"), expected=seen.version).answer
+    assert isinstance(gone, Refusal)
+    assert gone.code == "job_not_found"
+
+
+@pytest.mark.parametrize("how", ["expected", "plan"])
+def test_a_late_result_that_came_meanwhile_is_not_deleted_unseen(how: str) -> None:
+    desk = Desk()
+    lock_id = desk.held()
+    desk.yes(ForceFail(id="a"))
+    seen = desk.yes(GetVersion(id="a")).version
+    desk.no(Complete(id="a", lock_id=lock_id, file_path="/out"), "lock_lost")
+    for left_alone in (True, False):
+        if how == "expected":
+            assert isinstance(desk.decide(Delete(id="a"), expected=seen).answer, Refusal) == left_alone
+        else:
+            done = desk.yes(ApplyPlan(action="delete", jobs=[Expected("a", seen)]), admin=True)
+            assert len(done.changed) == left_alone
+        assert ("a" in desk.rows) == left_alone or how == "expected"
+        seen = desk.yes(GetVersion(id="a")).version if left_alone else ""
+
+
+def test_of_late_results_the_latest_is_remembered_for_so_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "LATE_RESULTS_KEPT", 2)
+    desk = Desk()
+    seqs: dict[str, int | None] = {}
+    for job_id in ("a", "b", "a", "c"):
+        lock_id = desk.start(job_id) if job_id in desk.rows else desk.held(job_id)
+        desk.yes(ForceFail(id=job_id))
+        desk.no(Complete(id=job_id, lock_id=lock_id, file_path="/out"), "lock_lost")
+        seqs[job_id] = desk.last().seq
+        desk.yes(ForceReset(id=job_id))
+    known = {job_id: desk.book.latest_late(desk.job(job_id).seq) for job_id in seqs}
+    assert known == seqs | {"b": None}
+
+
+def test_a_change_that_was_taken_back_is_a_change() -> None:
+    desk = Desk()
+    desk.create("a", delay_ms=1_000)
+    seen = version(desk.job())
+    for priority in (5, 0):
+        desk.passes(1)
+        desk.yes(Update(id="a", priority=priority), admin=True)
+    assert version(desk.job()) != seen
+
+
+@pytest.mark.parametrize(
+    ("action", "late", "note"),
+    [
+        ("delete", [0, 0], None),
+        ("retry", [], None),
+        ("delete", [1], "It has 1 late result that nobody has adopted: it goes with the job."),
+        ("delete", [0, 2], "1 of these jobs has 2 late results that nobody has adopted: they go with the job."),
+        ("delete", [1, 1], "2 of these jobs have 2 late results that nobody has adopted: they go with the jobs."),
+        (
+            "force-fail",
+            [1, 0],
+            "1 of these jobs has 1 late result that nobody has adopted: see whether it can be adopted instead.",
+        ),
+        ("retry", [3], "It has 3 late results that nobody has adopted: see whether they can be adopted instead."),
+    ],
+)
+def test_what_is_said_of_late_results(action: PlanAction, late: list[int], note: str | None) -> None:
+    assert late_note(action, late) == note
+
+
+# -- made, kept, applied ----------------------------------------------------------------------------------------------
+
+
+async def failed(house: Household, *ids: str, **fields: Any) -> None:
+    for job_id in ids:
+        await house.yes(Create(id=job_id, **fields))
+        await house.yes(ForceFail(id=job_id))
+
+
+@in_virtual_time
+async def test_a_plan_says_what_would_be_done_and_does_it() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a", "b")
+        await house.yes(Create(id="c"))
+        plan = await made(planner, action="retry", filter=Filter(), reason="mended")
+        assert [(job.id, job.from_, job.to) for job in plan.jobs] == [
+            ("b", "failed", "queued"),
+            ("a", "failed", "queued"),
+        ]
+        assert (plan.filter, plan.scope) == (Filter(), "Only failed and cancelled jobs are tried again.")
+        assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
+        assert plan.expires_at - plan.made_at == plans.KEPT_MS
+        assert (await house.yes(Get(id="a"))).status == "failed"
+        result = await applied(planner)
+        assert (result.applied, result.changed, result.refused, result.repeated) == (2, [], [], False)
+        assert (await house.yes(Get(id="a"))).status == "queued"
+        assert house.disk.events[-1].reason == "mended"
+        shown = planner.find("p")
+        assert isinstance(shown, PlanView)
+        assert shown.result == result
+
+
+async def came_late(house: Household, job_id: str, times: int = 1) -> None:
+    """A failed job to which work came late, so often."""
+    await house.yes(Create(id=job_id))
+    for _ in range(times):
+        lock_id = (await house.yes(Start(id=job_id, worker="w"))).lock_id
+        await house.yes(ForceFail(id=job_id))
+        await house.no(Complete(id=job_id, lock_id=lock_id, file_path="/out"))
+        await house.yes(ForceReset(id=job_id))
+    await house.yes(ForceFail(id=job_id))
+
+
+@in_virtual_time
+async def test_a_plan_tells_what_came_late_also_before_a_restart() -> None:
+    async with Household() as house:
+        await came_late(house, "a", times=2)
+        await came_late(house, "b")
+        await came_late(house, "done")
+        await house.yes(Adopt(id="done"))
+        await failed(house, "c")
+    async with Household(house.disk) as house:
+        planner = Planner(house.actor, house.clock)
+        for asked in ({"ids": ["a", "b", "c", "done"]}, {"filter": Filter()}):
+            plan = await made(planner, action="delete", **asked)
+            late = {job.id: job.late_results for job in plan.jobs}
+            assert (late, plan.with_late_results) == ({"a": 2, "b": 1, "c": 0, "done": 0}, 2)
+        plan = await made(planner, action="retry", filter=Filter())
+        assert [job.late_results for job in plan.jobs] == [0, 1, 2]
+
+
+@in_virtual_time
+async def test_what_comes_late_while_a_plan_is_made_is_told_or_changes_its_job() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await house.yes(Create(id="a"))
+        lock_id = (await house.yes(Start(id="a", worker="w"))).lock_id
+        await house.yes(ForceFail(id="a"))
+        count_late = house.disk.count_late
+
+        async def and_then(job_seqs: list[int]) -> dict[int, int]:
+            counted = await count_late(job_seqs)
+            await house.no(Complete(id="a", lock_id=lock_id, file_path="/out"))
+            return counted
+
+        house.disk.count_late = and_then  # type: ignore[method-assign]
+        assert (await made(planner, action="delete", filter=Filter())).with_late_results == 0
+        assert [job.id for job in (await applied(planner)).changed] == ["a"]
+
+
+@in_virtual_time
+async def test_a_plan_of_named_jobs_tells_of_those_that_are_not_there() -> None:
+    disk = MemoryDisk()
+    disk.put(row(1, "bad"))
+    disk.bad_jobs = {"bad": "its checksum is wrong"}
+    async with Household(disk) as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a")
+        await house.yes(Create(id="live"))
+        plan = await made(planner, action="delete", ids=["a", "none", "bad", "a", "live"])
+        assert [(job.id, job.to) for job in plan.jobs] == [("a", None)]
+        assert [(job.id, job.status) for job in plan.skipped] == [("none", None), ("bad", None), ("live", "queued")]
+        assert "quarantine" in plan.skipped[1].why
+        assert (await applied(planner)).applied == 1
+        assert house.disk.job("a") is None
+
+
+@in_virtual_time
+async def test_what_changes_meanwhile_is_left_alone_and_told() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a", "b", "c")
+        await made(planner, action="retry", filter=Filter(status="failed"))
+        await house.yes(ForceReset(id="a"))
+        await house.yes(Delete(id="b"))
+        result = await applied(planner)
+        assert result.applied == 1
+        assert [(job.id, job.from_, job.now) for job in result.changed] == [
+            ("b", "failed", None),
+            ("a", "failed", "queued"),
+        ]
+
+
+@in_virtual_time
+async def test_a_plan_is_applied_once() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a")
+        await made(planner, action="retry", filter=Filter())
+        first, second = await asyncio.gather(applied(planner), applied(planner))
+        assert first == second
+        await house.yes(ForceFail(id="a"))
+        again = await applied(planner)
+        assert again == replace(first, repeated=True)
+        assert (await house.yes(Get(id="a"))).status == "failed"
+
+
+@in_virtual_time
+async def test_who_does_not_wait_any_more_takes_nothing_back() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, *(f"j{n}" for n in range(plans.SLICE + 1)))
+        await made(planner, action="retry", filter=Filter())
+        waiting = asyncio.create_task(planner.apply("p", EVE))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.sleep(1)
+        result = await applied(planner)
+        assert (result.applied, result.repeated) == (plans.SLICE + 1, True)
+
+
+@in_virtual_time
+async def test_a_plan_goes_in_slices_and_is_one_entry_of_the_audit_log() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, *(f"j{n}" for n in range(2 * plans.SLICE + 1)), queue="q")
+        await made(planner, action="delete", filter=Filter(queue="q", since=1))
+        before = len(house.disk.batches)
+        await applied(planner)
+        sizes = [len(batch.changes) for batch in house.disk.batches[before:]]
+        assert sizes == [plans.SLICE, plans.SLICE, 1, 0]
+        entries = [entry for batch in house.disk.batches[before:] for entry in batch.audit]
+        assert {(entry.what, entry.who, entry.part_of) for entry in entries} == {("plan-delete", "eve", "p")}
+        assert sum(entry.jobs for entry in entries) == 2 * plans.SLICE + 1
+        assert entries[-1].details == {
+            "plan_id": "p",
+            "planned": 2 * plans.SLICE + 1,
+            "changed_meanwhile": 0,
+            "refused": 0,
+            "filter": {"queue": "q", "since": 1},
+        }
+
+
+@in_virtual_time
+async def test_on_a_full_disk_a_plan_stops_and_goes_on_with_the_rest() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, *(f"j{n}" for n in range(plans.SLICE + 5)))
+        await made(planner, action="retry", filter=Filter())
+        house.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
+        house.disk.has_ballast = False
+        house.disk.fits = lambda batch: len(house.disk.batches) < 2 * (plans.SLICE + 5) + 1
+        refusal = await planner.apply("p", EVE)
+        assert isinstance(refusal, Refusal)
+        disk = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
+        assert (refusal.code, refusal.details) == ("storage_full", {**disk, "applied": plans.SLICE, "left": 5})
+        house.disk.write_errors.clear()
+        house.disk.free()
+        await asyncio.sleep(2)
+        result = await applied(planner)
+        assert (result.applied, result.changed) == (plans.SLICE + 5, [])
+
+
+@in_virtual_time
+async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a")
+        await made(planner, action="delete", filter=Filter())
+        await made(planner, "r", action="retry", filter=Filter())
+        house.disk.fill()
+        await house.no(Create(id="x"))
+        await house.no(Update(id="a", priority=1))
+        assert isinstance(await planner.apply("r", EVE), Refusal)
+        assert (await applied(planner)).applied == 1
+        house.disk.free()
+
+
+@in_virtual_time
+async def test_a_plan_is_kept_for_its_time() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await made(planner, action="retry", filter=Filter())
+        await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
+        assert isinstance(planner.find("p"), PlanView)
+        await asyncio.sleep(1)
+        for gone in (planner.find("p"), await planner.apply("p", EVE)):
+            assert isinstance(gone, Refusal)
+            assert gone.code == "plan_not_found"
+
+
+@in_virtual_time
+async def test_what_a_plan_came_to_can_be_read_for_hours_from_when_it_was_applied() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a", "b")
+        await made(planner, action="retry", filter=Filter())
+        await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
+        await house.yes(Delete(id="b"))
+        result = await applied(planner)
+        assert [job.id for job in result.changed] == ["b"]
+        await asyncio.sleep(plans.APPLIED_KEPT_MS / SECOND_MS - 1)
+        shown = planner.find("p")
+        assert isinstance(shown, PlanView)
+        assert shown.result == result
+        assert shown.expires_at == result.applied_at + plans.APPLIED_KEPT_MS
+        assert (await applied(planner)).repeated
+        await asyncio.sleep(1)
+        assert isinstance(planner.find("p"), Refusal)
+
+
+@in_virtual_time
+async def test_new_plans_push_no_result_out_and_results_no_plan() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(plans, "MOST_PLANS", 2)
+        monkeypatch.setattr(plans, "MOST_APPLIED", 3)
+        async with Household() as house:
+            planner = Planner(house.actor, house.clock)
+            await failed(house, "a")
+
+            def kept() -> list[str]:
+                return [name for name in "wxyz01234" if isinstance(planner.find(name), PlanView)]
+
+            await made(planner, "w", action="retry", filter=Filter())
+            for name in "0123":
+                await made(planner, name, action="cancel", filter=Filter())
+                await applied(planner, name)
+            assert kept() == ["w", "1", "2", "3"]
+            for name in "xyz":
+                await made(planner, name, action="retry", filter=Filter())
+            assert kept() == ["y", "z", "1", "2", "3"]
+            monkeypatch.setattr(plans, "MOST_JOBS", 0)
+            await applied(planner, "z")
+            assert kept() == ["y", "z"], "the latest is kept, however many jobs it has"
+
+
+@in_virtual_time
+async def test_the_audit_log_names_so_many_of_those_that_were_left_undone() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        async with Household() as house:
+            planner = Planner(house.actor, house.clock)
+            monkeypatch.setattr(plans, "MOST_NAMED", 3)
+            for size, named in ((4_000, ["j4", "j3", "j2"]), (5, ["j4", "j3"]), (1, None)):
+                monkeypatch.setattr(plans, "NAMED_SIZE", size)
+                await failed(house, *(f"j{n}" for n in range(5)))
+                await made(planner, f"p{size}", action="retry", filter=Filter())
+                for n in range(5):
+                    await house.yes(Delete(id=f"j{n}"))
+                assert (await applied(planner, f"p{size}")).applied == 0
+                details = house.disk.batches[-1].audit[-1].details
+                assert details is not None
+                assert (details["changed_meanwhile"], details.get("left_undone")) == (5, named)
+
+
+@in_virtual_time
+async def test_so_many_plans_are_kept_the_latest_ones() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        for n in range(plans.MOST_PLANS + 2):
+            await made(planner, f"p{n}", action="retry", filter=Filter())
+        kept = [n for n in range(plans.MOST_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
+        assert kept == list(range(2, plans.MOST_PLANS + 2))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small limits."""
+    for name, value in {"MAX_PLAN": 3, "MOST_SKIPPED": 2, "LOOK": 2, "SCAN": 4, "SLOW_SCAN": 4}.items():
+        monkeypatch.setattr(plan_builder, name, value)
+    monkeypatch.setattr(plans, "MOST_JOBS", 5)
+
+
+async def walked(planner: Planner, **asked: Any) -> list[list[str]]:
+    """The jobs of each plan, from the first to the last."""
+    found: list[list[str]] = []
+    cursor: str | None = None
+    while not found or cursor is not None:
+        plan = await made(planner, f"p{len(found)}", cursor=cursor, **asked)
+        assert plan.more == (plan.next_cursor is not None)
+        found.append([job.id for job in plan.jobs])
+        cursor = plan.next_cursor
+    return found
+
+
+@pytest.mark.usefixtures("small")
+@in_virtual_time
+async def test_a_plan_has_so_many_jobs_and_the_next_one_goes_on_after_them() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a", "b", "c")
+        assert await walked(planner, action="retry", filter=Filter()) == [["c", "b", "a"]]
+        for n in range(3):
+            await house.yes(Create(id=f"live{n}"))
+            await house.yes(Create(id=f"x{n}"))
+            await house.yes(Cancel(id=f"x{n}"))
+        await failed(house, "d")
+        wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
+        assert await walked(planner, action="retry", filter=Filter()) == wholes
+        assert isinstance(planner.find("p0"), Refusal)  # all together had too many jobs
+        assert await walked(planner, action="cancel", filter=Filter()) == [["live2", "live1", "live0"]]
+
+
+@pytest.mark.usefixtures("small")
+@in_virtual_time
+async def test_a_plan_of_named_jobs_shows_so_many_that_it_leaves_alone() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        plan = await made(planner, action="retry", ids=["a", "b", "c", "d", "e"])
+        assert (plan.count, [job.id for job in plan.skipped], plan.skipped_count) == (0, ["a", "b"], 5)
+        assert (plan.filter, plan.scope, plan.more) == (None, None, False)
+
+
+@pytest.mark.usefixtures("small")
+@in_virtual_time
+async def test_jobs_that_the_action_does_nothing_to_are_not_looked_at() -> None:
+    """Hundreds of younger jobs that wait are in nobody's way."""
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "needle")
+        for n in range(300):
+            await house.yes(Create(id=f"j{n}"))
+        house.disk.calls.clear()
+        plan = await made(planner, action="retry", filter=Filter())
+        assert ([job.id for job in plan.jobs], plan.more) == (["needle"], False)
+        plan = await made(planner, action="retry", filter=Filter(status="queued"))
+        assert (plan.count, plan.skipped_count, plan.more) == (0, 0, False)
+        assert plan.scope == "Only failed and cancelled jobs are tried again."
+
+
+@pytest.mark.usefixtures("small")
+@in_virtual_time
+async def test_a_plan_finds_a_text_wherever_it_is() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "needle", *(f"j{n}" for n in range(20)))
+        plan = await made(planner, action="retry", filter=Filter(q="NEEDLE"))
+        assert [job.id for job in plan.jobs] == ["needle"]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MAKING_S": 0, "SCAN": 1}.items():
+        monkeypatch.setattr(plan_builder, name, value)
+
+
+@pytest.mark.usefixtures("impatient")
+@in_virtual_time
+async def test_a_plan_that_would_look_for_too_long_ends_and_the_next_one_goes_on() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a", "b", "c", "d")
+        found = await walked(planner, action="retry", filter=Filter(queue="default"))
+        assert len(found) > 2
+        assert [job_id for each in found for job_id in each] == ["d", "c", "b", "a"]
+
+
+@in_virtual_time
+async def test_a_plan_goes_on_only_from_one_that_was_made_of_the_same() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        for asked in (
+            MakePlan(action="cancel", filter=Filter(), cursor="failed.7"),
+            MakePlan(action="retry", filter=Filter(status="cancelled"), cursor="failed.7"),
+            MakePlan(action="retry", filter=Filter(error="0123456789ab"), cursor="cancelled.7"),
+            MakePlan(action="retry", ids=["a"], cursor="failed.7"),
+        ):
+            wrong = await planner.make(asked, "x")
+            assert isinstance(wrong, Refusal), asked
+            assert (wrong.code, wrong.details["field"]) == ("invalid_request", "$.cursor")
+
+
+@in_virtual_time
+async def test_a_job_that_moves_on_while_the_plan_is_made_is_in_it_once() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await house.yes(Create(id="a"))
+        making = asyncio.create_task(made(planner, action="cancel", filter=Filter()))
+        await asyncio.sleep(plan_builder.PAUSE_S / 2)
+        await house.yes(Start(id="a", worker="w"))
+        plan = await making
+        assert [(job.id, job.from_) for job in plan.jobs] == [("a", "queued")]
+        result = await applied(planner)
+        assert [(job.id, job.now) for job in result.changed] == [("a", "processing")]
+
+
+@in_virtual_time
+async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, *(f"j{n}" for n in range(3 * plan_builder.LOOK)))
+        long = asyncio.create_task(made(planner, "long", action="delete", filter=Filter()))
+        await asyncio.sleep(plan_builder.PAUSE_S / 2)
+        short = await made(planner, "short", action="delete", ids=["j3"])
+        assert (short.count, long.done()) == (1, False)
+        assert (await long).count == 3 * plan_builder.LOOK
+
+
+@in_virtual_time
+async def test_plans_that_have_nothing_push_no_other_out() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, "a")
+        await made(planner, "full", action="retry", filter=Filter())
+        for n in range(plans.MOST_PLANS + 2):
+            await made(planner, f"p{n}", action="cancel", filter=Filter())
+        assert isinstance(planner.find("full"), PlanView)
+        assert isinstance(planner.find("p0"), Refusal)
+        assert isinstance(planner.find(f"p{plans.MOST_PLANS + 1}"), PlanView)
+
+
+@in_virtual_time
+async def test_too_many_plans_at_once_are_refused_and_filter_or_ids_are_needed() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        for asked in (MakePlan(action="retry"), MakePlan(action="retry", filter=Filter(), ids=["a"])):
+            wrong = await planner.make(asked, "x")
+            assert isinstance(wrong, Refusal)
+            assert wrong.code == "invalid_request"
+        asked = MakePlan(action="retry", filter=Filter())
+        answers = await asyncio.gather(*(planner.make(asked, f"p{n}") for n in range(plans.MOST_MAKING + 1)))
+        assert [answer.code for answer in answers if isinstance(answer, Refusal)] == ["overloaded"]
+
+
+@in_virtual_time
+async def test_a_daemon_that_stops_ends_a_plan_after_its_slice() -> None:
+    async with Household() as house:
+        planner = Planner(house.actor, house.clock)
+        await failed(house, *(f"j{n}" for n in range(3 * plans.SLICE)))
+        await made(planner, action="retry", filter=Filter())
+        waiting = asyncio.create_task(planner.apply("p", EVE))
+        await asyncio.sleep(plan_builder.PAUSE_S / 2)
+        await planner.close()
+        refusal = await waiting
+        assert isinstance(refusal, Refusal)
+        assert (refusal.code, refusal.details["applied"] % plans.SLICE) == ("shutting_down", 0)
+
+
+# -- what time would do -----------------------------------------------------------------------------------------------
+
+
+def test_a_preview_changes_nothing_and_says_what_recovery_would_do() -> None:
+    desk = Desk()
+    lock_id = desk.held("stuck", max_attempts=1)
+    desk.progress(lock_id, 40, "stuck")
+    desk.held("fresh", stuck_after_ms=0)
+    desk.create("late", expires_at=desk.now + 10)
+    desk.passes(3_600_000)
+    before = [(job.id, job.status) for job in desk.rows.values()]
+    decision = desk.decide(Preview(limit=9))
+    assert decision.changes == []
+    assert isinstance(decision.answer, Answer)
+    seen = decision.answer.data
+    assert {(each.job_id, each.action) for each in seen.details} == {("stuck", "failed"), ("fresh", "reset")}
+    assert (seen.expired, seen.more) == (["late"], False)
+    assert [(job.id, job.status) for job in desk.rows.values()] == before
+    assert desk.yes(Preview(limit=1)).more
+
+
+def test_a_preview_says_where_more_have_expired_than_it_names() -> None:
+    desk = Desk()
+    for name in ("a", "b"):
+        desk.create(name, expires_at=desk.now + 10)
+    desk.passes(10)
+    for limit, named in ((1, ["a"]), (2, ["a", "b"])):
+        seen = desk.yes(Preview(limit=limit))
+        assert (seen.expired, seen.more) == (named, limit < 2)
+
+
+@in_virtual_time
+async def test_a_preview_of_a_pass_is_what_the_pass_does() -> None:
+    disk = MemoryDisk()
+    disk.put(row(1, "over", progress=120))
+    async with Household(disk) as house:
+        await house.held("stuck", lock_ttl_ms=SECOND_MS)
+        await house.yes(Create(id="late", expires_at=house.now + SECOND_MS))
+        await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+        await asyncio.sleep(120)
+        view = await house.cleaner.preview()
+        assert isinstance(view, PreviewView)
+        assert [(each.job_id, each.action) for each in view.recover] == [("stuck", "reset")]
+        assert (view.expired_jobs, view.deleted_jobs, view.mended_jobs) == (["late"], ["old"], ["over"])
+        assert not view.more
+        assert 0 <= house.now - view.timestamp < SECOND_MS
+        house.keep()
+        report = await house.cleaner.run_pass(forced=True)
+        assert (report.stuck_jobs_recovered, report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1, 1)
+        after = await house.cleaner.preview()
+        assert isinstance(after, PreviewView)
+        assert (after.recover, after.expired_jobs, after.deleted_jobs, after.mended_jobs) == ([], [], [], [])
+
+
+@in_virtual_time
+async def test_a_look_for_what_is_wrong_has_an_end() -> None:
+    disk = MemoryDisk()
+    for number in range(1, 31):
+        disk.put(row(number, f"over-{number}", progress=120))
+
+    async def found(house: Household, look_s: float) -> tuple[int, bool]:
+        view = await house.cleaner.preview(look_s)
+        assert isinstance(view, PreviewView)
+        assert view.more == view.more_mended
+        return len(view.mended_jobs), view.more_mended
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preview, "SCAN", 10)
+        async with Household(disk) as house:
+            assert await found(house, 60) == (30, False)
+            assert await found(house, 1e-9) == (10, True), "one slice takes longer"
+            assert await found(house, 0) == (0, True)
+            patch.setattr(preview, "MOST", 25)
+            assert await found(house, 60) == (25, True)
+            patch.setattr(preview, "MOST", 30)
+            assert await found(house, 60) == (30, False)
+
+
+@in_virtual_time
+async def test_a_preview_names_old_jobs_also_where_few_are_read_at_a_time() -> None:
+    """Those with large results."""
+    disk = MemoryDisk()
+
+    async def one(now: int, limit: int, skip: int = 0) -> list[str]:
+        return (await MemoryDisk.expired(disk, now, limit, skip))[:1]
+
+    async def seen(house: Household, look_s: float = 60) -> tuple[int, bool, bool]:
+        view = await house.cleaner.preview(look_s)
+        assert isinstance(view, PreviewView)
+        assert not (view.deleted_jobs and view.held_jobs)
+        return len(view.deleted_jobs or view.held_jobs), view.more, view.more_held
+
+    async with Household(disk) as house:
+        for number in range(1, 7):
+            await house.yes(Import(id=f"old-{number}", status="failed", error_message="x", expires_at=WALL + number))
+        await asyncio.sleep(60)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(disk, "expired", one)
+            patch.setattr(preview, "SHOWN", 6)
+            assert await seen(house) == (6, False, False)
+            patch.setattr(preview, "SHOWN", 5)
+            assert await seen(house) == (5, True, False)
+            assert await seen(house, 1e-9) == (1, True, False), "one look takes longer"
+            house.step_ms = 2 * DAY_MS
+            assert await seen(house) == (5, False, True)
+
+
+@in_virtual_time
+async def test_a_preview_while_the_clock_is_in_doubt_deletes_nothing_and_may_be_refused() -> None:
+    async with Household() as house:
+        await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+        await asyncio.sleep(60)
+        house.step_ms = 2 * DAY_MS
+        view = await house.cleaner.preview()
+        assert isinstance(view, PreviewView)
+        assert (view.deleted_jobs, view.held_jobs, view.more_held) == ([], ["old"], False)
+        house.step_ms = 0
+        view = await house.cleaner.preview()
+        assert isinstance(view, PreviewView)
+        assert (view.deleted_jobs, view.held_jobs) == (["old"], [])
+        house.cleaner.stop()
+        stopped = await house.cleaner.preview()
+        assert isinstance(stopped, PreviewView | Refusal)
+        house.actor.stop()
+        refused = await house.cleaner.preview()
+        assert isinstance(refused, Refusal)
+        assert refused.code == "shutting_down"

@@ -1,0 +1,129 @@
+"""Events: that they carry what happened, fold into rows, and show no secret."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import msgspec
+import pytest
+from msgspec import UNSET, Raw
+
+from jobd.model.commands import Complete, Delete, Extend, Fail, Pause
+from jobd.model.events import SIGNS, Changes, Event, EventType, Wanted, fold, of_new, streamed, view
+from jobd.model.job import Grant, Job, Lease, Options, Result
+from jobd.storage import codec
+from tests.support.rule_harness import NOW, Desk
+
+GRANT = Grant("secret", 1, "w", NOW, 1, 2, 3)
+JOB = Job(1, "a", Options(), "queued", NOW, NOW, NOW)
+
+
+def event(changes: Changes | None, event_type: EventType = "updated") -> Event:
+    return Event(5, NOW, event_type, 1, "a", "q", "queued", "processing", "client", None, None, changes)
+
+
+def test_changes_have_the_fields_of_a_job() -> None:
+    assert Changes.__struct_fields__ == Job.__struct_fields__
+    assert all(getattr(Changes(), name) is UNSET for name in Changes.__struct_fields__)
+
+
+def test_fold_sets_only_what_the_event_names() -> None:
+    changed = fold(JOB, event(Changes(status="processing", grant=GRANT, lease=Lease(1, 2, None))))
+    assert changed == msgspec.structs.replace(JOB, status="processing", grant=GRANT, lease=Lease(1, 2, None))
+    assert fold(changed, event(Changes(grant=None, lease=None, status="queued"))) == JOB
+
+
+def test_fold_begins_with_a_row_and_ends_with_none() -> None:
+    whole = Changes(**{name: getattr(JOB, name) for name in Job.__struct_fields__})
+    assert fold(None, event(whole, "created")) == JOB
+    assert fold(None, event(of_new(JOB), "created")) == JOB
+    assert fold(JOB, event(None)) == JOB
+    assert fold(JOB, event(None, "deleted")) is None
+
+
+def test_the_first_event_of_a_job_says_in_short_what_every_new_job_has() -> None:
+    said = of_new(JOB)
+    assert said == Changes(options=Options(), status="queued", created_at=NOW, updated_at=NOW, run_at=NOW)
+    for name in Job.__struct_fields__[Job.__struct_fields__.index("progress") :]:
+        other = msgspec.structs.replace(JOB, **{name: "another"})
+        assert of_new(other) == Changes(**{field: getattr(other, field) for field in Job.__struct_fields__})
+
+
+def test_an_event_survives_its_way_to_the_disk_and_back() -> None:
+    changes = Changes(
+        status="completed",
+        progress=100,
+        error=None,
+        result=Result("u", metadata=Raw(b'{"a":1}')),
+        ended=None,
+        finished_at=NOW,
+    )
+    happened = event(changes)
+    again = codec.event(codec.sealed(codec.event_row(happened)))
+    assert again == happened
+    assert again.changes is not None
+    assert again.changes.error is None
+    assert again.changes.grant is UNSET
+
+
+def test_what_is_shown_holds_no_raw_change() -> None:
+    shown = view(event(Changes(grant=GRANT)))
+    assert "secret" not in msgspec.json.encode(shown).decode()
+    assert msgspec.to_builtins(shown) == {
+        "seq": 5, "at": NOW, "type": "updated", "from": "queued", "to": "processing", "by": "client", "reason": None,
+        "details": {},
+    }  # fmt: skip
+    assert view(msgspec.structs.replace(event(None), details={"a": 1})).details == {"a": 1}
+
+
+def test_a_whole_life_folds_into_the_row_and_names_no_secret() -> None:
+    desk = Desk()
+    first = desk.held(max_attempts=2)
+    desk.progress(first, 30)
+    desk.yes(Extend(id="a", lock_id=first, additional_ms=5))
+    desk.yes(Fail(id="a", lock_id=first, error_message="e", retry_after_ms=0))
+    second = desk.start()
+    desk.yes(Complete(id="a", lock_id=second, metadata=Raw(b"[1]")))
+    desk.yes(Pause(name="q"))
+    row: Job | None = None
+    for happened in desk.events:
+        if happened.job_seq:
+            row = fold(row, happened)
+        shown = msgspec.json.encode(view(happened)).decode()
+        assert first not in shown
+        assert second not in shown
+    assert row == desk.job()
+    desk.yes(Delete(id="a"))
+    assert fold(row, desk.last()) is None
+
+
+@pytest.mark.parametrize("sign", sorted(SIGNS))
+def test_signs_of_life_are_types_of_events(sign: str) -> None:
+    assert sign in get_args(EventType)
+
+
+def test_what_is_streamed_is_what_is_shown_with_job_and_queue() -> None:
+    happened = event(Changes(grant=GRANT))
+    told = msgspec.json.decode(msgspec.json.encode(streamed(happened)))
+    assert told == {**msgspec.json.decode(msgspec.json.encode(view(happened))), "job_id": "a", "queue": "q"}
+    assert "secret" not in str(told)
+    assert streamed(msgspec.structs.replace(happened, job_seq=0, job_id="", details={"a": 1})).job_id is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_one"),
+    [
+        (Wanted(), True),
+        (Wanted(queues=frozenset({"q", "other"})), True),
+        (Wanted(queues=frozenset({"other"})), False),
+        (Wanted(job_ids=frozenset({"a"})), True),
+        (Wanted(job_ids=frozenset({"b"})), False),
+        (Wanted(types=frozenset({"updated"})), True),
+        (Wanted(types=frozenset({"created"})), False),
+        (Wanted(frozenset({"q"}), frozenset({"a"}), frozenset({"updated"})), True),
+        (Wanted(frozenset({"q"}), frozenset({"a"}), frozenset({"created"})), False),
+    ],
+)
+def test_filters_all_have_to_fit(wanted: Wanted, is_one: bool) -> None:
+    assert wanted.has(event(None)) == wanted.has(streamed(event(None))) == is_one
+    assert wanted.is_everything == (wanted == Wanted())

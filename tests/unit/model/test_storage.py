@@ -1,0 +1,108 @@
+"""What goes to the disk and what comes back from it: the small things that the shapes themselves know."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from msgspec.structs import replace
+
+from jobd.model.job import Job, Options, Result, Untouched
+from jobd.model.storage import (
+    PUT_OFF_MS,
+    Aside,
+    Audited,
+    Batch,
+    Due,
+    JournalPage,
+    Numbers,
+    Opened,
+    Page,
+    Query,
+    QueueRow,
+    Share,
+    Tombstone,
+    share_of,
+    tombstones,
+)
+from tests.support.factories import Maker
+
+SHORT = Untouched(1, "a", Options(), 1_000)
+WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)
+
+
+def test_what_a_start_finds_is_every_live_job_in_either_form() -> None:
+    found = Opened(Numbers(), jobs=[WHOLE], in_short=[SHORT])
+    assert found.live() == [SHORT.whole(), WHOLE]
+    assert Opened(Numbers()).live() == []
+
+
+def test_a_file_is_full_or_marked_only_where_that_is_said_and_keeps_its_mark_until_a_batch_ends_it() -> None:
+    found = Opened(Numbers())
+    assert (found.full, found.marked, Batch([], Numbers()).unmark) == (False, False, False)
+
+
+def test_nothing_is_damaged_or_left_over_unless_that_is_said() -> None:
+    assert (Opened(Numbers()).tombstones, Due([]).damaged, Due([]).unmoved) == (0, 0, 0)
+    assert (Page([], None).looked, Page([], None).last_event) == (0, 0)
+    assert not Batch([], Numbers()).sweeps
+    assert Aside("a", "its checksum is wrong").is_moved
+    assert not JournalPage([], 0, 0).more
+
+
+def test_a_deed_is_done_and_changed_no_job_unless_that_is_said() -> None:
+    deed = Audited(1, "eve", "unix", "pause")
+    assert (deed.outcome, deed.jobs) == ("done", 0)
+
+
+def test_each_share_of_the_audit_log_has_rows_that_belong_there() -> None:
+    deeds = [
+        ("pause", "done"),
+        ("pause", "invalid"),
+        ("sign-in", "unauthorized"),
+        ("sign-in", "done"),
+        ("export", "done"),
+    ]
+    assert tuple(share_of(what, outcome) for what, outcome in deeds) == get_args(Share)
+
+
+def test_a_tombstone_is_put_off_for_two_hours_at_most() -> None:
+    assert PUT_OFF_MS == 2 * 60 * 60 * 1_000
+
+
+def test_a_page_has_payloads_and_is_slow_only_where_a_text_is_looked_for() -> None:
+    assert Query().payloads
+    assert [Query().is_slow, Query(text="").is_slow, Query(text="t").is_slow] == [False, True, True]
+    assert Query(error="0123456789ab").is_slow, "or an error"
+
+
+def test_a_queue_without_finished_jobs_stays_at_none() -> None:
+    assert QueueRow(failed=2).without("failed") == QueueRow(failed=1)
+    assert QueueRow(True, 9, paused_at=1).with_counts(1, 2, 3) == QueueRow(True, 1, 2, 3, paused_at=1)
+    assert QueueRow(failed=1).without("failed").without("failed") == QueueRow()
+
+
+def test_only_the_deletion_of_a_job_that_names_an_object_leaves_a_tombstone() -> None:
+    maker = Maker()
+    named = maker.create("named", status="completed", result=Result(storage_key="k/1"))
+    others = [
+        maker.create("plain", status="completed", result=Result(file_path="/f")),
+        maker.create("failed", status="failed"),
+    ]
+    assert named.after is not None
+    deleted = [maker.delete(change.after) for change in (named, *others) if change.after is not None]
+    assert tombstones([named, *others, maker.queue_event("video", True)]) == []
+    assert tombstones(deleted) == [Tombstone(named.after.seq, "named", "k/1", maker.now, maker.now)]
+    assert tombstones(deleted)[0].tries == 0
+    again = replace(named, before=replace(named.after, result=Result(storage_key="")))
+    assert tombstones([replace(again, after=None)])[0].key == ""
+
+
+def test_a_page_of_the_journal_ends_where_it_tells_all_that_there_still_is() -> None:
+    maker = Maker()
+    events = [maker.create(name).event for name in ("a", "b")]
+    whole, early, damaged = (
+        JournalPage(events, 9, 0),
+        JournalPage(events, 9, 0, more=True),
+        JournalPage([], 9, 5, more=True),
+    )
+    assert (whole.end, early.end, damaged.end) == (9, events[1].seq, 5)

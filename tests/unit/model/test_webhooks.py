@@ -1,0 +1,268 @@
+"""Webhooks as values and letters: what an endpoint asks for, and envelope and signature as others read them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from datetime import UTC, datetime
+from typing import get_args
+
+import msgspec
+import pytest
+from cloudevents.core.bindings.http import HTTPMessage, from_http_event
+from msgspec.structs import replace
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from jobd.model.events import SIGNS, Event, EventType
+from jobd.model.job import DAY_MS
+from jobd.model.responses import AlertView
+from jobd.model.webhooks import (
+    ALERTS,
+    GONE,
+    TEST,
+    TYPES,
+    UNTOLD,
+    Cursor,
+    Delivery,
+    Endpoint,
+    WebhookName,
+    matching,
+    type_of,
+)
+from jobd.webhooks.message import (
+    BadSecret,
+    Letter,
+    headers,
+    key_of,
+    of_alert,
+    of_event,
+    of_gone,
+    of_test,
+    rfc3339,
+    signature,
+)
+from tests.support.factories import NOW, all_of, full_job
+
+KEYS = (b"a" * 24, b"b" * 32)
+EVENT = Event(
+    42, NOW, "completed", 7, "job-7", "video", "processing", "completed", "worker:w-1", None, {"worker": "w-1"}
+)
+
+
+def secret_of(key: bytes) -> str:
+    return f"whsec_{base64.b64encode(key).decode()}"
+
+
+# -- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_every_event_has_a_type_and_all_are_told_apart() -> None:
+    assert {type_of(each) for each in get_args(EventType)} | set(ALERTS) == set(TYPES)
+    assert len(TYPES) == len(get_args(EventType)) + len(ALERTS)
+    assert type_of("late_result") == "job.late_result"
+    assert type_of("queue_paused") == "queue.paused"
+
+
+def test_patterns_leave_out_the_signs_of_life_which_have_to_be_named() -> None:
+    signs = {type_of(each) for each in SIGNS}
+    assert matching("*") == set(TYPES) - signs
+    assert matching("job.*") | matching("queue.*") | matching("alert.*") == matching("*")
+    assert matching("queue.*") == {"queue.paused", "queue.resumed"}
+    assert matching("job.progress") == {"job.progress"}
+    for wrong in ("", "job", "job.none", "jobs.*", "**", ".*", "completed", GONE, TEST):
+        assert matching(wrong) == frozenset(), wrong
+
+
+def test_an_endpoint_wants_what_its_types_and_queues_say() -> None:
+    everything = Endpoint("e", "https://x", KEYS)
+    assert everything.wants(EVENT)
+    assert not everything.wants(replace(EVENT, type="progress"))
+    assert everything.reads_journal
+    assert everything.wants_alerts
+    some = replace(everything, events=frozenset({"job.failed", "queue.paused"}), queues=frozenset({"mail"}))
+    assert not some.wants(EVENT)
+    assert not some.wants(replace(EVENT, type="failed"))
+    assert some.wants(replace(EVENT, type="failed", queue="mail"))
+    assert some.wants(replace(EVENT, type="queue_paused", queue="mail", job_id="", job_seq=0))
+    assert some.reads_journal
+    assert not some.wants_alerts
+    for alerts in ({"alert.firing"}, ALERTS):
+        watchman = replace(everything, events=frozenset(alerts))
+        assert watchman.wants_alerts
+        assert not watchman.reads_journal
+        assert not watchman.wants(EVENT)
+
+
+@pytest.mark.parametrize("name", ["a", "A-1_b.c:d", "x" * 100])
+def test_a_name_is_one_word(name: str) -> None:
+    assert msgspec.convert(name, WebhookName) == name
+    for wrong in ("", "a b", "a/b", "x" * 101, f"{name}\n"):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(wrong, WebhookName)
+
+
+def test_types_that_receivers_know() -> None:
+    assert (ALERTS, GONE, TEST) == (("alert.firing", "alert.resolved"), "events.gone", "webhook.test")
+    assert UNTOLD < 0, "no number of an event"
+
+
+def test_no_secret_and_no_url_is_shown_with_an_endpoint() -> None:
+    shown = repr(Endpoint("e", "https://x/token", KEYS))
+    assert shown == str(Endpoint("e", "https://x/token", KEYS)) == "Endpoint(e)"
+
+
+def test_what_an_endpoint_is_where_nothing_else_is_said() -> None:
+    told = Endpoint("e", "https://x", KEYS)
+    assert (told.allow_private, told.timeout_ms, told.give_up_after_ms) == (False, 10_000, 3 * DAY_MS)
+
+
+def test_a_cursor_begins_with_nothing_told() -> None:
+    assert Cursor("e", 4) == Cursor("e", 4, 0, 1, {}, 0)
+    assert Delivery.__struct_fields__[0] == "id"
+
+
+# -- secrets and signatures -------------------------------------------------------------------------------------------
+
+
+def test_a_secret_is_a_key_in_base64() -> None:
+    assert [key_of(secret_of(key)) for key in KEYS] == list(KEYS)
+    assert key_of(secret_of(b"x" * 64)) == b"x" * 64
+
+
+@pytest.mark.parametrize(
+    ("secret", "said"),
+    [
+        ("", "begins with"),
+        (base64.b64encode(KEYS[0]).decode(), "begins with"),
+        ("whsec_", "24 to 64 bytes"),
+        ("whsec_no base64!", "has to be base64"),
+        ("whsec_äöü", "has to be base64"),
+        (secret_of(b"x" * 23), "24 to 64 bytes in base64, not 23"),
+        (secret_of(b"x" * 65), "not 65"),
+    ],
+)
+def test_what_is_no_secret_is_named_without_being_shown(secret: str, said: str) -> None:
+    with pytest.raises(BadSecret, match=said) as caught:
+        key_of(secret)
+    assert secret.removeprefix("whsec_") not in str(caught.value) or len(secret) < 7
+
+
+def test_a_foreign_verifier_takes_our_signature_by_either_key_and_no_other() -> None:
+    now_s = int(datetime.now(UTC).timestamp())
+    letter = of_event(EVENT, "/jobd/host")
+    sent = headers(KEYS, letter.event_id, now_s, letter.body)
+    for key in KEYS:
+        assert Webhook(secret_of(key)).verify(letter.body, sent) == json.loads(letter.body)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(secret_of(b"c" * 24)).verify(letter.body, sent)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(secret_of(KEYS[0])).verify(letter.body + b" ", sent)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(secret_of(KEYS[0])).verify(letter.body, {**sent, "webhook-id": "evt_other"})
+    with pytest.raises(WebhookVerificationError):
+        Webhook(secret_of(KEYS[0])).verify(letter.body, {**sent, "webhook-timestamp": str(now_s + 1)})
+
+
+def test_the_signature_is_the_one_that_the_specification_shows() -> None:
+    """https://github.com/standard-webhooks: the example that all libraries test themselves by."""
+    key = key_of("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    said = signature([key], "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
+    assert said == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+# -- envelopes --------------------------------------------------------------------------------------------------------
+
+
+def read_by_others(body: bytes) -> dict[str, object]:
+    """The attributes of a CloudEvent, and its data, as the SDK of CloudEvents reads them."""
+    event = from_http_event(HTTPMessage({"content-type": headers((), "", 0, b"")["Content-Type"]}, body))
+    return {**event.get_attributes(), "data": event.get_data()}
+
+
+def test_an_event_is_a_cloud_event_that_others_read() -> None:
+    letter = of_event(EVENT, "/jobd/host")
+    read = read_by_others(letter.body)
+    assert (read["specversion"], read["datacontenttype"]) == ("1.0", "application/json")
+    assert {"specversion", "datacontenttype"} <= json.loads(letter.body).keys(), "the SDK fills in what is missing"
+    assert (read["id"], read["source"], read["type"]) == (f"evt_{NOW}_42", "/jobd/host", "job.completed")
+    assert (read["subject"], read["sequence"]) == ("jobs/job-7", "42")
+    assert read["time"] == datetime.fromtimestamp(NOW / 1000, UTC)
+    assert read["data"] == {
+        "seq": 42,
+        "at": NOW,
+        "type": "completed",
+        "from": "processing",
+        "to": "completed",
+        "by": "worker:w-1",
+        "reason": None,
+        "details": {"worker": "w-1"},
+        "job_id": "job-7",
+        "queue": "video",
+    }
+    assert (letter.subject, letter.type, letter.event_id, letter.seq) == (
+        "jobs/job-7",
+        "job.completed",
+        f"evt_{NOW}_42",
+        42,
+    )
+
+
+def test_a_letter_never_holds_the_secret_of_a_lock() -> None:
+    job = full_job()
+    assert job.grant is not None
+    letter = of_event(replace(EVENT, type="granted", changes=all_of(job)), "/jobd/host")
+    assert job.grant.lock_id.encode() not in letter.body
+
+
+def test_an_event_of_a_queue_has_the_queue_for_its_subject() -> None:
+    event = replace(EVENT, type="queue_paused", job_id="", job_seq=0, before=None, after=None)
+    read = read_by_others(of_event(event, "/jobd/host").body)
+    assert (read["subject"], read["type"]) == ("queues/video", "queue.paused")
+
+
+def test_an_alert_that_fires_and_its_end_have_one_subject_and_two_ids() -> None:
+    alert = AlertView("stuck_jobs", True, NOW - 5, 7, 5, "Look.")
+    firing, resolved = of_alert(alert, NOW, "/j"), of_alert(replace(alert, firing=False), NOW + 9, "/j")
+    assert firing.subject == resolved.subject == "alerts/stuck_jobs"
+    assert (firing.type, resolved.type) == ("alert.firing", "alert.resolved")
+    assert (firing.event_id, resolved.event_id) == (
+        f"alert_stuck_jobs_{NOW - 5}_firing",
+        f"alert_stuck_jobs_{NOW - 5}_resolved",
+    )
+    data = read_by_others(firing.body)["data"]
+    judged = {"value": 7, "threshold": 5, "hint": "Look.", "severity": "warning"}
+    assert data == {"name": "stuck_jobs", "firing": True, "since": NOW - 5, **judged}
+    assert (firing.seq, resolved.seq) == (0, 0)
+    for letter in (firing, resolved):
+        assert_says_what_it_is(letter, "/j")
+
+
+def assert_says_what_it_is(letter: Letter, source: str) -> None:
+    """What stands on the letter stands in it."""
+    read = read_by_others(letter.body)
+    assert (read["source"], read["subject"], read["type"], read["id"]) == (
+        source,
+        letter.subject,
+        letter.type,
+        letter.event_id,
+    )
+
+
+def test_a_gap_and_a_test_are_cloud_events_too() -> None:
+    gap, test = of_gone("e", 3, 9, NOW, "/j"), of_test("e", 12, NOW, "/j")
+    data = read_by_others(gap.body)["data"]
+    assert isinstance(data, dict)
+    assert "kept no longer" in data.pop("message")
+    assert data == {"after": 3, "upto": 9}
+    said = read_by_others(test.body)["data"]
+    assert isinstance(said, dict)
+    assert list(said) == ["message"]
+    assert gap.subject == test.subject == Endpoint("e", "https://x", KEYS).subject
+    for letter, kind, event_id in ((gap, GONE, f"gone_3_9_{NOW}"), (test, TEST, f"test_{NOW}_12")):
+        assert (letter.subject, letter.type, letter.event_id, letter.seq) == ("webhooks/e", kind, event_id, 0)
+        assert_says_what_it_is(letter, "/j")
+
+
+def test_times_are_written_as_rfc_3339() -> None:
+    assert rfc3339(0) == "1970-01-01T00:00:00.000Z"
+    assert rfc3339(1_709_210_096_789) == "2024-02-29T12:34:56.789Z"

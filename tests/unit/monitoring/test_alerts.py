@@ -1,0 +1,623 @@
+"""Alerts: each fires above its threshold and not at it, knows since when, and is logged once each way."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from msgspec.structs import replace
+from structlog.testing import capture_logs
+
+from jobd.core.pace import HOURS_NEEDED, SAMPLES_NEEDED
+from jobd.core.stats import STEP_MS
+from jobd.model.commands import Claim, Complete, Create, EndGrants, Fail, Pause, Progress, Start
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
+from jobd.model.responses import AlertView
+from jobd.model.storage import DiskSpace
+from jobd.monitoring.alerts import (
+    EVALUATE_EVERY_S,
+    LANES_IN_ONE_GO,
+    MEASURE_EVERY_S,
+    NAMES,
+    SLICES_OF_ONE_LOOK,
+    Alerts,
+    Thresholds,
+)
+from jobd.monitoring.health import Health
+from jobd.storage.artifacts.base import StoreFault
+from tests.support.memory_storage import MemoryDisk
+from tests.support.virtual_engine import Household, in_virtual_time, row, seconds
+
+
+def alerts_of(house: Household, thresholds: Thresholds | None = None) -> Alerts:
+    health = Health(house.actor, house.clock, house.cleaner)
+    return Alerts(house.book, house.clock, health, house.cleaner, thresholds, hold_ms=0, clear_ms=0)
+
+
+def one(alerts: Alerts, name: str) -> AlertView:
+    return {alert.name: alert for alert in alerts.evaluate()}[name]
+
+
+def firing(alerts: Alerts) -> list[str]:
+    return [alert.name for alert in alerts.evaluate() if alert.firing]
+
+
+@in_virtual_time
+async def test_a_quiet_daemon_fires_nothing_and_names_every_alert() -> None:
+    async with Household() as house:
+        shown = alerts_of(house).evaluate()
+        assert [alert.name for alert in shown] == list(NAMES)
+        assert not any(alert.firing for alert in shown)
+        assert all(alert.since is None and alert.hint for alert in shown)
+        assert [alert.threshold for alert in shown] == [5, 20, 600, 10, 0, 2, 0, 0, 0, 300, 120, 300, 0.5, 90, 0]
+
+
+@in_virtual_time
+async def test_what_an_alert_says_while_it_is_quiet_is_so() -> None:
+    """Each fires, or not, by its threshold alone: the same figures, and two sentences."""
+    failing = Failing()
+    async with Household() as house:
+        alerts = alerts_of(house)
+        alerts.failing_webhook = lambda: failing
+        assert one(alerts, "pass_issues").hint == "No cleanup pass has ended yet."
+        assert one(alerts, "average_processing").hint == "No job took any time in the last hour."
+        house.keep()
+        await house.cleaner.run_pass(forced=True)
+        assert one(alerts, "pass_issues").hint == "The last cleanup pass found no bad rows."
+        for _ in range(HOURS_NEEDED):
+            work(house, "film", 1000)
+            await seconds(3600)
+        work(house, "film", 1500)
+        await house.held("a", lock_ttl_ms=HOUR_MS)
+        await seconds(2)
+        house.book.figures.recovered[house.now // STEP_MS] = 1
+        report = house.cleaner.last_report
+        assert report is not None
+        house.cleaner.last_report = replace(report, validation_issues_found=1)
+        quiet = {alert.name: alert for alert in alerts.evaluate()}
+        alerts.thresholds = Thresholds(0, 0, 0, 0, slower_than_usual=1, webhook_failing_ms=0)
+        loud = {alert.name: alert for alert in alerts.evaluate()}
+        for name in NAMES:
+            if loud[name].firing:
+                assert not quiet[name].firing, name
+                assert quiet[name].value == loud[name].value > 0, name
+                assert quiet[name].hint != loud[name].hint, name
+        assert {name for name in NAMES if loud[name].firing} == {
+            "stuck_jobs",
+            "processing_jobs",
+            "average_processing",
+            "pass_issues",
+            "slower_than_usual",
+            "webhook_failing",
+        }
+        for name in ("stuck_jobs", "processing_jobs", "average_processing", "slower_than_usual"):
+            assert "Look" not in quiet[name].hint
+            assert "More work" not in quiet[name].hint
+        assert quiet["average_processing"].hint.startswith("Jobs take no longer than is usual here: 2 s")
+        assert "few bad rows" in quiet["pass_issues"].hint
+        assert quiet["webhook_failing"].hint.startswith("Webhook billing has taken nothing for 300 s;")
+
+
+@in_virtual_time
+async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        house.keep()
+        await seconds(1)
+        for number in range(6):
+            await house.held(f"job-{number}")
+        await seconds(61)
+        await house.yes(Create(id="later"))  # whatever comes in lets the book see the time
+        await seconds(1)
+        now = one(alerts, "stuck_jobs")
+        assert (now.firing, now.value, now.since) == (True, 6, house.now)
+        await house.cleaner.recover_stuck()
+        recovered = one(alerts, "stuck_jobs")
+        assert (recovered.firing, recovered.value, recovered.since) == (True, 6, now.since)
+        assert recovered.hint.startswith("0 jobs are stuck now, 6 were recovered in the last 10 minutes.")
+        await house.cleaner.run_pass(forced=True)
+        assert one(alerts, "stuck_jobs").value == 6, "a pass takes nothing off"
+        await seconds(600)
+        after = one(alerts, "stuck_jobs")
+        assert (after.firing, after.value, after.since) == (False, 0, None)
+
+
+@in_virtual_time
+async def test_exactly_at_the_threshold_nothing_fires() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house, Thresholds(processing_jobs=2))
+        for number in range(2):
+            await house.held(f"job-{number}", lock_ttl_ms=HOUR_MS)
+        assert one(alerts, "processing_jobs") == AlertView(
+            "processing_jobs", False, None, 2, 2, one(alerts, "processing_jobs").hint, "notice"
+        )
+        await house.held("one-more", lock_ttl_ms=HOUR_MS)
+        assert one(alerts, "processing_jobs").firing
+
+
+@in_virtual_time
+async def test_average_processing_is_in_seconds() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house, Thresholds(average_processing_ms=10 * MINUTE_MS))
+        lock_id = await house.held("a", lock_ttl_ms=HOUR_MS)
+        await seconds(600)
+        assert (one(alerts, "average_processing").value, firing(alerts)) == (600, [])
+        await seconds(1)
+        assert firing(alerts) == ["average_processing"]
+        await house.yes(Progress(id="a", lock_id=lock_id, progress=1))
+        await house.yes(Complete(id="a", lock_id=lock_id))
+        assert firing(alerts) == ["average_processing"]
+        await seconds(3660)
+        assert firing(alerts) == []
+
+
+@in_virtual_time
+async def test_a_pass_that_found_many_issues_fires_until_one_finds_few() -> None:
+    disk = MemoryDisk()
+    for number in range(11):
+        disk.put(row(number + 1, progress=120))
+    async with Household(disk) as house:
+        alerts = alerts_of(house)
+        assert firing(alerts) == []
+        house.keep()
+        await house.cleaner.run_pass(forced=True)
+        assert firing(alerts) == ["pass_issues"]
+        await house.cleaner.run_pass(forced=True)
+        assert firing(alerts) == []
+
+
+@in_virtual_time
+async def test_a_job_given_away_under_its_worker_fires_for_an_hour_and_says_which() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        lock_id = await house.held("cat-1")
+        await house.yes(EndGrants(ids=["cat-1"], last=True), by="daemon")
+        assert firing(alerts) == []
+        await house.yes(Start(id="cat-1", worker="w-2"))
+        with capture_logs() as logs:
+            now = [one(alerts, "granted_twice") for _ in range(3)][-1]
+        assert (now.firing, now.value, now.threshold) == (True, 1, 0)
+        tokens = [(1 << 24) + 1, (1 << 24) + 2]
+        for said in ("cat-1", "w-1", "w-2", *map(str, tokens), "jobctl timeline cat-1"):
+            assert said in now.hint
+        assert lock_id not in now.hint
+        assert [(line["event"], line["hint"]) for line in logs] == [("alert_firing", now.hint)]
+        alerts.thresholds = Thresholds(granted_twice=1)
+        assert firing(alerts) == []
+        alerts.thresholds = Thresholds()
+        await seconds(3540)
+        assert one(alerts, "granted_twice").firing
+        await seconds(60)
+        after = one(alerts, "granted_twice")
+        assert (after.firing, after.value) == (False, 0)
+        assert "cat-1" not in after.hint
+
+
+def work(house: Household, kind: str, ms: int, count: int = SAMPLES_NEEDED) -> None:
+    """Completions of this moment."""
+    for _ in range(count):
+        house.book.figures.paces.add(kind, house.now, ms)
+
+
+@in_virtual_time
+async def test_the_kind_that_is_furthest_from_its_usual_fires_once_and_flaps_not() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        for _ in range(HOURS_NEEDED):
+            work(house, "film", 1023)
+            work(house, "mail", 40)
+            work(house, "", 511)
+            await seconds(3600)
+        work(house, "film", 1023)
+        work(house, "mail", 120)  # thrice, but who would feel it
+        work(house, "", 1023)
+        exactly = one(alerts, "slower_than_usual")
+        assert (exactly.firing, exactly.value, exactly.threshold) == (False, 2.0, 2.0)
+        assert exactly.hint.startswith("Jobs of no kind take 1.023 s")
+        with capture_logs() as logs:
+            work(house, "film", 3071, 2)
+            found = one(alerts, "slower_than_usual")
+            assert (found.firing, found.value) == (True, 3.0)
+            assert "Jobs of kind film take 3.071 s (95 of 100, last hour, 22 jobs); usual is 1.023 s." in found.hint
+            alerts.thresholds = Thresholds(slower_than_usual=3.1)
+            assert firing(alerts) == ["slower_than_usual"], "just below the threshold it goes on"
+            alerts.thresholds = Thresholds(slower_than_usual=3.4)
+            assert firing(alerts) == []
+            alerts.thresholds = Thresholds(slower_than_usual=3.1)
+            assert firing(alerts) == [], "and does not begin again there"
+        assert [line["event"] for line in logs] == ["alert_firing", "alert_resolved"]
+
+
+@in_virtual_time
+async def test_of_little_work_nothing_is_said() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        work(house, "new", 9_000)
+        assert one(alerts, "slower_than_usual").value == 0
+        for _ in range(HOURS_NEEDED):
+            work(house, "film", 1023)
+            await seconds(3600)
+        work(house, "film", 9_000, SAMPLES_NEEDED - 1)
+        assert one(alerts, "slower_than_usual").value == 0
+
+
+@in_virtual_time
+async def test_jobs_that_complete_are_what_the_pace_is_made_of() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        for hour in range(HOURS_NEEDED + 1):
+            for number in range(SAMPLES_NEEDED):
+                lock_id = await house.held(f"{hour}-{number}", kind="film")
+                await seconds(4 if hour == HOURS_NEEDED else 1)
+                await house.yes(Complete(id=f"{hour}-{number}", lock_id=lock_id))
+            await seconds(3600 if hour < HOURS_NEEDED else 0)
+        assert firing(alerts) == ["slower_than_usual"]
+        house.keep()
+        await house.cleaner.run_pass(forced=True)
+        kept = house.disk
+    async with Household(kept) as after_a_restart:
+        assert one(alerts_of(after_a_restart), "slower_than_usual").value >= 3.5
+
+
+class Away:
+    """A store that is not there."""
+
+    place = "/srv"
+
+    async def probe(self) -> None:
+        raise StoreFault("/srv is gone")
+
+
+@in_virtual_time
+async def test_what_is_not_healthy_fires_with_its_message() -> None:
+    async with Household() as house:
+        health = Health(house.actor, house.clock, house.cleaner, artifacts=Away())
+        alerts = Alerts(house.book, house.clock, health, house.cleaner, hold_ms=0, clear_ms=0)
+        assert one(alerts, "database").hint == one(alerts, "storage").hint == "It was not measured yet."
+        house.disk.errors["probe"] = OSError("broken")
+        await house.yes(Create(id="a"))
+        house.disk.jobs[1] = replace(house.disk.jobs[1], progress=7)
+        view = await health.view()
+        assert firing(alerts) == ["database", "cache", "storage"]
+        assert one(alerts, "storage").hint == view.storage.message == "/srv is gone"
+        assert one(alerts, "database").hint == view.database.message
+        assert (one(alerts, "cache").value, one(alerts, "cache").hint) == (1, view.cache.message)
+
+
+@in_virtual_time
+async def test_firing_and_resolving_are_logged_once_each() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        with capture_logs() as logs:
+            for _ in range(3):
+                house.book.figures.recovered[house.now // STEP_MS] = 6
+                alerts.evaluate()
+                await seconds(1)
+            began = house.now - 3000
+            for _ in range(3):
+                house.book.figures.recovered[house.now // STEP_MS] = 5
+                alerts.evaluate()
+        assert [(line["event"], line["log_level"], line["alert"]) for line in logs] == [
+            ("alert_firing", "warning", "stuck_jobs"),
+            ("alert_resolved", "info", "stuck_jobs"),
+        ]
+        assert logs[0]["value"] == 6
+        assert logs[0]["threshold"] == 5
+        assert logs[1]["since"] == began
+
+
+@in_virtual_time
+async def test_new_thresholds_are_in_force_at_once() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        await house.held("a")
+        assert firing(alerts) == []
+        alerts.thresholds = Thresholds(processing_jobs=0)
+        assert firing(alerts) == ["processing_jobs"]
+
+
+@in_virtual_time
+async def test_alerts_are_noticed_without_anybody_asking() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        running = asyncio.create_task(alerts.run())
+        await seconds(1)
+        house.disk.errors["probe"] = OSError("broken")
+        with capture_logs() as logs:
+            house.book.figures.recovered[house.now // STEP_MS] = 6
+            await seconds(EVALUATE_EVERY_S)
+            assert [line["alert"] for line in logs] == ["stuck_jobs"]
+            await seconds(MEASURE_EVERY_S)
+            assert [line["alert"] for line in logs] == ["stuck_jobs", "database"]
+        assert house.disk.calls["probe"] == 2
+        alerts.stop()
+        await running
+
+
+@in_virtual_time
+async def test_a_bug_does_not_end_the_watch() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        figures, house.book.figures = house.book.figures, None  # type: ignore[assignment]
+        running = asyncio.create_task(alerts.run())
+        with capture_logs() as logs:
+            await seconds(1)
+        assert [line["event"] for line in logs] == ["alerts_failed"]
+        house.book.figures = figures
+        figures.recovered[house.now // STEP_MS] = 6
+        with capture_logs() as logs:
+            await seconds(EVALUATE_EVERY_S)
+        assert [line["event"] for line in logs] == ["alert_firing"]
+        alerts.stop()
+        await running
+
+
+class Failing:
+    name = "billing"
+    for_ms = 300_000
+    error = "500: broken"
+
+
+@in_virtual_time
+async def test_a_webhook_that_takes_nothing_for_long_is_told_with_its_last_error() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        failing = Failing()
+        alerts.failing_webhook = lambda: failing
+        assert not one(alerts, "webhook_failing").firing
+        failing.for_ms += 1_000
+        shown = one(alerts, "webhook_failing")
+        assert shown.firing
+        assert shown.value == 301
+        assert "billing" in shown.hint
+        assert "500: broken" in shown.hint
+        alerts.failing_webhook = lambda: None
+        assert not one(alerts, "webhook_failing").firing
+
+
+@in_virtual_time
+async def test_who_listens_is_told_of_changes_and_only_of_what_somebody_has_looked_at() -> None:
+    async with Household() as house:
+        alerts, told, failing = alerts_of(house), [], Failing()
+        alerts.on_change.append(lambda: told.append(alerts.known()))
+        alerts.evaluate()
+        assert alerts.known() is None
+        assert told == []
+        running = asyncio.create_task(alerts.run())
+        await seconds(1)
+        assert len(told) == 1
+        assert told[0] is not None
+        alerts.evaluate()
+        failing.for_ms += 1_000
+        alerts.failing_webhook = lambda: failing
+        await seconds(6)
+        assert len(told) == 2
+        assert told[1] is not None
+        assert [alert.name for alert in told[1] if alert.firing] == ["webhook_failing"]
+        alerts.stop()
+        await running
+
+
+# -- hysteresis --------------------------------------------------------------------------------------------------------
+
+
+def slow_alerts_of(house: Household, thresholds: Thresholds | None = None) -> Alerts:
+    """With the durations of a daemon, told of commits."""
+    alerts = Alerts(house.book, house.clock, Health(house.actor, house.clock, house.cleaner), house.cleaner, thresholds)
+    house.actor.on_commit.append(alerts.attempts.note)
+    return alerts
+
+
+@in_virtual_time
+async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
+    async with Household() as house:
+        alerts = slow_alerts_of(house, Thresholds(processing_jobs=0))
+        lock_id = await house.held("a", lock_ttl_ms=HOUR_MS)
+        assert firing(alerts) == []
+        await seconds(29)
+        assert firing(alerts) == []
+        await seconds(1)
+        shown = one(alerts, "processing_jobs")
+        assert (shown.firing, shown.since, shown.severity) == (True, house.now, "notice")
+        await house.yes(Complete(id="a", lock_id=lock_id))
+        shown = one(alerts, "processing_jobs")
+        assert (shown.firing, shown.value) == (True, 0)
+        assert shown.hint == "Jobs in processing: 0, no more than is usual here.", "it says what is so now"
+        await seconds(59)
+        assert firing(alerts) == ["processing_jobs"]
+        await seconds(1)
+        assert firing(alerts) == []
+
+
+@in_virtual_time
+async def test_a_value_that_flickers_fires_nothing_and_resolves_nothing() -> None:
+    async with Household() as house:
+        alerts = slow_alerts_of(house, Thresholds(processing_jobs=0))
+        processing = house.book.totals
+        with capture_logs() as logs:
+            for number in range(120):
+                processing["processing"] = number % 2
+                assert firing(alerts) == []
+                await seconds(5)
+            processing["processing"] = 1
+            for _ in range(7):
+                alerts.evaluate()
+                await seconds(5)
+            for number in range(120):
+                processing["processing"] = number % 2
+                assert firing(alerts) == ["processing_jobs"]
+                await seconds(5)
+        processing["processing"] = 0
+        assert [line["event"] for line in logs] == ["alert_firing"]
+        assert logs[0]["severity"] == "notice"
+
+
+@in_virtual_time
+async def test_a_restart_resolves_nothing_before_a_condition_could_hold() -> None:
+    async with Household() as house:
+        alerts = slow_alerts_of(house, Thresholds(processing_jobs=0))
+        told: list[list[str] | None] = []
+        alerts.on_change.append(
+            lambda: told.append(
+                None if (known := alerts.known()) is None else [each.name for each in known if each.firing]
+            )
+        )
+        await house.held("a", lock_ttl_ms=HOUR_MS)
+        running = asyncio.create_task(alerts.run())
+        await seconds(29)
+        assert alerts.known() is None
+        await seconds(7)
+        assert alerts.known() is not None
+        assert next(each for each in told if each is not None) == ["processing_jobs"]
+        alerts.stop()
+        await running
+
+
+# -- queues without workers, that wait, that fail ----------------------------------------------------------------------
+
+
+async def watched(house: Household, alerts: Alerts, number: int) -> list[str]:
+    """What fires after so many seconds, looked at as a daemon does."""
+    shown = await alerts.look()
+    for _ in range(0, number, 5):
+        await seconds(5)
+        shown = await alerts.look()
+    return [alert.name for alert in shown if alert.firing]
+
+
+@in_virtual_time
+async def test_due_jobs_without_a_worker_after_attempts_that_all_failed() -> None:
+    """520 due jobs for 18 minutes, no worker, and every attempt before had failed: nothing was reported."""
+    async with Household() as house:
+        alerts = slow_alerts_of(house)
+        for number in range(520):
+            await house.yes(Create(id=f"cat-{number}", queue="film", kind="encode"))
+        for number in range(20):
+            lock_id = await house.held(f"old-{number}", queue="film", kind="encode")
+            await house.yes(Fail(id=f"old-{number}", lock_id=lock_id, error_message="no codec", retry=False))
+        assert await watched(house, alerts, 25) == []
+        assert await watched(house, alerts, 10) == ["failure_rate"]
+        failing = one(alerts, "failure_rate")
+        assert (failing.value, failing.threshold) == (1.0, 0.5)
+        assert failing.hint.startswith("In queue film 20 of 20 attempts failed in the last 10 minutes.")
+        assert "jobctl jobs --queue film --status failed" in failing.hint
+        assert await watched(house, alerts, 80) == ["failure_rate"]
+        assert await watched(house, alerts, 45) == ["queue_without_workers", "failure_rate"]
+        without = one(alerts, "queue_without_workers")
+        assert without.value > without.threshold == 120
+        for said in ("queue film, kind encode", "cat-0", "520 queued jobs", "jobctl workers", "jobctl why cat-0"):
+            assert said in without.hint
+        assert await watched(house, alerts, 180) == ["queue_without_workers", "queue_waits", "failure_rate"]
+        waits = one(alerts, "queue_waits")
+        assert waits.value > waits.threshold == 300
+        assert "cat-0 of queue film, kind encode" in waits.hint
+        assert await watched(house, alerts, 340) == ["queue_without_workers", "queue_waits"], "its attempts are past"
+        await house.yes(Claim(queues=["film"], kinds=["encode"], worker="w-1", limit=10, lock_ttl_ms=HOUR_MS))
+        await house.yes(Pause(name="film"))
+        assert await watched(house, alerts, 55) == ["queue_without_workers", "queue_waits"]
+        assert await watched(house, alerts, 10) == []
+
+
+@in_virtual_time
+async def test_a_claim_of_another_kind_is_no_worker_for_the_queue() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        await house.yes(Create(id="a", kind="film"))
+        for _ in range(25):
+            await house.yes(Claim(queues=["default"], kinds=["mail"], worker="w-1"))
+            await seconds(5)
+        assert await watched(house, alerts, 0) == ["queue_without_workers"]
+        await house.yes(Pause(name="default"))
+        await house.yes(Claim(queues=["default"], kinds=["film"], worker="w-1"))
+        assert await watched(house, alerts, 0) == []
+        assert await watched(house, alerts, 300) == ["queue_without_workers"], "a paused queue waits on purpose"
+
+
+@in_virtual_time
+async def test_a_suspect_jump_of_the_clock_makes_no_job_wait() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        await house.yes(Create(id="a"))
+        house.step_ms = 400 * DAY_MS
+        await alerts.look()
+        assert house.clock.moment().suspect
+        assert one(alerts, "queue_waits").value == one(alerts, "queue_without_workers").value == 0
+
+
+@in_virtual_time
+async def test_very_many_kinds_are_walked_in_slices_and_none_is_left_out() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        kinds = SLICES_OF_ONE_LOOK * LANES_IN_ONE_GO // 2 + 10
+        for number in range(kinds):
+            due = house.now - 1000 * number
+            options = Options(kind=f"k-{number}")
+            house.book.swap(None, Job(number + 1, f"job-{number}", options, "queued", due, due, due))
+        await alerts.look()
+        assert one(alerts, "queue_waits").value == 0, "the round goes on at the next look"
+        await alerts.look()
+        assert one(alerts, "queue_waits").value == kinds - 1
+
+
+@in_virtual_time
+async def test_half_of_the_attempts_of_one_queue_at_least() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        house.actor.on_commit.append(alerts.attempts.note)
+        for number in range(20):
+            lock_id = await house.held(f"a-{number}", queue="a")
+            if number < 10:
+                await house.yes(Complete(id=f"a-{number}", lock_id=lock_id))
+            else:
+                assert firing(alerts) == []
+                await house.yes(Fail(id=f"a-{number}", lock_id=lock_id, error_message="e", retry=False))
+        assert firing(alerts) == ["failure_rate"]
+        alerts.thresholds = Thresholds(failure_rate_attempts=21)
+        shown = one(alerts, "failure_rate")
+        assert (shown.firing, shown.value) == (False, 0)
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "fires"),
+    [
+        (10 << 30, 100 << 30, False),
+        ((10 << 30) - 1, 100 << 30, True),
+        (1 << 30, 4 << 30, False),
+        ((1 << 30) - 1, 4 << 30, True),
+        (1 << 20, 1 << 29, True),
+    ],
+)
+def test_a_disk_below_a_tenth_or_one_gibibyte(free: int, total: int, fires: bool) -> None:
+    async def look() -> None:
+        async with Household() as house:
+            house.disk.disk_space = DiskSpace("/srv/jobd.db", free, total)
+            alerts = alerts_of(house)
+            await alerts.look()
+            shown = one(alerts, "disk_nearly_full")
+            assert shown.firing == fires
+            assert "/srv/jobd.db" in shown.hint
+            assert ("retention" in shown.hint) == fires
+
+    in_virtual_time(look)()
+
+
+@in_virtual_time
+async def test_a_store_in_memory_has_no_disk_to_fill() -> None:
+    async with Household() as house:
+        house.disk.disk_space = None
+        alerts = alerts_of(house)
+        await alerts.look()
+        assert one(alerts, "disk_nearly_full").hint == "The space of the disk is unknown."
+
+
+@in_virtual_time
+async def test_a_job_that_is_released_again_and_again() -> None:
+    async with Household() as house:
+        alerts = alerts_of(house)
+        house.book.release_loops["cat-9"] = 20
+        shown = one(alerts, "release_loop")
+        assert (shown.firing, shown.value, shown.threshold) == (True, 1, 0)
+        for said in ("cat-9", "20 times in a row", "jobctl timeline cat-9", "jobctl cancel cat-9"):
+            assert said in shown.hint
+        del house.book.release_loops["cat-9"]
+        assert not one(alerts, "release_loop").firing

@@ -1,0 +1,330 @@
+"""Jobs in groups by their error: counted is what is there, however commits and looks at history fall together."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from jobd.model.commands import (
+    Cancel,
+    Create,
+    Delete,
+    Fail,
+    ForceFail,
+    ForceReset,
+    Import,
+    RunNow,
+    Search,
+    Start,
+    Transition,
+    Updates,
+)
+from jobd.model.fingerprints import fingerprint
+from jobd.model.responses import Answer, FailureGroup
+from jobd.monitoring import failure_groups
+from jobd.monitoring.failure_groups import Failures
+from tests.support.memory_storage import MemoryDisk
+from tests.support.virtual_engine import Household, in_virtual_time
+
+
+def counted(house: Household) -> dict[str, int]:
+    """The failed jobs of the disk by fingerprint, without those that have none."""
+    failed = [job for job in house.disk.jobs.values() if job.status == "failed"]
+    names = [fingerprint(job.error.message, job.error.code, job.id) for job in failed if job.error]
+    return dict(Counter(name for name in names if name))
+
+
+def waiting(house: Household) -> dict[str, int]:
+    """The jobs of the disk that wait to be tried again, by fingerprint."""
+    jobs = [(job.id, job.error) for job in house.disk.jobs.values() if job.status == "queued" and job.error]
+    return dict(Counter(fingerprint(error.message, error.code, job_id) or "" for job_id, error in jobs))
+
+
+def groups(known: Failures) -> dict[str, int]:
+    return {group.fingerprint: group.count for group in known.view(200).groups if group.count}
+
+
+def groups_waiting(known: Failures) -> dict[str, int]:
+    return {group.fingerprint: group.retrying for group in known.view(200).groups if group.retrying}
+
+
+async def try_once(house: Household, job_id: str, message: str, wait_ms: int = 0) -> None:
+    """A worker takes the job, if it can, and fails; the job waits then, if it has attempts left."""
+    granted = await house.actor.ask(Start(id=job_id, worker="w"))
+    if isinstance(granted, Answer):
+        lock_id = granted.data.lock_id
+        await house.yes(Fail(id=job_id, lock_id=lock_id, error_message=message, retry_after_ms=wait_ms))
+
+
+def watching(house: Household) -> Failures:
+    known = Failures(house.disk, house.book.next_job, house.book.jobs.values())
+    house.actor.on_commit.append(known.committed)
+    return known
+
+
+async def fail(house: Household, job_id: str, reason: str, **fields: Any) -> None:
+    await house.yes(Create(id=job_id, **fields))
+    await house.yes(ForceFail(id=job_id, reason=reason))
+
+
+@in_virtual_time
+async def test_a_group_says_what_its_jobs_have_in_common() -> None:
+    async with Household() as house:
+        known = watching(house)
+        await known.run()
+        assert known.is_whole
+        await fail(house, "a", "took 12 s", queue="video", kind="convert")
+        first = house.now
+        await asyncio.sleep(5)
+        await fail(house, "b", "took 40 s", queue="mail", kind="convert")
+        await fail(house, "c", "lost")
+        view = known.view(200)
+        assert (view.total, view.other, view.whole) == (3, 0, True)
+        group = view.groups[0]
+        assert group == FailureGroup(
+            fingerprint=fingerprint("took 1 s", "force_failed") or "",
+            message="took 40 s",
+            error_code="force_failed",
+            count=2,
+            retrying=0,
+            kinds=["convert"],
+            queues=["video", "mail"],
+            first_at=group.first_at,
+            last_at=group.last_at,
+            job_ids=["b", "a"],
+        )
+        assert group.first_at <= first < group.last_at
+        assert [len(known.view(1).groups), known.view(1).other] == [1, 1]
+
+
+@in_virtual_time
+async def test_jobs_that_go_are_counted_no_more() -> None:
+    async with Household() as house:
+        known = watching(house)
+        for job_id in ("a", "b", "c", "d"):
+            await fail(house, job_id, "took 12 s")
+        await house.yes(ForceReset(id="a"))
+        await house.yes(Delete(id="b"))
+        assert groups(known) == counted(house)
+        assert known.view(9).groups[0].job_ids == ["c", "d"] or known.view(9).groups[0].job_ids == ["d", "c"]
+        await house.yes(Cancel(id="a"))
+        await house.yes(ForceReset(id="c"))
+        await house.yes(ForceReset(id="d"))
+        assert known.view(9).groups == []
+        moved = Transition(id="c", from_="queued", to="failed", updates=Updates(error_message="by hand"))
+        await house.yes(moved)
+        await house.yes(Import(id="e", status="failed"))
+        assert groups(known) == counted(house)
+        assert (known.view(9).total, known.view(9).other) == (2, 1), "what has no error is in no group"
+        await house.yes(Delete(id="e"))
+        assert (known.view(9).total, known.view(9).other) == (1, 0)
+
+
+@in_virtual_time
+async def test_jobs_that_wait_to_be_tried_again_are_counted_beside_those_that_failed() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="early", max_attempts=3, queue="mail"))
+        await try_once(house, "early", "took 7 s")
+        await asyncio.sleep(5)
+        await house.yes(Create(id="moved", max_attempts=3))
+        await try_once(house, "moved", "took 8 s", wait_ms=3_600_000)
+        await house.yes(Create(id="new"))
+        known = watching(house)
+        assert not known.is_whole
+        await house.yes(RunNow(id="moved"))
+        assert sum(groups_waiting(known).values()) == 1, "what happens to it is heard before the look"
+        await known.run()
+        assert known.is_whole
+        view = known.view(9)
+        assert (view.total, view.retrying, view.other, view.other_retrying) == (0, 2, 0, 0)
+        [group] = view.groups
+        assert (group.count, group.retrying, group.message) == (0, 2, "took 8 s")
+        assert (sorted(group.queues), sorted(group.job_ids)) == (["default", "mail"], ["early", "moved"])
+        await try_once(house, "moved", "took 9 s")
+        await try_once(house, "moved", "took 10 s")
+        assert counted(house) == {group.fingerprint: 1}
+        [group] = known.view(9).groups
+        assert (group.count, group.retrying, group.message) == (1, 1, "took 10 s")
+        assert sorted(group.job_ids) == ["early", "moved"]
+        assert (groups(known), groups_waiting(known)) == (counted(house), waiting(house))
+        await house.yes(Start(id="early", worker="w"))
+        assert (known.view(9).total, known.view(9).retrying) == (1, 0), "it is at work"
+        assert [len(known.view(0).groups), known.view(0).other, known.view(0).other_retrying] == [0, 1, 0]
+
+
+@in_virtual_time
+async def test_since_when_there_is_an_error_is_known_though_its_group_was_empty() -> None:
+    async with Household() as house:
+        known = watching(house)
+        await known.run()
+        await fail(house, "a", "took 12 s")
+        [first] = known.view(9).groups
+        await asyncio.sleep(60)
+        await house.yes(ForceReset(id="a"))
+        assert known.view(9).groups == []
+        await house.yes(ForceFail(id="a", reason="took 13 s"))
+        [again] = known.view(9).groups
+        assert again.first_at == first.first_at
+        assert again.last_at >= first.last_at + 60_000
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failure_groups, "SCAN", 3)
+    monkeypatch.setattr(failure_groups, "LIMIT", 2)
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("seed", range(12))
+def test_history_is_counted_while_its_jobs_go_and_others_fail(seed: int) -> None:
+    """Whatever is committed between two looks, or is told after the look that has seen it already."""
+
+    @in_virtual_time
+    async def test() -> None:
+        dice = random.Random(seed)
+        async with Household(MemoryDisk()) as house:
+            ids = [f"j{n}" for n in range(20)]
+            for job_id in ids:
+                await house.yes(Create(id=job_id, max_attempts=9))
+                if dice.random() < 0.5:
+                    await house.yes(ForceFail(id=job_id, reason=f"error {dice.choice('abc')}"))
+                elif dice.random() < 0.6:
+                    await try_once(house, job_id, f"error {dice.choice('abc')}")
+            known = watching(house)
+            running = asyncio.create_task(known.run())
+            for n in range(60):
+                job_id = dice.choice(ids)
+                command = dice.choice(
+                    (
+                        ForceReset(id=job_id),
+                        ForceFail(id=job_id, reason=f"error {dice.choice('abcd')}"),
+                        Delete(id=job_id),
+                    )
+                )
+                asked = [house.actor.ask(command)]
+                if dice.random() < 0.3:
+                    asked.append(house.actor.ask(Create(id=f"new{n}")))
+                await asyncio.gather(*asked)
+                if dice.random() < 0.5:
+                    await try_once(house, dice.choice(ids), f"error {dice.choice('abcd')}")
+                if dice.random() < 0.5:
+                    await asyncio.sleep(dice.choice((0, failure_groups.PAUSE_S / 2, failure_groups.PAUSE_S)))
+            await running
+            assert known.is_whole
+            assert groups(known) == counted(house)
+            assert groups_waiting(known) == waiting(house)
+
+    test()
+
+
+@in_virtual_time
+async def test_a_look_that_fails_is_made_again() -> None:
+    async with Household() as house:
+        await fail(house, "a", "x")
+        known = watching(house)
+        house.disk.errors["find"] = OSError("broken")
+        running = asyncio.create_task(known.run())
+        await asyncio.sleep(1)
+        assert not known.is_whole
+        assert not known.view(9).whole
+        house.disk.errors.clear()
+        await asyncio.sleep(failure_groups.AGAIN_S)
+        await running
+        assert known.view(9).total == 1
+
+
+@in_virtual_time
+async def test_a_stop_ends_the_looking() -> None:
+    async with Household() as house:
+        await fail(house, "a", "x")
+        known = watching(house)
+        house.disk.errors["find"] = OSError("broken")
+        running = asyncio.create_task(known.run())
+        await asyncio.sleep(1)
+        known.stop()
+        await running
+        assert not known.is_whole
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = {"MOST_GROUPS": 2, "MOST_GONE": 1, "MOST_NAMES": 2, "MOST_IDS": 3}
+    for name, value in {**most, "SHOWN_IDS": 2, "SHOWN_TEXT": 4}.items():
+        monkeypatch.setattr(failure_groups, name, value)
+
+
+@pytest.mark.usefixtures("few")
+@in_virtual_time
+async def test_the_first_line_of_a_group_is_whole() -> None:
+    async with Household() as house:
+        known = watching(house)
+        await fail(house, "a", "alphabet\nand more")
+        await fail(house, "b", "a\nb\nc")
+        assert {group.message for group in known.view(9).groups} == {"alphabet", "a\nb\n"}
+
+
+@in_virtual_time
+async def test_a_group_does_not_depend_on_the_ids_of_its_jobs() -> None:
+    async with Household() as house:
+        known = watching(house)
+        for job_id in ("order-abc", "k3f9z", "4711"):
+            await fail(house, job_id, f"{job_id}: no customer {job_id}-7, job {job_id} ends")
+        assert [(group.count, group.fingerprint) for group in known.view(9).groups] == [
+            (2, fingerprint("x: no customer x-7, job x ends", "force_failed", "x")),
+            (1, fingerprint("1: no customer 1-7, job 1 ends", "force_failed")),
+        ]
+        found = await house.yes(Search(error=known.view(9).groups[0].fingerprint))
+        assert {job.id for job in found.jobs} == {"order-abc", "k3f9z"}
+
+
+@pytest.mark.usefixtures("few")
+@in_virtual_time
+async def test_everything_that_is_kept_has_its_limit() -> None:
+    async with Household() as house:
+        known = watching(house)
+        for n, reason in enumerate(("alpha", "beta", "gamma", "gamma", "alpha", "alpha", "alpha")):
+            await fail(house, f"j{n}", reason, queue=f"q{n}")
+        view = known.view(9)
+        assert [(group.message, group.count) for group in view.groups] == [("alpha", 4), ("beta", 1)]
+        assert (view.total, view.other) == (7, 2)
+        assert len(view.groups[0].job_ids) == 2
+        assert view.groups[0].queues == ["q0", "q4"]
+        await house.yes(Delete(id="j6"))
+        await house.yes(Delete(id="j2"))
+        await house.yes(Delete(id="j1"))
+        view = known.view(9)
+        assert (view.total, view.other, len(view.groups)) == (4, 1, 1)
+        await house.yes(Delete(id="j3"))
+        await house.yes(Delete(id="j0"))
+        await house.yes(Delete(id="j4"))
+        await house.yes(Delete(id="j5"))
+        assert (known.view(9).total, known.view(9).groups) == (0, [])
+        await asyncio.sleep(5)
+        later = house.now
+        await fail(house, "j8", "alpha")
+        await fail(house, "j9", "beta")
+        since = {group.message: group.first_at for group in known.view(9).groups}
+        assert since["alpha"] < later <= since["beta"], "of that one too much has come and gone since"
+        await house.yes(Create(id="j10", max_attempts=2))
+        await try_once(house, "j10", "gamma")
+        assert (known.view(9).retrying, known.view(9).other_retrying) == (1, 1)
+        await house.yes(Delete(id="j9"))
+        await house.yes(Create(id="j11", max_attempts=2))
+        await try_once(house, "j11", "gamma")
+        await house.yes(ForceFail(id="j10", reason="gamma"))
+        assert (known.view(9).retrying, known.view(9).total) == (1, 2)
+
+
+@in_virtual_time
+async def test_the_jobs_of_a_group_are_found_and_they_are_failed_ones() -> None:
+    async with Household() as house:
+        await fail(house, "a", "took 12 s")
+        await fail(house, "b", "took 40 s")
+        await fail(house, "c", "lost")
+        name = fingerprint("took 1 s", "force_failed")
+        assert [job.id for job in (await house.yes(Search(error=name))).jobs] == ["b", "a"]
+        assert [job.id for job in (await house.yes(Search(error=name, status="queued"))).jobs] == []

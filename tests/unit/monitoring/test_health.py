@@ -1,0 +1,543 @@
+"""Health: measured, not remembered; every kind of trouble named with what to do; never fooled by work under way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.engine.actor import Bounds
+from jobd.engine.disk_full import Closed
+from jobd.model.commands import Create, Get, Progress
+from jobd.model.job import DAY_MS
+from jobd.model.responses import CleanupState, HealthView
+from jobd.model.storage import DiskFull, DiskSpace, Loaded
+from jobd.monitoring.health import (
+    FAULTS_KEPT,
+    MAX_AGE_S,
+    PATIENCE_S,
+    SAMPLE,
+    SAMPLED_FROM,
+    SPACE_MAX_AGE_S,
+    STORAGE_PATIENCE_S,
+    Health,
+)
+from jobd.storage.artifacts.filesystem import FileStore
+from tests.support.memory_storage import MemoryDisk
+from tests.support.virtual_engine import Household, in_virtual_time, row, seconds
+
+
+def health_of(
+    house: Household, faults: Iterable[str] = (), take_faults: Callable[[], Iterable[str]] = tuple, **artifacts: Any
+) -> Health:
+    return Health(house.actor, house.clock, house.cleaner, faults=faults, take_faults=take_faults, **artifacts)
+
+
+async def measured(house: Household) -> HealthView:
+    return await health_of(house).view()
+
+
+class SlowDisk(MemoryDisk):
+    """Probes and loads wait while `answers` is cleared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def probe(self, spare_bytes: int = 0) -> None:
+        await super().probe(spare_bytes)
+        await self.answers.wait()
+
+    async def space(self) -> DiskSpace | None:
+        found = await super().space()
+        await self.answers.wait()
+        return found
+
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+        await self.answers.wait()
+        return await super().load(ids, payloads, digests)
+
+
+class StaleOnce(MemoryDisk):
+    """The next load shows job `a` as it was in `stale`."""
+
+    stale: object = None
+
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+        loaded = await super().load(ids, payloads, digests)
+        if self.stale is not None:
+            loaded.jobs["a"], self.stale = self.stale, None  # type: ignore[assignment]
+        return loaded
+
+
+# -- all is well ------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_daemon_at_work_is_healthy() -> None:
+    async with Household() as house:
+        await house.held("a")
+        await house.yes(Create(id="b"))
+        house.keep()
+        await seconds(1)
+        view = await measured(house)
+        statuses = (view.status, view.database.status, view.cache.status, view.storage.status)
+        assert statuses == ("healthy",) * 4
+        assert view.database.total_jobs == 2
+        assert view.database.message.startswith("A write and a read back took ")
+        assert view.cache.message.endswith(" 2 jobs are as on the disk.")
+        assert view.storage.message == "not configured"
+        assert view.cleanup_status.message == "Passes run in time."
+        assert not view.cleanup_status.running
+        assert view.cleanup_status.time_since_last_cleanup == house.cleaner.state().time_since_last_cleanup
+        assert view.timestamp == house.now
+
+
+@in_virtual_time
+async def test_health_is_measured_anew_after_five_seconds() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        first = await health.view()
+        await seconds(MAX_AGE_S - 0.1)
+        assert (await health.view()).timestamp == first.timestamp
+        assert house.disk.calls["probe"] == 1
+        await seconds(0.2)
+        assert (await health.view()).timestamp > first.timestamp
+        assert house.disk.calls["probe"] == 2
+
+
+@in_virtual_time
+async def test_callers_share_one_measurement() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        views = await asyncio.gather(*(health.view() for _ in range(10)))
+        assert all(view is views[0] for view in views)
+        assert house.disk.calls["probe"] == 1
+
+
+@in_virtual_time
+async def test_a_caller_that_goes_away_does_not_end_the_measurement() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        callers = [asyncio.create_task(health.view()) for _ in range(2)]
+        await seconds(0)
+        callers[0].cancel()
+        assert (await callers[1]).status == "healthy"
+
+
+# -- the database -----------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_failing_disk_is_unhealthy() -> None:
+    async with Household() as house:
+        house.disk.errors["probe"] = OSError("I/O error")
+        view = await measured(house)
+        assert view.status == view.database.status == "unhealthy"
+        assert "I/O error" in view.database.message
+
+
+@in_virtual_time
+async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
+    async with Household() as house:
+        house.disk.errors["probe"] = DiskFull("full")
+        house.disk.disk_space = DiskSpace("/disk/jobd.db", 4096, 1 << 20)
+        view = await measured(house)
+        assert view.status == view.database.status == "unhealthy"
+        assert view.database.message == (
+            "The disk of the store is full (4096 bytes free at /disk/jobd.db): no write fits. "
+            "Free some space; jobd tries again every second."
+        )
+        found = (view.database.path, view.database.free_bytes, view.database.total_bytes)
+        assert found == ("/disk/jobd.db", 4096, 1 << 20)
+
+
+@in_virtual_time
+async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
+    disk = MemoryDisk()
+    disk.has_ballast = False
+    disk.errors["build_ballast"] = DiskFull("no room for 16 MiB")
+    disk.disk_space = DiskSpace("/disk/jobd.db", 2 << 20, 20 << 20)
+    async with Household(disk) as house:
+        health = health_of(house, ["2 jobs have vanished"])
+        view = await health.view()
+        assert view.status == view.database.status == "degraded"
+        assert view.database.message == (
+            "Damage: 2 jobs have vanished. Run: jobd doctor The reserve file is missing beside /disk/jobd.db "
+            "(17825792 bytes are needed, 2097152 are free). On a full disk, running jobs may not be able to end. "
+            "Free some space."
+        )
+        await house.yes(Create(id="a"))  # nothing is rejected for it
+        disk.disk_space = None
+        assert "The reserve file is missing. On a full" in (await measured(house)).database.message
+        del disk.errors["build_ballast"]
+        await seconds(1.1)
+        assert (await measured(house)).status == "healthy"
+        assert "reserve" not in (await health.view()).database.message
+
+
+@in_virtual_time
+async def test_the_space_of_the_disk_is_a_second_old_at_most() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        house.disk.disk_space = first = DiskSpace("/disk/jobd.db", 2, 3)
+        assert [await space for space in (health.space(), health.space())] == [first, first]
+        house.disk.disk_space = second = DiskSpace("/disk/jobd.db", 1, 3)
+        assert await health.space() == first
+        assert house.disk.calls["space"] == 1
+        await seconds(SPACE_MAX_AGE_S)
+        assert await health.space() == second
+        house.disk.disk_space = None
+        await seconds(SPACE_MAX_AGE_S)
+        assert await health.space() is None
+        database = (await health.view()).database
+        assert (database.path, database.free_bytes, database.total_bytes) == (None, None, None)
+
+
+@in_virtual_time
+async def test_a_disk_that_does_not_answer_leaves_the_last_figures() -> None:
+    disk = SlowDisk()
+    async with Household(disk) as house:
+        health = health_of(house)
+        known = await health.space()
+        assert known is not None
+        disk.answers.clear()
+        await seconds(SPACE_MAX_AGE_S)
+        began = asyncio.get_running_loop().time()
+        found = await asyncio.gather(*(health.space() for _ in range(3)))
+        assert found == [known] * 3
+        assert asyncio.get_running_loop().time() - began < 2 * PATIENCE_S
+        assert await health.space() == known
+        assert disk.calls["space"] == 2  # asked once meanwhile
+        disk.answers.set()
+        await health.close()
+
+
+@pytest.mark.parametrize(
+    ("closed", "said"),
+    [
+        (Closed.CREATES, "new jobs are refused"),
+        (Closed.ALL_BUT_ENDINGS, "only endings and deletions are taken"),
+        (Closed.ALL_WRITES, "every change is refused"),
+    ],
+)
+def test_what_a_full_disk_closes_is_told(closed: Closed, said: str) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        async with Household() as house:
+            house.actor.full_disk.closed = closed
+            house.actor.full_disk.next_probe = asyncio.get_running_loop().time() + 60
+            view = await measured(house)
+            assert view.status == view.database.status == "unhealthy"
+            assert said in view.database.message
+            assert "8589934592 bytes free at /disk/jobd.db" in view.database.message
+            assert view.cache.status == "healthy"
+
+    test()
+
+
+@in_virtual_time
+async def test_a_disk_that_does_not_answer_is_unhealthy_and_not_asked_again() -> None:
+    disk = SlowDisk()
+    async with Household(disk) as house:
+        health = health_of(house)
+        disk.answers.clear()
+        began = asyncio.get_running_loop().time()
+        view = await health.view()
+        assert asyncio.get_running_loop().time() - began < 3 * PATIENCE_S
+        assert view.database.status == "unhealthy"
+        assert view.cache.status == "degraded"
+        await seconds(MAX_AGE_S)
+        assert (await health.view()).database.status == "unhealthy"
+        assert disk.calls["probe"] == 1
+        disk.answers.set()
+        await seconds(MAX_AGE_S)
+        assert (await health.view()).status == "healthy"
+
+
+@in_virtual_time
+async def test_close_waits_for_what_was_asked() -> None:
+    disk = SlowDisk()
+    async with Household(disk) as house:
+        health = health_of(house)
+        disk.answers.clear()
+        await health.view()
+        closing = asyncio.create_task(health.close())
+        await seconds(60)
+        assert not closing.done()
+        disk.answers.set()
+        await closing
+
+
+@in_virtual_time
+async def test_damage_is_named_with_its_mend() -> None:
+    disk = MemoryDisk()
+    for number in range(7):
+        disk.put(row(number + 1, f"job-{number}"))
+        disk.bad_jobs[f"job-{number}"] = "its checksum is wrong"
+    async with Household(disk) as house:
+        later = [["keys k: the row was set aside"], ["keys k: the row was set aside"]]
+        health = health_of(house, ["2 jobs have vanished"], lambda: later.pop() if later else [])
+        for _ in range(3):
+            view = await health.view()
+            assert view.status == view.database.status == "degraded"
+            assert view.database.message == (
+                "Jobs in quarantine: job-0, job-1, job-2, job-3, job-4 and 2 more. "
+                "Damage: 2 jobs have vanished; keys k: the row was set aside. Run: jobd doctor"
+            )
+            await seconds(MAX_AGE_S)
+
+
+@in_virtual_time
+async def test_faults_are_kept_in_bounds() -> None:
+    async with Household() as house:
+        health = health_of(house, (f"fault {number}" for number in range(10 * FAULTS_KEPT)))
+        assert f"and {FAULTS_KEPT - 5} more" in (await health.view()).database.message
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_mailbox_that_does_not_answer_is_unhealthy() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        house.disk.gate.clear()
+        asked = asyncio.create_task(house.yes(Create(id="a")))
+        await house.disk.at_gate.wait()
+        view = await health.view()
+        assert view.status == view.cache.status == "unhealthy"
+        assert "1 commands wait" in view.cache.message
+        house.disk.gate.set()
+        await asked
+        await seconds(MAX_AGE_S)
+        assert (await health.view()).cache.status == "healthy"
+
+
+@in_virtual_time
+async def test_a_full_mailbox_is_degraded_a_stopped_one_unhealthy() -> None:
+    async with Household(bounds=Bounds(mailbox=0)) as house:
+        health = health_of(house)
+        assert (await health.view()).cache.status == "degraded"
+        house.actor.stop()
+        await seconds(MAX_AGE_S)
+        assert (await health.view()).cache.status == "unhealthy"
+
+
+@pytest.mark.parametrize(("status", "name"), [("queued", "a"), ("processing", "b"), ("completed", "c")])
+def test_counters_that_do_not_agree_are_unhealthy(status: str, name: str) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        async with Household() as house:
+            await house.yes(Create(id="a"))
+            await house.held("b")
+            assert (await measured(house)).status == "healthy"
+            house.book.totals[status] += 1
+            one = (await measured(house)).cache
+            assert one.status == "unhealthy"
+            assert f"{status} jobs by one counter" in one.message
+            house.book.counts["default"][status] += 1
+            both = (await measured(house)).cache
+            if status == "completed":  # finished jobs are not in memory: nothing to compare with
+                assert both.status == "healthy"
+            else:
+                assert f"jobs are {status}, but the counter says" in both.message
+
+    test()
+
+
+@in_virtual_time
+async def test_memory_that_differs_from_the_disk_is_unhealthy() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a"))
+        await house.held("b")
+        house.disk.jobs[2] = replace(house.disk.jobs[2], progress=7)
+        view = await measured(house)
+        assert view.status == view.cache.status == "unhealthy"
+        assert view.cache.message.startswith("Memory and disk differ for b.")
+
+
+@in_virtual_time
+async def test_a_row_that_is_missing_on_the_disk_is_noticed() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a"))
+        house.disk._replace(1, None)
+        assert (await measured(house)).cache.message.startswith("Memory and disk differ for a.")
+
+
+@in_virtual_time
+async def test_a_look_that_was_too_early_is_taken_again() -> None:
+    disk = StaleOnce()
+    async with Household(disk) as house:
+        await house.held("a")
+        disk.stale = row(1, "a", progress=9)
+        assert (await measured(house)).status == "healthy"
+        assert disk.stale is None
+
+
+@in_virtual_time
+async def test_work_under_way_never_looks_like_damage() -> None:
+    """Commits, refused commits and refusals, all the while that health is measured."""
+    disk = MemoryDisk()
+    async with Household(disk) as house:
+        locks = {f"job-{number}": await house.held(f"job-{number}") for number in range(8)}
+        stop = asyncio.Event()
+
+        async def work(job_id: str) -> None:
+            for turn in range(1_000_000):
+                if stop.is_set():
+                    return
+                if turn % 5 == 0:
+                    disk.write_errors.append(DiskFull("now and then"))
+                await house.actor.ask(Progress(id=job_id, lock_id=locks[job_id], progress=turn % 100))
+                await house.actor.ask(Create(id=f"{job_id}-{turn}"))
+
+        working = [asyncio.create_task(work(job_id)) for job_id in locks]
+        for _ in range(40):
+            view = await measured(house)
+            assert view.cache.status == "healthy", view.cache
+        stop.set()
+        disk.write_errors.clear()
+        await asyncio.gather(*working)
+
+
+@in_virtual_time
+async def test_a_bad_row_met_by_the_recount_goes_to_quarantine() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        await house.yes(Create(id="a"))
+        house.disk.bad_jobs["a"] = "its checksum is wrong"
+        assert (await health.view()).cache.status == "healthy"
+        assert (await house.no(Get(id="a"))).code == "job_quarantined"
+        await seconds(MAX_AGE_S)
+        assert "quarantine: a." in (await health.view()).database.message
+
+
+@in_virtual_time
+async def test_samples_move_on_over_the_oldest_jobs() -> None:
+    async with Household() as house:
+        for number in range(3 * SAMPLE):
+            await house.yes(Create(id=f"job-{number}"))
+        health = health_of(house)
+        seen = [set(health._sample()) for _ in range(3)]
+        assert len(set.union(*seen)) == 3 * SAMPLE
+        assert set(health._sample()) == seen[0]
+        assert SAMPLED_FROM > SAMPLE
+
+
+@in_virtual_time
+async def test_a_part_that_cannot_be_measured_is_unhealthy_and_nothing_is_raised() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a"))
+        house.disk.errors["load"] = OSError("broken")
+        view = await measured(house)
+        assert view.cache.status == "unhealthy"
+        assert "OSError: broken" in view.cache.message
+        assert view.database.status == "healthy"
+
+
+# -- storage and cleanup ----------------------------------------------------------------------------------------------
+
+
+async def test_the_artifact_store_is_measured(tmp_path: Path) -> None:
+    place = tmp_path / "a b"
+    store = FileStore(str(place), "test")
+    async with Household() as house:
+        view = await health_of(house, artifacts=store).view()
+        assert view.status == view.storage.status == "unhealthy"
+        assert view.storage.message == f"{place} is no directory. Make it, or change artifacts.url."
+        place.mkdir()
+        again = await health_of(house, artifacts=store).view()
+        assert again.storage.status == "healthy"
+        assert again.storage.message.startswith(f"{place}: a write, a read back and a deletion took ")
+    await store.close()
+
+
+class Sulking:
+    """A store that does not answer."""
+
+    place = "s3://far"
+
+    async def probe(self) -> None:
+        await asyncio.sleep(3600)
+
+
+@in_virtual_time
+async def test_an_artifact_store_that_does_not_answer_is_unhealthy_in_time() -> None:
+    async with Household() as house:
+        health = health_of(house, artifacts=Sulking())
+        view = await health.view()
+        assert view.storage.status == "unhealthy"
+        assert view.storage.message == f"s3://far has not answered for {STORAGE_PATIENCE_S:g} s."
+
+
+@in_virtual_time
+async def test_close_does_not_wait_for_an_artifact_store_that_does_not_answer() -> None:
+    for waited_s in (0.1, 60):  # while it is measured, and long after
+        async with Household() as house:
+            health = health_of(house, artifacts=Sulking())
+            view = asyncio.create_task(health.view())
+            await seconds(waited_s)
+            async with asyncio.timeout(1):
+                await health.close()
+            assert (await view).storage.status == "unhealthy"
+
+
+class Complaining:
+    def complaint(self) -> str | None:
+        return "2 objects of deleted jobs could not be deleted."
+
+
+async def test_objects_that_stay_degrade_the_store(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path), "test")
+    async with Household() as house:
+        view = await health_of(house, artifacts=store, sweeper=Complaining()).view()
+        assert view.status == view.storage.status == "degraded"
+        assert view.storage.message == "2 objects of deleted jobs could not be deleted."
+    await store.close()
+
+
+@in_virtual_time
+async def test_a_clock_in_doubt_is_degraded_until_it_is_accepted() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        assert (await health.view()).status == "healthy"
+        house.step_ms = 40 * DAY_MS  # what was measured a moment ago counts no more
+        view = await health.view()
+        assert view.status == "degraded"
+        assert "The wall clock is 40 days ahead of its expected value" in view.cleanup_status.message
+        assert "jobctl clock accept" in view.cleanup_status.message
+        house.clock.accept()
+        assert (await health.view()).status == "healthy"
+
+
+@in_virtual_time
+async def test_late_cleanup_is_degraded() -> None:
+    async with Household() as house:
+        health = health_of(house)
+        await seconds(3 * 3600 + 1)
+        view = await health.view()
+        assert view.status == "degraded"
+        assert view.cleanup_status.message.startswith("No cleanup pass has succeeded for 10801 s")
+        assert view.cleanup_status.time_since_last_cleanup is None
+
+
+@in_virtual_time
+async def test_a_bug_in_cleanup_is_unhealthy_and_nothing_is_raised() -> None:
+    class Broken:
+        def state(self) -> CleanupState:
+            raise ValueError("a bug")
+
+        def complaint(self) -> str | None:
+            return None
+
+    async with Household() as house:
+        view = await Health(house.actor, house.clock, Broken()).view()
+        assert view.status == "unhealthy"
+        assert "ValueError: a bug" in view.cleanup_status.message
+        assert view.timestamp == house.now

@@ -1,0 +1,456 @@
+"""Metrics: the exact names, the numbers of one moment, bounded labels, and nothing shared with the thread."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+import jobd
+from jobd.core.pace import HOURS_NEEDED, SAMPLES_NEEDED
+from jobd.core.state import Book
+from jobd.core.stats import OTHER_QUEUES
+from jobd.engine.actor import COMMIT_BUCKETS_S, Actor
+from jobd.engine.clock import Clock
+from jobd.engine.disk_full import Closed
+from jobd.engine.event_feed import Feed
+from jobd.engine.idempotency import Keys
+from jobd.maintenance.artifact_sweeper import Sweeps
+from jobd.maintenance.cleanup_pass import Schedule
+from jobd.maintenance.maintainer import Cleaner
+from jobd.model.commands import AnyCommand, Claim, Complete, Create, EndGrants, Pause, Start
+from jobd.model.errors import REFUSALS
+from jobd.model.job import SECOND_MS, STATUSES, Job, Options, Policy
+from jobd.model.responses import Answer
+from jobd.monitoring.alerts import NAMES, Alerts
+from jobd.monitoring.health import Health
+from jobd.monitoring.metrics import (
+    COMMITS_KEPT,
+    LAG_EVERY_S,
+    LANES_SEEN,
+    QUEUES_SHOWN,
+    Metrics,
+    Snapshot,
+    capped,
+    oldest_due_s,
+    quantile,
+    text,
+)
+from jobd.storage.store import Store
+from tests.support.memory_storage import MemoryDisk
+from tests.support.virtual_engine import Household, in_virtual_time, row, seconds
+
+# What dashboards ask for: the name in the text, and its type.
+EXPECTED = {
+    "jobd_jobs": "gauge",
+    "jobd_queue_jobs": "gauge",
+    "jobd_queue_paused": "gauge",
+    "jobd_queue_oldest_due_seconds": "gauge",
+    "jobd_stuck_jobs": "gauge",
+    "jobd_late_results_total": "counter",
+    "jobd_locked_jobs": "gauge",
+    "jobd_grants_total": "counter",
+    "jobd_refusals_total": "counter",
+    "jobd_events_total": "counter",
+    "jobd_stalls_total": "counter",
+    "jobd_recovered_total": "counter",
+    "jobd_cleanup_passes_total": "counter",
+    "jobd_cleanup_found_total": "counter",
+    "jobd_cleanup_last_timestamp_seconds": "gauge",
+    "jobd_cleanup_failed_passes": "gauge",
+    "jobd_validation_issues_total": "counter",
+    "jobd_artifact_tombstones": "gauge",
+    "jobd_artifact_sweep_behind_seconds": "gauge",
+    "jobd_artifacts_swept_total": "counter",
+    "jobd_processing_seconds": "histogram",
+    "jobd_processing_p95_seconds": "gauge",
+    "jobd_granted_twice_total": "counter",
+    "jobd_quarantined_jobs": "gauge",
+    "jobd_commit_seconds": "histogram",
+    "jobd_batch_commands": "histogram",
+    "jobd_mailbox_commands": "gauge",
+    "jobd_mailbox_limit_commands": "gauge",
+    "jobd_parked_claims": "gauge",
+    "jobd_event_streams": "gauge",
+    "jobd_event_streams_dropped_total": "counter",
+    "jobd_wal_bytes": "gauge",
+    "jobd_database_bytes": "gauge",
+    "jobd_loop_lag_seconds": "gauge",
+    "jobd_clock_suspect": "gauge",
+    "jobd_disk_full": "gauge",
+    "jobd_disk_free_bytes": "gauge",
+    "jobd_disk_total_bytes": "gauge",
+    "jobd_alert_firing": "gauge",
+    "jobd_webhook_deliveries_total": "counter",
+    "jobd_webhook_waiting_deliveries": "gauge",
+    "jobd_webhook_lag_events": "gauge",
+    "jobd_webhook_paused": "gauge",
+    "jobd_build_info": "gauge",
+}
+
+
+class Door:
+    def __init__(self, **refusals: int) -> None:
+        self.refusals: Counter[str] = Counter(refusals)
+
+
+def metrics_of(house: Household, *doors: Door, store_path: str = ":memory:") -> Metrics:
+    health = Health(house.actor, house.clock, house.cleaner)
+    alerts = Alerts(house.book, house.clock, health, house.cleaner, hold_ms=0, clear_ms=0)
+    return Metrics(house.actor, house.cleaner, alerts, house.clock, Sweeps(), store_path, doors, Feed(house.disk, 0, 1))
+
+
+def read(body: bytes) -> dict[str, Metric]:
+    return {family.name: family for family in text_string_to_metric_families(body.decode())}
+
+
+def value(body: bytes, sample: str, **labels: str) -> float:
+    found = [
+        each.value
+        for family in text_string_to_metric_families(body.decode())
+        for each in family.samples
+        if each.name == sample and each.labels == labels
+    ]
+    assert len(found) == 1, f"{sample}{labels}: {found}"
+    return found[0]
+
+
+def shown(house: Household, *doors: Door) -> bytes:
+    """The text without the thread, which virtual time does not wait for."""
+    return text(metrics_of(house, *doors).snapshot(), ":memory:")
+
+
+class Real:
+    """Everything on a real store."""
+
+    def __init__(self, store: Store, actor: Actor, cleaner: Cleaner, metrics: Metrics) -> None:
+        self.store = store
+        self.actor = actor
+        self.cleaner = cleaner
+        self.metrics = metrics
+
+    async def yes(self, command: AnyCommand) -> Answer:
+        answer = await self.actor.ask(command)
+        assert isinstance(answer, Answer), answer
+        return answer
+
+
+@asynccontextmanager
+async def real(path: Path) -> AsyncIterator[Real]:
+    store, opened = await Store.open(str(path))
+    async with store:
+        clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
+        book = Book.opened(opened)
+        actor = Actor(store, book, Keys(opened.keys, 1000), clock, Policy(), random=os.urandom)
+        cleaner = Cleaner(actor, clock, Schedule(batch=2))
+        health = Health(actor, clock, cleaner, take_faults=store.take_faults)
+        alerts = Alerts(book, clock, health, cleaner)
+        metrics = Metrics(actor, cleaner, alerts, clock, Sweeps(), str(path), [], Feed(store, 0, 1))
+        running = [asyncio.create_task(run()) for run in (actor.run, cleaner.run, alerts.run, metrics.run)]
+        yield Real(store, actor, cleaner, metrics)
+        for part in (metrics, alerts, cleaner):
+            part.stop()
+        await asyncio.gather(*running[1:])
+        await health.close()
+        actor.stop()
+        await running[0]
+
+
+async def test_the_names_are_those_that_dashboards_ask_for(tmp_path: Path) -> None:
+    async with real(tmp_path / "jobd.db") as daemon:
+        await daemon.cleaner.run_pass(forced=True)
+        body = await daemon.metrics.render()
+    lines = body.decode().splitlines()
+    assert {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")} == EXPECTED
+    helped = [line for line in lines if line.startswith("# HELP")]
+    assert len(helped) == len(EXPECTED)
+    assert all(len(line.split(maxsplit=3)[3]) > 10 for line in helped)
+
+
+async def test_a_life_of_jobs_on_a_real_store_is_counted(tmp_path: Path) -> None:
+    """Also that recovery, deletion, validation, the journal and reports work on SQLite as in memory."""
+    async with real(tmp_path / "jobd.db") as daemon:
+        now = time.time_ns() // 1_000_000
+        for number in range(5):
+            await daemon.yes(Create(id=f"old-{number}", queue="video"))
+            granted = (await daemon.yes(Start(id=f"old-{number}", worker="w"))).data
+            soon = time.time_ns() // 1_000_000 + 50
+            await daemon.yes(Complete(id=f"old-{number}", lock_id=granted.lock_id, file_path="/x", expires_at=soon))
+        await daemon.yes(Create(id="dead"))
+        await daemon.yes(Start(id="dead", worker="w", lock_ttl_ms=1000, stuck_after_ms=0))
+        while "dead" in daemon.actor.book.processing:
+            await daemon.cleaner.recover_stuck()
+            await asyncio.sleep(0.05)
+        report = await daemon.cleaner.run_pass(forced=True)
+        assert report.errors == []
+        assert (report.expired_jobs_deleted, report.stuck_jobs_recovered) == (5, 1)
+        assert (await daemon.cleaner.reports(1)) == [report]
+        await daemon.actor.full_disk.measure()
+        body = await daemon.metrics.render()
+        assert value(body, "jobd_jobs", status="queued") == 1
+        queues = {sample.labels["queue"] for sample in read(body)["jobd_queue_jobs"].samples}
+        assert "video" not in queues, "it has no jobs any more"
+        assert value(body, "jobd_grants_total", queue="video") == 5
+        assert value(body, "jobd_stalls_total") == value(body, "jobd_recovered_total", action="reset") == 1
+        assert value(body, "jobd_cleanup_found_total", kind="deleted") == 5
+        assert value(body, "jobd_processing_seconds_count", queue="video") == 5
+        assert value(body, "jobd_processing_seconds_bucket", queue="video", le="+Inf") == 5
+        assert value(body, "jobd_cleanup_last_timestamp_seconds") * 1000 == pytest.approx(report.timestamp)
+        assert report.timestamp >= now
+        assert value(body, "jobd_cleanup_passes_total") == daemon.cleaner.totals.passes >= 1
+        assert value(body, "jobd_commit_seconds_count") == value(body, "jobd_batch_commands_count") >= 10
+        assert value(body, "jobd_database_bytes") > 0
+        disk = shutil.disk_usage(tmp_path)
+        assert value(body, "jobd_disk_free_bytes") == pytest.approx(disk.free, abs=1 << 28)
+        assert value(body, "jobd_disk_total_bytes") == disk.total
+        assert value(body, "jobd_wal_bytes") == (tmp_path / "jobd.db-wal").stat().st_size
+        vitals = await daemon.metrics.vitals()
+        assert (vitals.commit_p99_s or 0) > 0
+        assert vitals.database_bytes == (tmp_path / "jobd.db").stat().st_size
+        assert vitals.wal_bytes == (tmp_path / "jobd.db-wal").stat().st_size
+        assert (vitals.mailbox, vitals.parked) == (0, 0)
+        assert vitals.uptime_ms >= 50
+        assert value(body, "jobd_build_info", version=jobd.__version__, python=platform.python_version()) == 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "bound"),
+    [
+        ([0, 0, 0], None),
+        ([99, 1, 0], 1),
+        ([98, 2, 0], 2),
+        ([0, 1, 0], 2),
+        ([0, 0, 1], math.inf),
+        ([990, 9, 1], 1),
+        ([980, 10, 10], 2),
+        ([980, 9, 11], math.inf),
+    ],
+)
+def test_a_quantile_is_the_bound_of_its_bucket(counts: list[int], bound: float | None) -> None:
+    assert quantile(0.99, counts, (1, 2)) == bound
+
+
+@in_virtual_time
+async def test_the_slowest_commits_are_those_of_the_last_minutes() -> None:
+    async with Household() as house:
+        metrics = metrics_of(house)
+        house.actor.commit_seconds.add(0.003, COMMIT_BUCKETS_S)
+        assert metrics.commit_p99_s() == 0.005
+        running = asyncio.create_task(metrics.run())
+        await seconds((COMMITS_KEPT + 2) * LAG_EVERY_S)
+        assert metrics.commit_p99_s() is None
+        metrics.stop()
+        await running
+
+
+@in_virtual_time
+async def test_a_store_in_memory_has_no_files() -> None:
+    async with Household() as house:
+        house.disk.disk_space = None
+        await house.actor.full_disk.measure()
+        body = shown(house)
+        assert value(body, "jobd_database_bytes") == value(body, "jobd_wal_bytes") == 0
+        assert read(body)["jobd_disk_free_bytes"].samples == read(body)["jobd_disk_total_bytes"].samples == []
+
+
+async def test_vitals_of_a_store_in_memory_have_no_sizes() -> None:
+    async with Household() as house:
+        vitals = await metrics_of(house).vitals()
+        assert (vitals.database_bytes, vitals.wal_bytes) == (0, 0)
+
+
+@in_virtual_time
+async def test_locks_stuck_jobs_and_waiting_claims() -> None:
+    async with Household() as house:
+        await house.held("a", lock_ttl_ms=60_000)
+        await house.held("b", lock_ttl_ms=600_000)
+        parked = asyncio.create_task(house.yes(Claim(worker="w", wait_ms=60_000)))
+        await seconds(1)
+        assert value(shown(house), "jobd_parked_claims") == 1
+        assert value(shown(house), "jobd_locked_jobs") == 2
+        await parked
+        await seconds(1)
+        house.disk.gate.clear()
+        asked = [asyncio.create_task(house.yes(Create())) for _ in range(4)]
+        await house.disk.at_gate.wait()
+        asked += [asyncio.create_task(house.yes(Create())) for _ in range(3)]
+        await seconds(0)
+        body = shown(house)
+        assert value(body, "jobd_mailbox_commands") == 3
+        assert value(body, "jobd_locked_jobs") == 1
+        assert value(body, "jobd_stuck_jobs") == 1
+        house.disk.gate.set()
+        await asyncio.gather(*asked)
+
+
+@in_virtual_time
+async def test_how_long_the_oldest_due_job_of_each_queue_waits_and_whether_it_may() -> None:
+    async with Household() as house:
+        await house.yes(Create(id="a", queue="film", priority=9))
+        await seconds(40)
+        await house.yes(Create(id="b", queue="film"))
+        await house.yes(Create(id="c", queue="later", run_at=house.now + 9_000))
+        await house.yes(Pause(name="film"), by="admin")
+        await seconds(2)
+        body = shown(house)
+        assert value(body, "jobd_queue_oldest_due_seconds", queue="film") == 42
+        assert value(body, "jobd_queue_oldest_due_seconds", queue="later") == 0
+        assert value(body, "jobd_queue_paused", queue="film") == 1
+        assert value(body, "jobd_queue_paused", queue="later") == 0
+
+
+@in_virtual_time
+async def test_queues_of_very_many_lanes_are_passed_over_and_the_others_are_not() -> None:
+    async with Household() as house:
+        for number in range(LANES_SEEN):
+            await house.yes(Create(id=f"a-{number}", queue="many", kind=str(number)))
+        assert oldest_due_s(house.book, house.now + 1_000) == {"many": 1}
+        await house.yes(Create(id="b", queue="many", kind="one more"))
+        await house.yes(Create(id="c", queue="few"))
+        assert oldest_due_s(house.book, house.now + 1_000) == {"few": 1}
+
+
+@in_virtual_time
+async def test_paces_overlaps_quarantine_and_the_clock() -> None:
+    async with Household(policy=Policy(keep_failed_ms=4 * SECOND_MS)) as house:
+        body = shown(house)
+        assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 0
+        assert value(body, "jobd_clock_suspect") == 0
+        assert value(body, "jobd_mailbox_limit_commands") == 10_000
+        assert read(body)["jobd_processing_p95_seconds"].samples == []
+        for hour in range(HOURS_NEEDED + 1):
+            for _ in range(SAMPLES_NEEDED):
+                house.book.figures.paces.add("film", house.now, 1023 if hour < HOURS_NEEDED else 4095)
+            await seconds(3600 if hour < HOURS_NEEDED else 0)
+        await house.held("a")
+        await house.yes(EndGrants(ids=["a"], last=True), by="daemon")
+        await house.yes(Start(id="a", worker="w-2"))
+        house.book.quarantine("bad", "its checksum is wrong")
+        house.step_ms = 3 * SECOND_MS
+        body = shown(house)
+        assert value(body, "jobd_processing_p95_seconds", kind="film", window="hour") == 4.095
+        assert value(body, "jobd_processing_p95_seconds", kind="film", window="usual") == 1.023
+        assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 1
+        assert value(body, "jobd_clock_suspect") == 1
+
+
+@in_virtual_time
+async def test_refusals_of_all_doors_are_summed_and_every_code_is_there() -> None:
+    async with Household() as house:
+        body = shown(house, Door(already_locked=2, not_found=1), Door(already_locked=3))
+        assert value(body, "jobd_refusals_total", code="already_locked") == 5
+        assert value(body, "jobd_refusals_total", code="lock_lost") == 0
+        assert len(read(body)["jobd_refusals"].samples) == len(REFUSALS)
+
+
+@in_virtual_time
+async def test_how_far_a_full_disk_has_closed_the_daemon() -> None:
+    async with Household() as house:
+        assert value(shown(house), "jobd_disk_full") == 0
+        for closed in Closed:
+            house.actor.full_disk.closed = closed
+            assert value(shown(house), "jobd_disk_full") == closed
+
+
+@in_virtual_time
+async def test_validation_issues_by_type_and_alerts() -> None:
+    disk = MemoryDisk()
+    for number in range(11):
+        disk.put(row(number + 1, progress=120))
+    disk.put(row(20, "nobody", "processing"))
+    async with Household(disk) as house:
+        assert not read(shown(house))["jobd_cleanup_last_timestamp_seconds"].samples
+        house.keep()
+        await house.cleaner.run_pass(forced=True)
+        body = shown(house)
+        assert value(body, "jobd_validation_issues_total", type="error") == 11
+        assert value(body, "jobd_validation_issues_total", type="critical") == 1
+        assert value(body, "jobd_cleanup_found_total", kind="issues") == 12
+        assert value(body, "jobd_alert_firing", alert="pass_issues") == 1
+        assert len(read(body)["jobd_alert_firing"].samples) == len(NAMES)
+
+
+@in_virtual_time
+async def test_queue_labels_have_a_limit_and_the_rest_is_summed() -> None:
+    async with Household() as house:
+        for number in range(QUEUES_SHOWN + 30):
+            await house.yes(Create(id=f"a-{number}", queue=f"q-{number}"))
+            await house.yes(Start(id=f"a-{number}", worker="w"))
+        body = shown(house)
+        queues = {sample.labels["queue"] for sample in read(body)["jobd_queue_jobs"].samples}
+        assert len(queues) == QUEUES_SHOWN + 1
+        assert value(body, "jobd_queue_jobs", queue=OTHER_QUEUES, status="processing") == 30
+        assert value(body, "jobd_queue_jobs", queue="q-0", status="processing") == 1
+        assert value(body, "jobd_grants_total", queue=OTHER_QUEUES) == 30
+        total = sum(sample.value for sample in read(body)["jobd_queue_jobs"].samples)
+        assert total == QUEUES_SHOWN + 30
+
+
+@pytest.mark.parametrize("count", [0, QUEUES_SHOWN, QUEUES_SHOWN + 1])
+def test_capped_at_its_boundary(count: int) -> None:
+    book = Book()
+    for number in range(count):
+        book.swap(None, Job(number, f"job-{number}", Options(f"q-{number}"), "queued", 1, 1, 1))
+    kept = capped(book)
+    assert len(kept) == min(count, QUEUES_SHOWN + 1)
+    assert sum(counts["queued"] for _, counts in kept) == count
+    assert (kept[-1][0] == OTHER_QUEUES) == (count > QUEUES_SHOWN) if kept else True
+
+
+@in_virtual_time
+async def test_histograms_are_cumulative() -> None:
+    async with Household() as house:
+        for number, ms in enumerate((50, 100, 101, 15_000_000)):
+            lock_id = await house.held(f"job-{number}", lock_ttl_ms=86_400_000, max_processing_ms=0)
+            await seconds(ms / 1000)
+            await house.yes(Complete(id=f"job-{number}", lock_id=lock_id))
+        body = shown(house)
+        buckets = {
+            sample.labels["le"]: sample.value
+            for sample in read(body)["jobd_processing_seconds"].samples
+            if sample.name.endswith("_bucket")
+        }
+        assert (buckets["0.1"], buckets["0.5"], buckets["14400.0"], buckets["+Inf"]) == (2, 3, 3, 4)
+        assert value(body, "jobd_processing_seconds_sum", queue="default") == pytest.approx(15_000.251, abs=0.01)
+
+
+@in_virtual_time
+async def test_a_snapshot_shares_nothing_with_the_book() -> None:
+    """What the thread reads must not move under its feet."""
+    async with Household() as house:
+        await house.held("a")
+        metrics = metrics_of(house, Door(not_due=1))
+        snapshot = metrics.snapshot()
+        before = msgspec.json.encode(snapshot)
+        lock_id = await house.held("b", queue="other")
+        await house.yes(Complete(id="b", lock_id=lock_id))
+        house.book.figures.note(house.disk.batches[-1].changes[-1])
+        assert msgspec.json.encode(snapshot) == before
+        assert msgspec.json.encode(metrics.snapshot()) != before
+        assert set(snapshot.jobs) == set(STATUSES)
+        assert isinstance(snapshot, Snapshot)
+
+
+async def test_the_lag_of_the_loop_is_measured() -> None:
+    async with Household() as house:
+        metrics = metrics_of(house)
+        assert metrics.snapshot().lag_s == 0
+        running = asyncio.create_task(metrics.run())
+        await asyncio.sleep(0)
+        time.sleep(LAG_EVERY_S + 0.2)  # this is the lag
+        metrics.stop()
+        await running
+        assert metrics.snapshot().lag_s >= 0.1
+        assert value(await metrics.render(), "jobd_loop_lag_seconds") >= 0.1

@@ -1,0 +1,230 @@
+"""The audit log on the disk: written with the batch or not at all, parts of one deed in one row, pages, trimmed."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.model.storage import Audited, AuditQuery, BadRows
+from jobd.storage import audit_writer
+from jobd.storage.store import Store
+from tests.support import store_help
+from tests.support.factories import NOW, Maker
+from tests.support.store_help import edited, made, opened, read
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+@pytest.fixture
+async def store(path: str) -> AsyncIterator[Store]:
+    async with opened(path) as (store, _):
+        yield store
+
+
+def deed(number: int = 0, **fields: object) -> Audited:
+    return replace(Audited(NOW + number, "eve", "127.0.0.1", "cancel", f"job-{number}", jobs=1), **fields)
+
+
+async def write(store: Store, *audit: Audited) -> None:
+    await store.write(Maker().batch([], audit=list(audit)))
+
+
+async def seqs(store: Store, **query: object) -> list[int]:
+    return [seq for seq, _ in (await store.audit(AuditQuery(**query))).found]  # type: ignore[arg-type]
+
+
+async def test_a_deed_is_written_with_its_batch_and_is_there_after_a_restart(path: str) -> None:
+    maker = Maker()
+    whole = deed(1, reason="a\nreason", queue="q", outcome="job_not_found", details={"from": None, "to": "failed"})
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create()], audit=[deed(), whole]))
+    async with opened(path) as (store, _):
+        found = await store.audit(AuditQuery())
+        assert found.found == [(2, whole), (1, deed())]
+        assert found.next_before is None
+
+
+async def test_a_batch_that_is_refused_leaves_no_deed(store: Store) -> None:
+    maker = Maker()
+    ghost = made(maker.create())
+    with pytest.raises(BadRows):
+        await store.write(maker.batch([], audit=[deed()], payloads=[ghost.seq]))
+    assert (await store.audit(AuditQuery())).found == []
+
+
+async def test_parts_of_one_deed_become_one_row_that_counts_their_jobs(store: Store) -> None:
+    first = deed(0, job_id=None, part_of="p1", jobs=2, details={"n": 1})
+    await write(store, first, deed(1), replace(first, at=NOW + 2, jobs=3, details={"n": 2}))
+    await write(store, replace(first, at=NOW + 3, jobs=4), deed(4, part_of="p2"))
+    found = (await store.audit(AuditQuery())).found
+    assert found == [(3, deed(4, part_of="p2")), (2, deed(1)), (1, replace(first, jobs=9))]
+
+
+async def test_what_a_transaction_took_back_is_written_anew(store: Store) -> None:
+    maker = Maker()
+    ghost = made(maker.create())
+    with pytest.raises(BadRows):
+        await store.write(maker.batch([], audit=[deed(part_of="p")], payloads=[ghost.seq]))
+    await write(store, deed(5))  # has the number now
+    await write(store, deed(6, part_of="p"))
+    assert (await store.audit(AuditQuery())).found == [(2, deed(6, part_of="p")), (1, deed(5))]
+
+
+async def test_a_damaged_row_gets_no_more_parts(path: str) -> None:
+    part = deed(part_of="p")
+    async with opened(path) as (store, _):
+        await write(store, part)
+        store._db.raw.execute("UPDATE audit SET jobs = 77")
+        await write(store, part)
+        assert (await store.audit(AuditQuery())).found == [(2, part)]
+
+
+async def test_of_deeds_that_go_on_side_by_side_the_oldest_goes_on_in_a_new_row(store: Store) -> None:
+    many = audit_writer.OPEN_DEEDS
+    await write(store, *(deed(n, part_of=f"p{n}") for n in range(many + 1)))
+    await write(store, deed(many, part_of=f"p{many}"), deed(1, part_of="p1"), deed(0, part_of="p0"))
+    assert len(await seqs(store, limit=200)) == many + 2
+
+
+async def test_filters_and_pages_newest_first(store: Store) -> None:
+    whos, whats = ("eve", "bob"), ("cancel", "pause", "update")
+    rows = [deed(n, who=whos[n % 2], what=whats[n % 3], job_id="a" if n % 5 == 0 else None) for n in range(30)]
+    await write(store, *rows)
+    assert await seqs(store) == list(range(30, 0, -1))
+    assert await seqs(store, who="bob") == [n + 1 for n in range(29, -1, -1) if n % 2 == 1]
+    assert await seqs(store, what="pause", who="eve") == [n + 1 for n in range(29, -1, -1) if n % 6 == 4]
+    assert await seqs(store, job_id="a") == [26, 21, 16, 11, 6, 1]
+    assert await seqs(store, job_id="a", what="cancel") == [16, 1]
+    assert await seqs(store, since=NOW + 27) == [30, 29, 28]
+    assert await seqs(store, who="nobody") == []
+    page = await store.audit(AuditQuery(limit=4, job_id="a"))
+    assert ([seq for seq, _ in page.found], page.next_before) == ([26, 21, 16, 11], 11)
+    page = await store.audit(AuditQuery(limit=4, job_id="a", before=11))
+    assert ([seq for seq, _ in page.found], page.next_before) == ([6, 1], None)
+
+
+@pytest.mark.parametrize("scan", [1, 7, 29, 30, 31])
+async def test_a_page_looks_at_so_many_rows_and_the_pages_miss_none(store: Store, scan: int) -> None:
+    await write(store, *(deed(n, who="eve" if n in (3, 28) else "bob") for n in range(30)))
+    found: list[int] = []
+    pages, before = 0, None
+    while pages == 0 or before is not None:
+        page = await store.audit(AuditQuery(who="eve", before=before, scan=scan))
+        found += [seq for seq, _ in page.found]
+        pages, before = pages + 1, page.next_before
+    assert found == [29, 4]
+    assert pages == -(-30 // scan)
+
+
+async def test_old_rows_go_in_slices_and_the_newest_stays(store: Store) -> None:
+    await write(store, *(deed(n) for n in range(10)))
+    assert await store.trim_audit(NOW + 4, 3) == 3
+    assert await store.trim_audit(NOW + 4, 3) == 1
+    assert await store.trim_audit(NOW + 4, 3) == 0
+    assert await seqs(store) == [10, 9, 8, 7, 6, 5]
+    assert await store.trim_audit(NOW + 99, 99) == 5
+    await write(store, deed(11))
+    assert await seqs(store) == [11, 10]
+
+
+async def test_rows_beyond_their_number_go_whatever_their_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_writer, "KEEP_AUDIT", 4)
+    await write(store, *(deed(n) for n in range(10)))
+    assert await store.trim_audit(0, 99) == 6
+    assert await seqs(store) == [10, 9, 8, 7]
+
+
+@pytest.mark.parametrize("look", [1, 7, 2_000])
+async def test_refusals_and_looks_push_out_their_like_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    monkeypatch.setattr(audit_writer, "KEEP_AUDIT", 6)
+    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 3)
+    monkeypatch.setattr(audit_writer, "LOOK", look)
+    kinds = [{}, {"outcome": "job_not_found"}, {"what": "export"}, {"outcome": "invalid_transition"}]
+    await write(store, *(deed(n, **kinds[n % 4]) for n in range(20)))
+    calls = 0
+    while await store.trim_audit(0, 4) == 4:
+        calls += 1
+    assert calls >= 20 // look
+    left = [seq - 1 for seq in await seqs(store)]
+    assert [n for n in left if n % 4 == 0] == [16, 12, 8, 4, 0]
+    assert [n for n in left if n % 2 == 1] == [19, 17, 15]
+    assert [n for n in left if n % 4 == 2] == [18, 14, 10]
+    await write(store, *(deed(n, outcome="lock_lost") for n in range(20, 40)), deed(40), deed(41))
+    while await store.trim_audit(0, 4) == 4:
+        calls += 1
+    left = [seq - 1 for seq in await seqs(store)]
+    assert left == [41, 40, 39, 38, 37, 18, 16, 14, 12, 10, 8, 4]
+
+
+async def test_who_signs_in_and_out_pushes_out_no_export_and_no_refusal(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 2)
+    rows = [deed(0, what="export"), deed(1, what="backup"), deed(2, outcome="lock_lost"), deed(3)]
+    wrong = [deed(n, what="sign-in", outcome="unauthorized") for n in range(4, 8)]
+    await write(store, *rows, *wrong, *(deed(n, what=("sign-in", "sign-out")[n % 2]) for n in range(8, 12)))
+    assert await store.trim_audit(0, 99) == 4
+    assert [seq - 1 for seq in await seqs(store)] == [11, 10, 7, 6, 3, 2, 1, 0]
+
+
+async def test_the_share_of_each_is_known_after_a_restart(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 2)
+    async with opened(path) as (store, _):
+        await write(store, *(deed(n, outcome="lock_lost") for n in range(5)), deed(5))
+    async with opened(path) as (store, _):
+        assert await store.trim_audit(0, 99) == 3
+        assert await seqs(store) == [6, 5, 4]
+
+
+async def test_what_a_transaction_took_back_of_a_trim_goes_at_the_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 1)
+    await write(store, *(deed(n, outcome="lock_lost") for n in range(4)), deed(4))
+    tables = store._tables
+    kept, tables.at_commit = tables.at_commit, lambda: tables.conn.execute("nonsense")
+    with pytest.raises(sqlite3.OperationalError):
+        await store.trim_audit(0, 99)
+    tables.at_commit = kept
+    tables._broken = None
+    assert len(await seqs(store)) == 5
+    assert await store.trim_audit(0, 99) == 3
+    assert await seqs(store) == [5, 4]
+
+
+async def test_a_number_that_was_given_again_is_not_taken_for_what_it_was(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the newest row is damaged and set aside."""
+    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 0)
+    await write(store, deed(0), deed(1, outcome="lock_lost"))
+    assert await store.trim_audit(0, 99) == 0, "the newest stays"
+    store._db.raw.execute("DELETE FROM audit WHERE seq = 2")
+    await write(store, deed(2), deed(3))
+    assert await store.trim_audit(0, 99) == 0
+    assert await seqs(store) == [3, 2, 1]
+
+
+async def test_a_log_that_cannot_be_read_is_named(path: str) -> None:
+    async with opened(path) as (store, _):
+        await write(store, *(deed(n, reason="x" * 2_000) for n in range(40)))
+    with edited(path) as conn:
+        (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'audit'").fetchone()
+        (size,) = conn.execute("PRAGMA page_size").fetchone()
+    content = bytearray(read(path))
+    content[(page - 1) * size : (page - 1) * size + 64] = b"\xff" * 64
+    store_help.write(path, content)
+    async with opened(path) as (store, _):
+        assert (await store.audit(AuditQuery())).found == []
+        assert any("the audit log cannot be read" in fault for fault in store.take_faults())
+        assert await store.trim_audit(0, 99) == 0
+        assert any("the audit log cannot be read" in fault for fault in store.take_faults())

@@ -1,0 +1,370 @@
+"""Backup and restore: a copy taken under load is whole, marked, and opens with a new epoch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import glob
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.model.job import FINISHED, LIVE
+from jobd.model.storage import Batch, DiskFull
+from jobd.storage import backup, files, migrations
+from jobd.storage.backup import BackupStopped, copied, restore
+from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
+from jobd.storage.store import MEMORY, Store, StoreBroken
+from tests.support.daemon_process import Daemon
+from tests.support.factories import Maker
+from tests.support.store_help import assert_holds, edited, exists, make_store, opened, read, remove, spoil, write
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> str:
+    return str(tmp_path / "elsewhere.db")
+
+
+async def take(store: Store, target: str) -> None:
+    with await copied(store) as file:
+        write(target, file.read())
+
+
+def names(path: str) -> set[str]:
+    return {os.path.basename(name) for name in glob.glob(f"{path}*")}
+
+
+async def test_a_copy_is_whole_marked_and_in_one_file(path: str, copy: str) -> None:
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        await take(store, copy)
+        assert names(path) == {"jobd.db" + suffix for suffix in ("", "-wal", ".lock", ".epoch", ".ballast")}
+    assert read(copy)[18:20] == b"\x01\x01"  # no write-ahead log belongs to it
+    with edited(copy) as conn:
+        assert conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert conn.execute("SELECT marked FROM meta").fetchone() == (1,)
+    async with opened(path) as (store, found):  # the store itself is not marked
+        assert not found.marked
+    async with opened(copy) as (store, found):
+        assert (found.marked, found.numbers.epoch) == (True, 2)
+        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
+        await assert_holds(store, found, maker)
+
+
+async def test_a_copy_under_load_is_the_store_at_one_moment(path: str, copy: str) -> None:
+    maker = Maker(8)
+    seen: list[tuple[int, int]] = []
+    async with opened(path) as (store, _):
+        for _ in range(20):  # some megabytes, so that the copy takes many steps
+            changes = [replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)]
+            await store.write(maker.batch(changes))
+        first = maker.numbers.next_event
+        task = asyncio.create_task(take_with(store, copy, seen))
+        batches = 0
+        while not task.done():
+            changes = [replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000))]
+            await store.write(maker.batch([*changes, maker.any_change()]))
+            batches += 1
+        await task
+        last = maker.numbers.next_event
+    assert batches > 10
+    assert len(seen) > 5
+    assert seen[-1][0] == seen[-1][1]
+    async with opened(copy) as (store, found):
+        assert found.faults == []
+        count = {status: 0 for status in (*LIVE, *FINISHED)}
+        for (status,) in store._db.raw.execute("SELECT status FROM jobs"):
+            count[status] += 1
+        assert len(found.live()) == count["queued"] + count["processing"]
+        (events,) = store._db.raw.execute("SELECT max(seq) FROM events").fetchone()
+        assert first <= events + 1 <= last
+        # What others saw of the store after the copy was made is not numbered again.
+        page = await store.journal(events, 10)
+        assert (found.numbers.next_event, page.last, page.gone_to) == (2 << 24, (2 << 24) - 1, (2 << 24) - 1)
+
+
+async def take_with(store: Store, target: str, seen: list[tuple[int, int]]) -> None:
+    def told(step: str, done: int, total: int) -> None:
+        if step == "copying":
+            seen.append((done, total))
+
+    with await copied(store, told) as file:
+        write(target, file.read())
+
+
+async def test_a_store_in_memory_can_be_copied(copy: str) -> None:
+    maker = Maker(2)
+    async with opened(MEMORY) as (store, _):
+        await store.write(maker.any_batch(30))
+        await take(store, copy)
+    async with opened(copy) as (_, found):
+        assert found.marked
+        assert len(found.live()) == sum(job.status in LIVE for job in maker.jobs.values())
+
+
+async def test_closing_the_store_cuts_a_copy_short_and_leaves_nothing(path: str, copy: str) -> None:
+    await make_store(path)
+    store, _ = await Store.open(path)
+    loop = asyncio.get_running_loop()
+    begun = asyncio.Event()
+    closing: list[asyncio.Task[None]] = []
+
+    def progress(step: str, done: int, total: int) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        while not store._closing.is_set():  # the copy goes on only when the store is closing
+            pass
+
+    async def collect() -> None:
+        (await copied(store, progress)).close()
+
+    task = asyncio.create_task(collect())
+    await begun.wait()
+    closing.append(asyncio.create_task(store.close()))
+    with contextlib.suppress(BackupStopped):  # a copy of one step was whole by then
+        await task
+    await closing[0]
+    assert not glob.glob(f"{path}.backup-*")
+    with pytest.raises(StoreBroken):
+        await take(store, copy)
+    FileLock(path).release()
+
+
+async def test_one_who_goes_away_stops_the_copy(path: str) -> None:
+    maker = Maker(8)
+    async with opened(path) as (store, _):
+        for _ in range(10):
+            changes = [replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)]
+            await store.write(maker.batch(changes))
+        loop = asyncio.get_running_loop()
+        begun = asyncio.Event()
+        steps: list[int] = []
+
+        def progress(step: str, done: int, total: int) -> None:
+            steps.append(done)
+            loop.call_soon_threadsafe(begun.set)
+
+        async def collect() -> None:
+            (await copied(store, progress)).close()
+
+        task = asyncio.create_task(collect())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not glob.glob(f"{path}.backup-*")
+        await store.write(maker.batch([maker.create()]))
+
+
+async def test_leftovers_of_a_crash_are_removed_at_the_next_start(path: str) -> None:
+    await make_store(path)
+    write(f"{path}.backup-0123", b"half")
+    async with opened(path):
+        assert not exists(f"{path}.backup-0123")
+
+
+async def test_a_damaged_store_gives_no_copy(path: str, copy: str) -> None:
+    await make_store(path)
+    with edited(path) as conn:
+        (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
+    content = bytearray(read(path))
+    content[(page - 1) * 4096 + 3] ^= 0x10  # the number of entries on a page of an index
+    write(path, content)
+    async with opened(path) as (store, _):
+        with pytest.raises(StoreUnreadable, match="does not pass its check"):
+            await take(store, copy)
+    assert not exists(copy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Restore
+
+
+async def test_a_backup_is_put_back_and_the_old_store_kept(path: str, copy: str) -> None:
+    maker = Maker(3)
+    async with opened(path) as (store, _):
+        await store.write(maker.any_batch(30))
+        await take(store, copy)
+        jobs = dict(maker.jobs)
+        later = [maker.any_batch(30) for _ in range(5)]
+        for batch in later:
+            await store.write(batch)
+    aside = restore(copy, path)
+    assert aside is not None
+    assert os.path.dirname(aside) == os.path.dirname(path)
+    async with opened(path) as (store, found):
+        assert (found.marked, found.numbers.epoch, found.numbers.next_event) == (True, 2, 2 << 24)
+        assert {job.seq for job in found.live()} == {seq for seq, job in jobs.items() if job.status in LIVE}
+        await store.write(Batch([], found.numbers, unmark=True))
+    async with opened(aside) as (_, found):  # nothing of the old one is lost; it has no epoch file
+        assert found.numbers == replace(maker.numbers, epoch=2, next_token=1)
+        assert found.faults == []
+
+
+async def test_an_unmarked_file_is_marked_when_it_is_put_back(path: str, copy: str) -> None:
+    await make_store(copy)
+    assert restore(copy, path) is None
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    with edited(copy) as conn:
+        assert conn.execute("SELECT marked FROM meta").fetchone() == (0,)
+    async with opened(path) as (_, found):
+        assert found.marked
+
+
+async def test_the_epoch_that_was_used_here_counts_also_without_its_file(path: str, copy: str) -> None:
+    await make_store(copy)
+    await make_store(path)
+    with edited(path) as conn:
+        migrations.change_meta(conn, epoch=7)
+    remove(f"{path}.epoch")
+    restore(copy, path)
+    assert files.read_epoch(path).epoch == 7
+    async with opened(path) as (_, found):
+        assert found.numbers.epoch == 8
+
+
+async def test_what_stands_in_the_log_of_the_old_store_goes_with_it(path: str, copy: str) -> None:
+    await make_store(copy)
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        await store.write(maker.any_batch(5))
+        left = {suffix: read(path + suffix) for suffix in ("", "-wal")}
+    for suffix, content in left.items():  # as a kill leaves it
+        write(path + suffix, content)
+    aside = restore(copy, path)
+    assert not exists(f"{path}-wal")
+    assert aside is not None
+    async with opened(aside) as (store, found):
+        maker.numbers = replace(maker.numbers, epoch=2, next_token=1)
+        await assert_holds(store, found, maker)
+
+
+async def test_a_store_that_cannot_be_read_is_kept_as_it_is(path: str, copy: str) -> None:
+    await make_store(copy)
+    write(path, b"rubbish" * 1_000)
+    write(f"{path}-wal", b"more rubbish")
+    aside = restore(copy, path)
+    assert aside is not None
+    assert read(aside) == b"rubbish" * 1_000
+    assert read(f"{aside}-wal") == b"more rubbish"
+    async with opened(path) as (_, found):
+        assert found.marked
+
+
+async def test_two_restores_in_one_second_keep_both(path: str, copy: str) -> None:
+    await make_store(copy)
+    asides = [restore(copy, path) for _ in range(4)]
+    assert asides[0] is None
+    assert len({aside for aside in asides if aside and exists(aside)}) == 3
+
+
+async def test_a_running_daemon_keeps_its_store(path: str, copy: str) -> None:
+    await make_store(copy)
+    async with opened(path):
+        before = read(path)
+        with pytest.raises(StoreBusy, match=str(os.getpid())):
+            restore(copy, path)
+        assert read(path) == before
+
+
+@pytest.mark.parametrize("what", ["missing", "rubbish", "foreign", "newer", "meta", "page"])
+async def test_a_file_that_could_not_be_used_is_not_put_back(path: str, copy: str, what: str) -> None:
+    await make_store(copy)
+    await make_store(path, seed=12)
+    spoil(copy, what)
+    before = {name: read(name) for name in glob.glob(f"{path}*")}
+    with pytest.raises(StoreTooNew if what == "newer" else StoreUnreadable):
+        restore(copy, path)
+    assert {name: read(name) for name in glob.glob(f"{path}*")} == before
+
+
+async def test_a_store_that_another_program_holds_is_left_alone(path: str, copy: str) -> None:
+    await make_store(copy)
+    await make_store(path)
+    with edited(path) as conn:
+        conn.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreBusy):
+            restore(copy, path)
+    async with opened(path) as (_, found):
+        assert not found.marked
+
+
+def fill(place: Path) -> None:
+    with open(place / "filler", "wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, os.statvfs(place).f_bavail * 4096)
+
+
+async def test_a_copy_never_fills_the_disk_of_the_store(small_disk: Path, copy: str) -> None:
+    path = str(small_disk / "jobd.db")
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        with pytest.raises(DiskFull, match=f"MiB free in {small_disk}, but only"):
+            await take(store, copy)
+        await store.write(maker.any_batch(5))
+    assert not glob.glob(f"{path}.backup-*")
+
+
+def test_without_room_jobd_backup_says_so_and_ends_with_75(small_disk: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy.db"
+    with Daemon(tmp_path, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
+        command = [sys.executable, "-m", "jobd", "backup", str(target), "--admin-url", f"unix:{daemon.admin_socket}"]
+        done = subprocess.run(command, env=daemon.environ, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (75, "")
+        assert f"MiB free in {small_disk}, but only" in done.stderr
+        assert "[storage_full]" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert daemon.post("/v1/jobs", {"id": "a"}).status == 201  # nothing of the store's own room was taken
+    assert not target.exists()
+    assert not glob.glob(f"{small_disk}/jobd.db.backup-*")
+
+
+async def test_a_restore_without_room_leaves_the_store(small_disk: Path, copy: str) -> None:
+    path = str(small_disk / "jobd.db")
+    await make_store(copy)
+    maker = await make_store(path)
+    fill(small_disk)
+    with pytest.raises(DiskFull):
+        restore(copy, path)
+    remove(str(small_disk / "filler"))
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+def test_an_error_that_is_not_room_stays_what_it_is() -> None:
+    with (
+        contextlib.closing(sqlite3.connect(":memory:")) as conn,
+        pytest.raises(sqlite3.OperationalError, match="syntax"),
+        backup._full_means_full(),
+    ):
+        conn.execute("no sql")
+
+
+def test_what_root_puts_back_belongs_to_the_stores_owner(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may give files away")
+    store, copy = tmp_path / "store", tmp_path / "copy.db"
+    store.mkdir()
+    asyncio.run(_made(str(store / "jobd.db")))
+    shutil.copy(store / "jobd.db", copy)
+    for entry in [store, *store.iterdir()]:
+        os.chown(entry, 12345, 12346)
+    restore(str(copy), str(store / "jobd.db"))
+    (store / "jobd.db").unlink()
+    restore(str(copy), str(store / "jobd.db"))  # nothing is there: the directory says whose it is
+    owners = {entry.name: (entry.stat().st_uid, entry.stat().st_gid) for entry in store.iterdir()}
+    assert set(owners.values()) == {(12345, 12346)}, owners
+
+
+async def _made(path: str) -> None:
+    store, _ = await Store.open(path)
+    await store.close()

@@ -1,0 +1,384 @@
+"""Rows and values: nothing is lost on the way to columns and back, and a checksum tells every flipped bit."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import UNSET, Raw
+from msgspec.structs import replace
+
+from jobd.model.commands import (
+    Complete,
+    Extend,
+    Fail,
+    ForceReset,
+    Progress,
+    Recover,
+    Release,
+    ReleaseLock,
+    Undelivered,
+    Update,
+)
+from jobd.model.events import GIVEN_BACK, KEEP_SIGNS, ROUTINE, Changes, Event, fold
+from jobd.model.job import Failure, Job, Result, untouched
+from jobd.model.storage import Audited, KeyRow, Numbers, QueueRow, Tombstone
+from jobd.storage import codec, migrations
+from tests.support.factories import NOW, OPTIONS, Maker, all_of, full_job
+from tests.support.rule_harness import Desk
+
+
+def columns_of(table: str) -> tuple[str, ...]:
+    conn = sqlite3.connect(":memory:", isolation_level=None)
+    migrations.create(conn)
+    names = tuple(row[1] for row in conn.execute(f"PRAGMA table_info({table})"))
+    conn.close()
+    return names
+
+
+def test_the_fields_of_the_record_are_the_columns_of_the_table() -> None:
+    assert set(codec.JOB_FIELDS) == set(Job.__struct_fields__)
+    assert columns_of("jobs") == (*codec.JOB_COLUMNS, "crc")
+    assert set(Changes.__struct_fields__) == set(Job.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("table", "columns"),
+    [
+        ("events", (*Event.__struct_fields__, "crc")),
+        ("keys", (*codec.KEY_COLUMNS, "crc", "answer")),
+        ("queues", ("name", *QueueRow.__struct_fields__, "crc")),
+        ("meta", ("id", *codec.META_COLUMNS, "crc")),
+    ],
+)
+def test_the_other_tables_have_the_columns_of_their_values(table: str, columns: tuple[str, ...]) -> None:
+    assert columns_of(table) == columns
+
+
+def test_the_meta_row_holds_every_number() -> None:
+    row = migrations.meta_row(Numbers(2, 3, 4, 5, 6, 7, True), (8, 9, 10, 11), 1, 13, 12)
+    assert row[:-1] == (12, 2, 3, 4, 5, 6, 7, 1, 8, 9, 10, 11, 1, 13)
+    assert codec.fault(row) is None
+
+
+@pytest.mark.parametrize("part", ["", "grant", "lease", "ended", "result", "error"])
+def test_a_job_comes_back_from_its_columns_as_it_was(part: str) -> None:
+    job = replace(full_job(), **{part: None}) if part else full_job()
+    row = codec.job_row(job)
+    assert len(row) == len(codec.JOB_COLUMNS)
+    assert codec.JobReader().job(codec.sealed(row)) == job
+    assert all(type(value) in (int, float, str, bytes, type(None)) for value in row)
+
+
+def test_progress_has_one_form_on_the_disk_and_is_whole_where_it_can_be() -> None:
+    whole, real, negative = (codec.job_row(replace(full_job(), progress=p)) for p in (45, 45.0, -0.0))
+    assert codec.checksum(whole) == codec.checksum(real)
+    assert type(codec.JobReader().job((*whole, 0)).progress) is int
+    assert codec.checksum(negative) == codec.checksum(codec.job_row(replace(full_job(), progress=0)))
+    assert codec.JobReader().job((*codec.job_row(full_job()), 0)).progress == 12.5
+
+
+def test_what_says_nothing_comes_back_as_none() -> None:
+    job = replace(full_job(), result=Result(metadata=Raw(b"null")), error=Failure(None))
+    back = codec.JobReader().job(codec.sealed(codec.job_row(job)))
+    assert back.result is None
+    assert back.error is None
+    assert codec.job_row(back) == codec.job_row(job)
+
+
+def new_row(job: Job) -> codec.Row:
+    """What a start reads of `job` first."""
+    row = dict(zip(codec.JOB_COLUMNS, codec.job_row(job), strict=True))
+    assert (codec.AS_CREATED | {"updated_at": job.created_at}).items() <= row.items()
+    return (*(row[column] for column in codec.NEW_COLUMNS), codec.checksum(codec.job_row(job)), 1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"run_at": NOW + 5}, {"expires_at": NOW + 9}, {"id": ""}])
+def test_a_new_job_comes_back_from_a_third_of_its_columns(fields: dict[str, Any]) -> None:
+    reader = codec.JobReader()
+    for options in (*OPTIONS, OPTIONS[0]):
+        job = replace(Job(3, "a", options, "queued", NOW, NOW, NOW), **fields)
+        back = reader.new(new_row(job))
+        assert back == (untouched(job) or job)
+        whole = reader.job(codec.sealed(codec.job_row(job)))
+        assert back is not None
+        assert whole == job
+        assert whole.options is back.options
+
+
+def test_every_single_flipped_bit_of_a_new_job_is_told() -> None:
+    job = Job(3, "a", OPTIONS[1], "queued", NOW, NOW, NOW, expires_at=NOW + 9)
+    row, reader = new_row(job), codec.JobReader()
+    for place, value in enumerate(row[:-1]):
+        for other in _flipped(value):
+            assert reader.new((*row[:place], other, *row[place + 1 :])) is None
+
+
+def test_what_jobs_have_in_common_exists_once() -> None:
+    reader = codec.JobReader()
+    maker = Maker()
+    made = [maker.create(options=OPTIONS[1]).after for _ in range(2)]
+    back = [reader.job(codec.sealed(codec.job_row(job))) for job in made if job is not None]
+    assert back[0].options is back[1].options
+    assert back[0].created_at is back[0].updated_at is back[0].run_at
+
+
+def test_a_reader_forgets_options_that_have_no_end() -> None:
+    reader = codec.JobReader()
+    for priority in range(10_050):
+        job = replace(full_job(), options=replace(OPTIONS[0], priority=priority, kind=f"k{priority}"))
+        assert reader.job((*codec.job_row(job), 0)) == job
+    assert len(reader._options) < 100
+
+
+@pytest.mark.parametrize("column", ["fencing_token", "lock_max_processing_ms", "silent_lease_ms", "ended_reason"])
+def test_half_a_part_is_unreadable_and_the_message_names_the_column(column: str) -> None:
+    row = list(codec.job_row(full_job()))
+    row[codec.JOB_COLUMNS.index(column)] = None
+    with pytest.raises(codec.Unreadable, match=column):
+        codec.JobReader().job((*row, 0))
+
+
+def test_every_single_flipped_bit_is_told() -> None:
+    row = codec.sealed(codec.job_row(full_job()))
+    assert codec.fault(row) is None
+    for place, value in enumerate(row):
+        for other in _flipped(value):
+            changed = (*row[:place], other, *row[place + 1 :])
+            assert codec.fault(changed) is not None, codec.JOB_COLUMNS[place]
+            # The checksum that it was written with can be told, whichever column was hit.
+            assert codec.first_checksum(changed) == row[-1]
+
+
+def _flipped(value: Any) -> list[Any]:
+    """`value` with single bits flipped, as SQLite would give it back."""
+    if isinstance(value, int):
+        return [value ^ (1 << bit) for bit in (0, 7, 31)]
+    if isinstance(value, float):
+        return [value + 1, None]
+    if isinstance(value, str | bytes):
+        raw = value.encode() if isinstance(value, str) else value
+        hit = [bytes((*raw[:i], raw[i] ^ bit, *raw[i + 1 :])) for i in range(len(raw)) for bit in (1, 64, 128)]
+        return [item.decode(errors="surrogateescape") for item in hit] if isinstance(value, str) else hit
+    return [0, "", b""]
+
+
+def test_none_zero_and_empty_are_not_the_same_to_a_checksum() -> None:
+    forms: list[Any] = [None, 0, 0.0, "", b"", "0", b"0", -1]
+    assert len({codec.checksum((form,)) for form in forms}) == len(forms)
+
+
+def test_an_event_comes_back_as_it_was() -> None:
+    job = full_job()
+    event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", "why", {"a": [1, None]}, all_of(job))
+    row = codec.sealed(codec.event_row(event))
+    assert codec.fault(row) is None
+    assert codec.event(row) == event
+    assert fold(None, codec.event(row)) == job
+
+
+def test_parts_stand_in_the_journal_without_names_in_an_order_that_stays() -> None:
+    """What was written once is read by it for ever."""
+    job = full_job()
+    event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", None, None, all_of(job))
+    said = msgspec.json.decode(codec.event_row(event)[-1])
+    token = 1 << 24
+    backoff = {"kind": "exponential", "base_ms": 1000, "max_ms": 3600000, "jitter": True}
+    assert {name: value for name, value in said.items() if isinstance(value, list)} == {
+        "options": ["video", "convert", -5, 3, backoff, 3, "auto", 60_000, 90_000],
+        "grant": ["lock", token | 9, "w-1", NOW + 3, 60_000, 0, 90_000],
+        "lease": [1_000, 2_000, 3_000, True],
+        "ended": ["old", token | 3, "w-0", NOW, "stall", "silent", "fail", "abc"],
+        "result": ["https://x/y", "/a", "k/e/y", {"a": [1, None]}],
+        "error": ["it broke", "E1"],
+    }
+
+
+def test_changes_that_clear_a_field_are_not_those_that_leave_it_alone() -> None:
+    changes = Changes(grant=None, result=None, error=None, expires_at=None)
+    event = Event(1, NOW, "force_reset", 7, "a", "q", None, None, "admin", None, None, changes)
+    back = codec.event(codec.sealed(codec.event_row(event)))
+    assert back.changes == changes
+    assert back.changes is not None
+    assert back.changes.lease is UNSET
+
+
+@pytest.mark.parametrize("metadata", [b'{"x":1}', b'"text"', b"[]", b"0", None])
+def test_metadata_of_any_json_goes_through_the_journal(metadata: bytes | None) -> None:
+    result = Result(file_path="/f", metadata=None if metadata is None else Raw(metadata))
+    event = Event(1, NOW, "completed", 7, "a", "q", None, None, "w", None, None, Changes(result=result))
+    back = codec.event(codec.sealed(codec.event_row(event)))
+    assert back.changes == Changes(result=result)
+
+
+def test_keys_and_queues_come_back_as_they_were() -> None:
+    answered = KeyRow("d", "b", NOW, 201, b'{"x":1}')
+    *columns, answer = codec.key_row(answered)
+    assert codec.fault(tuple(columns)) is None
+    assert codec.key(tuple(columns), answer) == answered
+    granted = KeyRow("d", "b", NOW, 200, None, [("job", "lock")])
+    assert codec.key(codec.key_row(granted)[:-1]) == granted
+    for queue in (QueueRow(True, 1, 2, 3), QueueRow(True, 1, 2, 3, NOW, "ann", "deploy", NOW + 1)):
+        assert codec.queue(codec.queue_row("q", queue)) == queue
+    buried = Tombstone(7, "a", "k/ü", 1, 2, 3)
+    assert codec.tombstone(codec.tombstone_row(buried)) == buried
+    assert codec.fault(codec.tombstone_row(buried)) is None
+
+
+def test_a_row_of_the_audit_log_comes_back_as_it_was() -> None:
+    short = Audited(NOW, "admin", "unix uid=0", "pause", queue="video")
+    whole = Audited(NOW, "zoë", "::1", "plan retry", "a", "q", "why\n", "job_not_found", 7, {"from": None}, "p1")
+    for each in (short, whole):
+        row = codec.audit_row(3, each)
+        assert len(row) == len(codec.AUDIT_COLUMNS) + 1
+        assert codec.fault(row) is None
+        assert codec.audited(row) == each
+
+
+def test_a_row_set_aside_can_be_read_and_edited_by_people() -> None:
+    row = codec.sealed(codec.job_row(full_job()))
+    columns = (*codec.JOB_COLUMNS, "crc")
+    assert codec.from_text(columns, codec.as_text(columns, row)) == row
+    broken = (*row[:1], "j\udcffb", *row[2:])
+    assert msgspec.json.decode(codec.as_text(columns, broken))["id"] == {"hex": "6aff62"}
+    with pytest.raises(codec.Unreadable, match="column seq is missing"):
+        codec.from_text(columns, "{}")
+    with pytest.raises(codec.Unreadable, match="not the JSON"):
+        codec.from_text(columns, "[1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signs of life
+
+
+def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:
+    maker = Maker(seed)
+    change = maker.create(options=OPTIONS[1])
+    events = [change.event]
+    pick = random.Random(seed)
+    for grant in range(2):
+        assert change.after is not None
+        change = maker.grant(change.after)
+        events.append(change.event)
+        for number in range(signs):
+            job = change.after
+            assert job is not None
+            if number == 1 and grant == 0:
+                change = maker.progress(job, None, "step 1")
+            else:
+                change = maker.extend(job) if pick.random() < 0.5 else maker.progress(job)
+            events.append(change.event)
+        assert change.after is not None
+        change = maker.requeue(change.after)
+        events.append(change.event)
+    assert change.after is not None
+    return change.after, events
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_forgotten_signs_of_life_leave_the_same_row(seed: int) -> None:
+    job, events = journal_with(350, seed)
+    gone, changed = codec.thin(events)
+    new = {event.seq: event for event in changed}
+    left = [new.get(event.seq, event) for event in events if event.seq not in set(gone)]
+    row = None
+    for event in left:
+        row = fold(row, event)
+    assert row == job
+    assert job.progress_message == "step 1"  # set by an event that was forgotten
+    for begin, end in ((0, 1), (1, 2)):
+        grants = [place for place, event in enumerate(left) if event.type == "granted"] + [len(left)]
+        part = left[grants[begin] : grants[end]]
+        assert sum(event.type == "progress" for event in part) == KEEP_SIGNS
+        assert sum(event.type == "extended" for event in part) == KEEP_SIGNS
+    assert codec.thin(left) == ([], [])
+
+
+def test_few_signs_of_life_are_all_kept() -> None:
+    _, events = journal_with(KEEP_SIGNS, 1)
+    assert codec.thin(events) == ([], [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grants that were given back
+
+
+def loop_of_grants(seed: int) -> tuple[Desk, list[Event]]:
+    """A job that was granted 80 times, and given back most of the time."""
+    desk, dice = Desk(), random.Random(seed)
+    desk.create(max_attempts=1_000, max_stalls=1_000, on_stall="requeue")
+    for _ in range(80):
+        desk.passes(max(desk.job().run_at - desk.now, 0) + 1)
+        lock_id = desk.start(lock_ttl_ms=1_000, stuck_after_ms=0)
+        for _ in range(dice.choice((0, 0, 1, 3))):
+            desk.passes(1)
+            percent = dice.randrange(100)
+            sign = dice.choice((Extend(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=percent)))
+            desk.yes(sign)
+        match dice.randrange(12):
+            case 0:
+                desk.yes(Fail(id="a", lock_id=lock_id, error_message="boom", error_code="E"))
+            case 1:
+                desk.passes(2_000)
+                desk.yes(Recover(limit=1))
+                desk.no(Complete(id="a", lock_id=lock_id, file_path="/late"), "lock_lost")
+            case 2:
+                desk.yes(ForceReset(id="a"), admin=True)
+            case 3 | 4:
+                desk.yes(Undelivered(id="a", lock_id=lock_id))
+                desk.no(Extend(id="a", lock_id=lock_id), "lock_lost")  # a late call
+            case 5:
+                desk.yes(ReleaseLock(id="a", lock_id=lock_id), admin=True)
+                desk.yes(Update(id="a", priority=dice.randrange(9)), admin=True)
+            case _:
+                desk.yes(Release(id="a", lock_id=lock_id, delay_ms=dice.choice((None, 0, 5))))
+    return desk, list(desk.events)
+
+
+def rows_after(events: list[Event]) -> dict[int, Job | None]:
+    """The row after each event."""
+    row, found = None, {}
+    for event in events:
+        row = found[event.seq] = fold(row, event)
+    return found
+
+
+def without(events: list[Event], begin: int, end: int) -> list[Event]:
+    """`events` with the part from `begin` to `end` compacted."""
+    gone, changed = codec.compact(events[begin:end])
+    new, lost = {event.seq: event for event in changed}, set(gone)
+    return [new.get(event.seq, event) for event in events if event.seq not in lost]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_compacted_journal_gives_the_same_row_after_each_event_that_is_left(seed: int) -> None:
+    desk, events = loop_of_grants(seed)
+    before = rows_after(events)
+    dice = random.Random(seed)
+    left = events
+    for _ in range(4):  # parts that meet, overlap, and begin and end anywhere
+        begin, end = sorted(dice.sample(range(len(left) + 1), 2))
+        left = without(left, begin, end)
+        after = rows_after(left)
+        assert after == {seq: before[seq] for seq in after}
+    left = without(left, 0, len(left))
+    assert rows_after(left)[left[-1].seq] == desk.job()
+    assert codec.compact(left) == ([], [])
+    assert len(left) < len(events) / 2
+
+
+def test_grants_that_were_given_back_keep_events_that_are_not_routine() -> None:
+    _, events = loop_of_grants(1)
+    left = without(events, 0, len(events))
+    kept, seqs = {event.type for event in left}, {event.seq for event in left}
+    assert {"created", "retried", "stalled", "force_reset", "late_result", "updated", "granted"} <= kept
+    assert all(event.seq in seqs for event in events if event.type not in ROUTINE)
+    places = [place for place, event in enumerate(events) if event.type == "granted"]
+    for place, behind in zip(places, [*places[1:], len(events)], strict=True):
+        part = events[place:behind]
+        given_back = any(event.type in GIVEN_BACK for event in part)
+        stays = not given_back or place == places[-1]
+        assert all((event.seq in seqs) == (stays or event.type not in ROUTINE) for event in part), part

@@ -1,0 +1,458 @@
+"""The doctor: a whole store has no problem, every kind of damage is named with its mend, edited rows can be taken."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from jobd.model.job import DAY_MS, FINISHED, LIVE
+from jobd.model.storage import Audited, KeyRow, Tombstone
+from jobd.model.webhooks import Cursor, Delivery
+from jobd.storage import doctor, dry_run, files, migrations
+from jobd.storage.database import now_ms
+from jobd.storage.doctor import Problem, Refused, accept, check, recount
+from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
+from tests.support.factories import NOW, Maker
+from tests.support.store_help import (
+    assert_holds,
+    edited,
+    exists,
+    flip,
+    lose,
+    make_store,
+    opened,
+    pick,
+    read,
+    remove,
+    write,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+def places(problems: list[Problem]) -> list[str]:
+    return [problem.where for problem in problems]
+
+
+async def busy_store(path: str) -> Maker:
+    """A store with something in every table."""
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        keys = [KeyRow("d1", "b", NOW, 200, b"{}"), KeyRow("d2", "b", NOW, 200, None, [("a", "l")])]
+        await store.write(maker.batch([maker.queue_event("video", True)], keys=keys, report=b"{}"))
+        young = Tombstone(900, "gone", "k/1", now_ms(), now_ms())
+        deed = Audited(NOW, "eve", "127.0.0.1", "force-fail", "job-1", details={"from": "queued"})
+        await store.write(maker.batch([], tombstones=[young], audit=[deed]))
+        await store.open_outbox(["e"], NOW)
+        message = Delivery(7, "e", "waiting", "jobs/a", "job.failed", "evt_1", 1, NOW, NOW, 0, None, None, None, b"{}")
+        await store.plan_deliveries(Cursor("e", 1, next_delivery=8), [message])
+        await store.save_figures(b"{}")
+        await store.write(maker.batch([maker.late(pick(maker, LIVE), 1)]))
+    return maker
+
+
+async def test_a_whole_store_has_no_problem_and_is_not_touched(path: str) -> None:
+    await busy_store(path)
+    before = {name: read(name) for name in glob.glob(f"{path}*")}
+    assert check(path) == []
+    assert {name: read(name) for name in glob.glob(f"{path}*")} == before
+    remove(f"{path}.lock")  # a copy that no daemon ever opened
+    assert check(path) == []
+    assert not exists(f"{path}.lock")
+
+
+async def test_what_stands_in_the_log_counts_and_stays_there(path: str) -> None:
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        await store.write(maker.any_batch(30))
+        left = {suffix: read(path + suffix) for suffix in ("", "-wal")}
+    for suffix, content in left.items():
+        write(path + suffix, content)
+    assert check(path) == []
+    assert {suffix: read(path + suffix) for suffix in ("", "-wal")} == left
+    assert not exists(f"{path}-shm")
+
+
+async def test_a_store_that_a_daemon_holds_is_not_looked_at(path: str) -> None:
+    async with opened(path):
+        for call in (lambda: check(path), lambda: accept(path, ["a"]), lambda: recount(path)):
+            with pytest.raises(StoreBusy, match=str(os.getpid())):
+                call()
+
+
+async def test_what_is_no_store_of_ours_is_refused(path: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        check(path)
+    with pytest.raises(StoreUnreadable, match="does not exist"):
+        accept(path, ["a"])
+    assert not exists(path)
+    write(path, b"rubbish" * 100)
+    with pytest.raises(StoreUnreadable, match="not a database"):
+        check(path)
+    remove(path)
+    await make_store(path)
+    with edited(path) as conn:
+        conn.execute(f"PRAGMA user_version = {migrations.VERSION + 1}")
+    with pytest.raises(StoreTooNew):
+        check(path)
+
+
+async def test_an_older_store_is_to_be_migrated_first(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make_store(path)
+    monkeypatch.setattr(migrations, "VERSION", migrations.VERSION + 1)
+    (problem,) = check(path)
+    assert "start the daemon once" in problem.mend
+
+
+@pytest.mark.parametrize(
+    ("damage", "where", "what"),
+    [
+        ("UPDATE meta SET next_job = next_job + 1", "meta", "checksum"),
+        ("UPDATE payloads SET body = X'31' WHERE job_seq = {live}", "job {live_id}", "its payload is bad"),
+        ("DELETE FROM payloads WHERE job_seq = {live}", "job {live_id}", "its payload is missing"),
+        ("DELETE FROM jobs WHERE seq = {live}", "live jobs", "where"),
+        ("DELETE FROM jobs WHERE seq = {live}", "payload {live}", "no such job"),
+        ("DELETE FROM jobs WHERE seq = {live}", "job {live_id}", "it was not deleted"),
+        ("DELETE FROM jobs WHERE seq = {done}", "finished jobs", "where"),
+        ("DELETE FROM jobs WHERE seq = {done}", "queue {done_queue}", "where"),
+        ("UPDATE events SET by = 'me' WHERE seq = 3", "event 3", "checksum"),
+        ("UPDATE keys SET at = 1 WHERE digest = 'd1'", "key d1", "checksum"),
+        ("UPDATE keys SET answer = X'31' WHERE digest = 'd1'", "key d1", "its answer"),
+        ("UPDATE queues SET failed = 99 WHERE name = 'video'", "queue video", "checksum"),
+        ("UPDATE late_results SET worker = 'me'", "late result {late}", "checksum"),
+        ("DELETE FROM jobs WHERE seq = {live}", "late result {late}", "no such job"),
+        ("UPDATE reports SET body = X'31'", "reports 1", "checksum"),
+        ("UPDATE figures SET body = X'31'", "figures 1", "checksum"),
+        ("UPDATE tombstones SET tries = 9", "tombstones 900", "checksum"),
+        ("UPDATE audit SET who = 'mallory'", "audit 1", "checksum"),
+        ("UPDATE webhooks SET position = 99", "webhooks e", "checksum"),
+        ("UPDATE deliveries SET body = X'31'", "deliveries 7", "checksum"),
+        ("DROP INDEX deliveries_place", "schema deliveries_place", "missing"),
+        ("DROP INDEX audit_job", "schema audit_job", "missing"),
+        ("DROP INDEX jobs_storage_key", "schema jobs_storage_key", "missing"),
+        ("DROP INDEX jobs_expiry", "schema jobs_expiry", "missing"),
+    ],
+)
+async def test_every_kind_of_damage_is_named_with_its_mend(path: str, damage: str, where: str, what: str) -> None:
+    maker = await busy_store(path)
+    live, done = pick(maker, LIVE), pick(maker, FINISHED)
+    late = maker.numbers.next_event - 1
+    words = {"late": late, "live": live.seq, "live_id": live.id, "done": done.seq, "done_queue": done.options.queue}
+    with edited(path) as conn:
+        conn.execute(damage.format(**words))
+    found = [problem for problem in check(path) if problem.where == where.format(**words)]
+    assert found
+    assert what in found[0].what
+    assert all(problem.mend for problem in found)
+
+
+@pytest.mark.parametrize("column", ["queue", "id", "status", "crc", "fencing_token"])
+async def test_a_flipped_bit_of_a_job_is_named_by_its_id(path: str, column: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, frozenset({"processing"}))
+    flip(path, "jobs", column, "seq", job.seq)
+    problems = check(path)
+    assert f"job {job.id}" in places(problems)
+    assert "live jobs" not in places(problems) or column == "status"
+
+
+async def test_damage_to_an_index_is_named_and_mended_by_counting_anew(path: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, FINISHED)
+    with edited(path) as conn:
+        conn.execute("PRAGMA writable_schema = ON")
+        (sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'jobs_expiry'").fetchone()
+        less = sql.replace("WHERE", f"WHERE seq <> {job.seq} AND")
+        conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_expiry'", (less,))
+    with edited(path) as conn:
+        conn.execute("REINDEX")
+        conn.execute("PRAGMA writable_schema = ON")
+        conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_expiry'", (sql,))
+    problems = check(path)
+    assert any("jobs_expiry" in problem.what and "--recount" in problem.mend for problem in problems)
+    recount(path)
+    assert check(path) == []
+
+
+async def test_a_page_that_cannot_be_read_is_a_problem_and_stops_nothing(path: str) -> None:
+    await busy_store(path)
+    with edited(path) as conn:
+        (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'reports'").fetchone()
+    content = bytearray(read(path))
+    content[(page - 1) * 4096] = 0x77
+    write(path, content)
+    problems = check(path)
+    assert "file" in places(problems)
+    assert any("jobd restore" in problem.mend for problem in problems)
+
+
+async def test_numbers_that_are_still_to_be_given_are_noticed(path: str) -> None:
+    await busy_store(path)
+    with edited(path) as conn:
+        migrations.change_meta(conn, next_job=1, next_event=1)
+    assert places(check(path)) == ["meta", "meta"]
+
+
+async def test_a_tombstone_that_waits_for_long_is_named(path: str) -> None:
+    maker = await make_store(path)
+    times = [now_ms() - DAY_MS + 60_000, now_ms() - 3 * DAY_MS - 1]
+    buried = [Tombstone(900 + n, f"gone-{n}", f"k/{n}", at, at, tries=n) for n, at in enumerate(times)]
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([], tombstones=buried))
+    (problem,) = check(path)
+    assert problem.where == "artifact k/1"
+    assert problem.what == "job gone-1 was deleted 3 days ago, and its object not yet; 1 tries have failed"
+    assert "artifacts.url" in problem.mend
+    late = Tombstone(-12, "a", "late/1", times[1], times[1], tries=4)
+    async with opened(path) as (store, _):
+        await store.settle_tombstones([901], [])
+        await store.write(maker.batch([], tombstones=[late]))
+    (problem,) = check(path)
+    assert problem.where == "artifact late/1"
+    assert problem.what == "a late result of job a went 3 days ago, and its object not yet; 4 tries have failed"
+
+
+async def test_many_problems_of_one_kind_are_counted(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "NAMED", 3)
+    await busy_store(path)
+    with edited(path) as conn:
+        conn.execute("UPDATE events SET by = 'me'")
+        (count,) = conn.execute("SELECT count(*) FROM events").fetchone()
+    problems = check(path)
+    assert len(problems) == 4
+    assert problems[-1].what == f"and {count - 3} more of this kind"
+
+
+async def test_rows_set_aside_and_files_beside_are_looked_at(path: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, LIVE)
+    flip(path, "jobs", "queue", "seq", job.seq)
+    with edited(path) as conn:
+        conn.execute("UPDATE keys SET at = 1 WHERE digest = 'd1'")
+    async with opened(path):
+        pass
+    write(f"{path}.epoch", b"rubbish")
+    os.chmod(path, 0o644)
+    problems = check(path)
+    assert places(problems) == [f"job {job.id}", "keys set aside", "epoch file", path]
+    assert f"--accept {job.id}" in problems[0].mend
+    assert "d1" in problems[1].what
+
+
+async def test_an_epoch_file_that_does_not_fit_its_database_is_named(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await busy_store(path)
+    files.write_epoch(path, 4)
+    owner = os.stat(path).st_uid
+    stat = os.stat
+
+    def of_another(name: Any, *args: Any, **settings: Any) -> Any:
+        found = stat(name, *args, **settings)
+        return os.stat_result((*found[:4], owner + 1, *found[5:])) if str(name).endswith(".epoch") else found
+
+    monkeypatch.setattr(os, "stat", of_another)
+    older, foreign = check(path)
+    assert older.what == "it has seen epoch 4, the database 1: the database is an older copy"
+    assert foreign.what == f"it belongs to user {owner + 1}, the database to user {owner}"
+    assert foreign.mend == f"chown --reference {path} {path}.epoch"
+    monkeypatch.undo()
+    with edited(path) as conn:
+        migrations.change_meta(conn, marked=1)
+    assert check(path) == []  # a backup that was put back: its next start takes an epoch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Taking rows as they are
+
+
+async def test_an_edited_row_is_taken_in_its_place(path: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, frozenset({"processing"}))
+    with edited(path) as conn:
+        conn.execute("UPDATE jobs SET status = 'failed', lock_id = NULL, progress = 50 WHERE seq = ?", (job.seq,))
+    assert places(check(path))[0] == f"job {job.id}"
+    assert "was accepted as it is" in accept(path, [job.id])
+    assert check(path) == []
+    async with opened(path) as (store, found):
+        assert found.faults == []
+        assert found.suspects[job.seq] == job.id
+        back = (await store.load([job.id], [job.seq], [])).jobs[job.id]
+        assert back == replace(job, status="failed", grant=None, progress=50)
+        assert (await store.load([], [job.seq], [])).payloads[job.seq].body == maker.payloads[job.seq]
+
+
+async def test_a_row_comes_back_from_quarantine(path: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, LIVE)
+    flip(path, "jobs", "queue", "seq", job.seq)
+    async with opened(path) as (_, found):
+        assert list(found.quarantined) == [job.id]
+    queue = job.options.queue
+    with edited(path) as conn:
+        conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
+    accept(path, [job.id])
+    assert check(path) == []
+    async with opened(path) as (store, found):
+        assert (found.faults, found.quarantined) == ([], {})
+        maker.suspects.add(job.seq)
+        await assert_holds(store, found, maker)
+
+
+async def test_all_damaged_rows_are_taken_at_once_but_for_those_that_make_no_job(path: str) -> None:
+    maker = await busy_store(path)
+    aside, in_place, hopeless = (
+        pick(maker, frozenset({"queued"})),
+        *[job for job in maker.jobs.values() if job.status in FINISHED][:2],
+    )
+    flip(path, "jobs", "queue", "seq", aside.seq)
+    async with opened(path):
+        pass
+    with edited(path) as conn:
+        conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (aside.options.queue,))
+        conn.execute("UPDATE jobs SET attempt = attempt + 1 WHERE seq = ?", (in_place.seq,))
+        conn.execute("UPDATE jobs SET ended_lock_id = 'l', ended_worker = NULL WHERE seq = ?", (hopeless.seq,))
+    named = [aside.id, in_place.id, hopeless.id]
+    with pytest.raises(doctor.Refused, match="is not a valid job"):
+        accept(path, named)
+    assert sorted(places(check(path))) == sorted(f"job {id_}" for id_ in named), "nothing was written"
+    foreseen = dry_run.accept(path, None)
+    told = accept(path, None).splitlines()
+    assert [line.partition(":")[0] for line in told] == [*(f"job {id_}" for id_ in named), "Counted"]
+    assert "The row does not change" in told[2]
+    assert any("The row would not change" in line for line in foreseen)
+    assert places(check(path)) == [f"job {hopeless.id}"]
+    assert accept(path, [in_place.id, in_place.id]).count("was accepted") == 1
+
+
+async def test_nothing_is_taken_if_nothing_is_damaged(path: str) -> None:
+    await busy_store(path)
+    assert accept(path, None) == dry_run.accept(path, None)[0] == doctor.NOTHING_DAMAGED
+
+
+async def test_a_job_with_a_bad_payload_comes_back_with_the_mended_one(path: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, FINISHED)
+    with edited(path) as conn:
+        conn.execute("UPDATE payloads SET body = X'7b' WHERE job_seq = ?", (job.seq,))
+    async with opened(path) as (store, _):
+        assert list((await store.load([], [job.seq], [])).bad) == [job.id]
+    with pytest.raises(Refused, match="its payload is no JSON"):
+        accept(path, [job.id])
+    with edited(path) as conn:
+        conn.execute("UPDATE quarantined_jobs SET payload = CAST('{}' AS BLOB)")
+    accept(path, [job.id])
+    assert check(path) == []
+    async with opened(path) as (store, found):
+        assert (await store.load([], [job.seq], [])).payloads[job.seq].body == b"{}"
+        assert found.queues == maker.queues
+
+
+async def test_a_missing_payload_is_taken_as_null(path: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, LIVE)
+    with edited(path) as conn:
+        conn.execute("DELETE FROM payloads WHERE job_seq = ?", (job.seq,))
+    accept(path, [job.id])
+    async with opened(path) as (store, _):
+        assert (await store.load([], [job.seq], [])).payloads[job.seq].body == b"null"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ("UPDATE jobs SET worker = NULL WHERE seq = {seq}", "worker must not be null"),
+        ("UPDATE jobs SET id = 'no id' WHERE seq = {seq}", "no id of a job"),
+        ("UPDATE jobs SET fencing_token = 1 << 60 WHERE seq = {seq}", "higher than any"),
+        ("DELETE FROM jobs WHERE seq = {seq}", "there is no job"),
+    ],
+)
+async def test_a_row_that_makes_no_job_is_refused_and_nothing_changes(path: str, edit: str, message: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, frozenset({"processing"}))
+    with edited(path) as conn:
+        conn.execute(edit.format(seq=job.seq))
+    before = check(path)
+    with pytest.raises(Refused, match=message):
+        accept(path, ["no id" if "no id" in edit else job.id])
+    assert check(path) == before
+
+
+async def test_an_id_that_was_given_again_is_refused(path: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, LIVE)
+    async with opened(path) as (store, _):
+        await store.quarantine(job, "for a test")
+        lose(maker, job)
+        await store.write(maker.batch([maker.create(job.id)]))
+    with pytest.raises(Refused, match="UNIQUE"):
+        accept(path, [job.id])
+
+
+async def test_a_row_in_quarantine_that_is_no_json_is_refused(path: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, LIVE)
+    async with opened(path) as (store, _):
+        await store.quarantine(job, "for a test")
+    for row in ("{", "[]", msgspec.json.encode({"seq": 1}).decode()):
+        with edited(path) as conn:
+            conn.execute("UPDATE quarantined_jobs SET row = ?", (row,))
+        with pytest.raises(Refused):
+            accept(path, [job.id])
+
+
+async def test_counting_anew_takes_what_is_there(path: str) -> None:
+    maker = await busy_store(path)
+    live, done = pick(maker, LIVE), pick(maker, FINISHED)
+    with edited(path) as conn:
+        for table, column in (
+            ("jobs", "seq"),
+            ("payloads", "job_seq"),
+            ("events", "job_seq"),
+            ("late_results", "job_seq"),
+        ):
+            conn.execute(f"DELETE FROM {table} WHERE {column} IN (?, ?)", (live.seq, done.seq))
+        conn.execute("DELETE FROM queues WHERE name = 'video'")
+    assert {"live jobs", "finished jobs"} <= set(places(check(path)))
+    assert "Counted:" in recount(path)
+    assert check(path) == []
+    lose(maker, live)
+    lose(maker, done)
+    maker.queues["video"] = replace(maker.queues["video"], paused=False, paused_at=None, paused_by=None)
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+async def test_a_bad_row_is_not_hidden_by_counting_anew(path: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, LIVE)
+    flip(path, "jobs", "run_at", "seq", job.seq)
+    recount(path)
+    assert f"job {job.id}" in places(check(path))
+
+
+def test_the_check_of_a_new_store_finds_nothing(path: str) -> None:
+    conn = sqlite3.connect(path, isolation_level=None)
+    migrations.create(conn)
+    conn.close()
+    os.chmod(path, 0o600)
+    assert check(path) == []
+
+
+async def test_a_column_of_the_meta_row_that_has_another_name_is_named(path: str) -> None:
+    await make_store(path)
+    with edited(path) as conn:
+        conn.execute("ALTER TABLE meta RENAME COLUMN finished_xor TO finished_xos")
+    (problem,) = [problem for problem in doctor.check(path) if problem.where == "meta"]
+    assert "finished_xos" in problem.what
+    assert "restore" in problem.mend

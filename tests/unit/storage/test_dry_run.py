@@ -1,0 +1,254 @@
+"""What a restore or a repair would do: told as it would be, with the refusals of the real one, and nothing written."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobd.model.job import FINISHED, LIVE
+from jobd.model.storage import DiskFull
+from jobd.storage import backup, doctor, dry_run, files, migrations
+from jobd.storage.files import StoreBusy, StoreTooNew, StoreUnreadable
+from tests.support.store_help import edited, exists, make_store, opened, pick, read, remove, spoil, write
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    (tmp_path / "here").mkdir()
+    return str(tmp_path / "here" / "jobd.db")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> str:
+    return str(tmp_path / "copy.db")
+
+
+def state(*names: str) -> dict[str, tuple[bytes, int]]:
+    return {name: (read(name), os.stat(name).st_mtime_ns) for path in names for name in glob.glob(f"{path}*")}
+
+
+async def test_a_restore_is_told_with_what_it_ends_and_replaces(path: str, copy: str) -> None:
+    maker = await make_store(copy)
+    await make_store(path, seed=12)
+    files.write_epoch(path, 4)
+    before = state(path, copy)
+    told = "\n".join(dry_run.restore(copy, path))
+    assert state(path, copy) == before
+    held = sum(job.status == "processing" for job in maker.jobs.values())
+    assert held
+    for words in (
+        f"would put {copy} in place as {path}",
+        "it is a database of jobd, whole",
+        "the checksums of all its rows are right",
+        f"it holds {len(maker.jobs)} jobs",
+        f"{held} processing",
+        f"being worked on: {held}; their stall rule would end them",
+        "epoch 5 or a later one would begin",
+        f"would be kept beside it, as {path}.",
+    ):
+        assert words in told
+    backup.restore(copy, path)
+    async with opened(path) as (_, found):  # it was the truth
+        assert found.numbers.epoch == 5
+
+
+async def test_where_nothing_is_yet_nothing_is_made(path: str, copy: str) -> None:
+    await make_store(copy)
+    assert "there is no database now" in dry_run.restore(copy, path)[-1]
+    assert os.listdir(os.path.dirname(path)) == []
+
+
+async def test_the_epoch_counts_that_only_the_old_store_knows(path: str, copy: str) -> None:
+    await make_store(copy)
+    await make_store(path)
+    with edited(path) as conn:
+        migrations.change_meta(conn, epoch=7)
+    remove(f"{path}.epoch")
+    assert "epoch 8 or a later one would begin" in "\n".join(dry_run.restore(copy, path))
+
+
+async def test_what_cannot_be_read_would_be_kept_as_it_is(path: str, copy: str) -> None:
+    await make_store(copy)
+    write(path, b"rubbish" * 1_000)
+    assert "what is there cannot be read, and would be kept" in dry_run.restore(copy, path)[-1]
+
+
+async def test_a_damaged_row_is_named_and_hinders_nothing(path: str, copy: str) -> None:
+    maker = await make_store(copy)
+    with edited(copy) as conn:
+        conn.execute("UPDATE jobs SET priority = priority + 1")
+    told = dry_run.restore(copy, path)
+    assert any("BEWARE" in line and "problems" in line for line in told)
+    named = [line for line in told if line.startswith("        job ")]
+    assert len(named) == min(dry_run.SHOWN, len(maker.jobs))
+    assert any(f"jobd doctor --store {copy}" in line for line in told)
+    backup.restore(copy, path)
+
+
+async def test_an_older_file_would_be_migrated(path: str, copy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make_store(copy)
+    monkeypatch.setattr(migrations, "VERSION", migrations.VERSION + 1)
+    told = "\n".join(dry_run.restore(copy, path))
+    assert f"its schema version is {migrations.VERSION - 1}" in told
+    for lines in (dry_run.recount(copy), dry_run.accept(copy, ["a"])):
+        assert len(lines) == 1
+        assert f"would be made {migrations.VERSION} first" in lines[0]
+
+
+async def test_a_file_that_a_daemon_writes_is_named(path: str, copy: str) -> None:
+    await make_store(copy)
+    with files.FileLock(copy):
+        assert any("BEWARE" in line and str(os.getpid()) in line for line in dry_run.restore(copy, path))
+
+
+@pytest.mark.parametrize("what", ["missing", "rubbish", "foreign", "newer", "meta", "page", "epoch", "folder"])
+async def test_what_a_restore_refuses_is_refused_alike(path: str, copy: str, what: str) -> None:
+    await make_store(copy)
+    await make_store(path, seed=12)
+    if what == "epoch":
+        write(f"{path}.epoch", b"rubbish")
+    elif what == "folder":
+        path = f"{path}-nowhere/jobd.db"
+    else:
+        spoil(copy, what)
+    before = state(path, copy)
+    errors: list[Exception] = []
+    for call in (dry_run.restore, backup.restore):
+        with pytest.raises((StoreTooNew, StoreUnreadable, OSError)) as caught:
+            call(copy, path)
+        errors.append(caught.value)
+        if call is dry_run.restore:
+            assert state(path, copy) == before
+    assert type(errors[0]) is type(errors[1])
+    assert getattr(errors[0], "errno", None) == getattr(errors[1], "errno", None)
+
+
+async def test_who_holds_the_store_is_in_the_way(path: str, copy: str) -> None:
+    await make_store(copy)
+    async with opened(path):
+        before = read(path)
+        with pytest.raises(StoreBusy, match=str(os.getpid())):
+            dry_run.restore(copy, path)
+        assert read(path) == before
+    with edited(path) as conn:
+        conn.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreBusy):
+            dry_run.restore(copy, path)
+    dry_run.restore(copy, path)
+
+
+async def test_room_is_looked_for(path: str, copy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make_store(copy)
+    real = os.statvfs(path.rpartition("/")[0])
+    short = os.statvfs_result((real.f_bsize, 4096, 10, 10, os.path.getsize(copy) // 4096 - 1, 1, 1, 1, 1, 255))
+    monkeypatch.setattr("jobd.storage.dry_run.os.statvfs", lambda _: short)
+    with pytest.raises(DiskFull, match="MiB"):
+        dry_run.restore(copy, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Repairs
+
+
+async def test_what_accept_would_write_is_what_it_writes(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, frozenset({"processing"}))
+    assert job.grant is not None
+    with edited(path) as conn:
+        conn.execute("UPDATE jobs SET priority = 77 WHERE seq = ?", (job.seq,))
+    before = state(path)
+    told = "\n".join(dry_run.accept(path, [job.id]))
+    assert {name: kept[0] for name, kept in state(path).items() if not name.endswith(".lock")} == {
+        name: kept[0] for name, kept in before.items() if not name.endswith(".lock")
+    }
+    assert f"job {job.id}: its row would be accepted as it is" in told
+    assert "priority 77" in told
+    assert job.grant.lock_id not in told
+    assert "the counts would stay" in told
+    doctor.accept(path, [job.id])
+    assert doctor.check(path) == []
+
+
+@pytest.mark.parametrize("statuses", [LIVE, FINISHED], ids=["live", "finished"])
+async def test_from_quarantine_a_job_counts_again(path: str, statuses: frozenset[str]) -> None:
+    maker = await make_store(path)
+    job = pick(maker, statuses)
+    queue = job.options.queue
+    with edited(path) as conn:
+        conn.execute("UPDATE jobs SET queue = 'other' WHERE seq = ?", (job.seq,))
+    async with opened(path) as (store, _):
+        await store.load([job.id], [], [])
+    with edited(path) as conn:
+        conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
+    told = "\n".join(dry_run.accept(path, [job.id]))
+    assert "its row in quarantine would be accepted" in told
+    live = sum(each.status in LIVE for each in maker.jobs.values())
+    assert f"the counts would be: {live} live and {len(maker.jobs) - live} finished jobs" in told
+    doctor.accept(path, [job.id])
+    assert doctor.check(path) == []
+
+
+async def test_what_cannot_be_taken_is_refused_alike(path: str) -> None:
+    maker = await make_store(path)
+    one = pick(maker, frozenset({"processing"}))
+    calls: list[Callable[[str, list[str]], Any]] = [dry_run.accept, doctor.accept]
+    for call in calls:
+        with pytest.raises(doctor.Refused, match="there is no job nobody"):
+            call(path, ["nobody"])
+    with edited(path) as conn:
+        conn.execute("UPDATE jobs SET worker = NULL WHERE seq = ?", (one.seq,))
+    for call in calls:
+        with pytest.raises(doctor.Refused, match="is not a valid job"):
+            call(path, [one.id])
+
+
+async def test_a_second_row_of_an_id_is_refused(path: str) -> None:
+    maker = await make_store(path)
+    one, other = [job for job in maker.jobs.values() if job.status == "queued"][:2]
+    with edited(path) as conn:
+        conn.execute("UPDATE jobs SET queue = 'other' WHERE seq = ?", (one.seq,))
+    async with opened(path) as (store, _):
+        await store.load([one.id], [], [])
+    with edited(path) as conn:
+        conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?)", (other.id,))
+    for call in (dry_run.accept, doctor.accept):
+        with pytest.raises(doctor.Refused):
+            call(path, [one.id])
+
+
+async def test_a_recount_is_told_with_what_differs(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, FINISHED)
+    told = "\n".join(dry_run.recount(path))
+    assert "all indexes would be rebuilt" in told
+    assert "the counts would stay" in told
+    with edited(path) as conn:
+        conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
+    told = "\n".join(dry_run.recount(path))
+    assert "the counts would be: " in told
+    assert f"queue {job.options.queue}: " in told
+    doctor.recount(path)
+    assert "the counts would stay" in "\n".join(dry_run.recount(path))
+
+
+async def test_rows_that_are_others_are_told_where_the_counts_agree(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    with edited(path) as conn:
+        conn.execute("UPDATE jobs SET crc = crc + 1 WHERE seq = ?", (job.seq,))
+    assert "the rows are not those that had been written" in "\n".join(dry_run.recount(path))
+
+
+async def test_repairs_are_told_of_no_store_but_an_own_that_nobody_has(path: str) -> None:
+    for call in (dry_run.recount, lambda where: dry_run.accept(where, "a")):
+        with pytest.raises(StoreUnreadable, match="does not exist"):
+            call(path)
+    assert not exists(path)
+    async with opened(path):
+        with pytest.raises(StoreBusy):
+            dry_run.recount(path)

@@ -1,0 +1,297 @@
+"""The outbox on the disk: what is written is there, together or not at all; damage is named; nothing grows for ever."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.model.job import DAY_MS
+from jobd.model.storage import DiskFull
+from jobd.model.webhooks import UNTOLD, Cursor, Delivery
+from jobd.storage import outbox as webhook_tables
+from jobd.storage.codec import fault
+from jobd.storage.store import Store
+from tests.support.factories import NOW, Maker
+from tests.support.store_help import edited, flip, make_store, opened
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+def made(id_: int, endpoint: str = "e", **fields: Any) -> Delivery:
+    values: dict[str, Any] = {
+        "state": "waiting",
+        "subject": "jobs/a",
+        "type": "job.failed",
+        "event_id": f"evt_{id_}",
+        "seq": id_,
+    }
+    values |= {
+        "at": NOW,
+        "due_at": NOW,
+        "tries": 0,
+        "ended_at": None,
+        "status": None,
+        "error": None,
+        "body": b'{"a":1}',
+    }
+    return Delivery(id_, endpoint, **(values | fields))
+
+
+async def planned(store: Store, *deliveries: Delivery, name: str = "e", position: int = 9) -> None:
+    top = max((each.id for each in deliveries), default=0)
+    await store.plan_deliveries(Cursor(name, position, 0, top + 1, {}, NOW), list(deliveries))
+
+
+def bare(*deliveries: Delivery) -> list[Delivery]:
+    return [replace(each, body=b"") for each in deliveries]
+
+
+def test_rows_come_back_as_they_were() -> None:
+    told = Cursor("zoë", 5, UNTOLD, 3, {"stuck_jobs": NOW}, NOW)
+    assert webhook_tables.cursor(webhook_tables.cursor_row(told)) == told
+    assert fault(webhook_tables.cursor_row(told)) is None
+    assert len(webhook_tables.cursor_row(told)) == len(webhook_tables.CURSOR_COLUMNS) + 1
+    sent = made(3, state="delivered", ended_at=NOW + 1, status=200, error="ü\n", tries=4)
+    assert webhook_tables.delivery(webhook_tables.delivery_row(sent)) == sent
+    assert fault(webhook_tables.delivery_row(sent)) is None
+
+
+async def test_a_new_endpoint_begins_at_the_end_of_the_journal(path: str) -> None:
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        last = maker.numbers.next_event - 1
+        outbox = await store.open_outbox(["e", "f"], NOW)
+        assert outbox.cursors == {name: Cursor(name, last, last, 1, {}, NOW) for name in "ef"}
+        assert (outbox.waiting, outbox.last, outbox.next_delivery) == ({"e": [], "f": []}, last, 1)
+        await store.write(maker.any_batch(5))
+    async with opened(path) as (store, _):
+        assert (await store.open_outbox(["e"], NOW + 5)).cursors["e"] == Cursor("e", last, last, 1, {}, NOW)
+
+
+async def test_what_was_planned_is_there_after_a_restart_and_numbers_go_on(path: str) -> None:
+    async with opened(path) as (store, _):
+        await store.open_outbox(["e", "f"], NOW)
+        first, second, other = made(1), made(2, subject="jobs/b"), made(3, "f")
+        await planned(store, first, second, position=7)
+        await planned(store, other, name="f")
+        await store.settle_deliveries([replace(first, state="delivered", ended_at=NOW + 1, status=204)], NOW + 1)
+    async with opened(path) as (store, _):
+        outbox = await store.open_outbox(["e", "f"], NOW)
+        assert outbox.waiting == {"e": bare(second), "f": bare(other)}
+        assert outbox.cursors["e"].position == 7
+        assert outbox.next_delivery == 4
+        assert await store.deliveries([2, 99, 1]) == [
+            second,
+            replace(first, state="delivered", ended_at=NOW + 1, status=204),
+        ]
+
+
+async def test_numbers_are_not_used_again_when_their_deliveries_are_forgotten(path: str) -> None:
+    async with opened(path) as (store, _):
+        await store.open_outbox(["e"], NOW)
+        await planned(store, made(1), made(2))
+        store._db.raw.execute("DELETE FROM deliveries")
+        assert (await store.open_outbox(["e"], NOW)).next_delivery == 3
+
+
+async def test_deliveries_and_the_cursor_are_written_together_or_not_at_all(path: str) -> None:
+    async with opened(path) as (store, _):
+        await store.open_outbox(["e"], NOW)
+        await planned(store, made(1), position=1)
+        big = [made(id_, body=b"x" * 4000) for id_ in range(2, 99)]
+        (pages,) = store._db.raw.execute("PRAGMA page_count").fetchone()
+        store._db.raw.execute(f"PRAGMA max_page_count = {pages + 5}")
+        with pytest.raises(DiskFull):
+            await planned(store, *big, position=98)
+        outbox = await store.open_outbox(["e"], NOW)
+        assert (outbox.cursors["e"].position, outbox.waiting["e"]) == (1, bare(made(1)))
+        store._db.raw.execute("PRAGMA max_page_count = 1000000")
+        await planned(store, *big, position=98)
+        assert len((await store.open_outbox(["e"], NOW)).waiting["e"]) == 98
+
+
+async def test_pages_are_of_one_endpoint_and_state_newest_first(path: str) -> None:
+    async with opened(path) as (store, _):
+        states = ("waiting", "delivered", "given_up")
+        everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3]) for id_ in range(1, 40)]
+        await planned(store, *everything)
+        own = [each for each in reversed(everything) if each.endpoint == "f"]
+        assert await store.page_of_deliveries("f", None, 1 << 60, 99) == own
+        assert await store.page_of_deliveries("f", None, own[4].id, 5) == own[5:10]
+        given_up = [each for each in own if each.state == "given_up"]
+        assert await store.page_of_deliveries("f", "given_up", given_up[0].id, 2) == given_up[1:3]
+        assert await store.page_of_deliveries("nobody", None, 1 << 60, 9) == []
+
+
+async def test_a_delivery_goes_back_into_line_as_if_it_were_new(path: str) -> None:
+    async with opened(path) as (store, _):
+        await planned(store, made(1, state="given_up", tries=9, ended_at=NOW, status=500, error="500"))
+        renewed = await store.deliver_again("e", 1, NOW + 7)
+        assert renewed == made(1, due_at=NOW + 7, status=500, error="500")
+        assert await store.deliveries([1]) == [renewed]
+        assert await store.deliver_again("f", 1, NOW) is None
+        assert await store.deliver_again("e", 2, NOW) is None
+
+
+async def test_what_was_given_up_goes_back_into_line_oldest_first_and_up_to_a_number(path: str) -> None:
+    async with opened(path) as (store, _):
+        states = ("waiting", "delivered", "given_up")
+        everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3], tries=9, ended_at=NOW) for id_ in range(1, 40)]
+        await planned(store, *everything)
+        lost = [each.id for each in everything if (each.endpoint, each.state) == ("e", "given_up")]
+        found = await store.deliver_all_again("e", lost[-2], 2, NOW + 7)
+        renewed = [made(id_, "e", due_at=NOW + 7) for id_ in lost[:2]]
+        assert found == [replace(each, body=b"") for each in renewed]
+        assert await store.deliveries(lost[:2]) == renewed
+        assert [each.id for each in await store.deliver_all_again("e", lost[-2], 99, NOW)] == lost[2:-1]
+        assert await store.deliver_all_again("e", lost[-2], 99, NOW) == []
+        left = await store.page_of_deliveries("e", "given_up", 1 << 60, 99)
+        assert [each.id for each in left] == lost[-1:]
+        assert len(await store.page_of_deliveries("f", "given_up", 1 << 60, 99)) > 1, "another's are not touched"
+
+
+async def test_of_what_has_ended_only_the_latest_is_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 5, "given_up": 5})
+    async with opened(path) as (store, _):
+        await planned(store, *(made(id_) for id_ in range(1, 41)))
+        await planned(store, *(made(id_, "f", state="delivered", ended_at=NOW) for id_ in range(41, 51)), name="f")
+        for id_ in range(1, 21):
+            await store.settle_deliveries([made(id_, state="delivered", ended_at=NOW)], NOW)
+        await store.settle_deliveries([made(id_, state="given_up", ended_at=NOW) for id_ in range(21, 31)], NOW)
+        assert [each.id for each in await store.page_of_deliveries("e", "delivered", 999, 99)] == [20, 19, 18, 17, 16]
+        assert [each.id for each in await store.page_of_deliveries("e", "given_up", 999, 99)] == [30, 29, 28, 27, 26]
+        assert len(await store.page_of_deliveries("e", "waiting", 999, 99)) == 10  # those are nobody's to forget
+        assert len(await store.page_of_deliveries("f", "delivered", 999, 99)) == 10
+
+
+async def test_what_was_given_up_and_is_kept_no_longer_leaves_a_gap_behind(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 2, "given_up": 3})
+
+    async def is_gap(*settled: Delivery, now: int = NOW) -> bool:
+        told = await store.settle_deliveries(list(settled), now)
+        (gone_to,) = store._db.raw.execute("SELECT gone_to FROM webhooks WHERE name = 'e'").fetchone()
+        assert told == (gone_to == UNTOLD)
+        await planned(store)  # as if it were told
+        return told
+
+    async with opened(path) as (store, _):
+        await planned(store, *(made(id_) for id_ in range(1, 21)))
+        assert not await is_gap(*(made(id_, state="delivered", ended_at=NOW) for id_ in range(1, 9)))
+        assert not await is_gap(*(made(id_, state="given_up", ended_at=NOW) for id_ in range(9, 12)))
+        assert await store.given_up("e") == (3, 11)
+        assert await is_gap(made(12, state="given_up", ended_at=NOW))
+        assert [each.id for each in await store.page_of_deliveries("e", "given_up", 99, 9)] == [12, 11, 10]
+        assert not await is_gap(made(13, state="delivered", ended_at=NOW))
+        assert await is_gap(made(14, state="delivered", ended_at=NOW + 31 * DAY_MS), now=NOW + 31 * DAY_MS), "by age"
+        assert await store.given_up("e") == (1, 12)
+        assert await store.given_up("f") == (0, 0)
+
+
+async def test_alerts_and_tests_that_are_kept_no_longer_leave_no_gap_but_a_gap_does(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 1, "given_up": 1})
+    async with opened(path) as (store, _):
+        types = ["alert.firing", "webhook.test", "events.gone", "job.failed"]
+        lost = [made(id_, seq=0, type=type_, state="given_up", ended_at=NOW) for id_, type_ in enumerate(types, 1)]
+        await planned(store, *lost)
+        assert [await store.settle_deliveries([each], NOW) for each in lost[:1]] == [True], "a gap was among them"
+        await planned(store, *(replace(each, id=each.id + 10) for each in lost[:2]))
+        assert await store.settle_deliveries([replace(lost[0], id=11)], NOW) is False
+
+
+async def test_what_ended_long_ago_is_forgotten_by_its_age(path: str) -> None:
+    async with opened(path) as (store, _):
+        old = [made(id_, state="delivered", ended_at=NOW) for id_ in range(1, 7)]
+        lost = [made(id_, state="given_up", ended_at=NOW) for id_ in range(7, 9)]
+        await planned(store, *old, *lost, *(made(id_) for id_ in range(10, 14)))
+        for step in range(4):
+            await store.settle_deliveries(
+                [made(10 + step, state="delivered", ended_at=NOW + 8 * DAY_MS)], NOW + 8 * DAY_MS
+            )
+        assert [each.id for each in await store.page_of_deliveries("e", "delivered", 99, 99)] == [13, 12, 11, 10]
+        assert len(await store.page_of_deliveries("e", "given_up", 99, 99)) == 2
+
+
+async def test_an_endpoint_that_was_taken_out_keeps_its_place_for_a_while(path: str) -> None:
+    async with opened(path) as (store, _):
+        await store.open_outbox(["e", "f"], NOW)
+        await planned(store, made(1), position=3)
+        await store.open_outbox(["f"], NOW + 29 * DAY_MS)
+        assert (await store.open_outbox(["f"], NOW + 29 * DAY_MS)).cursors["f"].updated_at == NOW + 29 * DAY_MS
+        back = await store.open_outbox(["e"], NOW + 29 * DAY_MS)
+        assert (back.cursors["e"].position, back.waiting["e"]) == (3, bare(made(1)))
+        await store.open_outbox(["f"], NOW + 60 * DAY_MS)
+        assert (await store.open_outbox(["e"], NOW + 60 * DAY_MS)).waiting["e"] == []
+        assert await store.deliveries([1]) == []
+
+
+async def test_on_a_full_disk_those_that_are_known_begin_all_the_same(small_disk: Path) -> None:
+    maker = Maker()
+    async with opened(str(small_disk / "jobd.db")) as (store, _):
+        await store.open_outbox(["e"], NOW)
+        await planned(store, made(1), position=3)
+        filler = small_disk / "filler"
+        fill(filler)
+        with contextlib.suppress(DiskFull):
+            while True:
+                await store.write(maker.any_batch(50))
+        outbox = await store.open_outbox(["e"], NOW + 2 * DAY_MS)
+        assert (outbox.cursors["e"].position, outbox.waiting["e"]) == (3, bare(made(1)))
+        with pytest.raises(DiskFull):
+            await store.open_outbox(["e", "f"], NOW + 2 * DAY_MS)
+        filler.unlink()
+        outbox = await store.open_outbox(["e", "f"], NOW + 2 * DAY_MS)
+        assert outbox.cursors["f"].updated_at == NOW + 2 * DAY_MS
+
+
+def fill(name: Path) -> None:
+    """Take up all room of its disk."""
+    with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
+async def test_a_bad_delivery_is_set_aside_and_named_and_holds_up_nobody(path: str) -> None:
+    async with opened(path) as (store, _):
+        await planned(store, made(1), made(2), made(3))
+    flip(path, "deliveries", "body", "id", 2)
+    async with opened(path) as (store, _):
+        outbox = await store.open_outbox(["e"], NOW)
+        assert outbox.waiting["e"] == bare(made(1), made(3))
+        assert store.take_faults() == ["deliveries 2: its checksum is wrong; the row was set aside"]
+        assert await store.deliveries([1, 2, 3]) == [made(1), made(3)]
+        assert store.take_faults() == []
+
+
+async def test_a_bad_cursor_goes_on_where_its_deliveries_end(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create() for _ in range(9)]))
+        await store.open_outbox(["e", "f"], NOW)
+        await planned(store, made(1, seq=4), made(2, seq=6), position=8)
+    with edited(path) as conn:
+        conn.execute("UPDATE webhooks SET position = position + 1")
+    async with opened(path) as (store, _):
+        outbox = await store.open_outbox(["e", "f", "g"], NOW)
+        assert (outbox.cursors["e"].position, outbox.cursors["e"].gone_to) == (6, 6)
+        for name in "fg":  # nobody knows whose the other was: both are told
+            assert (outbox.cursors[name].position, outbox.cursors[name].gone_to) == (9, UNTOLD)
+        assert len(store.take_faults()) == 2
+    async with opened(path) as (store, _):
+        assert (await store.open_outbox(["h"], NOW)).cursors["h"].gone_to == 9
+
+
+async def test_what_nobody_asks_for_costs_nothing(path: str) -> None:
+    async with opened(path) as (store, _):
+        for table in ("webhooks", "deliveries"):
+            assert store._db.raw.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)

@@ -1,0 +1,784 @@
+"""Damage: a row that is not as it was written is named and set aside, never served."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sqlite3
+from pathlib import Path
+
+import pytest
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd.model.events import fold
+from jobd.model.job import FINISHED, LIVE, Job, Options, Result
+from jobd.model.storage import (
+    Aside,
+    Audited,
+    AuditQuery,
+    BadRows,
+    Due,
+    JournalPage,
+    KeyRow,
+    LateAsked,
+    Loaded,
+    Opened,
+    Query,
+    QueueRow,
+    Tombstone,
+)
+from jobd.storage import quarantine
+from jobd.storage.codec import JOB_COLUMNS
+from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
+from tests.support.factories import NOW, Maker
+from tests.support.store_help import (
+    assert_holds,
+    edited,
+    flip,
+    lose,
+    made,
+    make_store,
+    opened,
+    pick,
+    read,
+    recounted,
+    remove,
+    seqs,
+    without_indexes,
+    write,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+@pytest.mark.parametrize("bit", [0, 7])
+@pytest.mark.parametrize("column", ["queue", "lock_id", "status", "id", "run_at", "crc"])
+async def test_a_live_row_that_is_not_as_written_is_quarantined_at_start(path: str, column: str, bit: int) -> None:
+    maker = await make_store(path)
+    job = pick(maker, frozenset({"processing"}))
+    flip(path, "jobs", column, "seq", job.seq, bit)
+    reason = "its text is not readable" if bit == 7 and column not in ("run_at", "crc") else "its checksum is wrong"
+    async with opened(path) as (store, found):
+        assert found.quarantined == {job.id: reason}
+        assert any(f"job {job.id} was quarantined" in fault for fault in found.faults)
+        assert job.seq not in seqs(found.live())
+        assert (await store.load([job.id], [], [])) == Loaded(bad={job.id: reason})
+        assert store._tables.totals == recounted(store)
+        aside = store._db.raw.execute("SELECT id, payload FROM quarantined_jobs").fetchall()
+        assert aside == [(job.id, maker.payloads[job.seq])]
+    lose(maker, job)
+    async with opened(path) as (store, found):
+        assert found.quarantined == {job.id: reason}
+        await assert_holds(store, found, maker)
+
+
+async def test_no_column_of_a_new_job_changes_unnoticed(path: str) -> None:
+    """Not even to a value that says nothing: of such jobs only some columns are read."""
+    maker = Maker()
+    columns = [column for column in JOB_COLUMNS if column != "seq"]
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create() for _ in [*columns, "one that stays whole"]]))
+    with without_indexes(path) as conn:
+        types = {name: type_ for _, name, type_, *_ in conn.execute("PRAGMA table_info(jobs)")}
+        for seq, column in enumerate(columns, 1):
+            nothing = {"INTEGER": "0", "TEXT": "''", "BLOB": "x''"}.get(types[column], "0.0")
+            other = {"INTEGER": f"{column} + 1", "REAL": "0.5", "TEXT": f"{column} || 'x'"}.get(types[column], "x''")
+            conn.execute(f"UPDATE jobs SET {column} = iif({column} IS NULL, {nothing}, {other}) WHERE seq = {seq}")
+    async with opened(path) as (_, found):
+        assert len(found.quarantined) == len(columns)
+        assert found.live() == [maker.jobs[len(columns) + 1]]
+
+
+@pytest.mark.parametrize("column", ["queue", "id", "error_code", "ended_reason", "expires_at", "created_at", "crc"])
+@pytest.mark.parametrize("how", ["load", "find", "expired"])
+async def test_a_finished_row_that_is_not_as_written_is_quarantined_when_met(path: str, column: str, how: str) -> None:
+    maker = await make_store(path)
+    job = next(j for j in maker.jobs.values() if j.status == "failed" and j.ended is not None)
+    flip(path, "jobs", column, "seq", job.seq)
+    told: list[Aside] = []
+    async with opened(path) as (store, found):
+        assert found.quarantined == {}
+        store.on_aside = told.append
+        if how == "load":
+            assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
+        elif how == "find":
+            page = await store.find(Query(limit=200))
+            assert {j.seq for j, _ in page.jobs} == maker.jobs.keys() - {job.seq}
+        else:
+            assert job.id not in await store.expired(maker.now * 2, 1_000)
+        assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
+        counted = None if column == "queue" else (job.options.queue, "failed")
+        assert told == [Aside(job.id, "its checksum is wrong", counted)]
+        assert store._tables.totals == recounted(store)
+    if column == "queue":
+        return  # which queue had counted it is not known any more: the doctor counts anew
+    lose(maker, job)
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+@pytest.mark.parametrize(
+    "damage", ["UPDATE payloads SET body = '1' WHERE job_seq = ?", "DELETE FROM payloads WHERE job_seq = ?"]
+)
+async def test_a_bad_payload_is_never_shown_and_quarantines_its_job(path: str, damage: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    with edited(path) as conn:
+        conn.execute(damage.replace("'1'", "X'31'"), (job.seq,))
+    async with opened(path) as (store, found):
+        assert found.faults == []
+        other = maker.create()
+        with pytest.raises(BadRows) as caught:
+            await store.write(maker.batch([other], payloads=[job.seq]))
+        assert list(caught.value.jobs) == [job.id]
+        assert (await store.load([made(other).id], [], [])).jobs == {}  # nothing of the batch was written
+        await store.quarantine(job, caught.value.jobs[job.id])
+        assert list((await store.load([job.id], [], [])).bad) == [job.id]
+        await store.write(maker.batch([other]))
+    lose(maker, job)
+    async with opened(path) as (store, found):
+        assert list(found.quarantined) == [job.id]
+        await assert_holds(store, found, maker)
+
+
+@pytest.mark.parametrize("how", ["changed", "deleted"])
+async def test_a_batch_whose_row_was_set_aside_meanwhile_is_refused_as_a_whole(path: str, how: str) -> None:
+    """A page of jobs may meet a damaged row after a batch about its job was decided."""
+    maker = Maker()
+    async with opened(path) as (store, _):
+        created, other = maker.create("a"), maker.create("b")
+        granted = maker.grant(made(created))
+        finished = maker.finish(made(granted))
+        await store.write(maker.batch([created, other, granted, *([finished] if how == "deleted" else [])]))
+        late = maker.delete(made(finished)) if how == "deleted" else maker.progress(made(granted), 5)
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = ?", (made(created).seq,))
+        assert "a" not in {job.id for job, _ in (await store.find(Query())).jobs}
+        with pytest.raises(BadRows) as caught:
+            await store.write(maker.batch([late, maker.grant(made(other))]))
+        assert caught.value.jobs == {"a": "its checksum is wrong"}
+        assert store._tables.totals == recounted(store)
+        assert (await store.load(["b"], [], [])).jobs["b"] == made(other)
+        await store.write(maker.batch([maker.create("c")]))
+    async with opened(path) as (_, found):
+        assert sorted(job.id for job in found.live()) == ["b", "c"]
+        assert found.quarantined == {"a": "its checksum is wrong"}
+
+
+async def test_counts_decided_before_a_row_was_set_aside_are_written_without_it(path: str) -> None:
+    """Simulation, seed 1013: they were written as they were, and a power cut made them last."""
+    maker, told = Maker(), [Aside("a", "its checksum is wrong", ("default", "completed"))]
+    async with opened(path) as (store, _):
+        changes = [maker.create(name, options=Options("default")) for name in "abc"]
+        granted = [maker.grant(made(change)) for change in changes]
+        finished = [maker.finish(made(change)) for change in granted]
+        await store.write(maker.batch([*changes, *granted, *finished[:2]]))
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'a'")
+        heard: list[Aside] = []
+        store.on_aside = heard.append
+        count = QueueRow(completed=3)
+        looking = asyncio.ensure_future(store.find(Query()))
+        await asyncio.sleep(0)  # it is on its way
+        batch = maker.batch([finished[2]])
+        assert (batch.queues, heard) == ({"default": count}, [])
+        await store.write(batch)
+        await looking
+        assert heard == told
+    async with opened(path) as (store, found):
+        assert found.queues == {"default": count.without("completed")}
+        # What memory was told of it has left out itself.
+        maker.queues["default"] = QueueRow(paused=True, completed=2)
+        await store.write(maker.batch([maker.create("d", options=Options("default"))]))
+    async with opened(path) as (_, found):
+        assert found.queues == {"default": QueueRow(completed=2, paused=True)}
+
+
+@pytest.mark.parametrize(
+    "damage", ["jobs SET created_at = created_at + 1 WHERE seq", "payloads SET body = x'00' WHERE job_seq"]
+)
+async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_counted_until_then(
+    path: str, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = Maker()
+    told: list[Aside] = []
+    async with opened(path) as (store, _):
+        created = maker.create("a", options=Options("default"))
+        granted = maker.grant(made(created))
+        await store.write(maker.batch([created, granted, maker.finish(made(granted))]))
+        store.on_aside = told.append
+        store._db.raw.execute(f"UPDATE {damage} = 1")
+        reason = "its checksum is wrong" if damage.startswith("jobs") else "its payload is bad: its checksum is wrong"
+        with monkeypatch.context() as patch:
+            patch.setattr(quarantine, "_move_job", no_room)
+            for _ in range(2):
+                assert (await store.find(Query())).jobs == []
+            assert await store.expired(maker.now * 2, 10) == []
+        assert told == [Aside("a", reason, is_moved=False)]
+        assert store._tables.totals == recounted(store)
+        assert await store.expired(maker.now * 2, 10) == []  # it is moved, and hides nothing
+        assert told[1:] == [Aside("a", reason, ("default", "completed"))]
+        assert store._tables.totals == recounted(store)
+        assert store._tables.unmoved == {}
+
+
+async def test_what_is_met_again_and_again_and_cannot_be_moved_takes_no_more_memory_each_time(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create() for _ in range(10)]))
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq <= 5")
+        with monkeypatch.context() as patch:
+            patch.setattr(quarantine, "_move_job", no_room)
+            for _ in range(20):
+                assert len((await store.find(Query())).jobs) == 5
+        tables = store._tables
+        assert (len(tables.aside), len(tables.faults), tables.asides) == (5, 5, 5)
+        await store.write(maker.batch([maker.create()]))
+        assert (tables.aside, tables.asides) == ({}, 5)
+        assert len((await store.find(Query())).jobs) == 6
+        assert tables.asides == 10
+        await store.write(maker.batch([maker.create()]))
+        assert (tables.aside, tables.unmoved) == ({}, {})
+
+
+def no_room(*_: object) -> None:
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL
+    raise error
+
+
+async def test_damaged_rows_that_have_expired_do_not_hide_those_behind_them(path: str) -> None:
+    """Simulation, seed 17782: a slice of damaged ones alone was taken for the end."""
+    maker = Maker()
+    async with opened(path) as (store, _):
+        for name in "abc":
+            created = maker.create(name)
+            granted = maker.grant(made(created))
+            finished = maker.finish(made(granted))
+            await store.write(maker.batch([created, granted, finished]))
+        expires = made(finished).expires_at
+        assert expires is not None
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
+        assert await store.expired(expires, 1) == ["c"]
+        assert store._tables.totals == recounted(store)
+
+
+async def test_damaged_rows_that_cannot_be_moved_do_not_hide_those_behind_them_either(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk: what is deleted there makes room."""
+    maker = Maker()
+    async with opened(path) as (store, _):
+        for name in "abcd":
+            created = maker.create(name)
+            granted = maker.grant(made(created))
+            await store.write(maker.batch([created, granted, maker.finish(made(granted))]))
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
+        monkeypatch.setattr(quarantine, "_move_job", no_room)
+        assert await store.expired(maker.now * 2, 1) == ["c"]
+        assert await store.expired(maker.now * 2, 10) == ["c", "d"]
+        assert await store.expired(maker.now * 2, 1, 4) == []
+
+
+@pytest.mark.parametrize("status", ["queued", "completed"])
+async def test_an_id_that_became_that_of_another_job_is_set_aside_at_the_start(path: str, status: str) -> None:
+    """Indexes are rebuilt then, and there cannot be two of one id: the start ended there."""
+    maker = Maker()
+    async with opened(path) as (store, _):
+        first, second = maker.create("job-0"), maker.create("job-1")
+        await store.write(maker.batch([first, second]))
+        if status == "completed":
+            granted = maker.grant(made(first))
+            await store.write(maker.batch([granted, maker.finish(made(granted))]))
+    with without_indexes(path) as conn:
+        conn.execute("UPDATE jobs SET id = 'job-1' WHERE id = 'job-0'")
+    async with opened(path) as (store, found):
+        if status == "queued":
+            assert found.quarantined == {"job-0": "its checksum is wrong"}
+            assert [job.id for job in found.live()] == ["job-1"]
+        assert (await store.load(["job-1"], [], [])).jobs["job-1"] == made(second)
+        assert (await store.load(["job-0"], [], [])).bad == {"job-0": "its checksum is wrong"}
+
+
+async def test_a_payload_that_went_with_its_row_names_the_job(path: str) -> None:
+    maker = Maker()
+    created = maker.create("a")
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([created]))
+    async with opened(path) as (store, _):  # that has not the payload at hand
+        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = 1")
+        assert "a" not in {job.id for job, _ in (await store.find(Query())).jobs}
+        assert await store.load([], [1], []) == Loaded(bad={"a": "its checksum is wrong"})
+        assert await store.load([], [99], []) == Loaded()
+        with pytest.raises(BadRows) as caught:
+            await store.write(maker.batch([maker.create("b")], payloads=[1]))
+        assert list(caught.value.jobs) == ["a"]
+
+
+async def test_a_bad_payload_that_is_loaded_quarantines_its_job(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, FINISHED)
+    flip(path, "payloads", "body", "job_seq", job.seq)
+    async with opened(path) as (store, _):
+        loaded = await store.load([job.id], [job.seq], [])
+        assert loaded == Loaded(bad={job.id: "its payload is bad: its checksum is wrong"})
+        assert job.seq not in [j.seq for j, _ in (await store.find(Query(limit=200))).jobs]
+
+
+async def test_a_bad_journal_row_is_set_aside_and_named(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    with edited(path) as conn:
+        (seq,) = conn.execute("SELECT max(seq) FROM events WHERE job_seq = ?", (job.seq,)).fetchone()
+    flip(path, "events", "changes", "seq", seq)
+    async with opened(path) as (store, found):
+        assert found.faults == []
+        events = await store.timeline(job.seq)
+        assert seq not in [event.seq for event in events]
+        assert store.take_faults() == [f"events {seq}: its checksum is wrong; the row was set aside"]
+        assert store.take_faults() == []
+    async with opened(path) as (_, found):
+        assert found.faults == ["1 damaged rows of events are set aside: see `jobd doctor`"]
+
+
+async def test_bad_keys_are_set_aside_and_named(path: str) -> None:
+    maker = Maker()
+    keys = [KeyRow(f"d{number}", "b", NOW + number, 200, b'{"n":1}') for number in range(4)]
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([], keys=keys))
+    with edited(path) as conn:
+        conn.execute("UPDATE keys SET status = 201 WHERE digest = 'd1'")
+        conn.execute("UPDATE keys SET answer = X'31' WHERE digest = 'd2'")
+    async with opened(path) as (store, found):
+        assert [key.digest for key in found.keys] == ["d0", "d2", "d3"]
+        assert found.faults[0] == "keys d1: its checksum is wrong; the row was set aside"
+        assert list((await store.load([], [], ["d0", "d1", "d2", "d3"])).answers) == ["d0", "d3"]
+        assert "keys d2: the checksum of its answer is wrong; the row was set aside" in store.take_faults()
+
+
+async def test_bad_queues_figures_and_reports_are_set_aside_and_counted_anew(path: str) -> None:
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        await store.save_figures(b"{}")
+        await store.write(maker.batch([maker.queue_event("video", True)], report=b"r1"))
+        await store.write(maker.batch([], report=b"r2"))
+    with edited(path) as conn:
+        conn.execute("UPDATE queues SET paused = 0 WHERE name = 'video'")
+        conn.execute("UPDATE figures SET body = X'31'")
+        conn.execute("UPDATE reports SET body = X'31' WHERE seq = 1")
+    async with opened(path) as (store, found):
+        assert found.figures is None
+        open_again = replace(maker.queues["video"], paused=False, paused_at=None, paused_by=None)
+        assert found.queues == {**maker.queues, "video": open_again}
+        assert len(found.faults) == 2
+        assert any("queues video: its checksum is wrong: whether it was paused" in fault for fault in found.faults)
+        assert await store.reports(9) == [b"r2"]
+
+
+async def test_a_bad_tombstone_is_set_aside_and_named_and_deletes_nothing(path: str) -> None:
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        buried = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW) for seq in (901, 902)]
+        await store.write(maker.batch([], tombstones=buried))
+    flip(path, "tombstones", "key", "job_seq", 901)
+    async with opened(path) as (store, found):
+        assert found.tombstones == 2
+        due = await store.due_tombstones(NOW, 9)
+        assert due == Due([(buried[1], False)], damaged=1)
+        assert store.take_faults() == ["tombstones 901: its checksum is wrong; the row was set aside"]
+        assert (await store.due_tombstones(NOW, 9)).damaged == 0
+
+
+async def test_a_bad_row_of_the_audit_log_is_set_aside_and_named(path: str) -> None:
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        deeds = [Audited(NOW + at, f"who-{at}", "unix", "pause", queue="q") for at in range(3)]
+        await store.write(maker.batch([], audit=deeds))
+    flip(path, "audit", "who", "seq", 2)
+    async with opened(path) as (store, _):
+        assert (await store.audit(AuditQuery())).found == [(3, deeds[2]), (1, deeds[0])]
+        assert store.take_faults() == ["audit 2: its checksum is wrong; the row was set aside"]
+        assert len((await store.audit(AuditQuery())).found) == 2
+        assert store.take_faults() == []
+
+
+async def test_bad_tombstones_that_cannot_be_moved_hide_none_behind_them(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        buried = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW + seq) for seq in range(1, 30)]
+        await store.write(maker.batch([], tombstones=buried))
+        store._db.raw.execute("UPDATE tombstones SET tries = 7 WHERE job_seq <= 25")
+        with monkeypatch.context() as patch:
+            patch.setattr(quarantine, "_set_row_aside", no_room)
+            for _ in range(2):
+                assert await store.due_tombstones(NOW + 99, 10) == Due(
+                    [(each, False) for each in buried[25:]], unmoved=25
+                )
+                assert (await store.due_tombstones(NOW + 99, 2)).unmoved == 20  # it looks behind some, not all
+        assert (await store.due_tombstones(NOW + 99, 10)) == Due([(each, False) for each in buried[25:]], damaged=25)
+        assert (await store.due_tombstones(NOW + 99, 10)) == Due([(each, False) for each in buried[25:]])
+
+
+async def test_a_live_row_that_vanished_is_noticed_at_every_start(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    live = sum(j.status in LIVE for j in maker.jobs.values())
+    with edited(path) as conn:
+        conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
+    for _ in range(2):
+        async with opened(path) as (store, found):
+            assert f"{live - 1} live jobs were found where {live} had been written" in found.faults
+            await store.write(maker.batch([maker.create()]))
+            live += 1
+
+
+async def test_an_older_version_of_a_row_is_noticed(path: str) -> None:
+    maker = Maker()
+    change = maker.create("a")
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([change]))
+        old = store._db.raw.execute("SELECT * FROM jobs").fetchone()
+        await store.write(maker.batch([maker.grant(made(change))]))
+    with edited(path) as conn:
+        conn.execute(f"REPLACE INTO jobs VALUES ({', '.join('?' * len(old))})", old)
+    async with opened(path) as (_, found):
+        assert "the 1 live jobs are not those that had been written" in found.faults
+
+
+async def test_a_damaged_index_of_live_jobs_is_rebuilt_at_start(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    with edited(path) as conn:  # an index entry that leads nowhere useful: the row is there, the index does not say so
+        conn.execute("PRAGMA writable_schema = ON")
+        (sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'jobs_live'").fetchone()
+        less = sql.replace("WHERE", f"WHERE seq <> {job.seq} AND")
+        conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_live'", (less,))
+    with edited(path) as conn:
+        conn.execute("REINDEX")
+        conn.execute("PRAGMA writable_schema = ON")
+        conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_live'", (sql,))
+    async with opened(path) as (store, found):
+        assert found.faults == ["an index did not match its rows: all indexes were rebuilt; run `jobd doctor`"]
+        found.faults.clear()
+        await assert_holds(store, found, maker)
+
+
+async def test_an_index_that_leads_to_another_job_is_rebuilt(path: str) -> None:
+    maker = await make_store(path)
+    one, two = [job for job in maker.jobs.values() if job.status in FINISHED and 10 <= job.seq < 100][:2]
+    with edited(path) as conn:  # swap what the index of ids leads to
+        conn.execute("PRAGMA writable_schema = ON")
+        sql = "SELECT rootpage, sql FROM sqlite_schema WHERE name = 'jobs_id'"
+        root, _ = conn.execute(sql).fetchone()
+    swap_index_entries(path, root, one, two)
+    async with opened(path) as (store, _):
+        loaded = await store.load([one.id, two.id], [], [])
+        assert loaded.jobs == {one.id: one, two.id: two}
+        assert any("rebuilt" in fault for fault in store.take_faults())
+
+
+def swap_index_entries(path: str, root: int, one: Job, two: Job) -> None:
+    """Make the index say `one`'s id where `two`'s was and the other way round, by editing equally long ids."""
+    assert len(one.id) == len(two.id)
+    content = bytearray(read(path))
+    begin, end = (root - 1) * 4096, root * 4096
+    page = content[begin:end]
+    first, second = page.find(one.id.encode()), page.find(two.id.encode())
+    assert first > 0
+    assert second > 0
+    # The keys stay in order; the row numbers behind them change places.
+    a, b = first + len(one.id), second + len(two.id)
+    page[a], page[b] = page[b], page[a]
+    content[begin:end] = page
+    write(path, content)
+
+
+def spoil_page(path: str, mark: bytes) -> None:
+    """Make the page that holds `mark` unreadable: its type is none that there is."""
+    content = bytearray(read(path))
+    place = content.find(mark)
+    assert place > 0
+    content[place // 4096 * 4096] = 0x77
+    write(path, content)
+
+
+async def make_long_store(path: str) -> Maker:
+    """A store whose first jobs, on pages of their own, are finished, and whose last are live."""
+    maker = Maker(2)
+    async with opened(path) as (store, _):
+        changes = [maker.create() for _ in range(300)]
+        await store.write(maker.batch(changes))
+        await store.write(maker.batch([maker.finish(job) for job in list(maker.jobs.values())[:250]]))
+    with edited(path) as conn:
+        conn.execute("VACUUM")  # nothing of old rows is left between the new ones
+    return maker
+
+
+async def test_a_page_of_jobs_that_cannot_be_read_is_worked_around(path: str) -> None:
+    maker = await make_long_store(path)
+    spoil_page(path, b"job-100completed")
+    async with opened(path) as (store, found):
+        assert found.faults == []
+        assert list((await store.load(["job-100"], [], [])).bad) == ["job-100"]
+        assert (await store.load(["job-1"], [], [])).jobs == {"job-1": maker.jobs[1]}
+        assert any("job job-100: its row cannot be read" in fault for fault in store.take_faults())
+        seen: list[int] = []
+        query = Query(limit=200)
+        while True:
+            page = await store.find(query)
+            assert all(maker.jobs[job.seq] == job for job, _ in page.jobs)
+            seen += [job.seq for job, _ in page.jobs]
+            if page.next_before is None:
+                break
+            query = replace(query, before=page.next_before)
+        assert seen == sorted(set(seen), reverse=True)
+        assert {1, 250, 300} < set(seen)
+        for scan in (7, 5_000):
+            query, upwards = Query(limit=200, scan=scan, after=0), []
+            while True:
+                page = await store.find(query)
+                upwards += [job.seq for job, _ in page.jobs]
+                if page.next_before is None:
+                    break
+                query = replace(query, after=page.next_before)
+            assert upwards == seen[::-1]
+        assert 100 not in seen
+        assert any(fault.startswith("jobs ") and "cannot be read" in fault for fault in store.take_faults())
+        await store.write(maker.batch([maker.create()]))
+
+
+async def test_a_page_of_live_jobs_that_cannot_be_read_stops_the_start(path: str) -> None:
+    await make_long_store(path)
+    spoil_page(path, b"job-300queued")
+    with pytest.raises(StoreUnreadable, match="jobd restore"):
+        await Store.open(path)
+
+
+async def test_a_page_of_payloads_that_cannot_be_read_quarantines_their_jobs(path: str) -> None:
+    maker = await make_long_store(path)
+    spoil_page(path, maker.payloads[300])
+    async with opened(path) as (store, found):
+        assert len(found.live()) == 50
+        with pytest.raises(BadRows):
+            await store.write(maker.batch([], payloads=[300]))
+        loaded = await store.load(["job-300", "job-1"], [300, 1], [])
+        assert list(loaded.jobs) == ["job-1"]
+        assert "its payload cannot be read" in loaded.bad["job-300"]
+        assert loaded.payloads[1].body == maker.payloads[1]
+    async with opened(path) as (_, found):
+        assert "job-300" in found.quarantined
+        assert len(found.live()) == 49
+
+
+async def test_a_page_of_the_journal_that_cannot_be_read_is_left_out(path: str) -> None:
+    maker = await make_long_store(path)
+    queue = maker.jobs[300].options.queue.encode()
+    spoil_page(path, b"job-300" + queue)
+    async with opened(path) as (store, _):
+        assert await store.timeline(300) == []
+        assert [event.type for event in await store.timeline(200)] == ["created", "completed"]
+        (fault,) = store.take_faults()
+        assert fault.startswith("events 300 to 300: 1 cannot be read")
+
+
+async def test_a_page_of_the_journal_that_cannot_be_read_is_gone_for_those_who_follow(path: str) -> None:
+    maker = await make_long_store(path)
+    spoil_page(path, b"job-300" + maker.jobs[300].options.queue.encode())
+    async with opened(path) as (store, _):
+        first = await store.journal(0, 5)
+        assert (len(first.events), first.gone_to) == (5, 0)  # another page of it
+        hidden = await store.journal(290, 100)
+        assert hidden == JournalPage([], hidden.last, hidden.last)
+        assert "the journal cannot be read after event 290" in store.take_faults()[-1]
+
+
+async def test_a_journal_whose_index_cannot_be_read_is_read_without_it(path: str) -> None:
+    maker = await make_store(path)
+    with edited(path) as conn:
+        (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
+    content = bytearray(read(path))
+    content[(root - 1) * 4096] = 0x77
+    write(path, content)
+    job = pick(maker, LIVE)
+    async with opened(path) as (store, _):
+        row = None
+        for event in await store.timeline(job.seq):
+            row = fold(row, event)
+        assert row == job
+        (fault,) = store.take_faults()
+        assert fault.startswith("the index of the journal cannot be read")
+
+
+async def test_late_results_whose_index_cannot_be_read_cost_no_plan(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create("a")]))
+    with edited(path) as conn:
+        (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'late_results_job'").fetchone()
+    content = bytearray(read(path))
+    content[(root - 1) * 4096] = 0x77
+    write(path, content)
+    async with opened(path) as (store, _):
+        assert await store.count_late([1]) == {}
+        (fault,) = store.take_faults()
+        assert fault.startswith("the late results cannot be counted")
+
+
+async def test_an_index_that_leads_to_events_of_another_job_is_rebuilt(path: str) -> None:
+    maker = Maker(2)
+    async with opened(path) as (store, _):
+        changes = [maker.create(f"job-{number}") for number in range(3)]
+        await store.write(maker.batch(changes))
+    with edited(path) as conn:
+        (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
+    content = bytearray(read(path))
+    page = bytes(content[(root - 1) * 4096 : root * 4096])
+    entry = page.find(b"\x03\x01\x01\x02\x02")  # two small numbers: job 2, event 2
+    assert entry > 0
+    content[(root - 1) * 4096 + entry + 3] = 1  # as if event 2 were one of job 1
+    write(path, content)
+    async with opened(path) as (store, _):
+        assert [event.job_id for event in await store.timeline(1)] == ["job-0"]
+        assert [event.job_id for event in await store.timeline(2)] == ["job-1"]
+        assert any("rebuilt" in fault for fault in store.take_faults())
+
+
+async def test_single_flipped_bits_all_over_the_file_never_give_a_wrong_answer(path: str) -> None:
+    from jobd.storage import doctor
+
+    maker = await make_store(path)
+    whole = read(path)
+    pick_bit = random.Random(1)
+    seen: dict[str, int] = {"refused": 0, "noticed": 0, "nothing": 0}
+    for _ in range(150):
+        content = bytearray(whole)
+        place = pick_bit.randrange(len(content))
+        content[place] ^= 1 << pick_bit.randrange(8)
+        write(path, content)
+        problems = _examined(path)
+        try:
+            async with opened(path) as (store, found):
+                noticed = bool(found.faults or found.quarantined)
+                noticed |= await assert_never_wrong(store, found, maker, noticed or problems)
+                seen["noticed" if noticed else "nothing"] += 1
+        except (StoreUnreadable, StoreTooNew, sqlite3.DatabaseError):
+            seen["refused"] += 1
+        remove(f"{path}-wal", f"{path}-shm")
+    assert doctor.NAMED > 0
+    assert min(seen.values()) > 0, seen
+
+
+def _examined(path: str) -> bool:
+    """Whether the doctor names anything."""
+    from jobd.storage import doctor
+
+    try:
+        return bool(doctor.check(path))
+    except (StoreUnreadable, StoreTooNew):
+        return True
+
+
+async def assert_never_wrong(store: Store, found: Opened, maker: Maker, excused: bool) -> bool:
+    """All that is served is as it was written; what is missing is named, here or by the doctor. Whether it was here."""
+    for job in found.live():
+        assert maker.jobs[job.seq] == job
+    loaded = await store.load([job.id for job in maker.jobs.values()], [], [])
+    for id_, job in loaded.jobs.items():
+        assert maker.jobs[job.seq] == job
+        assert job.id == id_
+    missing = {job.id for job in maker.jobs.values()} - loaded.jobs.keys() - loaded.bad.keys()
+    assert not missing or excused
+    some = await store.load([], [job.seq for job in loaded.jobs.values()], [])
+    for seq, payload in some.payloads.items():
+        assert payload.body == maker.payloads[seq]
+    page = await store.find(Query(limit=200))
+    for job, body in page.jobs:
+        assert maker.jobs[job.seq] == job
+        assert maker.payloads[job.seq] == body
+    for job in loaded.jobs.values():
+        await store.timeline(job.seq)
+    return bool(loaded.bad or some.bad or len(page.jobs) < len(maker.jobs) or store.take_faults())
+
+
+async def test_a_journal_that_cannot_be_thinned_does_not_stop_a_sign_of_life(path: str) -> None:
+    maker = Maker(2)
+    async with opened(path) as (store, _):
+        change = maker.grant(made(maker.create()))
+        first = maker.jobs[1]
+        await store.write(maker.batch([replace(change, before=None, payload=b"1", request_hash="h")]))
+        for _ in range(50):
+            change = maker.extend(made(change))
+            await store.write(maker.batch([change]))
+    with edited(path) as conn:
+        conn.execute("VACUUM")
+    spoil_page(path, b"extended")
+    async with opened(path) as (store, found):
+        assert [job.id for job in found.live()] == [first.id]
+        change = maker.extend(made(change))
+        await store.write(maker.batch([change]))  # the first since the start: its journal is looked at
+        assert (await store.load([first.id], [], [])).jobs == {first.id: made(change)}
+
+
+@pytest.mark.parametrize("column", ["worker", "fencing_token", "metadata", "file_path", "at", "crc"])
+async def test_a_late_result_that_is_not_as_written_is_set_aside_and_its_job_is_unharmed(
+    path: str, column: str
+) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    async with opened(path) as (store, _):
+        changes = [maker.late(job, token, Result(file_path="/x", metadata=Raw(b"[1]"))) for token in (1, 2)]
+        await store.write(maker.batch(changes))
+    flip(path, "late_results", column, "seq", changes[0].event.seq)
+    async with opened(path) as (store, found):
+        assert found.faults == []
+        asked = [LateAsked(job.seq, whole=True)]
+        assert (await store.late(asked)).results[job.seq] == [changes[1].late]
+        (fault,) = store.take_faults()
+        assert fault == f"late_results {changes[0].event.seq}: its checksum is wrong; the row was set aside"
+        assert (await store.late(asked)).results[job.seq] == [changes[1].late]
+        assert store.take_faults() == []
+    async with opened(path) as (store, found):
+        assert found.faults == ["1 damaged rows of late_results are set aside: see `jobd doctor`"]
+        found.faults.clear()
+        await assert_holds(store, found, maker)
+
+
+async def test_a_late_result_that_the_index_has_under_another_job_is_not_shown_there(path: str) -> None:
+    maker = await make_store(path)
+    job, other = (job for job in list(maker.jobs.values())[:2])
+    async with opened(path) as (store, _):
+        change = maker.late(job, 1)
+        await store.write(maker.batch([change]))
+    assert change.late is not None
+    with edited(path) as conn:  # the row is whole, and the index was made of another
+        conn.execute("UPDATE late_results SET job_seq = ?", (other.seq,))
+    with without_indexes(path) as conn:
+        conn.execute("UPDATE late_results SET job_seq = ?", (job.seq,))
+    async with opened(path) as (store, _):
+        assert (await store.late([LateAsked(other.seq)])).results[other.seq] == []
+        assert store.take_faults() == []
+
+
+@pytest.mark.parametrize("table", ["late_results", "late_results_job", "events"])
+async def test_late_results_that_cannot_be_read_are_none(path: str, table: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, LIVE)
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.late(job, 1)]))
+    with edited(path) as conn:
+        (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
+        (size,) = conn.execute("PRAGMA page_size").fetchone()
+    content = bytearray(read(path))
+    content[(page - 1) * size : page * size] = bytes(size)
+    write(path, content)
+    async with opened(path) as (store, _):
+        known = await store.late([LateAsked(job.seq, "lock")])
+        assert known.grants == {}
+        assert len(known.results[job.seq]) == (table == "events")
+        assert (store.take_faults() != []) == (table != "events")

@@ -1,0 +1,165 @@
+"""The walk over all rows of an open store: every checksum, in slices that nobody notices, damaged rows set aside."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from jobd.maintenance import scrubber
+from jobd.maintenance.scrubber import RowWalk
+from jobd.model.errors import Refusal
+from jobd.model.job import FINISHED, LIVE
+from jobd.model.responses import CheckedRows
+from jobd.storage import scrub
+from jobd.storage.scrub import TABLES
+from jobd.storage.store import Store
+from tests.support.store_help import edited, make_store, opened, pick
+from tests.unit.storage.test_doctor import busy_store
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+async def walked(store: Store) -> tuple[Counter[str], dict[str, str]]:
+    """How many rows of each table were checked, and what is wrong with which."""
+    walk, cursor = RowWalk(store), None
+    counts: Counter[str] = Counter()
+    damaged: dict[str, str] = {}
+    while True:
+        seen = await walk.go_on(cursor)
+        assert isinstance(seen, CheckedRows)
+        counts[seen.table] += seen.checked
+        damaged |= {each.where: each.what for each in seen.damaged}
+        cursor = seen.next_cursor
+        if cursor is None:
+            return counts, damaged
+
+
+def rows_of(store: Store) -> dict[str, int]:
+    run = store._db.raw.execute
+    return {table: run(f"SELECT count(*) FROM {table}").fetchone()[0] for table in TABLES}
+
+
+@pytest.mark.parametrize("slice_s", [0, 10], ids=["row by row", "whole pages"])
+async def test_every_row_is_checked_once(path: str, monkeypatch: pytest.MonkeyPatch, slice_s: float) -> None:
+    monkeypatch.setattr(scrub, "SLICE_S", slice_s)
+    await busy_store(path)
+    async with opened(path) as (store, _):
+        there = rows_of(store)
+        assert there["jobs"] > 10
+        assert there["events"] > scrub.MOST_ROWS
+        assert await walked(store) == (Counter(there), {})
+
+
+async def test_a_walk_is_cut_into_calls(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scrubber, "CALL_S", 0)
+    monkeypatch.setattr(scrub, "MOST_ROWS", 5)
+    await make_store(path)
+    async with opened(path) as (store, _):
+        walk = RowWalk(store)
+        first = await walk.go_on(None)
+        assert isinstance(first, CheckedRows)
+        assert (first.table, first.checked) == ("jobs", 5)
+        assert first.next_cursor is not None
+        second = await walk.go_on(first.next_cursor)
+        assert isinstance(second, CheckedRows)
+        assert second.table == "jobs"
+        assert second.next_cursor != first.next_cursor
+        assert (await walked(store))[0] == Counter(rows_of(store))
+        refused = await walk.go_on("nowhere:7")
+        assert isinstance(refused, Refusal)
+        assert refused.code == "invalid_request"
+
+
+async def test_payloads_are_not_all_read_in_one_slice(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scrub, "SLICE_S", 10)
+    monkeypatch.setattr(scrub, "MOST_BYTES", 1)
+    await make_store(path)
+    async with opened(path) as (store, _):
+        seen = await store.check_rows("jobs", 0)
+        assert seen.checked == 1
+        assert (await walked(store))[0] == Counter(rows_of(store))
+
+
+@pytest.mark.parametrize("statuses", [LIVE, FINISHED], ids=["live", "finished"])
+async def test_a_damaged_job_goes_into_quarantine(path: str, statuses: frozenset[str]) -> None:
+    maker = await make_store(path)
+    job = pick(maker, statuses)
+    async with opened(path) as (store, _):
+        store._db.raw.execute("UPDATE jobs SET priority = priority + 1 WHERE seq = ?", (job.seq,))
+        told: list[str] = []
+        store.on_aside = lambda aside: told.append(aside.id)
+        _, damaged = await walked(store)
+        assert list(damaged) == [f"job {job.id}"]
+        assert "checksum" in damaged[f"job {job.id}"]
+        assert told == [job.id]
+        assert (await walked(store))[1] == {}
+    with edited(path) as conn:
+        assert conn.execute("SELECT id FROM quarantined_jobs").fetchall() == [(job.id,)]
+
+
+@pytest.mark.parametrize("how", ["UPDATE payloads SET body = X'7b'", "DELETE FROM payloads"])
+async def test_a_bad_payload_quarantines_its_job(path: str, how: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, FINISHED)
+    async with opened(path) as (store, _):
+        store._db.raw.execute(f"{how} WHERE job_seq = ?", (job.seq,))
+        _, damaged = await walked(store)
+        assert list(damaged) == [f"job {job.id}"]
+        assert "payload" in damaged[f"job {job.id}"]
+
+
+async def test_rows_of_other_tables_are_named_and_set_aside_where_that_is_usual(path: str) -> None:
+    await busy_store(path)
+    async with opened(path) as (store, _):
+        there = [table for table, count in rows_of(store).items() if count and table != "jobs"]
+        assert {"events", "keys"} <= set(there)
+        for table in there:
+            store._db.raw.execute(f"UPDATE {table} SET crc = crc + 1 WHERE rowid = (SELECT min(rowid) FROM {table})")
+        _, damaged = await walked(store)
+        assert sorted({where.split()[0] for where in damaged}) == sorted(there)
+        again = {where.split()[0] for where in (await walked(store))[1]}
+        assert again == set(there) - {"events", "late_results", "audit"}
+        if "keys" in there:
+            store._db.raw.execute("UPDATE keys SET answer = X'00' WHERE rowid = (SELECT max(rowid) FROM keys)")
+            assert "the checksum of its answer is wrong" in (await walked(store))[1].values()
+
+
+async def test_others_have_their_turn_while_it_walks(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scrub, "MOST_ROWS", 2)
+    maker = await make_store(path)
+    async with opened(path) as (store, _):
+        task = asyncio.create_task(walked(store))
+        batches = 0
+        while not task.done() and batches < 200:  # it walks so slowly here that the journal might outgrow it
+            await store.write(maker.any_batch(1))
+            batches += 1
+        counts, damaged = await task
+    assert damaged == {}
+    assert batches > 20
+    assert counts["jobs"] > 10
+
+
+async def test_a_page_that_cannot_be_read_ends_its_table_alone(path: str) -> None:
+    await make_store(path)
+    with edited(path) as conn:
+        conn.execute("PRAGMA writable_schema = ON")
+        (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'audit'").fetchone()
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = bytearray(Path(path).read_bytes())
+    content[(root - 1) * 4096] = 0xFF  # no kind of page
+    Path(path).write_bytes(content)
+    async with opened(path) as (store, _):
+        counts, damaged = await walked(store)
+        assert damaged["audit after 0"].startswith("they cannot be read")
+        assert counts["jobs"] == rows_of_jobs(store)
+
+
+def rows_of_jobs(store: Store) -> int:
+    count: int = store._db.raw.execute("SELECT count(*) FROM jobs").fetchone()[0]
+    return count

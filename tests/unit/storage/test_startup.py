@@ -1,0 +1,334 @@
+"""Opening a store: who may, which epoch begins, what cannot be used is refused and left as it is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.model.job import COUNTER_MASK, LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS
+from jobd.model.storage import Batch
+from jobd.storage import files, migrations, startup
+from jobd.storage.backup import restore
+from jobd.storage.files import EpochFile
+from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
+from tests.support.factories import Maker
+from tests.support.store_help import edited, opened, read, write
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+@pytest.fixture
+async def store(path: str) -> AsyncIterator[Store]:
+    store, _ = await Store.open(path)
+    async with store:
+        yield store
+
+
+def untouched(path: str) -> dict[str, bytes]:
+    """Every file of the store but its lock, by name."""
+    beside = Path(path).parent.iterdir()
+    return {p.name: p.read_bytes() for p in beside if not p.name.endswith((".lock", ".ballast"))}
+
+
+async def test_a_second_store_is_refused_and_names_the_process(store: Store, path: str) -> None:
+    before = untouched(path)
+    code = "import asyncio, sys\nfrom jobd.storage.store import Store\nasyncio.run(Store.open(sys.argv[1]))"
+    other = await asyncio.create_subprocess_exec(sys.executable, "-c", code, path, stderr=subprocess.PIPE)
+    _, errors = await other.communicate()
+    assert other.returncode == 1
+    assert f"StoreBusy: {path} is in use by process {os.getpid()}" in errors.decode()
+    with pytest.raises(StoreBusy) as caught:
+        await Store.open(path)
+    assert caught.value.pid == os.getpid()
+    assert caught.value.exit_code == 75
+    assert before == untouched(path)
+
+
+async def test_the_lock_is_free_again_after_close_and_after_a_refusal(path: str) -> None:
+    async with opened(path):
+        pass
+    async with opened(path):
+        pass
+    write(path, b"no database " * 100)
+    for _ in range(2):
+        with pytest.raises(StoreUnreadable, match="is not a database"):
+            await Store.open(path)
+
+
+async def test_a_database_that_another_program_holds_is_busy(path: str) -> None:
+    async with opened(path):
+        pass
+    with edited(path) as conn:
+        conn.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreBusy):
+            await Store.open(path)
+
+
+@pytest.mark.parametrize("in_log", [False, True])
+async def test_a_newer_store_is_refused_and_left_as_it_is(path: str, in_log: bool) -> None:
+    async with opened(path) as (store, _):
+        await store.write(Maker().any_batch(3))
+    conn = sqlite3.connect(path, isolation_level=None)
+    conn.execute(f"PRAGMA user_version = {migrations.VERSION + 1}")
+    if in_log:  # as after a crash of the newer one: the version stands in the log only
+        copies = {suffix: read(path + suffix) for suffix in ("", "-wal")}
+        conn.close()
+        for suffix, content in copies.items():
+            write(path + suffix, content)
+    else:
+        conn.close()
+    before = untouched(path)
+    with pytest.raises(StoreTooNew, match="use the newer jobd") as caught:
+        await Store.open(path)
+    assert caught.value.exit_code == 78
+    assert before == untouched(path)
+
+
+async def test_the_database_of_another_program_is_refused(path: str) -> None:
+    with edited(path) as conn:
+        conn.execute("CREATE TABLE mine (a)")
+    before = read(path)
+    with pytest.raises(StoreUnreadable, match="another program"):
+        await Store.open(path)
+    with edited(path) as conn:
+        assert conn.execute("SELECT count(*) FROM mine").fetchone() == (0,)
+        conn.execute("PRAGMA application_id = 77")
+    assert len(before) == len(read(path))
+    with pytest.raises(StoreUnreadable, match="another program"):
+        await Store.open(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM meta",
+        "UPDATE meta SET next_token = next_token + 1",
+        "UPDATE meta SET crc = crc + 1",
+        "DROP TABLE meta",
+    ],
+)
+async def test_meta_data_that_cannot_be_trusted_stop_the_start(path: str, damage: str) -> None:
+    async with opened(path):
+        pass
+    with edited(path) as conn:
+        conn.execute(damage)
+    with pytest.raises(StoreUnreadable) as caught:
+        await Store.open(path)
+    assert caught.value.exit_code == 78
+
+
+async def test_a_place_that_does_not_exist_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await Store.open(str(tmp_path / "nowhere" / "jobd.db"))
+
+
+async def test_no_thread_is_left_behind(path: str, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    async with opened(path) as (store, _):
+        with pytest.raises(StoreBusy):
+            await Store.open(path)
+    await store.close()
+    (tmp_path / "x").write_bytes(b"x" * 200)
+    with pytest.raises(StoreUnreadable):
+        await Store.open(str(tmp_path / "x"))
+    new = [each for each in threading.enumerate() if each not in before]
+    ours = [each for each in new if not each.name.startswith(("asyncio", "uvloop"))]
+    for thread in ours:
+        await asyncio.to_thread(thread.join, 5)  # it has been told to end, and may be at its last instruction
+    assert [each.name for each in ours if each.is_alive()] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Epochs
+
+
+async def test_a_marked_file_takes_a_new_epoch_until_its_grants_were_ended(path: str) -> None:
+    maker = Maker()
+    async with opened(path) as (store, found):
+        assert (found.marked, found.numbers.epoch) == (False, 1)
+        await store.write(maker.batch([maker.create()]))
+    with edited(path) as conn:
+        migrations.change_meta(conn, marked=1)
+    async with opened(path) as (_, found):
+        assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (True, 2, 1)
+        assert found.numbers.next_job == 2
+        assert files.read_epoch(path).epoch == 2
+    async with opened(path) as (store, found):  # a crash before the grants were ended: again, with another epoch
+        assert (found.marked, found.numbers.epoch) == (True, 3)
+        await store.write(Batch([], replace(found.numbers, next_token=7)))
+    async with opened(path) as (store, found):
+        assert (found.marked, found.numbers.epoch) == (True, 4)
+        await store.write(Batch([], found.numbers, unmark=True))
+    async with opened(path) as (_, found):
+        assert (found.marked, found.numbers.epoch) == (False, 4)
+
+
+async def test_an_older_copy_without_a_mark_is_known_by_the_epoch_file(path: str) -> None:
+    async with opened(path):
+        pass
+    files.write_epoch(path, 5)
+    async with opened(path) as (store, found):
+        assert (found.marked, found.numbers.epoch) == (True, 6)
+        await store.write(Batch([], found.numbers, unmark=True))
+
+
+async def test_a_store_without_its_epoch_file_takes_a_new_epoch_and_keeps_its_grants(path: str) -> None:
+    async with opened(path) as (store, found):
+        await store.write(Batch([], replace(found.numbers, next_token=9, next_event=5)))
+    os.unlink(f"{path}.epoch")
+    async with opened(path) as (_, found):  # it may be a copy beside the store that it was taken from
+        assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (False, 2, 1)
+        assert found.numbers.next_event == 5
+    assert files.read_epoch(path) == EpochFile(2, is_current=True)
+    async with opened(path) as (_, found):
+        assert found.numbers.epoch == 2
+
+
+def clock_says(monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
+    """Seconds since 2020."""
+    monkeypatch.setattr(startup, "now_ms", lambda: 1_577_836_800_000 + seconds * 1000)
+
+
+async def test_two_machines_that_restore_one_backup_take_different_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = str(tmp_path / "jobd.db")
+    clock_says(monkeypatch, 1_000)
+    async with opened(original) as (_, found):
+        assert (found.numbers.epoch, found.epoch_warning) == (1_000, None)
+    given: dict[str, range] = {}
+    for second, machine in enumerate("abc", 2_000):
+        clock_says(monkeypatch, second)
+        path = str(tmp_path / machine)
+        assert restore(original, path) is None
+        async with opened(path) as (store, found):
+            assert (found.marked, found.numbers.epoch) == (True, second)
+            await store.write(Batch([], replace(found.numbers, next_token=1 << TOKEN_COUNTER_BITS), unmark=True))
+        async with opened(path) as (_, found):  # a plain start goes on
+            first, last = second << TOKEN_COUNTER_BITS, found.numbers.epoch << TOKEN_COUNTER_BITS
+            given[machine] = range(first + 1, last + found.numbers.next_token)
+    a, b, c = given.values()
+    assert len(a) == COUNTER_MASK
+    assert a.stop <= b.start
+    assert b.stop <= c.start
+
+
+@pytest.mark.parametrize(
+    ("seconds", "epoch", "warning"),
+    [
+        (-50, 1_001, "the wall clock is 1051 s behind epoch 1001"),
+        (999, 1_001, None),
+        (SAFE_EPOCH, SAFE_EPOCH, None),
+        (SAFE_EPOCH + 1, 1_001, "the wall clock is past 2036"),
+    ],
+)
+async def test_a_wrong_clock_at_a_restore_is_logged(
+    path: str, monkeypatch: pytest.MonkeyPatch, seconds: int, epoch: int, warning: str | None
+) -> None:
+    clock_says(monkeypatch, 1_000)
+    async with opened(path):
+        pass
+    with edited(path) as conn:
+        migrations.change_meta(conn, marked=1)
+    clock_says(monkeypatch, seconds)
+    async with opened(path) as (_, found):
+        assert found.numbers.epoch == epoch
+        assert (found.epoch_warning or "").startswith(warning or "")
+        assert (found.epoch_warning is None) is (warning is None)
+        assert epoch << TOKEN_COUNTER_BITS < 1 << 53
+
+
+async def test_a_number_by_hand_may_leave_no_safe_epoch_or_none_at_all(path: str) -> None:
+    async with opened(path):
+        pass
+    write(f"{path}.epoch", b"%d" % SAFE_EPOCH)
+    async with opened(path) as (_, found):
+        assert found.numbers.epoch == SAFE_EPOCH + 1
+        assert "gives fencing tokens of 2^53 and more" in str(found.epoch_warning)
+    write(f"{path}.epoch", b"%d" % LAST_EPOCH)
+    with pytest.raises(StoreUnreadable, match=f"no epoch for fencing tokens above {LAST_EPOCH}"):
+        await Store.open(path)
+
+
+async def test_a_crash_between_database_and_epoch_file_ends_no_grant(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(path: str, epoch: int) -> None:
+        raise OSError("the power goes")
+
+    async with opened(path):
+        pass
+    os.unlink(f"{path}.epoch")
+    with monkeypatch.context() as cut:
+        cut.setattr(files, "write_epoch", crash)
+        with pytest.raises(OSError, match="the power goes"):
+            await Store.open(path)
+    async with opened(path) as (_, found):
+        assert (found.marked, found.numbers.epoch) == (False, 3)
+
+
+async def test_a_new_store_begins_above_the_epoch_file_of_one_that_was_deleted(path: str) -> None:
+    async with opened(path):
+        pass
+    os.unlink(path)
+    async with opened(path) as (_, found):
+        assert (found.numbers.epoch, found.numbers.next_event) == (2, 2 << TOKEN_COUNTER_BITS)
+
+
+async def test_a_store_in_memory_takes_its_epoch_from_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_says(monkeypatch, 700)
+    async with opened(MEMORY) as (store, found):
+        assert (found.numbers.epoch, found.marked) == (700, False)
+        await store.write(Batch([], replace(found.numbers, epoch=900)))  # a full counter
+    assert not os.path.exists(f"{MEMORY}.epoch")
+
+
+async def test_a_damaged_epoch_file_stops_the_start(path: str) -> None:
+    async with opened(path):
+        pass
+    content = bytearray(read(f"{path}.epoch"))
+    content[0] ^= 1
+    write(f"{path}.epoch", content)
+    with pytest.raises(StoreUnreadable, match="epoch is damaged"):
+        await Store.open(path)
+
+
+async def test_a_name_in_the_schema_that_is_no_text_any_more_is_refused_at_the_start(path: str) -> None:
+    async with opened(path):
+        pass
+    content = bytearray(read(path))
+    content[content.index(b"job_seq", content.index(b"CREATE TABLE payloads")) + 1] ^= 0x80
+    write(path, content)
+    with pytest.raises(StoreUnreadable, match=r"its schema lacks payloads\.job_seq.*jobd restore"):
+        await Store.open(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        ("ALTER TABLE payloads RENAME COLUMN job_seq TO jnb_seq", "payloads.job_seq"),
+        ("ALTER TABLE bad_rows RENAME TO bad_rowr", "bad_rows, bad_rows.at"),
+        ("DROP INDEX events_job", "events_job"),
+    ],
+)
+async def test_a_schema_in_which_a_name_is_damaged_is_refused_at_the_start(
+    path: str, change: str, lacking: str
+) -> None:
+    async with opened(path):
+        pass
+    with edited(path) as conn:
+        conn.execute(change)
+    with pytest.raises(StoreUnreadable, match=f"its schema lacks {lacking}.*jobd restore"):
+        await Store.open(path)

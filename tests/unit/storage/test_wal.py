@@ -1,0 +1,127 @@
+"""A write-ahead log with a changed byte: what a crash cannot have left is noticed, what it can is taken as ever."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from jobd.storage import doctor, wal
+from jobd.storage.backup import restore
+from jobd.storage.files import StoreUnreadable
+from tests.support.factories import Maker
+from tests.support.store_help import opened, read, write
+
+HEADER = 32
+FRAME = 24 + 4096
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobd.db")
+
+
+@pytest.fixture
+async def killed(path: str, tmp_path: Path) -> Maker:
+    """A store of twelve jobs, each a commit, as a kill leaves it."""
+    maker = Maker()
+    other = str(tmp_path / "running.db")
+    async with opened(other) as (store, _):
+        for number in range(12):
+            await store.write(maker.batch([maker.create(f"job-{number}")]))
+        for suffix in ("", "-wal", ".epoch"):
+            shutil.copy(f"{other}{suffix}", f"{path}{suffix}")
+    return maker
+
+
+def commits(path: str) -> list[int]:
+    """Where the last frames of the transactions begin."""
+    log = read(f"{path}-wal")
+    places = range(HEADER, len(log), FRAME)
+    return [place for place in places if struct.unpack_from(">I", log, place + 4) != (0,)]
+
+
+def change(path: str, *places: int) -> None:
+    log = bytearray(read(f"{path}-wal"))
+    for place in places:
+        log[place] ^= 4
+    write(f"{path}-wal", log)
+
+
+async def ids(path: str) -> list[str]:
+    async with opened(path) as (_, found):
+        assert found.faults == []
+        return [job.id for job in found.live()]
+
+
+async def test_a_log_as_it_was_written_is_taken(path: str, killed: Maker) -> None:
+    assert doctor.check(path) == []
+    assert len(await ids(path)) == 12
+
+
+@pytest.mark.parametrize("place", ["header", "salt of the header", "a page", "a frame", "the commit before the last"])
+async def test_commits_beyond_a_changed_byte_are_not_passed_over(path: str, killed: Maker, place: str) -> None:
+    where = {
+        "header": 9,
+        "salt of the header": 17,
+        "a page": commits(path)[-5] + FRAME + 24 + 700,
+        "a frame": commits(path)[-5] + FRAME + 12,
+        "the commit before the last": commits(path)[-2] + 24 + 1000,
+    }
+    change(path, where[place])
+    before = read(path), read(f"{path}-wal")
+    for _ in range(2):
+        with pytest.raises(StoreUnreadable, match=r"jobd.db-wal is damaged after \d+ pages"):
+            await ids(path)
+        with pytest.raises(StoreUnreadable, match="jobd restore"):
+            doctor.check(path)
+    assert (read(path), read(f"{path}-wal")) == before
+
+
+async def test_the_last_transaction_may_be_there_in_parts(path: str, killed: Maker) -> None:
+    begins, ends = commits(path)[-2] + FRAME, commits(path)[-1]
+    change(path, begins + 24 + 3, ends + 24 + 900)
+    assert len(await ids(path)) == 11
+
+
+async def test_a_torn_head_that_looks_like_a_commit_is_what_a_crash_may_leave(path: str, killed: Maker) -> None:
+    """Its first half may be of an older round of the log, where a sector ends in the middle of it."""
+    torn = next(place for place in range(HEADER, 99 * FRAME, FRAME) if place // 512 != (place + 15) // 512)
+    ends = next(place for place in commits(path) if place > torn)
+    log = bytearray(read(f"{path}-wal")[: ends + FRAME])  # its transaction is the last one
+    log[torn + 4 : torn + 8] = b"\0\0\0\7"
+    write(f"{path}-wal", log)
+    before = sum(place < torn for place in commits(path))
+    assert len(await ids(path)) < before < 12
+
+
+async def test_frames_of_an_older_round_are_no_commits(path: str, killed: Maker, tmp_path: Path) -> None:
+    maker = killed
+    async with opened(path) as (store, _):
+        store._db.raw.execute("PRAGMA wal_checkpoint(RESTART)")
+        await store.write(maker.batch([maker.create("later")]))
+        kept = [(suffix, read(f"{path}{suffix}")) for suffix in ("", "-wal")]
+    for suffix, content in kept:
+        write(f"{path}{suffix}", content)
+    assert len(commits(path)) > 5
+    assert len(await ids(path)) == 13
+
+
+async def test_a_log_too_short_for_a_header_has_no_frames(path: str, killed: Maker) -> None:
+    write(f"{path}-wal", read(f"{path}-wal")[:20])
+    assert not wal.has_frames(f"{path}-wal")
+    assert not wal.is_damaged(f"{path}-wal", 0)
+
+
+async def test_a_restore_from_itself_goes_on_from_before_the_damage(path: str, killed: Maker) -> None:
+    change(path, commits(path)[-5] + FRAME + 24)
+    damaged = read(f"{path}-wal")
+    aside = restore(path, path)
+    assert aside is not None
+    assert read(f"{aside}-wal") == damaged
+    async with opened(path) as (_, found):
+        assert [job.id for job in found.live()] == [f"job-{number}" for number in range(8)]
+        assert found.marked
+        assert found.numbers.epoch == 2

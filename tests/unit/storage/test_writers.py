@@ -1,0 +1,144 @@
+"""Rows of jobs on their way to the disk: what a statement names, and what is kept at hand."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sized
+from pathlib import Path
+
+import pytest
+
+from jobd.model.events import Change
+from jobd.model.job import untouched
+from jobd.model.storage import BadRows
+from jobd.storage import codec, writers
+from jobd.storage.codec import checksum, job_row
+from jobd.storage.database import BY_SEQ, Tables
+from jobd.storage.startup import connect, start
+from tests.support.factories import Maker
+from tests.support.store_help import made
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Iterator[Tables]:
+    path = str(tmp_path / "jobd.db")
+    conn = connect(path, "FULL")
+    yield start(conn, path)[0]
+    conn.close()
+
+
+def statements(tables: Tables, maker: Maker, *changes: Change) -> list[str]:
+    """What is said to the table of jobs while `changes` are written."""
+    said: list[str] = []
+    tables.conn.set_trace_callback(said.append)
+    tables.write(maker.batch(list(changes)), 0)
+    tables.conn.set_trace_callback(None)
+    return [sql for sql in said if sql.startswith(("UPDATE jobs", "INSERT INTO jobs"))]
+
+
+def row_of(tables: Tables, seq: int) -> tuple[object, ...]:
+    (row,) = tables.rows(BY_SEQ, (seq,))
+    return row
+
+
+def test_the_checksum_of_a_job_that_was_written_lately_is_known(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where memory has kept it in short, and makes another object of it."""
+    maker = Maker()
+    first = maker.create()
+    tables.write(maker.batch([first]), 0)
+    short = untouched(made(first))
+    assert short is not None
+    grant = maker.grant(short.whole())
+    assert grant.before is not first.after
+    with monkeypatch.context() as now:
+        now.delattr(codec, "checksum")
+        tables.write(maker.batch([grant]), 0)
+        tables.write(maker.batch([maker.finish(made(grant))]), 0)
+    assert tables.totals == (0, 0, 1, checksum(job_row(maker.jobs[1])))
+
+
+def test_an_update_names_only_what_has_changed(tables: Tables) -> None:
+    maker = Maker()
+    first = maker.create()
+    (said,) = statements(tables, maker, first)
+    assert "id" in said
+    assert "lock_id" not in said
+    assert "error_code" not in said
+    (said,) = statements(tables, maker, maker.grant(made(first)))
+    assert "lock_id" in said
+    assert "status" in said
+    assert "queue" not in said
+    assert "created_at" not in said
+    assert "NULL" not in said
+    (said,) = statements(tables, maker, maker.finish(maker.jobs[1]))
+    assert "lock_id = NULL" in said
+    assert "ended_lock_id" in said
+    job = maker.jobs[1]
+    assert row_of(tables, 1) == (*job_row(job), checksum(job_row(job)))
+
+
+@pytest.mark.parametrize("order", [(None, "m"), ("m", None)])
+def test_a_part_that_goes_and_one_that_comes_are_written_apart(tables: Tables, order: tuple[str | None, ...]) -> None:
+    """The same parts have changed: of the one job to nothing, of the other to a value."""
+    maker = Maker()
+    created = [maker.create(progress_message="n" if message is None else None) for message in order]
+    tables.write(maker.batch(created), 0)
+    for change, message in zip(created, order, strict=True):
+        after = maker.update(made(change), progress_message=message)
+        tables.write(maker.batch([after]), 0)
+        row = job_row(made(after))
+        assert row_of(tables, change.event.job_seq) == (*row, checksum(row))
+
+
+def test_a_row_that_is_not_there_is_not_made_by_an_update(tables: Tables) -> None:
+    maker = Maker()
+    grant = maker.grant(made(maker.create()))
+    with pytest.raises(sqlite3.IntegrityError):
+        tables.write(maker.batch([grant]), 0)
+    assert tables.is_broken
+
+
+def test_a_batch_that_was_taken_back_leaves_nothing_at_hand(tables: Tables) -> None:
+    maker = Maker()
+    tables.write(maker.batch([maker.create()]), 0)
+    back = maker.kept()
+    with pytest.raises(BadRows):
+        tables.write(maker.batch([maker.grant(maker.jobs[1])], payloads=[99]), 0)
+    back()
+    tables.write(maker.batch([maker.finish(maker.jobs[1], "cancelled")]), 0)
+    job = maker.jobs[1]
+    assert row_of(tables, 1) == (*job_row(job), checksum(job_row(job)))
+    assert tables.totals == (0, 0, 1, checksum(job_row(job)))
+
+
+def test_what_is_written_a_second_time_counts_once(tables: Tables) -> None:
+    """A transaction that meets a damaged index is rolled back and run again."""
+    maker = Maker()
+    changes = [maker.create() for _ in range(3)]
+    for end in ("ROLLBACK", "COMMIT"):
+        tables.conn.execute("BEGIN")
+        tables._jobs.write(changes, (0, 0, 0, 0))
+        tables.conn.execute(end)
+    kept = tables._jobs
+    assert kept._payload_bytes == sum(map(len, kept._payloads.values())) > 0
+
+
+@pytest.mark.parametrize("limit", ["KEEP_CHECKSUMS", "_SHAPES", "KEEP_PAYLOAD_BYTES"])
+def test_what_is_kept_at_hand_has_a_limit(tables: Tables, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(writers, limit, 1)
+    maker = Maker(3)
+    for _ in range(20):
+        batch = maker.any_batch(15)
+        assert tables.write(batch, 0) == {seq: maker.payloads[seq] for seq in batch.payloads}
+    kept = tables._jobs
+    held: dict[str, Sized] = {
+        "KEEP_CHECKSUMS": kept._checksums,
+        "_SHAPES": kept._statements,
+        "KEEP_PAYLOAD_BYTES": kept._payloads,
+    }
+    assert len(held[limit]) <= 1
+    for seq, job in maker.jobs.items():
+        assert row_of(tables, seq) == (*job_row(job), checksum(job_row(job)))
+    tables.write(maker.batch([], payloads=list(maker.payloads)), 0)

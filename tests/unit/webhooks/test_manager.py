@@ -1,0 +1,969 @@
+"""Webhooks at work on a real store: nothing is lost, each job in order, who fails holds up nobody, all has an end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from traceback import walk_tb
+from typing import Any
+
+import pytest
+import structlog
+from msgspec.structs import replace
+
+from jobd.model.events import Change
+from jobd.model.job import DAY_MS, HOUR_MS, Job
+from jobd.model.storage import DiskFull
+from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.storage import outbox, queries
+from jobd.storage.store import Store
+from jobd.webhooks import alert_source, dispatcher, journal_reader
+from jobd.webhooks.manager import Webhooks
+from tests.support.factories import NOW, Maker
+from tests.support.store_help import edited, made
+from tests.support.webhook_help import HASTY, KEY, NO, YES, Clock, Posts, at_work, endpoint, until
+
+FINISHED = frozenset({"job.completed", "job.failed"})
+
+
+@pytest.fixture(autouse=True)
+def logged() -> Iterator[list[Any]]:
+    """What was logged. The console's tracebacks look at files, which no loop may wait for."""
+    with structlog.testing.capture_logs() as lines:
+        yield lines
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "jobd.db"
+
+
+class Watched:
+    """A store whose calls are counted, and fail where that is wished for."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.calls: Counter[str] = Counter()
+        self.faults: dict[str, Exception] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        async def call(*args: Any) -> Any:
+            self.calls[name] += 1
+            if name in self.faults:
+                raise self.faults[name]
+            return await getattr(self.store, name)(*args)
+
+        return call
+
+
+def a_life(maker: Maker, job_id: str) -> list[Change]:
+    """Four events of one job."""
+    created = maker.create(job_id)
+    granted = maker.grant(made(created))
+    progress = maker.progress(made(granted))
+    return [created, granted, progress, maker.finish(made(progress))]
+
+
+# -- from the journal to the receiver ----------------------------------------------------------------------------------
+
+
+async def test_what_happens_is_told_in_order_once(path: Path) -> None:
+    async with at_work(path) as at:
+        await at.commit(*a_life(at.maker, "a"))
+        await at.commit(at.maker.queue_event("video", True))
+        await until(lambda: len(at.posts.taken) == 4)
+        assert [each for each in at.posts.subjects() if each[0] == "jobs/a"] == [
+            ("jobs/a", "job.created"),
+            ("jobs/a", "job.granted"),
+            ("jobs/a", "job.completed"),
+        ]
+        assert ("queues/video", "queue.paused") in at.posts.subjects()
+        (view,) = at.webhooks.views()
+        await until(lambda: at.webhooks.views()[0].delivered == 4)
+        (view,) = at.webhooks.views()
+        assert (view.lag, view.waiting, view.failed, view.state) == (0, 0, 0, "closed")
+        page = await at.webhooks.page("e", None, None, 99)
+        assert [each.state for each in page.deliveries] == ["delivered"] * 4
+        assert all(each.tries == 1 and each.status == 204 and each.ended_at for each in page.deliveries)
+    assert len(at.posts.tried) == 4
+
+
+async def test_every_endpoint_gets_what_it_asked_for(path: Path) -> None:
+    ends = endpoint("ends", events=FINISHED)
+    mail = endpoint("mail", queues=frozenset({"mail"}))
+    signs = endpoint("signs", events=frozenset({"job.progress"}))
+    async with at_work(path, ends, mail, signs) as at:
+        lives = [a_life(at.maker, f"job-{number}") for number in range(12)]
+        await at.commit(*(change for life in lives for change in life))
+        of_mail = sum(made(life[0]).options.queue == "mail" for life in lives)
+        assert 0 < of_mail < 12
+        await until(lambda: len(at.posts.taken) == 12 + 3 * of_mail + 12)
+        by_name = Counter(each.endpoint for each in at.posts.taken)
+        assert by_name == {"ends": 12, "mail": 3 * of_mail, "signs": 12}
+        assert {each.type for each in at.posts.taken if each.endpoint == "ends"} <= FINISHED
+
+
+async def test_what_nobody_wants_is_passed_by_without_a_look_at_the_disk(path: Path) -> None:
+    only_ends = endpoint(events=frozenset({"job.failed"}))
+    async with at_work(path, only_ends, wrap=Watched) as at:
+        disk: Any = at.office.disk
+        await until(lambda: disk.calls["journal"] == 1)
+        await asyncio.sleep(0.1)
+        for number in range(20):
+            await at.commit(at.maker.create(f"job-{number}"))
+        assert at.webhooks.views()[0].position == at.maker.numbers.next_event - 1
+        assert (disk.calls["journal"], disk.calls["plan_deliveries"]) == (1, 0)
+
+
+async def test_a_place_that_only_passed_by_is_kept_in_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_ends = endpoint(events=frozenset({"job.failed"}))
+    async with at_work(path, only_ends) as at:
+        await at.commit(at.maker.create())
+        await until(lambda: at.webhooks.views()[0].lag == 0)
+    with edited(str(path)) as conn:
+        assert conn.execute("SELECT position FROM webhooks").fetchone() == (1,)
+    monkeypatch.setattr(journal_reader, "SAVE_S", 0.05)
+    async with at_work(path, only_ends, maker=at.maker) as at:
+        await at.commit(at.maker.create())
+
+        sql = "SELECT position FROM webhooks"
+        await until(lambda: at.store._db.raw.execute(sql).fetchone() == (2,))
+
+
+async def test_an_idle_webhook_costs_nothing(path: Path) -> None:
+    async with at_work(path, wrap=Watched) as at:
+        disk: Any = at.office.disk
+        await at.commit(*a_life(at.maker, "a"))
+        await until(lambda: at.webhooks.views()[0].delivered == 3)
+        await asyncio.sleep(0.2)
+        calls = dict(disk.calls)
+        await asyncio.sleep(0.5)
+        assert disk.calls == calls
+
+
+async def test_where_none_is_configured_nobody_listens(path: Path) -> None:
+    async with at_work(path) as at:
+        nobody = Webhooks(at.office, listen=lambda _: pytest.fail("it listens"), post=at.posts)
+        nobody.set_endpoints([])
+        assert nobody.views() == []
+        assert (nobody.worst(), nobody.hold_ms(), nobody.figures()) == (None, 0, {})
+
+
+async def test_so_many_are_on_their_way_and_no_more(path: Path) -> None:
+    async with at_work(path) as at:
+        at.posts.gate.clear()
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(50)))
+        await until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
+        await asyncio.sleep(0.05)
+        assert len(at.posts.tried) == dispatcher.PARALLEL
+        at.posts.gate.set()
+        await until(lambda: len(at.posts.taken) == 50)
+        assert at.posts.most_at_once == dispatcher.PARALLEL
+
+
+async def test_a_long_journal_is_read_page_by_page(path: Path) -> None:
+    async with at_work(path) as at:
+        for first in range(0, 450, 90):
+            await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(90)))
+        await until(lambda: len(at.posts.taken) == 450)
+        assert len({each.event_id for each in at.posts.taken}) == 450
+
+
+async def test_pages_that_end_early_as_their_events_are_large_are_read_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "SLICE_BYTES", 2_000)
+    async with at_work(path) as at:
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
+        await until(lambda: len(at.posts.taken) == 60)
+        assert len({each.event_id for each in at.posts.taken}) == 60
+        assert at.webhooks.views()[0].lag == 0
+
+
+async def test_a_page_of_damaged_events_is_told_as_gone_and_passed_by(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "SLICE_BYTES", 1)  # a page is one event
+    async with at_work(path) as at:
+        at.store._db.raw.execute(
+            "CREATE TRIGGER spoil AFTER INSERT ON events WHEN new.seq = 2 BEGIN "
+            "UPDATE events SET by = 'x' WHERE seq = new.seq; END"
+        )
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(4)))
+        await until(lambda: at.webhooks.views()[0].lag == 0)
+        await until(lambda: len(at.posts.taken) >= 4)
+        types = [each.type for each in at.posts.taken]
+        assert types.count("job.created") == 3
+        assert "events.gone" in types
+
+
+# -- order, failures, breaks -------------------------------------------------------------------------------------------
+
+
+async def test_a_message_that_fails_holds_up_its_job_alone(path: Path) -> None:
+    bad = {"jobs/a": 3}
+
+    def answer(delivery: Delivery) -> Outcome:
+        if bad.get(delivery.subject, 0) > 0:
+            bad[delivery.subject] -= 1
+            return NO
+        return YES
+
+    async with at_work(path, posts=Posts(answer)) as at:
+        lives = [a_life(at.maker, name) for name in "abc"]
+        await at.commit(*(change for step in zip(*lives, strict=True) for change in step))
+        await until(lambda: at.webhooks.views()[0].delivered == 9)
+        types = ["job.created", "job.granted", "job.completed"]
+        for name in "abc":
+            assert [type_ for subject, type_ in at.posts.subjects() if subject == f"jobs/{name}"] == types
+        first_of_a = at.posts.subjects().index(("jobs/a", "job.created"))
+        assert at.posts.subjects().index(("jobs/b", "job.completed")) < first_of_a
+        page = await at.webhooks.page("e", None, None, 99)
+        assert sorted(each.tries for each in page.deliveries) == [1] * 8 + [4]
+
+
+async def test_failures_in_a_row_make_a_break_and_one_trial_ends_it(path: Path) -> None:
+    down = True
+    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
+        await until(lambda: at.webhooks.views()[0].state == "open")
+        tried = len(at.posts.tried)
+        assert tried <= HASTY.opens_after + dispatcher.PARALLEL
+        begun = time.monotonic()
+        await until(lambda: len(at.posts.tried) >= tried + 4)
+        assert time.monotonic() - begun > 0.1  # one at a time, with a pause between
+        (view,) = at.webhooks.views()
+        assert view.failing_since is not None
+        assert view.last_error == NO.error
+        worst = at.webhooks.worst()
+        assert worst is not None
+        assert (worst.name, worst.error) == ("e", NO.error)
+        down = False
+        await until(lambda: len(at.posts.taken) == 30)
+        (view,) = at.webhooks.views()
+        assert (view.state, view.failing_since, view.next_try_at) == ("closed", None, None)
+        assert at.webhooks.worst() is None
+
+
+async def test_a_view_says_when_the_next_try_may_be_made(path: Path) -> None:
+    slow = replace(HASTY, retry_ms=100_000, retry_at_most_ms=100_000, pause_ms=600_000, pause_at_most_ms=600_000)
+    clock = Clock()
+    async with at_work(path, posts=Posts(lambda _: NO), clock=clock) as at:
+
+        def left_ms() -> int | None:
+            (view,) = at.webhooks.views()
+            return None if view.next_try_at is None else view.next_try_at - clock.moment().now
+
+        at.office.manners = slow
+        await _more_patient(at)  # a breaker that is slow, too
+        assert left_ms() is None
+        await at.commit(at.maker.create("a"))
+        await until(lambda: left_ms() is not None)
+        assert at.webhooks.views()[0].state == "closed"
+        assert 0 < (left_ms() or 0) <= 100_000
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
+        await until(lambda: at.webhooks.views()[0].state == "open")
+        assert 250_000 < (left_ms() or 0) <= 600_000, "not before the end of the break"
+        clock.step_ms += HOUR_MS  # who sets the clock moves no try
+        assert 250_000 < (left_ms() or 0) <= 600_000
+
+
+async def test_a_message_that_no_endpoint_takes_does_not_keep_the_break_for_all(path: Path) -> None:
+    async with at_work(path, posts=Posts(lambda each: NO if each.subject == "jobs/bad" else YES)) as at:
+        at.office.manners = replace(HASTY, retry_ms=1, retry_at_most_ms=1)  # it is due at every trial
+        await at.commit(at.maker.create("bad"))
+        await until(lambda: at.webhooks.views()[0].state != "closed")
+        await at.commit(at.maker.create("good"))
+        await until(lambda: ("jobs/good", "job.created") in at.posts.subjects())
+
+
+async def test_what_is_too_old_and_was_tried_often_is_given_up_and_the_next_goes_on(path: Path) -> None:
+    clock = Clock()
+
+    def answer(delivery: Delivery) -> Outcome:
+        return NO if delivery.type == "job.created" else YES
+
+    async with at_work(path, endpoint(give_up_after_ms=HOUR_MS), posts=Posts(answer), clock=clock) as at:
+        await at.commit(*a_life(at.maker, "a"))
+        await until(lambda: len(at.posts.tried) > HASTY.least_tries)
+        assert at.posts.taken == []
+        clock.step_ms += HOUR_MS
+        await until(lambda: at.posts.types() == ["job.granted", "job.completed"])
+        await until(lambda: at.webhooks.views()[0].delivered == 2)
+        assert at.webhooks.views()[0].given_up == 1
+        (lost,) = (await at.webhooks.page("e", "given_up", None, 9)).deliveries
+        assert (lost.type, lost.status, lost.error) == ("job.created", 500, NO.error)
+
+
+async def test_a_step_of_the_clock_alone_gives_nothing_up(path: Path) -> None:
+    clock, down = Clock(), True
+    async with at_work(path, endpoint(), posts=Posts(lambda _: NO if down else YES), clock=clock) as at:
+        await at.commit(at.maker.create("a"))
+        await until(lambda: len(at.posts.tried) == 1)
+        clock.step_ms += 100 * DAY_MS
+        down = False
+        await until(lambda: at.webhooks.views()[0].delivered == 1)
+
+
+async def test_of_an_endpoint_that_is_gone_for_good_what_is_too_old_is_given_up_untried(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "AT_ONCE", 10)
+    monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
+    clock = Clock()
+    async with at_work(path, endpoint(give_up_after_ms=200), posts=Posts(lambda _: NO), clock=clock) as at:
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
+        await until(lambda: at.webhooks.views()[0].given_up == 60)
+        assert at.webhooks.views()[0].waiting == 0
+        page = await at.webhooks.page("e", "given_up", None, 99)
+        assert {each.error for each in page.deliveries} == {NO.error}
+        assert min(each.tries for each in page.deliveries) == 0
+
+
+async def test_who_lives_nowhere_any_more_is_left_alone_at_once(path: Path) -> None:
+    async with at_work(path, posts=Posts(lambda _: Outcome(410, "410", gone=True))) as at:
+        await at.commit(at.maker.create("a"))
+        await until(lambda: at.webhooks.views()[0].state == "open")
+        assert at.webhooks.views()[0].failed == 1
+
+
+async def test_a_bug_in_the_sender_is_a_failed_try_and_says_nothing_of_the_url(path: Path, logged: list[Any]) -> None:
+    bugs = [ValueError("https://e.test/hook?token=hush is odd")]
+
+    def answer(_: Delivery) -> Outcome:
+        if bugs:
+            raise bugs.pop()
+        return YES
+
+    async with at_work(path, posts=Posts(answer)) as at:
+        await at.commit(at.maker.create("a"))
+        await until(lambda: len(at.posts.taken) == 1)
+        assert at.webhooks.views()[0].last_error == "This is a bug in jobd: ValueError."
+    (told,) = (line["exc_info"] for line in logged if line["event"] == "webhook_bug")
+    assert str(told) == "ValueError: https://e.test… is odd"
+    assert told.__context__ is told.__cause__ is None
+    assert "answer" in [frame.f_code.co_name for frame, _ in walk_tb(told.__traceback__)]
+
+
+# -- restarts, crashes, full disks -------------------------------------------------------------------------------------
+
+
+async def test_what_waits_is_sent_after_a_restart_byte_for_byte_the_same(path: Path) -> None:
+    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+        await at.commit(*a_life(at.maker, "a"))
+        await until(lambda: bool(at.posts.tried))
+    first = at.posts.tried[0]
+    async with at_work(path, maker=at.maker) as then:
+        await until(lambda: len(then.posts.taken) == 3)
+        assert then.posts.types() == ["job.created", "job.granted", "job.completed"]
+        again = then.posts.taken[0]
+        assert (again.event_id, again.body, again.id) == (first.event_id, first.body, first.id)
+
+
+async def test_what_happened_while_nobody_was_there_is_told_at_the_next_start(path: Path) -> None:
+    async with at_work(path) as at:
+        pass
+    store, _ = await Store.open(str(path))
+    async with store:
+        await store.write(at.maker.batch(a_life(at.maker, "a")))
+    async with at_work(path, maker=at.maker) as then:
+        await until(lambda: then.posts.types() == ["job.created", "job.granted", "job.completed"])
+
+
+async def test_a_new_endpoint_is_not_told_what_was_before(path: Path) -> None:
+    async with at_work(path) as at:
+        await at.commit(*a_life(at.maker, "a"))
+        await until(lambda: len(at.posts.taken) == 3)
+    async with at_work(path, endpoint("new"), maker=at.maker) as then:
+        await then.commit(then.maker.create("b"))
+        await until(lambda: then.posts.subjects() == [("jobs/b", "job.created")])
+
+
+async def test_what_was_delivered_and_not_noted_is_delivered_again(path: Path) -> None:
+    async with at_work(path, wrap=Watched) as at:
+        disk: Any = at.office.disk
+        disk.faults["settle_deliveries"] = RuntimeError("crash")
+        await at.commit(*a_life(at.maker, "a"))
+        await until(lambda: at.posts.types() == ["job.created"])
+        await asyncio.sleep(0.1)
+        assert at.posts.types() == ["job.created"]  # the next waits until that is noted
+    async with at_work(path, maker=at.maker) as then:
+        await until(lambda: then.posts.types() == ["job.created", "job.granted", "job.completed"])
+        assert then.posts.taken[0] == at.posts.taken[0]
+
+
+async def test_while_the_disk_is_full_nothing_is_sent_that_cannot_be_noted_and_nothing_is_lost(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    async with at_work(path, wrap=Watched) as at:
+        disk: Any = at.office.disk
+        disk.faults["settle_deliveries"] = DiskFull("no room")
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
+        await until(lambda: len(at.posts.taken) >= dispatcher.PARALLEL)
+        disk.faults["plan_deliveries"] = DiskFull("no room")
+        await at.commit(*a_life(at.maker, "late"))
+        await asyncio.sleep(0.2)
+        sent = len(at.posts.taken)
+        assert sent <= 2 * dispatcher.PARALLEL
+        disk.faults.clear()
+        await until(lambda: at.webhooks.views()[0].delivered == 33)
+        assert len(at.posts.taken) == 33  # none of them twice
+
+
+async def test_the_last_room_of_a_full_disk_is_not_for_webhooks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    async with at_work(path, wrap=Watched) as at:
+        disk: Any = at.office.disk
+        at.may_write = False
+        await at.commit(*a_life(at.maker, "a"))
+        await asyncio.sleep(0.2)
+        assert disk.calls["plan_deliveries"] == disk.calls["settle_deliveries"] == 0
+        assert at.webhooks.views()[0].lag == 4
+        with pytest.raises(DiskFull):
+            await at.webhooks.test("e")
+        with pytest.raises(DiskFull):
+            await at.webhooks.again("e", 1)
+        at.may_write = True
+        await until(lambda: at.webhooks.views()[0].delivered == 3)
+
+
+async def test_what_cannot_be_noted_on_a_full_disk_is_not_sent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    async with at_work(path) as at:
+        at.posts.gate.clear()
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(40)))
+        await until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
+        at.may_write = False
+        at.posts.gate.set()
+        await asyncio.sleep(0.2)
+        assert len(at.posts.tried) == dispatcher.PARALLEL
+        at.may_write = True
+        await until(lambda: at.webhooks.views()[0].delivered == 40)
+        assert len(at.posts.tried) == 40
+
+
+async def test_a_full_disk_at_the_start_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobd.webhooks.manager.FULL_S", 0.02)
+    async with at_work(path, wrap=Watched) as at:
+        disk: Any = at.office.disk
+        disk.faults["open_outbox"] = DiskFull("no room")
+        at.webhooks.set_endpoints([endpoint(), endpoint("f")])
+        await until(lambda: disk.calls["open_outbox"] > 2)
+        assert [view.state for view in at.webhooks.views()] == ["closed", "starting"]
+        assert at.webhooks.hold_ms() > 0
+        disk.faults["open_outbox"] = RuntimeError("oops")
+        monkeypatch.setattr("jobd.webhooks.manager.TROUBLE_S", 0.02)
+        calls = disk.calls["open_outbox"]
+        await until(lambda: disk.calls["open_outbox"] > calls + 1)
+        disk.faults.clear()
+        await until(lambda: [view.state for view in at.webhooks.views()] == ["closed", "closed"])
+        await at.commit(at.maker.create("a"))
+        await until(lambda: len(at.posts.taken) == 2)
+
+
+async def test_a_damaged_message_is_left_out_and_the_next_goes_on(path: Path) -> None:
+    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+        await at.commit(*a_life(at.maker, "a"))
+        await until(lambda: at.webhooks.views()[0].waiting == 3)
+    async with at_work(path, maker=at.maker, posts=Posts(lambda _: NO)) as then:
+        then.posts.gate.clear()
+        then.store._db.raw.execute("UPDATE deliveries SET body = X'31' WHERE type = 'job.created'")
+        then.posts.answer = lambda _: YES
+        then.posts.gate.set()
+        await until(lambda: "job.completed" in then.posts.types())
+
+
+async def test_the_stop_does_not_wait_for_who_hangs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "GRACE_S", 0.1)
+    async with at_work(path) as at:
+        at.posts.gate.clear()
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(20)))
+        await until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 2
+    async with at_work(path, maker=at.maker) as then:
+        await until(lambda: len(then.posts.taken) == 20)
+
+
+async def test_the_stop_notes_what_arrives_within_its_grace(path: Path) -> None:
+    async with at_work(path) as at:
+        at.posts.gate.clear()
+        await at.commit(at.maker.create("a"))
+        await until(lambda: len(at.posts.tried) == 1)
+        asyncio.get_running_loop().call_later(0.1, at.posts.gate.set)
+    async with at_work(path, maker=at.maker) as then:
+        assert (await then.webhooks.page("e", "delivered", None, 9)).deliveries
+        await asyncio.sleep(0.1)
+    assert then.posts.tried == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_whatever_fails_and_whoever_crashes_every_event_arrives_in_the_order_of_its_job(
+    path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At least once, and none before the one that came before it in the same job."""
+    monkeypatch.setattr(dispatcher, "TROUBLE_S", 0.02)
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    chance, maker = random.Random(seed), Maker(seed)
+    taken: list[Delivery] = []
+    jobs: dict[str, list[Job]] = {f"job-{number}": [] for number in range(12)}
+
+    def next_change() -> Change:
+        name = chance.choice([name for name, was in jobs.items() if len(was) < 3])
+        was = jobs[name]
+        change = maker.create(name) if not was else maker.grant(was[-1]) if len(was) == 1 else maker.finish(was[-1])
+        was.append(made(change))
+        return change
+
+    for _ in range(60):
+        posts = Posts(lambda _: NO if chance.random() < 0.4 else YES)
+        async with at_work(path, maker=maker, posts=posts, wrap=Watched) as at:
+            disk: Any = at.office.disk
+            for _ in range(chance.randint(1, 4)):
+                left = sum(3 - len(was) for was in jobs.values())
+                if some := min(left, chance.randint(0, 8)):
+                    await at.commit(*(next_change() for _ in range(some)))
+                disk.faults = {
+                    name: DiskFull("no room") if chance.random() < 0.5 else RuntimeError("crash")
+                    for name in ("settle_deliveries", "plan_deliveries", "journal", "deliveries")
+                    if chance.random() < 0.15
+                }
+                await asyncio.sleep(chance.random() * 0.1)
+        taken += posts.taken
+        if len({each.event_id for each in taken}) == 36:
+            break
+    by_job: dict[str, list[int]] = {}
+    for each in taken:
+        by_job.setdefault(each.subject, []).append(each.seq)
+    assert len(by_job) == 12
+    for seqs in by_job.values():
+        firsts = list(dict.fromkeys(seqs))
+        assert firsts == sorted(firsts)
+        assert len(firsts) == 3
+
+
+# -- bounds and gaps ---------------------------------------------------------------------------------------------------
+
+
+async def test_what_does_not_fit_into_the_outbox_waits_in_the_journal(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "BACKLOG", 150)
+    down = True
+    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
+        for first in range(0, 400, 100):
+            await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(100)))
+        await until(lambda: at.webhooks.views()[0].waiting == 100)
+        await asyncio.sleep(0.2)
+        (view,) = at.webhooks.views()
+        assert (view.waiting, view.lag) == (100, 300)
+        down = False
+        await until(lambda: len(at.posts.taken) == 400)
+
+
+async def test_who_is_behind_keeps_the_journal_for_a_while(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "BACKLOG", 150)
+    monkeypatch.setattr(journal_reader, "LAGS_S", 0.1)
+    async with at_work(path, endpoint(give_up_after_ms=5 * DAY_MS), posts=Posts(lambda _: NO)) as at:
+        await until(lambda: at.webhooks.hold_ms() == 0)
+        for first in range(0, 300, 100):
+            await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(100)))
+        await until(lambda: at.webhooks.hold_ms() == 5 * DAY_MS)
+
+
+async def test_who_was_away_for_longer_than_the_journal_is_told_of_the_gap(path: Path) -> None:
+    async with at_work(path) as at:
+        await at.commit(at.maker.create("a"))
+        await until(lambda: len(at.posts.taken) == 1)
+    store, _ = await Store.open(str(path))
+    async with store:
+        pauses = [at.maker.queue_event("video", bool(number % 2)) for number in range(4)]
+        await store.write(at.maker.batch(pauses))
+        assert await store.prune(at.maker.now + 3, 100) > 0
+        left = (await store.journal(1, 100)).events
+    async with at_work(path, maker=at.maker) as then:
+        await until(lambda: len(then.posts.taken) == 1 + len(left))
+        gap = next(each for each in then.posts.taken if each.type == "events.gone")
+        data = json.loads(gap.body)["data"]
+        assert (data["after"], data["upto"]) == (1, 5 - len(left))
+        assert then.webhooks.figures()["e"].gaps == 1
+    async with at_work(path, maker=at.maker) as later:
+        await later.commit(later.maker.create("b"))
+        await until(lambda: later.posts.types() == ["job.created"])
+
+
+async def test_a_lost_place_is_told_too(path: Path) -> None:
+    async with at_work(path) as at:
+        await at.commit(at.maker.create("a"))
+        await until(lambda: at.webhooks.views()[0].delivered == 1)
+    with edited(str(path)) as conn:
+        conn.execute("DELETE FROM deliveries")
+        conn.execute("UPDATE webhooks SET position = 0")
+    async with at_work(path, maker=at.maker) as then:
+        await until(lambda: then.posts.types() == ["events.gone"])
+
+
+async def test_a_receiver_is_told_that_what_was_given_up_is_kept_no_longer(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "given_up": 5})
+    posts = Posts(lambda _: NO)
+    async with at_work(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
+        for number in range(12):
+            await at.commit(*a_life(at.maker, f"job-{number}"))
+        await until(lambda: at.webhooks.views()[0].given_up >= 12)
+        count, _ = await at.webhooks.given_up("e")
+        assert count == 5
+        gaps = at.webhooks.figures()["e"].gaps
+        assert gaps >= 1
+        posts.answer = lambda _: YES
+        await until(lambda: "events.gone" in posts.types())
+        await until(lambda: at.webhooks.views()[0].waiting == 0)
+        gone = {each.event_id: json.loads(each.body)["data"] for each in posts.taken if each.type == "events.gone"}
+        assert all(data["upto"] >= 4 for data in gone.values())
+        await asyncio.sleep(0.1)
+        assert at.webhooks.views()[0].waiting == 0, "it is not told again and again"
+    async with at_work(path, maker=at.maker) as later:
+        await later.commit(later.maker.create("b"))
+        await until(lambda: later.posts.types() == ["job.created"])
+
+
+async def test_a_gap_that_waits_is_not_put_behind_itself(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "given_up": 1})
+    slow = replace(NO, retry_after_ms=60_000)
+    posts = Posts(lambda each: slow if each.type == "events.gone" else NO)
+    async with at_work(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
+        at.office.manners = replace(HASTY, retry_at_most_ms=60_000)
+        for number in range(9):
+            await at.commit(*a_life(at.maker, f"job-{number}"))
+        await until(lambda: at.webhooks.views()[0].given_up == 9)
+        page = await at.webhooks.page("e", None, None, 99)
+        assert [each.type for each in page.deliveries if each.state == "waiting"] == ["events.gone"]
+        assert at.webhooks.figures()["e"].gaps == 1
+
+
+# -- alerts ------------------------------------------------------------------------------------------------------------
+
+
+async def test_alerts_are_told_when_they_fire_and_when_they_end(path: Path) -> None:
+    async with at_work(path, endpoint(events=frozenset({"alert.firing", "alert.resolved"}))) as at:
+        at.fire("stuck_jobs", NOW + 7)
+        await until(lambda: at.posts.types() == ["alert.firing"])
+        at.fire("stuck_jobs", NOW + 7)
+        at.resolve("stuck_jobs")
+        await until(lambda: at.posts.types() == ["alert.firing", "alert.resolved"])
+        firing, resolved = (json.loads(each.body) for each in at.posts.taken)
+        assert firing["data"]["since"] == resolved["data"]["since"] == NOW + 7
+        assert firing["subject"] == "alerts/stuck_jobs"
+        assert (firing["data"]["firing"], resolved["data"]["firing"]) == (True, False)
+        await at.commit(at.maker.create("a"))
+        await asyncio.sleep(0.1)
+        assert len(at.posts.taken) == 2
+        assert at.webhooks.views()[0].lag == 0
+
+
+async def test_alerts_are_told_at_least_once_over_a_restart(path: Path) -> None:
+    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+        at.fire("stuck_jobs")
+        at.fire("database")
+        await until(lambda: at.webhooks.views()[0].waiting == 2)
+    async with at_work(path, maker=at.maker, firing=None) as then:  # nobody has looked yet
+        await until(lambda: then.posts.types() == ["alert.firing", "alert.firing"])
+        await asyncio.sleep(0.1)
+        then.firing = {"database": NOW + 99}  # one of them has ended meanwhile
+        then.webhooks.alerts_changed()
+        await until(lambda: "alert.resolved" in then.posts.types())
+        await asyncio.sleep(0.1)
+        assert sorted(then.posts.subjects()) == [
+            ("alerts/database", "alert.firing"),
+            ("alerts/stuck_jobs", "alert.firing"),
+            ("alerts/stuck_jobs", "alert.resolved"),
+        ]
+
+
+async def test_who_asks_only_for_ends_of_alerts_gets_those(path: Path) -> None:
+    async with at_work(path, endpoint(events=frozenset({"alert.resolved"}))) as at:
+        at.fire("database")
+        await asyncio.sleep(0.1)
+        at.resolve("database")
+        await until(lambda: at.posts.types() == ["alert.resolved"])
+
+
+async def test_an_alert_is_told_at_once_while_the_disk_is_full_and_by_the_outbox_once_there_is_room(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    async with at_work(path, wrap=Watched) as at:
+        disk: Any = at.office.disk
+        at.may_write = False
+        at.fire("database")
+        await until(lambda: at.posts.types() == ["alert.firing"])
+        at.fire("stuck_jobs")
+        await until(lambda: len(at.posts.taken) == 2)
+        at.resolve("database")
+        await until(lambda: at.posts.types() == ["alert.firing", "alert.firing", "alert.resolved"])
+        await at.commit(*a_life(at.maker, "a"))
+        await asyncio.sleep(0.2)
+        assert len(at.posts.tried) == 3, "each once: it was taken"
+        assert disk.calls["plan_deliveries"] == disk.calls["settle_deliveries"] == 0
+        told = list(at.posts.taken)
+        at.may_write = True
+        await until(lambda: at.webhooks.views()[0].delivered == 6)
+        again = [each for each in at.posts.taken[3:] if each.subject.startswith("alerts/")]
+        assert {each.event_id: each.body for each in again} == {each.event_id: each.body for each in told}
+        assert [each.type for each in again if each.subject == "alerts/database"] == ["alert.firing", "alert.resolved"]
+        await asyncio.sleep(0.1)
+        assert len(at.posts.tried) == 9
+    async with at_work(path, maker=at.maker, firing={"stuck_jobs": NOW}) as then:
+        await asyncio.sleep(0.1)
+        assert then.posts.tried == []
+
+
+async def test_an_alert_whose_writing_meets_the_full_disk_is_told_at_once_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    async with at_work(path, wrap=Watched) as at:
+        disk: Any = at.office.disk
+        disk.faults["plan_deliveries"] = DiskFull("no room")
+        at.fire("database")
+        await until(lambda: at.posts.types() == ["alert.firing"])
+        await asyncio.sleep(0.1)
+        disk.faults.clear()
+        await until(lambda: at.webhooks.views()[0].delivered == 1)
+        first, second = at.posts.taken
+        assert (first.event_id, first.body) == (second.event_id, second.body)
+
+
+async def test_a_receiver_that_fails_while_the_disk_is_full_gets_a_few_tries_of_each_change_in_their_order(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.01)
+    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+        at.may_write = False
+        at.fire("database")
+        await until(lambda: len(at.posts.tried) == alert_source.TRIES)
+        await asyncio.sleep(0.3)
+        assert len(at.posts.tried) == alert_source.TRIES
+        assert at.webhooks.views()[0].last_error == NO.error
+        at.posts.answer = lambda each: YES if each.type == "alert.resolved" else NO
+        at.fire("stuck_jobs")
+        await until(lambda: at.posts.tried[-1].subject == "alerts/stuck_jobs")
+        at.resolve("stuck_jobs")  # the next try of its beginning is not waited for
+        await until(lambda: at.posts.subjects() == [("alerts/stuck_jobs", "alert.resolved")])
+        own = [each.type for each in at.posts.tried if each.subject == "alerts/stuck_jobs"]
+        assert own == sorted(own)
+        await asyncio.sleep(0.2)
+        assert len(at.posts.tried) == alert_source.TRIES + len(own)
+        at.posts.answer = lambda _: YES
+        at.may_write = True
+        await until(lambda: at.webhooks.views()[0].delivered == 3)
+
+
+async def test_of_an_alert_that_comes_and_goes_all_the_while_the_latest_is_held(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "FULL_S", 0.01)
+    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+        at.may_write = False
+        for number in range(9):
+            at.fire("database", NOW + number)
+            await until(lambda: bool(at.posts.tried) and at.posts.tried[-1].type == "alert.firing")
+            if number < 8:
+                at.resolve("database")
+                await until(lambda: at.posts.tried[-1].type == "alert.resolved")
+        at.posts.answer = lambda _: YES
+        at.posts.tried.clear()
+        at.may_write = True
+        await until(lambda: at.webhooks.views()[0].delivered >= 3)
+        await asyncio.sleep(0.1)
+        told = [each.event_id.split("_", 2)[2] for each in at.posts.taken]
+        assert list(dict.fromkeys(told)) == [f"{NOW + 7}_firing", f"{NOW + 7}_resolved", f"{NOW + 8}_firing"]
+
+
+async def test_the_stop_on_a_full_disk_does_not_wait_for_who_hangs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "GRACE_S", 0.05)
+    async with at_work(path) as at:
+        at.may_write = False
+        at.posts.gate.clear()
+        at.fire("database")
+        await until(lambda: len(at.posts.tried) == 1)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    async with at_work(path, maker=at.maker, firing={"database": NOW}) as then:
+        await until(lambda: then.posts.types() == ["alert.firing"])
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_delivery_can_be_sent_again_whatever_became_of_it(path: Path) -> None:
+    async with at_work(path) as at:
+        await at.commit(at.maker.create("a"))
+        await until(lambda: at.webhooks.views()[0].delivered == 1)
+        (sent,) = (await at.webhooks.page("e", None, None, 9)).deliveries
+        again = await at.webhooks.again("e", sent.id)
+        assert again is not None
+        assert (again.state, again.tries) == ("waiting", 0)
+        await until(lambda: at.webhooks.views()[0].delivered == 2)
+        assert at.posts.taken[1].event_id == at.posts.taken[0].event_id
+        assert at.posts.taken[1].body == at.posts.taken[0].body
+        assert await at.webhooks.again("e", 999) is None
+
+
+async def _more_patient(at: Any) -> None:
+    """Another courier in the place of the one that is at work, and not the one that is about to be dismissed."""
+    before = at.webhooks._couriers["e"]
+    at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
+    await until(lambda: at.webhooks._couriers.get("e") not in (None, before))
+    await until(lambda: at.webhooks.views()[0].state == "closed")
+
+
+async def test_one_that_waits_is_sent_at_once_even_in_a_break(path: Path) -> None:
+    slow = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
+    down = True
+    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
+        at.office.manners = slow
+        await _more_patient(at)
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
+        await until(lambda: at.webhooks.views()[0].state == "open")
+        await until(lambda: all(each.tries == 1 for each in at.posts.tried) or len(at.posts.tried) >= 5)
+        down = False
+        page = await at.webhooks.page("e", "waiting", None, 99)
+        again = await at.webhooks.again("e", page.deliveries[-1].id)
+        assert again is not None
+        await until(lambda: len(at.posts.taken) == 6)
+
+
+async def test_a_test_ends_a_break(path: Path) -> None:
+    """Whoever tests a receiver that was mended is not told five minutes later."""
+    down = True
+    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
+        at.office.manners = replace(HASTY, pause_ms=600_000, pause_at_most_ms=600_000)
+        await _more_patient(at)
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
+        await until(lambda: at.webhooks.views()[0].state == "open")
+        down = False
+        await at.webhooks.test("e")
+        await until(lambda: len(at.posts.taken) == 7)
+        assert "webhook.test" in at.posts.types()
+        assert at.webhooks.views()[0].state == "closed"
+
+
+async def test_one_on_its_way_is_sent_again_at_once_if_it_fails(path: Path) -> None:
+    """It was asked for while the first try had not come back: that one's failure puts it off no more."""
+    down = True
+    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
+        at.office.manners = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000)
+        at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
+        at.posts.gate.clear()
+        await at.commit(at.maker.create("job-1"))
+        await until(lambda: len(at.posts.tried) == 1)
+        assert await at.webhooks.again("e", at.posts.tried[0].id) is not None
+        at.posts.gate.set()
+        await until(lambda: len(at.posts.tried) == 2)
+
+
+async def test_those_that_went_before_a_try_was_asked_for_begin_no_new_break(path: Path) -> None:
+    """Five of eight have failed; while three hang, somebody says that the receiver is back."""
+    slow = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
+    down, hanging = True, asyncio.Event()
+
+    class Hanging(Posts):
+        async def post(self, endpoint: Endpoint, delivery: Delivery) -> Outcome:
+            if len(self.tried) in (5, 6, 7):
+                self.tried.append(delivery)
+                await hanging.wait()
+                return NO
+            return await super().post(endpoint, delivery)
+
+    posts = Hanging(lambda _: NO if down else YES)
+    async with at_work(path, posts=posts) as at:
+        at.office.manners = slow
+        await _more_patient(at)
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(8)))
+        await until(lambda: len(posts.tried) == 8 and at.webhooks.views()[0].state == "open")
+        down = False
+        assert await at.webhooks.again("e", posts.tried[0].id) is not None
+        hanging.set()
+        await until(lambda: len(posts.taken) == 8)
+
+
+async def test_all_that_was_given_up_is_sent_again_in_its_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets a try before it is given up for its age again."""
+    monkeypatch.setattr(dispatcher, "AT_ONCE", 10)
+    monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
+    down = True
+    posts = Posts(lambda _: NO if down else YES)
+    async with at_work(path, endpoint(give_up_after_ms=200), posts=posts) as at:
+        for number in range(15):
+            await at.commit(*a_life(at.maker, f"job-{number}"))
+        await until(lambda: at.webhooks.views()[0].given_up == 45)
+        page = await at.webhooks.page("e", "given_up", None, 99)
+        newest = page.deliveries[0].id
+        monkeypatch.setattr(dispatcher, "MINUTE_MS", 60_000)
+        assert await at.webhooks.again_all("e", 0) == 0
+        down = False
+        assert await at.webhooks.again_all("e", newest - 3) == 42
+        await until(lambda: at.webhooks.views()[0].delivered == 42)
+        assert await at.webhooks.again_all("e", None) == 3
+        await until(lambda: at.webhooks.views()[0].delivered == 45)
+        assert at.webhooks.views()[0].given_up == 45
+        for number in range(15):
+            own = [type_ for subject, type_ in at.posts.subjects() if subject == f"jobs/job-{number}"]
+            assert own == ["job.created", "job.granted", "job.completed"]
+        at.may_write = False
+        with pytest.raises(DiskFull):
+            await at.webhooks.again_all("e", None)
+
+
+async def test_a_test_message_is_a_delivery_like_others(path: Path) -> None:
+    async with at_work(path, endpoint(events=frozenset({"job.failed"}))) as at:
+        sent = await at.webhooks.test("e")
+        assert (sent.type, sent.state, sent.seq) == ("webhook.test", "waiting", None)
+        await until(lambda: at.posts.types() == ["webhook.test"])
+
+
+async def test_pages_of_deliveries_go_on_where_the_last_ended(path: Path) -> None:
+    async with at_work(path) as at:
+        await at.commit(*(at.maker.create(f"job-{number}") for number in range(25)))
+        await until(lambda: at.webhooks.views()[0].delivered == 25)
+        ids: list[int] = []
+        before: int | None = None
+        while True:
+            page = await at.webhooks.page("e", "delivered", before, 10)
+            ids += [each.id for each in page.deliveries]
+            if page.next_cursor is None:
+                break
+            before = int(page.next_cursor)
+        assert ids == list(range(25, 0, -1))
+
+
+async def test_a_new_configuration_is_taken_over_at_work(path: Path) -> None:
+    async with at_work(path, endpoint("stays"), endpoint("goes"), endpoint("changes")) as at:
+        at.webhooks.set_endpoints([endpoint("stays"), endpoint("changes", events=FINISHED), endpoint("comes")])
+        await until(lambda: sorted(at.webhooks.figures()) == ["changes", "comes", "stays"])
+        await until(lambda: at.posts.open == 3)
+        await until(lambda: all(view.state == "closed" for view in at.webhooks.views()))
+        await asyncio.sleep(0.1)
+        await at.commit(*a_life(at.maker, "a"))
+        await until(lambda: len(at.posts.taken) == 7)
+        assert Counter(each.endpoint for each in at.posts.taken) == {"stays": 3, "changes": 1, "comes": 3}
+        at.webhooks.set_endpoints([])
+        await until(lambda: at.posts.open == 0)
+        at.webhooks.set_endpoints([endpoint("goes")])  # it goes on where it was
+        await until(lambda: len(at.posts.taken) == 10)
+
+
+async def test_no_secret_is_shown(path: Path) -> None:
+    async with at_work(path) as at:
+        (view,) = at.webhooks.views()
+        assert view.url == "https://e.test/…"
+        assert "hush" not in str(view)
+        assert KEY.decode() not in str(view)

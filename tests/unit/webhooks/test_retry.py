@@ -1,0 +1,131 @@
+"""When a delivery is tried again or given up, and the breaker: a table of moments."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.model.job import DAY_MS
+from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.webhooks.retry import (
+    LEAST_TRIES,
+    OPENS_AFTER,
+    PAUSE_AT_MOST_MS,
+    PAUSE_MS,
+    RETRY_AT_MOST_MS,
+    RETRY_MS,
+    Breaker,
+    Manners,
+    is_given_up,
+    retry_wait_ms,
+)
+from tests.support.factories import NOW
+
+MANNERS = Manners()
+ENDPOINT = Endpoint("e", "https://x", (b"k" * 24,))
+DELIVERY = Delivery(1, "e", "waiting", "jobs/a", "job.completed", "evt", 1, 0, 0, 0, None, None, None, b"{}")
+NO = Outcome(500, "500")
+
+
+@pytest.mark.parametrize(
+    ("tries", "chance", "asked_ms", "wait_ms"),
+    [
+        (1, 0.0, None, RETRY_MS // 2),
+        (1, 1.0, None, RETRY_MS),
+        (2, 1.0, None, 2 * RETRY_MS),
+        (3, 0.5, None, 3 * RETRY_MS),
+        (30, 1.0, None, RETRY_AT_MOST_MS),
+        (1_000, 0.0, None, RETRY_AT_MOST_MS // 2),
+        (1, 0.0, 60_000, 60_000),
+        (1, 0.0, 1, RETRY_MS // 2),
+        (1, 0.0, 10 * DAY_MS, RETRY_AT_MOST_MS),
+    ],
+)
+def test_waits_double_and_spread_and_have_an_end(tries: int, chance: float, asked_ms: int | None, wait_ms: int) -> None:
+    assert retry_wait_ms(tries, chance, MANNERS, asked_ms) == wait_ms
+
+
+@pytest.mark.parametrize(
+    ("tries", "age_ms", "given_up"),
+    [
+        (LEAST_TRIES, ENDPOINT.give_up_after_ms, True),
+        (LEAST_TRIES - 1, ENDPOINT.give_up_after_ms * 9, False),
+        (LEAST_TRIES * 9, ENDPOINT.give_up_after_ms - 1, False),
+    ],
+)
+def test_it_takes_both_age_and_tries_to_give_up(tries: int, age_ms: int, given_up: bool) -> None:
+    for at in (0, NOW):
+        assert is_given_up(replace(DELIVERY, tries=tries, at=at), ENDPOINT, at + age_ms, MANNERS) is given_up
+
+
+def opened(at: int = 1_000, breaker: Breaker | None = None) -> Breaker:
+    breaker = breaker or Breaker(MANNERS)
+    for number in range(OPENS_AFTER):
+        assert breaker.state(at) == "closed"
+        assert breaker.failed(NO, at, 1.0) is (number == OPENS_AFTER - 1)
+    return breaker
+
+
+def test_failures_in_a_row_open_it_and_a_success_between_them_does_not() -> None:
+    breaker = Breaker(MANNERS)
+    for _ in range(OPENS_AFTER - 1):
+        assert not breaker.failed(NO, 5, 1.0)
+    assert breaker.since == 5
+    assert not breaker.succeeded()
+    assert breaker.failures == 0
+    assert breaker.since is None
+    assert opened().until == 1_000 + PAUSE_MS
+
+
+def test_it_lets_one_through_after_its_pause_which_closes_it() -> None:
+    breaker = opened()
+    assert breaker.state(1_000 + PAUSE_MS - 1) == "open"
+    assert breaker.state(1_000 + PAUSE_MS) == "half_open"
+    assert breaker.succeeded()
+    assert breaker.state(1_000 + PAUSE_MS) == "closed"
+    assert not breaker.succeeded()
+
+
+def test_a_trial_that_fails_makes_the_pause_longer_up_to_its_most() -> None:
+    breaker, now = opened(), 1_000
+    assert breaker.until is not None
+    pauses = []
+    for _ in range(30):
+        now = breaker.until
+        assert breaker.failed(NO, now, 1.0)
+        pauses.append(breaker.until - now)
+    assert pauses[:3] == [2 * PAUSE_MS, 4 * PAUSE_MS, 8 * PAUSE_MS]
+    assert pauses[-1] == PAUSE_AT_MOST_MS
+    assert breaker.since == 1_000
+    assert breaker.succeeded()
+    assert opened(now, breaker).until == now + PAUSE_MS, "it begins with the short one again"
+
+
+def test_those_that_were_on_their_way_make_no_pause_longer() -> None:
+    breaker = opened()
+    assert not breaker.failed(NO, 1_500, 1.0)
+    assert breaker.until == 1_000 + PAUSE_MS
+    assert breaker.failures == OPENS_AFTER + 1
+
+
+def test_chance_spreads_the_end_of_a_pause() -> None:
+    breaker = Breaker(Manners(opens_after=1))
+    assert breaker.failed(NO, 0, 0.0)
+    assert breaker.until == PAUSE_MS // 2
+
+
+def test_who_asks_for_a_longer_pause_gets_it_within_bounds() -> None:
+    breaker = Breaker(Manners(opens_after=1))
+    assert breaker.failed(replace(NO, retry_after_ms=60_000), 0, 0.0)
+    assert breaker.until == 60_000
+    breaker = Breaker(Manners(opens_after=1))
+    assert breaker.failed(replace(NO, retry_after_ms=DAY_MS), 0, 0.0)
+    assert breaker.until == PAUSE_AT_MOST_MS
+
+
+def test_where_nobody_lives_any_more_the_first_failure_is_enough() -> None:
+    breaker = Breaker(MANNERS)
+    assert breaker.failed(Outcome(410, "410", gone=True), 0, 1.0)
+    assert breaker.until == PAUSE_AT_MOST_MS
+    assert breaker.failed(NO, PAUSE_AT_MOST_MS, 1.0), "a trial that fails, whatever it fails with"
+    assert breaker.until == 2 * PAUSE_AT_MOST_MS

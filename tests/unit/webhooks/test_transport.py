@@ -1,0 +1,369 @@
+"""One try over real HTTP: what counts as taken, what is read, where it does not go, and that it is signed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from msgspec.structs import replace
+from standardwebhooks import Webhook
+
+from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.webhooks import transport
+from jobd.webhooks.transport import Resolver, Sender
+from tests.support.http_harness import tls_pair
+from tests.support.webhook_receiver import Receiver, echoing, rude, saying
+
+KEY = b"k" * 24
+DELIVERY = Delivery(
+    1, "e", "waiting", "jobs/a", "job.failed", "evt_1_1", 1, 0, 0, 0, None, None, None, '{"a":"ü"}'.encode()
+)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as opened:
+        yield opened
+
+
+@pytest.fixture
+async def sender() -> AsyncIterator[Sender]:
+    made = Sender(allow_private=True, most=4, wall=lambda: time.time_ns() // 1_000_000)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def careful() -> AsyncIterator[Sender]:
+    """One that goes to no private address."""
+    made = Sender(allow_private=False, most=4, wall=lambda: time.time_ns() // 1_000_000)
+    yield made
+    await made.close()
+
+
+def to(url: str, **fields: Any) -> Endpoint:
+    return Endpoint("e", url, (KEY,), **fields)
+
+
+async def test_a_message_arrives_as_it_is_signed_and_others_verify_it(sender: Sender, receiver: Receiver) -> None:
+    assert await sender.post(to(receiver.url), DELIVERY) == Outcome(204)
+    (heard,) = receiver.heard
+    assert heard.body == DELIVERY.body
+    assert heard.headers["Content-Type"] == "application/cloudevents+json; charset=utf-8"
+    assert heard.headers["webhook-id"] == "evt_1_1"
+    assert heard.headers["User-Agent"].startswith("jobd/")
+    secret = f"whsec_{base64.b64encode(KEY).decode()}"
+    headers = {name.lower(): value for name, value in heard.headers.items()}
+    assert Webhook(secret).verify(heard.body, headers) == {"a": "ü"}
+
+
+async def test_a_connection_is_used_again(sender: Sender, receiver: Receiver) -> None:
+    ports = set()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        ports.add(request.transport.get_extra_info("peername")[1])
+        return web.Response(text="thanks")
+
+    receiver.answer = answer
+    for _ in range(3):
+        assert (await sender.post(to(receiver.url), DELIVERY)).error is None
+    assert len(ports) == 1
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
+async def test_every_2xx_is_taken(sender: Sender, receiver: Receiver, status: int) -> None:
+    receiver.answer = saying(status)
+    assert await sender.post(to(receiver.url), DELIVERY) == Outcome(status)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_no_redirect_is_followed(sender: Sender, receiver: Receiver, status: int) -> None:
+    receiver.answer = saying(status, Location=f"http://127.0.0.1:{receiver.port}/elsewhere")
+    outcome = await sender.post(to(receiver.url), DELIVERY)
+    assert outcome.status == status
+    assert "redirects are not followed" in (outcome.error or "")
+    assert [heard.path for heard in receiver.heard] == ["/hook"]
+
+
+async def test_a_refusal_is_told_in_one_short_line(sender: Sender, receiver: Receiver) -> None:
+    receiver.answer = saying(500, "böse\n\x1b[31mrot " + "x" * 5_000)
+    outcome = await sender.post(to(receiver.url), DELIVERY)
+    assert outcome.error is not None
+    assert outcome.error.startswith("500: böse [31mrot xxx")
+    assert len(outcome.error) < 250
+    assert outcome.error.isprintable()
+    receiver.answer = saying(401)
+    assert await sender.post(to(receiver.url), DELIVERY) == Outcome(401, "401")
+
+
+@pytest.mark.parametrize(
+    ("header", "wait_ms"),
+    [("7", 7_000), ("99999", 3_600_000), ("", None), ("soon", None), ("-1", None), ("9" * 40, None), ("²", None)],
+)
+async def test_who_asks_for_a_pause_is_heard(
+    sender: Sender, receiver: Receiver, header: str, wait_ms: int | None
+) -> None:
+    receiver.answer = saying(503, **{"Retry-After": header})
+    assert (await sender.post(to(receiver.url), DELIVERY)).retry_after_ms == wait_ms
+
+
+async def test_gone_is_gone(sender: Sender, receiver: Receiver) -> None:
+    receiver.answer = saying(410)
+    assert (await sender.post(to(receiver.url), DELIVERY)).gone
+
+
+async def endless(status: int, request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(status=status)
+    await response.prepare(request)
+    for _ in range(2_000):
+        await response.write(b"x" * 65_536)
+    return response
+
+
+@pytest.mark.parametrize("status", [200, 500])
+async def test_of_an_answer_without_end_a_beginning_is_read(sender: Sender, receiver: Receiver, status: int) -> None:
+    receiver.answer = lambda request: endless(status, request)
+    begun = time.monotonic()
+    outcome = await sender.post(to(receiver.url), DELIVERY)
+    assert outcome.status == status
+    assert (outcome.error is None) == (status == 200)
+    assert time.monotonic() - begun < 5
+    receiver.answer = saying(204)
+    assert (await sender.post(to(receiver.url), DELIVERY)).error is None  # over another connection
+
+
+async def slow(status: int, request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(status=status)
+    await response.prepare(request)
+    await asyncio.sleep(20)
+    return response
+
+
+async def test_a_yes_counts_however_slowly_it_goes_on(
+    sender: Sender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "HEAR_OUT_S", 0.1)
+    receiver.answer = lambda request: slow(200, request)
+    assert await sender.post(to(receiver.url), DELIVERY) == Outcome(200)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+async def test_an_answer_that_is_too_slow_is_none(sender: Sender, receiver: Receiver, begins: bool) -> None:
+    async def silent(_: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(20)
+        raise AssertionError
+
+    receiver.answer = (lambda request: slow(500, request)) if begins else silent
+    begun = time.monotonic()
+    outcome = await sender.post(to(receiver.url, timeout_ms=300), DELIVERY)
+    assert outcome == Outcome(None, "There was no answer within 0.3 s.")
+    assert time.monotonic() - begun < 3
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200\x00 OK\r\n" + b"x" * 100_000, b"SSH-2.0-x\r\n"])
+async def test_who_hangs_up_or_speaks_no_http_has_not_taken_it(sender: Sender, answer: bytes) -> None:
+    with rude(lambda _: answer) as port:
+        outcome = await sender.post(to(f"http://127.0.0.1:{port}/"), DELIVERY)
+    assert outcome.status is None
+    assert outcome.error
+    assert outcome.error.isprintable()
+    assert len(outcome.error) < 250
+
+
+async def test_nobody_there_is_told_with_its_place(sender: Sender) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    outcome = await sender.post(to(f"http://127.0.0.1:{port}/?token=hush"), DELIVERY)
+    assert outcome.error is not None
+    assert f"127.0.0.1:{port} cannot be reached" in outcome.error
+    assert "hush" not in outcome.error
+
+
+HUSH = ("HUSH-path-1", "HUSH query 2", "HUSH%20query%202", "HUSH+query+2", "hush%2fpath", "hush/path")
+PLACE = "/HUSH-path-1/HUSH%2fpath?token=HUSH%20query%202&b=HUSH-path-1"
+NO, END = b"HTTP/1.1 500 No\r\n", b"\r\n\r\n"
+FAILURES: dict[str, tuple[bytes, int, str]] = {
+    "no http": (b"SSH-2.0-", 0, "speaks no HTTP"),
+    "no http, at length": (b"SSH-2.0-", 100_000, "speaks no HTTP"),
+    "bad status": (b"HTTP/1.1 2\x000 ", 0, "speaks no HTTP"),
+    "bad header": (NO + b"A: b\r\n ", 100_000, "speaks no HTTP"),
+    "bad chunk": (NO + b"Transfer-Encoding: chunked" + END, 0, "speaks no HTTP"),
+    "less than it said": (NO + b"Content-Length: 9999" + END, 0, "broke off"),
+    "a refusal": (b"HTTP/1.1 404 No" + END, 0, "404: Cannot POST …"),
+    "too large": (b"HTTP/1.1 413 No" + END, 100_000, "413: Cannot POST … xxx"),
+    "bad redirect": (b"HTTP/1.1 302 No\r\nLocation: http://[", 0, "closed before an answer came"),
+    "worse redirect": (b"HTTP/1.1 308 No\r\nLocation: http://[/" + END, 0, "redirects are not followed"),
+    "long redirect": (b"HTTP/1.1 308 No\r\nLocation: ", 100_000, "speaks no HTTP"),
+}
+
+
+@pytest.mark.parametrize("why", FAILURES)
+async def test_of_the_url_only_the_place_is_told_whatever_is_answered(sender: Sender, why: str) -> None:
+    head, more, said = FAILURES[why]
+    with rude(echoing(head, more)) as port:
+        outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}", timeout_ms=5_000), DELIVERY)
+    assert outcome.error is not None
+    assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
+    assert said in outcome.error
+    assert len(outcome.error) < 250
+
+
+async def test_nor_is_more_told_where_nobody_answers(sender: Sender) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}"), DELIVERY)
+    assert (outcome.error or "").startswith(f"127.0.0.1:{port} cannot be reached: ")
+    assert "HUSH" not in (outcome.error or "")
+
+
+@pytest.mark.parametrize("host", ["127.1", "300.300.300.300", "x\\y", "nobody.invalid", "a..b", "[::1%25]"])
+async def test_nor_is_it_of_one_that_leads_nowhere(sender: Sender, host: str) -> None:
+    outcome = await sender.post(to(f"http://{host}{PLACE}", timeout_ms=5_000), DELIVERY)
+    assert outcome.error is not None
+    assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
+
+
+async def test_nor_where_the_certificate_is_wrong(sender: Sender, careful: Sender, tmp_path: Path) -> None:
+    with rude(lambda _: b"", (await tls_pair(tmp_path))[0]) as port:
+        for each, place in (
+            (sender, f"localhost:{port}"),
+            (sender, f"127.0.0.1:{port}"),
+            (careful, f"127.0.0.1:{port}"),
+        ):
+            outcome = await each.post(to(f"https://{place}{PLACE}"), DELIVERY)
+            assert outcome.error is not None
+            assert "HUSH" not in outcome.error
+    with rude(lambda _: b"this is no TLS") as port:
+        outcome = await sender.post(to(f"https://127.0.0.1:{port}{PLACE}"), DELIVERY)
+        assert outcome.error is not None
+        assert "HUSH" not in outcome.error
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_refused(sender: Sender, tmp_path: Path) -> None:
+    with rude(lambda _: b"HTTP/1.1 200 OK\r\n\r\n", (await tls_pair(tmp_path))[0]) as port:
+        outcome = await sender.post(to(f"https://localhost:{port}/"), DELIVERY)
+    assert outcome.error is not None
+    assert "certificate" in outcome.error
+    assert outcome.status is None
+
+
+async def test_over_tls_that_is_trusted_it_arrives(tmp_path: Path) -> None:
+    ours, theirs = await tls_pair(tmp_path)
+    heard = []
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        heard.append(await request.read())
+        return web.Response()
+
+    runner = web.ServerRunner(web.Server(handle))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=ours).start()
+    trusting = Sender(allow_private=True, most=1, wall=lambda: 0, tls=theirs)
+    port = runner.addresses[0][1]
+    assert (await trusting.post(to(f"https://localhost:{port}/"), DELIVERY)).error is None
+    other_name = await trusting.post(to(f"https://127.0.0.1:{port}/"), DELIVERY)
+    assert "certificate" in (other_name.error or "")
+    await trusting.close()
+    await runner.cleanup()
+    assert heard == [DELIVERY.body]
+
+
+# -- where it does not go ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "127.1", "2130706433", "0x7f.1", "0.0.0.0", "10.0.0.1"],
+)
+async def test_nothing_goes_inside(careful: Sender, receiver: Receiver, host: str) -> None:
+    outcome = await careful.post(to(f"http://{host}:{receiver.port}/hook", timeout_ms=2_000), DELIVERY)
+    assert outcome.error is not None
+    assert "webhooks do not go there" in outcome.error or "canonical" in outcome.error
+    assert receiver.heard == []
+
+
+async def test_it_is_the_address_that_counts_whatever_the_name_stood_for_before(
+    careful: Sender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DNS that says another address each time: there is no look before the one that is connected to."""
+    asked = []
+
+    def rebinding(host: str, port: int, *args: Any, **more: Any) -> list[Any]:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    for _ in range(2):
+        outcome = await careful.post(to(f"http://rebinding.test:{receiver.port}/"), DELIVERY)
+        assert "127.0.0.1 is loopback" in (outcome.error or "")
+        assert "set allow_private" in (outcome.error or "")
+    assert asked == ["rebinding.test"] * 2
+    assert receiver.heard == []
+
+
+async def test_no_proxy_of_the_environment_is_asked(
+    sender: Sender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9/")
+    assert (await sender.post(to(receiver.url), DELIVERY)).error is None
+
+
+async def test_cookies_are_not_kept(sender: Sender, receiver: Receiver) -> None:
+    receiver.answer = saying(200, **{"Set-Cookie": "session=1; Path=/"})
+    for _ in range(2):
+        await sender.post(to(receiver.url), DELIVERY)
+    assert all("Cookie" not in heard.headers for heard in receiver.heard)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_name_that_is_none_is_told(sender: Sender) -> None:
+    outcome = await sender.post(to("http://nobody.invalid/"), DELIVERY)
+    assert "The name nobody.invalid cannot be looked up" in (outcome.error or "")
+
+
+async def test_a_name_server_that_hangs_costs_one_try_and_is_asked_by_so_many(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    def hanging(*_: Any, **__: Any) -> list[Any]:
+        gate.wait(20)
+        raise OSError("at last")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hanging)
+    monkeypatch.setattr(transport, "LOOKUPS", 2)
+    try:
+        begun = time.monotonic()
+        for _ in range(2):
+            outcome = await sender.post(to("http://hanging.test/", timeout_ms=100), DELIVERY)
+            assert outcome == Outcome(None, "There was no answer within 0.1 s.")
+        outcome = await sender.post(to("http://hanging.test/", timeout_ms=100), DELIVERY)
+        assert "too many names" in (outcome.error or "")
+        assert time.monotonic() - begun < 5
+    finally:
+        gate.set()
+
+
+async def test_names_are_looked_up() -> None:
+    found = await Resolver().resolve("localhost", 80, socket.AF_INET)
+    assert [(each["host"], each["port"], each["family"]) for each in found] == [("127.0.0.1", 80, socket.AF_INET)]
+    with pytest.raises(OSError, match="no name"):
+        await Resolver().resolve("a" * 70 + ".test", 80, socket.AF_INET)
+
+
+async def test_settings_that_change_are_used_at_the_next_try(sender: Sender, receiver: Receiver) -> None:
+    await sender.post(to(receiver.url), DELIVERY)
+    await sender.post(replace(to(receiver.url), secrets=(b"n" * 24, KEY)), DELIVERY)
+    assert [len(heard.headers["webhook-signature"].split()) for heard in receiver.heard] == [1, 2]
