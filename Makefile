@@ -62,7 +62,7 @@ linearizability: $(READY)  ## check histories of concurrent clients under faults
 planted: $(READY)  ## plant known bugs into copies and report which tests find them (ARGS: NAME ..., --promises)
 	$(BIN)/python -m tests.proof.planted --jobs $(PARALLEL) $(ARGS)
 
-proof: $(READY)  ## run all of these, as root: hours (ARGS="PART ... --write": a selection, written into docs/RELIABILITY.md)
+proof: $(READY)  ## run all of these, as root: hours (ARGS="PART ... --write": a selection, written into docs/reliability.md)
 	$(BIN)/python -m tests.proof.run $(ARGS)
 
 PEERS := build/peers

@@ -1,11 +1,11 @@
-"""Run the proofs and write their output into the documents.
+"""Run the proofs and write their output into the document.
 
 `python -m tests.proof.run [PART ...] [--out DIR] [--write]`
 
-Each part is a program of its own (see PARTS). What one has printed for this version is kept in DIR and not run again:
-an interrupted run goes on. `--write` fills docs/RELIABILITY.md with what is there; every figure comes with its commit,
-command and interpreter. `--rows FILE` puts single faults there, as printed by
-`python -m tests.proof.faults NAME ... --json`. Exit code 1 if one failed.
+Each part is a separate program (see PARTS). Its output for this commit is kept in DIR and not made again, so an
+interrupted run continues. `--write` fills docs/reliability.md from DIR; every figure has its commit, command and
+interpreter. `--rows FILE` replaces single faults with the output of `python -m tests.proof.faults NAME ... --json`.
+Exit code 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any, Final
 from tests import ROOT
 from tests.proof.faults.frame import commit
 
-DOCUMENT: Final = ROOT / "docs/RELIABILITY.md"
+DOCUMENT: Final = ROOT / "docs/reliability.md"
 OUT: Final = ROOT / "build/proof"
 
-# What each part runs, as `make NAME` does.
+# The module and arguments of each part, as `make NAME` runs it.
 PARTS: Final[dict[str, list[str]]] = {
     "world": ["tests.proof.small_world"],
     "simulation": ["tests.proof.simulation", "--seeds", "20000", "--jobs", "2"],
@@ -38,21 +38,31 @@ PARTS: Final[dict[str, list[str]]] = {
 }
 
 
+# How the kinds that the simulation counts are shown.
+KINDS: Final = {
+    "fault": "fault",
+    "mishap": "client mishap",
+    "event": "event",
+    "command": "command",
+    "refusal": "error",
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proof.run", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--out", type=Path, default=OUT, help="what the parts have printed, by version")
-    parser.add_argument("--write", action="store_true", help="put what is there into docs/RELIABILITY.md")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="put these faults into docs/RELIABILITY.md")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the output of the parts is kept, by commit")
+    parser.add_argument("--write", action="store_true", help="write the kept output into docs/reliability.md")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="write these faults into docs/reliability.md")
     given = parser.parse_args(arguments)
     if given.rows:
         outcomes = json.loads(given.rows.read_text("utf-8"))
         broken = [each["name"] for each in outcomes if each["verdict"] != "passed"]
         DOCUMENT.write_text(with_rows(DOCUMENT.read_text("utf-8"), outcomes), "utf-8")
-        print(f"not put there: {', '.join(broken)}" if broken else "all of them are there", file=sys.stderr)
+        print(f"not written: {', '.join(broken)}" if broken else "all faults are written", file=sys.stderr)
         return int(bool(broken))
     if unknown := [name for name in given.parts if name not in PARTS]:
-        parser.error(f"no parts: {', '.join(unknown)}")
+        parser.error(f"unknown parts: {', '.join(unknown)}")
     out: Path = given.out / commit()
     out.mkdir(parents=True, exist_ok=True)
     failed = [] if given.write and not given.parts else [name for name in given.parts or PARTS if not prove(name, out)]
@@ -62,12 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
             if (out / f"{name}.txt").exists():
                 text = filled(text, name, (out / f"{name}.txt").read_text("utf-8"))
         DOCUMENT.write_text(text, "utf-8")
-    print(f"failed: {', '.join(failed)}" if failed else f"all that was asked for is in {out}", file=sys.stderr)
+    print(f"failed: {', '.join(failed)}" if failed else f"all parts passed; their output is in {out}", file=sys.stderr)
     return int(bool(failed))
 
 
 def prove(name: str, out: Path) -> bool:
-    """Run one part, unless its output is there; whether all that it shows holds. A check that is skipped does not."""
+    """Run one part unless its output is kept. Return whether it passed; a skipped check counts as failed."""
     kept = out / f"{name}.txt"
     if kept.exists():
         return True
@@ -87,12 +97,12 @@ def prove(name: str, out: Path) -> bool:
 
 
 def command(name: str) -> str:
-    """What runs a part again."""
+    """Return the command that repeats a part."""
     return f"`python -m {' '.join(PARTS[name])}`"
 
 
 def machine() -> str:
-    """The machine and the interpreter, in one line."""
+    """Describe the machine and the interpreter in one line."""
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.M)
     name = model[1].strip() if model else platform.machine()
     return f"{os.cpu_count()} CPUs ({name}), Linux {platform.release()}, Python {platform.python_version()}"
@@ -102,10 +112,10 @@ def machine() -> str:
 
 
 def filled(document: str, name: str, printed: str) -> str:
-    """`document` with what `name` has printed between its two marks."""
+    """Return `document` with the output of part `name` between its two marks."""
     heading, _, rest = printed.partition("\n")
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->\n)", re.S)
-    assert pattern.search(document), f"there is no place for {name}"
+    assert pattern.search(document), f"the document has no marks for {name}"
     block = f"{SHOWN[name](rest).strip()}\n\n{heading}.\n"
     return pattern.sub(lambda found: f"{found[1]}\n{block}\n{found[2]}", document)
 
@@ -123,15 +133,15 @@ def _last(printed: str) -> str:
 
 
 def _simulation(printed: str) -> str:
-    """The closing line, then how often each fault and mishap came, each command, event and refusal."""
+    """Return the closing line and a table with the counts of faults, mishaps, events, commands and errors."""
     *counted, never, closing = printed.strip().splitlines()
     by_kind: dict[str, list[str]] = {}
     for line in counted:
         name, _, count = line.rpartition(" ")
         kind, _, what = name.strip().partition(" ")
         by_kind.setdefault(kind, []).append(f"{what} {count.strip()}")
-    rows = [f"| {kind} | {', '.join(by_kind[kind])} |" for kind in ("fault", "mishap", "event", "command", "refusal")]
-    return "\n".join([_fenced([closing, never]), "", "| what | how often |", "| --- | --- |", *rows])
+    rows = [f"| {shown} | {', '.join(by_kind[kind])} |" for kind, shown in KINDS.items()]
+    return "\n".join([_fenced([closing, never]), "", "| kind | counts |", "| --- | --- |", *rows])
 
 
 def _faults(printed: str) -> str:
@@ -139,10 +149,10 @@ def _faults(printed: str) -> str:
     verdicts = [each["verdict"] for each in outcomes]
     skipped = ", ".join(each["name"] for each in outcomes if each["verdict"] == "skipped")
     head = [
-        "| fault | what is promised | what was counted | took | commit, Python | skipped without |",
+        "| fault | promise | counts | duration | commit, Python | requires |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    again = "`python -m tests.proof.faults NAME` makes one again."
+    again = "`python -m tests.proof.faults NAME` repeats one."
     total = f"{verdicts.count('passed')} of {len(outcomes)} passed, skipped: {skipped or 'none'}. {again}"
     return "\n".join([*head, *map(_row, outcomes), "", total])
 
@@ -160,7 +170,7 @@ def _row(each: dict[str, Any]) -> str:
 
 
 def with_rows(document: str, outcomes: list[dict[str, Any]]) -> str:
-    """`document` with the rows of these faults in place of those that it has. Only what passed is put there."""
+    """Return `document` with the rows of these faults replaced. Faults that did not pass are left out."""
     for each in outcomes:
         if each["verdict"] == "passed":
             row = re.compile(rf"^\| `{re.escape(each['name'])}` \|.*$", re.M)

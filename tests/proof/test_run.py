@@ -28,7 +28,7 @@ def test_only_the_text_between_the_marks_is_replaced() -> None:
 
 
 def test_a_part_without_its_marks_is_an_error() -> None:
-    with pytest.raises(AssertionError, match="no place for mutation"):
+    with pytest.raises(AssertionError, match="no marks for mutation"):
         proof.filled(DOCUMENT, "mutation", "today\nx\n")
 
 
@@ -77,7 +77,7 @@ def test_single_faults_replace_their_rows_if_they_passed(
     assert proof.main(["--rows", str(rows_file)]) == 1
     new = "| `kill` | nothing is \\1 lost | 2 kills | 1 s | `abc`, 3.11.7 | nothing |\n"
     assert document.read_text() == f"{new}| `kill-more` | old |\n| `cut` | old |\n"
-    assert "not put there: cut" in capsys.readouterr().err
+    assert "not written: cut" in capsys.readouterr().err
     rows_file.write_text(json.dumps([asdict(kill)]))
     assert proof.main(["--rows", str(rows_file)]) == 0
     rows_file.write_text(json.dumps([asdict(Outcome("new", "", "passed", 1))]))
@@ -118,7 +118,7 @@ def test_every_figure_in_the_document_has_commit_command_and_interpreter() -> No
     for name in proof.PARTS:
         block = document.partition(f"<!-- {name} -->\n")[2].partition("<!-- end -->")[0]
         assert re.search(rf"commit `[0-9a-f]{{12}}`, `python -m {proof.PARTS[name][0]}\b.*Python 3\.\d+", block), name
-    for fault, _, _, _, measured, needs in rows(proof.DOCUMENT, "fault", "what is promised"):
+    for fault, _, _, _, measured, needs in rows(proof.DOCUMENT, "fault", "promise"):
         assert re.search(r"`[0-9a-f]{12}`, 3\.\d+\.\d+$", measured), fault
         tools = [tool.name for tool in checks()[ticked(fault)[0]].needs]
         assert needs == (", ".join(tools) or "nothing"), fault
@@ -157,13 +157,10 @@ def test_a_part_that_was_run_is_kept_and_one_that_failed_is_not(
 
 
 def test_the_table_of_faults_is_that_of_the_checks() -> None:
-    said = {
-        ticked(name)[0]: promise
-        for name, promise, *_ in rows(ROOT / "docs/RELIABILITY.md", "fault", "what is promised")
-    }
+    said = {ticked(name)[0]: promise for name, promise, *_ in rows(ROOT / "docs/reliability.md", "fault", "promise")}
     assert said == {check.name: check.promise for check in checks().values()}
 
 
 def test_the_table_of_invariants_names_those_that_are_checked() -> None:
-    said = [name for name, _ in rows(ROOT / "docs/RELIABILITY.md", "name", "what holds")]
+    said = [name for name, _ in rows(ROOT / "docs/reliability.md", "name", "what holds")]
     assert said == [*(f"S{number}" for number in range(1, 16)), *(f"L{number}" for number in range(1, 6))]

@@ -64,7 +64,7 @@ async def slow(path: str, met: Met, is_there: asyncio.Event) -> None:
     assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
     is_there.set()
     while await reader.read(512):
-        met["little reads"] += 1
+        met["small reads"] += 1
         await asyncio.sleep(0.1)
     met["cut off"] += 1
 
@@ -76,7 +76,7 @@ async def half(path: str, met: Met, is_there: asyncio.Event) -> None:
         writer.write(HALF)
         is_there.set()
         status = (await reader.readline()).split(b" ")[1:2]
-        met[f"answers {status[0].decode()}" if status else "closed without an answer"] += 1
+        met[f"responses {status[0].decode()}" if status else "closed without an answer"] += 1
         writer.close()
 
 

@@ -110,7 +110,7 @@ def beside(kind: str, count: int, trial: Trial, prepare: Any = None) -> Counts:
         assert b" level=error " not in daemon.log
     ratio = statistics.median(together) / statistics.median(alone)
     assert ratio <= SLOWER or not trial.timed, f"p99 {alone} ms alone, {together} ms beside them"
-    times = {"p99 alone, us": alone, "p99 beside them, us": together}
+    times = {"p99 alone, us": alone, "p99 with them, us": together}
     figures = {what: round(statistics.median(values) * 1000) for what, values in times.items()}
     return {"connections": count, **figures, "percent of its own p99": round(ratio * 100), **met}
 
@@ -175,7 +175,11 @@ def mailbox_flood(trial: Trial) -> Counts:
         created = answers["201"] * 50
         assert daemon.admin("GET", "stats").data["byStatus"]["queued"] == created, "what was refused left something"
         assert daemon.stop() == 0
-    return {"reports and acts taken": reports, "creates taken": answers["201"], "creates refused": answers["503"]}
+    return {
+        "reports and operator actions accepted": reports,
+        "creates accepted": answers["201"],
+        "creates rejected": answers["503"],
+    }
 
 
 # -- no descriptors left ----------------------------------------------------------------------------------------------
@@ -212,32 +216,32 @@ def no_descriptors(trial: Trial) -> Counts:
 CHECKS = (
     Check(
         "idle-connections",
-        "10 000 idle connections: an honest client's p99 is at most twice its own",
+        "10 000 idle connections: a normal client's p99 at most doubles",
         idle_connections,
         rounds=5,
         needs=(MANY_FILES,),
     ),
     Check(
         "half-sent-bodies",
-        "500 clients that never send the rest of a body: the same",
+        "500 clients that never finish sending a body: the same",
         half_sent_bodies,
         rounds=5,
     ),
     Check(
         "slow-readers",
-        "100 clients that hardly read the long lists that they ask for: the same",
+        "100 clients that read long lists very slowly: the same",
         slow_readers,
         rounds=5,
     ),
     Check(
         "mailbox-flood",
-        "a full mailbox: creates are told to wait, running work reports and operators act all the while",
+        "a full mailbox: creates get 503 with Retry-After; running jobs can report and operators can act throughout",
         mailbox_flood,
         rounds=50,
     ),
     Check(
         "no-descriptors",
-        "more connections than files allowed: the daemon lives, answers who is there, and takes new ones afterwards",
+        "more connections than file descriptors: the daemon serves open connections, and accepts new ones later",
         no_descriptors,
         rounds=10,
         needs=(program("prlimit", "util-linux"),),

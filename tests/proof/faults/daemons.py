@@ -80,7 +80,7 @@ def two_daemons(trial: Trial) -> Counts:
                 after[1].pop(f"{second.store.name}.lock", None)  # a place for locks, nothing of the store
                 before[1].pop(f"{second.store.name}.lock", None)
                 assert after == before, f"the same {want}: something was touched"
-                refused[f"refused for the same {want}"] += 1
+                refused[f"rejected for the same {want}"] += 1
             assert first.get("/v1/jobs/a").data["status"] == "queued"
             assert first.admin("GET", "stats").data["totalJobs"] == 1
         assert first.stop() == 0
@@ -140,7 +140,7 @@ def rivals(trial: Trial) -> Counts:
             assert winner.admin("GET", "jobs/a").status == 200, "the socket is another daemon's"
             assert winner.stop() == 0
         examined(winner.environ["JOBD_STORE_PATH"])
-    return {"races": trial.rounds, "refused": refused}
+    return {"races": trial.rounds, "rejected": refused}
 
 
 # -- told to stop ------------------------------------------------------------------------------------------------------
@@ -299,8 +299,8 @@ def told_to_stop(trial: Trial) -> Counts:
         "stops": trial.rounds,
         "acknowledgements checked": checked,
         "grants by claim": grants,
-        "parked claims answered": trial.rounds * PARKED,
-        "ms to the end, at most": round(slowest_s * 1000),
+        "waiting claims answered": trial.rounds * PARKED,
+        "ms until exit, at most": round(slowest_s * 1000),
     }
 
 
@@ -316,19 +316,19 @@ def nothing_untold(ledger: Ledger, store: Contents) -> None:
 CHECKS = (
     Check(
         "two-daemons",
-        "a second daemon on the same store, socket or port exits 75 and has touched neither store nor socket",
+        "a second daemon on the same store, socket or port exits with 75 and changes neither store nor socket",
         two_daemons,
         rounds=5,
     ),
     Check(
         "daemons-racing",
-        "of daemons that start at the same moment one gets the store, or the socket; the others exit 75",
+        "of daemons that start at the same moment one gets the store or socket; the others exit with 75",
         rivals,
         rounds=20,
     ),
     Check(
-        "told-to-stop",
-        "SIGTERM: doors close, all in flight is answered (parked claims with nothing), nothing else is done, exit 0",
+        "graceful-stop",
+        "SIGTERM: listeners close, requests in flight are answered (waiting claims: no job), nothing else, exit 0",
         told_to_stop,
         rounds=20,
         few=2,

@@ -95,7 +95,7 @@ async def _serves(path: Path, holds: Contents) -> tuple[str, bool, set[str]]:
     try:
         store, opened = await Store.open(str(path))
     except StoreError as error:
-        return "refused" if str(path) in str(error) else f"refused without naming the file: {error}", False, set()
+        return "rejected" if str(path) in str(error) else f"refused without naming the file: {error}", False, set()
     async with store:
         noticed = bool(opened.faults or opened.quarantined)
         loaded = await store.load(list(holds.jobs), [], [])
@@ -107,7 +107,7 @@ async def _serves(path: Path, holds: Contents) -> tuple[str, bool, set[str]]:
         lost = await _payloads(store, holds, set(loaded.jobs)) or await _pages(store, holds)
         lost = await _journals(store, holds, set(loaded.jobs)) or lost
         noticed |= bool(store.take_faults())
-    return "noticed" if noticed else "nothing", lost or bool(missing), missing
+    return "detected" if noticed else "without effect", lost or bool(missing), missing
 
 
 async def _payloads(store: Store, holds: Contents, ids: set[str]) -> bool:
@@ -154,9 +154,9 @@ def _looked_at(path: Path, holds: Contents) -> tuple[str, bool]:
     """What became of a flip, in a word, and whether anything was missing. AssertionError where an answer was wrong."""
     named = _doctor_names(path)
     verdict, lost, missing = asyncio.run(_serves(path, holds))
-    assert not lost or verdict == "noticed" or named, f"missing, and nobody says so: {missing or 'events'}"
-    if verdict == "nothing" and named:
-        verdict = "named by the doctor"
+    assert not lost or verdict == "detected" or named, f"missing, and nobody says so: {missing or 'events'}"
+    if verdict == "without effect" and named:
+        verdict = "reported by the doctor"
     return verdict, lost
 
 
@@ -224,11 +224,11 @@ def flips(trial: Trial, *, killed: bool) -> Counts:
             if number % BY_DAEMON == 0:
                 path = original.put(trial.directory / "flipped", suffix, at, bit)
                 _served_by_a_daemon(path, original, answers)
-                counts["given to a daemon"] += 1
+                counts["opened by a daemon"] += 1
         except Exception as error:
             raise AssertionError(f"bit {bit} of byte {at} of jobd.db{suffix}: {error!r}") from error
         counts[verdict] += 1
-        counts["with something missing, and said so"] += lost
+        counts["with missing rows, all reported"] += lost
         if not killed:
             counts[f"in {_kind(content, at)}"] += 1
     return dict(counts)
@@ -262,14 +262,14 @@ class Last:
 CHECKS: Final = (
     Check(
         "flipped-bits",
-        "one bit of the closed database is flipped: never a wrong answer, what is missing is named",
+        "one bit of the closed database is flipped: no wrong response, missing rows are reported",
         lambda trial: flips(trial, killed=False),
         rounds=3_000,
         few=40,
     ),
     Check(
         "flipped-bits-in-the-log",
-        "one bit of the write-ahead log is flipped after a kill: no commit is passed over in silence",
+        "one bit of the write-ahead log is flipped after a kill: no commit is skipped silently",
         lambda trial: flips(trial, killed=True),
         rounds=1_000,
         few=20,

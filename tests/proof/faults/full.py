@@ -73,7 +73,7 @@ def full_disk(trial: Trial) -> Counts:
         checked = ledger.check(examined(store))
     return {
         "times full": trial.rounds,
-        "refused with storage_full": ledger.codes["storage_full"],
+        "rejected with storage_full": ledger.codes["storage_full"],
         "jobs ended on the full disk": endings,
         "acknowledgements checked": checked,
     }
@@ -128,7 +128,7 @@ def tiny_disk(trial: Trial) -> Counts:
                 assert daemon.stop() == 0
             checked += ledger.check(examined(store))
         refused += ledger.codes["storage_full"]
-    return {"times full": trial.rounds, "refused with storage_full": refused, "acknowledgements checked": checked}
+    return {"times full": trial.rounds, "rejected with storage_full": refused, "acknowledgements checked": checked}
 
 
 def _filled_and_freed(daemon: Daemon, ledger: Ledger, place: Path) -> None:
@@ -148,14 +148,14 @@ def _filled_and_freed(daemon: Daemon, ledger: Ledger, place: Path) -> None:
 CHECKS: Final = (
     Check(
         "full-disk",
-        "creates are refused with storage_full, running work can end, with room again all goes on without a restart",
+        "creates get storage_full, running jobs can end; when there is space, all continues without a restart",
         full_disk,
         rounds=10,
         needs=(MOUNTS,),
     ),
     Check(
         "tiny-disk",
-        "the same on a disk of 1 MiB, which has no room for a ballast",
+        "the same on a disk of 1 MiB, which has no space for a reserve file",
         tiny_disk,
         rounds=10,
         needs=(MOUNTS,),

@@ -159,8 +159,8 @@ def hostile_requests(trial: Trial) -> Counts:
     # What a request costs it costs each time; what this machine does besides it does not.
     worst, slowest = max((statistics.median(waits), name) for name, waits in lags.items())
     assert worst <= LAG_MS or not trial.timed, f"{slowest} keeps honest clients waiting for {worst:.1f} ms"
-    told = {f"answers {status}" if status else "closed": count for status, count in sorted(statuses.items())}
-    return {"requests": statuses.total(), **told, "ms that others waited, at most": round(worst)}
+    told = {f"responses {status}" if status else "closed": count for status, count in sorted(statuses.items())}
+    return {"requests": statuses.total(), **told, "ms of waiting for other clients, at most": round(worst)}
 
 
 def smuggled(trial: Trial) -> Counts:
@@ -188,19 +188,19 @@ def smuggled(trial: Trial) -> Counts:
                 assert not is_over or daemon.get(f"/v1/jobs/{hidden}").status == 404, f"smuggled behind {name}"
                 ended += is_over
                 asked += 1
-    return {"requests": asked, "connections ended by a malformed one": ended}
+    return {"requests": asked, "connections closed after a malformed one": ended}
 
 
 CHECKS = (
     Check(
         "hostile-requests",
-        "giant, malformed, compressed requests on each door: 4xx or the end of the line, others wait 20 ms at most",
+        "giant, malformed, compressed requests to each listener: 4xx or disconnect, others wait 20 ms at most",
         hostile_requests,
         rounds=5,
     ),
     Check(
         "smuggled-requests",
-        "requests in one piece are answered each in its turn; what hides behind a malformed one is not done",
+        "pipelined requests are answered in order; nothing behind a malformed request is done",
         smuggled,
         rounds=5,
     ),

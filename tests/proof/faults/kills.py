@@ -41,8 +41,8 @@ def kill_under_load(trial: Trial) -> Counts:
         "kills": trial.rounds,
         "acknowledgements checked": checked,
         "tokens": len(ledger.tokens),
-        "unanswered, settled by a repeat": settled,
-        "ms to ready, at most": round(slowest_s * 1000),
+        "without a response, settled by a repeat": settled,
+        "ms until ready, at most": round(slowest_s * 1000),
     }
 
 
@@ -69,14 +69,14 @@ def kill_with_many_jobs(trial: Trial) -> Counts:
         "kills": trial.rounds,
         "live jobs": live,
         "acknowledgements checked": checked + live,
-        "ms to ready, at most": round(slowest_s * 1000),
+        "ms until ready, at most": round(slowest_s * 1000),
     }
 
 
 CHECKS = (
     Check(
         "kill-under-load",
-        "kill -9 at any moment: nothing acknowledged is lost, no token is given twice, ready again within 2 s",
+        "kill -9 at any moment: nothing acknowledged is lost, no token is granted twice, ready again within 2 s",
         kill_under_load,
         rounds=40,
         few=3,

@@ -105,7 +105,7 @@ def lost_answers(trial: Trial) -> Counts:
     faults = sum((client.faults for client in each), Counter[str]())
     return {
         "acknowledgements checked": checked,
-        "lost answers, the same when asked again": sum(client.compared for client in each),
+        "lost responses, identical when repeated": sum(client.compared for client in each),
         "grants taken back": _taken_back(ledger, store),
         **faults,
     }
@@ -152,7 +152,7 @@ def lost_grants(trial: Trial) -> Counts:
                 counts["others"] += 1 + seen.count("released;")
         assert daemon.stop() == 0
     assert len(examined(daemon.store).tokens) == counts.total()
-    return {"claims that hung up": 3 * trial.rounds, "grants taken back": counts["grants taken back"]}
+    return {"claims with a closed connection": 3 * trial.rounds, "grants taken back": counts["grants taken back"]}
 
 
 def _hang_up(daemon: Daemon, queue: str, key: str | None, after_s: float) -> None:
@@ -214,7 +214,7 @@ def killed_before_reply(trial: Trial) -> Counts:
     return {
         "kills": trial.rounds,
         "acknowledgements checked": checked,
-        "done, never heard, heard when repeated": unheard,
+        "applied without a response, confirmed by a repeat": unheard,
     }
 
 
@@ -240,14 +240,14 @@ def _killed_at_write(daemon: Daemon, number: int) -> None:
 
 CHECKS = (
     Check(
-        "lost-answers",
-        "answers, requests and connections are lost: who asks again gets the first answer, and it was done once",
+        "lost-responses",
+        "responses, requests and connections are lost: a repeat gets the first response, and the effect happens once",
         lost_answers,
         rounds=50,
     ),
     Check(
         "lost-grants",
-        "claims whose connection has closed: their jobs are with nobody, keep their place and their attempt",
+        "claims whose connection was closed: their jobs have no holder and keep their position and attempt",
         lost_grants,
         rounds=50,
         few=4,
@@ -255,7 +255,7 @@ CHECKS = (
     ),
     Check(
         "killed-before-reply",
-        "kill -9 between commit and reply: a repeat is told what was done, and nothing is done twice",
+        "kill -9 between commit and response: a repeat returns the result, and nothing is done twice",
         killed_before_reply,
         rounds=30,
         needs=(program("strace"),),

@@ -58,7 +58,7 @@ def cut_short(trial: Trial) -> Counts:
     old = _old_store(trial, ledger)
     places = _places(_copied(old, trial.directory / "measured"))
     chosen = random.Random(0).sample(places, min(trial.rounds, len(places)))
-    counts: Counter[str] = Counter({"places and faults": len(places), "tried": len(chosen)})
+    counts: Counter[str] = Counter({"points and faults": len(places), "tried": len(chosen)})
     for place in chosen:
         home = _copied(old, trial.directory / "migrated")
         try:
@@ -94,7 +94,7 @@ def _fails(home: Path, place: Place) -> str:
     if place.error is None and code == -signal.SIGKILL:
         return "killed"
     assert code in (0, EXIT_IO), f"exit code {code}:\n{daemon.log.decode()}"
-    return "failed with exit code 74" if code else "got by"
+    return "failed with exit code 74" if code else "without effect"
 
 
 def _left(path: Path, ledger: Ledger) -> str:
@@ -107,7 +107,7 @@ def _left(path: Path, ledger: Ledger) -> str:
     assert version in (OLD, NEW), f"there is no version {version}"
     if version == OLD:
         ledger.check(examined(path))
-        return "left as it was"
+        return "left unchanged"
     assert copies, "the old store was not kept"
     return "migrated"
 
@@ -149,7 +149,7 @@ def newer(trial: Trial) -> Counts:
             assert f"has schema version {NEW}, this jobd knows {OLD}".encode() in daemon.log
         assert _fingerprints(home) == before, "the files are not as they were"
         compared += len(before)
-    return {"starts refused": trial.rounds, "files compared": compared}
+    return {"starts rejected": trial.rounds, "files compared": compared}
 
 
 def _fingerprints(home: Path) -> dict[str, str]:
@@ -161,7 +161,7 @@ def _fingerprints(home: Path) -> dict[str, str]:
 CHECKS: Final = (
     Check(
         "migration-cut-short",
-        "kill -9 or a failing disk at any write of a migration: the old store is as it was, or migrated, with its copy",
+        "kill -9 or a failing disk at any write of a migration: the old store is unchanged, or migrated with its copy",
         cut_short,
         rounds=50,
         few=1,
@@ -169,7 +169,7 @@ CHECKS: Final = (
     ),
     Check(
         "newer-schema",
-        "a store of a newer version is refused with exit code 78 and left as it is, byte by byte",
+        "a store of a newer version is rejected with exit code 78 and not changed by a byte",
         newer,
         rounds=4,
         few=1,

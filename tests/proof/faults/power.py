@@ -50,16 +50,16 @@ def cut_power(trial: Trial) -> Counts:
         "power cuts": trial.rounds,
         "acknowledgements checked": checked,
         "tokens": len(ledger.tokens),
-        "told that the outcome is unknown": ledger.codes["outcome_unknown"],
-        "answered after the cut, and gone": forgotten,
-        "unanswered, settled by a repeat": settled,
+        "with outcome unknown": ledger.codes["outcome_unknown"],
+        "acknowledged after the cut and lost": forgotten,
+        "without a response, settled by a repeat": settled,
     }
 
 
 CHECKS: Final = (
     Check(
         "power-cut",
-        "the power is cut under load, what was not synced is gone: nothing acknowledged is lost",
+        "the power is cut under load, unsynced data is gone: nothing acknowledged is lost",
         cut_power,
         rounds=40,
         needs=(LOOP_MOUNTS,),

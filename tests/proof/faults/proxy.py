@@ -18,11 +18,11 @@ from typing import Any, Final
 from tests.support.daemon_process import OverUnix
 
 FAULTS: Final = (
-    "lose the answer",  # the daemon has answered, the client hears nothing
-    "cut the answer",  # the client hears half of it
-    "hang up",  # the request is in, and nobody waits for the answer
-    "lose the request",
-    "cut the request",
+    "response lost",  # the daemon has answered, the client hears nothing
+    "response cut",  # the client hears half of it
+    "client gone",  # the request is in, and nobody waits for the answer
+    "request lost",
+    "request cut",
 )
 
 
@@ -70,18 +70,18 @@ class Proxy:
                 while True:
                     head, body, named = _message(asking)
                     fault = named.get("x-fault", "")
-                    if fault == "lose the request":
+                    if fault == "request lost":
                         return
-                    if fault == "cut the request":
+                    if fault == "request cut":
                         behind.sendall(head + body[: len(body) // 2])
                         return
                     behind.sendall(head + body)
-                    if fault == "hang up":
+                    if fault == "client gone":
                         return
                     answer, told, _ = _message(answering)
                     if fault:
                         self.lost[named["x-call"]] = (int(answer.split()[1]), json.loads(told))
-                        if fault == "cut the answer":
+                        if fault == "response cut":
                             line.sendall((answer + told)[: (len(answer) + len(told)) // 2])
                         return
                     line.sendall(answer + told)

@@ -118,7 +118,7 @@ async def _opened(path: str) -> int:
 CHECKS: Final = (
     Check(
         "unsynced-writes",
-        "a crash at any moment, unsynced writes dropped, in part or torn at 512 bytes: nothing acknowledged is lost",
+        "a crash at any moment, unsynced writes dropped, partly kept or torn (512 bytes): nothing acknowledged is lost",
         replay,
         rounds=2_000,
         few=40,

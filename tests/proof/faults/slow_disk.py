@@ -84,14 +84,14 @@ def slow_disk(trial: Trial) -> Counts:
     on_time = usual_ms <= ANSWERS_MS and slowest_ms < SYNC_US / 1000
     assert on_time or not trial.timed, f"/healthz took {usual_ms:.0f} ms, and {slowest_ms:.0f} ms at most"
     return {
-        "crowds of 410": trial.rounds,
+        "bursts of 410": trial.rounds,
         "created": met["created"],
-        "refused with overloaded": met["overloaded"],
-        "reports of running work taken": met["taken"],
+        "rejected with overloaded": met["overloaded"],
+        "reports of running jobs accepted": met["taken"],
         "commands waiting, at most": most_waiting,
-        "looks at /healthz": len(looks),
-        "ms for 19 of 20 of them": round(usual_ms),
-        "ms for one of them, at most": round(slowest_ms),
+        "requests of /healthz": len(looks),
+        "ms for 19 of 20 of these": round(usual_ms),
+        "ms for one of these, at most": round(slowest_ms),
     }
 
 
@@ -129,7 +129,7 @@ def _hear_out(daemon: Daemon, asking: list[Asking], looks: list[float]) -> int:
 CHECKS: Final = (
     Check(
         "slow-disk",
-        "every sync takes 500 ms: /healthz within 100 ms, the mailbox bounded, 503 beyond it, running work is heard",
+        "every sync takes 500 ms: /healthz within 100 ms, a bounded mailbox, 503 beyond it, running jobs can report",
         slow_disk,
         rounds=10,
         needs=(STRACE,),

@@ -120,7 +120,7 @@ def sweep(
         for on in ((False,) if error is None else (False, True))
     ]
     chosen = random.Random(0).sample(pool, min(trial.rounds, len(pool)))
-    counts: Counter[str] = Counter({"places and faults": len(pool), "tried": len(chosen)})
+    counts: Counter[str] = Counter({"points and faults": len(pool), "tried": len(chosen)})
     for number, place in enumerate(chosen):
         directory = trial.directory / f"{number}"
         directory.mkdir()
@@ -180,14 +180,14 @@ def _round(directory: Path, place: Place, work: Work, at_checkpoints: bool, coun
             ledger.check(examined(daemon.store))
         daemon.prefix = []
         daemon.start()
-        counts["unanswered, settled by a repeat"] += ledger.settle(daemon)
+        counts["without a response, settled by a repeat"] += ledger.settle(daemon)
         refused = ledger.codes.total()
         lifecycles(daemon, ledger, "again")
         assert ledger.codes.total() == refused, f"after the start all goes on: {ledger.codes}"
         assert daemon.stop() == 0
         counts["acknowledgements checked"] += ledger.check(examined(daemon.store))
-        counts["refused with storage_full"] += ledger.codes["storage_full"]
-        counts["told that the outcome is unknown"] += ledger.codes["outcome_unknown"]
+        counts["rejected with storage_full"] += ledger.codes["storage_full"]
+        counts["with outcome unknown"] += ledger.codes["outcome_unknown"]
 
 
 def _stopped(daemon: Daemon) -> int:
@@ -226,11 +226,11 @@ def _judged(place: Place, ending: Ending) -> str:
         return "outcome unknown, exit code 74"
     assert code == 0, story
     if no_room:
-        return "full disk, goes on"
+        return "full disk, continues"
     if place.error == "ENOSPC" and b"event=reserve_file_missing" in log:
-        return "no room for the reserve file, goes on"
+        return "no space for the reserve file, continues"
     assert ending.no_commit_was_hit(), story
-    return "no commit was hit, goes on"
+    return "no commit hit, continues"
 
 
 def _check(name: str, promise: str, rounds: int, few: int, run: Callable[[Trial], Counts]) -> Check:
@@ -240,28 +240,28 @@ def _check(name: str, promise: str, rounds: int, few: int, run: Callable[[Trial]
 CHECKS: Final = (
     _check(
         "kill-at-each-write",
-        "kill -9 at any sync or write of the disk's thread: nothing acknowledged is lost, the next start goes on",
+        "kill -9 at any sync or write of the storage thread: nothing acknowledged is lost, the next start continues",
         rounds=EVERY,
         few=1,
         run=partial(sweep, calls=(*SYNCS, *WRITES), errors=(None,), work=lifecycles),
     ),
     _check(
         "failed-syncs",
-        "a sync that fails (EIO, ENOSPC, EROFS): 503 outcome unknown, exit code 74, the next start goes on",
+        "a sync fails (EIO, ENOSPC, EROFS): 503 outcome unknown, exit code 74, the next start continues",
         rounds=EVERY,
         few=1,
         run=partial(sweep, calls=SYNCS, errors=ERRORS, work=lifecycles),
     ),
     _check(
         "failed-writes",
-        "a write that fails: ENOSPC is refused with storage_full and the daemon goes on, EIO, EROFS are exit code 74",
+        "a write fails: ENOSPC gives storage_full and the daemon continues; EIO and EROFS give exit code 74",
         rounds=120,
         few=1,
         run=partial(sweep, calls=WRITES, errors=ERRORS, work=lifecycles),
     ),
     _check(
         "failed-checkpoints",
-        "a checkpoint that is killed or fails loses nothing: what it had to move is in the log still",
+        "a checkpoint is killed or fails: nothing is lost, its data is still in the write-ahead log",
         rounds=25,
         few=1,
         run=partial(sweep, calls=(*SYNCS, *WRITES), errors=(None, *ERRORS), work=large_jobs, at_checkpoints=True),

@@ -235,7 +235,7 @@ def steps_while_down(trial: Trial) -> Counts:
         _leap(daemon, again=trial.timed)
         assert daemon.stop() == 0
     _times_in_order(examined(daemon.store))
-    return {**counts, "leaps of 40 days": 1}
+    return {**counts, "jumps of 40 days": 1}
 
 
 def _leap(daemon: Stepped, *, again: bool) -> None:
@@ -305,7 +305,7 @@ def _left(daemon: Daemon, job_id: str, status: str) -> dict[str, Any]:
 CHECKS = (
     Check(
         "clock-steps",
-        "the wall clock jumps by days: no lock is freed or prolonged, a suspect clock deletes and fails nothing",
+        "the wall clock jumps by days: no lock is freed or prolonged; a suspect clock deletes and fails nothing",
         clock_steps,
         rounds=24,
         few=2,
@@ -313,14 +313,14 @@ CHECKS = (
     ),
     Check(
         "clock-steps-while-down",
-        "the same over restarts: locks keep the time that they had left; 40 days ahead deletes nothing until accepted",
+        "the same over restarts: locks keep the time they had left; 40 days ahead deletes nothing until accepted",
         steps_while_down,
         rounds=12,
         needs=(FAKETIME,),
     ),
     Check(
         "suspended-daemon",
-        "a daemon that is stopped for longer than locks live: living workers keep their jobs, dead ones lose them",
+        "a daemon is suspended for longer than its locks live: live workers keep their jobs, dead ones lose them",
         suspended,
         rounds=5,
     ),

@@ -107,7 +107,7 @@ def started(trial: Trial) -> Counts:
             assert box.post("/v1/jobs", {"id": "a"}).status == 201
             with Knockers(box) as clients:
                 _restarts(box, clients)
-                counts["clients at a restart"] += clients.met.total()
+                counts["clients during restarts"] += clients.met.total()
                 _stays_down(box, clients)
             box.do("systemctl", "start", *SOCKETS)
             assert _stats(box, unix_only)["totalJobs"] == 1, "the first operator has to start the daemon"
@@ -194,7 +194,7 @@ def deaths(trial: Trial) -> Counts:
         "kills": trial.rounds,
         "ms until it was ready, at most": round(slowest_s * 1000),
         f"ms from a hang to readiness (watchdog {WATCHDOG_S} s)": round(hung_s * 1000),
-        "clients meanwhile": clients.met.total(),
+        "clients during these": clients.met.total(),
     }
 
 
@@ -246,7 +246,7 @@ def misconfigured(trial: Trial) -> Counts:
             by_clients += _knocked_at(box)
             assert box.get("/readyz").status == 200
             box.do("systemctl", "stop", *UNITS)
-    return {"refused starts": trial.rounds, "starts by waiting clients": by_clients}
+    return {"failed starts": trial.rounds, "starts by waiting clients": by_clients}
 
 
 def _knocked_at(box: Box) -> int:
@@ -299,28 +299,28 @@ def _units(directory: Path, variant: str) -> Path:
 CHECKS = (
     Check(
         "systemd-start",
-        "started by its first client, ready when systemd says so, no door closed at a restart, down when stopped",
+        "started by its first client, ready when systemd says so, sockets stay open at a restart, down when stopped",
         started,
         rounds=4,
         needs=NEEDS,
     ),
     Check(
         "systemd-deaths",
-        "killed ten times in a row or hung: up again each time within seconds, clients find an open door all the while",
+        "killed ten times in a row, or hung: up again within seconds each time, clients can always connect",
         deaths,
         rounds=10,
         needs=NEEDS,
     ),
     Check(
         "systemd-stop",
-        "systemctl stop with work in flight: all is answered, nothing else is done, a success",
+        "systemctl stop with requests in flight: all are answered, nothing else is done, success",
         stopped,
         rounds=10,
         needs=NEEDS,
     ),
     Check(
         "systemd-misconfigured",
-        "exit 78 is not tried again but for clients that knock, every two seconds; it is up once it was mended",
+        "exit 78 is retried only for connecting clients, every two seconds; the daemon starts once it is fixed",
         misconfigured,
         rounds=3,
         needs=NEEDS,

@@ -16,8 +16,8 @@ from typing import Final, Literal
 SUFFIXES: Final = ("", "-wal", "-journal")
 SECTOR: Final = 512
 
-Manner = Literal["dropped", "kept", "some", "torn"]
-MANNERS: Final[tuple[Manner, ...]] = ("dropped", "kept", "some", "torn")
+Manner = Literal["dropped", "kept", "partly kept", "torn"]
+MANNERS: Final[tuple[Manner, ...]] = ("dropped", "kept", "partly kept", "torn")
 
 
 class Call(IntEnum):

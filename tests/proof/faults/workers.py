@@ -112,7 +112,7 @@ def _until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
 
 def sleeping_worker(trial: Trial) -> Counts:
     """Recovery acts when it is asked to: so there is a time after the lock has expired and before that."""
-    counts = {"endings taken after the lock had expired": 0, "endings refused": 0, "running work stopped": 0}
+    counts = {"endings accepted after the lock expired": 0, "endings rejected": 0, "running jobs stopped": 0}
     with Daemon(trial.directory, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
         with RealWorker(daemon, "q") as worker:
             for number in range(trial.rounds):
@@ -217,7 +217,7 @@ def dead_worker(trial: Trial) -> Counts:
     examined(daemon.store)
     return {
         "workers killed": len(late_ms),
-        "ms from the lock's end to the next worker, at most": max(late_ms),
+        "ms from lock expiry to the next grant, at most": max(late_ms),
         "at least": min(late_ms),
     }
 
@@ -252,14 +252,14 @@ def _on_time(daemon: Daemon, job_id: str, offered_at: int, trial: Trial) -> int:
 CHECKS = (
     Check(
         "sleeping-worker",
-        "a worker that sleeps past its lock is heard until recovery has acted, then lock_lost: the new token is larger",
+        "a worker sleeps past its lock: accepted until recovery has acted, then lock_lost; the new token is larger",
         sleeping_worker,
         rounds=15,
         few=2,
     ),
     Check(
         "dead-worker",
-        "the job of a worker that died is offered again within the recovery period + 1 s, and not before its lock ends",
+        "the job of a dead worker is offered again within the recovery period + 1 s, and not before its lock expires",
         dead_worker,
         rounds=10,
     ),
