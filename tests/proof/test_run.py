@@ -128,7 +128,7 @@ def test_the_table_of_what_is_skipped_names_every_program_that_tests_ask_for() -
     skips = {row[0]: row[1] for row in rows(proof.DOCUMENT, "missing", "skipped")}
     asked = {
         name
-        for file in (ROOT / "tests").glob("*.py")
+        for file in (ROOT / "tests").rglob("*.py")
         for name in re.findall(r'tool_missing\("([^"]+)"', file.read_text("utf-8"))
     }
     assert len(asked) > 5
