@@ -125,8 +125,8 @@ async def test_an_exceeded_quota_is_told_from_a_broken_disk_by_trying(small_disk
 
 FAILING = """
 import asyncio, sys
-from jobd.batch import DiskFull
-from jobd.store import Store, StoreBroken
+from jobd.model.storage import DiskFull
+from jobd.storage.store import Store, StoreBroken
 
 async def main():
     store, _ = await Store.open(sys.argv[1])
@@ -286,8 +286,8 @@ async def test_a_new_store_on_a_full_disk_is_refused(small_disk: Path) -> None:
 WRITER = """
 import asyncio, os, sys, traceback
 sys.path.insert(0, sys.argv[3])
-from tests.by_hand import Maker
-from jobd.store import Store
+from tests.support.factories import Maker
+from jobd.storage.store import Store
 
 async def main():
     store, found = await Store.open(sys.argv[1])

@@ -129,7 +129,7 @@ async def test_no_file_goes_that_lies_with_the_daemons_own(tmp_path: Path, place
 
 HANGS: Final = """
 import asyncio, sys
-from jobd.artifact_files import FileStore
+from jobd.storage.artifacts.filesystem import FileStore
 
 async def main():
     store = FileStore(sys.argv[1], "test")
@@ -255,7 +255,7 @@ async def test_what_comes_while_another_is_put_back_stays(
 
 KILLED = """
 import asyncio, os, signal, sys
-from jobd.artifact_files import FileStore
+from jobd.storage.artifacts.filesystem import FileStore
 
 call, place, new = sys.argv[1:]
 real = getattr(os, call)

@@ -332,8 +332,8 @@ async def test_an_older_copy_of_an_older_version_is_known_by_its_epoch_file(path
 
 MIGRATOR = """
 import asyncio, os, signal, sys
-from jobd import migrations
-from jobd.store import Store
+from jobd.storage import migrations
+from jobd.storage.store import Store
 
 def step(conn):
     conn.execute("CREATE TABLE notes (a ANY) STRICT")
