@@ -15,7 +15,7 @@ from jobd.model.job import DAY_MS, HOUR_MS
 from jobd.model.webhooks import TYPES, Endpoint, matching
 from jobd.webhooks.config import MOST
 from tests import ROOT
-from tests.integration.test_docs import OPERATIONS, rows, ticked
+from tests.integration.test_docs import CONFIGURATION, OPERATIONS, rows, ticked
 
 OLD, NEW = b"o" * 24, b"n" * 32
 SECRET, NEWER = (f"whsec_{base64.b64encode(key).decode()}" for key in (OLD, NEW))
@@ -173,10 +173,10 @@ def test_a_secret_that_is_no_text_is_refused(read: Read, tmp_path: Path) -> None
         read(block(secret=f'secret_file = "{tmp_path}/secrets"'))
 
 
-def test_the_handbook_names_every_key_of_a_webhook_and_every_type() -> None:
+def test_the_documents_name_every_key_of_a_webhook_and_every_type() -> None:
     from jobd.webhooks.config import WebhookSection
 
-    named = [ticked(row[0])[0] for row in rows(OPERATIONS, "key of a webhook", "default")]
+    named = [ticked(row[0])[0] for row in rows(CONFIGURATION, "key of a webhook", "default")]
     assert named == list(WebhookSection.__struct_fields__)
     text = OPERATIONS.read_text(encoding="utf-8")
     for kind in ("alert.firing", "alert.resolved", "events.gone", "webhook.test", "queue.paused", "job.completed"):
