@@ -21,21 +21,21 @@ import aiohttp
 from yarl import URL
 
 from jobd.client import admin_requests, worker_requests
-from jobd.client.backup_progress import LOOK_S, Patience, Told
-from jobd.client.command_stream import Pipe, line_of
+from jobd.client.backup_progress import LOOK_S, StallTimeout, Told
+from jobd.client.command_stream import CommandStream, command_line
 from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
 from jobd.client.errors import JobdError, Unreachable
-from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, PATIENT, SILENCE_S, Listening
+from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, RECONNECT, SILENCE_S, EventSubscription
 from jobd.client.protocol import (
+    ApiRequest,
+    ApiResponse,
     JobInfo,
     JobInfoPage,
-    Reply,
-    Request,
     RetryPolicy,
-    Tries,
+    RetryState,
     json_lines,
-    raise_refusal,
-    result,
+    raise_error,
+    read_result,
     signed,
     uuid7,
 )
@@ -90,7 +90,7 @@ class _AsyncClient:
 
     async def send(
         self,
-        request: Request[T],
+        request: ApiRequest[T],
         policy: RetryPolicy | None = None,
         on_retry: Callable[[JobdError], None] | None = None,
     ) -> T:
@@ -98,10 +98,10 @@ class _AsyncClient:
 
         `on_retry` hears of each error that leads to another try.
         """
-        tries = Tries(policy or self._policy, request, time.monotonic())
+        tries = RetryState(policy or self._policy, request, time.monotonic())
         while True:
             try:
-                return result(request, await self._exchange(request, tries.timeout_s(time.monotonic())))
+                return read_result(request, await self._exchange(request, tries.timeout_s(time.monotonic())))
             except JobdError as error:
                 wait_s = tries.wait_s(error, time.monotonic(), random.random())
                 if on_retry is not None:
@@ -126,21 +126,21 @@ class _AsyncClient:
         connection is tried as other calls are, a later one until it succeeds; `on_lost` hears of each that is lost.
         Raises EventsGone where events behind `after` are no longer in the journal: read the state anew, then listen.
         """
-        asked = Listening(
+        asked = EventSubscription(
             self._events_path, queue=queue, job_id=job_id, type=type, after=after, last=last, follow=follow
         )
         return self._listen(asked, on_lost)
 
     async def _listen(
-        self, listening: Listening, on_lost: Callable[[JobdError], None] | None
+        self, listening: EventSubscription, on_lost: Callable[[JobdError], None] | None
     ) -> AsyncIterator[StreamedEvent]:
         request = listening.request()
-        tries = Tries(self._policy, request, time.monotonic())
+        tries = RetryState(self._policy, request, time.monotonic())
         while True:
             try:
                 async with contextlib.aclosing(self._pieces(listening, request)) as pieces:
                     async for piece in pieces:
-                        tries = Tries(PATIENT, request, time.monotonic())
+                        tries = RetryState(RECONNECT, request, time.monotonic())
                         for event in listening.read(piece):
                             yield event
                 if not listening.follow:
@@ -153,19 +153,19 @@ class _AsyncClient:
             await asyncio.sleep(wait_s)
             request = listening.request()
 
-    async def _pieces(self, listening: Listening, request: Request[Any]) -> AsyncGenerator[bytes]:
+    async def _pieces(self, listening: EventSubscription, request: ApiRequest[Any]) -> AsyncGenerator[bytes]:
         """What comes over one connection, as it comes."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=SILENCE_S)
         try:
             async with self._open(request, timeout) as response:
                 body = await response.read() if response.status >= 400 else b""
-                listening.begin(Reply(response.status, _lower(response), body))
+                listening.begin(ApiResponse(response.status, _lower(response), body))
                 while piece := await response.content.readany():
                     yield piece
         except _BROKEN as error:
             raise self._unreachable(error) from error
 
-    async def _exchange(self, request: Request[Any], timeout_s: float) -> Reply:
+    async def _exchange(self, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         """One try. An idle connection that the daemon has closed meanwhile is replaced once, in silence."""
         try:
             return await self._talk(request, timeout_s)
@@ -179,13 +179,15 @@ class _AsyncClient:
         except _BROKEN as error:
             raise self._unreachable(error) from error
 
-    async def _talk(self, request: Request[Any], timeout_s: float, data: AsyncIterator[bytes] | None = None) -> Reply:
+    async def _talk(
+        self, request: ApiRequest[Any], timeout_s: float, data: AsyncIterator[bytes] | None = None
+    ) -> ApiResponse:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(_CONNECT_S, timeout_s))
         async with self._open(request, timeout, data) as response:
-            return Reply(response.status, _lower(response), await response.read())
+            return ApiResponse(response.status, _lower(response), await response.read())
 
     def _open(
-        self, request: Request[Any], timeout: aiohttp.ClientTimeout, data: AsyncIterator[bytes] | None = None
+        self, request: ApiRequest[Any], timeout: aiohttp.ClientTimeout, data: AsyncIterator[bytes] | None = None
     ) -> Any:
         url = URL(f"{self.endpoint.origin}{request.path}", encoded=True)
         headers = {"Accept-Encoding": "identity", **request.headers, **self.endpoint.headers}
@@ -216,7 +218,7 @@ def _lower(response: aiohttp.ClientResponse) -> dict[str, str]:
     return {name.lower(): value for name, value in response.headers.items()}
 
 
-def _method(build: Callable[P, Request[T]]) -> Callable[Concatenate[_AsyncClient, P], Coroutine[Any, Any, T]]:
+def _method(build: Callable[P, ApiRequest[T]]) -> Callable[Concatenate[_AsyncClient, P], Coroutine[Any, Any, T]]:
     """A client's method that sends what `build` makes: same arguments, same text, the result itself."""
 
     @functools.wraps(build)
@@ -226,7 +228,9 @@ def _method(build: Callable[P, Request[T]]) -> Callable[Concatenate[_AsyncClient
     return signed(method, build)
 
 
-def _pages(build: Callable[P, Request[JobInfoPage]]) -> Callable[Concatenate[_AsyncClient, P], AsyncIterator[JobInfo]]:
+def _pages(
+    build: Callable[P, ApiRequest[JobInfoPage]],
+) -> Callable[Concatenate[_AsyncClient, P], AsyncIterator[JobInfo]]:
     """The method that walks through all pages of a list."""
 
     async def method(self: _AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[JobInfo]:
@@ -313,11 +317,11 @@ class StreamClient(AsyncJobClient):
     def __init__(self, client: AsyncJobClient) -> None:
         super().__init__(client.endpoint, tls=client._tls)
         self._policy = client._policy
-        self._pipe = Pipe(self._open_stream)
+        self._pipe = CommandStream(self._open_stream)
 
     def twin(self) -> Self:
         twin = super().twin()
-        twin._pipe = Pipe(twin._open_stream)
+        twin._pipe = CommandStream(twin._open_stream)
         return twin
 
     async def close(self) -> None:
@@ -325,11 +329,11 @@ class StreamClient(AsyncJobClient):
         await self._pipe.close()
         await super().close()
 
-    async def _exchange(self, request: Request[Any], timeout_s: float) -> Reply:
-        line = line_of(request)
+    async def _exchange(self, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
+        line = command_line(request)
         return await (super()._exchange(request, timeout_s) if line is None else self._pipe.exchange(line, timeout_s))
 
-    def _open_stream(self, request: Request[Any], data: AsyncIterator[bytes]) -> Any:
+    def _open_stream(self, request: ApiRequest[Any], data: AsyncIterator[bytes]) -> Any:
         return self._open(request, aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S), data)
 
 
@@ -432,14 +436,14 @@ class AsyncAdminClient(_AsyncClient):
         """What import_jobs would do with the same lines, line by line. Nothing is done."""
         return await self._send_lines(admin_requests.preview_import(), jobs)
 
-    async def _send_lines(self, request: Request[T], jobs: Iterable[Mapping[str, Any] | bytes | str]) -> T:
+    async def _send_lines(self, request: ApiRequest[T], jobs: Iterable[Mapping[str, Any] | bytes | str]) -> T:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self._policy.timeout_s)
         try:
             async with self._open(request, timeout, _poured(jobs)) as response:
-                reply = Reply(response.status, _lower(response), await response.read())
+                reply = ApiResponse(response.status, _lower(response), await response.read())
         except _BROKEN as error:
             raise self._unreachable(error) from error
-        return result(request, reply)
+        return read_result(request, reply)
 
     async def backup(self, file: BinaryIO, *, told: Told | None = None) -> int:
         """Write a copy of the database, as it is now, to `file` (in a thread); gives its bytes.
@@ -448,7 +452,7 @@ class AsyncAdminClient(_AsyncClient):
         `timeout_s` is the time that it may be silent. Raises Unreachable where it is silent for longer, and where the
         stream broke off: what was written is no backup then. An error of `file` is raised as it is.
         """
-        patience = Patience(uuid7(), told, self._policy.timeout_s, time.monotonic())
+        patience = StallTimeout(uuid7(), told, self._policy.timeout_s, time.monotonic())
         opening = asyncio.ensure_future(self._opened(admin_requests.backup(patience.id), None))
         try:
             while not (await asyncio.wait([opening], timeout=LOOK_S))[0]:
@@ -459,7 +463,7 @@ class AsyncAdminClient(_AsyncClient):
             raise
         return await self._save(opening.result(), file, patience)
 
-    async def _look(self, patience: Patience) -> None:
+    async def _look(self, patience: StallTimeout) -> None:
         once = RetryPolicy(total_s=0, timeout_s=min(patience.silence_s, self._policy.timeout_s))
         with contextlib.suppress(JobdError):  # then it is silent
             patience.look(await self.send(admin_requests.backups(), once), time.monotonic())
@@ -475,10 +479,10 @@ class AsyncAdminClient(_AsyncClient):
         """
         return await self._download(admin_requests.download_artifact(job_id, late_result), file)
 
-    async def _download(self, request: Request[bytes], file: BinaryIO) -> int:
+    async def _download(self, request: ApiRequest[bytes], file: BinaryIO) -> int:
         return await self._save(await self._opened(request, self._policy.timeout_s), file)
 
-    async def _opened(self, request: Request[bytes], silence_s: float | None) -> aiohttp.ClientResponse:
+    async def _opened(self, request: ApiRequest[bytes], silence_s: float | None) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=silence_s)
         try:
             response: aiohttp.ClientResponse = await self._open(request, timeout)
@@ -486,11 +490,13 @@ class AsyncAdminClient(_AsyncClient):
             raise self._unreachable(error) from error
         return response
 
-    async def _save(self, response: aiohttp.ClientResponse, file: BinaryIO, patience: Patience | None = None) -> int:
+    async def _save(
+        self, response: aiohttp.ClientResponse, file: BinaryIO, patience: StallTimeout | None = None
+    ) -> int:
         copied, total = 0, response.content_length
         async with response:
             if response.status >= 400:
-                raise_refusal(Reply(response.status, _lower(response), await self._piece(response, -1)))
+                raise_error(ApiResponse(response.status, _lower(response), await self._piece(response, -1)))
             while piece := await self._piece(response, _PIECE_BYTES):
                 copied += await asyncio.to_thread(file.write, piece)
                 if patience is not None:

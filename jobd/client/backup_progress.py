@@ -14,7 +14,7 @@ LOOK_S: Final = 0.5  # between two looks how far it is
 Told = Callable[[BackupView], None]
 
 
-class Patience:
+class StallTimeout:
     """The wait for the backup `id`, which may be silent for `silence_s`. `told` hears how far it is."""
 
     def __init__(self, id_: str, told: Told | None, silence_s: float, now_s: float) -> None:

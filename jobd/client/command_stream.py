@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from jobd.client.errors import BadAnswer, JobdError, Unreachable
-from jobd.client.protocol import NDJSON_TYPE, Reply, Request
+from jobd.client.protocol import NDJSON_TYPE, ApiRequest, ApiResponse
 
 COMMANDS: Final = "/v1/commands"
 LAST_S: Final = 5.0  # how long a stream that is closed may wait for its last answers
@@ -28,7 +28,7 @@ _OF_A_JOB: Final = re.compile(r"/v1/jobs/(?P<id>[^/?]+)(?:/(?P<verb>[a-z-]+))?")
 _BLANKS: Final = bytes.maketrans(b"\r\n", b"  ")
 
 # How a stream is opened, with what is sent over it.
-Open = Callable[[Request[Any], AsyncIterator[bytes]], AbstractAsyncContextManager[aiohttp.ClientResponse]]
+Open = Callable[[ApiRequest[Any], AsyncIterator[bytes]], AbstractAsyncContextManager[aiohttp.ClientResponse]]
 
 
 CLAIM: Final = b'{"op":"claim"'
@@ -43,32 +43,32 @@ class _Status(Struct):
 _read_status: Final = msgspec.json.Decoder(_Status).decode
 
 
-class _Job(Struct):
+class _JobId(Struct):
     id: str
 
 
-class _Grant(Struct):
+class _GrantId(Struct):
     lock_id: str
-    job: _Job
+    job: _JobId
 
 
-class _Grants(Struct):
-    grants: list[_Grant]
+class _GrantIds(Struct):
+    grants: list[_GrantId]
 
 
-class _Claimed(Struct):
+class _ClaimResponse(Struct):
     """As much of the answer to a claim as its grants need."""
 
-    data: _Grants
+    data: _GrantIds
 
 
-class _Started(Struct):
+class _StartResponse(Struct):
     """The same of a start."""
 
-    data: _Grant
+    data: _GrantId
 
 
-def line_of(request: Request[Any]) -> bytes | None:
+def command_line(request: ApiRequest[Any]) -> bytes | None:
     """`request` as a line with its end, None where streams do not take it: what waits, and what looks at many jobs."""
     named = _named(request)
     if named is None:
@@ -84,7 +84,7 @@ def line_of(request: Request[Any]) -> bytes | None:
     return head + b"\n" if body == b"{}" else head[:-1] + b"," + body[1:] + b"\n"
 
 
-def _named(request: Request[Any]) -> tuple[str, str | None] | None:
+def _named(request: ApiRequest[Any]) -> tuple[str, str | None] | None:
     """The request's op, and the job's id where its path gives it."""
     match request.method, request.path:
         case "POST", "/v1/jobs":
@@ -103,25 +103,25 @@ def _named(request: Request[Any]) -> tuple[str, str | None] | None:
     return None
 
 
-class _Waiting(NamedTuple):
+class _Pending(NamedTuple):
     """Who waits for the next answer, to which line."""
 
-    reply: asyncio.Future[Reply]
+    reply: asyncio.Future[ApiResponse]
     line: bytes
 
 
-class Pipe:
+class CommandStream:
     """One stream after the other: where one breaks, the next call opens another. Belongs to one event loop."""
 
     def __init__(self, open_: Open) -> None:
         self._open = open_
-        self._flow: _Flow | None = None
+        self._flow: _StreamConnection | None = None
 
-    async def exchange(self, line: bytes, timeout_s: float) -> Reply:
+    async def exchange(self, line: bytes, timeout_s: float) -> ApiResponse:
         """Send `line` and give its answer. Raises Unreachable where the stream breaks or nothing comes in time."""
         flow = self._flow
         if flow is None or flow.is_over:
-            flow = self._flow = _Flow(self._open)
+            flow = self._flow = _StreamConnection(self._open)
         reply = flow.send(line)
         try:
             async with asyncio.timeout(timeout_s):
@@ -137,7 +137,7 @@ class Pipe:
             await flow.close()
 
 
-class _Flow:
+class _StreamConnection:
     """One stream, from its opening to its end."""
 
     def __init__(self, open_: Open) -> None:
@@ -146,12 +146,12 @@ class _Flow:
         self._out = bytearray()
         self._has_out = asyncio.Event()
         self._is_closing = False
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_Pending] = deque()
         self._running = asyncio.ensure_future(self._run())
 
-    def send(self, line: bytes) -> asyncio.Future[Reply]:
-        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(reply, line))
+    def send(self, line: bytes) -> asyncio.Future[ApiResponse]:
+        reply: asyncio.Future[ApiResponse] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Pending(reply, line))
         self._out += line
         self._has_out.set()
         return reply
@@ -170,7 +170,7 @@ class _Flow:
     async def _run(self) -> None:
         """Answers to those who wait. What has none when the stream ends was perhaps not done."""
         error: JobdError = Unreachable("The daemon ended the stream.")
-        request = Request("POST", COMMANDS, lambda body: None, headers={"Content-Type": NDJSON_TYPE})
+        request = ApiRequest("POST", COMMANDS, lambda body: None, headers={"Content-Type": NDJSON_TYPE})
         try:
             async with self._open(request, self._body()) as response:
                 if response.status != 200:
@@ -204,14 +204,14 @@ class _Flow:
     def _answer(self, line: bytes) -> None:
         waiting = self._waiting.popleft()
         if not waiting.reply.done():
-            waiting.reply.set_result(Reply(_read_status(line).status, {}, line))
+            waiting.reply.set_result(ApiResponse(_read_status(line).status, {}, line))
         elif waiting.line.startswith((CLAIM, START)) and _read_status(line).success:
             self._give_back(line, is_claim=waiting.line.startswith(CLAIM))
 
     def _give_back(self, line: bytes, *, is_claim: bool) -> None:
         """Nobody waits for these grants any more: their jobs need not wait until the locks end."""
         decode = msgspec.json.decode
-        grants = decode(line, type=_Claimed).data.grants if is_claim else [decode(line, type=_Started).data]
+        grants = decode(line, type=_ClaimResponse).data.grants if is_claim else [decode(line, type=_StartResponse).data]
         for grant in grants:
             release = {"op": "release", "id": grant.job.id, "lock_id": grant.lock_id}
             self.send(msgspec.json.encode(release) + b"\n").cancel()
@@ -220,4 +220,4 @@ class _Flow:
         headers = {name.lower(): value for name, value in response.headers.items()}
         for waiting in self._waiting:
             if not waiting.reply.done():
-                waiting.reply.set_result(Reply(response.status, headers, body))
+                waiting.reply.set_result(ApiResponse(response.status, headers, body))

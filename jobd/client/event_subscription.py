@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from jobd.client.errors import BadAnswer
-from jobd.client.protocol import Reply, Request, RetryPolicy, get, raise_refusal
+from jobd.client.protocol import ApiRequest, ApiResponse, RetryPolicy, get, raise_error
 from jobd.model.events import StreamedEvent
 
 EVENTS: Final = "/v1/events"
@@ -19,14 +19,14 @@ ADMIN_EVENTS: Final = "/admin/job-management/events"
 # The daemon breaks a silence after 15 s: a stream that is silent for longer is dead.
 SILENCE_S: Final = 45.0
 # Once a stream was there: whoever follows wants it back, however long that takes.
-PATIENT: Final = RetryPolicy(total_s=None)
+RECONNECT: Final = RetryPolicy(total_s=None)
 _KIND: Final = "text/event-stream"
 _LINE_BYTES: Final = 16 << 20  # no event is nearly as long
 
 _decode: Final = msgspec.json.Decoder(StreamedEvent).decode
 
 
-class Listening:
+class EventSubscription:
     """One stream of events, over as many connections as it takes.
 
     `position`: every event up to this number was read, if it was wanted; None before the first connection.
@@ -52,18 +52,18 @@ class Listening:
         self._next_position = after
         self._data = b""
 
-    def request(self) -> Request[bytes]:
+    def request(self) -> ApiRequest[bytes]:
         """What to send for a new connection: it goes on where the last one broke off."""
         self._rest, self._data, self._next_position = b"", b"", self.position
         last = self._last if self.position is None else None
         follow = None if self.follow else "false"
         asked = get(self._path, bytes, last_event_id=self.position, last=last, follow=follow, **self._filters)
-        return Request(asked.method, asked.path, asked.read, headers={"Accept": _KIND})
+        return ApiRequest(asked.method, asked.path, asked.read, headers={"Accept": _KIND})
 
-    def begin(self, reply: Reply) -> None:
+    def begin(self, reply: ApiResponse) -> None:
         """Look at the head of the answer. `body` is needed of a refusal only. Raises the JobdError that it says."""
         if reply.status >= 400:
-            raise_refusal(reply)
+            raise_error(reply)
         kind = reply.headers.get("content-type", "")
         if reply.status != 200 or not kind.startswith(_KIND):
             raise BadAnswer(

@@ -67,7 +67,7 @@ class Envelope(Struct, Generic[T]):
     data: T
 
 
-class _Head(Struct):
+class _Outcome(Struct):
     """The shape of every answer, as far as it says whether the call was refused and why."""
 
     success: bool | None = None
@@ -76,7 +76,7 @@ class _Head(Struct):
     details: dict[str, Any] | None = None
 
 
-_HEAD: Final = msgspec.json.Decoder(_Head)
+_HEAD: Final = msgspec.json.Decoder(_Outcome)
 
 
 def reader(shape: type[T]) -> Callable[[bytes], T]:
@@ -95,7 +95,7 @@ def reader(shape: type[T]) -> Callable[[bytes], T]:
 
 
 @dataclass(frozen=True, slots=True)
-class Request(Generic[T]):
+class ApiRequest(Generic[T]):
     """One call: what to send, and how to read the answer.
 
     `wait_ms` is how long the daemon may hold the answer back. `repeatable` says that sending it twice does what
@@ -112,7 +112,7 @@ class Request(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ApiResponse:
     """One answer, as it came. Header names are in lower case."""
 
     status: int
@@ -120,7 +120,7 @@ class Reply:
     body: bytes
 
 
-def signed(method: M, build: Callable[..., Request[Any]]) -> M:
+def signed(method: M, build: Callable[..., ApiRequest[Any]]) -> M:
     """`method` with the arguments of `build` beside self, for help() and editors."""
     asked = inspect.signature(build)
     me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
@@ -130,15 +130,15 @@ def signed(method: M, build: Callable[..., Request[Any]]) -> M:
     return method
 
 
-def get(path: str, read: Callable[[bytes], T], **query: str | int | None) -> Request[T]:
+def get(path: str, read: Callable[[bytes], T], **query: str | int | None) -> ApiRequest[T]:
     """A call that only reads. Parts of the query that are None are left out."""
     asked = {name: value for name, value in query.items() if value is not None}
-    return Request("GET", f"{path}?{urlencode(asked)}" if asked else path, read)
+    return ApiRequest("GET", f"{path}?{urlencode(asked)}" if asked else path, read)
 
 
 def post(
     path: str, read: Callable[[bytes], T], body: Mapping[str, Any], *, key: str | None = None, wait_ms: int = 0
-) -> Request[T]:
+) -> ApiRequest[T]:
     """A call that changes something. Fields that are None are left out; `key` is its Idempotency-Key.
 
     Raises TypeError where a field is nothing that JSON can say.
@@ -147,7 +147,7 @@ def post(
     headers = {"Content-Type": JSON_TYPE}
     if key is not None:
         headers["Idempotency-Key"] = key
-    return Request("POST", path, read, msgspec.json.encode(said), headers, wait_ms)
+    return ApiRequest("POST", path, read, msgspec.json.encode(said), headers, wait_ms)
 
 
 def job_path(base: str, job_id: str, verb: str = "") -> str:
@@ -160,10 +160,10 @@ def job_path(base: str, job_id: str, verb: str = "") -> str:
     return f"{base}/{name}/{verb}" if verb else f"{base}/{name}"
 
 
-def result(request: Request[T], reply: Reply) -> T:
+def read_result(request: ApiRequest[T], reply: ApiResponse) -> T:
     """The typed result of `reply`. Raises the JobdError that it says, or BadAnswer where it says nothing we know."""
     if reply.status >= 400:
-        raise_refusal(reply)
+        raise_error(reply)
     try:
         return request.read(reply.body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -172,12 +172,12 @@ def result(request: Request[T], reply: Reply) -> T:
         ) from error
 
 
-def raise_refusal(reply: Reply) -> None:
+def raise_error(reply: ApiResponse) -> None:
     """Raise what `reply` refuses. Returns where it is a success in spite of its status (health: 503 with the body)."""
     try:
         head = _HEAD.decode(reply.body)
     except (msgspec.DecodeError, RecursionError):
-        head = _Head()
+        head = _Outcome()
     if head.success:
         return
     if head.success is None or not head.error:
@@ -192,7 +192,7 @@ def raise_refusal(reply: Reply) -> None:
     )
 
 
-def _not_ours(reply: Reply) -> JobdError:
+def _not_ours(reply: ApiResponse) -> JobdError:
     """An error that is not the daemon's: a proxy in front of it that cannot reach it, or another program."""
     if reply.status in (502, 503, 504):
         return Unreachable(f"Something in front of the daemon answered HTTP {reply.status}.", status=reply.status)
@@ -201,7 +201,7 @@ def _not_ours(reply: Reply) -> JobdError:
     )
 
 
-def _retry_after_ms(reply: Reply, details: Mapping[str, Any]) -> int | None:
+def _retry_after_ms(reply: ApiResponse, details: Mapping[str, Any]) -> int | None:
     """The wait that the daemon asks for: the header (whole seconds) or `details.retry_after_ms`."""
     told = details.get("retry_after_ms")
     if isinstance(told, int) and told >= 0:
@@ -233,10 +233,10 @@ class RetryPolicy:
     codes: frozenset[str] = RETRIED
 
 
-class Tries:
+class RetryState:
     """The tries of one call. Holds no clock: `now_s` is monotonic time, `chance` is random between 0 and 1."""
 
-    def __init__(self, policy: RetryPolicy, request: Request[Any], now_s: float) -> None:
+    def __init__(self, policy: RetryPolicy, request: ApiRequest[Any], now_s: float) -> None:
         self._policy = policy
         self._request = request
         self._deadline_s = None if policy.total_s is None else now_s + policy.total_s

@@ -20,20 +20,20 @@ from types import TracebackType
 from typing import Any, BinaryIO, Concatenate, Final, ParamSpec, Self, TypeVar
 
 from jobd.client import admin_requests, worker_requests
-from jobd.client.backup_progress import LOOK_S, Patience, Told
+from jobd.client.backup_progress import LOOK_S, StallTimeout, Told
 from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
 from jobd.client.errors import JobdError, Unreachable
-from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, PATIENT, SILENCE_S, Listening
+from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, RECONNECT, SILENCE_S, EventSubscription
 from jobd.client.protocol import (
+    ApiRequest,
+    ApiResponse,
     JobInfo,
     JobInfoPage,
-    Reply,
-    Request,
     RetryPolicy,
-    Tries,
+    RetryState,
     json_lines,
-    raise_refusal,
-    result,
+    raise_error,
+    read_result,
     signed,
     uuid7,
 )
@@ -51,7 +51,7 @@ _IDLE_CONNECTIONS: Final = 8
 _PIECE_BYTES: Final = 256 << 10
 
 
-class _Connection(http.client.HTTPConnection):
+class _HttpConnection(http.client.HTTPConnection):
     """A connection to `endpoint`: a Unix socket, TCP, or TLS."""
 
     def __init__(self, endpoint: Endpoint, tls: ssl.SSLContext | None) -> None:
@@ -98,7 +98,7 @@ class _Client:
         self._policy = RetryPolicy(total_s=retry_for_s, timeout_s=timeout_s)
         self._tls = (tls or ssl.create_default_context()) if endpoint.tls else None
         self._guard = threading.Lock()
-        self._idle: list[_Connection] = []
+        self._idle: list[_HttpConnection] = []
         self._is_closed = False
 
     def __enter__(self) -> Self:
@@ -116,12 +116,12 @@ class _Client:
         for connection in idle:
             connection.close()
 
-    def send(self, request: Request[T], policy: RetryPolicy | None = None) -> T:
+    def send(self, request: ApiRequest[T], policy: RetryPolicy | None = None) -> T:
         """Send `request`, again by the retry policy where that is safe, and give its result. Raises JobdError."""
-        tries = Tries(policy or self._policy, request, time.monotonic())
+        tries = RetryState(policy or self._policy, request, time.monotonic())
         while True:
             try:
-                return result(request, self._exchange(request, tries.timeout_s(time.monotonic())))
+                return read_result(request, self._exchange(request, tries.timeout_s(time.monotonic())))
             except JobdError as error:
                 wait_s = tries.wait_s(error, time.monotonic(), random.random())
             time.sleep(wait_s)
@@ -144,20 +144,20 @@ class _Client:
         connection is tried as other calls are, a later one until it succeeds; `on_lost` hears of each that is lost.
         Raises EventsGone where events behind `after` are no longer in the journal: read the state anew, then listen.
         """
-        asked = Listening(
+        asked = EventSubscription(
             self._events_path, queue=queue, job_id=job_id, type=type, after=after, last=last, follow=follow
         )
         return self._listen(asked, on_lost)
 
     def _listen(
-        self, listening: Listening, on_lost: Callable[[JobdError], None] | None
+        self, listening: EventSubscription, on_lost: Callable[[JobdError], None] | None
     ) -> Generator[StreamedEvent, None, None]:
         request = listening.request()
-        tries = Tries(self._policy, request, time.monotonic())
+        tries = RetryState(self._policy, request, time.monotonic())
         while True:
             try:
                 for piece in self._pieces(listening, request):
-                    tries = Tries(PATIENT, request, time.monotonic())
+                    tries = RetryState(RECONNECT, request, time.monotonic())
                     yield from listening.read(piece)
                 if not listening.follow:
                     return
@@ -169,13 +169,13 @@ class _Client:
             time.sleep(wait_s)
             request = listening.request()
 
-    def _pieces(self, listening: Listening, request: Request[Any]) -> Iterator[bytes]:
+    def _pieces(self, listening: EventSubscription, request: ApiRequest[Any]) -> Iterator[bytes]:
         """What comes over one connection, as it comes."""
-        connection = _Connection(self.endpoint, self._tls)
+        connection = _HttpConnection(self.endpoint, self._tls)
         try:
             response = self._ask(connection, request, SILENCE_S)
             body = response.read() if response.status >= 400 else b""
-            listening.begin(Reply(response.status, _lower(response), body))
+            listening.begin(ApiResponse(response.status, _lower(response), body))
             while piece := response.read1(_PIECE_BYTES):
                 yield piece
         except (OSError, http.client.HTTPException) as error:
@@ -183,7 +183,7 @@ class _Client:
         finally:
             connection.close()
 
-    def _exchange(self, request: Request[Any], timeout_s: float) -> Reply:
+    def _exchange(self, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         """One try. An idle connection that the daemon has closed meanwhile is replaced once, in silence."""
         connection = self._take_idle() if request.repeatable else None
         if connection is not None:
@@ -194,14 +194,14 @@ class _Client:
             except (OSError, http.client.HTTPException) as error:
                 raise self._unreachable(error) from error
         try:
-            return self._talk(_Connection(self.endpoint, self._tls), request, timeout_s)
+            return self._talk(_HttpConnection(self.endpoint, self._tls), request, timeout_s)
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
 
-    def _talk(self, connection: _Connection, request: Request[Any], timeout_s: float) -> Reply:
+    def _talk(self, connection: _HttpConnection, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         try:
             response = self._ask(connection, request, timeout_s)
-            reply = Reply(response.status, _lower(response), response.read())
+            reply = ApiResponse(response.status, _lower(response), response.read())
         except BaseException:  # an interrupt too: what comes next on this connection is not ours
             connection.close()
             raise
@@ -209,13 +209,21 @@ class _Client:
         return reply
 
     def _ask(
-        self, connection: _Connection, request: Request[Any], timeout_s: float, body: Iterator[bytes] | None = None
+        self,
+        connection: _HttpConnection,
+        request: ApiRequest[Any],
+        timeout_s: float,
+        body: Iterator[bytes] | None = None,
     ) -> http.client.HTTPResponse:
         self._put(connection, request, timeout_s, body)
         return connection.getresponse()
 
     def _put(
-        self, connection: _Connection, request: Request[Any], timeout_s: float, body: Iterator[bytes] | None = None
+        self,
+        connection: _HttpConnection,
+        request: ApiRequest[Any],
+        timeout_s: float,
+        body: Iterator[bytes] | None = None,
     ) -> None:
         """Send it; its answer may take `timeout_s`."""
         if connection.sock is None:
@@ -229,7 +237,7 @@ class _Client:
         else:
             connection.request(request.method, path, body, headers, encode_chunked=True)
 
-    def _take_idle(self) -> _Connection | None:
+    def _take_idle(self) -> _HttpConnection | None:
         with self._guard:
             while self._idle:
                 connection = self._idle.pop()
@@ -238,7 +246,7 @@ class _Client:
                 connection.close()
         return None
 
-    def _give_back(self, connection: _Connection) -> None:
+    def _give_back(self, connection: _HttpConnection) -> None:
         """Keep the connection for the next call, unless the daemon closes it."""
         connection.idle_since_s = time.monotonic()
         with self._guard:
@@ -256,7 +264,7 @@ def _lower(response: http.client.HTTPResponse) -> dict[str, str]:
     return {name.lower(): value for name, value in response.getheaders()}
 
 
-def _method(build: Callable[P, Request[T]]) -> Callable[Concatenate[_Client, P], T]:
+def _method(build: Callable[P, ApiRequest[T]]) -> Callable[Concatenate[_Client, P], T]:
     """A client's method that sends what `build` makes: same arguments, same text, the result itself."""
 
     @functools.wraps(build)
@@ -266,7 +274,7 @@ def _method(build: Callable[P, Request[T]]) -> Callable[Concatenate[_Client, P],
     return signed(method, build)
 
 
-def _pages(build: Callable[P, Request[JobInfoPage]]) -> Callable[Concatenate[_Client, P], Iterator[JobInfo]]:
+def _pages(build: Callable[P, ApiRequest[JobInfoPage]]) -> Callable[Concatenate[_Client, P], Iterator[JobInfo]]:
     """The method that walks through all pages of a list."""
 
     def method(self: _Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[JobInfo]:
@@ -444,14 +452,14 @@ class AdminClient(_Client):
         """What import_jobs would do with the same lines, line by line. Nothing is done."""
         return self._send_lines(admin_requests.preview_import(), jobs)
 
-    def _send_lines(self, request: Request[T], jobs: Iterable[Mapping[str, Any] | bytes | str]) -> T:
-        connection = _Connection(self.endpoint, self._tls)
+    def _send_lines(self, request: ApiRequest[T], jobs: Iterable[Mapping[str, Any] | bytes | str]) -> T:
+        connection = _HttpConnection(self.endpoint, self._tls)
         try:
-            return result(request, self._pour(connection, request, json_lines(iter(jobs))))
+            return read_result(request, self._pour(connection, request, json_lines(iter(jobs))))
         finally:
             connection.close()
 
-    def _pour(self, connection: _Connection, request: Request[Any], pieces: Iterator[bytes]) -> Reply:
+    def _pour(self, connection: _HttpConnection, request: ApiRequest[Any], pieces: Iterator[bytes]) -> ApiResponse:
         """Send a stream. A daemon that refuses it may answer and close before the end: then that is the answer."""
         try:
             try:
@@ -461,7 +469,7 @@ class AdminClient(_Client):
                     raise
                 response = http.client.HTTPResponse(connection.sock, method=request.method)
                 response.begin()
-            return Reply(response.status, _lower(response), response.read())
+            return ApiResponse(response.status, _lower(response), response.read())
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
 
@@ -472,15 +480,17 @@ class AdminClient(_Client):
         `timeout_s` is the time that it may be silent. Raises Unreachable where it is silent for longer, and where the
         stream broke off: what was written is no backup then. An error of `file` is raised as it is.
         """
-        patience = Patience(uuid7(), told, self._policy.timeout_s, time.monotonic())
-        connection = _Connection(self.endpoint, self._tls)
+        patience = StallTimeout(uuid7(), told, self._policy.timeout_s, time.monotonic())
+        connection = _HttpConnection(self.endpoint, self._tls)
         try:
             response = self._awaited(connection, admin_requests.backup(patience.id), patience)
             return self._save(response, file, patience)
         finally:
             connection.close()
 
-    def _awaited(self, connection: _Connection, request: Request[Any], patience: Patience) -> http.client.HTTPResponse:
+    def _awaited(
+        self, connection: _HttpConnection, request: ApiRequest[Any], patience: StallTimeout
+    ) -> http.client.HTTPResponse:
         """The head of the answer, however long it takes, while what it is about moves.
 
         A thread waits for it: a socket that is read with a deadline cannot be read again after that.
@@ -511,7 +521,7 @@ class AdminClient(_Client):
                     connection.sock.shutdown(socket.SHUT_RDWR)
                 thread.join()
 
-    def _look(self, patience: Patience) -> None:
+    def _look(self, patience: StallTimeout) -> None:
         once = RetryPolicy(total_s=0, timeout_s=min(patience.silence_s, self._policy.timeout_s))
         with contextlib.suppress(JobdError):  # then it is silent
             patience.look(self.send(admin_requests.backups(), once), time.monotonic())
@@ -527,28 +537,28 @@ class AdminClient(_Client):
         """
         return self._download(admin_requests.download_artifact(job_id, late_result), file)
 
-    def _download(self, request: Request[bytes], file: BinaryIO) -> int:
-        connection = _Connection(self.endpoint, self._tls)
+    def _download(self, request: ApiRequest[bytes], file: BinaryIO) -> int:
+        connection = _HttpConnection(self.endpoint, self._tls)
         try:
             return self._copy(connection, request, file)
         finally:
             connection.close()
 
-    def _copy(self, connection: _Connection, request: Request[Any], file: BinaryIO) -> int:
+    def _copy(self, connection: _HttpConnection, request: ApiRequest[Any], file: BinaryIO) -> int:
         try:
             response = self._ask(connection, request, self._policy.timeout_s)
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
         return self._save(response, file)
 
-    def _save(self, response: http.client.HTTPResponse, file: BinaryIO, patience: Patience | None = None) -> int:
+    def _save(self, response: http.client.HTTPResponse, file: BinaryIO, patience: StallTimeout | None = None) -> int:
         copied, total = 0, response.length
         try:
             piece = response.read() if response.status >= 400 else response.read(_PIECE_BYTES)
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
         if response.status >= 400:
-            raise_refusal(Reply(response.status, _lower(response), piece))
+            raise_error(ApiResponse(response.status, _lower(response), piece))
         while piece:
             copied += file.write(piece)
             if patience is not None:

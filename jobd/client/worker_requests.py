@@ -12,7 +12,7 @@ from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
 
 from msgspec import Struct
 
-from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, Request, get, job_path, post, reader, uuid7
+from jobd.client.protocol import ApiRequest, GrantInfo, JobInfo, JobInfoPage, get, job_path, post, reader, uuid7
 from jobd.model.commands import About, WorkerState
 from jobd.model.events import EventView
 from jobd.model.job import Backoff, OnStall, Status
@@ -65,10 +65,10 @@ def read_queues(body: bytes) -> list[QueueView]:
 class QueuePage(Protocol):
     """A call that gets a page of queues."""
 
-    def __call__(self, *, cursor: str | None = None) -> Request[list[QueueView]]: ...
+    def __call__(self, *, cursor: str | None = None) -> ApiRequest[list[QueueView]]: ...
 
 
-def _named(build: Callable[P, Request[T]]) -> Callable[P, Request[T]]:
+def _named(build: Callable[P, ApiRequest[T]]) -> Callable[P, ApiRequest[T]]:
     """Reject positional arguments after `job_id` with a TypeError that shows the correct call.
 
     The manager that jobd replaces orders them differently (`failJob(jobId, message, lockId)`).
@@ -77,12 +77,12 @@ def _named(build: Callable[P, Request[T]]) -> Callable[P, Request[T]]:
     call = f"{build.__name__}({', '.join([needed[0], *(f'{name}=...' for name in needed[1:])])})"
 
     @functools.wraps(build)
-    def checked(*positional: Any, **named: Any) -> Request[T]:
+    def checked(*positional: Any, **named: Any) -> ApiRequest[T]:
         if len(positional) > 1:
             raise TypeError(f"only job_id may be positional; write {call}")
-        return cast(Callable[..., Request[T]], build)(*positional, **named)
+        return cast(Callable[..., ApiRequest[T]], build)(*positional, **named)
 
-    return cast(Callable[P, Request[T]], checked)
+    return cast(Callable[P, ApiRequest[T]], checked)
 
 
 def create_job(
@@ -102,7 +102,7 @@ def create_job(
     delay_ms: int | None = None,
     expires_at: int | None = None,
     idempotency_key: str | None = None,
-) -> Request[JobInfo]:
+) -> ApiRequest[JobInfo]:
     """Create a job and give it back. What is not given has the daemon's default.
 
     `payload` is anything that JSON can say (msgspec.Raw is sent as it is). Without an `id` the client makes one
@@ -129,7 +129,7 @@ def create_job(
     return post(JOBS, read_job, body, key=idempotency_key)
 
 
-def create_jobs(jobs: Iterable[Mapping[str, Any]], *, idempotency_key: str | None = None) -> Request[list[JobInfo]]:
+def create_jobs(jobs: Iterable[Mapping[str, Any]], *, idempotency_key: str | None = None) -> ApiRequest[list[JobInfo]]:
     """Create up to 1000 jobs, all or none, in the order given.
 
     Each is a mapping with the names of `create_job`; one without an `id` gets a UUIDv7. Raises as `create_job`.
@@ -142,7 +142,7 @@ def _bulk(body: bytes) -> list[JobInfo]:
     return _read_jobs(body).jobs
 
 
-def get_job(job_id: str) -> Request[JobInfo]:
+def get_job(job_id: str) -> ApiRequest[JobInfo]:
     """The job as it is now. Raises JobNotFound."""
     return get(job_path(JOBS, job_id), read_job)
 
@@ -155,7 +155,7 @@ def list_jobs(
     worker: str | None = None,
     limit: int | None = None,
     cursor: str | None = None,
-) -> Request[JobInfoPage]:
+) -> ApiRequest[JobInfoPage]:
     """A page of the jobs that match, newest first: `limit` of them at most (50 by default, up to 200).
 
     `worker` holds the job or was the last to hold it. A page may be short; the last one has no `next_cursor`. `cursor`
@@ -164,17 +164,17 @@ def list_jobs(
     return get(JOBS, read_page, status=status, queue=queue, kind=kind, worker=worker, limit=limit, cursor=cursor)
 
 
-def timeline(job_id: str) -> Request[list[EventView]]:
+def timeline(job_id: str) -> ApiRequest[list[EventView]]:
     """What happened to the job, oldest first. Raises JobNotFound."""
     return get(job_path(JOBS, job_id, "timeline"), read_timeline)
 
 
-def why(job_id: str) -> Request[WhyView]:
+def why(job_id: str) -> ApiRequest[WhyView]:
     """Why the job is in its state, and what happens next, in plain words. Raises JobNotFound."""
     return get(job_path(JOBS, job_id, "why"), read_why)
 
 
-def validate_job_state(job_id: str) -> Request[Validation]:
+def validate_job_state(job_id: str) -> ApiRequest[Validation]:
     """What is wrong with the job's record, if anything, and what fixes it. Raises JobNotFound."""
     return get(job_path(JOBS, job_id, "validate"), _read_validation)
 
@@ -188,7 +188,7 @@ def start_processing(
     max_processing_ms: int | None = None,
     about: About | None = None,
     idempotency_key: str | None = None,
-) -> Request[GrantInfo]:
+) -> ApiRequest[GrantInfo]:
     """Take this job for `worker`. The lock lives `lock_ttl_ms` (1 s to 24 h) unless it is extended.
 
     The lock never outlives the latest progress report by more than `max_processing_ms`; 0 means no ceiling. The ceiling
@@ -218,7 +218,7 @@ def claim(
     max_processing_ms: int | None = None,
     about: About | None = None,
     idempotency_key: str | None = None,
-) -> Request[list[GrantInfo]]:
+) -> ApiRequest[list[GrantInfo]]:
     """Take the first due jobs for `worker`: 1 by default, `limit` (up to 100) at most, none if there is none.
 
     `queues` are `["default"]` and `kinds` all if they are not given. With `wait_ms` (up to 60 000) the call waits
@@ -248,7 +248,7 @@ def _granted(body: bytes) -> list[GrantInfo]:
 
 
 @_named
-def update_progress(job_id: str, *, lock_id: str, progress: float, message: str | None = None) -> Request[LockState]:
+def update_progress(job_id: str, *, lock_id: str, progress: float, message: str | None = None) -> ApiRequest[LockState]:
     """Report progress (0 to 100); this renews the lock too.
 
     Raises LockLost where the job is no longer yours, MaxProcessingTimeExceeded where the last report is too old.
@@ -258,7 +258,7 @@ def update_progress(job_id: str, *, lock_id: str, progress: float, message: str 
 
 
 @_named
-def extend_job_lock(job_id: str, *, lock_id: str, additional_ms: int | None = None) -> Request[LockState]:
+def extend_job_lock(job_id: str, *, lock_id: str, additional_ms: int | None = None) -> ApiRequest[LockState]:
     """Keep the lock for at least `additional_ms` from now (the grant's TTL by default); never shortens it.
 
     Raises LockLost, MaxProcessingTimeExceeded.
@@ -276,7 +276,7 @@ def complete_job(
     storage_key: str | None = None,
     metadata: Any = None,
     expires_at: int | None = None,
-) -> Request[JobInfo]:
+) -> ApiRequest[JobInfo]:
     """End the job as completed, with what it made. It is deleted at `expires_at` (default: the daemon's retention).
 
     Asked again with the same values it answers the same. Raises LockLost, InvalidTransition (ended otherwise by you).
@@ -301,7 +301,7 @@ def fail_job(
     error_code: str | None = None,
     retry: bool = True,
     retry_after_ms: int | None = None,
-) -> Request[JobInfo]:
+) -> ApiRequest[JobInfo]:
     """End this attempt as failed. With attempts left the job goes back to its queue, unless `retry` is False.
 
     `error_message` has 1 to 4096 characters. Raises LockLost, InvalidTransition (ended otherwise by you).
@@ -317,7 +317,7 @@ def fail_job(
 
 
 @_named
-def release_job(job_id: str, *, lock_id: str, delay_ms: int | None = None) -> Request[JobInfo]:
+def release_job(job_id: str, *, lock_id: str, delay_ms: int | None = None) -> ApiRequest[JobInfo]:
     """Give the job back to its queue, unworked: the attempt does not count. Due again after `delay_ms`.
 
     Without `delay_ms` it keeps its place. From the 5th release in a row without progress, it waits 1 s to 1 min.
@@ -326,7 +326,7 @@ def release_job(job_id: str, *, lock_id: str, delay_ms: int | None = None) -> Re
     return post(job_path(JOBS, job_id, "release"), read_job, {"lock_id": lock_id, "delay_ms": delay_ms})
 
 
-def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> Request[JobInfo]:
+def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> ApiRequest[JobInfo]:
     """Cancel a job that is not finished; its holder, if any, hears of it with its next call.
 
     Raises JobNotFound, InvalidTransition.
@@ -334,7 +334,7 @@ def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str |
     return post(job_path(JOBS, job_id, "cancel"), read_job, {"reason": reason}, key=idempotency_key or uuid7())
 
 
-def queues(*, limit: int | None = None, cursor: str | None = None) -> Request[list[QueueView]]:
+def queues(*, limit: int | None = None, cursor: str | None = None) -> ApiRequest[list[QueueView]]:
     """Get a page of queues by name: counts by status, the oldest due job, and the pause if there is one.
 
     `limit` is at most 200, the default. `cursor` is the name of the last queue of the page before.
@@ -342,14 +342,14 @@ def queues(*, limit: int | None = None, cursor: str | None = None) -> Request[li
     return get("/v1/queues", read_queues, limit=limit, cursor=cursor)
 
 
-def workers() -> Request[list[WorkerView]]:
+def workers() -> ApiRequest[list[WorkerView]]:
     """List up to 200 workers that are not gone, most recently seen first: state, latest claim, jobs."""
     return get("/v1/workers", lambda body: read_workers(body).workers)
 
 
 def worker_page(
     *, state: WorkerState | None = None, limit: int | None = None, cursor: str | None = None
-) -> Request[WorkerList]:
+) -> ApiRequest[WorkerList]:
     """Get a page of workers, most recently seen first. `limit` is at most 200, the default.
 
     `state` selects workers in that state; without it, all that are not gone. `cursor` is the `next_cursor` of the page

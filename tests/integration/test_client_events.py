@@ -26,10 +26,10 @@ from jobd.client import (
     Unauthorized,
     Unreachable,
 )
-from jobd.client.event_subscription import EVENTS, Listening
-from jobd.client.protocol import Reply
+from jobd.client.event_subscription import EVENTS, EventSubscription
+from jobd.client.protocol import ApiResponse
 from tests.support.daemon_process import TOKEN, Daemon
-from tests.support.scripted_server import Peer, Step, drop, no, raw, serving
+from tests.support.scripted_server import ScriptedServer, Step, drop, no, raw, serving
 
 KIND = "text/event-stream"
 # How a client listens: what it heard before it ended, and with which error.
@@ -50,12 +50,12 @@ def stream(*seqs: int, start: int = 0, rest: bytes = b"") -> Step:
 
 
 @pytest.fixture
-def peer() -> Peer:
-    return Peer()
+def peer() -> ScriptedServer:
+    return ScriptedServer()
 
 
 @pytest.fixture
-def endpoint(peer: Peer) -> Iterator[str]:
+def endpoint(peer: ScriptedServer) -> Iterator[str]:
     with serving(peer) as where:
         yield where
 
@@ -94,7 +94,7 @@ both = pytest.mark.parametrize("ear", [blocking, coroutines])
 @given(st.lists(st.integers(0, 400), max_size=8), st.sampled_from([b"\n", b"\r\n"]))
 def test_a_stream_may_come_in_any_pieces(cuts: list[int], end: bytes) -> None:
     text = (sent(3, 4, start=2) + b": still here\nid: 9\n\n").replace(b"\n", end)
-    listening = Listening(EVENTS)
+    listening = EventSubscription(EVENTS)
     listening.request()
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     found = [each for a, b in itertools.pairwise(places) for each in listening.read(text[a:b])]
@@ -103,7 +103,7 @@ def test_a_stream_may_come_in_any_pieces(cuts: list[int], end: bytes) -> None:
 
 
 def test_an_event_that_was_cut_off_is_asked_for_again() -> None:
-    listening = Listening(EVENTS, after=1)
+    listening = EventSubscription(EVENTS, after=1)
     whole = sent(2, 3, start=1)
     assert [each.seq for each in listening.read(whole[:-1])] == [2]
     assert listening.position == 2
@@ -112,18 +112,18 @@ def test_an_event_that_was_cut_off_is_asked_for_again() -> None:
 
 
 def test_what_is_asked_for() -> None:
-    asked = Listening(EVENTS, queue="q", job_id=["a", "b"], type=(), last=5, follow=False)
+    asked = EventSubscription(EVENTS, queue="q", job_id=["a", "b"], type=(), last=5, follow=False)
     assert asked.request().path == "/v1/events?last=5&follow=false&queue=q&job_id=a%2Cb"
     asked.read(sent(start=7))
     assert asked.request().path == "/v1/events?last_event_id=7&follow=false&queue=q&job_id=a%2Cb"
-    assert Listening(EVENTS).request().path == "/v1/events"
-    assert Listening(EVENTS, after=0, last=5).request().path == "/v1/events?last_event_id=0"
+    assert EventSubscription(EVENTS).request().path == "/v1/events"
+    assert EventSubscription(EVENTS, after=0, last=5).request().path == "/v1/events?last_event_id=0"
 
 
 def test_what_is_no_stream_of_events_is_named() -> None:
-    listening = Listening(EVENTS)
-    listening.begin(Reply(200, {"content-type": "text/event-stream; charset=utf-8"}, b""))
-    for reply in (Reply(200, {"content-type": "text/html"}, b""), Reply(302, {}, b"")):
+    listening = EventSubscription(EVENTS)
+    listening.begin(ApiResponse(200, {"content-type": "text/event-stream; charset=utf-8"}, b""))
+    for reply in (ApiResponse(200, {"content-type": "text/html"}, b""), ApiResponse(302, {}, b"")):
         with pytest.raises(BadAnswer, match="no stream of events"):
             listening.begin(reply)
     with pytest.raises(BadAnswer, match="cannot be read"):
@@ -136,7 +136,7 @@ def test_what_is_no_stream_of_events_is_named() -> None:
 
 
 @both
-def test_a_stream_that_breaks_off_goes_on_where_it_was(peer: Peer, endpoint: str, ear: Ear) -> None:
+def test_a_stream_that_breaks_off_goes_on_where_it_was(peer: ScriptedServer, endpoint: str, ear: Ear) -> None:
     half = b"id: 4\nevent: created\ndata: {"
     peer.script = [
         stream(1, 2, 3, rest=half),
@@ -160,7 +160,7 @@ def test_a_stream_that_breaks_off_goes_on_where_it_was(peer: Peer, endpoint: str
 
 
 @both
-def test_the_first_connection_is_tried_as_other_calls_are(peer: Peer, endpoint: str, ear: Ear) -> None:
+def test_the_first_connection_is_tried_as_other_calls_are(peer: ScriptedServer, endpoint: str, ear: Ear) -> None:
     peer.script = [drop, drop]
     found, error = ear(endpoint)
     assert (found, type(error)) == ([], Unreachable)
@@ -169,8 +169,8 @@ def test_the_first_connection_is_tried_as_other_calls_are(peer: Peer, endpoint: 
 
 
 @both
-def test_without_following_it_ends_and_a_break_is_no_end(peer: Peer, endpoint: str, ear: Ear) -> None:
-    peer.early = [Peer.cut(b"no head of ours", chunked=True)]
+def test_without_following_it_ends_and_a_break_is_no_end(peer: ScriptedServer, endpoint: str, ear: Ear) -> None:
+    peer.early = [ScriptedServer.cut(b"no head of ours", chunked=True)]
     assert isinstance(ear(endpoint, last=3, follow=False)[1], BadAnswer)
     peer.script = [stream(2, 3, start=1)]
     assert ear(endpoint, last=3, follow=False) == ([2, 3], None)
@@ -178,7 +178,9 @@ def test_without_following_it_ends_and_a_break_is_no_end(peer: Peer, endpoint: s
 
 
 @both
-def test_a_stream_without_follow_that_breaks_off_is_asked_for_the_rest(peer: Peer, endpoint: str, ear: Ear) -> None:
+def test_a_stream_without_follow_that_breaks_off_is_asked_for_the_rest(
+    peer: ScriptedServer, endpoint: str, ear: Ear
+) -> None:
     async def cut(request: Any) -> Any:
         from aiohttp import web
 

@@ -17,15 +17,15 @@ import pytest
 
 from jobd.client import AsyncJobClient, CommandWorker, JobInfo, Unreachable, uuid7
 from jobd.client.worker import drain, runner, watchdog
-from jobd.client.worker.claimer import Wanted
+from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.command_worker import describe
-from jobd.client.worker.drain import left_behind
-from jobd.client.worker.output import LINE_BYTES, BadDirective, Filter, Said, Sink, Tail
+from jobd.client.worker.drain import remaining_jobs
+from jobd.client.worker.output import LINE_BYTES, BadDirective, Directives, OutputFilter, OutputWriter, Tail
 from jobd.client.worker.process import Program, has_members
 from jobd.client.worker.watchdog import Watchdog
 from tests import ROOT
 from tests.support.daemon_process import Daemon, die_with_us
-from tests.support.scripted_server import Peer, ok, serving, until
+from tests.support.scripted_server import ScriptedServer, ok, serving, until
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a program says.
@@ -37,8 +37,8 @@ class Heard:
     def __init__(self, *, whole_lines: bool = False) -> None:
         self.progress: list[tuple[float, str | None]] = []
         self.warnings: list[str] = []
-        self.said = Said(lambda progress, text: self.progress.append((progress, text)))
-        self.filter = Filter(self.said, self.warnings.append, whole_lines=whole_lines)
+        self.said = Directives(lambda progress, text: self.progress.append((progress, text)))
+        self.filter = OutputFilter(self.said, self.warnings.append, whole_lines=whole_lines)
 
     def pieces(self, *pieces: bytes) -> list[bytes]:
         return [self.filter.feed(piece) for piece in pieces] + [self.filter.end()]
@@ -164,7 +164,7 @@ def test_whole_lines_hold_a_line_until_its_end() -> None:
 
 
 def test_a_filter_without_directives_passes_everything() -> None:
-    passing = Filter(None, pytest.fail)
+    passing = OutputFilter(None, pytest.fail)
     assert passing.feed(b"::progress 5\n::me") + passing.end() == b"::progress 5\n::me"
 
 
@@ -186,7 +186,7 @@ def test_the_tail_is_text_whatever_the_bytes_are() -> None:
 
 async def test_a_sink_writes_in_order_and_whole() -> None:
     read, write = os.pipe()
-    sink = Sink(write)
+    sink = OutputWriter(write)
     big = b"x" * 300_000
     pending = [asyncio.ensure_future(sink.write(piece)) for piece in (b"a", big, b"b")]
     got = await asyncio.to_thread(_read_exactly, read, len(big) + 2)
@@ -200,7 +200,7 @@ async def test_a_sink_writes_in_order_and_whole() -> None:
 async def test_a_sink_that_nobody_reads_drops_instead_of_failing() -> None:
     read, write = os.pipe()
     os.close(read)
-    sink = Sink(write)
+    sink = OutputWriter(write)
     await sink.write(b"lost")
     await sink.write(b"lost too")
     sink.close()
@@ -209,7 +209,7 @@ async def test_a_sink_that_nobody_reads_drops_instead_of_failing() -> None:
 
 async def test_a_sink_whose_reader_stands_still_does_not_hold_the_loop() -> None:
     read, write = os.pipe()
-    sink = Sink(write)
+    sink = OutputWriter(write)
     pending = asyncio.ensure_future(sink.write(b"x" * 1_000_000))
     await asyncio.sleep(0)  # the loop turns though the pipe is full
     assert not pending.done()
@@ -595,7 +595,7 @@ async def test_drain_of_an_empty_queue_is_done(client: AsyncJobClient, queue: st
 
 async def test_where_nobody_answers_nothing_is_said_of_what_is_left(tmp_path: Path) -> None:
     async with AsyncJobClient(f"unix:{tmp_path}/none", retry_for_s=0) as client:
-        assert await left_behind(client, Wanted(worker="w")) is None
+        assert await remaining_jobs(client, ClaimOptions(worker="w")) is None
 
 
 async def test_once_takes_one_job(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
@@ -766,7 +766,7 @@ async def test_the_program_works_on_while_the_daemon_is_away(queue: str, tmp_pat
 async def test_lost_answers_make_no_second_run(
     daemon: Daemon, client: AsyncJobClient, queue: str, tmp_path: Path, what: str
 ) -> None:
-    peer = Peer(behind=daemon.socket)
+    peer = ScriptedServer(behind=daemon.socket)
     peer.loses = lambda asked: asked.path.endswith(f"/{what}") and asked.body not in [lost.body for lost in peer.lost]
     job = await client.create_job(queue=queue)
     with serving(peer, tmp_path / "p") as endpoint:
@@ -841,7 +841,7 @@ async def test_a_program_that_ignores_the_end_of_its_time_is_killed(
 
 @pytest.mark.parametrize(("limit", "sent"), [({}, 0), ({"max_processing_ms": 5000}, 5000)])
 async def test_the_locks_have_no_ceiling_unless_one_is_given(tmp_path: Path, limit: dict[str, Any], sent: int) -> None:
-    peer = Peer()
+    peer = ScriptedServer()
     peer.always = lambda asked: ok({"grants": []})
     with serving(peer, tmp_path / "p") as endpoint:
         await CommandWorker(endpoint, ["true"], drain=True, **limit).run(signals=False)

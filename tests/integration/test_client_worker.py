@@ -41,12 +41,12 @@ from jobd.client import (
 )
 from jobd.client.protocol import job_path
 from jobd.client.worker import worker as client_worker
-from jobd.client.worker.claimer import about_us
-from jobd.client.worker.lease import Keeper
+from jobd.client.worker.claimer import describe_process
+from jobd.client.worker.lease import LeaseKeeper
 from jobd.client.worker.worker import _described, _how, _result
 from tests import ROOT
 from tests.support.daemon_process import TOKEN, Daemon, die_with_us
-from tests.support.scripted_server import Asked, Peer, Step, drop, no, ok, serving, until
+from tests.support.scripted_server import Asked, ScriptedServer, Step, drop, no, ok, serving, until
 from tests.unit.client.test_client import JOB
 
 
@@ -666,7 +666,7 @@ async def test_a_loss_that_is_found_while_the_loop_is_blocked_reaches_the_handle
 async def test_a_fault_of_the_service_thread_is_raised_by_serve(
     client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Keeper, "start", lambda self, *, at_once=False: 1 / 0)
+    monkeypatch.setattr(LeaseKeeper, "start", lambda self, *, at_once=False: 1 / 0)
     worker = Worker(client, queues=[queue])
     worker.handler(print)
     await client.create_job(queue=queue)
@@ -1144,7 +1144,7 @@ async def test_work_goes_on_while_the_daemon_is_away(
 async def test_a_lost_answer_is_asked_for_again_and_the_job_is_worked_on_once(
     daemon: Daemon, client: AsyncJobClient, queue: str, tmp_path: Path, what: str
 ) -> None:
-    peer = Peer(behind=daemon.socket)
+    peer = ScriptedServer(behind=daemon.socket)
     peer.loses = lambda asked: asked.path.endswith(f"/{what}") and not _seen(peer, asked)
     runs: list[int] = []
     with serving(peer, tmp_path / "p") as endpoint:
@@ -1169,7 +1169,7 @@ async def test_a_lost_answer_is_asked_for_again_and_the_job_is_worked_on_once(
     assert events.count("completed") + events.count("failed") == 1
 
 
-def _seen(peer: Peer, asked: Asked) -> bool:
+def _seen(peer: ScriptedServer, asked: Asked) -> bool:
     """Whether the answer to the same request has been lost once already."""
     return any(lost.path == asked.path and lost.body == asked.body for lost in peer.lost)
 
@@ -1182,7 +1182,7 @@ class Scripted:
     """A daemon that grants one job and answers the calls on it as it is told, the last answer again and again."""
 
     def __init__(self, **answers: list[Step]) -> None:
-        self.peer = Peer()
+        self.peer = ScriptedServer()
         self.peer.always = self._answer
         self._answers = {"claim": [ok({"grants": [GRANT]}), ok({"grants": []})]} | answers
         self._state = ok({"lock_expires_at": 1, "ttl_ms": 1000, "ceiling_at": None})
@@ -1322,7 +1322,7 @@ async def test_a_stopped_worker_does_not_wait_for_ever_to_say_how_its_job_ended(
 
 
 async def test_an_invalid_token_ends_the_worker_after_its_jobs(tmp_path: Path) -> None:
-    peer = Peer()
+    peer = ScriptedServer()
     peer.always = lambda asked: no("unauthorized", 401) if asked.path == "/v1/claim" else ok({})
     with serving(peer, tmp_path / "p") as endpoint:
         worker = Worker(endpoint)
@@ -1355,12 +1355,12 @@ async def test_a_worker_describes_itself(tmp_path: Path) -> None:
 
 def test_a_host_name_that_the_daemon_would_refuse_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "größer")
-    assert about_us(10**6).host is None
-    assert about_us(10**6).concurrency == 100_000
+    assert describe_process(10**6).host is None
+    assert describe_process(10**6).concurrency == 100_000
 
 
 async def test_an_idle_worker_ends_though_its_claim_is_parked(tmp_path: Path) -> None:
-    peer = Peer()
+    peer = ScriptedServer()
     peer.script = [peer.hang]
     with serving(peer, tmp_path / "p") as endpoint:
         worker = Worker(endpoint, grace_s=10_000)

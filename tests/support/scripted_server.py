@@ -82,7 +82,7 @@ class Asked(msgspec.Struct):
         return msgspec.json.decode(self.body)
 
 
-class Peer:
+class ScriptedServer:
     """Answers requests by its script, step by step; a route in `always` answers what the script does not."""
 
     def __init__(self, *script: Step, behind: str | None = None) -> None:
@@ -158,7 +158,7 @@ class Peer:
 
 
 @contextmanager
-def serving(peer: Peer, path: Path | None = None, tls: ssl.SSLContext | None = None) -> Iterator[str]:
+def serving(peer: ScriptedServer, path: Path | None = None, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """Serve `peer` from a thread: on the Unix socket `path`, or on a loopback port. Gives its endpoint."""
     ready: queue.SimpleQueue[tuple[str, Callable[[], object]]] = queue.SimpleQueue()
     thread = threading.Thread(target=lambda: asyncio.run(_serve(peer, path, tls, ready)))
@@ -173,7 +173,7 @@ def serving(peer: Peer, path: Path | None = None, tls: ssl.SSLContext | None = N
 
 
 async def _serve(
-    peer: Peer,
+    peer: ScriptedServer,
     path: Path | None,
     tls: ssl.SSLContext | None,
     ready: queue.SimpleQueue[tuple[str, Callable[[], object]]],

@@ -26,11 +26,11 @@ MOST_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
 POLL_MS: Final = 30_000
 LOCK_TTL_MS: Final = 60_000
 # A worker outlasts whatever the daemon may get over: a full disk, a fault of its own.
-PASSING: Final = RETRIED | {"storage_full", "internal_error", "request_timeout"}
+RETRIED_CLAIM: Final = RETRIED | {"storage_full", "internal_error", "request_timeout"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class ClaimOptions:
     """What is claimed, for whom. A job that is held for `lock_ttl_ms` without a sign of life is another's at once.
 
     The locks have no ceiling (`max_processing_ms` 0), so long work without progress reports keeps its lock.
@@ -44,7 +44,7 @@ class Wanted:
     about: About | None = None
 
 
-class Claims:
+class Claimer:
     """The loop of a worker: `work` is called with each grant, at most `concurrency` of them at a time.
 
     `once` ends after one job, `drain` when there is no due job and none is running. An unreachable daemon is waited for
@@ -54,7 +54,7 @@ class Claims:
     def __init__(
         self,
         client: AsyncJobClient,
-        wanted: Wanted,
+        wanted: ClaimOptions,
         work: Callable[[GrantInfo, bool], Awaitable[None]],
         say: Say,
         *,
@@ -136,7 +136,7 @@ class Claims:
             about=wanted.about,
         )
         self._is_resent = False
-        policy = RetryPolicy(total_s=self._patience_s, timeout_s=10.0, codes=PASSING)
+        policy = RetryPolicy(total_s=self._patience_s, timeout_s=10.0, codes=RETRIED_CLAIM)
         claim = asyncio.ensure_future(self._client.send(request, policy, self._resend))
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
@@ -159,7 +159,7 @@ class Claims:
             self._say(f"cannot claim: {error.message} Trying again.")
 
 
-def about_us(concurrency: int) -> About:
+def describe_process(concurrency: int) -> About:
     """Describe this process to the operators."""
     host = socket.gethostname()
     return About(

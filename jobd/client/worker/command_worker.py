@@ -23,13 +23,13 @@ from msgspec import UNSET
 from jobd.client.aio import AsyncJobClient
 from jobd.client.endpoint import Endpoint
 from jobd.client.protocol import GrantInfo
-from jobd.client.worker.claimer import LOCK_TTL_MS, Wanted, about_us, default_name
-from jobd.client.worker.drain import left_behind
+from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_process
+from jobd.client.worker.drain import remaining_jobs
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
-from jobd.client.worker.lease import Keeper
-from jobd.client.worker.output import Filter, Said, Sink, Tail
+from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker.output import Directives, OutputFilter, OutputWriter, Tail
 from jobd.client.worker.process import Program
-from jobd.client.worker.runner import Effort, Shift, on_signals, seconds
+from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import Say, ServiceThread
 from jobd.client.worker.watchdog import Watchdog
 
@@ -95,7 +95,7 @@ class CommandWorker:
         self.name: Final = name or default_name()
         self._client = client
         self._command = list(command)
-        self._wanted = Wanted(
+        self._wanted = ClaimOptions(
             worker=self.name,
             queues=list(queues),
             kinds=kinds,
@@ -110,7 +110,7 @@ class CommandWorker:
         self._kill_after_s = kill_after_s
         self._say = say or _say
         self._fds = (stdout_fd, stderr_fd)
-        self._sinks: list[Sink] = []
+        self._sinks: list[OutputWriter] = []
         self._watchdog = Watchdog(min(kill_after_s, lock_ttl_ms / 2000))  # before another worker can have the job
         self._stop: Callable[[], None] | None = None
 
@@ -132,10 +132,10 @@ class CommandWorker:
             self._say(f"cannot run {self._command[0]!r}: {fault}. No job was claimed.")
             return 1
         client = self._client.twin() if isinstance(self._client, AsyncJobClient) else AsyncJobClient(self._client)
-        wanted = replace(self._wanted, about=about_us(self._concurrency))
+        wanted = replace(self._wanted, about=describe_process(self._concurrency))
         service = ServiceThread(f"jobd worker {self.name}")
         say = service.say(self._say)
-        shift = Shift(
+        shift = WorkerRunner(
             client,
             wanted,
             functools.partial(self._begin, say),
@@ -150,14 +150,14 @@ class CommandWorker:
 
         async def work() -> None:
             async with client:
-                self._sinks = [Sink(fd) for fd in self._fds]
+                self._sinks = [OutputWriter(fd) for fd in self._fds]
                 try:
                     await shift.run()
                 finally:
                     for sink in self._sinks:
                         sink.close()
                     await asyncio.to_thread(self._watchdog.close)
-                if self._drain and not shift.was_stopped and (left := await left_behind(client, self._wanted)):
+                if self._drain and not shift.was_stopped and (left := await remaining_jobs(client, self._wanted)):
                     say(f"drained; {left}.")
 
         self._stop = functools.partial(service.call, shift.stop)
@@ -168,14 +168,14 @@ class CommandWorker:
             return 1
         return int((self._drain or self._once) and (shift.not_completed > 0 or (self._once and not shift.completed)))
 
-    async def _begin(self, say: Say, keeper: Keeper) -> Effort:
+    async def _begin(self, say: Say, keeper: LeaseKeeper) -> Execution:
         """Start the program for one job."""
         job = keeper.grant.job
         stdout, stderr = self._sinks
         is_one_of_many = self._concurrency > 1
-        said, tail = Said(keeper.report), Tail()
-        out = Filter(said, lambda text: say(f"job {job.id}: {text}"), whole_lines=is_one_of_many)
-        err = Filter(None, say, whole_lines=is_one_of_many)
+        said, tail = Directives(keeper.report), Tail()
+        out = OutputFilter(said, lambda text: say(f"job {job.id}: {text}"), whole_lines=is_one_of_many)
+        err = OutputFilter(None, say, whole_lines=is_one_of_many)
 
         async def on_stdout(piece: bytes) -> None:
             await stdout.write(out.feed(piece) if piece else out.end())
@@ -195,13 +195,13 @@ class CommandWorker:
             watchdog=self._watchdog,
             token=keeper.grant.fencing_token,
         )
-        return _Run(program, said, tail, self._timeout_s)
+        return _ProgramExecution(program, said, tail, self._timeout_s)
 
 
-class _Run:
+class _ProgramExecution:
     """One program at work on one job."""
 
-    def __init__(self, program: Program, said: Said, tail: Tail, timeout_s: float | None) -> None:
+    def __init__(self, program: Program, said: Directives, tail: Tail, timeout_s: float | None) -> None:
         self.timeout_s: Final = timeout_s
         self._program = program
         self._said = said
@@ -210,7 +210,7 @@ class _Run:
         self.stop: Final = program.stop
         self.abort: Final = program.abort
 
-    async def finish(self, keeper: Keeper, give_up: asyncio.Event) -> bool:
+    async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
         """Complete the job where the program ended with 0, else fail it."""
         self.done.result()  # raises what went wrong on our side
         code = self._program.returncode

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import JobdError
-from jobd.client.worker.claimer import Wanted
+from jobd.client.worker.claimer import ClaimOptions
 
 if TYPE_CHECKING:
     from jobd.model.responses import QueueView
@@ -20,7 +20,7 @@ _PATIENCE_S: Final = 5.0  # the work is done: nobody waits long for a word about
 _PAGE: Final = 200
 
 
-async def left_behind(client: AsyncJobClient, wanted: Wanted) -> str | None:
+async def remaining_jobs(client: AsyncJobClient, wanted: ClaimOptions) -> str | None:
     """How many jobs of `wanted` still wait and why, None where there are none, or nobody answers."""
     try:
         async with asyncio.timeout(_PATIENCE_S):
@@ -34,11 +34,11 @@ async def left_behind(client: AsyncJobClient, wanted: Wanted) -> str | None:
     return f"{total} {'job is' if total == 1 else 'jobs are'} left: {', '.join(_reasons(left))}"
 
 
-async def _views(client: AsyncJobClient, wanted: Wanted) -> list[QueueView]:
+async def _views(client: AsyncJobClient, wanted: ClaimOptions) -> list[QueueView]:
     return [view async for view in client.iterate_queues() if view.name in wanted.queues and view.queued]
 
 
-async def _count(client: AsyncJobClient, view: QueueView, wanted: Wanted) -> int:
+async def _count(client: AsyncJobClient, view: QueueView, wanted: ClaimOptions) -> int:
     """Queued jobs of the kinds that are wanted. Of single kinds nobody keeps a count: they are counted page by page."""
     if wanted.kinds is None:
         return view.queued

@@ -26,7 +26,7 @@ from jobd.client.errors import (
     MaxProcessingTimeExceeded,
     TooLarge,
 )
-from jobd.client.protocol import RETRIED, GrantInfo, JobInfo, Request, RetryPolicy
+from jobd.client.protocol import RETRIED, ApiRequest, GrantInfo, JobInfo, RetryPolicy
 from jobd.client.worker.aio_utils import within
 from jobd.client.worker.service_thread import Say
 from jobd.model.responses import LockState
@@ -44,7 +44,7 @@ _BUGS_BORNE: Final = 5  # answers `internal_error` to one ending before it is gi
 
 
 @dataclass(slots=True)
-class _Report:
+class _ProgressReport:
     """Progress that waits to be sent, and who waits for that."""
 
     progress: float
@@ -52,7 +52,7 @@ class _Report:
     told: asyncio.Future[None]
 
 
-class Keeper:
+class LeaseKeeper:
     """One grant while it is worked on. Start it with `start`, end it with one of complete, fail and release.
 
     `lost` is done as soon as an answer says that the job is no longer held; its result is that answer. Progress is
@@ -67,7 +67,7 @@ class Keeper:
         self._gap_s = progress_every_s
         self._heard_s = asyncio.get_running_loop().time()
         self._ttl_s = grant.ttl_ms / 1000
-        self._pending: _Report | None = None
+        self._pending: _ProgressReport | None = None
         self._wake = asyncio.Event()
         self._is_reachable = True
         self._is_over = False
@@ -96,7 +96,7 @@ class Keeper:
         if self.lost.done() or self._is_over:
             _settle(told, self.lost.result() if self.lost.done() else LockLost("This run of the job has ended."))
             return told
-        self._pending = _Report(progress, message, told)
+        self._pending = _ProgressReport(progress, message, told)
         if self._is_reachable:
             self._wake.set()
         else:
@@ -160,7 +160,7 @@ class Keeper:
                 failures += 1
                 due = loop.time() + _wait_s(failures)
 
-    async def _try(self, report: _Report | None) -> LockState | None:
+    async def _try(self, report: _ProgressReport | None) -> LockState | None:
         """One sign of life: the progress that waits, or an extension. None where it was not accepted."""
         lock_id = self.grant.lock_id
         request = (
@@ -183,14 +183,14 @@ class Keeper:
             return state
         return None
 
-    def _lose(self, error: JobdError, report: _Report | None) -> None:
+    def _lose(self, error: JobdError, report: _ProgressReport | None) -> None:
         for waiting in (report, self._pending):
             if waiting is not None:
                 _settle(waiting.told, error)
         if not self.lost.done():
             self.lost.set_result(error)
 
-    def _note(self, error: JobdError, report: _Report | None) -> None:
+    def _note(self, error: JobdError, report: _ProgressReport | None) -> None:
         """A call that was not accepted, though the lock is not lost: refused progress is dropped, the rest kept."""
         if error.code not in RETRIED and report is not None:
             self._reached()
@@ -208,7 +208,7 @@ class Keeper:
             self._is_reachable = True
             self._say(f"job {self.id}: the daemon answers again.")
 
-    async def _end(self, verb: str, request: Request[JobInfo], give_up: asyncio.Event) -> bool:
+    async def _end(self, verb: str, request: ApiRequest[JobInfo], give_up: asyncio.Event) -> bool:
         """Say how the job ended, again and again until the daemon answers or `give_up` is set."""
         await self.stop()
         bugs, failures = 0, 0

@@ -29,7 +29,7 @@ class BadDirective(ValueError):
     """A line that looks like a directive and is none; the text says why."""
 
 
-class Said:
+class Directives:
     """What a program's directives said so far. `on_progress` hears of each progress."""
 
     def __init__(self, on_progress: Callable[[float, str | None], object]) -> None:
@@ -97,14 +97,14 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
-class Filter:
+class OutputFilter:
     """Splits one stream into directives (none where `said` is None) and the rest, which leaves unchanged, at once.
 
     Held back is only what may still become a directive; with `whole_lines` also a line that has not ended, so that the
     lines of several programs do not run into each other.
     """
 
-    def __init__(self, said: Said | None, warn: Callable[[str], None], *, whole_lines: bool = False) -> None:
+    def __init__(self, said: Directives | None, warn: Callable[[str], None], *, whole_lines: bool = False) -> None:
         self._said = said
         self._warn = warn
         self._whole_lines = whole_lines
@@ -177,7 +177,7 @@ class Tail:
         return b"\n".join(lines).decode(errors="replace").strip()[-self._characters :]
 
 
-class Sink:
+class OutputWriter:
     """Writes to a file descriptor from a thread: a reader that is slow or stopped holds the program up, never the loop.
 
     Where nobody reads any more (a closed pipe, a full disk) the rest is dropped: the work counts, not its output.

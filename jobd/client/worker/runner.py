@@ -17,9 +17,9 @@ from typing import Any, Final, Protocol
 from jobd.client.aio import AsyncJobClient
 from jobd.client.protocol import GrantInfo
 from jobd.client.worker.aio_utils import first_of, within
-from jobd.client.worker.claimer import Claims, Wanted
+from jobd.client.worker.claimer import Claimer, ClaimOptions
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
-from jobd.client.worker.lease import Keeper
+from jobd.client.worker.lease import LeaseKeeper
 from jobd.client.worker.service_thread import Say
 
 STOP_S: Final = 10.0  # what work that was told to stop gets to do so
@@ -27,7 +27,7 @@ PATIENCE_S: Final = 30.0  # how long a daemon that is not there is waited for wh
 ENDING_S: Final = 10.0  # how long a stopping worker goes on telling an unreachable daemon how its jobs ended
 
 
-class Effort(Protocol):
+class Execution(Protocol):
     """Work on one job that is under way."""
 
     @property
@@ -47,17 +47,17 @@ class Effort(Protocol):
     def abort(self) -> None:
         """What can be done about work that does not stop, without waiting."""
 
-    async def finish(self, keeper: Keeper, give_up: asyncio.Event) -> bool:
+    async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
         """The work ended by itself: complete the job, or fail it; whether it is completed."""
 
     def describe_timeout(self) -> str:
         """Return a suffix for the message of a run that took too long. The work was told to stop, and may still run."""
 
 
-Begin = Callable[[Keeper], Awaitable[Effort]]
+Begin = Callable[[LeaseKeeper], Awaitable[Execution]]
 
 
-class Shift:
+class WorkerRunner:
     """Claims jobs, begins an Effort for each and sees it to its end.
 
     `stop` claims no more and gives what runs `grace_s`; a second `stop` ends the grace, a third all patience. Work that
@@ -67,7 +67,7 @@ class Shift:
     def __init__(
         self,
         client: AsyncJobClient,
-        wanted: Wanted,
+        wanted: ClaimOptions,
         begin: Begin,
         say: Say,
         *,
@@ -84,7 +84,7 @@ class Shift:
         self._grace_s = grace_s
         self._stop_s = stop_s
         self._progress_every_s = progress_every_s
-        self._claims = Claims(
+        self._claims = Claimer(
             client,
             wanted,
             self._work,
@@ -142,7 +142,7 @@ class Shift:
 
     async def _work(self, grant: GrantInfo, is_resent: bool) -> None:
         """One job, from its grant to its end."""
-        keeper = Keeper(self._client, grant, self._say, progress_every_s=self._progress_every_s)
+        keeper = LeaseKeeper(self._client, grant, self._say, progress_every_s=self._progress_every_s)
         is_completed = False
         if self._stopping.is_set():
             await keeper.release(self._give_up)
@@ -155,7 +155,7 @@ class Shift:
         self.completed += is_completed
         self.not_completed += not is_completed
 
-    async def _attempt(self, keeper: Keeper) -> bool:
+    async def _attempt(self, keeper: LeaseKeeper) -> bool:
         """Begin the work, see it end, say so to the daemon; whether the job is completed."""
         try:
             effort = await self._begin(keeper)
@@ -170,7 +170,7 @@ class Shift:
             if not effort.done.done():
                 effort.abort()
 
-    async def _see_out(self, effort: Effort, keeper: Keeper) -> bool:
+    async def _see_out(self, effort: Execution, keeper: LeaseKeeper) -> bool:
         """Wait until the work has ended. Stop it if the job is lost, the shift is over, or the timeout has passed."""
         hurry = asyncio.ensure_future(self._hurry.wait())
         try:

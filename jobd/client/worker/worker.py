@@ -24,10 +24,10 @@ from jobd.client.aio import AsyncJobClient
 from jobd.client.endpoint import Endpoint
 from jobd.client.protocol import JobInfo
 from jobd.client.worker.aio_utils import first_of, within
-from jobd.client.worker.claimer import LOCK_TTL_MS, Wanted, about_us, default_name
+from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_process
 from jobd.client.worker.error_text import describe_error, fitted, safe_text
-from jobd.client.worker.lease import Keeper
-from jobd.client.worker.runner import STOP_S, Effort, Shift, on_signals, seconds
+from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker.runner import STOP_S, Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import Say, ServiceThread, call_on
 
 STREAM_FROM: Final = 8  # jobs at a time, from which on they are reported and ended over one stream of commands
@@ -67,7 +67,7 @@ class Stopped(Exception):
 class _Task:
     """What both kinds of handler get: the job, and where its result goes."""
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: LeaseKeeper) -> None:
         self._keeper = keeper
         self._service = asyncio.get_running_loop()
         self.job: Final[JobInfo] = keeper.grant.job
@@ -131,7 +131,7 @@ class Task(_Task):
     handler is cancelled (CancelledError); `cancelled` is set too.
     """
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: LeaseKeeper) -> None:
         super().__init__(keeper)
         self.cancelled: Final = asyncio.Event()
 
@@ -150,7 +150,7 @@ class SyncTask(_Task):
     `raise_if_lost` often, and return soon if the job is lost, the worker is stopping, or the timeout has passed.
     """
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: LeaseKeeper) -> None:
         super().__init__(keeper)
         self.cancelled: Final = threading.Event()
 
@@ -284,7 +284,7 @@ class Worker:
         service = ServiceThread(f"jobd worker {self.name}")
         say = service.say(log.warning)
         loop = _HandlersLoop(say)
-        shift = Shift(
+        shift = WorkerRunner(
             client,
             self._wanted(),
             functools.partial(self._begin, loop),
@@ -310,20 +310,20 @@ class Worker:
         client = AsyncJobClient(endpoint)
         return client.stream() if self._concurrency >= STREAM_FROM else client
 
-    def _wanted(self) -> Wanted:
-        return Wanted(
+    def _wanted(self) -> ClaimOptions:
+        return ClaimOptions(
             worker=self.name,
             queues=self._queues,
             kinds=None if None in self._handlers else [kind for kind in self._handlers if kind is not None],
             lock_ttl_ms=self._lock_ttl_ms,
             max_processing_ms=self._max_processing_ms,
-            about=about_us(self._concurrency),
+            about=describe_process(self._concurrency),
         )
 
-    async def _begin(self, loop: _HandlersLoop, keeper: Keeper) -> Effort:
+    async def _begin(self, loop: _HandlersLoop, keeper: LeaseKeeper) -> Execution:
         kind = keeper.grant.job.kind
         handler = self._handlers[kind if kind in self._handlers else None]
-        return (_OnLoop if _is_async(handler.function) else _InThread)(handler, keeper, loop)
+        return (_AsyncExecution if _is_async(handler.function) else _ThreadExecution)(handler, keeper, loop)
 
 
 class _Handler(NamedTuple):
@@ -389,7 +389,7 @@ class _HandlersLoop:
         return f"job {', '.join(jobs)}" if jobs else "no async job"
 
 
-class _Call(ABC):
+class _HandlerExecution(ABC):
     """A handler at work on one job. Created and queried in the service thread."""
 
     task: _Task
@@ -423,7 +423,7 @@ class _Call(ABC):
     def describe_timeout(self) -> str:
         return "" if self.done.done() else " The handler was told to stop, but it still runs."
 
-    async def finish(self, keeper: Keeper, give_up: asyncio.Event) -> bool:
+    async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
         """Complete the job with what the handler returned, or fail it with what it raised."""
         ending = await asyncio.to_thread(self._ending, keeper.id)  # runs code of the handler's objects, writes the log
         if isinstance(ending, _Failure):
@@ -455,10 +455,10 @@ class _Failure(NamedTuple):
     how: dict[str, Any]
 
 
-class _OnLoop(_Call):
+class _AsyncExecution(_HandlerExecution):
     """An async handler."""
 
-    def __init__(self, handler: _Handler, keeper: Keeper, loop: _HandlersLoop) -> None:
+    def __init__(self, handler: _Handler, keeper: LeaseKeeper, loop: _HandlersLoop) -> None:
         super().__init__(handler.timeout_s)
         self.task: Task = Task(keeper)
         self._loop = loop
@@ -488,10 +488,10 @@ class _OnLoop(_Call):
         asyncio.get_running_loop().call_soon(self._running.cancel)
 
 
-class _InThread(_Call):
+class _ThreadExecution(_HandlerExecution):
     """A plain handler, in a thread that does not keep the process alive."""
 
-    def __init__(self, handler: _Handler, keeper: Keeper, loop: _HandlersLoop) -> None:
+    def __init__(self, handler: _Handler, keeper: LeaseKeeper, loop: _HandlersLoop) -> None:
         super().__init__(handler.timeout_s)
         self.task: SyncTask = SyncTask(keeper)
         run = functools.partial(loop.context.run, self._run, handler.function)

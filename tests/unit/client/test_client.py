@@ -49,11 +49,21 @@ from jobd.client import (
     worker_endpoint,
     worker_requests,
 )
-from jobd.client.protocol import RETRIED, Reply, Request, Tries, get, job_path, json_lines, reader, result
+from jobd.client.protocol import (
+    RETRIED,
+    ApiRequest,
+    ApiResponse,
+    RetryState,
+    get,
+    job_path,
+    json_lines,
+    read_result,
+    reader,
+)
 from jobd.model.errors import REFUSALS
 from jobd.model.responses import JobView, LockState
 from tests.conftest import tool_missing
-from tests.support.scripted_server import Peer, closing, drop, early, no, ok, raw, serving
+from tests.support.scripted_server import ScriptedServer, closing, drop, early, no, ok, raw, serving
 
 JOB: dict[str, Any] = {
     "id": "j1",
@@ -92,12 +102,12 @@ FAST = RetryPolicy(total_s=5, base_s=0.001, max_s=0.002, timeout_s=5)
 
 
 @pytest.fixture
-def peer() -> Peer:
-    return Peer()
+def peer() -> ScriptedServer:
+    return ScriptedServer()
 
 
 @pytest.fixture
-def endpoint(peer: Peer, tmp_path: Path) -> Iterator[str]:
+def endpoint(peer: ScriptedServer, tmp_path: Path) -> Iterator[str]:
     with serving(peer, tmp_path / "s") as where:
         yield where
 
@@ -109,13 +119,13 @@ class Both:
         self._is_async = is_async
         self._endpoint = endpoint
 
-    def __call__(self, *requests: Request[Any], policy: RetryPolicy | None = FAST) -> Any:
+    def __call__(self, *requests: ApiRequest[Any], policy: RetryPolicy | None = FAST) -> Any:
         if not self._is_async:
             with JobClient(self._endpoint) as client:
                 return [client.send(request, policy) for request in requests][-1]
         return asyncio.run(self._async(requests, policy))
 
-    async def _async(self, requests: tuple[Request[Any], ...], policy: RetryPolicy | None) -> Any:
+    async def _async(self, requests: tuple[ApiRequest[Any], ...], policy: RetryPolicy | None) -> Any:
         async with AsyncJobClient(self._endpoint) as client:
             return [await client.send(request, policy) for request in requests][-1]
 
@@ -162,7 +172,7 @@ def _placeholders(method: str, path: str) -> tuple[str, str]:
     return method, path.split("?")[0].replace("/x", "/{}").replace("/q/", "/{}/").replace("/w/", "/{}/")
 
 
-def _all_requests() -> list[Request[Any]]:
+def _all_requests() -> list[ApiRequest[Any]]:
     """One request of every call of both APIs."""
     given = {
         "job_id": "x",
@@ -314,7 +324,7 @@ def test_a_job_is_the_view_of_the_daemon_and_unknown_fields_are_skipped() -> Non
 # Answers.
 
 
-def test_an_operator_s_name_goes_with_every_call_as_plain_text(peer: Peer) -> None:
+def test_an_operator_s_name_goes_with_every_call_as_plain_text(peer: ScriptedServer) -> None:
     peer.script = [ok({"alerts": []}), ok({"alerts": []})]
     with serving(peer) as url:
         for name in ("eve@build-3", "zoë\r\nX: y"):
@@ -323,9 +333,9 @@ def test_an_operator_s_name_goes_with_every_call_as_plain_text(peer: Peer) -> No
     assert [asked.headers["X-Jobd-Operator"] for asked in peer.asked] == ["eve@build-3", "zo???X: y"]
 
 
-def _reply(body: Any, status: int, **headers: str) -> Reply:
+def _reply(body: Any, status: int, **headers: str) -> ApiResponse:
     text = body if isinstance(body, bytes) else msgspec.json.encode(body)
-    return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, text)
+    return ApiResponse(status, {name.replace("_", "-"): value for name, value in headers.items()}, text)
 
 
 READ = get("/x", reader(dict[str, int]))
@@ -335,7 +345,7 @@ READ = get("/x", reader(dict[str, int]))
 def test_each_refusal_is_raised_as_its_error(code: str) -> None:
     reply = _reply({"success": False, "error": code, "message": "No.", "details": {"d": 1}}, REFUSALS[code])
     with pytest.raises(ERRORS[code]) as caught:
-        result(READ, reply)
+        read_result(READ, reply)
     error = caught.value
     assert isinstance(error, JobdError)
     assert (error.code, error.message, error.details, error.status) == (code, "No.", {"d": 1}, REFUSALS[code])
@@ -343,14 +353,14 @@ def test_each_refusal_is_raised_as_its_error(code: str) -> None:
 
 def test_a_code_of_the_future_is_a_plain_error_that_keeps_it() -> None:
     with pytest.raises(JobdError) as caught:
-        result(READ, _reply({"success": False, "error": "new_code", "message": "?"}, 409))
+        read_result(READ, _reply({"success": False, "error": "new_code", "message": "?"}, 409))
     assert (type(caught.value), caught.value.code, caught.value.details) == (JobdError, "new_code", {})
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])
 def test_an_error_of_a_proxy_counts_as_unreachable(status: int) -> None:
     with pytest.raises(Unreachable):
-        result(READ, _reply(b"<html>bad gateway", status))
+        read_result(READ, _reply(b"<html>bad gateway", status))
 
 
 @pytest.mark.parametrize(
@@ -369,11 +379,11 @@ def test_an_error_of_a_proxy_counts_as_unreachable(status: int) -> None:
 )
 def test_what_is_no_answer_of_ours_is_a_bad_answer(body: Any, status: int) -> None:
     with pytest.raises(BadAnswer):
-        result(READ, _reply(body, status))
+        read_result(READ, _reply(body, status))
 
 
 def test_a_success_with_status_503_is_a_result() -> None:
-    assert result(READ, _reply({"success": True, "data": {"n": 1}}, 503)) == {"n": 1}
+    assert read_result(READ, _reply({"success": True, "data": {"n": 1}}, 503)) == {"n": 1}
 
 
 @pytest.mark.parametrize(
@@ -392,7 +402,7 @@ def test_retry_after_comes_from_details_or_header(
 ) -> None:
     body = {"success": False, "error": "overloaded", "message": "Full.", "details": details}
     with pytest.raises(Overloaded) as caught:
-        result(READ, _reply(body, 503, **headers))
+        read_result(READ, _reply(body, 503, **headers))
     assert caught.value.retry_after_ms == wait_ms
 
 
@@ -401,17 +411,17 @@ def test_retry_after_comes_from_details_or_header(
 
 
 def test_the_wait_doubles_up_to_its_cap_and_is_random_below_it() -> None:
-    tries = Tries(RetryPolicy(total_s=None, base_s=1, max_s=5), READ, 0)
+    tries = RetryState(RetryPolicy(total_s=None, base_s=1, max_s=5), READ, 0)
     assert [tries.wait_s(Unreachable("x"), 0, chance) for chance in (1, 1, 1, 1, 0.5, 0)] == [1, 2, 4, 5, 2.5, 0]
 
 
 def test_retry_after_is_added_to_the_wait() -> None:
-    tries = Tries(RetryPolicy(total_s=None, base_s=1), READ, 0)
+    tries = RetryState(RetryPolicy(total_s=None, base_s=1), READ, 0)
     assert tries.wait_s(Overloaded("x", retry_after_ms=2000), 0, 0.5) == 2.5
 
 
 def test_a_wait_beyond_the_deadline_is_not_begun() -> None:
-    tries = Tries(RetryPolicy(total_s=10, base_s=4, max_s=4), READ, 100)
+    tries = RetryState(RetryPolicy(total_s=10, base_s=4, max_s=4), READ, 100)
     assert tries.wait_s(Unreachable("x"), 105, 1) == 4
     with pytest.raises(Unreachable):
         tries.wait_s(Unreachable("x"), 106, 1)
@@ -419,23 +429,23 @@ def test_a_wait_beyond_the_deadline_is_not_begun() -> None:
 
 def test_no_retries_means_one_try() -> None:
     with pytest.raises(Unreachable):
-        Tries(RetryPolicy(total_s=0), READ, 0).wait_s(Unreachable("x"), 0, 0)
+        RetryState(RetryPolicy(total_s=0), READ, 0).wait_s(Unreachable("x"), 0, 0)
 
 
 @pytest.mark.parametrize("code", sorted(set(ERRORS) - RETRIED))
 def test_a_definite_answer_is_not_asked_for_again(code: str) -> None:
     with pytest.raises(ERRORS[code]):
-        Tries(RetryPolicy(total_s=None), READ, 0).wait_s(ERRORS[code]("No."), 0, 0)
+        RetryState(RetryPolicy(total_s=None), READ, 0).wait_s(ERRORS[code]("No."), 0, 0)
 
 
 def test_a_call_that_is_not_safe_to_repeat_is_not_repeated() -> None:
     with pytest.raises(Unreachable):
-        Tries(RetryPolicy(total_s=None), admin_requests.import_jobs(), 0).wait_s(Unreachable("x"), 0, 0)
+        RetryState(RetryPolicy(total_s=None), admin_requests.import_jobs(), 0).wait_s(Unreachable("x"), 0, 0)
 
 
 def test_an_answer_may_take_its_time_and_what_the_daemon_holds_it_back() -> None:
     request = worker_requests.claim("w", wait_ms=60_000)
-    tries = Tries(RetryPolicy(total_s=30, timeout_s=10), request, 0)
+    tries = RetryState(RetryPolicy(total_s=30, timeout_s=10), request, 0)
     assert tries.timeout_s(0) == 70
     tries.wait_s(Unreachable("x"), 20, 0)
     assert tries.timeout_s(25) == 5
@@ -446,7 +456,7 @@ def test_an_answer_may_take_its_time_and_what_the_daemon_holds_it_back() -> None
 # Over a real connection.
 
 
-def test_a_call_sends_its_fields_and_gives_a_typed_result(peer: Peer, send: Both) -> None:
+def test_a_call_sends_its_fields_and_gives_a_typed_result(peer: ScriptedServer, send: Both) -> None:
     peer.script = [ok({"lock_expires_at": 5, "ttl_ms": 6, "ceiling_at": None, "cancel_requested": False})]
     assert send(worker_requests.update_progress("j1", lock_id="secret", progress=42, message="half")) == LockState(
         5, 6, None, False
@@ -470,7 +480,7 @@ def test_a_call_sends_its_fields_and_gives_a_typed_result(peer: Peer, send: Both
     ],
 )
 async def test_a_holders_call_takes_only_the_job_by_position(
-    peer: Peer, endpoint: str, name: str, given: tuple[Any, ...], write: str
+    peer: ScriptedServer, endpoint: str, name: str, given: tuple[Any, ...], write: str
 ) -> None:
     with JobClient(endpoint) as client, pytest.raises(TypeError) as caught:
         getattr(client, name)("j1", *given)
@@ -482,7 +492,7 @@ async def test_a_holders_call_takes_only_the_job_by_position(
     assert str(inspect.signature(getattr(JobClient, name))).startswith("(self, /, job_id: 'str', *, lock_id: 'str'")
 
 
-def test_a_lost_answer_is_asked_for_again_with_the_same_bytes_and_key(peer: Peer, send: Both) -> None:
+def test_a_lost_answer_is_asked_for_again_with_the_same_bytes_and_key(peer: ScriptedServer, send: Both) -> None:
     peer.script = [drop, drop, drop, ok({"grants": []})]
     assert send(worker_requests.claim("w")) == []
     assert len(peer.asked) == 4
@@ -490,26 +500,26 @@ def test_a_lost_answer_is_asked_for_again_with_the_same_bytes_and_key(peer: Peer
 
 
 @pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown"])
-def test_a_passing_refusal_is_tried_again(peer: Peer, send: Both, code: str) -> None:
+def test_a_passing_refusal_is_tried_again(peer: ScriptedServer, send: Both, code: str) -> None:
     peer.script = [no(code, 503), no(code, 503), EMPTY_PAGE]
     assert send(worker_requests.list_jobs(status="queued", limit=3)).jobs == []
     assert [asked.path for asked in peer.asked] == ["/v1/jobs?status=queued&limit=3"] * 3
 
 
-def test_a_definite_refusal_is_raised_at_once(peer: Peer, send: Both) -> None:
+def test_a_definite_refusal_is_raised_at_once(peer: ScriptedServer, send: Both) -> None:
     peer.script = [no("job_not_found", 404), EMPTY_PAGE]
     with pytest.raises(JobNotFound):
         send(worker_requests.get_job("j1"))
     assert len(peer.asked) == 1
 
 
-def test_an_idle_connection_is_used_again(peer: Peer, send: Both) -> None:
+def test_an_idle_connection_is_used_again(peer: ScriptedServer, send: Both) -> None:
     peer.script = [EMPTY_PAGE, EMPTY_PAGE, no("job_not_found", 404), EMPTY_PAGE]
     send(worker_requests.list_jobs(), worker_requests.list_jobs())
     assert {asked.connection for asked in peer.asked} == {0}
 
 
-def test_an_idle_connection_that_the_daemon_closed_is_replaced_in_silence(peer: Peer, endpoint: str) -> None:
+def test_an_idle_connection_that_the_daemon_closed_is_replaced_in_silence(peer: ScriptedServer, endpoint: str) -> None:
     peer.script = [closing(EMPTY_PAGE), EMPTY_PAGE]
     with JobClient(endpoint, retry_for_s=0) as client:
         client.list_jobs()
@@ -518,7 +528,7 @@ def test_an_idle_connection_that_the_daemon_closed_is_replaced_in_silence(peer: 
     assert [asked.connection for asked in peer.asked] == [0, 1]
 
 
-async def test_the_same_on_asyncio(peer: Peer, endpoint: str) -> None:
+async def test_the_same_on_asyncio(peer: ScriptedServer, endpoint: str) -> None:
     peer.script = [closing(EMPTY_PAGE), EMPTY_PAGE]
     async with AsyncJobClient(endpoint, retry_for_s=0) as client:
         await client.list_jobs()
@@ -534,13 +544,13 @@ def test_nobody_there_is_unreachable_and_says_where(tmp_path: Path) -> None:
             both(worker_requests.queues(), policy=RetryPolicy(total_s=0))
 
 
-def test_an_answer_that_does_not_come_is_unreachable(peer: Peer, send: Both) -> None:
+def test_an_answer_that_does_not_come_is_unreachable(peer: ScriptedServer, send: Both) -> None:
     peer.script = [peer.hang]
     with pytest.raises(Unreachable, match="no answer in time"):
         send(worker_requests.queues(), policy=RetryPolicy(total_s=0, timeout_s=0.2))
 
 
-def test_many_threads_share_a_client(peer: Peer, endpoint: str) -> None:
+def test_many_threads_share_a_client(peer: ScriptedServer, endpoint: str) -> None:
     peer.always = lambda asked: ok({**JOB, "id": asked.path.split("/")[-1]})
     wrong: list[str] = []
     with JobClient(endpoint) as client:
@@ -561,7 +571,7 @@ def test_many_threads_share_a_client(peer: Peer, endpoint: str) -> None:
     assert len({asked.connection for asked in peer.asked}) <= 8 * 2
 
 
-def test_a_closed_client_keeps_no_connection(peer: Peer, endpoint: str) -> None:
+def test_a_closed_client_keeps_no_connection(peer: ScriptedServer, endpoint: str) -> None:
     peer.script = [EMPTY_PAGE, EMPTY_PAGE]
     client = JobClient(endpoint)
     client.list_jobs()
@@ -570,7 +580,7 @@ def test_a_closed_client_keeps_no_connection(peer: Peer, endpoint: str) -> None:
     assert client._idle == []
 
 
-def test_pages_are_walked_to_their_end(peer: Peer, endpoint: str) -> None:
+def test_pages_are_walked_to_their_end(peer: ScriptedServer, endpoint: str) -> None:
     def pages() -> list[Any]:
         return [
             ok({"jobs": [{**JOB, "id": "c"}, {**JOB, "id": "b"}], "next_cursor": "7"}),
@@ -596,7 +606,7 @@ def test_pages_are_walked_to_their_end(peer: Peer, endpoint: str) -> None:
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_queues_are_walked_through_page_by_page(peer: Peer, endpoint: str, blocking: bool) -> None:
+def test_queues_are_walked_through_page_by_page(peer: ScriptedServer, endpoint: str, blocking: bool) -> None:
     counts = dict.fromkeys(("queued", "processing", "completed", "failed", "cancelled"), 1)
     names = [f"q-{number:03}" for number in range(201)]
     views = [{"name": name, "paused": False, "oldest_due_at": None, **counts} for name in names]
@@ -617,7 +627,7 @@ def test_queues_are_walked_through_page_by_page(peer: Peer, endpoint: str, block
     assert [asked.path for asked in peer.asked] == ["/v1/queues", "/v1/queues?cursor=q-199"]
 
 
-def test_over_tcp_the_token_is_sent(peer: Peer) -> None:
+def test_over_tcp_the_token_is_sent(peer: ScriptedServer) -> None:
     with serving(peer) as url, JobClient(url, token="t" * 24) as client:
         peer.script = [EMPTY_PAGE]
         client.list_jobs()
@@ -636,7 +646,7 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return files
 
 
-def test_tls_is_spoken_and_the_certificate_checked(peer: Peer, certificate: tuple[Path, Path]) -> None:
+def test_tls_is_spoken_and_the_certificate_checked(peer: ScriptedServer, certificate: tuple[Path, Path]) -> None:
     ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ours.load_cert_chain(*certificate)
     trusting = ssl.create_default_context(cafile=certificate[0])
@@ -658,7 +668,7 @@ def test_tls_is_spoken_and_the_certificate_checked(peer: Peer, certificate: tupl
     assert len(peer.asked) == 2
 
 
-async def test_an_answer_to_a_dotted_id_reaches_the_peer_as_it_was_meant(peer: Peer, endpoint: str) -> None:
+async def test_an_answer_to_a_dotted_id_reaches_the_peer_as_it_was_meant(peer: ScriptedServer, endpoint: str) -> None:
     peer.script = [ok(JOB)]
     async with AsyncJobClient(endpoint) as client:
         await client.get_job("..")
@@ -693,7 +703,7 @@ def admin(request: pytest.FixtureRequest, endpoint: str) -> AdminBoth:
     return AdminBoth(request.param, endpoint)
 
 
-def test_an_import_is_a_stream_of_lines(peer: Peer, admin: AdminBoth) -> None:
+def test_an_import_is_a_stream_of_lines(peer: ScriptedServer, admin: AdminBoth) -> None:
     refused = [{"line": 2, "id": None, "reason": "bad"}]
     peer.script = [ok({"imported": 3, "skipped": 1, "refusedCount": 1, "refused": refused})]
     done = admin("import_jobs", iter([{"id": "a"}, b'{"id":"b"}\r\n', '{"id":"c"}']))
@@ -704,20 +714,20 @@ def test_an_import_is_a_stream_of_lines(peer: Peer, admin: AdminBoth) -> None:
     assert asked.headers["Transfer-Encoding"] == "chunked"
 
 
-def test_an_import_of_nothing_is_a_call_all_the_same(peer: Peer, admin: AdminBoth) -> None:
+def test_an_import_of_nothing_is_a_call_all_the_same(peer: ScriptedServer, admin: AdminBoth) -> None:
     peer.script = [ok({"imported": 0, "skipped": 0})]
     assert admin("import_jobs", []).imported == 0
     assert peer.asked[0].body == b""
 
 
-def test_a_refused_import_raises_the_refusal_though_the_stream_was_cut(peer: Peer, admin: AdminBoth) -> None:
+def test_a_refused_import_raises_the_refusal_though_the_stream_was_cut(peer: ScriptedServer, admin: AdminBoth) -> None:
     peer.early = [early(no("unauthorized", 401))]
     many = ({"id": f"job-{n}", "payload": "x" * 1000} for n in range(20_000))
     with pytest.raises(ERRORS["unauthorized"]):
         admin("import_jobs", many)
 
 
-def test_an_import_is_not_sent_twice(peer: Peer, admin: AdminBoth) -> None:
+def test_an_import_is_not_sent_twice(peer: ScriptedServer, admin: AdminBoth) -> None:
     peer.script = [drop, ok({"imported": 1, "skipped": 0})]
     with pytest.raises(Unreachable):
         admin("import_jobs", [{"id": "a"}])
@@ -731,7 +741,7 @@ def test_lines_are_sent_in_pieces_of_bounded_size() -> None:
     assert len(pieces) > 3
 
 
-def test_an_export_is_walked_to_its_end_and_every_job_is_a_line(peer: Peer, endpoint: str) -> None:
+def test_an_export_is_walked_to_its_end_and_every_job_is_a_line(peer: ScriptedServer, endpoint: str) -> None:
     def pages() -> list[Any]:
         bodies = [
             b'{"success":true,"data":{"jobs":[{"id":"a","payload":[1.10,\r\n 2]},{"id":"b"}],"next_cursor":"7"}}',
@@ -759,7 +769,7 @@ def test_an_export_is_walked_to_its_end_and_every_job_is_a_line(peer: Peer, endp
     assert peer.asked[3].path == "/admin/job-management/export?status=failed&kind=k"
 
 
-def test_a_backup_is_copied_piece_by_piece(peer: Peer, admin: AdminBoth) -> None:
+def test_a_backup_is_copied_piece_by_piece(peer: ScriptedServer, admin: AdminBoth) -> None:
     content = os.urandom(700_000)
     peer.script = [raw(content, kind="application/vnd.sqlite3")]
     file = io.BytesIO()
@@ -767,7 +777,7 @@ def test_a_backup_is_copied_piece_by_piece(peer: Peer, admin: AdminBoth) -> None
     assert file.getvalue() == content
 
 
-def test_a_refused_backup_writes_nothing(peer: Peer, admin: AdminBoth) -> None:
+def test_a_refused_backup_writes_nothing(peer: ScriptedServer, admin: AdminBoth) -> None:
     peer.script = [no("unauthorized", 401)]
     file = io.BytesIO()
     with pytest.raises(ERRORS["unauthorized"]):
@@ -775,7 +785,7 @@ def test_a_refused_backup_writes_nothing(peer: Peer, admin: AdminBoth) -> None:
     assert file.getvalue() == b""
 
 
-def test_a_stored_result_is_copied_piece_by_piece(peer: Peer, admin: AdminBoth) -> None:
+def test_a_stored_result_is_copied_piece_by_piece(peer: ScriptedServer, admin: AdminBoth) -> None:
     content = os.urandom(700_000)
     refusals = [no("late_result_not_found", 404), no("not_found", 404), no("storage_unavailable", 503)]
     peer.script = [raw(content, kind="application/octet-stream"), *refusals]
@@ -796,7 +806,7 @@ def test_a_stored_result_is_copied_piece_by_piece(peer: Peer, admin: AdminBoth) 
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "with length"])
-def test_a_backup_that_breaks_off_is_no_backup(peer: Peer, admin: AdminBoth, chunked: bool) -> None:
+def test_a_backup_that_breaks_off_is_no_backup(peer: ScriptedServer, admin: AdminBoth, chunked: bool) -> None:
     peer.early = [peer.cut(b"x" * 100_000, chunked)]
     with pytest.raises(Unreachable):
         admin("backup", io.BytesIO())
@@ -805,7 +815,7 @@ def test_a_backup_that_breaks_off_is_no_backup(peer: Peer, admin: AdminBoth, chu
 class SlowBackup:
     """A daemon whose backup takes `looks` looks before its first byte comes; it is silent for `quiet_ms`."""
 
-    def __init__(self, peer: Peer, monkeypatch: pytest.MonkeyPatch, *, looks: int, quiet_ms: int = 0) -> None:
+    def __init__(self, peer: ScriptedServer, monkeypatch: pytest.MonkeyPatch, *, looks: int, quiet_ms: int = 0) -> None:
         self.left = looks
         self.quiet_ms = quiet_ms
         self.ready = threading.Event()
@@ -844,7 +854,7 @@ class SlowBackup:
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "asyncio"])
 def test_a_backup_may_take_as_long_as_it_moves(
-    peer: Peer, endpoint: str, monkeypatch: pytest.MonkeyPatch, is_async: bool
+    peer: ScriptedServer, endpoint: str, monkeypatch: pytest.MonkeyPatch, is_async: bool
 ) -> None:
     slow = SlowBackup(peer, monkeypatch, looks=150)
     begun_s = time.monotonic()
@@ -859,7 +869,7 @@ def test_a_backup_may_take_as_long_as_it_moves(
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "asyncio"])
 def test_a_backup_that_is_silent_for_too_long_is_given_up(
-    peer: Peer, endpoint: str, monkeypatch: pytest.MonkeyPatch, is_async: bool
+    peer: ScriptedServer, endpoint: str, monkeypatch: pytest.MonkeyPatch, is_async: bool
 ) -> None:
     slow = SlowBackup(peer, monkeypatch, looks=10**6, quiet_ms=3_000)
     try:
@@ -871,7 +881,7 @@ def test_a_backup_that_is_silent_for_too_long_is_given_up(
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "asyncio"])
 def test_a_daemon_that_tells_nothing_of_its_backups_is_silent(
-    peer: Peer, endpoint: str, monkeypatch: pytest.MonkeyPatch, is_async: bool
+    peer: ScriptedServer, endpoint: str, monkeypatch: pytest.MonkeyPatch, is_async: bool
 ) -> None:
     slow = SlowBackup(peer, monkeypatch, looks=1)
     peer.always = None  # 404: an older one
@@ -882,7 +892,7 @@ def test_a_daemon_that_tells_nothing_of_its_backups_is_silent(
         slow.ready.set()
 
 
-def test_an_error_of_the_file_is_raised_as_it_is(peer: Peer, admin: AdminBoth) -> None:
+def test_an_error_of_the_file_is_raised_as_it_is(peer: ScriptedServer, admin: AdminBoth) -> None:
     peer.script = [raw(b"content")]
 
     class Full(io.BytesIO):
@@ -893,13 +903,13 @@ def test_an_error_of_the_file_is_raised_as_it_is(peer: Peer, admin: AdminBoth) -
         admin("backup", Full())
 
 
-def test_metrics_are_text(peer: Peer, endpoint: str) -> None:
+def test_metrics_are_text(peer: ScriptedServer, endpoint: str) -> None:
     peer.script = [raw(b"jobd_jobs 1\n", kind="text/plain")]
     with AdminClient(endpoint, token="x") as client:
         assert client.metrics() == "jobd_jobs 1\n"
 
 
-def test_unhealthy_is_a_result(peer: Peer, endpoint: str) -> None:
+def test_unhealthy_is_a_result(peer: ScriptedServer, endpoint: str) -> None:
     part = {"status": "healthy", "message": ""}
     health = {
         "status": "unhealthy",

@@ -23,8 +23,8 @@ from jobd.client import (
     Worker,
     worker_requests,
 )
-from jobd.client.command_stream import line_of
-from jobd.client.protocol import Request
+from jobd.client.command_stream import command_line
+from jobd.client.protocol import ApiRequest
 from jobd.http.auth import Gate
 from tests.support.http_harness import TOKEN
 from tests.support.virtual_engine import until
@@ -78,8 +78,8 @@ def streams_of(town: Town) -> int:
     ],
     ids=lambda given: given["op"] if isinstance(given, dict) else "",
 )  # fmt: skip
-def test_a_request_as_a_line(request_: Request[Any], line: dict[str, Any]) -> None:
-    text = line_of(request_)
+def test_a_request_as_a_line(request_: ApiRequest[Any], line: dict[str, Any]) -> None:
+    text = command_line(request_)
     assert text is not None
     assert text.endswith(b"\n")
     said = msgspec.json.decode(text)
@@ -89,7 +89,7 @@ def test_a_request_as_a_line(request_: Request[Any], line: dict[str, Any]) -> No
 
 
 def test_a_payload_of_several_lines_is_one_line() -> None:
-    text = line_of(worker_requests.create_job(msgspec.Raw(b'{\n"a":\r\n"b\\n"}')))
+    text = command_line(worker_requests.create_job(msgspec.Raw(b'{\n"a":\r\n"b\\n"}')))
     assert text is not None
     assert text.count(b"\n") == 1
     assert msgspec.json.decode(text)["payload"] == {"a": "b\n"}
@@ -107,8 +107,8 @@ def test_a_payload_of_several_lines_is_one_line() -> None:
         worker_requests.workers(),
     ],
 )
-def test_what_a_stream_does_not_take(request_: Request[Any]) -> None:
-    assert line_of(request_) is None
+def test_what_a_stream_does_not_take(request_: ApiRequest[Any]) -> None:
+    assert command_line(request_) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
