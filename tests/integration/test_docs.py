@@ -1,4 +1,4 @@
-"""What the documents say is what the code does: tables against code, examples really run, links and commands exist.
+"""Check the documents against the code: tables match, examples run, links and commands exist.
 
 In a document `<!-- run -->` marks a shell block that is run, `<!-- shows -->` what it prints (… stands for any text,
 alone on a line for any number of lines), `<!-- file: NAME -->` a block that is saved as NAME first. `<!-- node -->`
@@ -71,12 +71,12 @@ def blocks(document: Path) -> list[Block]:
 
 
 def prose(document: Path) -> str:
-    """The text without its fenced blocks."""
+    """Return the text without its fenced blocks."""
     return _BLOCK.sub("", document.read_text(encoding="utf-8"))
 
 
 def rows(document: Path, *header: str) -> list[list[str]]:
-    """The rows of every table in `document` whose first columns are `header`. There is one such table at least."""
+    """Return the rows of every table in `document` whose first columns are `header`. There must be at least one."""
     found: list[list[str]] = []
     is_in, tables = False, 0
     for line in document.read_text(encoding="utf-8").splitlines():
@@ -96,7 +96,7 @@ def ticked(text: str) -> list[str]:
 
 
 def section(document: Path, title: str) -> str:
-    """The text under the heading `title`, up to the next heading of any level."""
+    """Return the text under the heading `title`, up to the next heading of any level."""
     match = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ |\Z)", document.read_text(encoding="utf-8"), re.M | re.S)
     assert match, f"{document.name} has no heading {title}"
     return match[1]
@@ -106,14 +106,14 @@ def section(document: Path, title: str) -> str:
 # Tables against code.
 
 
-def test_every_config_key_with_its_default() -> None:
-    said = {ticked(key)[0]: (ticked(default)[0], live == "yes") for key, default, live, _ in _config_rows()}
+def test_every_config_key_is_documented_with_its_default() -> None:
+    documented = {ticked(key)[0]: (ticked(default)[0], live == "yes") for key, default, live, _ in _config_rows()}
     defaults = config.Config()
-    meant = {}
+    expected = {}
     for key in config.KEYS:
         part, _, name = key.partition(".")
-        meant[key] = (config.show(getattr(getattr(defaults, part), name)), key in config.RELOADABLE)
-    assert said == meant
+        expected[key] = (config.show(getattr(getattr(defaults, part), name)), key in config.RELOADABLE)
+    assert documented == expected
 
 
 def _config_rows() -> list[list[str]]:
@@ -127,7 +127,7 @@ def test_generated_documents_are_up_to_date(file: Path) -> None:
     )
 
 
-def test_a_variable_that_means_a_key_is_said_to_be_read_by_the_daemon() -> None:
+def test_variables_of_keys_are_documented_as_read_by_the_daemon() -> None:
     keys = {f"JOBD_{key.replace('.', '_').upper()}" for key in config.KEYS}
     readers = {name: who for names, who, _ in rows(CONFIGURATION, "variable", "read by") for name in ticked(names)}
     assert keys & set(readers) == {"JOBD_WORKER_TOKEN_FILE"}
@@ -135,7 +135,7 @@ def test_a_variable_that_means_a_key_is_said_to_be_read_by_the_daemon() -> None:
         assert "daemon" in readers[name], name
 
 
-def test_every_refusal_code_with_its_status() -> None:
+def test_every_error_code_is_documented_with_its_status() -> None:
     assert {ticked(code)[0]: int(status) for code, status, *_ in rows(API, "code", "status")} == errors.REFUSALS
 
 
@@ -144,30 +144,30 @@ def test_every_refusal_code_with_its_status() -> None:
     [("Worker API", worker.ROUTES), ("Admin API", admin.ROUTES)],
     ids=["worker", "admin"],
 )
-def test_every_call_with_its_fields(title: str, table: Sequence[Route]) -> None:
-    said = {}
+def test_every_call_is_documented_with_its_fields(title: str, table: Sequence[Route]) -> None:
+    documented = {}
     for line in section(API, title).splitlines():
         if match := re.match(r"\| ([A-Z]+) `([^`]+)` \|([^|]*)\|([^|]*)\|([^|]*)\|", line):
             method, path, body, gives, key = (part.strip() for part in match.groups())
-            said[method, path] = (sorted(ticked(body)), gives, key == "yes")
-    assert said == {(route.method, route.path): _meant(route) for route in table}
+            documented[method, path] = (sorted(ticked(body)), gives, key == "yes")
+    assert documented == {(route.method, route.path): _expected(route) for route in table}
 
 
-def _meant(route: Route) -> tuple[list[str], str, bool]:
-    body = [] if route.reads == "lines" else asked(route.asks, route.given)
+def _expected(route: Route) -> tuple[list[str], str, bool]:
+    body = [] if route.reads == "lines" else body_fields(route.asks, route.given)
     names = [name for name, shape in SHAPES.items() if shape is route.gives]
     return body, names[0] if names else {"Probe": "probe", "bytes": "bytes"}[route.gives.__name__], route.key
 
 
-def asked(shape: Any, given: str | None = None) -> list[str]:
-    """The fields of a body as a table says them, `?` where they may be left out."""
+def body_fields(shape: Any, given: str | None = None) -> list[str]:
+    """Return the fields of a body as a table lists them, with `?` if they are optional."""
     fields = structs.fields(shape)
     return sorted(f"{each.encode_name}{'' if each.required else '?'}" for each in fields if each.name != given)
 
 
-def test_every_kind_of_line() -> None:
-    said = {ticked(op)[0]: ticked(call)[0].split() for op, call, *_ in rows(API, "op", "call")}
-    assert said == {name: [op.method, op.path] for name, op in OPS.items()}
+def test_every_stream_operation_is_documented() -> None:
+    documented = {ticked(op)[0]: ticked(call)[0].split() for op, call, *_ in rows(API, "op", "call")}
+    assert documented == {name: [op.method, op.path] for name, op in OPS.items()}
 
 
 SHAPES: Final[dict[str, Any]] = {
@@ -234,23 +234,23 @@ SHAPES: Final[dict[str, Any]] = {
 }
 
 
-def test_every_answer_with_its_fields() -> None:
-    said = {name: ticked(fields) for name, fields, _ in rows(API, "shape", "fields")}
-    assert said == {name: [each.encode_name for each in structs.fields(shape)] for name, shape in SHAPES.items()}
+def test_every_response_shape_is_documented_with_its_fields() -> None:
+    documented = {name: ticked(fields) for name, fields, _ in rows(API, "shape", "fields")}
+    assert documented == {name: [each.encode_name for each in structs.fields(shape)] for name, shape in SHAPES.items()}
 
 
-def test_every_state_of_health() -> None:
-    (said,) = [ticked(meaning) for shape, _, meaning in rows(API, "shape", "fields") if shape == "health"]
-    assert tuple(said[1:4]) == get_args(responses.HealthStatus)
+def test_every_health_status_is_documented() -> None:
+    (documented,) = [ticked(meaning) for shape, _, meaning in rows(API, "shape", "fields") if shape == "health"]
+    assert tuple(documented[1:4]) == get_args(responses.HealthStatus)
 
 
-def test_fields_of_creation_import_and_updates() -> None:
+def test_fields_of_create_import_and_updates_are_documented() -> None:
     created = [name for row in rows(API, "field", "default") for name in ticked(row[0])]
     assert sorted(created) == sorted(each.encode_name for each in structs.fields(commands.Create))
     fields = section(API, "Import").partition("Fields: ")[2].partition(".")[0]
-    assert sorted(ticked(fields)) == asked(commands.Import)
+    assert sorted(ticked(fields)) == body_fields(commands.Import)
     line = next(line for line in API.read_text().splitlines() if line.startswith("`updates` of a transition"))
-    assert sorted(ticked(line)[1:]) == asked(commands.Updates)
+    assert sorted(ticked(line)[1:]) == body_fields(commands.Updates)
 
 
 CALLS: Final[dict[str, type[commands.Command]]] = {
@@ -266,26 +266,26 @@ CALLS: Final[dict[str, type[commands.Command]]] = {
 }
 
 
-TOLD_WITH_THE_CALL: Final = {"id", "retry", "expires_at", "status", "queue", "kind"}
+DESCRIBED_WITH_THE_CALL: Final = {"id", "retry", "expires_at", "status", "queue", "kind"}
 
 
-def test_every_argument_of_a_worker_with_its_bounds() -> None:
-    said: dict[str, dict[str, list[int]]] = {name: {} for name in CALLS}
+def test_every_worker_argument_is_documented_with_its_bounds() -> None:
+    documented: dict[str, dict[str, list[int]]] = {name: {} for name in CALLS}
     for argument, calls, bounds, *_ in rows(API, "argument", "calls"):
         for call in calls.split(", "):
-            said[call][argument.strip("`")] = told_bounds(bounds)
-    assert said["claim"]["limit"] == [1, 100]
+            documented[call][argument.strip("`")] = documented_bounds(bounds)
+    assert documented["claim"]["limit"] == [1, 100]
     for call, made in CALLS.items():
-        left_out = TOLD_WITH_THE_CALL | ({"worker"} if call == "list" else set())
+        left_out = DESCRIBED_WITH_THE_CALL | ({"worker"} if call == "list" else set())
         (shape,) = inspect.multi_type_info([made])
         assert isinstance(shape, inspect.StructType)
-        assert said[call] == {each.name: bounds_of(each.type) for each in shape.fields if each.name not in left_out}, (
-            call
-        )
+        assert documented[call] == {
+            each.name: bounds_of(each.type) for each in shape.fields if each.name not in left_out
+        }, call
 
 
 def bounds_of(kind: Any) -> list[int]:
-    """The least and the greatest of a number, of the length of a text or of a list, as far as there are any."""
+    """Return the minimum and maximum of a number or of a length, as far as they exist."""
     if isinstance(kind, inspect.Metadata):
         return bounds_of(kind.type)
     if isinstance(kind, inspect.UnionType):
@@ -294,17 +294,17 @@ def bounds_of(kind: Any) -> list[int]:
     return [int(bound) for name in names if (bound := getattr(kind, name, None))]
 
 
-def told_bounds(text: str) -> list[int]:
-    """`1 to 200 …` or `up to 200 …`; a least that is 0 is none."""
+def documented_bounds(text: str) -> list[int]:
+    """Return the bounds in `1 to 200 …` or `up to 200 …`. A minimum of 0 is left out."""
     found = re.match(r"(?:(\d+)|up) to (\d+)", text)
     return [int(each) for each in found.groups() if each and int(each)] if found else []
 
 
-def test_every_event() -> None:
+def test_every_event_type_is_documented() -> None:
     assert [ticked(name)[0] for name, _ in rows(API, "type", "what happened")] == list(get_args(events.EventType))
 
 
-def test_every_alert_with_its_threshold() -> None:
+def test_every_alert_is_documented_with_its_threshold() -> None:
     table = {ticked(name)[0]: ticked(threshold) for name, _, threshold, _ in rows(OPERATIONS, "alert", "fires when")}
     assert tuple(table) == alerts.NAMES
     severities = {ticked(name)[0]: severity for name, _, _, severity in rows(OPERATIONS, "alert", "fires when")}
@@ -313,7 +313,7 @@ def test_every_alert_with_its_threshold() -> None:
     assert thresholds == {key for key in config.KEYS if key.startswith("alerts.")}
 
 
-NOBODY: Final = f"""
+UNREACHABLE_WEBHOOK: Final = f"""
 [[webhooks]]
 name = "nobody"
 url = "http://127.0.0.1:9/"
@@ -323,13 +323,13 @@ secret = "whsec_{"c2VjcmV0" * 4}"
 """
 
 
-def test_every_metric(tmp_path: Path) -> None:
-    """Names, types and labels as a daemon gives them that has seen as many jobs as a pace is made of."""
-    said = {
+def test_every_metric_is_documented(tmp_path: Path) -> None:
+    """Compare names, types and labels with those of a daemon that has completed enough jobs for a duration baseline."""
+    documented = {
         ticked(name)[0]: (kind, set(ticked(labels)))
         for name, kind, labels, _ in rows(OPERATIONS, "metric", "type", "labels")
     }
-    with Daemon(tmp_path, NOBODY) as daemon:
+    with Daemon(tmp_path, UNREACHABLE_WEBHOOK) as daemon:
         complete_some(daemon, SAMPLES_NEEDED)
         text = daemon.admin("GET", "/metrics").body.decode()
     given: dict[str, tuple[str, set[str]]] = {}
@@ -337,7 +337,7 @@ def test_every_metric(tmp_path: Path) -> None:
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         given[name] = (family.type, labels)
-    assert said == given
+    assert documented == given
 
 
 def complete_some(daemon: Daemon, count: int) -> None:
@@ -349,18 +349,20 @@ def complete_some(daemon: Daemon, count: int) -> None:
 
 def test_every_module_has_its_line() -> None:
     modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
-    said = [ticked(name)[0] for name, _ in rows(ROOT / "docs/architecture.md", "module", "role")]
-    assert sorted(said) == sorted(modules)
+    documented = [ticked(name)[0] for name, _ in rows(ROOT / "docs/architecture.md", "module", "role")]
+    assert sorted(documented) == sorted(modules)
 
 
-def test_every_exit_code() -> None:
+def test_every_exit_code_is_documented() -> None:
     codes = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
     assert [int(code) for code, _ in rows(CLI, "exit code", "meaning")] == sorted(codes)
 
 
-def test_every_verb() -> None:
-    said = {name: {verb for verbs, _ in rows(CLI, f"`{name}` verb") for verb in ticked(verbs)} for name in PROGRAMS}
-    assert said == {name: set(program.commands) for name, program in PROGRAMS.items()}
+def test_every_verb_is_documented() -> None:
+    documented = {
+        name: {verb for verbs, _ in rows(CLI, f"`{name}` verb") for verb in ticked(verbs)} for name in PROGRAMS
+    }
+    assert documented == {name: set(program.commands) for name, program in PROGRAMS.items()}
 
 
 OLD_CALLS: Final = [
@@ -379,11 +381,11 @@ OLD_CALLS: Final = [
 ]
 
 
-def test_every_old_call_is_answered() -> None:
+def test_every_old_call_has_a_replacement() -> None:
     assert [ticked(row[0])[0].partition("(")[0] for row in rows(MIGRATION, "old call")] == OLD_CALLS
 
 
-def test_calls_that_the_migration_names_exist() -> None:
+def test_documented_calls_exist() -> None:
     routes = {(route.method, route.path) for table in (worker.ROUTES, admin.ROUTES) for route in table}
     from jobd.client import AdminClient, AsyncJobClient, JobClient
 
@@ -401,7 +403,7 @@ def test_calls_that_the_migration_names_exist() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_resolve(document: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
         if re.match(r"[a-z]+:", target):
             continue
@@ -413,13 +415,13 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def anchors(document: Path) -> set[str]:
-    """Headings as the hosts of repositories turn them into anchors."""
+    """Return the anchors that repository hosts make of the headings."""
     titles = re.findall(r"^#+ (.+)$", prose(document), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def mentioned(document: Path) -> Iterator[list[str]]:
-    """Every call of jobd and jobctl in shell blocks and in backticks, as its words up to the next operator."""
+    """Yield every call of jobd and jobctl in shell blocks and in backticks, as its words up to the next operator."""
     lines = [line for block in blocks(document) if block.language == "sh" for line in block.text.splitlines()]
     for text in [*lines, *ticked(prose(document))]:
         for found in re.finditer(r"(?:^|[\s/|(`])(?<!-u )(?<!USR1 )(jobd|jobctl) ([a-z-][^|;&`]*)", text):
@@ -495,26 +497,26 @@ def test_metrics_and_keys_in_the_prose_exist() -> None:
 # Examples, run.
 
 
-class Told(NamedTuple):
-    """What the blocks of a document are run with."""
+class Context(NamedTuple):
+    """The directory and environment in which the blocks of a document run."""
 
     directory: Path
     environ: Mapping[str, str]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Told:
-    """A home of its own, and programs on the path that are this Python with this jobd."""
+def context(tmp_path: Path) -> Context:
+    """Provide a home directory, and programs on the PATH that run this Python with this jobd."""
     for name in ("curl", "jq"):
         if shutil.which(name) is None:
             tool_missing(name, name)
     tools = tmp_path / "bin"
     tools.mkdir()
-    # The daemon of a document is a child of its shell: it goes with it, and that with us.
-    mortal = "setpriv --pdeathsig KILL -- " if shutil.which("setpriv") else ""
+    # The daemon of a document is a child of its shell. It ends with the shell, and the shell ends with the test.
+    die_with_parent = "setpriv --pdeathsig KILL -- " if shutil.which("setpriv") else ""
     for name, started in (("jobd", "-m jobd"), ("jobctl", "-m jobd.cli.ctl.main"), ("python3", "")):
         tool = tools / name
-        tool.write_text(f'#!/bin/sh\nexec {mortal}{shlex.quote(sys.executable)} {started} "$@"\n')
+        tool.write_text(f'#!/bin/sh\nexec {die_with_parent}{shlex.quote(sys.executable)} {started} "$@"\n')
         tool.chmod(0o755)
     home = tmp_path / "home"
     home.mkdir()
@@ -527,13 +529,13 @@ def place(tmp_path: Path) -> Told:
         "SOURCE": str(ROOT),
         "NO_COLOR": "1",
     }
-    return Told(home, environ)
+    return Context(home, environ)
 
 
-def run(document: Path, told: Told, directory: Path, *, cleanup: str = "") -> None:
-    """Run the marked blocks of `document` in one shell, and compare what each prints with what it is said to print.
+def run(document: Path, context: Context, directory: Path, *, cleanup: str = "") -> None:
+    """Run the marked blocks of `document` in one shell, and compare what each prints with the documented output.
 
-    `directory` is where files are saved, `cleanup` a shell command for the end, whatever happens.
+    Files are saved in `directory`. `cleanup` is a shell command that always runs at the end.
     """
     script = [f"trap {shlex.quote(cleanup)} EXIT" if cleanup else "", "set -euo pipefail"]
     shown: list[str | None] = []
@@ -548,14 +550,17 @@ def run(document: Path, told: Told, directory: Path, *, cleanup: str = "") -> No
             script += [block.text, f"echo; echo '{_END}'"]
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)],
-        cwd=told.directory, env=dict(told.environ), capture_output=True, text=True, timeout=55, preexec_fn=die_with_us,
+        cwd=context.directory, env=dict(context.environ), capture_output=True, text=True, timeout=55,
+        preexec_fn=die_with_us,
     )  # fmt: skip
-    story = f"{done.stdout}\n--- stderr:\n{done.stderr}"
-    assert done.returncode == 0, story
+    output = f"{done.stdout}\n--- stderr:\n{done.stderr}"
+    assert done.returncode == 0, output
     printed = done.stdout.split(f"\n{_END}\n")[:-1]
-    assert len(printed) == len(shown) > 0, story
-    for said, got in zip(shown, printed, strict=True):
-        assert said is None or matches(said, got), f"documented:\n{said}\nprinted:\n{got}\n--- stderr:\n{done.stderr}"
+    assert len(printed) == len(shown) > 0, output
+    for documented, got in zip(shown, printed, strict=True):
+        assert documented is None or matches(documented, got), (
+            f"documented:\n{documented}\nprinted:\n{got}\n--- stderr:\n{done.stderr}"
+        )
 
 
 _END: Final = "end of the block"
@@ -564,10 +569,10 @@ _END: Final = "end of the block"
 _REST: Final = r"[^\n]*"
 
 
-def matches(said: str, got: str) -> bool:
-    """Whether `got` is what `said` documents, blanks taken as one: … is anything, alone on a line any lines."""
+def matches(documented: str, got: str) -> bool:
+    """Return whether `got` matches `documented`. … is any text, alone on a line any lines; runs of blanks are equal."""
     pattern = ""
-    for line in said.splitlines():
+    for line in documented.splitlines():
         parts = (
             r"\s+".join(re.escape(word) for word in part.split(" "))
             for part in re.split(r" *… *", " ".join(line.split()))
@@ -576,7 +581,7 @@ def matches(said: str, got: str) -> bool:
     return re.fullmatch(pattern, f"{got.rstrip()}\n") is not None
 
 
-def test_what_matches() -> None:
+def test_an_ellipsis_matches_any_text() -> None:
     assert matches("a … c\n", "a   b  c\n")
     assert matches("a\n…\nz", "a\nb\nc\nz\n")
     assert matches("a\n…\nz", "a\nz\n")
@@ -585,26 +590,26 @@ def test_what_matches() -> None:
     assert not matches("a\n…\nz", "a\nb\n")
 
 
-def test_the_readme_from_top_to_bottom(place: Told, tmp_path: Path) -> None:
+def test_the_readme_from_top_to_bottom(context: Context, tmp_path: Path) -> None:
     """Run the examples of the README against the daemon that it starts itself."""
     address = free_address()
     text = README.read_text(encoding="utf-8")
     assert "http://127.0.0.1:8770/" in text
     copy = tmp_path / "README.md"
     copy.write_text(text.replace("127.0.0.1:8770", address), encoding="utf-8")
-    environ = {**place.environ, "JOBD_ADMIN_LISTEN": address}
-    directory = place.directory / "jobd-try"
-    run(copy, Told(place.directory, environ), directory, cleanup="kill $(jobs -p) 2>/dev/null || true")
+    environ = {**context.environ, "JOBD_ADMIN_LISTEN": address}
+    directory = context.directory / "jobd-try"
+    run(copy, Context(context.directory, environ), directory, cleanup="kill $(jobs -p) 2>/dev/null || true")
     assert "event=stopped" in (directory / "jobd.log").read_text()
 
 
-def test_the_quickstart_from_top_to_bottom(place: Told) -> None:
+def test_the_quickstart_from_top_to_bottom(context: Context) -> None:
     """Run the quickstart, with a daemon that it starts and stops itself."""
-    directory = place.directory / "jobd-try"
-    run(QUICKSTART, place, directory, cleanup='kill $(cat "$HOME"/jobd-try/*.pid) 2>/dev/null || true')
+    directory = context.directory / "jobd-try"
+    run(QUICKSTART, context, directory, cleanup='kill $(cat "$HOME"/jobd-try/*.pid) 2>/dev/null || true')
     assert "event=stopped" in (directory / "jobd.log").read_text()
     [clean] = (block.text for block in blocks(QUICKSTART) if block.mark == "clean")
-    subprocess.run(["bash", "-euc", clean], cwd=directory, env=dict(place.environ), check=True, timeout=30)
+    subprocess.run(["bash", "-euc", clean], cwd=directory, env=dict(context.environ), check=True, timeout=30)
     assert not directory.exists()
 
 
@@ -617,24 +622,24 @@ STOP_WORKER: Final = "kill $(cat worker.pid 2>/dev/null) 2>/dev/null || true"
 
 
 @pytest.mark.parametrize("name", ["troubleshooting.md", "migration.md", "workers.md"])
-def test_a_page_against_a_daemon(name: str, place: Told) -> None:
-    token = place.directory / "admin_token"
+def test_the_examples_of_a_page_against_a_daemon(name: str, context: Context) -> None:
+    token = context.directory / "admin_token"
     token.write_text(TOKEN)
-    with Daemon(place.directory) as daemon:
+    with Daemon(context.directory) as daemon:
         environ = {
-            **place.environ,
+            **context.environ,
             "JOBD_SOCKET": daemon.socket,
             "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}",
             "JOBD_STORE_PATH": str(daemon.store),
             "ADMIN_TOKEN_FILE": str(token),
         }
-        run(ROOT / "docs" / name, Told(place.directory, environ), place.directory, cleanup=STOP_WORKER)
+        run(ROOT / "docs" / name, Context(context.directory, environ), context.directory, cleanup=STOP_WORKER)
         script = "".join(block.text for block in blocks(ROOT / "docs" / name) if block.mark == "run")
         examples = [block for block in blocks(ROOT / "docs" / name) if block.language == "python"]
         for block in examples:
             if block.mark.removeprefix("file: ") in script:
                 continue
-            file = place.directory / block.mark.removeprefix("file: ")
+            file = context.directory / block.mark.removeprefix("file: ")
             done = subprocess.run(
                 [sys.executable, str(file)], env=environ, capture_output=True, text=True, timeout=30, check=True
             )
@@ -655,11 +660,11 @@ def test_every_python_example_is_run() -> None:
                 assert block.mark.removeprefix("file: ") in script, f"{document.name}: {block.mark}"
 
 
-def test_the_typescript_example(place: Told) -> None:
+def test_the_typescript_example(context: Context) -> None:
     if shutil.which("node") is None:
         tool_missing("node", "nodejs")
     example = next(block for block in blocks(WORKERS) if block.language == "ts")
-    file = place.directory / example.mark.removeprefix("file: ")
+    file = context.directory / example.mark.removeprefix("file: ")
     file.write_text(example.text)
     address = free_address()
     [steps] = (block.text for block in blocks(WORKERS) if block.mark == "node")
@@ -667,19 +672,19 @@ def test_the_typescript_example(place: Told) -> None:
     script = "trap 'kill $(cat sums.pid) 2>/dev/null || true' EXIT\n" + steps.replace("127.0.0.1:8771", address)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
-        cwd=place.directory, env={**place.environ, "JOBD_URL": f"http://{address}", "ADMIN_TOKEN": TOKEN},
+        cwd=context.directory, env={**context.environ, "JOBD_URL": f"http://{address}", "ADMIN_TOKEN": TOKEN},
         capture_output=True, text=True, timeout=55, preexec_fn=die_with_us,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ready, _, printed = done.stdout.partition("\n")
     assert ready == '{"success":true,"data":{"status":"ok"}}'
-    assert (place.directory / "worker_token").stat().st_mode & 0o777 == 0o600
-    said = re.search(r"It prints `(.+?)` and then `(.+?)`", WORKERS.read_text(encoding="utf-8"))
-    assert said is not None
-    assert f"{said[1]}\n{said[2]}\n" == printed == "sum-1 completed 6.5\ninvalid_transition\n"
+    assert (context.directory / "worker_token").stat().st_mode & 0o777 == 0o600
+    documented = re.search(r"It prints `(.+?)` and then `(.+?)`", WORKERS.read_text(encoding="utf-8"))
+    assert documented is not None
+    assert f"{documented[1]}\n{documented[2]}\n" == printed == "sum-1 completed 6.5\ninvalid_transition\n"
 
 
-def test_the_documents_do_not_speak_of_where_they_were_written() -> None:
+def test_documents_do_not_mention_the_workplace() -> None:
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         for word in ("/work/", "/tmp/v/", "SPEC.md", "HOUSE.md", "RELIABILITY section"):

@@ -33,7 +33,7 @@ from jobd.monitoring import alerts
 from jobd.storage.store import Store
 from tests import ROOT
 from tests.conftest import tool_missing
-from tests.integration.test_docs import NOBODY, complete_some
+from tests.integration.test_docs import UNREACHABLE_WEBHOOK, complete_some
 from tests.support.daemon_process import Daemon
 
 SHIPPED: Final = Path(jobd.__file__).parent / "monitoring"
@@ -98,7 +98,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     """Sample names of a real scrape, each with the labels that it comes with. The daemon knows what is usual here."""
     directory = tmp_path_factory.mktemp("scraped")
     asyncio.run(save_usual(directory / "jobd.db"))
-    with Daemon(directory, NOBODY) as daemon:
+    with Daemon(directory, UNREACHABLE_WEBHOOK) as daemon:
         complete_some(daemon, SAMPLES_NEEDED)
         text = daemon.admin("GET", "/metrics").body.decode()
     families: list[Metric] = list(text_string_to_metric_families(text))
